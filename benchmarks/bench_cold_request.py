@@ -25,8 +25,9 @@ from bench_options import Options, options, print_environment, write_json
 from cold_stage import Base, Decoding
 from harness import SEED, WrongBytesError, run_on
 from link import Link
-from lorax_async import AdapterHandle, AdapterLoader
-from lorax_async.engines.transformers import Attached
+from lorax_async.engines.transformers import AttachedModel
+from lorax_async.handle import AdapterHandle
+from lorax_async.loader import AdapterLoader
 from times import Line, Times, print_lines, verdict
 
 TOKENS = 224
@@ -50,7 +51,7 @@ class Request:
 
     base: Base
     loader: AdapterLoader
-    attached: Attached
+    attached: AttachedModel
     url: str
     expected: list[torch.Tensor]
 

@@ -22,8 +22,10 @@ from bench_options import Options, options, print_environment, write_json
 from gpu_machine import Forward, Machine, Memcpy, NoSuchDeviceError, machine
 from harness import Contender, Row, WrongBytesError, measure, print_row, print_table, run_on
 from load_stage import require_equal
-from lorax_async import AdapterHandle, AdapterLoader, LoaderConfig
-from lorax_async.io.devices.cuda import CudaDevice
+from lorax_async.config import LoaderConfig
+from lorax_async.devices.cuda import CudaDevice
+from lorax_async.handle import AdapterHandle
+from lorax_async.loader import AdapterLoader
 from work_files import LAYERS, PEFT_PREFIX, AdapterFolder, write_adapter
 
 ROWS = ("load", "stream", "overlap")

@@ -20,14 +20,28 @@ import torch
 from bench_options import Options, options, print_environment, write_json
 from harness import SEED, WrongBytesError, print_table, run_on
 from load_stage import check_handle
-from lorax_async import AdapterHandle, AdapterLoader, Event, FetchError, LoaderConfig, SlotGranted
-from lorax_async.core.arena import Extent
-from lorax_async.core.layout import ModelLayout
-from lorax_async.core.moves import Row
-from lorax_async.io.devices.cpu import CpuDevice
-from lorax_async.io.ports import CopyTicket, FilePieces, StagedPiece
-from lorax_async.io.sources.local import LocalSource
-from lorax_async.testing import SimulatedDevice, SimulatedTicket
+from lorax_async.config import LoaderConfig
+from lorax_async.devices.base import (
+    CopyTicket,
+    FilePieces,
+    StagedPiece,
+)
+from lorax_async.devices.cpu import CpuDevice
+from lorax_async.devices.simulated import (
+    SimulatedDevice,
+    SimulatedTicket,
+)
+from lorax_async.errors import FetchError
+from lorax_async.events import (
+    Event,
+    SlotGranted,
+)
+from lorax_async.handle import AdapterHandle
+from lorax_async.lifecycle.arena import Extent
+from lorax_async.loader import AdapterLoader
+from lorax_async.planning.layout import ModelLayout
+from lorax_async.planning.transfer_plan import TableRow
+from lorax_async.sources.local import LocalSource
 from scale_files import large_layout, write_sparse
 from troubled import TroubledSource
 from work_files import AdapterFolder, write_adapter
@@ -53,7 +67,7 @@ class ClockedDevice(SimulatedDevice):
         self.tickets: dict[int, SimulatedTicket] = {}
 
     def copy(
-        self, pieces: FilePieces | StagedPiece, rows: Sequence[Row], extent: Extent, slot: int
+        self, pieces: FilePieces | StagedPiece, rows: Sequence[TableRow], extent: Extent, slot: int
     ) -> CopyTicket:
         ticket = super().copy(pieces, rows, extent, slot)
         assert isinstance(ticket, SimulatedTicket)
@@ -183,7 +197,7 @@ def on_simulated(layout: ModelLayout, nbytes: int, slots: int) -> ClockedDevice:
 
 
 @asynccontextmanager
-async def course(folders: Folders, given: Options, make: Make) -> AsyncIterator[Course]:
+async def profile(folders: Folders, given: Options, make: Make) -> AsyncIterator[Course]:
     layout, slots, nbytes = large_layout(), ADAPTERS + 3, folders.nbytes + _SLACK
     device = make(layout, nbytes, slots)
     config = LoaderConfig(device_bytes=nbytes, max_slots=slots, io_threads=given.io_threads)
@@ -209,7 +223,7 @@ class Times:
 async def measure(folders: Folders, given: Options, make: Make) -> dict[str, Times]:
     times = {ALONE: Times(), BESIDE: Times()}
     shuffle = random.Random(SEED).shuffle
-    async with course(folders, given, make) as running:
+    async with profile(folders, given, make) as running:
         await running.beside()  # all are seen once
         runs = [(ALONE, running.alone), (BESIDE, running.beside)]
         for _ in range(given.rounds):

@@ -16,7 +16,9 @@ from bench_options import Options, options, print_environment, write_json
 from floors import Arena, Threads
 from harness import Contender, Loop, Measured, Row, Target, draw, measure, print_row, run_on
 from load_stage import Ours, Stage, require_equal
-from lorax_async import AdapterLoader, LoaderConfig, layouts
+from lorax_async import layouts
+from lorax_async.config import LoaderConfig
+from lorax_async.loader import AdapterLoader
 from work_files import write_adapter
 
 SEEN_BEFORE = Target(1.2)

@@ -22,7 +22,9 @@ from bench_options import Options, options, print_environment, write_json
 from floors import Arena, Threads
 from harness import SEED, Loop, print_table, run_on
 from load_stage import check_handle, require_equal
-from lorax_async import AdapterLoader, LoaderConfig, layouts
+from lorax_async import layouts
+from lorax_async.config import LoaderConfig
+from lorax_async.loader import AdapterLoader
 from work_files import AdapterFolder, write_adapter
 
 ADAPTERS = 16

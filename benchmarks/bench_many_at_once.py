@@ -28,8 +28,11 @@ from harness import (
     run_on,
 )
 from load_stage import check_handle
-from lorax_async import AdapterHandle, AdapterLoader, LoaderConfig, layouts
-from lorax_async.core.arena import Extent
+from lorax_async import layouts
+from lorax_async.config import LoaderConfig
+from lorax_async.handle import AdapterHandle
+from lorax_async.lifecycle.arena import Extent
+from lorax_async.loader import AdapterLoader
 from work_files import AdapterFolder, write_adapter
 
 ADAPTERS = 16

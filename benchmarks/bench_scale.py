@@ -14,7 +14,7 @@ from time import perf_counter_ns
 
 from bench_options import Options, options, print_environment, write_json
 from harness import SEED, Loop, print_table, run_on
-from lorax_async import AdapterLoader
+from lorax_async.loader import AdapterLoader
 from scale_files import SmallAdapters
 from scale_memory import FEW, SLOTS, Line, meet, memory, opened, own_plans
 

@@ -16,9 +16,18 @@ from time import perf_counter_ns
 
 from bench_options import Options, options, print_environment, write_json
 from harness import SEED, Loop, print_table, run_on
-from lorax_async import AdapterLoader, AdapterScheduler, LoaderConfig, Request
-from lorax_async.core.batch_plan import BASE_ONLY, BatchPlan, Place, Tenant, plan_batch
-from lorax_async.core.shares import share
+from lorax_async.config import LoaderConfig
+from lorax_async.loader import AdapterLoader
+from lorax_async.planning.batch_plan import (
+    BASE_ONLY,
+    BatchPlan,
+    SlotOccupant,
+    SlotRef,
+    plan_batch,
+)
+from lorax_async.scheduler.admission import share
+from lorax_async.scheduler.requests import Request
+from lorax_async.scheduler.scheduler import AdapterScheduler
 from scale_files import SmallAdapters, small_layout
 
 SIZES = ((256, 64), (512, 128), (1_024, 256), (2_048, 512), (4_096, 1_024))
@@ -39,8 +48,8 @@ class Work:
     """One batch to be decided on: tokens wanted by each adapter's sequences, places, tenants."""
 
     wants: list[list[int]]
-    places: list[Place]
-    tenants: dict[int, Tenant]
+    places: list[SlotRef]
+    lease_table: dict[int, SlotOccupant]
     max_tokens: int
     max_sequences: int
 
@@ -48,7 +57,7 @@ class Work:
         """As the scheduler does: who gets what, and in which order."""
         given = share(self.wants, self.max_tokens, self.max_sequences)
         places = list(chain.from_iterable(map(repeat, self.places, map(len, given))))
-        return plan_batch(places, list(chain.from_iterable(given)), self.tenants)
+        return plan_batch(places, list(chain.from_iterable(given)), self.lease_table)
 
 
 def work(sequences: int, adapters: int, *, crowded: bool) -> Work:
@@ -58,11 +67,11 @@ def work(sequences: int, adapters: int, *, crowded: bool) -> Work:
     for number in range(sequences):
         tokens = 1 if draw.random() < 0.9 else draw.randrange(2, 64)
         wants[number % adapters].append(tokens)
-    tenants = {slot: Tenant(1, draw.choice(RANKS)) for slot in range(adapters)}
-    places = [Place(slot, 1) for slot in tenants]
+    lease_table = {slot: SlotOccupant(1, draw.choice(RANKS)) for slot in range(adapters)}
+    places = [SlotRef(slot, 1) for slot in lease_table]
     total = sum(map(sum, wants))
     half = 2 if crowded else 1
-    return Work(wants, places, tenants, total // half, sequences // half)
+    return Work(wants, places, lease_table, total // half, sequences // half)
 
 
 def check(plan: BatchPlan, given: Work) -> None:
@@ -70,7 +79,7 @@ def check(plan: BatchPlan, given: Work) -> None:
     bounds, slots = plan.segments.bounds, plan.segments.slots
     if sorted(plan.order) != list(range(len(plan.order))):
         raise AssertionError("a sequence is missing")
-    if len(set(slots)) != len(slots) or not set(slots) <= {*given.tenants, BASE_ONLY}:
+    if len(set(slots)) != len(slots) or not set(slots) <= {*given.lease_table, BASE_ONLY}:
         raise AssertionError("a slot has two segments, or none has it")
     if not 0 < bounds[-1] <= given.max_tokens or len(plan.order) > given.max_sequences:
         raise AssertionError("the batch is larger than it may be")

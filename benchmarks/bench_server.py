@@ -21,11 +21,16 @@ import torch
 from bench_options import Options, options, print_environment, write_json
 from cold_stage import Base
 from harness import SEED, WrongBytesError, run_on
-from lorax_async import AdapterLoader, AdapterScheduler, LoaderConfig
+from lorax_async.config import LoaderConfig
 from lorax_async.engines.transformers import attach
-from lorax_async.server.decoder import TransformersDecoder
+from lorax_async.loader import AdapterLoader
+from lorax_async.scheduler.scheduler import AdapterScheduler
 from lorax_async.server.engine import Engine
-from lorax_async.server.generation import Generation, Sampling
+from lorax_async.server.generation import (
+    Generation,
+    Sampling,
+)
+from lorax_async.server.transformers_decoder import TransformersDecoder
 from times import Line, Times, print_lines, verdict
 
 PROMPT, NEW = 32, 32

@@ -14,9 +14,16 @@ import torch
 
 from harness import SEED
 from link import Link
-from lorax_async import AdapterHandle, AdapterLoader, Allow, LoaderConfig, layouts
+from lorax_async import layouts
+from lorax_async.config import LoaderConfig
 from lorax_async.engines.smollm2 import prepare_base
-from lorax_async.engines.transformers import Attached, attach
+from lorax_async.engines.transformers import (
+    AttachedModel,
+    attach,
+)
+from lorax_async.handle import AdapterHandle
+from lorax_async.ids.allow import Allow
+from lorax_async.loader import AdapterLoader
 from work_files import CONFIG, WEIGHTS
 
 RANK = 16
@@ -73,7 +80,7 @@ class Base:
     @asynccontextmanager
     async def served(
         self, link: Link, cache: Path, *, io_threads: int
-    ) -> AsyncIterator[tuple[AdapterLoader, Attached]]:
+    ) -> AsyncIterator[tuple[AdapterLoader, AttachedModel]]:
         """By a loader that has never heard of the adapters, with an empty disk cache."""
         shutil.rmtree(cache, ignore_errors=True)
         room = len(self.folders) + 1
@@ -94,7 +101,7 @@ class Base:
 class Decoding:
     """Rows that are computed together, a token of each at a time."""
 
-    def __init__(self, model: Any, attached: Attached, rows: Sequence[AdapterHandle]) -> None:
+    def __init__(self, model: Any, attached: AttachedModel, rows: Sequence[AdapterHandle]) -> None:
         self._model = model
         self._attached = attached
         self._rows = rows

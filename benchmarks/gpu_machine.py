@@ -14,7 +14,11 @@ from time import perf_counter
 
 import torch
 
-from lorax_async.core.layout import ModelLayout, Module, Parallel
+from lorax_async.planning.layout import (
+    ModelLayout,
+    Module,
+    Parallelism,
+)
 from work_files import HIDDEN, INTERMEDIATE, KEY_VALUE, LAYERS, TARGETS, module_paths
 
 TESTS = Path(__file__).parents[1] / "tests"
@@ -37,7 +41,7 @@ class Size:
 
     def layout(self) -> ModelLayout:
         modules = (
-            Module(path, inside, outside, int(path.split(".")[2]), Parallel.REPLICATED)
+            Module(path, inside, outside, int(path.split(".")[2]), Parallelism.REPLICATED)
             for path, inside, outside in module_paths(self.divisor)
         )
         return ModelLayout(tuple(modules), LAYERS, "BF16", "model.")

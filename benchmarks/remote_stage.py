@@ -17,18 +17,18 @@ from floors import Arena
 from harness import Contender, Role, WrongBytesError, nothing
 from link import Link
 from load_stage import check_handle, require_equal
-from lorax_async import (
-    AdapterHandle,
-    AdapterLoader,
-    AdapterTimeoutError,
-    Allow,
+from lorax_async import layouts
+from lorax_async.config import LoaderConfig
+from lorax_async.errors import AdapterTimeoutError
+from lorax_async.events import (
     Event,
     LayerReady,
-    LoaderConfig,
     SlotGranted,
-    layouts,
 )
-from lorax_async.identity import RemoteKey
+from lorax_async.handle import AdapterHandle
+from lorax_async.ids.allow import Allow
+from lorax_async.loader import AdapterLoader
+from lorax_async.types import RemoteKey
 from work_files import AdapterFolder
 
 CONNECTIONS = 16

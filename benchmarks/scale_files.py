@@ -11,8 +11,12 @@ import torch
 from safetensors.torch import save
 
 from harness import WrongBytesError
-from lorax_async import AdapterHandle
-from lorax_async.core.layout import ModelLayout, Module, Parallel
+from lorax_async.handle import AdapterHandle
+from lorax_async.planning.layout import (
+    ModelLayout,
+    Module,
+    Parallelism,
+)
 from work_files import (
     CONFIG,
     LAYERS,
@@ -30,7 +34,7 @@ SMALL_TARGET = "self_attn.q_proj"
 def small_layout() -> ModelLayout:
     """A base of 32 layers with one module of 32 × 32 each."""
     names = enumerate(_small_modules())
-    modules = (Module(name, SMALL_HIDDEN, SMALL_HIDDEN, n, Parallel.COLUMN) for n, name in names)
+    modules = (Module(name, SMALL_HIDDEN, SMALL_HIDDEN, n, Parallelism.COLUMN) for n, name in names)
     return ModelLayout(tuple(modules), LAYERS, "BF16", "model.")
 
 
@@ -86,7 +90,7 @@ def _small_file() -> tuple[bytes, int]:
 def large_layout() -> ModelLayout:
     """Of the shapes in `work_files`."""
     modules = (
-        Module(path, inside, outside, int(path.split(".")[2]), Parallel.COLUMN)
+        Module(path, inside, outside, int(path.split(".")[2]), Parallelism.COLUMN)
         for path, inside, outside in module_paths()
     )
     return ModelLayout(tuple(modules), LAYERS, "BF16", "model.")

@@ -14,9 +14,9 @@ from time import process_time
 
 from bench_options import Options
 from harness import print_table, run_on
-from lorax_async import AdapterLoader, LoaderConfig
-from lorax_async.core.idle import MAX_WEIGHT
-from lorax_async.core.settling import Pace
+from lorax_async.config import LoaderConfig
+from lorax_async.lifecycle.lifecycle import MAX_WEIGHT, LifecycleTimes
+from lorax_async.loader import AdapterLoader
 from scale_files import SmallAdapters, large_layout, small_layout, write_sparse
 
 SLOTS = 8
@@ -177,7 +177,7 @@ def own_plans(work: Path, given: Options) -> list[Line]:
     tracemalloc.start(1)
     each = run_on("asyncio", lambda: own_plan_bytes(folders, given))
     tracemalloc.stop()
-    most = min(Pace().max_idle, MAX_WEIGHT // rows)
+    most = min(LifecycleTimes().max_idle, MAX_WEIGHT // rows)
     line: Line = {
         "row": "own plans",
         "bytes": each,

@@ -6,11 +6,20 @@ import asyncio
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lorax_async import AdapterKey, AdapterRef
-from lorax_async.core.runs import Span
+from lorax_async.concurrency import FetchControl
 from lorax_async.errors import FetchError
-from lorax_async.io.ports import AdapterFile, Demand, Hold, Reader, Source
-from lorax_async.verification import Verification
+from lorax_async.files import Reader
+from lorax_async.formats.spans import ByteSpan
+from lorax_async.sources.base import (
+    AdapterFile,
+    PinnedPages,
+    Source,
+)
+from lorax_async.types import (
+    AdapterKey,
+    AdapterRef,
+    Verification,
+)
 
 _POLL_SECONDS = 0.01
 
@@ -48,8 +57,8 @@ class TroubledSource:
     async def resolve(self, ref: AdapterRef) -> AdapterKey:
         return await self._inner.resolve(ref)
 
-    async def open(self, key: AdapterKey, demand: Demand) -> AdapterFile:
-        file = await self._inner.open(key, demand)
+    async def open(self, key: AdapterKey, control: FetchControl) -> AdapterFile:
+        file = await self._inner.open(key, control)
         if key.location == self._stalled:
             self._stalling.add(id(file.reader))
         if key.location == self._failing:
@@ -63,18 +72,18 @@ class TroubledSource:
     async def bring(
         self,
         file: AdapterFile,
-        groups: Sequence[Sequence[Span]],
+        groups: Sequence[Sequence[ByteSpan]],
         arrived: Callable[[int], None],
-        demand: Demand,
+        control: FetchControl,
     ) -> Verification:
         if id(file.reader) in self._stalling:
-            while not demand.ended:  # noqa: ASYNC110 - it is a threading.Event
+            while not control.ended:  # noqa: ASYNC110 - it is a threading.Event
                 await asyncio.sleep(_POLL_SECONDS)
             self._stalling.discard(id(file.reader))
-        return await self._inner.bring(file, groups, arrived, demand)
+        return await self._inner.bring(file, groups, arrived, control)
 
     async def digest(self, key: AdapterKey) -> str:
         return await self._inner.digest(key)
 
-    async def populate(self, key: AdapterKey) -> Hold:
+    async def populate(self, key: AdapterKey) -> PinnedPages:
         return await self._inner.populate(key)

@@ -13,7 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TypeVar
 
-from lorax_async.core.transitions import (
+from lorax_async.lifecycle.transitions import (
     FILE_MOVES,
     SLOT_MOVES,
     FileMove,

@@ -8,9 +8,12 @@ async with AdapterLoader(layout, LoaderConfig()) as loader:
 import logging
 
 from lorax_async import layouts
-from lorax_async.adapter import AdapterKey, AdapterRef, Merge, parse_adapter_id
-from lorax_async.config import Allow, Limits, LoaderConfig, LocalRoot, Shard
-from lorax_async.core.layout import ModelLayout
+from lorax_async.config import (
+    Limits,
+    LoaderConfig,
+    LocalRoot,
+    Shard,
+)
 from lorax_async.errors import (
     AccessDeniedError,
     AdapterError,
@@ -45,18 +48,34 @@ from lorax_async.events import (
     SlotGranted,
     SlotId,
 )
-from lorax_async.handle import AdapterHandle
+from lorax_async.handle import AdapterHandle, ModuleWeights
+from lorax_async.ids.allow import Allow
+from lorax_async.ids.parsing import parse_adapter_id
 from lorax_async.loader import AdapterLoader
-from lorax_async.runtime.fetches import AdapterFolder
-from lorax_async.runtime.journal import Statistics
-from lorax_async.runtime.module_views import ModuleWeights
-from lorax_async.runtime.prefetch import Prefetch
-from lorax_async.runtime.usage import Budget, Usage
-from lorax_async.runtime.whereabouts import AdapterResidency
-from lorax_async.scheduler import AdapterScheduler
-from lorax_async.scheduling.batch import Batch, BatchRow
-from lorax_async.scheduling.requests import Request, Ticket
-from lorax_async.verification import Verification
+from lorax_async.planning.layout import ModelLayout
+from lorax_async.runtime.acquire import Prefetch
+from lorax_async.runtime.folders import AdapterFolder
+from lorax_async.runtime.placement import AdapterResidency
+from lorax_async.runtime.telemetry import (
+    Budget,
+    Statistics,
+    Usage,
+)
+from lorax_async.scheduler.requests import (
+    Request,
+    Ticket,
+)
+from lorax_async.scheduler.scheduler import AdapterScheduler
+from lorax_async.scheduler.step import (
+    Batch,
+    BatchRow,
+)
+from lorax_async.types import (
+    AdapterKey,
+    AdapterRef,
+    Merge,
+    Verification,
+)
 
 __all__ = [
     "AccessDeniedError",

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from lorax_async.errors import ConfigError, InvalidAdapterIdError, UsageError
-from lorax_async.ids.folder_urls import parse_folder_url
-from lorax_async.settings.allow import Allow, as_allow
-from lorax_async.settings.limits import GiB, Limits, MiB
-from lorax_async.settings.local_roots import LocalRoot, Root, as_local_roots
-from lorax_async.settings.requirements import (
+from lorax_async.errors import ConfigError, InvalidAdapterIdError, UsageError, shorten
+from lorax_async.ids.allow import Allow, as_allow
+from lorax_async.ids.grammar import parse_folder_url
+from lorax_async.validation import (
     MAX_SECONDS,
     as_folder_to_be,
     require_bool,
@@ -22,11 +20,9 @@ from lorax_async.settings.requirements import (
     require_positive,
     require_seconds,
 )
-from lorax_async.settings.shard import Shard
 
 __all__ = [
     "DTYPES",
-    "MAX_SECONDS",
     "MAX_SLOTS",
     "MAX_THREADS",
     "Allow",
@@ -40,6 +36,93 @@ __all__ = [
     "Shard",
     "as_local_roots",
 ]
+
+
+KiB = 1 << 10
+MiB = 1 << 20
+GiB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much of a stranger's adapter is accepted. Bytes, or counts."""
+
+    max_header_bytes: int = 2 * MiB
+    max_tensors: int = 65_536
+    max_name_bytes: int = 512
+    max_dimensions: int = 8
+    max_json_depth: int = 16
+    max_config_bytes: int = 256 * KiB
+    max_rank: int = 256
+    max_adapter_bytes: int = 4 * GiB
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            require_positive(entry.name, getattr(self, entry.name))
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Which of the `world_size` parts of every tensor-parallel module a loader holds: the `rank`th.
+
+    Raises `ConfigError` unless 0 <= rank < world_size.
+    """
+
+    rank: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        require_positive("world_size", self.world_size)
+        require_count("rank", self.rank, least=0)
+        if self.rank >= self.world_size:
+            raise ConfigError(
+                f"rank {self.rank} is outside 0 … {self.world_size - 1}: a world of"
+                f" {self.world_size} counts its ranks from 0"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class LocalRoot:
+    """A folder from which a `str` id may name an adapter. `path` is kept as an absolute `Path`.
+
+    `immutable=True` is the operator's word that no file below it is ever changed in place or
+    truncated (new versions come by rename), so that such files may be mapped and held in host
+    memory. A file that is cut while it is mapped can kill the process.
+
+    Raises `ConfigError` if there is no such folder.
+    """
+
+    path: str | os.PathLike[str]
+    immutable: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, str | os.PathLike):
+            raise ConfigError(f"a local root must be the path of a folder, not {self.path!r}")
+        require_bool("immutable", self.immutable)
+        object.__setattr__(self, "path", _folder(os.fsdecode(self.path)))
+
+
+Root = str | os.PathLike[str] | LocalRoot
+"""What names a local root: a plain path says nothing of how its files change."""
+
+
+def as_local_roots(roots: object) -> tuple[LocalRoot, ...]:
+    """Of a tuple or list of `Root`s; those that are `LocalRoot`s already stay as they are."""
+    if not isinstance(roots, tuple | list) or not all(
+        isinstance(root, str | os.PathLike | LocalRoot) for root in roots
+    ):
+        raise ConfigError("local_roots must be a tuple of folders")
+    return tuple(root if isinstance(root, LocalRoot) else LocalRoot(root) for root in roots)
+
+
+def _folder(name: str) -> Path:
+    if not name:  # an unset variable, say, must not open the present folder
+        raise ConfigError("local root '' is not a folder; '.' is the present one")
+    path = Path(name).absolute()
+    if not os.path.isdir(path):  # Path.is_dir raises where it may not look
+        raise ConfigError(f"local root {shorten(str(path), 500)!r} is not a folder")
+    return path
+
 
 MAX_SLOTS = 65_536
 """A slot is a column of the device's tables, with 24 bytes for every module of the base."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lorax_async.adapter import AdapterKey
 from lorax_async.errors import LoraxError
+from lorax_async.types import AdapterKey
 
 
 @dataclass(frozen=True, slots=True)

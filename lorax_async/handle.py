@@ -6,20 +6,90 @@ import asyncio
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import NoReturn, Self, SupportsIndex
 
-from lorax_async.adapter import AdapterKey
+import torch
+
+from lorax_async.concurrency import running_loop
 from lorax_async.config import Shard
-from lorax_async.core.layout import ModelLayout
+from lorax_async.devices.base import Device
 from lorax_async.errors import AdapterTimeoutError, LoraxError, UsageError
 from lorax_async.events import SlotId
-from lorax_async.io.inbox import running_loop
-from lorax_async.io.ports import Device
-from lorax_async.runtime.module_views import ModuleViews, ModuleWeights
-from lorax_async.runtime.tenancy import Lease
-from lorax_async.runtime.vectors import Vectors
-from lorax_async.verification import Verification
+from lorax_async.formats.peft_names import TensorRole
+from lorax_async.planning.layout import ModelLayout
+from lorax_async.planning.transfer_plan import TableRow
+from lorax_async.runtime.leases import AdapterVectors, Lease
+from lorax_async.types import AdapterKey, Verification
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModuleWeights:
+    """One module's part of an adapter: the delta is `scale * (x @ a.T) @ b.T`.
+
+    Of an embedding `x @ a.T` is `a.T[ids]`. With a bias the delta is `scale * ((x @ a.T) @ b.T +
+    bias)`. With a magnitude the rows of the base's weight plus delta are scaled to that length.
+
+    Attributes
+    ----------
+    a, b
+        `[rank, in]` and `[out, rank]`: views on the device, valid while the handle is held. Of a
+        sharded loader `in` and `out` are the shard's (`loader.held_layout`).
+    scale, rank
+        As PEFT computes them; the rank is the true one, without padding.
+    bias, magnitude
+        `[out]`, in the file's dtype: lora_bias's and DoRA's; None where the adapter has none. Of a
+        sharded loader's row-parallel module they are whole: for after the all-reduce, once.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+    rank: int
+    bias: torch.Tensor | None = None
+    magnitude: torch.Tensor | None = None
+
+
+class ModuleViews(Mapping[str, ModuleWeights]):
+    """By the layout's names, for the layers that are ready; each look checks the lease."""
+
+    def __init__(self, lease: Lease, device: Device, layout: ModelLayout) -> None:
+        self._lease = lease
+        self._device = device
+        self._layout = layout
+        self._rows: dict[int, TableRow] = {
+            row.module: row for group in lease.occupancy.plan.groups for row in group.rows
+        }
+
+    def __getitem__(self, name: str) -> ModuleWeights:
+        self._lease.check()
+        module = self._layout.index(name)
+        if module not in self._rows:
+            raise KeyError(name)
+        row = self._rows[module]
+        layer = self._layout.modules[module].layer
+        if not self._lease.occupancy.is_ready(layer):
+            raise UsageError(f"layer {layer} is not here yet; await layer_ready({layer})")
+        operands = self._device.operands(module, self._lease.occupancy.grant.slot.index)
+        assert operands is not None
+        a, b, _ = operands
+        bias, magnitude = (
+            self._vector(module, TensorRole.BIAS),
+            self._vector(module, TensorRole.MAGNITUDE),
+        )
+        weights = (a[: row.rank], b[:, : row.rank])
+        return ModuleWeights(*weights, row.scale, row.rank, bias, magnitude)
+
+    def _vector(self, module: int, part: TensorRole) -> torch.Tensor | None:
+        vectors = self._lease.occupancy.vectors
+        return None if vectors is None else vectors.view(self._device, module, part)
+
+    def __iter__(self) -> Iterator[str]:
+        return (self._layout.modules[module].name for module in self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
 
 class AdapterHandle:
@@ -51,12 +121,12 @@ class AdapterHandle:
     @property
     def key(self) -> AdapterKey:
         """Which version of which files."""
-        return self._lease.tenancy.key
+        return self._lease.occupancy.key
 
     @property
     def slot(self) -> SlotId:
         """The column of the device's tables, and which of its tenants this is."""
-        return self._lease.tenancy.grant.slot
+        return self._lease.occupancy.grant.slot
 
     @property
     def device(self) -> Device:
@@ -71,17 +141,17 @@ class AdapterHandle:
     @property
     def rank(self) -> int:
         """The largest rank of its modules."""
-        return self._lease.tenancy.plan.rank
+        return self._lease.occupancy.plan.rank
 
     @property
     def nbytes(self) -> int:
         """Bytes it takes on the device."""
-        return self._lease.tenancy.plan.nbytes
+        return self._lease.occupancy.plan.nbytes
 
     @property
     def layers(self) -> tuple[int, ...]:
         """Layer groups with tensors: -1 before the layers, 0 … L-1, L after them."""
-        return self._lease.tenancy.layers
+        return self._lease.occupancy.layers
 
     @property
     def timeout(self) -> float:
@@ -91,13 +161,13 @@ class AdapterHandle:
     @property
     def resident(self) -> bool:
         """Whether every layer is on the device."""
-        return self._lease.tenancy.complete
+        return self._lease.occupancy.complete
 
     @property
     def arrived(self) -> bool:
         """Whether all its bytes are on this machine: layers that are missing are not far away."""
-        tenancy = self._lease.tenancy
-        return tenancy.complete or tenancy.has_arrived()
+        occupancy = self._lease.occupancy
+        return occupancy.complete or occupancy.has_arrived()
 
     @property
     def released(self) -> bool:
@@ -115,17 +185,17 @@ class AdapterHandle:
         return ModuleViews(self._lease, self._device, self._layout)
 
     @property
-    def vectors(self) -> Vectors | None:
+    def vectors(self) -> AdapterVectors | None:
         """Its biases or magnitudes; None where kernels, which read A, B and scale, have it all."""
         self._lease.check()
-        return self._lease.tenancy.vectors
+        return self._lease.occupancy.vectors
 
     def is_ready(self, layer: int) -> bool:
         """Whether the tensors of `layer` (-1 … L), and those before them, are on the device.
 
         A layer that the adapter does not touch is ready at once. Touches no lock.
         """
-        return self._lease.tenancy.is_ready(layer)
+        return self._lease.occupancy.is_ready(layer)
 
     async def layer_ready(self, layer: int, timeout: float | None = None) -> None:
         """Wait until `is_ready(layer)`, `timeout` seconds at most (None: the config's).
@@ -137,7 +207,7 @@ class AdapterHandle:
         seconds = self._timeout if timeout is None else timeout
         try:
             async with asyncio.timeout(seconds) as deadline:
-                await self._lease.tenancy.ready(layer, self._lease.check)
+                await self._lease.occupancy.ready(layer, self._lease.check)
         except TimeoutError as error:
             if not deadline.expired() or isinstance(error, LoraxError):
                 raise
@@ -153,7 +223,7 @@ class AdapterHandle:
             raise UsageError("wait_layer would hold the event loop; await layer_ready, or a thread")
         seconds = self._timeout if timeout is None else timeout
         try:
-            self._lease.tenancy.wait(layer, seconds, self._lease.check)
+            self._lease.occupancy.wait(layer, seconds, self._lease.check)
         except TimeoutError as error:
             if isinstance(error, LoraxError):
                 raise
@@ -201,7 +271,7 @@ class AdapterHandle:
         device's library (on cuda a `torch.Stream`); None is the current one. In any thread.
         """
         self._lease.check()
-        tickets = self._lease.tenancy.tickets(layer)
+        tickets = self._lease.occupancy.tickets(layer)
         if tickets is None:
             return False
         for ticket in tickets:
@@ -236,7 +306,7 @@ class AdapterHandle:
         that takes until both are released.
         """
         self._lease.check()
-        if not self._lease.tenancy.on_its_loop:
+        if not self._lease.occupancy.on_its_loop:
             raise UsageError("a handle is cloned on the event loop of its loader")
         lease = self._share(self._lease)
         lease.holder = current_task_name()

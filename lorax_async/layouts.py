@@ -7,20 +7,15 @@ them while the server starts, or in a thread.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-from lorax_async.adaptable import HEADS, adaptable, embedding_module, linear_module, parallel_of
 from lorax_async.config import DTYPES, Limits
-from lorax_async.core.header import Header, TensorSpan, header_size, parse_header
-from lorax_async.core.layout import ModelLayout, Module, Parallel
-from lorax_async.core.peft_config import parse_config
-from lorax_async.core.peft_names import WEIGHT_DTYPES, Part, layer_index, parse_tensor_name
-from lorax_async.core.split_index import INDEX
-from lorax_async.core.transfer_plan import plan_transfer
 from lorax_async.errors import (
     AdapterFormatError,
     AdapterNotFoundError,
@@ -28,14 +23,228 @@ from lorax_async.errors import (
     UnsupportedAdapterError,
     shorten,
 )
-from lorax_async.io.sources.local_weights import read_header
+from lorax_async.formats.peft_config import parse_config
+from lorax_async.formats.peft_names import WEIGHT_DTYPES, TensorRole, layer_index, parse_tensor_name
+from lorax_async.formats.safetensors import Header, TensorSpan, header_size, parse_header
+from lorax_async.formats.split_weights import INDEX
+from lorax_async.planning.layout import FusedPart, ModelLayout, Module, Parallelism
+from lorax_async.planning.transfer_plan import plan_transfer
+from lorax_async.sources.local_weights import read_header
+
+_QUERY = frozenset({"q_proj", "q_lin", "wq", "q", "query", "q_attn"})
+_KEY_VALUE = frozenset(
+    {*("k_proj", "k_lin", "wk", "k", "key"), *("v_proj", "v_lin", "wv", "v", "value")}
+)
+_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+_KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_heads")
+_DIMS = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What an attention module says of itself, or its config of it.
+
+    `grouped`: its q heads lie beside the k and v that they share (`new_decoder_architecture`).
+    """
+
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    multi_query: bool = False
+    grouped: bool = False
+
+    @property
+    def query(self) -> FusedPart:
+        return FusedPart(self.heads * self.head_dim, self.head_dim)
+
+    @property
+    def key(self) -> FusedPart:
+        return FusedPart(self.key_value_heads * self.head_dim, self.head_dim, replicable=True)
+
+    value = key
+
+
+Parts = tuple[FusedPart, ...]
+Fused = Callable[[AttentionShape], Parts]
+
+
+def _in_a_row(attention: AttentionShape) -> Parts:
+    """All heads of q, then those of k, then those of v."""
+    return attention.query, attention.key, attention.value
+
+
+def _by_head(attention: AttentionShape) -> Parts:
+    """Each head's q, k and v beside each other."""
+    return (FusedPart(3 * attention.heads * attention.head_dim, 3 * attention.head_dim),)
+
+
+def _of_bigcode(attention: AttentionShape) -> Parts:
+    return _in_a_row(attention) if attention.multi_query else _by_head(attention)
+
+
+def _of_falcon(attention: AttentionShape) -> Parts:
+    if not attention.grouped:
+        return _of_bigcode(attention)
+    unit = (attention.heads // attention.key_value_heads + 2) * attention.head_dim
+    return (FusedPart(attention.key_value_heads * unit, unit),)
+
+
+_FUSED: Mapping[tuple[str, str], Fused] = {
+    **{(kind, "c_attn"): _in_a_row for kind in ("gpt2", "openai-gpt", "qwen")},
+    **{(kind, "qkv_proj"): _in_a_row for kind in ("phi3", "phi4_multimodal")},
+    **{(kind, "Wqkv"): _in_a_row for kind in ("mpt", "dbrx")},
+    ("gpt_bigcode", "c_attn"): _of_bigcode,
+    ("falcon", "query_key_value"): _of_falcon,
+    **{
+        (kind, "query_key_value"): _by_head
+        for kind in ("bloom", "gpt_neox", "gpt_neox_japanese", "persimmon")
+    },
+}
+_HALVES = {
+    (kind, "gate_up_proj")
+    for kind in ("phi3", "phi4_multimodal", "glm", "glm4", "glm4v_text", "glm_image_text")
+}
+_PLAIN = {
+    (kind, "dense_h_to_4h")
+    for kind in ("bloom", "falcon", "gpt_neox", "gpt_neox_japanese", "persimmon")
+}
+
+
+def parts_of(model: Any, name: str, out_features: int) -> Parts:
+    """The parts of the output of `model`'s linear module `name`; empty: none that are known."""
+    last = name.rpartition(".")[2]
+    config = _config_above(model, name)
+    kind = getattr(config, "model_type", ""), last
+    if kind in _PLAIN:
+        return (FusedPart(out_features),)
+    if kind in _HALVES and out_features % 2 == 0:
+        return FusedPart(out_features // 2), FusedPart(out_features // 2)
+    attention = _attention(model.get_submodule(name.rpartition(".")[0]), config)
+    if attention is None:
+        return ()
+    made: Parts = ()
+    if last in _QUERY:
+        made = (attention.query,)
+    elif last in _KEY_VALUE:
+        made = (attention.key,)
+    elif kind in _FUSED:
+        made = _FUSED[kind](attention)
+    return made if sum(part.size for part in made) == out_features else ()
+
+
+def _config_above(model: Any, name: str) -> Any:
+    """Of the nearest module around `name` that has one."""
+    path = name
+    while path:
+        path = path.rpartition(".")[0]
+        config = getattr(model.get_submodule(path), "config", None)
+        if config is not None:
+            return config
+    return None
+
+
+def _attention(module: Any, config: Any) -> AttentionShape | None:
+    heads = _first(module, _HEADS) or _first(config, _HEADS)
+    if not heads:
+        return None
+    head_dim = _first(module, _DIMS) or _first(config, _DIMS)
+    head_dim = head_dim or _first(config, ("hidden_size",)) // heads
+    groups = _first(module, ("num_key_value_groups",))
+    key_value_heads = _first(module, _KEY_VALUE_HEADS) or (heads // groups if groups else 0)
+    key_value_heads = key_value_heads or _first(config, _KEY_VALUE_HEADS) or heads
+    if not head_dim or heads % key_value_heads:
+        return None
+    return AttentionShape(
+        heads,
+        key_value_heads,
+        head_dim,
+        multi_query=getattr(module, "multi_query", False) is True,
+        grouped=getattr(module, "new_decoder_architecture", False) is True,
+    )
+
+
+def _first(owner: Any, names: tuple[str, ...]) -> int:
+    """The first of these attributes that is a positive number, or 0."""
+    for name in names:
+        value = getattr(owner, name, None)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return 0
+
+
+HEADS = frozenset({"lm_head", "embed_out"})
+# By the names that Llama, Qwen, GPT-2, GPT-NeoX, Falcon, Phi, OPT, BLOOM, T5 and their kin use.
+_COLUMN = HEADS | {
+    *("q_proj", "k_proj", "v_proj", "qkv_proj", "q_lin", "k_lin", "v_lin", "wq", "wk", "wv"),
+    *("q", "k", "v", "query", "key", "value", "query_key_value", "W_pack", "Wqkv", "wqkv"),
+    *("c_attn", "q_attn", "in_proj", "gate_proj", "up_proj", "gate_up_proj"),
+    *("c_fc", "fc1", "fc_in"),
+    *("dense_h_to_4h", "lin1", "w1", "w3", "wi", "wi_0", "wi_1"),
+}
+_ROW = frozenset(
+    {
+        *("o_proj", "out_proj", "c_proj", "dense", "out_lin", "wo", "o"),
+        *("down_proj", "dense_4h_to_h", "fc2", "fc_out", "lin2", "w2"),
+    }
+)
+
+
+def adaptable(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Its linear modules and its embeddings, by name. `ConfigError` if adapters are attached."""
+    from transformers.pytorch_utils import Conv1D  # noqa: PLC0415 (slow)
+
+    for name, module in model.named_modules():
+        if name.endswith(".base_layer") or ".lora_A." in name:
+            raise ConfigError(
+                f"module {name!r} belongs to an adapter that is attached already; take the layout"
+                " of the plain base model"
+            )
+        if (isinstance(module, nn.Linear | Conv1D) or looks_up(name, module)) and name:
+            yield name, module
+
+
+def looks_up(name: str, module: nn.Module) -> bool:
+    """Whether it gives rows of its weight for ids of tokens or positions, scaled perhaps.
+
+    What computes anything else, as OPT's positions do, no adapter can be for. What lies within a
+    layer (T5's relative positions) has no tokens for its input.
+    """
+    if not isinstance(module, nn.Embedding) or layer_index(name) is not None:
+        return False
+    plain = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+    return plain and module.max_norm is None
+
+
+def embedding_module(name: str, module: nn.Embedding) -> Module:
+    sizes = module.num_embeddings, module.embedding_dim
+    return Module(name, *sizes, -1, Parallelism.REPLICATED, embedding=True)
+
+
+def linear_module(model: nn.Module, name: str, linear: Any, layer: int) -> Module:
+    """What a layout says of one of the model's linear modules."""
+    transposed = not isinstance(linear, nn.Linear)
+    # A quantised linear packs its weight: only the module knows its sizes.
+    sizes = linear.weight.shape if transposed else (linear.in_features, linear.out_features)
+    inputs, outputs = map(int, sizes)
+    parallel = parallel_of(name)
+    parts = parts_of(model, name, outputs) if parallel is Parallelism.COLUMN else ()
+    return Module(name, inputs, outputs, layer, parallel, transposed, parts)
+
+
+def parallel_of(name: str) -> Parallelism:
+    """How tensor parallelism cuts a module of this name."""
+    last = name.rpartition(".")[2]
+    if last in _COLUMN:
+        return Parallelism.COLUMN
+    return Parallelism.ROW if last in _ROW else Parallelism.REPLICATED
+
 
 Dtype: TypeAlias = str | torch.dtype | None
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
-_MATRICES = (Part.A, Part.B)
+_MATRICES = (TensorRole.A, TensorRole.B)
 
 
 def from_pretrained(dir: str | Path, dtype: Dtype = None) -> ModelLayout:
@@ -171,7 +380,7 @@ def from_adapter(dir: str | Path, *, limits: Limits | None = None) -> ModelLayou
             in_features=a.shape[1],
             out_features=b.shape[0],
             layer=_layer(path, numbers[path], num_layers),
-            parallel=Parallel.REPLICATED if embedding else parallel_of(path),
+            parallel=Parallelism.REPLICATED if embedding else parallel_of(path),
             transposed=spec.fan_in_fan_out and not embedding,
             embedding=embedding,
         )
@@ -202,7 +411,7 @@ def _layer(path: str, number: int | None, num_layers: int) -> int:
 
 def _shapes(header: Header) -> dict[str, tuple[TensorSpan, TensorSpan, bool]]:
     """A and B of each module, and whether it is an embedding."""
-    parts: dict[str, dict[Part, TensorSpan]] = {}
+    parts: dict[str, dict[TensorRole, TensorSpan]] = {}
     embeddings: dict[str, bool] = {}
     for span in header.tensors:
         name = parse_tensor_name(span.name)
@@ -222,7 +431,9 @@ def _shapes(header: Header) -> dict[str, tuple[TensorSpan, TensorSpan, bool]]:
             )
     if not parts:
         raise AdapterFormatError("the file holds no tensors; save the adapter again")
-    return {path: (ab[Part.A], ab[Part.B], embeddings[path]) for path, ab in parts.items()}
+    return {
+        path: (ab[TensorRole.A], ab[TensorRole.B], embeddings[path]) for path, ab in parts.items()
+    }
 
 
 def _read(path: Path, most: int) -> bytes:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import tiny
-from lorax_async import AdapterLoader, IntegrityError, LoaderConfig
-from lorax_async.io.devices.gated import GatedDevice
+from lorax_async.config import LoaderConfig
+from lorax_async.devices.simulated import GatedDevice
+from lorax_async.errors import IntegrityError
+from lorax_async.loader import AdapterLoader
 from lorax_async.testing import FakeSource
 
 FALSE = IntegrityError("its bytes are not what was promised", stage="verify", retryable=False)

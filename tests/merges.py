@@ -10,7 +10,8 @@ import safetensors.torch
 import torch
 
 import tiny
-from lorax_async import AdapterHandle, Merge
+from lorax_async.handle import AdapterHandle
+from lorax_async.types import Merge
 from tiny_sources import WEIGHTS
 
 HALVES = Merge("linear", ["a", "b"], [0.5, -2])

@@ -9,7 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorax_async.config import Shard
-from lorax_async.core.layout import ModelLayout, Module, Parallel, Part
+from lorax_async.planning.layout import (
+    FusedPart,
+    ModelLayout,
+    Module,
+    Parallelism,
+)
 
 LAYERS, HIDDEN, HEADS, GROUPS, HEAD_DIM, FFN = 2, 32, 8, 2, 4, 48
 SIZES = {
@@ -21,17 +26,17 @@ SIZES = {
 }
 """Of each module: in, out."""
 PARALLEL = {
-    "qkv_proj": Parallel.COLUMN,
-    "o_proj": Parallel.ROW,
-    "up_proj": Parallel.COLUMN,
-    "down_proj": Parallel.ROW,
-    "gate": Parallel.REPLICATED,
+    "qkv_proj": Parallelism.COLUMN,
+    "o_proj": Parallelism.ROW,
+    "up_proj": Parallelism.COLUMN,
+    "down_proj": Parallelism.ROW,
+    "gate": Parallelism.REPLICATED,
 }
 
 
 def layout(dtype: str = "F32") -> ModelLayout:
-    group = Part(GROUPS * HEAD_DIM, HEAD_DIM, replicable=True)
-    parts = {"qkv_proj": (Part(HEADS * HEAD_DIM, HEAD_DIM), group, group)}
+    group = FusedPart(GROUPS * HEAD_DIM, HEAD_DIM, replicable=True)
+    parts = {"qkv_proj": (FusedPart(HEADS * HEAD_DIM, HEAD_DIM), group, group)}
     modules = []
     for layer in range(LAYERS):
         for name, (inputs, outputs) in SIZES.items():

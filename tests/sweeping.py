@@ -11,8 +11,9 @@ from typing import Any
 
 import tiny
 from common import until
-from lorax_async import AdapterLoader, LoaderConfig
-from lorax_async.io.devices.gated import GatedDevice
+from lorax_async.config import LoaderConfig
+from lorax_async.devices.simulated import GatedDevice
+from lorax_async.loader import AdapterLoader
 
 RESTING = {"resident", "present", "held", "read ahead"}
 

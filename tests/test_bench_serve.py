@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import bench_serve
-from lorax_async import AdapterNotFoundError
+from lorax_async.errors import AdapterNotFoundError
 from server.world import FakeEngine, failing, saying, serving
 
 

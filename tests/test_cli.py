@@ -22,14 +22,21 @@ import torch
 
 import tiny
 from command_line import ADAPTERS, adapter, base, on_a_terminal, output, query, read_until
-from lorax_async import AdapterLoader, LoaderConfig, SlotGranted, layouts
-from lorax_async.cli import main
-from lorax_async.commands import load
-from lorax_async.commands.arguments import as_size
-from lorax_async.commands.demo_remote import COLUMNS, RATE
-from lorax_async.commands.measure import run_on_uvloop, with_ticker
-from lorax_async.config import Eviction
-from lorax_async.core.policies import EVICTION_POLICIES
+from lorax_async import layouts
+from lorax_async.cli import load, main
+from lorax_async.cli.arguments import as_size
+from lorax_async.cli.demo_remote import (
+    COLUMNS,
+    RATE,
+)
+from lorax_async.cli.measure import (
+    run_on_uvloop,
+    with_ticker,
+)
+from lorax_async.config import Eviction, LoaderConfig
+from lorax_async.events import SlotGranted
+from lorax_async.lifecycle.policies import EVICTION_POLICIES
+from lorax_async.loader import AdapterLoader
 
 CONTROL = re.compile(r"[^\n\x20-\x7e–─→…]")
 Capture = pytest.CaptureFixture[str]

@@ -28,18 +28,28 @@ import split_files
 import tiny
 from command_line import ADAPTERS, base, output
 from common import Run
-from lorax_async.adapter import AdapterRef
+from lorax_async.cache.partials import CHUNK_BYTES
+from lorax_async.cache.records import CacheKey
 from lorax_async.cli import main
-from lorax_async.commands.fetch import AT_ONCE, FetchRow, fetch_all
-from lorax_async.commands.measure import loads_of
-from lorax_async.commands.places import as_allow, as_place, settings_of
-from lorax_async.config import Allow, LoaderConfig
-from lorax_async.core.cache_names import WEIGHTS_FILE, CacheKey
-from lorax_async.core.chunk_map import CHUNK_BYTES
+from lorax_async.cli.arguments import (
+    as_allow,
+    as_place,
+    settings_of,
+)
+from lorax_async.cli.fetch import (
+    AT_ONCE,
+    FetchRow,
+    fetch_all,
+)
+from lorax_async.cli.measure import loads_of
+from lorax_async.config import LoaderConfig
 from lorax_async.errors import UsageError
+from lorax_async.formats.split_weights import WEIGHTS_FILE
+from lorax_async.ids.allow import Allow
 from lorax_async.ids.parsing import parsed
-from lorax_async.io.remote.elsewhere import elsewhere_of
-from lorax_async.io.remote.fetch import COMPARED_BYTES
+from lorax_async.remote.fetching import COMPARED_BYTES
+from lorax_async.remote.remote_source import lazy_remote_source
+from lorax_async.types import AdapterRef
 
 pytestmark = pytest.mark.usefixtures("no_socket_left", "nothing_left", "hub_client")
 
@@ -267,7 +277,7 @@ def test_a_few_at_a_time(run: Run, tmp_path: Path) -> None:
     with FaultServer(b"", behave) as server:
         config = replace(config, allow=(Allow("http", "127.0.0.1", server.port),))
         rows = [FetchRow(parsed(AdapterRef(server.url(f"/{name}/")))) for name in names]
-        with elsewhere_of(config) as elsewhere:
+        with lazy_remote_source(config) as elsewhere:
             run(fetch_all(elsewhere, rows, show))
     size = len(contents(folder)[NAMES[1]])
     assert {(row.state, row.landed) for row in rows} == {("fetched", (size, size))}

@@ -31,25 +31,29 @@ from contention.observer import (
     complaints,
     made,
 )
-from lorax_async import (
-    AdapterHandle,
-    AdapterLoader,
+from lorax_async import errors
+from lorax_async.config import LoaderConfig
+from lorax_async.devices import transfer
+from lorax_async.devices.simulated import (
+    SimulatedDevice,
+    SimulatedStream,
+)
+from lorax_async.errors import (
     FetchError,
     IntegrityError,
-    LoaderConfig,
-    SlotId,
     TransferError,
-    errors,
 )
-from lorax_async.adapter import AdapterKey
-from lorax_async.core.decisions import Decisions
-from lorax_async.core.life import Life
-from lorax_async.core.residency import HostBudget
-from lorax_async.io import transfer
-from lorax_async.io.ports import Hold
-from lorax_async.runtime.prefetch import Prefetch
-from lorax_async.testing import FakeSource, SimulatedDevice, SimulatedStream
+from lorax_async.events import SlotId
+from lorax_async.handle import AdapterHandle
+from lorax_async.lifecycle.adapter_state import AdapterState
+from lorax_async.lifecycle.residency import HostBudget
+from lorax_async.lifecycle.rules import LifecycleRules
+from lorax_async.loader import AdapterLoader
+from lorax_async.runtime.acquire import Prefetch
+from lorax_async.sources.base import PinnedPages
+from lorax_async.testing import FakeSource
 from lorax_async.testing import Step as SourceStep
+from lorax_async.types import AdapterKey
 
 DEVICE_BYTES = LARGEST * 16 // 9
 """Room for the largest and one of rank 16, not for two of the largest."""
@@ -106,7 +110,7 @@ class Stock(FakeSource):
         files = made(id, self.latest[id])
         self.versions[self.put(id, files.config, files.content)] = files
 
-    async def populate(self, key: AdapterKey) -> Hold:
+    async def populate(self, key: AdapterKey) -> PinnedPages:
         hold = await super().populate(key)
         self.held_bytes += hold.nbytes
         return CountedHold(hold, self)
@@ -115,7 +119,7 @@ class Stock(FakeSource):
 class CountedHold:
     """A hold whose bytes are counted until it is closed."""
 
-    def __init__(self, hold: Hold, stock: Stock) -> None:
+    def __init__(self, hold: PinnedPages, stock: Stock) -> None:
         self.nbytes, self.locked = hold.nbytes, hold.locked
         self._hold, self._stock, self._counted = hold, stock, hold.nbytes
 
@@ -165,13 +169,13 @@ class World:
     def _is_leased(self, slot: SlotId) -> bool:
         return not self.closing and any(each.handle.slot == slot for each in self.holders)
 
-    def want(self, wish: Coroutine[Any, Any, None]) -> None:
-        self.wants.append(asyncio.create_task(self._wanting(wish)))
+    def want(self, pending_load: Coroutine[Any, Any, None]) -> None:
+        self.wants.append(asyncio.create_task(self._wanting(pending_load)))
 
-    async def _wanting(self, wish: Coroutine[Any, Any, None]) -> None:
+    async def _wanting(self, pending_load: Coroutine[Any, Any, None]) -> None:
         """What comes of it is what was provoked."""
         try:
-            await wish
+            await pending_load
         except errors.LoraxError as error:
             self.blame(self.is_provoked(error), f"{type(error).__name__}: {error}")
 
@@ -615,16 +619,16 @@ def test_much_more_of_it(scene: Scene, plan: list[Step]) -> None:
     play(scene, plan)
 
 
-def _blind_to_copies(self: Decisions, life: Life) -> bool:
+def _blind_to_copies(self: LifecycleRules, life: AdapterState) -> bool:
     kept, life.copying = life.copying, 0
     changed: bool = _quiesced(self, life)
     life.copying = kept
     return changed
 
 
-_quiesced = vars(Decisions)["_slot_quiesced"]
+_quiesced = vars(LifecycleRules)["_slot_quiesced"]
 FAULTS: list[tuple[object, str, object]] = [
-    (Decisions, "_slot_quiesced", _blind_to_copies),
+    (LifecycleRules, "_slot_quiesced", _blind_to_copies),
     (SimulatedDevice, "wait_for", lambda *_: None),  # a kernel does not wait for its copy
     (transfer, "zero", lambda *_: None),  # ranks are not padded
     (HostBudget, "claim", lambda *_: None),  # held files cost nothing

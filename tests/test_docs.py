@@ -16,8 +16,8 @@ from urllib.parse import urlencode
 import pytest
 
 import tiny
-from lorax_async import LocalRoot
 from lorax_async.cli import main
+from lorax_async.config import LocalRoot
 from tiny_loaders import ONE, loader
 
 Capture = pytest.CaptureFixture[str]

@@ -22,19 +22,24 @@ import tiny
 from common import our_threads, until
 from false_bytes import watched
 from lorax_async import errors
-from lorax_async.adapter import AdapterKey
-from lorax_async.core.arena import Extent
-from lorax_async.core.commands import Copy
-from lorax_async.core.life import Grant
-from lorax_async.core.moves import GroupPlan
-from lorax_async.core.transfer_plan import TransferPlan
+from lorax_async.devices.base import CopyTicket
+from lorax_async.devices.transfer import (
+    CopyResult,
+    GroupCopy,
+)
 from lorax_async.events import SlotId
-from lorax_async.io.ports import CopyTicket
-from lorax_async.io.sources.checked_open import FileReader, identity_of
-from lorax_async.io.transfer import GroupCopy, Moved
-from lorax_async.runtime.copies import Copies
-from lorax_async.runtime.tenancy import Tenancy
+from lorax_async.files import (
+    FileReader,
+    identity_of,
+)
+from lorax_async.lifecycle.adapter_state import SlotGrant
+from lorax_async.lifecycle.arena import Extent
+from lorax_async.lifecycle.commands import CopyGroup
+from lorax_async.planning.transfer_plan import GroupPlan, TransferPlan
+from lorax_async.runtime.copies import CopyThreads
+from lorax_async.runtime.leases import SlotOccupancy
 from lorax_async.testing import FakeHold
+from lorax_async.types import AdapterKey
 from tiny_loaders import fails, gated, loader
 from tiny_sources import Slowed, over, state, stocked
 
@@ -263,21 +268,21 @@ class SlowInt(int):
 async def test_copies_that_end_at_the_same_moment_are_both_counted() -> None:
     """They are the adapter's last two, so that the loop is woken though another is under way."""
     key, heard, asked = AdapterKey("somewhere", ()), list[int](), list[int]()
-    grant = Grant(SlotId(0, 1), tuple(Extent(64 * n, 64) for n in range(4)))
+    grant = SlotGrant(SlotId(0, 1), tuple(Extent(64 * n, 64) for n in range(4)))
     groups = tuple(GroupPlan(n, 64, (), (), (), (), ()) for n in range(4))
-    tenancy = Tenancy(key, grant, TransferPlan(groups, "F32", 4, 256, 300), 4)
-    tenancy.copied = SlowInt(2)
+    occupancy = SlotOccupancy(key, grant, TransferPlan(groups, "F32", 4, 256, 300), 4)
+    occupancy.copied = SlowInt(2)
     tickets: list[CopyTicket] = [Future() for _ in range(3)]
 
-    def run(copy: GroupCopy) -> Moved:
+    def run(copy: GroupCopy) -> CopyResult:
         ticket = tickets[copy.group.layer]
         asked.append(copy.group.layer)
-        return Moved(ticket, ticket, 0.0)
+        return CopyResult(ticket, ticket, 0.0)
 
     part: Any = SimpleNamespace  # of the loader, as far as copies know it
-    copies = Copies(
+    copies = CopyThreads(
         part(reader=lambda key: None),
-        part(tenancy=lambda key: tenancy),
+        part(occupancy=lambda key: occupancy),
         part(run=run),
         lambda outcome: heard.append(outcome.command.group),
         lambda key: None,
@@ -286,7 +291,7 @@ async def test_copies_that_end_at_the_same_moment_are_both_counted() -> None:
         images=torch.empty(0, dtype=torch.uint8),
     )
     for group in range(3):
-        copies.start(Copy(key, grant, group))
+        copies.start(CopyGroup(key, grant, group))
     await until(lambda: len(asked) == 3)
     await asyncio.sleep(0.01)
     for ticket in tickets[:2]:  # each in a thread of its own, as a device does it

@@ -14,7 +14,13 @@ import torch
 import tiny
 from common import until
 from given import FILE, assert_holds, file_bytes, give, kept, put, used
-from lorax_async import AdapterHandle, AdapterRef, Limits, LoaderConfig, errors
+from lorax_async import errors
+from lorax_async.config import (
+    Limits,
+    LoaderConfig,
+)
+from lorax_async.handle import AdapterHandle
+from lorax_async.types import AdapterRef
 from sweeping import Bench, cancel_at, count_steps, local_bench, released
 from tiny_loaders import ONE, loader, on_device
 from tiny_sources import over, state, stocked, where
@@ -301,14 +307,14 @@ async def test_tensors_cancelled_at_every_await_change_nothing(tmp_path: Path, v
 
 
 STEPS = {
-    "measure": "lorax_async.io.snapshot.Snapshot.measure",
-    "copy": "lorax_async.io.snapshot.Snapshot.step",
-    "hash": "lorax_async.io.snapshot.Buffer.of",
-    "open": "lorax_async.io.host_copies.HostCopy.open",
-    "plan": "lorax_async.runtime.planning.Planner.plan",
-    "read": "lorax_async.io.host_copies.CopyReader.read_into",
-    "to device": "lorax_async.io.devices.cpu.CpuDevice.copy",
-    "exchange": "lorax_async.runtime.names.Names.give",
+    "measure": "lorax_async.sources.host_copies.TensorSnapshot.measure",
+    "copy": "lorax_async.sources.host_copies.TensorSnapshot.step",
+    "hash": "lorax_async.sources.host_copies.StagingBuffer.of",
+    "open": "lorax_async.sources.host_copies.HostCopy.open",
+    "plan": "lorax_async.runtime.fetches.TransferPlanner.plan",
+    "read": "lorax_async.sources.host_copies.CopyReader.read_into",
+    "to device": "lorax_async.devices.cpu.CpuDevice.copy",
+    "exchange": "lorax_async.runtime.resolver.AssignedIds.give",
 }
 
 
@@ -361,7 +367,7 @@ async def test_a_machine_without_memory_says_so(monkeypatch: pytest.MonkeyPatch)
 
     async with loader() as there:
         with monkeypatch.context() as patch:
-            patch.setattr("lorax_async.io.snapshot.torch.empty", no_memory)
+            patch.setattr("lorax_async.sources.host_copies.torch.empty", no_memory)
             with pytest.raises(errors.CapacityError, match="no host memory") as caught:
                 await give(there, 2)
         assert caught.value.id == "mine"

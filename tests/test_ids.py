@@ -16,10 +16,16 @@ from huggingface_hub.utils._validators import validate_repo_id
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lorax_async import AdapterRef, Allow, InvalidAdapterIdError, errors, parse_adapter_id
-from lorax_async.errors import MAX_TEXT
-from lorax_async.ids.parsing import as_parsed, parsed
-from lorax_async.io.http.urls import parse_url
+from lorax_async import errors
+from lorax_async.errors import MAX_TEXT, InvalidAdapterIdError
+from lorax_async.http.urls import parse_url
+from lorax_async.ids.allow import Allow
+from lorax_async.ids.parsing import (
+    as_parsed,
+    parse_adapter_id,
+    parsed,
+)
+from lorax_async.types import AdapterRef
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

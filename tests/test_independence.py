@@ -14,12 +14,27 @@ import pytest
 
 import tiny
 from common import Run, until
-from lorax_async import AdapterHandle, AdapterLoader, Event, LoaderConfig, SlotGranted, errors
-from lorax_async.core import queues
-from lorax_async.core.arena import Extent
-from lorax_async.core.moves import Row
-from lorax_async.io.ports import CopyTicket, FilePieces, StagedPiece
-from lorax_async.testing import FakeSource, SimulatedDevice, SimulatedTicket
+from lorax_async import errors
+from lorax_async.config import LoaderConfig
+from lorax_async.devices.base import (
+    CopyTicket,
+    FilePieces,
+    StagedPiece,
+)
+from lorax_async.devices.simulated import (
+    SimulatedDevice,
+    SimulatedTicket,
+)
+from lorax_async.events import (
+    Event,
+    SlotGranted,
+)
+from lorax_async.handle import AdapterHandle
+from lorax_async.lifecycle import queues
+from lorax_async.lifecycle.arena import Extent
+from lorax_async.loader import AdapterLoader
+from lorax_async.planning.transfer_plan import TableRow
+from lorax_async.testing import FakeSource
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -55,7 +70,7 @@ class TimedDevice(SimulatedDevice):
         self._tickets: dict[int, list[SimulatedTicket]] = {}
 
     def copy(
-        self, pieces: FilePieces | StagedPiece, rows: Sequence[Row], extent: Extent, slot: int
+        self, pieces: FilePieces | StagedPiece, rows: Sequence[TableRow], extent: Extent, slot: int
     ) -> CopyTicket:
         if slot == self.doomed and len(self._tickets.get(slot, ())) >= 3:
             raise errors.TransferError("ordered")

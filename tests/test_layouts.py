@@ -20,12 +20,27 @@ from torch import nn
 
 import tiny
 from lorax_async import layouts
-from lorax_async.config import Limits, Shard
-from lorax_async.core.layout import ModelLayout, Module, Parallel, Part
-from lorax_async.core.sharding import Cut, Sharding, shard_layout
+from lorax_async.config import (
+    Limits,
+    Shard,
+)
 from lorax_async.errors import AdapterFormatError as Malformed
-from lorax_async.errors import AdapterNotFoundError, ConfigError
+from lorax_async.errors import (
+    AdapterNotFoundError,
+    ConfigError,
+)
 from lorax_async.errors import UnsupportedAdapterError as Unsupported
+from lorax_async.planning.layout import (
+    FusedPart,
+    ModelLayout,
+    Module,
+    Parallelism,
+)
+from lorax_async.planning.sharding import (
+    ModuleCut,
+    Sharding,
+    shard_layout,
+)
 
 # PEFT asks transformers for a property that is deprecated there.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -39,7 +54,7 @@ SHARED: dict[str, Any] = {
 NEOX_SIZES = SHARED | {"intermediate_size": 40}
 QWEN = NEOX_SIZES | {"num_key_value_heads": 2}
 LLAMA = QWEN | {"head_dim": 8}
-COLUMN, ROW = Parallel.COLUMN, Parallel.ROW
+COLUMN, ROW = Parallelism.COLUMN, Parallelism.ROW
 MODEL: Any = transformers.AutoModelForCausalLM
 
 
@@ -59,9 +74,9 @@ def t5(**changes: Any) -> transformers.T5Config:
 def by_hand_llama() -> list[Module]:
     """From the published shapes of the architecture: out × in of each weight, heads of 8."""
     layer: list[Any] = [
-        ("self_attn.q_proj", 32, 32, COLUMN, Part(32, 8)),
-        ("self_attn.k_proj", 32, 16, COLUMN, Part(16, 8, replicable=True)),
-        ("self_attn.v_proj", 32, 16, COLUMN, Part(16, 8, replicable=True)),
+        ("self_attn.q_proj", 32, 32, COLUMN, FusedPart(32, 8)),
+        ("self_attn.k_proj", 32, 16, COLUMN, FusedPart(16, 8, replicable=True)),
+        ("self_attn.v_proj", 32, 16, COLUMN, FusedPart(16, 8, replicable=True)),
         ("self_attn.o_proj", 32, 32, ROW),
         ("mlp.gate_proj", 32, 40, COLUMN),
         ("mlp.up_proj", 32, 40, COLUMN),
@@ -72,7 +87,7 @@ def by_hand_llama() -> list[Module]:
         for n in range(3)
         for name, inputs, outputs, kind, *parts in layer
     ]
-    embedding = Module("model.embed_tokens", 48, 32, -1, Parallel.REPLICATED, embedding=True)
+    embedding = Module("model.embed_tokens", 48, 32, -1, Parallelism.REPLICATED, embedding=True)
     return [embedding, *modules, Module("lm_head", 32, 48, 3, COLUMN)]
 
 
@@ -87,10 +102,10 @@ def test_a_llama_in_memory() -> None:
 def test_a_gpt2_stores_its_weights_the_other_way_round() -> None:
     layout = layouts.from_module(transformers.GPT2LMHeadModel(gpt2()))
     assert layout.backbone_prefix == "transformer."
-    thirds = Part(32, 8), Part(32, 8, True), Part(32, 8, True)
+    thirds = FusedPart(32, 8), FusedPart(32, 8, True), FusedPart(32, 8, True)
     first = [
-        Module("transformer.wte", 48, 32, -1, Parallel.REPLICATED, embedding=True),
-        Module("transformer.wpe", 16, 32, -1, Parallel.REPLICATED, embedding=True),
+        Module("transformer.wte", 48, 32, -1, Parallelism.REPLICATED, embedding=True),
+        Module("transformer.wpe", 16, 32, -1, Parallelism.REPLICATED, embedding=True),
         Module("transformer.h.0.attn.c_attn", 32, 96, 0, COLUMN, transposed=True, parts=thirds),
         Module("transformer.h.0.attn.c_proj", 32, 32, 0, ROW, transposed=True),
         Module("transformer.h.0.mlp.c_fc", 32, 128, 0, COLUMN, transposed=True),
@@ -271,7 +286,7 @@ def embeddings_of(model: Any) -> list[str]:
     found = [module for module in modules if module.embedding]
     for module in found:
         kind = (module.layer, module.parallel, module.transposed)
-        assert kind == (-1, Parallel.REPLICATED, False)
+        assert kind == (-1, Parallelism.REPLICATED, False)
         weight = model.get_submodule(module.name).weight
         assert (module.in_features, module.out_features) == tuple(weight.shape)
     return [module.name for module in found]
@@ -304,7 +319,7 @@ def test_an_embedding_is_whole_on_every_rank_whatever_its_name(tmp_path: Path) -
     tensors = {f"{name}A": torch.zeros(4, 48), f"{name}B": torch.zeros(32, 4)}
     safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors")
     (module,) = layouts.from_adapter(tmp_path).modules
-    assert (module.embedding, module.parallel) == (True, Parallel.REPLICATED)
+    assert (module.embedding, module.parallel) == (True, Parallelism.REPLICATED)
 
 
 HIDDEN = 32
@@ -312,22 +327,22 @@ SIZES = NEOX_SIZES | {"num_hidden_layers": 1, "num_attention_heads": 8}
 SIZES |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "attn_implementation": "eager"}
 GQA = SIZES | {"num_key_value_heads": 2}
 GROUPED = (transformers.LlamaConfig, transformers.Qwen2Config, transformers.Phi3Config)
-Q = Part(32, 4)
-K, FULL_K, ONE_K = (Part(outputs, 4, replicable=True) for outputs in (8, 32, 4))
-BY_HEAD = (Part(96, 12),)
-Parts = tuple[Part, ...]
+Q = FusedPart(32, 4)
+K, FULL_K, ONE_K = (FusedPart(outputs, 4, replicable=True) for outputs in (8, 32, 4))
+BY_HEAD = (FusedPart(96, 12),)
+Parts = tuple[FusedPart, ...]
 
 Case = tuple[Any, dict[str, Any], dict[str, Parts]]
-PHI = {"qkv_proj": (Q, K, K), "gate_up_proj": (Part(40), Part(40)), "o_proj": ()}
-NEOX = {"query_key_value": BY_HEAD, "dense_h_to_4h": (Part(40),), "dense": ()}
-FALCON = {"query_key_value": (Q, ONE_K, ONE_K), "dense_h_to_4h": (Part(128),)}
-WIDE = {"q_proj": (Part(48, 6),), "k_proj": (Part(12, 6, True),), "o_proj": ()}
+PHI = {"qkv_proj": (Q, K, K), "gate_up_proj": (FusedPart(40), FusedPart(40)), "o_proj": ()}
+NEOX = {"query_key_value": BY_HEAD, "dense_h_to_4h": (FusedPart(40),), "dense": ()}
+FALCON = {"query_key_value": (Q, ONE_K, ONE_K), "dense_h_to_4h": (FusedPart(128),)}
+WIDE = {"q_proj": (FusedPart(48, 6),), "k_proj": (FusedPart(12, 6, True),), "o_proj": ()}
 MPT = {"d_model": HIDDEN, "n_heads": 8, "n_layers": 1}
 SHORT = {"n_positions": 16}
 CODE = SHORT | {"n_inner": 40}
 NEW_FALCON = {"num_kv_heads": 2, "new_decoder_architecture": True}
 FUSED: dict[str, Parts] = {"query_key_value": BY_HEAD}
-TWO_GROUPS: dict[str, Parts] = {"query_key_value": (Part(48, 24),)}
+TWO_GROUPS: dict[str, Parts] = {"query_key_value": (FusedPart(48, 24),)}
 BIGCODE, OWN = transformers.GPTBigCodeConfig, {"multi_query": False}
 CASES: dict[str, Case] = {
     "llama": (transformers.LlamaConfig, {"head_dim": 4}, {"q_proj": (Q,), "k_proj": (K,)}),
@@ -460,7 +475,7 @@ class Attention:
         return output
 
 
-def cut_linear(linear: Any, module: Module, cut: Cut, shard: Shard) -> None:
+def cut_linear(linear: Any, module: Module, cut: ModuleCut, shard: Shard) -> None:
     rows = torch.cat([torch.arange(*each) for each in cut.rows])
     columns = torch.arange(*cut.columns)
     weight = linear.weight.T if module.transposed else linear.weight

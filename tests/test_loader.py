@@ -15,13 +15,25 @@ import torch
 
 import tiny
 from common import until
-from lorax_async import AdapterKey, AdapterLoader, AdapterRef, errors
-from lorax_async.adapter import Ref
-from lorax_async.core.transfer_plan import plan_transfer
-from lorax_async.events import BytesMoved, Event, LayerReady, Leaving, Resident, SlotGranted
-from lorax_async.runtime import planning
-from lorax_async.runtime.journal import STORY_LENGTH
+from lorax_async import errors
+from lorax_async.events import (
+    BytesMoved,
+    Event,
+    LayerReady,
+    Leaving,
+    Resident,
+    SlotGranted,
+)
+from lorax_async.loader import AdapterLoader
+from lorax_async.planning.transfer_plan import plan_transfer
+from lorax_async.runtime import fetches
+from lorax_async.runtime.telemetry import STORY_LENGTH
 from lorax_async.testing import FakeSource
+from lorax_async.types import (
+    AdapterKey,
+    AdapterRef,
+    Ref,
+)
 from sweeping import our_tasks
 from tiny_loaders import ONE, fails, gated, loader
 from tiny_sources import Slowed, over, state, stocked, where
@@ -95,7 +107,7 @@ async def test_one_plan_per_loop_turn(tmp_path: Path, monkeypatch: Patch) -> Non
         return plan_transfer(*what, **more)
 
     async with over(source) as there:
-        monkeypatch.setattr(planning, "plan_transfer", planned)
+        monkeypatch.setattr(fetches, "plan_transfer", planned)
         hints, now = [there.prefetch(name, tier="disk") for name in names], [0]
         while not all(hint.done for hint in hints):
             now[0] = next(turn)

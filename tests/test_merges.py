@@ -18,20 +18,28 @@ import sharded
 import tiny
 from common import open_files, until
 from given import give, used
-from lorax_async import (
-    AdapterKey,
-    AdapterLoader,
-    AdapterRef,
+from lorax_async import errors
+from lorax_async.config import (
     Limits,
     LoaderConfig,
-    Merge,
     Shard,
-    errors,
 )
-from lorax_async.adapter import FileIdentity, MergedKey, as_ref, text_of
-from lorax_async.identity import PartId
-from lorax_async.merge import MAX_PARTS
-from lorax_async.testing import FakeReader, Step
+from lorax_async.loader import AdapterLoader
+from lorax_async.testing import (
+    FakeReader,
+    Step,
+)
+from lorax_async.types import (
+    MAX_PARTS,
+    AdapterKey,
+    AdapterRef,
+    FileIdentity,
+    Merge,
+    MergedKey,
+    PartId,
+    as_ref,
+    text_of,
+)
 from merges import BOTH, DROPPED, HALVES, assert_halves, assert_same, at, part_bytes, weights_of
 from sweeping import cancel_at, count_steps, local_bench, released
 from tiny_loaders import loader

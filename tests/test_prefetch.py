@@ -12,11 +12,19 @@ import pytest
 import tiny
 from common import until
 from given import acquired
-from lorax_async import AdapterKey, AdapterLoader, AdapterRef, Event, LocalRoot, errors
-from lorax_async.io.ports import AdapterFile, Demand
-from lorax_async.runtime import acquiring
-from lorax_async.runtime.whereabouts import TierName
+from lorax_async import errors
+from lorax_async.concurrency import FetchControl
+from lorax_async.config import LocalRoot
+from lorax_async.events import Event
+from lorax_async.loader import AdapterLoader
+from lorax_async.runtime import acquire
+from lorax_async.runtime.placement import TierName
+from lorax_async.sources.base import AdapterFile
 from lorax_async.testing import FakeSource
+from lorax_async.types import (
+    AdapterKey,
+    AdapterRef,
+)
 from page_looks import cached_pages, drop_pages, map_sizes, may_lock, pages
 from tiny_loaders import ONE, fails, loader
 from tiny_sources import WEIGHTS, granted, is_at, over, simulated, state, stocked, where
@@ -229,19 +237,19 @@ async def test_two_openings_at_a_time(tmp_path: Path, monkeypatch: pytest.Monkey
     opened, opening, at_once = list[str](), set[str](), list[int]()
     plain_open = source.open
 
-    async def slow(key: AdapterKey, demand: Demand) -> AdapterFile:
+    async def slow(key: AdapterKey, control: FetchControl) -> AdapterFile:
         name = key.location.removeprefix("memory:")
         opened.append(name)
         if name == "urgent":
-            return await plain_open(key, demand)
+            return await plain_open(key, control)
         opening.add(name)
         at_once.append(len(opening))
         await asyncio.sleep(0.001)
         opening.remove(name)
-        return await plain_open(key, demand)
+        return await plain_open(key, control)
 
     monkeypatch.setattr(source, "open", slow)
-    monkeypatch.setattr(acquiring, "BACKGROUND_SECONDS", 1e6)  # so that no turn is lent
+    monkeypatch.setattr(acquire, "BACKGROUND_SECONDS", 1e6)  # so that no turn is lent
     async with over(source) as there:
         for name in NAMES[:4]:
             source.hold(name)

@@ -12,8 +12,18 @@ import torch
 import tiny
 from common import until
 from given import acquired, assert_holds, assert_means, give, kept, put, used
-from lorax_async import AdapterHandle, AdapterRef, Event, Leaving, Merge, Resident, errors
-from lorax_async.adapter import AdapterId
+from lorax_async import errors
+from lorax_async.events import (
+    Event,
+    Leaving,
+    Resident,
+)
+from lorax_async.handle import AdapterHandle
+from lorax_async.types import (
+    AdapterId,
+    AdapterRef,
+    Merge,
+)
 from tiny_loaders import ONE, gated, loader, on_device
 from tiny_sources import Slowed, over, state, stocked, where
 
@@ -352,12 +362,12 @@ async def test_a_cancelled_call_takes_no_bytes_from_another_name() -> None:
         (await give(there, 1)).release()
         device.gate.clear()
         replacing = asyncio.create_task(put(there, 2))
-        giving = asyncio.create_task(give(there, 2, "other"))
+        tensor_adapters = asyncio.create_task(give(there, 2, "other"))
         await until(lambda: there.usage().waiting == 2)
         replacing.cancel()
         await asyncio.wait([replacing])
         device.gate.set()
-        async with await giving as handle:
+        async with await tensor_adapters as handle:
             assert_holds(handle, tiny.tensors(2))
         with pytest.raises(errors.UsageError, match="other tensors already"):
             await give(there, 2)

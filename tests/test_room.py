@@ -10,8 +10,14 @@ import pytest
 import tiny
 from common import until
 from given import acquired, file_bytes, give
-from lorax_async import AdapterLoader, AdapterRef, Event, Leaving, Resident, errors
-from lorax_async.adapter import AdapterId
+from lorax_async import errors
+from lorax_async.events import (
+    Event,
+    Leaving,
+    Resident,
+)
+from lorax_async.loader import AdapterLoader
+from lorax_async.types import AdapterId, AdapterRef
 from tiny_loaders import ONE, fails, gated, loader
 from tiny_sources import granted, is_at, is_resident, over, state, stocked, where
 

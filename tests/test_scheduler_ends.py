@@ -11,24 +11,26 @@ from typing import Any
 import pytest
 
 from common import until
-from lorax_async import (
+from lorax_async.errors import (
     AdapterError,
-    AdapterHandle,
-    AdapterLoader,
-    AdapterRef,
-    AdapterScheduler,
     AdapterTimeoutError,
-    Batch,
     FetchError,
     HandleClosedError,
     IntegrityError,
     LoaderClosedError,
     LoraxError,
-    Request,
-    Ticket,
     TransferError,
     UsageError,
 )
+from lorax_async.handle import AdapterHandle
+from lorax_async.loader import AdapterLoader
+from lorax_async.scheduler.requests import (
+    Request,
+    Ticket,
+)
+from lorax_async.scheduler.scheduler import AdapterScheduler
+from lorax_async.scheduler.step import Batch
+from lorax_async.types import AdapterRef
 from scheduling.serving import MANY, VirtualClock, finish, held, opened, rows, step, turns, warm
 from sweeping import stepwise
 from tiny_sources import over, simulated, stocked

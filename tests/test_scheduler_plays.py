@@ -19,29 +19,39 @@ from hypothesis import strategies as st
 import tiny
 from common import LOOPS, our_threads
 from contention.observer import IDS, LARGEST, LAYOUT, Made, ObservedDevice, complaints, made
-from lorax_async import (
-    AdapterHandle,
-    AdapterLoader,
-    AdapterScheduler,
+from lorax_async.concurrency import FetchControl
+from lorax_async.config import LoaderConfig
+from lorax_async.devices.simulated import SimulatedDevice
+from lorax_async.errors import (
     AdapterTimeoutError,
-    Batch,
-    BatchRow,
     FetchError,
     HandleClosedError,
     LoaderClosedError,
-    LoaderConfig,
     LoraxError,
+)
+from lorax_async.handle import AdapterHandle
+from lorax_async.lifecycle.transitions import SlotState
+from lorax_async.loader import AdapterLoader
+from lorax_async.scheduler import admission
+from lorax_async.scheduler.adapter_queue import AdapterQueue, LoadEstimate
+from lorax_async.scheduler.adapter_queues import AdapterQueues
+from lorax_async.scheduler.requests import (
     Request,
     Ticket,
 )
-from lorax_async.adapter import AdapterId, AdapterKey
-from lorax_async.core.arrival_estimate import Arrival
-from lorax_async.core.transitions import SlotState
-from lorax_async.io.ports import Demand
-from lorax_async.scheduling import picking
-from lorax_async.scheduling.guestbook import Guestbook
-from lorax_async.scheduling.guests import Guest
-from lorax_async.testing import FakeSource, SimulatedDevice, Version
+from lorax_async.scheduler.scheduler import AdapterScheduler
+from lorax_async.scheduler.step import (
+    Batch,
+    BatchRow,
+)
+from lorax_async.testing import (
+    FakeSource,
+    FakeVersion,
+)
+from lorax_async.types import (
+    AdapterId,
+    AdapterKey,
+)
 from scheduling.serving import VirtualClock
 
 TOLD = "the link was told to fail"
@@ -73,7 +83,7 @@ class TimedSource(FakeSource):
             files = made(id, 0)
             self.versions[self.put(id, files.config, files.content)] = files
 
-    async def _group(self, version: Version, group: int, demand: Demand) -> None:
+    async def _group(self, version: FakeVersion, group: int, control: FetchControl) -> None:
         conduct = self._conducts[version.id]
         if group == 0:
             self._begun[version.id] = self._clock.time()
@@ -85,17 +95,17 @@ class TimedSource(FakeSource):
         came: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def look() -> None:
-            if not came.done() and (demand.ended or self._clock.time() >= due):
+            if not came.done() and (control.ended or self._clock.time() >= due):
                 came.set_result(None)
 
         alarm = None if due == inf else self._clock.call_at(due, look)
-        with demand.watched(look):
+        with control.watched(look):
             try:
                 await came
             finally:
                 if alarm is not None:
                     alarm.cancel()
-        if demand.ended:
+        if control.ended:
             raise FetchError("nobody waits for the adapter any more")
 
 
@@ -253,14 +263,14 @@ class World:
     async def settle(self) -> None:
         """Until everything has happened that does not wait for time to pass."""
         # Nothing public says that a thread still reads bytes for a copy: the one look inside.
-        lives = self.loader._machinery.driver.lifecycle.lives  # noqa: SLF001
+        states = self.loader._assembly.driver.lifecycle.states  # noqa: SLF001
         quiet = 0
         while quiet < 3:
             for _ in range(6):
                 await asyncio.sleep(0)
             busy = any(
                 life.copying or (life.slot is SlotState.DRAINING and not life.leases + life.uses)
-                for life in lives.values()
+                for life in states.values()
             )
             quiet = 0 if busy else quiet + 1
             if busy:
@@ -690,15 +700,15 @@ TELLING: dict[str, Play] = {
     "cancelled under way": _one(2, 8, [_asks(0, "a", 5, 9), Step(0.03), _asks(0, "b", 5, 2)]),
 }
 FAULTS: list[tuple[object, str, object]] = [
-    (Arrival, "joins_at", lambda self, now, seconds, layers: now),
-    (Guestbook, "begin_again", lambda self, ticket: setattr(ticket, "begun", ticket.begun)),
-    (picking, "share", lambda wants, tokens, rows: [list(each) for each in wants]),
-    (Guest, "waiting", lambda self, most, fresh: self.tickets[:most]),
-    (Guestbook, "fail", lambda self, guest, error: None),
-    (Guestbook, "_relieve", lambda self: None),
-    (Guest, "add", lambda self, ticket: self.tickets.insert(0, ticket)),
-    (Guestbook, "landed", lambda self, guests: None),
-    (Guestbook, "leave", lambda self, ticket: None),
+    (LoadEstimate, "joins_at", lambda self, now, seconds, layers: now),
+    (AdapterQueues, "begin_again", lambda self, ticket: setattr(ticket, "begun", ticket.begun)),
+    (admission, "share", lambda wants, tokens, rows: [list(each) for each in wants]),
+    (AdapterQueue, "waiting", lambda self, most, fresh: self.tickets[:most]),
+    (AdapterQueues, "fail", lambda self, adapter_queue, error: None),
+    (AdapterQueues, "_relieve", lambda self: None),
+    (AdapterQueue, "add", lambda self, ticket: self.tickets.insert(0, ticket)),
+    (AdapterQueues, "landed", lambda self, adapter_queues: None),
+    (AdapterQueues, "leave", lambda self, ticket: None),
 ]
 
 

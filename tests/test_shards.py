@@ -17,13 +17,23 @@ import sharded
 import tiny
 from engines.variants import llama
 from late_device.world import loaded
-from lorax_async import AdapterHandle, AdapterLoader, LoaderConfig, Shard, layouts
-from lorax_async.core.sharding import shard_layout
-from lorax_async.core.transfer_plan import plan_transfer
+from lorax_async import layouts
+from lorax_async.config import (
+    LoaderConfig,
+    Shard,
+)
+from lorax_async.devices.base import Device
+from lorax_async.devices.cuda import CudaDevice
 from lorax_async.engines.transformers import attach
-from lorax_async.errors import ConfigError, IncompatibleAdapterError
-from lorax_async.io.devices.cuda import CudaDevice
-from lorax_async.io.ports import Device, Source
+from lorax_async.errors import (
+    ConfigError,
+    IncompatibleAdapterError,
+)
+from lorax_async.handle import AdapterHandle
+from lorax_async.loader import AdapterLoader
+from lorax_async.planning.sharding import shard_layout
+from lorax_async.planning.transfer_plan import plan_transfer
+from lorax_async.sources.base import Source
 from lorax_async.testing import FakeSource
 from lorax_kernels import Plan, apply
 
@@ -122,7 +132,7 @@ async def test_a_plan_with_many_moves_is_made_once_and_off_the_loop(
         threads.append(threading.current_thread().name)
         return plan_transfer(*args, **settings)
 
-    monkeypatch.setattr("lorax_async.runtime.planning.plan_transfer", noted)
+    monkeypatch.setattr("lorax_async.runtime.fetches.plan_transfer", noted)
     async with loader(shard) as there:
         for seed, name in enumerate("ab"):
             (await there.load(sharded.write(tmp_path / name, seed=seed))).release()

@@ -27,40 +27,50 @@ from safetensors.torch import load
 
 from common import LOOPS, open_sockets
 from contention.observer import complaints
-from lorax_async import (
-    AdapterHandle,
-    AdapterLoader,
+from lorax_async.cache import maintenance
+from lorax_async.cache.disk_cache import DiskCache
+from lorax_async.concurrency import WorkerThreads
+from lorax_async.config import Limits, LoaderConfig
+from lorax_async.devices.staging import StagingRing
+from lorax_async.errors import (
     AdapterTimeoutError,
-    Allow,
-    Event,
     EvictedError,
-    Failed,
     FetchError,
     FetchTimeoutError,
     IntegrityError,
-    LoaderConfig,
     LoraxError,
+)
+from lorax_async.events import (
+    Event,
+    Failed,
     SlotId,
 )
-from lorax_async.adapter import AdapterKey, AdapterRef
-from lorax_async.config import Limits
-from lorax_async.core.layout import ModelLayout, Module, Parallel
-from lorax_async.core.policies import policy
-from lorax_async.core.retries import Retries
-from lorax_async.io.cache import maintenance
-from lorax_async.io.disk_cache import DiskCache
-from lorax_async.io.http.engine import RangeEngine
-from lorax_async.io.http.settings import HttpSettings, Timeouts
-from lorax_async.io.remote.known import Known
-from lorax_async.io.remote.opening import Opening
-from lorax_async.io.remote.ports import Locator
-from lorax_async.io.remote.resolving import Resolving
-from lorax_async.io.remote.rules import AllowRules
-from lorax_async.io.remote.source import RemoteSource
-from lorax_async.io.remote.web import WebLocator
-from lorax_async.io.remote.workers import Workers
-from lorax_async.io.staging import StagingRing
-from lorax_async.verification import Verification, VerificationKind
+from lorax_async.handle import AdapterHandle
+from lorax_async.http.failures import RetryPolicy
+from lorax_async.http.range_engine import RangeEngine
+from lorax_async.http.settings import (
+    HttpSettings,
+    Timeouts,
+)
+from lorax_async.ids.allow import Allow
+from lorax_async.lifecycle.policies import policy
+from lorax_async.loader import AdapterLoader
+from lorax_async.planning.layout import (
+    ModelLayout,
+    Module,
+    Parallelism,
+)
+from lorax_async.remote.base import Backend
+from lorax_async.remote.opening import AdapterOpener
+from lorax_async.remote.remote_source import AllowRules, RemoteSource
+from lorax_async.remote.resolution import ResolutionCache, VersionResolver
+from lorax_async.remote.web import WebBackend
+from lorax_async.types import (
+    AdapterKey,
+    AdapterRef,
+    Verification,
+    VerificationKind,
+)
 from soak.faulty_source import COUNT, HIDDEN, LARGEST, LAYERS, MODULES, TARGETS, Stored, library
 
 
@@ -112,13 +122,13 @@ class Judge:
     doubted: set[Stored] = field(default_factory=set)
     """Adapters about which the loader said that their bytes are not what they should be."""
 
-    _news: asyncio.Event = field(default_factory=asyncio.Event)
+    _change_event: asyncio.Event = field(default_factory=asyncio.Event)
 
     def heard(self, event: Event) -> None:
         if isinstance(event, Failed) and event.slot is not None:
             self.broken[event.key, event.slot] = type(event.error)
-            self._news.set()
-            self._news = asyncio.Event()
+            self._change_event.set()
+            self._change_event = asyncio.Event()
 
     async def verdict(
         self, key: AdapterKey, slot: SlotId, seconds: float
@@ -127,7 +137,7 @@ class Judge:
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while (key, slot) not in self.broken:
-                    await self._news.wait()
+                    await self._change_event.wait()
         return self.broken.get((key, slot))
 
     def require_allowed(self, stored: Stored, error: BaseException | None) -> None:
@@ -168,11 +178,11 @@ REVALIDATE = 1.0
 
 TIMEOUTS = Timeouts(connect=5, read=1.0, slowest=20_000, over=1.0, idle=2.0)
 """Shorter than some of the source's stalls, and faster than it drips."""
-RETRIES = Retries(attempts=5, base=0.05, most=0.5, obeyed=5.0)
+RETRIES = RetryPolicy(attempts=5, base=0.05, most=0.5, obeyed=5.0)
 
 LAYOUT = ModelLayout(
     tuple(
-        Module(name, HIDDEN, HIDDEN, number * LAYERS // len(MODULES), Parallel.COLUMN)
+        Module(name, HIDDEN, HIDDEN, number * LAYERS // len(MODULES), Parallelism.COLUMN)
         for number, name in enumerate(MODULES)
     ),
     LAYERS,
@@ -232,14 +242,14 @@ async def setting(
     engine = RangeEngine(
         HttpSettings(connections=CONNECTIONS, timeouts=TIMEOUTS, retries=RETRIES, proxies={})
     )
-    workers, limits = Workers(4), Limits()
+    workers, limits = WorkerThreads(4), Limits()
     cache = DiskCache(folder, cache_bytes, policy("lru"))
-    locators: dict[str, Locator] = {"http": WebLocator(engine, rules, limits)}
-    known = Known(REVALIDATE, monotonic)
-    resolving = Resolving(
+    locators: dict[str, Backend] = {"http": WebBackend(engine, rules, limits)}
+    known = ResolutionCache(REVALIDATE, monotonic)
+    resolving = VersionResolver(
         *(locators.__getitem__, lambda _: cache, known, workers), offline=False, fresh=REVALIDATE
     )
-    opening = Opening(
+    opening = AdapterOpener(
         *(resolving, known, lambda _: cache, engine, workers), limits=limits, verify="stream"
     )
     source = RemoteSource(resolving, opening, workers, limits=limits, verify="stream")
@@ -371,8 +381,8 @@ class Soak:
         """One of them, one wish after the other."""
         while monotonic() < until:
             (stored,) = draw.choices(self._setting.library, cum_weights=_POPULAR)
-            (wish,) = draw.choices(list(WISHES), list(WISHES.values()))
-            await self._wish(wish, getattr(self, f"_{wish}"), stored, draw)
+            (pending_load,) = draw.choices(list(WISHES), list(WISHES.values()))
+            await self._pending_load(pending_load, getattr(self, f"_{pending_load}"), stored, draw)
 
     async def _everything_loads(self, stored: Stored, draw: random.Random) -> None:
         """Now that the source is good; what was left of a bad download may show once."""
@@ -386,9 +396,9 @@ class Soak:
                 return
         raise SoakError(f"{stored.name} does not load any more: {failed}", failed.story)
 
-    async def _wish(
+    async def _pending_load(
         self,
-        wish: str,
+        pending_load: str,
         doing: Callable[[Stored, random.Random, float], Awaitable[None]],
         stored: Stored,
         draw: random.Random,
@@ -402,23 +412,23 @@ class Soak:
                 impatient = task.cancel()
             await asyncio.wait([task], timeout=seconds + GRACE)
             if not task.done():
-                raise SoakError(f"{wish} of {stored.name} neither ends nor fails")
+                raise SoakError(f"{pending_load} of {stored.name} neither ends nor fails")
         finally:
             if task.cancel():
                 await asyncio.wait([task], timeout=GRACE)
-        self._judged(wish, stored, task, impatient=impatient)
+        self._judged(pending_load, stored, task, impatient=impatient)
 
     def _judged(
-        self, wish: str, stored: Stored, task: asyncio.Future[None], *, impatient: bool
+        self, pending_load: str, stored: Stored, task: asyncio.Future[None], *, impatient: bool
     ) -> None:
         if task.cancelled():
             if not impatient:
-                raise SoakError(f"{wish} of {stored.name} was cancelled by nobody")
+                raise SoakError(f"{pending_load} of {stored.name} was cancelled by nobody")
             self._tally.outcomes["cancelled"] += 1
             return
         error = task.exception()
         if error is None:
-            self._tally.outcomes[wish] += 1
+            self._tally.outcomes[pending_load] += 1
             return
         if isinstance(error, SoakError):
             raise error

@@ -42,9 +42,16 @@ from given import (
     roomy,
     used,
 )
-from lorax_async import AdapterHandle, AdapterLoader, AdapterRef, LoaderConfig, Merge, errors
-from lorax_async.adapter import TensorsKey
-from lorax_async.identity import AdapterKey
+from lorax_async import errors
+from lorax_async.config import LoaderConfig
+from lorax_async.handle import AdapterHandle
+from lorax_async.loader import AdapterLoader
+from lorax_async.types import (
+    AdapterKey,
+    AdapterRef,
+    Merge,
+    TensorsKey,
+)
 from merges import assert_same, weights_of
 from sweeping import cancel_at, count_steps, released
 from tiny_sources import WEIGHTS, over, stocked, where
@@ -404,9 +411,9 @@ async def test_spilling_cancelled_at_every_await(tmp_path: Path) -> None:
 # -- while one is on its way to the disk ----------------------------------------------------------
 
 STEPS = {
-    "begin": ("lorax_async.io.disk_cache", "DiskCache.begin"),
-    "publish": ("lorax_async.io.disk_cache", "DiskDownload.publish"),
-    "switch": ("lorax_async.io.host_copies", "HostCopy.move"),
+    "begin": ("lorax_async.cache.disk_cache", "DiskCache.begin"),
+    "publish": ("lorax_async.cache.disk_cache", "DiskDownload.publish"),
+    "switch": ("lorax_async.sources.host_copies", "HostCopy.move"),
 }
 """Of a spill, in their order."""
 AT_EACH_STEP = pytest.mark.parametrize("step", STEPS)
@@ -417,7 +424,7 @@ class Midway:
 
     loader: AdapterLoader
     key: AdapterKey
-    giving: asyncio.Task[AdapterKey]
+    tensor_adapters: asyncio.Task[AdapterKey]
 
     def __init__(self) -> None:
         self.began = Event()
@@ -425,9 +432,9 @@ class Midway:
 
     async def end(self) -> None:
         """Let it go on; 1 is there."""
-        assert not self.giving.done()
+        assert not self.tensor_adapters.done()
         self.go_on.set()
-        await self.giving
+        await self.tensor_adapters
         await assert_all_there(self.loader, 1)
 
 
@@ -462,7 +469,7 @@ async def midway(
         now.loader, now.key = there, await given(there, 0)
         await off_device(there)
         with replaced(step, slowly):
-            now.giving = asyncio.create_task(given(there, 1, **settings))
+            now.tensor_adapters = asyncio.create_task(given(there, 1, **settings))
             try:
                 assert await asyncio.to_thread(now.began.wait, 20)
                 yield now
@@ -494,10 +501,10 @@ async def test_unloaded_during_the_spill_it_is_gone(tmp_path: Path, step: str, a
         with pytest.raises(errors.AdapterNotFoundError):
             await now.loader.load("0")
         if again:
-            giving = asyncio.create_task(given(now.loader, 0))
+            tensor_adapters = asyncio.create_task(given(now.loader, 0))
             await asyncio.sleep(0.01)
             await now.end()
-            assert await giving == now.key
+            assert await tensor_adapters == now.key
             await assert_all_there(now.loader, 0, 1)
         else:
             await now.end()
@@ -519,10 +526,10 @@ async def test_calls_wait_for_room_in_their_order(tmp_path: Path, step: str) -> 
         for seed in range(2, 6):
             tasks.append(asyncio.create_task(one(seed)))
             await asyncio.sleep(0.005)
-        for task in (tasks[0], now.giving):
+        for task in (tasks[0], now.tensor_adapters):
             task.cancel()
-        await asyncio.wait([tasks[0], now.giving])
-        assert (tasks[0].cancelled(), now.giving.cancelled()) == (True, True)
+        await asyncio.wait([tasks[0], now.tensor_adapters])
+        assert (tasks[0].cancelled(), now.tensor_adapters.cancelled()) == (True, True)
         now.go_on.set()
         await asyncio.gather(*tasks[1:])
         assert order == [3, 4, 5]
@@ -536,7 +543,7 @@ async def test_a_deadline_or_cancellation_ends_the_spill(tmp_path: Path, step: s
     on_disk = step in {"publish", "switch"}
     async with midway(tmp_path / "late", step, timeout=0.2) as now:
         with pytest.raises(errors.AdapterTimeoutError) as caught:
-            await now.giving
+            await now.tensor_adapters
         assert (caught.value.id, caught.value.stage) == ("1", "fetch")
         assert in_memory(now.loader) == {now.key}
         await assert_all_there(now.loader, 0)
@@ -545,9 +552,9 @@ async def test_a_deadline_or_cancellation_ends_the_spill(tmp_path: Path, step: s
         await assert_all_there(now.loader, 0, 1)
         assert len(entries(tmp_path / "late")) == 1
     async with midway(tmp_path / "cancelled", step) as now:
-        now.giving.cancel()
-        await asyncio.wait([now.giving])
-        assert now.giving.cancelled()
+        now.tensor_adapters.cancel()
+        await asyncio.wait([now.tensor_adapters])
+        assert now.tensor_adapters.cancelled()
         assert in_memory(now.loader) == {now.key}
         now.go_on.set()
         await until(lambda: now.loader.statistics().spills == on_disk)
@@ -565,7 +572,7 @@ async def test_a_loader_that_closes_during_the_spill(tmp_path: Path, step: str) 
         now.go_on.set()
         await closing
         with pytest.raises(errors.LoaderClosedError):
-            await now.giving
+            await now.tensor_adapters
 
 
 @pytest.mark.parametrize("step", ["begin", "publish"])

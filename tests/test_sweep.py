@@ -16,12 +16,21 @@ import pytest
 
 import tiny
 from common import mapped_files, open_files, our_threads, until
-from lorax_async import AdapterLoader, LoaderConfig, LocalRoot, Usage, errors
-from lorax_async.io.devices.gated import GatedDevice
-from lorax_async.io.sources.checked_open import FileReader
-from lorax_async.io.sources.local_hold import LocalHold
-from lorax_async.runtime.whereabouts import TierName
-from lorax_async.testing import FakeSource, SimulatedDevice, Step
+from lorax_async import errors
+from lorax_async.config import (
+    LoaderConfig,
+    LocalRoot,
+)
+from lorax_async.devices.simulated import GatedDevice, SimulatedDevice
+from lorax_async.files import FileReader
+from lorax_async.loader import AdapterLoader
+from lorax_async.runtime.placement import TierName
+from lorax_async.runtime.telemetry import Usage
+from lorax_async.sources.local_weights import LocalPages
+from lorax_async.testing import (
+    FakeSource,
+    Step,
+)
 from sweeping import cancel_at, count_steps, our_tasks, settle
 from tiny_loaders import fails
 from tiny_sources import WEIGHTS
@@ -255,18 +264,18 @@ SOURCE_STEPS: dict[tuple[Step, int], tuple[str, ...]] = {
 """By step and group: the verbs that come to it."""
 
 LATER_STEPS = {
-    "config": ("lorax_async.runtime.planning.parse_config", VERBS),
-    "header": ("lorax_async.runtime.planning.parse_header", VERBS),
-    "plan": ("lorax_async.runtime.planning.plan_transfer", VERBS),
-    "file opened": ("lorax_async.io.sources.local_weights.read_prefix", VERBS),
-    "file read": ("lorax_async.io.transfer.read", DEVICE_VERBS),
-    "staging taken": ("lorax_async.io.staging.StagingRing.take", DEVICE_VERBS),
-    "staged": ("lorax_async.io.staging.Buffer.convert", DEVICE_VERBS),
-    "copy asked for": ("lorax_async.io.devices.simulated.SimulatedDevice.copy", DEVICE_VERBS),
-    "copy ran": ("lorax_async.io.devices.cpu.CpuDevice.copy", DEVICE_VERBS),
-    "mapped": ("lorax_async.io.sources.local_hold.MappedFile", HOST_VERBS),
-    "populated": ("lorax_async.io.sources.local_hold.LocalHold.populate", HOST_VERBS),
-    "settled": ("lorax_async.io.sources.local_hold.LocalHold.settle", HOST_VERBS),
+    "config": ("lorax_async.runtime.fetches.parse_config", VERBS),
+    "header": ("lorax_async.runtime.fetches.parse_header", VERBS),
+    "plan": ("lorax_async.runtime.fetches.plan_transfer", VERBS),
+    "file opened": ("lorax_async.sources.local_weights.read_prefix", VERBS),
+    "file read": ("lorax_async.devices.transfer.read", DEVICE_VERBS),
+    "staging taken": ("lorax_async.devices.staging.StagingRing.take", DEVICE_VERBS),
+    "staged": ("lorax_async.devices.staging.StagingBuffer.convert", DEVICE_VERBS),
+    "copy asked for": ("lorax_async.devices.simulated.SimulatedDevice.copy", DEVICE_VERBS),
+    "copy ran": ("lorax_async.devices.cpu.CpuDevice.copy", DEVICE_VERBS),
+    "mapped": ("lorax_async.sources.local_weights.MappedFile", HOST_VERBS),
+    "populated": ("lorax_async.sources.local_weights.LocalPages.populate", HOST_VERBS),
+    "settled": ("lorax_async.sources.local_weights.LocalPages.settle", HOST_VERBS),
 }
 
 
@@ -392,22 +401,22 @@ def quiet(monkeypatch: Patch) -> None:
 @each_error
 @pytest.mark.usefixtures("quiet")
 async def test_a_hold_does_not_close(tmp_path: Path, monkeypatch: Patch, error: Exception) -> None:
-    close = LocalHold.close
+    close = LocalPages.close
 
-    def fail(hold: LocalHold) -> None:
+    def fail(hold: LocalPages) -> None:
         close(hold)
         raising(error)()
 
     async with tiers(tmp_path) as bench:
         await bench.do("host")
         with monkeypatch.context() as patch:
-            patch.setattr(LocalHold, "close", fail)
+            patch.setattr(LocalPages, "close", fail)
             await bench.loader.unload(bench.ids["a"], timeout=2)
         await bench.assert_clean()
         await bench.do("host")
         await bench.assert_works()
         await bench.loader.prefetch([bench.ids["a"], bench.ids["b"]], tier="host")
-        monkeypatch.setattr(LocalHold, "close", fail)
+        monkeypatch.setattr(LocalPages, "close", fail)
         await bench.loader.close()
 
 

@@ -14,11 +14,22 @@ import tiny
 from common import until
 from false_bytes import told_false, watched
 from given import acquired
-from lorax_async import AdapterHandle, AdapterKey, AdapterLoader, AdapterRef, Failed, Merge, errors
-from lorax_async.adapter import MergedKey, RemoteKey, is_stale
-from lorax_async.core.arena import Extent
-from lorax_async.io.ports import CopyTicket
-from lorax_async.verification import Verification, VerificationKind
+from lorax_async import errors
+from lorax_async.devices.base import CopyTicket
+from lorax_async.events import Failed
+from lorax_async.handle import AdapterHandle
+from lorax_async.lifecycle.arena import Extent
+from lorax_async.loader import AdapterLoader
+from lorax_async.types import (
+    AdapterKey,
+    AdapterRef,
+    Merge,
+    MergedKey,
+    RemoteKey,
+    Verification,
+    VerificationKind,
+    is_stale,
+)
 from tiny_loaders import fails, loader
 from tiny_sources import WEIGHTS, Slowed, is_resident, over, state, stocked
 

@@ -8,8 +8,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorax_async import AdapterHandle
-from lorax_async.core.layout import ModelLayout, Module, Parallel
+from lorax_async.handle import AdapterHandle
+from lorax_async.planning.layout import (
+    ModelLayout,
+    Module,
+    Parallelism,
+)
 
 LAYERS = 4
 HIDDEN = 32
@@ -18,7 +22,7 @@ TARGETS = ("self_attn.q_proj", "mlp.up_proj")
 
 def layout(dtype: str = "F32", *, layers: int = LAYERS) -> ModelLayout:
     modules = tuple(
-        Module(f"model.layers.{layer}.{target}", HIDDEN, 2 * HIDDEN, layer, Parallel.COLUMN)
+        Module(f"model.layers.{layer}.{target}", HIDDEN, 2 * HIDDEN, layer, Parallelism.COLUMN)
         for layer in range(layers)
         for target in TARGETS
     )

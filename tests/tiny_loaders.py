@@ -8,8 +8,10 @@ from typing import TypeVar
 import pytest
 
 import tiny
-from lorax_async import AdapterLoader, AdapterResidency, LoaderConfig
-from lorax_async.io.devices.gated import GatedDevice
+from lorax_async.config import LoaderConfig
+from lorax_async.devices.simulated import GatedDevice
+from lorax_async.loader import AdapterLoader
+from lorax_async.runtime.placement import AdapterResidency
 
 ONE = 4 * 2 * 1536
 """Device bytes of one tiny F32 adapter of rank 4: 4 layers of A [4, 32] and B [64, 4], twice."""

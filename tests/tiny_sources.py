@@ -7,9 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import tiny
-from lorax_async import AdapterLoader, AdapterResidency, Event, LoaderConfig, SlotGranted
-from lorax_async.adapter import AdapterId
-from lorax_async.testing import FakeSource, SimulatedDevice
+from lorax_async.config import LoaderConfig
+from lorax_async.devices.simulated import SimulatedDevice
+from lorax_async.events import (
+    Event,
+    SlotGranted,
+)
+from lorax_async.loader import AdapterLoader
+from lorax_async.runtime.placement import AdapterResidency
+from lorax_async.testing import FakeSource
+from lorax_async.types import AdapterId
 
 WEIGHTS = "adapter_model.safetensors"
 

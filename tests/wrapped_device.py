@@ -6,9 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
-from lorax_async.core.arena import Extent
-from lorax_async.core.moves import Row
-from lorax_async.io.ports import CopyTicket, Device, FilePieces, StagedPiece
+from lorax_async.devices.base import (
+    CopyTicket,
+    Device,
+    FilePieces,
+    StagedPiece,
+)
+from lorax_async.lifecycle.arena import Extent
+from lorax_async.planning.transfer_plan import TableRow
 
 
 class WrappedDevice:
@@ -31,7 +36,7 @@ class WrappedDevice:
         return self.inner.host_view(extent)
 
     def copy(
-        self, pieces: FilePieces | StagedPiece, rows: Sequence[Row], extent: Extent, slot: int
+        self, pieces: FilePieces | StagedPiece, rows: Sequence[TableRow], extent: Extent, slot: int
     ) -> CopyTicket:
         return self.inner.copy(pieces, rows, extent, slot)
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from lorax_async.adapters.base import AdapterConfig
 from lorax_async.adapters.threads import in_thread
 from lorax_async.adapters.weights_file import LIMITS, HubFiles, read_small
-from lorax_async.core.strict_json import parse_object
 from lorax_async.errors import IncompatibleAdapterError, LoraxError, shorten
+from lorax_async.formats.strict_json import parse_object
 
 _CONFIG = "config.json"
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lorax_async.adapters.batches import BatchLoraWeights, stacks_of
-from lorax_async.core.batch_plan import BASE_ONLY, plan_rows
 from lorax_async.errors import UsageError
+from lorax_async.planning.batch_plan import BASE_ONLY, plan_rows
 from lorax_kernels import Operands, Plan, apply
 
 RANK_MULTIPLE = 8

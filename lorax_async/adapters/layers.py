@@ -15,13 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lorax_async.adapter import AdapterSpec
 from lorax_async.adapters.base import AdapterModel, Content, OpenModuleMap
 from lorax_async.adapters.layout_model import padded_rank
 from lorax_async.adapters.threads import IsWanted
 from lorax_async.adapters.weights_file import WeightsFile
-from lorax_async.core.layout import ModelLayout
-from lorax_async.core.pairing import require_transposed
 from lorax_async.errors import (
     AdapterFormatError,
     CapacityError,
@@ -30,6 +27,9 @@ from lorax_async.errors import (
     UsageError,
     shorten,
 )
+from lorax_async.planning.layout import ModelLayout
+from lorax_async.planning.pairing import require_transposed
+from lorax_async.types import AdapterSpec
 
 BY_RANK = range(16, 129)
 """Local ranks whose A is stored as `[r, in]`. Source: LoRAX, `orient_for_rank` in utils/sgmv.py."""

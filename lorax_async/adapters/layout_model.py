@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 import torch
 
-from lorax_async.core.layout import ModelLayout, Module, Parallel
 from lorax_async.errors import ConfigError, IncompatibleAdapterError, UsageError, shorten
+from lorax_async.planning.layout import ModelLayout, Module, Parallelism
 
 ROW_PARALLEL_TYPES = frozenset({"lm_head"})
 """Split by their input in LoRAX, whatever the layout says."""
@@ -137,7 +137,7 @@ class LayoutModel:
     def is_row_parallel(self, layer_type: str) -> bool:
         """Return whether its A is split by `in`, as LoRAX splits the language model's head too."""
         example = next(iter(layers_of(self._types, layer_type).values()))
-        return layer_type in ROW_PARALLEL_TYPES or example.parallel is Parallel.ROW
+        return layer_type in ROW_PARALLEL_TYPES or example.parallel is Parallelism.ROW
 
     def shard_lora_weights(
         self, weights_a: list[torch.Tensor], weights_b: list[torch.Tensor], layer_type: str
@@ -150,7 +150,7 @@ class LayoutModel:
         """
         row = self.is_row_parallel(layer_type)
         module = next(iter(layers_of(self._types, layer_type).values()))
-        if not row and module.parallel is Parallel.REPLICATED:
+        if not row and module.parallel is Parallelism.REPLICATED:
             return weights_a, weights_b
         a = [self._piece(one, 0 if row else 1, f"A of {layer_type}") for one in weights_a]
         b = [self._piece_of_b(one, module, row, f"B of {layer_type}") for one in weights_b]

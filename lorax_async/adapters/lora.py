@@ -13,7 +13,6 @@ from typing import Any, Self
 
 import torch
 
-from lorax_async.adapter import AdapterSpec, ModulePattern
 from lorax_async.adapters.base import AdapterConfig, AdapterModel, AdapterWeights, ModuleMap, opened
 from lorax_async.adapters.batches import (
     LORA,
@@ -35,9 +34,6 @@ from lorax_async.adapters.weights_file import (
     plain_module,
     read_small,
 )
-from lorax_async.core.pairing import check_matching
-from lorax_async.core.peft_config import parse_config
-from lorax_async.core.peft_names import PREFIX
 from lorax_async.errors import (
     AdapterFormatError,
     IncompatibleAdapterError,
@@ -46,8 +42,12 @@ from lorax_async.errors import (
     shorten,
     shorten_repr,
 )
+from lorax_async.formats.peft_config import parse_config
+from lorax_async.formats.peft_names import PREFIX
 from lorax_async.handle import AdapterHandle
-from lorax_async.io.sources.local_folder import CONFIG
+from lorax_async.planning.pairing import check_matching
+from lorax_async.sources.local_folder import CONFIG
+from lorax_async.types import AdapterSpec, ModulePattern
 
 __all__ = [
     "LORA",
@@ -62,6 +62,7 @@ __all__ = [
     "RankSegments",
     "get_scaling_factor",
 ]
+
 
 _MAX_FLOAT = sys.float_info.max
 _SHOWN = 3

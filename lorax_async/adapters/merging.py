@@ -20,17 +20,11 @@ from torch.nn.functional import pad
 from lorax_async.adapters.base import Content, ModuleMap, OpenModuleMap, opened
 from lorax_async.adapters.lora import LoraConfig
 from lorax_async.adapters.threads import in_thread
-from lorax_async.core.merge_plan import NewLayers
-from lorax_async.core.peft_names import Part
-from lorax_async.errors import (
-    AdapterFormatError,
-    IncompatibleAdapterError,
-    UsageError,
-    shorten,
-)
-from lorax_async.identity import PartId
-from lorax_async.io.merging import combine, concatenate, seeded
-from lorax_async.merge import MAX_FACTOR, MajoritySign, Merge, Strategy
+from lorax_async.errors import AdapterFormatError, IncompatibleAdapterError, UsageError, shorten
+from lorax_async.formats.peft_names import TensorRole
+from lorax_async.planning.merge_plan import NewLayers
+from lorax_async.sources.merges import combine, concatenate, seeded
+from lorax_async.types import MAX_FACTOR, MajoritySign, Merge, PartId, Strategy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +92,9 @@ def _merged(
 ) -> tuple[ModuleMap, LoraConfig]:
     modules = dict.fromkeys(name for module_map, _ in adapters for name in module_map)
     work = _Merging(merge, adapters, list(modules))
-    merged = {name: (work.one(name, Part.A), work.one(name, Part.B)) for name in modules}
+    merged = {
+        name: (work.one(name, TensorRole.A), work.one(name, TensorRole.B)) for name in modules
+    }
     first = adapters[0][1]
     rank = max((len(a) for a, _ in merged.values()), default=first.r)
     config = LoraConfig(
@@ -132,11 +128,11 @@ class _Merging:
         if merge.drops:
             self._generator = seeded(merge, self._new_layers(modules))
 
-    def one(self, module: str, part: Part) -> torch.Tensor:
+    def one(self, module: str, part: TensorRole) -> torch.Tensor:
         """Every adapter's A, or B, of one module as one."""
         held = self._held(module, part)
         self._require_fit(module, part, [_shape(*content) for content, _ in held])
-        if part is Part.B:  # then both are matrices
+        if part is TensorRole.B:  # then both are matrices
             self._require_pairs(module)
         tensors = [_read(*content) for content, _ in held]
         factors = [factor for _, factor in held]
@@ -154,11 +150,11 @@ class _Merging:
     ) -> Mapping[str, tuple[torch.Tensor, str]]:
         """Of a module map, with zeros up to `rank`."""
         missing = rank - len(a)
-        padded = {Part.A: pad(a, (0, 0, 0, missing)), Part.B: pad(b, (0, missing))}
+        padded = {TensorRole.A: pad(a, (0, 0, 0, missing)), TensorRole.B: pad(b, (0, missing))}
         names = {part: self._held(module, part)[0][0][1] for part in _FACTORS}
         return {f"lora_{part.value}": (padded[part], names[part]) for part in _FACTORS}
 
-    def _held(self, module: str, part: Part) -> list[tuple[_Place, tuple[float, float]]]:
+    def _held(self, module: str, part: TensorRole) -> list[tuple[_Place, tuple[float, float]]]:
         """Where the adapters that change the module have it; weight and scale of each."""
         return [
             (module_map[module][f"lora_{part.value}"], (weight, _scale(module, config, weight)))
@@ -185,7 +181,9 @@ class _Merging:
                     f" {list(_shape(*b))} are no pair"
                 )
 
-    def _require_fit(self, module: str, part: Part, shapes: Sequence[tuple[int, ...]]) -> None:
+    def _require_fit(
+        self, module: str, part: TensorRole, shapes: Sequence[tuple[int, ...]]
+    ) -> None:
         linear, along = self._merge.strategy == "linear", _along_rank(part)
         sizes = {shape[1 - along] if linear else shape for shape in shapes}
         if len(sizes) > 1 or any(len(shape) != 2 for shape in shapes):
@@ -197,7 +195,7 @@ class _Merging:
 
 
 _Place = tuple[Content, str]
-_FACTORS = (Part.A, Part.B)
+_FACTORS = (TensorRole.A, TensorRole.B)
 
 
 def _scale(module: str, config: LoraConfig, weight: float) -> float:
@@ -212,8 +210,8 @@ def _scale(module: str, config: LoraConfig, weight: float) -> float:
     return scale
 
 
-def _along_rank(part: Part) -> int:
-    return 0 if part is Part.A else 1
+def _along_rank(part: TensorRole) -> int:
+    return 0 if part is TensorRole.A else 1
 
 
 def _shape(content: Content, key: str) -> tuple[int, ...]:

@@ -17,12 +17,9 @@ from typing import Any, Self
 
 import torch
 
-from lorax_async.adapter import AdapterRef
 from lorax_async.adapters.threads import in_thread
 from lorax_async.config import Limits
-from lorax_async.core.header import TensorSpan, parse_header
-from lorax_async.core.peft_names import WEIGHT_DTYPES, Part, parse_tensor_name
-from lorax_async.core.split_index import INDEX, parse_index
+from lorax_async.devices.staging import TORCH_DTYPES, StagingBuffer
 from lorax_async.errors import (
     AdapterError,
     AdapterFormatError,
@@ -34,12 +31,9 @@ from lorax_async.errors import (
     UsageError,
     shorten,
 )
-from lorax_async.ids.parsing import parsed
-from lorax_async.io.ports import Reader
-from lorax_async.io.remote import hub_calls
-from lorax_async.io.remote.rules import AllowRules
-from lorax_async.io.sources.checked_open import (
+from lorax_async.files import (
     FileReader,
+    Reader,
     changed,
     code_of,
     located,
@@ -47,10 +41,15 @@ from lorax_async.io.sources.checked_open import (
     require_file,
     translated,
 )
-from lorax_async.io.sources.local_folder import CONFIG, WEIGHTS, find_adapter
-from lorax_async.io.sources.local_ids import Place
-from lorax_async.io.sources.local_weights import open_weights, read_prefix
-from lorax_async.io.staging import TORCH_DTYPES, Buffer
+from lorax_async.formats.peft_names import WEIGHT_DTYPES, TensorRole, parse_tensor_name
+from lorax_async.formats.safetensors import TensorSpan, parse_header
+from lorax_async.formats.split_weights import INDEX, parse_index
+from lorax_async.ids.parsing import LocalPlace, parsed
+from lorax_async.remote import hub_calls
+from lorax_async.remote.remote_source import AllowRules
+from lorax_async.sources.local_folder import CONFIG, WEIGHTS, find_adapter
+from lorax_async.sources.local_weights import open_weights, read_prefix
+from lorax_async.types import AdapterRef
 
 LIMITS = Limits()
 _MAIN = "main"
@@ -217,8 +216,10 @@ def plain_module(name: str) -> str:
     Raise `UnsupportedAdapterError` for another feature's, `AdapterFormatError` for a malformed one.
     """
     found = parse_tensor_name(name)
-    if found.embedding or found.part not in {Part.A, Part.B}:
-        feature = {Part.BIAS: "lora_bias", Part.MAGNITUDE: "DoRA"}.get(found.part, EMBEDDING)
+    if found.embedding or found.part not in {TensorRole.A, TensorRole.B}:
+        feature = {TensorRole.BIAS: "lora_bias", TensorRole.MAGNITUDE: "DoRA"}.get(
+            found.part, EMBEDDING
+        )
         raise inexpressible(f"tensor {shorten(name, 200)!r}", feature)
     return found.module
 
@@ -263,7 +264,7 @@ class WeightsFile:
         """
         with named(adapter_id):
             folder = adapter_folder(adapter_id, api_token, weights=True)
-            key = find_adapter(Place((folder,), trusted=True), (), LIMITS)
+            key = find_adapter(LocalPlace((folder,), trusted=True), (), LIMITS)
             weights = open_weights(key, LIMITS)
             return cls(weights.prefix, weights.reader)
 
@@ -326,7 +327,7 @@ class WeightsFile:
         if not (fits and target.is_contiguous() and target.device.type == "cpu"):
             raise UsageError(f"{shorten(key, 200)!r} does not fit into this tensor")
         flat = target.view(-1).view(torch.uint8)
-        self._reader.read_into([Buffer.of(flat).memory], span.start)
+        self._reader.read_into([StagingBuffer.of(flat).memory], span.start)
 
     def read(self, key: str) -> torch.Tensor:
         """Return the tensor in memory of its own. Blocks; raise as `read_into`."""

@@ -17,9 +17,9 @@ from threading import Lock
 from time import monotonic
 from types import MappingProxyType
 
+from lorax_async.concurrency import running_loop
 from lorax_async.errors import AdapterTimeoutError, HandleClosedError, LoraxError, UsageError
 from lorax_async.handle import AdapterHandle
-from lorax_async.io.inbox import running_loop
 from lorax_async.tracing.recorder import LayerTimes
 
 _LOOK_SECONDS = 0.02

@@ -23,6 +23,7 @@ from lorax_async.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
+
 BASE_MODEL: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """The name that adapters trained on this base carry as `base_model_name_or_path`."""
 

@@ -19,33 +19,156 @@ inference; a gradient through them is refused.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from threading import Lock
 from types import TracebackType
-from typing import NoReturn, Self, cast
+from typing import Any, NoReturn, Self, cast
 
 import torch
 from torch import nn
 
-from lorax_async.core.layout import Module, Parallel
-from lorax_async.engines.batch import Batch, Place, Rows
-from lorax_async.engines.features import Adapted, Factors
-from lorax_async.engines.fitting import modules_of, require_device, require_dtype
-from lorax_async.engines.last_plans import LastPlans
+from lorax_async.config import DTYPES, Shard
+from lorax_async.engines.batch import (
+    AdaptedModule,
+    DoraFactors,
+    LoaderLocation,
+    ModelBatch,
+    PlanCache,
+    Rows,
+)
 from lorax_async.engines.layer_gate import LayerGate
-from lorax_async.engines.shared_inputs import groups_of
-from lorax_async.errors import UsageError
+from lorax_async.errors import ConfigError, UsageError
 from lorax_async.handle import AdapterHandle
+from lorax_async.layouts import looks_up
 from lorax_async.loader import AdapterLoader
+from lorax_async.planning.layout import ModelLayout, Module, Parallelism
 from lorax_kernels import Tables
+
+_TOGETHER = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("wi_0", "wi_1"),
+)
+
+
+def groups_of(modules: Iterable[Module]) -> dict[int, tuple[int, ...]]:
+    """By the place of a module: the places of all that get its input, itself among them.
+
+    Read off the names below one parent. It is a hint: kernels look at the tensor itself before they
+    take what they computed of it for another module.
+    """
+    kinds = {name: kind for kind, names in enumerate(_TOGETHER) for name in names}
+    found: dict[tuple[str, int, int], list[int]] = {}
+    for index, module in enumerate(modules):
+        parent, _, name = module.name.rpartition(".")
+        if name in kinds and not module.embedding:
+            found.setdefault((parent, kinds[name], module.in_features), []).append(index)
+    return {index: tuple(group) for group in found.values() if len(group) > 1 for index in group}
+
+
+_SHOWN = 3
+
+
+def modules_of(model: nn.Module, layout: ModelLayout, shard: Shard | None) -> list[nn.Module]:
+    """The model's module for each of the layout's; raises ConfigError naming those that differ.
+
+    `shard` is what the layout's sizes are of.
+    """
+    found = dict(model.named_modules())
+    problems = [
+        problem
+        for module in layout.modules
+        if (problem := _mismatch(found.get(module.name), module)) is not None
+    ]
+    if problems:
+        more = f" (and {len(problems) - _SHOWN} more)" if len(problems) > _SHOWN else ""
+        base = "the loader's base" if shard is None else f"the {shard} that the loader holds"
+        remedy = (
+            "make the layout with layouts.from_module(model)"
+            if shard is None
+            else "for a whole model make the loader without a shard"
+        )
+        raise ConfigError(
+            f"the model is not {base}: {'; '.join(problems[:_SHOWN])}{more}; {remedy}"
+        )
+    return [found[module.name] for module in layout.modules]
+
+
+def _mismatch(found: nn.Module | None, module: Module) -> str | None:
+    if found is None:
+        return f"it has no module {module.name!r}"
+    sizes = _sizes(found)
+    if sizes is None or isinstance(found, nn.Embedding) != module.embedding:
+        return f"module {module.name!r} is a {type(found).__name__}"
+    if module.embedding and not looks_up(module.name, found):
+        kind = type(found).__name__
+        return f"module {module.name!r} ({kind}) does not just look tokens or positions up"
+    if sizes != (module.in_features, module.out_features):
+        wanted = f"{module.in_features} → {module.out_features}"
+        return f"module {module.name!r} is {sizes[0]} → {sizes[1]}, not {wanted}"
+    return None
+
+
+def _sizes(module: nn.Module) -> tuple[int, int] | None:
+    """(in, out) of a linear module, (vocabulary, out) of an embedding, None for any other."""
+    from transformers.pytorch_utils import Conv1D  # noqa: PLC0415 (slow)
+
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    return (module.nx, module.nf) if isinstance(module, Conv1D) else None
+
+
+def require_dtype(modules: list[nn.Module], stored: str) -> None:
+    """Raise ConfigError unless adapters `stored` so fit what the model computes in.
+
+    What most modules compute in counts, as in `layouts.from_module`: a router may be wider. A
+    quantised weight is packed in integers and says nothing.
+    """
+    weights = [_weight(module).dtype for module in modules]
+    floating = Counter(dtype for dtype in weights if dtype.is_floating_point)
+    if not floating:
+        return
+    computed = str(floating.most_common(1)[0][0]).removeprefix("torch.")
+    if computed not in DTYPES:
+        raise ConfigError(
+            f"the model computes in {computed}; convert it to one of {', '.join(DTYPES)}"
+        )
+    if computed != stored:
+        raise ConfigError(
+            f"the model computes in {computed} and the loader stores adapters in {stored}; make "
+            f"it with LoaderConfig(dtype={computed!r})"
+        )
+
+
+def require_device(modules: list[nn.Module], device: torch.device) -> None:
+    """Raise ConfigError unless the model is where the adapters are."""
+    for module in modules:
+        place = _weight(module).device
+        if place.type != device.type:
+            raise ConfigError(
+                f"the model is on {place} and the loader's adapters are on {device}; move the "
+                "model, or give LoaderConfig another device"
+            )
+
+
+def _weight(module: Any) -> torch.Tensor:
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
+
 
 Forward = Callable[..., torch.Tensor]
 
 
-def attach(model: nn.Module, loader: AdapterLoader) -> Attached:
+def attach(model: nn.Module, loader: AdapterLoader) -> AttachedModel:
     """Make the model's modules apply the adapters of `loader`, row by row.
 
     The modules stay what they are: names, parameters, `state_dict`, hooks and tied weights do not
@@ -71,34 +194,36 @@ def attach(model: nn.Module, loader: AdapterLoader) -> Attached:
     """
     device = loader.device
     loop = asyncio.get_running_loop()
-    place = Place(device, cast(Tables, device), loop, Factors(), LastPlans(), loader.tracer)
+    place = LoaderLocation(
+        device, cast(Tables, device), loop, DoraFactors(), PlanCache(), loader.tracer
+    )
     bases = modules_of(model, loader.held_layout, loader.config.shard)
     require_dtype(bases, str(loader.config.dtype))
     require_device(bases, place.tables.rank.device)
     if any(isinstance(vars(base).get("forward"), AdaptedForward) for base in bases):
         raise UsageError("the model has adapters attached already; detach them first")
-    return Attached(bases, loader.held_layout.modules, place)
+    return AttachedModel(bases, loader.held_layout.modules, place)
 
 
-class Attached:
+class AttachedModel:
     """A model with adapters; `detach`, or leave it as a context manager, to get the base back."""
 
     def __init__(
         self,
         bases: list[nn.Module],
         modules: tuple[Module, ...],
-        place: Place,
+        place: LoaderLocation,
     ) -> None:
         self._place = place
-        self._current: ContextVar[Batch | None] = ContextVar("lorax batch", default=None)
+        self._current: ContextVar[ModelBatch | None] = ContextVar("lorax batch", default=None)
         self._lock = Lock()
-        self._open: set[Batch] = set()
+        self._open: set[ModelBatch] = set()
         groups = groups_of(modules)
         self._replaced = [
-            _Replaced(
+            _ReplacedForward(
                 base,
                 AdaptedForward(
-                    self, Adapted(base, module, index, groups.get(index, ())), base.forward
+                    self, AdaptedModule(base, module, index, groups.get(index, ())), base.forward
                 ),
                 vars(base).get("forward"),
             )
@@ -145,7 +270,7 @@ class Attached:
             Without a budget: what ended an adapter's load.
         """
         self._check(rows)
-        batch = Batch(rows, self._place, budget, others_wait, beside=beside)
+        batch = ModelBatch(rows, self._place, budget, others_wait, beside=beside)
         with self._opened(batch):
             batch.begin()
             token = self._current.set(batch)
@@ -156,7 +281,7 @@ class Attached:
                 batch.end()
 
     @contextmanager
-    def _opened(self, batch: Batch) -> Iterator[None]:
+    def _opened(self, batch: ModelBatch) -> Iterator[None]:
         with self._lock:
             if not self._replaced:
                 raise UsageError("the adapters were detached from this model; attach again")
@@ -167,7 +292,7 @@ class Attached:
             with self._lock:
                 self._open.remove(batch)
 
-    def current(self) -> Batch:
+    def current(self) -> ModelBatch:
         """The batch of the running context; raises UsageError if there is none."""
         batch = self._current.get()
         if batch is None:
@@ -228,7 +353,7 @@ class Attached:
             return
         for index in row.vectors.modules:
             module = self._replaced[index].forward.module
-            if module.parallel is Parallel.ROW:
+            if module.parallel is Parallelism.ROW:
                 raise UsageError(
                     f"adapter {row.id!r} has a bias or a magnitude for module {module.name!r}, of"
                     f" which {row.shard} has some columns: it cannot be applied before the sum over"
@@ -239,7 +364,7 @@ class Attached:
 class AdaptedForward:
     """What a module computes while it is attached: its own output, plus its adapters'."""
 
-    def __init__(self, attached: Attached, adapted: Adapted, base: Forward) -> None:
+    def __init__(self, attached: AttachedModel, adapted: AdaptedModule, base: Forward) -> None:
         self.base = base
         self._attached = attached
         self._adapted = adapted
@@ -260,7 +385,7 @@ class AdaptedForward:
 
 
 @dataclass(frozen=True, slots=True)
-class _Replaced:
+class _ReplacedForward:
     """One module's forward, taken over by an instance attribute, as accelerate's hooks do it."""
 
     base: nn.Module

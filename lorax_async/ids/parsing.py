@@ -1,20 +1,74 @@
-"""From what a caller names to an id in its one spelling, which says where to look."""
+"""Parse what a caller names into an id in its one spelling, which says where to look."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import unquote_to_bytes
 
 from lorax_async.errors import AccessDeniedError, InvalidAdapterIdError, LoraxError
-from lorax_async.identity import AdapterRef
-from lorax_async.ids.folder_urls import DEFAULT_PORTS, parse_folder_url
-from lorax_async.ids.hub import checked_revision, names_pull_request, parse_hub_id
-from lorax_async.ids.local_paths import checked_path, is_local_text, parse_local
-from lorax_async.ids.stores import STORES, parse_store
-from lorax_async.ids.texts import checked, readable
-from lorax_async.settings.allow import Allow, Reach
+from lorax_async.ids.allow import Allow, OriginPlace
+from lorax_async.ids.grammar import (
+    DEFAULT_PORTS,
+    STORES,
+    checked_revision,
+    names_pull_request,
+    parse_folder_url,
+    parse_hub_id,
+    parse_store,
+)
+from lorax_async.types import AdapterRef, Merge, MergedKey, Ref, RemoteKey, checked, readable
+
+_BARE_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
+
+
+def is_local_text(text: str) -> bool:
+    """Whether a text says by itself that it names a local folder."""
+    return text.startswith(("/", "./", "../")) or text[:5].lower() == "file:"
+
+
+def parse_local(text: str) -> str:
+    """A path from "/", "./" or "../" on. Links may lie on it, so ".." stays.
+
+    Raises `InvalidAdapterIdError`.
+    """
+    path = readable(_path_of_url(text)) if text[:5].lower() == "file:" else text
+    parts = [part for part in path.split("/") if part not in {"", "."}]
+    inner = "/".join(parts)
+    if path.startswith("/"):
+        return f"/{inner}"
+    if parts[:1] == [".."]:
+        return inner if len(parts) > 1 else "../"
+    return f"./{inner}"
+
+
+def checked_path(path: Path) -> Path:
+    """Of a program's own; raises `InvalidAdapterIdError` where the system has no such paths."""
+    checked(os.fspath(path), os.fsencode)
+    return path
+
+
+def _path_of_url(url: str) -> str:
+    """The path of file:/path, file:///path or file://localhost/path (RFC 8089)."""
+    path = url[5:]
+    if path.startswith("//"):
+        host, slash, path = path[2:].partition("/")
+        if host.lower() not in {"", "localhost"}:
+            raise InvalidAdapterIdError("a file: URL names no other host; use file:///path")
+        path = slash + path
+    if not path.startswith("/") or "?" in path or "#" in path or _BARE_PERCENT.search(path):
+        raise InvalidAdapterIdError(
+            "a file: URL is file:///path, with '?', '#' and '%' in it written as %3F, %23 and %25"
+        )
+    try:
+        return unquote_to_bytes(path).decode()
+    except UnicodeDecodeError:
+        raise InvalidAdapterIdError("the file: URL does not decode to UTF-8") from None
+
 
 SOURCES = ("hub", *STORES, "http", "https", "local")
 
@@ -141,16 +195,16 @@ def is_covered(ref: AdapterRef, allow: Sequence[Allow]) -> bool:
     return bool(entries)
 
 
-def reach_of(ref: AdapterRef) -> Reach:
+def reach_of(ref: AdapterRef) -> OriginPlace:
     """Where a `parsed` one that is not local lies."""
     if ref.source == "hub":
-        return Reach("hub", "", None, f"{ref.id}/")
+        return OriginPlace("hub", "", None, f"{ref.id}/")
     scheme, _, rest = str(ref.id).partition("://")
     if scheme in STORES:
         place = parse_store(scheme, rest)
-        return Reach(scheme, place.bucket, None, place.prefix)
+        return OriginPlace(scheme, place.bucket, None, place.prefix)
     url = parse_folder_url(str(ref.id))
-    return Reach(url.scheme, url.host, url.port, url.path[1:])
+    return OriginPlace(url.scheme, url.host, url.port, url.path[1:])
 
 
 def origin_of(ref: AdapterRef) -> str:
@@ -166,7 +220,7 @@ def origin_of(ref: AdapterRef) -> str:
     return "hub" if reach.scheme == "hub" else f"{reach.scheme}://{reach.host}{port}"
 
 
-def _refusal(reach: Reach, *, pull_request: bool) -> AccessDeniedError:
+def _refusal(reach: OriginPlace, *, pull_request: bool) -> AccessDeniedError:
     words = [repr(reach.scheme)]
     words += [repr(reach.host)] if reach.host else []
     words += [f"port={reach.port}"] if reach.port is not None else []
@@ -178,3 +232,39 @@ def _refusal(reach: Reach, *, pull_request: bool) -> AccessDeniedError:
         f" LoaderConfig(allow=(Allow({', '.join(words)}), …))",
         stage="resolve",
     )
+
+
+class LocalPlace(NamedTuple):
+    """Where to look, in this order. `trusted` paths may be anywhere and lead anywhere."""
+
+    paths: tuple[str, ...]
+    trusted: bool
+
+
+def parse_place(ref: AdapterRef, roots: Sequence[str]) -> LocalPlace:
+    """The places that `ref` means; a relative `str` is looked for in each of the roots.
+
+    Raises `InvalidAdapterIdError` for a text that is no id, or names no local folder.
+    """
+    found = parsed(ref)
+    if found.source != "local":
+        raise InvalidAdapterIdError(
+            "only local folders are asked for here: a pathlib.Path, or a path inside"
+            " LoaderConfig.local_roots, which begins with './', '../' or '/'"
+        )
+    if isinstance(found.id, Path):
+        return LocalPlace((os.fspath(found.id),), trusted=True)
+    if found.id.startswith("/"):
+        return LocalPlace((found.id,), trusted=False)
+    return LocalPlace(tuple(os.path.join(root, found.id) for root in roots), trusted=False)
+
+
+def origins_of(ref: Ref) -> frozenset[str]:
+    """Return the origins (`origin_of`) of an adapter or a merge's parts; local ones have none."""
+    if isinstance(ref, Merge | MergedKey):
+        parts = ref.parts if isinstance(ref, Merge) else ref.merge.parts
+        return frozenset[str]().union(*map(origins_of, parts))
+    if isinstance(ref, RemoteKey):
+        ref = AdapterRef(ref.location)
+    origin = origin_of(ref) if isinstance(ref, AdapterRef) else ""
+    return frozenset({origin} - {""})

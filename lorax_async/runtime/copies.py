@@ -14,15 +14,14 @@ from time import perf_counter
 
 import torch
 
-from lorax_async.adapter import AdapterKey
-from lorax_async.core.commands import Copy, Wipe
+from lorax_async.concurrency import Inbox
+from lorax_async.devices.base import CopyTicket
+from lorax_async.devices.transfer import GroupCopy, GroupTransfer
 from lorax_async.errors import CapacityError, InternalError, LoraxError
-from lorax_async.io.inbox import Inbox
-from lorax_async.io.ports import CopyTicket
-from lorax_async.io.transfer import GroupCopy, Transfer
-from lorax_async.runtime.files import Files
-from lorax_async.runtime.tenancy import Tenancy
-from lorax_async.runtime.tenants import Tenants
+from lorax_async.lifecycle.commands import CopyGroup, WipeExtents
+from lorax_async.runtime.fetches import FetchTasks
+from lorax_async.runtime.leases import LeaseTable, SlotOccupancy
+from lorax_async.types import AdapterKey
 
 _logger = logging.getLogger("lorax_async")
 
@@ -34,7 +33,7 @@ class CopyOutcome:
     `staged_nbytes` of the file had to be cast or padded.
     """
 
-    command: Copy
+    command: CopyGroup
     nbytes: int
     staged_nbytes: int
     error: LoraxError | None
@@ -43,17 +42,17 @@ class CopyOutcome:
 
 
 @dataclass(slots=True, eq=False)
-class _Work:
+class _CopyJob:
     """One copy on its way."""
 
-    command: Copy
+    command: CopyGroup
     copy: GroupCopy
-    tenancy: Tenancy
+    occupancy: SlotOccupancy
     staging_seconds: float = 0.0
     started: float = field(default_factory=perf_counter)
 
 
-class Copies:
+class CopyThreads:
     """Hands copies to the I/O threads; `copied` hears of each once, on the loop.
 
     And slots that broke, to be zeroed; `wiped` hears of each once, in any thread. The `threads`
@@ -63,9 +62,9 @@ class Copies:
 
     def __init__(
         self,
-        files: Files,
-        tenants: Tenants,
-        transfer: Transfer,
+        files: FetchTasks,
+        lease_table: LeaseTable,
+        transfer: GroupTransfer,
         copied: Callable[[CopyOutcome], None],
         wiped: Callable[[AdapterKey], None],
         *,
@@ -74,11 +73,11 @@ class Copies:
         images: torch.Tensor,
     ) -> None:
         self._files = files
-        self._tenants = tenants
+        self._lease_table = lease_table
         self._transfer = transfer
         self._images = images
         self._wiped = wiped
-        self._queue: SimpleQueue[_Work | Wipe | None] = SimpleQueue()
+        self._queue: SimpleQueue[_CopyJob | WipeExtents | None] = SimpleQueue()
         # Daemons: a loader that nobody closed must not keep the interpreter from ending.
         self._threads = [
             Thread(target=self._serve, name=f"lorax-io-{n}", daemon=True) for n in range(threads)
@@ -86,7 +85,7 @@ class Copies:
         self._start(self._threads)
         self._inbox: Inbox[CopyOutcome] = Inbox(asyncio.get_running_loop(), copied)
         self._low_water = low_water
-        self._under_way = 0
+        self._in_flight = 0
         self._lock = Lock()
 
     def stop(self) -> None:
@@ -103,23 +102,23 @@ class Copies:
         """Handle the outcomes that have not woken the loop."""
         self._inbox.take()
 
-    def start(self, command: Copy) -> None:
-        tenancy = self._tenants.tenancy(command.key)
-        group, image = tenancy.plan.groups[command.group], command.image
+    def start(self, command: CopyGroup) -> None:
+        occupancy = self._lease_table.occupancy(command.key)
+        group, image = occupancy.plan.groups[command.group], command.image
         copy = GroupCopy(
             self._files.reader(command.key),
             group,
-            tenancy.plan.dtype,
+            occupancy.plan.dtype,
             command.grant.extents[command.group],
             command.grant.slot.index,
             None if image is None else self._images[image.offset : image.offset + group.nbytes],
             command.warm,
         )
         with self._lock:
-            self._under_way += 1
-        self._queue.put(_Work(command, copy, tenancy))
+            self._in_flight += 1
+        self._queue.put(_CopyJob(command, copy, occupancy))
 
-    def wipe(self, command: Wipe) -> None:
+    def wipe(self, command: WipeExtents) -> None:
         self._queue.put(command)
 
     def _start(self, threads: list[Thread]) -> None:
@@ -135,12 +134,12 @@ class Copies:
     def _serve(self) -> None:
         """In an I/O thread: an executor's queue would cost more than a small copy."""
         while (work := self._queue.get()) is not None:
-            if isinstance(work, Wipe):
+            if isinstance(work, WipeExtents):
                 self._zero(work)
             else:
                 self._run(work)
 
-    def _run(self, work: _Work) -> None:
+    def _run(self, work: _CopyJob) -> None:
         """In an I/O thread: whatever happens, the loop hears of it."""
         work.started = perf_counter()
         try:
@@ -151,10 +150,10 @@ class Copies:
         work.staging_seconds = moved.staging_seconds
         with suppress(MemoryError):  # then a stream cannot wait for it, and layer_ready can
             # Asked for, so that a stream can wait for it, though it may not have run yet.
-            work.tenancy.sent(work.command.group, moved.ticket)
+            work.occupancy.sent(work.command.group, moved.ticket)
         moved.done.add_done_callback(lambda done: self._end(work, done.exception()))
 
-    def _zero(self, command: Wipe) -> None:
+    def _zero(self, command: WipeExtents) -> None:
         """In an I/O thread. What cannot be zeroed is overwritten before it is named again."""
 
         def told(ticket: CopyTicket) -> None:
@@ -169,7 +168,7 @@ class Copies:
             ticket.set_exception(problem)
         ticket.add_done_callback(told)
 
-    def _end(self, work: _Work, problem: BaseException | None) -> None:
+    def _end(self, work: _CopyJob, problem: BaseException | None) -> None:
         """In an I/O thread, or in one of the device's."""
         error = None if problem is None else _as_lorax_error(problem)
         group = work.copy.group
@@ -180,21 +179,21 @@ class Copies:
         )
         # Left before it is counted: whoever counts the last one wakes the loop for all.
         self._inbox.leave(outcome)
-        if self._is_urgent(work.tenancy) or error is not None:
+        if self._is_urgent(work.occupancy) or error is not None:
             self._inbox.wake()
 
-    def _is_urgent(self, tenancy: Tenancy) -> bool:
+    def _is_urgent(self, occupancy: SlotOccupancy) -> bool:
         """Count a copy that ended: does the loop have to hear of it now?
 
         Waking the loop costs as much as copying half a megabyte. While the threads have work, and
         this is not an adapter's last layer or one that somebody waits for, outcomes may gather.
         """
         with self._lock:
-            self._under_way -= 1
-            tenancy.copied += 1
-            if tenancy.copied == len(tenancy.layers) or tenancy.streamed:
+            self._in_flight -= 1
+            occupancy.copied += 1
+            if occupancy.copied == len(occupancy.layers) or occupancy.streamed:
                 return True
-            return self._under_way <= self._low_water
+            return self._in_flight <= self._low_water
 
 
 def _as_lorax_error(problem: BaseException) -> LoraxError:

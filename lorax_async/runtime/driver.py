@@ -1,8 +1,8 @@
 """The only bridge between deciding and doing.
 
-Commands of the lifecycle become named tasks (`Files`), copies in I/O threads, and news for waiters
-and leases (`Tenants`); what comes back goes into the lifecycle as outcomes. An exception that
-escapes fails its adapter with `InternalError`; it never reaches the embedding program.
+Commands of the lifecycle become named tasks (`FetchTasks`), copies in I/O threads, and news for
+waiters and leases (`LeaseTable`); what comes back goes into the lifecycle as outcomes. An exception
+that escapes fails its adapter with `InternalError`; it never reaches the embedding program.
 """
 
 from __future__ import annotations
@@ -13,30 +13,94 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor
 from time import monotonic
+from typing import Any
 
 import torch
 
-from lorax_async.adapter import AdapterKey
-from lorax_async.core import commands
-from lorax_async.core.commands import Command
-from lorax_async.core.lifecycle import Lifecycle
-from lorax_async.core.transfer_plan import TransferPlan
-from lorax_async.core.transitions import FileState
+from lorax_async.concurrency import Inbox, running_loop
+from lorax_async.devices.base import Device
+from lorax_async.devices.transfer import GroupTransfer
 from lorax_async.errors import AdapterFormatError, FetchError, InternalError, LoraxError
-from lorax_async.events import BytesMoved
-from lorax_async.io.inbox import Inbox, running_loop
-from lorax_async.io.ports import Device, Source
-from lorax_async.io.transfer import Transfer
-from lorax_async.runtime.actions import Actions
-from lorax_async.runtime.copies import Copies, CopyOutcome
-from lorax_async.runtime.files import Files
-from lorax_async.runtime.interest import Interest
-from lorax_async.runtime.journal import Journal
-from lorax_async.runtime.planning import Planner
-from lorax_async.runtime.retiring import Retiring
-from lorax_async.runtime.tenancy import Lease
-from lorax_async.runtime.tenants import Tenants
-from lorax_async.tracing.recorder import Tracer
+from lorax_async.events import (
+    BytesMoved,
+    Event,
+    Failed,
+    LayerReady,
+    Leaving,
+    Resident,
+    SlotGranted,
+    SlotId,
+)
+from lorax_async.lifecycle import commands
+from lorax_async.lifecycle.adapter_state import AdapterState, HostState
+from lorax_async.lifecycle.commands import Command
+from lorax_async.lifecycle.lifecycle import Lifecycle
+from lorax_async.lifecycle.transitions import FileState, SlotState
+from lorax_async.planning.transfer_plan import TransferPlan
+from lorax_async.runtime.copies import CopyOutcome, CopyThreads
+from lorax_async.runtime.fetches import FetchTasks, TransferPlanner
+from lorax_async.runtime.leases import Lease, LeaseTable
+from lorax_async.runtime.telemetry import Telemetry
+from lorax_async.runtime.waiters import WaiterTable, kind_of
+from lorax_async.sources.base import Source
+from lorax_async.tracing.recorder import Stays, Tracer
+from lorax_async.types import AdapterKey
+
+Gone = Callable[[AdapterKey], None]
+"""Told once the adapter has left device and host memory."""
+
+
+class IdleUnloader:
+    """Unloads them, one by one, when they come to be idle; `execute` carries out what
+    that takes.
+    """
+
+    def __init__(self, lifecycle: Lifecycle, execute: Callable[[list[Command]], None]) -> None:
+        self._lifecycle = lifecycle
+        self._execute = execute
+        self._keys: dict[AdapterKey, Gone] = {}
+        self._looking = False
+
+    def begin(self, key: AdapterKey, gone: Gone) -> None:
+        """Let it go, now or when its last lease, pin and waiter have gone."""
+        self._keys[key] = gone
+        self.look()
+
+    def keep(self, key: AdapterKey) -> None:
+        """It is wanted again."""
+        self._keys.pop(key, None)
+
+    def look(self) -> None:
+        """To be called whenever something has changed."""
+        if not self._keys or self._looking:
+            return
+        self._looking = True
+        try:
+            for key in tuple(self._keys):
+                self._settle(key)
+        finally:
+            self._looking = False
+
+    def _settle(self, key: AdapterKey) -> None:
+        life = self._lifecycle.states.get(key)
+        if life is not None and (life.leases or life.pins or life.waiters):
+            return
+        if life is not None and _takes_memory(life) and not life.unloads:
+            self._execute(self._lifecycle.unload(key))
+        if life is None or life.is_idle:
+            gone = self._keys.pop(key, None)  # what was told of the unload may have kept it
+            if gone is not None:
+                gone(key)
+
+
+def _takes_memory(life: AdapterState) -> bool:
+    return (
+        life.slot is not SlotState.NONE
+        or life.host is not HostState.NONE
+        or life.image is not None
+        or life.demoted
+    )
+
 
 _logger = logging.getLogger("lorax_async")
 
@@ -50,8 +114,8 @@ class Driver:
         *,
         source: Source,
         device: Device,
-        transfer: Transfer,
-        planner: Planner,
+        transfer: GroupTransfer,
+        planner: TransferPlanner,
         num_layers: int,
         io_threads: int,
         metadata_threads: Executor,
@@ -61,18 +125,20 @@ class Driver:
     ) -> None:
         self.lifecycle = lifecycle
         self.device = device
-        self.journal = Journal(tracer)
-        self.files = Files(
-            source, planner, metadata_threads, self, self.journal, before_use=before_use
+        self.telemetry = Telemetry(tracer)
+        self.files = FetchTasks(
+            source, planner, metadata_threads, self, self.telemetry, before_use=before_use
         )
-        self.tenants = Tenants(num_layers, self._lease_ended, self._lease_quiet)
-        self.interest = Interest(lifecycle, self.tenants, self._hear_and_obey, self.files.hasten)
-        self.retiring = Retiring(lifecycle, self._obey)
+        self.lease_table = LeaseTable(num_layers, self._lease_ended, self._lease_quiet)
+        self.waiter_table = WaiterTable(
+            lifecycle, self.lease_table, self._collect_and_execute, self.files.raise_priority
+        )
+        self.idle_unloader = IdleUnloader(lifecycle, self._execute)
         self._loop = asyncio.get_running_loop()
         self._inbox: Inbox[Callable[[], None]] = Inbox(self._loop, self._tell)
-        self._copies = Copies(
+        self._copies = CopyThreads(
             self.files,
-            self.tenants,
+            self.lease_table,
             transfer,
             self._copied,
             self._wiped,
@@ -80,17 +146,9 @@ class Driver:
             low_water=lifecycle.budgets.device.copies_free // 2,
             images=images,
         )
-        self._actions = Actions(
-            lifecycle.lives,
-            device=device,
-            files=self.files,
-            tenants=self.tenants,
-            copies=self._copies,
-            journal=self.journal,
-            clock=monotonic,
-        )
+        self._stays = Stays(tracer)
         self._commands: deque[Command] = deque()
-        self._obeying = self._telling = False
+        self._executing = self._telling = False
         self._alarm: asyncio.TimerHandle | None = None
         self._due: float | None = None
         self._rested = asyncio.Event()
@@ -104,7 +162,7 @@ class Driver:
         """
         try:
             self.files.begin_close()
-            self._obey(self.lifecycle.close(error))
+            self._execute(self.lifecycle.close(error))
             await self._vacate(timeout)
         finally:
             if self._alarm is not None:
@@ -121,7 +179,7 @@ class Driver:
             async with asyncio.timeout(timeout):
                 await self._at_rest()
         except TimeoutError:
-            for lease in [lease for held in self.tenants.leases.values() for lease in held]:
+            for lease in [lease for held in self.lease_table.leases.values() for lease in held]:
                 lease.end("the loader was closed")
             await self._at_rest()
 
@@ -132,15 +190,15 @@ class Driver:
 
     def forget(self, key: AdapterKey) -> None:
         """Know nothing of an adapter that is idle."""
-        self._obey(self.lifecycle.forget(key))
+        self._execute(self.lifecycle.forget(key))
 
     # -- outcomes ---------------------------------------------------------------------------------
 
     def header_checked(
         self, key: AdapterKey, attempt: int, plan: TransferPlan, *, holdable: bool
     ) -> None:
-        self.journal.checked(key, monotonic())
-        self.interest.calls.checked(key)
+        self.telemetry.checked(key, monotonic())
+        self.waiter_table.calls.checked(key)
         needs = plan.needs(holdable=holdable)
         self._decide(key, lambda: self.lifecycle.header_checked(key, attempt, needs))
 
@@ -148,9 +206,9 @@ class Driver:
         self._decide(key, lambda: self.lifecycle.span_fetched(key, attempt, group))
 
     def published(self, key: AdapterKey, attempt: int) -> None:
-        self.tenants.verified(key, self.files.verifications[key])
+        self.lease_table.verified(key, self.files.verifications[key])
         self._decide(key, lambda: self.lifecycle.published(key, attempt))
-        self._actions.close_idle_reader(key)
+        self._close_idle_reader(key)
 
     def fetch_failed(self, key: AdapterKey, attempt: int, error: LoraxError) -> None:
         self._decide(key, lambda: self.lifecycle.fetch_failed(key, attempt, error))
@@ -172,28 +230,30 @@ class Driver:
             _logger.exception("an outcome of an adapter was not understood")
             error = InternalError(f"an outcome was not understood: {problem!r}", key=key)
             error.__cause__ = problem
-            waiters = [waiter.id for waiter in self.lifecycle.lives[key].waiters]
+            waiters = [waiter.id for waiter in self.lifecycle.states[key].waiters]
             for waiter in waiters:
-                self._obey(self.lifecycle.withdraw(key, waiter))
-            self.tenants.fail(waiters, error)
+                self._execute(self.lifecycle.withdraw(key, waiter))
+            self.lease_table.fail(waiters, error)
         else:
-            self._obey(decided)
+            self._execute(decided)
 
     def _copied(self, outcome: CopyOutcome) -> None:
         key = outcome.command.key
         self.lifecycle.note_time(self._loop.time())
-        self.journal.spent("stage", outcome.staging_seconds, outcome.staged_nbytes)
-        self.journal.spent("copy", outcome.copy_seconds, outcome.nbytes if not outcome.error else 0)
+        self.telemetry.spent("stage", outcome.staging_seconds, outcome.staged_nbytes)
+        self.telemetry.spent(
+            "copy", outcome.copy_seconds, outcome.nbytes if not outcome.error else 0
+        )
         if outcome.error is None:
-            self.journal.count("bytes_moved", outcome.nbytes)
-            if self.journal.has_subscribers:
-                self._actions.tell(
+            self.telemetry.count("bytes_moved", outcome.nbytes)
+            if self.telemetry.has_subscribers:
+                self._publish(
                     BytesMoved, key, slot=outcome.command.grant.slot, nbytes=outcome.nbytes
                 )
             self._decide(key, lambda: self.lifecycle.copy_done(key, outcome.command.group))
         else:
             error = outcome.error
-            here = self.lifecycle.lives[key].file is not FileState.FETCHING
+            here = self.lifecycle.states[key].file is not FileState.FETCHING
             lost = here and isinstance(error, FetchError)
             if isinstance(error, AdapterFormatError):
                 self.files.refuse_weights(key, error)
@@ -205,9 +265,9 @@ class Driver:
     def _lease_ended(self, lease: Lease, in_use: bool, soon: bool) -> None:
         def tell() -> None:
             try:
-                self.tenants.end_lease(lease)
+                self.lease_table.end_lease(lease)
             finally:
-                self._obey(self.lifecycle.end_lease(lease.tenancy.key, in_use=in_use))
+                self._execute(self.lifecycle.end_lease(lease.occupancy.key, in_use=in_use))
 
         if soon:
             self._inbox.put(tell)
@@ -215,11 +275,11 @@ class Driver:
             self._on_loop(tell)
 
     def _lease_quiet(self, lease: Lease) -> None:
-        self._on_loop(lambda: self._obey(self.lifecycle.end_use(lease.tenancy.key)))
+        self._on_loop(lambda: self._execute(self.lifecycle.end_use(lease.occupancy.key)))
 
     def _on_loop(self, tell: Callable[[], None]) -> None:
         # A finalizer may run in the midst of any of these, and a subscriber's call within one.
-        busy = self._telling or self._obeying or self.lifecycle.deciding
+        busy = self._telling or self._executing or self.lifecycle.deciding
         if busy or running_loop() is not self._loop:
             self._inbox.put(tell)
         else:
@@ -234,49 +294,179 @@ class Driver:
 
     # -- commands ---------------------------------------------------------------------------------
 
-    def _hear_and_obey(self, decided: list[Command]) -> None:
+    def _collect_and_execute(self, decided: list[Command]) -> None:
         """A caller is here: what has been copied meanwhile concerns it."""
-        self._obey(decided)
+        self._execute(decided)
         self._copies.hear()
 
-    def _obey(self, decided: list[Command]) -> None:
+    def _execute(self, decided: list[Command]) -> None:
         """Carry out commands in order. What a subscriber causes meanwhile comes after them."""
         self._commands.extend(decided)
-        if self._obeying:
+        if self._executing:
             return
-        self._obeying = True
+        self._executing = True
         try:
             while self._commands:
                 self._carry_out(self._commands.popleft())
         finally:
-            self._obeying = False
-        self.retiring.look()
+            self._executing = False
+        self.idle_unloader.look()
         self._set_alarm()
         self._rested.set()
 
     def _carry_out(self, command: Command) -> None:
         """A fault of ours in one command must not leave an outcome out, nor stop the others."""
         try:
-            self._actions.carry_out(command)
+            self._perform(command)
         except Exception as problem:
             _logger.exception("carrying out %s failed", type(command).__name__)
             error = InternalError(f"{type(command).__name__} failed: {problem!r}")
             error.__cause__ = problem
-            if isinstance(command, commands.Copy):
+            if isinstance(command, commands.CopyGroup):
                 self._commands += self.lifecycle.copy_failed(command.key, error)
-            elif isinstance(command, commands.Wipe):
+            elif isinstance(command, commands.WipeExtents):
                 self._commands += self.lifecycle.wiped(command.key)
-            elif isinstance(command, commands.Serve):
-                self.tenants.fail([command.waiter], error)
+            elif isinstance(command, commands.ServeWaiter):
+                self.lease_table.fail([command.waiter], error)
                 if command.grant is not None:
                     self._commands += self.lifecycle.end_lease(command.key)
-            elif isinstance(command, commands.Populate):
+            elif isinstance(command, commands.PopulatePages):
                 self._commands += self.lifecycle.lost(command.key, command.attempt, error)
-            elif isinstance(command, commands.Release):
+            elif isinstance(command, commands.ReleasePages):
                 self._commands += self.lifecycle.released(command.key, command.attempt)
-            elif isinstance(command, commands.Fetch):
+            elif isinstance(command, commands.StartFetch):
                 failed = self.lifecycle.fetch_failed(command.key, command.attempt, error)
                 self._commands += failed
+
+    def _perform(self, command: Command) -> None:  # noqa: C901, PLR0912, PLR0915 - a case per command
+        key = command.key
+        match command:
+            case commands.CopyGroup():
+                self._copies.start(command)
+            case commands.NotifyReady():
+                self._notify_ready(command)
+            case commands.ServeWaiter():
+                self.lease_table.serve(key, command.waiter, command.grant)
+            case commands.StartFetch():
+                self.telemetry.count("fetches")
+                kinds = self.lifecycle.states[key].waiters.kinds
+                urgent = any(foreground for _, foreground in kinds)
+                self.files.start_fetch(key, command.attempt, urgent=urgent)
+            case commands.CancelFetch():
+                self.files.cancel_fetch(key)
+            case commands.PopulatePages():
+                self.files.start_populate(key, command.attempt)
+            case commands.ReleasePages():
+                self.files.start_release(key, command.attempt)
+            case commands.TakeSlot():
+                self._take_slot(command)
+            case commands.WipeExtents():
+                self._copies.wipe(command)
+            case commands.ClearColumn():
+                self._clear_column(command)
+            case commands.FailWaiters():
+                self._fail(command)
+            case commands.BreakSlot():
+                self._notify_failed(key, command.error)
+                self.lease_table.occupancy(key).fail(self._located(key, command.error))
+            case commands.NotifyLeaving():
+                self.telemetry.count("departures")
+                self._stays.leaving(command.grant.slot.index)
+                self._publish(Leaving, key, slot=command.grant.slot)
+            case commands.NotifyStays():
+                if self.lease_table.occupancy(key).complete:  # else it is told with the last layer
+                    self._publish(Resident, key, slot=command.grant.slot)
+            case commands.NotifyUnloaded():
+                self.lease_table.unloaded(key)
+            case commands.DropFile():
+                self.files.forget(key)
+            case commands.ForgetAdapter():
+                self.files.forget(key)
+                self.telemetry.forget(key)
+            case _:
+                raise InternalError(f"no way to carry out {command}")
+
+    def _take_slot(self, command: commands.TakeSlot) -> None:
+        self.telemetry.granted(command.key, command.since, monotonic())
+        plan, life = self.files.plans[command.key], self.lifecycle.states[command.key]
+        occupancy = self.lease_table.occupy(
+            command.key,
+            command.grant,
+            plan,
+            self.files.verifications.get(command.key),
+            lambda: life.has_arrived,
+        )
+        self._stays.granted(command.grant.slot.index, command.key, plan.nbytes)
+        self._publish(
+            SlotGranted,
+            command.key,
+            slot=command.grant.slot,
+            nbytes=plan.nbytes,
+            layers=occupancy.layers,
+        )
+
+    def _clear_column(self, command: commands.ClearColumn) -> None:
+        try:
+            self.device.clear_column(command.grant.slot.index)
+        finally:  # the slot is no longer the adapter's, whatever the device says
+            self._stays.left(command.grant.slot.index)
+            self.lease_table.vacate(command.key)
+            self.telemetry.shorten(command.key)
+            self._close_idle_reader(command.key)
+
+    def _fail(self, command: commands.FailWaiters) -> None:
+        self._notify_failed(command.key, command.error)
+        self.lease_table.fail(command.waiters, self._located(command.key, command.error))
+
+    def _notify_failed(self, key: AdapterKey, error: LoraxError) -> None:
+        """Once, though waiters and lease holders are told apart."""
+        latest = self.telemetry.story(key)[-1:]
+        if latest and isinstance(latest[0], Failed) and latest[0].error is error:
+            return
+        self.telemetry.failed(kind_of(error))
+        life = self.lifecycle.states.get(key)
+        grant = life.grant if life is not None else None
+        if grant is not None:
+            self._stays.failed(grant.slot.index, error)
+        self._publish(Failed, key, slot=grant.slot if grant else None, error=error)
+
+    def _located(self, key: AdapterKey, error: LoraxError) -> LoraxError:
+        life = self.lifecycle.states.get(
+            key
+        )  # it may be forgotten by now: a close ends all at once
+        attempt = life.attempt if life is not None else 0
+        return error.located(key=key, attempt=attempt, story=self.telemetry.story(key))
+
+    def _notify_ready(self, command: commands.NotifyReady) -> None:
+        occupancy = self.lease_table.occupancy(command.key)
+        slot = command.grant.slot
+        self._stays.ready(slot.index, occupancy.layers, command.watermark, last=command.last)
+        occupancy.advance(command.watermark)
+        if self.telemetry.has_subscribers:
+            layer = occupancy.layers[command.watermark - 1]
+            self._publish(LayerReady, command.key, slot=slot, layer=layer)
+        if command.last:
+            self.telemetry.count("loads")
+            self._publish(Resident, command.key, slot=slot)
+            life = self.lifecycle.states.get(command.key)
+            if life is not None and life.told:  # or that would say that it stays
+                self._publish(Leaving, command.key, slot=slot)
+            self._close_idle_reader(command.key)
+
+    def _close_idle_reader(self, key: AdapterKey) -> None:
+        """Descriptors are held while bytes are read, and no longer."""
+        life = self.lifecycle.states.get(key)
+        busy = life is not None and (
+            life.file is FileState.FETCHING or life.slot is SlotState.FILLING or life.copying
+        )
+        if not busy:
+            self.files.close_reader(key)
+
+    def _publish(self, kind: type[Event], key: AdapterKey, **news: Any) -> None:
+        life = self.lifecycle.states.get(key)
+        attempt = life.attempt if life is not None else 0
+        slot: SlotId | None = news.pop("slot", None)
+        self.telemetry.tell(kind(key, slot, attempt, monotonic(), **news))
 
     def _set_alarm(self) -> None:
         """One timer for the head of the queue; adapters that do not wait have none."""
@@ -290,4 +480,4 @@ class Driver:
 
     def _tick(self) -> None:
         self._alarm = self._due = None
-        self._obey(self.lifecycle.tick(self._loop.time()))
+        self._execute(self.lifecycle.tick(self._loop.time()))

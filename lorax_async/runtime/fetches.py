@@ -1,320 +1,397 @@
-"""Verified folders of adapters' files, for callers that need files and not tensors.
-
-Calls that overlap share one flight: one download, one check. Another process, and a load of this
-loader, is waited for by the cache, which has one download per key.
-"""
+"""Tasks that open, check, plan and fetch adapters, and what they leave open."""
 
 from __future__ import annotations
 
 import asyncio
-import warnings
-from collections.abc import Callable
-from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple, Self
+import logging
+from collections.abc import Coroutine
+from concurrent.futures import Executor
+from functools import lru_cache
+from time import perf_counter
+from typing import Protocol
 
-from lorax_async.adapter import (
-    AdapterKey,
-    AdapterRef,
-    Merge,
-    MergedKey,
-    Ref,
-    RemoteKey,
-    TensorsKey,
-    is_stale,
-    text_of,
-)
-from lorax_async.errors import (
-    AdapterTimeoutError,
-    InternalError,
-    LoaderClosedError,
-    LoraxError,
-    UsageError,
-)
-from lorax_async.io.cache.ports import LeftoverError
-from lorax_async.io.ports import Demand, FolderSource, Reader, Source, StoredFolder
-from lorax_async.io.remote.cached import FetchReader
-from lorax_async.runtime.digests import Digests
-from lorax_async.runtime.resolver import Resolver
-from lorax_async.verification import Verification
+from lorax_async.concurrency import FetchControl
+from lorax_async.config import LoaderConfig
+from lorax_async.devices.base import Device
+from lorax_async.errors import AdapterError, FetchError, InternalError, LoraxError
+from lorax_async.files import Reader
+from lorax_async.formats.peft_config import parse_config
+from lorax_async.formats.safetensors import parse_header
+from lorax_async.planning.sharding import Sharding
+from lorax_async.planning.transfer_plan import TransferPlan, plan_transfer
+from lorax_async.runtime.telemetry import Telemetry
+from lorax_async.sources.base import AdapterFile, PinnedPages, RefusalCallback, Source
+from lorax_async.types import AdapterKey, Verification
 
-MAX_ATTEMPTS = 3
-"""Attempts of one call where interrupted downloads have other bytes than the source."""
+LARGE_PREFIX = 256 * 1024
+"""A header of more bytes is parsed in a thread: it would hold the loop for too long."""
 
-Watch = Callable[[Reader], None]
+MANY_MEMBERS = 64
+"""And so is a config of more members: PEFT writes some 40, and what is more may be patterns."""
+
+REMEMBERED_PLANS = 32
 
 
-def _ignore(_: object) -> None:
-    """Follow nothing."""
+class TransferPlanner:
+    """Plans adapters for one layout, shard, dtype and device.
 
-
-class _Held(NamedTuple):
-    """An adapter's folder, kept by its open reader."""
-
-    folder: StoredFolder
-    verification: Verification
-    reader: Reader
-
-
-class _Flight:
-    """One open, download and check for all `users`; the last one to leave closes the reader."""
-
-    def __init__(self, source: FolderSource, key: AdapterKey) -> None:
-        self.key = key
-        self.users = 0
-        self.reader: Reader | None = None
-        self._source = source
-        self._demand = Demand()
-        self._watches: list[Watch] = []
-        self.task = asyncio.get_running_loop().create_task(self._run(), name=f"lorax fetch {key}")
-        self.task.add_done_callback(self._ended)
-
-    async def _run(self) -> _Held:
-        source, key = self._source, self.key
-        file = await source.open(key, self._demand)
-        self.reader = file.reader
-        for watch in self._watches:
-            watch(file.reader)
-        try:
-            # Without layer groups: all of it, in whatever order is quickest.
-            verification = await source.bring(file, (), _ignore, self._demand)
-            return _Held(source.folder(key, file.reader), verification, file.reader)
-        except BaseException:
-            file.reader.close()
-            raise
-
-    def watch(self, watch: Watch) -> None:
-        """Call `watch` with the reader as soon as the adapter is open."""
-        if self.reader is None:
-            self._watches.append(watch)
-        else:
-            watch(self.reader)
-
-    def leave(self) -> None:
-        self.users -= 1
-        if self.users:
-            return
-        if self.task.done():
-            self._ended(self.task)
-        else:
-            self._demand.end()
-
-    def _ended(self, task: asyncio.Task[_Held]) -> None:
-        """Close the reader if no user is left."""
-        if not task.cancelled() and task.exception() is None and not self.users:
-            task.result().reader.close()
-
-
-class AdapterFolder:
-    """A lease on the folder with one adapter's files, as PEFT writes them.
-
-    The cache keeps them until it is left as a context manager, or `release` is called. Nothing else
-    keeps a local folder, or one of the standard hub cache, from being removed by its owner.
-
-    Attributes
-    ----------
-    id, key
-        The id that the caller gave, and the version of the adapter that it led to.
-    path
-        The folder.
-    nbytes
-        Of all its files.
-    verification
-        How the weights were checked, and their digest.
-    downloaded
-        Whether they came from their source now; False if they were here already.
+    A plan follows from config, header and size alone, and adapters that were trained alike differ
+    in none of them; so the last plans are remembered by exactly these bytes.
     """
 
-    def __init__(self, ref: Ref, flight: _Flight, release: Callable[[], None]) -> None:
-        held = flight.task.result()
-        self.id = text_of(ref)
-        self.key = flight.key
-        self.path = Path(held.folder.path)
-        self.nbytes = held.folder.nbytes
-        self.verification = held.verification
-        self.downloaded = isinstance(held.reader, FetchReader)
-        self._release: Callable[[], None] | None = release
-
-    @property
-    def version(self) -> str | None:
-        """Return the commit, versionId or ETags that name the bytes; None for a local folder."""
-        return self.key.version if isinstance(self.key, RemoteKey) else None
-
-    @property
-    def stale(self) -> bool:
-        """Whether the source could not be asked, and this is the version that it last named."""
-        return is_stale(self.key)
-
-    @property
-    def released(self) -> bool:
-        return self._release is None
-
-    def release(self) -> None:
-        """Let the cache remove the files. Idempotent, quick."""
-        release, self._release = self._release, None
-        if release is not None:
-            release()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+    def __init__(
+        self, sharding: Sharding, config: LoaderConfig, device: Device, *, move_bytes: int
     ) -> None:
-        self.release()
+        self._sharding = sharding
+        self._limits = config.limits
+        self._dtype = config.storage_dtype
+        self._alignment = device.alignment
+        self._rank_multiple = device.rank_multiple
+        self._move_bytes = move_bytes
+        self._remembered = lru_cache(maxsize=REMEMBERED_PLANS)(self._plan)
 
-    async def __aenter__(self) -> Self:
-        return self
+    def is_long(self, file: AdapterFile) -> bool:
+        """Whether planning would hold an event loop for longer than it should be held.
 
-    async def __aexit__(
+        A shard's plan takes about three times as long: every tensor is cut, and moved by itself.
+        """
+        return bool(self._sharding.cuts) or _is_large(file)
+
+    def plan(self, file: AdapterFile) -> TransferPlan:
+        """Check config, header and layout against each other. Pure; may take milliseconds.
+
+        Raises
+        ------
+        AdapterFormatError, UnsupportedAdapterError, IncompatibleAdapterError
+        """
+        plan = self._plan if _is_large(file) else self._remembered
+        return plan(file.config, file.prefix, file.reader.nbytes)
+
+    def _plan(self, config: bytes, prefix: bytes, file_size: int) -> TransferPlan:
+        spec = parse_config(config, self._limits)
+        header = parse_header(prefix, file_size, self._limits)
+        return plan_transfer(
+            header,
+            spec,
+            self._sharding.whole,
+            dtype=self._dtype,
+            alignment=self._alignment,
+            rank_multiple=self._rank_multiple,
+            limits=self._limits,
+            staging_move_bytes=self._move_bytes,
+            cuts=self._sharding.cuts,
+        )
+
+
+def _is_large(file: AdapterFile) -> bool:
+    return len(file.prefix) > LARGE_PREFIX or file.config.count(b":") > MANY_MEMBERS
+
+
+_logger = logging.getLogger("lorax_async")
+
+
+class TaskOutcomes(Protocol):
+    """Who is told what came of a task; called on the loop."""
+
+    def header_checked(
+        self, key: AdapterKey, attempt: int, plan: TransferPlan, *, holdable: bool
+    ) -> None: ...
+    def span_fetched(self, key: AdapterKey, attempt: int, group: int) -> None: ...
+    def published(self, key: AdapterKey, attempt: int) -> None: ...
+    def fetch_failed(self, key: AdapterKey, attempt: int, error: LoraxError) -> None: ...
+    def populated(self, key: AdapterKey, attempt: int) -> None: ...
+    def released(self, key: AdapterKey, attempt: int) -> None: ...
+    def lost(self, key: AdapterKey, attempt: int, error: LoraxError) -> None: ...
+
+
+class FetchTasks:
+    """Runs one task per fetch, populate and release; each ends with exactly one outcome.
+
+    `threads` parse large headers. `before_use`: no group may be used before all of the file was
+    checked. Tasks are cancelled by `stop` alone; a fetch that nobody wants
+    any more is told so by its token.
+    """
+
+    def __init__(
         self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        source: Source,
+        planner: TransferPlanner,
+        threads: Executor,
+        outcomes: TaskOutcomes,
+        telemetry: Telemetry,
+        *,
+        before_use: bool = False,
     ) -> None:
-        self.release()
-
-    def __del__(self) -> None:
-        if getattr(self, "_release", None) is not None:
-            warnings.warn(f"the folder of {self.id!r} was not released", ResourceWarning, 2)
-
-
-class Fetches:
-    """All flights and leases of one loader or command. For one event loop."""
-
-    def __init__(self, source: Source) -> None:
+        self.plans: dict[AdapterKey, TransferPlan] = {}
+        self.readers: dict[AdapterKey, Reader] = {}
+        self.holds: dict[AdapterKey, PinnedPages] = {}
         self._source = source
-        self._flights: dict[AdapterKey, _Flight] = {}
-        self._tasks: set[asyncio.Task[_Held]] = set()
-        self._leases: set[_Flight] = set()
-        self._released = asyncio.Event()
+        self._planner = planner
+        self._threads = threads
+        self._outcomes = outcomes
+        self._telemetry = telemetry
+        self._before_use = before_use
+        self.verifications: dict[AdapterKey, Verification] = {}
+        self._refusals: dict[AdapterKey, RefusalCallback] = {}
+        self._demands: dict[AdapterKey, FetchControl] = {}
+        self._opening: dict[AdapterKey, asyncio.Event] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._planning = asyncio.Lock()
+        self._populating: asyncio.Task[None] | None = None
         self._closing = False
 
-    async def fetch(self, ref: Ref, key: AdapterKey, watch: Watch = _ignore) -> AdapterFolder:
-        """Return the checked folder of `key`, after a download if it is not here.
+    def start_fetch(self, key: AdapterKey, attempt: int, *, urgent: bool) -> None:
+        self.verifications.pop(key, None)
+        self._demands[key] = FetchControl(urgent=urgent)
+        self._opening[key] = asyncio.Event()
+        self._spawn("fetch", key, self._fetch(key, attempt))
 
-        `watch` is called with the adapter's reader once it is open. Raise what loads do, without
-        id; on an error or a cancellation nothing is kept.
+    async def opened(self, key: AdapterKey) -> None:
+        """Wait until the fetch that is under way, if one is, has its plan or has failed."""
+        opening = self._opening.get(key)
+        if opening is not None:
+            await opening.wait()
+
+    def raise_priority(self, key: AdapterKey) -> None:
+        """Somebody waits for the fetch that is under way, if one is."""
+        control = self._demands.get(key)
+        if control is not None:
+            control.raise_priority()
+
+    def refuse_weights(self, key: AdapterKey, error: LoraxError) -> None:
+        """Let the source drop its copy, unless vouched for, of weights that failed a check."""
+        control, refuse = self._demands.get(key), self._refusals.get(key)
+        if control is not None:
+            control.refused = error
+        if refuse is not None:
+            self._spawn("refuse", key, self._refuse_weights(key, error, refuse))
+
+    async def _refuse_weights(
+        self, key: AdapterKey, error: LoraxError, refuse: RefusalCallback
+    ) -> None:
+        try:
+            await refuse(error, weights=True)
+        except LoraxError as problem:
+            _logger.warning("a refused copy of %s was not dropped: %s", key, problem)
+
+    def cancel_fetch(self, key: AdapterKey) -> None:
+        self._demands[key].end()
+
+    def start_populate(self, key: AdapterKey, attempt: int) -> None:
+        self._spawn("populate", key, self._populate(key, attempt))
+
+    def start_release(self, key: AdapterKey, attempt: int) -> None:
+        self._spawn("release", key, self._release(key, attempt))
+
+    def reader(self, key: AdapterKey) -> Reader:
+        """What `key` is read through; opened again for an adapter that comes back."""
+        reader = self.readers.get(key)
+        if reader is None:
+            reader = self.readers[key] = self._source.reopen(key)
+        return reader
+
+    async def readable(self, key: AdapterKey) -> None:
+        """Wait until the file of an adapter that fills its slot is open, and so stays where it is.
+
+        Raises `EvictedError` if it is gone.
         """
-        if isinstance(key, TensorsKey | MergedKey) or not isinstance(self._source, FolderSource):
-            raise UsageError("it is in no folder: it was given as tensors, or is a merge of others")
-        flight = self._flights.get(key) or self._begin(self._source, key)
-        flight.users += 1
-        flight.watch(watch)
-        try:
-            await self._landed(flight)
-            folder = AdapterFolder(ref, flight, lambda: self._leave(flight))
-            self._leases.add(flight)
-        except BaseException:
-            self._leave(flight)
-            raise
-        return folder
+        loop, reader = asyncio.get_running_loop(), self.reader(key)
+        await loop.run_in_executor(self._threads, lambda: reader.nbytes)
 
-    def _begin(self, source: FolderSource, key: AdapterKey) -> _Flight:
-        if self._closing:
-            raise LoaderClosedError("the loader is closed")
-        flight = self._flights[key] = _Flight(source, key)
-        self._tasks.add(flight.task)
-        flight.task.add_done_callback(lambda _: self._forget(flight))
-        return flight
+    def close_reader(self, key: AdapterKey) -> None:
+        reader = self.readers.pop(key, None)
+        if reader is not None:
+            reader.close()
 
-    def _forget(self, flight: _Flight) -> None:
-        """Let later calls have a flight of their own, with a check of its own."""
-        self._tasks.discard(flight.task)
-        if self._flights.get(flight.key) is flight:
-            del self._flights[flight.key]
+    def forget(self, key: AdapterKey) -> None:
+        self.plans.pop(key, None)
+        self.verifications.pop(key, None)
+        self._refusals.pop(key, None)
+        self.close_reader(key)
+        hold = self.holds.pop(key, None)
+        if hold is not None:
+            _close(hold)  # what is forgotten was read ahead at most: there is no map to undo
 
-    async def _landed(self, flight: _Flight) -> None:
-        try:
-            await asyncio.shield(flight.task)
-        except LoraxError as error:
-            raise error.located() from error.__cause__
-        except asyncio.CancelledError:
-            caller = asyncio.current_task()
-            if flight.task.cancelled() and caller is not None and not caller.cancelling():
-                raise LoaderClosedError("the loader was closed", stage="fetch") from None
-            raise
-
-    def _leave(self, flight: _Flight) -> None:
-        flight.leave()
-        if flight.users:
-            return
-        self._leases.discard(flight)
-        if self._flights.get(flight.key) is flight:
-            del self._flights[flight.key]  # it ends: the next call begins another one
-        self._released.set()
-
-    async def close(self, timeout: float) -> None:
-        """Cancel flights, wait `timeout` seconds for leases, then end those that are left."""
+    def begin_close(self) -> None:
+        """Whoever is populated need not be: whole files may take long to come."""
         self._closing = True
+        if self._populating is not None:
+            self._populating.cancel()
+
+    async def stop(self) -> None:
+        """End the tasks that are left, and close what they opened."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for key in tuple(self._opening):
+            self._end_opening(key)
+        for key in tuple(self.readers):
+            self.close_reader(key)
+        for key in tuple(self.holds):
+            await self._close_hold(key)
+
+    def _spawn(self, verb: str, key: AdapterKey, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work, name=f"lorax {verb} {key}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _fetch(self, key: AdapterKey, attempt: int) -> None:
+        control = self._demands[key]
+        error: LoraxError | None = None
         try:
-            async with asyncio.timeout(timeout):
-                while self._leases:
-                    self._released.clear()
-                    await self._released.wait()
-        except TimeoutError:
-            pass
-        finally:
-            for flight in tuple(self._leases):
-                flight.task.result().reader.close()
-            self._leases.clear()
-
-
-class Fetching:
-    """From what a caller asks for to a lease on its folder, within a deadline."""
-
-    def __init__(self, resolver: Resolver, fetches: Fetches, digests: Digests) -> None:
-        self._resolver = resolver
-        self._fetches = fetches
-        self._digests = digests
-
-    async def fetch(self, ref: Ref, seconds: float) -> AdapterFolder:
-        """See `AdapterLoader.fetch`."""
-        deadline = asyncio.timeout(seconds)
-        key = ref if isinstance(ref, AdapterKey) else None
-        try:
-            if isinstance(ref, Merge):
-                raise UsageError("a merge is in no folder; fetch its parts")
-            async with deadline:
-                key = await self._key(ref)
-                return await self._checked(ref, key)
-        except BaseException as error:
-            late = deadline.expired() and type(error) is TimeoutError
-            problem = _too_late(seconds, key) if late else error
-            if isinstance(problem, LoraxError):
-                raise problem.located(id=text_of(ref), key=key) from problem.__cause__
-            if isinstance(problem, Exception):
-                raise InternalError(f"a fetch failed: {problem!r}", id=text_of(ref)) from problem
-            raise
-
-    async def _key(self, ref: AdapterRef | AdapterKey) -> AdapterKey:
-        return ref if isinstance(ref, AdapterKey) else await self._resolver.resolve(ref)
-
-    async def _checked(self, ref: AdapterRef | AdapterKey, key: AdapterKey) -> AdapterFolder:
-        """Fetch, and hold the result to the digest in `ref`."""
-        for _ in range(MAX_ATTEMPTS - 1):
-            try:
-                folder = await self._fetches.fetch(ref, key)
-                break
-            except LeftoverError:
-                key = await self._key(ref)
+            file, plan = await self._checked(key, control)
+            self.plans[key] = plan
+            self._end_opening(key)
+            if not control.ended:
+                self._outcomes.header_checked(key, attempt, plan, holdable=file.holdable)
+                verification = await self._bring(key, attempt, file, plan, control)
+                self.verifications[key] = verification
+                if control.refused is not None and file.refuse is not None:
+                    await file.refuse(control.refused, weights=True)  # it was published meanwhile
+            if control.ended:
+                error = FetchError("nobody wants it any more")
+        except Exception as problem:  # noqa: BLE001 - becomes the task's outcome
+            error = _as_lorax_error(problem)
+        # The outcome may start the next fetch of this key: what belongs to this one goes first.
+        del self._demands[key]
+        self._end_opening(key)
+        if error is None:
+            self._outcomes.published(key, attempt)
         else:
-            folder = await self._fetches.fetch(ref, key)
+            self.close_reader(key)
+            self._outcomes.fetch_failed(key, attempt, error)
+
+    def _end_opening(self, key: AdapterKey) -> None:
+        opening = self._opening.pop(key, None)
+        if opening is not None:
+            opening.set()
+
+    async def _checked(
+        self, key: AdapterKey, control: FetchControl
+    ) -> tuple[AdapterFile, TransferPlan]:
+        """Open it and plan it. What is refused, and was outdated, is opened once more."""
+        file = await self._open(key, control)
         try:
-            await self._digests.compare(ref, key, folder.verification)
-        except BaseException:
-            folder.release()
+            return file, await self._plan(key, file)
+        except AdapterError as error:
+            if not await self._refused(key, file, error):
+                raise
+        file = await self._open(key, control)
+        try:
+            return file, await self._plan(key, file)
+        except AdapterError as error:
+            await self._refused(key, file, error)
             raise
-        return folder
+
+    async def _refused(self, key: AdapterKey, file: AdapterFile, error: AdapterError) -> bool:
+        self.readers.pop(key, None)
+        return await file.refused(error)
+
+    async def _open(self, key: AdapterKey, control: FetchControl) -> AdapterFile:
+        started = perf_counter()
+        file = await self._source.open(key, control)
+        nbytes = len(file.config) + len(file.prefix)
+        self._telemetry.spent("fetch", perf_counter() - started, nbytes)
+        self._telemetry.took(key, "fetch header", started)
+        self.close_reader(key)
+        self.readers[key] = file.reader
+        self._refusals.pop(key, None)
+        if file.refuse is not None:
+            self._refusals[key] = file.refuse
+        return file
+
+    async def _plan(self, key: AdapterKey, file: AdapterFile) -> TransferPlan:
+        if self._planner.is_long(file):
+            loop, started = asyncio.get_running_loop(), perf_counter()
+            plan = await loop.run_in_executor(self._threads, self._planner.plan, file)
+            self._planned(key, started)
+            return plan
+        # One in each turn of the loop: many adapters that were opened at the same time would
+        # otherwise be planned in the same turn, and nobody else would have theirs.
+        async with self._planning:
+            started = perf_counter()
+            plan = self._planner.plan(file)
+            self._planned(key, started)
+            await asyncio.sleep(0)
+        return plan
+
+    def _planned(self, key: AdapterKey, started: float) -> None:
+        self._telemetry.spent("verify", perf_counter() - started)
+        self._telemetry.took(key, "verify header", started)
+
+    async def _bring(
+        self,
+        key: AdapterKey,
+        attempt: int,
+        file: AdapterFile,
+        plan: TransferPlan,
+        control: FetchControl,
+    ) -> Verification:
+        def arrived(group: int) -> None:
+            if not self._before_use:
+                self._outcomes.span_fetched(key, attempt, group)
+
+        spans, started = [group.spans for group in plan.groups], perf_counter()
+        try:
+            return await self._source.bring(file, spans, arrived, control)
+        finally:
+            self._telemetry.took(key, "fetch", started)
+
+    async def _populate(self, key: AdapterKey, attempt: int) -> None:
+        """Of which there is one at a time."""
+        try:
+            hold = await self._held(key)
+        except Exception as error:  # noqa: BLE001 - becomes the task's outcome
+            self._outcomes.lost(key, attempt, _as_lorax_error(error))
+        else:
+            if not hold.nbytes:
+                _close(hold)  # it was read ahead: there is nothing to keep
+            else:
+                self.holds[key] = hold
+            self._outcomes.populated(key, attempt)
+
+    async def _held(self, key: AdapterKey) -> PinnedPages:
+        self._populating = asyncio.current_task()
+        try:
+            return await self._source.populate(key)
+        except asyncio.CancelledError:
+            if not self._closing:
+                raise
+            raise FetchError("the loader was closed") from None
+        finally:
+            self._populating = None
+
+    async def _release(self, key: AdapterKey, attempt: int) -> None:
+        try:
+            await self._close_hold(key)
+        finally:  # nothing refers to the hold any more, whatever came of closing it
+            self._outcomes.released(key, attempt)
+
+    async def _close_hold(self, key: AdapterKey) -> None:
+        """Undoing a map of many pages takes milliseconds."""
+        hold = self.holds.pop(key, None)
+        if hold is not None:
+            try:
+                closing = asyncio.get_running_loop().run_in_executor(self._threads, _close, hold)
+            except Exception:  # no thread can be had
+                _logger.exception("a hold is closed on the loop")
+                _close(hold)
+            else:
+                await closing
 
 
-def _too_late(seconds: float, key: AdapterKey | None) -> AdapterTimeoutError:
-    return AdapterTimeoutError(
-        f"its files were not here within {seconds:g} s", stage="resolve" if key is None else "fetch"
-    )
+def _close(hold: PinnedPages) -> None:
+    """A hold that does not close is gone all the same: whoever waits for that must be told."""
+    try:
+        hold.close()
+    except Exception:
+        _logger.exception("a hold on an adapter's bytes did not close")
+
+
+def _as_lorax_error(error: Exception) -> LoraxError:
+    if isinstance(error, LoraxError):
+        # Without its frames, which hold the file's bytes: errors are remembered in stories.
+        return error.located()
+    wrapped = InternalError(f"{type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped

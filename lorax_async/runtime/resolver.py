@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic, perf_counter
 from typing import NamedTuple
 
-from lorax_async.adapter import (
+from lorax_async.errors import InternalError, LoaderClosedError, LoraxError
+from lorax_async.runtime.telemetry import Telemetry
+from lorax_async.sources.base import Source
+from lorax_async.types import (
     AdapterKey,
     AdapterRef,
     Merge,
@@ -19,10 +23,67 @@ from lorax_async.adapter import (
     TensorsKey,
     is_stale,
 )
-from lorax_async.errors import InternalError, LoaderClosedError, LoraxError
-from lorax_async.io.ports import Source
-from lorax_async.runtime.journal import Journal
-from lorax_async.runtime.names import Names
+
+
+class AssignedIds:
+    """Which key such an id means. They come before every source.
+
+    A name that was given without a token is the same for every token; with one, for that one only.
+    What a caller knows of the bytes, and whether old ones will do, makes no other name.
+    """
+
+    def __init__(self) -> None:
+        self._keys: dict[AdapterRef, AdapterKey] = {}
+        self._uses: Counter[AdapterKey] = Counter()
+
+    def get(self, ref: object) -> AdapterKey | None:
+        """None for what has no name here, as everything but an `AdapterRef`."""
+        entry = self._entry(ref) if self._keys else None
+        return None if entry is None else self._keys[entry]
+
+    def give(self, ref: AdapterRef, key: AdapterKey) -> None:
+        """From here on `ref` means `key`."""
+        ref = ref.name
+        self._end(ref)
+        self._keys[ref] = key
+        self._uses[key] += 1
+
+    def take_back(self, ref: object, key: AdapterKey) -> None:
+        """Let `ref` mean `key` no longer, if it does; for the key itself, let no name mean it."""
+        entry = self._entry(ref)
+        if entry is not None and self._keys[entry] == key:
+            self._end(entry)
+        elif ref == key:
+            for name in [name for name, meant in self._keys.items() if meant == key]:
+                self._end(name)
+
+    def mean(self, key: AdapterKey) -> bool:
+        """Whether some name means it."""
+        return key in self._uses
+
+    def covers(self, ref: AdapterRef, other: object) -> bool:
+        """Whether `other` means, or would mean, what is given to `ref`."""
+        if not isinstance(other, AdapterRef):
+            return False
+        ref, other = ref.name, other.name
+        return other == ref or (other not in self._keys and replace(other, token=None) == ref)
+
+    def _entry(self, ref: object) -> AdapterRef | None:
+        if not isinstance(ref, AdapterRef):
+            return None
+        ref = ref.name
+        if ref in self._keys or ref.token is None:
+            return ref if ref in self._keys else None
+        bare = replace(ref, token=None)
+        return bare if bare in self._keys else None
+
+    def _end(self, ref: AdapterRef) -> None:
+        key = self._keys.pop(ref, None)
+        if key is not None:
+            self._uses[key] -= 1
+            if not self._uses[key]:
+                del self._uses[key]
+
 
 MAX_REMEMBERED = 65_536
 """Answers kept for `known`; the one that was asked for longest ago goes first."""
@@ -31,7 +92,7 @@ MAX_REMEMBERED = 65_536
 Question = AdapterRef | Merge
 
 
-class _Answer(NamedTuple):
+class _RememberedKey(NamedTuple):
     key: AdapterKey
     since: float
 
@@ -53,14 +114,14 @@ class Resolver:
     elsewhere: of a moving revision, and of who may have it.
     """
 
-    def __init__(self, source: Source, journal: Journal, fresh: float) -> None:
+    def __init__(self, source: Source, telemetry: Telemetry, fresh: float) -> None:
         self._source = source
-        self._journal = journal
+        self._telemetry = telemetry
         self._fresh = fresh
-        self.names = Names()
+        self.names = AssignedIds()
         self._asking: dict[Question, _Resolution] = {}
         self._tasks: set[asyncio.Task[AdapterKey]] = set()
-        self._answers: dict[Question, _Answer] = {}
+        self._answers: dict[Question, _RememberedKey] = {}
 
     async def resolve(self, ref: Question) -> AdapterKey:
         """Ask the source, or join whoever asks already. Cancelling leaves the others their answer.
@@ -139,7 +200,7 @@ class Resolver:
         # An id whose name was taken back means what its source says.
         return isinstance(answer, TensorsKey) if key is None else key != answer
 
-    def _is_fresh(self, answer: _Answer) -> bool:
+    def _is_fresh(self, answer: _RememberedKey) -> bool:
         return monotonic() - answer.since < self._fresh
 
     async def stop(self) -> None:
@@ -160,8 +221,8 @@ class Resolver:
         except Exception as error:
             raise InternalError(f"{type(error).__name__}: {error}") from error
         finally:
-            self._journal.spent("resolve", perf_counter() - started)
-            self._journal.took(ref, "resolve", started)
+            self._telemetry.spent("resolve", perf_counter() - started)
+            self._telemetry.took(ref, "resolve", started)
 
     async def _ask_parts(self, merge: Merge) -> list[AdapterKey]:
         """Side by side, and each is a question that others may join."""
@@ -206,8 +267,8 @@ class Resolver:
             del self._answers[next(iter(self._answers))]
 
 
-def _now(key: AdapterKey) -> _Answer:
-    return _Answer(key, monotonic())
+def _now(key: AdapterKey) -> _RememberedKey:
+    return _RememberedKey(key, monotonic())
 
 
 def _is_elsewhere(key: AdapterKey) -> bool:

@@ -14,7 +14,6 @@ from typing import Any
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from lorax_async.adapter import AdapterId, AdapterKey, AdapterRef
 from lorax_async.errors import (
     AdapterInUseError,
     AdapterTimeoutError,
@@ -23,12 +22,13 @@ from lorax_async.errors import (
 )
 from lorax_async.events import Event, SlotId
 from lorax_async.ids import parsing
-from lorax_async.runtime.whereabouts import AdapterResidency
+from lorax_async.runtime.placement import AdapterResidency
 from lorax_async.server.clients import bearer_of, read_json
-from lorax_async.server.errors import Refusal
-from lorax_async.server.requests import LoadBody, T, UnloadBody, parse_body
+from lorax_async.server.refusals import Refusal
+from lorax_async.server.request_bodies import LoadBody, T, UnloadBody, parse_body
+from lorax_async.server.server_settings import ServerSettings
 from lorax_async.server.service import Service
-from lorax_async.server.settings import ServerSettings
+from lorax_async.types import AdapterId, AdapterKey, AdapterRef
 
 UNLOAD_SECONDS = 1.0
 """Time to wait for requests that use the adapter; new requests for it wait meanwhile."""

@@ -13,14 +13,14 @@ from starlette.routing import Route
 
 from lorax_async.errors import LoraxError
 from lorax_async.server.admin import AdminEndpoints
-from lorax_async.server.calls.page.routes import page_routes
 from lorax_async.server.clients import UnreadRefusal
 from lorax_async.server.completions import CompletionEndpoint
-from lorax_async.server.errors import Refusal, refusal_of
-from lorax_async.server.hosts import AllowedHosts
 from lorax_async.server.in_flight import CLOSING
-from lorax_async.server.metrics import GONE, RequestCounter
-from lorax_async.server.requests import ChatBody, CompletionBody
+from lorax_async.server.page.routes import page_routes
+from lorax_async.server.refusals import Refusal, refusal_of
+from lorax_async.server.request_bodies import ChatBody, CompletionBody
+from lorax_async.server.server_metrics import GONE, RequestCounter
+from lorax_async.server.server_settings import AllowedHosts
 from lorax_async.server.service import Service
 
 

@@ -8,13 +8,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 
-from lorax_async.adapter import AdapterId, Ref, as_ref
 from lorax_async.errors import LoaderClosedError
 from lorax_async.events import Resident
 from lorax_async.loader import AdapterLoader
-from lorax_async.server.names import Names
-from lorax_async.tracing.names import name_of
+from lorax_async.server.model_names import ModelNames
+from lorax_async.tracing.recorder import name_of
 from lorax_async.tracing.trace import Trace
+from lorax_async.types import AdapterId, Ref, as_ref
 
 MOST = 2
 """Concurrent recordings; further requests are not recorded. The last is for named adapters."""
@@ -56,7 +56,7 @@ class ColdRequests:
     Keep the last one that ended, and the last one whose adapter had a name of the operator's.
     """
 
-    def __init__(self, loader: AdapterLoader, names: Names) -> None:
+    def __init__(self, loader: AdapterLoader, names: ModelNames) -> None:
         self._loader = loader
         self._names = names
         self._recorded: set[Ref] = set()

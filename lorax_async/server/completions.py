@@ -1,4 +1,4 @@
-"""The completion endpoints: from a request's body to its answer, whole or as a stream."""
+"""One request for text, from its body to its response."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ from starlette.types import Receive, Scope, Send
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from lorax_async.adapter import AdapterId
 from lorax_async.errors import InternalError, LoraxError
 from lorax_async.server.clients import EventStream, client_of, read_json
 from lorax_async.server.engine import ObservedTokens
-from lorax_async.server.errors import Refusal, invalid, refusal_of
 from lorax_async.server.generation import Finish, Generation, Sampling
-from lorax_async.server.requests import (
+from lorax_async.server.refusals import Refusal, invalid, refusal_of
+from lorax_async.server.request_bodies import (
     MAX_SEED,
     MIN_SEED,
     ChatBody,
@@ -31,6 +30,7 @@ from lorax_async.server.requests import (
     parse_body,
 )
 from lorax_async.server.service import Service
+from lorax_async.types import AdapterId
 
 Json = dict[str, Any]
 Client = tuple[str, str]

@@ -1,4 +1,4 @@
-"""The interfaces of generation: what clients submit to an engine, and an engine to a decoder."""
+"""What is to be generated, what comes of it, and the interface of a model that computes it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Literal, Protocol
 
 import torch
 
-from lorax_async.adapter import AdapterId
 from lorax_async.errors import LoraxError
 from lorax_async.handle import AdapterHandle
+from lorax_async.types import AdapterId
 
 Finish = Literal["stop", "length"]
 
@@ -92,7 +92,7 @@ class SequencePart:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class DecoderStep:
     """Parts of different sequences, computed together.
 
     Attributes
@@ -109,7 +109,7 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Computed:
+class StepResult:
     """The result of a step.
 
     Attributes
@@ -137,7 +137,7 @@ class Decoder(Protocol):
     def vocabulary(self) -> int:
         """Token ids are below it."""
 
-    def compute(self, step: Step) -> Computed:
+    def compute(self, step: DecoderStep) -> StepResult:
         """Compute a step; blocks. An exception fails all of its parts."""
 
     def forget(self, sequence: int) -> None:

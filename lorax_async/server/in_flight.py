@@ -11,9 +11,9 @@ from typing import Self
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from lorax_async.adapter import AdapterId, Ref, as_ref
 from lorax_async.errors import CapacityError, LoaderClosedError
 from lorax_async.server.clients import until_gone
+from lorax_async.types import AdapterId, Ref, as_ref
 
 CLOSING = "the server is closing"
 

@@ -1,4 +1,4 @@
-"""One server's parts: the base model, the loader, the scheduler, the engine, and `Service`."""
+"""What all requests of one server share: prompts, clients, names, pages."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from typing import Any
 import torch
 
 from lorax_async import layouts
-from lorax_async.adapter import AdapterId, AdapterRef, as_ref
 from lorax_async.config import LoaderConfig
 from lorax_async.engines.transformers import attach
 from lorax_async.errors import CapacityError, ConfigError, shorten
 from lorax_async.loader import AdapterLoader
-from lorax_async.scheduler import AdapterScheduler
-from lorax_async.server.calls.page.dashboard import ColdTrace, Dashboard, DashboardFeeds
+from lorax_async.scheduler.scheduler import AdapterScheduler
 from lorax_async.server.cold_requests import ColdRequests
-from lorax_async.server.decoder import TransformersDecoder
 from lorax_async.server.engine import Engine, ObservedTokens, TokenObserver
 from lorax_async.server.generation import Generation
 from lorax_async.server.in_flight import ClientLimits, InFlightRequests
-from lorax_async.server.metrics import ServerMetrics
-from lorax_async.server.names import Names, is_requestable
-from lorax_async.server.requests import Prompts
-from lorax_async.server.settings import ServerSettings
+from lorax_async.server.model_names import ModelNames, is_requestable
+from lorax_async.server.page.dashboard import ColdTrace, Dashboard, DashboardFeeds
+from lorax_async.server.request_bodies import PromptEncoder
+from lorax_async.server.server_metrics import ServerMetrics
+from lorax_async.server.server_settings import ServerSettings
+from lorax_async.server.transformers_decoder import TransformersDecoder
 from lorax_async.server.warm_list import WarmList
+from lorax_async.types import AdapterId, AdapterRef, as_ref
 
 
 class Service:
@@ -63,9 +63,9 @@ class Service:
         self.settings = settings
         self.engine = engine
         self.loader = loader
-        self.prompts = Prompts(tokenizer)
+        self.prompts = PromptEncoder(tokenizer)
         self.stop_tokens = stop_tokens
-        self.names = Names(settings.base, settings.adapters, settings.sources)
+        self.names = ModelNames(settings.base, settings.adapters, settings.sources)
         self.in_flight = InFlightRequests()
         self.client_limits = ClientLimits(settings.max_adapters_per_client)
         self.metrics = ServerMetrics(loader, self.names)
@@ -113,7 +113,7 @@ class Service:
 
 
 @dataclass(frozen=True, slots=True)
-class Base:
+class ServedModel:
     """A base model with its tokenizer, and the token ids that end an answer."""
 
     model: Any
@@ -121,7 +121,7 @@ class Base:
     stop_tokens: frozenset[int]
 
     @classmethod
-    def load(cls, folder: Path, *, dtype: str, device: str) -> Base:
+    def load(cls, folder: Path, *, dtype: str, device: str) -> ServedModel:
         """Load a folder; blocks for seconds. Raise `ConfigError` for a bad folder or device."""
         if device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("torch finds no device of the kind cuda")
@@ -145,7 +145,7 @@ class Base:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Capacity:
+class ServerCapacity:
     """Limits of what is computed at a time.
 
     Attributes
@@ -168,10 +168,10 @@ class Capacity:
 
 @asynccontextmanager
 async def open_service(
-    base: Base,
+    base: ServedModel,
     config: LoaderConfig,
     settings: ServerSettings,
-    capacity: Capacity,
+    capacity: ServerCapacity,
     warm: Path | None = None,
 ) -> AsyncIterator[Service]:
     """Open a service, on the loop that serves; on leaving, close all of its parts.

@@ -13,11 +13,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
-from lorax_async.adapter import AdapterId, AdapterRef
 from lorax_async.errors import ConfigError, UsageError
 from lorax_async.events import Event
 from lorax_async.loader import AdapterLoader
-from lorax_async.runtime.prefetch import Prefetch
+from lorax_async.runtime.acquire import Prefetch
+from lorax_async.types import AdapterId, AdapterRef
 
 _KEPT = 1024
 """Adapters to remember, those used last."""

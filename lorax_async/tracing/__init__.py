@@ -1,5 +1,1 @@
-"""What happened when: recorded by the loader's parts, exported as a trace, drawn as a timeline.
-
-`recorder` has the rings that spans go to, `trace` a recording and its events in Chrome's format,
-`drawing` and `timeline.js` the timeline: an image by matplotlib, and a canvas in a browser.
-"""
+"""What happened when, recorded by the loader's parts and written as a trace."""

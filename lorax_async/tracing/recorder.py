@@ -12,6 +12,7 @@ if recorder is not None:
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -20,8 +21,41 @@ from threading import Lock, current_thread, get_ident
 from time import perf_counter_ns
 from typing import Literal, NamedTuple
 
-from lorax_async.adapter import AdapterKey
-from lorax_async.tracing.names import name_of
+from lorax_async.types import AdapterKey, AdapterRef, Merge, MergedKey, Ref, TensorsKey
+
+LONGEST = 64
+_REVISED = re.compile(r"(\w[\w.-]*/\w[\w.-]*)@.+")
+_UNSAFE = re.compile(r"[^\w.@:+ -]")
+
+
+def name_of(ref: Ref) -> str:
+    """Return the last part of an id or a location, without folders, host, query and token.
+
+    A hub id loses its revision, as its key does, so that an adapter has one name in all rows.
+    """
+    if isinstance(ref, Merge | MergedKey):
+        return "merge"
+    if isinstance(ref, TensorsKey):
+        return f"tensors {ref.digest[:8]}"
+    if isinstance(ref, AdapterRef) and isinstance(ref.id, str) and ref.source in {None, "hub"}:
+        revised = _REVISED.fullmatch(ref.id)
+        if revised is not None:
+            return last_part(revised[1])
+    return last_part(ref.location if isinstance(ref, AdapterKey) else ref.text)
+
+
+def last_part(text: str) -> str:
+    """Return the last part of a path, a URL or an id."""
+    plain = re.split("[?#]", text, maxsplit=1)[0]
+    _, elsewhere, rest = plain.partition("://")
+    if elsewhere:
+        plain = rest.partition("/")[2]  # drops the host or bucket
+    return _plain(plain.rstrip("/").rpartition("/")[2].rpartition("\\")[2])
+
+
+def _plain(name: str) -> str:
+    return _UNSAFE.sub("_", name)[:LONGEST] or "adapter"
+
 
 now = perf_counter_ns
 
@@ -46,7 +80,7 @@ class Record(NamedTuple):
     args: Mapping[str, object] | None
 
 
-class Span:
+class OpenSpan:
     """A span that has not ended. Any thread may end it."""
 
     __slots__ = ("args", "lane", "name", "row", "start")
@@ -73,7 +107,7 @@ class Stay:
     def __init__(self, number: int, name: str) -> None:
         self.number = number
         self.name = name
-        self.span: Span | None = None
+        self.span: OpenSpan | None = None
         self.ready = 0
         self.at = 0
 
@@ -145,7 +179,7 @@ class Recorder:
         self.rings: tuple[Ring, ...] = ()
         self.stays: dict[int, Stay] = {}
         """The current stay in each slot, by the slot's number."""
-        self._open: dict[int, Span] = {}
+        self._open: dict[int, OpenSpan] = {}
         self._numbers = count(1)
 
     def add(
@@ -162,13 +196,13 @@ class Recorder:
         for ring in self.rings:
             ring.add(record)
 
-    def begin(self, row: Row, lane: Hashable, name: str, **args: object) -> Span:
+    def begin(self, row: Row, lane: Hashable, name: str, **args: object) -> OpenSpan:
         """Begin a span that may last long; traces show it before its end. Call from any thread."""
-        span = Span(row, lane, name, args)
+        span = OpenSpan(row, lane, name, args)
         self._open[id(span)] = span
         return span
 
-    def end(self, span: Span, **more: object) -> None:
+    def end(self, span: OpenSpan, **more: object) -> None:
         """End a span. Idempotent."""
         if self._open.pop(id(span), None) is not None:
             record = span.until(now(), **more)
@@ -196,12 +230,14 @@ class Tracer:
     def __init__(self) -> None:
         self.on: Recorder | None = None
 
-    def begin(self, ring: Ring, tenants: Mapping[int, str]) -> Recorder:
-        """Record into `ring`, too. `tenants` names the adapters in slots now. Call on the loop."""
+    def begin(self, ring: Ring, occupants: Mapping[int, str]) -> Recorder:
+        """Record into `ring`, too. `occupants` names the adapters in slots now. Call on
+        the loop.
+        """
         recorder = self.on
         if recorder is None:
             recorder = Recorder()
-            for slot, name in tenants.items():
+            for slot, name in occupants.items():
                 recorder.moved_in(slot, name)
         recorder.rings = (*recorder.rings, ring)
         self.on = recorder

@@ -1,12 +1,4 @@
-"""`Trace`: one recording, and its spans as events of Chrome's trace event format.
-
-with loader.trace() as trace:
-    ...
-trace.write("load.json")  # for `lorax-async timeline`, Perfetto, or chrome://tracing
-
-The format: "Trace Event Format", https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
-(complete events, metadata events, flow events). A row is a process there, and a lane a thread.
-"""
+"""`Trace`: a recording in Chrome's trace event format."""
 
 from __future__ import annotations
 
@@ -52,7 +44,7 @@ _CONCURRENT = {"requests", "files"}
 """Rows whose spans are independent: none is drawn inside another."""
 
 
-class _Handle(Protocol):
+class _TraceHandle(Protocol):
     @property
     def slot(self) -> SlotId: ...
 
@@ -64,12 +56,12 @@ class Trace:
     """
 
     def __init__(
-        self, tracer: Tracer, limit: int, tenants: Callable[[], Mapping[int, str]]
+        self, tracer: Tracer, limit: int, occupants: Callable[[], Mapping[int, str]]
     ) -> None:
         if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
             raise UsageError(f"limit is a whole number of spans above 0, not {limit!r}")
         self._tracer = tracer
-        self._tenants = tenants
+        self._lease_table = occupants
         self._ring = Ring(limit)
         self._recorder: Recorder | None = None
         self._began = now()
@@ -83,7 +75,7 @@ class Trace:
         if self._recorder is not None or self._ended is not None:
             raise UsageError("a trace is recorded once; take another one from the loader")
         self._began = now()
-        self._recorder = self._tracer.begin(self._ring, self._tenants())
+        self._recorder = self._tracer.begin(self._ring, self._lease_table())
         return self
 
     def __exit__(
@@ -108,7 +100,9 @@ class Trace:
         return sum(evicted for _, evicted in self._look()[0].parts)
 
     @contextmanager
-    def compute(self, layer: int, *handles: _Handle, name: str | None = None) -> Iterator[None]:
+    def compute(
+        self, layer: int, *handles: _TraceHandle, name: str | None = None
+    ) -> Iterator[None]:
         """Record that the block computes `layer` with these adapters, for engines of your own.
 
         Works in any thread and has no effect when nothing is recorded. `attach` reports its layers

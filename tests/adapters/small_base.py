@@ -12,8 +12,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorax_async.adapters import LoraConfig, LoraWeights, WeightsFile
-from lorax_async.core.layout import ModelLayout, Module, Parallel
+from lorax_async.adapters.lora import (
+    LoraConfig,
+    LoraWeights,
+)
+from lorax_async.adapters.weights_file import WeightsFile
+from lorax_async.planning.layout import (
+    ModelLayout,
+    Module,
+    Parallelism,
+)
 
 WEIGHTS = "adapter_model.safetensors"
 LAYERS = 3
@@ -55,7 +63,7 @@ def layout(dtype: str = "F32") -> ModelLayout:
     for layer_type in TYPES:
         for layer in layers_of(layer_type):
             group = LAYERS if layer_type == "lm_head" else layer
-            cut = Parallel.ROW if layer_type == "down_proj" else Parallel.COLUMN
+            cut = Parallelism.ROW if layer_type == "down_proj" else Parallelism.COLUMN
             name = module_name(layer, layer_type)
             modules.append(Module(name, *SHAPES[layer_type], group, cut))
     return ModelLayout(tuple(modules), LAYERS, dtype, "model.")

@@ -19,16 +19,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lorax_async.adapters import (
+from lorax_async.adapters.batches import (
     AdapterBatchMetadata,
     BatchLoraWeights,
-    Bridge,
     RankSegments,
     concat_segments,
     find_segments,
-    padded_rank,
 )
-from lorax_async.errors import IncompatibleAdapterError, UsageError
+from lorax_async.adapters.kernel_bridge import Bridge
+from lorax_async.adapters.layout_model import padded_rank
+from lorax_async.errors import (
+    IncompatibleAdapterError,
+    UsageError,
+)
 
 LAYERS, IN, OUT = 2, 5, 3
 

@@ -16,8 +16,10 @@ from huggingface_hub import constants, hf_hub_download
 
 import split_files
 from adapters import small_base as base
-from lorax_async import Limits, errors
-from lorax_async.adapters import LoraConfig, WeightsFile
+from lorax_async import errors
+from lorax_async.adapters.lora import LoraConfig
+from lorax_async.adapters.weights_file import WeightsFile
+from lorax_async.config import Limits
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 

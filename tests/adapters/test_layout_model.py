@@ -7,11 +7,20 @@ import torch
 from torch import Tensor
 
 from adapters import small_base as base
-from lorax_async.adapters import LayoutModel
-from lorax_async.core.layout import ModelLayout, Module, Parallel, Part
-from lorax_async.errors import ConfigError, IncompatibleAdapterError, UsageError
+from lorax_async.adapters.layout_model import LayoutModel
+from lorax_async.errors import (
+    ConfigError,
+    IncompatibleAdapterError,
+    UsageError,
+)
+from lorax_async.planning.layout import (
+    FusedPart,
+    ModelLayout,
+    Module,
+    Parallelism,
+)
 
-COLUMN, ROW, REPLICATED = Parallel.COLUMN, Parallel.ROW, Parallel.REPLICATED
+COLUMN, ROW, REPLICATED = Parallelism.COLUMN, Parallelism.ROW, Parallelism.REPLICATED
 
 
 def model_of(*modules: Module, layers: int = 1, world_size: int = 1, rank: int = 0) -> LayoutModel:
@@ -106,10 +115,10 @@ HEADS = [[0, 1, 2, 3, 8, 9, 12, 13], [4, 5, 6, 7, 10, 11, 14, 15]]
 
 def test_fused_modules_are_shared_part_by_part() -> None:
     for layer_type, parts, got in [
-        ("c_attn", (Part(4), Part(4), Part(4)), THIRDS),  # Qwen's
+        ("c_attn", (FusedPart(4), FusedPart(4), FusedPart(4)), THIRDS),  # Qwen's
         # Phi-3's: 4 heads and 2 of keys and values, of 2 features each; and two halves
-        ("qkv_proj", (Part(8, 2), Part(4, 2), Part(4, 2)), HEADS),
-        ("gate_up_proj", (Part(4), Part(4)), [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("qkv_proj", (FusedPart(8, 2), FusedPart(4, 2), FusedPart(4, 2)), HEADS),
+        ("gate_up_proj", (FusedPart(4), FusedPart(4)), [[0, 4], [1, 5], [2, 6], [3, 7]]),
     ]:
         out, world = sum(part.size for part in parts), len(got)
         module = Module(f"l.0.{layer_type}", 16, out, 0, COLUMN, parts=parts)
@@ -120,7 +129,7 @@ def test_fused_modules_are_shared_part_by_part() -> None:
             assert part.tolist() == [got[place]] * 8
 
 
-def q(inputs: int, outputs: int, cut: Parallel = COLUMN, *parts: Part) -> Module:
+def q(inputs: int, outputs: int, cut: Parallelism = COLUMN, *parts: FusedPart) -> Module:
     return Module("l.0.q", inputs, outputs, 0, cut, parts=parts)
 
 
@@ -128,10 +137,10 @@ def test_sizes_that_do_not_divide_are_refused() -> None:
     """LoRAX drops the remainder, and with it features that the adapter changes."""
     for module, out, what in [
         (q(16, 10), 10, "B of q: 10 cannot"),
-        (q(16, 8, COLUMN, Part(4, 2), Part(4)), 8, "B of q: 4 in units of 2"),
+        (q(16, 8, COLUMN, FusedPart(4, 2), FusedPart(4)), 8, "B of q: 4 in units of 2"),
         (q(10, 8, ROW), 8, "A of q: 10 cannot"),
         (q(16, 10, ROW), 10, "B of q: 10 cannot"),
-        (q(16, 8, COLUMN, Part(4), Part(4)), 6, "has 6 output features, and its parts 8"),
+        (q(16, 8, COLUMN, FusedPart(4), FusedPart(4)), 6, "has 6 output features, and its parts 8"),
     ]:
         model = model_of(module, world_size=4)
         with pytest.raises(IncompatibleAdapterError, match=what):

@@ -10,15 +10,19 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from lorax_async.adapters import (
+from lorax_async.adapters.base import ModuleMap
+from lorax_async.adapters.lora import LoraConfig
+from lorax_async.adapters.merging import (
     AdapterParameters,
-    LoraConfig,
-    ModuleMap,
     merge_adapters,
     merge_adapters_async,
 )
-from lorax_async.errors import AdapterFormatError, IncompatibleAdapterError, UsageError
-from lorax_async.merge import Merge
+from lorax_async.errors import (
+    AdapterFormatError,
+    IncompatibleAdapterError,
+    UsageError,
+)
+from lorax_async.types import Merge
 
 Q, K = "layers.0.q", "layers.0.k"
 Adapters = list[tuple[ModuleMap, LoraConfig]]

@@ -13,10 +13,28 @@ import torch
 
 from adapters import small_base as base
 from adapters.small_base import loaded
-from lorax_async import AdapterHandle, AdapterLoader, LoaderConfig, Shard
-from lorax_async.adapters import LayoutModel, LoraConfig, LoraWeights, WeightsFile
-from lorax_async.core.layout import ModelLayout, Module, Parallel
-from lorax_async.errors import HandleClosedError, UnsupportedAdapterError, UsageError
+from lorax_async.adapters.layout_model import LayoutModel
+from lorax_async.adapters.lora import (
+    LoraConfig,
+    LoraWeights,
+)
+from lorax_async.adapters.weights_file import WeightsFile
+from lorax_async.config import (
+    LoaderConfig,
+    Shard,
+)
+from lorax_async.errors import (
+    HandleClosedError,
+    UnsupportedAdapterError,
+    UsageError,
+)
+from lorax_async.handle import AdapterHandle
+from lorax_async.loader import AdapterLoader
+from lorax_async.planning.layout import (
+    ModelLayout,
+    Module,
+    Parallelism,
+)
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -104,7 +122,7 @@ async def test_more_than_a_and_b_of_linear_modules_is_refused_by_name(
 ) -> None:
     made = base.tensors(types=["q_proj"], skip=[(1, "q_proj"), (2, "q_proj")])
     folder = base.write(tmp_path / "a", made | more, **config)
-    embedding = Module("model.embed_tokens", 100, 840, -1, Parallel.REPLICATED, embedding=True)
+    embedding = Module("model.embed_tokens", 100, 840, -1, Parallelism.REPLICATED, embedding=True)
     small = base.layout()
     layout = ModelLayout((embedding, *small.modules), small.num_layers, "F32", "model.")
     async with (
@@ -142,7 +160,7 @@ async def test_the_peak(tmp_path: Path, stored: str, world_size: int, resident: 
     modules, made = list[Module](), dict[str, torch.Tensor]()
     for layer in range(LAYERS):
         name = f"layers.{layer}.q_proj"
-        modules.append(Module(name, HIDDEN, HIDDEN, layer, Parallel.COLUMN))
+        modules.append(Module(name, HIDDEN, HIDDEN, layer, Parallelism.COLUMN))
         made |= base.pair(name, HIDDEN, HIDDEN, RANK)
     dtype: torch.dtype = getattr(torch, stored)
     given = {name: tensor.to(dtype) for name, tensor in made.items()}

@@ -21,12 +21,23 @@ from safetensors.torch import load, save
 
 import tiny
 from lorax_async import events
-from lorax_async.adapter import AdapterKey
-from lorax_async.core.arena import Extent
-from lorax_async.core.moves import Row
-from lorax_async.events import Failed, LayerReady, Leaving, Resident, SlotGranted, SlotId
-from lorax_async.io.ports import CopyTicket, FilePieces, StagedPiece
-from lorax_async.testing import SimulatedDevice
+from lorax_async.devices.base import (
+    CopyTicket,
+    FilePieces,
+    StagedPiece,
+)
+from lorax_async.devices.simulated import SimulatedDevice
+from lorax_async.events import (
+    Failed,
+    LayerReady,
+    Leaving,
+    Resident,
+    SlotGranted,
+    SlotId,
+)
+from lorax_async.lifecycle.arena import Extent
+from lorax_async.planning.transfer_plan import TableRow
+from lorax_async.types import AdapterKey
 from wrapped_device import WrappedDevice
 
 IDS = "abcdef"
@@ -212,7 +223,7 @@ class ObservedDevice(WrappedDevice):
         return self._claimed[-1]
 
     def copy(
-        self, pieces: FilePieces | StagedPiece, rows: Sequence[Row], extent: Extent, slot: int
+        self, pieces: FilePieces | StagedPiece, rows: Sequence[TableRow], extent: Extent, slot: int
     ) -> CopyTicket:
         with self._lock:
             stay = self.stays.get(slot)
@@ -229,7 +240,9 @@ class ObservedDevice(WrappedDevice):
             ticket.add_done_callback(lambda _: self._landed(flight))
         return ticket
 
-    def _judge(self, stay: Stay, piece: StagedPiece, rows: Sequence[Row], extent: Extent) -> None:
+    def _judge(
+        self, stay: Stay, piece: StagedPiece, rows: Sequence[TableRow], extent: Extent
+    ) -> None:
         whole = range(extent.offset, extent.offset + extent.nbytes)
         part = range(whole.start + piece.target, whole.start + piece.target + piece.memory.nbytes)
         others = [each for each in self.stays.values() if each is not stay]
@@ -322,7 +335,7 @@ class Kernel:
         self._work()
 
 
-def _cells(rows: Sequence[Row], extent: Extent) -> dict[int, Cell]:
+def _cells(rows: Sequence[TableRow], extent: Extent) -> dict[int, Cell]:
     at = extent.offset
     return {
         module: (at + a, at + b, rank, torch.tensor(scale).item())

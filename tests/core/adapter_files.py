@@ -6,13 +6,21 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from lorax_async.adapter import AdapterSpec
 from lorax_async.config import Limits
-from lorax_async.core.header import parse_header
-from lorax_async.core.layout import ModelLayout, Module, Parallel
-from lorax_async.core.runs import Span
-from lorax_async.core.sharding import Cut
-from lorax_async.core.transfer_plan import GroupPlan, TransferPlan, plan_transfer
+from lorax_async.formats.safetensors import parse_header
+from lorax_async.formats.spans import ByteSpan
+from lorax_async.planning.layout import (
+    ModelLayout,
+    Module,
+    Parallelism,
+)
+from lorax_async.planning.sharding import ModuleCut
+from lorax_async.planning.transfer_plan import (
+    GroupPlan,
+    TransferPlan,
+    plan_transfer,
+)
+from lorax_async.types import AdapterSpec
 
 TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WORDS = {dtype: word for word, dtype in TORCH.items()}
@@ -62,7 +70,7 @@ def layout_of(
     *modules: tuple[str, int, int, int], num_layers: int = 12, transposed: bool = False
 ) -> ModelLayout:
     """A layout of (name, in, out, layer), in BF16, of a model whose backbone is `model`."""
-    made = tuple(Module(*module, Parallel.COLUMN, transposed) for module in modules)
+    made = tuple(Module(*module, Parallelism.COLUMN, transposed) for module in modules)
     return ModelLayout(made, num_layers, "BF16", "model.")
 
 
@@ -75,7 +83,7 @@ def plan(
     rank_multiple: int = 1,
     limits: Limits = Limits(),
     staging_move_bytes: int = 1 << 20,
-    cuts: Sequence[Cut] = (),
+    cuts: Sequence[ModuleCut] = (),
 ) -> TransferPlan:
     return plan_transfer(
         parse_header(file, len(file)),
@@ -90,7 +98,7 @@ def plan(
     )
 
 
-def content_of(spans: Iterable[Span], file: bytes) -> bytes:
+def content_of(spans: Iterable[ByteSpan], file: bytes) -> bytes:
     """The bytes of all rows, one after the other."""
     return b"".join(file[start:stop] for span in spans for start, stop in span.ranges())
 

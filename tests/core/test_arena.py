@@ -11,8 +11,11 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from lorax_async.core.arena import Arena, Extent
 from lorax_async.errors import InternalError
+from lorax_async.lifecycle.arena import (
+    Arena,
+    Extent,
+)
 
 ALIGNMENT = 64
 SIZES = st.lists(st.integers(1, 5 * ALIGNMENT), min_size=1, max_size=6)

@@ -7,32 +7,49 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorax_async.core.arrival_estimate import LATE, Arrival, Course, Courses
-from lorax_async.core.batch_plan import (
+from lorax_async.errors import HandleClosedError
+from lorax_async.planning.batch_plan import (
     BASE_ONLY,
-    NOWHERE,
+    NO_SLOT,
     BatchPlan,
-    Place,
-    Segments,
-    Tenant,
+    SlotOccupant,
+    SlotRef,
+    TokenSegments,
     plan_batch,
     plan_rows,
     require_current,
 )
-from lorax_async.core.pace import DECAY, Pace
-from lorax_async.core.shares import share
-from lorax_async.core.urgency import LookAhead, Reach, urgency
-from lorax_async.errors import HandleClosedError
+from lorax_async.scheduler.adapter_queue import (
+    LATE,
+    LoadEstimate,
+    LoadProfile,
+    LoadProfiles,
+)
+from lorax_async.scheduler.adapter_queues import (
+    LoadTarget,
+    LookAhead,
+    urgency,
+)
+from lorax_async.scheduler.admission import share
+from lorax_async.scheduler.step import (
+    DECAY,
+    PassTimeModel,
+)
 
-TENANTS = {0: Tenant(4, 16), 1: Tenant(9, 8), 2: Tenant(5, 16), 3: Tenant(1, 64)}
-A, B, C = Place(0, 4), Place(1, 9), Place(2, 5)
+TENANTS = {
+    0: SlotOccupant(4, 16),
+    1: SlotOccupant(9, 8),
+    2: SlotOccupant(5, 16),
+    3: SlotOccupant(1, 64),
+}
+A, B, C = SlotRef(0, 4), SlotRef(1, 9), SlotRef(2, 5)
 
 
 def test_rows_are_ordered_by_rank_then_slot() -> None:
-    plan = plan_batch([C, NOWHERE, A, B, A, NOWHERE], [1, 2, 1, 20, 3, 1], TENANTS)
+    plan = plan_batch([C, NO_SLOT, A, B, A, NO_SLOT], [1, 2, 1, 20, 3, 1], TENANTS)
     assert plan == BatchPlan(
         order=(1, 5, 3, 2, 4, 0),
-        segments=Segments((0, 3, 23, 27, 28), (-1, 1, 0, 2)),
+        segments=TokenSegments((0, 3, 23, 27, 28), (-1, 1, 0, 2)),
         tiles=((0, 0, 3), (1, 3, 19), (1, 19, 23), (2, 23, 27), (3, 27, 28)),
         groups=((0, 0, 1), (8, 1, 2), (16, 2, 4)),
     )
@@ -41,22 +58,22 @@ def test_rows_are_ordered_by_rank_then_slot() -> None:
 @pytest.mark.parametrize(
     ("place", "named"),
     [
-        (Place(0, 3), "generation 3 of slot 0, which generation 4 has"),
-        (Place(0, 5), "generation 5 of slot 0, which generation 4 has"),
-        (Place(7, 1), "generation 1 of slot 7, which nobody has"),
-        (Place(7, -1), "generation -1 of slot 7, which nobody has"),
+        (SlotRef(0, 3), "generation 3 of slot 0, which generation 4 has"),
+        (SlotRef(0, 5), "generation 5 of slot 0, which generation 4 has"),
+        (SlotRef(7, 1), "generation 1 of slot 7, which nobody has"),
+        (SlotRef(7, -1), "generation -1 of slot 7, which nobody has"),
     ],
 )
-def test_a_stale_row_is_refused(place: Place, named: str) -> None:
+def test_a_stale_row_is_refused(place: SlotRef, named: str) -> None:
     with pytest.raises(HandleClosedError, match=named):
-        plan_batch([A, place, NOWHERE], [1, 1, 1], TENANTS)
+        plan_batch([A, place, NO_SLOT], [1, 1, 1], TENANTS)
     with pytest.raises(HandleClosedError, match=named):
-        require_current([A, place, NOWHERE], TENANTS)
-    require_current([A, NOWHERE, C], TENANTS)
+        require_current([A, place, NO_SLOT], TENANTS)
+    require_current([A, NO_SLOT, C], TENANTS)
 
 
 @pytest.mark.parametrize(("places", "lengths"), [([A], [0]), ([A], []), ([A, B], [1])])
-def test_sequences_without_tokens_are_refused(places: list[Place], lengths: list[int]) -> None:
+def test_sequences_without_tokens_are_refused(places: list[SlotRef], lengths: list[int]) -> None:
     with pytest.raises(ValueError, match="at least one token"):
         plan_batch(places, lengths, TENANTS)
 
@@ -64,16 +81,20 @@ def test_sequences_without_tokens_are_refused(places: list[Place], lengths: list
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from([NOWHERE, *(Place(slot, t.generation) for slot, t in TENANTS.items())]),
+            st.sampled_from(
+                [NO_SLOT, *(SlotRef(slot, t.generation) for slot, t in TENANTS.items())]
+            ),
             st.integers(1, 40),
         ),
         max_size=30,
     ),
     st.integers(1, 16),
 )
-def test_a_plan_is_its_definition_token_by_token(batch: list[tuple[Place, int]], rows: int) -> None:
-    def rank(place: Place) -> int:
-        return 0 if place == NOWHERE else TENANTS[place.slot].rank
+def test_a_plan_is_its_definition_token_by_token(
+    batch: list[tuple[SlotRef, int]], rows: int
+) -> None:
+    def rank(place: SlotRef) -> int:
+        return 0 if place == NO_SLOT else TENANTS[place.slot].rank
 
     order = sorted(range(len(batch)), key=lambda n: (rank(batch[n][0]), batch[n][0].slot))
     tokens = [batch[n][0] for n in order for _ in range(batch[n][1])]
@@ -192,7 +213,7 @@ def test_a_low_priority_waits_for_a_bounded_time(
 
 def test_look_ahead_goes_from_loads_to_the_device_to_the_host() -> None:
     ahead = LookAhead(loads=2, slots=5, hints=3)
-    load, device, host = Reach.LOAD, Reach.DEVICE, Reach.HOST
+    load, device, host = LoadTarget.LOAD, LoadTarget.DEVICE, LoadTarget.HOST
     assert ahead.reaches(0) == [load, load, device, device, device, host, host, host]
     assert ahead.reaches(2) == [load, load, device, host, host, host]
     assert ahead.reaches(4) == [load, load, host, host, host]
@@ -213,16 +234,16 @@ def test_look_ahead_goes_from_loads_to_the_device_to_the_host() -> None:
 def test_a_pass_is_predicted_by_those_before(
     passes: list[tuple[int, float]], tokens: int, seconds: float
 ) -> None:
-    pace = Pace()
+    pace = PassTimeModel()
     assert pace.predict(tokens) is None
     for seen in passes:
         pace.note(*seen)
     assert pace.predict(tokens) == pytest.approx(seconds)
 
 
-def arrival(course: Course, since: float = 10.0, *notes: tuple[int, float]) -> Arrival:
+def arrival(profile: LoadProfile, since: float = 10.0, *notes: tuple[int, float]) -> LoadEstimate:
     """Of four layers, of which some came: up to this one, at this time."""
-    load = Arrival((0, 1, 2, 3), 400, since, course)
+    load = LoadEstimate((0, 1, 2, 3), 400, since, profile)
     for note in notes:
         load.note(*note)
     return load
@@ -244,7 +265,7 @@ def arrival(course: Course, since: float = 10.0, *notes: tuple[int, float]) -> A
 def test_layers_are_expected_as_others_came_or_later_and_later(
     notes: list[tuple[int, float]], now: float, expected: list[float] | None
 ) -> None:
-    load = arrival(Course(), 10.0, *notes)
+    load = arrival(LoadProfile(), 10.0, *notes)
     assert load.expected(now) == (None if expected is None else pytest.approx(expected))
     assert load.latest == (notes[-1][1] if notes else 10.0)
 
@@ -252,32 +273,32 @@ def test_layers_are_expected_as_others_came_or_later_and_later(
 @pytest.mark.parametrize(
     ("load", "now", "seconds", "layers", "joins"),
     [
-        (arrival(Course()), 10.0, 100.0, 4, inf),
+        (arrival(LoadProfile()), 10.0, 100.0, 4, inf),
         # A second per layer: layer 3 is computed 3 s after the beginning, and expected at 18.
-        (arrival(Course(), 10.0, (0, 12.0)), 12.0, 4.0, 4, 15.0),
+        (arrival(LoadProfile(), 10.0, (0, 12.0)), 12.0, 4.0, 4, 15.0),
         # Three seconds per layer: layer 1 is the one to wait for, at 14 - 3.
-        (arrival(Course(), 10.0, (0, 12.0)), 12.0, 12.0, 4, 11.0),
-        (arrival(Course(), 10.0, (0, 12.0)), 12.0, None, 4, 18.0),
+        (arrival(LoadProfile(), 10.0, (0, 12.0)), 12.0, 12.0, 4, 11.0),
+        (arrival(LoadProfile(), 10.0, (0, 12.0)), 12.0, None, 4, 18.0),
         # One that has stopped is late: at 110 it is expected after 11/10 of its 100 s.
-        (arrival(Course(), 10.0, (2, 13.0)), 110.0, 4.0, 4, 10 + 100 * LATE - 3),
+        (arrival(LoadProfile(), 10.0, (2, 13.0)), 110.0, 4.0, 4, 10 + 100 * LATE - 3),
     ],
 )
 def test_a_pass_may_begin_when_no_layer_is_computed_before_it_is_expected(
-    load: Arrival, now: float, seconds: float | None, layers: int, joins: float
+    load: LoadEstimate, now: float, seconds: float | None, layers: int, joins: float
 ) -> None:
     assert load.joins_at(now, seconds, layers) == pytest.approx(joins)
 
 
 def test_a_load_that_nobody_saw_begin_teaches_nothing() -> None:
-    courses = Courses()
-    course = courses.of("file")
-    course.note([1.0, 2.0, 3.0, 4.0], 400)
-    load = arrival(courses.of("file"))
+    profiles = LoadProfiles()
+    profile = profiles.of("file")
+    profile.note([1.0, 2.0, 3.0, 4.0], 400)
+    load = arrival(profiles.of("file"))
     load.missed(2)
     assert load.arrived == 2
     assert load.expected(10.0) == pytest.approx([13.0, 14.0])  # as others went
     load.note(3, 30.0)
-    assert course.per_byte == pytest.approx(4.0 / 400)
-    course.note([8.0] * 4, 400)
-    assert course.per_byte == pytest.approx(6.0 / 400), "courses are averaged"
-    assert courses.of("hub").per_byte != course.per_byte
+    assert profile.per_byte == pytest.approx(4.0 / 400)
+    profile.note([8.0] * 4, 400)
+    assert profile.per_byte == pytest.approx(6.0 / 400), "courses are averaged"
+    assert profiles.of("hub").per_byte != profile.per_byte

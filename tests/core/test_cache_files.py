@@ -15,22 +15,42 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorax_async.core.cache_names import (
+from lorax_async.cache.partials import (
+    CHUNK_BYTES,
+    SYNCED,
+    ChunkMap,
+    encoded_size,
+)
+from lorax_async.cache.records import (
+    CacheKey,
+    FileRecord,
+    decoded_record,
+    is_entry_name,
+    is_partial_name,
+    record_of,
+    scope_name,
+)
+from lorax_async.errors import (
+    AdapterFormatError,
+    UsageError,
+)
+from lorax_async.formats.digests import (
+    Digest,
+    DigestKind,
+    FileHash,
+    sent_sha256,
+)
+from lorax_async.formats.spans import (
+    ByteRange,
+    SpanSet,
+)
+from lorax_async.formats.split_weights import (
     CONFIG_FILE,
     INDEX_FILE,
     WEIGHTS_FILE,
-    CacheKey,
     FileRole,
-    is_entry_name,
-    is_partial_name,
     role_of,
-    scope_name,
 )
-from lorax_async.core.cache_record import FileRecord, decoded_record, record_of
-from lorax_async.core.chunk_map import CHUNK_BYTES, SYNCED, ChunkMap, encoded_size
-from lorax_async.core.file_digest import Digest, DigestKind, FileHash, sent_sha256
-from lorax_async.core.spans import Span, SpanSet
-from lorax_async.errors import AdapterFormatError, UsageError
 
 BOOT = b"a" * 16
 TEXT = st.text(st.characters(exclude_categories=()), max_size=20)
@@ -157,7 +177,7 @@ def test_what_is_no_record_is_refused(content: bytes) -> None:
 
 
 @st.composite
-def arrivals(draw: st.DrawFn) -> tuple[int, int, list[Span]]:
+def arrivals(draw: st.DrawFn) -> tuple[int, int, list[ByteRange]]:
     """A file's size, its chunks', and spans of it."""
     nbytes, chunk = draw(st.integers(1, 120)), draw(st.integers(1, 13))
     starts = draw(st.lists(st.integers(0, nbytes - 1), max_size=14))
@@ -166,7 +186,7 @@ def arrivals(draw: st.DrawFn) -> tuple[int, int, list[Span]]:
 
 @given(arrivals(), st.randoms(use_true_random=False))
 def test_the_map_on_disk_tells_of_whole_chunks_only(
-    case: tuple[int, int, list[Span]], choice: Random
+    case: tuple[int, int, list[ByteRange]], choice: Random
 ) -> None:
     """Also where each of its bytes is as it was before or after, as a crash may leave it."""
     nbytes, chunk, spans = case

@@ -4,10 +4,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorax_async.core.retries import Retries, retry_after_of
-from lorax_async.core.sharing import Claim, shares
+from lorax_async.http.download_scheduler import (
+    ConnectionDemand,
+    shares,
+)
+from lorax_async.http.failures import (
+    RetryPolicy,
+    retry_after_of,
+)
 
-STALLED, OTHER = Claim(0, 99, "a", stalled=True), Claim(0, 2, "b")
+STALLED, OTHER = ConnectionDemand(0, 99, "a", stalled=True), ConnectionDemand(0, 2, "b")
 
 
 @pytest.mark.parametrize(("soon", "given_"), [(0, [14, 2]), (4, [10, 2]), (16, [1, 2])])
@@ -15,13 +21,13 @@ def test_who_is_stalled_has_one_and_what_nobody_wants_now_or_soon(
     soon: int, given_: list[int]
 ) -> None:
     assert shares([STALLED, OTHER], 16, soon=soon) == given_
-    assert shares([STALLED, Claim(1, 99, "b")], 16) == [1, 15]
+    assert shares([STALLED, ConnectionDemand(1, 99, "b")], 16) == [1, 15]
 
 
 @given(
     claims=st.lists(
         st.builds(
-            *(Claim, st.integers(0, 2), st.integers(0, 20), st.sampled_from("abc")),
+            *(ConnectionDemand, st.integers(0, 2), st.integers(0, 20), st.sampled_from("abc")),
             stalled=st.booleans(),
         ),
         max_size=12,
@@ -30,11 +36,11 @@ def test_who_is_stalled_has_one_and_what_nobody_wants_now_or_soon(
     connections=st.integers(0, 32),
 )
 def test_all_are_used_and_nobody_has_two_more_than_one_who_wants_more(
-    claims: list[Claim], one_origin: bool, connections: int
+    claims: list[ConnectionDemand], one_origin: bool, connections: int
 ) -> None:
     """Of origins, and of those who want something of one."""
     if one_origin:
-        claims = [Claim(claim.urgency, claim.wanted) for claim in claims]
+        claims = [ConnectionDemand(claim.urgency, claim.wanted) for claim in claims]
     given_ = shares(claims, connections)
     pairs = list(zip(claims, given_, strict=True))
     assert all(0 <= part <= claim.wanted for claim, part in pairs)
@@ -59,9 +65,9 @@ NOW = 1_700_000_000.0  # Tue, 14 Nov 2023 22:13:20 GMT
 
 
 def test_waits_double_up_to_the_most_and_a_source_is_obeyed_within_reason() -> None:
-    retries = Retries(attempts=7, base=1.0, most=8.0)
+    retries = RetryPolicy(attempts=7, base=1.0, most=8.0)
     assert [retries.wait(failed, 0.5) for failed in range(1, 8)] == [0.5, 1, 2, 4, 4, 4, None]
-    retries = Retries(obeyed=30.0, base=0.5)
+    retries = RetryPolicy(obeyed=30.0, base=0.5)
     assert retries.wait(1, 0.5, retry_after=10.0) == pytest.approx(10.25)
     assert retries.wait(1, 0.0, retry_after=30.0) == 30.0
     assert retries.wait(1, 0.0, retry_after=30.1) is None
@@ -73,7 +79,7 @@ def test_waits_double_up_to_the_most_and_a_source_is_obeyed_within_reason() -> N
     after=st.none() | st.floats(0, 1e9),
 )
 def test_no_wait_is_longer_than_it_may_be(failed: int, draw: float, after: float | None) -> None:
-    retries = Retries(attempts=20_000)
+    retries = RetryPolicy(attempts=20_000)
     wait = retries.wait(failed, draw, after)
     if wait is not None:
         assert (after or 0.0) <= wait <= max(retries.most, retries.obeyed + 1.0)

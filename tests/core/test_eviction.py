@@ -7,17 +7,33 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorax_async.adapter import AdapterKey
-from lorax_async.core import commands
-from lorax_async.core.life import Needs
-from lorax_async.core.lifecycle import Lifecycle
-from lorax_async.core.policies import EVICTION_POLICIES, LRU, PolicyName, policy
-from lorax_async.core.popularity import Zipf
-from lorax_async.core.residency import HostBudget, ImageBudget, Residency
-from lorax_async.core.settling import Budgets
-from lorax_async.core.simulation import Outcome, Room, fitting, simulate
-from lorax_async.core.waiters import Tier, Waiter
+from lorax_async.cli.plan import (
+    DeviceCapacity,
+    SimulationResult,
+    ZipfDistribution,
+    fitting,
+    simulate,
+)
 from lorax_async.errors import ConfigError
+from lorax_async.lifecycle import commands
+from lorax_async.lifecycle.adapter_state import (
+    GroupSizes,
+    Waiter,
+    WantedTier,
+)
+from lorax_async.lifecycle.lifecycle import Budgets, Lifecycle
+from lorax_async.lifecycle.policies import (
+    EVICTION_POLICIES,
+    LRU,
+    PolicyName,
+    policy,
+)
+from lorax_async.lifecycle.residency import (
+    HostBudget,
+    ImageBudget,
+    Residency,
+)
+from lorax_async.types import AdapterKey
 
 
 @dataclass
@@ -25,7 +41,7 @@ class Driver:
     """Does at once what the lifecycle commands, and never fails."""
 
     lifecycle: Lifecycle
-    needs: Sequence[Needs]
+    needs: Sequence[GroupSizes]
     loads: list[int] = field(default_factory=list)
     hits: int = 0
     refused: int = 0
@@ -38,7 +54,7 @@ class Driver:
         if look_up and self.lifecycle.take_lease(key) is not None:
             queue = self.lifecycle.end_lease(key)
         else:
-            queue = self.lifecycle.want(key, Waiter(number, Tier.DEVICE, float(number)))
+            queue = self.lifecycle.want(key, Waiter(number, WantedTier.DEVICE, float(number)))
         while queue:
             queue += self._do(queue.pop(0))
         self.hits += before == (len(self.loads), self.refused)
@@ -46,25 +62,25 @@ class Driver:
     def _do(self, command: commands.Command) -> list[commands.Command]:
         key, lifecycle = command.key, self.lifecycle
         match command:
-            case commands.Fetch():
+            case commands.StartFetch():
                 needs = self.needs[int(key.location)]
                 checked = lifecycle.header_checked(key, command.attempt, needs)
                 return [*checked, *lifecycle.published(key, command.attempt)]
-            case commands.Copy():
+            case commands.CopyGroup():
                 return lifecycle.copy_done(key, command.group)
             case commands.TakeSlot():
                 self.loads.append(int(key.location))
                 self.device_bytes += command.grant.nbytes
             case commands.ClearColumn():
                 self.evictions += 1
-            case commands.Fail():
+            case commands.FailWaiters():
                 self.refused += 1
-            case commands.Serve():
+            case commands.ServeWaiter():
                 return lifecycle.end_lease(key)
         return []
 
-    def outcome(self) -> Outcome:
-        return Outcome(
+    def outcome(self) -> SimulationResult:
+        return SimulationResult(
             requests=self.hits + self.refused + len(self.loads),
             hits=self.hits,
             refused=self.refused,
@@ -97,7 +113,7 @@ def test_the_lifecycle_evicts_as_it_is_simulated(
     look_up: bool,
 ) -> None:
     """Lookups that need no waiting count as uses, too."""
-    needs = [Needs(*each) for each in zip(groups, [()] * 8, files, strict=True)]
+    needs = [GroupSizes(*each) for each in zip(groups, [()] * 8, files, strict=True)]
     device = Residency(
         device_bytes=nbytes, alignment=64, max_slots=4, copies=2, policy=policy(name)
     )
@@ -106,7 +122,7 @@ def test_the_lifecycle_evicts_as_it_is_simulated(
     for number, position in enumerate(asked):
         driver.request(number, position, look_up=look_up)
     ranking = policy(name)
-    assert simulate(asked, needs, Room(nbytes, 64, 4), ranking) == driver.outcome()
+    assert simulate(asked, needs, DeviceCapacity(nbytes, 64, 4), ranking) == driver.outcome()
     assert list(ranking.ranked()) == list(device.ranked())
 
 
@@ -120,9 +136,9 @@ def test_a_trace_as_worked_out_by_hand(name: PolicyName, hits: int, reloaded: in
     """
     sizes = dict(zip("abcdefuvwxyz", (2, 4, 1, 8, 2, 4, 4, 2, 1, 8, 4, 2), strict=True))
     asked = "cccbacdbeccfecedueybzcwcvfxadddccfecddefccdcfedc"
-    needs = [Needs((2 << 20,) * size, file_nbytes=size << 21) for size in sizes.values()]
+    needs = [GroupSizes((2 << 20,) * size, file_nbytes=size << 21) for size in sizes.values()]
     names = list(sizes)
-    found = simulate(map(names.index, asked), needs, Room(26 << 20, 64, 4), policy(name))
+    found = simulate(map(names.index, asked), needs, DeviceCapacity(26 << 20, 64, 4), policy(name))
     first = sum(sizes[each] for each in set(asked)) << 21
     assert (found.hits, found.file_bytes - first) == (hits, reloaded << 20)
     assert (found.device_bytes, found.loads) == (found.file_bytes, len(asked) - hits)
@@ -130,17 +146,21 @@ def test_a_trace_as_worked_out_by_hand(name: PolicyName, hits: int, reloaded: in
 
 
 def test_so_many_fit() -> None:
-    rooms = [Room(6 * 64 + 191, 64, 8), Room(9 * 64, 64, 2), Room(191, 64, 8)]
-    assert [fitting(Needs((64, 128)), room) for room in rooms] == [2, 2, 0]
-    assert Outcome().hit_rate == 0
+    rooms = [
+        DeviceCapacity(6 * 64 + 191, 64, 8),
+        DeviceCapacity(9 * 64, 64, 2),
+        DeviceCapacity(191, 64, 8),
+    ]
+    assert [fitting(GroupSizes((64, 128)), room) for room in rooms] == [2, 2, 0]
+    assert SimulationResult().hit_rate == 0
 
 
 def test_zipfs_law() -> None:
     """Of 1 : 1/2 : 1/3 the sum is 11/6: the first has 6/11 of all, the second 3/11."""
-    three = Zipf(3, 1)
+    three = ZipfDistribution(3, 1)
     assert [three.pick(n / 11 + 1e-9) for n in range(11)] == [0] * 6 + [1] * 3 + [2] * 2
-    assert [Zipf(4, 0).pick(n / 8) for n in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [ZipfDistribution(4, 0).pick(n / 8) for n in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert three.pick(1 - 2**-53) == 2
     for count, exponent in [(0, 1.0), (1, -0.1), (1, float("nan")), (1, 11.0)]:
         with pytest.raises(ConfigError, match="Zipf's law"):
-            Zipf(count, exponent)
+            ZipfDistribution(count, exponent)

@@ -15,9 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorax_async.config import Limits
-from lorax_async.core.header import DTYPE_BITS, Header, header_size, parse_header
-from lorax_async.core.strict_json import parse_object
 from lorax_async.errors import AdapterFormatError
+from lorax_async.formats.safetensors import (
+    DTYPE_BITS,
+    Header,
+    header_size,
+    parse_header,
+)
+from lorax_async.formats.strict_json import parse_object
 
 INT64_MAX = 2**63 - 1
 GOOD = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'

@@ -6,14 +6,19 @@ from typing import Any
 
 import pytest
 
-from lorax_async.core.layout import ModelLayout, Module, Parallel, Part
 from lorax_async.errors import ConfigError
+from lorax_async.planning.layout import (
+    FusedPart,
+    ModelLayout,
+    Module,
+    Parallelism,
+)
 
-HEAD = Module("lm_head", 8, 32, 2, Parallel.COLUMN)
-FIRST = Module("model.layers.0.q_proj", 8, 8, 0, Parallel.COLUMN)
-AFTER_FIRST = Module("model.layers.0.o_proj", 8, 8, 0, Parallel.ROW)
-SECOND = Module("model.layers.1.q_proj", 8, 4, 1, Parallel.COLUMN)
-BEFORE = Module("model.projector", 4, 8, -1, Parallel.REPLICATED)
+HEAD = Module("lm_head", 8, 32, 2, Parallelism.COLUMN)
+FIRST = Module("model.layers.0.q_proj", 8, 8, 0, Parallelism.COLUMN)
+AFTER_FIRST = Module("model.layers.0.o_proj", 8, 8, 0, Parallelism.ROW)
+SECOND = Module("model.layers.1.q_proj", 8, 4, 1, Parallelism.COLUMN)
+BEFORE = Module("model.projector", 4, 8, -1, Parallelism.REPLICATED)
 LAYOUT = ModelLayout((HEAD, SECOND, FIRST, AFTER_FIRST, BEFORE), 2, "BF16", "model.")
 
 
@@ -57,8 +62,12 @@ def test_equal_by_value_in_every_process() -> None:
 
 CHANGES: list[dict[str, Any]] = [
     *({"name": "model.layers.0.k_proj"}, {"in_features": 9}, {"out_features": 9}, {"layer": 1}),
-    *({"parallel": Parallel.COLUMN}, {"transposed": True}, {"embedding": True}),
-    *({"parts": (Part(8),)}, {"parts": (Part(8, 2),)}, {"parts": (Part(4), Part(4))}),
+    *({"parallel": Parallelism.COLUMN}, {"transposed": True}, {"embedding": True}),
+    *(
+        {"parts": (FusedPart(8),)},
+        {"parts": (FusedPart(8, 2),)},
+        {"parts": (FusedPart(4), FusedPart(4))},
+    ),
 ]
 
 
@@ -85,10 +94,10 @@ def test_every_field_counts() -> None:
         ({"modules": (replace(FIRST, in_features=0),)}, "positive sizes"),
         ({"modules": (replace(FIRST, out_features=-8),)}, "positive sizes"),
         ({"modules": (replace(FIRST, name=""),)}, "a name"),
-        ({"modules": (replace(FIRST, parts=(Part(4),)),)}, "not its output"),
-        ({"modules": (replace(FIRST, parts=(Part(8, 3),)),)}, "whole units"),
-        ({"modules": (replace(FIRST, parts=(Part(8, 0),)),)}, "whole units"),
-        ({"modules": (replace(FIRST, parts=(Part(8), Part(0))),)}, "whole units"),
+        ({"modules": (replace(FIRST, parts=(FusedPart(4),)),)}, "not its output"),
+        ({"modules": (replace(FIRST, parts=(FusedPart(8, 3),)),)}, "whole units"),
+        ({"modules": (replace(FIRST, parts=(FusedPart(8, 0),)),)}, "whole units"),
+        ({"modules": (replace(FIRST, parts=(FusedPart(8), FusedPart(0))),)}, "whole units"),
     ],
 )
 def test_models_that_cannot_be(changes: dict[str, Any], text: str) -> None:

@@ -11,18 +11,38 @@ import pytest
 
 from core.lifecycle.explorer import explore
 from core.lifecycle.world import LARGER, SETTINGS, Violation
-from lorax_async.adapter import AdapterKey
-from lorax_async.core import holders, host_tier
-from lorax_async.core.commands import Command, Fetch, Forget, Release, Serve
-from lorax_async.core.decisions import Decisions
-from lorax_async.core.holders import Holders
-from lorax_async.core.host_tier import HostQueue, Images
-from lorax_async.core.life import HostState, Life
-from lorax_async.core.lifecycle import Lifecycle
-from lorax_async.core.queues import CopyQueue, SlotQueue
-from lorax_async.core.residency import HostBudget, ImageBudget, Residency
-from lorax_async.core.settling import Settling
-from lorax_async.core.transitions import (
+from lorax_async.errors import (
+    InvalidTransitionError,
+    LoraxError,
+)
+from lorax_async.lifecycle import queues
+from lorax_async.lifecycle.adapter_state import (
+    AdapterState,
+    HostState,
+    WantedTier,
+)
+from lorax_async.lifecycle.commands import (
+    Command,
+    ForgetAdapter,
+    ReleasePages,
+    ServeWaiter,
+    StartFetch,
+)
+from lorax_async.lifecycle.lifecycle import Lifecycle
+from lorax_async.lifecycle.queues import (
+    CopyQueue,
+    HostTierQueue,
+    PinnedImages,
+    SlotHolders,
+    SlotQueue,
+)
+from lorax_async.lifecycle.residency import (
+    HostBudget,
+    ImageBudget,
+    Residency,
+)
+from lorax_async.lifecycle.rules import LifecycleRules
+from lorax_async.lifecycle.transitions import (
     FILE_MOVES,
     SLOT_MOVES,
     FileMove,
@@ -32,8 +52,7 @@ from lorax_async.core.transitions import (
     next_file_state,
     next_slot_state,
 )
-from lorax_async.core.waiters import Tier
-from lorax_async.errors import InvalidTransitionError, LoraxError
+from lorax_async.types import AdapterKey
 
 
 @pytest.mark.slow
@@ -88,30 +107,30 @@ def blind(owner: type | ModuleType, name: str, **fields: object) -> Callable[...
     return broken
 
 
-def _released_at_once(self: Decisions, life: Life, *, evicted: bool = False) -> None:
+def _released_at_once(self: LifecycleRules, life: AdapterState, *, evicted: bool = False) -> None:
     self.host.pick(life.key, evicted=evicted)
     self.host.release(life.key)
     life.host = HostState.NONE
-    self.command(Release(life.key, life.attempt))
+    self.command(ReleasePages(life.key, life.attempt))
 
 
 def _pinned(self: Lifecycle, key: AdapterKey) -> bool:
-    self.lives[key].pins += 1
+    self.states[key].pins += 1
     return True
 
 
-def _is_idle(life: Life) -> bool:
+def _is_idle(life: AdapterState) -> bool:
     """Never, if it was read ahead."""
     return bool(_was_idle.__get__(life)) and life.host is HostState.NONE
 
 
-def _forgets(self: Settling, key: AdapterKey) -> list[object]:
-    if self.lives.pop(key, None):
-        self.decisions.command(Forget(key))
-    return [*self.decisions.take_commands()]
+def _forgets(self: Lifecycle, key: AdapterKey) -> list[object]:
+    if self.states.pop(key, None):
+        self._rules.command(ForgetAdapter(key))
+    return [*self._rules.take_commands()]
 
 
-def _column_not_cleared(self: Decisions, life: Life) -> bool:
+def _column_not_cleared(self: LifecycleRules, life: AdapterState) -> bool:
     ready = life.slot is SlotState.DRAINING and not (life.copying or life.uses or life.leases)
     if not ready or life.grant is None:
         return False
@@ -121,29 +140,29 @@ def _column_not_cleared(self: Decisions, life: Life) -> bool:
     return True
 
 
-def _fetches_while_ending(self: Decisions, life: Life) -> bool:
+def _fetches_while_ending(self: LifecycleRules, life: AdapterState) -> bool:
     if not life.waiters or life.file not in (FileState.ABSENT, FileState.ENDING):
         return False
     life.file, life.fetch_running = FileState.FETCHING, True
     life.attempt += 1
-    self.command(Fetch(life.key, life.attempt))
+    self.command(StartFetch(life.key, life.attempt))
     return True
 
 
-def _evicts_the_leased(_: Decisions, life: Life) -> bool:
+def _evicts_the_leased(_: LifecycleRules, life: AdapterState) -> bool:
     if life.slot is not SlotState.RESIDENT or not life.leaving:
         return False
     life.slot, life.leases = SlotState.DRAINING, 0
     return True
 
 
-def _zeroing_not_awaited(self: Decisions, life: Life) -> bool:
+def _zeroing_not_awaited(self: LifecycleRules, life: AdapterState) -> bool:
     quiesced = _slot_quiesced(self, life)
     life.broken, life.wiping = life.broken and not life.wiping, False
     return quiesced or _slot_quiesced(self, life)
 
 
-def _distrusts_what_is_held(self: Decisions, life: Life, error: LoraxError) -> None:
+def _distrusts_what_is_held(self: LifecycleRules, life: AdapterState, error: LoraxError) -> None:
     self.fail(life, error)
     self.break_slot(life, error, (SlotState.FILLING, SlotState.RESIDENT))
 
@@ -154,29 +173,29 @@ def _copies_unread(self: CopyQueue) -> None:
     _submit(self)
 
 
-def _prefetch_wants_a_slot(life: Life) -> bool:
+def _prefetch_wants_a_slot(life: AdapterState) -> bool:
     ready = life.needs is not None and life.file in (FileState.FETCHING, FileState.PRESENT)
-    return ready and any(waiter.tier >= Tier.STREAM for waiter in life.waiters)
+    return ready and any(waiter.tier >= WantedTier.STREAM for waiter in life.waiters)
 
 
-def _leases_for_all(self: Decisions, life: Life) -> bool:
+def _leases_for_all(self: LifecycleRules, life: AdapterState) -> bool:
     tiers = {tier for tier, _ in life.waiters.kinds if self.reached(life, tier)}
     served = life.waiters.of_tiers(tiers)
     for waiter in served:
         life.waiters.remove(waiter.id)
-        leases = waiter.tier >= Tier.STREAM
+        leases = waiter.tier >= WantedTier.STREAM
         life.leases += leases
-        self.command(Serve(life.key, waiter.id, life.grant if leases else None))
+        self.command(ServeWaiter(life.key, waiter.id, life.grant if leases else None))
     return bool(served)
 
 
-def _drains_pinned(self: Decisions, life: Life, state: SlotState) -> None:
-    self.tell_leaving(life)
+def _drains_pinned(self: LifecycleRules, life: AdapterState, state: SlotState) -> None:
+    self.notify_leaving(life)
     life.slot = state
 
 
 def _pinned_after_close(self: Lifecycle, key: AdapterKey) -> bool:
-    life = self.lives[key]
+    life = self.states[key]
     pinned = not life.departing and life.slot is SlotState.RESIDENT
     life.pins += pinned
     return pinned
@@ -184,16 +203,16 @@ def _pinned_after_close(self: Lifecycle, key: AdapterKey) -> bool:
 
 def _keeps_pins(rule: Callable[..., list[Command]]) -> Callable[..., list[Command]]:
     def kept(self: Lifecycle, *args: Any) -> list[Command]:
-        pins = {key: life.pins for key, life in self.lives.items()}
+        pins = {key: life.pins for key, life in self.states.items()}
         commands = rule(self, *args)
-        for key, life in self.lives.items():
+        for key, life in self.states.items():
             life.pins = pins.get(key, 0)
         return commands
 
     return kept
 
 
-def _unload_never_over(self: Decisions, life: Life) -> bool:
+def _unload_never_over(self: LifecycleRules, life: AdapterState) -> bool:
     """The caller is notified, and yet nothing may claim the adapter again."""
     if _unloaded(self, life):
         life.unloads, life.told = 1, True
@@ -201,27 +220,27 @@ def _unload_never_over(self: Decisions, life: Life) -> bool:
 
 
 def _lift_without_a_decision(self: Lifecycle, key: AdapterKey) -> list[Command]:
-    life = self.lives.get(key)
+    life = self.states.get(key)
     if life is not None and life.unloads:
         life.unloads -= 1
         if not life.departing:
-            self._decisions.tell_stays(life)
-    return self._decisions.take_commands()
+            self._rules.notify_stays(life)
+    return self._rules.take_commands()
 
 
-def _demotion_never_served(life: Life) -> bool:
+def _demotion_never_served(life: AdapterState) -> bool:
     ready = life.file is FileState.PRESENT and life.host is HostState.NONE and not life.unloads
-    return ready and life.waiters.has_tier(Tier.HOST)
+    return ready and life.waiters.has_tier(WantedTier.HOST)
 
 
-def _demotes_the_held(self: Decisions, life: Life) -> bool:
+def _demotes_the_held(self: LifecycleRules, life: AdapterState) -> bool:
     evicted = _evicted(self, life)
     if evicted and not (life.unloads or self.closing) and life.needs is not None:
         life.demoted = life.needs.holdable
     return evicted
 
 
-def _several_populated(self: HostQueue) -> Life | None:
+def _several_populated(self: HostTierQueue) -> AdapterState | None:
     self._budget.populating = None
     return _settle_head(self)
 
@@ -231,52 +250,68 @@ def _uses_what_leaves(self: HostBudget, key: AdapterKey) -> None:
         self.policy.use(key)
 
 
-def _warm_without_bytes(self: Images, life: Life) -> None:
+def _warm_without_bytes(self: PinnedImages, life: AdapterState) -> None:
     _claim_image(self, life)
     if life.image is not None:
         life.imaged = life.all_groups
 
 
-def _losers_unsettled(self: Settling) -> Life | None:
-    self.decisions.touched.clear()
-    return self.slots.settle_head() or self.host_queue.settle_head()
+def _losers_unsettled(self: Lifecycle) -> AdapterState | None:
+    self._rules.touched.clear()
+    return self._slots.settle_head() or self._host_queue.settle_head()
 
 
-_claim_image, _evicted, _fits_beside = Images.claim, Decisions._evicted, Residency.fits_beside
-_host_unwanted, _note = Decisions._host_unwanted, Holders.note
-_settle_head, _slot_quiesced = HostQueue.settle_head, Decisions._slot_quiesced
-_submit, _tell_stays, _unloaded = CopyQueue.submit, Decisions.tell_stays, Decisions._unloaded
-_was_idle = Life.is_idle
+_claim_image, _evicted, _fits_beside = (
+    PinnedImages.claim,
+    LifecycleRules._evicted,
+    Residency.fits_beside,
+)
+_host_unwanted, _note = LifecycleRules._host_unwanted, SlotHolders.note
+_settle_head, _slot_quiesced = HostTierQueue.settle_head, LifecycleRules._slot_quiesced
+_submit, _notify_stays, _unloaded = (
+    CopyQueue.submit,
+    LifecycleRules.notify_stays,
+    LifecycleRules._unloaded,
+)
+_was_idle = AdapterState.is_idle
 NEVER = always(False)
 BROKEN: dict[str, list[tuple[type | ModuleType, str, object]]] = {
     "two adapters, one slot": [
-        (Decisions, "_slot_quiesced", _column_not_cleared),
-        (Decisions, "_slot_quiesced", _zeroing_not_awaited),
-        (Decisions, "distrust", _distrusts_what_is_held),
-        (Holders, "note", lambda self, life: bool(_note(self, life) and False)),
+        (LifecycleRules, "_slot_quiesced", _column_not_cleared),
+        (LifecycleRules, "_slot_quiesced", _zeroing_not_awaited),
+        (LifecycleRules, "distrust", _distrusts_what_is_held),
+        (SlotHolders, "note", lambda self, life: bool(_note(self, life) and False)),
         (CopyQueue, "submit", _copies_unread),
-        (Decisions, "_slot_quiesced", NEVER),
+        (LifecycleRules, "_slot_quiesced", NEVER),
         *(
-            (Decisions, "_slot_quiesced", blind(Decisions, "_slot_quiesced", **{field: 0}))
+            (
+                LifecycleRules,
+                "_slot_quiesced",
+                blind(LifecycleRules, "_slot_quiesced", **{field: 0}),
+            )
             for field in ("copying", "leases", "uses", "broken")
         ),
-        (Decisions, "file_quiesced", NEVER),
-        (Decisions, "file_quiesced", blind(Decisions, "file_quiesced", fetch_running=False)),
-        (Decisions, "reached", blind(Decisions, "reached", slot=SlotState.RESIDENT)),
-        (Decisions, "_serve", NEVER),
-        (Decisions, "_evicted", NEVER),
-        (Decisions, "_fetch", NEVER),
-        (Decisions, "_fetch", _fetches_while_ending),
-        (Decisions, "_slot_unwanted", NEVER),
-        (Decisions, "fail", always(None)),
+        (LifecycleRules, "file_quiesced", NEVER),
+        (
+            LifecycleRules,
+            "file_quiesced",
+            blind(LifecycleRules, "file_quiesced", fetch_running=False),
+        ),
+        (LifecycleRules, "reached", blind(LifecycleRules, "reached", slot=SlotState.RESIDENT)),
+        (LifecycleRules, "_serve", NEVER),
+        (LifecycleRules, "_evicted", NEVER),
+        (LifecycleRules, "_fetch", NEVER),
+        (LifecycleRules, "_fetch", _fetches_while_ending),
+        (LifecycleRules, "_slot_unwanted", NEVER),
+        (LifecycleRules, "fail", always(None)),
         (SlotQueue, "_make_room", always(None)),
         (CopyQueue, "update", always(None)),
         (Lifecycle, "close", always([])),
         (Lifecycle, "withdraw", always([])),
     ],
     "lookups and ageing": [
-        (Decisions, "reached", blind(Decisions, "reached", leaving=False)),
-        (Decisions, "_evicted", _evicts_the_leased),
+        (LifecycleRules, "reached", blind(LifecycleRules, "reached", leaving=False)),
+        (LifecycleRules, "_evicted", _evicts_the_leased),
         (SlotQueue, "_starves_at", always(0.0)),
         (SlotQueue, "_starves_at", always(float("inf"))),
     ],
@@ -286,7 +321,7 @@ BROKEN: dict[str, list[tuple[type | ModuleType, str, object]]] = {
         (SlotQueue, "_evictable_at", always(0.0)),
         (SlotQueue, "_evictable_at", always(float("inf"))),
     ],
-    "pins of one of three": [(holders, "may_go", blind(holders, "may_go", pins=0))],
+    "pins of one of three": [(queues, "may_go", blind(queues, "may_go", pins=0))],
     "pins": [
         (Residency, "fits_beside", lambda self, _, sizes: _fits_beside(self, (), sizes)),
         (Lifecycle, "pin", _pinned_after_close),
@@ -295,46 +330,46 @@ BROKEN: dict[str, list[tuple[type | ModuleType, str, object]]] = {
         (Lifecycle, "pin", _pinned),
     ],
     "unload beside loads": [
-        (Decisions, "_unloaded", _unload_never_over),
-        (Life, "departing", property(lambda life: life.leaving)),
-        (Decisions, "_unloaded", NEVER),
-        (Decisions, "_unloaded", blind(Decisions, "_unloaded", slot=SlotState.NONE)),
-        (Decisions, "tell_leaving", always(None)),
-        (Decisions, "tell_stays", always(None)),
+        (LifecycleRules, "_unloaded", _unload_never_over),
+        (AdapterState, "departing", property(lambda life: life.leaving)),
+        (LifecycleRules, "_unloaded", NEVER),
+        (LifecycleRules, "_unloaded", blind(LifecycleRules, "_unloaded", slot=SlotState.NONE)),
+        (LifecycleRules, "notify_leaving", always(None)),
+        (LifecycleRules, "notify_stays", always(None)),
         (Lifecycle, "withdraw_unload", always([])),
     ],
     "host memory and unload": [
         (
-            Decisions,
+            LifecycleRules,
             "_host_unwanted",
             lambda self, life: not self.closing and _host_unwanted(self, life),
         ),
-        (Decisions, "_unloaded", blind(Decisions, "_unloaded", host=HostState.NONE)),
-        (Decisions, "_host_unwanted", NEVER),
+        (LifecycleRules, "_unloaded", blind(LifecycleRules, "_unloaded", host=HostState.NONE)),
+        (LifecycleRules, "_host_unwanted", NEVER),
     ],
     "images, unload and failures": [
-        (Decisions, "_host_unwanted", NEVER),
+        (LifecycleRules, "_host_unwanted", NEVER),
         (ImageBudget, "drop", always(None)),
     ],
-    "forgotten on demand": [(Settling, "forget", _forgets)],
+    "forgotten on demand": [(Lifecycle, "forget", _forgets)],
     "host memory for one of two": [
-        (Life, "wants_host", property(_demotion_never_served)),
-        (Decisions, "_evicted", _demotes_the_held),
+        (AdapterState, "wants_host", property(_demotion_never_served)),
+        (LifecycleRules, "_evicted", _demotes_the_held),
         (HostBudget, "use", _uses_what_leaves),
         (HostBudget, "claim", always(None)),
         (HostBudget, "release", always(None)),
-        (Decisions, "release_host", _released_at_once),
-        (HostQueue, "_make_room", always(None)),
+        (LifecycleRules, "release_host", _released_at_once),
+        (HostTierQueue, "_make_room", always(None)),
     ],
-    "no host memory": [(HostQueue, "_refuse", always(None))],
-    "populated and forgotten": [(Life, "is_idle", property(_is_idle))],
-    "an image between two slots": [(host_tier, "_is_idle", always(True))],
+    "no host memory": [(HostTierQueue, "_refuse", always(None))],
+    "populated and forgotten": [(AdapterState, "is_idle", property(_is_idle))],
+    "an image between two slots": [(queues, "_is_idle", always(True))],
     "prefetch beside foreground": [
-        (Life, "wants_slot", property(_prefetch_wants_a_slot)),
-        (Decisions, "_serve", _leases_for_all),
+        (AdapterState, "wants_slot", property(_prefetch_wants_a_slot)),
+        (LifecycleRules, "_serve", _leases_for_all),
     ],
     "pins and streams": [
-        (Decisions, "drain", _drains_pinned),
+        (LifecycleRules, "drain", _drains_pinned),
     ],
     "pins and ageing": [
         (Lifecycle, "pin", _pinned),
@@ -345,17 +380,17 @@ BROKEN: dict[str, list[tuple[type | ModuleType, str, object]]] = {
     "unload beside streams": [
         (Lifecycle, "withdraw_unload", _lift_without_a_decision),
         (
-            Decisions,
-            "tell_stays",
-            lambda self, life: life.slot is SlotState.RESIDENT and _tell_stays(self, life),
+            LifecycleRules,
+            "notify_stays",
+            lambda self, life: life.slot is SlotState.RESIDENT and _notify_stays(self, life),
         ),
     ],
     "some can be held": [
-        (HostQueue, "settle_head", _several_populated),
+        (HostTierQueue, "settle_head", _several_populated),
     ],
     "images for one of two": [
-        (Images, "claim", _warm_without_bytes),
-        (Settling, "_next_touched", _losers_unsettled),
+        (PinnedImages, "claim", _warm_without_bytes),
+        (Lifecycle, "_next_touched", _losers_unsettled),
     ],
 }
 MUTANTS = [(world, *mutant) for world, mutants in BROKEN.items() for mutant in mutants]

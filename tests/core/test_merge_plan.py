@@ -7,17 +7,29 @@ import pytest
 import safetensors.torch
 
 from core.adapter_files import file_of, layout_of, pair
-from lorax_async.adapter import AdapterKey, Merge, MergedKey
 from lorax_async.config import Limits
-from lorax_async.core.header import header_size, parse_header
-from lorax_async.core.layout import ModelLayout
-from lorax_async.core.merge_plan import MergePlan, NewLayers, PartFile, plan_merge
-from lorax_async.core.peft_config import parse_config
-from lorax_async.core.peft_names import Part
 from lorax_async.errors import (
     AdapterFormatError,
     IncompatibleAdapterError,
     LoraxError,
+)
+from lorax_async.formats.peft_config import parse_config
+from lorax_async.formats.peft_names import TensorRole
+from lorax_async.formats.safetensors import (
+    header_size,
+    parse_header,
+)
+from lorax_async.planning.layout import ModelLayout
+from lorax_async.planning.merge_plan import (
+    MergePlan,
+    NewLayers,
+    PartFile,
+    plan_merge,
+)
+from lorax_async.types import (
+    AdapterKey,
+    Merge,
+    MergedKey,
 )
 
 Q, OUT = "model.layers.0.q", "model.layers.1.o"
@@ -68,7 +80,7 @@ def ranks_of(plan: MergePlan) -> dict[str, int]:
 def test_modules_of_either_part_in_the_layouts_order() -> None:
     plan = planned(linear(1, 1), part({"lm_head": 2, Q: 4}), part({OUT: 3, Q: 5}))
     assert ranks_of(plan) == {Q: 9, OUT: 3, "lm_head": 2}
-    assert [tensor.factor for tensor in plan.tensors] == [Part.A, Part.B] * 3
+    assert [tensor.factor for tensor in plan.tensors] == [TensorRole.A, TensorRole.B] * 3
     assert [[p.part for p in tensor.pieces] for tensor in plan.tensors[::2]] == [[0, 1], [1], [0]]
     spec = parse_config(plan.config, Limits())
     assert {name: spec.rank_of(name) for name in (Q, OUT, "lm_head")} == ranks_of(plan)

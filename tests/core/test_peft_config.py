@@ -13,12 +13,20 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from lorax_async.adapter import AdapterSpec
 from lorax_async.config import Limits
-from lorax_async.core.config_writing import write_config
-from lorax_async.core.peft_config import MAX_PATTERNS, parse_config
-from lorax_async.core.peft_fields import FIELDS, Use
-from lorax_async.errors import AdapterFormatError, UnsupportedAdapterError, UsageError
+from lorax_async.errors import (
+    AdapterFormatError,
+    UnsupportedAdapterError,
+    UsageError,
+)
+from lorax_async.formats.peft_config import (
+    FIELDS,
+    MAX_PATTERNS,
+    FieldUse,
+    parse_config,
+    write_config,
+)
+from lorax_async.types import AdapterSpec
 
 LIMITS = Limits()
 PLAIN = {"peft_type": "LORA", "r": 8, "lora_alpha": 16}
@@ -233,7 +241,7 @@ NEUTRAL: list[object] = [None, False, "", [], {}]
 @pytest.mark.parametrize(
     ("name", "value"),
     NULLS
-    + [(name, False) for name in FIELDS if FIELDS[name].use is Use.REFUSED]
+    + [(name, False) for name in FIELDS if FIELDS[name].use is FieldUse.REFUSED]
     + [("modules_to_save", []), ("trainable_token_indices", {}), ("bias", "none")]
     + [("init_lora_weights", value) for value in (True, False, "gaussian", "eva", "orthogonal")]
     + [("init_lora_weights", "mica"), ("eva_config", {"rho": 2.0}), ("loftq_config", {"bits": 4})]

@@ -13,16 +13,19 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from lorax_async.core.peft_names import (
+from lorax_async.errors import (
+    AdapterFormatError,
+    UnsupportedAdapterError,
+)
+from lorax_async.formats.peft_names import (
     SUFFIXES,
-    Part,
     TensorName,
+    TensorRole,
     compile_pattern,
     layer_index,
     parse_tensor_name,
     pattern_error,
 )
-from lorax_async.errors import AdapterFormatError, UnsupportedAdapterError
 
 
 class Decoder(nn.Module):
@@ -48,13 +51,13 @@ def names_of(**settings: Any) -> set[str]:
 
 
 QUERIES = ["layers.0.q_proj", "layers.1.q_proj"]
-FACTORS = [TensorName(query, part) for query in QUERIES for part in (Part.A, Part.B)]
-EMBEDDING = [TensorName("embed_tokens", part, True) for part in (Part.A, Part.B)]
+FACTORS = [TensorName(query, part) for query in QUERIES for part in (TensorRole.A, TensorRole.B)]
+EMBEDDING = [TensorName("embed_tokens", part, True) for part in (TensorRole.A, TensorRole.B)]
 BOTH = {"target_modules": ["q_proj", "embed_tokens"]}
 
 
 def magnitudes(*paths: str) -> list[TensorName]:
-    return [TensorName(path, Part.MAGNITUDE, None) for path in paths]
+    return [TensorName(path, TensorRole.MAGNITUDE, None) for path in paths]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +65,7 @@ def magnitudes(*paths: str) -> list[TensorName]:
     [
         ({}, []),
         ({"use_dora": True}, magnitudes(*QUERIES)),
-        ({"lora_bias": True}, [TensorName(query, Part.BIAS) for query in QUERIES]),
+        ({"lora_bias": True}, [TensorName(query, TensorRole.BIAS) for query in QUERIES]),
         (BOTH, EMBEDDING),
         ({**BOTH, "use_dora": True}, [*magnitudes(*QUERIES, "embed_tokens"), *EMBEDDING]),
     ],

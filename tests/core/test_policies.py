@@ -8,9 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorax_async.adapter import AdapterKey
-from lorax_async.core.policies import EVICTION_POLICIES, GDSF, LFU, LRU, Policy, PolicyName, policy
 from lorax_async.errors import InternalError
+from lorax_async.lifecycle.policies import (
+    EVICTION_POLICIES,
+    GDSF,
+    LFU,
+    LRU,
+    EvictionPolicy,
+    PolicyName,
+    policy,
+)
+from lorax_async.types import AdapterKey
 
 KEYS = A, B, C, *_ = tuple(AdapterKey(name, ()) for name in "abcdef")
 NBYTES = (1024, 2, 64, 512, 8, 1)
@@ -23,7 +31,7 @@ operations = st.lists(
 )
 
 
-def carry_out(one: Policy, operation: Operation, holders: set[int]) -> None:
+def carry_out(one: EvictionPolicy, operation: Operation, holders: set[int]) -> None:
     """Ask for an adapter, which loads it if it is not there, or take its room from it."""
     verb, index = operation
     if verb == "ask" and index not in holders:
@@ -36,7 +44,7 @@ def carry_out(one: Policy, operation: Operation, holders: set[int]) -> None:
         holders.remove(index)
 
 
-def told(one: Policy, history: list[Operation]) -> set[int]:
+def told(one: EvictionPolicy, history: list[Operation]) -> set[int]:
     """Carry a history out; returns who holds room after it."""
     holders: set[int] = set()
     for operation in history:
@@ -97,7 +105,7 @@ def lfu_count(history: list[Operation], index: int, half_life: int) -> int:
 )
 @given(history=operations)
 def test_each_policy_is_its_definition(
-    new: Callable[[], Policy],
+    new: Callable[[], EvictionPolicy],
     length: int,
     worth: Callable[[list[Operation], int], int | Fraction],
     history: list[Operation],
@@ -144,7 +152,7 @@ def test_a_copy_goes_its_own_way(
     assert (twin.state(), list(twin.ranked())) == (whole.state(), list(whole.ranked()))
 
 
-def after_each(one: Policy, keys: int) -> dict[Operation, Policy]:
+def after_each(one: EvictionPolicy, keys: int) -> dict[Operation, EvictionPolicy]:
     """What may happen next, each to a copy."""
     holders = {KEYS.index(key) for key in one.ranked()}
     successors = {}
@@ -168,7 +176,7 @@ def after_each(one: Policy, keys: int) -> dict[Operation, Policy]:
     ],
 )
 def test_policies_in_equal_states_rank_alike_for_ever(
-    start: Policy, keys: int, count: int | None
+    start: EvictionPolicy, keys: int, count: int | None
 ) -> None:
     """Every state is reached; of two policies that meet in one, what follows is the same."""
     futures: dict[Hashable, tuple[list[AdapterKey], dict[Operation, Hashable]]] = {}

@@ -7,19 +7,30 @@ from itertools import count, product
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorax_async.adapter import AdapterKey
-from lorax_async.core import queues
-from lorax_async.core.arena import Extent
-from lorax_async.core.commands import Command, Copy
-from lorax_async.core.decisions import Decisions
-from lorax_async.core.life import Grant, Life, Needs
-from lorax_async.core.line import Line
-from lorax_async.core.policies import LRU
-from lorax_async.core.queues import CopyQueue
-from lorax_async.core.residency import HostBudget, ImageBudget, Residency
-from lorax_async.core.transitions import SlotState
-from lorax_async.core.waiters import Tier, Waiter
 from lorax_async.events import SlotId
+from lorax_async.lifecycle import queues
+from lorax_async.lifecycle.adapter_state import (
+    AdapterState,
+    GroupSizes,
+    SlotGrant,
+    Waiter,
+    WantedTier,
+)
+from lorax_async.lifecycle.arena import Extent
+from lorax_async.lifecycle.commands import (
+    Command,
+    CopyGroup,
+)
+from lorax_async.lifecycle.policies import LRU
+from lorax_async.lifecycle.queues import CopyQueue, PriorityQueue
+from lorax_async.lifecycle.residency import (
+    HostBudget,
+    ImageBudget,
+    Residency,
+)
+from lorax_async.lifecycle.rules import LifecycleRules
+from lorax_async.lifecycle.transitions import SlotState
+from lorax_async.types import AdapterKey
 
 UNIT = 64  # Bytes; sizes below are multiples of it
 groups = st.lists(st.integers(1, 20), min_size=1, max_size=12)
@@ -32,31 +43,33 @@ class Link:
         residency = Residency(
             device_bytes=1 << 30, alignment=UNIT, max_slots=1000, copies=window, policy=LRU()
         )
-        self.decisions = Decisions(residency, HostBudget(0, LRU()), ImageBudget(0, UNIT, LRU()))
-        self.queue = CopyQueue(self.decisions)
-        self.lives: dict[str, Life] = {}
-        self.under_way: list[Copy] = []
+        self.rules = LifecycleRules(residency, HostBudget(0, LRU()), ImageBudget(0, UNIT, LRU()))
+        self.queue = CopyQueue(self.rules)
+        self.states: dict[str, AdapterState] = {}
+        self.in_flight: list[CopyGroup] = []
         self._generations = count(1)
 
     def begin(self, name: str, sizes: Sequence[int], *, foreground: bool = True) -> None:
         """An adapter whose groups, of so many units, are all here."""
         nbytes = tuple(UNIT * size for size in sizes)
         number = next(self._generations)
-        grant = Grant(SlotId(number, number), tuple(Extent(0, each) for each in nbytes))
-        life = Life(AdapterKey(name, ()), slot=SlotState.FILLING, grant=grant, needs=Needs(nbytes))
+        grant = SlotGrant(SlotId(number, number), tuple(Extent(0, each) for each in nbytes))
+        life = AdapterState(
+            AdapterKey(name, ()), slot=SlotState.FILLING, grant=grant, needs=GroupSizes(nbytes)
+        )
         life.fetched = life.all_groups
-        life.waiters.add(Waiter(number, Tier.DEVICE, 0.0, foreground))
-        self.lives[name] = life
+        life.waiters.add(Waiter(number, WantedTier.DEVICE, 0.0, foreground))
+        self.states[name] = life
         self.queue.update(life)
 
     def next(self) -> tuple[str, int] | None:
         """Whose copy of how many units ran; None if there is none left."""
         self.queue.submit()
-        self.under_way += [_copy(command) for command in self.decisions.take_commands()]
-        if not self.under_way:
+        self.in_flight += [_copy(command) for command in self.rules.take_commands()]
+        if not self.in_flight:
             return None
-        copy = self.under_way.pop(0)
-        self.queue.copied(self.lives[copy.key.location])
+        copy = self.in_flight.pop(0)
+        self.queue.copied(self.states[copy.key.location])
         return copy.key.location, copy.grant.extents[copy.group].nbytes // UNIT
 
     def run(self) -> list[tuple[str, int]]:
@@ -66,8 +79,8 @@ class Link:
         return ran
 
 
-def _copy(command: Command) -> Copy:
-    assert isinstance(command, Copy)
+def _copy(command: Command) -> CopyGroup:
+    assert isinstance(command, CopyGroup)
     return command
 
 
@@ -117,8 +130,8 @@ def test_foreground_goes_before_prefetch() -> None:
     link.begin("load", [5] * 3)
     assert [link.next() for _ in range(2)] == [("load", 5)] * 2
     link.begin("late", [7])
-    link.lives["joined"].waiters.add(Waiter(99, Tier.DEVICE, 0.0))
-    link.queue.update(link.lives["joined"])
+    link.states["joined"].waiters.add(Waiter(99, WantedTier.DEVICE, 0.0))
+    link.queue.update(link.states["joined"])
     ran = [name for name, _ in link.run()]
     assert set(ran[:4]) == {"load", "late", "joined"}
     assert ran[4:] == ["hint"] * 4
@@ -132,10 +145,10 @@ def test_one_with_large_groups_leaves_room_for_who_comes_next() -> None:
     link = Link(window=64)
     link.begin("large", [queues.IN_FLIGHT_BYTES // UNIT] * 20)
     assert link.next() is not None
-    assert len(link.under_way) == 64 // 8 - 1
+    assert len(link.in_flight) == 64 // 8 - 1
     link.begin("small", [1])
     link.queue.submit()
-    names = [_copy(command).key.location for command in link.decisions.take_commands()]
+    names = [_copy(command).key.location for command in link.rules.take_commands()]
     assert names == ["small", "large"]
 
 
@@ -148,7 +161,7 @@ urgencies = st.none() | st.tuples(st.booleans(), st.integers(0, 3))
 def test_the_head_is_the_most_urgent(
     changes: list[tuple[AdapterKey, tuple[bool, int] | None]],
 ) -> None:
-    line: Line[tuple[bool, int]] = Line()
+    line: PriorityQueue[tuple[bool, int]] = PriorityQueue()
     waiting: dict[AdapterKey, tuple[bool, int]] = {}
     for key, urgency in changes:
         line.update(key, urgency)
@@ -161,7 +174,7 @@ def test_the_head_is_the_most_urgent(
 
 
 def test_wishes_that_come_and_go_behind_a_head_that_stays_take_no_memory() -> None:
-    line: Line[tuple[bool, float]] = Line()
+    line: PriorityQueue[tuple[bool, float]] = PriorityQueue()
     line.update(KEYS[0], (False, 1.0))
     for n in range(10_000):
         for key, urgency in ((KEYS[1], (False, 1.0 + n)), (KEYS[2], (True, 1.0))):

@@ -7,25 +7,35 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorax_async.core.arrivals import Arrivals
-from lorax_async.core.ranges import Link, PieceSizes, overlaps, plan_waves, split_of, without
-from lorax_async.core.spans import Span, SpanSet
 from lorax_async.errors import InternalError
+from lorax_async.formats.spans import (
+    ByteRange,
+    SpanSet,
+)
+from lorax_async.http.ranges import (
+    GroupArrivals,
+    LinkEstimate,
+    PieceSizes,
+    overlaps,
+    plan_waves,
+    split_of,
+    without,
+)
 
-THROTTLED = Link(delay=0.010, rate=20e6)
+THROTTLED = LinkEstimate(delay=0.010, rate=20e6)
 
 
-def adapter(layers: int = 32, layer: int = 2_621_440) -> list[list[Span]]:
+def adapter(layers: int = 32, layer: int = 2_621_440) -> list[list[ByteRange]]:
     """Groups −1 … layers of a file as PEFT writes it: by name, nothing before them or after."""
     places = {n: 50_000 + layer * place for place, n in enumerate(sorted(range(layers), key=str))}
     return [[], *([(places[n], places[n] + layer)] for n in range(layers)), []]
 
 
 @st.composite
-def grouped(draw: st.DrawFn) -> list[list[Span]]:
+def grouped(draw: st.DrawFn) -> list[list[ByteRange]]:
     """Spans that share no byte, some adjoining, dealt to groups."""
     lengths = draw(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 5_000)), max_size=30))
-    groups: list[list[Span]] = [[] for _ in range(draw(st.integers(1, 8)))]
+    groups: list[list[ByteRange]] = [[] for _ in range(draw(st.integers(1, 8)))]
     at = 0
     for gap, length in lengths:
         start = at + gap * draw(st.integers(0, 1))
@@ -34,11 +44,13 @@ def grouped(draw: st.DrawFn) -> list[list[Span]]:
     return groups
 
 
-def bytes_of(spans: list[Span]) -> list[int]:
+def bytes_of(spans: list[ByteRange]) -> list[int]:
     return sorted(n for start, stop in spans for n in range(start, stop))
 
 
-links = st.builds(Link, st.sampled_from([0.0, 0.0001, 0.01, 1.0]), st.sampled_from([1e3, 1e6, 1e9]))
+links = st.builds(
+    LinkEstimate, st.sampled_from([0.0, 0.0001, 0.01, 1.0]), st.sampled_from([1e3, 1e6, 1e9])
+)
 piece_sizes = st.builds(PieceSizes, st.sampled_from([1, 64, 900]), st.sampled_from([1_000, 7_777]))
 
 
@@ -51,7 +63,11 @@ piece_sizes = st.builds(PieceSizes, st.sampled_from([1, 64, 900]), st.sampled_fr
     sizes=piece_sizes,
 )
 def test_every_byte_once_evenly_and_earlier_groups_first(
-    groups: list[list[Span]], first: int, connections: int, link: Link, sizes: PieceSizes
+    groups: list[list[ByteRange]],
+    first: int,
+    connections: int,
+    link: LinkEstimate,
+    sizes: PieceSizes,
 ) -> None:
     first = min(first, len(groups))
     waves = plan_waves(groups, first=first, connections=connections, link=link, sizes=sizes)
@@ -77,13 +93,15 @@ def test_every_byte_once_evenly_and_earlier_groups_first(
     [
         (adapter(), 0, THROTTLED, [16]),  # nobody waits: one wave
         (adapter(), 2, THROTTLED, [16, 16]),  # the first layer over all connections, then the rest
-        (adapter(), 2, Link(0.2, 20e6), [16]),  # a long delay is not paid twice
+        (adapter(), 2, LinkEstimate(0.2, 20e6), [16]),  # a long delay is not paid twice
         ([[(0, 1 << 30)]], 0, THROTTLED, [32]),  # large files are cut into rounds
         ([[], []], 1, THROTTLED, []),
         ([], 0, THROTTLED, []),
     ],
 )
-def test_waves_by_hand(groups: list[list[Span]], first: int, link: Link, pieces: list[int]) -> None:
+def test_waves_by_hand(
+    groups: list[list[ByteRange]], first: int, link: LinkEstimate, pieces: list[int]
+) -> None:
     waves = plan_waves(groups, first=first, connections=16, link=link)
     assert [len(wave) for wave in waves] == pieces
     assert all(len({stop - start for start, stop in wave}) == 1 for wave in waves)
@@ -91,10 +109,10 @@ def test_waves_by_hand(groups: list[list[Span]], first: int, link: Link, pieces:
 
 def test_a_slow_link_brings_layers_in_order_and_a_small_adapter_is_not_shredded() -> None:
     """2.6 s for all of it: 5 % of that are 13 delays. No piece of 1 MB is below 64 KiB."""
-    waves = plan_waves(adapter(), first=2, connections=16, link=Link(0.010, 2e6))
+    waves = plan_waves(adapter(), first=2, connections=16, link=LinkEstimate(0.010, 2e6))
     assert len(waves) == 14
     assert max(len(wave) for wave in waves) <= 16 + 4, "and hardly a request more than needed"
-    waves = plan_waves(adapter(8, 131_072), first=2, connections=16, link=Link(0.0001, 1e6))
+    waves = plan_waves(adapter(8, 131_072), first=2, connections=16, link=LinkEstimate(0.0001, 1e6))
     assert min(stop - start for wave in waves for start, stop in wave) == 65_536
 
 
@@ -102,9 +120,9 @@ def test_a_slow_link_brings_layers_in_order_and_a_small_adapter_is_not_shredded(
 @given(
     length=st.integers(1, 10_000_000),
     own=st.floats(1.0, 1e8),
-    link=st.builds(Link, st.floats(0.0001, 1.0), st.floats(1e3, 1e9)),
+    link=st.builds(LinkEstimate, st.floats(0.0001, 1.0), st.floats(1e3, 1e9)),
 )
-def test_a_split_ends_earlier_for_both(length: int, own: float, link: Link) -> None:
+def test_a_split_ends_earlier_for_both(length: int, own: float, link: LinkEstimate) -> None:
     assert split_of((0, 300_000), 20e6, THROTTLED, 65_536) is None, "it is nearly done"
     assert split_of((0, 100), 1.0, THROTTLED, 65_536) is None
     cut = split_of((100, 100 + length), own, link, 64)
@@ -121,7 +139,7 @@ def test_a_split_ends_earlier_for_both(length: int, own: float, link: Link) -> N
 spans = st.lists(st.tuples(st.integers(0, 39), st.integers(1, 12)), max_size=12)
 
 
-def runs(model: set[int]) -> list[Span]:
+def runs(model: set[int]) -> list[ByteRange]:
     """The fewest spans of these bytes."""
     starts = sorted(byte for byte in model if byte - 1 not in model)
     stops = sorted(byte + 1 for byte in model if byte + 1 not in model)
@@ -155,7 +173,7 @@ def test_a_span_set_is_the_set_of_its_bytes(
 def test_groups_arrive_in_order_once_they_are_whole(owners: list[int], seed: int) -> None:
     """Byte n belongs to group owners[n]; they land in runs, in any order."""
     groups = [[(n, n + 1) for n, owner in enumerate(owners) if owner == g] for g in range(5)]
-    arrivals = Arrivals(groups)
+    arrivals = GroupArrivals(groups)
     draw = random.Random(seed)
     cuts = sorted({0, len(owners), *(draw.randrange(len(owners)) for _ in range(6))})
     pieces = list(pairwise(cuts))

@@ -7,15 +7,33 @@ from typing import Any
 import pytest
 
 from core.adapter_files import file_of, pair, plan
-from lorax_async.adapter import AdapterSpec
-from lorax_async.config import Limits, Shard
-from lorax_async.core.layout import ModelLayout, Module, Parallel, Part
-from lorax_async.core.moves import GroupPlan, Read, Row
-from lorax_async.core.runs import Span
-from lorax_async.core.sharding import Cut, shard_layout
-from lorax_async.errors import ConfigError, IncompatibleAdapterError
+from lorax_async.config import (
+    Limits,
+    Shard,
+)
+from lorax_async.errors import (
+    ConfigError,
+    IncompatibleAdapterError,
+)
+from lorax_async.formats.spans import ByteSpan
+from lorax_async.planning.layout import (
+    FusedPart,
+    ModelLayout,
+    Module,
+    Parallelism,
+)
+from lorax_async.planning.sharding import (
+    ModuleCut,
+    shard_layout,
+)
+from lorax_async.planning.transfer_plan import (
+    GroupPlan,
+    ReadMove,
+    TableRow,
+)
+from lorax_async.types import AdapterSpec
 
-COLUMN, ROW, REPLICATED = Parallel
+COLUMN, ROW, REPLICATED = Parallelism
 SPEC = AdapterSpec(rank=4, alpha=4.0)
 
 
@@ -23,7 +41,9 @@ def layout(*modules: Module) -> ModelLayout:
     return ModelLayout(modules, 1, "F32")
 
 
-def column(outputs: int, *parts: Part, name: str = "layers.0.up_proj", inputs: int = 16) -> Module:
+def column(
+    outputs: int, *parts: FusedPart, name: str = "layers.0.up_proj", inputs: int = 16
+) -> Module:
     return Module(name, inputs, outputs, 0, COLUMN, parts=parts)
 
 
@@ -69,13 +89,13 @@ def test_a_world_of_one_holds_everything_as_it_is(shard: Shard | None) -> None:
     ],
 )
 def test_q_k_and_v_are_cut_by_heads(rank: int, world: int, rows: tuple[tuple[int, int]]) -> None:
-    fused = column(48, Part(32, 4), Part(8, 4, True), Part(8, 4, True))
+    fused = column(48, FusedPart(32, 4), FusedPart(8, 4, True), FusedPart(8, 4, True))
     sharding = shard_layout(layout(fused), Shard(rank, world))
-    assert sharding.cuts == (Cut(rows, (0, 16)),)
+    assert sharding.cuts == (ModuleCut(rows, (0, 16)),)
     (held,) = sharding.held.modules
     size = 32 // world
-    kept = Part(4, 4, True)
-    assert held.parts == (Part(size, 4), kept, kept)
+    kept = FusedPart(4, 4, True)
+    assert held.parts == (FusedPart(size, 4), kept, kept)
     assert (held.in_features, held.out_features) == (16, size + 8)
 
 
@@ -90,30 +110,30 @@ def test_a_file_is_checked_against_the_whole_base() -> None:
 def test_columns_of_a_are_a_piece_of_each_row() -> None:
     """A is [4, 24]: rows of 96 bytes, of which the second of three ranks has bytes 32 to 64."""
     group, start = planned(row(24), Shard(1, 3))
-    assert group.reads == (Read(start + 32, 4 * 32, 0, 4, 96), Read(start + 384, 256, 128))
+    assert group.reads == (ReadMove(start + 32, 4 * 32, 0, 4, 96), ReadMove(start + 384, 256, 128))
     columns, b = group.spans
-    assert b == Span(start + 384, start + 640)
+    assert b == ByteSpan(start + 384, start + 640)
     assert list(columns.ranges()) == [(start + 96 * n + 32, start + 96 * n + 64) for n in range(4)]
-    assert (group.nbytes, group.rows) == (384, (Row(0, 0, 128, 4, 4, 1.0),))
+    assert (group.nbytes, group.rows) == (384, (TableRow(0, 0, 128, 4, 4, 1.0),))
 
 
 def test_pieces_are_cast_together_as_far_as_they_adjoin_on_the_device() -> None:
     """A is [4, 64], B [16, 4]; moves hold two halves of rows of F32, then one and a half."""
     how: dict[str, Any] = {"dtype": "BF16", "limits": Limits(max_rank=32)}
     group, start = planned(row(64), Shard(1, 2), staging_move_bytes=256, **how)
-    whole_b = Span(start + 1024, start + 1280)
+    whole_b = ByteSpan(start + 1024, start + 1280)
     assert [move.sources for move in group.converts] == [
-        (Span(start + 128, start + 256, 2, 256),),
-        (Span(start + 640, start + 768, 2, 256),),
+        (ByteSpan(start + 128, start + 256, 2, 256),),
+        (ByteSpan(start + 640, start + 768, 2, 256),),
         (whole_b,),
     ]
     assert [move.target for move in group.converts] == [0, 128, 256]
-    assert group.spans == (Span(start + 128, start + 256, 4, 256), whole_b)
+    assert group.spans == (ByteSpan(start + 128, start + 256, 4, 256), whole_b)
     group, _ = planned(row(64), Shard(1, 2), staging_move_bytes=192, **how)
     first, second, *_ = (move.sources for move in group.converts)
     start += 128
-    assert first == (Span(start, start + 128), Span(start + 256, start + 320))
-    assert second == (Span(start + 320, start + 384), Span(start + 512, start + 640))
+    assert first == (ByteSpan(start, start + 128), ByteSpan(start + 256, start + 320))
+    assert second == (ByteSpan(start + 320, start + 384), ByteSpan(start + 512, start + 640))
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
@@ -127,7 +147,7 @@ def test_a_plan_of_many_rows_has_no_more_to_remember(dtype: str, multiple: int, 
 
 def test_what_many_pieces_take_to_remember_is_counted() -> None:
     """Of B there is one for each part, of A one for all rows, and else one for both."""
-    base = layout(column(24, *[Part(4)] * 6))
+    base = layout(column(24, *[FusedPart(4)] * 6))
     file = adapter(*base.modules)
     whole = plan(file, SPEC, base)
     cut = plan(file, SPEC, base, cuts=shard_layout(base, Shard(1, 4)).cuts)
@@ -146,9 +166,13 @@ KNOWS_HEADS = "take a layout that knows them (layouts.from_pretrained)"
             ["'lm_head'", "50,257 output", "2 ranks", "layout.replicate('lm_head')"],
         ),
         (row(10), 4, ["'layers.0.down_proj'", "10 input features", "4 ranks", "'down_proj'"]),
-        (column(48, Part(32, 8), Part(16)), 8, ["a part of 4 × 8 output features", "8 ranks"]),
-        (column(8, Part(8, 4, True)), 3, ["a part of 2 × 4 output", "another world_size"]),
-        (column(24, Part(24, 4, True)), 4, ["a part of 6 × 4 output", "4 ranks"]),
+        (
+            column(48, FusedPart(32, 8), FusedPart(16)),
+            8,
+            ["a part of 4 × 8 output features", "8 ranks"],
+        ),
+        (column(8, FusedPart(8, 4, True)), 3, ["a part of 2 × 4 output", "another world_size"]),
+        (column(24, FusedPart(24, 4, True)), 4, ["a part of 6 × 4 output", "4 ranks"]),
         (column(6, name="layers.0.k_proj"), 4, ["6 output features", KNOWS_HEADS]),
         (column(24, name="layers.0.qkv_proj"), 2, ["'layers.0.qkv_proj' may be fused", "parts"]),
         (column(24, name="layers.0.c_attn"), 2, ["from_pretrained or from_module"]),
@@ -163,7 +187,7 @@ def test_what_cannot_be_shared(module: Module, world: int, texts: Sequence[str])
         for text in texts:
             assert text in str(caught.value)
     assert shard_layout(layout(module).replicate(module.name), Shard(0, world)).cuts == (
-        Cut(((0, module.out_features),), (0, module.in_features)),
+        ModuleCut(((0, module.out_features),), (0, module.in_features)),
     )
 
 

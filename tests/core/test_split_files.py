@@ -13,11 +13,21 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lorax_async.config import Limits
-from lorax_async.core.header import parse_header
-from lorax_async.core.runs import Span
-from lorax_async.core.split_file import Head, SplitArrivals, SplitPlan, plan_split
-from lorax_async.core.split_index import MAX_FILES, parse_index, split_name
-from lorax_async.errors import AdapterFormatError, InternalError
+from lorax_async.errors import (
+    AdapterFormatError,
+    InternalError,
+)
+from lorax_async.formats.safetensors import parse_header
+from lorax_async.formats.spans import ByteSpan
+from lorax_async.formats.split_weights import (
+    MAX_FILES,
+    FileHead,
+    SplitGroupArrivals,
+    SplitPlan,
+    parse_index,
+    plan_split,
+    split_name,
+)
 from split_files import INDEX, contents_of, index_of, name_of
 
 LIMITS = Limits()
@@ -127,7 +137,7 @@ def parts_of_files(draw: st.DrawFn) -> Parts:
 
 
 def plan_of(contents: Sequence[bytes], index: bytes, limits: Limits = LIMITS) -> SplitPlan:
-    heads = (Head(content, len(content)) for content in contents)
+    heads = (FileHead(content, len(content)) for content in contents)
     return plan_split(parse_index(index, limits), heads, limits)
 
 
@@ -156,10 +166,10 @@ def test_safetensors_reads_the_one_file(parts: Parts) -> None:
 def test_groups_are_told_in_order_when_every_file_has_its_part() -> None:
     parts: Parts = [{"a": torch.ones(4)}, {"b": torch.ones(4)}, {"c": torch.ones(4)}]
     plan = plan_of(contents_of(parts), index_of(parts))
-    a, b, c = (Span(place.start, place.stop) for place in plan.places[1:])
+    a, b, c = (ByteSpan(place.start, place.stop) for place in plan.places[1:])
     files = plan.by_file([[], [a, b], [b._replace(stop=b.stop - 8)], [], [a, c]])
     assert [file.groups for file in files] == [(1, 4), (1, 2), (4,)]
-    arrivals = SplitArrivals(5, files)
+    arrivals = SplitGroupArrivals(5, files)
     assert arrivals.take() == [0]
     landed = [arrivals.landed(*part) for part in [(2, 0), (2, 1), (1, 0), (3, 0), (1, 1)]]
     assert landed == [[], [], [1, 2, 3], [], [4]]
@@ -167,7 +177,7 @@ def test_groups_are_told_in_order_when_every_file_has_its_part() -> None:
     with pytest.raises(InternalError, match="twice"):
         arrivals.landed(1, 1)
     with pytest.raises(InternalError):  # bytes beyond the end
-        list(plan.pieces(Span(plan.nbytes - 1, plan.nbytes + 1)))
+        list(plan.pieces(ByteSpan(plan.nbytes - 1, plan.nbytes + 1)))
 
 
 THREE: Parts = [
@@ -244,12 +254,12 @@ def test_a_file_is_let_go_before_the_next_is_asked_for() -> None:
             nonlocal alive
             alive -= 1
 
-    def heads() -> Iterator[Head]:
+    def heads() -> Iterator[FileHead]:
         nonlocal alive
         for content in contents:
             assert alive <= 1
             alive += 1
-            yield Head(Content(content), len(content))
+            yield FileHead(Content(content), len(content))
 
     plan_split(parse_index(index_of(THREE), LIMITS), heads(), LIMITS)
     assert alive == 0

@@ -13,15 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.adapter_files import ALIGNMENT, TORCH, carry_out, file_of, layout_of, matrix, pair, plan
-from lorax_async.adapter import AdapterSpec, ModulePattern
-from lorax_async.config import Limits, Shard
-from lorax_async.core.layout import ModelLayout, Module, Parallel
-from lorax_async.core.layout import Part as OutputPart
-from lorax_async.core.peft_names import Part
-from lorax_async.core.runs import Span
-from lorax_async.core.sharding import shard_layout
-from lorax_async.core.transfer_plan import Convert, GroupPlan, Read, TransferPlan
-from lorax_async.core.windows import Window, windows
+from lorax_async.config import (
+    Limits,
+    Shard,
+)
 from lorax_async.errors import (
     AdapterError,
     AdapterFormatError,
@@ -30,14 +25,35 @@ from lorax_async.errors import (
     InternalError,
     UnsupportedAdapterError,
 )
+from lorax_async.formats.peft_names import TensorRole
+from lorax_async.formats.spans import ByteSpan
+from lorax_async.planning.layout import FusedPart as OutputPart
+from lorax_async.planning.layout import (
+    ModelLayout,
+    Module,
+    Parallelism,
+)
+from lorax_async.planning.sharding import shard_layout
+from lorax_async.planning.transfer_plan import (
+    ConvertMove,
+    GroupPlan,
+    ReadMove,
+    StagingWindow,
+    TransferPlan,
+    windows,
+)
+from lorax_async.types import (
+    AdapterSpec,
+    ModulePattern,
+)
 
-COLUMN, ROW, REPLICATED = Parallel
+COLUMN, ROW, REPLICATED = Parallelism
 SPEC = AdapterSpec(rank=16, alpha=32.0)
 LIMITS = Limits(max_rank=32)
 PREFIX = "base_model.model."
 Named = tuple[str, torch.Tensor]
 DORA, BIAS = "lora_magnitude_vector", "lora_B.bias"
-PARTS = {DORA: Part.MAGNITUDE, BIAS: Part.BIAS}
+PARTS = {DORA: TensorRole.MAGNITUDE, BIAS: TensorRole.BIAS}
 
 
 def spec_of(vector: str | None, rank: int = 2) -> AdapterSpec:
@@ -66,7 +82,7 @@ def bases(draw: st.DrawFn, world: int) -> ModelLayout:
     embedding = Module("model.embed", 3 * world, draw(sizes), -1, kind, embedding=True)
     modules = [embedding, Module("lm_head", draw(sizes), world * draw(sizes), count, COLUMN)]
     for n in range(draw(st.integers(1, 3))):
-        kind = draw(st.sampled_from(Parallel))
+        kind = draw(st.sampled_from(Parallelism))
         fused = draw(output_parts(world)) if kind is COLUMN else ()
         inputs = draw(sizes) * (world if kind is ROW else 1)
         outputs = draw(sizes) * (world if kind is COLUMN else 1)
@@ -265,8 +281,8 @@ def test_a_layer_of_a_file_by_peft_is_one_read() -> None:
     offsets = {n: start + k * size for k, n in enumerate([0, 1, 10, 11, *range(2, 10)])}
     assert [group.layer for group in made.groups] == list(range(12))
     for group in made.groups:
-        assert group.reads == (Read(offsets[group.layer], size, target=0),)
-        assert group.spans == (Span(offsets[group.layer], offsets[group.layer] + size),)
+        assert group.reads == (ReadMove(offsets[group.layer], size, target=0),)
+        assert group.spans == (ByteSpan(offsets[group.layer], offsets[group.layer] + size),)
         assert (group.nbytes, group.converts, group.zeros) == (size, (), ())
 
 
@@ -275,8 +291,10 @@ def test_a_layer_with_magnitudes_is_one_read_where_nothing_is_cast() -> None:
     file = file_of(pair(Q, 16, 16, rank=1, dtype="F32", vector=DORA))
     layout = ModelLayout((Module(Q, 16, 16, 0, COLUMN),), 1, "F32")
     [group] = plan(file, spec_of(DORA, 1), layout).groups
-    assert group.reads == (Read(len(file) - 192, 192, target=0),)
-    assert [tuple(vector) for vector in group.vectors] == [(0, Part.MAGNITUDE, 128, 16, "F32")]
+    assert group.reads == (ReadMove(len(file) - 192, 192, target=0),)
+    assert [tuple(vector) for vector in group.vectors] == [
+        (0, TensorRole.MAGNITUDE, 128, 16, "F32")
+    ]
     assert (group.nbytes, group.converts) == (192, ())
 
 
@@ -286,13 +304,13 @@ def test_a_cast_layer_is_a_few_large_moves() -> None:
     [first, *_] = plan(file, SPEC, layout_of(*TWELVE)).groups
     start = first.spans[0].start
     assert first.converts == (
-        Convert(start, 4 * elements, "F32", 1, elements, target=0, row_pitch=elements),
+        ConvertMove(start, 4 * elements, "F32", 1, elements, target=0, row_pitch=elements),
     )
     [first, *_] = plan(file, SPEC, layout_of(*TWELVE), staging_move_bytes=3 * elements).groups
     half = elements // 2
     assert first.converts == (
-        Convert(start, 4 * half, "F32", 1, half, target=0, row_pitch=half),
-        Convert(start + 4 * half, 4 * half, "F32", 1, half, target=2 * half, row_pitch=half),
+        ConvertMove(start, 4 * half, "F32", 1, half, target=0, row_pitch=half),
+        ConvertMove(start + 4 * half, 4 * half, "F32", 1, half, target=2 * half, row_pitch=half),
     )
     assert first.nbytes == 2 * elements
 
@@ -430,7 +448,7 @@ def test_targets_and_layers_of_which_the_base_has_none_are_refused(
 def test_a_pattern_that_would_take_too_long_is_left_to_the_tensors(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lorax_async.core.pairing.MAX_MATCHING_STEPS", 10)
+    monkeypatch.setattr("lorax_async.planning.pairing.MAX_MATCHING_STEPS", 10)
     assert plan(file_of(GOOD), replace(SPEC, targets=r".*\.nonexistent"), LAYOUT).groups
 
 
@@ -501,25 +519,27 @@ def test_a_move_holds_at_least_one_row() -> None:
 
 
 def test_a_move_that_no_window_holds() -> None:
-    converts = (Convert(0, 400, "F32", 1, 100, 0, 100),)
+    converts = (ConvertMove(0, 400, "F32", 1, 100, 0, 100),)
     with pytest.raises(InternalError, match="192 bytes is too small"):
         windows(GroupPlan(0, 256, (), converts, (), (), ()), 192, 2)
 
 
 def test_windows_cut_a_strided_read_at_ends_of_rows_and_inside_them() -> None:
     """Rows of 48 bytes, of which the file has 100: five and a third, then half of one, then two."""
-    group = GroupPlan(0, 384, (Read(10, 384, 0, 8, 100),), (), (), (), ())
+    group = GroupPlan(0, 384, (ReadMove(10, 384, 0, 8, 100),), (), (), (), ())
     assert windows(group, 256, 2) == (
-        Window(0, 256, (Read(10, 240, 0, 5, 100), Read(510, 16, 240)), (), ()),
-        Window(256, 384, (Read(526, 32, 0), Read(610, 96, 32, 2, 100)), (), ()),
+        StagingWindow(0, 256, (ReadMove(10, 240, 0, 5, 100), ReadMove(510, 16, 240)), (), ()),
+        StagingWindow(256, 384, (ReadMove(526, 32, 0), ReadMove(610, 96, 32, 2, 100)), (), ()),
     )
     inside = [each.reads for each in windows(group, 64, 2)]
     assert inside[:3] == [
-        (Read(10, 48, 0), Read(110, 16, 48)),
-        (Read(126, 32, 0), Read(210, 32, 32)),
-        (Read(242, 16, 0), Read(310, 48, 16)),
+        (ReadMove(10, 48, 0), ReadMove(110, 16, 48)),
+        (ReadMove(126, 32, 0), ReadMove(210, 32, 32)),
+        (ReadMove(242, 16, 0), ReadMove(310, 48, 16)),
     ]
     ends = [each.reads for each in windows(group, 192, 2)]
-    assert ends == [(Read(10, 192, 0, 4, 100),), (Read(410, 192, 0, 4, 100),)]
-    (row,) = windows(GroupPlan(0, 384, (Read(10, 384, 0, 2, 900),), (), (), (), ()), 64, 2)[1].reads
-    assert row == Read(74, 64, 0)
+    assert ends == [(ReadMove(10, 192, 0, 4, 100),), (ReadMove(410, 192, 0, 4, 100),)]
+    (row,) = windows(GroupPlan(0, 384, (ReadMove(10, 384, 0, 2, 900),), (), (), (), ()), 64, 2)[
+        1
+    ].reads
+    assert row == ReadMove(74, 64, 0)

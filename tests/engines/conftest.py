@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from engines.variants import llama, save, serving
-from lorax_async import AdapterHandle, AdapterLoader
 from lorax_async.engines.smollm2 import prepare_base
-from lorax_async.engines.transformers import Attached
+from lorax_async.engines.transformers import AttachedModel
+from lorax_async.handle import AdapterHandle
+from lorax_async.loader import AdapterLoader
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -62,7 +63,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @dataclass(frozen=True)
 class Served:
     loader: AdapterLoader
-    attached: Attached
+    attached: AttachedModel
     first: AdapterHandle
     second: AdapterHandle
 

@@ -24,16 +24,16 @@ from common import until
 from engines.conftest import Served
 from engines.variants import EVERY, llama, logits_of, prompt, save, serving
 from false_bytes import told_false
-from lorax_async import (
-    AdapterLoader,
+from lorax_async import layouts
+from lorax_async.config import LoaderConfig
+from lorax_async.engines.transformers import attach
+from lorax_async.errors import (
     ConfigError,
     HandleClosedError,
     IntegrityError,
-    LoaderConfig,
     UsageError,
-    layouts,
 )
-from lorax_async.engines.transformers import attach
+from lorax_async.loader import AdapterLoader
 from lorax_async.testing import FakeSource
 from lorax_kernels import Plan
 from tiny_sources import state

@@ -14,11 +14,18 @@ from typing import Any
 import pytest
 
 from lorax_async.engines import batch as batch_module
-from lorax_async.engines import last_plans, layer_gate
-from lorax_async.engines.batch import Batch
-from lorax_async.engines.last_plans import LastPlans
+from lorax_async.engines import (
+    batch as last_plans,
+)
+from lorax_async.engines import (
+    layer_gate,
+)
+from lorax_async.engines.batch import ModelBatch, PlanCache
 from lorax_async.engines.layer_gate import LayerGate
-from lorax_async.errors import FetchError, UsageError
+from lorax_async.errors import (
+    FetchError,
+    UsageError,
+)
 from lorax_async.events import SlotId
 from telling import TellingLock
 
@@ -87,7 +94,7 @@ def at_each_step(meet: Meet, scenario: Callable[[Meeting], None]) -> None:
 def test_two_threads_make_one_plan_and_one_that_is_being_made_is_forgotten(meet: Meet) -> None:
     for forgets in (False, True):
         meeting, made = meet(0), list[object]()
-        plans = LastPlans[object]()
+        plans = PlanCache[object]()
 
         def make(meeting: Meeting = meeting, made: list[object] = made) -> object:
             made.append(object())
@@ -135,10 +142,10 @@ def test_two_threads_that_leave_somebody_out_leave_both_out(meet: Meet) -> None:
         scenario(meet(at))
 
 
-def begun(meeting: Meeting) -> tuple[Batch, list[str]]:
+def begun(meeting: Meeting) -> tuple[ModelBatch, list[str]]:
     """A batch of which every look at a field is a step; and what became of its adapter."""
 
-    class Halting(Batch):
+    class Halting(ModelBatch):
         def __getattribute__(self, name: str) -> Any:
             found = super().__getattribute__(name)
             meeting.step()

@@ -31,19 +31,27 @@ from engines.variants import (
     wrapped,
 )
 from late_device.world import LATE, bytes_now, loaded, new_stream
-from lorax_async import (
+from lorax_async import layouts
+from lorax_async.config import LoaderConfig, Shard
+from lorax_async.engines.batch import (
+    AdaptedModule,
+    DoraFactors,
+)
+from lorax_async.engines.transformers import (
+    AttachedModel,
+    attach,
+)
+from lorax_async.errors import (
     AdapterFormatError,
-    AdapterHandle,
-    AdapterLoader,
-    LoaderConfig,
     UnsupportedAdapterError,
     UsageError,
-    layouts,
 )
-from lorax_async.config import Shard
-from lorax_async.core.layout import Module, Parallel
-from lorax_async.engines.features import Adapted, Factors
-from lorax_async.engines.transformers import Attached, attach
+from lorax_async.handle import AdapterHandle
+from lorax_async.loader import AdapterLoader
+from lorax_async.planning.layout import (
+    Module,
+    Parallelism,
+)
 from lorax_async.testing import FakeSource
 
 pytestmark = [pytest.mark.filterwarnings(FEATURE_WARNINGS)]
@@ -57,7 +65,7 @@ CONV = {"r": 4, "target_modules": ["c_attn", "c_fc", "c_proj"], "fan_in_fan_out"
 
 
 @asynccontextmanager
-async def served(model: Any, adapter: Path) -> AsyncIterator[tuple[Attached, AdapterHandle]]:
+async def served(model: Any, adapter: Path) -> AsyncIterator[tuple[AttachedModel, AdapterHandle]]:
     async with serving(model) as (loader, attached), await loader.load(adapter) as handle:
         yield attached, handle
 
@@ -190,12 +198,12 @@ def test_factors_are_there_when_they_are_known_and_forgotten_with_their_stay() -
         """In place of a stay's vectors, by which factors are known."""
 
     for _ in loaded():
-        module = Module("layers.0.q", 4, 6, 0, Parallel.COLUMN)
+        module = Module("layers.0.q", 4, 6, 0, Parallelism.COLUMN)
         a, b = torch.zeros(2, 4, device=LATE), torch.zeros(6, 2, device=LATE)
         base = nn.Linear(4, 6).to(LATE)
         nn.init.ones_(base.weight)
         magnitude = torch.full((6,), 4.0, device=LATE)
-        factors, adapted, stay = Factors(), Adapted(base, module, 0), Stay()
+        factors, adapted, stay = DoraFactors(), AdaptedModule(base, module, 0), Stay()
         known: Any = stay
         with new_stream():
             first = factors.of(known, magnitude, (a, b, 1.0), adapted)

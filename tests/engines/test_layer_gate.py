@@ -15,14 +15,14 @@ from common import until
 from engines.conftest import Served
 from engines.gate_inputs import adapters, source
 from engines.variants import logits_of, prompt, serving, streaming
-from lorax_async import (
-    AdapterHandle,
+from lorax_async.devices.transfer import GroupTransfer
+from lorax_async.errors import (
     AdapterTimeoutError,
     FetchError,
     HandleClosedError,
     UsageError,
 )
-from lorax_async.io.transfer import Transfer
+from lorax_async.handle import AdapterHandle
 from lorax_async.testing import FakeSource
 from lorax_kernels import dense
 
@@ -179,16 +179,16 @@ async def test_what_is_on_this_machine_is_waited_for_beyond_the_budget(
     small: Any, adapters: list[Path], source: FakeSource, monkeypatch: Any, waits: threading.Event
 ) -> None:
     """Its bytes are here, and no thread has copied them yet."""
-    go, original = threading.Event(), Transfer.run
+    go, original = threading.Event(), GroupTransfer.run
 
-    def late(self: Transfer, *arguments: Any) -> Any:
+    def late(self: GroupTransfer, *arguments: Any) -> Any:
         assert go.wait(10)
         return original(self, *arguments)
 
     whole = await logits_with_all(small, adapters)
     try:
         async with streaming(small, source) as (attached, warm, cold):
-            monkeypatch.setattr(Transfer, "run", late)
+            monkeypatch.setattr(GroupTransfer, "run", late)
             assert warm.arrived > cold.arrived
             source.allow("cold")
             await until(lambda: cold.arrived)

@@ -17,8 +17,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from engines.variants import llama, save
-from lorax_async import AdapterLoader, AdapterRef, LoaderConfig, Merge, layouts
 from lorax_async import adapters as lorax
+from lorax_async import layouts
+from lorax_async.config import LoaderConfig
+from lorax_async.loader import AdapterLoader
+from lorax_async.types import (
+    AdapterRef,
+    Merge,
+)
 
 pytestmark = [pytest.mark.filterwarnings("ignore:The density 1.0:UserWarning")]
 

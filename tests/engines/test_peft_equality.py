@@ -30,10 +30,14 @@ from engines.variants import (
     serving,
 )
 from late_device.world import loaded
-from lorax_async import AdapterHandle, AdapterLoader, LoaderConfig, layouts
-from lorax_async.core.layout import ModelLayout
-from lorax_async.io.devices.cuda import CudaDevice
-from lorax_async.testing import FakeSource, SimulatedDevice
+from lorax_async import layouts
+from lorax_async.config import LoaderConfig
+from lorax_async.devices.cuda import CudaDevice
+from lorax_async.devices.simulated import SimulatedDevice
+from lorax_async.handle import AdapterHandle
+from lorax_async.loader import AdapterLoader
+from lorax_async.planning.layout import ModelLayout
+from lorax_async.testing import FakeSource
 
 pytestmark = [pytest.mark.filterwarnings(FEATURE_WARNINGS)]
 

@@ -10,7 +10,9 @@ import torch
 
 import tiny
 from engines.variants import active, llama, logits_of, prompt, serving
-from lorax_async import AdapterScheduler, Batch, Request
+from lorax_async.scheduler.requests import Request
+from lorax_async.scheduler.scheduler import AdapterScheduler
+from lorax_async.scheduler.step import Batch
 from lorax_async.testing import FakeSource
 from scheduling.page import functions
 

@@ -19,7 +19,12 @@ from engines.variants import (
     serving,
     wrapped,
 )
-from lorax_async import AdapterLoader, LoaderConfig, Shard, layouts
+from lorax_async import layouts
+from lorax_async.config import (
+    LoaderConfig,
+    Shard,
+)
+from lorax_async.loader import AdapterLoader
 from merges import assert_same, weights_of
 
 pytestmark = [pytest.mark.filterwarnings(FEATURE_WARNINGS)]

@@ -16,8 +16,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorax_async import AdapterHandle, AdapterLoader, LoaderConfig, layouts
-from lorax_async.engines.transformers import Attached, attach
+from lorax_async import layouts
+from lorax_async.config import LoaderConfig
+from lorax_async.engines.transformers import (
+    AttachedModel,
+    attach,
+)
+from lorax_async.handle import AdapterHandle
+from lorax_async.loader import AdapterLoader
 from lorax_async.testing import FakeSource
 
 Lora = Mapping[str, Any]
@@ -151,7 +157,9 @@ def logits_of(model: Any, inputs: Mapping[str, torch.Tensor], **more: Any) -> to
 
 
 @asynccontextmanager
-async def serving(model: Any, **settings: Any) -> AsyncIterator[tuple[AdapterLoader, Attached]]:
+async def serving(
+    model: Any, **settings: Any
+) -> AsyncIterator[tuple[AdapterLoader, AttachedModel]]:
     """The model with a loader of its own attached, and plain again afterwards."""
     settings = {"device_bytes": 64 * MiB, "timeout": 60.0} | settings
     source = settings.pop("source", None)
@@ -164,7 +172,7 @@ async def serving(model: Any, **settings: Any) -> AsyncIterator[tuple[AdapterLoa
 @asynccontextmanager
 async def streaming(
     small: Any, source: FakeSource, **settings: Any
-) -> AsyncIterator[tuple[Attached, AdapterHandle, AdapterHandle]]:
+) -> AsyncIterator[tuple[AttachedModel, AdapterHandle, AdapterHandle]]:
     """ "warm" is there, "cold" on its way."""
     async with (
         serving(small, source=source, **settings) as (loader, attached),

@@ -34,13 +34,26 @@ from disk_cache_world import (
     weights,
 )
 
-from lorax_async.core.cache_names import CONFIG_FILE, WEIGHTS_FILE, CacheKey
-from lorax_async.core.policies import policy
-from lorax_async.core.spans import Span, SpanSet
-from lorax_async.errors import CapacityError, FetchError
-from lorax_async.io.cache import maintenance
-from lorax_async.io.disk_cache import DiskCache, DiskDownload
-from lorax_async.io.ports import Demand
+from lorax_async.cache import maintenance
+from lorax_async.cache.disk_cache import (
+    DiskCache,
+    DiskDownload,
+)
+from lorax_async.cache.records import CacheKey
+from lorax_async.concurrency import FetchControl
+from lorax_async.errors import (
+    CapacityError,
+    FetchError,
+)
+from lorax_async.formats.spans import (
+    ByteRange,
+    SpanSet,
+)
+from lorax_async.formats.split_weights import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+)
+from lorax_async.lifecycle.policies import policy
 
 Tell = Callable[[object], None]
 
@@ -82,7 +95,7 @@ def opened(folder: Path, nbytes: int = 1 << 30) -> DiskCache:
 def fetch(folder: Path, tell: Tell) -> None:
     """Have the adapter, and tell each span that was missing."""
     cache = opened(folder)
-    found = cache.begin(KEY, SCOPE, Demand())
+    found = cache.begin(KEY, SCOPE, FetchControl())
     if isinstance(found, DiskDownload):
         config = found.file(CONFIG_FILE, len(CONFIG))
         file = found.file(WEIGHTS_FILE, NBYTES, sha256(CONTENT))
@@ -167,7 +180,7 @@ def adventure(folder: Path, seed: int, tell: Tell) -> None:
 
 
 def one_fetch(cache: DiskCache, of: CacheKey, content: bytes, draw: random.Random) -> None:
-    found = cache.begin(of, SCOPE, Demand())
+    found = cache.begin(of, SCOPE, FetchControl())
     if isinstance(found, DiskDownload):
         try:
             file = found.file(WEIGHTS_FILE, len(content), sha256(content))
@@ -187,7 +200,7 @@ def one_fetch(cache: DiskCache, of: CacheKey, content: bytes, draw: random.Rando
     found.close()
 
 
-def pieces(gaps: list[Span], draw: random.Random) -> list[Span]:
+def pieces(gaps: list[ByteRange], draw: random.Random) -> list[ByteRange]:
     found = [
         (at, min(stop, at + 30_000)) for start, stop in gaps for at in range(start, stop, 30_000)
     ]

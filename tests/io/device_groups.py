@@ -14,17 +14,34 @@ from typing import Protocol, TypeVar
 import pytest
 import torch
 
-from lorax_async.core.arena import Extent
-from lorax_async.core.layout import ModelLayout, Module, Parallel
-from lorax_async.core.moves import Read, Row
-from lorax_async.errors import CapacityError, FetchError, LoraxError, UsageError
-from lorax_async.io.ports import CopyTicket, Device, FilePieces, StagedPiece
+from lorax_async.devices.base import (
+    CopyTicket,
+    Device,
+    FilePieces,
+    StagedPiece,
+)
+from lorax_async.errors import (
+    CapacityError,
+    FetchError,
+    LoraxError,
+    UsageError,
+)
+from lorax_async.lifecycle.arena import Extent
+from lorax_async.planning.layout import (
+    ModelLayout,
+    Module,
+    Parallelism,
+)
+from lorax_async.planning.transfer_plan import (
+    ReadMove,
+    TableRow,
+)
 from lorax_kernels import Operands, Tables
 
 SHAPES = ((24, 40), (16, 8), (8, 56), (40, 24))
 LAYOUT = ModelLayout(
     tuple(
-        Module(f"layers.{layer}.{name}", *SHAPES[2 * layer + n], layer, Parallel.COLUMN)
+        Module(f"layers.{layer}.{name}", *SHAPES[2 * layer + n], layer, Parallelism.COLUMN)
         for layer in range(2)
         for n, name in enumerate("qk")
     ),
@@ -104,8 +121,8 @@ class Group:
     """
 
     content: bytes
-    reads: tuple[Read, ...]
-    rows: tuple[Row, ...]
+    reads: tuple[ReadMove, ...]
+    rows: tuple[TableRow, ...]
     image: bytes
     weights: dict[int, Operands]
 
@@ -130,20 +147,20 @@ def group(seed: int, modules: Sequence[int], dtype: str = "F32", rank: int = 8) 
     """Random weights. The file has odd offsets, and the extent another order, with gaps."""
     random = torch.Generator().manual_seed(seed)
     file, image, rows, weights = b"odd", b"", [], {}
-    reads: list[Read] = []
+    reads: list[ReadMove] = []
     for module in modules:
         a_shape, b_shape = (rank, SHAPES[module][0]), (SHAPES[module][1], rank)
         a, b = (torch.randn(s, generator=random).to(TORCH[dtype]) for s in (a_shape, b_shape))
         places = []
         for tensor in (b, a):
             data = tensor.view(torch.uint8).numpy().tobytes()
-            reads.insert(0, Read(len(file), len(data), START + len(image)))
+            reads.insert(0, ReadMove(len(file), len(data), START + len(image)))
             places.append(START + len(image))
             file += data
             image += data + bytes(128 - len(data) % 64)
         scale = 1 / (3 + seed + module)
         # The true rank is smaller: what kernels read is padded.
-        rows.append(Row(module, places[1], places[0], rank - 1, rank, scale))
+        rows.append(TableRow(module, places[1], places[0], rank - 1, rank, scale))
         weights[module] = (a, b, scale)
     assert START + len(image) <= EXTENT
     return Group(file, tuple(reads), tuple(rows), image, weights)

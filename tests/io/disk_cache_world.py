@@ -12,14 +12,27 @@ from pathlib import Path
 
 from source_inputs import read
 
-from lorax_async.core.cache_names import CONFIG_FILE, WEIGHTS_FILE, CacheKey, FileRole
-from lorax_async.core.chunk_map import CHUNK_BYTES
-from lorax_async.core.file_digest import Digest
-from lorax_async.core.policies import PolicyName, policy
-from lorax_async.core.spans import Span
-from lorax_async.io.cache.ports import Cache, CacheDownload, CacheEntry, CacheFile
-from lorax_async.io.disk_cache import DiskCache
-from lorax_async.io.ports import Demand
+from lorax_async.cache.base import (
+    Cache,
+    CacheDownload,
+    CacheEntry,
+    CacheFile,
+)
+from lorax_async.cache.disk_cache import DiskCache
+from lorax_async.cache.partials import CHUNK_BYTES
+from lorax_async.cache.records import CacheKey
+from lorax_async.concurrency import FetchControl
+from lorax_async.formats.digests import Digest
+from lorax_async.formats.spans import ByteRange
+from lorax_async.formats.split_weights import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    FileRole,
+)
+from lorax_async.lifecycle.policies import (
+    PolicyName,
+    policy,
+)
 
 CONFIG = b'{"peft_type": "LORA"}'
 SCOPE = "somebody"
@@ -64,18 +77,18 @@ def sha256(content: bytes) -> Digest:
     return Digest("sha256", hashlib.sha256(content).hexdigest())
 
 
-def put(file: CacheFile, content: bytes, spans: Iterable[Span]) -> None:
+def put(file: CacheFile, content: bytes, spans: Iterable[ByteRange]) -> None:
     for start, stop in spans:
         file.write([memoryview(content)[start:stop]], start)
 
 
 def begun(cache: Cache, of: CacheKey = KEY, scope: str = SCOPE) -> CacheDownload:
-    found = cache.begin(of, scope, Demand())
+    found = cache.begin(of, scope, FetchControl())
     assert not hasattr(found, "record"), "there is an entry already"
     return found
 
 
-def left(cache: Cache, of: CacheKey, content: bytes, spans: Iterable[Span]) -> None:
+def left(cache: Cache, of: CacheKey, content: bytes, spans: Iterable[ByteRange]) -> None:
     """Interrupt a download of the weights after these spans."""
     download = begun(cache, of)
     put(download.file(WEIGHTS_FILE, len(content)), content, spans)

@@ -28,8 +28,7 @@ from source_inputs import (
     weights,
 )
 
-from lorax_async.adapter import AdapterKey, AdapterRef
-from lorax_async.core.runs import Span
+from lorax_async.concurrency import FetchControl
 from lorax_async.errors import (
     AdapterFormatError,
     AdapterNotFoundError,
@@ -37,7 +36,15 @@ from lorax_async.errors import (
     IntegrityError,
     InternalError,
 )
-from lorax_async.io.ports import AdapterFile, Demand, Source
+from lorax_async.formats.spans import ByteSpan
+from lorax_async.sources.base import (
+    AdapterFile,
+    Source,
+)
+from lorax_async.types import (
+    AdapterKey,
+    AdapterRef,
+)
 
 
 class World(Protocol):
@@ -51,7 +58,7 @@ class World(Protocol):
 
 async def bring_all(source: Source, file: AdapterFile, content: bytes) -> list[int]:
     seen: list[int] = []
-    await source.bring(file, groups_of(content), seen.append, Demand())
+    await source.bring(file, groups_of(content), seen.append, FetchControl())
     return seen
 
 
@@ -72,7 +79,7 @@ class SourceConformance:
 
     async def test_an_opened_adapter_has_config_and_header(self, world: World) -> None:
         content = weights(1)
-        file = await world.source.open(await self.key(world, content), Demand())
+        file = await world.source.open(await self.key(world, content), FetchControl())
         assert file.config == CONFIG
         assert content.startswith(file.prefix)
         assert len(file.prefix) >= header_bytes(content)
@@ -85,11 +92,11 @@ class SourceConformance:
         with pytest.raises(FetchError):
             read(file.reader, 0, 8)
         with pytest.raises(FetchError):
-            read_rows(file.reader, Span(0, 2, 2, 4))
+            read_rows(file.reader, ByteSpan(0, 2, 2, 4))
 
     async def test_groups_arrive_in_order_on_the_loop(self, world: World) -> None:
         content = weights(1)
-        file = await world.source.open(await self.key(world, content), Demand())
+        file = await world.source.open(await self.key(world, content), FetchControl())
         arrivals: list[tuple[int, bytes]] = []
 
         def arrived(group: int) -> None:
@@ -98,7 +105,7 @@ class SourceConformance:
             arrivals.append((group, read(file.reader, span.start, span.stop)))
 
         thread = current_thread()
-        await world.source.bring(file, groups_of(content), arrived, Demand())
+        await world.source.bring(file, groups_of(content), arrived, FetchControl())
         spans = [(span.start, span.stop) for (span,) in groups_of(content)]
         expected = [(n, content[a:b]) for n, (a, b) in enumerate(spans)]
         # A source that has everything already may leave it to the return.
@@ -110,7 +117,7 @@ class SourceConformance:
     async def test_scattered_reads_give_the_file(self, world: World, reopened: bool) -> None:
         content = weights(1, {"note": "x" * 9000})
         key = await self.key(world, content)
-        file = await world.source.open(key, Demand())
+        file = await world.source.open(key, FetchControl())
         await bring_all(world.source, file, content)
         reader = world.source.reopen(key) if reopened else file.reader
         whole = memoryview(bytearray(len(content)))
@@ -131,18 +138,18 @@ class SourceConformance:
         """At no multiple of an element, without a gap, one alone; not beyond the end."""
         content = weights(1)
         start, size = header_bytes(content), len(content)
-        file, key = await brought(world, content, Span(0, size))
+        file, key = await brought(world, content, ByteSpan(0, size))
         reader = world.source.reopen(key) if reopened else file.reader
         for first, nbytes, rows, pitch in ROWS:
-            span = Span(start + first, start + first + nbytes, rows, pitch)
+            span = ByteSpan(start + first, start + first + nbytes, rows, pitch)
             assert read_rows(reader, span) == rows_of(content, span)
         view = memoryview(bytearray(48)).cast("B", (4, 12))
         reader.read_rows(view, start, 4, 96)
-        assert view.tobytes() == rows_of(content, Span(start, start + 12, 4, 96))
+        assert view.tobytes() == rows_of(content, ByteSpan(start, start + 12, 4, 96))
         for beyond in (1, 97, 1000):  # the last ends within the file, or begins behind it
             first = size + beyond - 2 * 96 - 12
             with pytest.raises(IntegrityError, match="ends before byte"):
-                read_rows(reader, Span(first, first + 12, 3, 96))
+                read_rows(reader, ByteSpan(first, first + 12, 3, 96))
         file.reader.close()
         reader.close()
 
@@ -150,10 +157,10 @@ class SourceConformance:
         """They can be read; a source that knows what is here tells of what is not."""
         content = weights(1)
         start = header_bytes(content)
-        span = Span(start + 24, start + 48, 4, 96)
+        span = ByteSpan(start + 24, start + 48, 4, 96)
         file, _ = await brought(world, content, span)
         assert read_rows(file.reader, span) == rows_of(content, span)
-        wider = Span(span.start, span.stop + 1, 4, 96)
+        wider = ByteSpan(span.start, span.stop + 1, 4, 96)
         try:
             assert read_rows(file.reader, wider) == rows_of(content, wider)
         except InternalError as error:
@@ -162,13 +169,13 @@ class SourceConformance:
 
     async def test_a_cancelled_fetch_ends_early(self, world: World) -> None:
         content = weights(1)
-        file = await world.source.open(await self.key(world, content), Demand())
-        demand = Demand()
+        file = await world.source.open(await self.key(world, content), FetchControl())
+        control = FetchControl()
         seen: list[int] = []
 
-        demand.end()
+        control.end()
         with pytest.raises(FetchError):
-            await world.source.bring(file, groups_of(content), seen.append, demand)
+            await world.source.bring(file, groups_of(content), seen.append, control)
         assert seen == []
         file.reader.close()
 
@@ -179,7 +186,7 @@ class SourceConformance:
         content = weights(2 if part == "weights" else 1)
         world.put("one", config, content)
         with pytest.raises(IntegrityError, match="again"):
-            file = await world.source.open(key, Demand())
+            file = await world.source.open(key, FetchControl())
             try:  # what came until then may be no more than a promise
                 await bring_all(world.source, file, content)
             finally:
@@ -188,10 +195,10 @@ class SourceConformance:
     async def test_no_read_mixes_versions(self, world: World) -> None:
         content = weights(1)
         key = await self.key(world, content)
-        file = await world.source.open(key, Demand())
+        file = await world.source.open(key, FetchControl())
         await bring_all(world.source, file, content)
         world.put("one", CONFIG, weights(2))
-        rows = Span(header_bytes(content), header_bytes(content) + 12, 4, 96)
+        rows = ByteSpan(header_bytes(content), header_bytes(content) + 12, 4, 96)
         for reader in (file.reader, world.source.reopen(key)):
             try:  # a source that has its own copy goes on with what was opened
                 assert read_rows(reader, rows) == rows_of(content, rows)
@@ -204,13 +211,13 @@ class SourceConformance:
     async def test_a_file_without_a_header_is_refused(self, world: World, content: bytes) -> None:
         key = await self.key(world, content)
         with pytest.raises(AdapterFormatError):
-            await world.source.open(key, Demand())
+            await world.source.open(key, FetchControl())
 
     async def test_a_digest_is_that_of_the_weights(self, world: World) -> None:
         contents = [weights(1), weights(2, {"note": "x" * 9000})]
         for content in contents:
             key = await self.key(world, content)
-            file = await world.source.open(key, Demand())
+            file = await world.source.open(key, FetchControl())
             await bring_all(world.source, file, content)
             file.reader.close()
             assert await world.source.digest(key) == sha256(content).hexdigest()
@@ -226,11 +233,11 @@ class SourceConformance:
         ref = world.put("one", CONFIG, weights(1))
         key = await world.source.resolve(ref)
         if step == "digest":
-            file = await world.source.open(key, Demand())
+            file = await world.source.open(key, FetchControl())
             await bring_all(world.source, file, weights(1))
             file.reader.close()
         call: Callable[..., Coroutine[Any, Any, Any]] = getattr(world.source, step)
-        asked = {"resolve": (ref,), "open": (key, Demand()), "digest": (key,)}[step]
+        asked = {"resolve": (ref,), "open": (key, FetchControl()), "digest": (key,)}[step]
         ends = [await was_cancelled(call(*asked), at, late) for at in range(12)]
         assert ends.count(True) >= 1
         assert False in ends
@@ -250,11 +257,11 @@ ROWS = [
 """Where the first begins after the header, bytes of each, how many, and from one to the next."""
 
 
-async def brought(world: World, content: bytes, span: Span) -> tuple[AdapterFile, AdapterKey]:
+async def brought(world: World, content: bytes, span: ByteSpan) -> tuple[AdapterFile, AdapterKey]:
     """An adapter that is opened, and these bytes of it are here."""
     key = await world.source.resolve(world.put("one", CONFIG, content))
-    file = await world.source.open(key, Demand())
-    await world.source.bring(file, [[span]], lambda _: None, Demand())
+    file = await world.source.open(key, FetchControl())
+    await world.source.bring(file, [[span]], lambda _: None, FetchControl())
     return file, key
 
 
@@ -268,7 +275,7 @@ async def resolved(world: HoldingWorld, content: bytes) -> AdapterKey:
 
 
 async def is_holdable(world: HoldingWorld, key: AdapterKey) -> bool:
-    file = await world.source.open(key, Demand())
+    file = await world.source.open(key, FetchControl())
     file.reader.close()
     return file.holdable
 
@@ -297,7 +304,7 @@ class PopulateConformance:
     async def test_a_hold_leaves_readers_alone(self, world: HoldingWorld, closed: bool) -> None:
         content = weights(1)
         key = await resolved(world, content)
-        file = await world.source.open(key, Demand())
+        file = await world.source.open(key, FetchControl())
         await bring_all(world.source, file, content)
         hold = await world.source.populate(key)
         if closed:

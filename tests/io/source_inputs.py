@@ -8,8 +8,8 @@ import struct
 import safetensors.torch
 import torch
 
-from lorax_async.core.runs import Span
-from lorax_async.io.ports import Reader
+from lorax_async.files import Reader
+from lorax_async.formats.spans import ByteSpan
 
 CONFIG = json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}).encode()
 LAYERS = 3
@@ -33,13 +33,13 @@ def header_bytes(content: bytes) -> int:
     return 8 + int(struct.unpack_from("<Q", content)[0])
 
 
-def groups_of(content: bytes) -> list[list[Span]]:
+def groups_of(content: bytes) -> list[list[ByteSpan]]:
     """Last third first, so that a group is not simply the next bytes."""
     first, size = header_bytes(content), len(content)
     third = (size - first) // 3
     middle = first + third
     cuts = [(size - third, size), (first, middle), (middle, size - third)]
-    return [[Span(start, stop)] for start, stop in cuts]
+    return [[ByteSpan(start, stop)] for start, stop in cuts]
 
 
 def read(reader: Reader, start: int, stop: int) -> bytes:
@@ -48,12 +48,12 @@ def read(reader: Reader, start: int, stop: int) -> bytes:
     return bytes(content)
 
 
-def read_rows(reader: Reader, span: Span) -> bytes:
+def read_rows(reader: Reader, span: ByteSpan) -> bytes:
     """Rows that lie apart in the file."""
     content = bytearray(span.nbytes)
     reader.read_rows(memoryview(content), span.start, span.rows, span.pitch)
     return bytes(content)
 
 
-def rows_of(content: bytes, span: Span) -> bytes:
+def rows_of(content: bytes, span: ByteSpan) -> bytes:
     return b"".join(content[start:stop] for start, stop in span.ranges())

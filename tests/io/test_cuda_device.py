@@ -39,13 +39,22 @@ from late_device import build
 from late_device.build import POISON
 from late_device.world import bytes_now, loaded
 from lorax_async import errors
-from lorax_async.core.arena import Extent
-from lorax_async.core.moves import Row
-from lorax_async.io.devices import cuda, device_memory
-from lorax_async.io.devices.columns import IMAGES, Columns
-from lorax_async.io.devices.cuda import CudaDevice
-from lorax_async.io.devices.watcher import EventTicket, Watcher
-from lorax_async.io.ports import CopyTicket, StagedPiece
+from lorax_async.devices import cuda
+from lorax_async.devices.base import (
+    CopyTicket,
+    StagedPiece,
+)
+from lorax_async.devices.cuda import CudaDevice
+from lorax_async.devices.pointer_table import (
+    IMAGES,
+    TableColumns,
+)
+from lorax_async.devices.streams import (
+    EventTicket,
+    EventWatcher,
+)
+from lorax_async.lifecycle.arena import Extent
+from lorax_async.planning.transfer_plan import TableRow
 
 Made = Callable[..., CudaDevice]
 
@@ -234,7 +243,7 @@ class TestOpening:
         if pinned == 0:
             build.fail_allocations(device=1)
         else:
-            monkeypatch.setattr(device_memory, "pinned", failing_at(pinned))
+            monkeypatch.setattr(cuda, "pinned", failing_at(pinned))
         with pytest.raises(
             errors.CapacityError, match=f"{ARENA:,} bytes and 3 slots.*lower"
         ) as caught:
@@ -274,7 +283,7 @@ class TestOpening:
 
 def failing_at(number: int) -> Callable[[int], torch.Tensor]:
     """Pinned memory, but for one allocation of several."""
-    counter, allocate = count(1), device_memory.pinned
+    counter, allocate = count(1), cuda.pinned
 
     def pinned(nbytes: int) -> torch.Tensor:
         build.fail_allocations(pinned=int(next(counter) == number))
@@ -421,7 +430,7 @@ class TestOutOfMemory:
 
         piece = OLD.staged(late)
         with build.held(copy_stream(late)), monkeypatch.context() as patch:
-            patch.setattr(Columns, "write", refuse)
+            patch.setattr(TableColumns, "write", refuse)
             ticket = late.copy(piece, OLD.rows, extent(0), 0)
             assert not ticket.done()
             assert build.pending() == 2  # the bytes, which were put there, and the event
@@ -481,7 +490,7 @@ class SetEvent:
 
 
 def test_a_watchers_end_waits_for_all_events_also_while_others_capture() -> None:
-    watcher = Watcher("lorax-watch-test", lambda error: errors.InternalError(str(error)))
+    watcher = EventWatcher("lorax-watch-test", lambda error: errors.InternalError(str(error)))
     watcher.start()
     events = [SetEvent() for _ in range(3)]
     tickets = [EventTicket(None, event) for event in events]
@@ -534,7 +543,7 @@ class TestACopy:
 
     @pytest.mark.parametrize("rows", [OLD.rows, ()])
     def test_keeps_its_memory_alive_until_it_is_done(
-        self, device: CudaDevice, rows: tuple[Row, ...]
+        self, device: CudaDevice, rows: tuple[TableRow, ...]
     ) -> None:
         piece = OLD.staged(device)
         memory = weakref.ref(piece.memory)
@@ -674,7 +683,7 @@ def test_one_thing_is_put_at_a_time(
         return slowly
 
     for name in ("write", "clear"):
-        monkeypatch.setattr(Columns, name, slow(getattr(Columns, name)))
+        monkeypatch.setattr(TableColumns, name, slow(getattr(TableColumns, name)))
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(late.copy, piece, NEW.rows, extent(0), 0)
         assert entered.wait(10)

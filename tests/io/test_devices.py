@@ -29,12 +29,15 @@ from device_groups import (
     move,
 )
 
-from lorax_async.core.arena import Extent
+from lorax_async.devices import cpu
+from lorax_async.devices.cpu import CpuDevice
+from lorax_async.devices.simulated import (
+    POISON,
+    GatedDevice,
+    SimulatedDevice,
+)
 from lorax_async.errors import CapacityError
-from lorax_async.io.devices import cpu
-from lorax_async.io.devices.cpu import CpuDevice
-from lorax_async.io.devices.gated import POISON, GatedDevice
-from lorax_async.testing import SimulatedDevice
+from lorax_async.lifecycle.arena import Extent
 
 Made = Callable[..., CpuDevice]
 

@@ -45,11 +45,17 @@ from disk_cache_world import (
 )
 from source_inputs import read, read_rows, rows_of
 
-from lorax_async.core.cache_names import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, CacheKey
-from lorax_async.core.chunk_map import CHUNK_BYTES
-from lorax_async.core.file_digest import Digest
-from lorax_async.core.policies import policy
-from lorax_async.core.runs import Span
+from lorax_async.cache import disk_cache, maintenance
+from lorax_async.cache.base import (
+    Cache,
+    LeftoverError,
+)
+from lorax_async.cache.disk_cache import DiskCache
+from lorax_async.cache.entries import MAX_SCOPES
+from lorax_async.cache.maintenance import Freed
+from lorax_async.cache.partials import CHUNK_BYTES
+from lorax_async.cache.records import CacheKey
+from lorax_async.concurrency import FetchControl
 from lorax_async.errors import (
     CapacityError,
     ConfigError,
@@ -58,13 +64,14 @@ from lorax_async.errors import (
     InternalError,
     LoraxError,
 )
-from lorax_async.io import disk_cache
-from lorax_async.io.cache import maintenance
-from lorax_async.io.cache.entries import MAX_SCOPES
-from lorax_async.io.cache.maintenance import Freed
-from lorax_async.io.cache.ports import Cache, LeftoverError
-from lorax_async.io.disk_cache import DiskCache
-from lorax_async.io.ports import Demand
+from lorax_async.formats.digests import Digest
+from lorax_async.formats.spans import ByteSpan
+from lorax_async.formats.split_weights import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    WEIGHTS_FILE,
+)
+from lorax_async.lifecycle.policies import policy
 from tools import on_a_small_disk
 
 CONTENT = weights()
@@ -173,7 +180,7 @@ class TestContents:
         put(file, content, [(100, 200)])
         assert reader.nbytes == NBYTES
         assert read(reader, 110, 200) == content[110:200]
-        apart = Span(110, 115, 7, 11)
+        apart = ByteSpan(110, 115, 7, 11)
         assert read_rows(reader, apart) == rows_of(content, apart)
         for start, stop in ((99, 101), (150, 201), (300, 301)):
             with pytest.raises(InternalError, match="too early"):
@@ -308,7 +315,9 @@ class TestSharing:
     def test_others_wait_and_have_what_was_published(self, world: DiskWorld) -> None:
         download = begun(world.cache)
         with ThreadPoolExecutor(3) as threads:
-            others = [threads.submit(world.cache.begin, KEY, "other", Demand()) for _ in range(3)]
+            others = [
+                threads.submit(world.cache.begin, KEY, "other", FetchControl()) for _ in range(3)
+            ]
             put(download.file(WEIGHTS_FILE, 10), bytes(10), [(0, 10)])
             assert not wait(others, timeout=0.05).done
             download.publish().close()
@@ -319,15 +328,15 @@ class TestSharing:
 
     def test_whoever_waits_may_go_on_with_what_was_left(self, world: DiskWorld) -> None:
         """Or be cancelled; other keys are not waited for."""
-        download, demand = begun(world.cache), Demand()
+        download, control = begun(world.cache), FetchControl()
         put(download.file(WEIGHTS_FILE, 10), bytes(10), [(0, 10)])
         keep(world.cache, key(1), b"abc")
         with ThreadPoolExecutor(2) as threads:
-            cancelled = threads.submit(world.cache.begin, KEY, SCOPE, demand)
+            cancelled = threads.submit(world.cache.begin, KEY, SCOPE, control)
             other = threads.submit(begun, world.cache)
             with pytest.raises(TimeoutError):
                 cancelled.result(0.03)
-            demand.end()
+            control.end()
             with pytest.raises(FetchError, match="cancelled"):
                 cancelled.result()
             assert not other.done()

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from common import LOOPS, until
-from lorax_async.io import inbox as inbox_module
-from lorax_async.io.inbox import Inbox
+from lorax_async import concurrency as inbox_module
+from lorax_async.concurrency import Inbox
 
 pytestmark = pytest.mark.each_loop
 

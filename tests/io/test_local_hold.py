@@ -29,15 +29,15 @@ from local_world import (
     touch,
 )
 
-from lorax_async import errors
-from lorax_async.adapter import AdapterRef
+from lorax_async import errors, host_memory
+from lorax_async.concurrency import FetchControl
 from lorax_async.config import LocalRoot
 from lorax_async.errors import UsageError
-from lorax_async.io import mapped, memory_calls
-from lorax_async.io.mapped import MappedFile
-from lorax_async.io.ports import Demand, Hold
-from lorax_async.io.sources import local_hold
-from lorax_async.io.sources.local import LocalSource
+from lorax_async.host_memory import MappedFile
+from lorax_async.sources import local_weights
+from lorax_async.sources.base import PinnedPages
+from lorax_async.sources.local import LocalSource
+from lorax_async.types import AdapterRef
 from page_looks import drop_pages, map_sizes, may_lock
 
 
@@ -47,9 +47,9 @@ def host(tmp_path: Path) -> Iterator[LocalWorld]:
         yield world
 
 
-async def opened_and_held(source: LocalSource, ref: AdapterRef) -> tuple[bool, Hold]:
+async def opened_and_held(source: LocalSource, ref: AdapterRef) -> tuple[bool, PinnedPages]:
     key = await source.resolve(ref)
-    file = await source.open(key, Demand())
+    file = await source.open(key, FetchControl())
     file.reader.close()
     return file.holdable, await source.populate(key)
 
@@ -115,10 +115,10 @@ async def test_a_file_that_changes_is_not_held(
     """Of several, none is."""
     folder = host.roots[0] / "one"
     fill = host.fill if name == WEIGHTS_NAME else put_split
-    populate = local_hold.LocalHold.populate
+    populate = local_weights.LocalPages.populate
     path = fill(folder) / name
 
-    def changing(hold: local_hold.LocalHold, start: int) -> None:
+    def changing(hold: local_weights.LocalPages, start: int) -> None:
         last = start == hold.starts[-1]
         if when == "during" and not start:
             change(path)
@@ -129,7 +129,7 @@ async def test_a_file_that_changes_is_not_held(
     key = await host.source.resolve(AdapterRef("./one"))
     if when == "before":
         change(path)
-    monkeypatch.setattr(local_hold.LocalHold, "populate", changing)
+    monkeypatch.setattr(local_weights.LocalPages, "populate", changing)
     with pytest.raises(errors.IntegrityError, match=f"{name}.*again"):
         await host.source.populate(key)
     assert maps_below(folder) == []
@@ -147,7 +147,7 @@ async def test_memory_that_cannot_be_had(
         made.append(MappedFile(*given))
         return made[-1]
 
-    owner = mapped.MappedFile if nth == "populate" else local_hold
+    owner = host_memory.MappedFile if nth == "populate" else local_weights
     monkeypatch.setattr(owner, nth if isinstance(nth, str) else "MappedFile", refused)
     put_split(host.roots[0] / "one")
     key = await host.source.resolve(AdapterRef("./one"))
@@ -208,7 +208,7 @@ def test_locked_pages_are_the_files_own(path: Path, first: str) -> None:
 def test_where_locking_is_refused_it_is_best_effort(
     path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    monkeypatch.setattr(mapped, "lock_on_fault", lambda address, nbytes: code)
+    monkeypatch.setattr(host_memory, "lock_on_fault", lambda address, nbytes: code)
     with opened(path) as file:
         assert not file.lock()
         file.populate()
@@ -224,10 +224,10 @@ def test_an_old_kernel_reads_ahead(path: Path, monkeypatch: pytest.MonkeyPatch) 
     def old(address: int, nbytes: int, advice: int) -> int:
         advices.append(advice)
         known = advice != 22  # MADV_POPULATE_READ
-        return memory_calls.madvise(address, nbytes, advice) if known else errno.EINVAL
+        return host_memory.madvise(address, nbytes, advice) if known else errno.EINVAL
 
-    monkeypatch.setattr(mapped, "madvise", old)
-    monkeypatch.setattr(mapped, "lock_on_fault", lambda address, nbytes: 0)
+    monkeypatch.setattr(host_memory, "madvise", old)
+    monkeypatch.setattr(host_memory, "lock_on_fault", lambda address, nbytes: 0)
     with opened(path) as file:
         assert file.lock()
         file.populate()
@@ -271,9 +271,9 @@ def test_closed_while_it_is_populated(path: Path, monkeypatch: pytest.MonkeyPatc
         def slow(address: int, nbytes: int, advice: int) -> int:
             file.close()
             assert len(map_sizes(path)) == 1
-            return memory_calls.madvise(address, nbytes, advice)
+            return host_memory.madvise(address, nbytes, advice)
 
-        monkeypatch.setattr(mapped, "madvise", slow)
+        monkeypatch.setattr(host_memory, "madvise", slow)
         file.populate()
         assert map_sizes(path) == []
 

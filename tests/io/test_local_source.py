@@ -29,15 +29,27 @@ from local_world import (
 from source_inputs import CONFIG, groups_of, header_bytes, read, tensors, weights
 
 from common import Run
-from lorax_async import errors
-from lorax_async.adapter import AdapterKey, AdapterRef
-from lorax_async.errors import FetchError, IntegrityError
-from lorax_async.io import hashing
-from lorax_async.io.ports import Demand
-from lorax_async.io.sources import local, local_folder
-from lorax_async.io.sources.checked_open import FileReader, identity_of, open_same
-from lorax_async.io.sources.local import LocalSource
-from lorax_async.verification import Verification
+from lorax_async import errors, files
+from lorax_async.concurrency import FetchControl
+from lorax_async.errors import (
+    FetchError,
+    IntegrityError,
+)
+from lorax_async.files import (
+    FileReader,
+    identity_of,
+    open_same,
+)
+from lorax_async.sources import (
+    local,
+    local_folder,
+)
+from lorax_async.sources.local import LocalSource
+from lorax_async.types import (
+    AdapterKey,
+    AdapterRef,
+    Verification,
+)
 
 COMMIT, BLOB = "c" * 40, "b" * 64
 
@@ -287,7 +299,7 @@ async def test_limits_are_the_last_size_that_passes(world: LocalWorld) -> None:
     path = world.fill(world.roots[0] / "one")
     config = CONFIG.ljust(LIMITS.max_config_bytes)
     (path / CONFIG_NAME).write_bytes(config)
-    file = await world.source.open(await world.source.resolve(AdapterRef(path)), Demand())
+    file = await world.source.open(await world.source.resolve(AdapterRef(path)), FetchControl())
     assert file.config == config
     file.reader.close()
     (path / CONFIG_NAME).write_bytes(config + b" ")
@@ -298,13 +310,13 @@ async def test_limits_are_the_last_size_that_passes(world: LocalWorld) -> None:
         assert (header_bytes(content) <= LIMITS.max_header_bytes) is legal
         key = await world.source.resolve(world.put("one", CONFIG, content))
         if legal:
-            file = await world.source.open(key, Demand())
+            file = await world.source.open(key, FetchControl())
             file.reader.close()
             assert content.startswith(file.prefix)
             assert len(file.prefix) >= header_bytes(content)
         else:
             with pytest.raises(errors.AdapterFormatError, match="limit"):
-                await world.source.open(key, Demand())
+                await world.source.open(key, FetchControl())
 
 
 def become_nobody() -> None:
@@ -327,7 +339,7 @@ def test_what_the_process_may_not_read(denied: str, step: str) -> None:
         else:
             # A new mode is another version of a file.
             with pytest.raises(errors.IntegrityError if denied else errors.AccessDeniedError):
-                await source.open(key, Demand())
+                await source.open(key, FetchControl())
 
     with (
         tempfile.TemporaryDirectory() as name,
@@ -370,7 +382,7 @@ def test_a_link_that_swings_never_lets_a_secret_out(world: LocalWorld) -> None:
                 break
             try:
                 file = await world.source.open(
-                    await world.source.resolve(AdapterRef("./one")), Demand()
+                    await world.source.resolve(AdapterRef("./one")), FetchControl()
                 )
             except (errors.AccessDeniedError, errors.IntegrityError) as error:
                 outcomes.add(type(error))
@@ -406,7 +418,7 @@ async def test_a_fifo_that_takes_the_files_place(world: LocalWorld, name: str) -
     path = world.fill(world.roots[0] / "one") / name
     key = await world.source.resolve(AdapterRef("./one"))
     path.unlink()
-    steps = (lambda: world.source.open(key, Demand()), lambda: reads_reopened(world)(key))
+    steps = (lambda: world.source.open(key, FetchControl()), lambda: reads_reopened(world)(key))
     for there in (True, False):
         if there:
             os.mkfifo(path)
@@ -433,7 +445,7 @@ async def test_a_config_that_changes_while_it_is_read(
     key = await world.source.resolve(AdapterRef("./one"))
     monkeypatch.setattr(os, "fstat", edited)
     with pytest.raises(errors.IntegrityError, match=r"adapter_config\.json.*again"):
-        await world.source.open(key, Demand())
+        await world.source.open(key, FetchControl())
     assert len(looks) >= 2
 
 
@@ -579,12 +591,14 @@ class HashingWorld(LocalWorld):
         return await self.source.resolve(self.put("one", CONFIG, CONTENT))
 
     async def bring(
-        self, key: AdapterKey, seen: list[int] | None = None, demand: Demand | None = None
+        self, key: AdapterKey, seen: list[int] | None = None, control: FetchControl | None = None
     ) -> Verification:
-        file = await self.source.open(key, Demand())
+        file = await self.source.open(key, FetchControl())
         arrived: Callable[[int], None] = ([] if seen is None else seen).append
         try:
-            return await self.source.bring(file, groups_of(CONTENT), arrived, demand or Demand())
+            return await self.source.bring(
+                file, groups_of(CONTENT), arrived, control or FetchControl()
+            )
         finally:
             file.reader.close()
 
@@ -615,7 +629,7 @@ class Reading:
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hashing, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(files, "PIECE_BYTES", 1000)
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -654,7 +668,7 @@ async def test_a_digest_is_the_same_at_every_open(
         if offset:
             buffers[-1][-1] ^= 1
 
-    monkeypatch.setattr(hashing, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(files, "PIECE_BYTES", 1000)
     with monkeypatch.context() as patch:
         patch.setattr(FileReader, "read_into", forgotten)
         for call in (hashes.bring(key), hashes.source.digest(key)):
@@ -675,12 +689,12 @@ async def test_a_digest_is_the_same_at_every_open(
 async def test_hashing_ends_when_nobody_wants_it(
     hashes: HashingWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    demand = Demand()
-    reading = Reading(lambda number: demand.end() if number == 2 else None)
+    control = FetchControl()
+    reading = Reading(lambda number: control.end() if number == 2 else None)
     key = await hashes.key()
     monkeypatch.setattr(FileReader, "read_into", reading)
     with pytest.raises(FetchError, match="nobody waits"):
-        await hashes.bring(key, demand=demand)
+        await hashes.bring(key, control=control)
     assert reading.count == 3
 
 
@@ -688,7 +702,7 @@ async def test_others_have_the_threads_in_between(
     hashes: HashingWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However large the file is: its pieces queue behind what was asked for meanwhile."""
-    monkeypatch.setattr(hashing, "PIECE_BYTES", 64)
+    monkeypatch.setattr(files, "PIECE_BYTES", 64)
     key, others = await hashes.key(), 0
     hashed = asyncio.ensure_future(hashes.bring(key))
     while not hashed.done():

@@ -22,11 +22,9 @@ import tiny
 from common import until
 from late_device import build
 from late_device.world import LATE, loaded
-from lorax_async.adapter import AdapterKey, Merge, MergedKey
+from lorax_async.cache.disk_cache import DiskCache
+from lorax_async.concurrency import FetchControl
 from lorax_async.config import Limits
-from lorax_async.core.header import parse_header
-from lorax_async.core.policies import policy
-from lorax_async.core.runs import Span
 from lorax_async.errors import (
     AdapterNotFoundError,
     CapacityError,
@@ -37,13 +35,23 @@ from lorax_async.errors import (
     UnsupportedAdapterError,
     UsageError,
 )
-from lorax_async.io import snapshot as snapshot_module
-from lorax_async.io.disk_cache import DiskCache
-from lorax_async.io.host_copies import HostCopies
-from lorax_async.io.ports import AdapterFile, Demand
-from lorax_async.io.snapshot import STEP_BYTES, Snapshot
-from lorax_async.io.sources.from_memory import MemorySource
+from lorax_async.formats.safetensors import parse_header
+from lorax_async.formats.spans import ByteSpan
+from lorax_async.lifecycle.policies import policy
+from lorax_async.sources import host_copies as snapshot_module
+from lorax_async.sources.base import AdapterFile
+from lorax_async.sources.host_copies import (
+    STEP_BYTES,
+    HostCopies,
+    TensorSnapshot,
+)
+from lorax_async.sources.tensors import MemorySource
 from lorax_async.testing import FakeSource
+from lorax_async.types import (
+    AdapterKey,
+    Merge,
+    MergedKey,
+)
 
 ROOM = 1 << 20
 SIZE = len(safetensors.torch.save(tensors(1)))
@@ -77,7 +85,7 @@ class World:
         return key in self.copies.sizes
 
     async def read_all(self, key: AdapterKey) -> dict[str, torch.Tensor]:
-        file = await self.source.open(key, Demand())
+        file = await self.source.open(key, FetchControl())
         try:
             return safetensors.torch.load(read(file.reader, 0, file.reader.nbytes))
         finally:
@@ -109,13 +117,13 @@ async def test_tensors_are_opened_like_a_file(world: World) -> None:
     key = await world.take()
     await world.take(2)
     assert world.is_in_memory(key) == (world.cache is None)
-    file = await world.source.open(key, Demand())
+    file = await world.source.open(key, FetchControl())
     content = read(file.reader, 0, file.reader.nbytes)
     assert_equal(safetensors.torch.load(content), tensors(1))
     assert (file.config, file.holdable) == (CONFIG, False)
     assert content.startswith(file.prefix)
     await bring_all(world.source, file, content)
-    again, apart = world.source.reopen(key), Span(50, 55, 7, 11)
+    again, apart = world.source.reopen(key), ByteSpan(50, 55, 7, 11)
     parts = [memoryview(bytearray(n)) for n in (0, 5, 1, 64)]
     again.read_into(parts, 7)
     assert b"".join(parts) == content[7:77]
@@ -124,17 +132,17 @@ async def test_tensors_are_opened_like_a_file(world: World) -> None:
     assert (hold.nbytes, hold.locked) == (0, False)
     hold.close()
     assert await world.source.digest(key) == sha256(content).hexdigest()
-    demand = Demand()
-    demand.end()
+    control = FetchControl()
+    control.end()
     with pytest.raises(FetchError, match="nobody waits"):
-        await world.source.bring(file, groups_of(content), lambda _: None, demand)
+        await world.source.bring(file, groups_of(content), lambda _: None, control)
     world.copies.drop(key)
     assert read(again, 0, len(content)) == content, "open readers stay valid"
     for reader in (file.reader, again):
         with pytest.raises(IntegrityError, match="ends before byte"):
             read(reader, len(content) - 3, len(content) + 1)
         with pytest.raises(IntegrityError, match="ends before byte"):
-            read_rows(reader, Span(len(content) - 20, len(content) - 16, 3, 9))
+            read_rows(reader, ByteSpan(len(content) - 20, len(content) - 16, 3, 9))
         reader.close()
         reader.close()
         with pytest.raises(FetchError, match="was closed"):
@@ -146,13 +154,13 @@ async def test_tensors_are_opened_like_a_file(world: World) -> None:
 @IN_MEMORY
 async def test_dropped_tensors_are_gone_when_their_readers_are_closed(world: World) -> None:
     key = await world.take()
-    file = await world.source.open(key, Demand())
+    file = await world.source.open(key, FetchControl())
     nbytes = world.copies.used
     world.copies.drop(key)
     world.copies.drop(key)
     assert world.copies.used == nbytes
     with pytest.raises(AdapterNotFoundError, match="give them again") as caught:
-        await world.source.open(key, Demand())
+        await world.source.open(key, FetchControl())
     assert caught.value.stage == "fetch"
     with pytest.raises(FetchError, match="give them again"):
         await world.source.populate(key)
@@ -229,12 +237,12 @@ async def test_a_merge_is_computed_once_and_stays_until_others_need_the_room(wor
     for work in (
         lambda: late.nbytes,
         lambda: read(late, 0, 8),
-        lambda: read_rows(late, Span(0, 1, 2, 3)),
+        lambda: read_rows(late, ByteSpan(0, 1, 2, 3)),
     ):
         with pytest.raises(EvictedError, match="load it again"):
             work()
     with pytest.raises(CapacityError, match="unload adapters that were given"):
-        await world.source.open(key, Demand())
+        await world.source.open(key, FetchControl())
     world.copies.clear()
     assert_equal(await world.read_all(key), merged)
     with pytest.raises(UsageError, match="its parts have theirs"):
@@ -249,8 +257,8 @@ async def test_when_a_part_fails_the_others_have_ended(
     undone: list[str] = []
     open = world.inner.open
 
-    async def slow(key: AdapterKey, demand: Demand) -> AdapterFile:
-        file = await open(key, demand)
+    async def slow(key: AdapterKey, control: FetchControl) -> AdapterFile:
+        file = await open(key, control)
         try:
             await asyncio.get_running_loop().create_future()
         finally:
@@ -262,21 +270,21 @@ async def test_when_a_part_fails_the_others_have_ended(
     world.inner.fail("open", FetchError("ordered"), id="b")
     monkeypatch.setattr(world.inner, "open", slow)
     with pytest.raises(FetchError, match="ordered"):
-        await world.source.open(world.merge(), Demand())
+        await world.source.open(world.merge(), FetchControl())
     assert sorted(undone) == ["memory:a", "memory:c"]
 
 
 @IN_MEMORY
 @pytest.mark.parametrize("at", ["room", "bring", "compute"])
 async def test_a_merge_that_nothing_waits_for_ends(world: World, at: str) -> None:
-    demand, key = Demand(), world.merge()
+    control, key = FetchControl(), world.merge()
     if at == "bring":
         world.inner.hold("b")
     room = await world.copies.reserve(ROOM, lambda: None) if at == "room" else None
-    opening = asyncio.create_task(world.source.open(key, demand))
+    opening = asyncio.create_task(world.source.open(key, control))
     if at != "compute":
         await until(lambda: world.inner.counts.opens == 3)
-    demand.end()
+    control.end()
     with pytest.raises(LoraxError):
         await opening
     if room is not None:
@@ -287,20 +295,20 @@ async def test_a_merge_that_nothing_waits_for_ends(world: World, at: str) -> Non
 # -- the copy: safetensors' own reader reads it ----------------------------------------------------
 
 
-def begun(tensors: Mapping[str, torch.Tensor], config: bytes = CONFIG) -> Snapshot:
-    snapshot = Snapshot(tensors, config, Limits())
+def begun(tensors: Mapping[str, torch.Tensor], config: bytes = CONFIG) -> TensorSnapshot:
+    snapshot = TensorSnapshot(tensors, config, Limits())
     snapshot.measure()
     return snapshot
 
 
-def taken(tensors: Mapping[str, torch.Tensor], config: bytes = CONFIG) -> Snapshot:
+def taken(tensors: Mapping[str, torch.Tensor], config: bytes = CONFIG) -> TensorSnapshot:
     snapshot = begun(tensors, config)
     while snapshot.step():
         pass
     return snapshot
 
 
-def read_back(file: Snapshot) -> dict[str, torch.Tensor]:
+def read_back(file: TensorSnapshot) -> dict[str, torch.Tensor]:
     return safetensors.torch.load(bytes(file.content.tolist()))
 
 
@@ -376,7 +384,7 @@ def test_what_is_not_to_be_copied_is_refused_before_it_is() -> None:
     with pytest.raises(UnsupportedAdapterError, match="over the limit of 4,294,967,296"):
         begun({"x": vast})
     with pytest.raises(UnsupportedAdapterError, match="2 tensors are over the limit of 1"):
-        Snapshot({"x": vast, "y": vast}, CONFIG, Limits(max_tensors=1))
+        TensorSnapshot({"x": vast, "y": vast}, CONFIG, Limits(max_tensors=1))
 
 
 @pytest.mark.parametrize("at", [0, 1, 2])
@@ -436,7 +444,7 @@ def test_what_its_stream_has_yet_to_write_is_waited_for(monkeypatch: pytest.Monk
         with stream:  # the zeros as well, or they may come last
             there = torch.zeros(64, dtype=torch.float32, device=LATE)
             there.copy_(source, non_blocking=True)
-            snapshot = Snapshot({"x": there, "y": source}, CONFIG, Limits())
+            snapshot = TensorSnapshot({"x": there, "y": source}, CONFIG, Limits())
         snapshot.measure()
 
         def copy() -> None:

@@ -12,13 +12,13 @@ from local_world import LIMITS, LocalWorld, nothing_left_open
 from source_conformance import PopulateConformance, SourceConformance
 
 import tiny
-from lorax_async.adapter import AdapterRef
 from lorax_async.config import Limits
-from lorax_async.io.host_copies import HostCopies
-from lorax_async.io.ports import Source
-from lorax_async.io.sources.from_memory import MemorySource
-from lorax_async.io.sources.local import LocalSource
+from lorax_async.sources.base import Source
+from lorax_async.sources.host_copies import HostCopies
+from lorax_async.sources.local import LocalSource
+from lorax_async.sources.tensors import MemorySource
 from lorax_async.testing import FakeSource
+from lorax_async.types import AdapterRef
 
 
 class FakeWorld:

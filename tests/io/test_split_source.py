@@ -33,11 +33,14 @@ from source_inputs import CONFIG, read, read_rows, rows_of, tensors
 
 from common import Run
 from lorax_async import errors
-from lorax_async.adapter import AdapterKey, AdapterRef
-from lorax_async.core.runs import Span
-from lorax_async.io.ports import Demand, Reader
-from lorax_async.io.sources import local_weights
-from lorax_async.io.sources.checked_open import open_same
+from lorax_async.concurrency import FetchControl
+from lorax_async.files import Reader, open_same
+from lorax_async.formats.spans import ByteSpan
+from lorax_async.sources import local_weights
+from lorax_async.types import (
+    AdapterKey,
+    AdapterRef,
+)
 from split_files import INDEX, name_of
 
 
@@ -53,7 +56,7 @@ def folder(world: LocalWorld) -> Path:
 
 
 async def opened(world: LocalWorld, key: AdapterKey, *, again: bool = False) -> Reader:
-    file = await world.source.open(key, Demand())
+    file = await world.source.open(key, FetchControl())
     if not again:
         return file.reader
     file.reader.close()
@@ -71,7 +74,7 @@ async def test_one_file_of_weights_comes_first(world: LocalWorld, folder: Path) 
 async def test_it_is_read_as_one_file(world: LocalWorld, folder: Path, again: bool) -> None:
     """Cut anywhere, by any rows, also across the borders of its files."""
     key = await world.source.resolve(AdapterRef(folder))
-    file = await world.source.open(key, Demand())
+    file = await world.source.open(key, FetchControl())
     assert file.config == CONFIG
     file.reader.close()
     reader = await opened(world, key, again=again)
@@ -90,7 +93,7 @@ async def test_it_is_read_as_one_file(world: LocalWorld, folder: Path, again: bo
     for nbytes, pitch in product((1, 5, 12), (12, 13, 100)):
         rows = (size - nbytes) // pitch
         for start in (0, 3, size - (rows - 1) * pitch - nbytes):
-            span = Span(start, start + nbytes, rows, pitch)
+            span = ByteSpan(start, start + nbytes, rows, pitch)
             assert read_rows(reader, span) == rows_of(content, span)
     view = memoryview(bytearray(900)).cast("B", (30, 30))
     reader.read_into([view], size - 900)
@@ -98,7 +101,7 @@ async def test_it_is_read_as_one_file(world: LocalWorld, folder: Path, again: bo
     with pytest.raises(errors.IntegrityError, match="before byte"):
         read(reader, size - 1, size + 1)
     with pytest.raises(errors.IntegrityError, match="before byte"):
-        read_rows(reader, Span(size - 50, size - 40, 3, 25))
+        read_rows(reader, ByteSpan(size - 50, size - 40, 3, 25))
     reader.close()
     with pytest.raises(errors.FetchError, match="closed"):
         read(reader, 0, 1)
@@ -143,7 +146,7 @@ async def test_another_version_of_any_file_is_another_adapter(
     change(folder / name)
     reader = world.source.reopen(key)
     works = (
-        lambda: world.source.open(key, Demand()),
+        lambda: world.source.open(key, FetchControl()),
         lambda: asyncio.to_thread(read, reader, reader.nbytes - 1, reader.nbytes),
         lambda: world.source.populate(key),
     )
@@ -164,7 +167,7 @@ async def test_cancelled_at_any_await(
     key = await world.source.resolve(ref)
     works: dict[str, Callable[[], Coroutine[Any, Any, Any]]] = {
         "resolve": lambda: world.source.resolve(ref),
-        "open": lambda: world.source.open(key, Demand()),
+        "open": lambda: world.source.open(key, FetchControl()),
         "populate": lambda: world.source.populate(key),
     }
     ends = [await was_cancelled(works[step](), at, late) for at in range(12)]
@@ -196,7 +199,7 @@ async def test_files_that_do_not_belong_together(world: LocalWorld, folder: Path
     """What else may be wrong with them is a table of `plan_split`'s tests."""
     os.truncate(folder / FILES[3], 30)
     key = await world.source.resolve(AdapterRef(folder))
-    for work in (world.source.open(key, Demand()), asyncio.to_thread(first_byte, world, key)):
+    for work in (world.source.open(key, FetchControl()), asyncio.to_thread(first_byte, world, key)):
         with pytest.raises(errors.AdapterFormatError, match=f"{FILES[3]}: .*inside its header"):
             await work
 

@@ -13,8 +13,8 @@ import torch
 from device_groups import BytesReader
 
 from common import until
-from lorax_async.core.moves import Convert
-from lorax_async.io.staging import StagingRing
+from lorax_async.devices.staging import StagingRing
+from lorax_async.planning.transfer_plan import ConvertMove
 
 BUFFER = 4096
 
@@ -54,16 +54,16 @@ def hard_values(dtype: str) -> bytes:
     return np.array(words, "<u4").tobytes()
 
 
-def flat(content: bytes, dtype: str, offset: int = 0, target: int = 0) -> Convert:
+def flat(content: bytes, dtype: str, offset: int = 0, target: int = 0) -> ConvertMove:
     count = len(content) // ITEM[dtype]
-    return Convert(offset, len(content), dtype, 1, count, target, count)
+    return ConvertMove(offset, len(content), dtype, 1, count, target, count)
 
 
 def new_staging(nbytes: int = 2 * BUFFER, move_bytes: int = BUFFER) -> StagingRing:
     return StagingRing(torch.empty(nbytes, dtype=torch.uint8), move_bytes)
 
 
-def converted(content: bytes, moves: Sequence[Convert], dtype: str) -> bytes:
+def converted(content: bytes, moves: Sequence[ConvertMove], dtype: str) -> bytes:
     extent = torch.full((3 * BUFFER,), POISON, dtype=torch.uint8)
     staging = new_staging()
     try:
@@ -92,7 +92,9 @@ class TestCasts:
     def test_pad_columns_with_zeros(self, source: str, target: str) -> None:
         whole = np.arange(1, 31, dtype="<f4")
         content = b"odd" + rounded(whole, source)
-        move = Convert(3, 30 * ITEM[source], source, rows=10, columns=3, target=128, row_pitch=8)
+        move = ConvertMove(
+            3, 30 * ITEM[source], source, rows=10, columns=3, target=128, row_pitch=8
+        )
         extent = converted(content, [move], target)
         padded = np.zeros((10, 8), "<f4")
         padded[:, :3] = whole.reshape(10, 3)

@@ -15,16 +15,36 @@ from device_groups import ARENA, LAYOUT, SHAPES, SLOTS, TORCH, BytesReader, exte
 
 from common import until
 from core.adapter_files import file_of, plan
-from lorax_async.adapter import AdapterSpec
 from lorax_async.config import Limits
-from lorax_async.core.arena import Extent
-from lorax_async.core.moves import GroupPlan, Row
-from lorax_async.errors import AdapterFormatError, FetchError, InternalError, TransferError
-from lorax_async.io.devices.gated import POISON, GatedDevice
-from lorax_async.io.ports import CopyTicket, Device, FilePieces, Reader, StagedPiece
-from lorax_async.io.staging import StagingRing
-from lorax_async.io.transfer import GroupCopy, Transfer
-from lorax_async.testing import SimulatedDevice
+from lorax_async.devices.base import (
+    CopyTicket,
+    Device,
+    FilePieces,
+    StagedPiece,
+)
+from lorax_async.devices.simulated import (
+    POISON,
+    GatedDevice,
+    SimulatedDevice,
+)
+from lorax_async.devices.staging import StagingRing
+from lorax_async.devices.transfer import (
+    GroupCopy,
+    GroupTransfer,
+)
+from lorax_async.errors import (
+    AdapterFormatError,
+    FetchError,
+    InternalError,
+    TransferError,
+)
+from lorax_async.files import Reader
+from lorax_async.lifecycle.arena import Extent
+from lorax_async.planning.transfer_plan import (
+    GroupPlan,
+    TableRow,
+)
+from lorax_async.types import AdapterSpec
 from lorax_kernels import Operands
 
 MOVE = 512
@@ -120,7 +140,7 @@ class RecordingDevice(SimulatedDevice):
         self.refusing: set[int] = set()
 
     def copy(
-        self, pieces: FilePieces | StagedPiece, rows: Sequence[Row], extent: Extent, slot: int
+        self, pieces: FilePieces | StagedPiece, rows: Sequence[TableRow], extent: Extent, slot: int
     ) -> CopyTicket:
         if len(self.tickets) in self.refusing:
             raise TransferError("the device refused")
@@ -152,8 +172,10 @@ def ring_of(device: RecordingDevice, buffers: int, move: int = MOVE) -> StagingR
     return StagingRing(memory, move)
 
 
-def transfer(device: RecordingDevice, ring: StagingRing, *, check_finite: bool = False) -> Transfer:
-    return Transfer(device, ring, NAMES, check_finite=check_finite)
+def transfer(
+    device: RecordingDevice, ring: StagingRing, *, check_finite: bool = False
+) -> GroupTransfer:
+    return GroupTransfer(device, ring, NAMES, check_finite=check_finite)
 
 
 def require_whole(ring: StagingRing) -> None:
@@ -285,8 +307,8 @@ def test_weights_that_are_not_finite(
             refused(device, made, f"'layers.0.{name}'", in_image=in_image)
         with from_file() as (host, ring):
             with pytest.raises(AdapterFormatError, match=f"'layers.0.{name}' has NaN"):
-                Transfer(host, ring, NAMES, check_finite=True).run(made.copy())
-            Transfer(host, ring, NAMES, check_finite=False).run(made.copy()).done.result(10)
+                GroupTransfer(host, ring, NAMES, check_finite=True).run(made.copy())
+            GroupTransfer(host, ring, NAMES, check_finite=False).run(made.copy()).done.result(10)
 
 
 def test_a_value_too_large_for_the_device_is_not_finite() -> None:
@@ -409,7 +431,7 @@ async def test_a_device_that_is_lost_frees_who_waits_for_a_buffer() -> None:
 def test_a_reader_or_a_device_that_fails_leaves_no_row() -> None:
     made = case("mixed")
     with from_file() as (device, ring):
-        moving = Transfer(device, ring, NAMES, check_finite=True)
+        moving = GroupTransfer(device, ring, NAMES, check_finite=True)
         calls: list[None] = []
         moving.run(made.copy(BytesReader(made.file, lambda: calls.append(None))))
         device.clear_column(0)
@@ -453,7 +475,7 @@ def vector_case(stored: str, own: str, value: float | None = None) -> Case:
 def test_vectors_arrive_as_they_are_in_the_file(stored: str, own: str, way: str) -> None:
     with from_file(stored) as (host, host_ring), opened(stored) as staged:
         device, ring = (host, host_ring) if way == "host" else (staged, ring_of(staged, 3, 2048))
-        moving = Transfer(device, ring, NAMES, check_finite=True)
+        moving = GroupTransfer(device, ring, NAMES, check_finite=True)
         made = vector_case(stored, own)
         image = image_of(staged, made) if way == "image" else None
         moving.run(made.copy(slot=1, place=2, image=image)).done.result(10)

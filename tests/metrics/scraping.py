@@ -5,8 +5,8 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from lorax_async import AdapterLoader
-from lorax_async.metrics import LoaderCollector
+from lorax_async.loader import AdapterLoader
+from lorax_async.observability.prometheus import LoaderCollector
 
 Samples = dict[str, float]
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorax_async.core import queues
-from lorax_async.core.life import Life
-from lorax_async.io import transfer
-from lorax_async.io.inbox import Inbox
-from lorax_async.io.ports import CopyTicket, StagedPiece
-from lorax_async.io.staging import Buffer, StagingRing
+from lorax_async.concurrency import Inbox
+from lorax_async.devices import transfer
+from lorax_async.devices.base import (
+    CopyTicket,
+    StagedPiece,
+)
+from lorax_async.devices.staging import (
+    StagingBuffer,
+    StagingRing,
+)
+from lorax_async.lifecycle import queues
+from lorax_async.lifecycle.adapter_state import AdapterState
 from lorax_async.runtime import copies
-from lorax_async.runtime.copies import Copies
+from lorax_async.runtime.copies import CopyThreads
 from mutants.mutation import Mutants, NoLock, mutant, nothing, skipped
 
 STAGING = "io/test_staging.py::TestStagingRing"
@@ -22,13 +28,13 @@ COPIES = "test_ending.py"
 _take = StagingRing.take
 
 
-def _given_back_at_once(self: StagingRing, count: int) -> list[Buffer]:
+def _given_back_at_once(self: StagingRing, count: int) -> list[StagingBuffer]:
     taken = self._free[:count]
     self._free = self._free[count:] + taken
     return taken
 
 
-def _one_by_one(self: StagingRing, count: int) -> list[Buffer]:
+def _one_by_one(self: StagingRing, count: int) -> list[StagingBuffer]:
     return [buffer for _ in range(count) for buffer in _take(self, 1)]
 
 
@@ -42,7 +48,7 @@ def _rows_with_the_first(self: Any, memory: Any, target: int) -> CopyTicket:
     return ticket
 
 
-def _ended_when_asked_for(self: Copies, work: Any) -> None:
+def _ended_when_asked_for(self: CopyThreads, work: Any) -> None:
     self._transfer.run(work.copy)
     self._end(work, None)
 
@@ -52,7 +58,7 @@ def _flag_cleared_after(self: Inbox[Any]) -> None:
     self._awake = False
 
 
-def _by_arrival(life: Life) -> tuple[bool, int, int]:
+def _by_arrival(life: AdapterState) -> tuple[bool, int, int]:
     return True, life.grant.slot.generation if life.grant else 0, 0
 
 
@@ -71,14 +77,14 @@ GROUPS: Mutants = {
         f"{STAGING}::test_takers_do_not_block_each_other", skipped(StagingRing, "_is_served", True)
     ),
     "transfer: rows come with the last bytes": mutant(
-        f"{TRANSFER}::test_each_read", (transfer._Sending, "send", _rows_with_the_first)
+        f"{TRANSFER}::test_each_read", (transfer._PendingCopy, "send", _rows_with_the_first)
     ),
     "transfer: a failure waits for the copies that were sent": mutant(
         f"{TRANSFER}::test_each_read", (transfer, "wait", nothing)
     ),
     "transfer: nothing is sent after a copy that failed": mutant(
         f"{TRANSFER}::test_nothing_is_sent_after_a_copy_that_failed",
-        skipped(transfer._Sending, "heed_failures"),
+        skipped(transfer._PendingCopy, "heed_failures"),
     ),
     "transfer: a group is done when all its copies are": mutant(
         f"{TRANSFER}::test_each_copy_that_fails_later",
@@ -86,7 +92,7 @@ GROUPS: Mutants = {
     ),
     "copies: an outcome is reported when the copy is done": mutant(
         "test_handles.py::test_a_kernel_behind_copies_sees_their_bytes",
-        (Copies, "_run", _ended_when_asked_for),
+        (CopyThreads, "_run", _ended_when_asked_for),
     ),
     "copies: ends are counted one by one": mutant(
         f"{COPIES}::test_copies_that_end_at_the_same_moment_are_both_counted",

@@ -5,12 +5,14 @@ from __future__ import annotations
 from concurrent.futures import Future
 from typing import Any
 
-from lorax_async.io.devices import cuda
-from lorax_async.io.devices.columns import Columns
-from lorax_async.io.devices.cpu import CpuDevice
-from lorax_async.io.devices.cuda import CudaDevice
-from lorax_async.io.devices.device_memory import DeviceMemory
-from lorax_async.io.devices.watcher import EventTicket, Watcher
+from lorax_async.devices import cuda
+from lorax_async.devices.cpu import CpuDevice
+from lorax_async.devices.cuda import CudaDevice, DeviceMemory
+from lorax_async.devices.pointer_table import TableColumns
+from lorax_async.devices.streams import (
+    EventTicket,
+    EventWatcher,
+)
 from mutants.mutation import Mutants, NoLock, initialized, mutant, nothing, seen_by, skipped
 
 DEVICE = "io/test_cuda_device.py"
@@ -18,7 +20,7 @@ COPY = f"{DEVICE}::TestACopy"
 CPU = "io/test_devices.py"
 
 _ticket, _put, _copy = CudaDevice._ticket, CudaDevice._put, CpuDevice.copy
-_write, _write_rows = Columns.write, CpuDevice._write_rows
+_write, _write_rows = TableColumns.write, CpuDevice._write_rows
 
 
 def done(*_: object, **__: object) -> Future[None]:
@@ -54,13 +56,13 @@ def _image_given_back(self: CudaDevice, piece: Any, image: Any) -> EventTicket:
     return ticket
 
 
-def _ranks_first(self: Columns, slot: int, modules: Any, column: Any, image: Any) -> None:
+def _ranks_first(self: TableColumns, slot: int, modules: Any, column: Any, image: Any) -> None:
     for module in modules:
         self._ranks[slot, module].fill_(column[module].rank)
     _write(self, slot, modules, column, image)
 
 
-def _ranks_cleared_last(self: Columns, slot: int) -> None:
+def _ranks_cleared_last(self: TableColumns, slot: int) -> None:
     self._entries[slot].copy_(self._zeros.entries, non_blocking=True)
     self._ranks[slot].copy_(self._zeros.ranks, non_blocking=True)
 
@@ -88,11 +90,12 @@ DEVICES: Mutants = {
         f"{COPY}::test_writes_bytes_then_rows_then_its_ticket", (CudaDevice, "_put", _rows_first)
     ),
     "cuda: ranks are written last": mutant(
-        f"{COPY}::test_writes_bytes_then_rows_then_its_ticket", (Columns, "write", _ranks_first)
+        f"{COPY}::test_writes_bytes_then_rows_then_its_ticket",
+        (TableColumns, "write", _ranks_first),
     ),
     "cuda: ranks are cleared first": mutant(
         f"{DEVICE}::TestAClearing::test_comes_before_the_next_tenant_and_ranks_first",
-        (Columns, "clear", _ranks_cleared_last),
+        (TableColumns, "clear", _ranks_cleared_last),
     ),
     "cuda: compute waits for the copy's event": mutant(
         f"{DEVICE}::TestCompute::test_sees_the_copy_only_if_it_waits",
@@ -125,7 +128,8 @@ DEVICES: Mutants = {
         skipped(DeviceMemory, "_start_behind_current"),
     ),
     "cuda: close waits for copies and uses": mutant(
-        f"{DEVICE}::TestClosing::test_waits_for_all_that_is_on_its_way", skipped(Watcher, "end")
+        f"{DEVICE}::TestClosing::test_waits_for_all_that_is_on_its_way",
+        skipped(EventWatcher, "end"),
     ),
     "cpu: rows are written behind the bytes": mutant(
         f"{CPU}::TestCpuDevice::test_bytes_come_before_rows", (CpuDevice, "copy", _cpu_rows_first)

@@ -8,14 +8,19 @@ from typing import Any
 
 from lorax_async import loader
 from lorax_async.handle import AdapterHandle
-from lorax_async.runtime import resolver, tenancy
-from lorax_async.runtime.actions import Actions
-from lorax_async.runtime.digests import Digests
+from lorax_async.runtime import (
+    leases,
+    resolver,
+)
+from lorax_async.runtime.acquire import OrderedCalls
+from lorax_async.runtime.digest_checks import DigestChecks
 from lorax_async.runtime.driver import Driver
-from lorax_async.runtime.files import Files
-from lorax_async.runtime.interest import Interest
-from lorax_async.runtime.tenancy import Lease, Tenancy
-from lorax_async.runtime.turns import InOrder
+from lorax_async.runtime.fetches import FetchTasks
+from lorax_async.runtime.leases import (
+    Lease,
+    SlotOccupancy,
+)
+from lorax_async.runtime.waiters import WaiterTable
 from mutants.mutation import (
     Mutants,
     NoLock,
@@ -30,25 +35,27 @@ HANDLES = "test_handles.py"
 ENDING = "test_ending.py"
 DIGESTS = "test_verification.py"
 
-_tickets, _needed, _end = Tenancy.tickets, Tenancy._needed, Lease.end
-_close_hold = Files._close_hold
+_tickets, _needed, _end = SlotOccupancy.tickets, SlotOccupancy._needed, Lease.end
+_close_hold = FetchTasks._close_hold
 
 
-def _own_tickets_only(self: Tenancy, layer: int) -> Any:
+def _own_tickets_only(self: SlotOccupancy, layer: int) -> Any:
     found = _tickets(self, layer)
     return None if found is None else found[-1:]
 
 
-def _known_tickets_only(self: Tenancy, layer: int) -> Any:
+def _known_tickets_only(self: SlotOccupancy, layer: int) -> Any:
     groups = range(self._watermark, self._needed(layer))
     return [self._tickets[group] for group in groups if group in self._tickets]
 
 
-def _failed_in_silence(self: Tenancy, error: Any) -> None:
+def _failed_in_silence(self: SlotOccupancy, error: Any) -> None:
     self.error = error
 
 
-def _without_waiting(self: Tenancy, layer: int, timeout: float, check: Callable[[], None]) -> None:
+def _without_waiting(
+    self: SlotOccupancy, layer: int, timeout: float, check: Callable[[], None]
+) -> None:
     check()
 
 
@@ -61,9 +68,9 @@ def _ended_unused(self: Lease, why: str = "released", *, soon: bool = False) -> 
     _end(self, why, soon=soon)
 
 
-async def _not_waited_for(self: Interest, key: Any, seconds: float) -> None:
-    self._tenants.add_unload(key)
-    self._obey(self._lifecycle.unload(key))
+async def _not_waited_for(self: WaiterTable, key: Any, seconds: float) -> None:
+    self._lease_table.add_unload(key)
+    self._execute(self._lifecycle.unload(key))
 
 
 def _told_at_once(self: Driver, tell: Callable[[], None]) -> None:
@@ -71,8 +78,8 @@ def _told_at_once(self: Driver, tell: Callable[[], None]) -> None:
 
 
 def _ended_at_once(self: Driver, lease: Lease, in_use: bool, soon: bool) -> None:
-    self.tenants.end_lease(lease)
-    self._obey(self.lifecycle.end_lease(lease.tenancy.key, in_use=in_use))
+    self.lease_table.end_lease(lease)
+    self._execute(self.lifecycle.end_lease(lease.occupancy.key, in_use=in_use))
 
 
 def _obeyed_at_once(self: Driver, decided: list[Any]) -> None:
@@ -81,44 +88,45 @@ def _obeyed_at_once(self: Driver, decided: list[Any]) -> None:
     self._rested.set()
 
 
-def _closed_though_read(self: Actions, key: Any) -> None:
-    self._files.close_reader(key)
+def _closed_though_read(self: Driver, key: Any) -> None:
+    self.files.close_reader(key)
 
 
-async def _hold_closed_later(self: Files, key: Any) -> None:
+async def _hold_closed_later(self: FetchTasks, key: Any) -> None:
     self._spawn("release", key, _close_hold(self, key))
 
 
-async def _not_compared(self: Digests, ref: Any, key: Any, lease: Lease) -> None:
+async def _not_compared(self: DigestChecks, ref: Any, key: Any, lease: Lease) -> None:
     self.watch(ref, key, lease)
 
 
 HOLDERS: Mutants = {
     "tenancy: a layer is ready once its own group is": mutant(
         f"{HANDLES}::test_layers_come_one_by_one",
-        (Tenancy, "_needed", lambda self, layer: max(0, _needed(self, layer) - 1)),
+        (SlotOccupancy, "_needed", lambda self, layer: max(0, _needed(self, layer) - 1)),
     ),
     "tenancy: a stream waits for the copies before a layer's": mutant(
         f"{HANDLES}::test_a_stream_waits_for_the_layers_before_too",
-        (Tenancy, "tickets", _own_tickets_only),
+        (SlotOccupancy, "tickets", _own_tickets_only),
     ),
     "tenancy: a stream waits for all copies or is told to wait": mutant(
         f"{HANDLES}::test_a_kernel_behind_copies_sees_their_bytes",
-        (Tenancy, "tickets", _known_tickets_only),
+        (SlotOccupancy, "tickets", _known_tickets_only),
     ),
     "tenancy: a thread waits for its layer": mutant(
-        f"{HANDLES}::test_layers_come_one_by_one", (Tenancy, "wait", _without_waiting)
+        f"{HANDLES}::test_layers_come_one_by_one", (SlotOccupancy, "wait", _without_waiting)
     ),
     "tenancy: a failure wakes all waiters": mutant(
-        f"{HANDLES}::test_a_failure_reaches_all_who_wait", (Tenancy, "fail", _failed_in_silence)
+        f"{HANDLES}::test_a_failure_reaches_all_who_wait",
+        (SlotOccupancy, "fail", _failed_in_silence),
     ),
     "tenancy: the end of a lease wakes its waiters": mutant(
         f"{HANDLES}::test_a_release_ends_the_waits_of_others",
-        skipped(Tenancy, "wake_threads"),
-        skipped(Tenancy, "wake_tasks"),
+        skipped(SlotOccupancy, "wake_threads"),
+        skipped(SlotOccupancy, "wake_tasks"),
     ),
     "handle: weights are shown once their layer is here": mutant(
-        f"{HANDLES}::test_layers_come_one_by_one", skipped(Tenancy, "is_ready", True)
+        f"{HANDLES}::test_layers_come_one_by_one", skipped(SlotOccupancy, "is_ready", True)
     ),
     "handle: a use ends when the device has computed": mutant(
         f"{HANDLES}::test_a_slot_is_kept_until_the_device_has_computed",
@@ -129,18 +137,18 @@ HOLDERS: Mutants = {
     ),
     "lease: no use begins while it ends": mutant(
         f"{HANDLES}::test_a_lease_that_ends_while_a_use_begins_keeps_the_slot",
-        seen_by(tenancy, "threading", Lock=NoLock),
+        seen_by(leases, "threading", Lock=NoLock),
     ),
     "lease: nothing is verified while a digest is compared": mutant(
         f"{DIGESTS}::test_a_digest_is_compared_for_its_caller_alone",
         (
             Lease,
             "is_verified",
-            property(lambda self: self.tenancy.verification is not None),
+            property(lambda self: self.occupancy.verification is not None),
         ),
     ),
     "unload: it waits until the adapter is gone": mutant(
-        "test_room.py::test_a_kernel_is_waited_for", (Interest, "unload", _not_waited_for)
+        "test_room.py::test_a_kernel_is_waited_for", (WaiterTable, "unload", _not_waited_for)
     ),
     "driver: ends of leases in threads are decided on the loop": mutant(
         f"{HANDLES}::test_ends_in_threads_are_the_loops_to_decide_on",
@@ -152,24 +160,25 @@ HOLDERS: Mutants = {
     ),
     "driver: what a subscriber causes comes after": mutant(
         f"{HANDLES}::test_what_a_subscriber_causes_comes_after",
-        (Driver, "_obey", _obeyed_at_once),
+        (Driver, "_execute", _obeyed_at_once),
     ),
     "actions: a reader stays open while it is copied from": mutant(
-        "test_readers.py", (Actions, "close_idle_reader", _closed_though_read)
+        "test_readers.py", (Driver, "_close_idle_reader", _closed_though_read)
     ),
     "replace: calls with one name come in their order": mutant(
         "test_replacing.py::test_several_replacements_at_once_come_in_their_order",
-        (InOrder, "place", lambda *_: nullcontext(nothing_awaited)),
+        (OrderedCalls, "place", lambda *_: nullcontext(nothing_awaited)),
     ),
 }
 
 FETCHES_AND_END: Mutants = {
     "files: closing a hold is waited for": mutant(
-        f"{ENDING}::test_closing_a_hold_is_waited_for", (Files, "_close_hold", _hold_closed_later)
+        f"{ENDING}::test_closing_a_hold_is_waited_for",
+        (FetchTasks, "_close_hold", _hold_closed_later),
     ),
     "digests: a load waits for the comparison": mutant(
         f"{DIGESTS}::test_a_digest_is_compared_for_its_caller_alone",
-        (Digests, "hold", _not_compared),
+        (DigestChecks, "hold", _not_compared),
     ),
     "resolver: a resolve outlives its first caller": mutant(
         "test_loader.py::test_a_cancelled_caller_leaves_the_others_their_answer",
@@ -184,7 +193,7 @@ FETCHES_AND_END: Mutants = {
     ),
     "close: fetches have ended": mutant(
         f"{ENDING}::test_a_fetch_ends_with_the_loader_even_if_close_is_broken_off",
-        skipped(Files, "stop"),
+        skipped(FetchTasks, "stop"),
     ),
     "close: the device ends after the copies": mutant(
         f"{ENDING}::test_the_device_ends_after_the_copies_even_if_close_is_broken_off",

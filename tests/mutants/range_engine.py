@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorax_async.io.http import connection, pool
-from lorax_async.io.http.connection import AbortableSocket, Attempt
-from lorax_async.io.http.download_scheduler import DownloadScheduler, Piece, WorkerPool
-from lorax_async.io.http.downloads import Download
+from lorax_async.http import (
+    connection,
+    pool,
+)
+from lorax_async.http.connection import (
+    AbortableSocket,
+    Attempt,
+)
+from lorax_async.http.download_scheduler import (
+    DownloadScheduler,
+    Piece,
+    WorkerPool,
+)
+from lorax_async.http.downloads import Download
 from mutants.mutation import Mutants, NoLock, mutant, skipped
 
 ANSWERS = "io/http/test_http_responses.py"

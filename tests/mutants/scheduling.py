@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lorax_async.scheduling.batch import Batch
-from lorax_async.scheduling.guestbook import Guestbook
-from lorax_async.scheduling.guests import Guest
-from lorax_async.scheduling.requests import Ticket
-from lorax_async.scheduling.waiting import Waiting
+from lorax_async.scheduler.adapter_queue import AdapterQueue
+from lorax_async.scheduler.adapter_queues import AdapterQueues, LoadQueue
+from lorax_async.scheduler.requests import Ticket
+from lorax_async.scheduler.step import Batch
 from mutants.mutation import Mutants, mutant, skipped
 
 BATCHES = "test_scheduler.py"
 ENDS = "test_scheduler_ends.py"
 
-_landed = Guestbook.landed
+_landed = AdapterQueues.landed
 
 
 def _never(kept: object) -> property:
@@ -22,16 +21,18 @@ def _never(kept: object) -> property:
     return property(lambda _: kept, lambda _, __: None)
 
 
-def _given_back_after_the_first(self: Guestbook, guests: Sequence[Guest]) -> None:
-    for guest in guests:
-        guest.flights = 1
-    _landed(self, guests)
+def _given_back_after_the_first(
+    self: AdapterQueues, adapter_queues: Sequence[AdapterQueue]
+) -> None:
+    for adapter_queue in adapter_queues:
+        adapter_queue.flights = 1
+    _landed(self, adapter_queues)
 
 
-def _forgotten_but_loaded(self: Waiting, guest: Guest) -> None:
-    errand = self._errands.pop(guest, None)
-    if errand is not None:
-        self._take_out(errand)
+def _forgotten_but_loaded(self: LoadQueue, adapter_queue: AdapterQueue) -> None:
+    load_task = self._load_tasks.pop(adapter_queue, None)
+    if load_task is not None:
+        self._take_out(load_task)
 
 
 SCHEDULING: Mutants = {
@@ -41,28 +42,28 @@ SCHEDULING: Mutants = {
     ),
     "scheduler: a slot is kept for its batches": mutant(
         f"{BATCHES}::test_an_adapter_is_given_back_after_the_last_of_its_batches",
-        (Guestbook, "landed", _given_back_after_the_first),
+        (AdapterQueues, "landed", _given_back_after_the_first),
     ),
     "scheduler: a batch is valid while its slots are its own": mutant(
         f"{BATCHES}::test_a_stale_batch_is_caught", skipped(Batch, "check")
     ),
     "scheduler: a slot held in vain makes way": mutant(
         f"{BATCHES}::test_a_request_that_may_not_begin_gives_its_slot_to_one_that_has_begun",
-        skipped(Guestbook, "make_way"),
+        skipped(AdapterQueues, "make_way"),
     ),
     "scheduler: tokens of false weights do not count": mutant(
         f"{ENDS}::test_a_token_of_false_weights_does_not_count",
-        skipped(Guestbook, "judge"),
+        skipped(AdapterQueues, "judge"),
     ),
     "scheduler: a preempted request gives its place back": mutant(
         f"{BATCHES}::test_preempting_ends",
-        skipped(Guestbook, "preempt"),
+        skipped(AdapterQueues, "preempt"),
     ),
     "scheduler: a load ends with its last request": mutant(
         f"{BATCHES}::test_a_request_may_begin_when_another_is_cancelled_that_lost_its_slot",
-        (Waiting, "remove", _forgotten_but_loaded),
+        (LoadQueue, "remove", _forgotten_but_loaded),
     ),
     "scheduler: close waits for its loads": mutant(
-        f"{ENDS}::test_close_waits_for_its_loads", skipped(Waiting, "close")
+        f"{ENDS}::test_close_waits_for_its_loads", skipped(LoadQueue, "close")
     ),
 }

@@ -6,12 +6,21 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
-from lorax_async.engines.batch import Batch
+from lorax_async.engines.batch import ModelBatch
 from lorax_async.handle import AdapterHandle
-from lorax_async.server import engine, warm_list
+from lorax_async.server import (
+    engine,
+    warm_list,
+)
 from lorax_async.server.engine import Engine
-from lorax_async.server.in_flight import InFlightRequests, RequestScope
-from lorax_async.server.kv_cache import KVCache, PlacesLayer
+from lorax_async.server.in_flight import (
+    InFlightRequests,
+    RequestScope,
+)
+from lorax_async.server.transformers_decoder import (
+    KVCache,
+    PlacesLayer,
+)
 from mutants.mutation import (
     Mutants,
     NoLock,
@@ -46,7 +55,8 @@ SERVING: Mutants = {
         (AdapterHandle, "use", lambda *_: nullcontext()),
     ),
     "batch: layers begin and end one after the other": mutant(
-        f"{LOCKS}::test_two_layers_that_end_at_once_are_both_over", initialized(Batch, _lock=NoLock)
+        f"{LOCKS}::test_two_layers_that_end_at_once_are_both_over",
+        initialized(ModelBatch, _lock=NoLock),
     ),
     "gate: a pass waits for a layer that is on its way": mutant(
         "engines/test_layer_gate.py::test_a_layer_within_the_budget_is_waited_for",

@@ -7,20 +7,30 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from lorax_async.io import host_copies, merging
-from lorax_async.io.host_copies import HostCopies, HostCopy
-from lorax_async.io.remote import fetch, jobs, opening, workers
-from lorax_async.io.remote.cached import FetchReader
-from lorax_async.io.remote.fetch import Fetch
-from lorax_async.io.remote.known import Known
-from lorax_async.io.remote.opening import Opening
-from lorax_async.io.remote.resolving import Resolving
-from lorax_async.io.remote.source import RemoteSource
-from lorax_async.io.remote.workers import Workers
-from lorax_async.io.snapshot import Snapshot
-from lorax_async.io.sources import local_hold, merged, split_reader
-from lorax_async.io.sources.checked_open import FileReader
-from lorax_async.io.sources.local_hold import LocalHold
+from lorax_async import concurrency
+from lorax_async.concurrency import WorkerThreads
+from lorax_async.files import FileReader
+from lorax_async.remote import (
+    fetching,
+    metadata,
+    opening,
+)
+from lorax_async.remote.fetching import AdapterFetch
+from lorax_async.remote.opening import AdapterOpener
+from lorax_async.remote.readers import FetchReader
+from lorax_async.remote.remote_source import RemoteSource
+from lorax_async.remote.resolution import ResolutionCache, VersionResolver
+from lorax_async.sources import (
+    host_copies,
+    local_weights,
+    merges,
+)
+from lorax_async.sources.host_copies import (
+    HostCopies,
+    HostCopy,
+    TensorSnapshot,
+)
+from lorax_async.sources.local_weights import LocalPages
 from mutants.mutation import (
     Mutants,
     NoLock,
@@ -37,7 +47,7 @@ MEMORY = "io/test_memory_source.py"
 REMOTE = "io/remote/test_remote_source.py"
 LOADS = "io/remote/test_remote_loads.py"
 
-_attempt = Opening._attempt
+_attempt = AdapterOpener._attempt
 
 
 def _closed_under_readers(self: FileReader) -> None:
@@ -47,8 +57,8 @@ def _closed_under_readers(self: FileReader) -> None:
             os.close(self._fd)
 
 
-def _held_unseen(self: LocalHold) -> None:
-    local_hold.close_all(self._readers)
+def _held_unseen(self: LocalPages) -> None:
+    concurrency.close_all(self._readers)
 
 
 async def _not_waited_for(works: Sequence[Any], undo: object) -> list[Any]:
@@ -75,12 +85,12 @@ def _freed_while_read(self: HostCopy) -> None:
         self._room.end()
 
 
-async def _not_undone(self: Workers, work: Any, undo: object = None) -> Any:
-    return await workers.outcome(self.threads.submit(work))
+async def _not_undone(self: WorkerThreads, work: Any, undo: object = None) -> Any:
+    return await concurrency.outcome(self.threads.submit(work))
 
 
-async def _not_finished(self: Workers, work: Any) -> None:
-    await workers.outcome(self.threads.submit(work))
+async def _not_finished(self: WorkerThreads, work: Any) -> None:
+    await concurrency.outcome(self.threads.submit(work))
 
 
 def _kept_when_closed(self: FetchReader, entry: Any) -> None:
@@ -91,15 +101,15 @@ def _let_go(self: FetchReader, entry: Any) -> None:
     entry.close()
 
 
-def _alone(self: Opening, key: Any, scope: str, *, alone: bool) -> Any:
+def _alone(self: AdapterOpener, key: Any, scope: str, *, alone: bool) -> Any:
     return _attempt(self, key, scope, alone=True)
 
 
-def _left_while_hashed(self: Fetch, error: object) -> None:
+def _left_while_hashed(self: AdapterFetch, error: object) -> None:
     self._download.close()
 
 
-async def _granted_to_all(self: Resolving, *_: object) -> bool:
+async def _granted_to_all(self: VersionResolver, *_: object) -> bool:
     return True
 
 
@@ -109,19 +119,19 @@ SOURCES: Mutants = {
         (FileReader, "close", _closed_under_readers),
     ),
     "opened once: one read opens": mutant(
-        f"{SPLIT}::test_many_first_reads_open_it_once", (split_reader, "Lock", NoLock)
+        f"{SPLIT}::test_many_first_reads_open_it_once", (local_weights, "Lock", NoLock)
     ),
     "hold: what is held is what was opened": mutant(
         "io/test_local_hold.py::test_a_file_that_changes_is_not_held",
-        (LocalHold, "settle", _held_unseen),
+        (LocalPages, "settle", _held_unseen),
     ),
     "merge: parts that are given up are waited for": mutant(
         f"{MEMORY}::test_when_a_part_fails_the_others_have_ended",
-        (merged, "_all", _not_waited_for),
+        (merges, "_all", _not_waited_for),
     ),
     "tensors: writes during the copy are noticed": mutant(
         f"{MEMORY}::test_a_write_at_any_time_is_noticed",
-        skipped(Snapshot, "_require_unchanged"),
+        skipped(TensorSnapshot, "_require_unchanged"),
     ),
     "tensors: room is claimed before they are copied": mutant(
         f"{MEMORY}::test_the_budget_counts_what_is_being_copied",
@@ -141,32 +151,32 @@ SOURCES: Mutants = {
     ),
     "merge: it draws no number of the process's generator": mutant(
         "engines/test_merge_equality.py::test_another_seed_drops_others_and_no_global_random_number_is_drawn",
-        (merging, "_DrawingFrom", lambda _: NoLock()),
+        (merges, "_DrawingFrom", lambda _: NoLock()),
     ),
     "workers: a cancelled caller's result is undone": mutant(
         f"{REMOTE}::test_a_cancelled_caller_waits_for_its_thread_and_undoes_the_result",
-        (Workers, "run", _not_undone),
+        (WorkerThreads, "run", _not_undone),
     ),
     "workers: letting go is waited for": mutant(
         f"{REMOTE}::test_a_release_is_done_though_it_was_cancelled_before_it_began",
-        (Workers, "finish", _not_finished),
+        (WorkerThreads, "finish", _not_finished),
     ),
     "fetch: it is published when all of it is here": mutant(
-        f"{LOADS}::test_an_adapter_comes_once", (fetch, "outcome", nothing_awaited)
+        f"{LOADS}::test_an_adapter_comes_once", (fetching, "outcome", nothing_awaited)
     ),
     "fetch: groups are reported on the loop": mutant(
-        f"{REMOTE}::test_groups_are_reported_on_the_loop", (fetch, "_on_loop", same)
+        f"{REMOTE}::test_groups_are_reported_on_the_loop", (fetching, "_on_loop", same)
     ),
     "fetch: groups of several files are reported in their order": mutant(
         f"{REMOTE}::test_groups_of_two_files_are_reported_in_their_order",
-        initialized(Fetch, _lock=NoLock),
+        initialized(AdapterFetch, _lock=NoLock),
     ),
     "fetch: nothing reads a download that has ended": mutant(
         f"{REMOTE}::test_nothing_reads_a_download_that_has_ended",
-        (Fetch, "_leave", _left_while_hashed),
+        (AdapterFetch, "_leave", _left_while_hashed),
     ),
     "fetch: its jobs have ended when that is reported": mutant(
-        f"{REMOTE}::test_jobs_end_with_whoever_follows_them", (jobs, "ended", nothing_awaited)
+        f"{REMOTE}::test_jobs_end_with_whoever_follows_them", (metadata, "ended", nothing_awaited)
     ),
     "fetch: a closed reader keeps no entry": mutant(
         f"{REMOTE}::test_a_reader_that_is_closed_while_it_is_brought_keeps_nothing",
@@ -177,7 +187,7 @@ SOURCES: Mutants = {
         (FetchReader, "adopt", _let_go),
     ),
     "fetch: two processes download once": mutant(
-        f"{LOADS}::test_two_processes_download_once", (Opening, "_attempt", _alone)
+        f"{LOADS}::test_two_processes_download_once", (AdapterOpener, "_attempt", _alone)
     ),
     "fetch: small files are checked before they are used": mutant(
         f"{REMOTE}::test_small_files_are_checked_before_they_are_used",
@@ -189,10 +199,10 @@ SOURCES: Mutants = {
     ),
     "resolving: the cache serves whom it was granted to": mutant(
         f"{REMOTE}::test_callers_who_had_it_have_it_while_the_source_is_down",
-        (Resolving, "_may_have", _granted_to_all),
+        (VersionResolver, "_may_have", _granted_to_all),
     ),
     "resolving: a fetch is in the last caller's name": mutant(
         f"{LOADS}::test_a_digest_is_its_callers_own",
-        skipped(Known, "_asked", True),
+        skipped(ResolutionCache, "_asked", True),
     ),
 }

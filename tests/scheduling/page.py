@@ -6,8 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lorax_async import AdapterScheduler, Batch, Request, Ticket
-from lorax_async.engines.transformers import Attached
+from lorax_async.engines.transformers import AttachedModel
+from lorax_async.scheduler.requests import (
+    Request,
+    Ticket,
+)
+from lorax_async.scheduler.scheduler import AdapterScheduler
+from lorax_async.scheduler.step import Batch
 
 PAGE = Path(__file__).parents[2] / "docs" / "scheduler.md"
 
@@ -15,7 +20,10 @@ PAGE = Path(__file__).parents[2] / "docs" / "scheduler.md"
 def functions() -> dict[str, Any]:
     """By their names, from all of its blocks."""
     scope: dict[str, Any] = {
-        **{kind.__name__: kind for kind in (AdapterScheduler, Attached, Batch, Request, Ticket)},
+        **{
+            kind.__name__: kind
+            for kind in (AdapterScheduler, AttachedModel, Batch, Request, Ticket)
+        },
         "Callable": Callable,
         "asyncio": asyncio,
     }

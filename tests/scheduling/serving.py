@@ -8,9 +8,12 @@ from itertools import count
 from typing import Any
 
 from common import until
-from lorax_async import AdapterLoader, AdapterRef, AdapterScheduler, Batch, Ticket
-from lorax_async.adapter import AdapterKey
+from lorax_async.loader import AdapterLoader
+from lorax_async.scheduler.requests import Ticket
+from lorax_async.scheduler.scheduler import AdapterScheduler
+from lorax_async.scheduler.step import Batch
 from lorax_async.testing import FakeSource
+from lorax_async.types import AdapterKey, AdapterRef
 from tiny_sources import over
 
 

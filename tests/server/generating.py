@@ -8,12 +8,25 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from common import our_threads
-from lorax_async import AdapterLoader, LoraxError
-from lorax_async.adapter import AdapterId
-from lorax_async.server.engine import Engine
-from lorax_async.server.generation import Computed, Generation, Sampling, Step
-from lorax_async.server.sampling import Sampler, choose
-from lorax_async.testing import FakeDecoder, FakeSource, fake_logits
+from lorax_async.errors import LoraxError
+from lorax_async.loader import AdapterLoader
+from lorax_async.server.engine import (
+    Engine,
+    Sampler,
+    choose,
+)
+from lorax_async.server.generation import (
+    DecoderStep,
+    Generation,
+    Sampling,
+    StepResult,
+)
+from lorax_async.testing import (
+    FakeDecoder,
+    FakeSource,
+    fake_logits,
+)
+from lorax_async.types import AdapterId
 from scheduling.serving import opened
 
 GREEDY = Sampling(temperature=0)
@@ -30,16 +43,16 @@ class ScriptedDecoder(FakeDecoder):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.before: Callable[[int], None] = lambda number: None
-        self.leave: Callable[[int, Step], dict[int, LoraxError]] = lambda number, step: {}
+        self.leave: Callable[[int, DecoderStep], dict[int, LoraxError]] = lambda number, step: {}
 
-    def compute(self, step: Step) -> Computed:
+    def compute(self, step: DecoderStep) -> StepResult:
         number = len(self.steps)
         self.before(number)
         computed = super().compute(step)
         out = {**computed.out, **self.leave(number, step)}
         for row in out:
             self.forget(step.parts[row].sequence)
-        return Computed(computed.logits, out)
+        return StepResult(computed.logits, out)
 
 
 @asynccontextmanager

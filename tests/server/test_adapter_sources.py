@@ -12,11 +12,16 @@ import pytest
 from hub_stand_in import HubStandIn
 from user_loads import at, contents, loader, written
 
-from lorax_async import Allow, ConfigError
-from lorax_async.commands.places import as_source, opened, sources_of
-from lorax_async.commands.serve import named
-from lorax_async.identity import AdapterRef
-from lorax_async.server.settings import ServerSettings
+from lorax_async.cli.arguments import (
+    as_source,
+    opened,
+    sources_of,
+)
+from lorax_async.cli.serve import named
+from lorax_async.errors import ConfigError
+from lorax_async.ids.allow import Allow
+from lorax_async.server.server_settings import ServerSettings
+from lorax_async.types import AdapterRef
 from server.world import Answer, FakeEngine, World, echo, loading, serving
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "hub_client")

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse
 
 import tiny
 from common import until
-from lorax_async import FetchError
+from lorax_async.errors import FetchError
 from server.world import TOKEN, Answer, World, serving
 from tiny_loaders import loader as tiny_loader
 from tiny_loaders import on_device

@@ -15,7 +15,10 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel
 from tokenizers import Tokenizer, decoders, models
 
-from lorax_async.server.completions import Detokenizer, StopStrings
+from lorax_async.server.completions import (
+    Detokenizer,
+    StopStrings,
+)
 from server.world import (
     COMPLETIONS,
     FakeEngine,

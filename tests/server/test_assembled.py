@@ -18,10 +18,18 @@ from transformers import LlamaForCausalLM
 
 from common import our_threads, until
 from engines.variants import PEFT_WARNING, active, save
-from lorax_async import AdapterRef, Allow, LoaderConfig, UsageError
+from lorax_async.config import LoaderConfig
+from lorax_async.errors import UsageError
+from lorax_async.ids.allow import Allow
 from lorax_async.server.generation import Generation
-from lorax_async.server.service import Base, Capacity, Service, open_service
-from lorax_async.server.settings import ServerSettings
+from lorax_async.server.server_settings import ServerSettings
+from lorax_async.server.service import (
+    ServedModel,
+    ServerCapacity,
+    Service,
+    open_service,
+)
+from lorax_async.types import AdapterRef
 from server.generating import GREEDY, all_of
 from server.world import TOKEN, listening, llama_config, tokenizer, tokens_of
 from tiny_loaders import on_device
@@ -35,14 +43,14 @@ NEW = 8
 
 
 @pytest.fixture
-def base() -> Base:
+def base() -> ServedModel:
     torch.manual_seed(1)
     model: Any = LlamaForCausalLM(llama_config())
-    return Base(model.eval(), tokenizer(), frozenset())
+    return ServedModel(model.eval(), tokenizer(), frozenset())
 
 
 @pytest.fixture
-def folders(tmp_path: Path, base: Base) -> dict[str, Path]:
+def folders(tmp_path: Path, base: ServedModel) -> dict[str, Path]:
     """Adapters of which each makes the base say something else."""
     return {
         name: save(base.model, {"r": 2, "target_modules": [target]}, tmp_path / name)
@@ -52,7 +60,7 @@ def folders(tmp_path: Path, base: Base) -> dict[str, Path]:
 
 @asynccontextmanager
 async def whole(
-    base: Base,
+    base: ServedModel,
     warm: Path | None = None,
     named: dict[str, Any] | None = None,
     sources: tuple[Allow, ...] = (),
@@ -61,11 +69,11 @@ async def whole(
     plain = {"dtype": "float32", "device_bytes": 1 << 20, "max_slots": 3}
     settings = ServerSettings(base="b", adapters=named or {}, sources=sources, admin_token=TOKEN)
     loader = LoaderConfig(**(plain | config))  # type: ignore[arg-type]
-    async with open_service(base, loader, settings, Capacity(sequences=2), warm) as service:
+    async with open_service(base, loader, settings, ServerCapacity(sequences=2), warm) as service:
         yield service
 
 
-async def test_a_server_answers_over_a_socket(base: Base, folders: dict[str, Path]) -> None:
+async def test_a_server_answers_over_a_socket(base: ServedModel, folders: dict[str, Path]) -> None:
     """Two adapters in one forward pass, as PEFT says, one loaded by name, and a last answer."""
     expected, passes = dict[str, str](), list[int]()
     with active(base.model, **folders) as peft_model:
@@ -109,7 +117,9 @@ async def test_a_server_answers_over_a_socket(base: Base, folders: dict[str, Pat
         assert not ended.done()
 
 
-async def test_all_of_it_is_closed(tmp_path: Path, base: Base, folders: dict[str, Path]) -> None:
+async def test_all_of_it_is_closed(
+    tmp_path: Path, base: ServedModel, folders: dict[str, Path]
+) -> None:
     """The list of the warm first; an adapter whose request is refused is not among them."""
     warm, tasks = tmp_path / "warm", asyncio.all_tasks()
     forwards = [vars(module).get("forward") for module in base.model.modules()]
@@ -151,7 +161,7 @@ def listed(path: Path, *rows: dict[str, Any]) -> Path:
     ids=["closed", "open", "open with the token"],
 )
 async def test_an_adapter_comes_back_as_a_request_could_name_it_now(
-    tmp_path: Path, base: Base, monkeypatch: pytest.MonkeyPatch, sources: Any, tokens: Any
+    tmp_path: Path, base: ServedModel, monkeypatch: pytest.MonkeyPatch, sources: Any, tokens: Any
 ) -> None:
     """A stranger may have named it while more was allowed; only a name keeps its authority."""
     monkeypatch.setenv("HF_TOKEN", "own")
@@ -179,7 +189,7 @@ async def test_an_adapter_comes_back_as_a_request_could_name_it_now(
 
 
 async def test_a_folder_without_its_name_comes_back_below_a_local_root_only(
-    tmp_path: Path, base: Base, folders: dict[str, Path]
+    tmp_path: Path, base: ServedModel, folders: dict[str, Path]
 ) -> None:
     """An operator's path needs no root, so the list must not keep that authority."""
     paths = [

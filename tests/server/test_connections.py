@@ -17,13 +17,19 @@ import pytest
 from starlette.requests import ClientDisconnect
 
 from common import Run, until
-from lorax_async import LoaderClosedError, UsageError
+from lorax_async.errors import (
+    LoaderClosedError,
+    UsageError,
+)
 from lorax_async.server.clients import ABORT
 from lorax_async.server.completions import CompletionEndpoint
-from lorax_async.server.errors import Refusal
 from lorax_async.server.in_flight import RequestScope
-from lorax_async.server.requests import CompletionBody
-from lorax_async.server.serving import DrainingServer, listen
+from lorax_async.server.refusals import Refusal
+from lorax_async.server.request_bodies import CompletionBody
+from lorax_async.server.serving import (
+    DrainingServer,
+    listen,
+)
 from server.world import COMPLETIONS, POST, FakeEngine, FakeTokens, World, request, saying, serving
 
 pytestmark = pytest.mark.usefixtures("no_socket_left")

@@ -30,20 +30,31 @@ import tiny
 from common import until
 from engines.gate_inputs import source
 from engines.variants import PEFT_WARNING, active, logits_of, serving, streaming
-from lorax_async import (
-    AdapterHandle,
-    AdapterScheduler,
+from lorax_async.engines.transformers import AttachedModel
+from lorax_async.errors import (
     AdapterTimeoutError,
     ConfigError,
     FetchError,
     UsageError,
 )
-from lorax_async.engines.transformers import Attached
-from lorax_async.server.decoder import TransformersDecoder
-from lorax_async.server.engine import Engine
-from lorax_async.server.generation import Computed, Sampling, SequencePart, Step
-from lorax_async.server.kv_cache import BLOCK, KVCache
-from lorax_async.server.sampling import Sampler, choose
+from lorax_async.handle import AdapterHandle
+from lorax_async.scheduler.scheduler import AdapterScheduler
+from lorax_async.server.engine import (
+    Engine,
+    Sampler,
+    choose,
+)
+from lorax_async.server.generation import (
+    DecoderStep,
+    Sampling,
+    SequencePart,
+    StepResult,
+)
+from lorax_async.server.transformers_decoder import (
+    BLOCK,
+    KVCache,
+    TransformersDecoder,
+)
 from lorax_async.testing import FakeSource
 from server.generating import all_of, asked
 
@@ -86,9 +97,9 @@ class Play:
     solo: Solo
     atol: float = 2e-5
 
-    async def step(self, *rows: tuple[Row, int], budget: float = 0.0) -> Computed:
+    async def step(self, *rows: tuple[Row, int], budget: float = 0.0) -> StepResult:
         """Compute this many tokens of each; a row that is complete gets the likeliest next one."""
-        step = Step([one.part(count) for one, count in rows], budget, lambda: False)
+        step = DecoderStep([one.part(count) for one, count in rows], budget, lambda: False)
         computed = await asyncio.to_thread(self.decoder.compute, step)
         for number, (one, count) in enumerate(rows):
             if number in computed.out:
@@ -102,7 +113,7 @@ class Play:
                 one.tokens.append(int(expected.argmax()))
         return computed
 
-    async def whole(self, *rows: Row, budget: float = 0.0) -> Computed:
+    async def whole(self, *rows: Row, budget: float = 0.0) -> StepResult:
         """Compute all that each wants."""
         return await self.step(*((one, one.wants) for one in rows), budget=budget)
 
@@ -220,7 +231,7 @@ async def test_what_was_at_a_place_never_matters(small: Any) -> None:
         sound = weight.clone()
         with torch.no_grad():
             weight.fill_(float("nan"))
-        computed = decoder.compute(Step([row(1, 30).part(30)], 0.0, lambda: False))
+        computed = decoder.compute(DecoderStep([row(1, 30).part(30)], 0.0, lambda: False))
         assert computed.logits.isnan().all()
         with torch.no_grad():
             weight.copy_(sound)
@@ -261,17 +272,17 @@ async def test_rows_that_are_late_begin_again_and_the_others_go_on(
 async def test_what_one_pass_has_waited_is_missing_for_the_next(
     small: Any, source: FakeSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    budgets, original = list[float](), Attached.batch
+    budgets, original = list[float](), AttachedModel.batch
 
-    def batch(self: Attached, rows: Any, budget: float, *more: Any, **named: Any) -> Any:
+    def batch(self: AttachedModel, rows: Any, budget: float, *more: Any, **named: Any) -> Any:
         budgets.append(budget)
         return original(self, rows, budget, *more, **named)
 
-    monkeypatch.setattr(Attached, "batch", batch)
+    monkeypatch.setattr(AttachedModel, "batch", batch)
     async with streaming(small, source) as (attached, warm, cold):
         decoder = TransformersDecoder(small, attached, 3)
         rows = (row(1, 4, "cold", cold), row(0, 3, "warm", warm), row(2, 5, "cold", cold))
-        step = Step([each.part(each.wants) for each in rows], 0.02, lambda: False)
+        step = DecoderStep([each.part(each.wants) for each in rows], 0.02, lambda: False)
         computed = await asyncio.to_thread(decoder.compute, step)
         assert set(computed.out) == {0, 2}
     assert budgets == [0.02, 0.02, 0.0]  # who is there first; then one waits, and one no more
@@ -336,9 +347,9 @@ def test_numbers_are_limited_by_the_model(small: Any) -> None:
 
 
 async def test_steps_that_do_not_follow_change_nothing(small: Any) -> None:
-    def step(*parts: tuple[int, int, list[int]]) -> Step:
+    def step(*parts: tuple[int, int, list[int]]) -> DecoderStep:
         made = [SequencePart(number, start, tokens, None) for number, start, tokens in parts]
-        return Step(made, 0.0, lambda: False)
+        return DecoderStep(made, 0.0, lambda: False)
 
     async with serving(small) as (_, attached):
         decoder = TransformersDecoder(small, attached, 2)

@@ -17,27 +17,38 @@ import torch
 
 import tiny
 from common import our_threads, until
-from lorax_async import (
+from lorax_async.config import LoaderConfig
+from lorax_async.devices.simulated import GatedDevice
+from lorax_async.errors import (
     AdapterFormatError,
-    AdapterKey,
-    AdapterLoader,
     AdapterNotFoundError,
-    AdapterRef,
-    AdapterScheduler,
     AdapterTimeoutError,
     FetchError,
     IntegrityError,
     InternalError,
     LoaderClosedError,
-    LoaderConfig,
     LoraxError,
     UsageError,
 )
-from lorax_async.io.devices.gated import GatedDevice
-from lorax_async.server.engine import Engine, TokenStream
-from lorax_async.server.generation import Sampling, Step
-from lorax_async.server.sampling import Sampler
-from lorax_async.testing import FakeDecoder, FakeSource
+from lorax_async.loader import AdapterLoader
+from lorax_async.scheduler.scheduler import AdapterScheduler
+from lorax_async.server.engine import (
+    Engine,
+    Sampler,
+    TokenStream,
+)
+from lorax_async.server.generation import (
+    DecoderStep,
+    Sampling,
+)
+from lorax_async.testing import (
+    FakeDecoder,
+    FakeSource,
+)
+from lorax_async.types import (
+    AdapterKey,
+    AdapterRef,
+)
 from scheduling.serving import opened, warm
 from server.generating import GREEDY, VOCABULARY, ScriptedDecoder, all_of, alone, asked, generating
 from tiny_sources import stocked
@@ -192,7 +203,7 @@ async def test_an_answer_left_out_of_a_step_goes_on_and_says_nothing_twice(
     """With its random numbers where they were; left out of its first step, it still waits."""
     late, waiting = AdapterTimeoutError("late", id="a"), list[int]()
 
-    def leave(number: int, step: Step) -> dict[int, LoraxError]:
+    def leave(number: int, step: DecoderStep) -> dict[int, LoraxError]:
         waiting.append(engine.waiting)
         ours = [n for n, part in enumerate(step.parts) if part.handle is not None]
         return dict.fromkeys(ours, late) if number in {0, 3, 4, 7} else {}
@@ -240,7 +251,7 @@ async def test_a_decoder_that_raises_fails_those_of_the_step_and_goes_on(
 
 async def test_logits_that_are_no_numbers_fail_their_own_row(source: FakeSource) -> None:
     class Broken(ScriptedDecoder):
-        def compute(self, step: Step) -> Any:
+        def compute(self, step: DecoderStep) -> Any:
             computed = super().compute(step)
             for number, part in enumerate(step.parts):
                 if part.handle is not None and part.handle.id == "a":
@@ -316,7 +327,7 @@ async def test_no_token_of_an_adapter_that_was_false_comes_out(source: FakeSourc
     """It is found out while the step is computed, and no event tells."""
     gate, loop = gate_digests(source), asyncio.get_running_loop()
 
-    def leave(number: int, step: Step) -> dict[int, LoraxError]:
+    def leave(number: int, step: DecoderStep) -> dict[int, LoraxError]:
         loop.call_soon_threadsafe(gate.set)
         handle = step.parts[0].handle
         assert handle is not None
@@ -383,7 +394,7 @@ async def test_closing_in_any_turn_leaves_an_answer_whole_or_broken_off(
             await asyncio.sleep(0)
         await engine.close()
 
-    def leave(number: int, step: Step) -> dict[int, LoraxError]:
+    def leave(number: int, step: DecoderStep) -> dict[int, LoraxError]:
         loop.call_soon_threadsafe(lambda: closing.append(asyncio.create_task(close())))
         return {}
 

@@ -13,11 +13,14 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 import tiny
-from lorax_async import FetchError
-from lorax_async.metrics.collector import LAG_PERIOD
+from lorax_async.errors import FetchError
+from lorax_async.observability.prometheus import LAG_PERIOD
 from lorax_async.server.engine import ObservedTokens
-from lorax_async.server.metrics import RequestCounter, ServerMetrics
-from lorax_async.server.names import Names
+from lorax_async.server.model_names import ModelNames
+from lorax_async.server.server_metrics import (
+    RequestCounter,
+    ServerMetrics,
+)
 from metrics.scraping import Samples, of, parsed
 from server.world import FakeEngine, World, failing, request, serving
 from tiny_loaders import loader
@@ -169,7 +172,7 @@ async def test_looks_at_the_loop_end_with_the_server() -> None:
 async def test_a_tokens_time_is_since_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, nothing = FakeEngine(), cast(Any, None)
     async with loader() as there:
-        metrics, clock = ServerMetrics(there, Names("base", {})), [100.0]
+        metrics, clock = ServerMetrics(there, ModelNames("base", {})), [100.0]
         with monkeypatch.context() as patch:
             patch.setattr(time, "monotonic", lambda: clock[0])
             submitted = engine.submit(nothing)

@@ -19,11 +19,16 @@ import torch
 import uvloop
 
 from link import Link
-from lorax_async import Allow, LoaderConfig
-from lorax_async.commands import serve
+from lorax_async.cli import serve
+from lorax_async.config import LoaderConfig
 from lorax_async.engines.smollm2 import prepare_base
-from lorax_async.server.service import Base, Capacity, open_service
-from lorax_async.server.settings import ServerSettings
+from lorax_async.ids.allow import Allow
+from lorax_async.server.server_settings import ServerSettings
+from lorax_async.server.service import (
+    ServedModel,
+    ServerCapacity,
+    open_service,
+)
 from server.world import listening
 
 pytestmark = [pytest.mark.usefixtures("nothing_left", "no_socket_left"), pytest.mark.slow]
@@ -73,10 +78,10 @@ class Minute:
 
 
 @pytest.fixture(scope="module")
-def base() -> Iterator[Base]:
+def base() -> Iterator[ServedModel]:
     """With what `lorax-async serve` decides for its process."""
     before, threads = sys.getswitchinterval(), torch.get_num_threads()
-    base = Base.load(prepare_base(), dtype="float32", device="cpu")
+    base = ServedModel.load(prepare_base(), dtype="float32", device="cpu")
     serve.as_application()
     yield base
     gc.unfreeze()
@@ -102,7 +107,7 @@ def source(adapters: Path, work: Path, copies: int) -> Iterator[tuple[Link, list
         yield link, [f"{link.url(name)}/" for name in often]
 
 
-async def minute(base: Base, link: Link, cache: Path, what: dict[str, Any]) -> Minute:
+async def minute(base: ServedModel, link: Link, cache: Path, what: dict[str, Any]) -> Minute:
     """A server that has never heard of the adapters, and clients that ask for them."""
     resident = list[int]()
 
@@ -121,7 +126,7 @@ async def minute(base: Base, link: Link, cache: Path, what: dict[str, Any]) -> M
         allow=(Allow("http", "127.0.0.1", link.port),),
     )
     settings = ServerSettings(base="smollm2", sources=config.allow, max_adapters_per_client=1000)
-    capacity = Capacity(sequences=16, length=256)
+    capacity = ServerCapacity(sequences=16, length=256)
     async with (
         open_service(base, config, settings, capacity) as service,
         listening(service) as (_, __, port, ___),
@@ -140,21 +145,21 @@ async def minute(base: Base, link: Link, cache: Path, what: dict[str, Any]) -> M
         return Minute(answers, resident, service.loader.statistics().loads)
 
 
-def play(base: Base, link: Link, work: Path, models: list[str], **what: Any) -> Minute:
+def play(base: ServedModel, link: Link, work: Path, models: list[str], **what: Any) -> Minute:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         found = runner.run(minute(base, link, work / "cache", what | {"models": models}))
     found.require_right()
     return found
 
 
-def test_many_clients_for_a_moment(base: Base, examples: Path, tmp_path: Path) -> None:
+def test_many_clients_for_a_moment(base: ServedModel, examples: Path, tmp_path: Path) -> None:
     with source(examples, tmp_path, 24) as (link, models):
         found = play(base, link, tmp_path, models, clients=16, seconds=4)
     assert found.kinds >= STYLES.keys()
 
 
 @pytest.mark.soak
-def test_many_clients_for_a_minute(base: Base, examples: Path, tmp_path: Path) -> None:
+def test_many_clients_for_a_minute(base: ServedModel, examples: Path, tmp_path: Path) -> None:
     with source(examples, tmp_path, 200) as (link, models):
         found = play(base, link, tmp_path, models, clients=64, seconds=60)
     assert found.kinds == STYLES.keys() | ERRORS.keys()

@@ -16,10 +16,16 @@ import pytest
 
 import tiny
 from common import until
-from lorax_async import AdapterFormatError, CapacityError
+from lorax_async.errors import (
+    AdapterFormatError,
+    CapacityError,
+)
 from lorax_async.server import cold_requests
-from lorax_async.server.calls.page import dashboard, routes
-from lorax_async.server.names import Names
+from lorax_async.server.model_names import ModelNames
+from lorax_async.server.page import (
+    dashboard,
+    routes,
+)
 from lorax_async.tracing.trace import Trace
 from server.world import COMPLETIONS, TOKEN, FakeEngine, FakeTokens, World, loading, saying, serving
 from tiny_loaders import ONE, gated
@@ -224,7 +230,7 @@ def test_all_pages_share_a_look_which_takes_a_share_of_the_time(
 
     monkeypatch.setattr(dashboard, "monotonic", lambda: clock[0])
     shared = dashboard.Dashboard(
-        cast(Any, Loader()), Names("base", {"one": "org/one"}), cast(Any, None)
+        cast(Any, Loader()), ModelNames("base", {"one": "org/one"}), cast(Any, None)
     )
     counts = list[int]()
     for _ in range(8):
@@ -474,7 +480,7 @@ async def test_an_adapter_has_the_operators_name(tmp_path: Path) -> None:
 
 
 def test_the_first_name_that_is_left_counts(tmp_path: Path) -> None:
-    names = Names("base", {"one": "org/x", "two": "org/x", "path": tmp_path})
+    names = ModelNames("base", {"one": "org/x", "two": "org/x", "path": tmp_path})
     # A request's text is no path.
     ids = ("org/x", tmp_path, str(tmp_path))
     assert [names.name_of(id) for id in ids] == ["one", "path", None]

@@ -16,18 +16,26 @@ from pydantic import ValidationError
 
 import lorax_async as la
 import tiny
-from lorax_async import ConfigError, LoraxError, UsageError
-from lorax_async.commands.serve import hosts_of
-from lorax_async.server.errors import INTERNAL, Refusal, refusal_of
-from lorax_async.server.requests import (
+from lorax_async.cli.serve import hosts_of
+from lorax_async.errors import (
+    ConfigError,
+    LoraxError,
+    UsageError,
+)
+from lorax_async.server.refusals import (
+    INTERNAL,
+    Refusal,
+    refusal_of,
+)
+from lorax_async.server.request_bodies import (
     ChatBody,
     CompletionBody,
     GenerationBody,
-    Prompts,
+    PromptEncoder,
     parse_body,
 )
+from lorax_async.server.server_settings import ServerSettings
 from lorax_async.server.serving import listen
-from lorax_async.server.settings import ServerSettings
 from server.world import (
     COMPLETIONS,
     TOKEN,
@@ -476,7 +484,7 @@ def no_thread_is_interrupted() -> Iterator[None]:
 @pytest.mark.usefixtures("no_thread_is_interrupted")
 @pytest.mark.parametrize("kind", [CompletionBody, ChatBody])
 def test_other_threads_run_while_a_long_text_becomes_tokens(kind: type[GenerationBody]) -> None:
-    prompts, text = Prompts(tokenizer()), "what is ice " * 30_000
+    prompts, text = PromptEncoder(tokenizer()), "what is ice " * 30_000
     fields = messages(user(text)) if kind is ChatBody else {"prompt": text}
     body = parse_body(kind, json.dumps({"model": "m"} | fields).encode())
     begun, read = threading.Event(), list[int]()

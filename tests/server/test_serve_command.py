@@ -26,12 +26,20 @@ import transformers
 from openai import DefaultHttpxClient, OpenAI
 
 import tiny
-from lorax_async import Allow, ConfigError
-from lorax_async.cli import main
-from lorax_async.commands import serve
-from lorax_async.commands.places import as_source, opened, sources_of
-from lorax_async.commands.serve import ADMIN_TOKEN, how_to_serve, named
-from lorax_async.server.service import Base
+from lorax_async.cli import main, serve
+from lorax_async.cli.arguments import (
+    as_source,
+    opened,
+    sources_of,
+)
+from lorax_async.cli.serve import (
+    ADMIN_TOKEN,
+    how_to_serve,
+    named,
+)
+from lorax_async.errors import ConfigError
+from lorax_async.ids.allow import Allow
+from lorax_async.server.service import ServedModel
 from server.world import llama_config, tokenizer
 
 TOKEN = "a-token"
@@ -205,7 +213,7 @@ def refused(
 ) -> Callable[..., str]:
     """Start a server with these options; returns the one line that it ends with."""
 
-    def load(*_: Any, **__: Any) -> Base:
+    def load(*_: Any, **__: Any) -> ServedModel:
         raise AssertionError("the base model was loaded")
 
     def start(*options: str) -> str:
@@ -217,7 +225,7 @@ def refused(
         assert line.startswith("ConfigError: ")
         return line
 
-    monkeypatch.setattr(Base, "load", load)
+    monkeypatch.setattr(ServedModel, "load", load)
     return start
 
 
@@ -377,7 +385,7 @@ def test_a_folder_that_is_no_base_is_told_of_in_a_line(
     logging.enable_progress_bar()
     try:
         with pytest.raises(ConfigError) as told:
-            Base.load(folder, dtype="float32", device="cpu")
+            ServedModel.load(folder, dtype="float32", device="cpu")
         assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.INFO, True)
     finally:
         logging.set_verbosity(before)
@@ -391,12 +399,12 @@ def test_a_folder_that_is_no_base_is_told_of_in_a_line(
 def test_a_base_is_loaded_onto_a_device_that_is_there(
     whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = Base.load(whole, dtype="float32", device="cpu")
+    base = ServedModel.load(whole, dtype="float32", device="cpu")
     assert base.max_length == 64
     assert not base.model.training
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="finds no device of the kind cuda"):
-        Base.load(whole, dtype="float32", device="cuda")
+        ServedModel.load(whole, dtype="float32", device="cuda")
 
 
 def test_a_length_of_nothing_is_refused(

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from common import until
-from lorax_async import AdapterLoader, AdapterRef
+from lorax_async.loader import AdapterLoader
 from lorax_async.server.warm_list import WarmList
+from lorax_async.types import AdapterRef
 from scheduling.serving import warm
 from tiny_loaders import loader
 from tiny_sources import is_resident, over, stocked

@@ -15,11 +15,22 @@ from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from lorax_async import AdapterLoader, Allow, LoaderClosedError, LoraxError
-from lorax_async.server.generation import Finish, Generation
+from lorax_async.errors import (
+    LoaderClosedError,
+    LoraxError,
+)
+from lorax_async.ids.allow import Allow
+from lorax_async.loader import AdapterLoader
+from lorax_async.server.generation import (
+    Finish,
+    Generation,
+)
+from lorax_async.server.server_settings import ServerSettings
 from lorax_async.server.service import Service
-from lorax_async.server.serving import DrainingServer, listen
-from lorax_async.server.settings import ServerSettings
+from lorax_async.server.serving import (
+    DrainingServer,
+    listen,
+)
 from tiny_loaders import loader as tiny_loader
 
 TEMPLATE = (
@@ -127,7 +138,7 @@ class FakeEngine:
         self.submitted: list[FakeTokens] = []
         self.rule = rule
         self._waiting: set[FakeTokens] = set()
-        self._news = asyncio.Event()
+        self._change_event = asyncio.Event()
 
     @property
     def waiting(self) -> int:
@@ -139,7 +150,7 @@ class FakeEngine:
         tokens = FakeTokens(self, generation)
         self.submitted.append(tokens)
         self._waiting.add(tokens)
-        self._news.set()
+        self._change_event.set()
         if self.rule is not None:
             self.rule(tokens)
         return tokens
@@ -151,8 +162,8 @@ class FakeEngine:
         """The last of so many generations, once they were submitted."""
         async with asyncio.timeout(20):
             while len(self.submitted) < count:
-                self._news.clear()
-                await self._news.wait()
+                self._change_event.clear()
+                await self._change_event.wait()
         return self.submitted[count - 1]
 
 

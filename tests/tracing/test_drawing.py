@@ -16,11 +16,16 @@ import pytest
 
 from command_line import ADAPTERS, output
 from lorax_async.cli import main
-from lorax_async.commands.demo_remote import run_remote_demo
-from lorax_async.commands.terminal import Screen
+from lorax_async.cli.demo_remote import run_remote_demo
+from lorax_async.cli.terminal import Terminal
 from lorax_async.errors import UsageError
 from lorax_async.tracing import drawing as drawings
-from lorax_async.tracing.drawing import SCRIPT, as_html, drawing_of, read_trace
+from lorax_async.tracing.drawing import (
+    SCRIPT,
+    as_html,
+    drawing_of,
+    read_trace,
+)
 from tools import tool
 from tracing.chrome_format import of, require_trace
 
@@ -180,7 +185,7 @@ def embedded(page: str) -> Any:
 
 def test_two_commands_draw_a_timeline(tmp_path: Path, capsys: Capture) -> None:
     trace = tmp_path / "demo.json"
-    run_remote_demo(ADAPTERS, Screen(io.StringIO(), io.StringIO()), rate=50e6, trace=trace)
+    run_remote_demo(ADAPTERS, Terminal(io.StringIO(), io.StringIO()), rate=50e6, trace=trace)
     events = require_trace(json.loads(trace.read_bytes()))
     asked = {each["name"] for each in of(events, "requests")}
     assert asked == {"load pirate", "load shout", "load json"}
@@ -226,7 +231,7 @@ def test_names_are_no_markup(tmp_path: Path, capsys: Capture, suffix: str, name:
 
 def test_refused_commands(tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
     monkeypatch.setattr(drawings, "MAX_BYTES", 1 << 20)
-    monkeypatch.setattr("lorax_async.commands.timeline.MAX_BYTES", 1 << 20)
+    monkeypatch.setattr("lorax_async.cli.timeline.MAX_BYTES", 1 << 20)
     monkeypatch.setattr(drawings, "MAX_LANES", 1)
     trace = tmp_path / "a.json"
     trace.write_text(json.dumps(EVENTS))

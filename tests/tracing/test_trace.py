@@ -15,14 +15,33 @@ import pytest
 import tiny
 from common import until
 from engines.variants import PEFT_WARNING, llama, logits_of, prompt, save, serving
-from lorax_async import AdapterLoader, AdapterRef, errors
-from lorax_async.adapter import AdapterKey, Merge, Ref, RemoteKey, TensorsKey
-from lorax_async.commands.timeline import traced
+from lorax_async import errors
+from lorax_async.cli.timeline import traced
 from lorax_async.config import LoaderConfig
+from lorax_async.loader import AdapterLoader
 from lorax_async.testing import FakeSource
-from lorax_async.tracing.names import last_part, name_of
-from lorax_async.tracing.recorder import Record, Ring, RingContents, Row, Tracer, now
-from lorax_async.tracing.trace import Trace, microseconds
+from lorax_async.tracing.recorder import (
+    Record,
+    Ring,
+    RingContents,
+    Row,
+    Tracer,
+    last_part,
+    name_of,
+    now,
+)
+from lorax_async.tracing.trace import (
+    Trace,
+    microseconds,
+)
+from lorax_async.types import (
+    AdapterKey,
+    AdapterRef,
+    Merge,
+    Ref,
+    RemoteKey,
+    TensorsKey,
+)
 from tiny_loaders import fails, gated, loader
 from tiny_sources import over, stocked
 from tracing.chrome_format import of, require_trace, stop

@@ -2,33 +2,46 @@
 
 import gc
 from collections import deque
+from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from operator import attrgetter
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from core.lifecycle.world import AGE, Action, Setting, Violation, World, actions, forbid
-from lorax_async.core import commands
-from lorax_async.core.arena import Extent
-from lorax_async.core.life import Life
-from lorax_async.core.lifecycle import Lifecycle
-from lorax_async.core.residency import ImageBudget, Residency
-from lorax_async.core.settling import Budgets
-from lorax_async.core.transitions import FileState, SlotState
-from lorax_async.core.waiters import Tier
 from lorax_async.errors import CapacityError
+from lorax_async.lifecycle import commands
+from lorax_async.lifecycle.adapter_state import AdapterState, WantedTier
+from lorax_async.lifecycle.arena import Extent
+from lorax_async.lifecycle.lifecycle import Budgets, Lifecycle
+from lorax_async.lifecycle.residency import (
+    ImageBudget,
+    Residency,
+)
+from lorax_async.lifecycle.transitions import (
+    FileState,
+    SlotState,
+)
+
+JUDGES: dict[type, Callable[[World, int, Any], None]] = {}
+"""Check a command of this kind, about the adapter of this number."""
+
+
+def judges(kind: type) -> Callable[[Callable[[World, int, Any], None]], None]:
+    return partial(JUDGES.__setitem__, kind)
 
 
 def perform(world: World, action: Action) -> None:
     """Let `action` happen, and check everything the lifecycle answers."""
     names = world.setting.keys
     for command in getattr(world, str(action[0]))(*action[1:]):
-        judge = globals().get(f"judge_{type(command).__name__}")
-        if judge is not None:
+        if judge := JUDGES.get(type(command)):
             judge(world, names.index(command.key), command)
     _check_between_steps(world)
 
 
-def judge_Fetch(world: World, a: int, _: commands.Fetch) -> None:
+@judges(commands.StartFetch)
+def _fetch(world: World, a: int, _: commands.StartFetch) -> None:
     forbid(a in world.fetches, "two fetches of one file")
     forbid(world.closed, "a fetch after close")
     forbid(a in world.populating or a in world.held, "a file fetched anew while its old is held")
@@ -36,13 +49,15 @@ def judge_Fetch(world: World, a: int, _: commands.Fetch) -> None:
     world.readable[a] = frozenset()
 
 
-def judge_CancelFetch(world: World, a: int, _: commands.CancelFetch) -> None:
+@judges(commands.CancelFetch)
+def _cancel_fetch(world: World, a: int, _: commands.CancelFetch) -> None:
     header, told, cancelled = world.fetches[a]
     forbid(cancelled, "a fetch was cancelled twice")
     world.fetches[a] = (header, told, True)
 
 
-def judge_Populate(world: World, a: int, _: commands.Populate) -> None:
+@judges(commands.PopulatePages)
+def _populate(world: World, a: int, _: commands.PopulatePages) -> None:
     forbid(world.closed, "populated after close")
     forbid(bool(world.populating), "two are populated at once")
     forbid(a in world.releasing, "populated while it is released")
@@ -53,20 +68,23 @@ def judge_Populate(world: World, a: int, _: commands.Populate) -> None:
     world.populating.add(a)
 
 
-def judge_Release(world: World, a: int, _: commands.Release) -> None:
+@judges(commands.ReleasePages)
+def _release(world: World, a: int, _: commands.ReleasePages) -> None:
     forbid(a not in world.held | world.read_ahead, "released what is not held")
     forbid(a in world.releasing, "released twice")
     world.releasing.add(a)
 
 
-def judge_Forget(world: World, a: int, command: commands.Forget) -> None:
-    forbid(command.key in world.lifecycle.lives, "forgotten but known")
+@judges(commands.ForgetAdapter)
+def _forget(world: World, a: int, command: commands.ForgetAdapter) -> None:
+    forbid(command.key in world.lifecycle.states, "forgotten but known")
     forbid(a in world.held | world.populating | world.releasing, "forgotten but in host memory")
     forbid(a in world.holder, "forgotten but on the device")
     world.read_ahead.discard(a)
 
 
-def judge_TakeSlot(world: World, a: int, command: commands.TakeSlot) -> None:
+@judges(commands.TakeSlot)
+def _take_slot(world: World, a: int, command: commands.TakeSlot) -> None:
     grant, setting = command.grant, world.setting
     forbid(world.closed, "a slot was claimed after close")
     forbid(a in world.holder, "a second slot of one adapter")
@@ -83,12 +101,15 @@ def judge_TakeSlot(world: World, a: int, command: commands.TakeSlot) -> None:
     forbid(end > setting.device_bytes, "extents outside the arena")
     world.holder[a] = grant
     world.on_device[a] = frozenset()
-    foreground = any(wish[0] == a and wish[2] for wish in world.waiting.values())
+    foreground = any(
+        pending_load[0] == a and pending_load[2] for pending_load in world.waiting.values()
+    )
     early = world.life(a).file is not FileState.PRESENT and not foreground
     forbid(early, "a prefetch whose file is on the way took a slot")
 
 
-def judge_Copy(world: World, a: int, command: commands.Copy) -> None:
+@judges(commands.CopyGroup)
+def _copy(world: World, a: int, command: commands.CopyGroup) -> None:
     group = command.group
     forbid(a not in world.holder, "a copy without a slot")
     forbid(group not in world.readable.get(a, frozenset()), "a copy of bytes that are not here")
@@ -100,7 +121,7 @@ def judge_Copy(world: World, a: int, command: commands.Copy) -> None:
     world.copies[a, group] = command
 
 
-def _use_image(world: World, a: int, command: commands.Copy, image: Extent) -> None:
+def _use_image(world: World, a: int, command: commands.CopyGroup, image: Extent) -> None:
     for other in world.copies.values():
         shared = other.image is not None and _overlap((other.image,), (image,))
         forbid(shared, "an image was used while a copy goes through it")
@@ -120,7 +141,8 @@ def _overlap(some: tuple[Extent, ...], others: tuple[Extent, ...]) -> bool:
     )
 
 
-def judge_Wipe(world: World, a: int, command: commands.Wipe) -> None:
+@judges(commands.WipeExtents)
+def _wipe(world: World, a: int, command: commands.WipeExtents) -> None:
     forbid(world.dirty.get(a) != command.grant, "zeroed, but nothing broke")
     forbid(world.holder.get(a) != command.grant, "another's bytes were zeroed")
     forbid(a in world.wiping, "zeroed twice at once")
@@ -134,7 +156,8 @@ def _forbid_use(world: World, a: int, deed: str) -> None:
     forbid(a in world.orphan_uses, f"a slot was {deed} under a kernel")
 
 
-def judge_ClearColumn(world: World, a: int, command: commands.ClearColumn) -> None:
+@judges(commands.ClearColumn)
+def _clear_column(world: World, a: int, command: commands.ClearColumn) -> None:
     _forbid_use(world, a, "freed")
     forbid(world.pins.get(a), "a slot was freed under a pin")
     forbid(a not in world.told, "a slot was freed before it was told to be leaving")
@@ -145,20 +168,21 @@ def judge_ClearColumn(world: World, a: int, command: commands.ClearColumn) -> No
     world.told.discard(a)
 
 
-def judge_Serve(world: World, a: int, command: commands.Serve) -> None:
+@judges(commands.ServeWaiter)
+def _serve(world: World, a: int, command: commands.ServeWaiter) -> None:
     holder, tier, foreground = world.waiting.pop(command.waiter)
     del world.since[command.waiter]
     assert holder == a
-    leases = tier >= Tier.STREAM and foreground
+    leases = tier >= WantedTier.STREAM and foreground
     forbid((command.grant is not None) != leases, "a lease for a prefetch, or none for a load")
-    if tier is Tier.DEVICE:
+    if tier is WantedTier.DEVICE:
         world.require_complete(a)
-    elif tier is Tier.HOST:
+    elif tier is WantedTier.HOST:
         forbid(not (world.is_complete(a) or _in_host(world, a)), "served before it is in memory")
-    elif tier is Tier.DISK:
+    elif tier is WantedTier.DISK:
         present = a not in world.fetches and bool(world.readable.get(a))
         forbid(not (world.is_complete(a) or present), "served before the file is here")
-    if tier >= Tier.STREAM:
+    if tier >= WantedTier.STREAM:
         forbid(a not in world.holder, "a lease without a slot")
         world.require_open(a)
     if leases:
@@ -171,20 +195,23 @@ def _in_host(world: World, a: int) -> bool:
     return a in world.held | world.read_ahead or len(groups) == len(world.setting.sizes[a])
 
 
-def judge_Fail(world: World, _: int, command: commands.Fail) -> None:
+@judges(commands.FailWaiters)
+def _fail(world: World, _: int, command: commands.FailWaiters) -> None:
     for waiter in command.waiters:
         del world.waiting[waiter], world.since[waiter]
     if isinstance(command.error, CapacityError) and command.error.retryable:
         forbid(not any(world.pins.values()), "pinned out, but nothing is pinned")
 
 
-def judge_BreakSlot(world: World, a: int, _: commands.BreakSlot) -> None:
+@judges(commands.BreakSlot)
+def _break_slot(world: World, a: int, _: commands.BreakSlot) -> None:
     world.broken.add(a)
     world.dirty[a] = world.holder[a]
     world.pins.pop(a, None)
 
 
-def judge_TellLeaving(world: World, a: int, command: commands.TellLeaving) -> None:
+@judges(commands.NotifyLeaving)
+def _tell_leaving(world: World, a: int, command: commands.NotifyLeaving) -> None:
     forbid(world.holder.get(a) != command.grant, "told to leave without a slot")
     forbid(a in world.told, "told twice to be leaving")
     forbid(world.pins.get(a), "told to be leaving under a pin")
@@ -204,23 +231,26 @@ def _starves(world: World, a: int) -> bool:
     )
 
 
-def judge_TellStays(world: World, a: int, command: commands.TellStays) -> None:
+@judges(commands.NotifyStays)
+def _tell_stays(world: World, a: int, command: commands.NotifyStays) -> None:
     forbid(world.holder.get(a) != command.grant, "told to stay without a slot")
     forbid(a not in world.told, "told to stay, but never to be leaving")
     forbid(world.closed, "told to stay after close")
     world.told.discard(a)
 
 
-def judge_TellReady(world: World, a: int, command: commands.TellReady) -> None:
+@judges(commands.NotifyReady)
+def _tell_ready(world: World, a: int, command: commands.NotifyReady) -> None:
     missing = set(range(command.watermark)) - world.on_device[a]
     forbid(missing, "a layer was told before its bytes, or those before it")
 
 
-def judge_TellUnloaded(world: World, a: int, command: commands.TellUnloaded) -> None:
+@judges(commands.NotifyUnloaded)
+def _tell_unloaded(world: World, a: int, command: commands.NotifyUnloaded) -> None:
     forbid(not world.unloads.get(a), "unloaded, but nobody asked for it")
     forbid(a in world.holder, "unloaded, but on the device")
     forbid(a in world.populating or a in world.held, "unloaded, but in host memory")
-    life = world.lifecycle.lives.get(command.key)
+    life = world.lifecycle.states.get(command.key)
     kept = life is not None and life.image is not None and life.slot is SlotState.NONE
     forbid(kept, "unloaded, but its image is kept")
     world.unloads[a] = 0
@@ -230,7 +260,7 @@ def judge_TellUnloaded(world: World, a: int, command: commands.TellUnloaded) -> 
 def _check_between_steps(world: World) -> None:
     free = world.setting.copies - len(world.copies)
     forbid(world.lifecycle.budgets.device.copies_free != free, "places for copies leaked")
-    for life in world.lifecycle.lives.values():
+    for life in world.lifecycle.states.values():
         filling = life.slot is SlotState.FILLING
         forbid(filling and life.leaving and life.leases, "told to leave while filling")
     _check_host(world)
@@ -250,10 +280,10 @@ def _check_host(world: World) -> None:
 
 
 def _check_images(world: World) -> None:
-    lives = world.lifecycle.lives.values()
+    states = world.lifecycle.states.values()
     extents = sorted(
         (extent.offset, extent.offset + extent.nbytes)
-        for life in lives
+        for life in states
         for extent in life.image or ()
     )
     ends = [0, *(end for _, end in extents)]
@@ -280,9 +310,9 @@ def _check_served(world: World) -> None:
     """Nobody waits for what is here, nor past their age for what others take leases on."""
     for waiter, (a, tier, foreground) in world.waiting.items():
         open_for_leases = a not in world.told and not world.unloads.get(a)
-        here = world.is_complete(a) or (tier is Tier.STREAM and a in world.holder)
+        here = world.is_complete(a) or (tier is WantedTier.STREAM and a in world.holder)
         forbid(here and open_for_leases, "not served, although it is here")
-        if tier >= Tier.STREAM and foreground and world.since[waiter] + AGE <= world.now:
+        if tier >= WantedTier.STREAM and foreground and world.since[waiter] + AGE <= world.now:
             _check_starving(world, a)
 
 
@@ -297,18 +327,18 @@ def _check_starving(world: World, a: int) -> None:
 
 def _check_memory(world: World) -> None:
     """What holds nothing of any budget is remembered up to a limit, and no longer."""
-    settling = world.lifecycle._settling
-    idle = {key for key, life in world.lifecycle.lives.items() if life.is_idle}
-    forbid(set(settling.idle) != idle, "others are remembered than those that are idle")
+    settling = world.lifecycle
+    idle = {key for key, life in world.lifecycle.states.items() if life.is_idle}
+    forbid(set(settling._idle) != idle, "others are remembered than those that are idle")
     nothing = sum(_holds_nothing(world, a) for a in range(len(world.setting.keys)))
     forbid(nothing > world.setting.max_idle, "more is remembered than max_idle")
-    plans = {id(life.needs): life.needs for life in world.lifecycle.lives.values() if life.is_idle}
+    plans = {id(life.needs): life.needs for life in world.lifecycle.states.values() if life.is_idle}
     rows = sum(needs.weight for needs in plans.values() if needs is not None)
-    forbid(settling.idle.weight != 8 * len(idle) + rows, "the weight of what is remembered leaked")
+    forbid(settling._idle.weight != 8 * len(idle) + rows, "the weight of what is remembered leaked")
 
 
 def _holds_nothing(world: World, a: int) -> bool:
-    life = world.lifecycle.lives.get(world.setting.keys[a])
+    life = world.lifecycle.states.get(world.setting.keys[a])
     if life is None or life.image is not None or life.waiters or life.unloads or life.demoted:
         return False
     busy = (world.fetches, world.populating, world.releasing, world.held, world.holder)
@@ -326,7 +356,7 @@ def _check_forward(world: World) -> None:
     due = world.setting.min_residency and lifecycle.next_tick is not None
     forbid(world.waiting and not due, "stranded")
     forbid(any(world.unloads.values()), "nobody ends an unload")
-    forbid(any(life.demoted for life in lifecycle.lives.values()), "nobody ends a demotion")
+    forbid(any(life.demoted for life in lifecycle.states.values()), "nobody ends a demotion")
     active = not lifecycle.at_rest or world.held or world.holder
     forbid(world.closed and active, "closed and idle, but not at rest")
 
@@ -341,7 +371,7 @@ _COPIED = (
     *("dirty", "wiping"),
     *("orphan_uses", "broken", "pins", "unloads", "waiting", "since"),
 )
-_values = attrgetter(*(field.name for field in fields(Life) if field.name != "waiters"))
+_values = attrgetter(*(field.name for field in fields(AdapterState) if field.name != "waiters"))
 
 
 def clone(world: World) -> World:
@@ -358,26 +388,26 @@ def _clone_lifecycle(world: World) -> Lifecycle:
     """What copy.deepcopy would give, a hundred times faster."""
     original = world.lifecycle
     twin = Lifecycle(_clone_budgets(world), world.setting.pace)
-    for key, life in original.lives.items():
-        twin.lives[key] = _clone_life(life)
-    old, new = original._settling, twin._settling
-    new.decisions.closing = old.decisions.closing
-    new.slots.now = old.slots.now
-    new.slots.line.adopt(old.slots.line)
-    new.slots._no_room = old.slots._no_room
-    for life in twin.lives.values():
-        new.slots.holders.note(life)
-    new.host_queue.line.adopt(old.host_queue.line)
-    new.copies.turn = old.copies.turn
-    for key in old.copies._queue:
-        new.copies._queue[key] = twin.lives[key]
-        new.copies.update(twin.lives[key])
-    new.idle.adopt(old.idle)
+    for key, life in original.states.items():
+        twin.states[key] = _clone_state(life)
+    old, new = original, twin
+    new._rules.closing = old._rules.closing
+    new._slots.now = old._slots.now
+    new._slots.line.adopt(old._slots.line)
+    new._slots._no_room = old._slots._no_room
+    for life in twin.states.values():
+        new._slots.holders.note(life)
+    new._host_queue.line.adopt(old._host_queue.line)
+    new._copies.turn = old._copies.turn
+    for key in old._copies._queue:
+        new._copies._queue[key] = twin.states[key]
+        new._copies.update(twin.states[key])
+    new._idle.adopt(old._idle)
     return twin
 
 
-def _clone_life(life: Life) -> Life:
-    new = Life(*_values(life))
+def _clone_state(life: AdapterState) -> AdapterState:
+    new = AdapterState(*_values(life))
     for waiter in life.waiters:
         new.waiters.add(waiter)
     return new
@@ -416,9 +446,9 @@ _PRINTED = (
 def fingerprint(world: World) -> tuple[object, ...]:
     """Two worlds with one fingerprint have the same future: no counters, only their order."""
     order = {w: n for n, w in enumerate(sorted(world.waiting))}
-    lives = world.lifecycle.lives
+    states = world.lifecycle.states
     return (
-        tuple(_life_print(world, lives.get(key), order) for key in world.setting.keys),
+        tuple(_life_print(world, states.get(key), order) for key in world.setting.keys),
         _queue_print(world),
         *(_frozen(getattr(world, name)) for name in _PRINTED),
         frozenset(world.copies),
@@ -435,24 +465,26 @@ def _frozen(state: dict[int, object] | set[int] | list[int]) -> object:
 
 def _queue_print(world: World) -> tuple[object, ...]:
     lifecycle, setting = world.lifecycle, world.setting
-    budgets, settling = lifecycle.budgets, lifecycle._settling
+    budgets, settling = lifecycle.budgets, lifecycle
     forgets = len(setting.sizes) > setting.max_idle
-    demoted = settling.host_queue.line
+    demoted = settling._host_queue.line
     waits = (entry for entry in sorted(demoted._heap) if demoted._waiting.get(entry[2]) == entry[0])
     return (
         budgets.device.policy.state(),
         budgets.host.policy.state(),
         budgets.images.policy.state(),
-        tuple(settling.idle) if forgets else None,
+        tuple(settling._idle) if forgets else None,
         tuple(dict.fromkeys(entry[2] for entry in waits)),
         lifecycle.next_tick is None,
     )
 
 
-def _life_print(world: World, life: Life | None, order: dict[int, int]) -> tuple[object, ...]:
+def _life_print(
+    world: World, life: AdapterState | None, order: dict[int, int]
+) -> tuple[object, ...]:
     if life is None:
         return ()
-    copies = world.lifecycle._settling.copies
+    copies = world.lifecycle._copies
     turn = life.copy_turn - copies.turn
     if life.slot is not SlotState.FILLING:
         turn = 0
@@ -475,7 +507,7 @@ def _life_print(world: World, life: Life | None, order: dict[int, int]) -> tuple
     )
 
 
-def _grant_print(world: World, life: Life) -> tuple[object, ...]:
+def _grant_print(world: World, life: AdapterState) -> tuple[object, ...]:
     """Extents, how many grants are older, and whether it may be evicted."""
     if life.grant is None:
         return ()

@@ -10,16 +10,41 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lorax_async.adapter import AdapterKey
-from lorax_async.core.commands import Command, Copy
-from lorax_async.core.life import Grant, Life, Needs
-from lorax_async.core.lifecycle import Lifecycle
-from lorax_async.core.policies import GDSF, LFU, LRU, Policy, PolicyName
-from lorax_async.core.residency import HostBudget, ImageBudget, Residency
-from lorax_async.core.settling import Budgets, Pace
-from lorax_async.core.transitions import FileState
-from lorax_async.core.waiters import Tier, Waiter
-from lorax_async.errors import FetchError, LoaderClosedError, TransferError
+from lorax_async.errors import (
+    FetchError,
+    LoaderClosedError,
+    TransferError,
+)
+from lorax_async.lifecycle.adapter_state import (
+    AdapterState,
+    GroupSizes,
+    SlotGrant,
+    Waiter,
+    WantedTier,
+)
+from lorax_async.lifecycle.commands import (
+    Command,
+    CopyGroup,
+)
+from lorax_async.lifecycle.lifecycle import (
+    Budgets,
+    Lifecycle,
+    LifecycleTimes,
+)
+from lorax_async.lifecycle.policies import (
+    GDSF,
+    LFU,
+    LRU,
+    EvictionPolicy,
+    PolicyName,
+)
+from lorax_async.lifecycle.residency import (
+    HostBudget,
+    ImageBudget,
+    Residency,
+)
+from lorax_async.lifecycle.transitions import FileState
+from lorax_async.types import AdapterKey
 
 AGE = 10.0
 MIN_RESIDENCY = 5.0
@@ -44,7 +69,7 @@ class Setting:
     `pins` and `unloads` are how many there may be at once of one adapter.
     """
 
-    wishes: tuple[tuple[Tier, bool], ...]
+    wishes: tuple[tuple[WantedTier, bool], ...]
     sizes: tuple[tuple[int, ...], ...]
     slots: int = 1
     device_bytes: int = 128
@@ -78,13 +103,15 @@ class Setting:
         return _KEYS[: len(self.sizes)]
 
     @property
-    def pace(self) -> Pace:
-        return Pace(starvation_age=AGE, min_residency=self.min_residency, max_idle=self.max_idle)
+    def pace(self) -> LifecycleTimes:
+        return LifecycleTimes(
+            starvation_age=AGE, min_residency=self.min_residency, max_idle=self.max_idle
+        )
 
 
 _KEYS = tuple(AdapterKey(name, ()) for name in "abc")
 
-POLICIES: dict[PolicyName, Callable[[], Policy]] = {
+POLICIES: dict[PolicyName, Callable[[], EvictionPolicy]] = {
     "lru": LRU,
     "lfu": lambda: LFU(half_life=3),
     "gdsf": lambda: GDSF(most_uses=2),
@@ -105,14 +132,14 @@ class World:
     read_ahead: set[int] = field(default_factory=set)
     """Adapters that were populated where nothing can be held."""
     releasing: set[int] = field(default_factory=set)
-    copies: dict[tuple[int, int], Copy] = field(default_factory=dict)
+    copies: dict[tuple[int, int], CopyGroup] = field(default_factory=dict)
     on_device: dict[int, frozenset[int]] = field(default_factory=dict)
     readable: dict[int, frozenset[int]] = field(default_factory=dict)
     content: dict[int, tuple[int, int]] = field(default_factory=dict)
     """Offset in the page-locked memory → adapter and group whose bytes lie there in whole."""
-    holder: dict[int, Grant] = field(default_factory=dict)
+    holder: dict[int, SlotGrant] = field(default_factory=dict)
     """Adapter → grant, from TakeSlot to ClearColumn."""
-    dirty: dict[int, Grant] = field(default_factory=dict)
+    dirty: dict[int, SlotGrant] = field(default_factory=dict)
     """Adapter → grant that broke, until it was zeroed."""
     wiping: set[int] = field(default_factory=set)
     told: set[int] = field(default_factory=set)  # Adapters that were told to be leaving
@@ -123,7 +150,7 @@ class World:
     broken: set[int] = field(default_factory=set)
     pins: dict[int, int] = field(default_factory=dict)
     unloads: dict[int, int] = field(default_factory=dict)
-    waiting: dict[int, tuple[int, Tier, bool]] = field(default_factory=dict)
+    waiting: dict[int, tuple[int, WantedTier, bool]] = field(default_factory=dict)
     """Waiter id → adapter, tier, foreground."""
     since: dict[int, float] = field(default_factory=dict)  # Of those who wait
     next_waiter: int = 0
@@ -151,8 +178,8 @@ class World:
     def is_complete(self, a: int) -> bool:
         return self.on_device.get(a) == frozenset(range(len(self.setting.sizes[a])))
 
-    def life(self, a: int) -> Life:
-        return self.lifecycle.lives[self.setting.keys[a]]
+    def life(self, a: int) -> AdapterState:
+        return self.lifecycle.states[self.setting.keys[a]]
 
     def forget_content(self, a: int) -> None:
         """What lies in page-locked memory of this adapter must not be used again."""
@@ -167,7 +194,7 @@ class World:
         leaving = a in self.told or self.unloads.get(a)
         forbid(leaving, "a lease on an adapter that is leaving")
 
-    def want(self, a: int, tier: Tier, foreground: bool) -> list[Command]:
+    def want(self, a: int, tier: WantedTier, foreground: bool) -> list[Command]:
         self.next_waiter += 1
         self.now += 1e-3
         self.waiting[self.next_waiter] = (a, tier, foreground)
@@ -259,7 +286,7 @@ class World:
     def header(self, a: int) -> list[Command]:
         self.fetches[a] = (True, *self.fetches[a][1:])
         sizes = self.setting.sizes[a]
-        needs = Needs(sizes, file_nbytes=sum(sizes), holdable=a in self.setting.holdable)
+        needs = GroupSizes(sizes, file_nbytes=sum(sizes), holdable=a in self.setting.holdable)
         return self.lifecycle.header_checked(*self._attempt(a), needs)
 
     def span(self, a: int, group: int) -> list[Command]:
@@ -405,12 +432,12 @@ def _uses(world: World) -> Iterator[Action]:
         yield ("end_orphan", a)
 
 
-DEVICE, STREAM = (Tier.DEVICE, True), (Tier.STREAM, True)
-HOST, DISK = (Tier.HOST, True), (Tier.DISK, True)
+DEVICE, STREAM = (WantedTier.DEVICE, True), (WantedTier.STREAM, True)
+HOST, DISK = (WantedTier.HOST, True), (WantedTier.DISK, True)
 PREFETCH, PREFETCH_HOST, PREFETCH_DISK = (
-    (Tier.DEVICE, False),
-    (Tier.HOST, False),
-    (Tier.DISK, False),
+    (WantedTier.DEVICE, False),
+    (WantedTier.HOST, False),
+    (WantedTier.DISK, False),
 )
 UNEVEN = ((64, 64), (64,))
 SMALL = ((64,), (64,))
@@ -427,7 +454,10 @@ RESIDENT: dict[str, Any] = {"min_residency": MIN_RESIDENCY}
 
 
 def _world(
-    *wishes: tuple[Tier, bool], sizes: tuple[tuple[int, ...], ...], without: str = "", **more: Any
+    *wishes: tuple[WantedTier, bool],
+    sizes: tuple[tuple[int, ...], ...],
+    without: str = "",
+    **more: Any,
 ) -> Setting:
     flags: dict[str, Any] = dict.fromkeys(without.split(), False)
     return Setting(wishes, sizes, **flags, **more)

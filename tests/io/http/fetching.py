@@ -9,17 +9,32 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 
-from lorax_async.core.ranges import PieceSizes
-from lorax_async.core.retries import Retries
-from lorax_async.core.spans import Span
-from lorax_async.io.http.engine import RangeEngine
-from lorax_async.io.http.pool import Endpoint, Network, RealNetwork
-from lorax_async.io.http.settings import Address, HttpSettings, Rules, Timeouts
-from lorax_async.io.http.target import ProbeResult, Target
-from lorax_async.io.http.urls import Url, parse_url
+from lorax_async.formats.spans import ByteRange
+from lorax_async.http.failures import RetryPolicy
+from lorax_async.http.pool import (
+    Endpoint,
+    Network,
+    RealNetwork,
+)
+from lorax_async.http.range_engine import RangeEngine
+from lorax_async.http.ranges import PieceSizes
+from lorax_async.http.settings import (
+    Address,
+    HttpSettings,
+    Rules,
+    Timeouts,
+)
+from lorax_async.http.target import (
+    ProbeResult,
+    Target,
+)
+from lorax_async.http.urls import (
+    Url,
+    parse_url,
+)
 
 DATA = random.Random(5).randbytes(400_000)
-GROUPS: list[list[Span]] = [
+GROUPS: list[list[ByteRange]] = [
     [],
     [(5_000, 105_000)],
     [(205_000, 305_000)],
@@ -30,7 +45,7 @@ GROUPS: list[list[Span]] = [
 
 PATIENCE = Timeouts(connect=0.6, read=0.4, slowest=5_000, over=0.3, idle=5.0)
 PATIENT = Timeouts(read=20, slowest=1, stuck=60)
-RETRIES = Retries(attempts=3, base=0.01, most=0.02, obeyed=2.0)
+RETRIES = RetryPolicy(attempts=3, base=0.01, most=0.02, obeyed=2.0)
 
 
 class Anywhere:
@@ -98,7 +113,7 @@ def engine(
     connections: int = 4,
     *,
     timeouts: Timeouts = PATIENCE,
-    retries: Retries = RETRIES,
+    retries: RetryPolicy = RETRIES,
     sizes: PieceSizes | None = None,
     network: Network | None = None,
     proxies: dict[str, str] | None = None,
@@ -127,8 +142,8 @@ def fetched(
     engine: RangeEngine,
     answer: ProbeResult,
     *,
-    groups: Sequence[Sequence[Span]] = GROUPS,
-    have: Sequence[Span] = (),
+    groups: Sequence[Sequence[ByteRange]] = GROUPS,
+    have: Sequence[ByteRange] = (),
     first: int = 2,
     timeout: float = 20,
 ) -> tuple[MemorySink, list[int]]:
@@ -141,7 +156,9 @@ def fetched(
     return sink, order
 
 
-def check(sink: MemorySink, order: list[int], groups: Sequence[Sequence[Span]] = GROUPS) -> None:
+def check(
+    sink: MemorySink, order: list[int], groups: Sequence[Sequence[ByteRange]] = GROUPS
+) -> None:
     """All bytes of the groups are right and came once, nothing else came, groups in order."""
     wanted = bytearray(len(DATA))
     for group in groups:

@@ -15,19 +15,42 @@ import pytest
 from fault_server import meanwhile
 from fetching import Anywhere, LoopbackOnly, MemorySink, target
 
-from lorax_async.core.arrivals import Arrivals
-from lorax_async.core.retries import Retries
 from lorax_async.errors import FetchError
-from lorax_async.io.http.client import HttpClient, LinkStatistics
-from lorax_async.io.http.connection import AbortableSocket, Attempt, Connection
-from lorax_async.io.http.download_scheduler import DownloadScheduler, Job, Piece
-from lorax_async.io.http.downloads import Download
-from lorax_async.io.http.engine import FOREGROUND, PREFETCH
-from lorax_async.io.http.failures import AbortedError, RetryableError
-from lorax_async.io.http.pool import ConnectionPool
-from lorax_async.io.http.settings import HttpSettings, Timeouts
-from lorax_async.io.http.target import ProbeResult, Validators
-from lorax_async.io.http.urls import parse_url
+from lorax_async.http.client import (
+    HttpClient,
+    LinkStatistics,
+)
+from lorax_async.http.connection import (
+    AbortableSocket,
+    Attempt,
+    Connection,
+)
+from lorax_async.http.download_scheduler import (
+    DownloadScheduler,
+    Job,
+    Piece,
+)
+from lorax_async.http.downloads import Download
+from lorax_async.http.failures import (
+    AbortedError,
+    RetryableError,
+    RetryPolicy,
+)
+from lorax_async.http.pool import ConnectionPool
+from lorax_async.http.range_engine import (
+    FOREGROUND,
+    PREFETCH,
+)
+from lorax_async.http.ranges import GroupArrivals
+from lorax_async.http.settings import (
+    HttpSettings,
+    Timeouts,
+)
+from lorax_async.http.target import (
+    ProbeResult,
+    Validators,
+)
+from lorax_async.http.urls import parse_url
 from lorax_async.tracing.recorder import Tracer
 
 LARGE = 100 << 20
@@ -60,7 +83,7 @@ class World:
 
     def __init__(self, connections: int = 4) -> None:
         self.now = 0.0
-        retries = Retries(attempts=10, base=0.0, most=0.0, obeyed=60.0)
+        retries = RetryPolicy(attempts=10, base=0.0, most=0.0, obeyed=60.0)
         self.scheduler = DownloadScheduler(
             connections, retries, lambda: self.now, lambda: 0.0, STUCK
         )
@@ -266,7 +289,7 @@ def test_what_is_being_read_is_not_given_to_another() -> None:
         HttpClient(settings, pool, links, scheduler.clock, Tracer()),
         ProbeResult(place, place.location, Validators(), {}, b"", ranges=True),
         [(span,)],
-        Arrivals([[span]]),
+        GroupArrivals([[span]]),
         MemorySink(),
         lambda _: None,
         least=1 << 20,

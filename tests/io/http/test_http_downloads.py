@@ -30,13 +30,25 @@ from fetching import (
 
 from common import open_sockets, our_threads
 from link import Link
-from lorax_async.core.ranges import PieceSizes
-from lorax_async.errors import FetchError, FetchTimeoutError, InternalError, LoraxError
-from lorax_async.io.http.downloads import FileSink
-from lorax_async.io.http.engine import FOREGROUND, PREFETCH, RangeEngine
-from lorax_async.io.http.settings import HttpSettings, Timeouts
-from lorax_async.io.http.target import Target
-from lorax_async.io.http.urls import parse_url
+from lorax_async.errors import (
+    FetchError,
+    FetchTimeoutError,
+    InternalError,
+    LoraxError,
+)
+from lorax_async.http.downloads import FileSink
+from lorax_async.http.range_engine import (
+    FOREGROUND,
+    PREFETCH,
+    RangeEngine,
+)
+from lorax_async.http.ranges import PieceSizes
+from lorax_async.http.settings import (
+    HttpSettings,
+    Timeouts,
+)
+from lorax_async.http.target import Target
+from lorax_async.http.urls import parse_url
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 

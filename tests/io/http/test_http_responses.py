@@ -27,8 +27,6 @@ from fetching import (
 )
 
 import servers
-from lorax_async.core.retries import Retries
-from lorax_async.core.spans import Span
 from lorax_async.errors import (
     AccessDeniedError,
     AdapterNotFoundError,
@@ -37,10 +35,12 @@ from lorax_async.errors import (
     IntegrityError,
     LoraxError,
 )
-from lorax_async.io.http.downloads import Download
-from lorax_async.io.http.engine import RangeEngine
-from lorax_async.io.http.settings import HttpSettings
-from lorax_async.io.http.target import Validators
+from lorax_async.formats.spans import ByteRange
+from lorax_async.http.downloads import Download
+from lorax_async.http.failures import RetryPolicy
+from lorax_async.http.range_engine import RangeEngine
+from lorax_async.http.settings import HttpSettings
+from lorax_async.http.target import Validators
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 
@@ -67,7 +67,7 @@ class Sometimes:
 
 
 @pytest.mark.parametrize("have", [[], [(0, 100_000), (200_000, 290_000)], [(0, len(DATA))]])
-def test_every_missing_byte_comes_once_and_in_order(have: list[Span]) -> None:
+def test_every_missing_byte_comes_once_and_in_order(have: list[ByteRange]) -> None:
     with FaultServer(DATA) as server, engine() as fetching:
         answer = asked(fetching, server.url())
         assert answer.start == DATA[:5_000]
@@ -271,7 +271,7 @@ def test_a_fault_that_passes_is_overcome_and_one_that_stays_is_one_typed_error(
 ) -> None:
     hasty = replace(PATIENCE, read=0.2, over=0.2)
     for attempts, times in ((3, 2), (2, 1 << 30)):
-        retries = Retries(attempts=attempts, base=0.01, most=0.02)
+        retries = RetryPolicy(attempts=attempts, base=0.01, most=0.02)
         with FaultServer(DATA) as server, engine(2, timeouts=hasty, retries=retries) as fetching:
             answer = asked(fetching, server.url())
             server.behave = Sometimes(server, fault, times)
@@ -553,7 +553,7 @@ def test_nginx(tmp_path: Path, path: str) -> None:
     """By ranges, after a redirect to another port, without ranges, and under its limit."""
     with servers.nginx(tmp_path) as nginx:
         nginx.put("weights", DATA)
-        with engine(8, retries=Retries(attempts=8, base=0.05, most=0.2)) as fetching:
+        with engine(8, retries=RetryPolicy(attempts=8, base=0.05, most=0.2)) as fetching:
             answer = asked(fetching, nginx.url(path))
             assert answer.ranges is (path != "whole/weights")
             assert answer.validators.strong_etag is not None

@@ -13,9 +13,15 @@ import pytest
 from fault_server import Asked, Client, FaultServer, Hangup
 from fetching import DATA, PretendNetwork, asked, check, engine, fetched
 
-from lorax_async.errors import AccessDeniedError, ConfigError
-from lorax_async.io.http.settings import Proxies, tls_context
-from lorax_async.io.http.urls import Origin
+from lorax_async.errors import (
+    AccessDeniedError,
+    ConfigError,
+)
+from lorax_async.http.settings import (
+    Proxies,
+    tls_context,
+)
+from lorax_async.http.urls import Origin
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 

@@ -19,12 +19,18 @@ from remote_world import RemoteWorld, Stored
 
 import tiny
 from common import until
-from lorax_async import AdapterHandle, AdapterLoader, LoaderConfig
-from lorax_async.core.cache_names import CONFIG_FILE, WEIGHTS_FILE, CacheKey
-from lorax_async.core.layout import ModelLayout
-from lorax_async.io.cache.maintenance import ls
-from lorax_async.io.ports import Source
-from lorax_async.io.remote.beginning import FIRST_BYTES
+from lorax_async.cache.maintenance import ls
+from lorax_async.cache.records import CacheKey
+from lorax_async.config import LoaderConfig
+from lorax_async.formats.split_weights import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+)
+from lorax_async.handle import AdapterHandle
+from lorax_async.loader import AdapterLoader
+from lorax_async.planning.layout import ModelLayout
+from lorax_async.remote.metadata import FIRST_BYTES
+from lorax_async.sources.base import Source
 from sweeping import Bench
 
 RANK = 128

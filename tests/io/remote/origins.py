@@ -25,7 +25,8 @@ from user_loads import at, contents, loader
 from web_folder import answer, refuse
 
 import servers
-from lorax_async import AdapterLoader, Allow
+from lorax_async.ids.allow import Allow
+from lorax_async.loader import AdapterLoader
 from servers import Nginx
 from tools import tool
 

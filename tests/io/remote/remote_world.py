@@ -16,25 +16,42 @@ from fetching import Anywhere, engine
 from web_folder import answer, refuse
 
 import tiny
-from lorax_async import AdapterLoader, LoaderConfig
-from lorax_async.adapter import AdapterKey, AdapterRef
-from lorax_async.config import Checking, Limits
-from lorax_async.core.cache_names import CONFIG_FILE, WEIGHTS_FILE, FileRole
-from lorax_async.core.file_digest import Digest
-from lorax_async.core.policies import policy
-from lorax_async.errors import AccessDeniedError, AdapterError, AdapterNotFoundError
-from lorax_async.io.disk_cache import DiskCache
-from lorax_async.io.http.engine import RangeEngine
-from lorax_async.io.http.settings import Timeouts
-from lorax_async.io.http.target import Target
-from lorax_async.io.http.urls import parse_url
-from lorax_async.io.ports import AdapterFile, Demand
-from lorax_async.io.remote.known import Known
-from lorax_async.io.remote.opening import Opening
-from lorax_async.io.remote.ports import Located, RemoteFile
-from lorax_async.io.remote.resolving import Resolving
-from lorax_async.io.remote.source import RemoteSource
-from lorax_async.io.remote.workers import Workers
+from lorax_async.cache.disk_cache import DiskCache
+from lorax_async.concurrency import FetchControl, WorkerThreads
+from lorax_async.config import (
+    Checking,
+    Limits,
+    LoaderConfig,
+)
+from lorax_async.errors import (
+    AccessDeniedError,
+    AdapterError,
+    AdapterNotFoundError,
+)
+from lorax_async.formats.digests import Digest
+from lorax_async.formats.split_weights import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    FileRole,
+)
+from lorax_async.http.range_engine import RangeEngine
+from lorax_async.http.settings import Timeouts
+from lorax_async.http.target import Target
+from lorax_async.http.urls import parse_url
+from lorax_async.lifecycle.policies import policy
+from lorax_async.loader import AdapterLoader
+from lorax_async.remote.base import (
+    LocatedAdapter,
+    RemoteFile,
+)
+from lorax_async.remote.opening import AdapterOpener
+from lorax_async.remote.remote_source import RemoteSource
+from lorax_async.remote.resolution import ResolutionCache, VersionResolver
+from lorax_async.sources.base import AdapterFile
+from lorax_async.types import (
+    AdapterKey,
+    AdapterRef,
+)
 
 PATIENT = Timeouts(read=20, slowest=1)
 
@@ -56,7 +73,7 @@ class Stored:
 
 @dataclass
 class ToldLocator:
-    """A `Locator` of what it was told; a revision of 40 digits is a version."""
+    """A `Backend` of what it was told; a revision of 40 digits is a version."""
 
     server: FaultServer
     there: dict[str, Stored] = field(default_factory=dict)
@@ -76,7 +93,7 @@ class ToldLocator:
     async def scope(self, ref: AdapterRef) -> str:
         return _scope(ref)
 
-    async def locate(self, ref: AdapterRef) -> Located:
+    async def locate(self, ref: AdapterRef) -> LocatedAdapter:
         self.located += 1
         await asyncio.sleep(0)
         if self.error is not None:
@@ -88,9 +105,11 @@ class ToldLocator:
             raise AccessDeniedError("give a token that may have it")
         contents = {CONFIG_FILE: stored.config, WEIGHTS_FILE: stored.weights}
         files = tuple(self.file(ref, role, data) for role, data in contents.items())
-        return Located(ref.text, stored.version, _scope(ref), files)
+        return LocatedAdapter(ref.text, stored.version, _scope(ref), files)
 
-    async def shards(self, located: Located, roles: Sequence[FileRole]) -> tuple[RemoteFile, ...]:
+    async def shards(
+        self, located: LocatedAdapter, roles: Sequence[FileRole]
+    ) -> tuple[RemoteFile, ...]:
         raise AssertionError("nothing here has an index")
 
     def file(self, ref: AdapterRef, role: FileRole, data: bytes) -> RemoteFile:
@@ -118,8 +137,8 @@ class CachedSource(RemoteSource):
 
     async def resolve(self, ref: AdapterRef) -> AdapterKey:
         key = await super().resolve(ref)
-        file = await self.open(key, Demand())
-        await self.bring(file, [], lambda _: None, Demand())
+        file = await self.open(key, FetchControl())
+        await self.bring(file, [], lambda _: None, FetchControl())
         file.reader.close()
         return key
 
@@ -151,11 +170,11 @@ class RemoteWorld:
         self.server.behave = self.serve
         self.locator = ToldLocator(self.server)
         self.engine = http or engine(timeouts=timeouts)
-        self.workers = Workers(4)
-        self.known = Known(revalidate, clock)
+        self.workers = WorkerThreads(4)
+        self.known = ResolutionCache(revalidate, clock)
         self._cache: DiskCache | None = None
         self._making = Lock()
-        self.resolving = Resolving(
+        self.resolving = VersionResolver(
             lambda _: self.locator,
             self.cache_of,
             self.known,
@@ -165,7 +184,7 @@ class RemoteWorld:
         )
         kind = CachedSource if cached else RemoteSource
         limits = limits or Limits()
-        opening = Opening(
+        opening = AdapterOpener(
             *(self.resolving, self.known, self.cache_of, self.engine, self.workers),
             limits=limits,
             verify=verify,
@@ -244,13 +263,13 @@ def over(world: RemoteWorld, **settings: object) -> AdapterLoader:
 
 
 async def opened(
-    world: RemoteWorld, name: str = "one", demand: Demand | None = None
+    world: RemoteWorld, name: str = "one", control: FetchControl | None = None
 ) -> AdapterFile:
     key = await world.source.resolve(world.ref(name))
-    return await world.source.open(key, demand or Demand())
+    return await world.source.open(key, control or FetchControl())
 
 
 async def brought(world: RemoteWorld, name: str = "one") -> AdapterFile:
     file = await opened(world, name)
-    await world.source.bring(file, [], lambda _: None, Demand())
+    await world.source.bring(file, [], lambda _: None, FetchControl())
     return file

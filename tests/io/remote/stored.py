@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING
 import obstore
 from fetching import DATA, GROUPS, PATIENT, MemorySink, engine
 
-from lorax_async.adapter import AdapterRef
-from lorax_async.io.http.settings import PublicOnly
-from lorax_async.io.remote.ports import Located, RemoteFile
-from lorax_async.io.remote.stores import StoreLocator
+from lorax_async.http.settings import PublicOnly
+from lorax_async.remote.base import (
+    LocatedAdapter,
+    RemoteFile,
+)
+from lorax_async.remote.object_stores import StoreBackend
+from lorax_async.types import AdapterRef
 
 if TYPE_CHECKING:
     from obstore.store import AzureStore, GCSStore, S3Store
@@ -40,16 +43,16 @@ class Bucket:
 
 
 @contextmanager
-def locator(*, signed_for: float = 600.0) -> Iterator[StoreLocator]:
+def locator(*, signed_for: float = 600.0) -> Iterator[StoreBackend]:
     with ThreadPoolExecutor(2, "lorax-test") as threads:
-        made = StoreLocator(threads, PublicOnly(), signed_for=signed_for)
+        made = StoreBackend(threads, PublicOnly(), signed_for=signed_for)
         try:
             yield made
         finally:
             made.close()
 
 
-def located(id: str, revision: str | None = None) -> Located:
+def located(id: str, revision: str | None = None) -> LocatedAdapter:
     with locator() as made:
         return asyncio.run(made.locate(AdapterRef(id, revision=revision)))
 

@@ -22,18 +22,21 @@ from safetensors.torch import load
 from user_loads import at, contents, has, loader, stored_in, until, written
 
 from common import LOOPS
-from lorax_async import (
+from lorax_async.cli.fetch import (
+    FetchRow,
+    fetch_all,
+)
+from lorax_async.errors import (
     AdapterError,
     AdapterFormatError,
-    AdapterHandle,
-    AdapterLoader,
     FetchError,
     IncompatibleAdapterError,
     IntegrityError,
 )
-from lorax_async.adapter import AdapterRef
-from lorax_async.commands.fetch import FetchRow, fetch_all
-from lorax_async.io.remote.elsewhere import elsewhere_of
+from lorax_async.handle import AdapterHandle
+from lorax_async.loader import AdapterLoader
+from lorax_async.remote.remote_source import lazy_remote_source
+from lorax_async.types import AdapterRef
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 
@@ -188,7 +191,7 @@ async def published(world: World) -> None:
     """Store what the origin has now, unchecked by any layout: as `lorax-async fetch` does."""
     async with world.loader() as there:
         config = there.config
-    with elsewhere_of(config) as source:
+    with lazy_remote_source(config) as source:
         row = FetchRow(AdapterRef(world.id, source="http"))
         await fetch_all(source, [row], lambda *_: None)
     assert row.error is None, row.error
@@ -587,7 +590,7 @@ class Game:
     async def _fetches(self) -> None:
         """As `lorax-async fetch` does: stored without being checked against a base."""
         config = (await self._open()).config
-        with elsewhere_of(config) as source:
+        with lazy_remote_source(config) as source:
             row = FetchRow(AdapterRef(self.world.id, source="http"))
             try:
                 async with asyncio.timeout(0.5):

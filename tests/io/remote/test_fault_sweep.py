@@ -12,10 +12,12 @@ from fault_world import FaultyWorld, assert_at_rest, at, over, silent
 
 import tiny
 from common import LOOPS, our_threads, until
-from lorax_async import AdapterHandle, AdapterLoader, LoaderClosedError
-from lorax_async.adapter import AdapterRef
-from lorax_async.io.cache.maintenance import ls
-from lorax_async.io.ports import Source
+from lorax_async.cache.maintenance import ls
+from lorax_async.errors import LoaderClosedError
+from lorax_async.handle import AdapterHandle
+from lorax_async.loader import AdapterLoader
+from lorax_async.sources.base import Source
+from lorax_async.types import AdapterRef
 from sweeping import stepwise
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")

@@ -53,11 +53,14 @@ from fetching import PretendNetwork, engine
 
 import tiny
 from common import until
-from lorax_async import (
+from lorax_async.cache.maintenance import ls
+from lorax_async.config import (
+    Checking,
+    Limits,
+)
+from lorax_async.errors import (
     AccessDeniedError,
     AdapterFormatError,
-    AdapterHandle,
-    AdapterLoader,
     AdapterNotFoundError,
     AdapterTimeoutError,
     CapacityError,
@@ -66,16 +69,15 @@ from lorax_async import (
     IntegrityError,
     LoraxError,
 )
-from lorax_async.adapter import AdapterRef
-from lorax_async.config import Checking, Limits
-from lorax_async.core.cache_names import WEIGHTS_FILE
-from lorax_async.core.retries import Retries
 from lorax_async.events import Failed
-from lorax_async.io.cache.maintenance import ls
-from lorax_async.io.http.settings import Timeouts
-from lorax_async.io.remote.beginning import FIRST_BYTES
-from lorax_async.io.remote.ports import Located
-from lorax_async.verification import Verification
+from lorax_async.formats.split_weights import WEIGHTS_FILE
+from lorax_async.handle import AdapterHandle
+from lorax_async.http.failures import RetryPolicy
+from lorax_async.http.settings import Timeouts
+from lorax_async.loader import AdapterLoader
+from lorax_async.remote.base import LocatedAdapter
+from lorax_async.remote.metadata import FIRST_BYTES
+from lorax_async.types import AdapterRef, Verification
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 
@@ -470,13 +472,13 @@ async def test_what_a_source_says_is_no_name_on_this_disk(
 ) -> None:
     hostile, real = NAMES[name], world.locator.locate
 
-    async def located(ref: AdapterRef) -> Located:
+    async def located(ref: AdapterRef) -> LocatedAdapter:
         said = await real(ref)
         if ref.text != "bad":
             return said
         if what == "version":
-            return Located(said.source, hostile, said.scope, said.files)
-        return Located(hostile, said.version, said.scope, said.files)
+            return LocatedAdapter(said.source, hostile, said.scope, said.files)
+        return LocatedAdapter(hostile, said.version, said.scope, said.files)
 
     monkeypatch.setattr(world.locator, "locate", located)
     async with over(world) as loader:
@@ -667,7 +669,7 @@ HURRIED = Timeouts(read=1.5, slowest=1_000, over=1.2, idle=5.0)
 @pytest.mark.slow
 async def test_what_stalls_or_drips_ends_by_itself(tmp_path: Path) -> None:
     """All of it at the same time, beside one adapter that comes: they hold up nobody."""
-    http = engine(32, timeouts=HURRIED, retries=Retries(attempts=2, base=0.01, most=0.02))
+    http = engine(32, timeouts=HURRIED, retries=RetryPolicy(attempts=2, base=0.01, most=0.02))
     with FaultyWorld(tmp_path / "cache", tmp_path / "adapters", http=http) as world:
         world.stock("good", 1)
         world.faults |= STALLS

@@ -27,23 +27,25 @@ from user_loads import at, contents, has, loader, stored_in, written
 import split_files
 import tiny
 from common import until
-from lorax_async import (
+from lorax_async.cli import main
+from lorax_async.config import Limits
+from lorax_async.errors import (
     AdapterFormatError,
-    AdapterLoader,
     AdapterNotFoundError,
-    AdapterRef,
     AdapterTimeoutError,
     FetchError,
     IncompatibleAdapterError,
     IntegrityError,
     LoaderClosedError,
     LoraxError,
-    Merge,
     UsageError,
 )
-from lorax_async.cli import main
-from lorax_async.config import Limits
+from lorax_async.loader import AdapterLoader
 from lorax_async.testing import FakeSource
+from lorax_async.types import (
+    AdapterRef,
+    Merge,
+)
 from sweeping import stepwise
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left", "hub_client")

@@ -20,10 +20,6 @@ from huggingface_hub import constants, utils
 from huggingface_hub.errors import OIDCError
 
 from common import until
-from lorax_async.adapter import AdapterRef
-from lorax_async.core.cache_names import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, FileRole
-from lorax_async.core.file_digest import Digest
-from lorax_async.core.retries import Retries
 from lorax_async.errors import (
     AccessDeniedError,
     AdapterNotFoundError,
@@ -35,14 +31,26 @@ from lorax_async.errors import (
     LoraxError,
     UsageError,
 )
-from lorax_async.io.http.settings import PublicOnly, Rules
-from lorax_async.io.remote.hub import HubLocator
-from lorax_async.io.remote.ports import Located
+from lorax_async.formats.digests import Digest
+from lorax_async.formats.split_weights import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    FileRole,
+)
+from lorax_async.http.failures import RetryPolicy
+from lorax_async.http.settings import (
+    PublicOnly,
+    Rules,
+)
+from lorax_async.remote.base import LocatedAdapter
+from lorax_async.remote.hub import HubLocator
+from lorax_async.types import AdapterRef
 
 pytestmark = pytest.mark.usefixtures("hub_client", "nothing_left")
 
 TOKEN = "hf_q5ecre7Token"
-QUICK = Retries(attempts=3, base=0.01, most=0.02, obeyed=1.0)
+QUICK = RetryPolicy(attempts=3, base=0.01, most=0.02, obeyed=1.0)
 ID = AdapterRef(REPO)
 INDEX = "adapter_model.safetensors.index.json"
 SHARDS = {f"adapter_model-{k:05d}-of-00003.safetensors": bytes([k]) * k * 100 for k in (1, 2, 3)}
@@ -60,7 +68,7 @@ def locating(
     *,
     rules: Rules | None = None,
     timeout: float = 20.0,
-    retries: Retries = QUICK,
+    retries: RetryPolicy = QUICK,
 ) -> Iterator[HubLocator]:
     endpoint, rules = hub if isinstance(hub, str) else hub.endpoint, rules or Anywhere()
     with ThreadPoolExecutor(8, "lorax-test") as threads:
@@ -69,7 +77,7 @@ def locating(
         )
 
 
-async def located(hub: HubStandIn, ref: AdapterRef = ID) -> Located:
+async def located(hub: HubStandIn, ref: AdapterRef = ID) -> LocatedAdapter:
     with locating(hub) as locator:
         found = await locator.locate(ref)
     tells_no_secret(found)

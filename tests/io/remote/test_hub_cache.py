@@ -18,22 +18,38 @@ from huggingface_hub import constants, snapshot_download
 from source_inputs import read
 
 from adapters import hub_cache as by_hand
-from lorax_async.adapter import AdapterRef
-from lorax_async.core.cache_names import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, CacheKey, FileRole
-from lorax_async.core.file_digest import Digest
-from lorax_async.core.policies import policy
-from lorax_async.errors import FetchError, IntegrityError, InternalError
-from lorax_async.io.cache.ports import Cache, CacheEntry
-from lorax_async.io.disk_cache import DiskCache
-from lorax_async.io.ports import Demand
-from lorax_async.io.remote.hub_cache import (
+from lorax_async.cache.base import (
+    Cache,
+    CacheEntry,
+)
+from lorax_async.cache.disk_cache import DiskCache
+from lorax_async.cache.records import CacheKey
+from lorax_async.concurrency import FetchControl
+from lorax_async.errors import (
+    FetchError,
+    IntegrityError,
+    InternalError,
+)
+from lorax_async.formats.digests import Digest
+from lorax_async.formats.split_weights import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    FileRole,
+)
+from lorax_async.lifecycle.policies import policy
+from lorax_async.remote.hub_cache import (
     StandardHubCache,
     TieredCache,
     adapter_files,
     standard_folder,
 )
-from lorax_async.io.remote.hub_calls import digest_of_etag, is_commit
-from lorax_async.io.remote.resolving import ResolutionRequest
+from lorax_async.remote.hub_calls import (
+    digest_of_etag,
+    is_commit,
+)
+from lorax_async.remote.resolution import ResolutionRequest
+from lorax_async.types import AdapterRef
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -372,7 +388,7 @@ def test_what_is_removed_or_replaced_while_it_is_used(tmp_path: Path, replaced: 
 
 def stored(cache: Cache, key: CacheKey) -> CacheEntry:
     """Download it as a whole."""
-    download = cache.begin(key, "", Demand())
+    download = cache.begin(key, "", FetchControl())
     assert not isinstance(download, CacheEntry), "there is an entry already"
     try:
         for name, content in ADAPTER.items():
@@ -391,7 +407,7 @@ def test_downloads_go_to_our_own_cache_and_none_is_made_of_what_the_hub_cache_ha
     with closing(DiskCache(tmp_path / "disk", 1 << 30, policy("lru"))) as disk:
         cache: Cache = TieredCache(opened(hub_client), disk)
         tried = cache.try_begin(KEY, "somebody")
-        for found in (cache.open(KEY), cache.begin(KEY, "somebody", Demand()), tried):
+        for found in (cache.open(KEY), cache.begin(KEY, "somebody", FetchControl()), tried):
             assert isinstance(found, CacheEntry)
             assert contents(found) == ADAPTER
             found.close()

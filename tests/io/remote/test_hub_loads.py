@@ -30,25 +30,27 @@ from user_loads import (
 )
 
 import tiny
-from lorax_async import (
+from lorax_async.errors import (
     AccessDeniedError,
-    AdapterLoader,
-    AdapterRef,
-    Allow,
     FetchError,
     InvalidAdapterIdError,
     LoraxError,
-    Merge,
     UsageError,
 )
-from lorax_async.core.spans import Span
+from lorax_async.formats.spans import ByteRange
+from lorax_async.ids.allow import Allow
+from lorax_async.loader import AdapterLoader
+from lorax_async.types import (
+    AdapterRef,
+    Merge,
+)
 
 pytestmark = pytest.mark.usefixtures("no_socket_left", "nothing_left", "hub_client")
 
 PATIENCE = 40.0
 
 
-def span_of_layer_0(weights: bytes) -> Span:
+def span_of_layer_0(weights: bytes) -> ByteRange:
     """By the header, as the format has it."""
     (length,) = struct.unpack("<Q", weights[:8])
     entries = json.loads(weights[8 : 8 + length]).items()
@@ -61,7 +63,7 @@ def span_of_layer_0(weights: bytes) -> Span:
 class Rounds:
     """What is asked before layer 0 is there, by round; what is not for layer 0 waits until then."""
 
-    layer_0: Span
+    layer_0: ByteRange
     heads: threading.Barrier = field(default_factory=lambda: threading.Barrier(2))
     begins: threading.Barrier = field(default_factory=lambda: threading.Barrier(2))
     is_there: threading.Event = field(default_factory=threading.Event)

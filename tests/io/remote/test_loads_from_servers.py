@@ -37,18 +37,18 @@ from user_loads import LAYERS as MANY
 import servers
 import split_files
 import tiny
-from lorax_async import (
+from lorax_async.cache.partials import CHUNK_BYTES
+from lorax_async.errors import (
     AccessDeniedError,
-    AdapterLoader,
     AdapterNotFoundError,
-    Allow,
     FetchError,
     IntegrityError,
     InvalidAdapterIdError,
 )
-from lorax_async.adapter import AdapterRef
-from lorax_async.core.chunk_map import CHUNK_BYTES
-from lorax_async.io.remote.beginning import FIRST_BYTES
+from lorax_async.ids.allow import Allow
+from lorax_async.loader import AdapterLoader
+from lorax_async.remote.metadata import FIRST_BYTES
+from lorax_async.types import AdapterRef
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "sockets", "hub_client")
 

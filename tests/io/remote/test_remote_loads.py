@@ -21,25 +21,30 @@ from safetensors.torch import load, save
 
 import tiny
 from common import until
-from lorax_async import (
+from lorax_async.cache.maintenance import (
+    ls,
+    rm,
+)
+from lorax_async.config import Limits, LoaderConfig
+from lorax_async.errors import (
     AccessDeniedError,
-    AdapterHandle,
-    AdapterLoader,
     AdapterNotFoundError,
-    Allow,
     ConfigError,
     FetchError,
     IntegrityError,
     LoaderClosedError,
-    LoaderConfig,
-    Merge,
     UsageError,
 )
-from lorax_async.adapter import AdapterId, AdapterRef
-from lorax_async.config import Limits
-from lorax_async.io.cache.maintenance import ls, rm
-from lorax_async.io.remote.beginning import FIRST_BYTES
-from lorax_async.io.remote.ports import AnotherVersionError
+from lorax_async.handle import AdapterHandle
+from lorax_async.ids.allow import Allow
+from lorax_async.loader import AdapterLoader
+from lorax_async.remote.base import AnotherVersionError
+from lorax_async.remote.metadata import FIRST_BYTES
+from lorax_async.types import (
+    AdapterId,
+    AdapterRef,
+    Merge,
+)
 from merges import assert_halves
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left", "hub_client")

@@ -20,20 +20,35 @@ from source_conformance import PopulateConformance, SourceConformance
 from source_inputs import CONFIG, weights
 
 from common import until
-from lorax_async import AdapterFormatError, EvictedError, FetchError, IntegrityError
-from lorax_async.adapter import AdapterKey, RemoteKey
-from lorax_async.core.cache_names import WEIGHTS_FILE, CacheKey
-from lorax_async.core.runs import Span
-from lorax_async.core.split_file import Place, SplitArrivals, SplitPlan
-from lorax_async.io.cache.maintenance import ls
-from lorax_async.io.ports import Demand
-from lorax_async.io.remote import fetch as fetch_module
-from lorax_async.io.remote import opening
-from lorax_async.io.remote.beginning import FIRST_BYTES
-from lorax_async.io.remote.cached import EntryReader, ReopenedReader, gone
-from lorax_async.io.remote.fetch import Fetch
-from lorax_async.io.remote.jobs import followed
-from lorax_async.io.remote.workers import Workers
+from lorax_async.cache.maintenance import ls
+from lorax_async.cache.records import CacheKey
+from lorax_async.concurrency import FetchControl, WorkerThreads
+from lorax_async.errors import (
+    AdapterFormatError,
+    EvictedError,
+    FetchError,
+    IntegrityError,
+)
+from lorax_async.formats.spans import ByteSpan
+from lorax_async.formats.split_weights import (
+    WEIGHTS_FILE,
+    FilePlace,
+    SplitGroupArrivals,
+    SplitPlan,
+)
+from lorax_async.remote import fetching as fetch_module
+from lorax_async.remote import opening
+from lorax_async.remote.fetching import AdapterFetch
+from lorax_async.remote.metadata import FIRST_BYTES, track
+from lorax_async.remote.readers import (
+    EntryReader,
+    ReopenedReader,
+    entry_gone,
+)
+from lorax_async.types import (
+    AdapterKey,
+    RemoteKey,
+)
 from telling import TellingLock
 
 pytestmark = [pytest.mark.usefixtures("nothing_left", "no_socket_left"), pytest.mark.each_loop]
@@ -89,8 +104,8 @@ async def test_callers_who_had_it_have_it_while_the_source_is_down(
     first, second, stranger = (replace(world.ref("one"), token=token) for token in "abc")
     version = world.locator.there["one"].version
     for ref in (first, second):
-        file = await world.source.open(await world.source.resolve(ref), Demand())
-        await world.source.bring(file, [], lambda _: None, Demand())
+        file = await world.source.open(await world.source.resolve(ref), FetchControl())
+        await world.source.bring(file, [], lambda _: None, FetchControl())
         file.reader.close()
     world.locator.error = FetchError("it is down")
     for ref in (first, second):
@@ -120,7 +135,7 @@ async def test_another_version_is_not_stored_under_the_name_of_the_one(tmp_path:
         now = 3600.0
         world.put("one", CONFIG, weights(2))
         with pytest.raises(IntegrityError, match="another version by now"):
-            await world.source.open(key, Demand())
+            await world.source.open(key, FetchControl())
 
 
 def in_use(world: RemoteWorld) -> list[bool]:
@@ -141,7 +156,7 @@ class SlowToEnd:
 async def test_jobs_end_with_whoever_follows_them() -> None:
     jobs: list[Any] = [SlowToEnd(), SlowToEnd()]
     with pytest.raises(ZeroDivisionError):
-        async with followed(Demand(urgent=False), *jobs):
+        async with track(FetchControl(urgent=False), *jobs):
             raise ZeroDivisionError
     assert all(job.done.done() for job in jobs)
 
@@ -162,8 +177,8 @@ async def test_groups_are_reported_on_the_loop(world: RemoteWorld, tmp_path: Pat
     def note(group: int) -> None:
         told.append((group, current_thread()))
 
-    groups = [[Span(0, half)], [Span(half, nbytes)]]
-    await world.source.bring(file, groups, note, Demand())
+    groups = [[ByteSpan(0, half)], [ByteSpan(half, nbytes)]]
+    await world.source.bring(file, groups, note, FetchControl())
     assert told == [(0, current_thread()), (1, current_thread())]
     file.reader.close()
 
@@ -173,7 +188,7 @@ async def test_a_reader_that_is_closed_while_it_is_brought_keeps_nothing(
 ) -> None:
     stocked(world, tmp_path)
     file = await opened(world)
-    bringing = asyncio.create_task(world.source.bring(file, [], lambda _: None, Demand()))
+    bringing = asyncio.create_task(world.source.bring(file, [], lambda _: None, FetchControl()))
     await asyncio.sleep(0)
     file.reader.close()
     await bringing
@@ -181,7 +196,7 @@ async def test_a_reader_that_is_closed_while_it_is_brought_keeps_nothing(
 
 
 async def test_a_release_is_done_though_it_was_cancelled_before_it_began() -> None:
-    workers, busy, done = Workers(1), Event(), Event()
+    workers, busy, done = WorkerThreads(1), Event(), Event()
     workers.submit(busy.wait)
     letting_go = asyncio.create_task(workers.finish(done.set))
     for _ in range(3):
@@ -196,7 +211,7 @@ async def test_a_release_is_done_though_it_was_cancelled_before_it_began() -> No
 
 
 async def test_a_cancelled_caller_waits_for_its_thread_and_undoes_the_result() -> None:
-    workers, begun, go = Workers(1), Event(), Event()
+    workers, begun, go = WorkerThreads(1), Event(), Event()
     undone: list[bool] = []
 
     def work() -> bool:
@@ -280,11 +295,11 @@ class ToldDownload:
 
 
 def fetching(
-    workers: Workers, files: Sequence[HeldFile], download: ToldDownload | None = None
-) -> tuple[Fetch, ToldEngine]:
+    workers: WorkerThreads, files: Sequence[HeldFile], download: ToldDownload | None = None
+) -> tuple[AdapterFetch, ToldEngine]:
     """Of two files with 20 bytes each, behind a header of 8."""
     engine = ToldEngine()
-    plan = SplitPlan(b"", 48, (Place(0, 8, 0), Place(8, 28, 8), Place(28, 48, 8)))
+    plan = SplitPlan(b"", 48, (FilePlace(0, 8, 0), FilePlace(8, 28, 8), FilePlace(28, 48, 8)))
     parts = [SimpleNamespace(answer=None, nbytes=28) for _ in files]
     given: Any = (
         engine,
@@ -293,11 +308,11 @@ def fetching(
         files,
         SimpleNamespace(plan=plan, parts=parts),
     )
-    return Fetch(*given, resumable=True), engine
+    return AdapterFetch(*given, resumable=True), engine
 
 
-async def bringing_begun(fetch: Fetch, groups: Any, told: list[int]) -> asyncio.Task[Any]:
-    bringing = asyncio.create_task(fetch.bring(groups, told.append, Demand()))
+async def bringing_begun(fetch: AdapterFetch, groups: Any, told: list[int]) -> asyncio.Task[Any]:
+    bringing = asyncio.create_task(fetch.bring(groups, told.append, FetchControl()))
     await asyncio.sleep(0)
     return bringing
 
@@ -308,7 +323,7 @@ async def test_groups_of_two_files_are_reported_in_their_order(
     """The thread that has found the first one whole is slow to say so."""
     found, go_on = Event(), Event()
 
-    class Slow(SplitArrivals):
+    class Slow(SplitGroupArrivals):
         def landed(self, number: int, n: int) -> list[int]:
             groups = super().landed(number, n)
             if number == 1:
@@ -317,11 +332,11 @@ async def test_groups_of_two_files_are_reported_in_their_order(
             return groups
 
     monkeypatch.setattr(fetch_module, "Lock", partial(TellingLock, go_on))
-    monkeypatch.setattr(fetch_module, "SplitArrivals", Slow)
-    workers, told = Workers(2), list[int]()
+    monkeypatch.setattr(fetch_module, "SplitGroupArrivals", Slow)
+    workers, told = WorkerThreads(2), list[int]()
     files = [HeldFile(), HeldFile()]
     fetch, engine = fetching(workers, files)
-    bringing = await bringing_begun(fetch, [[Span(8, 28)], [Span(28, 48)]], told)
+    bringing = await bringing_begun(fetch, [[ByteSpan(8, 28)], [ByteSpan(28, 48)]], told)
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(engine.told[0], 0)
         assert found.wait(20)
@@ -350,7 +365,7 @@ class AskedFuture(Future[int]):
 
 async def test_nothing_reads_a_download_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """One file is being hashed, the other waits for a thread."""
-    workers, files, download = Workers(2), [HeldFile(), HeldFile()], ToldDownload()
+    workers, files, download = WorkerThreads(2), [HeldFile(), HeldFile()], ToldDownload()
     hashing, waiting = AskedFuture(files[0].go), Future[Any]()
 
     def submit(work: Any) -> Future[Any]:
@@ -367,7 +382,7 @@ async def test_nothing_reads_a_download_that_has_ended(monkeypatch: pytest.Monke
     download.on_close = close
     monkeypatch.setattr(workers, "submit", submit)
     fetch, engine = fetching(workers, files, download)
-    bringing = await bringing_begun(fetch, [[Span(8, 28)], [Span(28, 48)]], [])
+    bringing = await bringing_begun(fetch, [[ByteSpan(8, 28)], [ByteSpan(28, 48)]], [])
     engine.told[0](0)
     engine.told[1](0)
     assert files[0].begun.wait(20)
@@ -407,12 +422,12 @@ async def test_waiting_for_others_ends_with_the_demand(
         key = await world.source.resolve(world.ref("one"))
         assert isinstance(key, RemoteKey)
         other = CacheKey(key.location, key.version if what == "the same" else "another")
-        download, demand = begun(world.cache, other), Demand()
+        download, control = begun(world.cache, other), FetchControl()
         download.file(WEIGHTS_FILE, 900_000)
-        waiting = asyncio.create_task(world.source.open(key, demand))
+        waiting = asyncio.create_task(world.source.open(key, control))
         await asyncio.wait([waiting], timeout=0.2)
         assert not waiting.done()
-        demand.end()
+        control.end()
         with pytest.raises(FetchError, match="nobody waits"):
             await waiting
         download.discard()
@@ -431,13 +446,13 @@ async def test_comparing_a_refused_entry_ends_with_the_demand(tmp_path: Path) ->
             raise AssertionError("unreachable")
 
         (await brought(world)).reader.close()
-        demand = Demand()
-        file = await opened(world, demand=demand)
+        control = FetchControl()
+        file = await opened(world, control=control)
         now[0] = 10_000.0
         world.locator.locate = no_answer  # type: ignore[assignment,method-assign]
         refusing = asyncio.create_task(file.refused(AdapterFormatError("it does not fit")))
         await until(lambda: asked)
-        demand.end()
+        control.end()
         assert not await asyncio.wait_for(refusing, 5)
         assert not any(in_use(world))
 
@@ -460,11 +475,11 @@ async def test_a_question_to_the_source_ends_with_the_demand(tmp_path: Path) -> 
         key = await world.source.resolve(world.ref("one"))
         now[0] = 10_000.0  # the answer is too old: signed URLs expire
         world.locator.locate = no_answer  # type: ignore[assignment,method-assign]
-        demand = Demand()
-        asking = asyncio.create_task(world.source.open(key, demand))
+        control = FetchControl()
+        asking = asyncio.create_task(world.source.open(key, control))
         await until(lambda: cancelled)
         assert not asking.done()
-        demand.end()
+        control.end()
         with pytest.raises(FetchError, match="nobody waits"):
             await asking
         assert cancelled == [True]
@@ -479,7 +494,7 @@ async def test_opening_what_is_here_is_cancelled_at_any_turn(
     key = await world.source.resolve(world.ref("one"))
     cancelled = []
     for turns in range(40):
-        opening_it = asyncio.create_task(world.source.open(key, Demand()))
+        opening_it = asyncio.create_task(world.source.open(key, FetchControl()))
         for _ in range(turns):
             await asyncio.sleep(0.0005 if turns > 20 else 0)
         opening_it.cancel()
@@ -498,7 +513,7 @@ def test_what_was_gone_once_stays_gone() -> None:
     def open() -> EntryReader:
         nonlocal opened
         opened += 1
-        raise gone()
+        raise entry_gone()
 
     reader = ReopenedReader(open)
     for _ in range(2):
@@ -523,13 +538,13 @@ def test_closing_a_reader_waits_for_no_thread_that_opens_it() -> None:
         slow.wait(20)
         return Opened()  # type: ignore[return-value]
 
-    reader, workers = ReopenedReader(open), Workers(2)
+    reader, workers = ReopenedReader(open), WorkerThreads(2)
     reading = workers.submit(lambda: reader.nbytes)
     assert begun.wait(20)
     closing = workers.submit(reader.close)
     assert closing.result(10) is None
     slow.set()
-    with pytest.raises(type(gone())):
+    with pytest.raises(type(entry_gone())):
         reading.result(20)
     assert len(closed) == 1
     workers.close()

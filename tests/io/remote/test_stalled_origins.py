@@ -17,8 +17,11 @@ from web_folder import CONFIG, WEIGHTS, Folder, hold
 
 import tiny
 from common import open_sockets, until
-from lorax_async import AdapterLoader, AdapterTimeoutError, Allow, LoaderConfig
-from lorax_async.io.remote.beginning import FIRST_BYTES
+from lorax_async.config import LoaderConfig
+from lorax_async.errors import AdapterTimeoutError
+from lorax_async.ids.allow import Allow
+from lorax_async.loader import AdapterLoader
+from lorax_async.remote.metadata import FIRST_BYTES
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 

@@ -19,7 +19,6 @@ from test_http_trust import tls_server
 from user_loads import secretless
 
 from common import until as later
-from lorax_async.adapter import AdapterRef
 from lorax_async.errors import (
     AccessDeniedError,
     ConfigError,
@@ -28,12 +27,20 @@ from lorax_async.errors import (
     IntegrityError,
     UsageError,
 )
-from lorax_async.io.http.settings import PublicOnly
-from lorax_async.io.http.target import ProbeResult, Validators
-from lorax_async.io.http.urls import parse_url
-from lorax_async.io.remote.buckets import Buckets
-from lorax_async.io.remote.store_ids import Folder, version_of
-from lorax_async.io.remote.stores import OriginAllowed, StoreLocator
+from lorax_async.http.settings import PublicOnly
+from lorax_async.http.target import (
+    ProbeResult,
+    Validators,
+)
+from lorax_async.http.urls import parse_url
+from lorax_async.remote.object_stores import (
+    Buckets,
+    OriginAllowed,
+    StoreBackend,
+    StoreFolder,
+    version_of,
+)
+from lorax_async.types import AdapterRef
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -71,7 +78,7 @@ async def test_a_bucket_that_does_not_answer_holds_up_no_other(
     with FaultServer(b"", behave) as server, ThreadPoolExecutor(12, "lorax-test") as threads:
         environment(monkeypatch, server)
         monkeypatch.setenv("AWS_TIMEOUT", "15s")
-        made = StoreLocator(threads, PublicOnly())
+        made = StoreBackend(threads, PublicOnly())
         try:
             loads = [
                 asyncio.create_task(made.locate(AdapterRef(f"s3://stalls/{n}/"))) for n in range(20)
@@ -262,7 +269,7 @@ def test_connections_of_sixteen_buckets_are_kept(monkeypatch: pytest.MonkeyPatch
         environment(monkeypatch, server)
         buckets = Buckets()
         for n in range(20):
-            assert buckets.head(Folder("s3", f"bucket-{n}", ""), "name") is not None
+            assert buckets.head(StoreFolder("s3", f"bucket-{n}", ""), "name") is not None
         until(lambda: server.connected() == 16, 30)
         buckets.close()
         until(lambda: server.connected() == 0, 30)

@@ -27,14 +27,19 @@ from origins import KINDS, processes
 from stored import CONFIG, Bucket, brought, located, locator
 from user_loads import secretless
 
-from lorax_async.adapter import AdapterRef
-from lorax_async.core.cache_names import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, FileRole
 from lorax_async.errors import (
     AccessDeniedError,
     AdapterNotFoundError,
     FetchError,
     IntegrityError,
 )
+from lorax_async.formats.split_weights import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    FileRole,
+)
+from lorax_async.types import AdapterRef
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 

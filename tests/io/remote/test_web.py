@@ -14,10 +14,7 @@ from fault_server import Asked, Client, FaultServer
 from fetching import Anywhere, LoopbackOnly
 from web_folder import CONFIG, INDEX, WEIGHTS, Folder, World, refuse, world
 
-from lorax_async.adapter import AdapterRef
 from lorax_async.config import Limits
-from lorax_async.core.cache_names import CONFIG_FILE, WEIGHTS_FILE, FileRole
-from lorax_async.core.file_digest import Digest
 from lorax_async.errors import (
     AccessDeniedError,
     AdapterFormatError,
@@ -26,11 +23,25 @@ from lorax_async.errors import (
     InvalidAdapterIdError,
     UsageError,
 )
-from lorax_async.io.http.engine import RangeEngine
-from lorax_async.io.http.settings import HttpSettings, PublicOnly
-from lorax_async.io.remote.beginning import FIRST_BYTES
-from lorax_async.io.remote.ports import WEAK
-from lorax_async.io.remote.web import MAX_INDEX_BYTES, MAX_SHARDS, WebLocator
+from lorax_async.formats.digests import Digest
+from lorax_async.formats.split_weights import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    FileRole,
+)
+from lorax_async.http.range_engine import RangeEngine
+from lorax_async.http.settings import (
+    HttpSettings,
+    PublicOnly,
+)
+from lorax_async.remote.base import WEAK
+from lorax_async.remote.metadata import FIRST_BYTES
+from lorax_async.remote.web import (
+    MAX_INDEX_BYTES,
+    MAX_SHARDS,
+    WebBackend,
+)
+from lorax_async.types import AdapterRef
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 
@@ -291,7 +302,7 @@ async def test_what_is_part_of_the_version_is_waited_for(etag: str | None, least
         FaultServer(b"", folder) as server,
         RangeEngine(HttpSettings(), network=LoopbackOnly(), clock=Hurried()) as asking,
     ):
-        locator = WebLocator(asking, Anywhere(), Limits())
+        locator = WebBackend(asking, Anywhere(), Limits())
         _, weights = (await locator.locate(AdapterRef(server.url("/folder/")))).files
         assert weights.answer is not None
         found = len(weights.answer.start)

@@ -13,11 +13,21 @@ from safetensors.torch import save_file
 from slow_proxy import SlowProxy
 
 import tiny
-from lorax_async import AdapterHandle, AdapterLoader, Allow, LoaderConfig
-from lorax_async.adapter import AdapterRef, RemoteKey
-from lorax_async.core.cache_names import MAP_SUFFIX
-from lorax_async.core.chunk_map import ChunkMap
-from lorax_async.core.layout import ModelLayout, Module, Parallel
+from lorax_async.cache.partials import ChunkMap
+from lorax_async.cache.records import MAP_SUFFIX
+from lorax_async.config import LoaderConfig
+from lorax_async.handle import AdapterHandle
+from lorax_async.ids.allow import Allow
+from lorax_async.loader import AdapterLoader
+from lorax_async.planning.layout import (
+    ModelLayout,
+    Module,
+    Parallelism,
+)
+from lorax_async.types import (
+    AdapterRef,
+    RemoteKey,
+)
 
 HIDDEN = 96
 LAYERS = 24
@@ -36,7 +46,7 @@ KINDS = ("partials", "entries")
 
 def layout(layers: int) -> ModelLayout:
     modules = tuple(
-        Module(f"model.layers.{layer}.{target}", HIDDEN, 2 * HIDDEN, layer, Parallel.COLUMN)
+        Module(f"model.layers.{layer}.{target}", HIDDEN, 2 * HIDDEN, layer, Parallelism.COLUMN)
         for layer in range(layers)
         for target in tiny.TARGETS
     )

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from fault_server import Asked, Behaviour, Client, FaultServer, Hangup
 from fetching import PATIENT, Anywhere, engine
 
-from lorax_async.adapter import AdapterRef
 from lorax_async.config import Limits
-from lorax_async.io.http.engine import RangeEngine
-from lorax_async.io.http.settings import Rules
-from lorax_async.io.remote.web import WebLocator
+from lorax_async.http.range_engine import RangeEngine
+from lorax_async.http.settings import Rules
+from lorax_async.remote.web import WebBackend
+from lorax_async.types import AdapterRef
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -82,7 +82,7 @@ class World:
     folder: Folder
     server: FaultServer
     engine: RangeEngine
-    locator: WebLocator
+    locator: WebBackend
 
     def ref(
         self, token: str | None = None, revision: str | None = None, *, path: str = "/adapters/one/"
@@ -96,5 +96,5 @@ def world(
 ) -> Iterator[World]:
     folder = Folder(dict(files))
     with FaultServer(b"", folder) as server, engine(8, timeouts=PATIENT) as asking:
-        locator = WebLocator(asking, rules or Anywhere(), limits or Limits())
+        locator = WebBackend(asking, rules or Anywhere(), limits or Limits())
         yield World(folder, server, asking, locator)

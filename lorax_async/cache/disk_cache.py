@@ -1,0 +1,355 @@
+"""Whole adapters on this machine's disk, and partial ones on their way. Blocks.
+
+In the folder, which is its owner's alone (0700, files 0600), all names are ours:
+
+    entries/DIGEST/         a plain PEFT folder, with record.json and scope.DIGEST… beside
+    partials/DIGEST.SERIAL/ the same files, and a chunk map beside each
+    trash/, answers/, lock  what is being removed, what ids resolved to last, the directory's lock
+
+DIGEST is that of the key. An entry appears by one rename, after its digests were checked and its
+files were brought to the disk (fsync); its last use is the time of its folder. Any other program
+may be pointed at the folder of an entry that is leased.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from threading import Lock
+from time import monotonic
+
+from lorax_async.cache.budget import DiskBudget
+from lorax_async.cache.directory import CacheDirectory, Folder, translated_errors, unique
+from lorax_async.cache.entries import DiskEntry, Entries, grant, remove_leftovers
+from lorax_async.cache.partials import PATIENCE_SECONDS, Partial, PartialFile, Partials
+from lorax_async.cache.records import MAP_SUFFIX, RECORD, CacheKey, record_of
+from lorax_async.concurrency import FetchControl
+from lorax_async.config import LoaderConfig
+from lorax_async.errors import (
+    AdapterFormatError,
+    FetchError,
+    IntegrityError,
+    InternalError,
+    LoaderClosedError,
+)
+from lorax_async.formats.digests import Digest
+from lorax_async.formats.split_weights import FileRole, role_of
+from lorax_async.formats.strict_json import parse_object
+from lorax_async.lifecycle.policies import EvictionPolicy, policy
+
+POLL_SECONDS = 0.02
+
+_TAKEN = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}
+_PUBLICATIONS = 3
+_MAX_ANSWER_BYTES = 64 << 10
+
+
+class DiskCache:
+    """The `Cache` in a folder, which several processes may use at once.
+
+    Parameters
+    ----------
+    path
+        The folder, made if it is missing; for nothing else.
+    nbytes
+        Budget, over entries and partials of all processes.
+    policy
+        The order in which entries have to go; a new one.
+
+    Raises
+    ------
+    ConfigError
+        The folder belongs to another user, others may write to it, or it cannot be opened.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], nbytes: int, policy: EvictionPolicy) -> None:
+        self._open = False
+        self.directory = CacheDirectory(path)
+        self.entries, self.partials = Entries(self.directory), Partials(self.directory)
+        self.budget = DiskBudget(self.directory, self.entries, self.partials, nbytes, policy)
+        try:
+            with translated_errors("clean up"):
+                self.directory.empty_trash()
+        except BaseException:
+            self.directory.close()
+            raise
+        self._open = True
+
+    def open(self, key: CacheKey, *, check: bool = False) -> DiskEntry | None:
+        self.directory.restore()
+        entry = self.entries.open(key.name, check=check)
+        if entry is not None:
+            self.note_use(entry)
+        return entry
+
+    def note_use(self, entry: DiskEntry) -> None:
+        """Count a use; close the entry if that fails."""
+        try:
+            with translated_errors("note a use"):
+                now_ns = time.time_ns()
+                entry.touch(now_ns)
+                self.budget.note_use(entry.record.name, entry.record.nbytes, now_ns)
+        except BaseException:
+            entry.close()
+            raise
+
+    def try_begin(
+        self, key: CacheKey, scope: str, *, alone: bool = False
+    ) -> DiskEntry | DiskDownload | int:
+        entry = self.open(key)
+        if entry is not None:
+            return entry
+        with translated_errors("begin a download"), self.directory.locked():
+            entry = self.open(key)  # it may have been published meanwhile
+            if entry is not None:
+                return entry
+            claimed = self.partials.claim(key.name, alone=alone)
+        return DiskDownload(self, key, scope, claimed) if isinstance(claimed, Partial) else claimed
+
+    def begin(self, key: CacheKey, scope: str, control: FetchControl) -> DiskEntry | DiskDownload:
+        progress, since, alone = -1, monotonic(), False
+        while not control.ended:
+            begun = self.try_begin(key, scope, alone=alone)
+            if not isinstance(begun, int):
+                return begun
+            if begun != progress:
+                progress, since = begun, monotonic()
+            alone = monotonic() - since > PATIENCE_SECONDS
+            control.wait(POLL_SECONDS)
+        raise FetchError("the fetch was cancelled before it began")
+
+    def note_version(self, question: str, source: str, version: str) -> None:
+        self.directory.restore()
+        content = json.dumps({"source": source, "version": version}).encode()
+        answers, new = self.directory.answers, f"{unique()}.new"
+        with translated_errors("note a version"):
+            try:
+                answers.write(new, content)
+                os.rename(new, _name_of(question), src_dir_fd=answers.fd, dst_dir_fd=answers.fd)
+            except BaseException:
+                answers.unlink(new)
+                raise
+
+    def last_version(self, question: str) -> tuple[str, str] | None:
+        self.directory.restore()
+        with translated_errors("look for a version"):
+            found = resolved(self.directory.answers, _name_of(question))
+        return None if found is None else (found.source, found.version)
+
+    def condemn(self, key: CacheKey) -> None:
+        with translated_errors("remove an entry"):
+            self.entries.condemn(key.name)
+
+    def remove(self, key: CacheKey) -> bool:
+        self.directory.restore()
+        with translated_errors("remove an entry"), self.directory.locked():
+            partials = [self.partials.drop(name) for name in self.partials.of(key.name)]
+            self.entries.drop(key.name)
+            return all(partials) and self.directory.entries.status(key.name) is None
+
+    def used(self) -> int:
+        self.directory.restore()
+        return self.budget.used()
+
+    @property
+    def last_used(self) -> int | None:
+        """As `used` was when room was made last; None before. Looks at nothing."""
+        return self.budget.last_used
+
+    def close(self) -> None:
+        if self._open:
+            self._open = False
+            self.directory.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_open", False):
+            warnings.warn("unclosed disk cache", ResourceWarning, stacklevel=2)
+            self.close()
+
+
+class DiskDownload:
+    """The `CacheDownload` whose folder becomes an entry by one rename: the first to do so wins."""
+
+    mappable = True
+
+    def __init__(self, cache: DiskCache, key: CacheKey, scope: str, partial: Partial) -> None:
+        self.key = key
+        self._cache = cache
+        self._scope = scope
+        self._partial: Partial | None = partial
+        self._files: dict[FileRole, PartialFile] = {}
+
+    def file(self, role: FileRole, nbytes: int, expected: Digest | None = None) -> PartialFile:
+        if role in self._files:
+            raise InternalError(f"{role.file_name} was added to the download twice")
+        folder, reserve = self._require_open().folder, self._cache.budget.reserve
+        file = self._files[role] = PartialFile(folder, role, nbytes, expected, reserve)
+        return file
+
+    def publish(self) -> DiskEntry:
+        partial = self._require_open()
+        if not self._files:
+            raise InternalError("a download without files was to be published")
+        try:
+            digests = [file.checked_digest() for file in self._files.values()]
+        except IntegrityError:
+            self.discard()
+            raise
+        with translated_errors("publish a download"):
+            settled = zip(self._files.values(), digests, strict=True)
+            files = [file.synced_record(digest) for file, digest in settled]
+            record = record_of(self.key, tuple(sorted(files, key=lambda file: file.role)))
+            self._clear(partial.folder)
+            partial.folder.write(RECORD, record.encoded())
+            grant(partial.folder, self._scope)
+            partial.folder.sync()
+            # Leased before others see it, or it could be evicted at once.
+            ours = self._cache.entries.adopt(partial.folder, record)
+            try:
+                theirs = self._renamed(partial)
+                if theirs is None:
+                    with self._ending(), partial.ending():
+                        self._cache.directory.entries.sync()
+                        remove_leftovers(partial.folder)
+            except BaseException:
+                ours.close()
+                raise
+        if theirs is None:
+            self._cache.note_use(ours)
+            return ours
+        ours.close()
+        self.discard()
+        if theirs.record.contradicts(record.files):
+            theirs.close()
+            raise IntegrityError(
+                "another process has stored other bytes of the same version meanwhile: the source"
+                " changed them without saying so; load it again"
+            )
+        return theirs
+
+    def discard(self) -> None:
+        if (partial := self._partial) is not None:
+            with self._ending(), translated_errors("remove a download"):
+                partial.discard()
+
+    def close(self) -> None:
+        if (partial := self._partial) is None:
+            return
+        with self._ending(), translated_errors("leave a download"):
+            try:
+                kept = [file.keep() for file in self._files.values()]
+            except BaseException:
+                partial.discard()
+                raise
+            if any(kept):
+                partial.leave()
+            else:
+                partial.discard()
+
+    def __del__(self) -> None:
+        if self._partial is not None:
+            warnings.warn("unclosed download of a disk cache", ResourceWarning, stacklevel=2)
+            self.close()
+
+    def _require_open(self) -> Partial:
+        if self._partial is None:
+            raise InternalError("the download has ended")
+        return self._partial
+
+    def _clear(self, folder: Folder) -> None:
+        """Remove what an interrupted download left and this one did not ask for."""
+        for name in folder.names():
+            role = role_of(name.removesuffix(MAP_SUFFIX))
+            if name == RECORD or (role is not None and role not in self._files):
+                folder.unlink(name)
+
+    def _renamed(self, partial: Partial) -> DiskEntry | None:
+        """Rename the folder; return the entry of a process that was faster, if there is one."""
+        entries, name = self._cache.entries, self.key.name
+        parents = {"src_dir_fd": partial.parent.fd, "dst_dir_fd": entries.parent.fd}
+        for _ in range(_PUBLICATIONS):
+            try:
+                with self._cache.directory.locked():
+                    os.rename(partial.name, name, **parents)
+            except FileNotFoundError as error:
+                raise FetchError(
+                    "another process took over the download where locks do not work, or somebody"
+                    " removed its folder; load it again"
+                ) from error
+            except OSError as error:
+                if error.errno not in _TAKEN:
+                    raise
+            else:
+                return None
+            theirs = entries.open(name, check=False)  # a damaged one is removed by that
+            if theirs is not None:
+                return theirs
+        raise FetchError("the disk cache's entry was in the way again and again; load it again")
+
+    @contextmanager
+    def _ending(self) -> Iterator[None]:
+        """Whatever happens, nothing stays open."""
+        self._partial = None
+        try:
+            yield
+        finally:
+            for file in self._files.values():
+                file.close()
+
+
+def resolved(answers: Folder, name: str) -> CacheKey | None:
+    """Read one answer of a source; None if there is none. Raise `OSError`."""
+    with suppress(FileNotFoundError, AdapterFormatError):
+        content = answers.read(name, _MAX_ANSWER_BYTES)
+        fields = parse_object(content, what="an answer", max_bytes=_MAX_ANSWER_BYTES)
+        source, version = fields.get("source"), fields.get("version")
+        if isinstance(source, str) and isinstance(version, str):
+            return CacheKey(source, version)
+    return None
+
+
+def _name_of(question: str) -> str:
+    return hashlib.sha256(question.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+class OwnCache:
+    """The disk cache of one loader, made when it is first needed. From any thread; blocks."""
+
+    def __init__(self, config: LoaderConfig) -> None:
+        self._config = config
+        self._lock = Lock()
+        self._made: DiskCache | None = None
+        self._last_used: int | None = None
+        self._closed = False
+
+    def get(self) -> DiskCache:
+        """Always return the same. Raise `LoaderClosedError` after `close`, and as `DiskCache`."""
+        with self._lock:
+            if self._closed:
+                raise LoaderClosedError("the loader is closed")
+            if self._made is None:
+                config = self._config
+                self._made = DiskCache(
+                    config.cache_folder, config.cache_bytes, policy(config.eviction)
+                )
+            return self._made
+
+    @property
+    def last_used(self) -> int | None:
+        """Bytes that were seen in its folder last, also after `close`; None if never. Quick."""
+        made = self._made
+        return self._last_used if made is None else made.last_used
+
+    def close(self) -> None:
+        """Entries and downloads are to be closed first. Idempotent."""
+        with self._lock:
+            made, self._made, self._closed = self._made, None, True
+        if made is not None:
+            self._last_used = made.last_used
+            made.close()

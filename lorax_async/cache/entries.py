@@ -1,0 +1,314 @@
+"""Whole adapters in a disk cache: leasing, checking and removing them. Blocks.
+
+A lease is a shared `flock` on the entry's record; an entry is removed under an exclusive one, with
+the directory locked.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+
+from lorax_async.cache.directory import (
+    CacheDirectory,
+    Folder,
+    read_all,
+    suppress_read_only,
+    translated_errors,
+    try_lock,
+)
+from lorax_async.cache.records import (
+    MAP_SUFFIX,
+    MAX_RECORD_BYTES,
+    PARTIAL_LOCK,
+    RECORD,
+    SCOPE_PREFIX,
+    EntryRecord,
+    FileRecord,
+    decoded_record,
+    scope_name,
+)
+from lorax_async.errors import AdapterFormatError, IntegrityError, InternalError
+from lorax_async.files import FileReader, changed, hash_on, identity_of, translated
+from lorax_async.formats.digests import FileHash
+from lorax_async.formats.split_weights import FileRole
+from lorax_async.types import FileIdentity
+
+MAX_SCOPES = 1_024
+"""Scopes that an entry remembers; any other has to ask the source."""
+
+_NO_FOLDER = {errno.ENOTDIR, errno.ELOOP}
+_DAMAGED = {errno.ENOENT, errno.EISDIR} | _NO_FOLDER
+
+Identities = Mapping[FileRole, FileIdentity]
+
+
+class DiskEntry:
+    """The `CacheEntry` of a folder, leased: no process removes it."""
+
+    mappable = True
+
+    def __init__(
+        self, entries: Entries, lease: int, record: EntryRecord, files: Identities
+    ) -> None:
+        self.record = record
+        self._entries = entries
+        self._lease = lease
+        self._files = files
+        self._open = True
+
+    @property
+    def folder(self) -> str:
+        return os.path.join(self._entries.directory.path, "entries", self.record.name)
+
+    def touch(self, now_ns: int) -> None:
+        """Let every process see when it was used. Raise `OSError`."""
+        with suppress_read_only(), suppress(FileNotFoundError):
+            parent = self._entries.parent.fd
+            os.utime(self.record.name, ns=(now_ns, now_ns), dir_fd=parent, follow_symlinks=False)
+
+    def reader(self, role: FileRole) -> FileReader:
+        identity = self._files.get(role)
+        if identity is None:
+            raise InternalError(f"the cache's entry has no {role.file_name}")
+        opener = partial(_open_same, self._entries.parent, self.record.name, role, identity)
+        return FileReader(opener, identity, role.file_name)
+
+    def granted(self, scope: str) -> float | None:
+        with translated_errors("look at an entry"):
+            try:
+                with self._entries.parent.subfolder(self.record.name) as folder:
+                    status = folder.status(scope_name(scope))
+            except FileNotFoundError:
+                return None
+        return None if status is None else max(0.0, time.time() - status.st_mtime)
+
+    def grant(self, scope: str) -> None:
+        with (
+            translated_errors("write to an entry"),
+            suppress_read_only(),
+            self._entries.parent.subfolder(self.record.name) as folder,
+        ):
+            grant(folder, scope)
+
+    def close(self) -> None:
+        if self._open:
+            self._open = False
+            os.close(self._lease)
+            self._entries.directory.release(self.record.name)
+
+    def __del__(self) -> None:
+        if self._open:
+            warnings.warn("unclosed entry of a disk cache", ResourceWarning, stacklevel=2)
+            self.close()
+
+
+class Entries:
+    """All entries. `drop` and `is_leased` are called with the directory locked."""
+
+    def __init__(self, directory: CacheDirectory) -> None:
+        self.directory = directory
+        self.parent = directory.entries
+
+    def open(self, name: str, *, check: bool) -> DiskEntry | None:
+        """Lease an entry; None if there is none, or it was damaged and has been removed."""
+        try:
+            return self.require(name, check=check)
+        except IntegrityError:
+            return None
+
+    def require(self, name: str, *, check: bool) -> DiskEntry | None:
+        """As `open`, but raise `IntegrityError` if it was damaged."""
+        entry = None
+        with translated_errors("open an entry"):
+            self.directory.hold(name)
+            try:
+                entry = self._opened(name, check=check)
+            finally:
+                if entry is None:
+                    self.directory.release(name)
+        return entry
+
+    def record(self, name: str) -> EntryRecord | None:
+        """Return what an entry says of itself; None if it cannot be read. Raise `OSError`."""
+        try:
+            with self.parent.subfolder(name) as folder:
+                fd = folder.file(RECORD, os.O_RDONLY)
+            try:
+                return _read_record(fd, name)
+            finally:
+                os.close(fd)
+        except IntegrityError:
+            return None
+        except OSError as error:
+            if error.errno not in _DAMAGED:
+                raise
+            return None
+
+    def adopt(self, folder: Folder, record: EntryRecord) -> DiskEntry:
+        """Lease a folder of this process that is about to become an entry. Raise `OSError`."""
+        files = _require_whole(folder, record, check=False)
+        lease = folder.file(RECORD, os.O_RDONLY)
+        try:
+            try_lock(lease, shared=True)
+        except BaseException:
+            os.close(lease)
+            raise
+        self.directory.hold(record.name)
+        return DiskEntry(self, lease, record, files)
+
+    def drop(self, name: str) -> bool:
+        """Remove an entry; False if it is leased, or not there. Raise `OSError`."""
+        with self.directory.holding, self._locked_alone(name) as alone:
+            hidden = self.directory.hide(self.parent, name) if alone else None
+        if hidden is not None:  # slow, so without the lock that leases need
+            self.directory.trash.remove_tree(hidden)
+        return hidden is not None
+
+    def condemn(self, name: str, only: Folder | None = None) -> None:
+        """Remove an entry even if it is leased (`only` if it is still this folder)."""
+        with self.directory.locked():
+            if only is None or only.is_named(name, within=self.parent):
+                self.directory.remove(self.parent, name)
+
+    def is_leased(self, name: str) -> bool:
+        """Return whether any process holds it. Raise `OSError`."""
+        with self._locked_alone(name) as alone:
+            return not alone
+
+    @contextmanager
+    def _locked_alone(self, name: str) -> Iterator[bool]:
+        """Lock an entry's record; yield False if it is leased."""
+        if name in self.directory.held():
+            yield False
+            return
+        with ExitStack() as opened:
+            alone = True  # also where there is no record to lease, or all is read-only
+            try:
+                folder = opened.enter_context(self.parent.subfolder(name))
+                fd = folder.file(RECORD, os.O_RDWR)
+                opened.callback(os.close, fd)
+                alone = try_lock(fd) is not False
+            except OSError as error:
+                if error.errno not in _DAMAGED | {errno.EROFS}:
+                    raise
+            yield alone
+
+    def _opened(self, name: str, *, check: bool) -> DiskEntry | None:
+        try:
+            folder = self.parent.subfolder(name)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if error.errno not in _NO_FOLDER:
+                raise
+            self.condemn(name)
+            raise IntegrityError("what stands in the entry's place is no folder") from error
+        with folder:
+            try:
+                return self._leased_entry(name, folder, check=check)
+            except IntegrityError:
+                self.condemn(name, only=folder)
+                raise
+
+    def _leased_entry(self, name: str, folder: Folder, *, check: bool) -> DiskEntry | None:
+        try:
+            lease = folder.file(RECORD, os.O_RDONLY)
+        except OSError as error:
+            if error.errno not in _DAMAGED:
+                raise
+            if not folder.is_named(name, within=self.parent):
+                return None  # it is being removed
+            raise IntegrityError("the cache's record is missing") from error
+        entry = None
+        try:
+            if self._is_granted(lease) and folder.is_named(name, within=self.parent):
+                record = _read_record(lease, name)
+                files = _require_whole(folder, record, check=check)
+                remove_leftovers(folder)
+                entry = DiskEntry(self, lease, record, files)
+        finally:
+            if entry is None:
+                os.close(lease)
+        return entry
+
+    def _is_granted(self, lease: int) -> bool:
+        """Lock it; who looks whether it is leased, or removes it, locks it for a moment."""
+        if try_lock(lease, shared=True) is not False:
+            return True
+        with self.directory.locked():
+            return try_lock(lease, shared=True) is not False
+
+
+def _read_record(fd: int, name: str) -> EntryRecord:
+    try:
+        record = decoded_record(read_all(fd, MAX_RECORD_BYTES))
+    except IsADirectoryError as error:
+        raise IntegrityError("the cache's record is no file") from error
+    except AdapterFormatError as error:
+        raise IntegrityError(error.problem) from error
+    if record.name != name:
+        raise IntegrityError("the cache's record is that of another entry")
+    return record
+
+
+def _require_whole(folder: Folder, record: EntryRecord, *, check: bool) -> Identities:
+    """Identify the files; raise `IntegrityError` if one is not as published, or `OSError`."""
+    return {file.role: _identity(folder, file, check=check) for file in record.files}
+
+
+def _identity(folder: Folder, file: FileRecord, *, check: bool) -> FileIdentity:
+    name = file.role.file_name
+    status = folder.status(name)
+    if status is None or not stat.S_ISREG(status.st_mode) or status.st_size != file.nbytes:
+        raise IntegrityError(f"{name} in the cache has not the size that was published")
+    if check or status.st_mtime_ns != file.mtime_ns:
+        fd = folder.file(name, os.O_RDONLY)
+        try:
+            found = FileHash(file.digest.kind, file.nbytes)
+            hash_on(fd, found, file.nbytes, name)
+        finally:
+            os.close(fd)
+        if found.digest() != file.digest:
+            raise IntegrityError(f"{name} in the cache has not the digest that was published")
+    return identity_of(status)
+
+
+def remove_leftovers(folder: Folder) -> None:
+    """Remove what only the download needed; a process may be killed after the publication."""
+    for name in folder.names():
+        if name == PARTIAL_LOCK or name.endswith(MAP_SUFFIX):
+            folder.unlink(name)
+
+
+def grant(folder: Folder, scope: str) -> None:
+    """Record that a scope may have the entry, as of now. Raise `OSError`."""
+    name = scope_name(scope)
+    if folder.status(name) is None:
+        if sum(each.startswith(SCOPE_PREFIX) for each in folder.names()) >= MAX_SCOPES:
+            return
+        os.close(folder.file(name, os.O_WRONLY | os.O_CREAT))
+    os.utime(name, dir_fd=folder.fd, follow_symlinks=False)
+
+
+def _open_same(folder: Folder, entry: str, role: FileRole, identity: FileIdentity) -> int:
+    name = role.file_name
+    try:
+        fd = folder.file(f"{entry}/{name}", os.O_RDONLY)
+        try:
+            if identity_of(os.fstat(fd)) != identity:
+                raise changed(name)
+        except BaseException:
+            os.close(fd)
+            raise
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise changed(name) from error
+    except OSError as error:
+        raise translated(error, name) from error
+    return fd

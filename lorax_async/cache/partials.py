@@ -1,0 +1,487 @@
+"""Partial downloads of a disk cache: their files, adopting what was left, publication. Blocks.
+
+A download holds a `flock` on a file in its folder, which the kernel drops when the process dies;
+then another download adopts the folder. Where there are no locks, each begins in a folder of its
+own, and one that nothing was written to for a while counts as abandoned.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from pathlib import Path
+from threading import Lock
+
+from lorax_async.cache.base import LeftoverError
+from lorax_async.cache.directory import (
+    CacheDirectory,
+    Folder,
+    suppress_read_only,
+    translate,
+    translated_errors,
+    try_lock,
+    unique,
+)
+from lorax_async.cache.records import MAP_SUFFIX, PARTIAL_LOCK, FileRecord, is_partial_name
+from lorax_async.errors import FetchError, IntegrityError, InternalError
+from lorax_async.files import IOV_MAX, fill, hash_on
+from lorax_async.formats.digests import Digest, FileHash
+from lorax_async.formats.spans import ByteRange, SpanSet
+from lorax_async.formats.split_weights import FileRole
+
+CHUNK_BYTES = 256 << 10
+"""What a kill costs each connection; the map of 4 GiB is 2 KiB."""
+
+MAX_CHUNK_BYTES = 1 << 30
+SYNCED = bytes(16)
+"""In place of a boot: the bytes are on the disk."""
+
+_MAGIC = b"LRXCHNK2"
+_HEADER = struct.Struct("<8s16sQQ")
+
+
+class ChunkMap:
+    """The bits of a file of `nbytes`."""
+
+    __slots__ = ("_bits", "chunk_bytes", "nbytes")
+
+    def __init__(self, nbytes: int, chunk_bytes: int = CHUNK_BYTES) -> None:
+        self.nbytes = nbytes
+        self.chunk_bytes = chunk_bytes
+        self._bits = bytearray(-(-self.chunks // 8))
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.nbytes // self.chunk_bytes)
+
+    def mark(self, written: ByteRange, here: ByteRange) -> tuple[bytes, int] | None:
+        """Set the bits of the chunks that `written`, a part of `here`, has completed.
+
+        Return what to write to the map's file, and its offset there; None if no bit changed.
+        """
+        start, stop = here
+        first = max(-(-start // self.chunk_bytes), written[0] // self.chunk_bytes)
+        # The last chunk may be a short one.
+        whole = self.chunks if stop >= self.nbytes else stop // self.chunk_bytes
+        end = min(whole, -(-written[1] // self.chunk_bytes))
+        if first >= end:
+            return None
+        for chunk in range(first, end):
+            self._bits[chunk // 8] |= 1 << chunk % 8
+        low, high = first // 8, (end - 1) // 8 + 1
+        return bytes(self._bits[low:high]), _HEADER.size + low
+
+    def spans(self) -> SpanSet:
+        """Return the bytes of the chunks that are here."""
+        size = self.chunk_bytes
+        return SpanSet(
+            (chunk * size, min(self.nbytes, (chunk + 1) * size))
+            for chunk in range(self.chunks)
+            if self._bits[chunk // 8] >> chunk % 8 & 1
+        )
+
+    def encoded(self, boot: bytes) -> bytes:
+        """Return the map's file: good for this boot, or for ever (`SYNCED`)."""
+        return _HEADER.pack(_MAGIC, boot, self.nbytes, self.chunk_bytes) + self._bits
+
+    @classmethod
+    def decoded(cls, content: bytes, nbytes: int, boot: bytes) -> ChunkMap | None:
+        """Decode the map of a file of `nbytes`; None if it is none, or not good for this boot."""
+        if len(content) < _HEADER.size:
+            return None
+        magic, good_for, size, chunk_bytes = _HEADER.unpack_from(content)
+        if magic != _MAGIC or size != nbytes or not 0 < chunk_bytes <= MAX_CHUNK_BYTES:
+            return None
+        found = cls(nbytes, chunk_bytes)
+        bits = content[_HEADER.size :]
+        beyond = found.chunks % 8 and bits and bits[-1] >> found.chunks % 8
+        if good_for not in {SYNCED, boot} or len(bits) != len(found._bits) or beyond:
+            return None
+        found._bits[:] = bits
+        return found
+
+
+def encoded_size(nbytes: int, chunk_bytes: int = CHUNK_BYTES) -> int:
+    """Return the size of the map's file."""
+    return _HEADER.size + -(-nbytes // (8 * chunk_bytes))
+
+
+PATIENCE_SECONDS = 10.0
+"""A download that no byte was written to for this long is not waited for."""
+
+Reserve = Callable[[int], AbstractContextManager[None]]
+"""Make room for this many more bytes, to be allocated before the context is left."""
+
+_WRITING = "write a download"
+
+
+class Descriptor:
+    """A file descriptor that closes once `close` was called and no thread uses it any more."""
+
+    def __init__(self, fd: int, name: str) -> None:
+        self._fd = fd
+        self._name = name
+        self._lock = Lock()
+        self._users = 0
+        self._closed = False
+
+    @contextmanager
+    def held(self) -> Iterator[int]:
+        """Raise `FetchError` once it is closed."""
+        with self._lock:
+            if self._closed:
+                raise FetchError(f"{self._name} was closed before it was used")
+            self._users += 1
+        try:
+            yield self._fd
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._users -= 1
+            last = self._closed and not self._users
+        if last:
+            os.close(self._fd)
+
+    def close(self) -> None:
+        """Quick and idempotent."""
+        with self._lock:
+            unused = not self._closed and not self._users
+            self._closed = True
+        if unused:
+            os.close(self._fd)
+
+    def __del__(self) -> None:
+        if not self._closed:
+            warnings.warn(f"unclosed {self._name} of a disk cache", ResourceWarning, stacklevel=2)
+            self.close()
+
+
+class PartialFile:
+    """The `CacheFile` in the folder of a partial download, with its chunk map beside it.
+
+    A chunk's bit is written right after its bytes: the map is true whenever this process is killed,
+    and no byte waits for the disk.
+    """
+
+    def __init__(
+        self, folder: Folder, role: FileRole, nbytes: int, expected: Digest | None, reserve: Reserve
+    ) -> None:
+        self.role = role
+        self.nbytes = nbytes
+        self.expected = expected
+        self.resumed = False
+        self._name = role.file_name
+        self._map_name = self._name + MAP_SUFFIX
+        self._folder = folder
+        self._lock = Lock()
+        self._hashing = Lock()
+        self._here = SpanSet()
+        self._hash = FileHash("transport" if expected is None else expected.kind, nbytes)
+        self._map_file: Descriptor | None = None
+        with translated_errors(_WRITING):
+            self._file = Descriptor(folder.file(self._name, os.O_RDWR | os.O_CREAT), self._name)
+        try:
+            self._map = self._resumed() or self._begun(reserve)
+        except BaseException:
+            self.close()
+            with translated_errors("give room back"):
+                self.remove()
+            raise
+
+    def missing(self) -> list[ByteRange]:
+        with self._lock:
+            return self._here.missing(0, self.nbytes)
+
+    def write(self, buffers: Sequence[memoryview], offset: int) -> None:
+        stop = offset + sum(buffer.nbytes for buffer in buffers)
+        if stop == offset:
+            return
+        if stop > self.nbytes:
+            raise IntegrityError(f"{self._name} goes on after its {self.nbytes:,} bytes")
+        with translated_errors(_WRITING), self._file.held() as fd:
+            if self.resumed:
+                self._compare(fd, buffers, offset, stop)
+            _write_all(fd, buffers, offset)
+            with self._lock:
+                changed = self._map.mark((offset, stop), self._here.add(offset, stop))
+                if changed is not None:
+                    self._write_map(*changed)
+
+    def hash_along(self) -> int:
+        with self._hashing:
+            with self._lock:
+                stop = self._here.reach(self._hash.done)
+            with translated_errors("read a download back"), self._file.held() as fd:
+                hash_on(fd, self._hash, stop, self._name)
+            return self._hash.done
+
+    def reader(self) -> PartialReader:
+        with translated_errors("read a download back"), self._file.held() as fd:
+            return PartialReader(self, Descriptor(os.dup(fd), self._name))
+
+    def covers(self, start: int, stop: int) -> bool:
+        with self._lock:
+            return start == stop or self._here.covers(start, stop)
+
+    def checked_digest(self) -> Digest:
+        """Return the digest of the whole; raise `IntegrityError` if it is not the expected one."""
+        if self.missing():
+            raise InternalError(f"{self._name} was to be published before all of it was here")
+        self.hash_along()
+        found = self._hash.digest()
+        if self.expected not in {None, found}:
+            raise IntegrityError(
+                f"{self._name} has not the {found.kind} digest that was promised; load it again"
+            )
+        return found
+
+    def synced_record(self, digest: Digest) -> FileRecord:
+        """Bring the bytes to the disk; the map is not needed any more. Raise `OSError`."""
+        with self._file.held() as fd:
+            os.fsync(fd)
+            return FileRecord(self.role, self.nbytes, os.fstat(fd).st_mtime_ns, digest)
+
+    def keep(self) -> bool:
+        """Bring bytes and map to the disk; remove both if nothing is here. Raise `OSError`."""
+        if not self._here.nbytes or self._map_file is None:
+            self.remove()
+            return False
+        with self._file.held() as fd:
+            os.fsync(fd)
+        self._write_map(self._map.encoded(SYNCED), 0)
+        with self._map_file.held() as fd:
+            os.fsync(fd)
+        return True
+
+    def remove(self) -> None:
+        self._folder.unlink(self._map_name)
+        self._folder.unlink(self._name)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._map_file is not None:
+            self._map_file.close()
+
+    def _resumed(self) -> ChunkMap | None:
+        """Adopt what an interrupted download left, if it is of this size and can be trusted."""
+        with translated_errors("resume a download"), self._file.held() as fd:
+            found = None
+            if os.fstat(fd).st_size == self.nbytes and self._folder.status(self._map_name):
+                content = self._folder.read(self._map_name, encoded_size(self.nbytes))
+                found = ChunkMap.decoded(content, self.nbytes, _this_boot())
+            if found is None:
+                # The map first: it must not outlive the bytes that it tells of.
+                self._folder.unlink(self._map_name)
+                os.ftruncate(fd, 0)
+                return None
+            self._here = found.spans()
+            self.resumed = self._here.nbytes > 0
+            # Before any new bit, the map on the disk must be good for this boot only.
+            self._open_map(found, os.O_WRONLY, sync=True)
+            return found
+
+    def _begun(self, reserve: Reserve) -> ChunkMap:
+        with reserve(self.nbytes), self._file.held() as fd:
+            try:
+                if self.nbytes:
+                    os.posix_fallocate(fd, 0, self.nbytes)
+            except OSError as error:
+                os.ftruncate(fd, 0)
+                raise translate(error, "make room for a download") from error
+        found = ChunkMap(self.nbytes)
+        with translated_errors(_WRITING):
+            self._open_map(found, os.O_WRONLY | os.O_CREAT | os.O_EXCL, sync=False)
+        return found
+
+    def _open_map(self, found: ChunkMap, flags: int, *, sync: bool) -> None:
+        self._map_file = Descriptor(self._folder.file(self._map_name, flags), self._map_name)
+        self._write_map(found.encoded(_this_boot()), 0)
+        if sync:
+            with self._map_file.held() as fd:
+                os.fsync(fd)
+
+    def _write_map(self, content: bytes, offset: int) -> None:
+        assert self._map_file is not None
+        with self._map_file.held() as fd:
+            _write_all(fd, [memoryview(content)], offset)
+
+    def _compare(self, fd: int, buffers: Sequence[memoryview], start: int, stop: int) -> None:
+        """Raise `LeftoverError` if other bytes of [start, stop) are here already."""
+        with self._lock:
+            gaps = self._here.missing(start, stop)
+        here = SpanSet(gaps).missing(start, stop)
+        content = memoryview(b"".join(buffers)) if here else memoryview(b"")
+        for first, last in here:
+            left = bytearray(last - first)
+            same = fill(fd, [memoryview(left)], first)
+            if not same or left != content[first - start : last - start]:
+                raise LeftoverError(
+                    f"what an interrupted download left of {self._name} is not what the source has"
+                    " now; load it again"
+                )
+
+
+class PartialReader:
+    """The `Reader` of a `PartialFile`."""
+
+    def __init__(self, file: PartialFile, descriptor: Descriptor) -> None:
+        self.nbytes = file.nbytes
+        self._file = file
+        self._descriptor = descriptor
+
+    def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
+        stop = offset + sum(buffer.nbytes for buffer in buffers)
+        name = self._file.role.file_name
+        if stop > self.nbytes:
+            raise IntegrityError(f"{name} ends before byte {stop:,}")
+        if not self._file.covers(offset, stop):
+            raise InternalError(f"bytes {offset:,} to {stop:,} of {name} were read too early")
+        with translated_errors("read a download back"), self._descriptor.held() as fd:
+            if not fill(fd, buffers, offset):
+                raise IntegrityError(f"{name} was cut while it was downloaded; load it again")
+
+    def read_rows(self, buffer: memoryview, offset: int, rows: int, pitch: int) -> None:
+        content = buffer.cast("B")
+        size = content.nbytes // rows
+        for n in range(rows):
+            self.read_into([content[n * size : (n + 1) * size]], offset + n * pitch)
+
+    def close(self) -> None:
+        self._descriptor.close()
+
+
+def _this_boot() -> bytes:
+    """Identify what runs the page cache: bytes that were not synced are lost with it."""
+    return bytes.fromhex(Path("/proc/sys/kernel/random/boot_id").read_text().replace("-", ""))
+
+
+def _write_all(fd: int, buffers: Sequence[memoryview], offset: int) -> None:
+    """Write every buffer, one after the other, from `offset` on. Raise `OSError`."""
+    left = [buffer.cast("B") for buffer in buffers if buffer.nbytes]
+    first = 0
+    while first < len(left):
+        count = os.pwritev(fd, left[first : first + IOV_MAX], offset)
+        offset += count
+        while first < len(left) and count >= left[first].nbytes:
+            count -= left[first].nbytes
+            first += 1
+        if count:
+            left[first] = left[first][count:]
+
+
+class Partial:
+    """The folder of a download of this process: open, and locked until it is closed."""
+
+    def __init__(self, directory: CacheDirectory, name: str) -> None:
+        self.name = name
+        self.parent = directory.partials
+        self._directory = directory
+        with ExitStack() as opened:
+            self.folder = opened.enter_context(self.parent.subfolder(name))
+            lock = self.folder.file(PARTIAL_LOCK, os.O_RDWR | os.O_CREAT)
+            opened.callback(os.close, lock)
+            try_lock(lock)
+            self._opened = opened.pop_all()
+
+    def leave(self) -> None:
+        """Close it: the next download adopts it. Raise `OSError`."""
+        with self.ending():
+            self.folder.sync()
+
+    def discard(self) -> None:
+        """Remove and close it. Raise `OSError`."""
+        with self.ending(), self._directory.locked():
+            self._directory.remove(self.parent, self.name)
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Close it when the context is left."""
+        try:
+            yield
+        finally:
+            self._directory.release(self.name)
+            self._opened.close()
+
+
+class Partials:
+    """All partial downloads, in folders named by the entry, a dot and anything. Raise `OSError`.
+
+    `claim`, `drop` and `is_busy` are called with the directory locked.
+    """
+
+    def __init__(self, directory: CacheDirectory) -> None:
+        self._directory = directory
+        self._parent = directory.partials
+
+    def of(self, entry: str) -> list[str]:
+        return [
+            name for name in self._parent.names() if is_partial_name(name) and name[:64] == entry
+        ]
+
+    def claim(self, entry: str, *, alone: bool) -> Partial | int:
+        """Adopt what an interrupted download of the entry left, or begin a new one.
+
+        While another one is under way, return its progress, a number that changes with each write;
+        begin beside it if `alone`. Of several that were left the newest is adopted; others go.
+        """
+        left = sorted(self.of(entry), key=self.changed_ns, reverse=True)
+        busy = [name for name in left if self.is_busy(name)]
+        has_locks = self._directory.has_locks
+        if busy and not alone and (has_locks or self._directory.held() & set(busy)):
+            return self.changed_ns(busy[0])
+        adopted = None
+        for name in left if has_locks and not busy else []:
+            if adopted is None:
+                with suppress(FileNotFoundError):
+                    adopted = self._opened(entry, left=name)
+            else:
+                self._directory.remove(self._parent, name)
+        return adopted or self._opened(entry)
+
+    def drop(self, name: str) -> bool:
+        """Remove one; False if it is being written to, or not there."""
+        return not self.is_busy(name) and self._directory.remove(self._parent, name)
+
+    def is_busy(self, name: str) -> bool:
+        """Return whether any process is writing to it."""
+        if name in self._directory.held():
+            return True
+        if not self._directory.has_locks:
+            return time.time_ns() - self.changed_ns(name) < PATIENCE_SECONDS * 1e9
+        with suppress(FileNotFoundError, NotADirectoryError), suppress_read_only():
+            with self._parent.subfolder(name) as folder:
+                fd = folder.file(PARTIAL_LOCK, os.O_RDWR)
+            try:
+                return try_lock(fd) is False
+            finally:
+                os.close(fd)
+        return False
+
+    def changed_ns(self, name: str) -> int:
+        """Return when it was written to last, in nanoseconds since the epoch; 0 if never."""
+        try:
+            with self._parent.subfolder(name) as folder:
+                found = [folder.status(each) for each in (".", *folder.names())]
+        except (FileNotFoundError, NotADirectoryError):
+            return 0
+        return max((status.st_mtime_ns for status in found if status is not None), default=0)
+
+    def _opened(self, entry: str, left: str | None = None) -> Partial:
+        """Make a folder, or take over the one that was `left`: only one process can rename it."""
+        name = f"{entry}.{unique()}"
+        self._directory.hold(name)
+        try:
+            if left is None:
+                os.mkdir(name, 0o700, dir_fd=self._parent.fd)
+            else:
+                os.rename(left, name, src_dir_fd=self._parent.fd, dst_dir_fd=self._parent.fd)
+            return Partial(self._directory, name)
+        except BaseException:
+            self._directory.release(name)
+            raise

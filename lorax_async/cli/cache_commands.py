@@ -1,0 +1,292 @@
+"""`lorax-async cache`: what the adapter cache holds; checking it, and making it smaller."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from lorax_async.cache import maintenance
+from lorax_async.cache.disk_cache import DiskCache
+from lorax_async.cache.maintenance import Freed, Listed, Verified
+from lorax_async.cache.records import EntryRecord
+from lorax_async.cli.arguments import (
+    FAILED,
+    OK,
+    SIZE_HELP,
+    AddParser,
+    Command,
+    add_cache_folder,
+    add_command,
+    as_size,
+)
+from lorax_async.cli.terminal import Terminal, age, size
+from lorax_async.config import LoaderConfig
+from lorax_async.errors import InvalidAdapterIdError, UsageError, shorten
+from lorax_async.ids.parsing import parsed
+from lorax_async.lifecycle.policies import policy
+from lorax_async.types import AdapterRef
+
+SHOWN = 12
+"""Digits of an entry's name, and of a version, that a table has."""
+
+_NAME = re.compile(r"[0-9a-f]{4,64}|[0-9a-f]{64}\.[0-9a-z.-]*")
+
+
+def add_to(add: AddParser) -> None:
+    about = "look after the adapter cache"
+    more = (
+        "It is never made here: where there is no such folder, the cache is empty. Loaders may use"
+        " it meanwhile. The standard hub cache is for huggingface_hub's own `hf cache`."
+    )
+    parser = add("cache", help=about, description=f"{about.capitalize()}. {more}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND").add_parser
+
+    def command(name: str, about: str, run: Command) -> argparse.ArgumentParser:
+        made = add_command(commands, name, about, run)
+        add_cache_folder(made, "--dir")
+        return made
+
+    command("ls", "list its entries and partial downloads, the last used first", _ls)
+    command("verify", "hash every entry again; what is damaged is removed", _verify)
+    removing = command("rm", "remove entries and partial downloads that nobody uses", _rm)
+    removing.add_argument(
+        "names",
+        nargs="+",
+        metavar="NAME",
+        help="an entry's name, four or more digits that begin only one, or an adapter's id: all"
+        " versions of it, or with @COMMIT that one",
+    )
+    cleaning = command(
+        "gc", "remove what serves nobody: interrupted downloads, leftovers, damaged entries", _gc
+    )
+    cleaning.add_argument(
+        "--bytes",
+        type=as_size,
+        metavar="N",
+        help=f"and what is over this budget, the longest unused first: {SIZE_HELP}",
+    )
+
+
+# -- ls -------------------------------------------------------------------------------------------
+
+
+def _ls(arguments: argparse.Namespace, terminal: Terminal) -> int:
+    with _opened(arguments) as (folder, cache):
+        listed = [] if cache is None else maintenance.ls(cache)
+        total = sum(each.nbytes for each in listed)
+        if arguments.json:
+            entries = [_as_json(each) for each in listed]
+            terminal.json({"folder": str(folder), "entries": entries, "bytes": total})
+            return OK
+        if listed:
+            columns = ("entry", "adapter", "version", "state", " size", " last used")
+            terminal.table(columns, [_row(each) for each in listed])
+            terminal.say(f"{size(total)} in {folder}")
+        else:
+            _say_empty(folder, cache, terminal)
+    return OK
+
+
+def _say_empty(folder: Path, cache: DiskCache | None, terminal: Terminal) -> None:
+    what = "there is no cache" if cache is None else "the cache is empty"
+    terminal.say(f"{what} in {folder}")
+
+
+def _row(listed: Listed) -> tuple[str, ...]:
+    record = listed.record
+    return (
+        listed.name[:SHOWN],
+        "" if record is None else record.source,
+        "" if record is None else shorten(record.version, SHOWN),
+        _state(listed),
+        size(listed.nbytes),
+        f"{age(listed.age)} ago",
+    )
+
+
+def _state(listed: Listed) -> str:
+    if listed.is_partial:
+        return "being fetched" if listed.in_use else "partial"
+    if listed.record is None:
+        return "damaged"
+    return "in use" if listed.in_use else "whole"
+
+
+def _as_json(listed: Listed) -> dict[str, object]:
+    files = () if listed.record is None else listed.record.files
+    return {
+        **_named(listed.name, listed.record),
+        "state": _state(listed),
+        "partial": listed.is_partial,
+        "in_use": listed.in_use,
+        "bytes": listed.nbytes,
+        "age_s": round(listed.age, 3),
+        "files": [
+            {
+                "file": file.role.file_name,
+                "bytes": file.nbytes,
+                "digest": {"kind": file.digest.kind, "value": file.digest.value},
+            }
+            for file in files
+        ],
+    }
+
+
+def _named(name: str, record: EntryRecord | None) -> dict[str, object]:
+    return {
+        "name": name,
+        "adapter": None if record is None else record.source,
+        "version": None if record is None else record.version,
+    }
+
+
+# -- verify ---------------------------------------------------------------------------------------
+
+
+def _verify(arguments: argparse.Namespace, terminal: Terminal) -> int:
+    with _opened(arguments) as (folder, cache):
+        found = [] if cache is None else _verified(cache, terminal)
+        damaged = [each for each in found if each.problem is not None]
+        if arguments.json:
+            entries = [
+                {**_named(each.name, each.record), "problem": each.problem} for each in found
+            ]
+            terminal.json({"folder": str(folder), "entries": entries})
+        elif found:
+            terminal.say(f"entries: {len(found)} hashed, {len(damaged)} damaged, in {folder}")
+        else:
+            _say_empty(folder, cache, terminal)
+    for each in damaged:
+        of = "" if each.record is None else f" ({each.record.source})"
+        terminal.complain(f"entry {each.name[:SHOWN]}{of} was removed: {each.problem}")
+    return FAILED if damaged else OK
+
+
+def _verified(cache: DiskCache, terminal: Terminal) -> list[Verified]:
+    sizes = {each.name: each.nbytes for each in maintenance.ls(cache) if not each.is_partial}
+    found: list[Verified] = []
+    with terminal.bars() as bars:
+
+        def show() -> None:
+            done = sum(sizes.get(each.name, 0) for each in found)
+            state = f"{len(found)} of {len(sizes)} entries"
+            bars.update(0, "hashing", done, sum(sizes.values()), state)
+
+        show()
+        for verified in maintenance.verify(cache):
+            found.append(verified)
+            show()
+    return found
+
+
+# -- rm and gc ------------------------------------------------------------------------------------
+
+
+def _rm(arguments: argparse.Namespace, terminal: Terminal) -> int:
+    removed: list[Listed] = []
+    problems: list[str] = []
+    with _opened(arguments) as (folder, cache):
+        for name in dict.fromkeys(arguments.names):
+            try:
+                meant = _meant(name, () if cache is None else maintenance.ls(cache))
+            except UsageError as error:
+                problems.append(error.problem)
+                continue
+            for each in meant:
+                if cache is not None and maintenance.rm(cache, each.name):
+                    removed.append(each)
+                else:
+                    problems.append(f"{each.name[:SHOWN]} is in use, and stays")
+    nbytes = sum(each.nbytes for each in removed)
+    if arguments.json:
+        entries = [_named(each.name, each.record) for each in removed]
+        terminal.json({"folder": str(folder), "removed": entries, "bytes": nbytes})
+    else:
+        for each in removed:
+            of = "partial" if each.record is None else each.record.source
+            terminal.say(f"removed {each.name[:SHOWN]} ({of})")
+        terminal.say(f"removed: {size(nbytes)} from {folder}")
+    for problem in problems:
+        terminal.complain(problem)
+    return FAILED if problems else OK
+
+
+def _meant(text: str, listed: Sequence[Listed]) -> list[Listed]:
+    """What is called so: all of one name, or of one adapter. Raises `UsageError`."""
+    if _NAME.fullmatch(text):
+        found = [each for each in listed if each.name.startswith(text)]
+        if len({each.name[:64] for each in found}) > 1:
+            raise UsageError(f"{text!r} begins several names; give more of it")
+    else:
+        ref = _asked(text)
+        found = [
+            each
+            for each in listed
+            if each.record is not None
+            and each.record.source == shorten(ref.text)
+            and ref.revision in {None, each.record.version}
+        ]
+    if not found:
+        raise UsageError(f"nothing in the cache is called {shorten(text, 200)!r}")
+    return found
+
+
+def _asked(text: str) -> AdapterRef:
+    """Raises `UsageError`, which repeats no secret."""
+    ref = AdapterRef(text)
+    try:
+        return parsed(ref)
+    except InvalidAdapterIdError as error:
+        raise error.prefixed(f"{shorten(text, 200)!r} is no entry's name, and no id: ") from None
+
+
+def _gc(arguments: argparse.Namespace, terminal: Terminal) -> int:
+    budget = sys.maxsize if arguments.bytes is None else arguments.bytes
+    with _opened(arguments, budget) as (folder, cache):
+        freed = Freed(0, 0, 0) if cache is None else maintenance.gc(cache)
+        left = 0 if cache is None else cache.used()
+    if arguments.json:
+        removed = {"entries": freed.entries, "partials": freed.partials, "bytes": freed.nbytes}
+        terminal.json({"folder": str(folder), "removed": removed, "bytes": left})
+    elif cache is None:
+        _say_empty(folder, cache, terminal)
+    else:
+        terminal.say(
+            f"removed: {size(freed.nbytes)} (entries: {freed.entries}, partial downloads:"
+            f" {freed.partials}); left: {size(left)} in {folder}"
+        )
+    if left > budget:
+        terminal.complain(f"{size(left)} are in use, and more than {size(budget)}")
+    return FAILED if left > budget else OK
+
+
+# -- the folder -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _opened(
+    arguments: argparse.Namespace, nbytes: int = sys.maxsize
+) -> Iterator[tuple[Path, DiskCache | None]]:
+    """The folder that was named, and the cache in it; None where there is none yet."""
+    folder = LoaderConfig(cache_dir=arguments.cache_dir).cache_folder
+    if not _is_there(folder):
+        yield folder, None
+        return
+    cache = DiskCache(folder, nbytes, policy("lru"))
+    try:
+        yield folder, cache
+    finally:
+        cache.close()
+
+
+def _is_there(folder: Path) -> bool:
+    """A folder of something else has no cache in it either: nothing shall be made in there."""
+    try:
+        return "entries" in os.listdir(folder)
+    except FileNotFoundError:
+        return False

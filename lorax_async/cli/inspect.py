@@ -1,0 +1,414 @@
+"""`lorax-async inspect`: what an adapter is, and what a load of it would object to."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, BinaryIO, NamedTuple
+
+from lorax_async import layouts
+from lorax_async.cli.arguments import (
+    ID_HELP,
+    OK,
+    REFUSED,
+    TOKENS,
+    AddParser,
+    add_base,
+    add_command,
+    add_sources,
+    as_place,
+    layout_of,
+    settings_of,
+)
+from lorax_async.cli.measure import run_on_uvloop
+from lorax_async.cli.terminal import Terminal, spans
+from lorax_async.config import Limits, LoaderConfig
+from lorax_async.devices.cpu import CpuDevice
+from lorax_async.errors import LoraxError
+from lorax_async.files import located, require_file, translated
+from lorax_async.formats.peft_config import FIELDS, parse_config
+from lorax_async.formats.peft_names import TensorName, TensorRole, layer_index, parse_tensor_name
+from lorax_async.formats.safetensors import (
+    LENGTH_BYTES,
+    Header,
+    TensorSpan,
+    header_size,
+    parse_header,
+)
+from lorax_async.formats.split_weights import INDEX
+from lorax_async.formats.strict_json import JsonValue, parse_object
+from lorax_async.ids.parsing import parse_place
+from lorax_async.planning.layout import ModelLayout
+from lorax_async.planning.transfer_plan import TransferPlan, plan_transfer
+from lorax_async.remote.remote_source import LazyRemoteSource, lazy_remote_source
+from lorax_async.runtime.assembly import MOVE_BYTES
+from lorax_async.sources.local_folder import CONFIG, WEIGHTS, find_adapter
+from lorax_async.sources.local_weights import read_header
+from lorax_async.types import AdapterRef, AdapterSpec
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteMetadata:
+    """Config and header of an adapter.
+
+    `nbytes` is the size of the one file that its weights are, or stand for; `file_bytes` that of
+    its files.
+    """
+
+    config: bytes
+    prefix: bytes
+    nbytes: int
+    file_bytes: int
+
+    @contextmanager
+    def as_folder(self) -> Iterator[Path]:
+        """A folder as of a local adapter, but that the weights behind their header are a hole."""
+        with TemporaryDirectory(prefix="lorax-async-") as name:
+            folder = Path(name)
+            (folder / CONFIG).write_bytes(self.config)
+            with (folder / WEIGHTS).open("wb") as file:
+                file.write(self.prefix)
+                file.truncate(self.nbytes)
+            yield folder
+
+
+def look(ref: AdapterRef, settings: Mapping[str, Any]) -> RemoteMetadata:
+    """Ask the source of `ref` for its beginning. Blocks; raises what a load would."""
+    with TemporaryDirectory(prefix="lorax-async-") as name:
+        config = LoaderConfig(**{**settings, "cache_dir": Path(name) / "cache"})
+        with lazy_remote_source(config) as elsewhere:
+            return run_on_uvloop(_look(elsewhere, ref))
+
+
+async def _look(elsewhere: LazyRemoteSource, ref: AdapterRef) -> RemoteMetadata:
+    begun = await elsewhere.metadata(await elsewhere.resolve(ref))
+    file_bytes = sum(part.nbytes for part in begun.parts)
+    return RemoteMetadata(begun.config[1], begun.prefix, begun.nbytes, file_bytes)
+
+
+SHOWN = (
+    "peft_type",
+    "base_model_name_or_path",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "lora_bias",
+    "target_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "layers_to_transform",
+)
+"""The fields of the config that say what the adapter is."""
+
+MAX_PROBLEMS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why a load would be refused: the error's class and text."""
+
+    error: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TargetModules:
+    """The adapter's modules of one name; each tuple holds the distinct values, sorted.
+
+    `scales` are empty while the config is refused; `shapes` are (in, out) of the modules.
+    """
+
+    name: str
+    modules: int
+    layers: tuple[int, ...]
+    ranks: tuple[int, ...]
+    scales: tuple[float, ...]
+    shapes: tuple[tuple[int, int], ...]
+    dtypes: tuple[str, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """Everything that could be found out. Bytes; None is what could not.
+
+    `problems_left_out` counts those beyond the first `MAX_PROBLEMS`.
+    """
+
+    path: str
+    base: str | None
+    config: dict[str, JsonValue]
+    targets: tuple[TargetModules, ...]
+    tensors: int | None
+    file_bytes: int | None
+    device_bytes: int | None
+    device_dtype: str | None
+    problems: tuple[Problem, ...]
+    problems_left_out: int = 0
+
+    @property
+    def loadable(self) -> bool:
+        return not self.problems
+
+
+def inspect_adapter(
+    folder: Path, layout: ModelLayout | None = None, base: str | None = None
+) -> Inspection:
+    """Read config and header of the adapter in `folder` and check them as a load would.
+
+    Parameters
+    ----------
+    folder
+        The program's own word: links are followed.
+    layout
+        The base to check it against, called `base`; None checks only that it agrees with itself.
+
+    Raises nothing for an adapter's faults: they are the inspection's `problems`.
+    """
+    limits, seen = Limits(), _ProblemList()
+    with seen.noted():
+        find_adapter(parse_place(AdapterRef(folder), ()), (), limits)
+    fields, spec = _read_config(folder, limits, seen)
+    header, file_bytes = _read_header(folder, limits, seen)
+    tensors = _lora_tensors(header, seen)
+    plan = None
+    if spec is not None and header is not None:
+        with seen.noted():
+            plan = _plan(folder, header, spec, layout, limits)
+    return Inspection(
+        path=str(folder),
+        base=base,
+        config={name: fields[name] for name in SHOWN if name in fields},
+        targets=_targets(tensors, spec),
+        tensors=None if header is None else len(header.tensors),
+        file_bytes=file_bytes,
+        device_bytes=None if plan is None else plan.nbytes,
+        device_dtype=None if plan is None else plan.dtype,
+        problems=tuple(seen.found[:MAX_PROBLEMS]),
+        problems_left_out=max(0, len(seen.found) - MAX_PROBLEMS),
+    )
+
+
+class _ProblemList:
+    """Collects each problem once, in the order in which they are met."""
+
+    def __init__(self) -> None:
+        self.found: list[Problem] = []
+        self._texts: set[str] = set()
+
+    @contextmanager
+    def noted(self, what: str = "the adapter") -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._note(translated(error, what))
+        except LoraxError as error:
+            self._note(error)
+
+    def _note(self, error: LoraxError) -> None:
+        if error.problem not in self._texts:
+            self._texts.add(error.problem)
+            self.found.append(Problem(type(error).__name__, error.problem))
+
+
+def _open(folder: Path, name: str) -> BinaryIO | None:
+    """The file if it is one and there is one; `find_adapter` has complained of one that is not."""
+    try:
+        with located(str(folder / name)) as found:
+            require_file(name, found, sys.maxsize)
+            return os.fdopen(found.open(), "rb")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _read_config(
+    folder: Path, limits: Limits, seen: _ProblemList
+) -> tuple[dict[str, JsonValue], AdapterSpec | None]:
+    """The fields as far as they are JSON, and what they mean if all are accepted."""
+    fields: dict[str, JsonValue] = {}
+    spec = None
+    with seen.noted(CONFIG):
+        file = _open(folder, CONFIG)
+        if file is not None:
+            with file:
+                text = file.read(limits.max_config_bytes + 1)
+            fields = parse_object(
+                text,
+                what=CONFIG,
+                max_bytes=limits.max_config_bytes,
+                max_depth=limits.max_json_depth,
+            )
+            spec = parse_config(_accepted(text, fields, seen), limits)
+    return fields, spec
+
+
+def _accepted(text: bytes, fields: Mapping[str, JsonValue], seen: _ProblemList) -> bytes:
+    """The config without the fields that are refused, for `parse_config` stops at the first."""
+    accepted = {}
+    for name, value in fields.items():
+        with seen.noted():
+            if name in FIELDS:
+                FIELDS[name].check(name, value)
+            accepted[name] = value
+    return text if len(accepted) == len(fields) else json.dumps(accepted).encode()
+
+
+def _read_header(
+    folder: Path, limits: Limits, seen: _ProblemList
+) -> tuple[Header | None, int | None]:
+    """The header if it is well-formed, and the size of the file, or files, if there is one."""
+    header = nbytes = None
+    with seen.noted(WEIGHTS):
+        file = _open(folder, WEIGHTS)
+        if file is not None:
+            with file:
+                nbytes = os.fstat(file.fileno()).st_size
+                first = file.read(LENGTH_BYTES)
+                rest = file.read(header_size(first, nbytes) - LENGTH_BYTES)
+            header = parse_header(first + rest, nbytes)
+        elif (folder / INDEX).exists():
+            header, nbytes = read_header(folder, limits)
+    return header, nbytes
+
+
+class _LoraTensor(NamedTuple):
+    span: TensorSpan
+    name: TensorName
+    layer: int | None
+
+
+def _lora_tensors(header: Header | None, seen: _ProblemList) -> list[_LoraTensor]:
+    """The tensors that are applied; the others are problems."""
+    tensors = []
+    for span in header.tensors if header is not None else ():
+        with seen.noted():
+            name = parse_tensor_name(span.name)
+            tensors.append(_LoraTensor(span, name, layer_index(name.module)))
+    return tensors
+
+
+def _plan(
+    folder: Path, header: Header, spec: AdapterSpec, layout: ModelLayout | None, limits: Limits
+) -> TransferPlan:
+    return plan_transfer(
+        header,
+        spec,
+        layout or layouts.from_adapter(folder, limits=limits),
+        dtype=None,
+        alignment=CpuDevice.alignment,
+        rank_multiple=CpuDevice.rank_multiple,
+        limits=limits,
+        staging_move_bytes=MOVE_BYTES,
+    )
+
+
+def _targets(tensors: Iterable[_LoraTensor], spec: AdapterSpec | None) -> tuple[TargetModules, ...]:
+    groups: dict[str, list[_LoraTensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.name.module.rpartition(".")[2], []).append(tensor)
+    return tuple(_target(name, groups[name], spec) for name in sorted(groups))
+
+
+def _target(name: str, tensors: Sequence[_LoraTensor], spec: AdapterSpec | None) -> TargetModules:
+    modules = {tensor.name.module for tensor in tensors}
+    a, b = _shapes(tensors, TensorRole.A), _shapes(tensors, TensorRole.B)
+    return TargetModules(
+        name=name,
+        modules=len(modules),
+        layers=tuple(sorted({t.layer for t in tensors if t.layer is not None})),
+        ranks=tuple(sorted({shape[0] for shape in a.values()})),
+        scales=() if spec is None else tuple(sorted({spec.scale_of(m) for m in modules})),
+        shapes=tuple(sorted({(a[m][1], b[m][0]) for m in a.keys() & b.keys()})),
+        dtypes=tuple(sorted({tensor.span.dtype for tensor in tensors})),
+        nbytes=sum(tensor.span.stop - tensor.span.start for tensor in tensors),
+    )
+
+
+def _shapes(tensors: Iterable[_LoraTensor], part: TensorRole) -> dict[str, tuple[int, ...]]:
+    return {
+        tensor.name.module: tensor.span.shape
+        for tensor in tensors
+        if tensor.name.part is part and len(tensor.span.shape) == 2
+    }
+
+
+def add_to(add: AddParser) -> None:
+    about = "show what an adapter is, and everything it would be refused for"
+    more = f"Of what lies elsewhere, config and header are asked for, and not kept. {TOKENS}"
+    parser = add_command(add, "inspect", about, _inspect, more)
+    parser.add_argument(
+        "path", type=as_place, metavar="PATH", help=f"the adapter's folder, or else {ID_HELP}"
+    )
+    add_base(parser, required=False)
+    add_sources(parser)
+
+
+def _inspect(arguments: argparse.Namespace, terminal: Terminal) -> int:
+    base: str | None = arguments.base
+    layout = layout_of(base, terminal) if base is not None else None
+    found = _inspected(arguments, layout, terminal)
+    if arguments.json:
+        terminal.json({"loadable": found.loadable} | asdict(found))
+    else:
+        _show_inspection(found, terminal)
+    return OK if found.loadable else REFUSED
+
+
+def _inspected(
+    arguments: argparse.Namespace, layout: ModelLayout | None, terminal: Terminal
+) -> Inspection:
+    ref: AdapterRef = arguments.path
+    if isinstance(ref.id, Path):
+        return inspect_adapter(ref.id, layout, arguments.base)
+    with terminal.steps() as report:
+        report(f"asking for config and header of {ref.text}")
+        looked = look(ref, settings_of(arguments, [ref]))
+    with looked.as_folder() as folder:
+        found = inspect_adapter(folder, layout, arguments.base)
+    return replace(found, path=ref.text, file_bytes=looked.file_bytes)
+
+
+def _show_inspection(found: Inspection, terminal: Terminal) -> None:
+    verdict, style = ("can be loaded", "green") if found.loadable else ("refused", "bold red")
+    terminal.say(f"{found.path}: {verdict}", style)
+    for problem in found.problems:
+        terminal.say(f"  {problem.error}: {problem.text}")
+    if found.problems_left_out:
+        terminal.say(f"  … and {found.problems_left_out} more")
+    terminal.say()
+    terminal.pairs(list(_facts(found)))
+    if found.targets:
+        columns = ("target", " modules", "layers", "rank", "scale", "in → out", "dtype", " bytes")
+        terminal.table(columns, [_target_row(target) for target in found.targets])
+
+
+def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
+    for name, value in found.config.items():
+        if value not in (None, [], {}):
+            yield name, json.dumps(value, ensure_ascii=False)
+    yield "checked against", found.base or "itself only; --base checks that it fits one"
+    if found.file_bytes is not None:
+        yield "file", f"{found.file_bytes:,} bytes"
+    if found.device_bytes is not None:
+        yield "on a device", f"{found.device_bytes:,} bytes as {found.device_dtype}"
+
+
+def _target_row(target: TargetModules) -> tuple[str, ...]:
+    return (
+        target.name,
+        str(target.modules),
+        spans(target.layers),
+        ", ".join(map(str, target.ranks)),
+        ", ".join(f"{scale:g}" for scale in target.scales),
+        ", ".join(f"{into} → {out}" for into, out in target.shapes),
+        ", ".join(target.dtypes),
+        f"{target.nbytes:,}",
+    )

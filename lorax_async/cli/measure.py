@@ -1,0 +1,228 @@
+"""Loading several adapters at once on one event loop, with a clock beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lorax_async.cli.arguments import is_local
+from lorax_async.errors import LoraxError, UsageError
+from lorax_async.events import BytesMoved, Event, LayerReady, SlotGranted
+from lorax_async.handle import AdapterHandle
+from lorax_async.loader import AdapterLoader
+from lorax_async.sources.local_weights import weight_files
+from lorax_async.types import AdapterKey, AdapterRef
+
+TICK = 1e-3
+"""Seconds between two looks at the loop's clock."""
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True, eq=False)
+class LoadProgress:
+    """One adapter's way onto the device, as it goes. Times are seconds from the call of `load`."""
+
+    ref: AdapterRef
+    name: str
+    state: str = "waiting"
+    moved: int = 0
+    nbytes: int | None = None
+    """Bytes it takes on the device, known with its slot."""
+    file_bytes: int | None = None
+    """Of local files."""
+    layers: tuple[int, ...] = ()
+    ready: int = 0
+    """How many of the layers are on the device."""
+    came: list[float] = field(default_factory=list)
+    """When each of these was there."""
+    resident: float | None = None
+    error: LoraxError | None = None
+    handle: AdapterHandle | None = None
+    started: float = 0.0
+
+    def hear(self, event: Event) -> None:
+        """Take note of an event of this adapter.
+
+        The events' own time is the loop's, which uvloop counts in whole milliseconds: too coarse.
+        """
+        match event:
+            case SlotGranted():
+                self.state, self.moved, self.ready = "loading", 0, 0
+                self.came.clear()
+                self.describe(event.key, event.nbytes, event.layers)
+            case BytesMoved():
+                self.moved += event.nbytes
+            case LayerReady():
+                self.ready = self.layers.index(event.layer) + 1
+                now = time.perf_counter() - self.started
+                self.came += [now] * (self.ready - len(self.came))
+
+    @property
+    def first_layer(self) -> float | None:
+        return self.came[0] if self.came else None
+
+    async def run(self, loader: AdapterLoader) -> None:
+        """Load it and keep the handle, or the typed error."""
+        self.started = time.perf_counter()
+        try:
+            handle = await loader.load(self.ref)
+        except LoraxError as error:
+            self.state, self.error = "failed", error
+        else:
+            self.resident = time.perf_counter() - self.started
+            self.handle, self.state = handle, "resident"
+            # Where it was resident already, no event has told these.
+            self.describe(handle.key, handle.nbytes, handle.layers)
+
+    def describe(self, key: AdapterKey, nbytes: int, layers: tuple[int, ...]) -> None:
+        self.nbytes, self.layers = nbytes, layers
+        if key.files:
+            self.file_bytes = sum(file.size for file in weight_files(key))
+
+    def release(self) -> None:
+        if self.handle is not None:
+            self.handle.release()
+
+
+def in_ms(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1e3, 3)
+
+
+def load_as_json(load: LoadProgress) -> dict[str, object]:
+    """What is known of a load, for machines."""
+    return {
+        "path": load.ref.text,
+        "name": load.name,
+        "state": load.state,
+        "layers": list(load.layers),
+        "file_bytes": load.file_bytes,
+        "device_bytes": load.nbytes,
+        "first_layer_ms": in_ms(load.first_layer),
+        "resident_ms": in_ms(load.resident),
+        "error": error_as_json(load.error),
+    }
+
+
+def error_as_json(error: LoraxError | None) -> dict[str, object] | None:
+    if error is None:
+        return None
+    return {
+        "type": type(error).__name__,
+        "text": str(error),
+        "stage": error.stage,
+        "retryable": error.retryable,
+    }
+
+
+Show = Callable[[int, LoadProgress], None]
+"""Called with the number and the state of a load that went on."""
+
+
+def loads_of(places: Sequence[Path | AdapterRef]) -> list[LoadProgress]:
+    """One load per place, named by its folder, or by all of it where two folders share a name.
+
+    Raises `UsageError` for one remote adapter in several revisions: events do not tell them apart.
+    """
+    refs = [AdapterRef(place) if isinstance(place, Path) else place for place in places]
+    if len({ref.id for ref in refs}) < len({(ref.id, ref.revision) for ref in refs}):
+        raise UsageError("one adapter was named in several revisions; load one after the other")
+    names = [ref.id.resolve().name if isinstance(ref.id, Path) else ref.text for ref in refs]
+    return [
+        LoadProgress(ref, name if names.count(name) == 1 else ref.text)
+        for ref, name in zip(refs, names, strict=True)
+    ]
+
+
+async def load_at_once(
+    loader: AdapterLoader, loads: Sequence[LoadProgress], show: Show, *, hold: bool
+) -> None:
+    """Start every load in the same turn of the loop and wait for all.
+
+    With `hold`, the leases stay with the loads, to be released by the caller; without, an adapter
+    may make room for the next as soon as it has been resident.
+    """
+
+    async def one(number: int, load: LoadProgress) -> None:
+        show(number, load)
+        await load.run(loader)
+        show(number, load)
+        if not hold:
+            load.release()
+
+    with _heard(loader, loads, show):
+        try:
+            async with asyncio.TaskGroup() as group:
+                for number, load in enumerate(loads):
+                    group.create_task(one(number, load), name=f"load {load.name}")
+        except BaseException:
+            for load in loads:
+                load.release()
+            raise
+
+
+@contextmanager
+def _heard(loader: AdapterLoader, loads: Sequence[LoadProgress], show: Show) -> Iterator[None]:
+    places: dict[str, list[tuple[int, LoadProgress]]] = {}
+    for number, load in enumerate(loads):
+        location = os.path.realpath(load.ref.id) if is_local(load.ref) else load.ref.text
+        places.setdefault(location, []).append((number, load))
+
+    def hear(event: Event) -> None:
+        for number, load in places.get(event.key.location, ()):
+            load.hear(event)
+            show(number, load)
+
+    unsubscribe = loader.subscribe(hear)
+    try:
+        yield
+    finally:
+        unsubscribe()
+
+
+@dataclass(frozen=True, slots=True)
+class LoopStall:
+    """How late a timer of 1 ms woke on the loop, at worst, in so many ticks over so long."""
+
+    longest: float
+    ticks: int
+    seconds: float
+
+
+async def with_ticker(work: Awaitable[T]) -> tuple[T, LoopStall]:
+    """Await `work` while a 1 ms ticker runs on the same loop; the last tick comes after it."""
+    stop = asyncio.Event()
+    ticker = asyncio.create_task(_tick(stop), name="ticker")
+    try:
+        await asyncio.sleep(0)  # the clock runs before the work begins
+        result = await work
+    finally:
+        stop.set()
+        stall = await ticker
+    return result, stall
+
+
+async def _tick(stop: asyncio.Event) -> LoopStall:
+    begin = last = time.perf_counter()
+    longest, ticks = 0.0, 0
+    while not stop.is_set():
+        await asyncio.sleep(TICK)
+        now = time.perf_counter()
+        longest = max(longest, now - last - TICK)
+        last = now
+        ticks += 1
+    return LoopStall(longest, ticks, last - begin)
+
+
+def run_on_uvloop(main: Coroutine[Any, Any, T]) -> T:
+    """Run `main` on a uvloop of its own; no policy is installed. Ctrl-C cancels it."""
+    import uvloop  # noqa: PLC0415
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(main)

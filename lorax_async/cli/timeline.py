@@ -1,0 +1,96 @@
+"""`lorax-async timeline`: draw a trace; and `--trace`, by which other commands record one."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from lorax_async.cli.arguments import OK, AddParser, add_command
+from lorax_async.cli.terminal import Terminal
+from lorax_async.errors import ConfigError
+from lorax_async.loader import AdapterLoader
+from lorax_async.tracing.drawing import MAX_BYTES, as_html, drawing_of, read_trace, write_image
+
+IMAGES = (".png", ".svg")
+
+
+def add_to(add: AddParser) -> None:
+    about = "draw a trace: what came when, and whether copies and computing overlap"
+    more = "Traces come from loader.trace(), and from commands with --trace."
+    parser = add_command(add, "timeline", about, _timeline, more)
+    parser.add_argument("file", type=Path, metavar="FILE", help="a trace, in Chrome's format")
+    parser.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        required=True,
+        metavar="OUT",
+        help="a file whose name ends in .html, or in .png or .svg (which need matplotlib)",
+    )
+    for option, which in (("--from", "first"), ("--until", "last")):
+        parser.add_argument(
+            option,
+            dest=which,
+            type=float,
+            metavar="MS",
+            help=f"the {which} millisecond to draw (default: the trace's)",
+        )
+
+
+def add_trace(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="record what happens when, for `lorax-async timeline FILE`",
+    )
+
+
+@contextmanager
+def traced(loader: AdapterLoader, path: Path | None) -> Iterator[None]:
+    """Record the block, however it ends, and write the trace to `path` unless it is None.
+
+    Raises `OSError`: before the block where possible, and never in place of the block's own error.
+    """
+    if path is None:
+        yield
+        return
+    path.open("a").close()
+    with loader.trace() as trace:
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):
+                trace.write(path)
+            raise
+        trace.write(path)
+
+
+def _timeline(arguments: argparse.Namespace, terminal: Terminal) -> int:
+    out, title = arguments.out, arguments.file.stem
+    suffix = out.suffix.lower()
+    if suffix not in {".html", *IMAGES}:
+        raise ConfigError(f"{out.name} ends in none of .html, .png, .svg")
+    with arguments.file.open("rb") as file:  # it may be anything, and endless
+        events, dropped = read_trace(file.read(MAX_BYTES + 1))
+    drawing = drawing_of(events, arguments.first, arguments.last, dropped=dropped)
+    if suffix in IMAGES:
+        write_image(drawing, out, title)
+    else:
+        out.write_text(as_html(drawing, title), encoding="utf-8")
+    if arguments.json:
+        computed, overlapped = drawing.overlap()
+        terminal.json({
+            "picture": str(out),
+            "lanes": [{"row": lane.row, "lane": lane.title} for lane in drawing.lanes],
+            "computed_ms": round(computed, 3),
+            "before_last_copy_ms": round(overlapped, 3),
+            "dropped": dropped,
+        })  # fmt: skip
+    else:
+        count = len(drawing.lanes)
+        plural = "" if count == 1 else "s"
+        terminal.say(f"{out}: {count} lane{plural}; {drawing.summary()}")
+    return OK

@@ -1,0 +1,209 @@
+"""Host memory as a device: the arena is mapped once, and files are read straight into it."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from math import prod
+
+import torch
+
+from lorax_async.devices.base import CopyTicket, FilePieces, StagedPiece
+from lorax_async.devices.staging import TORCH_DTYPES, read
+from lorax_async.errors import CapacityError, UsageError
+from lorax_async.host_memory import POPULATE_WRITE, madvise
+from lorax_async.lifecycle.arena import Extent
+from lorax_async.planning.layout import ModelLayout
+from lorax_async.planning.transfer_plan import TableRow
+
+_CLAIMED_AT_ONCE = 32 << 20
+
+Operands = tuple[torch.Tensor, torch.Tensor, float]
+
+
+class CpuDevice:
+    """An arena in host memory. Copies are done when `copy` returns; compute needs no event.
+
+    Parameters
+    ----------
+    layout
+        The base model, which gives the tables their rows.
+    dtype
+        What adapters are stored as: "F32", "F16" or "BF16".
+    nbytes
+        Size of the arena. Its pages are claimed by `open`, so that a machine without the memory
+        says so at start and not under load.
+    slots
+        Columns of the tables.
+    """
+
+    name = "cpu"
+    alignment = 64
+    rank_multiple = 1
+    reads_files = True
+
+    def __init__(self, layout: ModelLayout, *, dtype: str, nbytes: int, slots: int) -> None:
+        self._layout = layout
+        self._dtype = TORCH_DTYPES[dtype]
+        self._nbytes = nbytes
+        self._slots = slots
+        self._opened = False
+        self._arena = torch.empty(0, dtype=torch.uint8)
+        self._memory = memoryview(b"")
+        self._columns: list[dict[int, tuple[int, int, int, float]]] = [{} for _ in range(slots)]
+        self._views: list[dict[int, Operands]] = [{} for _ in range(slots)]
+        self._done: CopyTicket = Future()
+        self._done.set_result(None)
+
+    def open(self) -> None:
+        """As the port has it, and once: whoever keeps the tables' addresses may rely on them."""
+        if self._opened:
+            raise UsageError("the device was opened before; make a new one")
+        try:
+            memory = self._claim_memory()
+            self._make_tables()
+        except (OSError, OverflowError, MemoryError) as error:
+            raise CapacityError(
+                f"no memory for an arena of {self._nbytes:,} bytes and {self._slots:,} slots"
+                f" ({error}); lower device_bytes or max_slots"
+            ) from error
+        self._memory = memoryview(memory)
+        self._arena = torch.frombuffer(memory, dtype=torch.uint8)
+        self._base = self._arena.data_ptr()
+        self._opened = True
+
+    def _claim_memory(self) -> mmap.mmap:
+        memory = mmap.mmap(-1, self._nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):  # a wish, which a kernel without huge pages refuses
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        _claim_pages(torch.frombuffer(memory, dtype=torch.uint8))
+        return memory
+
+    def _make_tables(self) -> None:
+        modules = len(self._layout.modules)
+        # Writing an element through torch costs microseconds, and an adapter has hundreds: the
+        # tensors share memory with plain arrays.
+        self.address, memory = _table(torch.int64, (2, modules, self._slots))
+        self._address_words = memory.cast("q")
+        self.rank, memory = _table(torch.int32, (modules, self._slots))
+        self._rank_words = memory.cast("i")
+        self.scale, memory = _table(torch.float32, (modules, self._slots))
+        self._scale_words = memory.cast("f")
+
+    def staging_memory(self, nbytes: int) -> torch.Tensor:
+        """As the port has it; a page of it is claimed when it is first written to."""
+        return lazy_memory(nbytes)
+
+    def host_view(self, extent: Extent) -> torch.Tensor:
+        return self._arena[extent.offset : extent.offset + extent.nbytes]
+
+    def copy(
+        self, pieces: FilePieces | StagedPiece, rows: Sequence[TableRow], extent: Extent, slot: int
+    ) -> CopyTicket:
+        if isinstance(pieces, StagedPiece):
+            target = Extent(extent.offset + pieces.target, pieces.memory.nbytes)
+            self.host_view(target).copy_(pieces.memory)
+        else:
+            memory = self._memory[extent.offset : extent.offset + extent.nbytes]
+            read(pieces.reader, pieces.reads, memory)
+        self._write_rows(rows, extent, slot)
+        return self._done
+
+    def _write_rows(self, rows: Sequence[TableRow], extent: Extent, slot: int) -> None:
+        """Addresses and scale first: a row whose rank is not 0 is complete."""
+        modules, slots = self.rank.shape
+        column = self._columns[slot]
+        for module, a, b, _, rank, scale in rows:
+            cell = module * slots + slot
+            column[module] = (extent.offset + a, extent.offset + b, rank, scale)
+            self._address_words[cell] = self._base + extent.offset + a
+            self._address_words[modules * slots + cell] = self._base + extent.offset + b
+            self._scale_words[cell] = scale
+            self._rank_words[cell] = rank
+
+    def wait_for(self, ticket: CopyTicket, stream: object | None = None) -> None:  # noqa: ARG002
+        """Every copy is done when `copy` returns."""
+        if ticket is not self._done:
+            raise UsageError("a ticket of another device")
+
+    def note_use(self, stream: object | None = None) -> CopyTicket:  # noqa: ARG002 - it has none
+        """Done: whoever computes has computed."""
+        return self._done
+
+    def wipe(self, extents: Sequence[Extent]) -> CopyTicket:
+        for extent in extents:
+            self.host_view(extent).zero_()
+        return self._done
+
+    def clear_column(self, slot: int) -> None:
+        modules, slots = self.rank.shape
+        for module in self._columns[slot]:
+            cell = module * slots + slot
+            self._rank_words[cell] = 0
+            self._scale_words[cell] = 0.0
+            self._address_words[cell] = 0
+            self._address_words[modules * slots + cell] = 0
+        self._columns[slot] = {}
+        self._views[slot] = {}
+
+    def operands(self, module: int, slot: int) -> Operands | None:
+        """Views into the arena, made once per tenant of the slot."""
+        views = self._views[slot]
+        found = views.get(module)
+        if found is None:
+            row = self._columns[slot].get(module)
+            if row is None:
+                return None
+            a, b, rank, scale = row
+            shape = self._layout.modules[module]
+            found = views[module] = (
+                self._view(a, rank, shape.in_features),
+                self._view(b, shape.out_features, rank),
+                scale,
+            )
+        return found
+
+    def view(self, extent: Extent) -> torch.Tensor:
+        return self.host_view(extent)
+
+    def _view(self, offset: int, rows: int, columns: int) -> torch.Tensor:
+        nbytes = rows * columns * self._dtype.itemsize
+        return self._arena[offset : offset + nbytes].view(self._dtype).view(rows, columns)
+
+    def close(self) -> None:
+        """Idempotent; a device that was never opened is closed, too."""
+        self._columns = []
+        self._views = []
+        self._memory = memoryview(b"")
+        self._arena = torch.empty(0, dtype=torch.uint8)
+
+
+def lazy_memory(nbytes: int) -> torch.Tensor:
+    """Zeros, uint8 `[nbytes]`; their pages come when they are used. `CapacityError` if none do."""
+    try:
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError, MemoryError) as error:
+        raise CapacityError(
+            f"no {nbytes:,} bytes of host memory for staging ({error}); lower staging_bytes"
+        ) from error
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def _claim_pages(memory: torch.Tensor) -> None:
+    """Fault all pages of `memory` in, in pieces: others may map and fault in between."""
+    for start in range(0, memory.nbytes, _CLAIMED_AT_ONCE):
+        piece = memory[start : start + _CLAIMED_AT_ONCE]
+        code = madvise(piece.data_ptr(), piece.nbytes, POPULATE_WRITE)
+        if code == errno.EINVAL:
+            piece.zero_()  # an older kernel: touch them
+        elif code:
+            raise OSError(code, os.strerror(code))
+
+
+def _table(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[torch.Tensor, memoryview]:
+    memory = bytearray(prod(shape) * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=dtype).view(shape), memoryview(memory)

@@ -1,0 +1,187 @@
+"""The host's record of a pointer table, and the page-locked images of its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from queue import SimpleQueue
+from typing import NamedTuple
+
+import torch
+
+from lorax_async.devices.cpu import Operands
+from lorax_async.devices.staging import StagingBuffer
+from lorax_async.devices.streams import EventTicket
+from lorax_async.planning.layout import Module
+
+
+class TableCell(NamedTuple):
+    """A module's row: A and B begin at `a` and `b`, bytes into the arena; `rank` is padded."""
+
+    a: int
+    b: int
+    rank: int
+    scale: float
+
+
+class ColumnRecord:
+    """What copies into one column have been asked to write since it was cleared last."""
+
+    def __init__(self) -> None:
+        self.cells: dict[int, TableCell] = {}
+        self._tickets: dict[int, EventTicket] = {}
+        self._views: dict[int, Operands] = {}
+
+    def add(self, cells: dict[int, TableCell], ticket: EventTicket) -> None:
+        self.cells.update(cells)
+        self._tickets.update(dict.fromkeys(cells, ticket))
+
+    def operands(
+        self, module: int, shape: Module, arena: torch.Tensor, dtype: torch.dtype
+    ) -> Operands | None:
+        """Views into the arena, made once; None before the copy's ticket is done."""
+        found = self._views.get(module)
+        if found is None:
+            ticket = self._tickets.get(module)
+            if ticket is None or not ticket.succeeded:
+                return None
+            a, b, rank, scale = self.cells[module]
+            found = self._views[module] = (
+                _view(arena, a, dtype, (rank, shape.in_features)),
+                _view(arena, b, dtype, (shape.out_features, rank)),
+                scale,
+            )
+        return found
+
+
+def _view(
+    arena: torch.Tensor, offset: int, dtype: torch.dtype, shape: tuple[int, int]
+) -> torch.Tensor:
+    nbytes = shape[0] * shape[1] * dtype.itemsize
+    return arena[offset : offset + nbytes].view(dtype).view(shape)
+
+
+IMAGES = 64
+"""Copies with rows that can be on their way at a time; one more waits."""
+
+Pinned = Callable[[int], torch.Tensor]
+"""Gives pinned host memory, uint8 `[nbytes]`."""
+
+
+_EMPTY = TableCell(0, 0, 0, 0.0)
+
+
+def adjoining_rows(modules: Iterable[int], layers: Sequence[int]) -> list[range]:
+    """Each layer's modules from its first to its last, with those between that are not named."""
+    groups = groupby(sorted(modules), key=layers.__getitem__)
+    spans = [list(members) for _, members in groups]
+    return [range(span[0], span[-1] + 1) for span in spans]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowImage:
+    """Pinned rows, as they lie in a column: int64 `[rows, 3]` (A, B, scale), int32 `[rows]`.
+
+    The last are the ranks. The host writes through the memoryviews, an element in nanoseconds;
+    the tensors keep the memory alive.
+    """
+
+    entries: torch.Tensor
+    ranks: torch.Tensor
+    words: memoryview[int]
+    scales: memoryview[float]
+    rank_words: memoryview[int]
+
+    @classmethod
+    def of(cls, entries: torch.Tensor, ranks: torch.Tensor) -> RowImage:
+        words = StagingBuffer.of(entries.view(torch.uint8)).memory
+        rank_words = StagingBuffer.of(ranks.view(torch.uint8)).memory
+        return cls(entries, ranks, words.cast("q"), words.cast("f"), rank_words.cast("i"))
+
+    def put(self, place: int, base: int, cell: TableCell) -> None:
+        present = cell.rank > 0
+        self.words[3 * place] = base + cell.a if present else 0
+        self.words[3 * place + 1] = base + cell.b if present else 0
+        self.scales[6 * place + 4] = cell.scale
+        self.rank_words[place] = cell.rank
+
+
+class TableColumns:
+    """The pointer tables, as transposed views of `[slots, modules, …]`, and the row images.
+
+    Whoever calls `write` and `clear` does so with the copy stream current, one call at a time: the
+    stream's order is the order of what they enqueue, and they enqueue nothing but memcpys from
+    pinned memory.
+
+    Parameters
+    ----------
+    layers
+        Of each module.
+    slots
+        Columns.
+    device
+        Where the tables are. They are zeroed on the current stream; `base` is the arena's address.
+    pinned
+        Allocates host memory; called here, and for copies of more rows than a layer has.
+    """
+
+    def __init__(
+        self, layers: Sequence[int], slots: int, device: torch.device, base: int, pinned: Pinned
+    ) -> None:
+        modules = len(layers)
+        self._layers = layers
+        self._base = base
+        self._pinned = pinned
+        self._entries = torch.zeros(slots, modules, 3, dtype=torch.int64, device=device)
+        self._ranks = torch.zeros(slots, modules, dtype=torch.int32, device=device)
+        self.address = self._entries[:, :, :2].permute(2, 1, 0)
+        self.scale = self._entries.view(torch.float32)[:, :, 4].permute(1, 0)
+        self.rank = self._ranks.permute(1, 0)
+        self._zeros = self._images(1, modules)[0]
+        self._zeros.entries.zero_()
+        self._zeros.ranks.zero_()
+        self._capacity = max(len(list(members)) for _, members in groupby(layers))
+        self._free: SimpleQueue[RowImage] = SimpleQueue()
+        for image in self._images(IMAGES, self._capacity):
+            self._free.put(image)
+
+    def _images(self, count: int, rows: int) -> list[RowImage]:
+        """In two allocations: a pinned one takes a power of two of bytes."""
+        entries = self._pinned(count * rows * 24).view(torch.int64).view(count, rows, 3)
+        ranks = self._pinned(count * rows * 4).view(torch.int32).view(count, rows)
+        return [RowImage.of(entries[n], ranks[n]) for n in range(count)]
+
+    def image_for(self, modules: Iterable[int]) -> RowImage:
+        """Room for these modules' runs. Blocks until an image is free."""
+        rows = sum(map(len, adjoining_rows(modules, self._layers)))
+        # A plan's copy has the rows of one layer; only others can be larger.
+        return self._free.get() if rows <= self._capacity else self._images(1, rows)[0]
+
+    def give_back(self, image: RowImage) -> None:
+        """No copy reads it any more. From any thread; quick."""
+        if len(image.ranks) == self._capacity:
+            self._free.put(image)
+
+    def write(
+        self, slot: int, modules: Iterable[int], column: Mapping[int, TableCell], image: RowImage
+    ) -> None:
+        """Enqueue the rows of `modules`, as `column` has them; those between are rewritten, too.
+
+        The image holds them until the copies are done. Ranks come last: whoever reads a rank that
+        is not 0 reads a complete row.
+        """
+        spans = adjoining_rows(modules, self._layers)
+        for place, module in enumerate(module for span in spans for module in span):
+            image.put(place, self._base, column.get(module, _EMPTY))
+        place = 0
+        for span in spans:
+            rows, copied = slice(span.start, span.stop), slice(place, place + len(span))
+            self._entries[slot, rows].copy_(image.entries[copied], non_blocking=True)
+            self._ranks[slot, rows].copy_(image.ranks[copied], non_blocking=True)
+            place += len(span)
+
+    def clear(self, slot: int) -> None:
+        """Enqueue an empty column: ranks first."""
+        self._ranks[slot].copy_(self._zeros.ranks, non_blocking=True)
+        self._entries[slot].copy_(self._zeros.entries, non_blocking=True)

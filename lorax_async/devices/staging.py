@@ -1,0 +1,156 @@
+"""The bounded ring of host buffers in which groups are put together, cast and padded."""
+
+from __future__ import annotations
+
+import ctypes
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Condition
+
+import torch
+
+from lorax_async.errors import InternalError
+from lorax_async.files import Reader
+from lorax_async.formats.spans import ByteSpan
+from lorax_async.planning.transfer_plan import ConvertMove, ReadMove, ZeroMove, file_runs
+
+TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StagingBuffer:
+    """The same bytes twice: as a writable memoryview of format "B", and as uint8 `[nbytes]`.
+
+    `number` is its place in the ring; None for what is in none.
+    """
+
+    memory: memoryview
+    tensor: torch.Tensor
+    number: int | None = None
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, number: int | None = None) -> StagingBuffer:
+        """Of a contiguous uint8 tensor of host memory, which the buffer keeps alive."""
+        # Without numpy, a tensor gives no memoryview of its own.
+        content = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+        return cls(memoryview(content).cast("B"), tensor, number)
+
+    def convert(
+        self, reader: Reader, moves: tuple[ConvertMove, ...], dtype: str, target: torch.Tensor
+    ) -> None:
+        """Read every move into this buffer, and cast and pad it into `target`, uint8.
+
+        Blocks, in an I/O thread. Casts round to nearest even, as `Tensor.copy_` does.
+        """
+        for move in moves:
+            if move.nbytes > len(self.memory):
+                raise InternalError(f"a move of {move.nbytes} bytes exceeds its buffer")
+            first = 0
+            for source in move.sources:
+                last = first + source.nbytes
+                _read(reader, source, [self.memory[first:last]])
+                first = last
+            _cast(self.tensor, move, TORCH_DTYPES[dtype], target)
+
+
+class StagingRing:
+    """Equal buffers, one after the other in one piece of memory.
+
+    Parameters
+    ----------
+    memory
+        uint8 `[nbytes]`, of the device's `staging_memory`: the budget.
+    move_bytes
+        Size of a buffer, rounded down to a multiple of 64 bytes: the most that one `ConvertMove`
+        reads or writes.
+    """
+
+    def __init__(self, memory: torch.Tensor, move_bytes: int) -> None:
+        self.move_bytes = size = move_bytes - move_bytes % _ALIGNMENT
+        self.buffers = memory.nbytes // size if size else 0
+        if not self.buffers:
+            raise InternalError(f"{memory.nbytes} bytes hold no buffer of {move_bytes}")
+        self._free = [
+            StagingBuffer.of(memory[n * size : (n + 1) * size], n) for n in range(self.buffers)
+        ]
+        self._turns: deque[object] = deque()
+        self._changed = Condition()
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    def __repr__(self) -> str:
+        """How many buffers are free, and how many calls of `take` wait."""
+        free, waiting = f"{self.free} of {self.buffers} buffers free", f"{len(self._turns)} waiting"
+        return f"<StagingRing: {free}, {waiting}>"
+
+    def take(self, count: int) -> list[StagingBuffer]:
+        """`count` buffers at once. Waits until they are free, and until nobody came before.
+
+        Who waits holds none of those it waits for: takers of two cannot block each other.
+        """
+        if count > self.buffers:
+            raise InternalError(f"{count} buffers of a ring of {self.buffers}")
+        turn = object()
+        with self._changed:
+            self._turns.append(turn)
+            try:
+                self._changed.wait_for(lambda: self._is_served(turn, count))
+                return [self._free.pop() for _ in range(count)]
+            finally:
+                self._turns.remove(turn)
+                self._changed.notify_all()
+
+    def _is_served(self, turn: object, count: int) -> bool:
+        return self._turns[0] is turn and len(self._free) >= count
+
+    def release(self, buffer: StagingBuffer) -> None:
+        """Give a buffer back. From any thread; quick."""
+        with self._changed:
+            self._free.append(buffer)
+            self._changed.notify_all()
+
+    @contextmanager
+    def buffer(self) -> Iterator[StagingBuffer]:
+        """One buffer, for as long as the block runs."""
+        (buffer,) = self.take(1)
+        try:
+            yield buffer
+        finally:
+            self.release(buffer)
+
+
+def read(reader: Reader, moves: tuple[ReadMove, ...], target: memoryview) -> None:
+    """Read every move as it lies in the file into `target`, in one call per run of the file."""
+    for run in file_runs(moves):
+        buffers = [target[move.target : move.target + move.nbytes] for move in run]
+        _read(reader, run[0].source, buffers)
+
+
+def _read(reader: Reader, source: ByteSpan, buffers: list[memoryview]) -> None:
+    """From where `source` begins; it has several rows for one buffer only."""
+    if source.rows == 1:
+        reader.read_into(buffers, source.start)
+    else:
+        reader.read_rows(buffers[0], source.start, source.rows, source.pitch)
+
+
+def zero(moves: tuple[ZeroMove, ...], target: torch.Tensor) -> None:
+    """Write the zeros that pad ranks into `target`, uint8."""
+    for move in moves:
+        target[move.target : move.target + move.nbytes].zero_()
+
+
+def _cast(
+    buffer: torch.Tensor, move: ConvertMove, dtype: torch.dtype, target: torch.Tensor
+) -> None:
+    source = buffer[: move.nbytes].view(TORCH_DTYPES[move.source_dtype])
+    nbytes = move.rows * move.row_pitch * dtype.itemsize
+    rows = target[move.target : move.target + nbytes].view(dtype).view(move.rows, move.row_pitch)
+    rows[:, : move.columns].copy_(source.view(move.rows, move.columns))
+    if move.row_pitch > move.columns:
+        rows[:, move.columns :].zero_()

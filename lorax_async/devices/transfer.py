@@ -1,0 +1,306 @@
+"""One layer group's way to its extent: read, cast, check for NaN, copy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from functools import partial
+from threading import Lock
+from time import perf_counter
+
+import torch
+
+from lorax_async.devices.base import CopyTicket, Device, FilePieces, StagedPiece
+from lorax_async.devices.staging import TORCH_DTYPES, StagingBuffer, StagingRing, read, zero
+from lorax_async.errors import AdapterFormatError, InternalError
+from lorax_async.files import Reader
+from lorax_async.lifecycle.arena import Extent
+from lorax_async.planning.transfer_plan import GroupPlan, StagingWindow, VectorPlace, windows
+from lorax_async.tracing.recorder import CopyTimes, Tracer, now
+
+
+def require_finite_operands(
+    device: Device, group: GroupPlan, extent: Extent, slot: int, module_names: Sequence[str]
+) -> None:
+    """Look at what a copy brought to the device. Raises `AdapterFormatError`."""
+    for row in group.rows:
+        operands = device.operands(row.module, slot)
+        assert operands is not None
+        a, b, _ = operands
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise _not_finite(module_names[row.module])
+    for vector in group.vectors:
+        content = device.view(Extent(extent.offset + vector.offset, vector.nbytes))
+        if not content.view(TORCH_DTYPES[vector.dtype]).isfinite().all():
+            raise _not_finite(module_names[vector.module])
+
+
+def require_finite_window(
+    content: torch.Tensor,
+    window: StagingWindow,
+    dtype: str,
+    group: GroupPlan,
+    module_names: Sequence[str],
+) -> None:
+    """Look at what was staged: `content`, uint8, begins with the window's bytes.
+
+    Only at what moves have written: what lies between is anything. Raises `AdapterFormatError`.
+    """
+    for first, last, kind in _written(window, TORCH_DTYPES[dtype], group.vectors):
+        good = content[first:last].view(kind).isfinite()
+        if not good.all():
+            place = window.start + first + int(good.logical_not().nonzero()[0]) * kind.itemsize
+            raise _not_finite(module_names[_module_at(place, group)])
+
+
+def _written(
+    window: StagingWindow, kind: torch.dtype, vectors: Sequence[VectorPlace]
+) -> Iterator[tuple[int, int, torch.dtype]]:
+    """[first, last) in the window, and as what to read them: vectors lie in the file's dtype."""
+    whole = sorted((v.offset - window.start, v.nbytes, TORCH_DTYPES[v.dtype]) for v in vectors)
+    for move in window.converts:
+        yield move.target, move.target + move.rows * move.row_pitch * kind.itemsize, kind
+    for part in window.reads:
+        first, last = part.target, part.target + part.nbytes
+        for start, nbytes, own in whole:
+            if start < last and first < start + nbytes:
+                if first < start:
+                    yield first, start, kind
+                yield max(first, start), min(last, start + nbytes), own
+                first = start + nbytes
+        if first < last:
+            yield first, last, kind
+
+
+def _module_at(place: int, group: GroupPlan) -> int:
+    """Of the tensor that begins last at or before `place` in the extent."""
+    starts = [(start, row.module) for row in group.rows for start in (row.a, row.b)]
+    starts += [(vector.offset, vector.module) for vector in group.vectors]
+    return max(start for start in starts if start[0] <= place)[1]
+
+
+def _not_finite(module: str) -> AdapterFormatError:
+    return AdapterFormatError(
+        f"module {module!r} has NaN or infinite weights; "
+        "load it with check_finite=False if that is meant"
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GroupCopy:
+    """What one copy needs: which bytes, of which file, into which extent and column.
+
+    `image` is for devices that do not read files: uint8 `[group.nbytes]` of `staging_memory`, in
+    which the group's bytes are kept as they are on the device. It is filled on the way, or, if it
+    is `warm`, holds them already, and the file is not read. It is not written to, nor given back,
+    before the copy's `done`.
+    """
+
+    reader: Reader
+    group: GroupPlan
+    dtype: str
+    extent: Extent
+    slot: int
+    image: torch.Tensor | None = None
+    warm: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CopyResult:
+    """A group on its way.
+
+    `ticket` is the device's, of the copy that writes the rows; `done` is done when all copies are,
+    and has the error of the first that failed. `staging_seconds` is what casts and padding took.
+    """
+
+    ticket: CopyTicket
+    done: CopyTicket
+    staging_seconds: float
+
+
+class GroupTransfer:
+    """Casts and pads through the ring, lets the device move the rest, checks what is moved.
+
+    `module_names` are the layout's, for errors; `check_finite` refuses NaN and infinity. The ring
+    is of the device's `staging_memory`, and has two buffers or more where it copies from there.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        staging: StagingRing,
+        module_names: Sequence[str],
+        *,
+        check_finite: bool,
+        tracer: Tracer | None = None,
+    ) -> None:
+        if staging.buffers < 2 and not device.reads_files:
+            raise InternalError("a device that does not read files needs two staging buffers")
+        self._device = device
+        self._staging = staging
+        self._module_names = module_names
+        self._check_finite = check_finite
+        self._tracer = tracer or Tracer()
+
+    def run(self, copy: GroupCopy) -> CopyResult:
+        """Move one group; returns when all its copies have been asked for.
+
+        Blocks while it reads, and while no buffer is free. Raises what the reader, the device or
+        the check raises; then none of its copies is on its way any more.
+        """
+        recorder = self._tracer.on
+        times = None
+        if recorder is not None:
+            times = CopyTimes(recorder, copy.slot, copy.group.layer)
+        if self._device.reads_files:
+            return self._run_from_file(copy, times)
+        sending = _PendingCopy(self._device, copy, times)
+        try:
+            if copy.image is None:
+                self._send_windows(sending)
+            else:
+                self._send_image(sending, copy.image)
+        except BaseException:
+            wait(sending.tickets)
+            raise
+        return sending.moved()
+
+    def wipe(self, extents: Sequence[Extent]) -> CopyTicket:
+        """Zero extents that nobody reads any more. Blocks as `run` does."""
+        return self._device.wipe(extents)
+
+    def _run_from_file(self, copy: GroupCopy, times: CopyTimes | None) -> CopyResult:
+        """Converted bytes are written before the device is asked, so that its rows come last."""
+        group, started = copy.group, perf_counter()
+        if group.converts or group.zeros:
+            target = self._device.host_view(copy.extent)
+            if group.converts:
+                with self._staging.buffer() as scratch:
+                    begun = 0 if times is None else now()
+                    scratch.convert(copy.reader, group.converts, copy.dtype, target)
+                if times is not None:
+                    times.staged(scratch.number, begun, "cast")
+                    times.start = now()
+            zero(group.zeros, target)
+        seconds = perf_counter() - started
+        pieces = FilePieces(copy.reader, group.reads)
+        ticket = self._device.copy(pieces, group.rows, copy.extent, copy.slot)
+        if times is not None:
+            times.asked(ticket, group.nbytes, in_stream=False)
+        if self._check_finite:
+            ticket.result()
+            names = self._module_names
+            require_finite_operands(self._device, group, copy.extent, copy.slot, names)
+        return CopyResult(ticket, ticket, seconds)
+
+    def _send_windows(self, sending: _PendingCopy) -> None:
+        """Through the ring. A window's buffer is free again when its copy is done."""
+        copy, staging = sending.copy, self._staging
+        item_bytes = TORCH_DTYPES[copy.dtype].itemsize
+        for window in windows(copy.group, staging.move_bytes, item_bytes):
+            sending.heed_failures()
+            buffer, *scratch = staging.take(2 if window.converts else 1)
+            begun = 0 if sending.times is None else now()
+            try:
+                self._fill(sending, window, buffer, scratch)
+                ticket = sending.send(buffer.tensor[: window.nbytes], window.start)
+            except BaseException:
+                staging.release(buffer)
+                raise
+            if sending.times is not None:
+                ticket.add_done_callback(sending.times.until_free(buffer.number, begun))
+            ticket.add_done_callback(partial(_release, staging, buffer))
+
+    def _send_image(self, sending: _PendingCopy, image: torch.Tensor) -> None:
+        copy, group = sending.copy, sending.copy.group
+        if not copy.warm:
+            whole = StagingWindow(0, group.nbytes, group.reads, group.converts, group.zeros)
+            scratch = self._staging.take(1) if whole.converts else []
+            self._fill(sending, whole, StagingBuffer.of(image), scratch)
+        sending.send(image, 0)
+
+    def _fill(
+        self,
+        sending: _PendingCopy,
+        window: StagingWindow,
+        buffer: StagingBuffer,
+        scratch: list[StagingBuffer],
+    ) -> None:
+        """Bring a window's bytes into `buffer`. `scratch`, one if it converts, is given back."""
+        copy, times = sending.copy, sending.times
+        begun = 0 if times is None else now()
+        try:
+            read(copy.reader, window.reads, buffer.memory)
+            started = perf_counter()
+            for each in scratch:
+                each.convert(copy.reader, window.converts, copy.dtype, buffer.tensor)
+            zero(window.zeros, buffer.tensor)
+            sending.staging_seconds += perf_counter() - started
+        finally:
+            for each in scratch:
+                self._staging.release(each)
+        if times is not None:
+            times.staged(buffer.number, begun, "fill")
+        if self._check_finite:
+            names = self._module_names
+            require_finite_window(buffer.tensor, window, copy.dtype, copy.group, names)
+
+
+class _PendingCopy:
+    """The copies that one group has been given to the device in."""
+
+    def __init__(self, device: Device, copy: GroupCopy, times: CopyTimes | None) -> None:
+        self.copy = copy
+        self.times = times
+        self.tickets: list[CopyTicket] = []
+        self.staging_seconds = 0.0
+        self._device = device
+
+    def send(self, memory: torch.Tensor, target: int) -> CopyTicket:
+        """The copy that reaches the end of the extent writes the rows."""
+        copy = self.copy
+        rows = copy.group.rows if target + memory.nbytes == copy.group.nbytes else ()
+        ticket = self._device.copy(StagedPiece(memory, target), rows, copy.extent, copy.slot)
+        self.tickets.append(ticket)
+        if self.times is not None:
+            self.times.asked(ticket, memory.nbytes, in_stream=True)
+        return ticket
+
+    def heed_failures(self) -> None:
+        """Forget the copies that are done; raises what one of them failed with."""
+        for ticket in [each for each in self.tickets if each.done()]:
+            ticket.result()
+            self.tickets.remove(ticket)
+
+    def moved(self) -> CopyResult:
+        return CopyResult(self.tickets[-1], _all_of(self.tickets), self.staging_seconds)
+
+
+def _release(staging: StagingRing, buffer: StagingBuffer, _: CopyTicket) -> None:
+    staging.release(buffer)
+
+
+def _all_of(tickets: Sequence[CopyTicket]) -> CopyTicket:
+    """Done when all are, with the error of the first that failed."""
+    if len(tickets) == 1:
+        return tickets[0]
+    done: CopyTicket = Future()
+    left, lock = len(tickets), Lock()
+    failure: BaseException | None = None
+
+    def count(ticket: CopyTicket) -> None:
+        nonlocal left, failure
+        with lock:
+            left -= 1
+            failure = failure or ticket.exception()
+            if left:
+                return
+        if failure is None:
+            done.set_result(None)
+        else:
+            done.set_exception(failure)
+
+    for ticket in tickets:
+        ticket.add_done_callback(count)
+    return done

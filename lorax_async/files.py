@@ -1,0 +1,338 @@
+"""Open files that strangers may have put there, and read their bytes with checks."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import stat
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from hashlib import sha256
+from threading import Lock
+from typing import NamedTuple, Protocol
+
+from lorax_async.concurrency import FetchControl
+from lorax_async.errors import (
+    AccessDeniedError,
+    AdapterError,
+    AdapterFormatError,
+    FetchError,
+    IntegrityError,
+)
+from lorax_async.formats.digests import FileHash
+from lorax_async.types import FileIdentity
+
+
+class Reader(Protocol):
+    """Checked access to the bytes of one adapter's weights. Whoever opened it closes it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+
+    def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
+        """Fill the buffers, one after the other, from `offset` on. Blocks.
+
+        Raises `IntegrityError` if the file is shorter or is no longer the one that was opened, and
+        `FetchError` if it cannot be read.
+        """
+
+    def read_rows(self, buffer: memoryview, offset: int, rows: int, pitch: int) -> None:
+        """Fill the buffer with `rows` equal parts of the file, `pitch` bytes from one to the next.
+
+        Each has a byte or more; the first begins at `offset`. Nothing between them is read. Blocks,
+        and raises as `read_into` does.
+        """
+
+    def close(self) -> None:
+        """Quick and idempotent."""
+
+
+IOV_MAX = 1024
+"""Most buffers that Linux takes in one call."""
+
+_KINDS = {
+    stat.S_IFREG: "a file",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+class FilePosition(NamedTuple):
+    """What a name led to: an `O_PATH` descriptor and its status."""
+
+    fd: int
+    status: os.stat_result
+
+    @property
+    def real_path(self) -> str:
+        return os.readlink(f"/proc/self/fd/{self.fd}")
+
+    @property
+    def kind(self) -> str:
+        return _KINDS.get(stat.S_IFMT(self.status.st_mode), "something else")
+
+    @property
+    def identity(self) -> FileIdentity:
+        return identity_of(self.status)
+
+    def open(self) -> int:
+        """A descriptor to read this very file with; only for what is known to be a file."""
+        return os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+@contextmanager
+def located(path: str, *, within: int | None = None) -> Iterator[FilePosition]:
+    """Follow `path` (from the folder with descriptor `within`). Raises `OSError`."""
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC, dir_fd=within)
+    try:
+        yield FilePosition(fd, os.fstat(fd))
+    finally:
+        os.close(fd)
+
+
+def identity_of(status: os.stat_result) -> FileIdentity:
+    return FileIdentity(
+        status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    )
+
+
+def require_file(name: str, file: FilePosition, max_bytes: int) -> None:
+    """Refuse what is no regular file, is empty, or is over the limit."""
+    if not stat.S_ISREG(file.status.st_mode):
+        raise AdapterFormatError(f"{name} is {file.kind}, not a regular file; put the file there")
+    size = file.status.st_size
+    if size == 0:
+        # Retryable: whoever saves a file in place makes it empty first.
+        raise AdapterFormatError(
+            f"{name} is empty; fetch or save the adapter again", retryable=True
+        )
+    if size > max_bytes:
+        raise AdapterFormatError(f"{name} has {size:,} bytes, over the limit of {max_bytes:,}")
+
+
+def open_same(path: str, identity: FileIdentity, name: str | None = None) -> int:
+    """A descriptor to read the file at `path` with, if it is still the one of that identity.
+
+    Raises `IntegrityError` if not, and what `translated` makes of other failures; both call it
+    `name`, by default the path's last part.
+    """
+    name = name or os.path.basename(path)
+    try:
+        with located(path) as file:
+            if file.identity != identity or not stat.S_ISREG(file.status.st_mode):
+                raise changed(name)
+            return file.open()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise changed(name) from error
+    except OSError as error:
+        raise translated(error, name) from error
+
+
+def require_same(path: str, identity: FileIdentity) -> None:
+    """As `open_same`, opening nothing."""
+    name = os.path.basename(path)
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise changed(name) from error
+    except OSError as error:
+        raise translated(error, name) from error
+    if identity_of(status) != identity:
+        raise changed(name)
+
+
+def changed(name: str) -> IntegrityError:
+    return IntegrityError(f"{name} was changed or replaced meanwhile; load the adapter again")
+
+
+def code_of(error: OSError) -> str:
+    return errno.errorcode.get(error.errno or 0, "unknown error")
+
+
+def translated(error: OSError, name: str) -> AdapterError:
+    """The error of ours for one of the operating system's; the texts hold no path."""
+    if isinstance(error, PermissionError):
+        return AccessDeniedError(
+            f"{name} may not be read by this process ({code_of(error)}); give it permission:"
+            " safetensors writes files that only their owner may read (mode 0600)"
+        )
+    return FetchError(f"{name} cannot be read ({code_of(error)})")
+
+
+_NOT_OPEN = -1
+
+
+class FileReader:
+    """A `Reader` over a descriptor, which it owns; `opener` gives it, at the first read."""
+
+    def __init__(self, opener: Callable[[], int], identity: FileIdentity, name: str) -> None:
+        self._opener = opener
+        self._fd = _NOT_OPEN
+        self._identity = identity
+        self._name = name
+        self._lock = Lock()
+        self._opening = Lock()
+        self._reading = 0
+        self._closed = False
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def nbytes(self) -> int:
+        return self._identity.size
+
+    @property
+    def identity(self) -> FileIdentity:
+        """Of the file that was meant."""
+        return self._identity
+
+    def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
+        if not self._checked(lambda fd: fill(fd, buffers, offset)):
+            raise self._ends_before(offset + sum(buffer.nbytes for buffer in buffers))
+
+    def read_rows(self, buffer: memoryview, offset: int, rows: int, pitch: int) -> None:
+        if not self._checked(lambda fd: _fill_rows(fd, buffer.cast("B"), offset, rows, pitch)):
+            raise self._ends_before(offset + (rows - 1) * pitch + buffer.nbytes // rows)
+
+    def _checked(self, read: Callable[[int], bool]) -> bool:
+        """What `read` says of the descriptor; afterwards it is still the file that was meant."""
+        with self.held() as fd:
+            try:
+                whole = read(fd)
+                same = identity_of(os.fstat(fd)) == self._identity
+            except OSError as error:
+                raise translated(error, self._name) from error
+        if not same:
+            raise changed(self._name)
+        return whole
+
+    def _ends_before(self, stop: int) -> IntegrityError:
+        return IntegrityError(f"{self._name} ends before byte {stop:,}")
+
+    def read_ahead(self) -> None:
+        """Ask the kernel to bring the whole file into memory; waits for no byte."""
+        with self.held() as fd:
+            try:
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
+            except OSError as error:
+                raise translated(error, self._name) from error
+
+    def close(self) -> None:
+        with self._lock:
+            unused = not self._closed and not self._reading
+            self._closed = True
+        if unused and self._fd != _NOT_OPEN:
+            os.close(self._fd)
+
+    @contextmanager
+    def held(self) -> Iterator[int]:
+        """The descriptor, open until the last read is through: its number must not be reused.
+
+        The first time it is opened, which blocks and raises as `read_into` does.
+        """
+        self._enter()
+        try:
+            yield self._descriptor()
+        finally:
+            self._leave()
+
+    def _enter(self) -> None:
+        with self._lock:
+            if self._closed:
+                raise FetchError(f"{self._name} was closed before it was read")
+            self._reading += 1
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._reading -= 1
+            last = self._closed and not self._reading
+        if last and self._fd != _NOT_OPEN:
+            os.close(self._fd)
+
+    def _descriptor(self) -> int:
+        """Opened once, by whoever reads first; `close` need not wait for that."""
+        if self._fd == _NOT_OPEN:
+            with self._opening:
+                if self._fd == _NOT_OPEN:
+                    fd = self._opener()
+                    # Whole adapters are read, and mostly in file order: read ahead twice as far.
+                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+                    self._fd = fd
+        return self._fd
+
+    def __del__(self) -> None:
+        if not self._closed and self._fd != _NOT_OPEN:
+            warnings.warn(f"unclosed reader of {self._name}", ResourceWarning, stacklevel=2)
+            self.close()
+
+
+def fill(fd: int, buffers: Sequence[memoryview], offset: int) -> bool:
+    """Read until every buffer is full; False if the file ends earlier."""
+    left = [buffer for buffer in buffers if buffer.nbytes]
+    first = 0
+    while first < len(left):
+        count = os.preadv(fd, left[first : first + IOV_MAX], offset)
+        if count == 0:
+            return False
+        offset += count
+        while first < len(left) and count >= left[first].nbytes:
+            count -= left[first].nbytes
+            first += 1
+        if count:
+            left[first] = left[first].cast("B")[count:]
+    return True
+
+
+def _fill_rows(fd: int, content: memoryview, offset: int, rows: int, pitch: int) -> bool:
+    """Row by row, for no byte between them is to be read; False if the file ends earlier."""
+    size = content.nbytes // rows
+    for first in range(0, rows * size, size):
+        row = content[first : first + size]
+        count = os.preadv(fd, (row,), offset)
+        if count < size and not fill(fd, [row[count:]], offset + count):
+            return False
+        offset += pitch
+    return True
+
+
+PIECE_BYTES = 4 << 20
+"""Read and hashed at once: milliseconds, after which others have the thread."""
+
+
+async def sha256_of(reader: Reader, threads: Executor, control: FetchControl | None = None) -> str:
+    """In lower-case hexadecimal. Raises what the reader does, and `FetchError` if
+    `control` ends.
+    """
+    loop, found = asyncio.get_running_loop(), sha256()
+    buffer = memoryview(bytearray(min(PIECE_BYTES, reader.nbytes)))
+
+    def feed(start: int) -> None:
+        """In a thread, which has the buffer to itself even after a cancellation."""
+        piece = buffer[: reader.nbytes - start]
+        reader.read_into([piece], start)
+        found.update(piece)
+
+    for start in range(0, reader.nbytes, PIECE_BYTES):
+        if control is not None and control.ended:
+            raise FetchError("nobody waits for the adapter any more")
+        await loop.run_in_executor(threads, feed, start)
+    return found.hexdigest()
+
+
+def hash_on(fd: int, found: FileHash, stop: int, name: str) -> None:
+    """Hash on up to `stop`. Raise `OSError`, or `IntegrityError` if the file ends before."""
+    buffer = memoryview(bytearray(min(1 << 20, max(0, stop - found.done))))
+    while found.done < stop:
+        piece = buffer[: stop - found.done]
+        if not fill(fd, [piece], found.done):
+            raise IntegrityError(f"{name} in the cache ends before byte {stop:,}")
+        found.feed(piece)

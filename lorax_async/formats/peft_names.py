@@ -1,0 +1,272 @@
+"""The names PEFT gives to an adapter's tensors, and the patterns by which configs mean modules.
+
+A tensor's name is `base_model.model.` + module path + suffix. :data:`SUFFIXES` are applied. Every
+other tensor a PEFT file can hold is refused by the name of the feature that wrote it, since leaving
+a tensor out changes the answers.
+Source: peft 0.21.2, `utils/save_and_load.py`, `utils/other.py` and `tuners/lora/layer.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+
+import re2
+
+from lorax_async.errors import AdapterError, AdapterFormatError, UnsupportedAdapterError, shorten
+from lorax_async.types import Matcher
+
+WEIGHT_DTYPES = ("F32", "F16", "BF16")
+"""The dtypes adapter weights can have, in the file format's spelling."""
+
+PREFIX = "base_model.model."
+
+
+class TensorRole(Enum):
+    """Which part of a module's adapter a tensor is.
+
+    A `[rank, in]` and B `[out, rank]` are the factors of `scale * B @ A`; the vectors are `[out]`:
+    lora_bias's, which is added to B's output, and DoRA's.
+    """
+
+    A = "A"
+    B = "B"
+    BIAS = "bias"
+    MAGNITUDE = "magnitude"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorName:
+    """The module that a tensor belongs to, by the path in the file, and which part of it.
+
+    `embedding` is None where the name does not say whether the module is one.
+    """
+
+    module: str
+    part: TensorRole
+    embedding: bool | None = False
+
+
+SUFFIXES = {
+    "lora_A.weight": (TensorRole.A, False),
+    "lora_B.weight": (TensorRole.B, False),
+    "lora_B.bias": (TensorRole.BIAS, False),
+    "lora_embedding_A": (TensorRole.A, True),
+    "lora_embedding_B": (TensorRole.B, True),
+    "lora_magnitude_vector": (TensorRole.MAGNITUDE, None),
+}
+"""The ends of the names that are applied: which part that is, and whether of an embedding."""
+
+# What else PEFT puts into names, each with the feature that writes it.
+_MARKERS = {
+    "base_layer.bias": "bias (a trained bias of the base)",
+    "base_layer": "target_parameters",
+    "trainable_tokens_delta": "trainable_token_indices",
+    "modules_to_save": "modules_to_save",
+    "lora_diag": "KaSA",
+    "lora_velora_embed": "VeLoRA",
+    "lora_monteclora_sampler": "MonteCLoRA",
+}
+_EMBEDDING = re.compile(r"(?:.*\.)?(?:embed_tokens|lm_head)\.weight")
+_NAMED = r"\.(?!weight$|bias$)[^.]+"  # the adapter's name, which PEFT strips
+_RAW = re.compile(
+    rf".*\.lora_(?:[AB]{_NAMED}\.(?:weight|bias)|embedding_[AB]{_NAMED}|magnitude_vector{_NAMED}\.weight)"
+)
+_FULL_WEIGHT = ".base_layer.weight"
+
+# One spelling per module: components in ASCII, whole numbers without leading zeros.
+_PATH = re.compile(r"[0-9A-Za-z_-]+(?:\.[0-9A-Za-z_-]+)*")
+_PADDED = re.compile(r"\.0[0-9]+(?![^.])")
+_NUMBER = re.compile(r"\.([0-9]+)(?![^.])")
+_MAX_DIGITS = 6  # more layers than any file may have tensors
+
+MAX_PATTERN_CHARACTERS = 512
+
+_PLAIN = re.compile(r"[0-9A-Za-z_.-]*")
+# Where re and re2 agree on ASCII paths. Elsewhere one refuses (\Z, \z, look-around, flags), or
+# both accept and differ: {,3}, {01} and [[:alpha:]] mean other things to re2.
+_SHARED_SYNTAX = re.compile(
+    r"""(?: [^\\(\[{]
+          | \\(?: [^0-9A-Za-z] | [AbBdDwWsS] )
+          | \( (?: (?!\?) | \?: | \?P<[A-Za-z_][0-9A-Za-z_]*> )
+          | \{ (?:0|[1-9][0-9]*) (?: , (?:0|[1-9][0-9]*)? )? \}
+          | \[ \^? \]? (?: [^\\\[\]] | \\ (?: [^0-9A-Za-z] | [dDwWsS] ) )* \]
+        )*""",
+    re.VERBOSE,
+)
+# What re2 says of patterns that Python's re refuses too; both read from left to right.
+_SYNTAX_ERRORS = (
+    b"missing )",
+    b"missing ]",
+    b"unexpected )",
+    b"no argument for repetition operator",
+    b"invalid character class range",
+)
+_OPTIONS = re2.Options()
+_OPTIONS.log_errors = False  # they go to stderr
+_OPTIONS.never_capture = True
+_OPTIONS.max_mem = 1 << 18  # bytes, for the program and for the states met while matching
+
+
+def parse_tensor_name(name: str) -> TensorName:
+    """Split the name of one tensor of an adapter file.
+
+    Raises
+    ------
+    UnsupportedAdapterError
+        The tensor belongs to a feature that is not applied, or to nothing PEFT knows.
+    AdapterFormatError
+        The module path is malformed, or not the one spelling of its module.
+    """
+    path, _, last = name.rpartition(".")
+    if last in {"weight", "bias"}:
+        path, _, factor = path.rpartition(".")
+        last = f"{factor}.{last}"
+    found = SUFFIXES.get(last)
+    if found is None or not path.startswith(PREFIX):
+        raise _refusal(name)
+    module = path[len(PREFIX) :]
+    if not _PATH.fullmatch(module) or _PADDED.search(name, len(PREFIX) - 1):
+        raise _malformed(module)
+    if ("base_layer" in module or "lora_" in module or "_save" in module) and _feature(module):
+        raise _refusal(name)
+    return TensorName(module, *found)
+
+
+def layer_index(module: str) -> int | None:
+    """The layer that a module path lies in: its first component that is a number, or None.
+
+    `model.layers.12.self_attn.q_proj` lies in 12, `lm_head` in none.
+
+    Raises
+    ------
+    AdapterFormatError
+        The number is not a plain decimal, or larger than any model has layers.
+    """
+    found = _NUMBER.search(f".{module}")
+    if found is None:
+        return None
+    digits = found[1]
+    if len(digits) > _MAX_DIGITS or (digits[0] == "0" and digits != "0"):
+        raise _malformed(module)
+    return int(digits)
+
+
+def compile_pattern(text: str) -> tuple[Matcher, int]:
+    r"""Compile a key of rank_pattern or alpha_pattern, once, and say how large it became.
+
+    Returns a matcher that agrees with PEFT's `re.match(rf"(.*\.)?({text})$", module)` on module
+    paths (ASCII, without line breaks, before one of which `$` would match too), in time linear in
+    the path; and the number of re2's instructions, 0 for a plain module name.
+
+    Raises
+    ------
+    UnsupportedAdapterError
+        The pattern is too large, or is none that Python's re and re2 understand alike.
+    """
+    if len(text) > MAX_PATTERN_CHARACTERS:
+        raise _unreadable(text)
+    if _PLAIN.fullmatch(text):
+        return _plain_matcher(text), 0
+    if not _SHARED_SYNTAX.fullmatch(text):
+        raise _unreadable(text)
+    try:
+        # Bytes in and out: on str, the binding counts characters before each match.
+        compiled = re2.compile(rf"(.*\.)?({text})$".encode(), _OPTIONS)
+    except (re2.error, UnicodeEncodeError):
+        raise _unreadable(text) from None
+    search = compiled.match
+    return lambda module: search(module.encode()) is not None, compiled.programsize
+
+
+def pattern_error(text: str) -> str | None:
+    """Return why Python's re, and so PEFT, cannot compile a pattern, as re2 says it.
+
+    None where re can, and where only re itself could tell: it is never given a stranger's pattern.
+    """
+    if len(text) > MAX_PATTERN_CHARACTERS or "[:" in text:  # a POSIX class, to re2 only
+        return None
+    try:
+        re2.compile(text.encode(), _OPTIONS)
+    except UnicodeEncodeError:
+        return None
+    except re2.error as error:
+        reason = bytes(error.args[0])
+        return reason.decode(errors="replace") if reason.startswith(_SYNTAX_ERRORS) else None
+    return None
+
+
+def _plain_matcher(text: str) -> Matcher:
+    """For a text without operators but the dot, which stands for any one character."""
+    length = len(text)
+    tail = text.rpartition(".")[2]
+
+    def matches(module: str) -> bool:
+        if not module.endswith(tail):  # modules of a model differ at the end: the usual answer
+            return False
+        at = len(module) - length
+        if at < 0 or (at and module[at - 1] != "."):
+            return False
+        if module.endswith(text):
+            return True
+        # Taken apart where it is needed: a config may hold thousands of patterns of many dots.
+        return all(own in (".", there) for own, there in zip(text, module[at:], strict=True))
+
+    return matches
+
+
+def _unreadable(text: str) -> UnsupportedAdapterError:
+    return UnsupportedAdapterError(
+        f"pattern {shorten(text, 100)!r} is too large, or no regular expression that can be"
+        " matched in linear time and means one thing; write module names instead"
+    )
+
+
+def _refusal(name: str) -> AdapterError:
+    shown = repr(shorten(name, 200))
+    path = name.removeprefix(PREFIX)
+    if path == name:
+        return UnsupportedAdapterError(
+            f"tensor {shown} is not one of a PEFT LoRA adapter (no {PREFIX!r} in front), and"
+            " nothing would apply it; convert the adapter to PEFT's format"
+        )
+    if path.endswith(_FULL_WEIGHT):
+        return UnsupportedAdapterError(
+            f"tensor {shown} is a copy of the base's own weight, which PEFT adds where embed_tokens"
+            " or lm_head is targeted; save with save_pretrained(…, save_embedding_layers=False)"
+        )
+    if feature := _feature(path):
+        return UnsupportedAdapterError(
+            f"tensor {shown} belongs to {feature}, which base + scale * B @ A does not describe;"
+            " train without it, or merge the adapter into its base model"
+        )
+    if _RAW.fullmatch(path):
+        return UnsupportedAdapterError(
+            f"tensor {shown} still carries its adapter's name; save the adapter with PEFT's"
+            " save_pretrained, or take its tensors with get_peft_model_state_dict"
+        )
+    return UnsupportedAdapterError(
+        f"nothing would apply tensor {shown}; understood are {', '.join(SUFFIXES)}"
+    )
+
+
+def _feature(path: str) -> str | None:
+    dotted = f".{path}."
+    for marker, feature in _MARKERS.items():
+        if f".{marker}." in dotted:
+            return feature
+    if _EMBEDDING.fullmatch(path):
+        return "a resized vocabulary or modules_to_save"
+    if ".lora_" in dotted:
+        return None
+    if path.endswith(".bias"):
+        return "bias or modules_to_save (a trained bias of the base)"
+    return "modules_to_save (a full copy of a module)" if path.endswith(".weight") else None
+
+
+def _malformed(module: str) -> AdapterFormatError:
+    return AdapterFormatError(
+        f"module path {shorten(module, 200)!r} is malformed; PEFT writes ASCII names joined by"
+        " dots, with layer numbers in plain decimals"
+    )

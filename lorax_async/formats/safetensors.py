@@ -1,0 +1,346 @@
+"""Read, check and write the header of a safetensors file."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+from operator import itemgetter
+from types import MappingProxyType
+from typing import Final, NamedTuple, TypeAlias
+
+from lorax_async.config import Limits
+from lorax_async.errors import AdapterFormatError
+from lorax_async.formats.spans import ByteSpan
+from lorax_async.formats.strict_json import JsonValue, parse_object, quoted
+
+LENGTH_BYTES = 8
+_WHAT = "safetensors header"
+_RESAVE = "re-save the file with safetensors"
+_METADATA = "__metadata__"
+_MEMBERS = {"dtype", "shape", "data_offsets"}
+_PLACE = itemgetter(3, 4, 0)
+"""Start, stop and name of a `TensorSpan`."""
+_INTEGER = "(0|[1-9][0-9]{0,18})"
+# An entry as safetensors writes it, its name printable ASCII without escapes. Neighbouring parts
+# share no character, so that matching is linear.
+_ENTRY = re.compile(
+    r'"([ !#-\[\]-~]{1,512})":'
+    r'\{"dtype":"([A-Z0-9_]{1,16})","shape":\[([0-9,]{0,159})\],'
+    rf'"data_offsets":\[{_INTEGER},{_INTEGER}\]\}}'
+)
+_INT64_MAX = 2**63 - 1
+_DEFAULT_LIMITS = Limits()
+
+_Entry: TypeAlias = tuple[str, str, tuple[int, ...], int, int]
+"""Name, dtype, shape, and both offsets, of which the types are checked."""
+
+_DTYPES_BY_BITS = {
+    4: "F4",
+    6: "F6_E2M3 F6_E3M2",
+    8: "BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ",
+    16: "I16 U16 F16 BF16",
+    32: "I32 U32 F32",
+    64: "C64 F64 I64 U64",
+}
+DTYPE_BITS: Final[Mapping[str, int]] = MappingProxyType(
+    {dtype: bits for bits, dtypes in _DTYPES_BY_BITS.items() for dtype in dtypes.split()}
+)
+"""Bits of one element, for every dtype of safetensors 0.8.0 in its own spelling."""
+
+
+class TensorSpan(NamedTuple):
+    """Where one tensor lies: `start` and `stop` count bytes from the beginning of the file.
+
+    Where only some of its bytes are meant (a shard's), `pieces` are these, and `shape` is what they
+    make. A header's spans have none.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    pieces: tuple[ByteSpan, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A checked header: its spans tile the file from `data_start` to its end.
+
+    `tensors` are in file order; those without bytes stand before the one that begins where they
+    lie, by name among themselves.
+    """
+
+    tensors: tuple[TensorSpan, ...]
+    metadata: Mapping[str, str]
+    data_start: int
+
+
+def header_end(start: bytes | memoryview) -> int:
+    """Return how many bytes the header claims to need, unchecked.
+
+    `start` is the beginning of the file; if it is too short to tell, the bytes that would tell.
+    """
+    if len(start) < LENGTH_BYTES:
+        return LENGTH_BYTES
+    return LENGTH_BYTES + int.from_bytes(start[:LENGTH_BYTES], "little")
+
+
+def header_size(
+    first_eight: bytes | memoryview, file_size: int, limits: Limits = _DEFAULT_LIMITS
+) -> int:
+    """Return how many bytes from the beginning of the file `parse_header` needs.
+
+    `first_eight` holds at least the file's first eight bytes, or all of a shorter file.
+    """
+    if file_size < LENGTH_BYTES or len(first_eight) < LENGTH_BYTES:
+        raise AdapterFormatError(
+            f"{_WHAT}: the file has {min(file_size, len(first_eight))} bytes and cannot be a"
+            " safetensors file; fetch it again"
+        )
+    size = int.from_bytes(first_eight[:LENGTH_BYTES], "little")
+    if size > limits.max_header_bytes:
+        raise AdapterFormatError(
+            f"{_WHAT}: a header of {size:,} bytes is over the limit of"
+            f" {limits.max_header_bytes:,}, or this is no safetensors file; raise"
+            f" Limits.max_header_bytes, or {_RESAVE}"
+        )
+    if LENGTH_BYTES + size > file_size:
+        raise AdapterFormatError(
+            f"{_WHAT}: the file has {file_size:,} bytes and ends inside its header of {size:,};"
+            " fetch it again"
+        )
+    return LENGTH_BYTES + size
+
+
+def parse_header(
+    prefix: bytes | memoryview, file_size: int, limits: Limits = _DEFAULT_LIMITS
+) -> Header:
+    """Check the header at the beginning of a file of `file_size` bytes.
+
+    `prefix` holds at least `header_size` bytes. Whatever breaks the format raises
+    `AdapterFormatError`, which names the tensor.
+    """
+    data_start = header_size(prefix, file_size, limits)
+    if len(prefix) < data_start:
+        raise AdapterFormatError(
+            f"{_WHAT}: only {len(prefix):,} of its {data_start:,} bytes could be read; fetch the"
+            " file again"
+        )
+    text = memoryview(prefix)[LENGTH_BYTES:data_start]
+    if bytes(text[:1]) != b"{":
+        raise AdapterFormatError(f"{_WHAT}: does not begin with '{{'; {_RESAVE}")
+    try:
+        metadata, entries = _columns(text) or _members(text, limits)
+        tensors = _spans(entries, data_start, limits)
+        _check_places(tensors, data_start, file_size)
+    except MemoryError:
+        raise AdapterFormatError(f"{_WHAT}: too large for the memory at hand") from None
+    return Header(tuple(tensors), MappingProxyType(metadata), data_start)
+
+
+def _columns(text: memoryview) -> tuple[dict[str, str], list[_Entry]] | None:
+    """Split a header in safetensors' own spelling, in half of the time that `_members` takes.
+
+    It refuses nothing: None for any other spelling, and for what is malformed.
+    """
+    try:
+        first, *columns, last = _ENTRY.split(str(text, "ascii"))
+        names, dtypes, shapes, starts, stops, between = (columns[n::6] for n in range(6))
+        metadata = {}
+        if first != "{":
+            head, comma = first[:-1], first[-1:]
+            others = parse_object(f"{head}}}".encode(), what=_WHAT, max_bytes=len(text))
+            metadata = _metadata(others)
+            if others or comma != ",":
+                return None
+        if not between.count(",") == len(between) == len(names) - 1 or last.rstrip(" ") != "}":
+            return None
+        sizes = {shape: tuple(json.loads(f"[{shape}]")) for shape in set(shapes)}
+    except (ValueError, AdapterFormatError):
+        return None
+    if len(set(names)) < len(names) or _METADATA in names:
+        return None
+    shaped = map(sizes.__getitem__, shapes)
+    return metadata, list(
+        zip(names, dtypes, shaped, map(int, starts), map(int, stops), strict=True)
+    )
+
+
+def _members(text: memoryview, limits: Limits) -> tuple[dict[str, str], list[_Entry]]:
+    """Read any header; malformed JSON and wrong types are refused."""
+    # The depth follows from the types that are checked.
+    members = parse_object(text, what=_WHAT, max_bytes=limits.max_header_bytes, max_depth=None)
+    metadata = _metadata(members)
+    return metadata, [(name, *_entry(name, value)) for name, value in members.items()]
+
+
+def _metadata(members: dict[str, JsonValue]) -> dict[str, str]:
+    """Take the metadata out of the header's members."""
+    value = members.pop(_METADATA, {})
+    what = f"{_WHAT}, {_METADATA}"
+    if not isinstance(value, dict):
+        raise AdapterFormatError(f"{what}: not an object; {_RESAVE}")
+    metadata: dict[str, str] = {}
+    for key, text in value.items():
+        if not isinstance(text, str):
+            raise AdapterFormatError(f"{what}: member {quoted(key)} is not a string; {_RESAVE}")
+        metadata[key] = text
+    return metadata
+
+
+def _entry(name: str, value: JsonValue) -> tuple[str, tuple[int, ...], int, int]:
+    if not isinstance(value, dict):
+        raise _malformed(name, "not an object of just dtype, shape and data_offsets")
+    if odd := value.keys() ^ _MEMBERS:
+        member = min(odd)
+        fault = "unknown" if member in value else "missing"
+        raise _malformed(name, f"member {quoted(member)} is {fault}")
+    dtype = value["dtype"]
+    if not isinstance(dtype, str):
+        raise _malformed(name, "dtype is not a string")
+    shape, offsets = (_integers(name, each, value[each]) for each in ("shape", "data_offsets"))
+    if len(offsets) != 2:
+        raise _malformed(name, f"data_offsets has {len(offsets):,} entries, not 2")
+    return dtype, shape, *offsets
+
+
+def _integers(name: str, member: str, value: JsonValue) -> tuple[int, ...]:
+    # Exactly int: to isinstance, True is one too.
+    integers = [n for n in value if type(n) is int] if isinstance(value, list) else []
+    if not isinstance(value, list) or len(integers) < len(value):
+        raise _malformed(name, f"{member} is not a list of integers")
+    return tuple(integers)
+
+
+def _spans(entries: list[_Entry], data_start: int, limits: Limits) -> list[TensorSpan]:
+    """Return the tensors in file order, each checked by itself."""
+    if len(entries) > limits.max_tensors:
+        raise AdapterFormatError(
+            f"{_WHAT}: {len(entries):,} tensors, more than the limit of {limits.max_tensors:,}"
+        )
+    spans: list[TensorSpan] = []
+    sizes: dict[tuple[str, tuple[int, ...]], int] = {}  # few pairs differ within a file
+    for name, dtype, shape, start, stop in entries:
+        # Other characters than ASCII have several bytes.
+        if not (0 < len(name) <= limits.max_name_bytes and name.isascii()):
+            _check_name(name, limits)
+        nbytes = sizes.get((dtype, shape))
+        if nbytes is None:
+            nbytes = sizes[dtype, shape] = _nbytes(name, dtype, shape, limits)
+        if start < 0 or stop - start != nbytes:
+            raise _malformed(
+                name, f"{dtype} {list(shape)} needs {nbytes:,} bytes, not {[start, stop]}"
+            )
+        spans.append(TensorSpan(name, dtype, shape, data_start + start, data_start + stop))
+    spans.sort(key=_PLACE)
+    return spans
+
+
+def _check_name(name: str, limits: Limits) -> None:
+    # A name of more characters than bytes are allowed need not be encoded to be too long.
+    size = len(name) if len(name) > limits.max_name_bytes else len(name.encode())
+    if not 1 <= size <= limits.max_name_bytes:
+        raise _malformed(name, f"a name of {size:,} bytes, not 1 to {limits.max_name_bytes}")
+
+
+def _nbytes(name: str, dtype: str, shape: tuple[int, ...], limits: Limits) -> int:
+    if dtype not in DTYPE_BITS:
+        raise _malformed(name, f"unknown dtype {quoted(dtype)}")
+    if len(shape) > limits.max_dimensions:
+        raise _malformed(
+            name,
+            f"{len(shape):,} dimensions, more than the limit of {limits.max_dimensions}",
+        )
+    # Of the non-zero ones: torch multiplies strides even where a dimension is 0.
+    if min(shape, default=0) < 0 or math.prod(filter(None, shape)) > _INT64_MAX:
+        raise _malformed(name, "shape is negative or beyond int64")
+    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    if bits % 8:
+        raise _malformed(name, f"{dtype} {list(shape)} does not fill whole bytes")
+    return bits // 8
+
+
+def _check_places(spans: list[TensorSpan], data_start: int, file_size: int) -> None:
+    """Check that the sorted spans tile the file's data: no hole, no overlap, none left over."""
+    if spans and spans[0].start > data_start:
+        hole = spans[0].start - data_start
+        raise _malformed(spans[0].name, f"a hole of {hole:,} bytes before it")
+    for one, two in pairwise(spans):
+        if two.start < one.stop:
+            raise _malformed(two.name, f"bytes overlap those of {quoted(one.name)}")
+        if two.start > one.stop:
+            raise _malformed(two.name, f"a hole of {two.start - one.stop:,} bytes before it")
+    end = spans[-1].stop if spans else data_start
+    if end < file_size:
+        raise AdapterFormatError(
+            f"{_WHAT}: {file_size - end:,} bytes after the last tensor; {_RESAVE}"
+        )
+    if end > file_size:
+        raise AdapterFormatError(
+            f"tensor {quoted(spans[-1].name)}: the file ends {end - file_size:,} bytes before it"
+            " does; fetch it again"
+        )
+
+
+def _malformed(name: str, problem: str) -> AdapterFormatError:
+    return AdapterFormatError(f"tensor {quoted(name)}: {problem}; {_RESAVE}")
+
+
+ALIGNMENT = 64
+"""The tensors begin on a multiple of it: most then lie in the file as on a device."""
+
+
+class TensorDescription(NamedTuple):
+    """One tensor of a file to be: `dtype` in the format's spelling."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+
+
+def write_header(
+    tensors: Iterable[TensorDescription], *, least: int = 0
+) -> tuple[bytes, list[tuple[int, int]]]:
+    """All of the file before its tensors; and where each of them lies in it, [start, stop).
+
+    They lie in the order in which they are given, without gaps, from byte `least` on or later.
+    """
+    # One by one: to write thousands in one call would hold the GIL for as long as that takes.
+    entries: list[str] = []
+    lengths: list[int] = []
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + tensor.nbytes
+        shape = ",".join(map(str, tensor.shape))
+        entries.append(
+            f'{json.dumps(tensor.name)}:{{"dtype":"{tensor.dtype}","shape":[{shape}],'
+            f'"data_offsets":[{start},{end}]}}'
+        )
+        lengths.append(end - start)
+    text = f"{{{','.join(entries)}}}".encode()
+    end = max(least, LENGTH_BYTES + len(text))
+    text = text.ljust(end + -end % ALIGNMENT - LENGTH_BYTES)
+    prefix = len(text).to_bytes(LENGTH_BYTES, "little") + text
+    return prefix, _places(len(prefix), lengths)
+
+
+def _places(first: int, lengths: Iterable[int]) -> list[tuple[int, int]]:
+    places: list[tuple[int, int]] = []
+    for length in lengths:
+        places.append((first, first + length))
+        first += length
+    return places

@@ -1,0 +1,747 @@
+"""The download scheduler: jobs cut into pieces, their shares of the connections, the threads.
+
+`DownloadScheduler` decides, under its lock, by the rules of docs/http.md; `WorkerPool` has the
+threads.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from bisect import insort
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from threading import Condition, Event, Lock, Thread, current_thread
+from typing import Any, Generic, TypeVar
+
+from lorax_async.errors import FetchError, FetchTimeoutError, InternalError, LoraxError
+from lorax_async.http.connection import Attempt
+from lorax_async.http.failures import AbortedError, RetryableError, RetryPolicy
+from lorax_async.http.pool import ConnectionPool
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionDemand:
+    """How many connections a download can use at one origin; smaller urgencies come first.
+
+    Attributes
+    ----------
+    stalled
+        The origin has sent nothing for a while.
+    retried
+        All that the download would use them for was tried before.
+    """
+
+    urgency: int
+    wanted: int
+    origin: Hashable = None
+    stalled: bool = False
+    retried: bool = False
+
+
+def shares(claims: Sequence[ConnectionDemand], connections: int, *, soon: int = 0) -> list[int]:
+    """How many connections each of the claims gets, in their order.
+
+    Within an urgency no origin gets less than another one that got more than it wanted less of, and
+    within an origin no claim; what does not divide goes to what was not tried before, then to those
+    who came first. A later urgency gets what the earlier ones left. An origin that is stalled gets
+    one connection per urgency, and more only where nobody else has a use for them, now or `soon`.
+    """
+    given = [0] * len(claims)
+    urgencies = sorted({claim.urgency for claim in claims})
+    for rest in (False, True):  # at the end, what was kept from those that are stalled
+        connections = max(0, connections - soon) if rest else connections
+        for urgency in urgencies:
+            origins = _by_origin(claims, urgency)
+            wanted = [_wanted(claims, who, given, rest=rest) for who in origins]
+            parts = _even(wanted, connections)
+            connections -= sum(parts)
+            for who, part in zip(origins, parts, strict=True):
+                left = [claims[n].wanted - given[n] for n in who]
+                for n, more in zip(who, _even(left, part), strict=True):
+                    given[n] += more
+    return given
+
+
+def _by_origin(claims: Sequence[ConnectionDemand], urgency: int) -> list[list[int]]:
+    """The claims of each origin; the origins and the claims that come first have what is over."""
+    found: dict[Hashable, list[int]] = {}
+    for n, claim in enumerate(claims):
+        if claim.urgency == urgency:
+            found.setdefault(claim.origin, []).append(n)
+    origins = [sorted(who, key=lambda n: claims[n].retried) for who in found.values()]
+    return sorted(origins, key=lambda who: (claims[who[0]].stalled, claims[who[0]].retried))
+
+
+def _wanted(
+    claims: Sequence[ConnectionDemand], who: Sequence[int], given: Sequence[int], *, rest: bool
+) -> int:
+    left = sum(claims[n].wanted - given[n] for n in who)
+    return left if rest or not claims[who[0]].stalled else min(left, 1)
+
+
+def _even(wanted: Sequence[int], connections: int) -> list[int]:
+    """Those who want little first: what they leave raises the others' part."""
+    given = list(wanted)
+    modest = sorted(range(len(wanted)), key=lambda n: wanted[n])
+    for place, n in enumerate(modest):
+        level, more = divmod(connections, len(modest) - place)
+        if wanted[n] > level:
+            for rank, hungry in enumerate(sorted(modest[place:])):
+                given[hungry] = level + (rank < more)
+            break
+        connections -= wanted[n]
+    return given
+
+
+T = TypeVar("T")
+
+BUFFER_BYTES = 1 << 20
+"""The buffer of each thread: the most that is read and written at once."""
+
+_SHARES_SECONDS = 0.01
+_PROGRESS_BYTES = 1 << 20
+"""After this many bytes a piece counts its failures anew."""
+
+_QUIET_SECONDS = 0.25
+_MAX_QUIET_SECONDS = 4.0
+"""An origin that sends nothing for this long is stalled, unless it paused for longer before."""
+
+_SUSPECT_SECONDS = 2.0
+_PAUSE_DECAY = 0.9
+"""Per answer."""
+
+_ANSWER_BYTES = 64 << 10
+_GRACE_SECONDS = 0.05
+"""An attempt that has brought nothing for this long is ended for another origin's sake.
+
+At a stalled origin, any attempt in excess of its share is.
+"""
+
+_MAX_ORIGINS = 1024
+"""More than there are connections: no origin is forgotten while an attempt waits for it."""
+
+_TICK_SECONDS = 0.05
+
+
+# -- jobs ------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, eq=False)
+class Piece:
+    """Bytes [at, stop) that are still to come, of which those before `claimed` are being read."""
+
+    order: int
+    at: int
+    stop: int
+    claimed: int = 0
+    failures: int = 0
+    received: int = 0
+    progress_mark: int = 0
+    rate: float | None = None
+    not_before: float = 0.0
+    tried: bool = False
+    """A request for it failed, or was ended for others."""
+
+
+class Job(ABC, Generic[T]):
+    """Work for threads. All but `done`, `work` and `cancel` needs the scheduler's lock.
+
+    Attributes
+    ----------
+    done
+        Its outcome, or one typed error; set when its last thread has left it.
+    announced
+        Connections that will be wanted when it is done: threads for them start meanwhile.
+    """
+
+    def __init__(self, scheduler: DownloadScheduler, urgency: int, deadline: float) -> None:
+        self.scheduler = scheduler
+        self.urgency = urgency
+        self.deadline = deadline
+        self.done: Future[T] = Future()
+        self.done.set_running_or_notify_cancel()
+        self.running: dict[Attempt, Piece] = {}
+        self.pending: list[Piece] = []
+        self.limit = float(scheduler.connections)
+        self.announced = 0
+        self.not_before = 0.0
+        self.received = 0
+        self.over = False
+        self.error: LoraxError | None = None
+        self.result: T | None = None
+
+    @property
+    def origin(self) -> Hashable:
+        """The origin of its next request."""
+        return None
+
+    def hands_over(self, piece: Piece) -> bool:  # noqa: ARG002 - some jobs do
+        """Return whether the thread that reads the piece gives it up when another job needs one."""
+        return False
+
+    @abstractmethod
+    def work(self, piece: Piece, attempt: Attempt, buffer: memoryview) -> None:
+        """Fetch the piece, through the thread's own buffer. Raises what `leave` is to record."""
+
+    def cancel(self, error: LoraxError) -> None:
+        """End it with this error; `done` follows when its threads have left. Quick."""
+        self.scheduler.fail(self, error)
+
+    def raise_priority(self, urgency: int) -> None:
+        with self.scheduler.changed:
+            self.urgency = urgency
+
+    def wanted(self, now: float) -> int:
+        """Return how many connections it can use now."""
+        used = len(self.running)
+        if now < self.not_before:
+            return used
+        return max(
+            used, min(int(self.limit), used + sum(p.not_before <= now for p in self.pending))
+        )
+
+    def take(self, now: float) -> Piece | None:
+        """Take the first piece that may start."""
+        for n, piece in enumerate(self.pending):
+            if piece.not_before <= now:
+                return self.pending.pop(n)
+        return None
+
+    def is_retry(self, now: float) -> bool:
+        """Whether the piece that `take` would return was tried before."""
+        return next((piece.tried for piece in self.pending if piece.not_before <= now), False)
+
+    def split(self, now: float) -> Piece | None:  # noqa: ARG002 - some jobs can
+        """Cut a part off a piece that another thread is too slow with."""
+        return None
+
+    def put_back(self, piece: Piece) -> None:
+        insort(self.pending, piece, key=lambda each: each.order)
+
+    def leave(self, attempt: Attempt, failure: Exception | None) -> None:
+        """Record that a thread has finished with its piece, or failed."""
+        self.scheduler.activity.ended(attempt, self.running[attempt], failure)
+        piece = self.running.pop(attempt)
+        if self.over:
+            return
+        if isinstance(failure, RetryableError):
+            self._retry(piece, failure)
+        elif isinstance(failure, LoraxError):
+            self.fail(failure)
+        else:
+            piece.tried = piece.tried or attempt.ended
+            self.settle(piece)
+
+    @abstractmethod
+    def settle(self, piece: Piece) -> None:
+        """Put back what is left of the piece, and decide whether the job is over."""
+
+    def fail(self, error: LoraxError) -> None:
+        """End all attempts; the first error counts."""
+        if not self.over:
+            self.over, self.error = True, error
+            for attempt in self.running:
+                attempt.end()
+
+    def _retry(self, piece: Piece, failure: RetryableError) -> None:
+        # A throttled job is judged by its own progress: it is not this piece that fails.
+        throttled = failure.throttled
+        received, enough = (self.received, 1) if throttled else (piece.received, _PROGRESS_BYTES)
+        progressed = received - piece.progress_mark >= enough
+        piece.failures = 1 if progressed else piece.failures + 1
+        piece.progress_mark = received
+        scheduler = self.scheduler
+        now = scheduler.clock()
+        wait = scheduler.retries.wait(piece.failures, scheduler.draw(), failure.retry_after)
+        if wait is None or now + wait >= self.deadline:
+            self.fail(failure.error)
+            return
+        piece.tried = True
+        piece.not_before = now + wait
+        if throttled:
+            self.not_before = max(self.not_before, piece.not_before)
+            self.limit = max(1.0, min(self.limit, len(self.running)))
+        self.put_back(piece)
+
+
+# -- which origins are stalled ---------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Observation:
+    """The last look at an attempt: its origin, bytes received, and since when."""
+
+    origin: Hashable
+    received: tuple[int, int]
+    since: float
+
+
+class _Silence:
+    """How long an origin has been silent.
+
+    `since` is when it began to owe an answer (None: it owes none); `pause` is its longest recent
+    pause. `received` counts bytes towards the next answer: the end of a request is one, and so are
+    64 KiB. Until `suspect_until` it counts as stalled, whatever it sends.
+    """
+
+    __slots__ = ("pause", "received", "since", "suspect_until")
+
+    def __init__(self) -> None:
+        self.since: float | None = None
+        self.pause = 0.0
+        self.received = 0
+        self.suspect_until = 0.0
+
+    @property
+    def patience(self) -> float:
+        return max(_QUIET_SECONDS, min(2 * self.pause, _MAX_QUIET_SECONDS))
+
+
+class OriginActivity:
+    """Observe which origins send and which are stalled. Use with the scheduler's lock.
+
+    An origin is stalled when half of its attempts have brought nothing for `_QUIET_SECONDS`, or
+    twice its longest recent pause; and for `_SUSPECT_SECONDS` after that, for it may answer small
+    requests at once and stall with the others. It is, too, when no request to it has ended and
+    fewer than `_ANSWER_BYTES` have come for that long, whichever attempts it had meanwhile; that
+    ends with the next answer.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._attempts: dict[Attempt, _Observation] = {}
+        self._origins: OrderedDict[Hashable, _Silence] = OrderedDict()
+
+    def begun(self, attempt: Attempt, piece: Piece) -> None:
+        now = self._clock()
+        received = (piece.received, attempt.received)
+        self._attempts[attempt] = _Observation(attempt.origin, received, now)
+        self._requested(attempt.origin, now)
+
+    def look(self, attempt: Attempt, piece: Piece) -> float:
+        """Record the bytes that an attempt received; return since when it has received none."""
+        last, now = self._attempts[attempt], self._clock()
+        received = (piece.received, attempt.received)
+        if attempt.origin != last.origin:  # a redirect is an answer
+            self._heard(last, now, _ANSWER_BYTES)
+            self._requested(attempt.origin, now)
+            self._attempts[attempt] = _Observation(attempt.origin, received, now)
+        elif received != last.received:
+            more = max(new - old for new, old in zip(received, last.received, strict=True))
+            self._heard(last, now, more)
+            last.received, last.since = received, now
+        return self._attempts[attempt].since
+
+    def ended(self, attempt: Attempt, piece: Piece, failure: Exception | None) -> None:
+        self.look(attempt, piece)
+        last = self._attempts.pop(attempt)
+        reason = failure.error if isinstance(failure, RetryableError) else failure
+        answered = not attempt.ended and not isinstance(reason, FetchTimeoutError)
+        silence = self._origins.get(last.origin)
+        if answered and silence is not None:
+            self._heard(last, self._clock(), _ANSWER_BYTES)
+            if all(other.origin != last.origin for other in self._attempts.values()):
+                silence.since = None
+
+    def judge(self) -> None:
+        """Mark stalled origins. Call after `look` at all attempts."""
+        now = self._clock()
+        running, silent = Counter[Hashable](), Counter[Hashable]()
+        for attempt, last in self._attempts.items():
+            if not attempt.ended:
+                running[last.origin] += 1
+                silent[last.origin] += now - last.since >= self._origins[last.origin].patience
+        for origin, count in silent.items():
+            if count and 2 * count >= running[origin]:
+                self._origins[origin].suspect_until = now + _SUSPECT_SECONDS
+
+    def is_stalled(self, origin: Hashable) -> bool:
+        """Whether the origin owes an answer for too long, or did a moment ago."""
+        silence, now = self._origins.get(origin), self._clock()
+        if silence is None:
+            return False
+        owes = silence.since is not None and now - silence.since >= silence.patience
+        return owes or now < silence.suspect_until
+
+    def _requested(self, origin: Hashable, now: float) -> None:
+        silence = self._origins.setdefault(origin, _Silence())
+        self._origins.move_to_end(origin)
+        if silence.since is None:
+            silence.since = now
+        if len(self._origins) > _MAX_ORIGINS:
+            in_use = {last.origin for last in self._attempts.values()}
+            del self._origins[next(each for each in self._origins if each not in in_use)]
+
+    def _heard(self, last: _Observation, now: float, nbytes: int) -> None:
+        silence = self._origins.get(last.origin)
+        if silence is None:
+            return
+        silence.pause = max(now - last.since, silence.pause)
+        silence.received += nbytes
+        if silence.received >= _ANSWER_BYTES:
+            silence.pause = max(now - last.since, _PAUSE_DECAY * silence.pause)
+            silence.received, silence.since = 0, now
+
+
+# -- the scheduler ---------------------------------------------------------------------------------
+
+Task = tuple[Job[Any], Piece, Attempt]
+
+_Stream = tuple[Job[Any], Hashable]
+"""A job and one of its attempts' origins."""
+
+
+class DownloadScheduler:
+    """The jobs of one engine. `changed` is its lock, and is notified when there is more to do."""
+
+    def __init__(
+        self,
+        connections: int,
+        retries: RetryPolicy,
+        clock: Callable[[], float],
+        draw: Callable[[], float],
+        stuck: float,
+    ) -> None:
+        self.changed = Condition()
+        self.connections = connections
+        self.retries = retries
+        self.clock = clock
+        self.draw = draw
+        self.jobs: list[Job[Any]] = []
+        self.activity = OriginActivity(clock)
+        self._counted_at = 0.0
+        self._parts: dict[Job[Any], int] = {}
+        self._stuck = stuck
+
+    def next(self) -> Task | None:
+        """Choose a task for a free thread. With the lock."""
+        now = self.clock()
+        jobs = [job for job in self.jobs if not job.over]
+        if len(jobs) == 1:  # nothing to share
+            return self._next_of(jobs[0], now)
+        parts = self._shares(now)
+        running = _running(jobs)
+        owed = Counter[Hashable]()  # connections that each origin lacks
+        for stream, part in parts.items():
+            owed[stream[1]] += part - running[stream]
+
+        def need(job: Job[Any]) -> tuple[object, ...]:
+            stream = (job, job.origin)
+            lacks = parts.get(stream, 0) - running[stream]
+            return job.urgency, job.is_retry(now), -owed[job.origin], -lacks
+
+        by_need = sorted(jobs, key=need)
+        for job in by_need:
+            stream = (job, job.origin)
+            if running[stream] < parts.get(stream, 0) and (piece := job.take(now)) is not None:
+                return self._begin(job, piece)
+        for job in by_need:
+            if (piece := job.split(now)) is not None:
+                return self._begin(job, piece)
+        return None
+
+    def _next_of(self, job: Job[Any], now: float) -> Task | None:
+        free = len(job.running) < min(self.connections, job.wanted(now))
+        piece = job.take(now) if free else None
+        piece = piece or job.split(now)
+        return None if piece is None else self._begin(job, piece)
+
+    def _begin(self, job: Job[Any], piece: Piece) -> Task:
+        attempt = Attempt(job.origin)
+        job.running[attempt] = piece
+        self.activity.begun(attempt, piece)
+        return job, piece, attempt
+
+    def connections_for(self, origin: Hashable, urgency: int) -> int:
+        """Return how many connections to cut a new download for. Call without the lock.
+
+        A wave of 16 pieces on 15 connections would take two rounds; one of 8 is as good as any.
+        """
+        with self.changed:
+            _, claims = self._claims(self.clock())
+        others = [claim for claim in claims if claim.origin != origin]
+        if not others:
+            return self.connections
+        all_of_it = ConnectionDemand(urgency, self.connections, origin)
+        part = shares([*others, all_of_it], self.connections)[-1]
+        return part if 2 * part > self.connections else self.connections
+
+    def _shares(self, now: float) -> dict[_Stream, int]:
+        """Return how many connections each job may have at each origin."""
+        streams, claims = self._claims(now)
+        soon = max(
+            (
+                job.announced
+                for job in self.jobs
+                if not job.over and not self.activity.is_stalled(job.origin)
+            ),
+            default=0,
+        )
+        return dict(zip(streams, shares(claims, self.connections, soon=soon), strict=True))
+
+    def _claims(self, now: float) -> tuple[list[_Stream], list[ConnectionDemand]]:
+        streams: list[_Stream] = []
+        claims: list[ConnectionDemand] = []
+        for job in self.jobs:
+            if job.over:
+                continue
+            pieces: dict[Hashable, list[Piece]] = {}
+            for attempt, piece in job.running.items():
+                pieces.setdefault(attempt.origin, []).append(piece)
+            more = job.wanted(now) - len(job.running)
+            if more or not pieces:
+                pieces.setdefault(job.origin, [])
+            for origin, read in pieces.items():
+                starts = more if origin == job.origin else 0
+                retried = all(piece.tried for piece in read) and (not starts or job.is_retry(now))
+                stalled = self.activity.is_stalled(origin)
+                streams.append((job, origin))
+                claims.append(
+                    ConnectionDemand(job.urgency, len(read) + starts, origin, stalled, retried)
+                )
+        return streams, claims
+
+    def wanted_threads(self) -> int:
+        """Return how many threads there should be. With the lock."""
+        now = self.clock()
+        wanted = sum(max(job.wanted(now), job.announced) for job in self.jobs if not job.over)
+        return min(self.connections, wanted)
+
+    def exceeds_share(self, job: Job[Any]) -> bool:
+        """Whether the job has more threads than its share, and another fewer. With the lock.
+
+        Called between chunks, so that shares are computed every 10 ms only.
+        """
+        if len(self.jobs) < 2:
+            return False
+        now = self.clock()
+        if now >= self._counted_at + _SHARES_SECONDS:
+            self._counted_at, self._parts = now, {}
+            for (each, _), part in self._shares(now).items():
+                self._parts[each] = self._parts.get(each, 0) + part
+        return len(job.running) > self._parts.get(job, len(job.running)) and any(
+            len(other.running) < part for other, part in self._parts.items() if not other.over
+        )
+
+    def reclaim(self) -> None:
+        """End silent attempts that keep other jobs below their shares. With the lock.
+
+        A thread that receives bytes hands its piece over itself; one that waits for a stalled
+        source cannot. Another origin's share is freed almost at once; within one origin, a slow
+        attempt has more time.
+        """
+        since = {
+            attempt: self.activity.look(attempt, piece)
+            for job in self.jobs
+            for attempt, piece in job.running.items()
+        }
+        self.activity.judge()
+        parts, running = self._shares(self.clock()), _running(self.jobs)
+        lacking = {origin for (job, origin), part in parts.items() if running[job, origin] < part}
+        for (job, origin), part in parts.items():
+            excess = running[job, origin] - part
+            if excess > 0 and lacking:
+                elsewhere = any(other != origin for other in lacking)
+                self._end(job, origin, excess, since, hurry=elsewhere)
+
+    def _end(
+        self,
+        job: Job[Any],
+        origin: Hashable,
+        excess: int,
+        since: dict[Attempt, float],
+        *,
+        hurry: bool,
+    ) -> None:
+        """End `excess` attempts, youngest first: silent ones, then those that do not hand over."""
+        now, grace = self.clock(), self._stuck
+        if hurry:
+            grace = 0.0 if self.activity.is_stalled(origin) else _GRACE_SECONDS
+        here = [attempt for attempt in job.running if attempt.origin == origin]
+        excess -= sum(attempt.ended for attempt in here)
+        silent = [attempt for attempt in here if now - since[attempt] >= grace]
+        bound = [
+            attempt
+            for attempt in here
+            if hurry and attempt not in silent and not job.hands_over(job.running[attempt])
+        ]
+        ending = [each for each in (*reversed(silent), *reversed(bound)) if not each.ended]
+        for attempt in ending[: max(0, excess)]:
+            attempt.end()
+
+    def fail(self, job: Job[Any], error: LoraxError) -> None:
+        """Fail the job. From any thread, without the lock."""
+        with self.changed:
+            job.fail(error)
+        self.finish(job)
+
+    def expire(self) -> list[Job[Any]]:
+        """Fail the jobs whose deadline has passed, and return them. With the lock."""
+        now = self.clock()
+        late = [job for job in self.jobs if not job.over and job.deadline <= now]
+        for job in late:
+            job.fail(FetchTimeoutError("not all of it came within the time it had"))
+        return late
+
+    def finish(self, job: Job[Any]) -> None:
+        """Set a job's outcome once no thread works on it any more. Without the lock."""
+        with self.changed:
+            if not job.over or job.running or job not in self.jobs:
+                return
+            self.jobs.remove(job)
+            self._parts.pop(job, None)
+            job.pending.clear()
+        if job.error is not None:
+            job.done.set_exception(job.error)
+        else:
+            job.done.set_result(job.result)
+
+
+def _running(jobs: Iterable[Job[Any]]) -> Counter[_Stream]:
+    """Count the attempts of each job at each origin."""
+    return Counter((job, attempt.origin) for job in jobs for attempt in job.running)
+
+
+# -- threads ---------------------------------------------------------------------------------------
+
+
+class WorkerPool:
+    """Worker threads, which end after `idle` seconds without work, and a timer thread.
+
+    The timer thread spawns workers (spawning is too slow for callers), expires jobs, and wakes
+    waiting retries and stragglers' relief.
+    """
+
+    def __init__(self, scheduler: DownloadScheduler, pool: ConnectionPool, idle: float) -> None:
+        self._scheduler = scheduler
+        self._pool = pool
+        self._idle = idle
+        self._workers: set[Thread] = set()
+        self._timer: Thread | None = None
+        self._spawning = Lock()
+        self._wake = Event()
+        self.closed = False
+
+    def submit(self, job: Job[Any]) -> None:
+        """Start a job. Quick. Raises `FetchError` once the pool is closed."""
+        with self._scheduler.changed:
+            if self.closed:
+                raise FetchError("the engine is closed", retryable=False)
+            self._scheduler.jobs.append(job)
+            self._scheduler.changed.notify_all()
+        try:
+            self._start_timer()
+        except FetchError as error:
+            job.cancel(error)
+        self._wake.set()
+        self._scheduler.finish(job)
+
+    def close(self) -> None:
+        """Cancel all jobs, and wait until the threads have ended, but for the caller's own."""
+        with self._scheduler.changed:
+            self.closed = True
+            jobs = list(self._scheduler.jobs)
+            self._scheduler.changed.notify_all()
+        self._wake.set()
+        for job in jobs:
+            job.cancel(FetchError("the engine was closed"))
+        while (thread := self._running_thread()) is not None:
+            thread.join()
+
+    def _running_thread(self) -> Thread | None:
+        with self._spawning, self._scheduler.changed:
+            threads = [*self._workers, self._timer]
+        return next((thread for thread in threads if thread not in {None, current_thread()}), None)
+
+    def _start_timer(self) -> None:
+        with self._spawning:
+            with self._scheduler.changed:
+                if self._timer is not None or self.closed:
+                    return
+                timer = Thread(target=self._keep_time, name="lorax-http-clock", daemon=True)
+                self._timer = timer
+            try:
+                timer.start()
+            except RuntimeError as error:
+                self._timer = None
+                raise FetchError("the process may have no more threads") from error
+
+    def _spawn(self) -> None:
+        """Start the threads that jobs want now, or soon. On the timer thread."""
+        while True:
+            with self._spawning:
+                with self._scheduler.changed:
+                    if len(self._workers) >= self._scheduler.wanted_threads():
+                        return
+                    worker = Thread(target=self._work, name="lorax-http", daemon=True)
+                    self._workers.add(worker)
+                try:
+                    worker.start()
+                except RuntimeError:  # the limit of threads: the others do it, or it is late
+                    self._workers.discard(worker)
+                    return
+
+    def _work(self) -> None:
+        buffer = memoryview(bytearray(BUFFER_BYTES))
+        while (task := self._next()) is not None:
+            self._run(*task, buffer)
+            del task  # an idle thread keeps no job alive
+
+    def _next(self) -> Task | None:
+        """Wait for a task; None after `idle` seconds, or once the pool is closed."""
+        scheduler = self._scheduler
+        with scheduler.changed:
+            late = scheduler.clock() + self._idle
+            while not self.closed:
+                task = scheduler.next()
+                if task is not None:
+                    return task
+                if scheduler.clock() >= late:
+                    break
+                scheduler.changed.wait(self._idle)
+            self._workers.discard(current_thread())
+            return None
+
+    def _run(self, job: Job[Any], piece: Piece, attempt: Attempt, buffer: memoryview) -> None:
+        failure: Exception | None = None
+        try:
+            job.work(piece, attempt, buffer)
+        except AbortedError:
+            pass  # what is left of the piece is put back, if the job goes on
+        except (RetryableError, LoraxError) as error:
+            failure = error
+        except Exception as error:  # noqa: BLE001 - it ends this job, and no other
+            failure = InternalError(f"a fetch failed: {type(error).__name__}")
+            failure.__cause__ = error
+        with self._scheduler.changed:
+            job.leave(attempt, failure)
+            if job.pending:  # for another thread, too: this one looks itself
+                self._scheduler.changed.notify()
+        self._scheduler.finish(job)
+
+    def _keep_time(self) -> None:
+        while (pause := self._tick()) is not None:
+            self._wake.wait(pause)
+            self._wake.clear()
+
+    def _tick(self) -> float | None:
+        """Spawn, expire, reclaim and wake; return the next pause, or None when all is done."""
+        self._spawn()
+        scheduler = self._scheduler
+        with scheduler.changed:
+            late = scheduler.expire()
+            scheduler.reclaim()
+            busy = bool(scheduler.jobs)  # their connections may come back after the next look
+        for job in late:
+            scheduler.finish(job)
+        kept = self._pool.expire() or busy
+        with scheduler.changed:
+            if scheduler.jobs and not self.closed:
+                scheduler.changed.notify_all()
+                return _TICK_SECONDS
+            if self.closed or not kept:
+                self._timer = None
+                return None
+            return _TICK_SECONDS * 4

@@ -1,0 +1,140 @@
+"""Map failures of sockets, TLS and name services to typed errors; texts hold no path or secret."""
+
+from __future__ import annotations
+
+import errno
+import re
+import socket
+import ssl
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from http.client import RemoteDisconnected
+
+from lorax_async.errors import AccessDeniedError, AdapterError, FetchError, FetchTimeoutError
+
+_SECONDS = re.compile(r"[0-9]{1,9}")
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How often, and after how many seconds.
+
+    Attributes
+    ----------
+    attempts
+        Requests for one piece, the first included, that may fail without bringing much.
+    base, most
+        The first wait is up to `base`, each next one up to twice as long, and none above `most`.
+    obeyed
+        The longest wait that a source may ask for; what is longer ends the download at once.
+    """
+
+    attempts: int = 5
+    base: float = 0.25
+    most: float = 8.0
+    obeyed: float = 30.0
+
+    def wait(self, failed: int, draw: float, retry_after: float | None = None) -> float | None:
+        """Seconds until the next attempt after `failed` ones; None if there shall be none.
+
+        `draw` is drawn evenly from [0, 1): callers that failed together do not come back together.
+        """
+        if failed >= self.attempts or (retry_after or 0.0) > self.obeyed:
+            return None
+        longest = min(self.most, self.base * 2.0 ** min(failed - 1, 60))
+        if retry_after is None:
+            return draw * longest
+        return retry_after + draw * min(longest, 1.0)
+
+
+def retry_after_of(text: str, now: float) -> float | None:
+    """Seconds that a `Retry-After` field means, at the time `now` since the epoch.
+
+    None for what is neither seconds nor a date.
+    """
+    if _SECONDS.fullmatch(text):
+        return float(text)
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - now)
+    except (ValueError, OverflowError, IndexError, TypeError):
+        return None
+
+
+class AbortedError(Exception):
+    """Another thread ended this attempt: its job was cancelled, failed, or no longer needs it."""
+
+
+class RetryableError(Exception):
+    """An attempt failed, and another one may succeed.
+
+    Attributes
+    ----------
+    error
+        Raised to the caller if there is no further attempt.
+    retry_after
+        Seconds that the source asked for.
+    throttled
+        The source is overloaded, perhaps by this client: use fewer connections.
+    """
+
+    def __init__(
+        self, error: AdapterError, *, retry_after: float | None = None, throttled: bool = False
+    ) -> None:
+        super().__init__(error.problem)
+        self.error = error
+        self.retry_after = retry_after
+        self.throttled = throttled
+
+
+_DESCRIPTOR_LIMITS = {errno.EMFILE, errno.ENFILE}
+
+
+def failed_io(error: OSError, peer: str) -> RetryableError | AdapterError:
+    """Map an `OSError` of a socket or of TLS; `peer` is an origin ("https://host")."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return AccessDeniedError(
+            f"{peer} showed a certificate that is not trusted ({error.verify_message}); if it is"
+            " one of your own, name its authority by SSL_CERT_FILE or ca_bundle"
+        )
+    if isinstance(error, TimeoutError | BlockingIOError):
+        return timed_out(f"{peer} did not answer in time")
+    if isinstance(error, RemoteDisconnected):
+        return RetryableError(FetchError(f"{peer} closed the connection without an answer"))
+    if error.errno in _DESCRIPTOR_LIMITS:
+        code = errno.errorcode[error.errno or 0]
+        return RetryableError(
+            FetchError(
+                f"no socket for {peer} ({code}): the process has too many files open; raise its"
+                " limit (ulimit -n) or use fewer connections"
+            )
+        )
+    if isinstance(error, ssl.SSLError):
+        return RetryableError(FetchError(f"TLS with {peer} failed ({error.reason or 'no reason'})"))
+    return RetryableError(FetchError(f"the connection to {peer} failed ({_code(error)})"))
+
+
+def failed_lookup(error: OSError, host: str) -> RetryableError | AdapterError:
+    """Map an `OSError` of a name lookup."""
+    problem = f"the host {host!r} cannot be found ({_lookup_code(error)})"
+    if isinstance(error, socket.gaierror) and error.errno != socket.EAI_NONAME:
+        return RetryableError(FetchError(problem))
+    return FetchError(f"{problem}; check its spelling and this machine's name service")
+
+
+def timed_out(problem: str) -> RetryableError:
+    """Wrap a `FetchTimeoutError`."""
+    return RetryableError(FetchTimeoutError(problem))
+
+
+def broken_off(peer: str) -> RetryableError:
+    """Report a response that ended before its length."""
+    return RetryableError(FetchError(f"{peer} closed the connection before all was sent"))
+
+
+def _code(error: OSError) -> str:
+    return errno.errorcode.get(error.errno or 0, type(error).__name__)
+
+
+def _lookup_code(error: OSError) -> str:
+    names = (name for name in dir(socket) if name.startswith("EAI_"))
+    return next((name for name in names if getattr(socket, name) == error.errno), _code(error))

@@ -1,0 +1,236 @@
+"""What is requested, and whether a response is what was requested."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from lorax_async.errors import (
+    AccessDeniedError,
+    AdapterError,
+    AdapterNotFoundError,
+    FetchError,
+    IntegrityError,
+    UsageError,
+)
+from lorax_async.formats.spans import ByteRange
+from lorax_async.http.connection import ResponseHead
+from lorax_async.http.failures import RetryableError, retry_after_of
+from lorax_async.http.settings import PublicOnly, Rules
+from lorax_async.http.urls import Url
+
+_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_VALUE = re.compile(r"[\x21-\x7e](?:[\t\x20-\x7e]*[\x21-\x7e])?")
+_RESERVED = frozenset(
+    {
+        *("host", "range", "if-range", "if-match", "accept-encoding", "connection"),
+        *("content-length", "transfer-encoding", "proxy-authorization", "user-agent"),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A file, as the caller names it.
+
+    Attributes
+    ----------
+    url
+        Its URL.
+    name
+        Its name in error texts: no secret, no path.
+    headers
+        Fields for the URL's own origin. No other origin ever gets them.
+    rules
+        Where requests and redirects may go.
+    redirected_to
+        Where redirects led a moment ago, if the caller knows: requested first.
+    """
+
+    url: Url
+    name: str
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    rules: Rules = field(default_factory=PublicOnly, repr=False)
+    redirected_to: Url | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in self.headers.items():
+            if not _NAME.fullmatch(name) or name.lower() in _RESERVED:
+                raise UsageError(f"{name!r} is not a field that a caller may set")
+            if not _VALUE.fullmatch(value):
+                raise UsageError(f"the value of the field {name!r} has characters it may not have")
+
+    @property
+    def location(self) -> ResolvedLocation:
+        """The URL, before any redirect."""
+        return ResolvedLocation(self.url, 0, trusted=True)
+
+    @property
+    def first_location(self) -> ResolvedLocation:
+        """Where the first request goes."""
+        url = self.redirected_to
+        if url is None:
+            return self.location
+        return ResolvedLocation(url, 1, trusted=url.origin == self.url.origin)
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedLocation:
+    """Where redirects have led so far; `trusted` while they met no other origin."""
+
+    url: Url
+    hop: int
+    trusted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Validators:
+    """What identifies a version of a file (RFC 9110, 8.8), from the first response.
+
+    A strong `etag` names its bytes; a weak one or `modified` can only show that they changed.
+    """
+
+    size: int | None = None
+    etag: str | None = field(default=None, repr=False)
+    modified: str | None = None
+
+    @property
+    def strong_etag(self) -> str | None:
+        """The ETag, if it is strong."""
+        return self.etag if self.etag is not None and not self.etag.startswith("W/") else None
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeResult:
+    """The result of the first request for a file.
+
+    Attributes
+    ----------
+    target, location
+        What was requested, and where it was found: ranges are requested there.
+    validators
+        Those of the file.
+    fields
+        The response's fields; names in lower case.
+    start
+        The file's first bytes, as many as were requested, or all of it.
+    ranges
+        Whether the server serves ranges.
+    """
+
+    target: Target
+    location: ResolvedLocation
+    validators: Validators
+    fields: Mapping[str, str] = field(repr=False)
+    start: bytes = field(repr=False)
+    ranges: bool
+
+
+# -- checks ----------------------------------------------------------------------------------------
+
+_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
+_NO_RANGE = re.compile(r"bytes \*/([0-9]{1,18})")
+_DENIED = frozenset({401, 403, 407, 451})
+_MISSING = frozenset({404, 410})
+_THROTTLED = frozenset({429, 503})
+_RETRYABLE = frozenset({408, 425, 429, 500, 502, 503, 504})
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """The bytes of the file that a body has: [start, stop), to its end where `stop` is None."""
+
+    start: int
+    stop: int | None
+    validators: Validators
+
+
+def check_response(
+    head: ResponseHead,
+    span: ByteRange | None,
+    expected: Validators,
+    what: str,
+    wall_clock: Callable[[], float],
+) -> Content:
+    """Return what the response to a request for `span` (None: the whole file) brings.
+
+    Raises `RetryableError` where another attempt may succeed, else the error of its status, or
+    `IntegrityError` where it is not what was requested.
+    """
+    if head.status not in {200, 206}:
+        raise _failure(head, expected, what, wall_clock)
+    coding = head.fields.get("content-encoding", "identity")
+    if coding.lower() != "identity":
+        raise FetchError(
+            f"{what}: it came coded, which was not asked for; let it be served as it is",
+            retryable=False,
+        )
+    if head.status == 206:
+        return _part(head, span, expected, what)
+    return Content(0, head.length, _unchanged(head, head.length, expected, what))
+
+
+def _part(head: ResponseHead, span: ByteRange | None, expected: Validators, what: str) -> Content:
+    match = _RANGE.fullmatch(head.fields.get("content-range", ""))
+    if match is None or span is None:
+        raise IntegrityError(f"{what}: a part came without a range, or without being asked for")
+    start, stop = int(match[1]), int(match[2]) + 1
+    size = None if match[3] == "*" else int(match[3])
+    validators = _unchanged(head, size, expected, what)
+    # The first request does not know the size yet, and may ask for more than there is.
+    last = span[1] if size is None or expected.size is not None else min(span[1], size)
+    if (start, stop) != (span[0], last):
+        raise IntegrityError(
+            f"{what}: bytes {start:,}-{stop - 1:,} came where {span[0]:,}-{last - 1:,} were"
+            " asked for"
+        )
+    if head.length not in {None, stop - start}:
+        raise IntegrityError(f"{what}: its length does not match its range")
+    return Content(start, stop, validators)
+
+
+def _unchanged(head: ResponseHead, size: int | None, expected: Validators, what: str) -> Validators:
+    """Return the validators of the file. Raises `IntegrityError` if it is another one."""
+    etag, modified = head.fields.get("etag"), head.fields.get("last-modified")
+    changed = (
+        None not in {expected.size, size} and expected.size != size,
+        expected.etag is not None and expected.etag != etag,
+        expected.etag is None and expected.modified is not None and expected.modified != modified,
+    )
+    if any(changed):
+        raise _changed(what)
+    return Validators(expected.size if size is None else size, etag, modified)
+
+
+def _failure(
+    head: ResponseHead, expected: Validators, what: str, wall_clock: Callable[[], float]
+) -> RetryableError | AdapterError:
+    status, fields = head.status, head.fields
+    problem = f"{what}: status {status}"
+    if status in _DENIED:
+        return AccessDeniedError(f"{problem}; this caller may not have it, or needs a token")
+    if status in _MISSING:
+        return AdapterNotFoundError(f"{problem}; there is no such file", stage="fetch")
+    if status == 412:
+        return _changed(what)
+    if status == 416:
+        return _out_of_range(fields.get("content-range", ""), expected, what)
+    if status in _RETRYABLE:
+        after = retry_after_of(fields.get("retry-after", ""), wall_clock())
+        error = FetchError(problem, retry_after=after)
+        return RetryableError(error, retry_after=after, throttled=status in _THROTTLED)
+    return FetchError(f"{problem}, which is no answer to what was asked", retryable=False)
+
+
+def _out_of_range(text: str, expected: Validators, what: str) -> AdapterError:
+    match = _NO_RANGE.fullmatch(text)
+    if match is None or expected.size is None:
+        return IntegrityError(f"{what}: it is shorter than what was asked for, or empty")
+    if int(match[1]) != expected.size:
+        return _changed(what)
+    return FetchError(f"{what}: it refuses a range that it has")
+
+
+def _changed(what: str) -> IntegrityError:
+    return IntegrityError(f"{what}: the file changed while it was read; load it again")

@@ -1,1 +1,0 @@
-"""Adapters that lie elsewhere: who has them, and how their bytes come here."""

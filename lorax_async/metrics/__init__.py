@@ -1,5 +1,0 @@
-"""A loader's numbers for Prometheus (docs/metrics.md). Needs the extra `metrics`."""
-
-from lorax_async.metrics.collector import LoaderCollector
-
-__all__ = ["LoaderCollector"]

@@ -1,0 +1,173 @@
+"""What a base model offers to adapters: its linear modules, their shapes and their layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import Enum
+from functools import cached_property
+from hashlib import sha256
+
+from lorax_async.config import DTYPES
+from lorax_async.errors import ConfigError
+
+
+class Parallelism(Enum):
+    """How tensor parallelism cuts a module: by output rows, by input columns, or not at all."""
+
+    COLUMN = "column"
+    ROW = "row"
+    REPLICATED = "replicated"
+
+
+@dataclass(frozen=True, slots=True)
+class FusedPart:
+    """Features of a module's output that tensor parallelism cuts by themselves: a fused q, say.
+
+    `unit` features stay together, as those of one attention head do. Where ranks outnumber the
+    units, several hold the same one if it is `replicable`, as heads of k and v are.
+    """
+
+    size: int
+    unit: int = 1
+    replicable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """One linear module of a base model, or an embedding.
+
+    Attributes
+    ----------
+    name
+        Its path in the base model, as `named_modules` spells it.
+    in_features, out_features
+        An adapter's A is `[rank, in_features]`, its B `[out_features, rank]`.
+    layer
+        The layer group it is loaded with: -1 before the layers, 0 … L-1, L after them.
+    parallel
+        How it is cut between devices.
+    transposed
+        The base stores its weight as `[in, out]` (GPT-2's Conv1D). A and B are not affected.
+    parts
+        Of the output, where it is fused or has heads: their sizes sum to `out_features`. Empty:
+        one part, cut anywhere.
+    embedding
+        It looks rows up: `in_features` is the size of the vocabulary.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    layer: int
+    parallel: Parallelism
+    transposed: bool = False
+    parts: tuple[FusedPart, ...] = ()
+    embedding: bool = False
+
+
+@dataclass(frozen=True)
+class ModelLayout:
+    """The linear modules of one base model, in layer order. Immutable, equal and hashed by value.
+
+    Parameters
+    ----------
+    modules
+        In any order; kept sorted by layer, within one as given. Tables of a device are indexed by
+        the position in this sorted tuple.
+    num_layers
+        L, the number of layers.
+    dtype
+        What the model computes in: "F32", "F16" or "BF16".
+    backbone_prefix
+        What the names of a headed model have before those of its backbone ("model."), or "".
+
+    Raises
+    ------
+    ConfigError
+        No such model is possible.
+    """
+
+    modules: tuple[Module, ...]
+    num_layers: int
+    dtype: str = "BF16"
+    backbone_prefix: str = ""
+
+    def __post_init__(self) -> None:
+        ordered = tuple(sorted(self.modules, key=lambda module: module.layer))
+        object.__setattr__(self, "modules", ordered)
+        if self.dtype not in DTYPES.values():
+            raise ConfigError(
+                f"layout: dtype must be one of {', '.join(DTYPES.values())}, not {self.dtype!r}"
+            )
+        if not ordered or self.num_layers < 1:
+            raise ConfigError("layout: a model has at least one layer and one linear module")
+        for module in ordered:
+            self._check(module)
+        if len(self._index) < len(ordered):
+            raise ConfigError("layout: two modules have the same name")
+
+    def _check(self, module: Module) -> None:
+        if not module.name or module.in_features < 1 or module.out_features < 1:
+            raise ConfigError(f"layout: a module needs a name and positive sizes, not {module}")
+        if not -1 <= module.layer <= self.num_layers:
+            raise ConfigError(
+                f"layout: module {module.name!r} is in layer {module.layer}, "
+                f"outside -1 … {self.num_layers}"
+            )
+        if any(part.unit < 1 or part.size < 1 or part.size % part.unit for part in module.parts):
+            raise ConfigError(f"layout: a part has whole units, not {module.parts}")
+        if module.parts and sum(part.size for part in module.parts) != module.out_features:
+            raise ConfigError(f"layout: the parts of {module.name!r} are not its output")
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    @cached_property
+    def _index(self) -> Mapping[str, int]:
+        return {module.name: position for position, module in enumerate(self.modules)}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of the SHA-256 over every field, the same in every process."""
+        words = [str(self.num_layers), self.dtype, self.backbone_prefix]
+        for m in self.modules:
+            words += [ascii(m.name), str(m.in_features), str(m.out_features), str(m.layer)]
+            words += [m.parallel.value, str(m.transposed), str(m.embedding)]
+            words += [f"{part.size}/{part.unit}/{part.replicable}" for part in m.parts]
+        return sha256("\0".join(words).encode()).hexdigest()[:16]
+
+    def replicate(self, *names: str) -> ModelLayout:
+        """Return this layout with modules that every rank holds whole, as small ones may be.
+
+        A name is a module's path, or its last words ("lm_head", "attn.c_attn"). Raises
+        `ConfigError` for one that no module has.
+        """
+        for name in names:
+            if not any(_ends_with(module.name, name) for module in self.modules):
+                raise ConfigError(f"layout: no module is called {name!r}")
+        whole = tuple(
+            replace(module, parallel=Parallelism.REPLICATED)
+            if any(_ends_with(module.name, name) for name in names)
+            else module
+            for module in self.modules
+        )
+        return replace(self, modules=whole)
+
+    def index(self, name: str) -> int:
+        """The position of the module of this name; KeyError where the base has none."""
+        return self._index[name]
+
+    def resolve(self, path: str) -> int | None:
+        """The position of the module that an adapter means by `path`, or None.
+
+        An adapter trained on the bare backbone leaves out the prefix (`layers.0…` for
+        `model.layers.0…`); the base's own spelling comes first.
+        """
+        index = self._index
+        found = index.get(path)
+        return index.get(self.backbone_prefix + path) if found is None else found
+
+
+def _ends_with(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")

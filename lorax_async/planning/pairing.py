@@ -1,0 +1,346 @@
+"""An adapter's tensors, put together by module and checked against the config and the base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import chain
+from typing import NamedTuple
+
+from lorax_async.config import Limits
+from lorax_async.errors import (
+    AdapterFormatError,
+    IncompatibleAdapterError,
+    UnsupportedAdapterError,
+    shorten,
+)
+from lorax_async.formats.peft_names import (
+    WEIGHT_DTYPES,
+    TensorRole,
+    compile_pattern,
+    parse_tensor_name,
+)
+from lorax_async.formats.safetensors import Header, TensorSpan
+from lorax_async.planning.layout import ModelLayout, Module
+from lorax_async.types import AdapterSpec
+
+_MAX_SCALE = 3.4028234663852886e38  # of float32, in which the device's table holds it
+_SHOWN = 3
+
+_PARTS = tuple(TensorRole)
+_PLACES = len(_PARTS)  # of one module
+_FLAGS = {TensorRole.BIAS: "lora_bias", TensorRole.MAGNITUDE: "use_dora"}
+
+MAX_MATCHING_STEPS = 200_000_000
+"""Of patterns over module paths: about a second, and ten times what the largest bases need."""
+
+
+class TensorPair(NamedTuple):
+    """The tensors of one module, an index into the layout; a tuple, for there are hundreds.
+
+    `vectors` are `[out]`, as B's rows, and there is one at most: the bias beside B, or a magnitude.
+    """
+
+    module: int
+    layer: int
+    a: TensorSpan
+    b: TensorSpan
+    rank: int
+    scale: float
+    vectors: tuple[tuple[TensorRole, TensorSpan], ...] = ()
+
+
+def pair_tensors(
+    header: Header, spec: AdapterSpec, layout: ModelLayout, limits: Limits
+) -> list[TensorPair]:
+    """One pair per module that the adapter changes, in the order of the layout.
+
+    Raises
+    ------
+    AdapterFormatError
+        The file does not hold pairs of A and B of the rank that the config says, or not the
+        vectors that it says.
+    IncompatibleAdapterError
+        The base has no such modules, or of other shapes; or none that `target_modules` names, or
+        none of those in `layers_to_transform`.
+    UnsupportedAdapterError
+        A tensor, a dtype or a rank that is not accepted.
+    """
+    places = _locate(header.tensors, layout)
+    _require_targets(spec.targets, header.tensors, layout)
+    _require_layers(spec, header.tensors, layout)
+    modules = layout.modules
+    plain = not (spec.rank_patterns or spec.alpha_patterns)
+    if not plain:
+        check_matching(spec, (span.name for span in places.values()))
+    rank, scale = 0, 0.0
+    if plain:  # all modules alike: an error names the first
+        names = (parse_tensor_name(span.name).module for span in header.tensors)
+        rank, scale = _rank_and_scale(next(names, ""), spec, limits)
+    pairs: list[TensorPair] = []
+    misfits: list[str] = []
+    wanted = _wanted_vector(spec)
+    for place in sorted([place for place in places if place % _PLACES == 0]):
+        a, b = places[place], places.get(place + 1)
+        if b is None:
+            raise _orphan(a, "B")
+        if not plain:
+            rank, scale = _rank_and_scale(parse_tensor_name(a.name).module, spec, limits)
+        module = modules[place // _PLACES]
+        fits = a.shape == (rank, module.in_features) and b.shape == (module.out_features, rank)
+        if not fits:
+            misfits.append(_describe_misfit(a, b, rank, module))
+        vectors = () if wanted is None else _vectors(places, place, wanted, module)
+        pairs.append(TensorPair(place // _PLACES, module.layer, a, b, rank, scale, vectors))
+    if (2 if wanted is None else 3) * len(pairs) < len(places):
+        raise _surplus(places, wanted)
+    if misfits:
+        raise IncompatibleAdapterError(f"wrong shapes for this base: {_first(misfits, 'module')}")
+    if spec.fan_in_fan_out:
+        require_transposed([modules[pair.module] for pair in pairs])
+    return pairs
+
+
+def _require_targets(
+    targets: Sequence[str] | str | None, spans: Sequence[TensorSpan], layout: ModelLayout
+) -> None:
+    """Raise `IncompatibleAdapterError` if `target_modules` names no module of the base.
+
+    PEFT refuses such a config too. Like PEFT, accept one of which only some entries name a module:
+    `_locate` has refused the adapter if it has tensors for the others.
+    """
+    if not targets or (isinstance(targets, str) and targets.lower() == "all-linear"):
+        return
+    paths = _paths(spans, layout)
+    if isinstance(targets, str):
+        named = _matches_any(targets, paths)
+    else:
+        wanted = frozenset(targets)
+        named = any(not wanted.isdisjoint(_tails(path)) for path in paths)
+    if not named:
+        shown = [repr(name) for name in ((targets,) if isinstance(targets, str) else targets)]
+        raise IncompatibleAdapterError(
+            "the base has none of the target_modules in adapter_config.json:"
+            f" {_first(shown, 'name')}; use the base it was trained on, or correct target_modules"
+        )
+
+
+def _require_layers(spec: AdapterSpec, spans: Sequence[TensorSpan], layout: ModelLayout) -> None:
+    """Raise `IncompatibleAdapterError` if `layers_to_transform` leaves no module to adapt.
+
+    PEFT refuses such a config too. Which number of a path is the layer's depends on
+    `layers_pattern`, so accept any. Like PEFT, limit neither patterns nor whole paths.
+    """
+    if not spec.layers or isinstance(spec.targets, str):
+        return
+    layers = {str(layer) for layer in spec.layers}
+    wanted = None if spec.targets is None else frozenset(spec.targets)
+    for path in _paths(spans, layout):
+        if wanted is not None and path in wanted:
+            return
+        if not layers.isdisjoint(path.split(".")) and (
+            wanted is None or not wanted.isdisjoint(_tails(path))
+        ):
+            return
+    shown = [str(layer) for layer in spec.layers]
+    raise IncompatibleAdapterError(
+        "the base has target_modules in none of the layers_to_transform in adapter_config.json:"
+        f" {_first(shown, 'layer')}; use the base it was trained on, or correct layers_to_transform"
+    )
+
+
+def _paths(spans: Sequence[TensorSpan], layout: ModelLayout) -> Iterator[str]:
+    """Yield the module paths of the adapter, then those of the base.
+
+    The adapter's own spelling nearly always decides at the first tensor.
+    """
+    own = (parse_tensor_name(span.name).module for span in spans)
+    return chain(own, (module.name for module in layout.modules))
+
+
+def _tails(path: str) -> Iterator[str]:
+    """Yield the path, and each end of it that begins after a dot."""
+    while path:
+        yield path
+        path = path.partition(".")[2]
+
+
+def _matches_any(pattern: str, paths: Iterable[str]) -> bool:
+    """Return whether the pattern may match one of the paths; True where re2 cannot tell in time."""
+    try:
+        matches, size = compile_pattern(pattern)
+    except UnsupportedAdapterError:
+        return True
+    steps = MAX_MATCHING_STEPS
+    for path in paths:
+        steps -= max(1, size) * len(path)
+        if steps < 0 or matches(path):
+            return True
+    return False
+
+
+def _wanted_vector(spec: AdapterSpec) -> TensorRole | None:
+    """What each module has besides A and B; PEFT has no adapters with both."""
+    if spec.dora:
+        return TensorRole.MAGNITUDE
+    return TensorRole.BIAS if spec.lora_bias else None
+
+
+def _vectors(
+    places: Mapping[int, TensorSpan], place: int, part: TensorRole, module: Module
+) -> tuple[tuple[TensorRole, TensorSpan], ...]:
+    """The vector of the module whose A is at `place`, of as many elements as B has rows."""
+    flag, shown = _FLAGS[part], shorten(module.name, 200)
+    if part is TensorRole.BIAS and module.embedding:
+        raise UnsupportedAdapterError(
+            f"adapter_config.json: lora_bias is set and {shown!r} is an embedding, for which PEFT"
+            " has no bias; train without lora_bias, or without the embedding"
+        )
+    vector = places.get(place + _PARTS.index(part))
+    if vector is None:
+        raise AdapterFormatError(
+            f"adapter_config.json: {flag} is set, and module {shown!r} has no {part.value}; save"
+            f" the adapter again, or correct {flag}"
+        )
+    rows = places[place + 1].shape[:1]
+    if vector.shape != rows:
+        raise AdapterFormatError(
+            f"tensor {shorten(vector.name, 200)!r} has shape {list(vector.shape)}, and B has"
+            f" {rows[0] if rows else 'no'} rows; save the adapter again"
+        )
+    return ((part, vector),)
+
+
+def _surplus(places: Mapping[int, TensorSpan], wanted: TensorRole | None) -> AdapterFormatError:
+    """There are tensors that no pair took: B or a vector without A, or vectors unannounced."""
+    for place, span in places.items():
+        part = _PARTS[place % _PLACES]
+        if place - place % _PLACES not in places:
+            return _orphan(span, "A")
+        if part in _FLAGS and part is not wanted:
+            break
+    return AdapterFormatError(
+        f"tensor {shorten(span.name, 200)!r} is there and adapter_config.json does not set"
+        f" {_FLAGS[part]}; save the adapter again, or correct the config"
+    )
+
+
+def require_transposed(modules: Sequence[Module]) -> None:
+    """False is PEFT's default and says nothing; with True, PEFT was shown an [in, out] weight."""
+    linears = [module for module in modules if not module.embedding]
+    if linears and not any(module.transposed for module in linears):
+        raise IncompatibleAdapterError(
+            "fan_in_fan_out is true, but this base stores none of the adapter's modules as"
+            " [in, out]; use the base it was trained on, or set it to false"
+        )
+
+
+@lru_cache(maxsize=16)
+def _known_places(_layout: ModelLayout) -> dict[str, int]:
+    """Names met before → 4 · module + part. Only names that the layout has: so it is bounded."""
+    return {}
+
+
+def _locate(tensors: Sequence[TensorSpan], layout: ModelLayout) -> dict[int, TensorSpan]:
+    known = _known_places(layout)
+    found: dict[int, TensorSpan] = {}
+    count = 0
+    strays: list[str] = []
+    for span in tensors:
+        place = known.get(span.name)
+        if place is None:
+            place = _place(span.name, layout)
+            if place is None:
+                strays.append(span.name)
+                continue
+            known[span.name] = place
+        found[place] = span
+        count += 1
+    if strays:
+        raise IncompatibleAdapterError(f"the base has no such module: {_first(strays, 'tensor')}")
+    if not count:
+        # The base's own answers under the adapter's name are never what its author saved.
+        raise AdapterFormatError("the file holds no tensors; save the adapter again")
+    if len(found) < count:
+        raise _doubled(tensors, known)
+    if {span.dtype for span in tensors}.difference(WEIGHT_DTYPES):
+        strange = next(span for span in tensors if span.dtype not in WEIGHT_DTYPES)
+        raise UnsupportedAdapterError(
+            f"tensor {shorten(strange.name, 200)!r} is {strange.dtype}; save the adapter as"
+            f" {', '.join(WEIGHT_DTYPES)}"
+        )
+    return found
+
+
+def _place(name: str, layout: ModelLayout) -> int | None:
+    parsed = parse_tensor_name(name)
+    index = layout.resolve(parsed.module)
+    if index is None:
+        return None
+    embedding = layout.modules[index].embedding
+    if parsed.embedding not in {None, embedding}:
+        kinds = ("a linear module", "an embedding")
+        raise IncompatibleAdapterError(
+            f"tensor {shorten(name, 200)!r} is for {kinds[not embedding]}, and the base has"
+            f" {kinds[embedding]} there; use the base it was trained on"
+        )
+    return _PLACES * index + _PARTS.index(parsed.part)
+
+
+def _doubled(tensors: Sequence[TensorSpan], known: Mapping[str, int]) -> AdapterFormatError:
+    first: dict[int, str] = {}
+    for span in tensors:
+        if (other := first.setdefault(known[span.name], span.name)) != span.name:
+            break
+    return AdapterFormatError(
+        f"tensors {shorten(other, 200)!r} and {shorten(span.name, 200)!r} are for the same module;"
+        " keep one of them"
+    )
+
+
+def check_matching(spec: AdapterSpec, names: Iterable[str]) -> None:
+    """Matching is linear in pattern and path, but a stranger may bring many of both."""
+    steps = sum(pattern.cost for pattern in (*spec.rank_patterns, *spec.alpha_patterns))
+    if steps * sum(map(len, names)) > MAX_MATCHING_STEPS:
+        raise UnsupportedAdapterError(
+            "rank_pattern and alpha_pattern would take too long to match; write fewer of them"
+        )
+
+
+def _rank_and_scale(module: str, spec: AdapterSpec, limits: Limits) -> tuple[int, float]:
+    rank = spec.rank_of(module)
+    if not 1 <= rank <= limits.max_rank:
+        raise UnsupportedAdapterError(
+            f"rank {rank} is outside 1 … {limits.max_rank}; raise Limits.max_rank to accept more"
+        )
+    scale = spec.scale_of(module, rank)
+    if not abs(scale) <= _MAX_SCALE:
+        raise AdapterFormatError(
+            f"module {shorten(module, 200)!r} would be scaled by {scale}, which no float32 holds;"
+            " correct lora_alpha or alpha_pattern in adapter_config.json"
+        )
+    return rank, scale
+
+
+def _describe_misfit(a: TensorSpan, b: TensorSpan, rank: int, module: Module) -> str:
+    if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == rank:
+        raise AdapterFormatError(
+            f"module {shorten(module.name, 200)!r}: A {list(a.shape)} and B {list(b.shape)} are no"
+            f" pair of rank {rank}, which adapter_config.json says; correct its r or rank_pattern"
+        )
+    return (
+        f"{shorten(module.name, 200)} ({a.shape[1]} → {b.shape[0]},"
+        f" the base's is {module.in_features} → {module.out_features})"
+    )
+
+
+def _orphan(span: TensorSpan, missing: str) -> AdapterFormatError:
+    return AdapterFormatError(
+        f"tensor {shorten(span.name, 200)!r} has no {missing} beside it; save the adapter again"
+    )
+
+
+def _first(offenders: list[str], noun: str) -> str:
+    shown = ", ".join(shorten(text, 250) for text in offenders[:_SHOWN])
+    more = ", …" if len(offenders) > _SHOWN else ""
+    return f"{shown}{more} ({len(offenders)} {noun}{'s' * (len(offenders) > 1)} in all)"

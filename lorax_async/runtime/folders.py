@@ -1,0 +1,322 @@
+"""Verified folders of adapters' files, for callers that need files and not tensors.
+
+Calls that overlap share one flight: one download, one check. Another process, and a load of this
+loader, is waited for by the cache, which has one download per key.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from lorax_async.cache.base import LeftoverError
+from lorax_async.concurrency import FetchControl
+from lorax_async.errors import (
+    AdapterTimeoutError,
+    InternalError,
+    LoaderClosedError,
+    LoraxError,
+    UsageError,
+)
+from lorax_async.files import Reader
+from lorax_async.remote.readers import FetchReader
+from lorax_async.runtime.digest_checks import DigestChecks
+from lorax_async.runtime.resolver import Resolver
+from lorax_async.sources.base import FolderSource, Source, StoredFolder
+from lorax_async.types import (
+    AdapterKey,
+    AdapterRef,
+    Merge,
+    MergedKey,
+    Ref,
+    RemoteKey,
+    TensorsKey,
+    Verification,
+    is_stale,
+    text_of,
+)
+
+MAX_ATTEMPTS = 3
+"""Attempts of one call where interrupted downloads have other bytes than the source."""
+
+Watch = Callable[[Reader], None]
+
+
+def _ignore(_: object) -> None:
+    """Follow nothing."""
+
+
+class _Held(NamedTuple):
+    """An adapter's folder, kept by its open reader."""
+
+    folder: StoredFolder
+    verification: Verification
+    reader: Reader
+
+
+class _Flight:
+    """One open, download and check for all `users`; the last one to leave closes the reader."""
+
+    def __init__(self, source: FolderSource, key: AdapterKey) -> None:
+        self.key = key
+        self.users = 0
+        self.reader: Reader | None = None
+        self._source = source
+        self._control = FetchControl()
+        self._watches: list[Watch] = []
+        self.task = asyncio.get_running_loop().create_task(self._run(), name=f"lorax fetch {key}")
+        self.task.add_done_callback(self._ended)
+
+    async def _run(self) -> _Held:
+        source, key = self._source, self.key
+        file = await source.open(key, self._control)
+        self.reader = file.reader
+        for watch in self._watches:
+            watch(file.reader)
+        try:
+            # Without layer groups: all of it, in whatever order is quickest.
+            verification = await source.bring(file, (), _ignore, self._control)
+            return _Held(source.folder(key, file.reader), verification, file.reader)
+        except BaseException:
+            file.reader.close()
+            raise
+
+    def watch(self, watch: Watch) -> None:
+        """Call `watch` with the reader as soon as the adapter is open."""
+        if self.reader is None:
+            self._watches.append(watch)
+        else:
+            watch(self.reader)
+
+    def leave(self) -> None:
+        self.users -= 1
+        if self.users:
+            return
+        if self.task.done():
+            self._ended(self.task)
+        else:
+            self._control.end()
+
+    def _ended(self, task: asyncio.Task[_Held]) -> None:
+        """Close the reader if no user is left."""
+        if not task.cancelled() and task.exception() is None and not self.users:
+            task.result().reader.close()
+
+
+class AdapterFolder:
+    """A lease on the folder with one adapter's files, as PEFT writes them.
+
+    The cache keeps them until it is left as a context manager, or `release` is called. Nothing else
+    keeps a local folder, or one of the standard hub cache, from being removed by its owner.
+
+    Attributes
+    ----------
+    id, key
+        The id that the caller gave, and the version of the adapter that it led to.
+    path
+        The folder.
+    nbytes
+        Of all its files.
+    verification
+        How the weights were checked, and their digest.
+    downloaded
+        Whether they came from their source now; False if they were here already.
+    """
+
+    def __init__(self, ref: Ref, flight: _Flight, release: Callable[[], None]) -> None:
+        held = flight.task.result()
+        self.id = text_of(ref)
+        self.key = flight.key
+        self.path = Path(held.folder.path)
+        self.nbytes = held.folder.nbytes
+        self.verification = held.verification
+        self.downloaded = isinstance(held.reader, FetchReader)
+        self._release: Callable[[], None] | None = release
+
+    @property
+    def version(self) -> str | None:
+        """Return the commit, versionId or ETags that name the bytes; None for a local folder."""
+        return self.key.version if isinstance(self.key, RemoteKey) else None
+
+    @property
+    def stale(self) -> bool:
+        """Whether the source could not be asked, and this is the version that it last named."""
+        return is_stale(self.key)
+
+    @property
+    def released(self) -> bool:
+        return self._release is None
+
+    def release(self) -> None:
+        """Let the cache remove the files. Idempotent, quick."""
+        release, self._release = self._release, None
+        if release is not None:
+            release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+    def __del__(self) -> None:
+        if getattr(self, "_release", None) is not None:
+            warnings.warn(f"the folder of {self.id!r} was not released", ResourceWarning, 2)
+
+
+class Fetches:
+    """All flights and leases of one loader or command. For one event loop."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._flights: dict[AdapterKey, _Flight] = {}
+        self._tasks: set[asyncio.Task[_Held]] = set()
+        self._leases: set[_Flight] = set()
+        self._released = asyncio.Event()
+        self._closing = False
+
+    async def fetch(self, ref: Ref, key: AdapterKey, watch: Watch = _ignore) -> AdapterFolder:
+        """Return the checked folder of `key`, after a download if it is not here.
+
+        `watch` is called with the adapter's reader once it is open. Raise what loads do, without
+        id; on an error or a cancellation nothing is kept.
+        """
+        if isinstance(key, TensorsKey | MergedKey) or not isinstance(self._source, FolderSource):
+            raise UsageError("it is in no folder: it was given as tensors, or is a merge of others")
+        flight = self._flights.get(key) or self._begin(self._source, key)
+        flight.users += 1
+        flight.watch(watch)
+        try:
+            await self._landed(flight)
+            folder = AdapterFolder(ref, flight, lambda: self._leave(flight))
+            self._leases.add(flight)
+        except BaseException:
+            self._leave(flight)
+            raise
+        return folder
+
+    def _begin(self, source: FolderSource, key: AdapterKey) -> _Flight:
+        if self._closing:
+            raise LoaderClosedError("the loader is closed")
+        flight = self._flights[key] = _Flight(source, key)
+        self._tasks.add(flight.task)
+        flight.task.add_done_callback(lambda _: self._forget(flight))
+        return flight
+
+    def _forget(self, flight: _Flight) -> None:
+        """Let later calls have a flight of their own, with a check of its own."""
+        self._tasks.discard(flight.task)
+        if self._flights.get(flight.key) is flight:
+            del self._flights[flight.key]
+
+    async def _landed(self, flight: _Flight) -> None:
+        try:
+            await asyncio.shield(flight.task)
+        except LoraxError as error:
+            raise error.located() from error.__cause__
+        except asyncio.CancelledError:
+            caller = asyncio.current_task()
+            if flight.task.cancelled() and caller is not None and not caller.cancelling():
+                raise LoaderClosedError("the loader was closed", stage="fetch") from None
+            raise
+
+    def _leave(self, flight: _Flight) -> None:
+        flight.leave()
+        if flight.users:
+            return
+        self._leases.discard(flight)
+        if self._flights.get(flight.key) is flight:
+            del self._flights[flight.key]  # it ends: the next call begins another one
+        self._released.set()
+
+    async def close(self, timeout: float) -> None:
+        """Cancel flights, wait `timeout` seconds for leases, then end those that are left."""
+        self._closing = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        try:
+            async with asyncio.timeout(timeout):
+                while self._leases:
+                    self._released.clear()
+                    await self._released.wait()
+        except TimeoutError:
+            pass
+        finally:
+            for flight in tuple(self._leases):
+                flight.task.result().reader.close()
+            self._leases.clear()
+
+
+class Fetching:
+    """From what a caller asks for to a lease on its folder, within a deadline."""
+
+    def __init__(self, resolver: Resolver, fetches: Fetches, digests: DigestChecks) -> None:
+        self._resolver = resolver
+        self._fetches = fetches
+        self._digests = digests
+
+    async def fetch(self, ref: Ref, seconds: float) -> AdapterFolder:
+        """See `AdapterLoader.fetch`."""
+        deadline = asyncio.timeout(seconds)
+        key = ref if isinstance(ref, AdapterKey) else None
+        try:
+            if isinstance(ref, Merge):
+                raise UsageError("a merge is in no folder; fetch its parts")
+            async with deadline:
+                key = await self._key(ref)
+                return await self._checked(ref, key)
+        except BaseException as error:
+            late = deadline.expired() and type(error) is TimeoutError
+            problem = _too_late(seconds, key) if late else error
+            if isinstance(problem, LoraxError):
+                raise problem.located(id=text_of(ref), key=key) from problem.__cause__
+            if isinstance(problem, Exception):
+                raise InternalError(f"a fetch failed: {problem!r}", id=text_of(ref)) from problem
+            raise
+
+    async def _key(self, ref: AdapterRef | AdapterKey) -> AdapterKey:
+        return ref if isinstance(ref, AdapterKey) else await self._resolver.resolve(ref)
+
+    async def _checked(self, ref: AdapterRef | AdapterKey, key: AdapterKey) -> AdapterFolder:
+        """Fetch, and hold the result to the digest in `ref`."""
+        for _ in range(MAX_ATTEMPTS - 1):
+            try:
+                folder = await self._fetches.fetch(ref, key)
+                break
+            except LeftoverError:
+                key = await self._key(ref)
+        else:
+            folder = await self._fetches.fetch(ref, key)
+        try:
+            await self._digests.compare(ref, key, folder.verification)
+        except BaseException:
+            folder.release()
+            raise
+        return folder
+
+
+def _too_late(seconds: float, key: AdapterKey | None) -> AdapterTimeoutError:
+    return AdapterTimeoutError(
+        f"its files were not here within {seconds:g} s", stage="resolve" if key is None else "fetch"
+    )

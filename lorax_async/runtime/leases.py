@@ -1,0 +1,424 @@
+"""Waiters, slot occupancies and leases: who waits for an adapter, and who holds it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
+from typing import Self
+
+import torch
+
+from lorax_async.concurrency import running_loop
+from lorax_async.devices.base import CopyTicket, Device
+from lorax_async.devices.staging import TORCH_DTYPES
+from lorax_async.errors import HandleClosedError, LoraxError, UsageError
+from lorax_async.formats.peft_names import TensorRole
+from lorax_async.lifecycle.adapter_state import SlotGrant
+from lorax_async.lifecycle.arena import Extent
+from lorax_async.planning.transfer_plan import TransferPlan
+from lorax_async.types import AdapterKey, Verification
+
+
+class AdapterVectors:
+    """The vectors of one stay in a slot; an object of its own, which ends with the stay."""
+
+    def __init__(self, plan: TransferPlan, grant: SlotGrant) -> None:
+        self._places = {
+            (vector.module, vector.part): (
+                Extent(extent.offset + vector.offset, vector.nbytes),
+                TORCH_DTYPES[vector.dtype],
+            )
+            for group, extent in zip(plan.groups, grant.extents, strict=True)
+            for vector in group.vectors
+        }
+
+    @property
+    def modules(self) -> list[int]:
+        """Which modules of the layout have one."""
+        return [module for module, _ in self._places]
+
+    def view(self, device: Device, module: int, part: TensorRole) -> torch.Tensor | None:
+        """`[out]`, in the file's dtype; None if the adapter has none for this module.
+
+        `module` indexes the layout's. On the device once the module's layer is ready.
+        """
+        place = self._places.get((module, part))
+        return None if place is None else device.view(place[0]).view(place[1])
+
+
+class SlotOccupancy:
+    """What is known of one grant: plan, watermark, error. Shared by all its leases."""
+
+    def __init__(
+        self,
+        key: AdapterKey,
+        grant: SlotGrant,
+        plan: TransferPlan,
+        num_layers: int,
+        verification: Verification | None = None,
+        has_arrived: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.key = key
+        self.grant = grant
+        self.plan = plan
+        self.layers = plan.layers
+        self.vectors = AdapterVectors(plan, grant) if plan.has_vectors else None
+        """Until the slot is free again."""
+        self.error: LoraxError | None = None
+        self.verification = verification
+        """Once all bytes are here, and checked as far as they will be."""
+        self.has_arrived = has_arrived
+        """Whether all bytes are on this machine. Quick, from any thread."""
+        self.streamed = False
+        """Somebody holds it before its last layer: single layers are waited for."""
+        self.copied = 0
+        """Copies that ended; counted by the I/O threads, under their lock."""
+        self._tickets: dict[int, CopyTicket] = {}
+        self._num_layers = num_layers
+        self._watermark = 0
+        self._changed = threading.Condition()
+        self._loop = running_loop()
+        self._sleepers: dict[asyncio.Future[None], int] = {}
+
+    def sent(self, group: int, ticket: CopyTicket) -> None:
+        """The device was asked for a group's copy. From any thread."""
+        self._tickets[group] = ticket
+
+    def tickets(self, layer: int) -> list[CopyTicket] | None:
+        """Of the copies of `layer` and of the groups before it that may not be done; None if some
+        have not been asked for. From any thread.
+        """
+        groups = range(self._watermark, self._needed(layer))
+        tickets = [self._tickets.get(group) for group in groups]
+        return None if None in tickets else [ticket for ticket in tickets if ticket is not None]
+
+    @property
+    def on_its_loop(self) -> bool:
+        return self._loop in (None, running_loop())
+
+    @property
+    def complete(self) -> bool:
+        return self._watermark == len(self.layers)
+
+    def is_ready(self, layer: int) -> bool:
+        """Whether the bytes of `layer`, and of those before it, are on the device."""
+        return self._watermark >= self._needed(layer)
+
+    async def ready(self, layer: int, check: Callable[[], None]) -> None:
+        """Wait on the loader's loop, for as long as `check` does not raise."""
+        needed = self._needed(layer)
+        await self.until(lambda: self._watermark >= needed, check, needed)
+
+    async def until(
+        self, reached: Callable[[], bool], check: Callable[[], None], needed: int | None = None
+    ) -> None:
+        """As `ready`, for what is looked at whenever tasks are woken, and at a watermark."""
+        if not self.on_its_loop:
+            raise UsageError("a handle is awaited on the event loop of its loader")
+        while not reached():
+            check()
+            sleeper: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._sleepers[sleeper] = len(self.layers) if needed is None else needed
+            try:
+                await sleeper
+            finally:
+                self._sleepers.pop(sleeper, None)
+        check()
+
+    def wait(self, layer: int, timeout: float, check: Callable[[], None]) -> None:
+        """As `ready`, in a thread; raises also TimeoutError."""
+        needed = self._needed(layer)
+
+        def arrived() -> bool:
+            check()
+            return self._watermark >= needed
+
+        with self._changed:
+            if not self._changed.wait_for(arrived, timeout):
+                raise TimeoutError
+
+    def wake_threads(self) -> None:
+        """Whoever waits in a thread looks again. From any thread."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def wake_tasks(self) -> None:
+        """Whoever waits on the loop looks again."""
+        self._wake(len(self.layers))
+
+    def advance(self, watermark: int) -> None:
+        """The groups below `watermark` are on the device."""
+        with self._changed:
+            self._watermark = watermark
+            self._changed.notify_all()
+        self._wake(watermark)
+
+    def verify(self, verification: Verification) -> None:
+        """All bytes are here; how far they were checked."""
+        self.verification = self.verification or verification
+        self.wake_tasks()
+
+    def check(self) -> None:
+        """Raise if the slot must not be used any more."""
+        if self.error is not None:
+            raise self.error.located() from self.error.__cause__
+
+    def fail(self, error: LoraxError) -> None:
+        """The slot must not be used any more."""
+        with self._changed:
+            self.error = error
+            self._changed.notify_all()
+        self._wake(len(self.layers))
+
+    def _wake(self, watermark: int) -> None:
+        for sleeper, needed in self._sleepers.items():
+            if needed <= watermark and not sleeper.done():
+                sleeper.set_result(None)
+
+    def _needed(self, layer: int) -> int:
+        """The watermark at which `layer` is ready; a layer without tensors is ready at once."""
+        if not isinstance(layer, int) or not -1 <= layer <= self._num_layers:
+            raise UsageError(f"layer {layer!r} is outside -1 … {self._num_layers}")
+        place = bisect_left(self.layers, layer)
+        present = place < len(self.layers) and self.layers[place] == layer
+        return place + 1 if present else 0
+
+
+class DigestPromise:
+    """A digest that a caller gave, to be held against what is there. On the loop.
+
+    It is one lease's, and of those shared from it. `task` finds out, and ends when they have.
+    """
+
+    def __init__(self) -> None:
+        self.pending = True
+        self.kept: Verification | None = None
+        """What the caller's word makes known of the adapter."""
+        self.error: LoraxError | None = None
+        self.task: asyncio.Task[None] | None = None
+        self._leases: set[Lease] = set()
+
+    def join(self, lease: Lease) -> Self:
+        lease.promise = self
+        self._leases.add(lease)
+        return self
+
+    def leave(self, lease: Lease) -> None:
+        self._leases.discard(lease)
+        if not self._leases and self.task is not None:  # which may be done
+            self.task.cancel()
+
+    def settle(self, kept: Verification | None, error: LoraxError | None = None) -> None:
+        self.kept, self.error, self.pending = kept, error, False
+
+
+class Lease:
+    """The right to use one tenancy, held by one handle.
+
+    `ended(lease, in_use, soon)` and `quiet(lease)` are called once each, in whatever thread ends
+    the lease or, if that left a kernel running, its last kernel.
+    """
+
+    def __init__(
+        self,
+        occupancy: SlotOccupancy,
+        ended: Callable[[Lease, bool, bool], None],
+        quiet: Callable[[Lease], None],
+    ) -> None:
+        self.occupancy = occupancy
+        self.id: str | None = None
+        """What the holder calls the adapter, for its errors."""
+        self.holder = ""
+        """Name of the task that holds it."""
+        self.stale = False
+        """The source could not be asked when it was wanted, and last named this version."""
+        self.promise: DigestPromise | None = None
+        self._ended = ended
+        self._quiet = quiet
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+        self._uses = 0
+        self._why_closed: str | None = None
+
+    @property
+    def closed(self) -> bool:
+        return self._why_closed is not None
+
+    def check(self) -> None:
+        """Raise unless the slot may be used now."""
+        if os.getpid() != self._pid:
+            raise UsageError("a handle belongs to the process of its loader")
+        if self._why_closed is not None:
+            raise HandleClosedError(self._why_closed, id=self.id, key=self.occupancy.key)
+        self.require_sound()
+
+    def require_sound(self) -> None:
+        """Raise what broke the slot, or what it holds for this lease; ended or not."""
+        error = self.occupancy.error
+        if error is None and self.promise is not None:
+            error = self.promise.error
+        if error is not None:
+            raise error.located(id=self.id) from error.__cause__
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether it is known how far the bytes were checked. From any thread."""
+        pending = self.promise is not None and self.promise.pending
+        return self.occupancy.verification is not None and not pending
+
+    async def verified(self, check: Callable[[], None]) -> Verification:
+        """Wait on the loader's loop until it is known how far the bytes were checked."""
+        occupancy, promise = self.occupancy, self.promise
+        await occupancy.until(lambda: self.is_verified, check)
+        assert occupancy.verification is not None
+        return (promise and promise.kept) or occupancy.verification
+
+    def begin_use(self) -> None:
+        """A kernel is about to read the slot; raises if the lease does not allow it any more."""
+        with self._lock:
+            self.check()
+            self._uses += 1
+
+    def end_use(self) -> None:
+        with self._lock:
+            self._uses -= 1
+            quiet = self.closed and self._uses == 0
+        if quiet:
+            self._quiet(self)
+
+    def end(self, why: str = "the handle was released", *, soon: bool = False) -> None:
+        """Idempotent. A kernel that runs keeps the slot from being reused until it is done.
+
+        With `soon`, decisions follow on the loop's next turn: a finalizer may run anywhere, also
+        in the midst of another decision.
+        """
+        if os.getpid() != self._pid:
+            return  # a forked child's copy: the lease is the parent's
+        with self._lock:
+            if self.closed:
+                return
+            self._why_closed = why
+            in_use = self._uses > 0
+        self.occupancy.wake_threads()
+        self._ended(self, in_use, soon)
+
+
+class LeaseTable:
+    """The loop's side of waiting and holding.
+
+    `lease_ended(lease, in_use, soon)` and `lease_quiet(lease)` are called in any thread.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        lease_ended: Callable[[Lease, bool, bool], None],
+        lease_quiet: Callable[[Lease], None],
+    ) -> None:
+        self.leases: dict[AdapterKey, set[Lease]] = {}
+        self._num_layers = num_layers
+        self._lease_ended = lease_ended
+        self._lease_quiet = lease_quiet
+        self._waiters: dict[int, asyncio.Future[Lease | None]] = {}
+        self._unloads: dict[AdapterKey, list[asyncio.Future[None]]] = {}
+        self._occupancies: dict[AdapterKey, SlotOccupancy] = {}
+        self._last_waiter = 0
+
+    @property
+    def waiting(self) -> int:
+        """Wishes that neither came true nor failed."""
+        return len(self._waiters)
+
+    def add_waiter(self) -> tuple[int, asyncio.Future[Lease | None]]:
+        """A future that `serve` or `fail` will set."""
+        self._last_waiter += 1
+        future: asyncio.Future[Lease | None] = asyncio.get_running_loop().create_future()
+        self._waiters[self._last_waiter] = future
+        return self._last_waiter, future
+
+    def drop_waiter(self, waiter: int) -> None:
+        self._waiters.pop(waiter, None)
+
+    def occupy(
+        self,
+        key: AdapterKey,
+        grant: SlotGrant,
+        plan: TransferPlan,
+        verification: Verification | None,
+        has_arrived: Callable[[], bool],
+    ) -> SlotOccupancy:
+        occupancy = SlotOccupancy(key, grant, plan, self._num_layers, verification, has_arrived)
+        self._occupancies[key] = occupancy
+        return occupancy
+
+    def vacate(self, key: AdapterKey) -> None:
+        self._occupancies.pop(key).vectors = None
+
+    def verified(self, key: AdapterKey, verification: Verification) -> None:
+        """All bytes of it are here, and were checked so far."""
+        occupancy = self._occupancies.get(key)
+        if occupancy is not None:
+            occupancy.verify(verification)
+
+    def occupancy(self, key: AdapterKey) -> SlotOccupancy:
+        return self._occupancies[key]
+
+    def in_slots(self) -> dict[int, AdapterKey]:
+        """Whose the slots are, by their numbers."""
+        return {each.grant.slot.index: key for key, each in self._occupancies.items()}
+
+    def new_lease(self, key: AdapterKey) -> Lease:
+        occupancy = self._occupancies[key]
+        occupancy.streamed = occupancy.streamed or not occupancy.complete
+        lease = Lease(occupancy, self._lease_ended, self._lease_quiet)
+        self.leases.setdefault(key, set()).add(lease)
+        return lease
+
+    def end_lease(self, lease: Lease) -> None:
+        held = self.leases[lease.occupancy.key]
+        held.remove(lease)
+        if not held:
+            del self.leases[lease.occupancy.key]
+        if lease.promise is not None:
+            lease.promise.leave(lease)
+        lease.occupancy.wake_tasks()
+
+    def serve(self, key: AdapterKey, waiter: int, grant: SlotGrant | None) -> None:
+        """Fulfil a wish. A waiter that was cancelled meanwhile gives its lease back."""
+        lease = self.new_lease(key) if grant is not None else None
+        future = self._waiters.pop(waiter, None)
+        if future is not None and not future.done():
+            future.set_result(lease)
+        elif lease is not None:
+            lease.end()
+
+    def add_unload(self, key: AdapterKey) -> asyncio.Future[None]:
+        """A future that `unloaded` will set, unless `drop_unload` comes first."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._unloads.setdefault(key, []).append(future)
+        return future
+
+    def drop_unload(self, key: AdapterKey, future: asyncio.Future[None]) -> bool:
+        """Whether it was still waited for."""
+        waiting = self._unloads.get(key, [])
+        if future not in waiting:
+            return False
+        waiting.remove(future)
+        if not waiting:
+            del self._unloads[key]
+        return True
+
+    def unloaded(self, key: AdapterKey) -> None:
+        for future in self._unloads.pop(key, ()):
+            if not future.done():
+                future.set_result(None)
+
+    def fail(self, waiters: Iterable[int], error: LoraxError) -> None:
+        for waiter in waiters:
+            future = self._waiters.pop(waiter, None)
+            if future is not None and not future.done():
+                future.set_exception(error.located())
+                future.exception()  # a waiter may be gone before it looks

@@ -1,1 +1,0 @@
-"""The page at / of the server, and the calls it makes."""

@@ -1,0 +1,277 @@
+"""What the page shows: adapters with their tiers and the last cold request, as they change."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from time import monotonic
+from typing import Any, Generic, TypeVar
+
+from lorax_async.errors import CapacityError, LoraxError, shorten
+from lorax_async.events import Event, Failed
+from lorax_async.ids.parsing import parsed
+from lorax_async.loader import AdapterLoader
+from lorax_async.runtime.placement import AdapterResidency
+from lorax_async.server.clients import EventStream
+from lorax_async.server.cold_requests import ColdRequest, ColdRequests
+from lorax_async.server.model_names import ModelNames
+from lorax_async.tracing.recorder import name_of
+from lorax_async.tracing.trace import ANOTHER
+from lorax_async.types import AdapterId, AdapterKey, AdapterRef, Ref, as_ref
+
+MAX_ROWS = 200
+"""Adapters with names; and as many others, of which the nearest are shown."""
+
+FRESH_SECONDS = 0.2
+"""All pages see the same rows for at least this long,"""
+
+FRESH_FACTOR = 20
+"""and this many times as long as reading them took: for thousands of adapters, milliseconds."""
+
+MAX_PAGES = 64
+"""Open pages; and as many of the operator's, whom strangers cannot keep out."""
+
+LAST_SECONDS = 1.0
+"""How long a client may take to read the end of its stream."""
+
+TICK = 0.25
+"""Seconds between two looks."""
+
+SILENCE = 15.0
+"""Seconds until an empty event is sent: proxies end silent connections."""
+
+ERROR_LENGTH = 300
+
+REST = 3
+"""After encoding a trace, pause this many times as long: tokens are computed beside it."""
+
+Row = dict[str, Any]
+Rows = Mapping[str, Row]
+T = TypeVar("T")
+Named = Sequence[tuple[str, AdapterId]]
+
+
+class _Fresh(Generic[T]):
+    """A value that is computed again once it is no longer fresh."""
+
+    def __init__(self, compute: Callable[[], T]) -> None:
+        self._compute = compute
+        self._until = 0.0
+
+    def get(self) -> T:
+        began = monotonic()
+        if began >= self._until:
+            self._value = self._compute()
+            took = monotonic() - began
+            self._until = began + took + max(FRESH_SECONDS, FRESH_FACTOR * took)
+        return self._value
+
+
+class Dashboard:
+    """Rows by id. Everybody sees adapters that have names; the operator sees all."""
+
+    def __init__(self, loader: AdapterLoader, names: ModelNames, cold: ColdRequests) -> None:
+        self._loader = loader
+        self._names = names
+        self._cold_requests = cold
+        viewers = (False, True)
+        self._rows = {each: _Fresh(partial(self._find_rows, each)) for each in viewers}
+        self._cold = {each: _Fresh(partial(self._find_cold, each)) for each in viewers}
+
+    @property
+    def base(self) -> str:
+        return self._names.base
+
+    def rows(self, *, operator: bool) -> Rows:
+        """Return the rows; the same object as long as they are fresh."""
+        return self._rows[operator].get()
+
+    def more(self) -> int:
+        """Return how many adapters with names are not shown."""
+        return max(0, len(self._names.adapters) - MAX_ROWS)
+
+    def cold(self, *, operator: bool) -> Row | None:
+        """Return the last cold request that the viewer may see."""
+        return self._cold[operator].get()
+
+    def _find_cold(self, operator: bool) -> Row | None:
+        last = self._cold_requests.last(named=not operator)
+        if last is None:
+            return None
+        return {
+            "number": last.number,
+            "name": self._names.name_of(last.adapter) or last.names[0],
+            "outcome": last.outcome,
+            "seconds": last.seconds,
+            "ended": last.ended,
+        }
+
+    def _find_rows(self, operator: bool) -> Rows:
+        """Return rows by name; the operator's other ids begin with a NUL, which no name has."""
+        loader, rows, known = self._loader, dict[str, Row](), set[AdapterKey]()
+        for name, adapter in tuple(self._names.adapters.items())[:MAX_ROWS]:
+            story = loader.story(adapter)
+            known.update(event.key for event in story[-1:])
+            rows[name] = _row(name, loader.whereabouts(adapter), story, named=True)
+        if operator:
+            for key, where in loader.residency(nearest=MAX_ROWS).items():
+                if key not in known:
+                    rows[f"\0{key}"] = _row(str(key), where, loader.story(key), named=False)
+        return rows
+
+
+def _row(
+    name: str, where: AdapterResidency | None, story: tuple[Event, ...], *, named: bool
+) -> Row:
+    last = story[-1] if story else None
+    error = last.error if isinstance(last, Failed) else None
+    # The operator's name replaces an id that may be a path.
+    text = None if error is None else shorten(str(error.located(id=name)), ERROR_LENGTH)
+    row: Row = {"name": name, "named": named, "error": text}
+    if where is None:
+        return row | {"tier": "source", "state": "", "layers": None, "bytes": 0, "leases": 0}
+    return row | {
+        "tier": where.tier,
+        "state": where.state,
+        "layers": where.layers,
+        "bytes": where.device_bytes or where.host_bytes or where.pinned_bytes,
+        "leases": where.leases,
+    }
+
+
+class DashboardFeeds:
+    """The event streams of open pages. On one event loop."""
+
+    def __init__(self, dashboard: Dashboard) -> None:
+        self._dashboard = dashboard
+        self._open: dict[EventStream, bool] = {}
+        """Each with whether it is the operator's."""
+        self._ending = False
+
+    def end(self) -> None:
+        """End all streams at their next look. Clients that do not read their end are cut off."""
+        if not self._ending:
+            self._ending = True
+            asyncio.get_running_loop().call_later(LAST_SECONDS, self._cut_off)
+
+    def _cut_off(self) -> None:
+        for stream in self._open:
+            stream.cut()
+
+    @contextmanager
+    def admit(self, stream: EventStream, *, operator: bool) -> Iterator[None]:
+        """Count the stream as open. Raises `CapacityError`."""
+        if sum(each == operator for each in self._open.values()) >= MAX_PAGES:
+            raise CapacityError(f"{MAX_PAGES} pages are open already; close one")
+        self._open[stream] = operator
+        try:
+            yield
+        finally:
+            del self._open[stream]
+
+    async def send(self, stream: EventStream, *, operator: bool) -> None:
+        """Send all rows and then what changes, until the client goes or the server ends."""
+        await stream.begin()
+        page = _OpenPage(self._dashboard, operator=operator)
+        silent = 0.0
+        while not self._ending:
+            changes = page.changes()
+            if changes or silent >= SILENCE:
+                await stream.tell(changes)
+                silent = 0.0
+            await asyncio.sleep(TICK)
+            silent += TICK
+        await stream.end()
+
+
+class _OpenPage:
+    """What one page was sent."""
+
+    def __init__(self, dashboard: Dashboard, *, operator: bool) -> None:
+        self._dashboard = dashboard
+        self._operator = operator
+        self._rows: Rows | None = None
+        self._cold: Row | None = None
+        self._more = 0
+
+    def changes(self) -> dict[str, Any]:
+        """Return what has changed since the last call; at first, everything."""
+        dashboard, changes = self._dashboard, dict[str, Any]()
+        before, self._rows = self._rows, dashboard.rows(operator=self._operator)
+        if before is None:
+            changes = {"base": dashboard.base, "operator": self._operator, "more": 0, "cold": None}
+        if before is not self._rows:
+            known = before or {}
+            changed = {id: row for id, row in self._rows.items() if known.get(id) != row}
+            gone = [id for id in known if id not in self._rows]
+            changes |= {"rows": changed} if changed or before is None else {}
+            changes |= {"gone": gone} if gone else {}
+        if dashboard.more() != self._more:
+            self._more = changes["more"] = dashboard.more()
+        cold = dashboard.cold(operator=self._operator)
+        if cold != self._cold:
+            self._cold, changes["cold"] = cold, cold
+        return changes
+
+
+class ColdTrace:
+    """The trace of the last cold request that a viewer may see, with names that he may see."""
+
+    def __init__(self, cold: ColdRequests, names: ModelNames) -> None:
+        self._cold = cold
+        self._names = names
+        self._encoding = asyncio.Lock()
+        self._encoded: dict[bool, tuple[object, bytes]] = {}
+        self._rests_until = 0.0
+
+    async def get(self, *, operator: bool) -> bytes | None:
+        """Return it in Chrome's format, encoded once in a thread; None if there is none."""
+        async with self._encoding:
+            version, content = self._encoded.get(operator, (None, None))
+            if version == self._version(operator=operator):
+                return content
+            await asyncio.sleep(max(0.0, self._rests_until - monotonic()))
+            version = self._version(operator=operator)  # it may have changed meanwhile
+            last = self._cold.last(named=not operator)
+            if last is None:
+                return None
+            began = monotonic()
+            content = await asyncio.to_thread(_encode, last, version[1])
+            self._rests_until = monotonic() + REST * (monotonic() - began)
+            self._encoded[operator] = version, content
+            return content
+
+    def _version(self, *, operator: bool) -> tuple[int, Named | None]:
+        """Return the request's number and the names in its trace; None is all its own names."""
+        last = self._cold.last(named=not operator)
+        names = None if operator else tuple(self._names.adapters.items())
+        return last.number if last is not None else 0, names
+
+
+def _encode(request: ColdRequest, names: Named | None) -> bytes:
+    return request.trace.encoded(None if names is None else _called(request, names))
+
+
+def _called(request: ColdRequest, names: Named) -> Mapping[str, str]:
+    """Map the trace's names to the operator's; an ambiguous one belongs to "another adapter"."""
+    called: dict[str, str] = {}
+    refs: dict[str, Ref] = {}
+    for name, adapter in names:
+        ref = as_ref(adapter)
+        for traced in _names_in_trace(ref):
+            if refs.setdefault(traced, ref) == ref:
+                called.setdefault(traced, name)
+            else:
+                called[traced] = ANOTHER
+    own = next(name for name, adapter in names if adapter == request.adapter)
+    return called | dict.fromkeys(request.names, own)
+
+
+def _names_in_trace(ref: Ref) -> Iterator[str]:
+    """Yield its name as requested, and without its revision."""
+    yield name_of(ref)
+    if isinstance(ref, AdapterRef):
+        with suppress(LoraxError):
+            yield name_of(parsed(ref))

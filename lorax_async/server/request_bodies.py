@@ -1,0 +1,319 @@
+"""The bodies of requests, as OpenAI has them: read within limits, parsed, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from jinja2 import TemplateError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import from_json
+from tokenizers import Tokenizer
+
+from lorax_async.errors import shorten
+from lorax_async.server.refusals import Refusal, invalid
+
+MAX_STOPS = 4
+MAX_STOP_CHARACTERS = 256
+"""Every generated text is searched for them."""
+
+MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1
+
+MAX_PROMPTS = 2048
+MAX_MESSAGES = 2048
+MAX_PARTS = 256
+MAX_MEMBERS = 64
+"""Bodies are validated on the event loop. These limits, and lists that fail at their first fault,
+bound the time that a hostile body can take."""
+
+IGNORED = frozenset({
+    "user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+})  # fmt: skip
+"""Parameters that describe the request and do not affect the answer."""
+
+NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "moderation": (),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "verbosity": (),
+    "web_search_options": (),
+}
+"""Parameters that are not implemented, with the values, beside null, that change nothing."""
+
+NEUTRAL_IN_MESSAGES: Mapping[str, tuple[object, ...]] = {
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "refusal": (),
+    "tool_call_id": (),
+    "tool_calls": ([],),
+}
+"""Our own answers have some of these, and come back as part of a conversation."""
+
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+TokenIds = Annotated[list[int], Field(fail_fast=True)]
+
+_EXPECTED = {
+    "prompt": "must be a text, a list of texts, a list of token ids, or a list of such lists; and"
+    f" {MAX_PROMPTS} at most",
+    "stop": f"must be one text, or up to {MAX_STOPS}, of up to {MAX_STOP_CHARACTERS} characters",
+    "content": "must be a text, or a list of parts of type text",
+}
+
+
+class StrictModel(BaseModel):
+    """A JSON object with at most `MAX_MEMBERS` members, all of them known."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _limit_members(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > MAX_MEMBERS:
+            raise ValueError(f"it has more than {MAX_MEMBERS} members")
+        return value
+
+
+class StreamOptions(StrictModel):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+    """Accepted and not done; OpenAI leaves it to clients."""
+
+
+class GenerationBody(StrictModel):
+    """The parameters of both kinds of completions."""
+
+    default_max_tokens: ClassVar[int | None]
+
+    model: Annotated[str, Field(min_length=1, max_length=4096)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=MIN_SEED, le=MAX_SEED)] | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(fail_fast=True, max_length=MAX_STOPS)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    ignore_eos: bool = False
+    """Go on to `max_tokens` whatever the model says, as in vLLM; for measurements."""
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        """The maximum number of new tokens; None is as many as fit."""
+        return self.max_tokens or self.default_max_tokens
+
+
+class CompletionBody(GenerationBody):
+    """The body of /v1/completions."""
+
+    default_max_tokens = 16
+
+    prompt: (
+        str
+        | Annotated[list[str], Field(fail_fast=True, max_length=MAX_PROMPTS)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(fail_fast=True, max_length=MAX_PROMPTS)]
+    )
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The text or token ids of each prompt."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt  # type: ignore[return-value]
+
+
+class TextPart(StrictModel):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(StrictModel):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_PARTS)]
+    name: str | None = None
+
+    def as_template(self) -> dict[str, str]:
+        """Return it as chat templates take it; they know "developer" by its older name."""
+        role = "system" if self.role == "developer" else self.role
+        content = self.content
+        if not isinstance(content, str):
+            content = "\n".join(part.text for part in content)
+        named = {} if self.name is None else {"name": self.name}
+        return {"role": role, "content": content} | named
+
+
+class ChatBody(GenerationBody):
+    """The body of /v1/chat/completions."""
+
+    default_max_tokens = None
+
+    messages: Annotated[
+        list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)
+    ]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+
+class LoadBody(StrictModel):
+    """The body of /v1/load_lora_adapter, as in vLLM."""
+
+    lora_name: str = ""
+    lora_path: str = ""
+    load_inplace: bool = False
+
+
+class UnloadBody(StrictModel):
+    """The body of /v1/unload_lora_adapter."""
+
+    lora_name: str = ""
+    lora_int_id: int | None = None
+    """vLLM's number of an adapter; ignored."""
+
+
+# -- parsing --------------------------------------------------------------------------------------
+
+T = TypeVar("T", bound=BaseModel)
+
+
+def parse_body(kind: type[T], content: bytes) -> T:
+    """Parse a body of that kind. Raise `Refusal` (400)."""
+    try:
+        members = from_json(content, allow_inf_nan=False)
+    except ValueError as error:
+        raise Refusal(400, f"The body is not JSON: {error}", code="invalid_json") from None
+    if not isinstance(members, dict):
+        raise Refusal(400, "The body must be a JSON object", code="invalid_json")
+    if issubclass(kind, GenerationBody):
+        _drop_neutral(members, NEUTRAL, "")
+        messages = members.get("messages")
+        listed = messages[:MAX_MESSAGES] if isinstance(messages, list) else []
+        for number, message in enumerate(listed):
+            if isinstance(message, dict):
+                _drop_neutral(message, NEUTRAL_IN_MESSAGES, f"messages.{number}.")
+        members = {name: value for name, value in members.items() if name not in IGNORED}
+    try:
+        body = kind.model_validate(members)
+    except ValidationError as error:
+        raise _refusal_of(error) from None
+    if isinstance(body, GenerationBody) and body.stream_options is not None and not body.stream:
+        raise Refusal(
+            400, "stream_options is for requests with stream=true", param="stream_options"
+        )
+    return body
+
+
+def _drop_neutral(
+    members: dict[str, Any], neutral: Mapping[str, tuple[object, ...]], prefix: str
+) -> None:
+    """Remove unimplemented parameters with neutral values. Raise `Refusal` for other values."""
+    for name in neutral.keys() & members.keys():
+        value = members.pop(name)
+        # To Python, 0 is False.
+        same = (
+            value == other and isinstance(value, bool) == isinstance(other, bool)
+            for other in neutral[name]
+        )
+        if value is not None and not any(same):
+            param = f"{prefix}{name}"
+            message = f"{param} is not implemented here; leave it out"
+            raise invalid(message, param, "unsupported_parameter")
+
+
+def _refusal_of(error: ValidationError) -> Refusal:
+    """Name the first fault, in OpenAI's words where it has any."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    path = [shorten(str(part), 100) for part in first["loc"]]
+    # In a union, pydantic appends the alternative that it tried.
+    union = next((n for n, part in enumerate(path) if part in _EXPECTED), None)
+    name = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        message = f"Unrecognized request argument supplied: {name}"
+        return invalid(message, name, "unknown_parameter")
+    if first["type"] == "missing" and (union is None or union == len(path) - 1):
+        return invalid(f"Missing required parameter: {name}", name, "missing_required_parameter")
+    if union is not None:
+        name = ".".join(path[: union + 1])
+        return invalid(f"{name} {_EXPECTED[path[union]]}", name)
+    name = name or "the body"
+    return invalid(f"{name} is refused: {first['msg'].lower()}", name)
+
+
+# -- prompts --------------------------------------------------------------------------------------
+
+
+class PromptEncoder:
+    """Turn prompts and conversations into token ids. Thread-safe; long texts block for long.
+
+    `tokenizer` is a fast one of transformers.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._chat = tokenizer
+        # A copy: it must not truncate or pad, and the caller's may be reconfigured at any time.
+        self.tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self._vocabulary = self.tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def read(self, body: GenerationBody) -> list[tuple[int, ...]]:
+        """Return the token ids of each prompt. Raise `Refusal`."""
+        if isinstance(body, ChatBody):
+            return [self._read_chat(body)]
+        assert isinstance(body, CompletionBody)
+        prompts = [self._read_prompt(prompt) for prompt in body.prompts]
+        if not prompts or not all(prompts):
+            raise invalid("A prompt is empty", "prompt")
+        return prompts
+
+    def _read_prompt(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            return self._encode(prompt)
+        if prompt and not 0 <= min(prompt) <= max(prompt) < self._vocabulary:
+            last = self._vocabulary - 1
+            raise invalid(f"A token id of the prompt is outside 0 … {last}", "prompt")
+        return tuple(prompt)
+
+    def _read_chat(self, body: ChatBody) -> tuple[int, ...]:
+        messages = [message.as_template() for message in body.messages]
+        try:
+            text = self._chat.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            message = "The model's chat template refuses these messages: "
+            raise invalid(message + shorten(str(error), 300), "messages") from None
+        # The template has written the special tokens.
+        return self._encode(text, add_special_tokens=False)
+
+    def _encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        # Only the batch call releases the GIL, and a long text takes seconds.
+        (found,) = self.tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return tuple(found.ids)

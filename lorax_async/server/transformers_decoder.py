@@ -1,0 +1,390 @@
+"""`TransformersDecoder`: a Hugging Face decoder with adapters attached, computed in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+
+from lorax_async.engines.transformers import AttachedModel
+from lorax_async.errors import ConfigError, LoraxError, UsageError
+from lorax_async.server.generation import DecoderStep, SequencePart, StepResult
+from lorax_async.validation import require_count
+
+BLOCK = 64
+"""Tokens by which places grow."""
+
+
+class KVCache:
+    """Assign places to sequences.
+
+    Attributes
+    ----------
+    cache
+        The model's `past_key_values`, between `begin` and the end of the pass.
+
+    Memory is `[places, heads, tokens, head_dim]` per layer, twice: as many places as there were
+    sequences at a time, as long as the longest of them, rounded up to `BLOCK` tokens.
+    """
+
+    def __init__(self, layers: int, max_sequences: int, device: torch.device) -> None:
+        self._layers = [PlacesLayer() for _ in range(layers)]
+        self.cache: Any = Cache(layers=list(self._layers))  # untyped in transformers
+        self._max_sequences = max_sequences
+        self._device = device
+        self._places: dict[int, int] = {}
+        self._lengths: dict[int, int] = {}
+        self._last: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        """Return the number of sequences."""
+        return len(self._places)
+
+    def begin(self, sequences: Sequence[int], starts: Sequence[int], tokens: int) -> PassRows:
+        """Prepare a pass over `tokens` tokens of each sequence, from these positions on.
+
+        Raise `UsageError`, and change nothing, for more sequences than places, or a start that is
+        not the sequence's length.
+        """
+        self._check(sequences, starts)
+        for sequence, start in zip(sequences, starts, strict=True):
+            if start == 0:
+                self.forget(sequence)
+                taken = set(self._places.values())
+                free = (place for place in range(self._max_sequences) if place not in taken)
+                self._places[sequence] = next(free)
+            self._lengths[sequence] = start + tokens
+        self._gather(sequences)
+        places = [self._places[sequence] for sequence in sequences]
+        rows = PassRows(places, starts, tokens, self._device)
+        for layer in self._layers:
+            layer.begin(rows, max(self._places.values()) + 1)
+        return rows
+
+    def forget(self, sequence: int) -> None:
+        """Free a sequence's place. Idempotent."""
+        place = self._places.pop(sequence, None)
+        if place is not None:
+            length = self._lengths.pop(sequence)
+            for layer in self._layers:
+                layer.clear(place, length)
+
+    def _check(self, sequences: Sequence[int], starts: Sequence[int]) -> None:
+        for sequence, start in zip(sequences, starts, strict=True):
+            if start and self._lengths.get(sequence) != start:
+                raise UsageError(
+                    f"sequence {sequence} goes on at {start}, and has"
+                    f" {self._lengths.get(sequence, 0)} tokens; begin it anew"
+                )
+        together = len(self._places.keys() | set(sequences))
+        if together > self._max_sequences:
+            raise UsageError(
+                f"{together} sequences have keys and values, and max_sequences is"
+                f" {self._max_sequences}; give the scheduler that number as max_begun"
+            )
+
+    def _gather(self, sequences: Sequence[int]) -> None:
+        """Move rows that come twice in a row to consecutive places: later passes copy nothing."""
+        again, self._last = tuple(sequences) == self._last, tuple(sequences)
+        if not again or _consecutive([self._places[sequence] for sequence in sequences]):
+            return
+        others = [each for each in self._places if each not in set(sequences)]
+        ordered = [*sequences, *others]
+        before = [self._places[sequence] for sequence in ordered]
+        for layer in self._layers:
+            layer.move(before)
+        self._places = {sequence: place for place, sequence in enumerate(ordered)}
+
+
+class PlacesLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """The keys and values of one layer, each `[places, heads, tokens, head_dim]`.
+
+    Masked values are multiplied by 0, which NaN survives: unused tokens must be 0.
+    """
+
+    is_sliding = False
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._rows: PassRows | None = None
+        self._size = 0, 0
+
+    # -- between passes ----------------------------------------------------------------------------
+
+    def begin(self, rows: PassRows, places: int) -> None:
+        """Grow for the rows of a pass over this many places."""
+        self._rows = rows
+        size = (
+            max(self._size[0], places),
+            max(self._size[1], -(-rows.length // BLOCK) * BLOCK),
+        )
+        if size == self._size:
+            return
+        if self.is_initialized:
+            self.keys, self.values = [_grown(store, size) for store in self._stores()]
+        self._size = size
+
+    def clear(self, place: int, length: int) -> None:
+        for store in self._stores():
+            store[place, :, :length] = 0
+
+    def move(self, places: Sequence[int]) -> None:
+        """Move `places[n]` to place n, and clear the others."""
+        for store in self._stores():
+            index = torch.tensor(places, device=store.device)
+            moved = store.index_select(0, index)
+            store[: len(places)] = moved
+            store[len(places) :] = 0
+
+    def _stores(self) -> Iterable[torch.Tensor]:
+        return [store for store in (self.keys, self.values) if store is not None]
+
+    # -- for the model -----------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = (_new(like, self._size) for like in (key_states, value_states))
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object, **__: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the new tokens `[rows, heads, tokens, head_dim]`; return all that the rows have."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self._rows is not None
+        assert self.keys is not None
+        assert self.values is not None
+        rows = self._rows
+        return rows.store(self.keys, key_states), rows.store(self.values, value_states)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0 if self._rows is None else self._rows.length - self._rows.tokens
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class PassRows:
+    """The rows of one forward pass: their places, positions and mask.
+
+    Attributes
+    ----------
+    tokens
+        New tokens of each row.
+    length
+        Tokens of the longest row, new ones included.
+    """
+
+    def __init__(
+        self, places: Sequence[int], starts: Sequence[int], tokens: int, device: torch.device
+    ) -> None:
+        self.tokens = tokens
+        self.length = max(starts) + tokens
+        self._places = list(places)
+        self._starts = list(starts)
+        self._device = device
+        self._slice = slice(places[0], places[0] + len(places)) if _consecutive(places) else None
+        self._same_length = len(set(starts)) == 1
+
+    def positions(self) -> torch.Tensor:
+        """Return the positions of the new tokens, `[rows, tokens]`."""
+        return self._ends.unsqueeze(1) + torch.arange(self.tokens, device=self._device)
+
+    def mask(self) -> torch.Tensor | None:
+        """Return which of `length` tokens each row has, `[rows, length]`; None if all."""
+        if self._same_length:
+            return None
+        ends = self._ends.unsqueeze(1) + self.tokens
+        return torch.arange(self.length, device=self._device) < ends
+
+    def store(self, store: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """Write `new` `[rows, heads, tokens, head_dim]` into a layer's store `[places, heads, …]`.
+
+        Return what the rows have there, `[rows, heads, length, head_dim]`.
+        """
+        self._write(store, new)
+        if self.length == self.tokens:
+            return new
+        if self._slice is not None:
+            return store[self._slice, :, : self.length]
+        return store[:, :, : self.length].index_select(0, self._index)
+
+    def _write(self, store: torch.Tensor, new: torch.Tensor) -> None:
+        if self._slice is not None and self._same_length:
+            store[self._slice, :, self.length - self.tokens : self.length] = new
+        elif self.tokens == 1:
+            store[self._index, :, self._ends] = new[:, :, 0]
+        else:
+            for place, start, row in zip(self._places, self._starts, new, strict=True):
+                store[place, :, start : start + self.tokens] = row
+
+    @cached_property
+    def _index(self) -> torch.Tensor:
+        return torch.tensor(self._places, device=self._device)
+
+    @cached_property
+    def _ends(self) -> torch.Tensor:
+        """The end of each row before the pass."""
+        return torch.tensor(self._starts, device=self._device)
+
+
+def _consecutive(places: Sequence[int]) -> bool:
+    return list(places) == list(range(places[0], places[0] + len(places)))
+
+
+def _new(like: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    places, tokens = size
+    return like.new_zeros(places, like.shape[1], tokens, like.shape[3])
+
+
+def _grown(store: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    grown = _new(store, size)
+    grown[: store.shape[0], :, : store.shape[2]] = store
+    return grown
+
+
+class TransformersDecoder:
+    """Compute steps with a transformers model, and keep its KV cache.
+
+    Rows with the same number of tokens share a forward pass: all rows that decode, and prompts of
+    the same length. No row is padded, so that each is what it would be alone.
+
+    Parameters
+    ----------
+    model
+        An `AutoModelForCausalLM` in `eval` mode, whose layers all attend to all earlier tokens.
+    attached
+        What `engines.transformers.attach` returned for it.
+    max_sequences
+        Sequences to keep at a time: the scheduler's `max_begun`.
+    max_length
+        Tokens of a sequence; None is as many as the model has positions for.
+
+    The cache takes up to `max_sequences * max_length` tokens, each of two vectors of
+    `num_key_value_heads * head_dim` numbers per layer. It grows as needed and does not shrink.
+
+    Raise `ConfigError` for a model that it cannot compute, or a number out of range.
+    """
+
+    def __init__(
+        self, model: Any, attached: AttachedModel, max_sequences: int, max_length: int | None = None
+    ) -> None:
+        config = model.config.get_text_config(decoder=True)
+        positions = config.max_position_embeddings
+        self._max_length = positions if max_length is None else max_length
+        require_count("max_sequences", max_sequences, least=1)
+        require_count("max_length", self._max_length, least=1)
+        if self._max_length > positions:
+            raise ConfigError(
+                f"max_length is {self._max_length}, and the model knows {positions} positions"
+            )
+        self._vocabulary: int = config.vocab_size
+        self._model = model
+        self._attached = attached
+        self._cache = KVCache(_layers_of(model, config), max_sequences, model.device)
+
+    @property
+    def max_length(self) -> int:
+        return self._max_length
+
+    @property
+    def vocabulary(self) -> int:
+        return self._vocabulary
+
+    @property
+    def sequences(self) -> int:
+        """The number of sequences in the KV cache."""
+        return len(self._cache)
+
+    @torch.inference_mode()
+    def compute(self, step: DecoderStep) -> StepResult:
+        """Implement `Decoder`. Raise `UsageError` for a part that does not follow the cache."""
+        several = len({part.handle for part in step.parts}) > 1
+        left, out = step.budget, dict[int, LoraxError]()
+        logits: torch.Tensor | None = None
+        for numbers in _passes(step.parts):
+            parts = [step.parts[number] for number in numbers]
+            handles = [part.handle for part in parts]
+            with self._attached.batch(handles, left, step.others_wait, beside=several) as gate:
+                found = self._forward(parts)
+            left = max(0.0, gate.left)
+            out.update({numbers[row]: error for row, error in gate.out.items()})
+            if logits is None:
+                logits = found.new_empty(len(step.parts), found.shape[1])
+            logits[numbers] = found
+        assert logits is not None
+        for number in out:
+            self.forget(step.parts[number].sequence)
+        return StepResult(logits, out)
+
+    def forget(self, sequence: int) -> None:
+        with torch.inference_mode():
+            self._cache.forget(sequence)
+
+    def _forward(self, parts: Sequence[SequencePart]) -> torch.Tensor:
+        """Return the logits after each part, float32 `[parts, vocabulary]`."""
+        ids = torch.tensor([list(part.tokens) for part in parts], device=self._model.device)
+        sequences, starts = [part.sequence for part in parts], [part.start for part in parts]
+        rows = self._cache.begin(sequences, starts, ids.shape[1])
+        logits: torch.Tensor = self._model(
+            input_ids=ids,
+            attention_mask=rows.mask(),
+            position_ids=rows.positions(),
+            past_key_values=self._cache.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        return logits[:, -1].float()
+
+
+def _passes(parts: Sequence[SequencePart]) -> list[list[int]]:
+    """Group the numbers of parts by forward pass; passes that may wait for adapters come last."""
+    groups = dict[tuple[int, int], list[int]]()
+    for number, part in enumerate(parts):
+        tokens = len(part.tokens)
+        groups.setdefault((tokens, part.start if tokens > 1 else 0), []).append(number)
+
+    def waits(numbers: list[int]) -> bool:
+        handles = (parts[number].handle for number in numbers)
+        return any(handle is not None and not handle.resident for handle in handles)
+
+    return sorted(groups.values(), key=waits)
+
+
+def _layers_of(model: Any, config: Any) -> int:
+    """Return the number of layers. Raise `ConfigError` if a row could depend on other rows."""
+    if model.training:
+        raise ConfigError("the model is in training mode; call its eval()")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ConfigError("the model has an encoder; only decoders are served")
+    if any(getattr(module, "is_causal", True) is False for module in model.modules()):
+        raise ConfigError("the model's tokens attend to later ones; only decoders are served")
+    layers = DynamicCache(config=config).layers
+    others = {type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer}
+    if others:
+        raise ConfigError(
+            f"the model's config asks for {', '.join(sorted(others))}: only models are served"
+            " of which every layer attends to all tokens before"
+        )
+    changing = _rope_types(getattr(config, "rope_parameters", None)) & {"dynamic", "longrope"}
+    if changing:
+        raise ConfigError(
+            f"the model's rope_type is {', '.join(sorted(changing))}: its positions mean other"
+            " things beside a longer row, so rows cannot be computed together"
+        )
+    return len(layers)
+
+
+def _rope_types(parameters: object) -> set[str]:
+    """Return the rope types of all layers; parameters may be nested by layer type."""
+    if not isinstance(parameters, Mapping):
+        return set()
+    nested = [_rope_types(each) for each in parameters.values()]
+    return {str(parameters.get("rope_type"))}.union(*nested)

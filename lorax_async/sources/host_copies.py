@@ -1,0 +1,658 @@
+"""Adapters that were given as tensors: snapshots in host memory, or spilled to one file."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import resource
+import secrets
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from math import inf
+from threading import Lock
+
+import torch
+
+from lorax_async.cache.base import Cache, CacheDownload, CacheEntry
+from lorax_async.cache.records import CacheKey
+from lorax_async.concurrency import FetchControl, outcome
+from lorax_async.config import Limits
+from lorax_async.devices.staging import TORCH_DTYPES, StagingBuffer
+from lorax_async.devices.streams import DeviceEvent, new_event, stream_on
+from lorax_async.errors import (
+    CapacityError,
+    FetchError,
+    IntegrityError,
+    InternalError,
+    LoraxError,
+    UnsupportedAdapterError,
+    UsageError,
+    shorten,
+)
+from lorax_async.files import Reader
+from lorax_async.formats.safetensors import TensorDescription, write_header
+from lorax_async.formats.split_weights import CONFIG_FILE, WEIGHTS_FILE
+from lorax_async.planning.transfer_plan import check_size
+from lorax_async.types import UNCHECKED, AdapterKey, TensorsKey, Verification
+
+STEP_BYTES = 4 << 20
+"""Copied and hashed in one go: some milliseconds."""
+
+STEP_TENSORS = 256
+
+_SPELLED = {dtype: word for word, dtype in TORCH_DTYPES.items()}
+
+
+class TensorSnapshot:
+    """Copies tensors in steps of some milliseconds, in any thread, one step at a time.
+
+    It is made while the tensors have the values to copy; what has been put on this thread's current
+    streams by then is waited for. Call `measure`, then `step` until it returns False; then `key`,
+    `prefix` and `content` (uint8 `[nbytes]`) are the file's.
+
+    Raises `UsageError` for what are no tensors.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], config: bytes, limits: Limits) -> None:
+        given: object = tensors
+        if not isinstance(given, Mapping):
+            kind = type(given).__name__
+            raise UsageError(f"tensors are a dict of torch tensors by name, not {kind}")
+        self._tensors = dict(tensors)
+        if len(self._tensors) > limits.max_tensors:
+            raise UnsupportedAdapterError(
+                f"{len(self._tensors):,} tensors are over the limit of {limits.max_tensors:,};"
+                " raise Limits.max_tensors to accept them"
+            )
+        self.config = config
+        self.prefix = b""
+        self._limits = limits
+        self._versions = _versions(self._tensors)
+        self._events = _recorded_events(self._tensors)
+        self._described: list[TensorDescription] = []
+        self._places: list[tuple[int, int]] = []
+        self._content: torch.Tensor | None = None
+        self._digest = hashlib.sha256()
+        self._steps = self._copy()
+
+    @property
+    def key(self) -> TensorsKey:
+        return TensorsKey.of(self._digest.hexdigest())
+
+    @property
+    def content(self) -> torch.Tensor:
+        assert self._content is not None
+        return self._content
+
+    def measure(self) -> int:
+        """Check everything but the bytes; return the file's size. Blocks.
+
+        Raises `UnsupportedAdapterError`, also for more bytes than the limits accept.
+        """
+        described = [_described(name, tensor) for name, tensor in self._tensors.items()]
+        # As safetensors has them: the wider dtypes first, so that each is aligned to its own size.
+        self._described = sorted(
+            described, key=lambda each: (-TORCH_DTYPES[each.dtype].itemsize, each.name)
+        )
+        self.prefix, self._places = write_header(self._described)
+        nbytes = self._places[-1][1] if self._places else len(self.prefix)
+        check_size(nbytes, "in its tensors", self._limits)
+        return nbytes
+
+    def step(self) -> bool:
+        """Copy some more; return whether there is more to copy. Blocks.
+
+        Raises
+        ------
+        IntegrityError
+            A tensor was written to since the snapshot was made.
+        FetchError
+            It could not be read.
+        CapacityError
+            The machine has no memory for the copy.
+        """
+        try:
+            return next(self._steps, None) is not None
+        except BaseException:
+            self._content = None  # an error that is kept must not keep the bytes
+            raise
+
+    def _copy(self) -> Iterator[bool]:
+        self._content = content = host_memory(
+            self._places[-1][1] if self._places else len(self.prefix), self.prefix
+        )
+        # The length, for a byte must not pass from one to the other.
+        self._digest.update(len(self.config).to_bytes(8, "little") + self.config + self.prefix)
+        for event in self._events:
+            event.synchronize()
+        nbytes = count = 0
+        for described, (start, stop) in zip(self._described, self._places, strict=True):
+            source = _source(described.name, self._tensors[described.name])
+            target = content[start:stop].view(source.dtype).view(source.shape)
+            several = max(1, STEP_BYTES * len(source) // max(1, source.nbytes))
+            cuts = list(range(several, len(source), several))
+            pieces = zip(target.tensor_split(cuts), source.tensor_split(cuts), strict=True)
+            for piece, rows in pieces if source.numel() else ():
+                _copy_piece(described.name, piece, rows)
+                self._digest.update(StagingBuffer.of(piece.view(torch.uint8)).memory)
+                nbytes, count = nbytes + piece.nbytes, count + 1
+                if nbytes >= STEP_BYTES or count >= STEP_TENSORS:
+                    nbytes = count = 0
+                    yield True
+        self._require_unchanged()
+
+    def _require_unchanged(self) -> None:
+        after = _versions(self._tensors)
+        for name, before, now in zip(self._tensors, self._versions, after, strict=True):
+            if before != now:
+                raise IntegrityError(
+                    f"tensor {shorten(name, 200)!r} was written to while it was copied; train on"
+                    " when the call is through, or give it a clone"
+                )
+
+
+def host_memory(nbytes: int, prefix: bytes) -> torch.Tensor:
+    """Return uint8 `[nbytes]` of host memory that begins with `prefix`, or `CapacityError`."""
+    try:
+        content = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+    except (RuntimeError, MemoryError) as error:
+        problem = f"there is no host memory for a copy of {nbytes:,} bytes"
+        raise CapacityError(problem, stage="fetch") from error
+    content[: len(prefix)] = torch.frombuffer(bytearray(prefix), dtype=torch.uint8)
+    return content
+
+
+def _versions(tensors: Mapping[str, torch.Tensor]) -> list[int]:
+    """Return how often each was written to, as far as torch counts it."""
+    try:
+        return [tensor._version for tensor in tensors.values()]  # noqa: SLF001 - torch has no other
+    except AttributeError:
+        name, other = next(
+            (name, each) for name, each in tensors.items() if not isinstance(each, torch.Tensor)
+        )
+        kind = type(other).__name__
+        raise UsageError(f"tensor {str(name)!r} is no torch tensor, but {kind}") from None
+    except RuntimeError:  # one was made in inference mode, where torch does not count
+        return [
+            0 if tensor.is_inference() else tensor._version  # noqa: SLF001 - as above
+            for tensor in tensors.values()
+        ]
+
+
+def _recorded_events(tensors: Mapping[str, torch.Tensor]) -> list[DeviceEvent]:
+    """Return events that are done when the tensors' devices have done what was asked so far."""
+    if all(tensor.is_cpu for tensor in tensors.values()):
+        return []
+    events: list[DeviceEvent] = []
+    for device in {tensor.device for tensor in tensors.values()}:
+        if device.type not in {"cpu", "meta"}:
+            event = new_event(device)
+            event.record(stream_on(device, None))
+            events.append(event)
+    return events
+
+
+def _described(name: object, tensor: torch.Tensor) -> TensorDescription:
+    if not isinstance(name, str):
+        raise UsageError(f"tensors have names, not {shorten(repr(name), 200)}")
+    shown = repr(shorten(name, 200))
+    if tensor.layout != torch.strided or tensor.is_meta:
+        raise UsageError(f"tensor {shown} has no plain bytes to copy; materialise it first")
+    dtype = _SPELLED.get(tensor.dtype)
+    if dtype is None:
+        raise UnsupportedAdapterError(
+            f"tensor {shown} is {tensor.dtype}; give it as {', '.join(map(str, _SPELLED))}"
+        )
+    return TensorDescription(name, dtype, tuple(tensor.shape))
+
+
+def _source(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Return rows to read, with memory behind them; reading without any ends the process."""
+    reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    last = (tensor.storage_offset() + reach + 1) * tensor.itemsize
+    if tensor.numel() and tensor.untyped_storage().nbytes() < last:
+        problem = f"tensor {shorten(name, 200)!r} has no memory behind it; gather it first"
+        raise FetchError(problem, retryable=False)
+    rows = tensor.detach()
+    return rows if rows.dim() else rows.view(1)
+
+
+def _copy_piece(name: str, piece: torch.Tensor, rows: torch.Tensor) -> None:
+    try:
+        piece.copy_(rows)
+    except Exception as error:  # noqa: BLE001 - whatever a stranger's tensor raises
+        problem = f"tensor {shorten(name, 200)!r} could not be copied: {error}"
+        # Without its frames, which hold the bytes.
+        raise FetchError(problem, retryable=False) from error.with_traceback(None)
+
+
+PIECE_BYTES = 8 << 20
+"""Written or read ahead in one go: a cancelled spill ends after this many bytes."""
+
+SOURCE = "tensors"
+"""Of the cache entries' keys; no id of a source is one word."""
+
+_logger = logging.getLogger("lorax_async")
+
+
+class Reservation:
+    """Bytes of a budget, until it is ended."""
+
+    def __init__(self, nbytes: int, give_back: Callable[[int], None]) -> None:
+        self._give_back = give_back
+        self._nbytes = nbytes
+        self._lock = Lock()
+
+    def end(self) -> None:
+        """Give the bytes back. Idempotent, from any thread."""
+        with self._lock:
+            nbytes, self._nbytes = self._nbytes, 0
+        self._give_back(nbytes)
+
+
+class SpillFile:
+    """The weights of one adapter in an entry of the disk cache that is this loader's alone."""
+
+    def __init__(self, key: CacheKey, entry: CacheEntry) -> None:
+        self.key = key
+        self.reader = entry.reader(WEIGHTS_FILE)
+        self._entry = entry
+
+    def close(self) -> None:
+        """Quick. The entry is left to be removed."""
+        self.reader.close()
+        self._entry.close()
+
+
+class HostCopy:
+    """A safetensors file with its config, in memory or spilled. Readers may open it in any thread.
+
+    It owns `room`, the reservation of `content` (uint8 `[nbytes]`). The bytes are freed, or the
+    spill file is passed to `discard`, when it was dropped and its last reader closed.
+    """
+
+    def __init__(
+        self,
+        key: AdapterKey,
+        config: bytes,
+        prefix_bytes: int,
+        content: torch.Tensor,
+        room: Reservation,
+        verification: Verification = UNCHECKED,
+    ) -> None:
+        self.key = key
+        self.config = config
+        self.prefix_bytes = prefix_bytes
+        self.nbytes = content.nbytes
+        self.verification = verification
+        self.spilling: FetchControl | None = None
+        """Of the spill that is under way."""
+        self.discard: Callable[[SpillFile], None] = SpillFile.close
+        self.changed: Callable[[], None] = lambda: None
+        self._content: torch.Tensor | None = content
+        self._room = room
+        self._file: SpillFile | None = None
+        self._users = 1
+        self._reads = 0
+        self._lock = Lock()
+
+    @property
+    def content(self) -> torch.Tensor | None:
+        """None if it is not in memory."""
+        return self._content
+
+    @property
+    def is_read(self) -> bool:
+        return self._users > 1
+
+    def open(self) -> CopyReader:
+        """Return a reader that goes on wherever the bytes are moved."""
+        with self._lock:
+            self._users += 1
+        return CopyReader(self)
+
+    @contextmanager
+    def held(self) -> Iterator[torch.Tensor | Reader]:
+        """Keep the bytes where they are: in memory, or in a file."""
+        with self._lock:
+            self._reads += 1
+            content, file = self._content, self._file
+        try:
+            if content is not None:
+                yield content
+            elif file is not None:
+                yield file.reader
+            else:
+                raise FetchError("the adapter was closed before it was read")
+        finally:
+            content = None
+            with self._lock:
+                self._reads -= 1
+            self._free()
+
+    def move(self, file: SpillFile) -> None:
+        """Read from `file` from here on."""
+        with self._lock:
+            unused = not self._users
+            if not unused:
+                self._file, self._content = file, None
+        if unused:
+            self.discard(file)
+        self._free()
+
+    def leave(self) -> None:
+        """End one use: a reader's, or that of its keeper, who drops it."""
+        with self._lock:
+            self._users -= 1
+            unused, file = not self._users, self._file
+            if unused:
+                self._content = self._file = None
+        if unused and file is not None:
+            self.discard(file)
+        self._free()
+        self.changed()
+
+    def _free(self) -> None:
+        if self._content is None and not self._reads:
+            self._room.end()
+
+
+class CopyReader:
+    """The `Reader` of a host copy."""
+
+    def __init__(self, copy: HostCopy) -> None:
+        self.copy = copy
+        self.nbytes = copy.nbytes
+        self._open = True
+        self._lock = Lock()
+
+    def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
+        with self._held(offset + sum(buffer.nbytes for buffer in buffers)) as found:
+            if not isinstance(found, torch.Tensor):
+                found.read_into(buffers, offset)
+                return
+            for buffer in buffers:
+                if buffer.nbytes:
+                    target = torch.frombuffer(buffer.cast("B"), dtype=torch.uint8)
+                    # As a memoryview it would hold the GIL.
+                    target.copy_(found[offset : offset + buffer.nbytes])
+                    offset += buffer.nbytes
+
+    def read_rows(self, buffer: memoryview, offset: int, rows: int, pitch: int) -> None:
+        size = buffer.nbytes // rows
+        stop = offset + (rows - 1) * pitch + size
+        with self._held(stop) as found:
+            if not isinstance(found, torch.Tensor):
+                found.read_rows(buffer, offset, rows, pitch)
+                return
+            apart = found[offset:stop].as_strided((rows, size), (pitch, 1))
+            torch.frombuffer(buffer.cast("B"), dtype=torch.uint8).view(rows, size).copy_(apart)
+
+    def prefix(self) -> bytes:
+        """Return the file's length and header. Blocks."""
+        content = bytearray(self.copy.prefix_bytes)
+        self.read_into([memoryview(content)], 0)
+        return bytes(content)
+
+    def read_ahead(self) -> None:
+        """Bring a spilled file into the page cache. Blocks."""
+        if self.copy.content is None:
+            buffer = memoryview(bytearray(min(PIECE_BYTES, self.nbytes)))
+            for start in range(0, self.nbytes, PIECE_BYTES):
+                self.read_into([buffer[: self.nbytes - start]], start)
+
+    def close(self) -> None:
+        with self._lock:
+            was_open, self._open = self._open, False
+        if was_open:
+            self.copy.leave()
+
+    @contextmanager
+    def _held(self, stop: int) -> Iterator[torch.Tensor | Reader]:
+        if not self._open:
+            raise FetchError("the reader was closed before it was read")
+        if stop > self.nbytes:
+            raise IntegrityError(f"the adapter ends before byte {stop:,}")
+        try:
+            with self.copy.held() as found:
+                yield found
+        except IntegrityError as error:
+            problem = (
+                "its copy in the disk cache, which took it where memory had no room, was changed or"
+                " removed by somebody; give its tensors again"
+            )
+            raise IntegrityError(problem, retryable=False) from error
+
+
+class HostCopies:
+    """Copies by key, the one used last at the end; those in memory are within `nbytes`.
+
+    `cache` returns the disk cache (it blocks) to spill to; None leaves all tensors in memory. To be
+    used on the loop, but for what readers give back.
+    """
+
+    def __init__(self, nbytes: int, cache: Callable[[], Cache] | None = None) -> None:
+        self.nbytes = nbytes
+        self.used = 0
+        self.spills = 0
+        self._cache = cache
+        self._threads = ThreadPoolExecutor(1, "lorax-spill")
+        self._copies: dict[AdapterKey, HostCopy] = {}
+        self._lock = Lock()
+        self._order = asyncio.Lock()
+        self._tell: Callable[[], None] = lambda: None
+        self._files = 0
+        self._discarded: deque[CacheKey] = deque()
+
+    @property
+    def sizes(self) -> Mapping[AdapterKey, int]:
+        """Bytes of each copy that is in memory."""
+        return {key: copy.nbytes for key, copy in self._copies.items() if copy.content is not None}
+
+    def in_memory(self, key: AdapterKey) -> bool:
+        copy = self._copies.get(key)
+        return copy is not None and copy.content is not None
+
+    def put(self, copy: HostCopy) -> HostCopy:
+        """Keep a copy, or the one with the same content that is kept already."""
+        known = self.get(copy.key)
+        if known is not None:
+            copy.leave()
+            return known
+        copy.discard, copy.changed = self._discard, self._changed
+        self._copies[copy.key] = copy
+        self._changed()
+        return copy
+
+    def get(self, key: AdapterKey) -> HostCopy | None:
+        """Return a copy that is to be used now."""
+        copy = self._copies.pop(key, None)
+        if copy is not None:
+            self._copies[key] = copy
+        return copy
+
+    def drop(self, key: AdapterKey) -> None:
+        """Keep a copy no longer; open readers stay valid."""
+        copy = self._copies.pop(key, None)
+        if copy is not None:
+            if copy.spilling is not None:
+                copy.spilling.end()
+            copy.leave()
+
+    def clear(self) -> None:
+        for key in tuple(self._copies):
+            self.drop(key)
+
+    def close(self) -> None:
+        """Leave nothing in the disk cache. All copies are to be dropped before. Blocks."""
+        self._threads.shutdown()
+        self._remove_discarded()
+
+    async def reserve(self, nbytes: int, check_open: Callable[[], None]) -> Reservation:
+        """Wait for room, in the order of the calls; merges are dropped and tensors spilled for it.
+
+        `check_open` raises once nothing may begin. Raises `CapacityError` if the copies that have
+        to stay leave too little.
+        """
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+
+        def tell() -> None:
+            with suppress(RuntimeError):  # the loop was closed meanwhile: nothing waits any more
+                loop.call_soon_threadsafe(changed.set)
+
+        failed = _Failures(self._cache is None)
+        if nbytes > self.nbytes:
+            raise self._full(nbytes, failed)
+        async with self._order:
+            self._tell = tell
+            while True:
+                check_open()
+                changed.clear()
+                with self._lock:
+                    if nbytes <= self.nbytes - self.used:
+                        self.used += nbytes
+                        return Reservation(nbytes, self._give_back)
+                victim = self._victim(nbytes, failed)
+                if victim is None:
+                    await changed.wait()
+                elif isinstance(victim.key, TensorsKey):
+                    await self._spill(victim, failed)
+                else:
+                    self.drop(victim.key)
+
+    def _victim(self, nbytes: int, failed: _Failures) -> HostCopy | None:
+        """Return what makes room next; None if room in use now is to be waited for."""
+        here = [copy for copy in self._copies.values() if copy.content is not None]
+        staying = 0
+        for copy in sorted(here, key=lambda each: isinstance(each.key, TensorsKey)):
+            if not isinstance(copy.key, TensorsKey):
+                if not copy.is_read:
+                    return copy
+            elif copy.nbytes >= failed.from_bytes:
+                staying += copy.nbytes
+            elif copy.spilling is None:
+                return copy
+        if staying + nbytes > self.nbytes:
+            raise self._full(nbytes, failed)
+        return None
+
+    def _full(self, nbytes: int, failed: _Failures) -> CapacityError:
+        return CapacityError(
+            f"{nbytes:,} bytes of tensors do not fit beside {self.used:,} in memory_bytes"
+            f" ({self.nbytes:,}); unload adapters that were given as tensors, or raise it"
+            f"{failed.reason}",
+            stage="fetch",
+            retryable=nbytes <= self.nbytes,
+        )
+
+    async def _spill(self, copy: HostCopy, failed: _Failures) -> None:
+        """Write one copy to the disk. A cancellation ends that soon, and does not wait for it."""
+        control = copy.spilling = FetchControl()
+        nbytes = copy.nbytes
+        writing = self._threads.submit(self._write, copy, control)
+        del copy  # the thread shall be the last to have it: to free so much takes a while
+        try:
+            error = await outcome(writing)
+        except asyncio.CancelledError:
+            control.end()
+            raise
+        if error is not None and not control.ended:
+            failed.add(error, nbytes)
+
+    def _write(self, copy: HostCopy, control: FetchControl) -> LoraxError | None:
+        """In the thread. Return why it stays in memory, if it does."""
+        try:
+            self._require_descriptors()
+            assert self._cache is not None
+            file = _written(self._cache(), copy, control)
+            self._files += 1
+            self.spills += 1
+            copy.move(file)
+        except LoraxError as error:
+            bare = error.located()
+            bare.__cause__ = None  # its frames hold the bytes
+            return bare
+        finally:
+            copy.spilling = None
+            self._changed()
+        return None
+
+    def _discard(self, file: SpillFile) -> None:
+        """Close a spill file now, in any thread, and remove it in the spill thread."""
+        file.close()
+        self._discarded.append(file.key)
+        with suppress(RuntimeError):  # `close` is under way, and removes what is left
+            self._threads.submit(self._remove_discarded)
+
+    def _remove_discarded(self) -> None:
+        while self._discarded:
+            self._files -= 1
+            try:
+                assert self._cache is not None
+                self._cache().remove(self._discarded.popleft())
+            except Exception:
+                _logger.exception("what was spilled to the disk cache is left there")
+
+    def _require_descriptors(self) -> None:
+        """A spill file is held open; a quarter of the process's descriptors may be."""
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if most != resource.RLIM_INFINITY and self._files >= most // 4:
+            raise CapacityError(
+                f"{self._files:,} of them are there, each of which takes one of the {most:,} files"
+                " that this process may open; raise its RLIMIT_NOFILE (ulimit -n)"
+            )
+
+    def _give_back(self, nbytes: int) -> None:
+        if nbytes:
+            with self._lock:
+                self.used -= nbytes
+            self._changed()
+
+    def _changed(self) -> None:
+        self._tell()
+
+
+class _Failures:
+    """The spills that one call has tried in vain: copies of `from_bytes` or more are not tried."""
+
+    def __init__(self, never: bool) -> None:
+        self.from_bytes = 0.0 if never else inf
+        self.reason = ""
+
+    def add(self, error: LoraxError, nbytes: int) -> None:
+        """Exclude larger ones if there was no room, else all: those would fail as well."""
+        self.reason = f"; nor can others make room on the disk: {error.problem}"
+        full = isinstance(error, CapacityError)
+        self.from_bytes = min(self.from_bytes, nbytes) if full else 0
+
+
+def _written(cache: Cache, copy: HostCopy, control: FetchControl) -> SpillFile:
+    """Write a copy to an entry of its own and bring it to the disk. Leave nothing on an error.
+
+    A key that no other loader has: there is nothing to join, resume or contradict. What a killed
+    process leaves is an entry that nothing holds, and makes room when the cache needs some.
+    """
+    content = copy.content
+    if content is None:
+        raise FetchError("it was dropped meanwhile")
+    key = CacheKey(SOURCE, f"{copy.key}-{secrets.token_hex(8)}")
+    download = cache.begin(key, SOURCE, control)
+    if not isinstance(download, CacheDownload):
+        raise InternalError("the disk cache has an entry that was to be made")
+    try:
+        for role, data in (
+            (CONFIG_FILE, memoryview(copy.config)),
+            (WEIGHTS_FILE, StagingBuffer.of(content).memory),
+        ):
+            file = download.file(role, data.nbytes)
+            for start in range(0, data.nbytes, PIECE_BYTES):
+                if control.ended:
+                    raise FetchError("nothing needs it on disk any more")
+                file.write([data[start : start + PIECE_BYTES]], start)
+        return SpillFile(key, download.publish())
+    except BaseException:
+        download.discard()
+        raise
