@@ -125,7 +125,7 @@ class Batch:
 
     @property
     def handles(self) -> tuple[AdapterHandle | None, ...]:
-        """Of each row, as `engines.transformers.Attached.batch` takes them."""
+        """Of each row, as `engines.transformers.AttachedModel.batch` takes them."""
         return tuple(row.handle for row in self.rows)
 
     @property

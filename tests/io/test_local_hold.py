@@ -220,11 +220,12 @@ def test_where_locking_is_refused_it_is_best_effort(
 def test_an_old_kernel_reads_ahead(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is mapped then, so nothing can be locked."""
     advices: list[int] = []
+    madvise = host_memory.madvise
 
     def old(address: int, nbytes: int, advice: int) -> int:
         advices.append(advice)
         known = advice != 22  # MADV_POPULATE_READ
-        return host_memory.madvise(address, nbytes, advice) if known else errno.EINVAL
+        return madvise(address, nbytes, advice) if known else errno.EINVAL
 
     monkeypatch.setattr(host_memory, "madvise", old)
     monkeypatch.setattr(host_memory, "lock_on_fault", lambda address, nbytes: 0)
@@ -266,12 +267,13 @@ def test_views_are_the_files_bytes_and_end_with_the_last(path: Path) -> None:
 
 def test_closed_while_it_is_populated(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another map may take the addresses as soon as they are free."""
+    madvise = host_memory.madvise
     with opened(path) as file:
 
         def slow(address: int, nbytes: int, advice: int) -> int:
             file.close()
             assert len(map_sizes(path)) == 1
-            return host_memory.madvise(address, nbytes, advice)
+            return madvise(address, nbytes, advice)
 
         monkeypatch.setattr(host_memory, "madvise", slow)
         file.populate()
