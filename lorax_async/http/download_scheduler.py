@@ -129,7 +129,7 @@ _TICK_SECONDS = 0.05
 
 
 @dataclass(slots=True, eq=False)
-class Piece:
+class DownloadPiece:
     """Bytes [at, stop) that are still to come, of which those before `claimed` are being read."""
 
     order: int
@@ -162,8 +162,8 @@ class Job(ABC, Generic[T]):
         self.deadline = deadline
         self.done: Future[T] = Future()
         self.done.set_running_or_notify_cancel()
-        self.running: dict[Attempt, Piece] = {}
-        self.pending: list[Piece] = []
+        self.running: dict[Attempt, DownloadPiece] = {}
+        self.pending: list[DownloadPiece] = []
         self.limit = float(scheduler.connections)
         self.announced = 0
         self.not_before = 0.0
@@ -177,12 +177,12 @@ class Job(ABC, Generic[T]):
         """The origin of its next request."""
         return None
 
-    def hands_over(self, piece: Piece) -> bool:  # noqa: ARG002 - some jobs do
+    def hands_over(self, piece: DownloadPiece) -> bool:  # noqa: ARG002 - some jobs do
         """Return whether the thread that reads the piece gives it up when another job needs one."""
         return False
 
     @abstractmethod
-    def work(self, piece: Piece, attempt: Attempt, buffer: memoryview) -> None:
+    def work(self, piece: DownloadPiece, attempt: Attempt, buffer: memoryview) -> None:
         """Fetch the piece, through the thread's own buffer. Raises what `leave` is to record."""
 
     def cancel(self, error: LoraxError) -> None:
@@ -202,7 +202,7 @@ class Job(ABC, Generic[T]):
             used, min(int(self.limit), used + sum(p.not_before <= now for p in self.pending))
         )
 
-    def take(self, now: float) -> Piece | None:
+    def take(self, now: float) -> DownloadPiece | None:
         """Take the first piece that may start."""
         for n, piece in enumerate(self.pending):
             if piece.not_before <= now:
@@ -213,11 +213,11 @@ class Job(ABC, Generic[T]):
         """Whether the piece that `take` would return was tried before."""
         return next((piece.tried for piece in self.pending if piece.not_before <= now), False)
 
-    def split(self, now: float) -> Piece | None:  # noqa: ARG002 - some jobs can
+    def split(self, now: float) -> DownloadPiece | None:  # noqa: ARG002 - some jobs can
         """Cut a part off a piece that another thread is too slow with."""
         return None
 
-    def put_back(self, piece: Piece) -> None:
+    def put_back(self, piece: DownloadPiece) -> None:
         insort(self.pending, piece, key=lambda each: each.order)
 
     def leave(self, attempt: Attempt, failure: Exception | None) -> None:
@@ -235,7 +235,7 @@ class Job(ABC, Generic[T]):
             self.settle(piece)
 
     @abstractmethod
-    def settle(self, piece: Piece) -> None:
+    def settle(self, piece: DownloadPiece) -> None:
         """Put back what is left of the piece, and decide whether the job is over."""
 
     def fail(self, error: LoraxError) -> None:
@@ -245,7 +245,7 @@ class Job(ABC, Generic[T]):
             for attempt in self.running:
                 attempt.end()
 
-    def _retry(self, piece: Piece, failure: RetryableError) -> None:
+    def _retry(self, piece: DownloadPiece, failure: RetryableError) -> None:
         # A throttled job is judged by its own progress: it is not this piece that fails.
         throttled = failure.throttled
         received, enough = (self.received, 1) if throttled else (piece.received, _PROGRESS_BYTES)
@@ -314,13 +314,13 @@ class OriginActivity:
         self._attempts: dict[Attempt, _Observation] = {}
         self._origins: OrderedDict[Hashable, _Silence] = OrderedDict()
 
-    def begun(self, attempt: Attempt, piece: Piece) -> None:
+    def begun(self, attempt: Attempt, piece: DownloadPiece) -> None:
         now = self._clock()
         received = (piece.received, attempt.received)
         self._attempts[attempt] = _Observation(attempt.origin, received, now)
         self._requested(attempt.origin, now)
 
-    def look(self, attempt: Attempt, piece: Piece) -> float:
+    def look(self, attempt: Attempt, piece: DownloadPiece) -> float:
         """Record the bytes that an attempt received; return since when it has received none."""
         last, now = self._attempts[attempt], self._clock()
         received = (piece.received, attempt.received)
@@ -334,7 +334,7 @@ class OriginActivity:
             last.received, last.since = received, now
         return self._attempts[attempt].since
 
-    def ended(self, attempt: Attempt, piece: Piece, failure: Exception | None) -> None:
+    def ended(self, attempt: Attempt, piece: DownloadPiece, failure: Exception | None) -> None:
         self.look(attempt, piece)
         last = self._attempts.pop(attempt)
         reason = failure.error if isinstance(failure, RetryableError) else failure
@@ -387,7 +387,7 @@ class OriginActivity:
 
 # -- the scheduler ---------------------------------------------------------------------------------
 
-Task = tuple[Job[Any], Piece, Attempt]
+Task = tuple[Job[Any], DownloadPiece, Attempt]
 
 _Stream = tuple[Job[Any], Hashable]
 """A job and one of its attempts' origins."""
@@ -448,7 +448,7 @@ class DownloadScheduler:
         piece = piece or job.split(now)
         return None if piece is None else self._begin(job, piece)
 
-    def _begin(self, job: Job[Any], piece: Piece) -> Task:
+    def _begin(self, job: Job[Any], piece: DownloadPiece) -> Task:
         attempt = Attempt(job.origin)
         job.running[attempt] = piece
         self.activity.begun(attempt, piece)
@@ -487,7 +487,7 @@ class DownloadScheduler:
         for job in self.jobs:
             if job.over:
                 continue
-            pieces: dict[Hashable, list[Piece]] = {}
+            pieces: dict[Hashable, list[DownloadPiece]] = {}
             for attempt, piece in job.running.items():
                 pieces.setdefault(attempt.origin, []).append(piece)
             more = job.wanted(now) - len(job.running)
@@ -704,7 +704,9 @@ class WorkerPool:
             self._workers.discard(current_thread())
             return None
 
-    def _run(self, job: Job[Any], piece: Piece, attempt: Attempt, buffer: memoryview) -> None:
+    def _run(
+        self, job: Job[Any], piece: DownloadPiece, attempt: Attempt, buffer: memoryview
+    ) -> None:
         failure: Exception | None = None
         try:
             job.work(piece, attempt, buffer)
