@@ -65,7 +65,7 @@ def test_the_two_files_are_fetched_once(
     assert asked(hub) == {("HEAD", CONFIG), ("GET", CONFIG)}
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     huggingface_hub.close_session()
-    with pytest.raises(errors.FetchError, match="ask nobody") as caught:
+    with pytest.raises(errors.FetchError, match="set to be offline") as caught:
         WeightsFile.open(SQL)
     assert (caught.value.id, caught.value.retryable) == (SQL, False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

@@ -45,7 +45,7 @@ from lorax_async.remote.base import (
     RemoteFile,
 )
 from lorax_async.remote.opening import AdapterOpener
-from lorax_async.remote.remote_source import RemoteSource
+from lorax_async.remote.remote_source import RemoteParts, RemoteSource
 from lorax_async.remote.resolution import ResolutionCache, VersionResolver
 from lorax_async.sources.base import AdapterFile
 from lorax_async.types import (
@@ -85,7 +85,7 @@ class ToldLocator:
     misjudged: dict[str, int] | None = None
     """By how much the promised sizes are wrong, by `name/file`; then no digest is promised."""
 
-    def recalled(self, ref: AdapterRef) -> tuple[str, str, str] | None:
+    def pinned_version(self, ref: AdapterRef) -> tuple[str, str, str] | None:
         if ref.revision is None or len(ref.revision) != 40:
             return None
         return ref.text, ref.revision, _scope(ref)
@@ -189,7 +189,8 @@ class RemoteWorld:
             limits=limits,
             verify=verify,
         )
-        self.source = kind(self.resolving, opening, self.workers, limits=limits, verify=verify)
+        parts = RemoteParts(self.resolving, opening, self.workers, lambda: None)
+        self.source = kind(lambda: parts, limits=limits, verify=verify)
 
     def cache_of(self, _: str) -> DiskCache:
         with self._making:

@@ -35,7 +35,7 @@ from lorax_async.errors import (
 )
 from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
-from lorax_async.remote.remote_source import lazy_remote_source
+from lorax_async.remote.remote_source import open_remote_source
 from lorax_async.types import AdapterRef
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
@@ -191,7 +191,7 @@ async def published(world: World) -> None:
     """Store what the origin has now, unchecked by any layout: as `lorax-async fetch` does."""
     async with world.loader() as there:
         config = there.config
-    with lazy_remote_source(config) as source:
+    with open_remote_source(config) as source:
         row = FetchRow(AdapterRef(world.id, source="http"))
         await fetch_all(source, [row], lambda *_: None)
     assert row.error is None, row.error
@@ -590,7 +590,7 @@ class Game:
     async def _fetches(self) -> None:
         """As `lorax-async fetch` does: stored without being checked against a base."""
         config = (await self._open()).config
-        with lazy_remote_source(config) as source:
+        with open_remote_source(config) as source:
             row = FetchRow(AdapterRef(self.world.id, source="http"))
             try:
                 async with asyncio.timeout(0.5):

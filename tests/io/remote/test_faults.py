@@ -151,14 +151,14 @@ class Case:
 CASES = {
     # the config
     "config truncated": Case(at("config", truncated), FetchError, "closed the connection"),
-    "config short": Case(at("config", short_without_length), IntegrityError, "its source said"),
+    "config short": Case(at("config", short_without_length), IntegrityError, "its source named"),
     "config short, no promise": Case(
         *(at("config", short_without_length), AdapterFormatError, "adapter_config.json"),
         retryable=False,
         stage="verify",
         promises=False,
     ),
-    "config long": Case(at("config", long_without_length), IntegrityError, "its source said"),
+    "config long": Case(at("config", long_without_length), IntegrityError, "its source named"),
     "config wrong": Case(at("config", wrong_bytes), IntegrityError, "sha256"),
     "config 401": Case(at("config", status("401 No")), AccessDeniedError, "401", retryable=False),
     "config 404": Case(at("config", status("404 No")), AdapterNotFoundError, "404", False),
@@ -168,14 +168,14 @@ CASES = {
         retry_after=(DAY, DAY),
     ),
     # the beginning of the weights
-    "header short": Case(at("header", short_without_length), IntegrityError, "its source said"),
+    "header short": Case(at("header", short_without_length), IntegrityError, "its source named"),
     "header short, no promise": Case(
         *(at("header", short_without_length), AdapterFormatError, "the file ends"),
         retryable=False,
         stage="verify",
         promises=False,
     ),
-    "header of another size": Case(at("header", other_size), IntegrityError, "its source said"),
+    "header of another size": Case(at("header", other_size), IntegrityError, "its source named"),
     "header wrong range": Case(at("header", wrong_range), IntegrityError, "were asked for"),
     "header 416": Case(at("header", status("416 No")), IntegrityError, "shorter"),
     "header 503 until a date": Case(
@@ -363,7 +363,7 @@ async def test_another_size_than_was_promised(world: FaultyWorld, name: str, by:
     world.locator.misjudged = {f"bad/{name}": by}
     error = await fails(world)
     assert type(error) is IntegrityError
-    assert "its source said" in error.problem
+    assert "its source named" in error.problem
     assert (error.stage, error.retryable) == ("fetch", True)
     world.locator.misjudged = None
     async with over(world) as loader:

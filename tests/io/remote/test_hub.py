@@ -44,7 +44,7 @@ from lorax_async.http.settings import (
     Rules,
 )
 from lorax_async.remote.base import LocatedAdapter
-from lorax_async.remote.hub import HubLocator
+from lorax_async.remote.hub import HubBackend
 from lorax_async.types import AdapterRef
 
 pytestmark = pytest.mark.usefixtures("hub_client", "nothing_left")
@@ -69,10 +69,10 @@ def locating(
     rules: Rules | None = None,
     timeout: float = 20.0,
     retries: RetryPolicy = QUICK,
-) -> Iterator[HubLocator]:
+) -> Iterator[HubBackend]:
     endpoint, rules = hub if isinstance(hub, str) else hub.endpoint, rules or Anywhere()
     with ThreadPoolExecutor(8, "lorax-test") as threads:
-        yield HubLocator(
+        yield HubBackend(
             endpoint=endpoint, rules=rules, threads=threads, timeout=timeout, retries=retries
         )
 
@@ -242,7 +242,7 @@ async def test_each_authority_has_a_scope_that_does_not_tell_it(
         hub.behave = lambda asked: Reply(500)
         assert [await locator.scope(ref) for ref in refs.values()] == scopes
         pinned = replace(refs[f"Bearer {TOKEN}"], revision=commit)
-        assert locator.recalled(pinned) == (REPO, commit, scopes[1])
+        assert locator.pinned_version(pinned) == (REPO, commit, scopes[1])
     assert scopes[0] == ""
     assert len(set(scopes)) == 3
     assert "hf_machine" not in scopes[2]
@@ -260,7 +260,7 @@ async def test_a_machine_whose_own_token_cannot_be_had(
     (tmp_path / "token").write_bytes(b"hf_\xff\xfe")
     error = await refused(hub, lent)
     assert type(error) is AccessDeniedError
-    assert "log in anew" in error.problem
+    assert "log in again" in error.problem
 
     def fail(**_: object) -> dict[str, str]:
         raise OIDCError(f"no id token but {TOKEN}")
@@ -282,7 +282,7 @@ async def test_what_is_no_token_is_not_sent(hub: HubStandIn, token: str) -> None
         with pytest.raises(UsageError, match=r"leave it out \(None\)"):
             await locator.locate(ref)
         with pytest.raises(UsageError, match=r"leave it out \(None\)"):
-            locator.recalled(ref)
+            locator.pinned_version(ref)
     assert not hub.asked
 
 
