@@ -1,4 +1,4 @@
-"""The download scheduler: jobs cut into pieces, their shares of the connections, the threads.
+"""Schedule downloads: jobs cut into pieces, their shares of the connections, the threads.
 
 `DownloadScheduler` decides, under its lock, by the rules of docs/http.md; `WorkerPool` has the
 threads.
@@ -30,7 +30,7 @@ class ConnectionDemand:
     stalled
         The origin has sent nothing for a while.
     retried
-        All that the download would use them for was tried before.
+        All pieces that the download would use them for were tried before.
     """
 
     urgency: int
@@ -41,64 +41,69 @@ class ConnectionDemand:
 
 
 def shares(claims: Sequence[ConnectionDemand], connections: int, *, soon: int = 0) -> list[int]:
-    """How many connections each of the claims gets, in their order.
+    """Return how many connections each of the claims gets, in their order.
 
-    Within an urgency no origin gets less than another one that got more than it wanted less of, and
-    within an origin no claim; what does not divide goes to what was not tried before, then to those
-    who came first. A later urgency gets what the earlier ones left. An origin that is stalled gets
-    one connection per urgency, and more only where nobody else has a use for them, now or `soon`.
+    Connections are divided by urgency, then evenly among origins, then evenly among an origin's
+    claims; none gets more than it wants. A remainder goes to claims that were not tried before,
+    then to earlier ones. A later urgency gets the connections that earlier ones left. A stalled
+    origin gets one connection per urgency, and more only if no other can use them, now or `soon`.
     """
-    given = [0] * len(claims)
+    granted = [0] * len(claims)
     urgencies = sorted({claim.urgency for claim in claims})
-    for rest in (False, True):  # at the end, what was kept from those that are stalled
+    for rest in (False, True):  # at last the connections withheld from stalled origins
         connections = max(0, connections - soon) if rest else connections
         for urgency in urgencies:
             origins = _by_origin(claims, urgency)
-            wanted = [_wanted(claims, who, given, rest=rest) for who in origins]
+            wanted = [_wanted(claims, members, granted, rest=rest) for members in origins]
             parts = _even(wanted, connections)
             connections -= sum(parts)
-            for who, part in zip(origins, parts, strict=True):
-                left = [claims[n].wanted - given[n] for n in who]
-                for n, more in zip(who, _even(left, part), strict=True):
-                    given[n] += more
-    return given
+            for members, part in zip(origins, parts, strict=True):
+                left = [claims[n].wanted - granted[n] for n in members]
+                for n, more in zip(members, _even(left, part), strict=True):
+                    granted[n] += more
+    return granted
 
 
 def _by_origin(claims: Sequence[ConnectionDemand], urgency: int) -> list[list[int]]:
-    """The claims of each origin; the origins and the claims that come first have what is over."""
-    found: dict[Hashable, list[int]] = {}
+    """Return the claims of each origin; origins and claims are in the order of their precedence."""
+    by_origin: dict[Hashable, list[int]] = {}
     for n, claim in enumerate(claims):
         if claim.urgency == urgency:
-            found.setdefault(claim.origin, []).append(n)
-    origins = [sorted(who, key=lambda n: claims[n].retried) for who in found.values()]
-    return sorted(origins, key=lambda who: (claims[who[0]].stalled, claims[who[0]].retried))
+            by_origin.setdefault(claim.origin, []).append(n)
+    origins = [sorted(members, key=lambda n: claims[n].retried) for members in by_origin.values()]
+    return sorted(origins, key=lambda each: (claims[each[0]].stalled, claims[each[0]].retried))
 
 
 def _wanted(
-    claims: Sequence[ConnectionDemand], who: Sequence[int], given: Sequence[int], *, rest: bool
+    claims: Sequence[ConnectionDemand],
+    members: Sequence[int],
+    granted: Sequence[int],
+    *,
+    rest: bool,
 ) -> int:
-    left = sum(claims[n].wanted - given[n] for n in who)
-    return left if rest or not claims[who[0]].stalled else min(left, 1)
+    """Return how many more connections an origin's claims can use."""
+    left = sum(claims[n].wanted - granted[n] for n in members)
+    return left if rest or not claims[members[0]].stalled else min(left, 1)
 
 
 def _even(wanted: Sequence[int], connections: int) -> list[int]:
-    """Those who want little first: what they leave raises the others' part."""
-    given = list(wanted)
-    modest = sorted(range(len(wanted)), key=lambda n: wanted[n])
-    for place, n in enumerate(modest):
-        level, more = divmod(connections, len(modest) - place)
+    """Divide connections evenly; those that want fewer leave theirs to the others."""
+    parts = list(wanted)
+    ascending = sorted(range(len(wanted)), key=lambda n: wanted[n])
+    for count, n in enumerate(ascending):
+        level, remainder = divmod(connections, len(ascending) - count)
         if wanted[n] > level:
-            for rank, hungry in enumerate(sorted(modest[place:])):
-                given[hungry] = level + (rank < more)
+            for rank, limited in enumerate(sorted(ascending[count:])):
+                parts[limited] = level + (rank < remainder)
             break
         connections -= wanted[n]
-    return given
+    return parts
 
 
 T = TypeVar("T")
 
 BUFFER_BYTES = 1 << 20
-"""The buffer of each thread: the most that is read and written at once."""
+"""The buffer of each thread: the maximum of one read and one write."""
 
 _SHARES_SECONDS = 0.01
 _PROGRESS_BYTES = 1 << 20
@@ -114,13 +119,13 @@ _PAUSE_DECAY = 0.9
 
 _ANSWER_BYTES = 64 << 10
 _GRACE_SECONDS = 0.05
-"""An attempt that has brought nothing for this long is ended for another origin's sake.
+"""An attempt that has brought nothing for this long is ended to free its connection.
 
 At a stalled origin, any attempt in excess of its share is.
 """
 
 _MAX_ORIGINS = 1024
-"""More than there are connections: no origin is forgotten while an attempt waits for it."""
+"""More than there are connections: no origin is dropped while an attempt waits for it."""
 
 _TICK_SECONDS = 0.05
 
@@ -142,7 +147,7 @@ class DownloadPiece:
     rate: float | None = None
     not_before: float = 0.0
     tried: bool = False
-    """A request for it failed, or was ended for others."""
+    """Whether a request for it failed, or was ended for another job."""
 
 
 class Job(ABC, Generic[T]):
@@ -246,7 +251,7 @@ class Job(ABC, Generic[T]):
                 attempt.end()
 
     def _retry(self, piece: DownloadPiece, failure: RetryableError) -> None:
-        # A throttled job is judged by its own progress: it is not this piece that fails.
+        # Throttling is not this piece's failure: count the progress of the whole job.
         throttled = failure.throttled
         received, enough = (self.received, 1) if throttled else (piece.received, _PROGRESS_BYTES)
         progressed = received - piece.progress_mark >= enough
@@ -582,7 +587,7 @@ class DownloadScheduler:
         now = self.clock()
         late = [job for job in self.jobs if not job.over and job.deadline <= now]
         for job in late:
-            job.fail(FetchTimeoutError("not all of it came within the time it had"))
+            job.fail(FetchTimeoutError("the file did not arrive within its time"))
         return late
 
     def finish(self, job: Job[Any]) -> None:
@@ -666,7 +671,7 @@ class WorkerPool:
                 timer.start()
             except RuntimeError as error:
                 self._timer = None
-                raise FetchError("the process may have no more threads") from error
+                raise FetchError("the process may start no more threads") from error
 
     def _spawn(self) -> None:
         """Start the threads that jobs want now, or soon. On the timer thread."""
@@ -679,7 +684,7 @@ class WorkerPool:
                     self._workers.add(worker)
                 try:
                     worker.start()
-                except RuntimeError:  # the limit of threads: the others do it, or it is late
+                except RuntimeError:  # at the limit of threads the existing workers go on
                     self._workers.discard(worker)
                     return
 
@@ -735,7 +740,7 @@ class WorkerPool:
         with scheduler.changed:
             late = scheduler.expire()
             scheduler.reclaim()
-            busy = bool(scheduler.jobs)  # their connections may come back after the next look
+            busy = bool(scheduler.jobs)  # their connections may return after the next tick
         for job in late:
             scheduler.finish(job)
         kept = self._pool.expire() or busy

@@ -15,7 +15,7 @@ from lorax_async.http.client import HttpClient, Response
 from lorax_async.http.connection import Attempt
 from lorax_async.http.download_scheduler import DownloadPiece, DownloadScheduler, Job
 from lorax_async.http.failures import AbortedError, RetryableError, broken_off
-from lorax_async.http.ranges import GroupArrivals, Wave, overlaps, split_of, without
+from lorax_async.http.ranges import GroupArrivals, Wave, intersect, split_of, subtract
 from lorax_async.http.target import Content, ProbeResult, Target, Validators, check_response
 from lorax_async.http.urls import Origin
 
@@ -333,13 +333,13 @@ class Download(Job[None]):
         with self.scheduler.changed:
             if self.over:
                 raise AbortedError
-            return overlaps(((piece.at, piece.stop) for piece in self.pending), span)
+            return intersect(((piece.at, piece.stop) for piece in self.pending), span)
 
     def _strike(self, span: ByteRange) -> None:
         self.pending = [
             DownloadPiece(piece.order, *part)
             for piece in self.pending
-            for part in without([(piece.at, piece.stop)], [span])
+            for part in subtract([(piece.at, piece.stop)], [span])
         ]
 
     def _write(self, offset: int, data: memoryview) -> None:
