@@ -176,7 +176,7 @@ def test_what_the_hub_has_not(
 
 def test_a_file_over_the_limit_is_not_fetched(hub: HubStandIn, hub_client: Path) -> None:
     hub.put(SQL, {CONFIG: b" " * (256 * 1024 + 1)})
-    with pytest.raises(errors.AdapterFormatError, match="262,145 bytes, over the 262,144 that"):
+    with pytest.raises(errors.AdapterFormatError, match="262,145 bytes, over the 262,144 allowed"):
         LoraConfig.load(SQL)
     assert asked(hub) == {("HEAD", CONFIG)}
     assert not list(hub_client.rglob("blobs/*"))
@@ -200,7 +200,7 @@ def test_files_that_are_over_the_limit_together(
 
     hub.behave = behave
     with pytest.raises(
-        errors.AdapterFormatError, match=f"{room + 1:,} bytes, over the {room:,} that"
+        errors.AdapterFormatError, match=f"{room + 1:,} bytes, over the {room:,} allowed"
     ):
         WeightsFile.open(SQL)
     fetched = {file.name for file in hub_client.rglob("*-of-*.safetensors")}
