@@ -155,7 +155,7 @@ def test_some_come_and_one_fails(folder: Path, fetch: Callable[..., int], capsys
 
 def test_two_revisions_of_one_id_are_refused(fetch: Callable[..., int], capsys: Capture) -> None:
     assert fetch("org/name@v1", "--revision", "v2") == 1
-    assert "give one" in capsys.readouterr().err
+    assert "pass one" in capsys.readouterr().err
     one, other = (as_place(f"org/name@{revision}") for revision in ("v1", "v2"))
     with pytest.raises(UsageError, match="several revisions"):
         loads_of([one, other])
