@@ -629,7 +629,7 @@ class Reading:
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(files, "HASH_STEP_BYTES", 1000)
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -668,7 +668,7 @@ async def test_a_digest_is_the_same_at_every_open(
         if offset:
             buffers[-1][-1] ^= 1
 
-    monkeypatch.setattr(files, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(files, "HASH_STEP_BYTES", 1000)
     with monkeypatch.context() as patch:
         patch.setattr(FileReader, "read_into", forgotten)
         for call in (hashes.bring(key), hashes.source.digest(key)):
@@ -693,7 +693,7 @@ async def test_hashing_ends_when_nobody_wants_it(
     reading = Reading(lambda number: control.end() if number == 2 else None)
     key = await hashes.key()
     monkeypatch.setattr(FileReader, "read_into", reading)
-    with pytest.raises(FetchError, match="nobody waits|no caller waits"):
+    with pytest.raises(FetchError, match="no caller waits"):
         await hashes.bring(key, control=control)
     assert reading.count == 3
 
@@ -702,7 +702,7 @@ async def test_others_have_the_threads_in_between(
     hashes: HashingWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However large the file is: its pieces queue behind what was asked for meanwhile."""
-    monkeypatch.setattr(files, "PIECE_BYTES", 64)
+    monkeypatch.setattr(files, "HASH_STEP_BYTES", 64)
     key, others = await hashes.key(), 0
     hashed = asyncio.ensure_future(hashes.bring(key))
     while not hashed.done():
