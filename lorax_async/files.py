@@ -324,7 +324,7 @@ async def sha256_of(reader: Reader, threads: Executor, control: FetchControl | N
 
     for start in range(0, reader.nbytes, HASH_STEP_BYTES):
         if control is not None and control.ended:
-            raise FetchError("nothing waits for the adapter any more")
+            raise FetchError("no caller waits for the adapter any more")
         await loop.run_in_executor(threads, feed, start)
     return digest.hexdigest()
 

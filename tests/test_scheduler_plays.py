@@ -106,7 +106,7 @@ class TimedSource(FakeSource):
                 if alarm is not None:
                     alarm.cancel()
         if control.ended:
-            raise FetchError("nobody waits for the adapter any more")
+            raise FetchError("no caller waits for the adapter any more")
 
 
 LEVEL = 0.02  # `starvation_age`: of the scheduler in virtual seconds, of the loader in real ones
