@@ -14,10 +14,7 @@ from lorax_async.config import LoaderConfig
 from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
 from lorax_async.testing import FakeSource
-from lorax_async.types import (
-    AdapterId,
-    AdapterKey,
-)
+from lorax_async.types import AdapterId, AdapterKey
 from tiny_sources import WEIGHTS
 
 FILE = 14_500

@@ -31,16 +31,8 @@ from common import Run
 from lorax_async.cache.partials import CHUNK_BYTES
 from lorax_async.cache.records import CacheKey
 from lorax_async.cli import main
-from lorax_async.cli.arguments import (
-    as_allow,
-    as_place,
-    settings_of,
-)
-from lorax_async.cli.fetch import (
-    AT_ONCE,
-    FetchRow,
-    fetch_all,
-)
+from lorax_async.cli.arguments import as_allow, as_place, settings_of
+from lorax_async.cli.fetch import AT_ONCE, FetchRow, fetch_all
 from lorax_async.cli.measure import loads_of
 from lorax_async.config import LoaderConfig
 from lorax_async.errors import UsageError
@@ -285,9 +277,6 @@ def test_a_few_at_a_time(run: Run, tmp_path: Path) -> None:
     assert max(asking) == AT_ONCE
 
 
-# -- load and inspect ---------------------------------------------------------------------------
-
-
 def test_load_takes_ids_and_folders(tmp_path: Path, capsys: Capture) -> None:
     with serving(files_of({"one": ADAPTERS / "pirate"})) as server:
         places = [server.url("/one/"), str(ADAPTERS / "json"), server.url("/none/")]
@@ -356,9 +345,6 @@ def test_what_is_named_is_what_is_allowed() -> None:
     settings = settings_of(arguments, [as_place(text) for text in [*texts, "."]])
     assert settings == {"allow": (*texts.values(), more), "cache_dir": "x"}
     assert more == Allow("https", "cdn.example", private=True)
-
-
-# -- the disk cache: cache ls, verify, rm, gc ------------------------------------------------------
 
 
 OLD, NEW = CacheKey("org/name", "a" * 40), CacheKey("org/name", "b" * 40)

@@ -15,10 +15,7 @@ import tiny
 from common import until
 from given import FILE, assert_holds, file_bytes, give, kept, put, used
 from lorax_async import errors
-from lorax_async.config import (
-    Limits,
-    LoaderConfig,
-)
+from lorax_async.config import Limits, LoaderConfig
 from lorax_async.handle import AdapterHandle
 from lorax_async.types import AdapterRef
 from sweeping import Bench, cancel_at, count_steps, local_bench, released
@@ -28,8 +25,6 @@ from tiny_sources import over, state, stocked, where
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 OLD, NEW = tiny.tensors(1), tiny.tensors(2)
-
-# -- equal to a file, by its name -----------------------------------------------------------------
 
 
 async def test_every_call_finds_given_tensors_by_their_name(tmp_path: Path) -> None:
@@ -57,9 +52,6 @@ async def test_every_call_finds_given_tensors_by_their_name(tmp_path: Path) -> N
         with pytest.raises(errors.AdapterNotFoundError):
             await there.load("mine", revision="main")
         first.release()
-
-
-# -- as long as a name means them -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("device", "stored"), [("cpu", "bfloat16"), ("simulated", "float32")])
@@ -151,8 +143,6 @@ async def test_equal_content_is_one_adapter_until_its_last_name_goes(tmp_path: P
         assert used(there) == 0
 
 
-# -- refused --------------------------------------------------------------------------------------
-
 LAYER = "model.layers.0.self_attn.q_proj"
 
 
@@ -232,8 +222,6 @@ async def test_only_an_open_loader_with_memory_takes_tensors_by_a_str() -> None:
             await give(there, 0)
         assert state(there, "mine") == "nowhere"
 
-
-# -- given up, or failed, at every step -----------------------------------------------------------
 
 VERBS = ["load_tensors", "replace", "replace a source's"]
 

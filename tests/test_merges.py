@@ -19,16 +19,9 @@ import tiny
 from common import open_files, until
 from given import give, used
 from lorax_async import errors
-from lorax_async.config import (
-    Limits,
-    LoaderConfig,
-    Shard,
-)
+from lorax_async.config import Limits, LoaderConfig, Shard
 from lorax_async.loader import AdapterLoader
-from lorax_async.testing import (
-    FakeReader,
-    Step,
-)
+from lorax_async.testing import FakeReader, Step
 from lorax_async.types import (
     MAX_PARTS,
     AdapterKey,
@@ -46,8 +39,6 @@ from tiny_loaders import loader
 from tiny_sources import WEIGHTS, over, state, stocked, where
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
-
-# -- recipes --------------------------------------------------------------------------------------
 
 
 def key(name: str, *numbers: int) -> AdapterKey:
@@ -154,9 +145,6 @@ def test_keys_of_merges_are_equal_where_the_bytes_would_be() -> None:
     assert len(others | {first, MergedKey.of(merge, [two, one])}) == len(recipes) + 2
     assert str(MERGED) == "linear(1.0 * /adapters/one, 1.0 * /adapters/two)"
     assert MERGED.files == key("one", 1, 2, 3, 4).files
-
-
-# -- as any adapter ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("merge", "device"), [(HALVES, "simulated"), (DROPPED, "cpu")])
@@ -283,9 +271,6 @@ async def test_a_rank_holds_its_share_of_a_merge(tmp_path: Path, merge: Merge, w
             columns, rows = sharded.columns_of(module, shard), sharded.rows_of(module, shard)
             expected[name] = tensor[:, columns] if factor == "a" else tensor[rows]
         assert_same(await load(shard), expected)
-
-
-# -- failures -------------------------------------------------------------------------------------
 
 
 async def test_a_part_that_is_missing_or_not_allowed_is_named(tmp_path: Path) -> None:

@@ -46,12 +46,7 @@ from lorax_async import errors
 from lorax_async.config import LoaderConfig
 from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
-from lorax_async.types import (
-    AdapterKey,
-    AdapterRef,
-    Merge,
-    TensorsKey,
-)
+from lorax_async.types import AdapterKey, AdapterRef, Merge, TensorsKey
 from merges import assert_same, weights_of
 from sweeping import cancel_at, count_steps, released
 from tiny_sources import WEIGHTS, over, stocked, where
@@ -83,9 +78,6 @@ async def spilled(
         yield there, keys
     assert entries(folder) == []
     assert open_below(folder) == []
-
-
-# -- there and back -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("device", "stored"), [("cpu", "float32"), ("simulated", "bfloat16")])
@@ -240,9 +232,6 @@ async def test_a_small_one_spills_where_a_large_one_finds_no_room(tmp_path: Path
         async with await there.load("large") as handle:
             assert_holds(handle, tiny.tensors(9, 14))
         await assert_all_there(there, 0, 1)
-
-
-# -- no room on the disk, or no disk --------------------------------------------------------------
 
 
 @contextmanager
@@ -409,8 +398,6 @@ async def test_spilling_cancelled_at_every_await(tmp_path: Path) -> None:
     assert ends[:3] == [True] * 3
     assert ends == sorted(ends, reverse=True)
 
-
-# -- while one is on its way to the disk ----------------------------------------------------------
 
 STEPS = {
     "begin": ("lorax_async.cache.disk_cache", "DiskCache.begin"),
@@ -591,9 +578,6 @@ async def test_a_fault_of_ours_during_the_spill_is_told(tmp_path: Path, step: st
         await assert_all_there(there, 0)
         await given(there, 1)
         await assert_all_there(there, 0, 1)
-
-
-# -- many at once ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -12,16 +12,8 @@ import torch
 
 from lorax_async.adapters.base import ModuleMap
 from lorax_async.adapters.lora import LoraConfig
-from lorax_async.adapters.merging import (
-    AdapterParameters,
-    merge_adapters,
-    merge_adapters_async,
-)
-from lorax_async.errors import (
-    AdapterFormatError,
-    IncompatibleAdapterError,
-    UsageError,
-)
+from lorax_async.adapters.merging import AdapterParameters, merge_adapters, merge_adapters_async
+from lorax_async.errors import AdapterFormatError, IncompatibleAdapterError, UsageError
 from lorax_async.types import Merge
 
 Q, K = "layers.0.q", "layers.0.k"
@@ -95,8 +87,6 @@ async def test_linear_is_the_weighted_sum_of_the_deltas() -> None:
     close(delta(merged, Q, config.lora_alpha / config.r), first / 2)
 
 
-# -- refusals -------------------------------------------------------------------------------------
-
 LINEAR: dict[str, object] = {}
 TIES: dict[str, object] = {"merge_strategy": "ties", "density": 0.5}
 
@@ -144,9 +134,6 @@ def test_scales_and_weights_that_float32_does_not_hold(
     adapters: Adapters = [(made(1, Q, K), config_of()), (made(2, K), config_of(lora_alpha=alpha))]
     with pytest.raises(AdapterFormatError, match=f"'{K}' would be scaled by"):
         merge_adapters(adapters, given)
-
-
-# -- names ----------------------------------------------------------------------------------------
 
 
 def test_a_request_is_an_id_for_a_loader() -> None:

@@ -21,10 +21,7 @@ from lorax_async import adapters as lorax
 from lorax_async import layouts
 from lorax_async.config import LoaderConfig
 from lorax_async.loader import AdapterLoader
-from lorax_async.types import (
-    AdapterRef,
-    Merge,
-)
+from lorax_async.types import AdapterRef, Merge
 
 pytestmark = [pytest.mark.filterwarnings("ignore:The density 1.0:UserWarning")]
 

@@ -10,20 +10,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 
-from engines.variants import (
-    FEATURE_WARNINGS,
-    VARIANTS,
-    llama,
-    logits_of,
-    prompt,
-    serving,
-    wrapped,
-)
+from engines.variants import FEATURE_WARNINGS, VARIANTS, llama, logits_of, prompt, serving, wrapped
 from lorax_async import layouts
-from lorax_async.config import (
-    LoaderConfig,
-    Shard,
-)
+from lorax_async.config import LoaderConfig, Shard
 from lorax_async.loader import AdapterLoader
 from merges import assert_same, weights_of
 

@@ -7,22 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from lorax_async.cache import (
-    directory,
-    entries,
-    partials,
-)
+from lorax_async.cache import directory, entries, partials
 from lorax_async.cache.budget import DiskBudget
-from lorax_async.cache.directory import (
-    CacheDirectory,
-    Folder,
-)
-from lorax_async.cache.partials import (
-    ChunkMap,
-    Partial,
-    PartialFile,
-    Partials,
-)
+from lorax_async.cache.directory import CacheDirectory, Folder
+from lorax_async.cache.partials import ChunkMap, Partial, PartialFile, Partials
 from mutants.mutation import Mutants, mutant, nothing, seen_by, skipped, without_context
 
 DISK = "io/test_disk_cache.py"

@@ -89,11 +89,7 @@ class Children:
 
 
 def _run(
-    nodes: Sequence[str],
-    name: str | None,
-    output: str,
-    options: Sequence[str],
-    hangs_after: float,
+    nodes: Sequence[str], name: str | None, output: str, options: Sequence[str], hangs_after: float
 ) -> None:
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)

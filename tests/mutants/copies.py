@@ -6,14 +6,8 @@ from typing import Any
 
 from lorax_async.concurrency import Inbox
 from lorax_async.devices import transfer
-from lorax_async.devices.base import (
-    CopyTicket,
-    StagedPiece,
-)
-from lorax_async.devices.staging import (
-    StagingBuffer,
-    StagingRing,
-)
+from lorax_async.devices.base import CopyTicket, StagedPiece
+from lorax_async.devices.staging import StagingBuffer, StagingRing
 from lorax_async.lifecycle import queues
 from lorax_async.lifecycle.adapter_state import AdapterState
 from lorax_async.runtime import copies

@@ -9,10 +9,7 @@ from lorax_async.devices import cuda
 from lorax_async.devices.cpu import CpuDevice
 from lorax_async.devices.cuda import CudaDevice, DeviceMemory
 from lorax_async.devices.pointer_table import TableColumns
-from lorax_async.devices.streams import (
-    EventTicket,
-    EventWatcher,
-)
+from lorax_async.devices.streams import EventTicket, EventWatcher
 from mutants.mutation import Mutants, NoLock, initialized, mutant, nothing, seen_by, skipped
 
 DEVICE = "io/test_cuda_device.py"

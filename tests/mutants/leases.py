@@ -8,28 +8,14 @@ from typing import Any
 
 from lorax_async import loader
 from lorax_async.handle import AdapterHandle
-from lorax_async.runtime import (
-    leases,
-    resolver,
-)
+from lorax_async.runtime import leases, resolver
 from lorax_async.runtime.acquire import OrderedCalls
 from lorax_async.runtime.digest_checks import DigestChecks
 from lorax_async.runtime.driver import Driver
 from lorax_async.runtime.fetches import FetchTasks
-from lorax_async.runtime.leases import (
-    Lease,
-    SlotOccupancy,
-)
+from lorax_async.runtime.leases import Lease, SlotOccupancy
 from lorax_async.runtime.waiters import WaiterTable
-from mutants.mutation import (
-    Mutants,
-    NoLock,
-    mutant,
-    nothing_awaited,
-    same,
-    seen_by,
-    skipped,
-)
+from mutants.mutation import Mutants, NoLock, mutant, nothing_awaited, same, seen_by, skipped
 
 HANDLES = "test_handles.py"
 ENDING = "test_ending.py"
@@ -141,11 +127,7 @@ HOLDERS: Mutants = {
     ),
     "lease: nothing is verified while a digest is compared": mutant(
         f"{DIGESTS}::test_a_digest_is_compared_for_its_caller_alone",
-        (
-            Lease,
-            "is_verified",
-            property(lambda self: self.occupancy.verification is not None),
-        ),
+        (Lease, "is_verified", property(lambda self: self.occupancy.verification is not None)),
     ),
     "unload: it waits until the adapter is gone": mutant(
         "test_room.py::test_a_kernel_is_waited_for", (WaiterTable, "unload", _not_waited_for)
@@ -188,8 +170,7 @@ FETCHES_AND_END: Mutants = {
         f"{ENDING}::test_close_fails_waiters_and_revokes_leases", skipped(Driver, "_vacate")
     ),
     "close: kernels are waited for": mutant(
-        f"{ENDING}::test_close_waits_for_kernels_whatever_its_deadline",
-        skipped(Driver, "_at_rest"),
+        f"{ENDING}::test_close_waits_for_kernels_whatever_its_deadline", skipped(Driver, "_at_rest")
     ),
     "close: fetches have ended": mutant(
         f"{ENDING}::test_a_fetch_ends_with_the_loader_even_if_close_is_broken_off",

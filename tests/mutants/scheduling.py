@@ -56,8 +56,7 @@ SCHEDULING: Mutants = {
         skipped(AdapterQueues, "check_integrity"),
     ),
     "scheduler: a preempted request gives its place back": mutant(
-        f"{BATCHES}::test_preempting_ends",
-        skipped(AdapterQueues, "preempt"),
+        f"{BATCHES}::test_preempting_ends", skipped(AdapterQueues, "preempt")
     ),
     "scheduler: a load ends with its last request": mutant(
         f"{BATCHES}::test_a_request_may_begin_when_another_is_cancelled_that_lost_its_slot",

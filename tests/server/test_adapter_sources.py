@@ -12,11 +12,7 @@ import pytest
 from hub_stand_in import HubStandIn
 from user_loads import at, contents, loader, written
 
-from lorax_async.cli.arguments import (
-    as_source,
-    opened,
-    sources_of,
-)
+from lorax_async.cli.arguments import as_source, opened, sources_of
 from lorax_async.cli.serve import named
 from lorax_async.errors import ConfigError
 from lorax_async.ids.allow import Allow
@@ -74,9 +70,6 @@ async def test_requests_may_name_what_is_below_a_source() -> None:
 def test_a_source_that_is_none_is_refused() -> None:
     with pytest.raises(ConfigError, match="sources must be a tuple of Allow"):
         ServerSettings(base="base", sources=("hub",))  # type: ignore[arg-type]
-
-
-# -- whose token ----------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -15,10 +15,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel
 from tokenizers import Tokenizer, decoders, models
 
-from lorax_async.server.completions import (
-    Detokenizer,
-    StopStrings,
-)
+from lorax_async.server.completions import Detokenizer, StopStrings
 from server.world import (
     COMPLETIONS,
     FakeEngine,
@@ -33,8 +30,6 @@ from server.world import (
 CHATS = "/v1/chat/completions"
 HI: Any = [{"role": "user", "content": "hi"}]
 PROMPT = "<user>hi<assistant>"
-
-# -- whole answers --------------------------------------------------------------------------------
 
 
 async def test_a_completion_of_several_prompts() -> None:
@@ -118,9 +113,6 @@ async def test_models_are_listed_and_name_adapters() -> None:
     assert card.keys() - Model.model_fields.keys() == {"parent", "max_model_len"}
 
 
-# -- streams --------------------------------------------------------------------------------------
-
-
 async def test_a_streamed_chat() -> None:
     async with serving(FakeEngine(saying("aé!"))) as world:
         stream = await world.client.chat.completions.create(
@@ -160,9 +152,6 @@ async def test_a_streamed_completion_comes_as_it_is_made() -> None:
     assert {piece.object for piece in pieces} == {"text_completion"}
 
 
-# -- stop strings ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("stream", [False, True])
 async def test_an_answer_ends_before_its_stop_string(stream: bool) -> None:
     """Nothing of it is sent, and what comes after it is not even computed."""
@@ -181,9 +170,6 @@ async def test_what_looked_like_a_stop_string_comes_out() -> None:
     async with serving(FakeEngine(saying("one ST"))) as world:
         answer = await world.client.completions.create(model="base", prompt="x", stop="STOP")
         assert answer.choices[0].text == "one ST"
-
-
-# -- the package's own forms ----------------------------------------------------------------------
 
 
 def require_form(kind: type[BaseModel], told: Any) -> None:
@@ -235,9 +221,6 @@ async def test_answers_and_their_pieces_have_the_packages_forms(
     CompletionUsage.model_validate(pieces[-1]["usage"], strict=True)
     ends = [choice["index"] for told in pieces for choice in told["choices"]][-8:]
     assert ends == [0, 1] * 4, "they take turns: a, é, ! and the end"
-
-
-# -- tokens become text ---------------------------------------------------------------------------
 
 
 BACKEND = tokenizer().backend_tokenizer

@@ -23,12 +23,7 @@ from lorax_async.errors import UsageError
 from lorax_async.ids.allow import Allow
 from lorax_async.server.generation import Generation
 from lorax_async.server.server_settings import ServerSettings
-from lorax_async.server.service import (
-    ServedModel,
-    ServerCapacity,
-    Service,
-    open_service,
-)
+from lorax_async.server.service import ServedModel, ServerCapacity, Service, open_service
 from lorax_async.types import AdapterRef
 from server.generating import GREEDY, all_of
 from server.world import TOKEN, listening, llama_config, tokenizer, tokens_of
@@ -137,9 +132,6 @@ async def test_all_of_it_is_closed(
     assert [vars(module).get("forward") for module in base.model.modules()] == forwards
     (row,) = json.loads(warm.read_text())["adapters"]
     assert row["path"] == str(folders["one"])
-
-
-# -- on whose authority an adapter of the warm list comes back ------------------------------------
 
 
 def listed(path: Path, *rows: dict[str, Any]) -> Path:

@@ -17,19 +17,13 @@ import pytest
 from starlette.requests import ClientDisconnect
 
 from common import Run, until
-from lorax_async.errors import (
-    LoaderClosedError,
-    UsageError,
-)
+from lorax_async.errors import LoaderClosedError, UsageError
 from lorax_async.server.clients import ABORT
 from lorax_async.server.completions import CompletionEndpoint
 from lorax_async.server.in_flight import RequestScope
 from lorax_async.server.refusals import Refusal
 from lorax_async.server.request_bodies import CompletionBody
-from lorax_async.server.serving import (
-    DrainingServer,
-    listen,
-)
+from lorax_async.server.serving import DrainingServer, listen
 from server.world import COMPLETIONS, POST, FakeEngine, FakeTokens, World, request, saying, serving
 
 pytestmark = pytest.mark.usefixtures("no_socket_left")
@@ -203,9 +197,6 @@ async def test_a_connection_is_used_again_after_an_answer_and_a_refusal() -> Non
     assert statuses == [b"200", b"400", b"200"]
 
 
-# -- bodies ---------------------------------------------------------------------------------------
-
-
 LARGE = b"x" * 400_000
 ANNOUNCED = f"Content-Length: {len(LARGE)}\r\n\r\n"
 CHUNKS = f"Transfer-Encoding: chunked\r\n\r\n{len(LARGE):x}\r\n"
@@ -244,9 +235,6 @@ async def test_an_endless_body_ends(monkeypatch: pytest.MonkeyPatch) -> None:
         del reader
 
 
-# -- requests under way ---------------------------------------------------------------------------
-
-
 async def interrupted(scope: RequestScope, *reasons: Exception) -> None:
     """A block that is interrupted while it waits."""
     async with scope:
@@ -273,9 +261,6 @@ async def test_the_first_reason_ends_a_request() -> None:
     assert waiting.cancelled()
     await asyncio.sleep(0)
     assert (ours(), scopes) == ([], set())
-
-
-# -- beginning ------------------------------------------------------------------------------------
 
 
 @pytest.mark.each_loop
@@ -333,9 +318,6 @@ async def test_the_process_keeps_its_logging(caplog: pytest.LogCaptureFixture) -
             await world.completing(BASE)
     assert (access.handlers, access.propagate, access.level) == before
     assert not [record for record in caplog.records if record.name == "uvicorn.access"]
-
-
-# -- ending ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.each_loop
@@ -456,9 +438,6 @@ async def test_left_by_force_it_leaves_nothing() -> None:
             await world.completing(BASE)
         with pytest.raises((ConnectionError, IndexError)):
             await asked
-
-
-# -- heads ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.each_loop

@@ -31,30 +31,12 @@ from common import until
 from engines.gate_inputs import source
 from engines.variants import PEFT_WARNING, active, logits_of, serving, streaming
 from lorax_async.engines.transformers import AttachedModel
-from lorax_async.errors import (
-    AdapterTimeoutError,
-    ConfigError,
-    FetchError,
-    UsageError,
-)
+from lorax_async.errors import AdapterTimeoutError, ConfigError, FetchError, UsageError
 from lorax_async.handle import AdapterHandle
 from lorax_async.scheduler.scheduler import AdapterScheduler
-from lorax_async.server.engine import (
-    Engine,
-    Sampler,
-    choose,
-)
-from lorax_async.server.generation import (
-    DecoderStep,
-    Sampling,
-    SequencePart,
-    StepResult,
-)
-from lorax_async.server.transformers_decoder import (
-    BLOCK,
-    KVCache,
-    TransformersDecoder,
-)
+from lorax_async.server.engine import Engine, Sampler, choose
+from lorax_async.server.generation import DecoderStep, Sampling, SequencePart, StepResult
+from lorax_async.server.transformers_decoder import BLOCK, KVCache, TransformersDecoder
 from lorax_async.testing import FakeSource
 from server.generating import all_of, asked
 
@@ -242,9 +224,6 @@ async def test_what_was_at_a_place_never_matters(small: Any) -> None:
         assert decoder.sequences == 2
 
 
-# -- steps that wait for adapters: within a budget that is the whole step's -----------------------
-
-
 async def test_rows_that_are_late_begin_again_and_the_others_go_on(
     small: Any, adapters: list[Path], source: FakeSource
 ) -> None:
@@ -302,9 +281,6 @@ async def test_an_adapter_that_fails_takes_out_its_own_rows(
             computed = await play.whole(fast, lost, budget=5.0)
             assert {n: type(error) for n, error in computed.out.items()} == {1: FetchError}
             await play.whole(fast)
-
-
-# -- what is refused: of which a row could depend on those beside it ------------------------------
 
 
 def rope(kind: str) -> PreTrainedConfig:
@@ -368,9 +344,6 @@ async def test_steps_that_do_not_follow_change_nothing(small: Any) -> None:
         decoder.compute(step((2, 0, [1])))
 
 
-# -- the whole way: generations for adapters that are still coming -------------------------------
-
-
 def generated(peft_model: Any, name: str | None, prompt: list[int], new: int) -> list[int]:
     ids = torch.tensor([prompt])
     if name is not None:
@@ -418,9 +391,6 @@ async def test_answers_are_what_generate_says_while_adapters_come_and_one_fails(
             assert all(len(answer.known) < 3 + 24 for answer in answers)
             assert await asyncio.gather(*map(all_of, answers)) == expected_long
         assert decoder.sequences == 0
-
-
-# -- which tokens are chosen ----------------------------------------------------------------------
 
 
 def random_logits(seed: int, vocabulary: int, spread: float = 3.0) -> torch.Tensor:
@@ -501,8 +471,6 @@ def test_what_is_out_of_range_is_refused() -> None:
             with pytest.raises(UsageError, match=name):
                 Sampler(Sampling(**{name: value}))  # type: ignore[arg-type]
 
-
-# -- keys and values ------------------------------------------------------------------------------
 
 HEADS, DIM = 2, 3
 

@@ -32,23 +32,10 @@ from lorax_async.errors import (
 )
 from lorax_async.loader import AdapterLoader
 from lorax_async.scheduler.scheduler import AdapterScheduler
-from lorax_async.server.engine import (
-    Engine,
-    Sampler,
-    TokenStream,
-)
-from lorax_async.server.generation import (
-    DecoderStep,
-    Sampling,
-)
-from lorax_async.testing import (
-    FakeDecoder,
-    FakeSource,
-)
-from lorax_async.types import (
-    AdapterKey,
-    AdapterRef,
-)
+from lorax_async.server.engine import Engine, Sampler, TokenStream
+from lorax_async.server.generation import DecoderStep, Sampling
+from lorax_async.testing import FakeDecoder, FakeSource
+from lorax_async.types import AdapterKey, AdapterRef
 from scheduling.serving import opened, warm
 from server.generating import GREEDY, VOCABULARY, ScriptedDecoder, all_of, alone, asked, generating
 from tiny_sources import stocked
@@ -57,9 +44,6 @@ from tiny_sources import stocked
 @pytest.fixture
 def source(tmp_path: Path) -> FakeSource:
     return stocked(tmp_path, "a", "b", "c")
-
-
-# -- answers --------------------------------------------------------------------------------------
 
 
 @pytest.mark.each_loop
@@ -162,9 +146,6 @@ async def test_what_can_never_be_computed_is_refused(source: FakeSource) -> None
     assert steps == 6
 
 
-# -- cancelled, or left out of a step -------------------------------------------------------------
-
-
 @pytest.mark.parametrize("seed", range(4))
 async def test_an_answer_that_is_cancelled_at_any_time_disturbs_no_other(
     source: FakeSource, seed: int
@@ -219,9 +200,6 @@ async def test_an_answer_left_out_of_a_step_goes_on_and_says_nothing_twice(
             assert answer.finish == "length"
         assert (waiting[0], waiting[1] >= 1, waiting[-1]) == (2, True, 0)
         waiting.clear()
-
-
-# -- faults ---------------------------------------------------------------------------------------
 
 
 async def test_a_decoder_that_raises_fails_those_of_the_step_and_goes_on(
@@ -346,9 +324,6 @@ async def test_no_token_of_an_adapter_that_was_false_comes_out(source: FakeSourc
         assert await all_of(engine.submit(asked([1], 9, FALSE)), IntegrityError) == []
 
 
-# -- ends -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.each_loop
 @pytest.mark.usefixtures("nothing_left")
 async def test_closing_fails_the_rest_after_the_step_that_is_computed(source: FakeSource) -> None:
@@ -412,8 +387,6 @@ async def test_closing_in_any_turn_leaves_an_answer_whole_or_broken_off(
         engine.submit(asked([1], 9))
         await close()
 
-
-# -- shares of the places -------------------------------------------------------------------------
 
 PLACES, LONG = 16, 50
 ROOM: dict[str, Any] = {"scheduling": {"max_begun": PLACES}, "max_sequences": PLACES}
@@ -563,9 +536,6 @@ async def test_a_reader_that_was_cancelled_loses_nothing() -> None:
     answer.end(InternalError("another"))
     answer.end()
     assert await all_of(answer, LoaderClosedError) == [7]
-
-
-# -- an adapter is saved again in place while answers wait for its layers ------------------------
 
 
 @asynccontextmanager

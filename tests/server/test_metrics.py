@@ -17,10 +17,7 @@ from lorax_async.errors import FetchError
 from lorax_async.observability.prometheus import LAG_PERIOD
 from lorax_async.server.engine import ObservedTokens
 from lorax_async.server.model_names import ModelNames
-from lorax_async.server.server_metrics import (
-    RequestCounter,
-    ServerMetrics,
-)
+from lorax_async.server.server_metrics import RequestCounter, ServerMetrics
 from metrics.scraping import Samples, of, parsed
 from server.world import FakeEngine, World, failing, request, serving
 from tiny_loaders import loader
@@ -164,9 +161,6 @@ async def test_looks_at_the_loop_end_with_the_server() -> None:
         during = await looks()
         await asyncio.sleep(2 * LAG_PERIOD)
         assert before < during == await looks()
-
-
-# -- by hand --------------------------------------------------------------------------------------
 
 
 async def test_a_tokens_time_is_since_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:

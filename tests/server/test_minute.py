@@ -24,11 +24,7 @@ from lorax_async.config import LoaderConfig
 from lorax_async.engines.smollm2 import prepare_base
 from lorax_async.ids.allow import Allow
 from lorax_async.server.server_settings import ServerSettings
-from lorax_async.server.service import (
-    ServedModel,
-    ServerCapacity,
-    open_service,
-)
+from lorax_async.server.service import ServedModel, ServerCapacity, open_service
 from server.world import listening
 
 pytestmark = [pytest.mark.usefixtures("nothing_left", "no_socket_left"), pytest.mark.slow]

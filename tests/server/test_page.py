@@ -16,16 +16,10 @@ import pytest
 
 import tiny
 from common import until
-from lorax_async.errors import (
-    AdapterFormatError,
-    CapacityError,
-)
+from lorax_async.errors import AdapterFormatError, CapacityError
 from lorax_async.server import cold_requests
 from lorax_async.server.model_names import ModelNames
-from lorax_async.server.page import (
-    dashboard,
-    routes,
-)
+from lorax_async.server.page import dashboard, routes
 from lorax_async.tracing.trace import Trace
 from server.world import COMPLETIONS, TOKEN, FakeEngine, FakeTokens, World, loading, saying, serving
 from tiny_loaders import ONE, gated
@@ -86,9 +80,6 @@ async def watching(world: World, headers: dict[str, str] | None = None) -> Async
         writer.close()
 
 
-# -- files ----------------------------------------------------------------------------------------
-
-
 async def test_the_page_needs_nothing_from_elsewhere() -> None:
     """Nor could it: the browser is told so. Behind a proxy, no path begins at the root."""
     kinds = {"css": "text/css", "js": "text/javascript", "html": "text/html"}
@@ -133,9 +124,6 @@ async def test_a_wrong_token_is_refused(token: str | None, status: int, code: st
         for path in (EVENTS, TRACE):
             answer = await world.ask("GET", path, Authorization="Bearer wrong")
             assert (answer.status, answer.error["code"]) == (status, code)
-
-
-# -- adapters, live -------------------------------------------------------------------------------
 
 
 async def test_names_and_tiers_are_told_as_they_change(tmp_path: Path) -> None:
@@ -240,9 +228,6 @@ def test_all_pages_share_a_look_which_takes_a_share_of_the_time(
     assert counts == [1, 1, 1, 1, 2, 2, 2, 2]
 
 
-# -- open pages -----------------------------------------------------------------------------------
-
-
 async def test_a_stop_ends_the_stream_at_once() -> None:
     """A page that is open does not keep a server from ending, nor its answers from being drained."""
     async with serving(drain=30) as world, watching(world) as told:
@@ -292,9 +277,6 @@ async def test_open_pages_are_counted_apart_from_the_operators(
         await until(lambda: "lorax client's presence" not in {t.get_name() for t in tasks()})
         async with watching(world) as told:
             assert told.first
-
-
-# -- the last cold request ------------------------------------------------------------------------
 
 
 async def asked(world: World, model: str) -> str:
@@ -428,9 +410,6 @@ async def test_a_trace_is_made_once_in_a_thread(
         assert b"request two" in (await world.ask("GET", TRACE)).body
     assert made[1][1] - made[0][1] >= 0.4, "it rests three times as long as it took"
     assert threading.main_thread() not in dict(made)
-
-
-# -- what adapters are called there ---------------------------------------------------------------
 
 
 async def test_adapters_without_names_are_the_operators_to_see(tmp_path: Path) -> None:

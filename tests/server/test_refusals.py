@@ -17,16 +17,8 @@ from pydantic import ValidationError
 import lorax_async as la
 import tiny
 from lorax_async.cli.serve import hosts_of
-from lorax_async.errors import (
-    ConfigError,
-    LoraxError,
-    UsageError,
-)
-from lorax_async.server.refusals import (
-    INTERNAL,
-    Refusal,
-    refusal_of,
-)
+from lorax_async.errors import ConfigError, LoraxError, UsageError
+from lorax_async.server.refusals import INTERNAL, Refusal, refusal_of
 from lorax_async.server.request_bodies import (
     ChatBody,
     CompletionBody,
@@ -151,9 +143,6 @@ async def test_a_fault_in_the_engine_is_for_the_log_alone(caplog: Any, begun: bo
     assert INTERNAL.encode() in answer.body
     assert b"secret" not in answer.body
     assert "a secret" in caplog.text
-
-
-# -- limits ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -306,9 +295,6 @@ async def test_health() -> None:
         assert closing.headers["retry-after"] == "1"
 
 
-# -- settings -------------------------------------------------------------------------------------
-
-
 def test_settings_are_checked() -> None:
     wrong: Any
     for wrong in (
@@ -330,8 +316,6 @@ def test_settings_have_names_of_their_own_and_hide_the_token() -> None:
         settings.adapters["d"] = "x/y"  # type: ignore[index]
     assert TOKEN not in repr(settings)
 
-
-# -- bodies ---------------------------------------------------------------------------------------
 
 BODY: dict[str, Any] = {"model": "m", "prompt": "p"}
 
@@ -469,9 +453,6 @@ def test_what_is_missing_is_named() -> None:
             parse_body(CompletionBody, json.dumps(there).encode())
 
 
-# -- the loop, on which all others are answered ---------------------------------------------------
-
-
 @pytest.fixture
 def no_thread_is_interrupted() -> Iterator[None]:
     """Threads run when another one lets them."""
@@ -512,8 +493,6 @@ async def test_a_prompt_is_read_off_the_loop() -> None:
     assert len(threads) == 1
     assert threading.main_thread() not in threads
 
-
-# -- origins --------------------------------------------------------------------------------------
 
 POSTS = (
     *(COMPLETIONS, "/v1/chat/completions"),
@@ -565,9 +544,6 @@ async def test_no_other_origin_is_let_in() -> None:
         answers += [await world.ask("GET", path, b"", **asks) for path in ("/v1/models", "/")]
     for answer in answers:
         assert not [name for name in answer.headers if name.startswith("access-control-")]
-
-
-# -- hosts ----------------------------------------------------------------------------------------
 
 
 async def called(world: World, *hosts: str, path: str = "/health") -> int:

@@ -27,24 +27,14 @@ from openai import DefaultHttpxClient, OpenAI
 
 import tiny
 from lorax_async.cli import main, serve
-from lorax_async.cli.arguments import (
-    as_source,
-    opened,
-    sources_of,
-)
-from lorax_async.cli.serve import (
-    ADMIN_TOKEN,
-    how_to_serve,
-    named,
-)
+from lorax_async.cli.arguments import as_source, opened, sources_of
+from lorax_async.cli.serve import ADMIN_TOKEN, how_to_serve, named
 from lorax_async.errors import ConfigError
 from lorax_async.ids.allow import Allow
 from lorax_async.server.service import ServedModel
 from server.world import llama_config, tokenizer
 
 TOKEN = "a-token"
-
-# -- a process ------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -137,9 +127,6 @@ def test_the_two_lines_that_the_demo_ends_with(examples: Path) -> None:
     assert said.startswith("Arr")
 
 
-# -- options --------------------------------------------------------------------------------------
-
-
 def test_adapters_have_names(tmp_path: Path) -> None:
     one = tiny.write(tmp_path / "one")
     two = tiny.write(tmp_path / "all" / "two")
@@ -204,9 +191,6 @@ def test_what_lives_for_ever_is_not_looked_through_again_and_again(
         gc.unfreeze()
 
 
-# -- what is wrong is said before the slow part ---------------------------------------------------
-
-
 @pytest.fixture
 def refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -251,10 +235,7 @@ def _holds(content: bytes) -> Callable[[Path], object]:
         (_socket, "cannot be read"),
         (lambda path: path.symlink_to(path.name), "cannot be read"),
         (lambda path: path.symlink_to("/dev/zero"), "is no regular file; name a file"),
-        (
-            _large,
-            "it has over 16,777,216 bytes; delete it",
-        ),
+        (_large, "it has over 16,777,216 bytes; delete it"),
         (_holds(b'{"adapters": ['), "it is no JSON: .*line 1 column 15.*; delete it"),
         *((_holds(text), "it is no JSON: .*; delete it") for text in (b"", b"\x00")),
         (_holds(b"\xff\xfe{"), "it is no text in UTF-8.*; delete it"),
@@ -320,9 +301,6 @@ def test_files_and_places_that_are_not_there_are_told(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert f"127.0.0.1:{port}: " in refused("--port", port)
-
-
-# -- base models ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -42,9 +42,6 @@ async def use(there: AdapterLoader, listed: WarmList, *adapters: Any) -> None:
         await warm(there, adapter)
 
 
-# -- what it names --------------------------------------------------------------------------------
-
-
 async def test_it_names_what_is_on_the_device_the_last_one_used_first(
     tmp_path: Path, path: Path
 ) -> None:
@@ -126,9 +123,6 @@ async def test_an_adapter_that_is_still_coming_stays_named(
         await until(lambda: restored.done)
         source.allow("one")
     assert named(path) == ([] if comes else ["one"])
-
-
-# -- its file -------------------------------------------------------------------------------------
 
 
 class Disk:

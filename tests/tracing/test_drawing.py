@@ -20,12 +20,7 @@ from lorax_async.cli.demo_remote import run_remote_demo
 from lorax_async.cli.terminal import Terminal
 from lorax_async.errors import UsageError
 from lorax_async.tracing import drawing as drawings
-from lorax_async.tracing.drawing import (
-    SCRIPT,
-    as_html,
-    drawing_of,
-    read_trace,
-)
+from lorax_async.tracing.drawing import SCRIPT, as_html, drawing_of, read_trace
 from tools import tool
 from tracing.chrome_format import of, require_trace
 

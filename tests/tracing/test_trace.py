@@ -30,18 +30,8 @@ from lorax_async.tracing.recorder import (
     name_of,
     now,
 )
-from lorax_async.tracing.trace import (
-    Trace,
-    microseconds,
-)
-from lorax_async.types import (
-    AdapterKey,
-    AdapterRef,
-    Merge,
-    Ref,
-    RemoteKey,
-    TensorsKey,
-)
+from lorax_async.tracing.trace import Trace, microseconds
+from lorax_async.types import AdapterKey, AdapterRef, Merge, Ref, RemoteKey, TensorsKey
 from tiny_loaders import fails, gated, loader
 from tiny_sources import over, stocked
 from tracing.chrome_format import of, require_trace, stop
