@@ -80,58 +80,43 @@ def _cpu_ranks_first(self: CpuDevice, rows: Any, extent: Any, slot: int) -> None
 DEVICES: Mutants = {
     "cuda: the event is recorded behind the bytes": mutant(
         f"{COPY}::test_writes_bytes_then_rows_then_its_ticket",
-        (CudaDevice, "_ticket", _recorded_first),
-        (CudaDevice, "_record", _only_watched),
-    ),
+        (CudaDevice, "_ticket", _recorded_first), (CudaDevice, "_record", _only_watched)),
     "cuda: rows are written behind the bytes": mutant(
-        f"{COPY}::test_writes_bytes_then_rows_then_its_ticket", (CudaDevice, "_put", _rows_first)
-    ),
+        f"{COPY}::test_writes_bytes_then_rows_then_its_ticket", (CudaDevice, "_put", _rows_first)),
     "cuda: ranks are written last": mutant(
         f"{COPY}::test_writes_bytes_then_rows_then_its_ticket",
-        (TableColumns, "write", _ranks_first),
-    ),
+        (TableColumns, "write", _ranks_first)),
     "cuda: ranks are cleared first": mutant(
         f"{DEVICE}::TestAClearing::test_comes_before_the_next_tenant_and_ranks_first",
-        (TableColumns, "clear", _ranks_cleared_last),
-    ),
+        (TableColumns, "clear", _ranks_cleared_last)),
     "cuda: compute waits for the copy's event": mutant(
         f"{DEVICE}::TestCompute::test_sees_the_copy_only_if_it_waits",
-        skipped(CudaDevice, "wait_for"),
-    ),
+        skipped(CudaDevice, "wait_for")),
     "cuda: a use ends after its kernels": mutant(
         f"{DEVICE}::TestCompute::test_a_use_is_noted_until_it_has_run",
-        (CudaDevice, "note_use", done),
-    ),
+        (CudaDevice, "note_use", done)),
     "cuda: a row image is reused after its copy": mutant(
         f"{COPY}::test_waits_while_all_row_images_are_in_use",
-        (CudaDevice, "_ticket", _image_given_back),
-    ),
+        (CudaDevice, "_ticket", _image_given_back)),
     "cuda: a ticket keeps its staged bytes": mutant(
         f"{COPY}::test_keeps_its_memory_alive_until_it_is_done",
-        initialized(EventTicket, _held=nothing),
-    ),
+        initialized(EventTicket, _held=nothing)),
     "cuda: weights are shown after their copy": mutant(
         f"{COPY}::test_writes_bytes_then_rows_then_its_ticket",
-        (EventTicket, "succeeded", property(lambda _: True)),
-    ),
+        (EventTicket, "succeeded", property(lambda _: True))),
     "cuda: one copy or clearing is enqueued at a time": mutant(
-        f"{DEVICE}::test_one_thing_is_put_at_a_time", seen_by(cuda, "threading", Lock=NoLock)
-    ),
+        f"{DEVICE}::test_one_thing_is_put_at_a_time", seen_by(cuda, "threading", Lock=NoLock)),
     "cuda: zeros have an event": mutant(
-        f"{DEVICE}::TestAWipe::test_has_its_ticket_after_the_zeros", (CudaDevice, "wipe", done)
-    ),
+        f"{DEVICE}::TestAWipe::test_has_its_ticket_after_the_zeros", (CudaDevice, "wipe", done)),
     "cuda: the copy stream starts behind the current one": mutant(
         f"{DEVICE}::TestOpening::test_what_stands_on_the_current_stream_comes_first",
-        skipped(DeviceMemory, "_start_behind_current"),
-    ),
+        skipped(DeviceMemory, "_start_behind_current")),
     "cuda: close waits for copies and uses": mutant(
         f"{DEVICE}::TestClosing::test_waits_for_all_that_is_on_its_way",
-        skipped(EventWatcher, "end"),
-    ),
+        skipped(EventWatcher, "end")),
     "cpu: rows are written behind the bytes": mutant(
-        f"{CPU}::TestCpuDevice::test_bytes_come_before_rows", (CpuDevice, "copy", _cpu_rows_first)
-    ),
+        f"{CPU}::TestCpuDevice::test_bytes_come_before_rows",
+        (CpuDevice, "copy", _cpu_rows_first)),
     "cpu: ranks are written last": mutant(
-        f"{CPU}::test_the_rank_is_written_last", (CpuDevice, "_write_rows", _cpu_ranks_first)
-    ),
-}
+        f"{CPU}::test_the_rank_is_written_last", (CpuDevice, "_write_rows", _cpu_ranks_first)),
+}  # fmt: skip

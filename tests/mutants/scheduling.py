@@ -38,31 +38,23 @@ def _forgotten_but_loaded(self: LoadQueue, adapter_queue: AdapterQueue) -> None:
 SCHEDULING: Mutants = {
     "scheduler: a request is in one batch at a time": mutant(
         f"{BATCHES}::test_several_batches_may_be_under_way",
-        (Ticket, "in_batch", _never(kept=False)),
-    ),
+        (Ticket, "in_batch", _never(kept=False))),
     "scheduler: a slot is kept for its batches": mutant(
         f"{BATCHES}::test_an_adapter_is_given_back_after_the_last_of_its_batches",
-        (AdapterQueues, "release_batch", _given_back_after_the_first),
-    ),
+        (AdapterQueues, "release_batch", _given_back_after_the_first)),
     "scheduler: a batch is valid while its slots are its own": mutant(
-        f"{BATCHES}::test_a_stale_batch_is_caught", skipped(Batch, "check")
-    ),
+        f"{BATCHES}::test_a_stale_batch_is_caught", skipped(Batch, "check")),
     "scheduler: a slot held in vain makes way": mutant(
         f"{BATCHES}::test_a_request_that_may_not_begin_gives_its_slot_to_one_that_has_begun",
-        skipped(AdapterQueues, "yield_slot"),
-    ),
+        skipped(AdapterQueues, "yield_slot")),
     "scheduler: tokens of false weights do not count": mutant(
         f"{ENDS}::test_a_token_of_false_weights_does_not_count",
-        skipped(AdapterQueues, "check_integrity"),
-    ),
+        skipped(AdapterQueues, "check_integrity")),
     "scheduler: a preempted request gives its place back": mutant(
-        f"{BATCHES}::test_preempting_ends", skipped(AdapterQueues, "preempt")
-    ),
+        f"{BATCHES}::test_preempting_ends", skipped(AdapterQueues, "preempt")),
     "scheduler: a load ends with its last request": mutant(
         f"{BATCHES}::test_a_request_may_begin_when_another_is_cancelled_that_lost_its_slot",
-        (LoadQueue, "remove", _forgotten_but_loaded),
-    ),
+        (LoadQueue, "remove", _forgotten_but_loaded)),
     "scheduler: close waits for its loads": mutant(
-        f"{ENDS}::test_close_waits_for_its_loads", skipped(LoadQueue, "close")
-    ),
-}
+        f"{ENDS}::test_close_waits_for_its_loads", skipped(LoadQueue, "close")),
+}  # fmt: skip
