@@ -46,6 +46,8 @@ from lorax_async.types import AdapterRef
 pytestmark = pytest.mark.usefixtures("no_socket_left", "nothing_left", "hub_client")
 
 Capture = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
+Fetch = Callable[..., int]
 TOKEN = "hf_AbcDefGhi5ecre7"
 
 NAMES = ("adapter_config.json", "adapter_model.safetensors")
@@ -93,7 +95,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def fetch(tmp_path: Path) -> Callable[..., int]:
+def fetch(tmp_path: Path) -> Fetch:
     """Into a cache of the test's own."""
     return lambda *arguments: main(["fetch", *arguments, "--cache-dir", str(tmp_path / "cache")])
 
@@ -103,9 +105,7 @@ def at(hub: HubStandIn) -> list[str]:
     return ["--hub-endpoint", hub.endpoint, "--allow", f"http://{hub.store_netloc}/"]
 
 
-def test_from_the_hub(
-    folder: Path, fetch: Callable[..., int], tmp_path: Path, capsys: Capture
-) -> None:
+def test_from_the_hub(folder: Path, fetch: Fetch, tmp_path: Path, capsys: Capture) -> None:
     with HubStandIn() as hub:
         commit = hub.put("org/name", contents(folder))
         assert fetch("org/name", "--json", *at(hub)) == 0
@@ -126,7 +126,7 @@ def test_from_the_hub(
     assert [again[name] for name in ("place", "digest")] == [row["place"], row["digest"]]
 
 
-def test_some_come_and_one_fails(folder: Path, fetch: Callable[..., int], capsys: Capture) -> None:
+def test_some_come_and_one_fails(folder: Path, fetch: Fetch, capsys: Capture) -> None:
     with serving(files_of({"one": folder, "two": folder})) as server:
         urls = [server.url(f"/{name}/") for name in ("one", "none", "two")]
         assert fetch(urls[0], urls[0].removesuffix("/")) == 0
@@ -145,7 +145,7 @@ def test_some_come_and_one_fails(folder: Path, fetch: Callable[..., int], capsys
     assert captured.err.startswith(f"AdapterNotFoundError: adapter '{urls[1]}'")
 
 
-def test_two_revisions_of_one_id_are_refused(fetch: Callable[..., int], capsys: Capture) -> None:
+def test_two_revisions_of_one_id_are_refused(fetch: Fetch, capsys: Capture) -> None:
     assert fetch("org/name@v1", "--revision", "v2") == 1
     assert "pass one" in capsys.readouterr().err
     one, other = (as_place(f"org/name@{revision}") for revision in ("v1", "v2"))
@@ -156,9 +156,7 @@ def test_two_revisions_of_one_id_are_refused(fetch: Callable[..., int], capsys: 
     assert [load.name for load in loads_of(paths)] == ["/one/sql", "/two/sql", "chat"]
 
 
-def test_what_is_named_is_allowed_and_no_more(
-    folder: Path, fetch: Callable[..., int], capsys: Capture
-) -> None:
+def test_what_is_named_is_allowed_and_no_more(folder: Path, fetch: Fetch, capsys: Capture) -> None:
     files = files_of({"one": folder})
     with serving(files) as other, serving({}) as server:
 
@@ -177,8 +175,8 @@ def test_what_is_named_is_allowed_and_no_more(
 
 def test_the_token_is_that_of_the_environment(
     folder: Path,
-    fetch: Callable[..., int],
-    monkeypatch: pytest.MonkeyPatch,
+    fetch: Fetch,
+    monkeypatch: Patch,
     tmp_path: Path,
     capsys: Capture,
 ) -> None:
@@ -317,7 +315,7 @@ def test_inspect_of_several_files(tmp_path: Path, capsys: Capture) -> None:
         assert found == output(capsys) | {"path": server.url("/split/")}
 
 
-def test_a_folder_comes_before_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_comes_before_the_hub(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "name").mkdir(parents=True)
     assert as_place("org/name") == AdapterRef(Path("org/name"))
@@ -377,9 +375,7 @@ def left(world: DiskWorld, key: CacheKey) -> None:
     download.close()
 
 
-def test_where_there_is_none_it_is_not_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
+def test_no_cache_is_made_by_looking(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     """By default it is the loader's; a folder of something else is left alone."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for command in ("ls", "verify", "gc"):
@@ -448,9 +444,7 @@ def test_verify_finds_what_is_damaged(world: DiskWorld, capsys: Capture) -> None
         ("HTTPS://host.example:443/one", [OTHER]),
     ],
 )
-def test_rm_removes_what_is_called_so(
-    world: DiskWorld, capsys: Capture, name: str, gone: list[CacheKey]
-) -> None:
+def test_rm_by_name(world: DiskWorld, capsys: Capture, name: str, gone: list[CacheKey]) -> None:
     filled(world)
     assert cache(world, "rm", name, "--json") == 0
     found = output(capsys)

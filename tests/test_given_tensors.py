@@ -55,9 +55,7 @@ async def test_every_call_finds_given_tensors_by_their_name(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("device", "stored"), [("cpu", "bfloat16"), ("simulated", "float32")])
-async def test_evicted_tensors_come_back_as_they_were_given(
-    tmp_path: Path, device: str, stored: str
-) -> None:
+async def test_evicted_tensors_come_back_the_same(tmp_path: Path, device: str, stored: str) -> None:
     given, config = tiny.tensors(5), tiny.config(use_rslora=True)
     source = stocked(tmp_path, "a", "b")
     async with over(source, max_slots=2, device=device, dtype=stored) as there:

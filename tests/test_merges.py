@@ -148,9 +148,7 @@ def test_keys_of_merges_are_equal_where_the_bytes_would_be() -> None:
 
 
 @pytest.mark.parametrize(("merge", "device"), [(HALVES, "simulated"), (DROPPED, "cpu")])
-async def test_a_merge_is_computed_once_for_all_and_comes_back_the_same(
-    tmp_path: Path, merge: Merge, device: str
-) -> None:
+async def test_a_merge_is_computed_once_for_all(tmp_path: Path, merge: Merge, device: str) -> None:
     """From memory, or computed anew where tensors took its room."""
     source = stocked(tmp_path, "a", "b", "c")
     settings = {"max_slots": 1, "device": device, "memory_bytes": 2 * part_bytes()}
@@ -224,9 +222,7 @@ async def test_a_merge_is_prefetched_pinned_tried_and_unloaded(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("file", ["adapter_config.json", WEIGHTS])
-async def test_a_part_that_changed_before_it_is_computed_anew_is_named(
-    tmp_path: Path, file: str
-) -> None:
+async def test_a_part_that_changed_before_recomputing_is_named(tmp_path: Path, file: str) -> None:
     for seed, name in enumerate("abc"):
         tiny.write(tmp_path / name, seed)
     async with loader(max_slots=1) as there:
@@ -389,7 +385,7 @@ async def test_a_loader_that_closes_while_merges_wait_for_parts_and_room(tmp_pat
     assert source.counts.open_readers == 0
 
 
-async def test_a_merge_that_is_computed_holds_up_no_load_and_ends_with_the_loader(
+async def test_computing_a_merge_holds_up_no_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, began, go_on, read = (

@@ -81,9 +81,7 @@ async def spilled(
 
 
 @pytest.mark.parametrize(("device", "stored"), [("cpu", "float32"), ("simulated", "bfloat16")])
-async def test_the_least_recently_read_tensors_spill_and_come_back_the_same(
-    tmp_path: Path, device: str, stored: str
-) -> None:
+async def test_the_least_recently_read_spill(tmp_path: Path, device: str, stored: str) -> None:
     async with roomy(tmp_path, 2, device=device, dtype=stored) as there:
         keys = [await given(there, seed) for seed in (0, 1)]
         assert entries(tmp_path) == []
@@ -346,9 +344,7 @@ FIRST_CALLS = ("mkdir", "pwritev", "posix_fallocate", "rename")
         pytest.param(errno.ENOSPC, FIRST_CALLS, id="ENOSPC"),
     ],
 )
-def test_whatever_system_call_fails_each_adapter_is_somewhere(
-    tmp_path: Path, code: int, names: tuple[str, ...]
-) -> None:
+def test_failing_calls_lose_no_adapter(tmp_path: Path, code: int, names: tuple[str, ...]) -> None:
     async def spill(folder: Path, calls: Calls) -> None:
         """The call that needs the room is let through, or refused."""
         async with roomy(folder, 1, max_slots=1) as there:

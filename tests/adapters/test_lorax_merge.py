@@ -126,9 +126,7 @@ def test_there_is_no_density_of_zero_and_as_many_adapters_as_ids() -> None:
 @pytest.mark.parametrize(
     ("alpha", "weight"), [(1e39, 1.0), (-1e39, 1.0), (1e39, 0.0), (1e308, 3e38), (2e38, 4.0)]
 )
-def test_scales_and_weights_that_float32_does_not_hold(
-    strategy: str, alpha: float, weight: float
-) -> None:
+def test_scales_that_float32_does_not_hold(strategy: str, alpha: float, weight: float) -> None:
     density = None if strategy == "linear" else 0.5
     given = parameters(weights=[1.0, weight], merge_strategy=strategy, density=density)
     adapters: Adapters = [(made(1, Q, K), config_of()), (made(2, K), config_of(lora_alpha=alpha))]

@@ -232,7 +232,7 @@ def in_loraxs_form(merge: Merge) -> dict[str, Weights]:
     return found
 
 
-async def test_another_seed_drops_others_and_no_global_random_number_is_drawn(
+async def test_a_seed_decides_what_drops_and_no_global_number_is_drawn(
     folder: Folders,
 ) -> None:
     folders, _ = [folder("one"), folder("two")], llama()  # which seeds it

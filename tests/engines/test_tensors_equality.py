@@ -31,9 +31,7 @@ LORAS: dict[str, Any] = {name: VARIANTS[name].lora for name in SMALL} | {"patter
 
 
 @pytest.mark.parametrize("name", LORAS)
-async def test_it_answers_as_the_live_model_and_is_what_its_file_is(
-    tmp_path: Path, name: str
-) -> None:
+async def test_it_answers_as_the_live_model_and_as_its_file(tmp_path: Path, name: str) -> None:
     model, inputs = llama(), prompt(2)
     with wrapped(llama(), LORAS[name], seed=5) as live:
         given = get_peft_model_state_dict(live, save_embedding_layers=False)

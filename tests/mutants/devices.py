@@ -64,9 +64,7 @@ def _ranks_cleared_last(self: TableColumns, slot: int) -> None:
     self._ranks[slot].copy_(self._zeros.ranks, non_blocking=True)
 
 
-def _cpu_rows_first(
-    self: CpuDevice, pieces: Any, rows: Any, extent: Any, slot: int
-) -> Future[None]:
+def _cpu_row_first(self: CpuDevice, pieces: Any, rows: Any, extent: Any, slot: int) -> Future[None]:
     self._write_rows(rows, extent, slot)
     return _copy(self, pieces, (), extent, slot)
 
@@ -116,7 +114,7 @@ DEVICES: Mutants = {
         skipped(EventWatcher, "end")),
     "cpu: rows are written behind the bytes": mutant(
         f"{CPU}::TestCpuDevice::test_bytes_come_before_rows",
-        (CpuDevice, "copy", _cpu_rows_first)),
+        (CpuDevice, "copy", _cpu_row_first)),
     "cpu: ranks are written last": mutant(
         f"{CPU}::test_the_rank_is_written_last", (CpuDevice, "_write_rows", _cpu_ranks_first)),
 }  # fmt: skip

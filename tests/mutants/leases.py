@@ -39,9 +39,7 @@ def _failed_in_silence(self: SlotOccupancy, error: Any) -> None:
     self.error = error
 
 
-def _without_waiting(
-    self: SlotOccupancy, layer: int, timeout: float, check: Callable[[], None]
-) -> None:
+def _unwaited(self: SlotOccupancy, layer: int, timeout: float, check: Callable[[], None]) -> None:
     check()
 
 
@@ -97,7 +95,7 @@ HOLDERS: Mutants = {
         f"{HANDLES}::test_a_kernel_behind_copies_sees_their_bytes",
         (SlotOccupancy, "tickets", _known_tickets_only)),
     "tenancy: a thread waits for its layer": mutant(
-        f"{HANDLES}::test_layers_come_one_by_one", (SlotOccupancy, "wait", _without_waiting)),
+        f"{HANDLES}::test_layers_come_one_by_one", (SlotOccupancy, "wait", _unwaited)),
     "tenancy: a failure wakes all waiters": mutant(
         f"{HANDLES}::test_a_failure_reaches_all_who_wait",
         (SlotOccupancy, "fail", _failed_in_silence)),

@@ -54,10 +54,10 @@ SERVING: Mutants = {
         f"{ENGINE}::test_closing_fails_the_rest_after_the_step_that_is_computed",
         (engine, "ThreadPoolExecutor", lambda _, name: ThreadPoolExecutor(2, name))),
     "engine: a sequence leaves its place before another takes it": mutant(
-        f"{ENGINE}::test_an_answer_that_is_cancelled_at_any_time_disturbs_no_other",
+        f"{ENGINE}::test_an_answer_cancelled_at_any_time_disturbs_none",
         (Engine, "_take_gone", _only_told)),
     "engine: an ended sequence is freed": mutant(
-        f"{ENGINE}::test_an_answer_that_is_cancelled_at_any_time_disturbs_no_other",
+        f"{ENGINE}::test_an_answer_cancelled_at_any_time_disturbs_none",
         skipped(Engine, "_take_gone", ())),
     "engine: no token of false weights comes out": mutant(
         f"{ENGINE}::test_no_token_of_an_adapter_that_was_false_comes_out",
@@ -73,10 +73,10 @@ SERVING: Mutants = {
         "server/test_connections.py::test_a_client_that_hangs_up_frees_its_place",
         (RequestScope, "_listen", nothing_awaited)),
     "warm list: it is on the disk before it has its name": mutant(
-        f"{WARM}::test_the_file_is_whole_on_the_disk_before_it_has_its_name",
+        f"{WARM}::test_the_file_is_whole_on_disk_before_its_name",
         seen_by(warm_list, "os", fsync=nothing)),
     "warm list: it is replaced as a whole": mutant(
-        f"{WARM}::test_the_file_is_whole_on_the_disk_before_it_has_its_name",
+        f"{WARM}::test_the_file_is_whole_on_disk_before_its_name",
         (warm_list, "_replace", _written_in_place)),
     "warm list: leaving waits for what is written": mutant(
         f"{WARM}::test_leaving_waits_for_what_is_written",

@@ -129,7 +129,7 @@ SOURCES: Mutants = {
         f"{MEMORY}::test_a_merge_is_computed_once_and_stays_until_others_need_the_room",
         (HostCopy, "is_read", False)),
     "merge: it draws no number of the process's generator": mutant(
-        "engines/test_merge_equality.py::test_another_seed_drops_others_and_no_global_random_number_is_drawn",
+        "engines/test_merge_equality.py::test_a_seed_decides_what_drops_and_no_global_number_is_drawn",
         (merges, "_DrawingFrom", lambda _: NoLock())),
     "workers: a cancelled caller's result is undone": mutant(
         f"{REMOTE}::test_a_cancelled_caller_waits_for_its_thread_and_undoes_the_result",

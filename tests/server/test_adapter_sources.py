@@ -126,9 +126,7 @@ async def test_a_strangers_id_gets_the_token_of_its_source_alone(
 
 
 @pytest.mark.parametrize("by", ["--adapters", "the admin"])
-async def test_what_the_operator_names_is_asked_for_with_the_operators_token(
-    hub: HubStandIn, tmp_path: Path, by: str
-) -> None:
+async def test_operators_names_get_their_token(hub: HubStandIn, tmp_path: Path, by: str) -> None:
     """And that makes it no stranger's, though it is on the device and the hub is open to all."""
     commit = hub.repos[PRIVATE].refs["main"]
     given = [f"sql={PRIVATE}"] if by == "--adapters" else []

@@ -20,6 +20,8 @@ from tiny_loaders import loader as tiny_loader
 from tiny_loaders import on_device
 from tiny_sources import over, stocked
 
+Patch = pytest.MonkeyPatch
+
 LOAD, UNLOAD, ADAPTERS = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/adapters"
 
 
@@ -99,9 +101,7 @@ async def test_of_two_loads_of_one_name_the_first_counts(tmp_path: Path) -> None
         assert await asked_for(world, "a") == "first"
 
 
-async def test_an_adapter_in_use_is_unloaded_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_adapter_in_use_is_unloaded_later(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr("lorax_async.server.admin.UNLOAD_SECONDS", 0.01)
     folder = tiny.write(tmp_path / "one")
     async with serving(adapters={"a": folder}) as world:
@@ -193,7 +193,7 @@ async def test_where_adapters_are(tmp_path: Path) -> None:
 
 
 async def test_neither_the_disk_nor_a_long_list_holds_the_loop(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: Patch,
 ) -> None:
     threads = list[threading.Thread]()
 

@@ -112,9 +112,7 @@ async def test_a_server_answers_over_a_socket(base: ServedModel, folders: dict[s
         assert not ended.done()
 
 
-async def test_all_of_it_is_closed(
-    tmp_path: Path, base: ServedModel, folders: dict[str, Path]
-) -> None:
+async def test_all_is_closed(tmp_path: Path, base: ServedModel, folders: dict[str, Path]) -> None:
     """The list of the warm first; an adapter whose request is refused is not among them."""
     warm, tasks = tmp_path / "warm", asyncio.all_tasks()
     forwards = [vars(module).get("forward") for module in base.model.modules()]

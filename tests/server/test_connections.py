@@ -358,9 +358,7 @@ async def test_uvicorns_own_way_of_ending_takes_no_new_requests() -> None:
 @pytest.mark.parametrize(
     ("drain", "stops", "stream"), [(0.01, 1, False), (0.01, 1, True), (1e6, 2, False)]
 )
-async def test_after_the_deadline_or_a_second_signal_the_rest_fails(
-    drain: float, stops: int, stream: bool
-) -> None:
+async def test_a_deadline_or_second_signal_ends_all(drain: float, stops: int, stream: bool) -> None:
     engine = FakeEngine()
     async with serving(engine, drain=drain) as world:
         asked = world.completing(BASE | {"stream": stream})

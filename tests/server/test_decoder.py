@@ -224,9 +224,7 @@ async def test_what_was_at_a_place_never_matters(small: Any) -> None:
         assert decoder.sequences == 2
 
 
-async def test_rows_that_are_late_begin_again_and_the_others_go_on(
-    small: Any, adapters: list[Path], source: FakeSource
-) -> None:
+async def test_late_rows_begin_again(small: Any, adapters: list[Path], source: FakeSource) -> None:
     """No prompt is waited for by those that decode, though it is alone in its pass."""
     with alone(copy.deepcopy(small), warm=adapters[1], cold=adapters[0]) as solo:
         async with streaming(small, source) as (attached, warm, cold):
@@ -248,7 +246,7 @@ async def test_rows_that_are_late_begin_again_and_the_others_go_on(
                 assert not (await play.whole(late, base, fast, budget=0.01)).out
 
 
-async def test_what_one_pass_has_waited_is_missing_for_the_next(
+async def test_passes_share_one_budget(
     small: Any, source: FakeSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     budgets, original = list[float](), AttachedModel.batch
@@ -267,9 +265,7 @@ async def test_what_one_pass_has_waited_is_missing_for_the_next(
     assert budgets == [0.02, 0.02, 0.0]  # who is there first; then one waits, and one no more
 
 
-async def test_an_adapter_that_fails_takes_out_its_own_rows(
-    small: Any, adapters: list[Path], source: FakeSource
-) -> None:
+async def test_failures_end_own_rows(small: Any, adapters: list[Path], source: FakeSource) -> None:
     with alone(copy.deepcopy(small), warm=adapters[1], cold=adapters[0]) as solo:
         async with streaming(small, source) as (attached, warm, cold):
             play = Play(TransformersDecoder(small, attached, 3), solo)
@@ -302,9 +298,7 @@ def rope(kind: str) -> PreTrainedConfig:
     ],
     ids=["sliding window", "linear attention", "encoder", "dynamic", "longrope"],
 )
-def test_models_whose_rows_are_not_their_own_are_refused(
-    config: PreTrainedConfig, words: str
-) -> None:
+def test_models_that_mix_their_rows_are_refused(config: PreTrainedConfig, words: str) -> None:
     attached: Any = None  # it is not looked at
     with pytest.raises(ConfigError, match=words):
         TransformersDecoder(made(config), attached, 4)
@@ -356,9 +350,7 @@ def generated(peft_model: Any, name: str | None, prompt: list[int], new: int) ->
     return tokens
 
 
-async def test_answers_are_what_generate_says_while_adapters_come_and_one_fails(
-    small: Any, adapters: list[Path]
-) -> None:
+async def test_answers_are_generates_while_adapters_come(small: Any, adapters: list[Path]) -> None:
     """Those of the first adapter give way to the second's, and are computed again."""
     wanted: list[tuple[str | None, list[int]]] = [
         *((None, [1, 2, 3]), ("most", [1, 2, 3]), ("some", [4, 5])),

@@ -47,7 +47,7 @@ def source(tmp_path: Path) -> FakeSource:
 
 
 @pytest.mark.each_loop
-async def test_adapters_are_mixed_in_one_step_and_each_answer_is_its_own(
+async def test_adapters_share_a_step_and_each_answer_is_its_own(
     source: FakeSource,
 ) -> None:
     """One that comes later joins those under way."""
@@ -147,9 +147,7 @@ async def test_what_can_never_be_computed_is_refused(source: FakeSource) -> None
 
 
 @pytest.mark.parametrize("seed", range(4))
-async def test_an_answer_that_is_cancelled_at_any_time_disturbs_no_other(
-    source: FakeSource, seed: int
-) -> None:
+async def test_an_answer_cancelled_at_any_time_disturbs_none(source: FakeSource, seed: int) -> None:
     shuffled = random.Random(seed)
     places = {"scheduling": {"max_begun": 4}, "max_tokens": 12, "max_sequences": 4}
     async with generating(source, **places) as (engine, decoder, _):  # type: ignore[arg-type]
@@ -178,7 +176,7 @@ async def test_an_answer_that_is_cancelled_at_any_time_disturbs_no_other(
         assert len(decoder.kept) <= 1
 
 
-async def test_an_answer_left_out_of_a_step_goes_on_and_says_nothing_twice(
+async def test_an_answer_left_out_of_a_step_repeats_nothing(
     source: FakeSource,
 ) -> None:
     """With its random numbers where they were; left out of its first step, it still waits."""
@@ -202,7 +200,7 @@ async def test_an_answer_left_out_of_a_step_goes_on_and_says_nothing_twice(
         waiting.clear()
 
 
-async def test_a_decoder_that_raises_fails_those_of_the_step_and_goes_on(
+async def test_a_decoder_that_raises_fails_its_step_and_goes_on(
     source: FakeSource,
 ) -> None:
     async with generating(source, max_sequences=2) as (engine, decoder, _):
@@ -259,9 +257,7 @@ async def test_a_decoder_that_cannot_forget_leaves_no_thread(source: FakeSource)
 
 
 @pytest.mark.parametrize("ends", ["by a mistake", "closed"])
-async def test_an_engine_whose_scheduler_ends_tells_all_its_answers(
-    source: FakeSource, ends: str
-) -> None:
+async def test_a_scheduler_that_ends_fails_all_answers(source: FakeSource, ends: str) -> None:
     source.hold("a")
     decoder = FakeDecoder(loop=asyncio.get_running_loop())
     async with opened(source) as (_, scheduler), Engine(scheduler, decoder) as engine:
@@ -358,9 +354,7 @@ async def test_closing_fails_the_rest_after_the_step_that_is_computed(source: Fa
 
 
 @pytest.mark.parametrize("turns", range(10))
-async def test_closing_in_any_turn_leaves_an_answer_whole_or_broken_off(
-    source: FakeSource, turns: int
-) -> None:
+async def test_closing_in_any_turn_cuts_or_ends_an_answer(source: FakeSource, turns: int) -> None:
     """As its last step ends, and as a step begins; the decoder forgets all in either case."""
     loop, closing = asyncio.get_running_loop(), list[asyncio.Task[None]]()
 
@@ -426,9 +420,7 @@ async def require_whole(
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
-async def test_the_youngest_gives_way_to_another_adapters_short_answer(
-    source: FakeSource, sampling: Sampling
-) -> None:
+async def test_the_youngest_gives_way_to_another(source: FakeSource, sampling: Sampling) -> None:
     """It goes on at once when there is room, and no answer loses a token or gets one twice."""
     async with full(source, sampling=sampling) as (engine, decoder, answers):
         before = len(decoder.steps)
@@ -486,9 +478,7 @@ async def test_while_others_wait_an_adapter_has_its_share(source: FakeSource) ->
 
 
 @pytest.mark.parametrize(("share", "most", "preempted"), [(0.25, 8, 8), (1.0, 0, 0)])
-async def test_the_share_is_a_setting(
-    source: FakeSource, share: float, most: int, preempted: int
-) -> None:
+async def test_shares_are_set(source: FakeSource, share: float, most: int, preempted: int) -> None:
     room = ROOM | {"scheduling": {"max_begun": PLACES, "max_share": share}}
     async with full(source, room=room) as (engine, decoder, first):
         second = [engine.submit(asked([n, 3], 5, "b")) for n in range(2 * PLACES)]
@@ -500,9 +490,7 @@ async def test_the_share_is_a_setting(
 
 
 @pytest.mark.parametrize("ends", ["adapter", "engine"])
-async def test_preempted_answers_end_after_the_tokens_that_came_before(
-    source: FakeSource, ends: str
-) -> None:
+async def test_preempted_answers_end_after_their_tokens(source: FakeSource, ends: str) -> None:
     """With their adapter, or with the engine."""
     gate = gate_digests(source)
     async with full(source, adapter=FALSE) as (engine, _, answers):

@@ -27,6 +27,8 @@ from tiny_loaders import loader as tiny_loader
 from tiny_sources import over, stocked
 from tracing.chrome_format import require_trace
 
+Patch = pytest.MonkeyPatch
+
 EVENTS, TRACE = "/page/events", "/page/trace.json"
 OPERATOR = {"Authorization": f"Bearer {TOKEN}"}
 
@@ -103,7 +105,7 @@ async def test_the_page_needs_nothing_from_elsewhere() -> None:
             assert (head.status, head.body) == (200, b"")
 
 
-async def test_only_reading_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_only_reading_is_allowed(monkeypatch: Patch) -> None:
     """A HEAD keeps no place."""
     monkeypatch.setattr(dashboard, "MAX_PAGES", 1)
     async with serving() as world:
@@ -182,9 +184,7 @@ async def test_ids_and_paths_are_the_operators_to_see(tmp_path: Path) -> None:
         assert "hidden" not in json.dumps(told.rows)
 
 
-async def test_many_adapters_are_cut_and_names_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_many_adapters_are_cut_and_names_counted(tmp_path: Path, monkeypatch: Patch) -> None:
     """Of those without names the nearest are shown."""
     monkeypatch.setattr(dashboard, "MAX_ROWS", 2)
     source = stocked(tmp_path, *(f"org/a{n}" for n in range(6)))
@@ -203,7 +203,7 @@ async def test_many_adapters_are_cut_and_names_counted(
 
 
 def test_all_pages_share_a_look_which_takes_a_share_of_the_time(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: Patch,
 ) -> None:
     """A look of 50 ms, at many adapters, is the only one in a second."""
     clock, looks = [100.0], list[float]()
@@ -239,8 +239,8 @@ async def test_a_stop_ends_the_stream_at_once() -> None:
 
 
 @pytest.mark.parametrize("stops", [1, 2])
-async def test_a_page_that_reads_nothing_keeps_no_server(
-    stops: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+async def test_a_stuck_page_keeps_no_server(
+    stops: int, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(dashboard, "TICK", 0.01)
     monkeypatch.setattr(dashboard, "LAST_SECONDS", 0.2)
@@ -260,7 +260,7 @@ async def test_a_page_that_reads_nothing_keeps_no_server(
 
 
 async def test_open_pages_are_counted_apart_from_the_operators(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: Patch,
 ) -> None:
     """And a silent one is told something, since proxies end what is silent."""
     monkeypatch.setattr(dashboard, "MAX_PAGES", 1)
@@ -388,9 +388,7 @@ async def test_few_cold_requests_are_recorded_at_a_time(tmp_path: Path) -> None:
         assert (await cold_of(world))["number"] == most
 
 
-async def test_a_trace_is_made_once_in_a_thread(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_trace_is_made_once_in_a_thread(tmp_path: Path, monkeypatch: Patch) -> None:
     """Strangers may ask as often as they like, for then there is a rest."""
     adapters = {name: tiny.write(tmp_path / name, n) for n, name in enumerate(("one", "two"))}
     encoded, there, made = Trace.encoded, tiny_loader(), list[tuple[threading.Thread, float]]()

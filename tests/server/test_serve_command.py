@@ -34,6 +34,9 @@ from lorax_async.ids.allow import Allow
 from lorax_async.server.service import ServedModel
 from server.world import llama_config, tokenizer
 
+Patch = pytest.MonkeyPatch
+Capture = pytest.CaptureFixture[str]
+
 TOKEN = "a-token"
 
 
@@ -168,7 +171,7 @@ def test_sources_are_places_that_requests_may_name(tmp_path: Path) -> None:
     assert set(found["allow"]) == {*places, Allow("hub")}, "the operator may name all of the hub"
 
 
-def test_options_that_are_none_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_that_are_none_are_refused(capsys: Capture) -> None:
     for text in ("hub:org", "no/such/folder", "ftp://host/"):
         with pytest.raises(argparse.ArgumentTypeError):
             as_source(text)
@@ -180,7 +183,7 @@ def test_options_that_are_none_are_refused(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_what_lives_for_ever_is_not_looked_through_again_and_again(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: Patch,
 ) -> None:
     monkeypatch.setattr(sys, "setswitchinterval", lambda seconds: None)
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
@@ -192,9 +195,7 @@ def test_what_lives_for_ever_is_not_looked_through_again_and_again(
 
 
 @pytest.fixture
-def refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., str]:
+def refused(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> Callable[..., str]:
     """Start a server with these options; returns the one line that it ends with."""
 
     def load(*_: Any, **__: Any) -> ServedModel:
@@ -275,9 +276,7 @@ def test_a_warm_list_that_is_none_is_refused_and_left_alone(
     assert status() == before
 
 
-def test_files_and_places_that_are_not_there_are_told(
-    refused: Callable[..., str], tmp_path: Path
-) -> None:
+def test_missing_files_and_places_are_told(refused: Callable[..., str], tmp_path: Path) -> None:
     whole = tiny.write(tmp_path / "all" / "whole")
     broken = tiny.write(tmp_path / "all" / "broken")
     (broken / "adapter_model.safetensors").unlink()
@@ -374,9 +373,7 @@ def test_a_folder_that_is_no_base_is_told_of_in_a_line(
     assert "\n" not in reason
 
 
-def test_a_base_is_loaded_onto_a_device_that_is_there(
-    whole: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_base_is_loaded_onto_a_device_that_is_there(whole: Path, monkeypatch: Patch) -> None:
     base = ServedModel.load(whole, dtype="float32", device="cpu")
     assert base.max_length == 64
     assert not base.model.training
@@ -385,9 +382,7 @@ def test_a_base_is_loaded_onto_a_device_that_is_there(
         ServedModel.load(whole, dtype="float32", device="cuda")
 
 
-def test_a_length_of_nothing_is_refused(
-    whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_length_of_nothing_is_refused(whole: Path, capsys: Capture, monkeypatch: Patch) -> None:
     """In one line, also where it is found out as the server begins."""
     monkeypatch.setattr(serve, "as_application", lambda: None)
     options = ["--port", "0", "--json", "--max-length", "0"]

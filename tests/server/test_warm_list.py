@@ -23,6 +23,8 @@ from scheduling.serving import warm
 from tiny_loaders import loader
 from tiny_sources import is_resident, over, stocked
 
+Patch = pytest.MonkeyPatch
+
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 
@@ -42,9 +44,7 @@ async def use(there: AdapterLoader, listed: WarmList, *adapters: Any) -> None:
         await warm(there, adapter)
 
 
-async def test_it_names_what_is_on_the_device_the_last_one_used_first(
-    tmp_path: Path, path: Path
-) -> None:
+async def test_it_names_what_is_on_the_device_last_used_first(tmp_path: Path, path: Path) -> None:
     source = stocked(tmp_path, "one", "two", "three")
     async with over(source, max_slots=2) as there, WarmList(path, there, pause=0) as listed:
         await use(there, listed, "one", "two")
@@ -55,9 +55,7 @@ async def test_it_names_what_is_on_the_device_the_last_one_used_first(
         await until(lambda: named(path)[0] == "three" and len(named(path)) == 2)
 
 
-async def test_of_many_names_only_the_last_ones_are_looked_up(
-    tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_few_names_are_looked_up(tmp_path: Path, path: Path, monkeypatch: Patch) -> None:
     """It is done on the loop, again and again."""
     asked, story = set[object](), AdapterLoader.story
 
@@ -101,9 +99,7 @@ async def test_tokens_are_not_written(tmp_path: Path, path: Path) -> None:
 
 
 @pytest.mark.parametrize("comes", [True, False])
-async def test_an_adapter_that_is_still_coming_stays_named(
-    tmp_path: Path, path: Path, comes: bool
-) -> None:
+async def test_an_adapter_still_coming_stays_named(tmp_path: Path, path: Path, comes: bool) -> None:
     """Killed meanwhile, the list is what it was; at the end it comes no further."""
     path.write_text(json.dumps({"adapters": [{"id": "one", "source": None, "revision": None}]}))
     source = stocked(tmp_path, "one")
@@ -128,7 +124,7 @@ async def test_an_adapter_that_is_still_coming_stays_named(
 class Disk:
     """Names a file when it is let, and counts; no thread of the loop touches it."""
 
-    def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, path: Path, monkeypatch: Patch) -> None:
         self.free = threading.Event()
         self.free.set()
         self.begun = self.ended = 0
@@ -152,15 +148,13 @@ class Disk:
 
 
 @pytest.fixture
-def disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
+def disk(path: Path, monkeypatch: Patch) -> Iterator[Disk]:
     disk = Disk(path, monkeypatch)
     yield disk
     assert threading.main_thread() not in disk.threads
 
 
-async def test_what_changes_while_it_is_written_is_written_then(
-    tmp_path: Path, path: Path, disk: Disk
-) -> None:
+async def test_changes_during_a_write_are_written(tmp_path: Path, path: Path, disk: Disk) -> None:
     source = stocked(tmp_path, "one", "two")
     async with over(source) as there, WarmList(path, there, pause=0) as listed:
         await use(there, listed, "two", "one")
@@ -198,9 +192,7 @@ async def test_leaving_waits_for_what_is_written(tmp_path: Path, path: Path, dis
         assert left() is None, "the loader tells it no more"
 
 
-async def test_it_is_written_once_in_a_pause_and_at_the_end(
-    tmp_path: Path, path: Path, disk: Disk
-) -> None:
+async def test_one_write_a_pause_and_one_at_the_end(tmp_path: Path, path: Path, disk: Disk) -> None:
     """However long that is: leaving waits for no pause."""
     async with over(stocked(tmp_path, "one", "two")) as there:
         async with WarmList(path, there, pause=1e6) as listed:
@@ -211,9 +203,7 @@ async def test_it_is_written_once_in_a_pause_and_at_the_end(
         assert (disk.begun, named(path)) == (2, ["two", "one"])
 
 
-async def test_the_file_is_whole_on_the_disk_before_it_has_its_name(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_file_is_whole_on_disk_before_its_name(path: Path, monkeypatch: Patch) -> None:
     steps, fsync, replace = list[bytes](), os.fsync, os.replace
 
     def synced(number: int) -> None:
@@ -234,7 +224,7 @@ async def test_the_file_is_whole_on_the_disk_before_it_has_its_name(
 
 
 async def test_a_file_that_cannot_be_written_is_told_of_and_nothing_is_left(
-    tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, path: Path, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Be it that its folder went, or that it gets no name."""
     folder = tmp_path / "folder"
