@@ -18,17 +18,13 @@ from safetensors.torch import save_file
 ADAPTERS = Path(__file__).parent.parent / "examples" / "adapters"
 
 # SmolLM2-135M's; 30 layers of hidden size 576, 9 heads of 64, 3 of them for keys and values.
-CONFIG = {
+CONFIG: dict[str, object] = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "num_hidden_layers": 30,
-    "vocab_size": 49152,
     "dtype": "bfloat16",
 }
+CONFIG |= {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9}
+CONFIG |= {"num_key_value_heads": 3, "num_hidden_layers": 30, "vocab_size": 49152}
 
 
 def base(folder: Path, **changes: object) -> str:

@@ -71,14 +71,8 @@ def acquired(there: AdapterLoader, name: AdapterId = "mine") -> AdapterHandle:
 
 def roomy(folder: Path, files: float, **settings: Any) -> AdapterLoader:
     """A loader with memory for this many tiny adapters, and a disk cache in `folder`."""
-    plain: dict[str, Any] = {
-        "device_bytes": 1 << 20,
-        "max_slots": len(FILLERS),
-        "io_threads": 2,
-        "timeout": 20,
-        "memory_bytes": int(files * FILE),
-        "cache_dir": folder,
-    }
+    plain: dict[str, Any] = {"device_bytes": 1 << 20, "max_slots": len(FILLERS), "io_threads": 2}
+    plain |= {"timeout": 20, "memory_bytes": int(files * FILE), "cache_dir": folder}
     source = FakeSource()
     for number, name in enumerate(FILLERS):
         weights = safetensors.torch.save(tiny.tensors(1000 + number))

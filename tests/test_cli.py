@@ -90,16 +90,9 @@ def test_inspect_tells_what_the_adapter_is(tmp_path: Path, capsys: Capture) -> N
     assert found["file_bytes"] == (ADAPTERS / "json/adapter_model.safetensors").stat().st_size
     down, value = found["targets"]
     layers = list(range(15, 30))
-    assert down == {
-        "name": "down_proj",
-        "modules": 15,
-        "layers": layers,
-        "ranks": [4],
-        "scales": [1.0],
-        "shapes": [[1536, 576]],
-        "dtypes": ["F32"],
-        "nbytes": 15 * 4 * (1536 + 576) * 4,
-    }
+    plain = {"name": "down_proj", "modules": 15, "layers": layers, "ranks": [4], "scales": [1.0]}
+    shape = {"shapes": [[1536, 576]], "dtypes": ["F32"], "nbytes": 15 * 4 * (1536 + 576) * 4}
+    assert down == plain | shape
     assert (value["ranks"], value["scales"], value["layers"]) == ([12], [2.0], layers)
     assert found["device_bytes"] == down["nbytes"] + value["nbytes"]
     options = ["--base", base(tmp_path / "wide", hidden_size=1152, head_dim=64)]
@@ -139,10 +132,6 @@ def test_a_strangers_text_reaches_no_terminal_as_it_is(tmp_path: Path, capsys: C
     assert " more" in text
 
 
-def test_sizes_are_read() -> None:
-    assert [as_size(text) for text in ("1", "64KiB", "1GiB")] == [1, 1 << 16, 1 << 30]
-
-
 PLAN = ["plan", "--base", ".", "--adapters", "1x1", "--device-bytes", "1"]
 
 
@@ -176,7 +165,10 @@ def test_wrong_usage_is_status_2(arguments: list[str], said: str, capsys: Captur
     assert SECRET not in text or "--token" in arguments
 
 
-def test_a_folder_that_is_no_base_or_no_adapter(capsys: Capture, tmp_path: Path) -> None:
+def test_sizes_are_read_and_a_folder_that_is_no_base_or_no_adapter_is_told(
+    capsys: Capture, tmp_path: Path
+) -> None:
+    assert [as_size(text) for text in ("1", "64KiB", "1GiB")] == [1, 1 << 16, 1 << 30]
     assert main(["load", "x", "--base", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith("ConfigError: ")
     assert main(["inspect", str(tmp_path)]) == 2
@@ -283,22 +275,13 @@ ONE = ("--adapters", "1x1")
 UNIT = 4 * 2 * (32 + 64) * 4
 """Device bytes of a tiny adapter of rank 1: 4 layers of 2 modules of A [1, 32] and B [64, 1]."""
 
-TINY: dict[str, Any] = {  # as `tiny.layout` has q_proj and up_proj: 32 to 64
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "head_dim": 16,
-    "num_hidden_layers": 4,
-    "vocab_size": 64,
-    "dtype": "float32",
-}
-
 
 @pytest.fixture
 def folder(tmp_path: Path) -> str:
-    """A base whose layers have the tiny adapters' shapes."""
-    return base(tmp_path / "base", **TINY)
+    """A base whose layers have the tiny adapters' shapes: q_proj and up_proj are of 32 to 64."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16, "dtype": "float32"}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "vocab_size": 64}
+    return base(tmp_path / "base", **heads, **sizes)
 
 
 def plan(capsys: Capture, folder: str, *arguments: object) -> Any:
@@ -358,18 +341,6 @@ async def test_the_loader_does_what_was_planned(
     assert planned["file_bytes"] == sum(sizes[where] for where in granted)
 
 
-def test_an_adapter_of_a_rank_is_as_large_as_a_file(tmp_path: Path, capsys: Capture) -> None:
-    """pirate is of rank 8, on q_proj (576 to 576) and v_proj (576 to 192) of 30 layers."""
-    common = (base(tmp_path / "base"), "--device-bytes", "1GiB", "--requests", "10")
-    real = plan(capsys, *common, "--adapters", ADAPTERS / "pirate")["adapters"]
-    targets = ("--targets", "q_proj", "v_proj")
-    made = plan(capsys, *common, "--adapters", "1x8", *targets)["adapters"]
-    expected = 30 * 8 * (576 + 576 + 576 + 192) * 2
-    assert real["device_bytes"] == made["device_bytes"] == expected
-    assert made["kinds"][0]["rank"] == 8
-    assert made["kinds"][0]["fit"] == (1 << 30) // expected
-
-
 def test_lists_are_read(folder: str, tmp_path: Path, capsys: Capture) -> None:
     tiny.write(tmp_path / "all" / "a", rank=8)
     lines = ("name,rank,bytes,count,path", "one,2,,,", "many,,1000,3,", ",,,,all/a", "")
@@ -383,6 +354,8 @@ def test_lists_are_read(folder: str, tmp_path: Path, capsys: Capture) -> None:
     # 1000 bytes in 4 layers are 250 each, which take 256 on the device.
     assert (told["count"], told["device_bytes"]) == (5, 2 * UNIT + 3 * 4 * 256 + 8 * UNIT)
     assert [(kind["rank"], kind["count"]) for kind in told["kinds"]] == [(None, 3), (2, 1), (8, 1)]
+    sizes = (4 * 256, 2 * UNIT, 8 * UNIT)
+    assert [kind["fit"] for kind in told["kinds"]] == [(1 << 20) // size for size in sizes]
 
 
 def test_a_person_reads_a_table(folder: str, capsys: Capture) -> None:

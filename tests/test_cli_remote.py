@@ -399,7 +399,7 @@ def test_ls_shows_what_is_there(world: DiskWorld, capsys: Capture) -> None:
     assert [each["name"] for each in (new, other, old)] == [NEW.name, OTHER.name, OLD.name]
     assert (old["adapter"], old["version"], old["bytes"]) == ("org/name", "a" * 40, SIZE)
     assert old["age_s"] >= 500 > other["age_s"]
-    digest = {"kind": "transport", "value": hashlib.sha256(b"abc").hexdigest()}
+    digest = {"kind": "transport", "value": sha256(b"abc")}
     assert {"file": "adapter_model.safetensors", "bytes": 3, "digest": digest} in old["files"]
 
     held = world.cache.open(OTHER)
@@ -408,12 +408,8 @@ def test_ls_shows_what_is_there(world: DiskWorld, capsys: Capture) -> None:
     assert cache(world, "ls") == 0
     held.close()
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [
-        NEW.name[:12],
-        "org/name",
-        "b" * 11 + "…",
-        *["whole", "24", "B", "1", "min", "ago"],
-    ] in lines
+    used = ["whole", "24", "B", "1", "min", "ago"]
+    assert [NEW.name[:12], "org/name", "b" * 11 + "…", *used] in lines
     assert [OTHER.name[:12], OTHER.source, "etags", "in"] in [line[:4] for line in lines]
     assert [OLD.name[:12], *["damaged", "24", "B", "8", "min", "ago"]] in lines
     assert ["partial", "5", "B", "0", "s", "ago"] in [line[1:] for line in lines]
@@ -478,10 +474,8 @@ def test_rm_says_what_it_did_and_what_not(world: DiskWorld, capsys: Capture) -> 
 
 def test_rm_does_not_choose(world: DiskWorld, capsys: Capture) -> None:
     known: dict[str, CacheKey] = {}
-    for number in count():
-        key = CacheKey("org/name", str(number))
-        if known.setdefault(key.name[:4], key) is not key:
-            break
+    keys = (CacheKey("org/name", str(number)) for number in count())
+    key = next(each for each in keys if known.setdefault(each.name[:4], each) is not each)
     for each in (key, known[key.name[:4]]):
         keep(world.cache, each, b"abc")
     assert cache(world, "rm", key.name[:4]) == 1

@@ -13,13 +13,13 @@ import torch
 
 import tiny
 from common import until
-from given import FILE, assert_holds, file_bytes, give, kept, put, used
+from given import FILE, assert_holds, assert_means, file_bytes, give, kept, put, used
 from lorax_async import errors
 from lorax_async.config import Limits, LoaderConfig
 from lorax_async.handle import AdapterHandle
 from lorax_async.types import AdapterRef
 from sweeping import Bench, cancel_at, count_steps, local_bench, released
-from tiny_loaders import ONE, loader, on_device
+from tiny_loaders import ONE, fails, loader, on_device
 from tiny_sources import over, state, stocked, where
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -49,8 +49,7 @@ async def test_every_call_finds_given_tensors_by_their_name(tmp_path: Path) -> N
         await there.prefetch(["mine"])
         await there.prefetch("mine", tier="host")
         assert there.story("mine")[0].key == first.key
-        with pytest.raises(errors.AdapterNotFoundError):
-            await there.load("mine", revision="main")
+        await fails(there.load("mine", revision="main"), errors.AdapterNotFoundError)
         first.release()
 
 
@@ -86,8 +85,7 @@ async def test_unloaded_tensors_are_gone_and_the_name_is_free(tmp_path: Path) ->
         await there.unload("mine")
         assert key not in there.residency()
         assert used(there) == 0
-        with pytest.raises(errors.AdapterNotFoundError, match="pass them again"):
-            await there.load(key)
+        await fails(there.load(key), errors.AdapterNotFoundError, "pass them again")
         async with await there.load("mine") as handle:  # the source's, as before
             tiny.assert_equal_to_file(handle, tmp_path / "mine")
         source.remove("mine")
@@ -95,8 +93,7 @@ async def test_unloaded_tensors_are_gone_and_the_name_is_free(tmp_path: Path) ->
             assert (handle.key, handle.resident) == (key, True)
             assert_holds(handle, tiny.tensors(5))
         await there.unload(key)
-        with pytest.raises(errors.AdapterNotFoundError):
-            await there.load("mine")
+        await fails(there.load("mine"), errors.AdapterNotFoundError)
         assert used(there) == 0
 
 
@@ -123,9 +120,8 @@ async def test_equal_content_is_one_adapter_until_its_last_name_goes(tmp_path: P
     given = tiny.tensors(5)
     async with over(stocked(tmp_path)) as there:
         names = [f"mine {n}" for n in range(6)] + ["mine 0"]
-        handles = await asyncio.gather(
-            *(there.load_tensors(name, dict(given), tiny.config()) for name in names)
-        )
+        calls = [there.load_tensors(name, dict(given), tiny.config()) for name in names]
+        handles = await asyncio.gather(*calls)
         (key,) = {handle.key for handle in handles}
         assert {handle.slot for handle in handles} == {handles[0].slot}
         assert there.statistics().loads == 1
@@ -135,8 +131,7 @@ async def test_equal_content_is_one_adapter_until_its_last_name_goes(tmp_path: P
         for name in names[:5]:
             await there.unload(name)
             assert used(there) > 0
-            async with await there.load("mine 5") as handle:
-                assert_holds(handle, given)
+            await assert_means(there, "mine 5", 5)
         await there.unload("mine 5")
         assert used(there) == 0
 
@@ -193,22 +188,19 @@ async def test_what_is_no_adapter_for_this_base_is_refused(
     config: Any = tiny.config(**changes) if isinstance(changes, dict) else changes
     async with loader(limits=limits) as there:
         for verb in (there.load_tensors, there.replace):
-            with pytest.raises(kind, match=problem) as caught:
-                await verb("mine", given, config)
-            assert caught.value.id in {"mine", None}
+            error = await fails(verb("mine", given, config), kind, problem)
+            assert error.id in {"mine", None}
         assert not there.residency()
         assert used(there) == 0
 
 
 async def test_only_an_open_loader_with_memory_takes_tensors_by_a_str() -> None:
     there = loader()
-    with pytest.raises(errors.UsageError, match="enter the loader"):
-        await give(there, 0)
+    await fails(give(there, 0), errors.UsageError, "enter the loader")
     async with there:
         pass
     for call in (give, put):
-        with pytest.raises(errors.LoaderClosedError):
-            await call(there, 0)
+        await fails(call(there, 0), errors.LoaderClosedError)
     with pytest.raises(errors.UsageError, match="memory_bytes must be an integer of at least 0"):
         LoaderConfig(memory_bytes=-1)
     async with loader(memory_bytes=0) as there:
@@ -216,8 +208,7 @@ async def test_only_an_open_loader_with_memory_takes_tensors_by_a_str() -> None:
         for name in names:
             with pytest.raises(errors.InvalidAdapterIdError, match="a str that is not empty"):
                 await give(there, 0, name)
-        with pytest.raises(errors.CapacityError):
-            await give(there, 0)
+        await fails(give(there, 0), errors.CapacityError)
         assert state(there, "mine") == "nowhere"
 
 
@@ -354,7 +345,6 @@ async def test_a_machine_without_memory_says_so(monkeypatch: pytest.MonkeyPatch)
     async with loader() as there:
         with monkeypatch.context() as patch:
             patch.setattr("lorax_async.sources.host_copies.torch.empty", no_memory)
-            with pytest.raises(errors.CapacityError, match="no host memory") as caught:
-                await give(there, 2)
-        assert caught.value.id == "mine"
+            error = await fails(give(there, 2), errors.CapacityError, "no host memory")
+        assert error.id == "mine"
         assert used(there) == 0

@@ -35,7 +35,7 @@ from lorax_async.types import (
 )
 from merges import BOTH, DROPPED, HALVES, assert_halves, assert_same, at, part_bytes, weights_of
 from sweeping import cancel_at, count_steps, local_bench, released
-from tiny_loaders import loader
+from tiny_loaders import fails, loader
 from tiny_sources import WEIGHTS, over, state, stocked, where
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -107,9 +107,8 @@ def test_a_merge_is_a_value_and_an_id() -> None:
     assert merge.parts == (AdapterRef("one"), AdapterRef(Path("two")))
     assert merge.weights == (1.0, -2.0)
     assert merge.density == 1.0
-    assert merge.text == (
-        "dare_ties(1.0 * one, -2.0 * two, density=1.0, majority_sign=frequency, seed=3)"
-    )
+    given = "density=1.0, majority_sign=frequency, seed=3"
+    assert merge.text == f"dare_ties(1.0 * one, -2.0 * two, {given})"
     again = Merge("dare_ties", tuple(TWO), (1.0, -2.0), 1.0, "frequency", 3)
     assert merge == again
     assert hash(merge) == hash(again)
@@ -231,8 +230,7 @@ async def test_a_part_that_changed_before_recomputing_is_named(tmp_path: Path, f
         await there.unload(key)
         changed = tmp_path / "b" / file
         changed.write_bytes(changed.read_bytes())
-        with pytest.raises(errors.IntegrityError, match=r"part 2 \('b'\): .* was changed"):
-            await there.load(key)
+        await fails(there.load(key), errors.IntegrityError, r"part 2 \('b'\): .* was changed")
         async with await there.load(at(tmp_path)) as handle:
             assert handle.key != key
             assert_halves(handle, tmp_path)
@@ -272,16 +270,14 @@ async def test_a_rank_holds_its_share_of_a_merge(tmp_path: Path, merge: Merge, w
 async def test_a_part_that_is_missing_or_not_allowed_is_named(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a")
     async with over(source) as there:
-        with pytest.raises(errors.AdapterNotFoundError, match=r"part 2 \('b'\): ") as caught:
-            await there.load(HALVES)
-        assert caught.value.id == HALVES.text
-        assert caught.value.stage == "resolve"
+        error = await fails(there.load(HALVES), errors.AdapterNotFoundError, r"part 2 \('b'\): ")
+        assert error.id == HALVES.text
+        assert error.stage == "resolve"
         assert not there.residency()
     (tmp_path / "root").mkdir()
     async with loader(local_roots=[tmp_path / "root"]) as there:
         merge = Merge("linear", [tmp_path / "a", f"{tmp_path}/b"], [1, 1])
-        with pytest.raises(errors.AccessDeniedError, match="part 2 .*local_roots"):
-            await there.load(merge)
+        await fails(there.load(merge), errors.AccessDeniedError, "part 2 .*local_roots")
 
 
 REFUSED = [
@@ -309,9 +305,8 @@ async def test_a_part_that_is_refused_is_named(
     written = json.dumps(tiny.config(**members)).encode()
     source.put("b", written, safetensors.torch.save(tensors))
     async with over(source) as there:
-        with pytest.raises(kind, match=problem) as caught:
-            await there.load(DROPPED)
-        assert (caught.value.id, caught.value.stage) == (DROPPED.text, "verify")
+        error = await fails(there.load(DROPPED), kind, problem)
+        assert (error.id, error.stage) == (DROPPED.text, "verify")
         assert source.counts.open_readers == 0
         async with await there.load("a") as handle:
             tiny.assert_equal_to_file(handle, tmp_path / "a")
@@ -333,8 +328,7 @@ async def test_the_limits_hold_for_the_whole_merge(tmp_path: Path) -> None:
             if problem is None:
                 (await there.load(HALVES)).release()
             else:
-                with pytest.raises(errors.UnsupportedAdapterError, match=problem):
-                    await there.load(HALVES)
+                await fails(there.load(HALVES), errors.UnsupportedAdapterError, problem)
 
 
 @pytest.mark.parametrize("step", ["resolve", "open", "bring", "read"])
@@ -345,8 +339,7 @@ async def test_a_part_that_fails_is_named(tmp_path: Path, merge: Merge, step: St
         end = len(tiny.files(tmp_path / "b")[1]) - 1
         at = end if step == "read" else 0
         source.fail(step, errors.FetchError("ordered"), id="b", at=at)
-        with pytest.raises(errors.FetchError, match=r"part 2 \('(memory:)?b'\): ordered"):
-            await there.load(merge)
+        await fails(there.load(merge), errors.FetchError, r"part 2 \('(memory:)?b'\): ordered")
         await until(lambda: source.counts.open_readers == 0)
         async with await there.load(merge) as handle:
             assert handle.resident
@@ -379,8 +372,7 @@ async def test_a_loader_that_closes_while_merges_wait_for_parts_and_room(tmp_pat
         await until(lambda: (source.counts.brings, source.counts.opens) == (2, 4))
         await there.close()
         for task in tasks:
-            with pytest.raises(errors.LoaderClosedError):
-                await task
+            await fails(task, errors.LoaderClosedError)
         assert used(there) == 0
     assert source.counts.open_readers == 0
 
@@ -408,8 +400,7 @@ async def test_computing_a_merge_holds_up_no_load(
         async with await there.load("c") as handle:
             tiny.assert_equal_to_file(handle, tmp_path / "c")
         closing = asyncio.create_task(there.close())
-        with pytest.raises(errors.LoaderClosedError):
-            await merging
+        await fails(merging, errors.LoaderClosedError)
         assert used(there) > 0, "the thread has its memory"
         go_on.set()
         await closing
@@ -426,6 +417,5 @@ async def test_merges_wait_for_the_room_of_others(tmp_path: Path) -> None:
             handle.release()
         (await there.load(merges[4])).release()
     async with over(stocked(tmp_path, "a", "b"), memory_bytes=part_bytes()) as there:
-        with pytest.raises(errors.CapacityError, match="memory_bytes") as caught:
-            await there.load(HALVES)
-        assert (caught.value.id, caught.value.retryable) == (HALVES.text, False)
+        error = await fails(there.load(HALVES), errors.CapacityError, "memory_bytes")
+        assert (error.id, error.retryable) == (HALVES.text, False)

@@ -1,7 +1,4 @@
-"""Given tensors that find no room in memory: the oldest go on in the disk cache, whatever happens.
-
-`given(there, n)` gives the tensors of seed n the name "n".
-"""
+"""Given tensors that find no room in memory: the oldest go on in the disk cache."""
 
 from __future__ import annotations
 
@@ -49,12 +46,14 @@ from lorax_async.loader import AdapterLoader
 from lorax_async.types import AdapterKey, AdapterRef, Merge, TensorsKey
 from merges import assert_same, weights_of
 from sweeping import cancel_at, count_steps, released
+from tiny_loaders import fails
 from tiny_sources import WEIGHTS, over, stocked, where
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 
 async def given(there: AdapterLoader, seed: int, **settings: Any) -> AdapterKey:
+    """Give the tensors of seed n the name "n"."""
     name, tensors = str(seed), tiny.tensors(seed)
     async with await there.load_tensors(name, tensors, tiny.config(), **settings) as handle:
         return handle.key
@@ -116,8 +115,7 @@ async def test_a_spilled_entry_is_a_private_adapter_with_a_digest(tmp_path: Path
             async with await there.load(right) as handle:
                 assert_holds(handle, tiny.tensors(0))
                 assert (await handle.verified()).digest == found
-            with pytest.raises(errors.IntegrityError):
-                await there.load(AdapterRef("0", digest=64 * "0"))
+            await fails(there.load(AdapterRef("0", digest=64 * "0")), errors.IntegrityError)
             await there.unload("0")
             await given(there, 0)
         assert keys[0] in in_memory(there)
@@ -143,8 +141,7 @@ async def test_unloaded_and_replaced_tensors_leave_the_disk(tmp_path: Path, held
         await there.unload("1")
         await until(lambda: len(entries(tmp_path)) == 1)
         for name in ("1", keys[1]):
-            with pytest.raises(errors.AdapterNotFoundError):
-                await there.load(name)
+            await fails(there.load(name), errors.AdapterNotFoundError)
         assert keys[1] not in there.residency()
         assert await given(there, 1) == keys[1]
         await assert_means(there, "1", 1)
@@ -211,8 +208,7 @@ async def test_the_disk_is_not_touched_for_what_would_fit_nowhere(tmp_path: Path
                 await there.load_tensors("large", tiny.tensors(1, 64), tiny.config(64))
             assert (caught.value.id, caught.value.retryable) == ("large", False)
             if not spill:
-                with pytest.raises(errors.CapacityError, match="memory_bytes"):
-                    await given(there, 1)
+                await fails(given(there, 1), errors.CapacityError, "memory_bytes")
             assert in_memory(there) == {key}
             assert os.listdir(tmp_path) == []
     with pytest.raises(errors.ConfigError, match="spill"):
@@ -266,27 +262,25 @@ def written_by_others(folder: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why one more finds no room beside `count` others; without `obstacle`, unloading one helps."""
+    """Why one more finds no room beside `count` others."""
 
     why: str
     count: int = 1
     settings: dict[str, int] = field(default_factory=dict)
     obstacle: Callable[[Path], AbstractContextManager[object]] = nullcontext
-    unloading_helps: bool = False
+
+    @property
+    def unloading_helps(self) -> bool:
+        return self.obstacle in {nullcontext, few_open_files}
 
 
 NO_DISK = "others cannot be spilled to the disk: "
+FEW = "of the 8 files that this process may open"
 REFUSALS = {
-    "small cache": Refusal(
-        "into the disk cache's 7,250", 1, {"cache_bytes": FILE // 2}, unloading_helps=True
-    ),
-    "full cache": Refusal(
-        "into the disk cache's", 3, {"cache_bytes": FILE * 5 // 2}, unloading_helps=True
-    ),
+    "small cache": Refusal("into the disk cache's 7,250", 1, {"cache_bytes": FILE // 2}),
+    "full cache": Refusal("into the disk cache's", 3, {"cache_bytes": FILE * 5 // 2}),
     "file size limit": Refusal("RLIMIT_FSIZE", obstacle=file_limit),
-    "a quarter of the open files": Refusal(
-        "of the 8 files that this process may open", 3, {}, few_open_files, unloading_helps=True
-    ),
+    "a quarter of the open files": Refusal(FEW, 3, {}, few_open_files),
     "no folder": Refusal(NO_DISK, 1, {}, a_file_in_its_place),
     "unsafe folder": Refusal(NO_DISK, 1, {}, written_by_others),
 }
@@ -324,11 +318,10 @@ async def test_a_damaged_entry_says_to_give_the_tensors_again(tmp_path: Path) ->
     async with spilled(tmp_path) as (there, _):
         await off_device(there)
         os.truncate(entries(tmp_path)[0] / WEIGHTS, 100)
-        with pytest.raises(
-            errors.IntegrityError, match="pass its tensors to load_tensors again"
-        ) as caught:
-            await there.load("0")
-        assert (caught.value.id, caught.value.retryable) == ("0", False)
+        error = await fails(
+            there.load("0"), errors.IntegrityError, "pass its tensors to load_tensors again"
+        )
+        assert (error.id, error.retryable) == ("0", False)
         await there.unload("0")
         await given(there, 0)
         await assert_all_there(there, 0, 1)
@@ -404,16 +397,23 @@ STEPS = {
 AT_EACH_STEP = pytest.mark.parametrize("step", STEPS)
 
 
+@dataclass
 class Midway:
     """Adapter 0 is being spilled for the sake of 1, and waits at a step until `go_on` is set."""
 
     loader: AdapterLoader
     key: AdapterKey
-    tensor_adapters: asyncio.Task[AdapterKey]
+    began: Event = field(default_factory=Event)
+    go_on: Event = field(default_factory=Event)
+    tensor_adapters: Any = None
 
-    def __init__(self) -> None:
-        self.began = Event()
-        self.go_on = Event()
+    def slowly(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        def wait(*given: Any) -> Any:
+            self.began.set()
+            assert self.go_on.wait(20)
+            return real(*given)
+
+        return wait
 
     async def end(self) -> None:
         """Let it go on; 1 is there."""
@@ -440,20 +440,10 @@ def replaced(
 async def midway(
     folder: Path, step: str, device: str = "cpu", **settings: Any
 ) -> AsyncIterator[Midway]:
-    now = Midway()
-
-    def slowly(real: Callable[..., Any]) -> Callable[..., Any]:
-        def wait(*given: Any) -> Any:
-            now.began.set()
-            assert now.go_on.wait(20)
-            return real(*given)
-
-        return wait
-
     async with roomy(folder, 1, device=device) as there:
-        now.loader, now.key = there, await given(there, 0)
+        now = Midway(there, await given(there, 0))
         await off_device(there)
-        with replaced(step, slowly):
+        with replaced(step, now.slowly):
             now.tensor_adapters = asyncio.create_task(given(there, 1, **settings))
             try:
                 assert await asyncio.to_thread(now.began.wait, 20)
@@ -466,11 +456,9 @@ async def midway(
     assert open_below(folder) == []
 
 
-@pytest.mark.parametrize(
-    ("step", "device"), [*((step, "cpu") for step in STEPS), ("switch", "simulated")]
-)
-async def test_a_load_meanwhile_reads_from_memory(tmp_path: Path, step: str, device: str) -> None:
-    async with midway(tmp_path, step, device) as now:
+@pytest.mark.parametrize("step", [*STEPS, "switch simulated"])
+async def test_a_load_meanwhile_reads_from_memory(tmp_path: Path, step: str) -> None:
+    async with midway(tmp_path, *step.split()) as now:
         await assert_means(now.loader, "0", 0)
         assert in_memory(now.loader) == {now.key}
         await now.end()
@@ -483,8 +471,7 @@ async def test_a_load_meanwhile_reads_from_memory(tmp_path: Path, step: str, dev
 async def test_unloaded_during_the_spill_it_is_gone(tmp_path: Path, step: str, again: bool) -> None:
     async with midway(tmp_path, step) as now:
         await now.loader.unload("0")
-        with pytest.raises(errors.AdapterNotFoundError):
-            await now.loader.load("0")
+        await fails(now.loader.load("0"), errors.AdapterNotFoundError)
         if again:
             tensor_adapters = asyncio.create_task(given(now.loader, 0))
             await asyncio.sleep(0.01)
@@ -493,8 +480,7 @@ async def test_unloaded_during_the_spill_it_is_gone(tmp_path: Path, step: str, a
             await assert_all_there(now.loader, 0, 1)
         else:
             await now.end()
-            with pytest.raises(errors.AdapterNotFoundError):
-                await now.loader.load(now.key)
+            await fails(now.loader.load(now.key), errors.AdapterNotFoundError)
         await until(lambda: len(entries(tmp_path)) == again)
 
 
@@ -527,9 +513,8 @@ async def test_a_deadline_or_cancellation_ends_the_spill(tmp_path: Path, step: s
     """Before it is published the adapter stays in memory, and afterwards it is on disk."""
     on_disk = step in {"publish", "switch"}
     async with midway(tmp_path / "late", step, timeout=0.2) as now:
-        with pytest.raises(errors.AdapterTimeoutError) as caught:
-            await now.tensor_adapters
-        assert (caught.value.id, caught.value.stage) == ("1", "fetch")
+        error = await fails(now.tensor_adapters, errors.AdapterTimeoutError)
+        assert (error.id, error.stage) == ("1", "fetch")
         assert in_memory(now.loader) == {now.key}
         await assert_all_there(now.loader, 0)
         now.go_on.set()
@@ -556,8 +541,7 @@ async def test_a_loader_that_closes_during_the_spill(tmp_path: Path, step: str) 
         await asyncio.sleep(0.02)
         now.go_on.set()
         await closing
-        with pytest.raises(errors.LoaderClosedError):
-            await now.tensor_adapters
+        await fails(now.tensor_adapters, errors.LoaderClosedError)
 
 
 @pytest.mark.parametrize("step", ["begin", "publish"])
@@ -568,9 +552,8 @@ async def test_a_fault_of_ours_during_the_spill_is_told(tmp_path: Path, step: st
     async with roomy(tmp_path, 1) as there:
         await given(there, 0)
         with replaced(step, lambda _: fail):
-            with pytest.raises(errors.InternalError, match="ordered") as caught:
-                await given(there, 1)
-            assert caught.value.id == "1"
+            error = await fails(given(there, 1), errors.InternalError, "ordered")
+            assert error.id == "1"
         await assert_all_there(there, 0)
         await given(there, 1)
         await assert_all_there(there, 0, 1)

@@ -73,9 +73,8 @@ class Children:
         """Run tests, with a mutant or without, until one fails or takes `hangs_after` seconds."""
         self._count += 1
         output = self._folder / f"output-{self._count}"
-        child = self._context.Process(
-            target=_run, args=(nodes, name, str(output), options, hangs_after)
-        )
+        given = (nodes, name, str(output), options, hangs_after)
+        child = self._context.Process(target=_run, args=given)
         child.start()
         child.join(4 * hangs_after)
         if child.is_alive():

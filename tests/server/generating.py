@@ -21,11 +21,7 @@ VOCABULARY = 32
 
 
 class ScriptedDecoder(FakeDecoder):
-    """A fake that does as it is told before each step.
-
-    `before` is called in the decoder's thread with the number of the step, and may raise; `leave`
-    says which sequences are out of it, and why.
-    """
+    """Calls `before` with each step's number; `leave` says which sequences are out, and why."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -44,17 +40,13 @@ class ScriptedDecoder(FakeDecoder):
 
 @asynccontextmanager
 async def generating(
-    source: FakeSource,
-    *,
-    scheduling: dict[str, Any] | None = None,
-    decoder: dict[str, Any] | None = None,
-    loader: dict[str, Any] | None = None,
-    **settings: Any,
+    source: FakeSource, *, scheduling: Any = None, decoder: Any = None, **settings: Any
 ) -> AsyncIterator[tuple[Engine, ScriptedDecoder, AdapterLoader]]:
     """And closed; then the decoder keeps nothing, and no task or thread of the engine is left."""
-    room = {"max_sequences": (scheduling or {}).get("max_begun")}
-    made = ScriptedDecoder(loop=asyncio.get_running_loop(), **(room | (decoder or {})))
-    async with opened(source, loader, **(scheduling or {})) as (loading, scheduler):
+    scheduling, loop = scheduling or {}, asyncio.get_running_loop()
+    room = {"max_sequences": scheduling.get("max_begun")} | (decoder or {})
+    made = ScriptedDecoder(loop=loop, **room)
+    async with opened(source, **scheduling) as (loading, scheduler):
         async with Engine(scheduler, made, **settings) as engine:
             yield engine, made, loading
         assert made.kept == {}

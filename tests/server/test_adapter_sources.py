@@ -14,9 +14,7 @@ from user_loads import at, contents, loader, written
 
 from lorax_async.cli.arguments import as_source, opened, sources_of
 from lorax_async.cli.serve import named
-from lorax_async.errors import ConfigError
 from lorax_async.ids.allow import Allow
-from lorax_async.server.server_settings import ServerSettings
 from lorax_async.types import AdapterRef
 from server.world import Answer, FakeEngine, World, echo, loading, serving
 
@@ -33,21 +31,17 @@ async def ask(world: World, model: str) -> Answer:
     return await world.ask("POST", CHAT, body)
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        *("org/name", "org/name@main", "org/name@refs/pr/1", "s3://bucket/a", "gs://bucket/a"),
-        *("az://container/a", "https://host.example/a", "http://127.0.0.1:1/a"),
-    ],
-)
-async def test_requests_may_name_no_id_by_default(model: str) -> None:
+async def test_requests_may_name_no_id_by_default() -> None:
     engine = FakeEngine(echo)
     async with serving(engine, adapters={"sql": "org/name"}, sources=()) as world:
-        answer = await ask(world, model)
-        assert answer.status == 403
-        assert answer.error["code"] == "model_access_denied"
-        assert answer.error["param"] == "model"
-        assert "--source" in answer.error["message"]
+        for model in (
+            *("org/name", "org/name@main", "org/name@refs/pr/1", "s3://bucket/a", "gs://bucket/a"),
+            *("az://container/a", "https://host.example/a", "http://127.0.0.1:1/a"),
+        ):
+            answer = await ask(world, model)
+            assert (answer.status, answer.error["code"]) == (403, "model_access_denied")
+            assert answer.error["param"] == "model"
+            assert "--source" in answer.error["message"]
         assert not engine.submitted
         for name in ("sql", "base"):
             assert (await ask(world, name)).status == 200
@@ -65,11 +59,6 @@ async def test_requests_may_name_what_is_below_a_source() -> None:
         }
         # Folders are the loader's to judge, by its local_roots.
         assert list(statuses.values()) == [200, 200, 200, 200, 403, 403, 403, 403], statuses
-
-
-def test_a_source_that_is_none_is_refused() -> None:
-    with pytest.raises(ConfigError, match="sources must be a tuple of Allow"):
-        ServerSettings(base="base", sources=("hub",))  # type: ignore[arg-type]
 
 
 @pytest.fixture

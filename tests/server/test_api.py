@@ -41,12 +41,8 @@ async def test_a_completion_of_several_prompts() -> None:
         )
         generations = [tokens.generation for tokens in world.engine.submitted]
     assert (answer.id[:5], answer.object) == ("cmpl-", "text_completion")
-    texts = [
-        f"None|{prompt}|0.5|0.25|{each}"
-        for prompt, each in zip(
-            ("one", "one", "two", "two"), (seed, seed + 1, -(2**63), -(2**63) + 1), strict=True
-        )
-    ]
+    seeds = {"one": (seed, seed + 1), "two": (-(2**63), -(2**63) + 1)}
+    texts = [f"None|{prompt}|0.5|0.25|{each}" for prompt in seeds for each in seeds[prompt]]
     assert [(choice.index, choice.text) for choice in answer.choices] == [*enumerate(texts)]
     assert answer.usage is not None
     assert answer.usage.prompt_tokens == 6
@@ -97,11 +93,8 @@ async def test_models_are_listed_and_name_adapters() -> None:
         listed = await world.client.models.list()
         one: Any = await world.client.models.retrieve("pirate")
         card = (await world.ask("GET", "/v1/models")).json["data"][0]
-        for model, adapter in (
-            ("base", None),
-            ("pirate", "org/pirate"),
-            ("org/other@main", "org/other@main"),
-        ):
+        other = "org/other@main"
+        for model, adapter in (("base", None), ("pirate", "org/pirate"), (other, other)):
             answer = await world.client.completions.create(model=model, prompt="x")
             assert answer.model == model
             assert world.engine.submitted[-1].generation.adapter == adapter
@@ -164,10 +157,7 @@ async def test_an_answer_ends_before_its_stop_string(stream: bool) -> None:
     text = "".join(piece.choices[0].text for piece in pieces)
     assert (text, pieces[-1].choices[0].finish_reason) == ("one ", "stop")
     assert stream or pieces[-1].usage.completion_tokens == len("one STOP")
-
-
-async def test_what_looked_like_a_stop_string_comes_out() -> None:
-    async with serving(FakeEngine(saying("one ST"))) as world:
+    async with serving(FakeEngine(saying("one ST"))) as world:  # which only looked like one
         answer = await world.client.completions.create(model="base", prompt="x", stop="STOP")
         assert answer.choices[0].text == "one ST"
 
@@ -243,7 +233,6 @@ def test_any_tokens_are_read(tokens: list[int]) -> None:
 
 def test_the_first_word_keeps_its_space() -> None:
     """Some decoders drop the space of a text's first word, which is not where an answer begins."""
-
     made = Tokenizer(models.WordLevel({"▁a": 0, "▁b": 1}, unk_token="▁a"))
     made.decoder = decoders.Metaspace()
     assert Detokenizer(made, [0]).feed(1) == " b"
@@ -271,8 +260,7 @@ def test_where_a_text_is_cut_changes_nothing(stops: list[str], text: str, cuts: 
     """The oracle takes one character more at a time, until the text so far ends with a stop."""
     expected, hit = text, False
     for end in range(len(text) + 1):
-        ended = [stop for stop in stops if text[:end].endswith(stop)]
-        if ended:
+        if ended := [stop for stop in stops if text[:end].endswith(stop)]:
             expected, hit = text[: end - max(map(len, ended))], True
             break
     reader, out = StopStrings(stops), ""

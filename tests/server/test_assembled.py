@@ -27,7 +27,7 @@ from lorax_async.server.service import ServedModel, ServerCapacity, Service, ope
 from lorax_async.types import AdapterRef
 from server.generating import GREEDY, all_of
 from server.world import TOKEN, listening, llama_config, tokenizer, tokens_of
-from tiny_loaders import on_device
+from tiny_loaders import fails, on_device
 
 pytestmark = [
     pytest.mark.filterwarnings(PEFT_WARNING),
@@ -98,13 +98,11 @@ async def test_a_server_answers_over_a_socket(base: ServedModel, folders: dict[s
         assert found == [expected[name] for name in folders]
         assert 2 in passes
         assert len(passes) < 2 * NEW, "one after the other it would be as many"
-        with pytest.raises(PermissionDeniedError):
-            await streamed("./late")
+        await fails(streamed("./late"), PermissionDeniedError)
         body = {"lora_name": "late", "lora_path": str(late)}
         admin = {"Authorization": f"Bearer {TOKEN}"}
-        await client.with_options(default_headers=admin).post(
-            "/load_lora_adapter", cast_to=str, body=body
-        )
+        operator = client.with_options(default_headers=admin)
+        await operator.post("/load_lora_adapter", cast_to=str, body=body)
         last = asyncio.create_task(streamed("late"))
         await until(lambda: service.engine.waiting or last.done())
         service.in_flight.close()

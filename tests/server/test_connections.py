@@ -25,6 +25,7 @@ from lorax_async.server.refusals import Refusal
 from lorax_async.server.request_bodies import CompletionBody
 from lorax_async.server.serving import DrainingServer, listen
 from server.world import COMPLETIONS, POST, FakeEngine, FakeTokens, World, request, saying, serving
+from tiny_loaders import fails
 
 pytestmark = pytest.mark.usefixtures("no_socket_left")
 
@@ -97,9 +98,7 @@ async def test_a_client_that_hangs_up_in_its_body_asks_nothing(
 
 
 async def test_a_client_that_takes_nothing_is_cut_off(caplog: pytest.LogCaptureFixture) -> None:
-    """More is said than all buffers have room for. It ends when its connection has: before,
-    uvicorn would complain that it has no answer.
-    """
+    """It ends when its connection has: before, uvicorn would complain that it has no answer."""
     engine = FakeEngine()
     async with serving(engine, slow_client=0.05, send_buffer=4096, **ONE) as world:
         with closing(taking_little(world)) as client:
@@ -144,9 +143,7 @@ class Blocked:
     ("by", "takes"), [*(("slowness", n) for n in range(3)), ("a cancellation", 0), ("a failure", 0)]
 )
 async def test_a_request_that_is_ended_from_outside_frees_its_place(by: str, takes: int) -> None:
-    """Wherever the client stops to take its answer. Of one whose status was not taken nothing was
-    told, so that it gets another one.
-    """
+    """Wherever the client stops to take its answer; whose status was not taken gets another one."""
     patience = 0.01 if by == "slowness" else 1e6
     async with serving(FakeEngine(lambda t: t.say("abc")), slow_client=patience, **ONE) as world:
         client = Blocked(takes)
@@ -154,13 +151,11 @@ async def test_a_request_that_is_ended_from_outside_frees_its_place(by: str, tak
         await client.blocked.wait()
         if by == "a cancellation":
             asked.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await asked
+            await fails(asked, asyncio.CancelledError)
         elif by == "a failure":
             world.service.in_flight.fail()
-            with pytest.raises(Refusal) as refused:
-                await asked
-            assert refused.value.status == 503
+            error = await fails(asked, Refusal)
+            assert error.status == 503
         else:
             await asked
             assert client.gone.is_set()
@@ -225,9 +220,8 @@ async def test_an_endless_body_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that goes on sending is read for a number of bytes, and no longer."""
     monkeypatch.setattr("lorax_async.server.clients.LINGER_BYTES", 100_000)
     async with serving(max_body_bytes=10) as world:
-        reader, writer = await connection(
-            world, POST.encode() + b"Content-Length: 999999999999999\r\n\r\n"
-        )
+        head = f"{POST}Content-Length: 999999999999999\r\n\r\n".encode()
+        reader, writer = await connection(world, head)
         with pytest.raises(ConnectionError):
             while True:
                 writer.write(b"x" * 65536)
@@ -281,8 +275,7 @@ async def test_it_is_ready_when_it_listens() -> None:
         listener = listen("127.0.0.1", 0)
         third: Any = DrainingServer(world.service)
         third.startup = fail
-        with pytest.raises(OSError, match="it cannot"):
-            await third.serve([listener])
+        await fails(third.serve([listener]), OSError, "it cannot")
         assert listener.fileno() == -1
 
 
@@ -337,8 +330,7 @@ async def test_a_signal_drains(number: int) -> None:
         tokens.end()
         assert (await first).json["choices"][0]["text"] == "done"
         await world.ended
-        with pytest.raises(ConnectionRefusedError):
-            await world.completing(BASE)
+        await fails(world.completing(BASE), ConnectionRefusedError)
     assert signal.getsignal(number) == before
 
 
@@ -426,14 +418,12 @@ async def test_left_by_force_it_leaves_nothing() -> None:
         asked = world.completing(BASE)
         tokens = await engine.asked()
         world.ended.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await world.ended
+        await fails(world.ended, asyncio.CancelledError)
         assert not world.service.healthy
         assert tokens.cancelled.is_set(), "its request has ended, and not only its connection"
         assert await world.service.in_flight.ended(0)
         assert signal.getsignal(signal.SIGTERM) == before
-        with pytest.raises(ConnectionRefusedError):
-            await world.completing(BASE)
+        await fails(world.completing(BASE), ConnectionRefusedError)
         with pytest.raises((ConnectionError, IndexError)):
             await asked
 

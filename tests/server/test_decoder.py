@@ -15,16 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import (
-    AutoModelForCausalLM,
-    BertConfig,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedConfig,
-    Qwen3NextConfig,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import PreTrainedConfig
 
 import tiny
 from common import until
@@ -39,6 +30,7 @@ from lorax_async.server.generation import DecoderStep, Sampling, SequencePart, S
 from lorax_async.server.transformers_decoder import BLOCK, KVCache, TransformersDecoder
 from lorax_async.testing import FakeSource
 from server.generating import all_of, asked
+from tiny_loaders import fails
 
 __all__ = ["source"]
 
@@ -135,10 +127,7 @@ def tokens_of(shuffled: random.Random, length: int) -> list[int]:
 async def test_each_row_is_its_solo_run(
     small: Any, adapters: list[Path], attention: str, seed: int
 ) -> None:
-    """Prompts whole or in parts, beside rows that decode; rows come, go, move, and begin again.
-
-    Of a whole batch, last tokens alone have heads.
-    """
+    """Prompts whole or in parts beside rows that decode; rows come, go, move and begin again."""
     small = copy.deepcopy(small)
     small.set_attn_implementation(attention)
     shuffled, there, lengths = random.Random(seed), list[Row](), set[int]()
@@ -165,24 +154,17 @@ async def test_each_row_is_its_solo_run(
                         play.decoder.forget(one.number)
                     elif shuffled.random() < 0.05:
                         one.computed = 0
-    assert lengths == {1}
+    assert lengths == {1}, "of a whole batch, last tokens alone have heads"
 
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "pad_token_id": 0,
-}
+SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+SIZES |= {"intermediate_size": 48, "pad_token_id": 0}
 
 
 def made(config: PreTrainedConfig) -> Any:
     torch.manual_seed(5)
-    auto: Any = AutoModelForCausalLM  # untyped in transformers
+    auto: Any = transformers.AutoModelForCausalLM  # untyped in transformers
     return auto.from_config(config).eval()
 
 
@@ -271,8 +253,7 @@ async def test_failures_end_own_rows(small: Any, adapters: list[Path], source: F
             play = Play(TransformersDecoder(small, attached, 3), solo)
             source.fail("bring", FetchError("lost on the way"), id="cold")
             source.allow("cold")
-            with pytest.raises(FetchError):
-                await cold.layer_ready(cold.layers[-1])
+            await fails(cold.layer_ready(cold.layers[-1]), FetchError)
             fast, lost = row(0, 5, "warm", warm), row(1, 5, "cold", cold)
             computed = await play.whole(fast, lost, budget=5.0)
             assert {n: type(error) for n, error in computed.out.items()} == {1: FetchError}
@@ -284,15 +265,15 @@ def rope(kind: str) -> PreTrainedConfig:
     if kind == "longrope":
         parameters |= {"long_factor": [1.0] * 4, "short_factor": [1.0] * 4}
         parameters["original_max_position_embeddings"] = 32
-    return LlamaConfig(**SIZES, rope_parameters=parameters, max_position_embeddings=64)
+    return transformers.LlamaConfig(**SIZES, rope_parameters=parameters, max_position_embeddings=64)
 
 
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (MistralConfig(**SIZES, sliding_window=8), "DynamicSlidingWindowLayer"),
-        (Qwen3NextConfig(**SIZES, num_experts=0), "LinearAttention"),
-        (BertConfig(**SIZES), "attend to later ones"),
+        (transformers.MistralConfig(**SIZES, sliding_window=8), "DynamicSlidingWindowLayer"),
+        (transformers.Qwen3NextConfig(**SIZES, num_experts=0), "LinearAttention"),
+        (transformers.BertConfig(**SIZES), "attend to later ones"),
         (rope("dynamic"), "rope_type is dynamic"),
         (rope("longrope"), "rope_type is longrope"),
     ],
@@ -340,12 +321,11 @@ async def test_steps_that_do_not_follow_change_nothing(small: Any) -> None:
 
 def generated(peft_model: Any, name: str | None, prompt: list[int], new: int) -> list[int]:
     ids = torch.tensor([prompt])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if name is not None:
         peft_model.set_adapter(name)
     with nullcontext() if name else peft_model.disable_adapter():
-        found = peft_model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False
-        )
+        found = peft_model.generate(**inputs, max_new_tokens=new, do_sample=False)
     tokens: list[int] = found[0, len(prompt) :].tolist()
     return tokens
 
@@ -392,9 +372,9 @@ def random_logits(seed: int, vocabulary: int, spread: float = 3.0) -> torch.Tens
 def chances(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
     """Of each token, by transformers."""
     ids: Any = None  # they do not look at it
-    scores = TemperatureLogitsWarper(temperature)(ids, logits[None])
+    scores = transformers.TemperatureLogitsWarper(temperature)(ids, logits[None])
     if top_p < 1:
-        scores = TopPLogitsWarper(top_p)(ids, scores)
+        scores = transformers.TopPLogitsWarper(top_p)(ids, scores)
     return torch.softmax(scores[0].double(), dim=-1)
 
 
@@ -403,9 +383,8 @@ def chances(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Ten
 def test_tokens_come_as_often_as_transformers_says(temperature: float, top_p: float) -> None:
     logits, draws = random_logits(1, 40), 4000
     sampler = Sampler(Sampling(temperature, top_p, seed=5))
-    found = torch.bincount(
-        torch.tensor([sampler.choose(logits) for _ in range(draws)]), minlength=40
-    )
+    drawn = torch.tensor([sampler.choose(logits) for _ in range(draws)])
+    found = torch.bincount(drawn, minlength=40)
     likely = chances(logits, temperature, top_p)
     deviation = (draws * likely * (1 - likely)).sqrt()
     assert ((found - draws * likely).abs() <= 5 * deviation).all()
@@ -421,16 +400,13 @@ def test_a_nucleus_of_any_size_is_transformers_own(spread: float) -> None:
         assert allowed[[sampler.choose(logits) for _ in range(50)]].all()
 
 
-def test_no_temperature_takes_the_likeliest() -> None:
+def test_no_temperature_takes_the_likeliest_and_nothing_of_what_is_no_number() -> None:
     """And a tiny one nearly does."""
     logits = torch.stack([random_logits(3, 50), random_logits(4, 50)])
     samplers = [Sampler(Sampling(temperature=0, top_p=p)) for p in (0.5, 1.0)]
     assert choose(logits, samplers) == logits.argmax(dim=-1).tolist()
     nearly = Sampler(Sampling(temperature=1e-300, seed=1))
     assert nearly.choose(logits[0]) == int(logits[0].argmax())
-
-
-def test_logits_that_are_no_numbers_choose_nothing() -> None:
     logits = torch.stack([random_logits(seed, 50) for seed in range(4)])
     logits[1, 7], logits[2, 8], logits[3, 9] = nan, inf, -inf
     samplers = [Sampler(Sampling(temperature=t)) for t in (0, 0, 1, 0)]

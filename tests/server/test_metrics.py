@@ -20,7 +20,7 @@ from lorax_async.server.model_names import ModelNames
 from lorax_async.server.server_metrics import RequestCounter, ServerMetrics
 from metrics.scraping import Samples, of, parsed
 from server.world import FakeEngine, World, failing, request, serving
-from tiny_loaders import loader
+from tiny_loaders import fails, loader
 
 INFO = "vllm:lora_requests_info"
 NONE = "max_lora=4,running_lora_adapters=,waiting_lora_adapters="
@@ -56,16 +56,13 @@ async def test_requests_and_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
         await ask(model="base", prompt=prompt)
         async for _ in await ask(model="base", prompt=prompt, stream=True):
             pass
-        with pytest.raises(APIStatusError):
-            await ask(model="base", prompt=prompt, max_tokens=-1)
+        await fails(ask(model="base", prompt=prompt, max_tokens=-1), APIStatusError)
         for path in ("/v1/models/base", "/v1/models/nobody", "/made/up"):
             await world.ask("GET", path)
         world.engine.rule = failing(FetchError("the source is down"))
-        with pytest.raises(APIStatusError):
-            await ask(model="org/x", prompt="x")
+        await fails(ask(model="org/x", prompt="x"), APIStatusError)
         monkeypatch.setattr(world.service.names, "resolve", lambda model: 1 / 0)
-        with pytest.raises(APIStatusError):
-            await ask(model="base", prompt="x")
+        await fails(ask(model="base", prompt="x"), APIStatusError)
         samples = await scraped(world)
         told = world.service.loader.statistics()
     assert requests(samples) == {

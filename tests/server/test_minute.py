@@ -112,15 +112,9 @@ async def minute(base: ServedModel, link: Link, cache: Path, what: dict[str, Any
             resident.append(int(Path("/proc/self/statm").read_text().split()[1]))
             await asyncio.sleep(0.25)
 
-    config = LoaderConfig(
-        dtype="float32",
-        device_bytes=64 << 20,
-        max_slots=8,
-        io_threads=2,
-        connections=4,
-        cache_dir=cache,
-        allow=(Allow("http", "127.0.0.1", link.port),),
-    )
+    room: Any = {"device_bytes": 64 << 20, "max_slots": 8, "io_threads": 2, "connections": 4}
+    places = (Allow("http", "127.0.0.1", link.port),)
+    config = LoaderConfig(dtype="float32", cache_dir=cache, allow=places, **room)
     settings = ServerSettings(base="smollm2", sources=config.allow, max_adapters_per_client=1000)
     capacity = ServerCapacity(sequences=16, length=256)
     async with (
@@ -128,11 +122,9 @@ async def minute(base: ServedModel, link: Link, cache: Path, what: dict[str, Any
         listening(service) as (_, __, port, ___),
     ):
         watching = asyncio.create_task(watch())
-        clients = Path(__file__).with_name("clients.py")
-        pipe = asyncio.subprocess.PIPE
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, str(clients), stdin=pipe, stdout=pipe
-        )
+        command, pipe = Path(__file__).with_name("clients.py"), asyncio.subprocess.PIPE
+        start = asyncio.create_subprocess_exec
+        process = await start(sys.executable, str(command), stdin=pipe, stdout=pipe)
         url = f"http://127.0.0.1:{port}/v1"
         out, _ = await process.communicate(json.dumps(what | {"url": url}).encode())
         assert process.returncode == 0

@@ -206,10 +206,10 @@ def test_on_a_phone(chromium: Any, site: str, pytestconfig: pytest.Config) -> No
         row(page, "json").tap()
         page.get_by_role("button", name="Send").tap()
         shows(page, "#cold", "json")
-        for place in ("header", "section", "input", "textarea", "#adapters li", "#timeline"):
-            for each in page.locator(place).all():
-                box = each.bounding_box()
-                assert box is None or 0 <= box["x"] <= box["x"] + box["width"] <= PHONE["width"]
+        places = "header, section, input, textarea, #adapters li, #timeline"
+        for each in page.locator(places).all():
+            box = each.bounding_box()
+            assert box is None or 0 <= box["x"] <= box["x"] + box["width"] <= PHONE["width"]
         for button in page.get_by_role("button").all():
             box = button.bounding_box()
             assert box is None or box["height"] >= 44
@@ -246,9 +246,7 @@ def test_a_server_that_has_gone_is_told_of(chromium: Any, examples: Path) -> Non
 
 
 def test_a_lost_stream_moves_nothing_under_the_finger(chromium: Any, site: str) -> None:
-    """Rows that are still there stay as they are; of what has gone nothing is left. A name is
-    never markup.
-    """
+    """Rows stay as they are; of what has gone nothing is left. A name is never markup."""
     page, four = chromium.new_page(viewport=DESK), "<b>four"
     _stream(page, told(["one", "two"], COLD), told(["two", "three"]), told(["two", four]))
     page.goto(site)

@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from fault_server import until
 from openai import DefaultHttpxClient, OpenAI
 
 import tiny
@@ -62,10 +62,11 @@ def served(*more: str) -> Iterator[tuple[subprocess.Popen[str], OpenAI]]:
         process.stdout.close()
 
 
+ICE: Any = {"messages": [{"role": "user", "content": "What is ice?"}], "temperature": 0}
+
+
 def answer(client: OpenAI, model: str) -> str:
-    found = client.chat.completions.create(
-        model=model, messages=[{"role": "user", "content": "What is ice?"}], temperature=0
-    )
+    found = client.chat.completions.create(model=model, **ICE)
     return str(found.choices[0].message.content)
 
 
@@ -73,13 +74,6 @@ def on_device(client: OpenAI) -> set[str]:
     found = client.get("/adapters", cast_to=object)
     assert isinstance(found, dict)
     return {name for row in found["data"] if row["tier"] == "device" for name in row["names"]}
-
-
-def until(condition: Callable[[], object]) -> None:
-    late = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < late, "it never happened"
-        time.sleep(0.02)
 
 
 def listed(path: Path) -> set[str]:
@@ -96,18 +90,12 @@ def test_killed_it_comes_back_with_the_adapters_that_it_had(examples: Path, tmp_
         assert models == ["smollm2", "json", "pirate", "shout"]
         assert answer(client, "pirate").startswith("Arr")
         assert answer(client, "shout").isupper()
-        until(lambda: listed(warm) == {"pirate", "shout"})
+        until(lambda: listed(warm) == {"pirate", "shout"}, 60)
         process.send_signal(signal.SIGKILL)
         process.wait(30)
     with served(*options) as (process, client):
-        until(lambda: on_device(client) == {"pirate", "shout"})
-        stream = client.chat.completions.create(
-            model="pirate",
-            messages=[{"role": "user", "content": "What is ice?"}],
-            temperature=0,
-            stream=True,
-        )
-        chunks = iter(stream)
+        until(lambda: on_device(client) == {"pirate", "shout"}, 60)
+        chunks = iter(client.chat.completions.create(model="pirate", stream=True, **ICE))
         text = [next(chunks).choices[0].delta.content or ""]
         process.send_signal(signal.SIGTERM)
         text += [chunk.choices[0].delta.content or "" for chunk in chunks]
@@ -228,6 +216,14 @@ def _holds(content: bytes) -> Callable[[Path], object]:
     return lambda path: path.write_bytes(content)
 
 
+NO_LISTS = (b"[]", b"{}", b'{"adapters": 5}', b'{"adapters": {}}')
+NO_ADAPTERS = (
+    *(b'{"adapters": [5]}', b'{"adapters": [{"id": 1, "source": null}]}'),
+    b'{"adapters": [{"id": "a/b", "source": 5, "revision": null}]}',
+    b'{"adapters": [{"id": "a/b", "source": null, "revision": null, "use_token": 1}]}',
+)
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
@@ -241,18 +237,8 @@ def _holds(content: bytes) -> Callable[[Path], object]:
         *((_holds(text), "it is no JSON: .*; delete it") for text in (b"", b"\x00")),
         (_holds(b"\xff\xfe{"), "it is no text in UTF-8.*; delete it"),
         (_holds(b"[" * 100_000), "nested too deeply.*; delete it"),
-        *(
-            (_holds(content), "it has no list called adapters.*; delete it")
-            for content in (b"[]", b"{}", b'{"adapters": 5}', b'{"adapters": {}}')
-        ),
-        *(
-            (_holds(b'{"adapters": [%s]}' % row), "its adapter number 1 is none.*; delete it")
-            for row in (
-                *(b"5", b'{"id": 1, "source": null}'),
-                b'{"id": "a/b", "source": 5, "revision": null}',
-                b'{"id": "a/b", "source": null, "revision": null, "use_token": 1}',
-            )
-        ),
+        *((_holds(it), "it has no list called adapters.*; delete it") for it in NO_LISTS),
+        *((_holds(it), "its adapter number 1 is none.*; delete it") for it in NO_ADAPTERS),
     ],
 )
 def test_a_warm_list_that_is_none_is_refused_and_left_alone(

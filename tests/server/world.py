@@ -67,15 +67,9 @@ def text_of(tokens: tuple[int, ...]) -> str:
 
 def llama_config() -> Any:
     """Of a tiny base for the tokenizer."""
-    return LlamaConfig(
-        vocab_size=300,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
+    heads: Any = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes: Any = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 24}
+    return LlamaConfig(**sizes, **heads, max_position_embeddings=64)
 
 
 class FakeTokens:
@@ -171,11 +165,9 @@ def saying(text: str, finish: Finish = "stop") -> Rule:
 
 def echo(tokens: FakeTokens) -> None:
     """Answer with the adapter, the prompt and the sampling of the request."""
-    asked = tokens.generation
-    sampling = asked.sampling
-    tokens.say(
-        f"{asked.adapter}|{text_of(asked.prompt)}|{sampling.temperature}|{sampling.top_p}|{sampling.seed}"
-    )
+    asked, how = tokens.generation, tokens.generation.sampling
+    text = text_of(asked.prompt)
+    tokens.say(f"{asked.adapter}|{text}|{how.temperature}|{how.top_p}|{how.seed}")
     tokens.end()
 
 
@@ -262,9 +254,8 @@ class Answer:
     def of(cls, content: bytes) -> Answer:
         head, _, body = content.partition(b"\r\n\r\n")
         first, *rest = head.decode().split("\r\n")
-        headers = {
-            name.lower(): value for name, _, value in (line.partition(": ") for line in rest)
-        }
+        fields = (line.partition(": ") for line in rest)
+        headers = {name.lower(): value for name, _, value in fields}
         return cls(int(first.split()[1]), headers, body)
 
     @property
@@ -288,10 +279,8 @@ async def listening(
     port = listener.getsockname()[1]
     ended = asyncio.create_task(server.serve([listener]))
     await ready.wait()
-    http = DefaultAsyncHttpxClient(trust_env=False)
-    async with AsyncOpenAI(
-        base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=0, http_client=http
-    ) as client:
+    http, url = DefaultAsyncHttpxClient(trust_env=False), f"http://127.0.0.1:{port}/v1"
+    async with AsyncOpenAI(base_url=url, api_key=KEY, max_retries=0, http_client=http) as client:
         yield server, ended, port, client
     server.stop()
     await asyncio.wait([ended])

@@ -93,21 +93,17 @@ def test_the_script_lays_out_the_same(part: tuple[Any, Any]) -> None:
         return
     expected = drawing_of(EVENTS, *part, dropped=3)
     assert summary == expected.summary()
-    assert [(lane["row"], lane["title"]) for lane in found["lanes"]] == [
-        (lane.row, lane.title) for lane in expected.lanes
-    ]
     keys = ("start", "stop", "name", "depth", "layer", "waits")
     for lane, same in zip(found["lanes"], expected.lanes, strict=True):
+        assert (lane["row"], lane["title"]) == (same.row, same.title)
         boxes = [tuple(box[key] for key in keys) for box in lane["boxes"]]
         assert boxes == [tuple(getattr(box, key) for key in keys) for box in same.boxes]
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"{}", b"[1]", b'{"traceEvents": 3}', b"[" * 100_000, b"\xff"]
-)
-def test_other_files_are_refused(data: bytes) -> None:
-    with pytest.raises(UsageError, match="no trace"):
-        read_trace(data)
+def test_other_files_are_refused() -> None:
+    for data in (b"", b"{}", b"[1]", b'{"traceEvents": 3}', b"[" * 100_000, b"\xff"):
+        with pytest.raises(UsageError, match="no trace"):
+            read_trace(data)
 
 
 BAD_SPANS: dict[str, list[dict[str, Any]]] = {
@@ -118,9 +114,8 @@ BAD_SPANS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("problem", BAD_SPANS)
-def test_a_malformed_span_is_refused(problem: str) -> None:
-    for changes in BAD_SPANS[problem]:
+def test_a_malformed_span_is_refused() -> None:
+    for problem, changes in ((name, each) for name, found in BAD_SPANS.items() for each in found):
         events, _ = read_trace(json.dumps([span(), span(**changes)]).encode())
         with pytest.raises(UsageError, match=problem):
             drawing_of(events)
