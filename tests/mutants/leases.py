@@ -89,7 +89,7 @@ HOLDERS: Mutants = {
         f"{HANDLES}::test_layers_come_one_by_one",
         (SlotOccupancy, "_needed", lambda self, layer: max(0, _needed(self, layer) - 1))),
     "tenancy: a stream waits for the copies before a layer's": mutant(
-        f"{HANDLES}::test_a_stream_waits_for_the_layers_before_too",
+        f"{HANDLES}::test_a_stream_awaits_all_before",
         (SlotOccupancy, "tickets", _own_tickets_only)),
     "tenancy: a stream waits for all copies or is told to wait": mutant(
         f"{HANDLES}::test_a_kernel_behind_copies_sees_their_bytes",
@@ -108,26 +108,24 @@ HOLDERS: Mutants = {
         f"{HANDLES}::test_a_slot_is_kept_until_the_device_has_computed",
         (AdapterHandle, "_end_use", _use_ends_at_once)),
     "lease: a kernel outlives its lease": mutant(
-        f"{HANDLES}::test_a_kernel_outlives_its_lease", (Lease, "end", _ended_unused)),
+        f"{HANDLES}::test_a_slot_is_kept_until_the_device_has_computed",
+        (Lease, "end", _ended_unused)),
     "lease: no use begins while it ends": mutant(
-        f"{HANDLES}::test_a_lease_that_ends_while_a_use_begins_keeps_the_slot",
-        seen_by(leases, "threading", Lock=NoLock)),
+        f"{HANDLES}::test_release_while_a_use_begins", seen_by(leases, "threading", Lock=NoLock)),
     "lease: nothing is verified while a digest is compared": mutant(
         f"{DIGESTS}::test_a_digest_is_compared_for_its_caller_alone",
         (Lease, "is_verified", property(lambda self: self.occupancy.verification is not None))),
     "unload: it waits until the adapter is gone": mutant(
         "test_room.py::test_a_kernel_is_waited_for", (WaiterTable, "unload", _not_waited_for)),
     "driver: ends of leases in threads are decided on the loop": mutant(
-        f"{HANDLES}::test_ends_in_threads_are_the_loops_to_decide_on",
-        (Driver, "_on_loop", _told_at_once)),
+        f"{HANDLES}::test_the_loop_decides_on_ends", (Driver, "_on_loop", _told_at_once)),
     "driver: a finalizer decides nothing by itself": mutant(
-        f"{HANDLES}::test_a_lease_that_ends_in_the_midst_of_a_decision_ends_after_it",
-        (Driver, "_lease_ended", _ended_at_once)),
+        f"{HANDLES}::test_end_in_a_decision", (Driver, "_lease_ended", _ended_at_once)),
     "driver: what a subscriber causes comes after": mutant(
-        f"{HANDLES}::test_what_a_subscriber_causes_comes_after",
-        (Driver, "_execute", _obeyed_at_once)),
+        f"{HANDLES}::test_a_subscriber_unpins", (Driver, "_execute", _obeyed_at_once)),
     "actions: a reader stays open while it is copied from": mutant(
-        "test_readers.py", (Driver, "_close_idle_reader", _closed_though_read)),
+        f"{ENDING}::test_a_copy_that_is_wanted_no_longer_reads_its_file_to_the_end",
+        (Driver, "_close_idle_reader", _closed_though_read)),
     "replace: calls with one name come in their order": mutant(
         "test_replacing.py::test_several_replacements_at_once_come_in_their_order",
         (OrderedCalls, "place", lambda *_: nullcontext(nothing_awaited))),
@@ -135,8 +133,7 @@ HOLDERS: Mutants = {
 
 FETCHES_AND_END: Mutants = {
     "files: closing a hold is waited for": mutant(
-        f"{ENDING}::test_closing_a_hold_is_waited_for",
-        (FetchTasks, "_close_hold", _hold_closed_later)),
+        f"{ENDING}::test_unmap_is_awaited", (FetchTasks, "_close_hold", _hold_closed_later)),
     "digests: a load waits for the comparison": mutant(
         f"{DIGESTS}::test_a_digest_is_compared_for_its_caller_alone",
         (DigestChecks, "hold", _not_compared)),
@@ -149,13 +146,11 @@ FETCHES_AND_END: Mutants = {
         f"{ENDING}::test_close_waits_for_kernels_whatever_its_deadline",
         skipped(Driver, "_at_rest")),
     "close: fetches have ended": mutant(
-        f"{ENDING}::test_a_fetch_ends_with_the_loader_even_if_close_is_broken_off",
-        skipped(FetchTasks, "stop")),
+        f"{ENDING}::test_undo_is_awaited", skipped(FetchTasks, "stop")),
     "close: the device ends after the copies": mutant(
-        f"{ENDING}::test_the_device_ends_after_the_copies_even_if_close_is_broken_off",
-        skipped(Driver, "join")),
+        f"{ENDING}::test_the_device_outlives_copies", skipped(Driver, "join")),
     "close: it goes on without its caller": mutant(
-        f"{ENDING}::test_close_goes_on_when_its_caller_is_cancelled",
+        "test_sweep.py::test_close_at_every_turn_of_everything",
         seen_by(loader, "asyncio", shield=same)),
 }  # fmt: skip
 
