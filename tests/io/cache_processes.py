@@ -35,24 +35,12 @@ from disk_cache_world import (
 )
 
 from lorax_async.cache import maintenance
-from lorax_async.cache.disk_cache import (
-    DiskCache,
-    DiskDownload,
-)
+from lorax_async.cache.disk_cache import DiskCache, DiskDownload
 from lorax_async.cache.records import CacheKey
 from lorax_async.concurrency import FetchControl
-from lorax_async.errors import (
-    CapacityError,
-    FetchError,
-)
-from lorax_async.formats.spans import (
-    ByteRange,
-    SpanSet,
-)
-from lorax_async.formats.split_weights import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-)
+from lorax_async.errors import CapacityError, FetchError
+from lorax_async.formats.spans import ByteRange, SpanSet
+from lorax_async.formats.split_weights import CONFIG_FILE, WEIGHTS_FILE
 from lorax_async.lifecycle.policies import policy
 
 Tell = Callable[[object], None]

@@ -12,27 +12,15 @@ from pathlib import Path
 
 from source_inputs import read
 
-from lorax_async.cache.base import (
-    Cache,
-    CacheDownload,
-    CacheEntry,
-    CacheFile,
-)
+from lorax_async.cache.base import Cache, CacheDownload, CacheEntry, CacheFile
 from lorax_async.cache.disk_cache import DiskCache
 from lorax_async.cache.partials import CHUNK_BYTES
 from lorax_async.cache.records import CacheKey
 from lorax_async.concurrency import FetchControl
 from lorax_async.formats.digests import Digest
 from lorax_async.formats.spans import ByteRange
-from lorax_async.formats.split_weights import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    FileRole,
-)
-from lorax_async.lifecycle.policies import (
-    PolicyName,
-    policy,
-)
+from lorax_async.formats.split_weights import CONFIG_FILE, WEIGHTS_FILE, FileRole
+from lorax_async.lifecycle.policies import PolicyName, policy
 
 CONFIG = b'{"peft_type": "LORA"}'
 SCOPE = "somebody"

@@ -37,14 +37,8 @@ from lorax_async.errors import (
     InternalError,
 )
 from lorax_async.formats.spans import ByteSpan
-from lorax_async.sources.base import (
-    AdapterFile,
-    Source,
-)
-from lorax_async.types import (
-    AdapterKey,
-    AdapterRef,
-)
+from lorax_async.sources.base import AdapterFile, Source
+from lorax_async.types import AdapterKey, AdapterRef
 
 
 class World(Protocol):

@@ -46,10 +46,7 @@ from disk_cache_world import (
 from source_inputs import read, read_rows, rows_of
 
 from lorax_async.cache import disk_cache, maintenance
-from lorax_async.cache.base import (
-    Cache,
-    LeftoverError,
-)
+from lorax_async.cache.base import Cache, LeftoverError
 from lorax_async.cache.disk_cache import DiskCache
 from lorax_async.cache.entries import MAX_SCOPES
 from lorax_async.cache.maintenance import Freed
@@ -66,11 +63,7 @@ from lorax_async.errors import (
 )
 from lorax_async.formats.digests import Digest
 from lorax_async.formats.spans import ByteSpan
-from lorax_async.formats.split_weights import (
-    CONFIG_FILE,
-    INDEX_FILE,
-    WEIGHTS_FILE,
-)
+from lorax_async.formats.split_weights import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
 from lorax_async.lifecycle.policies import policy
 from tools import on_a_small_disk
 

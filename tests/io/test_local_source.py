@@ -31,25 +31,11 @@ from source_inputs import CONFIG, groups_of, header_bytes, read, tensors, weight
 from common import Run
 from lorax_async import errors, files
 from lorax_async.concurrency import FetchControl
-from lorax_async.errors import (
-    FetchError,
-    IntegrityError,
-)
-from lorax_async.files import (
-    FileReader,
-    identity_of,
-    open_same,
-)
-from lorax_async.sources import (
-    local,
-    local_folder,
-)
+from lorax_async.errors import FetchError, IntegrityError
+from lorax_async.files import FileReader, identity_of, open_same
+from lorax_async.sources import local, local_folder
 from lorax_async.sources.local import LocalSource
-from lorax_async.types import (
-    AdapterKey,
-    AdapterRef,
-    Verification,
-)
+from lorax_async.types import AdapterKey, AdapterRef, Verification
 
 COMMIT, BLOB = "c" * 40, "b" * 64
 
@@ -492,8 +478,7 @@ def test_short_reads_are_continued(reader: FileReader, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("number", "kind"),
-    [(errno.EIO, errors.FetchError), (errno.EACCES, errors.AccessDeniedError)],
+    ("number", "kind"), [(errno.EIO, errors.FetchError), (errno.EACCES, errors.AccessDeniedError)]
 )
 def test_the_systems_errors_are_ours(
     reader: FileReader, monkeypatch: pytest.MonkeyPatch, number: int, kind: type

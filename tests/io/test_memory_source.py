@@ -40,18 +40,10 @@ from lorax_async.formats.spans import ByteSpan
 from lorax_async.lifecycle.policies import policy
 from lorax_async.sources import host_copies as snapshot_module
 from lorax_async.sources.base import AdapterFile
-from lorax_async.sources.host_copies import (
-    STEP_BYTES,
-    HostCopies,
-    TensorSnapshot,
-)
+from lorax_async.sources.host_copies import STEP_BYTES, HostCopies, TensorSnapshot
 from lorax_async.sources.tensors import MemorySource
 from lorax_async.testing import FakeSource
-from lorax_async.types import (
-    AdapterKey,
-    Merge,
-    MergedKey,
-)
+from lorax_async.types import AdapterKey, Merge, MergedKey
 
 ROOM = 1 << 20
 SIZE = len(safetensors.torch.save(tensors(1)))

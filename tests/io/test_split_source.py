@@ -37,10 +37,7 @@ from lorax_async.concurrency import FetchControl
 from lorax_async.files import Reader, open_same
 from lorax_async.formats.spans import ByteSpan
 from lorax_async.sources import local_weights
-from lorax_async.types import (
-    AdapterKey,
-    AdapterRef,
-)
+from lorax_async.types import AdapterKey, AdapterRef
 from split_files import INDEX, name_of
 
 

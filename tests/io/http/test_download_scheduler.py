@@ -16,40 +16,16 @@ from fault_server import meanwhile
 from fetching import Anywhere, LoopbackOnly, MemorySink, target
 
 from lorax_async.errors import FetchError
-from lorax_async.http.client import (
-    HttpClient,
-    LinkStatistics,
-)
-from lorax_async.http.connection import (
-    AbortableSocket,
-    Attempt,
-    Connection,
-)
-from lorax_async.http.download_scheduler import (
-    DownloadScheduler,
-    Job,
-    Piece,
-)
+from lorax_async.http.client import HttpClient, LinkStatistics
+from lorax_async.http.connection import AbortableSocket, Attempt, Connection
+from lorax_async.http.download_scheduler import DownloadScheduler, Job, Piece
 from lorax_async.http.downloads import Download
-from lorax_async.http.failures import (
-    AbortedError,
-    RetryableError,
-    RetryPolicy,
-)
+from lorax_async.http.failures import AbortedError, RetryableError, RetryPolicy
 from lorax_async.http.pool import ConnectionPool
-from lorax_async.http.range_engine import (
-    FOREGROUND,
-    PREFETCH,
-)
+from lorax_async.http.range_engine import FOREGROUND, PREFETCH
 from lorax_async.http.ranges import GroupArrivals
-from lorax_async.http.settings import (
-    HttpSettings,
-    Timeouts,
-)
-from lorax_async.http.target import (
-    ProbeResult,
-    Validators,
-)
+from lorax_async.http.settings import HttpSettings, Timeouts
+from lorax_async.http.target import ProbeResult, Validators
 from lorax_async.http.urls import parse_url
 from lorax_async.tracing.recorder import Tracer
 
@@ -259,8 +235,7 @@ def _loses_its_callers(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    ("past", "waited", "counts"),
-    [(_answers, 0.1, [2, 2]), (_loses_its_callers, 0.06, [1, 3])],
+    ("past", "waited", "counts"), [(_answers, 0.1, [2, 2]), (_loses_its_callers, 0.06, [1, 3])]
 )
 def test_an_origin_is_stalled_by_what_it_sent_and_not_by_who_waits(
     past: Callable[[World], None], waited: float, counts: list[int]

@@ -30,23 +30,11 @@ from fetching import (
 
 from common import open_sockets, our_threads
 from link import Link
-from lorax_async.errors import (
-    FetchError,
-    FetchTimeoutError,
-    InternalError,
-    LoraxError,
-)
+from lorax_async.errors import FetchError, FetchTimeoutError, InternalError, LoraxError
 from lorax_async.http.downloads import FileSink
-from lorax_async.http.range_engine import (
-    FOREGROUND,
-    PREFETCH,
-    RangeEngine,
-)
+from lorax_async.http.range_engine import FOREGROUND, PREFETCH, RangeEngine
 from lorax_async.http.ranges import PieceSizes
-from lorax_async.http.settings import (
-    HttpSettings,
-    Timeouts,
-)
+from lorax_async.http.settings import HttpSettings, Timeouts
 from lorax_async.http.target import Target
 from lorax_async.http.urls import parse_url
 
@@ -357,11 +345,7 @@ def test_layer_0_comes_long_before_the_rest_of_a_throttled_load(tmp_path: Path) 
             answer = engine.probe(place, HEADER).done.result(10)
             os.pwrite(fd, answer.start, 0)
             job = engine.download(
-                answer,
-                groups,
-                sink,
-                lambda group: told.append((group, sink.landed)),
-                first=2,
+                answer, groups, sink, lambda group: told.append((group, sink.landed)), first=2
             )
             job.done.result(20)
         counts = link.counts()

@@ -23,24 +23,12 @@ from fetching import (
     took,
 )
 
-from lorax_async.errors import (
-    AccessDeniedError,
-    FetchError,
-    FetchTimeoutError,
-    UsageError,
-)
+from lorax_async.errors import AccessDeniedError, FetchError, FetchTimeoutError, UsageError
 from lorax_async.http.pool import Endpoint
 from lorax_async.http.range_engine import RangeEngine
-from lorax_async.http.settings import (
-    Rules,
-    Timeouts,
-    is_public,
-)
+from lorax_async.http.settings import Rules, Timeouts, is_public
 from lorax_async.http.target import Target
-from lorax_async.http.urls import (
-    InvalidUrlError,
-    parse_url,
-)
+from lorax_async.http.urls import InvalidUrlError, parse_url
 from lorax_async.ids.allow import Allow
 from lorax_async.remote.remote_source import AllowRules
 

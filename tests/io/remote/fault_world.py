@@ -22,10 +22,7 @@ from common import until
 from lorax_async.cache.maintenance import ls
 from lorax_async.cache.records import CacheKey
 from lorax_async.config import LoaderConfig
-from lorax_async.formats.split_weights import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-)
+from lorax_async.formats.split_weights import CONFIG_FILE, WEIGHTS_FILE
 from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
 from lorax_async.planning.layout import ModelLayout

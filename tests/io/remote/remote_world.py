@@ -18,40 +18,22 @@ from web_folder import answer, refuse
 import tiny
 from lorax_async.cache.disk_cache import DiskCache
 from lorax_async.concurrency import FetchControl, WorkerThreads
-from lorax_async.config import (
-    Checking,
-    Limits,
-    LoaderConfig,
-)
-from lorax_async.errors import (
-    AccessDeniedError,
-    AdapterError,
-    AdapterNotFoundError,
-)
+from lorax_async.config import Checking, Limits, LoaderConfig
+from lorax_async.errors import AccessDeniedError, AdapterError, AdapterNotFoundError
 from lorax_async.formats.digests import Digest
-from lorax_async.formats.split_weights import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    FileRole,
-)
+from lorax_async.formats.split_weights import CONFIG_FILE, WEIGHTS_FILE, FileRole
 from lorax_async.http.range_engine import RangeEngine
 from lorax_async.http.settings import Timeouts
 from lorax_async.http.target import Target
 from lorax_async.http.urls import parse_url
 from lorax_async.lifecycle.policies import policy
 from lorax_async.loader import AdapterLoader
-from lorax_async.remote.base import (
-    LocatedAdapter,
-    RemoteFile,
-)
+from lorax_async.remote.base import LocatedAdapter, RemoteFile
 from lorax_async.remote.opening import AdapterOpener
 from lorax_async.remote.remote_source import RemoteSource
 from lorax_async.remote.resolution import ResolutionCache, VersionResolver
 from lorax_async.sources.base import AdapterFile
-from lorax_async.types import (
-    AdapterKey,
-    AdapterRef,
-)
+from lorax_async.types import AdapterKey, AdapterRef
 
 PATIENT = Timeouts(read=20, slowest=1)
 

@@ -13,10 +13,7 @@ import obstore
 from fetching import DATA, GROUPS, PATIENT, MemorySink, engine
 
 from lorax_async.http.settings import PublicOnly
-from lorax_async.remote.base import (
-    LocatedAdapter,
-    RemoteFile,
-)
+from lorax_async.remote.base import LocatedAdapter, RemoteFile
 from lorax_async.remote.object_stores import StoreBackend
 from lorax_async.types import AdapterRef
 

@@ -22,10 +22,7 @@ from safetensors.torch import load
 from user_loads import at, contents, has, loader, stored_in, until, written
 
 from common import LOOPS
-from lorax_async.cli.fetch import (
-    FetchRow,
-    fetch_all,
-)
+from lorax_async.cli.fetch import FetchRow, fetch_all
 from lorax_async.errors import (
     AdapterError,
     AdapterFormatError,

@@ -54,10 +54,7 @@ from fetching import PretendNetwork, engine
 import tiny
 from common import until
 from lorax_async.cache.maintenance import ls
-from lorax_async.config import (
-    Checking,
-    Limits,
-)
+from lorax_async.config import Checking, Limits
 from lorax_async.errors import (
     AccessDeniedError,
     AdapterFormatError,
@@ -191,8 +188,7 @@ CASES = {
     "body 416 of what it has": Case(at("body", refused_range), FetchError, "refuses a range"),
     "body bomb": Case(at("body", bomb), FetchError, "coded", retryable=False),
     "body 429 in seconds": Case(
-        *(at("body", status("429 No", "Retry-After: 3")), FetchError, "429"),
-        retry_after=(3, 3),
+        *(at("body", status("429 No", "Retry-After: 3")), FetchError, "429"), retry_after=(3, 3)
     ),
     "body loop": Case(at("body", redirected_for_ever), FetchError, "redirects", False),
 }

@@ -42,10 +42,7 @@ from lorax_async.errors import (
 )
 from lorax_async.loader import AdapterLoader
 from lorax_async.testing import FakeSource
-from lorax_async.types import (
-    AdapterRef,
-    Merge,
-)
+from lorax_async.types import AdapterRef, Merge
 from sweeping import stepwise
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left", "hub_client")

@@ -32,17 +32,9 @@ from lorax_async.errors import (
     UsageError,
 )
 from lorax_async.formats.digests import Digest
-from lorax_async.formats.split_weights import (
-    CONFIG_FILE,
-    INDEX_FILE,
-    WEIGHTS_FILE,
-    FileRole,
-)
+from lorax_async.formats.split_weights import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, FileRole
 from lorax_async.http.failures import RetryPolicy
-from lorax_async.http.settings import (
-    PublicOnly,
-    Rules,
-)
+from lorax_async.http.settings import PublicOnly, Rules
 from lorax_async.remote.base import LocatedAdapter
 from lorax_async.remote.hub import HubLocator
 from lorax_async.types import AdapterRef

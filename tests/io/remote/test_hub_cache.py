@@ -18,25 +18,13 @@ from huggingface_hub import constants, snapshot_download
 from source_inputs import read
 
 from adapters import hub_cache as by_hand
-from lorax_async.cache.base import (
-    Cache,
-    CacheEntry,
-)
+from lorax_async.cache.base import Cache, CacheEntry
 from lorax_async.cache.disk_cache import DiskCache
 from lorax_async.cache.records import CacheKey
 from lorax_async.concurrency import FetchControl
-from lorax_async.errors import (
-    FetchError,
-    IntegrityError,
-    InternalError,
-)
+from lorax_async.errors import FetchError, IntegrityError, InternalError
 from lorax_async.formats.digests import Digest
-from lorax_async.formats.split_weights import (
-    CONFIG_FILE,
-    INDEX_FILE,
-    WEIGHTS_FILE,
-    FileRole,
-)
+from lorax_async.formats.split_weights import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, FileRole
 from lorax_async.lifecycle.policies import policy
 from lorax_async.remote.hub_cache import (
     StandardHubCache,
@@ -44,10 +32,7 @@ from lorax_async.remote.hub_cache import (
     adapter_files,
     standard_folder,
 )
-from lorax_async.remote.hub_calls import (
-    digest_of_etag,
-    is_commit,
-)
+from lorax_async.remote.hub_calls import digest_of_etag, is_commit
 from lorax_async.remote.resolution import ResolutionRequest
 from lorax_async.types import AdapterRef
 

@@ -14,20 +14,8 @@ from typing import Any
 import pytest
 from answering_server import Asked, Reply
 from hub_stand_in import HubStandIn
-from huggingface_hub import (
-    constants,
-    snapshot_download,
-)
-from user_loads import (
-    LAYERS,
-    RANK,
-    at,
-    contents,
-    has,
-    loader,
-    until,
-    written,
-)
+from huggingface_hub import constants, snapshot_download
+from user_loads import LAYERS, RANK, at, contents, has, loader, until, written
 
 import tiny
 from lorax_async.errors import (
@@ -40,10 +28,7 @@ from lorax_async.errors import (
 from lorax_async.formats.spans import ByteRange
 from lorax_async.ids.allow import Allow
 from lorax_async.loader import AdapterLoader
-from lorax_async.types import (
-    AdapterRef,
-    Merge,
-)
+from lorax_async.types import AdapterRef, Merge
 
 pytestmark = pytest.mark.usefixtures("no_socket_left", "nothing_left", "hub_client")
 
@@ -207,12 +192,7 @@ async def test_an_entry_lends_the_token_to_what_it_covers_only(
 @pytest.mark.usefixtures("logged_in")
 @pytest.mark.parametrize("large", [False, True], ids=["config in git", "config in the store"])
 async def test_an_entry_lends_the_token_to_no_repository_elsewhere_that_the_hub_redirects_to(
-    hub: HubStandIn,
-    adapter: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    *,
-    large: bool,
+    hub: HubStandIn, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, large: bool
 ) -> None:
     monkeypatch.setattr("hub_stand_in.is_large", lambda _: large)
     allow = (Allow("hub"), Allow("hub", prefix="org/", use_token=True))

@@ -21,10 +21,7 @@ from safetensors.torch import load, save
 
 import tiny
 from common import until
-from lorax_async.cache.maintenance import (
-    ls,
-    rm,
-)
+from lorax_async.cache.maintenance import ls, rm
 from lorax_async.config import Limits, LoaderConfig
 from lorax_async.errors import (
     AccessDeniedError,
@@ -40,11 +37,7 @@ from lorax_async.ids.allow import Allow
 from lorax_async.loader import AdapterLoader
 from lorax_async.remote.base import AnotherVersionError
 from lorax_async.remote.metadata import FIRST_BYTES
-from lorax_async.types import (
-    AdapterId,
-    AdapterRef,
-    Merge,
-)
+from lorax_async.types import AdapterId, AdapterRef, Merge
 from merges import assert_halves
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left", "hub_client")

@@ -23,32 +23,15 @@ from common import until
 from lorax_async.cache.maintenance import ls
 from lorax_async.cache.records import CacheKey
 from lorax_async.concurrency import FetchControl, WorkerThreads
-from lorax_async.errors import (
-    AdapterFormatError,
-    EvictedError,
-    FetchError,
-    IntegrityError,
-)
+from lorax_async.errors import AdapterFormatError, EvictedError, FetchError, IntegrityError
 from lorax_async.formats.spans import ByteSpan
-from lorax_async.formats.split_weights import (
-    WEIGHTS_FILE,
-    FilePlace,
-    SplitGroupArrivals,
-    SplitPlan,
-)
+from lorax_async.formats.split_weights import WEIGHTS_FILE, FilePlace, SplitGroupArrivals, SplitPlan
 from lorax_async.remote import fetching as fetch_module
 from lorax_async.remote import opening
 from lorax_async.remote.fetching import AdapterFetch
 from lorax_async.remote.metadata import FIRST_BYTES, track
-from lorax_async.remote.readers import (
-    EntryReader,
-    ReopenedReader,
-    entry_gone,
-)
-from lorax_async.types import (
-    AdapterKey,
-    RemoteKey,
-)
+from lorax_async.remote.readers import EntryReader, ReopenedReader, entry_gone
+from lorax_async.types import AdapterKey, RemoteKey
 from telling import TellingLock
 
 pytestmark = [pytest.mark.usefixtures("nothing_left", "no_socket_left"), pytest.mark.each_loop]

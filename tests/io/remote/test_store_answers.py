@@ -28,10 +28,7 @@ from lorax_async.errors import (
     UsageError,
 )
 from lorax_async.http.settings import PublicOnly
-from lorax_async.http.target import (
-    ProbeResult,
-    Validators,
-)
+from lorax_async.http.target import ProbeResult, Validators
 from lorax_async.http.urls import parse_url
 from lorax_async.remote.object_stores import (
     Buckets,

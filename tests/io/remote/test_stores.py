@@ -27,18 +27,8 @@ from origins import KINDS, processes
 from stored import CONFIG, Bucket, brought, located, locator
 from user_loads import secretless
 
-from lorax_async.errors import (
-    AccessDeniedError,
-    AdapterNotFoundError,
-    FetchError,
-    IntegrityError,
-)
-from lorax_async.formats.split_weights import (
-    CONFIG_FILE,
-    INDEX_FILE,
-    WEIGHTS_FILE,
-    FileRole,
-)
+from lorax_async.errors import AccessDeniedError, AdapterNotFoundError, FetchError, IntegrityError
+from lorax_async.formats.split_weights import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, FileRole
 from lorax_async.types import AdapterRef
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -102,9 +92,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str]
 
 @pytest.fixture
 def store(
-    request: pytest.FixtureRequest,
-    servers: Callable[[str], Any],
-    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest, servers: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Store]:
     kind, path = request.param, f"tests/{request.node.originalname}/"
     if kind != "gs":
