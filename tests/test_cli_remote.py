@@ -314,7 +314,7 @@ def test_inspect_asks_for_the_beginning_alone(tmp_path: Path, capsys: Capture) -
         options = ["--hub-endpoint", hub.endpoint, "--allow", f"http://{hub.store_netloc}/"]
         assert main(["inspect", "org/name", "--json", *options]) == 0
         there = output(capsys)
-        asked = [each.fields["range"] for each in hub.asked if each.at_store]
+        asked = [each.fields["range"] for each in hub.asked if hub.is_at_store(each)]
     assert there == here | {"path": "org/name"}
     assert asked == ["bytes=0-262143"]
 

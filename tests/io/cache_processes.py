@@ -100,9 +100,6 @@ def fetch(folder: Path, tell: Tell) -> None:
     cache.close()
 
 
-# -- kill -9 at every call ------------------------------------------------------------------------
-
-
 def fetch_until(folder: Path, at: int, tell: Tell) -> None:
     calls = Calls(CHANGES)
 
@@ -145,8 +142,6 @@ def leave(folder: Path, _: Tell) -> None:
     put(download.file(WEIGHTS_FILE, NBYTES), CONTENT, [(0, NBYTES)])
     os.kill(os.getpid(), signal.SIGKILL)
 
-
-# -- anything at any time -------------------------------------------------------------------------
 
 KEYS = 5
 ADAPTERS = [weights(number, 200_000 + 90_000 * number) for number in range(KEYS)]

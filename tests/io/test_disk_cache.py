@@ -573,9 +573,6 @@ def test_cleaning_up_removes_what_serves_nobody(world: DiskWorld) -> None:
     assert not former.exists()
 
 
-# -- calls that fail ------------------------------------------------------------------------------
-
-
 def resumed_and_published(cache: Cache) -> None:
     """Leave a download, go on with it, publish, open, check, and remove it."""
     download = begun(cache)
@@ -678,9 +675,6 @@ def test_bytes_that_could_not_be_written_are_missing(world: DiskWorld) -> None:
     download.discard()
 
 
-# -- what is on the disk before what --------------------------------------------------------------
-
-
 def made(calls: Calls, *names: str) -> list[str]:
     return [name for name in calls.made if name in names]
 
@@ -737,9 +731,6 @@ def test_what_was_left_and_damaged_never_becomes_an_entry(world: DiskWorld, dama
         download.publish().close()
         assert read_back(world.cache, check=True) == CONTENT
         assert world.cache.remove(KEY)
-
-
-# -- full disks -----------------------------------------------------------------------------------
 
 
 def test_a_file_over_the_process_limit(world: DiskWorld) -> None:
@@ -802,9 +793,6 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-# -- file systems without locks -------------------------------------------------------------------
-
-
 def without_locks(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     def unsupported(fd: int, how: int) -> None:
         raise OSError(code, os.strerror(code))
@@ -850,9 +838,6 @@ def test_without_locks_a_process_still_knows_what_it_holds(
     assert content_of(held) == bytes(1_000)
     download.close()
     held.close()
-
-
-# -- several processes ----------------------------------------------------------------------------
 
 
 def aged(world: DiskWorld, *numbers: int) -> None:
@@ -913,17 +898,6 @@ def test_what_one_downloads_the_other_does_not_drop(two: Two) -> None:
     late.close()
     download.publish().close()
     assert there(one, 3) == [0]
-
-
-def test_what_one_has_opened_the_other_does_not_remove(two: Two) -> None:
-    one, other = two
-    keep(one.cache, KEY, b"abc")
-    entry = other.cache.open(KEY, check=True)
-    assert entry is not None
-    assert content_of(entry) == b"abc"
-    assert not one.cache.remove(KEY)
-    entry.close()
-    assert one.cache.remove(KEY)
 
 
 def at_first_lock(act: Any) -> Calls:
@@ -991,9 +965,6 @@ def test_a_process_that_hangs_is_not_waited_for(two: Two, monkeypatch: pytest.Mo
     assert content_of(theirs) == CONTENT[:1_000]
     theirs.close()
     entry.close()
-
-
-# -- processes that are killed --------------------------------------------------------------------
 
 
 def run_script(what: str, base: Path, locks: str = "flock") -> Any:

@@ -158,8 +158,6 @@ async def test_memory_that_cannot_be_had(
     assert (descriptors(), maps_below(host.roots[0])) == (before, [])
 
 
-# -- a file's bytes in memory: brought, locked where it is allowed, gone with the last view --------
-
 NBYTES = 9 * mmap.PAGESIZE + 100
 
 ROUNDED = 10 * mmap.PAGESIZE

@@ -48,9 +48,6 @@ def world(tmp_path: Path) -> Iterator[LocalWorld]:
         yield world
 
 
-# -- names ----------------------------------------------------------------------------------------
-
-
 async def test_every_spelling_of_a_folder_gives_one_key(world: LocalWorld) -> None:
     folder = world.fill(world.roots[1] / "o rg" / "ü")
     (world.roots[0] / "link").symlink_to(folder)
@@ -208,9 +205,6 @@ def test_the_hub_cache_keeps_its_links(
         assert type(refusal(world, str(folder))) is errors.AccessDeniedError
 
 
-# -- files ----------------------------------------------------------------------------------------
-
-
 def fifo(path: Path) -> None:
     os.mkfifo(path)
 
@@ -340,9 +334,6 @@ def test_what_the_process_may_not_read(denied: str, step: str) -> None:
         asyncio.run(main(base))
 
 
-# -- files that change ----------------------------------------------------------------------------
-
-
 def retarget(link: Path, target: Path) -> None:
     new = link.with_name("new")
     new.symlink_to(target)
@@ -433,9 +424,6 @@ async def test_a_config_that_changes_while_it_is_read(
     with pytest.raises(errors.IntegrityError, match=r"adapter_config\.json.*again"):
         await world.source.open(key, FetchControl())
     assert len(looks) >= 2
-
-
-# -- readers --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -557,8 +545,6 @@ def test_a_forgotten_reader_is_closed_and_warns(tmp_path: Path) -> None:
         del reader
     assert descriptors() == before
 
-
-# -- hashed before they are used, and when a caller says what they come to -------------------------
 
 CONTENT = weights(1, {"note": "x" * 3000})
 

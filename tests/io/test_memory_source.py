@@ -205,9 +205,6 @@ async def test_bytes_keep_their_room_while_they_are_read(world: World) -> None:
     await second
 
 
-# -- merges ---------------------------------------------------------------------------------------
-
-
 @IN_MEMORY
 async def test_a_merge_is_computed_once_and_stays_until_others_need_the_room(world: World) -> None:
     key = world.merge("dare_linear", density=0.3, seed=4)
@@ -282,9 +279,6 @@ async def test_a_merge_that_nothing_waits_for_ends(world: World, at: str) -> Non
     if room is not None:
         room.end()
     assert world.copies.used == 0
-
-
-# -- the copy: safetensors' own reader reads it ----------------------------------------------------
 
 
 def begun(tensors: Mapping[str, torch.Tensor], config: bytes = CONFIG) -> TensorSnapshot:

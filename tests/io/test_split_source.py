@@ -172,9 +172,6 @@ async def test_cancelled_at_any_await(
     assert ends == sorted(ends, reverse=True)
 
 
-# -- what is refused ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", [*FILES[2:], CONFIG_NAME])
 def test_a_file_that_is_not_there(world: LocalWorld, folder: Path, name: str) -> None:
     (folder / name).unlink()

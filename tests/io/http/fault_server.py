@@ -25,6 +25,11 @@ class Asked:
     line: str
     fields: dict[str, str]
     raw: str
+    body: bytes = b""
+
+    @property
+    def method(self) -> str:
+        return self.line.split(" ")[0]
 
     @property
     def target(self) -> str:
@@ -114,7 +119,11 @@ class FaultServer:
         self._listener.close()
 
     def url(self, path: str = "/weights") -> str:
-        return f"http://127.0.0.1:{self.port}{path}"
+        return f"http://{self.netloc}{path}"
+
+    @property
+    def netloc(self) -> str:
+        return f"127.0.0.1:{self.port}"
 
     @property
     def spans(self) -> list[tuple[int, int] | None]:
@@ -166,10 +175,13 @@ class FaultServer:
             if not part:
                 return None
             data += part
-        raw = data.decode("latin-1")
+        head, _, body = data.partition(b"\r\n\r\n")
+        raw = f"{head.decode('latin-1')}\r\n\r\n"
         line, *lines = raw.strip().split("\r\n")
         fields = {name.lower(): text.strip() for name, _, text in (x.partition(":") for x in lines)}
-        return Asked(line, fields, raw)
+        while len(body) < int(fields.get("content-length", 0)):
+            body += client.socket.recv(65_536)
+        return Asked(line, fields, raw, body)
 
     def stalled(self, asked: Asked, client: Client) -> None:
         """Right, but for all requests after the first only 100 bytes come."""

@@ -108,9 +108,6 @@ def later(seconds: float | None = None, *, throttled: bool = False) -> Retryable
     return RetryableError(FetchError("later"), retry_after=seconds, throttled=throttled)
 
 
-# -- retries ---------------------------------------------------------------------------------------
-
-
 def test_two_jobs_of_one_origin_have_even_shares() -> None:
     """The second comes when the first has all connections, and has half of them in the end."""
     world = World()
@@ -171,9 +168,6 @@ def test_a_new_request_overtakes_retries(origin: str) -> None:
         order.append(job)
         finish(job)
     assert order == [urgent, old, hint]
-
-
-# -- origins ---------------------------------------------------------------------------------------
 
 
 def test_another_origin_has_its_share_at_once() -> None:
@@ -277,9 +271,6 @@ def test_what_is_being_read_is_not_given_to_another() -> None:
     piece.rate, piece.claimed = 1e6, LARGE - (4 << 20)
     _, rest, _ = world.begin(1)[0]
     assert piece.claimed <= piece.stop == rest.at < rest.stop == LARGE
-
-
-# -- an end at any moment --------------------------------------------------------------------------
 
 
 @contextmanager

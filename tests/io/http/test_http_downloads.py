@@ -43,9 +43,6 @@ pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 LASTING = replace(PATIENT, idle=600.0)
 """Threads and connections stay as long as the engine."""
 
-# -- shares ----------------------------------------------------------------------------------------
-
-
 LARGE = 8 << 20
 
 
@@ -135,9 +132,6 @@ def test_a_straggler_is_relieved() -> None:
         fetching.download(answer, [[(0, len(data))]], sink, lambda _: None).done.result(20)
         assert len(server.asked) > 3, "one more request than the plan had"
         assert sink.times == b"\1" * len(data)
-
-
-# -- ends from outside -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["cancel", "close", "deadline"])
@@ -232,9 +226,6 @@ def test_an_end_is_reported_once_nothing_is_written_any_more(how: str) -> None:
             assert not our_threads()
 
 
-# -- the caller's own faults -----------------------------------------------------------------------
-
-
 class Broken(MemorySink):
     def __init__(self, error: Exception) -> None:
         super().__init__()
@@ -269,9 +260,6 @@ def test_a_sink_or_a_callback_that_fails(
                 job.done.result(10)
             assert type(caught.value) is kind
         check(*fetched(fetching, answer))
-
-
-# -- threads ---------------------------------------------------------------------------------------
 
 
 def test_idle_threads_and_connections_end_or_rest() -> None:
@@ -311,9 +299,6 @@ def test_a_thread_that_cannot_start_ends_in_an_error(
             late = isinstance(error, FetchTimeoutError)
             assert late is (name == "lorax-http")
         check(*fetched(fetching, asked(fetching, server.url())))
-
-
-# -- layers on a throttled link --------------------------------------------------------------------
 
 
 LAYERS = 16

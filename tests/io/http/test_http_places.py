@@ -74,9 +74,6 @@ class NoLoopback(Anywhere):
         return False
 
 
-# -- URLs and addresses ----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "text",
     [
@@ -204,9 +201,6 @@ def test_a_name_service_that_does_not_answer() -> None:
     assert network.resolved == ["slow.example"] * 3, "each of three attempts asks anew"
 
 
-# -- redirects -------------------------------------------------------------------------------------
-
-
 def test_credentials_go_to_their_own_origin_only() -> None:
     headers = {"Authorization": SECRET, "X-Api-Key": "swordfish"}
     with FaultServer(DATA) as store, FaultServer(DATA) as hub, engine() as fetching:
@@ -305,9 +299,6 @@ def test_a_place_that_is_known_is_asked_first_and_without_credentials(expired: b
         assert all(each.fields["authorization"] == SECRET for each in hub.asked)
         assert (len(store.asked) == 1) is expired
         assert bool(hub.asked) is expired
-
-
-# -- what the operator allows ----------------------------------------------------------------------
 
 
 def test_a_private_name_needs_its_word() -> None:

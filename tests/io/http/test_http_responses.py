@@ -63,9 +63,6 @@ class Sometimes:
         (self.fault if wrong else self.server.right)(asked, client)
 
 
-# -- good servers ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("have", [[], [(0, 100_000), (200_000, 290_000)], [(0, len(DATA))]])
 def test_every_missing_byte_comes_once_and_in_order(have: list[ByteRange]) -> None:
     with FaultServer(DATA) as server, engine() as fetching:
@@ -208,9 +205,6 @@ def test_a_group_is_reported_when_its_bytes_are_there_and_after_those_before_it(
         fetching.download(answer, GROUPS, sink, slowly).done.result(20)
     assert all(there)
     assert order == list(range(len(GROUPS)))
-
-
-# -- faults that pass, and that stay ---------------------------------------------------------------
 
 
 def right_head(asked: Asked, client: Client) -> bytes:
@@ -436,9 +430,6 @@ def test_what_comes_unasked_answers_nothing(pause: float) -> None:
             time.sleep(0.1)
 
 
-# -- a file in one answer --------------------------------------------------------------------------
-
-
 LARGE = DATA * 4
 """More than is read at once."""
 
@@ -482,9 +473,6 @@ def test_no_more_is_written_after_an_end(is_whole: bool, at_once: int) -> None:
         assert str(sink.job.done.exception(10)) == str(FetchError("enough"))
         assert sink.nbytes <= at_once
         assert order == []
-
-
-# -- the first bytes -------------------------------------------------------------------------------
 
 
 ASKED = 200_000
@@ -541,9 +529,6 @@ def test_bytes_that_come_at_once_or_are_needed_are_waited_for(needed: int, step:
         clock.step = 0.0
         assert answer.start == DATA[:ASKED]
         check(*fetched(engine, answer))
-
-
-# -- nginx -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

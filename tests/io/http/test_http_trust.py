@@ -50,9 +50,6 @@ def pour(source: socket.socket, drain: socket.socket) -> None:
         pass  # the other direction sees it too
 
 
-# -- proxies ---------------------------------------------------------------------------------------
-
-
 def test_plain_requests_through_a_proxy() -> None:
     """It knows the names; addresses are checked here."""
     with FaultServer(DATA) as server, FaultServer(DATA, forward(server)) as proxy:
@@ -88,9 +85,6 @@ def test_proxies_that_are_not_known(text: str) -> None:
     with pytest.raises(ConfigError, match="a proxy must be") as caught:
         Proxies({"http": text})
     assert "swordfish" not in str(caught.value)
-
-
-# -- TLS -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -21,13 +21,10 @@ import tiny
 from common import until
 from lorax_async.cache.maintenance import ls
 from lorax_async.cache.records import CacheKey
-from lorax_async.config import LoaderConfig
 from lorax_async.formats.split_weights import CONFIG_FILE, WEIGHTS_FILE
 from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
-from lorax_async.planning.layout import ModelLayout
 from lorax_async.remote.metadata import FIRST_BYTES
-from lorax_async.sources.base import Source
 from sweeping import Bench
 
 RANK = 128
@@ -106,24 +103,6 @@ def at(part: str, fault: Fault, times: int = 1 << 30) -> Fault:
     return behave
 
 
-def over(
-    world: RemoteWorld,
-    layout: ModelLayout | None = None,
-    *,
-    source: Source | None = None,
-    **settings: object,
-) -> AdapterLoader:
-    plain: dict[str, object] = {
-        "device_bytes": 16 << 20,
-        "max_slots": 8,
-        "io_threads": 2,
-        "timeout": 30,
-        "verify": world.verify,
-    }
-    config = LoaderConfig(**(plain | settings))  # type: ignore[arg-type]
-    return AdapterLoader(layout or tiny.layout(), config, source=source or world.source)
-
-
 async def loads_right(loader: AdapterLoader, world: RemoteWorld, folder: Path) -> AdapterHandle:
     """What was loaded, released by now."""
     async with await loader.load(world.ref(folder.name)) as handle:
@@ -182,8 +161,6 @@ def chunks_in(content: bytes) -> list[tuple[int, int]]:
         if bits[n // 8] >> n % 8 & 1
     ]
 
-
-# -- what a server can do wrong with one answer ---------------------------------------------------
 
 BOMB = gzip.compress(bytes(1 << 20))
 

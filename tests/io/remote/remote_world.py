@@ -32,7 +32,7 @@ from lorax_async.remote.base import LocatedAdapter, RemoteFile
 from lorax_async.remote.opening import AdapterOpener
 from lorax_async.remote.remote_source import RemoteSource
 from lorax_async.remote.resolution import ResolutionCache, VersionResolver
-from lorax_async.sources.base import AdapterFile
+from lorax_async.sources.base import AdapterFile, Source
 from lorax_async.types import AdapterKey, AdapterRef
 
 PATIENT = Timeouts(read=20, slowest=1)
@@ -233,15 +233,16 @@ def stocked(world: RemoteWorld, folder: Path, name: str = "one", seed: int = 0) 
     return folder / name
 
 
-def over(world: RemoteWorld, **settings: object) -> AdapterLoader:
+def over(world: RemoteWorld, *, source: Source | None = None, **settings: object) -> AdapterLoader:
     plain: dict[str, object] = {
-        "device_bytes": 8 << 20,
-        "max_slots": 4,
+        "device_bytes": 16 << 20,
+        "max_slots": 8,
         "io_threads": 2,
-        "timeout": 20,
+        "timeout": 30,
+        "verify": world.verify,
     }
     config = LoaderConfig(**(plain | settings))  # type: ignore[arg-type]
-    return AdapterLoader(tiny.layout(), config, source=world.source)
+    return AdapterLoader(tiny.layout(), config, source=source or world.source)
 
 
 async def opened(

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from fault_world import FaultyWorld, assert_at_rest, at, over, silent
+from fault_world import FaultyWorld, assert_at_rest, at, silent
+from remote_world import over
 
 import tiny
 from common import LOOPS, our_threads, until

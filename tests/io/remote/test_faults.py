@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_server import Asked, Client, FaultServer
+from fault_server import Asked, Client
 from fault_world import (
     CHUNK,
     FOLDERS,
@@ -32,7 +32,6 @@ from fault_world import (
     more_than_said,
     other_etag,
     other_size,
-    over,
     part_of,
     redirected,
     redirected_for_ever,
@@ -50,6 +49,7 @@ from fault_world import (
     wrong_range,
 )
 from fetching import PretendNetwork, engine
+from remote_world import over
 
 import tiny
 from common import until
@@ -126,9 +126,6 @@ async def comes_right(world: FaultyWorld) -> None:
     async with over(world) as loader:
         await right_beside(loader, world, "bad", "good", "bad")
         assert len(ls(world.cache)) == 2
-
-
-# -- what stays wrong -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -233,8 +230,6 @@ async def test_a_lasting_fault_is_one_typed_error_for_each_caller(
             await right_beside(loader, world, "bad")
 
 
-# -- what passes, or is odd and yet right ---------------------------------------------------------
-
 PASSING: dict[str, Fault] = {
     "config 500 twice": at("config", status("500 No"), 2),
     "config without length": at("config", whole_without_length),
@@ -254,15 +249,6 @@ async def test_what_passes_is_overcome(world: FaultyWorld, name: str) -> None:
     world.locator.promises = "no promise" not in name
     world.faults["bad"] = PASSING[name]
     await comes_right(world)
-
-
-async def test_bytes_that_came_before_an_end_are_not_asked_for_again(world: FaultyWorld) -> None:
-    world.faults["bad"] = at("body", truncated, 1)
-    await comes_right(world)
-    spans = world.spans_of("bad")
-    assert len(set(spans)) == len(spans)
-    rests = [(a, c) for a, b in spans for c, d in spans if a < c and b == d]
-    assert len(rests) == 1, "one piece was gone on with"
 
 
 ETAGS = {
@@ -293,8 +279,6 @@ async def test_etags_are_sent_back_and_name_nothing(
     assert sent == (set() if name == "weak" else {ETAGS[name].partition("\r")[0]})
     assert not any("x-injected" in each.fields for each in world.server.asked)
 
-
-# -- sizes ----------------------------------------------------------------------------------------
 
 HEADER_LIMIT = 350_000
 LIMITS = Limits(max_header_bytes=HEADER_LIMIT, max_adapter_bytes=780_000)
@@ -381,18 +365,6 @@ async def test_a_cache_that_cannot_hold_it_says_so_at_once(tmp_path: Path) -> No
             await right_beside(loader, world, "good")
 
 
-# -- where answers lead ---------------------------------------------------------------------------
-
-
-async def denied(world: FaultyWorld, words: str, ref: AdapterRef | None = None) -> str:
-    """What is told of the refusal, in all that can be shown of it."""
-    error = await fails(world, ref)
-    assert type(error) is AccessDeniedError
-    assert words in error.problem
-    assert (error.stage, error.retryable) == ("fetch", False)
-    return f"{error} {error!r} {error.story} {error.key!r}"
-
-
 @pytest.mark.parametrize("part", PARTS)
 async def test_nobody_is_led_to_a_private_address(tmp_path: Path, part: str) -> None:
     """Only the world's server can be connected to."""
@@ -403,39 +375,15 @@ async def test_nobody_is_led_to_a_private_address(tmp_path: Path, part: str) -> 
         world.stock("bad")
         world.stock("good", 1)
         world.faults["bad"] = at(part, redirected(f"http://{METADATA}/latest/meta-data"))
-        assert "meta-data" not in await denied(world, "not public")
+        error = await fails(world, AdapterRef("bad", source="hub", token=SECRET))
+    assert type(error) is AccessDeniedError
+    assert "not public" in error.problem
+    assert (error.stage, error.retryable) == ("fetch", False)
+    told = f"{error} {error!r} {error.story} {error.key!r}"
+    assert "meta-data" not in told
+    assert SECRET not in told
     assert set(network.connected) == {"127.0.0.1"}
 
-
-async def test_a_token_goes_to_its_own_origin_only(world: FaultyWorld) -> None:
-    with FaultServer(b"") as store:
-        store.behave = world.well
-        world.locator.there["bad"].token = SECRET
-        world.faults["bad"] = lambda world, asked, client: redirected(store.url(asked.target))(
-            world, asked, client
-        )
-        async with over(world) as loader:
-            mine = AdapterRef("bad", source="hub", token=SECRET)
-            async with await loader.load(mine) as handle:
-                tiny.assert_equal_to_file(handle, of(world, "bad"))
-            await right_beside(loader, world, "good")
-        assert all(SECRET in each.fields["authorization"] for each in world.asked_of("bad"))
-        assert all("authorization" not in each.fields for each in world.asked_of("good"))
-        assert len(store.asked) >= 3
-        assert not any(SECRET in each.raw for each in store.asked)
-        world.engine.close()
-
-
-@pytest.mark.parametrize("line", ["401 No", "403 No"])
-@pytest.mark.parametrize("part", PARTS)
-async def test_a_refusal_does_not_tell_the_token(world: FaultyWorld, part: str, line: str) -> None:
-    world.faults["bad"] = at(part, status(line))
-    mine = AdapterRef("bad", source="hub", token=SECRET)
-    assert SECRET not in await denied(world, line[:3], mine)
-    assert SECRET not in repr(mine)
-
-
-# -- names that sources give ----------------------------------------------------------------------
 
 NAMES = {
     "upwards": "../../../../outside",
@@ -509,9 +457,6 @@ async def test_errors_with_such_names_are_short_and_printable(
     assert len(text) <= 1_000
     assert text.isprintable()
     assert_own_names(tmp_path / "cache")
-
-
-# -- bytes that are not the right ones, though all that was said of them is -----------------------
 
 
 def is_poisoned(handle: AdapterHandle) -> bool:
@@ -607,8 +552,6 @@ def alter(world: FaultyWorld, name: str) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-# -- sources that are down, and callers whom they refuse ------------------------------------------
-
 DOWN = FetchError("it is down", retry_after=7.0)
 
 
@@ -651,8 +594,6 @@ async def test_half_of_an_adapter_is_not_served(world: FaultyWorld) -> None:
             tiny.assert_equal_to_file(handle, of(world, "bad"))
         await assert_at_rest(loader, world)
 
-
-# -- what does not come, or too slowly ------------------------------------------------------------
 
 STALLS = {
     f"{part}-{n}": at(part, fault)

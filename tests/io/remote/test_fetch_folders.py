@@ -295,9 +295,6 @@ async def test_a_folder_that_is_never_released_is_told(world: RemoteWorld, tmp_p
         await there.close(timeout=0)
 
 
-# -- from a hub, with its cache; local folders ----------------------------------------------------
-
-
 @pytest.mark.parametrize("files", ["one file", "several files"])
 @pytest.mark.parametrize("stored_by", ["this loader", "other tools"])
 async def test_offline_it_is_where_it_was_stored(

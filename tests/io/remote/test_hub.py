@@ -12,10 +12,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from answering_server import Asked, Reply
-from fault_server import Client, FaultServer
+from fault_server import Asked, Client, FaultServer
 from fetching import Anywhere
-from hub_stand_in import ADAPTER, CONFIG, REPO, SIGNATURE, WEIGHTS, HubStandIn, git_sha1, sha256
+from hub_stand_in import (
+    ADAPTER,
+    CONFIG,
+    REPO,
+    SIGNATURE,
+    WEIGHTS,
+    HubStandIn,
+    Reply,
+    git_sha1,
+    sha256,
+)
 from huggingface_hub import constants, utils
 from huggingface_hub.errors import OIDCError
 
@@ -91,9 +100,6 @@ async def refused(hub: HubStandIn | str, ref: AdapterRef = ID) -> LoraxError:
     tells_no_secret(error, *error.args)
     assert (error.stage, error.__cause__) == ("resolve", None)
     return error
-
-
-# -- what a name means ----------------------------------------------------------------------------
 
 
 async def test_an_adapter_and_where_its_files_lie(hub: HubStandIn) -> None:
@@ -209,9 +215,6 @@ async def test_a_place_that_is_no_url(hub: HubStandIn, place: str) -> None:
         assert [file.target.redirected_to for file in found.files] == [None, None]
 
 
-# -- tokens ---------------------------------------------------------------------------------------
-
-
 async def test_each_authority_has_a_scope_that_does_not_tell_it(
     hub: HubStandIn, tmp_path: Path
 ) -> None:
@@ -276,9 +279,6 @@ async def test_what_is_no_token_is_not_sent(hub: HubStandIn, token: str) -> None
         with pytest.raises(UsageError, match=r"leave it out \(None\)"):
             locator.recalled(ref)
     assert not hub.asked
-
-
-# -- what it refuses ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("endpoint", ["hub", "ftp://hub/", "https://me:pw@hub", "https://h/?a=b"])
@@ -375,9 +375,6 @@ async def test_redirects_without_end(hub: HubStandIn) -> None:
     error = await refused(hub)
     assert (type(error), error.retryable) == (FetchError, False)
     assert len(hub.asked) <= 2 * 20
-
-
-# -- what goes wrong on the way -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])

@@ -87,8 +87,6 @@ def tree(folder: Path) -> dict[str, tuple[str, object]]:
     return found
 
 
-# -- names ----------------------------------------------------------------------------------------
-
 SHA1, SHA256 = "0123456789" * 4, "0123456789abcdef" * 4
 
 
@@ -113,9 +111,6 @@ def test_files_of_an_adapter() -> None:
         *([*several, shard(1, 1)], [*several, shard(1, 3)]),
     ):
         assert adapter_files(names) == []
-
-
-# -- what is found --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("files", [ADAPTER, SPLIT], ids=["one file", "several files"])
@@ -241,9 +236,6 @@ def test_a_cache_that_cannot_be_read(
                 cache.commit_of(REPO, "main")
 
 
-# -- what links must not lead to ------------------------------------------------------------------
-
-
 def _linked(target: str) -> Callable[[Path], None]:
     def spoil(snapshot: Path) -> None:
         (snapshot / NAME).unlink()
@@ -366,9 +358,6 @@ def test_what_is_removed_or_replaced_while_it_is_used(tmp_path: Path, replaced: 
         read(late, 0, 5)
     late.close()
     early.close()
-
-
-# -- beside our own cache -------------------------------------------------------------------------
 
 
 def stored(cache: Cache, key: CacheKey) -> CacheEntry:

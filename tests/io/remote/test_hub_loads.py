@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from answering_server import Asked, Reply
-from hub_stand_in import HubStandIn
+from fault_server import Asked
+from hub_stand_in import HubStandIn, Reply
 from huggingface_hub import constants, snapshot_download
 from user_loads import LAYERS, RANK, at, contents, has, loader, until, written
 

