@@ -666,15 +666,6 @@ def test_what_is_on_a_read_only_file_system_is_served(world: DiskWorld) -> None:
             begun(world.cache, key(1))
 
 
-def test_bytes_that_could_not_be_written_are_missing(world: DiskWorld) -> None:
-    download = begun(world.cache)
-    file = download.file(WEIGHTS_FILE, 10)
-    with failing(("pwritev",), 1, errno.EIO).counted(), pytest.raises(FetchError, match="EIO"):
-        put(file, bytes(10), [(0, 10)])
-    assert file.missing() == [(0, 10)]
-    download.discard()
-
-
 def made(calls: Calls, *names: str) -> list[str]:
     return [name for name in calls.made if name in names]
 

@@ -168,18 +168,6 @@ async def test_dropped_tensors_are_gone_when_their_readers_are_closed(world: Wor
     assert world.copies.used == nbytes
 
 
-@IN_MEMORY
-async def test_the_budget_counts_what_is_being_copied(world: World) -> None:
-    large = {"x": torch.zeros(ROOM // 8)}  # F32: half of it, and the header besides
-    keys = await asyncio.gather(
-        *(world.source.take(large, CONFIG + b" " * n, lambda: None) for n in range(6)),
-        return_exceptions=True,
-    )
-    (key,) = (key for key in keys if isinstance(key, AdapterKey))
-    assert sum(isinstance(key, CapacityError) for key in keys) == 5
-    assert world.copies.used == world.copies.sizes[key] < ROOM
-
-
 @ON_DISK
 async def test_an_open_reader_goes_on_in_the_file(world: World) -> None:
     key = await world.take(1)

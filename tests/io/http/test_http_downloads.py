@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from fault_server import ETAG, Asked, Client, FaultServer, Hangup, until
+from fault_server import ETAG, Asked, Client, FaultServer, until
 from fetching import (
     DATA,
     GROUPS,
@@ -32,7 +32,7 @@ from common import open_sockets, our_threads
 from link import Link
 from lorax_async.errors import FetchError, FetchTimeoutError, InternalError, LoraxError
 from lorax_async.http.downloads import FileSink
-from lorax_async.http.range_engine import FOREGROUND, PREFETCH, RangeEngine
+from lorax_async.http.range_engine import PREFETCH, RangeEngine
 from lorax_async.http.ranges import PieceSizes
 from lorax_async.http.settings import HttpSettings, Timeouts
 from lorax_async.http.target import Target
@@ -76,40 +76,6 @@ def test_a_long_piece_makes_way() -> None:
         release.set()
         behind.done.result(10)
         assert sink.times == b"\1" * LARGE, "and no byte of the other came twice"
-
-
-@pytest.mark.parametrize("urgency", [FOREGROUND, PREFETCH])
-@pytest.mark.parametrize("sent", [0, 100])
-def test_a_source_that_is_stuck_makes_way(sent: int, urgency: int) -> None:
-    """A source stalls on all connections; the other download has its share, and both are whole."""
-    release = threading.Event()
-    timeouts = replace(PATIENT, stuck=0.1)
-    with FaultServer(DATA) as server, engine(timeouts=timeouts) as fetching:
-        stuck, wanted = asked(fetching, server.url("/stuck")), asked(fetching, server.url("/good"))
-        waiting = []
-
-        def stalled(asked: Asked, client: Client) -> None:
-            if asked.target != "/stuck" or release.is_set():
-                server.right(asked, client)
-                return
-            assert asked.span is not None
-            if sent:
-                client.part(*asked.span, len(DATA), f"ETag: {ETAG}")
-                client.send(DATA[asked.span[0] : asked.span[0] + sent])
-            waiting.append(asked)
-            release.wait(20)
-            raise Hangup
-
-        server.behave = stalled
-        sinks, orders = (MemorySink(), MemorySink()), (list[int](), list[int]())
-        behind = fetching.download(stuck, GROUPS, sinks[0], orders[0].append, urgency=urgency)
-        until(lambda: len(waiting) == 4)
-        fetching.download(wanted, GROUPS, sinks[1], orders[1].append).done.result(10)
-        assert not behind.done.done()
-        release.set()
-        behind.done.result(10)
-        for sink, order in zip(sinks, orders, strict=True):
-            check(sink, order)
 
 
 def test_a_straggler_is_relieved() -> None:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from fault_server import ETAG, Asked, Behaviour, Client, FaultServer, Hangup, until
@@ -26,7 +25,6 @@ from fetching import (
     took,
 )
 
-import servers
 from lorax_async.errors import (
     AccessDeniedError,
     AdapterNotFoundError,
@@ -529,21 +527,3 @@ def test_bytes_that_come_at_once_or_are_needed_are_waited_for(needed: int, step:
         clock.step = 0.0
         assert answer.start == DATA[:ASKED]
         check(*fetched(engine, answer))
-
-
-@pytest.mark.slow
-@pytest.mark.needs("nginx")
-@pytest.mark.parametrize("path", ["weights", "moved/weights", "whole/weights", "slow/weights"])
-def test_nginx(tmp_path: Path, path: str) -> None:
-    """By ranges, after a redirect to another port, without ranges, and under its limit."""
-    with servers.nginx(tmp_path) as nginx:
-        nginx.put("weights", DATA)
-        with engine(8, retries=RetryPolicy(attempts=8, base=0.05, most=0.2)) as fetching:
-            answer = asked(fetching, nginx.url(path))
-            assert answer.ranges is (path != "whole/weights")
-            assert answer.validators.strong_etag is not None
-            check(*fetched(fetching, answer))
-        status = {"moved/weights": "302", "slow/weights": "503"}.get(path, "20")
-        until(lambda: [line for line in nginx.requests() if f'" {status}' in line])
-        redirects = sum('" 302 ' in line for line in nginx.requests())
-        assert redirects == (path == "moved/weights"), "ranges go straight to where it lies"

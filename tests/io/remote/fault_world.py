@@ -7,7 +7,6 @@ import gzip
 import stat
 import struct
 import time
-from collections import Counter
 from collections.abc import Callable
 from email.utils import formatdate
 from pathlib import Path
@@ -43,13 +42,11 @@ class FaultyWorld(RemoteWorld):
         self.faults: dict[str, Fault] = {}
         self.adapters = adapters
         self.versions: list[tuple[str, Stored]] = []
-        self.sent: Counter[str] = Counter()
-        """Requests that were answered right, by adapter."""
         super().__init__(folder, **settings)
 
-    def stock(self, name: str, seed: int = 0, rank: int = RANK, **shape: Any) -> Path:
+    def stock(self, name: str, seed: int = 0, rank: int = RANK) -> Path:
         """An adapter at the source; the folder that is returned has the same files."""
-        folder = tiny.write(self.adapters / name, seed, rank, **shape)
+        folder = tiny.write(self.adapters / name, seed, rank)
         self.put(name, *tiny.files(folder))
         self.versions.append((name, self.locator.there[name]))
         return folder
@@ -57,11 +54,7 @@ class FaultyWorld(RemoteWorld):
     def serve(self, asked: Asked, client: Client) -> None:
         name = adapter_of(asked)
         fault = self.faults.get(name)
-        if fault is not None:
-            fault(self, asked, client)
-            return
-        super().serve(asked, client)
-        self.sent[name] += 1
+        (FaultyWorld.well if fault is None else fault)(self, asked, client)
 
     def well(self, asked: Asked, client: Client) -> None:
         """As if there were no fault."""
@@ -110,27 +103,22 @@ async def loads_right(loader: AdapterLoader, world: RemoteWorld, folder: Path) -
     return handle
 
 
-async def assert_at_rest(loader: AdapterLoader, world: FaultyWorld, *, swept: bool = True) -> None:
+async def assert_at_rest(loader: AdapterLoader, world: FaultyWorld) -> None:
     """Nobody waits, nothing is held or under way, and what is in the cache is true."""
     bench = Bench(loader, cast(Any, loader.device), "")
     await bench.assert_clean()
     await until(lambda: not any(listed.in_use for listed in ls(world.cache)))
-    await asyncio.to_thread(assert_true_cache, world.folder, world.versions, swept=swept)
+    await asyncio.to_thread(assert_true_cache, world.folder, world.versions)
 
 
-def assert_true_cache(
-    folder: Path, versions: list[tuple[str, Stored]], *, swept: bool = True
-) -> None:
-    """All is private; entries are whole, partials tell the truth, nothing is locked or half gone.
-
-    Not `swept`: what could not be removed is in nobody's way, until somebody needs room.
-    """
+def assert_true_cache(folder: Path, versions: list[tuple[str, Stored]]) -> None:
+    """All is private; entries are whole, partials tell the truth, nothing is locked or half gone."""
     contents = {CacheKey(name, each.version).name: each for name, each in versions}
     for path in folder.rglob("*"):
         mode = stat.S_IMODE(path.lstat().st_mode)
         assert mode == (0o700 if path.is_dir() else 0o600), path
     assert {path.name for path in folder.iterdir()} <= FOLDERS
-    assert not swept or not list((folder / "trash").iterdir())
+    assert not list((folder / "trash").iterdir())
     for entry in (folder / "entries").iterdir():
         stored = contents[entry.name]
         assert (entry / CONFIG_FILE.file_name).read_bytes() == stored.config

@@ -7,11 +7,9 @@ import hashlib
 import hmac
 import json
 import os
-import signal
-import socket
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import formatdate
@@ -25,36 +23,11 @@ import pytest
 from fault_server import Asked, Client, until
 from web_folder import answer
 
+import servers
+
 NOWHERE = "http://127.0.0.1:1"
 
 _OTHERS = ("AWS_", "GOOGLE_", "AZURE_", "MSI_", "IDENTITY_")
-
-
-def free_ports(count: int) -> list[int]:
-    """Different ones, for all are taken at once."""
-    with ExitStack() as held:
-        found = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [each.getsockname()[1] for each in found]
-
-
-@contextmanager
-def running(command: Sequence[str | Path], log: Path, ready: Callable[[], bool]) -> Iterator[None]:
-    """Until it is ready a minute may pass. At the end it is killed: what it wrote is nobody's."""
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            list(map(str, command)),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        until(lambda: process.poll() is not None or ready(), 60)
-        assert process.poll() is None, log.read_text(errors="replace")[-2_000:]
-        yield
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def status(
@@ -146,7 +119,7 @@ class Weed:
 @contextmanager
 def weed(binary: str, root: Path) -> Iterator[Weed]:
     """Its process, with all its parts on loopback; what it stores lies below `root`."""
-    ports = free_ports(8)
+    ports = list({servers.free_port() for _ in range(16)})[:8]
     credentials = [{"accessKey": S3_KEY, "secretKey": S3_SECRET}]
     identities = [
         {
@@ -169,7 +142,8 @@ def weed(binary: str, root: Path) -> Iterator[Weed]:
         *("-s3.port.iceberg=0", "-s3.port.lance=0"),
     ]
     server = Weed(ports[3])
-    with running(command, root / "weed.log", server.ready):
+    with servers.running(command, ports[:4], root / "weed.log"):
+        until(server.ready, 60)
         server.prepare()
         yield server
 
@@ -226,13 +200,14 @@ def _azure_signature(lines: list[str]) -> str:
 @contextmanager
 def azurite(binary: str, root: Path) -> Iterator[Azurite]:
     """Its process on loopback; what it stores lies below `root`."""
-    (port,) = free_ports(1)
+    port = servers.free_port()
     command = [
         *(binary, "--blobHost", "127.0.0.1", "--blobPort", str(port), "--location", str(root)),
         *("--skipApiVersionCheck", "--disableTelemetry", "--silent"),
     ]
     server = Azurite(port)
-    with running(command, root / "azurite.log", server.ready):
+    with servers.running(command, [port], root / "azurite.log"):
+        until(server.ready, 60)
         yield server
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,6 @@ from fault_server import Asked, Client, FaultServer
 from hub_stand_in import HubStandIn
 from object_stores import GoogleStandIn, azurite, set_environment, weed
 from obstore.store import AzureStore, S3Store
-from olah import olah
 from slow_proxy import SlowProxy
 from stored import Bucket
 from user_loads import at, contents, loader
@@ -27,7 +27,7 @@ from web_folder import answer, refuse
 import servers
 from lorax_async.ids.allow import Allow
 from lorax_async.loader import AdapterLoader
-from servers import Nginx
+from servers import Command, Nginx
 from tools import tool
 
 LAYERS = 8
@@ -135,6 +135,36 @@ def _replaced_in(folder: Path, files: Files) -> None:
         place.write_bytes(data)
         os.utime(place, (seconds, seconds))
         place.rename(folder / name)
+
+
+@contextmanager
+def olah(folder: Path, hub: HubStandIn) -> Iterator[str]:
+    """The endpoint of a mirror of that hub.
+
+    All is said in its file: what is given on the command line does not count beside one.
+    """
+    program = tool("olah-cli")
+    assert program is not None
+    port = servers.free_port()
+    own = f"127.0.0.1:{port}"
+    basic: dict[str, object] = {
+        "host": "127.0.0.1",
+        "port": port,
+        "repos-path": str(folder / "repos"),
+        "hf-scheme": "http",
+        "hf-netloc": hub.netloc,
+        "hf-lfs-netloc": hub.store_netloc,
+        "mirror-scheme": "http",
+        "mirror-netloc": own,
+        "mirror-lfs-netloc": own,
+        "mirrors-path": [],
+    }
+    settings = folder / "olah.toml"
+    lines = [f"{name} = {json.dumps(value)}" for name, value in basic.items()]
+    settings.write_text("\n".join(["[basic]", *lines, ""]))
+    command: Command = [program, "--config", settings, "--log-path", folder / "logs"]
+    with servers.running(command, [port], folder / "log"):
+        yield f"http://{own}"
 
 
 def _of_hub(name: str, folder: Path, ends: ExitStack, *, mirrored: bool) -> Origin:

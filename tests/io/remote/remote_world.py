@@ -137,9 +137,7 @@ class RemoteWorld:
         verify: Checking = "stream",
         cache_bytes: int = 64 << 20,
         revalidate: float = 0.0,
-        offline: bool = False,
         limits: Limits | None = None,
-        timeouts: Timeouts = PATIENT,
         clock: Callable[[], float] = time.monotonic,
         cached: bool = False,
         http: RangeEngine | None = None,
@@ -151,7 +149,7 @@ class RemoteWorld:
         self.server.__enter__()
         self.server.behave = self.serve
         self.locator = ToldLocator(self.server)
-        self.engine = http or engine(timeouts=timeouts)
+        self.engine = http or engine(timeouts=PATIENT)
         self.workers = WorkerThreads(4)
         self.known = ResolutionCache(revalidate, clock)
         self._cache: DiskCache | None = None
@@ -161,7 +159,7 @@ class RemoteWorld:
             self.cache_of,
             self.known,
             self.workers,
-            offline=offline,
+            offline=False,
             fresh=revalidate,
         )
         kind = CachedSource if cached else RemoteSource

@@ -20,6 +20,7 @@ import torch
 from fault_server import Asked, Client, FaultServer, Hangup
 from safetensors.torch import load
 from user_loads import at, contents, has, loader, stored_in, until, written
+from web_folder import CONFIG, WEIGHTS, Folder, name_of
 
 from common import LOOPS
 from lorax_async.cli.fetch import FetchRow, fetch_all
@@ -37,57 +38,43 @@ from lorax_async.types import AdapterRef
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 
-WEIGHTS = "adapter_model.safetensors"
-
-CONFIG = "adapter_config.json"
-
 
 @dataclass
-class Origin:
-    """Serves the files of one folder.
+class Origin(Folder):
+    """A folder that is served as it is told.
 
     `etag` is that of every file, whatever is in it; None sends none. `stop_at` ends each answer for
     weights before the file's byte of that number. `status`, if set, is every answer; `silent` sends
     the head of an answer and then nothing. `promises` sends each file's sha256 beside it.
     """
 
-    files: dict[str, bytes] = field(repr=False)
     etag: str | None = '"fixed"'
     ranges: bool = True
     promises: bool = False
     stop_at: int | None = None
     status: str | None = None
     silent: bool = False
-    asked: list[Asked] = field(default_factory=list, repr=False)
 
-    def __call__(self, asked: Asked, client: Client) -> None:
-        self.asked.append(asked)
-        name = asked.target.rpartition("/")[2]
-        data = self.files.get(name)
-        status = self.status or (None if data is not None else "404 Not Found")
-        if status is not None:
-            client.head(status, "Content-Length: 0")
+    def serve(self, asked: Asked, client: Client) -> None:
+        name, span = name_of(asked), asked.span if self.ranges else None
+        data, head = self.files[name], self._fields(self.files[name])
+        if self.status is not None:
+            client.head(self.status, "Content-Length: 0")
             return
-        assert data is not None
-        self._send(name, data, asked, client)
-
-    def _send(self, name: str, data: bytes, asked: Asked, client: Client) -> None:
-        start, stop = 0, len(data)
-        if asked.span is None or not self.ranges:
-            client.head("200 OK", f"Content-Length: {len(data)}", *self._fields(data))
-        elif asked.span[0] >= len(data):
+        start, stop = span or (0, len(data))
+        if start >= len(data):
             client.head("416 No", f"Content-Range: bytes */{len(data)}", "Content-Length: 0")
             return
+        stop = min(stop, len(data))
+        if span is None:
+            client.head("200 OK", f"Content-Length: {len(data)}", *head)
         else:
-            start, stop = asked.span[0], min(asked.span[1], len(data))
-            client.part(start, stop, len(data), *self._fields(data))
+            client.part(start, stop, len(data), *head)
         if self.silent:
             client.stall()
-        last = stop
-        if name == WEIGHTS and self.stop_at is not None:
-            last = max(start, min(stop, self.stop_at))
-        client.send(data[start:last])
-        if last < stop:
+        cut = name == WEIGHTS and self.stop_at is not None and self.stop_at < stop
+        client.send(data[start : self.stop_at if cut else stop])
+        if cut:
             raise Hangup
 
     def _fields(self, data: bytes) -> list[str]:
@@ -100,11 +87,7 @@ class Origin:
     def bytes_asked(self, since: int = 0) -> int:
         """Of weights, by all requests from the number `since` on."""
         size = len(self.files[WEIGHTS])
-        spans = [
-            asked.span or (0, size)
-            for asked in self.asked[since:]
-            if asked.target.endswith(WEIGHTS)
-        ]
+        spans = [each.span or (0, size) for each in self.asked[since:] if name_of(each) == WEIGHTS]
         return sum(min(stop, size) - start for start, stop in spans)
 
 
@@ -488,7 +471,8 @@ class Game:
         origin.ranges = random.random() < 0.8
         origin.promises = random.random() < 0.3
         origin.etag = random.choice(['"fixed"'] * 5 + ['"other"', 'W/"weak"', None])
-        self.history.append(f"{origin}")
+        told = (origin.stop_at, origin.status, origin.silent, origin.ranges, origin.promises)
+        self.history.append(f"{told} {origin.etag}")
 
     def _serve(self, files: Files) -> None:
         self.history.append(f"version {[*self.whole, *self.odd].index(files)}")
