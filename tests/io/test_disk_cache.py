@@ -274,9 +274,7 @@ class TestRoom:
         assert used_there(cache, 4) == [0, 2, 3]
         assert cache.used() == 3 * SIZE
 
-    def test_is_reserved_by_one_at_a_time(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_is_reserved_by_one_only(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The second one looks at the folder when the first one's bytes are there."""
         real, entered, go = os.posix_fallocate, Event(), Event()
 
@@ -356,9 +354,7 @@ class TestSharing:
         entry.close()
 
     @pytest.mark.parametrize("promised", [False, True])
-    def test_two_downloads_of_one_version_must_have_the_same_bytes(
-        self, world: DiskWorld, promised: bool
-    ) -> None:
+    def test_downloads_of_one_version_must_be_equal(self, world: DiskWorld, promised: bool) -> None:
         """The second one is refused, and so what it has read is never taken for the first's."""
         downloads = [begun(world.cache)]
         for _ in range(2):
@@ -378,9 +374,7 @@ class TestSharing:
 
 
 class TestDamage:
-    def test_altered_bytes_are_noticed_by_size_or_time_or_where_it_is_asked(
-        self, world: DiskWorld
-    ) -> None:
+    def test_altered_bytes_are_noticed(self, world: DiskWorld) -> None:
         for content, check in ((b"abcd", False), (b"ab", False), (b"abcd", True), (b"abd", True)):
             keep(world.cache, KEY, b"abc")
             assert read_back(world.cache, check=True) == b"abc"
@@ -394,9 +388,7 @@ class TestDamage:
         world.entry(KEY).rename(world.entry(key(1)))
         assert world.cache.open(key(1)) is None, "it is another one's"
 
-    def test_a_leased_entry_that_was_damaged_or_condemned_is_replaced(
-        self, world: DiskWorld
-    ) -> None:
+    def test_a_leased_entry_that_was_damaged_is_replaced(self, world: DiskWorld) -> None:
         held = stored(world.cache, KEY, b"abc")
         reader = held.reader(WEIGHTS_FILE)
         world.alter(KEY, WEIGHTS_FILE, b"longer")
@@ -414,9 +406,7 @@ class TestDamage:
 
     @pytest.mark.parametrize("removed", ["partials/*", "."])
     @pytest.mark.parametrize("end", ["publish", "discard", "close"])
-    def test_a_download_whose_folder_was_removed_says_so(
-        self, world: DiskWorld, end: str, removed: str
-    ) -> None:
+    def test_a_removed_download_says_so(self, world: DiskWorld, end: str, removed: str) -> None:
         """It leaves nothing, and the next one begins anew."""
         download = begun(world.cache)
         put(download.file(WEIGHTS_FILE, 3), b"abc", [(0, 3)])
@@ -432,9 +422,7 @@ class TestDamage:
         assert is_there(world.cache, KEY)
 
     @pytest.mark.parametrize("shape", ["gone", "link", "fifo", "folder", "file"])
-    def test_odd_things_are_dropped_and_lead_nowhere(
-        self, world: DiskWorld, tmp_path: Path, shape: str
-    ) -> None:
+    def test_odd_things_are_dropped(self, world: DiskWorld, tmp_path: Path, shape: str) -> None:
         """In the place of an entry, or of a file in it."""
         beside = tmp_path / "beside"
         for name in ("", "record.json", WEIGHTS_FILE.file_name):
@@ -479,7 +467,7 @@ class TestFolder:
         nothing_odd(tmp_path / "a" / "cache")
         assert (tmp_path / "a" / "cache").stat().st_mode & 0o777 == 0o700
 
-    def test_one_that_is_not_this_users_alone_is_refused(
+    def test_must_be_this_users_alone(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """It, or one inside it."""
@@ -608,7 +596,7 @@ def resumed_and_published(cache: Cache) -> None:
     ],
     ids=["EIO", "ENOSPC", "EMFILE"],
 )
-def test_whatever_call_fails_the_next_fetch_is_right(
+def test_any_call_fails_and_the_next_is_right(
     tmp_path: Path, code: int, names: tuple[str, ...]
 ) -> None:
     calls = Calls(names)
@@ -664,6 +652,15 @@ def test_what_is_on_a_read_only_file_system_is_served(world: DiskWorld) -> None:
         assert read_back(world.cache) == b"abc"
         with pytest.raises(FetchError, match="EROFS.*another cache_dir"):
             begun(world.cache, key(1))
+
+
+def test_bytes_that_could_not_be_written_are_missing(world: DiskWorld) -> None:
+    download = begun(world.cache)
+    file = download.file(WEIGHTS_FILE, 10)
+    with failing(("pwritev",), 1, errno.EIO).counted(), pytest.raises(FetchError, match="EIO"):
+        put(file, bytes(10), [(0, 10)])
+    assert file.missing() == [(0, 10)]
+    download.discard()
 
 
 def made(calls: Calls, *names: str) -> list[str]:
@@ -796,7 +793,7 @@ def there(world: DiskWorld, upto: int) -> list[int]:
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF])
-def test_without_locks_each_downloads_into_a_folder_of_its_own(
+def test_without_locks_each_has_a_folder(
     two: Two, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     """The first to end is what both have."""
@@ -812,9 +809,7 @@ def test_without_locks_each_downloads_into_a_folder_of_its_own(
     keep(two[0].cache, key(1), bytes(1_000))
 
 
-def test_without_locks_a_process_still_knows_what_it_holds(
-    two: Two, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_locks_it_knows_what_it_holds(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
     without_locks(monkeypatch, errno.ENOLCK)
     cache = two[0].cache
     held = stored(cache, key(0), bytes(1_000))
@@ -849,8 +844,12 @@ def test_the_budget_is_that_of_the_folder(two: Two) -> None:
 
 def test_what_one_holds_the_other_does_not_evict(two: Two) -> None:
     one, other = two
-    held = [stored(one.cache, key(number), bytes(1_000)) for number in range(2)]
-    keep(one.cache, key(2), bytes(1_000))
+    held = [stored(one.cache, key(0), bytes(1_000))]
+    for number in (1, 2):
+        keep(one.cache, key(number), bytes(1_000))
+    reopened = one.cache.open(key(1), check=True)
+    assert reopened is not None
+    held.append(reopened)
     aged(one, 0, 1, 2)
     keep(other.cache, key(3), bytes(1_000))
     assert there(one, 4) == [0, 1, 3]
@@ -1004,7 +1003,7 @@ def test_killed_after_any_call_a_second_process_goes_on(tmp_path: Path, locks: s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rebooted", [False, True])
-def test_bytes_of_a_killed_process_are_trusted_unless_the_machine_crashed(
+def test_a_crash_of_the_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rebooted: bool
 ) -> None:
     """They were never brought to the disk: after another boot, they need not be there."""

@@ -140,7 +140,7 @@ def test_inside_a_root_a_missing_folder_is_not_found(world: LocalWorld, id: str)
 
 
 @pytest.mark.parametrize("trusted", [True, False])
-def test_a_link_that_may_not_be_read(
+def test_an_unreadable_link(
     world: LocalWorld, monkeypatch: pytest.MonkeyPatch, trusted: bool
 ) -> None:
     """As /proc/1/root, which no path leads through: not even where it leads may be asked."""
@@ -237,7 +237,7 @@ ODD: list[tuple[Callable[[Path], None], str]] = [
 
 @pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
 @pytest.mark.parametrize(("make", "word"), ODD)
-def test_no_ordinary_file(
+def test_irregular_file(
     world: LocalWorld, name: str, make: Callable[[Path], None], word: str
 ) -> None:
     path = world.fill(world.roots[0] / "one") / name
@@ -263,9 +263,7 @@ def test_no_ordinary_file(
         ),
     ],
 )
-def test_an_incomplete_folder(
-    world: LocalWorld, present: list[str], kind: type, words: list[str]
-) -> None:
+def test_missing_files(world: LocalWorld, present: list[str], kind: type, words: list[str]) -> None:
     for name in present:
         (world.folder("one") / name).write_bytes(b"{}")
     world.folder("one")
@@ -405,7 +403,7 @@ async def test_a_fifo_that_takes_the_files_place(world: LocalWorld, name: str) -
         path.unlink(missing_ok=True)
 
 
-async def test_a_config_that_changes_while_it_is_read(
+async def test_a_config_changes_meanwhile(
     world: LocalWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, real = world.fill(world.roots[0] / "one") / CONFIG_NAME, os.fstat
@@ -468,7 +466,7 @@ def test_short_reads_are_continued(reader: FileReader, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("number", "kind"), [(errno.EIO, errors.FetchError), (errno.EACCES, errors.AccessDeniedError)]
 )
-def test_the_systems_errors_are_ours(
+def test_system_errors(
     reader: FileReader, monkeypatch: pytest.MonkeyPatch, number: int, kind: type
 ) -> None:
     def broken(*_: object) -> int:
@@ -501,9 +499,7 @@ def grow(path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [truncate, touch, rewrite, grow, Path.unlink])
-def test_a_change_is_noticed(
-    reader: FileReader, tmp_path: Path, change: Callable[[Path], None]
-) -> None:
+def test_a_changed_file(reader: FileReader, tmp_path: Path, change: Callable[[Path], None]) -> None:
     read(reader, 0, 10)
     threading.Event().wait(0.02)  # the clock of files may tick that slowly
     change(tmp_path / "file")
@@ -511,7 +507,7 @@ def test_a_change_is_noticed(
         read(reader, 50, 150)
 
 
-def test_a_descriptor_outlives_the_read_it_serves(
+def test_a_descriptor_outlives_its_read(
     reader: FileReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entered, go, real = threading.Event(), threading.Event(), os.preadv
@@ -606,7 +602,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("call", ["bring", "digest"])
 @pytest.mark.parametrize("piece", [0, 2])
-async def test_a_file_that_changes_meanwhile_is_refused(
+async def test_changes_while_hashed(
     hashes: HashingWorld, monkeypatch: pytest.MonkeyPatch, call: str, piece: int
 ) -> None:
     """Also by other bytes of the same length, put in their place."""
@@ -625,7 +621,7 @@ async def test_a_file_that_changes_meanwhile_is_refused(
         await (hashes.bring(key) if call == "bring" else hashes.source.digest(key))
 
 
-async def test_a_digest_is_the_same_at_every_open(
+async def test_a_digest_stays_the_same(
     hashes: HashingWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A disk that forgets changes no time of change; here every look at the file is the first."""
@@ -657,9 +653,7 @@ async def test_a_digest_is_the_same_at_every_open(
 
 
 @pytest.mark.usefixtures("small_pieces")
-async def test_hashing_ends_when_nobody_wants_it(
-    hashes: HashingWorld, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_hashing_is_cancelled(hashes: HashingWorld, monkeypatch: pytest.MonkeyPatch) -> None:
     control = FetchControl()
     reading = Reading(lambda number: control.end() if number == 2 else None)
     key = await hashes.key()
@@ -669,7 +663,7 @@ async def test_hashing_ends_when_nobody_wants_it(
     assert reading.count == 3
 
 
-async def test_others_have_the_threads_in_between(
+async def test_hashing_shares_threads(
     hashes: HashingWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However large the file is: its pieces queue behind what was asked for meanwhile."""

@@ -168,6 +168,18 @@ async def test_dropped_tensors_are_gone_when_their_readers_are_closed(world: Wor
     assert world.copies.used == nbytes
 
 
+@IN_MEMORY
+async def test_the_budget_counts_what_is_being_copied(world: World) -> None:
+    large = {"x": torch.zeros(ROOM // 8)}  # F32: half of it, and the header besides
+    keys = await asyncio.gather(
+        *(world.source.take(large, CONFIG + b" " * n, lambda: None) for n in range(6)),
+        return_exceptions=True,
+    )
+    (key,) = (key for key in keys if isinstance(key, AdapterKey))
+    assert sum(isinstance(key, CapacityError) for key in keys) == 5
+    assert world.copies.used == world.copies.sizes[key] < ROOM
+
+
 @ON_DISK
 async def test_an_open_reader_goes_on_in_the_file(world: World) -> None:
     key = await world.take(1)
@@ -227,9 +239,7 @@ async def test_a_merge_is_computed_once_and_stays_until_others_need_the_room(wor
 
 
 @IN_MEMORY
-async def test_when_a_part_fails_the_others_have_ended(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_when_a_part_fails_others_end(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A source may have something to undo."""
     undone: list[str] = []
     open = world.inner.open

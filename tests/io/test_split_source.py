@@ -104,7 +104,7 @@ async def test_it_is_read_as_one_file(world: LocalWorld, folder: Path, again: bo
         read(reader, 0, 1)
 
 
-async def test_many_first_reads_open_it_once(
+async def test_many_first_reads(
     world: LocalWorld, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A read ends before its files are closed; what was never read is never opened."""

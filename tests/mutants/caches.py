@@ -30,7 +30,7 @@ DISK = "io/test_disk_cache.py"
 PUBLISHED = f"{DISK}::test_all_is_on_the_disk_before_it_is_published"
 RESUMABLE = f"{DISK}::test_what_is_left_is_on_the_disk_before_it_is_trusted"
 HELD = f"{DISK}::test_what_one_holds_the_other_does_not_evict"
-UNLOCKED = f"{DISK}::test_without_locks_a_process_still_knows_what_it_holds"
+UNLOCKED = f"{DISK}::test_without_locks_it_knows_what_it_holds"
 WAITED_FOR = f"{DISK}::TestSharing::test_others_wait_and_have_what_was_published"
 
 _checked_digest, _write = PartialFile.checked_digest, PartialFile.write
@@ -104,7 +104,7 @@ CACHES: Mutants = {
         RESUMABLE, seen_by(partials, "os", fsync=nothing)
     ),
     "cache: bytes of another boot are not trusted": mutant(
-        f"{DISK}::test_bytes_of_a_killed_process_are_trusted_unless_the_machine_crashed",
+        f"{DISK}::test_a_crash_of_the_machine",
         (ChunkMap, "decoded", staticmethod(_decoded_of_any_boot)),
     ),
     "cache: what is being written is not dropped": mutant(
@@ -119,7 +119,7 @@ CACHES: Mutants = {
         without_context(DiskBudget, "reserve"),
     ),
     "cache: room is reserved by one process at a time": mutant(
-        f"{DISK}::TestRoom::test_is_reserved_by_one_at_a_time",
+        f"{DISK}::TestRoom::test_is_reserved_by_one_only",
         without_context(CacheDirectory, "locked"),
     ),
     "cache: what another process holds is not evicted": mutant(
@@ -129,10 +129,8 @@ CACHES: Mutants = {
         f"{DISK}::test_what_is_replaced_just_before_one_leases_it_stays",
         skipped(Folder, "is_named", True),
     ),
-    "cache: what was just published is held": mutant(HELD, (entries, "try_lock", _never_shared)),
-    "cache: what is opened is held": mutant(
-        f"{DISK}::test_what_one_has_opened_the_other_does_not_remove",
-        (entries, "try_lock", _never_shared),
+    "cache: what is published or opened is held": mutant(
+        HELD, (entries, "try_lock", _never_shared)
     ),
     "cache: a download that ends is unlocked": mutant(
         WAITED_FOR, (Partial, "ending", _left_locked)

@@ -99,7 +99,7 @@ GROUPS: Mutants = {
         (copies, "Lock", NoLock),
     ),
     "inbox: the flag is cleared before the items are taken": mutant(
-        f"{INBOX}::test_an_item_that_comes_at_the_last_moment",
+        f"{INBOX}::test_an_item_at_the_last_moment",
         (Inbox, "_drain", _flag_cleared_after),
     ),
 }

@@ -124,7 +124,8 @@ HTTP: Mutants = {
         f"{DOWNLOADS}::test_a_long_piece_makes_way", skipped(Download, "put_back")
     ),
     "shares: another origin gets its share from one that stalls": mutant(
-        f"{DOWNLOADS}::test_a_source_that_is_stuck_makes_way", skipped(DownloadScheduler, "reclaim")
+        f"{SCHEDULER}::test_an_origin_that_stalls_keeps_one_connection",
+        skipped(DownloadScheduler, "reclaim"),
     ),
     "engine: it has ended when its threads have": mutant(
         f"{DOWNLOADS}::test_an_end_is_reported_once_nothing_is_written_any_more",

@@ -115,18 +115,18 @@ async def _granted_to_all(self: VersionResolver, *_: object) -> bool:
 
 SOURCES: Mutants = {
     "reader: a descriptor outlives the read it serves": mutant(
-        "io/test_local_source.py::test_a_descriptor_outlives_the_read_it_serves",
+        "io/test_local_source.py::test_a_descriptor_outlives_its_read",
         (FileReader, "close", _closed_under_readers),
     ),
     "opened once: one read opens": mutant(
-        f"{SPLIT}::test_many_first_reads_open_it_once", (local_weights, "Lock", NoLock)
+        f"{SPLIT}::test_many_first_reads", (local_weights, "Lock", NoLock)
     ),
     "hold: what is held is what was opened": mutant(
         "io/test_local_hold.py::test_a_file_that_changes_is_not_held",
         (LocalPages, "settle", _held_unseen),
     ),
     "merge: parts that are given up are waited for": mutant(
-        f"{MEMORY}::test_when_a_part_fails_the_others_have_ended",
+        f"{MEMORY}::test_when_a_part_fails_others_end",
         (merges, "_all", _not_waited_for),
     ),
     "tensors: writes during the copy are noticed": mutant(
@@ -162,13 +162,15 @@ SOURCES: Mutants = {
         (WorkerThreads, "finish", _not_finished),
     ),
     "fetch: it is published when all of it is here": mutant(
-        f"{LOADS}::test_an_adapter_comes_once", (fetching, "outcome", nothing_awaited)
+        "io/remote/test_fetch_folders.py::test_a_folder_that_peft_loads",
+        (fetching, "outcome", nothing_awaited),
     ),
     "fetch: groups are reported on the loop": mutant(
-        f"{REMOTE}::test_groups_are_reported_on_the_loop", (fetching, "_on_loop", same)
+        f"{REMOTE}::TestConformance::test_groups_arrive_in_order_on_the_loop",
+        (fetching, "_on_loop", same),
     ),
     "fetch: groups of several files are reported in their order": mutant(
-        f"{REMOTE}::test_groups_of_two_files_are_reported_in_their_order",
+        f"{REMOTE}::test_groups_of_two_files_come_in_order",
         initialized(AdapterFetch, _lock=NoLock),
     ),
     "fetch: nothing reads a download that has ended": mutant(
@@ -179,7 +181,7 @@ SOURCES: Mutants = {
         f"{REMOTE}::test_jobs_end_with_whoever_follows_them", (metadata, "ended", nothing_awaited)
     ),
     "fetch: a closed reader keeps no entry": mutant(
-        f"{REMOTE}::test_a_reader_that_is_closed_while_it_is_brought_keeps_nothing",
+        f"{REMOTE}::test_a_reader_closed_meanwhile_keeps_nothing",
         (FetchReader, "adopt", _kept_when_closed),
     ),
     "fetch: a reader keeps its entry": mutant(
@@ -190,15 +192,15 @@ SOURCES: Mutants = {
         f"{LOADS}::test_two_processes_download_once", (AdapterOpener, "_attempt", _alone)
     ),
     "fetch: small files are checked before they are used": mutant(
-        f"{REMOTE}::test_small_files_are_checked_before_they_are_used",
+        "io/remote/test_faults.py::test_a_lasting_fault_is_one_typed_error[asyncio-config wrong]",
         (opening, "_check", nothing),
     ),
     "fetch: what is in the cache is checked": mutant(
-        "io/remote/test_faults.py::test_an_adapter_without_a_promised_digest_is_marked_as_such",
+        "io/remote/test_faults.py::test_an_unpromised_digest_is_marked_as_such",
         skipped(RemoteSource, "_check"),
     ),
     "resolving: the cache serves whom it was granted to": mutant(
-        f"{REMOTE}::test_callers_who_had_it_have_it_while_the_source_is_down",
+        f"{REMOTE}::test_known_callers_while_the_source_is_down",
         (VersionResolver, "_may_have", _granted_to_all),
     ),
     "resolving: a fetch is in the last caller's name": mutant(

@@ -231,7 +231,7 @@ def _loses_its_callers(world: World) -> None:
 @pytest.mark.parametrize(
     ("past", "waited", "counts"), [(_answers, 0.1, [2, 2]), (_loses_its_callers, 0.06, [1, 3])]
 )
-def test_an_origin_is_stalled_by_what_it_sent_and_not_by_who_waits(
+def test_what_makes_an_origin_stalled(
     past: Callable[[World], None], waited: float, counts: list[int]
 ) -> None:
     world = World()

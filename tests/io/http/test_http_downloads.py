@@ -209,9 +209,7 @@ class Broken(MemorySink):
         (ZeroDivisionError(), InternalError, "ZeroDivisionError"),
     ],
 )
-def test_a_sink_or_a_callback_that_fails(
-    error: Exception, kind: type[LoraxError], words: str
-) -> None:
+def test_a_failing_sink_or_callback(error: Exception, kind: type[LoraxError], words: str) -> None:
     def fail(group: int) -> None:
         if group == 1:
             raise error
@@ -245,9 +243,7 @@ def test_idle_threads_and_connections_end_or_rest() -> None:
 
 
 @pytest.mark.parametrize("name", ["lorax-http-clock", "lorax-http"])
-def test_a_thread_that_cannot_start_ends_in_an_error(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_thread_that_cannot_start(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Said plainly or late, but never waited for without end; afterwards all is as before."""
     start = threading.Thread.start
 

@@ -258,9 +258,7 @@ FAULTS: dict[Behaviour, type[LoraxError]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
-def test_a_fault_that_passes_is_overcome_and_one_that_stays_is_one_typed_error(
-    fault: Behaviour,
-) -> None:
+def test_a_fault_that_passes_is_overcome_and_others_are_typed_errors(fault: Behaviour) -> None:
     hasty = replace(PATIENCE, read=0.2, over=0.2)
     for attempts, times in ((3, 2), (2, 1 << 30)):
         retries = RetryPolicy(attempts=attempts, base=0.01, most=0.02)

@@ -183,9 +183,7 @@ async def published(world: World) -> None:
 @pytest.mark.parametrize(
     "promises", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["no digest", "digest"]
 )
-async def test_an_interrupted_download_of_other_bytes_is_discarded(
-    world: World, adapters: list[Path], again: str, promises: bool
-) -> None:
+async def test_interrupted(world: World, adapters: list[Path], again: str, promises: bool) -> None:
     world.origin.promises = promises
     async with world.loader() as there:
         await interrupted(world, there, 1_500_000)
@@ -199,9 +197,7 @@ async def test_an_interrupted_download_of_other_bytes_is_discarded(
         await has(there, world.id, adapters[1])
 
 
-async def test_a_fetch_begins_anew_where_an_interrupted_download_has_other_bytes(
-    world: World, adapters: list[Path]
-) -> None:
+async def test_a_fetch_begins_anew_after_other_bytes(world: World, adapters: list[Path]) -> None:
     """They differ behind the first answer, so that it is noticed while the rest comes."""
     old, new = (contents(adapter)[WEIGHTS] for adapter in adapters)
     world.origin.files[WEIGHTS] = old
@@ -212,9 +208,7 @@ async def test_a_fetch_begins_anew_where_an_interrupted_download_has_other_bytes
             assert (folder.path / WEIGHTS).read_bytes() == mixed
 
 
-async def test_the_config_of_an_interrupted_download_is_compared(
-    world: World, adapters: list[Path]
-) -> None:
+async def test_an_interrupted_config_is_compared(world: World, adapters: list[Path]) -> None:
     """Another alpha of as many digits: the scale of the adapter that is served is the new one."""
     right = contents(adapters[0])
     config = json.loads(right[CONFIG])
@@ -244,9 +238,7 @@ async def fetching(world: World) -> asyncio.subprocess.Process:
 
 
 @pytest.mark.slow
-async def test_what_a_killed_process_has_stored_is_gone_on_with(
-    world: World, adapters: list[Path]
-) -> None:
+async def test_a_killed_process_is_gone_on_with(world: World, adapters: list[Path]) -> None:
     world.origin.stop_at = 1_800_000
     process = await fetching(world)
     await until(lambda: world.origin.bytes_asked() > len(world.origin.files[WEIGHTS]))
@@ -261,7 +253,7 @@ async def test_what_a_killed_process_has_stored_is_gone_on_with(
 
 
 @pytest.mark.parametrize("wrong", ["header", "config", "rank"])
-async def test_a_stored_adapter_that_is_refused_is_fetched_once_more(
+async def test_stored_and_refused(
     world: World, adapters: list[Path], wrong: str, tmp_path: Path
 ) -> None:
     right = contents(adapters[0])
@@ -285,9 +277,7 @@ async def test_a_stored_adapter_that_is_refused_is_fetched_once_more(
         await has(there, world.id, adapters[0])
 
 
-async def test_a_stored_adapter_that_is_refused_for_good_is_kept(
-    world: World, adapters: list[Path]
-) -> None:
+async def test_an_adapter_of_another_base_is_kept(world: World, adapters: list[Path]) -> None:
     """It is for another base; its source still has the same: other loaders go on using it."""
     async with world.loader() as there:
         await has(there, world.id, adapters[0])
@@ -301,9 +291,7 @@ async def test_a_stored_adapter_that_is_refused_for_good_is_kept(
 
 
 @pytest.mark.slow
-async def test_the_refusal_stands_where_the_source_cannot_be_asked(
-    world: World, adapters: list[Path]
-) -> None:
+async def test_a_refusal_stands_while_it_is_down(world: World, adapters: list[Path]) -> None:
     async def version(there: AdapterLoader) -> str:
         error = await refused(there, world.id, AdapterFormatError)
         return str(error.key.version)  # type: ignore[attr-defined]
@@ -318,7 +306,7 @@ async def test_the_refusal_stands_where_the_source_cannot_be_asked(
     assert world.stored() == (1, 0)
 
 
-async def test_what_comes_back_from_the_cache_is_what_was_planned(
+async def test_what_comes_back_was_planned(
     world: World, adapters: list[Path], tmp_path: Path
 ) -> None:
     """Evicted, and fetched anew by another loader as other bytes of the same version meanwhile."""
@@ -377,7 +365,7 @@ async def test_what_is_refused_is_not_kept(
 
 
 @pytest.mark.parametrize("promised", [False, True], ids=["nobody vouched", "the server vouched"])
-async def test_a_digest_of_the_caller_is_a_reason_to_fetch_again(
+async def test_a_callers_digest_fetches_again(
     world: World, adapters: list[Path], promised: bool
 ) -> None:
     """Stored bytes that only we have hashed are others: the source may have the right ones by now."""
@@ -559,14 +547,12 @@ def play(
 
 @pytest.mark.soak
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
-def test_servers_that_change_their_mind_for_long(
-    tmp_path: Path, pytestconfig: pytest.Config, loop: str
-) -> None:
+def test_changing_servers_for_long(tmp_path: Path, pytestconfig: pytest.Config, loop: str) -> None:
     seconds, seed = pytestconfig.getoption("soak_seconds"), pytestconfig.getoption("soak_seed")
     play(tmp_path, loop=loop, seconds=seconds, rounds=-1, seed=seed, kills=0.05)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
-def test_servers_that_change_their_mind(tmp_path: Path, seed: int) -> None:
+def test_changing_servers(tmp_path: Path, seed: int) -> None:
     play(tmp_path, loop="uvloop", seconds=60, rounds=5, seed=seed)

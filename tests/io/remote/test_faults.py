@@ -208,9 +208,7 @@ def check(error: object, case: Case) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-async def test_a_lasting_fault_is_one_typed_error_for_each_caller(
-    tmp_path: Path, name: str
-) -> None:
+async def test_a_lasting_fault_is_one_typed_error(tmp_path: Path, name: str) -> None:
     case = CASES[name]
     with FaultyWorld(tmp_path / "cache", tmp_path / "adapters", verify=case.verify) as world:
         world.locator.promises = case.promises
@@ -268,9 +266,7 @@ ETAGS = {
 
 
 @pytest.mark.parametrize("name", ETAGS)
-async def test_etags_are_sent_back_and_name_nothing(
-    world: FaultyWorld, name: str, tmp_path: Path
-) -> None:
+async def test_etags_are_only_sent_back(world: FaultyWorld, name: str, tmp_path: Path) -> None:
     """On the wire CR and LF end the field: what follows is another field of the response."""
     world.faults["bad"] = tagged(ETAGS[name])
     await comes_right(world)
@@ -447,9 +443,7 @@ async def test_what_a_source_says_is_no_name_on_this_disk(
 
 
 @pytest.mark.parametrize("name", NAMES)
-async def test_errors_with_such_names_are_short_and_printable(
-    world: FaultyWorld, name: str, tmp_path: Path
-) -> None:
+async def test_errors_with_hostile_names(world: FaultyWorld, name: str, tmp_path: Path) -> None:
     world.locator.there["bad"].named = NAMES[name] or None
     world.faults["bad"] = status("404 No")
     text = str(await fails(world))
@@ -513,9 +507,7 @@ async def test_a_caller_that_holds_wrong_bytes_already_gets_the_error(world: Fau
 
 
 @pytest.mark.parametrize("verify", ["stream", "before_use"])
-async def test_an_adapter_without_a_promised_digest_is_marked_as_such(
-    tmp_path: Path, verify: Checking
-) -> None:
+async def test_an_unpromised_digest_is_marked_as_such(tmp_path: Path, verify: Checking) -> None:
     """Later on these bytes are what counts: others in their place are noticed."""
     with FaultyWorld(tmp_path / "cache", tmp_path / "adapters", verify=verify) as world:
         world.locator.promises = False

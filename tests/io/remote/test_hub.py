@@ -130,9 +130,7 @@ async def test_whatever_git_names_is_a_revision(hub: HubStandIn, revision: str) 
 
 
 @pytest.mark.parametrize("later", [{"adapter_model.safetensors": b"new"}, {"README.md": b"none"}])
-async def test_a_branch_that_moves_between_two_answers(
-    hub: HubStandIn, later: dict[str, bytes]
-) -> None:
+async def test_a_branch_that_moves_meanwhile(hub: HubStandIn, later: dict[str, bytes]) -> None:
     """Both files are of the commit of the first; also where the new one has no weights."""
     commit, told = hub.put(REPO, ADAPTER), threading.Event()
 
@@ -191,9 +189,7 @@ async def test_weights_in_several_files(hub: HubStandIn) -> None:
     "etag", [None, "../../etc/passwd", 'W/"1-2"', "e" * 63, "E" * 64, "x" * 40]
 )
 @pytest.mark.parametrize("size", ["-1", "nine", ""])
-async def test_digests_and_sizes_that_are_none(
-    hub: HubStandIn, etag: str | None, size: str
-) -> None:
+async def test_malformed_digests_and_sizes(hub: HubStandIn, etag: str | None, size: str) -> None:
     """They are as good as none: nothing is named by them, nothing checked."""
     fields = {"X-Repo-Commit": "e" * 40, "X-Linked-Size": size, "Location": "http://127.0.0.1:9/x"}
     fields |= {} if etag is None else {"X-Linked-Etag": etag}
@@ -215,9 +211,7 @@ async def test_a_place_that_is_no_url(hub: HubStandIn, place: str) -> None:
         assert [file.target.redirected_to for file in found.files] == [None, None]
 
 
-async def test_each_authority_has_a_scope_that_does_not_tell_it(
-    hub: HubStandIn, tmp_path: Path
-) -> None:
+async def test_each_authority_has_an_opaque_scope(hub: HubStandIn, tmp_path: Path) -> None:
     """A token given, this machine's own, or none; it is known though the hub is down."""
     commit = hub.put(REPO, ADAPTER)
     (tmp_path / "token").write_text("hf_machine\n")
@@ -247,7 +241,7 @@ async def test_each_authority_has_a_scope_that_does_not_tell_it(
     assert scope not in scopes, "a token says nothing at another hub"
 
 
-async def test_a_machine_whose_own_token_cannot_be_had(
+async def test_no_own_token(
     hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is no reason to ask without one; who brings his own is not concerned."""
@@ -404,9 +398,7 @@ async def test_what_passes_is_asked_again(hub: HubStandIn, status: int) -> None:
         ({}, None),
     ],
 )
-async def test_how_long_the_hub_wants_to_be_left_alone(
-    hub: HubStandIn, fields: dict[str, str], seconds: float | None
-) -> None:
+async def test_retry_after(hub: HubStandIn, fields: dict[str, str], seconds: float | None) -> None:
     """What is longer than a caller would wait is told at once, and nobody waits."""
     hub.behave = lambda asked: Reply(429, fields)
     assert (await refused(hub)).retry_after == seconds
@@ -447,7 +439,7 @@ async def test_a_hub_that_cannot_be_reached_is_worth_another_attempt(way: str) -
 
 
 @pytest.mark.parametrize("offline", [True, False], ids=["offline", "endpoint not allowed"])
-async def test_a_hub_that_may_not_be_asked_is_not(
+async def test_a_forbidden_hub(
     hub: HubStandIn, monkeypatch: pytest.MonkeyPatch, offline: bool
 ) -> None:
     hub.put(REPO, ADAPTER)

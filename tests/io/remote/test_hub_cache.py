@@ -210,9 +210,7 @@ def test_what_other_tools_stored_is_for_this_machines_token(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("broken", ["os.open", "os.listdir"])
-def test_a_cache_that_cannot_be_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
-) -> None:
+def test_an_unreadable_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     """Files that this process may not read are as good as absent; a broken disk is an error."""
     by_hand.put(tmp_path, REPO, ADAPTER, commit=COMMIT, refs=("main",))
     cache, code = opened(tmp_path), 13
@@ -373,9 +371,7 @@ def stored(cache: Cache, key: CacheKey) -> CacheEntry:
         download.close()
 
 
-def test_downloads_go_to_our_own_cache_and_none_is_made_of_what_the_hub_cache_has(
-    tmp_path: Path, hub_client: Path
-) -> None:
+def test_downloads_go_to_our_own_cache(tmp_path: Path, hub_client: Path) -> None:
     by_hand.put(hub_client, REPO, ADAPTER, commit=COMMIT, refs=("main", "refs/pr/1"))
     before, other = tree(hub_client), CacheKey(REPO, "d" * 40)
     with closing(DiskCache(tmp_path / "disk", 1 << 30, policy("lru"))) as disk:

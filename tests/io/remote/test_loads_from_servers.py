@@ -16,17 +16,7 @@ from fault_server import until as wait_until
 from object_stores import AZURE_KEY, S3_KEY, S3_SECRET
 from origins import KINDS, LAYERS, OBSTORE, VERSIONS, Origin, made, on, processes
 from user_loads import LAYERS as MANY
-from user_loads import (
-    at,
-    has,
-    loader,
-    secretless,
-    size_of,
-    stored_in,
-    until,
-    version_of,
-    written,
-)
+from user_loads import at, has, loader, secretless, size_of, stored_in, until, version_of, written
 
 import servers
 import split_files
@@ -79,9 +69,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @on()
-async def test_what_is_put_in_its_place_is_the_next_load_and_not_the_one_before(
-    origin: Origin, adapters: list[Path]
-) -> None:
+async def test_a_replaced_adapter_is_the_next_load(origin: Origin, adapters: list[Path]) -> None:
     """By an ETag, a commit or a version, or else by its date. The cache has the old one still."""
     origin.put(adapters[0])
     async with origin.loader(revalidate=0) as there, await there.load(origin.id) as old:
@@ -100,9 +88,7 @@ async def test_what_is_put_in_its_place_is_the_next_load_and_not_the_one_before(
 
 
 @on(*(kind for kind in KINDS if kind != "folder"))
-async def test_while_the_server_is_down_the_cache_serves_what_is_pinned(
-    origin: Origin, adapters: list[Path]
-) -> None:
+async def test_a_server_that_is_down(origin: Origin, adapters: list[Path]) -> None:
     """What may have moved it serves to who says that it may be old, and offline."""
     origin.put(adapters[0])
     async with origin.loader() as there:
@@ -139,9 +125,7 @@ async def test_weights_in_several_files(
 
 
 @on()
-async def test_what_is_not_there_or_not_allowed_leaves_nothing(
-    origin: Origin, adapters: list[Path]
-) -> None:
+async def test_what_is_refused_leaves_nothing(origin: Origin, adapters: list[Path]) -> None:
     origin.put(adapters[0])
     missing = AccessDeniedError if origin.kind == "hub" else AdapterNotFoundError
     async with origin.loader(at(f"127.0.0.1:{origin.link.port}"), Allow("s3", "none")) as there:
@@ -162,9 +146,7 @@ async def test_what_is_not_there_or_not_allowed_leaves_nothing(
 
 
 @on("nginx", "s3", "az")
-async def test_the_first_layer_is_there_before_15_percent_of_the_bytes(
-    origin: Origin, tmp_path: Path
-) -> None:
+async def test_layer_0_is_there_before_15_percent(origin: Origin, tmp_path: Path) -> None:
     large, link = written(tmp_path / "large"), origin.link
     origin.put(large)
     async with origin.loader(layers=MANY, connections=8) as there:
@@ -226,9 +208,7 @@ def by_way_of(origin: Origin, way: str) -> str:
 
 @on("nginx")
 @pytest.mark.parametrize("way", ["", "moved/", "whole/", "untagged/"])
-async def test_each_byte_of_a_folder_comes_once(
-    origin: Origin, adapters: list[Path], way: str
-) -> None:
+async def test_each_byte_comes_once(origin: Origin, adapters: list[Path], way: str) -> None:
     """By ranges; moved to another port; where ranges are not served (200); without ETags.
 
     Gzip is on for all of them, and not asked for.
@@ -251,7 +231,7 @@ async def test_each_byte_of_a_folder_comes_once(
 
 @on("nginx")
 @pytest.mark.parametrize("allowed", ["nowhere else", "another folder", "another port", "there"])
-async def test_a_redirect_leads_only_where_it_is_allowed(
+async def test_redirects_need_to_be_allowed(
     origin: Origin, adapters: list[Path], allowed: str
 ) -> None:
     """Else nothing is asked of where it leads, and nothing is kept."""
@@ -276,9 +256,7 @@ async def test_a_redirect_leads_only_where_it_is_allowed(
 
 
 @on("nginx")
-async def test_a_token_opens_a_folder_for_its_owner_only(
-    origin: Origin, adapters: list[Path]
-) -> None:
+async def test_a_token_is_for_its_owner_only(origin: Origin, adapters: list[Path]) -> None:
     """What one token was let have is not served to others, though it is in the cache."""
     origin.put(adapters[0])
     private = by_way_of(origin, "private/")
@@ -299,9 +277,7 @@ async def test_a_token_opens_a_folder_for_its_owner_only(
 
 @on("nginx")
 @pytest.mark.parametrize("way", ["", "untagged/"])
-async def test_what_is_replaced_on_the_way_is_noticed(
-    origin: Origin, adapters: list[Path], way: str
-) -> None:
+async def test_a_replaced_file_is_noticed(origin: Origin, adapters: list[Path], way: str) -> None:
     """By its ETag, or else by its date. Nothing of it is kept, and the next load is the new one."""
     origin.put(adapters[0])
     id, link = by_way_of(origin, way), origin.link

@@ -118,9 +118,7 @@ async def test_a_digest_is_its_callers_own(tmp_path: Path) -> None:
                 tiny.assert_equal_to_file(handle, folder)
 
 
-async def test_a_public_adapter_is_served_to_callers_with_a_token(
-    world: RemoteWorld, tmp_path: Path
-) -> None:
+async def test_a_public_adapter_is_for_every_token(world: RemoteWorld, tmp_path: Path) -> None:
     folder = stocked(world, tmp_path)
     pinned = replace(world.ref("one"), revision=world.locator.there["one"].version)
     async with over(world) as loader:
@@ -131,9 +129,7 @@ async def test_a_public_adapter_is_served_to_callers_with_a_token(
         tiny.assert_equal_to_file(handle, folder)
 
 
-async def test_a_lease_at_once_needs_a_recent_answer_of_the_source(
-    world: RemoteWorld, tmp_path: Path
-) -> None:
+async def test_a_lease_at_once_needs_a_recent_answer(world: RemoteWorld, tmp_path: Path) -> None:
     """A lease without asking is for as long as a load asks nobody; then the source judges."""
     stocked(world, tmp_path)
     stored = world.locator.there["one"]
@@ -163,9 +159,7 @@ async def test_a_lease_at_once_needs_a_recent_answer_of_the_source(
         kept.release()
 
 
-async def test_a_response_without_length_is_as_large_as_was_promised(
-    world: RemoteWorld, tmp_path: Path
-) -> None:
+async def test_a_response_without_length(world: RemoteWorld, tmp_path: Path) -> None:
     """All in one response, without ranges: the size is the locator's word, or nobody's."""
     folder = stocked(world, tmp_path)
     stocked(world, tmp_path, "two")
@@ -184,9 +178,7 @@ async def test_a_response_without_length_is_as_large_as_was_promised(
             await loader.load(world.ref("two"))
 
 
-async def test_a_pinned_version_that_the_source_has_replaced(
-    world: RemoteWorld, tmp_path: Path
-) -> None:
+async def test_a_pinned_version_that_was_replaced(world: RemoteWorld, tmp_path: Path) -> None:
     """Who was let have it, and may still ask, has it from the cache; nobody else has."""
     folder = stocked(world, tmp_path)
     world.locator.there["one"].token = "mine"
@@ -278,7 +270,7 @@ def from_hub(hub: HubStandIn, tmp_path: Path, **settings: Any) -> AdapterLoader:
 
 
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
-async def test_what_left_slot_and_cache_is_fetched_again(
+async def test_what_was_evicted_is_fetched_again(
     world: RemoteWorld, tmp_path: Path, device: str
 ) -> None:
     """Nobody is told; and also for a caller who streams it."""
@@ -313,9 +305,7 @@ async def test_first_loads_at_once_share_one_cache_and_its_connections(tmp_path:
                 await loader.load("org/0")
 
 
-async def test_a_caller_may_have_what_is_old_while_its_source_is_down(
-    world: RemoteWorld, tmp_path: Path
-) -> None:
+async def test_stale_adapters_while_the_source_is_down(world: RemoteWorld, tmp_path: Path) -> None:
     """Loaded or streamed, and by the ref or by the call, not by both."""
     folder = stocked(world, tmp_path)
     async with over(world) as loader:
@@ -333,9 +323,7 @@ async def test_a_caller_may_have_what_is_old_while_its_source_is_down(
             await loader.load(world.ref("one"), allow_stale=True)
 
 
-async def test_a_folder_that_others_may_write_to_is_not_taken_for_the_removed_one(
-    hub: HubStandIn, tmp_path: Path
-) -> None:
+async def test_a_replaced_cache_folder_must_be_private(hub: HubStandIn, tmp_path: Path) -> None:
     hub.put("org/two", contents(tiny.write(tmp_path / "two", seed=2)))
     async with from_hub(hub, tmp_path) as loader:
         async with await loader.load("org/one") as handle:

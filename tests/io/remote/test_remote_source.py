@@ -64,9 +64,7 @@ class TestCached(PopulateConformance):
         hold.close()
 
 
-async def test_callers_who_had_it_have_it_while_the_source_is_down(
-    world: RemoteWorld, tmp_path: Path
-) -> None:
+async def test_known_callers_while_the_source_is_down(world: RemoteWorld, tmp_path: Path) -> None:
     """Not only who it was fetched for; and nobody else."""
     stocked(world, tmp_path)
     first, second, stranger = (replace(world.ref("one"), token=token) for token in "abc")
@@ -129,9 +127,7 @@ async def test_an_entry_stays_for_as_long_as_it_is_read(world: RemoteWorld, tmp_
     assert in_use(world) == [False]
 
 
-async def test_a_reader_that_is_closed_while_it_is_brought_keeps_nothing(
-    world: RemoteWorld, tmp_path: Path
-) -> None:
+async def test_a_reader_closed_meanwhile_keeps_nothing(world: RemoteWorld, tmp_path: Path) -> None:
     stocked(world, tmp_path)
     file = await opened(world)
     bringing = asyncio.create_task(world.source.bring(file, [], lambda _: None, FetchControl()))
@@ -232,9 +228,7 @@ async def bringing_begun(
     return bringing, calls, jobs
 
 
-async def test_groups_of_two_files_are_reported_in_their_order(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_groups_of_two_files_come_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """The thread that has found the first one whole is slow to say so."""
     found, go_on = Event(), Event()
 
@@ -324,7 +318,7 @@ async def test_what_changes_between_two_answers_is_noticed(world: RemoteWorld) -
 
 
 @pytest.mark.parametrize("what", ["the same", "room"])
-async def test_waiting_for_others_ends_with_the_demand(
+async def test_waiting_ends_with_demand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     """For who downloads the same, and for who has the room that it needs."""

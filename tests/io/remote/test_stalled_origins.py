@@ -157,9 +157,7 @@ Leaving = Callable[[AdapterLoader, str], Coroutine[Any, Any, None]]
 @pytest.mark.slow
 @pytest.mark.parametrize("step", STALLS)
 @pytest.mark.parametrize("leaves", [times_out, is_cancelled, streams, is_hinted_at])
-async def test_a_server_that_stalls_costs_only_its_callers(
-    tmp_path: Path, step: str, leaves: Leaving
-) -> None:
+async def test_a_stall_costs_only_its_callers(tmp_path: Path, step: str, leaves: Leaving) -> None:
     """A healthy load beside them and one after them; then nothing of theirs is left."""
     with world(tmp_path, step) as it:
         async with it.loader() as loader:

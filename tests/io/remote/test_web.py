@@ -296,9 +296,7 @@ async def test_what_is_part_of_the_version_is_waited_for(etag: str | None, least
 
 
 @pytest.mark.parametrize("weak", [False, True])
-async def test_a_revision_is_the_version_or_the_strong_etag_of_the_weights(
-    it: World, weak: bool
-) -> None:
+async def test_a_revision_is_the_version_or_a_strong_etag(it: World, weak: bool) -> None:
     etag = 'W/"the-weights"' if weak else '"the-weights"'
     it.folder.fields = {WEIGHTS: [f"ETag: {etag}"]}
     version = (await it.locator.locate(it.ref())).version
