@@ -12,6 +12,7 @@ from pathlib import Path
 
 from source_inputs import read
 
+from common import open_files
 from lorax_async.cache.base import Cache, CacheDownload, CacheEntry, CacheFile
 from lorax_async.cache.disk_cache import DiskCache
 from lorax_async.cache.partials import CHUNK_BYTES
@@ -147,12 +148,5 @@ def nothing_odd(folder: Path) -> None:
 
 
 def open_below(folder: Path) -> list[str]:
-    found = []
-    for number in os.listdir("/proc/self/fd"):
-        try:
-            target = os.readlink(f"/proc/self/fd/{number}")
-        except FileNotFoundError:
-            continue
-        if target.startswith(f"{folder}/"):
-            found.append(target)
-    return found
+    found = [file.partition(" ")[2] for file in open_files()]
+    return [target for target in found if target.startswith(f"{folder}/")]

@@ -89,6 +89,17 @@ class Client:
 Behaviour = Callable[[Asked, Client], None]
 
 
+def answer(asked: Asked, client: Client, data: bytes, *fields: str) -> None:
+    """The right one: the range that was asked for, or all of it."""
+    if asked.span is None:
+        client.head("200 OK", f"Content-Length: {len(data)}", *fields)
+        client.send(data)
+        return
+    start, stop = asked.span[0], min(asked.span[1], len(data))
+    client.part(start, stop, len(data), *fields)
+    client.send(data[start:stop])
+
+
 @dataclass
 class FaultServer:
     """Serves `data` at every target; `behave` answers each request in its place."""
@@ -135,15 +146,7 @@ class FaultServer:
 
     def right(self, asked: Asked, client: Client) -> None:
         """What a good server answers."""
-        tag = [f"ETag: {self.etag}"] if self.etag else []
-        span = asked.span
-        if span is None:
-            client.head("200 OK", f"Content-Length: {len(self.data)}", *tag)
-            client.send(self.data)
-            return
-        start, stop = span[0], min(span[1], len(self.data))
-        client.part(start, stop, len(self.data), *tag)
-        client.send(self.data[start:stop])
+        answer(asked, client, self.data, *([f"ETag: {self.etag}"] if self.etag else []))
 
     def _accept(self) -> None:
         while True:

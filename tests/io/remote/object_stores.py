@@ -20,8 +20,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 from urllib.request import Request, urlopen
 
 import pytest
-from fault_server import Asked, Client, until
-from web_folder import answer
+from fault_server import Asked, Client, answer, until
 
 import servers
 

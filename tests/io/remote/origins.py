@@ -15,14 +15,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from fault_server import Asked, Client, FaultServer
+from fault_server import Asked, Client, FaultServer, answer
 from hub_stand_in import HubStandIn
 from object_stores import GoogleStandIn, azurite, set_environment, weed
-from obstore.store import AzureStore, S3Store
 from slow_proxy import SlowProxy
-from stored import Bucket
+from stored import bucket
 from user_loads import at, contents, loader
-from web_folder import answer, refuse
+from web_folder import refuse
 
 import servers
 from lorax_async.ids.allow import Allow
@@ -87,14 +86,11 @@ class Origin:
         return f"{self.id.rstrip('/')}-other"
 
 
-@dataclass
-class Shelf:
-    """Folders on a server in this process, by their names, and strong ETags."""
-
-    files: dict[str, bytes] = field(default_factory=dict)
+class Shelf(dict[str, bytes]):
+    """Files on a server in this process, by their paths, with strong ETags."""
 
     def __call__(self, asked: Asked, client: Client) -> None:
-        data = self.files.get(asked.target.removeprefix("/"))
+        data = self.get(asked.target)
         if data is None:
             refuse("404 Not Found")(asked, client)
         else:
@@ -196,9 +192,8 @@ def _of_bucket(kind: str, name: str, begun: Callable[[str], Any], ends: ExitStac
     server = begun(kind)
 
     def put_by_obstore(files: Files) -> None:
-        bucket = Bucket((S3Store if kind == "s3" else AzureStore)("adapters"))
         for file, data in files.items():
-            bucket.put(f"{name}/{file}", data)
+            bucket(kind, "adapters").put(f"{name}/{file}", data)
 
     def environment(port: int) -> dict[str, str]:
         variables: dict[str, str] = server.environment
@@ -231,7 +226,7 @@ def made(
         port = ends.enter_context(FaultServer(b"", server)).port
 
         def put(files: Files) -> None:
-            server.files |= {f"{name}/{file}": data for file, data in files.items()}
+            server.update({f"/{name}/{file}": data for file, data in files.items()})
     elif kind == "nginx":
         server = begun(kind)
         assert isinstance(server, Nginx)

@@ -11,9 +11,9 @@ from pathlib import Path
 from threading import Lock
 from typing import Self
 
-from fault_server import Asked, Client, FaultServer
+from fault_server import Asked, Client, FaultServer, answer
 from fetching import Anywhere, engine
-from web_folder import answer, refuse
+from web_folder import refuse
 
 import tiny
 from lorax_async.cache.disk_cache import DiskCache

@@ -6,37 +6,21 @@ import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-import obstore
 from fetching import DATA, GROUPS, PATIENT, MemorySink, engine
+from obstore.store import AzureStore, S3Store
 
 from lorax_async.http.settings import PublicOnly
 from lorax_async.remote.base import LocatedAdapter, RemoteFile
 from lorax_async.remote.object_stores import StoreBackend
 from lorax_async.types import AdapterRef
 
-if TYPE_CHECKING:
-    from obstore.store import AzureStore, GCSStore, S3Store
-
 CONFIG = b'{"peft_type": "LORA", "r": 8}'
 
 
-@dataclass(frozen=True)
-class Bucket:
-    """One as obstore sees it."""
-
-    store: AzureStore | GCSStore | S3Store
-
-    def put(self, path: str, data: bytes) -> str | None:
-        """The versionId, where there is one."""
-        return obstore.put(self.store, path, data)["version"]
-
-    def etag(self, path: str) -> str:
-        found = obstore.head(self.store, path)["e_tag"]
-        assert found is not None
-        return found
+def bucket(kind: str, name: str) -> AzureStore | S3Store:
+    """As obstore sees it."""
+    return (S3Store if kind == "s3" else AzureStore)(name)
 
 
 @contextmanager

@@ -22,9 +22,8 @@ from object_stores import (
     Weed,
     set_environment,
 )
-from obstore.store import AzureStore, S3Store
 from origins import KINDS, processes
-from stored import CONFIG, Bucket, brought, located, locator
+from stored import CONFIG, brought, bucket, located, locator
 from user_loads import secretless
 
 from lorax_async.errors import AccessDeniedError, AdapterNotFoundError, FetchError, IntegrityError
@@ -60,23 +59,22 @@ class Store:
     def id(self) -> str:
         return f"{self.kind}://{self.bucket}/{self.path}"
 
-    def _as_obstore_sees_it(self) -> Bucket:
-        return Bucket({"s3": S3Store, "az": AzureStore}[self.kind](self.bucket))
-
     def put(self, name: str, data: bytes) -> str | None:
         """The version of the object, where the bucket keeps them."""
         if isinstance(self.server, GoogleStandIn):
             self.server.objects[f"/{self.bucket}/{self.path}{name}"] = data
             self.server.generation += 1
             return str(self.server.generation)
-        return self._as_obstore_sees_it().put(f"{self.path}{name}", data)
+        return bucket(self.kind, self.bucket).put(f"{self.path}{name}", data)["version"]
 
     def put_adapter(self, weights: bytes = DATA, config: bytes = CONFIG) -> None:
         self.put("adapter_config.json", config)
         self.put(WEIGHTS, weights)
 
     def etag(self, name: str = WEIGHTS) -> str:
-        return self._as_obstore_sees_it().etag(f"{self.path}{name}")
+        found = bucket(self.kind, self.bucket).head(f"{self.path}{name}")["e_tag"]
+        assert found is not None
+        return found
 
     @property
     def url(self) -> str:
