@@ -67,6 +67,8 @@ from lorax_async.formats.split_weights import CONFIG_FILE, INDEX_FILE, WEIGHTS_F
 from lorax_async.lifecycle.policies import policy
 from tools import on_a_small_disk
 
+Patch = pytest.MonkeyPatch
+
 CONTENT = weights()
 SIZE = 1_000 + len(CONFIG)
 ALL = [(0, NBYTES)]
@@ -274,7 +276,7 @@ class TestRoom:
         assert used_there(cache, 4) == [0, 2, 3]
         assert cache.used() == 3 * SIZE
 
-    def test_is_reserved_by_one_only(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_is_reserved_by_one_only(self, tmp_path: Path, monkeypatch: Patch) -> None:
         """The second one looks at the folder when the first one's bytes are there."""
         real, entered, go = os.posix_fallocate, Event(), Event()
 
@@ -444,6 +446,7 @@ class TestDamage:
 
 
 HOSTILE = ["../../beside/x", "/etc/passwd", "", ".", "\0", "a" * 5_000, "\ud800", "x\n.json", "~"]
+HOSTILE += ["0" * 64, "record.json", "file:///etc/passwd"]
 
 
 class TestFolder:
@@ -467,9 +470,7 @@ class TestFolder:
         nothing_odd(tmp_path / "a" / "cache")
         assert (tmp_path / "a" / "cache").stat().st_mode & 0o777 == 0o700
 
-    def test_must_be_this_users_alone(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_must_be_this_users_alone(self, tmp_path: Path, monkeypatch: Patch) -> None:
         """It, or one inside it."""
         folder = tmp_path / "cache"
         DiskCache(folder, 1, policy("lru")).close()
@@ -781,7 +782,7 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def without_locks(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+def without_locks(monkeypatch: Patch, code: int) -> None:
     def unsupported(fd: int, how: int) -> None:
         raise OSError(code, os.strerror(code))
 
@@ -793,9 +794,7 @@ def there(world: DiskWorld, upto: int) -> list[int]:
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF])
-def test_without_locks_each_has_a_folder(
-    two: Two, monkeypatch: pytest.MonkeyPatch, code: int
-) -> None:
+def test_without_locks_each_has_a_folder(two: Two, monkeypatch: Patch, code: int) -> None:
     """The first to end is what both have."""
     without_locks(monkeypatch, code)
     downloads = [begun(world.cache) for world in two]
@@ -809,7 +808,7 @@ def test_without_locks_each_has_a_folder(
     keep(two[0].cache, key(1), bytes(1_000))
 
 
-def test_without_locks_it_knows_what_it_holds(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_locks_it_knows_what_it_holds(two: Two, monkeypatch: Patch) -> None:
     without_locks(monkeypatch, errno.ENOLCK)
     cache = two[0].cache
     held = stored(cache, key(0), bytes(1_000))
@@ -939,7 +938,7 @@ def test_what_is_replaced_just_before_one_leases_it_stays(two: Two) -> None:
     assert is_there(one.cache, KEY)
 
 
-def test_a_process_that_hangs_is_not_waited_for(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_hangs_is_not_waited_for(two: Two, monkeypatch: Patch) -> None:
     """The one that hangs finds, when it is back, that the other was faster."""
     monkeypatch.setattr(disk_cache, "PATIENCE_SECONDS", 0.1)
     one, other = two
@@ -1003,9 +1002,7 @@ def test_killed_after_any_call_a_second_process_goes_on(tmp_path: Path, locks: s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rebooted", [False, True])
-def test_a_crash_of_the_machine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rebooted: bool
-) -> None:
+def test_a_crash_of_the_machine(tmp_path: Path, monkeypatch: Patch, rebooted: bool) -> None:
     """They were never brought to the disk: after another boot, they need not be there."""
     run_script("left", tmp_path)
     read_text = Path.read_text

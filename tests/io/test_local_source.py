@@ -19,11 +19,13 @@ import pytest
 import safetensors.torch
 from local_world import (
     CONFIG_NAME,
+    FILES,
     LIMITS,
     WEIGHTS_NAME,
     LocalWorld,
     descriptors,
     nothing_left_open,
+    put_split,
     refusal,
 )
 from source_inputs import CONFIG, groups_of, header_bytes, read, tensors, weights
@@ -36,6 +38,9 @@ from lorax_async.files import FileReader, identity_of, open_same
 from lorax_async.sources import local, local_folder
 from lorax_async.sources.local import LocalSource
 from lorax_async.types import AdapterKey, AdapterRef, Verification
+from split_files import INDEX
+
+Patch = pytest.MonkeyPatch
 
 COMMIT, BLOB = "c" * 40, "b" * 64
 
@@ -140,9 +145,7 @@ def test_inside_a_root_a_missing_folder_is_not_found(world: LocalWorld, id: str)
 
 
 @pytest.mark.parametrize("trusted", [True, False])
-def test_an_unreadable_link(
-    world: LocalWorld, monkeypatch: pytest.MonkeyPatch, trusted: bool
-) -> None:
+def test_an_unreadable_link(world: LocalWorld, monkeypatch: Patch, trusted: bool) -> None:
     """As /proc/1/root, which no path leads through: not even where it leads may be asked."""
     place = "/proc/1/root"
     refused = PermissionError(errno.EACCES, "Permission denied", place)
@@ -157,25 +160,26 @@ def test_an_unreadable_link(
     assert ("give it permission" if trusted else "local_roots only") in str(error)
 
 
-def test_links_stay_in_the_folder(world: LocalWorld, run: Run) -> None:
-    other = world.fill(world.roots[0] / "other")
-    folder = world.fill(world.roots[0] / "one")
+@pytest.mark.parametrize("name", [WEIGHTS_NAME, INDEX, FILES[3]])
+def test_links_stay_in_the_folder(world: LocalWorld, run: Run, name: str) -> None:
+    fill = world.fill if name == WEIGHTS_NAME else put_split
+    other, folder = fill(world.roots[0] / "other"), fill(world.roots[0] / "one")
     (folder / "sub").mkdir()
-    (folder / WEIGHTS_NAME).rename(folder / "sub" / "w")
-    (folder / WEIGHTS_NAME).symlink_to("sub/w")
+    (folder / name).rename(folder / "sub" / "w")
+    (folder / name).symlink_to("sub/w")
     run(world.source.resolve(AdapterRef("./one")))
     texts = set()
-    for target in (other / WEIGHTS_NAME, other / "nothing", other, "/dev/null", WEIGHTS_NAME):
-        (folder / WEIGHTS_NAME).unlink()
-        (folder / WEIGHTS_NAME).symlink_to(target)
+    for target in (other / WEIGHTS_NAME, other / "nothing", other, "/dev/null", name):
+        (folder / name).unlink()
+        (folder / name).symlink_to(target)
         error = refusal(world, "./one")
         assert type(error) is errors.AccessDeniedError
         texts.add(str(error))
     assert len(texts) == 1
-    (folder / WEIGHTS_NAME).unlink()
-    (folder / WEIGHTS_NAME).symlink_to(other / WEIGHTS_NAME)
+    (folder / name).unlink()
+    (folder / name).symlink_to(other / name)
     key = run(world.source.resolve(AdapterRef(folder)))
-    assert key.files[1].inode == (other / WEIGHTS_NAME).stat().st_ino
+    assert (other / name).stat().st_ino in {file.inode for file in key.files}
 
 
 @pytest.mark.parametrize("sub", ["", "deep/er"])
@@ -403,9 +407,7 @@ async def test_a_fifo_that_takes_the_files_place(world: LocalWorld, name: str) -
         path.unlink(missing_ok=True)
 
 
-async def test_a_config_changes_meanwhile(
-    world: LocalWorld, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_config_changes_meanwhile(world: LocalWorld, monkeypatch: Patch) -> None:
     path, real = world.fill(world.roots[0] / "one") / CONFIG_NAME, os.fstat
     looks: list[int] = []
 
@@ -437,7 +439,7 @@ def reader(tmp_path: Path) -> Iterator[FileReader]:
     assert descriptors() == before
 
 
-def test_short_reads_are_continued(reader: FileReader, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_reads_are_continued(reader: FileReader, monkeypatch: Patch) -> None:
     """Of rows, no byte between them is asked for."""
     real, asked = os.preadv, set[int]()
 
@@ -466,9 +468,7 @@ def test_short_reads_are_continued(reader: FileReader, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("number", "kind"), [(errno.EIO, errors.FetchError), (errno.EACCES, errors.AccessDeniedError)]
 )
-def test_system_errors(
-    reader: FileReader, monkeypatch: pytest.MonkeyPatch, number: int, kind: type
-) -> None:
+def test_system_errors(reader: FileReader, monkeypatch: Patch, number: int, kind: type) -> None:
     def broken(*_: object) -> int:
         raise OSError(number, "broken")
 
@@ -507,9 +507,7 @@ def test_a_changed_file(reader: FileReader, tmp_path: Path, change: Callable[[Pa
         read(reader, 50, 150)
 
 
-def test_a_descriptor_outlives_its_read(
-    reader: FileReader, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_descriptor_outlives_its_read(reader: FileReader, monkeypatch: Patch) -> None:
     entered, go, real = threading.Event(), threading.Event(), os.preadv
 
     def slow(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
@@ -595,7 +593,7 @@ class Reading:
 
 
 @pytest.fixture
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_pieces(monkeypatch: Patch) -> None:
     monkeypatch.setattr(files, "PIECE_BYTES", 1000)
 
 
@@ -603,7 +601,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("call", ["bring", "digest"])
 @pytest.mark.parametrize("piece", [0, 2])
 async def test_changes_while_hashed(
-    hashes: HashingWorld, monkeypatch: pytest.MonkeyPatch, call: str, piece: int
+    hashes: HashingWorld, monkeypatch: Patch, call: str, piece: int
 ) -> None:
     """Also by other bytes of the same length, put in their place."""
 
@@ -621,9 +619,7 @@ async def test_changes_while_hashed(
         await (hashes.bring(key) if call == "bring" else hashes.source.digest(key))
 
 
-async def test_a_digest_stays_the_same(
-    hashes: HashingWorld, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_digest_stays_the_same(hashes: HashingWorld, monkeypatch: Patch) -> None:
     """A disk that forgets changes no time of change; here every look at the file is the first."""
     key = await hashes.key()
     first = await hashes.bring(key)
@@ -653,7 +649,7 @@ async def test_a_digest_stays_the_same(
 
 
 @pytest.mark.usefixtures("small_pieces")
-async def test_hashing_is_cancelled(hashes: HashingWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_hashing_is_cancelled(hashes: HashingWorld, monkeypatch: Patch) -> None:
     control = FetchControl()
     reading = Reading(lambda number: control.end() if number == 2 else None)
     key = await hashes.key()
@@ -663,9 +659,7 @@ async def test_hashing_is_cancelled(hashes: HashingWorld, monkeypatch: pytest.Mo
     assert reading.count == 3
 
 
-async def test_hashing_shares_threads(
-    hashes: HashingWorld, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_hashing_shares_threads(hashes: HashingWorld, monkeypatch: Patch) -> None:
     """However large the file is: its pieces queue behind what was asked for meanwhile."""
     monkeypatch.setattr(files, "PIECE_BYTES", 64)
     key, others = await hashes.key(), 0

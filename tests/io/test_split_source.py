@@ -31,7 +31,6 @@ from local_world import (
 )
 from source_inputs import CONFIG, read, read_rows, rows_of, tensors
 
-from common import Run
 from lorax_async import errors
 from lorax_async.concurrency import FetchControl
 from lorax_async.files import Reader, open_same
@@ -209,25 +208,6 @@ def test_an_index_of_a_stranger(world: LocalWorld, folder: Path, file: str, word
     assert type(error) is errors.AdapterFormatError
     assert INDEX in error.problem
     assert words in error.problem
-
-
-@pytest.mark.parametrize("name", [INDEX, FILES[3]])
-def test_links_stay_in_the_folder(world: LocalWorld, folder: Path, run: Run, name: str) -> None:
-    (folder / "sub").mkdir()
-    (folder / name).rename(folder / "sub" / "file")
-    (folder / name).symlink_to("sub/file")
-    run(world.source.resolve(AdapterRef("./one")))
-    other = put_split(world.roots[0] / "other")
-    for target in (other / name, other / "nothing"):
-        (folder / name).unlink()
-        (folder / name).symlink_to(target)
-        error = refusal(world, "./one")
-        assert type(error) is errors.AccessDeniedError
-        assert name in error.problem
-    (folder / name).unlink()
-    (folder / name).symlink_to(other / name)
-    key = run(world.source.resolve(AdapterRef(folder)))
-    assert key.files[FILES.index(name)].inode == (other / name).stat().st_ino
 
 
 def test_limits_hold_for_all_files_together(world: LocalWorld, folder: Path) -> None:

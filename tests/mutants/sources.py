@@ -166,7 +166,7 @@ SOURCES: Mutants = {
         (fetching, "outcome", nothing_awaited),
     ),
     "fetch: groups are reported on the loop": mutant(
-        f"{REMOTE}::TestConformance::test_groups_arrive_in_order_on_the_loop",
+        f"{REMOTE}::test_groups_are_reported_on_the_loop",
         (fetching, "_on_loop", same),
     ),
     "fetch: groups of several files are reported in their order": mutant(

@@ -64,8 +64,6 @@ class ToldLocator:
     error: AdapterError | None = None
     elsewhere: dict[str, str] = field(default_factory=dict)
     """Below which URL an adapter lies that is not at the server, by its name."""
-    misjudged: dict[str, int] | None = None
-    """By how much the promised sizes are wrong, by `name/file`; then no digest is promised."""
 
     def recalled(self, ref: AdapterRef) -> tuple[str, str, str] | None:
         if ref.revision is None or len(ref.revision) != 40:
@@ -101,8 +99,6 @@ class ToldLocator:
         target = Target(url, path[1:], headers, Anywhere())
         if not self.promises:
             return RemoteFile(role, target)
-        if self.misjudged is not None:
-            return RemoteFile(role, target, len(data) + self.misjudged.get(path[1:], 0))
         return RemoteFile(role, target, len(data), sha256(data))
 
 

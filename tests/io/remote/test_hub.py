@@ -48,6 +48,8 @@ from lorax_async.remote.base import LocatedAdapter
 from lorax_async.remote.hub import HubLocator
 from lorax_async.types import AdapterRef
 
+Patch = pytest.MonkeyPatch
+
 pytestmark = pytest.mark.usefixtures("hub_client", "nothing_left")
 
 TOKEN = "hf_q5ecre7Token"
@@ -241,9 +243,7 @@ async def test_each_authority_has_an_opaque_scope(hub: HubStandIn, tmp_path: Pat
     assert scope not in scopes, "a token says nothing at another hub"
 
 
-async def test_no_own_token(
-    hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_no_own_token(hub: HubStandIn, tmp_path: Path, monkeypatch: Patch) -> None:
     """It is no reason to ask without one; who brings his own is not concerned."""
     commit, lent = hub.put(REPO, ADAPTER), AdapterRef(REPO, use_token=True)
     (tmp_path / "token").write_bytes(b"hf_\xff\xfe")
@@ -439,9 +439,7 @@ async def test_a_hub_that_cannot_be_reached_is_worth_another_attempt(way: str) -
 
 
 @pytest.mark.parametrize("offline", [True, False], ids=["offline", "endpoint not allowed"])
-async def test_a_forbidden_hub(
-    hub: HubStandIn, monkeypatch: pytest.MonkeyPatch, offline: bool
-) -> None:
+async def test_a_forbidden_hub(hub: HubStandIn, monkeypatch: Patch, offline: bool) -> None:
     hub.put(REPO, ADAPTER)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     kind = FetchError if offline else AccessDeniedError

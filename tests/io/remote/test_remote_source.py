@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread, current_thread
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -125,6 +125,20 @@ async def test_an_entry_stays_for_as_long_as_it_is_read(world: RemoteWorld, tmp_
     assert in_use(world) == [True]
     file.reader.close()
     assert in_use(world) == [False]
+
+
+async def test_groups_are_reported_on_the_loop(world: RemoteWorld, tmp_path: Path) -> None:
+    stocked(world, tmp_path)
+    file, told = await opened(world), list[tuple[int, Thread]]()
+    half, nbytes = file.reader.nbytes // 2, file.reader.nbytes
+
+    def note(group: int) -> None:
+        told.append((group, current_thread()))
+
+    groups = [[ByteSpan(0, half)], [ByteSpan(half, nbytes)]]
+    await world.source.bring(file, groups, note, FetchControl())
+    assert told == [(0, current_thread()), (1, current_thread())]
+    file.reader.close()
 
 
 async def test_a_reader_closed_meanwhile_keeps_nothing(world: RemoteWorld, tmp_path: Path) -> None:

@@ -13,8 +13,7 @@ from threading import Event
 import pytest
 import test_http_trust
 from fault_server import Asked, Behaviour, Client, FaultServer, Hangup, until
-from object_stores import set_environment
-from stored import located, locator
+from object_stores import located, locator, set_environment
 from test_http_trust import tls_server
 from user_loads import secretless
 

@@ -13,6 +13,7 @@ from fault_server import FaultServer, until
 from fetching import DATA, engine, fetched
 from object_stores import (
     AZURE_KEY,
+    CONFIG,
     GOOGLE_ACCOUNT,
     NOWHERE,
     S3_KEY,
@@ -20,10 +21,13 @@ from object_stores import (
     Azurite,
     GoogleStandIn,
     Weed,
+    brought,
+    bucket,
+    located,
+    locator,
     set_environment,
 )
 from origins import KINDS, processes
-from stored import CONFIG, brought, bucket, located, locator
 from user_loads import secretless
 
 from lorax_async.errors import AccessDeniedError, AdapterNotFoundError, FetchError, IntegrityError
