@@ -100,16 +100,8 @@ def rclone(kind: str, folder: Path, scratch: Path) -> Iterator[str]:
 def pythons_own(folder: Path, scratch: Path) -> Iterator[str]:
     """The URL at which Python's `http.server` serves the folder. It knows no ranges."""
     port = free_port()
-    command: Command = [
-        sys.executable,
-        "-m",
-        "http.server",
-        "--bind",
-        "127.0.0.1",
-        "--directory",
-        folder,
-    ]
-    with running([*command, str(port)], [port], scratch / "python.log"):
+    command: Command = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", "--directory"]
+    with running([*command, folder, str(port)], [port], scratch / "python.log"):
         yield f"http://127.0.0.1:{port}/"
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from email.utils import formatdate
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, cast
@@ -149,10 +150,10 @@ def assert_true_cache(folder: Path, versions: list[tuple[str, Stored]]) -> None:
         assert (entry / CONFIG_FILE.file_name).read_bytes() == stored.config
         assert (entry / WEIGHTS_FILE.file_name).read_bytes() == stored.weights
         assert not list(entry.glob("*.chunks"))
-    for partial in (folder / "partials").iterdir():
-        digest, _, _ = partial.name.partition(".")
-        for map_file in partial.glob("*.chunks"):
-            file = partial / map_file.stem
+    for left in (folder / "partials").iterdir():
+        digest, _, _ = left.name.partition(".")
+        for map_file in left.glob("*.chunks"):
+            file = left / map_file.stem
             stored = contents[digest]
             true = stored.config if file.name == CONFIG_FILE.file_name else stored.weights
             written = file.read_bytes()
@@ -352,15 +353,13 @@ class Case:
     verify: Checking = "stream"
 
 
+malformed = partial(Case, kind=AdapterFormatError, retryable=False, stage="verify", promises=False)
 CASES = {
     # the config
     "config truncated": Case(at("config", truncated), FetchError, "closed the connection"),
     "config short": Case(at("config", short_without_length), IntegrityError, "its source said"),
-    "config short, no promise": Case(
-        *(at("config", short_without_length), AdapterFormatError, "adapter_config.json"),
-        retryable=False,
-        stage="verify",
-        promises=False,
+    "config short, no promise": malformed(
+        at("config", short_without_length), words="adapter_config"
     ),
     "config long": Case(at("config", long_without_length), IntegrityError, "its source said"),
     "config wrong": Case(at("config", wrong_bytes), IntegrityError, "sha256"),
@@ -372,11 +371,8 @@ CASES = {
     ),
     # the beginning of the weights
     "header short": Case(at("header", short_without_length), IntegrityError, "its source said"),
-    "header short, no promise": Case(
-        *(at("header", short_without_length), AdapterFormatError, "the file ends"),
-        retryable=False,
-        stage="verify",
-        promises=False,
+    "header short, no promise": malformed(
+        at("header", short_without_length), words="the file ends"
     ),
     "header of another size": Case(at("header", other_size), IntegrityError, "its source said"),
     "header wrong range": Case(at("header", wrong_range), IntegrityError, "were asked for"),
