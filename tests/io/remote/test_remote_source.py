@@ -406,6 +406,37 @@ async def test_a_question_to_the_source_ends_with_the_demand(tmp_path: Path) -> 
         assert not any(in_use(world))
 
 
+async def test_opening_is_cancelled_at_any_turn(world: RemoteWorld, tmp_path: Path) -> None:
+    stocked(world, tmp_path)
+    (await brought(world)).reader.close()
+    key = await world.source.resolve(world.ref("one"))
+    cancelled = []
+    for turns in range(40):
+        opening_it = asyncio.create_task(world.source.open(key, FetchControl()))
+        for _ in range(turns):
+            await asyncio.sleep(0.0005 if turns > 20 else 0)
+        opening_it.cancel()
+        await asyncio.wait([opening_it])
+        cancelled.append(opening_it.cancelled())
+        if not opening_it.cancelled():
+            opening_it.result().reader.close()
+    assert cancelled[0]
+    assert not any(in_use(world))
+
+
+async def test_an_answer_that_cannot_be_noted(
+    world: RemoteWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is an answer all the same."""
+
+    def fail(*_: object) -> None:
+        raise FetchError("this cache can only be read")
+
+    stocked(world, tmp_path)
+    monkeypatch.setattr(world.cache, "note_version", fail)
+    (await brought(world)).reader.close()
+
+
 def test_what_was_gone_once_stays_gone() -> None:
     """All who read are told the same, though it may come back meanwhile."""
     opened = 0
