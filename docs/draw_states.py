@@ -1,7 +1,8 @@
-"""Draws the state diagrams of architecture.md from the tables of moves.
+"""Draw the state diagrams of architecture.md from the tables of moves.
 
 python docs/draw_states.py            # print them
 python docs/draw_states.py --write    # put them into architecture.md, between its marks
+python docs/draw_states.py --check    # fail if architecture.md is outdated
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ Move = TypeVar("Move", bound=Enum)
 
 
 def diagram(moves: Mapping[tuple[State, Move], State], start: State) -> str:
-    """A Mermaid diagram with one arrow per pair of states; decisions stand in «»."""
+    """Return a Mermaid diagram with one arrow per pair of states; decisions are in «»."""
     arrows: dict[tuple[str, str], list[str]] = {}
     for (state, move), after in moves.items():
         word = f"«{move.value}»" if move in DECISIONS else str(move.value)
@@ -51,14 +52,14 @@ def diagram(moves: Mapping[tuple[State, Move], State], start: State) -> str:
 
 
 def section() -> str:
-    """What stands between the marks, with them."""
+    """Return the marks and the diagrams between them."""
     file = diagram(FILE_MOVES, FileState.ABSENT)
     slot = diagram(SLOT_MOVES, SlotState.NONE)
     return f"{BEGIN}\n\nThe file:\n\n{file}\n\nThe slot:\n\n{slot}\n\n{END}"
 
 
 def redrawn(page: str) -> str:
-    """The page with its diagrams drawn anew; ValueError unless it has both marks once."""
+    """Return the page with new diagrams; raise ValueError unless it has both marks once."""
     before, mark, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not mark or not end or BEGIN in after or END in after:

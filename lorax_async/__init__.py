@@ -136,5 +136,5 @@ __all__ = [
     "parse_adapter_id",
 ]
 
-# A library must not print where the application has not asked for it.
+# A library must not log unless the application configures it.
 logging.getLogger("lorax_async").addHandler(logging.NullHandler())

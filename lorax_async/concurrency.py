@@ -1,4 +1,4 @@
-"""Threads beside an event loop: its inbox, awaited work, shared openings, control of a fetch."""
+"""Threads beside an event loop: inbox, worker threads, awaited futures, fetch control."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ from lorax_async.errors import LoraxError
 
 
 class FetchControl:
-    """How much a fetch is wanted. Changed on the loop, asked for in any thread.
+    """A caller's hold on a fetch. Change it on the loop; read it in any thread.
 
-    `urgent`: somebody waits for it, and it is no prefetch.
+    `urgent` is False for a prefetch.
     """
 
     def __init__(self, *, urgent: bool = True) -> None:
         self.urgent = urgent
         self.refused: LoraxError | None = None
-        """The error with which a check refused the bytes received so far."""
+        """The error of a check that refused the bytes received so far."""
         self._ended = Event()
         self._watchers: list[Callable[[], None]] = []
 
     @property
     def ended(self) -> bool:
-        """Nobody wants it any more; looked at between chunks."""
+        """Whether the fetch is no longer needed; check it between chunks."""
         return self._ended.is_set()
 
     def wait(self, seconds: float) -> bool:
-        """Whether it ended within so many seconds. Blocks."""
+        """Block until the fetch is cancelled; return False after `seconds`."""
         return self._ended.wait(seconds)
 
     def end(self) -> None:
         self._ended.set()
-        self._tell()
+        self._notify()
 
     def raise_priority(self) -> None:
-        """Somebody waits for it now."""
+        """Make a prefetch urgent."""
         if not self.urgent:
             self.urgent = True
-            self._tell()
+            self._notify()
 
     @contextmanager
     def watched(self, changed: Callable[[], None]) -> Iterator[None]:
-        """Call `changed` at each change, on the loop, and once at the beginning. Quick."""
+        """Call `changed` on the loop: at once, and at each change within the block."""
         self._watchers.append(changed)
         try:
             changed()
@@ -55,7 +55,7 @@ class FetchControl:
         finally:
             self._watchers.remove(changed)
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         for changed in tuple(self._watchers):
             changed()
 
@@ -64,7 +64,7 @@ T = TypeVar("T")
 
 
 def running_loop() -> asyncio.AbstractEventLoop | None:
-    """The loop that the calling thread runs, if it runs one."""
+    """Return the event loop that the calling thread runs, or None."""
     try:
         return asyncio.get_running_loop()
     except RuntimeError:
@@ -74,48 +74,48 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
 class Inbox(Generic[T]):
     """Carries items from any thread to `handle`, called on the loop in the order of arrival.
 
-    Waking a loop costs more than a small copy, so that whatever arrives until the loop gets round
-    to it shares one wake-up.
+    Waking a loop costs more than a small copy, so all items that arrive before the loop handles
+    them share one wake-up.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, handle: Callable[[T], None]) -> None:
         self._loop = loop
         self._handle = handle
         self._items: deque[T] = deque()
-        self._awake = False
+        self._wake_pending = False
 
     def put(self, item: T) -> None:
-        """From any thread. Without effect once the loop is closed: nobody listens any more."""
+        """Add an item and wake the loop. Any thread; without effect once the loop is closed."""
         self.leave(item)
         self.wake()
 
     def leave(self, item: T) -> None:
-        """From any thread: as `put`, for the next `wake`, which somebody must call after this."""
+        """Add an item without waking the loop. Any thread; call `wake` afterwards."""
         self._items.append(item)
 
     def wake(self) -> None:
-        """From any thread: let the loop handle what was left."""
-        # The flag is cleared before the items are taken: what was left while it is set is seen.
-        if self._awake:
+        """Have the loop handle all items. Any thread."""
+        # The flag is cleared before the items are taken: an item added while it is set is handled.
+        if self._wake_pending:
             return
-        self._awake = True
+        self._wake_pending = True
         try:
             self._loop.call_soon_threadsafe(self._drain)
-        except RuntimeError:
-            self._awake = False
+        except RuntimeError:  # the loop is closed
+            self._wake_pending = False
             self._items.clear()
 
     def _drain(self) -> None:
-        self._awake = False
+        self._wake_pending = False
         self.take()
 
     def take(self) -> None:
-        """On the loop: handle what has arrived so far."""
+        """Handle the items that have arrived. Call on the loop."""
         try:
             while self._items:
                 self._handle(self._items.popleft())
         finally:
-            if self._items:  # `handle` raised: the items behind must not wait for another one
+            if self._items:  # `handle` raised: the rest must not wait for the next `wake`
                 self._loop.call_soon(self._drain)
 
 
@@ -123,13 +123,16 @@ R = TypeVar("R")
 
 
 class WorkerThreads:
-    """A pool of its own: who waits for a disk here holds up nobody who opens a local file."""
+    """A pool of its own for the disk cache, so that its waits do not delay local files."""
 
     def __init__(self, threads: int) -> None:
         self.threads = ThreadPoolExecutor(threads, "lorax-remote")
 
     async def run(self, work: Callable[[], R], undo: Callable[[R], None] | None = None) -> R:
-        """What `work` returns. On a cancellation it is waited for all the same, and undone."""
+        """Run `work` in a thread and return its result.
+
+        On cancellation, wait for its end and call `undo` with the result.
+        """
         future = self.threads.submit(work)
         try:
             return await outcome(future)
@@ -141,36 +144,36 @@ class WorkerThreads:
             raise
 
     async def finish(self, work: Callable[[], object]) -> None:
-        """Let it run to its end, however often that is cancelled: something is let go."""
+        """Run `work` to its end despite cancellation. For releasing resources."""
         future = self.threads.submit(work)
         await ended(future)
         future.result()
 
     def submit(self, work: Callable[[], R]) -> Future[R]:
-        """Let it run, without waiting. From any thread."""
+        """Start `work` without waiting. Any thread."""
         return self.threads.submit(work)
 
     def close(self) -> None:
-        """Wait for what was submitted. Blocks."""
+        """Block until all submitted work is done."""
         self.threads.shutdown()
 
 
 class FairThreads:
-    """Gives an executor's threads to calls that block, `most` at a time for each origin.
+    """Runs blocking calls in an executor, at most `max_per_origin` at a time for each origin.
 
-    A call that was begun cannot be cut short: an origin that does not answer keeps its threads, and
-    others find free ones as long as the executor has more than `most`. From any thread.
+    A running call cannot be interrupted: an unresponsive origin keeps its threads. Other origins
+    find free ones if the executor has more than `max_per_origin`. Any thread.
     """
 
-    def __init__(self, executor: Executor, most: int) -> None:
+    def __init__(self, executor: Executor, max_per_origin: int) -> None:
         self._executor = executor
-        self._most = most
+        self._max_per_origin = max_per_origin
         self._lock = Lock()
         self._running: Counter[Hashable] = Counter()
         self._waiting: dict[Hashable, deque[tuple[Future[Any], Callable[[], Any]]]] = {}
 
     def submit(self, origin: Hashable, work: Callable[[], R]) -> Future[R]:
-        """Call `work` in a thread. Cancelling what is returned drops a call that was not begun."""
+        """Call `work` in a thread. Cancelling the future drops a call that has not begun."""
         future: Future[R] = Future()
         with self._lock:
             self._waiting.setdefault(origin, deque()).append((future, work))
@@ -180,7 +183,7 @@ class FairThreads:
     def _start(self, origin: Hashable) -> None:
         with self._lock:
             waiting = self._waiting.get(origin)
-            while waiting and self._running[origin] < self._most:
+            while waiting and self._running[origin] < self._max_per_origin:
                 self._executor.submit(self._run, origin, *waiting.popleft())
                 self._running[origin] += 1
             if not waiting:
@@ -191,37 +194,37 @@ class FairThreads:
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(work())
-                except BaseException as error:  # noqa: BLE001 - it is raised where it is awaited
+                except BaseException as error:  # noqa: BLE001 - raised where it is awaited
                     future.set_exception(error)
         finally:
             with self._lock:
                 self._running[origin] -= 1
                 if not self._running[origin]:
                     del self._running[origin]
-            with suppress(RuntimeError):  # the executor was closed: nobody waits any more
+            with suppress(RuntimeError):  # the executor is closed: nothing waits
                 self._start(origin)
 
 
 async def outcome(future: Future[R]) -> R:
-    """What it brings, or raises. Cancelling leaves it as it is."""
+    """Await a thread's future. Cancelling the call does not cancel the future."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[None] = loop.create_future()
 
-    def tell() -> None:
+    def set_done() -> None:
         if not done.done():
             done.set_result(None)
 
-    def told(_: Future[Any]) -> None:
-        with suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits any more
-            loop.call_soon_threadsafe(tell)
+    def notify(_: Future[Any]) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nothing waits
+            loop.call_soon_threadsafe(set_done)
 
-    future.add_done_callback(told)
+    future.add_done_callback(notify)
     await done
     return future.result()
 
 
 async def ended(future: Future[Any]) -> None:
-    """Wait until it is through, whatever comes of it, and however often that is cancelled."""
+    """Wait until the future is done, despite errors and cancellation."""
     while not future.done():
         with suppress(asyncio.CancelledError, Exception):
             await outcome(future)
@@ -231,6 +234,6 @@ class Closable(Protocol):
     def close(self) -> None: ...
 
 
-def close_all(several: Iterable[Closable]) -> None:
-    for each in several:
-        each.close()
+def close_all(resources: Iterable[Closable]) -> None:
+    for resource in resources:
+        resource.close()

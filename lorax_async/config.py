@@ -1,4 +1,4 @@
-"""The settings of a loader: frozen, checked at construction, with defaults for a laptop."""
+"""The settings of a loader: immutable, checked at construction, with defaults for a laptop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from lorax_async.ids.allow import Allow, as_allow
 from lorax_async.ids.grammar import parse_folder_url
 from lorax_async.validation import (
     MAX_SECONDS,
-    as_folder_to_be,
     require_bool,
     require_count,
     require_one_of,
@@ -45,7 +44,7 @@ GiB = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much of a stranger's adapter is accepted. Bytes, or counts."""
+    """Limits on untrusted adapters, in bytes or counts."""
 
     max_header_bytes: int = 2 * MiB
     max_tensors: int = 65_536
@@ -63,7 +62,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Which of the `world_size` parts of every tensor-parallel module a loader holds: the `rank`th.
+    """The part of every tensor-parallel module that a loader holds: `rank` of `world_size`.
 
     Raises `ConfigError` unless 0 <= rank < world_size.
     """
@@ -76,8 +75,8 @@ class Shard:
         require_count("rank", self.rank, least=0)
         if self.rank >= self.world_size:
             raise ConfigError(
-                f"rank {self.rank} is outside 0 … {self.world_size - 1}: a world of"
-                f" {self.world_size} counts its ranks from 0"
+                f"rank {self.rank} is outside 0 … {self.world_size - 1}: ranks in a world of"
+                f" {self.world_size} start at 0"
             )
 
 
@@ -85,9 +84,9 @@ class Shard:
 class LocalRoot:
     """A folder from which a `str` id may name an adapter. `path` is kept as an absolute `Path`.
 
-    `immutable=True` is the operator's word that no file below it is ever changed in place or
-    truncated (new versions come by rename), so that such files may be mapped and held in host
-    memory. A file that is cut while it is mapped can kill the process.
+    `immutable=True` asserts that no file below it is changed in place or truncated (new versions
+    are renamed into place), so that files may be mapped and kept in host memory. Truncating a
+    mapped file can kill the process.
 
     Raises `ConfigError` if there is no such folder.
     """
@@ -103,11 +102,11 @@ class LocalRoot:
 
 
 Root = str | os.PathLike[str] | LocalRoot
-"""What names a local root: a plain path says nothing of how its files change."""
+"""A local root; a plain path means `immutable=False`."""
 
 
 def as_local_roots(roots: object) -> tuple[LocalRoot, ...]:
-    """Of a tuple or list of `Root`s; those that are `LocalRoot`s already stay as they are."""
+    """Convert a tuple or list of `Root`s. Raises `ConfigError`."""
     if not isinstance(roots, tuple | list) or not all(
         isinstance(root, str | os.PathLike | LocalRoot) for root in roots
     ):
@@ -116,34 +115,34 @@ def as_local_roots(roots: object) -> tuple[LocalRoot, ...]:
 
 
 def _folder(name: str) -> Path:
-    if not name:  # an unset variable, say, must not open the present folder
-        raise ConfigError("local root '' is not a folder; '.' is the present one")
+    if not name:  # an unset variable must not open the current folder
+        raise ConfigError("local root '' is not a folder; '.' is the current one")
     path = Path(name).absolute()
-    if not os.path.isdir(path):  # Path.is_dir raises where it may not look
+    if not os.path.isdir(path):  # Path.is_dir may raise PermissionError
         raise ConfigError(f"local root {shorten(str(path), 500)!r} is not a folder")
     return path
 
 
 MAX_SLOTS = 65_536
-"""A slot is a column of the device's tables, with 24 bytes for every module of the base."""
+"""A slot takes 24 bytes per module of the base in the device's tables."""
 
 MAX_THREADS = 256
 
-_MOST = {"max_slots": MAX_SLOTS, "io_threads": MAX_THREADS, "connections": MAX_THREADS}
+_MAXIMA = {"max_slots": MAX_SLOTS, "io_threads": MAX_THREADS, "connections": MAX_THREADS}
 
 Eviction = Literal["lru", "lfu", "gdsf"]
-"""Who makes room."""
+"""The eviction policy."""
 
 HubCache = Literal["read", "off"]
-"""What the standard hub cache of this machine is for."""
+"""The use of the standard hub cache."""
 
 Checking = Literal["none", "stream", "before_use"]
-"""What a load waits for, of the digest of an adapter's weights."""
+"""When the digest of an adapter's weights is checked."""
 
 _DEVICE = re.compile(r"cpu|simulated|cuda(:(0|[1-9][0-9]?))?")
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-"""The dtypes an adapter can have on a device, by torch's name, with the file format's word."""
+"""The dtypes of adapters on a device: torch's name to safetensors' name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,75 +152,75 @@ class LoaderConfig:
     Parameters
     ----------
     device
-        Where adapters become resident: "cpu", "cuda", "cuda:N", or "simulated" (a device for tests
-        of servers: host memory behind copies that run late).
+        The device: "cpu", "cuda", "cuda:N", or "simulated" (for tests of servers: host memory with
+        delayed copies).
     dtype
-        What they are stored as there: a torch dtype or its name; None takes the layout's.
+        The dtype of adapters on the device: a torch dtype or its name. None: the layout's.
     shard
-        The part of a tensor-parallel base that this process runs, cut as Megatron-LM cuts: of a
-        column-parallel module B's rows are held, of a row-parallel one A's columns, and its delta
-        is added before the all-reduce. Only these bytes are read. None: all of it.
+        The part of a tensor-parallel base that this process runs, split as in Megatron-LM: B's rows
+        of a column-parallel module, A's columns of a row-parallel one, whose delta is added before
+        the all-reduce. Only these bytes are read. None: the whole base.
     device_bytes, staging_bytes
-        Budgets: the arena, and the buffers in which casts and padding happen (page-locked on cuda,
-        where everything passes through them).
+        Budgets: the arena, and the staging buffers for casts and padding (page-locked on cuda,
+        where all bytes pass through them).
     host_bytes
-        Budget of the host tier: file pages below immutable `LocalRoot`s that are held in memory.
+        Budget of the host tier: file pages below immutable `LocalRoot`s that are kept in memory.
     memory_bytes
-        Budget of copies in host memory: of adapters that were given as tensors, until they are
-        unloaded, replaced or spilled, and of merges, until others need the room.
+        Budget of host copies: adapters loaded from tensors, until they are unloaded, replaced or
+        spilled, and merges, until others need the room.
     spill
-        Let those that were used longest ago go on in `cache_dir`, within `cache_bytes`, where a new
-        one finds no room in `memory_bytes`; False writes no tensors to the disk.
+        Move the least recently used tensor adapters to `cache_dir`, within `cache_bytes`, when
+        `memory_bytes` is full. False writes no tensors to disk.
     pinned_bytes
-        Budget, on other devices than "cpu", of page-locked memory beside staging: adapters are
-        kept there as they lie on the device, and come back without reading a file.
+        Budget of pinned images, on devices other than "cpu": page-locked copies of adapters in
+        device form, which reload without reading a file.
     max_slots
         Adapters that can be resident or streaming at once.
     io_threads
-        Threads that read and copy bytes. Small metadata has two more of its own.
+        Threads that read and copy bytes. Small metadata has two threads of its own.
     timeout
-        Seconds a call waits unless it says otherwise.
+        The default timeout of calls, in seconds.
     starvation_age
-        Seconds after which a request that waits for a slot stops new leases on an adapter that is
-        always leased, so that its slot comes free; and what each level of priority is worth.
+        Seconds after which a request that waits for a slot blocks new leases on an adapter that is
+        always leased, so that its slot becomes free. Also the worth of one level of priority.
     min_residency
-        Seconds for which an adapter that became resident is not evicted for others that have not
-        waited for `starvation_age`.
+        Seconds for which a resident adapter is not evicted for requests that have waited less than
+        `starvation_age`.
     eviction
-        Who makes room: "lru", "lfu" (with ageing), or "gdsf" (by frequency and cost per byte).
+        The eviction policy: "lru", "lfu" (with ageing), or "gdsf" (frequency and cost per byte).
     local_roots
-        Folders from which a `str` id may name an adapter: paths, or `LocalRoot`s, as which they
-        are kept. A `pathlib.Path` id needs none.
+        Folders below which a `str` id may name an adapter: paths or `LocalRoot`s; kept as
+        `LocalRoot`s. A `pathlib.Path` id needs none.
     allow
-        From where adapters may come that are not local, in `Allow` entries (docs/sources.md).
-        Without any: from the hub. Once there is one for the hub, from what the hub's entries name.
+        Places from which remote adapters may be loaded, as `Allow` entries (docs/sources.md).
+        Without entries: the hub. Entries for the hub limit it to what they name.
     hub_endpoint
-        URL of the hub. None is huggingface_hub's own: https://huggingface.co, or what `HF_ENDPOINT`
-        said when huggingface_hub was imported; nothing here reads it. Wherever it leads is allowed.
+        URL of the hub. None: huggingface_hub's own, https://huggingface.co or `HF_ENDPOINT` at its
+        import. The hosts to which it redirects are allowed.
     hub_cache
-        The standard hub cache, which other programs share: "read" uses what is stored there, "off"
-        ignores it. It is never written: what comes from the hub goes to `cache_dir`.
+        The standard hub cache, shared with other programs: "read" uses its files, "off" ignores it.
+        It is never written: downloads go to `cache_dir`.
     hub_cache_dir
-        Its folder; None is huggingface_hub's.
+        Its folder. None: huggingface_hub's.
     offline
-        Ask no source: adapters come from local folders and the two caches only.
+        Make no request: load from local folders and the two caches only.
     verify
-        What `load` waits for: "stream" for the weights on the device, while their digest follows;
-        "before_use" for the digest too, also of local files; "none" checks no digest at all.
+        When to check digests: "stream" returns from `load` when the weights are on the device, and
+        checks meanwhile; "before_use" waits for the check, of local files too; "none" checks none.
     cache_dir
-        Where adapters from elsewhere are kept, private to this user; made when first needed. None
-        is `$XDG_CACHE_HOME/lorax-async`, else `~/.cache/lorax-async` (`cache_folder` says it).
+        The folder of the disk cache, private to this user; made when first needed. None:
+        `$XDG_CACHE_HOME/lorax-async`, else `~/.cache/lorax-async` (see `cache_folder`).
     cache_bytes
         Budget of that folder.
     connections
-        To all sources together: each has a thread.
+        Connections to all sources together; each has a thread.
     revalidate
-        Seconds for which an answer of a source about a revision that may move, or about who may
-        have an adapter, is taken again without asking; 0 asks each time.
+        Seconds for which a source's answer about a movable revision, or about access to an adapter,
+        is reused; 0 always asks again.
     check_finite
         Refuse adapters with NaN or infinite weights (reads every byte once more, off the loop).
     limits
-        How much of a stranger's adapter is accepted.
+        Limits on untrusted adapters.
 
     Raises
     ------
@@ -277,24 +276,26 @@ class LoaderConfig:
         if not isinstance(self.shard, Shard | None):
             raise ConfigError(f"shard must be Shard(rank, world_size) or None, not {self.shard!r}")
         self._check_numbers()
-        settled = {
+        normalized = {
             "dtype": _dtype_name(self.dtype),
             "local_roots": as_local_roots(self.local_roots),
             "allow": as_allow(self.allow),
             "hub_endpoint": _endpoint(self.hub_endpoint),
-            "hub_cache_dir": as_folder_to_be("hub_cache_dir", self.hub_cache_dir),
-            "cache_dir": as_folder_to_be("cache_dir", self.cache_dir),
+            "hub_cache_dir": _as_folder("hub_cache_dir", self.hub_cache_dir),
+            "cache_dir": _as_folder("cache_dir", self.cache_dir),
         }
-        for name, value in settled.items():
+        for name, value in normalized.items():
             object.__setattr__(self, name, value)
 
     def _check_numbers(self) -> None:
         for name in ("device_bytes", "staging_bytes", "cache_bytes"):
             require_positive(name, getattr(self, name))
-        for name, most in _MOST.items():
+        for name, maximum in _MAXIMA.items():
             require_positive(name, getattr(self, name))
-            if getattr(self, name) > most:
-                raise ConfigError(f"{name} must be {most:,} at most, not {getattr(self, name):,}")
+            if getattr(self, name) > maximum:
+                raise ConfigError(
+                    f"{name} must be {maximum:,} at most, not {getattr(self, name):,}"
+                )
         for name in ("host_bytes", "memory_bytes", "pinned_bytes"):
             require_count(name, getattr(self, name), least=0)
         for name in ("timeout", "starvation_age"):
@@ -305,23 +306,23 @@ class LoaderConfig:
 
     @property
     def cache_folder(self) -> Path:
-        """`cache_dir`, or the folder that stands for None, as the environment has it now."""
-        return Path(self.cache_dir) if self.cache_dir is not None else _usual_cache_folder()
+        """`cache_dir`, or the default folder by the current environment."""
+        return Path(self.cache_dir) if self.cache_dir is not None else _default_cache_folder()
 
     @property
     def storage_dtype(self) -> str | None:
-        """`dtype` in the file format's spelling ("BF16"), or None for the layout's."""
+        """`dtype` by safetensors' name ("BF16"), or None for the layout's."""
         return None if self.dtype is None else DTYPES[str(self.dtype)]
 
     def resolved(self, layout_dtype: str) -> Self:
-        """These settings with a dtype: where None was given, the layout's ("BF16")."""
+        """Return these settings with the layout's dtype ("BF16") if `dtype` is None."""
         if self.dtype is not None:
             return self
         name = next(name for name, word in DTYPES.items() if word == layout_dtype)
         return replace(self, dtype=name)
 
     def seconds(self, timeout: object) -> float:
-        """A call's own timeout, or the configured one where it says None."""
+        """Check and return a call's timeout; None is the configured one. Raises `UsageError`."""
         number: Any = self.timeout if timeout is None else timeout
         plain = isinstance(number, int | float) and not isinstance(number, bool)
         if plain and 0 <= number <= MAX_SECONDS:
@@ -339,22 +340,34 @@ def _dtype_name(dtype: object) -> str | None:
 
 
 def _endpoint(url: object) -> str | None:
-    """In its one spelling, without a "/" at the end."""
+    """Normalize a URL, without a "/" at the end."""
     if url is None:
         return None
     if not isinstance(url, str):
         raise ConfigError(f"hub_endpoint must be a URL or None, not {url!r}")
     try:
         return parse_folder_url(url).text.removesuffix("/")
-    except InvalidAdapterIdError as error:  # the URL may hold a secret: it is not repeated
+    except InvalidAdapterIdError as error:  # do not repeat the URL: it may hold a secret
         raise ConfigError(f"hub_endpoint is not accepted: {error.problem}") from None
 
 
-def _usual_cache_folder() -> Path:
-    """By the XDG base directory specification, which ignores what is not absolute."""
-    named = os.environ.get("XDG_CACHE_HOME", "")
+def _as_folder(name: str, value: object) -> Path | None:
+    """Return the absolute path of an existing or future folder; None stays None."""
+    if value is None:
+        return None
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise ConfigError(f"{name} must be the path of a folder or None, not {value!r}")
+    path = Path(os.fsdecode(value)).absolute()
+    if "\0" in str(path) or (os.path.lexists(path) and not os.path.isdir(path)):
+        raise ConfigError(f"{name} {shorten(str(path), 500)!r} is not a folder")
+    return path
+
+
+def _default_cache_folder() -> Path:
+    """Return the folder by the XDG specification, which ignores relative paths."""
+    cache_home = os.environ.get("XDG_CACHE_HOME", "")
     try:
-        base = Path(named) if os.path.isabs(named) else Path.home() / ".cache"
+        base = Path(cache_home) if os.path.isabs(cache_home) else Path.home() / ".cache"
     except RuntimeError as error:
         raise ConfigError("this process has no home folder; name a cache_dir") from error
     return base / "lorax-async"

@@ -1,7 +1,7 @@
-"""Every error a caller of this package can see; the texts and remedies are in docs/errors.md.
+"""All errors that callers of this package see; docs/errors.md has texts and remedies.
 
-Pure code raises an error with its problem alone; the driver adds which adapter, which attempt and
-the story (:meth:`LoraxError.located`) before a caller sees it.
+Pure code raises an error with its problem alone; the driver adds adapter, attempt and story by
+`LoraxError.located` before a caller sees it.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal, Self
 
 Stage = Literal["queue", "resolve", "fetch", "verify", "stage", "copy", "ready"]
-"""Where an adapter was when something happened: the same words in errors, events and statistics."""
+"""An adapter's stage; errors, events and statistics use the same words."""
 
 MAX_TEXT = 1_000
 
 
 def shorten(text: str, limit: int = MAX_TEXT) -> str:
-    """Cut a text that may carry a stranger's names to `limit` printable characters."""
+    """Cut untrusted text to `limit` printable characters."""
     clean = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
     return clean if len(clean) <= limit else clean[: limit - 1] + "…"
 
 
 def shorten_repr(value: object, limit: int = 100) -> str:
-    """Return the `repr` of a caller's argument, cut; Python spells no integer of 4,301 digits."""
+    """Return the `repr` of an argument, cut; Python refuses to format integers of 4,301 digits."""
     try:
         return shorten(repr(value), limit)
     except ValueError:
@@ -32,9 +32,9 @@ def shorten_repr(value: object, limit: int = 100) -> str:
 class LoraxError(Exception):
     """Base of all errors of this package.
 
-    `problem` says what is wrong and what to do; `id`, `key`, `attempt`, `stage` say where;
-    `retryable` whether the same call may succeed later, and `retry_after` after how many seconds,
-    if the source said so; `story` what had happened to the adapter.
+    `problem` is what is wrong and what to do; `id`, `key`, `attempt` and `stage` are where it
+    happened; `retryable` tells whether the same call may succeed later, `retry_after` after how
+    many seconds, if the source named them; `story` is what happened to the adapter before.
     """
 
     retryable_by_default: ClassVar[bool] = False
@@ -57,7 +57,7 @@ class LoraxError(Exception):
         self.id = id
         self.key = key
         self.attempt = attempt
-        self._said_stage = stage
+        self._own_stage = stage
         self.stage: Stage | None = stage or self.default_stage
         self.retryable = self.retryable_by_default if retryable is None else retryable
         self.retry_after = retry_after
@@ -80,28 +80,29 @@ class LoraxError(Exception):
         stage: Stage | None = None,
         story: Sequence[object] = (),
     ) -> Self:
-        """A copy that knows its adapter; each waiter gets its own, for raising collects frames.
+        """Return a copy with the adapter's data.
 
-        What the error said itself stays; `stage` counts where it only had its class's.
+        Each waiter raises its own copy, for raising adds frames to the traceback. A stage passed at
+        construction stays; `stage` replaces the class's default only.
         """
-        copy = self._again(
+        copy = self._copy(
             id=id if id is not None else self.id,
             key=key if key is not None else self.key,
             attempt=self.attempt if attempt is None else attempt,
-            stage=self._said_stage or stage,
+            stage=self._own_stage or stage,
             story=story or self.story,
         )
         copy.__cause__ = self.__cause__
         return copy
 
-    def prefixed(self, words: str) -> Self:
-        """A copy whose problem begins with `words`: which part of what was asked for it is."""
+    def prefixed(self, prefix: str) -> Self:
+        """Return a copy whose problem begins with `prefix`."""
         copy = self.located()
-        copy.problem = shorten(f"{words}{self.problem}")
+        copy.problem = shorten(f"{prefix}{self.problem}")
         copy.args = (copy.problem,)
         return copy
 
-    def _again(
+    def _copy(
         self,
         *,
         id: str | None,
@@ -133,7 +134,7 @@ class AdapterNotFoundError(AdapterError):
 
 
 class AdapterTimeoutError(AdapterError, TimeoutError):
-    """The deadline passed; `stage` is the one it ran out in. Other waiters are not affected."""
+    """The deadline passed, in `stage`. Other waiters are not affected."""
 
     retryable_by_default = True
 
@@ -146,7 +147,7 @@ class FetchError(AdapterError):
 
 
 class EvictedError(FetchError):
-    """Its file made room in the disk cache before it was read; a load fetches it again itself."""
+    """The file was evicted from the disk cache before it was read; a load fetches it again."""
 
 
 class FetchTimeoutError(FetchError, TimeoutError):
@@ -154,7 +155,7 @@ class FetchTimeoutError(FetchError, TimeoutError):
 
 
 class IntegrityError(FetchError):
-    """The bytes are not the ones that were promised, or changed while they were read."""
+    """The bytes do not match their digest or size, or changed while they were read."""
 
 
 class AccessDeniedError(FetchError):
@@ -189,7 +190,7 @@ class TransferError(AdapterError):
 
 
 class CapacityError(LoraxError):
-    """There is no room, and waiting would not make any."""
+    """There is not enough room, and waiting does not free any."""
 
     retryable_by_default = True
     default_stage = "queue"
@@ -206,7 +207,7 @@ class InvalidAdapterIdError(UsageError):
 
 
 class AdapterInUseError(UsageError):
-    """Leases are still out."""
+    """The adapter has open leases."""
 
     retryable_by_default = True
     default_stage = "ready"
@@ -221,7 +222,7 @@ class HandleClosedError(UsageError):
 
 
 class ConfigError(UsageError):
-    """A setting is out of range, or not available here."""
+    """A setting is out of range or not available here."""
 
 
 class InternalError(LoraxError):
@@ -229,4 +230,4 @@ class InternalError(LoraxError):
 
 
 class InvalidTransitionError(InternalError):
-    """An outcome arrived for which the transition table has no row; nothing was changed."""
+    """An outcome arrived that the transition table does not allow; nothing was changed."""

@@ -1,4 +1,4 @@
-"""Open files that strangers may have put there, and read their bytes with checks."""
+"""Open untrusted files, and read their bytes with checks."""
 
 from __future__ import annotations
 
@@ -27,32 +27,32 @@ from lorax_async.types import FileIdentity
 
 
 class Reader(Protocol):
-    """Checked access to the bytes of one adapter's weights. Whoever opened it closes it."""
+    """Checked access to the bytes of one adapter's weights. The opener must close it."""
 
     @property
     def nbytes(self) -> int:
         """Size of the file."""
 
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
-        """Fill the buffers, one after the other, from `offset` on. Blocks.
+        """Fill the buffers in order with the bytes from `offset` on. Blocks.
 
-        Raises `IntegrityError` if the file is shorter or is no longer the one that was opened, and
+        Raises `IntegrityError` if the file is too short or has changed since it was opened, and
         `FetchError` if it cannot be read.
         """
 
     def read_rows(self, buffer: memoryview, offset: int, rows: int, pitch: int) -> None:
-        """Fill the buffer with `rows` equal parts of the file, `pitch` bytes from one to the next.
+        """Fill the buffer with `rows` equal parts of the file at `offset`, `offset + pitch`, ….
 
-        Each has a byte or more; the first begins at `offset`. Nothing between them is read. Blocks,
-        and raises as `read_into` does.
+        Each part has at least one byte. Bytes between the parts are not read. Blocks, and raises as
+        `read_into` does.
         """
 
     def close(self) -> None:
-        """Quick and idempotent."""
+        """Close the reader. Quick and idempotent."""
 
 
 IOV_MAX = 1024
-"""Most buffers that Linux takes in one call."""
+"""The most buffers that Linux takes in one call."""
 
 _KINDS = {
     stat.S_IFREG: "a file",
@@ -65,7 +65,7 @@ _KINDS = {
 
 
 class FilePosition(NamedTuple):
-    """What a name led to: an `O_PATH` descriptor and its status."""
+    """The target of a path: an `O_PATH` descriptor and its status."""
 
     fd: int
     status: os.stat_result
@@ -83,13 +83,13 @@ class FilePosition(NamedTuple):
         return identity_of(self.status)
 
     def open(self) -> int:
-        """A descriptor to read this very file with; only for what is known to be a file."""
+        """Open this very file for reading; return the descriptor. Only for a regular file."""
         return os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 @contextmanager
 def located(path: str, *, within: int | None = None) -> Iterator[FilePosition]:
-    """Follow `path` (from the folder with descriptor `within`). Raises `OSError`."""
+    """Follow `path`, relative to the folder descriptor `within`. Raises `OSError`."""
     fd = os.open(path, os.O_PATH | os.O_CLOEXEC, dir_fd=within)
     try:
         yield FilePosition(fd, os.fstat(fd))
@@ -104,12 +104,12 @@ def identity_of(status: os.stat_result) -> FileIdentity:
 
 
 def require_file(name: str, file: FilePosition, max_bytes: int) -> None:
-    """Refuse what is no regular file, is empty, or is over the limit."""
+    """Raise `AdapterFormatError` unless it is a regular file of 1 to `max_bytes` bytes."""
     if not stat.S_ISREG(file.status.st_mode):
         raise AdapterFormatError(f"{name} is {file.kind}, not a regular file; put the file there")
     size = file.status.st_size
     if size == 0:
-        # Retryable: whoever saves a file in place makes it empty first.
+        # Retryable: a program that saves a file in place truncates it first.
         raise AdapterFormatError(
             f"{name} is empty; fetch or save the adapter again", retryable=True
         )
@@ -118,10 +118,10 @@ def require_file(name: str, file: FilePosition, max_bytes: int) -> None:
 
 
 def open_same(path: str, identity: FileIdentity, name: str | None = None) -> int:
-    """A descriptor to read the file at `path` with, if it is still the one of that identity.
+    """Open the file at `path` for reading if it has this identity; return the descriptor.
 
-    Raises `IntegrityError` if not, and what `translated` makes of other failures; both call it
-    `name`, by default the path's last part.
+    Raises `IntegrityError` if not, and `translated` errors otherwise. `name` is the file's name in
+    errors, by default the path's last part.
     """
     name = name or os.path.basename(path)
     try:
@@ -136,7 +136,7 @@ def open_same(path: str, identity: FileIdentity, name: str | None = None) -> int
 
 
 def require_same(path: str, identity: FileIdentity) -> None:
-    """As `open_same`, opening nothing."""
+    """Raise as `open_same` unless the file has this identity."""
     name = os.path.basename(path)
     try:
         status = os.stat(path)
@@ -157,7 +157,7 @@ def code_of(error: OSError) -> str:
 
 
 def translated(error: OSError, name: str) -> AdapterError:
-    """The error of ours for one of the operating system's; the texts hold no path."""
+    """Return this package's error for an `OSError`, without the path in its text."""
     if isinstance(error, PermissionError):
         return AccessDeniedError(
             f"{name} may not be read by this process ({code_of(error)}); give it permission:"
@@ -170,7 +170,7 @@ _NOT_OPEN = -1
 
 
 class FileReader:
-    """A `Reader` over a descriptor, which it owns; `opener` gives it, at the first read."""
+    """A `Reader` over a descriptor that it owns, from `opener` at the first read."""
 
     def __init__(self, opener: Callable[[], int], identity: FileIdentity, name: str) -> None:
         self._opener = opener
@@ -192,7 +192,7 @@ class FileReader:
 
     @property
     def identity(self) -> FileIdentity:
-        """Of the file that was meant."""
+        """The identity that the file must have."""
         return self._identity
 
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
@@ -204,22 +204,22 @@ class FileReader:
             raise self._ends_before(offset + (rows - 1) * pitch + buffer.nbytes // rows)
 
     def _checked(self, read: Callable[[int], bool]) -> bool:
-        """What `read` says of the descriptor; afterwards it is still the file that was meant."""
+        """Return the result of `read`; raise `IntegrityError` if the file has changed by then."""
         with self.held() as fd:
             try:
-                whole = read(fd)
+                complete = read(fd)
                 same = identity_of(os.fstat(fd)) == self._identity
             except OSError as error:
                 raise translated(error, self._name) from error
         if not same:
             raise changed(self._name)
-        return whole
+        return complete
 
     def _ends_before(self, stop: int) -> IntegrityError:
         return IntegrityError(f"{self._name} ends before byte {stop:,}")
 
     def read_ahead(self) -> None:
-        """Ask the kernel to bring the whole file into memory; waits for no byte."""
+        """Start reading the whole file into the page cache; do not wait."""
         with self.held() as fd:
             try:
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
@@ -235,9 +235,9 @@ class FileReader:
 
     @contextmanager
     def held(self) -> Iterator[int]:
-        """The descriptor, open until the last read is through: its number must not be reused.
+        """Keep the descriptor open within the block, so that its number is not reused.
 
-        The first time it is opened, which blocks and raises as `read_into` does.
+        The first use opens it, which blocks and raises as `read_into` does.
         """
         self._enter()
         try:
@@ -259,12 +259,12 @@ class FileReader:
             os.close(self._fd)
 
     def _descriptor(self) -> int:
-        """Opened once, by whoever reads first; `close` need not wait for that."""
+        """Open the descriptor at the first read, under a lock that `close` does not take."""
         if self._fd == _NOT_OPEN:
             with self._opening:
                 if self._fd == _NOT_OPEN:
                     fd = self._opener()
-                    # Whole adapters are read, and mostly in file order: read ahead twice as far.
+                    # Adapters are read whole, mostly in file order: double the read-ahead.
                     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
                     self._fd = fd
         return self._fd
@@ -276,24 +276,24 @@ class FileReader:
 
 
 def fill(fd: int, buffers: Sequence[memoryview], offset: int) -> bool:
-    """Read until every buffer is full; False if the file ends earlier."""
-    left = [buffer for buffer in buffers if buffer.nbytes]
+    """Read until every buffer is full; return False if the file ends earlier."""
+    unfilled = [buffer for buffer in buffers if buffer.nbytes]
     first = 0
-    while first < len(left):
-        count = os.preadv(fd, left[first : first + IOV_MAX], offset)
+    while first < len(unfilled):
+        count = os.preadv(fd, unfilled[first : first + IOV_MAX], offset)
         if count == 0:
             return False
         offset += count
-        while first < len(left) and count >= left[first].nbytes:
-            count -= left[first].nbytes
+        while first < len(unfilled) and count >= unfilled[first].nbytes:
+            count -= unfilled[first].nbytes
             first += 1
         if count:
-            left[first] = left[first].cast("B")[count:]
+            unfilled[first] = unfilled[first].cast("B")[count:]
     return True
 
 
 def _fill_rows(fd: int, content: memoryview, offset: int, rows: int, pitch: int) -> bool:
-    """Row by row, for no byte between them is to be read; False if the file ends earlier."""
+    """Read row by row, and no byte between them; return False if the file ends earlier."""
     size = content.nbytes // rows
     for first in range(0, rows * size, size):
         row = content[first : first + size]
@@ -304,35 +304,36 @@ def _fill_rows(fd: int, content: memoryview, offset: int, rows: int, pitch: int)
     return True
 
 
-PIECE_BYTES = 4 << 20
-"""Read and hashed at once: milliseconds, after which others have the thread."""
+HASH_STEP_BYTES = 4 << 20
+"""Bytes per step of hashing: milliseconds, after which the thread is free for other work."""
 
 
 async def sha256_of(reader: Reader, threads: Executor, control: FetchControl | None = None) -> str:
-    """In lower-case hexadecimal. Raises what the reader does, and `FetchError` if
-    `control` ends.
+    """Hash a file in `threads`; return its SHA-256 in lower-case hexadecimal.
+
+    Raises as `Reader.read_into`, and `FetchError` when `control` is cancelled.
     """
-    loop, found = asyncio.get_running_loop(), sha256()
-    buffer = memoryview(bytearray(min(PIECE_BYTES, reader.nbytes)))
+    loop, digest = asyncio.get_running_loop(), sha256()
+    buffer = memoryview(bytearray(min(HASH_STEP_BYTES, reader.nbytes)))
 
     def feed(start: int) -> None:
-        """In a thread, which has the buffer to itself even after a cancellation."""
-        piece = buffer[: reader.nbytes - start]
-        reader.read_into([piece], start)
-        found.update(piece)
+        """Hash one step in a thread, which alone uses the buffer even after a cancellation."""
+        content = buffer[: reader.nbytes - start]
+        reader.read_into([content], start)
+        digest.update(content)
 
-    for start in range(0, reader.nbytes, PIECE_BYTES):
+    for start in range(0, reader.nbytes, HASH_STEP_BYTES):
         if control is not None and control.ended:
-            raise FetchError("nobody waits for the adapter any more")
+            raise FetchError("no caller waits for the adapter any more")
         await loop.run_in_executor(threads, feed, start)
-    return found.hexdigest()
+    return digest.hexdigest()
 
 
-def hash_on(fd: int, found: FileHash, stop: int, name: str) -> None:
-    """Hash on up to `stop`. Raise `OSError`, or `IntegrityError` if the file ends before."""
-    buffer = memoryview(bytearray(min(1 << 20, max(0, stop - found.done))))
-    while found.done < stop:
-        piece = buffer[: stop - found.done]
-        if not fill(fd, [piece], found.done):
+def hash_on(fd: int, file_hash: FileHash, stop: int, name: str) -> None:
+    """Continue a hash up to `stop`. Raise `OSError`, or `IntegrityError` if the file is shorter."""
+    buffer = memoryview(bytearray(min(1 << 20, max(0, stop - file_hash.done))))
+    while file_hash.done < stop:
+        content = buffer[: stop - file_hash.done]
+        if not fill(fd, [content], file_hash.done):
             raise IntegrityError(f"{name} in the cache ends before byte {stop:,}")
-        found.feed(piece)
+        file_hash.feed(content)

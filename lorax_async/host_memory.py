@@ -1,4 +1,4 @@
-"""Map and lock files in host memory, by the C library's calls."""
+"""Map and lock files in host memory, through the C library."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorax_async.errors import IntegrityError, UsageError
 
 POPULATE_READ = 22
 POPULATE_WRITE = 23
-"""MADV_POPULATE_… of Linux 5.14, which Python's mmap does not name. EINVAL on an older kernel."""
+"""MADV_POPULATE_… of Linux 5.14, missing from Python's mmap. EINVAL on older kernels."""
 
 WILLNEED = mmap.MADV_WILLNEED
 
@@ -33,9 +33,9 @@ _LIBRARY.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 def map_privately(fd: int, nbytes: int) -> int:
-    """The address of a private, writable map of a file's first bytes. Raises `OSError`.
+    """Map a file's first bytes, private and writable; return the address.
 
-    The descriptor may be closed afterwards.
+    The descriptor may be closed afterwards. Raises `OSError`.
     """
     access = mmap.PROT_READ | mmap.PROT_WRITE
     address: int | None = _LIBRARY.mmap(None, nbytes, access, mmap.MAP_PRIVATE, fd, 0)
@@ -46,45 +46,44 @@ def map_privately(fd: int, nbytes: int) -> int:
 
 
 def unmap(address: int, nbytes: int) -> int:
-    """As munmap(2), returning errno. Milliseconds for a large map."""
+    """Call munmap(2); return errno, 0 for success. Takes milliseconds for a large map."""
     return ctypes.get_errno() if _LIBRARY.munmap(address, nbytes) else 0
 
 
 def madvise(address: int, nbytes: int, advice: int) -> int:
-    """As madvise(2), returning errno."""
+    """Call madvise(2); return errno, 0 for success."""
     return ctypes.get_errno() if _LIBRARY.madvise(address, nbytes, advice) else 0
 
 
 def lock_on_fault(address: int, nbytes: int) -> int:
-    """Lock the pages that are here, and every other one as it comes; returns errno.
+    """Lock the resident pages, and others as they are faulted in; return errno, 0 for success.
 
-    Plain mlock(2) would fault the pages of a writable private map as if to write them: each would
-    become a copy of its own.
+    Plain mlock(2) would write-fault the pages of a writable private map, which copies each of them.
     """
-    place = ctypes.c_void_p(address), ctypes.c_size_t(nbytes)
-    # Named here and not above: other platforms have no such call, and import this all the same.
-    return ctypes.get_errno() if _LIBRARY.mlock2(*place, ctypes.c_uint(_MLOCK_ONFAULT)) else 0
+    extent = ctypes.c_void_p(address), ctypes.c_size_t(nbytes)
+    # Looked up at the call: other platforms lack it, and must still import this module.
+    return ctypes.get_errno() if _LIBRARY.mlock2(*extent, ctypes.c_uint(_MLOCK_ONFAULT)) else 0
 
 
-_AT_ONCE = 32 << 20
-"""Others may map and fault in between two such pieces."""
+_POPULATE_BYTES = 32 << 20
+"""Bytes per call, between which other threads may map and fault."""
 
 
 class MappedFile:
     """A private map of a whole file, which keeps the file's pages in memory.
 
-    Whoever touches a map of a file that was cut is killed (SIGBUS). So the loader touches none: it
-    copies through the file's checked descriptor, and the map only keeps the pages that are read
-    there. `view` is for callers who know that the file does not change.
+    Reading a map of a truncated file kills the process (SIGBUS). So the loader copies through the
+    file's checked descriptor, and the map only keeps those pages in memory. Use `view` only for
+    files that do not change.
 
     Parameters
     ----------
     fd
-        Of the file, open for reading; not needed any more once the map is made.
+        The file, open for reading; may be closed once the map is made.
     nbytes
         Size of the file, more than 0.
     name
-        What errors call the file.
+        The file's name in errors.
 
     Raises
     ------
@@ -102,34 +101,34 @@ class MappedFile:
 
     @property
     def locked(self) -> bool:
-        """The kernel may not take back the pages that are here."""
+        """Whether the kernel may not evict the resident pages."""
         return self._lock_granted and self._populates
 
     def lock(self) -> bool:
-        """Lock the pages that are here and those to come, if this process may; returns `locked`.
+        """Lock the resident pages and later ones, if permitted; return `locked`.
 
-        False (over RLIMIT_MEMLOCK without CAP_IPC_LOCK, say) leaves it to the kernel how long they
-        stay. Lock first and populate then, so that no page can come and go in between.
+        If False (for example over RLIMIT_MEMLOCK without CAP_IPC_LOCK), the kernel may evict pages.
+        Lock before populating, so that no page is evicted in between.
         """
         address = ctypes.addressof(self._open_memory())
         self._lock_granted = lock_on_fault(address, self.nbytes) == 0
         return self.locked
 
     def populate(self, start: int = 0, stop: int | None = None) -> None:
-        """Bring these bytes' pages into memory, and map them. None is the file's end. Blocks.
+        """Read these bytes' pages into memory and map them. Blocks. None is the file's end.
 
-        A kernel before 5.14 is only asked to read ahead, and then nothing counts as locked. Raises
-        `IntegrityError` where the file has no bytes or its disk fails, else `OSError`.
+        A kernel before 5.14 only reads ahead, and `locked` becomes False. Raises `IntegrityError`
+        if the file is shorter or its disk fails, else `OSError`.
         """
-        memory = self._open_memory()  # whoever closes meanwhile does not unmap under this call
+        memory = self._open_memory()  # a concurrent `close` must not unmap during this call
         start -= start % mmap.PAGESIZE
         stop = self.nbytes if stop is None else min(stop, self.nbytes)
         address = ctypes.addressof(memory)
         try:
-            for piece in range(start, stop, _AT_ONCE):
-                self._populate(address + piece, piece, min(stop, piece + _AT_ONCE))
+            for offset in range(start, stop, _POPULATE_BYTES):
+                self._populate(address + offset, offset, min(stop, offset + _POPULATE_BYTES))
         finally:
-            del memory  # an error keeps its frames, and with them the map, until they are collected
+            del memory  # else an error's traceback would keep the map
 
     def _populate(self, address: int, start: int, stop: int) -> None:
         code = madvise(address, stop - start, POPULATE_READ)
@@ -144,16 +143,16 @@ class MappedFile:
             raise OSError(code, os.strerror(code))
 
     def view(self, start: int, stop: int) -> torch.Tensor:
-        """The bytes as uint8 `[stop - start]`, without a copy. It keeps the map alive.
+        """Return the bytes as uint8 `[stop - start]` without a copy. The view keeps the map alive.
 
-        What is written to it is seen in this map alone, not in the file.
+        Writes change this map only, not the file.
         """
         if not 0 <= start <= stop <= self.nbytes:
             raise UsageError(f"bytes {start:,} to {stop:,} are not in a map of {self.nbytes:,}")
         return torch.frombuffer(self._open_memory(), dtype=torch.uint8)[start:stop]
 
     def close(self) -> None:
-        """Let the map go; it ends with the last view of it. Blocks for milliseconds. Idempotent."""
+        """Drop the map; the last view unmaps it. Blocks for milliseconds. Idempotent."""
         self._memory = None
 
     def _open_memory(self) -> ctypes.Array[ctypes.c_char]:
@@ -168,9 +167,9 @@ class MappedFile:
 
 
 def _mapped(fd: int, nbytes: int) -> ctypes.Array[ctypes.c_char]:
-    """A map that is unmapped when nobody refers to it any more, and at the process's end."""
+    """Map a file; unmap it with the last reference, but not at interpreter exit."""
     address = map_privately(fd, nbytes)
     memory = (ctypes.c_char * nbytes).from_address(address)
-    # Views may be read until the very end of the interpreter.
+    # Views may be read until the interpreter exits.
     weakref.finalize(memory, unmap, address, nbytes).atexit = False
     return memory

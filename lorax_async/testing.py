@@ -330,7 +330,7 @@ class FakeSource:
         due = asyncio.get_running_loop().time() + self.pace
         while True:
             if control.ended:
-                raise FetchError("nobody waits for the adapter any more")
+                raise FetchError("no caller waits for the adapter any more")
             left = due - asyncio.get_running_loop().time()
             if left <= 0 and group in self._allowed.get(version.id, (group,)):
                 break
@@ -341,7 +341,7 @@ class FakeSource:
     async def _verify(self, version: FakeVersion, control: FetchControl) -> None:
         while version.id in self._unverified:
             if control.ended:
-                raise FetchError("nobody waits for the adapter any more")
+                raise FetchError("no caller waits for the adapter any more")
             await asyncio.sleep(_POLL_SECONDS)
         try:
             self._maybe_fail("verify", version.id)

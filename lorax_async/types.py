@@ -1,4 +1,4 @@
-"""What a caller asks for, which bytes that is, what a config says of it, how far it was checked."""
+"""Adapter references, keys, merges, verification results and config data."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _LOCAL = re.compile(r"/|\.\.?/|file:", re.IGNORECASE)
 _URL = re.compile(r"\A\s*[A-Za-z][A-Za-z0-9+.-]*:/|://")
 _USER = re.compile(r"(?:\A\s*[A-Za-z][A-Za-z0-9+.-]*:/|://)/*[^/?#]*@")
-_PLACES = frozenset({"s3", "gs", "az", "http", "https"})
-"""Sources whose ids are URLs, of which the beginning may be left out."""
+_URL_SOURCES = frozenset({"s3", "gs", "az", "http", "https"})
+"""Sources whose ids are URLs, with or without the scheme."""
 
 
 def checked(text: str, encode: Callable[[str], bytes]) -> str:
+    """Return `text`; raise `InvalidAdapterIdError` if it is empty, too long or contains NUL."""
     try:
         encoded = encode(text)
     except UnicodeEncodeError:
@@ -35,6 +36,7 @@ def checked(text: str, encode: Callable[[str], bytes]) -> str:
 
 
 def readable(text: str) -> str:
+    """Return `text`; raise `InvalidAdapterIdError` if it contains a control character."""
     if _CONTROL.search(text):
         raise InvalidAdapterIdError("the id holds a control character")
     return text
@@ -43,18 +45,18 @@ def readable(text: str) -> str:
 def refuse_secrets(text: str, source: str | None) -> None:
     """Refuse a URL with a user name, a password, a query or a fragment, without repeating it.
 
-    An id stands in errors, events and logs; so no value that holds one may come about.
+    Ids appear in errors, events and logs, so no `AdapterRef` may contain a secret.
     """
     if source == "local" or (source is None and _LOCAL.match(text)):
         return
-    if source in _PLACES and "://" not in text:
+    if source in _URL_SOURCES and "://" not in text:
         text = f"{source}://{text}"
     url = _URL.search(text)
     if url is None:
         return
     if _USER.search(text):
         raise InvalidAdapterIdError(
-            "a URL in an id has no user name and no password; give a token by token="
+            "a URL in an id has no user name and no password; pass a token as token="
         )
     if "?" in text[url.end() :] or "#" in text[url.end() :]:
         raise InvalidAdapterIdError(
@@ -67,31 +69,31 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True)
 class AdapterRef:
-    """What a caller asks for: an id with where to look, which revision, on whose authority.
+    """An adapter id with its source, revision and credentials.
 
     Attributes
     ----------
     source
-        "hub", "s3", "gs", "az", "http", "https" or "local", where the id does not say it; None is
-        the hub for `org/name` (docs/sources.md has all forms).
+        "hub", "s3", "gs", "az", "http", "https" or "local", unless the id contains it. None is the
+        hub for `org/name` (docs/sources.md has all forms).
     revision
-        A branch, tag or commit of the hub; a versionId or ETag elsewhere. None is the present one.
+        A branch, tag or commit on the hub; a versionId or ETag elsewhere. None is the current one.
     token
-        What the source is asked with; never shown.
+        The access token for the source; never shown.
     use_token
-        Ask the hub with this machine's own token (`HF_TOKEN`, `hf auth login`). For ids that the
-        program itself names, never for an id out of a request.
+        Use this machine's own hub token (`HF_TOKEN`, `hf auth login`). Only for ids that the
+        program itself names, never for an id from a request.
     digest
-        What the weights come to, as sha256 in hexadecimal, for who knows it: all else is refused.
+        The expected SHA-256 of the weights, in hexadecimal; other bytes are refused.
     allow_stale
-        Where the source cannot be asked, take the version that it last named.
+        If the source cannot be reached, use the version that it last named.
 
     Raises
     ------
     InvalidAdapterIdError
         The id is neither text nor path, or a URL with a user name, password, query or fragment.
     UsageError
-        An argument has the wrong type, or `token` and `use_token` are both given.
+        An argument has the wrong type, or both `token` and `use_token` are set.
     """
 
     id: str | Path
@@ -103,9 +105,9 @@ class AdapterRef:
     use_token: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
-        given: object = self.id
-        if not isinstance(given, str | Path):
-            kind = type(given).__name__
+        adapter_id: object = self.id
+        if not isinstance(adapter_id, str | Path):
+            kind = type(adapter_id).__name__
             raise InvalidAdapterIdError(f"an adapter id is a str or a pathlib.Path, not {kind}")
         for name in ("source", "revision", "token", "digest"):
             if not isinstance(getattr(self, name), str | None):
@@ -118,7 +120,7 @@ class AdapterRef:
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if self.use_token and self.token is not None:
-            raise UsageError("token and use_token contradict each other; give one of them")
+            raise UsageError("token and use_token exclude each other; pass one of them")
 
     @property
     def text(self) -> str:
@@ -126,14 +128,14 @@ class AdapterRef:
 
     @property
     def name(self) -> AdapterRef:
-        """What it means, whatever its caller knows of the bytes and whether old ones will do."""
+        """The reference without `digest` and `allow_stale`, which do not change what it names."""
         plain = self.digest is None and not self.allow_stale
         return self if plain else replace(self, digest=None, allow_stale=False)
 
 
 @dataclass(frozen=True, slots=True)
 class FileIdentity:
-    """Tells two versions of a local file apart without reading it."""
+    """The identity of one version of a local file, by its status."""
 
     device: int
     inode: int
@@ -144,9 +146,9 @@ class FileIdentity:
 
 @dataclass(frozen=True, slots=True)
 class AdapterKey:
-    """One version of one adapter's files. Equal keys are the same bytes, and are loaded once.
+    """One exact version of an adapter. Equal keys mean equal bytes, which are loaded once.
 
-    A loader has one layout, shard and dtype, so that within it a key also names one slot's content.
+    A loader has one layout, shard and dtype, so within it a key also identifies a slot's content.
     """
 
     location: str
@@ -154,8 +156,8 @@ class AdapterKey:
     _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        # Kept, for keys are looked up several times per copy; over all, for versions of one
-        # location lie in the same dictionaries.
+        # Cached, for keys are looked up several times per copy. All fields count, for versions of
+        # one location share dictionaries.
         object.__setattr__(self, "_hash", hash((self.location, self.files)))
 
     def __hash__(self) -> int:
@@ -167,9 +169,9 @@ class AdapterKey:
 
 @dataclass(frozen=True, slots=True)
 class TensorsKey(AdapterKey):
-    """An adapter that was given as tensors: the location tells config, names and bytes by digest.
+    """The key of an adapter loaded from tensors, by the digest of config, names and bytes.
 
-    So equal content is one adapter, whatever it is called.
+    Equal content is one adapter, under any id.
     """
 
     def __hash__(self) -> int:
@@ -177,21 +179,21 @@ class TensorsKey(AdapterKey):
 
     @classmethod
     def of(cls, digest: str) -> TensorsKey:
-        """Of a SHA-256 in hexadecimal."""
+        """Make the key for a SHA-256 in hexadecimal."""
         return cls(f"tensors:sha256:{digest}", ())
 
     @property
     def digest(self) -> str:
-        """That SHA-256."""
+        """The SHA-256 in hexadecimal."""
         return self.location.rpartition(":")[2]
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteKey(AdapterKey):
-    """One version of an adapter that lies elsewhere; the location is its id without a revision.
+    """One version of a remote adapter; `location` is its id without a revision.
 
-    `version` is the hub's commit, or what versionIds or strong ETags of its files come to. It is
-    `stale` where the source could not be asked, and last named this one.
+    `version` is the hub's commit, or a digest of the versionIds or strong ETags of its files.
+    `stale` means that the source could not be reached and last named this version.
     """
 
     version: str = ""
@@ -208,21 +210,21 @@ class RemoteKey(AdapterKey):
 
 
 PartId = str | Path | AdapterRef | AdapterKey
-"""Whatever names one adapter that somebody saved."""
+"""The id of one saved adapter."""
 
 
 def as_part(adapter_id: object) -> AdapterRef | AdapterKey:
-    """Raises `UsageError` for what is none."""
+    """Convert a `PartId`. Raises `UsageError`."""
     if isinstance(adapter_id, AdapterRef | AdapterKey):
         return adapter_id
     return AdapterRef(adapter_id)  # type: ignore[arg-type]  # it checks
 
 
 MAX_FACTOR = 3.4028234663852886e38
-"""The largest float32: what adapters are scaled and weighted by."""
+"""The largest float32, the type of scales and weights."""
 
 MAX_PARTS = 64
-"""All are open at once; and a request may bring the list."""
+"""The most parts of a merge: all are open at once, and a request may choose them."""
 
 Strategy = Literal["linear", "ties", "dare_linear", "dare_ties"]
 MajoritySign = Literal["total", "frequency"]
@@ -230,28 +232,27 @@ MajoritySign = Literal["total", "frequency"]
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """Several adapters as one: an id like any other, equal and hashed by value.
+    """Several adapters combined into one: an adapter id, compared and hashed by value.
 
     Parameters
     ----------
     strategy
-        "linear" (the exact weighted sum of the deltas, of any ranks), or "ties", "dare_linear",
-        "dare_ties" (A and B by themselves, of equal ranks), as PEFT's `add_weighted_adapter` has
-        them; its exact one is called "cat" there.
+        "linear" (the exact weighted sum of the deltas, of any ranks; PEFT's "cat"), or "ties",
+        "dare_linear", "dare_ties" (A and B separately, of equal ranks), as in PEFT's
+        `add_weighted_adapter`.
     refs, weights
-        The adapters, and a finite factor for each; two adapters at least, one for "linear".
+        The adapters, and a finite factor for each; at least two, or one for "linear".
     density
         The fraction of the weights that is kept, above 0 and up to 1. Not for "linear".
     majority_sign
-        Which sign wins where signs are elected ("ties", "dare_ties"): that of the "total", or the
-        more frequent one.
+        The sign that wins ("ties", "dare_ties"): that of the "total", or the more frequent one.
     seed
-        Of what is dropped at random ("dare_linear", "dare_ties").
+        The seed of the random drops ("dare_linear", "dare_ties").
 
     Raises
     ------
     UsageError
-        There is no such merge, or a setting would have no effect.
+        An argument is invalid, or would have no effect.
     """
 
     strategy: Strategy
@@ -292,17 +293,17 @@ class Merge:
 
     @property
     def parts(self) -> tuple[AdapterRef | AdapterKey, ...]:
-        """`refs`, as they are kept."""
+        """`refs` in their stored form."""
         return cast("tuple[AdapterRef | AdapterKey, ...]", self.refs)
 
     @property
     def drops(self) -> bool:
-        """Whether weights are dropped at random, and the others made larger for it."""
+        """Whether weights are dropped at random and the others rescaled."""
         return self.strategy in {"dare_linear", "dare_ties"}
 
     @property
     def elects(self) -> bool:
-        """Whether, weight by weight, only those of the majority's sign count."""
+        """Whether only the weights with the majority's sign count."""
         return self.strategy in {"ties", "dare_ties"}
 
     @property
@@ -316,7 +317,7 @@ class Merge:
 
 @dataclass(frozen=True, slots=True)
 class MergedKey(AdapterKey):
-    """What a `Merge` is: the recipe over the keys of its parts. `files` are those of all parts."""
+    """The key of a merge: its recipe over the keys of its parts. `files` are those of all parts."""
 
     merge: Merge
 
@@ -325,7 +326,7 @@ class MergedKey(AdapterKey):
 
     @classmethod
     def of(cls, merge: Merge, parts: Sequence[AdapterKey]) -> MergedKey:
-        """Equal for recipes that came to the same versions of the same adapters."""
+        """Make the key; equal for equal recipes over equal parts."""
         resolved = replace(merge, refs=tuple(parts))
         return cls(resolved.text, tuple(file for part in parts for file in part.files), resolved)
 
@@ -342,7 +343,7 @@ def _parts(refs: object) -> tuple[AdapterRef | AdapterKey, ...]:
     parts: list[AdapterRef | AdapterKey] = []
     for n, ref in enumerate(refs):
         if isinstance(ref, Merge | MergedKey):
-            raise UsageError(f"refs[{n}] is a merge itself; name the adapters that somebody saved")
+            raise UsageError(f"refs[{n}] is a merge itself; name saved adapters")
         try:
             parts.append(as_part(ref))
         except LoraxError as error:
@@ -371,17 +372,17 @@ def _require_one_of(name: str, value: object, names: tuple[str, ...]) -> None:
 
 
 VerificationKind = Literal["sha256", "git-sha1", "transport", "none"]
-"""Whose word: the source's (or the caller's) sha256, git's name of the content, nobody's but of the
-transport (lengths and validators: the digest is our own, and checked from then on), or none."""
+"""What the bytes were checked against: a SHA-256 of the source or caller; git's SHA-1 of the file;
+only the transport's lengths and validators (the digest is computed here and checked from then on);
+or nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What came of checking an adapter's weights.
+    """The result of checking an adapter's weights.
 
-    `digest`, in lower-case hexadecimal, is what they come to; None where they were not hashed. Of
-    weights in several files it is the sha256 of the lines "digest  file name", as `sha256sum` has
-    them, in the order of the names.
+    `digest` is their SHA-256 in lower-case hexadecimal; None if they were not hashed. For weights
+    in several files it is the SHA-256 of `sha256sum`'s lines ("digest  file name"), sorted by name.
     """
 
     kind: VerificationKind
@@ -389,10 +390,9 @@ class Verification:
 
     @property
     def vouched(self) -> bool:
-        """Whether the bytes have the digest that the source or the caller promised.
+        """Whether the bytes match a digest from the source or the caller.
 
-        If not, nobody vouched for them: a source that changes a file without another ETag, size or
-        date is not noticed.
+        If not, a file that its source changes without a new ETag, size or date goes unnoticed.
         """
         return self.kind in {"sha256", "git-sha1"}
 
@@ -402,17 +402,17 @@ UNCHECKED = Verification("none")
 _BY_STRENGTH: tuple[VerificationKind, ...] = ("none", "transport", "git-sha1", "sha256")
 
 
-def weakest(several: Iterable[Verification]) -> Verification:
-    """What is true of all of them together; no digest, for they are several files."""
-    kinds = [each.kind for each in several]
+def weakest(verifications: Iterable[Verification]) -> Verification:
+    """Return the weakest kind of several adapters' verifications, without a digest."""
+    kinds = [verification.kind for verification in verifications]
     return Verification(min(kinds, key=_BY_STRENGTH.index))
 
 
 AdapterId = PartId | Merge
-"""Whatever names an adapter in a call."""
+"""The id of an adapter in a call."""
 
 Ref = AdapterRef | AdapterKey | Merge
-"""An `AdapterId` as it is kept."""
+"""The stored form of an `AdapterId`."""
 
 
 def as_ref(
@@ -424,11 +424,11 @@ def as_ref(
     *,
     allow_stale: bool = False,
 ) -> Ref:
-    """What a call's arguments ask for. Raises `UsageError` if they contradict each other."""
+    """Convert a call's arguments. Raises `UsageError` if they contradict each other."""
     if isinstance(adapter_id, Ref):
-        if allow_stale or any(given is not None for given in (source, revision, token, digest)):
+        if allow_stale or any(value is not None for value in (source, revision, token, digest)):
             raise UsageError(
-                "an AdapterRef, a key or a Merge says source, revision, token, digest and"
+                "an AdapterRef, a key or a Merge has source, revision, token, digest and"
                 " allow_stale itself"
             )
         return adapter_id
@@ -444,23 +444,23 @@ def text_of(ref: Ref) -> str:
 
 
 def is_stale(key: AdapterKey) -> bool:
-    """Whether a source could not be asked, and last named this version, of it or of a part."""
+    """Return whether the key, or a part of a merge, is `stale` (see `RemoteKey`)."""
     if isinstance(key, MergedKey):
         return any(isinstance(part, AdapterKey) and is_stale(part) for part in key.merge.parts)
     return isinstance(key, RemoteKey) and key.stale
 
 
 class Matcher(Protocol):
-    """A compiled pattern of an adapter's config, which describes a module path or not."""
+    """A compiled pattern of an adapter's config, matched against a module path."""
 
     def __call__(self, module: str, /) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
 class ModulePattern:
-    """One entry of rank_pattern or alpha_pattern: the first whose matcher accepts a module wins.
+    """One entry of rank_pattern or alpha_pattern; the first that matches a module counts.
 
-    `cost` is that of matching one character of a path, in steps of the matcher.
+    `cost` is the matcher's steps per character of a path.
     """
 
     text: str
@@ -471,7 +471,7 @@ class ModulePattern:
 
 @dataclass(frozen=True, slots=True)
 class AdapterSpec:
-    """What `adapter_config.json` says that matters for applying the adapter; data only.
+    """The data of `adapter_config.json` that matters for applying the adapter.
 
     Attributes
     ----------
@@ -482,17 +482,17 @@ class AdapterSpec:
     rank_patterns, alpha_patterns
         Exceptions by module, in the order of the file.
     targets
-        `target_modules` as written (a tuple of names, one regular expression, or None); for people.
+        `target_modules` as written (names, one regular expression, or None); for display only.
     layers
-        `layers_to_transform`: the layers that names in `targets` are limited to; () is all.
+        `layers_to_transform`: the layers to which names in `targets` are limited; () is all.
     base_model
-        `base_model_name_or_path`: a label, which may be absent.
+        `base_model_name_or_path`: a label, if present.
     fan_in_fan_out
-        The author's word on how the base stores its weights; judged against the layout.
+        Whether the base stores transposed weights; checked against the layout.
     dora
-        Every module has a magnitude, which its weight's rows are scaled to.
+        Whether every module has a magnitude, to which its weight's rows are scaled.
     lora_bias
-        Every module has a bias beside B. Never with `dora`.
+        Whether every module has a bias of B. Never with `dora`.
     """
 
     rank: int
@@ -514,9 +514,9 @@ class AdapterSpec:
         return _first(self.alpha_patterns, module, self.alpha)
 
     def scale_of(self, module: str, rank: int | None = None) -> float:
-        """The factor PEFT multiplies the module's delta with (peft LoraLayer.update_layer).
+        """Return the scale of a module's delta, as PEFT's `LoraLayer.update_layer` computes it.
 
-        `rank` is that of the module where the caller knows it already.
+        `rank` is the module's, if the caller knows it already.
         """
         rank = self.rank_of(module) if rank is None else rank
         return self.alpha_of(module) / (sqrt(rank) if self.rslora else rank)

@@ -1,15 +1,13 @@
-"""What a setting must be; each raises `ConfigError` with the setting's name."""
+"""Checks of settings; each raises `ConfigError` with the setting's name."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
-from lorax_async.errors import ConfigError, shorten
+from lorax_async.errors import ConfigError
 
 MAX_SECONDS = 1e9
-"""The longest wait: what locks, event loops and their C clocks can all count to."""
+"""The longest wait that locks, event loops and C clocks all support."""
 
 
 def require_positive(name: str, value: object) -> None:
@@ -44,15 +42,3 @@ def require_bool(name: str, value: object) -> None:
 def require_one_of(name: str, value: object, words: Sequence[str]) -> None:
     if value not in words:
         raise ConfigError(f"{name} must be one of {', '.join(words)}")
-
-
-def as_folder_to_be(name: str, value: object) -> Path | None:
-    """An absolute path where a folder is or may be made; None stays None. Makes nothing."""
-    if value is None:
-        return None
-    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
-        raise ConfigError(f"{name} must be the path of a folder or None, not {value!r}")
-    path = Path(os.fsdecode(value)).absolute()
-    if "\0" in str(path) or (os.path.lexists(path) and not os.path.isdir(path)):
-        raise ConfigError(f"{name} {shorten(str(path), 500)!r} is not a folder")
-    return path

@@ -48,7 +48,7 @@ from lorax_async.formats.split_weights import WEIGHTS_FILE
 from lorax_async.ids.allow import Allow
 from lorax_async.ids.parsing import parsed
 from lorax_async.remote.fetching import COMPARED_BYTES
-from lorax_async.remote.remote_source import lazy_remote_source
+from lorax_async.remote.remote_source import open_remote_source
 from lorax_async.types import AdapterRef
 
 pytestmark = pytest.mark.usefixtures("no_socket_left", "nothing_left", "hub_client")
@@ -155,7 +155,7 @@ def test_some_come_and_one_fails(folder: Path, fetch: Callable[..., int], capsys
 
 def test_two_revisions_of_one_id_are_refused(fetch: Callable[..., int], capsys: Capture) -> None:
     assert fetch("org/name@v1", "--revision", "v2") == 1
-    assert "give one" in capsys.readouterr().err
+    assert "pass one" in capsys.readouterr().err
     one, other = (as_place(f"org/name@{revision}") for revision in ("v1", "v2"))
     with pytest.raises(UsageError, match="several revisions"):
         loads_of([one, other])
@@ -277,7 +277,7 @@ def test_a_few_at_a_time(run: Run, tmp_path: Path) -> None:
     with FaultServer(b"", behave) as server:
         config = replace(config, allow=(Allow("http", "127.0.0.1", server.port),))
         rows = [FetchRow(parsed(AdapterRef(server.url(f"/{name}/")))) for name in names]
-        with lazy_remote_source(config) as elsewhere:
+        with open_remote_source(config) as elsewhere:
             run(fetch_all(elsewhere, rows, show))
     size = len(contents(folder)[NAMES[1]])
     assert {(row.state, row.landed) for row in rows} == {("fetched", (size, size))}

@@ -136,7 +136,7 @@ def test_a_reference_or_a_key_says_everything_itself() -> None:
     ]
     for given, extra in product((AdapterRef("a"), KEY), extras):
         assert as_ref(given) is given
-        with pytest.raises(errors.UsageError, match="says source, revision, token, digest and"):
+        with pytest.raises(errors.UsageError, match="has source, revision, token, digest and"):
             as_ref(given, **extra)
     no_ids: list[Any] = [None, 5, b"org/name", ["a"], ...]
     for given in no_ids:

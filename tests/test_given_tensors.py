@@ -96,7 +96,7 @@ async def test_unloaded_tensors_are_gone_and_the_name_is_free(tmp_path: Path) ->
         await there.unload("mine")
         assert key not in there.residency()
         assert used(there) == 0
-        with pytest.raises(errors.AdapterNotFoundError, match="give them again"):
+        with pytest.raises(errors.AdapterNotFoundError, match="pass them again"):
             await there.load(key)
         async with await there.load("mine") as handle:  # the source's, as before
             tiny.assert_equal_to_file(handle, tmp_path / "mine")
@@ -167,7 +167,7 @@ def _with(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
 REFUSED: list[tuple[Any, Any, type[errors.LoraxError], str]] = [
     ([torch.zeros(1)], {}, errors.UsageError, "a dict of torch tensors by name, not list"),
     ({"x": [1.0]}, {}, errors.UsageError, "tensor 'x' is no torch tensor, but list"),
-    ({1: torch.zeros(1)}, {}, errors.UsageError, "tensors have names, not 1"),
+    ({1: torch.zeros(1)}, {}, errors.UsageError, "tensor names must be str, not 1"),
     ({}, "{}", errors.UsageError, "a dict as in adapter_config.json, or a peft.LoraConfig"),
     ({"x": torch.zeros(1, device="meta")}, {}, errors.UsageError, "no plain bytes"),
     ({"x": torch.zeros(2, 2).to_sparse()}, {}, errors.UsageError, "no plain bytes"),
@@ -185,7 +185,7 @@ REFUSED: list[tuple[Any, Any, type[errors.LoraxError], str]] = [
     (_with("lm_head.weight", torch.ones(4, 32)), {}, errors.UnsupportedAdapterError, "vocabulary"),
     (_with(f"{LAYER}.lora_A.weight", torch.ones(4, 31)), {}, errors.IncompatibleAdapterError, "31"),
     (_with(f"{LAYER}.lora_A.weight", torch.ones(4, 32).double()), {}, errors.UnsupportedAdapterError,
-     "float64; give it as torch.float32, torch.float16, torch.bfloat16"),
+     "float64; pass it as torch.float32, torch.float16, torch.bfloat16"),
 ]  # fmt: skip
 LIMITS = [
     (Limits(max_tensors=15), "16 tensors are over the limit of 15"),

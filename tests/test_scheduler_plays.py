@@ -106,7 +106,7 @@ class TimedSource(FakeSource):
                 if alarm is not None:
                     alarm.cancel()
         if control.ended:
-            raise FetchError("nobody waits for the adapter any more")
+            raise FetchError("no caller waits for the adapter any more")
 
 
 LEVEL = 0.02  # `starvation_age`: of the scheduler in virtual seconds, of the loader in real ones
@@ -295,7 +295,7 @@ class Engine:
         async for batch in self.world.scheduler.batches(scene.max_tokens, scene.max_sequences):
             for wanted in self.world.wanted:
                 if wanted.ticket in batch.preempted:
-                    self.world.blame(not wanted.ticket.flying, "preempted while it is computed")
+                    self.world.blame(not wanted.ticket.in_batch, "preempted while it is computed")
                     wanted.tokens = []
             self._judge(batch)
             self.computing += 1
@@ -347,7 +347,7 @@ class Engine:
         left_out = [
             ticket.order
             for each in world.wanted
-            if not (ticket := each.ticket).done and not ticket.flying
+            if not (ticket := each.ticket).done and not ticket.in_batch
             if (ticket.begun or may_begin) and world.is_ready(ticket.request.adapter_id)
         ]
         first = min((row.ticket.order for row in batch.rows), default=None)
@@ -552,7 +552,7 @@ async def _end(world: World, engines: list[asyncio.Task[None]]) -> None:
     usage = world.loader.usage()
     world.blame(not usage.leases, "leases are left")
     world.blame(not usage.waiting, "loads or hints are left")
-    names = [t.get_name() for t in asyncio.all_tasks() if t.get_name().startswith("lorax wish")]
+    names = [t.get_name() for t in asyncio.all_tasks() if t.get_name().startswith("lorax load")]
     world.blame(not names, "tasks are left")
     world.blame(world.clock.due is None, "alarms are left")
 
@@ -700,14 +700,14 @@ TELLING: dict[str, Play] = {
     "cancelled under way": _one(2, 8, [_asks(0, "a", 5, 9), Step(0.03), _asks(0, "b", 5, 2)]),
 }
 FAULTS: list[tuple[object, str, object]] = [
-    (LoadEstimate, "joins_at", lambda self, now, seconds, layers: now),
-    (AdapterQueues, "begin_again", lambda self, ticket: setattr(ticket, "begun", ticket.begun)),
+    (LoadEstimate, "earliest_pass", lambda self, now, seconds, layers: now),
+    (AdapterQueues, "requeue", lambda self, ticket: setattr(ticket, "begun", ticket.begun)),
     (admission, "share", lambda wants, tokens, rows: [list(each) for each in wants]),
     (AdapterQueue, "waiting", lambda self, most, fresh: self.tickets[:most]),
     (AdapterQueues, "fail", lambda self, adapter_queue, error: None),
-    (AdapterQueues, "_relieve", lambda self: None),
+    (AdapterQueues, "_release_stalled", lambda self: None),
     (AdapterQueue, "add", lambda self, ticket: self.tickets.insert(0, ticket)),
-    (AdapterQueues, "landed", lambda self, adapter_queues: None),
+    (AdapterQueues, "release_batch", lambda self, adapter_queues: None),
     (AdapterQueues, "leave", lambda self, ticket: None),
 ]
 

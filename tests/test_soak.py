@@ -62,7 +62,7 @@ from lorax_async.planning.layout import (
 )
 from lorax_async.remote.base import Backend
 from lorax_async.remote.opening import AdapterOpener
-from lorax_async.remote.remote_source import AllowRules, RemoteSource
+from lorax_async.remote.remote_source import AllowRules, RemoteParts, RemoteSource
 from lorax_async.remote.resolution import ResolutionCache, VersionResolver
 from lorax_async.remote.web import WebBackend
 from lorax_async.types import (
@@ -252,7 +252,8 @@ async def setting(
     opening = AdapterOpener(
         *(resolving, known, lambda _: cache, engine, workers), limits=limits, verify="stream"
     )
-    source = RemoteSource(resolving, opening, workers, limits=limits, verify="stream")
+    parts = RemoteParts(resolving, opening, workers, engine.close)
+    source = RemoteSource(lambda: parts, limits=limits, verify="stream")
     config = LoaderConfig(
         device=device,
         device_bytes=DEVICE_BYTES,

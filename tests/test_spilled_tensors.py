@@ -288,7 +288,7 @@ class Refusal:
     unloading_helps: bool = False
 
 
-NO_DISK = "nor can others make room on the disk: "
+NO_DISK = "others cannot be spilled to the disk: "
 REFUSALS = {
     "small cache": Refusal(
         "into the disk cache's 7,250", 1, {"cache_bytes": FILE // 2}, unloading_helps=True
@@ -298,7 +298,7 @@ REFUSALS = {
     ),
     "file size limit": Refusal("RLIMIT_FSIZE", obstacle=file_limit),
     "a quarter of the open files": Refusal(
-        "one of the 8 files that this process may open", 3, {}, few_open_files, unloading_helps=True
+        "of the 8 files that this process may open", 3, {}, few_open_files, unloading_helps=True
     ),
     "no folder": Refusal(NO_DISK, 1, {}, a_file_in_its_place),
     "unsafe folder": Refusal(NO_DISK, 1, {}, written_by_others),
@@ -337,7 +337,9 @@ async def test_a_damaged_entry_says_to_give_the_tensors_again(tmp_path: Path) ->
     async with spilled(tmp_path) as (there, _):
         await off_device(there)
         os.truncate(entries(tmp_path)[0] / WEIGHTS, 100)
-        with pytest.raises(errors.IntegrityError, match="give its tensors again") as caught:
+        with pytest.raises(
+            errors.IntegrityError, match="pass its tensors to load_tensors again"
+        ) as caught:
             await there.load("0")
         assert (caught.value.id, caught.value.retryable) == ("0", False)
         await there.unload("0")

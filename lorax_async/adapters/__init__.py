@@ -1,4 +1,12 @@
-"""LoRA adapters in LoRAX's form: its names and signatures, and the numbers that PEFT computes.
+"""LoRA adapters under LoRAX's names and signatures, with PEFT's numbers.
+
+- `lora`: `LoraConfig` and `LoraWeights`;
+- `weights_file`: an adapter's files, local or in the standard hub cache;
+- `layers`: the weights of one layer type, checked and stacked;
+- `layout_model`: a layout in place of a LoRAX model; padding and shares of the rank;
+- `batches`, `kernel_bridge`: segments and addresses of a batch; LoRAX's batch on SGMV kernels;
+- `merging`, `compatibility`: merges; the check of the base's architecture;
+- `base`, `threads`: the abstract classes; blocking calls in a thread.
 
 config = await LoraConfig.load_async("org/sql-adapter", None)
 with await WeightsFile.open_async("org/sql-adapter", None) as file:

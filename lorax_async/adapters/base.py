@@ -1,4 +1,4 @@
-"""What LoRAX's form can express, and the bases of its kinds of adapters.
+"""The module map, the model protocol and the base classes of LoRAX's kinds of adapters.
 
 Names and signatures are those of `config` and `weights` in `lorax_server.adapters`.
 """
@@ -26,26 +26,26 @@ OpenModuleMap = Mapping[str, Mapping[str, tuple[Content, str]]]
 
 
 @contextmanager
-def opened(module_map: ModuleMap) -> Iterator[OpenModuleMap]:
+def open_files(module_map: ModuleMap) -> Iterator[OpenModuleMap]:
     """Open every file that is named by its path, once each. Blocks, as `WeightsFile.at`."""
     files: dict[str | Path, WeightsFile] = {}
     with ExitStack() as stack:
 
-        def content(given: Content | str | Path) -> Content:
-            if isinstance(given, str | Path):
-                if given not in files:
-                    files[given] = stack.enter_context(WeightsFile.at(given))
-                return files[given]
-            return given
+        def open_content(entry: Content | str | Path) -> Content:
+            if isinstance(entry, str | Path):
+                if entry not in files:
+                    files[entry] = stack.enter_context(WeightsFile.at(entry))
+                return files[entry]
+            return entry
 
         yield {
-            name: {factor: (content(given), key) for factor, (given, key) in factors.items()}
+            name: {factor: (open_content(entry), key) for factor, (entry, key) in factors.items()}
             for name, factors in module_map.items()
         }
 
 
 class AdapterModel(Protocol):
-    """What loading asks of a model; LoRAX's models have it, and so has `LayoutModel`."""
+    """The part of a model that loading needs: a LoRAX model, or `LayoutModel`."""
 
     @property
     def dtype(self) -> torch.dtype: ...
@@ -58,7 +58,7 @@ class AdapterModel(Protocol):
         """(layer id, layer type) → module name and a layer with `base_layer.linear.weight`."""
 
     def get_num_layers_for_type(self, layer_type: str, /) -> int | Sequence[int]:
-        """Return how many layers have this type, or their ids where these are not 0, 1, …"""
+        """Return how many layers have this type, or their ids if not consecutive from 0."""
 
     def shard_lora_weights(
         self, weights_a: list[torch.Tensor], weights_b: list[torch.Tensor], layer_type: str, /
@@ -102,5 +102,5 @@ class AdapterWeights(ABC):
 
     @property
     def speculative_tokens(self) -> int:
-        """How many tokens it predicts ahead."""
+        """The number of tokens that the adapter predicts ahead."""
         return 0

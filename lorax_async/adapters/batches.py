@@ -1,7 +1,7 @@
-"""What a batch needs of its adapters for one layer type: segments, ranks and addresses.
+"""A batch's segments, ranks and addresses of adapters for one layer type.
 
 Names and signatures are those of `lorax_server.adapters.weights` and `lorax_server.adapters.lora`.
-An adapter is named by LoRAX's adapter index, an integer that a server gives it.
+An adapter is identified by LoRAX's adapter index, an integer assigned by the server.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class AdapterBatchMetadata:
 
     @classmethod
     def from_indices(cls, adapter_indices: Tensor) -> Self:
-        """Make all of it from the adapter of each token; bounds are int32, on its device."""
+        """Make the metadata from the adapter of each token; bounds are int32 on its device."""
         bounds, indices = find_segments(adapter_indices)
         segments = torch.tensor(bounds, dtype=torch.int32, device=adapter_indices.device)
         return cls(adapter_indices, set(indices), segments, indices)
@@ -138,8 +138,8 @@ class RankSegments:
     rank: int
     lora_a_ptr: Tensor  # int64 [n]: for each of n segments the address of its adapter's weights
     lora_b_ptr: Tensor
-    # Scratch memory of punica's CUDA kernels, which alone can size it: callers of punica's `sgmv`
-    # assign their own. `lorax_kernels.apply` needs none.
+    # Scratch memory of punica's CUDA kernels, which callers of punica's `sgmv` assign;
+    # `lorax_kernels.apply` needs none.
     tmp_shrink: Tensor | None = None
     tmp_expand: Tensor | None = None
     segment_starts: Tensor | None = None  # [n] in the dtype of adapter_segments
@@ -148,11 +148,11 @@ class RankSegments:
 
 
 class BatchAdapterWeights(ABC):
-    """What one kind of adapter gives to one batch, for one layer type."""
+    """The weights of one kind of adapter in one batch, for one layer type."""
 
     @abstractmethod
     def has_adapter(self, adapter_index: int) -> bool:
-        """Return whether the batch uses this adapter, and it has weights of this kind."""
+        """Return whether the batch uses this adapter and it has weights of this kind."""
 
     @classmethod
     @abstractmethod
@@ -169,7 +169,7 @@ class BatchAdapterWeights(ABC):
         prefill: bool,
         prefill_head_indices: Integers | None,
     ) -> Self | None:
-        """Make it of a layer type's adapters; return None where the batch uses none of the kind."""
+        """Make the weights of a layer type; return None if the batch uses none of this kind."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -185,7 +185,7 @@ class BatchLoraWeights(BatchAdapterWeights):
     prefill_head_indices: Integers | None  # the tokens that the layer gets, None for all
     adapters: dict[int, Any] = field(default_factory=dict)
     runs: Runs = field(default_factory=Runs)  # of rows, after prefill_head_indices
-    stacks: Stacks = field(default_factory=dict)  # keeps what the addresses in rank_data name
+    stacks: Stacks = field(default_factory=dict)  # keeps alive the tensors at rank_data's addresses
 
     def has_adapter(self, adapter_index: int) -> bool:
         return adapter_index in self.adapter_index_configs
@@ -211,7 +211,7 @@ class BatchLoraWeights(BatchAdapterWeights):
         prefill: bool,
         prefill_head_indices: Integers | None,
     ) -> Self | None:
-        """Make it of `LoraWeights`; return None if no token's adapter has any.
+        """Make the weights from `LoraWeights`; return None if no token's adapter has any.
 
         With `prefill_head_indices` (ascending) the rows of the layer are these tokens only. Raise
         `UsageError` for metadata that contradicts itself, and for weights whose addresses a kernel
@@ -252,7 +252,7 @@ def _runs(meta: AdapterBatchMetadata) -> Runs:
     """Check the metadata: a contradiction would apply another user's adapter to a token."""
     runs = Runs(meta.adapter_segments, meta.segment_indices)
     tokens = to_list("adapter_indices", meta.adapter_indices)
-    # Their number first: bounds that are wrong may be of any size.
+    # Compare the number first: wrong bounds may be of any size.
     if runs.bounds[-1] != len(tokens) or runs.by_row() != tokens:
         raise UsageError(
             f"adapter_indices ({len(tokens)} tokens) and the segments (up to {runs.bounds[-1]})"
@@ -263,7 +263,7 @@ def _runs(meta: AdapterBatchMetadata) -> Runs:
 
 
 def stacks_of(adapters: Mapping[int, Any], *, turned: bool) -> Stacks:
-    """Return the form that kernels read by token (`turned`) or by segment."""
+    """Return the weights for kernels by token (`turned`: transposed) or by segment."""
     stacks = {
         index: (one.weights_a_t, one.weights_b_t) if turned else (one.weights_a, one.weights_b)
         for index, one in adapters.items()

@@ -1,6 +1,6 @@
-"""Whether an adapter was trained on the served base, as far as names tell: shapes decide.
+"""Check by names whether an adapter was trained on the served base; shapes are checked later.
 
-Nothing here makes a network request.
+No function makes a network request.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def check_architectures(
 ) -> None:
     """Compare the served base (`model_id`, `architectures`) with the adapter's. Blocks.
 
-    Equal names, or a config without one, say nothing. Otherwise look the architectures of the
-    adapter's base up in the hub cache: warn if they are equal or unknown, and raise
+    Accept equal names, and a config without a name. Otherwise look up the architectures of the
+    adapter's base in the hub cache: warn if they are equal or unknown, and raise
     `IncompatibleAdapterError` if they differ.
     """
     base = adapter_config.base_model_name_or_path
@@ -55,9 +55,9 @@ async def check_architectures_async(
 
 
 def cached_architectures(base: str) -> tuple[str, ...] | None:
-    """Return what the `config.json` of a base in the hub cache says, if it is there. Blocks.
+    """Return the architectures in the `config.json` of a base in the hub cache, if any. Blocks.
 
-    The name comes from the adapter's author: no folder outside the cache is read.
+    The name is untrusted: no folder outside the cache is read.
     """
     try:
         path = HubFiles(base, None, None).cached(_CONFIG)

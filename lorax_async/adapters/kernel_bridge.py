@@ -1,4 +1,4 @@
-"""A batch of LoRAX's form on the kernels of this package: whole, or one process's share of it."""
+"""Apply a LoRAX batch with this package's kernels: whole, or one process's share of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lorax_async.planning.batch_plan import BASE_ONLY, plan_rows
 from lorax_kernels import Operands, Plan, apply
 
 RANK_MULTIPLE = 8
-"""What the kernels' tiles need of a rank."""
+"""The multiple of ranks that the kernels' tiles need."""
 
 Stack = tuple[Tensor, Tensor]
 """A `[layers, r, in]` and B `[layers, out, r]` of one adapter; each layer is contiguous."""
@@ -25,8 +25,8 @@ Stack = tuple[Tensor, Tensor]
 class StackedTables:
     """`lorax_kernels.Tables` over one batch's adapters: a row per layer, a column per adapter.
 
-    The scale is 1 everywhere, for `LoraWeights` has it in B. The tensors are of this batch: a
-    captured graph cannot hold them.
+    The scale is 1 everywhere, for `LoraWeights` has it in B. The tensors belong to this batch, so
+    no captured CUDA graph may use them.
     """
 
     def __init__(self, stacks: list[Stack]) -> None:
@@ -42,14 +42,14 @@ class StackedTables:
         self.address = (starts[:, None] + layers * torch.tensor(steps)[:, None]).to(first.device)
 
     def operands(self, module: int, slot: int) -> Operands:
-        """Return the same views again: by that kernels know that the weights are unchanged."""
+        """Return A, B and scale; the same views each time, by which kernels see no change."""
         if (module, slot) not in self._views:
             a, b = self.stacks[slot]
             self._views[module, slot] = a[module], b[module], 1.0
         return self._views[module, slot]
 
     def add(self, y: Tensor, x: Tensor, plan: Plan, layer: int) -> None:
-        """As `lorax_kernels.apply`. Raise `UsageError` for tensors that do not fit."""
+        """Call `lorax_kernels.apply`. Raise `UsageError` for tensors that do not fit."""
         try:
             apply(y, x, plan, layer, self)
         except ValueError as error:
@@ -58,9 +58,9 @@ class StackedTables:
 
 @dataclass(frozen=True, eq=False)
 class Bridge:
-    """Applies the adapters of a `BatchLoraWeights`, layer by layer; made once per layer type.
+    """Applies the adapters of a `BatchLoraWeights`, layer by layer; make one per layer type.
 
-    With one process `apply` does it. Where LoRAX splits adapters over `world_size` processes, each
+    With one process, call `apply`. If LoRAX splits adapters over `world_size` processes, each
     shrinks and expands its share, with an exchange in between. Column-parallel layers have A split
     by rank and B by `out`:
 
@@ -80,18 +80,18 @@ class Bridge:
     """
 
     plan: Plan
-    # The weights where they are; only a rank that is no multiple of 8 is copied, with zeros.
+    # The weights in place; only a rank that is no multiple of 8 is copied, padded with zeros.
     stacks: list[Stack] = field(repr=False)
     local_ranks: list[int]
     world_size: int
-    parts: int  # that `expand` takes: world_size if A is split by rank, else 1
+    parts: int  # parts of `expand`'s input: world_size if A is split by rank, else 1
 
     @classmethod
     def of(cls, batch: BatchLoraWeights, *, world_size: int = 1) -> Self:
-        """Make it in every process. Raise `UsageError` if adapters do not fit it or each other.
+        """Make a bridge, in every process. Raise `UsageError` if adapters do not fit each other.
 
-        How the weights are split shows in their ranks: B always has all of it, A as much (split by
-        `in`) or one part of `world_size`.
+        The ranks show how weights are split: B always has the full rank, A the same (split by `in`)
+        or one part of `world_size`.
         """
         if not batch.adapters:
             raise UsageError("this batch was made by hand, without adapters; use load")
@@ -124,7 +124,7 @@ class Bridge:
 
     @property
     def width(self) -> int:
-        """The columns of a part: the largest local rank, padded; the same in every process."""
+        """The columns of a part: the largest padded local rank; the same in every process."""
         return max(a.shape[1] for a, _ in self.stacks)
 
     def apply(self, y: Tensor, x: Tensor, layer: int) -> None:
@@ -172,7 +172,7 @@ class Bridge:
 
     @cached_property
     def _shrinking(self) -> StackedTables:
-        """Per adapter its A, and as B an identity `[layers, width, rank]`, one for each rank."""
+        """Per adapter its A, and as B an identity `[layers, width, rank]`, one per rank."""
         columns, identities = list[Stack](), dict[int, Tensor]()
         for a, _ in self.stacks:
             rank = a.shape[1]
@@ -184,9 +184,9 @@ class Bridge:
 
     @cached_property
     def _expanding(self) -> StackedTables:
-        """Per adapter its B, and as A what takes its columns out of all parts, one for each rank.
+        """Per adapter its B, and as A a selection of its columns of all parts, one per rank.
 
-        A part brings `width` columns, of which an adapter of a lower rank has only the first.
+        A part has `width` columns, of which an adapter of a lower rank uses only the first.
         """
         columns, choices = list[Stack](), dict[int, Tensor]()
         for (_, b), rank in zip(self.stacks, self.local_ranks, strict=True):
@@ -200,7 +200,7 @@ class Bridge:
 
 
 def _kind(stack: Stack) -> tuple[object, ...]:
-    """A kernel knows one size and dtype for all adapters of a layer."""
+    """Return sizes and dtypes, which kernels need equal for all adapters of a layer."""
     a, b = stack
     return len(a), a.shape[2], b.shape[1], a.dtype, b.dtype
 

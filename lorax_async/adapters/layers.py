@@ -1,7 +1,7 @@
-"""One layer type's weights: found, checked before a byte is read, and stacked in one pass.
+"""Load one layer type's weights: check them before reading, then stack them in one pass.
 
-Every layer is read, cast, turned, scaled and padded straight into the result. Beside it there is
-never more than one layer.
+Every layer is read, cast, transposed, scaled and padded directly into the result, with at most one
+layer of scratch memory.
 """
 
 from __future__ import annotations
@@ -29,16 +29,15 @@ from lorax_async.errors import (
 )
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.pairing import require_transposed
-from lorax_async.types import AdapterSpec
+from lorax_async.types import MAX_FACTOR, AdapterSpec
 
 BY_RANK = range(16, 129)
 """Local ranks whose A is stored as `[r, in]`. Source: LoRAX, `orient_for_rank` in utils/sgmv.py."""
 
 FACTORS = ("lora_A", "lora_B")
-MAX_SCALE = 3.4028234663852886e38  # of float32, in which B is multiplied
 _HUGE_PAGE = 2 << 20
-# Up to here torch's ordinary copy turns a matrix faster than its blocked one (measured: 6.5 against
-# 2.4 GB/s at rank 16, 2.3 against 3.2 at 128).
+# Up to this rank torch's ordinary copy transposes a matrix faster than its blocked one (measured:
+# 6.5 against 2.4 GB/s at rank 16, 2.3 against 3.2 at 128).
 _NARROW = 32
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -46,7 +45,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class FileTensor(NamedTuple):
-    """A tensor that is still in its file."""
+    """A tensor in an open file, not yet read."""
 
     file: WeightsFile
     key: str
@@ -153,7 +152,7 @@ def _layer(name: str, factors: Mapping[str, tuple[Content, str]], spec: AdapterS
             f"{shown}: A is {a.dtype} and B {b.dtype}; give them as floating point"
         )
     scale = spec.scale_of(name, rank)
-    if not abs(scale) <= MAX_SCALE:
+    if not abs(scale) <= MAX_FACTOR:
         raise AdapterFormatError(
             f"{shown} would be scaled by {scale}, which no float32 holds; correct lora_alpha or"
             " alpha_pattern in the config"
@@ -161,7 +160,7 @@ def _layer(name: str, factors: Mapping[str, tuple[Content, str]], spec: AdapterS
     return Layer(name, a, b, scale)
 
 
-# -- what the base's modules are like -------------------------------------------------------------
+# -- features of the base's modules ---------------------------------------------------------------
 
 
 class Features(NamedTuple):
@@ -213,7 +212,7 @@ def base_features(layer: Any, layer_type: str, world_size: int) -> Features:
         # A head is row-parallel for LoRAX's adapters, but its own weight is split by output, or
         # whole in every process where the vocabulary cannot be split evenly.
         return Features(local.inputs, _times(local.outputs, world_size if gathers else 1))
-    # A layer that does not say how it is split may be one process's share.
+    # A layer without these attributes may be one process's share.
     return local if world_size == 1 else Features(None, None)
 
 
@@ -229,10 +228,10 @@ def _size_of_part(layer_type: str, names: Sequence[str], sizes: Sequence[int]) -
 
 
 def _local_features(linear: Any) -> Features:
-    """Return what one process's linear layer says.
+    """Return the features of one process's linear layer.
 
     The shape of a quantized weight is often that of its packed integers. AWQ's, HQQ's and GPTQ's
-    layers have attributes that say the features; bitsandbytes' 4-bit weights keep their old shape.
+    layers have attributes for the features; bitsandbytes' 4-bit weights keep the original shape.
     """
     for names in (("in_features", "out_features"), ("infeatures", "outfeatures")):
         inputs, outputs = (getattr(linear, name, None) for name in names)
@@ -257,7 +256,7 @@ def _times(size: int | None, processes: int) -> int | None:
 
 
 def as_stored(a: torch.Tensor) -> torch.Tensor:
-    """Return A `[…, in, r]` as it lies in memory: `[…, r, in]` for the ranks in `BY_RANK`."""
+    """Return A `[…, in, r]` in memory order: `[…, r, in]` for the ranks in `BY_RANK`."""
     return a.mT if a.shape[-1] in BY_RANK else a
 
 
@@ -285,7 +284,7 @@ def stack_layers(
     shapes = (first.features[0], rank), (rank, first.features[1])
     origin = first.a.device
     in_place = share is None and origin == device
-    # Each layer is made where its bytes come from; this process's part of it is moved on.
+    # Each layer is made on the device of its bytes; only this process's part is moved.
     whole = _zeros(len(layers) if in_place else 1, *shapes, dtype, origin)
     result, scratch = whole if in_place else None, _Scratch()
     for place, each in enumerate(layers):
@@ -334,7 +333,7 @@ def _share(model: AdapterModel, layer_type: str, a: torch.Tensor, b: torch.Tenso
 
 
 class _Scratch:
-    """Memory for one layer's bytes as they lie in the file, and for their cast."""
+    """Memory for one layer's bytes as in the file, and for their cast."""
 
     def __init__(self) -> None:
         self._memory: dict[str, torch.Tensor] = {}
@@ -352,8 +351,10 @@ class _Scratch:
             abs(scale) > (1 if b.dtype == torch.float16 else 2**64)
             and not b[:rank].isfinite().all()
         ):
-            own = layer.b.file.read(layer.b.key) if isinstance(layer.b, FileTensor) else layer.b
-            if own.to(b.dtype).isfinite().all():  # else infinity is its author's
+            unscaled = (
+                layer.b.file.read(layer.b.key) if isinstance(layer.b, FileTensor) else layer.b
+            )
+            if unscaled.to(b.dtype).isfinite().all():  # else the infinity is in the file
                 raise AdapterFormatError(
                     f"module {shorten(layer.name, 200)!r}: B times the scale {scale:g} is more than"
                     f" {b.dtype} holds; load it as float32 or bfloat16, or correct lora_alpha or"
@@ -371,7 +372,7 @@ class _Scratch:
             source.file.read_into(source.key, room)
             source = room
         if not straight and not (alike and source.device == target.device):
-            # One at a time: casting while turning takes twice as long.
+            # In two steps: casting while transposing takes twice as long.
             source = self._room("cast", source.shape, target.dtype, target.device).copy_(source)
         if rank > _NARROW and not straight:
             target.mT.copy_(source.mT)
@@ -384,7 +385,7 @@ class _Scratch:
         nbytes = prod(shape) * dtype.itemsize
         memory = self._memory.pop(use, None)
         if memory is None or memory.nbytes < nbytes:
-            memory = None  # free it before there is another
+            memory = None  # free it before allocating another
             memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self._memory[use] = memory
         return memory[:nbytes].view(dtype).view(shape)
@@ -402,7 +403,7 @@ def _zeros(
 
 
 def _memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return zeros; on the host in huge pages, for faulting small ones in takes longer than a copy.
+    """Return zeros; on the host in huge pages, for faulting in small ones is slower than copying.
 
     Raise `CapacityError` where there is no memory.
     """

@@ -1,6 +1,6 @@
-"""A layout as the model that LoRAX's calls ask, and LoRAX's way to pad and share out weights.
+"""A layout in place of a LoRAX model; LoRAX's padding and splitting of weights.
 
-LoRAX splits the rank where Megatron does not; the loader's own shards are others. Both are exact.
+LoRAX splits the rank where Megatron, and so the loader's shards, do not. Both are exact.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lorax_async.planning.layout import ModelLayout, Module, Parallelism
 ROW_PARALLEL_TYPES = frozenset({"lm_head"})
 """Split by their input in LoRAX, whatever the layout says."""
 
-LEAST_RANK = 8  # of each process
+MIN_RANK = 8  # of each process
 RANK_STEP = 16
 
 
@@ -30,7 +30,7 @@ def padded_rank(rank: int, world_size: int) -> int:
     """
     if type(world_size) is not int or world_size < 1:
         raise ConfigError(f"a world size is a positive integer, not {world_size!r}")
-    least = LEAST_RANK * world_size
+    least = MIN_RANK * world_size
     padded = least if rank <= least else -(-rank // RANK_STEP) * RANK_STEP
     if padded % world_size:
         raise IncompatibleAdapterError(
@@ -76,7 +76,7 @@ def layers_of(by_type: Mapping[str, Mapping[int, Module]], layer_type: str) -> M
 
 @dataclass(frozen=True)
 class LayoutModel:
-    """What `LoraWeights.load` asks of a model, answered from a layout: no model in memory.
+    """A layout in place of a LoRAX model for `LoraWeights.load`; no model in memory.
 
     This is process number `rank` of `world_size`; weights are loaded as `dtype`. Raise
     `ConfigError` for an impossible one, or if layers of one type are not split alike.
@@ -118,7 +118,7 @@ class LayoutModel:
     def target_to_layer(self) -> Mapping[tuple[int, str], tuple[str, SimpleNamespace]]:
         """(layer id, layer type) → module name and a layer with `base_layer.linear.weight`.
 
-        The weight has one element in memory: only its shape, dtype and device are meant.
+        The weight has one element in memory: only its shape, dtype and device count.
         """
         element, found = torch.zeros((), dtype=self.dtype), {}
         for layer_type, layers in self._types.items():
@@ -130,12 +130,12 @@ class LayoutModel:
         return found
 
     def get_num_layers_for_type(self, layer_type: str) -> int | list[int]:
-        """Return how many layers have this type; their ids, where these are not 0, 1, …"""
+        """Return how many layers have this type, or their ids if not consecutive from 0."""
         ids = list(layers_of(self._types, layer_type))
         return len(ids) if ids == list(range(len(ids))) else ids
 
     def is_row_parallel(self, layer_type: str) -> bool:
-        """Return whether its A is split by `in`, as LoRAX splits the language model's head too."""
+        """Return whether its A is split by `in`, as in LoRAX the language model's head is too."""
         example = next(iter(layers_of(self._types, layer_type).values()))
         return layer_type in ROW_PARALLEL_TYPES or example.parallel is Parallelism.ROW
 

@@ -1,4 +1,4 @@
-"""The names of `lorax_server.adapters.lora`: code written for it runs with this import instead."""
+"""Drop-in names of `lorax_server.adapters.lora`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from typing import Any, Self
 
 import torch
 
-from lorax_async.adapters.base import AdapterConfig, AdapterModel, AdapterWeights, ModuleMap, opened
+from lorax_async.adapters.base import (
+    AdapterConfig,
+    AdapterModel,
+    AdapterWeights,
+    ModuleMap,
+    open_files,
+)
 from lorax_async.adapters.batches import (
     LORA,
     AdapterBatchMetadata,
@@ -30,7 +36,7 @@ from lorax_async.adapters.weights_file import (
     WeightsFile,
     adapter_folder,
     inexpressible,
-    named,
+    naming_adapter,
     plain_module,
     read_small,
 )
@@ -75,7 +81,7 @@ def get_scaling_factor(lora_alpha: float, r: int, uses_rslora: bool = False) -> 
 
 @dataclass(frozen=True, slots=True)
 class LoraConfig(AdapterConfig):
-    """What `adapter_config.json` says, under LoRAX's names. Immutable.
+    """The data of `adapter_config.json` under LoRAX's names. Immutable.
 
     `r` is the true rank: loaded weights have the rank that they were padded to, before they are
     shared out, in `padded_rank`, which is not part of equality. `fan_in_fan_out` describes the
@@ -116,7 +122,7 @@ class LoraConfig(AdapterConfig):
         AdapterFormatError, UnsupportedAdapterError
             The config is malformed, or turns on what plain LoRA does not describe.
         """
-        with named(adapter_id):
+        with naming_adapter(adapter_id):
             folder = adapter_folder(adapter_id, api_token, weights=False)
             spec = parse_config(read_small(folder, CONFIG, LIMITS.max_config_bytes), LIMITS)
             for has_it, feature in ((spec.dora, "DoRA"), (spec.lora_bias, "lora_bias")):
@@ -136,12 +142,12 @@ class LoraConfig(AdapterConfig):
 
     @classmethod
     async def load_async(cls, adapter_id: str | Path, api_token: str | None = None) -> Self:
-        """As `load`, in a thread; import peft before you serve, which stalls any thread."""
+        """Call `load` in a thread. Import peft before serving: its import stalls all threads."""
         return await in_thread(lambda _: cls.load(adapter_id, api_token))
 
     @property
     def spec(self) -> AdapterSpec:
-        """The same for the rest of this package."""
+        """The config in this package's form."""
         return AdapterSpec(
             rank=self.r,
             alpha=float(self.lora_alpha),
@@ -195,7 +201,7 @@ class LoraConfig(AdapterConfig):
         unused_weight_names: set[str],
         dynamic: bool,  # noqa: ARG002 - LoRAX's, for adapters that change the base itself
     ) -> LoraWeights | None:
-        """As `LoraWeights.load`."""
+        """Call `LoraWeights.load`."""
         return LoraWeights.load(self, model, module_map, layer_type, unused_weight_names)
 
     async def load_batched_adapter_weights_async(
@@ -206,23 +212,23 @@ class LoraConfig(AdapterConfig):
         unused_weight_names: set[str],
         dynamic: bool,  # noqa: ARG002 - as above
     ) -> LoraWeights | None:
-        """As `LoraWeights.load_async`."""
+        """Call `LoraWeights.load_async`."""
         return await LoraWeights.load_async(
             self, model, module_map, layer_type, unused_weight_names
         )
 
 
 def _require_peft_agrees(values: Mapping[str, Any]) -> None:
-    """Build peft's config of plain values: it reads no file, and compiles no pattern."""
+    """Compare with peft's own config, built from plain values: no file, no pattern compiled."""
     from peft import LoraConfig as PeftConfig  # noqa: PLC0415 (slow: it imports transformers)
 
     try:
-        theirs = PeftConfig(**values, inference_mode=True)
+        peft_config = PeftConfig(**values, inference_mode=True)
     except (TypeError, ValueError) as error:
         raise AdapterFormatError(f"peft refuses the config ({error}); save it again") from error
     for name, value in values.items():
         expected = set(value) if isinstance(value, list) else value
-        if getattr(theirs, name) != expected:
+        if getattr(peft_config, name) != expected:
             raise InternalError(
                 f"peft and this package read {name!r} differently; please report it"
             )
@@ -269,8 +275,8 @@ class LoraWeights(AdapterWeights):
     """The weights of one layer type: the scale in B, ranks padded, this process's share only.
 
     Made of A `[in, r]` and B `[r, out]` of each layer, or of all of them stacked. Immutable; the
-    forms for decoding are made once, when they are first asked for. `lora_a_r` and `lora_b_r` are
-    the local ranks: A's is the smaller where processes share it.
+    transposed forms for decoding are made once, at their first use. `lora_a_r` and `lora_b_r` are
+    the local ranks: A's is smaller if processes share it.
     """
 
     def __init__(
@@ -312,7 +318,7 @@ class LoraWeights(AdapterWeights):
         return self._turn("b", self._weights_b)
 
     def _turn(self, which: str, stored: torch.Tensor) -> torch.Tensor:
-        with self._turning:  # of two copies, one would go while kernels have its address
+        with self._turning:  # a second copy would free the first while kernels use its address
             if which not in self._turned:
                 self._turned[which] = stored.mT.contiguous()
             return self._turned[which]
@@ -333,7 +339,7 @@ class LoraWeights(AdapterWeights):
         """Load the weights of one layer type, or return None where the adapter has none. Blocks.
 
         Layers that the adapter leaves out are zeros. The result's config has the `padded_rank`.
-        Names of used tensors are removed from `unused_weight_names` once all went well.
+        After success, names of used tensors are removed from `unused_weight_names`.
 
         Raises
         ------
@@ -362,7 +368,7 @@ class LoraWeights(AdapterWeights):
         layer_type: str,
         unused_weight_names: set[str],
     ) -> Self | None:
-        """As `load`, in a thread. A cancelled call leaves `unused_weight_names` as it was."""
+        """Call `load` in a thread. A cancelled call leaves `unused_weight_names` unchanged."""
         weights, used = await in_thread(partial(cls._load, config, model, module_map, layer_type))
         unused_weight_names.difference_update(used)
         return weights
@@ -376,7 +382,7 @@ class LoraWeights(AdapterWeights):
         layer_type: str,
         is_wanted: IsWanted,
     ) -> tuple[Self | None, set[str]]:
-        with opened(module_map) as open_map:
+        with open_files(module_map) as open_map:
             found = load_layers(config.spec, model, open_map, layer_type, is_wanted)
         if found is None:
             return None, set()
@@ -385,10 +391,10 @@ class LoraWeights(AdapterWeights):
 
     @classmethod
     def from_adapter(cls, handle: AdapterHandle, layer_type: str) -> Self | None:
-        """Copy the weights of one layer type of an adapter that a loader holds, or None. Blocks.
+        """Copy the weights of one layer type from a handle, or return None. Blocks.
 
         The copy is on the loader's device, for one process; the handle may be released afterwards.
-        The config says what the loader keeps: rank, modules, and an alpha that gives the scale.
+        The config has the data that the loader keeps: rank, modules, and alpha from the scale.
         Raise `UsageError` for a sharded loader's handle and for a layer that is not here yet,
         `HandleClosedError`, `UnsupportedAdapterError` for more than A and B of linear modules, and
         as `load`.
@@ -397,7 +403,7 @@ class LoraWeights(AdapterWeights):
 
     @classmethod
     async def from_adapter_async(cls, handle: AdapterHandle, layer_type: str) -> Self | None:
-        """As `from_adapter`, in a thread."""
+        """Call `from_adapter` in a thread."""
         return await in_thread(partial(cls._copy, handle, layer_type))
 
     @classmethod
@@ -418,7 +424,7 @@ class LoraWeights(AdapterWeights):
 
 
 def _stacked(weights: Sequence[torch.Tensor] | torch.Tensor) -> torch.Tensor | None:
-    """Return `[layers, …, …]`, or None for what are not matrices of one shape."""
+    """Return `[layers, …, …]`, or None unless all are matrices of one shape."""
     if isinstance(weights, torch.Tensor):
         return weights if weights.dim() == 3 else None
     shapes = {tuple(one.shape) for one in weights}

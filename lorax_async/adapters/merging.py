@@ -1,10 +1,9 @@
-"""Merging under LoRAX's names (`lorax_server.utils.merges`), with the numbers of PEFT.
+"""Merge under LoRAX's names (`lorax_server.utils.merges`), with PEFT's numbers.
 
-To have a merge resident, load the `Merge` that `AdapterParameters.merge` gives: this module is for
-code that merges module maps itself. Where LoRAX is wrong this is not: its "linear" adds A and B up
-by themselves, so that every adapter meets every other one's B; its weights count twice, once in A
-and once in B; the adapters' own scales do not count but for the first one's; and what DARE keeps is
-not made larger for what it drops.
+To make a merge resident, load the `Merge` from `AdapterParameters.merge`; this module is for code
+that merges module maps itself. It corrects LoRAX's errors: its "linear" sums A and B separately, so
+that each adapter's A meets the others' B; its weights apply twice, in A and in B; all scales but
+the first adapter's are ignored; and DARE does not rescale the kept weights.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import cast
 import torch
 from torch.nn.functional import pad
 
-from lorax_async.adapters.base import Content, ModuleMap, OpenModuleMap, opened
+from lorax_async.adapters.base import Content, ModuleMap, OpenModuleMap, open_files
 from lorax_async.adapters.lora import LoraConfig
 from lorax_async.adapters.threads import in_thread
 from lorax_async.errors import AdapterFormatError, IncompatibleAdapterError, UsageError, shorten
@@ -29,9 +28,9 @@ from lorax_async.types import MAX_FACTOR, MajoritySign, Merge, PartId, Strategy
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterParameters:
-    """What a request of LoRAX's says of a merge. Names of strategies and signs in any case.
+    """The merge parameters of a LoRAX request. Case of strategies and signs is ignored.
 
-    `weights` may be left out, and are 1 then. There is no default for the density, nor is it 0.
+    `weights` default to 1. The density has no default, and must not be 0.
     """
 
     adapter_ids: Sequence[PartId]
@@ -43,7 +42,7 @@ class AdapterParameters:
 
     @property
     def merge(self) -> Merge:
-        """The same as an id for a loader. Raises `UsageError` as `Merge` does."""
+        """The merge as an id for a loader. Raises `UsageError` as `Merge` does."""
         return Merge(
             cast(Strategy, self.merge_strategy.lower()),
             refs=self.adapter_ids,
@@ -57,18 +56,18 @@ class AdapterParameters:
 def merge_adapters(
     adapters: Sequence[tuple[ModuleMap, LoraConfig]], merge_params: AdapterParameters
 ) -> tuple[ModuleMap, LoraConfig]:
-    """One module map, and its config, out of several. Blocks where the maps hold files.
+    """Merge several module maps; return one with its config. Blocks if the maps hold files.
 
     Parameters
     ----------
     adapters
-        Of every adapter of `merge_params.adapter_ids`, in this order. What DARE drops is what PEFT
-        drops if the first map has its modules in the model's order, and the others no more of them.
+        Module map and config of each of `merge_params.adapter_ids`, in this order. DARE drops the
+        same weights as PEFT if the first map has all modules, in the model's order.
 
     Returns
     -------
-    float32 tensors, all of the config's rank (those of modules that have a smaller one end in
-    zeros), with the scale 1: all scales and weights are in A and B.
+    Float32 tensors, all of the config's rank (smaller ranks padded with zeros), with the scale 1:
+    all scales and weights are in A and B.
 
     Raises
     ------
@@ -77,13 +76,13 @@ def merge_adapters(
     IncompatibleAdapterError
         Shapes do not fit each other, A and B are no pair, or a strategy's ranks are not equal.
     UsageError
-        There is no such merge.
+        The parameters are no valid merge.
     """
     merge = merge_params.merge
     if len(adapters) != len(merge.refs):
-        raise UsageError(f"{len(merge.refs)} adapter_ids, but {len(adapters)} adapters are given")
+        raise UsageError(f"{len(merge.refs)} adapter_ids, but {len(adapters)} adapters")
     with ExitStack() as stack:
-        open_adapters = [(stack.enter_context(opened(one)), config) for one, config in adapters]
+        open_adapters = [(stack.enter_context(open_files(one)), config) for one, config in adapters]
         return _merged(merge, open_adapters)
 
 
@@ -93,7 +92,8 @@ def _merged(
     modules = dict.fromkeys(name for module_map, _ in adapters for name in module_map)
     work = _Merging(merge, adapters, list(modules))
     merged = {
-        name: (work.one(name, TensorRole.A), work.one(name, TensorRole.B)) for name in modules
+        name: (work.merge_factor(name, TensorRole.A), work.merge_factor(name, TensorRole.B))
+        for name in modules
     }
     first = adapters[0][1]
     rank = max((len(a) for a, _ in merged.values()), default=first.r)
@@ -111,7 +111,7 @@ def _merged(
 async def merge_adapters_async(
     adapters: Sequence[tuple[ModuleMap, LoraConfig]], merge_params: AdapterParameters
 ) -> tuple[ModuleMap, LoraConfig]:
-    """As `merge_adapters`, in a thread."""
+    """Call `merge_adapters` in a thread."""
     return await in_thread(lambda _: merge_adapters(adapters, merge_params))
 
 
@@ -128,34 +128,34 @@ class _Merging:
         if merge.drops:
             self._generator = seeded(merge, self._new_layers(modules))
 
-    def one(self, module: str, part: TensorRole) -> torch.Tensor:
-        """Every adapter's A, or B, of one module as one."""
-        held = self._held(module, part)
-        self._require_fit(module, part, [_shape(*content) for content, _ in held])
+    def merge_factor(self, module: str, part: TensorRole) -> torch.Tensor:
+        """Merge all adapters' A, or B, of one module."""
+        inputs = self._inputs(module, part)
+        self._require_fit(module, part, [_shape(*content) for content, _ in inputs])
         if part is TensorRole.B:  # then both are matrices
             self._require_pairs(module)
-        tensors = [_read(*content) for content, _ in held]
-        factors = [factor for _, factor in held]
+        tensors = [_read(*content) for content, _ in inputs]
+        factors = [factor for _, factor in inputs]
         if self._merge.strategy != "linear":
             return combine(self._merge, part, tensors, factors, self._generator)
         shape = list(tensors[0].shape)
         along = _along_rank(part)
         shape[along] = sum(tensor.shape[along] for tensor in tensors)
-        made = torch.empty(shape, dtype=torch.float32)
-        concatenate(made, part, tensors, factors)
-        return made
+        merged = torch.empty(shape, dtype=torch.float32)
+        concatenate(merged, part, tensors, factors)
+        return merged
 
     def entry(
         self, module: str, a: torch.Tensor, b: torch.Tensor, rank: int
     ) -> Mapping[str, tuple[torch.Tensor, str]]:
-        """Of a module map, with zeros up to `rank`."""
+        """Return the module map's entry, padded with zeros to `rank`."""
         missing = rank - len(a)
         padded = {TensorRole.A: pad(a, (0, 0, 0, missing)), TensorRole.B: pad(b, (0, missing))}
-        names = {part: self._held(module, part)[0][0][1] for part in _FACTORS}
+        names = {part: self._inputs(module, part)[0][0][1] for part in _FACTORS}
         return {f"lora_{part.value}": (padded[part], names[part]) for part in _FACTORS}
 
-    def _held(self, module: str, part: TensorRole) -> list[tuple[_Place, tuple[float, float]]]:
-        """Where the adapters that change the module have it; weight and scale of each."""
+    def _inputs(self, module: str, part: TensorRole) -> list[tuple[_Place, tuple[float, float]]]:
+        """Return the tensors of all adapters that change the module, with weight and scale."""
         return [
             (module_map[module][f"lora_{part.value}"], (weight, _scale(module, config, weight)))
             for (module_map, config), weight in zip(
@@ -165,15 +165,17 @@ class _Merging:
         ]
 
     def _new_layers(self, modules: Sequence[str]) -> NewLayers:
-        """Return what PEFT draws new layers for, which start as most do."""
+        """Return the layers for which PEFT draws initial weights."""
         module_map, config = self._adapters[0]
         rank = max([config.r, *map(config.rank_of, module_map)])
-        shapes = [[_shape(*self._held(name, part)[0][0]) for part in _FACTORS] for name in modules]
+        shapes = [
+            [_shape(*self._inputs(name, part)[0][0]) for part in _FACTORS] for name in modules
+        ]
         return NewLayers(rank, tuple((a[-1], b[0]) for a, b in shapes), start=True)
 
     def _require_pairs(self, module: str) -> None:
-        """Else the columns of one adapter's B would meet the rows of another one's A."""
-        of_a, of_b = (self._held(module, part) for part in _FACTORS)
+        """Raise unless A and B have equal ranks: else adapters' ranks would be misaligned."""
+        of_a, of_b = (self._inputs(module, part) for part in _FACTORS)
         for (a, _), (b, _) in zip(of_a, of_b, strict=True):
             if _shape(*a)[0] != _shape(*b)[1]:
                 raise IncompatibleAdapterError(

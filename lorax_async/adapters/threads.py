@@ -1,4 +1,4 @@
-"""Blocking work, awaited: the async half of every pair of calls."""
+"""Await blocking work in a thread: the async half of every pair of calls."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import TypeVar
 T = TypeVar("T")
 
 IsWanted = Callable[[], bool]
-"""Whether a caller still waits for the result; asked between steps."""
+"""Returns whether a caller still waits for the result; call it between steps."""
 
 
 async def in_thread(work: Callable[[IsWanted], T], discard: Callable[[T], None] | None = None) -> T:
     """Run `work` in the running loop's executor and await its result.
 
-    No thread is interrupted: after a cancellation `work` learns that nothing waits for it, and a
-    result that it returns all the same goes to `discard`.
+    No thread is interrupted: after a cancellation `IsWanted` returns False, and the result of
+    `work` goes to `discard`.
     """
     abandoned, outcome = Event(), Future[T]()
 
@@ -29,14 +29,14 @@ async def in_thread(work: Callable[[IsWanted], T], discard: Callable[[T], None] 
             except BaseException as error:  # noqa: BLE001 - raised where it is awaited
                 outcome.set_exception(error)
 
-    def settle(ended: Future[T]) -> None:
-        if discard is not None and not ended.cancelled() and ended.exception() is None:
-            discard(ended.result())
+    def discard_result(future: Future[T]) -> None:
+        if discard is not None and not future.cancelled() and future.exception() is None:
+            discard(future.result())
 
     asyncio.get_running_loop().run_in_executor(None, run)
     try:
         return await asyncio.wrap_future(outcome)
     except asyncio.CancelledError:
         abandoned.set()
-        outcome.add_done_callback(settle)
+        outcome.add_done_callback(discard_result)
         raise

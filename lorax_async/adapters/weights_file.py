@@ -1,8 +1,8 @@
 """An adapter's files for LoRAX's calls: in a local folder, or in the standard hub cache. Blocks.
 
-These calls name what the embedding program means itself, so a path is followed wherever it leads.
-What the hub cache has is used without a request; the rest huggingface_hub fetches into it, as it
-does for LoRAX. One commit holds for all files of an adapter.
+The embedding program itself chooses these ids, so paths are trusted and followed anywhere. Files in
+the hub cache are used without a request; huggingface_hub fetches the others into it, as for LoRAX.
+All files of an adapter are of one commit.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _TIMEOUT = 10.0  # seconds, to connect and for each read
 
 
 @contextmanager
-def named(adapter_id: object) -> Iterator[None]:
+def naming_adapter(adapter_id: object) -> Iterator[None]:
     """Name the adapter in errors of the block."""
     try:
         yield
@@ -66,7 +66,7 @@ def named(adapter_id: object) -> Iterator[None]:
 
 
 def adapter_folder(adapter_id: str | Path, token: str | None, *, weights: bool) -> str:
-    """Return the folder with the adapter's config, and with `weights` what else it needs.
+    """Return the folder with the adapter's config, and its weights if `weights`.
 
     A `pathlib.Path`, or a str that begins with "/", "./" or "../", is a local folder;
     `org/name[@revision]` is on the hub. Raise `InvalidAdapterIdError`, `ConfigError` for another
@@ -119,7 +119,7 @@ class HubFiles:
             raise translated(error, "the hub cache") from error
         except ValueError as error:  # an id that the hub cannot have was refused before
             raise FetchError(
-                "the hub cache is damaged: its note of this revision is no text; remove the"
+                "the hub cache is damaged: its file for this revision is no text; remove the"
                 " repository from it, and load the adapter again"
             ) from error
         return path if isinstance(path, str) else None
@@ -140,7 +140,7 @@ class HubFiles:
         from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]  # noqa: PLC0415
 
         cached = [path for each in (CONFIG, WEIGHTS, INDEX) if (path := self.cached(each))]
-        # The snapshot's folder is called by its commit: the branch may have moved.
+        # The snapshot folder is named by its commit: the branch may have moved.
         revision = os.path.basename(os.path.dirname(cached[0])) if cached else self.revision
         query = hub_calls.FileQuery(
             *(self.repo, name, revision or _MAIN, None),
@@ -164,9 +164,7 @@ class HubFiles:
             return None
         except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, RuntimeError, OSError) as error:
             raise _problem(error, query) from None
-        raise AdapterFormatError(
-            f"{name} has {nbytes:,} bytes, over the {max_bytes:,} that may come"
-        )
+        raise AdapterFormatError(f"{name} has {nbytes:,} bytes, over the {max_bytes:,} allowed")
 
 
 def _problem(error: Exception, query: hub_calls.FileQuery) -> AdapterError:
@@ -174,17 +172,17 @@ def _problem(error: Exception, query: hub_calls.FileQuery) -> AdapterError:
     from huggingface_hub.errors import LocalEntryNotFoundError  # noqa: PLC0415
 
     url = hub_calls.url_of(query.source, query.name, query.revision, None)
-    if isinstance(error, LocalEntryNotFoundError):  # the hub could not be asked
+    if isinstance(error, LocalEntryNotFoundError):  # the hub could not be reached
         return hub_calls.problem_of(
             error.__cause__ if isinstance(error.__cause__, Exception) else error, query, url
         )
     if isinstance(error, httpx2.HTTPError) or not isinstance(error, OSError):
         return hub_calls.problem_of(error, query, url)
     if error.errno is None:
-        return FetchError(f"{url} sent fewer or more bytes than it had promised")
+        return FetchError(f"{url} sent fewer or more bytes than announced")
     return FetchError(
-        f"{query.name} cannot be stored in the hub cache ({code_of(error)}); see to its folder"
-        " (HF_HUB_CACHE) and to its disk",
+        f"{query.name} cannot be stored in the hub cache ({code_of(error)}); check its folder"
+        " (HF_HUB_CACHE) and its disk",
         retryable=False,
     )
 
@@ -211,9 +209,10 @@ def read_small(folder: str, name: str, max_bytes: int) -> bytes:
 
 
 def plain_module(name: str) -> str:
-    """Return the module that a tensor of plain LoRA belongs to, by the tensor's name.
+    """Return the module of a plain LoRA tensor, by the tensor's name.
 
-    Raise `UnsupportedAdapterError` for another feature's, `AdapterFormatError` for a malformed one.
+    Raise `UnsupportedAdapterError` for a tensor of another feature, `AdapterFormatError` for a
+    malformed name.
     """
     found = parse_tensor_name(name)
     if found.embedding or found.part not in {TensorRole.A, TensorRole.B}:
@@ -238,8 +237,8 @@ def inexpressible(what: str, feature: str) -> UnsupportedAdapterError:
 class WeightsFile:
     """An adapter's open weights, in one file or in several; tensors are read when needed.
 
-    It stands for the dictionary of tensors in `LoraConfig.map_weights_for_model`, and in a module
-    map for each tensor: (file, key). Close it, or use it as a context manager.
+    Pass it to `LoraConfig.map_weights_for_model` in place of a dictionary of tensors. In a module
+    map, (file, key) stands for a tensor. Close it, or use it as a context manager.
     """
 
     def __init__(self, prefix: bytes, reader: Reader) -> None:
@@ -262,7 +261,7 @@ class WeightsFile:
         Raise as it does: `AdapterFormatError` and `UnsupportedAdapterError` for a malformed file,
         and for tensors that are not those of plain LoRA.
         """
-        with named(adapter_id):
+        with naming_adapter(adapter_id):
             folder = adapter_folder(adapter_id, api_token, weights=True)
             key = find_adapter(LocalPlace((folder,), trusted=True), (), LIMITS)
             weights = open_weights(key, LIMITS)
@@ -270,14 +269,14 @@ class WeightsFile:
 
     @classmethod
     async def open_async(cls, adapter_id: str | Path, api_token: str | None = None) -> Self:
-        """As `open`, in a thread."""
+        """Call `open` in a thread."""
         return await in_thread(lambda _: cls.open(adapter_id, api_token), cls.close)
 
     @classmethod
     def at(cls, path: str | Path) -> Self:
         """Open one file of weights by its own path, whatever its name. Blocks; as `open`."""
         name = os.path.basename(path)
-        with named(path):
+        with naming_adapter(path):
             try:
                 with located(os.fspath(path)) as file:
                     require_file(name, file, LIMITS.max_adapter_bytes)
@@ -296,7 +295,7 @@ class WeightsFile:
 
     @classmethod
     async def at_async(cls, path: str | Path) -> Self:
-        """As `at`, in a thread."""
+        """Call `at` in a thread."""
         return await in_thread(lambda _: cls.at(path), cls.close)
 
     def __contains__(self, key: object) -> bool:

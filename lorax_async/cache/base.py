@@ -1,4 +1,4 @@
-"""The seam to a disk cache. Methods block and may be called from any thread, unless said."""
+"""The interface of a disk cache. Methods block, and any thread may call them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class LeftoverError(IntegrityError):
 
 @runtime_checkable
 class CacheEntry(Protocol):
-    """A whole adapter in the cache, leased: it stays there until this is closed.
+    """A whole adapter in the cache, leased: it stays until this is closed.
 
-    `mappable`: nobody else changes its files, so that they may be mapped.
+    `mappable`: no other program changes its files, so that they may be mapped.
     """
 
     mappable: bool
@@ -68,24 +68,24 @@ class CacheFile(Protocol):
         """The digest that judges it at the end, if one was promised."""
 
     def missing(self) -> list[ByteRange]:
-        """Return what was not written yet, ascending. Quick."""
+        """Return the ranges not written yet, ascending. Quick."""
 
     def write(self, buffers: Sequence[memoryview], offset: int) -> None:
         """Write all buffers, one after the other, from `offset` on.
 
-        Compare with what an interrupted download left: `LeftoverError` if it differs. Raise
+        Compare with the bytes of a partial download: `LeftoverError` if they differ. Raise
         `IntegrityError` beyond the file's end, `CapacityError` if the disk is full (or the file may
         not be so large, or its owner may have no more), `FetchError` if it fails.
         """
 
     def hash_along(self) -> int:
-        """Hash on, as far as all bytes are here; return how many are hashed.
+        """Continue hashing, up to the first missing byte; return how many bytes are hashed.
 
         For one thread beside those that write; `publish` hashes the rest.
         """
 
     def reader(self) -> Reader:
-        """Return a reader of what is here; reading what is not raises `InternalError`.
+        """Return a reader of the bytes written; reading others raises `InternalError`.
 
         It stays good after publication.
         """
@@ -101,13 +101,13 @@ class CacheDownload(Protocol):
     mappable: bool
 
     def file(self, role: FileRole, nbytes: int, expected: Digest | None = None) -> CacheFile:
-        """Add a file, with room for all of it, and what an interrupted download left of it.
+        """Add a file, with room for all of it, and the bytes of a partial download.
 
-        Without an `expected` digest our own is recorded. Raise `CapacityError` without room.
+        Without an `expected` digest, record our own. Raise `CapacityError` without room.
         """
 
     def publish(self) -> CacheEntry:
-        """Check the digests of the complete files and let every process have them, at once.
+        """Check the digests of the complete files, and publish them to all processes at once.
 
         Return the entry of a process that was faster, if it has the same digests. Raise
         `IntegrityError` for a digest that is not the expected one (or not theirs), and leave
@@ -118,7 +118,7 @@ class CacheDownload(Protocol):
         """Leave nothing. Idempotent; does nothing after `publish`."""
 
     def close(self) -> None:
-        """End it; the next download goes on from what is here. Idempotent.
+        """End it; the next download resumes it. Idempotent.
 
         No thread may write any more.
         """
@@ -147,13 +147,13 @@ class Cache(Protocol):
         """
 
     def begin(self, key: CacheKey, scope: str, control: FetchControl) -> CacheEntry | CacheDownload:
-        """As `try_begin`, but wait for another download as long as it makes progress.
+        """Call `try_begin`, waiting for another download while it makes progress.
 
         Raise `FetchError` when `control` ends.
         """
 
     def note_version(self, question: str, source: str, version: str) -> None:
-        """Record a source's latest answer to a question, whatever the cache has of it."""
+        """Record a source's latest answer, whether the cache has that version or not."""
 
     def last_version(self, question: str) -> tuple[str, str] | None:
         """Return the source and version of the last answer; None if there is none."""
@@ -168,7 +168,7 @@ class Cache(Protocol):
         """Remove the entry and partials of it; False if any is in use."""
 
     def used(self) -> int:
-        """Return the bytes of adapters' files that it holds now, whole or not."""
+        """Return the bytes of adapters' files in the cache now, partial ones included."""
 
     def close(self) -> None:
-        """Entries and downloads are to be closed first; readers may stay open. Idempotent."""
+        """Close the cache. Close entries and downloads first; readers may stay open. Idempotent."""

@@ -30,9 +30,9 @@ class Stored(NamedTuple):
 
 
 class DiskBudget:
-    """Bytes of a cache's folder, reserved before they are written, by whichever process.
+    """The bytes of a cache's folder, reserved before they are written, in any process.
 
-    No old total is trusted: each reservation measures the folder and allocates its bytes with the
+    Totals are not kept: each reservation measures the folder and allocates its bytes with the
     directory locked. Without locks two processes may see the same room; then the folder holds too
     much until the next reservation. What others do with an entry shows in its last use; how often
     it is used, each process counts for itself.
@@ -61,26 +61,26 @@ class DiskBudget:
     def reserve(self, nbytes: int) -> Iterator[None]:
         """Make room for this many more bytes, to be allocated before the context is left.
 
-        Raise `CapacityError` if there is not so much beside what is in use.
+        Raise `CapacityError` if they do not fit beside the files in use.
         """
         with self._measured():
-            # Evict nothing in vain. What others use only shows when it is to be dropped.
+            # Evict nothing in vain. Use by other processes shows only when an entry is dropped.
             held, stored = self._directory.held(), self._whole | self._partial
             in_use = sum(stored[name].nbytes for name in held if name in stored)
             if in_use + nbytes <= self._nbytes:
                 self._evict(nbytes)
             if self._used() + nbytes > self._nbytes:
-                ever = nbytes <= self._nbytes
-                raise (CrowdedError if ever else CapacityError)(
+                is_possible = nbytes <= self._nbytes
+                raise (CrowdedError if is_possible else CapacityError)(
                     f"{nbytes:,} bytes do not fit into the disk cache's {self._nbytes:,}"
                     " beside what is in use; raise its budget",
                     stage="fetch",
-                    retryable=ever,
+                    retryable=is_possible,
                 )
             yield
 
     def trim(self) -> None:
-        """Drop what is over the budget, as far as it is not in use."""
+        """Evict unused entries and partials down to the budget."""
         with self._measured():
             self._evict(0)
 
@@ -91,7 +91,7 @@ class DiskBudget:
 
     @property
     def last_used(self) -> int | None:
-        """As the folder was measured last, with this process's changes since. Quick."""
+        """The bytes last measured, with this process's changes since; None before. Quick."""
         return self._used() if self._is_measured else None
 
     def note_use(self, name: str, nbytes: int, now_ns: int) -> None:
@@ -101,20 +101,20 @@ class DiskBudget:
     @contextmanager
     def _measured(self) -> Iterator[None]:
         with self._lock, translated_errors("make room"), self._directory.locked():
-            # It counts nowhere, and is empty but after a kill or a failure.
+            # The trash is not counted, and is empty except after a kill or a failure.
             self._directory.empty_trash()
             entries = self._sizes.look()
             for name in self._whole.keys() - entries.keys():
                 self._forget(name, evicted=False)
             for name, seen in sorted(entries.items(), key=lambda item: item[1].used_ns):
                 self._see(name, seen)
-            # Partials change, so each look at them is a first one; there are few.
+            # Partials change, so measure them anew each time; there are few.
             self._partial = Sizes(self._directory.partials, is_partial_name).look()
             self._is_measured = True
             yield
 
     def _used(self) -> int:
-        return sum(each.nbytes for each in (*self._whole.values(), *self._partial.values()))
+        return sum(item.nbytes for item in (*self._whole.values(), *self._partial.values()))
 
     def _see(self, name: str, seen: Stored) -> None:
         known = self._whole.get(name)
@@ -162,7 +162,7 @@ class Sizes:
 
     def look(self) -> dict[str, Stored]:
         """Return what is there now, and when it was used. Raise `OSError`."""
-        found: dict[str, Stored] = {}
+        stored: dict[str, Stored] = {}
         known: dict[str, tuple[int, int]] = {}
         for name, status in _listed(self._folder):
             if self._wanted(name):
@@ -170,9 +170,9 @@ class Sizes:
                 if inode != status.st_ino:
                     nbytes = self._size_of(name)
                 known[name] = (status.st_ino, nbytes)
-                found[name] = Stored(nbytes, status.st_mtime_ns)
+                stored[name] = Stored(nbytes, status.st_mtime_ns)
         self._known = known
-        return found
+        return stored
 
     def _size_of(self, name: str) -> int:
         try:

@@ -34,13 +34,13 @@ _FULL = {
     errno.EFBIG: "this process may not write so large a file; raise its RLIMIT_FSIZE (ulimit -f)",
 }
 _HINTS = {
-    errno.ENOENT: "somebody removed what was in use; its folder is made again, so load it again",
+    errno.ENOENT: "a folder in use was removed; it is made again, so load it again",
     errno.EROFS: "its file system can only be read; name another cache_dir to fetch anything new",
 }
 
 
 class CrowdedError(CapacityError):
-    """There is no room now, but there will be when others have ended."""
+    """There is no room now, but there will be when other uses end."""
 
 
 def translate(error: OSError, doing: str) -> LoraxError:
@@ -144,8 +144,8 @@ class Folder:
                 os.unlink(name, dir_fd=self.fd)
             except IsADirectoryError:
                 with self.subfolder(name) as folder:
-                    for each in folder.names():
-                        folder.remove_tree(each)
+                    for child in folder.names():
+                        folder.remove_tree(child)
                 os.rmdir(name, dir_fd=self.fd)
 
     def is_named(self, name: str | os.PathLike[str], within: Folder | None = None) -> bool:
@@ -209,7 +209,7 @@ class CacheDirectory:
         self._changing = RLock()
         self._is_locked = False
         self.has_locks = True
-        """As the last `locked` found it."""
+        """Whether locks worked in the last `locked`."""
         self._restoring = Lock()
 
     def restore(self) -> None:
@@ -232,7 +232,7 @@ class CacheDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Exclude everyone who renames, removes or reserves, in all processes. Reentrant."""
+        """Exclude renames, removals and reservations of all threads and processes. Reentrant."""
         with self._changing, ExitStack() as held:
             if not self._is_locked:
                 self._is_locked = True

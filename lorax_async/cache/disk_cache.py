@@ -1,4 +1,4 @@
-"""Whole adapters on this machine's disk, and partial ones on their way. Blocks.
+"""Whole adapters on this machine's disk, and partial downloads. Blocks.
 
 In the folder, which is its owner's alone (0700, files 0600), all names are ours:
 
@@ -139,8 +139,8 @@ class DiskCache:
     def last_version(self, question: str) -> tuple[str, str] | None:
         self.directory.restore()
         with translated_errors("look for a version"):
-            found = resolved(self.directory.answers, _name_of(question))
-        return None if found is None else (found.source, found.version)
+            key = read_answer(self.directory.answers, _name_of(question))
+        return None if key is None else (key.source, key.version)
 
     def condemn(self, key: CacheKey) -> None:
         with translated_errors("remove an entry"):
@@ -159,7 +159,7 @@ class DiskCache:
 
     @property
     def last_used(self) -> int | None:
-        """As `used` was when room was made last; None before. Looks at nothing."""
+        """The bytes last measured; None before. Quick."""
         return self.budget.last_used
 
     def close(self) -> None:
@@ -263,7 +263,7 @@ class DiskDownload:
         return self._partial
 
     def _clear(self, folder: Folder) -> None:
-        """Remove what an interrupted download left and this one did not ask for."""
+        """Remove files of a partial download that this one did not add."""
         for name in folder.names():
             role = role_of(name.removesuffix(MAP_SUFFIX))
             if name == RECORD or (role is not None and role not in self._files):
@@ -279,8 +279,8 @@ class DiskDownload:
                     os.rename(partial.name, name, **parents)
             except FileNotFoundError as error:
                 raise FetchError(
-                    "another process took over the download where locks do not work, or somebody"
-                    " removed its folder; load it again"
+                    "another process took over the download where locks do not work, or its"
+                    " folder was removed; load it again"
                 ) from error
             except OSError as error:
                 if error.errno not in _TAKEN:
@@ -294,7 +294,7 @@ class DiskDownload:
 
     @contextmanager
     def _ending(self) -> Iterator[None]:
-        """Whatever happens, nothing stays open."""
+        """Close all files when the context is left."""
         self._partial = None
         try:
             yield
@@ -303,7 +303,7 @@ class DiskDownload:
                 file.close()
 
 
-def resolved(answers: Folder, name: str) -> CacheKey | None:
+def read_answer(answers: Folder, name: str) -> CacheKey | None:
     """Read one answer of a source; None if there is none. Raise `OSError`."""
     with suppress(FileNotFoundError, AdapterFormatError):
         content = answers.read(name, _MAX_ANSWER_BYTES)
@@ -324,32 +324,32 @@ class OwnCache:
     def __init__(self, config: LoaderConfig) -> None:
         self._config = config
         self._lock = Lock()
-        self._made: DiskCache | None = None
+        self._cache: DiskCache | None = None
         self._last_used: int | None = None
         self._closed = False
 
     def get(self) -> DiskCache:
-        """Always return the same. Raise `LoaderClosedError` after `close`, and as `DiskCache`."""
+        """Return the cache. Raise `LoaderClosedError` after `close`, and as `DiskCache`."""
         with self._lock:
             if self._closed:
                 raise LoaderClosedError("the loader is closed")
-            if self._made is None:
+            if self._cache is None:
                 config = self._config
-                self._made = DiskCache(
+                self._cache = DiskCache(
                     config.cache_folder, config.cache_bytes, policy(config.eviction)
                 )
-            return self._made
+            return self._cache
 
     @property
     def last_used(self) -> int | None:
-        """Bytes that were seen in its folder last, also after `close`; None if never. Quick."""
-        made = self._made
-        return self._last_used if made is None else made.last_used
+        """The bytes last measured, also after `close`; None before. Quick."""
+        cache = self._cache
+        return self._last_used if cache is None else cache.last_used
 
     def close(self) -> None:
-        """Entries and downloads are to be closed first. Idempotent."""
+        """Close the cache. Close entries and downloads first. Idempotent."""
         with self._lock:
-            made, self._made, self._closed = self._made, None, True
-        if made is not None:
-            self._last_used = made.last_used
-            made.close()
+            cache, self._cache, self._closed = self._cache, None, True
+        if cache is not None:
+            self._last_used = cache.last_used
+            cache.close()

@@ -68,7 +68,7 @@ class DiskEntry:
         return os.path.join(self._entries.directory.path, "entries", self.record.name)
 
     def touch(self, now_ns: int) -> None:
-        """Let every process see when it was used. Raise `OSError`."""
+        """Record the time of a use for all processes. Raise `OSError`."""
         with suppress_read_only(), suppress(FileNotFoundError):
             parent = self._entries.parent.fd
             os.utime(self.record.name, ns=(now_ns, now_ns), dir_fd=parent, follow_symlinks=False)
@@ -124,19 +124,19 @@ class Entries:
             return None
 
     def require(self, name: str, *, check: bool) -> DiskEntry | None:
-        """As `open`, but raise `IntegrityError` if it was damaged."""
+        """Lease an entry, as `open` does, but raise `IntegrityError` if it was damaged."""
         entry = None
         with translated_errors("open an entry"):
             self.directory.hold(name)
             try:
-                entry = self._opened(name, check=check)
+                entry = self._open(name, check=check)
             finally:
                 if entry is None:
                     self.directory.release(name)
         return entry
 
     def record(self, name: str) -> EntryRecord | None:
-        """Return what an entry says of itself; None if it cannot be read. Raise `OSError`."""
+        """Return the record of an entry; None if it cannot be read. Raise `OSError`."""
         try:
             with self.parent.subfolder(name) as folder:
                 fd = folder.file(RECORD, os.O_RDONLY)
@@ -200,7 +200,7 @@ class Entries:
                     raise
             yield alone
 
-    def _opened(self, name: str, *, check: bool) -> DiskEntry | None:
+    def _open(self, name: str, *, check: bool) -> DiskEntry | None:
         try:
             folder = self.parent.subfolder(name)
         except FileNotFoundError:
@@ -209,7 +209,7 @@ class Entries:
             if error.errno not in _NO_FOLDER:
                 raise
             self.condemn(name)
-            raise IntegrityError("what stands in the entry's place is no folder") from error
+            raise IntegrityError("the cache's entry is no folder") from error
         with folder:
             try:
                 return self._leased_entry(name, folder, check=check)
@@ -239,7 +239,7 @@ class Entries:
         return entry
 
     def _is_granted(self, lease: int) -> bool:
-        """Lock it; who looks whether it is leased, or removes it, locks it for a moment."""
+        """Take the shared lock. Removals and `is_leased` of others hold it for a moment only."""
         if try_lock(lease, shared=True) is not False:
             return True
         with self.directory.locked():
@@ -271,11 +271,11 @@ def _identity(folder: Folder, file: FileRecord, *, check: bool) -> FileIdentity:
     if check or status.st_mtime_ns != file.mtime_ns:
         fd = folder.file(name, os.O_RDONLY)
         try:
-            found = FileHash(file.digest.kind, file.nbytes)
-            hash_on(fd, found, file.nbytes, name)
+            file_hash = FileHash(file.digest.kind, file.nbytes)
+            hash_on(fd, file_hash, file.nbytes, name)
         finally:
             os.close(fd)
-        if found.digest() != file.digest:
+        if file_hash.digest() != file.digest:
             raise IntegrityError(f"{name} in the cache has not the digest that was published")
     return identity_of(status)
 
@@ -291,7 +291,7 @@ def grant(folder: Folder, scope: str) -> None:
     """Record that a scope may have the entry, as of now. Raise `OSError`."""
     name = scope_name(scope)
     if folder.status(name) is None:
-        if sum(each.startswith(SCOPE_PREFIX) for each in folder.names()) >= MAX_SCOPES:
+        if sum(other.startswith(SCOPE_PREFIX) for other in folder.names()) >= MAX_SCOPES:
             return
         os.close(folder.file(name, os.O_WRONLY | os.O_CREAT))
     os.utime(name, dir_fd=folder.fd, follow_symlinks=False)

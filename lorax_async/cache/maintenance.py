@@ -1,6 +1,6 @@
 """Maintenance of a disk cache: listing, verifying and shrinking it. Blocks.
 
-For people and their command line; loaders may use the cache meanwhile.
+For operators and the command line; loaders may use the cache meanwhile.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from lorax_async.cache.budget import Sizes
 from lorax_async.cache.directory import translated_errors
-from lorax_async.cache.disk_cache import DiskCache, resolved
+from lorax_async.cache.disk_cache import DiskCache, read_answer
 from lorax_async.cache.records import EntryRecord, is_entry_name, is_partial_name
 from lorax_async.errors import IntegrityError
 
@@ -21,7 +21,7 @@ class Listed:
     """An entry or a partial download.
 
     `nbytes` counts the adapter's files; `age` is the seconds since it was used last (a partial:
-    begun). `record` is None for a partial, and for a damaged entry, which is served to nobody.
+    begun). `record` is None for a partial, and for a damaged entry, which is never served.
     """
 
     name: str
@@ -51,19 +51,19 @@ class Freed:
 
 
 def ls(cache: DiskCache) -> list[Listed]:
-    """List all that is in the cache, the most recently used first."""
+    """List entries and partials, the most recently used first."""
     directory, now_ns = cache.directory, time.time_ns()
     with translated_errors("look at its folder"), directory.locked():
         entries = Sizes(directory.entries, is_entry_name).look()
         partials = Sizes(directory.partials, is_partial_name).look()
-        found = []
+        items = []
         for name, stored in sorted((entries | partials).items(), key=lambda item: -item[1].used_ns):
             is_partial = name in partials
             in_use = cache.partials.is_busy if is_partial else cache.entries.is_leased
             record = None if is_partial else cache.entries.record(name)
             age = max(0, now_ns - stored.used_ns) / 1e9
-            found.append(Listed(name, stored.nbytes, age, record, is_partial, in_use(name)))
-    return found
+            items.append(Listed(name, stored.nbytes, age, record, is_partial, in_use(name)))
+    return items
 
 
 def verify(cache: DiskCache) -> Iterator[Verified]:
@@ -90,9 +90,9 @@ def rm(cache: DiskCache, name: str) -> bool:
 
 
 def gc(cache: DiskCache, *, older_than: float = 0.0) -> Freed:
-    """Remove what serves nobody, and then what is over the budget.
+    """Remove unusable files, then evict down to the budget.
 
-    That is: interrupted downloads (begun at least `older_than` seconds ago), damaged entries,
+    Unusable are partial downloads (begun at least `older_than` seconds ago), damaged entries,
     answers about neither, leftovers of killed processes, and a former version's folder of locks.
     """
     directory = cache.directory
@@ -107,7 +107,7 @@ def gc(cache: DiskCache, *, older_than: float = 0.0) -> Freed:
         directory.remove_former()
         left = set(directory.entries.names())
         for name in directory.answers.names():
-            key = resolved(directory.answers, name)
+            key = read_answer(directory.answers, name)
             if key is None or key.name not in left:
                 directory.answers.unlink(name)
         left |= set(directory.partials.names())

@@ -38,14 +38,14 @@ CHUNK_BYTES = 256 << 10
 
 MAX_CHUNK_BYTES = 1 << 30
 SYNCED = bytes(16)
-"""In place of a boot: the bytes are on the disk."""
+"""Stands for any boot in a map: the bytes are on the disk."""
 
 _MAGIC = b"LRXCHNK2"
 _HEADER = struct.Struct("<8s16sQQ")
 
 
 class ChunkMap:
-    """The bits of a file of `nbytes`."""
+    """The chunk map of a file of `nbytes`: one bit per chunk."""
 
     __slots__ = ("_bits", "chunk_bytes", "nbytes")
 
@@ -96,13 +96,13 @@ class ChunkMap:
         magic, good_for, size, chunk_bytes = _HEADER.unpack_from(content)
         if magic != _MAGIC or size != nbytes or not 0 < chunk_bytes <= MAX_CHUNK_BYTES:
             return None
-        found = cls(nbytes, chunk_bytes)
+        chunk_map = cls(nbytes, chunk_bytes)
         bits = content[_HEADER.size :]
-        beyond = found.chunks % 8 and bits and bits[-1] >> found.chunks % 8
-        if good_for not in {SYNCED, boot} or len(bits) != len(found._bits) or beyond:
+        beyond = chunk_map.chunks % 8 and bits and bits[-1] >> chunk_map.chunks % 8
+        if good_for not in {SYNCED, boot} or len(bits) != len(chunk_map._bits) or beyond:
             return None
-        found._bits[:] = bits
-        return found
+        chunk_map._bits[:] = bits
+        return chunk_map
 
 
 def encoded_size(nbytes: int, chunk_bytes: int = CHUNK_BYTES) -> int:
@@ -149,7 +149,7 @@ class Descriptor:
             os.close(self._fd)
 
     def close(self) -> None:
-        """Quick and idempotent."""
+        """Close it now, or after the last use. Quick and idempotent."""
         with self._lock:
             unused = not self._closed and not self._users
             self._closed = True
@@ -187,7 +187,7 @@ class PartialFile:
         with translated_errors(_WRITING):
             self._file = Descriptor(folder.file(self._name, os.O_RDWR | os.O_CREAT), self._name)
         try:
-            self._map = self._resumed() or self._begun(reserve)
+            self._map = self._resume() or self._begin(reserve)
         except BaseException:
             self.close()
             with translated_errors("give room back"):
@@ -234,12 +234,12 @@ class PartialFile:
         if self.missing():
             raise InternalError(f"{self._name} was to be published before all of it was here")
         self.hash_along()
-        found = self._hash.digest()
-        if self.expected not in {None, found}:
+        digest = self._hash.digest()
+        if self.expected not in {None, digest}:
             raise IntegrityError(
-                f"{self._name} has not the {found.kind} digest that was promised; load it again"
+                f"{self._name} has not the {digest.kind} digest that was promised; load it again"
             )
-        return found
+        return digest
 
     def synced_record(self, digest: Digest) -> FileRecord:
         """Bring the bytes to the disk; the map is not needed any more. Raise `OSError`."""
@@ -268,25 +268,25 @@ class PartialFile:
         if self._map_file is not None:
             self._map_file.close()
 
-    def _resumed(self) -> ChunkMap | None:
-        """Adopt what an interrupted download left, if it is of this size and can be trusted."""
+    def _resume(self) -> ChunkMap | None:
+        """Adopt the file of a partial download, if its size matches and its map is good."""
         with translated_errors("resume a download"), self._file.held() as fd:
-            found = None
+            chunk_map = None
             if os.fstat(fd).st_size == self.nbytes and self._folder.status(self._map_name):
                 content = self._folder.read(self._map_name, encoded_size(self.nbytes))
-                found = ChunkMap.decoded(content, self.nbytes, _this_boot())
-            if found is None:
+                chunk_map = ChunkMap.decoded(content, self.nbytes, _this_boot())
+            if chunk_map is None:
                 # The map first: it must not outlive the bytes that it tells of.
                 self._folder.unlink(self._map_name)
                 os.ftruncate(fd, 0)
                 return None
-            self._here = found.spans()
+            self._here = chunk_map.spans()
             self.resumed = self._here.nbytes > 0
             # Before any new bit, the map on the disk must be good for this boot only.
-            self._open_map(found, os.O_WRONLY, sync=True)
-            return found
+            self._open_map(chunk_map, os.O_WRONLY, sync=True)
+            return chunk_map
 
-    def _begun(self, reserve: Reserve) -> ChunkMap:
+    def _begin(self, reserve: Reserve) -> ChunkMap:
         with reserve(self.nbytes), self._file.held() as fd:
             try:
                 if self.nbytes:
@@ -294,14 +294,14 @@ class PartialFile:
             except OSError as error:
                 os.ftruncate(fd, 0)
                 raise translate(error, "make room for a download") from error
-        found = ChunkMap(self.nbytes)
+        chunk_map = ChunkMap(self.nbytes)
         with translated_errors(_WRITING):
-            self._open_map(found, os.O_WRONLY | os.O_CREAT | os.O_EXCL, sync=False)
-        return found
+            self._open_map(chunk_map, os.O_WRONLY | os.O_CREAT | os.O_EXCL, sync=False)
+        return chunk_map
 
-    def _open_map(self, found: ChunkMap, flags: int, *, sync: bool) -> None:
+    def _open_map(self, chunk_map: ChunkMap, flags: int, *, sync: bool) -> None:
         self._map_file = Descriptor(self._folder.file(self._map_name, flags), self._map_name)
-        self._write_map(found.encoded(_this_boot()), 0)
+        self._write_map(chunk_map.encoded(_this_boot()), 0)
         if sync:
             with self._map_file.held() as fd:
                 os.fsync(fd)
@@ -439,10 +439,10 @@ class Partials:
         for name in left if has_locks and not busy else []:
             if adopted is None:
                 with suppress(FileNotFoundError):
-                    adopted = self._opened(entry, left=name)
+                    adopted = self._open_folder(entry, left=name)
             else:
                 self._directory.remove(self._parent, name)
-        return adopted or self._opened(entry)
+        return adopted or self._open_folder(entry)
 
     def drop(self, name: str) -> bool:
         """Remove one; False if it is being written to, or not there."""
@@ -467,12 +467,12 @@ class Partials:
         """Return when it was written to last, in nanoseconds since the epoch; 0 if never."""
         try:
             with self._parent.subfolder(name) as folder:
-                found = [folder.status(each) for each in (".", *folder.names())]
+                statuses = [folder.status(file) for file in (".", *folder.names())]
         except (FileNotFoundError, NotADirectoryError):
             return 0
-        return max((status.st_mtime_ns for status in found if status is not None), default=0)
+        return max((status.st_mtime_ns for status in statuses if status is not None), default=0)
 
-    def _opened(self, entry: str, left: str | None = None) -> Partial:
+    def _open_folder(self, entry: str, left: str | None = None) -> Partial:
         """Make a folder, or take over the one that was `left`: only one process can rename it."""
         name = f"{entry}.{unique()}"
         self._directory.hold(name)

@@ -1,4 +1,4 @@
-"""The names in a disk cache, and what each entry says of itself."""
+"""The names in a disk cache, and the record of each entry."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class CacheKey:
 
 
 def _digest_of(*texts: str) -> str:
-    found = hashlib.sha256()
+    texts_hash = hashlib.sha256()
     for text in texts:
         data = text.encode("utf-8", "surrogatepass")
         # Lengths first, so that different lists of texts never concatenate to the same bytes.
-        found.update(len(data).to_bytes(8, "big") + data)
-    return found.hexdigest()
+        texts_hash.update(len(data).to_bytes(8, "big") + data)
+    return texts_hash.hexdigest()
 
 
 def scope_name(scope: str) -> str:
@@ -145,7 +145,7 @@ def decoded_record(content: bytes) -> EntryRecord:
         if fields["format"] != _FORMAT:
             raise ValueError(f"it is not of format {_FORMAT}")
         listed: Any = fields["files"]
-        files = tuple(_file(each) for each in listed)
+        files = tuple(_file(file) for file in listed)
         if not files or len({file.role for file in files}) != len(files):
             raise ValueError("it names no file, or one twice")
         entry, source, version = (_text(fields[name]) for name in ("entry", "source", "version"))

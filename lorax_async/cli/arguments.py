@@ -15,7 +15,7 @@ from lorax_async.engines.smollm2 import prepare_base
 from lorax_async.errors import ConfigError, InvalidAdapterIdError, shorten
 from lorax_async.ids.allow import Allow, OriginPlace, is_address
 from lorax_async.ids.grammar import DEFAULT_PORTS, names_pull_request, parse_folder_url
-from lorax_async.ids.parsing import parsed, reach_of
+from lorax_async.ids.parsing import parsed, place_of
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.types import AdapterRef
 
@@ -226,7 +226,7 @@ def opened(arguments: argparse.Namespace) -> tuple[Allow, ...]:
 
 def _allowing(ref: AdapterRef) -> Allow:
     """What allows this one, and what lies below it."""
-    reach = reach_of(ref)
+    reach = place_of(ref)
     if reach.scheme in DEFAULT_PORTS:
         return _on_the_web(reach)
     if reach.scheme == "hub":

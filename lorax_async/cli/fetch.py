@@ -28,7 +28,7 @@ from lorax_async.config import LoaderConfig
 from lorax_async.errors import LoraxError
 from lorax_async.files import Reader
 from lorax_async.remote.readers import FetchReader
-from lorax_async.remote.remote_source import LazyRemoteSource, lazy_remote_source
+from lorax_async.remote.remote_source import RemoteSource, open_remote_source
 from lorax_async.runtime.folders import Fetches
 from lorax_async.types import AdapterRef, RemoteKey, Verification
 
@@ -61,7 +61,7 @@ def _fetch(arguments: argparse.Namespace, terminal: Terminal) -> int:
     refs = [at_revision(ref, arguments.revision) for ref in dict.fromkeys(arguments.ids)]
     rows = [FetchRow(ref) for ref in refs]
     config = LoaderConfig(**settings_of(arguments, refs))
-    with lazy_remote_source(config) as elsewhere, terminal.bars() as bars:
+    with open_remote_source(config) as elsewhere, terminal.bars() as bars:
         run_on_uvloop(fetch_all(elsewhere, rows, partial(_show_progress, bars)))
     if arguments.json:
         terminal.json({"adapters": [_as_json(row) for row in rows]})
@@ -140,7 +140,7 @@ class FetchRow:
         """Bytes of weights that are here, and how many there are, if that is known yet."""
         return self._reader.landed() if isinstance(self._reader, FetchReader) else (0, None)
 
-    async def run(self, elsewhere: LazyRemoteSource, fetches: Fetches) -> None:
+    async def run(self, elsewhere: RemoteSource, fetches: Fetches) -> None:
         """Fetch it, or keep the typed error."""
         began = time.perf_counter()
         try:
@@ -161,7 +161,7 @@ class FetchRow:
 
 
 async def fetch_all(
-    elsewhere: LazyRemoteSource, rows: Sequence[FetchRow], show: Callable[[int, FetchRow], None]
+    elsewhere: RemoteSource, rows: Sequence[FetchRow], show: Callable[[int, FetchRow], None]
 ) -> None:
     """Fetch all of them, a few at a time; call `show` now and then, and at the end."""
     turns = asyncio.Semaphore(AT_ONCE)

@@ -47,7 +47,7 @@ from lorax_async.formats.strict_json import JsonValue, parse_object
 from lorax_async.ids.parsing import parse_place
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.transfer_plan import TransferPlan, plan_transfer
-from lorax_async.remote.remote_source import LazyRemoteSource, lazy_remote_source
+from lorax_async.remote.remote_source import RemoteSource, open_remote_source
 from lorax_async.runtime.assembly import MOVE_BYTES
 from lorax_async.sources.local_folder import CONFIG, WEIGHTS, find_adapter
 from lorax_async.sources.local_weights import read_header
@@ -83,11 +83,11 @@ def look(ref: AdapterRef, settings: Mapping[str, Any]) -> RemoteMetadata:
     """Ask the source of `ref` for its beginning. Blocks; raises what a load would."""
     with TemporaryDirectory(prefix="lorax-async-") as name:
         config = LoaderConfig(**{**settings, "cache_dir": Path(name) / "cache"})
-        with lazy_remote_source(config) as elsewhere:
+        with open_remote_source(config) as elsewhere:
             return run_on_uvloop(_look(elsewhere, ref))
 
 
-async def _look(elsewhere: LazyRemoteSource, ref: AdapterRef) -> RemoteMetadata:
+async def _look(elsewhere: RemoteSource, ref: AdapterRef) -> RemoteMetadata:
     begun = await elsewhere.metadata(await elsewhere.resolve(ref))
     file_bytes = sum(part.nbytes for part in begun.parts)
     return RemoteMetadata(begun.config[1], begun.prefix, begun.nbytes, file_bytes)

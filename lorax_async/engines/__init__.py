@@ -1,5 +1,9 @@
-"""Adapters in the batches of an inference engine.
+"""Apply adapters in the batches of an inference engine.
 
-`transformers.attach` puts them into a Hugging Face decoder; `layer_gate` lets a forward pass enter
-layer k when the adapters of its batch have layer k.
+- `transformers`: `attach` puts adapters into a Hugging Face decoder;
+- `batch`: one batch of an attached model, with bias, DoRA and embeddings;
+- `layer_gate`: lets a forward pass enter layer k when the batch's adapters have layer k;
+- `smollm2`: the base model of demo, tests and examples.
+
+It knows the loader, its handles and the SGMV kernels.
 """

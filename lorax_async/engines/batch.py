@@ -1,4 +1,4 @@
-"""One batch of an attached model: which adapter each row uses, for as long as its block lasts."""
+"""One batch of an attached model: the adapter of each row, and how it is applied."""
 
 from __future__ import annotations
 
@@ -29,25 +29,26 @@ from lorax_kernels import Operands, Plan, Tables, Thresholds, apply
 
 T = TypeVar("T")
 
-MOST = 4
-"""Of two batches, a prefill's and a step's each. A plan keeps `Thresholds.kept_bytes` at most."""
+MAX_PLANS = 4
+"""Enough for the prefill and the decoding step of two batches. A plan keeps at most
+`Thresholds.kept_bytes`."""
 
 
 class PlanCache(Generic[T]):
-    """In any thread; the one that was used longest ago goes first."""
+    """A thread-safe cache of the most recently used plans."""
 
-    def __init__(self, most: int = MOST) -> None:
-        self._most = most
+    def __init__(self, max_plans: int = MAX_PLANS) -> None:
+        self._max_plans = max_plans
         self._plans: OrderedDict[Hashable, T] = OrderedDict()
         self._lock = Lock()
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        """The plan of this key; `make` is called where there is none, and must not wait."""
+        """Return the plan of `key`, made by `make` if missing. `make` must not block."""
         with self._lock:
             plan = self._plans.get(key)
             if plan is None:
                 plan = self._plans[key] = make()
-                if len(self._plans) > self._most:
+                if len(self._plans) > self._max_plans:
                     self._plans.popitem(last=False)
             self._plans.move_to_end(key)
             return plan
@@ -57,18 +58,18 @@ class PlanCache(Generic[T]):
             self._plans.clear()
 
 
-_AT_A_TIME = 1 << 24
-"""Elements of a base's weight that are measured at a time: 64 MiB in float32."""
+_NORM_ELEMENTS = 1 << 24
+"""Elements of a base's weight per step of computing norms: 64 MiB in float32."""
 
 Segment = tuple[int, int, int]
-"""(start, stop, slot), as a plan's."""
+"""(start, stop, slot), as in a plan."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdaptedModule:
-    """A module of the model, what the layout says of it, and its place there.
+    """A module of the model, its layout entry, and the entry's index.
 
-    `group` are the places of the modules that are given the same input, or nothing.
+    `group` holds the indices of the modules with the same input, or is empty.
     """
 
     base: nn.Module
@@ -78,14 +79,14 @@ class AdaptedModule:
 
 
 class DoraFactors:
-    """What DoRA multiplies outputs with: the magnitude of each row of a weight, over its length.
+    """DoRA's factors of outputs: the magnitude of each row of a weight, divided by its norm.
 
-    Computed at the first use from the base's weight, float32 `[out]`, and kept until the adapter
-    leaves its slot. In any thread.
+    Float32 `[out]`, computed from the base's weight at the first use and kept until the adapter
+    leaves its slot. Thread-safe.
     """
 
     def __init__(self) -> None:
-        self._known: WeakKeyDictionary[AdapterVectors, dict[int, torch.Tensor]] = (
+        self._factors: WeakKeyDictionary[AdapterVectors, dict[int, torch.Tensor]] = (
             WeakKeyDictionary()
         )
         self._lock = Lock()
@@ -97,27 +98,28 @@ class DoraFactors:
         operands: Operands,
         adapted: AdaptedModule,
     ) -> torch.Tensor:
+        """Return the adapter's factors for a module."""
         with self._lock:
-            known = self._known.setdefault(vectors, {})
-            factor = known.get(adapted.index)
+            factors = self._factors.setdefault(vectors, {})
+            factor = factors.get(adapted.index)
             if factor is None:
                 factor = _factor(magnitude, operands, adapted)
-                if factor.device.type != "cpu":  # the next one may compute on another stream
+                if factor.device.type != "cpu":  # the next use may be on another stream
                     torch.accelerator.current_stream(factor.device).synchronize()
-                known[adapted.index] = factor
+                factors[adapted.index] = factor
         return factor
 
     def forget(self) -> None:
         with self._lock:
-            self._known.clear()
+            self._factors.clear()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class VectorFeatures:
-    """Adds to modules' outputs what is not A and B of a linear module.
+    """Applies what kernels do not: adapters with bias or DoRA, and embeddings.
 
-    `vectors` are those of the batch's adapters that have some, by slot. Such an adapter has them
-    for each of its modules.
+    `vectors` are the biases and magnitudes of the batch's adapters, by slot; an adapter has them
+    for all of its modules or for none.
     """
 
     device: Device
@@ -131,8 +133,8 @@ class VectorFeatures:
     ) -> None:
         """Add each segment's adapter to `y` `[tokens, out]`, in place.
 
-        `x` is `[tokens, in]`, or the ids `[tokens]` that an embedding was given. Raises ValueError
-        for a dtype that is not the adapter's, `UsageError` if the base's weight is not there.
+        `x` is `[tokens, in]`, or an embedding's ids `[tokens]`. Raises ValueError for another dtype
+        than the adapter's, `UsageError` if DoRA needs the base's weight and it is packed or meta.
         """
         for start, stop, slot in segments:
             operands = self.tables.operands(adapted.index, slot)
@@ -158,8 +160,9 @@ class VectorFeatures:
         if factor is None:
             y.add_(delta.mul_(scale))
             return
-        own = getattr(adapted.base, "bias", None)
-        y.add_((factor - 1) * (y if own is None else y - own) + factor * delta * scale)
+        base_bias = getattr(adapted.base, "bias", None)
+        unbiased = y if base_bias is None else y - base_bias
+        y.add_((factor - 1) * unbiased + factor * delta * scale)
 
     def _add_embedded(
         self,
@@ -174,20 +177,17 @@ class VectorFeatures:
         if delta.dtype != y.dtype:
             raise ValueError(f"expected y in {y.dtype}, and the adapter's product is {delta.dtype}")
         delta = (delta if factor is None else factor * delta) * scale
-        scale_of_all = getattr(adapted.base, "embed_scale", None)
-        if scale_of_all is not None:
+        embed_scale = getattr(adapted.base, "embed_scale", None)
+        if embed_scale is not None:
             # The base's output is scaled already.
-            delta *= torch.as_tensor(scale_of_all, dtype=delta.dtype, device=delta.device)
+            delta *= torch.as_tensor(embed_scale, dtype=delta.dtype, device=delta.device)
         y.copy_((y if factor is None else factor * y) + delta)
 
     def _factor(self, slot: int, operands: Operands, adapted: AdaptedModule) -> torch.Tensor | None:
-        vectors, magnitude = (
-            self.vectors.get(slot),
-            self._vector(slot, TensorRole.MAGNITUDE, adapted),
-        )
-        if vectors is None or magnitude is None:
+        magnitude = self._vector(slot, TensorRole.MAGNITUDE, adapted)
+        if magnitude is None:
             return None
-        return self.factors.of(vectors, magnitude, operands, adapted)
+        return self.factors.of(self.vectors[slot], magnitude, operands, adapted)
 
     def _vector(self, slot: int, part: TensorRole, adapted: AdaptedModule) -> torch.Tensor | None:
         vectors = self.vectors.get(slot)
@@ -195,30 +195,30 @@ class VectorFeatures:
 
 
 def _factor(magnitude: torch.Tensor, operands: Operands, adapted: AdaptedModule) -> torch.Tensor:
-    """`magnitude / |weight + scale * B @ A|`, where lengths are of rows of `[out, in]`."""
-    weight, (a, b, scale) = _rows(adapted), operands
-    step = max(1, _AT_A_TIME // weight.shape[1])
-    lengths = []
-    for some, b_rows in zip(torch.split(weight, step), torch.split(b, step), strict=True):
-        # In the memory order of the weight: quick to add, and PEFT's order of summation.
+    """Return `magnitude / ‖weight + scale * B @ A‖`, with the norm of each row of `[out, in]`."""
+    weight, (a, b, scale) = _weight_rows(adapted), operands
+    step = max(1, _NORM_ELEMENTS // weight.shape[1])
+    norms = []
+    for rows, b_rows in zip(torch.split(weight, step), torch.split(b, step), strict=True):
+        # In the memory order of the weight: fast to add, and PEFT's order of summation.
         left, right = b_rows.float(), a.float()
-        whole = left @ right if some.is_contiguous() else (right.T @ left.T).T
-        lengths.append(torch.linalg.norm(whole.mul_(scale).add_(some), dim=1))
-    return magnitude.float() / torch.cat(lengths)
+        delta = left @ right if rows.is_contiguous() else (right.T @ left.T).T
+        norms.append(torch.linalg.norm(delta.mul_(scale).add_(rows), dim=1))
+    return magnitude.float() / torch.cat(norms)
 
 
-def _rows(adapted: AdaptedModule) -> torch.Tensor:
-    """The base's weight as `[out, in]`."""
+def _weight_rows(adapted: AdaptedModule) -> torch.Tensor:
+    """Return the base's weight as `[out, in]`. Raises `UsageError` for a packed one."""
     module, weight = adapted.module, adapted.base.weight
-    assert isinstance(weight, torch.Tensor)  # the model was attached
+    assert isinstance(weight, torch.Tensor)  # checked by `attach`
     rows = weight.T if module.transposed or module.embedding else weight
-    # Any other type is a packed one's, whatever dtype and shape it says it has.
+    # Any other type is packed, whatever dtype and shape it reports.
     plain = type(weight) in {torch.Tensor, nn.Parameter} and weight.is_floating_point()
     if plain and not weight.is_meta and rows.shape == (module.out_features, module.in_features):
         return rows
     raise UsageError(
-        f"DoRA scales the rows of the base's weight, and that of module {module.name!r} is a"
-        f" {type(weight).__name__} of {weight.dtype} on {weight.device}; give the model its plain"
+        f"DoRA needs the base's weight, and that of module {module.name!r} is a"
+        f" {type(weight).__name__} of {weight.dtype} on {weight.device}; load the model with plain"
         " weights, or merge the adapter into its base"
     )
 
@@ -229,7 +229,7 @@ Rows = Sequence[AdapterHandle | None] | None
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BatchPlans:
-    """The segments of adapters that kernels know, and those of adapters with vectors."""
+    """The kernels' plan, and the segments of adapters with bias or DoRA."""
 
     kernel: Plan
     others: tuple[Segment, ...]
@@ -237,10 +237,10 @@ class BatchPlans:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoaderLocation:
-    """Where a loader's adapters are, and whose thread brings them there.
+    """A loader's device and event loop, with what an attached model keeps for its adapters.
 
-    `tables` are the device's; `factors` are of the model's weights and the adapters there; `plans`
-    are those of the last batches.
+    `tables` are the device's; `factors` belong to the model's weights; `plans` to the latest
+    batches.
     """
 
     device: Device
@@ -254,8 +254,8 @@ class LoaderLocation:
 class ModelBatch:
     """The rows of one batch. Layers may be computed in any thread.
 
-    The adapters' bytes stay where they are until the block was left and the last layer that had
-    begun by then is done: a cancelled task leaves its thread in the middle of a forward pass.
+    The adapters stay in use until the block is left and the layers that began before are done: a
+    cancelled task leaves its thread in the middle of a forward pass.
     """
 
     def __init__(
@@ -268,7 +268,7 @@ class ModelBatch:
         beside: bool = False,
     ) -> None:
         self.gate = LayerGate(rows or (), place.loop, budget, others_wait, beside=beside)
-        # Where a row may be out, the bits of the others must not depend on it.
+        # If a row may be out, the bits of the other rows must not depend on it.
         self._thresholds = Thresholds(kept_bytes=0) if self.gate.may_take_out else Thresholds()
         self._place = place
         self._rows = None if rows is None else len(rows)
@@ -285,9 +285,9 @@ class ModelBatch:
         self._recorded: tuple[Recorder, OpenSpan, LayerTimes] | None = None
 
     def begin(self) -> None:
-        """Hold the adapters; raises what `AdapterHandle.use` raises, and then holds none.
+        """Use the adapters; raise as `AdapterHandle.use` and use none.
 
-        With a budget, an adapter that has failed is out from the beginning.
+        With a budget, an adapter that has failed is out from the start.
         """
         with ExitStack() as uses:
             for handle in self._handles:
@@ -310,13 +310,13 @@ class ModelBatch:
         self._recorded = recorder, span, self.gate.times
 
     def end(self) -> None:
-        """No further layer is computed. Does not wait for one that has begun."""
+        """Refuse further layers. Do not wait for a running one."""
         self._ended = True
-        self._leave()  # after those that did not see it had entered
+        self._leave()  # after the flag: a layer that missed it has entered already
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """While one layer is computed; raises UsageError once the block was left."""
+        """Keep the adapters in use for one layer. Raises `UsageError` once the block is left."""
         with self._lock:
             if self._ended:
                 raise UsageError(
@@ -351,10 +351,10 @@ class ModelBatch:
             )
 
     def adapt(self, y: torch.Tensor, x: torch.Tensor, adapted: AdaptedModule) -> torch.Tensor:
-        """Add each row's adapter to `y` `[rows, tokens, out]`, the layer's output, and return it.
+        """Add each row's adapter to the layer's output `y` `[rows, tokens, out]` and return it.
 
-        Waits for adapters that still stream, and leaves out those that are `gate.out`; without a
-        budget it raises their errors, also `IntegrityError` once one turned out to be false.
+        Waits for streaming adapters and skips those in `gate.out`; without a budget, raises their
+        errors, also `IntegrityError` for weights that failed verification.
         """
         if not self._handles:
             return y
@@ -377,16 +377,16 @@ class ModelBatch:
         return y
 
     def _has_rows(self, x: torch.Tensor, module: Module) -> bool:
-        """Whether the first dimension of the module's input is the batch's rows.
+        """Return whether the first dimension of the module's input is the batch's rows.
 
-        Embeddings are also given positions, which are one row for all: `[1, tokens]`.
+        Embeddings also get positions, one row for all: `[1, tokens]`.
         """
         return x.dim() == 2 and x.shape[0] == self._rows if module.embedding else x.dim() == 3
 
     def _add(
         self, y: torch.Tensor, x: torch.Tensor, plan: BatchPlans, adapted: AdaptedModule
     ) -> None:
-        """To `y` `[tokens, out]`: by the kernels, and what these do not know."""
+        """Add to `y` `[tokens, out]`, by the kernels and by `VectorFeatures`."""
         if adapted.module.embedding:
             self._features.add(y, x, plan.kernel.segments + plan.others, adapted)
             return
@@ -394,17 +394,20 @@ class ModelBatch:
         self._features.add(y, x, plan.others, adapted)
 
     def _flattened(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` as `[tokens, in]`: the same view again for q, k and v, by which kernels know it."""
-        known = self._flat
-        if known is not None and known[0]() is x:
-            return known[1]
+        """Return `x` as `[tokens, in]`.
+
+        q, k and v get the same view, by which kernels recognize their common input.
+        """
+        cached = self._flat
+        if cached is not None and cached[0]() is x:
+            return cached[1]
         flat = x.detach().flatten(0, 1).contiguous()
-        if flat.data_ptr() == x.data_ptr():  # a copy would not follow what is written to x
+        if flat.data_ptr() == x.data_ptr():  # a copy would not follow later writes to x
             self._flat = ref(x), flat
         return flat
 
     def _require_untouched(self, x: torch.Tensor, adapted: AdaptedModule) -> None:
-        """Without a dimension of rows nobody can say whose tokens these are."""
+        """Raise `UsageError` if an adapter changes a module whose input has no row dimension."""
         ranks, module = self._place.tables.rank[adapted.index], adapted.module
         if any(int(ranks[handle.slot.index]) for handle in self._handles):
             wanted = "[rows, tokens]" if module.embedding else "[rows, tokens, features]"
@@ -415,7 +418,7 @@ class ModelBatch:
             )
 
     def _plan(self, tokens: int) -> BatchPlans:
-        """Of rows with `tokens` tokens each: a prefill's, a decoding step's, the head's."""
+        """Return the plan for rows of `tokens` tokens each: prefill, decoding step or head."""
         out = self.gate.slots_out
         key = self._lease_table, tokens, out, self._thresholds
         return self._place.plans.get(key, partial(self._new_plan, tokens, out))
@@ -431,12 +434,13 @@ class ModelBatch:
             thresholds=self._thresholds,
             max_rank=max(handle.rank for handle in self._handles),
         )
-        each = zip(bounds, bounds[1:], slots, strict=False)
+        by_slot = zip(bounds, bounds[1:], slots, strict=False)
         vectors = self._vectors.keys() - out
-        return BatchPlans(kernel, tuple(segment for segment in each if segment[2] in vectors))
+        return BatchPlans(kernel, tuple(segment for segment in by_slot if segment[2] in vectors))
 
 
 def _refuse_gradient(_: torch.Tensor) -> NoReturn:
     raise UsageError(
-        "attached adapters answer only, and a gradient would miss them; detach before training"
+        "attached adapters are for inference, and a gradient would miss them; detach before"
+        " training"
     )

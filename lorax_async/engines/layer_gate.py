@@ -1,10 +1,10 @@
-"""A forward pass's way through layers whose adapters may still be on their way.
+"""Let a forward pass enter each layer when the adapters of its batch have that layer.
 
 gate = LayerGate(rows, loop, budget=0.02)
 ...                  # in a thread, before the adapters of layer k are applied:
-gate.enter(k)        # waits; from then on the slots in `gate.slots_out` are not to be applied
+gate.enter(k)        # waits; do not apply the slots in `gate.slots_out` from then on
 ...
-gate.out             # which rows were computed without their adapter, and why
+gate.out             # the rows computed without their adapter, with their errors
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ from lorax_async.errors import AdapterTimeoutError, HandleClosedError, LoraxErro
 from lorax_async.handle import AdapterHandle
 from lorax_async.tracing.recorder import LayerTimes
 
-_LOOK_SECONDS = 0.02
-"""Between two looks at whether others wait."""
+_POLL_SECONDS = 0.02
+"""The interval at which `others_wait` is read."""
 
 
 class LayerGate:
     """Lets a pass into layer k when the adapters of its batch have layer k.
 
-    It waits freely for an adapter whose bytes are on this machine, or whose rows are all there are.
-    For others a pass waits for `budget` seconds in all. When these are spent, or when an adapter
-    fails, that one is out: its rows are computed without it from there on, and are to be thrown
-    away. The other rows come to the same bits as if nothing had happened.
+    A pass waits without limit for an adapter whose bytes are on this machine, or that is alone in
+    the batch. For other adapters it waits `budget` seconds in all. When these are spent, or when an
+    adapter fails, the adapter is out: its rows are computed without it from there on; discard them.
+    The other rows have the same bits as without it.
 
     Parameters
     ----------
     rows
-        A handle, resident or streaming, or None for the base, per row. They stay usable meanwhile
-        (see `AdapterHandle.use`).
+        Per row a handle, resident or streaming, or None for the base. Keep them usable (see
+        `AdapterHandle.use`).
     loop
-        That of their loader. On its thread the gate raises `UsageError` where it would wait, for
-        the layer could not arrive.
+        The loader's event loop. On its thread the gate raises `UsageError` instead of waiting,
+        because the layer could not arrive.
     budget
-        In seconds, for one pass. None: nobody is ever out; the pass waits for everybody, as long as
-        the loader's timeout allows, and raises an adapter's error.
+        Seconds per pass. None: no adapter is ever out; the pass waits for all of them, up to the
+        loader's timeout, and raises their errors.
     others_wait
-        Whether other requests could be computed in place of the pass, as `Batch.others_wait` of a
-        scheduler says: then adapters whose rows are all there are wait no longer, either.
+        Whether other requests could be computed instead, as `Batch.others_wait`: then the pass no
+        longer waits for an adapter that is alone in the batch.
     beside
-        Whether other rows wait for this pass, so that these are not all there are.
+        Whether rows outside this batch wait for the pass, so that no adapter is alone.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class LayerGate:
         self._loop = loop
         self._budget = budget
         self.left = budget or 0.0
-        """Seconds of the budget that the pass may still wait for."""
+        """Seconds left of the pass's budget."""
         self._streaming = tuple(handle for handle in handles if not handle.resident)
         self._unverified = tuple(handle for handle in handles if not handle.is_verified)
         self._others_wait = others_wait
@@ -78,13 +78,13 @@ class LayerGate:
         self._errors: dict[AdapterHandle, LoraxError] = {}
         self._lock = Lock()
         self.times: LayerTimes | None = None
-        """Told of the layers, if somebody records the pass."""
+        """Records the times of the layers while a trace runs."""
         self.slots_out: frozenset[int] = frozenset()
-        """Slots whose adapters are out, for all rows that have them."""
+        """Slots all of whose handles are out."""
 
     @property
     def out(self) -> Mapping[int, LoraxError]:
-        """Rows whose results are to be thrown away, and why. After a timeout: try them again."""
+        """The rows whose results to discard, with their errors. Retry them after a timeout."""
         errors = self._errors
         return MappingProxyType(
             {number: errors[row] for number, row in enumerate(self._rows) if row in errors}
@@ -92,14 +92,14 @@ class LayerGate:
 
     @property
     def may_take_out(self) -> bool:
-        """Whether a row can ever be out: with a budget, if not all was here and checked before."""
+        """Whether a row may be out: with a budget, unless all are resident and verified."""
         return self._budget is not None and bool(self._streaming or self._unverified)
 
     def enter(self, layer: int) -> None:
-        """Wait until `layer` (-1 … L) may be computed. In any thread but the loop's.
+        """Wait until `layer` (-1 … L) may be computed. Any thread but the loop's.
 
-        A layer before the last one begins another pass: its budget is whole, who is out stays out.
-        Raises `UsageError` on the loop's thread; with a budget of None, an adapter's error.
+        A lower layer than the last one starts a new pass with a full budget; adapters that are out
+        stay out. Raises `UsageError` on the loop's thread and, without a budget, adapters' errors.
         """
         if layer < self._layer:
             self.left = self._budget or 0.0
@@ -108,37 +108,36 @@ class LayerGate:
         if times is not None:
             times.reached(layer)
         for handle in self._unverified:
-            self._go_on(handle, handle.require_sound)
+            self._run_step(handle, handle.require_sound)
         for handle in self._streaming:
             if not handle.is_ready(layer):
-                self._go_on(handle, partial(self._await, handle, layer))
+                self._run_step(handle, partial(self._await, handle, layer))
         if times is not None:
             times.entered()
 
-    def _go_on(self, handle: AdapterHandle, step: Callable[[], None]) -> None:
-        """With the adapter, or without it."""
+    def _run_step(self, handle: AdapterHandle, step: Callable[[], None]) -> None:
+        """Run `step` unless the adapter is out; leave the adapter out if it fails."""
         if handle in self._errors:
             return
         try:
             step()
         except LoraxError as error:
-            # A handle that was released is its holder's business, all other misuse is the pass's.
-            misused = isinstance(error, UsageError) and not isinstance(error, HandleClosedError)
-            if misused:
+            # A released handle fails its own rows; any other misuse fails the pass.
+            if isinstance(error, UsageError) and not isinstance(error, HandleClosedError):
                 raise
             self.leave_out(handle, error)
 
     def leave_out(self, handle: AdapterHandle, error: LoraxError) -> None:
-        """Compute its rows without it from here on; with a budget of None, raise the error.
+        """Compute the handle's rows without it from here on; without a budget, raise `error`.
 
-        Other handles of the same adapter go on.
+        Other handles of the same adapter are not affected.
         """
         if self._budget is None:
             raise error
-        with self._lock:  # passes of several threads
+        with self._lock:  # layers may be computed in several threads
             self._errors[handle] = error
-            going_on = {each.slot.index for each in self._handles if each not in self._errors}
-            self.slots_out = frozenset(each.slot.index for each in self._errors) - going_on
+            kept = {other.slot.index for other in self._handles if other not in self._errors}
+            self.slots_out = frozenset(failed.slot.index for failed in self._errors) - kept
 
     def _await(self, handle: AdapterHandle, layer: int) -> None:
         if running_loop() is self._loop:
@@ -154,20 +153,21 @@ class LayerGate:
             self._await_beside(handle, layer)
 
     def _await_alone(self, handle: AdapterHandle, layer: int) -> None:
-        """Until somebody else could be computed instead."""
+        """Wait for the layer until other requests could be computed instead."""
         until = monotonic() + handle.timeout
         while not handle.is_ready(layer):
             seconds = until - monotonic()
             with suppress(AdapterTimeoutError):
-                handle.wait_layer(layer, timeout=max(0.0, min(seconds, _LOOK_SECONDS)))
+                handle.wait_layer(layer, timeout=max(0.0, min(seconds, _POLL_SECONDS)))
                 return
-            handle.require_sound()  # it may have ended with such an error itself
+            handle.require_sound()  # the load itself may have failed with a timeout
             if self._others_wait():
                 raise _late(handle, f"layer {layer} had not arrived when others could be computed")
             if seconds <= 0:
                 raise _late(handle, f"layer {layer} did not arrive within {handle.timeout:g} s")
 
     def _await_beside(self, handle: AdapterHandle, layer: int) -> None:
+        """Wait for the layer until the budget is spent."""
         began = monotonic()
         try:
             handle.wait_layer(layer, timeout=max(0.0, self.left))

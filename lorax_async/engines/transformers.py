@@ -1,19 +1,18 @@
-"""Many adapters in one batch of a Hugging Face decoder, for demos, tests and small servers.
+"""Apply many adapters in one batch of a Hugging Face decoder.
 
     attached = attach(model, loader)
     with attached.batch([pirate, None, shout]):  # a handle, or None for the base, per row
         await asyncio.to_thread(model.generate, **inputs, max_new_tokens=32)
 
-The batch is a context variable: it holds for the code of its block, in `asyncio.to_thread` too. A
-thread that is started otherwise (`run_in_executor`, `threading.Thread`) needs the context handed
-over, inside the block:
+The batch is a context variable: it applies to the code of its block, also in `asyncio.to_thread`.
+For other threads (`run_in_executor`, `threading.Thread`) pass the context on, inside the block:
 
     context = contextvars.copy_context()
     await loop.run_in_executor(pool, context.run, functools.partial(model, input_ids))
 
-A handle that still streams is accepted: every layer waits for its own weights (with a budget, not
-for ever: see `LayerGate`), hence not on the event loop's thread. Adapters are applied for
-inference; a gradient through them is refused.
+A streaming handle is accepted: every layer waits for its own weights (up to a budget: see
+`LayerGate`), so do not run the model on the event loop's thread. Adapters are for inference; a
+gradient through them raises `UsageError`.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ from lorax_async.loader import AdapterLoader
 from lorax_async.planning.layout import ModelLayout, Module, Parallelism
 from lorax_kernels import Tables
 
-_TOGETHER = (
+_SAME_INPUT = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
     ("gate_proj", "up_proj"),
@@ -58,12 +57,12 @@ _TOGETHER = (
 
 
 def groups_of(modules: Iterable[Module]) -> dict[int, tuple[int, ...]]:
-    """By the place of a module: the places of all that get its input, itself among them.
+    """Return, by module index, the indices of all modules with the same input, itself included.
 
-    Read off the names below one parent. It is a hint: kernels look at the tensor itself before they
-    take what they computed of it for another module.
+    Derived from the names below one parent. It is a hint: kernels compare the tensor itself before
+    they reuse a shrunk input.
     """
-    kinds = {name: kind for kind, names in enumerate(_TOGETHER) for name in names}
+    kinds = {name: kind for kind, names in enumerate(_SAME_INPUT) for name in names}
     found: dict[tuple[str, int, int], list[int]] = {}
     for index, module in enumerate(modules):
         parent, _, name = module.name.rpartition(".")
@@ -76,9 +75,9 @@ _SHOWN = 3
 
 
 def modules_of(model: nn.Module, layout: ModelLayout, shard: Shard | None) -> list[nn.Module]:
-    """The model's module for each of the layout's; raises ConfigError naming those that differ.
+    """Return the model's modules in the layout's order; raise `ConfigError` for differences.
 
-    `shard` is what the layout's sizes are of.
+    `shard` is the shard that the layout's sizes describe.
     """
     found = dict(model.named_modules())
     problems = [
@@ -108,7 +107,7 @@ def _mismatch(found: nn.Module | None, module: Module) -> str | None:
         return f"module {module.name!r} is a {type(found).__name__}"
     if module.embedding and not looks_up(module.name, found):
         kind = type(found).__name__
-        return f"module {module.name!r} ({kind}) does not just look tokens or positions up"
+        return f"module {module.name!r} ({kind}) does more than look up tokens or positions"
     if sizes != (module.in_features, module.out_features):
         wanted = f"{module.in_features} → {module.out_features}"
         return f"module {module.name!r} is {sizes[0]} → {sizes[1]}, not {wanted}"
@@ -116,7 +115,7 @@ def _mismatch(found: nn.Module | None, module: Module) -> str | None:
 
 
 def _sizes(module: nn.Module) -> tuple[int, int] | None:
-    """(in, out) of a linear module, (vocabulary, out) of an embedding, None for any other."""
+    """Return (in, out) of a linear module, (vocabulary, out) of an embedding, else None."""
     from transformers.pytorch_utils import Conv1D  # noqa: PLC0415 (slow)
 
     if isinstance(module, nn.Linear):
@@ -127,10 +126,10 @@ def _sizes(module: nn.Module) -> tuple[int, int] | None:
 
 
 def require_dtype(modules: list[nn.Module], stored: str) -> None:
-    """Raise ConfigError unless adapters `stored` so fit what the model computes in.
+    """Raise `ConfigError` unless the model computes in the adapters' dtype `stored`.
 
-    What most modules compute in counts, as in `layouts.from_module`: a router may be wider. A
-    quantised weight is packed in integers and says nothing.
+    The dtype of most modules counts, as in `layouts.from_module`: a router may be wider. Integer
+    weights, which are quantised, are ignored.
     """
     weights = [_weight(module).dtype for module in modules]
     floating = Counter(dtype for dtype in weights if dtype.is_floating_point)
@@ -149,13 +148,13 @@ def require_dtype(modules: list[nn.Module], stored: str) -> None:
 
 
 def require_device(modules: list[nn.Module], device: torch.device) -> None:
-    """Raise ConfigError unless the model is where the adapters are."""
+    """Raise `ConfigError` unless the model is on the adapters' device."""
     for module in modules:
         place = _weight(module).device
         if place.type != device.type:
             raise ConfigError(
                 f"the model is on {place} and the loader's adapters are on {device}; move the "
-                "model, or give LoaderConfig another device"
+                "model, or set another LoaderConfig.device"
             )
 
 
@@ -171,26 +170,25 @@ Forward = Callable[..., torch.Tensor]
 def attach(model: nn.Module, loader: AdapterLoader) -> AttachedModel:
     """Make the model's modules apply the adapters of `loader`, row by row.
 
-    The modules stay what they are: names, parameters, `state_dict`, hooks and tied weights do not
-    change, only what their `forward` computes. Takes milliseconds, on the loader's event loop.
+    Only the modules' `forward` changes, not names, parameters, `state_dict`, hooks or tied weights.
+    Takes milliseconds, on the loader's event loop.
 
     Parameters
     ----------
     model
         The base that `loader.held_layout` describes: `nn.Linear` and transformers' `Conv1D`
-        modules, whose inputs are `[rows, tokens, features]`, and embeddings, which get
-        `[rows, tokens]`.
+        modules with inputs `[rows, tokens, features]`, and embeddings with inputs `[rows, tokens]`.
     loader
-        Open; its adapters' dtype must be what the model computes in.
+        An open loader whose adapters have the dtype in which the model computes.
 
     Raises
     ------
     ConfigError
         Modules, shapes, dtype or device of model and loader do not fit each other.
     UsageError
-        The model is attached already, or the loader is closed or another loop's.
+        The model is attached already, or the loader is closed or belongs to another loop.
 
-    The model is left as it was in both cases.
+    The model is unchanged after an error.
     """
     device = loader.device
     loop = asyncio.get_running_loop()
@@ -206,7 +204,7 @@ def attach(model: nn.Module, loader: AdapterLoader) -> AttachedModel:
 
 
 class AttachedModel:
-    """A model with adapters; `detach`, or leave it as a context manager, to get the base back."""
+    """A model with adapters; `detach` it, or use it as a context manager."""
 
     def __init__(
         self,
@@ -241,37 +239,37 @@ class AttachedModel:
         *,
         beside: bool = False,
     ) -> Iterator[LayerGate]:
-        """While the block lasts, row i of the model's input uses the adapter of `rows[i]`.
+        """Use the adapter `rows[i]` for row i of the model's input within the block.
 
-        With a budget, look at the gate's `out` after each pass: these rows were computed without
-        their adapters, because one failed, or did not arrive in time.
+        With a budget, check the gate's `out` after each pass: these rows were computed without
+        their adapters, which failed or did not arrive in time.
 
         Parameters
         ----------
         rows
-            A handle of this loader, resident or streaming, or None for the base, per row. None in
-            place of the whole: any number of rows, all of the base.
+            Per row a handle of this loader, resident or streaming, or None for the base. None in
+            place of the sequence: any number of rows, all of the base.
         budget
-            For how many seconds one pass waits for adapters that are not on this machine yet: see
-            `LayerGate`. None: it waits for all of them, and raises their errors.
+            Seconds for which one pass waits for bytes that are not on this machine: see
+            `LayerGate`. None: wait for all adapters, and raise their errors.
         others_wait
-            Whether the pass keeps others from being computed: see `LayerGate`.
+            Whether other requests could be computed instead: see `LayerGate`.
         beside
-            Whether rows that are not of this pass wait for it: see `LayerGate`.
+            Whether rows outside this batch wait for the pass: see `LayerGate`.
 
         Raises
         ------
         UsageError
-            Not such rows, a handle of another loader, or the model was detached. Inside the block,
-            the model raises it for an input with another number of rows.
+            Invalid rows, a handle of another loader, or a detached model. Inside the block, the
+            model raises it for an input with another number of rows.
         HandleClosedError
-            A handle was released. One that is released inside the block keeps its adapter there.
+            A handle was released before. Inside the block, a release takes effect at its end.
         LoraxError
-            Without a budget: what ended an adapter's load.
+            The error that ended an adapter's load, without a budget.
         """
         self._check(rows)
         batch = ModelBatch(rows, self._place, budget, others_wait, beside=beside)
-        with self._opened(batch):
+        with self._register(batch):
             batch.begin()
             token = self._current.set(batch)
             try:
@@ -281,7 +279,7 @@ class AttachedModel:
                 batch.end()
 
     @contextmanager
-    def _opened(self, batch: ModelBatch) -> Iterator[None]:
+    def _register(self, batch: ModelBatch) -> Iterator[None]:
         with self._lock:
             if not self._replaced:
                 raise UsageError("the adapters were detached from this model; attach again")
@@ -293,21 +291,21 @@ class AttachedModel:
                 self._open.remove(batch)
 
     def current(self) -> ModelBatch:
-        """The batch of the running context; raises UsageError if there is none."""
+        """Return the batch of the running context. Raises `UsageError` without one."""
         batch = self._current.get()
         if batch is None:
             raise UsageError(
-                "the model has adapters attached and no batch says which row uses which; run it "
-                "in `with attached.batch([...])` (batch(None) is the base alone), and hand the "
+                "the model has adapters attached and no batch that assigns them to rows; run it "
+                "in `with attached.batch([...])` (batch(None) is the base alone), and pass the "
                 "context to threads: asyncio.to_thread, or contextvars.copy_context().run"
             )
         return batch
 
     def detach(self) -> None:
-        """Give the model its own forward passes back. Idempotent.
+        """Restore the model's own forwards. Idempotent.
 
-        Raises UsageError, and changes nothing, inside a batch (its rows would silently become the
-        base's), or if somebody has replaced a forward since.
+        Raises `UsageError`, and changes nothing, while a batch is open (its rows would silently
+        lose their adapters), or if a forward was replaced after `attach`.
         """
         with self._lock:
             if self._open:
@@ -348,7 +346,10 @@ class AttachedModel:
             self._require_local(row)
 
     def _require_local(self, row: AdapterHandle) -> None:
-        """A bias comes once, after the all-reduce, and a row's length is of all its columns."""
+        """Refuse a bias or magnitude of a row-parallel module.
+
+        A bias is added once, after the all-reduce; a row's norm needs all columns.
+        """
         if row.shard is None or row.shard.world_size == 1 or row.vectors is None:
             return
         for index in row.vectors.modules:
@@ -357,12 +358,12 @@ class AttachedModel:
                 raise UsageError(
                     f"adapter {row.id!r} has a bias or a magnitude for module {module.name!r}, of"
                     f" which {row.shard} has some columns: it cannot be applied before the sum over"
-                    " all ranks is there; apply handle.modules yourself, or replicate the module"
+                    " all ranks; apply handle.modules yourself, or replicate the module"
                 )
 
 
 class AdaptedForward:
-    """What a module computes while it is attached: its own output, plus its adapters'."""
+    """The forward of an attached module: the base's output plus its adapters'."""
 
     def __init__(self, attached: AttachedModel, adapted: AdaptedModule, base: Forward) -> None:
         self.base = base
@@ -371,7 +372,7 @@ class AdaptedForward:
 
     @property
     def module(self) -> Module:
-        """What the layout says of it."""
+        """The module's layout entry."""
         return self._adapted.module
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -386,12 +387,12 @@ class AdaptedForward:
 
 @dataclass(frozen=True, slots=True)
 class _ReplacedForward:
-    """One module's forward, taken over by an instance attribute, as accelerate's hooks do it."""
+    """One module's forward, replaced by an instance attribute as in accelerate's hooks."""
 
     base: nn.Module
     forward: AdaptedForward
     before: Forward | None
-    """The instance's own forward, where somebody (accelerate's hooks) had given it one."""
+    """The instance's previous forward attribute, for example of accelerate's hooks."""
 
     def install(self) -> None:
         vars(self.base)["forward"] = self.forward
@@ -402,6 +403,6 @@ class _ReplacedForward:
 
     def restore(self) -> None:
         if self.before is None:
-            del vars(self.base)["forward"]  # the class's shows again
+            del vars(self.base)["forward"]  # uncovers the class's
         else:
             vars(self.base)["forward"] = self.before

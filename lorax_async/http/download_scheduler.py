@@ -1,4 +1,4 @@
-"""The download scheduler: jobs cut into pieces, their shares of the connections, the threads.
+"""Schedule downloads: jobs cut into pieces, their shares of the connections, the threads.
 
 `DownloadScheduler` decides, under its lock, by the rules of docs/http.md; `WorkerPool` has the
 threads.
@@ -30,7 +30,7 @@ class ConnectionDemand:
     stalled
         The origin has sent nothing for a while.
     retried
-        All that the download would use them for was tried before.
+        All pieces that the download would use them for were tried before.
     """
 
     urgency: int
@@ -41,64 +41,69 @@ class ConnectionDemand:
 
 
 def shares(claims: Sequence[ConnectionDemand], connections: int, *, soon: int = 0) -> list[int]:
-    """How many connections each of the claims gets, in their order.
+    """Return how many connections each of the claims gets, in their order.
 
-    Within an urgency no origin gets less than another one that got more than it wanted less of, and
-    within an origin no claim; what does not divide goes to what was not tried before, then to those
-    who came first. A later urgency gets what the earlier ones left. An origin that is stalled gets
-    one connection per urgency, and more only where nobody else has a use for them, now or `soon`.
+    Connections are divided by urgency, then evenly among origins, then evenly among an origin's
+    claims; none gets more than it wants. A remainder goes to claims that were not tried before,
+    then to earlier ones. A later urgency gets the connections that earlier ones left. A stalled
+    origin gets one connection per urgency, and more only if no other can use them, now or `soon`.
     """
-    given = [0] * len(claims)
+    granted = [0] * len(claims)
     urgencies = sorted({claim.urgency for claim in claims})
-    for rest in (False, True):  # at the end, what was kept from those that are stalled
+    for rest in (False, True):  # at last the connections withheld from stalled origins
         connections = max(0, connections - soon) if rest else connections
         for urgency in urgencies:
             origins = _by_origin(claims, urgency)
-            wanted = [_wanted(claims, who, given, rest=rest) for who in origins]
+            wanted = [_wanted(claims, members, granted, rest=rest) for members in origins]
             parts = _even(wanted, connections)
             connections -= sum(parts)
-            for who, part in zip(origins, parts, strict=True):
-                left = [claims[n].wanted - given[n] for n in who]
-                for n, more in zip(who, _even(left, part), strict=True):
-                    given[n] += more
-    return given
+            for members, part in zip(origins, parts, strict=True):
+                left = [claims[n].wanted - granted[n] for n in members]
+                for n, more in zip(members, _even(left, part), strict=True):
+                    granted[n] += more
+    return granted
 
 
 def _by_origin(claims: Sequence[ConnectionDemand], urgency: int) -> list[list[int]]:
-    """The claims of each origin; the origins and the claims that come first have what is over."""
-    found: dict[Hashable, list[int]] = {}
+    """Return the claims of each origin; origins and claims are in the order of their precedence."""
+    by_origin: dict[Hashable, list[int]] = {}
     for n, claim in enumerate(claims):
         if claim.urgency == urgency:
-            found.setdefault(claim.origin, []).append(n)
-    origins = [sorted(who, key=lambda n: claims[n].retried) for who in found.values()]
-    return sorted(origins, key=lambda who: (claims[who[0]].stalled, claims[who[0]].retried))
+            by_origin.setdefault(claim.origin, []).append(n)
+    origins = [sorted(members, key=lambda n: claims[n].retried) for members in by_origin.values()]
+    return sorted(origins, key=lambda each: (claims[each[0]].stalled, claims[each[0]].retried))
 
 
 def _wanted(
-    claims: Sequence[ConnectionDemand], who: Sequence[int], given: Sequence[int], *, rest: bool
+    claims: Sequence[ConnectionDemand],
+    members: Sequence[int],
+    granted: Sequence[int],
+    *,
+    rest: bool,
 ) -> int:
-    left = sum(claims[n].wanted - given[n] for n in who)
-    return left if rest or not claims[who[0]].stalled else min(left, 1)
+    """Return how many more connections an origin's claims can use."""
+    left = sum(claims[n].wanted - granted[n] for n in members)
+    return left if rest or not claims[members[0]].stalled else min(left, 1)
 
 
 def _even(wanted: Sequence[int], connections: int) -> list[int]:
-    """Those who want little first: what they leave raises the others' part."""
-    given = list(wanted)
-    modest = sorted(range(len(wanted)), key=lambda n: wanted[n])
-    for place, n in enumerate(modest):
-        level, more = divmod(connections, len(modest) - place)
+    """Divide connections evenly; those that want fewer leave theirs to the others."""
+    parts = list(wanted)
+    ascending = sorted(range(len(wanted)), key=lambda n: wanted[n])
+    for count, n in enumerate(ascending):
+        level, remainder = divmod(connections, len(ascending) - count)
         if wanted[n] > level:
-            for rank, hungry in enumerate(sorted(modest[place:])):
-                given[hungry] = level + (rank < more)
+            for rank, limited in enumerate(sorted(ascending[count:])):
+                parts[limited] = level + (rank < remainder)
             break
         connections -= wanted[n]
-    return given
+    return parts
 
 
 T = TypeVar("T")
 
 BUFFER_BYTES = 1 << 20
-"""The buffer of each thread: the most that is read and written at once."""
+"""The buffer of each thread: the maximum of one read and one write."""
 
 _SHARES_SECONDS = 0.01
 _PROGRESS_BYTES = 1 << 20
@@ -114,13 +119,13 @@ _PAUSE_DECAY = 0.9
 
 _ANSWER_BYTES = 64 << 10
 _GRACE_SECONDS = 0.05
-"""An attempt that has brought nothing for this long is ended for another origin's sake.
+"""An attempt that has brought nothing for this long is ended to free its connection.
 
 At a stalled origin, any attempt in excess of its share is.
 """
 
 _MAX_ORIGINS = 1024
-"""More than there are connections: no origin is forgotten while an attempt waits for it."""
+"""More than there are connections: no origin is dropped while an attempt waits for it."""
 
 _TICK_SECONDS = 0.05
 
@@ -129,7 +134,7 @@ _TICK_SECONDS = 0.05
 
 
 @dataclass(slots=True, eq=False)
-class Piece:
+class DownloadPiece:
     """Bytes [at, stop) that are still to come, of which those before `claimed` are being read."""
 
     order: int
@@ -142,7 +147,7 @@ class Piece:
     rate: float | None = None
     not_before: float = 0.0
     tried: bool = False
-    """A request for it failed, or was ended for others."""
+    """Whether a request for it failed, or was ended for another job."""
 
 
 class Job(ABC, Generic[T]):
@@ -162,8 +167,8 @@ class Job(ABC, Generic[T]):
         self.deadline = deadline
         self.done: Future[T] = Future()
         self.done.set_running_or_notify_cancel()
-        self.running: dict[Attempt, Piece] = {}
-        self.pending: list[Piece] = []
+        self.running: dict[Attempt, DownloadPiece] = {}
+        self.pending: list[DownloadPiece] = []
         self.limit = float(scheduler.connections)
         self.announced = 0
         self.not_before = 0.0
@@ -177,12 +182,12 @@ class Job(ABC, Generic[T]):
         """The origin of its next request."""
         return None
 
-    def hands_over(self, piece: Piece) -> bool:  # noqa: ARG002 - some jobs do
+    def hands_over(self, piece: DownloadPiece) -> bool:  # noqa: ARG002 - some jobs do
         """Return whether the thread that reads the piece gives it up when another job needs one."""
         return False
 
     @abstractmethod
-    def work(self, piece: Piece, attempt: Attempt, buffer: memoryview) -> None:
+    def work(self, piece: DownloadPiece, attempt: Attempt, buffer: memoryview) -> None:
         """Fetch the piece, through the thread's own buffer. Raises what `leave` is to record."""
 
     def cancel(self, error: LoraxError) -> None:
@@ -202,7 +207,7 @@ class Job(ABC, Generic[T]):
             used, min(int(self.limit), used + sum(p.not_before <= now for p in self.pending))
         )
 
-    def take(self, now: float) -> Piece | None:
+    def take(self, now: float) -> DownloadPiece | None:
         """Take the first piece that may start."""
         for n, piece in enumerate(self.pending):
             if piece.not_before <= now:
@@ -213,11 +218,11 @@ class Job(ABC, Generic[T]):
         """Whether the piece that `take` would return was tried before."""
         return next((piece.tried for piece in self.pending if piece.not_before <= now), False)
 
-    def split(self, now: float) -> Piece | None:  # noqa: ARG002 - some jobs can
+    def split(self, now: float) -> DownloadPiece | None:  # noqa: ARG002 - some jobs can
         """Cut a part off a piece that another thread is too slow with."""
         return None
 
-    def put_back(self, piece: Piece) -> None:
+    def put_back(self, piece: DownloadPiece) -> None:
         insort(self.pending, piece, key=lambda each: each.order)
 
     def leave(self, attempt: Attempt, failure: Exception | None) -> None:
@@ -235,7 +240,7 @@ class Job(ABC, Generic[T]):
             self.settle(piece)
 
     @abstractmethod
-    def settle(self, piece: Piece) -> None:
+    def settle(self, piece: DownloadPiece) -> None:
         """Put back what is left of the piece, and decide whether the job is over."""
 
     def fail(self, error: LoraxError) -> None:
@@ -245,8 +250,8 @@ class Job(ABC, Generic[T]):
             for attempt in self.running:
                 attempt.end()
 
-    def _retry(self, piece: Piece, failure: RetryableError) -> None:
-        # A throttled job is judged by its own progress: it is not this piece that fails.
+    def _retry(self, piece: DownloadPiece, failure: RetryableError) -> None:
+        # Throttling is not this piece's failure: count the progress of the whole job.
         throttled = failure.throttled
         received, enough = (self.received, 1) if throttled else (piece.received, _PROGRESS_BYTES)
         progressed = received - piece.progress_mark >= enough
@@ -314,13 +319,13 @@ class OriginActivity:
         self._attempts: dict[Attempt, _Observation] = {}
         self._origins: OrderedDict[Hashable, _Silence] = OrderedDict()
 
-    def begun(self, attempt: Attempt, piece: Piece) -> None:
+    def begun(self, attempt: Attempt, piece: DownloadPiece) -> None:
         now = self._clock()
         received = (piece.received, attempt.received)
         self._attempts[attempt] = _Observation(attempt.origin, received, now)
         self._requested(attempt.origin, now)
 
-    def look(self, attempt: Attempt, piece: Piece) -> float:
+    def look(self, attempt: Attempt, piece: DownloadPiece) -> float:
         """Record the bytes that an attempt received; return since when it has received none."""
         last, now = self._attempts[attempt], self._clock()
         received = (piece.received, attempt.received)
@@ -334,7 +339,7 @@ class OriginActivity:
             last.received, last.since = received, now
         return self._attempts[attempt].since
 
-    def ended(self, attempt: Attempt, piece: Piece, failure: Exception | None) -> None:
+    def ended(self, attempt: Attempt, piece: DownloadPiece, failure: Exception | None) -> None:
         self.look(attempt, piece)
         last = self._attempts.pop(attempt)
         reason = failure.error if isinstance(failure, RetryableError) else failure
@@ -387,7 +392,7 @@ class OriginActivity:
 
 # -- the scheduler ---------------------------------------------------------------------------------
 
-Task = tuple[Job[Any], Piece, Attempt]
+Task = tuple[Job[Any], DownloadPiece, Attempt]
 
 _Stream = tuple[Job[Any], Hashable]
 """A job and one of its attempts' origins."""
@@ -448,7 +453,7 @@ class DownloadScheduler:
         piece = piece or job.split(now)
         return None if piece is None else self._begin(job, piece)
 
-    def _begin(self, job: Job[Any], piece: Piece) -> Task:
+    def _begin(self, job: Job[Any], piece: DownloadPiece) -> Task:
         attempt = Attempt(job.origin)
         job.running[attempt] = piece
         self.activity.begun(attempt, piece)
@@ -487,7 +492,7 @@ class DownloadScheduler:
         for job in self.jobs:
             if job.over:
                 continue
-            pieces: dict[Hashable, list[Piece]] = {}
+            pieces: dict[Hashable, list[DownloadPiece]] = {}
             for attempt, piece in job.running.items():
                 pieces.setdefault(attempt.origin, []).append(piece)
             more = job.wanted(now) - len(job.running)
@@ -582,7 +587,7 @@ class DownloadScheduler:
         now = self.clock()
         late = [job for job in self.jobs if not job.over and job.deadline <= now]
         for job in late:
-            job.fail(FetchTimeoutError("not all of it came within the time it had"))
+            job.fail(FetchTimeoutError("the file did not arrive within its time"))
         return late
 
     def finish(self, job: Job[Any]) -> None:
@@ -666,7 +671,7 @@ class WorkerPool:
                 timer.start()
             except RuntimeError as error:
                 self._timer = None
-                raise FetchError("the process may have no more threads") from error
+                raise FetchError("the process may start no more threads") from error
 
     def _spawn(self) -> None:
         """Start the threads that jobs want now, or soon. On the timer thread."""
@@ -679,7 +684,7 @@ class WorkerPool:
                     self._workers.add(worker)
                 try:
                     worker.start()
-                except RuntimeError:  # the limit of threads: the others do it, or it is late
+                except RuntimeError:  # at the limit of threads the existing workers go on
                     self._workers.discard(worker)
                     return
 
@@ -704,7 +709,9 @@ class WorkerPool:
             self._workers.discard(current_thread())
             return None
 
-    def _run(self, job: Job[Any], piece: Piece, attempt: Attempt, buffer: memoryview) -> None:
+    def _run(
+        self, job: Job[Any], piece: DownloadPiece, attempt: Attempt, buffer: memoryview
+    ) -> None:
         failure: Exception | None = None
         try:
             job.work(piece, attempt, buffer)
@@ -733,7 +740,7 @@ class WorkerPool:
         with scheduler.changed:
             late = scheduler.expire()
             scheduler.reclaim()
-            busy = bool(scheduler.jobs)  # their connections may come back after the next look
+            busy = bool(scheduler.jobs)  # their connections may return after the next tick
         for job in late:
             scheduler.finish(job)
         kept = self._pool.expire() or busy

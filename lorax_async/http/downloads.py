@@ -13,9 +13,9 @@ from lorax_async.errors import AccessDeniedError, AdapterNotFoundError, FetchErr
 from lorax_async.formats.spans import ByteRange
 from lorax_async.http.client import HttpClient, Response
 from lorax_async.http.connection import Attempt
-from lorax_async.http.download_scheduler import DownloadScheduler, Job, Piece
+from lorax_async.http.download_scheduler import DownloadPiece, DownloadScheduler, Job
 from lorax_async.http.failures import AbortedError, RetryableError, broken_off
-from lorax_async.http.ranges import GroupArrivals, Wave, overlaps, split_of, without
+from lorax_async.http.ranges import GroupArrivals, Wave, intersect, split_of, subtract
 from lorax_async.http.target import Content, ProbeResult, Target, Validators, check_response
 from lorax_async.http.urls import Origin
 
@@ -63,13 +63,13 @@ class ProbeRequest(Job[ProbeResult]):
         self._wall_clock = wall_clock
         self._needed_bytes = needed_bytes
         self.announced = scheduler.connections if ranged else 0
-        self.pending.append(Piece(0, 0, nbytes))
+        self.pending.append(DownloadPiece(0, 0, nbytes))
 
     @property
     def origin(self) -> Origin:
         return self._location.url.origin
 
-    def work(self, piece: Piece, attempt: Attempt, buffer: memoryview) -> None:  # noqa: ARG002
+    def work(self, piece: DownloadPiece, attempt: Attempt, buffer: memoryview) -> None:  # noqa: ARG002
         target = self._target
         span = (0, self._nbytes) if self._ranged else None
         response = self._client.get(target, self._location, span, Validators(), attempt)
@@ -128,7 +128,7 @@ class ProbeRequest(Job[ProbeResult]):
             retryable=False,
         )
 
-    def settle(self, piece: Piece) -> None:
+    def settle(self, piece: DownloadPiece) -> None:
         if self.result is None:
             self.put_back(piece)
         else:
@@ -189,11 +189,12 @@ class Download(Job[None]):
         self._complete: list[int] = []
         self._reporting = False
         self.pending = [
-            Piece(n, *span) for n, span in enumerate(piece for wave in waves for piece in wave)
+            DownloadPiece(n, *span)
+            for n, span in enumerate(piece for wave in waves for piece in wave)
         ]
         self._stop = max((piece.stop for piece in self.pending), default=0)
         # All of the file in one response, where the server does not serve ranges.
-        self._whole = None if probe.ranges else Piece(0, 0, self._stop)
+        self._whole = None if probe.ranges else DownloadPiece(0, 0, self._stop)
         self.over = not self.pending
 
     # -- with the lock ----------------------------------------------------------------------------
@@ -202,7 +203,7 @@ class Download(Job[None]):
     def origin(self) -> Origin:
         return self._location.url.origin
 
-    def hands_over(self, piece: Piece) -> bool:
+    def hands_over(self, piece: DownloadPiece) -> bool:
         return piece is not self._whole
 
     def wanted(self, now: float) -> int:
@@ -211,10 +212,10 @@ class Download(Job[None]):
         ready = now >= max(self.not_before, self._whole.not_before)
         return max(len(self.running), int(ready))
 
-    def take(self, now: float) -> Piece | None:
+    def take(self, now: float) -> DownloadPiece | None:
         return self._whole or super().take(now)
 
-    def split(self, now: float) -> Piece | None:
+    def split(self, now: float) -> DownloadPiece | None:
         """Cut a part off the piece that has most left, where that saves time."""
         if self._whole is not None or now < self.not_before or len(self.running) >= int(self.limit):
             return None
@@ -225,26 +226,26 @@ class Download(Job[None]):
                 continue
             cut = split_of(left, max(piece.rate, 1.0), link, self._least)
             if cut is not None:
-                part = Piece(piece.order, cut, piece.stop)
+                part = DownloadPiece(piece.order, cut, piece.stop)
                 piece.stop = cut
                 return part
         return None
 
-    def settle(self, piece: Piece) -> None:
+    def settle(self, piece: DownloadPiece) -> None:
         if piece is not self._whole and piece.at < piece.stop:
             self.put_back(piece)
         else:  # after throttling: one more after each round that went well
             self.limit = min(self.limit + 1 / self.limit, float(self.scheduler.connections))
         self.over = not self.pending and not self.running
 
-    def put_back(self, piece: Piece) -> None:
+    def put_back(self, piece: DownloadPiece) -> None:
         if piece is not self._whole:
             piece.claimed = piece.at
             super().put_back(piece)
 
     # -- without it -------------------------------------------------------------------------------
 
-    def work(self, piece: Piece, attempt: Attempt, buffer: memoryview) -> None:
+    def work(self, piece: DownloadPiece, attempt: Attempt, buffer: memoryview) -> None:
         location = self._location
         span = None if piece is self._whole else (piece.at, piece.stop)
         response = self._client.get(self._target, location, span, self._validators, attempt)
@@ -269,7 +270,7 @@ class Download(Job[None]):
         finally:
             response.release()
 
-    def _fetch(self, piece: Piece, response: Response, buffer: memoryview) -> None:
+    def _fetch(self, piece: DownloadPiece, response: Response, buffer: memoryview) -> None:
         count = self._claim(piece, min(_READ_BYTES, len(buffer)))
         while count:
             got = response.fill(buffer[:count])
@@ -285,7 +286,7 @@ class Download(Job[None]):
                 count = self._claim(piece, _bytes_at_once(response.rate, len(buffer)))
             self._report()
 
-    def _claim(self, piece: Piece, most: int) -> int:
+    def _claim(self, piece: DownloadPiece, most: int) -> int:
         """Return how many bytes to read next: `split` leaves them to this thread."""
         with self.scheduler.changed:
             if self.over:
@@ -297,14 +298,14 @@ class Download(Job[None]):
             piece.claimed = piece.at + min(most, left)
             return piece.claimed - piece.at
 
-    def _as_whole(self, piece: Piece, attempt: Attempt) -> Piece:
+    def _as_whole(self, piece: DownloadPiece, attempt: Attempt) -> DownloadPiece:
         """Let this response be the whole file, and end the other attempts."""
         with self.scheduler.changed:
             if self._whole is not None:
                 if self.running.get(attempt) is self._whole:
                     return self._whole
                 raise AbortedError  # another thread saw it first
-            self._whole = Piece(0, 0, self._stop)
+            self._whole = DownloadPiece(0, 0, self._stop)
             Job.put_back(self, piece)
             piece.claimed = piece.at
             self.running[attempt] = self._whole
@@ -313,7 +314,7 @@ class Download(Job[None]):
                     other.end()
             return self._whole
 
-    def _fetch_whole(self, whole: Piece, response: Response, buffer: memoryview) -> None:
+    def _fetch_whole(self, whole: DownloadPiece, response: Response, buffer: memoryview) -> None:
         at = 0
         while self._missing((at, self._stop)):
             got = response.fill(buffer)
@@ -332,13 +333,13 @@ class Download(Job[None]):
         with self.scheduler.changed:
             if self.over:
                 raise AbortedError
-            return overlaps(((piece.at, piece.stop) for piece in self.pending), span)
+            return intersect(((piece.at, piece.stop) for piece in self.pending), span)
 
     def _strike(self, span: ByteRange) -> None:
         self.pending = [
-            Piece(piece.order, *part)
+            DownloadPiece(piece.order, *part)
             for piece in self.pending
-            for part in without([(piece.at, piece.stop)], [span])
+            for part in subtract([(piece.at, piece.stop)], [span])
         ]
 
     def _write(self, offset: int, data: memoryview) -> None:

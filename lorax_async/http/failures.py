@@ -72,7 +72,7 @@ class RetryableError(Exception):
     error
         Raised to the caller if there is no further attempt.
     retry_after
-        Seconds that the source asked for.
+        Seconds that the source requested.
     throttled
         The source is overloaded, perhaps by this client: use fewer connections.
     """

@@ -290,10 +290,10 @@ class ConnectionPool:
         allowed: Callable[[str], bool],
     ) -> str:
         """Connect to the first allowed address that answers; return it."""
-        found = self._endpoints(origin, attempt)
-        endpoints = [endpoint for endpoint in found if allowed(endpoint.address)]
+        known = self._endpoints(origin, attempt)
+        endpoints = [endpoint for endpoint in known if allowed(endpoint.address)]
         if not endpoints:
-            raise _refused(origin) if found else FetchError(f"{origin} has no address")
+            raise _refused(origin) if known else FetchError(f"{origin} has no address")
         failed: OSError | None = None
         for endpoint in endpoints[:_MAX_ADDRESSES]:
             try:
@@ -304,7 +304,7 @@ class ConnectionPool:
                 sock.close()
                 failed = error
                 continue
-            # The address of the socket counts, not what a name service said before.
+            # Check the socket's own address, not the one that a name service returned.
             peer = self._network.peer(connected)
             if not allowed(peer):
                 raise _refused(origin)

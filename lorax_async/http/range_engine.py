@@ -13,7 +13,7 @@ from lorax_async.http.client import HttpClient, LinkStatistics
 from lorax_async.http.download_scheduler import DownloadScheduler, WorkerPool
 from lorax_async.http.downloads import Download, NeededBytes, ProbeRequest, Sink
 from lorax_async.http.pool import ConnectionPool, Network, RealNetwork
-from lorax_async.http.ranges import GroupArrivals, LinkEstimate, plan_waves, without
+from lorax_async.http.ranges import GroupArrivals, LinkEstimate, plan_waves, subtract
 from lorax_async.http.settings import HttpSettings
 from lorax_async.http.target import ProbeResult, Target
 from lorax_async.tracing.recorder import Tracer
@@ -125,10 +125,10 @@ class RangeEngine:
         `done` of the job returns None when all is in the sink, or raises one `FetchError` (or a
         subclass) or `AdapterNotFoundError`, after its last thread has stopped.
         """
-        missing = [without(group, have) for group in groups]
+        missing = [subtract(group, have) for group in groups]
         arrivals = GroupArrivals(groups)
         for group, left in zip(groups, missing, strict=True):
-            for span in without(group, left):
+            for span in subtract(group, left):
                 arrivals.landed(span)
         for n in arrivals.take():
             arrived(n)

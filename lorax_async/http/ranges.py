@@ -1,4 +1,4 @@
-"""Which ranges of a file to request, in which order, and which layer groups have arrived."""
+"""Plan a download's ranges and their order, and track which layer groups have arrived."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from lorax_async.errors import InternalError
 from lorax_async.formats.spans import ByteRange, SpanSet
 
 Wave = tuple[ByteRange, ...]
-"""Pieces that are asked for together, each in one request, in the order of the file."""
+"""Pieces that are requested together, one request each, in file order."""
 
 KiB = 1 << 10
 MiB = 1 << 20
 
 FIRST_WAVE_COST = 0.15
-"""The delay of a first wave of its own may be this part of the time of all bytes."""
+"""The delay of a separate first wave may be this fraction of the time of all bytes."""
 
 LATER_WAVES_COST = 0.05
-"""The same for all waves together, where the rest is cut into several."""
+"""The same for all later waves together."""
 
 _LATER_PIECE_SECONDS = 0.005
-"""Below it, and below ten delays, requests would cost more than their order is worth."""
+"""Smaller pieces, or pieces of less than ten delays, cost more than their order gains."""
 
 _LATER_PIECE_BYTES = 96 * KiB
-"""Below it they do in any case, also where the rate is but a guess."""
+"""The same in bytes, for a rate that is only a guess."""
 
 _SPLIT_SECONDS = 0.02
-"""What a split has to gain at least: rates are not measured exactly."""
+"""The least gain of a split: measured rates are inexact."""
 
 
 @dataclass(frozen=True, slots=True)
 class LinkEstimate:
-    """What one connection does: seconds until an answer begins, then bytes per second."""
+    """One connection's performance: seconds until a response begins, then bytes per second."""
 
     delay: float
     rate: float
@@ -42,7 +42,7 @@ class LinkEstimate:
 
 @dataclass(frozen=True, slots=True)
 class PieceSizes:
-    """Least and most bytes of one request, where the spans allow it."""
+    """Minimum and maximum bytes of one request, as far as the spans allow."""
 
     least: int = 64 * KiB
     most: int = 32 * MiB
@@ -56,33 +56,32 @@ def plan_waves(
     link: LinkEstimate,
     sizes: PieceSizes | None = None,
 ) -> tuple[Wave, ...]:
-    """Waves that bring every byte of the groups once, earlier groups no later than later ones.
+    """Return waves that request every byte of the groups once, in the groups' order.
 
     Parameters
     ----------
     groups
-        The file's spans of each layer group, in the order in which they are wanted. No byte is in
-        two of them.
+        The file's spans of each layer group, in the order to fetch them. No byte is in two groups.
     first
-        How many groups somebody waits for before all others; 0 if nobody does: then it is one wave.
+        How many groups are urgent; 0 if none is: then there is one wave.
     connections
-        How many pieces a wave is balanced for.
+        The number of pieces that a wave is balanced for.
     link
-        What was measured of one connection.
+        The measurements of one connection.
     sizes
-        Limits of a piece. A span that is smaller by itself is a smaller piece.
+        Limits of a piece. A smaller span is a smaller piece.
     """
     sizes = sizes or PieceSizes()
     waves = (
-        _balanced(chain.from_iterable(wave), connections, sizes)
-        for wave in _in_waves(groups, first, connections, link)
+        _balance(chain.from_iterable(wave), connections, sizes)
+        for wave in _split_into_waves(groups, first, connections, link)
     )
     return tuple(wave for wave in waves if wave)
 
 
-def without(spans: Iterable[ByteRange], have: Iterable[ByteRange]) -> tuple[ByteRange, ...]:
-    """What of `spans` is in none of `have`; in order, each as large as it goes."""
-    left = list(_joined(spans))
+def subtract(spans: Iterable[ByteRange], have: Iterable[ByteRange]) -> tuple[ByteRange, ...]:
+    """Return the parts of `spans` outside `have`, in order, adjoining ones joined."""
+    left = list(_join(spans))
     for start, stop in (span for span in have if span[0] < span[1]):
         left = [
             part
@@ -93,13 +92,13 @@ def without(spans: Iterable[ByteRange], have: Iterable[ByteRange]) -> tuple[Byte
     return tuple(left)
 
 
-def _joined(spans: Iterable[ByteRange]) -> tuple[ByteRange, ...]:
-    """In order, those that adjoin as one, none empty."""
+def _join(spans: Iterable[ByteRange]) -> tuple[ByteRange, ...]:
+    """Return the spans in order, adjoining ones joined, without empty ones."""
     return tuple(SpanSet(span for span in spans if span[0] < span[1]))
 
 
-def overlaps(spans: Iterable[ByteRange], span: ByteRange) -> tuple[ByteRange, ...]:
-    """What of `spans` lies in `span`, in order."""
+def intersect(spans: Iterable[ByteRange], span: ByteRange) -> tuple[ByteRange, ...]:
+    """Return the parts of `spans` inside `span`, in order."""
     parts = ((max(start, span[0]), min(stop, span[1])) for start, stop in sorted(spans))
     return tuple(part for part in parts if part[0] < part[1])
 
@@ -109,29 +108,29 @@ def size_of(spans: Iterable[ByteRange]) -> int:
 
 
 def split_of(left: ByteRange, own_rate: float, link: LinkEstimate, least: int) -> int | None:
-    """Where another connection should take over a straggler's piece; None if that gains little.
+    """Return where another connection should take over a straggler's piece; None for little gain.
 
-    `left` is what the straggler has not begun to read, `own_rate` what it does per second. Both
-    would end at the same moment; that has to be two delays earlier than if it went on alone (and 20
-    ms), for the straggler's connection is lost, and another must be opened instead.
+    `left` is the range that the straggler has not begun to read, `own_rate` its bytes per second.
+    Both connections would end at the same moment. That must be two delays (and 20 ms) earlier than
+    the straggler alone, because its connection is lost and another must be opened.
     """
     start, stop = left
     alone = (stop - start) / own_rate
     together = (stop - start + link.delay * link.rate) / (own_rate + link.rate)
-    given = int((together - link.delay) * link.rate)
+    taken = int((together - link.delay) * link.rate)
     if (
         alone - together <= max(2 * link.delay, _SPLIT_SECONDS)
-        or given < least
-        or stop - given - start < 1
+        or taken < least
+        or stop - taken - start < 1
     ):
         return None
-    return stop - given
+    return stop - taken
 
 
-def _in_waves(
+def _split_into_waves(
     groups: Sequence[Sequence[ByteRange]], first: int, connections: int, link: LinkEstimate
 ) -> list[Sequence[Sequence[ByteRange]]]:
-    """The groups of each wave."""
+    """Return the groups of each wave."""
     seconds = size_of(chain.from_iterable(groups)) / (connections * link.rate)
     if not first or link.delay > FIRST_WAVE_COST * seconds:
         return [groups]
@@ -144,13 +143,12 @@ def _in_waves(
     return [groups[:first], *(rest[a:b] for a, b in pairwise(cuts))]
 
 
-def _balanced(spans: Iterable[ByteRange], connections: int, sizes: PieceSizes) -> Wave:
-    """The spans in pieces of equal size: as many as there are connections, or a multiple.
+def _balance(spans: Iterable[ByteRange], connections: int, sizes: PieceSizes) -> Wave:
+    """Cut the spans into pieces of equal size, one per connection or a multiple of that.
 
-    A piece lies in one span. A cut that would leave less than the least before or after a span's
-    end is left out.
+    A piece lies in one span. A cut is left out if a part would be smaller than `sizes.least`.
     """
-    runs = _joined(spans)
+    runs = _join(spans)
     total = size_of(runs)
     if not total:
         return ()
@@ -184,15 +182,15 @@ def _limited(piece: ByteRange, most: int) -> list[ByteRange]:
 
 
 class GroupArrivals:
-    """Counts the bytes of each group that are still missing.
+    """Counts the missing bytes of each group.
 
-    `groups` are the spans of each group, in the order in which they are told of; no byte is in two.
-    A group without bytes is whole as soon as those before it are.
+    `groups` are the spans of each group, in the order to report them; no byte is in two groups. A
+    group without bytes is complete when those before it are.
     """
 
     def __init__(self, groups: Sequence[Sequence[ByteRange]]) -> None:
         self._missing = [size_of(group) for group in groups]
-        self._told = 0
+        self._reported = 0
         self._spans = sorted(
             (*span, n) for n, group in enumerate(groups) for span in group if span[0] < span[1]
         )
@@ -200,32 +198,32 @@ class GroupArrivals:
 
     @property
     def missing(self) -> int:
-        """Bytes that have not landed."""
+        """The number of bytes that have not arrived."""
         return sum(self._missing)
 
     def landed(self, span: ByteRange) -> None:
-        """These bytes are here, for the first time."""
+        """Record that these bytes arrived, for the first time."""
         n = max(0, bisect_right(self._starts, span[0]) - 1)
         while n < len(self._spans) and self._spans[n][0] < span[1]:
             start, stop, group = self._spans[n]
-            self._missing[group] -= size_of(overlaps([(start, stop)], span))
+            self._missing[group] -= size_of(intersect([(start, stop)], span))
             if self._missing[group] < 0:
-                raise InternalError(f"bytes {span[0]:,}-{span[1]:,} landed twice")
+                raise InternalError(f"bytes {span[0]:,}-{span[1]:,} arrived twice")
             n += 1
 
     def groups_in(self, span: ByteRange) -> tuple[int, int] | None:
-        """The first and the last group that have bytes in the span; None if no group has."""
+        """Return the first and the last group with bytes in the span; None if no group has any."""
         first = max(0, bisect_right(self._starts, span[0]) - 1)
-        found = [
+        groups = [
             group
             for start, stop, group in self._spans[first : bisect_left(self._starts, span[1])]
             if start < span[1] and span[0] < stop
         ]
-        return (min(found), max(found)) if found else None
+        return (min(groups), max(groups)) if groups else None
 
     def take(self) -> list[int]:
-        """The groups that are whole, as are all before them, and were not taken yet."""
-        first = self._told
-        while self._told < len(self._missing) and not self._missing[self._told]:
-            self._told += 1
-        return list(range(first, self._told))
+        """Return the groups not returned before that are complete, with all groups before them."""
+        first = self._reported
+        while self._reported < len(self._missing) and not self._missing[self._reported]:
+            self._reported += 1
+        return list(range(first, self._reported))

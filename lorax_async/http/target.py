@@ -1,4 +1,4 @@
-"""What is requested, and whether a response is what was requested."""
+"""Requests for files, and the check that a response is what was requested."""
 
 from __future__ import annotations
 
@@ -163,7 +163,8 @@ def check_response(
     coding = head.fields.get("content-encoding", "identity")
     if coding.lower() != "identity":
         raise FetchError(
-            f"{what}: it came coded, which was not asked for; let it be served as it is",
+            f"{what}: the response has a content coding, which was not requested; let the"
+            " server send the file as it is",
             retryable=False,
         )
     if head.status == 206:
@@ -174,7 +175,7 @@ def check_response(
 def _part(head: ResponseHead, span: ByteRange | None, expected: Validators, what: str) -> Content:
     match = _RANGE.fullmatch(head.fields.get("content-range", ""))
     if match is None or span is None:
-        raise IntegrityError(f"{what}: a part came without a range, or without being asked for")
+        raise IntegrityError(f"{what}: a part came without a range, or was not requested")
     start, stop = int(match[1]), int(match[2]) + 1
     size = None if match[3] == "*" else int(match[3])
     validators = _unchanged(head, size, expected, what)
@@ -183,7 +184,7 @@ def _part(head: ResponseHead, span: ByteRange | None, expected: Validators, what
     if (start, stop) != (span[0], last):
         raise IntegrityError(
             f"{what}: bytes {start:,}-{stop - 1:,} came where {span[0]:,}-{last - 1:,} were"
-            " asked for"
+            " requested"
         )
     if head.length not in {None, stop - start}:
         raise IntegrityError(f"{what}: its length does not match its range")
@@ -220,13 +221,13 @@ def _failure(
         after = retry_after_of(fields.get("retry-after", ""), wall_clock())
         error = FetchError(problem, retry_after=after)
         return RetryableError(error, retry_after=after, throttled=status in _THROTTLED)
-    return FetchError(f"{problem}, which is no answer to what was asked", retryable=False)
+    return FetchError(f"{problem}, which is no answer to the request", retryable=False)
 
 
 def _out_of_range(text: str, expected: Validators, what: str) -> AdapterError:
     match = _NO_RANGE.fullmatch(text)
     if match is None or expected.size is None:
-        return IntegrityError(f"{what}: it is shorter than what was asked for, or empty")
+        return IntegrityError(f"{what}: it is shorter than the requested range, or empty")
     if int(match[1]) != expected.size:
         return _changed(what)
     return FetchError(f"{what}: it refuses a range that it has")

@@ -1,4 +1,4 @@
-"""What the operator lets adapters come from."""
+"""The operator's allow list of places with adapters."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from lorax_async.ids.grammar import (
 from lorax_async.validation import require_bool, require_one_of
 
 Scheme = Literal["hub", "s3", "gs", "az", "https", "http"]
-"""Where an adapter that is not local may lie."""
+"""The kinds of remote places."""
 
 
 class OriginPlace(NamedTuple):
-    """A place, in the words of an `Allow`.
+    """A remote place, in the terms of an `Allow`.
 
-    `path` ends with "/" and does not begin with one: the folder below host or bucket; on the hub,
-    "org/name/". `host` is "" on the hub, and `port` None where it is the scheme's own.
+    `path` is the folder below host or bucket, or "org/name/" on the hub; it ends with "/" and does
+    not begin with one. `host` is "" on the hub; `port` is None for the scheme's default.
     """
 
     scheme: str
@@ -38,33 +38,33 @@ class OriginPlace(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Allow:
-    """One place from which adapters may come, with all that lies below it.
+    """A place from which adapters may be loaded, with everything below it.
 
     Parameters
     ----------
     scheme
         "hub", "s3", "gs", "az", "https" or "http".
     host
-        The host, bucket or container, by its whole name; an IPv6 address with or without brackets.
+        The full name of the host, bucket or container; an IPv6 address with or without brackets.
         "" for the hub.
     port
-        Of "https" and "http"; None is the scheme's own.
+        The port of "https" and "http"; None is the scheme's default.
     prefix
-        The folder below it, which ends with "/"; on the hub "org/" or "org/name/". "" is all.
+        The folder below it, ending with "/"; on the hub "org/" or "org/name/". "" is all.
     pull_requests
-        On the hub: `refs/pr/N`, which anybody may have proposed, may be loaded too.
+        Hub only: allow `refs/pr/N`, which anyone may have proposed.
     use_token
-        On the hub: ids below `prefix` that come without a token are asked for with this machine's
-        own (`HF_TOKEN`, `hf auth login`). Whoever may name an id then reads what that token reads
-        there; an id from which the hub redirects to elsewhere is refused.
+        Hub only: use this machine's own token (`HF_TOKEN`, `hf auth login`) for ids below `prefix`
+        without a token. Everyone who may name an id then reads what that token reads there; ids
+        that the hub redirects elsewhere are refused.
     private
-        Of "https" and "http" with a name as host: it may have a private address (RFC 1918, 6598,
-        4193). An address or "localhost" as host allows itself, and needs no such word.
+        "https" and "http" with a name as host only: allow private addresses (RFC 1918, 6598, 4193).
+        An address or "localhost" as host needs no permission.
 
     Raises
     ------
     ConfigError
-        The entry contradicts itself, or could not match anything.
+        The entry contradicts itself, or cannot match anything.
     """
 
     scheme: Scheme
@@ -83,36 +83,36 @@ class Allow:
         for name in ("pull_requests", "use_token", "private"):
             require_bool(f"{name} of Allow", getattr(self, name))
         try:
-            self._settle()
+            self._normalize()
         except InvalidAdapterIdError as error:
             raise ConfigError(f"Allow({self.scheme!r}, …): {error.problem}") from None
 
-    def _settle(self) -> None:
-        """Check what is given for this scheme, and bring it into its one spelling."""
+    def _normalize(self) -> None:
+        """Check the fields for this scheme and bring them into canonical spelling."""
         if self.prefix and (self.prefix[0] == "/" or self.prefix[-1] != "/"):
             raise ConfigError(
-                f"prefix {shorten(self.prefix, 200)!r} of Allow must end with '/', for it is a"
-                " folder, and must not begin with it"
+                f"prefix {shorten(self.prefix, 200)!r} of Allow must end with '/', because it"
+                " is a folder, and must not begin with it"
             )
-        self._require_fitting()
+        self._require_applicable()
         if self.scheme == "hub":
             self._check_hub()
         elif self.scheme in DEFAULT_PORTS:
-            self._settle_web()
+            self._normalize_web()
         else:
             checked_bucket(self.scheme, self.host)
             checked_prefix(self.prefix)
 
-    def _require_fitting(self) -> None:
+    def _require_applicable(self) -> None:
         web = self.scheme in DEFAULT_PORTS
-        for name, value, fits in (
+        for name, value, applicable in (
             ("host", self.host, self.scheme != "hub"),
             ("port", self.port is not None, web),
             ("private", self.private, web),
             ("pull_requests", self.pull_requests, self.scheme == "hub"),
             ("use_token", self.use_token, self.scheme == "hub"),
         ):
-            if value and not fits:
+            if value and not applicable:
                 raise ConfigError(f"Allow({self.scheme!r}, …) has no {name}")
         if not self.host and self.scheme != "hub":
             word = {"az": "container"}.get(
@@ -128,7 +128,7 @@ class Allow:
                 " 'org/name/'"
             )
 
-    def _settle_web(self) -> None:
+    def _normalize_web(self) -> None:
         bare = self.host.count(":") > 1 and not self.host.startswith("[")
         host = checked_host(f"[{self.host}]" if bare else self.host)
         object.__setattr__(self, "host", host)
@@ -140,15 +140,15 @@ class Allow:
         if self.private and (host == "localhost" or is_address(host)):
             raise ConfigError("private of Allow is for names: an address and 'localhost' need none")
 
-    def covers(self, reach: OriginPlace) -> bool:
-        """Whether that place is this one, or lies below it."""
-        return reach[:3] == (self.scheme, self.host, self.port) and reach.path.startswith(
+    def covers(self, place: OriginPlace) -> bool:
+        """Return whether `place` is this place or below it."""
+        return place[:3] == (self.scheme, self.host, self.port) and place.path.startswith(
             self.prefix
         )
 
 
 def as_allow(entries: object, name: str = "allow") -> tuple[Allow, ...]:
-    """Of a tuple or list of `Allow`s."""
+    """Check a tuple or list of `Allow` entries. Raises `ConfigError`."""
     if not isinstance(entries, tuple | list) or not all(
         isinstance(entry, Allow) for entry in entries
     ):

@@ -1,4 +1,7 @@
-"""The grammar of ids: names on the hub, folders behind URLs, prefixes in buckets."""
+"""The grammar of ids: hub names, URLs of folders, prefixes in buckets.
+
+All functions raise `InvalidAdapterIdError` for text that does not match.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +24,18 @@ _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
 _PATH = re.compile(r"/(?:[A-Za-z0-9._~!$&'()*+,=:@/-]|%[0-9A-Fa-f]{2})*")
 _ENCODED = re.compile(r"%([0-9A-Fa-f]{2})")
 _UNRESERVED = re.compile(r"[A-Za-z0-9._~-]")
-_LONGEST = 2_048
-_LONGEST_HOST = 253
+_MAX_URL = 2_048
+_MAX_HOST = 253
 
-# A server that unwraps twice, or cuts at ';', reads these as another path.
-_TWO_FACED = frozenset("/\\%;")
+# A server that decodes twice, or cuts at ';', reads these as another path.
+_AMBIGUOUS = frozenset("/\\%;")
 
 
 class FolderUrl(NamedTuple):
-    """A folder behind a URL, in its one spelling.
+    """The URL of a folder, in canonical spelling.
 
-    `host` has no brackets, `port` is None where it is the scheme's own, and `path` begins and ends
-    with "/".
+    `host` has no brackets, `port` is None for the scheme's default, and `path` begins and ends with
+    "/".
     """
 
     scheme: str
@@ -48,29 +51,29 @@ class FolderUrl(NamedTuple):
 
 
 def parse_folder_url(text: str) -> FolderUrl:
-    """Raises `InvalidAdapterIdError`."""
-    found = _URL.fullmatch(text)
-    if found is None or len(text) > _LONGEST:
+    """Parse an http or https URL of a folder."""
+    match = _URL.fullmatch(text)
+    if match is None or len(text) > _MAX_URL:
         raise InvalidAdapterIdError(
             "a URL is http(s)://host[:port]/folder/, of at most"
-            f" {_LONGEST:,} characters, without user name, query and fragment"
+            f" {_MAX_URL:,} characters, without user name, query and fragment"
         )
-    scheme = found["scheme"].lower()
-    port = checked_port(scheme, int(found["port"] or DEFAULT_PORTS[scheme]))
-    return FolderUrl(scheme, checked_host(found["host"]), port, folder_path(found["path"] or "/"))
+    scheme = match["scheme"].lower()
+    port = checked_port(scheme, int(match["port"] or DEFAULT_PORTS[scheme]))
+    return FolderUrl(scheme, checked_host(match["host"]), port, folder_path(match["path"] or "/"))
 
 
 def checked_port(scheme: str, port: int) -> int | None:
-    """None for the scheme's own. Raises `InvalidAdapterIdError`."""
+    """Return `port`, or None for the scheme's default."""
     if not 0 < port < 65_536:
         raise InvalidAdapterIdError("a port is from 1 to 65535")
     return None if port == DEFAULT_PORTS[scheme] else port
 
 
 def checked_host(text: str) -> str:
-    """A name, or an address in its usual spelling, without brackets.
+    """Normalize a host name, or an address without brackets.
 
-    Raises `InvalidAdapterIdError`, also for numbers that only some programs read as addresses.
+    Numbers that only some programs read as addresses are refused.
     """
     if text.startswith("[") and text.endswith("]"):
         return _checked_ipv6(text[1:-1])
@@ -80,7 +83,7 @@ def checked_host(text: str) -> str:
         return _checked_ipv4(host)
     if (
         not text.isascii()
-        or len(host) > _LONGEST_HOST
+        or len(host) > _MAX_HOST
         or not all(_LABEL.fullmatch(label) for label in labels)
     ):
         raise InvalidAdapterIdError(
@@ -105,14 +108,16 @@ def _checked_ipv6(host: str) -> str:
     except ValueError:
         address = None
     if address is None or "%" in host:
-        raise InvalidAdapterIdError("what is in brackets is no IPv6 address (without a zone)")
+        raise InvalidAdapterIdError("the host in brackets is no IPv6 address (without a zone)")
     if address.ipv4_mapped is not None:
-        raise InvalidAdapterIdError("an IPv4 address is written as such, not within an IPv6 one")
+        raise InvalidAdapterIdError(
+            "an IPv4 address is written as such, not within an IPv6 address"
+        )
     return str(address)
 
 
 def folder_path(path: str) -> str:
-    """With a "/" at both ends, encoded no more than needed. Raises `InvalidAdapterIdError`."""
+    """Normalize a path: "/" at both ends, and only necessary percent-encoding."""
     if not _PATH.fullmatch(path):
         raise InvalidAdapterIdError(
             "the path of a URL is in ASCII, with all but letters, digits and -._~!$&'()*+,=:@"
@@ -122,7 +127,7 @@ def folder_path(path: str) -> str:
     if inner or len(path) > 1:
         for part in inner.split("/"):
             _check_part(part)
-    return _ENCODED.sub(_encoded, f"/{inner}/" if inner else "/")
+    return _ENCODED.sub(_normalize_escape, f"/{inner}/" if inner else "/")
 
 
 def _check_part(part: str) -> None:
@@ -132,16 +137,16 @@ def _check_part(part: str) -> None:
         raise InvalidAdapterIdError("the path of a URL does not decode to UTF-8") from None
     if plain in {"", ".", ".."}:
         raise InvalidAdapterIdError("the path of a URL has no part that is '', '.' or '..'")
-    if not plain.isprintable() or _TWO_FACED & set(plain):
+    if not plain.isprintable() or _AMBIGUOUS & set(plain):
         raise InvalidAdapterIdError(
-            "the path of a URL has none of / \\ % ; in a part of it, and nothing that cannot be"
-            " printed, encoded or not"
+            "a part of a URL's path contains no / \\ % ; and no unprintable character, encoded or"
+            " not"
         )
 
 
-def _encoded(found: re.Match[str]) -> str:
-    character = chr(int(found[1], 16))
-    return character if _UNRESERVED.fullmatch(character) else found[0].upper()
+def _normalize_escape(escape: re.Match[str]) -> str:
+    character = chr(int(escape[1], 16))
+    return character if _UNRESERVED.fullmatch(character) else escape[0].upper()
 
 
 _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?")
@@ -150,18 +155,18 @@ _WORD = r"[A-Za-z0-9_][A-Za-z0-9._+-]*"
 _REVISION = re.compile(rf"{_WORD}(?:/{_WORD})*")
 _PULL_REQUEST = re.compile(r"refs/pr/[1-9][0-9]{0,8}")
 _LIKE_PULL_REQUEST = re.compile(r"(?:refs/)?pr/", re.IGNORECASE)
-_LONGEST_REVISION = 200
+_MAX_REVISION = 200
 
 
 class HubId(NamedTuple):
-    """A model repository, `org/name`, and what of it was asked for."""
+    """A model repository, `org/name`, and its revision."""
 
     repo: str
     revision: str | None
 
 
 def parse_hub_id(text: str) -> HubId:
-    """Of `org/name` or `org/name@revision`. Raises `InvalidAdapterIdError`."""
+    """Parse `org/name` or `org/name@revision`."""
     repo, at, revision = text.partition("@")
     org, slash, name = repo.partition("/")
     if not slash:
@@ -183,15 +188,15 @@ def parse_hub_id(text: str) -> HubId:
 
 
 def is_hub_name(text: str) -> bool:
-    """As `huggingface_hub.utils.validate_repo_id` has it, for one of the two."""
+    """Return whether a name is valid by `huggingface_hub.utils.validate_repo_id`."""
     return _NAME.fullmatch(text) is not None and "--" not in text and ".." not in text
 
 
 def checked_revision(text: str) -> str:
-    """A branch, a tag, a commit or `refs/pr/N`. Raises `InvalidAdapterIdError`."""
+    """Check a branch, tag, commit or `refs/pr/N`, and return it."""
     words = text.split("/")
     plain = (
-        len(text) <= _LONGEST_REVISION
+        len(text) <= _MAX_REVISION
         and _REVISION.fullmatch(text) is not None
         and ".." not in text
         and not any(word.endswith((".", ".lock")) for word in words)
@@ -199,13 +204,13 @@ def checked_revision(text: str) -> str:
     if not plain or (words[0].lower() == "refs" and not _PULL_REQUEST.fullmatch(text)):
         raise InvalidAdapterIdError(
             "a revision on the hub is a branch or a tag of letters, digits, '_', '-', '.', '+' and"
-            " '/', a commit, or refs/pr/N; where a name has other characters, give the commit"
+            " '/', a commit, or refs/pr/N; where a name has other characters, use the commit"
         )
     return text
 
 
 def names_pull_request(revision: str | None) -> bool:
-    """Whether it may lead to what anybody has proposed; git also finds `refs/pr/1` as `pr/1`."""
+    """Return whether a revision may be a pull request, which git also finds as `pr/1`."""
     return revision is not None and _LIKE_PULL_REQUEST.match(revision) is not None
 
 
@@ -222,8 +227,8 @@ _RULES = {
     "az": "3 to 63 of a-z, 0-9 and '-', a letter or digit at both ends, no '--'",
 }
 
-_LONGEST_PREFIX = 900
-"""In bytes: a key has 1,024 at most, and a file's name follows."""
+_MAX_PREFIX = 900
+"""In bytes: a key has at most 1,024, and includes a file name."""
 
 _AVOIDED = frozenset('\\{}^%`[]"<>#|?')
 
@@ -231,7 +236,7 @@ _AVOIDED = frozenset('\\{}^%`[]"<>#|?')
 class StorePlace(NamedTuple):
     """A folder in a bucket (Azure: a container).
 
-    `scheme` is one of `STORES`, `prefix` is "" or ends with "/".
+    `scheme` is one of `STORES`; `prefix` is "" or ends with "/".
     """
 
     scheme: str
@@ -244,17 +249,17 @@ class StorePlace(NamedTuple):
 
 
 def parse_store(scheme: str, rest: str) -> StorePlace:
-    """Of what follows `scheme://`. Raises `InvalidAdapterIdError`."""
+    """Parse the part of a URL after `scheme://`."""
     bucket, _, key = rest.partition("/")
     return StorePlace(scheme, checked_bucket(scheme, bucket), checked_prefix(key))
 
 
 def checked_bucket(scheme: str, name: str) -> str:
-    """Raises `InvalidAdapterIdError` for what cannot be a bucket's name."""
+    """Check the name of a bucket or container, and return it."""
     rule = {"s3": _S3, "gs": _GS, "az": _AZ}[scheme]
     labels = name.split(".")
-    lengths = scheme != "gs" or max(map(len, labels)) <= _GS_LABEL
-    if not rule.fullmatch(name) or not all(labels) or not lengths or _is_address(name):
+    lengths_fit = scheme != "gs" or max(map(len, labels)) <= _GS_LABEL
+    if not rule.fullmatch(name) or not all(labels) or not lengths_fit or _is_address(name):
         word = "container" if scheme == "az" else "bucket"
         raise InvalidAdapterIdError(
             f"it is {scheme}://{word}/folder, where the {word}'s name has {_RULES[scheme]}"
@@ -263,27 +268,21 @@ def checked_bucket(scheme: str, name: str) -> str:
 
 
 def checked_prefix(key: str) -> str:
-    """With a "/" at its end, unless it is "". Raises `InvalidAdapterIdError`."""
+    """Normalize the prefix of a folder's keys: "" or with a "/" at its end."""
+    if not key:
+        return ""
     path = key.removesuffix("/")
-    if not path:
-        return _root(key)
     parts = path.split("/")
     if not all(parts) or "." in parts or ".." in parts:
         raise InvalidAdapterIdError("the folder in the bucket has no part that is '', '.' or '..'")
     if not path.isprintable() or _AVOIDED & set(path):
         raise InvalidAdapterIdError(
-            "the folder in the bucket is written as its keys are, without any encoding, and none of"
-            f" {' '.join(sorted(_AVOIDED))} or what cannot be printed"
+            "the folder in the bucket is written like its keys, without encoding, and contains none"
+            f" of {' '.join(sorted(_AVOIDED))} and no unprintable character"
         )
-    if len(path.encode()) > _LONGEST_PREFIX:
-        raise InvalidAdapterIdError(f"the folder has more than {_LONGEST_PREFIX} bytes")
+    if len(path.encode()) > _MAX_PREFIX:
+        raise InvalidAdapterIdError(f"the folder has more than {_MAX_PREFIX} bytes")
     return f"{path}/"
-
-
-def _root(key: str) -> str:
-    if key:
-        raise InvalidAdapterIdError("the folder in the bucket has no part that is '', '.' or '..'")
-    return ""
 
 
 def _is_address(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Parse what a caller names into an id in its one spelling, which says where to look."""
+"""Parse adapter ids into their canonical form, and check them against the allow list."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _BARE_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 
 
 def is_local_text(text: str) -> bool:
-    """Whether a text says by itself that it names a local folder."""
+    """Return whether a text names a local folder without `source="local"`."""
     return text.startswith(("/", "./", "../")) or text[:5].lower() == "file:"
 
 
 def parse_local(text: str) -> str:
-    """A path from "/", "./" or "../" on. Links may lie on it, so ".." stays.
+    """Normalize a path or file: URL to one that begins with "/", "./" or "../".
 
-    Raises `InvalidAdapterIdError`.
+    Raises `InvalidAdapterIdError`. ".." stays, for a link may precede it.
     """
     path = readable(_path_of_url(text)) if text[:5].lower() == "file:" else text
     parts = [part for part in path.split("/") if part not in {"", "."}]
@@ -46,14 +46,8 @@ def parse_local(text: str) -> str:
     return f"./{inner}"
 
 
-def checked_path(path: Path) -> Path:
-    """Of a program's own; raises `InvalidAdapterIdError` where the system has no such paths."""
-    checked(os.fspath(path), os.fsencode)
-    return path
-
-
 def _path_of_url(url: str) -> str:
-    """The path of file:/path, file:///path or file://localhost/path (RFC 8089)."""
+    """Return the path of file:/path, file:///path or file://localhost/path (RFC 8089)."""
     path = url[5:]
     if path.startswith("//"):
         host, slash, path = path[2:].partition("/")
@@ -77,10 +71,10 @@ _VERSION = re.compile(r"[\x21-\x7e]{1,1024}")
 
 
 def parse_adapter_id(text: str, allow: Sequence[Allow] = ()) -> AdapterRef:
-    """What a text names, with `source` set and the id in its one spelling; asks nobody.
+    """Parse an id into a reference with `source` set and the id in canonical spelling.
 
-    `org/name[@revision]` is always the hub; see docs/sources.md for the other forms, and for what
-    `allow` allows: without entries the hub only.
+    `org/name[@revision]` is always on the hub; docs/sources.md has the other forms and the meaning
+    of `allow`: without entries, the hub only. No request is made.
 
     Raises
     ------
@@ -93,22 +87,26 @@ def parse_adapter_id(text: str, allow: Sequence[Allow] = ()) -> AdapterRef:
 
 
 def as_parsed(ref: AdapterRef, allow: Sequence[Allow]) -> AdapterRef:
-    """`parsed`, if it is allowed. Raises `InvalidAdapterIdError` and `AccessDeniedError`."""
-    found = parsed(ref)
-    require_allowed(found, allow)
-    return found
+    """Parse a reference and check it against `allow`.
+
+    Raises `InvalidAdapterIdError` and `AccessDeniedError`.
+    """
+    ref = parsed(ref)
+    require_allowed(ref, allow)
+    return ref
 
 
 def parsed(ref: AdapterRef) -> AdapterRef:
-    """`ref` with its source set and its id in the one spelling, whoever may ask for it.
+    """Return `ref` with its source set and its id in canonical spelling. Check no allow list.
 
-    A `Path` stays what it is, and local. Where the id says no source, `ref.source` decides what it
-    means: "s3" makes `bucket/folder` of it, "local" a path below a root. A hub id's revision moves
-    to `revision`. Idempotent. Raises `InvalidAdapterIdError`, also where two words contradict.
+    A `Path` stays a `Path`, and is local. For an id without a source, `ref.source` decides: "s3"
+    reads it as `bucket/folder`, "local" as a path below a root. A hub id's revision moves to
+    `revision`. Idempotent. Raises `InvalidAdapterIdError`, also for contradictions.
     """
     if isinstance(ref.id, Path):
         _require_agreement(ref.source, "local")
-        return _at(ref, "local", checked_path(ref.id))
+        checked(os.fspath(ref.id), os.fsencode)
+        return _at(ref, "local", ref.id)
     source, rest = _read(readable(checked(ref.id, str.encode)), ref.source)
     if source == "hub":
         return _on_hub(ref, rest)
@@ -127,31 +125,31 @@ def parsed(ref: AdapterRef) -> AdapterRef:
 
 
 def _read(text: str, source: str | None) -> tuple[str, str]:
-    """The source, and what it is to understand."""
+    """Split an id into its source and the rest."""
     if is_local_text(text):
         _require_agreement(source, "local")
         return "local", text
-    found = _SCHEME.match(text)
-    if found is None:
+    match = _SCHEME.match(text)
+    if match is None:
         return "hub" if source is None else source, text
-    said = found[1].lower()
-    _require_agreement(source, said)
-    # "hub://", say: these are sources, and no schemes.
-    return ("", text) if said in {"hub", "local"} else (said, found[2])
+    scheme = match[1].lower()
+    _require_agreement(source, scheme)
+    # "hub" and "local" are sources, not schemes: "hub://…" is no id.
+    return ("", text) if scheme in {"hub", "local"} else (scheme, match[2])
 
 
-def _require_agreement(source: str | None, said: str) -> None:
-    if source not in {None, said}:
-        what = "a local folder" if said == "local" else "a URL of another source"
+def _require_agreement(source: str | None, actual: str) -> None:
+    if source not in {None, actual}:
+        what = "a local folder" if actual == "local" else "a URL of another source"
         raise InvalidAdapterIdError(
-            f"the id names {what}, and source= says otherwise; leave the source out"
+            f"the id names {what}, which contradicts source=; leave the source out"
         )
 
 
 def _on_hub(ref: AdapterRef, text: str) -> AdapterRef:
     repo, revision = parse_hub_id(text)
     if ref.revision is not None and revision not in {None, ref.revision}:
-        raise InvalidAdapterIdError("the id has one revision and revision= another; give one")
+        raise InvalidAdapterIdError("the id has one revision and revision= another; pass one")
     if revision is None and ref.revision is not None:
         revision = checked_revision(ref.revision)
     return replace(ref, id=repo, source="hub", revision=revision)
@@ -160,7 +158,7 @@ def _on_hub(ref: AdapterRef, text: str) -> AdapterRef:
 def _at(ref: AdapterRef, source: str, id: str | Path) -> AdapterRef:
     if ref.use_token:
         raise InvalidAdapterIdError(
-            "use_token is for ids of the hub, the only source with a token of this machine's own"
+            "use_token is for the hub, the only source for which this machine has a token"
         )
     if ref.revision is not None:
         if source == "local":
@@ -174,29 +172,29 @@ def _at(ref: AdapterRef, source: str, id: str | Path) -> AdapterRef:
 
 
 def require_allowed(ref: AdapterRef, allow: Sequence[Allow]) -> None:
-    """Of a `parsed` one. Local folders are judged by `local_roots`, not here.
+    """Raise `AccessDeniedError`, with the missing entry, unless a `parsed` reference is allowed.
 
-    Raises `AccessDeniedError`, which says what entry would allow it.
+    Local folders are checked against `local_roots` elsewhere.
     """
     if ref.source == "local":
         return
     pull_request = ref.source == "hub" and names_pull_request(ref.revision)
     narrowed = pull_request or any(entry.scheme == "hub" for entry in allow)
     if not is_covered(ref, allow) and (ref.source != "hub" or narrowed):
-        raise _refusal(reach_of(ref), pull_request=pull_request)
+        raise _refusal(place_of(ref), pull_request=pull_request)
 
 
 def is_covered(ref: AdapterRef, allow: Sequence[Allow]) -> bool:
-    """Return whether an entry names the place of a `parsed` one that is not local."""
-    reach = reach_of(ref)
-    entries = [entry for entry in allow if entry.covers(reach)]
+    """Return whether an entry covers the place of a `parsed` remote reference."""
+    place = place_of(ref)
+    entries = [entry for entry in allow if entry.covers(place)]
     if ref.source == "hub" and names_pull_request(ref.revision):
         return any(entry.pull_requests for entry in entries)
     return bool(entries)
 
 
-def reach_of(ref: AdapterRef) -> OriginPlace:
-    """Where a `parsed` one that is not local lies."""
+def place_of(ref: AdapterRef) -> OriginPlace:
+    """Return the place of a `parsed` remote reference."""
     if ref.source == "hub":
         return OriginPlace("hub", "", None, f"{ref.id}/")
     scheme, _, rest = str(ref.id).partition("://")
@@ -210,53 +208,53 @@ def reach_of(ref: AdapterRef) -> OriginPlace:
 def origin_of(ref: AdapterRef) -> str:
     """Return "hub", "s3://bucket" or "https://host:port"; "" for a local or an invalid id."""
     try:
-        found = parsed(ref)
-        if found.source == "local":
+        ref = parsed(ref)
+        if ref.source == "local":
             return ""
-        reach = reach_of(found)
+        place = place_of(ref)
     except LoraxError:
         return ""  # resolving it raises
-    port = "" if reach.port is None else f":{reach.port}"
-    return "hub" if reach.scheme == "hub" else f"{reach.scheme}://{reach.host}{port}"
+    port = "" if place.port is None else f":{place.port}"
+    return "hub" if place.scheme == "hub" else f"{place.scheme}://{place.host}{port}"
 
 
-def _refusal(reach: OriginPlace, *, pull_request: bool) -> AccessDeniedError:
-    words = [repr(reach.scheme)]
-    words += [repr(reach.host)] if reach.host else []
-    words += [f"port={reach.port}"] if reach.port is not None else []
-    words += [f"prefix={reach.path!r}"] if 0 < len(reach.path) <= 300 else []
-    words += ["pull_requests=True"] if pull_request else []
+def _refusal(place: OriginPlace, *, pull_request: bool) -> AccessDeniedError:
+    arguments = [repr(place.scheme)]
+    arguments += [repr(place.host)] if place.host else []
+    arguments += [f"port={place.port}"] if place.port is not None else []
+    arguments += [f"prefix={place.path!r}"] if 0 < len(place.path) <= 300 else []
+    arguments += ["pull_requests=True"] if pull_request else []
     what = "pull requests of this adapter are" if pull_request else "this adapter is"
     return AccessDeniedError(
         f"{what} not allowed here; the operator can allow it by"
-        f" LoaderConfig(allow=(Allow({', '.join(words)}), …))",
+        f" LoaderConfig(allow=(Allow({', '.join(arguments)}), …))",
         stage="resolve",
     )
 
 
 class LocalPlace(NamedTuple):
-    """Where to look, in this order. `trusted` paths may be anywhere and lead anywhere."""
+    """The paths to try, in order. `trusted` paths may be anywhere and follow any link."""
 
     paths: tuple[str, ...]
     trusted: bool
 
 
 def parse_place(ref: AdapterRef, roots: Sequence[str]) -> LocalPlace:
-    """The places that `ref` means; a relative `str` is looked for in each of the roots.
+    """Return the local paths of `ref`; a relative `str` is tried below each of the roots.
 
     Raises `InvalidAdapterIdError` for a text that is no id, or names no local folder.
     """
-    found = parsed(ref)
-    if found.source != "local":
+    ref = parsed(ref)
+    if ref.source != "local":
         raise InvalidAdapterIdError(
-            "only local folders are asked for here: a pathlib.Path, or a path inside"
+            "only local folders are accepted here: a pathlib.Path, or a path inside"
             " LoaderConfig.local_roots, which begins with './', '../' or '/'"
         )
-    if isinstance(found.id, Path):
-        return LocalPlace((os.fspath(found.id),), trusted=True)
-    if found.id.startswith("/"):
-        return LocalPlace((found.id,), trusted=False)
-    return LocalPlace(tuple(os.path.join(root, found.id) for root in roots), trusted=False)
+    if isinstance(ref.id, Path):
+        return LocalPlace((os.fspath(ref.id),), trusted=True)
+    if ref.id.startswith("/"):
+        return LocalPlace((ref.id,), trusted=False)
+    return LocalPlace(tuple(os.path.join(root, ref.id) for root in roots), trusted=False)
 
 
 def origins_of(ref: Ref) -> frozenset[str]:

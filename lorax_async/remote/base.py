@@ -1,4 +1,4 @@
-"""The seam between the kinds of places that adapters come from and how their bytes come here."""
+"""The interface of a backend: the hub, a kind of object store, folders behind URLs."""
 
 from __future__ import annotations
 
@@ -13,26 +13,25 @@ from lorax_async.http.target import ProbeResult, Target
 from lorax_async.types import AdapterRef
 
 WEAK = "weak-"
-"""A version that begins so does not name the bytes, but what could be learnt of them."""
+"""Prefix of a version that describes the files without naming their bytes."""
 
 
 class AnotherVersionError(AdapterNotFoundError):
-    """The source let the caller have it, and has another version by now than the pinned one."""
+    """The caller may have the adapter, but the source has another version than the pinned one."""
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """One file of an adapter, as its source tells of it.
+    """One file of an adapter, as its source describes it.
 
     Attributes
     ----------
     target
-        Where it is asked for, with what that takes.
+        Its URL, with the headers that a request needs.
     nbytes, expected, etag
-        Its size, digest and strong ETag (in quotes, as the field has it), where the source says so
-        without being asked for bytes.
+        Its size, digest and strong ETag (with its quotes), where the source names them.
     answer
-        What came of asking for its beginning, where that was how to learn its version.
+        The result of its probe, if the version was learnt by one.
     """
 
     role: FileRole
@@ -42,20 +41,16 @@ class RemoteFile:
     etag: str | None = field(default=None, repr=False)
     answer: ProbeResult | None = field(default=None, repr=False)
 
-    def checked(self, answer: ProbeResult) -> ProbeResult:
-        """The first answer, if it is about the file that the source told of.
-
-        Raises `IntegrityError` if size or ETag are another's.
-        """
+    def require_match(self, answer: ProbeResult) -> None:
+        """Raise `IntegrityError` if a probe found another size or ETag than the source named."""
         size, etag = answer.validators.size, answer.validators.etag
         if None not in {self.nbytes, size} and self.nbytes != size:
             raise IntegrityError(
-                f"{self.role.file_name} has {size:,} bytes, and its source said {self.nbytes:,};"
+                f"{self.role.file_name} has {size:,} bytes, and its source named {self.nbytes:,};"
                 " it was replaced meanwhile"
             )
         if self.etag is not None and self.etag != etag:
-            raise IntegrityError(f"{self.role.file_name} was replaced since its version was told")
-        return answer
+            raise IntegrityError(f"{self.role.file_name} was replaced since it was resolved")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +60,15 @@ class LocatedAdapter:
     Attributes
     ----------
     source
-        The adapter's id without its revision, in the one form it is known by: no secret.
+        The adapter's id without its revision, in its one spelling; no secret.
     version
-        The hub's commit, or what the versionIds or strong ETags of its files come to: equal
+        The hub's commit, or a digest of the versionIds or strong ETags of its files: equal
         versions are equal bytes.
     scope
-        On whose authority the source has told so: a digest of the token, "" if there was none.
+        The authority under which the source answered: a digest of the token, "" without one.
     files
-        The config, then the weights, or else their index (then `Backend.shards` has the rest).
+        The config, then the weights or their index; with an index, `Backend.shards` returns the
+        weights.
     """
 
     source: str
@@ -82,29 +78,28 @@ class LocatedAdapter:
 
 
 class Backend(Protocol):
-    """Knows one kind of place: the hub, one kind of object store, folders behind URLs.
+    """Resolves the ids of one kind of source, and locates their files.
 
     Errors are those of `lorax_async.errors`, without id and story.
     """
 
-    def recalled(self, ref: AdapterRef) -> tuple[str, str, str] | None:
-        """Source, version and scope, where `ref` alone says which version it is; quick.
+    def pinned_version(self, ref: AdapterRef) -> tuple[str, str, str] | None:
+        """Return source, version and scope if `ref` itself names a version, else None. Quick.
 
-        Then the files may come from the cache without asking anybody, if that scope was let have
-        them. None: the source has to be asked.
+        The cache may serve such a version without a request, if the scope was granted it.
         """
 
     async def scope(self, ref: AdapterRef) -> str:
-        """On whose authority the source would be asked; asks nobody."""
+        """Return the authority of a request for `ref`: see `LocatedAdapter`. Send no request."""
 
     async def locate(self, ref: AdapterRef) -> LocatedAdapter:
-        """Ask the source which version `ref` names now, and for its files.
+        """Ask the source which version `ref` names now, and where its files are.
 
-        Raises `AdapterNotFoundError` (`AnotherVersionError`, where the present one could be had),
+        Raise `AdapterNotFoundError` (`AnotherVersionError` if the source has only another version),
         `AccessDeniedError`, or another `FetchError`.
         """
 
     async def shards(
         self, located: LocatedAdapter, roles: Sequence[FileRole]
     ) -> tuple[RemoteFile, ...]:
-        """The files of weights that an index names, of the same version."""
+        """Return the weights' files that the index of this version names."""

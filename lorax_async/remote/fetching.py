@@ -1,4 +1,4 @@
-"""One adapter on its way: from its source, by ranges, into the cache, and read meanwhile."""
+"""The download of one adapter, by ranges, into the cache; readable while it runs."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from lorax_async.formats.split_weights import FileGroups, SplitGroupArrivals
 from lorax_async.http.download_scheduler import Job
 from lorax_async.http.range_engine import FOREGROUND, PREFETCH, RangeEngine
 from lorax_async.http.ranges import size_of
-from lorax_async.remote.metadata import LONGEST, AdapterMetadata, nobody_waits, track
+from lorax_async.remote.metadata import LONGEST, AdapterMetadata, track, unwanted_error
 from lorax_async.sources.local_weights import SplitFiles, SplitReader
 
 Groups = Sequence[Sequence[runs.ByteSpan]]
 
 
 COMPARED_BYTES = 4 << 10
-"""How much of each span that an interrupted download left comes again, to be compared."""
+"""Bytes at the end of each span of a partial download that are fetched again and compared."""
 
 
 class CacheSink:
-    """Where the engine's threads write a file of a download."""
+    """Writes a file of a download. Called by the engine's threads."""
 
     def __init__(self, file: CacheFile) -> None:
         self._file = file
@@ -39,16 +39,18 @@ class CacheSink:
 
 
 class AdapterFetch:
-    """A download whose config and headers are here. Its owner ends it: by `bring`, or `leave`.
+    """A download whose config and headers are here.
+
+    Its owner ends it, by `bring`, `refuse` or `leave`.
 
     Parameters
     ----------
     download, files
-        Where it goes; the files of its weights.
-    begun
-        What came of asking for the beginning.
+        The cache's download, and its files of weights.
+    metadata
+        Config and headers.
     resumable
-        Whether what was left of it may be gone on with: its version names the bytes.
+        Whether a partial download may be resumed later: the version names the bytes.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class AdapterFetch:
         workers: WorkerThreads,
         download: CacheDownload,
         files: Sequence[CacheFile],
-        begun: AdapterMetadata,
+        metadata: AdapterMetadata,
         *,
         resumable: bool,
     ) -> None:
@@ -65,33 +67,36 @@ class AdapterFetch:
         self._workers = workers
         self._download = download
         self._files = files
-        self._begun = begun
+        self._metadata = metadata
         self._resumable = resumable
         self._lock = Lock()
         self._hashing: dict[int, Future[int]] = {}
 
     def reader(self) -> Reader:
-        """Of what is here of the weights."""
+        """Return a reader of the weights, as far as they have arrived."""
         readers = [file.reader() for file in self._files]
-        plan = self._begun.plan
+        plan = self._metadata.plan
         return readers[0] if plan is None else SplitReader(SplitFiles(plan, tuple(readers)))
 
     def landed(self) -> tuple[int, int]:
-        """Bytes of the weights' files that are here, and of all of them. Quick, from any thread."""
-        wanted = sum(part.nbytes for part in self._begun.parts)
+        """Return how many bytes of the weights have arrived, and how many there are.
+
+        Quick; from any thread.
+        """
+        nbytes = sum(part.nbytes for part in self._metadata.parts)
         missing = sum(size_of(file.missing()) for file in self._files)
-        return wanted - missing, wanted
+        return nbytes - missing, nbytes
 
     async def bring(
         self, groups: Groups, arrived: Callable[[int], None], control: FetchControl
     ) -> CacheEntry:
-        """All of the files, the groups' bytes first; then digests are checked, and it is published.
+        """Download all files, the groups' bytes first; check digests, publish, return the entry.
 
-        `arrived` is called on the loop. Whatever happens, the download has ended after it.
+        Call `arrived` on the loop. The download has ended when this returns or raises.
         """
         try:
             if control.ended:
-                raise nobody_waits()
+                raise unwanted_error()
             jobs = self._begin(groups, _on_loop(arrived), control)
             async with track(control, *jobs):
                 for job in jobs:
@@ -102,11 +107,11 @@ class AdapterFetch:
             raise
 
     def leave(self) -> None:
-        """Nobody will bring it. What is here stays for the next one. Quick."""
+        """End it without `bring`; what arrived stays for the next download. Quick."""
         self._workers.submit(partial(self._leave, None))
 
     async def refuse(self, error: LoraxError) -> None:
-        """End it, after a check of its content failed with `error`."""
+        """End it after a check of its content failed with `error`."""
         await self._workers.finish(partial(self._leave, error))
 
     def _begin(
@@ -117,49 +122,53 @@ class AdapterFetch:
         for group in arrivals.take():
             arrived(group)
 
-        def told(number: int, n: int) -> None:
-            self._hash_on(number)
+        def on_progress(number: int, n: int) -> None:
+            self._continue_hashing(number)
             if n < len(shares[number].groups):
                 with self._lock:
                     for group in arrivals.landed(number + 1, n):
                         arrived(group)
 
         return [
-            self._job(number, share, partial(told, number), control)
+            self._job(number, share, partial(on_progress, number), control)
             for number, share in enumerate(shares)
         ]
 
     def _shares(self, groups: Groups) -> tuple[FileGroups, ...]:
-        """What each file has of the groups."""
-        if self._begun.plan is not None:
-            return self._begun.plan.by_file(groups)
+        """Return the spans of each group by file."""
+        if self._metadata.plan is not None:
+            return self._metadata.plan.by_file(groups)
         numbers = tuple(n for n, group in enumerate(groups) if group)
         return (FileGroups(numbers, tuple(tuple(groups[n]) for n in numbers)),)
 
     def _job(
-        self, number: int, share: FileGroups, told: Callable[[int], None], control: FetchControl
+        self,
+        number: int,
+        share: FileGroups,
+        on_progress: Callable[[int], None],
+        control: FetchControl,
     ) -> Job[None]:
-        file, part = self._files[number], self._begun.parts[number]
-        wanted = in_turn(share.spans, part.nbytes)
+        file, part = self._files[number], self._metadata.parts[number]
+        ranges = order_ranges(share.spans, part.nbytes)
         return self._engine.download(
             part.answer,
-            wanted,
+            ranges,
             CacheSink(file),
-            told,
-            first=1 + next((n for n, spans in enumerate(wanted) if spans), 0),
-            have=_trusted(file, part.nbytes),
+            on_progress,
+            first=1 + next((n for n, spans in enumerate(ranges) if spans), 0),
+            have=_trusted_ranges(file, part.nbytes),
             urgency=FOREGROUND if control.urgent else PREFETCH,
             timeout=LONGEST,
         )
 
-    def _hash_on(self, number: int) -> None:
-        """Beside the download, in one thread at a time for each file. So is this called."""
-        before = self._hashing.get(number)
-        if before is None or before.done():
+    def _continue_hashing(self, number: int) -> None:
+        """Hash what has arrived, in one thread per file. Calls for one file are serial."""
+        running = self._hashing.get(number)
+        if running is None or running.done():
             self._hashing[number] = self._workers.submit(self._files[number].hash_along)
 
     def _leave(self, error: BaseException | None) -> None:
-        """In a thread. Of what may be wrong nothing is kept."""
+        """Close the download; discard it if its bytes may be wrong. Blocks."""
         for hashing in self._hashing.values():
             if not hashing.cancel():
                 hashing.exception()
@@ -169,11 +178,11 @@ class AdapterFetch:
             self._download.close()
 
 
-def _trusted(file: CacheFile, nbytes: int) -> list[ByteRange]:
-    """Which bytes need not come again.
+def _trusted_ranges(file: CacheFile, nbytes: int) -> list[ByteRange]:
+    """Return the ranges that need not be fetched again.
 
-    Where no digest judges what an interrupted download left, the end of each of its spans does come
-    again: writing it compares it, so that a source is noticed that changed its file since.
+    Without a digest to check a partial download, fetch the end of each of its spans again: the
+    write compares it, which detects a source that changed its file since.
     """
     here = SpanSet(file.missing()).missing(0, nbytes)
     if file.expected is not None or not file.resumed:
@@ -182,28 +191,28 @@ def _trusted(file: CacheFile, nbytes: int) -> list[ByteRange]:
 
 
 def _on_loop(arrived: Callable[[int], None]) -> Callable[[int], None]:
-    """From any thread."""
+    """Return a function that any thread may call, to call `arrived` on the loop."""
     loop = asyncio.get_running_loop()
 
-    def tell(group: int) -> None:
+    def report(group: int) -> None:
         loop.call_soon_threadsafe(arrived, group)
 
-    return tell
+    return report
 
 
-def in_turn(groups: Groups, nbytes: int) -> list[list[ByteRange]]:
-    """What to fetch in which turn: the groups' bytes, none twice, and then the rest of the file.
+def order_ranges(groups: Groups, nbytes: int) -> list[list[ByteRange]]:
+    """Return the ranges of each group, then those of the rest of the file; no byte twice.
 
-    Of a strided span all between its rows comes with them: a request for each would cost more.
+    The gaps of a strided span are fetched with it: a request for each row would cost more.
     """
     claimed = SpanSet()
-    turns: list[list[ByteRange]] = []
+    ordered: list[list[ByteRange]] = []
     for group in [*groups, [runs.ByteSpan(0, nbytes)]]:
         new = SpanSet()
         for span in group:
             for start, stop in claimed.missing(span.start, span.end):
                 new.add(start, stop)
-        turns.append(list(new))
+        ordered.append(list(new))
         for start, stop in new:
             claimed.add(start, stop)
-    return turns
+    return ordered

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: the commit that a name means now, and where that commit's files are."""
+"""The backend of the Hugging Face hub: resolves a revision to a commit, locates its files."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ _BEARER = "Bearer "
 
 @dataclass(frozen=True, slots=True)
 class _MachineToken:
-    """The token that this machine has, if any."""
+    """The machine's own token, if it has one."""
 
     token: str | None = field(repr=False)
 
 
-class HubLocator:
-    """The `Backend` of adapters on the hub: `ref.id` is org/name, a revision whatever git names.
+class HubBackend:
+    """The `Backend` of adapters on the hub: `ref.text` is org/name, a revision any name of git's.
 
     A `ref` without a token is resolved without one, unless `ref.use_token` or an entry of `allow`
     lends this machine's own (`HF_TOKEN`, `hf auth login`) and huggingface_hub may use that. An
@@ -66,16 +66,16 @@ class HubLocator:
     endpoint
         The hub's URL.
     rules
-        Where the engine may go for files. huggingface_hub asks the endpoint itself, and follows
-        redirects to that origin and to the hub's own only; the operator answers for its address.
+        Where the engine may send requests for files. huggingface_hub queries the endpoint itself,
+        and follows redirects to that origin and the hub's own only; the operator vouches for the
+        endpoint's address.
     allow
         Entries with `use_token` lend this machine's own token to the ids that they cover, if the
         repository that answers is covered too: the hub redirects from ids that were moved.
     threads
-        Run huggingface_hub, two calls per adapter at once. A call whose caller was cancelled ends
-        by itself.
+        Run huggingface_hub, two calls per adapter at once. A call outlives its cancelled caller.
     timeout
-        Seconds for connecting, and for each next byte of an answer.
+        Seconds to connect, and to wait for the next byte of a response.
     retries, draw
         When to query again, and a draw from [0, 1).
 
@@ -107,13 +107,13 @@ class HubLocator:
         """None until the first look-up."""
 
     async def scope(self, ref: AdapterRef) -> str:
-        """See `Backend`. From then on `recalled` knows the machine's token."""
+        """See `Backend`. From then on `pinned_version` knows the machine's token."""
         return self._scope(await self._authority(ref))
 
     def own_scope(self) -> str | None:
         """Return the scope of this machine's own token; "" if it has none.
 
-        None if it has one that cannot be had, or is not to be sent. Blocks.
+        None if its token cannot be read, or must not be sent. Blocks.
         """
         try:
             own = machine_token()
@@ -121,7 +121,7 @@ class HubLocator:
             return None
         return None if own is None and has_stored_token() else self._scope(own)
 
-    def recalled(self, ref: AdapterRef) -> tuple[str, str, str] | None:
+    def pinned_version(self, ref: AdapterRef) -> tuple[str, str, str] | None:
         """See `Backend`; with the machine's token, None before the first `scope` or `locate`."""
         token = checked_token(ref.token)
         if ref.revision is None or not is_commit(ref.revision):
@@ -159,16 +159,16 @@ class HubLocator:
     ) -> tuple[RemoteFile, ...]:
         """Return all shards of the weights, numbered from 1: their names say how many there are."""
         if [role.number for role in roles] != list(range(1, len(roles) + 1)):
-            raise InternalError("the shards of an adapter are to be asked for all at once")
-        said = located.files[0].target.headers.get("Authorization")
-        token = None if said is None else said.removeprefix(_BEARER)
+            raise InternalError("the shards of an adapter must be located all at once")
+        header = located.files[0].target.headers.get("Authorization")
+        token = None if header is None else header.removeprefix(_BEARER)
         queries = [self._query(located.source, role, located.version, token) for role in roles]
-        found = []
+        files = []
         for role, query, info in zip(roles, queries, await self._answers(*queries), strict=True):
             if isinstance(info, MissingFile):
                 raise _lacking(query, f"no {query.name}, which its index names")
-            found.append(self._file(role, query, info))
-        return tuple(found)
+            files.append(self._file(role, query, info))
+        return tuple(files)
 
     async def _index(self, pinned: FileQuery) -> FileInfo:
         """Return the index of a repository whose weights are not in one file."""
@@ -185,43 +185,43 @@ class HubLocator:
         raise _lacking(pinned, f"neither {WEIGHTS_FILE.file_name} nor {INDEX_FILE.file_name}")
 
     async def _authority(self, ref: AdapterRef) -> str | None:
-        """Return the token to ask with."""
-        given = checked_token(ref.token)
+        """Return the token to send."""
+        token = checked_token(ref.token)
         if not self._uses_own(ref):
-            return given
+            return token
         own = await asyncio.wrap_future(self._threads.submit(machine_token))
         self._own = _MachineToken(own)
         return own
 
     def _uses_own(self, ref: AdapterRef) -> bool:
-        """Return whether this machine's own token is lent to an id; a stranger's gets none."""
+        """Return whether requests for an id send this machine's own token."""
         return ref.use_token or self._is_lent(ref)
 
     def _is_lent(self, ref: AdapterRef) -> bool:
-        """Return whether an id gets this machine's own token by an entry alone."""
+        """Return whether only an entry of `allow` lends this machine's own token to an id."""
         return ref.token is None and not ref.use_token and self._lends_to(ref.text)
 
     def _lends_to(self, repo: str) -> bool:
-        reach = OriginPlace("hub", "", None, f"{repo}/")
-        return any(entry.covers(reach) for entry in self._lending)
+        place = OriginPlace("hub", "", None, f"{repo}/")
+        return any(entry.covers(place) for entry in self._lending)
 
     async def _require_covered(self, pinned: FileQuery) -> None:
-        """Raise `AccessDeniedError` if the commit is of a repository that no entry lends to.
+        """Raise `AccessDeniedError` if no entry lends the token to the commit's repository.
 
-        The weights need no check of their own: they are of the same commit.
+        This covers the weights, which are of the same commit.
         """
         for failed in count(1):
-            asking = self._threads.submit(fetch_repository_id, pinned)
-            found = await asyncio.wrap_future(asking)
-            if isinstance(found, str):
-                covered = self._lends_to(found)
+            future = self._threads.submit(fetch_repository_id, pinned)
+            result = await asyncio.wrap_future(future)
+            if isinstance(result, str):
+                covered = self._lends_to(result)
                 break
-            await self._wait_to_retry(found, failed)
+            await self._wait_to_retry(result, failed)
         if not covered:
-            # Its id may be a secret of the operator's.
+            # The new id may be a secret of the operator's: leave it out.
             raise AccessDeniedError(
-                f"the hub has moved {pinned.source!r} to a place to which the token of this machine"
-                " is not lent; name the new id, if that is allowed, or let the operator allow it",
+                f"the hub has moved {pinned.source!r} to a repository to which the token of this"
+                " machine is not lent; use the new id, if it is allowed, or have it allowed",
                 stage="resolve",
             )
 
@@ -238,7 +238,7 @@ class HubLocator:
                     answers[query] = _of_that_commit(query, outcome)
             if not problems:
                 break
-            # Report a failure that no retry would mend first.
+            # Report first a failure that no retry would mend.
             worst = min(problems, key=lambda problem: problem.retryable)
             await self._wait_to_retry(worst, failed)
         return [answers[query] for query in queries]
@@ -251,64 +251,65 @@ class HubLocator:
         await asyncio.sleep(wait)
 
     async def _round(self, queries: Sequence[FileQuery]) -> list[Outcome]:
-        asking = [asyncio.wrap_future(self._threads.submit(query_file, query)) for query in queries]
+        futures = [
+            asyncio.wrap_future(self._threads.submit(query_file, query)) for query in queries
+        ]
         try:
-            await asyncio.wait(asking)
+            await asyncio.wait(futures)
         finally:
-            for each in asking:
-                each.cancel()
-        return [each.result() for each in asking]
+            for future in futures:
+                future.cancel()
+        return [future.result() for future in futures]
 
     def _query(self, source: str, role: FileRole, revision: str, token: str | None) -> FileQuery:
         hub = (self._endpoint, token, self._rules, self._timeout)
         return FileQuery(source, role.file_name, revision, *hub)
 
-    def _file(self, role: FileRole, asked: FileQuery, info: FileInfo) -> RemoteFile:
-        """Return a file whose target is the commit's URL, first tried where the answer led."""
-        url = url_of(asked.source, asked.name, info.commit, self._endpoint)
-        headers = {} if asked.token is None else {"Authorization": f"{_BEARER}{asked.token}"}
-        target = Target(
-            url, f"{asked.source}/{asked.name}", headers, self._rules, _found(url, info)
-        )
+    def _file(self, role: FileRole, query: FileQuery, info: FileInfo) -> RemoteFile:
+        """Return a file of the commit. Its target is tried first where the answer redirected."""
+        url = url_of(query.source, query.name, info.commit, self._endpoint)
+        headers = {} if query.token is None else {"Authorization": f"{_BEARER}{query.token}"}
+        location = _stable_location(url, info)
+        target = Target(url, f"{query.source}/{query.name}", headers, self._rules, location)
         return RemoteFile(role, target, info.nbytes, info.expected)
 
     def _scope(self, token: str | None) -> str:
         if token is None:
             return ""
-        # An endpoint has no spaces, nor has a token.
+        # Neither an endpoint nor a token has spaces.
         return hashlib.sha256(f"{self._endpoint} {token}".encode()).hexdigest()
 
 
 def _checked_endpoint(endpoint: str) -> str:
     try:
-        found = parse_url(endpoint)
+        url = parse_url(endpoint)
     except InvalidUrlError as error:
         raise ConfigError(f"the hub's endpoint is no URL: {error}") from None
-    if "?" in found.target:
-        raise ConfigError("the hub's endpoint is a URL without a query")
-    return found.text.rstrip("/")
+    if "?" in url.target:
+        raise ConfigError("the hub's endpoint must be a URL without a query")
+    return url.text.rstrip("/")
 
 
 def _of_that_commit(query: FileQuery, info: FileInfo | MissingFile) -> FileInfo | MissingFile:
     """Raise `IntegrityError` for an answer about another commit than the query's."""
     if is_commit(query.revision) and info.commit not in {None, query.revision}:
         raise IntegrityError(
-            f"the hub answered about another commit of {query.source!r} than was asked for",
+            f"the hub answered about another commit of {query.source!r} than the requested one",
             stage="resolve",
         )
     return info
 
 
-def _found(url: Url, info: FileInfo) -> Url | None:
-    """Return where the bytes of this very commit are, if a redirect led there.
+def _stable_location(url: Url, info: FileInfo) -> Url | None:
+    """Return the location that a redirect led to, if it is bound to the commit.
 
-    A redirect to a name of the hub, as after a renaming, may lead to something else tomorrow.
+    A redirect to another name on the hub, as after a rename, may lead elsewhere later.
     """
-    found = info.location
-    if found is None or found == url:
+    location = info.location
+    if location is None or location == url:
         return None
-    moving = found.origin == url.origin or "/resolve/" in found.target
-    return None if moving and info.commit not in found.target else found
+    is_name = location.origin == url.origin or "/resolve/" in location.target
+    return None if is_name and info.commit not in location.target else location
 
 
 def _lacking(query: FileQuery, what: str) -> AdapterNotFoundError:

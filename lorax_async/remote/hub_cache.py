@@ -1,13 +1,13 @@
-"""The standard Hugging Face cache beside our own: read through huggingface_hub, never written.
+"""The standard Hugging Face cache, read through huggingface_hub, never written.
 
     models--org--name/refs/main     COMMIT
     models--org--name/snapshots/COMMIT/adapter_config.json -> ../../blobs/ETAG
     models--org--name/blobs/ETAG    a file, or a link to ../../blobs/XX/HASH, shared by repositories
 
-A file counts if its link leads to a blob of its repository (or one that repositories share), named
-by the digest of its bytes. The blob is opened by its real path and compared with the file that was
-found, so no link, whoever wrote it, decides which bytes are read. Nothing in there is removed,
-mapped or counted in a budget: other tools own it.
+A file is used if its link leads to a blob of its repository (or a shared one), named by the digest
+of its bytes. The blob is opened by its real path and compared with the file that was checked, so
+that links cannot redirect a read. Nothing in this cache is removed, mapped or counted in a budget:
+other tools own it.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ MAX_GRANTS = 65_536
 _MAIN = "main"
 _ABSENT = {
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
-    errno.EINVAL,  # of reading a link that is none
-    *(errno.EACCES, errno.EPERM),  # what this process may not read is as good as not there
+    errno.EINVAL,  # reading a link that is none
+    *(errno.EACCES, errno.EPERM),  # a file that this process may not read counts as absent
 }
 _LINK = re.compile(r"\.\./\.\./blobs/(?P<blob>[0-9a-z-]{40,80})")
 _SHARED = re.compile(r"/blobs/(?P<first>[0-9a-f]{2})/(?P=first)[0-9a-f]{62}")
@@ -56,7 +56,7 @@ def standard_folder() -> str:
 
 @dataclass(frozen=True, slots=True)
 class HubFile:
-    """One file of a commit: the blob at `path`, which has no links in it."""
+    """One file of a commit: the blob at `path`, a real path."""
 
     role: FileRole
     path: str
@@ -72,19 +72,19 @@ class HubFile:
         return FileReader(partial(open_same, self.path, self.identity, name), self.identity, name)
 
     def is_intact(self) -> bool:
-        """Hash all of it and compare that with the blob's name."""
+        """Hash all of it and compare the digest with the blob's name."""
         try:
             fd = open_same(self.path, self.identity, self.role.file_name)
             try:
-                found = FileHash(self.digest.kind, self.identity.size)
-                hash_on(fd, found, self.identity.size, self.role.file_name)
+                file_hash = FileHash(self.digest.kind, self.identity.size)
+                hash_on(fd, file_hash, self.identity.size, self.role.file_name)
             finally:
                 os.close(fd)
         except IntegrityError:
             return False
         except OSError as error:
             raise translated(error, self.role.file_name) from error
-        return found.digest() == self.digest
+        return file_hash.digest() == self.digest
 
 
 class HubEntry:
@@ -107,9 +107,9 @@ class HubEntry:
         return file.reader()
 
     def granted(self, scope: str) -> float | None:
-        """Other tools stored it on this machine's own authority.
+        """See `CacheEntry`. Other tools stored the entry with this machine's token, if it has one.
 
-        With the machine's token it may be private, and is for no caller who asks without one.
+        Such an entry may be private: callers without a token are not granted it.
         """
         since = self._cache.grants.get((self.record.name, scope))
         if since is None and scope == self._cache.own_scope():
@@ -173,7 +173,7 @@ class StandardHubCache:
         from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415 (slow)
 
         try:
-            found = try_to_load_from_cache(
+            path = try_to_load_from_cache(
                 source, CONFIG_FILE.file_name, cache_dir=self.path, revision=revision
             )
         except ValueError:  # no id of the hub, or a ref that is no text
@@ -181,20 +181,20 @@ class StandardHubCache:
         except OSError as error:
             _require_absent(error)
             return None
-        return found if isinstance(found, str) else None
+        return path if isinstance(path, str) else None
 
     def _files(self, folder: str) -> tuple[HubFile, ...]:
         """Return all files of the adapter in a snapshot; none if one is missing or refused."""
         try:
-            found = [self._file(folder, role) for role in adapter_files(os.listdir(folder))]
+            files = [self._file(folder, role) for role in adapter_files(os.listdir(folder))]
         except OSError as error:
             _require_absent(error)
             return ()
-        files = tuple(file for file in found if file is not None)
-        return files if len(files) == len(found) else ()
+        usable = tuple(file for file in files if file is not None)
+        return usable if len(usable) == len(files) else ()
 
     def _file(self, folder: str, role: FileRole) -> HubFile | None:
-        """Return what a snapshot's link leads to. Raises `OSError`."""
+        """Return the blob of a snapshot's link; None if it is refused. Raise `OSError`."""
         path = os.path.join(folder, role.file_name)
         link = _LINK.fullmatch(os.readlink(path))
         digest = None if link is None else digest_of_etag(link["blob"])
@@ -213,9 +213,9 @@ class StandardHubCache:
 
 
 class TieredCache:
-    """The `Cache` that returns what the standard hub cache has, and else what our own has.
+    """The `Cache` that reads the standard hub cache first, then our own.
 
-    Downloads go to our own. Whoever made `disk` closes it.
+    Downloads go to our own, `disk`, whose maker closes it.
     """
 
     def __init__(self, hub: StandardHubCache, disk: Cache) -> None:
@@ -240,45 +240,46 @@ class TieredCache:
         self._disk.note_version(question, source, version)
 
     def last_version(self, question: str) -> tuple[str, str] | None:
-        """What this loader was told last, or else the commit that other tools noted."""
-        found, request = self._disk.last_version(question), resolution_request(question)
-        if found is not None or request is None or request.source not in {"", "hub"}:
-            return found
+        """Return the last answer recorded, or else the commit that other tools recorded."""
+        last, request = self._disk.last_version(question), resolution_request(question)
+        if last is not None or request is None or request.source not in {"", "hub"}:
+            return last
         commit = self._hub.commit_of(request.text, request.revision or _MAIN)
         return None if commit is None else (request.text, commit)
 
     def condemn(self, key: CacheKey) -> None:
-        """Remove our own; the hub cache's files are judged by the digests that name them."""
+        """Remove our own entry; the hub cache's files are checked by the digests that name them."""
         self._disk.condemn(key)
 
     def remove(self, key: CacheKey) -> bool:
-        """False also where the hub cache has it."""
+        """Remove our own entry. Return False also if the hub cache has the adapter."""
         return self._disk.remove(key) and self._hub.open(key) is None
 
     def used(self) -> int:
         return self._disk.used()
 
     def close(self) -> None:
-        """Whoever made the caches closes them."""
+        """Do nothing: the caches' makers close them."""
 
 
 def adapter_files(names: Iterable[str]) -> list[FileRole]:
-    """Return which of a commit's files are its adapter; none if it is not whole.
+    """Return which of a commit's files are its adapter; none if one is missing.
 
     The config comes first, then the weights, or else their index and all files that it may name.
     """
-    there = set(names)
-    weights = [role for role in (WEIGHTS_FILE, INDEX_FILE) if role.file_name in there]
-    if CONFIG_FILE.file_name not in there or not weights:
+    present = set(names)
+    weights = [role for role in (WEIGHTS_FILE, INDEX_FILE) if role.file_name in present]
+    if CONFIG_FILE.file_name not in present or not weights:
         return []
     roles = [CONFIG_FILE, weights[0]]
     if weights[0] == INDEX_FILE:
-        counts = {int(each["count"]) for each in map(_SHARD.fullmatch, there) if each is not None}
+        matches = map(_SHARD.fullmatch, present)
+        counts = {int(match["count"]) for match in matches if match is not None}
         if len(counts) != 1:
             return []
         count = counts.pop()
         roles += [FileRole("weights", number, count) for number in range(1, count + 1)]
-    return roles if there.issuperset(role.file_name for role in roles) else []
+    return roles if present.issuperset(role.file_name for role in roles) else []
 
 
 def _require_absent(error: OSError) -> None:

@@ -1,6 +1,6 @@
-"""Queries to the hub through huggingface_hub, and its errors as ours. Blocks.
+"""Queries to the hub through huggingface_hub, with its errors mapped to ours. Blocks.
 
-Its errors hold URLs, fields and what servers wrote, so none of them is chained.
+Its errors contain URLs, headers and responses, which may be secret, so none is chained.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def is_commit(text: str) -> bool:
 def digest_of_etag(etag: str | None) -> Digest | None:
     """Return the digest that an ETag of the hub (without quotes) or a blob's name stands for.
 
-    That is the sha256 of large files, and git's name of the content for others. A mirror's ETag may
-    be neither, and then says nothing.
+    It is the sha256 of a large file, and git's blob id of another. None if it is neither, as a
+    mirror's ETag may be.
     """
     if etag is not None and _SHA256.fullmatch(etag):
         return Digest("sha256", etag)
@@ -63,7 +63,7 @@ def digest_of_etag(etag: str | None) -> Digest | None:
 
 @dataclass(frozen=True, slots=True)
 class FileQuery:
-    """One file that the hub is asked about."""
+    """A query about one file on the hub."""
 
     source: str
     name: str
@@ -78,7 +78,7 @@ class FileQuery:
 class FileInfo:
     """The hub's answer: the file is in `commit`, and its bytes are at `location`.
 
-    `redirected` is False if the URL that was asked for answered itself.
+    `redirected` is False if the requested URL answered itself.
     """
 
     commit: str
@@ -90,7 +90,7 @@ class FileInfo:
 
 @dataclass(frozen=True, slots=True)
 class MissingFile:
-    """There is no such file; in which commit, if the hub said so."""
+    """There is no such file, in this commit if the hub named one."""
 
     commit: str | None
 
@@ -99,11 +99,11 @@ Outcome = FileInfo | MissingFile | LoraxError
 
 
 def checked_token(token: str | None) -> str | None:
-    """Raise `UsageError` for what cannot be a token: an empty one does not mean "no token"."""
+    """Return the token. Raise `UsageError` if it is malformed; an empty one does not mean None."""
     if token is not None and not _TOKEN.fullmatch(token):
         raise UsageError(
             "the hub's token is empty, or has characters that no token has; leave it out (None) to"
-            " ask without one, or with this machine's own where use_token says so"
+            " send none, or this machine's own with use_token"
         )
     return token
 
@@ -115,28 +115,28 @@ def endpoint_in_use(endpoint: str | None) -> str:
 
 
 def machine_token() -> str | None:
-    """Return the token that huggingface_hub would send by itself. May renew it over the network."""
+    """Return the token that huggingface_hub sends by default. May renew it over the network."""
     import httpx2  # noqa: PLC0415 (slow)
     from huggingface_hub.errors import DeviceCodeError, OIDCError  # noqa: PLC0415
 
-    # Documented, and not declared: that module imports it when it is used.
+    # Documented but not declared: the module imports it lazily.
     from huggingface_hub.utils import (  # type: ignore[attr-defined]  # noqa: PLC0415
         build_hf_headers,
     )
 
     try:
-        said = build_hf_headers().get("authorization", "")
+        header = build_hf_headers().get("authorization", "")
     except (OIDCError, DeviceCodeError, httpx2.HTTPError, OSError, ValueError) as error:
         raise AccessDeniedError(
-            f"this machine's own token of the hub cannot be had ({type(error).__name__}); log in"
-            " anew (hf auth login), or give a token",
+            f"this machine's own token of the hub cannot be read ({type(error).__name__}); log in"
+            " again (hf auth login), or pass a token",
             stage="resolve",
         ) from None
-    return checked_token(said.removeprefix("Bearer ") or None)
+    return checked_token(header.removeprefix("Bearer ") or None)
 
 
 def has_stored_token() -> bool:
-    """Return whether this machine has a token, even one that is not to be sent, or is broken."""
+    """Return whether this machine has a token, even one that must not be sent, or is broken."""
     import httpx2  # noqa: PLC0415 (slow)
     from huggingface_hub import get_token  # noqa: PLC0415
     from huggingface_hub.errors import DeviceCodeError, OIDCError  # noqa: PLC0415
@@ -161,7 +161,7 @@ def url_of(source: str, name: str, revision: str, endpoint: str | None) -> Url:
 
 
 def query_file(query: FileQuery) -> Outcome:
-    """Ask the hub about one file. Return errors; never raise one."""
+    """Query the hub about one file. Return errors; never raise one."""
     try:
         url = url_of(query.source, query.name, query.revision, query.endpoint)
         if not query.rules.allows(url, 0):
@@ -180,7 +180,7 @@ def _query(query: FileQuery, url: Url) -> FileInfo | MissingFile:
 
     try:
         token, endpoint = query.token or False, query.endpoint
-        found = get_hf_file_metadata(
+        metadata = get_hf_file_metadata(
             url.text, token=token, timeout=query.timeout, endpoint=endpoint
         )
     except RemoteEntryNotFoundError as error:
@@ -191,19 +191,19 @@ def _query(query: FileQuery, url: Url) -> FileInfo | MissingFile:
         raise problem_of(error, query, url) from None
     except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as error:
         raise problem_of(error, query, url) from None
-    if found.commit_hash is None or not is_commit(found.commit_hash):
+    if metadata.commit_hash is None or not is_commit(metadata.commit_hash):
         raise FetchError(
-            f"{url} names no commit in its answers: it is no hub; check the endpoint",
+            f"{url} names no commit in its responses: it is no hub; check the endpoint",
             stage="resolve",
             retryable=False,
         )
-    nbytes = None if found.size is None or found.size < 0 else found.size
+    nbytes = None if metadata.size is None or metadata.size < 0 else metadata.size
     return FileInfo(
-        found.commit_hash,
+        metadata.commit_hash,
         nbytes,
-        digest_of_etag(found.etag),
-        _location(found.location, url),
-        redirected=found.location != url.text,
+        digest_of_etag(metadata.etag),
+        _location(metadata.location, url),
+        redirected=metadata.location != url.text,
     )
 
 
@@ -237,13 +237,13 @@ def fetch_repository_id(query: FileQuery) -> str | LoraxError:
     return info.id
 
 
-def _location(text: str, asked: Url) -> Url | None:
-    """Return where a redirect led, if the range engine can ask there."""
+def _location(text: str, requested: Url) -> Url | None:
+    """Return where a redirect led, if the range engine can send requests there."""
     try:
-        found = parse_url(text)
+        location = parse_url(text)
     except InvalidUrlError:
         return None
-    return found if found != asked else None
+    return location if location != requested else None
 
 
 def _commit_of(error: HfHubHTTPError) -> str | None:
@@ -277,7 +277,7 @@ def _refusal(error: HfHubHTTPError, query: FileQuery, url: Url) -> AdapterError:
     if isinstance(error, RepositoryNotFoundError) and status != 403:
         if query.token is None and status == 401:
             return _denied(
-                f"{url} shows no {source!r} to whoever has no token: check the id, or if it is"
+                f"{url} shows no {source!r} without a token: check the id, or if it is"
                 f" private {_REMEDY}"
             )
         if status != 401:
@@ -291,14 +291,14 @@ def _refusal(error: HfHubHTTPError, query: FileQuery, url: Url) -> AdapterError:
 def _by_status(error: HfHubHTTPError, problem: str) -> AdapterError:
     if error.response.status_code not in _AGAIN:
         return FetchError(
-            f"{problem}, which is no answer to what was asked", stage="resolve", retryable=False
+            f"{problem}, which is no answer to the request", stage="resolve", retryable=False
         )
     return FetchError(problem, stage="resolve", retry_after=_retry_after(error))
 
 
 def _retry_after(error: HfHubHTTPError) -> float | None:
     """Return seconds by `Retry-After`, or by the hub's own rate limit fields."""
-    # Documented, and not declared: that module imports it when it is used.
+    # Documented but not declared: the module imports it lazily.
     from huggingface_hub.utils import (  # type: ignore[attr-defined]  # noqa: PLC0415
         parse_ratelimit_headers,
     )
@@ -323,22 +323,22 @@ def _failure(error: Exception, url: Url) -> AdapterError:
 
     if isinstance(error, OfflineModeIsEnabled):
         return FetchError(
-            "huggingface_hub was told to ask nobody (HF_HUB_OFFLINE, TRANSFORMERS_OFFLINE)",
+            "huggingface_hub is set to be offline (HF_HUB_OFFLINE, TRANSFORMERS_OFFLINE)",
             stage="resolve",
             retryable=False,
         )
     if isinstance(error, httpx2.TimeoutException):
         return FetchTimeoutError(f"{url} did not answer in time", stage="resolve")
-    system = next((each for each in _causes(error) if isinstance(each, OSError)), None)
+    system = next((cause for cause in _causes(error) if isinstance(cause, OSError)), None)
     if isinstance(system, socket.gaierror):
-        found = failed_lookup(system, url.origin.host)
+        mapped = failed_lookup(system, url.origin.host)
     elif system is not None:
-        found = failed_io(system, str(url))
+        mapped = failed_io(system, str(url))
     else:
         what = type(error).__name__
         retryable = isinstance(error, httpx2.TransportError)
-        found = FetchError(f"the request to {url} failed ({what})", retryable=retryable)
-    reason = found.error if isinstance(found, RetryableError) else found
+        mapped = FetchError(f"the request to {url} failed ({what})", retryable=retryable)
+    reason = mapped.error if isinstance(mapped, RetryableError) else mapped
     return reason.located(stage="resolve")
 
 

@@ -1,4 +1,4 @@
-"""The first bytes of an adapter: its config, and its weights as far as their headers go."""
+"""The metadata of an adapter: its config, its index if it has one, and its weights' headers."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ from lorax_async.http.target import ProbeResult, Target, Validators
 from lorax_async.remote.base import LocatedAdapter, RemoteFile
 
 LONGEST = 86_400.0
-"""Seconds. Callers have deadlines of their own, and what no caller waits for is cancelled."""
+"""Seconds. Callers have their own deadlines, and an unwanted fetch is cancelled."""
 
 
 @asynccontextmanager
 async def track(control: FetchControl, *jobs: Job[Any]) -> AsyncIterator[None]:
-    """Give jobs the demand's urgency, and cancel them when it ends.
+    """Give jobs the urgency of `control`, and cancel them when it ends.
 
     On an error or a cancellation, cancel them and wait until their threads have left.
     """
 
-    def follow() -> None:
+    def update() -> None:
         for job in jobs:
             if control.ended:
-                job.cancel(nobody_waits())
+                job.cancel(unwanted_error())
             elif control.urgent:
                 job.raise_priority(FOREGROUND)
 
     try:
-        with control.watched(follow):
+        with control.watched(update):
             yield
     except BaseException:
         for job in jobs:
-            job.cancel(nobody_waits())
+            job.cancel(unwanted_error())
         for job in jobs:
             await ended(job.done)
         raise
@@ -58,73 +58,72 @@ async def track(control: FetchControl, *jobs: Job[Any]) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def bind_to(control: FetchControl) -> AsyncIterator[None]:
-    """Cancel what is awaited in here when the demand ends, and raise `FetchError`."""
+    """Cancel the body when `control` ends, and raise `FetchError`."""
     loop = asyncio.get_running_loop()
     limit = asyncio.timeout(None)
 
-    def follow() -> None:
+    def update() -> None:
         if control.ended and not limit.expired():
             limit.reschedule(loop.time())
 
     try:
         async with limit:
-            with control.watched(follow):
+            with control.watched(update):
                 yield
     except TimeoutError:
         if not limit.expired():
             raise
-        raise nobody_waits() from None
+        raise unwanted_error() from None
 
 
-def nobody_waits() -> FetchError:
-    return FetchError("nobody waits for the adapter any more")
+def unwanted_error() -> FetchError:
+    return FetchError("no caller waits for the adapter any more")
 
 
 class CancelScope:
-    """Probe requests for several files at once. Leaving it cancels those without an answer.
+    """Sends probe requests for several files at once; on exit cancels the unfinished ones.
 
-    It waits for nothing: the engine's threads leave their sockets by themselves.
+    Exit does not wait: the engine's threads leave their sockets by themselves.
     """
 
     def __init__(self, engine: RangeEngine) -> None:
         self._engine = engine
-        self._asked: list[ProbeRequest] = []
+        self._requests: list[ProbeRequest] = []
 
-    def metadata(self, target: Target, nbytes: int, enough: NeededBytes) -> ProbeRequest:
-        """Ask for the first bytes of a file; see `RangeEngine.probe`."""
-        return self._followed(self._engine.probe(target, nbytes, needed_bytes=enough))
+    def probe(self, target: Target, nbytes: int, needed_bytes: NeededBytes) -> ProbeRequest:
+        """Request the first bytes of a file; see `RangeEngine.probe`."""
+        return self._add(self._engine.probe(target, nbytes, needed_bytes=needed_bytes))
 
-    def whole(self, target: Target, most: int) -> ProbeRequest:
-        """Request all of a file, which may have `most` bytes."""
-        return self._followed(self._engine.probe(target, most, ranged=False))
+    def fetch_whole(self, target: Target, max_bytes: int) -> ProbeRequest:
+        """Request all of a file of at most `max_bytes`."""
+        return self._add(self._engine.probe(target, max_bytes, ranged=False))
 
-    def _followed(self, job: ProbeRequest) -> ProbeRequest:
-        self._asked.append(job)
-        return job
+    def _add(self, request: ProbeRequest) -> ProbeRequest:
+        self._requests.append(request)
+        return request
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for job in self._asked:
-            if not job.done.done():
-                job.cancel(FetchError("nobody waits for the answer any more"))
+        for request in self._requests:
+            if not request.done.done():
+                request.cancel(FetchError("no caller waits for the answer any more"))
 
 
-async def answered(job: ProbeRequest) -> ProbeResult:
-    """Return the answer, or raise the engine's error. Cancelling leaves the job to its scope."""
-    return await asyncio.wrap_future(job.done)
+async def wait_for(request: ProbeRequest) -> ProbeResult:
+    """Return the result, or raise the engine's error. Cancelling does not cancel the request."""
+    return await asyncio.wrap_future(request.done)
 
 
 FIRST_BYTES = 256 << 10
-"""How much of the weights is asked for first, over one connection.
+"""Bytes of the weights in the first request, which uses one connection.
 
-The header should be in it, or another round trip is needed: it has 60 KB for 448 tensors, and about
-235 KB for DoRA on all seven targets of 80 layers. What is beyond it would come sooner over all
-connections, and is left to these where it comes slowly. Measured before that was so,
-84 MB over 16 connections of 20 MB/s with 10 ms: 390 ms with 64 KiB (which tell little of the link's
-rate), 351 with 128, 337 with 256, 350 with 512, 385 with 1 MiB; at 5 MB/s 1.13 s with 128 and with
-256 KiB, 1.18 with 512.
+They should contain the header, or another round trip is needed: a header has 60 KB for 448 tensors,
+and about 235 KB for DoRA on all seven targets of 80 layers. Bytes beyond the header arrive sooner
+over all connections. Measured for 84 MB over 16 connections of 20 MB/s with 10 ms: 390 ms with
+64 KiB (too few to estimate the link's rate), 351 with 128, 337 with 256, 350 with 512, 385 with
+1 MiB; at 5 MB/s 1.13 s with 128 and with 256 KiB, 1.18 with 512.
 """
 
 _LIMITS = {
@@ -138,7 +137,7 @@ Shards = Callable[[LocatedAdapter, Sequence[FileRole]], Awaitable[tuple[RemoteFi
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WeightsPart:
-    """One file of weights, of which the `prefix` with the whole header is here."""
+    """One file of weights: its `prefix` ends with the header."""
 
     file: RemoteFile
     answer: ProbeResult
@@ -148,9 +147,9 @@ class WeightsPart:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdapterMetadata:
-    """What is checked before a layer is fetched.
+    """The part of an adapter that is checked before any layer is fetched.
 
-    Of weights in several files there are an index, and the plan of the one that they stand for.
+    Weights in several files have an index, and a plan that joins them into one.
     """
 
     config: tuple[RemoteFile, bytes]
@@ -160,7 +159,7 @@ class AdapterMetadata:
 
     @property
     def small(self) -> tuple[tuple[RemoteFile, bytes], ...]:
-        """The files that are here as a whole."""
+        """The config and the index: files that were fetched whole."""
         return (self.config,) if self.index is None else (self.config, self.index)
 
     @property
@@ -169,12 +168,12 @@ class AdapterMetadata:
 
     @property
     def nbytes(self) -> int:
-        """Of the one file that the weights are, or stand for."""
+        """The size of the weights as one file."""
         return self.parts[0].nbytes if self.plan is None else self.plan.nbytes
 
 
 class MetadataReader:
-    """Asks for the first bytes of files, as far as nobody has before."""
+    """Fetches metadata, except for files that were probed when they were located."""
 
     def __init__(
         self, engine: RangeEngine, workers: WorkerThreads, limits: Limits, shards: Shards
@@ -184,57 +183,59 @@ class MetadataReader:
         self._limits = limits
         self._shards = shards
 
-    async def of(self, located: LocatedAdapter, control: FetchControl) -> AdapterMetadata:
+    async def fetch(self, located: LocatedAdapter, control: FetchControl) -> AdapterMetadata:
+        """Return the adapter's metadata, within the limits. End early when `control` ends."""
         for file in located.files:
             self._require_size(file, file.nbytes)
         config, second = located.files
         is_split = second.role == INDEX_FILE
-        most = self._limits.max_header_bytes if is_split else FIRST_BYTES
-        whole, start = await self._asked(
-            [(config, self._limits.max_config_bytes), (second, most)], control
+        nbytes = self._limits.max_header_bytes if is_split else FIRST_BYTES
+        config_probe, probe = await self._probe(
+            [(config, self._limits.max_config_bytes), (second, nbytes)], control
         )
-        said = (config, self._whole(config, whole))
+        checked = (config, self._whole(config, config_probe))
         if not is_split:
-            return AdapterMetadata(said, None, await self._parts([second], [start], control), None)
-        content = self._whole(second, start)
+            parts = await self._parts([second], [probe], control)
+            return AdapterMetadata(checked, None, parts, None)
+        content = self._whole(second, probe)
         index = await self._workers.run(partial(parse_index, content, self._limits))
         roles = [FileRole("weights", number + 1, index.count) for number in range(index.count)]
         async with bind_to(control):
             files = await self._shards(located, roles)
         for file in files:
             self._require_size(file, file.nbytes)
-        starts = await self._asked([(file, FIRST_BYTES) for file in files], control)
-        parts = await self._parts(files, starts, control)
+        probes = await self._probe([(file, FIRST_BYTES) for file in files], control)
+        parts = await self._parts(files, probes, control)
         heads = [FileHead(part.prefix, part.nbytes) for part in parts]
         plan = await self._workers.run(partial(plan_split, index, heads, self._limits))
-        return AdapterMetadata(said, (second, content), parts, plan)
+        return AdapterMetadata(checked, (second, content), parts, plan)
 
     async def _parts(
-        self, files: Sequence[RemoteFile], starts: Sequence[ProbeResult], control: FetchControl
+        self, files: Sequence[RemoteFile], probes: Sequence[ProbeResult], control: FetchControl
     ) -> tuple[WeightsPart, ...]:
         return tuple(
             [
-                await self._part(file, start, control)
-                for file, start in zip(files, starts, strict=True)
+                await self._part(file, probe, control)
+                for file, probe in zip(files, probes, strict=True)
             ]
         )
 
     async def _part(
-        self, file: RemoteFile, start: ProbeResult, control: FetchControl
+        self, file: RemoteFile, probe: ProbeResult, control: FetchControl
     ) -> WeightsPart:
-        nbytes = self._size(file, start)
-        needed = header_size(start.start[:8], nbytes, self._limits)
-        if needed > len(start.start):
-            (again,) = await self._asked([(_unanswered(file), needed)], control)
-            if again.validators != start.validators:
+        nbytes = self._size(file, probe)
+        needed = header_size(probe.start[:8], nbytes, self._limits)
+        if needed > len(probe.start):
+            (larger,) = await self._probe([(replace(file, answer=None), needed)], control)
+            if larger.validators != probe.validators:
                 raise IntegrityError(
-                    f"{file.target.name} changed while it was asked for; load it again"
+                    f"{file.target.name} changed while it was requested; load it again"
                 )
-            start = again
-        return WeightsPart(file, start, nbytes, start.start[:needed])
+            probe = larger
+        return WeightsPart(file, probe, nbytes, probe.start[:needed])
 
     def _size(self, file: RemoteFile, answer: ProbeResult) -> int:
-        """Of the whole file. Raises what is wrong with it."""
+        """Return the size of the whole file. Raise if it is unknown or over the limit."""
         name = file.target.name
         size = file.nbytes if answer.validators.size is None else answer.validators.size
         if size is None:
@@ -243,16 +244,17 @@ class MetadataReader:
         return size
 
     def _require_size(self, file: RemoteFile, nbytes: int | None) -> None:
-        """What is known to be too large is not asked for."""
+        """Raise `AdapterFormatError` for a size over the limit: such a file is not requested."""
         limit = _LIMITS[file.role.kind]
-        most: int = getattr(self._limits, limit)
-        if nbytes is not None and nbytes > most:
+        max_bytes: int = getattr(self._limits, limit)
+        if nbytes is not None and nbytes > max_bytes:
             raise AdapterFormatError(
-                f"{file.target.name} has {nbytes:,} bytes, over the limit of {most:,};"
+                f"{file.target.name} has {nbytes:,} bytes, over the limit of {max_bytes:,};"
                 f" raise Limits.{limit} to accept it"
             )
 
     def _whole(self, file: RemoteFile, answer: ProbeResult) -> bytes:
+        """Return the content of a file that was fetched whole."""
         if file.nbytes not in {None, len(answer.start)}:
             raise IntegrityError(
                 f"{file.target.name} has {len(answer.start):,} bytes, and {file.nbytes:,} were"
@@ -260,10 +262,10 @@ class MetadataReader:
             )
         return answer.start
 
-    async def _asked(
+    async def _probe(
         self, files: Sequence[tuple[RemoteFile, int]], control: FetchControl
     ) -> list[ProbeResult]:
-        """Of each file the first bytes; of one that is small by its nature, all of it."""
+        """Return the first bytes of weights, and all bytes of a config or an index."""
         jobs: list[Job[ProbeResult] | ProbeResult] = [
             file.answer
             or self._engine.probe(
@@ -280,12 +282,10 @@ class MetadataReader:
             answers = [
                 job if isinstance(job, ProbeResult) else await outcome(job.done) for job in jobs
             ]
-        return [file.checked(answer) for (file, _), answer in zip(files, answers, strict=True)]
+        for (file, _), answer in zip(files, answers, strict=True):
+            file.require_match(answer)
+        return answers
 
 
 def _header(start: memoryview, _: Validators) -> int:
     return header_end(start)
-
-
-def _unanswered(file: RemoteFile) -> RemoteFile:
-    return replace(file, answer=None)

@@ -1,4 +1,4 @@
-"""Adapters in object stores: obstore lists and signs, our range engine fetches."""
+"""The backend of object stores: obstore lists and signs, our range engine fetches."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from obstore import ObjectMeta
     from obstore.store import AzureAccessKey, AzureStore, GCSStore, RetryConfig, S3Store
 
+    Store = AzureStore | GCSStore | S3Store
 
 Scheme = Literal["s3", "gs", "az"]
 
@@ -48,7 +49,7 @@ _VERSION = re.compile(r"(?:versions|etags)-[0-9a-f]{32}(?:-[0-9a-f]{32})?")
 
 @dataclass(frozen=True, slots=True)
 class StoreFolder:
-    """A folder of a bucket (az: of a container); `prefix` is empty, or ends with a slash."""
+    """A folder in a bucket (az: a container); `prefix` is empty, or ends with a slash."""
 
     scheme: Scheme
     bucket: str
@@ -59,44 +60,47 @@ class StoreFolder:
 
 
 def folder_of(ref: AdapterRef) -> StoreFolder:
-    """Raises `InvalidAdapterIdError` for what names none, `UsageError` for one with a token."""
-    found = parsed(ref)
-    if found.source not in STORES:
-        raise InvalidAdapterIdError(f"it is in no object store, but in {found.source}")
+    """Return the folder that `ref` names.
+
+    Raise `InvalidAdapterIdError` if it names none, `UsageError` if it has a token.
+    """
+    parsed_ref = parsed(ref)
+    if parsed_ref.source not in STORES:
+        raise InvalidAdapterIdError(f"it is in no object store, but in {parsed_ref.source}")
     if ref.token is not None:
         raise UsageError(
-            "object stores are asked with the credentials of the environment; leave token out"
+            "requests to object stores use the credentials of the environment; leave token out"
         )
-    place = parse_store(found.source, found.text.partition("://")[2])
+    place = parse_store(parsed_ref.source, parsed_ref.text.partition("://")[2])
     return StoreFolder(cast("Scheme", place.scheme), place.bucket, place.prefix)
 
 
 def is_version(text: str) -> bool:
-    """Whether it is one that `version_of` made, and so says by itself which bytes it is."""
+    """Return whether `version_of` made the text, so that it names its bytes."""
     return _VERSION.fullmatch(text) is not None
 
 
 def version_of(kind: Literal["versions", "etags"], words: Iterable[str]) -> str:
-    """The version of an adapter, of what tells its files apart: the same words, the same bytes."""
+    """Return the version for words that identify the files: equal words mean equal bytes."""
     return f"{kind}-{digest_of(words)}"
 
 
 def digest_of(words: Iterable[str]) -> str:
-    """Of the words in this order: 32 hexadecimal digits."""
-    found = hashlib.sha256()
+    """Return a digest of the words in this order: 32 hexadecimal digits."""
+    words_hash = hashlib.sha256()
     for word in words:
         data = word.encode("utf-8", "surrogatepass")
-        # Lengths first: no two lists of words are one string of bytes.
-        found.update(len(data).to_bytes(8, "big") + data)
-    return found.hexdigest()[:32]
+        # With lengths, different lists of words are different bytes.
+        words_hash.update(len(data).to_bytes(8, "big") + data)
+    return words_hash.hexdigest()[:32]
 
 
 _SAS = ("AZURE_STORAGE_SAS_KEY", "AZURE_STORAGE_SAS_TOKEN")
-_YES = frozenset({"1", "true", "on", "yes", "y"})
+_TRUE = frozenset({"1", "true", "on", "yes", "y"})
 
 _GOOGLE = "https://storage.googleapis.com"
 _PREFIX: dict[Scheme, str] = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}
-_WHO: dict[Scheme, tuple[str, ...]] = {
+_IDENTITY: dict[Scheme, tuple[str, ...]] = {
     "s3": ("AWS_ACCESS_KEY_ID", "AWS_ROLE_ARN"),
     "gs": (
         *("GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_PATH"),
@@ -104,24 +108,24 @@ _WHO: dict[Scheme, tuple[str, ...]] = {
     ),
     "az": ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_CLIENT_ID", "AZURE_STORAGE_CLIENT_ID", *_SAS),
 }
-"""What tells one authority from another. Of a secret among them, only a digest is ever kept."""
+"""Variables that identify an authority. Only a digest of their values is kept."""
 
 
 def scope_of(scheme: Scheme) -> str:
-    """On whose authority a store is asked: a digest of what names it; "" where on nobody's."""
+    """Return the authority of requests: a digest of the variables; "" for anonymous requests."""
     if _skips_signature(scheme):
         return ""
-    who = [f"{name}={os.environ[name]}" for name in _WHO[scheme] if os.environ.get(name)]
-    if not who:  # it is the machine's
+    variables = [f"{name}={os.environ[name]}" for name in _IDENTITY[scheme] if os.environ.get(name)]
+    if not variables:  # the machine's own identity
         return "environment"
-    return f"environment-{digest_of(who)}"
+    return f"environment-{digest_of(variables)}"
 
 
 def unsigned_urls(folder: StoreFolder, paths: Sequence[str]) -> list[str] | None:
-    """URLs of objects, where the environment says that nothing is to be signed.
+    """Return the objects' URLs if the environment disables signing; None if they must be signed.
 
-    So it does by `…_SKIP_SIGNATURE`, which obstore heeds in requests but not in signing, and for
-    Azure by a SAS token, which can sign nothing but itself opens URLs. None: they are to be signed.
+    It does so by `…_SKIP_SIGNATURE`, which obstore respects in requests but not in signing, and for
+    Azure by a SAS token, which cannot sign but grants access as a query.
     """
     if _skips_signature(folder.scheme):
         return _bare_urls(folder, paths)
@@ -132,11 +136,11 @@ def unsigned_urls(folder: StoreFolder, paths: Sequence[str]) -> list[str] | None
 
 
 def _skips_signature(scheme: Scheme) -> bool:
-    return os.environ.get(f"{_PREFIX[scheme]}_SKIP_SIGNATURE", "").lower() in _YES
+    return os.environ.get(f"{_PREFIX[scheme]}_SKIP_SIGNATURE", "").lower() in _TRUE
 
 
 def _bare_urls(folder: StoreFolder, paths: Sequence[str]) -> list[str]:
-    """As obstore makes them, without what nobody's key has signed."""
+    """Return URLs as obstore makes them, without the signature by a dummy key."""
     import obstore  # noqa: PLC0415 - an extra, needed here alone
     from obstore.store import AzureStore, S3Store  # noqa: PLC0415
 
@@ -146,13 +150,13 @@ def _bare_urls(folder: StoreFolder, paths: Sequence[str]) -> list[str]:
     store = (
         S3Store(folder.bucket, config={"access_key_id": "-", "secret_access_key": "-"})
         if folder.scheme == "s3"
-        else AzureStore(folder.bucket, skip_signature=False, credential_provider=_nobody)
+        else AzureStore(folder.bucket, skip_signature=False, credential_provider=_dummy_credential)
     )
     signed = obstore.sign(store, "GET", paths, timedelta(hours=1))
     return [url.partition("?")[0] for url in signed]
 
 
-def _nobody() -> AzureAccessKey:
+def _dummy_credential() -> AzureAccessKey:
     return {"access_key": "bm9uZQ==", "expires_at": None}
 
 
@@ -163,10 +167,10 @@ _DENIED = frozenset({401, 403})
 
 @dataclass(frozen=True, slots=True)
 class _ErrorSign:
-    """A word by which a cause is known, and what is said instead."""
+    """A word in an error text that identifies its cause, and our text for it."""
 
     word: str
-    says: str
+    text: str
     retryable: bool
 
 
@@ -174,7 +178,7 @@ _SIGNS = (
     _ErrorSign(
         "BadScheme",
         "its endpoint is plain http; set AWS_ALLOW_HTTP, GOOGLE_ALLOW_HTTP or AZURE_ALLOW_HTTP to"
-        " true, if that is meant",
+        " true if that is intended",
         retryable=False,
     ),
     _ErrorSign("configured region", "its region is another one; set AWS_REGION", retryable=False),
@@ -185,7 +189,7 @@ _SIGNS = (
 
 
 def mapped(error: Exception, what: str) -> FetchError:
-    """What is raised for any error of obstore but that nothing was found."""
+    """Return our error for any of obstore's except that an object is missing."""
     from obstore import exceptions  # noqa: PLC0415 - an extra, needed here alone
 
     denied = (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError)
@@ -194,17 +198,17 @@ def mapped(error: Exception, what: str) -> FetchError:
     text = str(error)
     for sign in _SIGNS:
         if sign.word in text:
-            return FetchError(f"{what}: {sign.says}", retryable=sign.retryable, stage="resolve")
+            return FetchError(f"{what}: {sign.text}", retryable=sign.retryable, stage="resolve")
     if "TimedOut" in text or "timed out" in text:
         return FetchTimeoutError(f"{what}: the store did not answer in time", stage="resolve")
     return _by_status(_STATUS.search(text), what)
 
 
-def _by_status(found: re.Match[str] | None, what: str) -> FetchError:
-    if found is None:
-        kind = "the store could not be asked; are there credentials in the environment?"
-        return FetchError(f"{what}: {kind}", stage="resolve")
-    status = int(found[1])
+def _by_status(match: re.Match[str] | None, what: str) -> FetchError:
+    if match is None:
+        problem = "the request to the store failed; are there credentials in the environment?"
+        return FetchError(f"{what}: {problem}", stage="resolve")
+    status = int(match[1])
     if status in _DENIED:
         return _denied(what)
     retryable = status >= 500 or status in _AGAIN
@@ -217,13 +221,7 @@ def _denied(what: str) -> AccessDeniedError:
     )
 
 
-if TYPE_CHECKING:
-    from obstore import ObjectMeta
-    from obstore.store import AzureStore, GCSStore, RetryConfig, S3Store
-
-    Store = AzureStore | GCSStore | S3Store
-
-_MOST_STORES = 16
+_MAX_STORES = 16
 _RETRIES: RetryConfig = {"max_retries": 2, "retry_timeout": timedelta(seconds=20)}
 
 Result = TypeVar("Result")
@@ -231,7 +229,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class StoredObject:
-    """What a store says of one object. `etag` has its quotes."""
+    """What a store reports of one object. `etag` has its quotes."""
 
     nbytes: int
     etag: str | None = field(repr=False)
@@ -239,11 +237,11 @@ class StoredObject:
 
 
 class Buckets:
-    """Asks object stores, with the credentials and endpoints of the environment.
+    """Queries object stores with the credentials and endpoints of the environment.
 
-    Methods but `close` block; they may be called from several threads. Raise `ConfigError` without
-    obstore, and the `FetchError`s of `mapped`. A bucket's connections and credentials are kept, of
-    16 buckets at most.
+    All methods but `close` block, and any thread may call them. They raise `ConfigError` without
+    obstore, and the `FetchError`s of `mapped`. Connections and credentials of the 16 buckets used
+    last are kept.
     """
 
     def __init__(self) -> None:
@@ -251,9 +249,9 @@ class Buckets:
         self._stores: OrderedDict[tuple[Scheme, str], Store] = OrderedDict()
 
     def head(self, folder: StoreFolder, name: str) -> StoredObject | None:
-        """What is said of one file of the folder; None if there is none."""
+        """Return the metadata of one file of the folder; None if it is missing."""
 
-        def ask() -> ObjectMeta | None:
+        def query() -> ObjectMeta | None:
             import obstore  # noqa: PLC0415 - an extra, needed here alone
 
             try:
@@ -261,22 +259,22 @@ class Buckets:
             except FileNotFoundError:
                 return None
 
-        found = _mapping(ask, folder)
-        return None if found is None else _stored(found)
+        metadata = _mapping(query, folder)
+        return None if metadata is None else _stored(metadata)
 
     def files(self, folder: StoreFolder) -> dict[str, StoredObject]:
-        """What lies in the folder, by name; not what lies in folders below it."""
+        """Return the folder's files by name, without folders below it."""
 
-        def ask() -> Sequence[ObjectMeta]:
+        def query() -> Sequence[ObjectMeta]:
             import obstore  # noqa: PLC0415
 
-            listed = obstore.list_with_delimiter(self._store(folder), folder.prefix or None)
-            return listed["objects"]
+            listing = obstore.list_with_delimiter(self._store(folder), folder.prefix or None)
+            return listing["objects"]
 
-        return {meta["path"].rpartition("/")[2]: _stored(meta) for meta in _mapping(ask, folder)}
+        return {meta["path"].rpartition("/")[2]: _stored(meta) for meta in _mapping(query, folder)}
 
     def urls(self, folder: StoreFolder, names: Sequence[str], seconds: float) -> list[Url]:
-        """A URL for each file, with which it may be read for so long."""
+        """Return a URL for each file, valid for this many seconds."""
         paths = [f"{folder.prefix}{name}" for name in names]
 
         def sign() -> Sequence[str]:
@@ -290,7 +288,7 @@ class Buckets:
         return [_parsed(text, folder) for text in _mapping(sign, folder)]
 
     def close(self) -> None:
-        """Let connections and credentials go. Idempotent."""
+        """Drop connections and credentials. Idempotent."""
         with self._lock:
             self._stores.clear()
 
@@ -299,14 +297,14 @@ class Buckets:
         with self._lock:
             store = self._stores.get(key)
             if store is None:
-                store = self._stores[key] = _opened(*key)
+                store = self._stores[key] = _open_store(*key)
             self._stores.move_to_end(key)
-            if len(self._stores) > _MOST_STORES:
+            if len(self._stores) > _MAX_STORES:
                 self._stores.popitem(last=False)
         return store
 
 
-def _opened(scheme: Scheme, bucket: str) -> Store:
+def _open_store(scheme: Scheme, bucket: str) -> Store:
     from obstore import store  # noqa: PLC0415
 
     if scheme == "s3":
@@ -317,7 +315,7 @@ def _opened(scheme: Scheme, bucket: str) -> Store:
 
 
 def _mapping(call: Callable[[], Result], folder: StoreFolder) -> Result:
-    """What the call returns. Its error is not chained to ours: it may hold what is secret."""
+    """Return the call's result, or raise our error, unchained: theirs may contain secrets."""
     try:
         from obstore.exceptions import BaseError  # noqa: PLC0415
     except ImportError as error:
@@ -334,7 +332,7 @@ def _mapping(call: Callable[[], Result], folder: StoreFolder) -> Result:
 def _stored(meta: ObjectMeta) -> StoredObject:
     etag = meta["e_tag"]
     if etag is not None and not etag.endswith('"'):
-        etag = f'"{etag}"'  # listings of Azure have it without
+        etag = f'"{etag}"'  # Azure's listings leave the quotes out
     return StoredObject(meta["size"], etag, meta["version"])
 
 
@@ -342,14 +340,14 @@ def _parsed(text: str, folder: StoreFolder) -> Url:
     try:
         return parse_url(text)
     except InvalidUrlError as error:
-        raise FetchError(f"{folder}: its endpoint is none: {error}", retryable=False) from error
+        raise FetchError(f"{folder}: its endpoint is no URL: {error}", retryable=False) from error
 
 
 BUCKET_CALLS = 8
-"""At a time: one that does not answer keeps as many threads, each for some 30 seconds."""
+"""Calls at a time. A bucket that does not answer keeps as many threads for some 30 seconds."""
 
 SIGNED_FOR = 3_600.0
-"""Seconds for which a URL opens an object, unless the credentials behind it end earlier."""
+"""Seconds for which a signed URL is valid, unless its credentials expire earlier."""
 
 _SHARD = re.compile(r"adapter_model-[0-9]{5}-of-[0-9]{5}\.safetensors")
 Parameters = ParamSpec("Parameters")
@@ -357,9 +355,9 @@ Parameters = ParamSpec("Parameters")
 
 @dataclass(frozen=True, slots=True)
 class OriginAllowed:
-    """Allows what `inner` allows, and one origin, at whichever address.
+    """The `Rules` that allow what `inner` allows, and one origin at any address.
 
-    That of a signed URL: the operator's environment names it, as it does for obstore itself.
+    The origin is that of a signed URL, which the operator's environment names.
     """
 
     origin: Origin
@@ -373,20 +371,20 @@ class OriginAllowed:
 
 
 class StoreBackend:
-    """Finds adapters in S3, Google Cloud Storage and Azure Blob Storage.
+    """The `Backend` of S3, Google Cloud Storage and Azure Blob Storage.
 
     Credentials, regions and endpoints are those of the process's environment and machine, as
-    obstore reads them. Whoever made it closes it.
+    obstore reads them. Its maker closes it.
 
     Parameters
     ----------
     executor
-        Runs obstore's calls, which block; two at a time for one adapter, `BUCKET_CALLS` for one
-        bucket. A call whose caller has left ends by itself.
+        Runs obstore's calls, which block: two at a time for one adapter, `BUCKET_CALLS` for one
+        bucket. A call outlives its cancelled caller.
     rules
-        Where redirects may go. The origin of a signed URL itself is allowed.
+        Where redirects may lead. The origin of a signed URL itself is allowed.
     signed_for
-        Seconds for which a signed URL is good.
+        Seconds for which a signed URL is valid.
     """
 
     def __init__(self, executor: Executor, rules: Rules, *, signed_for: float = SIGNED_FOR) -> None:
@@ -395,10 +393,10 @@ class StoreBackend:
         self._signed_for = signed_for
         self._buckets = Buckets()
 
-    def recalled(self, ref: AdapterRef) -> tuple[str, str, str] | None:
-        """Where the revision is a version that a handle told; ETags and versionIds are asked for.
+    def pinned_version(self, ref: AdapterRef) -> tuple[str, str, str] | None:
+        """See `Backend`. A versionId or an ETag is no version: the store has to be asked.
 
-        Raises as `folder_of` does.
+        Raise as `folder_of` does.
         """
         folder = folder_of(ref)
         if ref.revision is None or not is_version(ref.revision):
@@ -409,11 +407,11 @@ class StoreBackend:
         return scope_of(folder_of(ref).scheme)
 
     async def locate(self, ref: AdapterRef) -> LocatedAdapter:
-        """The present version, and URLs of its files, signed now.
+        """Return the present version, with URLs of its files signed now.
 
-        A revision is the version that a handle told, or the versionId or ETag of the weights (of
-        the index, where they are several files). Only the present one can be had: signed URLs name
-        no version. Another one is an `AdapterNotFoundError`.
+        A revision is a version that a handle reported, or the versionId or ETag of the weights (or
+        of their index). Only the present version can be fetched, for signed URLs name none; another
+        one raises `AnotherVersionError`.
         """
         folder = folder_of(ref)
         config, weights = await asyncio.gather(
@@ -421,7 +419,7 @@ class StoreBackend:
             self._call(folder, self._weights, folder),
             return_exceptions=True,
         )
-        # In this order: the same error for the same fault, whichever thread was the first.
+        # The same fault raises the same error, whichever thread ended first.
         if isinstance(config, BaseException):
             raise config
         if isinstance(weights, BaseException):
@@ -431,34 +429,34 @@ class StoreBackend:
     async def shards(
         self, located: LocatedAdapter, roles: Sequence[FileRole]
     ) -> tuple[RemoteFile, ...]:
-        """Of the same version: `IntegrityError`, if one of them was replaced since `locate`."""
+        """See `Backend`. Raise `IntegrityError` if a file was replaced since `locate`."""
         folder = folder_of(AdapterRef(located.source))
         return await self._call(folder, self._shards, located, roles)
 
     def close(self) -> None:
-        """Let connections and credentials go; they are remade if it is used again. Idempotent."""
+        """Drop connections and credentials; the next use makes them again. Idempotent."""
         self._buckets.close()
 
     def _config(self, folder: StoreFolder) -> StoredObject:
-        found = self._buckets.head(folder, CONFIG_FILE.file_name)
-        if found is None:
+        config = self._buckets.head(folder, CONFIG_FILE.file_name)
+        if config is None:
             raise AdapterNotFoundError(
                 f"there is no {CONFIG_FILE.file_name} in {folder}, or no such bucket"
             )
-        return found
+        return config
 
     def _weights(self, folder: StoreFolder) -> tuple[FileRole, StoredObject]:
         denied: AccessDeniedError | None = None
         try:
-            found = self._buckets.head(folder, WEIGHTS_FILE.file_name)
+            weights = self._buckets.head(folder, WEIGHTS_FILE.file_name)
         except AccessDeniedError as error:
-            # S3 says so, too, of what is not there, to those who may not list the bucket.
-            found, denied = None, error
-        if found is not None:
-            return WEIGHTS_FILE, found
-        found = self._buckets.head(folder, INDEX_FILE.file_name)
-        if found is not None:
-            return INDEX_FILE, found
+            # S3 denies access to missing objects too, if the caller may not list the bucket.
+            weights, denied = None, error
+        if weights is not None:
+            return WEIGHTS_FILE, weights
+        index = self._buckets.head(folder, INDEX_FILE.file_name)
+        if index is not None:
+            return INDEX_FILE, index
         raise denied or AdapterNotFoundError(
             f"there is neither {WEIGHTS_FILE.file_name} nor {INDEX_FILE.file_name} in {folder}"
         )
@@ -471,49 +469,49 @@ class StoreBackend:
         role: FileRole,
         weights: StoredObject,
     ) -> LocatedAdapter:
-        found = [(CONFIG_FILE, CONFIG_FILE.file_name, config), (role, role.file_name, weights)]
-        files = self._files(folder, found)
-        place = files[0].target.url.text.partition("?")[0]
-        version = _version(place, config, weights)
+        objects = [(CONFIG_FILE, CONFIG_FILE.file_name, config), (role, role.file_name, weights)]
+        files = self._files(folder, objects)
+        url = files[0].target.url.text.partition("?")[0]
+        version = _version(url, config, weights)
         if role == INDEX_FILE:
             version += f"-{_digest_of_shards(self._shards_of(folder))}"
-        asked_for = {version, weights.version_id, weights.etag, (weights.etag or "").strip('"')}
-        if ref.revision is not None and ref.revision not in asked_for:
+        names = {version, weights.version_id, weights.etag, (weights.etag or "").strip('"')}
+        if ref.revision is not None and ref.revision not in names:
             raise AnotherVersionError(
-                f"{folder} is not what the revision names any more, or never was; now it is"
-                f" {version}, and only that can be had"
+                f"{folder} is not, or is no longer, what the revision names; now it is {version},"
+                " and only that can be fetched"
             )
         return LocatedAdapter(str(folder), version, scope_of(folder.scheme), files)
 
     def _shards(self, located: LocatedAdapter, roles: Sequence[FileRole]) -> tuple[RemoteFile, ...]:
         folder = folder_of(AdapterRef(located.source))
-        found = self._shards_of(folder)
-        if not located.version.endswith(f"-{_digest_of_shards(found)}"):
-            raise IntegrityError(f"shards in {folder} were replaced while they were asked for")
-        wanted = []
+        shards = self._shards_of(folder)
+        if not located.version.endswith(f"-{_digest_of_shards(shards)}"):
+            raise IntegrityError(f"shards in {folder} were replaced while they were located")
+        objects = []
         for role in roles:
             name = f"adapter_model-{role.number:05d}-of-{len(roles):05d}.safetensors"
-            if name not in found:
+            if name not in shards:
                 raise AdapterNotFoundError(f"there is no {name} in {folder}, which its index names")
-            wanted.append((role, name, found[name]))
-        return self._files(folder, wanted)
+            objects.append((role, name, shards[name]))
+        return self._files(folder, objects)
 
     def _shards_of(self, folder: StoreFolder) -> dict[str, StoredObject]:
-        found = self._buckets.files(folder)
-        return {name: found[name] for name in sorted(found) if _SHARD.fullmatch(name)}
+        files = self._buckets.files(folder)
+        return {name: files[name] for name in sorted(files) if _SHARD.fullmatch(name)}
 
     def _files(
-        self, folder: StoreFolder, found: Sequence[tuple[FileRole, str, StoredObject]]
+        self, folder: StoreFolder, objects: Sequence[tuple[FileRole, str, StoredObject]]
     ) -> tuple[RemoteFile, ...]:
-        for _, name, stored in found:
+        for _, name, stored in objects:
             if stored.etag is None or stored.etag.startswith("W/"):
                 raise FetchError(
-                    f"the store has no strong ETag for {name} in {folder}, by which its bytes"
-                    " could be told from others",
+                    f"the store has no strong ETag for {name} in {folder}, so its version"
+                    " cannot be identified",
                     retryable=False,
                     stage="resolve",
                 )
-        urls = self._buckets.urls(folder, [name for _, name, _ in found], self._signed_for)
+        urls = self._buckets.urls(folder, [name for _, name, _ in objects], self._signed_for)
         return tuple(
             RemoteFile(
                 role,
@@ -521,7 +519,7 @@ class StoreBackend:
                 nbytes=stored.nbytes,
                 etag=stored.etag,
             )
-            for (role, _, stored), url in zip(found, urls, strict=True)
+            for (role, _, stored), url in zip(objects, urls, strict=True)
         )
 
     async def _call(
@@ -531,23 +529,23 @@ class StoreBackend:
         *args: Parameters.args,
         **kwargs: Parameters.kwargs,
     ) -> Result:
-        """In a thread: obstore's own coroutines end the process, if it exits soon after them."""
+        """Call in a thread: obstore's coroutines crash a process that exits soon after them."""
         work = partial(call, *args, **kwargs)
         return await asyncio.wrap_future(self._threads.submit((folder.scheme, folder.bucket), work))
 
 
-def _version(place: str, config: StoredObject, weights: StoredObject) -> str:
-    """`place` is one of the URLs: two stores may have buckets of one name."""
+def _version(url: str, config: StoredObject, weights: StoredObject) -> str:
+    """Return the version. `url` is the config's: two stores may have buckets of the same name."""
     both = config, weights
     versioned = all(stored.version_id is not None for stored in both)
-    return version_of("versions" if versioned else "etags", [place, *_words(both)])
+    return version_of("versions" if versioned else "etags", [url, *_words(both)])
 
 
 def _digest_of_shards(shards: Mapping[str, StoredObject]) -> str:
-    # Listings tell no versionIds.
+    # Listings have no versionIds.
     return digest_of([*shards, *_words(shards.values())])
 
 
-def _words(several: Iterable[StoredObject]) -> Iterator[str]:
-    for stored in several:
+def _words(objects: Iterable[StoredObject]) -> Iterator[str]:
+    for stored in objects:
         yield from (stored.version_id or "", stored.etag or "", str(stored.nbytes))

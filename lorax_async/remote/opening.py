@@ -1,4 +1,4 @@
-"""Opening an adapter: from the cache, or with a download into it."""
+"""Open an adapter from the cache, or begin to download it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lorax_async.remote.metadata import (
     MetadataReader,
     WeightsPart,
     bind_to,
-    nobody_waits,
+    unwanted_error,
 )
 from lorax_async.remote.readers import FetchReader, open_entry, read_first
 from lorax_async.remote.resolution import Caches, ResolutionCache, VersionResolver
@@ -33,7 +33,7 @@ from lorax_async.sources.base import AdapterFile
 from lorax_async.types import RemoteKey
 
 PATIENCE_SECONDS = 10.0
-"""Somebody else's download that got no byte for so long is not waited for any more."""
+"""Start a second download if another process's has received nothing for this long."""
 
 _MAX_HASHED = 16_384
 _IDLE_SECONDS = 0.5
@@ -41,7 +41,7 @@ _POLL_SECONDS = 0.02
 
 
 class AdapterOpener:
-    """Opens what is in the caches, and begins to download what is not."""
+    """Opens cached adapters, and begins the downloads of others."""
 
     def __init__(
         self,
@@ -66,23 +66,22 @@ class AdapterOpener:
         self._hashed: set[RemoteKey] = set()
 
     async def open(self, key: RemoteKey, control: FetchControl) -> AdapterFile:
-        """Its reader is an `EntryReader` or a `FetchReader`.
+        """Return the adapter's file with an `EntryReader` or a `FetchReader`.
 
-        What turns out to be outdated, in the cache or of an interrupted download, is dropped, and
-        fetched once more.
+        Drop an outdated entry or partial download, and fetch the adapter once more.
         """
-        found = await self._found(key, control)
+        stored = await self._find(key, control)
         try:
-            return await self._opened(key, found, control)
+            return await self._open(key, stored, control)
         except LeftoverError:
             pass  # it was discarded
         except AdapterFormatError:
-            if isinstance(found, CacheDownload) or not await self._is_outdated(key, control):
+            if isinstance(stored, CacheDownload) or not await self._is_outdated(key, control):
                 raise
-        return await self._opened(key, await self._found(key, control), control)
+        return await self._open(key, await self._find(key, control), control)
 
     def _is_refuted(self, key: RemoteKey, entry: CacheEntry) -> bool:
-        """Close an entry that nobody vouched for, and that the caller's digest says is wrong."""
+        """Close an unvouched entry whose digest is not the caller's; return whether it was."""
         origin = self._known.origin(key)
         digest = None if origin is None else origin.ref.digest
         weights = [file for file in entry.record.files if file.role.kind == "weights"]
@@ -96,20 +95,21 @@ class AdapterOpener:
             entry.close()
         return refuted
 
-    async def _opened(
-        self, key: RemoteKey, found: CacheEntry | CacheDownload, control: FetchControl
+    async def _open(
+        self, key: RemoteKey, stored: CacheEntry | CacheDownload, control: FetchControl
     ) -> AdapterFile:
-        if isinstance(found, CacheEntry):
-            return await self._opened_entry(key, found, control)
+        if isinstance(stored, CacheEntry):
+            return await self._open_entry(key, stored, control)
         try:
-            return await self._fetching(key, found, control)
+            return await self._begin_fetch(key, stored, control)
         except BaseException as error:
-            await self._workers.finish(partial(_end, found, error))
+            await self._workers.finish(partial(_end_download, stored, error))
             raise
         finally:
-            self._known.used(key)  # of what was refused, too: a stranger says how much it is
+            # Free the probed bytes of refused adapters too: their size is a stranger's choice.
+            self._known.used(key)
 
-    async def _opened_entry(
+    async def _open_entry(
         self, key: RemoteKey, entry: CacheEntry, control: FetchControl
     ) -> AdapterFile:
         try:
@@ -117,7 +117,7 @@ class AdapterOpener:
                 partial(open_entry, entry, cache_key(key), self._limits), _close_reader
             )
         except BaseException:
-            entry.close()  # it may be that no thread has begun
+            entry.close()  # the thread may not have begun
             raise
 
         async def refuse(error: LoraxError, *, weights: bool) -> bool:  # noqa: ARG001
@@ -129,69 +129,70 @@ class AdapterOpener:
         return replace(file, refuse=refuse)
 
     async def metadata(self, key: RemoteKey, control: FetchControl) -> AdapterMetadata:
-        """Its first bytes, by the source's word; the caches have no part in it."""
-        return await self._metadata_reader.of(await self._located(key, control), control)
+        """Fetch config and headers from the source, without the cache."""
+        return await self._metadata_reader.fetch(await self._locate(key, control), control)
 
-    async def _located(self, key: RemoteKey, control: FetchControl) -> LocatedAdapter:
+    async def _locate(self, key: RemoteKey, control: FetchControl) -> LocatedAdapter:
         async with bind_to(control):
-            return await self._resolving.located(key)
+            return await self._resolving.locate(key)
 
     def cache(self, key: RemoteKey | CacheKey) -> Cache:
-        """Where it belongs. May block."""
+        """Return the cache for a key's kind of source. May block."""
         location = key.location if isinstance(key, RemoteKey) else key.source
         return self._caches(kind_of(location))
 
-    async def _found(self, key: RemoteKey, control: FetchControl) -> CacheEntry | CacheDownload:
-        """What the cache has, or a download. Waits while another process downloads it."""
+    async def _find(self, key: RemoteKey, control: FetchControl) -> CacheEntry | CacheDownload:
+        """Return the entry, or a new download. Wait while another process downloads it."""
         origin = self._known.origin(key)
-        if origin is None or origin.located is None:  # nobody has asked the source this time
+        if origin is None or origin.located is None:  # the source was not asked this time
 
             def look() -> CacheEntry | None:
                 entry = self.cache(key).open(cache_key(key))
                 return None if entry is None or self._is_refuted(key, entry) else entry
 
-            here = await self._workers.run(look, close_opened)
-            if here is not None:
-                return here
-        scope = (await self._located(key, control)).scope
+            entry = await self._workers.run(look, close_unused)
+            if entry is not None:
+                return entry
+        scope = (await self._locate(key, control)).scope
         progress, since, alone = -1, monotonic(), False
         while not control.ended:
             attempt = partial(self._attempt, key, scope, alone=alone)
-            found = await self._workers.run(attempt, close_opened)
-            if not isinstance(found, int):
-                return found
-            if found != progress:
-                progress, since = found, monotonic()
-            idle = key in self._idle  # opened here, and nobody brings it: it may be for us to do
+            result = await self._workers.run(attempt, close_unused)
+            if not isinstance(result, int):
+                return result
+            if result != progress:
+                progress, since = result, monotonic()
+            idle = key in self._idle  # this process opened it, and may never bring it
             alone = monotonic() - since > (_IDLE_SECONDS if idle else PATIENCE_SECONDS)
             await asyncio.sleep(_POLL_SECONDS)
-        raise nobody_waits()
+        raise unwanted_error()
 
     def _attempt(
         self, key: RemoteKey, scope: str, *, alone: bool
     ) -> CacheEntry | CacheDownload | int:
-        """Blocks."""
-        found = self.cache(key).try_begin(cache_key(key), scope, alone=alone)
-        if isinstance(found, CacheEntry) and self._is_refuted(key, found):
-            self.cache(key).condemn(cache_key(key))
-            found = self.cache(key).try_begin(cache_key(key), scope, alone=alone)
-        if isinstance(found, CacheEntry):
+        """Call `Cache.try_begin`, and grant an entry to `scope`. Blocks."""
+        cache = self.cache(key)
+        result = cache.try_begin(cache_key(key), scope, alone=alone)
+        if isinstance(result, CacheEntry) and self._is_refuted(key, result):
+            cache.condemn(cache_key(key))
+            result = cache.try_begin(cache_key(key), scope, alone=alone)
+        if isinstance(result, CacheEntry):
             try:
-                found.grant(scope)
+                result.grant(scope)
             except BaseException:
-                found.close()
+                result.close()
                 raise
-        return found
+        return result
 
-    async def _fetching(
+    async def _begin_fetch(
         self, key: RemoteKey, download: CacheDownload, control: FetchControl
     ) -> AdapterFile:
-        located, origin = await self._located(key, control), self._known.origin(key)
-        begun = await self._metadata_reader.of(located, control)
+        located, origin = await self._locate(key, control), self._known.origin(key)
+        metadata = await self._metadata_reader.fetch(located, control)
         digest = None if origin is None else origin.ref.digest
-        files = await self._put(download, begun, digest, control)
+        files = await self._add_files(download, metadata, digest, control)
         fetch = AdapterFetch(
-            *(self._engine, self._workers, download, files, begun),
+            *(self._engine, self._workers, download, files, metadata),
             resumable=not located.version.startswith(WEAK),
         )
         self._idle[key] += 1
@@ -200,20 +201,20 @@ class AdapterOpener:
         async def refuse(error: LoraxError, *, weights: bool) -> bool:
             if weights:
                 return await self._distrust(key)
-            fetch = reader.taken()
+            fetch = reader.take_fetch()
             reader.close()
             await fetch.refuse(error)
             return False
 
-        return AdapterFile(begun.config[1], begun.prefix, reader, download.mappable, refuse)
+        return AdapterFile(metadata.config[1], metadata.prefix, reader, download.mappable, refuse)
 
     async def _is_outdated(self, key: RemoteKey, control: FetchControl) -> bool:
-        """Whether an entry that was refused is not (any more) what its source has; it is dropped.
+        """Drop a refused entry that is not what its source has now; return whether it was dropped.
 
-        Bytes that somebody vouched for are hashed, once; of others the source's first bytes are
-        compared. If it cannot be asked, the refusal stands.
+        Hash a vouched entry, once; compare another with the source's first bytes. If the source
+        cannot be reached, the refusal stands.
         """
-        entry = await self._workers.run(partial(self._entry, key, check=False), close_opened)
+        entry = await self._workers.run(partial(self._entry, key, check=False), close_unused)
         if entry is None:
             return True
         try:
@@ -228,19 +229,22 @@ class AdapterOpener:
         return outdated
 
     async def _differs(self, key: RemoteKey, entry: CacheEntry, control: FetchControl) -> bool:
-        """Raises `IntegrityError` if the source has another version by now."""
+        """Compare an entry with its source; False if that cannot be reached.
+
+        Raise `IntegrityError` if the source has another version now.
+        """
         try:
-            begun = await self._metadata_reader.of(await self._located(key, control), control)
+            metadata = await self.metadata(key, control)
         except IntegrityError:
             raise
         except AdapterError:
             return False
         finally:
             self._known.used(key)
-        return not await self._workers.run(partial(_begins_as, entry, begun))
+        return not await self._workers.run(partial(_has_metadata, entry, metadata))
 
     async def _distrust(self, key: RemoteKey) -> bool:
-        """Drop an entry of which the weights were refused, unless somebody vouched for them."""
+        """Drop an unvouched entry whose weights were refused; return whether it is gone."""
 
         def distrust() -> bool:
             entry = self._entry(key, check=False)
@@ -254,12 +258,13 @@ class AdapterOpener:
         return await self._workers.run(distrust)
 
     async def _is_damaged(self, key: RemoteKey) -> bool:
+        """Hash an entry that was not hashed before; return whether the cache removed it."""
         if key in self._hashed:
             return False
         if len(self._hashed) >= _MAX_HASHED:
             self._hashed.clear()
         self._hashed.add(key)
-        entry = await self._workers.run(partial(self._entry, key, check=True), close_opened)
+        entry = await self._workers.run(partial(self._entry, key, check=True), close_unused)
         if entry is not None:
             entry.close()
         return entry is None
@@ -268,37 +273,39 @@ class AdapterOpener:
         """Blocks."""
         return self.cache(key).open(cache_key(key), check=check)
 
-    async def _put(
+    async def _add_files(
         self,
         download: CacheDownload,
-        begun: AdapterMetadata,
+        metadata: AdapterMetadata,
         digest: str | None,
         control: FetchControl,
     ) -> list[CacheFile]:
-        """Give what is here a place in the download; returns the files of the weights."""
-        for file, content in begun.small:
+        """Add all files to the download, with the bytes received so far; return the weights'."""
+        for file, content in metadata.small:
             expected = None if self._verify == "none" else file.expected
-            _check(content, file.role, expected)  # it is used before all is published
-            place = partial(_placed, download, file.role, content, len(content), expected)
-            await self._in_room(place, control)
-        places = [
+            _check(content, file.role, expected)  # it is used before publication
+            add = partial(_add_file, download, file.role, content, len(content), expected)
+            await self._wait_for_room(add, control)
+        additions = [
             partial(
-                _placed,
+                _add_file,
                 *(download, part.file.role, part.answer.start, part.nbytes),
-                self._expected(part, digest if begun.plan is None else None),
+                self._expected(part, digest if metadata.plan is None else None),
             )
-            for part in begun.parts
+            for part in metadata.parts
         ]
-        return [await self._in_room(place, control) for place in places]
+        return [await self._wait_for_room(add, control) for add in additions]
 
-    async def _in_room(self, place: Callable[[], CacheFile], control: FetchControl) -> CacheFile:
-        """Wait for room, where others have it who will end."""
+    async def _wait_for_room(
+        self, add: Callable[[], CacheFile], control: FetchControl
+    ) -> CacheFile:
+        """Retry `add` while the cache is full of entries and downloads in use."""
         while not control.ended:
             try:
-                return await self._workers.run(place)
+                return await self._workers.run(add)
             except CrowdedError:
                 await asyncio.sleep(_POLL_SECONDS)
-        raise nobody_waits()
+        raise unwanted_error()
 
     def _no_longer_idle(self, key: RemoteKey) -> None:
         self._idle[key] -= 1
@@ -306,20 +313,20 @@ class AdapterOpener:
             del self._idle[key]
 
     def _expected(self, part: WeightsPart, digest: str | None) -> Digest | None:
-        """What its bytes have to come to, by the source's word or else the caller's."""
+        """Return the digest that the source promised, or else the caller's."""
         if self._verify == "none":
             return None
-        told = part.file.expected or sent_sha256(part.answer.fields)
-        return told or (None if digest is None else Digest("sha256", digest))
+        promised = part.file.expected or sent_sha256(part.answer.fields)
+        return promised or (None if digest is None else Digest("sha256", digest))
 
 
-def _placed(
+def _add_file(
     download: CacheDownload, role: FileRole, start: bytes, nbytes: int, expected: Digest | None
 ) -> CacheFile:
-    """A file of a download, whose first bytes are here. Blocks.
+    """Add a file to the download, and write its first bytes. Blocks.
 
-    Raises `LeftoverError` if an interrupted download left other first bytes. On an error the
-    download is the caller's; `CapacityError` leaves it as it was.
+    Raise `LeftoverError` if a partial download has other first bytes. On an error the caller still
+    owns the download; `CapacityError` leaves it unchanged.
     """
     file = download.file(role, nbytes, expected)
     if start:
@@ -327,29 +334,30 @@ def _placed(
     return file
 
 
-def _begins_as(entry: CacheEntry, begun: AdapterMetadata) -> bool:
-    """Whether the source's config, index and headers are the entry's. Blocks."""
-    told = [(file.role, content, len(content)) for file, content in begun.small]
-    told += [(part.file.role, part.prefix, part.nbytes) for part in begun.parts]
+def _has_metadata(entry: CacheEntry, metadata: AdapterMetadata) -> bool:
+    """Return whether the source's config, index and headers are the entry's. Blocks."""
+    files = [(file.role, content, len(content)) for file, content in metadata.small]
+    files += [(part.file.role, part.prefix, part.nbytes) for part in metadata.parts]
     stored = {file.role: file.nbytes for file in entry.record.files}
-    return {role: nbytes for role, _, nbytes in told} == stored and all(
-        read_first(entry, role, len(first)) == first for role, first, _ in told
+    return {role: nbytes for role, _, nbytes in files} == stored and all(
+        read_first(entry, role, len(prefix)) == prefix for role, prefix, _ in files
     )
 
 
 def _check(content: bytes, role: FileRole, expected: Digest | None) -> None:
+    """Raise `IntegrityError` if the content has not the expected digest."""
     if expected is None:
         return
-    found = FileHash(expected.kind, len(content))
-    found.feed(memoryview(content))
-    if found.digest() != expected:
+    content_hash = FileHash(expected.kind, len(content))
+    content_hash.feed(memoryview(content))
+    if content_hash.digest() != expected:
         raise IntegrityError(
             f"{role.file_name} has not the {expected.kind} digest that was promised; load it again"
         )
 
 
 def kind_of(location: str) -> str:
-    """Which kind of source has what is called so: its scheme, or "hub"."""
+    """Return the kind of source of a key's location: its scheme, or "hub"."""
     scheme, separator, _ = location.partition("://")
     return scheme if separator else "hub"
 
@@ -358,18 +366,18 @@ def cache_key(key: RemoteKey) -> CacheKey:
     return CacheKey(key.location, key.version)
 
 
-def close_opened(found: object) -> None:
-    """What came too late for whoever asked for it."""
-    if isinstance(found, CacheEntry | CacheDownload):
-        found.close()
+def close_unused(result: object) -> None:
+    """Close an entry or a download whose caller was cancelled."""
+    if isinstance(result, CacheEntry | CacheDownload):
+        result.close()
 
 
 def _close_reader(file: AdapterFile) -> None:
     file.reader.close()
 
 
-def _end(download: CacheDownload, error: BaseException) -> None:
-    """Of what may be wrong nothing is kept."""
+def _end_download(download: CacheDownload, error: BaseException) -> None:
+    """Close the download; discard it if its bytes may be wrong."""
     if isinstance(error, IntegrityError | AdapterFormatError):
         download.discard()
     else:

@@ -1,4 +1,4 @@
-"""Reading and holding adapters that are in the cache, or on their way into it."""
+"""Readers of adapters in the cache, and of those that are being downloaded into it."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from lorax_async.types import AdapterKey, RemoteKey, Verification
 
 
 class EntryReader:
-    """The `Reader` of an entry's weights, which keeps it in the cache until it is closed. Blocks.
+    """The `Reader` of an entry's weights. Leases the entry until it is closed.
 
-    `key` is the entry's. On an error the entry is closed.
+    `key` is the entry's. Making it blocks; on an error the entry is closed.
     """
 
     def __init__(self, entry: CacheEntry, key: CacheKey, limits: Limits) -> None:
@@ -63,7 +63,7 @@ class EntryReader:
 class ReopenedReader:
     """The `Reader` of a key, whose entry is opened by the first read.
 
-    What is gone then stays so, whatever comes into the cache later: all threads are told the same.
+    If the entry is gone then, every later read fails too, even if the cache has it again.
     """
 
     def __init__(self, open: Callable[[], EntryReader]) -> None:
@@ -84,7 +84,7 @@ class ReopenedReader:
         self._reader().read_rows(buffer, offset, rows, pitch)
 
     def close(self) -> None:
-        """Quick, also while a thread opens it: that closes it then."""
+        """Close the entry. Quick: a thread that is just opening it closes it itself."""
         with self._lock:
             self._closed = True
             opened = self._opened
@@ -103,13 +103,13 @@ class ReopenedReader:
             except EvictedError:
                 self._closed = True
                 raise
-            if not self._keeps(opened):
+            if not self._keep(opened):
                 opened.close()
                 raise entry_gone()
             return opened
 
-    def _keeps(self, opened: EntryReader) -> bool:
-        """Whether it is read still."""
+    def _keep(self, opened: EntryReader) -> bool:
+        """Keep an opened reader, unless this was closed meanwhile; return whether it is kept."""
         with self._lock:
             if not self._closed:
                 self._opened = opened
@@ -117,34 +117,34 @@ class ReopenedReader:
 
 
 class FetchReader:
-    """The `Reader` of what is on its way; from its end on it keeps the entry in the cache.
+    """The `Reader` of a download; once that is published, it leases the entry.
 
-    `key` is that of what it reads. `taken` is called once, when somebody brings it, or nobody will.
-    `landed` is that of `Fetch`; `entry` is there from the end on.
+    `on_take` is called once, when the fetch is taken or the reader is closed. `landed` is that of
+    `AdapterFetch`; `entry` is None until publication.
     """
 
     def __init__(
-        self, key: RemoteKey, reader: Reader, fetch: AdapterFetch, taken: Callable[[], None]
+        self, key: RemoteKey, reader: Reader, fetch: AdapterFetch, on_take: Callable[[], None]
     ) -> None:
         self.key = key
         self.nbytes = reader.nbytes
         self._reader = reader
         self._fetch: AdapterFetch | None = fetch
-        self._taken = taken
+        self._on_take = on_take
         self.landed = fetch.landed
         self.entry: CacheEntry | None = None
         self._closed = False
 
-    def taken(self) -> AdapterFetch:
-        """The fetch, which the caller has to end; once."""
+    def take_fetch(self) -> AdapterFetch:
+        """Return the fetch, which the caller has to end. Call once."""
         fetch, self._fetch = self._fetch, None
         if fetch is None:
             raise InternalError("one fetch was to be brought twice")
-        self._taken()
+        self._on_take()
         return fetch
 
     def adopt(self, entry: CacheEntry) -> None:
-        """All of it is here."""
+        """Own the published entry; close it if the reader is closed."""
         self.entry = entry
         if self._closed:
             entry.close()
@@ -161,13 +161,13 @@ class FetchReader:
         self._closed = True
         self._reader.close()
         if self._fetch is not None:
-            self.taken().leave()
+            self.take_fetch().leave()
         if self.entry is not None:
             self.entry.close()
 
 
 def open_entry(entry: CacheEntry, key: CacheKey, limits: Limits) -> AdapterFile:
-    """Config, header and reader of an entry. Blocks. On an error the entry is closed."""
+    """Return config, header and reader of an entry. Blocks. On an error the entry is closed."""
     reader = EntryReader(entry, key, limits)
     try:
         config = read_first(entry, CONFIG_FILE)
@@ -186,9 +186,9 @@ def stored_folder(key: AdapterKey, reader: Reader) -> StoredFolder:
 
 
 def hold_entry(entry: CacheEntry) -> LocalPages | ReadAhead:
-    """Maps of a file of the cache's own, which nobody cuts; else it is read ahead. Blocks.
+    """Map the weights if the cache owns its files, else ask the kernel to read ahead. Blocks.
 
-    Once the hold is settled the entry may be closed, and its room on the disk become others'.
+    The entry may be closed and evicted once the pages are settled.
     """
     readers = [
         reader
@@ -206,28 +206,29 @@ def hold_entry(entry: CacheEntry) -> LocalPages | ReadAhead:
 
 
 def verification_of(record: EntryRecord) -> Verification:
-    """What publishing, or the check after it, has found of the weights."""
+    """Return the digest of the weights, and who vouched for it, as publication recorded it."""
     digests = {file.role: file.digest for file in record.files}
     weights = _weight_roles(record)
     kinds = {digests[role].kind for role in weights}
-    kind = next(each for each in ("transport", "git-sha1", "sha256") if each in kinds)
+    # The weakest of the files' kinds counts for all.
+    kind = next(kind for kind in ("transport", "git-sha1", "sha256") if kind in kinds)
     return Verification(kind, joined_digest([digests[role].value for role in weights]))
 
 
 async def sha256_of_entry(entry: CacheEntry, threads: Executor) -> str:
-    """What its weights come to, as was found before, or else hashed now."""
-    found = []
+    """Return the weights' sha256: the recorded one, or else hash the files now."""
+    digests = []
     for role in _weight_roles(entry.record):
         file = entry.record.file(role)
         if file is not None and file.digest.kind != "git-sha1":
-            found.append(file.digest.value)
+            digests.append(file.digest.value)
             continue
         reader = entry.reader(role)
         try:
-            found.append(await sha256_of(reader, threads))
+            digests.append(await sha256_of(reader, threads))
         finally:
             reader.close()
-    return joined_digest(found)
+    return joined_digest(digests)
 
 
 def entry_gone() -> EvictedError:
@@ -239,7 +240,7 @@ def _weight_roles(record: EntryRecord) -> list[FileRole]:
 
 
 def read_first(entry: CacheEntry, role: FileRole, nbytes: int | None = None) -> bytes:
-    """The first bytes of a file; all of it by default. Blocks."""
+    """Return the first bytes of a file; all of them by default. Blocks."""
     reader = entry.reader(role)
     try:
         content = bytearray(reader.nbytes if nbytes is None else nbytes)

@@ -1,4 +1,4 @@
-"""Adapters that are elsewhere: resolved by backends, fetched by ranges, kept in a cache."""
+"""The `Source` of remote adapters: resolved by backends, fetched by ranges, cached on disk."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from lorax_async.http.urls import Origin, Url, parse_url
 from lorax_async.ids.allow import Allow, OriginPlace, is_address
 from lorax_async.ids.grammar import DEFAULT_PORTS, checked_host, folder_path
 from lorax_async.remote.base import Backend
-from lorax_async.remote.hub import HubLocator
+from lorax_async.remote.hub import HubBackend
 from lorax_async.remote.hub_cache import StandardHubCache, TieredCache, standard_folder
 from lorax_async.remote.hub_calls import endpoint_in_use
-from lorax_async.remote.metadata import AdapterMetadata, nobody_waits
+from lorax_async.remote.metadata import AdapterMetadata, unwanted_error
 from lorax_async.remote.object_stores import StoreBackend
-from lorax_async.remote.opening import AdapterOpener, cache_key, close_opened
+from lorax_async.remote.opening import AdapterOpener, cache_key, close_unused
 from lorax_async.remote.readers import (
     EntryReader,
     FetchReader,
@@ -59,23 +59,23 @@ _PRIVATE = [
     ip_network(text)
     for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7")
 ]
-"""RFC 1918, 6598 and 4193: neither loopback nor link-local."""
+"""Private networks by RFC 1918, 6598 and 4193, without loopback and link-local addresses."""
 
 
 class AllowRules:
-    """`Rules` made of the operator's entries.
+    """The `Rules` that the operator's entries make.
 
-    - The first request goes where an "https" or "http" entry allows it, or to a named origin.
-    - A redirect also leads to any https URL. No other host than a named one or one of an entry (and
-      there only below its prefix) may have an address that is not public.
+    - The first request may go where an "https" or "http" entry allows it, or to a named origin.
+    - A redirect may lead to any https URL as well. Only hosts of named origins, and those of
+      entries below their prefixes, may have addresses that are not public.
 
     Parameters
     ----------
     allow
-        Entries for other schemes than "https" and "http" count for nothing here.
+        The operator's entries; those for other schemes than "https" and "http" are ignored.
     named
-        Origins that are allowed as they are, whatever their addresses, for the operator has named
-        them: the hub's endpoint, or that of a store.
+        Origins that the operator has named, allowed at any address: the endpoint of the hub or of a
+        store.
     """
 
     def __init__(self, allow: Sequence[Allow] = (), named: Collection[Origin] = ()) -> None:
@@ -92,23 +92,23 @@ class AllowRules:
         return _place(url.origin) in self._named
 
     def _covering(self, url: Url) -> list[Allow]:
-        reach = OriginPlace(*_place(url.origin), _path(url))
-        return [entry for entry in self._entries if entry.covers(reach)]
+        place = OriginPlace(*_place(url.origin), _path(url))
+        return [entry for entry in self._entries if entry.covers(place)]
 
 
 def _place(origin: Origin) -> tuple[str, str, int | None]:
-    """As entries spell it; a host that could be none of theirs stays as it is."""
+    """Return scheme, host and port as entries spell them; leave an invalid host as it is."""
     host = f"[{origin.host}]" if ":" in origin.host else origin.host
     try:
         host = checked_host(host)
     except InvalidAdapterIdError:
         host = origin.host
-    own = origin.port == DEFAULT_PORTS[origin.scheme]
-    return origin.scheme, host, None if own else origin.port
+    is_default = origin.port == DEFAULT_PORTS[origin.scheme]
+    return origin.scheme, host, None if is_default else origin.port
 
 
 def _path(url: Url) -> str:
-    """Below the host; "" where a server might read it in two ways, so that no prefix fits it."""
+    """Return the path below the host; "" if it is ambiguous, so that no prefix covers it."""
     try:
         return folder_path(url.target.partition("?")[0])[1:]
     except InvalidAdapterIdError:
@@ -116,7 +116,7 @@ def _path(url: Url) -> str:
 
 
 def _admits(entry: Allow, address: Address) -> bool:
-    """Whether the entry's host may be this address, which is no public one."""
+    """Return whether the entry's host may have this address, which is not public."""
     mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
     plain = mapped or address
     if entry.host == "localhost":
@@ -126,60 +126,59 @@ def _admits(entry: Allow, address: Address) -> bool:
     return entry.private and any(plain in network for network in _PRIVATE)
 
 
+class RemoteParts(NamedTuple):
+    """What a remote source works with; `close`, which blocks, ends it."""
+
+    resolver: VersionResolver
+    opener: AdapterOpener
+    workers: WorkerThreads
+    close: Callable[[], None]
+
+
 class RemoteSource:
-    """A `Source` of what locators find, whose keys are `RemoteKey`s.
+    """A `Source` of adapters that backends find, whose keys are `RemoteKey`s.
 
     Parameters
     ----------
-    resolving, opening
-        Which version an id names; how it is opened.
+    make
+        Makes the parts, at the first use. It may block: it reads certificates.
     limits
-        What of a stranger's adapter is accepted.
+        Limits of an adapter's files.
     verify
-        What digests are for: see `LoaderConfig.verify`.
+        When digests are checked: see `LoaderConfig.verify`.
     """
 
     def __init__(
-        self,
-        resolving: VersionResolver,
-        opening: AdapterOpener,
-        workers: WorkerThreads,
-        *,
-        limits: Limits,
-        verify: Checking,
+        self, make: Callable[[], RemoteParts], *, limits: Limits, verify: Checking
     ) -> None:
-        self._resolving = resolving
-        self._opening = opening
-        self._workers = workers
+        self._make = make
         self._limits = limits
         self._verify: Checking = verify
+        self._lock = Lock()
+        self._parts: RemoteParts | None = None
+        self._closed = False
         self._records: OrderedDict[RemoteKey, EntryRecord] = OrderedDict()
-        """What was opened last by each key: its plan goes with these bytes, and no others."""
+        """The record opened last for each key: its plan fits these bytes only."""
 
     async def resolve(self, ref: AdapterRef) -> AdapterKey:
-        return await self._resolving.resolve(ref)
+        return await (await self._connect()).resolver.resolve(ref)
 
     async def open(self, key: AdapterKey, control: FetchControl) -> AdapterFile:
         remote = _remote(key)
-        file = await self._opening.open(remote, control)
+        file = await (await self._connect()).opener.open(remote, control)
         if isinstance(file.reader, EntryReader):
             self._remember(remote, file.reader.entry.record)
         else:
             self._records.pop(remote, None)
         return file
 
-    async def metadata(self, key: AdapterKey, control: FetchControl) -> AdapterMetadata:
-        """Config and headers of an adapter that was resolved, for who wants no more of it."""
-        return await self._opening.metadata(_remote(key), control)
+    async def metadata(self, key: AdapterKey) -> AdapterMetadata:
+        """Fetch config and headers of a resolved adapter, and nothing else."""
+        opener = (await self._connect()).opener
+        return await opener.metadata(_remote(key), FetchControl())
 
     def reopen(self, key: AdapterKey) -> Reader:
-        return ReopenedReader(partial(self._reader, _remote(key)))
-
-    def _remember(self, key: RemoteKey, record: EntryRecord) -> None:
-        self._records[key] = record
-        self._records.move_to_end(key)
-        if len(self._records) > MAX_KEYS:
-            self._records.popitem(last=False)
+        return ReopenedReader(partial(self._reader, self._connected(), _remote(key)))
 
     async def bring(
         self,
@@ -190,14 +189,14 @@ class RemoteSource:
     ) -> Verification:
         reader = file.reader
         if isinstance(reader, FetchReader):
-            entry = await reader.taken().bring(groups, arrived, control)
+            entry = await reader.take_fetch().bring(groups, arrived, control)
             self._remember(reader.key, entry.record)
             reader.adopt(entry)
             return self._verification(entry)
         if not isinstance(reader, EntryReader):
             raise InternalError(f"a remote source cannot bring the bytes of a {type(reader)}")
         if control.ended:
-            raise nobody_waits()
+            raise unwanted_error()
         for group in range(len(groups)):
             arrived(group)
         await self._check(reader)
@@ -207,56 +206,88 @@ class RemoteSource:
         return stored_folder(key, reader)
 
     async def digest(self, key: AdapterKey) -> str:
-        remote = _remote(key)
-        entry = await self._workers.run(partial(self._entry, remote), close_opened)
+        parts = await self._connect()
+        entry = await parts.workers.run(partial(self._entry, parts, _remote(key)), close_unused)
         try:
-            return await sha256_of_entry(entry, self._workers.threads)
+            return await sha256_of_entry(entry, parts.workers.threads)
         finally:
             entry.close()
 
     async def populate(self, key: AdapterKey) -> PinnedPages:
-        entry = await self._workers.run(partial(self._entry, _remote(key)), close_opened)
-        try:  # who is removed meanwhile looks as if he was replaced
-            hold = await self._workers.run(partial(hold_entry, entry), _close_hold)
+        parts = await self._connect()
+        run = parts.workers.run
+        entry = await run(partial(self._entry, parts, _remote(key)), close_unused)
+        try:  # an entry that is removed meanwhile looks like a replaced one
+            pages = await run(partial(hold_entry, entry), _close_pages)
             try:
-                if isinstance(hold, LocalPages):
-                    for start in hold.starts:
-                        await self._workers.run(partial(hold.populate, start))
-                    await self._workers.run(hold.settle)
+                if isinstance(pages, LocalPages):
+                    for start in pages.starts:
+                        await run(partial(pages.populate, start))
+                    await run(pages.settle)
             except BaseException:
-                await self._workers.finish(hold.close)
+                await parts.workers.finish(pages.close)
                 raise
         finally:
             entry.close()
-        return hold
+        return pages
 
-    def _entry(self, key: RemoteKey) -> CacheEntry:
-        """Blocks. Raises `EvictedError`."""
-        entry = self._opening.cache(key).open(cache_key(key))
+    def close(self) -> None:
+        """End the parts. Blocks. Idempotent."""
+        with self._lock:
+            parts, self._parts, self._closed = self._parts, None, True
+        if parts is not None:
+            parts.close()
+
+    async def _connect(self) -> RemoteParts:
+        """Return the parts; make them in a thread."""
+        parts = self._parts
+        if parts is None:
+            parts = await asyncio.get_running_loop().run_in_executor(None, self._connected)
+        return parts
+
+    def _connected(self) -> RemoteParts:
+        """Return the parts. The first call may block."""
+        with self._lock:
+            if self._closed:
+                raise LoaderClosedError("the loader is closed")
+            if self._parts is None:
+                self._parts = self._make()
+            return self._parts
+
+    def _remember(self, key: RemoteKey, record: EntryRecord) -> None:
+        self._records[key] = record
+        self._records.move_to_end(key)
+        if len(self._records) > MAX_KEYS:
+            self._records.popitem(last=False)
+
+    def _entry(self, parts: RemoteParts, key: RemoteKey) -> CacheEntry:
+        """Open the entry of a key. Raise `EvictedError` if it is gone. Blocks."""
+        entry = parts.opener.cache(key).open(cache_key(key))
         if entry is None:
             raise entry_gone()
         record = self._records.get(key)
         if record is not None and record.contradicts(entry.record.files):
-            entry.close()  # another process has fetched it anew, and its source had other bytes
+            entry.close()  # another process fetched it again, and its source had other bytes
             raise entry_gone()
         return entry
 
-    def _reader(self, key: RemoteKey) -> EntryReader:
-        """Blocks."""
-        return EntryReader(self._entry(key), cache_key(key), self._limits)
+    def _reader(self, parts: RemoteParts, key: RemoteKey) -> EntryReader:
+        """Open a reader of a key's entry. Blocks."""
+        return EntryReader(self._entry(parts, key), cache_key(key), self._limits)
 
     def _verification(self, entry: CacheEntry) -> Verification:
         return UNCHECKED if self._verify == "none" else verification_of(entry.record)
 
     async def _check(self, reader: EntryReader) -> None:
-        """Hash what was published before, against what it came to then."""
+        """Hash an entry and compare it with the digests that publication recorded."""
         if self._verify == "none":
             return
+        parts = await self._connect()
 
-        def checked() -> CacheEntry | None:
-            return self._opening.cache(reader.key).open(reader.key, check=True)
+        def open_checked() -> CacheEntry | None:
+            return parts.opener.cache(reader.key).open(reader.key, check=True)
 
-        entry = await self._workers.run(checked, close_opened)
+        entry = await parts.workers.run(open_checked, close_unused)
         if entry is None:
             raise IntegrityError("it changed in the disk cache since it was stored; load it again")
         entry.close()
@@ -268,22 +299,22 @@ def _remote(key: AdapterKey) -> RemoteKey:
     return key
 
 
-def _close_hold(hold: LocalPages | ReadAhead) -> None:
-    hold.close()
+def _close_pages(pages: LocalPages | ReadAhead) -> None:
+    pages.close()
 
 
 CACHE_THREADS = 4
-ASKING_THREADS = 8
-"""Each query to a hub or a store takes two; a host that does not answer keeps them for long."""
+QUERY_THREADS = 8
+"""Each query to the hub takes two; a host that does not answer keeps them for long."""
 
 STORE_THREADS = 32
-"""For each kind of store. No bucket has more than `BUCKET_CALLS` of them."""
+"""For each kind of store. No bucket uses more than `BUCKET_CALLS` of them."""
 
 
 class BackendRegistry:
-    """Locators and caches by kind of source, each made at its first use. All methods block.
+    """Backends and caches by kind of source, each made at its first use. All methods block.
 
-    `close` ends what it made, not the loader's own cache, `own`.
+    `close` ends the backends and their threads, but not the loader's own cache, `own`.
     """
 
     def __init__(self, config: LoaderConfig, engine: RangeEngine, own: OwnCache) -> None:
@@ -295,14 +326,14 @@ class BackendRegistry:
         self._pools: list[ThreadPoolExecutor] = []
         self._closing: list[Callable[[], None]] = []
 
-    def locator(self, kind: str) -> Backend:
-        """Of "hub", "s3", "gs", "az", "https" or "http"."""
+    def backend(self, kind: str) -> Backend:
+        """Return the backend of "hub", "s3", "gs", "az", "https" or "http"."""
         if kind == "hub":
             return self._hub()
         return self._store(kind) if kind in {"s3", "gs", "az"} else self._web()
 
     def cache(self, kind: str) -> Cache:
-        """Return where adapters of that kind are kept."""
+        """Return the cache of the adapters of a kind of source."""
         tiered = kind == "hub" and self._config.hub_cache != "off"
         return self._once("tiered cache", self._tiered) if tiered else self._own.get()
 
@@ -318,41 +349,41 @@ class BackendRegistry:
                 self._made[name] = make()
             return self._made[name]
 
-    def _threads(self, kind: str, count: int = ASKING_THREADS) -> ThreadPoolExecutor:
-        """Make a pool of its own: a hub that does not answer delays no store."""
-        made = ThreadPoolExecutor(count, f"lorax-asking-{kind}")
-        self._pools.append(made)
-        return made
+    def _threads(self, kind: str, count: int = QUERY_THREADS) -> ThreadPoolExecutor:
+        """Make a pool for one backend: a hub that does not answer delays no store."""
+        pool = ThreadPoolExecutor(count, f"lorax-query-{kind}")
+        self._pools.append(pool)
+        return pool
 
-    def _hub(self) -> HubLocator:
-        def make() -> HubLocator:
+    def _hub(self) -> HubBackend:
+        def make() -> HubBackend:
             endpoint = endpoint_in_use(self._config.hub_endpoint)
             rules = AllowRules(self._config.allow, named=(parse_url(endpoint).origin,))
             threads = self._threads("hub")
-            return HubLocator(
+            return HubBackend(
                 endpoint=endpoint, rules=rules, threads=threads, allow=self._config.allow
             )
 
-        found: HubLocator = self._once("hub", make)
-        return found
+        backend: HubBackend = self._once("hub", make)
+        return backend
 
     def _store(self, kind: str) -> StoreBackend:
         def make() -> StoreBackend:
             threads = self._threads(kind, STORE_THREADS)
-            made = StoreBackend(threads, AllowRules(self._config.allow))
-            self._closing.append(made.close)
-            return made
+            store = StoreBackend(threads, AllowRules(self._config.allow))
+            self._closing.append(store.close)
+            return store
 
-        found: StoreBackend = self._once(kind, make)
-        return found
+        backend: StoreBackend = self._once(kind, make)
+        return backend
 
     def _web(self) -> WebBackend:
         def make() -> WebBackend:
             rules = AllowRules(self._config.allow)
             return WebBackend(self._engine, rules, self._config.limits)
 
-        found: WebBackend = self._once("web", make)
-        return found
+        backend: WebBackend = self._once("web", make)
+        return backend
 
     def _tiered(self) -> TieredCache:
         config = self._config
@@ -360,113 +391,48 @@ class BackendRegistry:
         return TieredCache(hub, self._own.get())
 
 
-class _RemoteParts(NamedTuple):
-    """What there is to end."""
+def make_remote_source(
+    config: LoaderConfig, own: OwnCache, tracer: Tracer | None = None
+) -> RemoteSource:
+    """Return a remote source that makes its threads and connections at its first use.
 
-    source: RemoteSource
-    engine: RangeEngine
-    workers: WorkerThreads
-    backends: BackendRegistry
-
-    def close(self) -> None:
-        self.engine.close()
-        self.workers.close()
-        self.backends.close()
-
-
-class LazyRemoteSource:
-    """The `Source` of adapters that are not local. Who never asks for one pays nothing for it.
-
-    What it makes ends with `close`; the loader's own cache, `own`, is somebody else's to end.
+    The caller closes it, and then the loader's own cache, `own`.
     """
-
-    def __init__(self, config: LoaderConfig, own: OwnCache, tracer: Tracer | None = None) -> None:
-        self._config = config
-        self._tracer = tracer
-        self._own = own
-        self._making = Lock()
-        self._made: _RemoteParts | None = None
-        self._closed = False
-
-    async def resolve(self, ref: AdapterRef) -> AdapterKey:
-        return await (await self._source()).resolve(ref)
-
-    async def open(self, key: AdapterKey, control: FetchControl) -> AdapterFile:
-        return await (await self._source()).open(key, control)
-
-    async def metadata(self, key: AdapterKey) -> AdapterMetadata:
-        """As of `RemoteSource`."""
-        return await (await self._source()).metadata(key, FetchControl())
-
-    def reopen(self, key: AdapterKey) -> Reader:
-        return self._make().source.reopen(key)
-
-    async def bring(
-        self,
-        file: AdapterFile,
-        groups: Sequence[Sequence[spans.ByteSpan]],
-        arrived: Callable[[int], None],
-        control: FetchControl,
-    ) -> Verification:
-        return await (await self._source()).bring(file, groups, arrived, control)
-
-    def folder(self, key: AdapterKey, reader: Reader) -> StoredFolder:
-        return stored_folder(key, reader)
-
-    async def digest(self, key: AdapterKey) -> str:
-        return await (await self._source()).digest(key)
-
-    async def populate(self, key: AdapterKey) -> PinnedPages:
-        return await (await self._source()).populate(key)
-
-    def close(self) -> None:
-        """Blocks. Idempotent."""
-        with self._making:
-            made, self._made, self._closed = self._made, None, True
-        if made is not None:
-            made.close()
-
-    async def _source(self) -> RemoteSource:
-        made = self._made
-        if made is None:
-            # Certificates are read, and threads begin.
-            made = await asyncio.get_running_loop().run_in_executor(None, self._make)
-        return made.source
-
-    def _make(self) -> _RemoteParts:
-        with self._making:
-            if self._closed:
-                raise LoaderClosedError("the loader is closed")
-            if self._made is None:
-                self._made = _made(self._config, self._own, self._tracer)
-            return self._made
+    make = partial(_make_parts, config, own, tracer)
+    return RemoteSource(make, limits=config.limits, verify=config.verify)
 
 
 @contextmanager
-def lazy_remote_source(config: LoaderConfig) -> Iterator[LazyRemoteSource]:
-    """For who has no loader to share a cache with."""
+def open_remote_source(config: LoaderConfig) -> Iterator[RemoteSource]:
+    """Yield a remote source with a cache of its own, without a loader."""
     own = OwnCache(config)
-    elsewhere = LazyRemoteSource(config, own)
+    source = make_remote_source(config, own)
     try:
-        yield elsewhere
+        yield source
     finally:
-        elsewhere.close()
+        source.close()
         own.close()
 
 
-def _made(config: LoaderConfig, own: OwnCache, tracer: Tracer | None) -> _RemoteParts:
+def _make_parts(config: LoaderConfig, own: OwnCache, tracer: Tracer | None) -> RemoteParts:
     engine = RangeEngine(HttpSettings(connections=config.connections), tracer=tracer)
     workers = WorkerThreads(CACHE_THREADS)
     backends = BackendRegistry(config, engine, own)
     known = ResolutionCache(config.revalidate, time.monotonic)
-    resolving = VersionResolver(
-        *(backends.locator, backends.cache, known, workers),
+    resolver = VersionResolver(
+        *(backends.backend, backends.cache, known, workers),
         offline=config.offline,
         fresh=config.revalidate,
     )
-    limits, verify = config.limits, config.verify
-    opening = AdapterOpener(
-        *(resolving, known, backends.cache, engine, workers), limits=limits, verify=verify
+    opener = AdapterOpener(
+        *(resolver, known, backends.cache, engine, workers),
+        limits=config.limits,
+        verify=config.verify,
     )
-    source = RemoteSource(resolving, opening, workers, limits=limits, verify=verify)
-    return _RemoteParts(source, engine, workers, backends)
+
+    def close() -> None:
+        engine.close()
+        workers.close()
+        backends.close()
+
+    return RemoteParts(resolver, opener, workers, close)

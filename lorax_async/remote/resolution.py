@@ -1,4 +1,4 @@
-"""Resolve an id to a version by asking its source, or from what it answered before."""
+"""Resolve ids to versions: by a recent answer, by the cache, or by a query to the source."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ MAX_ANSWERS = 64
 
 
 ANSWER_SECONDS = 1.0
-"""Older first bytes are requested again: the source may have changed its file under the same
-validator, and they would be joined with the rest of another version."""
+"""Request older first bytes again: the source may have changed its file under the same validator,
+and the first bytes of one version would be joined with the rest of another."""
 
 LOCATED_SECONDS = 600.0
-"""How long a file's location counts: signed URLs expire."""
+"""A file's location is valid for this long: signed URLs expire."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +42,7 @@ class OriginState:
 
 
 class ResolutionCache:
-    """Sources' answers, by request and by key.
-
-    They count for `seconds` of `clock`.
-    """
+    """Sources' answers, by request and by key, valid for `seconds` of `clock`."""
 
     def __init__(self, seconds: float, clock: Callable[[], float]) -> None:
         self._seconds = seconds
@@ -110,7 +107,7 @@ Caches = Callable[[str], Cache]
 
 
 class ResolutionRequest(NamedTuple):
-    """A source and what it is asked for, on whose authority; "" where the caller said nothing."""
+    """A request to a source under a scope's authority; "" for a field that the caller left out."""
 
     source: str
     text: str
@@ -122,7 +119,7 @@ class ResolutionRequest(NamedTuple):
         return cls(ref.source or "", ref.text, ref.revision or "", scope)
 
     def __str__(self) -> str:
-        """As caches note it; `resolution_request` reads it."""
+        """Return the form that caches record; `resolution_request` parses it."""
         return "\n".join(self)
 
 
@@ -133,23 +130,23 @@ def resolution_request(text: str) -> ResolutionRequest | None:
 
 
 class VersionResolver:
-    """Resolves refs by the locators of their kinds of sources, as far as settings allow.
+    """Resolves refs by the backends of their kinds of sources, as the settings allow.
 
     Parameters
     ----------
-    locators, caches
-        By `AdapterRef.source`; both may block.
+    backends, caches
+        Return those for an `AdapterRef.source`; both may block.
     known
         Recent answers.
     offline
-        Ask no source.
+        Send no request to any source.
     fresh
-        Seconds for which a scope may have a cached adapter that it was granted.
+        Seconds for which a grant lets a scope have a cached adapter.
     """
 
     def __init__(
         self,
-        locators: Callable[[str], Backend],
+        backends: Callable[[str], Backend],
         caches: Caches,
         known: ResolutionCache,
         workers: WorkerThreads,
@@ -157,30 +154,30 @@ class VersionResolver:
         offline: bool,
         fresh: float,
     ) -> None:
-        self._locators = locators
+        self._make_backend = backends
         self._caches = caches
         self._known = known
         self._workers = workers
         self._offline = offline
         self._fresh = fresh
-        self._noted: dict[str, str] = {}
-        self._here: dict[str, Backend] = {}
+        self._recorded: dict[str, str] = {}
+        self._backends: dict[str, Backend] = {}
 
     async def resolve(self, ref: AdapterRef) -> RemoteKey:
         key = self._known.recent(ref)
         return key if key is not None else await self._resolve(ref)
 
-    async def located(self, key: RemoteKey) -> LocatedAdapter:
+    async def locate(self, key: RemoteKey) -> LocatedAdapter:
         """Return where the key's files are. Ask the source if that is unknown."""
         origin = self._known.origin(key)
         if origin is None:
             raise AdapterNotFoundError("where this key lies is no longer known; load it by its id")
         if origin.located is not None:
             return origin.located
-        located = await self._asked(origin.ref)
-        found = RemoteKey(located.source, (), located.version)
-        self._known.remember(origin.ref, found, located)
-        if found != key:
+        located = await self._query(origin.ref)
+        located_key = RemoteKey(located.source, (), located.version)
+        self._known.remember(origin.ref, located_key, located)
+        if located_key != key:
             raise IntegrityError("it is another version by now; load it again")
         return located
 
@@ -191,59 +188,56 @@ class VersionResolver:
         key = RemoteKey(located.source, (), located.version)
         origin = self._known.origin(key)
         assert origin is not None, "it was located a moment ago"
-        return await (await self._locator(origin.ref)).shards(located, roles)
+        return await (await self._backend(origin.ref)).shards(located, roles)
 
     async def _resolve(self, ref: AdapterRef) -> RemoteKey:
-        locator = await self._locator(ref)
-        await locator.scope(ref)  # from then on the locator knows this machine's token
-        pinned = locator.recalled(ref)
-        here = await self._here_already(ref, pinned, self._fresh)
-        if here is not None:
-            return here
+        backend = await self._backend(ref)
+        await backend.scope(ref)  # from then on the backend knows this machine's token
+        pinned = backend.pinned_version(ref)
+        cached = await self._cached_key(ref, pinned, self._fresh)
+        if cached is not None:
+            return cached
         try:
-            located = await self._asked(ref)
+            located = await self._query(ref)
         except (FetchError, AnotherVersionError) as error:
-            away = isinstance(error, FetchError)
-            if away and not error.retryable and not self._offline:
+            unreachable = isinstance(error, FetchError)
+            if unreachable and not error.retryable and not self._offline:
                 raise
-            here = await self._here_already(ref, pinned, inf)
-            if here is None and away:
-                here = await self._last_known(ref, locator)
-            if here is None:
+            cached = await self._cached_key(ref, pinned, inf)
+            if cached is None and unreachable:
+                cached = await self._last_known(ref, backend)
+            if cached is None:
                 raise
-            return here
-        key = self._remembered(ref, RemoteKey(located.source, (), located.version), located)
-        await self._note(ref, located)
+            return cached
+        key = RemoteKey(located.source, (), located.version)
+        self._known.remember(ref, key, located)
+        await self._record(ref, located)
         return key
 
-    async def _here_already(
+    async def _cached_key(
         self, ref: AdapterRef, pinned: tuple[str, str, str] | None, within: float
     ) -> RemoteKey | None:
         """Return the key of a pinned revision, if the cache has it for this caller."""
         if pinned is None or not await self._may_have(ref, *pinned, within):
             return None
-        return self._remembered(ref, RemoteKey(pinned[0], (), pinned[1]), None)
+        key = RemoteKey(pinned[0], (), pinned[1])
+        self._known.remember(ref, key, None)
+        return key
 
-    async def _asked(self, ref: AdapterRef) -> LocatedAdapter:
+    async def _query(self, ref: AdapterRef) -> LocatedAdapter:
         if self._offline:
             raise FetchError(
                 f"it is not in the cache{_for_whom(ref)}, and the loader is offline; fetch it"
                 " before, or set LoaderConfig(offline=False)",
                 retryable=False,
             )
-        return await (await self._locator(ref)).locate(ref)
+        return await (await self._backend(ref)).locate(ref)
 
-    async def _locator(self, ref: AdapterRef) -> Backend:
+    async def _backend(self, ref: AdapterRef) -> Backend:
         kind = ref.source or ""
-        if kind not in self._here:
-            self._here[kind] = await self._workers.run(lambda: self._locators(kind))
-        return self._here[kind]
-
-    def _remembered(
-        self, ref: AdapterRef, key: RemoteKey, located: LocatedAdapter | None
-    ) -> RemoteKey:
-        self._known.remember(ref, key, located)
-        return key
+        if kind not in self._backends:
+            self._backends[kind] = await self._workers.run(lambda: self._make_backend(kind))
+        return self._backends[kind]
 
     async def _may_have(
         self, ref: AdapterRef, source: str, version: str, scope: str, within: float
@@ -264,28 +258,26 @@ class VersionResolver:
 
         return await self._workers.run(look)
 
-    async def _last_known(self, ref: AdapterRef, locator: Backend) -> RemoteKey | None:
-        """Return what the source last named, if it is here and the caller accepts stale ones."""
+    async def _last_known(self, ref: AdapterRef, backend: Backend) -> RemoteKey | None:
+        """Return the source's last answer, if it is cached and the caller accepts a stale one."""
         if not ref.allow_stale and not self._offline:
             return None
-        scope = await locator.scope(ref)
+        scope = await backend.scope(ref)
         request = str(ResolutionRequest.of(ref, scope))
-        found = await self._workers.run(
-            lambda: self._caches(ref.source or "").last_version(request)
-        )
-        if found is None:
+        last = await self._workers.run(lambda: self._caches(ref.source or "").last_version(request))
+        if last is None:
             return None
-        source, version = found
+        source, version = last
         if not await self._may_have(ref, source, version, scope, inf):
             return None
         key = RemoteKey(source, (), version, stale=True)
         self._known.remember(ref, key, None)
         return key
 
-    async def _note(self, ref: AdapterRef, located: LocatedAdapter) -> None:
-        """Note the answer for when the source cannot be asked. A failure is not the caller's."""
+    async def _record(self, ref: AdapterRef, located: LocatedAdapter) -> None:
+        """Record the answer for times when the source is unreachable. Ignore failures."""
         request = str(ResolutionRequest.of(ref, located.scope))
-        if self._noted.get(request) == located.version:
+        if self._recorded.get(request) == located.version:
             return
         answer = (located.source, located.version)
         try:
@@ -294,22 +286,22 @@ class VersionResolver:
             )
         except (CapacityError, FetchError):
             return  # a cached adapter needs no room; a download reports the failure itself
-        if len(self._noted) >= _MAX_NOTED:
-            self._noted.clear()
-        self._noted[request] = located.version
+        if len(self._recorded) >= _MAX_RECORDED:
+            self._recorded.clear()
+        self._recorded[request] = located.version
 
 
 def _for_whom(ref: AdapterRef) -> str:
-    """Return the same text whether it is there or not: the caller may be a stranger."""
+    """Return advice for callers without a token, the same whether the adapter exists or not."""
     if ref.source != "hub" or ref.token is not None or ref.use_token:
         return ""
     return (
-        " for callers without a token (on a machine that has one, what other tools stored there is"
-        " for ids with use_token=True)"
+        " for callers without a token (on a machine that has one, adapters that other tools stored"
+        " there are for ids with use_token=True)"
     )
 
 
-_MAX_NOTED = 65_536
+_MAX_RECORDED = 65_536
 
 PUBLIC = ""
-"""The scope of who has no token."""
+"""The scope of callers without a token."""

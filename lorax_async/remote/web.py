@@ -1,4 +1,4 @@
-"""Folders behind http(s) URLs: a version is what the ETags of their files come to."""
+"""The backend of folders behind http(s) URLs: a version is a digest of the files' ETags."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lorax_async.http.target import ProbeResult, Target, Validators
 from lorax_async.http.urls import Url, parse_url
 from lorax_async.ids.parsing import parsed
 from lorax_async.remote.base import WEAK, AnotherVersionError, LocatedAdapter, RemoteFile
-from lorax_async.remote.metadata import FIRST_BYTES, CancelScope, answered
+from lorax_async.remote.metadata import FIRST_BYTES, CancelScope, wait_for
 from lorax_async.types import AdapterRef
 
 MAX_INDEX_BYTES = 2 << 20
@@ -36,7 +36,7 @@ _SHARD = re.compile(rb'"adapter_model-[0-9]{5}-of-([0-9]{5})\.safetensors"')
 
 @dataclass(frozen=True, slots=True)
 class _SplitAdapter(LocatedAdapter):
-    """Its version is that of the index and of all files that this names."""
+    """Weights in several files, which are probed with the index: the version is of all of them."""
 
     shards: tuple[RemoteFile, ...] = ()
 
@@ -61,11 +61,11 @@ class WebBackend:
     Parameters
     ----------
     engine
-        What asks; whoever made it closes it.
+        Sends the requests; its maker closes it.
     rules
         Where requests and redirects may go.
     limits
-        How large a config may be.
+        The largest config.
     """
 
     def __init__(self, engine: RangeEngine, rules: Rules, limits: Limits) -> None:
@@ -73,8 +73,8 @@ class WebBackend:
         self._rules = rules
         self._limits = limits
 
-    def recalled(self, ref: AdapterRef) -> tuple[str, str, str] | None:
-        """Where the revision is a version that a handle told; of ETags the server is asked."""
+    def pinned_version(self, ref: AdapterRef) -> tuple[str, str, str] | None:
+        """See `Backend`. An ETag is no version: the server has to be asked."""
         folder = _folder(ref, self._rules)
         if ref.revision is None or not _VERSION.fullmatch(ref.revision):
             return None
@@ -84,24 +84,28 @@ class WebBackend:
         return _folder(ref, self._rules).scope
 
     async def locate(self, ref: AdapterRef) -> LocatedAdapter:
-        """Ask for the config and for the beginning of the weights, both at once.
+        """Probe the config and the weights, both at once.
 
-        `ref.revision` is the version that shall be there, or the ETag of its weights. Raises
-        `AdapterNotFoundError` where another one is, or a file is not, `InvalidAdapterIdError`,
-        and the engine's errors.
+        `ref.revision` is the required version, or the ETag of its weights. Raise
+        `AnotherVersionError` for another version, `AdapterNotFoundError` for a missing file,
+        `InvalidAdapterIdError`, and the engine's errors.
         """
         folder = _folder(ref, self._rules)
         with CancelScope(self._engine) as probes:
-            asked = probes.whole(folder.file(CONFIG_FILE.file_name), self._limits.max_config_bytes)
-            begun = probes.metadata(folder.file(WEIGHTS_FILE.file_name), FIRST_BYTES, _needed)
-            config = await answered(asked)
+            config_request = probes.fetch_whole(
+                folder.file(CONFIG_FILE.file_name), self._limits.max_config_bytes
+            )
+            request = probes.probe(
+                folder.file(WEIGHTS_FILE.file_name), FIRST_BYTES, _count_needed_bytes
+            )
+            config = await wait_for(config_request)
             try:
-                weights = await answered(begun)
+                weights = await wait_for(request)
             except AdapterNotFoundError:
-                located: LocatedAdapter = await _in_parts(probes, folder, config)
-                etag = None  # of the index alone: it does not name the files that this names
+                located: LocatedAdapter = await _locate_split(probes, folder, config)
+                etag = None  # the index's own ETag does not name the weights' bytes
             else:
-                files = (_told(CONFIG_FILE, config), _told(WEIGHTS_FILE, weights))
+                files = (_as_file(CONFIG_FILE, config), _as_file(WEIGHTS_FILE, weights))
                 version = _version([config, weights])
                 located = LocatedAdapter(folder.url.text, version, folder.scope, files)
                 etag = _strong(weights.validators)
@@ -111,98 +115,104 @@ class WebBackend:
     async def shards(
         self, located: LocatedAdapter, roles: Sequence[FileRole]
     ) -> tuple[RemoteFile, ...]:
-        """They were asked for when they were located, for the version is theirs too."""
+        """Return the files that `locate` probed: the version is theirs too."""
         shards = located.shards if isinstance(located, _SplitAdapter) else ()
-        found = {each.role: each for each in shards}
-        if found.keys() != set(roles):
+        by_role = {file.role: file for file in shards}
+        if by_role.keys() != set(roles):
             raise AdapterFormatError(
-                f"{INDEX_FILE.file_name}: its weights are not in {len(roles)} files that are called"
+                f"{INDEX_FILE.file_name}: its weights are not in {len(roles)} files named"
                 f" adapter_model-00001-of-{len(roles):05d}.safetensors and so on; save it again"
             )
-        return tuple(found[role] for role in roles)
+        return tuple(by_role[role] for role in roles)
 
 
 def _folder(ref: AdapterRef, rules: Rules) -> _WebFolder:
-    found = parsed(ref)
-    if found.source not in {"http", "https"}:
-        raise InvalidAdapterIdError(f"it is no folder behind a URL, but in {found.source}")
-    url = parse_url(found.text)
+    parsed_ref = parsed(ref)
+    if parsed_ref.source not in {"http", "https"}:
+        raise InvalidAdapterIdError(f"it is no folder behind a URL, but in {parsed_ref.source}")
+    url = parse_url(parsed_ref.text)
     if ref.token is None:
         return _WebFolder(url, {}, rules, "")
     scope = hashlib.sha256(f"{url.origin}\n{ref.token}".encode("utf-8", "surrogatepass"))
     return _WebFolder(url, {"Authorization": f"Bearer {ref.token}"}, rules, scope.hexdigest())
 
 
-async def _in_parts(probes: CancelScope, folder: _WebFolder, config: ProbeResult) -> _SplitAdapter:
+async def _locate_split(
+    probes: CancelScope, folder: _WebFolder, config: ProbeResult
+) -> _SplitAdapter:
+    """Locate weights in several files, by their index."""
+    target = folder.file(INDEX_FILE.file_name)
     try:
-        index = await answered(probes.whole(folder.file(INDEX_FILE.file_name), MAX_INDEX_BYTES))
+        index = await wait_for(probes.fetch_whole(target, MAX_INDEX_BYTES))
     except AdapterNotFoundError as error:
         raise AdapterNotFoundError(
             f"the folder at {folder.url} has neither {WEIGHTS_FILE.file_name} nor"
             f" {INDEX_FILE.file_name}; nothing else is read"
         ) from error
     names = _shard_names(index.start)
-    begun = [probes.metadata(folder.file(name), FIRST_BYTES, _needed) for name in names]
-    parts = [await answered(job) for job in begun]
-    files = (_told(CONFIG_FILE, config), _told(INDEX_FILE, index))
+    requests = [probes.probe(folder.file(name), FIRST_BYTES, _count_needed_bytes) for name in names]
+    parts = [await wait_for(request) for request in requests]
+    files = (_as_file(CONFIG_FILE, config), _as_file(INDEX_FILE, index))
     shards = tuple(
-        _told(FileRole("weights", n, len(parts)), part) for n, part in enumerate(parts, 1)
+        _as_file(FileRole("weights", n, len(parts)), part) for n, part in enumerate(parts, 1)
     )
     version = _version([config, index, *parts])
     return _SplitAdapter(folder.url.text, version, folder.scope, files, shards)
 
 
 def _shard_names(index: bytes) -> list[str]:
-    """Of how many files an index tells; none where it tells of other ones, which `shards` says."""
+    """Return the names of the files in an index; none for invalid names, which `shards` refuses."""
     counts = {int(count) for count in _SHARD.findall(index)}
     if len(counts) != 1:
         return []
     (count,) = counts
     if count > MAX_SHARDS:
         raise AdapterFormatError(
-            f"{INDEX_FILE.file_name}: weights in {count:,} files, of which there may be"
+            f"{INDEX_FILE.file_name}: weights in {count:,} files, over the limit of"
             f" {MAX_SHARDS}; save the adapter in larger ones"
         )
     return [f"adapter_model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
 
 
-def _told(role: FileRole, answer: ProbeResult) -> RemoteFile:
+def _as_file(role: FileRole, answer: ProbeResult) -> RemoteFile:
     expected = sent_sha256(answer.fields)
     return RemoteFile(role, answer.target, answer.validators.size, expected, answer=answer)
 
 
 def _version(answers: Sequence[ProbeResult]) -> str:
-    lines = [_named(answer) or _described(answer) for answer in answers]
+    lines = [_strong_name(answer) or _description(answer) for answer in answers]
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:40]
     return digest if all(_strong(answer.validators) for answer in answers) else f"{WEAK}{digest}"
 
 
-def _needed(start: memoryview, known: Validators) -> int:
-    """Without a strong ETag all that was asked for is part of the version."""
-    return header_end(start) if _strong(known) else FIRST_BYTES
+def _count_needed_bytes(start: memoryview, validators: Validators) -> int:
+    """Return the end of the header; without a strong ETag all first bytes count for the version."""
+    return header_end(start) if _strong(validators) else FIRST_BYTES
 
 
-def _strong(known: Validators) -> str | None:
-    """What names the very bytes of the file, by the server's word; None if nothing does."""
-    etag = known.etag or ""
+def _strong(validators: Validators) -> str | None:
+    """Return the ETag if it is strong and well-formed."""
+    etag = validators.etag or ""
     return etag if _STRONG.fullmatch(etag) else None
 
 
-def _named(answer: ProbeResult) -> str | None:
+def _strong_name(answer: ProbeResult) -> str | None:
+    """Return the text that names the file's bytes; None without a strong ETag."""
     etag, version_id = _strong(answer.validators), answer.fields.get("x-amz-version-id", "")
     return None if etag is None else f"{answer.target.name} {etag} {version_id}"
 
 
-def _described(answer: ProbeResult) -> str:
-    """All that can be seen of it without reading it to its end."""
-    known, metadata = answer.validators, hashlib.sha256(answer.start).hexdigest()
-    return repr((answer.target.name, known.size, known.etag, known.modified, metadata))
+def _description(answer: ProbeResult) -> str:
+    """Return all that the probe shows of the file."""
+    validators, digest = answer.validators, hashlib.sha256(answer.start).hexdigest()
+    fields = (validators.size, validators.etag, validators.modified)
+    return repr((answer.target.name, *fields, digest))
 
 
 def _check_revision(revision: str | None, located: LocatedAdapter, etag: str | None) -> None:
     names = {located.version, etag, etag and etag.strip('"')}
     if revision is not None and revision not in names:
         raise AnotherVersionError(
-            f"revision {shorten(revision, 100)!r} is not what the URL leads to now: that is"
-            f" {located.version}, and there is no other behind a URL"
+            f"revision {shorten(revision, 100)!r} is not the version behind the URL now, which is"
+            f" {located.version}; a URL has no other"
         )

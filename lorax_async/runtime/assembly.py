@@ -28,7 +28,7 @@ from lorax_async.lifecycle.policies import policy
 from lorax_async.lifecycle.queues import COPIES_AHEAD
 from lorax_async.lifecycle.residency import HostBudget, ImageBudget, Residency
 from lorax_async.planning.sharding import Sharding
-from lorax_async.remote.remote_source import LazyRemoteSource
+from lorax_async.remote.remote_source import make_remote_source
 from lorax_async.runtime.acquire import Acquirer, Prefetch, require_priority
 from lorax_async.runtime.digest_checks import DigestChecks
 from lorax_async.runtime.driver import Driver
@@ -91,7 +91,7 @@ class Assembly:
         self._device = device or make_device(sharding.held, config)
         self._cache = OwnCache(config)
         self.tracer = Tracer()
-        self._elsewhere = LazyRemoteSource(config, self._cache, self.tracer)
+        self._elsewhere = make_remote_source(config, self._cache, self.tracer)
         self._source = source or SourceRouter(
             LocalSource(
                 roots=config.local_roots,

@@ -1,4 +1,4 @@
-"""The requests of one adapter, and when its layers will have arrived."""
+"""The requests for one adapter, and when its layers are expected to arrive."""
 
 from __future__ import annotations
 
@@ -14,56 +14,59 @@ from lorax_async.runtime.acquire import MAX_PRIORITY
 from lorax_async.scheduler.requests import Ticket
 from lorax_async.types import Ref, text_of
 
-STEPS = 16
-"""Into so many parts a load is cut, to remember its course."""
+PROFILE_STEPS = 16
+"""The number of points at which a load profile is sampled."""
 
-LATE = 1.1
-"""A group that is late is taken to need so many times as long as it has been waited for."""
+LATE_FACTOR = 1.1
+"""The wait for a late group times this is its expected total wait."""
 
-WEIGHT = 0.5
-"""Of the latest load, in what is remembered of loads."""
+LATEST_WEIGHT = 0.5
+"""The latest load's weight in a moving average."""
 
-_SOME = 1e-6
-"""The least part of a load's time: what comes first may take none."""
+_MIN_FRACTION = 1e-6
+"""The smallest fraction of a load's time: the first groups may arrive in no time."""
 
 
 class LoadProfile:
-    """How loads of one kind went: seconds per byte, and when how much of one was there.
+    """A moving average over loads of one kind: seconds per byte, and the arrival curve.
 
-    Layers need not come evenly: from a server, the first come alone and the others together.
+    Layers need not arrive evenly: from a server, the first arrive one by one, the rest together.
     """
 
     def __init__(self) -> None:
         self.per_byte: float | None = None
-        self._at = [step / STEPS for step in range(STEPS + 1)]
+        self._curve = [step / PROFILE_STEPS for step in range(PROFILE_STEPS + 1)]
 
-    def note(self, times: Sequence[float], nbytes: int) -> None:
-        """A load of so many bytes: seconds after its beginning at which each group was there."""
+    def record(self, times: Sequence[float], nbytes: int) -> None:
+        """Add a load of `nbytes`: for each group, the seconds from the start to its arrival."""
         total = times[-1]
         if total <= 0 or nbytes <= 0:
             return
-        seen = [0.0] + [_between([0.0, *times], step / STEPS) / total for step in range(1, STEPS)]
-        seen.append(1.0)
+        steps = range(1, PROFILE_STEPS)
+        curve = [_interpolate([0.0, *times], step / PROFILE_STEPS) / total for step in steps]
+        curve = [0.0, *curve, 1.0]
         if self.per_byte is None:
-            self.per_byte, self._at = total / nbytes, seen
+            self.per_byte, self._curve = total / nbytes, curve
             return
-        self.per_byte += WEIGHT * (total / nbytes - self.per_byte)
-        self._at = [old + WEIGHT * (new - old) for old, new in zip(self._at, seen, strict=True)]
+        self.per_byte += LATEST_WEIGHT * (total / nbytes - self.per_byte)
+        self._curve = [
+            old + LATEST_WEIGHT * (new - old) for old, new in zip(self._curve, curve, strict=True)
+        ]
 
-    def part(self, fraction: float) -> float:
-        """Which part of a load's time has passed when this fraction of its groups is there."""
-        return _between(self._at, fraction)
+    def time_fraction(self, fraction: float) -> float:
+        """Return the fraction of a load's time after which `fraction` of its groups is there."""
+        return _interpolate(self._curve, fraction)
 
 
-def _between(points: Sequence[float], fraction: float) -> float:
-    """The value at `fraction` of the way through points that are evenly apart."""
+def _interpolate(points: Sequence[float], fraction: float) -> float:
+    """Interpolate linearly between evenly spaced points."""
     place = fraction * (len(points) - 1)
     below = min(int(place), len(points) - 2)
     return points[below] + (place - below) * (points[below + 1] - points[below])
 
 
 class LoadProfiles:
-    """One course for each kind of adapters: what lies in files, elsewhere, in memory."""
+    """A load profile per kind of adapter key: local files, remote, in memory."""
 
     def __init__(self) -> None:
         self._by_kind: dict[Hashable, LoadProfile] = {}
@@ -73,18 +76,18 @@ class LoadProfiles:
 
 
 class LoadEstimate:
-    """One load under way. All times are moments, in seconds of one clock.
+    """The expected arrival of one load's layer groups. Times are seconds of one clock.
 
     Parameters
     ----------
     layers
-        The groups that it has, in order: -1 before the layers, 0 … L-1, L after them.
+        The adapter's layer groups, in order: -1 before the layers, 0 … L-1, L after them.
     nbytes
-        All of it.
+        The adapter's size.
     since
-        When it was given its slot.
-    course
-        What is known of such loads; told of this one when it is complete.
+        When the slot was granted.
+    profile
+        Past loads of this kind; this load is added when it is complete.
     """
 
     def __init__(
@@ -95,59 +98,55 @@ class LoadEstimate:
         self._since = since
         self._profile = profile
         self._times: list[float] = []
-        self._missed = False
+        self._recorded = False
 
     @property
     def arrived(self) -> int:
-        """Groups that are there."""
+        """The number of layer groups that have arrived."""
         return len(self._times)
 
     @property
     def latest(self) -> float:
-        """When something of it came last."""
+        """When the last group arrived, or when the slot was granted."""
         return self._since + self._times[-1] if self._times else self._since
 
-    def missed(self, groups: int) -> None:
-        """So many were there before anybody looked; when they came is not known."""
-        self._missed = True
+    def skip(self, groups: int) -> None:
+        """Mark the first `groups` as arrived at an unknown time; keep this load off the profile."""
+        self._recorded = True
         self._times = [0.0] * groups
 
-    def note(self, layer: int, now: float) -> None:
-        """All groups up to `layer` are there."""
-        there = sum(each <= layer for each in self._layers)
-        self._times += [now - self._since] * (there - len(self._times))
-        if there == len(self._layers) and not self._missed:
-            self._missed = True  # once is enough
-            self._profile.note(self._times, self._nbytes)
+    def record(self, layer: int, now: float) -> None:
+        """Mark all groups up to `layer` as arrived."""
+        arrived = sum(group <= layer for group in self._layers)
+        self._times += [now - self._since] * (arrived - len(self._times))
+        if arrived == len(self._layers) and not self._recorded:
+            self._recorded = True
+            self._profile.record(self._times, self._nbytes)
 
     def expected(self, now: float) -> list[float] | None:
-        """When each group that is not there will be; None while nothing of it has come, or all that
-        is known came in no time.
-        """
-        here, groups = len(self._times), len(self._layers)
-        if not here:
+        """Return when each missing group will arrive; None without an observed arrival time."""
+        arrived, groups = len(self._times), len(self._layers)
+        if not arrived:
             return None
-        parts = [
-            max(_SOME, self._profile.part(number / groups)) for number in range(here, groups + 1)
+        fractions = [
+            max(_MIN_FRACTION, self._profile.time_fraction(number / groups))
+            for number in range(arrived, groups + 1)
         ]
-        # What a whole load takes, by how far this one has come, or by all that is known.
+        # Extrapolate the whole load from its own progress, or else from the profile.
         elapsed = self._times[-1]
-        whole = elapsed / parts[0] if elapsed else self._usual
-        if not whole:
+        usual = (self._profile.per_byte or 0.0) * self._nbytes
+        total = elapsed / fractions[0] if elapsed else usual
+        if not total:
             return None
-        if here < groups and parts[1] * whole < now - self._since:
-            whole = LATE * (now - self._since) / parts[1]
-        return [self._since + part * whole for part in parts[1:]]
+        if arrived < groups and fractions[1] * total < now - self._since:
+            total = LATE_FACTOR * (now - self._since) / fractions[1]
+        return [self._since + fraction * total for fraction in fractions[1:]]
 
-    @property
-    def _usual(self) -> float:
-        return (self._profile.per_byte or 0.0) * self._nbytes
+    def earliest_pass(self, now: float, seconds: float | None, num_layers: int) -> float:
+        """Return the earliest start of a pass that reaches no layer before its expected arrival.
 
-    def joins_at(self, now: float, seconds: float | None, num_layers: int) -> float:
-        """The first moment at which a pass may begin: no layer is computed before it is expected.
-
-        `seconds` are those of the pass, over all its layers alike; None: not known, and every layer
-        is awaited. `inf` while nothing is known of the arrival.
+        `seconds` is the duration of the pass, spread evenly over its layers; None if unknown: then
+        the pass starts when all layers have arrived. `inf` while `expected` is None.
         """
         expected = self.expected(now)
         if expected is None:
@@ -161,38 +160,38 @@ class LoadEstimate:
 
 
 Urgency = tuple[bool, float, int]
-"""Sorts adapters: where the engine keeps something of a request comes first, then the oldest."""
+"""A sort key of adapters: first those with begun requests, then by the oldest request."""
 
 _order = attrgetter("order")
 
 
 class AdapterQueue:
-    """All requests for one adapter; `ref` None are those for the base alone.
+    """The requests for one adapter; `ref` None: for the base alone.
 
     Attributes
     ----------
     tickets
-        Those that are not done, by urgency; some of them in a batch.
+        Requests that are not done, by urgency, including those in a batch.
     handle, place
-        Once it has a slot.
-    flights
-        Batches that it is in. The handle is kept for them, whatever becomes of the requests.
+        The lease and its slot, once granted.
+    batch_count
+        The number of batches in flight with this adapter, which keep the handle.
     arrival
-        While its layers come.
-    trusted
-        May its rows join a batch before the last layer is there?
+        The expected arrival of its layers while it streams.
+    may_stream
+        Whether its rows may join a batch before the last layer is there.
     leaving
-        The slot is to be given back.
-    gave_way
-        When it last did, to those who have begun.
+        Whether the slot must be released.
+    yielded_at
+        When it last gave its slot up for requests that had begun.
     priority
-        The highest that a request had.
+        The highest priority of any request so far.
     begun
-        Requests of which the engine keeps something.
+        The number of requests that occupy a place of the engine.
     reloaded
-        Whether it was loaded once more, since its files were saved while they were read.
+        Whether the adapter was reloaded because its files changed while they were read.
     tokens
-        Tokens that were computed with it; a new one begins with the fewest of the others.
+        Tokens computed with this adapter. A new queue starts with the minimum of all queues.
     """
 
     def __init__(self, ref: Ref | None, tokens: int = 0) -> None:
@@ -200,11 +199,11 @@ class AdapterQueue:
         self.tickets: list[Ticket] = []
         self.handle: AdapterHandle | None = None
         self.place: SlotRef = NO_SLOT
-        self.flights = 0
+        self.batch_count = 0
         self.arrival: LoadEstimate | None = None
-        self.trusted = True
+        self.may_stream = True
         self.leaving = False
-        self.gave_way = -inf
+        self.yielded_at = -inf
         self.priority = -MAX_PRIORITY
         self.begun = 0
         self.reloaded = False
@@ -216,19 +215,19 @@ class AdapterQueue:
 
     @property
     def is_ready(self) -> bool:
-        """All of it is there."""
+        """Whether every layer is there."""
         return self.ref is None or (self.handle is not None and self.handle.resident)
 
     @property
     def stage(self) -> Stage:
-        """How far it is, in the words of errors."""
+        """The adapter's stage, as errors name it."""
         if self.is_ready:
             return "ready"
         return "queue" if self.handle is None else "copy"
 
     @property
     def urgency(self) -> Urgency:
-        """Of the adapter as a whole; there must be a request."""
+        """The urgency of the adapter; it must have a request."""
         since, number = self.tickets[0].order
         return not self.begun, since, number
 
@@ -237,22 +236,21 @@ class AdapterQueue:
         self.priority = max(self.priority, ticket.request.priority)
 
     def remove(self, ticket: Ticket) -> None:
-        """It is done."""
         self.tickets.remove(ticket)
 
     @property
-    def waits(self) -> bool:
-        """Whether there are requests that have not begun."""
+    def has_unbegun(self) -> bool:
+        """Whether a request has not begun."""
         return len(self.tickets) > self.begun
 
-    def waiting(self, most: int, fresh: float) -> list[Ticket]:
-        """The first ones that are in no batch; at most so many of those that have not begun."""
-        found = []
+    def waiting(self, limit: int, max_new: float) -> list[Ticket]:
+        """Return the first `limit` requests in no batch; at most `max_new` that have not begun."""
+        waiting = []
         for ticket in self.tickets:
-            if ticket.flying or (fresh <= 0 and not ticket.begun):
+            if ticket.in_batch or (max_new <= 0 and not ticket.begun):
                 continue
-            found.append(ticket)
-            if len(found) == most:
+            waiting.append(ticket)
+            if len(waiting) == limit:
                 break
-            fresh -= not ticket.begun
-        return found
+            max_new -= not ticket.begun
+        return waiting

@@ -1,4 +1,4 @@
-"""Adapters with requests: their queues, their loads, and their slots."""
+"""All adapters with requests: their queues, loads and slots."""
 
 from __future__ import annotations
 
@@ -32,41 +32,41 @@ from lorax_async.validation import MAX_SECONDS
 
 
 def urgency(since: float, priority: int, deadline: float, level: float) -> float:
-    """The less, the sooner: a moment, in seconds, that does not change while one waits.
+    """Return a request's sort key, in seconds; lower is more urgent. It stays while it waits.
 
-    It is when the request came. A level of priority counts as `level` seconds of waiting, and so
-    does a deadline (a moment, too) that is less than these away, by what is missing. Whoever comes
-    later by more than the levels between two is behind the other, so that nobody waits for ever.
+    The key is `since`, the time of arrival, less `level` seconds per level of priority. A deadline
+    less than `level` seconds away (also a time) counts as if the request had arrived earlier. A
+    request that arrives later by more than the difference in levels is behind: none starves.
     """
     return min(since, deadline - level) - priority * level
 
 
 class LoadTarget(Enum):
-    """How near an adapter is brought while its requests wait."""
+    """How far to load an adapter while its requests wait."""
 
     LOAD = "load"
-    """Waited for in the foreground."""
+    """Load in the foreground."""
     DEVICE = "device"
-    """Hinted: onto the device, if there is room."""
+    """Prefetch onto the device, if there is room."""
     HOST = "host"
-    """Hinted: into host memory."""
+    """Prefetch into host memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class LookAhead:
-    """How far down the queue of adapters one looks.
+    """How many queued adapters to load or prefetch.
 
-    `loads` are waited for at a time; `slots` are on the device, these among them; `hints` more are
-    brought into host memory.
+    `loads` adapters load in the foreground; with prefetched ones at most `slots` are on the device;
+    `hints` more are prefetched into host memory.
     """
 
     loads: int
     slots: int
     hints: int
 
-    def reaches(self, held: int) -> list[LoadTarget]:
-        """Of the first adapters of the queue, in order, while `held` others are on the device."""
-        spare = max(0, self.slots - held - self.loads)
+    def targets(self, slots_held: int) -> list[LoadTarget]:
+        """Return the targets of the first queued adapters while others hold `slots_held` slots."""
+        spare = max(0, self.slots - slots_held - self.loads)
         return [
             *[LoadTarget.LOAD] * self.loads,
             *[LoadTarget.DEVICE] * spare,
@@ -75,12 +75,12 @@ class LookAhead:
 
 
 class SlotRecords:
-    """Every slot, whoever has it; what streams into one teaches how loads go.
+    """The occupants of all slots and the arrival of their layers, from the loader's events.
 
     Attributes
     ----------
-    tenants
-        Who has which slot now; the rank of those only that were adopted.
+    lease_table
+        The occupant of each slot. Its rank is 0 until `adopt`.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -90,17 +90,17 @@ class SlotRecords:
         self._arrivals: dict[int, LoadEstimate] = {}
         self._leaving: set[SlotId] = set()
 
-    def heard(self, event: Event, slot: SlotId) -> None:
+    def record(self, event: Event, slot: SlotId) -> None:
         match event:
             case SlotGranted():
                 profile = self._profiles.of(type(event.key).__name__)
                 arrival = LoadEstimate(event.layers, event.nbytes, self._clock.time(), profile)
                 self._arrivals[slot.index] = arrival
-                self._leaving = {each for each in self._leaving if each.index != slot.index}
+                self._leaving = {other for other in self._leaving if other.index != slot.index}
                 self.lease_table[slot.index] = SlotOccupant(slot.generation, 0)
             case LayerReady():
                 if slot.index in self._arrivals:
-                    self._arrivals[slot.index].note(event.layer, self._clock.time())
+                    self._arrivals[slot.index].record(event.layer, self._clock.time())
             case Resident():
                 self._arrivals.pop(slot.index, None)
                 self._leaving.discard(slot)
@@ -111,9 +111,9 @@ class SlotRecords:
         return slot in self._leaving
 
     def adopt(self, handle: AdapterHandle) -> LoadEstimate | None:
-        """Somebody has it from now on. How it arrives, if it is not there.
+        """Record a lease; return the expected arrival of its layers, None if it is resident.
 
-        Of a load that began before anybody listened, less is known.
+        For a load that began before the subscription, earlier arrival times are unknown.
         """
         slot = handle.slot
         self.lease_table[slot.index] = SlotOccupant(slot.generation, handle.rank)
@@ -122,7 +122,7 @@ class SlotRecords:
         if slot.index not in self._arrivals:
             profile = self._profiles.of(type(handle.key).__name__)
             arrival = LoadEstimate(handle.layers, handle.nbytes, self._clock.time(), profile)
-            arrival.missed(sum(handle.is_ready(layer) for layer in handle.layers))
+            arrival.skip(sum(handle.is_ready(layer) for layer in handle.layers))
             self._arrivals[slot.index] = arrival
         return self._arrivals[slot.index]
 
@@ -131,11 +131,11 @@ _HINTS: dict[LoadTarget, TierName] = {LoadTarget.DEVICE: "device", LoadTarget.HO
 
 
 class LoadTask:
-    """What is done for one guest that waits.
+    """The load of one adapter without a slot.
 
-    `place` is that in the queue. It is `resting` if it had a slot in which nothing came: it is to
-    have one again when its file is here. `broken` is the version that it had in its slot, and what
-    was wrong with it: it is loaded once more if its files were changed.
+    `place` is its sort key in the queue. `needs_file` marks an adapter that lost a slot in which no
+    layer arrived: fetch its file before it gets a slot again. `failure` is the version that failed
+    in its slot, with the error: load it again only if its files have changed.
     """
 
     def __init__(
@@ -143,26 +143,26 @@ class LoadTask:
         adapter_queue: AdapterQueue,
         number: int,
         *,
-        resting: bool,
-        broken: tuple[AdapterKey, LoraxError] | None = None,
+        needs_file: bool,
+        failure: tuple[AdapterKey, LoraxError] | None = None,
     ) -> None:
         self.adapter_queue = adapter_queue
-        self.broken = broken
+        self.failure = failure
         self.place: tuple[Urgency, int] = (adapter_queue.urgency, number)
-        self.resting = resting
-        self.wishes: set[asyncio.Task[None]] = set()
+        self.needs_file = needs_file
+        self.tasks: set[asyncio.Task[None]] = set()
         self.since = 0.0
         self.priority = 0
         self.hints: dict[TierName, Prefetch] = {}
 
 
 class LoadQueue:
-    """The queue of guests without a slot.
+    """The adapters without a slot, by urgency.
 
-    The first ones are loaded in the foreground, the next ones hinted. Who has been loaded for
-    `patience` seconds counts no longer among the first ones, so that sources which do not answer
-    hold up nobody else. `granted` and `failed` tell what came of a wish, `held` how many guests
-    have slots.
+    The first ones are loaded in the foreground, the next ones prefetched. An adapter that has been
+    loading for `patience` seconds no longer counts among the first, so that an unresponsive source
+    does not hold up the others. `granted` and `failed` report the end of a load; `slots_held`
+    returns the number of adapters with slots.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class LoadQueue:
         patience: float,
         clock: Clock,
         *,
-        held: Callable[[], int],
+        slots_held: Callable[[], int],
         granted: Callable[[AdapterQueue, AdapterHandle], None],
         failed: Callable[[AdapterQueue, LoraxError], None],
     ) -> None:
@@ -180,104 +180,104 @@ class LoadQueue:
         self._ahead = ahead
         self._patience = patience
         self._clock = clock
-        self._held = held
+        self._slots_held = slots_held
         self._granted = granted
         self._failed = failed
-        self._line: list[tuple[tuple[Urgency, int], LoadTask]] = []
+        self._queue: list[tuple[tuple[Urgency, int], LoadTask]] = []
         self._load_tasks: dict[AdapterQueue, LoadTask] = {}
         self._numbers = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._alarm: TimerHandle | None = None
-        self._looking = False
+        self._look_scheduled = False
 
     def __len__(self) -> int:
-        return len(self._line)
+        return len(self._queue)
 
     def add(
         self,
         adapter_queue: AdapterQueue,
         *,
-        resting: bool = False,
-        broken: tuple[AdapterKey, LoraxError] | None = None,
+        needs_file: bool = False,
+        failure: tuple[AdapterKey, LoraxError] | None = None,
     ) -> None:
-        """It waits from now on; with `resting`, for its file first."""
+        """Add an adapter; with `needs_file`, fetch its file before it gets a slot."""
         self._numbers += 1
-        load_task = LoadTask(adapter_queue, self._numbers, resting=resting, broken=broken)
+        load_task = LoadTask(adapter_queue, self._numbers, needs_file=needs_file, failure=failure)
         self._load_tasks[adapter_queue] = load_task
-        insort(self._line, (load_task.place, load_task))
-        if broken is not None:
-            self._pending_load(load_task)
-        if resting:
+        insort(self._queue, (load_task.place, load_task))
+        if failure is not None:
+            self._start_load(load_task)
+        if needs_file:
             self._hint(load_task, "disk")
-        self.look_soon()
+        self.schedule_look()
 
     def update(self, adapter_queue: AdapterQueue) -> None:
-        """Its requests are others now."""
+        """Follow a change of the adapter's urgency or priority."""
         load_task = self._load_tasks.get(adapter_queue)
         if load_task is None:
             return
         if load_task.place[0] != adapter_queue.urgency:
             self._take_out(load_task)
             load_task.place = (adapter_queue.urgency, load_task.place[1])
-            insort(self._line, (load_task.place, load_task))
-            self.look_soon()
-        if load_task.wishes and adapter_queue.priority > load_task.priority:
-            self._pending_load(load_task)  # beside the other one, which is older
+            insort(self._queue, (load_task.place, load_task))
+            self.schedule_look()
+        if load_task.tasks and adapter_queue.priority > load_task.priority:
+            self._start_load(load_task)  # beside the load of lower priority
 
     def remove(self, adapter_queue: AdapterQueue) -> None:
-        """It waits no longer. Idempotent."""
+        """Remove an adapter and cancel its loads. Idempotent."""
         load_task = self._load_tasks.pop(adapter_queue, None)
         if load_task is None:
             return
         self._take_out(load_task)
-        for task in load_task.wishes:
+        for task in load_task.tasks:
             task.cancel()
         for hint in load_task.hints.values():
             hint.cancel()
-        self.look_soon()
+        self.schedule_look()
 
     def _take_out(self, load_task: LoadTask) -> None:
-        del self._line[bisect_left(self._line, load_task.place, key=itemgetter(0))]
+        del self._queue[bisect_left(self._queue, load_task.place, key=itemgetter(0))]
 
     async def close(self) -> None:
-        """Nobody may be waiting any more. Returns when no task is left."""
+        """Wait for the cancelled loads. The queue must be empty."""
         if self._tasks:
             await asyncio.wait(self._tasks)
 
     # -- looking ahead -----------------------------------------------------------------------------
 
-    def look_soon(self) -> None:
-        """Once for all that changes in one turn of the loop."""
-        if not self._looking:
-            self._looking = True
+    def schedule_look(self) -> None:
+        """Call `_look` once for all changes in one turn of the loop."""
+        if not self._look_scheduled:
+            self._look_scheduled = True
             asyncio.get_running_loop().call_soon(self._look)
 
     def _look(self) -> None:
-        """Bring the first ones nearer."""
-        self._looking = False
+        """Load or prefetch the first adapters of the queue."""
+        self._look_scheduled = False
         now = self._clock.time()
-        reaches = self._ahead.reaches(self._held())
-        counting = (load_task for _, load_task in self._line if self._counts(load_task, now))
-        near = list(islice(counting, len(reaches)))
-        for load_task, reach in zip(near, reaches, strict=False):
-            self._reach(load_task, reach)
-        self._set_alarm(min((each.since for each in near if each.wishes), default=None))
+        targets = self._ahead.targets(self._slots_held())
+        counting = (load_task for _, load_task in self._queue if self._counts(load_task, now))
+        first = list(islice(counting, len(targets)))
+        for load_task, target in zip(first, targets, strict=False):
+            self._bring(load_task, target)
+        self._set_alarm(min((task.since for task in first if task.tasks), default=None))
 
     def _counts(self, load_task: LoadTask, now: float) -> bool:
-        """Whether it takes a place among the first: whose sources do not answer take none."""
-        late = load_task.wishes and now >= load_task.since + self._patience
-        return not late and not load_task.resting
+        """Return whether it counts among the first: not if its source is unresponsive."""
+        late = load_task.tasks and now >= load_task.since + self._patience
+        return not late and not load_task.needs_file
 
-    def _reach(self, load_task: LoadTask, reach: LoadTarget) -> None:
-        if load_task.wishes:
+    def _bring(self, load_task: LoadTask, target: LoadTarget) -> None:
+        if load_task.tasks:
             return
-        if reach is LoadTarget.LOAD:
-            self._pending_load(load_task)
+        if target is LoadTarget.LOAD:
+            self._start_load(load_task)
         else:
-            self._hint(load_task, _HINTS[reach])
+            self._hint(load_task, _HINTS[target])
 
     def _set_alarm(self, since: float | None) -> None:
-        """The first to lose patience with is the one that is loaded since then."""
+        """Look again when the load that started at `since` exceeds `patience`."""
         if self._alarm is not None:
             self._alarm.cancel()
         self._alarm = None
@@ -286,31 +286,31 @@ class LoadQueue:
 
     # -- loads and hints ---------------------------------------------------------------------------
 
-    def _pending_load(self, load_task: LoadTask) -> None:
-        if not load_task.wishes:
+    def _start_load(self, load_task: LoadTask) -> None:
+        if not load_task.tasks:
             load_task.since = self._clock.time()
         load_task.priority = load_task.adapter_queue.priority
-        task = asyncio.get_running_loop().create_task(self._load(load_task), name="lorax wish")
-        load_task.wishes.add(task)
+        task = asyncio.get_running_loop().create_task(self._load(load_task), name="lorax load")
+        load_task.tasks.add(task)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _load(self, load_task: LoadTask) -> None:
-        """Until it has a slot. Its requests have deadlines of their own."""
+        """Wait for a slot, without a timeout: requests have deadlines of their own."""
         ref, priority = load_task.adapter_queue.ref, load_task.priority
         assert ref is not None
         try:
-            if load_task.broken is not None and not await self._loader.has_changed(
-                ref, *load_task.broken
+            if load_task.failure is not None and not await self._loader.has_changed(
+                ref, *load_task.failure
             ):
-                self._fail(load_task, load_task.broken[1])
+                self._fail(load_task, load_task.failure[1])
                 return
-            stay = self._loader.stream(ref, timeout=MAX_SECONDS, priority=priority)
-            async with stay as streaming:
+            lease = self._loader.stream(ref, timeout=MAX_SECONDS, priority=priority)
+            async with lease as streaming:
                 handle = streaming.clone()
         except LoraxError as error:
             self._fail(load_task, error)
-        except Exception as problem:  # noqa: BLE001 - the requests must hear of it
+        except Exception as problem:  # noqa: BLE001 - the requests raise it
             fault = InternalError(f"a load failed: {problem!r}", id=load_task.adapter_queue.id)
             fault.__cause__ = problem
             self._fail(load_task, fault)
@@ -339,37 +339,39 @@ class LoadQueue:
             hint.task.add_done_callback(lambda _: self._hinted(load_task, hint))
 
     def _hinted(self, load_task: LoadTask, hint: Prefetch) -> None:
-        """It is there, and the slot a matter of asking; or it is time to load it.
+        """Start the load when a prefetch ends, for the slot or for its error.
 
-        Who rests has no other way, and ends with it; but for time, which is its requests' own.
+        An adapter that needs its file fails with the prefetch, except for a timeout: requests have
+        deadlines of their own.
         """
         if self._load_tasks.get(load_task.adapter_queue) is not load_task:
             return
         for error in hint.errors.values():
-            if load_task.resting and not isinstance(error, AdapterTimeoutError):
+            if load_task.needs_file and not isinstance(error, AdapterTimeoutError):
                 self._fail(load_task, error)
                 return
-        load_task.resting = False
-        if not load_task.wishes:
-            self._pending_load(load_task)
+        load_task.needs_file = False
+        if not load_task.tasks:
+            self._start_load(load_task)
 
 
 class AdapterQueues:
-    """All guests.
+    """All adapters with requests.
 
-    `changed` hears when there may be something to compute; `sent_back` of the requests of an
-    adapter that has lost its slot; `in_the_way` of a guest in a batch that keeps a slot in vain.
+    `on_change` is called when there may be rows to compute; `on_requeue` for each request of an
+    adapter that has lost its slot; `on_blocked_slot` for an adapter of a batch in flight in whose
+    slot no layers arrive while others wait for one.
 
     Attributes
     ----------
     slots
-        What is known of the device's slots.
-    held
-        Guests that have slots, and the base if it has requests.
+        The occupants of the device's slots.
+    slot_holders
+        The adapters with a slot, and the base if it has requests.
     places
-        The engine's, and the requests that have them.
+        The engine's places.
     dropped
-        Requests that the engine has something of that it is to forget.
+        Begun requests that restart: the engine must forget their keys and values.
     """
 
     def __init__(
@@ -380,39 +382,39 @@ class AdapterQueues:
         patience: float,
         places: EngineSlots,
         *,
-        changed: Callable[[], None],
-        sent_back: Callable[[Ticket], None],
-        in_the_way: Callable[[AdapterQueue], None],
+        on_change: Callable[[], None],
+        on_requeue: Callable[[Ticket], None],
+        on_blocked_slot: Callable[[AdapterQueue], None],
     ) -> None:
         self.slots = SlotRecords(clock)
-        self.held: dict[AdapterQueue, None] = {}
+        self.slot_holders: dict[AdapterQueue, None] = {}
         self.places = places
         self.dropped: list[Ticket] = []
         self._loader = loader
         self._clock = clock
         self._patience = patience
-        self._changed = changed
-        self._sent_back = sent_back
-        self._in_the_way = in_the_way
+        self._on_change = on_change
+        self._on_requeue = on_requeue
+        self._on_blocked_slot = on_blocked_slot
         self._adapter_queues: dict[Ref | None, AdapterQueue] = {}
         self._by_key: dict[AdapterKey, list[AdapterQueue]] = {}
         self._alarm: TimerHandle | None = None
-        self._looked = -inf
+        self._last_stall_check = -inf
         self._waiting = LoadQueue(
             loader,
             ahead,
             patience,
             clock,
-            held=lambda: sum(adapter_queue.handle is not None for adapter_queue in self.held),
+            slots_held=lambda: sum(holder.handle is not None for holder in self.slot_holders),
             granted=self._granted,
             failed=self.fail,
         )
-        self._unsubscribe = loader.subscribe(self._heard)
+        self._unsubscribe = loader.subscribe(self._on_event)
 
     # -- requests ----------------------------------------------------------------------------------
 
     def enter(self, ticket: Ticket) -> None:
-        """One more request. Raises what `AdapterLoader.try_acquire` raises, and then has none."""
+        """Add a request. If `AdapterLoader.try_acquire` raises, raise that and add none."""
         adapter_queue = self._adapter_queues.get(ticket.ref)
         if adapter_queue is not None:
             ticket.client = self.places.client_of(ticket.request.client)
@@ -427,85 +429,85 @@ class AdapterQueues:
             if handle is not None:
                 self._adopt(adapter_queue, handle)
             elif ticket.ref is None:
-                self.held[adapter_queue] = None
+                self.slot_holders[adapter_queue] = None
             else:
                 self._waiting.add(adapter_queue)
-                self._watch()
-        self._changed()
+                self._schedule_stall_check()
+        self._on_change()
 
-    def guest_of(self, ticket: Ticket) -> AdapterQueue:
-        """Whose it is; it must not be done."""
+    def queue_of(self, ticket: Ticket) -> AdapterQueue:
+        """Return the queue of a request that is not done."""
         return self._adapter_queues[ticket.ref]
 
     def begin(self, adapter_queue: AdapterQueue, ticket: Ticket) -> None:
-        """It is computed: the engine keeps something of it from now on."""
+        """Give the request a place of the engine."""
         self.places.take(adapter_queue, ticket)
 
-    def begin_again(self, ticket: Ticket) -> None:
-        """The engine keeps nothing of it, for its adapter did not come in time."""
-        self._adapter_queues[ticket.ref].trusted = False
+    def requeue(self, ticket: Ticket) -> None:
+        """Take the request's place: its adapter arrived too late, and may not stream again."""
+        self._adapter_queues[ticket.ref].may_stream = False
         self.places.vacate(ticket)
 
     def preempt(self, ticket: Ticket) -> None:
-        """Take its place for another one; it waits to be computed from its first token on."""
+        """Take the request's place for another one; it restarts from its first token."""
         ticket.progress.restart()
         self.places.vacate(ticket)
         self._waiting.update(self._adapter_queues[ticket.ref])
 
     def charge(self, ticket: Ticket, tokens: int) -> None:
-        """Note that so many tokens were computed of it; it must not be done."""
+        """Count computed tokens of a request that is not done."""
         self._adapter_queues[ticket.ref].tokens += tokens
         if ticket.client is not None:
             ticket.client.tokens += tokens
 
     @property
     def has_ready(self) -> bool:
-        """Whether there are rows that wait for nothing but their turn."""
+        """Whether a request of a ready adapter could be computed at once."""
         ready = (
             adapter_queue
-            for adapter_queue in self.held
+            for adapter_queue in self.slot_holders
             if adapter_queue.is_ready and not adapter_queue.leaving
         )
         return any(adapter_queue.waiting(1, inf) for adapter_queue in ready)
 
     def leave(self, ticket: Ticket) -> None:
-        """It is done, for whatever reason; once."""
+        """Remove a request that is done. Call once per request."""
         adapter_queue = self._adapter_queues[ticket.ref]
         adapter_queue.remove(ticket)
         self.places.leave(ticket)
         if adapter_queue.tickets:
             self._waiting.update(adapter_queue)
         else:
-            self._part(adapter_queue)
+            self._retire(adapter_queue)
 
-    def landed(self, adapter_queues: Iterable[AdapterQueue]) -> None:
-        """A batch that they were in was completed."""
+    def release_batch(self, adapter_queues: Iterable[AdapterQueue]) -> None:
+        """Release the adapters of a completed batch."""
         for adapter_queue in adapter_queues:
-            adapter_queue.flights -= 1
-            if adapter_queue.flights:
+            adapter_queue.batch_count -= 1
+            if adapter_queue.batch_count:
                 continue
             if not adapter_queue.tickets:
                 self._release(adapter_queue)
             elif adapter_queue.leaving:
                 self._settle(adapter_queue)
-        self._relieve()
+        self._release_stalled()
 
     def fail(self, adapter_queue: AdapterQueue, error: LoraxError) -> None:
-        """What goes wrong with an adapter goes wrong with its requests, and with no other."""
+        """Fail the adapter's requests with `error`; others are not affected."""
         tickets, adapter_queue.tickets = adapter_queue.tickets, []
         for ticket in tickets:
             self.places.leave(ticket)
-        self._part(adapter_queue)
+        self._retire(adapter_queue)
         for ticket in tickets:
             ticket.end(error.located(id=adapter_queue.id))
-        self._changed()
+        self._on_change()
 
-    def _part(self, adapter_queue: AdapterQueue) -> None:
-        """It has no requests any more; new ones are another guest's."""
+    def _retire(self, adapter_queue: AdapterQueue) -> None:
+        """Remove a queue without requests; a new request starts a new queue."""
         if self._adapter_queues.get(adapter_queue.ref) is adapter_queue:
             del self._adapter_queues[adapter_queue.ref]
         self._waiting.remove(adapter_queue)
-        if not adapter_queue.flights:
+        if not adapter_queue.batch_count:
             self._release(adapter_queue)
 
     # -- slots -------------------------------------------------------------------------------------
@@ -513,22 +515,22 @@ class AdapterQueues:
     def _granted(self, adapter_queue: AdapterQueue, handle: AdapterHandle) -> None:
         self._waiting.remove(adapter_queue)
         self._adopt(adapter_queue, handle)
-        self._changed()
+        self._on_change()
 
     def _adopt(self, adapter_queue: AdapterQueue, handle: AdapterHandle) -> None:
         slot = handle.slot
         adapter_queue.handle, adapter_queue.place = handle, SlotRef(slot.index, slot.generation)
-        adapter_queue.trusted = True
+        adapter_queue.may_stream = True
         adapter_queue.leaving = self.slots.is_leaving(slot)
         adapter_queue.arrival = self.slots.adopt(handle)
-        self.held[adapter_queue] = None
+        self.slot_holders[adapter_queue] = None
         self._by_key.setdefault(handle.key, []).append(adapter_queue)
         self._settle(adapter_queue)
-        self._watch()
+        self._schedule_stall_check()
 
     def _release(self, adapter_queue: AdapterQueue) -> None:
-        """Give its slot back, if it has one. Idempotent."""
-        self.held.pop(adapter_queue, None)
+        """Release its slot, if it has one. Idempotent."""
+        self.slot_holders.pop(adapter_queue, None)
         handle, adapter_queue.handle, adapter_queue.arrival = adapter_queue.handle, None, None
         if handle is None:
             return
@@ -537,50 +539,50 @@ class AdapterQueues:
         if not others:
             del self._by_key[handle.key]
         handle.release()
-        self._waiting.look_soon()
+        self._waiting.schedule_look()
 
-    def _send_back(self, adapter_queue: AdapterQueue, *, resting: bool = False) -> None:
-        """Others get its slot; it waits for another one."""
+    def _send_back(self, adapter_queue: AdapterQueue, *, needs_file: bool = False) -> None:
+        """Release its slot for others; queue it for another slot."""
         self._release(adapter_queue)
         for ticket in adapter_queue.tickets:
-            self._sent_back(ticket)
-        self._waiting.add(adapter_queue, resting=resting)
-        self._watch()
+            self._on_requeue(ticket)
+        self._waiting.add(adapter_queue, needs_file=needs_file)
+        self._schedule_stall_check()
 
     # -- events ------------------------------------------------------------------------------------
 
-    def _heard(self, event: Event) -> None:
+    def _on_event(self, event: Event) -> None:
         if event.slot is not None:
-            self.slots.heard(event, event.slot)
+            self.slots.record(event, event.slot)
         for adapter_queue in tuple(self._by_key.get(event.key, ())):
-            self._tell(adapter_queue, event)
+            self._apply(adapter_queue, event)
 
-    def _tell(self, adapter_queue: AdapterQueue, event: Event) -> None:
+    def _apply(self, adapter_queue: AdapterQueue, event: Event) -> None:
         if isinstance(event, LayerReady | Resident):
             adapter_queue.leaving = adapter_queue.leaving and not isinstance(event, Resident)
-            self._changed()
+            self._on_change()
         elif isinstance(event, Failed | Leaving):
             adapter_queue.leaving = adapter_queue.leaving or isinstance(event, Leaving)
-            # A slot breaks, and leaves, after that was told.
+            # The event precedes the change of the slot.
             asyncio.get_running_loop().call_soon(self._settle, adapter_queue)
 
     def _settle(self, adapter_queue: AdapterQueue) -> None:
-        """Fail it if its weights are no good; let it go if it is to."""
-        self.judge([adapter_queue])
+        """Fail it if its weights are bad or the loader is closed; release its slot if leaving."""
+        self.check_integrity([adapter_queue])
         if adapter_queue.handle is None:
             return
         if adapter_queue.handle.released:
             self.fail(adapter_queue, LoaderClosedError("the loader was closed"))
-        elif adapter_queue.leaving and adapter_queue.tickets and not adapter_queue.flights:
+        elif adapter_queue.leaving and adapter_queue.tickets and not adapter_queue.batch_count:
             self._send_back(adapter_queue)
 
-    def check(self) -> None:
-        """Settle what no event tells: a digest that is another, a loader that was closed."""
-        for adapter_queue in tuple(self.held):
+    def settle_all(self) -> None:
+        """Apply changes without an event: a wrong digest, a closed loader."""
+        for adapter_queue in tuple(self.slot_holders):
             self._settle(adapter_queue)
 
-    def judge(self, adapter_queues: Iterable[AdapterQueue]) -> None:
-        """Fail those whose weights turned out to be no good, or load them once more."""
+    def check_integrity(self, adapter_queues: Iterable[AdapterQueue]) -> None:
+        """Fail or reload the adapters whose weights turned out to be bad."""
         for adapter_queue in adapter_queues:
             handle = adapter_queue.handle
             if handle is None:
@@ -594,14 +596,14 @@ class AdapterQueues:
                     self._reload(adapter_queue, handle.key, error)
 
     def _reload(self, adapter_queue: AdapterQueue, key: AdapterKey, error: LoraxError) -> None:
-        """Let its requests wait for another version, if there is one, unless they have tokens.
+        """Move its requests to a new queue for another version; fail those that have tokens.
 
-        They are another guest's from now on: nothing counts that is being computed of them.
+        Results of batches in flight no longer count for the moved requests.
         """
         tickets, adapter_queue.tickets = adapter_queue.tickets, []
         again = AdapterQueue(adapter_queue.ref, adapter_queue.tokens)
         again.reloaded = True
-        self._part(adapter_queue)
+        self._retire(adapter_queue)
         for ticket in tickets:
             if ticket.generated:
                 self.places.leave(ticket)
@@ -612,68 +614,69 @@ class AdapterQueues:
             ticket.progress.restart()
             self.places.vacate(ticket)
             again.add(ticket)
-            self._sent_back(ticket)
+            self._on_requeue(ticket)
         if again.tickets:
             self._adapter_queues[adapter_queue.ref] = again
-            self._waiting.add(again, broken=(key, error))
-            self._watch()
-        self._changed()
+            self._waiting.add(again, failure=(key, error))
+            self._schedule_stall_check()
+        self._on_change()
 
-    def make_way(self) -> None:
-        """Nobody may begin. Where all who have begun wait for slots, they get one held in vain.
+    def yield_slot(self) -> None:
+        """Preempt an idle slot holder if no request can start and all begun ones wait for slots.
 
-        Who gave way keeps what it gets next: those who have begun may not be ready to take it.
+        An adapter that has yielded keeps its next slot for `patience`: the begun requests may not
+        be ready to take it.
         """
-        held = [adapter_queue for adapter_queue in self.held if adapter_queue.handle is not None]
+        holders = [holder for holder in self.slot_holders if holder.handle is not None]
         since = self._clock.time() - self._patience
-        in_vain = [adapter_queue for adapter_queue in held if adapter_queue.gave_way <= since]
-        if in_vain and not any(adapter_queue.begun for adapter_queue in held):
-            adapter_queue = max(in_vain, key=attrgetter("urgency"))
-            adapter_queue.gave_way = self._clock.time()
+        candidates = [holder for holder in holders if holder.yielded_at <= since]
+        if candidates and not any(holder.begun for holder in holders):
+            adapter_queue = max(candidates, key=attrgetter("urgency"))
+            adapter_queue.yielded_at = self._clock.time()
             self._send_back(adapter_queue)
 
-    # -- slots in which nothing comes --------------------------------------------------------------
+    # -- slots in which no layers arrive -----------------------------------------------------------
 
-    def _watch(self) -> None:
-        """While others wait, a slot is not for who gets nothing in it."""
+    def _schedule_stall_check(self) -> None:
+        """Set the timer at which a slot without new layers is released for waiting adapters."""
         if self._alarm is not None:
             self._alarm.cancel()
             self._alarm = None
         due = min((latest for _, latest in self._streaming()), default=None)
         if due is not None and len(self._waiting):
-            when = max(due, self._looked) + self._patience
-            self._alarm = self._clock.call_at(when, self._relieve)
+            when = max(due, self._last_stall_check) + self._patience
+            self._alarm = self._clock.call_at(when, self._release_stalled)
 
-    def _relieve(self) -> None:
+    def _release_stalled(self) -> None:
         now = self._clock.time()
         for adapter_queue, latest in self._streaming():
             if now < latest + self._patience or not len(self._waiting):
                 continue
-            if adapter_queue.flights:
-                self._looked = now
-                self._in_the_way(adapter_queue)
+            if adapter_queue.batch_count:
+                self._last_stall_check = now
+                self._on_blocked_slot(adapter_queue)
             else:
-                self._send_back(adapter_queue, resting=True)
-        self._watch()
+                self._send_back(adapter_queue, needs_file=True)
+        self._schedule_stall_check()
 
     def _streaming(self) -> list[tuple[AdapterQueue, float]]:
-        """Guests whose layers are to come, and when something of them came last."""
+        """Return the streaming adapters, each with the time of its latest layer."""
         return [
             (adapter_queue, adapter_queue.arrival.latest)
-            for adapter_queue in self.held
+            for adapter_queue in self.slot_holders
             if adapter_queue.arrival is not None and not adapter_queue.is_ready
         ]
 
     # -- the end -----------------------------------------------------------------------------------
 
     async def close(self, error: LoraxError) -> None:
-        """Fail all requests and give all slots back, those of batches under way, too."""
+        """Fail all requests and release all slots, also those of batches in flight."""
         self._unsubscribe()
         if self._alarm is not None:
             self._alarm.cancel()
         for adapter_queue in tuple(self._adapter_queues.values()):
             self.fail(adapter_queue, error)
-        for adapter_queue in tuple(self.held):
+        for adapter_queue in tuple(self.slot_holders):
             self._release(adapter_queue)
         await self._waiting.close()
 
@@ -681,13 +684,13 @@ class AdapterQueues:
 def _may_have_changed(
     adapter_queue: AdapterQueue, handle: AdapterHandle, error: LoraxError
 ) -> bool:
-    """Return whether it is worth asking: its files are local, and what was read is not them.
+    """Return whether local files may have been replaced since they were read.
 
-    A digest that the caller gave is the caller's own word: others are refused.
+    A key or a digest names one version: a changed file cannot satisfy it.
     """
     local = bool(handle.key.files) and not isinstance(handle.key, RemoteKey)
-    own = (
+    fixed_version = (
         isinstance(adapter_queue.ref, AdapterKey)
         or getattr(adapter_queue.ref, "digest", None) is not None
     )
-    return local and not own and isinstance(error, IntegrityError)
+    return local and not fixed_version and isinstance(error, IntegrityError)

@@ -1,4 +1,4 @@
-"""Which requests get the engine's places, and how many rows and tokens each."""
+"""Decide which requests get the engine's places, and how many rows and tokens each gets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lorax_async.scheduler.requests import Client, Ticket
 from lorax_async.scheduler.step import PassTimeModel
 
 Holder = AdapterQueue | Client
-"""Has requests, places and tokens: an adapter or a client."""
+"""An adapter or a client: it has requests, places and tokens."""
 
 _Group = tuple[AdapterQueue, Client | None]
 """Requests for one adapter by one client."""
@@ -20,28 +20,28 @@ _Group = tuple[AdapterQueue, Client | None]
 _LOSS, _SAME, _GAIN = -1, 0, 1
 
 Queue = tuple[AdapterQueue, list[Ticket]]
-"""An adapter, and those of its requests that could be in the next batch, by urgency."""
+"""An adapter and its requests that could be in the next batch, by urgency."""
 
 
 class EngineSlots:
-    """The engine's places: a request takes one with its first batch, and has it until its end.
+    """The engine's places; a request takes one with its first batch and keeps it to its end.
 
     Attributes
     ----------
     count
-        How many there are; `inf` where the engine sets no limit.
-    most
-        How many one adapter, or one client, may have while others wait.
+        The number of places; `inf` without a limit.
+    max_per_holder
+        The most places of one adapter, or of one client, while others wait.
     level
-        A request that is this many seconds old by its urgency comes before those whose adapters
-        got fewer tokens.
+        The age in seconds, by urgency, from which a request precedes those whose adapters got
+        fewer tokens.
     taken
-        The requests that have places, with their adapters, in the order in which they began.
+        The requests with a place and their adapters, in the order in which they began.
     """
 
     def __init__(self, count: float, share: float, level: float) -> None:
         self.count = count
-        self.most = inf if count == inf else max(1, int(count * share))
+        self.max_per_holder = inf if count == inf else max(1, int(count * share))
         self.level = level
         self.taken: dict[Ticket, AdapterQueue] = {}
         self._clients: dict[Hashable, Client] = {}
@@ -51,7 +51,7 @@ class EngineSlots:
         return self.count - len(self.taken)
 
     def client_of(self, name: Hashable) -> Client | None:
-        """Return the client of this name, with one more request; None is none that is known."""
+        """Return the client of this name and count one more request; None for an unknown client."""
         if name is None:
             return None
         client = self._clients.get(name)
@@ -62,7 +62,7 @@ class EngineSlots:
         return client
 
     def leave(self, ticket: Ticket) -> None:
-        """Forget a request that is done. Call once."""
+        """Forget a request that is done. Call once per request."""
         self.vacate(ticket)
         client = ticket.client
         if client is not None:
@@ -77,7 +77,7 @@ class EngineSlots:
             holder.begun += 1
 
     def vacate(self, ticket: Ticket) -> None:
-        """Without effect if it has no place."""
+        """Free the request's place, if it has one."""
         adapter_queue = self.taken.pop(ticket, None)
         if adapter_queue is not None:
             ticket.begun = False
@@ -85,12 +85,12 @@ class EngineSlots:
                 holder.begun -= 1
 
     def is_contended(self, adapter_queues: Iterable[AdapterQueue]) -> bool:
-        """Return whether a holder has more than its share while another one of its kind waits."""
-        adapters = [each for each in set(self.taken.values()) if each.begun > self.most]
-        clients = [each for each in self._clients.values() if each.begun > self.most]
+        """Return whether a holder is above its share while another of its kind waits."""
+        adapters = [each for each in set(self.taken.values()) if each.begun > self.max_per_holder]
+        clients = [each for each in self._clients.values() if each.begun > self.max_per_holder]
         if not adapters and not clients:
             return False
-        waiting = [adapter_queue for adapter_queue in adapter_queues if adapter_queue.waits]
+        waiting = [adapter_queue for adapter_queue in adapter_queues if adapter_queue.has_unbegun]
         if any(adapter_queue is not large for adapter_queue in waiting for large in adapters):
             return True
         return any(
@@ -103,14 +103,14 @@ class EngineSlots:
 
 @dataclass(slots=True)
 class Admission:
-    """What was decided for one batch.
+    """A decision for one batch.
 
     Attributes
     ----------
     admitted
         Requests that may begin.
     preempted
-        Requests that lose their places to the last ones of these.
+        Requests that lose their places to the last of the admitted ones.
     """
 
     admitted: set[Ticket] = field(default_factory=set)
@@ -121,18 +121,18 @@ def admit(queues: Sequence[Queue], places: EngineSlots, now: float, *, preempt: 
     """Decide which requests without a place may take one.
 
     Free places go to holders below their share first; then the youngest requests of holders above
-    theirs are preempted for the others. In either case the adapter and the
-    client that got the fewest tokens come first. That nobody waits for ever, requests older than
-    `EngineSlots.level` come before these, the oldest first.
+    theirs are preempted for the others. In both cases the adapter and client with the fewest tokens
+    come first. To prevent starvation, requests older than `EngineSlots.level` precede these, the
+    oldest first.
 
-    A place goes from a holder above its share to one with at least two fewer; so a preempted
-    request begins again only when a place becomes free, and two never take turns.
+    A place moves only from a holder above its share to one with at least two fewer, so that two
+    requests never preempt each other in turns.
     """
     return _AdmissionRound(places, now).decide(queues, preempt=preempt)
 
 
 class _AdmissionRound:
-    """The counts while one batch is decided."""
+    """The counts of places and tokens while one batch is decided."""
 
     def __init__(self, places: EngineSlots, now: float) -> None:
         self._places = places
@@ -154,10 +154,10 @@ class _AdmissionRound:
             self._begin(self._next(waiting), waiting)
             free -= 1
         while waiting and preempt:
-            found = self._first_with_victim(waiting)
-            if found is None:
+            move = self._first_with_victim(waiting)
+            if move is None:
                 break
-            first, victim = found
+            first, victim = move
             self._result.preempted.append(victim)
             self._count(self._places.taken[victim], victim, -1)
             self._begin(first, waiting)
@@ -166,28 +166,29 @@ class _AdmissionRound:
     def _first_with_victim(
         self, waiting: Mapping[_Group, Sequence[Ticket]]
     ) -> tuple[_Group, Ticket] | None:
-        """Return who gets a place that is taken away, and from whom.
+        """Return the group that takes a place and the request that loses it.
 
-        All clients without a place are alike, and there may be hundreds of them.
+        Clients without a place have the same victims: try one of them per adapter, for there may be
+        hundreds.
         """
-        in_vain: set[tuple[AdapterQueue, Client | None]] = set()
+        tried: set[tuple[AdapterQueue, Client | None]] = set()
         for group in sorted(waiting, key=lambda each: self._key(each, waiting)):
             adapter_queue, client = group
             alike = adapter_queue, client if self._has(client) else None
-            if alike in in_vain:
+            if alike in tried:
                 continue
             victim = self._victim(adapter_queue, client)
             if victim is not None:
                 return group, victim
-            in_vain.add(alike)
+            tried.add(alike)
         return None
 
     def _next(self, waiting: dict[_Group, list[Ticket]]) -> _Group:
-        """Return who gets a free place."""
+        """Return the group that gets a free place."""
         below = [each for each in waiting if not self._exceeds(each, waiting)]
         if below:
             return min(below, key=lambda each: self._key(each, waiting))
-        # In the order in which places would be taken away again.
+        # All are above their share: choose the one that would be preempted last.
         return min(waiting, key=lambda each: (max(map(self._has, each)), self._key(each, waiting)))
 
     def _begin(
@@ -208,7 +209,7 @@ class _AdmissionRound:
             self._more[holder] += change
 
     def _has(self, holder: Holder | None) -> int:
-        """Return the places that it has by now."""
+        """Return the holder's places, with those granted in this round."""
         return 0 if holder is None else holder.begun + self._more[holder]
 
     def _exceeds(
@@ -216,13 +217,13 @@ class _AdmissionRound:
         group: _Group,
         waiting: Mapping[_Group, object],
     ) -> bool:
-        """Return whether one more place would be above a share that another one waits for."""
+        """Return whether one more place would exceed a share while another holder waits."""
         adapter_queue, client = group
-        if self._has(adapter_queue) >= self._places.most and any(
+        if self._has(adapter_queue) >= self._places.max_per_holder and any(
             other is not adapter_queue for other, _ in waiting
         ):
             return True
-        return self._has(client) >= self._places.most and any(
+        return self._has(client) >= self._places.max_per_holder and any(
             other is not client for _, other in waiting
         )
 
@@ -237,61 +238,65 @@ class _AdmissionRound:
         return not overdue, 0 if overdue else got, order
 
     def _victim(self, adapter_queue: AdapterQueue, client: Client | None) -> Ticket | None:
-        """Return the youngest request that gives way to this adapter and client, if any does.
+        """Return the youngest request to preempt for this adapter and client, or None.
 
-        One whose adapter and client both have too much comes first.
+        Requests whose adapter and client are both above their share come first.
         """
-        found: tuple[int, tuple[float, int]] | None = None
+        rank: tuple[int, tuple[float, int]] | None = None
         victim = None
         for ticket, holder in self._places.taken.items():
-            if ticket.flying or ticket in self._result.preempted:
+            if ticket.in_batch or ticket in self._result.preempted:
                 continue
             moves = self._move(holder, adapter_queue), self._move(ticket.client, client)
             gains = moves.count(_GAIN)
-            if gains and _LOSS not in moves and (found is None or (gains, ticket.order) > found):
-                found, victim = (gains, ticket.order), ticket
+            if gains and _LOSS not in moves and (rank is None or (gains, ticket.order) > rank):
+                rank, victim = (gains, ticket.order), ticket
         return victim
 
     def _move(self, giver: Holder | None, taker: Holder | None) -> int:
-        """Return what is gained for one kind of holder if one gives a place to the other.
+        """Return whether fairness gains or loses if `giver` passes a place to `taker`.
 
-        The sum of squares of what holders have above their share becomes less with a gain, and no
-        more without a loss: so preempting comes to an end.
+        The sum of squares of the holders' excess over their share falls with a gain and does not
+        rise without a loss; so preemption terminates.
         """
         if giver is taker:
             return _SAME
-        most, has, gets = self._places.most, self._has(giver), self._has(taker)
-        if giver is not None and has > most and has > gets + 1:
+        limit = self._places.max_per_holder
+        giver_has, taker_has = self._has(giver), self._has(taker)
+        if giver is not None and giver_has > limit and giver_has > taker_has + 1:
             return _GAIN
-        return _SAME if taker is None or gets < most else _LOSS
+        return _SAME if taker is None or taker_has < limit else _LOSS
 
 
 def _holders(adapter_queue: AdapterQueue, ticket: Ticket) -> Sequence[Holder]:
     return (adapter_queue,) if ticket.client is None else (adapter_queue, ticket.client)
 
 
-LEAST = 64
-"""Tokens of a prompt that are worth a row; the last ones of it may be fewer."""
+MIN_ROW_TOKENS = 64
+"""The fewest tokens of a prompt that are worth a row, except for its last part."""
 
 
 def share(
-    wants: Sequence[Sequence[int]], max_tokens: int, max_sequences: int, *, least: int = LEAST
+    wants: Sequence[Sequence[int]],
+    max_tokens: int,
+    max_sequences: int,
+    *,
+    least: int = MIN_ROW_TOKENS,
 ) -> Sequence[Sequence[int]]:
-    """Tokens for the first sequences of each adapter.
+    """Divide a batch among adapters: return the tokens of each one's first sequences.
 
-    An adapter gets no less than another one but where it wants less: first rows, one each in turn,
-    then the tokens that are left. What one does not want, others have. Where rows do not
-    come out even, the more urgent adapter has one more.
+    Divide rows first, one per adapter in turn, then the remaining tokens, by max-min fairness: an
+    adapter gets less than another only if it wants less. The more urgent adapter gets an odd row.
 
     Parameters
     ----------
     wants
-        The tokens that each sequence could use, by adapter. Adapters, and the sequences of each,
-        by urgency: the first one always gets some.
+        Per adapter, the tokens that each sequence could use; both by urgency. The first sequence
+        always gets some.
     max_tokens, max_sequences
-        Of the batch; at least 1.
+        The limits of the batch; at least 1.
     least
-        Nobody's prompt is begun with fewer tokens, unless that is all of it, or of the batch.
+        The fewest tokens of a row, unless the sequence wants or the batch holds fewer.
     """
     if sum(map(len, wants)) <= max_sequences and sum(map(sum, wants)) <= max_tokens:
         return wants
@@ -309,7 +314,7 @@ def share(
 def _rows(
     wants: Sequence[Sequence[int]], tokens: int, rows: int, least: int
 ) -> tuple[list[int], int]:
-    """How many sequences of each adapter, and how many tokens are left besides `least` for each."""
+    """Return the number of sequences per adapter, and the tokens left besides `least` for each."""
     counts = [0] * len(wants)
     in_turn = [number for number, each in enumerate(wants) if each]
     while in_turn:
@@ -331,28 +336,28 @@ def _rows(
 
 
 def level(wants: Sequence[int], room: int) -> list[int]:
-    """Divide `room`: nobody gets more than it wants, nor more than another that wants more."""
-    given = [0] * len(wants)
+    """Divide `room` by max-min fairness: no share exceeds its want or a larger want's share."""
+    shares = [0] * len(wants)
     ascending = sorted(range(len(wants)), key=lambda number: (wants[number], -number))
     for done, number in enumerate(ascending):
-        given[number] = min(wants[number], room // (len(wants) - done))
-        room -= given[number]
-    return given
+        shares[number] = min(wants[number], room // (len(wants) - done))
+        room -= shares[number]
+    return shares
 
 
 def _spread(wants: Sequence[int], least: int, extra: int) -> list[int]:
-    """`least` for each, and the rest for the first ones."""
-    given = []
+    """Return up to `least` tokens for each, and the `extra` ones for the first."""
+    shares = []
     for want in wants:
         more = min(extra, max(0, want - least))
-        given.append(min(want, least) + more)
+        shares.append(min(want, least) + more)
         extra -= more
-    return given
+    return shares
 
 
 @dataclass(frozen=True, slots=True)
 class BatchCapacity:
-    """What a batch may have: tokens and sequences."""
+    """The limits of a batch: tokens and sequences."""
 
     tokens: int
     sequences: int
@@ -360,9 +365,10 @@ class BatchCapacity:
 
 @dataclass(frozen=True, slots=True)
 class BatchSelection:
-    """Rows, by adapter; and the next moment at which there may be others without any news.
+    """The rows of a batch, by adapter.
 
-    The `preempted` lose their places to some of the rows.
+    `due` is the next time at which more rows may be ready without any event. The `preempted`
+    requests lose their places to some of the rows.
     """
 
     rows: list[tuple[AdapterQueue, Ticket, int]]
@@ -378,13 +384,13 @@ def pick(
     layers: int,
     now: float,
 ) -> BatchSelection:
-    """Choose rows among the adapters that are there, or will be when their layers are computed."""
+    """Choose rows of adapters that are ready, or whose layers are expected in time."""
     if places.count < inf:
         picked = _admitted(adapter_queues, room, places, pace, layers, now)
         if picked is not None:
             return picked
     queues, due = _queues(adapter_queues, room, places.free, pace, layers, now)
-    return BatchSelection(_without_too_many_fresh(_shared(queues, room), places.free), due)
+    return BatchSelection(_limit_new(_shared(queues, room), places.free), due)
 
 
 def _admitted(
@@ -395,30 +401,36 @@ def _admitted(
     layers: int,
     now: float,
 ) -> BatchSelection | None:
-    """Choose rows so that places are shared; None if none that may begin finds room."""
+    """Choose rows so that places are shared; return None if no admitted request finds room."""
     preempt = places.is_contended(adapter_queues)
-    fresh = max(places.free, 1 if preempt else 0)
-    queues, due = _queues(adapter_queues, room, fresh, pace, layers, now)
-    if fresh:  # whoever may get a place, not only the most urgent ones
+    max_new = max(places.free, 1 if preempt else 0)
+    queues, due = _queues(adapter_queues, room, max_new, pace, layers, now)
+    if max_new:  # consider every request for a place, not only the most urgent ones
         queues = [
             (adapter_queue, adapter_queue.waiting(len(adapter_queue.tickets), inf))
             for adapter_queue, _ in queues
         ]
     while True:
-        decided = admit(queues, places, now, preempt=preempt)
-        out = set(decided.preempted)
+        admission = admit(queues, places, now, preempt=preempt)
+        preempted = set(admission.preempted)
         admitted = [
             (adapter_queue, kept)
             for adapter_queue, tickets in queues
-            if (kept := [t for t in tickets if (t.begun and t not in out) or t in decided.admitted])
+            if (
+                kept := [
+                    ticket
+                    for ticket in tickets
+                    if (ticket.begun and ticket not in preempted) or ticket in admission.admitted
+                ]
+            )
         ]
         rows = _shared(admitted, room)
-        fitting = decided.admitted & {ticket for _, ticket, _ in rows}
-        if fitting == decided.admitted:
-            return BatchSelection(rows, due, decided.preempted)
+        fitting = admission.admitted & {ticket for _, ticket, _ in rows}
+        if fitting == admission.admitted:
+            return BatchSelection(rows, due, admission.preempted)
         if not fitting:
             return None
-        # No place is taken, and nobody preempted, for a request that finds no room in the batch.
+        # Neither take a place nor preempt for a request that finds no room in the batch.
         queues = [
             (adapter_queue, [t for t in tickets if t.begun or t in fitting])
             for adapter_queue, tickets in queues
@@ -428,20 +440,20 @@ def _admitted(
 def _queues(
     adapter_queues: Iterable[AdapterQueue],
     room: BatchCapacity,
-    fresh: float,
+    max_new: float,
     pace: PassTimeModel,
     layers: int,
     now: float,
 ) -> tuple[list[Queue], float]:
-    """Requests that could be computed, `fresh` of an adapter's that have not begun at most.
+    """Return the requests that could be computed, and when the next ones may be.
 
-    Also the next moment at which there may be others.
+    At most `max_new` requests per adapter have not begun.
     """
     ready, coming = list[Queue](), list[Queue]()
     for adapter_queue in adapter_queues:
         if adapter_queue.leaving:
             continue
-        tickets = adapter_queue.waiting(room.sequences, fresh)
+        tickets = adapter_queue.waiting(room.sequences, max_new)
         if tickets:
             (ready if adapter_queue.is_ready else coming).append((adapter_queue, tickets))
     due = _join(ready, coming, room, pace, layers, now) if coming else inf
@@ -453,10 +465,10 @@ def _shared(queues: Iterable[Queue], room: BatchCapacity) -> list[tuple[AdapterQ
     wants = [[ticket.progress.wants for ticket in tickets] for _, tickets in queues]
     return [
         (adapter_queue, ticket, tokens)
-        for (adapter_queue, tickets), given in zip(
+        for (adapter_queue, tickets), allotted in zip(
             queues, share(wants, room.tokens, room.sequences), strict=True
         )
-        for ticket, tokens in zip(tickets, given, strict=False)
+        for ticket, tokens in zip(tickets, allotted, strict=False)
     ]
 
 
@@ -468,21 +480,21 @@ def _join(
     layers: int,
     now: float,
 ) -> float:
-    """Add to `ready` who may join a pass that begins now; when the next one may, if nothing comes.
+    """Add to `ready` the streaming adapters that may join a pass now; return when the next may.
 
-    Who joins makes the pass longer, for the others as well.
+    Joining rows lengthen the pass, which gives the layers of the others more time.
     """
     tokens = sum(ticket.progress.wants for _, tickets in ready for ticket in tickets)
     due = inf
     for adapter_queue, tickets in sorted(coming, key=lambda queue: queue[1][0].order):
-        if not adapter_queue.trusted or adapter_queue.arrival is None:
+        if not adapter_queue.may_stream or adapter_queue.arrival is None:
             continue
         more = sum(ticket.progress.wants for ticket in tickets)
         seconds = pace.predict(min(room.tokens, tokens + more))
-        if seconds is None and not ready:  # nobody else is kept waiting, and this shows the pace
+        if seconds is None and not ready:  # it delays no other row, and measures the pass time
             at = now if adapter_queue.arrival.arrived else inf
         else:
-            at = adapter_queue.arrival.joins_at(now, seconds, layers)
+            at = adapter_queue.arrival.earliest_pass(now, seconds, layers)
         if at <= now:
             ready.append((adapter_queue, tickets))
             tokens += more
@@ -491,13 +503,13 @@ def _join(
     return due
 
 
-def _without_too_many_fresh(
-    rows: list[tuple[AdapterQueue, Ticket, int]], fresh: float
+def _limit_new(
+    rows: list[tuple[AdapterQueue, Ticket, int]], max_new: float
 ) -> list[tuple[AdapterQueue, Ticket, int]]:
-    """The most urgent of those that have not begun begin."""
-    metadata = [ticket for _, ticket, _ in rows if not ticket.begun]
-    if len(metadata) <= fresh:
+    """Drop all but the `max_new` most urgent rows of requests that have not begun."""
+    new = [ticket for _, ticket, _ in rows if not ticket.begun]
+    if len(new) <= max_new:
         return rows
-    metadata.sort(key=lambda ticket: ticket.order)
-    later = set(metadata[int(fresh) :])
+    new.sort(key=lambda ticket: ticket.order)
+    later = set(new[int(max_new) :])
     return [row for row in rows if row[1] not in later]

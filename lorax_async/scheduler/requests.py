@@ -1,4 +1,4 @@
-"""What a server asks the scheduler for, and what it holds until that is done."""
+"""Requests of a server, and the tickets it holds until they are done."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lorax_async.validation import require_count, require_seconds
 
 
 class TimerHandle(Protocol):
-    """What was put off, until it is cancelled."""
+    """A pending call, which `cancel` drops."""
 
     def cancel(self) -> None: ...
 
 
 class Clock(Protocol):
-    """Seconds, and calls at a moment."""
+    """A source of time, in seconds, and of timed calls."""
 
     def time(self) -> float: ...
 
@@ -29,7 +29,7 @@ class Clock(Protocol):
 
 
 class LoopClock:
-    """The machine's time, and a loop's calls: a loop may count whole milliseconds only."""
+    """The monotonic clock with a loop's timers: a loop's own time may be in whole milliseconds."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -42,14 +42,14 @@ class LoopClock:
 
 
 class SequenceProgress:
-    """Tokens of one sequence.
+    """The tokens of one sequence.
 
     Attributes
     ----------
     position
-        Tokens that were computed, and whose keys and values the engine has.
+        The number of computed tokens, whose keys and values the engine has.
     generated
-        Tokens that came out.
+        The number of generated tokens.
     """
 
     __slots__ = ("_limit", "_prompt", "generated", "position")
@@ -62,13 +62,13 @@ class SequenceProgress:
 
     @property
     def wants(self) -> int:
-        """Tokens that could be computed next."""
+        """The number of tokens that could be computed next."""
         return self._prompt + self.generated - self.position
 
     def advance(self, tokens: int) -> bool:
-        """So many were computed; whether the sequence is as long as it may be.
+        """Count computed tokens; return whether the sequence has its `max_new_tokens`.
 
-        The last of what it wanted brings the next token.
+        Computing the last wanted token generates the next one.
         """
         self.position += tokens
         if not self.wants:
@@ -76,34 +76,34 @@ class SequenceProgress:
         return self.generated == self._limit
 
     def restart(self) -> None:
-        """What was computed is lost: it begins again, with the tokens that came out."""
+        """Forget the computed keys and values; the generated tokens stay."""
         self.position = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One sequence to be generated with one adapter.
+    """One sequence to generate with one adapter.
 
     Parameters
     ----------
     adapter_id
         As for `AdapterLoader.load`; None is the base alone.
     prompt_tokens
-        How many tokens the prompt has; at least 1.
+        The number of tokens of the prompt; at least 1.
     max_new_tokens
-        After so many it is finished, if nothing else ends it; at least 1.
+        The number of generated tokens after which it is finished; at least 1.
     priority
         Each level counts as `LoaderConfig.starvation_age` seconds of waiting, as for loads.
     deadline
-        Seconds from `submit` by which it must be in a batch; None takes the config's `timeout`.
+        Seconds from `submit` by which it must be in a batch; None is `LoaderConfig.timeout`.
     client
-        On whose behalf: while others wait, one client has at most a share of the engine's places,
-        as one adapter has. None: of no client that is known.
+        The client it is for. While others wait, a client, like an adapter, has at most a share of
+        the engine's places. None: unknown.
 
     Raises
     ------
     UsageError
-        A number is out of range, or the id is none.
+        A number is out of range, or `adapter_id` is not an adapter id.
     """
 
     adapter_id: AdapterId | None
@@ -123,21 +123,21 @@ class Request:
 
     @property
     def ref(self) -> Ref | None:
-        """The id as it is kept."""
+        """`adapter_id` as an `AdapterRef`, key or merge; None is the base."""
         return None if self.adapter_id is None else as_ref(self.adapter_id)
 
 
 class Client:
-    """On whose behalf requests are made, while there are some.
+    """A client with requests.
 
     Attributes
     ----------
     requests
-        Those that are not done.
+        The number of its requests that are not done.
     begun
-        Those of which the engine keeps something.
+        The number of its requests that occupy a place of the engine.
     tokens
-        Tokens that were computed for it; a new client begins with the fewest of the others.
+        Tokens computed for this client. A new client starts with the minimum of all clients.
     """
 
     __slots__ = ("begun", "name", "requests", "tokens")
@@ -150,14 +150,14 @@ class Client:
 
 
 class Ticket:
-    """One request under way. Awaiting it waits until it is finished, or raises why it is not.
+    """A submitted request. Await it for the number of generated tokens, or for its error.
 
-    It gives the number of tokens that came out, and raises `CancelledError` after `cancel`. Whoever
-    is cancelled while awaiting does not cancel it; `cancel` does. All on the scheduler's loop.
+    After `cancel`, awaiting raises `CancelledError`. Cancelling a task that awaits the ticket does
+    not cancel the request. Use it on the scheduler's loop only.
     """
 
     __slots__ = (
-        "_cancel", "_future", "alarm", "begun", "client", "error", "flying", "order", "progress",
+        "_cancel", "_future", "alarm", "begun", "client", "error", "in_batch", "order", "progress",
         "ref", "request",
     )  # fmt: skip
 
@@ -172,21 +172,21 @@ class Ticket:
         self.ref = request.ref
         self.client: Client | None = None
         self.order = order
-        """Sorts by urgency."""
+        """Sort key: urgency, then the order of submission."""
         self.progress = SequenceProgress(request.prompt_tokens, request.max_new_tokens)
         self.begun = False
-        """It was in a batch: the engine has keys and values of it."""
-        self.flying = False
-        """It is in a batch."""
+        """Whether it occupies a place of the engine, which has its keys and values."""
+        self.in_batch = False
+        """Whether it is in a batch in flight."""
         self.alarm: TimerHandle | None = None
         self.error: LoraxError | None = None
-        """Why it was not finished."""
+        """The error that ended it, if any."""
         self._future = future
         self._cancel = cancel
 
     @property
     def done(self) -> bool:
-        """Finished, failed or cancelled."""
+        """Whether it is finished, failed or cancelled."""
         return self._future.done()
 
     @property
@@ -195,17 +195,17 @@ class Ticket:
 
     @property
     def generated(self) -> int:
-        """Tokens that came out so far."""
+        """The number of tokens generated so far."""
         return self.progress.generated
 
-    def add_done_callback(self, heard: Callable[[], None]) -> None:
-        """Have it called once it is done, in the loop's next turn."""
-        self._future.add_done_callback(lambda _: heard())
+    def add_done_callback(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once it is done, in the loop's next turn."""
+        self._future.add_done_callback(lambda _: callback())
 
     def cancel(self) -> bool:
-        """Have no further token computed; what a batch has begun is computed and thrown away.
+        """Compute no further token, and discard its row of a batch in flight.
 
-        Whether it was not done before.
+        Return False if it was done already.
         """
         if self.done:
             return False
@@ -215,13 +215,13 @@ class Ticket:
         return True
 
     def end(self, error: LoraxError | None = None) -> None:
-        """For the scheduler: it is finished, or failed; it was not done before."""
+        """Finish it, or fail it with `error`. For the scheduler; it must not be done."""
         self.disarm()
         self.error = error
         self._future.set_result(None)
 
     def disarm(self) -> None:
-        """For the scheduler: it waits for nothing that could come too late."""
+        """Cancel its deadline. For the scheduler."""
         if self.alarm is not None:
             self.alarm.cancel()
             self.alarm = None
@@ -230,7 +230,6 @@ class Ticket:
         return self._wait().__await__()
 
     async def _wait(self) -> int:
-        """Returns the number of tokens that came out."""
         if not self._future.done():
             await asyncio.wait([self._future])
         if self.error is not None:
@@ -243,7 +242,7 @@ class Ticket:
             "cancelled" if self.cancelled
             else "failed" if self.error is not None
             else "finished" if self.done
-            else "computing" if self.flying
+            else "computing" if self.in_batch
             else "waiting"
         )  # fmt: skip
         return f"<Ticket of {self.request.adapter_id!r} {state} after {self.generated} tokens>"

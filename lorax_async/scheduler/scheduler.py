@@ -1,4 +1,4 @@
-"""`AdapterScheduler`: requests for adapters become batches, as adapters become ready."""
+"""`AdapterScheduler`, which turns requests for adapters into batches."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from lorax_async.validation import require_count, require_share
 
 
 class ChangeEvent:
-    """Wakes whoever waits, all at once; they look for themselves."""
+    """Wakes all waiting tasks at each change."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, clock: Clock) -> None:
         self._loop = loop
         self._clock = clock
         self._idle: set[asyncio.Future[None]] = set()
 
-    def tell(self) -> None:
+    def set(self) -> None:
         for future in self._idle:
             if not future.done():
                 future.set_result(None)
 
     async def wait(self, due: float) -> None:
-        """Until something has changed, or until then."""
+        """Wait for the next `set`, or until the time `due`."""
         future: asyncio.Future[None] = self._loop.create_future()
         self._idle.add(future)
-        alarm = None if due == inf else self._clock.call_at(due, self.tell)
+        alarm = None if due == inf else self._clock.call_at(due, self.set)
         try:
             await future
         finally:
@@ -45,39 +45,39 @@ class ChangeEvent:
 
 
 MAX_LOADS = 8
-"""Adapters that are loaded in the foreground at a time, unless said otherwise."""
+"""The default limit of adapters that load in the foreground at a time."""
 
 
 class AdapterScheduler:
     """Turns requests into batches, for one engine.
 
-    Rows of adapters that are not there wait, and nobody waits for them. An adapter whose layers are
-    still coming joins when each is expected before its turn. When not all fits, adapters share rows
-    and tokens evenly, and among equals the oldest request comes first.
+    Requests whose adapter is missing delay no other. A streaming adapter joins a batch when each of
+    its layers is expected before the pass reaches it. Adapters share the rows and tokens of a batch
+    evenly; among equals the oldest request comes first.
 
     Parameters
     ----------
     loader
-        Open; the scheduler belongs to its event loop, and is closed before it.
+        An open loader. The scheduler belongs to its event loop; close the scheduler first.
     max_begun
-        Sequences that may have begun and not ended, for which the engine keeps keys and values.
-        None: any number. A batch's `max_sequences` counts its rows only.
+        The engine's places: sequences that have begun and not ended, for which it keeps keys and
+        values. None: no limit. A batch's `max_sequences` limits its rows only.
     max_share
-        The share of `max_begun` that one adapter, and one client, has at most while others wait;
-        above 0, at most 1. What it has above that is preempted (`Batch.preempted`).
+        The share of `max_begun` that one adapter, or one client, may have while others wait; above
+        0, at most 1. Requests above it are preempted (`Batch.preempted`).
     loads
-        Adapters that are waited for in the foreground at a time, in the order of the queue; None is
-        as many as there are slots, and 8 at most. The next ones are hinted onto the device, as far
-        as slots are free.
+        Adapters that load in the foreground at a time, in the order of the queue; None is the
+        number of slots, at most 8. The next ones are prefetched onto the device while slots are
+        free.
     look_ahead
-        How many more are hinted into host memory.
+        The number of further adapters to prefetch into host memory.
     clock
         For tests; None is the loop's.
 
     Use it as an async context manager.
 
     Raises `ConfigError` for a number out of range, and `LoaderClosedError` or `UsageError` if the
-    loader is closed or another loop's.
+    loader is closed or belongs to another loop.
     """
 
     def __init__(
@@ -109,12 +109,12 @@ class AdapterScheduler:
             LookAhead(loads, slots, look_ahead),
             self._level,
             places,
-            changed=self._changed,
-            sent_back=self._sent_back,
-            in_the_way=self._in_the_way,
+            on_change=self._on_change,
+            on_requeue=self._on_requeue,
+            on_blocked_slot=self._on_blocked_slot,
         )
         self._submitted = 0
-        self._out: set[Batch] = set()
+        self._in_flight: set[Batch] = set()
         self._change_event = ChangeEvent(self._loop, self._clock)
         self._closing: asyncio.Task[None] | None = None
 
@@ -132,19 +132,19 @@ class AdapterScheduler:
         await self.close()
 
     async def close(self) -> None:
-        """Fail all requests with `LoaderClosedError`, and give all adapters back.
+        """Fail all requests with `LoaderClosedError` and release all adapters.
 
-        Batches under way need not be completed any more: who computes them holds the bytes by
-        `AdapterHandle.use`. Idempotent; cancelling the caller does not stop it.
+        Batches in flight need not be completed: `AdapterHandle.use` keeps their bytes. Idempotent;
+        cancelling the caller does not stop it.
         """
         self._check_loop()
         if self._closing is None:
             self._closing = self._loop.create_task(self._close(), name="lorax scheduler close")
-            self._changed()
+            self._on_change()
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
-        self._out.clear()
+        self._in_flight.clear()
         await self._adapter_queues.close(LoaderClosedError("the scheduler was closed"))
 
     def _check_open(self) -> None:
@@ -155,9 +155,9 @@ class AdapterScheduler:
     # -- requests ----------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> Ticket:
-        """Queue a request; its adapter begins to come. What is wrong with that, the ticket raises.
+        """Queue a request and start to load its adapter; the ticket raises the load's errors.
 
-        Raises `LoaderClosedError` if the scheduler was closed, or the loader of its adapter.
+        Raise `LoaderClosedError` if the scheduler or its loader is closed.
         """
         self._check_open()
         now = self._clock.time()
@@ -171,20 +171,20 @@ class AdapterScheduler:
 
     def _cancelled(self, ticket: Ticket) -> None:
         self._adapter_queues.leave(ticket)
-        self._changed()  # another one may begin instead
+        self._on_change()  # another request may take its place
 
     def _arm(self, ticket: Ticket, seconds: float) -> None:
         ticket.disarm()
         when = self._clock.time() + seconds
         ticket.alarm = self._clock.call_at(when, lambda: self._too_late(ticket, seconds))
 
-    def _sent_back(self, ticket: Ticket) -> None:
-        """It had begun, if only once, and waits for its adapter once more."""
+    def _on_requeue(self, ticket: Ticket) -> None:
+        """Restart the deadline of a request that was in a batch when its adapter lost its slot."""
         if ticket.begun or ticket.alarm is None:
             self._arm(ticket, self._patience)
 
     def _too_late(self, ticket: Ticket, seconds: float) -> None:
-        adapter_queue = self._adapter_queues.guest_of(ticket)
+        adapter_queue = self._adapter_queues.queue_of(ticket)
         problem = f"it was in no batch within {seconds:g} s"
         self._end(
             ticket, AdapterTimeoutError(problem, id=adapter_queue.id, stage=adapter_queue.stage)
@@ -193,33 +193,35 @@ class AdapterScheduler:
     # -- batches -----------------------------------------------------------------------------------
 
     async def next_batch(self, max_tokens: int, max_sequences: int) -> Batch:
-        """Wait until something can be computed; it is to be given to `complete`.
+        """Wait for rows to compute and return them; pass the batch to `complete` afterwards.
 
         Parameters
         ----------
         max_tokens, max_sequences
-            Of the batch, at most; at least 1. What is left of a longer prompt comes later.
+            Limits of the batch; at least 1. The rest of a longer prompt follows in later batches.
 
-        Raises `LoaderClosedError` once the scheduler was closed. Several batches may be under way;
-        no request is in two of them. Cancelling it loses nothing.
+        Raises `LoaderClosedError` once the scheduler is closed. Several batches may be in flight;
+        no request is in two of them. Cancelling the call loses no request.
         """
         require_count("max_tokens", max_tokens, least=1)
         require_count("max_sequences", max_sequences, least=1)
-        await asyncio.sleep(0)  # news that are on their way are heard first, whoever computes
+        await asyncio.sleep(0)  # let pending events arrive first
         while True:
             self._check_open()
-            self._adapter_queues.check()
+            self._adapter_queues.settle_all()
             now = self._clock.time()
             room, places = BatchCapacity(max_tokens, max_sequences), self._adapter_queues.places
-            picked = pick(self._adapter_queues.held, room, places, self._pace, self._layers, now)
-            if picked.rows:
-                return self._batch(picked, now)
-            if places.free < 1 and not self._out:
-                self._adapter_queues.make_way()
-            await self._change_event.wait(picked.due)
+            selection = pick(
+                self._adapter_queues.slot_holders, room, places, self._pace, self._layers, now
+            )
+            if selection.rows:
+                return self._batch(selection, now)
+            if places.free < 1 and not self._in_flight:
+                self._adapter_queues.yield_slot()
+            await self._change_event.wait(selection.due)
 
     async def batches(self, max_tokens: int, max_sequences: int) -> AsyncIterator[Batch]:
-        """`next_batch` again and again, until the scheduler is closed."""
+        """Yield `next_batch` repeatedly until the scheduler is closed."""
         while True:
             try:
                 batch = await self.next_batch(max_tokens, max_sequences)
@@ -231,37 +233,39 @@ class AdapterScheduler:
         if asyncio.get_running_loop() is not self._loop:
             raise UsageError("a scheduler is used on the event loop that it was made on")
 
-    def _changed(self) -> None:
-        """Whoever waits looks again; who waits within a pass is told if others need not."""
-        self._change_event.tell()
-        self._tell_passes()
+    def _on_change(self) -> None:
+        """Wake `next_batch`, and set `others_wait` of streaming passes if rows are ready."""
+        self._change_event.set()
+        self._flag_streaming_passes()
 
-    def _tell_passes(self) -> None:
-        streaming = [batch for batch in self._out if batch.streaming and not batch.others_wait]
+    def _flag_streaming_passes(self) -> None:
+        streaming = [
+            batch for batch in self._in_flight if batch.streaming and not batch.others_wait
+        ]
         if streaming and self._adapter_queues.has_ready:
             for batch in streaming:
                 batch.others_wait = True
 
-    def _in_the_way(self, adapter_queue: AdapterQueue) -> None:
-        """Nothing comes into its slot, and others wait for one."""
-        for batch in self._out:
+    def _on_blocked_slot(self, adapter_queue: AdapterQueue) -> None:
+        """Set `others_wait` of its batches: no layers arrive while others wait for a slot."""
+        for batch in self._in_flight:
             batch.others_wait = batch.others_wait or adapter_queue in batch.adapter_queues
 
-    def _batch(self, picked: BatchSelection, now: float) -> Batch:
-        batch = make_batch(picked.rows, self._adapter_queues.slots.lease_table, self._pace, now)
-        for ticket in picked.preempted:
+    def _batch(self, selection: BatchSelection, now: float) -> Batch:
+        batch = make_batch(selection.rows, self._adapter_queues.slots.lease_table, self._pace, now)
+        for ticket in selection.preempted:
             self._adapter_queues.preempt(ticket)
         dropped, self._adapter_queues.dropped = self._adapter_queues.dropped, []
-        batch.preempted = (*dropped, *picked.preempted)
-        for adapter_queue, ticket, _ in picked.rows:
-            ticket.flying = True
+        batch.preempted = (*dropped, *selection.preempted)
+        for adapter_queue, ticket, _ in selection.rows:
+            ticket.in_batch = True
             ticket.disarm()
             if not ticket.begun:
                 self._adapter_queues.begin(adapter_queue, ticket)
         for adapter_queue in batch.adapter_queues:
-            adapter_queue.flights += 1
-        self._out.add(batch)
-        self._tell_passes()  # of rows that did not fit
+            adapter_queue.batch_count += 1
+        self._in_flight.add(batch)
+        self._flag_streaming_passes()  # ready rows may not have fitted
         return batch
 
     def complete(
@@ -272,51 +276,55 @@ class AdapterScheduler:
         again: Iterable[Ticket] = (),
         failed: Mapping[Ticket, LoraxError] | None = None,
     ) -> Collection[Ticket]:
-        """Say what came of a batch: the next token of its rows is queued, its adapters given back.
+        """Report the results of a batch: queue the rows' next tokens and release the adapters.
 
         Parameters
         ----------
         finished
-            Those whose last token was among them; besides these, who has `max_new_tokens`.
+            Requests that generated their last token. Those with `max_new_tokens` finish anyway.
         again
-            Those of whom nothing came, and whose keys and values were thrown away: they are queued
-            from their first token on, and join the next time when all of their adapter is there.
+            Requests without a result, whose keys and values were discarded: they restart from their
+            first token once their adapter is resident.
         failed
-            Those that ended, and why.
+            Requests that ended, with their errors.
 
-        Returns the requests of which nothing counts: those in `again`, and those whose adapter is
-        loaded once more, for its files were saved while they were read.
+        Returns
+        -------
+        The requests whose results do not count: those in `again`, and those whose adapter is
+        reloaded because its files changed while they were read.
 
-        Raises `UsageError`, and changes nothing, if it is no batch of this scheduler that is under
-        way, or has no such rows.
+        Raises
+        ------
+        UsageError
+            The batch is not in flight, or a ticket has no row in it. Nothing is changed.
         """
         self._check_loop()
         if self._closing is not None:
             batch.completed = True
             return ()
         finished, again, failed = set(finished), set(again), dict(failed or {})
-        if batch not in self._out:
+        if batch not in self._in_flight:
             raise UsageError("a batch is completed once, by the scheduler that made it")
         if not {*finished, *again, *failed} <= {row.ticket for row in batch.rows}:
             raise UsageError("tickets were named that have no row in this batch")
         batch.completed = True
-        self._out.remove(batch)
-        self._adapter_queues.judge(batch.adapter_queues)
+        self._in_flight.remove(batch)
+        self._adapter_queues.check_integrity(batch.adapter_queues)
         if not batch.streaming and not again and not failed:
-            self._pace.note(batch.tokens, self._clock.time() - batch.began)
-        void = set(again)
+            self._pace.record(batch.tokens, self._clock.time() - batch.began)
+        without_result = set(again)
         for row in batch.rows:
-            row.ticket.flying = False
+            row.ticket.in_batch = False
             if row.ticket.done:
                 continue
-            if self._adapter_queues.guest_of(row.ticket) not in batch.adapter_queues:
-                void.add(row.ticket)
+            if self._adapter_queues.queue_of(row.ticket) not in batch.adapter_queues:
+                without_result.add(row.ticket)
                 continue
             self._adapter_queues.charge(row.ticket, row.tokens)
             self._advance(row, finished, again, failed)
-        self._adapter_queues.landed(batch.adapter_queues)
-        self._changed()
-        return void
+        self._adapter_queues.release_batch(batch.adapter_queues)
+        self._on_change()
+        return without_result
 
     def _advance(
         self,
@@ -328,9 +336,9 @@ class AdapterScheduler:
         ticket = row.ticket
         if ticket in failed:
             self._end(ticket, failed[ticket].located(id=row.handle.id if row.handle else None))
-        elif ticket in again:  # its rows waited in vain, and shall not do so once more
+        elif ticket in again:  # its layers arrived too late to stream: wait for all of them
             ticket.progress.restart()
-            self._adapter_queues.begin_again(ticket)
+            self._adapter_queues.requeue(ticket)
             self._arm(ticket, self._patience)
         elif ticket.progress.advance(row.tokens) or ticket in finished:
             self._end(ticket)

@@ -1,4 +1,4 @@
-"""A batch of an engine's step, and how long a pass takes."""
+"""Batches, and the model of how long a pass takes."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from lorax_async.scheduler.adapter_queue import AdapterQueue
 from lorax_async.scheduler.requests import Ticket
 
 DECAY = 0.9
-"""What counts of a pass once there was another one."""
+"""The factor by which a pass's weight falls with each later one."""
 
 
 class PassTimeModel:
-    """Seconds of a pass by its tokens: a line through what was seen, the latest most of all.
+    """Predicts the seconds of a pass from its tokens: a weighted linear fit of past passes.
 
-    Where all were of one size, smaller ones are taken to be shorter in proportion, and larger ones
-    to be as long: a pass that turns out longer than was said does no harm.
+    If all passes had one size, smaller ones are predicted in proportion and larger ones as equally
+    long: a pass longer than predicted does no harm.
     """
 
     def __init__(self) -> None:
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
 
-    def note(self, tokens: int, seconds: float) -> None:
-        """A pass of so many tokens took so long."""
+    def record(self, tokens: int, seconds: float) -> None:
+        """Add the duration of a pass."""
         self._weight = self._weight * DECAY + 1
         self._x = self._x * DECAY + tokens
         self._y = self._y * DECAY + seconds
@@ -41,7 +41,7 @@ class PassTimeModel:
         self._xy = self._xy * DECAY + tokens * seconds
 
     def predict(self, tokens: int) -> float | None:
-        """Seconds; None before the first pass."""
+        """Return the seconds of a pass of `tokens`; None before the first pass."""
         if not self._weight:
             return None
         x, y = self._x / self._weight, self._y / self._weight
@@ -49,7 +49,7 @@ class PassTimeModel:
         if spread < 1e-6 * x * x:
             return y * min(1.0, tokens / x)
         slope = max(0.0, (self._xy / self._weight - x * y) / spread)
-        if slope * x > y:  # nothing is left for the pass itself
+        if slope * x > y:  # the fixed cost must not be negative
             return y * tokens / x
         return y + slope * (tokens - x)
 
@@ -60,17 +60,17 @@ class BatchRow(NamedTuple):
     Attributes
     ----------
     ticket
-        Whose it is.
+        The request.
     handle
         Its adapter, leased until the batch is completed; None is the base.
     place
-        The slot that the adapter has, and which of its tenants it is.
+        The adapter's slot and generation.
     start
-        The position of the first token to be computed; 0 where nothing of it has been.
+        The position of the first token to compute; 0 for a new or restarted sequence.
     tokens
-        How many to compute; the rest of a long prompt comes in later batches.
+        The number of tokens to compute; the rest of a long prompt follows in later batches.
     last
-        Whether the last of them brings a new token.
+        Whether the last of them generates a new token.
     """
 
     ticket: Ticket
@@ -83,7 +83,7 @@ class BatchRow(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Batch:
-    """Rows to be computed together. Give it back with `AdapterScheduler.complete`.
+    """Rows to compute together. Pass it to `AdapterScheduler.complete` afterwards.
 
     Attributes
     ----------
@@ -92,20 +92,19 @@ class Batch:
     plan
         Segments, tiles and rank groups for kernels. Its `order` is that of the rows: 0, 1, ….
     seconds
-        What the pass will take by what was seen of others; None before the first.
+        The predicted duration of the pass; None before the first pass.
     streaming
-        Adapters of whom some layers were not there when the batch was made. Layer k of the pass
-        waits for layer k of these, and of no other.
+        Adapters with missing layers when the batch was made. Layer k of the pass waits for layer k
+        of these only.
     others_wait
-        Rows that wait for nothing else could be computed, were it not for this batch; or somebody
-        has waited long for a slot in which nothing comes. Whoever waits for layers of a batch that
-        has no other rows waits no longer then. Told of batches with `streaming` adapters, in any
-        thread.
+        Whether ready rows wait for this batch to end, or an adapter has long waited for a slot in
+        which no layers arrive. A pass all of whose rows wait for layers should give up then. Set
+        for batches with `streaming` adapters; may be read in any thread.
     preempted
-        Requests that have lost their places, to rows of this batch or with their adapter: forget
-        their keys and values before it is computed. They come again, from their first token on.
+        Requests that lost their places to rows of this batch, or whose adapter is reloaded: forget
+        their keys and values before computing the batch. They restart from their first token.
 
-    The other fields are the scheduler's own.
+    The other fields are private to the scheduler.
     """
 
     rows: tuple[BatchRow, ...]
@@ -125,26 +124,28 @@ class Batch:
 
     @property
     def handles(self) -> tuple[AdapterHandle | None, ...]:
-        """Of each row, as `engines.transformers.AttachedModel.batch` takes them."""
+        """The handle of each row, as `AttachedModel.batch` takes them."""
         return tuple(row.handle for row in self.rows)
 
     @property
     def budget(self) -> float:
-        """Seconds for which the pass may wait for adapters that are not on this machine: a tenth of
-        what it takes. 0 before the first pass, when who streams is alone.
+        """Seconds for which the pass may wait for bytes that are not on this machine.
+
+        A tenth of its predicted duration; 0 before the first pass, where a streaming adapter is
+        alone in its batch.
         """
         return 0.1 * (self.seconds or 0.0)
 
     def check(self) -> None:
-        """Raise `HandleClosedError` if a row's slot is not its adapter's any more.
+        """Raise `HandleClosedError` if a row's slot may have another occupant.
 
-        So it is once the batch was completed, or the loader closed. On the scheduler's loop.
+        This is so once the batch is completed or the loader closed. Call on the scheduler's loop.
         """
         if self.completed:
-            raise HandleClosedError("the batch was completed; its adapters may have gone")
+            raise HandleClosedError("the batch was completed; its slots may be reused")
         for row in self.rows:
             if row.handle is not None and row.handle.released:
-                raise HandleClosedError("the adapter was given back", id=row.handle.id)
+                raise HandleClosedError("the adapter was released", id=row.handle.id)
         require_current([row.place for row in self.rows], self.lease_table)
 
 
@@ -154,7 +155,7 @@ def make_batch(
     pace: PassTimeModel,
     now: float,
 ) -> Batch:
-    """Of rows that were picked, with the tokens of each; raises `HandleClosedError` as `check`."""
+    """Make a batch of rows (adapter, request, tokens); raise `HandleClosedError` as `check`."""
     lengths = [tokens for _, _, tokens in picked]
     plan = plan_batch([adapter_queue.place for adapter_queue, _, _ in picked], lengths, lease_table)
     rows = []
@@ -172,7 +173,7 @@ def make_batch(
         plan=replace(plan, order=tuple(range(len(rows)))),
         seconds=pace.predict(plan.segments.tokens),
         streaming=tuple(
-            each.handle for each in adapter_queues if each.handle and not each.is_ready
+            queue.handle for queue in adapter_queues if queue.handle and not queue.is_ready
         ),
         began=now,
         adapter_queues=adapter_queues,

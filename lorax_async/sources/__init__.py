@@ -1,5 +1,15 @@
-"""Where adapters come from: one interface, one router, local files, tensors in memory, merges.
+"""Sources: one interface, local folders, tensors in memory, merges.
 
-`base.Source` resolves an id to a key, opens its files and brings their bytes within reach, layer
-group by layer group. `router` chooses a source by the id, or by the key.
+A source resolves an id to a key, opens the files of that key and brings their bytes within reach,
+layer group by layer group. May import `formats`, `planning`, `files`, `ids`, `cache` and
+`remote.readers`, not the runtime.
+
+- `base`: the interface `Source`
+- `router`: local or remote, by id, key or reader
+- `local`: the source of local folders
+- `local_folder`: finds a folder and checks its files
+- `local_weights`: reads, joins and maps the weights
+- `tensors`: the source of tensors and merges, in host memory
+- `host_copies`: snapshots of tensors, the memory budget, spill files
+- `merges`: PEFT's arithmetic
 """

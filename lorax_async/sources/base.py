@@ -18,33 +18,33 @@ class PinnedPages(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it maps; 0 where the kernel was merely asked to read ahead."""
+        """Bytes that are mapped; 0 if the kernel was only asked to read ahead."""
 
     @property
     def locked(self) -> bool:
-        """The kernel may not take the pages back; else they stay for as long as it likes."""
+        """Whether the pages are locked; else the kernel may reclaim them at any time."""
 
     def close(self) -> None:
         """Blocks. Idempotent."""
 
 
 class RefusalCallback(Protocol):
-    """How a source is told that what it opened was refused."""
+    """Notifies a source that an adapter which it opened was refused."""
 
     async def __call__(self, error: LoraxError, *, weights: bool) -> bool:
-        """After a check of the config or the header failed: see `AdapterFile.refused`.
+        """Refuse an adapter after a check of its config or header: see `AdapterFile.refused`.
 
-        With `weights`, after a check of the weights' bytes failed: a copy that nobody vouched for
-        is dropped. The reader stays open.
+        With `weights`, after a check of the weights' bytes: drop a copy without a promised digest.
+        The reader stays open.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterFile:
-    """An opened adapter: its config, the beginning of its weights (the whole header), a reader.
+    """An opened adapter: config, the weights' `prefix` that ends with the header, and a reader.
 
-    `holdable` says whether `populate` would hold the bytes, and not only read ahead.
-    `refuse`, where the source needs to know: see `refused`.
+    `holdable` is whether `populate` would hold the bytes instead of only reading ahead. `refuse` is
+    None if the source does not need a notification: see `refused`.
     """
 
     config: bytes
@@ -56,8 +56,8 @@ class AdapterFile:
     async def refused(self, error: LoraxError) -> bool:
         """Close it, after a check of its config or header failed with `error`.
 
-        Return whether `Source.open` may return other bytes now: a copy that nobody vouched for, and
-        that is not what the source has, is dropped.
+        Drop a copy without a promised digest that is not what the source has. Return whether
+        `Source.open` may return other bytes now.
         """
         if self.refuse is None:
             self.reader.close()
@@ -73,18 +73,18 @@ class Source(Protocol):
     """
 
     async def resolve(self, ref: AdapterRef) -> AdapterKey:
-        """Which bytes `ref` names now. Checks that the caller may have them; reads none."""
+        """Return the key of what `ref` names now, if the caller may have it. Read no bytes."""
 
     async def open(self, key: AdapterKey, control: FetchControl) -> AdapterFile:
-        """Open these bytes and no others: a file that changed since is an `IntegrityError`.
+        """Open exactly the bytes of `key`. Raise `IntegrityError` for a file that changed since.
 
-        Ends early, with `FetchError`, when `control` ends, if it takes long at all.
+        End early, with `FetchError`, when `control` ends, if opening takes long.
         """
 
     def reopen(self, key: AdapterKey) -> Reader:
-        """A reader of an adapter whose config and header are known.
+        """Return a reader of an adapter whose config and header are known.
 
-        Quick: the file is opened, and checked as `open` does, by the first read.
+        Quick: the first read opens the file, and checks it as `open` does.
         """
 
     async def bring(
@@ -96,26 +96,26 @@ class Source(Protocol):
     ) -> Verification:
         """Make the bytes of every group readable, in this order.
 
-        Calls `arrived` with a group's index, on the loop, when its bytes may be used before all of
-        the file was checked; returns how it was, when all are here. Ends early, with `FetchError`,
-        when `control` ends.
+        Call `arrived` on the loop with the index of each group whose bytes may be used before the
+        whole file is checked. Return the verification when all have arrived. End early, with
+        `FetchError`, when `control` ends.
         """
 
     async def digest(self, key: AdapterKey) -> str:
-        """What the weights, which are here, come to: `Verification.digest`, by sha256.
+        """Return the sha256 of weights that were brought, as `Verification.digest` has it.
 
-        Raises as `open` does.
+        Raise as `open` does.
         """
 
     async def populate(self, key: AdapterKey) -> PinnedPages:
-        """Bring all bytes into memory, and keep them there as far as the source can.
+        """Bring all bytes into host memory, and hold them there as far as the source can.
 
-        Raises as `open` does.
+        Raise as `open` does.
         """
 
 
 class StoredFolder(NamedTuple):
-    """The folder with an adapter's files, and how many bytes these have."""
+    """The folder with an adapter's files, and their size."""
 
     path: str
     nbytes: int
@@ -123,10 +123,11 @@ class StoredFolder(NamedTuple):
 
 @runtime_checkable
 class FolderSource(Source, Protocol):
-    """A `Source` whose adapters are files in a folder of this machine, once they are brought."""
+    """A `Source` that brings adapters as files in a folder of this machine."""
 
     def folder(self, key: AdapterKey, reader: Reader) -> StoredFolder:
-        """Return the folder of what `bring` has brought. Its files stay until `reader` is closed.
+        """Return the folder of an adapter that was brought. Quick.
 
-        Quick. Of folders that are not the cache's own, their owner may still remove files.
+        Its files stay until `reader` is closed; outside the disk cache, their owner may still
+        remove them.
         """

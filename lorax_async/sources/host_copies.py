@@ -1,4 +1,4 @@
-"""Adapters that were given as tensors: snapshots in host memory, or spilled to one file."""
+"""Host copies: snapshots of tensors and merges in host memory, within a budget, or spilled."""
 
 from __future__ import annotations
 
@@ -39,28 +39,28 @@ from lorax_async.planning.transfer_plan import check_size
 from lorax_async.types import UNCHECKED, AdapterKey, TensorsKey, Verification
 
 STEP_BYTES = 4 << 20
-"""Copied and hashed in one go: some milliseconds."""
+"""Bytes copied and hashed in one step: some milliseconds."""
 
 STEP_TENSORS = 256
 
-_SPELLED = {dtype: word for word, dtype in TORCH_DTYPES.items()}
+_DTYPE_NAMES = {dtype: word for word, dtype in TORCH_DTYPES.items()}
 
 
 class TensorSnapshot:
     """Copies tensors in steps of some milliseconds, in any thread, one step at a time.
 
-    It is made while the tensors have the values to copy; what has been put on this thread's current
-    streams by then is waited for. Call `measure`, then `step` until it returns False; then `key`,
-    `prefix` and `content` (uint8 `[nbytes]`) are the file's.
+    Make it while the tensors have the values to copy; it waits for work that is queued by then on
+    this thread's current streams. Call `measure`, then `step` until it returns False; then `key`,
+    `prefix` and `content` (uint8 `[nbytes]`) are those of the file.
 
-    Raises `UsageError` for what are no tensors.
+    Raise `UsageError` for values that are no tensors.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], config: bytes, limits: Limits) -> None:
-        given: object = tensors
-        if not isinstance(given, Mapping):
-            kind = type(given).__name__
-            raise UsageError(f"tensors are a dict of torch tensors by name, not {kind}")
+        argument: object = tensors
+        if not isinstance(argument, Mapping):
+            kind = type(argument).__name__
+            raise UsageError(f"tensors must be a dict of torch tensors by name, not {kind}")
         self._tensors = dict(tensors)
         if len(self._tensors) > limits.max_tensors:
             raise UnsupportedAdapterError(
@@ -72,7 +72,7 @@ class TensorSnapshot:
         self._limits = limits
         self._versions = _versions(self._tensors)
         self._events = _recorded_events(self._tensors)
-        self._described: list[TensorDescription] = []
+        self._descriptions: list[TensorDescription] = []
         self._places: list[tuple[int, int]] = []
         self._content: torch.Tensor | None = None
         self._digest = hashlib.sha256()
@@ -90,53 +90,54 @@ class TensorSnapshot:
     def measure(self) -> int:
         """Check everything but the bytes; return the file's size. Blocks.
 
-        Raises `UnsupportedAdapterError`, also for more bytes than the limits accept.
+        Raise `UnsupportedAdapterError`, also for a size over the limit.
         """
-        described = [_described(name, tensor) for name, tensor in self._tensors.items()]
-        # As safetensors has them: the wider dtypes first, so that each is aligned to its own size.
-        self._described = sorted(
-            described, key=lambda each: (-TORCH_DTYPES[each.dtype].itemsize, each.name)
+        descriptions = [_describe(name, tensor) for name, tensor in self._tensors.items()]
+        # The order of safetensors: wider dtypes first, so that each tensor is aligned to its dtype.
+        self._descriptions = sorted(
+            descriptions, key=lambda tensor: (-TORCH_DTYPES[tensor.dtype].itemsize, tensor.name)
         )
-        self.prefix, self._places = write_header(self._described)
+        self.prefix, self._places = write_header(self._descriptions)
         nbytes = self._places[-1][1] if self._places else len(self.prefix)
         check_size(nbytes, "in its tensors", self._limits)
         return nbytes
 
     def step(self) -> bool:
-        """Copy some more; return whether there is more to copy. Blocks.
+        """Copy some bytes; return whether there are more. Blocks.
 
         Raises
         ------
         IntegrityError
             A tensor was written to since the snapshot was made.
         FetchError
-            It could not be read.
+            A tensor could not be read.
         CapacityError
             The machine has no memory for the copy.
         """
         try:
             return next(self._steps, None) is not None
         except BaseException:
-            self._content = None  # an error that is kept must not keep the bytes
+            self._content = None  # a stored error must not keep the bytes alive
             raise
 
     def _copy(self) -> Iterator[bool]:
         self._content = content = host_memory(
             self._places[-1][1] if self._places else len(self.prefix), self.prefix
         )
-        # The length, for a byte must not pass from one to the other.
+        # Hash the length too: config and prefix must not exchange bytes.
         self._digest.update(len(self.config).to_bytes(8, "little") + self.config + self.prefix)
         for event in self._events:
             event.synchronize()
         nbytes = count = 0
-        for described, (start, stop) in zip(self._described, self._places, strict=True):
-            source = _source(described.name, self._tensors[described.name])
+        for description, (start, stop) in zip(self._descriptions, self._places, strict=True):
+            name = description.name
+            source = _source(name, self._tensors[name])
             target = content[start:stop].view(source.dtype).view(source.shape)
-            several = max(1, STEP_BYTES * len(source) // max(1, source.nbytes))
-            cuts = list(range(several, len(source), several))
+            rows_per_step = max(1, STEP_BYTES * len(source) // max(1, source.nbytes))
+            cuts = list(range(rows_per_step, len(source), rows_per_step))
             pieces = zip(target.tensor_split(cuts), source.tensor_split(cuts), strict=True)
             for piece, rows in pieces if source.numel() else ():
-                _copy_piece(described.name, piece, rows)
+                _copy_piece(name, piece, rows)
                 self._digest.update(StagingBuffer.of(piece.view(torch.uint8)).memory)
                 nbytes, count = nbytes + piece.nbytes, count + 1
                 if nbytes >= STEP_BYTES or count >= STEP_TENSORS:
@@ -149,13 +150,13 @@ class TensorSnapshot:
         for name, before, now in zip(self._tensors, self._versions, after, strict=True):
             if before != now:
                 raise IntegrityError(
-                    f"tensor {shorten(name, 200)!r} was written to while it was copied; train on"
-                    " when the call is through, or give it a clone"
+                    f"tensor {shorten(name, 200)!r} was written to while it was copied; continue"
+                    " training after the call, or pass a clone"
                 )
 
 
 def host_memory(nbytes: int, prefix: bytes) -> torch.Tensor:
-    """Return uint8 `[nbytes]` of host memory that begins with `prefix`, or `CapacityError`."""
+    """Return uint8 `[nbytes]` of host memory that begins with `prefix`. Raise `CapacityError`."""
     try:
         content = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
     except (RuntimeError, MemoryError) as error:
@@ -166,12 +167,12 @@ def host_memory(nbytes: int, prefix: bytes) -> torch.Tensor:
 
 
 def _versions(tensors: Mapping[str, torch.Tensor]) -> list[int]:
-    """Return how often each was written to, as far as torch counts it."""
+    """Return how often each tensor was written to, as far as torch counts it."""
     try:
         return [tensor._version for tensor in tensors.values()]  # noqa: SLF001 - torch has no other
     except AttributeError:
         name, other = next(
-            (name, each) for name, each in tensors.items() if not isinstance(each, torch.Tensor)
+            (name, value) for name, value in tensors.items() if not isinstance(value, torch.Tensor)
         )
         kind = type(other).__name__
         raise UsageError(f"tensor {str(name)!r} is no torch tensor, but {kind}") from None
@@ -183,7 +184,7 @@ def _versions(tensors: Mapping[str, torch.Tensor]) -> list[int]:
 
 
 def _recorded_events(tensors: Mapping[str, torch.Tensor]) -> list[DeviceEvent]:
-    """Return events that are done when the tensors' devices have done what was asked so far."""
+    """Return events that complete when work queued so far on the tensors' devices does."""
     if all(tensor.is_cpu for tensor in tensors.values()):
         return []
     events: list[DeviceEvent] = []
@@ -195,22 +196,22 @@ def _recorded_events(tensors: Mapping[str, torch.Tensor]) -> list[DeviceEvent]:
     return events
 
 
-def _described(name: object, tensor: torch.Tensor) -> TensorDescription:
+def _describe(name: object, tensor: torch.Tensor) -> TensorDescription:
     if not isinstance(name, str):
-        raise UsageError(f"tensors have names, not {shorten(repr(name), 200)}")
+        raise UsageError(f"tensor names must be str, not {shorten(repr(name), 200)}")
     shown = repr(shorten(name, 200))
     if tensor.layout != torch.strided or tensor.is_meta:
         raise UsageError(f"tensor {shown} has no plain bytes to copy; materialise it first")
-    dtype = _SPELLED.get(tensor.dtype)
+    dtype = _DTYPE_NAMES.get(tensor.dtype)
     if dtype is None:
         raise UnsupportedAdapterError(
-            f"tensor {shown} is {tensor.dtype}; give it as {', '.join(map(str, _SPELLED))}"
+            f"tensor {shown} is {tensor.dtype}; pass it as {', '.join(map(str, _DTYPE_NAMES))}"
         )
     return TensorDescription(name, dtype, tuple(tensor.shape))
 
 
 def _source(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Return rows to read, with memory behind them; reading without any ends the process."""
+    """Return the tensor as rows. Check its memory first: reading without any ends the process."""
     reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
     last = (tensor.storage_offset() + reach + 1) * tensor.itemsize
     if tensor.numel() and tensor.untyped_storage().nbytes() < last:
@@ -225,21 +226,21 @@ def _copy_piece(name: str, piece: torch.Tensor, rows: torch.Tensor) -> None:
         piece.copy_(rows)
     except Exception as error:  # noqa: BLE001 - whatever a stranger's tensor raises
         problem = f"tensor {shorten(name, 200)!r} could not be copied: {error}"
-        # Without its frames, which hold the bytes.
+        # Drop the frames, which keep the bytes alive.
         raise FetchError(problem, retryable=False) from error.with_traceback(None)
 
 
 PIECE_BYTES = 8 << 20
-"""Written or read ahead in one go: a cancelled spill ends after this many bytes."""
+"""Bytes written or read ahead in one call: a cancelled spill ends after these."""
 
 SOURCE = "tensors"
-"""Of the cache entries' keys; no id of a source is one word."""
+"""The source in spill files' cache keys; no id of another source is one word."""
 
 _logger = logging.getLogger("lorax_async")
 
 
 class Reservation:
-    """Bytes of a budget, until it is ended."""
+    """Reserved bytes of a budget, until it is ended."""
 
     def __init__(self, nbytes: int, give_back: Callable[[int], None]) -> None:
         self._give_back = give_back
@@ -254,7 +255,7 @@ class Reservation:
 
 
 class SpillFile:
-    """The weights of one adapter in an entry of the disk cache that is this loader's alone."""
+    """The weights of one adapter, in an entry of the disk cache that only this loader uses."""
 
     def __init__(self, key: CacheKey, entry: CacheEntry) -> None:
         self.key = key
@@ -262,16 +263,16 @@ class SpillFile:
         self._entry = entry
 
     def close(self) -> None:
-        """Quick. The entry is left to be removed."""
+        """Release the entry without removing it. Quick."""
         self.reader.close()
         self._entry.close()
 
 
 class HostCopy:
-    """A safetensors file with its config, in memory or spilled. Readers may open it in any thread.
+    """A safetensors file with its config, in memory or spilled. Any thread may open readers.
 
-    It owns `room`, the reservation of `content` (uint8 `[nbytes]`). The bytes are freed, or the
-    spill file is passed to `discard`, when it was dropped and its last reader closed.
+    It owns `room`, the reservation of `content` (uint8 `[nbytes]`). When it is dropped and its last
+    reader closed, the bytes are freed or the spill file is passed to `discard`.
     """
 
     def __init__(
@@ -289,7 +290,7 @@ class HostCopy:
         self.nbytes = content.nbytes
         self.verification = verification
         self.spilling: FetchControl | None = None
-        """Of the spill that is under way."""
+        """The control of the spill in progress."""
         self.discard: Callable[[SpillFile], None] = SpillFile.close
         self.changed: Callable[[], None] = lambda: None
         self._content: torch.Tensor | None = content
@@ -301,7 +302,7 @@ class HostCopy:
 
     @property
     def content(self) -> torch.Tensor | None:
-        """None if it is not in memory."""
+        """The bytes; None if they are not in memory."""
         return self._content
 
     @property
@@ -309,14 +310,14 @@ class HostCopy:
         return self._users > 1
 
     def open(self) -> CopyReader:
-        """Return a reader that goes on wherever the bytes are moved."""
+        """Return a reader that stays valid when the bytes are spilled."""
         with self._lock:
             self._users += 1
         return CopyReader(self)
 
     @contextmanager
     def held(self) -> Iterator[torch.Tensor | Reader]:
-        """Keep the bytes where they are: in memory, or in a file."""
+        """Keep the bytes where they are: yield the memory, or the file's reader."""
         with self._lock:
             self._reads += 1
             content, file = self._content, self._file
@@ -334,7 +335,7 @@ class HostCopy:
             self._free()
 
     def move(self, file: SpillFile) -> None:
-        """Read from `file` from here on."""
+        """Free the memory; later reads use `file`."""
         with self._lock:
             unused = not self._users
             if not unused:
@@ -344,7 +345,7 @@ class HostCopy:
         self._free()
 
     def leave(self) -> None:
-        """End one use: a reader's, or that of its keeper, who drops it."""
+        """End one use: a reader's, or that of `HostCopies`."""
         with self._lock:
             self._users -= 1
             unused, file = not self._users, self._file
@@ -421,17 +422,17 @@ class CopyReader:
                 yield found
         except IntegrityError as error:
             problem = (
-                "its copy in the disk cache, which took it where memory had no room, was changed or"
-                " removed by somebody; give its tensors again"
+                "its spill file in the disk cache was changed or removed; pass its tensors to"
+                " load_tensors again"
             )
             raise IntegrityError(problem, retryable=False) from error
 
 
 class HostCopies:
-    """Copies by key, the one used last at the end; those in memory are within `nbytes`.
+    """Host copies by key, least recently used first; those in memory are within `nbytes`.
 
-    `cache` returns the disk cache (it blocks) to spill to; None leaves all tensors in memory. To be
-    used on the loop, but for what readers give back.
+    `cache` returns the disk cache to spill to, and blocks; None leaves all tensors in memory. Use
+    on the loop; reservations may end in any thread.
     """
 
     def __init__(self, nbytes: int, cache: Callable[[], Cache] | None = None) -> None:
@@ -443,7 +444,7 @@ class HostCopies:
         self._copies: dict[AdapterKey, HostCopy] = {}
         self._lock = Lock()
         self._order = asyncio.Lock()
-        self._tell: Callable[[], None] = lambda: None
+        self._notify: Callable[[], None] = lambda: None
         self._files = 0
         self._discarded: deque[CacheKey] = deque()
 
@@ -457,7 +458,7 @@ class HostCopies:
         return copy is not None and copy.content is not None
 
     def put(self, copy: HostCopy) -> HostCopy:
-        """Keep a copy, or the one with the same content that is kept already."""
+        """Keep and return a copy; if one with the same key is kept, close it and return that."""
         known = self.get(copy.key)
         if known is not None:
             copy.leave()
@@ -468,14 +469,14 @@ class HostCopies:
         return copy
 
     def get(self, key: AdapterKey) -> HostCopy | None:
-        """Return a copy that is to be used now."""
+        """Return a copy and mark it as used; None if there is none."""
         copy = self._copies.pop(key, None)
         if copy is not None:
             self._copies[key] = copy
         return copy
 
     def drop(self, key: AdapterKey) -> None:
-        """Keep a copy no longer; open readers stay valid."""
+        """Drop a copy. Open readers stay valid."""
         copy = self._copies.pop(key, None)
         if copy is not None:
             if copy.spilling is not None:
@@ -487,27 +488,27 @@ class HostCopies:
             self.drop(key)
 
     def close(self) -> None:
-        """Leave nothing in the disk cache. All copies are to be dropped before. Blocks."""
+        """Remove all spill files. Drop all copies before. Blocks."""
         self._threads.shutdown()
         self._remove_discarded()
 
     async def reserve(self, nbytes: int, check_open: Callable[[], None]) -> Reservation:
-        """Wait for room, in the order of the calls; merges are dropped and tensors spilled for it.
+        """Reserve memory, in the order of the calls; drop merges and spill tensors for it.
 
-        `check_open` raises once nothing may begin. Raises `CapacityError` if the copies that have
-        to stay leave too little.
+        `check_open` raises once the loader is closing. Raise `CapacityError` if the copies that
+        must stay leave too little.
         """
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
 
-        def tell() -> None:
-            with suppress(RuntimeError):  # the loop was closed meanwhile: nothing waits any more
+        def notify() -> None:
+            with suppress(RuntimeError):  # the loop is closed: nothing waits any more
                 loop.call_soon_threadsafe(changed.set)
 
         failed = _Failures(self._cache is None)
         if nbytes > self.nbytes:
             raise self._full(nbytes, failed)
         async with self._order:
-            self._tell = tell
+            self._notify = notify
             while True:
                 check_open()
                 changed.clear()
@@ -524,10 +525,10 @@ class HostCopies:
                     self.drop(victim.key)
 
     def _victim(self, nbytes: int, failed: _Failures) -> HostCopy | None:
-        """Return what makes room next; None if room in use now is to be waited for."""
-        here = [copy for copy in self._copies.values() if copy.content is not None]
+        """Return the copy to drop or spill next; None to wait for memory in use."""
+        in_memory = [copy for copy in self._copies.values() if copy.content is not None]
         staying = 0
-        for copy in sorted(here, key=lambda each: isinstance(each.key, TensorsKey)):
+        for copy in sorted(in_memory, key=lambda copy: isinstance(copy.key, TensorsKey)):
             if not isinstance(copy.key, TensorsKey):
                 if not copy.is_read:
                     return copy
@@ -542,18 +543,18 @@ class HostCopies:
     def _full(self, nbytes: int, failed: _Failures) -> CapacityError:
         return CapacityError(
             f"{nbytes:,} bytes of tensors do not fit beside {self.used:,} in memory_bytes"
-            f" ({self.nbytes:,}); unload adapters that were given as tensors, or raise it"
+            f" ({self.nbytes:,}); unload adapters loaded from tensors, or raise it"
             f"{failed.reason}",
             stage="fetch",
             retryable=nbytes <= self.nbytes,
         )
 
     async def _spill(self, copy: HostCopy, failed: _Failures) -> None:
-        """Write one copy to the disk. A cancellation ends that soon, and does not wait for it."""
+        """Write one copy to the disk. A cancellation ends the write soon, without waiting."""
         control = copy.spilling = FetchControl()
         nbytes = copy.nbytes
         writing = self._threads.submit(self._write, copy, control)
-        del copy  # the thread shall be the last to have it: to free so much takes a while
+        del copy  # so that the thread frees the memory, which takes a while
         try:
             error = await outcome(writing)
         except asyncio.CancelledError:
@@ -563,17 +564,17 @@ class HostCopies:
             failed.add(error, nbytes)
 
     def _write(self, copy: HostCopy, control: FetchControl) -> LoraxError | None:
-        """In the thread. Return why it stays in memory, if it does."""
+        """Spill a copy; return the error if it stays in memory. Runs in the spill thread."""
         try:
             self._require_descriptors()
             assert self._cache is not None
-            file = _written(self._cache(), copy, control)
+            file = _write_spill_file(self._cache(), copy, control)
             self._files += 1
             self.spills += 1
             copy.move(file)
         except LoraxError as error:
             bare = error.located()
-            bare.__cause__ = None  # its frames hold the bytes
+            bare.__cause__ = None  # its frames keep the bytes alive
             return bare
         finally:
             copy.spilling = None
@@ -584,7 +585,7 @@ class HostCopies:
         """Close a spill file now, in any thread, and remove it in the spill thread."""
         file.close()
         self._discarded.append(file.key)
-        with suppress(RuntimeError):  # `close` is under way, and removes what is left
+        with suppress(RuntimeError):  # `close` has begun, and removes the rest
             self._threads.submit(self._remove_discarded)
 
     def _remove_discarded(self) -> None:
@@ -594,15 +595,15 @@ class HostCopies:
                 assert self._cache is not None
                 self._cache().remove(self._discarded.popleft())
             except Exception:
-                _logger.exception("what was spilled to the disk cache is left there")
+                _logger.exception("a spill file could not be removed from the disk cache")
 
     def _require_descriptors(self) -> None:
-        """A spill file is held open; a quarter of the process's descriptors may be."""
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        if most != resource.RLIM_INFINITY and self._files >= most // 4:
+        """Raise `CapacityError` if open spill files use a quarter of the process's descriptors."""
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if limit != resource.RLIM_INFINITY and self._files >= limit // 4:
             raise CapacityError(
-                f"{self._files:,} of them are there, each of which takes one of the {most:,} files"
-                " that this process may open; raise its RLIMIT_NOFILE (ulimit -n)"
+                f"{self._files:,} spill files are open, of the {limit:,} files that this process"
+                " may open; raise its RLIMIT_NOFILE (ulimit -n)"
             )
 
     def _give_back(self, nbytes: int) -> None:
@@ -612,36 +613,36 @@ class HostCopies:
             self._changed()
 
     def _changed(self) -> None:
-        self._tell()
+        self._notify()
 
 
 class _Failures:
-    """The spills that one call has tried in vain: copies of `from_bytes` or more are not tried."""
+    """The failed spills of one call: copies of `from_bytes` or more are not tried again."""
 
     def __init__(self, never: bool) -> None:
         self.from_bytes = 0.0 if never else inf
         self.reason = ""
 
     def add(self, error: LoraxError, nbytes: int) -> None:
-        """Exclude larger ones if there was no room, else all: those would fail as well."""
-        self.reason = f"; nor can others make room on the disk: {error.problem}"
-        full = isinstance(error, CapacityError)
-        self.from_bytes = min(self.from_bytes, nbytes) if full else 0
+        """Exclude copies of this size or more if the disk had no room, else all copies."""
+        self.reason = f"; others cannot be spilled to the disk: {error.problem}"
+        is_full = isinstance(error, CapacityError)
+        self.from_bytes = min(self.from_bytes, nbytes) if is_full else 0
 
 
-def _written(cache: Cache, copy: HostCopy, control: FetchControl) -> SpillFile:
-    """Write a copy to an entry of its own and bring it to the disk. Leave nothing on an error.
+def _write_spill_file(cache: Cache, copy: HostCopy, control: FetchControl) -> SpillFile:
+    """Publish a copy as a new entry of the cache. Leave nothing on an error.
 
-    A key that no other loader has: there is nothing to join, resume or contradict. What a killed
-    process leaves is an entry that nothing holds, and makes room when the cache needs some.
+    No other loader has its key, so there is no download to join or resume. A killed process leaves
+    an entry without a lease, which is evicted when the cache needs room.
     """
     content = copy.content
     if content is None:
-        raise FetchError("it was dropped meanwhile")
+        raise FetchError("the copy was dropped meanwhile")
     key = CacheKey(SOURCE, f"{copy.key}-{secrets.token_hex(8)}")
     download = cache.begin(key, SOURCE, control)
     if not isinstance(download, CacheDownload):
-        raise InternalError("the disk cache has an entry that was to be made")
+        raise InternalError("the disk cache already has the new spill file's entry")
     try:
         for role, data in (
             (CONFIG_FILE, memoryview(copy.config)),
@@ -650,7 +651,7 @@ def _written(cache: Cache, copy: HostCopy, control: FetchControl) -> SpillFile:
             file = download.file(role, data.nbytes)
             for start in range(0, data.nbytes, PIECE_BYTES):
                 if control.ended:
-                    raise FetchError("nothing needs it on disk any more")
+                    raise FetchError("the spill is not needed any more")
                 file.write([data[start : start + PIECE_BYTES]], start)
         return SpillFile(key, download.publish())
     except BaseException:

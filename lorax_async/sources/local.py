@@ -1,9 +1,9 @@
 """Adapters in local folders: `adapter_config.json` and `adapter_model.safetensors`, nothing else.
 
-Instead of the one file of weights there may be an index and the files that it names.
+Weights may also be an index and the files that it names.
 
-A `pathlib.Path` is the embedding program's own word and is followed wherever it leads. A `str` may
-come from a request: its folder, by its real path, lies in one of the operator's roots, and its
+A `pathlib.Path` comes from the embedding program and is followed wherever it leads. A `str` may
+come from a request: the real path of its folder must lie in one of the operator's roots, and its
 files in that folder (or, in the standard hub cache, among the blobs of that folder's repository).
 """
 
@@ -49,10 +49,10 @@ from lorax_async.sources.local_weights import (
 from lorax_async.types import UNCHECKED, AdapterKey, AdapterRef, FileIdentity, Verification
 
 REMEMBERED_INDEXES = 1024
-"""Every request resolves its id, and of an index that is known only the number of files counts."""
+"""File counts kept by index: every request resolves its id, and needs only the count."""
 
 MAX_DIGESTS = 65_536
-"""Of files that were hashed; the one that was met first goes first."""
+"""Digests kept of hashed files; the oldest is dropped first."""
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -76,14 +76,14 @@ class LocalSource:
     Parameters
     ----------
     roots
-        Folders in which a `str` id may lie; looked up anew every time, and links are followed.
-        Adapters in immutable ones can be held in host memory, by whatever id they are named.
+        Folders that contain the folders of `str` ids; links are followed, anew for each id.
+        Adapters in immutable roots can be held in host memory, whichever id names them.
     limits
-        What of a stranger's adapter is accepted.
+        Limits of an adapter's files.
     threads
-        Where the file system is touched; two threads let config and weights open side by side.
+        Run the file system calls; two threads open config and weights side by side.
     hashes
-        Weights are hashed whenever they are opened anew, before they are used.
+        Hash weights each time they are opened, before they are used.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class LocalSource:
 
     async def open(self, key: AdapterKey, control: FetchControl) -> AdapterFile:  # noqa: ARG002 - the port's
         if len(key.files) < 2:
-            raise UsageError("this is no key of a local adapter")
+            raise UsageError("the key is not a local adapter's")
         opening = self._threads.submit(_open_weights, key, self._limits, self._immutable)
         try:
             config = await self._read_config(key)
@@ -120,7 +120,7 @@ class LocalSource:
         except BaseException as error:
             opening.add_done_callback(_close)
             if isinstance(error, Exception):
-                # The first error is the one to tell; it waits until the thread is through.
+                # Wait for the thread, and raise the first error.
                 with suppress(Exception):
                     await asyncio.wrap_future(opening)
             raise
@@ -136,12 +136,12 @@ class LocalSource:
         arrived: Callable[[int], None],  # noqa: ARG002 - the port's
         control: FetchControl,
     ) -> Verification:
-        """All is here already: a copy reads the file itself, through its reader.
+        """Return at once, or hash the file: copies read it directly, through the reader.
 
-        Nobody said what the file should come to: a digest is our own, and the same each time.
+        No digest is promised for a local file; ours must only be the same each time.
         """
         if control.ended:
-            raise FetchError("nobody waits for the adapter any more")
+            raise FetchError("no caller waits for the adapter any more")
         if not self._hashes:
             return UNCHECKED
         return Verification("transport", await self._digest(_files_of(file.reader), control))
@@ -160,45 +160,45 @@ class LocalSource:
         return joined_digest([await self._file_digest(reader, control) for reader in readers])
 
     async def _file_digest(self, reader: FileReader, control: FetchControl) -> str:
-        """What the file comes to, and came to before if it was hashed before."""
-        found = await sha256_of(reader, self._threads, control)
-        known = self._digests.setdefault(reader.identity, found)
-        if known != found:
+        """Return the file's digest. Raise `IntegrityError` if an earlier one was different."""
+        digest = await sha256_of(reader, self._threads, control)
+        known = self._digests.setdefault(reader.identity, digest)
+        if known != digest:
             raise IntegrityError(
                 f"{reader.name} has other bytes than before, though it was not written to: look at"
                 " the disk, and save the adapter again"
             )
         if len(self._digests) > MAX_DIGESTS:
             del self._digests[next(iter(self._digests))]
-        return found
+        return digest
 
     async def populate(self, key: AdapterKey) -> PinnedPages:
-        """In an immutable root: all bytes, mapped, and locked where the process may.
+        """Map all bytes of an adapter in an immutable root, and lock them if the process may.
 
-        Elsewhere the kernel is asked to read ahead, and nothing is held.
+        Elsewhere ask the kernel to read ahead, and hold nothing.
         """
-        metadata = self._threads.submit(
+        opening = self._threads.submit(
             begin_hold, readers_of(key, known=True), key, self._immutable
         )
         try:
-            hold = await asyncio.wrap_future(metadata)
+            pages = await asyncio.wrap_future(opening)
         except BaseException:
-            metadata.add_done_callback(_close)
+            opening.add_done_callback(_close)
             raise
-        if isinstance(hold, LocalPages):
-            await self._fill(hold)
-        return hold
+        if isinstance(pages, LocalPages):
+            await self._fill(pages)
+        return pages
 
-    async def _fill(self, hold: LocalPages) -> None:
-        """Piece by piece, so that others who need these threads wait for one piece at most."""
+    async def _fill(self, pages: LocalPages) -> None:
+        """Populate piece by piece: other users of the threads wait for one piece at most."""
         loop = asyncio.get_running_loop()
         try:
-            for start in hold.starts:
-                await loop.run_in_executor(self._threads, hold.populate, start)
-            await loop.run_in_executor(self._threads, hold.settle)
+            for start in pages.starts:
+                await loop.run_in_executor(self._threads, pages.populate, start)
+            await loop.run_in_executor(self._threads, pages.settle)
         except BaseException as error:
-            # A thread that still populates keeps the map until it is through.
-            closing = self._threads.submit(hold.close)
+            # A thread that still populates keeps the map until it has finished.
+            closing = self._threads.submit(pages.close)
             if isinstance(error, Exception):
                 await asyncio.wrap_future(closing)
             raise
@@ -223,7 +223,7 @@ class LocalSource:
 
 
 def _files_of(reader: Reader) -> list[FileReader]:
-    """The files behind the reader of an opened adapter."""
+    """Return the readers of the files behind an opened adapter's reader."""
     several = (
         reader.files.readers if isinstance(reader, SplitReader) and reader.files else (reader,)
     )
@@ -231,9 +231,9 @@ def _files_of(reader: Reader) -> list[FileReader]:
 
 
 class _TwoHopExecutor(Executor):
-    """Where aiofiles works on one file, so that the file is closed even after a cancellation.
+    """The executor that aiofiles uses for one file; closes the file even after a cancellation.
 
-    aiofiles loses a file whose opening is cancelled, and one that a thread still reads must wait.
+    aiofiles leaks a file whose opening is cancelled, and a read in progress must end first.
     """
 
     def __init__(self, threads: Executor) -> None:
@@ -247,7 +247,7 @@ class _TwoHopExecutor(Executor):
         return hop
 
     def abandon(self) -> None:
-        """Close the file as soon as the latest hop is through."""
+        """Close the file as soon as the latest call has ended."""
         opening, latest = self._opening, self._latest
         if opening is not None and latest is not None:
             latest.add_done_callback(lambda _: _close(opening))
@@ -265,9 +265,9 @@ def _close(opening: Future[_C]) -> None:
 
 
 def _outcome(future: Future[_T]) -> _T | None:
-    """What a future gave, if it was not cancelled and did not fail."""
-    given = future.done() and not future.cancelled() and future.exception() is None
-    return future.result() if given else None
+    """Return a future's result; None if it was cancelled or failed."""
+    succeeded = future.done() and not future.cancelled() and future.exception() is None
+    return future.result() if succeeded else None
 
 
 def _open_weights(key: AdapterKey, limits: Limits, immutable: Sequence[str]) -> _OpenedWeights:

@@ -1,6 +1,6 @@
-"""Finding an adapter's folder and judging what is in it, on descriptors. Blocks.
+"""Find an adapter's folder and check its files, by descriptors. Blocks.
 
-No byte is read but of an index, which says what else there is.
+No file is read except an index, which names the others.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
 
-# One text whether the place exists or not; and no path, for it may be another tenant's.
+# The same text whether the folder exists or not, and without its path: it may be another tenant's.
 _OUTSIDE = (
     "a str id may name a folder inside LoaderConfig.local_roots only; add a root, or pass a"
-    " pathlib.Path if the id is the program's own word"
+    " pathlib.Path if the id is the program's own"
 )
 _LEAVES = (
     "{} is a link that leads out of the adapter's folder, or nowhere; put the file itself there"
@@ -52,33 +52,33 @@ _BLOB = re.compile(r"/blobs/(?:[0-9a-f]{40}|[0-9a-f]{64})")
 
 
 CountFiles = Callable[[str, FileIdentity, Limits], int]
-"""How many files of weights an index names, by its folder and its identity."""
+"""Return the number of weights' files that an index names, by its folder and identity."""
 
 
 def count_files(folder: str, identity: FileIdentity, limits: Limits) -> int:
-    """A `CountFiles` that reads the index."""
+    """Read the index and return the number of weights' files."""
     return read_index(folder, identity, limits).count
 
 
 def find_adapter(
     place: LocalPlace, roots: Sequence[str], limits: Limits, count: CountFiles = count_files
 ) -> AdapterKey:
-    """The key of the first place where there is a folder; its errors are the caller's.
+    """Return the key of the first of the place's folders that exists, or raise its error.
 
-    `count` may remember: an index of one identity is read and checked once then.
+    `count` may be cached by the index's identity.
     """
     problems: list[AdapterError] = []
     inside = None if place.trusted else tuple(real_paths(roots))
     for path in place.paths:
         try:
-            with located(path) as found:
-                real_path = found.real_path
+            with located(path) as folder:
+                real_path = folder.real_path
                 if is_inside(real_path, inside):
-                    return _FoundFolder(found, real_path, place.trusted).key(limits, count)
+                    return _AdapterFolder(folder, real_path, place.trusted).key(limits, count)
         except OSError as error:
             if inside is None or is_inside(_readable_path(path), inside):
                 problems.append(_folder_problem(error))
-    # One place that leads out speaks for all: what is there must make no difference.
+    # A path outside the roots decides for all, whether it exists or not.
     if len(problems) == len(place.paths) > 0:
         raise problems[0]
     raise AccessDeniedError(_OUTSIDE)
@@ -87,14 +87,14 @@ def find_adapter(
 def real_paths(roots: Sequence[str]) -> Iterator[str]:
     for root in roots:
         try:
-            with located(root) as found:
-                yield found.real_path
+            with located(root) as folder:
+                yield folder.real_path
         except OSError:
-            continue  # nothing lies in a root that is not there
+            continue  # a root that does not exist has no adapters
 
 
 def is_inside(real_path: str, roots: Sequence[str] | None) -> bool:
-    """Is it one of these real paths, or below one? None is everywhere."""
+    """Return whether it is one of these real paths, or below one. True for None."""
     return roots is None or any(real_path == root or lies_in(real_path, root) for root in roots)
 
 
@@ -103,7 +103,7 @@ def lies_in(real_path: str, folder: str) -> bool:
 
 
 def _readable_path(path: str) -> str:
-    """Where a path leads; "" if a link on the way may not be read, as of other processes in proc"""
+    """Return the real path; "" if a link on it may not be read, as in another process's /proc."""
     try:
         return os.path.realpath(path)
     except OSError:
@@ -124,17 +124,17 @@ def _folder_problem(error: OSError) -> AdapterError:
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 
 
-class _FoundFolder(NamedTuple):
-    found: FilePosition
+class _AdapterFolder(NamedTuple):
+    folder: FilePosition
     real_path: str
     trusted: bool
 
     def key(self, limits: Limits, count: CountFiles) -> AdapterKey:
-        """Judge the folder and its files: config and weights, or else index and several of them."""
-        if not stat.S_ISDIR(self.found.status.st_mode):
+        """Check the folder and its files: config and weights, or an index and several files."""
+        if not stat.S_ISDIR(self.folder.status.st_mode):
             raise AdapterFormatError(
-                f"the id names {self.found.kind}; give the folder that holds {CONFIG} and {WEIGHTS}"
-                " (unpack an archive first)"
+                f"the id names {self.folder.kind}; give the folder that holds {CONFIG} and"
+                f" {WEIGHTS} (unpack an archive first)"
             )
         config = self._identity(CONFIG, limits.max_config_bytes)
         weights = self._identity(WEIGHTS, limits.max_adapter_bytes)
@@ -149,7 +149,7 @@ class _FoundFolder(NamedTuple):
         return AdapterKey(self.real_path, (config, *rest))
 
     def _split(self, count: int, limits: Limits) -> Iterator[FileIdentity]:
-        """So many files of weights, as an index names them."""
+        """Yield the identities of `count` files of weights."""
         nbytes = 0
         for number in range(1, count + 1):
             name = split_name(number, count)
@@ -167,10 +167,10 @@ class _FoundFolder(NamedTuple):
             yield file
 
     def _identity(self, name: str, max_bytes: int) -> FileIdentity | None:
-        """Which file this is, if there is one and it may be read."""
+        """Return the identity of a file that may be read; None if there is none."""
         try:
-            with located(name, within=self.found.fd) as file:
-                return self._judge(name, file, max_bytes)
+            with located(name, within=self.folder.fd) as file:
+                return self._check(name, file, max_bytes)
         except OSError as error:
             if not self.trusted and self._is_link(name):
                 raise AccessDeniedError(_LEAVES.format(name)) from None
@@ -178,7 +178,7 @@ class _FoundFolder(NamedTuple):
                 return None
             raise translated(error, name) from error
 
-    def _judge(self, name: str, file: FilePosition, max_bytes: int) -> FileIdentity:
+    def _check(self, name: str, file: FilePosition, max_bytes: int) -> FileIdentity:
         if not (self.trusted or self._owns(file.real_path)):
             raise AccessDeniedError(_LEAVES.format(name))
         require_file(name, file, max_bytes)
@@ -189,7 +189,7 @@ class _FoundFolder(NamedTuple):
         return file.identity
 
     def _owns(self, real_path: str) -> bool:
-        """Is it in this folder, or a blob of the repository whose snapshot this folder is?"""
+        """Return whether it is in this folder, or a blob of the repository of this snapshot."""
         if lies_in(real_path, self.real_path):
             return True
         snapshot = _SNAPSHOT.fullmatch(self.real_path)
@@ -203,12 +203,12 @@ class _FoundFolder(NamedTuple):
 
     def _status(self, name: str) -> os.stat_result | None:
         try:
-            return os.stat(name, dir_fd=self.found.fd, follow_symlinks=False)
+            return os.stat(name, dir_fd=self.folder.fd, follow_symlinks=False)
         except OSError:
             return None
 
     def _incomplete(self, config: FileIdentity | None, weights: str = "") -> AdapterError:
-        """What to say of a folder that lacks a config, or the file that is called `weights`."""
+        """Return the error for a folder without a config, or without the file `weights`."""
         if weights and self._status(_PICKLE) is not None:
             return AdapterFormatError(
                 f"the weights are {_PICKLE}, a pickle, which can run any code and is never loaded;"
@@ -219,9 +219,9 @@ class _FoundFolder(NamedTuple):
 
 
 def read_index(folder: str, identity: FileIdentity, limits: Limits) -> SplitIndex:
-    """The index in this folder, if it is still the one of that identity.
+    """Read the index in this folder.
 
-    Raises `IntegrityError` if not, and what `parse_index` does.
+    Raise `IntegrityError` if it has another identity, and as `parse_index` does.
     """
     path = os.path.join(folder, INDEX)
     content = bytearray(identity.size)

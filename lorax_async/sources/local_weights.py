@@ -1,4 +1,4 @@
-"""The weights of a local adapter, in one file or several: read, and held in host memory."""
+"""Read a local adapter's weights, in one file or several, and hold them in host memory."""
 
 from __future__ import annotations
 
@@ -35,14 +35,12 @@ from lorax_async.sources.local_folder import (
 from lorax_async.types import AdapterKey, FileIdentity
 
 PIECE_BYTES = 8 << 20
-"""Populated in one go: milliseconds from a good disk."""
+"""Bytes populated in one call: milliseconds from a good disk."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReadAhead:
-    """The `PinnedPages` of a file that may change: the kernel was asked to read it, and
-    that is all.
-    """
+    """The `PinnedPages` of a file that may change: the kernel was only asked to read ahead."""
 
     nbytes: int = 0
     locked: bool = False
@@ -52,16 +50,15 @@ class ReadAhead:
 
 
 class LocalPages:
-    """The `PinnedPages` of files that do not change: a map of all of each.
+    """The `PinnedPages` of files that do not change: a map of each.
 
-    Whoever makes it calls `populate` with each of `starts`, which count the files' bytes one after
-    the other, then `settle`. It owns the readers; the descriptors are open until it is settled or
-    closed. `close` may be called from another thread while one of the others runs, and takes effect
-    after it.
+    Call `populate` with each of `starts`, offsets into the files joined in order, then `settle`. It
+    owns the readers; descriptors are open until it is settled or closed. Another thread may call
+    `close` during `populate` or `settle`; it takes effect when that ends.
     """
 
     def __init__(self, readers: Sequence[FileReader]) -> None:
-        *self._firsts, self.nbytes = accumulate((each.nbytes for each in readers), initial=0)
+        *self._firsts, self.nbytes = accumulate((reader.nbytes for reader in readers), initial=0)
         self.starts = [
             start
             for first, reader in zip(self._firsts, readers, strict=True)
@@ -78,10 +75,10 @@ class LocalPages:
 
     @property
     def locked(self) -> bool:
-        return all(each.locked for each in self._maps)
+        return all(mapped.locked for mapped in self._maps)
 
     def populate(self, start: int) -> None:
-        """Bring the piece that begins there. `FetchError` if it cannot be read."""
+        """Bring the piece at `start` into memory. Raise `FetchError` if it cannot be read."""
         n = bisect_right(self._firsts, start) - 1
         start -= self._firsts[n]
         try:
@@ -90,7 +87,7 @@ class LocalPages:
             raise translated(error, self._readers[n].name) from error
 
     def settle(self) -> None:
-        """All is here: is it still what was opened? `IntegrityError` if not."""
+        """Close the files once all is populated. Raise `IntegrityError` if one has changed."""
         for reader in self._readers:
             reader.read_into([], 0)
             reader.close()
@@ -111,7 +108,7 @@ def _mapped(reader: FileReader) -> MappedFile:
 
 
 def can_hold(readers: Sequence[FileReader], key: AdapterKey, immutable: Sequence[str]) -> bool:
-    """Do the adapter's folder and the files that were opened lie in roots that do not change?"""
+    """Return whether the adapter's folder and its opened files lie in immutable roots."""
     if not immutable:
         return False
     roots = tuple(real_paths(immutable))
@@ -129,7 +126,7 @@ def begin_hold(
 ) -> LocalPages | ReadAhead:
     """Map the files if they can be held, else start reading ahead.
 
-    Closes the readers, but for those that a hold needs until it is settled.
+    Close the readers, except those that a map needs until it is settled.
     """
     try:
         if can_hold(readers, key, immutable):
@@ -145,7 +142,7 @@ def begin_hold(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SplitFiles:
-    """A plan, and its files' readers in their order, which belong to whoever holds this."""
+    """A plan, and the readers of its files in order, which this owns."""
 
     plan: SplitPlan
     readers: tuple[Reader, ...]
@@ -156,19 +153,19 @@ class SplitFiles:
 
 
 class SplitReader:
-    """A `Reader` over the readers of several files, which it owns. It reads the header, too.
+    """The `Reader` of weights in several files, joined with one header. It owns the files.
 
     Parameters
     ----------
     files
-        What it reads, if that is open; else `opener` gives it at the first read. It may block.
+        The files, or None: then the first read calls `opener`, which may block.
     """
 
     def __init__(
         self, files: SplitFiles | None, opener: Callable[[], SplitFiles] | None = None
     ) -> None:
         self.files = files
-        """What it reads, if that was opened."""
+        """None until the files are opened."""
         self._opener = opener
         self._lock = Lock()
         self._opening = Lock()
@@ -197,7 +194,7 @@ class SplitReader:
             _fill(files, _pieces(files.plan, span), _SplitTargets([buffer]))
 
     def close(self) -> None:
-        """Close the files now, or after the last read that is under way."""
+        """Close the files now, or after the last read in progress."""
         with self._lock:
             unused = not self._closed and not self._users
             self._closed = True
@@ -261,13 +258,13 @@ def _copy(content: bytes, buffers: Iterable[memoryview]) -> None:
 
 
 class _SplitTargets:
-    """Where bytes go that are read, one buffer after the other."""
+    """Hands out the target buffers of a read, in order."""
 
     def __init__(self, buffers: Sequence[memoryview]) -> None:
         self._left = deque(buffer.cast("B") for buffer in buffers if buffer.nbytes)
 
     def take(self, nbytes: int) -> list[memoryview]:
-        """The next so many bytes of them."""
+        """Return the buffers of the next `nbytes` bytes."""
         taken: list[memoryview] = []
         while nbytes:
             buffer = self._left.popleft()
@@ -279,13 +276,13 @@ class _SplitTargets:
 
 
 PREFIX_BYTES = 128 << 10
-"""Read at once from the beginning of the weights: the header of nearly every adapter."""
+"""Bytes of the first read of the weights: they contain the header of nearly every adapter."""
 
 
 class LocalWeights(NamedTuple):
-    """Weights that are open: their beginning with the whole header, and all of them.
+    """Open weights: the `prefix` that ends with the header, and a reader of all bytes.
 
-    `readers` are the files, which `reader` owns.
+    `readers` are those of the files, which `reader` owns.
     """
 
     prefix: bytes
@@ -294,22 +291,22 @@ class LocalWeights(NamedTuple):
 
 
 def is_split(key: AdapterKey) -> bool:
-    """Whether the weights are in several files; then an index stands between config and them."""
+    """Return whether the weights are in several files; then `key.files[1]` is their index."""
     return len(key.files) > 2
 
 
 def weight_files(key: AdapterKey) -> tuple[FileIdentity, ...]:
-    """Those that hold the tensors."""
+    """Return the files of the tensors, without config and index."""
     return key.files[2 if is_split(key) else 1 :]
 
 
 def open_weights(key: AdapterKey, limits: Limits) -> LocalWeights:
-    """Open the files and check that they are those of the key; nothing stays open on an error."""
+    """Open the files and check their identities. Nothing stays open on an error."""
     readers = readers_of(key, known=False)
     try:
         if not is_split(key):
             return LocalWeights(read_prefix(readers[0], limits), readers[0], readers)
-        files = _put_together(key, readers, limits)
+        files = _join(key, readers, limits)
     except BaseException:
         close_all(readers)
         raise
@@ -317,9 +314,9 @@ def open_weights(key: AdapterKey, limits: Limits) -> LocalWeights:
 
 
 def reopened(key: AdapterKey, limits: Limits) -> Reader:
-    """The weights of an adapter whose config will not be read again; opened by the first read.
+    """Return a reader of the weights, which the first read opens. Quick.
 
-    Of several files that reads the headers again. Quick.
+    That read checks the config too, and parses the headers of several files again.
     """
     if not is_split(key):
         return readers_of(key, known=True)[0]
@@ -327,7 +324,7 @@ def reopened(key: AdapterKey, limits: Limits) -> Reader:
     def opener() -> SplitFiles:
         readers = readers_of(key, known=True)
         try:
-            return _put_together(key, readers, limits)
+            return _join(key, readers, limits)
         except BaseException:
             close_all(readers)
             raise
@@ -336,9 +333,9 @@ def reopened(key: AdapterKey, limits: Limits) -> Reader:
 
 
 def readers_of(key: AdapterKey, *, known: bool) -> tuple[FileReader, ...]:
-    """Of each file that holds tensors. Quick: opened by the first read.
+    """Return readers of the tensors' files, which the first read opens. Quick.
 
-    With `known`, that checks the files beside them too, for they will not be read again.
+    With `known`, that read checks the config and the index too, which are not read again.
     """
     files = weight_files(key)
     names = [WEIGHTS]
@@ -362,7 +359,7 @@ def _open(
     return open_same(os.path.join(folder, name), identity)
 
 
-def _put_together(key: AdapterKey, readers: tuple[FileReader, ...], limits: Limits) -> SplitFiles:
+def _join(key: AdapterKey, readers: tuple[FileReader, ...], limits: Limits) -> SplitFiles:
     index = read_index(key.location, key.files[1], limits)
     if index.count != len(readers):
         raise changed(INDEX)
@@ -379,7 +376,7 @@ def _heads(readers: Sequence[FileReader], limits: Limits) -> Iterator[FileHead]:
 
 
 def read_prefix(reader: Reader, limits: Limits) -> bytes:
-    """The beginning of the file, with its whole header."""
+    """Return the beginning of the file, which ends with its header."""
     prefix = bytearray(min(PREFIX_BYTES, reader.nbytes))
     reader.read_into([memoryview(prefix)], 0)
     needed = header_size(memoryview(prefix), reader.nbytes, limits)
@@ -392,9 +389,9 @@ def read_prefix(reader: Reader, limits: Limits) -> bytes:
 
 
 def read_header(folder: Path, limits: Limits) -> tuple[Header, int]:
-    """The header of the weights in a folder that the program itself names, and the files' size.
+    """Return the weights' header and size, for a folder that the program itself names.
 
-    Raises what a load of the adapter would.
+    Raise as a load of the adapter does.
     """
     key = find_adapter(LocalPlace((os.fspath(folder),), trusted=True), (), limits)
     weights = open_weights(key, limits)

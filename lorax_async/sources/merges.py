@@ -47,15 +47,15 @@ def concatenate(
     Parameters
     ----------
     out
-        A `[rank, in]` or B `[out, rank]`, of any of the three dtypes; what is not filled stays.
+        A `[rank, in]` or B `[out, rank]`, of any of the three dtypes; rows not written stay.
     tensors, factors
-        Of the parts, with the weight and the scale of each: A is multiplied by both, B by neither.
+        Those of the parts, with weight and scale of each: A is multiplied by both, B by neither.
     """
     at = 0
     for tensor, (weight, scale) in zip(tensors, factors, strict=True):
         if factor is TensorRole.A:
             rank = tensor.shape[0]
-            # In two steps, and so rounded twice: PEFT's bits.
+            # Two products, rounded twice as PEFT does.
             out[at : at + rank].copy_(tensor.float() * weight * scale)
         else:
             rank = tensor.shape[1]
@@ -70,9 +70,9 @@ def combine(
     factors: Sequence[tuple[float, float]],
     generator: torch.Generator | None,
 ) -> torch.Tensor:
-    """Merge the tensors of all parts, of one shape, by "ties" or one of the two of DARE.
+    """Merge the tensors of all parts, of one shape, by "ties" or a DARE strategy.
 
-    DARE draws from `generator`, which stands where PEFT's would before this tensor.
+    DARE draws from `generator`, in the state of PEFT's before this tensor.
     """
     roots = [_root(weight * scale, signed=factor is TensorRole.A) for weight, scale in factors]
     return combine_weighted(
@@ -92,15 +92,14 @@ def combine_weighted(
     sign: MajoritySign | None,
     density: float,
 ) -> torch.Tensor:
-    """Prune each tensor, elect signs if `sign` says how, and add up what is left, weighted.
+    """Prune each tensor, elect signs by the method `sign`, and return the weighted sum.
 
-    With a `generator` the weights that go are picked at random, and the others divided by the
-    density; else the smallest go. Signs are elected before the weights count, and the sum becomes a
-    mean.
+    With a `generator` elements are dropped at random and the others divided by the density; else
+    the smallest are dropped. Signs are elected on unweighted tensors, and turn the sum into a mean.
     """
     peft = _merge_utils()
     tensors = [tensor.float() for tensor in tensors]
-    if density < 1:  # else PEFT prunes nothing either, with a warning
+    if density < 1:  # at 1 PEFT prunes nothing, with a warning
         drops = generator is not None
         with _DrawingFrom(generator):
             tensors = [
@@ -119,11 +118,11 @@ def combine_weighted(
 
 
 def seeded(merge: Merge, layers: NewLayers) -> torch.Generator | None:
-    """Return a generator that stands where PEFT's stands when it begins to merge; None for none.
+    """Return a generator in the state of PEFT's when its merge begins; None if nothing is drawn.
 
-    `merge.seed` is what `torch.manual_seed` would be given before `add_weighted_adapter`, which
-    makes and initialises the layers of the new adapter first. PEFT's usual starts are followed;
-    "orthogonal" and "mica" draw more, so that other weights are dropped than by PEFT.
+    `merge.seed` is the argument of `torch.manual_seed` before `add_weighted_adapter`, which first
+    makes and initialises the layers of the new adapter. PEFT's usual initialisations are drawn;
+    "orthogonal" and "mica" draw more, so that PEFT drops other weights.
     """
     if not merge.drops:
         return None
@@ -146,7 +145,7 @@ def seeded(merge: Merge, layers: NewLayers) -> torch.Generator | None:
 def _merge_utils() -> Any:
     """Return `peft.utils.merge_utils`, which needs torch alone, without the rest of peft.
 
-    That would import transformers: seconds, in which a thread holds up the loop and its own merge.
+    Importing peft imports transformers, which blocks the loop and the merge for seconds.
     """
     peft = find_spec("peft")
     for folder in (peft.submodule_search_locations if peft is not None else None) or ():
@@ -154,17 +153,17 @@ def _merge_utils() -> Any:
         spec = spec_from_file_location("lorax_async.peft_merge_utils", path)
         if spec is not None and spec.loader is not None and os.path.isfile(path):
             module = module_from_spec(spec)
-            with suppress(ImportError):  # it needs more of peft than it did
+            with suppress(ImportError):  # a later version needs more of peft
                 spec.loader.exec_module(module)
                 return module
     return import_module("peft.utils.merge_utils")
 
 
 class _DrawingFrom(TorchFunctionMode):
-    """Lets `torch.bernoulli`, as PEFT calls it, draw from a generator of our own.
+    """Makes `torch.bernoulli`, as PEFT calls it, draw from our generator.
 
-    In this thread alone, where it is entered: the process's generator, which other threads draw
-    from meanwhile, is neither seeded nor read.
+    Only in the thread that enters it: other threads draw from the process's generator meanwhile,
+    which is neither seeded nor read.
     """
 
     def __init__(self, generator: torch.Generator | None) -> None:
@@ -178,14 +177,14 @@ class _DrawingFrom(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        named = dict(kwargs or {})
+        kwargs = dict(kwargs or {})
         if func is torch.bernoulli:
-            named["generator"] = self._generator
-        return func(*args, **named)
+            kwargs["generator"] = self._generator
+        return func(*args, **kwargs)
 
 
 def _root(product: float, *, signed: bool) -> float:
-    """Return the root for A and B each, so that their product has the whole; A has the sign."""
+    """Return the factor of A and of B whose product is `product`; A has the sign."""
     root = sqrt(abs(product))
     return -root if signed and product < 0 else root
 
@@ -194,14 +193,14 @@ _T = TypeVar("_T")
 
 
 class Merger:
-    """Opens the parts of a merge, and computes it in a thread of its own, one merge at a time.
+    """Opens the parts of merges, and computes one merge at a time in its own thread.
 
     Parameters
     ----------
     source
-        Has the parts.
+        The source of the parts.
     copies
-        Where room is reserved and the result kept.
+        Reserves the memory and keeps the result.
     layout, dtype, limits, threads
         As for `MemorySource`.
     """
@@ -225,13 +224,13 @@ class Merger:
         self._computing = ThreadPoolExecutor(1, "lorax-merge")
 
     async def merge(self, key: MergedKey, control: FetchControl) -> HostCopy:
-        """Compute a merge and keep it. Raises what a load of a part does, naming the part."""
-        plan, files = await self._planned(key, control)
+        """Compute a merge and keep it. Raise as a load of a part does, naming the part."""
+        plan, files = await self._plan(key, control)
         room: Reservation | None = None
         try:
             room = await self._reserve(plan.nbytes, control)
             verification = await self._bring(key, files, control)
-            content = await self._computed(key, plan, files, control)
+            content = await self._compute(key, plan, files, control)
             head = plan.config, len(plan.prefix)
             copy = HostCopy(key, *head, content, room, verification)
             room = None
@@ -242,10 +241,10 @@ class Merger:
         return self._copies.put(copy)
 
     def close(self) -> None:
-        """Blocks. Tasks are to be ended before."""
+        """End the thread. End all merges before. Blocks."""
         self._computing.shutdown()
 
-    async def _planned(
+    async def _plan(
         self, key: MergedKey, control: FetchControl
     ) -> tuple[MergePlan, Sequence[AdapterFile]]:
         """Open and plan; parts that were refused and outdated are opened once more."""
@@ -277,22 +276,22 @@ class Merger:
         )
 
     async def _reserve(self, nbytes: int, control: FetchControl) -> Reservation:
-        """Wait for room for as long as the merge is wanted."""
+        """Wait for room until `control` ends."""
         reserving = asyncio.ensure_future(self._copies.reserve(nbytes, lambda: None))
 
-        def look() -> None:
+        def cancel_if_ended() -> None:
             if control.ended:
                 reserving.cancel()
 
         try:
-            with control.watched(look):
+            with control.watched(cancel_if_ended):
                 await asyncio.wait([reserving])
         except asyncio.CancelledError:
             reserving.cancel()
             reserving.add_done_callback(partial(_undo, Reservation.end))
             raise
         if reserving.cancelled():
-            raise FetchError("nobody waits for the merge any more")
+            raise FetchError("no caller waits for the merge any more")
         return reserving.result()
 
     async def _bring(
@@ -305,7 +304,7 @@ class Merger:
             bringing.append(_of_part(key, number, work))
         return weakest(await _all(bringing, lambda _: None))
 
-    async def _computed(
+    async def _compute(
         self, key: MergedKey, plan: MergePlan, files: Sequence[AdapterFile], control: FetchControl
     ) -> torch.Tensor:
         future = self._computing.submit(compute, key, plan, files, control)
@@ -326,7 +325,7 @@ def compute(
     generator = seeded(merge, plan.new_layers)
     for tensor in plan.tensors:
         if control.ended:
-            raise FetchError("nobody waits for the merge any more")
+            raise FetchError("no caller waits for the merge any more")
         out = content[tensor.start : tensor.stop].view(dtype).view(tensor.shape)
         if tensor.is_padded(merge):
             out.zero_()

@@ -1,4 +1,4 @@
-"""Every source at once: which one has an adapter is said by its id, or its key."""
+"""Route each call to the local or the remote source, by the id, the key or the reader."""
 
 from __future__ import annotations
 
@@ -13,23 +13,22 @@ from lorax_async.types import AdapterKey, AdapterRef, RemoteKey, Verification
 
 
 class SourceRouter:
-    """Local folders, and what lies elsewhere.
+    """The `Source` of local folders and remote adapters.
 
-    `parsed` turns what a caller asks for into its one spelling, with a source; it refuses what is
-    not allowed.
+    `parse` gives a ref its one spelling and its source, and refuses ids that are not allowed.
     """
 
     def __init__(
-        self, local: FolderSource, remote: FolderSource, parsed: Callable[[AdapterRef], AdapterRef]
+        self, local: FolderSource, remote: FolderSource, parse: Callable[[AdapterRef], AdapterRef]
     ) -> None:
         self._local = local
         self._remote = remote
-        self._parsed = parsed
+        self._parse = parse
 
     async def resolve(self, ref: AdapterRef) -> AdapterKey:
-        found = self._parsed(ref)
-        source = self._local if found.source == "local" else self._remote
-        return await source.resolve(found)
+        parsed_ref = self._parse(ref)
+        source = self._local if parsed_ref.source == "local" else self._remote
+        return await source.resolve(parsed_ref)
 
     async def open(self, key: AdapterKey, control: FetchControl) -> AdapterFile:
         return await self._of(key).open(key, control)

@@ -1,4 +1,4 @@
-"""Adapters in host memory, beside another source's: tensors that were given, and merges."""
+"""The source of adapters in host memory: tensors passed by the program, and merges."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from lorax_async.sources.host_copies import CopyReader, HostCopies, HostCopy, Te
 from lorax_async.sources.merges import Merger
 from lorax_async.types import AdapterKey, AdapterRef, MergedKey, TensorsKey, Verification
 
-_GONE = "its tensors were let go; give them again with load_tensors"
+_GONE = "its tensors were dropped; pass them again to load_tensors"
 
 
 class MemorySource:
-    """A `Source` of `TensorsKey`s and `MergedKey`s; `source` has everything else.
+    """The `Source` of `TensorsKey`s and `MergedKey`s; passes other keys on to `source`.
 
-    Tensors are there from `take` until they are dropped. A merge is computed when it is opened, and
-    stays in memory until others need the room.
+    Tensors stay from `take` until they are dropped. A merge is computed when it is opened, and
+    stays in memory until other copies need the room.
 
     Parameters
     ----------
     copies
-        The budget of what is in memory.
+        The copies in memory, within their budget.
     layout, dtype
-        The base's modules, in whose order merges draw random numbers; and "F32", "F16" or "BF16",
-        which merges are stored as.
+        The base's modules, in whose order merges draw random numbers; and the dtype of merges:
+        "F32", "F16" or "BF16".
     limits
-        What of tensors and merges is accepted.
+        Limits of tensors and merges.
     threads
-        Where tensors are copied, some milliseconds at a time, and merges planned.
+        Copy tensors, some milliseconds at a time, and plan merges.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class MemorySource:
     ) -> AdapterKey:
         """Copy tensors as they are now and keep the copy, unless there is one with equal content.
 
-        `check_open` raises once nothing may begin. Raises what `TensorSnapshot` does, and
+        `check_open` raises once the loader is closing. Raise as `TensorSnapshot` does, and
         `CapacityError` if the budget has no room. Nothing is left on an error or a cancellation.
         """
         snapshot, loop = TensorSnapshot(tensors, config, self._limits), asyncio.get_running_loop()
@@ -81,7 +81,7 @@ class MemorySource:
         except BaseException:
             if running is None:
                 room.end()
-            else:  # a thread that still copies has its memory
+            else:  # a thread that still copies uses the memory
                 running.add_done_callback(lambda _: room.end())
             raise
         header = len(snapshot.prefix)
@@ -120,15 +120,15 @@ class MemorySource:
         arrived: Callable[[int], None],
         control: FetchControl,
     ) -> Verification:
-        """Return at once for what is in memory, where all of it is here already."""
+        """Return at once for an adapter in memory."""
         if not isinstance(file.reader, CopyReader):
             return await self._source.bring(file, groups, arrived, control)
         if control.ended:
-            raise FetchError("nobody waits for the adapter any more")
+            raise FetchError("no caller waits for the adapter any more")
         return file.reader.copy.verification
 
     async def digest(self, key: AdapterKey) -> str:
-        """Hash the file that tensors became; a merge is in no file: `UsageError`."""
+        """Return the sha256 of the file made of tensors. Raise `UsageError` for a merge."""
         if isinstance(key, MergedKey):
             raise UsageError(
                 "a merge has no digest; its parts have theirs, as AdapterRef(digest=…)"
@@ -142,7 +142,7 @@ class MemorySource:
             reader.close()
 
     async def populate(self, key: AdapterKey) -> PinnedPages:
-        """Read a spilled file ahead; what is in memory needs no hold."""
+        """Read a spilled file ahead; bytes in memory need no hold."""
         if not isinstance(key, TensorsKey | MergedKey):
             return await self._source.populate(key)
         reader, loop = self._known(key).open(), asyncio.get_running_loop()
@@ -153,7 +153,7 @@ class MemorySource:
         return _NoPages()
 
     def close(self) -> None:
-        """End threads and leave nothing in the disk cache. Copies are to be dropped. Blocks."""
+        """End threads and remove spill files. Drop all copies before. Blocks."""
         self._merger.close()
         self.copies.close()
 

@@ -67,7 +67,7 @@ def test_the_two_files_are_fetched_once(
     assert asked(hub) == {("HEAD", CONFIG), ("GET", CONFIG)}
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     huggingface_hub.close_session()
-    with pytest.raises(errors.FetchError, match="ask nobody") as caught:
+    with pytest.raises(errors.FetchError, match="set to be offline") as caught:
         WeightsFile.open(SQL)
     assert (caught.value.id, caught.value.retryable) == (SQL, False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -178,7 +178,7 @@ def test_what_the_hub_has_not(
 
 def test_a_file_over_the_limit_is_not_fetched(hub: HubStandIn, hub_client: Path) -> None:
     hub.put(SQL, {CONFIG: b" " * (256 * 1024 + 1)})
-    with pytest.raises(errors.AdapterFormatError, match="262,145 bytes, over the 262,144 that"):
+    with pytest.raises(errors.AdapterFormatError, match="262,145 bytes, over the 262,144 allowed"):
         LoraConfig.load(SQL)
     assert asked(hub) == {("HEAD", CONFIG)}
     assert not list(hub_client.rglob("blobs/*"))
@@ -202,7 +202,7 @@ def test_files_that_are_over_the_limit_together(
 
     hub.behave = behave
     with pytest.raises(
-        errors.AdapterFormatError, match=f"{room + 1:,} bytes, over the {room:,} that"
+        errors.AdapterFormatError, match=f"{room + 1:,} bytes, over the {room:,} allowed"
     ):
         WeightsFile.open(SQL)
     fetched = {file.name for file in hub_client.rglob("*-of-*.safetensors")}

@@ -20,7 +20,7 @@ from lorax_async.planning.batch_plan import (
     require_current,
 )
 from lorax_async.scheduler.adapter_queue import (
-    LATE,
+    LATE_FACTOR,
     LoadEstimate,
     LoadProfile,
     LoadProfiles,
@@ -214,10 +214,10 @@ def test_a_low_priority_waits_for_a_bounded_time(
 def test_look_ahead_goes_from_loads_to_the_device_to_the_host() -> None:
     ahead = LookAhead(loads=2, slots=5, hints=3)
     load, device, host = LoadTarget.LOAD, LoadTarget.DEVICE, LoadTarget.HOST
-    assert ahead.reaches(0) == [load, load, device, device, device, host, host, host]
-    assert ahead.reaches(2) == [load, load, device, host, host, host]
-    assert ahead.reaches(4) == [load, load, host, host, host]
-    assert ahead.reaches(5) == [load, load, host, host, host]
+    assert ahead.targets(0) == [load, load, device, device, device, host, host, host]
+    assert ahead.targets(2) == [load, load, device, host, host, host]
+    assert ahead.targets(4) == [load, load, host, host, host]
+    assert ahead.targets(5) == [load, load, host, host, host]
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_a_pass_is_predicted_by_those_before(
     pace = PassTimeModel()
     assert pace.predict(tokens) is None
     for seen in passes:
-        pace.note(*seen)
+        pace.record(*seen)
     assert pace.predict(tokens) == pytest.approx(seconds)
 
 
@@ -245,7 +245,7 @@ def arrival(profile: LoadProfile, since: float = 10.0, *notes: tuple[int, float]
     """Of four layers, of which some came: up to this one, at this time."""
     load = LoadEstimate((0, 1, 2, 3), 400, since, profile)
     for note in notes:
-        load.note(*note)
+        load.record(*note)
     return load
 
 
@@ -259,7 +259,7 @@ def arrival(profile: LoadProfile, since: float = 10.0, *notes: tuple[int, float]
         ([(2, 13.0)], 13.0, [14.0]),  # several may come at once
         ([(0, 12.0)], 14.0, [14.0, 16.0, 18.0]),
         # After 10 s the second layer is expected after 11, and the others in proportion.
-        ([(0, 12.0)], 20.0, [10 + 10 * LATE * n for n in (1, 1.5, 2)]),
+        ([(0, 12.0)], 20.0, [10 + 10 * LATE_FACTOR * n for n in (1, 1.5, 2)]),
     ],
 )
 def test_layers_are_expected_as_others_came_or_later_and_later(
@@ -280,25 +280,25 @@ def test_layers_are_expected_as_others_came_or_later_and_later(
         (arrival(LoadProfile(), 10.0, (0, 12.0)), 12.0, 12.0, 4, 11.0),
         (arrival(LoadProfile(), 10.0, (0, 12.0)), 12.0, None, 4, 18.0),
         # One that has stopped is late: at 110 it is expected after 11/10 of its 100 s.
-        (arrival(LoadProfile(), 10.0, (2, 13.0)), 110.0, 4.0, 4, 10 + 100 * LATE - 3),
+        (arrival(LoadProfile(), 10.0, (2, 13.0)), 110.0, 4.0, 4, 10 + 100 * LATE_FACTOR - 3),
     ],
 )
 def test_a_pass_may_begin_when_no_layer_is_computed_before_it_is_expected(
     load: LoadEstimate, now: float, seconds: float | None, layers: int, joins: float
 ) -> None:
-    assert load.joins_at(now, seconds, layers) == pytest.approx(joins)
+    assert load.earliest_pass(now, seconds, layers) == pytest.approx(joins)
 
 
 def test_a_load_that_nobody_saw_begin_teaches_nothing() -> None:
     profiles = LoadProfiles()
     profile = profiles.of("file")
-    profile.note([1.0, 2.0, 3.0, 4.0], 400)
+    profile.record([1.0, 2.0, 3.0, 4.0], 400)
     load = arrival(profiles.of("file"))
-    load.missed(2)
+    load.skip(2)
     assert load.arrived == 2
     assert load.expected(10.0) == pytest.approx([13.0, 14.0])  # as others went
-    load.note(3, 30.0)
+    load.record(3, 30.0)
     assert profile.per_byte == pytest.approx(4.0 / 400)
-    profile.note([8.0] * 4, 400)
+    profile.record([8.0] * 4, 400)
     assert profile.per_byte == pytest.approx(6.0 / 400), "courses are averaged"
     assert profiles.of("hub").per_byte != profile.per_byte

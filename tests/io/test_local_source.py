@@ -594,7 +594,7 @@ class Reading:
 
 @pytest.fixture
 def small_pieces(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(files, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(files, "HASH_STEP_BYTES", 1000)
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -631,7 +631,7 @@ async def test_a_digest_stays_the_same(hashes: HashingWorld, monkeypatch: Patch)
         if offset:
             buffers[-1][-1] ^= 1
 
-    monkeypatch.setattr(files, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(files, "HASH_STEP_BYTES", 1000)
     with monkeypatch.context() as patch:
         patch.setattr(FileReader, "read_into", forgotten)
         for call in (hashes.bring(key), hashes.source.digest(key)):
@@ -654,14 +654,14 @@ async def test_hashing_is_cancelled(hashes: HashingWorld, monkeypatch: Patch) ->
     reading = Reading(lambda number: control.end() if number == 2 else None)
     key = await hashes.key()
     monkeypatch.setattr(FileReader, "read_into", reading)
-    with pytest.raises(FetchError, match="nobody waits"):
+    with pytest.raises(FetchError, match="no caller waits"):
         await hashes.bring(key, control=control)
     assert reading.count == 3
 
 
 async def test_hashing_shares_threads(hashes: HashingWorld, monkeypatch: Patch) -> None:
     """However large the file is: its pieces queue behind what was asked for meanwhile."""
-    monkeypatch.setattr(files, "PIECE_BYTES", 64)
+    monkeypatch.setattr(files, "HASH_STEP_BYTES", 64)
     key, others = await hashes.key(), 0
     hashed = asyncio.ensure_future(hashes.bring(key))
     while not hashed.done():

@@ -126,7 +126,7 @@ async def test_tensors_are_opened_like_a_file(world: World) -> None:
     assert await world.source.digest(key) == sha256(content).hexdigest()
     control = FetchControl()
     control.end()
-    with pytest.raises(FetchError, match="nobody waits"):
+    with pytest.raises(FetchError, match="no caller waits"):
         await world.source.bring(file, groups_of(content), lambda _: None, control)
     world.copies.drop(key)
     assert read(again, 0, len(content)) == content, "open readers stay valid"
@@ -151,16 +151,16 @@ async def test_dropped_tensors_are_gone_when_their_readers_are_closed(world: Wor
     world.copies.drop(key)
     world.copies.drop(key)
     assert world.copies.used == nbytes
-    with pytest.raises(AdapterNotFoundError, match="give them again") as caught:
+    with pytest.raises(AdapterNotFoundError, match="pass them again") as caught:
         await world.source.open(key, FetchControl())
     assert caught.value.stage == "fetch"
-    with pytest.raises(FetchError, match="give them again"):
+    with pytest.raises(FetchError, match="pass them again"):
         await world.source.populate(key)
     with pytest.raises(FetchError, match="load_tensors") as refused:
         await world.source.digest(key)
     assert not refused.value.retryable
     late = world.source.reopen(key)
-    with pytest.raises(FetchError, match="give them again"):
+    with pytest.raises(FetchError, match="pass them again"):
         read(late, 0, 1)
     late.close()
     assert (await world.take(), world.copies.used) == (key, 2 * nbytes)
@@ -230,7 +230,7 @@ async def test_a_merge_is_computed_once_and_stays_until_others_need_the_room(wor
     ):
         with pytest.raises(EvictedError, match="load it again"):
             work()
-    with pytest.raises(CapacityError, match="unload adapters that were given"):
+    with pytest.raises(CapacityError, match="unload adapters loaded from tensors"):
         await world.source.open(key, FetchControl())
     world.copies.clear()
     assert_equal(await world.read_all(key), merged)
@@ -362,7 +362,7 @@ def test_a_step_is_some_milliseconds_of_work() -> None:
 
 
 def test_what_is_not_to_be_copied_is_refused_before_it_is() -> None:
-    with pytest.raises(UnsupportedAdapterError, match="torch.int8; give it as"):
+    with pytest.raises(UnsupportedAdapterError, match="torch.int8; pass it as"):
         begun({"x": torch.zeros(3, dtype=torch.int8)})
     vast = torch.zeros(1).expand(1 << 31)
     with pytest.raises(UnsupportedAdapterError, match="over the limit of 4,294,967,296"):

@@ -34,7 +34,7 @@ UNLOCKED = f"{DISK}::test_without_locks_it_knows_what_it_holds"
 WAITED_FOR = f"{DISK}::TestSharing::test_others_wait_and_have_what_was_published"
 
 _checked_digest, _write = PartialFile.checked_digest, PartialFile.write
-_resumed, _claim = PartialFile._resumed, Partials.claim
+_resume, _claim = PartialFile._resume, Partials.claim
 _decoded, _try_lock = ChunkMap.decoded, directory.try_lock
 
 
@@ -51,7 +51,7 @@ def _mapped_before_written(self: PartialFile, buffers: Sequence[memoryview], off
 def _cut_before_the_map_goes(self: PartialFile) -> Any:
     with self._file.held() as fd:
         os.ftruncate(fd, 0)
-    return _resumed(self)
+    return _resume(self)
 
 
 def _without_waiting(self: Partials, entry: str, *, alone: bool) -> Any:
@@ -98,7 +98,7 @@ CACHES: Mutants = {
     ),
     "cache: the chunk map is removed before the bytes": mutant(
         f"{DISK}::test_a_map_goes_before_the_bytes_that_it_tells_of",
-        (PartialFile, "_resumed", _cut_before_the_map_goes),
+        (PartialFile, "_resume", _cut_before_the_map_goes),
     ),
     "cache: bytes and maps are on the disk before they are left": mutant(
         RESUMABLE, seen_by(partials, "os", fsync=nothing)

@@ -55,7 +55,7 @@ def _ended_when_asked_for(self: CopyThreads, work: Any) -> None:
 
 def _flag_cleared_after(self: Inbox[Any]) -> None:
     self.take()
-    self._awake = False
+    self._wake_pending = False
 
 
 def _by_arrival(life: AdapterState) -> tuple[bool, int, int]:

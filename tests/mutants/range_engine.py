@@ -13,8 +13,8 @@ from lorax_async.http.connection import (
     Attempt,
 )
 from lorax_async.http.download_scheduler import (
+    DownloadPiece,
     DownloadScheduler,
-    Piece,
     WorkerPool,
 )
 from lorax_async.http.downloads import Download
@@ -55,7 +55,7 @@ def _reported_by_many(self: Download) -> None:
         self._arrived(group)
 
 
-def _claimed_after_an_end(self: Download, piece: Piece, most: int) -> int:
+def _claimed_after_an_end(self: Download, piece: DownloadPiece, most: int) -> int:
     with self.scheduler.changed:
         over, self.over = self.over, False
         count = _claim(self, piece, most)
@@ -63,7 +63,7 @@ def _claimed_after_an_end(self: Download, piece: Piece, most: int) -> int:
     return count
 
 
-def _split_while_read(self: Download, now: float) -> Piece | None:
+def _split_while_read(self: Download, now: float) -> DownloadPiece | None:
     claims = {piece: piece.claimed for piece in self.running.values()}
     for piece in claims:
         piece.claimed = piece.at

@@ -13,7 +13,7 @@ from mutants.mutation import Mutants, mutant, skipped
 BATCHES = "test_scheduler.py"
 ENDS = "test_scheduler_ends.py"
 
-_landed = AdapterQueues.landed
+_release_batch = AdapterQueues.release_batch
 
 
 def _never(kept: object) -> property:
@@ -25,8 +25,8 @@ def _given_back_after_the_first(
     self: AdapterQueues, adapter_queues: Sequence[AdapterQueue]
 ) -> None:
     for adapter_queue in adapter_queues:
-        adapter_queue.flights = 1
-    _landed(self, adapter_queues)
+        adapter_queue.batch_count = 1
+    _release_batch(self, adapter_queues)
 
 
 def _forgotten_but_loaded(self: LoadQueue, adapter_queue: AdapterQueue) -> None:
@@ -38,22 +38,22 @@ def _forgotten_but_loaded(self: LoadQueue, adapter_queue: AdapterQueue) -> None:
 SCHEDULING: Mutants = {
     "scheduler: a request is in one batch at a time": mutant(
         f"{BATCHES}::test_several_batches_may_be_under_way",
-        (Ticket, "flying", _never(kept=False)),
+        (Ticket, "in_batch", _never(kept=False)),
     ),
     "scheduler: a slot is kept for its batches": mutant(
         f"{BATCHES}::test_an_adapter_is_given_back_after_the_last_of_its_batches",
-        (AdapterQueues, "landed", _given_back_after_the_first),
+        (AdapterQueues, "release_batch", _given_back_after_the_first),
     ),
     "scheduler: a batch is valid while its slots are its own": mutant(
         f"{BATCHES}::test_a_stale_batch_is_caught", skipped(Batch, "check")
     ),
     "scheduler: a slot held in vain makes way": mutant(
         f"{BATCHES}::test_a_request_that_may_not_begin_gives_its_slot_to_one_that_has_begun",
-        skipped(AdapterQueues, "make_way"),
+        skipped(AdapterQueues, "yield_slot"),
     ),
     "scheduler: tokens of false weights do not count": mutant(
         f"{ENDS}::test_a_token_of_false_weights_does_not_count",
-        skipped(AdapterQueues, "judge"),
+        skipped(AdapterQueues, "check_integrity"),
     ),
     "scheduler: a preempted request gives its place back": mutant(
         f"{BATCHES}::test_preempting_ends",

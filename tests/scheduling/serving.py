@@ -86,7 +86,7 @@ async def opened(
         async with AdapterScheduler(loader, **given) as scheduler:
             yield loader, scheduler
         assert (loader.usage().leases, loader.usage().waiting) == (0, 0)
-        assert not [t for t in asyncio.all_tasks() if t.get_name().startswith("lorax wish")]
+        assert not [t for t in asyncio.all_tasks() if t.get_name().startswith("lorax load")]
 
 
 async def step(

@@ -18,7 +18,7 @@ from fetching import Anywhere, LoopbackOnly, MemorySink, target
 from lorax_async.errors import FetchError
 from lorax_async.http.client import HttpClient, LinkStatistics
 from lorax_async.http.connection import AbortableSocket, Attempt, Connection
-from lorax_async.http.download_scheduler import DownloadScheduler, Job, Piece
+from lorax_async.http.download_scheduler import DownloadPiece, DownloadScheduler, Job
 from lorax_async.http.downloads import Download
 from lorax_async.http.failures import AbortedError, RetryableError, RetryPolicy
 from lorax_async.http.pool import ConnectionPool
@@ -39,7 +39,7 @@ class Pieces(Job[None]):
 
     def __init__(self, scheduler: DownloadScheduler, count: int, origin: str, urgency: int) -> None:
         super().__init__(scheduler, urgency, deadline=1_000.0)
-        self.pending = [Piece(n, 10 * n, 10 * n + 10) for n in range(count)]
+        self.pending = [DownloadPiece(n, 10 * n, 10 * n + 10) for n in range(count)]
         self.name = origin
         scheduler.jobs.append(self)
 
@@ -47,10 +47,10 @@ class Pieces(Job[None]):
     def origin(self) -> str:
         return self.name
 
-    def work(self, piece: Piece, attempt: Attempt, buffer: memoryview) -> None:
+    def work(self, piece: DownloadPiece, attempt: Attempt, buffer: memoryview) -> None:
         raise AssertionError("nothing is read here")
 
-    def settle(self, piece: Piece) -> None:
+    def settle(self, piece: DownloadPiece) -> None:
         self.over = not self.pending and not self.running
 
 
@@ -67,9 +67,9 @@ class World:
     def job(self, count: int, origin: str = "a", urgency: int = FOREGROUND) -> Pieces:
         return Pieces(self.scheduler, count, origin, urgency)
 
-    def begin(self, most: int = 99) -> list[tuple[Job[None], Piece, Attempt]]:
+    def begin(self, most: int = 99) -> list[tuple[Job[None], DownloadPiece, Attempt]]:
         """As many tasks as there may be."""
-        found: list[tuple[Job[None], Piece, Attempt]] = []
+        found: list[tuple[Job[None], DownloadPiece, Attempt]] = []
         with self.scheduler.changed:
             while len(found) < most and (task := self.scheduler.next()) is not None:
                 found.append(task)

@@ -307,7 +307,7 @@ def _shifted(*fields: str, by: int = 0, cut: int = 0) -> Behaviour:
 
 OK, CHUNKED = b"HTTP/1.1 200 OK\r\n", "Transfer-Encoding: chunked"
 HOSTILE: dict[str, tuple[Behaviour, type[LoraxError], str]] = {
-    "wrong range": (_shifted(TAG, by=1), IntegrityError, "were asked for"),
+    "wrong range": (_shifted(TAG, by=1), IntegrityError, "were requested"),
     "no range": (lies(EMPTY), IntegrityError, "without a range"),
     "another file": (_shifted('ETag: "v2"'), IntegrityError, "changed"),
     "length and range differ": (_shifted(TAG, cut=1), IntegrityError, "length"),
@@ -315,7 +315,7 @@ HOSTILE: dict[str, tuple[Behaviour, type[LoraxError], str]] = {
     "another size": (whole_of(399_999), IntegrityError, "changed"),
     "412": (lies(EMPTY, status="412 No"), IntegrityError, "changed"),
     "416": (lies(EMPTY, "Content-Range: bytes */7", status="416 No"), IntegrityError, "changed"),
-    "coded": (lies(EMPTY, "Content-Encoding: gzip"), FetchError, "coded"),
+    "coded": (lies(EMPTY, "Content-Encoding: gzip"), FetchError, "content coding"),
     "101": (lies(EMPTY, status="101 Switching Protocols"), FetchError, "101"),
     "401": (lies(EMPTY, status="401 No"), AccessDeniedError, "401"),
     "403": (lies(EMPTY, status="403 No"), AccessDeniedError, "403"),

@@ -296,7 +296,7 @@ def brought(file: RemoteFile) -> bytes:
     assert file.nbytes is not None
     with engine(4, timeouts=PATIENT) as fetching:
         answer = fetching.probe(file.target, 5_000, timeout=30).done.result(40)
-        assert file.checked(answer) is answer
+        file.require_match(answer)
         assert answer.ranges
         sink, order = MemorySink(file.nbytes), list[int]()
         groups = GROUPS if file.nbytes == len(DATA) else [[(0, file.nbytes)]]

@@ -30,7 +30,7 @@ from lorax_async.lifecycle.policies import policy
 from lorax_async.loader import AdapterLoader
 from lorax_async.remote.base import LocatedAdapter, RemoteFile
 from lorax_async.remote.opening import AdapterOpener
-from lorax_async.remote.remote_source import RemoteSource
+from lorax_async.remote.remote_source import RemoteParts, RemoteSource
 from lorax_async.remote.resolution import ResolutionCache, VersionResolver
 from lorax_async.sources.base import AdapterFile, Source
 from lorax_async.types import AdapterKey, AdapterRef
@@ -65,7 +65,7 @@ class ToldLocator:
     elsewhere: dict[str, str] = field(default_factory=dict)
     """Below which URL an adapter lies that is not at the server, by its name."""
 
-    def recalled(self, ref: AdapterRef) -> tuple[str, str, str] | None:
+    def pinned_version(self, ref: AdapterRef) -> tuple[str, str, str] | None:
         if ref.revision is None or len(ref.revision) != 40:
             return None
         return ref.text, ref.revision, _scope(ref)
@@ -165,7 +165,8 @@ class RemoteWorld:
             limits=limits,
             verify=verify,
         )
-        self.source = kind(self.resolving, opening, self.workers, limits=limits, verify=verify)
+        parts = RemoteParts(self.resolving, opening, self.workers, lambda: None)
+        self.source = kind(lambda: parts, limits=limits, verify=verify)
 
     def cache_of(self, _: str) -> DiskCache:
         with self._making:

@@ -33,7 +33,7 @@ from lorax_async.errors import (
 )
 from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
-from lorax_async.remote.remote_source import lazy_remote_source
+from lorax_async.remote.remote_source import open_remote_source
 from lorax_async.types import AdapterRef
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
@@ -171,7 +171,7 @@ async def published(world: World) -> None:
     """Store what the origin has now, unchecked by any layout: as `lorax-async fetch` does."""
     async with world.loader() as there:
         config = there.config
-    with lazy_remote_source(config) as source:
+    with open_remote_source(config) as source:
         row = FetchRow(AdapterRef(world.id, source="http"))
         await fetch_all(source, [row], lambda *_: None)
     assert row.error is None, row.error

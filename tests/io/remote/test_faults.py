@@ -357,11 +357,11 @@ malformed = partial(Case, kind=AdapterFormatError, retryable=False, stage="verif
 CASES = {
     # the config
     "config truncated": Case(at("config", truncated), FetchError, "closed the connection"),
-    "config short": Case(at("config", short_without_length), IntegrityError, "its source said"),
+    "config short": Case(at("config", short_without_length), IntegrityError, "its source named"),
     "config short, no promise": malformed(
         at("config", short_without_length), words="adapter_config"
     ),
-    "config long": Case(at("config", long_without_length), IntegrityError, "its source said"),
+    "config long": Case(at("config", long_without_length), IntegrityError, "its source named"),
     "config wrong": Case(at("config", wrong_bytes), IntegrityError, "sha256"),
     "config 401": Case(at("config", status("401 No")), AccessDeniedError, "401", retryable=False),
     "config 404": Case(at("config", status("404 No")), AdapterNotFoundError, "404", False),
@@ -370,11 +370,11 @@ CASES = {
         retry_after=(DAY, DAY),
     ),
     # the beginning of the weights
-    "header short": Case(at("header", short_without_length), IntegrityError, "its source said"),
+    "header short": Case(at("header", short_without_length), IntegrityError, "its source named"),
     "header short, no promise": malformed(
         at("header", short_without_length), words="the file ends"
     ),
-    "header of another size": Case(at("header", other_size), IntegrityError, "its source said"),
+    "header of another size": Case(at("header", other_size), IntegrityError, "its source named"),
     "header wrong range": Case(at("header", wrong_range), IntegrityError, "were asked for"),
     "header 416": Case(at("header", status("416 No")), IntegrityError, "shorter"),
     "header 503 until a date": Case(

@@ -45,7 +45,7 @@ from lorax_async.formats.split_weights import CONFIG_FILE, INDEX_FILE, WEIGHTS_F
 from lorax_async.http.failures import RetryPolicy
 from lorax_async.http.settings import PublicOnly, Rules
 from lorax_async.remote.base import LocatedAdapter
-from lorax_async.remote.hub import HubLocator
+from lorax_async.remote.hub import HubBackend
 from lorax_async.types import AdapterRef
 
 Patch = pytest.MonkeyPatch
@@ -72,10 +72,10 @@ def locating(
     rules: Rules | None = None,
     timeout: float = 20.0,
     retries: RetryPolicy = QUICK,
-) -> Iterator[HubLocator]:
+) -> Iterator[HubBackend]:
     endpoint, rules = hub if isinstance(hub, str) else hub.endpoint, rules or Anywhere()
     with ThreadPoolExecutor(8, "lorax-test") as threads:
-        yield HubLocator(
+        yield HubBackend(
             endpoint=endpoint, rules=rules, threads=threads, timeout=timeout, retries=retries
         )
 
@@ -233,7 +233,7 @@ async def test_each_authority_has_an_opaque_scope(hub: HubStandIn, tmp_path: Pat
         hub.behave = lambda asked: Reply(500)
         assert [await locator.scope(ref) for ref in refs.values()] == scopes
         pinned = replace(refs[f"Bearer {TOKEN}"], revision=commit)
-        assert locator.recalled(pinned) == (REPO, commit, scopes[1])
+        assert locator.pinned_version(pinned) == (REPO, commit, scopes[1])
     assert scopes[0] == ""
     assert len(set(scopes)) == 3
     assert "hf_machine" not in scopes[2]
@@ -249,7 +249,7 @@ async def test_no_own_token(hub: HubStandIn, tmp_path: Path, monkeypatch: Patch)
     (tmp_path / "token").write_bytes(b"hf_\xff\xfe")
     error = await refused(hub, lent)
     assert type(error) is AccessDeniedError
-    assert "log in anew" in error.problem
+    assert "log in again" in error.problem
 
     def fail(**_: object) -> dict[str, str]:
         raise OIDCError(f"no id token but {TOKEN}")
@@ -271,7 +271,7 @@ async def test_what_is_no_token_is_not_sent(hub: HubStandIn, token: str) -> None
         with pytest.raises(UsageError, match=r"leave it out \(None\)"):
             await locator.locate(ref)
         with pytest.raises(UsageError, match=r"leave it out \(None\)"):
-            locator.recalled(ref)
+            locator.pinned_version(ref)
     assert not hub.asked
 
 

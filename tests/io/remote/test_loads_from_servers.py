@@ -129,7 +129,7 @@ async def test_what_is_refused_leaves_nothing(origin: Origin, adapters: list[Pat
     origin.put(adapters[0])
     missing = AccessDeniedError if origin.kind == "hub" else AdapterNotFoundError
     async with origin.loader(at(f"127.0.0.1:{origin.link.port}"), Allow("s3", "none")) as there:
-        words = "give a token|to whoever has no token|adapter_config|no such bucket"
+        words = "give a token|without a token|adapter_config|no such bucket"
         with pytest.raises(missing, match=words):
             await there.load(origin.other_id)
         if origin.kind == "s3":

@@ -327,7 +327,7 @@ async def test_what_changes_between_two_answers_is_noticed(world: RemoteWorld) -
         world.answer(asked, client, data, '"another"' if again else etag)
 
     world.server.behave = changing
-    with pytest.raises(IntegrityError, match="changed while it was asked for"):
+    with pytest.raises(IntegrityError, match="changed while it was requested"):
         await opened(world)
 
 
@@ -348,7 +348,7 @@ async def test_waiting_ends_with_demand(
         await asyncio.wait([waiting], timeout=0.2)
         assert not waiting.done()
         control.end()
-        with pytest.raises(FetchError, match="nobody waits"):
+        with pytest.raises(FetchError, match="no caller waits"):
             await waiting
         download.discard()
 
@@ -400,7 +400,7 @@ async def test_a_question_to_the_source_ends_with_the_demand(tmp_path: Path) -> 
         await until(lambda: cancelled)
         assert not asking.done()
         control.end()
-        with pytest.raises(FetchError, match="nobody waits"):
+        with pytest.raises(FetchError, match="no caller waits"):
             await asking
         assert cancelled == [True]
         assert not any(in_use(world))

@@ -147,10 +147,10 @@ def test_another_file_answers(
         file = located(ID).files[1]
     answer = ProbeResult(file.target, file.target.location, known, {}, b"", ranges=True)
     if right:
-        assert file.checked(answer) is answer
+        file.require_match(answer)
         return
     with pytest.raises(IntegrityError, match="replaced"):
-        file.checked(answer)
+        file.require_match(answer)
 
 
 def test_other_words_are_another_version() -> None:
@@ -251,7 +251,7 @@ async def test_a_token_and_ids_of_others_are_refused() -> None:
                 await made.locate(ref)
             assert "the-token" not in str(caught.value)
             with pytest.raises(UsageError):
-                made.recalled(ref)
+                made.pinned_version(ref)
 
 
 def test_connections_of_sixteen_buckets_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

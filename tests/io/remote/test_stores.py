@@ -140,10 +140,10 @@ def test_every_replaced_file_is_another_version(store: Store) -> None:
     for revision in known:
         assert located(store.id, revision).version == first.version
     with locator() as made:
-        said = made.recalled(AdapterRef(store.id, revision=first.version))
+        said = made.pinned_version(AdapterRef(store.id, revision=first.version))
         assert said == (store.id, first.version, first.scope)
         for other in (*(known - {first.version}), None):
-            assert made.recalled(AdapterRef(store.id, revision=other)) is None
+            assert made.pinned_version(AdapterRef(store.id, revision=other)) is None
     store.put_adapter(config=CONFIG + b" ")
     second = located(store.id)
     store.put_adapter(weights=DATA[::-1], config=CONFIG + b" ")
@@ -151,7 +151,7 @@ def test_every_replaced_file_is_another_version(store: Store) -> None:
     assert len({first.version, second.version, third.version}) == 3
     assert brought(third.files[1]) == DATA[::-1]
     for revision in (*known, "main"):
-        with pytest.raises(AdapterNotFoundError, match="only that can be had") as caught:
+        with pytest.raises(AdapterNotFoundError, match="only that can be fetched") as caught:
             located(store.id, revision)
         assert third.version in str(caught.value)
 
@@ -183,7 +183,7 @@ def test_a_file_that_is_replaced_on_the_way(store: Store) -> None:
             fetched(fetching, known)
         late = fetching.probe(weights.target, 5_000, timeout=20).done.result(30)
         with pytest.raises(IntegrityError, match="replaced"):
-            weights.checked(late)
+            weights.require_match(late)
 
 
 WRONG_KEY = base64.b64encode(b"wrong" * 12).decode()

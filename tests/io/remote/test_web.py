@@ -59,9 +59,9 @@ async def test_a_folder_is_located_by_two_requests(it: World) -> None:
     assert weights.answer.start == DATA[:FIRST_BYTES]
     assert (weights.nbytes, weights.expected) == (len(DATA), None)
     pinned = it.ref(revision=located.version)
-    assert it.locator.recalled(pinned) == (located.source, located.version, "")
+    assert it.locator.pinned_version(pinned) == (located.source, located.version, "")
     for other in (None, weights.answer.validators.etag, "main"):
-        assert it.locator.recalled(it.ref(revision=other)) is None
+        assert it.locator.pinned_version(it.ref(revision=other)) is None
 
 
 async def test_both_are_asked_for_at_once(it: World) -> None:
