@@ -238,6 +238,10 @@ def half_a_head(asked: Asked, client: Client) -> None:
     raise Hangup
 
 
+def without_an_answer(asked: Asked, client: Client) -> None:
+    raise Hangup
+
+
 def gone(asked: Asked, client: Client) -> None:
     client.reset()
 
@@ -252,6 +256,7 @@ FAULTS: dict[Behaviour, type[LoraxError]] = {
     drip: FetchTimeoutError,
     slow_head: FetchTimeoutError,
     half_a_head: FetchError,
+    without_an_answer: FetchError,
     gone: FetchError,
     unavailable: FetchError,
 }
