@@ -226,7 +226,7 @@ async def test_only_an_open_loader_with_memory_takes_tensors_by_a_str() -> None:
     async with loader(memory_bytes=0) as there:
         names: list[Any] = [Path("mine"), "", AdapterRef("mine")]
         for name in names:
-            with pytest.raises(errors.InvalidAdapterIdError, match="a str that is not empty"):
+            with pytest.raises(errors.InvalidAdapterIdError, match="a non-empty str"):
                 await give(there, 0, name)
         with pytest.raises(errors.CapacityError):
             await give(there, 0)
@@ -314,7 +314,7 @@ STEPS = {
     "plan": "lorax_async.runtime.fetches.TransferPlanner.plan",
     "read": "lorax_async.sources.host_copies.CopyReader.read_into",
     "to device": "lorax_async.devices.cpu.CpuDevice.copy",
-    "exchange": "lorax_async.runtime.resolver.AssignedIds.give",
+    "exchange": "lorax_async.runtime.resolver.AssignedIds.assign",
 }
 
 
