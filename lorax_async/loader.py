@@ -34,7 +34,7 @@ from lorax_async.runtime.acquire import Prefetch
 from lorax_async.runtime.assembly import Assembly
 from lorax_async.runtime.folders import AdapterFolder
 from lorax_async.runtime.leases import Lease, LeaseTable
-from lorax_async.runtime.placement import TIERS, AdapterResidency, Placement, TierName
+from lorax_async.runtime.placement import TIERS, Placement, TierName
 from lorax_async.runtime.telemetry import Statistics, Usage
 from lorax_async.runtime.waiters import CallWatcher
 from lorax_async.sources.base import Source
@@ -483,7 +483,7 @@ class AdapterLoader:
         )
         return self._handle(ref, lease)
 
-    # -- looking -----------------------------------------------------------------------------------
+    # -- inspection --------------------------------------------------------------------------------
 
     @property
     def device(self) -> Device:
@@ -491,42 +491,23 @@ class AdapterLoader:
         self._check_open()
         return self._driver.device
 
-    def residency(self, *, nearest: int | None = None) -> Mapping[AdapterKey, AdapterResidency]:
-        """Where the adapters are that are anywhere, and what each takes.
-
-        Parameters
-        ----------
-        nearest
-            At most so many: those on the device first, then those in host memory.
-        """
+    def placement(self) -> Placement:
+        """Return a view of where adapters are, of their last events, and of the budgets' use."""
         self._check_open()
-        return self._whereabouts().all(nearest)
-
-    def whereabouts(self, adapter_id: AdapterId) -> AdapterResidency | None:
-        """Where one adapter is, as `residency` has it; None where it is nowhere."""
-        self._check_open()
-        key = self._acquiring.known(as_ref(adapter_id))
-        return None if key is None else self._whereabouts().of(key)
-
-    def _whereabouts(self) -> Placement:
-        driver, given = self._driver, self._assembly.given
-        return Placement(driver.lifecycle.states, driver.files.holds, given)
+        driver, assembly = self._driver, self._assembly
+        return Placement(
+            driver.lifecycle.states,
+            driver.files.holds,
+            assembly.copied_bytes,
+            known=self._acquiring.known,
+            story=driver.telemetry.story,
+            usage=assembly.usage,
+        )
 
     def statistics(self) -> Statistics:
         """Return totals since the loader was opened."""
         self._check_open()
         return self._assembly.statistics()
-
-    def usage(self) -> Usage:
-        """What is taken of each budget now."""
-        self._check_open()
-        return self._assembly.usage()
-
-    def story(self, adapter_id: AdapterId) -> tuple[Event, ...]:
-        """The last events of one adapter, oldest first."""
-        self._check_open()
-        key = self._acquiring.known(as_ref(adapter_id))
-        return () if key is None else self._driver.telemetry.story(key)
 
     def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:
         """Call `callback` with every event, on the loop; return a function that unsubscribes."""
@@ -553,9 +534,9 @@ class AdapterLoader:
         return Trace(self._assembly.tracer, limit, partial(_slot_names, self._driver.lease_table))
 
     def last_numbers(self) -> tuple[Statistics, Usage]:
-        """`statistics` and `usage`, also once the loader is closed: the last ones, then.
+        """Return statistics and usage; the last ones once the loader is closed.
 
-        On the loader's loop, or from any thread once that loop is closed.
+        Call on the loader's loop, or in any thread once that loop is closed.
         """
         return self._assembly.statistics(), self._assembly.usage()
 

@@ -129,7 +129,7 @@ async def test_it_belongs_to_one_loop_and_one_process(tmp_path: Path) -> None:
     there = loader()
     opening = asyncio.create_task(there.__aenter__())
     await asyncio.sleep(0)
-    for ask in (there.residency, there.statistics, lambda: there.prefetch([])):
+    for ask in (there.placement, there.statistics, lambda: there.prefetch([])):
         with pytest.raises(errors.UsageError, match="enter the loader first"):
             ask()
     for call in (there.load(folder), there.close()):

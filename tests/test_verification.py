@@ -44,7 +44,7 @@ def digest_of(folder: Path) -> str:
 
 
 def leases(there: AdapterLoader) -> int:
-    return there.usage().leases
+    return there.placement().usage.leases
 
 
 @pytest.mark.each_loop
@@ -154,7 +154,7 @@ async def test_a_digest_is_compared_for_its_caller_alone(tmp_path: Path) -> None
             error = caught
             assert (error.id, error.key, error.stage) == (str(folder), handle.key, "verify")
             assert not error.retryable
-            assert error.story == there.story(folder)
+            assert error.story == there.placement().story(folder)
             assert digest in error.problem
             assert OTHER in error.problem
             assert leases(there) == 1

@@ -184,7 +184,7 @@ class Assembly:
         return Budgets(device, host, images)
 
     @property
-    def given(self) -> Mapping[AdapterKey, int]:
+    def copied_bytes(self) -> Mapping[AdapterKey, int]:
         """The bytes of each adapter from tensors, and of each merge, in host memory."""
         return self._copies.sizes
 
