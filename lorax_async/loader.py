@@ -457,7 +457,7 @@ class AdapterLoader:
         self._check_open()
         ref = as_ref(adapter_id)
         if not isinstance(ref, AdapterRef):
-            raise UsageError("a key or a Merge names its bytes and cannot be replaced; pass an id")
+            raise UsageError("a key or a Merge names fixed bytes; replace an id")
         return await self._load_tensors(
             ref, tensors, config, timeout, priority=priority, replaces=True
         )

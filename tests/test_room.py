@@ -289,7 +289,7 @@ async def test_what_is_leased_stays_and_its_holders_are_named(tmp_path: Path) ->
         handles = [await task for task in tasks]
         there.subscribe(heard.append)
         caught = await fails(there.unload(folder, timeout=0.02), errors.AdapterInUseError)
-        assert "2 leases are still held after 0.02 s, by batch 0, batch 1;" in str(caught)
+        assert "leases still held after 0.02 s: 2, by batch 0, batch 1;" in str(caught)
         assert (caught.id, caught.key) == (str(folder), handles[0].key)
         assert caught.retryable
         assert [type(event) for event in heard] == [Leaving, Resident]
@@ -395,7 +395,7 @@ async def test_a_kernel_is_waited_for(tmp_path: Path) -> None:
         with handle.use():
             with handle.use():
                 handle.release()
-            unloading, words = there.unload("a", timeout=0.02), "copied, computed with or held"
+            unloading, words = there.unload("a", timeout=0.02), "copies, kernels or holds"
             caught = await fails(unloading, errors.AdapterTimeoutError, words)
             assert (caught.id, caught.stage) == ("a", "ready")
             assert state(there, "a") == "leaving"

@@ -250,7 +250,7 @@ class WaiterTable:
             )
             return AdapterTimeoutError(problem, key=key, stage="ready")
         return AdapterInUseError(
-            f"{len(holders)} leases are still held after {seconds:g} s, by {', '.join(holders)};"
+            f"leases still held after {seconds:g} s: {len(holders)}, by {', '.join(holders)};"
             " release them, or unload with a longer timeout",
             key=key,
         )
