@@ -453,7 +453,7 @@ class Acquirer:
         A streaming caller gets its slot before the file is opened. Verify that the file still
         exists while a re-fetch is possible.
         """
-        lease = await self._driver.waiter_table.granted(pending_load)
+        lease = await pending_load.future
         if (
             lease is None
             or tier is not WantedTier.STREAM

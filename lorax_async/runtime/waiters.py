@@ -150,7 +150,7 @@ class WaiterTable:
     def begin(
         self, key: AdapterKey, tier: WantedTier, *, foreground: bool = True, priority: int = 0
     ) -> PendingLoad:
-        """Add a waiter for the adapter at `tier`; call `granted` or `abandon` next."""
+        """Add a waiter for the adapter at `tier`; await its future, or `abandon` it."""
         hit = self.calls.count_hit(key) if foreground else None
         waiter, future = self._lease_table.add_waiter()
         since = asyncio.get_running_loop().time()
@@ -159,10 +159,6 @@ class WaiterTable:
             self._raise_priority(key)
             self.calls.wanted(key, hit, self._lifecycle.stage(key))
         return PendingLoad(key, waiter, future)
-
-    async def granted(self, pending_load: PendingLoad) -> Lease | None:
-        """Wait for the lease; raise the error of the load."""
-        return await pending_load.future
 
     def abandon(self, pending_load: PendingLoad) -> None:
         """Withdraw the waiter, and end its lease if it got one. Idempotent."""
