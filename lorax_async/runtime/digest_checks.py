@@ -179,8 +179,8 @@ def _verification_by_caller(ref: Ref) -> Verification | None:
 
 def _mismatch(key: AdapterKey, digest: str, expected: str) -> IntegrityError:
     return IntegrityError(
-        f"its weights have the sha256 {digest}, not the requested {expected}; request the version"
-        " with that digest, or correct the digest",
+        f"its weights have the sha256 {digest}, not {expected} as requested; request the"
+        " version with that digest, or correct the digest",
         key=key,
         stage="verify",
         retryable=False,
