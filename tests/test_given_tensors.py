@@ -175,7 +175,7 @@ REFUSED: list[tuple[Any, Any, type[errors.LoraxError], str]] = [
     (NEW, {"r": 5}, errors.AdapterFormatError, "rank|shape"),
     (NEW, {"bias": "all"}, errors.UnsupportedAdapterError, "trained biases"),
     (NEW, {"lora_alpha": float("nan")}, errors.AdapterFormatError, "cannot be written.*JSON"),
-    (NEW, {"what": object()}, errors.AdapterFormatError, "object is nothing that JSON has"),
+    (NEW, {"what": object()}, errors.AdapterFormatError, "object has no JSON equivalent"),
     (NEW, {"x": "y" * (256 << 10)}, errors.AdapterFormatError, "adapter_config.json"),
     ({}, {}, errors.AdapterFormatError, "no tensor"),
     (_without("0.self_attn.q_proj.lora_A"), {}, errors.AdapterFormatError, "no A beside it"),

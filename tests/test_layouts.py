@@ -256,7 +256,7 @@ def test_an_adapter_of_a_conv1d(tmp_path: Path) -> None:
         (lambda t: {}, Malformed, "no tensors"),
         (lambda t: dict(sorted(t.items())[:5]), Malformed, "only one of A and B"),
         (lambda t: {name: w[0] for name, w in t.items()}, Malformed, "two positive dim"),
-        (lambda t: {name: w[:, :3] for name, w in t.items()}, Malformed, "no pair of rank"),
+        (lambda t: {name: w[:, :3] for name, w in t.items()}, Malformed, "not a pair of rank"),
         (lambda t: {name: w.int() for name, w in t.items()}, Unsupported, "is I32"),
         (lambda t: t | {"x.weight": torch.ones(2, 2)}, Unsupported, "x.weight"),
     ],

@@ -308,7 +308,7 @@ REFUSED = [
     (
         {"use_dora": True, "lora_magnitude_vector": True},
         errors.UnsupportedAdapterError,
-        r"part 2 \('.*b'\): tensor '.*lora_magnitude_vector' is of more than plain LoRA",
+        r"part 2 \('.*b'\): tensor '.*lora_magnitude_vector' is not plain LoRA",
     ),
     ({"bias": "all"}, errors.UnsupportedAdapterError, r"part 2 \('.*b'\): .*trained biases"),
     ({"lora_alpha": None}, errors.LoraxError, r"part 2 \('.*b'\): .*lora_alpha"),

@@ -128,7 +128,7 @@ async def test_a_stale_batch_is_caught(tmp_path: Path) -> None:
         with pytest.raises(HandleClosedError):
             batch.check()
         batch.rows = tuple(row._replace(handle=None) for row in batch.rows)
-        with pytest.raises(HandleClosedError, match="generation 2 has by now"):
+        with pytest.raises(HandleClosedError, match="has generation 2 by now"):
             batch.check()
 
 
