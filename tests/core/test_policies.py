@@ -224,6 +224,6 @@ def test_a_holder_that_is_none_is_a_fault_and_changes_nothing(name: PolicyName) 
 def test_gdsf_refuses_numbers_out_of_range() -> None:
     one = GDSF()
     for nbytes, cost in [(0, 1.0), (1, -1.0), (1, float("nan"))]:
-        with pytest.raises(InternalError, match="a takes"):
+        with pytest.raises(InternalError, match="a: invalid size"):
             one.admit(A, nbytes, cost)
     assert list(one.ranked()) == []

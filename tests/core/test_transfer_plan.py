@@ -353,7 +353,7 @@ ODD = torch.ones(5)
         (None, [*GOOD, *pair("layers.0.q", 8, 4)], AdapterFormatError, "same module"),
         (None, pair(Q, 8, 4, rank=8), AdapterFormatError, "pair of rank 16"),
         (None, [(A[0], A[1][:8]), B], AdapterFormatError, r"A \[8, 8\] and B \[4, 16\]"),
-        (None, [(A[0], A[1].flatten()), B], AdapterFormatError, "no pair"),
+        (None, [(A[0], A[1].flatten()), B], AdapterFormatError, "not a pair"),
         (None, pair(Q, 8, 5), IncompatibleAdapterError, "8 → 5.*8 → 4"),
         (None, pair(Q, 9, 4), IncompatibleAdapterError, r"\(1 module in all"),
         (
