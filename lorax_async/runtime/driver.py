@@ -445,7 +445,8 @@ class Driver:
             self.telemetry.count("loads")
             self._publish(Resident, command.key, slot=slot)
             life = self.lifecycle.states.get(command.key)
-            if life is not None and life.leave_notified:  # after `Resident`, which alone would cancel it
+            # After `Resident`, which alone would cancel it.
+            if life is not None and life.leave_notified:
                 self._publish(Leaving, command.key, slot=slot)
             self._close_idle_reader(command.key)
 
