@@ -13,7 +13,7 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer
 from lorax_async.errors import LoraxError, Stage
 from lorax_async.events import Event, LayerReady, Resident, SlotGranted
 from lorax_async.loader import AdapterLoader
-from lorax_async.runtime.waiters import Found
+from lorax_async.runtime.waiters import Hit
 from lorax_async.types import AdapterKey, Ref, text_of
 
 _ORDER: tuple[Stage, ...] = ("resolve", "fetch", "queue", "copy", "ready")
@@ -82,11 +82,11 @@ class LoadSpans:
                 self._want(call, None)
                 call.end()
 
-    def wished(self, key: AdapterKey, found: Found, stage: Stage) -> None:
+    def wanted(self, key: AdapterKey, hit: Hit, stage: Stage) -> None:
         call = self._calls.get(trace.get_current_span())
         if call is not None:
             self._want(call, key)
-            call.wished(found, stage)
+            call.wanted(hit, stage)
 
     def checked(self, key: AdapterKey) -> None:
         self._reach(key, "queue")
@@ -128,7 +128,7 @@ class _Call:
         self._has_layer = False
         self._enter("resolve")
 
-    def wished(self, found: Found, stage: Stage) -> None:
+    def wanted(self, found: Hit, stage: Stage) -> None:
         """Where the adapter is now that is wanted. Again, if it has to be fetched again."""
         self._span.set_attribute("lorax.found", found)
         self._enter(stage)

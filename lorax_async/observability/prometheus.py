@@ -209,7 +209,7 @@ class LoaderCollector(Collector):
         lag_period: float = LAG_PERIOD,
         timeout: float = ANSWER_SECONDS,
     ) -> None:
-        loader.usage()  # raises unless it is open, and here
+        loader.statistics()  # raises unless it is open, and here
         self._loader = loader
         self._timeout = timeout
         self._loop = asyncio.get_running_loop()

@@ -105,14 +105,14 @@ class AdminEndpoints:
     async def adapters(self, request: Request) -> Response:
         """GET /v1/adapters: where each adapter is, and its last events."""
         require_operator(self._service.settings, request)
-        loader, names = self._service.loader, self._service.names
+        placement, names = self._service.loader.placement(), self._service.names
         named: dict[AdapterKey, list[str]] = {}
         for name, adapter in names.adapters.items():
-            for event in loader.story(adapter)[-1:]:
+            for event in placement.story(adapter)[-1:]:
                 named.setdefault(event.key, []).append(name)
         rows = [
-            (key, named.get(key, []), where, loader.story(key))
-            for key, where in loader.residency().items()
+            (key, named.get(key, []), where, placement.story(key))
+            for key, where in placement.adapters.items()
         ]
         # Thousands of adapters make a long text; encode it off the loop.
         return await asyncio.to_thread(_listing, rows)

@@ -94,7 +94,7 @@ class ColdRequests:
             return False
         if len(self._recorded) == MOST - 1 and not self._is_named(adapter):
             return False
-        story = self._loader.story(adapter)
+        story = self._loader.placement().story(adapter)
         return not (story and isinstance(story[-1], Resident))
 
     def _is_named(self, adapter: AdapterId) -> bool:
@@ -103,7 +103,7 @@ class ColdRequests:
     def _resolved_name(self, adapter: AdapterId) -> Iterator[str]:
         """Yield the name that links and revisions lead to."""
         with suppress(LoaderClosedError):
-            for event in self._loader.story(adapter)[-1:]:
+            for event in self._loader.placement().story(adapter)[-1:]:
                 yield name_of(event.key)
 
 

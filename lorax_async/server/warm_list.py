@@ -129,13 +129,13 @@ class WarmList:
     def _current(self) -> list[AdapterRef]:
         """Return the adapters on the device or being restored, the last used first."""
         coming = set(self._coming) if self.restored and not self.restored.done else set()
-        residency = self._loader.residency()
-        on_device = {key for key, where in residency.items() if where.tier == "device"}
+        placement = self._loader.placement()
+        on_device = {key for key, where in placement.adapters.items() if where.tier == "device"}
         found = list[AdapterRef]()
         for ref in reversed(self._used):
             if not coming and not on_device:
                 break  # do not look up all remembered names on the event loop
-            story = self._loader.story(ref)
+            story = placement.story(ref)
             key = story[-1].key if story else None
             if ref in coming or key in on_device:
                 found.append(ref)

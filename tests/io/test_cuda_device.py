@@ -274,7 +274,7 @@ class TestOpening:
 
 def failing_at(number: int) -> Callable[[int], torch.Tensor]:
     """Pinned memory, but for one allocation of several."""
-    counter, allocate = count(1), cuda.pinned
+    counter, allocate = count(1), cuda.allocate_pinned
 
     def pinned(nbytes: int) -> torch.Tensor:
         build.fail_allocations(pinned=int(next(counter) == number))

@@ -84,11 +84,11 @@ GROUPS: Mutants = {
     ),
     "transfer: nothing is sent after a copy that failed": mutant(
         f"{TRANSFER}::test_nothing_is_sent_after_a_copy_that_failed",
-        skipped(transfer._PendingCopy, "heed_failures"),
+        skipped(transfer._PendingCopy, "raise_failures"),
     ),
     "transfer: a group is done when all its copies are": mutant(
         f"{TRANSFER}::test_each_copy_that_fails_later",
-        (transfer, "_all_of", lambda tickets: tickets[-1]),
+        (transfer, "_join_tickets", lambda tickets: tickets[-1]),
     ),
     "copies: an outcome is reported when the copy is done": mutant(
         "test_handles.py::test_a_kernel_behind_copies_sees_their_bytes",

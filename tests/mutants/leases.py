@@ -74,7 +74,7 @@ async def _not_waited_for(self: WaiterTable, key: Any, seconds: float) -> None:
 
 
 def _told_at_once(self: Driver, tell: Callable[[], None]) -> None:
-    self._tell(tell)
+    self._report(tell)
 
 
 def _ended_at_once(self: Driver, lease: Lease, in_use: bool, soon: bool) -> None:
@@ -84,7 +84,7 @@ def _ended_at_once(self: Driver, lease: Lease, in_use: bool, soon: bool) -> None
 
 def _obeyed_at_once(self: Driver, decided: list[Any]) -> None:
     for command in decided:
-        self._carry_out(command)
+        self._execute_one(command)
     self._rested.set()
 
 
@@ -178,7 +178,7 @@ FETCHES_AND_END: Mutants = {
     ),
     "digests: a load waits for the comparison": mutant(
         f"{DIGESTS}::test_a_digest_is_compared_for_its_caller_alone",
-        (DigestChecks, "hold", _not_compared),
+        (DigestChecks, "watch_and_wait", _not_compared),
     ),
     "resolver: a resolve outlives its first caller": mutant(
         "test_loader.py::test_a_cancelled_caller_leaves_the_others_their_answer",

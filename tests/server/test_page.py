@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import pytest
 
@@ -221,7 +221,10 @@ def test_all_pages_share_a_look_which_takes_a_share_of_the_time(
     clock, looks = [100.0], list[float]()
 
     class Loader:
-        def whereabouts(self, _: object) -> None:
+        def placement(self) -> Self:
+            return self
+
+        def find(self, _: object) -> None:
             clock[0] += 0.05
             looks.append(clock[0])
 

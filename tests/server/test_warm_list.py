@@ -17,6 +17,7 @@ import pytest
 
 from common import until
 from lorax_async.loader import AdapterLoader
+from lorax_async.runtime.placement import Placement
 from lorax_async.server.warm_list import WarmList
 from lorax_async.types import AdapterRef
 from scheduling.serving import warm
@@ -62,9 +63,9 @@ async def test_of_many_names_only_the_last_ones_are_looked_up(
     tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is done on the loop, again and again."""
-    asked, story = set[object](), AdapterLoader.story
+    asked, story = set[object](), Placement.story
 
-    def counted(self: AdapterLoader, ref: Any) -> Any:
+    def counted(self: Placement, ref: Any) -> Any:
         asked.add(ref)
         return story(self, ref)
 
@@ -73,7 +74,7 @@ async def test_of_many_names_only_the_last_ones_are_looked_up(
         for number in range(500):
             listed.used(f"another/{number}")
         listed.used("one")
-        monkeypatch.setattr(AdapterLoader, "story", counted)
+        monkeypatch.setattr(Placement, "story", counted)
         await until(lambda: named(path) == ["one"])
     assert asked == {AdapterRef("one")}
 
@@ -93,7 +94,7 @@ async def test_the_next_server_brings_them_back(tmp_path: Path, path: Path, kind
         assert listed.restored is not None
         await listed.restored
         assert is_resident(there, ref)
-        assert len(there.residency()) == 1
+        assert len(there.placement().adapters) == 1
     assert json.loads(path.read_text())["adapters"] == [row]
 
 

@@ -183,10 +183,10 @@ async def test_a_load_that_fails_or_is_cancelled_has_its_ends(tmp_path: Path) ->
             await fails(there.load("nowhere"), errors.AdapterNotFoundError)
             task = asyncio.create_task(there.load("held"))
             source.allow("held", 0)
-            await until(lambda: any(each.slot for each in there.story("held")))
+            await until(lambda: any(each.slot for each in there.placement().story("held")))
             task.cancel()
             await asyncio.wait([task])
-            await until(lambda: not there.residency())
+            await until(lambda: not there.placement().adapters)
     events = require_trace(trace.as_json())
     ended = {each["name"]: each["args"]["outcome"] for each in of(events, "requests")}
     assert ended == {

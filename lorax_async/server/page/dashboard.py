@@ -110,15 +110,15 @@ class Dashboard:
 
     def _find_rows(self, operator: bool) -> Rows:
         """Return rows by name; the operator's other ids begin with a NUL, which no name has."""
-        loader, rows, known = self._loader, dict[str, Row](), set[AdapterKey]()
+        placement, rows, known = self._loader.placement(), dict[str, Row](), set[AdapterKey]()
         for name, adapter in tuple(self._names.adapters.items())[:MAX_ROWS]:
-            story = loader.story(adapter)
+            story = placement.story(adapter)
             known.update(event.key for event in story[-1:])
-            rows[name] = _row(name, loader.whereabouts(adapter), story, named=True)
+            rows[name] = _row(name, placement.find(adapter), story, named=True)
         if operator:
-            for key, where in loader.residency(nearest=MAX_ROWS).items():
+            for key, where in placement.nearest(MAX_ROWS).items():
                 if key not in known:
-                    rows[f"\0{key}"] = _row(str(key), where, loader.story(key), named=False)
+                    rows[f"\0{key}"] = _row(str(key), where, placement.story(key), named=False)
         return rows
 
 

@@ -328,7 +328,11 @@ async def test_what_comes_back_was_planned(
         async with await there.load(local):
             pass  # it has the one slot now
         idle = {"present", "read ahead"}
-        await until(lambda: key in there.residency() and there.residency()[key].state in idle)
+        await until(
+            lambda: (
+                key in there.placement().adapters and there.placement().adapters[key].state in idle
+            )
+        )
         world.origin.files = files
         for entry in (world.folder / "cache" / "entries").iterdir():
             shutil.rmtree(entry)

@@ -248,7 +248,7 @@ async def test_tensors_and_stand_ins_are_in_no_folder(tmp_path: Path) -> None:
         given = load_file(adapter / WEIGHTS)
         (await there.load_tensors("given", given, tiny.config())).release()
         for id in ("fake", "given"):
-            with pytest.raises(UsageError, match="in no folder"):
+            with pytest.raises(UsageError, match="has no folder"):
                 await there.fetch(id)
 
 
