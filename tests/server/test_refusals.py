@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 import lorax_async as la
 import tiny
-from lorax_async.cli.serve import hosts_of
+from lorax_async.cli.serve import choose_hosts
 from lorax_async.errors import (
     ConfigError,
     LoraxError,
@@ -609,8 +609,8 @@ async def test_only_allowed_hosts_are_answered(
     """By default this machine's own names, where the server listens at such an address alone."""
     if isinstance(allowed, str):
         with listen(allowed, 0) as listener:
-            assert hosts_of(listener, allowed, ["api.example.com"]) == ("api.example.com",)
-            allowed = hosts_of(listener, allowed, None)
+            assert choose_hosts(listener, allowed, ["api.example.com"]) == ("api.example.com",)
+            allowed = choose_hosts(listener, allowed, None)
     async with serving(allowed_hosts=allowed) as world:
         assert [await called(world, host) for host in right] == [200] * len(right)
         assert [await called(world, host) for host in wrong] == [400] * len(wrong)

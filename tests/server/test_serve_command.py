@@ -29,13 +29,13 @@ import tiny
 from lorax_async.cli import main, serve
 from lorax_async.cli.arguments import (
     as_source,
-    opened,
-    sources_of,
+    request_sources,
+    server_loader_settings,
 )
 from lorax_async.cli.serve import (
     ADMIN_TOKEN,
-    how_to_serve,
-    named,
+    find_adapters,
+    serve_commands,
 )
 from lorax_async.errors import ConfigError
 from lorax_async.ids.allow import Allow
@@ -126,7 +126,7 @@ def test_killed_it_comes_back_with_the_adapters_that_it_had(examples: Path, tmp_
 @pytest.mark.slow
 @pytest.mark.needs("curl")
 def test_the_two_lines_that_the_demo_ends_with(examples: Path) -> None:
-    serving, asking = how_to_serve(examples)
+    serving, asking = serve_commands(examples)
     program, *words = shlex.split(serving)
     assert Path(program).is_file()
     assert words == ["serve", "--base", "smollm2", "--adapters", str(examples)]
@@ -145,7 +145,9 @@ def test_adapters_have_names(tmp_path: Path) -> None:
     two = tiny.write(tmp_path / "all" / "two")
     (tmp_path / "all" / "no adapter").mkdir()
     hub, web = "org/sql@v1", "https://files.example/loras/chat/"
-    found = named([str(one), f"another={one}", str(tmp_path / "all"), hub, web, f"mine={hub}"])
+    found = find_adapters(
+        [str(one), f"another={one}", str(tmp_path / "all"), hub, web, f"mine={hub}"]
+    )
     assert {name: getattr(adapter, "id", adapter) for name, adapter in found.items()} == {
         "one": one,
         "another": one,
@@ -159,25 +161,25 @@ def test_adapters_have_names(tmp_path: Path) -> None:
 def test_adapters_that_have_no_name_are_refused(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "below" / "deep" / "one")
     for given, said in (
-        (["{0}", "{0}"], "two adapters are called 'one'"),
-        (["{0}/../.."], "is no adapter, and holds none"),
+        (["{0}", "{0}"], "two adapters are named 'one'"),
+        (["{0}/../.."], "is not an adapter, and contains none"),
         (["x=ftp://host/a"], "--adapters"),
     ):
         with pytest.raises(ConfigError, match=said):
-            named([text.format(folder) for text in given])
+            find_adapters([text.format(folder) for text in given])
 
 
 def test_sources_are_places_that_requests_may_name(tmp_path: Path) -> None:
     https, s3 = "https://files.example/loras/", "s3://bucket/loras/"
     given = [as_source(text) for text in (str(tmp_path), https, s3)]
     arguments = argparse.Namespace(source=given)
-    found = sources_of(arguments, [])
+    found = server_loader_settings(arguments, [])
     assert found["local_roots"] == (tmp_path,)
     places = (
         Allow("https", "files.example", prefix="loras/", private=True),
         Allow("s3", "bucket", prefix="loras/"),
     )
-    assert opened(arguments) == places
+    assert request_sources(arguments) == places
     assert set(found["allow"]) == {*places, Allow("hub")}, "the operator may name all of the hub"
 
 
@@ -198,7 +200,7 @@ def test_what_lives_for_ever_is_not_looked_through_again_and_again(
     monkeypatch.setattr(sys, "setswitchinterval", lambda seconds: None)
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     try:
-        serve.as_application()
+        serve.tune_process()
         assert gc.get_freeze_count() > 100_000
     finally:
         gc.unfreeze()
@@ -411,7 +413,7 @@ def test_a_length_of_nothing_is_refused(
     whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one line, also where it is found out as the server begins."""
-    monkeypatch.setattr(serve, "as_application", lambda: None)
+    monkeypatch.setattr(serve, "tune_process", lambda: None)
     options = ["--port", "0", "--json", "--max-length", "0"]
     assert main(["serve", "--base", str(whole), *options]) == 1
     told = capsys.readouterr()
