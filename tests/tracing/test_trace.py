@@ -159,7 +159,7 @@ async def test_other_engines_report_their_layers(folders: list[Path]) -> None:
             with trace.compute(three, handle, name="attention"):
                 handle.release()
                 await load(there, folders[1])
-            with pytest.raises(errors.UsageError, match="whole number"), trace.compute("3"):  # type: ignore[arg-type]
+            with pytest.raises(errors.UsageError, match="integer"), trace.compute("3"):  # type: ignore[arg-type]
                 raise AssertionError("not to be entered")
             with pytest.raises(ZeroDivisionError), trace.compute(4):
                 raise ZeroDivisionError
