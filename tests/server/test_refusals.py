@@ -25,7 +25,7 @@ from lorax_async.errors import (
 from lorax_async.server.refusals import (
     INTERNAL,
     Refusal,
-    refusal_of,
+    create_refusal,
 )
 from lorax_async.server.request_bodies import (
     ChatBody,
@@ -74,7 +74,7 @@ def test_every_error_of_the_library_has_its_status() -> None:
     every = {e for e in vars(la).values() if isinstance(e, type) and issubclass(e, LoraxError)}
     assert every == {kind for kind, _, _ in STATUSES} | inherited
     for kind, status, code in STATUSES:
-        refusal = refusal_of(kind("the reason", id="org/x"), 2.5)
+        refusal = create_refusal(kind("the reason", id="org/x"), 2.5)
         assert (refusal.status, refusal.code) == (status, code)
         hidden = kind is la.InternalError
         assert ("the reason" in refusal.message) is not hidden
@@ -88,7 +88,7 @@ def test_a_source_says_itself_when_to_come_back() -> None:
         (la.FetchError("busy", retry_after=40.2), "41"),
         (la.FetchError("gone", retryable=False), None),
     ):
-        assert refusal_of(error, 1).response().headers.get("retry-after") == retry_after
+        assert create_refusal(error, 1).response().headers.get("retry-after") == retry_after
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -249,24 +249,24 @@ def _holds(content: bytes) -> Callable[[Path], object]:
     ("make", "reason"),
     [
         (Path.mkdir, "is a folder; name a file"),
-        (os.mkfifo, "is no regular file; name a file"),
+        (os.mkfifo, "is not a regular file; name a file"),
         (_socket, "cannot be read"),
         (lambda path: path.symlink_to(path.name), "cannot be read"),
-        (lambda path: path.symlink_to("/dev/zero"), "is no regular file; name a file"),
+        (lambda path: path.symlink_to("/dev/zero"), "is not a regular file; name a file"),
         (
             _large,
             "it has over 16,777,216 bytes; delete it",
         ),
-        (_holds(b'{"adapters": ['), "it is no JSON: .*line 1 column 15.*; delete it"),
-        *((_holds(text), "it is no JSON: .*; delete it") for text in (b"", b"\x00")),
-        (_holds(b"\xff\xfe{"), "it is no text in UTF-8.*; delete it"),
+        (_holds(b'{"adapters": ['), "it is not JSON: .*line 1 column 15.*; delete it"),
+        *((_holds(text), "it is not JSON: .*; delete it") for text in (b"", b"\x00")),
+        (_holds(b"\xff\xfe{"), "it is not UTF-8 text.*; delete it"),
         (_holds(b"[" * 100_000), "nested too deeply.*; delete it"),
         *(
-            (_holds(content), "it has no list called adapters.*; delete it")
+            (_holds(content), "it has no list named adapters.*; delete it")
             for content in (b"[]", b"{}", b'{"adapters": 5}', b'{"adapters": {}}')
         ),
         *(
-            (_holds(b'{"adapters": [%s]}' % row), "its adapter number 1 is none.*; delete it")
+            (_holds(b'{"adapters": [%s]}' % row), "its adapter number 1 is invalid.*; delete it")
             for row in (
                 *(b"5", b'{"id": 1, "source": null}'),
                 b'{"id": "a/b", "source": 5, "revision": null}',
@@ -311,11 +311,11 @@ def test_files_and_places_that_are_not_there_are_told(
         ("--adapters", str(broken), "{0}/all/broken: .*adapter_model.safetensors"),
         ("--adapters", "{0}/all", "{0}/all/broken: .*adapter_model.safetensors"),
         ("--adapters", str(whole / "adapter_config.json"), "there is no folder"),
-        ("--warm", "{0}/none/warm", "there is no folder {0}/none; make it"),
+        ("--warm", "{0}/none/warm", "create the folder {0}/none"),
         ("--warm", "{0}/file/warm", r"cannot be read \(Not a directory\)"),
         ("--cache-dir", "{0}/file", "'{0}/file' is not a folder"),
         ("--host", "", "the host is empty"),
-        ("--host", "a..b", "no host has such a name"),
+        ("--host", "a..b", "the host is not a valid name"),
     ):
         told = refused(option, given.format(tmp_path))
         assert re.search(said.format(tmp_path), told), told
@@ -357,7 +357,7 @@ def _only_config(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (shutil.rmtree, "there is no such folder"),
+        (shutil.rmtree, "the folder does not exist"),
         (lambda folder: (folder / "config.json").unlink(), "it has no config.json"),
         (_says(num_hidden_layers=2), "it lacks 9 weights"),
         (_says(vocab_size=100), ""),
@@ -394,7 +394,7 @@ def test_a_folder_that_is_no_base_is_told_of_in_a_line(
         if not shown:
             logging.disable_progress_bar()
     reason = str(told.value).replace(str(folder), "")
-    assert re.match(rf" is no base model that can be served: {said}", reason), reason
+    assert re.match(rf" is not a base model that can be served: {said}", reason), reason
     assert "\n" not in reason
 
 
@@ -405,7 +405,7 @@ def test_a_base_is_loaded_onto_a_device_that_is_there(
     assert base.max_length == 64
     assert not base.model.training
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="finds no device of the kind cuda"):
+    with pytest.raises(ConfigError, match="finds no cuda device"):
         ServedModel.load(whole, dtype="float32", device="cuda")
 
 
