@@ -76,14 +76,14 @@ def add_to(add: AddParser) -> None:
 def _ls(arguments: argparse.Namespace, terminal: Terminal) -> int:
     with _open_cache(arguments) as (folder, cache):
         listed = [] if cache is None else maintenance.ls(cache)
-        total = sum(each.nbytes for each in listed)
+        total = sum(entry.nbytes for entry in listed)
         if arguments.json:
-            entries = [_as_json(each) for each in listed]
+            entries = [_as_json(entry) for entry in listed]
             terminal.json({"folder": str(folder), "entries": entries, "bytes": total})
             return OK
         if listed:
             columns = ("entry", "adapter", "version", "state", " size", " last used")
-            terminal.table(columns, [_row(each) for each in listed])
+            terminal.table(columns, [_row(entry) for entry in listed])
             terminal.say(f"{format_size(total)} in {folder}")
         else:
             _say_empty(folder, cache, terminal)
@@ -149,29 +149,30 @@ def _identify(name: str, record: EntryRecord | None) -> dict[str, object]:
 def _verify(arguments: argparse.Namespace, terminal: Terminal) -> int:
     with _open_cache(arguments) as (folder, cache):
         results = [] if cache is None else _hash_entries(cache, terminal)
-        damaged = [each for each in results if each.problem is not None]
+        damaged = [entry for entry in results if entry.problem is not None]
         if arguments.json:
             entries = [
-                {**_identify(each.name, each.record), "problem": each.problem} for each in results
+                {**_identify(entry.name, entry.record), "problem": entry.problem}
+                for entry in results
             ]
             terminal.json({"folder": str(folder), "entries": entries})
         elif results:
             terminal.say(f"entries: {len(results)} hashed, {len(damaged)} damaged, in {folder}")
         else:
             _say_empty(folder, cache, terminal)
-    for each in damaged:
-        of = "" if each.record is None else f" ({each.record.source})"
-        terminal.complain(f"entry {each.name[:SHOWN_DIGITS]}{of} was removed: {each.problem}")
+    for entry in damaged:
+        of = "" if entry.record is None else f" ({entry.record.source})"
+        terminal.complain(f"entry {entry.name[:SHOWN_DIGITS]}{of} was removed: {entry.problem}")
     return FAILED if damaged else OK
 
 
 def _hash_entries(cache: DiskCache, terminal: Terminal) -> list[Verified]:
-    sizes = {each.name: each.nbytes for each in maintenance.ls(cache) if not each.is_partial}
+    sizes = {entry.name: entry.nbytes for entry in maintenance.ls(cache) if not entry.is_partial}
     results: list[Verified] = []
     with terminal.bars() as bars:
 
         def show() -> None:
-            done = sum(sizes.get(each.name, 0) for each in results)
+            done = sum(sizes.get(entry.name, 0) for entry in results)
             state = f"{len(results)} of {len(sizes)} entries"
             bars.update(0, "hashing", done, sum(sizes.values()), state)
 
@@ -195,19 +196,19 @@ def _rm(arguments: argparse.Namespace, terminal: Terminal) -> int:
             except UsageError as error:
                 problems.append(error.problem)
                 continue
-            for each in matches:
-                if cache is not None and maintenance.rm(cache, each.name):
-                    removed.append(each)
+            for entry in matches:
+                if cache is not None and maintenance.rm(cache, entry.name):
+                    removed.append(entry)
                 else:
-                    problems.append(f"{each.name[:SHOWN_DIGITS]} is in use and was kept")
-    nbytes = sum(each.nbytes for each in removed)
+                    problems.append(f"{entry.name[:SHOWN_DIGITS]} is in use and was kept")
+    nbytes = sum(entry.nbytes for entry in removed)
     if arguments.json:
-        entries = [_identify(each.name, each.record) for each in removed]
+        entries = [_identify(entry.name, entry.record) for entry in removed]
         terminal.json({"folder": str(folder), "removed": entries, "bytes": nbytes})
     else:
-        for each in removed:
-            of = "partial" if each.record is None else each.record.source
-            terminal.say(f"removed {each.name[:SHOWN_DIGITS]} ({of})")
+        for entry in removed:
+            of = "partial" if entry.record is None else entry.record.source
+            terminal.say(f"removed {entry.name[:SHOWN_DIGITS]} ({of})")
         terminal.say(f"removed: {format_size(nbytes)} from {folder}")
     for problem in problems:
         terminal.complain(problem)
@@ -217,17 +218,17 @@ def _rm(arguments: argparse.Namespace, terminal: Terminal) -> int:
 def _find(text: str, listed: Sequence[Listed]) -> list[Listed]:
     """Return the entries with this name prefix, or of this adapter. Raises `UsageError` if none."""
     if _NAME.fullmatch(text):
-        matches = [each for each in listed if each.name.startswith(text)]
-        if len({each.name[:64] for each in matches}) > 1:
+        matches = [entry for entry in listed if entry.name.startswith(text)]
+        if len({entry.name[:64] for entry in matches}) > 1:
             raise UsageError(f"{text!r} is a prefix of several names; add digits")
     else:
         ref = _parse_ref(text)
         matches = [
-            each
-            for each in listed
-            if each.record is not None
-            and each.record.source == shorten(ref.text)
-            and ref.revision in {None, each.record.version}
+            entry
+            for entry in listed
+            if entry.record is not None
+            and entry.record.source == shorten(ref.text)
+            and ref.revision in {None, entry.record.version}
         ]
     if not matches:
         raise UsageError(f"no entry in the cache matches {shorten(text, 200)!r}")

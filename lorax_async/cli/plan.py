@@ -667,7 +667,7 @@ def _show(plan: dict[str, Any], terminal: Terminal) -> None:
     )
     policies = ["policy", " requests", " found there", " loads", " of them first", " evictions"]
     policies += [" to the device", *((" loads/s", " to the device/s") if rate else ())]
-    terminal.table(policies, [_policy_row(each) for each in plan["policies"]])
+    terminal.table(policies, [_policy_row(row) for row in plan["policies"]])
     refused = plan["policies"][0]["refused"]
     if refused:
         terminal.say(f"{refused:,} requests were refused: their adapters do not fit", "bold red")
@@ -675,18 +675,21 @@ def _show(plan: dict[str, Any], terminal: Terminal) -> None:
 
 def _kind_row(kind: dict[str, Any]) -> tuple[str, ...]:
     rank = "?" if kind["rank"] is None else str(kind["rank"])
-    each = (format_size(kind["device_bytes"]), format_size(kind["file_bytes"]))
-    return (rank, f"{kind['count']:,}", *each, f"{kind['fit']:,}")
+    sizes = (format_size(kind["device_bytes"]), format_size(kind["file_bytes"]))
+    return (rank, f"{kind['count']:,}", *sizes, f"{kind['fit']:,}")
 
 
-def _policy_row(each: dict[str, Any]) -> tuple[str, ...]:
+def _policy_row(outcome: dict[str, Any]) -> tuple[str, ...]:
     row = (
-        each["policy"],
-        f"{each['requests']:,}",
-        f"{each['hit_rate']:.1%}",
-        *(f"{each[name]:,}" for name in ("loads", "first_loads", "evictions")),
-        format_size(each["device_bytes"]),
+        outcome["policy"],
+        f"{outcome['requests']:,}",
+        f"{outcome['hit_rate']:.1%}",
+        *(f"{outcome[name]:,}" for name in ("loads", "first_loads", "evictions")),
+        format_size(outcome["device_bytes"]),
     )
-    if "bytes_per_second" in each:
-        row += (f"{each['loads_per_second']:.1f}", format_size(round(each["bytes_per_second"])))
+    if "bytes_per_second" in outcome:
+        row += (
+            f"{outcome['loads_per_second']:.1f}",
+            format_size(round(outcome["bytes_per_second"])),
+        )
     return row
