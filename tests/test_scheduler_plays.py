@@ -83,7 +83,9 @@ class TimedSource(FakeSource):
             files = made(id, 0)
             self.versions[self.put(id, files.config, files.content)] = files
 
-    async def _group(self, version: FakeVersion, group: int, control: FetchControl) -> None:
+    async def _wait_for_group(
+        self, version: FakeVersion, group: int, control: FetchControl
+    ) -> None:
         conduct = self._conducts[version.id]
         if group == 0:
             self._begun[version.id] = self._clock.time()

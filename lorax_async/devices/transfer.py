@@ -180,14 +180,14 @@ class GroupTransfer:
                     begun = 0 if times is None else now()
                     scratch.convert(copy.reader, group.converts, copy.dtype, target)
                 if times is not None:
-                    times.staged(scratch.number, begun, "cast")
+                    times.record_staging(scratch.number, begun, "cast")
                     times.start = now()
             zero(group.zeros, target)
         seconds = perf_counter() - started
         pieces = FilePieces(copy.reader, group.reads)
         ticket = self._device.copy(pieces, group.rows, copy.extent, copy.slot)
         if times is not None:
-            times.asked(ticket, group.nbytes, in_stream=False)
+            times.record_copy(ticket, group.nbytes, in_stream=False)
         if self._check_finite:
             ticket.result()
             names = self._module_names
@@ -209,7 +209,7 @@ class GroupTransfer:
                 staging.release(buffer)
                 raise
             if pending.times is not None:
-                ticket.add_done_callback(pending.times.until_free(buffer.number, begun))
+                ticket.add_done_callback(pending.times.record_until_free(buffer.number, begun))
             ticket.add_done_callback(partial(_release, staging, buffer))
 
     def _send_image(self, pending: _PendingCopy, image: torch.Tensor) -> None:
@@ -241,7 +241,7 @@ class GroupTransfer:
             for spare in scratch:
                 self._staging.release(spare)
         if times is not None:
-            times.staged(buffer.number, begun, "fill")
+            times.record_staging(buffer.number, begun, "fill")
         if self._check_finite:
             names = self._module_names
             require_finite_window(buffer.tensor, window, copy.dtype, copy.group, names)
@@ -264,7 +264,7 @@ class _PendingCopy:
         ticket = self._device.copy(StagedPiece(memory, target), rows, copy.extent, copy.slot)
         self.tickets.append(ticket)
         if self.times is not None:
-            self.times.asked(ticket, memory.nbytes, in_stream=True)
+            self.times.record_copy(ticket, memory.nbytes, in_stream=True)
         return ticket
 
     def raise_failures(self) -> None:

@@ -567,7 +567,7 @@ async def _record(
     else:
         outcome["outcome"] = "done"
         if lease is not None:
-            outcome["stay"] = recorder.stay_in(lease.occupancy.grant.slot.index).number
+            outcome["stay"] = recorder.occupancy_in(lease.occupancy.grant.slot.index).number
         return lease
     finally:
         recorder.end(span, **outcome)

@@ -43,7 +43,7 @@ from lorax_async.runtime.leases import Lease, LeaseTable
 from lorax_async.runtime.telemetry import Telemetry
 from lorax_async.runtime.waiters import WaiterTable, kind_of
 from lorax_async.sources.base import Source
-from lorax_async.tracing.recorder import Stays, Tracer
+from lorax_async.tracing.recorder import OccupancyTimes, Tracer
 from lorax_async.types import AdapterKey
 
 UnloadCallback = Callable[[AdapterKey], None]
@@ -144,7 +144,7 @@ class Driver:
             low_water=lifecycle.budgets.device.copies_free // 2,
             images=images,
         )
-        self._stays = Stays(tracer)
+        self._occupancy_times = OccupancyTimes(tracer)
         self._commands: deque[Command] = deque()
         self._executing = self._reporting = False
         self._alarm: asyncio.TimerHandle | None = None
@@ -369,7 +369,7 @@ class Driver:
                 self.lease_table.occupancy(key).fail(self._located(key, command.error))
             case commands.NotifyLeaving():
                 self.telemetry.count("departures")
-                self._stays.leaving(command.grant.slot.index)
+                self._occupancy_times.record_leaving(command.grant.slot.index)
                 self._publish(Leaving, key, slot=command.grant.slot)
             case commands.NotifyStays():
                 if self.lease_table.occupancy(key).complete:  # else published with the last layer
@@ -394,7 +394,7 @@ class Driver:
             self.files.verifications.get(command.key),
             lambda: life.has_arrived,
         )
-        self._stays.granted(command.grant.slot.index, command.key, plan.nbytes)
+        self._occupancy_times.record_grant(command.grant.slot.index, command.key, plan.nbytes)
         self._publish(
             SlotGranted,
             command.key,
@@ -407,7 +407,7 @@ class Driver:
         try:
             self.device.clear_column(command.grant.slot.index)
         finally:  # the slot is free even if the device raises
-            self._stays.left(command.grant.slot.index)
+            self._occupancy_times.record_free(command.grant.slot.index)
             self.lease_table.vacate(command.key)
             self.telemetry.shorten(command.key)
             self._close_idle_reader(command.key)
@@ -425,7 +425,7 @@ class Driver:
         life = self.lifecycle.states.get(key)
         grant = life.grant if life is not None else None
         if grant is not None:
-            self._stays.failed(grant.slot.index, error)
+            self._occupancy_times.record_failure(grant.slot.index, error)
         self._publish(Failed, key, slot=grant.slot if grant else None, error=error)
 
     def _located(self, key: AdapterKey, error: LoraxError) -> LoraxError:
@@ -436,7 +436,9 @@ class Driver:
     def _notify_ready(self, command: commands.NotifyReady) -> None:
         occupancy = self.lease_table.occupancy(command.key)
         slot = command.grant.slot
-        self._stays.ready(slot.index, occupancy.layers, command.watermark, last=command.last)
+        self._occupancy_times.record_ready(
+            slot.index, occupancy.layers, command.watermark, last=command.last
+        )
         occupancy.advance(command.watermark)
         if self.telemetry.has_subscribers:
             layer = occupancy.layers[command.watermark - 1]

@@ -41,8 +41,8 @@ WARM = "server/test_warm_list.py"
 
 
 def _only_told(self: Engine) -> list[int]:
-    gone, self._gone = self._gone, []
-    return gone
+    ended, self._ended_sequences = self._ended_sequences, []
+    return ended
 
 
 def _written_in_place(path: Path, content: bytes) -> None:
@@ -68,15 +68,15 @@ SERVING: Mutants = {
     ),
     "engine: a sequence leaves its place before another takes it": mutant(
         f"{ENGINE}::test_an_answer_that_is_cancelled_at_any_time_disturbs_no_other",
-        (Engine, "_take_gone", _only_told),
+        (Engine, "_take_ended", _only_told),
     ),
     "engine: an ended sequence is freed": mutant(
         f"{ENGINE}::test_an_answer_that_is_cancelled_at_any_time_disturbs_no_other",
-        skipped(Engine, "_take_gone", ()),
+        skipped(Engine, "_take_ended", ()),
     ),
     "engine: no token of false weights comes out": mutant(
         f"{ENGINE}::test_no_token_of_an_adapter_that_was_false_comes_out",
-        (engine, "_counts", lambda _: True),
+        (engine, "_is_wanted", lambda _: True),
     ),
     "keys: a free place holds nothing": mutant(
         f"{DECODER}::test_what_was_at_a_place_never_matters", skipped(PlacesLayer, "clear")

@@ -117,7 +117,7 @@ async def test_a_load_is_under_way_and_none_begins_while_the_server_closes(tmp_p
     async with serving(loader=over(source)) as world:
         loading = asyncio.create_task(load(world, "a", "a"))
         await until(lambda: world.service.loader.placement().usage.waiting)
-        assert not await world.service.in_flight.ended(0)
+        assert not await world.service.in_flight.wait_until_idle(0)
         world.service.in_flight.close()
         assert (await load(world, "a", "a")).status == 503
         assert (await unload(world, "a")).status == 503

@@ -450,7 +450,7 @@ async def test_left_by_force_it_leaves_nothing() -> None:
             await world.ended
         assert not world.service.healthy
         assert tokens.cancelled.is_set(), "its request has ended, and not only its connection"
-        assert await world.service.in_flight.ended(0)
+        assert await world.service.in_flight.wait_until_idle(0)
         assert signal.getsignal(signal.SIGTERM) == before
         with pytest.raises(ConnectionRefusedError):
             await world.completing(BASE)

@@ -391,7 +391,7 @@ async def test_a_cold_request_without_a_token_is_shown_with_its_outcome(
 
 async def test_few_cold_requests_are_recorded_at_a_time(tmp_path: Path) -> None:
     """Of one adapter, one; and strangers' keep no adapter with a name from being recorded."""
-    most = cold_requests.MOST
+    most = cold_requests.MAX_RECORDINGS
     folders = {f"a{n}": tiny.write(tmp_path / f"a{n}", n) for n in range(most + 1)}
     engine = FakeEngine()
     async with serving(engine, adapters=folders) as world:

@@ -39,7 +39,7 @@ def named(path: Path) -> list[str]:
 
 async def use(there: AdapterLoader, listed: WarmList, *adapters: Any) -> None:
     for adapter in adapters:
-        listed.used(adapter)
+        listed.record_use(adapter)
         await warm(there, adapter)
 
 
@@ -53,7 +53,7 @@ async def test_it_names_what_is_on_the_device_the_last_one_used_first(
     async with over(source, max_slots=2) as there, WarmList(path, there, pause=0) as listed:
         await use(there, listed, "one", "two")
         await until(lambda: named(path) == ["two", "one"])
-        listed.used("one")
+        listed.record_use("one")
         await until(lambda: named(path) == ["one", "two"])
         await use(there, listed, "three")  # one of the others has left for it
         await until(lambda: named(path)[0] == "three" and len(named(path)) == 2)
@@ -72,8 +72,8 @@ async def test_of_many_names_only_the_last_ones_are_looked_up(
     async with over(stocked(tmp_path, "one")) as there, WarmList(path, there, pause=0) as listed:
         await warm(there, "one")
         for number in range(500):
-            listed.used(f"another/{number}")
-        listed.used("one")
+            listed.record_use(f"another/{number}")
+        listed.record_use("one")
         monkeypatch.setattr(Placement, "story", counted)
         await until(lambda: named(path) == ["one"])
     assert asked == {AdapterRef("one")}
@@ -114,7 +114,7 @@ async def test_an_adapter_that_is_still_coming_stays_named(
     source.hold("one")
     async with over(source) as there:
         async with WarmList(path, there, pause=0) as listed:
-            listed.used("elsewhere/other")
+            listed.record_use("elsewhere/other")
             await until(lambda: path.read_text().startswith("{\n"))  # it was written anew
             assert named(path) == ["one"]
             restored = listed.restored
@@ -174,9 +174,9 @@ async def test_what_changes_while_it_is_written_is_written_then(
         await until(lambda: named(path) == ["one", "two"])
         disk.free.clear()
         before = disk.begun
-        listed.used("two")
+        listed.record_use("two")
         await until(lambda: disk.begun > before)
-        listed.used("one")
+        listed.record_use("one")
         await asyncio.sleep(0)
         disk.free.set()
         await until(lambda: disk.begun > before + 1)
@@ -211,7 +211,7 @@ async def test_it_is_written_once_in_a_pause_and_at_the_end(
     """However long that is: leaving waits for no pause."""
     async with over(stocked(tmp_path, "one", "two")) as there:
         async with WarmList(path, there, pause=1e6) as listed:
-            listed.used("one")
+            listed.record_use("one")
             await until(lambda: disk.ended)
             await use(there, listed, "one", "two")
             assert disk.begun == 1
