@@ -101,7 +101,7 @@ async def growth(
                     "row": "memory",
                     "from": start,
                     "to": stop,
-                    "remembered": len(loader.residency()),
+                    "remembered": len(loader.placement().adapters),
                     "bytes": (after - before) / (stop - start),
                     "timers": live_timers() - timers,
                     "tasks": len(asyncio.all_tasks()) - tasks,

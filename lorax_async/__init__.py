@@ -55,7 +55,7 @@ from lorax_async.loader import AdapterLoader
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.runtime.acquire import Prefetch
 from lorax_async.runtime.folders import AdapterFolder
-from lorax_async.runtime.placement import AdapterResidency
+from lorax_async.runtime.placement import AdapterResidency, Placement
 from lorax_async.runtime.telemetry import (
     Budget,
     Statistics,
@@ -119,6 +119,7 @@ __all__ = [
     "Merge",
     "ModelLayout",
     "ModuleWeights",
+    "Placement",
     "Prefetch",
     "Request",
     "Resident",

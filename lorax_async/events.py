@@ -1,4 +1,4 @@
-"""What a subscriber of a loader hears, in order, on the loader's event loop."""
+"""The events of a loader; subscribers get them in order, on the loader's event loop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lorax_async.types import AdapterKey
 
 @dataclass(frozen=True, slots=True)
 class SlotId:
-    """A slot (a column of the device's tables) and which of its tenants."""
+    """A slot, which is a column of the device's tables, and its generation."""
 
     index: int
     generation: int
@@ -18,10 +18,10 @@ class SlotId:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something happened to the adapter `key`.
+    """A change of the adapter `key`.
 
-    `slot` is None while it holds none; `attempt` counts its fetches; `time` is that of
-    `time.monotonic()`, in seconds.
+    `slot` is None if the adapter has none; `attempt` counts its fetches; `time` is in seconds of
+    `time.monotonic()`.
     """
 
     key: AdapterKey
@@ -32,7 +32,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class SlotGranted(Event):
-    """The adapter has its slot and device memory; its layers follow."""
+    """The adapter has a slot and device memory; its layers follow."""
 
     nbytes: int
     layers: tuple[int, ...]
@@ -48,7 +48,7 @@ class BytesMoved(Event):
 
 @dataclass(frozen=True, slots=True)
 class LayerReady(Event):
-    """All groups up to and including `layer` are on the device."""
+    """All layer groups up to and including `layer` are on the device."""
 
     layer: int
 
@@ -60,15 +60,15 @@ class Resident(Event):
 
 @dataclass(frozen=True, slots=True)
 class Failed(Event):
-    """The load ended with `error`; what it held is being given back."""
+    """The load ended with `error`; its slot and memory are being released."""
 
     error: LoraxError
 
 
 @dataclass(frozen=True, slots=True)
 class Leaving(Event):
-    """The slot takes no new lease and is given back once the last lease and kernel are done.
+    """The slot takes no new lease and is released once the last lease and kernel have ended.
 
-    A later `Resident` of the same slot says that it stays. Who is told while layers are on their
-    way is told again when the last one is there.
+    A later `Resident` of the same slot cancels this. If layers are still being copied, the event is
+    repeated after the last one.
     """

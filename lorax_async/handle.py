@@ -1,4 +1,4 @@
-"""What a caller holds of an adapter on a device: a lease, with views of its weights."""
+"""Handles: leases on adapters on a device, with views of their weights."""
 
 from __future__ import annotations
 
@@ -28,19 +28,20 @@ from lorax_async.types import AdapterKey, Verification
 class ModuleWeights:
     """One module's part of an adapter: the delta is `scale * (x @ a.T) @ b.T`.
 
-    Of an embedding `x @ a.T` is `a.T[ids]`. With a bias the delta is `scale * ((x @ a.T) @ b.T +
-    bias)`. With a magnitude the rows of the base's weight plus delta are scaled to that length.
+    For an embedding, `x @ a.T` is `a.T[ids]`. With a bias, the delta is `scale * ((x @ a.T) @ b.T +
+    bias)`. With a magnitude, each row of the base's weight plus delta is scaled to that length.
 
     Attributes
     ----------
     a, b
-        `[rank, in]` and `[out, rank]`: views on the device, valid while the handle is held. Of a
-        sharded loader `in` and `out` are the shard's (`loader.held_layout`).
+        `[rank, in]` and `[out, rank]`: views on the device, valid until the handle is released. In
+        a sharded loader, `in` and `out` are the shard's (`loader.held_layout`).
     scale, rank
-        As PEFT computes them; the rank is the true one, without padding.
+        As PEFT computes them; the rank excludes padding.
     bias, magnitude
-        `[out]`, in the file's dtype: lora_bias's and DoRA's; None where the adapter has none. Of a
-        sharded loader's row-parallel module they are whole: for after the all-reduce, once.
+        `[out]`, in the file's dtype: those of lora_bias and DoRA; None if the adapter has none. For
+        a row-parallel module of a sharded loader they are whole: apply them once, after the
+        all-reduce.
     """
 
     a: torch.Tensor
@@ -52,7 +53,7 @@ class ModuleWeights:
 
 
 class ModuleViews(Mapping[str, ModuleWeights]):
-    """By the layout's names, for the layers that are ready; each look checks the lease."""
+    """Weights by the layout's module names, for ready layers; each access checks the lease."""
 
     def __init__(self, lease: Lease, device: Device, layout: ModelLayout) -> None:
         self._lease = lease
@@ -70,7 +71,7 @@ class ModuleViews(Mapping[str, ModuleWeights]):
         row = self._rows[module]
         layer = self._layout.modules[module].layer
         if not self._lease.occupancy.is_ready(layer):
-            raise UsageError(f"layer {layer} is not here yet; await layer_ready({layer})")
+            raise UsageError(f"layer {layer} is not ready yet; await layer_ready({layer})")
         operands = self._device.operands(module, self._lease.occupancy.grant.slot.index)
         assert operands is not None
         a, b, _ = operands
@@ -93,9 +94,9 @@ class ModuleViews(Mapping[str, ModuleWeights]):
 
 
 class AdapterHandle:
-    """A lease on one adapter: while it is held, the adapter stays where it is.
+    """A lease on one adapter: the adapter keeps its slot until the handle is released.
 
-    Leave it as a context manager, or call `release`. Views taken from it must not be used after.
+    Use it as an async context manager, or call `release`. Do not use its views after that.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class AdapterHandle:
     ) -> None:
         self.id = id
         self.shard = shard
-        """Which part of every tensor-parallel module the weights are; None: they are whole."""
+        """The part of each tensor-parallel module that the weights are; None for all of it."""
         self._lease = lease
         self._share = share
         lease.id = id
@@ -120,22 +121,22 @@ class AdapterHandle:
 
     @property
     def key(self) -> AdapterKey:
-        """Which version of which files."""
+        """The exact version of the adapter."""
         return self._lease.occupancy.key
 
     @property
     def slot(self) -> SlotId:
-        """The column of the device's tables, and which of its tenants this is."""
+        """The column of the device's tables, and its generation."""
         return self._lease.occupancy.grant.slot
 
     @property
     def device(self) -> Device:
-        """Where it is: its loader's device, with the tables that kernels read."""
+        """The loader's device, with the tables that kernels read."""
         return self._device
 
     @property
     def layout(self) -> ModelLayout:
-        """Its loader's base model."""
+        """The layout of the loader's base model."""
         return self._layout
 
     @property
@@ -145,17 +146,17 @@ class AdapterHandle:
 
     @property
     def nbytes(self) -> int:
-        """Bytes it takes on the device."""
+        """The adapter's bytes on the device."""
         return self._lease.occupancy.plan.nbytes
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Layer groups with tensors: -1 before the layers, 0 … L-1, L after them."""
+        """The layer groups with tensors: -1 before the layers, 0 … L-1, L after them."""
         return self._lease.occupancy.layers
 
     @property
     def timeout(self) -> float:
-        """Seconds after which its waits give up, unless they are told otherwise."""
+        """The default timeout of the handle's waits, in seconds."""
         return self._timeout
 
     @property
@@ -165,7 +166,7 @@ class AdapterHandle:
 
     @property
     def arrived(self) -> bool:
-        """Whether all its bytes are on this machine: layers that are missing are not far away."""
+        """Whether all bytes are on this machine, so that missing layers need no network."""
         occupancy = self._lease.occupancy
         return occupancy.complete or occupancy.has_arrived()
 
@@ -175,7 +176,7 @@ class AdapterHandle:
 
     @property
     def stale(self) -> bool:
-        """The source could not be asked, and this is the version that it last named."""
+        """Whether the source was unreachable, and this is the version that it named last."""
         return self._lease.stale
 
     @property
@@ -186,22 +187,22 @@ class AdapterHandle:
 
     @property
     def vectors(self) -> AdapterVectors | None:
-        """Its biases or magnitudes; None where kernels, which read A, B and scale, have it all."""
+        """The biases or magnitudes; None if A, B and scale, which kernels read, are all."""
         self._lease.check()
         return self._lease.occupancy.vectors
 
     def is_ready(self, layer: int) -> bool:
-        """Whether the tensors of `layer` (-1 … L), and those before them, are on the device.
+        """Return whether the tensors of `layer` (-1 … L) and all before it are on the device.
 
-        A layer that the adapter does not touch is ready at once. Touches no lock.
+        A layer without tensors is always ready. Takes no lock; thread-safe.
         """
         return self._lease.occupancy.is_ready(layer)
 
     async def layer_ready(self, layer: int, timeout: float | None = None) -> None:
-        """Wait until `is_ready(layer)`, `timeout` seconds at most (None: the config's).
+        """Wait until `is_ready(layer)`, at most `timeout` seconds (None: the config's).
 
-        Raises the error that ended the load, `AdapterTimeoutError`, `HandleClosedError` after
-        release, `UsageError` for a layer that the base does not have, or on another loop.
+        Raise the error that ended the load, `AdapterTimeoutError`, `HandleClosedError` after
+        release, `UsageError` for a layer that the base does not have or on another event loop.
         """
         self._lease.check()
         seconds = self._timeout if timeout is None else timeout
@@ -211,46 +212,48 @@ class AdapterHandle:
         except TimeoutError as error:
             if not deadline.expired() or isinstance(error, LoraxError):
                 raise
-            raise self._too_late(layer, seconds) from None
+            raise self._timeout_error(layer, seconds) from None
 
     def wait_layer(self, layer: int, timeout: float | None = None) -> None:
-        """As `layer_ready`, in a thread without an event loop.
+        """Wait as `layer_ready` does, in a thread without an event loop.
 
-        Raises `UsageError` where it would hold a loop, which may be the one to bring the layer.
+        Raise `UsageError` if it would block an event loop, which may be the loader's.
         """
         self._lease.check()
         if not self.is_ready(layer) and running_loop() is not None:
-            raise UsageError("wait_layer would hold the event loop; await layer_ready, or a thread")
+            raise UsageError(
+                "wait_layer would block the event loop; await layer_ready, or call it in a thread"
+            )
         seconds = self._timeout if timeout is None else timeout
         try:
             self._lease.occupancy.wait(layer, seconds, self._lease.check)
         except TimeoutError as error:
             if isinstance(error, LoraxError):
                 raise
-            raise self._too_late(layer, seconds) from None
+            raise self._timeout_error(layer, seconds) from None
 
-    def _too_late(self, layer: int, seconds: float) -> AdapterTimeoutError:
+    def _timeout_error(self, layer: int, seconds: float) -> AdapterTimeoutError:
         problem = f"layer {layer} did not arrive within {seconds:g} s"
         return AdapterTimeoutError(problem, id=self.id, key=self.key, stage="copy")
 
     @property
     def is_verified(self) -> bool:
-        """Whether `verified` has nothing to wait for: nothing can turn out to be false any more."""
+        """Whether `verified` would return at once."""
         return self._lease.is_verified
 
     def require_sound(self) -> None:
-        """Raise `IntegrityError`, or whatever broke the adapter under this handle, released or not.
+        """Raise the error that made the adapter unusable, if there is one, released or not.
 
-        For computations that go on for long under one `use`. Touches no lock; in any thread.
+        For long computations within one `use`. Takes no lock; thread-safe.
         """
         self._lease.require_sound()
 
     async def verified(self, timeout: float | None = None) -> Verification:
-        """Wait until all bytes are here and checked as far as they will be; how far that was.
+        """Wait until all bytes are here and checked; return how they were checked.
 
-        Raises `IntegrityError` if they are not what was promised (whoever holds the adapter gets
-        it, from every use), or not what this handle's `digest` says (then other handles may go on);
-        `AdapterTimeoutError` and the rest as `layer_ready`.
+        Raise `IntegrityError` if the source's digest does not match (for every handle of the
+        adapter), or the caller's `digest` does not (for this handle and its clones only);
+        `AdapterTimeoutError` and the others as `layer_ready` does.
         """
         self._lease.check()
         seconds = self._timeout if timeout is None else timeout
@@ -260,15 +263,15 @@ class AdapterHandle:
         except TimeoutError as error:
             if not deadline.expired() or isinstance(error, LoraxError):
                 raise
-        problem = f"not all of it was here and checked within {seconds:g} s"
+        problem = f"it was not fetched and checked within {seconds:g} s"
         raise AdapterTimeoutError(problem, id=self.id, key=self.key, stage="verify")
 
     def queue_behind(self, layer: int, stream: object | None = None) -> bool:
-        """Let what is put on a stream from here on run after `layer`, and those before it, arrived.
+        """Make a stream wait for the copies of `layer` and of all layers before it.
 
-        Blocks nobody: the device itself waits. False if some copies have not been asked for yet;
-        then nothing was done, and `layer_ready` or `wait_layer` is the way. `stream` is one of the
-        device's library (on cuda a `torch.Stream`); None is the current one. In any thread.
+        Does not block: the device waits. Return False, without effect, if some of the copies have
+        not been enqueued yet; use `layer_ready` or `wait_layer` then. `stream` is one of the
+        device's library (`torch.Stream` on cuda), None the current one. Thread-safe.
         """
         self._lease.check()
         tickets = self._lease.occupancy.tickets(layer)
@@ -280,10 +283,10 @@ class AdapterHandle:
 
     @contextmanager
     def use(self, stream: object | None = None) -> Iterator[None]:
-        """Hold the slot's bytes for a computation, in any thread.
+        """Keep the slot's bytes for a computation. Thread-safe.
 
-        A handle that is released meanwhile, by anybody, gives its slot back only after the end: on
-        a device that computes later, when what is on `stream` (None: the current one) has run.
+        If the handle is released in the block, its slot is freed after the block: on an
+        asynchronous device, once the work on `stream` (None: the current one) has run.
         """
         self._lease.begin_use()
         try:
@@ -300,14 +303,13 @@ class AdapterHandle:
         ticket.add_done_callback(lambda _: self._lease.end_use())
 
     def clone(self) -> Self:
-        """One more handle on the same adapter, to be released by itself. On the loader's loop.
+        """Return another handle on the same adapter, with its own release. On the loader's loop.
 
-        Where this handle may be used the other one may be had, also while the adapter is leaving:
-        that takes until both are released.
+        Also possible while the adapter is leaving, which then takes until both are released.
         """
         self._lease.check()
         if not self._lease.occupancy.on_its_loop:
-            raise UsageError("a handle is cloned on the event loop of its loader")
+            raise UsageError("clone a handle on the event loop of its loader")
         lease = self._share(self._lease)
         lease.holder = current_task_name()
         return type(self)(
@@ -315,7 +317,7 @@ class AdapterHandle:
         )
 
     def release(self) -> None:
-        """Give the lease back. Synchronous, idempotent, from any thread."""
+        """End the lease. Synchronous, idempotent, thread-safe."""
         self._lease.end()
 
     async def __aenter__(self) -> Self:
@@ -335,7 +337,7 @@ class AdapterHandle:
     def __del__(self) -> None:
         lease = getattr(self, "_lease", None)
         if lease is not None and not lease.closed:
-            lease.end("the handle was forgotten", soon=True)
+            lease.end("the handle was garbage-collected", soon=True)
             warnings.warn(
                 f"an adapter handle of {self.id!r} was never released; use `async with`",
                 ResourceWarning,
@@ -348,6 +350,6 @@ class AdapterHandle:
 
 
 def current_task_name() -> str:
-    """Of the running task; empty where there is none."""
+    """Return the name of the running task, or an empty string."""
     task = asyncio.current_task()
     return task.get_name() if task is not None else ""

@@ -1,7 +1,7 @@
-"""`ModelLayout` from a base's config, from a model, or from an adapter's own shapes.
+"""Make a `ModelLayout` from a base model's config, from a model, or from an adapter's shapes.
 
-These functions block (they import transformers, build a model without weights, read files): call
-them while the server starts, or in a thread.
+The functions block (import transformers, build a model without weights, read files): call them
+while the server starts, or in a thread.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ _DIMS = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """What an attention module says of itself, or its config of it.
+    """Head counts and dimension of an attention module, from its attributes or config.
 
-    `grouped`: its q heads lie beside the k and v that they share (`new_decoder_architecture`).
+    `grouped`: q heads are stored beside the k and v that they share (`new_decoder_architecture`).
     """
 
     heads: int
@@ -68,33 +68,33 @@ Parts = tuple[FusedPart, ...]
 Fused = Callable[[AttentionShape], Parts]
 
 
-def _in_a_row(attention: AttentionShape) -> Parts:
-    """All heads of q, then those of k, then those of v."""
+def _by_projection(attention: AttentionShape) -> Parts:
+    """Return the parts of a fusion of all q heads, then all k heads, then all v heads."""
     return attention.query, attention.key, attention.value
 
 
 def _by_head(attention: AttentionShape) -> Parts:
-    """Each head's q, k and v beside each other."""
+    """Return the one part of a fusion with each head's q, k and v beside each other."""
     return (FusedPart(3 * attention.heads * attention.head_dim, 3 * attention.head_dim),)
 
 
-def _of_bigcode(attention: AttentionShape) -> Parts:
-    return _in_a_row(attention) if attention.multi_query else _by_head(attention)
+def _bigcode_parts(attention: AttentionShape) -> Parts:
+    return _by_projection(attention) if attention.multi_query else _by_head(attention)
 
 
-def _of_falcon(attention: AttentionShape) -> Parts:
+def _falcon_parts(attention: AttentionShape) -> Parts:
     if not attention.grouped:
-        return _of_bigcode(attention)
+        return _bigcode_parts(attention)
     unit = (attention.heads // attention.key_value_heads + 2) * attention.head_dim
     return (FusedPart(attention.key_value_heads * unit, unit),)
 
 
 _FUSED: Mapping[tuple[str, str], Fused] = {
-    **{(kind, "c_attn"): _in_a_row for kind in ("gpt2", "openai-gpt", "qwen")},
-    **{(kind, "qkv_proj"): _in_a_row for kind in ("phi3", "phi4_multimodal")},
-    **{(kind, "Wqkv"): _in_a_row for kind in ("mpt", "dbrx")},
-    ("gpt_bigcode", "c_attn"): _of_bigcode,
-    ("falcon", "query_key_value"): _of_falcon,
+    **{(kind, "c_attn"): _by_projection for kind in ("gpt2", "openai-gpt", "qwen")},
+    **{(kind, "qkv_proj"): _by_projection for kind in ("phi3", "phi4_multimodal")},
+    **{(kind, "Wqkv"): _by_projection for kind in ("mpt", "dbrx")},
+    ("gpt_bigcode", "c_attn"): _bigcode_parts,
+    ("falcon", "query_key_value"): _falcon_parts,
     **{
         (kind, "query_key_value"): _by_head
         for kind in ("bloom", "gpt_neox", "gpt_neox_japanese", "persimmon")
@@ -111,9 +111,9 @@ _PLAIN = {
 
 
 def parts_of(model: Any, name: str, out_features: int) -> Parts:
-    """The parts of the output of `model`'s linear module `name`; empty: none that are known."""
+    """Return the parts of the output of `model`'s linear module `name`; empty if unknown."""
     last = name.rpartition(".")[2]
-    config = _config_above(model, name)
+    config = _nearest_config(model, name)
     kind = getattr(config, "model_type", ""), last
     if kind in _PLAIN:
         return (FusedPart(out_features),)
@@ -122,18 +122,18 @@ def parts_of(model: Any, name: str, out_features: int) -> Parts:
     attention = _attention(model.get_submodule(name.rpartition(".")[0]), config)
     if attention is None:
         return ()
-    made: Parts = ()
+    parts: Parts = ()
     if last in _QUERY:
-        made = (attention.query,)
+        parts = (attention.query,)
     elif last in _KEY_VALUE:
-        made = (attention.key,)
+        parts = (attention.key,)
     elif kind in _FUSED:
-        made = _FUSED[kind](attention)
-    return made if sum(part.size for part in made) == out_features else ()
+        parts = _FUSED[kind](attention)
+    return parts if sum(part.size for part in parts) == out_features else ()
 
 
-def _config_above(model: Any, name: str) -> Any:
-    """Of the nearest module around `name` that has one."""
+def _nearest_config(model: Any, name: str) -> Any:
+    """Return the config of the nearest module that contains `name` and has one."""
     path = name
     while path:
         path = path.rpartition(".")[0]
@@ -144,14 +144,14 @@ def _config_above(model: Any, name: str) -> Any:
 
 
 def _attention(module: Any, config: Any) -> AttentionShape | None:
-    heads = _first(module, _HEADS) or _first(config, _HEADS)
+    heads = _first_size(module, _HEADS) or _first_size(config, _HEADS)
     if not heads:
         return None
-    head_dim = _first(module, _DIMS) or _first(config, _DIMS)
-    head_dim = head_dim or _first(config, ("hidden_size",)) // heads
-    groups = _first(module, ("num_key_value_groups",))
-    key_value_heads = _first(module, _KEY_VALUE_HEADS) or (heads // groups if groups else 0)
-    key_value_heads = key_value_heads or _first(config, _KEY_VALUE_HEADS) or heads
+    head_dim = _first_size(module, _DIMS) or _first_size(config, _DIMS)
+    head_dim = head_dim or _first_size(config, ("hidden_size",)) // heads
+    groups = _first_size(module, ("num_key_value_groups",))
+    key_value_heads = _first_size(module, _KEY_VALUE_HEADS) or (heads // groups if groups else 0)
+    key_value_heads = key_value_heads or _first_size(config, _KEY_VALUE_HEADS) or heads
     if not head_dim or heads % key_value_heads:
         return None
     return AttentionShape(
@@ -163,8 +163,8 @@ def _attention(module: Any, config: Any) -> AttentionShape | None:
     )
 
 
-def _first(owner: Any, names: tuple[str, ...]) -> int:
-    """The first of these attributes that is a positive number, or 0."""
+def _first_size(owner: Any, names: tuple[str, ...]) -> int:
+    """Return the first of these attributes that is a positive int, or 0."""
     for name in names:
         value = getattr(owner, name, None)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
@@ -173,7 +173,7 @@ def _first(owner: Any, names: tuple[str, ...]) -> int:
 
 
 HEADS = frozenset({"lm_head", "embed_out"})
-# By the names that Llama, Qwen, GPT-2, GPT-NeoX, Falcon, Phi, OPT, BLOOM, T5 and their kin use.
+# The names in Llama, Qwen, GPT-2, GPT-NeoX, Falcon, Phi, OPT, BLOOM, T5 and similar models.
 _COLUMN = HEADS | {
     *("q_proj", "k_proj", "v_proj", "qkv_proj", "q_lin", "k_lin", "v_lin", "wq", "wk", "wv"),
     *("q", "k", "v", "query", "key", "value", "query_key_value", "W_pack", "Wqkv", "wqkv"),
@@ -189,25 +189,25 @@ _ROW = frozenset(
 )
 
 
-def adaptable(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Its linear modules and its embeddings, by name. `ConfigError` if adapters are attached."""
+def adaptable_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield linear modules and embeddings, by name; raise `ConfigError` if one has an adapter."""
     from transformers.pytorch_utils import Conv1D  # noqa: PLC0415 (slow)
 
     for name, module in model.named_modules():
         if name.endswith(".base_layer") or ".lora_A." in name:
             raise ConfigError(
-                f"module {name!r} belongs to an adapter that is attached already; take the layout"
-                " of the plain base model"
+                f"module {name!r} belongs to an attached adapter; take the layout of the plain"
+                " base model"
             )
-        if (isinstance(module, nn.Linear | Conv1D) or looks_up(name, module)) and name:
+        if (isinstance(module, nn.Linear | Conv1D) or is_lookup(name, module)) and name:
             yield name, module
 
 
-def looks_up(name: str, module: nn.Module) -> bool:
-    """Whether it gives rows of its weight for ids of tokens or positions, scaled perhaps.
+def is_lookup(name: str, module: nn.Module) -> bool:
+    """Return whether the module is a lookup of token or position ids, with an optional scale.
 
-    What computes anything else, as OPT's positions do, no adapter can be for. What lies within a
-    layer (T5's relative positions) has no tokens for its input.
+    An adapter cannot target embeddings that compute anything else (OPT's positions), or those
+    within a layer (T5's relative positions), whose input is not tokens.
     """
     if not isinstance(module, nn.Embedding) or layer_index(name) is not None:
         return False
@@ -221,9 +221,9 @@ def embedding_module(name: str, module: nn.Embedding) -> Module:
 
 
 def linear_module(model: nn.Module, name: str, linear: Any, layer: int) -> Module:
-    """What a layout says of one of the model's linear modules."""
+    """Return the layout's entry for one of the model's linear modules."""
     transposed = not isinstance(linear, nn.Linear)
-    # A quantised linear packs its weight: only the module knows its sizes.
+    # A quantised linear packs its weight, so take the sizes from the module.
     sizes = linear.weight.shape if transposed else (linear.in_features, linear.out_features)
     inputs, outputs = map(int, sizes)
     parallel = parallel_of(name)
@@ -232,7 +232,7 @@ def linear_module(model: nn.Module, name: str, linear: Any, layer: int) -> Modul
 
 
 def parallel_of(name: str) -> Parallelism:
-    """How tensor parallelism cuts a module of this name."""
+    """Return how tensor parallelism cuts a module of this name."""
     last = name.rpartition(".")[2]
     if last in _COLUMN:
         return Parallelism.COLUMN
@@ -248,45 +248,45 @@ _MATRICES = (TensorRole.A, TensorRole.B)
 
 
 def from_pretrained(dir: str | Path, dtype: Dtype = None) -> ModelLayout:
-    """The layout of the base in a local folder, from its `config.json` alone.
+    """Return the layout of the base model in a local folder, from its `config.json` alone.
 
-    The model is built on the meta device: no weights are read, nothing is fetched, no code of the
-    folder is run.
+    The model is built on the meta device: no weights are read, nothing is downloaded, and no code
+    from the folder is run.
 
     Parameters
     ----------
     dir
         The folder.
     dtype
-        What the server will run the base in (torch's, or its name); None takes the config's.
+        The dtype in which the server runs the base (torch's, or its name); None for the config's.
 
     Raises
     ------
     ConfigError
-        The folder has no config, transformers cannot build it, or the dtype is not known.
+        The folder has no config, transformers cannot build it, or the dtype is unknown.
     """
     folder = Path(dir)
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"{str(folder)!r} has no config.json; give the folder of a base model")
-    import transformers  # noqa: PLC0415 (slow, and not needed by those who give a model)
+        raise ConfigError(f"{str(folder)!r} has no config.json; pass the folder of a base model")
+    import transformers  # noqa: PLC0415 (slow, and not needed by `from_module`)
 
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
             model = _build(transformers, config)
-    except Exception as error:  # whatever a stranger's config makes of transformers
+    except Exception as error:  # an untrusted config can make transformers raise anything
         raise ConfigError(
             f"transformers cannot build the model of {str(folder)!r} ({error}); build it yourself"
             " and use layouts.from_module"
         ) from error
-    named = dtype or config.dtype
-    if named is None:
-        raise ConfigError("the config names no dtype; pass the one that the base will run in")
-    return from_module(model, named)
+    dtype = dtype or config.dtype
+    if dtype is None:
+        raise ConfigError("the config has no dtype; pass the one in which the base will run")
+    return from_module(model, dtype)
 
 
 def _build(transformers: Any, config: Any) -> nn.Module:
-    """The causal model of a config, or else the class that its author saved."""
+    """Build the causal model of a config, or else the class named in it."""
     if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         model = transformers.AutoModelForCausalLM.from_config(config)
     else:
@@ -296,28 +296,29 @@ def _build(transformers: Any, config: Any) -> nn.Module:
 
 
 def from_module(model: nn.Module, dtype: Dtype = None) -> ModelLayout:
-    """The layout of a base model in memory (or on the meta device), before adapters are attached.
+    """Return the layout of a base model in memory or on the meta device, without adapters.
 
-    Its modules are those PEFT adapts: `nn.Linear` and transformers' `Conv1D`, and the embeddings
-    that look up tokens or positions. A linear module without a layer number comes before the layers
-    if it does so in the model, else after; an embedding comes before them.
+    Its modules are those that PEFT adapts: `nn.Linear`, transformers' `Conv1D`, and embeddings of
+    tokens or positions. A linear module without a layer number comes before the layers if it does
+    so in the model, else after them; an embedding comes before them.
 
     Parameters
     ----------
     model
-        The same class that the adapters' authors trained on, or its headed or bare form.
+        The class on which the adapters were trained, or its form with or without a head.
     dtype
-        What it computes in (torch's, or its name); None takes that of most linear weights.
+        The dtype in which it computes (torch's, or its name); None for the most frequent one of its
+        linear weights.
 
     Raises
     ------
     ConfigError
-        The model has no numbered layers, carries adapters already, or its dtype is not known.
+        The model has no numbered layers, has adapters attached, or its dtype is unknown.
     """
-    found = dict(adaptable(model))
-    linears = {name: m for name, m in found.items() if not isinstance(m, nn.Embedding)}
+    adaptable = dict(adaptable_modules(model))
+    linears = {name: m for name, m in adaptable.items() if not isinstance(m, nn.Embedding)}
     embeddings = [
-        embedding_module(name, m) for name, m in found.items() if isinstance(m, nn.Embedding)
+        embedding_module(name, m) for name, m in adaptable.items() if isinstance(m, nn.Embedding)
     ]
     layers = [layer_index(name) for name in linears]
     numbered = [layer for layer in layers if layer is not None]
@@ -343,7 +344,7 @@ def _storage_dtype(dtype: str | torch.dtype) -> str:
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise ConfigError(
-            f"the base's dtype {name!r} is not one adapters can have; pass dtype, one of"
+            f"the base's dtype {name!r} is not supported for adapters; pass dtype, one of"
             f" {', '.join(DTYPES)}"
         )
     return DTYPES[name]
@@ -356,17 +357,17 @@ def _backbone_prefix(model: nn.Module) -> str:
 
 
 def from_adapter(dir: str | Path, *, limits: Limits | None = None) -> ModelLayout:
-    """A layout of just what one adapter targets, by its own shapes, when the base is not at hand.
+    """Return a layout of the modules that one adapter targets, without its base model.
 
-    The dtype is that of its A and B; where they mix several, F32, which holds them all. `lm_head`
-    comes after the layers, any other module without a number before them.
+    The dtype is that of A and B, or F32 if they have several. `lm_head` comes after the layers, any
+    other module without a layer number before them.
 
     Raises
     ------
     AdapterNotFoundError
         The folder lacks one of the adapter's files.
     AdapterFormatError, UnsupportedAdapterError
-        As a load of this adapter would raise.
+        As for a load of this adapter.
     """
     folder, limits = Path(dir), limits or Limits()
     spec = parse_config(_read(folder / CONFIG_FILE, limits.max_config_bytes), limits)
@@ -387,9 +388,9 @@ def from_adapter(dir: str | Path, *, limits: Limits | None = None) -> ModelLayou
         for path, (a, b, embedding) in shapes.items()
     ]
     dtypes = {span.dtype for a, b, _ in shapes.values() for span in (a, b)}
-    alone = len(dtypes) == 1 and dtypes <= set(WEIGHT_DTYPES)
-    layout = ModelLayout(tuple(modules), num_layers, dtypes.pop() if alone else "F32")
-    # A layout of an adapter that cannot be loaded would be of no use: check what a load checks.
+    uniform = len(dtypes) == 1 and dtypes <= set(WEIGHT_DTYPES)
+    layout = ModelLayout(tuple(modules), num_layers, dtypes.pop() if uniform else "F32")
+    # Make the checks of a load, and so raise its errors, by planning the transfer.
     plan_transfer(
         header,
         spec,
@@ -410,7 +411,7 @@ def _layer(path: str, number: int | None, num_layers: int) -> int:
 
 
 def _shapes(header: Header) -> dict[str, tuple[TensorSpan, TensorSpan, bool]]:
-    """A and B of each module, and whether it is an embedding."""
+    """Return A and B of each module, and whether it is an embedding."""
     parts: dict[str, dict[TensorRole, TensorSpan]] = {}
     embeddings: dict[str, bool] = {}
     for span in header.tensors:
@@ -424,25 +425,25 @@ def _shapes(header: Header) -> dict[str, tuple[TensorSpan, TensorSpan, bool]]:
             )
         parts.setdefault(name.module, {})[name.part] = span
         embeddings[name.module] = name.embedding is True
-    for path, found in parts.items():
-        if len(found) < len(_MATRICES):
+    for path, matrices in parts.items():
+        if len(matrices) < len(_MATRICES):
             raise AdapterFormatError(
                 f"module {shorten(path, 200)!r} has only one of A and B; save the adapter again"
             )
     if not parts:
-        raise AdapterFormatError("the file holds no tensors; save the adapter again")
+        raise AdapterFormatError("the file has no tensors; save the adapter again")
     return {
         path: (ab[TensorRole.A], ab[TensorRole.B], embeddings[path]) for path, ab in parts.items()
     }
 
 
-def _read(path: Path, most: int) -> bytes:
+def _read(path: Path, limit: int) -> bytes:
     if not path.is_file():
         raise AdapterNotFoundError(f"there is no file {str(path)!r}")
     with path.open("rb") as file:
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise UnsupportedAdapterError(f"{path.name} is larger than the limit of {most:,} bytes")
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise UnsupportedAdapterError(f"{path.name} is larger than the limit of {limit:,} bytes")
     return content
 
 

@@ -1,4 +1,4 @@
-"""`lorax_async.observability.opentelemetry`, by the name that it had first."""
+"""Former name of `lorax_async.observability.opentelemetry`, kept for compatibility."""
 
 from lorax_async.observability.opentelemetry import LoadSpans
 

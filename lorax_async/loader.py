@@ -1,4 +1,4 @@
-"""`AdapterLoader`: what an embedding server calls."""
+"""`AdapterLoader`, the API for an embedding server."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from lorax_async.runtime.acquire import Prefetch
 from lorax_async.runtime.assembly import Assembly
 from lorax_async.runtime.folders import AdapterFolder
 from lorax_async.runtime.leases import Lease, LeaseTable
-from lorax_async.runtime.placement import TIERS, AdapterResidency, Placement, TierName
+from lorax_async.runtime.placement import TIERS, Placement, TierName
 from lorax_async.runtime.telemetry import Statistics, Usage
 from lorax_async.runtime.waiters import CallWatcher
 from lorax_async.sources.base import Source
@@ -44,7 +44,7 @@ from lorax_async.types import AdapterId, AdapterKey, AdapterRef, Ref, as_ref, te
 
 
 class LoopAffinity:
-    """Remembers the loop that entered, and refuses all others."""
+    """Restricts the loader to the event loop and process that entered it."""
 
     def __init__(self) -> None:
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -53,55 +53,55 @@ class LoopAffinity:
 
     def enter(self) -> None:
         if self.loop is not None:
-            raise UsageError("the loader was entered before; make a new one")
+            raise UsageError("a loader can be entered once; create a new one")
         self.loop = asyncio.get_running_loop()
 
     def settle(self) -> None:
-        """Everything is there: from here on it may be used."""
+        """Allow calls, once everything is open."""
         self._ready = True
 
     def leave(self) -> None:
-        """Entering came to nothing."""
+        """Undo `enter` after a failure."""
         self.loop = None
 
     def check(self) -> asyncio.AbstractEventLoop:
-        """The loop, if this is the one. Raises `UsageError`."""
+        """Return the loop; raise `UsageError` on another loop or in another process."""
         if self.loop is None or not self._ready:
             raise UsageError("enter the loader first: `async with AdapterLoader(…) as loader`")
         if os.getpid() != self._pid:
-            raise UsageError("the loader belongs to the process that made it; make one per process")
+            raise UsageError("a loader belongs to one process; create one per process")
         if running_loop() is not self.loop:
             raise UsageError(
-                "the loader belongs to the event loop that entered it; "
-                "from a thread use asyncio.run_coroutine_threadsafe"
+                "a loader belongs to the event loop that entered it; "
+                "from another thread, use asyncio.run_coroutine_threadsafe"
             )
         return self.loop
 
 
 def _slot_names(lease_table: LeaseTable) -> dict[int, str]:
-    """What a trace calls the adapters that have slots, by the slots' numbers."""
+    """Return the names of adapters for a trace, by slot."""
     return {slot: name_of(key) for slot, key in lease_table.in_slots().items()}
 
 
 class AdapterLoader:
-    """Loads LoRA adapters for one base model onto one device, beside whatever the loop does.
+    """Loads LoRA adapters for one base model onto one device without blocking the event loop.
 
     Parameters
     ----------
     layout
         The base model's modules; see `lorax_async.layouts`.
     config
-        The settings; `loader.config` shows them resolved.
+        The settings; `loader.config` has them resolved.
     source, device
-        Stand-ins for tests (`lorax_async.testing`); None takes what the config names.
+        Doubles for tests (`lorax_async.testing`); None for the config's.
 
     Raises
     ------
     ConfigError
-        On another platform than Linux, or for settings that do not fit each other or the layout.
+        If the platform is not Linux, or settings contradict each other or the layout.
 
     Use it as an async context manager. It belongs to the event loop and the process that entered
-    it; other threads reach it by `asyncio.run_coroutine_threadsafe`.
+    it; from other threads, use `asyncio.run_coroutine_threadsafe`.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class AdapterLoader:
         self.config = (config or LoaderConfig()).resolved(layout.dtype)
         self._sharding = shard_layout(layout, self.config.shard)
         self.held_layout = self._sharding.held
-        """The layout's modules in the sizes that the config's shard has."""
+        """The layout with the sizes of the config's shard."""
         self._source = source
         self._device = device
         self._affinity = LoopAffinity()
@@ -147,9 +147,9 @@ class AdapterLoader:
         await self.close()
 
     async def close(self, *, timeout: float | None = None) -> None:
-        """Fail whoever waits, wait `timeout` seconds for leases, revoke the rest, end all threads.
+        """Fail waiters, wait `timeout` seconds for leases, revoke the others, end all threads.
 
-        Idempotent; cancelling the caller does not stop it.
+        Idempotent; goes on if the caller is cancelled.
         """
         loop = self._affinity.check()
         if self._closing is None:
@@ -159,12 +159,12 @@ class AdapterLoader:
 
     @property
     def closed(self) -> bool:
-        """Whether it was closed, or is closing."""
+        """Whether the loader is closed or closing."""
         return self._closing is not None
 
     def __del__(self) -> None:
-        home = getattr(self, "_affinity", None)
-        if home is not None and home.loop is not None and self._closing is None:
+        affinity = getattr(self, "_affinity", None)
+        if affinity is not None and affinity.loop is not None and self._closing is None:
             warnings.warn(
                 "an AdapterLoader was never closed; use `async with`", ResourceWarning, stacklevel=2
             )
@@ -183,32 +183,32 @@ class AdapterLoader:
         timeout: float | None = None,
         priority: int = 0,
     ) -> AdapterHandle:
-        """Wait until every layer is on the device; the handle is a lease.
+        """Wait until every layer is on the device; return a handle, which is a lease.
 
         Parameters
         ----------
         adapter_id
             A `pathlib.Path`, a string (`org/name` on the hub, a URL, or a path below
-            `local_roots`: docs/sources.md), an `AdapterRef`, the key of an adapter met before, or a
-            `Merge` of several. Equal requests share one load.
+            `local_roots`: docs/sources.md), an `AdapterRef`, an `AdapterKey` from this loader, or a
+            `Merge`. Equal requests share one load.
         source, revision, token
             As in `AdapterRef`, for a string.
         digest
-            What the weights come to, as sha256 in hexadecimal. The call waits until they were held
-            against it (local ones are hashed for that, once); others are an `IntegrityError`, of
-            this call alone where the adapter is in use already.
+            The expected sha256 of the weights in hexadecimal. The call waits for the comparison
+            (local files are hashed once for it). A mismatch is an `IntegrityError`, of this call
+            alone if the adapter is in use already.
         allow_stale
-            Where the source cannot be asked, take the version that it last named, if that is in the
-            cache; then `handle.stale` is True.
+            If the source is unreachable, take the version that it named last, if the cache has it;
+            `handle.stale` is True then.
         timeout
-            Seconds; None takes the config's.
+            Seconds; None for the config's.
         priority
-            Of two that wait for room, the higher one is served first.
+            Higher priorities get slots first.
 
         Raises
         ------
         AdapterError, CapacityError, UsageError
-            See docs/errors.md. Nothing is left behind.
+            See docs/errors.md. Nothing stays allocated.
         """
         ref = as_ref(adapter_id, source, revision, token, digest, allow_stale=allow_stale)
         return await self._acquire(ref, WantedTier.DEVICE, timeout, priority)
@@ -226,10 +226,11 @@ class AdapterLoader:
         timeout: float | None = None,
         priority: int = 0,
     ) -> AsyncIterator[AdapterHandle]:
-        """As `load`, entered once the adapter has its slot: its layers follow, in order.
+        """Yield a handle as soon as the adapter has its slot; its layers follow in order.
 
-        `await handle.layer_ready(k)` before layer k is used. A digest is compared when all bytes
-        are here: if they are others, the handle, and its clones, fail from then on.
+        `await handle.layer_ready(k)` before using layer k. Parameters and errors are those of
+        `load`. A digest is compared when all bytes are here; after a mismatch the handle and its
+        clones fail.
         """
         ref = as_ref(adapter_id, source, revision, token, digest, allow_stale=allow_stale)
         handle = await self._acquire(ref, WantedTier.STREAM, timeout, priority)
@@ -249,33 +250,33 @@ class AdapterLoader:
         allow_stale: bool = False,
         timeout: float | None = None,
     ) -> AdapterFolder:
-        """Wait until the adapter's files are on this machine's disk and checked; nothing is loaded.
+        """Wait until the adapter's files are on disk and checked, without loading them.
 
-        The result is a lease on their folder: the cache, of this or another process, keeps it until
-        the lease is released. Calls for one adapter, and loads of it, share one download. Whether
-        the adapter fits the base model is not asked.
+        The result is a lease on their folder: no process removes it from the cache before the lease
+        is released. Fetches and loads of one adapter share one download. The adapter is not
+        compared with the base model.
 
         Parameters
         ----------
         adapter_id, source, revision, token, digest, allow_stale, timeout
-            As for `load`. A local adapter is its own folder.
+            As for `load`. A local adapter's folder is returned as it is.
 
         Raises
         ------
         AdapterError, CapacityError
-            As `load` does. Nothing is left behind but what a later download goes on from.
+            As `load` does. A partial download stays, to be resumed.
         UsageError
-            The id means a merge, or tensors: these are in no folder.
+            The id means a merge or tensors, which have no folder.
         """
         self._check_open()
         ref = as_ref(adapter_id, source, revision, token, digest, allow_stale=allow_stale)
         return await self._assembly.fetching.fetch(ref, self.config.seconds(timeout))
 
     def try_acquire(self, adapter_id: AdapterId) -> AdapterHandle | None:
-        """A lease if the adapter is resident now, else None. Touches no file and never waits.
+        """Return a handle if the adapter is resident, else None. No I/O, no waiting.
 
-        With a digest, also None unless the weights are known to have it. Of what lies elsewhere,
-        None once its source was not asked for `LoaderConfig.revalidate` seconds: `load` asks it.
+        Return None too if the ref has a digest that is not known to match, or if the adapter is
+        remote and was last resolved more than `LoaderConfig.revalidate` seconds ago.
         """
         self._check_open()
         ref = as_ref(adapter_id)
@@ -299,10 +300,10 @@ class AdapterLoader:
         return AdapterHandle(text_of(ref), lease, device, self.layout, timeout, share, shard)
 
     async def has_changed(self, adapter_id: AdapterId, key: AdapterKey, error: LoraxError) -> bool:
-        """Return whether `error` came of local files that were saved again since they were `key`.
+        """Return whether `error` arose because the local files of `key` were saved again.
 
-        `load` finds out itself, and loads once more; this is for callers of `stream`, whose handle
-        fails with the error. If so, wait until the files are at rest.
+        If so, wait until the files stop changing. For callers of `stream`, whose handle failed with
+        `error`; `load` retries by itself.
         """
         self._check_open()
         return await self._acquiring.has_changed(as_ref(adapter_id), key, error)
@@ -317,15 +318,15 @@ class AdapterLoader:
         priority: int = 0,
         timeout: float | None = None,
     ) -> Prefetch:
-        """Begin to bring adapters nearer, after everybody who waits for one; take no lease.
+        """Start to load adapters in the background, after all waiting loads; take no lease.
 
         Parameters
         ----------
         ids
-            One, or several.
+            One id or several.
         tier
-            How near: "disk" (the files are here and checked), "host" (in memory, held there within
-            `host_bytes` if they lie below an immutable `LocalRoot`), "device".
+            "disk" (files on disk and checked), "host" (in memory; held there, within `host_bytes`,
+            if they are below an immutable `LocalRoot`), or "device".
         priority, timeout
             As for `load`, among prefetches.
         """
@@ -334,17 +335,16 @@ class AdapterLoader:
         if wanted is None:
             raise UsageError(f"a tier is one of {', '.join(TIERS)}, not {tier!r}")
         seconds = self.config.seconds(timeout)
-        several = (ids,) if isinstance(ids, AdapterId) else ids
-        refs = [as_ref(id) for id in several]
+        refs = [as_ref(id) for id in ((ids,) if isinstance(ids, AdapterId) else ids)]
         return self._assembly.prefetch(refs, wanted, seconds, priority)
 
     async def pin(
         self, adapter_id: AdapterId, *, timeout: float | None = None, priority: int = 0
     ) -> None:
-        """Load the adapter and keep it on the device until `unpin` or `unload`, leased or not.
+        """Load the adapter and keep it on the device until `unpin` or `unload`.
 
-        A pin belongs to the id: pinning it again after it was re-saved moves the pin. Raises as
-        `load` does.
+        A pin belongs to the id: pinning it again after the adapter was saved again moves the pin.
+        Raise what `load` raises.
         """
         self._check_open()
         ref, seconds = as_ref(adapter_id), self.config.seconds(timeout)
@@ -352,24 +352,24 @@ class AdapterLoader:
             await self._acquiring.pin(ref, seconds, priority=priority)
 
     def unpin(self, adapter_id: AdapterId) -> bool:
-        """Let the adapter be evicted again. Whether this id had pinned it."""
+        """Let the adapter be evicted again; return whether this id had a pin."""
         self._check_open()
         return self._driver.waiter_table.unpin(as_ref(adapter_id))
 
     async def unload(self, adapter_id: AdapterId, *, timeout: float | None = None) -> None:
-        """Take the adapter from device and host memory; its files stay. Ends its pins.
+        """Remove the adapter from device and host memory and end its pins; its files stay.
 
-        What was given as tensors has no files and is gone; its id means what a source has by it.
+        An adapter from tensors is discarded; its id then means a source's adapter again.
 
-        Waits for leases, `timeout` seconds at most (None: the config's). New loads of it wait
-        meanwhile. Without effect on an adapter that this loader does not know.
+        Wait at most `timeout` seconds (None: the config's) for leases; new loads of the adapter
+        wait meanwhile. No effect if the loader does not know the adapter.
 
         Raises
         ------
         AdapterInUseError
-            It is still leased; the error names the holders' tasks, and the adapter stays.
+            It is still leased; the error names the holders' tasks. The adapter stays.
         AdapterTimeoutError
-            It is not, and could not be let go in time: it stays, too.
+            It has no leases but could not be removed in time. The adapter stays.
         """
         self._check_open()
         ref, seconds = as_ref(adapter_id), self.config.seconds(timeout)
@@ -380,7 +380,7 @@ class AdapterLoader:
             await self._driver.waiter_table.unload(key, seconds)
         except LoraxError as error:
             raise error.located(id=text_of(ref)) from None
-        self._assembly.tensor_adapters.take_back(ref, key)
+        self._assembly.tensor_adapters.unassign(ref, key)
 
     # -- tensors -----------------------------------------------------------------------------------
 
@@ -393,20 +393,19 @@ class AdapterLoader:
         timeout: float | None = None,
         priority: int = 0,
     ) -> AdapterHandle:
-        """Load an adapter from tensors; from here on `name` is an id that means it.
+        """Load an adapter from tensors, and make `name` its id.
 
-        Its bytes are kept until `unload(name)` or a `replace`: in host memory, within
-        `memory_bytes`, or, once newer ones need the room and with `spill`, in the disk cache. On
-        the device it comes and goes as others do.
+        Its bytes stay in host memory, within `memory_bytes`, until `unload(name)` or `replace`;
+        with `spill`, they move to the disk cache if newer ones need the memory. On the device it is
+        loaded and evicted like others.
 
         Parameters
         ----------
         name
-            Comes before what a source has by the same id, for a `str` id of every caller.
+            The id, for every caller; it hides a source's adapter of the same id.
         tensors
-            By the names that PEFT gives them in a file (`peft.get_peft_model_state_dict`), on any
-            device, in F32, F16 or BF16. They are copied as they are, in a thread: write to them
-            again when the call is through.
+            By PEFT's names in a file (`peft.get_peft_model_state_dict`), on any device, in F32, F16
+            or BF16. They are copied in a thread: do not write to them before the call returns.
         config
             A dict as in `adapter_config.json`, or a `peft.LoraConfig`.
         timeout, priority
@@ -415,14 +414,14 @@ class AdapterLoader:
         Raises
         ------
         AdapterError, CapacityError, UsageError
-            As `load` does; `CapacityError` also if `memory_bytes` has no room and others cannot
-            make any, `IntegrityError` if a tensor was written to meanwhile, `UsageError` if the
-            name means other tensors (equal ones join). The name then means what it did.
+            As `load` does; `CapacityError` also if there is no room within `memory_bytes`,
+            `IntegrityError` if a tensor was written to meanwhile, `UsageError` if the name means
+            other tensors (equal ones are shared). The name then keeps its meaning.
         """
         self._check_open()
         if not isinstance(name, str) or not name:
-            raise InvalidAdapterIdError("a name for tensors is a str that is not empty")
-        return await self._give(
+            raise InvalidAdapterIdError("a name for tensors is a non-empty str")
+        return await self._load_tensors(
             AdapterRef(name), tensors, config, timeout, priority=priority, replaces=False
         )
 
@@ -435,34 +434,35 @@ class AdapterLoader:
         timeout: float | None = None,
         priority: int = 0,
     ) -> AdapterHandle:
-        """Let an id mean these tensors instead of what it means, be that of a source or of memory.
+        """Make an id mean these tensors in place of its adapter, from a source or from tensors.
 
-        They are loaded beside the old version. Once they are resident, and in one step, every new
-        request for the id is one for them, and its pins are theirs. Who holds or waits for the old
-        version keeps it; it leaves when nobody does any more. Calls for one id come to pass in the
-        order in which they began.
+        They are loaded beside the old version. Once they are resident, new requests for the id and
+        its pins change to them in one step. Holders and waiters keep the old version, which leaves
+        after the last of them. Calls for one id take effect in the order in which they began.
 
         Parameters
         ----------
         adapter_id
-            A `str`, a `pathlib.Path` or an `AdapterRef`, whether or not it was loaded before. What
-            is replaced without a token is replaced for every token.
+            A `str`, a `pathlib.Path` or an `AdapterRef`, loaded before or not. Without a token, it
+            is replaced for every token.
         tensors, config, timeout, priority
             As for `load_tensors`.
 
         Raises
         ------
         AdapterError, CapacityError, UsageError
-            As `load_tensors` does. The id then means what it did. `CapacityError` also if there is
-            no room beside an old version that is pinned.
+            As `load_tensors` does; `CapacityError` also if there is no room beside a pinned old
+            version. The id then keeps its meaning.
         """
         self._check_open()
         ref = as_ref(adapter_id)
         if not isinstance(ref, AdapterRef):
-            raise UsageError("a key or a Merge says which bytes it is; replace an id")
-        return await self._give(ref, tensors, config, timeout, priority=priority, replaces=True)
+            raise UsageError("a key or a Merge names fixed bytes; replace an id")
+        return await self._load_tensors(
+            ref, tensors, config, timeout, priority=priority, replaces=True
+        )
 
-    async def _give(
+    async def _load_tensors(
         self,
         ref: AdapterRef,
         tensors: Mapping[str, torch.Tensor],
@@ -478,12 +478,12 @@ class AdapterLoader:
         except LoraxError as error:
             raise error.located(id=ref.text) from None
         tensor_adapters = self._assembly.tensor_adapters
-        lease = await tensor_adapters.give(
+        lease = await tensor_adapters.load(
             ref, tensors, content, seconds, priority=priority, replaces=replaces
         )
         return self._handle(ref, lease)
 
-    # -- looking -----------------------------------------------------------------------------------
+    # -- inspection --------------------------------------------------------------------------------
 
     @property
     def device(self) -> Device:
@@ -491,83 +491,64 @@ class AdapterLoader:
         self._check_open()
         return self._driver.device
 
-    def residency(self, *, nearest: int | None = None) -> Mapping[AdapterKey, AdapterResidency]:
-        """Where the adapters are that are anywhere, and what each takes.
-
-        Parameters
-        ----------
-        nearest
-            At most so many: those on the device first, then those in host memory.
-        """
+    def placement(self) -> Placement:
+        """Return a view of where adapters are, of their last events, and of the budgets' use."""
         self._check_open()
-        return self._whereabouts().all(nearest)
-
-    def whereabouts(self, adapter_id: AdapterId) -> AdapterResidency | None:
-        """Where one adapter is, as `residency` has it; None where it is nowhere."""
-        self._check_open()
-        key = self._acquiring.known(as_ref(adapter_id))
-        return None if key is None else self._whereabouts().of(key)
-
-    def _whereabouts(self) -> Placement:
-        driver, given = self._driver, self._assembly.given
-        return Placement(driver.lifecycle.states, driver.files.holds, given)
+        driver, assembly = self._driver, self._assembly
+        return Placement(
+            driver.lifecycle.states,
+            driver.files.holds,
+            assembly.copied_bytes,
+            known=self._acquiring.known,
+            story=driver.telemetry.story,
+            usage=assembly.usage,
+        )
 
     def statistics(self) -> Statistics:
-        """Totals since the loader was opened."""
+        """Return totals since the loader was opened."""
         self._check_open()
         return self._assembly.statistics()
 
-    def usage(self) -> Usage:
-        """What is taken of each budget now."""
-        self._check_open()
-        return self._assembly.usage()
-
-    def story(self, adapter_id: AdapterId) -> tuple[Event, ...]:
-        """The last events of one adapter, oldest first."""
-        self._check_open()
-        key = self._acquiring.known(as_ref(adapter_id))
-        return () if key is None else self._driver.telemetry.story(key)
-
     def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:
-        """Call `callback` with every event, on the loop; returns what ends that."""
+        """Call `callback` with every event, on the loop; return a function that unsubscribes."""
         self._check_open()
         return self._driver.telemetry.subscribe(callback)
 
     @property
     def tracer(self) -> Tracer:
-        """What the loader's parts, and engines, report to while a trace is recorded."""
+        """The tracer to which the loader and its engines report while a trace is recorded."""
         return self._assembly.tracer
 
     def trace(self, *, limit: int = TRACE_LIMIT) -> Trace:
-        """Record what happens when, from `with loader.trace() as trace:` to the block's end.
+        """Return a trace that records spans of all work within `with loader.trace() as trace:`.
 
-        Several may be recorded at once, and one for as long as the loader is open.
+        Several traces may record at once.
 
         Parameters
         ----------
         limit
-            Spans that are kept, of about 500 bytes; and as many of "compute", of which each pass
-            has some for each layer. Beyond it the oldest go, and are counted.
+            Spans kept, of about 500 bytes each, and as many again of "compute", of which a pass has
+            some per layer. Beyond it the oldest are dropped and counted.
         """
         self._check_open()
         return Trace(self._assembly.tracer, limit, partial(_slot_names, self._driver.lease_table))
 
     def last_numbers(self) -> tuple[Statistics, Usage]:
-        """`statistics` and `usage`, also once the loader is closed: the last ones, then.
+        """Return statistics and usage; the last ones once the loader is closed.
 
-        On the loader's loop, or from any thread once that loop is closed.
+        Call on the loader's loop, or in any thread once that loop is closed.
         """
         return self._assembly.statistics(), self._assembly.usage()
 
     def watch_calls(self, watcher: CallWatcher) -> Callable[[], None]:
-        """Tell `watcher` of each call of `load`, `stream` and `pin`; returns what ends that.
+        """Notify `watcher` of each `load`, `stream` and `pin`; return a function that ends that.
 
-        Raises `UsageError` if there is one: it can be one only.
+        Raise `UsageError` if the loader has a watcher already.
         """
         self._check_open()
         calls = self._driver.waiter_table.calls
         if calls.watcher is not None:
-            raise UsageError("the loader's calls are watched already")
+            raise UsageError("the loader has a call watcher already")
         calls.watcher = watcher
 
         def leave() -> None:

@@ -1,4 +1,4 @@
-"""`lorax_async.observability.prometheus`, by the name that it had first."""
+"""Former name of `lorax_async.observability.prometheus`, kept for compatibility."""
 
 from lorax_async.observability.prometheus import LoaderCollector
 

@@ -6,9 +6,9 @@
     async with AdapterLoader(layout, LoaderConfig(device="simulated"), source=source) as loader:
         ...
 
-`FakeSource` is a source of adapters in memory. `SimulatedDevice`, which `device="simulated"`
-chooses, has a copy stream of its own and memory full of NaN, so a missing wait shows as wrong
-numbers. `FakeDecoder` stands in for the model behind the server's engine.
+`FakeSource` serves adapters from memory. `SimulatedDevice`, chosen by `device="simulated"`, has its
+own copy stream and memory filled with NaN, so that a missing wait shows as wrong numbers.
+`FakeDecoder` replaces the model behind the server's engine.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ _POLL_SECONDS = 0.001
 
 @dataclass(slots=True)
 class SourceCounts:
-    """How often each method of a `FakeSource` was called, counted when the call begins."""
+    """Calls of each method of a `FakeSource`, counted when they begin, and objects still open."""
 
     resolves: int = 0
     opens: int = 0
@@ -113,10 +113,10 @@ class FakeVersion:
 
 
 class _FakeOpen:
-    """Call `closed` on the first `close`, so that open objects can be counted."""
+    """An object that calls `on_close` at its first `close`, so that open ones can be counted."""
 
-    def __init__(self, closed: Callable[[], None]) -> None:
-        self._closed = closed
+    def __init__(self, on_close: Callable[[], None]) -> None:
+        self._on_close = on_close
         self._lock = Lock()
         self._open = True
 
@@ -124,7 +124,7 @@ class _FakeOpen:
         with self._lock:
             was_open, self._open = self._open, False
         if was_open:
-            self._closed()
+            self._on_close()
 
 
 class FakeReader(_FakeOpen):
@@ -134,9 +134,9 @@ class FakeReader(_FakeOpen):
         self,
         version: FakeVersion,
         read: Callable[[FakeVersion, int, int], memoryview],
-        closed: Callable[[], None],
+        on_close: Callable[[], None],
     ) -> None:
-        super().__init__(closed)
+        super().__init__(on_close)
         self.version = version
         self._read = read
 
@@ -146,7 +146,7 @@ class FakeReader(_FakeOpen):
 
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
         if not self._open:
-            raise FetchError("the reader was closed before it was read")
+            raise FetchError("the reader is closed")
         stop = offset + sum(buffer.nbytes for buffer in buffers)
         content = self._read(self.version, offset, stop)
         for buffer in buffers:
@@ -163,14 +163,14 @@ class FakeReader(_FakeOpen):
 class FakeHold(_FakeOpen):
     """The `PinnedPages` of a `FakeSource`."""
 
-    def __init__(self, nbytes: int, locked: bool, closed: Callable[[], None]) -> None:
-        super().__init__(closed)
+    def __init__(self, nbytes: int, locked: bool, on_close: Callable[[], None]) -> None:
+        super().__init__(on_close)
         self.nbytes = nbytes
         self.locked = locked
 
 
 class FakeSource:
-    """A `Source` of adapters in memory, whose bytes arrive group by group.
+    """A `Source` of adapters in memory, whose bytes arrive layer group by layer group.
 
     Parameters
     ----------
@@ -179,10 +179,10 @@ class FakeSource:
     holdable
         Whether `populate` keeps an adapter's bytes in memory and reports them as locked.
 
-    A test can hold back groups (`hold`, `allow`) or the end of a load (`hold_verification`), and
-    make steps fail (`fail`). Reading bytes that have not arrived raises `InternalError`. Bytes stay
-    once they have arrived, as in a disk cache. Methods that are not part of `Source` return at once
-    and may be called from any thread.
+    A test can hold back groups (`hold`, `allow`) or the end of a fetch (`hold_verification`), and
+    make steps fail (`fail`). Reading bytes that have not arrived raises `InternalError`. Bytes that
+    have arrived stay, as in a disk cache. Methods that are not part of `Source` do not wait and may
+    be called from any thread.
 
     Attributes
     ----------
@@ -222,7 +222,7 @@ class FakeSource:
         self._allowed[id] = set()
 
     def allow(self, id: str, *groups: int) -> None:
-        """Release these groups (indices into `bring`'s argument); all if none is named."""
+        """Release these groups, as indices into `bring`'s `groups`; all if none is given."""
         if not groups:
             self._allowed.pop(id, None)
         elif id in self._allowed:
@@ -246,8 +246,8 @@ class FakeSource:
     ) -> None:
         """Raise `error` at the next `times` such steps, of `id` or of any adapter.
 
-        `at` is the group that does not arrive (bring) or the byte whose reading fails (read). After
-        a failure to "verify", which comes when all groups have arrived, nothing of them is here.
+        `at` is the group that does not arrive ("bring") or the byte that cannot be read ("read").
+        "verify" follows the last group; its failure discards all bytes.
         """
         self._failures.append(_Failure(step, error, id, at, times))
 
@@ -257,7 +257,7 @@ class FakeSource:
         self._maybe_fail("resolve", ref.text)
         version = self._current.get(ref.text)
         if version is None:
-            raise AdapterNotFoundError("the fake source has no such adapter; put it there first")
+            raise AdapterNotFoundError("the fake source has no such adapter; add it with put()")
         return version.key
 
     async def open(self, key: AdapterKey, control: FetchControl) -> AdapterFile:  # noqa: ARG002 - the port's
@@ -286,9 +286,9 @@ class FakeSource:
             raise InternalError(f"a fake source cannot bring the bytes of a {type(reader)}")
         version = reader.version
         for group, spans in enumerate(groups):
-            await self._group(version, group, control)
+            await self._wait_for_group(version, group, control)
             with self._lock:
-                version.add([each for span in spans for each in span.ranges()])
+                version.add([part for span in spans for part in span.ranges()])
             arrived(group)
         await self._verify(version, control)
         return self.verifications.get(version.id, UNCHECKED)
@@ -325,8 +325,10 @@ class FakeSource:
             self.counts.bytes_read += stop - start
         return memoryview(version.weights)[start:stop]
 
-    async def _group(self, version: FakeVersion, group: int, control: FetchControl) -> None:
-        """Wait until a group is due."""
+    async def _wait_for_group(
+        self, version: FakeVersion, group: int, control: FetchControl
+    ) -> None:
+        """Wait until a group may arrive."""
         due = asyncio.get_running_loop().time() + self.pace
         while True:
             if control.ended:
@@ -356,12 +358,12 @@ class FakeSource:
         self._maybe_fail(step, id)
         version = self._current.get(id)
         if version is None or version.key != key:
-            raise _changed()
+            raise _version_error()
         return version
 
     def _require_current(self, version: FakeVersion) -> None:
         if self._current.get(version.id) is not version:
-            raise _changed()
+            raise _version_error()
 
     def _maybe_fail(self, step: Step, id: str, start: int = 0, stop: int = 1) -> None:
         with self._lock:
@@ -370,14 +372,14 @@ class FakeSource:
                     failure.times -= 1
                     if failure.times == 0:
                         self._failures.remove(failure)
-                    raise _fresh(failure.error)
+                    raise _copy_error(failure.error)
 
 
-def _changed() -> IntegrityError:
-    return IntegrityError("the adapter was changed meanwhile; load it again")
+def _version_error() -> IntegrityError:
+    return IntegrityError("the adapter has changed; load it again")
 
 
-def _fresh(error: Exception) -> Exception:
+def _copy_error(error: Exception) -> Exception:
     """Copy a `LoraxError`, because a raised error collects frames."""
     return error.located() if isinstance(error, LoraxError) else error
 
@@ -388,7 +390,7 @@ class FakeDecoder:
     Parameters
     ----------
     max_sequences
-        How many sequences may be kept at a time; None means any number.
+        Maximum number of sequences to keep at a time; None is unlimited.
     loop
         The loader's event loop. If given, each step waits for the adapters' layers as a model does.
 
@@ -399,7 +401,8 @@ class FakeDecoder:
     kept
         The tokens of each sequence that was not forgotten.
 
-    Raises `UsageError` for a part that does not follow what is kept, and for too many sequences.
+    `compute` raises `UsageError` for a part that does not continue its sequence, and for too many
+    sequences.
     """
 
     def __init__(
@@ -427,15 +430,17 @@ class FakeDecoder:
 
     def compute(self, step: DecoderStep) -> StepResult:
         self.steps.append(step)
-        together = len(self.kept.keys() | {part.sequence for part in step.parts})
-        if together > self._max_sequences:
-            raise UsageError(f"{together} sequences, and max_sequences is {self._max_sequences}")
-        out = self._passed(step)
+        sequences = len(self.kept.keys() | {part.sequence for part in step.parts})
+        if sequences > self._max_sequences:
+            raise UsageError(f"{sequences} sequences, and max_sequences is {self._max_sequences}")
+        out = self._run_layers(step)
         logits = torch.zeros(len(step.parts), self._vocabulary)
         for number, part in enumerate(step.parts):
             before = self.kept.get(part.sequence, []) if part.start else []
             if len(before) != part.start:
-                raise UsageError(f"{len(before)} tokens are kept, and {part.start} asked for")
+                raise UsageError(
+                    f"the part starts at {part.start}, and its sequence has {len(before)} tokens"
+                )
             self.kept[part.sequence] = [*before, *part.tokens]
             id = None if part.handle is None else part.handle.id
             logits[number] = fake_logits(id, self.kept[part.sequence], self._vocabulary)
@@ -446,17 +451,17 @@ class FakeDecoder:
     def forget(self, sequence: int) -> None:
         self.kept.pop(sequence, None)
 
-    def _passed(self, step: DecoderStep) -> dict[int, LoraxError]:
-        """Pass through all layers; return the parts left without their adapter, and why."""
+    def _run_layers(self, step: DecoderStep) -> dict[int, LoraxError]:
+        """Enter all layers in order; return the errors of parts that did not get their adapter."""
         handles = [part.handle for part in step.parts]
         if self._loop is None:
             return {}
         gate = LayerGate(handles, self._loop, step.budget, step.others_wait)
+        distinct = [handle for handle in dict.fromkeys(handles) if handle is not None]
         with ExitStack() as uses:
-            for handle in dict.fromkeys(handles):
-                if handle is not None:
-                    _hold(handle, uses, gate)
-            for layer in sorted({n for each in handles if each is not None for n in each.layers}):
+            for handle in distinct:
+                _hold(handle, uses, gate)
+            for layer in sorted({layer for handle in distinct for layer in handle.layers}):
                 gate.enter(layer)
         return dict(gate.out)
 

@@ -47,7 +47,7 @@ def used(there: AdapterLoader) -> int:
 
 def kept(there: AdapterLoader) -> int:
     """Bytes of the adapters that are in host memory: what is taken when nothing is under way."""
-    return sum(where.host_bytes for where in there.residency().values())
+    return sum(where.host_bytes for where in there.placement().adapters.values())
 
 
 def file_bytes(seed: int = 0) -> int:
@@ -86,7 +86,7 @@ def entries(folder: Path) -> list[Path]:
 
 
 def in_memory(there: AdapterLoader) -> set[AdapterKey]:
-    return {key for key, found in there.residency().items() if found.host_bytes}
+    return {key for key, found in there.placement().adapters.items() if found.host_bytes}
 
 
 async def off_device(there: AdapterLoader) -> None:

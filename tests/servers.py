@@ -6,8 +6,8 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from fault_server import until
@@ -28,12 +28,9 @@ http {{
     access_log {root}/requests ours; sendfile on; gzip on; gzip_types *; gzip_min_length 1;
     client_body_temp_path {root}/t1; proxy_temp_path {root}/t2; fastcgi_temp_path {root}/t3;
     uwsgi_temp_path {root}/t4; scgi_temp_path {root}/t5;
-    limit_req_zone $server_port zone=slow:1m rate=30r/s;
     server {{
         listen 127.0.0.1:{first}; root {root}/files; keepalive_requests 3;
         location /moved/ {{ rewrite ^/moved/(.*)$ http://127.0.0.1:{second}/$1 redirect; }}
-        location /loop {{ return 302 /loop; }}
-        location /slow/ {{ alias {root}/files/; limit_req zone=slow; }}
         location /whole/ {{ alias {root}/files/; max_ranges 0; }}
         location /untagged/ {{ alias {root}/files/; etag off; }}
         location /private/ {{
@@ -68,27 +65,10 @@ class Nginx:
         os.utime(new, (1_000_000_000, 1_000_000_000 + self._puts))
         new.rename(file)
 
-    def connections(self) -> set[str]:
-        """Those that it has not closed, be they reset; of what it closed it has logged all."""
-        master = (self.root / "pid").read_text().strip()
-        workers = Path(f"/proc/{master}/task/{master}/children").read_text().split()
-        held = {target for pid in workers for target in _open_files(pid)}
-        lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
-        listening = {f"socket:[{line.split()[9]}]" for line in lines if line.split()[3] == "0A"}
-        lines = Path("/proc/net/unix").read_text().splitlines()[1:]
-        local = {f"socket:[{line.split()[6]}]" for line in lines}
-        return {target for target in held if target.startswith("socket:")} - listening - local
-
     def requests(self) -> list[str]:
         """A line each: request, status, port, range, authorization, and bytes of the body."""
         log = self.root / "requests"
         return log.read_text().splitlines() if log.exists() else []
-
-
-def _open_files(pid: str) -> Iterator[str]:
-    for link in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(FileNotFoundError):  # closed meanwhile
-            yield os.readlink(link)
 
 
 @contextmanager
@@ -120,23 +100,13 @@ def rclone(kind: str, folder: Path, scratch: Path) -> Iterator[str]:
 def pythons_own(folder: Path, scratch: Path) -> Iterator[str]:
     """The URL at which Python's `http.server` serves the folder. It knows no ranges."""
     port = free_port()
-    command: Command = [
-        sys.executable,
-        "-m",
-        "http.server",
-        "--bind",
-        "127.0.0.1",
-        "--directory",
-        folder,
-    ]
-    with running([*command, str(port)], [port], scratch / "python.log"):
+    command: Command = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", "--directory"]
+    with running([*command, folder, str(port)], [port], scratch / "python.log"):
         yield f"http://127.0.0.1:{port}/"
 
 
 @contextmanager
-def running(
-    command: Command, ports: Sequence[int], log: Path, environment: Mapping[str, str] | None = None
-) -> Iterator[None]:
+def running(command: Command, ports: Sequence[int], log: Path) -> Iterator[None]:
     """A process that answers on its ports; it is ended, and gone, on the way out."""
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -144,7 +114,6 @@ def running(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=None if environment is None else os.environ | environment,
         )
     try:
         until(lambda: process.poll() is not None or all(map(_answers, ports)), BEGIN_SECONDS)

@@ -86,7 +86,7 @@ async def settle(loader: AdapterLoader) -> None:
     """Wait until nothing is under way: no task of ours, no copy, nothing that leaves a tier."""
 
     def rests() -> bool:
-        states = {found.state for found in loader.residency().values()}
+        states = {found.state for found in loader.placement().adapters.values()}
         return states <= RESTING and not our_tasks()
 
     await until(rests)
@@ -105,7 +105,7 @@ class Bench:
 
     async def assert_clean(self) -> None:
         await settle(self.loader)
-        usage, where = self.loader.usage(), self.loader.residency().values()
+        usage, where = self.loader.placement().usage, self.loader.placement().adapters.values()
         assert (usage.leases, usage.waiting) == (0, 0)
         assert usage.slots.used == sum(each.slot is not None for each in where)
 

@@ -139,7 +139,7 @@ PLAN = ["plan", "--base", ".", "--adapters", "1x1", "--device-bytes", "1"]
     ("arguments", "said"),
     [
         *(
-            (["load", "x", "--base", "y", f"--device-bytes={text}"], "is no size")
+            (["load", "x", "--base", "y", f"--device-bytes={text}"], "is not a size")
             for text in ("", "MiB", "1.5MiB", "-1", "1MB", "1KiBMiB", "²")
         ),
         *((["cache", *more], "usage: lorax-async ") for more in ([], ["rm"], ["ls", "more"])),
@@ -147,7 +147,7 @@ PLAN = ["plan", "--base", ".", "--adapters", "1x1", "--device-bytes", "1"]
         ([*PLAN, "--max-slots", "65537"], "--max-slots"),
         ([*PLAN, "--zipf", "x"], "--zipf"),
         (["fetch"], "required: ID"),
-        (["fetch", "./adapter"], "is a local folder"),
+        (["fetch", "./adapter"], "is already a local folder"),
         (["fetch", "name"], "'name': it is neither org/name"),
         (["fetch", f"https://me:{SECRET}@host.example/x"], "no user name and no password"),
         (["fetch", "org/name", "--allow", f"https://host.example/x?key={SECRET}"], "no '?'"),
@@ -379,30 +379,30 @@ def test_of_many_the_broken_one_is_named(folder: str, tmp_path: Path, capsys: Ca
         *(
             (text, content, ("--adapters", "list"))
             for text, *contents in (
-                ("one of rank, bytes and path", '[{"name": "a"}]'),
-                ("an adapter has a name", '[{"rank": 1}]'),
-                ("rank is a whole number", '[{"name": "a", "rank": -1}]'),
+                ("exactly one of rank, bytes and path", '[{"name": "a"}]'),
+                ("an adapter has a name and", '[{"rank": 1}]'),
+                ("rank is an integer", '[{"name": "a", "rank": -1}]'),
                 ("above the limit", '[{"name": "a", "rank": 999}]'),
-                ("bytes is a whole number", '[{"name": "a", "bytes": 0}]'),
-                ("bytes is a whole number", '[{"name": "a", "bytes": "' + "9" * 5000 + '"}]'),
+                ("bytes is an integer", '[{"name": "a", "bytes": 0}]'),
+                ("bytes is an integer", '[{"name": "a", "bytes": "' + "9" * 5000 + '"}]'),
                 ("AdapterNotFoundError", '[{"name": "a", "path": "nowhere"}]'),
-                ("a list of objects", '["a"]'),
+                ("must list objects", '["a"]'),
                 ("lists no adapter", "[]", "name,rank\n"),
-                ("no JSON or CSV", "[" * 100_000, "a\n\udcff\n", f"a,b\na,{'1' * 200_000}"),
+                ("is not JSON or CSV", "[" * 100_000, "a\n\udcff\n", f"a,b\na,{'1' * 200_000}"),
             )
             for content in contents
         ),
-        ("not as 10000x16", "", ("--adapters", "nowhere")),
-        ("holds none", "", ("--adapters", ".")),
+        ("COUNTxRANK", "", ("--adapters", "nowhere")),
+        ("contains none", "", ("--adapters", ".")),
         ("at most", "", ("--adapters", "99999999x1")),
         ("Zipf's law", "", ("--adapters", "0x1")),
         ("Zipf's law", "", (*ONE, "--zipf", "-1")),
         ("--rate", "", (*ONE, "--rate", "0")),
         ("qq_proj", "", (*ONE, "--targets", "qq_proj")),
-        ("'other', which --adapters has not", "r1\nother\n", (*ONE, "--trace", "list")),
-        ("two adapters are called 'r1'", "r1\n", (*ONE, "1x1", "--trace", "list")),
+        ("'other', which is not in --adapters", "r1\nother\n", (*ONE, "--trace", "list")),
+        ("two adapters are named 'r1'", "r1\n", (*ONE, "1x1", "--trace", "list")),
         ("absent", "", (*ONE, "--trace", "absent")),
-        ("no text in UTF-8", "r8\nr8\udcff\n", ("--adapters", "1x8", "--trace", "list")),
+        ("is not UTF-8 text", "r8\nr8\udcff\n", ("--adapters", "1x8", "--trace", "list")),
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -31,9 +31,17 @@ from common import Run
 from lorax_async.cache.partials import CHUNK_BYTES
 from lorax_async.cache.records import CacheKey
 from lorax_async.cli import main
-from lorax_async.cli.arguments import as_allow, as_place, settings_of
-from lorax_async.cli.fetch import AT_ONCE, FetchRow, fetch_all
-from lorax_async.cli.measure import loads_of
+from lorax_async.cli.arguments import (
+    as_allow,
+    as_place,
+    loader_settings,
+)
+from lorax_async.cli.fetch import (
+    AT_ONCE,
+    FetchRow,
+    fetch_all,
+)
+from lorax_async.cli.measure import create_loads
 from lorax_async.config import LoaderConfig
 from lorax_async.errors import UsageError
 from lorax_async.formats.split_weights import WEIGHTS_FILE
@@ -136,7 +144,7 @@ def test_some_come_and_one_fails(folder: Path, fetch: Fetch, capsys: Capture) ->
     lines = captured.out.splitlines()
     assert len(lines) == 5, "one adapter by two spellings is one"
     assert lines[0] == f"{urls[0]}: fetched"
-    assert lines[2] == f"  digest   transport {sha256(contents(folder)[NAMES[1]])}"
+    assert lines[2] == f"  digest  transport {sha256(contents(folder)[NAMES[1]])}"
     captured = capsys.readouterr()
     rows = json.loads(captured.out)["adapters"]
     assert [row["state"] for row in rows] == ["here already", "failed", "fetched"]
@@ -147,13 +155,13 @@ def test_some_come_and_one_fails(folder: Path, fetch: Fetch, capsys: Capture) ->
 
 def test_two_revisions_of_one_id_are_refused(fetch: Fetch, capsys: Capture) -> None:
     assert fetch("org/name@v1", "--revision", "v2") == 1
-    assert "pass one" in capsys.readouterr().err
+    assert "name different revisions" in capsys.readouterr().err
     one, other = (as_place(f"org/name@{revision}") for revision in ("v1", "v2"))
     with pytest.raises(UsageError, match="several revisions"):
-        loads_of([one, other])
-    assert [load.name for load in loads_of([one, one])] == ["org/name", "org/name"]
+        create_loads([one, other])
+    assert [load.name for load in create_loads([one, one])] == ["org/name", "org/name"]
     paths = [Path("/one/sql"), Path("/two/sql"), Path("/three/chat")]
-    assert [load.name for load in loads_of(paths)] == ["/one/sql", "/two/sql", "chat"]
+    assert [load.name for load in create_loads(paths)] == ["/one/sql", "/two/sql", "chat"]
 
 
 def test_what_is_named_is_allowed_and_no_more(folder: Path, fetch: Fetch, capsys: Capture) -> None:
@@ -249,14 +257,14 @@ def test_a_few_at_a_time(run: Run, tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "a")
     files, gate = files_of(dict.fromkeys(names, folder)), threading.Event()
     states: dict[int, str] = {}
-    asking: list[int] = []
+    resolving: list[int] = []
 
     def show(number: int, row: FetchRow) -> None:
         """Nobody is answered before it has been seen twice who asks."""
         states[number] = row.state
         if number == len(names) - 1:
-            asking.append(list(states.values()).count("asking"))
-            if asking[-2:] == [max(asking)] * 2 and asking[-1]:
+            resolving.append(list(states.values()).count("resolving"))
+            if resolving[-2:] == [max(resolving)] * 2 and resolving[-1]:
                 gate.set()
 
     def behave(asked: Asked, client: Client) -> None:
@@ -270,9 +278,9 @@ def test_a_few_at_a_time(run: Run, tmp_path: Path) -> None:
         with open_remote_source(config) as elsewhere:
             run(fetch_all(elsewhere, rows, show))
     size = len(contents(folder)[NAMES[1]])
-    assert {(row.state, row.landed) for row in rows} == {("fetched", (size, size))}
+    assert {(row.state, row.downloaded) for row in rows} == {("fetched", (size, size))}
     assert len({row.place for row in rows}) == len(names)
-    assert max(asking) == AT_ONCE
+    assert max(resolving) == AT_ONCE
 
 
 def test_load_takes_ids_and_folders(tmp_path: Path, capsys: Capture) -> None:
@@ -301,7 +309,7 @@ def test_inspect_asks_for_the_beginning_alone(tmp_path: Path, capsys: Capture) -
         options = ["--hub-endpoint", hub.endpoint, "--allow", f"http://{hub.store_netloc}/"]
         assert main(["inspect", "org/name", "--json", *options]) == 0
         there = output(capsys)
-        asked = [each.fields["range"] for each in hub.asked if each.at_store]
+        asked = [each.fields["range"] for each in hub.asked if hub.is_at_store(each)]
     assert there == here | {"path": "org/name"}
     assert asked == ["bytes=0-262143"]
 
@@ -340,7 +348,7 @@ def test_what_is_named_is_what_is_allowed() -> None:
     }
     more = as_allow("https://cdn.example")
     arguments = argparse.Namespace(allow=[more], hub_endpoint=None, cache_dir="x", other=1)
-    settings = settings_of(arguments, [as_place(text) for text in [*texts, "."]])
+    settings = loader_settings(arguments, [as_place(text) for text in [*texts, "."]])
     assert settings == {"allow": (*texts.values(), more), "cache_dir": "x"}
     assert more == Allow("https", "cdn.example", private=True)
 
@@ -461,11 +469,11 @@ def test_rm_says_what_it_did_and_what_not(world: DiskWorld, capsys: Capture) -> 
     held.close()
     captured = capsys.readouterr()
     assert captured.err.splitlines()[:3] == [
-        f"{OTHER.name[:12]} is in use, and stays",
-        "nothing in the cache is called 'org/absent'",
-        "nothing in the cache is called '0123'",
+        f"{OTHER.name[:12]} is in use and was kept",
+        "no entry in the cache matches 'org/absent'",
+        "no entry in the cache matches '0123'",
     ]
-    assert "'abc' is no entry's name, and no id" in captured.err
+    assert "'abc' is neither an entry's name nor an id" in captured.err
     assert "pa55" not in captured.out + captured.err
     assert f"removed {OLD.name[:12]} (org/name)" in captured.out
     assert f"removed {partial.name[:12]} (partial)" in captured.out
@@ -479,7 +487,7 @@ def test_rm_does_not_choose(world: DiskWorld, capsys: Capture) -> None:
     for each in (key, known[key.name[:4]]):
         keep(world.cache, each, b"abc")
     assert cache(world, "rm", key.name[:4]) == 1
-    assert "begins several names" in capsys.readouterr().err
+    assert "is a prefix of several names" in capsys.readouterr().err
     assert is_there(world.cache, key)
 
 
@@ -496,7 +504,7 @@ def test_gc_removes_partials_and_keeps_a_budget(world: DiskWorld, capsys: Captur
     assert held is not None
     assert cache(world, "gc", "--bytes", "1") == 1
     held.close()
-    assert capsys.readouterr().err == f"{SIZE} B are in use, and more than 1 B\n"
+    assert capsys.readouterr().err == f"{SIZE} B are in use, over the budget of 1 B\n"
     assert [is_there(world.cache, key) for key in (OLD, OTHER, NEW)] == [False, True, False]
 
 

@@ -264,7 +264,7 @@ class World:
     def _check_budgets(self) -> None:
         held = self.source.held_bytes
         self.blame(held <= HOST_BYTES, f"{held} bytes of files are held")
-        where = self.loader.residency().values()
+        where = self.loader.placement().adapters.values()
         on_device = [each for each in where if each.slot is not None]
         self.blame(len(on_device) <= self.scene.slots, "more adapters than slots")
         self.blame(sum(each.device_bytes for each in where) <= DEVICE_BYTES, "device_bytes")

@@ -113,7 +113,7 @@ def test_a_server_embeds_the_loader() -> None:
         async with app.router.lifespan_context(app):
             names = ("pirate", "shout", "absent", "../../.git", "\x00")
             asked = await asyncio.gather(*map(ask, names))
-            leases = [place.leases for place in app.state.loader.residency().values()]
+            leases = [place.leases for place in app.state.loader.placement().adapters.values()]
         (pirate, shout), refused = asked[:2], asked[2:]
         assert pirate[0] == shout[0] == 200
         assert pirate[2]["answer"].startswith("Arr")

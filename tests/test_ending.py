@@ -129,7 +129,7 @@ async def test_it_belongs_to_one_loop_and_one_process(tmp_path: Path) -> None:
     there = loader()
     opening = asyncio.create_task(there.__aenter__())
     await asyncio.sleep(0)
-    for ask in (there.residency, there.statistics, lambda: there.prefetch([])):
+    for ask in (there.placement, there.statistics, lambda: there.prefetch([])):
         with pytest.raises(errors.UsageError, match="enter the loader first"):
             ask()
     for call in (there.load(folder), there.close()):
@@ -142,7 +142,7 @@ async def test_it_belongs_to_one_loop_and_one_process(tmp_path: Path) -> None:
             await asyncio.to_thread(lambda: asyncio.run(there.load(folder)))
         future = await asyncio.to_thread(asyncio.run_coroutine_threadsafe, there.load(folder), loop)
         (await asyncio.wrap_future(future)).release()
-        await fails(there.__aenter__(), errors.UsageError, "entered before")
+        await fails(there.__aenter__(), errors.UsageError, "entered once")
         async with await there.load(folder) as held:
             assert _in_a_fork(lambda: there.try_acquire(folder)) == "UsageError"
             assert _in_a_fork(lambda: held.modules) == "UsageError"

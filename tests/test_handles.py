@@ -52,13 +52,13 @@ async def test_layers_come_one_by_one(tmp_path: Path) -> None:
     async with over(source) as there, there.stream("a", timeout=20) as handle:
         before = handle.resident
         assert [handle.is_ready(layer) for layer in range(-1, 5)] == [True, 0, True, 0, 0, True]
-        with pytest.raises(errors.UsageError, match="layer 0 is not here yet"):
+        with pytest.raises(errors.UsageError, match="layer 0 is not ready yet"):
             handle.modules["model.layers.0.mlp.up_proj"]
         for layer in (-2, 5):
             await fails(handle.layer_ready(layer), errors.UsageError, "outside -1 … 4")
             with pytest.raises(errors.UsageError, match="outside -1 … 4"):
                 handle.is_ready(layer)
-        with pytest.raises(errors.UsageError, match="would hold the event loop"):
+        with pytest.raises(errors.UsageError, match="would block the event loop"):
             handle.wait_layer(0)
         await fails(handle.layer_ready(0, timeout=0.01), errors.AdapterTimeoutError, "layer 0")
         with pytest.raises(errors.AdapterTimeoutError, match="layer 0"):
@@ -290,7 +290,7 @@ async def test_a_handle_is_cloned_and_awaited_only_on_its_loop(tmp_path: Path) -
         for elsewhere, words in (
             (handle.clone, "event loop of its loader"),
             (lambda: asyncio.run(call(handle.clone)), "event loop of its loader"),
-            (lambda: asyncio.run(handle.layer_ready(0)), "awaited on the event loop"),
+            (lambda: asyncio.run(handle.layer_ready(0)), "on the event loop"),
         ):
             await fails(asyncio.to_thread(elsewhere), errors.UsageError, words)
         assert where(there, folder).leases == 1

@@ -95,7 +95,7 @@ async def test_a_call_is_part_of_what_makes_it(tmp_path: Path, kept: Kept, trace
         with LoadSpans(there, tracer):
             source.hold("a")
             both = [asyncio.create_task(request(there, name)) for name in ("one", "two")]
-            await until(lambda: there.usage().waiting == 2)
+            await until(lambda: there.placement().usage.waiting == 2)
             source.allow("a", 0, 1, 2, 3)
             await asyncio.gather(*both)
     named = [span for span in kept.get_finished_spans() if span.name in ("one", "two")]
@@ -142,7 +142,7 @@ async def test_streams_pins_and_cancelled_calls(tmp_path: Path, kept: Kept, trac
             await there.pin("a")
             source.hold("b")
             waiting = asyncio.create_task(there.load("b"))
-            await until(lambda: there.usage().slots.used == 2)
+            await until(lambda: there.placement().usage.slots.used == 2)
             waiting.cancel()
             await asyncio.wait([waiting])
     (stream, its), (pin, pins), (cancelled, parts) = calls(kept)
@@ -167,7 +167,7 @@ async def test_a_call_that_is_not_sampled_has_no_span(tmp_path: Path, kept: Kept
 async def test_one_watches_without_globals(tmp_path: Path, kept: Kept, tracer: Tracer) -> None:
     async with over(stocked(tmp_path, "a")) as there:
         first = LoadSpans(there, tracer)
-        with pytest.raises(errors.UsageError, match="watched already"):
+        with pytest.raises(errors.UsageError, match="has a call watcher already"):
             LoadSpans(there, tracer)
         first.close()
         first.close()
@@ -218,5 +218,5 @@ async def test_a_broken_tracer_hurts_no_load(
                 (await there.load("a")).release()
             with pytest.raises(errors.FetchError, match="down"):
                 await there.load("b")
-            assert there.usage().waiting == 0
+            assert there.placement().usage.waiting == 0
     assert any(record.exc_info for record in caplog.records)

@@ -152,21 +152,21 @@ async def test_a_string_needs_a_root(tmp_path: Path) -> None:
 async def test_where_one_adapter_is_and_which_are_nearest(tmp_path: Path) -> None:
     names = ["org/disk", "org/host", "org/device"]
     async with over(stocked(tmp_path, *names, holdable=True), host_bytes=1 << 20) as there:
-        assert there.whereabouts("org/disk") is None
+        assert there.placement().find("org/disk") is None
         async with await there.load("org/disk"):
             found = where(there, "org/disk")
             assert (found.tier, found.device_bytes, found.leases) == ("device", ONE, 1)
             assert found.layers == (4, 4)
         await there.unload("org/disk")
         found = where(there, "org/disk")
-        assert found in there.residency().values()
+        assert found in there.placement().adapters.values()
         assert (found.tier, found.slot, found.layers) == ("disk", None, None)
         await there.prefetch(["org/host"], tier="host")
         (await there.load("org/device")).release()
         for number in range(4):
-            nearest = there.residency(nearest=number).values()
+            nearest = there.placement().nearest(number).values()
             assert [each.tier for each in nearest] == ["device", "host", "disk"][:number]
-        assert there.residency(nearest=9).items() == there.residency().items()
+        assert there.placement().nearest(9).items() == there.placement().adapters.items()
 
 
 async def test_events_tell_the_whole_way(tmp_path: Path) -> None:
@@ -184,9 +184,9 @@ async def test_events_tell_the_whole_way(tmp_path: Path) -> None:
         layers = [e.layer for e in heard if isinstance(e, LayerReady)]
         assert layers == sorted(layers)
         assert layers[-1] == 3
-        story = there.story(folder)
+        story = there.placement().story(folder)
         assert story == (heard[0], heard[-1])
-        assert there.story(other) == ()
+        assert there.placement().story(other) == ()
         (await there.load(other)).release()
         assert Leaving in {type(e) for e in heard if e.key == heard[0].key}
         stop()
@@ -195,11 +195,11 @@ async def test_events_tell_the_whole_way(tmp_path: Path) -> None:
         (await there.load(folder)).release()
         assert len(heard) == before
         assert len(story) == 2, "what was given out does not grow"
-        assert [type(e) for e in there.story(folder)][-2:] == [SlotGranted, Resident]
+        assert [type(e) for e in there.placement().story(folder)][-2:] == [SlotGranted, Resident]
         for _ in range(STORY_LENGTH):
             (await there.load(other)).release()
             (await there.load(folder)).release()
-        assert len(there.story(folder)) <= STORY_LENGTH
+        assert len(there.placement().story(folder)) <= STORY_LENGTH
 
 
 @pytest.mark.parametrize("error", [ValueError("mine"), asyncio.CancelledError("mine")], ids=type)
@@ -210,7 +210,7 @@ async def test_subscribers_come_go_and_fail_without_disturbing_others(
     source, heard, late = stocked(tmp_path, "a"), list[Event](), list[Event]()
 
     def fail(event: Event) -> None:
-        assert event in there.story(event.key)
+        assert event in there.placement().story(event.key)
         stop_failing()
         there.subscribe(late.append)
         raise error
@@ -302,7 +302,7 @@ async def test_a_cancelled_caller_leaves_the_others_their_answer(tmp_path: Path)
             task.cancel()
             await asyncio.wait([task])
         await until(lambda: resolving.cancelled == 1)
-        assert loader.whereabouts(REF) is None
+        assert loader.placement().find(REF) is None
         await until(lambda: not our_tasks())
         tasks = await asked(loader, REF, 3)
         tasks[0].cancel()
@@ -342,7 +342,7 @@ async def test_the_last_answer_is_known(tmp_path: Path, monkeypatch: Patch) -> N
     async with loader:
         await ends(await asked(loader, REF, 1))
         assert state(loader, "one") == "resident"
-        assert loader.whereabouts(AdapterRef("one", token="theirs")) is None
+        assert loader.placement().find(AdapterRef("one", token="theirs")) is None
         assert source.counts.resolves == 1
         source.put("one", *tiny.files(tiny.write(tmp_path / "one", 7)))
         assert state(loader, "one") == "resident"

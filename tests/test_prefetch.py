@@ -39,7 +39,7 @@ async def test_each_tier(tmp_path: Path, tier: TierName, ids: str | tuple[str, .
     wanted = (ids,) if isinstance(ids, str) else ids
     async with over(source) as there:
         await there.prefetch(ids, tier=tier)
-        found = list(there.residency().values())
+        found = list(there.placement().adapters.values())
         assert [(each.tier, each.leases) for each in found] == [(tier, 0)] * len(wanted)
         assert all(is_at(there, name, tier) for name in wanted)
         moved = len(wanted) if tier == "device" else 0
@@ -58,7 +58,7 @@ async def test_a_prefetch_begins_without_being_awaited(tmp_path: Path) -> None:
         there.prefetch(id for id in (AdapterRef(folders[0]), str(folders[1])))
         await until(lambda: state(there, folders[0]) == "resident")
         await until(lambda: state(there, str(folders[1])) == "resident")
-        (key, _) = there.residency()
+        (key, _) = there.placement().adapters
         await there.prefetch(key, tier="disk")
         nothing = there.prefetch([])
         assert nothing.done
@@ -418,10 +418,10 @@ async def test_their_budget_is_kept_and_the_coldest_goes(tmp_path: Path) -> None
         read = []
         for name in "abcbcab":
             read.append(await read_for(there, source, tmp_path, name))
-            assert there.usage().pinned_bytes.used <= 2 * PADDED
+            assert there.placement().usage.pinned_bytes.used <= 2 * PADDED
         # c takes the image of a, b and c come back warm, a takes that of b, b that of c
         assert read == [ONE, ONE, ONE, 0, 0, ONE, ONE]
-        assert there.usage().pinned_bytes.used == 2 * PADDED
+        assert there.placement().usage.pinned_bytes.used == 2 * PADDED
 
 
 async def test_half_an_image_is_completed_from_the_file(tmp_path: Path) -> None:
@@ -443,5 +443,5 @@ async def test_no_image_without_room(tmp_path: Path, device: str, pinned_bytes: 
     async with over(source, device=device, max_slots=1, pinned_bytes=pinned_bytes) as there:
         for name in "aba":
             assert await read_for(there, source, tmp_path, name) == ONE
-        assert there.usage().pinned_bytes.used == 0
+        assert there.placement().usage.pinned_bytes.used == 0
         assert is_at(there, "b", "disk")

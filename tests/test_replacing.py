@@ -49,7 +49,7 @@ async def test_new_requests_get_the_new_version_and_old_handles_keep_theirs(devi
         another = old.clone()
         for handle, seed in ((old, 1), (another, 1), (new, 2)):
             assert_holds(handle, tiny.tensors(seed))
-        assert there.story("mine")[0].key == new.key
+        assert there.placement().story("mine")[0].key == new.key
         new.release()
         old.release()
         assert len(on_device(there)) == 2
@@ -59,7 +59,7 @@ async def test_new_requests_get_the_new_version_and_old_handles_keep_theirs(devi
         assert heard[-1].key == old.key
         await until(lambda: len(on_device(there)) == 1)
         assert used(there) == both // 2
-        assert there.residency().keys() == {new.key}
+        assert there.placement().adapters.keys() == {new.key}
         assert where(there, "mine").device_bytes == ONE * (1 if device == "cpu" else 2)
 
 
@@ -79,7 +79,7 @@ async def test_an_id_of_a_source_is_replaced_until_unloaded(tmp_path: Path, kind
         assert len(on_device(there)) == 2
         old.release()
         await until(lambda: len(on_device(there)) == 1)
-        assert there.residency()[before].tier == "disk"
+        assert there.placement().adapters[before].tier == "disk"
         await assert_means(there, name, 2)
         await there.unload(name)  # what the source has is what it means again
         async with await there.load(name) as handle:
@@ -127,15 +127,15 @@ async def test_pins_of_an_id_move_at_once_and_pins_of_a_key_stay(tmp_path: Path)
         await there.pin(old.key)
         (await put(there, 2, "a")).release()
         new = where(there, "a")
-        assert (new.pins, there.residency()[old.key].pins) == (2, 1)
+        assert (new.pins, there.placement().adapters[old.key].pins) == (2, 1)
         for name in "bc":
             (await there.load(name)).release()
         assert state(there, "a") == "resident"
         old_key = old.key
         old.release()
-        assert there.residency()[old_key].state == "resident", "pinned by its key"
+        assert there.placement().adapters[old_key].state == "resident", "pinned by its key"
         assert there.unpin(old_key)
-        await until(lambda: there.residency()[old_key].tier == "disk")
+        await until(lambda: there.placement().adapters[old_key].tier == "disk")
         for left, pinned in zip((1, 0), ids, strict=True):
             assert there.unpin(pinned)
             assert where(there, "a").pins == left
@@ -199,8 +199,8 @@ async def test_several_replacements_at_once_come_in_their_order(seed: int) -> No
         async with await there.load("mine") as handle:
             assert_holds(handle, tiny.tensors(11, handle.rank, dtype=torch.bfloat16))
         await until(lambda: len(on_device(there)) == 1)
-        assert there.residency().keys() == {handle.key}
-        only = there.residency()[handle.key]
+        assert there.placement().adapters.keys() == {handle.key}
+        only = there.placement().adapters[handle.key]
         # The thread of one that was cancelled has its memory until its step is through.
         await until(lambda: used(there) == only.host_bytes)
 
@@ -233,8 +233,8 @@ async def test_each_of_many_loads_sees_one_version_whole(device: str) -> None:
             await until(lambda number=number: number in seen)  # type: ignore[misc]
             known = number
         await asyncio.gather(*tasks)
-        await until(lambda: len(there.residency()) == 1)
-        (last,) = there.residency().values()
+        await until(lambda: len(there.placement().adapters) == 1)
+        (last,) = there.placement().adapters.values()
         await until(lambda: used(there) == last.host_bytes)
 
 
@@ -301,7 +301,7 @@ async def test_waiters_for_the_old_version_get_the_old_version(tmp_path: Path) -
                 assert_holds(handle, tiny.tensors(1))
         async with await replacing as new:
             assert new.key != key
-        await until(lambda: key not in there.residency())
+        await until(lambda: key not in there.placement().adapters)
 
 
 async def test_a_pin_that_waits_for_the_old_version_ends_on_the_new_one(tmp_path: Path) -> None:
@@ -312,15 +312,15 @@ async def test_a_pin_that_waits_for_the_old_version_ends_on_the_new_one(tmp_path
         pinning = asyncio.create_task(there.pin("mine"))
         call = there.replace("mine", tiny.tensors(2), tiny.config(), priority=9)
         replacing = asyncio.create_task(call)
-        await until(lambda: there.usage().waiting == 2)
+        await until(lambda: there.placement().usage.waiting == 2)
         size = where(there, "mine").host_bytes
         await until(lambda: kept(there) == 2 * size)  # both wait for the slot
         other.release()
         async with await replacing as new:
             new_key = new.key
         await pinning
-        assert there.residency()[new_key].pins == 1
-        assert old_key not in there.residency()
+        assert there.placement().adapters[new_key].pins == 1
+        assert old_key not in there.placement().adapters
 
 
 async def test_a_new_version_that_leaves_before_it_is_pinned_is_loaded_once_more() -> None:
@@ -352,7 +352,7 @@ async def test_replaced_while_it_is_unloaded_the_new_meaning_stays() -> None:
         await unloading
         async with await there.load("mine") as handle:
             assert handle.key == new.key
-        assert there.residency().keys() == {new.key}
+        assert there.placement().adapters.keys() == {new.key}
         new.release()
 
 
@@ -363,7 +363,7 @@ async def test_a_cancelled_call_takes_no_bytes_from_another_name() -> None:
         device.gate.clear()
         replacing = asyncio.create_task(put(there, 2))
         tensor_adapters = asyncio.create_task(give(there, 2, "other"))
-        await until(lambda: there.usage().waiting == 2)
+        await until(lambda: there.placement().usage.waiting == 2)
         replacing.cancel()
         await asyncio.wait([replacing])
         device.gate.set()
@@ -385,7 +385,7 @@ async def test_of_two_calls_for_a_new_name_the_first_has_it() -> None:
         with pytest.raises(errors.UsageError, match="other tensors already"):
             await calls[1]
         assert used(there) == where(there, "mine").host_bytes
-        assert len(there.residency()) == 1
+        assert len(there.placement().adapters) == 1
 
 
 async def test_an_old_version_is_there_until_its_kernels_have_ended() -> None:
@@ -394,7 +394,7 @@ async def test_an_old_version_is_there_until_its_kernels_have_ended() -> None:
         with old.use():
             old.release()
             (await put(there, 2)).release()
-            assert old.key in there.residency()
-        await until(lambda: old.key not in there.residency())
-        assert there.story(old.key) == ()
+            assert old.key in there.placement().adapters
+        await until(lambda: old.key not in there.placement().adapters)
+        assert there.placement().story(old.key) == ()
         assert used(there) == where(there, "mine").host_bytes

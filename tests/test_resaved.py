@@ -113,7 +113,7 @@ async def test_every_call_gets_one_whole_version(tmp_path: Path, save: Save) -> 
                 assert is_whole(handle)
         except errors.IntegrityError as error:  # a busy machine lets a slow writer rest
             assert save is rewrite_slowly
-            assert "once more" in str(error)
+            assert "during the retry" in str(error)
 
     async def stream(there: AdapterLoader) -> None:
         # The slot may be had before the last byte was read.
@@ -174,7 +174,7 @@ async def test_one_change_is_loaded_anew_and_a_second_is_an_error(tmp_path: Path
         async with await interrupted(there, device, there.load(one), change(3)) as handle:
             tiny.assert_equal_to_file(handle, one)
         tiny.write(one, 5)
-        with pytest.raises(errors.IntegrityError, match="again while they were loaded once more"):
+        with pytest.raises(errors.IntegrityError, match="again during the retry"):
             await interrupted(there, device, there.load(one), change(6), change(7))
         async with await there.load(one) as handle:
             tiny.assert_equal_to_file(handle, one)

@@ -40,7 +40,7 @@ async def test_room_is_made_by_the_coldest_and_waited_for(tmp_path: Path) -> Non
         caught = await fails(there.load("b", timeout=0.02), errors.AdapterTimeoutError)
         assert (caught.stage, caught.retryable) == ("queue", True)
         waiting = asyncio.create_task(there.load("b"))
-        await until(lambda: there.usage().waiting == 1)
+        await until(lambda: there.placement().usage.waiting == 1)
         held[0].release()
         async with await waiting as handle:
             tiny.assert_equal_to_file(handle, tmp_path / "b")
@@ -184,7 +184,7 @@ async def test_no_room_beside_a_pin(tmp_path: Path, settings: dict[str, object],
 async def test_unload_ends_pins_and_a_stale_unpin_is_harmless(tmp_path: Path) -> None:
     async with over(stocked(tmp_path, "a")) as there:
         await there.pin("a")
-        key = there.story("a")[0].key
+        key = there.placement().story("a")[0].key
         await there.pin(key)
         assert pins(there, "a") == 2
         await there.unload("a")
@@ -199,14 +199,14 @@ async def test_a_pin_of_what_was_saved_again_moves(tmp_path: Path) -> None:
     async with loader(max_slots=2) as there:
         tiny.write(folder)
         await there.pin(folder)
-        (old,) = there.residency()
+        (old,) = there.placement().adapters
         tiny.write(folder, seed=1)
         await there.pin(folder)
-        assert there.residency()[old].pins == 0
+        assert there.placement().adapters[old].pins == 0
         assert pins(there, folder) == 1
         for other in others:
             (await there.load(other)).release()
-        assert there.residency()[old].tier == "disk"
+        assert there.placement().adapters[old].tier == "disk"
         handle = acquired(there, folder)
         async with handle:
             tiny.assert_equal_to_file(handle, folder)
@@ -218,7 +218,7 @@ async def test_each_id_has_its_own_pin(tmp_path: Path) -> None:
         await there.pin(folder)
         await there.pin(AdapterRef(folder))  # says the same
         assert pins(there, folder) == 1
-        (key,) = there.residency()
+        (key,) = there.placement().adapters
         for other in (key, str(folder)):
             await there.pin(other)
         assert pins(there, folder) == 3
@@ -258,7 +258,7 @@ async def test_what_is_idle_goes_at_once(tmp_path: Path) -> None:
         assert (found.tier, found.state, found.slot) == ("disk", "present", None)
         assert (found.device_bytes, found.host_bytes) == (0, 0)
         assert there.try_acquire(folder) is None
-        assert isinstance(there.story(folder)[-1], Leaving)
+        assert isinstance(there.placement().story(folder)[-1], Leaving)
         await there.unload(folder)
         assert there.statistics().departures == 1
         async with await there.load(folder) as handle:
@@ -270,12 +270,12 @@ async def test_what_nobody_knows_is_not_looked_for(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a")
     async with over(source) as other:
         (await other.load("a")).release()
-        (key,) = other.residency()
+        (key,) = other.placement().adapters
     async with over(source) as there:
         resolves = source.counts.resolves
         await there.unload("a", timeout=0)
         await there.unload(key, timeout=0)
-        assert not there.residency()
+        assert not there.placement().adapters
         assert source.counts.resolves == resolves
         await fails(there.unload("a", timeout=-1), errors.UsageError, "a timeout is from 0")
 
@@ -395,7 +395,7 @@ async def test_a_kernel_is_waited_for(tmp_path: Path) -> None:
         with handle.use():
             with handle.use():
                 handle.release()
-            unloading, words = there.unload("a", timeout=0.02), "copied, computed with or held"
+            unloading, words = there.unload("a", timeout=0.02), "copies, kernels or holds"
             caught = await fails(unloading, errors.AdapterTimeoutError, words)
             assert (caught.id, caught.stage) == ("a", "ready")
             assert state(there, "a") == "leaving"
@@ -429,7 +429,9 @@ async def test_hundreds_of_unloads_at_once_need_no_deep_stack() -> None:
         loading = [asyncio.create_task(there.load(name)) for name in names]
         await asyncio.sleep(0)
         await asyncio.gather(*(there.unload(name) for name in names))
-        assert there.usage().memory_bytes.used > 250 * file_bytes(), "they may still be had"
+        assert there.placement().usage.memory_bytes.used > 250 * file_bytes(), (
+            "they may still be had"
+        )
         await there.close(timeout=0)
         assert there.last_numbers()[1].memory_bytes.used == 0
         for load in loading:

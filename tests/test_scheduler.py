@@ -128,7 +128,7 @@ async def test_a_stale_batch_is_caught(tmp_path: Path) -> None:
         with pytest.raises(HandleClosedError):
             batch.check()
         batch.rows = tuple(row._replace(handle=None) for row in batch.rows)
-        with pytest.raises(HandleClosedError, match="generation 2 has by now"):
+        with pytest.raises(HandleClosedError, match="has generation 2 by now"):
             batch.check()
 
 
@@ -190,7 +190,7 @@ async def test_an_adapter_is_given_back_after_the_last_of_its_batches(tmp_path: 
         scheduler.complete(batches[1])
         batches[0].check()
         scheduler.complete(batches[0])
-        assert not loader.usage().leases
+        assert not loader.placement().usage.leases
 
 
 async def test_a_leaving_adapter_leaves_with_its_batch(tmp_path: Path) -> None:
@@ -370,7 +370,7 @@ async def test_a_request_that_may_not_begin_gives_its_slot_to_one_that_has_begun
         begun = scheduler.submit(Request("a", 1, 3))
         await step(scheduler)
         other = scheduler.submit(Request("b", 1, 1))
-        await until(lambda: loader.usage().waiting)
+        await until(lambda: loader.placement().usage.waiting)
         await asyncio.wait_for(loader.unload("a"), 5)
         await until(lambda: is_resident(loader, "b"))
         while not other.done:

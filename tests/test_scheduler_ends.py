@@ -45,7 +45,7 @@ async def test_the_last_request_takes_its_load_with_it(tmp_path: Path) -> None:
         ticket = scheduler.submit(Request("a", 1, 1))
         await held(loader, "a")
         ticket.cancel()
-        assert not loader.usage().leases
+        assert not loader.placement().usage.leases
         # And a new one is a new one.
         source.allow("a")
         again = scheduler.submit(Request("a", 1, 1))
@@ -326,7 +326,7 @@ async def test_close_answers_all_requests(tmp_path: Path) -> None:
         scheduler.complete(other)
         with pytest.raises(HandleClosedError):
             other.check()
-        assert not loader.usage().leases
+        assert not loader.placement().usage.leases
         await scheduler.close()
 
 
@@ -347,7 +347,7 @@ async def test_cancelling_close_does_not_stop_it(tmp_path: Path) -> None:
         with pytest.raises(LoaderClosedError):
             await asyncio.wait_for(ticket, 5)
         await scheduler.close()
-        assert not loader.usage().leases
+        assert not loader.placement().usage.leases
 
 
 async def test_a_loader_that_is_closed_first_fails_the_requests(tmp_path: Path) -> None:

@@ -83,7 +83,9 @@ class TimedSource(FakeSource):
             files = made(id, 0)
             self.versions[self.put(id, files.config, files.content)] = files
 
-    async def _group(self, version: FakeVersion, group: int, control: FetchControl) -> None:
+    async def _wait_for_group(
+        self, version: FakeVersion, group: int, control: FetchControl
+    ) -> None:
         conduct = self._conducts[version.id]
         if group == 0:
             self._begun[version.id] = self._clock.time()
@@ -257,7 +259,7 @@ class World:
 
     def is_ready(self, id: AdapterId | None) -> bool:
         """Whether the scheduler has a slot for the adapter, all of which is there and stays."""
-        where = None if id is None else self.loader.whereabouts(id)
+        where = None if id is None else self.loader.placement().find(id)
         return id is None or (where is not None and where.state == "resident" and where.leases > 0)
 
     async def settle(self) -> None:
@@ -539,7 +541,7 @@ async def _drive(world: World, work: asyncio.Future[Any]) -> None:
 
 async def _end(world: World, engines: list[asyncio.Task[None]]) -> None:
     """Close, and nothing is left."""
-    world.blame(not world.loader.usage().leases, "leases without requests")
+    world.blame(not world.loader.placement().usage.leases, "leases without requests")
     await world.scheduler.close()
     await asyncio.wait(engines, timeout=1)
     world.blame(all(engine.done() for engine in engines), "an engine goes on after close")
@@ -549,7 +551,7 @@ async def _end(world: World, engines: list[asyncio.Task[None]]) -> None:
     except LoaderClosedError:
         pass
     await world.settle()
-    usage = world.loader.usage()
+    usage = world.loader.placement().usage
     world.blame(not usage.leases, "leases are left")
     world.blame(not usage.waiting, "loads or hints are left")
     names = [t.get_name() for t in asyncio.all_tasks() if t.get_name().startswith("lorax load")]

@@ -502,7 +502,7 @@ class Soak:
             return
         told = await self._judge.verdict(handle.key, handle.slot, GRACE)
         if not stored.promised or told is not IntegrityError:
-            story = self._setting.loader.story(handle.key)
+            story = self._setting.loader.placement().story(handle.key)
             raise SoakError(f"{stored.name}: {layers} on the device is wrong ({told})", story)
         self._tally.outcomes["wrong bytes that were told of"] += len(layers)
 
@@ -519,7 +519,7 @@ class Soak:
         await asyncio.to_thread(self._require_room_on_disk)
 
     def _require_room(self) -> None:
-        residency = self._setting.loader.residency().values()
+        residency = self._setting.loader.placement().adapters.values()
         slots = [where.slot.index for where in residency if where.slot is not None]
         self._require(len(slots) == len(set(slots)) <= SLOTS, f"slots {slots}")
         for what, most, taken in (
@@ -532,14 +532,14 @@ class Soak:
 
     def _require_leased(self) -> None:
         """Whoever holds a handle has his slot, but for what the loader told to be broken."""
-        residency = self._setting.loader.residency()
+        residency = self._setting.loader.placement().adapters
         self._tally.peak("handles", len(self.held))
         for handle in self.held:
             where = residency.get(handle.key)
             there = where is not None and where.slot == handle.slot and not handle.released
             broken = (handle.key, handle.slot) in self._judge.broken
             if not there and not broken:
-                story = self._setting.loader.story(handle.key)
+                story = self._setting.loader.placement().story(handle.key)
                 raise SoakError(f"{handle.id} is leased, and gone: {where}", story)
 
     def _require_few_open(self) -> None:

@@ -125,13 +125,13 @@ class Bench:
     async def assert_clean(self) -> None:
         """Nobody waits or holds; once all is unloaded, every budget is whole again."""
         await settle(self.loader)
-        usage = self.loader.usage()
+        usage = self.loader.placement().usage
         assert (usage.leases, usage.waiting) == (0, 0)
-        for key in tuple(self.loader.residency()):
+        for key in tuple(self.loader.placement().adapters):
             await self.loader.unload(key, timeout=TIMEOUT)
         await settle(self.loader)
-        assert_empty(self.loader.usage())
-        here = self.loader.residency().values()
+        assert_empty(self.loader.placement().usage)
+        here = self.loader.placement().adapters.values()
         assert {(found.tier, found.pins) for found in here} <= {("disk", 0)}
         self.device.wipe([]).result(TIMEOUT)  # what was asked for before has been done
         for module in range(len(LAYOUT.modules)):
@@ -528,7 +528,7 @@ async def test_a_held_file_changes(tmp_path: Path, damage: Callable[[Path], None
     """The map is not touched by anybody, so that a file that was cut kills nobody."""
     async with tiers(tmp_path) as bench:
         await bench.do("host")
-        key = next(iter(bench.loader.residency()))
+        key = next(iter(bench.loader.placement().adapters))
         damage(tmp_path / "a" / WEIGHTS)
         await fails(bench.loader.load(key), errors.IntegrityError)
         await bench.assert_clean()

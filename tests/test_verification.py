@@ -44,7 +44,7 @@ def digest_of(folder: Path) -> str:
 
 
 def leases(there: AdapterLoader) -> int:
-    return there.usage().leases
+    return there.placement().usage.leases
 
 
 @pytest.mark.each_loop
@@ -54,7 +54,7 @@ async def test_a_load_is_verified_after_it_is_there(tmp_path: Path) -> None:
     source.verifications["a"] = Verification("sha256", SOME)
     async with over(source) as there, await there.load("a") as handle:
         tiny.assert_equal_to_file(handle, tmp_path / "a")
-        words, checking = "here and checked within 0.01", handle.verified(timeout=0.01)
+        words, checking = "fetched and checked within 0.01", handle.verified(timeout=0.01)
         error = await fails(checking, errors.AdapterTimeoutError, words)
         assert (error.stage, error.id, error.key) == ("verify", "a", handle.key)
         async with handle.clone() as clone:
@@ -154,7 +154,7 @@ async def test_a_digest_is_compared_for_its_caller_alone(tmp_path: Path) -> None
             error = caught
             assert (error.id, error.key, error.stage) == (str(folder), handle.key, "verify")
             assert not error.retryable
-            assert error.story == there.story(folder)
+            assert error.story == there.placement().story(folder)
             assert digest in error.problem
             assert OTHER in error.problem
             assert leases(there) == 1

@@ -31,7 +31,7 @@ def gated(device_bytes: int = 1 << 20, slots: int = 4) -> tuple[AdapterLoader, G
 
 def on_device(loader: AdapterLoader) -> list[AdapterResidency]:
     """The adapters that hold a slot."""
-    return [where for where in loader.residency().values() if where.tier == "device"]
+    return [where for where in loader.placement().adapters.values() if where.tier == "device"]
 
 
 E = TypeVar("E", bound=BaseException)

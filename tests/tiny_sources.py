@@ -48,20 +48,20 @@ def simulated(loader: AdapterLoader) -> SimulatedDevice:
 
 def where(loader: AdapterLoader, id: AdapterId) -> AdapterResidency:
     """Of the version that was met last, which must be somewhere."""
-    found = loader.whereabouts(id)
+    found = loader.placement().find(id)
     assert found is not None
     return found
 
 
 def state(loader: AdapterLoader, id: AdapterId) -> str:
     """As residency has it, or "nowhere"."""
-    found = loader.whereabouts(id)
+    found = loader.placement().find(id)
     return found.state if found else "nowhere"
 
 
 def is_at(loader: AdapterLoader, id: AdapterId, tier: str) -> bool:
     """On the device is also what is still on its way there, or leaving."""
-    found = loader.whereabouts(id)
+    found = loader.placement().find(id)
     return found is not None and found.tier == tier
 
 

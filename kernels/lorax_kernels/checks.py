@@ -1,39 +1,35 @@
-"""What the entries refuse, on every device."""
+"""Argument checks for every device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from lorax_kernels.tables import Tables
 
-if TYPE_CHECKING:
-    from lorax_kernels.plan import Plan
-
 MAX_SCALE = 3.4028234663852886e38
-"""The largest float32, as which tables hold scales."""
+"""The largest float32, the dtype of scales in tables."""
 
 
-def check_rows(name: str, tensor: Tensor, plan: Plan, device: str = "cpu") -> None:
-    """Raise ValueError unless it is contiguous `[plan.tokens, …]` on that kind of device."""
-    fits = tensor.dim() == 2 and tensor.shape[0] == plan.tokens
+def check_rows(name: str, tensor: Tensor, tokens: int, device: str = "cpu") -> None:
+    """Raise ValueError unless it is contiguous `[tokens, …]` on that kind of device."""
+    fits = tensor.dim() == 2 and tensor.shape[0] == tokens
     if not (fits and tensor.is_contiguous() and tensor.device.type == device):
         raise ValueError(
-            f"expected {name} contiguous [{plan.tokens}, features] on {device}, "
+            f"expected {name} contiguous [{tokens}, features] on {device}, "
             f"got {list(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
         )
 
 
-def check_tables(plan: Plan, named: Sequence[int], tables: Tables) -> None:
-    """Raise ValueError unless the tables have the modules that are named, and the plan's slots."""
+def check_tables(top_slot: int, named: Sequence[int], tables: Tables) -> None:
+    """Raise ValueError unless the tables have the named modules, and slots up to `top_slot`."""
     modules, slots = tables.rank.shape
     for module in named:
         if not 0 <= module < modules:
             raise ValueError(f"expected a module from 0 to {modules - 1}, got {module}")
-    if plan.top_slot >= slots:
-        raise ValueError(f"expected slots below {slots}, the plan has slot {plan.top_slot}")
+    if top_slot >= slots:
+        raise ValueError(f"expected slots below {slots}, the plan has slot {top_slot}")
 
 
 def check_apart(name: str, written: Tensor, other_name: str, other: Tensor) -> None:
@@ -57,8 +53,8 @@ def check_scale(module: int, slot: int, scale: float) -> None:
         )
 
 
-def check_group(module: int, group: Sequence[int], plan: Plan, tables: Tables) -> None:
+def check_group(module: int, group: Sequence[int], top_slot: int, tables: Tables) -> None:
     """Raise ValueError unless the group's modules are there, and `module` is one of them."""
-    check_tables(plan, group, tables)
+    check_tables(top_slot, group, tables)
     if module not in group:
         raise ValueError(f"expected module {module} in its group, got {list(group)}")

@@ -1,7 +1,7 @@
-"""The CPU's way: segment by segment, all adapters in one product, or several modules at once.
+"""The CPU implementation: by segment, by one product over all adapters, or by groups of modules.
 
-What is quicker is decided by :class:`lorax_kernels.Thresholds`. Nothing is allocated once a plan
-has been used twice for each module.
+:class:`lorax_kernels.Thresholds` chooses the fastest. No memory is allocated once a plan has been
+used twice for each module.
 """
 
 from __future__ import annotations
@@ -10,109 +10,110 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lorax_kernels import dense, segments, together
+from lorax_kernels import dense, grouped, segments
 from lorax_kernels.checks import check_apart, check_group, check_rows, check_tables
+from lorax_kernels.module_batch import ModuleBatch, SegmentStep
 from lorax_kernels.plan import Plan
 from lorax_kernels.tables import Tables
-from lorax_kernels.work import Work
 from lorax_kernels.workspace import Workspace
 
 
 def apply_cpu(
     y: Tensor, x: Tensor, plan: Plan, module: int, tables: Tables, group: Sequence[int]
 ) -> None:
-    """As :func:`lorax_kernels.apply`."""
-    with plan.workspace.lent() as space:
-        work = _work(plan, module, tables, space)
-        if not work.fits(y, x):
-            check_rows("y", y, plan)
-            check_rows("x", x, plan)
+    """Compute :func:`lorax_kernels.apply`."""
+    with plan.workspace.acquire() as space:
+        batch = _batch(plan, module, tables, space)
+        if not batch.fits(y, x):
+            check_rows("y", y, plan.tokens)
+            check_rows("x", x, plan.tokens)
             check_apart("y", y, "x", x)
-            work.check(x=x, y=y, written=y)
-        if group and group != work.group:
-            check_group(module, group, plan, tables)
-            work.group = tuple(group)
-        if not work.pieces:
+            batch.check(x=x, y=y, written=y)
+        if group and group != batch.group:
+            check_group(module, group, plan.top_slot, tables)
+            batch.group = tuple(group)
+        if not batch.segments:
             return
-        if group and work.again:
-            shared = _shared(x, work, plan, group, space)
+        if group and batch.is_reused:
+            shared = _shared(x, batch, plan, group, space)
             if shared is not None:
-                shared.expand(y, work)
+                shared.expand(y, batch)
                 return
-        _apply_one(y, x, work, space)
+        _apply_one(y, x, batch, space)
 
 
 def shrink_cpu(h: Tensor, x: Tensor, plan: Plan, module: int, tables: Tables) -> None:
-    """As :func:`lorax_kernels.shrink`."""
-    check_rows("h", h, plan)
-    check_rows("x", x, plan)
+    """Compute :func:`lorax_kernels.shrink`."""
+    check_rows("h", h, plan.tokens)
+    check_rows("x", x, plan.tokens)
     check_apart("h", h, "x", x)
-    with plan.workspace.lent() as space:
-        work = _work(plan, module, tables, space)
-        work.check(x=x, written=h)
-        _check_planes(h, work)
+    with plan.workspace.acquire() as space:
+        batch = _batch(plan, module, tables, space)
+        batch.check(x=x, written=h)
+        _check_shrunk(h, batch)
         h.zero_()
-        x_parts, h_parts = work.parts(x), work.parts(h)
-        for piece, (by, _) in zip(work.pieces, _steps(work, space), strict=True):
-            shrunk = segments.shrink_rows(x_parts[piece.part], by)
-            h_parts[piece.part][:, : piece.rank].copy_(shrunk)
+        x_parts, h_parts = batch.parts(x), batch.parts(h)
+        for segment, (by, _) in zip(batch.segments, _steps(batch, space), strict=True):
+            shrunk = segments.shrink_rows(x_parts[segment.part], by)
+            h_parts[segment.part][:, : segment.rank].copy_(shrunk)
 
 
 def expand_cpu(y: Tensor, h: Tensor, plan: Plan, module: int, tables: Tables) -> None:
-    """As :func:`lorax_kernels.expand`."""
-    check_rows("y", y, plan)
-    check_rows("h", h, plan)
+    """Compute :func:`lorax_kernels.expand`."""
+    check_rows("y", y, plan.tokens)
+    check_rows("h", h, plan.tokens)
     check_apart("y", y, "h", h)
-    with plan.workspace.lent() as space:
-        work = _work(plan, module, tables, space)
-        work.check(y=y, written=y)
-        _check_planes(h, work)
-        y_parts, h_parts = work.parts(y), work.parts(h)
-        for piece, (_, by) in zip(work.pieces, _steps(work, space), strict=True):
-            segments.expand_rows(y_parts[piece.part], h_parts[piece.part][:, : piece.rank], by)
+    with plan.workspace.acquire() as space:
+        batch = _batch(plan, module, tables, space)
+        batch.check(y=y, written=y)
+        _check_shrunk(h, batch)
+        y_parts, h_parts = batch.parts(y), batch.parts(h)
+        for segment, (_, by) in zip(batch.segments, _steps(batch, space), strict=True):
+            segments.expand_rows(
+                y_parts[segment.part], h_parts[segment.part][:, : segment.rank], by
+            )
 
 
-def _work(plan: Plan, module: int, tables: Tables, space: Workspace) -> Work:
-    found = space.known_work(module, tables)
+def _batch(plan: Plan, module: int, tables: Tables, space: Workspace) -> ModuleBatch:
+    found = space.known_batch(module, tables)
     if found is not None:
         return found
-    check_tables(plan, (module,), tables)
-    return space.new_work(plan.tokens, plan.segments, module, tables)
+    check_tables(plan.top_slot, (module,), tables)
+    return space.new_batch(plan.tokens, plan.segments, module, tables)
 
 
-def _steps(work: Work, space: Workspace) -> tuple[segments.Step, ...]:
-    if work.steps is None:
-        work.steps = segments.prepare(work, space)
-    return work.steps
+def _steps(batch: ModuleBatch, space: Workspace) -> tuple[SegmentStep, ...]:
+    if batch.steps is None:
+        batch.steps = segments.prepare(batch, space)
+    return batch.steps
 
 
-def _apply_one(y: Tensor, x: Tensor, work: Work, space: Workspace) -> None:
-    if work.again and not work.decided:
-        work.decided = True
-        (work.dense,) = dense.dense((work,), space) or (None,)
-    if work.dense is None:
-        segments.run(work.parts(y), work.parts(x), _steps(work, space))
+def _apply_one(y: Tensor, x: Tensor, batch: ModuleBatch, space: Workspace) -> None:
+    if batch.is_reused and not batch.is_decided:
+        batch.is_decided = True
+        (batch.product,) = dense.dense((batch,), space) or (None,)
+    if batch.product is None:
+        segments.run(batch.parts(y), batch.parts(x), _steps(batch, space))
     else:
-        dense.shrink(x, work.dense.shrinking)
-        work.dense.expand(y)
+        batch.product.apply(y, x)
 
 
 def _shared(
-    x: Tensor, work: Work, plan: Plan, group: Sequence[int], space: Workspace
-) -> together.Shared | None:
-    """What `x` gave for the group, or gives now. Tensors of inference mode tell of no change."""
+    x: Tensor, batch: ModuleBatch, plan: Plan, group: Sequence[int], space: Workspace
+) -> grouped.Shared | None:
+    """Return the shrunk `x` of the group, cached or new. Inference tensors have no version."""
     if x.is_inference() or not space.thresholds.shares(x.dtype):
         return None
-    if space.shared is not None and space.shared.is_of(x, work):
+    if isinstance(space.shared, grouped.Shared) and space.shared.is_of(x, batch):
         return space.shared
-    works = tuple(_work(plan, module, work.tables, space) for module in group)
-    return together.shrink(x, works, space)
+    batches = tuple(_batch(plan, module, batch.tables, space) for module in group)
+    return grouped.shrink(x, batches, space)
 
 
-def _check_planes(h: Tensor, work: Work) -> None:
-    for piece in work.adapters:
-        if h.shape[1] < piece.rank or h.dtype != piece.a.dtype:
+def _check_shrunk(h: Tensor, batch: ModuleBatch) -> None:
+    for segment in batch.adapters:
+        if h.shape[1] < segment.rank or h.dtype != segment.a.dtype:
             raise ValueError(
-                f"expected h [tokens, {piece.rank} or more] in {piece.a.dtype}, "
+                f"expected h [tokens, {segment.rank} or more] in {segment.a.dtype}, "
                 f"got {list(h.shape)} in {h.dtype}"
             )

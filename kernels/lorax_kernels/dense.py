@@ -1,6 +1,6 @@
-"""One product over all adapters of a batch; a mask throws away what is not a row's own.
+"""Compute one product over all adapters of a batch, and mask each row's other adapters.
 
-For small work: a call costs more than the products that are in vain.
+For small batches, where a call costs more than the masked products.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+from lorax_kernels.module_batch import AdapterSegment, ModuleBatch
 from lorax_kernels.thresholds import Thresholds
-from lorax_kernels.work import Piece, Work
 from lorax_kernels.workspace import Workspace, new_memory, stacked
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Shrinking:
-    """A of one or several modules, one below the other, and which columns are not a row's own.
+class DenseShrink:
+    """The stacked A of one or several modules, and a mask of each row's other adapters.
 
-    `h` is memory for the rows from `first` to `last`; `columns` are each module's, from and to.
+    `h` is memory for the rows [first, last); `columns` maps modules to their range of columns.
     """
 
     first: int
@@ -34,10 +34,10 @@ class Shrinking:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Expanding:
-    """B of all adapters beside each other, and their scales: one number, or one per column.
+class DenseExpand:
+    """The concatenated B of all adapters, and their scales: one number, or one per column.
 
-    `spans` are the runs of rows that all have an adapter: the others keep their bits.
+    `spans` are the runs of rows with an adapter; other rows keep their bits.
     """
 
     spans: tuple[tuple[int, int], ...]
@@ -47,13 +47,15 @@ class Expanding:
 
 
 class Dense:
-    """Both, for one module; the shrinking may be that of its group."""
+    """The product of one module; the shrink may be its group's."""
 
     __slots__ = ("_all_rows", "_by", "_h", "_scaled", "_spans", "shrinking")
 
-    def __init__(self, work: Work, shrinking: Shrinking, by: Expanding, space: Workspace) -> None:
+    def __init__(
+        self, batch: ModuleBatch, shrinking: DenseShrink, by: DenseExpand, space: Workspace
+    ) -> None:
         self.shrinking, self._by = shrinking, by
-        begin, end = shrinking.columns[work.module]
+        begin, end = shrinking.columns[batch.module]
         self._h = self._scaled = shrinking.h[:, begin:end]
         if by.scales is not None:
             self._scaled = space.view("scaled", self._h.dtype, *self._h.shape)
@@ -63,8 +65,13 @@ class Dense:
             (start, stop, self._scaled[start - first : stop - first]) for start, stop in by.spans
         )
 
+    def apply(self, y: Tensor, x: Tensor) -> None:
+        """Shrink `x`, and add the expanded result to `y`."""
+        shrink(x, self.shrinking)
+        self.expand(y)
+
     def expand(self, y: Tensor) -> None:
-        """Add to `y` `[tokens, out]` what :func:`shrink` made last of the shrinking."""
+        """Expand the last result of :func:`shrink` onto `y` `[tokens, out]`."""
         by = self._by
         if by.scales is not None:
             torch.mul(self._h, by.scales, out=self._scaled)
@@ -75,96 +82,96 @@ class Dense:
             y[start:stop].addmm_(h, by.b_t, alpha=by.scale)
 
 
-def shrink(x: Tensor, by: Shrinking) -> None:
-    """From `x` `[tokens, in]`. A row's columns of other adapters are zero, whatever they hold."""
+def shrink(x: Tensor, by: DenseShrink) -> None:
+    """Shrink `x` `[tokens, in]` into `by.h`, and zero the columns of other adapters, even NaN."""
     torch.mm(x if by.all_rows else x[by.first : by.last], by.a_t, out=by.h)
     by.h.masked_fill_(by.others, 0)
 
 
-def dense(works: tuple[Work, ...], space: Workspace) -> tuple[Dense, ...]:
-    """For modules that get the same input, or a single one.
+def dense(batches: tuple[ModuleBatch, ...], space: Workspace) -> tuple[Dense, ...]:
+    """Prepare the products of modules with the same input, or of a single one.
 
-    None at all if it is not worth it for one of them, would take too much memory, or is too early
-    to tell. Nor can it be where scales would be rounded, or B is not finite: zero times infinity is
-    NaN, in the rows of others.
+    Return () if it does not pay for one of them, takes too much memory, or the operands may not be
+    reused. Also if scales would be rounded, or B is not finite: zero times infinity is NaN, in the
+    rows of other adapters.
     """
     expandings = []
-    for work in works:
-        if len(work.pieces) < 2 or (by := _expanding(work, space)) is None:
+    for batch in batches:
+        if len(batch.segments) < 2 or (by := _expanding(batch, space)) is None:
             return ()
         expandings.append(by)
-    nbytes = sum(piece.a.nbytes for work in works for piece in work.adapters)
-    shrinking = space.kept("A", works, nbytes, lambda: _make_shrinking(works, space))
+    nbytes = sum(segment.a.nbytes for batch in batches for segment in batch.adapters)
+    shrinking = space.build_once("A", batches, nbytes, lambda: _make_shrinking(batches, space))
     if shrinking is None:
         return ()
-    pairs = zip(works, expandings, strict=True)
-    return tuple(Dense(work, shrinking, by, space) for work, by in pairs)
+    pairs = zip(batches, expandings, strict=True)
+    return tuple(Dense(batch, shrinking, by, space) for batch, by in pairs)
 
 
-def _expanding(work: Work, space: Workspace) -> Expanding | None:
-    nbytes = sum(piece.b.nbytes for piece in work.adapters)
-    return space.kept("B", (work,), nbytes, lambda: _make_expanding(work, space.thresholds))
+def _expanding(batch: ModuleBatch, space: Workspace) -> DenseExpand | None:
+    nbytes = sum(segment.b.nbytes for segment in batch.adapters)
+    return space.build_once("B", (batch,), nbytes, lambda: _make_expanding(batch, space.thresholds))
 
 
-def _saves(work: Work, thresholds: Thresholds) -> bool:
-    """Whether the products in vain cost less than the calls that are saved."""
-    pieces = work.pieces
-    saved, worth = len(pieces) - len(_spans(pieces)), thresholds.dense(pieces[0].a.dtype)
+def _saves(batch: ModuleBatch, thresholds: Thresholds) -> bool:
+    """Return whether the masked products cost less than the saved calls."""
+    segments = batch.segments
+    saved, worth = len(segments) - len(_spans(segments)), thresholds.dense(segments[0].a.dtype)
     if not (saved and worth):
         return False
-    features, out = pieces[0].a.shape[1], pieces[0].b.shape[0]
-    width = sum(piece.rank for piece in work.adapters)
-    rows = sum(piece.rows for piece in pieces)
-    needed = sum(piece.rows * piece.rank for piece in pieces) * (features + out)
-    computed = width * ((pieces[-1].stop - pieces[0].start) * features + rows * out)
+    features, out = segments[0].a.shape[1], segments[0].b.shape[0]
+    width = sum(segment.rank for segment in batch.adapters)
+    rows = sum(segment.rows for segment in segments)
+    needed = sum(segment.rows * segment.rank for segment in segments) * (features + out)
+    computed = width * ((segments[-1].stop - segments[0].start) * features + rows * out)
     return computed - needed <= saved * worth
 
 
-def _make_shrinking(works: tuple[Work, ...], space: Workspace) -> Shrinking:
-    first = min(work.pieces[0].start for work in works)
-    last = max(work.pieces[-1].stop for work in works)
-    a = stacked([piece.a for work in works for piece in work.adapters], 0)
+def _make_shrinking(batches: tuple[ModuleBatch, ...], space: Workspace) -> DenseShrink:
+    first = min(batch.segments[0].start for batch in batches)
+    last = max(batch.segments[-1].stop for batch in batches)
+    a = stacked([segment.a for batch in batches for segment in batch.adapters], 0)
     others = new_memory((last - first) * len(a), torch.bool).view(last - first, len(a)).fill_(True)
     columns, at = {}, 0
-    for work in works:
+    for batch in batches:
         begin, place = at, {}
-        for adapter in work.adapters:
+        for adapter in batch.adapters:
             place[adapter.slot] = slice(at, at + adapter.rank)
             at += adapter.rank
-        for piece in work.pieces:
-            others[piece.start - first : piece.stop - first, place[piece.slot]] = False
-        columns[work.module] = begin, at
-    h = space.view("dense" if len(works) == 1 else "shared", a.dtype, last - first, len(a))
-    tokens = sum(works[0].lengths)
-    return Shrinking(first, last, last - first == tokens, a.t(), others, h, columns)
+        for segment in batch.segments:
+            others[segment.start - first : segment.stop - first, place[segment.slot]] = False
+        columns[batch.module] = begin, at
+    h = space.view("dense" if len(batches) == 1 else "shared", a.dtype, last - first, len(a))
+    tokens = sum(batches[0].lengths)
+    return DenseShrink(first, last, last - first == tokens, a.t(), others, h, columns)
 
 
-def _make_expanding(work: Work, thresholds: Thresholds) -> Expanding | None:
-    if not _saves(work, thresholds):
+def _make_expanding(batch: ModuleBatch, thresholds: Thresholds) -> DenseExpand | None:
+    if not _saves(batch, thresholds):
         return None
-    scales = [piece.scale for piece in work.adapters]
-    alike, factors = len(set(scales)) == 1, _factors(work.adapters)
-    b = stacked([piece.b for piece in work.adapters], 1)
+    scales = [segment.scale for segment in batch.adapters]
+    alike, factors = len(set(scales)) == 1, _factors(batch.adapters)
+    b = stacked([segment.b for segment in batch.adapters], 1)
     if not (all(map(isfinite, scales)) and (alike or factors is not None) and b.isfinite().all()):
         return None
     one = scales[0] if alike else 1.0
-    return Expanding(tuple(_spans(work.pieces)), b.t(), one, None if alike else factors)
+    return DenseExpand(tuple(_spans(batch.segments)), b.t(), one, None if alike else factors)
 
 
-def _factors(adapters: Sequence[Piece]) -> Tensor | None:
-    """The scale of each column; None if one has to be rounded for that."""
-    scales = [piece.scale for piece in adapters]
+def _factors(adapters: Sequence[AdapterSegment]) -> Tensor | None:
+    """Return the scale of each column, or None if one would be rounded."""
+    scales = [segment.scale for segment in adapters]
     with torch.inference_mode(mode=False):
         exact = torch.tensor(scales, dtype=adapters[0].a.dtype)
-        ranks = torch.tensor([piece.rank for piece in adapters])
+        ranks = torch.tensor([segment.rank for segment in adapters])
         return exact.repeat_interleave(ranks) if exact.tolist() == scales else None
 
 
-def _spans(pieces: Sequence[Piece]) -> list[tuple[int, int]]:
+def _spans(segments: Sequence[AdapterSegment]) -> list[tuple[int, int]]:
     spans: list[tuple[int, int]] = []
-    for piece in pieces:
-        if spans and spans[-1][1] == piece.start:
-            spans[-1] = spans[-1][0], piece.stop
+    for segment in segments:
+        if spans and spans[-1][1] == segment.start:
+            spans[-1] = spans[-1][0], segment.stop
         else:
-            spans.append((piece.start, piece.stop))
+            spans.append((segment.start, segment.stop))
     return spans

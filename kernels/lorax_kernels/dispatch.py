@@ -1,4 +1,4 @@
-"""The public entries: they check what every device needs checked, then pick the implementation."""
+"""The public functions, which pick the implementation by device."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def apply(
     compared on the CPU only). `module` is the row of `tables`. Rows without a slot, or whose
     adapter does not touch the module, keep their bits. Nothing is recorded for autograd.
 
-    `group` are modules, this one among them, that are given the very same tensor `x`, one after the
-    other (q, k and v; gate and up). Then it is shrunk for all of them at the first. That is taken
-    for another only where `x` is the same object and was not written to since (by its version, of
-    which `x.data` and numpy say nothing), and the tables give the same operands. On a GPU each is
-    computed by itself: who has all outputs at once calls `lorax_kernels.sgmv.apply_group`.
+    `group` lists modules, including this one, that get the same tensor `x` in turn (q, k and v;
+    gate and up). The first call shrinks it for all of them. The result is reused if `x` is the same
+    object and was not written to (by its version, which `x.data` and numpy bypass), and the tables
+    return the same operands. A GPU computes each module separately; use
+    `lorax_kernels.sgmv.apply_group` if all outputs are available at once.
 
     Raises ValueError, before `y` is touched, for tensors, modules or a slot that do not fit, for
     tensors that overlap, and for a scale that is not finite or beyond float32.
@@ -44,7 +44,7 @@ def apply(
 
 @torch.no_grad()
 def shrink(h: Tensor, x: Tensor, plan: Plan, module: int, tables: Tables) -> None:
-    """The first half of :func:`apply`, without the scale: `h = x @ A.T`, row by row.
+    """Compute the first half of :func:`apply`, without the scale: `h = x @ A.T`, row by row.
 
     `x` is `[tokens, in]`; `h` is `[tokens, width]`, of which a row gets as many columns as its
     adapter's rank, at most `width`. The other columns, and rows without an adapter, become zero.
@@ -61,7 +61,7 @@ def shrink(h: Tensor, x: Tensor, plan: Plan, module: int, tables: Tables) -> Non
 
 @torch.no_grad()
 def expand(y: Tensor, h: Tensor, plan: Plan, module: int, tables: Tables) -> None:
-    """The second half of :func:`apply`: `y += scale * h @ B.T`, row by row, in place.
+    """Compute the second half of :func:`apply`: `y += scale * h @ B.T`, row by row, in place.
 
     `h` `[tokens, width]` is what :func:`shrink` made, or the sum of that of several processes; of
     a row only the first columns are read, as many as its adapter's rank. `y` is `[tokens, out]`.
@@ -78,7 +78,7 @@ def expand(y: Tensor, h: Tensor, plan: Plan, module: int, tables: Tables) -> Non
 
 
 def _sgmv() -> Any:
-    """The module for GPUs, which imports Triton: slow, and not everywhere."""
+    """Import the GPU implementation late: Triton is slow to import and may be missing."""
     from lorax_kernels import sgmv  # noqa: PLC0415
 
     return sgmv

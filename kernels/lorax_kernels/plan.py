@@ -1,4 +1,4 @@
-"""The segments of one batch, in the form that the kernels read."""
+"""The segments of one batch, as the kernels read them."""
 
 from __future__ import annotations
 
@@ -20,15 +20,13 @@ MAX_RANK = 256
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """Which rows of a batch belong to which slot; made once, used for every module.
+    """The assignment of a batch's rows to slots, made once per batch for all modules.
 
-    `segments` are the integers for the host: only those that have rows and an adapter. `top_slot`
-    is the highest slot named, -1 where there is none.
-    `bounds` (int32 `[n + 1]`) and `slots` (int32 `[n]`, -1: no adapter) are all n segments of the
-    batch as tensors on its device, for kernels. `workspace` is what the CPU keeps from call to
-    call; calls in several threads do not disturb each other. `tiles` are those of `segments`, None
-    on the CPU unless they were asked for, by `tile_rows`. On a GPU no slot's rank is above
-    `max_rank`, a multiple of 8.
+    `segments` are host integers, without segments that are empty or have no adapter. `top_slot` is
+    the highest slot, or -1. `bounds` (int32 `[n + 1]`) and `slots` (int32 `[n]`, -1: no adapter)
+    are all n segments as tensors on the batch's device. `workspace` is the CPU's memory between
+    calls; it is thread-safe. `tiles` cover `segments`; None on the CPU unless `tile_rows` is set.
+    On a GPU, no slot's rank exceeds `max_rank`, a multiple of 8.
     """
 
     tokens: int
@@ -52,14 +50,14 @@ class Plan:
         tile_rows: int | None = None,
         tile_room: int | None = None,
     ) -> Self:
-        """Plan for segments i = rows `bounds[i]` to `bounds[i + 1]`, of slot `slots[i]` or -1.
+        """Return a plan whose segment i is rows `bounds[i]` to `bounds[i + 1]`, of slot `slots[i]`.
 
-        `thresholds` are the CPU's. `max_rank` is rounded up to a multiple of 8. `tile_rows` and
-        `tile_room` are of :meth:`Tiles.of`, for a graph that is captured once and replayed with
-        other segments.
+        A slot of -1 means no adapter. `thresholds` are for the CPU. `max_rank` is rounded up to a
+        multiple of 8. `tile_rows` and `tile_room` are those of :meth:`Tiles.of`, for a graph that
+        is captured once and replayed with other segments.
 
         Raises ValueError unless bounds are 0, …, tokens in ascending order, one more than slots,
-        and for tiles that do not fit.
+        and for invalid tiles.
         """
         if len(bounds) != len(slots) + 1 or bounds[0] != 0:
             raise ValueError(

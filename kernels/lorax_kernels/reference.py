@@ -1,4 +1,4 @@
-"""The definition, row by row in float64: what every implementation is measured against."""
+"""The reference implementation, row by row in float64."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lorax_kernels.tables import Tables
 
 @torch.no_grad()
 def reference(y: Tensor, x: Tensor, plan: Plan, module: int, tables: Tables) -> Tensor:
-    """What `apply` should make of `y` `[tokens, out]`, as a new float64 tensor.
+    """Return the exact result of `apply` for `y` `[tokens, out]`, as a new float64 tensor.
 
-    Sums products without BLAS and reads the plan's tensors, not its integers, so that it shares
-    no step with an implementation.
+    Sum products without BLAS, and read the plan's tensors instead of its integers, to share no step
+    with an implementation.
     """
     result = y.double()
     for segment, slot in enumerate(plan.slots.tolist()):

@@ -1,7 +1,7 @@
-"""The products of one segment.
+"""Compute the products of each segment separately.
 
-In float32 a segment has the bits of PEFT's `lora.Linear`, which shrinks, expands, multiplies by the
-scale and adds. Other types round once less.
+In float32 the result has the bits of PEFT's `lora.Linear`, which shrinks, expands, multiplies by
+the scale and adds. Other dtypes round once less.
 """
 
 from __future__ import annotations
@@ -9,65 +9,49 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from functools import lru_cache
 from math import frexp
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lorax_kernels.work import Piece, Work
+from lorax_kernels.module_batch import (
+    AdapterSegment,
+    ModuleBatch,
+    SegmentExpand,
+    SegmentShrink,
+    SegmentStep,
+)
 from lorax_kernels.workspace import Workspace
 
 
-class Shrinking(NamedTuple):
-    """`out = x @ a_t`, or `out = a @ x.T` where `a` is there. `h` is `out` by row."""
-
-    a: Tensor | None
-    a_t: Tensor
-    out: Tensor
-    h: Tensor
-
-
-class Expanding(NamedTuple):
-    """`y += scale * (h @ b_t)` for part `part` of the rows; by way of `delta`, or at once."""
-
-    part: int
-    b_t: Tensor
-    scale: float
-    delta: Tensor | None
-
-
-Step = tuple[Shrinking, Expanding]
-
-
-def shrinking(a: Tensor, rows: int, space: Workspace, name: Hashable) -> Shrinking:
-    """For `rows` of x and A `[rank, in]`, into memory of that name."""
+def plan_shrink(a: Tensor, rows: int, space: Workspace, name: Hashable) -> SegmentShrink:
+    """Prepare the shrink of `rows` rows by A `[rank, in]`, into memory called `name`."""
     rank, features = a.shape
-    if space.thresholds.turns(rows, rank, features, a.dtype):
+    if space.thresholds.prefers_transposed(rows, rank, features, a.dtype):
         out = space.view(name, a.dtype, rank, rows)
-        return Shrinking(a, a.t(), out, out.t())
+        return SegmentShrink(a, a.t(), out, out.t())
     out = space.view(name, a.dtype, rows, rank)
-    return Shrinking(None, a.t(), out, out)
+    return SegmentShrink(None, a.t(), out, out)
 
 
-def expanding(piece: Piece, space: Workspace) -> Expanding:
-    """Of one segment, alone or not."""
-    b, scale = piece.b, piece.scale
+def plan_expand(segment: AdapterSegment, space: Workspace) -> SegmentExpand:
+    """Prepare the expand of one segment."""
+    b, scale = segment.b, segment.scale
     delta = None
-    if b.dtype == torch.float32 and not (_is_power_of_two(scale) and _adds_alike(piece.rank)):
-        delta = space.view("delta", b.dtype, piece.rows, b.shape[0])
-    return Expanding(piece.part, b.t(), scale, delta)
+    if b.dtype == torch.float32 and not (_is_power_of_two(scale) and _adds_alike(segment.rank)):
+        delta = space.view("delta", b.dtype, segment.rows, b.shape[0])
+    return SegmentExpand(segment.part, b.t(), scale, delta)
 
 
-def shrink_rows(x: Tensor, by: Shrinking) -> Tensor:
-    """`[rows, rank]`, in the memory of `by`."""
+def shrink_rows(x: Tensor, by: SegmentShrink) -> Tensor:
+    """Return `x @ A.T` `[rows, rank]`, in the memory of `by`."""
     if by.a is None:
         return torch.mm(x, by.a_t, out=by.out)
     torch.mm(by.a, x.t(), out=by.out)
     return by.h
 
 
-def expand_rows(y: Tensor, h: Tensor, by: Expanding) -> None:
-    """Add to `y` `[rows, out]`."""
+def expand_rows(y: Tensor, h: Tensor, by: SegmentExpand) -> None:
+    """Add `scale * h @ B.T` to `y` `[rows, out]`."""
     _, b_t, scale, delta = by
     if delta is None:
         y.addmm_(h, b_t, alpha=scale)
@@ -75,18 +59,20 @@ def expand_rows(y: Tensor, h: Tensor, by: Expanding) -> None:
         y.add_(torch.mm(h, b_t, out=delta).mul_(scale))
 
 
-def prepare(work: Work, space: Workspace) -> tuple[Step, ...]:
-    """Each segment alone."""
+def prepare(batch: ModuleBatch, space: Workspace) -> tuple[SegmentStep, ...]:
+    """Prepare every segment of a module batch."""
     return tuple(
-        (shrinking(piece.a, piece.rows, space, "h"), expanding(piece, space))
-        for piece in work.pieces
+        (plan_shrink(segment.a, segment.rows, space, "h"), plan_expand(segment, space))
+        for segment in batch.segments
     )
 
 
-def run(y_parts: Sequence[Tensor], x_parts: Sequence[Tensor], steps: tuple[Step, ...]) -> None:
-    """One after the other: they may share memory.
+def run(
+    y_parts: Sequence[Tensor], x_parts: Sequence[Tensor], steps: tuple[SegmentStep, ...]
+) -> None:
+    """Compute the segments in order; they may share memory.
 
-    As :func:`shrink_rows` and :func:`expand_rows`, whose calls would take as long as a token does.
+    Inlines :func:`shrink_rows` and :func:`expand_rows`, whose calls would take as long as a token.
     """
     mm = torch.mm
     for (a, a_t, out, h), (part, b_t, scale, delta) in steps:
@@ -101,15 +87,15 @@ def run(y_parts: Sequence[Tensor], x_parts: Sequence[Tensor], steps: tuple[Step,
 
 
 def _is_power_of_two(scale: float) -> bool:
-    """Then to multiply by it rounds nothing."""
+    """Return whether multiplying by `scale` is exact."""
     return abs(frexp(scale)[0]) == 0.5
 
 
 @lru_cache
 def _adds_alike(rank: int) -> bool:
-    """Whether the BLAS of this machine rounds `y += h @ B.T` as it rounds a product and a sum.
+    """Return whether this BLAS rounds `y += h @ B.T` like a product followed by a sum.
 
-    Most do, up to a rank at which they split the inner sum. No BLAS says so: it is tried.
+    Most do, up to a rank at which they split the inner sum. No BLAS documents it, so measure.
     """
     generator = torch.Generator().manual_seed(rank)
     for rows, out in ((1, 96), (2, 96), (5, 96), (16, 1040), (67, 576)):

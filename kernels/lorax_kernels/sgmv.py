@@ -1,13 +1,13 @@
-"""Many adapters on a GPU, in two launches: a shrink `x · Aᵀ` into planes, an expand onto y.
+"""Apply many adapters on a GPU in two launches: shrink `x · Aᵀ` into partials, expand onto y.
 
-A group is up to three modules with the same input (q, k and v; gate and up): they share the two
-launches, each with its own ranks. The planes are parts of the sum over the input's features, which
-`expand` adds up in their order, so that few rows of a decoding step still fill the GPU and equal
+A group of up to three modules with the same input (q, k and v; gate and up) shares the launches,
+each module with its own ranks. The split-k partials are parts of the sum over the input features:
+they let the few rows of a decoding step fill the GPU. `expand` adds them in order, so that equal
 inputs give equal bits.
 
-Every launch takes fixed addresses only: tables, the plan's tiles, x and y. Before a graph is
-captured, the same shapes are to be launched once: the first launch of a variant compiles it.
-Importing this file imports Triton.
+Launches take fixed addresses only: tables, the plan's tiles, x and y. Launch the same shapes once
+before capturing a graph, because the first launch of a variant compiles it. Importing this module
+imports Triton.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from lorax_kernels.sgmv_checks import (
     check_members,
     check_memory,
     check_outputs,
-    check_planes,
+    check_split_k_partials,
 )
 from lorax_kernels.sgmv_programs import expand_program, shrink_program
 from lorax_kernels.tables import Tables
 from lorax_kernels.tiles import DECODE_ROWS, PREFILL_ROWS, Tiles
 
-MAX_PLANES = 8
+MAX_SPLITS = 8
 PROGRAMS = 512
-"""Tiles times planes: more planes than that do not make a GPU any busier."""
+"""The limit of tiles times partials: more do not make a GPU busier."""
 
-PLANE_FEATURES = 512
-"""The fewest input features that are a plane of their own."""
+SPLIT_FEATURES = 512
+"""The minimum number of input features per partial."""
 
 _UNIT = ALIGNMENT
-"""Rows of so many elements begin where 16-byte loads may, whatever the dtype."""
+"""Rows of a multiple of this many elements are aligned for 16-byte loads in every dtype."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,34 +65,34 @@ SHAPES = {
     PREFILL_ROWS: Shape(32, 64, 64, 32, warps=4, stages=3),
 }
 _PROMOTED = not isinstance(shrink_program, triton.JITFunction)
-"""Triton's interpreter runs the programs; see there."""
+"""Whether Triton's interpreter runs the programs; see `sgmv_programs`."""
 
 
 def apply_one(y: Tensor, x: Tensor, plan: Plan, module: int, tables: Tables) -> None:
-    """As :func:`lorax_kernels.apply`, by two launches."""
+    """Compute :func:`lorax_kernels.apply` in two launches."""
     apply_group([y], x, plan, [module], tables)
 
 
 def shrink_one(h: Tensor, x: Tensor, plan: Plan, module: int, tables: Tables) -> None:
-    """As :func:`lorax_kernels.shrink`."""
-    check_rows("h", h, plan, x.device.type)
+    """Compute :func:`lorax_kernels.shrink`."""
+    check_rows("h", h, plan.tokens, x.device.type)
     check_apart("h", h, "x", x)
-    planes = new_planes(x, plan, 1).zero_()
-    shrink(planes, x, plan, [module], tables)
+    partials = new_split_k_partials(x, plan, 1).zero_()
+    shrink(partials, x, plan, [module], tables)
     width = min(h.shape[1], plan.max_rank)
     h.zero_()
-    h[:, :width].copy_(planes[:, 0, :, :width].sum(0))
+    h[:, :width].copy_(partials[:, 0, :, :width].sum(0))
 
 
 def expand_one(y: Tensor, h: Tensor, plan: Plan, module: int, tables: Tables) -> None:
-    """As :func:`lorax_kernels.expand`."""
-    check_rows("h", h, plan, y.device.type)
+    """Compute :func:`lorax_kernels.expand`."""
+    check_rows("h", h, plan.tokens, y.device.type)
     check_apart("y", y, "h", h)
     width = min(h.shape[1], plan.max_rank)
     shape = (1, 1, plan.tokens, plan.max_rank)
-    planes = torch.zeros(shape, dtype=torch.float32, device=y.device)
-    planes[0, 0, :, :width] = h[:, :width]
-    expand([y], planes, plan, [module], tables)
+    partials = torch.zeros(shape, dtype=torch.float32, device=y.device)
+    partials[0, 0, :, :width] = h[:, :width]
+    expand([y], partials, plan, [module], tables)
 
 
 @torch.no_grad()
@@ -109,51 +109,51 @@ def apply_group(
     check_inputs(x, plan, modules, tables)
     check_outputs(ys, x.dtype, plan, modules, tables)
     check_memory([("y", y) for y in ys], ("x", x))
-    planes = new_planes(x, plan, len(modules))
-    _launch_shrink(planes, x, plan, modules, tables)
-    _launch_expand(ys, planes, plan, modules, tables)
+    partials = new_split_k_partials(x, plan, len(modules))
+    _launch_shrink(partials, x, plan, modules, tables)
+    _launch_expand(ys, partials, plan, modules, tables)
 
 
-def new_planes(x: Tensor, plan: Plan, members: int) -> Tensor:
-    """Room for what `shrink` writes: float32 `[planes, members, tokens, plan.max_rank]`.
+def new_split_k_partials(x: Tensor, plan: Plan, members: int) -> Tensor:
+    """Allocate the output of `shrink`: float32 `[partials, members, tokens, plan.max_rank]`.
 
-    Their number follows from the input's features and the number of tiles alone.
+    Their number depends only on the input features and the number of tiles.
     """
     tiles = _tiles(plan)
-    wanted = min(MAX_PLANES, x.shape[1] // PLANE_FEATURES, PROGRAMS // max(len(tiles.table), 1))
+    wanted = min(MAX_SPLITS, x.shape[1] // SPLIT_FEATURES, PROGRAMS // max(len(tiles.table), 1))
     count = _cut(x.shape[1], max(wanted, 1), SHAPES[tiles.rows].shrink_inner)[0]
     return torch.empty(
         count, members, plan.tokens, plan.max_rank, dtype=torch.float32, device=x.device
     )
 
 
-def shrink(planes: Tensor, x: Tensor, plan: Plan, modules: Sequence[int], tables: Tables) -> None:
-    """Write `x @ A.T` of each row's adapter to `planes`, in parts that sum to it.
+def shrink(partials: Tensor, x: Tensor, plan: Plan, modules: Sequence[int], tables: Tables) -> None:
+    """Write `x @ A.T` of each row's adapter to `partials`, in parts that sum to it.
 
     Only the ranks that an adapter has are written, in the rows that have one. Raises ValueError
-    for tensors and modules that do not fit, and for more planes than the features of `x` can be
+    for tensors and modules that do not fit, and for more partials than the features of `x` can be
     cut into.
     """
     check_members(modules)
     check_inputs(x, plan, modules, tables)
-    count = _cut(x.shape[1], len(planes), SHAPES[_tiles(plan).rows].shrink_inner)[0]
-    check_planes(planes, (count, len(modules), plan.tokens, plan.max_rank))
-    check_apart("planes", planes, "x", x)
-    _launch_shrink(planes, x, plan, modules, tables)
+    count = _cut(x.shape[1], len(partials), SHAPES[_tiles(plan).rows].shrink_inner)[0]
+    check_split_k_partials(partials, (count, len(modules), plan.tokens, plan.max_rank))
+    check_apart("partials", partials, "x", x)
+    _launch_shrink(partials, x, plan, modules, tables)
 
 
 def _launch_shrink(
-    planes: Tensor, x: Tensor, plan: Plan, modules: Sequence[int], tables: Tables
+    partials: Tensor, x: Tensor, plan: Plan, modules: Sequence[int], tables: Tables
 ) -> None:
     tiles = _tiles(plan)
     shape, features = SHAPES[tiles.rows], x.shape[1]
-    count, depth = _cut(features, len(planes), shape.shrink_inner)
+    count, depth = _cut(features, len(partials), shape.shrink_inner)
     unit = _unit(features, x)
     blocks = -(-plan.max_rank // shape.shrink_ranks)
     if not len(tiles.table):
         return
     shrink_program[len(tiles.table), len(modules), count * blocks](
-        planes,
+        partials,
         x,
         *_words(plan, tiles, modules, tables),
         features // unit,
@@ -169,21 +169,21 @@ def _launch_shrink(
 
 
 def expand(
-    ys: Sequence[Tensor], planes: Tensor, plan: Plan, modules: Sequence[int], tables: Tables
+    ys: Sequence[Tensor], partials: Tensor, plan: Plan, modules: Sequence[int], tables: Tables
 ) -> None:
-    """Add `scale * planes.sum(0) @ B.T` of each row's adapter to `ys` `[tokens, out]`, in place.
+    """Add `scale * partials.sum(0) @ B.T` of each row's adapter to `ys` `[tokens, out]`, in place.
 
     The sum is rounded to the dtype of `ys` once, the result once; all else is float32. Raises
     ValueError for tensors and modules that do not fit.
     """
     check_outputs(ys, ys[0].dtype if ys else torch.float32, plan, modules, tables)
-    check_planes(planes, (len(planes), len(modules), plan.tokens, plan.max_rank))
-    check_memory([("y", y) for y in ys], ("planes", planes))
-    _launch_expand(ys, planes, plan, modules, tables)
+    check_split_k_partials(partials, (len(partials), len(modules), plan.tokens, plan.max_rank))
+    check_memory([("y", y) for y in ys], ("partials", partials))
+    _launch_expand(ys, partials, plan, modules, tables)
 
 
 def _launch_expand(
-    ys: Sequence[Tensor], planes: Tensor, plan: Plan, modules: Sequence[int], tables: Tables
+    ys: Sequence[Tensor], partials: Tensor, plan: Plan, modules: Sequence[int], tables: Tables
 ) -> None:
     tiles = _tiles(plan)
     shape = SHAPES[tiles.rows]
@@ -194,13 +194,13 @@ def _launch_expand(
     expand_program[len(tiles.table), len(modules), blocks](
         *ys,
         *[ys[0]] * (MAX_MEMBERS - len(ys)),
-        planes,
+        partials,
         tables.scale,
         *_words(plan, tiles, modules, tables),
         tables.address.stride(0),
         *tables.scale.stride(),
         _packed(y.shape[1] // unit for y in ys),
-        len(planes),
+        len(partials),
         out_unit=unit,
         tile_rows=tiles.rows,
         tile_columns=shape.expand_columns,
@@ -214,7 +214,7 @@ def _launch_expand(
 def _words(
     plan: Plan, tiles: Tiles, modules: Sequence[int], tables: Tables
 ) -> tuple[Tensor | int, ...]:
-    """The arguments that both programs take, in their order."""
+    """Return the arguments that both programs share, in order."""
     return (
         tiles.table,
         tables.address,
@@ -228,15 +228,15 @@ def _words(
 
 
 def _packed(members: Iterable[int]) -> int:
-    """Up to three integers of 20 bits in one."""
+    """Pack up to three integers of 20 bits into one."""
     members = list(members)
     assert all(0 <= member < 1 << 20 for member in members), members
     return sum(member << 20 * place for place, member in enumerate(members))
 
 
-def _cut(features: int, planes: int, inner: int) -> tuple[int, int]:
-    """At most so many planes, and the features of each but the last: whole tiles."""
-    depth = -(-features // (planes * inner)) * inner
+def _cut(features: int, partials: int, inner: int) -> tuple[int, int]:
+    """At most so many partials, and the features of each but the last: whole tiles."""
+    depth = -(-features // (partials * inner)) * inner
     return -(-features // depth), depth
 
 

@@ -1,4 +1,4 @@
-"""What the GPU's kernels refuse before they are launched."""
+"""Argument checks for the GPU, before a launch."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from lorax_kernels.plan import Plan
 from lorax_kernels.tables import Tables
 
 ALIGNMENT = 16
-"""Bytes of the largest load."""
+"""The size of the largest load, in bytes."""
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_MEMBERS = 3
 
 
 def check_members(modules: Sequence[int]) -> None:
-    """Raise ValueError for more modules than a launch has room for, or none."""
+    """Raise ValueError unless there are 1 to `MAX_MEMBERS` modules."""
     if not 1 <= len(modules) <= MAX_MEMBERS:
         raise ValueError(f"expected one to {MAX_MEMBERS} modules, got {len(modules)}")
 
 
 def check_inputs(x: Tensor, plan: Plan, modules: Sequence[int], tables: Tables) -> None:
     """Raise ValueError unless `x` is `[plan.tokens, in]`, and the modules take it."""
-    check_rows("x", x, plan, plan.slots.device.type)
+    check_rows("x", x, plan.tokens, plan.slots.device.type)
     if x.dtype not in DTYPES:
         raise ValueError(f"expected x in {' or '.join(map(str, DTYPES))}, got {x.dtype}")
-    check_tables(plan, modules, tables)
+    check_tables(plan.top_slot, modules, tables)
     for module in modules:
         _check_fit("x", x, plan, module, tables)
 
@@ -44,9 +44,9 @@ def check_outputs(
             f"expected one to {MAX_MEMBERS} outputs, each with its module, "
             f"got {len(ys)} and {len(modules)}"
         )
-    check_tables(plan, modules, tables)
+    check_tables(plan.top_slot, modules, tables)
     for y, module in zip(ys, modules, strict=True):
-        check_rows("y", y, plan, plan.slots.device.type)
+        check_rows("y", y, plan.tokens, plan.slots.device.type)
         if y.dtype != dtype:
             raise ValueError(f"expected y in {dtype}, got {y.dtype}")
         _check_fit("y", y, plan, module, tables)
@@ -66,18 +66,20 @@ def check_memory(written: Sequence[tuple[str, Tensor]], read: tuple[str, Tensor]
             check_apart(name, tensor, *other)
 
 
-def check_planes(planes: Tensor, expected: tuple[int, ...]) -> None:
+def check_split_k_partials(partials: Tensor, expected: tuple[int, ...]) -> None:
     """Raise ValueError for another shape, dtype or alignment."""
-    fits = planes.shape == expected and planes.dtype == torch.float32 and planes.is_contiguous()
-    if not (fits and planes.data_ptr() % ALIGNMENT == 0):
+    fits = (
+        partials.shape == expected and partials.dtype == torch.float32 and partials.is_contiguous()
+    )
+    if not (fits and partials.data_ptr() % ALIGNMENT == 0):
         raise ValueError(
-            f"expected planes contiguous {list(expected)} in torch.float32 from a multiple of "
-            f"{ALIGNMENT} bytes on, got {list(planes.shape)} in {planes.dtype}"
+            f"expected partials contiguous {list(expected)} in torch.float32 from a multiple of "
+            f"{ALIGNMENT} bytes on, got {list(partials.shape)} in {partials.dtype}"
         )
 
 
 def _check_fit(name: str, rows: Tensor, plan: Plan, module: int, tables: Tables) -> None:
-    """By the first adapter that is there: all of a module are of one size and dtype."""
+    """Check against the first adapter present: all of a module share sizes and dtype."""
     for _, _, slot in plan.segments:
         operands = tables.operands(module, slot)
         if operands is None:

@@ -1,15 +1,15 @@
-"""What the programs of a GPU compute: `shrink_program` and `expand_program`, in Triton.
+"""The GPU programs in Triton: `shrink_program` and `expand_program`.
 
-Both read the tables at their addresses, so that one launch has all ranks, and a captured graph
-meets whatever adapters are there when it is replayed. Nothing is added by atomics: each element of
-a plane and of y has one program, and the order of every sum is fixed.
+Both read the tables by address, so that one launch handles all ranks, and a replayed graph uses the
+adapters present at the time. Without atomics, one program computes each element of a partial and of
+y, and the order of every sum is fixed.
 
-No argument is specialised but by the constants, so that their number is the number of variants.
-What the compiler has to know of alignment is said in hints, or is seen in a product: without that,
-loads become scalar. It believes hints of the results of operations only, never of a bare argument.
+Only constants specialise arguments, which bounds the number of variants. The compiler learns
+alignment from hints or from a multiplication; otherwise loads become scalar. It accepts hints only
+on results of operations, never on a bare argument.
 
-`promoted` is for Triton's interpreter, which multiplies the bits of bfloat16 and cuts where it
-should round. `modules` and `outs` have three integers of 20 bits, one per member of the group.
+`promoted` is for Triton's interpreter, which multiplies the bits of bfloat16 and truncates instead
+of rounding. `modules` and `outs` pack three integers of 20 bits, one per member of the group.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 
 _TABLES = "tiles address ranks modules tokens module_step slot_step rank_module_step rank_slot_step"
-_SHRINK = f"planes x {_TABLES} width_units in_units steps".split()
+_SHRINK = f"partials x {_TABLES} width_units in_units steps".split()
 _EXPAND = (
-    f"first_y second_y third_y planes scales {_TABLES} side_step scale_module_step scale_slot_step"
-    " width_units plane_count outs"
+    f"first_y second_y third_y partials scales {_TABLES} side_step scale_module_step"
+    " scale_slot_step width_units split_count outs"
 ).split()
 
 
@@ -32,13 +32,13 @@ def _of_member(packed: tl.tensor, member: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _operand(cell: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """Where A or B begins, from its cell of the address table."""
+    """Load the address of A or B from its cell of the address table."""
     return tl.multiple_of(tl.load(cell).to(tl.pointer_type(dtype)), 16)
 
 
 @triton.jit
 def _fitting(rank: tl.tensor, width: tl.tensor) -> tl.tensor:
-    """To the compiler the division says that a row of B begins where 16-byte loads may."""
+    """Limit the rank. The division tells the compiler that rows of B are aligned to 16 bytes."""
     return tl.minimum(rank, width) // 8 * 8
 
 
@@ -46,7 +46,7 @@ def _fitting(rank: tl.tensor, width: tl.tensor) -> tl.tensor:
 def _products(
     left: tl.tensor, right: tl.tensor, total: tl.tensor, promoted: tl.constexpr
 ) -> tl.tensor:
-    """Total + left [rows, n] · right [columns, n] transposed, in float32."""
+    """Return total + left [rows, n] · right [columns, n] transposed, in float32."""
     if promoted:
         left = left.to(tl.float32)
         right = right.to(tl.float32)
@@ -55,7 +55,7 @@ def _products(
 
 @triton.jit
 def _rounded(value: tl.tensor, dtype: tl.constexpr, promoted: tl.constexpr) -> tl.tensor:
-    """Float32 to the nearest of a narrower type, ties to even."""
+    """Round float32 to a narrower type, ties to even."""
     if promoted and dtype == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
@@ -65,7 +65,7 @@ def _rounded(value: tl.tensor, dtype: tl.constexpr, promoted: tl.constexpr) -> t
 
 @triton.jit(do_not_specialize=_SHRINK)
 def shrink_program(
-    planes: tl.tensor,
+    partials: tl.tensor,
     x: tl.tensor,
     tiles: tl.tensor,
     address: tl.tensor,
@@ -85,16 +85,16 @@ def shrink_program(
     tile_inner: tl.constexpr,
     promoted: tl.constexpr,
 ) -> None:
-    """planes[plane, member, rows, ranks] = x[rows, part] · A[ranks, part] transposed.
+    """partials[partial, member, rows, ranks] = x[rows, part] · A[ranks, part] transposed.
 
-    Grid: tiles, members, planes x blocks of ranks. A plane is `steps` tiles of features.
+    Grid: tiles, members, partials x blocks of ranks. A partial is `steps` tiles of features.
     """
     tile = tiles + tl.program_id(0) * 3
     slot = tl.load(tile + 2)
     member = tl.program_id(1)
     width = width_units * 8
     blocks = tl.cdiv(width, tile_ranks)
-    plane = tl.program_id(2) // blocks
+    partial = tl.program_id(2) // blocks
     first_rank = tl.program_id(2) % blocks * tile_ranks
     module = _of_member(modules, member)
     rank_cell = ranks + module * rank_module_step + slot * rank_slot_step
@@ -111,15 +111,15 @@ def shrink_program(
     a_index = first_rank + tl.arange(0, tile_ranks)[:, None]
     a_start = _operand(address + module * module_step + slot * slot_step, x.dtype.element_ty)
     a_row = a_start + a_index * features
-    begin = plane * steps * tile_inner
+    begin = partial * steps * tile_inner
     end = tl.minimum(begin + steps * tile_inner, features)
     x_row = x_start + row * features
     total = _products_over(
         x_row, has_row, a_row, a_index < rank, begin, end, features, tile_inner, promoted
     )
-    line = (plane * tl.num_programs(1) + member).to(tl.int64) * tokens + start
+    line = (partial * tl.num_programs(1) + member).to(tl.int64) * tokens + start
     column = first_rank + tl.arange(0, tile_ranks)[None, :]
-    tl.store(planes + line * width + row * width + column, total, mask=has_row & (column < rank))
+    tl.store(partials + line * width + row * width + column, total, mask=has_row & (column < rank))
 
 
 @triton.jit
@@ -134,7 +134,7 @@ def _products_over(
     tile_inner: tl.constexpr,
     promoted: tl.constexpr,
 ) -> tl.tensor:
-    """X · Aᵀ over the features from begin to end, [tile_rows, tile_ranks]."""
+    """Return x · Aᵀ over the features [begin, end), [tile_rows, tile_ranks]."""
     inner = tl.arange(0, tile_inner)[None, :]
     total = tl.zeros([has_row.shape[0], has_a.shape[0]], tl.float32)
     for at in range(begin, end, tile_inner):
@@ -150,7 +150,7 @@ def expand_program(
     first_y: tl.tensor,
     second_y: tl.tensor,
     third_y: tl.tensor,
-    planes: tl.tensor,
+    partials: tl.tensor,
     scales: tl.tensor,
     tiles: tl.tensor,
     address: tl.tensor,
@@ -166,14 +166,14 @@ def expand_program(
     scale_module_step: tl.tensor,
     scale_slot_step: tl.tensor,
     outs: tl.int64,
-    plane_count: tl.tensor,
+    split_count: tl.tensor,
     out_unit: tl.constexpr,
     tile_rows: tl.constexpr,
     tile_columns: tl.constexpr,
     tile_ranks: tl.constexpr,
     promoted: tl.constexpr,
 ) -> None:
-    """y[rows, columns] += scale * (sum of planes) · Bᵀ. Grid: tiles, members, column blocks."""
+    """y[rows, columns] += scale * (sum of partials) · Bᵀ. Grid: tiles, members, column blocks."""
     tile = tiles + tl.program_id(0) * 3
     slot = tl.load(tile + 2)
     member = tl.program_id(1)
@@ -195,11 +195,19 @@ def expand_program(
     start = tl.load(tile)
     row = tl.arange(0, tile_rows)[:, None]
     has_row = row < tl.load(tile + 1) - start
-    plane_start = planes + (member.to(tl.int64) * tokens + start) * width
-    plane_row = tl.multiple_of(plane_start, 16) + row * width
-    plane_step = tl.num_programs(1).to(tl.int64) * tokens * width
+    partial_start = partials + (member.to(tl.int64) * tokens + start) * width
+    partial_row = tl.multiple_of(partial_start, 16) + row * width
+    partial_step = tl.num_programs(1).to(tl.int64) * tokens * width
     total = _sum_times_b(
-        plane_row, plane_step, plane_count, has_row, b_row, column < out, rank, tile_ranks, promoted
+        partial_row,
+        partial_step,
+        split_count,
+        has_row,
+        b_row,
+        column < out,
+        rank,
+        tile_ranks,
+        promoted,
     )
     y_start = tl.where(member == 0, first_y, tl.where(member == 1, second_y, third_y))
     y_start += start.to(tl.int64) * out
@@ -210,9 +218,9 @@ def expand_program(
 
 @triton.jit
 def _sum_times_b(
-    plane_row: tl.tensor,
-    plane_step: tl.tensor,
-    plane_count: tl.tensor,
+    partial_row: tl.tensor,
+    partial_step: tl.tensor,
+    split_count: tl.tensor,
     has_row: tl.tensor,
     b_row: tl.tensor,
     has_b: tl.tensor,
@@ -220,16 +228,16 @@ def _sum_times_b(
     tile_ranks: tl.constexpr,
     promoted: tl.constexpr,
 ) -> tl.tensor:
-    """(Sum of planes, rounded) · Bᵀ, [tile_rows, tile_columns]."""
+    """Return (rounded sum of partials) · Bᵀ, [tile_rows, tile_columns]."""
     inner = tl.arange(0, tile_ranks)[None, :]
     total = tl.zeros([has_row.shape[0], has_b.shape[0]], tl.float32)
     for at in range(0, rank, tile_ranks):
         has_inner = inner < rank - at
         shrunk = tl.zeros([has_row.shape[0], tile_ranks], tl.float32)
-        part = plane_row + at + inner
-        for _ in range(plane_count):
+        part = partial_row + at + inner
+        for _ in range(split_count):
             shrunk += tl.load(part, mask=has_row & has_inner, other=0.0)
-            part += plane_step
+            part += partial_step
         b_tile = tl.load(b_row + at + inner, mask=has_b & has_inner, other=0.0)
         total = _products(_rounded(shrunk, b_tile.dtype, promoted), b_tile, total, promoted)
     return total

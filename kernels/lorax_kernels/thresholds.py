@@ -1,4 +1,4 @@
-"""Which way a batch is computed on the CPU, and how much memory a plan may keep for it."""
+"""Thresholds that choose how the CPU computes a batch."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """Measured by `benchmarks/measure_sgmv_thresholds.py`; give `Plan.from_segments` others.
+    """Limits measured by `benchmarks/measure_sgmv_thresholds.py`, for `Plan.from_segments`.
 
-    One product over all adapters, with a mask, saves calls and computes what the mask throws away.
-    `dense_*` are the multiply-adds in vain that a segment less is worth; 0 computes each segment
-    alone. That is the default in float32, where 1e5 were quicker: a row's bits are then PEFT's,
-    whoever else is in the batch. For that, too, float32 shares no shrink unless asked to.
+    One masked product over all adapters saves calls, but computes products that the mask discards.
+    `dense_*` is the number of discarded multiply-adds that one saved segment is worth; 0 computes
+    each segment separately. That is the default in float32, where 1e5 would be faster: a row then
+    has PEFT's bits, regardless of the rest of the batch. Float32 shares no shrink for that reason.
 
     Attributes
     ----------
     dense_bfloat16, dense_float16, dense_float32
-        Multiply-adds in vain per segment.
+        Discarded multiply-adds per saved segment.
     share_float32
-        Whether modules of a group share a shrink in float32, too.
+        Whether modules of a group share a shrink in float32 too.
     turned_rank, turned_features
-        In bfloat16, `A @ x.T` is quicker than `x @ A.T` for more rows than rank, up to this rank
-        and from so many input features.
+        In bfloat16, `A @ x.T` is faster than `x @ A.T` with more rows than rank, up to this rank
+        and from this many input features.
     kept_bytes
-        What a plan may keep of weights that it put together, in bytes.
+        The bytes of combined weights that a plan may keep.
     """
 
     dense_bfloat16: float = 6e6
@@ -38,7 +38,7 @@ class Thresholds:
     kept_bytes: int = 64 << 20
 
     def dense(self, dtype: torch.dtype) -> float:
-        """Multiply-adds in vain per segment, for operands of `dtype`."""
+        """Return the discarded multiply-adds per saved segment for `dtype`."""
         return {
             torch.bfloat16: self.dense_bfloat16,
             torch.float16: self.dense_float16,
@@ -46,11 +46,11 @@ class Thresholds:
         }.get(dtype, 0.0)
 
     def shares(self, dtype: torch.dtype) -> bool:
-        """Whether a group of modules may have one shrink."""
+        """Return whether a group of modules may share one shrink."""
         return dtype != torch.float32 or self.share_float32
 
-    def turns(self, rows: int, rank: int, features: int, dtype: torch.dtype) -> bool:
-        """Whether a segment is shrunk as `A @ x.T`."""
+    def prefers_transposed(self, rows: int, rank: int, features: int, dtype: torch.dtype) -> bool:
+        """Return whether to shrink a segment as `A @ x.T`."""
         return (
             dtype == torch.bfloat16
             and rank <= self.turned_rank

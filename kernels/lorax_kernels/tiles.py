@@ -1,4 +1,4 @@
-"""A batch in runs of rows that one program of a GPU computes."""
+"""The tiles of a batch: runs of rows that one GPU program computes."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 
 DECODE_ROWS = 16
 PREFILL_ROWS = 32
-"""Not more: from 64 rows on, the compiler for sm_90 takes instructions that it gets wrong
+"""The limit: from 64 rows, the compiler for sm_90 generates wrong code
 (triton-lang/triton#9433)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tiles:
-    """Runs of at most `rows` rows of one slot, as a tensor that keeps its address.
+    """Runs of at most `rows` rows of one slot, in a tensor with a fixed address.
 
-    `table` is int32 `[tiles, 3]` of (start, stop, slot) on the plan's device; the tiles that a
-    batch does not need have slot -1.
+    `table` is int32 `[tiles, 3]` of (start, stop, slot) on the plan's device. Unused tiles have
+    slot -1.
     """
 
     rows: int
@@ -35,11 +35,11 @@ class Tiles:
         room: int | None,
         device: torch.device | str,
     ) -> Self:
-        """Tiles of (start, stop, slot) segments.
+        """Return the tiles of (start, stop, slot) segments.
 
-        `rows` is 16, for decoding, or 32; None takes what the longest segment asks for. `room`
-        is the number of tiles, None: as many as are needed. Raises ValueError for other rows, and
-        for too little room.
+        `rows` is 16, for decoding, or 32; None chooses by the longest segment. `room` is the number
+        of tiles; None means as many as needed. Raises ValueError for other rows or too little
+        room.
         """
         longest = max((stop - start for start, stop, _ in segments), default=0)
         if rows is None:
@@ -51,7 +51,7 @@ class Tiles:
         return cls(rows, table.to(device))
 
     def refill(self, segments: Sequence[tuple[int, int, int]]) -> None:
-        """Write other segments into the table, where a captured graph reads them.
+        """Replace the segments in the table, which a captured graph reads.
 
         Enqueued on the current stream. Raises ValueError for more tiles than the table has.
         """

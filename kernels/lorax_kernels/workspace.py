@@ -1,42 +1,40 @@
-"""What a plan keeps between calls on the CPU: memory to compute in, and weights put together."""
+"""What a plan keeps between calls on the CPU: scratch memory and combined weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from math import prod
 from threading import Lock
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from lorax_kernels.module_batch import ModuleBatch
 from lorax_kernels.tables import Segment, Tables
 from lorax_kernels.thresholds import Thresholds
-from lorax_kernels.work import Work
-
-if TYPE_CHECKING:
-    from lorax_kernels.together import Shared
 
 Made = TypeVar("Made")
 
 
 class Workspace:
-    """Of one plan, for one call at a time: `with plan.workspace.lent() as space`."""
+    """The memory of one plan, for one call at a time: `with plan.workspace.acquire() as space`."""
 
     def __init__(self, thresholds: Thresholds) -> None:
         self.thresholds = thresholds
-        self.shared: Shared | None = None
+        self.shared: object | None = None
+        """The last result of `grouped.shrink`."""
         self._lock = Lock()
         self._memory: dict[tuple[Hashable, torch.dtype], Tensor] = {}
         self._views: dict[tuple[Hashable, torch.dtype], dict[tuple[int, ...], Tensor]] = {}
-        self._works: dict[tuple[int, int], Work] = {}
-        self._made: dict[Hashable, tuple[tuple[Work, ...], object, int]] = {}
-        self._kept = 0
+        self._batches: dict[tuple[int, int], ModuleBatch] = {}
+        self._built: dict[Hashable, tuple[tuple[ModuleBatch, ...], object, int]] = {}
+        self._built_bytes = 0
 
-    def lent(self) -> Workspace:
-        """Itself; while another thread computes with it, a new one that ends with the call."""
+    def acquire(self) -> Workspace:
+        """Return this workspace, or a temporary one while another thread uses it."""
         free = self._lock.acquire(blocking=False)
-        return self if free else Workspace(self.thresholds).lent()
+        return self if free else Workspace(self.thresholds).acquire()
 
     def __enter__(self) -> Workspace:
         return self
@@ -45,7 +43,7 @@ class Workspace:
         self._lock.release()
 
     def view(self, name: Hashable, dtype: torch.dtype, *shape: int) -> Tensor:
-        """Memory to compute in, contiguous. What is in it lasts until the name's next use."""
+        """Return contiguous scratch memory, valid until the next use of `name`."""
         views = self._views.setdefault((name, dtype), {})
         found = views.get(shape)
         if found is None:
@@ -57,57 +55,61 @@ class Workspace:
             found = views[shape] = flat[:size].view(shape)
         return found
 
-    def known_work(self, module: int, tables: Tables) -> Work | None:
-        """A module's work, if it was prepared and the tables give the same operands as then."""
-        found = self._works.get((id(tables), module))
-        if found is None or not found.stands():
+    def known_batch(self, module: int, tables: Tables) -> ModuleBatch | None:
+        """Return a module's batch if it was prepared and its operands are unchanged."""
+        found = self._batches.get((id(tables), module))
+        if found is None or not found.is_current():
             return None
-        found.again = True
+        found.is_reused = True
         return found
 
-    def new_work(
+    def new_batch(
         self, tokens: int, segments: tuple[Segment, ...], module: int, tables: Tables
-    ) -> Work:
-        """Prepared now. It holds the tables, so that no others get their id."""
-        made = self._works[id(tables), module] = Work(tokens, segments, module, tables)
+    ) -> ModuleBatch:
+        """Prepare a module's batch. It keeps the tables alive, so that their id stays unique."""
+        made = self._batches[id(tables), module] = ModuleBatch(tokens, segments, module, tables)
         return made
 
-    def kept(
-        self, kind: str, works: tuple[Work, ...], nbytes: int, make: Callable[[], Made | None]
+    def build_once(
+        self,
+        kind: str,
+        batches: tuple[ModuleBatch, ...],
+        nbytes: int,
+        make: Callable[[], Made | None],
     ) -> Made | None:
-        """What `make` puts together of the works' operands, once; it takes `nbytes`.
+        """Return the result of `make`, of `nbytes`, built once from the batches' operands.
 
-        None if it makes nothing, if that is more than a plan may keep, or as long as nobody knows
-        that the operands will be asked for again.
+        Return None if `make` does, if the plan may not keep that much, or while no second call has
+        shown that the operands are reused.
         """
-        key = kind, tuple((id(work.tables), work.module) for work in works)
-        found = self._made.get(key)
+        key = kind, tuple((id(batch.tables), batch.module) for batch in batches)
+        found = self._built.get(key)
         if found is not None:
             of, ready, taken = found
-            if all(map(_same, of, works)):
+            if all(map(_same, of, batches)):
                 return cast("Made | None", ready)
-            del self._made[key]
-            self._kept -= taken
-        if not all(work.again for work in works):
+            del self._built[key]
+            self._built_bytes -= taken
+        if not all(batch.is_reused for batch in batches):
             return None
-        made = make() if self._kept + nbytes <= self.thresholds.kept_bytes else None
+        made = make() if self._built_bytes + nbytes <= self.thresholds.kept_bytes else None
         taken = 0 if made is None else nbytes
-        self._made[key] = works, made, taken
-        self._kept += taken
+        self._built[key] = batches, made, taken
+        self._built_bytes += taken
         return made
 
 
-def _same(one: Work, other: Work) -> bool:
+def _same(one: ModuleBatch, other: ModuleBatch) -> bool:
     return one is other
 
 
 def new_memory(size: int, dtype: torch.dtype) -> Tensor:
-    """Of the CPU; also what inference mode asks for may be written to outside of it."""
+    """Allocate CPU memory that is writable outside of inference mode too."""
     with torch.inference_mode(mode=False):
         return torch.empty(size, dtype=dtype)
 
 
 def stacked(parts: Sequence[Tensor], dim: int) -> Tensor:
-    """A copy of the parts, beside each other along `dim`."""
+    """Concatenate the parts along `dim`."""
     with torch.inference_mode(mode=False):
         return torch.cat(list(parts), dim)

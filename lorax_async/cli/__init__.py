@@ -1,4 +1,20 @@
-"""`lorax-async`: look at adapters, fetch them, load them, see it all work."""
+"""The command `lorax-async`: inspect, fetch, load and serve adapters.
+
+`main` parses the arguments, runs one command and maps errors to exit statuses. Commands may use
+every other package; no package imports this one.
+
+- `arguments.py`: exit statuses, shared options and argument types
+- `terminal.py`: results on stdout, progress and complaints on stderr
+- `measure.py`: loads at once, their progress, and stalls of the event loop
+- `inspect.py`: `inspect`: check config and header as a load would
+- `fetch.py`: `fetch`: download into the disk cache and verify
+- `load.py`: `load`: load onto a device and time it
+- `cache_commands.py`: `cache ls`, `verify`, `rm`, `gc`
+- `demo.py`, `demo_remote.py`: `demo` and `demo-remote`, with the example adapters
+- `plan.py`: `plan`: capacity, and a simulation of the eviction policies
+- `serve.py`: `serve`: the OpenAI-compatible server
+- `timeline.py`: `timeline`, and the option `--trace`
+"""
 
 from __future__ import annotations
 
@@ -18,8 +34,8 @@ from lorax_async.errors import LoraxError
 EPILOG = """\
 exit status:
   0    done; for inspect: the adapter can be loaded
-  1    an error, whose text is on stderr; for load and fetch: at least one adapter failed;
-       for cache: something was damaged, or stays though it was to be removed
+  1    an error, described on stderr; for load and fetch: at least one adapter failed;
+       for cache: an entry was damaged, or is in use and could not be removed
   2    inspect: the adapter would be refused; otherwise: wrong arguments
   130  interrupted (Ctrl-C)
 
@@ -28,12 +44,15 @@ Results go to stdout, progress to stderr and only to a terminal.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status. Raises SystemExit for --help and wrong usage."""
+    """Run one command and return its exit status.
+
+    Raises `SystemExit` for --help, --version and wrong usage.
+    """
     arguments = _parser().parse_args(argv)
     command: Command = arguments.command
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal may not know every sign
+            stream.reconfigure(errors="replace")  # its encoding may lack characters
     terminal = Terminal(sys.stdout, sys.stderr)
     try:
         if not arguments.json or sys.stderr.isatty():
@@ -46,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         terminal.complain("interrupted")
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader (`| head`) has had enough; nothing may be flushed into the pipe at exit.
+        # The reader (`| head`) has closed the pipe: keep Python from flushing into it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except OSError as error:
@@ -64,13 +83,11 @@ def _parser() -> argparse.ArgumentParser:
     version = importlib.metadata.version("lorax-async")
     parser.add_argument("--version", action="version", version=f"lorax-async {version}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for each in (inspect, load, fetch, cache_commands):
-        each.add_to(commands.add_parser)
+    for module in (inspect, load, fetch, cache_commands):
+        module.add_to(commands.add_parser)
     _add_demo(commands.add_parser)
-    demo_remote.add_to(commands.add_parser)
-    serve.add_to(commands.add_parser)
-    plan.add_to(commands.add_parser)
-    timeline.add_to(commands.add_parser)
+    for module in (demo_remote, serve, plan, timeline):
+        module.add_to(commands.add_parser)
     return parser
 
 
@@ -84,7 +101,7 @@ def _add_demo(add: AddParser) -> None:
 
 
 def _demo(arguments: argparse.Namespace, terminal: Terminal) -> int:
-    from lorax_async.cli import demo  # noqa: PLC0415 (kernels and threads that nothing else needs)
+    from lorax_async.cli import demo  # noqa: PLC0415 - no other command needs its kernels
 
     result = demo.run_demo(arguments.adapters, arguments.prompt or demo.PROMPT, terminal)
     if arguments.json:

@@ -1,4 +1,4 @@
-"""What commands have in common: options, exit codes, and how adapters are named."""
+"""Exit statuses, options and argument types that commands share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lorax_async.planning.layout import ModelLayout
 from lorax_async.types import AdapterRef
 
 OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
-"""Exit statuses; argparse has `REFUSED` for wrong usage."""
+"""Exit statuses. argparse exits with `REFUSED` on wrong usage."""
 
 AddParser = Callable[..., argparse.ArgumentParser]
 Command = Callable[[argparse.Namespace, Terminal], int]
@@ -32,7 +32,7 @@ SIZE_HELP = "a number, or one with KiB, MiB or GiB"
 def add_command(
     add: AddParser, name: str, about: str, command: Command, more: str = ""
 ) -> argparse.ArgumentParser:
-    """A parser for one command, with `--json`; `more` is told by its own help only."""
+    """Add a command with `--json`. `more` appears only in the command's own help."""
     parser = add(name, help=about, description=f"{about[0].upper()}{about[1:]}. {more}".rstrip())
     parser.set_defaults(command=command)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
@@ -49,44 +49,44 @@ def add_base(parser: argparse.ArgumentParser, *, required: bool) -> None:
 
 
 def as_size(text: str) -> int:
-    """Bytes, for argparse."""
+    """Parse a number of bytes, for argparse."""
     digits = text.rstrip("KMGiB")
     unit = text[len(digits) :]
     if not digits.isascii() or not digits.isdecimal() or unit not in UNITS:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 1000000, 64MiB or 1GiB")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 1000000, 64MiB or 1GiB")
     return int(digits) * UNITS[unit]
 
 
-def number_from(least: int, most: int | None = None) -> Callable[[str], int]:
-    """A whole number in this range, for argparse."""
+def integer_parser(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
+    """Return a parser of integers in this range, for argparse."""
 
-    def number(text: str) -> int:
-        if not (text.isascii() and text.isdecimal()) or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} on")
-        if most is not None and int(text) > most:
-            raise argparse.ArgumentTypeError(f"{text} is over {most}")
+    def parse(text: str) -> int:
+        if not (text.isascii() and text.isdecimal()) or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer of {minimum} or more")
+        if maximum is not None and int(text) > maximum:
+            raise argparse.ArgumentTypeError(f"{text} is over {maximum}")
         return int(text)
 
-    return number
+    return parse
 
 
-def lines_of(path: Path) -> Iterator[str]:
-    """Of a text file, without blanks around them and without empty ones.
+def read_lines(path: Path) -> Iterator[str]:
+    """Yield the stripped, non-empty lines of a text file.
 
-    Raises
-    ------
-    ConfigError
-        It is no text.
+    Raises `ConfigError` if it is not UTF-8.
     """
     try:
         with path.open(encoding="utf-8-sig") as file:
             yield from (line.strip() for line in file if line.strip())
     except UnicodeDecodeError:
-        raise ConfigError(f"{path} is no text in UTF-8") from None
+        raise ConfigError(f"{path} is not UTF-8 text") from None
 
 
-def layout_of(base: str, terminal: Terminal) -> ModelLayout:
-    """Of the base in a folder, or of the demo's. Raises `ConfigError` where there is none."""
+def read_layout(base: str, terminal: Terminal) -> ModelLayout:
+    """Return the layout of the base model in a folder, or of "smollm2".
+
+    Raises `ConfigError` if there is none.
+    """
     with terminal.steps() as report:
         report("reading the base's config")
         folder = prepare_base(progress=report) if base == "smollm2" else Path(base)
@@ -96,24 +96,24 @@ def layout_of(base: str, terminal: Terminal) -> ModelLayout:
 ID_HELP = "org/name[@revision] on the hub, s3://…, gs://…, az://…, or https://… of a folder"
 
 TOKENS = (
-    "The hub is asked with the token in HF_TOKEN, or what `hf auth login` left; stores with the"
-    " credentials of the environment. No token is taken on the command line: others see it there."
+    "The hub gets the token in HF_TOKEN, or the one that `hf auth login` stored; object stores get"
+    " the environment's credentials. No option takes a token: other users can see command lines."
 )
 
 
 def as_id(text: str) -> AdapterRef:
-    """An id of what lies elsewhere, in its one spelling; for argparse.
+    """Parse the id of a remote adapter, for argparse.
 
-    The user names it, so the hub is asked for it with this machine's own token.
+    The user chose the id, so the hub gets this machine's own token.
     """
-    found = _parsed(text)
-    if found.source == "local":
-        raise argparse.ArgumentTypeError(f"{shorten(text)!r} is a local folder, and here already")
-    return replace(found, use_token=found.source == "hub")
+    ref = _parse_id(text)
+    if ref.source == "local":
+        raise argparse.ArgumentTypeError(f"{shorten(text)!r} is already a local folder")
+    return replace(ref, use_token=ref.source == "hub")
 
 
 def as_place(text: str) -> AdapterRef:
-    """A folder, or an id; for argparse. `org/name` is a folder where there is one of that name."""
+    """Parse a folder or an id, for argparse. A folder `org/name` takes precedence over the hub."""
     is_url = "://" in text and not text.lower().startswith("file:")
     if is_url or (not Path(text).is_dir() and _is_hub_id(text)):
         return as_id(text)
@@ -125,43 +125,48 @@ def is_local(ref: AdapterRef) -> bool:
 
 
 def at_revision(ref: AdapterRef, revision: str | None) -> AdapterRef:
-    """`ref` in that revision, if one is given.
+    """Return `ref` at `revision`, or unchanged if that is None.
 
-    Raises `InvalidAdapterIdError` where the id has another.
+    Raises `InvalidAdapterIdError` if the id has another revision.
     """
     if revision is None:
         return ref
     if ref.revision not in {None, revision}:
         raise InvalidAdapterIdError(
-            "the id has one revision and --revision another; give one", id=ref.text
+            "the id and --revision name different revisions; use one of them", id=ref.text
         )
     return parsed(replace(ref, revision=revision))
 
 
 def add_sources(parser: argparse.ArgumentParser) -> None:
-    """Options about where adapters come from."""
+    """Add the options for sources."""
     parser.add_argument(
         "--allow",
         action="append",
         type=as_allow,
         default=[],
         metavar="URL",
-        help="http(s)://HOST[:PORT]/PREFIX/ may be asked too, where redirects lead to plain http or"
-        " to addresses that are not public; repeatable. What is named as an adapter needs none",
+        help="also allow http(s)://HOST[:PORT]/PREFIX/, as a target of redirects to plain http or"
+        " to addresses that are not public; repeatable. Ids on the command line are always allowed",
     )
-    parser.add_argument("--hub-endpoint", metavar="URL", help="the hub's (default: HF_ENDPOINT's)")
+    parser.add_argument(
+        "--hub-endpoint", metavar="URL", help="the hub's URL (default: HF_ENDPOINT, if set)"
+    )
 
 
 def add_caches(parser: argparse.ArgumentParser) -> None:
-    """Options about where they are kept."""
+    """Add the options for caches."""
     parser.add_argument(
         "--hub-cache",
         choices=get_args(HubCache),
-        help="use what the standard hub cache has (read, the default) or not (off)",
+        help="read the standard hub cache (read, the default) or ignore it (off)",
     )
     add_cache_folder(parser, "--cache-dir")
     parser.add_argument(
-        "--cache-bytes", type=as_size, metavar="N", help=f"its budget: {SIZE_HELP} (default: 16GiB)"
+        "--cache-bytes",
+        type=as_size,
+        metavar="N",
+        help=f"the adapter cache's budget: {SIZE_HELP} (default: 16GiB)",
     )
 
 
@@ -174,29 +179,35 @@ def add_cache_folder(parser: argparse.ArgumentParser, option: str) -> None:
     )
 
 
-def settings_of(arguments: argparse.Namespace, refs: Sequence[AdapterRef]) -> dict[str, Any]:
-    """What these options said, and that `refs` are allowed, as `LoaderConfig` has it."""
-    named = [_allowing(ref) for ref in refs if not is_local(ref)]
-    said = {name: value for name, value in vars(arguments).items() if name in _OPTIONS}
-    given = {name: value for name, value in said.items() if value is not None}
-    return given | {"allow": (*named, *arguments.allow)}
+def loader_settings(arguments: argparse.Namespace, refs: Sequence[AdapterRef]) -> dict[str, Any]:
+    """Return these options as arguments of `LoaderConfig`, with `refs` allowed."""
+    allow = [_allow_ref(ref) for ref in refs if not is_local(ref)]
+    options = {
+        name: value
+        for name, value in vars(arguments).items()
+        if name in _OPTIONS and value is not None
+    }
+    return options | {"allow": (*allow, *arguments.allow)}
 
 
 _OPTIONS = ("hub_endpoint", "hub_cache", "cache_dir", "cache_bytes", "offline")
 
 
 def as_allow(text: str) -> Allow:
-    """For argparse. What is refused is not repeated: it may hold a secret."""
+    """Parse the URL of an allowed folder, for argparse.
+
+    The error does not repeat the text, which may hold a secret.
+    """
     try:
         AdapterRef(text)
         url = parse_folder_url(text)
     except InvalidAdapterIdError as error:
         raise argparse.ArgumentTypeError(error.problem) from None
-    return _on_the_web(OriginPlace(url.scheme, url.host, url.port, url.path[1:]))
+    return _allow_origin(OriginPlace(url.scheme, url.host, url.port, url.path[1:]))
 
 
 def as_source(text: str) -> Allow | Path:
-    """What adapters lie below, for argparse: a folder, or what is allowed."""
+    """Parse a place with adapters, for argparse: a local folder, or an allowed remote one."""
     if text == "hub" or text.startswith("hub:"):
         try:
             return Allow("hub", prefix=text[4:], use_token=bool(text[4:]))
@@ -205,30 +216,33 @@ def as_source(text: str) -> Allow | Path:
     if "://" not in text:
         if Path(text).is_dir():
             return Path(text)
-        raise argparse.ArgumentTypeError(f"{shorten(text, 200)!r} is no folder")
-    return _allowing(_parsed(text))
+        raise argparse.ArgumentTypeError(f"{shorten(text, 200)!r} is not a folder")
+    return _allow_ref(_parse_id(text))
 
 
-def sources_of(arguments: argparse.Namespace, refs: Sequence[AdapterRef]) -> dict[str, Any]:
-    """What `--source` and the options about caches said, and that `refs` are allowed.
+def server_loader_settings(
+    arguments: argparse.Namespace, refs: Sequence[AdapterRef]
+) -> dict[str, Any]:
+    """Return `--source` and the cache options as arguments of `LoaderConfig`, with `refs` allowed.
 
-    The operator may name all of the hub, later too. `opened` is what requests may name.
+    All of the hub is allowed: the operator may load any adapter later. Requests are limited to
+    `request_sources`.
     """
-    folders = tuple(each for each in arguments.source if isinstance(each, Path))
-    arguments.allow = [*opened(arguments), Allow("hub")]
-    return settings_of(arguments, refs) | {"local_roots": folders}
+    folders = tuple(source for source in arguments.source if isinstance(source, Path))
+    arguments.allow = [*request_sources(arguments), Allow("hub")]
+    return loader_settings(arguments, refs) | {"local_roots": folders}
 
 
-def opened(arguments: argparse.Namespace) -> tuple[Allow, ...]:
-    """Return the places that `--source` opens to requests; `local_roots` has the folders."""
-    return tuple(each for each in arguments.source if isinstance(each, Allow))
+def request_sources(arguments: argparse.Namespace) -> tuple[Allow, ...]:
+    """Return the remote places that `--source` opens to requests; folders are in `local_roots`."""
+    return tuple(source for source in arguments.source if isinstance(source, Allow))
 
 
-def _allowing(ref: AdapterRef) -> Allow:
-    """What allows this one, and what lies below it."""
+def _allow_ref(ref: AdapterRef) -> Allow:
+    """Return the permission for `ref` and everything below it."""
     reach = place_of(ref)
     if reach.scheme in DEFAULT_PORTS:
-        return _on_the_web(reach)
+        return _allow_origin(reach)
     if reach.scheme == "hub":
         pull_requests = names_pull_request(ref.revision)
         return Allow("hub", prefix=reach.path, pull_requests=pull_requests)
@@ -236,17 +250,17 @@ def _allowing(ref: AdapterRef) -> Allow:
     return Allow(scheme, reach.host, prefix=reach.path)
 
 
-def _on_the_web(reach: OriginPlace) -> Allow:
-    """A host that is named may be a machine of the house."""
+def _allow_origin(reach: OriginPlace) -> Allow:
+    """Return the permission for a place on the web. Its host name may have a private address."""
     scheme: Any = reach.scheme
     private = reach.host != "localhost" and not is_address(reach.host)
     return Allow(scheme, reach.host, reach.port, reach.path, private=private)
 
 
-def _parsed(text: str) -> AdapterRef:
+def _parse_id(text: str) -> AdapterRef:
     try:
         ref = AdapterRef(text)
-    except InvalidAdapterIdError as error:  # the text may hold a secret: it is not repeated
+    except InvalidAdapterIdError as error:  # do not repeat the text: it may hold a secret
         raise argparse.ArgumentTypeError(error.problem) from None
     try:
         return parsed(ref)

@@ -1,4 +1,4 @@
-"""`lorax-async cache`: what the adapter cache holds; checking it, and making it smaller."""
+"""`lorax-async cache`: list, verify and clean the adapter cache."""
 
 from __future__ import annotations
 
@@ -24,51 +24,49 @@ from lorax_async.cli.arguments import (
     add_command,
     as_size,
 )
-from lorax_async.cli.terminal import Terminal, age, size
+from lorax_async.cli.terminal import Terminal, format_age, format_size
 from lorax_async.config import LoaderConfig
 from lorax_async.errors import InvalidAdapterIdError, UsageError, shorten
 from lorax_async.ids.parsing import parsed
 from lorax_async.lifecycle.policies import policy
 from lorax_async.types import AdapterRef
 
-SHOWN = 12
-"""Digits of an entry's name, and of a version, that a table has."""
+SHOWN_DIGITS = 12
+"""Digits of an entry's name, and of a version, in tables."""
 
 _NAME = re.compile(r"[0-9a-f]{4,64}|[0-9a-f]{64}\.[0-9a-z.-]*")
 
 
 def add_to(add: AddParser) -> None:
-    about = "look after the adapter cache"
+    about = "list, verify and clean the adapter cache"
     more = (
-        "It is never made here: where there is no such folder, the cache is empty. Loaders may use"
-        " it meanwhile. The standard hub cache is for huggingface_hub's own `hf cache`."
+        "These commands never create the folder: a missing one is an empty cache. Loaders may use"
+        " it at the same time. For the standard hub cache, use huggingface_hub's `hf cache`."
     )
     parser = add("cache", help=about, description=f"{about.capitalize()}. {more}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND").add_parser
 
     def command(name: str, about: str, run: Command) -> argparse.ArgumentParser:
-        made = add_command(commands, name, about, run)
-        add_cache_folder(made, "--dir")
-        return made
+        parser = add_command(commands, name, about, run)
+        add_cache_folder(parser, "--dir")
+        return parser
 
-    command("ls", "list its entries and partial downloads, the last used first", _ls)
-    command("verify", "hash every entry again; what is damaged is removed", _verify)
-    removing = command("rm", "remove entries and partial downloads that nobody uses", _rm)
+    command("ls", "list entries and partial downloads, last used first", _ls)
+    command("verify", "hash every entry again and remove damaged ones", _verify)
+    removing = command("rm", "remove entries and partial downloads that are not in use", _rm)
     removing.add_argument(
         "names",
         nargs="+",
         metavar="NAME",
-        help="an entry's name, four or more digits that begin only one, or an adapter's id: all"
-        " versions of it, or with @COMMIT that one",
+        help="an entry's name, a unique prefix of four or more digits, or an adapter's id: all its"
+        " versions, or with @COMMIT that one",
     )
-    cleaning = command(
-        "gc", "remove what serves nobody: interrupted downloads, leftovers, damaged entries", _gc
-    )
+    cleaning = command("gc", "remove interrupted downloads, leftovers and damaged entries", _gc)
     cleaning.add_argument(
         "--bytes",
         type=as_size,
         metavar="N",
-        help=f"and what is over this budget, the longest unused first: {SIZE_HELP}",
+        help=f"also remove entries over this budget, least recently used first: {SIZE_HELP}",
     )
 
 
@@ -76,17 +74,17 @@ def add_to(add: AddParser) -> None:
 
 
 def _ls(arguments: argparse.Namespace, terminal: Terminal) -> int:
-    with _opened(arguments) as (folder, cache):
+    with _open_cache(arguments) as (folder, cache):
         listed = [] if cache is None else maintenance.ls(cache)
-        total = sum(each.nbytes for each in listed)
+        total = sum(entry.nbytes for entry in listed)
         if arguments.json:
-            entries = [_as_json(each) for each in listed]
+            entries = [_as_json(entry) for entry in listed]
             terminal.json({"folder": str(folder), "entries": entries, "bytes": total})
             return OK
         if listed:
             columns = ("entry", "adapter", "version", "state", " size", " last used")
-            terminal.table(columns, [_row(each) for each in listed])
-            terminal.say(f"{size(total)} in {folder}")
+            terminal.table(columns, [_row(entry) for entry in listed])
+            terminal.say(f"{format_size(total)} in {folder}")
         else:
             _say_empty(folder, cache, terminal)
     return OK
@@ -100,12 +98,12 @@ def _say_empty(folder: Path, cache: DiskCache | None, terminal: Terminal) -> Non
 def _row(listed: Listed) -> tuple[str, ...]:
     record = listed.record
     return (
-        listed.name[:SHOWN],
+        listed.name[:SHOWN_DIGITS],
         "" if record is None else record.source,
-        "" if record is None else shorten(record.version, SHOWN),
+        "" if record is None else shorten(record.version, SHOWN_DIGITS),
         _state(listed),
-        size(listed.nbytes),
-        f"{age(listed.age)} ago",
+        format_size(listed.nbytes),
+        f"{format_age(listed.age)} ago",
     )
 
 
@@ -120,7 +118,7 @@ def _state(listed: Listed) -> str:
 def _as_json(listed: Listed) -> dict[str, object]:
     files = () if listed.record is None else listed.record.files
     return {
-        **_named(listed.name, listed.record),
+        **_identify(listed.name, listed.record),
         "state": _state(listed),
         "partial": listed.is_partial,
         "in_use": listed.in_use,
@@ -137,7 +135,7 @@ def _as_json(listed: Listed) -> dict[str, object]:
     }
 
 
-def _named(name: str, record: EntryRecord | None) -> dict[str, object]:
+def _identify(name: str, record: EntryRecord | None) -> dict[str, object]:
     return {
         "name": name,
         "adapter": None if record is None else record.source,
@@ -149,39 +147,40 @@ def _named(name: str, record: EntryRecord | None) -> dict[str, object]:
 
 
 def _verify(arguments: argparse.Namespace, terminal: Terminal) -> int:
-    with _opened(arguments) as (folder, cache):
-        found = [] if cache is None else _verified(cache, terminal)
-        damaged = [each for each in found if each.problem is not None]
+    with _open_cache(arguments) as (folder, cache):
+        results = [] if cache is None else _hash_entries(cache, terminal)
+        damaged = [entry for entry in results if entry.problem is not None]
         if arguments.json:
             entries = [
-                {**_named(each.name, each.record), "problem": each.problem} for each in found
+                {**_identify(entry.name, entry.record), "problem": entry.problem}
+                for entry in results
             ]
             terminal.json({"folder": str(folder), "entries": entries})
-        elif found:
-            terminal.say(f"entries: {len(found)} hashed, {len(damaged)} damaged, in {folder}")
+        elif results:
+            terminal.say(f"entries: {len(results)} hashed, {len(damaged)} damaged, in {folder}")
         else:
             _say_empty(folder, cache, terminal)
-    for each in damaged:
-        of = "" if each.record is None else f" ({each.record.source})"
-        terminal.complain(f"entry {each.name[:SHOWN]}{of} was removed: {each.problem}")
+    for entry in damaged:
+        of = "" if entry.record is None else f" ({entry.record.source})"
+        terminal.complain(f"entry {entry.name[:SHOWN_DIGITS]}{of} was removed: {entry.problem}")
     return FAILED if damaged else OK
 
 
-def _verified(cache: DiskCache, terminal: Terminal) -> list[Verified]:
-    sizes = {each.name: each.nbytes for each in maintenance.ls(cache) if not each.is_partial}
-    found: list[Verified] = []
+def _hash_entries(cache: DiskCache, terminal: Terminal) -> list[Verified]:
+    sizes = {entry.name: entry.nbytes for entry in maintenance.ls(cache) if not entry.is_partial}
+    results: list[Verified] = []
     with terminal.bars() as bars:
 
         def show() -> None:
-            done = sum(sizes.get(each.name, 0) for each in found)
-            state = f"{len(found)} of {len(sizes)} entries"
+            done = sum(sizes.get(entry.name, 0) for entry in results)
+            state = f"{len(results)} of {len(sizes)} entries"
             bars.update(0, "hashing", done, sum(sizes.values()), state)
 
         show()
         for verified in maintenance.verify(cache):
-            found.append(verified)
+            results.append(verified)
             show()
-    return found
+    return results
 
 
 # -- rm and gc ------------------------------------------------------------------------------------
@@ -190,64 +189,66 @@ def _verified(cache: DiskCache, terminal: Terminal) -> list[Verified]:
 def _rm(arguments: argparse.Namespace, terminal: Terminal) -> int:
     removed: list[Listed] = []
     problems: list[str] = []
-    with _opened(arguments) as (folder, cache):
+    with _open_cache(arguments) as (folder, cache):
         for name in dict.fromkeys(arguments.names):
             try:
-                meant = _meant(name, () if cache is None else maintenance.ls(cache))
+                matches = _find(name, () if cache is None else maintenance.ls(cache))
             except UsageError as error:
                 problems.append(error.problem)
                 continue
-            for each in meant:
-                if cache is not None and maintenance.rm(cache, each.name):
-                    removed.append(each)
+            for entry in matches:
+                if cache is not None and maintenance.rm(cache, entry.name):
+                    removed.append(entry)
                 else:
-                    problems.append(f"{each.name[:SHOWN]} is in use, and stays")
-    nbytes = sum(each.nbytes for each in removed)
+                    problems.append(f"{entry.name[:SHOWN_DIGITS]} is in use and was kept")
+    nbytes = sum(entry.nbytes for entry in removed)
     if arguments.json:
-        entries = [_named(each.name, each.record) for each in removed]
+        entries = [_identify(entry.name, entry.record) for entry in removed]
         terminal.json({"folder": str(folder), "removed": entries, "bytes": nbytes})
     else:
-        for each in removed:
-            of = "partial" if each.record is None else each.record.source
-            terminal.say(f"removed {each.name[:SHOWN]} ({of})")
-        terminal.say(f"removed: {size(nbytes)} from {folder}")
+        for entry in removed:
+            of = "partial" if entry.record is None else entry.record.source
+            terminal.say(f"removed {entry.name[:SHOWN_DIGITS]} ({of})")
+        terminal.say(f"removed: {format_size(nbytes)} from {folder}")
     for problem in problems:
         terminal.complain(problem)
     return FAILED if problems else OK
 
 
-def _meant(text: str, listed: Sequence[Listed]) -> list[Listed]:
-    """What is called so: all of one name, or of one adapter. Raises `UsageError`."""
+def _find(text: str, listed: Sequence[Listed]) -> list[Listed]:
+    """Return the entries with this name prefix, or of this adapter. Raises `UsageError` if none."""
     if _NAME.fullmatch(text):
-        found = [each for each in listed if each.name.startswith(text)]
-        if len({each.name[:64] for each in found}) > 1:
-            raise UsageError(f"{text!r} begins several names; give more of it")
+        matches = [entry for entry in listed if entry.name.startswith(text)]
+        if len({entry.name[:64] for entry in matches}) > 1:
+            raise UsageError(f"{text!r} is a prefix of several names; add digits")
     else:
-        ref = _asked(text)
-        found = [
-            each
-            for each in listed
-            if each.record is not None
-            and each.record.source == shorten(ref.text)
-            and ref.revision in {None, each.record.version}
+        ref = _parse_ref(text)
+        matches = [
+            entry
+            for entry in listed
+            if entry.record is not None
+            and entry.record.source == shorten(ref.text)
+            and ref.revision in {None, entry.record.version}
         ]
-    if not found:
-        raise UsageError(f"nothing in the cache is called {shorten(text, 200)!r}")
-    return found
+    if not matches:
+        raise UsageError(f"no entry in the cache matches {shorten(text, 200)!r}")
+    return matches
 
 
-def _asked(text: str) -> AdapterRef:
-    """Raises `UsageError`, which repeats no secret."""
+def _parse_ref(text: str) -> AdapterRef:
+    """Parse an id. Raises `UsageError` without any secret of it."""
     ref = AdapterRef(text)
     try:
         return parsed(ref)
     except InvalidAdapterIdError as error:
-        raise error.prefixed(f"{shorten(text, 200)!r} is no entry's name, and no id: ") from None
+        raise error.prefixed(
+            f"{shorten(text, 200)!r} is neither an entry's name nor an id: "
+        ) from None
 
 
 def _gc(arguments: argparse.Namespace, terminal: Terminal) -> int:
     budget = sys.maxsize if arguments.bytes is None else arguments.bytes
-    with _opened(arguments, budget) as (folder, cache):
+    with _open_cache(arguments, budget) as (folder, cache):
         freed = Freed(0, 0, 0) if cache is None else maintenance.gc(cache)
         left = 0 if cache is None else cache.used()
     if arguments.json:
@@ -257,11 +258,13 @@ def _gc(arguments: argparse.Namespace, terminal: Terminal) -> int:
         _say_empty(folder, cache, terminal)
     else:
         terminal.say(
-            f"removed: {size(freed.nbytes)} (entries: {freed.entries}, partial downloads:"
-            f" {freed.partials}); left: {size(left)} in {folder}"
+            f"removed: {format_size(freed.nbytes)} (entries: {freed.entries}, partial downloads:"
+            f" {freed.partials}); left: {format_size(left)} in {folder}"
         )
     if left > budget:
-        terminal.complain(f"{size(left)} are in use, and more than {size(budget)}")
+        terminal.complain(
+            f"{format_size(left)} are in use, over the budget of {format_size(budget)}"
+        )
     return FAILED if left > budget else OK
 
 
@@ -269,12 +272,12 @@ def _gc(arguments: argparse.Namespace, terminal: Terminal) -> int:
 
 
 @contextmanager
-def _opened(
+def _open_cache(
     arguments: argparse.Namespace, nbytes: int = sys.maxsize
 ) -> Iterator[tuple[Path, DiskCache | None]]:
-    """The folder that was named, and the cache in it; None where there is none yet."""
+    """Yield the cache folder, and the cache in it or None if there is none yet."""
     folder = LoaderConfig(cache_dir=arguments.cache_dir).cache_folder
-    if not _is_there(folder):
+    if not _has_cache(folder):
         yield folder, None
         return
     cache = DiskCache(folder, nbytes, policy("lru"))
@@ -284,8 +287,8 @@ def _opened(
         cache.close()
 
 
-def _is_there(folder: Path) -> bool:
-    """A folder of something else has no cache in it either: nothing shall be made in there."""
+def _has_cache(folder: Path) -> bool:
+    """Return whether the folder holds a cache; opening one creates files in a foreign folder."""
     try:
         return "entries" in os.listdir(folder)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""`lorax-async demo`: three adapters become resident at once and answer in one batch."""
+"""`lorax-async demo`: load three adapters at once and answer in one batch."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from lorax_async.cli.measure import (
     LoadProgress,
     LoopStall,
     Show,
+    create_loads,
     in_ms,
     load_as_json,
     load_at_once,
-    loads_of,
     run_on_uvloop,
     with_ticker,
 )
-from lorax_async.cli.serve import how_to_serve
-from lorax_async.cli.terminal import Terminal, milliseconds, size, spans
+from lorax_async.cli.serve import serve_commands
+from lorax_async.cli.terminal import Terminal, format_ms, format_runs, format_size
 from lorax_async.config import LoaderConfig
 from lorax_async.engines.smollm2 import BASE_MODEL, prepare_base
 from lorax_async.engines.transformers import attach
@@ -38,8 +38,8 @@ from lorax_async.types import AdapterRef
 PROMPT_TOKENS = 96
 
 
-def base_model(base: str, report: Callable[[str], None]) -> Any:
-    """In float32, from a folder; "smollm2" is the demo's. Blocks; raises as a load of it does."""
+def load_base_model(base: str, report: Callable[[str], None]) -> Any:
+    """Load a base model from a folder, or "smollm2", in float32. Blocks."""
     folder = prepare_base(progress=report) if base == "smollm2" else Path(base)
     report("loading the base")
     import torch  # noqa: PLC0415
@@ -50,7 +50,7 @@ def base_model(base: str, report: Callable[[str], None]) -> Any:
 
 
 async def stream_through(model: Any, loader: AdapterLoader, refs: Sequence[AdapterRef]) -> None:
-    """One prompt after the other, each through the layers of its adapter as they come."""
+    """Run one prompt after another, each through its adapter's layers as they become ready."""
     with attach(model, loader) as attached:
         for ref in refs:
             async with loader.stream(ref) as handle:
@@ -68,7 +68,7 @@ def _compute(model: Any) -> None:
 
 @contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    """The server of the slow link, and the copies, have the other core."""
+    """Leave the other cores to the slow link's server and to the copies."""
     import torch  # noqa: PLC0415
 
     threads = torch.get_num_threads()
@@ -80,11 +80,11 @@ def _one_torch_thread() -> Iterator[None]:
 
 
 PROMPT = "What is ice?"
-"""One that the adapters were trained on: the smallest of them knows little beyond its pairs."""
+"""A prompt of the adapters' training data: the smallest adapter knows little else."""
 
 MAX_NEW_TOKENS = 32
 IDLE_SECONDS = 0.25
-"""For how long the loop is watched before the loads: about ten times as long as they take."""
+"""How long the idle loop is measured before the loads; they take about a tenth of that."""
 
 CONFIG = LoaderConfig(dtype="float32", device_bytes=32 << 20, max_slots=len(ADAPTERS))
 
@@ -93,7 +93,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class DemoReply:
-    """What one row said; `cut` where it had more to say than `MAX_NEW_TOKENS`."""
+    """The answer of one row; `cut` if it reached `MAX_NEW_TOKENS`."""
 
     by: str
     text: str
@@ -102,10 +102,11 @@ class DemoReply:
 
 @dataclass(frozen=True, slots=True)
 class DemoResult:
-    """What came out. `stall` is the loop's during the loads, `idle` its own just before them.
+    """The answers and times of a demo.
 
-    `again_seconds`: until all were resident once more, by a second loader of the same process. The
-    difference to `loads` is what the first load of a process pays for warming up.
+    `stall` is the loop's longest stall during the loads, `idle` that of the idle loop before them.
+    `again_seconds` is the time a second loader of the same process takes to load all three: the
+    first load of a process pays for warming up, too.
     """
 
     adapters: Path
@@ -120,14 +121,13 @@ class DemoResult:
 
 
 def run_demo(folder: Path, prompt: str, terminal: Terminal) -> DemoResult:
-    """Prepare the base model, then load, attach and generate on one event loop of uvloop's.
+    """Prepare the base model, then load, attach and generate on a uvloop event loop.
 
-    Raises `ConfigError` where the adapters or the base model are not installed, and whatever a
-    load raises.
+    Raises `ConfigError` if the adapters or the base model are missing, and what a load raises.
     """
-    adapters_in(folder)  # before the base, which takes longer
+    adapters_in(folder)  # fail before the base is loaded
     start = time.perf_counter()
-    # Before the loop starts, for both hold the interpreter for long: Ctrl-C ends them at once.
+    # Import and load before the loop starts: both block for seconds, and Ctrl-C ends them at once.
     with terminal.steps() as report:
         base = _DemoModel.load(report)
     prepared = time.perf_counter() - start
@@ -140,7 +140,7 @@ async def _demo(
     paths = adapters_in(folder)
     layout = layouts.from_module(base.model)
     async with AdapterLoader(layout, CONFIG) as loader:
-        loads = loads_of(paths)
+        loads = create_loads(paths)
         try:
             with terminal.bars() as bars:
                 _, idle = await with_ticker(asyncio.sleep(IDLE_SECONDS))
@@ -165,7 +165,7 @@ async def _load(loader: AdapterLoader, loads: Sequence[LoadProgress], show: Show
 
 async def _load_again(layout: ModelLayout, paths: Sequence[Path]) -> float:
     async with AdapterLoader(layout, CONFIG) as loader:
-        loads = loads_of(paths)
+        loads = create_loads(paths)
         await _load(loader, loads, lambda _, __: None)
         _release(loads)
     return max(load.resident or 0.0 for load in loads)
@@ -181,13 +181,15 @@ async def _answer(
 ) -> tuple[DemoReply, ...]:
     rows: list[AdapterHandle | None] = [None, *(load.handle for load in loads)]
     with attach(base.model, loader) as attached, attached.batch(rows):
-        said = await _in_thread(lambda stop: base.answer(prompt, len(rows), stop))
+        answers = await _in_thread(lambda stop: base.answer(prompt, len(rows), stop))
     names = ["base", *(load.name for load in loads)]
-    return tuple(DemoReply(name, text, cut) for name, (text, cut) in zip(names, said, strict=True))
+    return tuple(
+        DemoReply(name, text, cut) for name, (text, cut) in zip(names, answers, strict=True)
+    )
 
 
 async def _in_thread(work: Callable[[threading.Event], T]) -> T:
-    """Run `work` in a thread, with this context; a cancellation tells it to stop and waits."""
+    """Run `work` in a thread. On cancellation, set its event and wait for its end."""
     stop = threading.Event()
     thread = asyncio.ensure_future(asyncio.to_thread(work, stop))
     try:
@@ -219,11 +221,11 @@ class _DemoModel:
         return cls(model, AutoTokenizer.from_pretrained(folder, padding_side="left"))
 
     def answer(self, prompt: str, rows: int, stop: threading.Event) -> list[tuple[str, bool]]:
-        """Greedy answers of `rows` rows, all to one prompt, and whether each was cut short."""
+        """Answer the prompt greedily in `rows` rows; return each text and whether it was cut."""
         import torch  # noqa: PLC0415
         from transformers import StoppingCriteriaList  # noqa: PLC0415
 
-        def stopped(ids: torch.Tensor, _: object, **__: object) -> torch.Tensor:
+        def is_stopped(ids: torch.Tensor, _: object, **__: object) -> torch.Tensor:
             return torch.full((len(ids),), stop.is_set(), device=ids.device)
 
         chat = [{"role": "user", "content": prompt}]
@@ -234,7 +236,7 @@ class _DemoModel:
                 **inputs,
                 max_new_tokens=MAX_NEW_TOKENS,
                 do_sample=False,
-                stopping_criteria=StoppingCriteriaList([stopped]),
+                stopping_criteria=StoppingCriteriaList([is_stopped]),
             )
         new = out[:, inputs["input_ids"].shape[1] :]
         end = self.tokenizer.eos_token_id
@@ -246,7 +248,7 @@ class _DemoModel:
 
 @contextmanager
 def _half_of_the_cores() -> Iterator[None]:
-    """OpenMP's threads spin: where others work too, all of the cores took seven times as long."""
+    """Limit torch to half of the cores: OpenMP's threads spin, and on all cores took 7x as long."""
     import torch  # noqa: PLC0415
 
     threads = torch.get_num_threads()
@@ -259,20 +261,20 @@ def _half_of_the_cores() -> Iterator[None]:
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """The ones that transformers draws on any stderr, a pipe too."""
+    """Disable the progress bars that transformers draws on any stderr, even a pipe."""
     logging: Any = importlib.import_module("transformers.utils.logging")  # its switches are untyped
 
-    shown = logging.is_progress_bar_enabled()
+    enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if enabled:
             logging.enable_progress_bar()
 
 
 def show_demo(demo: DemoResult, terminal: Terminal) -> None:
-    """Answers and table for a person."""
+    """Print the answers and the table of loads."""
     terminal.say(demo.prompt, "bold")
     terminal.say()
     terminal.pairs([(a.by, " ".join(a.text.split()) + " …" * a.cut) for a in demo.answers])
@@ -280,16 +282,19 @@ def show_demo(demo: DemoResult, terminal: Terminal) -> None:
     terminal.table(columns, [_row(load) for load in demo.loads])
     terminal.pairs(
         [
-            ("times", "from load(), called for all three in one turn of the loop"),
-            ("once more", f"{milliseconds(demo.again_seconds)} for all, by a second loader"),
-            ("longest stall", f"{_stall(demo.stall)} while they loaded"),
-            ("", f"{_stall(demo.idle)} while the loop idled just before"),
+            ("times", "from load(), called for all three in one iteration of the event loop"),
+            (
+                "second load",
+                f"{format_ms(demo.again_seconds)} for all three, by a second loader",
+            ),
+            ("longest stall", f"{_stall(demo.stall)} during the loads"),
+            ("", f"{_stall(demo.idle)} in the idle loop before"),
             ("answers", f"{demo.generate_seconds:.1f} s for four rows in one batch, fp32, greedy"),
         ]
     )
-    serving, asking = how_to_serve(demo.adapters)
+    serving, asking = serve_commands(demo.adapters)
     terminal.say()
-    terminal.say("To serve them, and to ask:", "bold")
+    terminal.say("To serve the adapters, and query one:", "bold")
     terminal.say(serving)
     terminal.say(asking)
 
@@ -299,20 +304,20 @@ def _row(load: LoadProgress) -> tuple[str, ...]:
     assert load.nbytes is not None
     return (
         load.name,
-        spans(load.layers),
-        size(load.file_bytes),
-        size(load.nbytes),
-        milliseconds(load.first_layer),
-        milliseconds(load.resident),
+        format_runs(load.layers),
+        format_size(load.file_bytes),
+        format_size(load.nbytes),
+        format_ms(load.first_layer),
+        format_ms(load.resident),
     )
 
 
 def _stall(stall: LoopStall) -> str:
-    return f"{milliseconds(stall.longest)} (1 ms ticker, {stall.ticks} ticks)"
+    return f"{format_ms(stall.longest)} (1 ms ticker, {stall.ticks} ticks)"
 
 
 def demo_as_json(demo: DemoResult) -> dict[str, object]:
-    """The same for machines: plain values, times in milliseconds where their name says so."""
+    """Return the result as plain values; names ending in `_ms` hold milliseconds."""
     return {
         "prompt": demo.prompt,
         "answers": [asdict(answer) for answer in demo.answers],

@@ -1,4 +1,4 @@
-"""`lorax-async demo-remote`: adapters come over a slow link, and their first layers long before."""
+"""`lorax-async demo-remote`: load adapters over a slow link and show when each layer is ready."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ from lorax_async import layouts
 from lorax_async.cli.arguments import OK, AddParser, add_base, add_command
 from lorax_async.cli.measure import (
     LoadProgress,
+    create_loads,
+    in_ms,
     load_as_json,
     load_at_once,
-    loads_of,
     run_on_uvloop,
 )
-from lorax_async.cli.terminal import ProgressBars, Terminal, milliseconds, size, spans
-from lorax_async.cli.timeline import add_trace, traced
+from lorax_async.cli.terminal import ProgressBars, Terminal, format_ms, format_runs, format_size
+from lorax_async.cli.timeline import add_trace, record_trace
 from lorax_async.config import LoaderConfig
 from lorax_async.errors import ConfigError
 from lorax_async.ids.allow import Allow
@@ -43,7 +44,7 @@ _RANGE = re.compile(r"bytes=([0-9]{1,15})-([0-9]{1,15})")
 
 
 class SlowLink:
-    """A line that brings `rate` bytes per second, for all who use it together."""
+    """A link of `rate` bytes per second, shared by all connections."""
 
     def __init__(self, rate: float) -> None:
         self._rate = rate
@@ -52,7 +53,7 @@ class SlowLink:
         self._ended = threading.Event()
 
     def wait(self, nbytes: int) -> None:
-        """Until so many bytes are through. Raises `BrokenPipeError` when the line is cut."""
+        """Block until `nbytes` are through. Raises `BrokenPipeError` when the link is cut."""
         with self._lock:
             now = time.monotonic()
             self._free_at = max(now, self._free_at) + nbytes / self._rate
@@ -66,7 +67,7 @@ class SlowLink:
 
 @dataclass(frozen=True, slots=True)
 class ServedFile:
-    """A file with its strong ETag and its digest, as fields of a response have them."""
+    """A file, with its strong ETag and digest as response header fields."""
 
     content: memoryview
     etag: str
@@ -74,15 +75,15 @@ class ServedFile:
 
     @classmethod
     def of(cls, content: bytes) -> Self:
-        found = hashlib.sha256(content)
-        digest = f"sha-256=:{b64encode(found.digest()).decode()}:"
-        return cls(memoryview(content), f'"{found.hexdigest()[:32]}"', digest)
+        sha256 = hashlib.sha256(content)
+        digest = f"sha-256=:{b64encode(sha256.digest()).decode()}:"
+        return cls(memoryview(content), f'"{sha256.hexdigest()[:32]}"', digest)
 
 
 class SlowServer(ThreadingHTTPServer):
-    """Serves `files` by their targets, in threads of its own, while it is entered.
+    """A server of `files`, by request target, that runs in its own threads while entered.
 
-    Ranges are served, and the digest is sent along; all else is a 404.
+    Supports ranges and sends digests. Other targets get a 404.
     """
 
     daemon_threads = False
@@ -100,7 +101,7 @@ class SlowServer(ThreadingHTTPServer):
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Clients are to have left: their threads are waited for."""
+        """Cut the link and join all threads. Clients must have disconnected."""
         self.link.cut()
         self.shutdown()
         self._thread.join()
@@ -122,13 +123,13 @@ class _SlowHandler(BaseHTTPRequestHandler):
             self._head(404, 0)
             return
         size = len(served.content)
-        asked = _RANGE.fullmatch(self.headers.get("Range", ""))
+        wanted = _RANGE.fullmatch(self.headers.get("Range", ""))
         fields = {"ETag": served.etag, "Repr-Digest": served.digest}
-        if asked is None:
+        if wanted is None:
             self._head(200, size, **fields)
             self._send(served.content)
             return
-        start, stop = int(asked[1]), min(int(asked[2]) + 1, size)
+        start, stop = int(wanted[1]), min(int(wanted[2]) + 1, size)
         if start >= stop:
             self._head(416, 0)
             return
@@ -145,7 +146,7 @@ class _SlowHandler(BaseHTTPRequestHandler):
             super().handle()
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nobody reads it."""
+        """Discard the message."""
 
     def _head(self, status: int, length: int, **fields: str) -> None:
         self.send_response(status)
@@ -163,7 +164,7 @@ class _SlowHandler(BaseHTTPRequestHandler):
 ADAPTERS = ("pirate", "shout", "json")
 
 RATE = 1_400_000.0
-"""Bytes per second of the whole link: the three adapters take two to three seconds."""
+"""Bytes per second of the link: the three adapters take two to three seconds."""
 
 COLUMNS = 50
 _HEIGHTS = "▁▂▃▄▅▆▇█"
@@ -171,7 +172,7 @@ _HEIGHTS = "▁▂▃▄▅▆▇█"
 
 @dataclass(frozen=True, slots=True)
 class RemoteDemoResult:
-    """What came out: the loads, over a link of `rate` bytes per second, of `nbytes` in all."""
+    """The loads over a link of `rate` bytes per second; `nbytes` is the size of all files."""
 
     loads: tuple[LoadProgress, ...]
     verifications: tuple[Verification, ...]
@@ -180,11 +181,11 @@ class RemoteDemoResult:
 
 
 def add_to(add: AddParser) -> None:
-    about = "load the demo's adapters over a slow link, and show when each layer came"
+    about = "load the demo's adapters over a slow link and show when each layer is ready"
     more = (
-        "They are served on loopback by this process, at 1.4 MB/s, into a cache that is empty at"
-        " first and gone afterwards. No base model is needed, only its shapes; with --base, prompts"
-        " go through that model, whose layers compute as soon as their adapters' layers are here."
+        "This process serves them on loopback at 1.4 MB/s, into an empty, temporary cache. With"
+        " --base, prompts run through that model, each layer as soon as the adapter's layer is"
+        " ready; otherwise no base model is needed, only its shapes."
     )
     parser = add_command(add, "demo-remote", about, _demo_remote, more)
     add_adapters(parser)
@@ -198,17 +199,17 @@ def add_adapters(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("examples/adapters"),
         metavar="DIR",
-        help="the folder with pirate, shout and json (default: %(default)s, as in a checkout)",
+        help="the folder with pirate, shout and json (default: %(default)s, of a checkout)",
     )
 
 
 def adapters_in(folder: Path) -> list[Path]:
-    """The three folders. Raises `ConfigError` where one is missing."""
+    """Return the folders of the demo's adapters. Raises `ConfigError` if one is missing."""
     paths = [folder / name for name in ADAPTERS]
     if missing := [str(path) for path in paths if not path.is_dir()]:
         raise ConfigError(
-            f"the demo's adapters are not here: {', '.join(missing)}; run it in a checkout of the"
-            " project, or give their folder with --adapters"
+            f"the demo's adapters are missing: {', '.join(missing)}; run the command in a"
+            " checkout of the project, or give their folder with --adapters"
         )
     return paths
 
@@ -232,10 +233,10 @@ def run_remote_demo(
 ) -> RemoteDemoResult:
     """Serve the adapters in `folder` at `rate` bytes per second, and load all three at once.
 
-    With a `base`, a prompt for each goes through that model meanwhile; a `trace` is a file for what
-    happens when.
+    With a `base`, also run one prompt per adapter through that model. `trace` is a file to write
+    the trace to.
 
-    Raises `ConfigError` where they are not there, and whatever a load raises.
+    Raises `ConfigError` if an adapter is missing, and what a load raises.
     """
     files = {
         f"/{path.name}/{name}": (path / name).read_bytes()
@@ -248,11 +249,11 @@ def run_remote_demo(
             dtype=None if model is None else "float32",
             device_bytes=32 << 20,
             max_slots=len(ADAPTERS),
-            connections=1,  # more would gain nothing on one line, and hide the layers' order
+            connections=1,  # more gain nothing on one link, and would hide the layer order
             allow=(Allow("http", "127.0.0.1", server.server_port),),
             cache_dir=cache,
         )
-        loads = loads_of([AdapterRef(server.url(name)) for name in ADAPTERS])
+        loads = create_loads([AdapterRef(server.url(name)) for name in ADAPTERS])
         for load, name in zip(loads, ADAPTERS, strict=True):
             load.name = name
         verifications = run_on_uvloop(_load(config, loads, terminal, model, trace))
@@ -269,9 +270,9 @@ async def _load(
     layout = smollm2_layout() if model is None else layouts.from_module(model)
     async with AdapterLoader(layout, config) as loader:
         try:
-            with terminal.bars() as bars, traced(loader, trace):
+            with terminal.bars() as bars, record_trace(loader, trace):
                 await _load_and_compute(loader, loads, bars, model)
-            return tuple([await _verified(load) for load in loads])
+            return tuple([await _verify(load) for load in loads])
         finally:
             for load in loads:
                 load.release()
@@ -292,13 +293,13 @@ async def _load_and_compute(
 
 
 def _model(base: str, terminal: Terminal) -> Any:
-    from lorax_async.cli.demo import base_model  # noqa: PLC0415
+    from lorax_async.cli.demo import load_base_model  # noqa: PLC0415
 
     with terminal.steps() as report:
-        return base_model(base, report)
+        return load_base_model(base, report)
 
 
-async def _verified(load: LoadProgress) -> Verification:
+async def _verify(load: LoadProgress) -> Verification:
     if load.error is not None:
         raise load.error
     assert load.handle is not None
@@ -306,7 +307,7 @@ async def _verified(load: LoadProgress) -> Verification:
 
 
 def smollm2_layout() -> ModelLayout:
-    """The linear modules of the demo's base, which has 30 layers of hidden size 576."""
+    """Return the layout of the demo's base: linear modules of 30 layers of hidden size 576."""
     hidden, middle, heads = 576, 1536, 192
     shapes = (
         ("self_attn.q_proj", hidden, hidden, Parallelism.COLUMN),
@@ -325,45 +326,46 @@ def smollm2_layout() -> ModelLayout:
     return ModelLayout(tuple(modules), 30, "BF16", "model.")
 
 
-def picture(came: Sequence[float], seconds: float) -> str:
-    """How many of the layers were there, column by column, from the call of `load` on."""
+def sparkline(ready_times: Sequence[float], seconds: float) -> str:
+    """Draw how many layers were ready over the `seconds` from the call of `load`."""
     marks = ""
     for column in range(1, COLUMNS + 1):
-        there = bisect_right(came, seconds * column / COLUMNS)
-        height = math.ceil(there * len(_HEIGHTS) / len(came))
-        marks += _HEIGHTS[height - 1] if there else "·"
+        ready = bisect_right(ready_times, seconds * column / COLUMNS)
+        height = math.ceil(ready * len(_HEIGHTS) / len(ready_times))
+        marks += _HEIGHTS[height - 1] if ready else "·"
     return marks
 
 
 def _show(demo: RemoteDemoResult, terminal: Terminal) -> None:
     columns = ("adapter", "layers", " on device", " first layer", " resident", "checked by")
     rows = zip(demo.loads, demo.verifications, strict=True)
-    terminal.table(columns, [(*_row(load), found.kind) for load, found in rows])
+    terminal.table(columns, [(*_row(load), verification.kind) for load, verification in rows])
     seconds = max(load.resident or 0.0 for load in demo.loads)
-    pictures = [(load.name, picture(load.came, seconds)) for load in demo.loads]
-    column = milliseconds(seconds / COLUMNS)
+    sparklines = [(load.name, sparkline(load.ready_times, seconds)) for load in demo.loads]
+    column = format_ms(seconds / COLUMNS)
     terminal.say(f"layers on the device; each column is {column}", "bold")
-    terminal.pairs(pictures)
+    terminal.pairs(sparklines)
     terminal.say()
-    link = f"{demo.rate / 1e6:g} MB/s for all three, on loopback; {size(demo.nbytes)} to bring"
-    terminal.pairs([("link", link), ("times", "from load(), called for all three in one turn")])
+    link = f"{demo.rate / 1e6:g} MB/s for all three, on loopback; {format_size(demo.nbytes)} in all"
+    terminal.pairs([("link", link), ("times", "from load(), called for all three at once")])
 
 
 def _row(load: LoadProgress) -> tuple[str, ...]:
     assert load.nbytes is not None
     return (
         load.name,
-        spans(load.layers),
-        size(load.nbytes),
-        milliseconds(load.first_layer),
-        milliseconds(load.resident),
+        format_runs(load.layers),
+        format_size(load.nbytes),
+        format_ms(load.first_layer),
+        format_ms(load.resident),
     )
 
 
 def _as_json(demo: RemoteDemoResult) -> dict[str, object]:
     adapters = [
         load_as_json(load)
-        | {"layers_ms": [round(each * 1e3, 3) for each in load.came], "checked": asdict(found)}
-        for load, found in zip(demo.loads, demo.verifications, strict=True)
+        | {"layers_ms": [in_ms(seconds) for seconds in load.ready_times]}
+        | {"checked": asdict(verification)}
+        for load, verification in zip(demo.loads, demo.verifications, strict=True)
     ]
     return {"adapters": adapters, "rate": demo.rate, "bytes": demo.nbytes}

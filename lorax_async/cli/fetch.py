@@ -1,4 +1,4 @@
-"""`lorax-async fetch`: adapters onto this machine's disk."""
+"""`lorax-async fetch`: download adapters into the disk cache and verify them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from lorax_async.cli.arguments import (
     add_sources,
     as_id,
     at_revision,
-    settings_of,
+    loader_settings,
 )
 from lorax_async.cli.measure import error_as_json, run_on_uvloop
-from lorax_async.cli.terminal import ProgressBars, Terminal, size
+from lorax_async.cli.terminal import ProgressBars, Terminal, format_size
 from lorax_async.config import LoaderConfig
 from lorax_async.errors import LoraxError
 from lorax_async.files import Reader
@@ -33,25 +33,24 @@ from lorax_async.runtime.folders import Fetches
 from lorax_async.types import AdapterRef, RemoteKey, Verification
 
 AT_ONCE = 4
-"""Adapters on their way at the same time: they share the connections anyway."""
+"""Concurrent fetches: they share the connections."""
 
-LOOK_SECONDS = 0.1
-"""Between two reports of progress."""
+REPORT_SECONDS = 0.1
+"""Seconds between two reports of progress."""
 
 
 def add_to(add: AddParser) -> None:
     more = (
-        "What is named is allowed, exactly as it is named. A loader with the same caches finds it"
-        " there. An interrupted fetch leaves what it has, and the next one goes on from that."
-        f" {TOKENS}"
+        "Every ID is allowed as it stands. Loaders with the same caches use the fetched files. An"
+        f" interrupted fetch is resumed by the next one. {TOKENS}"
     )
-    about = "bring adapters onto this machine's disk, and check them; no base model is needed"
+    about = "download adapters into the disk cache and verify them; no base model is needed"
     parser = add_command(add, "fetch", about, _fetch, more)
     parser.add_argument("ids", type=as_id, nargs="+", metavar="ID", help=ID_HELP)
     parser.add_argument(
         "--revision",
         metavar="R",
-        help="of each ID: a branch, tag or commit of the hub; elsewhere a versionId or an ETag",
+        help="every ID's version: on the hub a branch, tag or commit, else a versionId or an ETag",
     )
     add_sources(parser)
     add_caches(parser)
@@ -60,11 +59,11 @@ def add_to(add: AddParser) -> None:
 def _fetch(arguments: argparse.Namespace, terminal: Terminal) -> int:
     refs = [at_revision(ref, arguments.revision) for ref in dict.fromkeys(arguments.ids)]
     rows = [FetchRow(ref) for ref in refs]
-    config = LoaderConfig(**settings_of(arguments, refs))
-    with open_remote_source(config) as elsewhere, terminal.bars() as bars:
-        run_on_uvloop(fetch_all(elsewhere, rows, partial(_show_progress, bars)))
+    config = LoaderConfig(**loader_settings(arguments, refs))
+    with open_remote_source(config) as source, terminal.bars() as bars:
+        run_on_uvloop(fetch_all(source, rows, partial(_show_progress, bars)))
     if arguments.json:
-        terminal.json({"adapters": [_as_json(row) for row in rows]})
+        terminal.json({"adapters": [_row_as_json(row) for row in rows]})
     else:
         _show(rows, terminal)
     for row in rows:
@@ -74,10 +73,10 @@ def _fetch(arguments: argparse.Namespace, terminal: Terminal) -> int:
 
 
 def _show_progress(bars: ProgressBars, number: int, row: FetchRow) -> None:
-    done, wanted = row.landed
+    done, total = row.downloaded
     if row.nbytes is not None:
-        done = wanted = row.nbytes
-    bars.update(number, row.ref.text, done, wanted, row.state)
+        done = total = row.nbytes
+    bars.update(number, row.ref.text, done, total, row.state)
 
 
 def _show(rows: list[FetchRow], terminal: Terminal) -> None:
@@ -95,19 +94,23 @@ def _facts(row: FetchRow) -> list[tuple[str, str]]:
     return [
         ("from", f"{row.ref.source}, version {row.version}"),
         ("digest", f"{kind} {digest}"),
-        ("size", f"{size(row.nbytes)} in {row.seconds:.2f} s"),
-        ("lies in", str(row.place)),
+        ("size", f"{format_size(row.nbytes)} in {row.seconds:.2f} s"),
+        ("folder", str(row.place)),
     ]
 
 
-def _as_json(row: FetchRow) -> dict[str, object]:
-    found = row.verification
+def _row_as_json(row: FetchRow) -> dict[str, object]:
+    verification = row.verification
     return {
         "id": row.ref.text,
         "source": row.ref.source,
         "state": row.state,
         "version": row.version,
-        "digest": None if found is None else {"kind": found.kind, "value": found.digest},
+        "digest": (
+            None
+            if verification is None
+            else {"kind": verification.kind, "value": verification.digest}
+        ),
         "bytes": row.nbytes,
         "seconds": round(row.seconds, 3),
         "place": row.place,
@@ -120,9 +123,9 @@ def _as_json(row: FetchRow) -> dict[str, object]:
 
 @dataclass(slots=True, eq=False)
 class FetchRow:
-    """One adapter's way onto the disk.
+    """The progress and result of one fetch.
 
-    `nbytes` are those of all its files; `seconds` is how long it took, from its own turn on.
+    `nbytes` counts all files. `seconds` excludes waiting for other fetches. `place` is the folder.
     """
 
     ref: AdapterRef
@@ -136,18 +139,18 @@ class FetchRow:
     _reader: Reader | None = None
 
     @property
-    def landed(self) -> tuple[int, int | None]:
-        """Bytes of weights that are here, and how many there are, if that is known yet."""
+    def downloaded(self) -> tuple[int, int | None]:
+        """The bytes of weights on the disk, and their total, or None if it is unknown."""
         return self._reader.landed() if isinstance(self._reader, FetchReader) else (0, None)
 
-    async def run(self, elsewhere: RemoteSource, fetches: Fetches) -> None:
-        """Fetch it, or keep the typed error."""
+    async def run(self, source: RemoteSource, fetches: Fetches) -> None:
+        """Fetch the adapter; store a typed error in `error` instead of raising it."""
         began = time.perf_counter()
         try:
-            self.state = "asking"
-            key = await elsewhere.resolve(self.ref)
+            self.state = "resolving"
+            key = await source.resolve(self.ref)
             self.version = key.version if isinstance(key, RemoteKey) else None
-            with await fetches.fetch(self.ref, key, self._opened) as folder:
+            with await fetches.fetch(self.ref, key, self._set_reader) as folder:
                 self.verification, self.nbytes = folder.verification, folder.nbytes
                 self.place = str(folder.path)
                 self.state = "fetched" if folder.downloaded else "here already"
@@ -155,34 +158,36 @@ class FetchRow:
             self.state, self.error = "failed", error.located(id=self.ref.text)
         self.seconds = time.perf_counter() - began
 
-    def _opened(self, reader: Reader) -> None:
+    def _set_reader(self, reader: Reader) -> None:
         self._reader = reader
         self.state = "fetching" if isinstance(reader, FetchReader) else "checking"
 
 
 async def fetch_all(
-    elsewhere: RemoteSource, rows: Sequence[FetchRow], show: Callable[[int, FetchRow], None]
+    source: RemoteSource, rows: Sequence[FetchRow], show: Callable[[int, FetchRow], None]
 ) -> None:
-    """Fetch all of them, a few at a time; call `show` now and then, and at the end."""
-    turns = asyncio.Semaphore(AT_ONCE)
+    """Fetch all rows, `AT_ONCE` at a time.
 
-    fetches = Fetches(elsewhere)
+    Call `show` for each row every `REPORT_SECONDS`, and at the end.
+    """
+    slots = asyncio.Semaphore(AT_ONCE)
+    fetches = Fetches(source)
 
-    async def one(row: FetchRow) -> None:
-        async with turns:
-            await row.run(elsewhere, fetches)
+    async def run(row: FetchRow) -> None:
+        async with slots:
+            await row.run(source, fetches)
 
     async def report() -> None:
         while True:
             _show_all(rows, show)
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(REPORT_SECONDS)
 
     try:
         async with asyncio.TaskGroup() as group:
             reporting = group.create_task(report(), name="report")
             async with asyncio.TaskGroup() as fetching:
                 for row in rows:
-                    fetching.create_task(one(row), name=f"fetch {row.ref.text}")
+                    fetching.create_task(run(row), name=f"fetch {row.ref.text}")
             reporting.cancel()
     finally:
         await fetches.close(0)

@@ -1,4 +1,4 @@
-"""`lorax-async inspect`: what an adapter is, and what a load of it would object to."""
+"""`lorax-async inspect`: describe an adapter and list the errors a load of it would raise."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from lorax_async.cli.arguments import (
     add_command,
     add_sources,
     as_place,
-    layout_of,
-    settings_of,
+    loader_settings,
+    read_layout,
 )
 from lorax_async.cli.measure import run_on_uvloop
-from lorax_async.cli.terminal import Terminal, spans
+from lorax_async.cli.terminal import Terminal, format_runs
 from lorax_async.config import Limits, LoaderConfig
 from lorax_async.devices.cpu import CpuDevice
 from lorax_async.errors import LoraxError
@@ -56,10 +56,9 @@ from lorax_async.types import AdapterRef, AdapterSpec
 
 @dataclass(frozen=True, slots=True)
 class RemoteMetadata:
-    """Config and header of an adapter.
+    """The config and header of a remote adapter.
 
-    `nbytes` is the size of the one file that its weights are, or stand for; `file_bytes` that of
-    its files.
+    `nbytes` is the size of its weights as one file; `file_bytes` that of its actual weight files.
     """
 
     config: bytes
@@ -69,7 +68,7 @@ class RemoteMetadata:
 
     @contextmanager
     def as_folder(self) -> Iterator[Path]:
-        """A folder as of a local adapter, but that the weights behind their header are a hole."""
+        """Yield a folder like a local adapter's, whose weights after the header are a hole."""
         with TemporaryDirectory(prefix="lorax-async-") as name:
             folder = Path(name)
             (folder / CONFIG).write_bytes(self.config)
@@ -79,21 +78,21 @@ class RemoteMetadata:
             yield folder
 
 
-def look(ref: AdapterRef, settings: Mapping[str, Any]) -> RemoteMetadata:
-    """Ask the source of `ref` for its beginning. Blocks; raises what a load would."""
+def download_metadata(ref: AdapterRef, settings: Mapping[str, Any]) -> RemoteMetadata:
+    """Download the config and header of `ref`. Blocks; raises what a load would."""
     with TemporaryDirectory(prefix="lorax-async-") as name:
         config = LoaderConfig(**{**settings, "cache_dir": Path(name) / "cache"})
-        with open_remote_source(config) as elsewhere:
-            return run_on_uvloop(_look(elsewhere, ref))
+        with open_remote_source(config) as source:
+            return run_on_uvloop(_download_metadata(source, ref))
 
 
-async def _look(elsewhere: RemoteSource, ref: AdapterRef) -> RemoteMetadata:
-    begun = await elsewhere.metadata(await elsewhere.resolve(ref))
-    file_bytes = sum(part.nbytes for part in begun.parts)
-    return RemoteMetadata(begun.config[1], begun.prefix, begun.nbytes, file_bytes)
+async def _download_metadata(source: RemoteSource, ref: AdapterRef) -> RemoteMetadata:
+    metadata = await source.metadata(await source.resolve(ref))
+    file_bytes = sum(part.nbytes for part in metadata.parts)
+    return RemoteMetadata(metadata.config[1], metadata.prefix, metadata.nbytes, file_bytes)
 
 
-SHOWN = (
+SHOWN_FIELDS = (
     "peft_type",
     "base_model_name_or_path",
     "r",
@@ -106,14 +105,14 @@ SHOWN = (
     "alpha_pattern",
     "layers_to_transform",
 )
-"""The fields of the config that say what the adapter is."""
+"""The fields of the config that describe the adapter."""
 
 MAX_PROBLEMS = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Why a load would be refused: the error's class and text."""
+    """A reason to refuse a load: the error's class and text."""
 
     error: str
     text: str
@@ -123,7 +122,7 @@ class Problem:
 class TargetModules:
     """The adapter's modules of one name; each tuple holds the distinct values, sorted.
 
-    `scales` are empty while the config is refused; `shapes` are (in, out) of the modules.
+    `scales` is empty if the config is refused; `shapes` are (in, out).
     """
 
     name: str
@@ -138,9 +137,9 @@ class TargetModules:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """Everything that could be found out. Bytes; None is what could not.
+    """The facts and problems of an adapter. None is unknown.
 
-    `problems_left_out` counts those beyond the first `MAX_PROBLEMS`.
+    `problems_left_out` counts problems beyond the first `MAX_PROBLEMS`.
     """
 
     path: str
@@ -162,80 +161,81 @@ class Inspection:
 def inspect_adapter(
     folder: Path, layout: ModelLayout | None = None, base: str | None = None
 ) -> Inspection:
-    """Read config and header of the adapter in `folder` and check them as a load would.
+    """Read the config and header in `folder` and check them as a load would.
 
     Parameters
     ----------
     folder
-        The program's own word: links are followed.
+        A trusted path: links are followed.
     layout
-        The base to check it against, called `base`; None checks only that it agrees with itself.
+        The base to check against, named `base`; None checks only that config and header agree.
 
-    Raises nothing for an adapter's faults: they are the inspection's `problems`.
+    Faults of the adapter are not raised: they are the inspection's `problems`.
     """
-    limits, seen = Limits(), _ProblemList()
-    with seen.noted():
+    limits, problems = Limits(), _ProblemList()
+    with problems.collect():
         find_adapter(parse_place(AdapterRef(folder), ()), (), limits)
-    fields, spec = _read_config(folder, limits, seen)
-    header, file_bytes = _read_header(folder, limits, seen)
-    tensors = _lora_tensors(header, seen)
+    fields, spec = _read_config(folder, limits, problems)
+    header, file_bytes = _read_header(folder, limits, problems)
+    tensors = _lora_tensors(header, problems)
     plan = None
     if spec is not None and header is not None:
-        with seen.noted():
+        with problems.collect():
             plan = _plan(folder, header, spec, layout, limits)
     return Inspection(
         path=str(folder),
         base=base,
-        config={name: fields[name] for name in SHOWN if name in fields},
+        config={name: fields[name] for name in SHOWN_FIELDS if name in fields},
         targets=_targets(tensors, spec),
         tensors=None if header is None else len(header.tensors),
         file_bytes=file_bytes,
         device_bytes=None if plan is None else plan.nbytes,
         device_dtype=None if plan is None else plan.dtype,
-        problems=tuple(seen.found[:MAX_PROBLEMS]),
-        problems_left_out=max(0, len(seen.found) - MAX_PROBLEMS),
+        problems=tuple(problems.items[:MAX_PROBLEMS]),
+        problems_left_out=max(0, len(problems.items) - MAX_PROBLEMS),
     )
 
 
 class _ProblemList:
-    """Collects each problem once, in the order in which they are met."""
+    """Distinct problems in order of discovery."""
 
     def __init__(self) -> None:
-        self.found: list[Problem] = []
+        self.items: list[Problem] = []
         self._texts: set[str] = set()
 
     @contextmanager
-    def noted(self, what: str = "the adapter") -> Iterator[None]:
+    def collect(self, what: str = "the adapter") -> Iterator[None]:
+        """Add errors of the block instead of raising them; `what` names the file it reads."""
         try:
             yield
         except OSError as error:
-            self._note(translated(error, what))
+            self._add(translated(error, what))
         except LoraxError as error:
-            self._note(error)
+            self._add(error)
 
-    def _note(self, error: LoraxError) -> None:
+    def _add(self, error: LoraxError) -> None:
         if error.problem not in self._texts:
             self._texts.add(error.problem)
-            self.found.append(Problem(type(error).__name__, error.problem))
+            self.items.append(Problem(type(error).__name__, error.problem))
 
 
 def _open(folder: Path, name: str) -> BinaryIO | None:
-    """The file if it is one and there is one; `find_adapter` has complained of one that is not."""
+    """Open a regular file; return None if it is missing, which `find_adapter` has reported."""
     try:
-        with located(str(folder / name)) as found:
-            require_file(name, found, sys.maxsize)
-            return os.fdopen(found.open(), "rb")
+        with located(str(folder / name)) as place:
+            require_file(name, place, sys.maxsize)
+            return os.fdopen(place.open(), "rb")
     except (FileNotFoundError, NotADirectoryError):
         return None
 
 
 def _read_config(
-    folder: Path, limits: Limits, seen: _ProblemList
+    folder: Path, limits: Limits, problems: _ProblemList
 ) -> tuple[dict[str, JsonValue], AdapterSpec | None]:
-    """The fields as far as they are JSON, and what they mean if all are accepted."""
+    """Return the fields of a JSON config, and the spec of its accepted fields if it has one."""
     fields: dict[str, JsonValue] = {}
     spec = None
-    with seen.noted(CONFIG):
+    with problems.collect(CONFIG):
         file = _open(folder, CONFIG)
         if file is not None:
             with file:
@@ -246,15 +246,15 @@ def _read_config(
                 max_bytes=limits.max_config_bytes,
                 max_depth=limits.max_json_depth,
             )
-            spec = parse_config(_accepted(text, fields, seen), limits)
+            spec = parse_config(_accepted_fields(text, fields, problems), limits)
     return fields, spec
 
 
-def _accepted(text: bytes, fields: Mapping[str, JsonValue], seen: _ProblemList) -> bytes:
-    """The config without the fields that are refused, for `parse_config` stops at the first."""
+def _accepted_fields(text: bytes, fields: Mapping[str, JsonValue], problems: _ProblemList) -> bytes:
+    """Return the config without refused fields, since `parse_config` stops at the first."""
     accepted = {}
     for name, value in fields.items():
-        with seen.noted():
+        with problems.collect():
             if name in FIELDS:
                 FIELDS[name].check(name, value)
             accepted[name] = value
@@ -262,11 +262,11 @@ def _accepted(text: bytes, fields: Mapping[str, JsonValue], seen: _ProblemList) 
 
 
 def _read_header(
-    folder: Path, limits: Limits, seen: _ProblemList
+    folder: Path, limits: Limits, problems: _ProblemList
 ) -> tuple[Header | None, int | None]:
-    """The header if it is well-formed, and the size of the file, or files, if there is one."""
+    """Return the header if it is well-formed, and the size of all weight files if there are any."""
     header = nbytes = None
-    with seen.noted(WEIGHTS):
+    with problems.collect(WEIGHTS):
         file = _open(folder, WEIGHTS)
         if file is not None:
             with file:
@@ -285,11 +285,11 @@ class _LoraTensor(NamedTuple):
     layer: int | None
 
 
-def _lora_tensors(header: Header | None, seen: _ProblemList) -> list[_LoraTensor]:
-    """The tensors that are applied; the others are problems."""
+def _lora_tensors(header: Header | None, problems: _ProblemList) -> list[_LoraTensor]:
+    """Return the tensors of A and B matrices; report the others."""
     tensors = []
     for span in header.tensors if header is not None else ():
-        with seen.noted():
+        with problems.collect():
             name = parse_tensor_name(span.name)
             tensors.append(_LoraTensor(span, name, layer_index(name.module)))
     return tensors
@@ -341,8 +341,8 @@ def _shapes(tensors: Iterable[_LoraTensor], part: TensorRole) -> dict[str, tuple
 
 
 def add_to(add: AddParser) -> None:
-    about = "show what an adapter is, and everything it would be refused for"
-    more = f"Of what lies elsewhere, config and header are asked for, and not kept. {TOKENS}"
+    about = "describe an adapter, and list every reason to refuse it"
+    more = f"Of a remote adapter, config and header are downloaded, and not kept. {TOKENS}"
     parser = add_command(add, "inspect", about, _inspect, more)
     parser.add_argument(
         "path", type=as_place, metavar="PATH", help=f"the adapter's folder, or else {ID_HELP}"
@@ -353,59 +353,59 @@ def add_to(add: AddParser) -> None:
 
 def _inspect(arguments: argparse.Namespace, terminal: Terminal) -> int:
     base: str | None = arguments.base
-    layout = layout_of(base, terminal) if base is not None else None
-    found = _inspected(arguments, layout, terminal)
+    layout = read_layout(base, terminal) if base is not None else None
+    inspection = _inspect_path(arguments, layout, terminal)
     if arguments.json:
-        terminal.json({"loadable": found.loadable} | asdict(found))
+        terminal.json({"loadable": inspection.loadable} | asdict(inspection))
     else:
-        _show_inspection(found, terminal)
-    return OK if found.loadable else REFUSED
+        _show_inspection(inspection, terminal)
+    return OK if inspection.loadable else REFUSED
 
 
-def _inspected(
+def _inspect_path(
     arguments: argparse.Namespace, layout: ModelLayout | None, terminal: Terminal
 ) -> Inspection:
     ref: AdapterRef = arguments.path
     if isinstance(ref.id, Path):
         return inspect_adapter(ref.id, layout, arguments.base)
     with terminal.steps() as report:
-        report(f"asking for config and header of {ref.text}")
-        looked = look(ref, settings_of(arguments, [ref]))
-    with looked.as_folder() as folder:
-        found = inspect_adapter(folder, layout, arguments.base)
-    return replace(found, path=ref.text, file_bytes=looked.file_bytes)
+        report(f"downloading config and header of {ref.text}")
+        metadata = download_metadata(ref, loader_settings(arguments, [ref]))
+    with metadata.as_folder() as folder:
+        inspection = inspect_adapter(folder, layout, arguments.base)
+    return replace(inspection, path=ref.text, file_bytes=metadata.file_bytes)
 
 
-def _show_inspection(found: Inspection, terminal: Terminal) -> None:
-    verdict, style = ("can be loaded", "green") if found.loadable else ("refused", "bold red")
-    terminal.say(f"{found.path}: {verdict}", style)
-    for problem in found.problems:
+def _show_inspection(inspection: Inspection, terminal: Terminal) -> None:
+    verdict, style = ("can be loaded", "green") if inspection.loadable else ("refused", "bold red")
+    terminal.say(f"{inspection.path}: {verdict}", style)
+    for problem in inspection.problems:
         terminal.say(f"  {problem.error}: {problem.text}")
-    if found.problems_left_out:
-        terminal.say(f"  … and {found.problems_left_out} more")
+    if inspection.problems_left_out:
+        terminal.say(f"  … and {inspection.problems_left_out} more")
     terminal.say()
-    terminal.pairs(list(_facts(found)))
-    if found.targets:
+    terminal.pairs(list(_facts(inspection)))
+    if inspection.targets:
         columns = ("target", " modules", "layers", "rank", "scale", "in → out", "dtype", " bytes")
-        terminal.table(columns, [_target_row(target) for target in found.targets])
+        terminal.table(columns, [_target_row(target) for target in inspection.targets])
 
 
-def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
-    for name, value in found.config.items():
+def _facts(inspection: Inspection) -> Iterator[tuple[str, str]]:
+    for name, value in inspection.config.items():
         if value not in (None, [], {}):
             yield name, json.dumps(value, ensure_ascii=False)
-    yield "checked against", found.base or "itself only; --base checks that it fits one"
-    if found.file_bytes is not None:
-        yield "file", f"{found.file_bytes:,} bytes"
-    if found.device_bytes is not None:
-        yield "on a device", f"{found.device_bytes:,} bytes as {found.device_dtype}"
+    yield "checked against", inspection.base or "itself; use --base to check it against a base"
+    if inspection.file_bytes is not None:
+        yield "file", f"{inspection.file_bytes:,} bytes"
+    if inspection.device_bytes is not None:
+        yield "on a device", f"{inspection.device_bytes:,} bytes as {inspection.device_dtype}"
 
 
 def _target_row(target: TargetModules) -> tuple[str, ...]:
     return (
         target.name,
         str(target.modules),
-        spans(target.layers),
+        format_runs(target.layers),
         ", ".join(map(str, target.ranks)),
         ", ".join(f"{scale:g}" for scale in target.scales),
         ", ".join(f"{into} → {out}" for into, out in target.shapes),

@@ -1,4 +1,4 @@
-"""`lorax-async load`: adapters onto a device, with the times it took."""
+"""`lorax-async load`: load adapters onto a device and time it."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from lorax_async.cli.arguments import (
     add_sources,
     as_place,
     as_size,
-    layout_of,
-    settings_of,
+    loader_settings,
+    read_layout,
 )
 from lorax_async.cli.measure import (
     LoadProgress,
+    create_loads,
     load_as_json,
     load_at_once,
-    loads_of,
     run_on_uvloop,
 )
-from lorax_async.cli.terminal import ProgressBars, Terminal, milliseconds, size, spans
-from lorax_async.cli.timeline import add_trace, traced
+from lorax_async.cli.terminal import ProgressBars, Terminal, format_ms, format_runs, format_size
+from lorax_async.cli.timeline import add_trace, record_trace
 from lorax_async.config import DTYPES, LoaderConfig
 from lorax_async.loader import AdapterLoader
 from lorax_async.planning.layout import ModelLayout
@@ -38,10 +38,10 @@ from lorax_async.planning.layout import ModelLayout
 
 def add_to(add: AddParser) -> None:
     more = (
-        "Each is let go as soon as it has been resident, so that a small --device-bytes makes them"
-        f" take turns. {TOKENS}"
+        "Each adapter is released once it is resident, so that with a small --device-bytes one"
+        f" makes room for the next. {TOKENS}"
     )
-    about = "load adapters, all at once, and say how long it took"
+    about = "load adapters, all at once, and report times"
     parser = add_command(add, "load", about, _load, more)
     parser.add_argument(
         "paths",
@@ -51,13 +51,13 @@ def add_to(add: AddParser) -> None:
         help=f"an adapter's folder, or else {ID_HELP}",
     )
     add_base(parser, required=True)
-    parser.add_argument("--dtype", choices=DTYPES, help="stored as (default: the base's dtype)")
+    parser.add_argument("--dtype", choices=DTYPES, help="on the device (default: the base's dtype)")
     parser.add_argument(
         "--device-bytes",
         type=as_size,
         default="256MiB",
         metavar="N",
-        help=f"the room for adapters: {SIZE_HELP} (default: %(default)s)",
+        help=f"device memory for adapters: {SIZE_HELP} (default: %(default)s)",
     )
     add_sources(parser)
     add_caches(parser)
@@ -68,10 +68,10 @@ def _load(arguments: argparse.Namespace, terminal: Terminal) -> int:
     config = LoaderConfig(
         dtype=arguments.dtype,
         device_bytes=arguments.device_bytes,
-        **settings_of(arguments, arguments.paths),
+        **loader_settings(arguments, arguments.paths),
     )
-    layout = layout_of(arguments.base, terminal)
-    loads = loads_of(arguments.paths)
+    layout = read_layout(arguments.base, terminal)
+    loads = create_loads(arguments.paths)
     with terminal.bars() as bars:
         run_on_uvloop(_load_all(layout, config, loads, bars, arguments.trace))
     if arguments.json:
@@ -92,7 +92,7 @@ async def _load_all(
     trace: Path | None,
 ) -> None:
     async with AdapterLoader(layout, config) as loader:
-        with traced(loader, trace):
+        with record_trace(loader, trace):
             await load_at_once(loader, loads, bars.show, hold=False)
 
 
@@ -105,9 +105,9 @@ def _load_row(load: LoadProgress) -> tuple[str, ...]:
     return (
         load.name,
         load.state,
-        spans(load.layers),
-        "" if load.file_bytes is None else size(load.file_bytes),
-        "" if load.nbytes is None else size(load.nbytes),
-        milliseconds(load.first_layer),
-        milliseconds(load.resident),
+        format_runs(load.layers),
+        "" if load.file_bytes is None else format_size(load.file_bytes),
+        "" if load.nbytes is None else format_size(load.nbytes),
+        format_ms(load.first_layer),
+        format_ms(load.resident),
     )

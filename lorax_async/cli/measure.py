@@ -1,4 +1,4 @@
-"""Loading several adapters at once on one event loop, with a clock beside it."""
+"""Load several adapters at once, follow their progress, and measure stalls of the event loop."""
 
 from __future__ import annotations
 
@@ -20,56 +20,56 @@ from lorax_async.sources.local_weights import weight_files
 from lorax_async.types import AdapterKey, AdapterRef
 
 TICK = 1e-3
-"""Seconds between two looks at the loop's clock."""
+"""Seconds between two ticks of the stall measurement."""
 
 T = TypeVar("T")
 
 
 @dataclass(slots=True, eq=False)
 class LoadProgress:
-    """One adapter's way onto the device, as it goes. Times are seconds from the call of `load`."""
+    """The progress and result of one load. Times are seconds from the call of `load`."""
 
     ref: AdapterRef
     name: str
     state: str = "waiting"
     moved: int = 0
     nbytes: int | None = None
-    """Bytes it takes on the device, known with its slot."""
+    """Bytes on the device; known once the slot is granted."""
     file_bytes: int | None = None
-    """Of local files."""
+    """Size of local weight files."""
     layers: tuple[int, ...] = ()
     ready: int = 0
-    """How many of the layers are on the device."""
-    came: list[float] = field(default_factory=list)
-    """When each of these was there."""
+    """Number of layers on the device."""
+    ready_times: list[float] = field(default_factory=list)
+    """When each of these became ready."""
     resident: float | None = None
     error: LoraxError | None = None
     handle: AdapterHandle | None = None
     started: float = 0.0
 
     def hear(self, event: Event) -> None:
-        """Take note of an event of this adapter.
+        """Update from an event of this adapter.
 
-        The events' own time is the loop's, which uvloop counts in whole milliseconds: too coarse.
+        Times are taken here: the events' own come from uvloop's clock, in whole milliseconds.
         """
         match event:
             case SlotGranted():
                 self.state, self.moved, self.ready = "loading", 0, 0
-                self.came.clear()
+                self.ready_times.clear()
                 self.describe(event.key, event.nbytes, event.layers)
             case BytesMoved():
                 self.moved += event.nbytes
             case LayerReady():
                 self.ready = self.layers.index(event.layer) + 1
                 now = time.perf_counter() - self.started
-                self.came += [now] * (self.ready - len(self.came))
+                self.ready_times += [now] * (self.ready - len(self.ready_times))
 
     @property
     def first_layer(self) -> float | None:
-        return self.came[0] if self.came else None
+        return self.ready_times[0] if self.ready_times else None
 
     async def run(self, loader: AdapterLoader) -> None:
-        """Load it and keep the handle, or the typed error."""
+        """Load the adapter; store the handle, or a typed error instead of raising it."""
         self.started = time.perf_counter()
         try:
             handle = await loader.load(self.ref)
@@ -78,7 +78,7 @@ class LoadProgress:
         else:
             self.resident = time.perf_counter() - self.started
             self.handle, self.state = handle, "resident"
-            # Where it was resident already, no event has told these.
+            # An adapter that was already resident causes no events.
             self.describe(handle.key, handle.nbytes, handle.layers)
 
     def describe(self, key: AdapterKey, nbytes: int, layers: tuple[int, ...]) -> None:
@@ -96,7 +96,7 @@ def in_ms(seconds: float | None) -> float | None:
 
 
 def load_as_json(load: LoadProgress) -> dict[str, object]:
-    """What is known of a load, for machines."""
+    """Return the load as plain values."""
     return {
         "path": load.ref.text,
         "name": load.name,
@@ -122,17 +122,17 @@ def error_as_json(error: LoraxError | None) -> dict[str, object] | None:
 
 
 Show = Callable[[int, LoadProgress], None]
-"""Called with the number and the state of a load that went on."""
+"""A callback with the index of a load that progressed, and the load."""
 
 
-def loads_of(places: Sequence[Path | AdapterRef]) -> list[LoadProgress]:
-    """One load per place, named by its folder, or by all of it where two folders share a name.
+def create_loads(places: Sequence[Path | AdapterRef]) -> list[LoadProgress]:
+    """Return one load per place, named by its folder, or by the whole path if names clash.
 
-    Raises `UsageError` for one remote adapter in several revisions: events do not tell them apart.
+    Raises `UsageError` for several revisions of one adapter: events do not distinguish them.
     """
     refs = [AdapterRef(place) if isinstance(place, Path) else place for place in places]
     if len({ref.id for ref in refs}) < len({(ref.id, ref.revision) for ref in refs}):
-        raise UsageError("one adapter was named in several revisions; load one after the other")
+        raise UsageError("one adapter is named in several revisions; load one after the other")
     names = [ref.id.resolve().name if isinstance(ref.id, Path) else ref.text for ref in refs]
     return [
         LoadProgress(ref, name if names.count(name) == 1 else ref.text)
@@ -143,24 +143,23 @@ def loads_of(places: Sequence[Path | AdapterRef]) -> list[LoadProgress]:
 async def load_at_once(
     loader: AdapterLoader, loads: Sequence[LoadProgress], show: Show, *, hold: bool
 ) -> None:
-    """Start every load in the same turn of the loop and wait for all.
+    """Start every load in the same iteration of the loop and wait for all.
 
-    With `hold`, the leases stay with the loads, to be released by the caller; without, an adapter
-    may make room for the next as soon as it has been resident.
+    With `hold`, the caller releases the loads; without, each is released once it is resident.
     """
 
-    async def one(number: int, load: LoadProgress) -> None:
-        show(number, load)
+    async def run(index: int, load: LoadProgress) -> None:
+        show(index, load)
         await load.run(loader)
-        show(number, load)
+        show(index, load)
         if not hold:
             load.release()
 
-    with _heard(loader, loads, show):
+    with _subscribed(loader, loads, show):
         try:
             async with asyncio.TaskGroup() as group:
-                for number, load in enumerate(loads):
-                    group.create_task(one(number, load), name=f"load {load.name}")
+                for index, load in enumerate(loads):
+                    group.create_task(run(index, load), name=f"load {load.name}")
         except BaseException:
             for load in loads:
                 load.release()
@@ -168,16 +167,16 @@ async def load_at_once(
 
 
 @contextmanager
-def _heard(loader: AdapterLoader, loads: Sequence[LoadProgress], show: Show) -> Iterator[None]:
+def _subscribed(loader: AdapterLoader, loads: Sequence[LoadProgress], show: Show) -> Iterator[None]:
     places: dict[str, list[tuple[int, LoadProgress]]] = {}
-    for number, load in enumerate(loads):
+    for index, load in enumerate(loads):
         location = os.path.realpath(load.ref.id) if is_local(load.ref) else load.ref.text
-        places.setdefault(location, []).append((number, load))
+        places.setdefault(location, []).append((index, load))
 
     def hear(event: Event) -> None:
-        for number, load in places.get(event.key.location, ()):
+        for index, load in places.get(event.key.location, ()):
             load.hear(event)
-            show(number, load)
+            show(index, load)
 
     unsubscribe = loader.subscribe(hear)
     try:
@@ -188,7 +187,7 @@ def _heard(loader: AdapterLoader, loads: Sequence[LoadProgress], show: Show) -> 
 
 @dataclass(frozen=True, slots=True)
 class LoopStall:
-    """How late a timer of 1 ms woke on the loop, at worst, in so many ticks over so long."""
+    """The longest delay of a 1 ms timer on the loop, in `ticks` ticks over `seconds`."""
 
     longest: float
     ticks: int
@@ -196,11 +195,11 @@ class LoopStall:
 
 
 async def with_ticker(work: Awaitable[T]) -> tuple[T, LoopStall]:
-    """Await `work` while a 1 ms ticker runs on the same loop; the last tick comes after it."""
+    """Await `work` beside a 1 ms ticker on the same loop; the last tick follows its end."""
     stop = asyncio.Event()
     ticker = asyncio.create_task(_tick(stop), name="ticker")
     try:
-        await asyncio.sleep(0)  # the clock runs before the work begins
+        await asyncio.sleep(0)  # let the ticker start first
         result = await work
     finally:
         stop.set()
@@ -221,7 +220,7 @@ async def _tick(stop: asyncio.Event) -> LoopStall:
 
 
 def run_on_uvloop(main: Coroutine[Any, Any, T]) -> T:
-    """Run `main` on a uvloop of its own; no policy is installed. Ctrl-C cancels it."""
+    """Run `main` on a new uvloop without installing a policy. Ctrl-C cancels it."""
     import uvloop  # noqa: PLC0415
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -1,4 +1,4 @@
-"""`lorax-async plan`: how many adapters fit, and what a budget makes of their requests."""
+"""`lorax-async plan`: compute how many adapters fit, and simulate requests under each policy."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from lorax_async.cli.arguments import (
     add_base,
     add_command,
     as_size,
-    layout_of,
-    lines_of,
-    number_from,
+    integer_parser,
+    read_layout,
+    read_lines,
 )
-from lorax_async.cli.terminal import Terminal, size
+from lorax_async.cli.terminal import Terminal, format_size
 from lorax_async.config import DTYPES, MAX_SLOTS, Limits
 from lorax_async.errors import ConfigError, LoraxError, shorten
 from lorax_async.formats.peft_config import parse_config
@@ -44,37 +44,37 @@ from lorax_async.sources.local_folder import CONFIG, find_adapter
 from lorax_async.sources.local_weights import open_weights
 from lorax_async.types import AdapterKey, AdapterRef
 
-MOST_EXPONENT = 10.0
+MAX_EXPONENT = 10.0
 
 
 class ZipfDistribution:
-    """The n-th of `count`, counted from 1, is asked for in proportion to 1 / n ** exponent.
+    """Zipf's law: the n-th of `count` items, counted from 1, has weight 1 / n ** exponent.
 
-    0 asks for all alike. Raises `ConfigError` where there is nobody, or for an exponent that is
-    negative or over 10.
+    Exponent 0 is the uniform distribution. Raises `ConfigError` for a `count` below 1, or an
+    exponent that is negative or over 10.
     """
 
     def __init__(self, count: int, exponent: float) -> None:
-        if count < 1 or not 0 <= exponent <= MOST_EXPONENT:
+        if count < 1 or not 0 <= exponent <= MAX_EXPONENT:
             raise ConfigError(
-                f"Zipf's law is for 1 or more and an exponent from 0 to {MOST_EXPONENT:g}, not for"
-                f" {count} and {exponent:g}"
+                f"Zipf's law takes a count of 1 or more and an exponent from 0 to {MAX_EXPONENT:g},"
+                f" not {count} and {exponent:g}"
             )
         self._sums = list(accumulate((n + 1) ** -exponent for n in range(count)))
 
     def pick(self, uniform: float) -> int:
-        """Who it is, from 0 on, for a number drawn evenly from [0, 1)."""
+        """Return the index, from 0, for a number drawn uniformly from [0, 1)."""
         sums = self._sums
         return min(bisect_right(sums, uniform * sums[-1]), len(sums) - 1)
 
 
 @dataclass(frozen=True, slots=True)
 class SimulationResult:
-    """How often an adapter was on the device when it was asked for, and what moved where not.
+    """Counts of a simulation.
 
-    `refused` requests ask for what does not fit an empty device. `first_loads` are the loads of
-    adapters that were not loaded before. `device_bytes` are copied by all loads, `file_bytes` are
-    those of the files they come from.
+    `hits` found their adapter on the device. `refused` requests name adapters that do not fit an
+    empty device. `first_loads` counts distinct loaded adapters. `device_bytes` are copied by all
+    loads, `file_bytes` is the size of the files these read.
     """
 
     requests: int = 0
@@ -93,56 +93,56 @@ class SimulationResult:
 
 @dataclass(frozen=True, slots=True)
 class DeviceCapacity:
-    """What adapters have on a device: its bytes, which are aligned, and its slots."""
+    """The budget for adapters on a device: bytes, their alignment, and slots."""
 
     device_bytes: int
     alignment: int
     max_slots: int
 
     def free(self) -> FreeRuns:
-        """All of it."""
+        """Return the empty arena."""
         return FreeRuns.of_whole(self.device_bytes & -self.alignment)
 
 
 class _SimulatedSlots:
-    """What `Residency` holds, without where each layer group lies."""
+    """The adapters on a device, as `Residency` tracks them but without their extents."""
 
     def __init__(
-        self, room: DeviceCapacity, needs: Sequence[GroupSizes], policy: EvictionPolicy
+        self, capacity: DeviceCapacity, needs: Sequence[GroupSizes], policy: EvictionPolicy
     ) -> None:
         self.policy = policy
         self.keys: dict[int, AdapterKey] = {}
-        self.held: dict[int, list[Run]] = {}
+        self.occupied: dict[int, list[Run]] = {}
         self.evictions = 0
         self._needs = needs
-        self._free = room.free()
-        self._whole = self._free.nbytes
-        self._slots = room.max_slots
+        self._free = capacity.free()
+        self._total = self._free.nbytes
+        self._slots = capacity.max_slots
         self._sizes = {
-            id(need): _AdapterSize.of(need, room.alignment)
+            id(need): _AdapterSize.of(need, capacity.alignment)
             for need in {id(n): n for n in needs}.values()
         }
         self._positions: dict[AdapterKey, int] = {}
 
     def load(self, position: int) -> int | None:
-        """The bytes of this one, which is not held, once there is room; None if there never is."""
+        """Load an adapter, evicting others; return its bytes, or None if it can never fit."""
         sizes = self._sizes[id(self._needs[position])]
-        if sizes.nbytes > self._whole:
+        if sizes.nbytes > self._total:
             return None
         key = self.keys.get(position) or self._key(position)
-        while (runs := self._taken(sizes)) is None:
+        while (runs := self._take(sizes)) is None:
             self._evict()
-        self.held[position] = runs
+        self.occupied[position] = runs
         self.policy.admit(key, sizes.nbytes, sizes.cost)
         return sizes.nbytes
 
-    def _taken(self, sizes: _AdapterSize) -> list[Run] | None:
-        full = len(self.held) == self._slots or sizes.nbytes > self._free.nbytes
+    def _take(self, sizes: _AdapterSize) -> list[Run] | None:
+        full = len(self.occupied) == self._slots or sizes.nbytes > self._free.nbytes
         return None if full else self._free.take(sizes.kinds)
 
     def _evict(self) -> None:
         victim = next(self.policy.ranked())
-        self._free.give(self.held.pop(self._positions[victim]))
+        self._free.give(self.occupied.pop(self._positions[victim]))
         self.policy.remove(victim, evicted=True)
         self.evictions += 1
 
@@ -153,7 +153,7 @@ class _SimulatedSlots:
 
 
 class _AdapterSize(NamedTuple):
-    """What one adapter takes, and what its reload costs."""
+    """An adapter's extents and bytes on the device, and the cost of its reload."""
 
     kinds: Kinds
     nbytes: int
@@ -168,26 +168,26 @@ class _AdapterSize(NamedTuple):
 def simulate(
     requests: Iterable[int],
     needs: Sequence[GroupSizes],
-    room: DeviceCapacity,
+    capacity: DeviceCapacity,
     policy: EvictionPolicy,
 ) -> SimulationResult:
-    """Let each request find its adapter on the device, or make room and load it.
+    """Simulate requests that find their adapter on the device, or evict others and load it.
 
     Parameters
     ----------
     requests
-        Positions in `needs`, in the order in which they come; each is through before the next.
+        Positions in `needs`, in order; each ends before the next begins.
     policy
-        Of nobody yet; it ranks those that are on the device afterwards.
+        A new one; afterwards it ranks the adapters that are on the device.
     """
-    residents = _SimulatedSlots(room, needs, policy)
-    held, keys = residents.held, residents.keys
+    slots = _SimulatedSlots(capacity, needs, policy)
+    occupied, keys = slots.occupied, slots.keys
     hits = refused = loads = device_bytes = file_bytes = 0
     for position in requests:
-        if position in held:
+        if position in occupied:
             policy.use(keys[position])
             hits += 1
-        elif (nbytes := residents.load(position)) is None:
+        elif (nbytes := slots.load(position)) is None:
             refused += 1
         else:
             loads += 1
@@ -199,28 +199,28 @@ def simulate(
         refused=refused,
         loads=loads,
         first_loads=len(keys),
-        evictions=residents.evictions,
+        evictions=slots.evictions,
         device_bytes=device_bytes,
         file_bytes=file_bytes,
     )
 
 
-def fitting(needs: GroupSizes, room: DeviceCapacity) -> int:
-    """How many adapters of this kind an empty device holds."""
-    free, kinds = room.free(), kinds_of(needs.group_nbytes, room.alignment)
+def count_fitting(needs: GroupSizes, capacity: DeviceCapacity) -> int:
+    """Count the adapters with these needs that fit an empty device."""
+    free, kinds = capacity.free(), kinds_of(needs.group_nbytes, capacity.alignment)
     count = 0
-    while count < room.max_slots and free.take(kinds) is not None:
+    while count < capacity.max_slots and free.take(kinds) is not None:
         count += 1
     return count
 
 
-_MANY = re.compile(r"([0-9]{1,9})x([0-9]{1,4})")
-_NUMBER = re.compile("[0-9]{1,18}")
-MOST = 10_000_000
+_COUNT_AND_RANK = re.compile(r"([0-9]{1,9})x([0-9]{1,4})")
+_INTEGER = re.compile("[0-9]{1,18}")
+MAX_ADAPTERS = 10_000_000
 
 
 class PlanTarget(NamedTuple):
-    """Where they are to go: `dtype` as the file format spells it, None for the layout's."""
+    """The device; `dtype` is in the file format's spelling, or None for the layout's."""
 
     layout: ModelLayout
     dtype: str | None
@@ -230,7 +230,7 @@ class PlanTarget(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class AdapterKind:
-    """Adapters that need the same. `rank` is None where only bytes are known."""
+    """Adapters with equal needs. `rank` is None if only their bytes are known."""
 
     rank: int | None
     needs: GroupSizes
@@ -246,29 +246,29 @@ class AdapterKind:
 
 @dataclass(slots=True)
 class AdapterPool:
-    """The adapters, each by its position; `kinds` and `names` are equally long."""
+    """All adapters by position; `kinds` and `names` are parallel lists."""
 
     kinds: list[AdapterKind] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
 
     def add(self, name: str, kind: AdapterKind, count: int = 1) -> None:
-        """So many of a kind; where they are several each has its number."""
-        if len(self.names) + count > MOST:
-            raise ConfigError(f"a plan is for {MOST:,} adapters at most")
+        """Add `count` adapters of a kind; number their names if there are several."""
+        if len(self.names) + count > MAX_ADAPTERS:
+            raise ConfigError(f"a plan has at most {MAX_ADAPTERS:,} adapters")
         self.kinds += [kind] * count
         self.names += [name] if count == 1 else [f"{name}/{number}" for number in range(count)]
 
 
 class MemoryEstimate:
-    """What adapters need of one device. Blocks where they are on the disk.
+    """The needs of adapters on one device. Blocks while it reads adapters on the disk.
 
     Parameters
     ----------
     file_dtype
-        Of the files of adapters that are not on the disk, in the file format's spelling.
+        The dtype of files that are not on the disk, in the file format's spelling.
     targets
-        The last parts of the names of the modules that those adapt; empty: all that are linear and
-        in the layers.
+        Last parts of the names of the modules that those adapt. Empty: all linear modules of the
+        layers.
     """
 
     def __init__(self, target: PlanTarget, file_dtype: str, targets: Sequence[str]) -> None:
@@ -281,13 +281,13 @@ class MemoryEstimate:
         self._planned = lru_cache(maxsize=64)(self._plan)
 
     def of_folder(self, folder: Path) -> AdapterKind:
-        """Of an adapter on the disk, as a load would find it. Raises what a load would raise."""
+        """Return the kind of an adapter on the disk. Raises what a load would raise."""
         try:
-            return self._found(folder)
+            return self._read(folder)
         except LoraxError as error:
             raise error.located(id=str(folder)) from error
 
-    def _found(self, folder: Path) -> AdapterKind:
+    def _read(self, folder: Path) -> AdapterKind:
         key = find_adapter(parse_place(AdapterRef(folder), ()), (), self._limits)
         config = (folder / CONFIG).read_bytes()
         weights = open_weights(key, self._limits)
@@ -297,7 +297,7 @@ class MemoryEstimate:
             weights.reader.close()
 
     def _of_rank(self, rank: int) -> AdapterKind:
-        """Of an adapter with this rank on every module that is adapted."""
+        """Return the kind of an adapter with this rank on every target."""
         modules = self._modules()
         prefix, places = write_header(_tensors(modules, rank, self._file_dtype))
         names = sorted({module.name.rpartition(".")[2] for module in modules})
@@ -305,16 +305,16 @@ class MemoryEstimate:
         return self._planned(json.dumps(config).encode(), prefix, places[-1][1])
 
     def _of_bytes(self, nbytes: int) -> AdapterKind:
-        """Of one whose bytes are all that is known: in equal parts, one for each layer."""
+        """Return the kind of an adapter of `nbytes`, divided equally among the layers."""
         layers, alignment = self._target.layout.num_layers, self._target.alignment
         if nbytes < 1:
-            raise ConfigError(f"an adapter has 1 byte or more, not {nbytes}")
+            raise ConfigError(f"an adapter has at least 1 byte, not {nbytes}")
         group = -(-nbytes // layers // alignment) * alignment
         return AdapterKind(None, GroupSizes((max(group, alignment),) * layers, file_nbytes=nbytes))
 
     def _modules(self) -> list[Module]:
         layout, targets = self._target.layout, self._targets
-        found = [
+        modules = [
             module
             for module in layout.modules
             if not module.embedding
@@ -324,10 +324,10 @@ class MemoryEstimate:
                 else 0 <= module.layer < layout.num_layers
             )
         ]
-        missing = set(targets) - {module.name.rpartition(".")[2] for module in found}
-        if missing or not found:
-            raise ConfigError(f"the base has no linear modules called {', '.join(sorted(missing))}")
-        return found
+        missing = set(targets) - {module.name.rpartition(".")[2] for module in modules}
+        if missing or not modules:
+            raise ConfigError(f"the base has no linear modules named {', '.join(sorted(missing))}")
+        return modules
 
     def _plan(self, config: bytes, prefix: bytes, nbytes: int) -> AdapterKind:
         limits, target = self._limits, self._target
@@ -351,90 +351,91 @@ def _tensors(modules: Sequence[Module], rank: int, dtype: str) -> Iterator[Tenso
         yield TensorDescription(f"{name}.lora_B.weight", dtype, (module.out_features, rank))
 
 
-def read_pool(given: Sequence[str], estimate: MemoryEstimate) -> AdapterPool:
-    """The adapters of `--adapters`. Raises `ConfigError`, and what a load of one would raise."""
+def read_pool(texts: Sequence[str], estimate: MemoryEstimate) -> AdapterPool:
+    """Return the adapters of `--adapters`. Raises `ConfigError`, and what a load would raise."""
     pool = AdapterPool()
-    for text in given:
-        for name, kind, count in _adapters(text, estimate):
+    for text in texts:
+        for name, kind, count in _read_adapters(text, estimate):
             pool.add(name, kind, count)
     return pool
 
 
-def _adapters(text: str, estimate: MemoryEstimate) -> Iterator[tuple[str, AdapterKind, int]]:
-    path, many = Path(text), _MANY.fullmatch(text)
+def _read_adapters(text: str, estimate: MemoryEstimate) -> Iterator[tuple[str, AdapterKind, int]]:
+    path, generated = Path(text), _COUNT_AND_RANK.fullmatch(text)
     if path.is_dir():
-        yield from _below(path, estimate)
+        yield from _read_folder(path, estimate)
     elif path.is_file():
-        for row in _rows(path):
-            yield _listed(row, path, estimate)
-    elif many is not None:
-        yield f"r{int(many[2])}", estimate.of_rank(int(many[2])), int(many[1])
+        for row in _read_rows(path):
+            yield _parse_row(row, path, estimate)
+    elif generated is not None:
+        count, rank = int(generated[1]), int(generated[2])
+        yield f"r{rank}", estimate.of_rank(rank), count
     else:
-        raise ConfigError(f"{shorten(text)!r} is no folder, no file, and not as 10000x16")
+        raise ConfigError(f"{shorten(text)!r} is not a folder, a file or COUNTxRANK")
 
 
-def _below(folder: Path, estimate: MemoryEstimate) -> Iterator[tuple[str, AdapterKind, int]]:
-    found = [folder] if (folder / CONFIG).exists() else []
-    found = found or sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
-    if not found:
-        raise ConfigError(f"{folder} is no adapter, and holds none")
-    for each in found:
-        yield each.resolve().name, estimate.of_folder(each), 1
+def _read_folder(folder: Path, estimate: MemoryEstimate) -> Iterator[tuple[str, AdapterKind, int]]:
+    adapters = [folder] if (folder / CONFIG).exists() else []
+    adapters = adapters or sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
+    if not adapters:
+        raise ConfigError(f"{folder} is not an adapter, and contains none")
+    for adapter in adapters:
+        yield adapter.resolve().name, estimate.of_folder(adapter), 1
 
 
-def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    """Of a JSON list of objects, or of a CSV with a line of names."""
+def _read_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    """Yield the objects of a JSON list, or the rows of a CSV with a header line."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         is_json = text.lstrip()[:1] == "["
         rows = json.loads(text) if is_json else list(csv.DictReader(text.splitlines()))
     except (ValueError, RecursionError, csv.Error) as error:
-        raise ConfigError(f"{path} is no JSON or CSV in UTF-8: {error}") from None
+        raise ConfigError(f"{path} is not JSON or CSV in UTF-8: {error}") from None
     if not rows:
         raise ConfigError(f"{path} lists no adapter")
     for row in rows:
         if not isinstance(row, dict):
-            raise ConfigError(f"{path} is a list of objects, and {shorten(repr(row))} is none")
+            raise ConfigError(f"{path} must list objects, not {shorten(repr(row))}")
         yield row
 
 
-def _listed(
+def _parse_row(
     row: Mapping[str, Any], path: Path, estimate: MemoryEstimate
 ) -> tuple[str, AdapterKind, int]:
-    """One row: `name`, and one of `rank`, `bytes` and `path`; maybe `count`."""
-    said = [word for word in ("rank", "bytes", "path") if row.get(word) not in (None, "")]
+    """Parse a row with `name`, one of `rank`, `bytes` and `path`, and an optional `count`."""
+    fields = [word for word in ("rank", "bytes", "path") if row.get(word) not in (None, "")]
     name = row.get("name") or row.get("path")
-    if len(said) != 1 or not isinstance(name, str):
+    if len(fields) != 1 or not isinstance(name, str):
         raise ConfigError(
-            f"{path}: an adapter has a name, and one of rank, bytes and path, not"
+            f"{path}: an adapter has a name and exactly one of rank, bytes and path, not"
             f" {shorten(json.dumps(dict(row), default=str))}"
         )
-    word, count = said[0], _number(row.get("count") or 1, "count", path)
-    if word == "path":
-        kind = estimate.of_folder(path.parent / str(row[word]))
+    field, count = fields[0], _parse_integer(row.get("count") or 1, "count", path)
+    if field == "path":
+        kind = estimate.of_folder(path.parent / str(row[field]))
     else:
-        reckon = estimate.of_rank if word == "rank" else estimate.of_bytes
-        kind = reckon(_number(row[word], word, path))
+        kind_of = estimate.of_rank if field == "rank" else estimate.of_bytes
+        kind = kind_of(_parse_integer(row[field], field, path))
     return name, kind, count
 
 
-def _number(value: object, what: str, path: Path) -> int:
+def _parse_integer(value: object, what: str, path: Path) -> int:
     text = str(value)
-    if isinstance(value, bool) or not _NUMBER.fullmatch(text) or not int(text):
-        raise ConfigError(f"{path}: {what} is a whole number of 1 or more, not {shorten(text)!r}")
+    if isinstance(value, bool) or not _INTEGER.fullmatch(text) or not int(text):
+        raise ConfigError(f"{path}: {what} is an integer of 1 or more, not {shorten(text)!r}")
     return int(text)
 
 
 SHOWN_KINDS = 20
 REQUESTS = 100_000
-MOST_REQUESTS = 100_000_000
+MAX_REQUESTS = 100_000_000
 
 
 def add_to(add: AddParser) -> None:
-    about = "say how many adapters fit, and how often they would be found on the device"
+    about = "compute how many adapters fit, and how often they would be found on the device"
     more = (
-        "Nothing is loaded: the loader's own budgets are asked, one request after the other, under"
-        " each eviction policy."
+        "Nothing is loaded: requests are simulated, one after the other, with the loader's own"
+        " budgets and each of its eviction policies."
     )
     parser = add_command(add, "plan", about, _plan, more)
     add_base(parser, required=True)
@@ -450,18 +451,20 @@ def _add_adapters(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="DIR|FILE|NxR",
         help="an adapter's folder, a folder of such folders, a JSON or CSV list with a name and a"
-        " rank, bytes or path for each, or 10000x16 for so many of rank 16",
+        " rank, bytes or path for each, or 10000x16 for 10,000 of rank 16",
     )
     parser.add_argument(
         "--targets",
         nargs="+",
         default=[],
         metavar="MODULE",
-        help="what adapters that are not on the disk adapt, as q_proj (default: every linear module"
-        " of the layers)",
+        help="modules, as q_proj, of adapters that are not on the disk (default: every linear"
+        " module of the layers)",
     )
     parser.add_argument(
-        "--file-dtype", choices=DTYPES, help="of their files (default: as on the device)"
+        "--file-dtype",
+        choices=DTYPES,
+        help="dtype of files that are not on the disk (default: as on the device)",
     )
 
 
@@ -471,11 +474,11 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
         type=as_size,
         required=True,
         metavar="N",
-        help=f"the room for adapters: {SIZE_HELP}",
+        help=f"device memory for adapters: {SIZE_HELP}",
     )
     parser.add_argument(
         "--max-slots",
-        type=number_from(1, MAX_SLOTS),
+        type=integer_parser(1, MAX_SLOTS),
         default=MAX_SLOTS,
         metavar="N",
         help="adapters on the device at a time (default: as many as fit, up to %(default)s)",
@@ -483,104 +486,108 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)"
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="stored as (default: the base's dtype)")
+    parser.add_argument("--dtype", choices=DTYPES, help="on the device (default: the base's dtype)")
 
 
 def _add_requests(parser: argparse.ArgumentParser) -> None:
-    asked = parser.add_mutually_exclusive_group()
-    asked.add_argument(
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
         "--zipf",
         type=float,
         default=1.0,
         metavar="S",
-        help="the n-th most popular is asked for in proportion to 1/n^S (default: %(default)s)",
+        help="request the n-th most popular in proportion to 1/n^S (default: %(default)s)",
     )
-    asked.add_argument(
-        "--trace", type=Path, metavar="FILE", help="recorded requests: an adapter's name a line"
+    source.add_argument(
+        "--trace", type=Path, metavar="FILE", help="recorded requests: one adapter's name per line"
     )
     parser.add_argument(
         "--requests",
-        type=number_from(1, MOST_REQUESTS),
+        type=integer_parser(1, MAX_REQUESTS),
         metavar="N",
-        help=f"how many (default: all of a trace, else {REQUESTS})",
+        help=f"number of requests (default: all of a trace, else {REQUESTS})",
     )
     parser.add_argument(
-        "--rate", type=float, metavar="R", help="requests per second, to tell bytes per second"
+        "--rate", type=float, metavar="R", help="requests per second, to report bytes per second"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
 
 
 def _plan(arguments: argparse.Namespace, terminal: Terminal) -> int:
     if arguments.rate is not None and not 0 < arguments.rate < float("inf"):
-        raise ConfigError(f"--rate is more than 0, not {arguments.rate:g}")
+        raise ConfigError(f"--rate must be a positive number, not {arguments.rate:g}")
     target = _target(arguments, terminal)
     with terminal.steps() as report:
         report("reading the adapters")
         file_dtype = DTYPES.get(arguments.file_dtype) or target.dtype or target.layout.dtype
         pool = read_pool(arguments.adapters, MemoryEstimate(target, file_dtype, arguments.targets))
         report("drawing the requests")
-        asked = _asked(arguments, pool)
-        needs, room = [kind.needs for kind in pool.kinds], _room(arguments, target)
-        found = dict[PolicyName, SimulationResult]()
+        requests = _requests(arguments, pool)
+        needs, capacity = [kind.needs for kind in pool.kinds], _capacity(arguments, target)
+        results = dict[PolicyName, SimulationResult]()
         for name in EVICTION_POLICIES:
-            report(f"playing {len(asked):,} requests under {name}")
-            found[name] = simulate(asked, needs, room, policy(name))
-    told = _told(arguments, target, pool, len(set(asked)), found)
+            report(f"simulating {len(requests):,} requests under {name}")
+            results[name] = simulate(requests, needs, capacity, policy(name))
+    plan = _plan_as_json(arguments, target, pool, len(set(requests)), results)
     if arguments.json:
-        terminal.json(told)
+        terminal.json(plan)
     else:
-        _show(told, terminal)
+        _show(plan, terminal)
     return OK
 
 
 def _target(arguments: argparse.Namespace, terminal: Terminal) -> PlanTarget:
-    from lorax_async.devices.cpu import CpuDevice  # noqa: PLC0415 - heavy, and not for the others
+    from lorax_async.devices.cpu import CpuDevice  # noqa: PLC0415 - slow to import, and unused by other commands
     from lorax_async.devices.cuda import CudaDevice  # noqa: PLC0415
 
     device = CudaDevice if arguments.device == "cuda" else CpuDevice
-    layout = layout_of(arguments.base, terminal)
+    layout = read_layout(arguments.base, terminal)
     return PlanTarget(layout, DTYPES.get(arguments.dtype), device.alignment, device.rank_multiple)
 
 
-def _room(arguments: argparse.Namespace, target: PlanTarget) -> DeviceCapacity:
+def _capacity(arguments: argparse.Namespace, target: PlanTarget) -> DeviceCapacity:
     return DeviceCapacity(arguments.device_bytes, target.alignment, arguments.max_slots)
 
 
-def _asked(arguments: argparse.Namespace, pool: AdapterPool) -> list[int]:
+def _requests(arguments: argparse.Namespace, pool: AdapterPool) -> list[int]:
     if arguments.trace is not None:
         return read_trace(arguments.trace, pool.names, arguments.requests)
-    return draw(len(pool.names), arguments.zipf, arguments.requests or REQUESTS, arguments.seed)
+    count = arguments.requests or REQUESTS
+    return draw_requests(len(pool.names), arguments.zipf, count, arguments.seed)
 
 
-def read_trace(path: Path, names: Sequence[str], most: int | None) -> list[int]:
-    """Positions of the adapters that the lines name. Raises `ConfigError` for one that is none."""
+def read_trace(path: Path, names: Sequence[str], limit: int | None) -> list[int]:
+    """Return the positions in `names` of the adapters that the first `limit` lines name.
+
+    Raises `ConfigError` for other names.
+    """
     places = {name: position for position, name in enumerate(names)}
     if len(places) < len(names):
-        twice = next(name for name, count in Counter(names).items() if count > 1)
-        raise ConfigError(f"two adapters are called {shorten(twice)!r}: a trace would mean either")
-    asked = list(islice(lines_of(path), most))
+        duplicate = next(name for name, count in Counter(names).items() if count > 1)
+        raise ConfigError(f"two adapters are named {shorten(duplicate)!r}: the trace is ambiguous")
+    requests = list(islice(read_lines(path), limit))
     try:
-        return [places[name] for name in asked]
+        return [places[name] for name in requests]
     except KeyError as error:
         raise ConfigError(
-            f"{path} names {shorten(str(error.args[0]))!r}, which --adapters has not"
+            f"{path} names {shorten(str(error.args[0]))!r}, which is not in --adapters"
         ) from None
 
 
-def draw(count: int, exponent: float, requests: int, seed: int) -> list[int]:
-    """Positions of `count` adapters by Zipf's law; who is popular has nothing to do with order."""
-    random, popularity = Random(seed), ZipfDistribution(count, exponent)  # noqa: S311 - no secret
+def draw_requests(count: int, exponent: float, requests: int, seed: int) -> list[int]:
+    """Draw positions of `count` adapters by Zipf's law, with popularity in random order."""
+    random, popularity = Random(seed), ZipfDistribution(count, exponent)  # noqa: S311 - not for secrets
     order = list(range(count))
     random.shuffle(order)
     return [order[popularity.pick(random.random())] for _ in range(requests)]
 
 
-def _told(
+def _plan_as_json(
     arguments: argparse.Namespace,
     target: PlanTarget,
     pool: AdapterPool,
     distinct: int,
-    found: dict[PolicyName, SimulationResult],
+    results: dict[PolicyName, SimulationResult],
 ) -> dict[str, Any]:
     return {
         "base": arguments.base,
@@ -590,92 +597,99 @@ def _told(
             "count": len(pool.kinds),
             "device_bytes": sum(kind.device_bytes for kind in pool.kinds),
             "file_bytes": sum(kind.file_bytes for kind in pool.kinds),
-            "kinds": _kinds(arguments, target, pool.kinds),
+            "kinds": _kinds_as_json(arguments, target, pool.kinds),
         },
         "distinct": distinct,
         "rate": arguments.rate,
-        "policies": [_outcome(name, each, arguments.rate) for name, each in found.items()],
+        "policies": [
+            _result_as_json(name, result, arguments.rate) for name, result in results.items()
+        ],
     }
 
 
-def _kinds(
+def _kinds_as_json(
     arguments: argparse.Namespace, target: PlanTarget, kinds: Sequence[AdapterKind]
 ) -> list[dict[str, Any]]:
-    """Each that has other needs, the most frequent first; `fit` is how many, alone."""
+    """Return the most frequent kinds; `fit` is how many of one kind fit an empty device."""
     counts = Counter(map(id, kinds))
     by_id = {id(kind): kind for kind in kinds}
-    told = []
+    rows = []
     for number, count in counts.most_common(SHOWN_KINDS):
         kind = by_id[number]
-        told.append(
+        rows.append(
             {
                 "rank": kind.rank,
                 "count": count,
                 "device_bytes": kind.device_bytes,
                 "file_bytes": kind.file_bytes,
-                "fit": fitting(kind.needs, _room(arguments, target)),
+                "fit": count_fitting(kind.needs, _capacity(arguments, target)),
             }
         )
-    return told
+    return rows
 
 
-def _outcome(name: PolicyName, found: SimulationResult, rate: float | None) -> dict[str, Any]:
-    told: dict[str, Any] = {
+def _result_as_json(
+    name: PolicyName, result: SimulationResult, rate: float | None
+) -> dict[str, Any]:
+    row: dict[str, Any] = {
         "policy": name,
-        "requests": found.requests,
-        "hits": found.hits,
-        "hit_rate": found.hit_rate,
-        "loads": found.loads,
-        "first_loads": found.first_loads,
-        "evictions": found.evictions,
-        "refused": found.refused,
-        "device_bytes": found.device_bytes,
-        "file_bytes": found.file_bytes,
+        "requests": result.requests,
+        "hits": result.hits,
+        "hit_rate": result.hit_rate,
+        "loads": result.loads,
+        "first_loads": result.first_loads,
+        "evictions": result.evictions,
+        "refused": result.refused,
+        "device_bytes": result.device_bytes,
+        "file_bytes": result.file_bytes,
     }
-    if rate is not None and found.requests:
-        told["loads_per_second"] = found.loads / found.requests * rate
-        told["bytes_per_second"] = found.device_bytes / found.requests * rate
-    return told
+    if rate is not None and result.requests:
+        row["loads_per_second"] = result.loads / result.requests * rate
+        row["bytes_per_second"] = result.device_bytes / result.requests * rate
+    return row
 
 
-def _show(told: dict[str, Any], terminal: Terminal) -> None:
-    adapters, rate = told["adapters"], told["rate"]
+def _show(plan: dict[str, Any], terminal: Terminal) -> None:
+    adapters, rate = plan["adapters"], plan["rate"]
     terminal.say(
-        f"{adapters['count']:,} adapters for {size(told['device_bytes'])} of device, as"
-        f" {told['dtype']}",
+        f"{adapters['count']:,} adapters for {format_size(plan['device_bytes'])} of device, as"
+        f" {plan['dtype']}",
         "bold",
     )
     columns = ("rank", " adapters", " device, each", " file, each", " of these alone fit")
     terminal.table(columns, [_kind_row(kind) for kind in adapters["kinds"]])
     terminal.pairs(
         [
-            ("all on the device", size(adapters["device_bytes"])),
-            ("all on disk, or in host memory", size(adapters["file_bytes"])),
-            ("asked for", f"{told['distinct']:,} of them"),
+            ("all on the device", format_size(adapters["device_bytes"])),
+            ("all on disk, or in host memory", format_size(adapters["file_bytes"])),
+            ("asked for", f"{plan['distinct']:,} of them"),
         ]
     )
     policies = ["policy", " requests", " found there", " loads", " of them first", " evictions"]
     policies += [" to the device", *((" loads/s", " to the device/s") if rate else ())]
-    terminal.table(policies, [_policy_row(each) for each in told["policies"]])
-    refused = told["policies"][0]["refused"]
+    terminal.table(policies, [_policy_row(row) for row in plan["policies"]])
+    refused = plan["policies"][0]["refused"]
     if refused:
         terminal.say(f"{refused:,} requests were refused: their adapters do not fit", "bold red")
 
 
 def _kind_row(kind: dict[str, Any]) -> tuple[str, ...]:
     rank = "?" if kind["rank"] is None else str(kind["rank"])
-    each = (size(kind["device_bytes"]), size(kind["file_bytes"]))
-    return (rank, f"{kind['count']:,}", *each, f"{kind['fit']:,}")
+    sizes = (format_size(kind["device_bytes"]), format_size(kind["file_bytes"]))
+    return (rank, f"{kind['count']:,}", *sizes, f"{kind['fit']:,}")
 
 
-def _policy_row(each: dict[str, Any]) -> tuple[str, ...]:
+def _policy_row(outcome: dict[str, Any]) -> tuple[str, ...]:
     row = (
-        each["policy"],
-        f"{each['requests']:,}",
-        f"{each['hit_rate']:.1%}",
-        *(f"{each[name]:,}" for name in ("loads", "first_loads", "evictions")),
-        size(each["device_bytes"]),
+        outcome["policy"],
+        f"{outcome['requests']:,}",
+        f"{outcome['hit_rate']:.1%}",
+        *(f"{outcome[name]:,}" for name in ("loads", "first_loads", "evictions")),
+        format_size(outcome["device_bytes"]),
     )
-    if "bytes_per_second" in each:
-        row += (f"{each['loads_per_second']:.1f}", size(round(each["bytes_per_second"])))
+    if "bytes_per_second" in outcome:
+        row += (
+            f"{outcome['loads_per_second']:.1f}",
+            format_size(round(outcome["bytes_per_second"])),
+        )
     return row

@@ -1,4 +1,4 @@
-"""`lorax-async serve`: an OpenAI-compatible server whose requests name adapters."""
+"""`lorax-async serve`: run an OpenAI-compatible server whose requests name adapters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorax_async.cli.arguments import (
     ID_HELP,
@@ -26,9 +26,9 @@ from lorax_async.cli.arguments import (
     as_place,
     as_size,
     as_source,
-    number_from,
-    opened,
-    sources_of,
+    integer_parser,
+    request_sources,
+    server_loader_settings,
 )
 from lorax_async.cli.measure import run_on_uvloop
 from lorax_async.cli.terminal import Terminal
@@ -47,22 +47,22 @@ if TYPE_CHECKING:
 ADMIN_TOKEN = "LORAX_ADMIN_TOKEN"  # noqa: S105 - the variable's name
 PORT = 8000
 SWITCH_SECONDS = 0.0005
-"""How long a thread may hold the GIL while the event loop waits: Python's 5 ms are a token's whole
-budget of bookkeeping, and several threads wait in turn."""
+"""Python's switch interval for threads that wait for the GIL. The default of 5 ms is longer than a
+token's bookkeeping may take, and several threads wait in turn."""
 
 
 def add_to(add: AddParser) -> None:
-    about = "serve a base model and its adapters to OpenAI's clients"
+    about = "serve a base model and its adapters to OpenAI clients"
     more = (
-        "A request's `model` is the base's name, a name given here, or an id below a --source;"
-        " no other id is asked for anywhere."
+        "A request's `model` is the base's name, a name in --adapters, or an id below a --source;"
+        " other ids are refused without a look-up."
         f" Calls that load and unload need the token in {ADMIN_TOKEN}. {TOKENS}"
     )
     parser = add_command(add, "serve", about, _serve, more)
     add_base(parser, required=True)
     _add_adapters(parser)
-    _add_place(parser)
-    _add_room(parser)
+    _add_address(parser)
+    _add_capacity(parser)
     add_caches(parser)
 
 
@@ -73,7 +73,7 @@ def _add_adapters(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="[NAME=]PATH",
         help="adapters that requests call by name: an adapter's folder, a folder of such folders,"
-        f" or {ID_HELP}; without NAME it is the last part of the path",
+        f" or {ID_HELP}; NAME defaults to the last part of the path",
     )
     parser.add_argument(
         "--source",
@@ -81,72 +81,78 @@ def _add_adapters(parser: argparse.ArgumentParser) -> None:
         type=as_source,
         default=[],
         metavar="PLACE",
-        help="where requests may take adapters from, by their ids: a URL that ends with / (https,"
-        " http, s3, gs, az), or a folder; repeatable. hub is all of the hub, asked without a token;"
-        " hub:ORG/ is one organisation, asked with yours. Without it requests name --adapters only",
+        help="a place whose adapters requests may name by id: a URL that ends with / (https, http,"
+        " s3, gs, az), or a folder; repeatable. hub is all of the hub, without a token; hub:ORG/ is"
+        " one organisation, with your token. Without it, requests can name --adapters only",
     )
     parser.add_argument(
         "--offline",
         action="store_true",
-        help="ask no source: adapters come from folders and from what the caches have",
+        help="use no network: take adapters from folders and caches only",
     )
     parser.add_argument(
         "--warm",
         type=Path,
         metavar="FILE",
-        help="keep a list of the adapters on the device there, and begin with those that it names",
+        help="load the adapters listed in FILE at the start, and keep the list up to date",
     )
 
 
-def _add_place(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--host", default="127.0.0.1", help="to listen at (default: %(default)s)")
+def _add_address(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", default="127.0.0.1", help="listen at (default: %(default)s)")
     parser.add_argument(
         "--port",
-        type=number_from(0, 65535),
+        type=integer_parser(0, 65535),
         default=PORT,
         metavar="N",
-        help="0 is any (default: %(default)s)",
+        help="0 chooses a free port (default: %(default)s)",
     )
     parser.add_argument(
         "--allowed-hosts",
         nargs="+",
         action="extend",
         metavar="NAME",
-        help="names and addresses by which clients may call the server: *.NAME is all below it, *"
-        " is all (default: this machine's own where it listens to this machine alone, else all)",
+        help="host names and addresses that requests may use: *.NAME is any name below NAME, * any"
+        " host (default: this machine's own if only this machine can connect, else any)",
     )
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)"
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="to compute in (default: float32 on cpu, bfloat16 on cuda)"
+        "--dtype",
+        choices=DTYPES,
+        help="to compute in (default: float32 on cpu, bfloat16 on cuda)",
     )
 
 
-def _add_room(parser: argparse.ArgumentParser) -> None:
+def _add_capacity(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device-bytes",
         type=as_size,
         default="256MiB",
         metavar="N",
-        help=f"the room for adapters: {SIZE_HELP} (default: %(default)s)",
+        help=f"device memory for adapters: {SIZE_HELP} (default: %(default)s)",
     )
     parser.add_argument(
-        "--max-slots", type=int, default=8, metavar="N", help="adapters on the device at a time"
+        "--max-slots",
+        type=int,
+        default=8,
+        metavar="N",
+        help="adapters on the device at a time",
     )
     parser.add_argument(
         "--max-sequences",
         type=int,
         default=16,
         metavar="N",
-        help="sequences under way at a time (default: %(default)s)",
+        help="most sequences at a time (default: %(default)s)",
     )
     parser.add_argument(
         "--max-share",
         type=as_share,
         default=0.5,
         metavar="X",
-        help="of these, what one adapter and one client has at most while others wait, above 0 and"
+        help="share of these that one adapter, or one client, may use while others wait: above 0,"
         " up to 1 (default: %(default)s)",
     )
     parser.add_argument(
@@ -154,7 +160,7 @@ def _add_room(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=2048,
         metavar="N",
-        help="tokens of a sequence, the new ones included (default: %(default)s)",
+        help="most tokens of a sequence, new ones included (default: %(default)s)",
     )
 
 
@@ -165,7 +171,7 @@ def as_share(text: str) -> float:
     except ValueError:
         share = 0.0
     if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no share; it is above 0 and at most 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share above 0 and up to 1")
     return share
 
 
@@ -177,12 +183,12 @@ def _serve(arguments: argparse.Namespace, terminal: Terminal) -> int:
         raise ConfigError(f"{error}; run: pip install 'lorax-async[serve]'") from error
     cuda = arguments.device == "cuda"
     dtype = arguments.dtype or ("bfloat16" if cuda else "float32")
-    adapters = named(arguments.adapters)
-    allowed_hosts = _require_ready(arguments)
+    adapters = find_adapters(arguments.adapters)
+    allowed_hosts = _check_early(arguments)
     settings = ServerSettings(
         base="smollm2" if arguments.base == "smollm2" else Path(arguments.base).resolve().name,
         adapters=adapters,
-        sources=opened(arguments),
+        sources=request_sources(arguments),
         admin_token=os.environ.get(ADMIN_TOKEN) or None,
         allowed_hosts=allowed_hosts,
     )
@@ -191,8 +197,8 @@ def _serve(arguments: argparse.Namespace, terminal: Terminal) -> int:
         device=arguments.device,
         device_bytes=arguments.device_bytes,
         max_slots=arguments.max_slots,
-        **sources_of(
-            arguments, [each for each in adapters.values() if isinstance(each, AdapterRef)]
+        **server_loader_settings(
+            arguments, [id for id in adapters.values() if isinstance(id, AdapterRef)]
         ),
     )
     capacity = ServerCapacity(
@@ -204,36 +210,36 @@ def _serve(arguments: argparse.Namespace, terminal: Terminal) -> int:
         base = arguments.base
         folder = prepare_base(progress=report) if base == "smollm2" else Path(base)
         report("loading the base model")
-        loaded = ServedModel.load(folder, dtype=dtype, device=arguments.device)
-    as_application()
-    run_on_uvloop(_run(arguments, terminal, loaded, config, settings, capacity))
+        model = ServedModel.load(folder, dtype=dtype, device=arguments.device)
+    tune_process()
+    run_on_uvloop(_run(arguments, terminal, model, config, settings, capacity))
     return OK
 
 
-def _require_ready(arguments: argparse.Namespace) -> tuple[str, ...] | None:
-    """Return the names by which the server may be called; None is any.
+def _check_early(arguments: argparse.Namespace) -> tuple[str, ...] | None:
+    """Return the allowed hosts, or None for any.
 
-    Raise `ConfigError` for faults that would otherwise show after the base model was loaded.
+    Raises `ConfigError` for faults that would otherwise appear after the base model is loaded.
     """
     from lorax_async.server.warm_list import read_warm_list  # noqa: PLC0415
 
     if arguments.warm is not None:
         read_warm_list(arguments.warm)
     with _listener(arguments) as listener:
-        return hosts_of(listener, arguments.host, arguments.allowed_hosts)
+        return choose_hosts(listener, arguments.host, arguments.allowed_hosts)
 
 
-def hosts_of(
-    listener: socket.socket, host: str, given: Sequence[str] | None
+def choose_hosts(
+    listener: socket.socket, host: str, names: Sequence[str] | None
 ) -> tuple[str, ...] | None:
-    """Return `given`, or this machine's own names if only this machine can connect.
+    """Return `names`, or by default this machine's own names if only this machine can connect.
 
-    A page in a browser of this machine could use another name (DNS rebinding).
+    Otherwise a page in a browser of this machine could call the server (DNS rebinding).
     """
     from lorax_async.server.server_settings import LOOPBACK  # noqa: PLC0415
 
-    if given is not None:
-        return tuple(given)
+    if names is not None:
+        return tuple(names)
     if not ip_address(listener.getsockname()[0]).is_loopback:
         return None
     return (*LOOPBACK, host.encode("idna").decode())
@@ -248,14 +254,14 @@ def _listener(arguments: argparse.Namespace) -> socket.socket:
         raise ConfigError(f"{arguments.host}:{arguments.port}: {error}") from error
 
 
-def as_application() -> None:
-    """Make settings of the whole process: the command owns it."""
+def tune_process() -> None:
+    """Change settings of the whole process, which belongs to the command."""
     import torch  # noqa: PLC0415
 
     sys.setswitchinterval(SWITCH_SECONDS)
-    # Leave cores to the event loop and the loader's threads, or tokens wait for them.
+    # Leave cores to the event loop and the loader's threads: tokens would wait for them.
     torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
-    # Exempt the libraries from collections, which would stop the loop for tenths of a second.
+    # Exempt imported libraries from collections, which would stop the loop for tenths of a second.
     gc.collect()
     gc.freeze()
 
@@ -263,7 +269,7 @@ def as_application() -> None:
 async def _run(
     arguments: argparse.Namespace,
     terminal: Terminal,
-    base: ServedModel,
+    model: ServedModel,
     config: LoaderConfig,
     settings: ServerSettings,
     capacity: ServerCapacity,
@@ -272,66 +278,71 @@ async def _run(
     from lorax_async.server.serving import serve  # noqa: PLC0415
 
     with _listener(arguments) as listener:
-        async with open_service(base, config, settings, capacity, arguments.warm) as service:
+        async with open_service(model, config, settings, capacity, arguments.warm) as service:
             await serve(
-                service, listener, ready=lambda: _tell(listener, settings, arguments.json, terminal)
+                service,
+                listener,
+                ready=lambda: _announce(arguments, listener, settings, terminal),
             )
 
 
-def _tell(
-    listener: socket.socket, settings: ServerSettings, as_json: bool, terminal: Terminal
+def _announce(
+    arguments: argparse.Namespace,
+    listener: socket.socket,
+    settings: ServerSettings,
+    terminal: Terminal,
 ) -> None:
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    if as_json:
-        told: dict[str, Any] = {"url": url, "models": [settings.base, *settings.adapters]}
-        terminal.json(told)
+    if arguments.json:
+        terminal.json({"url": url, "models": [settings.base, *settings.adapters]})
         return
     terminal.say(f"serving {', '.join([settings.base, *settings.adapters])} at {url}", "bold")
-    terminal.say(curl(url, next(iter(settings.adapters), settings.base)))
+    terminal.say(curl_command(url, next(iter(settings.adapters), settings.base)))
 
 
-def how_to_serve(adapters: Path) -> tuple[str, str]:
-    """Return two shell commands for this folder: serve the demo's adapters, and ask one."""
+def serve_commands(adapters: Path) -> tuple[str, str]:
+    """Return two shell commands: serve the demo's adapters in this folder, and query one."""
     program = os.path.relpath(Path(sys.executable).with_name("lorax-async"))
-    serving = shlex.join([program, "serve", "--base", "smollm2", "--adapters", str(adapters)])
-    return serving, curl(f"http://127.0.0.1:{PORT}", "pirate")
+    serve = shlex.join([program, "serve", "--base", "smollm2", "--adapters", str(adapters)])
+    return serve, curl_command(f"http://127.0.0.1:{PORT}", "pirate")
 
 
-def curl(url: str, model: str) -> str:
-    """Return a shell command that asks a model."""
-    asked = {"model": model, "messages": [{"role": "user", "content": "What is ice?"}]}
+def curl_command(url: str, model: str) -> str:
+    """Return a shell command that queries a model."""
+    body = {"model": model, "messages": [{"role": "user", "content": "What is ice?"}]}
     return shlex.join(
         [
             *("curl", f"{url}/v1/chat/completions", "-H", "Content-Type: application/json"),
-            *("-d", json.dumps(asked)),
+            *("-d", json.dumps(body)),
         ]
     )
 
 
-def named(given: Sequence[str]) -> dict[str, AdapterId]:
-    """Return the adapters of `--adapters` by name. Raise `ConfigError`."""
-    found: dict[str, AdapterId] = {}
-    for text in given:
-        name, separator, place = text.partition("=")
-        if not separator or "/" in name:
-            name, place = "", text
-        for each, adapter in _places(name, place):
-            if each in found:
-                raise ConfigError(f"two adapters are called {each!r}; name one: NAME=PATH")
-            found[each] = adapter
-    return found
+def find_adapters(texts: Sequence[str]) -> dict[str, AdapterId]:
+    """Return the adapters of `--adapters` by name. Raises `ConfigError`."""
+    adapters: dict[str, AdapterId] = {}
+    for text in texts:
+        prefix, separator, place = text.partition("=")
+        if not separator or "/" in prefix:
+            prefix, place = "", text
+        for name, adapter in _find_in(prefix, place):
+            if name in adapters:
+                raise ConfigError(f"two adapters are named {name!r}; rename one: NAME=PATH")
+            adapters[name] = adapter
+    return adapters
 
 
-def _places(name: str, place: str) -> list[tuple[str, AdapterId]]:
+def _find_in(name: str, place: str) -> list[tuple[str, AdapterId]]:
+    """Return the adapter at `place`, under `name` if given, or all adapters in that folder."""
     folder = Path(place)
     if folder.is_dir() and not (folder / CONFIG).exists() and not name:
-        below = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
-        if not below:
-            raise ConfigError(f"{folder} is no adapter, and holds none")
-        for path in below:
+        paths = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
+        if not paths:
+            raise ConfigError(f"{folder} is not an adapter, and contains none")
+        for path in paths:
             _require_adapter(path)
-        return [(path.name, path.resolve()) for path in below]
+        return [(path.name, path.resolve()) for path in paths]
     try:
         ref = as_place(place)
     except argparse.ArgumentTypeError as error:
@@ -343,7 +354,7 @@ def _places(name: str, place: str) -> list[tuple[str, AdapterId]]:
 
 
 def _require_adapter(folder: Path) -> None:
-    """Raise `ConfigError` for a folder without an adapter's files, which are not read."""
+    """Raise `ConfigError` if the folder lacks an adapter's files; do not read them."""
     if not folder.is_dir():
         raise ConfigError(
             f"--adapters: there is no folder {folder}; an adapter on the hub is org/name"

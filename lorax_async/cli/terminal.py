@@ -1,4 +1,4 @@
-"""What a person sees: results on stdout, progress on stderr and only where that is a terminal."""
+"""Output of commands: results on stdout; progress on stderr, if that is a terminal."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ if TYPE_CHECKING:
 
 
 PIPE_WIDTH = 5_000
-"""Columns of a table that goes into a file: what reads it there wants whole lines."""
+"""Columns of a table in a pipe or file, wide enough not to break lines."""
 
 
 class Terminal:
-    """The two streams of a command. Texts may be a stranger's: they are shown, not obeyed."""
+    """The two streams of a command. Markup and control codes in texts have no effect."""
 
     def __init__(self, out: TextIO, err: TextIO) -> None:
         self._out = out
         self._err = err
 
     def say(self, text: str = "", style: str = "") -> None:
-        """A line of the result; in a pipe it is one line, however long."""
+        """Print a line of the result, unbroken in a pipe."""
         from rich.text import Text  # noqa: PLC0415
 
         self._show(Text(shorten(text, 2_000), style))
 
     def complain(self, text: str) -> None:
-        """A line for stderr. Needs no rich: it may be what reports that rich is missing."""
+        """Print a line to stderr, without rich: it also reports that rich is missing."""
         print(shorten(text, 2_000), file=self._err)
 
     def json(self, value: object) -> None:
-        """The result for machines, in one line."""
-        print(json.dumps(value), file=self._out, flush=True)  # whoever reads it may wait for it
+        """Print the result as one line of JSON, and flush: a reader may wait for it."""
+        print(json.dumps(value), file=self._out, flush=True)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table; columns whose title starts with a blank hold numbers, set to the right."""
+        """Print a table. Columns whose title starts with a blank are aligned to the right."""
         from rich.box import SIMPLE_HEAD  # noqa: PLC0415
         from rich.table import Table  # noqa: PLC0415
         from rich.text import Text  # noqa: PLC0415
@@ -56,7 +56,7 @@ class Terminal:
         self._show(table)
 
     def pairs(self, rows: Sequence[tuple[str, str]]) -> None:
-        """Names and what they stand for, as two columns without a frame."""
+        """Print names and values in two columns without a frame."""
         from rich.table import Table  # noqa: PLC0415
         from rich.text import Text  # noqa: PLC0415
 
@@ -77,7 +77,7 @@ class Terminal:
 
     @contextmanager
     def steps(self) -> Iterator[Callable[[str], None]]:
-        """Gives what shows the step that runs now; any thread may call it."""
+        """Yield a function that shows the current step, callable from any thread."""
         if not self._err.isatty():
             yield lambda _: None
             return
@@ -86,7 +86,7 @@ class Terminal:
 
     @contextmanager
     def bars(self) -> Iterator[ProgressBars]:
-        """Gives a board with one bar per adapter, whose last state stays on the terminal."""
+        """Yield progress bars, one per adapter, whose last state stays on the terminal."""
         if not self._err.isatty():
             yield ProgressBars(None)
             return
@@ -95,21 +95,21 @@ class Terminal:
 
 
 class ProgressBars:
-    """Progress by adapter; without a terminal it shows nothing."""
+    """One progress bar per adapter; draws nothing without a terminal."""
 
     def __init__(self, progress: Progress | None) -> None:
         self._progress = progress
         self._tasks: dict[int, TaskID] = {}
 
     def show(self, row: int, load: LoadProgress) -> None:
-        """Bring the bar of adapter number `row` up to date."""
+        """Update the bar at index `row` from a load."""
         layers = f"{load.ready}/{len(load.layers)} layers" if load.layers else ""
         self.update(row, load.name, load.moved, load.nbytes, load.state, layers)
 
     def update(
         self, row: int, name: str, done: int, total: int | None, state: str, layers: str = ""
     ) -> None:
-        """Bring bar number `row` up to date; bytes, of which None is not known yet."""
+        """Update the bar at index `row`; `done` and `total` are bytes, None if unknown."""
         progress = self._progress
         if progress is None:
             return
@@ -120,7 +120,7 @@ class ProgressBars:
 
 
 def require_rich() -> None:
-    """Raise ConfigError where rich is missing: before the work, not after it."""
+    """Raise `ConfigError` if rich is missing; call before the work."""
     if importlib.util.find_spec("rich") is None:
         raise ConfigError(
             "tables and progress need rich; run: pip install 'lorax-async[cli]', or use --json in"
@@ -157,8 +157,8 @@ def _console(stream: TextIO) -> Console:
     )
 
 
-def size(nbytes: int) -> str:
-    """A number of bytes for people, in binary units."""
+def format_size(nbytes: int) -> str:
+    """Format a number of bytes in binary units."""
     amount = float(nbytes)
     for unit in ("B", "KiB", "MiB"):
         if amount < 1024:
@@ -167,20 +167,20 @@ def size(nbytes: int) -> str:
     return f"{amount:.1f} GiB"
 
 
-def age(seconds: float) -> str:
-    """How long ago something was, in the largest unit that it fills."""
+def format_age(seconds: float) -> str:
+    """Format a duration in the largest unit that it fills."""
     for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
         if seconds >= length:
             return f"{seconds // length:.0f} {unit}"
     return f"{seconds:.0f} s"
 
 
-def milliseconds(seconds: float | None) -> str:
+def format_ms(seconds: float | None) -> str:
     return "" if seconds is None else f"{seconds * 1e3:.1f} ms"
 
 
-def spans(numbers: Sequence[int]) -> str:
-    """Sorted whole numbers with their runs drawn together: 0–3, 7."""
+def format_runs(numbers: Sequence[int]) -> str:
+    """Format sorted integers as runs: 0–3, 7."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:

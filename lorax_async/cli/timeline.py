@@ -1,4 +1,4 @@
-"""`lorax-async timeline`: draw a trace; and `--trace`, by which other commands record one."""
+"""`lorax-async timeline`: draw a trace; and the option `--trace` of commands that record one."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ IMAGES = (".png", ".svg")
 
 
 def add_to(add: AddParser) -> None:
-    about = "draw a trace: what came when, and whether copies and computing overlap"
-    more = "Traces come from loader.trace(), and from commands with --trace."
+    about = "draw a trace: when each layer was copied and computed, and how much these overlap"
+    more = "Record one with loader.trace(), or with --trace of other commands."
     parser = add_command(add, "timeline", about, _timeline, more)
     parser.add_argument("file", type=Path, metavar="FILE", help="a trace, in Chrome's format")
     parser.add_argument(
@@ -27,7 +27,7 @@ def add_to(add: AddParser) -> None:
         type=Path,
         required=True,
         metavar="OUT",
-        help="a file whose name ends in .html, or in .png or .svg (which need matplotlib)",
+        help="an .html file, or a .png or .svg file (which need matplotlib)",
     )
     for option, which in (("--from", "first"), ("--until", "last")):
         parser.add_argument(
@@ -44,15 +44,15 @@ def add_trace(parser: argparse.ArgumentParser) -> None:
         "--trace",
         type=Path,
         metavar="FILE",
-        help="record what happens when, for `lorax-async timeline FILE`",
+        help="write a trace to FILE; draw it with `lorax-async timeline FILE`",
     )
 
 
 @contextmanager
-def traced(loader: AdapterLoader, path: Path | None) -> Iterator[None]:
-    """Record the block, however it ends, and write the trace to `path` unless it is None.
+def record_trace(loader: AdapterLoader, path: Path | None) -> Iterator[None]:
+    """Trace the block, however it ends, and write the trace to `path` unless that is None.
 
-    Raises `OSError`: before the block where possible, and never in place of the block's own error.
+    Raises `OSError`, before the block if possible, and never in place of the block's own error.
     """
     if path is None:
         yield
@@ -72,8 +72,8 @@ def _timeline(arguments: argparse.Namespace, terminal: Terminal) -> int:
     out, title = arguments.out, arguments.file.stem
     suffix = out.suffix.lower()
     if suffix not in {".html", *IMAGES}:
-        raise ConfigError(f"{out.name} ends in none of .html, .png, .svg")
-    with arguments.file.open("rb") as file:  # it may be anything, and endless
+        raise ConfigError(f"{out.name} ends in none of .html, .png and .svg")
+    with arguments.file.open("rb") as file:  # may be endless, as a device
         events, dropped = read_trace(file.read(MAX_BYTES + 1))
     drawing = drawing_of(events, arguments.first, arguments.last, dropped=dropped)
     if suffix in IMAGES:

@@ -1,4 +1,4 @@
-"""The interface of a device: one arena, one pointer table, and copies into them."""
+"""The interface of a device, and what it copies."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CopyTicket = Future[None]
 
 @dataclass(frozen=True, slots=True)
 class FilePieces:
-    """Bytes that a device may read from a file by itself, into one extent of its arena."""
+    """Bytes that a device reads from a file itself, into one extent of its arena."""
 
     reader: Reader
     reads: tuple[ReadMove, ...]
@@ -27,10 +27,10 @@ class FilePieces:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StagedPiece:
-    """Bytes that lie as they shall on the device: `memory` goes to `target` in the extent.
+    """Bytes in the device's format: copy `memory` to `target` in the extent.
 
-    `memory` is a uint8 `[nbytes]` view of what the device's `staging_memory` gave; it is not
-    written to until the copy's ticket is done.
+    `memory` is a uint8 `[nbytes]` view of the device's `staging_memory`, not to be written to
+    before the copy's ticket is done.
     """
 
     memory: torch.Tensor
@@ -38,85 +38,88 @@ class StagedPiece:
 
 
 class Device(Protocol):
-    """One arena, one table, and copies into them. Sizes and offsets in bytes.
+    """One arena, one pointer table, and copies into them. Sizes and offsets are in bytes.
 
-    A copy writes its bytes, then its rows, and only then is its ticket done. Copies, wipes, and
-    clearings of columns, take effect in the order in which they were asked for. A column is cleared
-    before its slot or extents are given to somebody else; that is the driver's word to keep.
+    A copy writes its bytes, then its rows; then its ticket is done. Copies, wipes and clearings of
+    columns take effect in the order of the calls. The driver clears a column before it reuses the
+    slot or its extents.
 
-    A `stream` is what the device's library calls one, and None is the current one; a device that
-    computes when it is called (`reads_files`) has none, and ignores it.
+    A `stream` is an object of the device's library; None is the current stream. Devices with
+    `reads_files` compute synchronously, and ignore it.
     """
 
     name: str
     alignment: int
-    """Every extent and tensor starts on a multiple of it."""
+    """Every extent and tensor starts at a multiple of this."""
     rank_multiple: int
-    """Ranks are padded with zeros to a multiple of it."""
+    """Ranks are padded with zeros to a multiple of this."""
     reads_files: bool
-    """Its arena is host memory: it copies `FilePieces`, and casts write into its `host_view`.
-    Other devices copy `StagedPiece`s alone."""
+    """Whether the arena is host memory. Such a device copies `FilePieces`, and casts write into its
+    `host_view`; other devices copy only `StagedPiece`s."""
 
     def open(self) -> None:
-        """Claim the arena and the tables. Blocks.
+        """Allocate the arena and the tables. Blocks.
 
-        Raises `CapacityError` if they do not fit, `ConfigError` if there is no such device here.
+        Raises `CapacityError` if memory is short, `ConfigError` if the device does not exist.
         """
 
     def staging_memory(self, nbytes: int) -> torch.Tensor:
-        """Host memory that copies can read at full speed: uint8 `[nbytes]`, writable. Blocks.
+        """Allocate host memory that copies read at full speed: uint8 `[nbytes]`, writable. Blocks.
 
-        Raises `CapacityError` if there is not so much.
+        Raises `CapacityError` if memory is short.
         """
 
     def host_view(self, extent: Extent) -> torch.Tensor:
-        """The extent as writable uint8 `[nbytes]`. Quick. `UsageError` unless `reads_files`."""
+        """Return the extent as writable uint8 `[nbytes]`.
+
+        Raises `UsageError` unless `reads_files`.
+        """
 
     def copy(
         self, pieces: FilePieces | StagedPiece, rows: Sequence[TableRow], extent: Extent, slot: int
     ) -> CopyTicket:
-        """Move the bytes into the extent, then write the rows into the slot's column.
+        """Copy the bytes into the extent, then write the rows into the slot's column.
 
-        May block, in an I/O thread. What fails before the copy was begun is raised, what fails
-        later is the ticket's; `TransferError` is the device's own.
+        May block; call in an I/O thread. Errors before the copy starts are raised, later ones set
+        on the ticket. Errors of the device are `TransferError`s.
         """
 
     def wait_for(self, ticket: CopyTicket, stream: object | None = None) -> None:
-        """Let what is put on `stream` from here on run after the copy, wherever it stands. Quick.
+        """Order work submitted to `stream` from now on after the copy. Does not block.
 
-        Blocks no thread. A copy that failed, or a device that was lost, is not waited for: the
-        ticket tells. `UsageError` for a ticket of another device.
+        A failed copy or a lost device is not waited for; check the ticket. Raises `UsageError` for
+        a ticket of another device.
         """
 
     def note_use(self, stream: object | None = None) -> CopyTicket:
-        """A ticket that is done once all that is on `stream` by now has run. Quick.
+        """Return a ticket that is done once the work now on `stream` has run. Does not block.
 
-        On a device that was lost nothing runs any more: it is done at once.
+        On a lost device, it is done at once.
         """
 
     def wipe(self, extents: Sequence[Extent]) -> CopyTicket:
-        """Zero these extents; whoever asks has seen all done that reads them.
+        """Zero these extents, which no work reads any more.
 
-        May block, in an I/O thread. Errors are as those of `copy`.
+        May block; call in an I/O thread. Errors are as for `copy`.
         """
 
     def clear_column(self, slot: int) -> None:
-        """Let the slot's column name nobody, after the copies asked for so far. Quick."""
+        """Clear the slot's column, after the copies submitted so far. Does not block."""
 
     def operands(self, module: int, slot: int) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-        """A `[rank, in]`, B `[out, rank]`, scale of one module in one slot; None if it has none.
+        """Return A `[rank, in]`, B `[out, rank]` and the scale of a module in a slot, or None.
 
-        Views on the device. They tell what copies whose tickets are done have written.
+        A and B are views on the device. They show copies whose tickets are done.
         """
 
     def view(self, extent: Extent) -> torch.Tensor:
-        """The bytes of an extent, or of a part of one, on the device: uint8 `[nbytes]`. Quick.
+        """Return the bytes of an extent, or of a part, on the device: uint8 `[nbytes]`.
 
-        They tell what copies whose tickets are done have written; nobody else may write to them.
+        They show copies whose tickets are done. Read-only for the caller.
         """
 
     def close(self) -> None:
-        """End what runs, let the arena go; views that are still held keep their memory alive.
+        """Finish running work and release the arena. Views keep their memory alive.
 
         Blocks. Idempotent.
         """

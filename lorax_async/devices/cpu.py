@@ -1,4 +1,4 @@
-"""Host memory as a device: the arena is mapped once, and files are read straight into it."""
+"""Host memory as a device. The arena is mapped once, and files are read straight into it."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from lorax_async.lifecycle.arena import Extent
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.transfer_plan import TableRow
 
-_CLAIMED_AT_ONCE = 32 << 20
+_CLAIM_BYTES = 32 << 20
 
 Operands = tuple[torch.Tensor, torch.Tensor, float]
 
 
 class CpuDevice:
-    """An arena in host memory. Copies are done when `copy` returns; compute needs no event.
+    """A device in host memory. Copies are done when `copy` returns; compute needs no event.
 
     Parameters
     ----------
     layout
-        The base model, which gives the tables their rows.
+        The base model, whose modules are the rows of the tables.
     dtype
-        What adapters are stored as: "F32", "F16" or "BF16".
+        The dtype of stored adapters: "F32", "F16" or "BF16".
     nbytes
-        Size of the arena. Its pages are claimed by `open`, so that a machine without the memory
-        says so at start and not under load.
+        Size of the arena. `open` faults its pages in, so that a lack of memory shows at start and
+        not under load.
     slots
-        Columns of the tables.
+        The number of columns of the tables.
     """
 
     name = "cpu"
@@ -51,7 +51,7 @@ class CpuDevice:
         self._dtype = TORCH_DTYPES[dtype]
         self._nbytes = nbytes
         self._slots = slots
-        self._opened = False
+        self._was_opened = False
         self._arena = torch.empty(0, dtype=torch.uint8)
         self._memory = memoryview(b"")
         self._columns: list[dict[int, tuple[int, int, int, float]]] = [{} for _ in range(slots)]
@@ -60,8 +60,8 @@ class CpuDevice:
         self._done.set_result(None)
 
     def open(self) -> None:
-        """As the port has it, and once: whoever keeps the tables' addresses may rely on them."""
-        if self._opened:
+        """Allocate as `Device.open`. Callable once, so that the tables' addresses stay valid."""
+        if self._was_opened:
             raise UsageError("the device was opened before; make a new one")
         try:
             memory = self._claim_memory()
@@ -74,19 +74,19 @@ class CpuDevice:
         self._memory = memoryview(memory)
         self._arena = torch.frombuffer(memory, dtype=torch.uint8)
         self._base = self._arena.data_ptr()
-        self._opened = True
+        self._was_opened = True
 
     def _claim_memory(self) -> mmap.mmap:
         memory = mmap.mmap(-1, self._nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with suppress(OSError):  # a wish, which a kernel without huge pages refuses
+        with suppress(OSError):  # a hint, which a kernel without huge pages refuses
             memory.madvise(mmap.MADV_HUGEPAGE)
         _claim_pages(torch.frombuffer(memory, dtype=torch.uint8))
         return memory
 
     def _make_tables(self) -> None:
         modules = len(self._layout.modules)
-        # Writing an element through torch costs microseconds, and an adapter has hundreds: the
-        # tensors share memory with plain arrays.
+        # The tensors share memory with plain arrays, because writing an element through torch costs
+        # microseconds and an adapter has hundreds.
         self.address, memory = _table(torch.int64, (2, modules, self._slots))
         self._address_words = memory.cast("q")
         self.rank, memory = _table(torch.int32, (modules, self._slots))
@@ -95,7 +95,7 @@ class CpuDevice:
         self._scale_words = memory.cast("f")
 
     def staging_memory(self, nbytes: int) -> torch.Tensor:
-        """As the port has it; a page of it is claimed when it is first written to."""
+        """Return pageable memory, whose pages are allocated at the first write."""
         return lazy_memory(nbytes)
 
     def host_view(self, extent: Extent) -> torch.Tensor:
@@ -114,7 +114,7 @@ class CpuDevice:
         return self._done
 
     def _write_rows(self, rows: Sequence[TableRow], extent: Extent, slot: int) -> None:
-        """Addresses and scale first: a row whose rank is not 0 is complete."""
+        """Write addresses and scale before the rank, so that a row with a rank is complete."""
         modules, slots = self.rank.shape
         column = self._columns[slot]
         for module, a, b, _, rank, scale in rows:
@@ -126,12 +126,12 @@ class CpuDevice:
             self._rank_words[cell] = rank
 
     def wait_for(self, ticket: CopyTicket, stream: object | None = None) -> None:  # noqa: ARG002
-        """Every copy is done when `copy` returns."""
+        """Do nothing: every copy is done when `copy` returns."""
         if ticket is not self._done:
-            raise UsageError("a ticket of another device")
+            raise UsageError("the ticket belongs to another device")
 
     def note_use(self, stream: object | None = None) -> CopyTicket:  # noqa: ARG002 - it has none
-        """Done: whoever computes has computed."""
+        """Return a ticket that is done: compute is synchronous."""
         return self._done
 
     def wipe(self, extents: Sequence[Extent]) -> CopyTicket:
@@ -151,21 +151,21 @@ class CpuDevice:
         self._views[slot] = {}
 
     def operands(self, module: int, slot: int) -> Operands | None:
-        """Views into the arena, made once per tenant of the slot."""
+        """Return views into the arena, created once per occupant of the slot."""
         views = self._views[slot]
-        found = views.get(module)
-        if found is None:
+        operands = views.get(module)
+        if operands is None:
             row = self._columns[slot].get(module)
             if row is None:
                 return None
             a, b, rank, scale = row
             shape = self._layout.modules[module]
-            found = views[module] = (
+            operands = views[module] = (
                 self._view(a, rank, shape.in_features),
                 self._view(b, shape.out_features, rank),
                 scale,
             )
-        return found
+        return operands
 
     def view(self, extent: Extent) -> torch.Tensor:
         return self.host_view(extent)
@@ -175,7 +175,7 @@ class CpuDevice:
         return self._arena[offset : offset + nbytes].view(self._dtype).view(rows, columns)
 
     def close(self) -> None:
-        """Idempotent; a device that was never opened is closed, too."""
+        """Release the arena. Idempotent, also before `open`."""
         self._columns = []
         self._views = []
         self._memory = memoryview(b"")
@@ -183,7 +183,10 @@ class CpuDevice:
 
 
 def lazy_memory(nbytes: int) -> torch.Tensor:
-    """Zeros, uint8 `[nbytes]`; their pages come when they are used. `CapacityError` if none do."""
+    """Return zeros, uint8 `[nbytes]`, whose pages are allocated when used.
+
+    Raises `CapacityError` if the address space is short.
+    """
     try:
         memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError, MemoryError) as error:
@@ -194,12 +197,12 @@ def lazy_memory(nbytes: int) -> torch.Tensor:
 
 
 def _claim_pages(memory: torch.Tensor) -> None:
-    """Fault all pages of `memory` in, in pieces: others may map and fault in between."""
-    for start in range(0, memory.nbytes, _CLAIMED_AT_ONCE):
-        piece = memory[start : start + _CLAIMED_AT_ONCE]
+    """Fault in all pages of `memory`, in pieces, so that other threads can map memory between."""
+    for start in range(0, memory.nbytes, _CLAIM_BYTES):
+        piece = memory[start : start + _CLAIM_BYTES]
         code = madvise(piece.data_ptr(), piece.nbytes, POPULATE_WRITE)
         if code == errno.EINVAL:
-            piece.zero_()  # an older kernel: touch them
+            piece.zero_()  # an older kernel: touch the pages
         elif code:
             raise OSError(code, os.strerror(code))
 

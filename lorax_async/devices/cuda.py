@@ -1,18 +1,18 @@
-"""A GPU as a device: pinned staging, one copy stream, events. Nothing here computes but zeros.
+"""A GPU as a device: pinned staging, one copy stream, events.
 
-Written on torch's generic streams and events: it runs on any accelerator that has them. The order
-that all of it relies on:
+The code uses torch's generic streams and events, and runs on any accelerator that has them. It
+relies on this order:
 
-1. One copy stream. What is put on it, under one lock, runs in that order: a copy's bytes, its rows,
-   its event; a column's clearing, and then the next tenant's bytes and rows.
-2. A ticket's event is recorded before anybody is given the ticket, for a wait on an event that was
-   never recorded is no wait.
-3. The device reads pinned memory when it gets there. Staged bytes and row images are kept, and not
+1. There is one copy stream. Work is submitted under one lock and runs in that order: a copy's
+   bytes, its rows, its event; the clearing of a column, then the next record's bytes and rows.
+2. A ticket's event is recorded before the ticket is returned, because waiting on an event that was
+   never recorded does not wait.
+3. The device reads pinned memory when the copy runs. Staged bytes and row images are kept, and not
    written to, until the ticket is done, which is after its event.
 4. No other stream is ordered with the copy stream by itself. Compute that reads a slot waits for
-   its tickets on the device (`wait_for`), or is launched after they were seen done. The copy stream
-   waits for nobody: whoever clears a column, and lets its extents be written again, has seen the
-   tickets of all its uses (`note_use`) done.
+   its tickets on the device (`wait_for`), or is launched once they are done. The copy stream never
+   waits: a column is cleared, and its extents reused, only after the tickets of all its uses
+   (`note_use`) are done.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.transfer_plan import TableRow
 
 ALIGNMENT = 64
-_NO_ROOM = (RuntimeError, MemoryError, TypeError)  # the last is torch's for more than 63 bits
-NOTHING = torch.empty(0, dtype=torch.uint8)
+_ALLOCATION_ERRORS = (RuntimeError, MemoryError, TypeError)  # torch raises TypeError beyond 63 bits
+EMPTY = torch.empty(0, dtype=torch.uint8)
 
 
 class DeviceMemory:
-    """One arena, uint8 `[nbytes]`, and its columns; claimed and let go as a whole."""
+    """The arena, uint8 `[nbytes]`, and the pointer table, allocated and released together."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.arena = NOTHING
+        self.arena = EMPTY
         self._columns: TableColumns | None = None
         self._stream: torch.Stream | None = None
 
@@ -72,18 +72,18 @@ class DeviceMemory:
         return self._stream
 
     def claim(self, layout: ModelLayout, nbytes: int, slots: int) -> None:
-        """Claim all of it, or nothing. Blocks.
+        """Allocate everything, or nothing. Blocks.
 
-        The memory is allocated, and the tables zeroed, on this thread's current stream, where work
-        of the memory's last owner may still stand. The copy stream starts behind that, and both
-        have got there when this returns.
+        Memory is allocated, and the tables zeroed, on this thread's current stream, which may still
+        have work of the memory's last owner. The copy stream starts behind that, and both are
+        synchronized on return.
 
         Raises
         ------
         ConfigError
-            There is no such device here, or it cannot be used.
+            The device does not exist or cannot be used.
         CapacityError
-            No room for arena and tables there, or for row images here.
+            Device memory is short for arena and tables, or pinned memory for row images.
         """
         require_device(self._device)
         try:
@@ -91,10 +91,10 @@ class DeviceMemory:
             self._allocate(layout, nbytes, slots)
             self._start_behind_current(self._stream)
         except RuntimeError as error:
-            self.let_go()
+            self.release()
             raise ConfigError(f"{self._device} cannot be used ({first_line(error)})") from error
         except BaseException:
-            self.let_go()
+            self.release()
             raise
 
     def _allocate(self, layout: ModelLayout, nbytes: int, slots: int) -> None:
@@ -102,15 +102,17 @@ class DeviceMemory:
         try:
             self.arena = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
             base = self.arena.data_ptr()
-            self._columns = TableColumns(layers, slots, self._device, base, pinned)
-        except _NO_ROOM as error:
-            traceback.clear_frames(error.__traceback__)  # they keep what was allocated
+            self._columns = TableColumns(layers, slots, self._device, base, allocate_pinned)
+        except _ALLOCATION_ERRORS as error:
+            traceback.clear_frames(error.__traceback__)  # frames keep the allocations alive
             raise CapacityError(
                 f"no memory on {self._device} for an arena of {nbytes:,} bytes and {slots:,} slots"
                 f" ({first_line(error)}); lower device_bytes or max_slots"
             ) from error
         if base % ALIGNMENT:
-            raise InternalError(f"{self._device} gave memory that is not aligned to {ALIGNMENT}")
+            raise InternalError(
+                f"{self._device} returned memory that is not aligned to {ALIGNMENT}"
+            )
 
     def _start_behind_current(self, stream: torch.Stream) -> None:
         before = new_event(self._device)
@@ -119,33 +121,33 @@ class DeviceMemory:
         stream.synchronize()
 
     def wipe(self, extents: Sequence[Extent]) -> None:
-        """Put zeros on the copy stream, by kernels; raises `RuntimeError` if they cannot be put."""
+        """Enqueue kernels on the copy stream that zero the extents. Raises `RuntimeError`."""
         with self.stream:
             for extent in extents:
                 self.arena[extent.offset : extent.offset + extent.nbytes].zero_()
 
-    def let_go(self) -> None:
-        """Drop what was claimed.
+    def release(self) -> None:
+        """Release the memory.
 
-        The allocator may give the memory to others at once, in the order of the stream on which it
-        was claimed: the copy stream has run dry, and no other reads the memory any more.
+        The allocator may reuse it at once, in the order of the stream on which it was allocated.
+        The copy stream must be idle, and no other stream may read the memory.
         """
-        self.arena = NOTHING
+        self.arena = EMPTY
         self._columns = None
         self._stream = None
 
 
-def pinned(nbytes: int) -> torch.Tensor:
-    """Host memory that the device reads by DMA, uint8 `[nbytes]`."""
+def allocate_pinned(nbytes: int) -> torch.Tensor:
+    """Allocate host memory that the device reads by DMA, uint8 `[nbytes]`."""
     return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
 
-def staging(device: torch.device, nbytes: int) -> torch.Tensor:
-    """As `pinned`; `CapacityError` if there is not so much, `ConfigError` without the device."""
+def allocate_staging(device: torch.device, nbytes: int) -> torch.Tensor:
+    """Allocate pinned memory. Raises `CapacityError`, or `ConfigError` without the device."""
     require_device(device)
     try:
-        return pinned(nbytes)
-    except _NO_ROOM as error:
+        return allocate_pinned(nbytes)
+    except _ALLOCATION_ERRORS as error:
         raise CapacityError(
             f"no {nbytes:,} bytes of pinned host memory ({first_line(error)});"
             " lower staging_bytes or pinned_bytes"
@@ -153,26 +155,26 @@ def staging(device: torch.device, nbytes: int) -> torch.Tensor:
 
 
 class CudaDevice:
-    """An arena on a GPU, filled by one copy stream from pinned memory.
+    """A device on a GPU, filled by one copy stream from pinned memory.
 
     Parameters
     ----------
     layout
-        The base model, which gives the tables their rows.
+        The base model, whose modules are the rows of the tables.
     dtype
-        What adapters are stored as: "F32", "F16" or "BF16".
+        The dtype of stored adapters: "F32", "F16" or "BF16".
     nbytes
-        Size of the arena, which `open` claims as one allocation.
+        Size of the arena, which `open` allocates as one block.
     slots
-        Columns of the tables.
+        The number of columns of the tables.
     device
         "cuda:N", or "cuda": the current device of the thread that constructs this.
 
     Notes
     -----
-    CUDA forbids waiting for events, in every thread, while a graph is captured in mode "global",
-    and the attempt spoils the capture: capture with ``capture_error_mode="thread_local"``, or while
-    no copies and no uses are on their way. Copies are not harmed; the news of them comes later.
+    While a graph is captured in mode "global", CUDA forbids waiting for events in any thread, and
+    an attempt invalidates the capture. Capture with ``capture_error_mode="thread_local"``, or while
+    no copies and uses are in flight. Copies are not harmed, but reported later.
     """
 
     alignment = ALIGNMENT
@@ -189,41 +191,41 @@ class CudaDevice:
         self._nbytes = nbytes
         self._slots = slots
         self._memory = DeviceMemory(self._device)
-        self._lease_table = [ColumnRecord() for _ in range(slots)]
-        self._opened = self._working = False
+        self._records = [ColumnRecord() for _ in range(slots)]
+        self._was_opened = self._is_open = False
         self._failures = DeviceFailures(self.name)
-        # Held while work is put on the copy stream: its order is the lock's. A `torch.Stream` also
-        # keeps, in itself, which stream it was entered from: that takes one thread at a time, too.
+        # Held while work is submitted to the copy stream, to order it. A `torch.Stream` also stores
+        # the stream it was entered from, which allows one thread at a time.
         self._order = threading.Lock()
         self._closing = threading.Lock()
 
     def open(self) -> None:
-        """As the port has it, and once: whoever keeps the tables' addresses may rely on them.
+        """Allocate as `Device.open`. Callable once, so that the tables' addresses stay valid.
 
-        When it returns, the tables are empty for whatever stream reads them. Also raises
-        `ConfigError`: there is no such device here, or it cannot be used.
+        On return, the tables are empty for every stream. Raises `ConfigError` also if the device
+        cannot be used.
         """
-        if self._opened:
+        if self._was_opened:
             raise UsageError("the device was opened before; make a new one")
         self._memory.claim(self._layout, self._nbytes, self._slots)
-        self._copies = EventWatcher("lorax-watch-copies", self._failures.note)
-        self._uses = EventWatcher("lorax-watch-uses", self._failures.note_use)
+        self._copies = EventWatcher("lorax-watch-copies", self._failures.record)
+        self._uses = EventWatcher("lorax-watch-uses", self._failures.record_use)
         try:
             start_watchers(self._copies, self._uses)
         except CapacityError:
-            self._memory.let_go()
+            self._memory.release()
             raise
         tables = self._memory.columns
         self.address, self.rank, self.scale = tables.address, tables.rank, tables.scale
-        self._opened = self._working = True
+        self._was_opened = self._is_open = True
 
     def staging_memory(self, nbytes: int) -> torch.Tensor:
-        """Pinned memory, before or after `open`.
+        """Allocate pinned memory, before or after `open`.
 
-        torch's allocator takes the next power of two of bytes, and keeps them for later pinned
-        tensors when this one is freed.
+        torch's allocator rounds up to a power of two, and keeps freed memory for later pinned
+        tensors.
         """
-        return staging(self._device, nbytes)
+        return allocate_staging(self._device, nbytes)
 
     def host_view(self, extent: Extent) -> torch.Tensor:  # noqa: ARG002 - there is none
         raise UsageError(f"the arena of {self.name} is not host memory; copy staged bytes to it")
@@ -231,12 +233,12 @@ class CudaDevice:
     def copy(
         self, pieces: FilePieces | StagedPiece, rows: Sequence[TableRow], extent: Extent, slot: int
     ) -> CopyTicket:
-        """Put on the copy stream: the bytes as one memcpy, the rows of a layer as two, an event.
+        """Submit to the copy stream: one memcpy of bytes, two per layer of rows, an event.
 
-        All of it is DMA from pinned memory and allocates nothing, and this returns while it is on
-        its way; it blocks only while all row images are in use, or the driver's queue is full. A
-        watcher ends the ticket once the event is done. What fails after something was put on the
-        stream is the ticket's, and not before the event: the memory is in use all the same.
+        The work is DMA from pinned memory and allocates nothing. Blocks only while all row images
+        are in use or the driver's queue is full. A watcher completes the ticket after the event.
+        Errors after the first submission are set on the ticket, also after the event, because the
+        memory is in use until then.
         """
         if isinstance(pieces, FilePieces):
             raise UsageError(f"{self.name} cannot read files; copy staged bytes to it")
@@ -251,14 +253,14 @@ class CudaDevice:
         with self._order:
             try:
                 self._require_working()
-                occupant = self._lease_table[slot]
+                record = self._records[slot]
             except BaseException:
-                ticket.finish()  # nobody has seen it, nothing was put; the image goes back
+                ticket.finish()  # nothing was submitted; release the image
                 raise
-            start, column = extent.offset + pieces.target, occupant.cells | cells
+            start, column = extent.offset + pieces.target, record.cells | cells
             ticket.error = self._put(pieces, start, slot, cells, column, image)
             if ticket.error is None:
-                occupant.add(cells, ticket)
+                record.add(cells, ticket)
             self._record(ticket)
         return ticket
 
@@ -272,15 +274,15 @@ class CudaDevice:
         try:
             pinned = memory.nbytes == 0 or memory.is_pinned()
         except RuntimeError as error:
-            raise self._failures.note(error) from error
-        if not pinned:  # the driver would read it in this call, under the lock
+            raise self._failures.record(error) from error
+        if not pinned:  # the driver would copy it synchronously, under the lock
             raise InternalError("staged bytes are not in pinned memory; use staging_memory")
 
     def _ticket(self, piece: StagedPiece, image: RowImage | None) -> EventTicket:
         event, columns = new_event(self._device), self._memory.columns
         if image is None:
             return EventTicket(self, event, piece)
-        return EventTicket(self, event, piece, lambda: columns.give_back(image))
+        return EventTicket(self, event, piece, lambda: columns.release(image))
 
     def _put(
         self,
@@ -291,7 +293,7 @@ class CudaDevice:
         column: Mapping[int, TableCell],
         image: RowImage | None,
     ) -> TransferError | None:
-        """Bytes, then rows, on the copy stream; with its error if not all could be put there."""
+        """Submit bytes, then rows, to the copy stream. Return the error, if any."""
         target = self._memory.arena[start : start + piece.memory.nbytes]
         try:
             with self._memory.stream:
@@ -299,47 +301,49 @@ class CudaDevice:
                 if image is not None:
                     self._memory.columns.write(slot, modules, column, image)
         except RuntimeError as error:
-            return self._failures.note(error)
+            return self._failures.record(error)
         return None
 
     def _record(self, ticket: EventTicket) -> None:
-        """On the copy stream, behind all that the ticket stands for; then a watcher may wait."""
+        """Record the event behind the ticket's work, then let a watcher wait for it."""
         try:
             ticket.event.record(self._memory.stream)
-        except RuntimeError as error:  # nothing runs any more, nor reads the memory
-            ticket.finish(ticket.error or self._failures.note(error))
+        except RuntimeError as error:  # nothing runs or reads the memory any more
+            ticket.finish(ticket.error or self._failures.record(error))
         else:
             self._copies.watch(ticket)
 
     def wait_for(self, ticket: CopyTicket, stream: object | None = None) -> None:
-        """`stream` waits on the device for the ticket's event, which `copy` has recorded.
+        """Let `stream` wait on the device for the ticket's event.
 
-        `UsageError` on a stream that is being captured: wait before the graph is replayed. A ticket
-        that is done needs no wait; one that failed has its own error.
+        Raises `UsageError` on a stream that is being captured: wait before the replay. A ticket
+        that is done needs no wait; a failed one carries its error.
         """
         if not isinstance(ticket, EventTicket) or ticket.owner is not self:
-            raise UsageError("a ticket of another device")
+            raise UsageError("the ticket belongs to another device")
         try:
             where = stream_on(self._device, stream)
             if not ticket.done():
                 ticket.event.wait(where)
         except RuntimeError as error:
-            problem = self._failures.note(error)
-            if problem.retryable:  # what is put on the stream from here on would run, and too early
+            problem = self._failures.record(error)
+            if problem.retryable:  # later work on the stream would run too early
                 raise problem from error
 
     def note_use(self, stream: object | None = None) -> CopyTicket:
-        """Record an event on `stream`; the ticket is done when all that is before it has run.
+        """Record an event on `stream`; the ticket is done when earlier work has run.
 
-        `UsageError` on a stream that is being captured: note the use after the replay. Nothing runs
-        on a device that was lost: there the ticket is done at once.
+        Raises `UsageError` on a stream that is being captured: note the use after the replay. On a
+        lost device nothing runs, and the ticket is done at once.
         """
         self._require_open()
         ticket, where = EventTicket(self, new_event(self._device)), stream_on(self._device, stream)
         try:
             ticket.event.record(where)
         except RuntimeError as error:
-            if self._failures.note(error).retryable:  # no event, but what is there runs
+            if self._failures.record(
+                error
+            ).retryable:  # no event was recorded, but earlier work runs
                 where.synchronize()
             ticket.finish()
         else:
@@ -347,51 +351,51 @@ class CudaDevice:
         return ticket
 
     def wipe(self, extents: Sequence[Extent]) -> CopyTicket:
-        """Put zeros on the copy stream: kernels, which wait for a place beside the model's."""
+        """Zero the extents by kernels on the copy stream, which compete with the model's."""
         ticket = EventTicket(self, new_event(self._device))
         with self._order:
             self._require_working()
             try:
                 self._memory.wipe(extents)
             except RuntimeError as error:
-                ticket.error = self._failures.note(error)
+                ticket.error = self._failures.record(error)
             self._record(ticket)
         return ticket
 
     def clear_column(self, slot: int) -> None:
-        """Put an empty column on the copy stream, before whatever is copied from here on.
+        """Submit an empty column to the copy stream, before any later copy.
 
-        Quick but for the lock, which `copy` holds while it puts its own.
+        Blocks only for the lock, which `copy` holds while submitting.
         """
         with self._order:
             self._require_open()
-            self._lease_table[slot] = ColumnRecord()
+            self._records[slot] = ColumnRecord()
             try:
                 with self._memory.stream:
                     self._memory.columns.clear(slot)
             except RuntimeError as error:
-                self._failures.note(error)  # no row is read any more
+                self._failures.record(error)  # nothing reads the rows any more
 
     def operands(self, module: int, slot: int) -> Operands | None:
-        """Views into the arena, there once a watcher has seen the copy's event.
+        """Return views into the arena once a watcher has seen the copy's event, else None.
 
-        What is put on any stream from then on reads the bytes without a wait.
+        Work submitted to any stream from then on can read the bytes without a wait.
         """
         shape = self._layout.modules[module]
-        return self._lease_table[slot].operands(module, shape, self._memory.arena, self._dtype)
+        return self._records[slot].operands(module, shape, self._memory.arena, self._dtype)
 
     def view(self, extent: Extent) -> torch.Tensor:
-        """As the port has it, with `operands`' promise to streams."""
+        """Return the bytes of an extent, which streams can read as those of `operands`."""
         return self._memory.arena[extent.offset : extent.offset + extent.nbytes]
 
     def close(self) -> None:
-        """Wait for all that was put on the copy stream and all uses noted; let the memory go.
+        """Wait for the copy stream and all noted uses, then release the memory.
 
-        Not in a callback of a ticket.
+        Not to be called in a callback of a ticket.
         """
         with self._closing:
-            with self._order:  # nothing is put on the stream from here on
-                was_working, self._working = self._working, False
+            with self._order:  # nothing is submitted from now on
+                was_working, self._is_open = self._is_open, False
             if not was_working:
                 return
             self._copies.end()
@@ -399,15 +403,15 @@ class CudaDevice:
             try:
                 self._memory.stream.synchronize()  # clearings have no ticket
             except RuntimeError as error:
-                self._failures.note(error)
-            self._lease_table = [ColumnRecord() for _ in range(self._slots)]
-            self.address = self.rank = self.scale = NOTHING
-            self._memory.let_go()
+                self._failures.record(error)
+            self._records = [ColumnRecord() for _ in range(self._slots)]
+            self.address = self.rank = self.scale = EMPTY
+            self._memory.release()
 
     def _require_open(self) -> None:
-        if not self._working:
+        if not self._is_open:
             raise UsageError(f"{self.name} is not open")
 
     def _require_working(self) -> None:
         self._require_open()
-        self._failures.heed()
+        self._failures.require_working()

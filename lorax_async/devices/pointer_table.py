@@ -1,4 +1,4 @@
-"""The host's record of a pointer table, and the page-locked images of its rows."""
+"""A GPU's pointer table: its record on the host, and the pinned images of its rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lorax_async.planning.layout import Module
 
 
 class TableCell(NamedTuple):
-    """A module's row: A and B begin at `a` and `b`, bytes into the arena; `rank` is padded."""
+    """A module's row: the arena offsets `a` and `b` of A and B, the padded rank, the scale."""
 
     a: int
     b: int
@@ -26,7 +26,7 @@ class TableCell(NamedTuple):
 
 
 class ColumnRecord:
-    """What copies into one column have been asked to write since it was cleared last."""
+    """The rows submitted to one column since it was last cleared."""
 
     def __init__(self) -> None:
         self.cells: dict[int, TableCell] = {}
@@ -40,19 +40,19 @@ class ColumnRecord:
     def operands(
         self, module: int, shape: Module, arena: torch.Tensor, dtype: torch.dtype
     ) -> Operands | None:
-        """Views into the arena, made once; None before the copy's ticket is done."""
-        found = self._views.get(module)
-        if found is None:
+        """Return views into the arena, created once; None before the copy's ticket is done."""
+        operands = self._views.get(module)
+        if operands is None:
             ticket = self._tickets.get(module)
             if ticket is None or not ticket.succeeded:
                 return None
             a, b, rank, scale = self.cells[module]
-            found = self._views[module] = (
+            operands = self._views[module] = (
                 _view(arena, a, dtype, (rank, shape.in_features)),
                 _view(arena, b, dtype, (shape.out_features, rank)),
                 scale,
             )
-        return found
+        return operands
 
 
 def _view(
@@ -63,17 +63,17 @@ def _view(
 
 
 IMAGES = 64
-"""Copies with rows that can be on their way at a time; one more waits."""
+"""The number of copies with rows that can be in flight; one more waits."""
 
 Pinned = Callable[[int], torch.Tensor]
-"""Gives pinned host memory, uint8 `[nbytes]`."""
+"""Allocates pinned host memory, uint8 `[nbytes]`."""
 
 
 _EMPTY = TableCell(0, 0, 0, 0.0)
 
 
-def adjoining_rows(modules: Iterable[int], layers: Sequence[int]) -> list[range]:
-    """Each layer's modules from its first to its last, with those between that are not named."""
+def row_ranges(modules: Iterable[int], layers: Sequence[int]) -> list[range]:
+    """Return, for each layer of `modules`, the range from its first to its last module."""
     groups = groupby(sorted(modules), key=layers.__getitem__)
     spans = [list(members) for _, members in groups]
     return [range(span[0], span[-1] + 1) for span in spans]
@@ -81,10 +81,10 @@ def adjoining_rows(modules: Iterable[int], layers: Sequence[int]) -> list[range]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowImage:
-    """Pinned rows, as they lie in a column: int64 `[rows, 3]` (A, B, scale), int32 `[rows]`.
+    """Pinned rows in the layout of a column: int64 `[rows, 3]` (A, B, scale), int32 ranks `[rows]`.
 
-    The last are the ranks. The host writes through the memoryviews, an element in nanoseconds;
-    the tensors keep the memory alive.
+    The host writes through the memoryviews, which takes nanoseconds per element; the tensors keep
+    the memory alive.
     """
 
     entries: torch.Tensor
@@ -99,7 +99,7 @@ class RowImage:
         rank_words = StagingBuffer.of(ranks.view(torch.uint8)).memory
         return cls(entries, ranks, words.cast("q"), words.cast("f"), rank_words.cast("i"))
 
-    def put(self, place: int, base: int, cell: TableCell) -> None:
+    def write(self, place: int, base: int, cell: TableCell) -> None:
         present = cell.rank > 0
         self.words[3 * place] = base + cell.a if present else 0
         self.words[3 * place + 1] = base + cell.b if present else 0
@@ -110,20 +110,21 @@ class RowImage:
 class TableColumns:
     """The pointer tables, as transposed views of `[slots, modules, …]`, and the row images.
 
-    Whoever calls `write` and `clear` does so with the copy stream current, one call at a time: the
-    stream's order is the order of what they enqueue, and they enqueue nothing but memcpys from
-    pinned memory.
+    Call `write` and `clear` with the copy stream current, one call at a time. They only enqueue
+    memcpys from pinned memory, in the order of the calls.
 
     Parameters
     ----------
     layers
-        Of each module.
+        The layer of each module.
     slots
-        Columns.
+        The number of columns.
     device
-        Where the tables are. They are zeroed on the current stream; `base` is the arena's address.
+        The device of the tables, which are zeroed on its current stream.
+    base
+        The address of the arena.
     pinned
-        Allocates host memory; called here, and for copies of more rows than a layer has.
+        Allocates host memory, here and for copies of more rows than a layer has.
     """
 
     def __init__(
@@ -147,33 +148,33 @@ class TableColumns:
             self._free.put(image)
 
     def _images(self, count: int, rows: int) -> list[RowImage]:
-        """In two allocations: a pinned one takes a power of two of bytes."""
+        """Create images in two allocations, as pinned ones are rounded up to a power of two."""
         entries = self._pinned(count * rows * 24).view(torch.int64).view(count, rows, 3)
         ranks = self._pinned(count * rows * 4).view(torch.int32).view(count, rows)
         return [RowImage.of(entries[n], ranks[n]) for n in range(count)]
 
     def image_for(self, modules: Iterable[int]) -> RowImage:
-        """Room for these modules' runs. Blocks until an image is free."""
-        rows = sum(map(len, adjoining_rows(modules, self._layers)))
-        # A plan's copy has the rows of one layer; only others can be larger.
+        """Take an image for the row ranges of these modules. Blocks until one is free."""
+        rows = sum(map(len, row_ranges(modules, self._layers)))
+        # Copies of a transfer plan have the rows of one layer; others may have more.
         return self._free.get() if rows <= self._capacity else self._images(1, rows)[0]
 
-    def give_back(self, image: RowImage) -> None:
-        """No copy reads it any more. From any thread; quick."""
+    def release(self, image: RowImage) -> None:
+        """Return an image that no copy reads any more. Thread-safe."""
         if len(image.ranks) == self._capacity:
             self._free.put(image)
 
     def write(
         self, slot: int, modules: Iterable[int], column: Mapping[int, TableCell], image: RowImage
     ) -> None:
-        """Enqueue the rows of `modules`, as `column` has them; those between are rewritten, too.
+        """Enqueue the rows of `modules` with the content of `column`, and rewrite those between.
 
-        The image holds them until the copies are done. Ranks come last: whoever reads a rank that
-        is not 0 reads a complete row.
+        The image holds the rows until the copies are done. Ranks are written last, so that a row
+        with a rank is complete.
         """
-        spans = adjoining_rows(modules, self._layers)
+        spans = row_ranges(modules, self._layers)
         for place, module in enumerate(module for span in spans for module in span):
-            image.put(place, self._base, column.get(module, _EMPTY))
+            image.write(place, self._base, column.get(module, _EMPTY))
         place = 0
         for span in spans:
             rows, copied = slice(span.start, span.stop), slice(place, place + len(span))
@@ -182,6 +183,6 @@ class TableColumns:
             place += len(span)
 
     def clear(self, slot: int) -> None:
-        """Enqueue an empty column: ranks first."""
+        """Enqueue an empty column, the ranks first."""
         self._ranks[slot].copy_(self._zeros.ranks, non_blocking=True)
         self._entries[slot].copy_(self._zeros.entries, non_blocking=True)

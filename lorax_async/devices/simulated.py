@@ -1,7 +1,7 @@
-"""A device with real asynchrony and no GPU: a missing wait shows as wrong bytes.
+"""An asynchronous device without a GPU, on which a missing wait shows as wrong bytes.
 
-For the tests of whoever builds on the loader. Copies run in a thread, in order, and as late as
-told; kernels are Python calls put on streams.
+For tests of the loader and of servers built on it. Copies run in a thread, in order, with an
+adjustable delay; kernels are Python calls submitted to streams.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.transfer_plan import TableRow
 
 POISON = 0x7E
-"""Memory full of it is huge in F32 and BF16 and NaN in F16: whoever computes with it shows it."""
+"""A byte that is huge in F32 and BF16 and NaN in F16, so that its use in compute shows."""
 
 
 class GatedDevice(CpuDevice):
-    """As `CpuDevice`, with an arena that starts as poison.
+    """A `CpuDevice` whose arena starts as poison, and whose copies can be held and failed.
 
     Attributes
     ----------
     gate
-        Copies wait until it is set; it is at first.
+        Copies wait until it is set. Initially set.
     failing
-        Numbers of copies, counted from 0, that raise instead.
+        Numbers of copies, from 0, that raise.
     copies
-        Copies begun so far.
+        The number of copies begun.
     """
 
     name = "gated"
@@ -65,12 +65,12 @@ class GatedDevice(CpuDevice):
 
 
 class SimulatedTicket(Future[None]):
-    """Cannot be cancelled: what was put on a stream runs.
+    """A ticket that cannot be cancelled, because submitted work runs.
 
     Attributes
     ----------
     finished_at
-        When a copy ended, on the device's clock, in simulated seconds; None for all else.
+        When the copy ended, in simulated seconds of the device's clock; None for other work.
     """
 
     def __init__(self, device: SimulatedDevice) -> None:
@@ -84,7 +84,7 @@ Work = Callable[[SimulatedTicket], object]
 
 
 class SimulatedStream:
-    """What is put on it runs one after the other, in a thread of its own; `gate` can hold it up."""
+    """A queue of work that runs in order in its own thread, while `gate` is set."""
 
     def __init__(self, device: SimulatedDevice, name: str, gate: threading.Event) -> None:
         self.device = device
@@ -96,11 +96,11 @@ class SimulatedStream:
         self._lock = threading.Lock()
 
     def run(self, kernel: Callable[[], object]) -> CopyTicket:
-        """Put a kernel on the stream. The ticket is done when it has run, and has its error."""
+        """Submit a kernel. The ticket is done when it has run, and carries its error."""
         return self.put(lambda _: kernel())
 
     def put(self, work: Work) -> SimulatedTicket:
-        """As `run`, for work that is given its ticket."""
+        """Submit work that takes its ticket as argument, as `run` otherwise."""
         ticket = SimulatedTicket(self.device)
         with self._lock:
             if self._ended:
@@ -114,7 +114,7 @@ class SimulatedStream:
         return ticket
 
     def end(self) -> None:
-        """Wait until all that was put has run. Blocks. Idempotent."""
+        """Wait until all submitted work has run. Blocks. Idempotent."""
         with self._lock:
             if not self._ended:
                 self._queue.put(None)
@@ -127,7 +127,7 @@ class SimulatedStream:
             pass
 
     def _run_next(self) -> bool:
-        """In its own function, so that an idle stream keeps no memory of its last work."""
+        """Run one work item. A separate function, so that an idle stream keeps no memory alive."""
         following = self._queue.get()
         if following is None:
             return False
@@ -135,7 +135,7 @@ class SimulatedStream:
         self._gate.wait()
         try:
             work(ticket)
-        except BaseException as error:  # noqa: BLE001 - it is the ticket's
+        except BaseException as error:  # noqa: BLE001 - set on the ticket
             ticket.set_exception(error)
         else:
             ticket.set_result(None)
@@ -143,34 +143,33 @@ class SimulatedStream:
 
 
 class SimulatedDevice:
-    """An arena of poison in host memory, and a copy stream that fills it in its own time.
+    """A device in host memory whose arena starts as poison and is filled asynchronously.
 
-    `copy` poisons the range that it will write, at once; the copy stream reads the staged bytes
-    only when it gets there, writes them, and then the rows. The extents of a cleared column become
-    poison, too. Compute is what `SimulatedStream.run` is given; `compute` is the stream that None
-    stands for, `stream` makes more.
+    `copy` poisons its target range at once. The copy stream reads the staged bytes only when the
+    copy runs, writes them, and then the rows. Clearing a column poisons its extents. Submit compute
+    by `SimulatedStream.run`: `compute` is the default stream, `stream` creates others.
 
     Parameters
     ----------
     layout, dtype, nbytes, slots
         As for `CpuDevice`.
     bytes_per_second
-        Of the simulated link; None is infinitely fast.
+        The bandwidth of the simulated link; None is infinite.
     seconds_per_copy
-        What the link takes for any copy besides its bytes.
+        The latency of each copy on the link.
 
     Attributes
     ----------
     gate
-        The copy stream stands still while it is cleared; it is set at first, and by `close`.
+        The copy stream stops while it is cleared. Set initially, and by `close`.
     delay
-        Real seconds by which each copy is late.
+        Real seconds by which each copy is delayed.
     failing
-        Numbers of copies, counted from 0, whose tickets fail, after their time.
+        Numbers of copies, from 0, whose tickets fail when they run.
     copies
-        Copies asked for so far.
+        The number of copies submitted.
     clock
-        Simulated seconds that the link has worked. Nothing sleeps for them.
+        Simulated seconds of link time. No thread sleeps for them.
     """
 
     name = "simulated"
@@ -207,7 +206,7 @@ class SimulatedDevice:
         self._order = threading.Lock()
 
     def open(self) -> None:
-        """As `CpuDevice`: once."""
+        """Allocate as `Device.open`. Callable once."""
         self._memory.open()
         self._memory.host_view(self._whole).fill_(POISON)
         self.address = self._memory.address
@@ -215,14 +214,14 @@ class SimulatedDevice:
         self.scale = self._memory.scale
 
     def stream(self, name: str) -> SimulatedStream:
-        """A new stream for compute."""
+        """Return a new stream for compute."""
         always = threading.Event()
         always.set()
         self._streams.append(SimulatedStream(self, name, always))
         return self._streams[-1]
 
     def staging_memory(self, nbytes: int) -> torch.Tensor:
-        """As the port has it; a page of it is claimed when it is first written to."""
+        """Return pageable memory, whose pages are allocated at the first write."""
         return lazy_memory(nbytes)
 
     def host_view(self, extent: Extent) -> torch.Tensor:  # noqa: ARG002 - there is none
@@ -236,7 +235,7 @@ class SimulatedDevice:
         self._require_device()
         written, kept = tuple(rows), pieces
         target = Extent(extent.offset + pieces.target, pieces.memory.nbytes)
-        with self._order:  # the number of a copy is its place in the stream
+        with self._order:  # copies are numbered in stream order
             self._memory.host_view(target).fill_(POISON)
             number = self.copies
             ticket = self._copying.put(
@@ -264,7 +263,7 @@ class SimulatedDevice:
         self._memory.copy(piece, rows, extent, slot)
 
     def lose(self) -> None:
-        """Every copy that has not run fails from here on, for good, as on a GPU that fell off."""
+        """Lose the device, like a GPU that fell off the bus: copies that have not run fail."""
         self._lost = True
 
     def _require_device(self) -> None:
@@ -273,8 +272,10 @@ class SimulatedDevice:
 
     def wait_for(self, ticket: CopyTicket, stream: object | None = None) -> None:
         if not isinstance(ticket, SimulatedTicket) or ticket.device is not self:
-            raise UsageError("a ticket of another device")
-        self._stream(stream).run(ticket.exception)  # blocks until it is done, and raises nothing
+            raise UsageError("the ticket belongs to another device")
+        self._stream(stream).run(
+            ticket.exception
+        )  # blocks the stream until the copy is done; does not raise
 
     def note_use(self, stream: object | None = None) -> CopyTicket:
         return self._stream(stream).run(lambda: None)
@@ -283,17 +284,17 @@ class SimulatedDevice:
         if stream is None:
             return self.compute
         if not isinstance(stream, SimulatedStream) or stream.device is not self:
-            raise UsageError("a stream of another device; ask this one's stream() for one")
+            raise UsageError("the stream belongs to another device; use this device's stream()")
         return stream
 
     def wipe(self, extents: Sequence[Extent]) -> CopyTicket:
-        """In the copy stream; what is cleared afterwards is poison again."""
+        """Zero the extents in the copy stream. Clearing the column later poisons them again."""
         wiped = tuple(extents)
         return self._copying.run(lambda: self._memory.wipe(wiped))
 
     def clear_column(self, slot: int) -> None:
-        """In the copy stream, after the copies that were asked for before."""
-        index = self._slots[slot]  # raises here, for nobody looks at what the stream raises
+        """Clear the column in the copy stream, after the copies submitted before."""
+        index = self._slots[slot]  # raises here, because errors in the stream are not seen
         self._copying.run(lambda: self._clear(index))
 
     def _clear(self, slot: int) -> None:
@@ -303,15 +304,15 @@ class SimulatedDevice:
         self._memory.clear_column(slot)
 
     def operands(self, module: int, slot: int) -> Operands | None:
-        """Views into the arena, as of what the copy stream has done."""
+        """Return views into the arena, with what the copy stream has written."""
         return self._memory.operands(module, slot)
 
     def view(self, extent: Extent) -> torch.Tensor:
-        """A view into the arena, as of what the copy stream has done."""
+        """Return a view into the arena, with what the copy stream has written."""
         return self._memory.host_view(extent)
 
     def close(self) -> None:
-        """Opens the gate and waits for all streams: what was put on them runs, kernels included."""
+        """Open the gate and wait for all streams to run their work, kernels included."""
         self.gate.set()
         for stream in (self._copying, *self._streams):
             stream.end()

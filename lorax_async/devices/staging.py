@@ -1,4 +1,4 @@
-"""The bounded ring of host buffers in which groups are put together, cast and padded."""
+"""The ring of host buffers in which layer groups are assembled, cast and padded."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StagingBuffer:
-    """The same bytes twice: as a writable memoryview of format "B", and as uint8 `[nbytes]`.
+    """One buffer as a writable memoryview of format "B" and as a uint8 `[nbytes]` tensor.
 
-    `number` is its place in the ring; None for what is in none.
+    `number` is its position in the ring, or None if it belongs to none.
     """
 
     memory: memoryview
@@ -33,17 +33,17 @@ class StagingBuffer:
 
     @classmethod
     def of(cls, tensor: torch.Tensor, number: int | None = None) -> StagingBuffer:
-        """Of a contiguous uint8 tensor of host memory, which the buffer keeps alive."""
-        # Without numpy, a tensor gives no memoryview of its own.
+        """Return a buffer over a contiguous uint8 tensor of host memory, which it keeps alive."""
+        # Without numpy, a tensor has no memoryview.
         content = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
         return cls(memoryview(content).cast("B"), tensor, number)
 
     def convert(
         self, reader: Reader, moves: tuple[ConvertMove, ...], dtype: str, target: torch.Tensor
     ) -> None:
-        """Read every move into this buffer, and cast and pad it into `target`, uint8.
+        """Read every move into this buffer, then cast and pad it into `target`, uint8.
 
-        Blocks, in an I/O thread. Casts round to nearest even, as `Tensor.copy_` does.
+        Blocks; call in an I/O thread. Casts round to nearest even, as `Tensor.copy_` does.
         """
         for move in moves:
             if move.nbytes > len(self.memory):
@@ -57,14 +57,14 @@ class StagingBuffer:
 
 
 class StagingRing:
-    """Equal buffers, one after the other in one piece of memory.
+    """Buffers of equal size in one piece of memory.
 
     Parameters
     ----------
     memory
-        uint8 `[nbytes]`, of the device's `staging_memory`: the budget.
+        The budget: uint8 `[nbytes]` of the device's `staging_memory`.
     move_bytes
-        Size of a buffer, rounded down to a multiple of 64 bytes: the most that one `ConvertMove`
+        Size of a buffer, rounded down to a multiple of 64 bytes: the limit of what a `ConvertMove`
         reads or writes.
     """
 
@@ -76,7 +76,7 @@ class StagingRing:
         self._free = [
             StagingBuffer.of(memory[n * size : (n + 1) * size], n) for n in range(self.buffers)
         ]
-        self._turns: deque[object] = deque()
+        self._waiting: deque[object] = deque()
         self._changed = Condition()
 
     @property
@@ -84,39 +84,42 @@ class StagingRing:
         return len(self._free)
 
     def __repr__(self) -> str:
-        """How many buffers are free, and how many calls of `take` wait."""
-        free, waiting = f"{self.free} of {self.buffers} buffers free", f"{len(self._turns)} waiting"
+        """Return the numbers of free buffers and of waiting calls of `take`."""
+        free, waiting = (
+            f"{self.free} of {self.buffers} buffers free",
+            f"{len(self._waiting)} waiting",
+        )
         return f"<StagingRing: {free}, {waiting}>"
 
     def take(self, count: int) -> list[StagingBuffer]:
-        """`count` buffers at once. Waits until they are free, and until nobody came before.
+        """Take `count` buffers at once, in order of arrival. Blocks until they are free.
 
-        Who waits holds none of those it waits for: takers of two cannot block each other.
+        A waiting call holds no buffer, so that two takers of two cannot deadlock.
         """
         if count > self.buffers:
             raise InternalError(f"{count} buffers of a ring of {self.buffers}")
-        turn = object()
+        ticket = object()
         with self._changed:
-            self._turns.append(turn)
+            self._waiting.append(ticket)
             try:
-                self._changed.wait_for(lambda: self._is_served(turn, count))
+                self._changed.wait_for(lambda: self._is_served(ticket, count))
                 return [self._free.pop() for _ in range(count)]
             finally:
-                self._turns.remove(turn)
+                self._waiting.remove(ticket)
                 self._changed.notify_all()
 
-    def _is_served(self, turn: object, count: int) -> bool:
-        return self._turns[0] is turn and len(self._free) >= count
+    def _is_served(self, ticket: object, count: int) -> bool:
+        return self._waiting[0] is ticket and len(self._free) >= count
 
     def release(self, buffer: StagingBuffer) -> None:
-        """Give a buffer back. From any thread; quick."""
+        """Return a buffer to the ring. Thread-safe."""
         with self._changed:
             self._free.append(buffer)
             self._changed.notify_all()
 
     @contextmanager
     def buffer(self) -> Iterator[StagingBuffer]:
-        """One buffer, for as long as the block runs."""
+        """Take one buffer for the duration of the block."""
         (buffer,) = self.take(1)
         try:
             yield buffer
@@ -125,14 +128,14 @@ class StagingRing:
 
 
 def read(reader: Reader, moves: tuple[ReadMove, ...], target: memoryview) -> None:
-    """Read every move as it lies in the file into `target`, in one call per run of the file."""
+    """Read every move verbatim into `target`, with one call per contiguous run of the file."""
     for run in file_runs(moves):
         buffers = [target[move.target : move.target + move.nbytes] for move in run]
         _read(reader, run[0].source, buffers)
 
 
 def _read(reader: Reader, source: ByteSpan, buffers: list[memoryview]) -> None:
-    """From where `source` begins; it has several rows for one buffer only."""
+    """Read from `source`, which has several rows only with a single buffer."""
     if source.rows == 1:
         reader.read_into(buffers, source.start)
     else:

@@ -16,31 +16,31 @@ from lorax_async.errors import CapacityError, ConfigError, LoraxError, TransferE
 
 
 class DeviceFailures:
-    """Whether a device was lost: CUDA's errors stick, and nothing runs after the first.
+    """Record whether a device was lost. CUDA errors stick, and nothing runs after the first.
 
-    From any thread; the first reason stays.
+    Thread-safe; the first reason is kept.
     """
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._reason: str | None = None
 
-    def heed(self) -> None:
+    def require_working(self) -> None:
         """Raise if the device was lost."""
         if self._reason is not None:
             raise self._loss(self._reason)
 
-    def note(self, error: RuntimeError) -> TransferError:
-        """A new error for one copy; all but a passing one means that the device was lost."""
+    def record(self, error: RuntimeError) -> TransferError:
+        """Return the error of one copy. Unless it is transient, mark the device as lost."""
         reason = first_line(error)
         if is_out_of_memory(error) or is_forbidden_by_capture(error):
-            return TransferError(f"{self._name} refused a copy ({reason}); try again")
+            return TransferError(f"{self._name} refused a copy ({reason}); retry")
         self._reason = self._reason or reason
         return self._loss(self._reason)
 
-    def note_use(self, error: RuntimeError) -> None:
-        """The use has ended, for nothing runs any more; copies tell of the loss."""
-        self.note(error)
+    def record_use(self, error: RuntimeError) -> None:
+        """Record a failed use, which counts as ended. The loss is reported by copies."""
+        self.record(error)
 
     def _loss(self, reason: str) -> TransferError:
         return TransferError(
@@ -51,58 +51,58 @@ class DeviceFailures:
 
 
 def is_forbidden_by_capture(error: RuntimeError) -> bool:
-    """CUDA refused a call because some thread captures a graph in mode "global".
+    """Return whether CUDA refused a call because a thread captures a graph in mode "global".
 
-    Nothing is wrong with what was asked for, nor with the device.
+    The call is valid and the device works.
     """
     return "operation not permitted when stream is capturing" in str(error)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """The allocators of torch have a class for it, the driver has only the text."""
+    """Return whether memory ran out. torch has a class for it, the driver only a message."""
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
 
 def first_line(error: BaseException) -> str:
-    """CUDA's errors go on with advice on how to debug kernels."""
+    """Return the first line of an error. CUDA appends advice on debugging kernels."""
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 class DeviceEvent(Protocol):
-    """What `torch.Event` and `torch.cuda.Event` have in common.
+    """The common interface of `torch.Event` and `torch.cuda.Event`.
 
-    Whoever waits on an event that was never recorded does not wait at all, on no backend.
+    Waiting on an event that was never recorded returns at once, on every backend.
     """
 
     def record(self, stream: torch.Stream) -> None:
-        """Stand behind all that is on the stream by now."""
+        """Record the event behind the work now on the stream."""
 
     def wait(self, stream: torch.Stream) -> None:
-        """Let the stream go on, from here, once the event is done. Blocks no thread."""
+        """Hold later work of the stream until the event is done. Blocks no thread."""
 
     def synchronize(self) -> None:
-        """Block this thread, without the interpreter's lock, until the event is done."""
+        """Block this thread, with the GIL released, until the event is done."""
 
 
 def resolve_device(text: str) -> torch.device:
-    """The accelerator that `text` names; without a number, this thread's current one.
+    """Return the accelerator that `text` names; without a number, this thread's current one.
 
-    Asked here and not when memory is claimed: that happens in another thread, whose current device
-    is 0 whatever this one's is. Where there is no such accelerator, `require_device` says so later.
+    Call in the user's thread: the thread that allocates has current device 0. A missing
+    accelerator is reported later, by `require_device`.
     """
     try:
         device = torch.device(text)
     except RuntimeError as error:
-        raise ConfigError(f"there is no device {text!r}; it is 'cuda' or 'cuda:N'") from error
+        raise ConfigError(f"there is no device {text!r}; use 'cuda' or 'cuda:N'") from error
     if str(device) != device.type:  # it has a number
         return device
-    index = torch.accelerator.current_device_index() if _is_here(device) else 0
+    index = torch.accelerator.current_device_index() if _is_available(device) else 0
     return torch.device(device.type, index)
 
 
 def require_device(device: torch.device) -> None:
-    """`ConfigError` unless this machine, and this build of torch, have it."""
-    if not _is_here(device):
+    """Raise `ConfigError` unless this machine and this build of torch have the device."""
+    if not _is_available(device):
         raise ConfigError(
             f"{device} is not available here; install a torch that has {device.type},"
             " on a machine that has one"
@@ -112,16 +112,16 @@ def require_device(device: torch.device) -> None:
         raise ConfigError(f"there is no {device}; this machine has {count}, counted from 0")
 
 
-def _is_here(device: torch.device) -> bool:
+def _is_available(device: torch.device) -> bool:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator is not None and accelerator.type == device.type
 
 
 def new_stream(device: torch.device) -> torch.Stream:
-    """A stream that is ordered with no other, the default one included.
+    """Return a stream that is not ordered with any other, including the default stream.
 
-    Of CUDA's, torch has a pool of 32, and then gives them again: who shares ours by chance may wait
-    for copies, and we for its kernels, but nothing runs out of order.
+    torch has a pool of 32 CUDA streams and then reuses them. A shared stream may delay both users,
+    but does not break the order.
     """
     if device.type == "cuda":
         return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -129,10 +129,9 @@ def new_stream(device: torch.device) -> torch.Stream:
 
 
 def new_event(device: torch.device) -> DeviceEvent:
-    """An event whose `synchronize` sleeps.
+    """Return an event whose `synchronize` sleeps.
 
-    `torch.Event` takes `blocking` and ignores it: on CUDA a thread in its `synchronize` would spin,
-    and burn a core for as long as a copy takes.
+    `torch.Event` ignores `blocking` on CUDA: its `synchronize` would spin and occupy a core.
     """
     if device.type == "cuda":
         return torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
@@ -140,17 +139,17 @@ def new_event(device: torch.device) -> DeviceEvent:
 
 
 def stream_on(device: torch.device, stream: object | None) -> torch.Stream:
-    """`stream`, or this thread's current one, as the device's events take it.
+    """Return `stream`, or this thread's current one, in the type that the device's events need.
 
-    Raises `UsageError` for what is no stream of the device, and for one that is being captured into
-    a graph: events of before the capture have no place in it, and events in it are never done.
+    Raises `UsageError` if it is not a stream of the device, or is being captured into a graph:
+    a capture cannot include earlier events, and events recorded in it are never done.
     """
     if stream is None:
         stream = torch.accelerator.current_stream(device)
     if not isinstance(stream, torch.Stream) or stream.device != device:
         raise UsageError(f"{stream!r} is not a torch stream of {device}")
     if device.type == "cuda" and not isinstance(stream, torch.cuda.Stream):
-        # A CUDA event reads fields that the generic class does not have.
+        # CUDA events read fields that the generic class lacks.
         stream = torch.cuda.Stream(  # type: ignore[no-untyped-call]
             stream_id=stream.stream_id,
             device_index=stream.device_index,
@@ -164,33 +163,33 @@ def stream_on(device: torch.device, stream: object | None) -> torch.Stream:
 
 
 def _is_capturing(stream: torch.Stream) -> bool:
-    asked = getattr(stream, "is_capturing", None)  # of younger torch than we ask for
-    if asked is not None:
-        return bool(asked())
+    query = getattr(stream, "is_capturing", None)  # newer than the oldest supported torch
+    if query is not None:
+        return bool(query())
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-_AGAIN_SECONDS = 0.005
+_RETRY_SECONDS = 0.005
 _logger = logging.getLogger("lorax_async")
 
 
-def _nothing() -> None: ...
+def _do_nothing() -> None: ...
 
 
 class EventTicket(Future[None]):
-    """Done soon after its event is: a watcher, which waits for the event, says so.
+    """A future that a watcher completes soon after the event.
 
-    Cannot be cancelled: what is on a stream runs. Until it is done it keeps `held` alive, the
-    memory that the device may still read; then it calls `release`, before its callbacks.
+    It cannot be cancelled, because submitted work runs. Until it is done it keeps `held` alive,
+    the memory that the device may still read; then it calls `release`, before its callbacks.
 
     Attributes
     ----------
     owner
-        The device that gave it.
+        The device that created it.
     event
-        Recorded before anybody else sees the ticket.
+        Recorded before the ticket is returned to a caller.
     error
-        What the ticket shall fail with once the event is done: some of the work was not begun.
+        The error to set once the event is done, if some of the work was not submitted.
     """
 
     def __init__(
@@ -198,7 +197,7 @@ class EventTicket(Future[None]):
         owner: object,
         event: DeviceEvent,
         held: object = None,
-        release: Callable[[], None] = _nothing,
+        release: Callable[[], None] = _do_nothing,
     ) -> None:
         super().__init__()
         self.owner = owner
@@ -209,8 +208,8 @@ class EventTicket(Future[None]):
         self.set_running_or_notify_cancel()
 
     def finish(self, error: LoraxError | None = None) -> None:
-        """Nothing on the device uses the memory any more."""
-        release, self._held, self._release = self._release, None, _nothing
+        """Complete the ticket: the device does not use the memory any more."""
+        release, self._held, self._release = self._release, None, _do_nothing
         release()
         if error is None:
             self.set_result(None)
@@ -223,7 +222,7 @@ class EventTicket(Future[None]):
 
 
 def start_watchers(*watchers: EventWatcher) -> None:
-    """All of them, or `CapacityError` and none."""
+    """Start all watchers, or none and raise `CapacityError`."""
     started: list[EventWatcher] = []
     try:
         for watcher in watchers:
@@ -236,49 +235,49 @@ def start_watchers(*watchers: EventWatcher) -> None:
 
 
 class EventWatcher:
-    """A thread that waits for events, one after the other, and finishes their tickets.
+    """A thread that waits for events in order, and completes their tickets.
 
-    A device has two. Copies are done in the order in which they were asked for, and one thread in
-    `synchronize` of the oldest costs nothing until it is done, and no polling. Uses are of compute
-    streams: one long kernel at the head of a shared queue would keep the news of every copy behind
-    it, and with it staging buffers and readiness. Among uses of several streams the longest delays
-    the others' news; that is late, which only keeps memory longer, and never early.
+    A device has two. Copies are done in the order of submission, so that waiting for the oldest
+    needs no polling. Uses belong to compute streams and have a watcher of their own: behind a long
+    kernel, every copy would be reported late, holding back staging buffers and readiness. Among
+    uses of several streams, the longest delays the others; late is safe and only keeps memory
+    longer.
 
-    The thread knows no event loop. Callbacks of tickets run in it, and must be quick; what they
-    raise is logged.
+    The thread knows no event loop. Callbacks of tickets run in it and must be quick; exceptions
+    are logged.
 
     Parameters
     ----------
     name
-        The thread's.
-    failed
-        Turns what `synchronize` raised into the ticket's error, or None if it is no error.
+        The thread's name.
+    translate
+        Converts an error of `synchronize` into the ticket's, or None if the ticket succeeds.
     """
 
-    def __init__(self, name: str, failed: Callable[[RuntimeError], LoraxError | None]) -> None:
-        self._failed = failed
+    def __init__(self, name: str, translate: Callable[[RuntimeError], LoraxError | None]) -> None:
+        self._translate = translate
         self._queue: SimpleQueue[EventTicket | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._ended = False
-        # A daemon: a device that nobody closed must not keep the interpreter from ending.
+        # A daemon, so that an unclosed device does not keep the interpreter alive.
         self._thread = threading.Thread(target=self._watch, name=name, daemon=True)
 
     def start(self) -> None:
-        """`CapacityError` if the process may have no more threads."""
+        """Start the thread. Raises `CapacityError` if the process may have no more threads."""
         try:
             self._thread.start()
         except RuntimeError as error:
-            raise CapacityError(f"no thread {self._thread.name!r}: {error}") from error
+            raise CapacityError(f"cannot start thread {self._thread.name!r}: {error}") from error
 
     def watch(self, ticket: EventTicket) -> None:
-        """Its event is recorded, and no earlier than those of the tickets before. Quick."""
+        """Add a ticket, whose event was recorded after those of earlier tickets."""
         with self._lock:
             if self._ended:
                 raise UsageError("the device is closed")
             self._queue.put(ticket)
 
     def end(self) -> None:
-        """Wait for all events that are watched. Blocks, but not in a callback. Idempotent."""
+        """Wait for all watched events. Blocks; not to be called in a callback. Idempotent."""
         with self._lock:
             if not self._ended:
                 self._queue.put(None)
@@ -291,7 +290,7 @@ class EventWatcher:
             pass
 
     def _finish_next(self) -> bool:
-        """In its own function, so that an idle watcher keeps nothing of its last ticket alive."""
+        """Complete one ticket. A separate function, so an idle watcher keeps no ticket alive."""
         ticket = self._queue.get()
         if ticket is None:
             return False
@@ -299,7 +298,7 @@ class EventWatcher:
         try:
             ticket.finish(error or ticket.error)
         except BaseException:
-            # Futures log an Exception; SystemExit must not end the news of later tickets either.
+            # Futures log Exceptions, but SystemExit must not stop the watcher either.
             _logger.exception("a callback of a ticket raised")
         return True
 
@@ -309,7 +308,7 @@ class EventWatcher:
                 ticket.event.synchronize()
             except RuntimeError as error:
                 if not is_forbidden_by_capture(error):
-                    return self._failed(error)
-                time.sleep(_AGAIN_SECONDS)
+                    return self._translate(error)
+                time.sleep(_RETRY_SECONDS)
             else:
                 return None

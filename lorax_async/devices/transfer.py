@@ -1,4 +1,4 @@
-"""One layer group's way to its extent: read, cast, check for NaN, copy."""
+"""Copy one layer group to its extent: read, cast, check for NaN, send."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from lorax_async.tracing.recorder import CopyTimes, Tracer, now
 def require_finite_operands(
     device: Device, group: GroupPlan, extent: Extent, slot: int, module_names: Sequence[str]
 ) -> None:
-    """Look at what a copy brought to the device. Raises `AdapterFormatError`."""
+    """Raise `AdapterFormatError` if a copied group has NaN or infinite values."""
     for row in group.rows:
         operands = device.operands(row.module, slot)
         assert operands is not None
         a, b, _ = operands
         if not (a.isfinite().all() and b.isfinite().all()):
-            raise _not_finite(module_names[row.module])
+            raise _not_finite_error(module_names[row.module])
     for vector in group.vectors:
         content = device.view(Extent(extent.offset + vector.offset, vector.nbytes))
         if not content.view(TORCH_DTYPES[vector.dtype]).isfinite().all():
-            raise _not_finite(module_names[vector.module])
+            raise _not_finite_error(module_names[vector.module])
 
 
 def require_finite_window(
@@ -43,21 +43,21 @@ def require_finite_window(
     group: GroupPlan,
     module_names: Sequence[str],
 ) -> None:
-    """Look at what was staged: `content`, uint8, begins with the window's bytes.
+    """Raise `AdapterFormatError` if a staged window has NaN or infinite values.
 
-    Only at what moves have written: what lies between is anything. Raises `AdapterFormatError`.
+    `content`, uint8, begins with the window's bytes. Gaps that no move writes are not checked.
     """
-    for first, last, kind in _written(window, TORCH_DTYPES[dtype], group.vectors):
+    for first, last, kind in _written_ranges(window, TORCH_DTYPES[dtype], group.vectors):
         good = content[first:last].view(kind).isfinite()
         if not good.all():
             place = window.start + first + int(good.logical_not().nonzero()[0]) * kind.itemsize
-            raise _not_finite(module_names[_module_at(place, group)])
+            raise _not_finite_error(module_names[_module_at(place, group)])
 
 
-def _written(
+def _written_ranges(
     window: StagingWindow, kind: torch.dtype, vectors: Sequence[VectorPlace]
 ) -> Iterator[tuple[int, int, torch.dtype]]:
-    """[first, last) in the window, and as what to read them: vectors lie in the file's dtype."""
+    """Yield [first, last) of the window and its dtype, which for vectors is the file's."""
     whole = sorted((v.offset - window.start, v.nbytes, TORCH_DTYPES[v.dtype]) for v in vectors)
     for move in window.converts:
         yield move.target, move.target + move.rows * move.row_pitch * kind.itemsize, kind
@@ -74,27 +74,26 @@ def _written(
 
 
 def _module_at(place: int, group: GroupPlan) -> int:
-    """Of the tensor that begins last at or before `place` in the extent."""
+    """Return the module of the last tensor that begins at or before `place` in the extent."""
     starts = [(start, row.module) for row in group.rows for start in (row.a, row.b)]
     starts += [(vector.offset, vector.module) for vector in group.vectors]
     return max(start for start in starts if start[0] <= place)[1]
 
 
-def _not_finite(module: str) -> AdapterFormatError:
+def _not_finite_error(module: str) -> AdapterFormatError:
     return AdapterFormatError(
         f"module {module!r} has NaN or infinite weights; "
-        "load it with check_finite=False if that is meant"
+        "load it with check_finite=False if that is intended"
     )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GroupCopy:
-    """What one copy needs: which bytes, of which file, into which extent and column.
+    """The copy of one layer group: its bytes, file, extent and slot.
 
-    `image` is for devices that do not read files: uint8 `[group.nbytes]` of `staging_memory`, in
-    which the group's bytes are kept as they are on the device. It is filled on the way, or, if it
-    is `warm`, holds them already, and the file is not read. It is not written to, nor given back,
-    before the copy's `done`.
+    `image` is for devices that do not read files: uint8 `[group.nbytes]` of `staging_memory` that
+    keeps the group in the device's format. The copy fills it; if `warm`, it is filled already and
+    the file is not read. It must not be written to or freed before the copy is `done`.
     """
 
     reader: Reader
@@ -108,10 +107,11 @@ class GroupCopy:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CopyResult:
-    """A group on its way.
+    """A submitted copy of a layer group.
 
-    `ticket` is the device's, of the copy that writes the rows; `done` is done when all copies are,
-    and has the error of the first that failed. `staging_seconds` is what casts and padding took.
+    `ticket` is the device's ticket of the part that writes the rows. `done` completes when all
+    parts have, with the error of the first that failed. `staging_seconds` is the time for casts
+    and padding.
     """
 
     ticket: CopyTicket
@@ -120,10 +120,10 @@ class CopyResult:
 
 
 class GroupTransfer:
-    """Casts and pads through the ring, lets the device move the rest, checks what is moved.
+    """Copy layer groups to a device: cast and pad through the ring, check, send.
 
     `module_names` are the layout's, for errors; `check_finite` refuses NaN and infinity. The ring
-    is of the device's `staging_memory`, and has two buffers or more where it copies from there.
+    is in the device's `staging_memory`, with at least two buffers unless the device reads files.
     """
 
     def __init__(
@@ -144,10 +144,10 @@ class GroupTransfer:
         self._tracer = tracer or Tracer()
 
     def run(self, copy: GroupCopy) -> CopyResult:
-        """Move one group; returns when all its copies have been asked for.
+        """Copy one group. Return when all its parts have been submitted.
 
-        Blocks while it reads, and while no buffer is free. Raises what the reader, the device or
-        the check raises; then none of its copies is on its way any more.
+        Blocks while reading and while no buffer is free. Raises the errors of the reader, the
+        device and the check, after the parts in flight have ended.
         """
         recorder = self._tracer.on
         times = None
@@ -155,23 +155,23 @@ class GroupTransfer:
             times = CopyTimes(recorder, copy.slot, copy.group.layer)
         if self._device.reads_files:
             return self._run_from_file(copy, times)
-        sending = _PendingCopy(self._device, copy, times)
+        pending = _PendingCopy(self._device, copy, times)
         try:
             if copy.image is None:
-                self._send_windows(sending)
+                self._send_windows(pending)
             else:
-                self._send_image(sending, copy.image)
+                self._send_image(pending, copy.image)
         except BaseException:
-            wait(sending.tickets)
+            wait(pending.tickets)
             raise
-        return sending.moved()
+        return pending.result()
 
     def wipe(self, extents: Sequence[Extent]) -> CopyTicket:
-        """Zero extents that nobody reads any more. Blocks as `run` does."""
+        """Zero extents that no work reads any more. Blocks as `run` does."""
         return self._device.wipe(extents)
 
     def _run_from_file(self, copy: GroupCopy, times: CopyTimes | None) -> CopyResult:
-        """Converted bytes are written before the device is asked, so that its rows come last."""
+        """Write converted bytes first, so that the device writes the rows last."""
         group, started = copy.group, perf_counter()
         if group.converts or group.zeros:
             target = self._device.host_view(copy.extent)
@@ -180,75 +180,75 @@ class GroupTransfer:
                     begun = 0 if times is None else now()
                     scratch.convert(copy.reader, group.converts, copy.dtype, target)
                 if times is not None:
-                    times.staged(scratch.number, begun, "cast")
+                    times.record_staging(scratch.number, begun, "cast")
                     times.start = now()
             zero(group.zeros, target)
         seconds = perf_counter() - started
         pieces = FilePieces(copy.reader, group.reads)
         ticket = self._device.copy(pieces, group.rows, copy.extent, copy.slot)
         if times is not None:
-            times.asked(ticket, group.nbytes, in_stream=False)
+            times.record_copy(ticket, group.nbytes, in_stream=False)
         if self._check_finite:
             ticket.result()
             names = self._module_names
             require_finite_operands(self._device, group, copy.extent, copy.slot, names)
         return CopyResult(ticket, ticket, seconds)
 
-    def _send_windows(self, sending: _PendingCopy) -> None:
-        """Through the ring. A window's buffer is free again when its copy is done."""
-        copy, staging = sending.copy, self._staging
+    def _send_windows(self, pending: _PendingCopy) -> None:
+        """Send the group through the ring. A buffer is free again when its copy is done."""
+        copy, staging = pending.copy, self._staging
         item_bytes = TORCH_DTYPES[copy.dtype].itemsize
         for window in windows(copy.group, staging.move_bytes, item_bytes):
-            sending.heed_failures()
+            pending.raise_failures()
             buffer, *scratch = staging.take(2 if window.converts else 1)
-            begun = 0 if sending.times is None else now()
+            begun = 0 if pending.times is None else now()
             try:
-                self._fill(sending, window, buffer, scratch)
-                ticket = sending.send(buffer.tensor[: window.nbytes], window.start)
+                self._fill(pending, window, buffer, scratch)
+                ticket = pending.send(buffer.tensor[: window.nbytes], window.start)
             except BaseException:
                 staging.release(buffer)
                 raise
-            if sending.times is not None:
-                ticket.add_done_callback(sending.times.until_free(buffer.number, begun))
+            if pending.times is not None:
+                ticket.add_done_callback(pending.times.record_until_free(buffer.number, begun))
             ticket.add_done_callback(partial(_release, staging, buffer))
 
-    def _send_image(self, sending: _PendingCopy, image: torch.Tensor) -> None:
-        copy, group = sending.copy, sending.copy.group
+    def _send_image(self, pending: _PendingCopy, image: torch.Tensor) -> None:
+        copy, group = pending.copy, pending.copy.group
         if not copy.warm:
-            whole = StagingWindow(0, group.nbytes, group.reads, group.converts, group.zeros)
+            whole = StagingWindow.whole(group)
             scratch = self._staging.take(1) if whole.converts else []
-            self._fill(sending, whole, StagingBuffer.of(image), scratch)
-        sending.send(image, 0)
+            self._fill(pending, whole, StagingBuffer.of(image), scratch)
+        pending.send(image, 0)
 
     def _fill(
         self,
-        sending: _PendingCopy,
+        pending: _PendingCopy,
         window: StagingWindow,
         buffer: StagingBuffer,
         scratch: list[StagingBuffer],
     ) -> None:
-        """Bring a window's bytes into `buffer`. `scratch`, one if it converts, is given back."""
-        copy, times = sending.copy, sending.times
+        """Read a window into `buffer`; release `scratch`, one buffer if the window has casts."""
+        copy, times = pending.copy, pending.times
         begun = 0 if times is None else now()
         try:
             read(copy.reader, window.reads, buffer.memory)
             started = perf_counter()
-            for each in scratch:
-                each.convert(copy.reader, window.converts, copy.dtype, buffer.tensor)
+            for spare in scratch:
+                spare.convert(copy.reader, window.converts, copy.dtype, buffer.tensor)
             zero(window.zeros, buffer.tensor)
-            sending.staging_seconds += perf_counter() - started
+            pending.staging_seconds += perf_counter() - started
         finally:
-            for each in scratch:
-                self._staging.release(each)
+            for spare in scratch:
+                self._staging.release(spare)
         if times is not None:
-            times.staged(buffer.number, begun, "fill")
+            times.record_staging(buffer.number, begun, "fill")
         if self._check_finite:
             names = self._module_names
             require_finite_window(buffer.tensor, window, copy.dtype, copy.group, names)
 
 
 class _PendingCopy:
-    """The copies that one group has been given to the device in."""
+    """The parts of one group that have been submitted to the device."""
 
     def __init__(self, device: Device, copy: GroupCopy, times: CopyTimes | None) -> None:
         self.copy = copy
@@ -258,31 +258,31 @@ class _PendingCopy:
         self._device = device
 
     def send(self, memory: torch.Tensor, target: int) -> CopyTicket:
-        """The copy that reaches the end of the extent writes the rows."""
+        """Submit a part. The one that reaches the end of the extent writes the rows."""
         copy = self.copy
         rows = copy.group.rows if target + memory.nbytes == copy.group.nbytes else ()
         ticket = self._device.copy(StagedPiece(memory, target), rows, copy.extent, copy.slot)
         self.tickets.append(ticket)
         if self.times is not None:
-            self.times.asked(ticket, memory.nbytes, in_stream=True)
+            self.times.record_copy(ticket, memory.nbytes, in_stream=True)
         return ticket
 
-    def heed_failures(self) -> None:
-        """Forget the copies that are done; raises what one of them failed with."""
-        for ticket in [each for each in self.tickets if each.done()]:
+    def raise_failures(self) -> None:
+        """Forget the parts that are done; raise the error of one that failed."""
+        for ticket in [ticket for ticket in self.tickets if ticket.done()]:
             ticket.result()
             self.tickets.remove(ticket)
 
-    def moved(self) -> CopyResult:
-        return CopyResult(self.tickets[-1], _all_of(self.tickets), self.staging_seconds)
+    def result(self) -> CopyResult:
+        return CopyResult(self.tickets[-1], _join_tickets(self.tickets), self.staging_seconds)
 
 
 def _release(staging: StagingRing, buffer: StagingBuffer, _: CopyTicket) -> None:
     staging.release(buffer)
 
 
-def _all_of(tickets: Sequence[CopyTicket]) -> CopyTicket:
-    """Done when all are, with the error of the first that failed."""
+def _join_tickets(tickets: Sequence[CopyTicket]) -> CopyTicket:
+    """Return a ticket that is done when all are, with the error of the first that failed."""
     if len(tickets) == 1:
         return tickets[0]
     done: CopyTicket = Future()

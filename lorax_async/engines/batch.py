@@ -328,7 +328,7 @@ class ModelBatch:
             yield
         finally:
             if self.gate.times is not None:
-                self.gate.times.left()
+                self.gate.times.leave()
             self._leave()
 
     def _leave(self) -> None:

@@ -106,14 +106,14 @@ class LayerGate:
         self._layer = layer
         times = self.times
         if times is not None:
-            times.reached(layer)
+            times.reach(layer)
         for handle in self._unverified:
             self._run_step(handle, handle.require_sound)
         for handle in self._streaming:
             if not handle.is_ready(layer):
                 self._run_step(handle, partial(self._await, handle, layer))
         if times is not None:
-            times.entered()
+            times.enter()
 
     def _run_step(self, handle: AdapterHandle, step: Callable[[], None]) -> None:
         """Run `step` unless the adapter is out; leave the adapter out if it fails."""

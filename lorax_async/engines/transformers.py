@@ -42,7 +42,7 @@ from lorax_async.engines.batch import (
 from lorax_async.engines.layer_gate import LayerGate
 from lorax_async.errors import ConfigError, UsageError
 from lorax_async.handle import AdapterHandle
-from lorax_async.layouts import looks_up
+from lorax_async.layouts import is_lookup
 from lorax_async.loader import AdapterLoader
 from lorax_async.planning.layout import ModelLayout, Module, Parallelism
 from lorax_kernels import Tables
@@ -105,7 +105,7 @@ def _mismatch(found: nn.Module | None, module: Module) -> str | None:
     sizes = _sizes(found)
     if sizes is None or isinstance(found, nn.Embedding) != module.embedding:
         return f"module {module.name!r} is a {type(found).__name__}"
-    if module.embedding and not looks_up(module.name, found):
+    if module.embedding and not is_lookup(module.name, found):
         kind = type(found).__name__
         return f"module {module.name!r} ({kind}) does more than look up tokens or positions"
     if sizes != (module.in_features, module.out_features):

@@ -1,4 +1,13 @@
-"""The files of an adapter: safetensors, its index, PEFT's config and names. Pure.
+"""Parse and write the files of an adapter. All input is untrusted: refuse, never guess.
 
-Everything here reads strangers' bytes: what is odd is refused by a typed error, never guessed.
+- `safetensors`: the header of a safetensors file
+- `split_weights`: the index of weights in several files, and the single file they stand for
+- `peft_config`: `adapter_config.json`
+- `peft_names`: tensor names, and the module patterns of a config
+- `strict_json`: the JSON reader for all of these
+- `digests`: file digests, computed or sent by a server
+- `spans`: byte ranges of a file
+
+The package is pure: bytes in, values or a typed error out. It may know `types`, `config` and
+`errors`.
 """

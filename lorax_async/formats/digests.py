@@ -1,4 +1,4 @@
-"""Digests of files: computed while bytes arrive, and as servers send them."""
+"""Digests of files, computed while bytes arrive or sent by a server."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Literal, get_args
 from lorax_async.errors import UsageError
 
 DigestKind = Literal["sha256", "git-sha1", "transport"]
-"""The source's sha256, its git blob sha1, or `transport`: our own sha256, promised by nobody."""
+"""The source's SHA-256, its git blob SHA-1, or `transport`: a SHA-256 that no source confirms."""
 
 _SHAPES = {"sha256": "[0-9a-f]{64}", "git-sha1": "[0-9a-f]{40}", "transport": "[0-9a-f]{64}"}
 
 
-# RFC 8941's dictionaries of bare items (an inner list is no digest).
+# RFC 8941 dictionaries of bare items (an inner list is not a digest).
 _KEY = r"[a-z*][a-z0-9_.*-]*"
 _ITEM = (
     r"(?::[A-Za-z0-9+/=]*:"
@@ -34,7 +34,7 @@ _MEMBER = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Digest:
-    """A digest, in lower-case hexadecimal digits. Raises `UsageError` for anything else."""
+    """A digest in lower-case hexadecimal digits. Raises `UsageError` for any other form."""
 
     kind: DigestKind
     value: str
@@ -44,12 +44,12 @@ class Digest:
             raise UsageError(f"a digest is one of {', '.join(_SHAPES)}, not {self.kind!r}")
         if not isinstance(self.value, str) or not re.fullmatch(_SHAPES[self.kind], self.value):
             raise UsageError(
-                f"{self.value!r} is no {self.kind} digest in lower-case hexadecimal digits"
+                f"{self.value!r} is not a {self.kind} digest in lower-case hexadecimal digits"
             )
 
 
 class FileHash:
-    """The digest of a file of `nbytes`, as far as it was fed."""
+    """An incremental hash of a file of `nbytes`."""
 
     __slots__ = ("_hash", "_kind", "done")
 
@@ -57,12 +57,12 @@ class FileHash:
         self._kind: DigestKind = kind
         self._hash = hashlib.sha1(usedforsecurity=False) if kind == "git-sha1" else hashlib.sha256()
         if kind == "git-sha1":
-            # git's name of a blob: its own header comes first.
+            # git hashes a header before the content of a blob.
             self._hash.update(b"blob %d\0" % nbytes)
         self.done = 0
 
     def feed(self, content: memoryview) -> None:
-        """Hash the bytes that follow those fed so far."""
+        """Hash the next bytes."""
         self._hash.update(content)
         self.done += content.nbytes
 
@@ -71,41 +71,43 @@ class FileHash:
 
 
 def sent_sha256(fields: Mapping[str, str]) -> Digest | None:
-    """Return the whole file's sha256 as these response fields (names in lower case) have it.
+    """Return the SHA-256 of the whole file from response fields (names in lower case), or None.
 
     Read `Repr-Digest` (RFC 9530), or else an S3 object's checksum. Ignore malformed fields.
     """
-    text = _members(fields.get("repr-digest", "")).get("sha-256", "")
+    text = _parse_members(fields.get("repr-digest", "")).get("sha-256", "")
     if len(text) > 1 and text[0] == text[-1] == ":":
-        told = _sha256(text[1:-1])
-        if told is not None:
-            return told
-    return _sha256(fields.get("x-amz-checksum-sha256", "")) if _of_the_object(fields) else None
+        digest = _decode_sha256(text[1:-1])
+        if digest is not None:
+            return digest
+    return (
+        _decode_sha256(fields.get("x-amz-checksum-sha256", "")) if _covers_object(fields) else None
+    )
 
 
-def _members(text: str) -> dict[str, str]:
-    """Parse a dictionary, the last of equal keys; return nothing if any of it is malformed."""
+def _parse_members(text: str) -> dict[str, str]:
+    """Parse a dictionary; the last of equal keys wins. Return {} if any part is malformed."""
     members: dict[str, str] = {}
     at, more = 0, bool(text)
     while more:
-        found = _MEMBER.match(text, at)
-        if found is None:
+        match = _MEMBER.match(text, at)
+        if match is None:
             return {}
-        members[found["key"]] = found["item"] or ""
-        at, more = found.end(), found["next"] != ""
+        members[match["key"]] = match["item"] or ""
+        at, more = match.end(), match["next"] != ""
     return members
 
 
-def _of_the_object(fields: Mapping[str, str]) -> bool:
-    # A multipart upload's checksum is one of checksums ("…-3"). For a range, a store may send that
-    # of one part: then only the checksum's type tells.
+def _covers_object(fields: Mapping[str, str]) -> bool:
+    # The checksum of a multipart upload is a checksum of checksums ("…-3"). For a range, a store
+    # may send the checksum of one part; only its type tells.
     kind = fields.get("x-amz-checksum-type")
     if kind is None:
         return "content-range" not in fields
     return kind == "FULL_OBJECT"
 
 
-def _sha256(text: str) -> Digest | None:
+def _decode_sha256(text: str) -> Digest | None:
     try:
         raw = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):

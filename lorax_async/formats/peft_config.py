@@ -1,4 +1,4 @@
-"""Read, check and write `adapter_config.json`; refuse what cannot be applied."""
+"""Read, check and write `adapter_config.json`; refuse unsupported features."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ WHAT = "adapter_config.json"
 
 
 class FieldUse(Enum):
-    """What becomes of a field of the config."""
+    """How a field of the config is used."""
 
     READ = "read into the spec"
-    CHECKED = "its type is checked; loading does not need it, for the file's tensors decide"
-    INERT = "ignored, whatever it holds"
+    CHECKED = "type-checked, but not needed: the file's tensors decide"
+    INERT = "ignored, whatever its value"
     REFUSED = "refused unless neutral"
 
 
 @dataclass(frozen=True, slots=True)
 class ConfigField:
-    """How one field is treated: `says` is the type it must have, or the feature it turns on."""
+    """The treatment of one field; `meaning` is its required type, or the feature it enables."""
 
     use: FieldUse
     accepts: Callable[[JsonValue], bool] = lambda _: True
-    says: str = ""
+    meaning: str = ""
 
     def check(self, name: str, value: JsonValue) -> None:
         if self.accepts(value):
             return
         if self.use is FieldUse.REFUSED:
             raise UnsupportedAdapterError(
-                f"{WHAT}: {shorten(name, 100)!r} is set ({self.says}), which"
+                f"{WHAT}: {shorten(name, 100)!r} is set ({self.meaning}), which"
                 " base + scale * B @ A does not describe; train without it, or merge the adapter"
                 " into its base model"
             )
-        raise AdapterFormatError(f"{WHAT}: {name!r} must be {self.says}, not {shown(value)}")
+        raise AdapterFormatError(f"{WHAT}: {name!r} must be {self.meaning}, not {describe(value)}")
 
 
 def _off(value: JsonValue) -> bool:
@@ -77,8 +77,8 @@ def _are_names(value: JsonValue) -> bool:
 
 
 def _are_indices(value: JsonValue) -> bool:
-    each = value if isinstance(value, list) else [value]
-    return value is None or all(type(index) is int for index in each)
+    indices = value if isinstance(value, list) else [value]
+    return value is None or all(type(index) is int for index in indices)
 
 
 def _refused(feature: str, neutral: Callable[[JsonValue], bool] = _off) -> ConfigField:
@@ -111,12 +111,12 @@ FIELDS: Mapping[str, ConfigField] = {
     "layers_to_transform": ConfigField(
         FieldUse.READ, _are_indices, "null, an integer or a list of integers"
     ),
-    # The settings of initialisations: only init_lora_weights turns one on.
+    # Settings of initialisations, which only init_lora_weights enables.
     "loftq_config": _OBJECT,
     "eva_config": _OBJECT,
     "corda_config": _OBJECT,
     "lora_ga_config": _OBJECT,
-    # Who trained it, how, and where the base came from.
+    # Provenance: training and the source of the base.
     "auto_mapping": _INERT,
     "peft_version": _INERT,
     "revision": _INERT,
@@ -126,7 +126,7 @@ FIELDS: Mapping[str, ConfigField] = {
     "lora_dropout": _INERT,
     "megatron_core": _INERT,
     "qalora_group_size": _INERT,
-    # PEFT writes the tied copy, too: as the A and B of lm_head.
+    # PEFT also writes the tied copy, as the A and B of lm_head.
     "ensure_weight_tying": _INERT,
     "bias": _refused("trained biases", lambda value: value == "none" or _off(value)),
     "modules_to_save": _refused("full copies of modules"),
@@ -136,34 +136,34 @@ FIELDS: Mapping[str, ConfigField] = {
     "alora_invocation_tokens": _refused("aLoRA, active only after its invocation tokens"),
     "use_qalora": _refused("QALoRA, whose input is pooled"),
     "megatron_config": _refused("Megatron's parallel layers", _unset),
-    # An empty object turns these on: PEFT fills in the feature's defaults.
+    # An empty object enables these, with PEFT's defaults.
     "velora_config": _refused("VeLoRA", _unset),
     "monteclora_config": _refused("MonteCLoRA", _unset),
     "use_bdlora": _refused("BD-LoRA, whose factors are block-diagonal", _unset),
     "arrow_config": _refused("Arrow routing", _unset),
     "kasa_config": _refused("KaSA, which truncates the base's weights", _unset),
 }
-"""Every field of `peft.LoraConfig`. One that is not here passes only at a neutral value."""
+"""Every field of `peft.LoraConfig`. An unknown field is accepted only at a neutral value."""
 
 
-def shown(value: JsonValue) -> str:
+def describe(value: JsonValue) -> str:
     if value is None or isinstance(value, bool | int | float):
         return "missing or null" if value is None else shorten(str(value), 24)
     return {str: "a string", list: "a list", dict: "an object"}[type(value)]
 
 
 MAX_PATTERNS = 2_048
-"""Entries of rank_pattern, and of alpha_pattern; EVA writes one per module."""
+"""The limit of entries of rank_pattern, and of alpha_pattern; EVA writes one per module."""
 
 MAX_INSTRUCTIONS = 2_048
-"""Of all regular expressions of a field together, as re2 compiles them: bounds a match's time."""
+"""The limit of re2 instructions of all patterns of a field, which bounds the matching time."""
 
 
-# Starting points that leave the base as it is: afterwards the adapter is plain LoRA.
-_PLAIN_STARTS = frozenset({"gaussian", "orthogonal", "eva", "mica"})
-# Starting points that moved part of the base's weights into A and B: saved unconverted, the
-# adapter only fits that changed base. Converting resets init_lora_weights to true.
-_MUTATING_STARTS = {
+# Initialisations that leave the base unchanged: the result is plain LoRA.
+_PLAIN_INITS = frozenset({"gaussian", "orthogonal", "eva", "mica"})
+# Initialisations that move part of the base's weights into A and B. Saved unconverted, the adapter
+# only fits that changed base. Conversion resets init_lora_weights to true.
+_MUTATING_INITS = {
     "pissa": "PiSSA",
     "olora": "OLoRA",
     "corda": "CorDA",
@@ -173,14 +173,14 @@ _MUTATING_STARTS = {
 
 
 def parse_config(text: bytes, limits: Limits) -> AdapterSpec:
-    """Read the bytes of an `adapter_config.json`.
+    """Parse an `adapter_config.json`.
 
     Raises
     ------
     AdapterFormatError
-        It is not strict JSON, or a field has a wrong type, or is missing or out of range.
+        The config is not strict JSON, or a field is missing, out of range or of a wrong type.
     UnsupportedAdapterError
-        It turns on a feature, or has a pattern or a rank, that is not accepted.
+        The config enables an unsupported feature, or has an unsupported pattern or rank.
     """
     config = parse_object(
         text, what=WHAT, max_bytes=limits.max_config_bytes, max_depth=limits.max_json_depth
@@ -188,18 +188,18 @@ def parse_config(text: bytes, limits: Limits) -> AdapterSpec:
     _check_type(config.get("peft_type"))
     for name, value in config.items():
         FIELDS.get(name, UNKNOWN).check(name, value)
-    _check_start(config.get("init_lora_weights"))
+    _check_initialisation(config.get("init_lora_weights"))
     _check_combination(config)
     base = config.get("base_model_name_or_path")
-    read_rank = partial(_rank, max_rank=limits.max_rank)
+    read_rank = partial(_read_rank, max_rank=limits.max_rank)
     return AdapterSpec(
         rank=read_rank("r", config.get("r")),
-        alpha=_finite("lora_alpha", config.get("lora_alpha")),
+        alpha=_read_finite("lora_alpha", config.get("lora_alpha")),
         rslora=config.get("use_rslora") is True,
-        rank_patterns=_patterns("rank_pattern", config.get("rank_pattern"), read_rank),
-        alpha_patterns=_patterns("alpha_pattern", config.get("alpha_pattern"), _finite),
-        targets=_targets(config.get("target_modules")),
-        layers=_layers(config.get("layers_to_transform")),
+        rank_patterns=_read_patterns("rank_pattern", config.get("rank_pattern"), read_rank),
+        alpha_patterns=_read_patterns("alpha_pattern", config.get("alpha_pattern"), _read_finite),
+        targets=_read_targets(config.get("target_modules")),
+        layers=_read_layers(config.get("layers_to_transform")),
         base_model=base if isinstance(base, str) else None,
         fan_in_fan_out=config.get("fan_in_fan_out") is True,
         dora=config.get("use_dora") is True,
@@ -216,17 +216,17 @@ def _check_type(value: JsonValue) -> None:
         )
 
 
-def _check_start(value: JsonValue) -> None:
+def _check_initialisation(value: JsonValue) -> None:
     if value is None or isinstance(value, bool):
         return
     if not isinstance(value, str):
         raise AdapterFormatError(
-            f"{WHAT}: 'init_lora_weights' must be true, false or a name, not {shown(value)}"
+            f"{WHAT}: 'init_lora_weights' must be true, false or a name, not {describe(value)}"
         )
     start = value.lower()
-    if start in _PLAIN_STARTS:
+    if start in _PLAIN_INITS:
         return
-    method = next((m for s, m in _MUTATING_STARTS.items() if start.startswith(s)), None)
+    method = next((m for s, m in _MUTATING_INITS.items() if start.startswith(s)), None)
     if method is None:
         raise UnsupportedAdapterError(
             f"{WHAT}: init_lora_weights {shorten(value, 40)!r} is unknown, and may have changed"
@@ -243,37 +243,39 @@ def _check_start(value: JsonValue) -> None:
 
 
 def _check_combination(config: Mapping[str, JsonValue]) -> None:
-    """What PEFT itself raises ValueError for, in `LoraConfig` or when it makes the layer."""
+    """Refuse combinations for which PEFT raises ValueError, in `LoraConfig` or in the layer."""
     start = config.get("init_lora_weights", True)
     dora, bias = config.get("use_dora") is True, config.get("lora_bias") is True
-    other = None
+    pair = None
     if bias and dora:
-        other = "lora_bias with use_dora"
+        pair = "lora_bias with use_dora"
     elif bias and not isinstance(start, bool):
-        other = f"lora_bias with init_lora_weights {shorten(str(start), 40)!r}"
+        pair = f"lora_bias with init_lora_weights {shorten(str(start), 40)!r}"
     elif dora and start == "mica":
-        other = "use_dora with init_lora_weights 'mica'"
-    if other is not None:
+        pair = "use_dora with init_lora_weights 'mica'"
+    if pair is not None:
         raise UnsupportedAdapterError(
-            f"{WHAT}: {other} is a combination that PEFT does not define; train with one of them"
+            f"{WHAT}: {pair} is a combination that PEFT does not define; train with one of them"
         )
 
 
-def _rank(name: str, value: JsonValue, *, max_rank: int) -> int:
+def _read_rank(name: str, value: JsonValue, *, max_rank: int) -> int:
     if type(value) is not int or value < 1:
-        raise AdapterFormatError(f"{WHAT}: {name} must be a positive integer, not {shown(value)}")
+        raise AdapterFormatError(
+            f"{WHAT}: {name} must be a positive integer, not {describe(value)}"
+        )
     if value > max_rank:
         raise UnsupportedAdapterError(
-            f"{WHAT}: {name} is {shown(value)}, above the limit of {max_rank};"
+            f"{WHAT}: {name} is {describe(value)}, above the limit of {max_rank};"
             " raise Limits.max_rank to accept it"
         )
     return value
 
 
-def _finite(name: str, value: JsonValue) -> float:
+def _read_finite(name: str, value: JsonValue) -> float:
     number = _number(value)
     if number is None or not isfinite(number):
-        raise AdapterFormatError(f"{WHAT}: {name} must be a finite number, not {shown(value)}")
+        raise AdapterFormatError(f"{WHAT}: {name} must be a finite number, not {describe(value)}")
     return number
 
 
@@ -286,34 +288,34 @@ def _number(value: JsonValue) -> float | None:
         return None
 
 
-def _patterns(
+def _read_patterns(
     field: str, entries: JsonValue, read: Callable[[str, JsonValue], float]
 ) -> tuple[ModulePattern, ...]:
     if entries is None:
         return ()
     if not isinstance(entries, dict):
-        raise AdapterFormatError(f"{WHAT}: {field!r} must be an object, not {shown(entries)}")
+        raise AdapterFormatError(f"{WHAT}: {field!r} must be an object, not {describe(entries)}")
     if len(entries) > MAX_PATTERNS:
-        raise _too_many(field)
+        raise _too_many_patterns(field)
     patterns: list[ModulePattern] = []
     instructions = 0
     for text, value in entries.items():
         matches, size = compile_pattern(text)
         instructions += size
         if instructions > MAX_INSTRUCTIONS:
-            raise _too_many(field)
+            raise _too_many_patterns(field)
         number = read(f"{field} of {shorten(text, 100)!r}", value)
         patterns.append(ModulePattern(text, matches, number, max(1, size)))
     return tuple(patterns)
 
 
-def _too_many(field: str) -> UnsupportedAdapterError:
+def _too_many_patterns(field: str) -> UnsupportedAdapterError:
     return UnsupportedAdapterError(
         f"{WHAT}: {field!r} holds more patterns than are accepted; write fewer, as module names"
     )
 
 
-def _targets(value: JsonValue) -> tuple[str, ...] | str | None:
+def _read_targets(value: JsonValue) -> tuple[str, ...] | str | None:
     if isinstance(value, list | str) and not value:
         raise AdapterFormatError(
             f"{WHAT}: 'target_modules' is empty, and PEFT loads no such adapter; write the names of"
@@ -325,39 +327,40 @@ def _targets(value: JsonValue) -> tuple[str, ...] | str | None:
         return None
     if (reason := pattern_error(value)) is not None:
         raise AdapterFormatError(
-            f"{WHAT}: 'target_modules' {shorten(value, 100)!r} is no regular expression"
+            f"{WHAT}: 'target_modules' {shorten(value, 100)!r} is not a regular expression"
             f" ({reason}); correct it, or write a list of module names"
         )
     return value
 
 
-def _layers(value: JsonValue) -> tuple[int, ...]:
+def _read_layers(value: JsonValue) -> tuple[int, ...]:
     layers = value if isinstance(value, list) else [value]
     return tuple(layer for layer in layers if isinstance(layer, int))
 
 
 @runtime_checkable
 class ConvertibleConfig(Protocol):
-    """As `peft.LoraConfig` is."""
+    """A config object with `to_dict`, such as `peft.LoraConfig`."""
 
     def to_dict(self) -> Mapping[str, object]: ...
 
 
 GivenConfig: TypeAlias = Mapping[str, object] | ConvertibleConfig
-"""The members of an `adapter_config.json`, or what gives them."""
+"""The members of an `adapter_config.json`, or an object that converts to them."""
 
 
 def write_config(config: GivenConfig) -> bytes:
-    """The same members, in the same order: of several patterns that match, the first counts.
+    """Return the bytes of an `adapter_config.json`.
 
-    Sets, which `peft.LoraConfig` keeps names in, become sorted lists, as in a file.
+    Keep the order of members, because the first matching pattern counts. Sets, in which
+    `peft.LoraConfig` keeps names, become sorted lists.
 
     Raises
     ------
     UsageError
-        It is no config.
+        `config` is neither a mapping nor convertible.
     AdapterFormatError
-        It holds what JSON does not have.
+        A value has no JSON equivalent.
     """
     members: object = config
     if isinstance(config, ConvertibleConfig) and not isinstance(config, type):
@@ -376,4 +379,4 @@ def write_config(config: GivenConfig) -> bytes:
 def _as_list(value: object) -> list[object]:
     if isinstance(value, set | frozenset):
         return sorted(value)
-    raise TypeError(f"{type(value).__name__} is nothing that JSON has")
+    raise TypeError(f"{type(value).__name__} has no JSON equivalent")

@@ -1,8 +1,8 @@
-"""The names PEFT gives to an adapter's tensors, and the patterns by which configs mean modules.
+"""Parse PEFT's tensor names, and compile the module patterns of a config.
 
-A tensor's name is `base_model.model.` + module path + suffix. :data:`SUFFIXES` are applied. Every
-other tensor a PEFT file can hold is refused by the name of the feature that wrote it, since leaving
-a tensor out changes the answers.
+A tensor's name is `base_model.model.` + module path + suffix. :data:`SUFFIXES` are supported. Any
+other tensor is refused, if possible by the name of the PEFT feature that wrote it, because omitting
+a tensor changes the outputs.
 Source: peft 0.21.2, `utils/save_and_load.py`, `utils/other.py` and `tuners/lora/layer.py`.
 """
 
@@ -18,16 +18,16 @@ from lorax_async.errors import AdapterError, AdapterFormatError, UnsupportedAdap
 from lorax_async.types import Matcher
 
 WEIGHT_DTYPES = ("F32", "F16", "BF16")
-"""The dtypes adapter weights can have, in the file format's spelling."""
+"""The supported dtypes of adapter weights, as safetensors spells them."""
 
 PREFIX = "base_model.model."
 
 
 class TensorRole(Enum):
-    """Which part of a module's adapter a tensor is.
+    """The role of a tensor in a module's adapter.
 
-    A `[rank, in]` and B `[out, rank]` are the factors of `scale * B @ A`; the vectors are `[out]`:
-    lora_bias's, which is added to B's output, and DoRA's.
+    A `[rank, in]` and B `[out, rank]` are the factors of `scale * B @ A`. The vectors are `[out]`:
+    BIAS (lora_bias) is added to B's output, MAGNITUDE is DoRA's.
     """
 
     A = "A"
@@ -38,9 +38,9 @@ class TensorRole(Enum):
 
 @dataclass(frozen=True, slots=True)
 class TensorName:
-    """The module that a tensor belongs to, by the path in the file, and which part of it.
+    """The module path and role in a tensor's name.
 
-    `embedding` is None where the name does not say whether the module is one.
+    `embedding` says whether the module is an embedding; None if the name does not tell.
     """
 
     module: str
@@ -56,9 +56,9 @@ SUFFIXES = {
     "lora_embedding_B": (TensorRole.B, True),
     "lora_magnitude_vector": (TensorRole.MAGNITUDE, None),
 }
-"""The ends of the names that are applied: which part that is, and whether of an embedding."""
+"""Supported suffixes: the tensor's role, and whether the module is an embedding."""
 
-# What else PEFT puts into names, each with the feature that writes it.
+# Other markers in PEFT's names, with the features that write them.
 _MARKERS = {
     "base_layer.bias": "bias (a trained bias of the base)",
     "base_layer": "target_parameters",
@@ -75,17 +75,17 @@ _RAW = re.compile(
 )
 _FULL_WEIGHT = ".base_layer.weight"
 
-# One spelling per module: components in ASCII, whole numbers without leading zeros.
+# One spelling per module: ASCII components, numbers without leading zeros.
 _PATH = re.compile(r"[0-9A-Za-z_-]+(?:\.[0-9A-Za-z_-]+)*")
 _PADDED = re.compile(r"\.0[0-9]+(?![^.])")
 _NUMBER = re.compile(r"\.([0-9]+)(?![^.])")
-_MAX_DIGITS = 6  # more layers than any file may have tensors
+_MAX_DIGITS = 6  # more than the limit of tensors in a file
 
 MAX_PATTERN_CHARACTERS = 512
 
 _PLAIN = re.compile(r"[0-9A-Za-z_.-]*")
-# Where re and re2 agree on ASCII paths. Elsewhere one refuses (\Z, \z, look-around, flags), or
-# both accept and differ: {,3}, {01} and [[:alpha:]] mean other things to re2.
+# The syntax on which re and re2 agree for ASCII paths. Elsewhere one refuses (\Z, \z, look-around,
+# flags), or both accept and differ: {,3}, {01} and [[:alpha:]] have other meanings in re2.
 _SHARED_SYNTAX = re.compile(
     r"""(?: [^\\(\[{]
           | \\(?: [^0-9A-Za-z] | [AbBdDwWsS] )
@@ -95,7 +95,7 @@ _SHARED_SYNTAX = re.compile(
         )*""",
     re.VERBOSE,
 )
-# What re2 says of patterns that Python's re refuses too; both read from left to right.
+# Errors of re2 for patterns that Python's re refuses too; both parse from left to right.
 _SYNTAX_ERRORS = (
     b"missing )",
     b"missing ]",
@@ -104,20 +104,20 @@ _SYNTAX_ERRORS = (
     b"invalid character class range",
 )
 _OPTIONS = re2.Options()
-_OPTIONS.log_errors = False  # they go to stderr
+_OPTIONS.log_errors = False  # re2 would log to stderr
 _OPTIONS.never_capture = True
-_OPTIONS.max_mem = 1 << 18  # bytes, for the program and for the states met while matching
+_OPTIONS.max_mem = 1 << 18  # bytes, for the program and the states of a match
 
 
 def parse_tensor_name(name: str) -> TensorName:
-    """Split the name of one tensor of an adapter file.
+    """Split a tensor name of an adapter file.
 
     Raises
     ------
     UnsupportedAdapterError
-        The tensor belongs to a feature that is not applied, or to nothing PEFT knows.
+        The tensor belongs to an unsupported feature, or is unknown to PEFT.
     AdapterFormatError
-        The module path is malformed, or not the one spelling of its module.
+        The module path is malformed or not in canonical form.
     """
     path, _, last = name.rpartition(".")
     if last in {"weight", "bias"}:
@@ -135,14 +135,14 @@ def parse_tensor_name(name: str) -> TensorName:
 
 
 def layer_index(module: str) -> int | None:
-    """The layer that a module path lies in: its first component that is a number, or None.
+    """Return the layer of a module path: its first numeric component, or None.
 
-    `model.layers.12.self_attn.q_proj` lies in 12, `lm_head` in none.
+    `model.layers.12.self_attn.q_proj` is in layer 12, `lm_head` in none.
 
     Raises
     ------
     AdapterFormatError
-        The number is not a plain decimal, or larger than any model has layers.
+        The number is not a plain decimal, or has more than six digits.
     """
     found = _NUMBER.search(f".{module}")
     if found is None:
@@ -154,16 +154,16 @@ def layer_index(module: str) -> int | None:
 
 
 def compile_pattern(text: str) -> tuple[Matcher, int]:
-    r"""Compile a key of rank_pattern or alpha_pattern, once, and say how large it became.
+    r"""Compile a key of rank_pattern or alpha_pattern. Return a matcher and its program size.
 
-    Returns a matcher that agrees with PEFT's `re.match(rf"(.*\.)?({text})$", module)` on module
-    paths (ASCII, without line breaks, before one of which `$` would match too), in time linear in
-    the path; and the number of re2's instructions, 0 for a plain module name.
+    The matcher agrees with PEFT's `re.match(rf"(.*\.)?({text})$", module)` on module paths (ASCII,
+    without line breaks, before which `$` would match too), in time linear in the path. The size
+    counts re2's instructions; it is 0 for a plain module name.
 
     Raises
     ------
     UnsupportedAdapterError
-        The pattern is too large, or is none that Python's re and re2 understand alike.
+        The pattern is too large, or not in the syntax on which Python's re and re2 agree.
     """
     if len(text) > MAX_PATTERN_CHARACTERS:
         raise _unreadable(text)
@@ -172,7 +172,7 @@ def compile_pattern(text: str) -> tuple[Matcher, int]:
     if not _SHARED_SYNTAX.fullmatch(text):
         raise _unreadable(text)
     try:
-        # Bytes in and out: on str, the binding counts characters before each match.
+        # Bytes, because the binding counts the characters of a str before each match.
         compiled = re2.compile(rf"(.*\.)?({text})$".encode(), _OPTIONS)
     except (re2.error, UnicodeEncodeError):
         raise _unreadable(text) from None
@@ -181,9 +181,9 @@ def compile_pattern(text: str) -> tuple[Matcher, int]:
 
 
 def pattern_error(text: str) -> str | None:
-    """Return why Python's re, and so PEFT, cannot compile a pattern, as re2 says it.
+    """Return why Python's re, and so PEFT, cannot compile a pattern, in re2's words.
 
-    None where re can, and where only re itself could tell: it is never given a stranger's pattern.
+    None if re can, or if only re could tell: untrusted patterns are never passed to it.
     """
     if len(text) > MAX_PATTERN_CHARACTERS or "[:" in text:  # a POSIX class, to re2 only
         return None
@@ -198,19 +198,19 @@ def pattern_error(text: str) -> str | None:
 
 
 def _plain_matcher(text: str) -> Matcher:
-    """For a text without operators but the dot, which stands for any one character."""
+    """Return a matcher for a text whose only operator is the dot, for any one character."""
     length = len(text)
     tail = text.rpartition(".")[2]
 
     def matches(module: str) -> bool:
-        if not module.endswith(tail):  # modules of a model differ at the end: the usual answer
+        if not module.endswith(tail):  # the most frequent case: modules differ at the end
             return False
         at = len(module) - length
         if at < 0 or (at and module[at - 1] != "."):
             return False
         if module.endswith(text):
             return True
-        # Taken apart where it is needed: a config may hold thousands of patterns of many dots.
+        # Compared only here: a config may hold thousands of patterns with many dots.
         return all(own in (".", there) for own, there in zip(text, module[at:], strict=True))
 
     return matches
@@ -218,8 +218,8 @@ def _plain_matcher(text: str) -> Matcher:
 
 def _unreadable(text: str) -> UnsupportedAdapterError:
     return UnsupportedAdapterError(
-        f"pattern {shorten(text, 100)!r} is too large, or no regular expression that can be"
-        " matched in linear time and means one thing; write module names instead"
+        f"pattern {shorten(text, 100)!r} is too large, or not a regular expression with one"
+        " meaning that can be matched in linear time; write module names instead"
     )
 
 
@@ -228,8 +228,8 @@ def _refusal(name: str) -> AdapterError:
     path = name.removeprefix(PREFIX)
     if path == name:
         return UnsupportedAdapterError(
-            f"tensor {shown} is not one of a PEFT LoRA adapter (no {PREFIX!r} in front), and"
-            " nothing would apply it; convert the adapter to PEFT's format"
+            f"tensor {shown} is not from a PEFT LoRA adapter (no {PREFIX!r} in front) and"
+            " would not be applied; convert the adapter to PEFT's format"
         )
     if path.endswith(_FULL_WEIGHT):
         return UnsupportedAdapterError(
@@ -247,7 +247,7 @@ def _refusal(name: str) -> AdapterError:
             " save_pretrained, or take its tensors with get_peft_model_state_dict"
         )
     return UnsupportedAdapterError(
-        f"nothing would apply tensor {shown}; understood are {', '.join(SUFFIXES)}"
+        f"tensor {shown} would not be applied; supported are {', '.join(SUFFIXES)}"
     )
 
 

@@ -24,10 +24,10 @@ _RESAVE = "re-save the file with safetensors"
 _METADATA = "__metadata__"
 _MEMBERS = {"dtype", "shape", "data_offsets"}
 _PLACE = itemgetter(3, 4, 0)
-"""Start, stop and name of a `TensorSpan`."""
+"""The sort key of a `TensorSpan`: start, stop, name."""
 _INTEGER = "(0|[1-9][0-9]{0,18})"
-# An entry as safetensors writes it, its name printable ASCII without escapes. Neighbouring parts
-# share no character, so that matching is linear.
+# An entry as safetensors writes it, with a name of printable ASCII without escapes. Adjacent parts
+# of the pattern share no character, so that matching is linear.
 _ENTRY = re.compile(
     r'"([ !#-\[\]-~]{1,512})":'
     r'\{"dtype":"([A-Z0-9_]{1,16})","shape":\[([0-9,]{0,159})\],'
@@ -37,7 +37,7 @@ _INT64_MAX = 2**63 - 1
 _DEFAULT_LIMITS = Limits()
 
 _Entry: TypeAlias = tuple[str, str, tuple[int, ...], int, int]
-"""Name, dtype, shape, and both offsets, of which the types are checked."""
+"""Name, dtype, shape and both offsets, of checked types."""
 
 _DTYPES_BY_BITS = {
     4: "F4",
@@ -50,14 +50,14 @@ _DTYPES_BY_BITS = {
 DTYPE_BITS: Final[Mapping[str, int]] = MappingProxyType(
     {dtype: bits for bits, dtypes in _DTYPES_BY_BITS.items() for dtype in dtypes.split()}
 )
-"""Bits of one element, for every dtype of safetensors 0.8.0 in its own spelling."""
+"""Bits per element of every dtype of safetensors 0.8.0, in its spelling."""
 
 
 class TensorSpan(NamedTuple):
-    """Where one tensor lies: `start` and `stop` count bytes from the beginning of the file.
+    """The position of one tensor, in bytes from the start of the file.
 
-    Where only some of its bytes are meant (a shard's), `pieces` are these, and `shape` is what they
-    make. A header's spans have none.
+    The tensor of a shard has `pieces`, the bytes it consists of, and the `shape` of those. Spans
+    of a header have none.
     """
 
     name: str
@@ -74,10 +74,10 @@ class TensorSpan(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A checked header: its spans tile the file from `data_start` to its end.
+    """A checked header, whose tensors tile the file from `data_start` to its end.
 
-    `tensors` are in file order; those without bytes stand before the one that begins where they
-    lie, by name among themselves.
+    `tensors` are in file order. An empty tensor comes before the one that starts at its offset;
+    empty tensors at the same offset are sorted by name.
     """
 
     tensors: tuple[TensorSpan, ...]
@@ -86,9 +86,9 @@ class Header:
 
 
 def header_end(start: bytes | memoryview) -> int:
-    """Return how many bytes the header claims to need, unchecked.
+    """Return the unchecked end of the header, in bytes.
 
-    `start` is the beginning of the file; if it is too short to tell, the bytes that would tell.
+    If `start`, the first bytes of the file, has fewer than 8 bytes, return 8.
     """
     if len(start) < LENGTH_BYTES:
         return LENGTH_BYTES
@@ -98,7 +98,7 @@ def header_end(start: bytes | memoryview) -> int:
 def header_size(
     first_eight: bytes | memoryview, file_size: int, limits: Limits = _DEFAULT_LIMITS
 ) -> int:
-    """Return how many bytes from the beginning of the file `parse_header` needs.
+    """Return the number of leading bytes of the file that `parse_header` needs.
 
     `first_eight` holds at least the file's first eight bytes, or all of a shorter file.
     """
@@ -127,8 +127,8 @@ def parse_header(
 ) -> Header:
     """Check the header at the beginning of a file of `file_size` bytes.
 
-    `prefix` holds at least `header_size` bytes. Whatever breaks the format raises
-    `AdapterFormatError`, which names the tensor.
+    `prefix` holds at least `header_size` bytes. Raises `AdapterFormatError`, which names the
+    tensor, for any violation of the format.
     """
     data_start = header_size(prefix, file_size, limits)
     if len(prefix) < data_start:
@@ -140,18 +140,18 @@ def parse_header(
     if bytes(text[:1]) != b"{":
         raise AdapterFormatError(f"{_WHAT}: does not begin with '{{'; {_RESAVE}")
     try:
-        metadata, entries = _columns(text) or _members(text, limits)
+        metadata, entries = _parse_canonical(text) or _parse_any(text, limits)
         tensors = _spans(entries, data_start, limits)
-        _check_places(tensors, data_start, file_size)
+        _check_tiling(tensors, data_start, file_size)
     except MemoryError:
         raise AdapterFormatError(f"{_WHAT}: too large for the memory at hand") from None
     return Header(tuple(tensors), MappingProxyType(metadata), data_start)
 
 
-def _columns(text: memoryview) -> tuple[dict[str, str], list[_Entry]] | None:
-    """Split a header in safetensors' own spelling, in half of the time that `_members` takes.
+def _parse_canonical(text: memoryview) -> tuple[dict[str, str], list[_Entry]] | None:
+    """Parse a header in safetensors' own spelling, in half the time of `_parse_any`.
 
-    It refuses nothing: None for any other spelling, and for what is malformed.
+    Return None for any other spelling, and for a malformed header.
     """
     try:
         first, *columns, last = _ENTRY.split(str(text, "ascii"))
@@ -159,9 +159,9 @@ def _columns(text: memoryview) -> tuple[dict[str, str], list[_Entry]] | None:
         metadata = {}
         if first != "{":
             head, comma = first[:-1], first[-1:]
-            others = parse_object(f"{head}}}".encode(), what=_WHAT, max_bytes=len(text))
-            metadata = _metadata(others)
-            if others or comma != ",":
+            members = parse_object(f"{head}}}".encode(), what=_WHAT, max_bytes=len(text))
+            metadata = _pop_metadata(members)
+            if members or comma != ",":
                 return None
         if not between.count(",") == len(between) == len(names) - 1 or last.rstrip(" ") != "}":
             return None
@@ -176,16 +176,16 @@ def _columns(text: memoryview) -> tuple[dict[str, str], list[_Entry]] | None:
     )
 
 
-def _members(text: memoryview, limits: Limits) -> tuple[dict[str, str], list[_Entry]]:
-    """Read any header; malformed JSON and wrong types are refused."""
-    # The depth follows from the types that are checked.
+def _parse_any(text: memoryview, limits: Limits) -> tuple[dict[str, str], list[_Entry]]:
+    """Parse any header, and refuse malformed JSON and wrong types."""
+    # Checking the types bounds the depth.
     members = parse_object(text, what=_WHAT, max_bytes=limits.max_header_bytes, max_depth=None)
-    metadata = _metadata(members)
-    return metadata, [(name, *_entry(name, value)) for name, value in members.items()]
+    metadata = _pop_metadata(members)
+    return metadata, [(name, *_parse_entry(name, value)) for name, value in members.items()]
 
 
-def _metadata(members: dict[str, JsonValue]) -> dict[str, str]:
-    """Take the metadata out of the header's members."""
+def _pop_metadata(members: dict[str, JsonValue]) -> dict[str, str]:
+    """Remove the metadata from the header's members and return it."""
     value = members.pop(_METADATA, {})
     what = f"{_WHAT}, {_METADATA}"
     if not isinstance(value, dict):
@@ -198,7 +198,7 @@ def _metadata(members: dict[str, JsonValue]) -> dict[str, str]:
     return metadata
 
 
-def _entry(name: str, value: JsonValue) -> tuple[str, tuple[int, ...], int, int]:
+def _parse_entry(name: str, value: JsonValue) -> tuple[str, tuple[int, ...], int, int]:
     if not isinstance(value, dict):
         raise _malformed(name, "not an object of just dtype, shape and data_offsets")
     if odd := value.keys() ^ _MEMBERS:
@@ -208,14 +208,14 @@ def _entry(name: str, value: JsonValue) -> tuple[str, tuple[int, ...], int, int]
     dtype = value["dtype"]
     if not isinstance(dtype, str):
         raise _malformed(name, "dtype is not a string")
-    shape, offsets = (_integers(name, each, value[each]) for each in ("shape", "data_offsets"))
+    shape, offsets = (_integers(name, key, value[key]) for key in ("shape", "data_offsets"))
     if len(offsets) != 2:
         raise _malformed(name, f"data_offsets has {len(offsets):,} entries, not 2")
     return dtype, shape, *offsets
 
 
 def _integers(name: str, member: str, value: JsonValue) -> tuple[int, ...]:
-    # Exactly int: to isinstance, True is one too.
+    # Not isinstance, which accepts bool.
     integers = [n for n in value if type(n) is int] if isinstance(value, list) else []
     if not isinstance(value, list) or len(integers) < len(value):
         raise _malformed(name, f"{member} is not a list of integers")
@@ -223,7 +223,7 @@ def _integers(name: str, member: str, value: JsonValue) -> tuple[int, ...]:
 
 
 def _spans(entries: list[_Entry], data_start: int, limits: Limits) -> list[TensorSpan]:
-    """Return the tensors in file order, each checked by itself."""
+    """Check each tensor separately; return all in file order."""
     if len(entries) > limits.max_tensors:
         raise AdapterFormatError(
             f"{_WHAT}: {len(entries):,} tensors, more than the limit of {limits.max_tensors:,}"
@@ -231,7 +231,7 @@ def _spans(entries: list[_Entry], data_start: int, limits: Limits) -> list[Tenso
     spans: list[TensorSpan] = []
     sizes: dict[tuple[str, tuple[int, ...]], int] = {}  # few pairs differ within a file
     for name, dtype, shape, start, stop in entries:
-        # Other characters than ASCII have several bytes.
+        # Only ASCII has one byte per character.
         if not (0 < len(name) <= limits.max_name_bytes and name.isascii()):
             _check_name(name, limits)
         nbytes = sizes.get((dtype, shape))
@@ -247,7 +247,7 @@ def _spans(entries: list[_Entry], data_start: int, limits: Limits) -> list[Tenso
 
 
 def _check_name(name: str, limits: Limits) -> None:
-    # A name of more characters than bytes are allowed need not be encoded to be too long.
+    # Do not encode a name that has more characters than bytes are allowed.
     size = len(name) if len(name) > limits.max_name_bytes else len(name.encode())
     if not 1 <= size <= limits.max_name_bytes:
         raise _malformed(name, f"a name of {size:,} bytes, not 1 to {limits.max_name_bytes}")
@@ -261,7 +261,7 @@ def _nbytes(name: str, dtype: str, shape: tuple[int, ...], limits: Limits) -> in
             name,
             f"{len(shape):,} dimensions, more than the limit of {limits.max_dimensions}",
         )
-    # Of the non-zero ones: torch multiplies strides even where a dimension is 0.
+    # Over the non-zero ones: torch multiplies strides even if a dimension is 0.
     if min(shape, default=0) < 0 or math.prod(filter(None, shape)) > _INT64_MAX:
         raise _malformed(name, "shape is negative or beyond int64")
     bits = math.prod(shape) * DTYPE_BITS[dtype]
@@ -270,8 +270,8 @@ def _nbytes(name: str, dtype: str, shape: tuple[int, ...], limits: Limits) -> in
     return bits // 8
 
 
-def _check_places(spans: list[TensorSpan], data_start: int, file_size: int) -> None:
-    """Check that the sorted spans tile the file's data: no hole, no overlap, none left over."""
+def _check_tiling(spans: list[TensorSpan], data_start: int, file_size: int) -> None:
+    """Check that the sorted spans tile the file's data without holes, overlaps or a rest."""
     if spans and spans[0].start > data_start:
         hole = spans[0].start - data_start
         raise _malformed(spans[0].name, f"a hole of {hole:,} bytes before it")
@@ -297,11 +297,11 @@ def _malformed(name: str, problem: str) -> AdapterFormatError:
 
 
 ALIGNMENT = 64
-"""The tensors begin on a multiple of it: most then lie in the file as on a device."""
+"""Tensor data starts at a multiple of this, so that most files need no rearranging."""
 
 
 class TensorDescription(NamedTuple):
-    """One tensor of a file to be: `dtype` in the format's spelling."""
+    """A tensor to write, with `dtype` in the format's spelling."""
 
     name: str
     dtype: str
@@ -315,11 +315,11 @@ class TensorDescription(NamedTuple):
 def write_header(
     tensors: Iterable[TensorDescription], *, least: int = 0
 ) -> tuple[bytes, list[tuple[int, int]]]:
-    """All of the file before its tensors; and where each of them lies in it, [start, stop).
+    """Return the bytes before the tensor data, and the [start, stop) of each tensor.
 
-    They lie in the order in which they are given, without gaps, from byte `least` on or later.
+    The tensors are contiguous and in the same order, from byte `least` or later.
     """
-    # One by one: to write thousands in one call would hold the GIL for as long as that takes.
+    # One by one: encoding thousands of entries in one call would hold the GIL throughout.
     entries: list[str] = []
     lengths: list[int] = []
     end = 0

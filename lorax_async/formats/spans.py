@@ -1,4 +1,4 @@
-"""Byte ranges: runs of adjoining bytes, and sets of the bytes that have arrived."""
+"""Byte ranges of a file, sets of them, and strided spans."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ByteRange = tuple[int, int]
 
 
 class SpanSet:
-    """A set of bytes, as the fewest spans: ascending, none empty, no two adjoining."""
+    """A set of bytes as ascending, non-empty spans, of which no two are adjacent."""
 
     __slots__ = ("_starts", "_stops", "nbytes")
 
@@ -28,18 +28,18 @@ class SpanSet:
 
     @property
     def end(self) -> int:
-        """Where the last byte's successor is."""
+        """The position after the last byte; 0 if the set is empty."""
         return self._stops[-1] if self._stops else 0
 
     def add(self, start: int, stop: int) -> ByteRange:
-        """Bytes [start, stop), not empty, are here; returns the span that they are part of."""
+        """Add the non-empty range [start, stop). Return the span that now contains it."""
         first = bisect_left(self._stops, start)
         end = bisect_right(self._starts, stop)
         if first < end:
             start = min(start, self._starts[first])
             stop = max(stop, self._stops[end - 1])
-        gone = sum(self._stops[first:end]) - sum(self._starts[first:end])
-        self.nbytes += stop - start - gone
+        replaced = sum(self._stops[first:end]) - sum(self._starts[first:end])
+        self.nbytes += stop - start - replaced
         self._starts[first:end] = [start]
         self._stops[first:end] = [stop]
         return start, stop
@@ -48,12 +48,12 @@ class SpanSet:
         return self.reach(start) >= stop
 
     def reach(self, start: int) -> int:
-        """How far the bytes from `start` on are here without a gap: `start` if not even its own."""
+        """Return the end of the gapless run from `start`; `start` if that byte is missing."""
         index = bisect_right(self._starts, start) - 1
         return max(start, self._stops[index]) if index >= 0 else start
 
     def missing(self, start: int, stop: int) -> list[ByteRange]:
-        """What of [start, stop) is not here, ascending."""
+        """Return the ranges of [start, stop) that are not in the set, ascending."""
         gaps = []
         while (start := self.reach(start)) < stop:
             index = bisect_right(self._starts, start)
@@ -64,10 +64,10 @@ class SpanSet:
 
 
 class ByteSpan(NamedTuple):
-    """Bytes of a file: [start, stop), and as many, `pitch` further on each, `rows` times in all.
+    """Strided bytes of a file: `rows` ranges of equal length, the first [start, stop).
 
-    Strided, for of a matrix cut by columns thousands of rows would else be thousands of objects.
-    Where there is one row, `pitch` is 0; else it is not less than a row.
+    Rows begin `pitch` bytes apart. With one row, `pitch` is 0; otherwise it is at least the length
+    of a row. One object stands for the thousands of rows of a matrix cut by columns.
     """
 
     start: int
@@ -81,17 +81,17 @@ class ByteSpan(NamedTuple):
 
     @property
     def end(self) -> int:
-        """Where the last row stops."""
+        """The end of the last row."""
         return self.stop + (self.rows - 1) * self.pitch
 
     def ranges(self) -> Iterator[tuple[int, int]]:
-        """[start, stop) of every row, in order."""
+        """Yield [start, stop) of every row, in order."""
         start, stop, rows, pitch = self
         for n in range(rows):
             yield start + n * pitch, stop + n * pitch
 
     def cut(self, first: int, last: int) -> list[ByteSpan]:
-        """The bytes [first, last) of its rows, one after the other: at most three spans."""
+        """Return the bytes [first, last) of the concatenated rows, as at most three spans."""
         start, stop, rows, pitch = self
         if rows == 1:
             return [ByteSpan(start + first, start + last)]
@@ -99,23 +99,23 @@ class ByteSpan(NamedTuple):
         size = stop - start
         row, skipped = divmod(first, size)
         if skipped:
-            begun = start + row * pitch
+            row_start = start + row * pitch
             taken = min(skipped + last - first, size)
-            cut.append(ByteSpan(begun + skipped, begun + taken))
+            cut.append(ByteSpan(row_start + skipped, row_start + taken))
             first, row = first + taken - skipped, row + 1
         whole, rest = divmod(last - first, size)
-        begun = start + row * pitch
+        row_start = start + row * pitch
         if whole:
-            cut.append(ByteSpan(begun, begun + size, whole, pitch if whole > 1 else 0))
+            cut.append(ByteSpan(row_start, row_start + size, whole, pitch if whole > 1 else 0))
         if rest:
-            begun += whole * pitch
-            cut.append(ByteSpan(begun, begun + rest))
+            row_start += whole * pitch
+            cut.append(ByteSpan(row_start, row_start + rest))
         return cut
 
 
 @dataclass(slots=True)
 class TargetRun:
-    """Bytes of the file, as a `Span` has them, that take [target, end) of a group's extent."""
+    """Bytes of the file, as in `ByteSpan`, that fill [target, end) of a group's extent."""
 
     dtype: str
     start: int
@@ -126,20 +126,20 @@ class TargetRun:
     pitch: int = 0
 
 
-def adjoining(runs: Iterable[TargetRun]) -> Iterator[list[TargetRun]]:
-    """The runs, those together that follow each other on the device and are of one dtype."""
-    together: list[TargetRun] = []
+def group_adjoining(runs: Iterable[TargetRun]) -> Iterator[list[TargetRun]]:
+    """Group runs that are contiguous on the device and have the same dtype."""
+    group: list[TargetRun] = []
     for run in runs:
-        if together and (run.target != together[-1].end or run.dtype != together[-1].dtype):
-            yield together
-            together = []
-        together.append(run)
-    if together:
-        yield together
+        if group and (run.target != group[-1].end or run.dtype != group[-1].dtype):
+            yield group
+            group = []
+        group.append(run)
+    if group:
+        yield group
 
 
-def portions(runs: Iterable[TargetRun], nbytes: int) -> Iterator[list[ByteSpan]]:
-    """The runs' bytes of the file, `nbytes` of them at a time."""
+def split_portions(runs: Iterable[TargetRun], nbytes: int) -> Iterator[list[ByteSpan]]:
+    """Yield the runs' bytes of the file in portions of `nbytes`."""
     portion: list[ByteSpan] = []
     room = nbytes
     for run in runs:
@@ -157,12 +157,12 @@ def portions(runs: Iterable[TargetRun], nbytes: int) -> Iterator[list[ByteSpan]]
         yield portion
 
 
-def merged(spans: Iterable[ByteSpan]) -> tuple[ByteSpan, ...]:
-    """Spans that share no byte, in order; those of one row that adjoin are one."""
-    made: list[ByteSpan] = []
+def merge_spans(spans: Iterable[ByteSpan]) -> tuple[ByteSpan, ...]:
+    """Sort disjoint spans, and merge adjacent ones of a single row."""
+    merged: list[ByteSpan] = []
     for span in sorted(spans):
-        if made and made[-1].stop == span.start and made[-1].rows == span.rows == 1:
-            made[-1] = ByteSpan(made[-1].start, span.stop)
+        if merged and merged[-1].stop == span.start and merged[-1].rows == span.rows == 1:
+            merged[-1] = ByteSpan(merged[-1].start, span.stop)
         else:
-            made.append(span)
-    return tuple(made)
+            merged.append(span)
+    return tuple(merged)

@@ -1,4 +1,4 @@
-"""Several files of weights with an index, as the one safetensors file that they stand for."""
+"""Weights in several files with an index, presented as a single safetensors file."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ _ADAPTER_FILE = re.compile(
 
 @dataclass(frozen=True, slots=True, order=True)
 class FileRole:
-    """One of an adapter's files. Weights in one file have number 0; `count` shards count from 1.
+    """The role of a file in an adapter. Shards are numbered from 1 to `count`; other files are 0.
 
-    Raises `UsageError` for any other number.
+    Raises `UsageError` for an invalid number.
     """
 
     kind: Literal["config", "index", "weights"]
@@ -43,9 +43,9 @@ class FileRole:
     count: int = 0
 
     def __post_init__(self) -> None:
-        most = MAX_SHARDS if self.kind == "weights" else 0
-        if not min(self.count, 1) <= self.number <= self.count <= most:
-            raise UsageError(f"there is no {self.kind} file {self.number} of {self.count}")
+        limit = MAX_SHARDS if self.kind == "weights" else 0
+        if not min(self.count, 1) <= self.number <= self.count <= limit:
+            raise UsageError(f"invalid {self.kind} file {self.number} of {self.count}")
 
     @property
     def file_name(self) -> str:
@@ -63,7 +63,7 @@ WEIGHTS_FILE = FileRole("weights")
 
 
 def role_of(file_name: str) -> FileRole | None:
-    """Return the role of a file name; None if no adapter has such a file."""
+    """Return the role of a file name, or None if it is not an adapter file."""
     found = _ADAPTER_FILE.fullmatch(file_name)
     if found is None:
         return None
@@ -77,22 +77,21 @@ def role_of(file_name: str) -> FileRole | None:
 INDEX = INDEX_FILE.file_name
 
 MAX_FILES = 256
-"""Each is an open file while it is read, of which a process commonly may have 1,024. The largest
-adapter that is accepted by default (4 GiB), in so many files, has 16 MiB in each."""
+"""The limit of shards. Each is an open file while it is read, and a process commonly may have
+1,024. The largest adapter accepted by default (4 GiB) has 16 MiB per file then."""
 
-_FILE = re.compile(r"adapter_model-([0-9]{5})-of-([0-9]{5})\.safetensors")
 _INDEX_REMEDY = "write the index again with the tool that split the weights"
 
 
 def split_name(number: int, count: int) -> str:
-    """The name of one of `count` files of weights, numbered from 1."""
-    return f"adapter_model-{number:05d}-of-{count:05d}.safetensors"
+    """Return the name of shard `number`, from 1, of `count`."""
+    return FileRole("weights", number, count).file_name
 
 
 def joined_digest(digests: Sequence[str]) -> str:
-    """The sha256 of weights, given that of each file in the order of their numbers.
+    """Return the SHA-256 of weights from that of each file, in order.
 
-    Of several files it is that of the lines "digest  file name", as `sha256sum` writes them.
+    For several files, hash the lines "digest  file name", as `sha256sum` writes them.
     """
     if len(digests) == 1:
         return digests[0]
@@ -103,9 +102,9 @@ def joined_digest(digests: Sequence[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class SplitIndex:
-    """The number of the file that has it, from 1, for every tensor; each file has one or more.
+    """A checked index: the file number, from 1, of each tensor. Every file has a tensor.
 
-    `tensors_in` counts each file's, the first file's first.
+    `tensors_in` is the number of tensors of each file, in order.
     """
 
     numbers: Mapping[str, int]
@@ -113,7 +112,7 @@ class SplitIndex:
 
     @property
     def count(self) -> int:
-        """How many files there are."""
+        """The number of files."""
         return len(self.tensors_in)
 
     @property
@@ -122,10 +121,10 @@ class SplitIndex:
 
 
 def parse_index(data: bytes, limits: Limits) -> SplitIndex:
-    """Parse an index. It may have as many bytes as a header, which says more of each tensor.
+    """Parse an index, of at most `max_header_bytes`.
 
-    What is malformed, names a file otherwise than `split_name` does, or leaves one out raises
-    `AdapterFormatError`.
+    Raises `AdapterFormatError` for a malformed index, a file name that is not `split_name`'s, and
+    a file without tensors.
     """
     members = parse_object(
         data, what=INDEX, max_bytes=limits.max_header_bytes, max_depth=limits.max_json_depth
@@ -146,30 +145,33 @@ def parse_index(data: bytes, limits: Limits) -> SplitIndex:
     counts: set[int] = set()
     for tensor, file in weight_map.items():
         if not isinstance(file, str):
-            raise _wrong(tensor, "has no name of a file")
+            raise _index_error(tensor, "has no file name")
         if file not in files:
             files[file] = _parse_split_name(tensor, file)
         numbers[tensor], count = files[file]
         counts.add(count)
         if other := counts - {count}:
-            raise _wrong(tensor, f"is in one of {count} files, others in one of {other.pop()}")
-    return _complete(numbers, counts.pop())
+            raise _index_error(
+                tensor, f"is in one of {count} files, others in one of {other.pop()}"
+            )
+    return _make_index(numbers, counts.pop())
 
 
 def _parse_split_name(tensor: str, file: str) -> tuple[int, int]:
-    """Return the number of a file, from 1, and how many there are by its name."""
-    found = _FILE.fullmatch(file)
-    number, count = (int(found[1]), int(found[2])) if found else (0, 0)
-    if not 1 <= number <= count:
+    """Return the number and the count in a shard's file name."""
+    role = role_of(file)
+    if role is None or not role.count:
         pattern = split_name(1, 3)
-        raise _wrong(tensor, f"is in {quoted(file)}, which is no name of the form {pattern!r}")
-    if count > MAX_FILES:
-        raise _wrong(tensor, f"is in one of {count:,} files, over the limit of {MAX_FILES}")
-    return number, count
+        raise _index_error(tensor, f"is in {quoted(file)}, which is not a name like {pattern!r}")
+    if role.count > MAX_FILES:
+        raise _index_error(
+            tensor, f"is in one of {role.count:,} files, over the limit of {MAX_FILES}"
+        )
+    return role.number, role.count
 
 
-def _complete(numbers: dict[str, int], count: int) -> SplitIndex:
-    """Check that every file from the first to the last has a tensor."""
+def _make_index(numbers: dict[str, int], count: int) -> SplitIndex:
+    """Check that every file has a tensor."""
     found = Counter(numbers.values())
     tensors_in = tuple(found[number] for number in range(1, count + 1))
     if 0 in tensors_in:
@@ -178,7 +180,7 @@ def _complete(numbers: dict[str, int], count: int) -> SplitIndex:
     return SplitIndex(MappingProxyType(numbers), tensors_in)
 
 
-def _wrong(tensor: str, problem: str) -> AdapterFormatError:
+def _index_error(tensor: str, problem: str) -> AdapterFormatError:
     return AdapterFormatError(f"{INDEX}: tensor {quoted(tensor)} {problem}; {_INDEX_REMEDY}")
 
 
@@ -186,14 +188,14 @@ _REMEDY = "save or fetch all of the adapter again"
 
 
 class FileHead(NamedTuple):
-    """One of the files: its beginning, with the whole header, and its size."""
+    """The start of a shard, with its whole header, and its size."""
 
     prefix: bytes | memoryview
     nbytes: int
 
 
 class FilePlace(NamedTuple):
-    """One file's data, which begin at `data_start` in it, are the bytes [start, stop) of all."""
+    """A shard's place: its data, from `data_start` on, are [start, stop) of the joined file."""
 
     start: int
     stop: int
@@ -201,10 +203,7 @@ class FilePlace(NamedTuple):
 
 
 class FileGroups(NamedTuple):
-    """What of each group lies in one file: spans of the file, for each of `groups` in their order.
-
-    Groups that have no byte in it are left out.
-    """
+    """The layer groups with bytes in one shard, and the spans of the shard for each."""
 
     groups: tuple[int, ...]
     spans: tuple[tuple[ByteSpan, ...], ...]
@@ -212,10 +211,10 @@ class FileGroups(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SplitPlan:
-    """The one file: its beginning with the header, its size, and where in it the files' data are.
+    """The joined file: its prefix with the header, its size, and the place of each shard.
 
-    It is no smaller than the files together, so that who holds them holds no more than it has.
-    Files are numbered from 1, as their names are; `places[0]` is the prefix, which is in none.
+    It is at least as large as the shards together, so that it bounds their size. Shards are
+    numbered from 1; `places[0]` is the prefix, which is in no shard.
     """
 
     prefix: bytes
@@ -227,9 +226,9 @@ class SplitPlan:
         object.__setattr__(self, "_starts", tuple(place.start for place in self.places))
 
     def pieces(self, span: ByteSpan) -> Iterator[tuple[int, ByteSpan]]:
-        """The number of a file and a span of it, one after the other, for these bytes in order.
+        """Yield shard numbers and spans of the shards that make up `span`, in order.
 
-        Of the prefix the number is 0. Raises `InternalError` for bytes beyond the end.
+        The prefix has number 0. Raises `InternalError` for bytes beyond the end.
         """
         if span.end > self.nbytes:
             raise InternalError(f"bytes up to {span.end:,} of a file of {self.nbytes:,}")
@@ -249,7 +248,7 @@ class SplitPlan:
             start, stop, rows = start + whole * pitch, stop + whole * pitch, rows - whole
 
     def by_file(self, groups: Sequence[Sequence[ByteSpan]]) -> tuple[FileGroups, ...]:
-        """What each file, the first first, has of the groups; what is of the prefix is here."""
+        """Return each shard's part of the groups, in order of shards; omit the prefix."""
         found: list[dict[int, list[ByteSpan]]] = [{} for _ in self.places]
         for n, group in enumerate(groups):
             for span in group:
@@ -261,20 +260,20 @@ class SplitPlan:
 
 
 class SplitGroupArrivals:
-    """Which groups are whole, told in their order, while each file tells of its own.
+    """Report complete groups in order, while shards arrive independently.
 
-    `files` are of `SplitPlan.by_file`, of `count` groups. A group without bytes is whole as soon as
-    those before it are. One thread at a time.
+    `files` is the result of `SplitPlan.by_file` for `count` groups. A group without bytes is
+    complete once those before it are. Not thread-safe.
     """
 
     def __init__(self, count: int, files: Sequence[FileGroups]) -> None:
         self._files = files
         self._missing = Counter(group for file in files for group in file.groups)
         self._count = count
-        self._told = 0
+        self._reported = 0
 
     def landed(self, number: int, n: int) -> list[int]:
-        """All that the file has of the nth of its groups is here, for the first time; `take`."""
+        """Record the arrival of the nth group of shard `number`, then `take`."""
         group = self._files[number - 1].groups[n]
         self._missing[group] -= 1
         if self._missing[group] < 0:
@@ -282,32 +281,32 @@ class SplitGroupArrivals:
         return self.take()
 
     def take(self) -> list[int]:
-        """The groups that are whole, as are all before them, and were not taken yet."""
-        first = self._told
-        while self._told < self._count and not self._missing[self._told]:
-            self._told += 1
-        return list(range(first, self._told))
+        """Return the groups that became complete, with all before them, since the last call."""
+        first = self._reported
+        while self._reported < self._count and not self._missing[self._reported]:
+            self._reported += 1
+        return list(range(first, self._reported))
 
 
 def plan_split(index: SplitIndex, heads: Iterable[FileHead], limits: Limits) -> SplitPlan:
-    """Check the files' headers against each other and the index, and put them together.
+    """Check the shards' headers against each other and the index, and join them.
 
     Parameters
     ----------
     heads
-        Of every file in the order of their numbers. Each is let go before the next is asked for.
+        One per shard, in order. Each is released before the next is requested.
 
     Raises
     ------
     AdapterFormatError
-        A file breaks the format, lacks a tensor that the index promises or has another one, or all
-        together are over a limit. It names the file, and the tensor.
+        A shard breaks the format or disagrees with the index, or the total exceeds a limit. The
+        message names the shard and the tensor.
     """
     tensors: list[TensorDescription] = []
     headers: list[tuple[int, int]] = []
     sizes = Counter[str]()
     for number, head in zip(range(1, index.count + 1), heads, strict=True):
-        header = _checked_header(index, number, head, limits)
+        header = _check_header(index, number, head, limits)
         tensors += (TensorDescription(span.name, span.dtype, span.shape) for span in header.tensors)
         headers.append((header.data_start, head.nbytes))
         sizes["header bytes"] += header.data_start
@@ -327,24 +326,26 @@ def plan_split(index: SplitIndex, heads: Iterable[FileHead], limits: Limits) -> 
     return SplitPlan(prefix, places[-1].stop, tuple(places))
 
 
-def _checked_header(index: SplitIndex, number: int, head: FileHead, limits: Limits) -> Header:
+def _check_header(index: SplitIndex, number: int, head: FileHead, limits: Limits) -> Header:
     name = split_name(number, index.count)
     try:
         header = parse_header(head.prefix, head.nbytes, limits)
     except AdapterFormatError as error:
         raise error.prefixed(f"{name}: ") from None
     for span in header.tensors:
-        said = index.numbers.get(span.name)
-        if said != number:
-            where = f"in {split_name(said, index.count)}" if said else "nowhere"
+        indexed = index.numbers.get(span.name)
+        if indexed != number:
+            where = f"in {split_name(indexed, index.count)}" if indexed else "nowhere"
             raise AdapterFormatError(
                 f"{name}: has tensor {quoted(span.name)}, which by {INDEX} is {where}; {_REMEDY}"
             )
     if len(header.tensors) != index.tensors_in[number - 1]:
-        here = {span.name for span in header.tensors}
-        lost = min(each for each, n in index.numbers.items() if n == number and each not in here)
+        present = {span.name for span in header.tensors}
+        missing = min(
+            name for name, n in index.numbers.items() if n == number and name not in present
+        )
         raise AdapterFormatError(
-            f"{name}: has no tensor {quoted(lost)}, which by {INDEX} is in it; {_REMEDY}"
+            f"{name}: has no tensor {quoted(missing)}, which by {INDEX} is in it; {_REMEDY}"
         )
     return header
 

@@ -1,8 +1,8 @@
-"""A strict reader of untrusted JSON: the safetensors header, the index, `adapter_config.json`.
+"""Parse untrusted JSON strictly: the safetensors header, the index, `adapter_config.json`.
 
-The grammar is the standard library's; its hooks close the loopholes of RFC 8259. One object, UTF-8
-without a byte order mark, no NaN or Infinity (nor a number that becomes one), no lone surrogate, no
-member twice once escapes are resolved, a bounded depth. Everything else raises
+The grammar is the standard library's, with hooks for what it leaves open. Accept one object in
+UTF-8 without a byte order mark, without NaN, Infinity or a number that overflows to one, without
+lone surrogates or duplicate members, and of bounded depth. Anything else raises
 `AdapterFormatError`; ValueError, RecursionError and MemoryError never leave this module.
 """
 
@@ -20,26 +20,26 @@ JsonValue: TypeAlias = str | int | float | bool | list["JsonValue"] | dict[str, 
 
 MAX_DEPTH = 16
 MAX_NUMBER_CHARACTERS = 100
-"""No float64 or int64 is written longer; converting longer ones takes quadratic time."""
+"""No float64 or int64 needs more. Converting long numbers takes quadratic time."""
 
 
 class _ViolationError(ValueError):
-    """Raised by the decoder's hooks, which do not know the document's name."""
+    """An error of a decoder hook, which does not know the document's name."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    # It runs for every object, so that a long document lets other threads run in between.
+    # A hook per object lets other threads run while a long document is parsed.
     members = dict(pairs)
     if len(members) != len(pairs):
-        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise _ViolationError(f"member {quoted(twice)} appears twice")
+        duplicate, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise _ViolationError(f"member {quoted(duplicate)} appears twice")
     return members
 
 
 def _integer(text: str) -> int | float:
     if len(text) > MAX_NUMBER_CHARACTERS:
         raise _ViolationError(f"a number of {len(text)} characters")
-    # As safetensors reads it: a sign on zero only floats have, so it is no integer.
+    # As in safetensors: only a float has a signed zero.
     return -0.0 if text == "-0" else int(text)
 
 
@@ -60,26 +60,26 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_float, parse
 _CAREFUL_DECODER = json.JSONDecoder(
     object_pairs_hook=_object, parse_int=_integer, parse_float=_float, parse_constant=_constant
 )
-"""Four times as slow on a header: each integer is a call."""
+"""Four times slower on a header, because each integer is a call."""
 
 
 def quoted(name: str) -> str:
-    """Quote an untrusted name for an error text; cut first, for it may be very long."""
+    """Quote an untrusted name for an error text. Truncate it first, as it may be very long."""
     return repr(shorten(name[:201], 200))
 
 
 def parse_object(
     data: bytes | memoryview, *, what: str, max_bytes: int, max_depth: int | None = MAX_DEPTH
 ) -> dict[str, JsonValue]:
-    """Parse the one JSON object in `data`; white space around it is allowed.
+    """Parse a JSON object; white space around it is allowed.
 
     `what` names the document in errors. The outermost object counts as depth 1; `max_depth=None`
-    leaves the depth to a caller who checks every value's type.
+    suits a caller that checks the type of every value.
     """
     if len(data) > max_bytes:
         raise _malformed(what, f"{len(data):,} bytes, more than the limit of {max_bytes:,}")
     try:
-        return _decoded(data, max_depth)
+        return _decode(data, max_depth)
     except UnicodeDecodeError as error:
         problem = f"not valid UTF-8 ({error.reason})"
     except json.JSONDecodeError as error:
@@ -96,16 +96,16 @@ def parse_object(
     raise _malformed(what, problem)
 
 
-def _decoded(data: bytes | memoryview, max_depth: int | None) -> dict[str, JsonValue]:
+def _decode(data: bytes | memoryview, max_depth: int | None) -> dict[str, JsonValue]:
     text = str(data, "utf-8")
     if text.startswith("\N{ZERO WIDTH NO-BREAK SPACE}"):
         raise _ViolationError("begins with a byte order mark")
-    # Only these need the hook: -0, and integers where the program has lifted Python's own limit.
+    # The slow decoder is needed for -0, and if the program has lifted Python's digit limit.
     careful = "-0" in text or not sys.get_int_max_str_digits()
     value = (_CAREFUL_DECODER if careful else _DECODER).decode(text)
     if not isinstance(value, dict):
         raise _ViolationError("not a JSON object")
-    # Brackets bound the depth and only escapes make surrogates: few documents are walked.
+    # Few documents need a walk: brackets bound the depth, and only escapes make surrogates.
     if "\\" in text or (max_depth and text.count("{") + text.count("[") > max_depth):
         _check(value, max_depth or sys.getrecursionlimit())
     return value

@@ -1,6 +1,18 @@
-"""The life of an adapter: two tables of moves, nine rules, queues and budgets. Pure.
+"""Decide what happens to each adapter: two tables of moves, nine rules, queues and budgets.
 
 `Lifecycle` takes one outcome or one change of interest and returns commands, in the order in which
-they must be carried out. It never waits, reads a clock or touches a device. `transitions` has the
-tables, `rules` the rules 1 to 6, `queues` the rules 7 to 9; docs/lifecycle.md explains them.
+the driver must execute them. docs/lifecycle.md explains the rules.
+
+- `transitions`: the tables of a file's and a slot's states
+- `adapter_state`: the state of one adapter, and its waiters
+- `lifecycle`: the public methods, one per outcome or change of interest
+- `rules`: rules 1 to 6, which look at one adapter
+- `queues`: rules 7 to 9, the queues for host memory, slots and copies
+- `residency`: the budgets of device memory, file pages and pinned images
+- `policies`: eviction by LRU, LFU or GDSF
+- `arena`: allocation of extents
+- `commands`: what the driver is asked to do
+
+The package is pure: it never waits, reads a clock or touches a device. It may know `types`,
+`events`, `errors` and `config`.
 """

@@ -16,11 +16,11 @@ from lorax_async.types import AdapterKey
 _K = TypeVar("_K")
 
 Urgency = tuple[bool, float]
-"""Sorts queues: foreground first, then the oldest wish, where priority counts as age (seconds)."""
+"""The sort key of queues: foreground first, then the longest wait (loop time less priority)."""
 
 
 class WantedTier(IntEnum):
-    """How far an adapter has to come before a waiter is served."""
+    """How near an adapter must be before a waiter is served."""
 
     DISK = 0
     HOST = 1
@@ -30,7 +30,7 @@ class WantedTier(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Waiter:
-    """Somebody who wants an adapter; `since` in seconds of the loop's clock."""
+    """One call that waits for an adapter, `since` a time of the loop's clock in seconds."""
 
     id: int
     tier: WantedTier
@@ -39,23 +39,23 @@ class Waiter:
     priority: int = 0
 
 
-_NOBODY: dict[int, Waiter] = {}
+_NO_WAITERS: dict[int, Waiter] = {}
 _NO_KINDS: dict[tuple[WantedTier, bool], int] = {}
 _NO_PRIORITIES: dict[tuple[bool, int], int] = {}
 
 
 class WaiterSet:
-    """Waiters in the order in which they came, and how many there are of each kind."""
+    """Waiters in order of arrival, with a count of each kind."""
 
-    __slots__ = ("_ahead", "_by_id", "_kinds", "_priorities")
+    __slots__ = ("_by_id", "_foreground", "_kinds", "_priorities")
 
     def __init__(self) -> None:
         self._clear()
 
     def _clear(self) -> None:
-        """Nobody waits for most adapters: they share what is empty, and is not written to."""
-        self._by_id: dict[int, Waiter] = _NOBODY
-        self._ahead: dict[int, Waiter] = _NOBODY
+        """Share the empty dicts, which are never written: most adapters have no waiter."""
+        self._by_id: dict[int, Waiter] = _NO_WAITERS
+        self._foreground: dict[int, Waiter] = _NO_WAITERS
         self._kinds: dict[tuple[WantedTier, bool], int] = _NO_KINDS
         self._priorities: dict[tuple[bool, int], int] = _NO_PRIORITIES
 
@@ -67,58 +67,58 @@ class WaiterSet:
 
     def add(self, waiter: Waiter) -> None:
         if not self._by_id:
-            self._by_id, self._ahead, self._kinds, self._priorities = {}, {}, {}, {}
+            self._by_id, self._foreground, self._kinds, self._priorities = {}, {}, {}, {}
         self._by_id[waiter.id] = waiter
         if waiter.foreground:
-            self._ahead[waiter.id] = waiter
+            self._foreground[waiter.id] = waiter
         _count(self._kinds, (waiter.tier, waiter.foreground), 1)
         _count(self._priorities, (waiter.foreground, waiter.priority), 1)
 
     def remove(self, waiter_id: int) -> bool:
-        """Whether there was such a waiter."""
+        """Return whether the waiter existed."""
         waiter = self._by_id.pop(waiter_id, None)
         if waiter is None:
             return False
         if not self._by_id:
             self._clear()
             return True
-        self._ahead.pop(waiter_id, None)
+        self._foreground.pop(waiter_id, None)
         _count(self._kinds, (waiter.tier, waiter.foreground), -1)
         _count(self._priorities, (waiter.foreground, waiter.priority), -1)
         return True
 
     @property
     def kinds(self) -> tuple[tuple[WantedTier, bool], ...]:
-        """The (tier, foreground) that somebody waits for."""
+        """The distinct (tier, foreground) pairs of the waiters."""
         return tuple(self._kinds)
 
     def of_tiers(self, tiers: set[WantedTier]) -> list[Waiter]:
         return [waiter for waiter in self if waiter.tier in tiers]
 
     @property
-    def for_slot(self) -> list[int]:
-        """Ids of those who wait for the slot."""
+    def slot_waiter_ids(self) -> list[int]:
+        """Ids of the waiters that need a slot."""
         return [waiter.id for waiter in self.of_tiers({WantedTier.STREAM, WantedTier.DEVICE})]
 
     @property
     def has_foreground(self) -> bool:
-        return bool(self._ahead)
+        return bool(self._foreground)
 
     def has_tier(self, tier: WantedTier) -> bool:
         return (tier, True) in self._kinds or (tier, False) in self._kinds
 
     @property
     def oldest(self) -> float:
-        """Since when somebody has been waiting, in the foreground if anybody is there.
+        """The start of the longest wait, among foreground waiters if there are any.
 
         There must be a waiter.
         """
-        return next(iter((self._ahead or self._by_id).values())).since
+        return next(iter((self._foreground or self._by_id).values())).since
 
     def urgency(self, level: float) -> Urgency:
-        """Of the adapter as a whole; each level of priority counts as `level` seconds of waiting.
+        """Return the adapter's sort key; one level of priority equals `level` seconds of waiting.
 
-        So a low priority waits longer, and not for ever.
+        A low priority therefore waits longer, but not forever.
         """
         foreground = self.has_foreground
         highest = max((p for ahead, p in self._priorities if ahead or not foreground), default=0)
@@ -134,16 +134,25 @@ def _count(counts: dict[_K, int], key: _K, more: int) -> None:
 
 
 RESTING = (FileState.ABSENT, FileState.PRESENT)
-"""File states in which nothing is under way."""
+"""File states without work in flight."""
 
 
 @dataclass(frozen=True, slots=True)
 class GroupSizes:
-    """What the checked header says of the layer groups, in layer order.
+    """The sizes of an adapter's layer groups, from its checked header.
 
-    `group_nbytes` the device must have room for; `file_order` are the groups as they come in the
-    file, empty if that is layer order. `file_nbytes` a reload reads; `holdable` says
-    whether the host tier would hold these bytes. `weight` is what remembering all this costs.
+    Attributes
+    ----------
+    group_nbytes
+        Bytes of each group on the device, in layer order.
+    file_order
+        The groups in file order; empty if that is layer order.
+    file_nbytes
+        Bytes that a reload reads.
+    holdable
+        Whether the host tier can hold the file's bytes.
+    weight
+        The memory cost of remembering the plan, in rows.
     """
 
     group_nbytes: tuple[int, ...]
@@ -159,13 +168,13 @@ class GroupSizes:
 
     @property
     def held_nbytes(self) -> int:
-        """What the host tier takes of its budget."""
+        """Bytes that the adapter takes from the host tier's budget."""
         return self.file_nbytes if self.holdable else 0
 
 
 @dataclass(frozen=True, slots=True)
 class SlotGrant:
-    """A slot with its arena extents, one for each layer group, until the slot is free again."""
+    """A slot with its arena extents, one per layer group. Valid until the slot is free again."""
 
     slot: SlotId
     extents: tuple[Extent, ...]
@@ -176,7 +185,7 @@ class SlotGrant:
 
 
 class HostState(Enum):
-    """Of the file's bytes in host memory: an attribute of PRESENT, and of ENDING until it ends."""
+    """The state of the file's pages in host memory, while the file is PRESENT or ENDING."""
 
     NONE = "none"
     POPULATING = "populating"
@@ -186,16 +195,33 @@ class HostState(Enum):
 
 @dataclass(slots=True)
 class AdapterState:
-    """One adapter's file and slot.
+    """The state of one adapter's file and slot.
 
-    Sets of groups are bits: thousands of adapters are remembered, and a set would take kilobytes.
-    `attempt` counts fetches. `fetched` are the groups whose bytes can be read; `submitted`,
-    `copying` and `done` belong to the present grant, and `copy_turn` is its place among those that
-    copy. A lease that ended under a running kernel is one of `uses` until the kernel is done.
-    `image` are extents of page-locked host memory in which the groups in `imaged` lie as they do on
-    the device. The slot is `broken` if its bytes must not be used, and `wiping` while they are
-    zeroed. `leaving` was picked to make room; `unloads` callers wait for it to be gone; `told` says
-    that its departure was told. `demoted` would go on in the host tier.
+    Sets of groups are bit masks, because thousands of adapters are remembered and a set takes
+    kilobytes.
+
+    Attributes
+    ----------
+    attempt
+        Counts fetches; outcomes of earlier attempts are ignored.
+    fetched
+        Groups whose bytes can be read.
+    submitted, copying, done
+        Groups of this grant that were submitted, number of copies in flight, groups copied.
+    service_tag
+        The adapter's position in the fair queue of copies, in bytes.
+    image, imaged
+        Extents of pinned host memory, and the groups stored there as on the device.
+    uses
+        Computations that outlive the lease they began under.
+    broken, wiping
+        The slot's bytes must not be used; they are being zeroed.
+    leaving, leave_notified
+        The policy picked the slot for eviction; `NotifyLeaving` was issued.
+    unloads
+        Callers that wait until the adapter is unloaded.
+    demoted
+        The adapter was evicted and should stay in the host tier.
     """
 
     key: AdapterKey
@@ -209,7 +235,7 @@ class AdapterState:
     grant: SlotGrant | None = None
     submitted: int = 0
     copying: int = 0
-    copy_turn: int = 0
+    service_tag: int = 0
     done: int = 0
     watermark: int = 0
     resident_since: float = 0.0
@@ -222,7 +248,7 @@ class AdapterState:
     wiping: bool = False
     leaving: bool = False
     unloads: int = 0
-    told: bool = False
+    leave_notified: bool = False
     demoted: bool = False
     waiters: WaiterSet = field(default_factory=WaiterSet)
 
@@ -232,22 +258,22 @@ class AdapterState:
 
     @property
     def all_groups(self) -> int:
-        """The bits of all groups."""
+        """The bit mask of all groups."""
         return (1 << self.groups) - 1
 
     @property
     def has_arrived(self) -> bool:
-        """All groups can be read."""
+        """Whether all groups can be read."""
         return self.needs is not None and self.fetched == self.all_groups
 
     @property
     def departing(self) -> bool:
-        """The slot takes no new lease and claims nothing."""
+        """Whether the slot is to be freed: it takes no new lease."""
         return self.leaving or self.unloads > 0
 
     @property
     def has_interest(self) -> bool:
-        """Somebody would miss the file if it went."""
+        """Whether a waiter, lease or pin needs the file."""
         held = self.leases > 0 or self.pins > 0
         return bool(self.waiters) or (held and self.slot is not SlotState.DRAINING)
 
@@ -257,33 +283,32 @@ class AdapterState:
 
     @property
     def in_host(self) -> bool:
-        """Its bytes are in host memory, as far as that can be had."""
+        """Whether the bytes are in host memory, pinned or as file pages."""
         return self.host is HostState.HELD or self.has_whole_image
 
     @property
     def at_rest(self) -> bool:
-        """Nothing of it is under way, and it has no slot."""
+        """Whether the adapter has no slot and no work in flight."""
         host_rests = self.host in (HostState.NONE, HostState.HELD)
         return self.slot is SlotState.NONE and self.file in RESTING and host_rests
 
     @property
     def is_idle(self) -> bool:
-        """It could be forgotten: nobody waits, and it holds nothing of any budget."""
+        """Whether the adapter can be forgotten: it has no waiter and uses no budget."""
         wanted = self.waiters or self.unloads or self.demoted
         return self.at_rest and not wanted and not self.is_held and self.image is None
 
     @property
     def is_held(self) -> bool:
-        """Its pages count in the budget, unlike those that were only read ahead."""
+        """Whether its pages count in the host budget; pages that were only read ahead do not."""
         holdable = self.needs is not None and self.needs.holdable
         return holdable and self.host is HostState.HELD
 
     @property
     def next_copy(self) -> int:
-        """The group to be copied next, of those that can be read.
+        """The group to copy next, among those that can be read.
 
-        Whoever streams uses the layers in their order. For whoever waits for all of them, the
-        order of the file is the faster one: a disk reads ahead.
+        Streaming needs layer order. Otherwise file order is faster, because disks read ahead.
         """
         ready = self.fetched & ~self.submitted
         streams = self.leases > 0 or self.waiters.has_tier(WantedTier.STREAM)
@@ -293,8 +318,8 @@ class AdapterState:
 
     @property
     def wants_slot(self) -> bool:
-        """A foreground wish counts once the header is checked, a prefetch once the file is here."""
-        if self.needs is None or self.unloads or self.file not in _OPENED:
+        """Whether a waiter needs a slot: foreground once checked, prefetch once PRESENT."""
+        if self.needs is None or self.unloads or self.file not in _OPEN_STATES:
             return False
         present = self.file is FileState.PRESENT
         return any(
@@ -304,14 +329,14 @@ class AdapterState:
 
     @property
     def wants_host(self) -> bool:
-        """Somebody waits for the host tier, or it was demoted to it."""
+        """Whether a waiter, or demotion, asks for the host tier."""
         if self.file is not FileState.PRESENT or self.host is not HostState.NONE or self.unloads:
             return False
         return self.demoted or self.waiters.has_tier(WantedTier.HOST)
 
     @property
     def stage(self) -> Stage:
-        """Where it is, in the words of errors and statistics."""
+        """The stage of the load, as errors and statistics name it."""
         if self.needs is None:
             return "fetch"
         if self.slot is SlotState.FILLING:
@@ -320,11 +345,11 @@ class AdapterState:
         return "ready" if self.slot is SlotState.RESIDENT else "queue"
 
     def vacate(self) -> None:
-        """Forget the grant."""
+        """Reset everything that belongs to the grant."""
         self.grant = None
         self.submitted = self.done = 0
-        self.watermark = self.copy_turn = self.pins = 0
-        self.leaving = self.told = self.broken = self.wiping = False
+        self.watermark = self.service_tag = self.pins = 0
+        self.leaving = self.leave_notified = self.broken = self.wiping = False
 
 
-_OPENED = (FileState.FETCHING, FileState.PRESENT)
+_OPEN_STATES = (FileState.FETCHING, FileState.PRESENT)

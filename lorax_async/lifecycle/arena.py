@@ -1,4 +1,4 @@
-"""Extents of one aligned arena: best fit among its free runs; nothing is moved."""
+"""Allocate extents of one aligned arena by best fit. Extents are never moved."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Run = tuple[int, int]
 
 
 class FreeRuns:
-    """Runs of free bytes that do not touch. Offsets and sizes in bytes; sizes are positive.
+    """Disjoint runs of free bytes. Offsets and sizes are in bytes; adjacent runs are merged.
 
     Parameters
     ----------
@@ -35,17 +35,17 @@ class FreeRuns:
 
     @classmethod
     def of_whole(cls, nbytes: int) -> Self:
-        """All of so many bytes."""
+        """Return a single run of `nbytes`, from offset 0."""
         return cls([(0, nbytes)] if nbytes else [])
 
     def take(self, kinds: Iterable[tuple[int, int]]) -> list[Run] | None:
-        """So many pieces of each size, given as (size, count); None (and no change) if not all fit.
+        """Take `count` pieces of each (size, count). Return None, without change, unless all fit.
 
-        The pieces of a size lie together in the smallest run that holds them all, of equals the
-        lowest. Where there is none, as many as fit are in the largest, of equals the highest, and
-        the others are placed in the same way. So few runs are cut, and few small ones made.
+        The pieces of one size lie together in the smallest run that holds them all, the lowest
+        of equal ones. If there is none, fill the largest run, the highest of equal ones, and place
+        the rest in the same way. This cuts few runs and leaves few small ones.
 
-        What is returned are whole pieces, size by size in the order given.
+        The returned runs hold whole pieces, in the order of `kinds`.
         """
         taken: list[Run] = []
         for nbytes, count in kinds:
@@ -62,7 +62,7 @@ class FreeRuns:
         return taken
 
     def give(self, runs: Sequence[Run]) -> None:
-        """Have these back, which must have been taken, whole or in part."""
+        """Return runs that were taken, whole or in part, and merge them with their neighbours."""
         by_size, sizes, starts = self._by_size, self._sizes, self._starts
         for offset, size in runs:
             self.nbytes += size
@@ -78,14 +78,14 @@ class FreeRuns:
             insort(by_size, (end - start, start))
 
     def copy(self) -> Self:
-        """The same runs, to be changed independently."""
-        twin = self.__new__(type(self))
-        twin._by_size, twin.nbytes = self._by_size.copy(), self.nbytes  # noqa: SLF001 (its own)
-        twin._sizes, twin._starts = self._sizes.copy(), self._starts.copy()  # noqa: SLF001
-        return twin
+        """Return an independent copy."""
+        clone = self.__new__(type(self))
+        clone._by_size, clone.nbytes = self._by_size.copy(), self.nbytes  # noqa: SLF001 (its own)
+        clone._sizes, clone._starts = self._sizes.copy(), self._starts.copy()  # noqa: SLF001
+        return clone
 
     def _choose(self, nbytes: int, count: int) -> list[tuple[int, int]] | None:
-        """Runs for so many pieces, as (size, offset), which have left `_by_size` then."""
+        """Remove runs for `count` pieces from `_by_size`; return them as (size, offset)."""
         by_size = self._by_size
         first = len(by_size)
         while first and by_size[first - 1][0] < nbytes * count:
@@ -103,7 +103,7 @@ class FreeRuns:
         return chosen
 
     def _cut(self, offset: int, size: int, nbytes: int) -> None:
-        """Take the beginning of a run, which is not among `_by_size`."""
+        """Take the first `nbytes` of a run that is no longer in `_by_size`."""
         self.nbytes -= nbytes
         del self._sizes[offset]
         if size == nbytes:
@@ -115,35 +115,35 @@ class FreeRuns:
 
 
 Kinds = tuple[tuple[int, int], ...]
-"""How many pieces of which size there are, as (size, count)."""
+"""Pieces to allocate, as (size, count), the largest size first."""
 
 
 def kinds_of(sizes: Sequence[int], alignment: int) -> Kinds:
-    """What extents of these sizes take, the largest first.
+    """Return the aligned sizes and their counts, the largest size first.
 
     Raises
     ------
     InternalError
         A size is not positive.
     """
-    return _counted(_rounded(sizes, alignment))
+    return _count_by_size(_round_up(sizes, alignment))
 
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """`nbytes` of the arena from `offset` on; both are multiples of its alignment."""
+    """`nbytes` of the arena from `offset`; both are multiples of its alignment."""
 
     offset: int
     nbytes: int
 
 
 class Arena:
-    """Which bytes of a device's arena are taken. Sizes and offsets in bytes.
+    """Track which bytes of an arena are allocated. Sizes and offsets are in bytes.
 
     Parameters
     ----------
     nbytes
-        Size of the arena; what is left over after the last whole `alignment` is never given out.
+        Size of the arena, rounded down to a multiple of `alignment`.
     alignment
         A power of two. Every extent starts and ends on a multiple of it.
 
@@ -157,7 +157,7 @@ class Arena:
 
     def __init__(self, nbytes: int, alignment: int) -> None:
         if alignment < 1 or alignment & (alignment - 1) or nbytes < 0:
-            raise InternalError(f"an arena of {nbytes} bytes aligned to {alignment} cannot be")
+            raise InternalError(f"invalid arena: {nbytes} bytes, alignment {alignment}")
         self._alignment = alignment
         self.nbytes = nbytes & -alignment
         self._free = FreeRuns.of_whole(self.nbytes)
@@ -168,78 +168,80 @@ class Arena:
         return self._free.nbytes
 
     def allocate(self, sizes: Sequence[int]) -> tuple[Extent, ...] | None:
-        """One extent per size, in the order given, or None (and no change) if not all fit.
+        """Return one extent per size, in order. Return None, without change, unless all fit.
 
-        The largest are placed first, those of equal size as `FreeRuns.take` says. So it always
-        succeeds where one run holds them all; None does not prove that no other packing exists.
+        The largest sizes are placed first, equal sizes as in `FreeRuns.take`. This succeeds
+        whenever one run holds them all; None does not prove that no packing exists.
 
         Raises
         ------
         InternalError
             A size is not positive.
         """
-        rounded = _rounded(sizes, self._alignment)
-        taken = self._free.take(_counted(rounded))
+        rounded = _round_up(sizes, self._alignment)
+        taken = self._free.take(_count_by_size(rounded))
         if taken is None:
             return None
         order = sorted(range(len(rounded)), key=rounded.__getitem__, reverse=True)
-        placed = dict(zip(order, _pieces(taken, map(rounded.__getitem__, order)), strict=True))
+        placed = dict(
+            zip(order, _split_extents(taken, map(rounded.__getitem__, order)), strict=True)
+        )
         self._live.update((extent.offset, extent.nbytes) for extent in placed.values())
         return tuple(placed[number] for number in range(len(sizes)))
 
     def reserve(self, extents: Iterable[Extent]) -> Self:
-        """Take these extents of an arena that is empty, given out by one of the same size."""
+        """Allocate exactly these extents in an empty arena; return the arena."""
         taken = sorted(extents, key=attrgetter("offset"))
         ends = [0, *(extent.offset + extent.nbytes for extent in taken)]
         starts = [*(extent.offset for extent in taken), self.nbytes]
         runs = [(end, start - end) for end, start in zip(ends, starts, strict=True)]
         if self._live or any(size < 0 for _, size in runs):
-            raise InternalError("extents were reserved that are not free")
+            raise InternalError("reserved extents are not free")
         self._live = {extent.offset: extent.nbytes for extent in taken}
         self._free = FreeRuns(run for run in runs if run[1])
         return self
 
     def can_allocate(self, sizes: Sequence[int]) -> bool:
-        """Whether `allocate` would succeed now; raises as it does."""
+        """Return whether `allocate` would succeed now. Raises as it does."""
         return self._free.copy().take(kinds_of(sizes, self._alignment)) is not None
 
     def free(self, extents: Sequence[Extent]) -> None:
-        """Give extents back.
+        """Free extents.
 
         Raises
         ------
         InternalError
-            One of them is not allocated as it is, or is given twice; nothing is freed then.
+            An extent is not allocated, or occurs twice. Nothing is freed.
         """
         returned = {extent.offset: extent.nbytes for extent in extents}
         live = self._live
         if len(returned) != len(extents) or any(live.get(o) != n for o, n in returned.items()):
-            raise InternalError(f"extents that are not allocated were freed: {extents}")
+            raise InternalError(f"freed extents are not allocated: {extents}")
         for offset in returned:
             del live[offset]
-        self._free.give(_joined(sorted(returned.items())))
+        self._free.give(_join_neighbours(sorted(returned.items())))
 
     def copy(self) -> Self:
-        """An independent arena in the same state."""
-        twin = self.__new__(type(self))
-        twin._alignment, twin.nbytes = self._alignment, self.nbytes  # noqa: SLF001 (its own)
-        twin._free, twin._live = self._free.copy(), self._live.copy()  # noqa: SLF001 (its own)
-        return twin
+        """Return an independent copy."""
+        clone = self.__new__(type(self))
+        clone._alignment, clone.nbytes = self._alignment, self.nbytes  # noqa: SLF001 (its own)
+        clone._free, clone._live = self._free.copy(), self._live.copy()  # noqa: SLF001 (its own)
+        return clone
 
 
-def _rounded(sizes: Sequence[int], alignment: int) -> list[int]:
+def _round_up(sizes: Sequence[int], alignment: int) -> list[int]:
     rounded = [-(-size & -alignment) for size in sizes]
     if rounded and min(rounded) <= 0:
-        raise InternalError(f"an extent must have a positive size, not {min(sizes)}")
+        raise InternalError(f"extent size must be positive, not {min(sizes)}")
     return rounded
 
 
-def _counted(rounded: Sequence[int]) -> Kinds:
+def _count_by_size(rounded: Sequence[int]) -> Kinds:
     return tuple(sorted(Counter(rounded).items(), reverse=True))
 
 
-def _pieces(taken: Iterable[Run], sizes: Iterator[int]) -> Iterator[Extent]:
-    """Each by itself; of these sizes, in the order in which they were taken."""
+def _split_extents(taken: Iterable[Run], sizes: Iterator[int]) -> Iterator[Extent]:
+    """Cut the runs into extents of these sizes, in order."""
     for start, size in taken:
         offset = start
         while offset < start + size:
@@ -247,8 +249,8 @@ def _pieces(taken: Iterable[Run], sizes: Iterator[int]) -> Iterator[Extent]:
             offset += extent.nbytes
 
 
-def _joined(runs: Sequence[Run]) -> list[Run]:
-    """Neighbours as one, of runs in their order."""
+def _join_neighbours(runs: Sequence[Run]) -> list[Run]:
+    """Merge adjacent runs of a sorted sequence."""
     joined: list[Run] = []
     for offset, size in runs:
         if joined and sum(joined[-1]) == offset:

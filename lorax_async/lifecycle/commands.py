@@ -1,4 +1,4 @@
-"""The commands that the lifecycle gives the driver, one adapter each."""
+"""The commands that the lifecycle returns to the driver, each for one adapter."""
 
 from __future__ import annotations
 
@@ -12,52 +12,55 @@ from lorax_async.types import AdapterKey
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """Something the driver must do; `attempt` comes back with the outcome."""
+    """An instruction to the driver. Its outcome carries the same `attempt`."""
 
     key: AdapterKey
 
 
 @dataclass(frozen=True, slots=True)
 class StartFetch(Command):
-    """Open, check and read: answers HeaderChecked, SpanFetched …, then Published or FetchFailed."""
+    """Open, check and read the file.
+
+    Outcomes: header_checked, span_fetched for each group, then published or fetch_failed.
+    """
 
     attempt: int
 
 
 @dataclass(frozen=True, slots=True)
 class CancelFetch(Command):
-    """Nobody wants the file any more; the fetch still answers."""
+    """Cancel the fetch, which has no waiter left. Outcome: published or fetch_failed."""
 
     attempt: int
 
 
 @dataclass(frozen=True, slots=True)
 class PopulatePages(Command):
-    """Bring the file's pages into memory: answers Populated or Lost."""
+    """Read the file's pages into memory. Outcome: populated or lost."""
 
     attempt: int
 
 
 @dataclass(frozen=True, slots=True)
 class ReleasePages(Command):
-    """Let the file's pages go: answers Released."""
+    """Release the file's pages. Outcome: released."""
 
     attempt: int
 
 
 @dataclass(frozen=True, slots=True)
 class DropFile(Command):
-    """The file is not kept."""
+    """Close the file; it is not kept."""
 
 
 @dataclass(frozen=True, slots=True)
 class ForgetAdapter(Command):
-    """Nothing is known of the adapter any more."""
+    """Forget everything about the adapter."""
 
 
 @dataclass(frozen=True, slots=True)
 class TakeSlot(Command):
-    """The adapter has its slot and extents, wanted since then (seconds of the loop's clock)."""
+    """Occupy the granted slot. `since` is when the oldest waiter began to wait, in loop time."""
 
     grant: SlotGrant
     since: float
@@ -65,10 +68,10 @@ class TakeSlot(Command):
 
 @dataclass(frozen=True, slots=True)
 class CopyGroup(Command):
-    """Move one group to its extent: answers CopyDone or CopyFailed.
+    """Copy one group to its extent. Outcome: copy_done or copy_failed.
 
-    With an `image`, an extent of the page-locked memory, the group passes through there and stays;
-    if it is `warm`, the group lies there already and no file is read.
+    With an `image`, an extent of pinned host memory, the group is staged there and stays. If
+    `warm`, it is there already and no file is read.
     """
 
     grant: SlotGrant
@@ -79,21 +82,21 @@ class CopyGroup(Command):
 
 @dataclass(frozen=True, slots=True)
 class WipeExtents(Command):
-    """Zero the extents of a slot that broke, which nobody reads any more: answers Wiped."""
+    """Zero the extents of a broken slot that has no reader left. Outcome: wiped."""
 
     grant: SlotGrant
 
 
 @dataclass(frozen=True, slots=True)
 class ClearColumn(Command):
-    """The slot's column names nobody from here on; what comes next may reuse slot and extents."""
+    """Clear the slot's column. Later commands may reuse the slot and its extents."""
 
     grant: SlotGrant
 
 
 @dataclass(frozen=True, slots=True)
 class ServeWaiter(Command):
-    """A waiter's wish came true; with `grant` it holds a lease."""
+    """Complete a waiter; with `grant` it holds a lease."""
 
     waiter: int
     grant: SlotGrant | None
@@ -101,7 +104,7 @@ class ServeWaiter(Command):
 
 @dataclass(frozen=True, slots=True)
 class FailWaiters(Command):
-    """These waiters get `error`."""
+    """Fail these waiters with `error`."""
 
     waiters: tuple[int, ...]
     error: LoraxError
@@ -109,7 +112,7 @@ class FailWaiters(Command):
 
 @dataclass(frozen=True, slots=True)
 class BreakSlot(Command):
-    """What the slot holds must not be used; whoever has a lease on it is told."""
+    """Fail every lease on the slot with `error`: its bytes must not be used."""
 
     grant: SlotGrant
     error: LoraxError
@@ -117,7 +120,7 @@ class BreakSlot(Command):
 
 @dataclass(frozen=True, slots=True)
 class NotifyReady(Command):
-    """The groups below `watermark` are on the device; `last` if these are all."""
+    """Report that the groups below `watermark` are on the device; `last` if that is all of them."""
 
     grant: SlotGrant
     watermark: int
@@ -126,18 +129,18 @@ class NotifyReady(Command):
 
 @dataclass(frozen=True, slots=True)
 class NotifyLeaving(Command):
-    """The slot takes no new lease."""
+    """Report that the slot takes no new lease."""
 
     grant: SlotGrant
 
 
 @dataclass(frozen=True, slots=True)
 class NotifyStays(Command):
-    """The slot that was told to be leaving takes leases again."""
+    """Report that a leaving slot takes leases again."""
 
     grant: SlotGrant
 
 
 @dataclass(frozen=True, slots=True)
 class NotifyUnloaded(Command):
-    """The adapter has left device and host memory."""
+    """Report that the adapter has left device and host memory."""

@@ -1,8 +1,7 @@
-"""Decides everything about adapters: outcomes and wishes go in, commands come out.
+"""Make every decision about adapters: outcomes and changes of interest in, commands out.
 
-Each public method takes one outcome or one change of interest, takes every decision
-that follows from it (rules 1 to 9 of docs/architecture.md), and returns the commands in the order
-in which the driver must carry them out. Nothing here waits, reads a clock or touches a device.
+Each public method takes one outcome or one change of interest, applies rules 1 to 9 of
+docs/lifecycle.md, and returns the commands in the order in which the driver must execute them.
 """
 
 from __future__ import annotations
@@ -40,46 +39,46 @@ _T = TypeVar("_T")
 
 
 def non_reentrant(owner: type[_T]) -> type[_T]:
-    """Let `deciding` be true while a public method of an object runs.
+    """Set `deciding` while a public method of an instance runs.
 
-    The interpreter may run a finalizer at any allocation: one that ends a lease must see that the
-    books are open, and come again later.
+    The interpreter may run a finalizer at any allocation. A finalizer that ends a lease must see
+    that a decision is in progress, and defer.
     """
     for name, method in tuple(vars(owner).items()):
         if isinstance(method, FunctionType) and not name.startswith("_"):
-            setattr(owner, name, _alone(method))
+            setattr(owner, name, _mark_deciding(method))
     return owner
 
 
-def _alone(method: Callable[..., Any]) -> Callable[..., Any]:
+def _mark_deciding(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
-    def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def with_flag(self: Any, *args: Any, **kwargs: Any) -> Any:
         before, self.deciding = self.deciding, True
         try:
             return method(self, *args, **kwargs)
         finally:
             self.deciding = before
 
-    return alone
+    return with_flag
 
 
 MAX_WEIGHT = 262_144
-"""Of all, in rows of plans: some 60 MB."""
+"""The limit for all idle adapters together, in rows of plans: about 60 MB."""
 
 OWN_WEIGHT = 8
-"""What an adapter takes besides its plan: some 2 KB."""
+"""The weight of an adapter besides its plan: about 2 KB."""
 
 
 class IdleAdapters:
-    """In the order in which they came to rest. Plans that several share count once.
+    """Idle adapters, the longest idle first. A shared plan counts once.
 
-    `most` are remembered, and fewer if their plans are large.
+    At most `limit` are remembered, fewer if their plans are large.
     """
 
-    __slots__ = ("_entries", "_most", "_sharing", "weight")
+    __slots__ = ("_entries", "_limit", "_sharing", "weight")
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
         self.weight = 0
         """In rows of plans."""
         self._entries: dict[AdapterKey, GroupSizes | None] = {}
@@ -92,7 +91,7 @@ class IdleAdapters:
         return iter(self._entries)
 
     def add(self, key: AdapterKey, needs: GroupSizes | None) -> None:
-        """`key` rests; `needs` is that of its plan, the same object for a plan that is shared."""
+        """Add an idle adapter. Adapters that share a plan pass the same `needs` object."""
         if key in self._entries:
             if self._entries[key] is needs:
                 return
@@ -105,7 +104,7 @@ class IdleAdapters:
             self.weight += 0 if sharing else needs.weight
 
     def discard(self, key: AdapterKey) -> None:
-        """`key` rests no longer, if it did."""
+        """Remove `key`, if it is present."""
         if key not in self._entries:
             return
         needs = self._entries.pop(key)
@@ -118,13 +117,13 @@ class IdleAdapters:
 
     @property
     def next_to_forget(self) -> AdapterKey | None:
-        """The first to be forgotten, if one has to be."""
-        if len(self._entries) > self._most or self.weight > MAX_WEIGHT:
+        """The adapter to forget, if a limit is exceeded."""
+        if len(self._entries) > self._limit or self.weight > MAX_WEIGHT:
             return next(iter(self._entries))
         return None
 
     def adopt(self, other: IdleAdapters) -> None:
-        """Become an independent one in the state of `other`."""
+        """Copy the state of `other`."""
         self._entries = other._entries.copy()
         self._sharing = other._sharing.copy()
         self.weight = other.weight
@@ -132,7 +131,7 @@ class IdleAdapters:
 
 @dataclass(frozen=True, slots=True)
 class Budgets:
-    """Of the device, of held file pages, and of page-locked images."""
+    """The budgets of the device, of held file pages, and of pinned images."""
 
     device: Residency
     host: HostBudget
@@ -141,17 +140,17 @@ class Budgets:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LifecycleTimes:
-    """How long what is decided may stand in the way of others.
+    """The time limits and memory limit of decisions.
 
     Attributes
     ----------
     starvation_age
-        Seconds after which a waiting foreground wish stops new leases on a resident adapter, and
-        what one level of priority is worth.
+        Seconds after which a foreground waiter stops new leases on a resident adapter. One level
+        of priority counts as this many seconds of waiting.
     min_residency
-        Seconds for which a resident adapter is not evicted, unless somebody starves.
+        Seconds for which a resident adapter is not evicted, unless a waiter starves.
     max_idle
-        Adapters without slot and interest that are remembered.
+        The number of idle adapters to remember.
     """
 
     starvation_age: float = 5.0
@@ -161,286 +160,287 @@ class LifecycleTimes:
 
 @non_reentrant
 class Lifecycle:
-    """The state of all adapters of one loader, within its budgets."""
+    """The state of all adapters of one loader, and the decisions about them."""
 
-    def __init__(self, budgets: Budgets, pace: LifecycleTimes | None = None) -> None:
+    def __init__(self, budgets: Budgets, times: LifecycleTimes | None = None) -> None:
         self.budgets = budgets
         self.deciding = False
-        """A method of this is running."""
-        pace = pace or LifecycleTimes()
+        """Whether a public method is running."""
+        times = times or LifecycleTimes()
         self.states: dict[AdapterKey, AdapterState] = {}
         self._rules = LifecycleRules(budgets.device, budgets.host, budgets.images)
         self._slots = SlotQueue(
             self._rules,
             self.states,
             PinnedImages(self._rules, self.states),
-            starvation_age=pace.starvation_age,
-            min_residency=pace.min_residency,
+            starvation_age=times.starvation_age,
+            min_residency=times.min_residency,
         )
-        self._host_queue = HostTierQueue(self._rules, self.states, level=pace.starvation_age)
+        self._host_queue = HostTierQueue(self._rules, self.states, level=times.starvation_age)
         self._copies = CopyQueue(self._rules)
-        self._idle = IdleAdapters(pace.max_idle)
+        self._idle = IdleAdapters(times.max_idle)
 
     # -- interest ---------------------------------------------------------------------------------
 
     def want(self, key: AdapterKey, waiter: Waiter) -> list[Command]:
+        """Add a waiter."""
         self.note_time(max(self._slots.now, waiter.since))
-        life = self._state(key)
-        if waiter.tier is WantedTier.HOST and life.needs is not None and not life.needs.holdable:
-            self._read_ahead_again(life)
-        if waiter.tier >= WantedTier.STREAM and waiter.foreground and life.grant is not None:
-            self._rules.touch(life)
-        life.waiters.add(waiter)
-        return self._settle(life)
+        state = self._state(key)
+        if waiter.tier is WantedTier.HOST and state.needs is not None and not state.needs.holdable:
+            self._forget_read_ahead(state)
+        if waiter.tier >= WantedTier.STREAM and waiter.foreground and state.grant is not None:
+            self._rules.touch(state)
+        state.waiters.add(waiter)
+        return self._settle(state)
 
     def withdraw(self, key: AdapterKey, waiter: int) -> list[Command]:
-        """One waiter goes; nobody else's wish changes."""
-        life = self.states.get(key)
-        if life is None or not life.waiters.remove(waiter):
+        """Remove one waiter; without effect if it is gone already."""
+        state = self.states.get(key)
+        if state is None or not state.waiters.remove(waiter):
             return []
-        return self._settle(life)
+        return self._settle(state)
 
     def take_lease(self, key: AdapterKey) -> SlotGrant | None:
-        """A lease on an adapter that is resident now, without waiting."""
-        life = self.states.get(key)
-        if life is None or not self._rules.reached(life, WantedTier.DEVICE):
+        """Lease an adapter that is resident now; return None if it is not."""
+        state = self.states.get(key)
+        if state is None or not self._rules.has_reached(state, WantedTier.DEVICE):
             return None
-        life.leases += 1
-        self._rules.touch(life)
-        self._slots.update(life)
-        return life.grant
+        state.leases += 1
+        self._rules.touch(state)
+        self._slots.update(state)
+        return state.grant
 
     def add_lease(self, key: AdapterKey) -> None:
-        """One more lease beside one that is held."""
+        """Add a lease beside one that is held."""
         self.states[key].leases += 1
 
     def end_lease(self, key: AdapterKey, *, in_use: bool = False) -> list[Command]:
-        """A lease ends; `in_use` if a kernel that started under it still runs."""
-        life = self.states[key]
-        life.leases -= 1
-        life.uses += in_use
-        return self._settle(life)
+        """End a lease; `in_use` if a kernel that started under it still runs."""
+        state = self.states[key]
+        state.leases -= 1
+        state.uses += in_use
+        return self._settle(state)
 
     def end_use(self, key: AdapterKey) -> list[Command]:
-        life = self.states[key]
-        life.uses -= 1
-        return self._settle(life)
+        state = self.states[key]
+        state.uses -= 1
+        return self._settle(state)
 
     def pin(self, key: AdapterKey) -> bool:
-        """Keep what is leased, whoever wants its room. False if it is leaving already."""
-        life = self.states[key]
-        if not self._rules.reached(life, WantedTier.DEVICE):
+        """Pin a leased adapter. Return False if it is leaving already."""
+        state = self.states[key]
+        if not self._rules.has_reached(state, WantedTier.DEVICE):
             return False
-        life.pins += 1
-        self._slots.update(life)
+        state.pins += 1
+        self._slots.update(state)
         return True
 
     def unpin(self, key: AdapterKey, grant: SlotGrant) -> list[Command]:
-        """Take back one pin; without effect if the pins on this grant have ended."""
-        life = self.states.get(key)
-        if life is None or life.grant is not grant or not life.pins:
+        """Remove one pin; without effect if the pins on this grant have ended."""
+        state = self.states.get(key)
+        if state is None or state.grant is not grant or not state.pins:
             return []
-        life.pins -= 1
-        return self._settle(life)
+        state.pins -= 1
+        return self._settle(state)
 
     def unload(self, key: AdapterKey) -> list[Command]:
-        """Let it leave device and host; whoever waits for it waits on. Answers TellUnloaded."""
-        life = self._state(key)
-        life.unloads += 1
-        life.pins = 0
-        self._rules.notify_leaving(life)
-        return self._settle(life)
+        """Remove the adapter from device and host; waiters stay. Ends with `NotifyUnloaded`."""
+        state = self._state(key)
+        state.unloads += 1
+        state.pins = 0
+        self._rules.notify_leaving(state)
+        return self._settle(state)
 
     def withdraw_unload(self, key: AdapterKey) -> list[Command]:
-        """One who waited for it to be gone waits no longer; it stays if that was the last."""
-        life = self.states.get(key)
-        if life is None or not life.unloads:
+        """Withdraw one call of `unload`. The adapter stays if that was the last."""
+        state = self.states.get(key)
+        if state is None or not state.unloads:
             return []
-        life.unloads -= 1
-        if not life.departing:
-            self._rules.notify_stays(life)
-        return self._settle(life)
+        state.unloads -= 1
+        if not state.departing:
+            self._rules.notify_stays(state)
+        return self._settle(state)
 
     def forget(self, key: AdapterKey) -> list[Command]:
-        """Its bytes are kept nowhere any more; without effect unless it is idle."""
-        life = self.states.get(key)
-        if life is not None and life.is_idle:
+        """Forget an adapter, as its bytes no longer exist; without effect unless it is idle."""
+        state = self.states.get(key)
+        if state is not None and state.is_idle:
             self._forget(key)
         return self._rules.take_commands()
 
     def close(self, error: LoraxError) -> list[Command]:
-        """Fail all waiters and claim nothing from here on."""
+        """Fail all waiters, and claim nothing from now on."""
         self._rules.closing = True
-        for life in self.states.values():
-            life.pins = 0
-            self._rules.fail(life, error)
+        for state in self.states.values():
+            state.pins = 0
+            self._rules.fail(state, error)
         return self._settle(*self.states.values())
 
     @property
     def at_rest(self) -> bool:
-        """Nothing is in flight and no slot is held."""
-        return all(life.at_rest for life in self.states.values())
+        """Whether no work is in flight and no slot is occupied."""
+        return all(state.at_rest for state in self.states.values())
 
     # -- outcomes of a fetch ----------------------------------------------------------------------
 
     def header_checked(self, key: AdapterKey, attempt: int, needs: GroupSizes) -> list[Command]:
-        life = self._current(key, attempt)
-        if life is None:
+        state = self._current(key, attempt)
+        if state is None:
             return []
-        life.file = next_file_state(life.file, FileMove.HEADER_CHECKED)
-        if life.file is FileState.FETCHING:
-            life.needs = needs
-        return self._settle(life)
+        state.file = next_file_state(state.file, FileMove.HEADER_CHECKED)
+        if state.file is FileState.FETCHING:
+            state.needs = needs
+        return self._settle(state)
 
     def span_fetched(self, key: AdapterKey, attempt: int, group: int) -> list[Command]:
-        life = self._current(key, attempt)
-        if life is None:
+        state = self._current(key, attempt)
+        if state is None:
             return []
-        life.file = next_file_state(life.file, FileMove.SPAN_FETCHED)
-        if life.file is FileState.FETCHING:
-            life.fetched |= 1 << group
-        return self._settle(life)
+        state.file = next_file_state(state.file, FileMove.SPAN_FETCHED)
+        if state.file is FileState.FETCHING:
+            state.fetched |= 1 << group
+        return self._settle(state)
 
     def published(self, key: AdapterKey, attempt: int) -> list[Command]:
-        life = self._current(key, attempt)
-        if life is None:
+        state = self._current(key, attempt)
+        if state is None:
             return []
-        life.file = next_file_state(life.file, FileMove.PUBLISHED)
-        life.fetch_running = False
-        if life.file is FileState.PRESENT:
-            life.fetched = life.all_groups
-        return self._settle(life)
+        state.file = next_file_state(state.file, FileMove.PUBLISHED)
+        state.fetch_running = False
+        if state.file is FileState.PRESENT:
+            state.fetched = state.all_groups
+        return self._settle(state)
 
     def fetch_failed(self, key: AdapterKey, attempt: int, error: LoraxError) -> list[Command]:
-        """The fetch ended without the file; what came of it is unverified and must not be used."""
-        life = self._current(key, attempt)
-        if life is None:
+        """End a fetch without a file: its bytes are unverified and must not be used."""
+        state = self._current(key, attempt)
+        if state is None:
             return []
-        unverified = life.file is FileState.FETCHING
-        life.file = next_file_state(life.file, FileMove.FETCH_FAILED)
-        life.fetch_running = False
+        unverified = state.file is FileState.FETCHING
+        state.file = next_file_state(state.file, FileMove.FETCH_FAILED)
+        state.fetch_running = False
         if unverified:
-            self._rules.distrust(life, error)
-        return self._settle(life)
+            self._rules.reject_fetched(state, error)
+        return self._settle(state)
 
     def populated(self, key: AdapterKey, attempt: int) -> list[Command]:
-        life = self._current(key, attempt)
-        if life is None:
+        state = self._current(key, attempt)
+        if state is None:
             return []
-        life.file = next_file_state(life.file, FileMove.POPULATED)
+        state.file = next_file_state(state.file, FileMove.POPULATED)
         self.budgets.host.populating = None
-        life.host = HostState.HELD
-        return self._settle(life)
+        state.host = HostState.HELD
+        return self._settle(state)
 
     def released(self, key: AdapterKey, attempt: int) -> list[Command]:
-        """The file's pages are no longer held."""
-        life = self._current(key, attempt)
-        if life is None:
+        """Record that the file's pages are no longer held."""
+        state = self._current(key, attempt)
+        if state is None:
             return []
-        life.file = next_file_state(life.file, FileMove.RELEASED)
-        self._end_host(life)
-        return self._settle(life)
+        state.file = next_file_state(state.file, FileMove.RELEASED)
+        self._end_host(state)
+        return self._settle(state)
 
     def lost(self, key: AdapterKey, attempt: int, error: LoraxError) -> list[Command]:
-        """Populating found the file gone or changed."""
-        life = self._current(key, attempt)
-        if life is None:
+        """Record that populating found the file missing or changed."""
+        state = self._current(key, attempt)
+        if state is None:
             return []
-        self._rules.lose(life, error)
+        self._rules.lose(state, error)
         self.budgets.host.populating = None
-        self.budgets.host.pick(key, evicted=False)
-        self._end_host(life)
-        return self._settle(life)
+        self.budgets.host.mark_leaving(key, evicted=False)
+        self._end_host(state)
+        return self._settle(state)
 
-    def _end_host(self, life: AdapterState) -> None:
-        self.budgets.host.release(life.key)
-        life.host = HostState.NONE
+    def _end_host(self, state: AdapterState) -> None:
+        self.budgets.host.release(state.key)
+        state.host = HostState.NONE
 
-    def _read_ahead_again(self, life: AdapterState) -> None:
-        """What is not held may have gone from memory; a new wish reads it ahead anew."""
-        if life.host is HostState.HELD:
-            life.host = HostState.NONE
+    def _forget_read_ahead(self, state: AdapterState) -> None:
+        """Read the file ahead again: pages that are not held may have left memory."""
+        if state.host is HostState.HELD:
+            state.host = HostState.NONE
 
     # -- outcomes of a copy -----------------------------------------------------------------------
 
     def copy_done(self, key: AdapterKey, group: int) -> list[Command]:
-        life = self.states[key]
-        last = life.done | 1 << group == life.all_groups
-        life.slot = next_slot_state(
-            life.slot, SlotMove.LAST_COPY_DONE if last else SlotMove.COPY_DONE
+        state = self.states[key]
+        last = state.done | 1 << group == state.all_groups
+        state.slot = next_slot_state(
+            state.slot, SlotMove.LAST_COPY_DONE if last else SlotMove.COPY_DONE
         )
-        self._copies.copied(life)
-        if life.image is not None:
-            life.imaged |= 1 << group
-        if life.slot is SlotState.DRAINING:
-            return self._settle(life)
+        self._copies.copied(state)
+        if state.image is not None:
+            state.imaged |= 1 << group
+        if state.slot is SlotState.DRAINING:
+            return self._settle(state)
         if last:
-            life.resident_since = self._slots.now
-        life.done |= 1 << group
-        self._raise_watermark(life)
-        if life.slot is SlotState.FILLING:
+            state.resident_since = self._slots.now
+        state.done |= 1 << group
+        self._raise_watermark(state)
+        if state.slot is SlotState.FILLING:
             return self._next_copies()
-        return self._settle(life)
+        return self._settle(state)
 
     def copy_failed(
         self, key: AdapterKey, error: LoraxError, *, file_lost: bool = False
     ) -> list[Command]:
-        """A copy failed; `file_lost` if the file was the cause (the outcome Lost, in one step)."""
-        life = self.states[key]
-        was_filling = life.slot is SlotState.FILLING
-        after = next_slot_state(life.slot, SlotMove.COPY_FAILED)
+        """End a copy that failed; `file_lost` if the file was the cause (also applies `lost`)."""
+        state = self.states[key]
+        was_filling = state.slot is SlotState.FILLING
+        after = next_slot_state(state.slot, SlotMove.COPY_FAILED)
         if file_lost:
-            next_file_state(life.file, FileMove.LOST)
-        self._copies.copied(life)
+            next_file_state(state.file, FileMove.LOST)
+        self._copies.copied(state)
         if was_filling:
-            self._rules.fail(life, error, life.waiters.for_slot)
-            self._rules.notify_broken(life, error)
-            self._rules.drain(life, after)
+            self._rules.fail(state, error, state.waiters.slot_waiter_ids)
+            self._rules.notify_broken(state, error)
+            self._rules.drain(state, after)
         if file_lost:
-            self._rules.lose(life, error)
-        return self._settle(life)
+            self._rules.lose(state, error)
+        return self._settle(state)
 
     def wiped(self, key: AdapterKey) -> list[Command]:
-        """Nothing is left of what a slot held when it broke."""
-        life = self.states[key]
-        life.slot = next_slot_state(life.slot, SlotMove.WIPED)
-        life.broken = life.wiping = False
-        return self._settle(life)
+        """Record that a broken slot's extents are zero."""
+        state = self.states[key]
+        state.slot = next_slot_state(state.slot, SlotMove.WIPED)
+        state.broken = state.wiping = False
+        return self._settle(state)
 
     # -- time -------------------------------------------------------------------------------------
 
     def note_time(self, now: float) -> None:
-        """What happens from here on happens at `now`, in seconds of the loop's clock."""
+        """Set the time of what follows, in seconds of the loop's clock."""
         self._slots.now = now
 
     def tick(self, now: float) -> list[Command]:
-        """Let waiting wishes grow older."""
+        """Decide again, because waiters have become older."""
         self.note_time(now)
         return self._settle()
 
     @property
     def next_tick(self) -> float | None:
-        """When time alone will change a decision: call `tick` then."""
+        """The time at which `tick` is due, if time by itself will change a decision."""
         return self._slots.next_tick
 
     def stage(self, key: AdapterKey) -> Stage:
-        """Where the adapter is, in the words of errors and statistics."""
-        life = self.states.get(key)
-        return life.stage if life is not None else "fetch"
+        """Return the stage of the load, as errors and statistics name it."""
+        state = self.states.get(key)
+        return state.stage if state is not None else "fetch"
 
     # -- decisions ---------------------------------------------------------------------------------
 
     def _state(self, key: AdapterKey) -> AdapterState:
-        """What is known of an adapter, from here on."""
-        life = self.states.get(key)
-        if life is None:
-            life = self.states[key] = AdapterState(key)
-        return life
+        """Return the state of `key`, creating it if needed."""
+        state = self.states.get(key)
+        if state is None:
+            state = self.states[key] = AdapterState(key)
+        return state
 
     def _settle(self, *states: AdapterState) -> list[Command]:
-        """Take every decision that is due, for these adapters, then for the heads of the queues."""
-        for life in states:
-            self._settle_state(life)
+        """Make every decision that is due, for these adapters, then for the heads of the queues."""
+        for state in states:
+            self._settle_state(state)
         while touched := self._next_touched():
             self._settle_state(touched)
         self._copies.submit()
@@ -453,19 +453,19 @@ class Lifecycle:
         return self._slots.settle_head() or self._host_queue.settle_head()
 
     def _next_copies(self) -> list[Command]:
-        """What is due when nothing but a place for a copy came free, as it often does."""
+        """Submit copies. Enough where an outcome frees a copy and changes nothing else."""
         self._copies.submit()
         return self._rules.take_commands()
 
-    def _settle_state(self, life: AdapterState) -> None:
-        self._rules.settle(life)
-        self._slots.update(life)
-        self._host_queue.update(life)
-        self._copies.update(life)
-        if life.is_idle:
-            self._idle.add(life.key, life.needs)
+    def _settle_state(self, state: AdapterState) -> None:
+        self._rules.settle(state)
+        self._slots.update(state)
+        self._host_queue.update(state)
+        self._copies.update(state)
+        if state.is_idle:
+            self._idle.add(state.key, state.needs)
         else:
-            self._idle.discard(life.key)
+            self._idle.discard(state.key)
 
     def _forget_oldest(self) -> None:
         while (key := self._idle.next_to_forget) is not None:
@@ -473,26 +473,26 @@ class Lifecycle:
 
     def _forget(self, key: AdapterKey) -> None:
         self._idle.discard(key)
-        life = self.states.pop(key)
-        if life.file is FileState.PRESENT:
-            life.host = HostState.NONE
-            life.file = next_file_state(life.file, FileMove.DROPPED)
+        state = self.states.pop(key)
+        if state.file is FileState.PRESENT:
+            state.host = HostState.NONE
+            state.file = next_file_state(state.file, FileMove.DROPPED)
             self._rules.command(DropFile(key))
-            self._rules.file_quiesced(life)
-        life.file = next_file_state(life.file, FileMove.DROPPED)
+            self._rules.free_quiesced_file(state)
+        state.file = next_file_state(state.file, FileMove.DROPPED)
         self._rules.command(ForgetAdapter(key))
 
     # -- steps that several outcomes share ---------------------------------------------------------
 
     def _current(self, key: AdapterKey, attempt: int) -> AdapterState | None:
-        """The adapter, if this attempt is its latest."""
-        life = self.states[key]
-        return life if life.attempt == attempt else None
+        """Return the adapter's state if `attempt` is its latest, else None."""
+        state = self.states[key]
+        return state if state.attempt == attempt else None
 
-    def _raise_watermark(self, life: AdapterState) -> None:
-        before = life.watermark
-        while life.done >> life.watermark & 1:
-            life.watermark += 1
-        if life.watermark > before and life.grant is not None:
-            last = life.slot is SlotState.RESIDENT
-            self._rules.command(NotifyReady(life.key, life.grant, life.watermark, last))
+    def _raise_watermark(self, state: AdapterState) -> None:
+        before = state.watermark
+        while state.done >> state.watermark & 1:
+            state.watermark += 1
+        if state.watermark > before and state.grant is not None:
+            last = state.slot is SlotState.RESIDENT
+            self._rules.command(NotifyReady(state.key, state.grant, state.watermark, last))

@@ -1,4 +1,4 @@
-"""Who gives up its room first: least recently used, least often used, or cheapest to bring back."""
+"""Eviction policies: least recently used, least frequently used, or cheapest to reload."""
 
 from __future__ import annotations
 
@@ -18,42 +18,40 @@ PolicyName = Eviction
 
 
 class EvictionPolicy(Protocol):
-    """Ranks the adapters that hold room, and remembers nothing of any other.
+    """Rank the adapters that hold memory.
 
-    Whoever asks may pass over the first of the ranking (they may be in use) and take a later one.
-    The first is found at once, those behind it by sorting all. But for that and `state`, calls take
-    the time of a heap's push, now and then that of one walk over the holders.
-    Telling a policy of a holder it does not know, or of a new one it knows, is an `InternalError`.
+    A caller may skip the first of the ranking, which may be in use. The first is found in constant
+    time, the rest by sorting. Other calls take O(log n) amortised, `state` O(n log n).
+    `InternalError` is raised for an unknown holder, and for admitting one twice.
     """
 
     def admit(self, key: AdapterKey, nbytes: int, cost: float) -> None:
-        """`key` takes room, which counts as its first use.
+        """Add a holder of `nbytes` (at least 1), which counts as its first use.
 
-        `nbytes` (at least 1) is that room, `cost` (bytes, not negative) what loading it again
-        would take: what must be read, and a fixed part for opening and planning.
+        `cost` (bytes, not negative) is the cost of a reload: the bytes to read and a fixed part.
         """
 
     def use(self, key: AdapterKey) -> None:
-        """Somebody asked for `key` and found it."""
+        """Count a use of `key`."""
 
     def remove(self, key: AdapterKey, *, evicted: bool) -> None:
-        """`key` gave its room back: `evicted` for another, or else it failed or was unloaded."""
+        """Remove `key`: `evicted` to make room, or else failed or unloaded."""
 
     def ranked(self) -> Iterator[AdapterKey]:
-        """The holders, the first to go first: they may go meanwhile, but none may be used."""
+        """Return the holders in eviction order. While iterating, remove holders but use none."""
 
     def copy(self) -> Self:
-        """An independent policy in the same state."""
+        """Return an independent copy."""
 
     def state(self) -> Hashable:
-        """Policies of one class and parameters whose states are equal rank alike for ever.
+        """Return the ranking state: equal states of equal policies rank alike from now on.
 
-        There are finitely many states of finitely many adapters: all counts are bounded.
+        All counts are bounded, so that a model checker sees finitely many states.
         """
 
 
 class _ByRecency(Generic[_Mark]):
-    """The holders, the least recently used first, each with what a policy remembers of it."""
+    """The holders, the least recently used first, each with the policy's mark."""
 
     __slots__ = ("_marks",)
 
@@ -61,24 +59,24 @@ class _ByRecency(Generic[_Mark]):
         self._marks: dict[AdapterKey, _Mark] = {}
 
     def copy(self) -> Self:
-        twin = copy.copy(self)
-        twin._marks = self._marks.copy()  # noqa: SLF001 (its own)
-        return twin
+        clone = copy.copy(self)
+        clone._marks = self._marks.copy()  # noqa: SLF001 (its own)
+        return clone
 
     def _enter(self, key: AdapterKey, mark: _Mark) -> None:
         if key in self._marks:
-            raise InternalError(f"{key} holds room already")
+            raise InternalError(f"{key} is a holder already")
         self._marks[key] = mark
 
     def _leave(self, key: AdapterKey) -> _Mark:
         try:
             return self._marks.pop(key)
         except KeyError:
-            raise InternalError(f"{key} holds no room") from None
+            raise InternalError(f"{key} is not a holder") from None
 
 
 class LRU(_ByRecency[None]):
-    """The one that was not used for longest goes first."""
+    """Evict the least recently used."""
 
     __slots__ = ()
 
@@ -93,7 +91,7 @@ class LRU(_ByRecency[None]):
         self._leave(key)
 
     def ranked(self) -> Iterator[AdapterKey]:
-        return _first_before(next(iter(self._marks), None), lambda: tuple(self._marks))
+        return _iterate_lazily(next(iter(self._marks), None), lambda: tuple(self._marks))
 
     def state(self) -> Hashable:
         return tuple(self._marks)
@@ -102,7 +100,7 @@ class LRU(_ByRecency[None]):
 class _ByRank(_ByRecency[_Mark]):
     """The holders in a heap by rank, of equal rank the least recently used first.
 
-    Whoever is used goes into the heap anew; what it left there is dropped when it comes up.
+    A use pushes a new heap entry; the stale one is dropped when it reaches the top.
     """
 
     __slots__ = ("_clock", "_entries", "_heap")
@@ -118,15 +116,15 @@ class _ByRank(_ByRecency[_Mark]):
 
     def ranked(self) -> Iterator[AdapterKey]:
         # Sorting keeps the order of equals, which is that of recency.
-        return _first_before(
+        return _iterate_lazily(
             self._first, lambda: sorted(self._marks, key=lambda key: self._rank(self._marks[key]))
         )
 
     def copy(self) -> Self:
-        twin = super().copy()
-        twin._heap = self._heap.copy()  # noqa: SLF001 (its own)
-        twin._entries = self._entries.copy()  # noqa: SLF001
-        return twin
+        clone = super().copy()
+        clone._heap = self._heap.copy()  # noqa: SLF001 (its own)
+        clone._entries = self._entries.copy()  # noqa: SLF001
+        return clone
 
     @property
     def _first(self) -> AdapterKey | None:
@@ -155,27 +153,27 @@ class _ByRank(_ByRecency[_Mark]):
 
 
 _SPARE = 64
-"""Entries that a heap may have beyond two for each holder before it is made anew."""
+"""Heap entries beyond two per holder before the heap is rebuilt."""
 
 
-def _first_before(
+def _iterate_lazily(
     first: AdapterKey | None, ranking: Callable[[], Iterable[AdapterKey]]
 ) -> Iterator[AdapterKey]:
-    """`first`, and then the rest of `ranking`, which is asked for only where more are wanted."""
+    """Yield `first`, then the rest of `ranking`, which is computed only if more are needed."""
     if first is not None:
         yield first
         yield from [key for key in ranking() if key != first]
 
 
 class LFU(_ByRank[int]):
-    """The one with the fewest uses goes first; of equals the one that was not used for longest.
+    """Evict the least frequently used; of equal ones, the least recently used.
 
     Parameters
     ----------
     half_life
         Uses, of all adapters together, after which every count is halved (rounded down), so that
-        an adapter that was popular once goes in the end. Counts stay below twice this. None is 8
-        for each holder, and 1,024 or more: with fewer, nearly all counts are halved to 0.
+        formerly popular adapters are evicted in the end. Counts stay below twice this. None means
+        8 per holder, at least 1,024: with fewer, nearly all counts are halved to 0.
     """
 
     __slots__ = ("_half_life", "_uses")
@@ -206,7 +204,7 @@ class LFU(_ByRank[int]):
         self._uses += 1
         half_life = self._half_life
         if half_life is None:
-            half_life = max(_LEAST_USES, _USES_EACH * len(self._marks))
+            half_life = max(_MIN_HALF_LIFE, _USES_PER_HOLDER * len(self._marks))
         if self._uses >= half_life:
             self._uses = 0
             for key, count in self._marks.items():
@@ -214,51 +212,53 @@ class LFU(_ByRank[int]):
             self._rebuild()
 
 
-_LEAST_USES = 1024
-_USES_EACH = 8
+_MIN_HALF_LIFE = 1024
+_USES_PER_HOLDER = 8
 
-_FINE = 1 << 20
-"""Priorities are integers, in parts of this: they grow for ever, and no sum may be rounded."""
+_PRIORITY_SCALE = 1 << 20
+"""Priorities are integers in units of 1/this: they grow forever, and sums must be exact."""
 
 
 class _Worth(NamedTuple):
-    """`per_use` and `priority` in parts of `_FINE`."""
+    """`per_use` and `priority`, in units of 1/`_PRIORITY_SCALE`."""
 
     per_use: int
     uses: int = 0
     priority: int = 0
 
-    def used(self, age: int, most_uses: int) -> _Worth:
-        uses = min(self.uses + 1, most_uses)
+    def used(self, age: int, max_uses: int) -> _Worth:
+        uses = min(self.uses + 1, max_uses)
         return _Worth(self.per_use, uses, age + uses * self.per_use)
 
 
 class GDSF(_ByRank[_Worth]):
-    """The one that is worth least goes first; of equals the one that was not used for longest.
+    """Evict the lowest priority; of equal ones, the least recently used.
 
     Greedy-Dual-Size-Frequency (L. Cherkasova, HP Laboratories report HPL-98-69R1, 1998): a use
     sets an adapter's priority to L + uses x cost / nbytes, where L is the highest priority of
-    those evicted so far. So a small or often used adapter stays, until what is used rises past it.
+    those evicted so far. A small or often used adapter stays until others in use overtake it.
 
     Parameters
     ----------
-    most_uses
-        An adapter's uses beyond these are not counted. Without that, one with a million uses
-        behind it and none to come would go only after as many evictions of others.
+    max_uses
+        The largest use count of an adapter. Without a limit, an adapter with a million past uses
+        and no future ones would stay for as many evictions of others.
     """
 
     __slots__ = ("_age", "_most_uses")
 
-    def __init__(self, most_uses: int = 64) -> None:
+    def __init__(self, max_uses: int = 64) -> None:
         super().__init__()
-        self._most_uses = most_uses
+        self._most_uses = max_uses
         self._age = 0
 
     def admit(self, key: AdapterKey, nbytes: int, cost: float) -> None:
-        """As `EvictionPolicy.admit`. Raises `InternalError` if a number is out of range."""
+        """Add a holder, as `EvictionPolicy.admit`. Raises `InternalError` for an invalid number."""
         if nbytes < 1 or not 0 <= cost < float("inf"):
-            raise InternalError(f"{key} takes {nbytes} bytes and costs {cost} to load again")
-        self._enter(key, _Worth(round(cost * _FINE / nbytes)).used(self._age, self._most_uses))
+            raise InternalError(f"{key}: invalid size {nbytes} or reload cost {cost}")
+        self._enter(
+            key, _Worth(round(cost * _PRIORITY_SCALE / nbytes)).used(self._age, self._most_uses)
+        )
 
     def use(self, key: AdapterKey) -> None:
         self._enter(key, self._leave(key).used(self._age, self._most_uses))
@@ -266,11 +266,11 @@ class GDSF(_ByRank[_Worth]):
     def remove(self, key: AdapterKey, *, evicted: bool) -> None:
         worth = self._leave(key)
         if evicted:
-            # One that was in use may have been passed over, and goes later at less than L.
+            # A holder that was in use may have been skipped, and is evicted later below L.
             self._age = max(self._age, worth.priority)
 
     def state(self) -> Hashable:
-        """Priorities count from L on: all that come are above. Of those below only the order."""
+        """Return priorities relative to L. New ones are above it; below it, only order matters."""
         return tuple(
             (key, worth.per_use, worth.uses, max(worth.priority - self._age, 0))
             for key, worth in ((key, self._marks[key]) for key in self.ranked())
@@ -286,5 +286,5 @@ EVICTION_POLICIES: tuple[PolicyName, ...] = tuple(_POLICIES)
 
 
 def policy(name: PolicyName) -> EvictionPolicy:
-    """A new policy that knows no adapter yet."""
+    """Return a new policy without holders."""
     return _POLICIES[name]()

@@ -1,4 +1,4 @@
-"""Rules 7 to 9: queues for slots, copies, held file pages and pinned images."""
+"""Rules 7 to 9: the queues for host memory, slots and copies; the pinned images."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from lorax_async.types import AdapterKey, MergedKey
 _Order = TypeVar("_Order", bound=tuple[Any, ...])
 
 _SLACK = 64
-"""Entries that may be left over before they are looked for."""
+"""Stale heap entries to tolerate before a sweep."""
 
 
 class PriorityQueue(Generic[_Order]):
-    """Sorted by urgency; of equals, the one whose urgency was told first comes first."""
+    """Adapters by urgency; of equal ones, the first to be updated comes first."""
 
     __slots__ = ("_entries", "_heap", "_waiting")
 
     def __init__(self) -> None:
         self._waiting: dict[AdapterKey, _Order] = {}
-        # Entries of the heap count while they say what `_waiting` says; others are passed over.
+        # A heap entry is valid while `_waiting` has the same urgency; others are skipped.
         self._heap: list[tuple[_Order, int, AdapterKey]] = []
         self._entries = 0
 
     def update(self, key: AdapterKey, urgency: _Order | None) -> None:
-        """Let `key` wait with this urgency, or no longer (None)."""
+        """Set the urgency of `key`; None removes it."""
         if urgency is None:
             self._waiting.pop(key, None)
         elif self._waiting.get(key) != urgency:
@@ -52,7 +52,7 @@ class PriorityQueue(Generic[_Order]):
         return None
 
     def _sweep(self) -> None:
-        """Drop what is passed over once it is the most: a head that stays would keep it."""
+        """Drop stale entries once they dominate: behind a head that stays, none is popped."""
         if len(self._heap) <= 2 * len(self._waiting) + _SLACK:
             return
         counting: dict[AdapterKey, tuple[_Order, int, AdapterKey]] = {}
@@ -63,71 +63,71 @@ class PriorityQueue(Generic[_Order]):
         self._heap = list(counting.values())
 
     def adopt(self, other: PriorityQueue[_Order]) -> None:
-        """Become an independent queue in the state of `other`."""
+        """Copy the state of `other`."""
         self._waiting = other._waiting.copy()
         self._heap = other._heap.copy()
         self._entries = other._entries
 
 
 class SlotHolders:
-    """As they were when they were last noted.
+    """Slot holders by what matters for making room, as of their last update.
 
     Attributes
     ----------
     pinned
-        Whoever asks for room must fit beside them.
-    going
-        Told to leave, unloaded, or DRAINING.
-    spare
-        Could be told to leave, and would be gone at once.
+        Cannot be evicted.
+    leaving
+        Marked for eviction, being unloaded, or DRAINING.
+    evictable
+        Can be evicted at once: RESIDENT, without a lease or pin.
     """
 
     def __init__(self) -> None:
         self.pinned: dict[AdapterKey, AdapterState] = {}
-        self.going: dict[AdapterKey, AdapterState] = {}
-        self.spare: dict[AdapterKey, AdapterState] = {}
+        self.leaving: dict[AdapterKey, AdapterState] = {}
+        self.evictable: dict[AdapterKey, AdapterState] = {}
         self._seen: dict[AdapterKey, tuple[SlotState, bool, bool, bool]] = {}
 
-    def note(self, life: AdapterState) -> bool:
-        """Look at `life` again; whether anything changed that matters to who waits for a slot."""
-        if life.grant is None:
-            changed = self._seen.pop(life.key, None) is not None
-            for kept in (self.pinned, self.going, self.spare):
-                kept.pop(life.key, None)
+    def update(self, state: AdapterState) -> bool:
+        """Classify `state` again. Return whether a waiting adapter may now get a slot."""
+        if state.grant is None:
+            changed = self._seen.pop(state.key, None) is not None
+            for kept in (self.pinned, self.leaving, self.evictable):
+                kept.pop(state.key, None)
             return changed
-        now = (life.slot, life.departing, life.pins > 0, life.leases > 0)
-        if self._seen.get(life.key) == now:
+        now = (state.slot, state.departing, state.pins > 0, state.leases > 0)
+        if self._seen.get(state.key) == now:
             return False
-        self._seen[life.key] = now
-        _keep(self.pinned, life, wanted=life.pins > 0)
-        _keep(self.going, life, wanted=is_going(life))
-        _keep(self.spare, life, wanted=may_go(life) and not life.leases)
+        self._seen[state.key] = now
+        _set_member(self.pinned, state, wanted=state.pins > 0)
+        _set_member(self.leaving, state, wanted=is_leaving(state))
+        _set_member(self.evictable, state, wanted=is_evictable(state) and not state.leases)
         return True
 
 
-def is_going(life: AdapterState) -> bool:
-    return life.departing or life.slot is SlotState.DRAINING
+def is_leaving(state: AdapterState) -> bool:
+    return state.departing or state.slot is SlotState.DRAINING
 
 
-def may_go(life: AdapterState) -> bool:
-    return life.slot is SlotState.RESIDENT and not (life.departing or life.pins)
+def is_evictable(state: AdapterState) -> bool:
+    return state.slot is SlotState.RESIDENT and not (state.departing or state.pins)
 
 
-def _keep(kept: dict[AdapterKey, AdapterState], life: AdapterState, *, wanted: bool) -> None:
+def _set_member(kept: dict[AdapterKey, AdapterState], state: AdapterState, *, wanted: bool) -> None:
     if wanted:
-        kept[life.key] = life
+        kept[state.key] = state
     else:
-        kept.pop(life.key, None)
+        kept.pop(state.key, None)
 
 
-_LAST: Urgency = (True, float("inf"))
-"""What was demoted makes way for every wish."""
+_DEMOTED_URGENCY: Urgency = (True, float("inf"))
+"""Demoted adapters come after every waiter."""
 
 
 class HostTierQueue:
-    """Adapters that want the host tier; rule 7. Only the head is served, and one at a time.
+    """Rule 7: the adapters that want the host tier. Only the head is served, one at a time.
 
-    `states` are all adapters by key; `level` is what a level of priority is worth, in seconds.
+    `states` maps keys to all adapters; `level` is the worth of a priority level in seconds.
     """
 
     def __init__(
@@ -137,18 +137,18 @@ class HostTierQueue:
         self._budget = rules.host
         self._states = states
         self._level = level
-        self.line: PriorityQueue[Urgency] = PriorityQueue()
+        self.queue: PriorityQueue[Urgency] = PriorityQueue()
 
-    def update(self, life: AdapterState) -> None:
-        """Let the queue see that `life` has changed."""
-        waits = life.wants_host and not self._rules.closing
-        named = waits and life.waiters.has_tier(WantedTier.HOST)
-        urgency = life.waiters.urgency(self._level) if named else _LAST
-        self.line.update(life.key, urgency if waits else None)
+    def update(self, state: AdapterState) -> None:
+        """Update the queue after a change of `state`."""
+        waits = state.wants_host and not self._rules.closing
+        named = waits and state.waiters.has_tier(WantedTier.HOST)
+        urgency = state.waiters.urgency(self._level) if named else _DEMOTED_URGENCY
+        self.queue.update(state.key, urgency if waits else None)
 
     def settle_head(self) -> AdapterState | None:
-        """Populate, refuse or make room for the head; returns the adapter that changed, if any."""
-        key = self.line.head
+        """Populate, refuse or make room for the head. Return the adapter that changed, if any."""
+        key = self.queue.head
         if key is None or self._budget.populating is not None:
             return None
         head = self._states[key]
@@ -174,22 +174,22 @@ class HostTierQueue:
         return head
 
     def _make_room(self, nbytes: int) -> AdapterState | None:
-        """Wait for what is being released, else let the next one go."""
+        """Wait for pages in release if they suffice, else release the first of the ranking."""
         leaving = sum(self._budget.held[key] for key in self._budget.leaving)
         if self._budget.free + leaving >= nbytes:
             return None
         for key in self._budget.policy.ranked():
-            life = self._states[key]
-            if life.host is HostState.HELD and self._budget.held[key]:
-                self._rules.release_host(life, evicted=True)
-                return life
+            state = self._states[key]
+            if state.host is HostState.HELD and self._budget.held[key]:
+                self._rules.release_host(state, evicted=True)
+                return state
         return None
 
 
 class PinnedImages:
-    """Page-locked memory with adapters as they lie on the device, so that a reload reads no file.
+    """Adapters in pinned memory, in the device's format, so that a reload reads no file.
 
-    An image is given to whoever is given a slot, and stays when the slot goes.
+    An image is claimed with a slot and outlives it.
     """
 
     def __init__(self, rules: LifecycleRules, states: Mapping[AdapterKey, AdapterState]) -> None:
@@ -197,15 +197,15 @@ class PinnedImages:
         self._budget = rules.images
         self._states = states
 
-    def claim(self, life: AdapterState) -> None:
-        """An image for `life`, if those that nothing is copied from or to can make room for it."""
-        assert life.needs is not None
-        if life.image is not None:
-            self._budget.policy.use(life.key)
+    def claim(self, state: AdapterState) -> None:
+        """Claim an image for `state` if evicting idle images makes room for it."""
+        assert state.needs is not None
+        if state.image is not None:
+            self._budget.policy.use(state.key)
             return
         if not self._budget.arena.nbytes:
             return
-        sizes = life.needs.group_nbytes
+        sizes = state.needs.group_nbytes
         staying = [other for other in self._holders() if not _is_idle(other)]
         taken = [extent for other in staying for extent in other.image or ()]
         arena = Arena(self._budget.arena.nbytes, self._budget.alignment)
@@ -215,29 +215,30 @@ class PinnedImages:
             oldest = next(other for other in self._holders() if _is_idle(other))
             self._budget.drop(oldest, evicted=True)
             self._rules.touched.append(oldest)
-        self._budget.give(life, extents, reload_cost(life.needs))
+        self._budget.assign(state, extents, reload_cost(state.needs))
 
     def _holders(self) -> list[AdapterState]:
         return [self._states[key] for key in self._budget.policy.ranked()]
 
 
-def _is_idle(life: AdapterState) -> bool:
-    return life.slot is not SlotState.FILLING and not life.copying
+def _is_idle(state: AdapterState) -> bool:
+    return state.slot is not SlotState.FILLING and not state.copying
 
 
-_Wish = tuple[AdapterKey, float, bool]
+_HeadIdentity = tuple[AdapterKey, float, bool]
 
 COPIES_AHEAD = 8
-"""In flight for each I/O thread: enough that a busy loop does not let the threads run dry."""
+"""Copies in flight per I/O thread: enough to keep the threads busy while the loop is not."""
 
 IN_FLIGHT_BYTES = 32 << 20
-"""Of one adapter; more only where that is less than every thread has at hand."""
+"""Bytes that one adapter may have in flight; at least one copy per I/O thread is allowed."""
 
 
 class SlotQueue:
-    """Adapters that want a slot and hold none. Only the head is served: the larger would starve.
+    """Rule 8: the adapters that want a slot. Only the head is served, so that large ones get room.
 
-    `states` are all adapters by key; `starvation_age` and `min_residency` as for `Pace`.
+    `states` maps keys to all adapters; `starvation_age` and `min_residency` are those of
+    `LifecycleTimes`.
     """
 
     def __init__(
@@ -250,7 +251,7 @@ class SlotQueue:
         min_residency: float,
     ) -> None:
         self.now = 0.0
-        self.line: PriorityQueue[Urgency] = PriorityQueue()
+        self.queue: PriorityQueue[Urgency] = PriorityQueue()
         self._rules = rules
         self._residency = rules.residency
         self._images = images
@@ -258,23 +259,23 @@ class SlotQueue:
         self._starvation_age = starvation_age
         self._min_residency = min_residency
         self.holders = SlotHolders()
-        self._no_room: tuple[_Wish, float] | None = None
-        """A wish that found none, and when time alone may make some; until a holder changes."""
+        self._blocked: tuple[_HeadIdentity, float] | None = None
+        """A head without room, and when time by itself may make some. Reset if a holder changes."""
 
-    def update(self, life: AdapterState) -> None:
-        """Let the queue see that `life` has changed."""
-        waits = life.slot is SlotState.NONE and life.wants_slot and not self._rules.closing
-        urgency = life.waiters.urgency(self._starvation_age) if waits else None
-        self.line.update(life.key, urgency)
-        if self.holders.note(life):
-            self._no_room = None
+    def update(self, state: AdapterState) -> None:
+        """Update the queue after a change of `state`."""
+        waits = state.slot is SlotState.NONE and state.wants_slot and not self._rules.closing
+        urgency = state.waiters.urgency(self._starvation_age) if waits else None
+        self.queue.update(state.key, urgency)
+        if self.holders.update(state):
+            self._blocked = None
 
     def settle_head(self) -> AdapterState | None:
-        """Grant, refuse or make room for the head; returns the adapter that changed, if any."""
+        """Grant, refuse or make room for the head. Return the adapter that changed, if any."""
         head = self._head
         if head is None or head.needs is None:
-            return self._take_back()
-        if self._waits_still(head):
+            return self._cancel_eviction()
+        if self._is_blocked(head):
             return None
         grant = self._residency.claim(head.key, head.needs)
         if grant is not None:
@@ -286,93 +287,97 @@ class SlotQueue:
             self._rules.command(TakeSlot(head.key, grant, head.waiters.oldest))
             return head
         sizes = head.needs.group_nbytes
-        pinned = [life.grant for life in self.holders.pinned.values() if life.grant]
+        pinned = [state.grant for state in self.holders.pinned.values() if state.grant]
         if not self._residency.fits_beside(pinned, sizes):
             error = self._too_large(sizes, pinned=len(pinned))
-            self._rules.fail(head, error, head.waiters.for_slot)
+            self._rules.fail(head, error, head.waiters.slot_waiter_ids)
             return head
         victim = self._make_room(head, sizes)
         if victim is None:
-            self._no_room = (_pending_load(head), self._next_chance(head))
+            self._blocked = (_head_identity(head), self._next_attempt_at(head))
         return victim
 
-    def _waits_still(self, head: AdapterState) -> bool:
+    def _is_blocked(self, head: AdapterState) -> bool:
         return (
-            self._no_room is not None
-            and self._no_room[0] == _pending_load(head)
-            and self.now < self._no_room[1]
+            self._blocked is not None
+            and self._blocked[0] == _head_identity(head)
+            and self.now < self._blocked[1]
         )
 
-    def _take_back(self) -> AdapterState | None:
-        """Nobody waits for a slot: whoever was told to leave, and is leased, need not."""
+    def _cancel_eviction(self) -> AdapterState | None:
+        """Keep a leased adapter that is leaving, as no adapter waits for its slot."""
         if self._rules.closing:
             return None
-        for life in self.holders.going.values():
-            if life.leaving and life.leases and life.slot is SlotState.RESIDENT:
-                life.leaving = False
-                if not life.departing:
-                    self._rules.notify_stays(life)
-                return life
+        for state in self.holders.leaving.values():
+            if state.leaving and state.leases and state.slot is SlotState.RESIDENT:
+                state.leaving = False
+                if not state.departing:
+                    self._rules.notify_stays(state)
+                return state
         return None
 
     @property
     def next_tick(self) -> float | None:
-        """When the head, if it waits, will be past its age, or somebody may be picked for it."""
+        """When the head will starve, or another holder becomes evictable; None if never."""
         head = self._head
         if head is None:
             return None
-        waits = self._no_room is not None and self._no_room[0] == _pending_load(head)
-        due = self._no_room[1] if self._no_room and waits else self._next_chance(head)
+        waits = self._blocked is not None and self._blocked[0] == _head_identity(head)
+        due = self._blocked[1] if self._blocked and waits else self._next_attempt_at(head)
         return due if self.now < due < float("inf") else None
 
-    def _next_chance(self, head: AdapterState) -> float:
+    def _next_attempt_at(self, head: AdapterState) -> float:
         due = [self._starves_at(head)]
         if self._min_residency:
-            due += [self._evictable_at(life) for life in self.holders.spare.values()]
+            due += [self._evictable_at(state) for state in self.holders.evictable.values()]
         return min((time for time in due if self.now < time), default=float("inf"))
 
     def _make_room(self, head: AdapterState, sizes: tuple[int, ...]) -> AdapterState | None:
-        """Wait for what drains, else pick a victim, in the order of the policy.
+        """Wait for draining slots if they suffice, else pick a victim in the policy's order.
 
-        Who is told to go and still leased may take long, or stay: it is waited for, and not
-        another one told, only if nobody could go now.
+        A leaving adapter with leases may take long, or stay. Rely on it only if no holder can be
+        evicted at once.
         """
-        going = list(self.holders.going.values())
-        free_soon = [life.grant for life in going if life.grant and not life.leases]
+        going = list(self.holders.leaving.values())
+        free_soon = [state.grant for state in going if state.grant and not state.leases]
         if self._residency.fits_after(free_soon, sizes):
             return None
-        victim = self._unused()
+        victim = self._first_evictable()
         if victim is None:
-            if self._residency.fits_after([life.grant for life in going if life.grant], sizes):
+            if self._residency.fits_after([state.grant for state in going if state.grant], sizes):
                 return None
             if self.now >= self._starves_at(head):
-                victim = next((life for life in self._ranked() if may_go(life)), None)
+                victim = next(
+                    (state for state in self._holders_ranked() if is_evictable(state)), None
+                )
         if victim is not None:
             self._rules.leave(victim)
         return victim
 
     @property
     def _head(self) -> AdapterState | None:
-        key = self.line.head
+        key = self.queue.head
         return None if key is None else self._states[key]
 
-    def _ranked(self) -> Iterator[AdapterState]:
+    def _holders_ranked(self) -> Iterator[AdapterState]:
         return (self._states[key] for key in self._residency.ranked())
 
-    def _unused(self) -> AdapterState | None:
-        """The first that could go now, if any."""
-        if not any(self.now >= self._evictable_at(life) for life in self.holders.spare.values()):
+    def _first_evictable(self) -> AdapterState | None:
+        """Return the first of the ranking that can be evicted now, if any."""
+        if not any(
+            self.now >= self._evictable_at(state) for state in self.holders.evictable.values()
+        ):
             return None
-        spare = (life for life in self._ranked() if life.key in self.holders.spare)
-        return next((life for life in spare if self.now >= self._evictable_at(life)), None)
+        spare = (state for state in self._holders_ranked() if state.key in self.holders.evictable)
+        return next((state for state in spare if self.now >= self._evictable_at(state)), None)
 
-    def _evictable_at(self, life: AdapterState) -> float:
-        return life.resident_since + self._min_residency
+    def _evictable_at(self, state: AdapterState) -> float:
+        return state.resident_since + self._min_residency
 
-    def _starves_at(self, life: AdapterState) -> float:
-        if not life.waiters.has_foreground:
+    def _starves_at(self, state: AdapterState) -> float:
+        if not state.waiters.has_foreground:
             return float("inf")
-        return life.waiters.oldest + self._starvation_age
+        return state.waiters.oldest + self._starvation_age
 
     def _too_large(self, sizes: tuple[int, ...], *, pinned: int) -> CapacityError:
         beside = f" beside {pinned} pinned adapters" if pinned else ""
@@ -386,74 +391,76 @@ class SlotQueue:
         )
 
 
-def _pending_load(head: AdapterState) -> _Wish:
+def _head_identity(head: AdapterState) -> _HeadIdentity:
     return head.key, head.waiters.oldest, head.waiters.has_foreground
 
 
 class CopyQueue:
-    """Adapters with groups that can be copied and are not submitted yet.
+    """Rule 9: the adapters with groups that can be copied and are not submitted.
 
-    They share the way to the device by bytes (self-clocked fair queueing): each has its turn when
-    it would have moved its next group had all moved equally much, so that a large adapter does not
-    hold up small ones, and small ones do not starve it. `turn` is how far those have come whose
-    copies are done: what is in flight when somebody arrives counts against who moves it.
+    They share the bandwidth to the device by bytes (self-clocked fair queueing), so that a large
+    adapter does not delay small ones, and small ones do not starve it. `virtual_time` follows the
+    copies that are done: bytes in flight when an adapter arrives count against their owner.
     """
 
     def __init__(self, rules: LifecycleRules) -> None:
-        self.turn = 0
+        self.virtual_time = 0
         self._rules = rules
-        self._least = max(1, rules.residency.copies_free // COPIES_AHEAD)
-        self._queue: dict[AdapterKey, AdapterState] = {}
-        self._line: PriorityQueue[tuple[bool, int, int]] = PriorityQueue()
+        self._min_copies = max(1, rules.residency.copies_free // COPIES_AHEAD)
+        self._adapters: dict[AdapterKey, AdapterState] = {}
+        self._queue: PriorityQueue[tuple[bool, int, int]] = PriorityQueue()
 
-    def update(self, life: AdapterState) -> None:
-        """Let the queue see that `life` has changed."""
-        if life.slot is not SlotState.FILLING or not life.fetched & ~life.submitted:
-            self._queue.pop(life.key, None)
-            self._line.update(life.key, None)
+    def update(self, state: AdapterState) -> None:
+        """Update the queue after a change of `state`."""
+        if state.slot is not SlotState.FILLING or not state.fetched & ~state.submitted:
+            self._adapters.pop(state.key, None)
+            self._queue.update(state.key, None)
             return
-        if life.key not in self._queue:
-            life.copy_turn = max(life.copy_turn, self.turn)
-            self._queue[life.key] = life
-        self._line.update(life.key, _copy_order(life) if self._may_add(life) else None)
+        if state.key not in self._adapters:
+            state.service_tag = max(state.service_tag, self.virtual_time)
+            self._adapters[state.key] = state
+        self._queue.update(state.key, _copy_order(state) if self._may_submit(state) else None)
 
     def submit(self) -> None:
-        """Submit while there is room: foreground first, then whoever's turn is next."""
+        """Submit copies while there is room: foreground first, then the least finish tag."""
         residency = self._rules.residency
-        while residency.copies_free and (key := self._line.head) is not None:
-            life = self._queue[key]
-            group = life.next_copy
-            assert life.grant is not None
-            life.submitted |= 1 << group
-            life.copying += 1
-            life.copy_turn += life.grant.extents[group].nbytes
+        while residency.copies_free and (key := self._queue.head) is not None:
+            state = self._adapters[key]
+            group = state.next_copy
+            assert state.grant is not None
+            state.submitted |= 1 << group
+            state.copying += 1
+            state.service_tag += state.grant.extents[group].nbytes
             residency.copies_free -= 1
-            image = life.image[group] if life.image is not None else None
-            warm = bool(life.imaged >> group & 1)
-            self._rules.command(CopyGroup(life.key, life.grant, group, image, warm))
-            self.update(life)
+            image = state.image[group] if state.image is not None else None
+            warm = bool(state.imaged >> group & 1)
+            self._rules.command(CopyGroup(state.key, state.grant, group, image, warm))
+            self.update(state)
 
-    def copied(self, life: AdapterState) -> None:
-        """One of the copies of `life` ended."""
-        life.copying -= 1
+    def copied(self, state: AdapterState) -> None:
+        """Record the end of one copy of `state`."""
+        state.copying -= 1
         self._rules.residency.copies_free += 1
-        if life.slot is not SlotState.DRAINING and life.needs is not None:
-            self.turn = max(self.turn, life.copy_turn - life.copying * life.needs.largest)
-            self.update(life)
+        if state.slot is not SlotState.DRAINING and state.needs is not None:
+            self.virtual_time = max(
+                self.virtual_time, state.service_tag - state.copying * state.needs.largest
+            )
+            self.update(state)
 
-    def _may_add(self, life: AdapterState) -> bool:
-        """Whoever comes next must not find the way full of one adapter's large groups.
+    def _may_submit(self, state: AdapterState) -> bool:
+        """Return whether `state` may have another copy in flight.
 
-        Nor all threads at work on a merge, which is computed as it is copied.
+        One adapter's large groups must not delay the next one's. A merge is computed while it is
+        copied, and must not occupy every thread.
         """
-        assert life.needs is not None
-        if isinstance(life.key, MergedKey):
-            return not life.copying
-        return life.copying < max(self._least, IN_FLIGHT_BYTES // life.needs.largest)
+        assert state.needs is not None
+        if isinstance(state.key, MergedKey):
+            return not state.copying
+        return state.copying < max(self._min_copies, IN_FLIGHT_BYTES // state.needs.largest)
 
 
-def _copy_order(life: AdapterState) -> tuple[bool, int, int]:
-    foreground = life.leases > 0 or life.waiters.has_foreground
-    if life.grant is None or life.needs is None:
+def _copy_order(state: AdapterState) -> tuple[bool, int, int]:
+    foreground = state.leases > 0 or state.waiters.has_foreground
+    if state.grant is None or state.needs is None:
         return (not foreground, 0, 0)
-    return (not foreground, life.copy_turn + life.needs.largest, life.grant.slot.generation)
+    return (not foreground, state.service_tag + state.needs.largest, state.grant.slot.generation)

@@ -1,4 +1,4 @@
-"""Budgets of device and host: who holds what, and in which order they must make room."""
+"""The budgets of device memory, held file pages and pinned images, and their eviction order."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from lorax_async.lifecycle.policies import EvictionPolicy
 from lorax_async.types import AdapterKey
 
 FIXED_COST = 4 << 20
-"""What a reload costs besides its bytes, in bytes that could be read meanwhile."""
+"""The fixed cost of a reload, in bytes that could be read in the same time."""
 
 
 def reload_cost(needs: GroupSizes) -> float:
-    """What has to be read, once the adapter has gone, to have it back; in bytes."""
+    """Return the cost of loading an evicted adapter again, in bytes."""
     return FIXED_COST + (needs.file_nbytes or sum(needs.group_nbytes))
 
 
 class Residency:
-    """Owns the slots and the arena. Claiming and picking happen in one synchronous step.
+    """The slots and the arena of a device.
 
     Parameters
     ----------
@@ -29,9 +29,9 @@ class Residency:
     max_slots
         Columns of the device's tables.
     copies
-        Copies that may be in flight at once.
+        The number of copies that may be in flight at once.
     policy
-        In which order those that hold a slot have to go.
+        Ranks the slot holders for eviction.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Residency:
         self._generation = 0
 
     def claim(self, key: AdapterKey, needs: GroupSizes) -> SlotGrant | None:
-        """A slot and all extents, or nothing."""
+        """Claim a slot and all extents, or return None."""
         if not self._free_slots:
             return None
         extents = self.arena.allocate(needs.group_nbytes)
@@ -65,18 +65,18 @@ class Residency:
         return grant
 
     def release(self, key: AdapterKey, grant: SlotGrant, *, evicted: bool) -> None:
-        """Take back what was claimed; `evicted` if the policy had picked it."""
+        """Free a grant; `evicted` if the policy picked it."""
         self.arena.free(grant.extents)
         self._free_slots.append(grant.slot.index)
         self.policy.remove(key, evicted=evicted)
         self.evictions += evicted
 
     def ranked(self) -> Iterator[AdapterKey]:
-        """Holders of slots, the first to go first."""
+        """Return the slot holders in eviction order."""
         return self.policy.ranked()
 
     def fits_beside(self, staying: Iterable[SlotGrant], sizes: tuple[int, ...]) -> bool:
-        """Whether there would be room if `staying` alone kept what they hold."""
+        """Return whether `sizes` would fit if only `staying` kept their extents."""
         grants = tuple(staying)
         if not grants:
             return sum(-(-size // self._alignment) for size in sizes) * self._alignment <= (
@@ -87,7 +87,7 @@ class Residency:
         return len(grants) < self.max_slots and arena.can_allocate(sizes)
 
     def fits_after(self, departing: Iterable[SlotGrant], sizes: tuple[int, ...]) -> bool:
-        """Whether there is room once `departing`, which somebody is waiting for, are gone."""
+        """Return whether `sizes` will fit once `departing` are freed; False if there are none."""
         grants = tuple(departing)
         if not grants:
             return False
@@ -102,7 +102,7 @@ class Residency:
 
 
 class HostBudget:
-    """Bytes of files held in host memory, by key; what was only read ahead counts nothing."""
+    """The budget of file bytes held in host memory. Pages that were only read ahead count 0."""
 
     def __init__(self, nbytes: int, policy: EvictionPolicy) -> None:
         self.nbytes = nbytes
@@ -110,7 +110,7 @@ class HostBudget:
         self.held: dict[AdapterKey, int] = {}
         self.leaving: set[AdapterKey] = set()
         self.populating: AdapterKey | None = None
-        """One at a time: foreground loads share the disk with one at most."""
+        """At most one adapter at a time: populating competes with foreground loads for the disk."""
         self.policy = policy
         self.evictions = 0
 
@@ -120,8 +120,8 @@ class HostBudget:
             self.held[key] = nbytes
             self.policy.admit(key, nbytes, cost)
 
-    def pick(self, key: AdapterKey, *, evicted: bool) -> None:
-        """It is on its way out; its bytes are free when it has gone."""
+    def mark_leaving(self, key: AdapterKey, *, evicted: bool) -> None:
+        """Remove `key` from the ranking; its bytes count until `release`."""
         if key in self.held:
             self.leaving.add(key)
             self.policy.remove(key, evicted=evicted)
@@ -137,7 +137,7 @@ class HostBudget:
 
 
 class ImageBudget:
-    """An arena of page-locked memory, whose extents hold adapters as they lie on the device."""
+    """An arena of pinned host memory. Its extents hold adapters in the device's format."""
 
     def __init__(self, nbytes: int, alignment: int, policy: EvictionPolicy) -> None:
         self.arena = Arena(nbytes, alignment)
@@ -145,15 +145,15 @@ class ImageBudget:
         self.policy = policy
         self.evictions = 0
 
-    def give(self, life: AdapterState, extents: tuple[Extent, ...], cost: float) -> None:
-        life.image = extents
-        self.policy.admit(life.key, sum(extent.nbytes for extent in extents), cost)
+    def assign(self, state: AdapterState, extents: tuple[Extent, ...], cost: float) -> None:
+        state.image = extents
+        self.policy.admit(state.key, sum(extent.nbytes for extent in extents), cost)
 
-    def drop(self, life: AdapterState, *, evicted: bool = False) -> None:
-        """Take the image away, if there is one."""
-        if life.image is not None:
-            self.arena.free(life.image)
-            self.policy.remove(life.key, evicted=evicted)
+    def drop(self, state: AdapterState, *, evicted: bool = False) -> None:
+        """Free the adapter's image, if it has one."""
+        if state.image is not None:
+            self.arena.free(state.image)
+            self.policy.remove(state.key, evicted=evicted)
             self.evictions += evicted
-            life.image = None
-            life.imaged = 0
+            state.image = None
+            state.imaged = 0

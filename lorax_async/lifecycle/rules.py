@@ -1,4 +1,4 @@
-"""Decisions about one adapter at a time: rules 1 to 6, and the moves that several rules share."""
+"""Rules 1 to 6, which decide about one adapter, and the moves that several rules share."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from lorax_async.lifecycle.transitions import (
 
 
 class LifecycleRules:
-    """Takes the decisions that are due for one adapter; collects the commands they need.
+    """Apply rules 1 to 6 to one adapter and collect the commands.
 
-    `touched` are others that lost something to it, and have to be settled too.
+    `touched` holds other adapters that lost memory to it and must be settled too.
     """
 
     def __init__(self, residency: Residency, host: HostBudget, images: ImageBudget) -> None:
@@ -50,210 +50,215 @@ class LifecycleRules:
         commands, self._commands = self._commands, []
         return commands
 
-    def settle(self, life: AdapterState) -> None:
-        """Apply rules 1 to 6 until nothing changes. A rule returns whether it changed something."""
+    def settle(self, state: AdapterState) -> None:
+        """Apply rules 1 to 6 until none changes the state. Each rule returns whether it did."""
         while (
-            self._serve(life)
-            or self._slot_unwanted(life)
-            or self._evicted(life)
-            or self._slot_quiesced(life)
-            or self._host_unwanted(life)
-            or self._unloaded(life)
-            or self._file_unwanted(life)
-            or self.file_quiesced(life)
-            or self._fetch(life)
+            self._serve(state)
+            or self._drain_unwanted_slot(state)
+            or self._evict(state)
+            or self._free_quiesced_slot(state)
+            or self._drop_unwanted_host(state)
+            or self._finish_unload(state)
+            or self._cancel_unwanted_fetch(state)
+            or self.free_quiesced_file(state)
+            or self._fetch(state)
         ):
             pass
 
-    def reached(self, life: AdapterState, tier: WantedTier) -> bool:
-        if tier >= WantedTier.STREAM and (life.departing or self.closing):
+    def has_reached(self, state: AdapterState, tier: WantedTier) -> bool:
+        if tier >= WantedTier.STREAM and (state.departing or self.closing):
             return False
-        if life.slot is SlotState.RESIDENT:
+        if state.slot is SlotState.RESIDENT:
             return True
         if tier is WantedTier.STREAM:
-            return life.slot is SlotState.FILLING
-        if tier is WantedTier.DEVICE or life.file is not FileState.PRESENT:
+            return state.slot is SlotState.FILLING
+        if tier is WantedTier.DEVICE or state.file is not FileState.PRESENT:
             return False
-        return tier is WantedTier.DISK or life.in_host
+        return tier is WantedTier.DISK or state.in_host
 
-    def _serve(self, life: AdapterState) -> bool:
-        """Rule 1. A foreground wish for the device becomes a lease; a prefetch just leaves."""
-        tiers = {tier for tier, _ in life.waiters.kinds if self.reached(life, tier)}
-        served = life.waiters.of_tiers(tiers) if tiers else []
+    def _serve(self, state: AdapterState) -> bool:
+        """Rule 1. Serve waiters whose tier is reached; a foreground one for a slot gets a lease."""
+        tiers = {tier for tier, _ in state.waiters.kinds if self.has_reached(state, tier)}
+        served = state.waiters.of_tiers(tiers) if tiers else []
         for waiter in served:
-            life.waiters.remove(waiter.id)
+            state.waiters.remove(waiter.id)
             leases = waiter.tier >= WantedTier.STREAM and waiter.foreground
             if leases:
-                life.leases += 1
-            self.command(ServeWaiter(life.key, waiter.id, life.grant if leases else None))
+                state.leases += 1
+            self.command(ServeWaiter(state.key, waiter.id, state.grant if leases else None))
         return bool(served)
 
-    def touch(self, life: AdapterState) -> None:
-        """Somebody asked for what has a slot: that is a use of all that keeps it near."""
-        self.residency.policy.use(life.key)
-        self.host.use(life.key)
-        if life.image is not None:
-            self.images.policy.use(life.key)
+    def touch(self, state: AdapterState) -> None:
+        """Count a use of the slot, and of the host copies behind it."""
+        self.residency.policy.use(state.key)
+        self.host.use(state.key)
+        if state.image is not None:
+            self.images.policy.use(state.key)
 
-    def _slot_unwanted(self, life: AdapterState) -> bool:
-        """Rule 2."""
-        if life.slot is not SlotState.FILLING or life.leases:
+    def _drain_unwanted_slot(self, state: AdapterState) -> bool:
+        """Rule 2. Drain a slot that is filling without lease or waiter."""
+        if state.slot is not SlotState.FILLING or state.leases:
             return False
-        if life.wants_slot and not life.departing:
+        if state.wants_slot and not state.departing:
             return False
-        self.drain(life, next_slot_state(life.slot, SlotMove.UNWANTED))
+        self.drain(state, next_slot_state(state.slot, SlotMove.UNWANTED))
         return True
 
-    def _evicted(self, life: AdapterState) -> bool:
-        """Rule 3; rule 8 picks by marking `leaving`. What was pushed out goes on in host memory."""
-        if life.slot is not SlotState.RESIDENT or life.leases or life.pins:
+    def _evict(self, state: AdapterState) -> bool:
+        """Rule 3. Drain a slot marked `leaving` by rule 8; keep the adapter in host memory."""
+        if state.slot is not SlotState.RESIDENT or state.leases or state.pins:
             return False
-        if not (life.departing or self.closing):
+        if not (state.departing or self.closing):
             return False
-        holdable = life.needs is not None and life.needs.holdable
-        near = life.has_whole_image or life.host in (HostState.POPULATING, HostState.HELD)
-        life.demoted = holdable and not (near or life.unloads or self.closing)
-        self.drain(life, next_slot_state(life.slot, SlotMove.EVICTED))
+        holdable = state.needs is not None and state.needs.holdable
+        near = state.has_whole_image or state.host in (HostState.POPULATING, HostState.HELD)
+        state.demoted = holdable and not (near or state.unloads or self.closing)
+        self.drain(state, next_slot_state(state.slot, SlotMove.EVICTED))
         return True
 
-    def _slot_quiesced(self, life: AdapterState) -> bool:
-        """Rule 4. The column is cleared before anybody else can be given the slot or its bytes.
+    def _free_quiesced_slot(self, state: AdapterState) -> bool:
+        """Rule 4. Free a drained slot. Its column is cleared before the slot can be granted again.
 
-        What broke is zeroed before that, and no earlier: a kernel may be reading it.
+        Zero a broken slot first, but not while a kernel may be reading it.
         """
-        if life.slot is not SlotState.DRAINING or life.grant is None:
+        if state.slot is not SlotState.DRAINING or state.grant is None:
             return False
-        if life.copying or life.uses or life.leases:
+        if state.copying or state.uses or state.leases:
             return False
-        if life.broken:
-            if not life.wiping:
-                life.wiping = True
-                self.command(WipeExtents(life.key, life.grant))
+        if state.broken:
+            if not state.wiping:
+                state.wiping = True
+                self.command(WipeExtents(state.key, state.grant))
             return False
-        life.slot = next_slot_state(life.slot, SlotMove.QUIESCED)
-        self.command(ClearColumn(life.key, life.grant))
-        self.residency.release(life.key, life.grant, evicted=life.leaving)
-        life.vacate()
+        state.slot = next_slot_state(state.slot, SlotMove.QUIESCED)
+        self.command(ClearColumn(state.key, state.grant))
+        self.residency.release(state.key, state.grant, evicted=state.leaving)
+        state.vacate()
         return True
 
-    def _host_unwanted(self, life: AdapterState) -> bool:
-        """Rule 7, its other half: what must go now goes whoever waits."""
-        unloaded = life.unloads > 0 and life.slot is SlotState.NONE
-        gone = unloaded or self.closing or life.file is FileState.ENDING
+    def _drop_unwanted_host(self, state: AdapterState) -> bool:
+        """Rule 7, second half. Release host memory that must go regardless of waiters."""
+        unloaded = state.unloads > 0 and state.slot is SlotState.NONE
+        gone = unloaded or self.closing or state.file is FileState.ENDING
         if not gone:
             return False
-        life.demoted = False
-        if life.image is not None and not life.copying and life.slot is not SlotState.FILLING:
-            self.images.drop(life)
-        if life.host is not HostState.HELD:
+        state.demoted = False
+        if state.image is not None and not state.copying and state.slot is not SlotState.FILLING:
+            self.images.drop(state)
+        if state.host is not HostState.HELD:
             return False
-        if life.is_held:
-            self.release_host(life)
+        if state.is_held:
+            self.release_host(state)
         else:
-            life.host = HostState.NONE  # it was read ahead: there is nothing to let go
+            state.host = HostState.NONE  # only read ahead: there is nothing to release
         return True
 
-    def release_host(self, life: AdapterState, *, evicted: bool = False) -> None:
-        self.host.pick(life.key, evicted=evicted)
-        life.host = HostState.RELEASING
-        self.command(ReleasePages(life.key, life.attempt))
+    def release_host(self, state: AdapterState, *, evicted: bool = False) -> None:
+        self.host.mark_leaving(state.key, evicted=evicted)
+        state.host = HostState.RELEASING
+        self.command(ReleasePages(state.key, state.attempt))
 
-    def _unloaded(self, life: AdapterState) -> bool:
-        """Nothing is left of it in memory; whoever waits for it may claim again."""
-        if not life.unloads or life.slot is not SlotState.NONE:
+    def _finish_unload(self, state: AdapterState) -> bool:
+        """Finish an unload once nothing is left in memory. Waiters may then claim again."""
+        if not state.unloads or state.slot is not SlotState.NONE:
             return False
-        if life.host is not HostState.NONE or life.image is not None:
+        if state.host is not HostState.NONE or state.image is not None:
             return False
-        life.unloads = 0
-        self.command(NotifyUnloaded(life.key))
+        state.unloads = 0
+        self.command(NotifyUnloaded(state.key))
         return True
 
-    def _file_unwanted(self, life: AdapterState) -> bool:
-        """Rule 5. With all spans here the fetch finishes: unverified bytes may be leased."""
-        if life.file is not FileState.FETCHING or life.has_interest:
+    def _cancel_unwanted_fetch(self, state: AdapterState) -> bool:
+        """Rule 5. Cancel a fetch without interest, unless all its spans have arrived.
+
+        A complete one must finish verifying, because its bytes may be leased.
+        """
+        if state.file is not FileState.FETCHING or state.has_interest:
             return False
-        if life.has_arrived:
+        if state.has_arrived:
             return False
-        life.file = next_file_state(life.file, FileMove.UNWANTED)
-        self.command(CancelFetch(life.key, life.attempt))
+        state.file = next_file_state(state.file, FileMove.UNWANTED)
+        self.command(CancelFetch(state.key, state.attempt))
         return True
 
-    def file_quiesced(self, life: AdapterState) -> bool:
-        """Rule 4."""
-        if life.file is not FileState.ENDING:
+    def free_quiesced_file(self, state: AdapterState) -> bool:
+        """Rule 4. Free the state of a file that is ENDING, once no work uses it."""
+        if state.file is not FileState.ENDING:
             return False
-        if life.fetch_running or life.copying or life.host is not HostState.NONE:
+        if state.fetch_running or state.copying or state.host is not HostState.NONE:
             return False
-        self.images.drop(life)
-        life.file = next_file_state(life.file, FileMove.QUIESCED)
-        life.needs = None
-        life.fetched = 0
+        self.images.drop(state)
+        state.file = next_file_state(state.file, FileMove.QUIESCED)
+        state.needs = None
+        state.fetched = 0
         return True
 
-    def _fetch(self, life: AdapterState) -> bool:
-        """Rule 6."""
-        if life.file is not FileState.ABSENT or not life.waiters or self.closing:
+    def _fetch(self, state: AdapterState) -> bool:
+        """Rule 6. Start a fetch for a waiter."""
+        if state.file is not FileState.ABSENT or not state.waiters or self.closing:
             return False
-        if life.slot is SlotState.RESIDENT:
+        if state.slot is SlotState.RESIDENT:
             return False
-        life.file = next_file_state(life.file, FileMove.FETCH)
-        life.attempt += 1
-        life.fetch_running = True
-        self.command(StartFetch(life.key, life.attempt))
+        state.file = next_file_state(state.file, FileMove.FETCH)
+        state.attempt += 1
+        state.fetch_running = True
+        self.command(StartFetch(state.key, state.attempt))
         return True
 
-    def fail(self, life: AdapterState, error: LoraxError, waiters: list[int] | None = None) -> None:
-        failed = tuple([w.id for w in life.waiters] if waiters is None else waiters)
+    def fail(
+        self, state: AdapterState, error: LoraxError, waiters: list[int] | None = None
+    ) -> None:
+        failed = tuple([w.id for w in state.waiters] if waiters is None else waiters)
         for waiter in failed:
-            life.waiters.remove(waiter)
+            state.waiters.remove(waiter)
         if failed:
-            self.command(FailWaiters(life.key, failed, error))
+            self.command(FailWaiters(state.key, failed, error))
 
-    def leave(self, life: AdapterState) -> None:
-        """Pick the slot: it takes no new lease and goes with the last."""
-        life.leaving = True
-        self.notify_leaving(life)
+    def leave(self, state: AdapterState) -> None:
+        """Mark a slot for eviction: it takes no new lease and ends with its last one."""
+        state.leaving = True
+        self.notify_leaving(state)
 
-    def notify_leaving(self, life: AdapterState) -> None:
-        if life.grant is not None and not life.told:
-            life.told = True
-            self.command(NotifyLeaving(life.key, life.grant))
+    def notify_leaving(self, state: AdapterState) -> None:
+        if state.grant is not None and not state.leave_notified:
+            state.leave_notified = True
+            self.command(NotifyLeaving(state.key, state.grant))
 
-    def notify_stays(self, life: AdapterState) -> None:
-        """Nobody wants it gone any more."""
-        if self.closing or life.slot not in (SlotState.FILLING, SlotState.RESIDENT):
+    def notify_stays(self, state: AdapterState) -> None:
+        """Take back `notify_leaving`: neither eviction nor an unload asks for the slot."""
+        if self.closing or state.slot not in (SlotState.FILLING, SlotState.RESIDENT):
             return
-        if life.grant is not None and life.told:
-            life.told = False
-            self.command(NotifyStays(life.key, life.grant))
+        if state.grant is not None and state.leave_notified:
+            state.leave_notified = False
+            self.command(NotifyStays(state.key, state.grant))
 
-    def drain(self, life: AdapterState, slot_state: SlotState) -> None:
-        self.notify_leaving(life)
-        life.slot = slot_state
-        life.pins = 0
+    def drain(self, state: AdapterState, slot_state: SlotState) -> None:
+        self.notify_leaving(state)
+        state.slot = slot_state
+        state.pins = 0
 
-    def notify_broken(self, life: AdapterState, error: LoraxError) -> None:
-        assert life.grant is not None
-        life.broken = True
-        self.command(BreakSlot(life.key, life.grant, error))
+    def notify_broken(self, state: AdapterState, error: LoraxError) -> None:
+        assert state.grant is not None
+        state.broken = True
+        self.command(BreakSlot(state.key, state.grant, error))
 
     def break_slot(
-        self, life: AdapterState, error: LoraxError, states: tuple[SlotState, ...]
+        self, state: AdapterState, error: LoraxError, states: tuple[SlotState, ...]
     ) -> None:
-        if life.slot in states:
-            self.notify_broken(life, error)
-            self.drain(life, next_slot_state(life.slot, SlotMove.FILE_FAILED))
+        if state.slot in states:
+            self.notify_broken(state, error)
+            self.drain(state, next_slot_state(state.slot, SlotMove.FILE_FAILED))
 
-    def distrust(self, life: AdapterState, error: LoraxError) -> None:
-        """Its fetch failed: nothing that came of it may be used, or stay."""
-        self.fail(life, error)
-        if life.slot is SlotState.DRAINING:
-            life.broken = True  # nobody holds it any more, but there it is
-        self.break_slot(life, error, (SlotState.FILLING, SlotState.RESIDENT))
+    def reject_fetched(self, state: AdapterState, error: LoraxError) -> None:
+        """Discard the bytes of a fetch that failed: none may be used or kept."""
+        self.fail(state, error)
+        if state.slot is SlotState.DRAINING:
+            state.broken = True  # not leased any more, but its bytes are still there
+        self.break_slot(state, error, (SlotState.FILLING, SlotState.RESIDENT))
 
-    def lose(self, life: AdapterState, error: LoraxError) -> None:
-        was_present = life.file is FileState.PRESENT
-        life.file = next_file_state(life.file, FileMove.LOST)
+    def lose(self, state: AdapterState, error: LoraxError) -> None:
+        was_present = state.file is FileState.PRESENT
+        state.file = next_file_state(state.file, FileMove.LOST)
         if was_present:
-            self.fail(life, error)
-            self.break_slot(life, error, (SlotState.FILLING,))
+            self.fail(state, error)
+            self.break_slot(state, error, (SlotState.FILLING,))

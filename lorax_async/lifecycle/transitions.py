@@ -1,7 +1,7 @@
-"""The two tables of moves: every legal step of an adapter's file and of its slot stands here.
+"""The two tables of moves: every legal step of an adapter's file and of its slot.
 
-Outcomes are what the driver reports; decisions are taken by `Lifecycle` alone. A move without a row
-raises and changes nothing. The state diagrams of docs/architecture.md are drawn from these tables.
+The driver reports outcomes; `Lifecycle` alone makes decisions. A move without a row raises and
+changes nothing. The state diagrams in docs/architecture.md are generated from these tables.
 """
 
 from __future__ import annotations
@@ -96,16 +96,20 @@ SLOT_MOVES: Mapping[tuple[SlotState, SlotMove], SlotState] = {
 
 
 def next_file_state(state: FileState, move: FileMove) -> FileState:
-    """Where `move` leads a file, or `InvalidTransitionError`."""
+    """Return the file state after `move`. Raises `InvalidTransitionError` if there is none."""
     try:
         return FILE_MOVES[state, move]
     except KeyError:
-        raise InvalidTransitionError(f"a file that is {state.value} met {move.value!r}") from None
+        raise InvalidTransitionError(
+            f"no move {move.value!r} for a file that is {state.value}"
+        ) from None
 
 
 def next_slot_state(state: SlotState, move: SlotMove) -> SlotState:
-    """Where `move` leads a slot, or `InvalidTransitionError`."""
+    """Return the slot state after `move`. Raises `InvalidTransitionError` if there is none."""
     try:
         return SLOT_MOVES[state, move]
     except KeyError:
-        raise InvalidTransitionError(f"a slot that is {state.value} met {move.value!r}") from None
+        raise InvalidTransitionError(
+            f"no move {move.value!r} for a slot that is {state.value}"
+        ) from None

@@ -1,4 +1,4 @@
-"""Calls of a loader as spans of OpenTelemetry. Needs `opentelemetry-api`, as its user has."""
+"""OpenTelemetry spans of a loader's calls. Needs `opentelemetry-api`."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer
 from lorax_async.errors import LoraxError, Stage
 from lorax_async.events import Event, LayerReady, Resident, SlotGranted
 from lorax_async.loader import AdapterLoader
-from lorax_async.runtime.waiters import Found
+from lorax_async.runtime.waiters import Hit
 from lorax_async.types import AdapterKey, Ref, text_of
 
 _ORDER: tuple[Stage, ...] = ("resolve", "fetch", "queue", "copy", "ready")
 
 
 class LoadSpans:
-    """A span of `tracer` for each call of `load`, `stream` and `pin`, with its stages as children.
+    """Record a span of `tracer` for each call of `load`, `stream` and `pin`, with child spans.
 
-    A call's span is a child of whatever span is current where the call is made, and ends as the
-    call does: `stream` ends when it is entered, and its "copy" with it. Stages are those of
-    docs/errors.md, as a caller waits for them: "resolve", "fetch" (until the header is checked),
-    "queue", "copy" (with "stage"). An adapter that was resident has a "resolve" alone. Errors are
-    recorded on the call's span, and on that of the stage.
+    A call's span is a child of the caller's current span and ends with the call: that of `stream`
+    ends, with its "copy", when it is entered. Children are the stages of docs/errors.md in which
+    the caller waits: "resolve", "fetch" (until the header is checked), "queue" and "copy" (which
+    includes "stage"). A call for a resident adapter has only "resolve". Errors are recorded on the
+    call's span and on the stage's.
 
     Parameters
     ----------
     loader
-        Open. Nobody else watches its calls; this is made and closed on its event loop.
+        Open, with no other watcher of its calls. Create and close this on its event loop.
     tracer
-        The program's own. Nothing is taken from OpenTelemetry's globals but the current span.
+        The program's own. Of OpenTelemetry's globals, only the current span is used.
 
-    Raises `UsageError` if the loader is not open, or watched already.
+    Raises `UsageError` if the loader is not open, or has a watcher already.
     """
 
     def __init__(self, loader: AdapterLoader, tracer: Tracer) -> None:
         self._tracer = tracer
         self._calls: dict[Span, _Call] = {}
         self._by_key: dict[AdapterKey, list[_Call]] = {}
-        self._leave_calls = loader.watch_calls(self)
-        self._leave_events = loader.subscribe(self._hear)
+        self._unwatch = loader.watch_calls(self)
+        self._unsubscribe = loader.subscribe(self._on_event)
 
     def __enter__(self) -> Self:
         return self
@@ -57,11 +57,11 @@ class LoadSpans:
         self.close()
 
     def close(self) -> None:
-        """Begin no more spans; those of calls under way end with them. Idempotent."""
-        self._leave_calls()
-        self._leave_events()
+        """Begin no more spans; spans of calls in progress end with the calls. Idempotent."""
+        self._unwatch()
+        self._unsubscribe()
 
-    # -- what the loader tells ---------------------------------------------------------------------
+    # -- callbacks of the loader -------------------------------------------------------------------
 
     @contextmanager
     def call(self, name: str, ref: Ref) -> Iterator[None]:
@@ -79,19 +79,19 @@ class LoadSpans:
                 raise
             finally:
                 del self._calls[span]
-                self._want(call, None)
+                self._set_key(call, None)
                 call.end()
 
-    def wished(self, key: AdapterKey, found: Found, stage: Stage) -> None:
+    def wanted(self, key: AdapterKey, hit: Hit, stage: Stage) -> None:
         call = self._calls.get(trace.get_current_span())
         if call is not None:
-            self._want(call, key)
-            call.wished(found, stage)
+            self._set_key(call, key)
+            call.locate(hit, stage)
 
     def checked(self, key: AdapterKey) -> None:
         self._reach(key, "queue")
 
-    def _hear(self, event: Event) -> None:
+    def _on_event(self, event: Event) -> None:
         if isinstance(event, SlotGranted):
             self._reach(event.key, "copy")
         elif isinstance(event, Resident):
@@ -104,20 +104,20 @@ class LoadSpans:
         for call in self._by_key.get(key, ()):
             call.reach(stage)
 
-    def _want(self, call: _Call, key: AdapterKey | None) -> None:
-        """Which adapter the call waits for from here on; None: for none."""
+    def _set_key(self, call: _Call, key: AdapterKey | None) -> None:
+        """Set the adapter that the call waits for; None for none."""
         before, call.key = call.key, key
         if before is not None:
-            its = self._by_key[before]
-            its.remove(call)
-            if not its:
+            calls = self._by_key[before]
+            calls.remove(call)
+            if not calls:
                 del self._by_key[before]
         if key is not None:
             self._by_key.setdefault(key, []).append(call)
 
 
 class _Call:
-    """One call under way: its span, and that of the stage it is in, if it waits in one."""
+    """A call in progress: its span, and the child span of its current stage, if any."""
 
     def __init__(self, tracer: Tracer, span: Span) -> None:
         self.key: AdapterKey | None = None
@@ -128,13 +128,13 @@ class _Call:
         self._has_layer = False
         self._enter("resolve")
 
-    def wished(self, found: Found, stage: Stage) -> None:
-        """Where the adapter is now that is wanted. Again, if it has to be fetched again."""
+    def locate(self, found: Hit, stage: Stage) -> None:
+        """Record the tier at which the adapter was found. Called again for a re-fetch."""
         self._span.set_attribute("lorax.found", found)
         self._enter(stage)
 
     def reach(self, stage: Stage) -> None:
-        """The adapter has come so far; others may have brought it further before."""
+        """Enter `stage`, unless the call is in a later one because of other calls."""
         if _ORDER.index(stage) > _ORDER.index(self._stage):
             self._enter(stage)
 
@@ -144,7 +144,10 @@ class _Call:
             self._span.add_event("first layer ready", {"lorax.layer": layer})
 
     def fail(self, error: BaseException) -> None:
-        """The call's own span is told by whoever began it, but of a cancellation."""
+        """Record an error on the stage's span, and a cancellation on the call's.
+
+        `start_as_current_span` records other errors on the call's span.
+        """
         if not isinstance(error, Exception):
             self._span.add_event("cancelled")
             return
@@ -155,7 +158,7 @@ class _Call:
             self._child.set_status(Status(StatusCode.ERROR, type(error).__name__))
 
     def end(self) -> None:
-        """No more stages."""
+        """End the current stage's span. Idempotent."""
         child, self._child = self._child, None
         if child is not None:
             child.end()
@@ -164,5 +167,5 @@ class _Call:
         self.end()
         self._stage = stage
         if stage != "ready":
-            around = trace.set_span_in_context(self._span)
-            self._child = self._tracer.start_span(f"lorax {stage}", context=around)
+            context = trace.set_span_in_context(self._span)
+            self._child = self._tracer.start_span(f"lorax {stage}", context=context)

@@ -1,5 +1,12 @@
-"""What is moved where. Pure.
+"""Plan which bytes of an adapter go where on the device, and which rows use which slot.
 
-`layout` says what a base model offers, `pairing` matches an adapter's tensors to it, `sharding`
-cuts both for one rank, `transfer_plan` places each byte, `batch_plan` orders a batch's rows.
+- `layout`: the modules, shapes and layers of a base model
+- `pairing`: match an adapter's A and B tensors to the modules of a layout
+- `sharding`: cut a layout and an adapter for one rank of a tensor-parallel server
+- `transfer_plan`: place every tensor in an extent; the moves and staging windows that fill it
+- `merge_plan`: plan the computed file of a merge
+- `batch_plan`: order a batch's rows by slot and rank
+
+The package is pure: no I/O, torch, threads or clock. It may know `formats`, the sizes that
+`lifecycle` needs, `types`, `config` and `errors`.
 """

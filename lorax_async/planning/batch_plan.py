@@ -1,4 +1,4 @@
-"""Which rows of a batch belong to which adapter slot, as plain integers."""
+"""Assign the rows of a batch to adapter slots, in plain integers."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import NamedTuple
 from lorax_async.errors import HandleClosedError
 
 BASE_ONLY = -1
-"""The slot of rows that no adapter touches."""
+"""The slot of rows without an adapter."""
 
 TILE_ROWS = 16
-"""Rows that a kernel takes at a time, unless said otherwise."""
+"""The default number of rows per kernel tile."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenSegments:
     """A partition of a batch's tokens into runs of one slot.
 
-    Segment i is the rows `bounds[i]` to `bounds[i + 1]` (not included) and belongs to `slots[i]`.
-    No segment is empty and no two neighbours share a slot, so equal batches have equal segments.
+    Segment i is the rows `bounds[i]` to `bounds[i + 1]` (exclusive), of slot `slots[i]`. No segment
+    is empty and no two neighbours share a slot, so equal batches have equal segments.
     """
 
     bounds: tuple[int, ...]
@@ -32,7 +32,7 @@ class TokenSegments:
 
 
 def plan_rows(slots: Sequence[int], lengths: Sequence[int]) -> TokenSegments:
-    """Segments of a batch whose i-th sequence has `lengths[i]` tokens and uses `slots[i]`.
+    """Return the segments of a batch whose i-th sequence has `lengths[i]` tokens in `slots[i]`.
 
     The order of the sequences is kept. Raises ValueError for a negative length, a slot below
     `BASE_ONLY`, or sequences of different sizes.
@@ -40,7 +40,7 @@ def plan_rows(slots: Sequence[int], lengths: Sequence[int]) -> TokenSegments:
     bounds, merged = [0], list[int]()
     for slot, length in zip(slots, lengths, strict=True):
         if length < 0 or slot < BASE_ONLY:
-            raise ValueError(f"a sequence cannot have slot {slot} and {length} tokens")
+            raise ValueError(f"invalid sequence: slot {slot}, {length} tokens")
         if length == 0:
             continue
         if merged and merged[-1] == slot:
@@ -52,7 +52,7 @@ def plan_rows(slots: Sequence[int], lengths: Sequence[int]) -> TokenSegments:
 
 
 class SlotRef(NamedTuple):
-    """A slot and which of its tenants; the base's is `NOWHERE`."""
+    """A slot and the generation of its occupant; `NO_SLOT` for the base."""
 
     slot: int
     generation: int
@@ -62,34 +62,34 @@ NO_SLOT = SlotRef(BASE_ONLY, -1)
 
 
 class SlotOccupant(NamedTuple):
-    """Who has a slot now: its generation, and its rank."""
+    """The present occupant of a slot."""
 
     generation: int
     rank: int
 
 
-_NOBODY = SlotOccupant(-2, 0)
+_VACANT = SlotOccupant(-2, 0)
 
 Tile = tuple[int, int, int]
-"""(segment, start, stop): rows from start to stop, not included, of one segment."""
+"""(segment, start, stop): rows [start, stop) of one segment."""
 
 RankGroup = tuple[int, int, int]
-"""(rank, first, stop): segments from first to stop, not included, of one rank; 0 is the base's."""
+"""(rank, first, stop): segments [first, stop) of one rank; rank 0 is the base."""
 
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """A batch in the order in which kernels want it.
+    """A batch in the order that kernels need.
 
     Attributes
     ----------
     order
-        `order[i]` is which of the given sequences is the i-th: by rank, then by slot, then as
-        given. The base's are the first.
+        `order[i]` is the input position of the i-th sequence, sorted by rank, then slot, then
+        input position. Sequences of the base come first.
     segments
-        Of the rows in that order; each slot has one.
+        The segments of the rows in that order, one per slot.
     tiles
-        The segments in pieces of a kernel's size, in order. They do not cross segments.
+        The segments cut into tiles, in order. No tile crosses segments.
     groups
         The segments by rank, in order.
     """
@@ -107,23 +107,23 @@ def plan_batch(
     *,
     tile_rows: int = TILE_ROWS,
 ) -> BatchPlan:
-    """Plan for a batch whose i-th sequence has `lengths[i]` tokens and its adapter at `places[i]`.
+    """Plan a batch whose i-th sequence has `lengths[i]` tokens and its adapter at `places[i]`.
 
     Parameters
     ----------
     places, lengths
-        Of the sequences, in any order. Each has at least one token.
-    tenants
-        Who has which slot now.
+        One per sequence, in any order. Each sequence has at least one token.
+    lease_table
+        The present occupant of each slot.
     tile_rows
-        The most rows of a tile.
+        The maximum number of rows per tile.
 
     Raises
     ------
     HandleClosedError
-        A sequence's slot has another tenant now, or none.
+        A sequence's slot has another occupant by now, or none.
     ValueError
-        A sequence without tokens, or sequences of different sizes.
+        A sequence has no tokens, or `places` and `lengths` differ in length.
     """
     if len(places) != len(lengths) or min(lengths, default=1) < 1:
         raise ValueError("each sequence of a batch has a place and at least one token")
@@ -131,15 +131,15 @@ def plan_batch(
     latest: SlotRef | None = None
     for number, place in enumerate(places):
         if place is not latest:  # those of one adapter mostly come together
-            here = members.setdefault(place, [])
+            sequences = members.setdefault(place, [])
             latest = place
-        here.append(number)
+        sequences.append(number)
     order, bounds, slots, ranks = list[int](), [0], list[int](), list[int]()
     tokens = 0
-    for rank, slot, there in _by_rank(members, lease_table):
-        for number in there:
+    for rank, slot, sequences in _by_rank(members, lease_table):
+        for number in sequences:
             tokens += lengths[number]
-        order += there
+        order += sequences
         bounds.append(tokens)
         slots.append(slot)
         ranks.append(rank)
@@ -150,33 +150,33 @@ def plan_batch(
 def _by_rank(
     members: Mapping[SlotRef, list[int]], lease_table: Mapping[int, SlotOccupant]
 ) -> list[tuple[int, int, list[int]]]:
-    """Rank, slot and sequences of each place, by rank and slot: no slot is there twice."""
-    found = []
-    for place, here in members.items():
+    """Return rank, slot and sequences of each place, sorted. No slot occurs twice."""
+    entries = []
+    for place, sequences in members.items():
         slot, generation = place
-        occupant = lease_table.get(slot, _NOBODY)
+        occupant = lease_table.get(slot, _VACANT)
         if occupant[0] != generation:
-            _refuse(place, lease_table)
-        found.append((occupant[1], slot, here))
-    found.sort()
-    return found
+            _raise_closed(place, lease_table)
+        entries.append((occupant[1], slot, sequences))
+    entries.sort()
+    return entries
 
 
 def require_current(places: Sequence[SlotRef], lease_table: Mapping[int, SlotOccupant]) -> None:
-    """Raise `HandleClosedError` for the first place that has another tenant now, or none."""
+    """Raise `HandleClosedError` for the first place that has another occupant by now, or none."""
     for place in places:
-        if lease_table.get(place.slot, _NOBODY)[0] != place.generation:
-            _refuse(place, lease_table)
+        if lease_table.get(place.slot, _VACANT)[0] != place.generation:
+            _raise_closed(place, lease_table)
 
 
-def _refuse(place: SlotRef, lease_table: Mapping[int, SlotOccupant]) -> None:
-    """Unless it is the base's, which has no slot that anybody could take."""
+def _raise_closed(place: SlotRef, lease_table: Mapping[int, SlotOccupant]) -> None:
+    """Raise `HandleClosedError`, except for the base, which has no slot."""
     if place == NO_SLOT:
         return
     occupant = lease_table.get(place.slot)
-    now = "nobody" if occupant is None else f"generation {occupant.generation}"
+    current = "no occupant" if occupant is None else f"generation {occupant.generation}"
     raise HandleClosedError(
-        f"a row is of generation {place.generation} of slot {place.slot}, which {now} has by now"
+        f"a row uses generation {place.generation} of slot {place.slot}, which has {current} by now"
     )
 
 

@@ -1,4 +1,4 @@
-"""What a base model offers to adapters: its linear modules, their shapes and their layers."""
+"""The modules of a base model that adapters can change, with their shapes and layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorax_async.errors import ConfigError
 
 
 class Parallelism(Enum):
-    """How tensor parallelism cuts a module: by output rows, by input columns, or not at all."""
+    """How tensor parallelism cuts a module: by output or input features, or not at all."""
 
     COLUMN = "column"
     ROW = "row"
@@ -22,10 +22,10 @@ class Parallelism(Enum):
 
 @dataclass(frozen=True, slots=True)
 class FusedPart:
-    """Features of a module's output that tensor parallelism cuts by themselves: a fused q, say.
+    """Output features that tensor parallelism cuts separately, for example the q of a fused qkv.
 
-    `unit` features stay together, as those of one attention head do. Where ranks outnumber the
-    units, several hold the same one if it is `replicable`, as heads of k and v are.
+    `unit` features stay together, like those of an attention head. If there are more ranks than
+    units and the part is `replicable` (k and v heads), several ranks hold the same unit.
     """
 
     size: int
@@ -40,20 +40,20 @@ class Module:
     Attributes
     ----------
     name
-        Its path in the base model, as `named_modules` spells it.
+        Its path in the base model, as in `named_modules`.
     in_features, out_features
         An adapter's A is `[rank, in_features]`, its B `[out_features, rank]`.
     layer
-        The layer group it is loaded with: -1 before the layers, 0 … L-1, L after them.
+        Its layer group: -1 before the layers, 0 … L-1, L after them.
     parallel
-        How it is cut between devices.
+        How tensor parallelism cuts it.
     transposed
-        The base stores its weight as `[in, out]` (GPT-2's Conv1D). A and B are not affected.
+        Whether the base stores the weight as `[in, out]` (GPT-2's Conv1D). Does not affect A and B.
     parts
-        Of the output, where it is fused or has heads: their sizes sum to `out_features`. Empty:
-        one part, cut anywhere.
+        The parts of a fused output or one with heads; their sizes sum to `out_features`. Empty
+        means one part that can be cut anywhere.
     embedding
-        It looks rows up: `in_features` is the size of the vocabulary.
+        Whether it is an embedding; `in_features` is then the size of the vocabulary.
     """
 
     name: str
@@ -73,19 +73,19 @@ class ModelLayout:
     Parameters
     ----------
     modules
-        In any order; kept sorted by layer, within one as given. Tables of a device are indexed by
-        the position in this sorted tuple.
+        In any order; stored in layer order, stably sorted. The position in this sorted tuple
+        indexes the device's tables.
     num_layers
-        L, the number of layers.
+        The number of layers, L.
     dtype
-        What the model computes in: "F32", "F16" or "BF16".
+        The dtype the model computes in: "F32", "F16" or "BF16".
     backbone_prefix
-        What the names of a headed model have before those of its backbone ("model."), or "".
+        The prefix of the backbone's names in a model with a head ("model."), or "".
 
     Raises
     ------
     ConfigError
-        No such model is possible.
+        The values are inconsistent.
     """
 
     modules: tuple[Module, ...]
@@ -101,7 +101,7 @@ class ModelLayout:
                 f"layout: dtype must be one of {', '.join(DTYPES.values())}, not {self.dtype!r}"
             )
         if not ordered or self.num_layers < 1:
-            raise ConfigError("layout: a model has at least one layer and one linear module")
+            raise ConfigError("layout: a model needs at least one layer and one linear module")
         for module in ordered:
             self._check(module)
         if len(self._index) < len(ordered):
@@ -116,9 +116,9 @@ class ModelLayout:
                 f"outside -1 … {self.num_layers}"
             )
         if any(part.unit < 1 or part.size < 1 or part.size % part.unit for part in module.parts):
-            raise ConfigError(f"layout: a part has whole units, not {module.parts}")
+            raise ConfigError(f"layout: parts need positive whole units, not {module.parts}")
         if module.parts and sum(part.size for part in module.parts) != module.out_features:
-            raise ConfigError(f"layout: the parts of {module.name!r} are not its output")
+            raise ConfigError(f"layout: the parts of {module.name!r} do not sum to its output")
 
     def __hash__(self) -> int:
         return hash(self.fingerprint)
@@ -129,7 +129,7 @@ class ModelLayout:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits of the SHA-256 over every field, the same in every process."""
+        """The first 16 hexadecimal digits of a SHA-256 over every field, equal in every process."""
         words = [str(self.num_layers), self.dtype, self.backbone_prefix]
         for m in self.modules:
             words += [ascii(m.name), str(m.in_features), str(m.out_features), str(m.layer)]
@@ -138,31 +138,31 @@ class ModelLayout:
         return sha256("\0".join(words).encode()).hexdigest()[:16]
 
     def replicate(self, *names: str) -> ModelLayout:
-        """Return this layout with modules that every rank holds whole, as small ones may be.
+        """Return this layout with the named modules replicated on every rank.
 
-        A name is a module's path, or its last words ("lm_head", "attn.c_attn"). Raises
-        `ConfigError` for one that no module has.
+        A name is a module's path or the end of one ("lm_head", "attn.c_attn"). Raises
+        `ConfigError` for a name without a module.
         """
         for name in names:
             if not any(_ends_with(module.name, name) for module in self.modules):
                 raise ConfigError(f"layout: no module is called {name!r}")
-        whole = tuple(
+        modules = tuple(
             replace(module, parallel=Parallelism.REPLICATED)
             if any(_ends_with(module.name, name) for name in names)
             else module
             for module in self.modules
         )
-        return replace(self, modules=whole)
+        return replace(self, modules=modules)
 
     def index(self, name: str) -> int:
-        """The position of the module of this name; KeyError where the base has none."""
+        """Return the position of the module `name`; raise KeyError if there is none."""
         return self._index[name]
 
     def resolve(self, path: str) -> int | None:
-        """The position of the module that an adapter means by `path`, or None.
+        """Return the position of the module that an adapter calls `path`, or None.
 
-        An adapter trained on the bare backbone leaves out the prefix (`layers.0…` for
-        `model.layers.0…`); the base's own spelling comes first.
+        An adapter trained on the bare backbone omits the prefix (`layers.0…` for
+        `model.layers.0…`); an exact match comes first.
         """
         index = self._index
         found = index.get(path)

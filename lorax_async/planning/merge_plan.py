@@ -1,4 +1,4 @@
-"""What a merge consists of: a file that is computed, and which bytes make it up."""
+"""Plan a merge: the computed file, and the bytes of its parts that it is made of."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SUFFIXES = (".lora_A.weight", ".lora_B.weight")
 
 
 class PartFile(NamedTuple):
-    """One adapter of a merge, as it was opened: config, header, and the size of its weights."""
+    """One adapter of a merge: its config, header and size of weights."""
 
     config: bytes
     prefix: bytes
@@ -54,7 +54,7 @@ class Piece(NamedTuple):
 class MergedTensor(NamedTuple):
     """A `[rank, in]` or B `[out, rank]` of one module, at [start, stop) of the merged file.
 
-    The pieces may fill less than the rank; the rest is zero.
+    Where the pieces have less than the full rank, the rest is zero.
     """
 
     factor: TensorRole
@@ -64,17 +64,16 @@ class MergedTensor(NamedTuple):
     pieces: tuple[Piece, ...]
 
     def is_padded(self, merge: Merge) -> bool:
-        """Return whether the pieces fill less than the rank."""
+        """Return whether the pieces have less than the full rank."""
         along = 0 if self.factor is TensorRole.A else 1
         ranks = [piece.span.shape[along] for piece in self.pieces]
         return (sum(ranks) if merge.strategy == "linear" else ranks[0]) < self.shape[along]
 
 
 class NewLayers(NamedTuple):
-    """The layers that PEFT's `add_weighted_adapter` makes, and initialises, before it merges.
+    """The layers that PEFT's `add_weighted_adapter` creates and initialises before it merges.
 
-    `sizes` are in and out features in the model's order; `start` is the config's
-    `init_lora_weights`.
+    `sizes` are (in, out) features in the model's order; `start` is `init_lora_weights`.
     """
 
     rank: int
@@ -103,19 +102,19 @@ class MergePlan:
 def plan_merge(
     key: MergedKey, parts: Sequence[PartFile], layout: ModelLayout, *, dtype: str, limits: Limits
 ) -> MergePlan:
-    """Check every part as a load of it would, and the parts against each other. Pure.
+    """Check every part as a load of it would, and the parts against each other.
 
     Raises
     ------
     AdapterFormatError, IncompatibleAdapterError, UnsupportedAdapterError
-        The text names the part, or the module.
+        The message names the part or the module.
     """
     merge = key.merge
     specs: list[AdapterSpec] = []
     pieces: dict[int, list[tuple[TensorPair, int]]] = {}
     for number, part in enumerate(parts):
         try:
-            spec, pairs = _pairs(part, layout, limits)
+            spec, pairs = _pair_part(part, layout, limits)
         except LoraxError as error:
             raise error.prefixed(part_words(key, number)) from error.__cause__
         specs.append(spec)
@@ -124,7 +123,7 @@ def plan_merge(
     modules = [layout.modules[module] for module in sorted(pieces)]
     paired = [pieces[module] for module in sorted(pieces)]
     needed = {
-        module.name: _rank(merge, module.name, pairs, limits)
+        module.name: _merged_rank(merge, module.name, pairs, limits)
         for module, pairs in zip(modules, paired, strict=True)
     }
     config, ranks = write_config(needed, {spec.base_model for spec in specs}, limits)
@@ -148,12 +147,12 @@ def plan_merge(
     )
     check_size(places[-1][1], "in its merged file", limits)
     sizes = tuple((module.in_features, module.out_features) for module in modules)
-    new_layers = NewLayers(_largest_rank(specs[0]), sizes, _start(parts[0].config, limits))
+    new_layers = NewLayers(_largest_rank(specs[0]), sizes, _initialisation(parts[0].config, limits))
     return MergePlan(config, prefix, dtype, tensors, new_layers)
 
 
 def part_words(key: MergedKey, number: int) -> str:
-    """Return how an error of one part begins: with its name, not the folder that it lies in."""
+    """Return the prefix of an error about one part: its number and its name without the folder."""
     name = str(key.merge.parts[number]).rstrip("/").rpartition("/")[2]
     return f"part {number + 1} ({shorten(name, 100)!r}): "
 
@@ -161,13 +160,13 @@ def part_words(key: MergedKey, number: int) -> str:
 def write_config(
     ranks: Mapping[str, int], bases: set[str | None], limits: Limits
 ) -> tuple[bytes, dict[str, int]]:
-    """Return a config that gives each module its rank and the scale 1, and the ranks that it gives.
+    """Return a config with scale 1 and a rank per module, and the resulting ranks.
 
-    Where a config cannot tell the modules' ranks apart, or would be too long, all have the largest.
+    If a config cannot express the ranks, or would be too long, all modules get the largest.
     """
     base = next(iter(bases)) if len(bases) == 1 else None
     config = _config(ranks, base)
-    if _gives(config, ranks, limits):
+    if _config_expresses(config, ranks, limits):
         return config, dict(ranks)
     padded = dict.fromkeys(ranks, max(ranks.values()))
     return _config(padded, base), padded
@@ -187,8 +186,8 @@ def _config(ranks: Mapping[str, int], base: str | None) -> bytes:
     return json.dumps(config, separators=(",", ":")).encode()
 
 
-def _gives(config: bytes, ranks: Mapping[str, int], limits: Limits) -> bool:
-    """Return whether every module has its rank by this config: a name may end in another's."""
+def _config_expresses(config: bytes, ranks: Mapping[str, int], limits: Limits) -> bool:
+    """Return whether the config gives every module its rank: a name may be another's suffix."""
     exceptions = len(ranks) - max(Counter(ranks.values()).values())
     characters = sum(2 * len(_tensor_name(name, TensorRole.A)) for name in ranks)
     if exceptions > MAX_PATTERNS or 2 * exceptions * characters > MAX_MATCHING_STEPS:
@@ -203,7 +202,7 @@ def _tensor_name(module: str, factor: TensorRole) -> str:
     return f"{PREFIX}{module}.lora_{factor.value}.weight"
 
 
-def _pairs(
+def _pair_part(
     part: PartFile, layout: ModelLayout, limits: Limits
 ) -> tuple[AdapterSpec, list[TensorPair]]:
     spec = parse_config(part.config, limits)
@@ -211,13 +210,13 @@ def _pairs(
     for span in header.tensors:
         if not span.name.endswith(_SUFFIXES):
             raise UnsupportedAdapterError(
-                f"tensor {shorten(span.name, 200)!r} is of more than plain LoRA, which alone can be"
+                f"tensor {shorten(span.name, 200)!r} is not plain LoRA, and only plain LoRA can be"
                 " merged; load this adapter by itself"
             )
     return spec, pair_tensors(header, spec, layout, limits)
 
 
-def _rank(
+def _merged_rank(
     merge: Merge, module: str, pairs: Sequence[tuple[TensorPair, int]], limits: Limits
 ) -> int:
     ranks = [pair.rank for pair, _ in pairs]
@@ -231,7 +230,7 @@ def _rank(
     if merge.strategy != "linear":
         if len(set(ranks)) > 1:
             raise IncompatibleAdapterError(
-                f"module {module!r}: {merge.strategy!r} merges equal ranks, and the parts have"
+                f"module {module!r}: {merge.strategy!r} merges equal ranks, but the parts have"
                 f" {shown}; 'linear' merges any"
             )
         return ranks[0]
@@ -255,7 +254,7 @@ def _largest_rank(spec: AdapterSpec) -> int:
     return max(chain([spec.rank], (int(entry.value) for entry in spec.rank_patterns)))
 
 
-def _start(config: bytes, limits: Limits) -> object:
+def _initialisation(config: bytes, limits: Limits) -> object:
     members = parse_object(
         config, what=WHAT, max_bytes=limits.max_config_bytes, max_depth=limits.max_json_depth
     )

@@ -1,4 +1,4 @@
-"""An adapter's tensors, put together by module and checked against the config and the base."""
+"""Pair an adapter's tensors by module, and check them against the config and the base."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ from lorax_async.formats.safetensors import Header, TensorSpan
 from lorax_async.planning.layout import ModelLayout, Module
 from lorax_async.types import AdapterSpec
 
-_MAX_SCALE = 3.4028234663852886e38  # of float32, in which the device's table holds it
-_SHOWN = 3
+_MAX_SCALE = 3.4028234663852886e38  # the largest float32, the dtype of the device's table
+_SHOWN = 3  # names in an error
 
 _PARTS = tuple(TensorRole)
-_PLACES = len(_PARTS)  # of one module
+_PARTS_PER_MODULE = len(_PARTS)
 _FLAGS = {TensorRole.BIAS: "lora_bias", TensorRole.MAGNITUDE: "use_dora"}
 
 MAX_MATCHING_STEPS = 200_000_000
-"""Of patterns over module paths: about a second, and ten times what the largest bases need."""
+"""The limit for matching patterns with paths: about 1 s, ten times the need of large bases."""
 
 
 class TensorPair(NamedTuple):
-    """The tensors of one module, an index into the layout; a tuple, for there are hundreds.
+    """The tensors of one module. A tuple, because an adapter has hundreds.
 
-    `vectors` are `[out]`, as B's rows, and there is one at most: the bias beside B, or a magnitude.
+    `module` indexes the layout's modules. `vectors` has at most one entry, of shape `[out]`: the
+    bias of B or DoRA's magnitude.
     """
 
     module: int
@@ -53,49 +54,52 @@ class TensorPair(NamedTuple):
 def pair_tensors(
     header: Header, spec: AdapterSpec, layout: ModelLayout, limits: Limits
 ) -> list[TensorPair]:
-    """One pair per module that the adapter changes, in the order of the layout.
+    """Return one pair per module that the adapter changes, in the order of the layout.
 
     Raises
     ------
     AdapterFormatError
-        The file does not hold pairs of A and B of the rank that the config says, or not the
-        vectors that it says.
+        The tensors are not pairs of the config's rank, or its vectors are missing.
     IncompatibleAdapterError
-        The base has no such modules, or of other shapes; or none that `target_modules` names, or
-        none of those in `layers_to_transform`.
+        The base lacks the modules or has other shapes; or it has none of `target_modules` in
+        `layers_to_transform`.
     UnsupportedAdapterError
-        A tensor, a dtype or a rank that is not accepted.
+        A tensor, a dtype or a rank is not supported.
     """
     places = _locate(header.tensors, layout)
     _require_targets(spec.targets, header.tensors, layout)
     _require_layers(spec, header.tensors, layout)
     modules = layout.modules
-    plain = not (spec.rank_patterns or spec.alpha_patterns)
-    if not plain:
+    uniform = not (spec.rank_patterns or spec.alpha_patterns)
+    if not uniform:
         check_matching(spec, (span.name for span in places.values()))
     rank, scale = 0, 0.0
-    if plain:  # all modules alike: an error names the first
+    if uniform:  # an error names the first module
         names = (parse_tensor_name(span.name).module for span in header.tensors)
         rank, scale = _rank_and_scale(next(names, ""), spec, limits)
     pairs: list[TensorPair] = []
-    misfits: list[str] = []
-    wanted = _wanted_vector(spec)
-    for place in sorted([place for place in places if place % _PLACES == 0]):
+    mismatches: list[str] = []
+    expected = _expected_vector(spec)
+    for place in sorted([place for place in places if place % _PARTS_PER_MODULE == 0]):
         a, b = places[place], places.get(place + 1)
         if b is None:
-            raise _orphan(a, "B")
-        if not plain:
+            raise _orphan_error(a, "B")
+        if not uniform:
             rank, scale = _rank_and_scale(parse_tensor_name(a.name).module, spec, limits)
-        module = modules[place // _PLACES]
+        module = modules[place // _PARTS_PER_MODULE]
         fits = a.shape == (rank, module.in_features) and b.shape == (module.out_features, rank)
         if not fits:
-            misfits.append(_describe_misfit(a, b, rank, module))
-        vectors = () if wanted is None else _vectors(places, place, wanted, module)
-        pairs.append(TensorPair(place // _PLACES, module.layer, a, b, rank, scale, vectors))
-    if (2 if wanted is None else 3) * len(pairs) < len(places):
-        raise _surplus(places, wanted)
-    if misfits:
-        raise IncompatibleAdapterError(f"wrong shapes for this base: {_first(misfits, 'module')}")
+            mismatches.append(_describe_mismatch(a, b, rank, module))
+        vectors = () if expected is None else _pick_vector(places, place, expected, module)
+        pairs.append(
+            TensorPair(place // _PARTS_PER_MODULE, module.layer, a, b, rank, scale, vectors)
+        )
+    if (2 if expected is None else 3) * len(pairs) < len(places):
+        raise _surplus_error(places, expected)
+    if mismatches:
+        raise IncompatibleAdapterError(
+            f"wrong shapes for this base: {_list_first(mismatches, 'module')}"
+        )
     if spec.fan_in_fan_out:
         require_transposed([modules[pair.module] for pair in pairs])
     return pairs
@@ -111,17 +115,18 @@ def _require_targets(
     """
     if not targets or (isinstance(targets, str) and targets.lower() == "all-linear"):
         return
-    paths = _paths(spans, layout)
+    paths = _iter_paths(spans, layout)
     if isinstance(targets, str):
         named = _matches_any(targets, paths)
     else:
         wanted = frozenset(targets)
-        named = any(not wanted.isdisjoint(_tails(path)) for path in paths)
+        named = any(not wanted.isdisjoint(_suffixes(path)) for path in paths)
     if not named:
         shown = [repr(name) for name in ((targets,) if isinstance(targets, str) else targets)]
         raise IncompatibleAdapterError(
             "the base has none of the target_modules in adapter_config.json:"
-            f" {_first(shown, 'name')}; use the base it was trained on, or correct target_modules"
+            f" {_list_first(shown, 'name')}; use the base it was trained on, or correct"
+            " target_modules"
         )
 
 
@@ -135,21 +140,22 @@ def _require_layers(spec: AdapterSpec, spans: Sequence[TensorSpan], layout: Mode
         return
     layers = {str(layer) for layer in spec.layers}
     wanted = None if spec.targets is None else frozenset(spec.targets)
-    for path in _paths(spans, layout):
+    for path in _iter_paths(spans, layout):
         if wanted is not None and path in wanted:
             return
         if not layers.isdisjoint(path.split(".")) and (
-            wanted is None or not wanted.isdisjoint(_tails(path))
+            wanted is None or not wanted.isdisjoint(_suffixes(path))
         ):
             return
     shown = [str(layer) for layer in spec.layers]
     raise IncompatibleAdapterError(
         "the base has target_modules in none of the layers_to_transform in adapter_config.json:"
-        f" {_first(shown, 'layer')}; use the base it was trained on, or correct layers_to_transform"
+        f" {_list_first(shown, 'layer')}; use the base it was trained on, or correct"
+        " layers_to_transform"
     )
 
 
-def _paths(spans: Sequence[TensorSpan], layout: ModelLayout) -> Iterator[str]:
+def _iter_paths(spans: Sequence[TensorSpan], layout: ModelLayout) -> Iterator[str]:
     """Yield the module paths of the adapter, then those of the base.
 
     The adapter's own spelling nearly always decides at the first tensor.
@@ -158,7 +164,7 @@ def _paths(spans: Sequence[TensorSpan], layout: ModelLayout) -> Iterator[str]:
     return chain(own, (module.name for module in layout.modules))
 
 
-def _tails(path: str) -> Iterator[str]:
+def _suffixes(path: str) -> Iterator[str]:
     """Yield the path, and each end of it that begins after a dot."""
     while path:
         yield path
@@ -166,7 +172,7 @@ def _tails(path: str) -> Iterator[str]:
 
 
 def _matches_any(pattern: str, paths: Iterable[str]) -> bool:
-    """Return whether the pattern may match one of the paths; True where re2 cannot tell in time."""
+    """Return whether the pattern may match a path; True if matching takes too many steps."""
     try:
         matches, size = compile_pattern(pattern)
     except UnsupportedAdapterError:
@@ -179,17 +185,17 @@ def _matches_any(pattern: str, paths: Iterable[str]) -> bool:
     return False
 
 
-def _wanted_vector(spec: AdapterSpec) -> TensorRole | None:
-    """What each module has besides A and B; PEFT has no adapters with both."""
+def _expected_vector(spec: AdapterSpec) -> TensorRole | None:
+    """Return the vector that each module needs besides A and B. PEFT has no adapters with two."""
     if spec.dora:
         return TensorRole.MAGNITUDE
     return TensorRole.BIAS if spec.lora_bias else None
 
 
-def _vectors(
+def _pick_vector(
     places: Mapping[int, TensorSpan], place: int, part: TensorRole, module: Module
 ) -> tuple[tuple[TensorRole, TensorSpan], ...]:
-    """The vector of the module whose A is at `place`, of as many elements as B has rows."""
+    """Return the vector of the module whose A is at `place`, one element per row of B."""
     flag, shown = _FLAGS[part], shorten(module.name, 200)
     if part is TensorRole.BIAS and module.embedding:
         raise UnsupportedAdapterError(
@@ -211,22 +217,27 @@ def _vectors(
     return ((part, vector),)
 
 
-def _surplus(places: Mapping[int, TensorSpan], wanted: TensorRole | None) -> AdapterFormatError:
-    """There are tensors that no pair took: B or a vector without A, or vectors unannounced."""
+def _surplus_error(
+    places: Mapping[int, TensorSpan], expected: TensorRole | None
+) -> AdapterFormatError:
+    """Explain tensors left over: B or a vector without A, or a vector without its flag."""
     for place, span in places.items():
-        part = _PARTS[place % _PLACES]
-        if place - place % _PLACES not in places:
-            return _orphan(span, "A")
-        if part in _FLAGS and part is not wanted:
+        part = _PARTS[place % _PARTS_PER_MODULE]
+        if place - place % _PARTS_PER_MODULE not in places:
+            return _orphan_error(span, "A")
+        if part in _FLAGS and part is not expected:
             break
     return AdapterFormatError(
-        f"tensor {shorten(span.name, 200)!r} is there and adapter_config.json does not set"
+        f"tensor {shorten(span.name, 200)!r} is present, but adapter_config.json does not set"
         f" {_FLAGS[part]}; save the adapter again, or correct the config"
     )
 
 
 def require_transposed(modules: Sequence[Module]) -> None:
-    """False is PEFT's default and says nothing; with True, PEFT was shown an [in, out] weight."""
+    """Raise unless the base stores one of these modules as [in, out], as fan_in_fan_out claims.
+
+    The default, False, claims nothing.
+    """
     linears = [module for module in modules if not module.embedding]
     if linears and not any(module.transposed for module in linears):
         raise IncompatibleAdapterError(
@@ -237,7 +248,7 @@ def require_transposed(modules: Sequence[Module]) -> None:
 
 @lru_cache(maxsize=16)
 def _known_places(_layout: ModelLayout) -> dict[str, int]:
-    """Names met before → 4 · module + part. Only names that the layout has: so it is bounded."""
+    """Return a cache of tensor name → 4 · module + part, bounded by the layout's names."""
     return {}
 
 
@@ -245,28 +256,30 @@ def _locate(tensors: Sequence[TensorSpan], layout: ModelLayout) -> dict[int, Ten
     known = _known_places(layout)
     found: dict[int, TensorSpan] = {}
     count = 0
-    strays: list[str] = []
+    unknown: list[str] = []
     for span in tensors:
         place = known.get(span.name)
         if place is None:
             place = _place(span.name, layout)
             if place is None:
-                strays.append(span.name)
+                unknown.append(span.name)
                 continue
             known[span.name] = place
         found[place] = span
         count += 1
-    if strays:
-        raise IncompatibleAdapterError(f"the base has no such module: {_first(strays, 'tensor')}")
+    if unknown:
+        raise IncompatibleAdapterError(
+            f"the base has no such module: {_list_first(unknown, 'tensor')}"
+        )
     if not count:
-        # The base's own answers under the adapter's name are never what its author saved.
+        # Serving the bare base under the adapter's name would be a silent error.
         raise AdapterFormatError("the file holds no tensors; save the adapter again")
     if len(found) < count:
-        raise _doubled(tensors, known)
+        raise _duplicate_error(tensors, known)
     if {span.dtype for span in tensors}.difference(WEIGHT_DTYPES):
-        strange = next(span for span in tensors if span.dtype not in WEIGHT_DTYPES)
+        offender = next(span for span in tensors if span.dtype not in WEIGHT_DTYPES)
         raise UnsupportedAdapterError(
-            f"tensor {shorten(strange.name, 200)!r} is {strange.dtype}; save the adapter as"
+            f"tensor {shorten(offender.name, 200)!r} is {offender.dtype}; save the adapter as"
             f" {', '.join(WEIGHT_DTYPES)}"
         )
     return found
@@ -281,13 +294,13 @@ def _place(name: str, layout: ModelLayout) -> int | None:
     if parsed.embedding not in {None, embedding}:
         kinds = ("a linear module", "an embedding")
         raise IncompatibleAdapterError(
-            f"tensor {shorten(name, 200)!r} is for {kinds[not embedding]}, and the base has"
+            f"tensor {shorten(name, 200)!r} is for {kinds[not embedding]}, but the base has"
             f" {kinds[embedding]} there; use the base it was trained on"
         )
-    return _PLACES * index + _PARTS.index(parsed.part)
+    return _PARTS_PER_MODULE * index + _PARTS.index(parsed.part)
 
 
-def _doubled(tensors: Sequence[TensorSpan], known: Mapping[str, int]) -> AdapterFormatError:
+def _duplicate_error(tensors: Sequence[TensorSpan], known: Mapping[str, int]) -> AdapterFormatError:
     first: dict[int, str] = {}
     for span in tensors:
         if (other := first.setdefault(known[span.name], span.name)) != span.name:
@@ -299,7 +312,10 @@ def _doubled(tensors: Sequence[TensorSpan], known: Mapping[str, int]) -> Adapter
 
 
 def check_matching(spec: AdapterSpec, names: Iterable[str]) -> None:
-    """Matching is linear in pattern and path, but a stranger may bring many of both."""
+    """Raise `UnsupportedAdapterError` if matching all patterns with all names takes too long.
+
+    Matching is linear in pattern and path, but an untrusted config may have many of both.
+    """
     steps = sum(pattern.cost for pattern in (*spec.rank_patterns, *spec.alpha_patterns))
     if steps * sum(map(len, names)) > MAX_MATCHING_STEPS:
         raise UnsupportedAdapterError(
@@ -316,17 +332,17 @@ def _rank_and_scale(module: str, spec: AdapterSpec, limits: Limits) -> tuple[int
     scale = spec.scale_of(module, rank)
     if not abs(scale) <= _MAX_SCALE:
         raise AdapterFormatError(
-            f"module {shorten(module, 200)!r} would be scaled by {scale}, which no float32 holds;"
-            " correct lora_alpha or alpha_pattern in adapter_config.json"
+            f"module {shorten(module, 200)!r} would be scaled by {scale}, which float32 cannot"
+            " hold; correct lora_alpha or alpha_pattern in adapter_config.json"
         )
     return rank, scale
 
 
-def _describe_misfit(a: TensorSpan, b: TensorSpan, rank: int, module: Module) -> str:
+def _describe_mismatch(a: TensorSpan, b: TensorSpan, rank: int, module: Module) -> str:
     if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == rank:
         raise AdapterFormatError(
-            f"module {shorten(module.name, 200)!r}: A {list(a.shape)} and B {list(b.shape)} are no"
-            f" pair of rank {rank}, which adapter_config.json says; correct its r or rank_pattern"
+            f"module {shorten(module.name, 200)!r}: A {list(a.shape)} and B {list(b.shape)} are not"
+            f" a pair of rank {rank}, as in adapter_config.json; correct its r or rank_pattern"
         )
     return (
         f"{shorten(module.name, 200)} ({a.shape[1]} → {b.shape[0]},"
@@ -334,13 +350,13 @@ def _describe_misfit(a: TensorSpan, b: TensorSpan, rank: int, module: Module) ->
     )
 
 
-def _orphan(span: TensorSpan, missing: str) -> AdapterFormatError:
+def _orphan_error(span: TensorSpan, missing: str) -> AdapterFormatError:
     return AdapterFormatError(
         f"tensor {shorten(span.name, 200)!r} has no {missing} beside it; save the adapter again"
     )
 
 
-def _first(offenders: list[str], noun: str) -> str:
+def _list_first(offenders: list[str], noun: str) -> str:
     shown = ", ".join(shorten(text, 250) for text in offenders[:_SHOWN])
     more = ", …" if len(offenders) > _SHOWN else ""
     return f"{shown}{more} ({len(offenders)} {noun}{'s' * (len(offenders) > 1)} in all)"

@@ -1,8 +1,8 @@
-"""Tensor parallelism, cut as Megatron-LM cuts: what one rank holds of a base, and of its adapters.
+"""Cut a base and its adapters for one tensor-parallel rank, as Megatron-LM does.
 
-Of a column-parallel module a rank holds A whole and B's rows, of a row-parallel one A's columns and
-B whole: its product is a part of the sum, and is added before the all-reduce. Where the output is
-fused of parts (q, k and v, or gate and up), each part is cut by itself.
+A rank of a column-parallel module holds all of A and some rows of B. A rank of a row-parallel
+module holds some columns of A and all of B; its product is a partial sum, added before the
+all-reduce. Each part of a fused output (q, k and v, or gate and up) is cut separately.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lorax_async.planning.layout import FusedPart, ModelLayout, Module, Parallel
 from lorax_async.planning.pairing import TensorPair
 
 _SHOWN = 3
-# By name they may be one part, or several in any order: only the base's config says.
+# Names do not tell how these are fused; only the base's config does.
 _FUSED = frozenset(
     {
         *("qkv_proj", "query_key_value", "W_pack", "Wqkv", "wqkv", "c_attn", "in_proj"),
@@ -34,9 +34,9 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class ModuleCut:
-    """What a rank holds of one module: B's `rows`, one after the other, and A's `columns`.
+    """The share of one rank in a module: B's `rows`, concatenated, and A's `columns`.
 
-    `rows` are as many as the output has parts; both count features of the whole module.
+    There is one range of rows per part of the output. Both count features of the whole module.
     """
 
     rows: tuple[Range, ...]
@@ -45,16 +45,16 @@ class ModuleCut:
 
 @dataclass(frozen=True, slots=True)
 class Sharding:
-    """A base, and what one rank holds of it.
+    """A base, and the share of one rank.
 
     Attributes
     ----------
     whole
-        The base's layout: adapters' files are checked against it.
+        The base's layout, against which adapter files are checked.
     held
-        The same modules in the same order, of the sizes that this rank has.
+        The same modules in the same order, with this rank's sizes.
     cuts
-        By the module's position; empty where all is held.
+        One per module, by position; empty if the rank holds everything.
     """
 
     whole: ModelLayout
@@ -63,63 +63,69 @@ class Sharding:
 
 
 def shard_layout(layout: ModelLayout, shard: Shard | None) -> Sharding:
-    """Cut a base for one rank; None holds it all.
+    """Cut a base for one rank; None means a single rank.
 
     Raises
     ------
     ConfigError
-        A module cannot be cut into parts for so many ranks, or it is not known how.
+        A module cannot be divided by the number of ranks, or the layout does not tell how.
     """
     if shard is None or shard.world_size == 1:
         return Sharding(layout, layout, ())
-    problems = [text for module in layout.modules if (text := _problem(module, shard.world_size))]
+    problems = [
+        text for module in layout.modules if (text := _find_problem(module, shard.world_size))
+    ]
     if problems:
         more = f" (and {len(problems) - _SHOWN} more modules)" if len(problems) > _SHOWN else ""
         raise ConfigError(f"shard: {'; '.join(problems[:_SHOWN])}{more}")
-    cuts = tuple(_cut(module, shard) for module in layout.modules)
-    held = tuple(map(_held, layout.modules, cuts))
+    cuts = tuple(_plan_cut(module, shard) for module in layout.modules)
+    held = tuple(map(_cut_module, layout.modules, cuts))
     return Sharding(layout, replace(layout, modules=held), cuts)
 
 
 def cut_pairs(pairs: Iterable[TensorPair], cuts: Sequence[ModuleCut]) -> list[TensorPair]:
-    """The same pairs, with spans of what is held; vectors are cut as B's rows are."""
+    """Return the pairs with the spans of one rank. Vectors are cut like the rows of B."""
     return [_cut_pair(pair, cuts[pair.module]) for pair in pairs]
 
 
 def _cut_pair(pair: TensorPair, cut: ModuleCut) -> TensorPair:
     module, layer, a, b, rank, scale, vectors = pair
     if vectors:
-        vectors = tuple((part, _rows_of(span, cut.rows)) for part, span in vectors)
-    a, b = _columns_of(a, cut.columns), _rows_of(b, cut.rows)
+        vectors = tuple((part, _cut_rows(span, cut.rows)) for part, span in vectors)
+    a, b = _cut_columns(a, cut.columns), _cut_rows(b, cut.rows)
     return TensorPair(module, layer, a, b, rank, scale, vectors)
 
 
-def _problem(module: Module, world: int) -> str | None:
-    """Why a module cannot be cut for so many ranks, and what to do; None if it can."""
+def _find_problem(module: Module, world: int) -> str | None:
+    """Return why a module cannot be cut for `world` ranks, and the remedy; None if it can."""
     last = module.name.rpartition(".")[2]
     if module.parallel is Parallelism.REPLICATED:
         return None
     if module.parallel is Parallelism.ROW:
         fits = module.in_features % world == 0
-        return None if fits else _uneven(module, f"{module.in_features:,} input features", world)
+        return (
+            None
+            if fits
+            else _describe_uneven(module, f"{module.in_features:,} input features", world)
+        )
     if module.parts:
-        tight = [part for part in module.parts if not _divides(part, world)]
-        return _uneven(module, _units(tight[0]), world) if tight else None
+        uneven = [part for part in module.parts if not _divides(part, world)]
+        return _describe_uneven(module, _describe_units(uneven[0]), world) if uneven else None
     if last in _FUSED:
         return (
-            f"module {shorten(module.name, 80)!r} may be fused of several parts, as q, k and v are,"
-            " and the layout does not say of which; make it with layouts.from_pretrained or"
+            f"module {shorten(module.name, 80)!r} may be fused of several parts, such as q, k and"
+            " v, but the layout does not list them; make it with layouts.from_pretrained or"
             " from_module, or give the Module its parts"
         )
     if module.out_features % world == 0:
         return None
     heads = " or, to replicate heads, take a layout that knows them (layouts.from_pretrained)"
-    return _uneven(module, f"{module.out_features:,} output features", world) + (
+    return _describe_uneven(module, f"{module.out_features:,} output features", world) + (
         heads if last in _HEADED else ""
     )
 
 
-def _uneven(module: Module, what: str, world: int) -> str:
+def _describe_uneven(module: Module, what: str, world: int) -> str:
     last = module.name.rpartition(".")[2]
     return (
         f"module {shorten(module.name, 80)!r} has {what}, which {world} ranks cannot share evenly;"
@@ -128,7 +134,7 @@ def _uneven(module: Module, what: str, world: int) -> str:
     )
 
 
-def _units(part: FusedPart) -> str:
+def _describe_units(part: FusedPart) -> str:
     return f"a part of {part.size // part.unit:,} × {part.unit:,} output features"
 
 
@@ -137,7 +143,7 @@ def _divides(part: FusedPart, world: int) -> bool:
     return units % world == 0 or (part.replicable and world % units == 0)
 
 
-def _cut(module: Module, shard: Shard) -> ModuleCut:
+def _plan_cut(module: Module, shard: Shard) -> ModuleCut:
     rows: tuple[Range, ...] = ((0, module.out_features),)
     columns = (0, module.in_features)
     if module.parallel is Parallelism.COLUMN:
@@ -150,13 +156,13 @@ def _cut(module: Module, shard: Shard) -> ModuleCut:
 
 
 def _share(start: int, part: FusedPart, shard: Shard) -> Range:
-    """The rank's features of a part that begins at feature `start`."""
+    """Return the rank's features of a part that begins at feature `start`."""
     units = part.size // part.unit
     first = start + shard.rank * units // shard.world_size * part.unit
     return first, first + max(1, units // shard.world_size) * part.unit
 
 
-def _held(module: Module, cut: ModuleCut) -> Module:
+def _cut_module(module: Module, cut: ModuleCut) -> Module:
     sizes = [last - first for first, last in cut.rows]
     parts = zip(module.parts, sizes, strict=False)
     return replace(
@@ -167,8 +173,8 @@ def _held(module: Module, cut: ModuleCut) -> Module:
     )
 
 
-def _rows_of(span: TensorSpan, rows: Sequence[Range]) -> TensorSpan:
-    """Some rows of a tensor, each of which is contiguous in the file."""
+def _cut_rows(span: TensorSpan, rows: Sequence[Range]) -> TensorSpan:
+    """Return the span of some rows of a tensor; a row is contiguous in the file."""
     count = span.shape[0]
     held = sum(last - first for first, last in rows)
     if held == count:
@@ -178,8 +184,8 @@ def _rows_of(span: TensorSpan, rows: Sequence[Range]) -> TensorSpan:
     return span._replace(shape=(held, *span.shape[1:]), pieces=pieces)
 
 
-def _columns_of(span: TensorSpan, columns: Range) -> TensorSpan:
-    """Some columns of a matrix: a part of each row, all of them one strided piece."""
+def _cut_columns(span: TensorSpan, columns: Range) -> TensorSpan:
+    """Return the span of some columns of a matrix, as one strided piece."""
     count, width = span.shape
     first, last = columns
     if last - first == width:

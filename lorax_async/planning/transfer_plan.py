@@ -1,4 +1,4 @@
-"""Which bytes of an adapter's file go where: layer groups, their moves, staging windows."""
+"""Plan where each byte of an adapter's file goes: layer groups, moves, staging windows."""
 
 from __future__ import annotations
 
@@ -8,13 +8,19 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from math import ceil
 from operator import attrgetter
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from lorax_async.config import Limits
 from lorax_async.errors import ConfigError, InternalError, UnsupportedAdapterError
 from lorax_async.formats.peft_names import TensorRole
 from lorax_async.formats.safetensors import Header, TensorSpan
-from lorax_async.formats.spans import ByteSpan, TargetRun, adjoining, merged, portions
+from lorax_async.formats.spans import (
+    ByteSpan,
+    TargetRun,
+    group_adjoining,
+    merge_spans,
+    split_portions,
+)
 from lorax_async.lifecycle.adapter_state import GroupSizes
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.pairing import TensorPair, pair_tensors
@@ -22,16 +28,16 @@ from lorax_async.planning.sharding import ModuleCut, cut_pairs
 from lorax_async.types import AdapterSpec
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-# Moves are cut at multiples of this, so that every piece but the last starts on a cache line.
+# Casts are cut at multiples of this, so that every move starts on a cache line.
 _ELEMENTS = 64
 _MAX_BUFFERS = 1024  # IOV_MAX
 
 
 class ReadMove(NamedTuple):
-    """`nbytes` of the file from `file_offset` go verbatim to `target` in the group's extent.
+    """Copy `nbytes` of the file from `file_offset` verbatim to `target` in the group's extent.
 
-    Of several `rows` each has its share of `nbytes`, and begins `pitch` bytes after the one before;
-    on the device they follow each other. A tuple, for a shard's plan has hundreds.
+    Several `rows` divide `nbytes` equally and begin `pitch` bytes apart in the file; on the device
+    they are contiguous. A tuple, because a shard's plan has hundreds.
     """
 
     file_offset: int
@@ -42,18 +48,18 @@ class ReadMove(NamedTuple):
 
     @property
     def source(self) -> ByteSpan:
-        """Which bytes of the file."""
+        """The bytes to read."""
         stop = self.file_offset + self.nbytes // self.rows
         return ByteSpan(self.file_offset, stop, self.rows, self.pitch)
 
 
 @dataclass(frozen=True, slots=True)
 class ConvertMove:
-    """`rows` of `columns` elements of the file, cast to the plan's dtype, at `target`.
+    """Cast `rows` of `columns` elements to the plan's dtype and write them at `target`.
 
-    `nbytes` are the file's. On the device each row takes `row_pitch` ≥ `columns` elements, and what
-    is beyond the columns is zero: the move writes all of `rows * row_pitch` elements. Where they do
-    not follow each other in the file, `pieces` are where they lie.
+    `nbytes` counts bytes of the file. Each row takes `row_pitch` ≥ `columns` elements on the
+    device and is padded with zeros, so that the move writes `rows * row_pitch` elements. `pieces`
+    are the bytes to read if they are not contiguous.
     """
 
     file_offset: int
@@ -67,23 +73,24 @@ class ConvertMove:
 
     @property
     def sources(self) -> tuple[ByteSpan, ...]:
-        """Which bytes of the file, in the order of the elements."""
+        """The bytes to read, in the order of the elements."""
         return self.pieces or (ByteSpan(self.file_offset, self.file_offset + self.nbytes),)
 
 
 @dataclass(frozen=True, slots=True)
 class ZeroMove:
-    """`nbytes` of zeros at `target`: the rows of A that pad its rank."""
+    """Write `nbytes` of zeros at `target`: the rows of A that pad its rank."""
 
     target: int
     nbytes: int
 
 
 class TableRow(NamedTuple):
-    """A module's row of the device's table; a tuple, for there are hundreds in every plan.
+    """A module's row of the pointer table. A tuple, because every plan has hundreds.
 
-    `module` indexes `layout.modules`; A `[padded_rank, in]` lies at `a`, B `[out, padded_rank]` at
-    `b`, bytes into the group's extent; `rank` is the true one, what pads it is zero.
+    `module` indexes `layout.modules`. A `[padded_rank, in]` begins at `a` and B
+    `[out, padded_rank]` at `b`, in bytes from the start of the group's extent. `rank` is the true
+    rank; the padding is zero.
     """
 
     module: int
@@ -97,9 +104,9 @@ class TableRow(NamedTuple):
 class VectorPlace(NamedTuple):
     """A module's bias or magnitude: `length` elements at `offset` of the group's extent.
 
-    It lies there as in the file, in the file's `dtype`. A magnitude is what a row of the base's
-    weight is scaled to: rounding it to bf16 would scale all of the row by up to 0.2 %. Measured on
-    SmolLM2, that moves the logits a hundred times as far as rounding A and B does.
+    It keeps the file's `dtype`. A magnitude scales a whole row of the base's weight, and rounding
+    it to bf16 would change that row by up to 0.2 %. On SmolLM2 this moves the logits a hundred
+    times as far as rounding A and B does.
     """
 
     module: int
@@ -117,8 +124,8 @@ class VectorPlace(NamedTuple):
 class GroupPlan:
     """One layer group: an extent of `nbytes` (aligned), and the moves that fill it.
 
-    The moves touch disjoint bytes; `spans` are the file's that they read, no other, in order.
-    Bytes between tensors (alignment) are not written, and no row points to them.
+    The moves write disjoint bytes. `spans` are exactly the bytes of the file that they read, in
+    order. Alignment gaps between tensors are not written, and no row points to them.
     """
 
     layer: int
@@ -132,7 +139,7 @@ class GroupPlan:
 
 
 class DeviceRules(NamedTuple):
-    """What the device wants, and how large a move may be."""
+    """The device's requirements, and the largest size of a move."""
 
     dtype: str
     alignment: int
@@ -141,7 +148,7 @@ class DeviceRules(NamedTuple):
 
 
 def file_runs(reads: Sequence[ReadMove]) -> list[tuple[ReadMove, ...]]:
-    """Reads that follow each other in the file, to be read in one call each; strided ones alone."""
+    """Group reads that are contiguous in the file, one call each. Strided reads stay separate."""
     if len(reads) == 1:
         return [tuple(reads)]
     runs: list[list[ReadMove]] = []
@@ -155,6 +162,7 @@ def file_runs(reads: Sequence[ReadMove]) -> list[tuple[ReadMove, ...]]:
 
 
 def plan_group(layer: int, pairs: list[TensorPair], target: DeviceRules) -> GroupPlan:
+    """Place the tensors of one layer group and plan its moves."""
     modules, _, a, b, ranks, scales, _ = zip(*pairs, strict=True)
     multiple = target.rank_multiple
     padded = [rank + -rank % multiple for rank in ranks] if multiple > 1 else ranks
@@ -171,7 +179,7 @@ def plan_group(layer: int, pairs: list[TensorPair], target: DeviceRules) -> Grou
 
 
 class _GroupBuilder:
-    """Gives each tensor the next aligned bytes of a group's extent, and collects the moves."""
+    """Assign each tensor the next aligned bytes of a group's extent, and collect the moves."""
 
     def __init__(self, target: DeviceRules) -> None:
         self.target = target
@@ -184,12 +192,12 @@ class _GroupBuilder:
     def place(
         self, matrices: list[TensorSpan], vectors: list[TensorSpan], ragged: set[int]
     ) -> list[int]:
-        """Offsets of `matrices`, every A, then every B, and of `vectors`, which are not cast.
+        """Return the offsets of `matrices` (every A, then every B) and of `vectors`.
 
-        The pairs in `ragged` need padding.
+        Vectors are not cast. The pairs in `ragged` need padding.
 
-        In file order each gets the next aligned bytes, and what adjoins on both sides is one run:
-        where the file's packing keeps the alignment, that is the whole group as it lies there.
+        Tensors are placed in file order at the next aligned offset. Tensors contiguous in both
+        file and extent form one run; a file with aligned tensors makes the group a single run.
         """
         spans, count = [*matrices, *vectors], len(matrices)
         pairs = count // 2
@@ -222,7 +230,7 @@ class _GroupBuilder:
         return offsets
 
     def _place_pieces(self, span: TensorSpan, offset: int, source: str) -> int:
-        """A run for each, of dtype `source`, one after the other from `offset` on."""
+        """Add a run of dtype `source` for each piece, from `offset` on; return the end."""
         for piece in span.pieces or (ByteSpan(span.start, span.stop),):
             start, stop, rows, pitch = piece
             end = offset + piece.nbytes * self.item // ITEM_BYTES[source]
@@ -242,7 +250,7 @@ class _GroupBuilder:
         pitch = columns + -columns % self.target.rank_multiple
         nbytes = columns * ITEM_BYTES[b.dtype]
         step = self.target.move_bytes // max(nbytes, pitch * self.item)
-        for start, stop, _, _ in b.pieces or (ByteSpan(b.start, b.stop),):  # whole rows
+        for start, stop, _, _ in b.pieces or (ByteSpan(b.start, b.stop),):  # pieces hold whole rows
             for first in range(start, stop, step * nbytes):
                 rows = min(step, (stop - first) // nbytes)
                 self.padded.append(
@@ -264,7 +272,7 @@ class _GroupBuilder:
     ) -> GroupPlan:
         reads: list[ReadMove] = []
         converts, casts = self.padded, list[TargetRun]()
-        moved = [source for each in converts for source in each.sources]
+        moved = [source for convert in converts for source in convert.sources]
         for run in self.runs:
             moved.append(ByteSpan(run.start, run.stop, run.rows, run.pitch))
             if run.dtype == self.target.dtype:
@@ -272,22 +280,22 @@ class _GroupBuilder:
                 reads.append(ReadMove(run.start, nbytes, run.target, run.rows, run.pitch))
             else:
                 casts.append(run)
-        for runs in adjoining(casts):
+        for runs in group_adjoining(casts):
             converts.extend(self._cast(runs))
         converts.sort(key=attrgetter("file_offset"))
         moves = tuple(reads), tuple(converts), tuple(self.zeros)
         nbytes = self.end + -self.end % self.target.alignment
-        return GroupPlan(layer, nbytes, *moves, rows, merged(moved), vectors)
+        return GroupPlan(layer, nbytes, *moves, rows, merge_spans(moved), vectors)
 
     def _cast(self, runs: list[TargetRun]) -> Iterator[ConvertMove]:
-        """Flat moves of about equal size: a cast without padding does not care for rows."""
+        """Yield flat moves of about equal size: a cast without padding can ignore rows."""
         target, source = runs[0].target, ITEM_BYTES[runs[0].dtype]
         elements = (runs[-1].end - target) // self.item
-        most = self.target.move_bytes // max(source, self.item)
-        step = ceil(elements / ceil(elements / most))
-        step = min(most, step + -step % _ELEMENTS)
+        limit = self.target.move_bytes // max(source, self.item)
+        step = ceil(elements / ceil(elements / limit))
+        step = min(limit, step + -step % _ELEMENTS)
         for first, pieces in zip(
-            range(0, elements, step), portions(runs, step * source), strict=True
+            range(0, elements, step), split_portions(runs, step * source), strict=True
         ):
             count = min(step, elements - first)
             yield ConvertMove(
@@ -302,14 +310,14 @@ class _GroupBuilder:
             )
 
 
-_CUT = 64
+_WINDOW_ALIGNMENT = 64
 
 
 @dataclass(frozen=True, slots=True)
 class StagingWindow:
     """The bytes [start, stop) of a group's extent, and the moves that fill them.
 
-    The moves' targets count from `start`. What no move writes lies between tensors.
+    The moves' targets count from `start`. Gaps between tensors are not written.
     """
 
     start: int
@@ -318,16 +326,21 @@ class StagingWindow:
     converts: tuple[ConvertMove, ...]
     zeros: tuple[ZeroMove, ...]
 
+    @classmethod
+    def whole(cls, group: GroupPlan) -> Self:
+        """Return one window for all of a group's extent."""
+        return cls(0, group.nbytes, group.reads, group.converts, group.zeros)
+
     @property
     def nbytes(self) -> int:
         return self.stop - self.start
 
 
 def windows(group: GroupPlan, nbytes: int, item_bytes: int) -> tuple[StagingWindow, ...]:
-    """Cut the extent of `group` into as few windows of at most `nbytes` as go one after the other.
+    """Cut the extent of `group` greedily into windows of at most `nbytes`.
 
-    They end at multiples of 64 bytes of the extent; where that would cut a `ConvertMove`, at one of
-    its ends. `item_bytes` is the size of an element on the device.
+    A window ends at a multiple of 64 bytes of the extent, or at an end of a `ConvertMove` that
+    this would cut. `item_bytes` is the size of an element on the device.
 
     Raises
     ------
@@ -335,78 +348,61 @@ def windows(group: GroupPlan, nbytes: int, item_bytes: int) -> tuple[StagingWind
         A `ConvertMove` writes more than `nbytes`, or `nbytes` is less than 64.
     """
     if group.nbytes <= nbytes:
-        return (_whole(group),)
-    starts = _starts(group, nbytes, item_bytes)
-    made = [_WindowMoves() for _ in starts]
+        return (StagingWindow.whole(group),)
+    starts = _window_starts(group, nbytes, item_bytes)
+    moves = [_WindowMoves() for _ in starts]
     for read in group.reads:
-        for n, first, last in _pieces(starts, read.target, read.nbytes):
-            made[n].reads.extend(_part(read, first, last, starts[n]))
+        for n, first, last in _split_by_window(starts, read.target, read.nbytes):
+            moves[n].reads.extend(_cut_read(read, first, last, starts[n]))
     for convert in group.converts:
         n = bisect_right(starts, convert.target) - 1
-        made[n].converts.append(_moved(convert, convert.target - starts[n]))
+        moves[n].converts.append(replace(convert, target=convert.target - starts[n]))
     for zero in group.zeros:
-        for n, first, last in _pieces(starts, zero.target, zero.nbytes):
-            made[n].zeros.append(ZeroMove(first - starts[n], last - first))
+        for n, first, last in _split_by_window(starts, zero.target, zero.nbytes):
+            moves[n].zeros.append(ZeroMove(first - starts[n], last - first))
     stops = [*starts[1:], group.nbytes]
-    return tuple(map(_WindowMoves.between, made, starts, stops))
+    return tuple(map(_WindowMoves.to_window, moves, starts, stops))
 
 
 class _WindowMoves:
-    """The moves of one window, while they are collected."""
+    """Collect the moves of one window."""
 
     def __init__(self) -> None:
         self.reads: list[ReadMove] = []
         self.converts: list[ConvertMove] = []
         self.zeros: list[ZeroMove] = []
 
-    def between(self, start: int, stop: int) -> StagingWindow:
+    def to_window(self, start: int, stop: int) -> StagingWindow:
         return StagingWindow(
             start, stop, tuple(self.reads), tuple(self.converts), tuple(self.zeros)
         )
 
 
-def _whole(group: GroupPlan) -> StagingWindow:
-    return StagingWindow(0, group.nbytes, group.reads, group.converts, group.zeros)
-
-
-def _part(read: ReadMove, first: int, last: int, start: int) -> Iterator[ReadMove]:
-    """What of a read fills [first, last) of the extent, in the window that begins at `start`."""
+def _cut_read(read: ReadMove, first: int, last: int, start: int) -> Iterator[ReadMove]:
+    """Yield the part of a read that fills [first, last), for the window that begins at `start`."""
     target = first - start
     for piece in read.source.cut(first - read.target, last - read.target):
         yield ReadMove(piece.start, piece.nbytes, target, piece.rows, piece.pitch)
         target += piece.nbytes
 
 
-def _moved(convert: ConvertMove, target: int) -> ConvertMove:
-    return ConvertMove(
-        convert.file_offset,
-        convert.nbytes,
-        convert.source_dtype,
-        convert.rows,
-        convert.columns,
-        target,
-        convert.row_pitch,
-        convert.pieces,
-    )
-
-
-def _starts(group: GroupPlan, nbytes: int, item_bytes: int) -> list[int]:
+def _window_starts(group: GroupPlan, nbytes: int, item_bytes: int) -> list[int]:
     whole = sorted(
         (convert.target, convert.target + convert.rows * convert.row_pitch * item_bytes)
         for convert in group.converts
     )
     starts = [0]
     while (limit := starts[-1] + nbytes) < group.nbytes:
-        stop = _last_cut(limit, whole)
+        stop = _window_end(limit, whole)
         if stop <= starts[-1]:
             raise InternalError(f"a window of {nbytes:,} bytes is too small for one move")
         starts.append(stop)
     return starts
 
 
-def _last_cut(limit: int, whole: list[tuple[int, int]]) -> int:
-    """Where a window that reaches at most to `limit` ends; the ranges in `whole` stay whole."""
-    cut = limit - limit % _CUT
+def _window_end(limit: int, whole: list[tuple[int, int]]) -> int:
+    """Return the end of a window, at most `limit`, that cuts none of the ranges in `whole`."""
+    cut = limit - limit % _WINDOW_ALIGNMENT
     before = bisect_left(whole, (cut,)) - 1
     if before >= 0:
         first, last = whole[before]
@@ -415,8 +411,8 @@ def _last_cut(limit: int, whole: list[tuple[int, int]]) -> int:
     return cut
 
 
-def _pieces(starts: list[int], target: int, nbytes: int) -> Iterator[tuple[int, int, int]]:
-    """Window and [first, last) in the extent, of each window that [target, + nbytes) touches."""
+def _split_by_window(starts: list[int], target: int, nbytes: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (window, first, last) for each window that [target, target + nbytes) touches."""
     n, first, end = bisect_right(starts, target) - 1, target, target + nbytes
     while first < end:
         last = min(end, starts[n + 1]) if n + 1 < len(starts) else end
@@ -426,10 +422,10 @@ def _pieces(starts: list[int], target: int, nbytes: int) -> Iterator[tuple[int, 
 
 @dataclass(frozen=True, slots=True)
 class TransferPlan:
-    """An adapter's groups with tensors, in layer order.
+    """An adapter's layer groups that have tensors, in layer order.
 
-    `dtype` is what A and B are stored as on the device, `rank` its largest true rank, `nbytes` the
-    sum of its extents, `file_bytes` the size of its file.
+    `dtype` is the dtype of A and B on the device, `rank` the largest true rank, `nbytes` the sum
+    of the extents, `file_bytes` the size of the file.
     """
 
     groups: tuple[GroupPlan, ...]
@@ -442,16 +438,16 @@ class TransferPlan:
     _variants: tuple[GroupSizes, GroupSizes] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        # Made once, for thousands of adapters may share a plan.
+        # Made once, because thousands of adapters may share a plan.
         needs = _needs(self.groups, self.file_bytes)
         object.__setattr__(self, "layers", tuple(group.layer for group in self.groups))
         object.__setattr__(self, "has_vectors", any(group.vectors for group in self.groups))
         object.__setattr__(self, "_variants", (needs, replace(needs, holdable=True)))
 
     def needs(self, *, holdable: bool) -> GroupSizes:
-        """What the lifecycle has to know of it; adapters that share a plan share this.
+        """Return the sizes for the lifecycle, the same object for all adapters of this plan.
 
-        `holdable` as in `GroupSizes`.
+        `holdable` is as in `GroupSizes`.
         """
         return self._variants[holdable]
 
@@ -473,21 +469,21 @@ def plan_transfer(
     Parameters
     ----------
     dtype
-        "F32", "F16" or "BF16", as which it is stored there; None takes the layout's.
+        The dtype on the device: "F32", "F16" or "BF16"; None means the layout's.
     alignment, rank_multiple
-        What the device wants: every tensor starts on a multiple of `alignment` bytes, every rank
-        is padded to a multiple of `rank_multiple`.
+        Every tensor starts at a multiple of `alignment` bytes, and every rank is padded to a
+        multiple of `rank_multiple`.
     limits
-        The largest rank, file and sum of extents accepted.
+        The largest rank, file size and sum of extents to accept.
     staging_move_bytes
-        The most bytes that one `ConvertMove` reads, and the most that it writes.
+        The largest number of bytes that one `ConvertMove` may read, and may write.
     cuts
-        What a rank holds of each of the layout's modules (`Sharding.cuts`); empty: all of it.
+        The rank's share of each module (`Sharding.cuts`); empty means everything.
 
     Raises
     ------
     AdapterFormatError, IncompatibleAdapterError, UnsupportedAdapterError
-        As `pair_tensors` does; the last also for more bytes than the limits accept.
+        As for `pair_tensors`; the last also if the adapter exceeds the limits in bytes.
     ConfigError
         One padded row does not fit into `staging_move_bytes`.
     """
@@ -522,7 +518,7 @@ def _needs(groups: tuple[GroupPlan, ...], file_bytes: int) -> GroupSizes:
 
 
 def check_size(nbytes: int, where: str, limits: Limits) -> None:
-    """Raises `UnsupportedAdapterError` for more bytes than the limits accept."""
+    """Raise `UnsupportedAdapterError` if `nbytes` exceeds the limit."""
     if nbytes > limits.max_adapter_bytes:
         raise UnsupportedAdapterError(
             f"the adapter has {nbytes:,} bytes {where}, over the limit of"

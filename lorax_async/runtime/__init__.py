@@ -1,6 +1,19 @@
-"""One loader at work: the driver between the lifecycle's decisions and I/O.
+"""The parts of one loader, between the API, the lifecycle's decisions and I/O.
 
-`assembly` puts the parts together and takes them apart. `acquire` turns a call into a lease;
-`driver` carries out the lifecycle's commands by `fetches` (tasks) and `copies` (threads), and
-returns their outcomes to it.
+    assembly         constructs, opens and closes the parts
+    acquire          a load, stream or pin within its deadline; prefetches
+    resolver         ids to adapter keys; equal requests share one resolve
+    waiters          waiters, pins and unloads; counts calls
+    leases           leases and slot occupancies; their watermarks
+    driver           executes the lifecycle's commands, returns outcomes
+    fetches          fetch, populate and release tasks; transfer plans
+    copies           copies of layer groups in the I/O threads
+    digest_checks    compares weights with callers' digests
+    tensor_adapters  ids that mean tensors from memory
+    folders          leases on folders of verified files
+    placement        the tier and memory of each adapter
+    telemetry        events, statistics and budgets
+
+It may import everything below the loader: lifecycle, planning, sources, devices, cache, tracing.
+All of it runs on the loader's event loop, except where a docstring says otherwise.
 """

@@ -1,4 +1,4 @@
-"""From what a caller asks for to a lease, or to an error that says how far it came."""
+"""Acquire adapters: from a ref to a lease within a deadline; prefetches."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from lorax_async.runtime.digest_checks import DigestChecks
 from lorax_async.runtime.driver import Driver
 from lorax_async.runtime.leases import Lease
 from lorax_async.runtime.resolver import Resolver
-from lorax_async.runtime.waiters import LoadWish
+from lorax_async.runtime.waiters import PendingLoad
 from lorax_async.tracing.recorder import Recorder, name_of
 from lorax_async.types import (
     AdapterKey,
@@ -59,16 +59,16 @@ from lorax_async.types import (
 
 
 class PrioritySemaphore:
-    """Let `most` callers go on at a time: the highest priority first, then the longest wait.
+    """A semaphore of `limit` turns: the highest priority first, then the longest wait.
 
-    A turn that lasts longer than `seconds` is lent: the next caller begins beside it, if its origin
-    has fewer than `most` turns.
+    A turn that lasts longer than `seconds` frees its place early, for callers of origins that have
+    fewer than `limit` turns.
     """
 
-    def __init__(self, most: int, seconds: float = inf) -> None:
-        self._most = most
+    def __init__(self, limit: int, seconds: float = inf) -> None:
+        self._limit = limit
         self._seconds = seconds
-        self._free = most
+        self._free = limit
         self._order = count()
         self._held: Counter[Hashable] = Counter()
         self._waiting: dict[Hashable, list[tuple[int, int, asyncio.Future[None]]]] = {}
@@ -79,15 +79,15 @@ class PrioritySemaphore:
         timer: asyncio.TimerHandle | None = None
         overdue = False
 
-        def lend() -> None:
+        def free_early() -> None:
             nonlocal overdue
             overdue = True
             self._free += 1
-            self._pass_on()
+            self._start_next()
 
         try:
             if self._seconds != inf:
-                timer = asyncio.get_running_loop().call_later(self._seconds, lend)
+                timer = asyncio.get_running_loop().call_later(self._seconds, free_early)
             yield
         finally:
             if timer is not None:
@@ -95,15 +95,15 @@ class PrioritySemaphore:
             self._end(origin, freed=not overdue)
 
     async def _take(self, priority: int, origin: Hashable) -> None:
-        if self._free and self._held[origin] < self._most:
+        if self._free and self._held[origin] < self._limit:
             self._begin(origin)
             return
-        mine = asyncio.get_running_loop().create_future()
-        heappush(self._waiting.setdefault(origin, []), (-priority, next(self._order), mine))
+        turn = asyncio.get_running_loop().create_future()
+        heappush(self._waiting.setdefault(origin, []), (-priority, next(self._order), turn))
         try:
-            await mine
+            await turn
         except asyncio.CancelledError:
-            if mine.done() and not mine.cancelled():  # it came in the same turn of the loop
+            if turn.done() and not turn.cancelled():  # it began in the same turn of the loop
                 self._end(origin, freed=True)
             raise
 
@@ -116,21 +116,21 @@ class PrioritySemaphore:
         self._held[origin] -= 1
         if not self._held[origin]:
             del self._held[origin]
-        self._pass_on()
+        self._start_next()
 
-    def _pass_on(self) -> None:
+    def _start_next(self) -> None:
         while self._free > 0:
             for origin in list(self._waiting):
-                self._drop_gone(origin)
-            able = [each for each in self._waiting if self._held[each] < self._most]
-            if not able:
+                self._drop_cancelled(origin)
+            eligible = [origin for origin in self._waiting if self._held[origin] < self._limit]
+            if not eligible:
                 return
-            origin = min(able, key=lambda each: self._waiting[each][0][:2])
-            _, _, following = heappop(self._waiting[origin])
+            origin = min(eligible, key=lambda origin: self._waiting[origin][0][:2])
+            _, _, turn = heappop(self._waiting[origin])
             self._begin(origin)
-            following.set_result(None)
+            turn.set_result(None)
 
-    def _drop_gone(self, origin: Hashable) -> None:
+    def _drop_cancelled(self, origin: Hashable) -> None:
         waiting = self._waiting[origin]
         while waiting and waiting[0][2].done():
             heappop(waiting)
@@ -139,31 +139,31 @@ class PrioritySemaphore:
 
 
 class OrderedCalls:
-    """Calls with one name come to pass in the order in which they began."""
+    """Lets calls with one name take effect in the order in which they began."""
 
     def __init__(self) -> None:
         self._last: dict[Hashable, asyncio.Future[None]] = {}
 
     @contextmanager
     def place(self, name: Hashable) -> Iterator[Callable[[], Awaitable[None]]]:
-        """Stand behind those who came before; what it gives waits until they are through.
+        """Yield a function that waits until all earlier calls have left the block.
 
-        Who leaves early leaves a gap: those behind still wait for those before.
+        If a call leaves early, later ones still wait for its predecessors.
         """
         before = self._last.get(name)
-        mine = self._last[name] = asyncio.get_running_loop().create_future()
+        ended = self._last[name] = asyncio.get_running_loop().create_future()
 
-        async def come_first() -> None:
+        async def wait_for_turn() -> None:
             if before is not None:
                 await asyncio.wait([before])
 
         def end(_: object) -> None:
-            mine.set_result(None)
-            if self._last.get(name) is mine:
+            ended.set_result(None)
+            if self._last.get(name) is ended:
                 del self._last[name]
 
         try:
-            yield come_first
+            yield wait_for_turn
         finally:
             if before is None or before.done():
                 end(None)
@@ -171,58 +171,59 @@ class OrderedCalls:
                 before.add_done_callback(end)
 
 
-AT_ONCE = 8
-"""Begun in one turn of the loop: thousands of hints must not hold it."""
+STARTS_PER_TURN = 8
+"""Loads started in one turn of the loop: thousands of ids must not block it."""
 
-Hint = tuple[str, Callable[[], asyncio.Task[None]]]
-"""An id, and what begins to bring it."""
+PrefetchStart = tuple[str, Callable[[], asyncio.Task[None]]]
+"""An id, and a function that starts its load."""
 
 
 class Prefetch:
-    """What `AdapterLoader.prefetch` started. It goes on whether or not anybody waits for it.
+    """The loads started by `AdapterLoader.prefetch`. They need not be awaited.
 
-    Awaiting it waits until every adapter has arrived at its tier, failed or was cancelled, and then
-    raises the first error, in the order of the ids. Cancelling who waits does not cancel it.
+    Awaiting a prefetch waits until every adapter is at its tier, has failed or was cancelled, and
+    then raises the first error in the order of the ids. Cancelling the awaiting task does not
+    cancel the prefetch.
     """
 
-    def __init__(self, hints: Sequence[Hint]) -> None:
-        self._hints = tuple(hints)
-        self._begun: list[asyncio.Task[None]] = []
+    def __init__(self, starts: Sequence[PrefetchStart]) -> None:
+        self._starts = tuple(starts)
+        self._tasks: list[asyncio.Task[None]] = []
         self._cancelled = False
         self.task = asyncio.get_running_loop().create_task(self._run(), name="lorax prefetch")
-        """Done when all is."""
+        """Done when all loads are."""
 
     @property
     def done(self) -> bool:
-        """Whether nothing of it is under way."""
-        begun = self._cancelled or len(self._begun) == len(self._hints)
-        return begun and all(task.done() for task in self._begun)
+        """Whether all loads have ended."""
+        started = self._cancelled or len(self._tasks) == len(self._starts)
+        return started and all(task.done() for task in self._tasks)
 
     @property
     def errors(self) -> Mapping[str, LoraxError]:
-        """Why adapters did not arrive, by id, so far."""
-        found: dict[str, LoraxError] = {}
-        for (id, _), task in zip(self._hints, self._begun, strict=False):
+        """The errors so far, by id."""
+        errors: dict[str, LoraxError] = {}
+        for (id, _), task in zip(self._starts, self._tasks, strict=False):
             error = task.exception() if task.done() and not task.cancelled() else None
             if isinstance(error, LoraxError):
-                found[id] = error
-        return MappingProxyType(found)
+                errors[id] = error
+        return MappingProxyType(errors)
 
     def cancel(self) -> None:
-        """Want the adapters that have not arrived no longer; other wishes for them stay."""
+        """Cancel the loads that have not ended; other calls for the same adapters go on."""
         self._cancelled = True
-        for task in self._begun:
+        for task in self._tasks:
             task.cancel()
 
     async def _run(self) -> None:
-        for number, (_, begin) in enumerate(self._hints):
+        for number, (_, start) in enumerate(self._starts):
             if self._cancelled:
                 break
-            self._begun.append(begin())
-            if number % AT_ONCE == AT_ONCE - 1:
+            self._tasks.append(start())
+            if number % STARTS_PER_TURN == STARTS_PER_TURN - 1:
                 await asyncio.sleep(0)
-        if self._begun:
-            await asyncio.wait(self._begun)
+        if self._tasks:
+            await asyncio.wait(self._tasks)
 
     def __await__(self) -> Generator[object, None, None]:
         yield from self._wait().__await__()
@@ -233,45 +234,47 @@ class Prefetch:
             raise error
 
     def __repr__(self) -> str:
-        arrived = sum(task.done() for task in self._begun)
-        return f"<Prefetch of {len(self._hints)} adapters, {arrived} of them done>"
+        done = sum(task.done() for task in self._tasks)
+        return f"<Prefetch of {len(self._starts)} adapters, {done} of them done>"
 
 
 MAX_PRIORITY = 1_000_000
-"""Either way of 0: as seconds of waiting, levels stay numbers that can be told apart."""
+"""The largest absolute priority: levels must stay distinct when added to seconds of waiting."""
 
 BACKGROUND = 2
-"""Prefetches that are resolved and opened at a time: what a load has to wait for, at most."""
+"""Prefetches that are resolved and opened at a time: a load waits for at most this many."""
 
 BACKGROUND_SECONDS = 1.0
-"""A prefetch that takes longer than this holds up those from other origins no more."""
+"""Seconds after which a prefetch no longer delays those from other origins."""
 
 MAX_ATTEMPTS = 3
-"""Attempts of one call, where a file left the disk cache before it was read, or what an interrupted
-download left is not what the source has."""
-
+"""Attempts of one call, if an entry is evicted before it is read, or a partial download has other
+bytes than the source."""
 
 SETTLE_SECONDS = 0.05
-"""Files that have not changed for this long are taken to be saved whole."""
+"""Seconds without a change after which files count as completely saved."""
 
 MAX_SETTLE_SECONDS = 2.0
-"""Files that go on changing for longer are loaded as they are."""
+"""Seconds after which files that still change are loaded as they are."""
 
 _RECENT_NS = 1_000_000_000
 
 _EMPTY, _MISSING = "empty", "missing"
 
-_AS_CHANGED = (
+_ERRORS_OF_CHANGED_FILES = (
     IntegrityError,
     AdapterFormatError,
     IncompatibleAdapterError,
     UnsupportedAdapterError,
 )
-"""What a load says of files that are saved while it reads them: half a file, or two versions."""
+"""Errors of loads whose files are saved meanwhile: half a file, or parts of two versions."""
 
 
 def require_priority(priority: int) -> None:
-    """What cannot be compared with others would hold up everybody who waits."""
+    """Raise `UsageError` unless the priority is an int within the limits.
+
+    NaN or another incomparable value would break the order of the queue.
+    """
     plain = isinstance(priority, int) and not isinstance(priority, bool)
     if not (plain and abs(priority) <= MAX_PRIORITY):
         raise UsageError(f"a priority is a whole number up to {MAX_PRIORITY:,}, not {priority!r}")
@@ -279,14 +282,14 @@ def require_priority(priority: int) -> None:
 
 @dataclass(slots=True)
 class _LoadAttempts:
-    """Attempts of one call that the cache let fail, and whether a changed file was loaded again."""
+    """The attempts of one call that failed because of the cache, and whether it was reloaded."""
 
     failed: int = 0
     reloaded: bool = False
 
 
 class Acquirer:
-    """Resolves and wants adapters within a deadline; `check_open` raises once nothing may begin."""
+    """Acquires leases within deadlines; `check_open` raises once the loader is closing."""
 
     def __init__(
         self,
@@ -303,30 +306,30 @@ class Acquirer:
         self._tracer = driver.telemetry.tracer
 
     def known(self, ref: Ref) -> AdapterKey | None:
-        """Which key `ref` last was; touches no file."""
+        """Return the last key of `ref`, or None. No I/O."""
         return ref if isinstance(ref, AdapterKey) else self._resolver.known(ref)
 
     async def acquire(
         self, ref: Ref, tier: WantedTier, seconds: float, *, priority: int, foreground: bool = True
     ) -> Lease | None:
-        """Wait until the adapter is at `tier`; the lease is None for who takes none.
+        """Wait until the adapter is at `tier`; return a lease for tiers that have one, else None.
 
-        And until it was held against the digest in `ref`, if there is one; who streams waits for
-        that later. On an error or a cancellation the wish is withdrawn.
+        Also wait for the comparison with the digest in `ref`, unless streaming. On an error or a
+        cancellation the waiter is withdrawn.
         """
         require_priority(priority)
         recorder = self._tracer.on
-        asked = self._acquire(ref, tier, seconds, priority=priority, foreground=foreground)
+        acquiring = self._acquire(ref, tier, seconds, priority=priority, foreground=foreground)
         if recorder is None:
-            return await asked
-        return await _recorded(recorder, ref, tier, foreground, asked)
+            return await acquiring
+        return await _record(recorder, ref, tier, foreground, acquiring)
 
     async def _acquire(
         self, ref: Ref, tier: WantedTier, seconds: float, *, priority: int, foreground: bool
     ) -> Lease | None:
         key = ref if isinstance(ref, AdapterKey) else None
-        pending_load: LoadWish | None = None
-        tries = _LoadAttempts()
+        pending_load: PendingLoad | None = None
+        attempts = _LoadAttempts()
         lease: Lease | None = None
         granted = False
         waiter_table = self._driver.waiter_table
@@ -334,94 +337,98 @@ class Acquirer:
         try:
             async with deadline:
                 while not granted:
-                    # Threads take what they are given in the order in which it came: a load must
-                    # not find thousands of hints before it.
+                    # The threads' queues are FIFO: a load must not queue behind thousands of
+                    # prefetches.
                     async with nullcontext() if foreground else self._turn(ref, priority):
                         if not isinstance(ref, AdapterKey):
                             key = await self._resolve(ref)
-                        self._check_open()  # nobody would tell a wish that begins later
+                        self._check_open()  # closing fails only waiters that exist
                         assert key is not None
                         if isinstance(key, MergedKey) and not waiter_table.calls.in_memory(key):
-                            self._driver.forget(key)  # idle, it has to be computed again
+                            self._driver.forget(key)  # its bytes have to be computed again
                         pending_load = waiter_table.begin(
                             key, tier, foreground=foreground, priority=priority
                         )
                         if not foreground:
                             await self._driver.files.opened(key)
                     try:
-                        lease = await self._granted(pending_load, tier)
+                        lease = await self._wait_for_lease(pending_load, tier)
                         granted = True
                     except AdapterError as error:
                         waiter_table.abandon(pending_load)
-                        await self._require_retry(tries, ref, key, error)
+                        await self._require_retry(attempts, ref, key, error)
                 assert key is not None
-                await self._hold_to_digest(ref, key, tier, lease)
+                await self._compare_digest(ref, key, tier, lease)
                 return lease
         except BaseException as error:
             late = deadline.expired() and isinstance(error, TimeoutError)
-            problem = self._timed_out(ref, key, seconds, granted=granted) if late else error
+            problem = self._timeout_error(ref, key, seconds, granted=granted) if late else error
             if pending_load is not None:
                 waiter_table.abandon(pending_load)
             if isinstance(problem, LoraxError):
                 raise problem.located(id=text_of(ref)) from problem.__cause__
             if isinstance(problem, Exception):
-                raise InternalError(f"a wish failed: {problem!r}", id=text_of(ref)) from problem
+                raise InternalError(f"a load failed: {problem!r}", id=text_of(ref)) from problem
             raise
 
     def _turn(self, ref: Ref, priority: int) -> AbstractAsyncContextManager[None]:
         return self._turns.turn(priority, origins_of(ref))
 
     async def _require_retry(
-        self, tries: _LoadAttempts, ref: Ref, key: AdapterKey, error: AdapterError
+        self, attempts: _LoadAttempts, ref: Ref, key: AdapterKey, error: AdapterError
     ) -> None:
-        """Raise the error unless what `ref` was has gone, or `ref` means something else now."""
+        """Raise the error unless the adapter was evicted, or `ref` means another version now."""
         if isinstance(error, EvictedError | LeftoverError):
-            tries.failed += 1
-            if tries.failed < MAX_ATTEMPTS:
+            attempts.failed += 1
+            if attempts.failed < MAX_ATTEMPTS:
                 return
-        if self._resolver.outdated(ref, key):
+        if self._resolver.is_outdated(ref, key):
             return
         if not await self._is_changed(ref, key, error):
             raise error
-        if tries.reloaded:
+        if attempts.reloaded:
             raise _changed_again(error) from None
         assert not isinstance(ref, AdapterKey)
-        await self._settled(ref)
-        tries.reloaded = True
+        await self._wait_until_settled(ref)
+        attempts.reloaded = True
 
     async def _resolve(self, ref: AdapterRef | Merge) -> AdapterKey:
-        """Ask once more if a file is empty, as it is while it is saved in place."""
+        """Resolve `ref`; retry once if a file is empty, as it is while it is saved in place."""
         try:
             return await self._resolver.resolve(ref)
         except AdapterFormatError as error:
             if not error.retryable:
                 raise
-        await self._settled(ref)
+        await self._wait_until_settled(ref)
         return await self._resolver.resolve(ref)
 
     async def has_changed(self, ref: Ref, key: AdapterKey, error: LoraxError) -> bool:
         """Return whether a load of `key` failed because its files were saved meanwhile.
 
-        If so, wait until they are at rest.
+        If so, wait until they stop changing.
         """
         if isinstance(ref, AdapterKey) or not await self._is_changed(ref, key, error):
             return False
-        await self._settled(ref)
+        await self._wait_until_settled(ref)
         return True
 
     async def _is_changed(self, ref: Ref, key: AdapterKey, error: LoraxError) -> bool:
-        """Return whether `ref` means other local files by now, where the error can come of that."""
+        """Return whether `ref` means other local files now, and `error` may result from that."""
         local = bool(key.files) and not isinstance(key, RemoteKey)
-        if isinstance(ref, AdapterKey) or not local or not isinstance(error, _AS_CHANGED):
+        if (
+            isinstance(ref, AdapterKey)
+            or not local
+            or not isinstance(error, _ERRORS_OF_CHANGED_FILES)
+        ):
             return False
         latest = await self._latest(ref)
         if latest is _MISSING or (latest == key and _is_recent(key.files)):
-            await asyncio.sleep(SETTLE_SECONDS)  # its writer may only be slow
+            await asyncio.sleep(SETTLE_SECONDS)  # the writer may not be done yet
             latest = await self._latest(ref)
         return latest is not _MISSING and latest != key
 
-    async def _settled(self, ref: AdapterRef | Merge) -> None:
-        """Wait until the files of `ref` do not change any more, or have done so for too long."""
+    async def _wait_until_settled(self, ref: AdapterRef | Merge) -> None:
+        """Wait until the files of `ref` stop changing, at most `MAX_SETTLE_SECONDS`."""
         loop = asyncio.get_running_loop()
         end, before = loop.time() + MAX_SETTLE_SECONDS, await self._latest(ref)
         while loop.time() < end:
@@ -432,7 +439,7 @@ class Acquirer:
             before = now
 
     async def _latest(self, ref: AdapterRef | Merge) -> AdapterKey | str:
-        """Return what `ref` means now, or that a file of it is empty or missing."""
+        """Return the key of `ref` now, or `_EMPTY` or `_MISSING` for one of its files."""
         try:
             return await self._resolver.resolve(ref)
         except AdapterFormatError:
@@ -440,11 +447,13 @@ class Acquirer:
         except AdapterError:
             return _MISSING
 
-    async def _granted(self, pending_load: LoadWish, tier: WantedTier) -> Lease | None:
-        """Who streams has the adapter before its file was opened, which may have gone: that is
-        seen while it can still be fetched again. Raises `EvictedError` then.
+    async def _wait_for_lease(self, pending_load: PendingLoad, tier: WantedTier) -> Lease | None:
+        """Wait for the lease; raise `EvictedError` if a streamed file has left the cache.
+
+        A streaming caller gets its slot before the file is opened. Verify that the file still
+        exists while a re-fetch is possible.
         """
-        lease = await self._driver.waiter_table.granted(pending_load)
+        lease = await pending_load.future
         if (
             lease is None
             or tier is not WantedTier.STREAM
@@ -453,14 +462,14 @@ class Acquirer:
             return lease
         if not lease.occupancy.complete:
             try:
-                await self._driver.files.readable(pending_load.key)
+                await self._driver.files.require_readable(pending_load.key)
             except EvictedError:
-                # Which is also said of what was read to its end. The copies know; and until they
-                # have failed, the lifecycle takes the file for present, and would not fetch it.
+                # Also raised if the file was read to its end, so let the copies decide. Until they
+                # have failed, the lifecycle takes the file for present and would not fetch it.
                 await lease.occupancy.ready(lease.occupancy.layers[-1], lease.check)
         return lease
 
-    async def _hold_to_digest(
+    async def _compare_digest(
         self, ref: Ref, key: AdapterKey, tier: WantedTier, lease: Lease | None
     ) -> None:
         if lease is None:
@@ -470,10 +479,10 @@ class Acquirer:
         if tier is WantedTier.STREAM:
             self._digests.watch(ref, key, lease)
         else:
-            await self._digests.hold(ref, key, lease)
+            await self._digests.watch_and_wait(ref, key, lease)
 
     def try_lease(self, ref: Ref) -> Lease | None:
-        """A lease on what is resident, if `ref` was told to mean it lately; touches no file."""
+        """Return a lease if `ref` was resolved lately and its adapter is resident. No I/O."""
         key = ref if isinstance(ref, AdapterKey) else self._resolver.recent(ref)
         lease = self._driver.waiter_table.try_lease(key) if key is not None else None
         if key is None or lease is None:
@@ -485,29 +494,29 @@ class Acquirer:
         return lease
 
     async def lease(self, ref: Ref, tier: WantedTier, seconds: float, *, priority: int) -> Lease:
-        """As `acquire`, for who takes one."""
+        """Acquire the adapter at a tier that has leases; see `acquire`."""
         lease = await self.acquire(ref, tier, seconds, priority=priority)
         assert lease is not None
         return lease
 
     async def pin(self, ref: Ref, seconds: float, *, priority: int) -> None:
-        """Wait until the adapter is resident, and keep it there on behalf of `ref`."""
+        """Wait until the adapter is resident, and pin it for `ref`."""
         loop, pinned = asyncio.get_running_loop(), False
         deadline = loop.time() + seconds
-        while not pinned:  # an unload may come between: it is waited for, and the load repeated
+        while not pinned:  # repeat the load if an unload or a replace intervenes
             left = max(0.0, deadline - loop.time())
             lease = await self.lease(ref, WantedTier.DEVICE, left, priority=priority)
             lease.id = text_of(ref)
             try:
-                if not self._resolver.outdated(ref, lease.occupancy.key):  # else it was replaced
+                if not self._resolver.is_outdated(ref, lease.occupancy.key):
                     pinned = self._driver.waiter_table.pin(ref, lease)
             finally:
                 lease.end()
 
-    def _timed_out(
+    def _timeout_error(
         self, ref: Ref, key: AdapterKey | None, seconds: float, *, granted: bool
     ) -> AdapterTimeoutError:
-        """Where the adapter is now, before the wish for it is withdrawn."""
+        """Return the error with the adapter's stage now. Call before the waiter is withdrawn."""
         driver = self._driver
         stage: Stage = "resolve" if key is None else driver.lifecycle.stage(key)
         life = None if key is None else driver.lifecycle.states.get(key)
@@ -528,27 +537,27 @@ def _is_recent(files: Sequence[FileIdentity]) -> bool:
 
 def _changed_again(error: AdapterError) -> IntegrityError:
     return IntegrityError(
-        "its files were changed while they were loaded, and again while they were loaded once"
-        f" more: {error.problem}; save to a new folder, and rename it into place",
+        f"its files changed while they were loaded, and again during the retry: {error.problem};"
+        " save to a new folder and rename it into place",
         stage=error.stage,
     )
 
 
-async def _recorded(
+async def _record(
     recorder: Recorder,
     ref: Ref,
     tier: WantedTier,
     foreground: bool,
-    asked: Coroutine[None, None, Lease | None],
+    acquiring: Coroutine[None, None, Lease | None],
 ) -> Lease | None:
-    """What was asked for, as a span of a trace, however it ends."""
+    """Await `acquiring` within a span of the trace, with its outcome."""
     call = {WantedTier.DEVICE: "load", WantedTier.STREAM: "stream"}.get(tier, tier.name.lower())
-    what = call if foreground else f"prefetch to {tier.name.lower()}"
+    label = call if foreground else f"prefetch to {tier.name.lower()}"
     name = name_of(ref)
-    span = recorder.begin("requests", None, f"{what} {name}", adapter=name)
+    span = recorder.begin("requests", None, f"{label} {name}", adapter=name)
     outcome: dict[str, object] = {"outcome": "failed"}
     try:
-        lease = await asked
+        lease = await acquiring
     except asyncio.CancelledError:
         outcome["outcome"] = "cancelled"
         raise
@@ -558,7 +567,7 @@ async def _recorded(
     else:
         outcome["outcome"] = "done"
         if lease is not None:
-            outcome["stay"] = recorder.stay_in(lease.occupancy.grant.slot.index).number
+            outcome["stay"] = recorder.occupancy_in(lease.occupancy.grant.slot.index).number
         return lease
     finally:
         recorder.end(span, **outcome)

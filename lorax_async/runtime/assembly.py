@@ -1,4 +1,4 @@
-"""The parts of one loader, put together: threads, device, source, driver; and taken apart again."""
+"""Construct, open and close the parts of one loader: threads, device, source, driver."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from lorax_async.tracing.recorder import Tracer
 from lorax_async.types import AdapterKey, Ref, text_of
 
 MOVE_BYTES = 4 << 20
-"""Of one cast through staging: large enough that few calls are made, a few fit the default ring."""
+"""Bytes per cast through staging: few calls, and several casts fit the default ring."""
 
 METADATA_THREADS = 2
 
@@ -55,20 +55,20 @@ _NO_IMAGES = torch.empty(0, dtype=torch.uint8)
 
 
 class _CopyMemory(NamedTuple):
-    """Host memory that copies read: the ring, and uint8 `[pinned_bytes]` for images."""
+    """Host memory that copies read: the staging ring, and uint8 `[pinned_bytes]` for images."""
 
     staging: StagingRing
     images: torch.Tensor
 
 
-def _heed(task: asyncio.Task[None]) -> None:
-    """A hint that failed may have nobody who looks."""
+def _retrieve_error(task: asyncio.Task[None]) -> None:
+    """Retrieve a task's error, lest asyncio log it: a prefetch need not be awaited."""
     if not task.cancelled():
         task.exception()
 
 
 class Assembly:
-    """Everything that one loader owns and has to end. `open` before use, `close` once."""
+    """All parts of one loader. Call `open` before use, and `close` once."""
 
     driver: Driver
     resolver: Resolver
@@ -91,7 +91,7 @@ class Assembly:
         self._device = device or make_device(sharding.held, config)
         self._cache = OwnCache(config)
         self.tracer = Tracer()
-        self._elsewhere = make_remote_source(config, self._cache, self.tracer)
+        self._remote = make_remote_source(config, self._cache, self.tracer)
         self._source = source or SourceRouter(
             LocalSource(
                 roots=config.local_roots,
@@ -99,7 +99,7 @@ class Assembly:
                 threads=self._metadata,
                 hashes=config.verify == "before_use",
             ),
-            self._elsewhere,
+            self._remote,
             partial(as_parsed, allow=config.allow),
         )
         self._copies = HostCopies(config.memory_bytes, self._cache.get if config.spill else None)
@@ -115,10 +115,10 @@ class Assembly:
         self._prefetching: set[asyncio.Task[None]] = set()
 
     async def open(self, check_open: Callable[[], None]) -> None:
-        """Claim the device's memory; on an error or a cancellation no thread is left."""
+        """Allocate memory and start the driver; on an error or a cancellation, end all threads."""
         try:
             loop = asyncio.get_running_loop()
-            memory = await loop.run_in_executor(self._metadata, self._claim_memory)
+            memory = await loop.run_in_executor(self._metadata, self._allocate_memory)
             self._assemble(memory)
             self.driver.waiter_table.calls.in_memory = self._copies.in_memory
             self.digests = DigestChecks(self._memory, self.driver.telemetry, check_open)
@@ -128,14 +128,14 @@ class Assembly:
                 self._memory, self.resolver, self.acquiring, self.driver, check_open
             )
         except BaseException:
-            await asyncio.shield(asyncio.ensure_future(self._in_thread(self._give_up)))
+            await asyncio.shield(asyncio.ensure_future(self._in_thread(self._abort)))
             raise
 
-    def _claim_memory(self) -> _CopyMemory:
-        """In a thread."""
+    def _allocate_memory(self) -> _CopyMemory:
+        """Open the device and allocate staging memory, in a thread."""
         device, config = self._device, self._config
         device.open()
-        # Whoever fills a window needs one buffer to read what is cast, and one for the result.
+        # A device that cannot read files needs a buffer to read into and one for the cast result.
         buffers = 1 if device.reads_files else 2
         staging = StagingRing(
             device.staging_memory(config.staging_bytes),
@@ -184,12 +184,12 @@ class Assembly:
         return Budgets(device, host, images)
 
     @property
-    def given(self) -> Mapping[AdapterKey, int]:
-        """Tensors that were given, and merges, in host memory; bytes of each."""
+    def copied_bytes(self) -> Mapping[AdapterKey, int]:
+        """The bytes of each adapter from tensors, and of each merge, in host memory."""
         return self._copies.sizes
 
     def statistics(self) -> Statistics:
-        """Also after `close`: the last ones."""
+        """Return totals; after `close`, the last ones."""
         calls, budgets = self.driver.waiter_table.calls, self.driver.lifecycle.budgets
         evictions = {
             "device": budgets.device.evictions,
@@ -205,31 +205,32 @@ class Assembly:
         )
 
     def usage(self) -> Usage:
-        """Also after `close`."""
+        """Return the use of all budgets, also after `close`."""
         driver, cache = self.driver, (self._cache.last_used, self._config.cache_bytes)
         return usage_of(driver.lifecycle.budgets, driver.lease_table, self._copies, cache)
 
     def prefetch(
         self, refs: Sequence[Ref], tier: WantedTier, seconds: float, priority: int
     ) -> Prefetch:
-        """One task for each; `close` waits for those that are left."""
+        """Start one task per ref; `close` waits for those that are left."""
         require_priority(priority)
 
-        async def bring(ref: Ref) -> None:
+        async def acquire(ref: Ref) -> None:
             await self.acquiring.acquire(ref, tier, seconds, priority=priority, foreground=False)
 
-        def begin(ref: Ref) -> asyncio.Task[None]:
+        def start(ref: Ref) -> asyncio.Task[None]:
             loop, name = asyncio.get_running_loop(), f"lorax prefetch {text_of(ref)}"
-            task = loop.create_task(bring(ref), name=name)
-            task.add_done_callback(_heed)
+            task = loop.create_task(acquire(ref), name=name)
+            task.add_done_callback(_retrieve_error)
             return task
 
-        prefetch = Prefetch([(text_of(ref), partial(begin, ref)) for ref in refs])
+        prefetch = Prefetch([(text_of(ref), partial(start, ref)) for ref in refs])
         self._prefetching.add(prefetch.task)
         prefetch.task.add_done_callback(self._prefetching.discard)
         return prefetch
 
     async def close(self, timeout: float) -> None:
+        """Fail waiters, wait `timeout` seconds for leases, end all parts and threads."""
         folders = asyncio.ensure_future(self._fetches.close(timeout))
         try:
             self.digests.begin_close()
@@ -241,26 +242,26 @@ class Assembly:
             await asyncio.gather(*self._prefetching, return_exceptions=True)
             self._copies.clear()
             await self._in_thread(self._end)
-            self._copies.clear()  # and what a call that was under way has put there
+            self._copies.clear()  # again, for copies of calls that ended meanwhile
 
-    def _give_up(self) -> None:
+    def _abort(self) -> None:
         self._metadata.shutdown()
         self._device.close()
 
     def _end(self) -> None:
         self.driver.join()
         self._memory.close()
-        self._elsewhere.close()
+        self._remote.close()
         self._metadata.shutdown()
         self._cache.close()
         self._device.close()
 
     async def _in_thread(self, work: Callable[[], None]) -> None:
-        """Run what blocks (joining, unmapping) in a thread of its own, and wait for both."""
+        """Run blocking `work` (joining, unmapping) in a new thread, and wait for both."""
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
 
-        def tell(problem: BaseException | None) -> None:
+        def set_outcome(problem: BaseException | None) -> None:
             if done.cancelled():
                 return
             if problem is None:
@@ -272,10 +273,10 @@ class Assembly:
             problem: BaseException | None = None
             try:
                 work()
-            except BaseException as error:  # noqa: BLE001 - it is raised where it is awaited
+            except BaseException as error:  # noqa: BLE001 - raised by the awaiting task
                 problem = error
-            with suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits any more
-                loop.call_soon_threadsafe(tell, problem)
+            with suppress(RuntimeError):  # the loop was closed meanwhile
+                loop.call_soon_threadsafe(set_outcome, problem)
 
         thread = threading.Thread(target=body, name="lorax-stop", daemon=True)
         thread.start()

@@ -1,4 +1,4 @@
-"""Copies of layer groups: from a command to an I/O thread, and back to the loop as an outcome."""
+"""Copies of layer groups in the I/O threads."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _logger = logging.getLogger("lorax_async")
 
 @dataclass(frozen=True, slots=True)
 class CopyOutcome:
-    """What came of one copy: `nbytes` on the device, or why not.
+    """The result of one copy: `nbytes` on the device, or an error.
 
-    `staged_nbytes` of the file had to be cast or padded.
+    `staged_nbytes` of the file were cast or padded.
     """
 
     command: CopyGroup
@@ -43,7 +43,7 @@ class CopyOutcome:
 
 @dataclass(slots=True, eq=False)
 class _CopyJob:
-    """One copy on its way."""
+    """One copy in progress."""
 
     command: CopyGroup
     copy: GroupCopy
@@ -53,11 +53,11 @@ class _CopyJob:
 
 
 class CopyThreads:
-    """Hands copies to the I/O threads; `copied` hears of each once, on the loop.
+    """Runs copies, and the zeroing of failed slots, in `threads` I/O threads.
 
-    And slots that broke, to be zeroed; `wiped` hears of each once, in any thread. The `threads`
-    serve until `stop`. The loop is woken at the latest when no more than `low_water` copies are
-    left. `images` is the page-locked memory whose extents commands name.
+    `copied` is called once per copy, on the loop; `wiped` once per failed slot, in any thread. The
+    loop is woken at the latest when at most `low_water` copies are in flight. `images` is the
+    page-locked memory to which the extents of commands refer.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class CopyThreads:
         self._images = images
         self._wiped = wiped
         self._queue: SimpleQueue[_CopyJob | WipeExtents | None] = SimpleQueue()
-        # Daemons: a loader that nobody closed must not keep the interpreter from ending.
+        # Daemons: a loader that was not closed must not keep the interpreter from exiting.
         self._threads = [
             Thread(target=self._serve, name=f"lorax-io-{n}", daemon=True) for n in range(threads)
         ]
@@ -89,17 +89,17 @@ class CopyThreads:
         self._lock = Lock()
 
     def stop(self) -> None:
-        """Let the threads end once what was started is done."""
+        """Let the threads end after the copies that were started."""
         for _ in self._threads:
             self._queue.put(None)
 
     def join(self) -> None:
-        """Wait until they have. Blocks."""
+        """Wait for the threads to end. Blocks."""
         for thread in self._threads:
             thread.join()
 
-    def hear(self) -> None:
-        """Handle the outcomes that have not woken the loop."""
+    def take_outcomes(self) -> None:
+        """Handle outcomes that have not woken the loop yet."""
         self._inbox.take()
 
     def start(self, command: CopyGroup) -> None:
@@ -125,14 +125,16 @@ class CopyThreads:
         for started, thread in enumerate(threads):
             try:
                 thread.start()
-            except RuntimeError as error:  # the process may have no more threads
+            except RuntimeError as error:  # the process has reached its limit of threads
                 del threads[started:]
                 self.stop()
                 self.join()
-                raise CapacityError(f"no {len(threads) + 1}th thread; lower io_threads") from error
+                raise CapacityError(
+                    f"I/O thread {len(threads) + 1} did not start; lower io_threads"
+                ) from error
 
     def _serve(self) -> None:
-        """In an I/O thread: an executor's queue would cost more than a small copy."""
+        """Take work in an I/O thread. An executor's queue would cost more than a small copy."""
         while (work := self._queue.get()) is not None:
             if isinstance(work, WipeExtents):
                 self._zero(work)
@@ -140,36 +142,38 @@ class CopyThreads:
                 self._run(work)
 
     def _run(self, work: _CopyJob) -> None:
-        """In an I/O thread: whatever happens, the loop hears of it."""
+        """Start a copy, in an I/O thread. Every copy reaches `_end` exactly once."""
         work.started = perf_counter()
         try:
             moved = self._transfer.run(work.copy)
-        except BaseException as problem:  # noqa: BLE001 - it is carried to the loop and told there
+        except BaseException as problem:  # noqa: BLE001 - becomes the copy's outcome
             self._end(work, problem)
             return
         work.staging_seconds = moved.staging_seconds
-        with suppress(MemoryError):  # then a stream cannot wait for it, and layer_ready can
-            # Asked for, so that a stream can wait for it, though it may not have run yet.
-            work.occupancy.sent(work.command.group, moved.ticket)
+        with suppress(MemoryError):  # without the ticket, only queue_behind has to do without
+            work.occupancy.add_ticket(work.command.group, moved.ticket)
         moved.done.add_done_callback(lambda done: self._end(work, done.exception()))
 
     def _zero(self, command: WipeExtents) -> None:
-        """In an I/O thread. What cannot be zeroed is overwritten before it is named again."""
+        """Zero a failed slot, in an I/O thread.
 
-        def told(ticket: CopyTicket) -> None:
+        A failure is only logged: extents are overwritten before the pointer table names them again.
+        """
+
+        def report(ticket: CopyTicket) -> None:
             if ticket.exception() is not None:
-                _logger.warning("a slot that broke was not zeroed: %s", ticket.exception())
+                _logger.warning("a failed slot was not zeroed: %s", ticket.exception())
             self._wiped(command.key)
 
         try:
             ticket = self._transfer.wipe(command.grant.extents)
-        except BaseException as problem:  # noqa: BLE001 - it is told like that of a ticket
+        except BaseException as problem:  # noqa: BLE001 - reported like a ticket's error
             ticket = Future()
             ticket.set_exception(problem)
-        ticket.add_done_callback(told)
+        ticket.add_done_callback(report)
 
     def _end(self, work: _CopyJob, problem: BaseException | None) -> None:
-        """In an I/O thread, or in one of the device's."""
+        """Leave a copy's outcome for the loop, in an I/O thread or one of the device's."""
         error = None if problem is None else _as_lorax_error(problem)
         group = work.copy.group
         staged = 0 if error else sum(move.nbytes for move in group.converts)
@@ -177,16 +181,16 @@ class CopyThreads:
         outcome = CopyOutcome(
             work.command, group.nbytes, staged, error, work.staging_seconds, seconds
         )
-        # Left before it is counted: whoever counts the last one wakes the loop for all.
+        # Leave it before it is counted: the last to be counted wakes the loop for all.
         self._inbox.leave(outcome)
-        if self._is_urgent(work.occupancy) or error is not None:
+        if self._count_ended(work.occupancy) or error is not None:
             self._inbox.wake()
 
-    def _is_urgent(self, occupancy: SlotOccupancy) -> bool:
-        """Count a copy that ended: does the loop have to hear of it now?
+    def _count_ended(self, occupancy: SlotOccupancy) -> bool:
+        """Count a copy that ended; return whether the loop has to be woken now.
 
-        Waking the loop costs as much as copying half a megabyte. While the threads have work, and
-        this is not an adapter's last layer or one that somebody waits for, outcomes may gather.
+        Waking the loop costs as much as copying half a megabyte. While the threads have work,
+        outcomes may gather, except the last of an adapter and those of a streamed one.
         """
         with self._lock:
             self._in_flight -= 1
@@ -198,7 +202,7 @@ class CopyThreads:
 
 def _as_lorax_error(problem: BaseException) -> LoraxError:
     if isinstance(problem, LoraxError):
-        return problem.located()  # without its frames, for it is remembered
+        return problem.located()  # without frames: stories keep errors
     error = InternalError(f"a copy to the device failed: {problem!r}", stage="copy")
     error.__cause__ = problem
     return error

@@ -1,4 +1,4 @@
-"""Adapters held against the digests that callers gave for them."""
+"""Comparisons of adapters' weights with digests from callers."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from lorax_async.sources.base import Source
 from lorax_async.types import AdapterKey, AdapterRef, Merge, MergedKey, Ref, Verification
 
 MAX_REMEMBERED = 65_536
-"""Digests kept; the one that was found longest ago goes first."""
+"""Digests kept; the oldest is dropped first."""
 
 
 @dataclass(slots=True, eq=False)
 class _Hashing:
-    """One hashing that is under way, and how many wait for it."""
+    """A running hash task, and its number of waiting callers."""
 
     task: asyncio.Task[str]
     waiting: int = 0
 
 
 class DigestChecks:
-    """Compares, and lets `source` hash what nobody hashed before: once, for all who ask.
+    """Compares digests, and lets `source` hash weights of unknown digest, once for all callers.
 
     `check_open` raises once the loader is closing.
     """
@@ -37,28 +37,31 @@ class DigestChecks:
         self._telemetry = telemetry
         self._check_open = check_open
         self._known: dict[AdapterKey, str] = {}
-        self._asking: dict[AdapterKey, _Hashing] = {}
+        self._hashing: dict[AdapterKey, _Hashing] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._waiting: set[Lease] = set()
 
     async def compare(self, ref: Ref, key: AdapterKey, known: Verification | None) -> None:
-        """Wait until what `key` is has been held against what `ref` promises.
+        """Compare the weights of `key` with the digests in `ref`; hash them if needed.
 
-        `known` is what is known of the key. Raises `IntegrityError` if it is something else, and
-        what hashing raises.
+        `known` is the key's verification, if it is known. Raise `IntegrityError` for a mismatch,
+        and what hashing raises.
         """
-        for part, digest in _promised(ref, key):
-            found = self._found(part, key, known) or await self._digest(part)
-            if found != digest:
-                raise _differs(part, found, digest)
+        for part, expected in _expected_digests(ref, key):
+            digest = self._known_digest(part, key, known) or await self._hash(part)
+            if digest != expected:
+                raise _mismatch(part, digest, expected)
 
     def agrees(self, ref: Ref, key: AdapterKey, known: Verification | None) -> bool:
-        """Whether `compare` would raise nothing, as far as can be told without waiting."""
-        return all(self._found(part, key, known) == digest for part, digest in _promised(ref, key))
+        """Return whether all digests in `ref` are known to match."""
+        return all(
+            self._known_digest(part, key, known) == expected
+            for part, expected in _expected_digests(ref, key)
+        )
 
     def watch(self, ref: Ref, key: AdapterKey, lease: Lease) -> None:
-        """Compare once all bytes are here. If they are others, the lease fails."""
-        if _promised(ref, key):
+        """Compare once all bytes are here. The lease fails at a mismatch."""
+        if _expected_digests(ref, key):
             promise = DigestPromise().join(lease)
             watching = self._watch(promise, ref, key, lease.occupancy)
             loop = asyncio.get_running_loop()
@@ -66,8 +69,8 @@ class DigestChecks:
             self._tasks.add(promise.task)
             promise.task.add_done_callback(self._tasks.discard)
 
-    async def hold(self, ref: Ref, key: AdapterKey, lease: Lease) -> None:
-        """As `watch`, and wait for it. Raises `LoaderClosedError` when the loader is closing."""
+    async def watch_and_wait(self, ref: Ref, key: AdapterKey, lease: Lease) -> None:
+        """Call `watch`, and wait for it; raise `LoaderClosedError` when the loader is closing."""
 
         def check() -> None:
             self._check_open()
@@ -82,13 +85,13 @@ class DigestChecks:
                 self._waiting.discard(lease)
 
     def begin_close(self) -> None:
-        """Nobody waits any more; who has a lease may go on."""
+        """End the waits of `watch_and_wait`; leases stay."""
         for lease in self._waiting:
             lease.occupancy.wake_tasks()
 
     async def stop(self) -> None:
-        """End what is under way."""
-        tasks = [*self._tasks, *(question.task for question in self._asking.values())]
+        """Cancel all tasks."""
+        tasks = [*self._tasks, *(hashing.task for hashing in self._hashing.values())]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -102,48 +105,50 @@ class DigestChecks:
             await self.compare(ref, key, occupancy.verification)
         except LoraxError as problem:
             error = problem.located(key=key, story=self._telemetry.story(key))
-        except Exception as problem:  # noqa: BLE001 - who holds the lease is told
+        except Exception as problem:  # noqa: BLE001 - becomes the lease's error
             error = InternalError(f"a digest was not compared: {problem!r}", key=key)
             error.__cause__ = problem
-        promise.settle(_kept(ref), error)
+        promise.settle(_verification_by_caller(ref), error)
         occupancy.wake_threads()
         occupancy.wake_tasks()
 
-    def _found(self, part: AdapterKey, key: AdapterKey, known: Verification | None) -> str | None:
-        """A sha256, where there is one."""
+    def _known_digest(
+        self, part: AdapterKey, key: AdapterKey, known: Verification | None
+    ) -> str | None:
+        """Return the known sha256 of a part of `key`, or None."""
         by_sha256 = known is not None and known.kind in ("sha256", "transport")
         digest = known.digest if known is not None and by_sha256 and part == key else None
         return digest or self._known.get(part)
 
-    async def _digest(self, key: AdapterKey) -> str:
-        question = self._asking.get(key) or self._ask(key)
-        question.waiting += 1
+    async def _hash(self, key: AdapterKey) -> str:
+        hashing = self._hashing.get(key) or self._start_hashing(key)
+        hashing.waiting += 1
         try:
-            return await asyncio.shield(question.task)
+            return await asyncio.shield(hashing.task)
         except LoraxError as error:
             raise error.located() from error.__cause__
         except asyncio.CancelledError:
             waiter = asyncio.current_task()
-            if question.task.cancelled() and waiter is not None and not waiter.cancelling():
+            if hashing.task.cancelled() and waiter is not None and not waiter.cancelling():
                 raise LoaderClosedError("the loader was closed", stage="verify") from None
             raise
         finally:
-            question.waiting -= 1
-            if not question.waiting and not question.task.done():
-                del self._asking[key]
-                question.task.cancel()
+            hashing.waiting -= 1
+            if not hashing.waiting and not hashing.task.done():
+                del self._hashing[key]
+                hashing.task.cancel()
 
-    def _ask(self, key: AdapterKey) -> _Hashing:
+    def _start_hashing(self, key: AdapterKey) -> _Hashing:
         loop = asyncio.get_running_loop()
         task = loop.create_task(self._source.digest(key), name=f"lorax digest {key}")
-        question = self._asking[key] = _Hashing(task)
-        task.add_done_callback(lambda _: self._answered(key, question))
-        return question
+        hashing = self._hashing[key] = _Hashing(task)
+        task.add_done_callback(lambda _: self._hashed(key, hashing))
+        return hashing
 
-    def _answered(self, key: AdapterKey, question: _Hashing) -> None:
-        if self._asking.get(key) is question:
-            del self._asking[key]
-        task = question.task
+    def _hashed(self, key: AdapterKey, hashing: _Hashing) -> None:
+        if self._hashing.get(key) is hashing:
+            del self._hashing[key]
+        task = hashing.task
         if task.cancelled() or task.exception() is not None:
             return
         self._known[key] = task.result()
@@ -151,31 +156,31 @@ class DigestChecks:
             del self._known[next(iter(self._known))]
 
 
-def _promised(ref: Ref, key: AdapterKey) -> list[tuple[AdapterKey, str]]:
-    """Keys, with the digests that were given for them: of an id, or of the parts of a merge."""
-    asked: tuple[Ref, ...] = (ref,)
-    found: tuple[object, ...] = (key,)
+def _expected_digests(ref: Ref, key: AdapterKey) -> list[tuple[AdapterKey, str]]:
+    """Return the keys with a digest in `ref`: its own, or those of the parts of a merge."""
+    refs: tuple[Ref, ...] = (ref,)
+    keys: tuple[object, ...] = (key,)
     if isinstance(ref, Merge) and isinstance(key, MergedKey):
-        asked, found = ref.parts, key.merge.parts
+        refs, keys = ref.parts, key.merge.parts
     return [
-        (part, named.digest)
-        for named, part in zip(asked, found, strict=True)
-        if isinstance(part, AdapterKey)
-        and isinstance(named, AdapterRef)
-        and named.digest is not None
+        (part_key, part.digest)
+        for part, part_key in zip(refs, keys, strict=True)
+        if isinstance(part_key, AdapterKey)
+        and isinstance(part, AdapterRef)
+        and part.digest is not None
     ]
 
 
-def _kept(ref: Ref) -> Verification | None:
-    """What is known of an adapter by a caller's word."""
+def _verification_by_caller(ref: Ref) -> Verification | None:
+    """Return the verification by the digest in `ref`, if it has one."""
     digest = ref.digest if isinstance(ref, AdapterRef) else None
     return None if digest is None else Verification("sha256", digest)
 
 
-def _differs(key: AdapterKey, found: str, digest: str) -> IntegrityError:
+def _mismatch(key: AdapterKey, digest: str, expected: str) -> IntegrityError:
     return IntegrityError(
-        f"its weights have the sha256 {found}, not {digest} as was asked for; ask for the version"
-        " that you mean, or correct the digest",
+        f"its weights have the sha256 {digest}, not {expected} as requested; request the"
+        " version with that digest, or correct the digest",
         key=key,
         stage="verify",
         retryable=False,

@@ -1,8 +1,8 @@
-"""The only bridge between deciding and doing.
+"""The driver: executes the lifecycle's commands and returns their outcomes to it.
 
-Commands of the lifecycle become named tasks (`FetchTasks`), copies in I/O threads, and news for
-waiters and leases (`LeaseTable`); what comes back goes into the lifecycle as outcomes. An exception
-that escapes fails its adapter with `InternalError`; it never reaches the embedding program.
+Commands become tasks (`FetchTasks`), copies in I/O threads (`CopyThreads`), and results for waiters
+and leases (`LeaseTable`). An unexpected exception fails its adapter with `InternalError`; it never
+reaches the embedding program.
 """
 
 from __future__ import annotations
@@ -43,54 +43,52 @@ from lorax_async.runtime.leases import Lease, LeaseTable
 from lorax_async.runtime.telemetry import Telemetry
 from lorax_async.runtime.waiters import WaiterTable, kind_of
 from lorax_async.sources.base import Source
-from lorax_async.tracing.recorder import Stays, Tracer
+from lorax_async.tracing.recorder import OccupancyTimes, Tracer
 from lorax_async.types import AdapterKey
 
-Gone = Callable[[AdapterKey], None]
-"""Told once the adapter has left device and host memory."""
+UnloadCallback = Callable[[AdapterKey], None]
+"""Called once the adapter has left device and host memory."""
 
 
 class IdleUnloader:
-    """Unloads them, one by one, when they come to be idle; `execute` carries out what
-    that takes.
-    """
+    """Unloads adapters as they become idle; `execute` carries out the lifecycle's commands."""
 
     def __init__(self, lifecycle: Lifecycle, execute: Callable[[list[Command]], None]) -> None:
         self._lifecycle = lifecycle
         self._execute = execute
-        self._keys: dict[AdapterKey, Gone] = {}
-        self._looking = False
+        self._callbacks: dict[AdapterKey, UnloadCallback] = {}
+        self._updating = False
 
-    def begin(self, key: AdapterKey, gone: Gone) -> None:
-        """Let it go, now or when its last lease, pin and waiter have gone."""
-        self._keys[key] = gone
-        self.look()
+    def begin(self, key: AdapterKey, unloaded: UnloadCallback) -> None:
+        """Unload the adapter, now or after its last lease, pin and waiter."""
+        self._callbacks[key] = unloaded
+        self.update()
 
     def keep(self, key: AdapterKey) -> None:
-        """It is wanted again."""
-        self._keys.pop(key, None)
+        """Cancel `begin`."""
+        self._callbacks.pop(key, None)
 
-    def look(self) -> None:
-        """To be called whenever something has changed."""
-        if not self._keys or self._looking:
+    def update(self) -> None:
+        """Unload what has become idle. Call after every change of the lifecycle."""
+        if not self._callbacks or self._updating:
             return
-        self._looking = True
+        self._updating = True
         try:
-            for key in tuple(self._keys):
-                self._settle(key)
+            for key in tuple(self._callbacks):
+                self._unload_if_idle(key)
         finally:
-            self._looking = False
+            self._updating = False
 
-    def _settle(self, key: AdapterKey) -> None:
+    def _unload_if_idle(self, key: AdapterKey) -> None:
         life = self._lifecycle.states.get(key)
         if life is not None and (life.leases or life.pins or life.waiters):
             return
         if life is not None and _takes_memory(life) and not life.unloads:
             self._execute(self._lifecycle.unload(key))
         if life is None or life.is_idle:
-            gone = self._keys.pop(key, None)  # what was told of the unload may have kept it
-            if gone is not None:
-                gone(key)
+            unloaded = self._callbacks.pop(key, None)  # a subscriber may have called `keep`
+            if unloaded is not None:
+                unloaded(key)
 
 
 def _takes_memory(life: AdapterState) -> bool:
@@ -106,7 +104,7 @@ _logger = logging.getLogger("lorax_async")
 
 
 class Driver:
-    """Carries out what the lifecycle decides, for one loader on one event loop."""
+    """Executes the lifecycle's commands for one loader, on its event loop."""
 
     def __init__(
         self,
@@ -135,7 +133,7 @@ class Driver:
         )
         self.idle_unloader = IdleUnloader(lifecycle, self._execute)
         self._loop = asyncio.get_running_loop()
-        self._inbox: Inbox[Callable[[], None]] = Inbox(self._loop, self._tell)
+        self._inbox: Inbox[Callable[[], None]] = Inbox(self._loop, self._report)
         self._copies = CopyThreads(
             self.files,
             self.lease_table,
@@ -146,9 +144,9 @@ class Driver:
             low_water=lifecycle.budgets.device.copies_free // 2,
             images=images,
         )
-        self._stays = Stays(tracer)
+        self._occupancy_times = OccupancyTimes(tracer)
         self._commands: deque[Command] = deque()
-        self._executing = self._telling = False
+        self._executing = self._reporting = False
         self._alarm: asyncio.TimerHandle | None = None
         self._due: float | None = None
         self._rested = asyncio.Event()
@@ -156,9 +154,9 @@ class Driver:
     # -- ending ------------------------------------------------------------------------------------
 
     async def close(self, error: LoraxError, timeout: float) -> None:
-        """Fail waiters, wait for leases, revoke those that are left at the deadline.
+        """Fail waiters with `error`, wait `timeout` seconds for leases, then revoke the others.
 
-        A kernel that still runs is waited for in any case: its memory cannot be taken back.
+        Running kernels are waited for in any case: their memory cannot be reclaimed.
         """
         try:
             self.files.begin_close()
@@ -189,7 +187,7 @@ class Driver:
             await self._rested.wait()
 
     def forget(self, key: AdapterKey) -> None:
-        """Know nothing of an adapter that is idle."""
+        """Drop all state of an idle adapter."""
         self._execute(self.lifecycle.forget(key))
 
     # -- outcomes ---------------------------------------------------------------------------------
@@ -223,12 +221,12 @@ class Driver:
         self._decide(key, lambda: self.lifecycle.lost(key, attempt, error))
 
     def _decide(self, key: AdapterKey, decide: Callable[[], list[Command]]) -> None:
-        """Let an outcome have its consequences; a fault of ours in it fails this adapter alone."""
+        """Execute what the lifecycle decides on an outcome; a bug in it fails this adapter only."""
         try:
             decided = decide()
         except Exception as problem:
-            _logger.exception("an outcome of an adapter was not understood")
-            error = InternalError(f"an outcome was not understood: {problem!r}", key=key)
+            _logger.exception("the lifecycle failed on an outcome")
+            error = InternalError(f"the lifecycle failed on an outcome: {problem!r}", key=key)
             error.__cause__ = problem
             waiters = [waiter.id for waiter in self.lifecycle.states[key].waiters]
             for waiter in waiters:
@@ -240,8 +238,8 @@ class Driver:
     def _copied(self, outcome: CopyOutcome) -> None:
         key = outcome.command.key
         self.lifecycle.note_time(self._loop.time())
-        self.telemetry.spent("stage", outcome.staging_seconds, outcome.staged_nbytes)
-        self.telemetry.spent(
+        self.telemetry.add_time("stage", outcome.staging_seconds, outcome.staged_nbytes)
+        self.telemetry.add_time(
             "copy", outcome.copy_seconds, outcome.nbytes if not outcome.error else 0
         )
         if outcome.error is None:
@@ -263,63 +261,63 @@ class Driver:
         self._on_loop(lambda: self._decide(key, lambda: self.lifecycle.wiped(key)))
 
     def _lease_ended(self, lease: Lease, in_use: bool, soon: bool) -> None:
-        def tell() -> None:
+        def report() -> None:
             try:
                 self.lease_table.end_lease(lease)
             finally:
                 self._execute(self.lifecycle.end_lease(lease.occupancy.key, in_use=in_use))
 
         if soon:
-            self._inbox.put(tell)
+            self._inbox.put(report)
         else:
-            self._on_loop(tell)
+            self._on_loop(report)
 
     def _lease_quiet(self, lease: Lease) -> None:
         self._on_loop(lambda: self._execute(self.lifecycle.end_use(lease.occupancy.key)))
 
-    def _on_loop(self, tell: Callable[[], None]) -> None:
-        # A finalizer may run in the midst of any of these, and a subscriber's call within one.
-        busy = self._telling or self._executing or self.lifecycle.deciding
+    def _on_loop(self, report: Callable[[], None]) -> None:
+        # Finalizers may run within any of these three, and so may a subscriber's calls.
+        busy = self._reporting or self._executing or self.lifecycle.deciding
         if busy or running_loop() is not self._loop:
-            self._inbox.put(tell)
+            self._inbox.put(report)
         else:
-            self._tell(tell)
+            self._report(report)
 
-    def _tell(self, tell: Callable[[], None]) -> None:
-        self._telling = True
+    def _report(self, report: Callable[[], None]) -> None:
+        self._reporting = True
         try:
-            tell()
+            report()
         finally:
-            self._telling = False
+            self._reporting = False
 
     # -- commands ---------------------------------------------------------------------------------
 
     def _collect_and_execute(self, decided: list[Command]) -> None:
-        """A caller is here: what has been copied meanwhile concerns it."""
+        """Execute a caller's commands, and take the copies that ended, which may serve it."""
         self._execute(decided)
-        self._copies.hear()
+        self._copies.take_outcomes()
 
     def _execute(self, decided: list[Command]) -> None:
-        """Carry out commands in order. What a subscriber causes meanwhile comes after them."""
+        """Execute commands in order; those that a subscriber causes meanwhile come after them."""
         self._commands.extend(decided)
         if self._executing:
             return
         self._executing = True
         try:
             while self._commands:
-                self._carry_out(self._commands.popleft())
+                self._execute_one(self._commands.popleft())
         finally:
             self._executing = False
-        self.idle_unloader.look()
+        self.idle_unloader.update()
         self._set_alarm()
         self._rested.set()
 
-    def _carry_out(self, command: Command) -> None:
-        """A fault of ours in one command must not leave an outcome out, nor stop the others."""
+    def _execute_one(self, command: Command) -> None:
+        """Execute one command; a bug in it must not lose its outcome, nor stop the others."""
         try:
             self._perform(command)
         except Exception as problem:
-            _logger.exception("carrying out %s failed", type(command).__name__)
+            _logger.exception("executing %s failed", type(command).__name__)
             error = InternalError(f"{type(command).__name__} failed: {problem!r}")
             error.__cause__ = problem
             if isinstance(command, commands.CopyGroup):
@@ -371,10 +369,10 @@ class Driver:
                 self.lease_table.occupancy(key).fail(self._located(key, command.error))
             case commands.NotifyLeaving():
                 self.telemetry.count("departures")
-                self._stays.leaving(command.grant.slot.index)
+                self._occupancy_times.record_leaving(command.grant.slot.index)
                 self._publish(Leaving, key, slot=command.grant.slot)
             case commands.NotifyStays():
-                if self.lease_table.occupancy(key).complete:  # else it is told with the last layer
+                if self.lease_table.occupancy(key).complete:  # else published with the last layer
                     self._publish(Resident, key, slot=command.grant.slot)
             case commands.NotifyUnloaded():
                 self.lease_table.unloaded(key)
@@ -384,7 +382,7 @@ class Driver:
                 self.files.forget(key)
                 self.telemetry.forget(key)
             case _:
-                raise InternalError(f"no way to carry out {command}")
+                raise InternalError(f"unknown command {command}")
 
     def _take_slot(self, command: commands.TakeSlot) -> None:
         self.telemetry.granted(command.key, command.since, monotonic())
@@ -396,7 +394,7 @@ class Driver:
             self.files.verifications.get(command.key),
             lambda: life.has_arrived,
         )
-        self._stays.granted(command.grant.slot.index, command.key, plan.nbytes)
+        self._occupancy_times.record_grant(command.grant.slot.index, command.key, plan.nbytes)
         self._publish(
             SlotGranted,
             command.key,
@@ -408,8 +406,8 @@ class Driver:
     def _clear_column(self, command: commands.ClearColumn) -> None:
         try:
             self.device.clear_column(command.grant.slot.index)
-        finally:  # the slot is no longer the adapter's, whatever the device says
-            self._stays.left(command.grant.slot.index)
+        finally:  # the slot is free even if the device raises
+            self._occupancy_times.record_free(command.grant.slot.index)
             self.lease_table.vacate(command.key)
             self.telemetry.shorten(command.key)
             self._close_idle_reader(command.key)
@@ -419,28 +417,28 @@ class Driver:
         self.lease_table.fail(command.waiters, self._located(command.key, command.error))
 
     def _notify_failed(self, key: AdapterKey, error: LoraxError) -> None:
-        """Once, though waiters and lease holders are told apart."""
+        """Publish a failure once, though waiters and lease holders fail by different commands."""
         latest = self.telemetry.story(key)[-1:]
         if latest and isinstance(latest[0], Failed) and latest[0].error is error:
             return
-        self.telemetry.failed(kind_of(error))
+        self.telemetry.count_failure(kind_of(error))
         life = self.lifecycle.states.get(key)
         grant = life.grant if life is not None else None
         if grant is not None:
-            self._stays.failed(grant.slot.index, error)
+            self._occupancy_times.record_failure(grant.slot.index, error)
         self._publish(Failed, key, slot=grant.slot if grant else None, error=error)
 
     def _located(self, key: AdapterKey, error: LoraxError) -> LoraxError:
-        life = self.lifecycle.states.get(
-            key
-        )  # it may be forgotten by now: a close ends all at once
+        life = self.lifecycle.states.get(key)  # None if closing has dropped its state
         attempt = life.attempt if life is not None else 0
         return error.located(key=key, attempt=attempt, story=self.telemetry.story(key))
 
     def _notify_ready(self, command: commands.NotifyReady) -> None:
         occupancy = self.lease_table.occupancy(command.key)
         slot = command.grant.slot
-        self._stays.ready(slot.index, occupancy.layers, command.watermark, last=command.last)
+        self._occupancy_times.record_ready(
+            slot.index, occupancy.layers, command.watermark, last=command.last
+        )
         occupancy.advance(command.watermark)
         if self.telemetry.has_subscribers:
             layer = occupancy.layers[command.watermark - 1]
@@ -449,12 +447,13 @@ class Driver:
             self.telemetry.count("loads")
             self._publish(Resident, command.key, slot=slot)
             life = self.lifecycle.states.get(command.key)
-            if life is not None and life.told:  # or that would say that it stays
+            # After `Resident`, which alone would cancel it.
+            if life is not None and life.leave_notified:
                 self._publish(Leaving, command.key, slot=slot)
             self._close_idle_reader(command.key)
 
     def _close_idle_reader(self, key: AdapterKey) -> None:
-        """Descriptors are held while bytes are read, and no longer."""
+        """Close the reader unless bytes are being read: file descriptors are scarce."""
         life = self.lifecycle.states.get(key)
         busy = life is not None and (
             life.file is FileState.FETCHING or life.slot is SlotState.FILLING or life.copying
@@ -462,14 +461,14 @@ class Driver:
         if not busy:
             self.files.close_reader(key)
 
-    def _publish(self, kind: type[Event], key: AdapterKey, **news: Any) -> None:
+    def _publish(self, kind: type[Event], key: AdapterKey, **fields: Any) -> None:
         life = self.lifecycle.states.get(key)
         attempt = life.attempt if life is not None else 0
-        slot: SlotId | None = news.pop("slot", None)
-        self.telemetry.tell(kind(key, slot, attempt, monotonic(), **news))
+        slot: SlotId | None = fields.pop("slot", None)
+        self.telemetry.publish(kind(key, slot, attempt, monotonic(), **fields))
 
     def _set_alarm(self) -> None:
-        """One timer for the head of the queue; adapters that do not wait have none."""
+        """Set the one timer to the lifecycle's next deadline, if it has one."""
         due = self.lifecycle.next_tick
         if due == self._due:
             return

@@ -1,4 +1,4 @@
-"""Tasks that open, check, plan and fetch adapters, and what they leave open."""
+"""Tasks that open, check, plan and fetch adapters, and the readers and holds that stay open."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from lorax_async.sources.base import AdapterFile, PinnedPages, RefusalCallback, 
 from lorax_async.types import AdapterKey, Verification
 
 LARGE_PREFIX = 256 * 1024
-"""A header of more bytes is parsed in a thread: it would hold the loop for too long."""
+"""A longer header is parsed in a thread: it would block the loop for too long."""
 
 MANY_MEMBERS = 64
-"""And so is a config of more members: PEFT writes some 40, and what is more may be patterns."""
+"""A config with more members is parsed in a thread too. PEFT writes about 40 without patterns."""
 
-REMEMBERED_PLANS = 32
+CACHED_PLANS = 32
 
 
 class TransferPlanner:
     """Plans adapters for one layout, shard, dtype and device.
 
-    A plan follows from config, header and size alone, and adapters that were trained alike differ
-    in none of them; so the last plans are remembered by exactly these bytes.
+    A plan depends on config, header and size alone, which are equal for adapters from one training
+    setup, so the last plans are cached by exactly these bytes.
     """
 
     def __init__(
@@ -48,23 +48,25 @@ class TransferPlanner:
         self._alignment = device.alignment
         self._rank_multiple = device.rank_multiple
         self._move_bytes = move_bytes
-        self._remembered = lru_cache(maxsize=REMEMBERED_PLANS)(self._plan)
+        self._cached_plan = lru_cache(maxsize=CACHED_PLANS)(self._plan)
 
     def is_long(self, file: AdapterFile) -> bool:
-        """Whether planning would hold an event loop for longer than it should be held.
+        """Return whether planning would block the event loop for too long.
 
-        A shard's plan takes about three times as long: every tensor is cut, and moved by itself.
+        A shard's plan takes about three times as long: every tensor is cut and moved separately.
         """
         return bool(self._sharding.cuts) or _is_large(file)
 
     def plan(self, file: AdapterFile) -> TransferPlan:
-        """Check config, header and layout against each other. Pure; may take milliseconds.
+        """Check config, header and layout against each other, and plan the transfer.
+
+        Pure; may take milliseconds.
 
         Raises
         ------
         AdapterFormatError, UnsupportedAdapterError, IncompatibleAdapterError
         """
-        plan = self._plan if _is_large(file) else self._remembered
+        plan = self._plan if _is_large(file) else self._cached_plan
         return plan(file.config, file.prefix, file.reader.nbytes)
 
     def _plan(self, config: bytes, prefix: bytes, file_size: int) -> TransferPlan:
@@ -91,7 +93,7 @@ _logger = logging.getLogger("lorax_async")
 
 
 class TaskOutcomes(Protocol):
-    """Who is told what came of a task; called on the loop."""
+    """Receives the outcomes of tasks, on the loop."""
 
     def header_checked(
         self, key: AdapterKey, attempt: int, plan: TransferPlan, *, holdable: bool
@@ -107,9 +109,8 @@ class TaskOutcomes(Protocol):
 class FetchTasks:
     """Runs one task per fetch, populate and release; each ends with exactly one outcome.
 
-    `threads` parse large headers. `before_use`: no group may be used before all of the file was
-    checked. Tasks are cancelled by `stop` alone; a fetch that nobody wants
-    any more is told so by its token.
+    `threads` parse large headers. With `before_use`, no group is reported before the whole file was
+    checked. Only `stop` cancels tasks; a fetch without demand is ended by its fetch control.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class FetchTasks:
         self._before_use = before_use
         self.verifications: dict[AdapterKey, Verification] = {}
         self._refusals: dict[AdapterKey, RefusalCallback] = {}
-        self._demands: dict[AdapterKey, FetchControl] = {}
+        self._controls: dict[AdapterKey, FetchControl] = {}
         self._opening: dict[AdapterKey, asyncio.Event] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._planning = asyncio.Lock()
@@ -142,25 +143,25 @@ class FetchTasks:
 
     def start_fetch(self, key: AdapterKey, attempt: int, *, urgent: bool) -> None:
         self.verifications.pop(key, None)
-        self._demands[key] = FetchControl(urgent=urgent)
+        self._controls[key] = FetchControl(urgent=urgent)
         self._opening[key] = asyncio.Event()
         self._spawn("fetch", key, self._fetch(key, attempt))
 
     async def opened(self, key: AdapterKey) -> None:
-        """Wait until the fetch that is under way, if one is, has its plan or has failed."""
+        """Wait until the adapter's running fetch, if there is one, has a plan or has failed."""
         opening = self._opening.get(key)
         if opening is not None:
             await opening.wait()
 
     def raise_priority(self, key: AdapterKey) -> None:
-        """Somebody waits for the fetch that is under way, if one is."""
-        control = self._demands.get(key)
+        """Raise the priority of the adapter's running fetch, if there is one."""
+        control = self._controls.get(key)
         if control is not None:
             control.raise_priority()
 
     def refuse_weights(self, key: AdapterKey, error: LoraxError) -> None:
-        """Let the source drop its copy, unless vouched for, of weights that failed a check."""
-        control, refuse = self._demands.get(key), self._refusals.get(key)
+        """Let the source drop its copy of weights that failed a check, unless it was verified."""
+        control, refuse = self._controls.get(key), self._refusals.get(key)
         if control is not None:
             control.refused = error
         if refuse is not None:
@@ -172,10 +173,10 @@ class FetchTasks:
         try:
             await refuse(error, weights=True)
         except LoraxError as problem:
-            _logger.warning("a refused copy of %s was not dropped: %s", key, problem)
+            _logger.warning("the invalid copy of %s was not dropped: %s", key, problem)
 
     def cancel_fetch(self, key: AdapterKey) -> None:
-        self._demands[key].end()
+        self._controls[key].end()
 
     def start_populate(self, key: AdapterKey, attempt: int) -> None:
         self._spawn("populate", key, self._populate(key, attempt))
@@ -184,16 +185,16 @@ class FetchTasks:
         self._spawn("release", key, self._release(key, attempt))
 
     def reader(self, key: AdapterKey) -> Reader:
-        """What `key` is read through; opened again for an adapter that comes back."""
+        """Return the reader of `key`; reopen it if it was closed."""
         reader = self.readers.get(key)
         if reader is None:
             reader = self.readers[key] = self._source.reopen(key)
         return reader
 
-    async def readable(self, key: AdapterKey) -> None:
-        """Wait until the file of an adapter that fills its slot is open, and so stays where it is.
+    async def require_readable(self, key: AdapterKey) -> None:
+        """Open the file of an adapter that is filling its slot, so that it cannot be evicted.
 
-        Raises `EvictedError` if it is gone.
+        Raise `EvictedError` if it was evicted.
         """
         loop, reader = asyncio.get_running_loop(), self.reader(key)
         await loop.run_in_executor(self._threads, lambda: reader.nbytes)
@@ -210,16 +211,16 @@ class FetchTasks:
         self.close_reader(key)
         hold = self.holds.pop(key, None)
         if hold is not None:
-            _close(hold)  # what is forgotten was read ahead at most: there is no map to undo
+            _close(hold)  # its pages were at most read ahead: there is no map to undo
 
     def begin_close(self) -> None:
-        """Whoever is populated need not be: whole files may take long to come."""
+        """Cancel the running populate, which may take long for whole files."""
         self._closing = True
         if self._populating is not None:
             self._populating.cancel()
 
     async def stop(self) -> None:
-        """End the tasks that are left, and close what they opened."""
+        """Cancel the tasks that are left, and close their readers and holds."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -236,24 +237,25 @@ class FetchTasks:
         task.add_done_callback(self._tasks.discard)
 
     async def _fetch(self, key: AdapterKey, attempt: int) -> None:
-        control = self._demands[key]
+        control = self._controls[key]
         error: LoraxError | None = None
         try:
-            file, plan = await self._checked(key, control)
+            file, plan = await self._open_and_plan(key, control)
             self.plans[key] = plan
             self._end_opening(key)
             if not control.ended:
                 self._outcomes.header_checked(key, attempt, plan, holdable=file.holdable)
-                verification = await self._bring(key, attempt, file, plan, control)
+                verification = await self._fetch_groups(key, attempt, file, plan, control)
                 self.verifications[key] = verification
                 if control.refused is not None and file.refuse is not None:
-                    await file.refuse(control.refused, weights=True)  # it was published meanwhile
+                    # A copy failed its check before the source had a copy to drop.
+                    await file.refuse(control.refused, weights=True)
             if control.ended:
-                error = FetchError("nobody wants it any more")
+                error = FetchError("the fetch was cancelled: no waiter is left")
         except Exception as problem:  # noqa: BLE001 - becomes the task's outcome
             error = _as_lorax_error(problem)
-        # The outcome may start the next fetch of this key: what belongs to this one goes first.
-        del self._demands[key]
+        # Clean up first: the outcome may start the next fetch of this key.
+        del self._controls[key]
         self._end_opening(key)
         if error is None:
             self._outcomes.published(key, attempt)
@@ -266,10 +268,10 @@ class FetchTasks:
         if opening is not None:
             opening.set()
 
-    async def _checked(
+    async def _open_and_plan(
         self, key: AdapterKey, control: FetchControl
     ) -> tuple[AdapterFile, TransferPlan]:
-        """Open it and plan it. What is refused, and was outdated, is opened once more."""
+        """Open and plan the adapter; once more if it was refused because a copy was outdated."""
         file = await self._open(key, control)
         try:
             return file, await self._plan(key, file)
@@ -291,8 +293,8 @@ class FetchTasks:
         started = perf_counter()
         file = await self._source.open(key, control)
         nbytes = len(file.config) + len(file.prefix)
-        self._telemetry.spent("fetch", perf_counter() - started, nbytes)
-        self._telemetry.took(key, "fetch header", started)
+        self._telemetry.add_time("fetch", perf_counter() - started, nbytes)
+        self._telemetry.add_span(key, "fetch header", started)
         self.close_reader(key)
         self.readers[key] = file.reader
         self._refusals.pop(key, None)
@@ -304,22 +306,22 @@ class FetchTasks:
         if self._planner.is_long(file):
             loop, started = asyncio.get_running_loop(), perf_counter()
             plan = await loop.run_in_executor(self._threads, self._planner.plan, file)
-            self._planned(key, started)
+            self._record_plan(key, started)
             return plan
-        # One in each turn of the loop: many adapters that were opened at the same time would
-        # otherwise be planned in the same turn, and nobody else would have theirs.
+        # One per turn of the loop: adapters that were opened at the same time would otherwise be
+        # planned in the same turn and block all other tasks.
         async with self._planning:
             started = perf_counter()
             plan = self._planner.plan(file)
-            self._planned(key, started)
+            self._record_plan(key, started)
             await asyncio.sleep(0)
         return plan
 
-    def _planned(self, key: AdapterKey, started: float) -> None:
-        self._telemetry.spent("verify", perf_counter() - started)
-        self._telemetry.took(key, "verify header", started)
+    def _record_plan(self, key: AdapterKey, started: float) -> None:
+        self._telemetry.add_time("verify", perf_counter() - started)
+        self._telemetry.add_span(key, "verify header", started)
 
-    async def _bring(
+    async def _fetch_groups(
         self,
         key: AdapterKey,
         attempt: int,
@@ -327,30 +329,30 @@ class FetchTasks:
         plan: TransferPlan,
         control: FetchControl,
     ) -> Verification:
-        def arrived(group: int) -> None:
+        def group_fetched(group: int) -> None:
             if not self._before_use:
                 self._outcomes.span_fetched(key, attempt, group)
 
         spans, started = [group.spans for group in plan.groups], perf_counter()
         try:
-            return await self._source.bring(file, spans, arrived, control)
+            return await self._source.bring(file, spans, group_fetched, control)
         finally:
-            self._telemetry.took(key, "fetch", started)
+            self._telemetry.add_span(key, "fetch", started)
 
     async def _populate(self, key: AdapterKey, attempt: int) -> None:
-        """Of which there is one at a time."""
+        """Bring an adapter into host memory. The lifecycle runs one of these at a time."""
         try:
-            hold = await self._held(key)
+            hold = await self._hold(key)
         except Exception as error:  # noqa: BLE001 - becomes the task's outcome
             self._outcomes.lost(key, attempt, _as_lorax_error(error))
         else:
             if not hold.nbytes:
-                _close(hold)  # it was read ahead: there is nothing to keep
+                _close(hold)  # the pages were only read ahead
             else:
                 self.holds[key] = hold
             self._outcomes.populated(key, attempt)
 
-    async def _held(self, key: AdapterKey) -> PinnedPages:
+    async def _hold(self, key: AdapterKey) -> PinnedPages:
         self._populating = asyncio.current_task()
         try:
             return await self._source.populate(key)
@@ -364,33 +366,33 @@ class FetchTasks:
     async def _release(self, key: AdapterKey, attempt: int) -> None:
         try:
             await self._close_hold(key)
-        finally:  # nothing refers to the hold any more, whatever came of closing it
+        finally:  # the hold is released even if closing it fails
             self._outcomes.released(key, attempt)
 
     async def _close_hold(self, key: AdapterKey) -> None:
-        """Undoing a map of many pages takes milliseconds."""
+        """Close a hold in a thread: unmapping many pages takes milliseconds."""
         hold = self.holds.pop(key, None)
         if hold is not None:
             try:
                 closing = asyncio.get_running_loop().run_in_executor(self._threads, _close, hold)
-            except Exception:  # no thread can be had
-                _logger.exception("a hold is closed on the loop")
+            except Exception:  # the process has reached its limit of threads
+                _logger.exception("no thread to close a hold in; closing it on the loop")
                 _close(hold)
             else:
                 await closing
 
 
 def _close(hold: PinnedPages) -> None:
-    """A hold that does not close is gone all the same: whoever waits for that must be told."""
+    """Close a hold; only log an error, so that the release has its outcome."""
     try:
         hold.close()
     except Exception:
-        _logger.exception("a hold on an adapter's bytes did not close")
+        _logger.exception("closing a hold on an adapter's pages failed")
 
 
 def _as_lorax_error(error: Exception) -> LoraxError:
     if isinstance(error, LoraxError):
-        # Without its frames, which hold the file's bytes: errors are remembered in stories.
+        # Without its frames, which refer to the file's bytes: stories keep errors.
         return error.located()
     wrapped = InternalError(f"{type(error).__name__}: {error}")
     wrapped.__cause__ = error

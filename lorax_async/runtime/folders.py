@@ -1,7 +1,7 @@
-"""Verified folders of adapters' files, for callers that need files and not tensors.
+"""Leases on folders of verified files, for callers that need files and not tensors.
 
-Calls that overlap share one flight: one download, one check. Another process, and a load of this
-loader, is waited for by the cache, which has one download per key.
+Overlapping calls share one flight: one download, one check. Against other processes, and loads of
+this loader, the cache ensures one download per key.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ from lorax_async.types import (
 )
 
 MAX_ATTEMPTS = 3
-"""Attempts of one call where interrupted downloads have other bytes than the source."""
+"""Attempts of one call if partial downloads have other bytes than the source."""
 
 Watch = Callable[[Reader], None]
 
 
 def _ignore(_: object) -> None:
-    """Follow nothing."""
+    """Do nothing."""
 
 
-class _Held(NamedTuple):
-    """An adapter's folder, kept by its open reader."""
+class _CheckedFolder(NamedTuple):
+    """An adapter's folder; the open reader keeps it in the cache."""
 
     folder: StoredFolder
     verification: Verification
@@ -59,7 +59,7 @@ class _Held(NamedTuple):
 
 
 class _Flight:
-    """One open, download and check for all `users`; the last one to leave closes the reader."""
+    """One open, download and check for all `users`; the last one to `leave` closes the reader."""
 
     def __init__(self, source: FolderSource, key: AdapterKey) -> None:
         self.key = key
@@ -71,22 +71,22 @@ class _Flight:
         self.task = asyncio.get_running_loop().create_task(self._run(), name=f"lorax fetch {key}")
         self.task.add_done_callback(self._ended)
 
-    async def _run(self) -> _Held:
+    async def _run(self) -> _CheckedFolder:
         source, key = self._source, self.key
         file = await source.open(key, self._control)
         self.reader = file.reader
         for watch in self._watches:
             watch(file.reader)
         try:
-            # Without layer groups: all of it, in whatever order is quickest.
+            # No layer groups: fetch the whole file in the fastest order.
             verification = await source.bring(file, (), _ignore, self._control)
-            return _Held(source.folder(key, file.reader), verification, file.reader)
+            return _CheckedFolder(source.folder(key, file.reader), verification, file.reader)
         except BaseException:
             file.reader.close()
             raise
 
     def watch(self, watch: Watch) -> None:
-        """Call `watch` with the reader as soon as the adapter is open."""
+        """Call `watch` with the reader once the adapter is open."""
         if self.reader is None:
             self._watches.append(watch)
         else:
@@ -101,7 +101,7 @@ class _Flight:
         else:
             self._control.end()
 
-    def _ended(self, task: asyncio.Task[_Held]) -> None:
+    def _ended(self, task: asyncio.Task[_CheckedFolder]) -> None:
         """Close the reader if no user is left."""
         if not task.cancelled() and task.exception() is None and not self.users:
             task.result().reader.close()
@@ -110,41 +110,41 @@ class _Flight:
 class AdapterFolder:
     """A lease on the folder with one adapter's files, as PEFT writes them.
 
-    The cache keeps them until it is left as a context manager, or `release` is called. Nothing else
-    keeps a local folder, or one of the standard hub cache, from being removed by its owner.
+    Use it as a context manager, or call `release`: the cache keeps the files until then. Local
+    folders and those of the standard hub cache are not protected from removal by their owner.
 
     Attributes
     ----------
     id, key
-        The id that the caller gave, and the version of the adapter that it led to.
+        The caller's id, and the exact version of the adapter.
     path
         The folder.
     nbytes
-        Of all its files.
+        The size of all its files.
     verification
         How the weights were checked, and their digest.
     downloaded
-        Whether they came from their source now; False if they were here already.
+        Whether this fetch downloaded them; False if they were on disk already.
     """
 
     def __init__(self, ref: Ref, flight: _Flight, release: Callable[[], None]) -> None:
-        held = flight.task.result()
+        checked = flight.task.result()
         self.id = text_of(ref)
         self.key = flight.key
-        self.path = Path(held.folder.path)
-        self.nbytes = held.folder.nbytes
-        self.verification = held.verification
-        self.downloaded = isinstance(held.reader, FetchReader)
+        self.path = Path(checked.folder.path)
+        self.nbytes = checked.folder.nbytes
+        self.verification = checked.verification
+        self.downloaded = isinstance(checked.reader, FetchReader)
         self._release: Callable[[], None] | None = release
 
     @property
     def version(self) -> str | None:
-        """Return the commit, versionId or ETags that name the bytes; None for a local folder."""
+        """The commit, versionId or ETags of the files; None for a local folder."""
         return self.key.version if isinstance(self.key, RemoteKey) else None
 
     @property
     def stale(self) -> bool:
-        """Whether the source could not be asked, and this is the version that it last named."""
+        """Whether the source was unreachable, and this is the version that it named last."""
         return is_stale(self.key)
 
     @property
@@ -152,7 +152,7 @@ class AdapterFolder:
         return self._release is None
 
     def release(self) -> None:
-        """Let the cache remove the files. Idempotent, quick."""
+        """End the lease, so that the cache may remove the files. Idempotent, quick."""
         release, self._release = self._release, None
         if release is not None:
             release()
@@ -185,29 +185,29 @@ class AdapterFolder:
 
 
 class Fetches:
-    """All flights and leases of one loader or command. For one event loop."""
+    """All flights and folder leases of one loader or command. On one event loop."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
         self._flights: dict[AdapterKey, _Flight] = {}
-        self._tasks: set[asyncio.Task[_Held]] = set()
+        self._tasks: set[asyncio.Task[_CheckedFolder]] = set()
         self._leases: set[_Flight] = set()
         self._released = asyncio.Event()
         self._closing = False
 
     async def fetch(self, ref: Ref, key: AdapterKey, watch: Watch = _ignore) -> AdapterFolder:
-        """Return the checked folder of `key`, after a download if it is not here.
+        """Return the checked folder of `key`, downloaded if necessary.
 
-        `watch` is called with the adapter's reader once it is open. Raise what loads do, without
-        id; on an error or a cancellation nothing is kept.
+        `watch` is called with the adapter's reader once it is open. Raise what loads raise, without
+        an id. No lease stays after an error or a cancellation.
         """
         if isinstance(key, TensorsKey | MergedKey) or not isinstance(self._source, FolderSource):
-            raise UsageError("it is in no folder: it was given as tensors, or is a merge of others")
+            raise UsageError("it has no folder: it is a merge, or was loaded from tensors")
         flight = self._flights.get(key) or self._begin(self._source, key)
         flight.users += 1
         flight.watch(watch)
         try:
-            await self._landed(flight)
+            await self._wait_for(flight)
             folder = AdapterFolder(ref, flight, lambda: self._leave(flight))
             self._leases.add(flight)
         except BaseException:
@@ -224,12 +224,12 @@ class Fetches:
         return flight
 
     def _forget(self, flight: _Flight) -> None:
-        """Let later calls have a flight of their own, with a check of its own."""
+        """Let later calls start another flight, which checks again."""
         self._tasks.discard(flight.task)
         if self._flights.get(flight.key) is flight:
             del self._flights[flight.key]
 
-    async def _landed(self, flight: _Flight) -> None:
+    async def _wait_for(self, flight: _Flight) -> None:
         try:
             await asyncio.shield(flight.task)
         except LoraxError as error:
@@ -246,11 +246,11 @@ class Fetches:
             return
         self._leases.discard(flight)
         if self._flights.get(flight.key) is flight:
-            del self._flights[flight.key]  # it ends: the next call begins another one
+            del self._flights[flight.key]  # the next call begins another one
         self._released.set()
 
     async def close(self, timeout: float) -> None:
-        """Cancel flights, wait `timeout` seconds for leases, then end those that are left."""
+        """Cancel flights, wait `timeout` seconds for leases, then end the others."""
         self._closing = True
         for task in self._tasks:
             task.cancel()
@@ -269,7 +269,7 @@ class Fetches:
 
 
 class Fetching:
-    """From what a caller asks for to a lease on its folder, within a deadline."""
+    """Fetches folders for refs within deadlines."""
 
     def __init__(self, resolver: Resolver, fetches: Fetches, digests: DigestChecks) -> None:
         self._resolver = resolver
@@ -277,35 +277,35 @@ class Fetching:
         self._digests = digests
 
     async def fetch(self, ref: Ref, seconds: float) -> AdapterFolder:
-        """See `AdapterLoader.fetch`."""
+        """Return a lease on the folder of `ref`; see `AdapterLoader.fetch`."""
         deadline = asyncio.timeout(seconds)
         key = ref if isinstance(ref, AdapterKey) else None
         try:
             if isinstance(ref, Merge):
-                raise UsageError("a merge is in no folder; fetch its parts")
+                raise UsageError("a merge has no folder; fetch its parts")
             async with deadline:
-                key = await self._key(ref)
-                return await self._checked(ref, key)
+                key = await self._resolve(ref)
+                return await self._fetch(ref, key)
         except BaseException as error:
             late = deadline.expired() and type(error) is TimeoutError
-            problem = _too_late(seconds, key) if late else error
+            problem = _timeout_error(seconds, key) if late else error
             if isinstance(problem, LoraxError):
                 raise problem.located(id=text_of(ref), key=key) from problem.__cause__
             if isinstance(problem, Exception):
                 raise InternalError(f"a fetch failed: {problem!r}", id=text_of(ref)) from problem
             raise
 
-    async def _key(self, ref: AdapterRef | AdapterKey) -> AdapterKey:
+    async def _resolve(self, ref: AdapterRef | AdapterKey) -> AdapterKey:
         return ref if isinstance(ref, AdapterKey) else await self._resolver.resolve(ref)
 
-    async def _checked(self, ref: AdapterRef | AdapterKey, key: AdapterKey) -> AdapterFolder:
-        """Fetch, and hold the result to the digest in `ref`."""
+    async def _fetch(self, ref: AdapterRef | AdapterKey, key: AdapterKey) -> AdapterFolder:
+        """Fetch `key`, and compare it with the digest in `ref`."""
         for _ in range(MAX_ATTEMPTS - 1):
             try:
                 folder = await self._fetches.fetch(ref, key)
                 break
             except LeftoverError:
-                key = await self._key(ref)
+                key = await self._resolve(ref)
         else:
             folder = await self._fetches.fetch(ref, key)
         try:
@@ -316,7 +316,8 @@ class Fetching:
         return folder
 
 
-def _too_late(seconds: float, key: AdapterKey | None) -> AdapterTimeoutError:
+def _timeout_error(seconds: float, key: AdapterKey | None) -> AdapterTimeoutError:
     return AdapterTimeoutError(
-        f"its files were not here within {seconds:g} s", stage="resolve" if key is None else "fetch"
+        f"its files were not fetched within {seconds:g} s",
+        stage="resolve" if key is None else "fetch",
     )

@@ -1,4 +1,4 @@
-"""Waiters, slot occupancies and leases: who waits for an adapter, and who holds it."""
+"""Leases on adapters' slots, slot occupancies, and the futures of waiters."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lorax_async.types import AdapterKey, Verification
 
 
 class AdapterVectors:
-    """The vectors of one stay in a slot; an object of its own, which ends with the stay."""
+    """The biases and magnitudes of one slot occupancy; dropped when the slot is freed."""
 
     def __init__(self, plan: TransferPlan, grant: SlotGrant) -> None:
         self._places = {
@@ -37,20 +37,20 @@ class AdapterVectors:
 
     @property
     def modules(self) -> list[int]:
-        """Which modules of the layout have one."""
+        """The indexes of the layout's modules with a vector."""
         return [module for module, _ in self._places]
 
     def view(self, device: Device, module: int, part: TensorRole) -> torch.Tensor | None:
-        """`[out]`, in the file's dtype; None if the adapter has none for this module.
+        """Return a view `[out]`, in the file's dtype; None if the adapter has no such vector.
 
-        `module` indexes the layout's. On the device once the module's layer is ready.
+        `module` is the layout's index. The bytes are valid once the module's layer is ready.
         """
         place = self._places.get((module, part))
         return None if place is None else device.view(place[0]).view(place[1])
 
 
 class SlotOccupancy:
-    """What is known of one grant: plan, watermark, error. Shared by all its leases."""
+    """One adapter's use of a slot: grant, plan, watermark, error. Shared by all its leases."""
 
     def __init__(
         self,
@@ -66,16 +66,16 @@ class SlotOccupancy:
         self.plan = plan
         self.layers = plan.layers
         self.vectors = AdapterVectors(plan, grant) if plan.has_vectors else None
-        """Until the slot is free again."""
+        """None once the slot is free."""
         self.error: LoraxError | None = None
         self.verification = verification
-        """Once all bytes are here, and checked as far as they will be."""
+        """Set once all bytes are here and checked."""
         self.has_arrived = has_arrived
-        """Whether all bytes are on this machine. Quick, from any thread."""
+        """Return whether all bytes are on this machine. Quick, thread-safe."""
         self.streamed = False
-        """Somebody holds it before its last layer: single layers are waited for."""
+        """Whether there was a lease before the last layer, which may wait for single layers."""
         self.copied = 0
-        """Copies that ended; counted by the I/O threads, under their lock."""
+        """Copies that ended; counted by the I/O threads under their lock."""
         self._tickets: dict[int, CopyTicket] = {}
         self._num_layers = num_layers
         self._watermark = 0
@@ -83,13 +83,14 @@ class SlotOccupancy:
         self._loop = running_loop()
         self._sleepers: dict[asyncio.Future[None], int] = {}
 
-    def sent(self, group: int, ticket: CopyTicket) -> None:
-        """The device was asked for a group's copy. From any thread."""
+    def add_ticket(self, group: int, ticket: CopyTicket) -> None:
+        """Record the ticket of a group's enqueued copy. Thread-safe."""
         self._tickets[group] = ticket
 
     def tickets(self, layer: int) -> list[CopyTicket] | None:
-        """Of the copies of `layer` and of the groups before it that may not be done; None if some
-        have not been asked for. From any thread.
+        """Return the tickets of copies up to `layer` that may not be done. Thread-safe.
+
+        None if some of the copies are not enqueued yet.
         """
         groups = range(self._watermark, self._needed(layer))
         tickets = [self._tickets.get(group) for group in groups]
@@ -104,20 +105,23 @@ class SlotOccupancy:
         return self._watermark == len(self.layers)
 
     def is_ready(self, layer: int) -> bool:
-        """Whether the bytes of `layer`, and of those before it, are on the device."""
+        """Return whether the bytes of `layer` and of those before it are on the device."""
         return self._watermark >= self._needed(layer)
 
     async def ready(self, layer: int, check: Callable[[], None]) -> None:
-        """Wait on the loader's loop, for as long as `check` does not raise."""
+        """Wait on the loader's loop until `layer` is ready; raise what `check` raises meanwhile."""
         needed = self._needed(layer)
         await self.until(lambda: self._watermark >= needed, check, needed)
 
     async def until(
         self, reached: Callable[[], bool], check: Callable[[], None], needed: int | None = None
     ) -> None:
-        """As `ready`, for what is looked at whenever tasks are woken, and at a watermark."""
+        """Wait on the loader's loop until `reached()`; raise what `check` raises meanwhile.
+
+        Both are called at each `wake_tasks`, and from the watermark `needed` on at each `advance`.
+        """
         if not self.on_its_loop:
-            raise UsageError("a handle is awaited on the event loop of its loader")
+            raise UsageError("await a handle on the event loop of its loader")
         while not reached():
             check()
             sleeper: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -129,45 +133,45 @@ class SlotOccupancy:
         check()
 
     def wait(self, layer: int, timeout: float, check: Callable[[], None]) -> None:
-        """As `ready`, in a thread; raises also TimeoutError."""
+        """Wait as `ready` does, in a thread; raise `TimeoutError` after `timeout` seconds."""
         needed = self._needed(layer)
 
-        def arrived() -> bool:
+        def is_reached() -> bool:
             check()
             return self._watermark >= needed
 
         with self._changed:
-            if not self._changed.wait_for(arrived, timeout):
+            if not self._changed.wait_for(is_reached, timeout):
                 raise TimeoutError
 
     def wake_threads(self) -> None:
-        """Whoever waits in a thread looks again. From any thread."""
+        """Let waiting threads check again. Thread-safe."""
         with self._changed:
             self._changed.notify_all()
 
     def wake_tasks(self) -> None:
-        """Whoever waits on the loop looks again."""
+        """Let waiting tasks check again. On the loop."""
         self._wake(len(self.layers))
 
     def advance(self, watermark: int) -> None:
-        """The groups below `watermark` are on the device."""
+        """Raise the watermark: the groups below it are on the device."""
         with self._changed:
             self._watermark = watermark
             self._changed.notify_all()
         self._wake(watermark)
 
     def verify(self, verification: Verification) -> None:
-        """All bytes are here; how far they were checked."""
+        """Record how the bytes were checked, once all are here."""
         self.verification = self.verification or verification
         self.wake_tasks()
 
     def check(self) -> None:
-        """Raise if the slot must not be used any more."""
+        """Raise the error that made the slot unusable, if there is one."""
         if self.error is not None:
             raise self.error.located() from self.error.__cause__
 
     def fail(self, error: LoraxError) -> None:
-        """The slot must not be used any more."""
+        """Make the slot unusable and wake its waiters."""
         with self._changed:
             self.error = error
             self._changed.notify_all()
@@ -179,7 +183,7 @@ class SlotOccupancy:
                 sleeper.set_result(None)
 
     def _needed(self, layer: int) -> int:
-        """The watermark at which `layer` is ready; a layer without tensors is ready at once."""
+        """Return the watermark at which `layer` is ready: 0 for a layer without tensors."""
         if not isinstance(layer, int) or not -1 <= layer <= self._num_layers:
             raise UsageError(f"layer {layer!r} is outside -1 … {self._num_layers}")
         place = bisect_left(self.layers, layer)
@@ -188,15 +192,15 @@ class SlotOccupancy:
 
 
 class DigestPromise:
-    """A digest that a caller gave, to be held against what is there. On the loop.
+    """The comparison with a caller's digest, for one lease and its clones. On the loop.
 
-    It is one lease's, and of those shared from it. `task` finds out, and ends when they have.
+    `task` compares; it is cancelled when the last of the leases ends.
     """
 
     def __init__(self) -> None:
         self.pending = True
         self.kept: Verification | None = None
-        """What the caller's word makes known of the adapter."""
+        """The verification by the caller's digest, if it matched."""
         self.error: LoraxError | None = None
         self.task: asyncio.Task[None] | None = None
         self._leases: set[Lease] = set()
@@ -208,7 +212,7 @@ class DigestPromise:
 
     def leave(self, lease: Lease) -> None:
         self._leases.discard(lease)
-        if not self._leases and self.task is not None:  # which may be done
+        if not self._leases and self.task is not None:
             self.task.cancel()
 
     def settle(self, kept: Verification | None, error: LoraxError | None = None) -> None:
@@ -216,10 +220,10 @@ class DigestPromise:
 
 
 class Lease:
-    """The right to use one tenancy, held by one handle.
+    """The right to use one slot occupancy, held by one handle.
 
-    `ended(lease, in_use, soon)` and `quiet(lease)` are called once each, in whatever thread ends
-    the lease or, if that left a kernel running, its last kernel.
+    `ended(lease, in_use, soon)` is called once, in the thread that ends the lease; if a kernel
+    still runs then, `quiet(lease)` is called once, in the thread that ends the last use.
     """
 
     def __init__(
@@ -230,11 +234,11 @@ class Lease:
     ) -> None:
         self.occupancy = occupancy
         self.id: str | None = None
-        """What the holder calls the adapter, for its errors."""
+        """The holder's id of the adapter, for errors."""
         self.holder = ""
-        """Name of the task that holds it."""
+        """The name of the holder's task."""
         self.stale = False
-        """The source could not be asked when it was wanted, and last named this version."""
+        """Whether the source was unreachable, and this is the version that it named last."""
         self.promise: DigestPromise | None = None
         self._ended = ended
         self._quiet = quiet
@@ -250,13 +254,13 @@ class Lease:
     def check(self) -> None:
         """Raise unless the slot may be used now."""
         if os.getpid() != self._pid:
-            raise UsageError("a handle belongs to the process of its loader")
+            raise UsageError("use a handle in the process of its loader")
         if self._why_closed is not None:
             raise HandleClosedError(self._why_closed, id=self.id, key=self.occupancy.key)
         self.require_sound()
 
     def require_sound(self) -> None:
-        """Raise what broke the slot, or what it holds for this lease; ended or not."""
+        """Raise the error of the slot, or of this lease's digest, if there is one."""
         error = self.occupancy.error
         if error is None and self.promise is not None:
             error = self.promise.error
@@ -265,19 +269,19 @@ class Lease:
 
     @property
     def is_verified(self) -> bool:
-        """Whether it is known how far the bytes were checked. From any thread."""
+        """Whether all checks of the bytes have ended. Thread-safe."""
         pending = self.promise is not None and self.promise.pending
         return self.occupancy.verification is not None and not pending
 
     async def verified(self, check: Callable[[], None]) -> Verification:
-        """Wait on the loader's loop until it is known how far the bytes were checked."""
+        """Wait on the loader's loop until `is_verified`; return how the bytes were checked."""
         occupancy, promise = self.occupancy, self.promise
         await occupancy.until(lambda: self.is_verified, check)
         assert occupancy.verification is not None
         return (promise and promise.kept) or occupancy.verification
 
     def begin_use(self) -> None:
-        """A kernel is about to read the slot; raises if the lease does not allow it any more."""
+        """Count a kernel that will read the slot; raise if the lease does not allow it."""
         with self._lock:
             self.check()
             self._uses += 1
@@ -290,13 +294,13 @@ class Lease:
             self._quiet(self)
 
     def end(self, why: str = "the handle was released", *, soon: bool = False) -> None:
-        """Idempotent. A kernel that runs keeps the slot from being reused until it is done.
+        """End the lease. Idempotent, thread-safe. The slot is not reused before kernels have ended.
 
-        With `soon`, decisions follow on the loop's next turn: a finalizer may run anywhere, also
-        in the midst of another decision.
+        With `soon`, decisions follow on the loop's next turn: a finalizer may run at any point,
+        also within another decision.
         """
         if os.getpid() != self._pid:
-            return  # a forked child's copy: the lease is the parent's
+            return  # a copy in a forked child: the lease is the parent's
         with self._lock:
             if self.closed:
                 return
@@ -307,9 +311,9 @@ class Lease:
 
 
 class LeaseTable:
-    """The loop's side of waiting and holding.
+    """The waiters' futures, slot occupancies and leases of a loader. On the loop.
 
-    `lease_ended(lease, in_use, soon)` and `lease_quiet(lease)` are called in any thread.
+    `lease_ended(lease, in_use, soon)` and `lease_quiet(lease)` may be called in any thread.
     """
 
     def __init__(
@@ -329,11 +333,11 @@ class LeaseTable:
 
     @property
     def waiting(self) -> int:
-        """Wishes that neither came true nor failed."""
+        """The number of waiters."""
         return len(self._waiters)
 
     def add_waiter(self) -> tuple[int, asyncio.Future[Lease | None]]:
-        """A future that `serve` or `fail` will set."""
+        """Return a waiter's number, and a future that `serve` or `fail` sets."""
         self._last_waiter += 1
         future: asyncio.Future[Lease | None] = asyncio.get_running_loop().create_future()
         self._waiters[self._last_waiter] = future
@@ -358,7 +362,7 @@ class LeaseTable:
         self._occupancies.pop(key).vectors = None
 
     def verified(self, key: AdapterKey, verification: Verification) -> None:
-        """All bytes of it are here, and were checked so far."""
+        """Record how an adapter's bytes were checked, once all are here."""
         occupancy = self._occupancies.get(key)
         if occupancy is not None:
             occupancy.verify(verification)
@@ -367,8 +371,8 @@ class LeaseTable:
         return self._occupancies[key]
 
     def in_slots(self) -> dict[int, AdapterKey]:
-        """Whose the slots are, by their numbers."""
-        return {each.grant.slot.index: key for key, each in self._occupancies.items()}
+        """Return the adapters that have slots, by slot index."""
+        return {held.grant.slot.index: key for key, held in self._occupancies.items()}
 
     def new_lease(self, key: AdapterKey) -> Lease:
         occupancy = self._occupancies[key]
@@ -387,7 +391,7 @@ class LeaseTable:
         lease.occupancy.wake_tasks()
 
     def serve(self, key: AdapterKey, waiter: int, grant: SlotGrant | None) -> None:
-        """Fulfil a wish. A waiter that was cancelled meanwhile gives its lease back."""
+        """Give a waiter its lease, or None without `grant`; end the lease if it was cancelled."""
         lease = self.new_lease(key) if grant is not None else None
         future = self._waiters.pop(waiter, None)
         if future is not None and not future.done():
@@ -396,13 +400,13 @@ class LeaseTable:
             lease.end()
 
     def add_unload(self, key: AdapterKey) -> asyncio.Future[None]:
-        """A future that `unloaded` will set, unless `drop_unload` comes first."""
+        """Return a future that `unloaded` sets, unless `drop_unload` is called first."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._unloads.setdefault(key, []).append(future)
         return future
 
     def drop_unload(self, key: AdapterKey, future: asyncio.Future[None]) -> bool:
-        """Whether it was still waited for."""
+        """Remove an unload's future; return whether it was pending."""
         waiting = self._unloads.get(key, [])
         if future not in waiting:
             return False
@@ -421,4 +425,4 @@ class LeaseTable:
             future = self._waiters.pop(waiter, None)
             if future is not None and not future.done():
                 future.set_exception(error.located())
-                future.exception()  # a waiter may be gone before it looks
+                future.exception()  # a cancelled waiter does not retrieve it

@@ -1,17 +1,18 @@
-"""Where adapters are, and what that costs."""
+"""The tier of each adapter, and its use of the budgets."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from lorax_async.events import SlotId
+from lorax_async.events import Event, SlotId
 from lorax_async.lifecycle.adapter_state import AdapterState, HostState, WantedTier
 from lorax_async.lifecycle.transitions import FileState, SlotState
+from lorax_async.runtime.telemetry import Usage
 from lorax_async.sources.base import PinnedPages
-from lorax_async.types import AdapterKey
+from lorax_async.types import AdapterId, AdapterKey, Ref, as_ref
 
 TierName = Literal["disk", "host", "device"]
 
@@ -22,32 +23,32 @@ TIERS: Mapping[str, WantedTier] = {
     "host": WantedTier.HOST,
     "device": WantedTier.DEVICE,
 }
-"""What a caller asks for, and which bytes that is."""
+"""The tiers of a prefetch, by name."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterResidency:
-    """The nearest tier at which one adapter is, and what it takes of each budget.
+    """The nearest tier of one adapter, and its use of each budget.
 
     Attributes
     ----------
     tier
-        "device": it has a slot; "host": its bytes are in host memory; "disk": its files are here
-        and were checked.
+        "device": it has a slot; "host": its bytes are in host memory; "disk": its files are on disk
+        and checked.
     state
-        Of the slot: "filling", "resident" or "leaving"; where there is no slot, of the file:
-        "present", "populating", "held", "read ahead" or "releasing".
+        The slot's state: "filling", "resident" or "leaving"; without a slot, the file's: "present",
+        "populating", "held", "read ahead" or "releasing".
     slot
-        None where it has none.
+        None if it has none.
     device_bytes, host_bytes, pinned_bytes
-        Of the arena; of held file pages, or of a copy of tensors; of page-locked memory.
+        Bytes of the arena; of held file pages or a copy of tensors; of page-locked memory.
     locked
-        The kernel may not take the host memory back. Where it may, or where a file was only read
-        ahead (0 `host_bytes`), the host tier is best effort.
+        Whether the host memory is locked. If it is not, or if a file was only read ahead (0
+        `host_bytes`), the kernel may reclaim it.
     leases, pins
-        Handles that are out, and callers of `pin`.
+        The numbers of unreleased handles and of pins.
     layers
-        Layer groups whose bytes are on the device, and all of them; None where it has no slot.
+        The numbers of layer groups on the device, and of all; None without a slot.
     """
 
     tier: TierName
@@ -62,54 +63,92 @@ class AdapterResidency:
     layers: tuple[int, int] | None
 
 
-class Placement(NamedTuple):
-    """What is known of all adapters; of those that are kept in memory, `given` has the bytes."""
+class Placement:
+    """Where a loader's adapters are, and their use of the budgets.
 
-    states: Mapping[AdapterKey, AdapterState]
-    holds: Mapping[AdapterKey, PinnedPages]
-    given: Mapping[AdapterKey, int]
+    A live view without I/O: each access shows the present state. For the loader's event loop. An id
+    is looked up by the key that it meant last.
+    """
 
-    def of(self, key: AdapterKey) -> AdapterResidency | None:
-        """None where it is nowhere."""
-        life = self.states.get(key)
+    def __init__(
+        self,
+        states: Mapping[AdapterKey, AdapterState],
+        holds: Mapping[AdapterKey, PinnedPages],
+        copies: Mapping[AdapterKey, int],
+        *,
+        known: Callable[[Ref], AdapterKey | None],
+        story: Callable[[AdapterKey], tuple[Event, ...]],
+        usage: Callable[[], Usage],
+    ) -> None:
+        self._states = states
+        self._holds = holds
+        self._copies = copies
+        self._known = known
+        self._story = story
+        self._usage = usage
+
+    @property
+    def usage(self) -> Usage:
+        """The use of each budget, and the numbers of leases and waiters."""
+        return self._usage()
+
+    @property
+    def adapters(self) -> dict[AdapterKey, AdapterResidency]:
+        """All adapters on disk, in host memory or on the device, by key."""
+        return self._residencies(self._states)
+
+    def nearest(self, limit: int) -> dict[AdapterKey, AdapterResidency]:
+        """Return at most `limit` adapters: those on the device first, then those in host memory."""
+        return self._residencies(self._nearest_keys(limit))
+
+    def find(self, adapter_id: AdapterId) -> AdapterResidency | None:
+        """Return where one adapter is; None if it is not on this machine."""
+        key = self._known(as_ref(adapter_id))
+        return None if key is None else self._residency(key)
+
+    def story(self, adapter_id: AdapterId) -> tuple[Event, ...]:
+        """Return the last events of one adapter, oldest first; also after its load failed."""
+        key = self._known(as_ref(adapter_id))
+        return () if key is None else self._story(key)
+
+    def _residencies(self, keys: Iterable[AdapterKey]) -> dict[AdapterKey, AdapterResidency]:
+        residencies = ((key, self._residency(key)) for key in keys)
+        return {key: residency for key, residency in residencies if residency is not None}
+
+    def _residency(self, key: AdapterKey) -> AdapterResidency | None:
+        life = self._states.get(key)
         if life is None or not _is_here(life):
             return None
-        return _residency(life, self.holds.get(key), self.given.get(key, 0))
+        return _residency(life, self._holds.get(key), self._copies.get(key, 0))
 
-    def all(self, nearest: int | None) -> dict[AdapterKey, AdapterResidency]:
-        """The adapters that are anywhere, or so many of them, those on the device first."""
-        keys = self.states if nearest is None else self._nearest(nearest)
-        found = ((key, self.of(key)) for key in keys)
-        return {key: where for key, where in found if where is not None}
-
-    def _nearest(self, most: int) -> Iterable[AdapterKey]:
-        """In one pass, for there may be thousands: each tier keeps its first `most`."""
-        given = self.given
+    def _nearest_keys(self, limit: int) -> Iterable[AdapterKey]:
+        """Choose in one pass over possibly thousands: each tier keeps its first `limit` keys."""
+        copies = self._copies
         tiers: dict[TierName, list[AdapterKey]] = {tier: [] for tier in _FROM_NEAR_TO_FAR}
-        for key, life in self.states.items():
+        for key, life in self._states.items():
             if _is_here(life):
-                tier = tiers[_tier(life, given.get(key, 0) if given else 0)]
-                if len(tier) < most:
+                tier = tiers[_tier(life, copies.get(key, 0) if copies else 0)]
+                if len(tier) < limit:
                     tier.append(key)
-        return islice(chain.from_iterable(tiers.values()), most)
+        return islice(chain.from_iterable(tiers.values()), limit)
 
 
 def _is_here(life: AdapterState) -> bool:
     return life.grant is not None or life.file is FileState.PRESENT
 
 
-def _tier(life: AdapterState, given: int) -> TierName:
-    return "device" if life.grant else "host" if life.in_host or given else "disk"
+def _tier(life: AdapterState, copied: int) -> TierName:
+    return "device" if life.grant else "host" if life.in_host or copied else "disk"
 
 
-def _residency(life: AdapterState, hold: PinnedPages | None, given: int) -> AdapterResidency:
+def _residency(life: AdapterState, hold: PinnedPages | None, copied: int) -> AdapterResidency:
     grant = life.grant
     return AdapterResidency(
-        _tier(life, given),
-        "held" if given and not grant else _state(life),
+        _tier(life, copied),
+        "held" if copied and not grant else _state(life),
         grant.slot if grant else None,
         grant.nbytes if grant else 0,
-        hold.nbytes if hold is not None else given,
+        hold.nbytes if hold is not None else copied,
         sum(extent.nbytes for extent in life.image or ()),
         life.has_whole_image or (hold is not None and hold.locked),
         life.leases,

@@ -1,4 +1,4 @@
-"""From what a caller asks for to which bytes that is: one question at a time per request."""
+"""Resolve refs to adapter keys: one resolve at a time per ref, and the last answers."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from lorax_async.types import (
 
 
 class AssignedIds:
-    """Which key such an id means. They come before every source.
+    """Ids assigned to keys by `load_tensors` and `replace`. They hide the sources' ids.
 
-    A name that was given without a token is the same for every token; with one, for that one only.
-    What a caller knows of the bytes, and whether old ones will do, makes no other name.
+    An id assigned without a token holds for every token; with a token, for that token only. The
+    digest and `allow_stale` of a ref are ignored.
     """
 
     def __init__(self) -> None:
@@ -37,32 +37,32 @@ class AssignedIds:
         self._uses: Counter[AdapterKey] = Counter()
 
     def get(self, ref: object) -> AdapterKey | None:
-        """None for what has no name here, as everything but an `AdapterRef`."""
+        """Return the assigned key, or None; always None unless `ref` is an `AdapterRef`."""
         entry = self._entry(ref) if self._keys else None
         return None if entry is None else self._keys[entry]
 
-    def give(self, ref: AdapterRef, key: AdapterKey) -> None:
-        """From here on `ref` means `key`."""
+    def assign(self, ref: AdapterRef, key: AdapterKey) -> None:
+        """Let `ref` mean `key`."""
         ref = ref.name
-        self._end(ref)
+        self._remove(ref)
         self._keys[ref] = key
         self._uses[key] += 1
 
-    def take_back(self, ref: object, key: AdapterKey) -> None:
-        """Let `ref` mean `key` no longer, if it does; for the key itself, let no name mean it."""
+    def unassign(self, ref: object, key: AdapterKey) -> None:
+        """Remove the assignment of `ref` to `key`; if `ref` is the key, all assignments to it."""
         entry = self._entry(ref)
         if entry is not None and self._keys[entry] == key:
-            self._end(entry)
+            self._remove(entry)
         elif ref == key:
-            for name in [name for name, meant in self._keys.items() if meant == key]:
-                self._end(name)
+            for name in [name for name, assigned in self._keys.items() if assigned == key]:
+                self._remove(name)
 
-    def mean(self, key: AdapterKey) -> bool:
-        """Whether some name means it."""
+    def has_id(self, key: AdapterKey) -> bool:
+        """Return whether an id is assigned to the key."""
         return key in self._uses
 
     def covers(self, ref: AdapterRef, other: object) -> bool:
-        """Whether `other` means, or would mean, what is given to `ref`."""
+        """Return whether an assignment to `ref` holds for `other` too."""
         if not isinstance(other, AdapterRef):
             return False
         ref, other = ref.name, other.name
@@ -77,7 +77,7 @@ class AssignedIds:
         bare = replace(ref, token=None)
         return bare if bare in self._keys else None
 
-    def _end(self, ref: AdapterRef) -> None:
+    def _remove(self, ref: AdapterRef) -> None:
         key = self._keys.pop(ref, None)
         if key is not None:
             self._uses[key] -= 1
@@ -86,10 +86,10 @@ class AssignedIds:
 
 
 MAX_REMEMBERED = 65_536
-"""Answers kept for `known`; the one that was asked for longest ago goes first."""
+"""Answers kept for `known`; the oldest is dropped first."""
 
 
-Question = AdapterRef | Merge
+ResolvableRef = AdapterRef | Merge
 
 
 class _RememberedKey(NamedTuple):
@@ -99,19 +99,18 @@ class _RememberedKey(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class _Resolution:
-    """A resolve in flight, and how many callers wait for it."""
+    """A running resolve, and its number of waiting callers."""
 
     task: asyncio.Task[AdapterKey]
     waiters: int = 0
 
 
 class Resolver:
-    """Joins equal requests that are under way, and remembers the last answer to each.
+    """Lets equal refs share one running resolve, and remembers the last answer for each.
 
-    A resolve is cancelled when the last caller that waits for it leaves.
-
-    Its `names` come before the source. For `fresh` seconds it counts what one said that lies
-    elsewhere: of a moving revision, and of who may have it.
+    A resolve is cancelled when its last waiting caller leaves. Assigned ids, `names`, hide the
+    source's. A remote source's answer, which may be of a moving revision or a revoked permission,
+    counts for `fresh` seconds.
     """
 
     def __init__(self, source: Source, telemetry: Telemetry, fresh: float) -> None:
@@ -119,28 +118,29 @@ class Resolver:
         self._telemetry = telemetry
         self._fresh = fresh
         self.names = AssignedIds()
-        self._asking: dict[Question, _Resolution] = {}
+        self._running: dict[ResolvableRef, _Resolution] = {}
         self._tasks: set[asyncio.Task[AdapterKey]] = set()
-        self._answers: dict[Question, _RememberedKey] = {}
+        self._answers: dict[ResolvableRef, _RememberedKey] = {}
 
-    async def resolve(self, ref: Question) -> AdapterKey:
-        """Ask the source, or join whoever asks already. Cancelling leaves the others their answer.
+    async def resolve(self, ref: ResolvableRef) -> AdapterKey:
+        """Resolve `ref` by the source, or join the running resolve of an equal ref.
 
-        Raises what the source raises, each caller a copy of its own.
+        Raise what the source raises, a copy per caller. Cancelling one caller does not affect the
+        others.
         """
         while (key := self.names.get(ref)) is None:
             with self._joined(ref) as task:
                 answer = await self._answer(ref, task)
-            if not self.outdated(ref, answer):
+            if not self.is_outdated(ref, answer):
                 return answer
         return key
 
     @contextmanager
-    def _joined(self, ref: Question) -> Iterator[asyncio.Task[AdapterKey]]:
+    def _joined(self, ref: ResolvableRef) -> Iterator[asyncio.Task[AdapterKey]]:
         """Start the resolve of `ref` or join it; cancel it when the last caller leaves early."""
-        resolution = self._asking.get(ref)
+        resolution = self._running.get(ref)
         if resolution is None:
-            resolution = self._asking[ref] = _Resolution(self._start(ref))
+            resolution = self._running[ref] = _Resolution(self._start(ref))
             resolution.task.add_done_callback(lambda _: self._answered(ref, resolution))
         resolution.waiters += 1
         try:
@@ -148,18 +148,18 @@ class Resolver:
         finally:
             resolution.waiters -= 1
             if not resolution.waiters and not resolution.task.done():
-                # The next caller starts another one: this one may take a moment to end.
-                del self._asking[ref]
+                # Remove it first: the next caller must not join one that is being cancelled.
+                del self._running[ref]
                 resolution.task.cancel()
 
-    def _start(self, ref: Question) -> asyncio.Task[AdapterKey]:
+    def _start(self, ref: ResolvableRef) -> asyncio.Task[AdapterKey]:
         loop = asyncio.get_running_loop()
-        task = loop.create_task(self._ask(ref), name=f"lorax resolve {ref.text}")
+        task = loop.create_task(self._run(ref), name=f"lorax resolve {ref.text}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _answer(self, ref: Question, task: asyncio.Task[AdapterKey]) -> AdapterKey:
+    async def _answer(self, ref: ResolvableRef, task: asyncio.Task[AdapterKey]) -> AdapterKey:
         try:
             return await asyncio.shield(task)
         except LoraxError as error:
@@ -170,22 +170,22 @@ class Resolver:
                 raise LoaderClosedError("the loader was closed", stage="resolve") from None
             raise
 
-    def known(self, ref: Question) -> AdapterKey | None:
-        """What `ref` means by name, else the last answer; touches no file."""
-        named = self.names.get(ref)
-        told = self._answers.get(_name(ref))
-        answer = named or (None if told is None else told.key)
-        return None if answer is None or self.outdated(ref, answer) else answer
+    def known(self, ref: ResolvableRef) -> AdapterKey | None:
+        """Return the key assigned to `ref`, or else the last answer, or None. No I/O."""
+        assigned = self.names.get(ref)
+        remembered = self._answers.get(_name(ref))
+        answer = assigned or (None if remembered is None else remembered.key)
+        return None if answer is None or self.is_outdated(ref, answer) else answer
 
-    def recent(self, ref: Question) -> AdapterKey | None:
-        """`known`, unless a source that is elsewhere has to be asked again."""
-        key, told = self.known(ref), self._answers.get(_name(ref))
-        if key is None or told is None or told.key != key or not _is_elsewhere(key):
+    def recent(self, ref: ResolvableRef) -> AdapterKey | None:
+        """Return `known(ref)`, or None if a remote source has to be asked again."""
+        key, remembered = self.known(ref), self._answers.get(_name(ref))
+        if key is None or remembered is None or remembered.key != key or not _is_remote(key):
             return key
-        return key if self._is_fresh(told) else None
+        return key if self._is_fresh(remembered) else None
 
-    def outdated(self, ref: Ref, answer: AdapterKey) -> bool:
-        """Whether an id in `ref` was given another meaning since this was the answer."""
+    def is_outdated(self, ref: Ref, answer: AdapterKey) -> bool:
+        """Return whether an id in `ref` was assigned, or unassigned, since this answer."""
         if isinstance(ref, Merge) and isinstance(answer, MergedKey):
             pairs = zip(ref.parts, answer.merge.parts, strict=True)
             return any(
@@ -197,22 +197,22 @@ class Resolver:
         if not isinstance(ref, AdapterRef):
             return False
         key = self.names.get(ref)
-        # An id whose name was taken back means what its source says.
+        # An id that was unassigned means its source's adapter again.
         return isinstance(answer, TensorsKey) if key is None else key != answer
 
     def _is_fresh(self, answer: _RememberedKey) -> bool:
         return monotonic() - answer.since < self._fresh
 
     async def stop(self) -> None:
-        """Cancel what is asked; whoever waits gets `LoaderClosedError`."""
+        """Cancel running resolves; waiting callers get `LoaderClosedError`."""
         tasks = tuple(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _ask(self, ref: Question) -> AdapterKey:
+    async def _run(self, ref: ResolvableRef) -> AdapterKey:
         if isinstance(ref, Merge):
-            return MergedKey.of(ref, await self._ask_parts(ref))
+            return MergedKey.of(ref, await self._resolve_parts(ref))
         started = perf_counter()
         try:
             return await self._source.resolve(ref)
@@ -221,44 +221,44 @@ class Resolver:
         except Exception as error:
             raise InternalError(f"{type(error).__name__}: {error}") from error
         finally:
-            self._telemetry.spent("resolve", perf_counter() - started)
-            self._telemetry.took(ref, "resolve", started)
+            self._telemetry.add_time("resolve", perf_counter() - started)
+            self._telemetry.add_span(ref, "resolve", started)
 
-    async def _ask_parts(self, merge: Merge) -> list[AdapterKey]:
-        """Side by side, and each is a question that others may join."""
+    async def _resolve_parts(self, merge: Merge) -> list[AdapterKey]:
+        """Resolve the parts concurrently; other callers may join each of them."""
         with ExitStack() as joined:
-            asked = [
+            parts = [
                 part
                 if isinstance(part, AdapterKey)
                 else self.names.get(part) or (part, joined.enter_context(self._joined(part)))
                 for part in merge.parts
             ]
             keys: list[AdapterKey] = []
-            for number, part in enumerate(asked, 1):
+            for number, part in enumerate(parts, 1):
                 if isinstance(part, AdapterKey):
                     keys.append(part)
                     continue
                 try:
                     keys.append(await self._answer(*part))
                 except LoraxError as error:
-                    words = f"part {number} ({part[0].text!r}): "
-                    raise error.prefixed(words) from error.__cause__
+                    prefix = f"part {number} ({part[0].text!r}): "
+                    raise error.prefixed(prefix) from error.__cause__
             return keys
 
-    def _answered(self, ref: Question, resolution: _Resolution) -> None:
+    def _answered(self, ref: ResolvableRef, resolution: _Resolution) -> None:
         task = resolution.task
         failed = task.cancelled() or task.exception() is not None
-        if self._asking.get(ref) is not resolution:
-            return  # its callers left: it says nothing of what the source has now
-        del self._asking[ref]
+        if self._running.get(ref) is not resolution:
+            return  # all its callers left, and a later resolve may have replaced it
+        del self._running[ref]
         name = _name(ref)
         before = self._answers.pop(name, None)
         if failed:
             return
         key = task.result()
         same = before is not None and before.key == key and is_stale(before.key) == is_stale(key)
-        # Of equal keys the first is kept, which others keep too; and the time, for the source may
-        # have been spared the question.
+        # Keep the first of equal keys, to share one object; and its time while it is fresh, since
+        # the source may have answered from memory.
         if before is not None and same:
             self._answers[name] = before if self._is_fresh(before) else _now(before.key)
         else:
@@ -271,11 +271,11 @@ def _now(key: AdapterKey) -> _RememberedKey:
     return _RememberedKey(key, monotonic())
 
 
-def _is_elsewhere(key: AdapterKey) -> bool:
+def _is_remote(key: AdapterKey) -> bool:
     if isinstance(key, MergedKey):
         return any(isinstance(part, RemoteKey) for part in key.merge.parts)
     return isinstance(key, RemoteKey)
 
 
-def _name(ref: Question) -> Question:
+def _name(ref: ResolvableRef) -> ResolvableRef:
     return ref.name if isinstance(ref, AdapterRef) else ref

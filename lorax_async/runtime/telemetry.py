@@ -19,10 +19,10 @@ from lorax_async.tracing.recorder import Tracer, name_of, now
 from lorax_async.types import AdapterKey, Ref
 
 STORY_LENGTH = 16
-"""Events remembered of one adapter; those of single layers are told, not remembered."""
+"""Events kept per adapter; those of single layers are published but not kept."""
 
 REST_LENGTH = 3
-"""And of one that is not on the device: a stay with its end."""
+"""Events kept per adapter that is not on the device: its last occupancy with its end."""
 
 _logger = logging.getLogger("lorax_async")
 
@@ -31,14 +31,14 @@ _logger = logging.getLogger("lorax_async")
 class Statistics:
     """Totals since the loader was opened.
 
-    `seconds` are summed over adapters that were in a stage at the same time, so that they can
-    exceed the time that passed. `nbytes` are those of configs and headers ("fetch"), of the file
-    where it was cast or padded ("stage"), and on the device ("copy"), which `bytes_moved` are too.
-    `spills` counts adapters that were given as tensors and went from host memory to the disk cache.
-    `hits` counts loads by where they found their adapter ("device", "host", "disk", or "source"),
-    `evictions` who made room for others, by tier ("device", "host", "pinned"). `failures_by` counts
-    failures, and `errors_by` the calls of `load`, `stream` and `pin` that ended with an error, by
-    its stage (or "none") and class.
+    `seconds` are summed over adapters that are in a stage at the same time, and so can exceed the
+    elapsed time. `nbytes` are those of configs and headers ("fetch"), of the file's parts that were
+    cast or padded ("stage"), and of bytes on the device ("copy"), which `bytes_moved` counts too.
+    `spills` counts adapters from tensors that moved from host memory to the disk cache. `hits`
+    counts loads by the nearest tier of their adapter ("device", "host", "disk", or "source"),
+    `evictions` evicted adapters by tier ("device", "host", "pinned"). `failures_by` counts failed
+    loads, and `errors_by` the calls of `load`, `stream` and `pin` that raised, by the error's stage
+    (or "none") and class.
     """
 
     fetches: int = 0
@@ -56,10 +56,7 @@ class Statistics:
 
 
 class Telemetry:
-    """Collects events and totals; calls subscribers on the loop.
-
-    What is not an adapter's alone goes to whoever records `tracer`.
-    """
+    """Collects events and totals, calls subscribers on the loop, and adds spans to the tracer."""
 
     def __init__(self, tracer: Tracer | None = None) -> None:
         self.tracer = tracer or Tracer()
@@ -82,8 +79,8 @@ class Telemetry:
     def has_subscribers(self) -> bool:
         return bool(self._subscribers)
 
-    def tell(self, event: Event) -> None:
-        """Remember an event and call the subscribers; their exceptions are theirs."""
+    def publish(self, event: Event) -> None:
+        """Add an event to its adapter's story and call the subscribers; log their exceptions."""
         if not isinstance(event, BytesMoved | LayerReady):
             story = self._stories.get(event.key, ())
             self._stories[event.key] = (*story[1 - STORY_LENGTH :], event)
@@ -97,7 +94,7 @@ class Telemetry:
         return self._stories.get(key, ())
 
     def shorten(self, key: AdapterKey) -> None:
-        """It has left the device: its last events are enough to know what it was like."""
+        """Keep the last `REST_LENGTH` events of an adapter that left the device."""
         self._stories[key] = self._stories.get(key, ())[-REST_LENGTH:]
 
     def forget(self, key: AdapterKey) -> None:
@@ -107,28 +104,28 @@ class Telemetry:
     def count(self, what: str, amount: int = 1) -> None:
         self._counts[what] += amount
 
-    def failed(self, kind: tuple[str, str]) -> None:
-        """A load ended with an error of this stage and class."""
+    def count_failure(self, kind: tuple[str, str]) -> None:
+        """Count a load that ended with an error of this stage and class."""
         self.count("failures")
         self._failures[kind] += 1
 
     def checked(self, key: AdapterKey, time: float) -> None:
-        """From here on the adapter can be given a slot."""
+        """Record the time from which the adapter can get a slot."""
         self._checked[key] = time
 
     def granted(self, key: AdapterKey, since: float, time: float) -> None:
-        """It has the slot that was wanted since then: what lies between was spent in the queue."""
+        """Add the time in the queue of an adapter that was wanted at `since` and has its slot."""
         started = max(since, self._checked.pop(key, since))
-        self.spent("queue", max(0.0, time - started))
-        self.took(key, "queue", started)
+        self.add_time("queue", max(0.0, time - started))
+        self.add_span(key, "queue", started)
 
-    def spent(self, stage: Stage, seconds: float, nbytes: int = 0) -> None:
+    def add_time(self, stage: Stage, seconds: float, nbytes: int = 0) -> None:
         self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
         if nbytes:
             self._nbytes[stage] = self._nbytes.get(stage, 0) + nbytes
 
-    def took(self, ref: Ref, what: str, started: float) -> None:
-        """From `started`, on the monotonic clock, until now. For whoever records it."""
+    def add_span(self, ref: Ref, what: str, started: float) -> None:
+        """Add a span from `started`, of `time.perf_counter()`, until now to the trace."""
         recorder = self.tracer.on
         if recorder is not None:
             stop = now()
@@ -144,7 +141,7 @@ class Telemetry:
 
 
 class Budget(NamedTuple):
-    """How much of a budget is taken, and all of it."""
+    """The used part and the limit of a budget."""
 
     used: int
     limit: int
@@ -152,27 +149,26 @@ class Budget(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What is taken of each budget now; bytes, but for `slots`.
+    """The use of each budget now; in bytes, except for `slots`.
 
     Attributes
     ----------
     slots
-        Of the device's tables; what is being filled or drained counts.
+        Slots of the device's tables, including those being filled or drained.
     device_bytes
-        Of the arena, in aligned extents.
+        The arena, in aligned extents.
     host_bytes
-        Of file pages that are held; what was only read ahead counts nothing.
+        Held file pages; pages that were only read ahead do not count.
     pinned_bytes
-        Of page-locked memory, in aligned extents.
+        Page-locked memory, in aligned extents.
     memory_bytes
-        Of adapters that were given as tensors, and of merges.
+        Copies of adapters from tensors, and of merges.
     cache_bytes
-        Of the disk cache's folder, whoever of its processes put them there, as this loader saw it
-        last; None before it did.
+        The disk cache's folder, shared by its processes, at this loader's last look; None before.
     leases
-        Handles that are out.
+        Handles that are not released.
     waiting
-        Wishes that have not come true: of callers who wait, and of prefetches.
+        Waiters, of calls and of prefetches.
     """
 
     slots: Budget
@@ -188,16 +184,16 @@ class Usage:
 def usage_of(
     budgets: Budgets, lease_table: LeaseTable, copies: HostCopies, cache: tuple[int | None, int]
 ) -> Usage:
-    """Of the disk cache, `cache` has the bytes that were seen last, if any were, and the limit."""
+    """Collect the use of all budgets; `cache` is the disk cache's last seen bytes and limit."""
     device, host, pinned = budgets.device, budgets.host, budgets.images.arena
-    arena, (seen, most) = device.arena, cache
+    arena, (cached, limit) = device.arena, cache
     return Usage(
         slots=Budget(device.slots_used, device.max_slots),
         device_bytes=Budget(arena.nbytes - arena.free_bytes, arena.nbytes),
         host_bytes=Budget(host.nbytes - host.free, host.nbytes),
         pinned_bytes=Budget(pinned.nbytes - pinned.free_bytes, pinned.nbytes),
         memory_bytes=Budget(copies.used, copies.nbytes),
-        cache_bytes=None if seen is None else Budget(seen, most),
+        cache_bytes=None if cached is None else Budget(cached, limit),
         leases=sum(len(held) for held in lease_table.leases.values()),
         waiting=lease_table.waiting,
     )

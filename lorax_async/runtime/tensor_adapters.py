@@ -1,4 +1,4 @@
-"""Tensors as what an id means: copied, loaded beside what it meant before, then exchanged."""
+"""Ids that mean tensors: copy the tensors, load them, then assign the id in one step."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from lorax_async.types import AdapterKey, AdapterRef, MergedKey, Ref, TensorsKey
 
 
 class TensorAdapters:
-    """Gives ids the meaning of tensors, and takes it back.
+    """Assigns ids to tensors, and unassigns them.
 
-    A copy in `source` is kept for as long as an id means it, a call is about it, or the adapter is
-    waited for, leased or pinned. `check_open` raises once nothing may begin.
+    The host copy in `source` is kept while an id is assigned to it, a call loads it, or the adapter
+    has waiters, leases or pins. `check_open` raises once the loader is closing.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class TensorAdapters:
         self._order = OrderedCalls()
         self._calls: Counter[AdapterKey] = Counter()
 
-    async def give(
+    async def load(
         self,
         ref: AdapterRef,
         tensors: Mapping[str, torch.Tensor],
@@ -53,74 +53,74 @@ class TensorAdapters:
         priority: int,
         replaces: bool,
     ) -> Lease:
-        """Let `ref` mean these tensors, once they are resident; a lease on them.
+        """Load the tensors, assign `ref` to them, and return a lease.
 
-        Unless it `replaces`, a name that means other ones is a `UsageError`. On an error or a
-        cancellation `ref` means what it meant.
+        Raise `UsageError` if `ref` is assigned to other tensors, unless `replaces`. On an error or
+        a cancellation the assignment does not change.
         """
         require_priority(priority)
         deadline = asyncio.get_running_loop().time() + seconds
         stage: Stage = "fetch"
         problem: LoraxError
         try:
-            with self._order.place(ref) as come_first, ExitStack() as kept:
+            with self._order.place(ref) as wait_for_turn, ExitStack() as kept:
                 async with asyncio.timeout_at(deadline) as limit:
                     key = await self._source.take(tensors, config, self._check_open)
-                    kept.enter_context(self._kept(key))
+                    kept.enter_context(self._keep(key))
                     stage = "queue"
-                    await come_first()
+                    await wait_for_turn()
                 if not replaces:
-                    self._require_free(ref, key)
-                return await self._load(ref, key, deadline, priority)
+                    self._require_unassigned(ref, key)
+                return await self._load_and_assign(ref, key, deadline, priority)
         except LoraxError as error:
             problem = error.located(id=ref.text)
-        except Exception as error:  # noqa: BLE001 - a fault of ours, whatever it is
+        except Exception as error:  # noqa: BLE001 - becomes an InternalError
             if isinstance(error, TimeoutError) and limit.expired():
                 late = f"it was not ready within {seconds:g} s"
                 problem = AdapterTimeoutError(late, id=ref.text, stage=stage)
             else:
-                problem = InternalError(f"tensors were not taken: {error!r}", id=ref.text)
+                problem = InternalError(f"tensors were not loaded: {error!r}", id=ref.text)
                 problem.__cause__ = error.with_traceback(None)
-        raise problem  # without the frames of where it arose, which hold the bytes
+        raise problem  # without its original frames, which refer to the bytes
 
-    def take_back(self, ref: Ref, key: AdapterKey) -> None:
-        """End what `ref` was given to mean, once `key` was unloaded as `ref`."""
-        self._names.take_back(ref, key)
+    def unassign(self, ref: Ref, key: AdapterKey) -> None:
+        """Remove the assignment of `ref` to `key`, after `key` was unloaded by it."""
+        self._names.unassign(ref, key)
         if isinstance(key, TensorsKey):
-            self._retire(key)
+            self._unload_if_unassigned(key)
         elif isinstance(key, MergedKey):
             self._driver.forget(key)
             self._source.copies.drop(key)
 
-    async def _load(
+    async def _load_and_assign(
         self, ref: AdapterRef, key: AdapterKey, deadline: float, priority: int
     ) -> Lease:
         clock = asyncio.get_running_loop().time
-        while True:  # what leaves again at once cannot be pinned: it is loaded once more
+        while True:  # a leaving adapter cannot be pinned: load it again
             left = max(0.0, deadline - clock())
             lease = await self._acquiring.lease(key, WantedTier.DEVICE, left, priority=priority)
             try:
-                if self._exchange(ref, key, lease):
+                if self._assign(ref, key, lease):
                     return lease
             except BaseException:
                 lease.end()
                 raise
             lease.end()
 
-    def _exchange(self, ref: AdapterRef, key: AdapterKey, lease: Lease) -> bool:
+    def _assign(self, ref: AdapterRef, key: AdapterKey, lease: Lease) -> bool:
         """Move the id and its pins in one step; return False if the new version is leaving."""
         waiter_table = self._driver.waiter_table
-        pinned = waiter_table.pinned(lambda name: self._names.covers(ref, name))
-        if not all(waiter_table.pin(name, lease) for name in pinned):
+        names = waiter_table.pinning_names(lambda name: self._names.covers(ref, name))
+        if not all(waiter_table.pin(name, lease) for name in names):
             return False
         before = self._resolver.known(ref)
-        self._names.give(ref, key)
+        self._names.assign(ref, key)
         if before is not None and before != key:
-            self._retire(before)
+            self._unload_if_unassigned(before)
         return True
 
     @contextmanager
-    def _kept(self, key: AdapterKey) -> Iterator[None]:
+    def _keep(self, key: AdapterKey) -> Iterator[None]:
         self._calls[key] += 1
         self._driver.idle_unloader.keep(key)
         try:
@@ -129,21 +129,21 @@ class TensorAdapters:
             self._calls[key] -= 1
             if not self._calls[key]:
                 del self._calls[key]
-            self._retire(key)
+            self._unload_if_unassigned(key)
 
-    def _retire(self, key: AdapterKey) -> None:
-        """Let it go, unless an id means it or is about to."""
-        if not self._names.mean(key) and key not in self._calls:
-            self._driver.idle_unloader.begin(key, self._gone)
+    def _unload_if_unassigned(self, key: AdapterKey) -> None:
+        """Unload the adapter once it is idle, unless an id is assigned to it or a call loads it."""
+        if not self._names.has_id(key) and key not in self._calls:
+            self._driver.idle_unloader.begin(key, self._unloaded)
 
-    def _gone(self, key: AdapterKey) -> None:
+    def _unloaded(self, key: AdapterKey) -> None:
         if isinstance(key, TensorsKey):
             self._driver.forget(key)
             self._source.copies.drop(key)
 
-    def _require_free(self, ref: AdapterRef, key: AdapterKey) -> None:
-        meant = self._names.get(ref)
-        if meant is not None and meant != key:
+    def _require_unassigned(self, ref: AdapterRef, key: AdapterKey) -> None:
+        assigned = self._names.get(ref)
+        if assigned is not None and assigned != key:
             raise UsageError(
                 "the name means other tensors already; replace them with `replace`, unload them"
                 " first, or choose another name"

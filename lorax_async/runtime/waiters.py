@@ -1,4 +1,4 @@
-"""What callers want of adapters, and what came of their calls."""
+"""Waiters for adapters, pins and unloads, and the counts of calls."""
 
 from __future__ import annotations
 
@@ -21,43 +21,43 @@ from lorax_async.types import AdapterKey, Ref, TensorsKey
 
 _logger = logging.getLogger("lorax_async")
 
-Found = Literal["device", "host", "disk", "source"]
-"""The nearest tier that has all of an adapter when somebody asks for it: resident, in host memory,
-opened before and still there, or none, so that its source is to be asked for its files."""
+Hit = Literal["device", "host", "disk", "source"]
+"""The nearest tier that has all of an adapter when a call wants it: resident, in host memory,
+opened before and still on disk, or none, so that its source has to deliver it."""
 
-FOUND: tuple[Found, ...] = get_args(Found)
+HITS: tuple[Hit, ...] = get_args(Hit)
 
 
 class CallWatcher(Protocol):
-    """Who hears of single calls, on the loop."""
+    """Receives single calls, on the loop."""
 
     def call(self, name: str, ref: Ref) -> AbstractContextManager[None]:
-        """Entered in the caller's task, around all of the call."""
+        """Return a context manager that is entered around the call, in the caller's task."""
 
-    def wished(self, key: AdapterKey, found: Found, stage: Stage) -> None:
-        """In the task of whoever wants it: which adapter that is, where it was, where it is now.
+    def wanted(self, key: AdapterKey, hit: Hit, stage: Stage) -> None:
+        """Receive a call's adapter, its tier and its stage now, in the caller's task.
 
-        Whoever joins while it fills its slot is at "copy", also while bytes have yet to come.
+        The stage of an adapter that is filling its slot is "copy", also while bytes are fetched.
         """
 
     def checked(self, key: AdapterKey) -> None:
-        """It was opened, and its header is understood."""
+        """Receive that an adapter's header was checked."""
 
 
 def kind_of(error: LoraxError) -> tuple[str, str]:
-    """The stage, or "none", and the class of an error."""
+    """Return the stage, or "none", and the class of an error."""
     return error.stage or "none", type(error).__name__
 
 
 class CallCounter:
-    """Counts; and tells one watcher, if there is one.
+    """Counts calls by hit and error, and notifies a watcher.
 
-    `states` are the lifecycle's, to be looked at only. `in_memory` says of an adapter that was
-    given as tensors whether its copy is in host memory.
+    `states` are the lifecycle's, read only. `in_memory` returns whether a host copy of the
+    adapter's tensors exists.
     """
 
     def __init__(self, states: Mapping[AdapterKey, AdapterState]) -> None:
-        self.hits: Counter[str] = Counter(dict.fromkeys(FOUND, 0))
+        self.hits: Counter[str] = Counter(dict.fromkeys(HITS, 0))
         self.errors: Counter[tuple[str, str]] = Counter()
         self.in_memory: Callable[[AdapterKey], bool] = lambda key: False  # noqa: ARG005
         self.watcher: CallWatcher | None = None
@@ -65,42 +65,41 @@ class CallCounter:
 
     @contextmanager
     def one(self, name: str, ref: Ref) -> Iterator[None]:
-        """One call, by a caller who waits for its end."""
-        watched = self._watched(name, ref)
+        """Run one call of a waiting caller: count its error, notify the watcher."""
+        watched = self._enter_watcher(name, ref)
         try:
             yield
         except BaseException as error:
             if isinstance(error, LoraxError):
                 self.errors[kind_of(error)] += 1
-            _tell(partial(watched.__exit__, type(error), error, error.__traceback__))
+            _notify(partial(watched.__exit__, type(error), error, error.__traceback__))
             raise
-        _tell(partial(watched.__exit__, None, None, None))
+        _notify(partial(watched.__exit__, None, None, None))
 
-    def found(self, key: AdapterKey) -> Found:
-        """Count where an adapter is that somebody wants now."""
-        found = self._where(key)
-        self.hits[found] += 1
-        return found
+    def count_hit(self, key: AdapterKey) -> Hit:
+        """Count and return the nearest tier of an adapter that a call wants."""
+        hit = self._nearest_tier(key)
+        self.hits[hit] += 1
+        return hit
 
-    def wished(self, key: AdapterKey, found: Found, stage: Stage) -> None:
-        """The wish for it was begun; it is in that stage since."""
+    def wanted(self, key: AdapterKey, hit: Hit, stage: Stage) -> None:
+        """Notify the watcher that a call waits for the adapter, which is in `stage`."""
         if self.watcher is not None:
             life = self._states.get(key)
             filling = life is not None and life.slot is SlotState.FILLING
-            _tell(partial(self.watcher.wished, key, found, "copy" if filling else stage))
+            _notify(partial(self.watcher.wanted, key, hit, "copy" if filling else stage))
 
     def checked(self, key: AdapterKey) -> None:
         if self.watcher is not None:
-            _tell(partial(self.watcher.checked, key))
+            _notify(partial(self.watcher.checked, key))
 
-    def _watched(self, name: str, ref: Ref) -> ExitStack:
-        """What the watcher has around the call, entered."""
+    def _enter_watcher(self, name: str, ref: Ref) -> ExitStack:
         watcher, entered = self.watcher, ExitStack()
         if watcher is not None:
-            _tell(lambda: entered.enter_context(watcher.call(name, ref)))
+            _notify(lambda: entered.enter_context(watcher.call(name, ref)))
         return entered
 
-    def _where(self, key: AdapterKey) -> Found:
+    def _nearest_tier(self, key: AdapterKey) -> Hit:
         life = self._states.get(key)
         if life is not None and life.slot is SlotState.RESIDENT and not life.departing:
             return "device"
@@ -110,17 +109,17 @@ class CallCounter:
         return "disk" if opened or isinstance(key, TensorsKey) else "source"
 
 
-def _tell(say: Callable[[], object]) -> None:
-    """A watcher's faults are its own: what it is told of goes on."""
+def _notify(call: Callable[[], object]) -> None:
+    """Call a watcher; log its exceptions, which must not fail the watched call."""
     try:
-        say()
+        call()
     except Exception:
-        _logger.exception("who watches a loader's calls failed")
+        _logger.exception("a loader's call watcher failed")
 
 
 @dataclass(frozen=True, slots=True)
-class LoadWish:
-    """One caller's wish for an adapter; `future` gives its lease, or None to a prefetch."""
+class PendingLoad:
+    """One waiter for an adapter; `future` resolves to its lease, or None for a prefetch."""
 
     key: AdapterKey
     waiter: int
@@ -128,9 +127,10 @@ class LoadWish:
 
 
 class WaiterTable:
-    """Turns calls into changes of interest; `execute` carries out what the lifecycle answers.
+    """Adds and removes waiters, leases and pins in the lifecycle.
 
-    `raise_priority` hears of each key that somebody waits for in the foreground.
+    `execute` carries out the commands that it returns. `raise_priority` is called with each key
+    that has a new foreground waiter.
     """
 
     def __init__(
@@ -149,23 +149,19 @@ class WaiterTable:
 
     def begin(
         self, key: AdapterKey, tier: WantedTier, *, foreground: bool = True, priority: int = 0
-    ) -> LoadWish:
-        """Want the adapter as far as `tier`; to be followed by `granted` or `abandon`."""
-        found = self.calls.found(key) if foreground else None
+    ) -> PendingLoad:
+        """Add a waiter for the adapter at `tier`; await its future, or `abandon` it."""
+        hit = self.calls.count_hit(key) if foreground else None
         waiter, future = self._lease_table.add_waiter()
         since = asyncio.get_running_loop().time()
         self._execute(self._lifecycle.want(key, Waiter(waiter, tier, since, foreground, priority)))
-        if found is not None:
+        if hit is not None:
             self._raise_priority(key)
-            self.calls.wished(key, found, self._lifecycle.stage(key))
-        return LoadWish(key, waiter, future)
+            self.calls.wanted(key, hit, self._lifecycle.stage(key))
+        return PendingLoad(key, waiter, future)
 
-    async def granted(self, pending_load: LoadWish) -> Lease | None:
-        """Wait until the wish comes true, or raise why it will not."""
-        return await pending_load.future
-
-    def abandon(self, pending_load: LoadWish) -> None:
-        """Withdraw one wish and give back what it brought; the others stay. Idempotent."""
+    def abandon(self, pending_load: PendingLoad) -> None:
+        """Withdraw the waiter, and end its lease if it got one. Idempotent."""
         self._lease_table.drop_waiter(pending_load.waiter)
         self._execute(self._lifecycle.withdraw(pending_load.key, pending_load.waiter))
         future = pending_load.future
@@ -175,14 +171,14 @@ class WaiterTable:
                 lease.end()
 
     def try_lease(self, key: AdapterKey) -> Lease | None:
-        """A lease on a resident adapter, at once."""
+        """Return a lease if the adapter is resident, else None."""
         if self._lifecycle.take_lease(key) is None:
             return None
         self.calls.hits["device"] += 1
         return self._lease_table.new_lease(key)
 
     def share(self, lease: Lease) -> Lease:
-        """One more lease on the same stay in a slot. Raises if that one may not be used."""
+        """Return another lease on the same slot occupancy; raise if `lease` is not usable."""
         lease.check()
         self._lifecycle.add_lease(lease.occupancy.key)
         shared = self._lease_table.new_lease(lease.occupancy.key)
@@ -192,9 +188,9 @@ class WaiterTable:
         return shared
 
     def pin(self, name: object, lease: Lease) -> bool:
-        """Keep what is leased, on behalf of `name`, in place of what that pinned before.
+        """Pin the leased adapter for `name`, in place of its earlier pin.
 
-        False if the adapter is leaving.
+        Return False, without effect, if the adapter is leaving.
         """
         lease.check()
         key, grant = lease.occupancy.key, lease.occupancy.grant
@@ -206,12 +202,12 @@ class WaiterTable:
         self._pins[name] = (key, grant)
         return True
 
-    def pinned(self, ours: Callable[[object], bool]) -> list[object]:
-        """The names that have pinned something, of those that are `ours`."""
-        return [name for name in self._pins if ours(name)]
+    def pinning_names(self, matches: Callable[[object], bool]) -> list[object]:
+        """Return the names with a pin for which `matches` is true."""
+        return [name for name in self._pins if matches(name)]
 
     def unpin(self, name: object) -> bool:
-        """Whether `name` had pinned something."""
+        """Remove the pin of `name`; return whether it had one."""
         pinned = self._pins.pop(name, None)
         if pinned is None:
             return False
@@ -219,9 +215,10 @@ class WaiterTable:
         return True
 
     async def unload(self, key: AdapterKey, seconds: float) -> None:
-        """Wait until the adapter has left device and host memory, `seconds` at most.
+        """Wait at most `seconds` until the adapter has left device and host memory.
 
-        Raises `AdapterInUseError` if it is still leased then, and it stays.
+        Raise `AdapterInUseError` if it is still leased then, `AdapterTimeoutError` if it is busy
+        otherwise; it stays in both cases.
         """
         for name in [name for name, (pinned, _) in self._pins.items() if pinned == key]:
             del self._pins[name]
@@ -231,19 +228,21 @@ class WaiterTable:
             async with asyncio.timeout(seconds):
                 await gone
         except TimeoutError:
-            if gone.cancelled():  # else it went in the same turn
-                raise self._not_gone(key, seconds) from None
+            if gone.cancelled():  # else the unload ended in the same turn of the loop
+                raise self._unload_error(key, seconds) from None
         finally:
             if self._lease_table.drop_unload(key, gone):
                 self._execute(self._lifecycle.withdraw_unload(key))
 
-    def _not_gone(self, key: AdapterKey, seconds: float) -> AdapterInUseError | AdapterTimeoutError:
+    def _unload_error(
+        self, key: AdapterKey, seconds: float
+    ) -> AdapterInUseError | AdapterTimeoutError:
         holders = sorted(
             lease.holder or "no task" for lease in self._lease_table.leases.get(key, ())
         )
         if not holders:
             problem = (
-                f"it was not gone within {seconds:g} s: it is still copied, computed with or held"
+                f"it was not unloaded within {seconds:g} s: copies, kernels or holds have not ended"
             )
             return AdapterTimeoutError(problem, key=key, stage="ready")
         return AdapterInUseError(

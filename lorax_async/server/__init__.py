@@ -1,5 +1,21 @@
-"""An OpenAI-compatible server whose requests name adapters.
+"""An OpenAI-compatible server whose requests name adapters (docs/server.md).
 
-`app` has the routes, `completions` the way of one request, `engine` the loop that computes batches
-in a thread of its own, `setup` puts a server together, `serving` runs it on uvicorn.
+Only `cli` imports this package. Importing it needs the extra `serve`.
+
+- `serving.py`: `listen` and `serve`: the application on uvicorn, and its graceful end
+- `app.py`: the routes
+- `service.py`: `Service`, the state that requests share, and `open_service`, its assembly
+- `server_settings.py`: `ServerSettings`, and the check of a request's host
+- `clients.py`: a client's key, the body it sends, the events it receives
+- `request_bodies.py`: the bodies, parsed and checked; prompts as token ids
+- `model_names.py`: names for adapters, and the ids that requests may use
+- `completions.py`: one request, from its body to its response
+- `in_flight.py`: in-flight requests and clients' limits
+- `refusals.py`: errors as HTTP responses
+- `generation.py`: `Generation`, and the interface `Decoder` of a model
+- `engine.py`: `Engine`: continuous batching and sampling, in a thread
+- `transformers_decoder.py`: a `Decoder` for transformers' models, with its KV cache
+- `admin.py`: the operator's endpoints; `warm_list.py`: the adapters to load at the start
+- `cold_requests.py`: traces of cold requests; `server_metrics.py`: metrics
+- `page/`: the dashboard
 """

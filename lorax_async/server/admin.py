@@ -23,7 +23,7 @@ from lorax_async.errors import (
 from lorax_async.events import Event, SlotId
 from lorax_async.ids import parsing
 from lorax_async.runtime.placement import AdapterResidency
-from lorax_async.server.clients import bearer_of, read_json
+from lorax_async.server.clients import read_bearer_key, read_json
 from lorax_async.server.refusals import Refusal
 from lorax_async.server.request_bodies import LoadBody, T, UnloadBody, parse_body
 from lorax_async.server.server_settings import ServerSettings
@@ -40,21 +40,21 @@ def require_operator(settings: ServerSettings, connection: HTTPConnection) -> No
     if token is None:
         raise Refusal(
             403,
-            "This server was started without an admin token: nobody may make this call",
+            "This call is disabled: the server was started without an admin token",
             code="admin_disabled",
         )
-    given = (bearer_of(connection) or "").encode("utf-8", "surrogateescape")
-    if not hmac.compare_digest(given, token.encode()):
+    key = (read_bearer_key(connection) or "").encode("utf-8", "surrogateescape")
+    if not hmac.compare_digest(key, token.encode()):
         raise Refusal(
             401,
-            "This call needs the admin token, as Authorization: Bearer …",
+            "This call needs the admin token, as Authorization: Bearer TOKEN",
             code="invalid_api_key",
         )
 
 
 def is_operator(settings: ServerSettings, connection: HTTPConnection) -> bool:
     """Return whether the client brings the token; raise `Refusal` for a wrong one."""
-    if bearer_of(connection) is None:
+    if read_bearer_key(connection) is None:
         return False
     require_operator(settings, connection)
     return True
@@ -69,12 +69,12 @@ class AdminEndpoints:
     async def load(self, request: Request) -> Response:
         """POST /v1/load_lora_adapter. Load the adapter once, to report its errors."""
         names = self._service.names
-        with self._service.in_flight.counted():
+        with self._service.in_flight.count_request():
             body = await self._body(request, LoadBody)
             if not body.lora_name or not body.lora_path:
-                raise _invalid("Both 'lora_name' and 'lora_path' must be provided.")
+                raise _invalid_input("Both 'lora_name' and 'lora_path' must be provided.")
             self._require_free(body)
-            adapter = await asyncio.to_thread(_adapter_at, body.lora_path)
+            adapter = await asyncio.to_thread(_parse_adapter, body.lora_path)
             (await self._service.loader.load(adapter)).release()
             self._require_free(body)
             names.add(body.lora_name, adapter)
@@ -83,10 +83,10 @@ class AdminEndpoints:
     async def unload(self, request: Request) -> Response:
         """POST /v1/unload_lora_adapter. Requests that use the adapter keep it."""
         names = self._service.names
-        with self._service.in_flight.counted():
+        with self._service.in_flight.count_request():
             body = await self._body(request, UnloadBody)
             if not body.lora_name:
-                raise _invalid("'lora_name' needs to be provided to unload a LoRA adapter.")
+                raise _invalid_input("'lora_name' needs to be provided to unload a LoRA adapter.")
             adapter = names.remove(body.lora_name)
             if adapter is None:
                 raise Refusal(
@@ -105,17 +105,17 @@ class AdminEndpoints:
     async def adapters(self, request: Request) -> Response:
         """GET /v1/adapters: where each adapter is, and its last events."""
         require_operator(self._service.settings, request)
-        loader, names = self._service.loader, self._service.names
-        named: dict[AdapterKey, list[str]] = {}
+        placement, names = self._service.loader.placement(), self._service.names
+        names_by_key: dict[AdapterKey, list[str]] = {}
         for name, adapter in names.adapters.items():
-            for event in loader.story(adapter)[-1:]:
-                named.setdefault(event.key, []).append(name)
+            for event in placement.story(adapter)[-1:]:
+                names_by_key.setdefault(event.key, []).append(name)
         rows = [
-            (key, named.get(key, []), where, loader.story(key))
-            for key, where in loader.residency().items()
+            (key, names_by_key.get(key, []), where, placement.story(key))
+            for key, where in placement.adapters.items()
         ]
         # Thousands of adapters make a long text; encode it off the loop.
-        return await asyncio.to_thread(_listing, rows)
+        return await asyncio.to_thread(_list_response, rows)
 
     async def _body(self, request: Request, kind: type[T]) -> T:
         settings = self._service.settings
@@ -126,19 +126,19 @@ class AdminEndpoints:
     def _require_free(self, body: LoadBody) -> None:
         names = self._service.names
         if body.lora_name == names.base:
-            raise _invalid(f"'{body.lora_name}' is the name of the base model.")
+            raise _invalid_input(f"'{body.lora_name}' is the name of the base model.")
         if body.lora_name in names.adapters and not body.load_inplace:
-            raise _invalid(
+            raise _invalid_input(
                 f"The lora adapter '{body.lora_name}' has already been loaded. If you want to load"
                 " the adapter in place, set 'load_inplace' to True."
             )
 
 
-def _adapter_at(path: str) -> AdapterId:
-    """Return the folder or id that the operator means. Blocks.
+def _parse_adapter(path: str) -> AdapterId:
+    """Return the folder or id at `path`. Blocks.
 
-    An absolute path is always a folder, a relative one if it exists. The hub is asked for an id
-    with this machine's token; other sources have none.
+    An absolute path is always a folder, a relative one if it exists. The hub gets this
+    machine's token; other sources get none.
     """
     with suppress(OSError, ValueError):
         if os.path.isabs(path) or Path(path).is_dir():
@@ -150,11 +150,11 @@ def _adapter_at(path: str) -> AdapterId:
     return path
 
 
-def _invalid(message: str) -> Refusal:
+def _invalid_input(message: str) -> Refusal:
     return Refusal(400, message, kind="InvalidUserInput", code=400)
 
 
-def _listing(
+def _list_response(
     rows: Sequence[tuple[AdapterKey, list[str], AdapterResidency, Sequence[Event]]],
 ) -> Response:
     data = [
@@ -170,18 +170,18 @@ def _listing(
             "locked": where.locked,
             "leases": where.leases,
             "pins": where.pins,
-            "story": [_event(event) for event in story],
+            "story": [_event_as_json(event) for event in story],
         }
         for key, names, where, story in rows
     ]
     return JSONResponse({"object": "list", "data": data})
 
 
-def _event(event: Event) -> dict[str, Any]:
+def _event_as_json(event: Event) -> dict[str, Any]:
     members = {
-        each.name: _as_json(getattr(event, each.name))
-        for each in fields(event)
-        if each.name != "key"
+        member.name: _as_json(getattr(event, member.name))
+        for member in fields(event)
+        if member.name != "key"
     }
     return {"event": type(event).__name__} | members
 

@@ -17,7 +17,7 @@ from lorax_async.server.clients import UnreadRefusal
 from lorax_async.server.completions import CompletionEndpoint
 from lorax_async.server.in_flight import CLOSING
 from lorax_async.server.page.routes import page_routes
-from lorax_async.server.refusals import Refusal, refusal_of
+from lorax_async.server.refusals import Refusal, create_refusal
 from lorax_async.server.request_bodies import ChatBody, CompletionBody
 from lorax_async.server.server_metrics import GONE, RequestCounter
 from lorax_async.server.server_settings import AllowedHosts
@@ -30,7 +30,7 @@ def create_app(service: Service) -> Starlette:
     settings = service.settings
 
     async def refuse(_: Request, error: Exception) -> Response:
-        refusal = refusal_of(error, settings.retry_after)
+        refusal = create_refusal(error, settings.retry_after)
         return UnreadRefusal(refusal, settings.slow_client) if refusal.close else refusal.response()
 
     async def ignore_disconnect(_: Request, __: Exception) -> Response:
@@ -71,26 +71,26 @@ class ModelEndpoints:
         self._created = int(time.time())
 
     async def all(self, _: Request) -> Response:
-        """GET /v1/models: the base, and the adapters that have names."""
+        """GET /v1/models: list the base and the adapters that have names."""
         names = self._service.names
         data = [self._card(name) for name in (names.base, *names.adapters)]
         return JSONResponse({"object": "list", "data": data})
 
     async def one(self, request: Request) -> Response:
-        """GET /v1/models/NAME."""
+        """GET /v1/models/NAME: describe one model."""
         name, names = request.path_params["name"], self._service.names
         if name != names.base and name not in names.adapters:
             raise Refusal(404, "No model has this name", param="model", code="model_not_found")
         return JSONResponse(self._card(name))
 
     async def health(self, _: Request) -> Response:
-        """GET /health."""
+        """GET /health: 200, or 503 if no requests are taken."""
         if self._service.healthy:
             return Response()
         closing = self._service.in_flight.closing
         raise Refusal(
             503,
-            CLOSING if closing else "the engine is gone",
+            CLOSING if closing else "the engine has stopped",
             code="closing" if closing else "engine_gone",
             retry_after=self._service.settings.retry_after,
         )

@@ -32,18 +32,18 @@ _EVENT_HEADERS = (
 
 _logger = logging.getLogger("lorax_async.server")
 
-# -- who asks -------------------------------------------------------------------------------------
+# -- its identity ---------------------------------------------------------------------------------
 
 
-def bearer_of(connection: HTTPConnection) -> str | None:
+def read_bearer_key(connection: HTTPConnection) -> str | None:
     """Return the client's bearer key, if it sends one."""
     field = connection.headers.get("authorization", "")
     return field[len(_BEARER) :].strip() if field.lower().startswith(_BEARER) else None
 
 
-def client_of(connection: HTTPConnection) -> tuple[str, str]:
+def identify_client(connection: HTTPConnection) -> tuple[str, str]:
     """Identify a client by its key if it has one, else by its address."""
-    key = bearer_of(connection)
+    key = read_bearer_key(connection)
     if key is not None:
         return "key", key
     return "address", connection.client.host if connection.client else ""
@@ -61,7 +61,7 @@ async def read_json(request: Request, limit: int, seconds: float) -> bytes:
     if {field.partition(";")[0].strip().lower() for field in fields} != {"application/json"}:
         raise Refusal(
             415,
-            "The body must be sent as Content-Type: application/json",
+            "The body must have the Content-Type application/json",
             code="unsupported_media_type",
             close=True,
         )
@@ -85,12 +85,12 @@ async def read_body(request: Request, limit: int, seconds: float) -> bytes:
                 body += chunk
     except TimeoutError:
         raise Refusal(
-            408, f"The body did not come within {seconds:g} s", code="timeout", close=True
+            408, f"The body did not arrive within {seconds:g} s", code="timeout", close=True
         ) from None
     return bytes(body)
 
 
-async def until_gone(receive: Receive) -> None:
+async def wait_for_disconnect(receive: Receive) -> None:
     """Wait until the client disconnects. Its request has been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
@@ -132,8 +132,8 @@ class EventStream:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, seconds: float) -> None:
         self.receive = receive
-        self.begun = False
-        """Whether a status was sent: later errors belong into the body."""
+        self.has_begun = False
+        """Whether a status was sent: later errors go into the body."""
         self._streaming = False
         self._scope = scope
         self._send_on = send
@@ -148,46 +148,46 @@ class EventStream:
         headers = list(_EVENT_HEADERS)  # a middleware may append to it
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
-    async def tell(self, data: dict[str, Any]) -> None:
+    async def send_event(self, data: dict[str, Any]) -> None:
         """Send one event."""
-        await self._body(_event(data))
+        await self._send_body(_encode_event(data))
 
     async def end(self) -> None:
-        await self._body(DONE, more=False)
+        await self._send_body(DONE, more=False)
 
     async def fail(self, refusal: Refusal, error: Exception) -> None:
         """End a response that has begun with an error."""
         if refusal.status == 500:
-            _logger.error("an answer broke off", exc_info=error)
+            _logger.error("a response failed after its start", exc_info=error)
         with suppress(ClientDisconnect):
             if self._streaming:
-                await self._body(_event(refusal.as_json()), more=False)
+                await self._send_body(_encode_event(refusal.as_json()), more=False)
             else:  # its length was announced, so it can only be dropped
                 await self._disconnect()
 
-    def cut(self) -> bool:
+    def abort(self) -> bool:
         """Drop the connection with all unsent data; return whether that is possible."""
         abort = self._scope.get("state", {}).get(ABORT)
         if abort is not None:
             abort()
         return abort is not None
 
-    async def _body(self, content: bytes, *, more: bool = True) -> None:
+    async def _send_body(self, content: bytes, *, more: bool = True) -> None:
         await self._send({"type": _BODY, "body": content, "more_body": more})
 
     async def _send(self, message: Message) -> None:
         try:
             async with asyncio.timeout(self._seconds):
                 await self._send_on(message)
-                self.begun = True
+                self.has_begun = True
         except TimeoutError:
             await self._disconnect()
             raise ClientDisconnect from None
 
     async def _disconnect(self) -> None:
-        if self.cut():
-            await until_gone(self.receive)
+        if self.abort():
+            await wait_for_disconnect(self.receive)
 
 
-def _event(data: dict[str, Any]) -> bytes:
+def _encode_event(data: dict[str, Any]) -> bytes:
     return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()

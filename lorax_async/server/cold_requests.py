@@ -1,4 +1,4 @@
-"""Traces of cold requests: of those whose adapters must be loaded first, the last ones are kept."""
+"""Traces of cold requests, whose adapters must be loaded first; the last ones are kept."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from lorax_async.tracing.recorder import name_of
 from lorax_async.tracing.trace import Trace
 from lorax_async.types import AdapterId, Ref, as_ref
 
-MOST = 2
+MAX_RECORDINGS = 2
 """Concurrent recordings; further requests are not recorded. The last is for named adapters."""
 
-LIMIT = 8_192
+SPAN_LIMIT = 8_192
 """Spans of one trace, and as many of the computing: 10 MB at most."""
 
 
@@ -66,7 +66,7 @@ class ColdRequests:
 
     def record(self, adapter: AdapterId | None) -> ColdRecording | None:
         """Begin to record a request for an adapter that is not on the device."""
-        if adapter is None or not self._is_to_be_recorded(adapter):
+        if adapter is None or not self._should_record(adapter):
             return None
         self._recorded.add(as_ref(adapter))
         return ColdRecording(self, self._loader, adapter)
@@ -89,12 +89,12 @@ class ColdRequests:
         if self._is_named(adapter):
             self._last_named = self._last
 
-    def _is_to_be_recorded(self, adapter: AdapterId) -> bool:
-        if len(self._recorded) >= MOST or as_ref(adapter) in self._recorded:
+    def _should_record(self, adapter: AdapterId) -> bool:
+        if len(self._recorded) >= MAX_RECORDINGS or as_ref(adapter) in self._recorded:
             return False
-        if len(self._recorded) == MOST - 1 and not self._is_named(adapter):
+        if len(self._recorded) == MAX_RECORDINGS - 1 and not self._is_named(adapter):
             return False
-        story = self._loader.story(adapter)
+        story = self._loader.placement().story(adapter)
         return not (story and isinstance(story[-1], Resident))
 
     def _is_named(self, adapter: AdapterId) -> bool:
@@ -103,7 +103,7 @@ class ColdRequests:
     def _resolved_name(self, adapter: AdapterId) -> Iterator[str]:
         """Yield the name that links and revisions lead to."""
         with suppress(LoaderClosedError):
-            for event in self._loader.story(adapter)[-1:]:
+            for event in self._loader.placement().story(adapter)[-1:]:
                 yield name_of(event.key)
 
 
@@ -113,7 +113,7 @@ class ColdRecording:
     def __init__(self, requests: ColdRequests, loader: AdapterLoader, adapter: AdapterId) -> None:
         self.adapter = adapter
         self.name = name_of(as_ref(adapter))
-        self.trace = loader.trace(limit=LIMIT).start()
+        self.trace = loader.trace(limit=SPAN_LIMIT).start()
         self._requests = requests
         self._ended = False
         self._began = time.monotonic()
@@ -122,10 +122,10 @@ class ColdRecording:
         self._recorder = recorder
         self._span = recorder.begin("requests", None, f"request {self.name}", adapter=self.name)
 
-    def token(self) -> None:
-        self.ended("first token")
+    def on_token(self) -> None:
+        self.on_end("first token")
 
-    def ended(self, outcome: str) -> None:
+    def on_end(self, outcome: str) -> None:
         """End the recording. Only the first call counts."""
         if not self._ended:
             self._ended = True

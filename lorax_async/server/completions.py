@@ -17,10 +17,10 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from lorax_async.errors import InternalError, LoraxError
-from lorax_async.server.clients import EventStream, client_of, read_json
+from lorax_async.server.clients import EventStream, identify_client, read_json
 from lorax_async.server.engine import ObservedTokens
 from lorax_async.server.generation import Finish, Generation, Sampling
-from lorax_async.server.refusals import Refusal, invalid, refusal_of
+from lorax_async.server.refusals import Refusal, create_refusal, invalid_parameter
 from lorax_async.server.request_bodies import (
     MAX_SEED,
     MIN_SEED,
@@ -53,14 +53,14 @@ class CompletionEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service, settings = self._service, self._service.settings
         request = Request(scope, receive)
-        with service.in_flight.counted():
+        with service.in_flight.count_request():
             content = await read_json(request, settings.max_body_bytes, settings.slow_client)
             body = parse_body(self._kind, content)
-            _require_few(body, settings.max_choices)
+            _require_choices(body, settings.max_choices)
             service.require_room(1)  # refuse cheaply, before the prompt is read
             adapter = service.names.resolve(body.model)
-            client = client_of(request)
-            with service.client_limits.counted(client, adapter):
+            client = identify_client(request)
+            with service.client_limits.count_request(client, adapter):
                 stream = EventStream(scope, receive, send, settings.slow_client)
                 await self._answer(body, adapter, stream, client)
 
@@ -69,22 +69,22 @@ class CompletionEndpoint:
     ) -> None:
         service = self._service
         try:
-            async with service.in_flight.watched(stream.receive):
+            async with service.in_flight.open_scope(stream.receive):
                 prompts = await asyncio.to_thread(service.prompts.read, body)
-                generations = _generations(service, body, adapter, prompts, client)
-                with self._submitted(body, generations) as texts:
+                generations = _create_generations(service, body, adapter, prompts, client)
+                with self._submit(body, generations) as texts:
                     respond = _stream if body.stream else _send
                     await respond(body, texts, sum(map(len, prompts)), stream)
         except ClientDisconnect:
             return
         except Exception as error:  # noqa: BLE001 - every error is a response
-            refusal = refusal_of(error, service.settings.retry_after, body.model)
-            if not stream.begun:
+            refusal = create_refusal(error, service.settings.retry_after, body.model)
+            if not stream.has_begun:
                 raise (refusal if isinstance(error, LoraxError) else error) from error.__cause__
             await stream.fail(refusal, error)
 
     @contextmanager
-    def _submitted(
+    def _submit(
         self, body: GenerationBody, generations: Sequence[Generation]
     ) -> Iterator[TextStreams]:
         """Submit all of them or none; on leaving, cancel what is left."""
@@ -102,40 +102,42 @@ class CompletionEndpoint:
             texts.close()
 
 
-async def _send(body: GenerationBody, texts: TextStreams, asked: int, stream: EventStream) -> None:
-    whole = await texts.collect()
-    answer = AnswerFormat(body).whole(whole, _usage(asked, texts.count))
+async def _send(
+    body: GenerationBody, texts: TextStreams, prompt_tokens: int, stream: EventStream
+) -> None:
+    whole_texts = await texts.collect()
+    answer = AnswerFormat(body).response(whole_texts, _usage_as_json(prompt_tokens, texts.count))
     await stream.respond(JSONResponse(answer))
 
 
 async def _stream(
-    body: GenerationBody, texts: TextStreams, asked: int, stream: EventStream
+    body: GenerationBody, texts: TextStreams, prompt_tokens: int, stream: EventStream
 ) -> None:
     """Send events; an error before the first text is a status, as for whole answers."""
     form = AnswerFormat(body)
     delta = await texts.next()
     await stream.begin()
     for index in range(len(texts) if form.is_chat else 0):
-        await stream.tell(form.opening(index))
+        await stream.send_event(form.opening_event(index))
     while delta is not None:
-        await stream.tell(form.delta(delta))
+        await stream.send_event(form.delta_event(delta))
         delta = await texts.next()
     if form.with_usage:
-        await stream.tell(form.usage(_usage(asked, texts.count)))
+        await stream.send_event(form.usage_event(_usage_as_json(prompt_tokens, texts.count)))
     await stream.end()
 
 
 # -- from a body to generations -------------------------------------------------------------------
 
 
-def _require_few(body: GenerationBody, limit: int) -> None:
+def _require_choices(body: GenerationBody, limit: int) -> None:
     prompts = len(body.prompts) if isinstance(body, CompletionBody) else 1
     if prompts * (body.n or 1) > limit:
-        message = f"A request may ask for {limit} sequences at most: its prompts, times n"
-        raise invalid(message, "n" if prompts == 1 else "prompt")
+        message = f"A request may have at most {limit} sequences: its prompts, times n"
+        raise invalid_parameter(message, "n" if prompts == 1 else "prompt")
 
 
-def _generations(
+def _create_generations(
     service: Service,
     body: GenerationBody,
     adapter: AdapterId | None,
@@ -151,8 +153,8 @@ def _generations(
         room = service.engine.max_length - len(prompt)
         wanted = room if body.wanted_tokens is None else body.wanted_tokens
         if wanted > room:
-            asked = f"{len(prompt)} tokens of the prompt and {wanted} new ones"
-            raise _too_long(service, asked, "max_tokens")
+            length = f"{len(prompt)} tokens of the prompt and {wanted} new ones"
+            raise _too_long(service, length, "max_tokens")
         for _ in range(body.n or 1):
             sampling = _sampling(body, len(generations))
             stops = frozenset[int]() if body.ignore_eos else service.stop_tokens
@@ -160,12 +162,12 @@ def _generations(
     return generations
 
 
-def _too_long(service: Service, asked: str, param: str) -> Refusal:
+def _too_long(service: Service, length: str, param: str) -> Refusal:
     message = (
         f"This model takes {service.engine.max_length} tokens, new ones included, and prompts of"
-        f" {service.max_prompt_tokens}; this request has {asked}"
+        f" {service.max_prompt_tokens}; this request has {length}"
     )
-    return invalid(message, param, "context_length_exceeded")
+    return invalid_parameter(message, param, "context_length_exceeded")
 
 
 def _sampling(body: GenerationBody, number: int) -> Sampling:
@@ -213,7 +215,7 @@ class TextStream:
             except StopAsyncIteration:
                 ended = self.tokens.finish
                 if ended is None:
-                    raise InternalError("a generation ended, and said no reason") from None
+                    raise InternalError("a generation ended without a reason") from None
                 text = self.stops.end()
             else:
                 self.count += 1
@@ -228,7 +230,7 @@ class TextStream:
 
 
 class TextStreams:
-    """All sequences of one request, in the order in which their texts come.
+    """All sequences of one request, in the order in which their texts arrive.
 
     Closing it cancels their generations.
     """
@@ -247,7 +249,7 @@ class TextStreams:
         return sum(stream.count for stream in self._streams)
 
     async def next(self) -> TextDelta | None:
-        """Return what comes next of any sequence; None once all have ended."""
+        """Return the next text of any sequence; None once all have ended."""
         if len(self._streams) == 1:  # the usual case needs no tasks
             return await self._streams[0].next()
         if not self._begun:
@@ -315,22 +317,22 @@ class StopStrings:
         self._longest = max((len(stop) - 1 for stop in stops), default=0)
         self._held = ""
         self.hit = False
-        """Whether a stop string came; no further text is passed on."""
+        """Whether a stop string was completed; no further text is passed on."""
 
     def feed(self, text: str) -> str:
         if self.hit:
             return ""
         self._held += text
-        found = [(at + len(s), at) for s in self._stops if (at := self._held.find(s)) >= 0]
-        if found:
+        matches = [(at + len(s), at) for s in self._stops if (at := self._held.find(s)) >= 0]
+        if matches:
             self.hit = True
-            _, keep = min(found)
+            _, keep = min(matches)
             out, self._held = self._held[:keep], ""
             return out
         return self._release(len(self._held) - self._partial())
 
     def end(self) -> str:
-        """Return the text held back: no more comes."""
+        """Return the text held back, at the end of the sequence."""
         return self._release(len(self._held))
 
     def _release(self, length: int) -> str:
@@ -365,25 +367,27 @@ class AnswerFormat:
             "model": body.model,
         }
 
-    def whole(self, texts: Sequence[tuple[str, Finish | None]], usage: Json) -> Json:
+    def response(self, texts: Sequence[tuple[str, Finish | None]], usage: Json) -> Json:
         choices = []
         for index, (text, finish) in enumerate(texts):
             message = {"role": "assistant", "content": text, "refusal": None}
             content = {"message": message} if self.is_chat else {"text": text}
-            choices.append(_choice(index, content, finish))
+            choices.append(_choice_as_json(index, content, finish))
         kind = "chat.completion" if self.is_chat else "text_completion"
         return {**self._common, "object": kind, "choices": choices, "usage": usage}
 
-    def opening(self, index: int) -> Json:
+    def opening_event(self, index: int) -> Json:
         """Return the event before the first text of a chat's sequence."""
-        return self._event(_choice(index, {"delta": {"role": "assistant", "content": ""}}, None))
+        return self._event(
+            _choice_as_json(index, {"delta": {"role": "assistant", "content": ""}}, None)
+        )
 
-    def delta(self, delta: TextDelta) -> Json:
+    def delta_event(self, delta: TextDelta) -> Json:
         chat = {"delta": {} if delta.finish else {"content": delta.text}}
         content = chat if self.is_chat else {"text": delta.text}
-        return self._event(_choice(delta.choice, content, delta.finish))
+        return self._event(_choice_as_json(delta.choice, content, delta.finish))
 
-    def usage(self, usage: Json) -> Json:
+    def usage_event(self, usage: Json) -> Json:
         return self._event() | {"usage": usage}
 
     def _event(self, *choices: Json) -> Json:
@@ -392,10 +396,10 @@ class AnswerFormat:
         return {**self._common, "object": kind, "choices": choices, **no_usage}
 
 
-def _choice(index: int, content: Json, finish: Finish | None) -> Json:
+def _choice_as_json(index: int, content: Json, finish: Finish | None) -> Json:
     return {"index": index, **content, "logprobs": None, "finish_reason": finish}
 
 
-def _usage(prompt: int, completion: int) -> Json:
+def _usage_as_json(prompt: int, completion: int) -> Json:
     total = prompt + completion
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total}

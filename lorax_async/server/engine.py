@@ -88,24 +88,24 @@ def choose(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int | None
 
 def _nucleus(likely: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the fewest likeliest tokens that have `top_p` together: probabilities, token ids."""
-    for many in (*_CANDIDATES, len(likely)):
-        found, tokens = likely.topk(min(many, len(likely)))
-        if found.sum() >= top_p:
+    for count in (*_CANDIDATES, len(likely)):
+        top, tokens = likely.topk(min(count, len(likely)))
+        if top.sum() >= top_p:
             break
-    before = found.cumsum(dim=-1) - found
-    kept = int((before < top_p).sum())
-    return found[:kept], tokens[:kept]
+    before = top.cumsum(dim=-1) - top
+    size = int((before < top_p).sum())
+    return top[:size], tokens[:size]
 
 
 def _require_sampling(sampling: Sampling) -> None:
     temperature, top_p, seed = sampling.temperature, sampling.top_p, sampling.seed
     if not (_is_number(temperature) and temperature >= 0):
-        raise UsageError(f"temperature must be a number from 0, not {temperature!r}")
+        raise UsageError(f"temperature must be a finite number of 0 or more, not {temperature!r}")
     if not (_is_number(top_p) and 0 < top_p <= 1):
         raise UsageError(f"top_p must be above 0 and at most 1, not {top_p!r}")
     is_whole = isinstance(seed, int) and not isinstance(seed, bool)
     if seed is not None and not (is_whole and -(1 << 63) <= seed < 1 << 63):
-        raise UsageError(f"seed must be an integer of 64 bits or None, not {seed!r}")
+        raise UsageError(f"seed must be a signed 64-bit integer or None, not {seed!r}")
 
 
 def _is_number(value: object) -> bool:
@@ -151,16 +151,16 @@ class Engine:
         self._numbers = itertools.count()
         self._streams: dict[Ticket, TokenStream] = {}
         self._waiting: set[TokenStream] = set()
-        self._gone: list[int] = []
+        self._ended_sequences: list[int] = []
         self._thread = ThreadPoolExecutor(1, "lorax-decoder")
-        self._refusing: str | None = "the engine is not open yet"
+        self._refusal: str | None = "the engine is not open yet"
         self._running: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
 
     # -- life --------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
-        self._refusing = None
+        self._refusal = None
         self._running = asyncio.create_task(self._run(), name="lorax engine")
         return self
 
@@ -173,7 +173,7 @@ class Engine:
         Idempotent; cancelling the caller does not stop it.
         """
         if self._closing is None:
-            self._refusing = "the engine was closed"
+            self._refusal = "the engine was closed"
             self._closing = asyncio.create_task(self._close(), name="lorax engine close")
         await asyncio.shield(self._closing)
 
@@ -182,7 +182,7 @@ class Engine:
         if self._running is not None:
             self._running.cancel()
         try:  # queued behind the step being computed
-            await self._in_thread(self._forget, self._take_gone())
+            await self._in_thread(self._forget, self._take_ended())
         finally:
             self._thread.shutdown()  # idle by now
 
@@ -196,7 +196,7 @@ class Engine:
     @property
     def alive(self) -> bool:
         """Whether it takes generations: False when closing, or after a failure."""
-        return self._refusing is None
+        return self._refusal is None
 
     @property
     def waiting(self) -> int:
@@ -214,8 +214,8 @@ class Engine:
         LoaderClosedError
             The engine is not open, or closing.
         """
-        if self._refusing is not None:
-            raise LoaderClosedError(self._refusing)
+        if self._refusal is not None:
+            raise LoaderClosedError(self._refusal)
         sampler = Sampler(generation.sampling)
         request = Request(
             generation.adapter,
@@ -247,7 +247,7 @@ class Engine:
         ticket = stream.ticket
         self._streams.pop(ticket, None)
         self._waiting.discard(stream)
-        self._gone.append(stream.number)
+        self._ended_sequences.append(stream.number)
         stream.end(None if ticket.cancelled else ticket.error)
 
     def _end_all(self, error: LoraxError) -> None:
@@ -263,9 +263,9 @@ class Engine:
             while True:
                 await self._step(await self._scheduler.next_batch(*self._limits))
         except LoaderClosedError:
-            self._refusing = "the scheduler was closed"
+            self._refusal = "the scheduler was closed"
         except Exception as error:  # noqa: BLE001 - no stream may wait forever
-            self._refusing = "the engine has failed"
+            self._refusal = "the engine has failed"
             failed = InternalError(f"the engine has failed: {type(error).__name__}: {error}")
             failed.__cause__ = error
             self._end_all(failed)
@@ -274,7 +274,7 @@ class Engine:
         step = BatchStep(batch, self._streams)
         streams = map(self._streams.get, batch.preempted)
         preempted = [stream.number for stream in streams if stream is not None]
-        gone = self._take_gone() + preempted
+        gone = self._take_ended() + preempted
         self._complete(step, await self._in_thread(step.compute, self._decoder, gone))
 
     def _complete(self, step: BatchStep, outcome: StepOutcome) -> None:
@@ -292,27 +292,27 @@ class Engine:
                     stream.sampler = Sampler(stream.generation.sampling)
                 continue
             self._waiting.discard(stream)
-            if stream in outcome.tokens and _counts(row.ticket):
+            if stream in outcome.tokens and _is_wanted(row.ticket):
                 stream.add(outcome.tokens[stream])
 
-    def _take_gone(self) -> list[int]:
+    def _take_ended(self) -> list[int]:
         """Return all sequences whose places may be reused, also before their callbacks ran."""
         done = [stream.number for ticket, stream in self._streams.items() if ticket.done]
-        gone, self._gone = self._gone + done, []
+        gone, self._ended_sequences = self._ended_sequences + done, []
         return gone
 
     def _forget(self, gone: Iterable[int]) -> None:
         for number in gone:
             self._decoder.forget(number)
 
-    async def _in_thread(self, work: Callable[..., T], *given: object) -> T:
+    async def _in_thread(self, work: Callable[..., T], *args: object) -> T:
         """Run `work` to its end, even if the caller is cancelled."""
         loop = asyncio.get_running_loop()
-        done = loop.run_in_executor(self._thread, copy_context().run, work, *given)
+        done = loop.run_in_executor(self._thread, copy_context().run, work, *args)
         return await asyncio.shield(done)
 
 
-def _counts(ticket: Ticket) -> bool:
+def _is_wanted(ticket: Ticket) -> bool:
     """Return whether a token is wanted, and its adapter was not found corrupt meanwhile."""
     return not ticket.cancelled and ticket.error is None
 
@@ -389,13 +389,13 @@ class TokenStream:
 
 
 class TokenObserver(Protocol):
-    """Learns of the tokens of one generation."""
+    """A subscriber to the tokens of one generation."""
 
-    def token(self) -> None:
-        """Another token came."""
+    def on_token(self) -> None:
+        """Handle a new token."""
 
-    def ended(self, outcome: str) -> None:
-        """No more tokens are read: "no token", "cancelled" or an error's class. May repeat."""
+    def on_end(self, outcome: str) -> None:
+        """Handle the end: "no token", "cancelled" or an error's class. May be called again."""
 
 
 class ObservedTokens:
@@ -403,7 +403,7 @@ class ObservedTokens:
 
     def __init__(self, tokens: TokenStream, observers: Sequence[TokenObserver]) -> None:
         self._tokens = tokens
-        self._coming = aiter(tokens)
+        self._iterator = aiter(tokens)
         self._observers = observers
 
     @property
@@ -415,7 +415,7 @@ class ObservedTokens:
 
     async def __anext__(self) -> int:
         try:
-            token = await anext(self._coming)
+            token = await anext(self._iterator)
         except StopAsyncIteration:
             self._end("no token")
             raise
@@ -424,7 +424,7 @@ class ObservedTokens:
             self._end("cancelled" if is_cancelled else type(error).__name__)
             raise
         for observer in self._observers:
-            observer.token()
+            observer.on_token()
         return token
 
     def cancel(self) -> None:
@@ -433,7 +433,7 @@ class ObservedTokens:
 
     def _end(self, outcome: str) -> None:
         for observer in self._observers:
-            observer.ended(outcome)
+            observer.on_end(outcome)
 
 
 @dataclass(slots=True)
@@ -479,9 +479,9 @@ class BatchStep:
             if token is not None:
                 outcome.tokens[stream] = token
             elif row.handle is None:
-                error = InternalError("the base gave logits that are no numbers")
+                error = InternalError("the base model's logits are not finite")
                 outcome.failed[row.ticket] = error
             else:
-                reason = "with its weights the logits are no numbers"
+                reason = "with its weights the logits are not finite"
                 outcome.failed[row.ticket] = AdapterFormatError(reason, stage="ready")
         return outcome

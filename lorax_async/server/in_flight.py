@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from lorax_async.errors import CapacityError, LoaderClosedError
-from lorax_async.server.clients import until_gone
+from lorax_async.server.clients import wait_for_disconnect
 from lorax_async.types import AdapterId, Ref, as_ref
 
 CLOSING = "the server is closing"
@@ -48,12 +48,12 @@ class RequestScope:
         self._listening.cancel()
         self._scopes.discard(self)
         if self._reason is not None:
-            cancelled = self._task.uncancel() > self._cancelling  # by someone else, too
+            cancelled = self._task.uncancel() > self._cancelling  # by another task as well
             if kind is asyncio.CancelledError and not cancelled:
                 raise self._reason from None
 
     async def _listen(self) -> None:
-        await until_gone(self._receive)
+        await wait_for_disconnect(self._receive)
         self.interrupt(ClientDisconnect())
 
 
@@ -69,7 +69,7 @@ class InFlightRequests:
         self._idle.set()
 
     @contextmanager
-    def counted(self) -> Iterator[None]:
+    def count_request(self) -> Iterator[None]:
         """Count one request while entered. Raise `LoaderClosedError` when closing."""
         if self.closing:
             raise LoaderClosedError(CLOSING)
@@ -82,7 +82,7 @@ class InFlightRequests:
             if not self._count:
                 self._idle.set()
 
-    def watched(self, receive: Receive) -> RequestScope:
+    def open_scope(self, receive: Receive) -> RequestScope:
         """Return the scope in which to answer a request whose body was read.
 
         Raise `LoaderClosedError` after `fail`.
@@ -101,7 +101,7 @@ class InFlightRequests:
         for scope in tuple(self._scopes):
             scope.interrupt(LoaderClosedError(CLOSING))
 
-    async def ended(self, seconds: float) -> bool:
+    async def wait_until_idle(self, seconds: float) -> bool:
         """Wait for the last request; return whether it ended in time."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
@@ -117,7 +117,7 @@ class ClientLimits:
         self._adapters: dict[tuple[str, str], Counter[Ref]] = {}
 
     @contextmanager
-    def counted(self, client: tuple[str, str], adapter: AdapterId | None) -> Iterator[None]:
+    def count_request(self, client: tuple[str, str], adapter: AdapterId | None) -> Iterator[None]:
         """Count one request while entered; the base (None) is free. Raise `CapacityError`."""
         if adapter is None:
             yield
@@ -125,8 +125,8 @@ class ClientLimits:
         ref, adapters = as_ref(adapter), self._adapters.setdefault(client, Counter())
         if ref not in adapters and len(adapters) >= self._limit:
             raise CapacityError(
-                f"this client has {self._limit} adapters under way, which is as many as it may;"
-                " ask again when one of them has answered"
+                f"this client has requests for {self._limit} adapters in flight, the limit; try"
+                " again when one has ended"
             )
         adapters[ref] += 1
         try:

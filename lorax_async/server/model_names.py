@@ -42,8 +42,8 @@ class ModelNames:
             return None
         if model not in self._adapters and not is_requestable(AdapterRef(model), self._sources):
             raise AccessDeniedError(
-                "requests may name the models of this server (GET /v1/models), and no adapter"
-                " there by its id; the operator can allow that: --source",
+                "requests may name the models of this server (GET /v1/models), but not this id;"
+                " the operator can allow it with --source",
                 id=model,
                 stage="resolve",
             )
@@ -79,7 +79,7 @@ def is_requestable(ref: AdapterRef, sources: Sequence[Allow]) -> bool:
     The loader judges folders by its `local_roots`, and refuses malformed ids.
     """
     try:
-        found = parsed(ref)
+        parsed_ref = parsed(ref)
     except InvalidAdapterIdError:
         return True
-    return found.source == "local" or is_covered(found, sources)
+    return parsed_ref.source == "local" or is_covered(parsed_ref, sources)

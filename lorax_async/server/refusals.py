@@ -31,7 +31,7 @@ TABLE = (
     _StatusRow(errors.HandleClosedError, 503, "closing"),  # only closing revokes leases
     _StatusRow(errors.AdapterTimeoutError, 504, "timeout"),
     _StatusRow(errors.FetchTimeoutError, 504, "timeout"),
-    # The source is at fault, not the client, which cannot ask for anything else.
+    # The source is at fault: the client cannot correct its request.
     _StatusRow(errors.IntegrityError, 502, "adapter_altered"),
     _StatusRow(errors.EvictedError, 503, "evicted"),
     _StatusRow(errors.FetchError, 502, "fetch_failed"),
@@ -41,7 +41,7 @@ TABLE = (
 )
 """The first row whose class matches an error decides; other errors get `INTERNAL`."""
 
-INTERNAL = "The server made a mistake; its log has more."
+INTERNAL = "Internal server error; the server's log has the details."
 """Internal details are for the operator's log only."""
 
 _KINDS = {400: "invalid_request_error", 429: "rate_limit_error"}
@@ -49,7 +49,7 @@ _RETRY_LATER = frozenset({429, 503})
 _RETRY_IF_TRANSIENT = frozenset({502, 504})
 
 
-class Refusal(Exception):  # noqa: N818 - a response, whoever is at fault
+class Refusal(Exception):  # noqa: N818 - a response, not always an error of the server
     """An error response to one request.
 
     `kind` is the error's type in OpenAI's JSON; None derives it from the status. `retry_after` is
@@ -91,19 +91,19 @@ class Refusal(Exception):  # noqa: N818 - a response, whoever is at fault
         return JSONResponse(self.as_json(), self.status, self._headers)
 
 
-def invalid(message: str, param: str, code: str = "invalid_value") -> Refusal:
+def invalid_parameter(message: str, param: str, code: str = "invalid_value") -> Refusal:
     """Return the response to a parameter that cannot be used."""
     return Refusal(400, message, param=param, code=code)
 
 
-def refusal_of(error: Exception, retry_after: float, model: str | None = None) -> Refusal:
+def create_refusal(error: Exception, retry_after: float, model: str | None = None) -> Refusal:
     """Return the response to an error; `model` is the client's name for the adapter.
 
     It replaces the id in the message: behind an operator's name, the id may be a path.
     """
     if isinstance(error, Refusal):
         return error
-    if isinstance(error, HTTPException):  # starlette's: no such path, or not with this method
+    if isinstance(error, HTTPException):  # starlette's, for an unknown path or method
         return Refusal(error.status_code, error.detail, code="unknown_url", headers=error.headers)
     row = next((row for row in TABLE if isinstance(error, row.kind)), None)
     if row is None or not isinstance(error, LoraxError):

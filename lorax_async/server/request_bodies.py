@@ -1,4 +1,4 @@
-"""The bodies of requests, as OpenAI has them: read within limits, parsed, checked."""
+"""The bodies of requests in OpenAI's form: parse and check them within limits."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pydantic_core import from_json
 from tokenizers import Tokenizer
 
 from lorax_async.errors import shorten
-from lorax_async.server.refusals import Refusal, invalid
+from lorax_async.server.refusals import Refusal, invalid_parameter
 
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 256
-"""Every generated text is searched for them."""
+"""A limit, because every generated text is searched for stop strings."""
 
 MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1
 
@@ -66,14 +66,14 @@ NEUTRAL_IN_MESSAGES: Mapping[str, tuple[object, ...]] = {
     "tool_call_id": (),
     "tool_calls": ([],),
 }
-"""Our own answers have some of these, and come back as part of a conversation."""
+"""The server's own answers have some of these, and return as parts of conversations."""
 
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 TokenIds = Annotated[list[int], Field(fail_fast=True)]
 
 _EXPECTED = {
-    "prompt": "must be a text, a list of texts, a list of token ids, or a list of such lists; and"
-    f" {MAX_PROMPTS} at most",
+    "prompt": "must be a text, a list of texts, a list of token ids, or a list of such lists;"
+    f" of up to {MAX_PROMPTS} prompts",
     "stop": f"must be one text, or up to {MAX_STOPS}, of up to {MAX_STOP_CHARACTERS} characters",
     "content": "must be a text, or a list of parts of type text",
 }
@@ -95,7 +95,7 @@ class StrictModel(BaseModel):
 class StreamOptions(StrictModel):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
-    """Accepted and not done; OpenAI leaves it to clients."""
+    """Accepted and ignored; OpenAI leaves it to clients."""
 
 
 class GenerationBody(StrictModel):
@@ -113,7 +113,7 @@ class GenerationBody(StrictModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
-    """Go on to `max_tokens` whatever the model says, as in vLLM; for measurements."""
+    """Generate up to `max_tokens` and ignore the end token, as in vLLM; for measurements."""
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -158,13 +158,13 @@ class ChatMessage(StrictModel):
     name: str | None = None
 
     def as_template(self) -> dict[str, str]:
-        """Return it as chat templates take it; they know "developer" by its older name."""
+        """Return the message for chat templates, which use the older name of "developer"."""
         role = "system" if self.role == "developer" else self.role
         content = self.content
         if not isinstance(content, str):
             content = "\n".join(part.text for part in content)
-        named = {} if self.name is None else {"name": self.name}
-        return {"role": role, "content": content} | named
+        name = {} if self.name is None else {"name": self.name}
+        return {"role": role, "content": content} | name
 
 
 class ChatBody(GenerationBody):
@@ -222,11 +222,9 @@ def parse_body(kind: type[T], content: bytes) -> T:
     try:
         body = kind.model_validate(members)
     except ValidationError as error:
-        raise _refusal_of(error) from None
+        raise _validation_refusal(error) from None
     if isinstance(body, GenerationBody) and body.stream_options is not None and not body.stream:
-        raise Refusal(
-            400, "stream_options is for requests with stream=true", param="stream_options"
-        )
+        raise Refusal(400, "stream_options requires stream=true", param="stream_options")
     return body
 
 
@@ -236,19 +234,19 @@ def _drop_neutral(
     """Remove unimplemented parameters with neutral values. Raise `Refusal` for other values."""
     for name in neutral.keys() & members.keys():
         value = members.pop(name)
-        # To Python, 0 is False.
-        same = (
+        # In Python, 0 equals False.
+        matches = (
             value == other and isinstance(value, bool) == isinstance(other, bool)
             for other in neutral[name]
         )
-        if value is not None and not any(same):
+        if value is not None and not any(matches):
             param = f"{prefix}{name}"
-            message = f"{param} is not implemented here; leave it out"
-            raise invalid(message, param, "unsupported_parameter")
+            message = f"{param} is not implemented; omit it"
+            raise invalid_parameter(message, param, "unsupported_parameter")
 
 
-def _refusal_of(error: ValidationError) -> Refusal:
-    """Name the first fault, in OpenAI's words where it has any."""
+def _validation_refusal(error: ValidationError) -> Refusal:
+    """Return the response for the first fault, in OpenAI's words if it has any."""
     first = error.errors(include_url=False, include_input=False)[0]
     path = [shorten(str(part), 100) for part in first["loc"]]
     # In a union, pydantic appends the alternative that it tried.
@@ -256,14 +254,16 @@ def _refusal_of(error: ValidationError) -> Refusal:
     name = ".".join(path)
     if first["type"] == "extra_forbidden":
         message = f"Unrecognized request argument supplied: {name}"
-        return invalid(message, name, "unknown_parameter")
+        return invalid_parameter(message, name, "unknown_parameter")
     if first["type"] == "missing" and (union is None or union == len(path) - 1):
-        return invalid(f"Missing required parameter: {name}", name, "missing_required_parameter")
+        return invalid_parameter(
+            f"Missing required parameter: {name}", name, "missing_required_parameter"
+        )
     if union is not None:
         name = ".".join(path[: union + 1])
-        return invalid(f"{name} {_EXPECTED[path[union]]}", name)
+        return invalid_parameter(f"{name} {_EXPECTED[path[union]]}", name)
     name = name or "the body"
-    return invalid(f"{name} is refused: {first['msg'].lower()}", name)
+    return invalid_parameter(f"{name} is invalid: {first['msg'].lower()}", name)
 
 
 # -- prompts --------------------------------------------------------------------------------------
@@ -290,7 +290,7 @@ class PromptEncoder:
         assert isinstance(body, CompletionBody)
         prompts = [self._read_prompt(prompt) for prompt in body.prompts]
         if not prompts or not all(prompts):
-            raise invalid("A prompt is empty", "prompt")
+            raise invalid_parameter("A prompt is empty", "prompt")
         return prompts
 
     def _read_prompt(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
@@ -298,7 +298,7 @@ class PromptEncoder:
             return self._encode(prompt)
         if prompt and not 0 <= min(prompt) <= max(prompt) < self._vocabulary:
             last = self._vocabulary - 1
-            raise invalid(f"A token id of the prompt is outside 0 … {last}", "prompt")
+            raise invalid_parameter(f"A token id of the prompt is outside 0 … {last}", "prompt")
         return tuple(prompt)
 
     def _read_chat(self, body: ChatBody) -> tuple[int, ...]:
@@ -308,12 +308,14 @@ class PromptEncoder:
                 messages, tokenize=False, add_generation_prompt=True
             )
         except (TemplateError, TypeError, ValueError) as error:
-            message = "The model's chat template refuses these messages: "
-            raise invalid(message + shorten(str(error), 300), "messages") from None
+            message = "The model's chat template rejects these messages: "
+            raise invalid_parameter(message + shorten(str(error), 300), "messages") from None
         # The template has written the special tokens.
         return self._encode(text, add_special_tokens=False)
 
     def _encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         # Only the batch call releases the GIL, and a long text takes seconds.
-        (found,) = self.tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        return tuple(found.ids)
+        (encoding,) = self.tokenizer.encode_batch_fast(
+            [text], add_special_tokens=add_special_tokens
+        )
+        return tuple(encoding.ids)

@@ -66,7 +66,7 @@ class ServerMetrics:
         """Close the `LoaderCollector`."""
         self._loader.close()
 
-    def sequence(self, model: str, prompt: int) -> SequenceMetrics:
+    def observe_sequence(self, model: str, prompt: int) -> SequenceMetrics:
         """Return the observer of a sequence for `model` with a prompt of this many tokens."""
         self.prompt_tokens.inc(prompt)
         return SequenceMetrics(model, self)
@@ -126,7 +126,7 @@ class SequenceMetrics:
         self._state: Counter[str] | None = None
         self._move(metrics.sequences.waiting)
 
-    def token(self) -> None:
+    def on_token(self) -> None:
         metrics, now = self._metrics, time.monotonic()
         histogram = metrics.between if self._begun else metrics.first
         histogram.observe(now - self._since)
@@ -135,7 +135,7 @@ class SequenceMetrics:
             self._move(metrics.sequences.running)
         self._begun, self._since = True, now
 
-    def ended(self, outcome: str) -> None:
+    def on_end(self, outcome: str) -> None:
         del outcome
         self._move(None)
 
@@ -162,22 +162,22 @@ class RequestCounter:
             return
         status = GONE
 
-        async def noting(message: Message) -> None:
+        async def record_status(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = str(message["status"])
             await send(message)
 
         try:
-            await self._app(scope, receive, noting)
+            await self._app(scope, receive, record_status)
         except Exception:
             status = "500" if status == GONE else status  # an outer handler answers it
             raise
         finally:
-            self._metrics.requests.labels(_call_of(scope), status).inc()
+            self._metrics.requests.labels(_call_label(scope), status).inc()
 
 
-def _call_of(scope: Scope) -> str:
+def _call_label(scope: Scope) -> str:
     path = str(scope.get("path", ""))
     if path.startswith("/v1/models/"):
         return "/v1/models"

@@ -41,8 +41,7 @@ class AllowedHosts:
             if len(fields) != 1 or not is_allowed(fields[0], self._hosts):
                 refusal = Refusal(
                     400,
-                    "This server is not called by this name; whoever runs it can allow it:"
-                    " --allowed-hosts",
+                    "This host name is not allowed; the operator can allow it with --allowed-hosts",
                     code="invalid_host",
                     close=True,
                 )
@@ -52,41 +51,41 @@ class AllowedHosts:
 
 
 def is_allowed(field: str, hosts: Sequence[str]) -> bool:
-    """Return whether a `Host` field, with or without a port, is one of `checked_hosts`."""
+    """Return whether a `Host` field, with or without a port, is one of `normalize_hosts`."""
     if ANY in hosts:
         return True
     match = _FIELD.fullmatch(field.lower())
     if match is None:
         return False
-    name = _normalized(match[1])
+    name = _normalize_host(match[1])
     return any(name.endswith(host[1:]) if host.startswith("*") else name == host for host in hosts)
 
 
-def checked_hosts(hosts: object) -> tuple[str, ...]:
+def normalize_hosts(hosts: object) -> tuple[str, ...]:
     """Return names and addresses normalized: lower case, no brackets. Raise `ConfigError`.
 
     "*.example.com" matches every name below it, "*" everything.
     """
     if not isinstance(hosts, tuple | list):
         raise ConfigError("allowed_hosts must be a tuple of names, or None")
-    return tuple(map(_checked, hosts))
+    return tuple(map(_normalize_pattern, hosts))
 
 
-def _checked(host: object) -> str:
+def _normalize_pattern(host: object) -> str:
     if not isinstance(host, str):
-        raise ConfigError(f"an allowed host is a text, not {host!r}")
+        raise ConfigError(f"an allowed host must be a string, not {host!r}")
     if host == ANY:
         return host
-    name = _normalized(host.lower())
+    name = _normalize_host(host.lower())
     if not (is_address(name) or _NAME.fullmatch(name)):
         raise ConfigError(
-            f"{shorten(host, 200)!r} is no host; write a name, *.name for all below it, or an"
-            " address, without a port"
+            f"{shorten(host, 200)!r} is not a host; write a name, *.name for all names below it, or"
+            " an address, without a port"
         )
     return name
 
 
-def _normalized(host: str) -> str:
+def _normalize_host(host: str) -> str:
     """Return an address in its usual spelling, or a name without the root's dot."""
     bare = host[1:-1] if host[:1] == "[" and host[-1:] == "]" else host
     return str(ip_address(bare)) if is_address(bare) else bare.removesuffix(".")
@@ -161,11 +160,11 @@ class ServerSettings:
             require_seconds(name, getattr(self, name))
         if self.max_waiting < self.max_choices:
             raise ConfigError(
-                "max_waiting must be at least max_choices, or such requests never fit"
+                "max_waiting must be at least max_choices: larger requests would never fit"
             )
         object.__setattr__(self, "sources", as_allow(self.sources, "sources"))
         if self.allowed_hosts is not None:
-            object.__setattr__(self, "allowed_hosts", checked_hosts(self.allowed_hosts))
+            object.__setattr__(self, "allowed_hosts", normalize_hosts(self.allowed_hosts))
         _require_token(self.admin_token)
         _require_names(self.base, self.adapters)
         object.__setattr__(self, "adapters", MappingProxyType(dict(self.adapters)))
@@ -184,7 +183,7 @@ def _require_names(base: object, adapters: Mapping[str, AdapterId]) -> None:
         raise ConfigError("base must be the name of the base model")
     for name, adapter in adapters.items():
         if not isinstance(name, str) or not name:
-            raise ConfigError("the names of adapters are not empty")
+            raise ConfigError("the names of adapters must be non-empty strings")
         if name == base:
-            raise ConfigError(f"{name!r} is the base model's name; give the adapter another one")
+            raise ConfigError(f"{name!r} is the base model's name; give the adapter another name")
         as_ref(adapter)

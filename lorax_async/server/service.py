@@ -1,4 +1,4 @@
-"""What all requests of one server share: prompts, clients, names, pages."""
+"""`Service`: the state that all requests of one server share; and its assembly."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from lorax_async.types import AdapterId, AdapterRef, as_ref
 
 
 class Service:
-    """What all requests of one server share.
+    """The state that all requests of one server share.
 
     Parameters
     ----------
@@ -90,8 +90,8 @@ class Service:
         """Raise `CapacityError` if the queue has no room for this many more sequences."""
         if self.engine.waiting + sequences > self.settings.max_waiting:
             raise CapacityError(
-                f"{self.engine.waiting} sequences wait already, and {self.settings.max_waiting}"
-                " may; ask again later"
+                f"{self.engine.waiting} sequences are waiting, and the limit is"
+                f" {self.settings.max_waiting}; try again later"
             )
 
     def submit(self, generation: Generation, model: str) -> ObservedTokens:
@@ -102,11 +102,13 @@ class Service:
             tokens = self.engine.submit(generation)
         except BaseException:
             if recording is not None:
-                recording.ended("refused")
+                recording.on_end("refused")
             raise
         if adapter is not None and self._on_use is not None:
             self._on_use(adapter)
-        observers: list[TokenObserver] = [self.metrics.sequence(model, len(generation.prompt))]
+        observers: list[TokenObserver] = [
+            self.metrics.observe_sequence(model, len(generation.prompt))
+        ]
         if recording is not None:
             observers.append(recording)
         return ObservedTokens(tokens, observers)
@@ -124,16 +126,18 @@ class ServedModel:
     def load(cls, folder: Path, *, dtype: str, device: str) -> ServedModel:
         """Load a folder; blocks for seconds. Raise `ConfigError` for a bad folder or device."""
         if device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("torch finds no device of the kind cuda")
+            raise ConfigError("torch finds no cuda device")
         try:
             if not folder.is_dir():
-                raise ValueError("there is no such folder")
+                raise ValueError("the folder does not exist")
             if not (folder / "config.json").is_file():
                 raise ValueError("it has no config.json")
-            model, tokenizer = _read(folder, dtype)
+            model, tokenizer = _load_model(folder, dtype)
         except Exception as error:
             reason = shorten(" ".join(str(error).split()), 400)
-            raise ConfigError(f"{folder} is no base model that can be served: {reason}") from error
+            raise ConfigError(
+                f"{folder} is not a base model that can be served: {reason}"
+            ) from error
         eos = model.generation_config.eos_token_id
         tokens = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
         return cls(model.to(device).eval(), tokenizer, frozenset(tokens))
@@ -209,12 +213,12 @@ async def open_service(
         )
         on_use = None
         if warm is not None:
-            warm_list = WarmList(warm, loader, admits=partial(_admitted, settings))
-            on_use = (await stack.enter_async_context(warm_list)).used
+            warm_list = WarmList(warm, loader, admit=partial(_admit, settings))
+            on_use = (await stack.enter_async_context(warm_list)).record_use
         yield Service(settings, engine, loader, base.tokenizer, base.stop_tokens, on_use)
 
 
-def _admitted(settings: ServerSettings, ref: AdapterRef) -> AdapterRef | None:
+def _admit(settings: ServerSettings, ref: AdapterRef) -> AdapterRef | None:
     """Return an adapter of the warm list as it can be named now; None if it cannot be.
 
     Only a name in the settings gives the operator's authority. Any other adapter comes back as a
@@ -227,26 +231,26 @@ def _admitted(settings: ServerSettings, ref: AdapterRef) -> AdapterRef | None:
     return requested if is_requestable(requested, settings.sources) else None
 
 
-def _read(folder: Path, dtype: str) -> tuple[Any, Any]:
+def _load_model(folder: Path, dtype: str) -> tuple[Any, Any]:
     """Read the model and its tokenizer without transformers' output on the terminal."""
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
 
     logging: Any = importlib.import_module("transformers.utils.logging")  # untyped
-    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    enabled, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
         # The tokenizer first: it fails quickly, and the weights may take minutes.
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         auto: Any = AutoModelForCausalLM  # its types lack the last option's result
-        model, found = auto.from_pretrained(
+        model, info = auto.from_pretrained(
             folder, dtype=dtype, local_files_only=True, output_loading_info=True
         )
     finally:
         logging.set_verbosity(verbosity)
-        if shown:
+        if enabled:
             logging.enable_progress_bar()
-    missing = sorted(found["missing_keys"])
+    missing = sorted(info["missing_keys"])
     if missing:  # transformers initializes them at random
-        raise ValueError(f"it lacks {len(missing)} weights, the first of them {missing[0]}")
+        raise ValueError(f"it lacks {len(missing)} weights, of which the first is {missing[0]}")
     return model, tokenizer

@@ -1,4 +1,4 @@
-"""The application on uvicorn: listen, and at the end let in-flight requests finish."""
+"""The application on uvicorn: listen, serve, and let in-flight requests finish at the end."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def listen(host: str, port: int) -> socket.socket:
     if not host:  # to sockets, every address
         raise OSError("the host is empty")
     if not 0 <= port < 1 << 16:
-        raise OSError("there is no such port")
+        raise OSError(f"{port} is not a port")
     try:
         host.encode("idna")
     except UnicodeError as error:
-        raise OSError(f"no host has such a name: {error}") from error
+        raise OSError(f"the host is not a valid name: {error}") from error
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return socket.create_server((host, port), family=family, backlog=BACKLOG)
 
@@ -123,7 +123,7 @@ class DrainingServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain. Keep listening meanwhile, so that new requests get a status."""
         self._in_flight.close()
-        if not await self._in_flight.ended(self._service.settings.drain):
+        if not await self._in_flight.wait_until_idle(self._service.settings.drain):
             self._in_flight.fail()
         await super().shutdown(sockets)
 
@@ -135,7 +135,7 @@ class DrainingServer(uvicorn.Server):
             listener.close()
         for connection in tuple(self.server_state.connections):
             cast(Any, connection).transport.abort()
-        if self.server_state.tasks:  # they notice that their clients have gone
+        if self.server_state.tasks:  # they end once their clients are disconnected
             await asyncio.wait(tuple(self.server_state.tasks), timeout=LAST_SECONDS)
 
 
@@ -173,11 +173,11 @@ class _AbortableConnection(asyncio.Protocol):
         # Uvicorn's own switch empties the handlers of a logger of the whole process.
         self.access_log = False
         self.app_state = self.app_state | {ABORT: cast(asyncio.Transport, transport).abort}
-        found = transport.get_extra_info("socket")
-        if found is not None and found.family in {socket.AF_INET, socket.AF_INET6}:
-            # Drops a client that does not take what the kernel has buffered.
+        sock = transport.get_extra_info("socket")
+        if sock is not None and sock.family in {socket.AF_INET, socket.AF_INET6}:
+            # Disconnect a client that does not take the data that the kernel has buffered.
             milliseconds = min(int(self.head_seconds * 1000), 2**31 - 1)
-            found.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
         super().connection_made(transport)
         self._expect_head()
 

@@ -77,21 +77,22 @@ class KVCache:
             if start and self._lengths.get(sequence) != start:
                 raise UsageError(
                     f"sequence {sequence} goes on at {start}, and has"
-                    f" {self._lengths.get(sequence, 0)} tokens; begin it anew"
+                    f" {self._lengths.get(sequence, 0)} tokens; start it over"
                 )
-        together = len(self._places.keys() | set(sequences))
-        if together > self._max_sequences:
+        count = len(self._places.keys() | set(sequences))
+        if count > self._max_sequences:
             raise UsageError(
-                f"{together} sequences have keys and values, and max_sequences is"
+                f"{count} sequences have keys and values, and max_sequences is"
                 f" {self._max_sequences}; give the scheduler that number as max_begun"
             )
 
     def _gather(self, sequences: Sequence[int]) -> None:
         """Move rows that come twice in a row to consecutive places: later passes copy nothing."""
-        again, self._last = tuple(sequences) == self._last, tuple(sequences)
-        if not again or _consecutive([self._places[sequence] for sequence in sequences]):
+        repeated, self._last = tuple(sequences) == self._last, tuple(sequences)
+        if not repeated or _consecutive([self._places[sequence] for sequence in sequences]):
             return
-        others = [each for each in self._places if each not in set(sequences)]
+        in_pass = set(sequences)
+        others = [sequence for sequence in self._places if sequence not in in_pass]
         ordered = [*sequences, *others]
         before = [self._places[sequence] for sequence in ordered]
         for layer in self._layers:
@@ -124,7 +125,7 @@ class PlacesLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if size == self._size:
             return
         if self.is_initialized:
-            self.keys, self.values = [_grown(store, size) for store in self._stores()]
+            self.keys, self.values = [_grow(store, size) for store in self._stores()]
         self._size = size
 
     def clear(self, place: int, length: int) -> None:
@@ -244,10 +245,10 @@ def _new(like: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return like.new_zeros(places, like.shape[1], tokens, like.shape[3])
 
 
-def _grown(store: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    grown = _new(store, size)
-    grown[: store.shape[0], :, : store.shape[2]] = store
-    return grown
+def _grow(store: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    larger = _new(store, size)
+    larger[: store.shape[0], :, : store.shape[2]] = store
+    return larger
 
 
 class TransformersDecoder:
@@ -283,12 +284,12 @@ class TransformersDecoder:
         require_count("max_length", self._max_length, least=1)
         if self._max_length > positions:
             raise ConfigError(
-                f"max_length is {self._max_length}, and the model knows {positions} positions"
+                f"max_length is {self._max_length}, and the model has {positions} positions"
             )
         self._vocabulary: int = config.vocab_size
         self._model = model
         self._attached = attached
-        self._cache = KVCache(_layers_of(model, config), max_sequences, model.device)
+        self._cache = KVCache(_count_layers(model, config), max_sequences, model.device)
 
     @property
     def max_length(self) -> int:
@@ -306,19 +307,21 @@ class TransformersDecoder:
     @torch.inference_mode()
     def compute(self, step: DecoderStep) -> StepResult:
         """Implement `Decoder`. Raise `UsageError` for a part that does not follow the cache."""
-        several = len({part.handle for part in step.parts}) > 1
-        left, out = step.budget, dict[int, LoraxError]()
+        several_adapters = len({part.handle for part in step.parts}) > 1
+        budget, out = step.budget, dict[int, LoraxError]()
         logits: torch.Tensor | None = None
         for numbers in _passes(step.parts):
             parts = [step.parts[number] for number in numbers]
             handles = [part.handle for part in parts]
-            with self._attached.batch(handles, left, step.others_wait, beside=several) as gate:
-                found = self._forward(parts)
-            left = max(0.0, gate.left)
+            with self._attached.batch(
+                handles, budget, step.others_wait, beside=several_adapters
+            ) as gate:
+                pass_logits = self._forward(parts)
+            budget = max(0.0, gate.left)
             out.update({numbers[row]: error for row, error in gate.out.items()})
             if logits is None:
-                logits = found.new_empty(len(step.parts), found.shape[1])
-            logits[numbers] = found
+                logits = pass_logits.new_empty(len(step.parts), pass_logits.shape[1])
+            logits[numbers] = pass_logits
         assert logits is not None
         for number in out:
             self.forget(step.parts[number].sequence)
@@ -358,7 +361,7 @@ def _passes(parts: Sequence[SequencePart]) -> list[list[int]]:
     return sorted(groups.values(), key=waits)
 
 
-def _layers_of(model: Any, config: Any) -> int:
+def _count_layers(model: Any, config: Any) -> int:
     """Return the number of layers. Raise `ConfigError` if a row could depend on other rows."""
     if model.training:
         raise ConfigError("the model is in training mode; call its eval()")
@@ -370,14 +373,14 @@ def _layers_of(model: Any, config: Any) -> int:
     others = {type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer}
     if others:
         raise ConfigError(
-            f"the model's config asks for {', '.join(sorted(others))}: only models are served"
-            " of which every layer attends to all tokens before"
+            f"the model's config asks for {', '.join(sorted(others))}; only models whose layers all"
+            " attend to all earlier tokens are served"
         )
     changing = _rope_types(getattr(config, "rope_parameters", None)) & {"dynamic", "longrope"}
     if changing:
         raise ConfigError(
-            f"the model's rope_type is {', '.join(sorted(changing))}: its positions mean other"
-            " things beside a longer row, so rows cannot be computed together"
+            f"the model's rope_type is {', '.join(sorted(changing))}: its positions depend on the"
+            " longest row, so rows cannot be computed together"
         )
     return len(layers)
 
@@ -386,5 +389,5 @@ def _rope_types(parameters: object) -> set[str]:
     """Return the rope types of all layers; parameters may be nested by layer type."""
     if not isinstance(parameters, Mapping):
         return set()
-    nested = [_rope_types(each) for each in parameters.values()]
+    nested = [_rope_types(value) for value in parameters.values()]
     return {str(parameters.get("rope_type"))}.union(*nested)

@@ -19,10 +19,10 @@ from lorax_async.loader import AdapterLoader
 from lorax_async.runtime.acquire import Prefetch
 from lorax_async.types import AdapterId, AdapterRef
 
-_KEPT = 1024
-"""Adapters to remember, those used last."""
+_MAX_ADAPTERS = 1024
+"""Adapters to remember, last used first."""
 
-_MOST_BYTES = 16 << 20
+_MAX_BYTES = 16 << 20
 
 _logger = logging.getLogger("lorax_async")
 
@@ -30,7 +30,7 @@ _logger = logging.getLogger("lorax_async")
 class WarmList:
     """Keep a file with the adapters on the device, the last used first.
 
-    On entering, begin to load what the file names, at the lowest priority. The file is written
+    On entering, prefetch the adapters in the file. The file is written
     when the list has changed, at most every `pause` seconds, and replaced atomically. Tokens are
     never written.
 
@@ -42,7 +42,7 @@ class WarmList:
         Open; closed after it.
     pause
         Seconds between two writes.
-    admits
+    admit
         Return an adapter of the file as it is to be loaded, or None to omit it. By default each
         is loaded as it is.
 
@@ -55,32 +55,32 @@ class WarmList:
         loader: AdapterLoader,
         *,
         pause: float = 1.0,
-        admits: Callable[[AdapterRef], AdapterRef | None] | None = None,
+        admit: Callable[[AdapterRef], AdapterRef | None] | None = None,
     ) -> None:
         self._path = path
         self._loader = loader
         self._pause = pause
-        self._admits = admits
+        self._admit = admit
         self._used: dict[AdapterRef, None] = {}
         self._written: bytes | None = None
-        self._coming: frozenset[AdapterRef] = frozenset()
+        self._restoring: frozenset[AdapterRef] = frozenset()
         self._changed = asyncio.Event()
         self._ended = asyncio.Event()
         self.restored: Prefetch | None = None
-        """The running load of what the file named; None if it named nothing."""
+        """The prefetch of the adapters in the file; None if it listed none."""
 
     async def __aenter__(self) -> Self:
-        named = await asyncio.to_thread(read_warm_list, self._path)
-        if self._admits is not None:
-            admitted = map(self._admits, named)
-            named = list(dict.fromkeys(ref for ref in admitted if ref is not None))
-        if named:
-            for ref in reversed(named):
-                self.used(ref)
-            fit = named[: self._loader.config.max_slots]
-            self.restored, self._coming = self._loader.prefetch(fit), frozenset(fit)
+        listed = await asyncio.to_thread(read_warm_list, self._path)
+        if self._admit is not None:
+            admitted = map(self._admit, listed)
+            listed = list(dict.fromkeys(ref for ref in admitted if ref is not None))
+        if listed:
+            for ref in reversed(listed):
+                self.record_use(ref)
+            fit = listed[: self._loader.config.max_slots]
+            self.restored, self._restoring = self._loader.prefetch(fit), frozenset(fit)
         self._unsubscribe = self._loader.subscribe(self._on_event)
-        self._task = asyncio.create_task(self._keep(), name="lorax warm list")
+        self._task = asyncio.create_task(self._run(), name="lorax warm list")
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -91,22 +91,22 @@ class WarmList:
         if self.restored is not None:
             self.restored.cancel()
 
-    def used(self, adapter: AdapterId) -> None:
-        """Note that an adapter is used now."""
+    def record_use(self, adapter: AdapterId) -> None:
+        """Move an adapter to the front of the list, unless it has a token."""
         if isinstance(adapter, str | Path):
             adapter = AdapterRef(adapter)
         if not isinstance(adapter, AdapterRef) or adapter.token is not None:
             return
         self._used.pop(adapter, None)
         self._used[adapter] = None
-        if len(self._used) > _KEPT:
+        if len(self._used) > _MAX_ADAPTERS:
             del self._used[next(iter(self._used))]
         self._changed.set()
 
     def _on_event(self, event: Event) -> None:  # noqa: ARG002 - any event may change the list
         self._changed.set()
 
-    async def _keep(self) -> None:
+    async def _run(self) -> None:
         while not self._ended.is_set():
             await self._changed.wait()
             self._changed.clear()
@@ -116,7 +116,7 @@ class WarmList:
         await self._write()
 
     async def _write(self) -> None:
-        content = _as_json(self._current())
+        content = _as_json(self._list_adapters())
         if content == self._written:
             return
         try:
@@ -126,22 +126,22 @@ class WarmList:
         else:
             self._written = content
 
-    def _current(self) -> list[AdapterRef]:
+    def _list_adapters(self) -> list[AdapterRef]:
         """Return the adapters on the device or being restored, the last used first."""
-        coming = set(self._coming) if self.restored and not self.restored.done else set()
-        residency = self._loader.residency()
-        on_device = {key for key, where in residency.items() if where.tier == "device"}
-        found = list[AdapterRef]()
+        restoring = set(self._restoring) if self.restored and not self.restored.done else set()
+        placement = self._loader.placement()
+        on_device = {key for key, where in placement.adapters.items() if where.tier == "device"}
+        refs = list[AdapterRef]()
         for ref in reversed(self._used):
-            if not coming and not on_device:
+            if not restoring and not on_device:
                 break  # do not look up all remembered names on the event loop
-            story = self._loader.story(ref)
+            story = placement.story(ref)
             key = story[-1].key if story else None
-            if ref in coming or key in on_device:
-                found.append(ref)
-            coming.discard(ref)
+            if ref in restoring or key in on_device:
+                refs.append(ref)
+            restoring.discard(ref)
             on_device.discard(key)
-        return found
+        return refs
 
 
 def _as_json(refs: Sequence[AdapterRef]) -> bytes:
@@ -164,7 +164,7 @@ def read_warm_list(path: Path) -> list[AdapterRef]:
     Raise `ConfigError`, with the path, the reason and what to do.
     """
     try:
-        content = _content(path)
+        content = _read_file(path)
     except OSError as error:
         raise ConfigError(
             f"the warm list {path} cannot be read ({error.strerror}); make it readable, or name"
@@ -173,15 +173,14 @@ def read_warm_list(path: Path) -> list[AdapterRef]:
     if content is None:
         return []
     try:
-        return _refs_in(json.loads(content.decode()))
+        return _parse_refs(json.loads(content.decode()))
     except (ValueError, RecursionError) as error:
         raise ConfigError(
-            f"{path} is no warm list of this server ({_reason(error)}); delete it, or name another"
-            " file"
+            f"{path} is not a warm list ({_reason(error)}); delete it, or name another file"
         ) from error
 
 
-def _content(path: Path) -> bytes | None:
+def _read_file(path: Path) -> bytes | None:
     """Return None if there is no file, and one can be created. Raise as `read_warm_list`."""
     try:
         # Without O_NONBLOCK, opening a FIFO waits for a writer.
@@ -189,21 +188,21 @@ def _content(path: Path) -> bytes | None:
     except FileNotFoundError:
         if not path.parent.is_dir():
             raise ConfigError(
-                f"the warm list {path} cannot be made: there is no folder {path.parent}; make it"
+                f"the warm list {path} cannot be created: create the folder {path.parent}"
             ) from None
         return None
     try:
         mode = os.fstat(number).st_mode
         if not stat.S_ISREG(mode):
-            what = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+            what = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
             raise ConfigError(f"the warm list {path} is {what}; name a file")
         with open(number, "rb", closefd=False) as file:
-            content = file.read(_MOST_BYTES + 1)
+            content = file.read(_MAX_BYTES + 1)
     finally:
         os.close(number)
-    if len(content) > _MOST_BYTES:
+    if len(content) > _MAX_BYTES:
         raise ConfigError(
-            f"{path} is no warm list of this server: it has over {_MOST_BYTES:,} bytes; delete it,"
+            f"{path} is not a warm list: it has over {_MAX_BYTES:,} bytes; delete it,"
             " or name another file"
         )
     return content
@@ -211,19 +210,19 @@ def _content(path: Path) -> bytes | None:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
-        return "it is no text in UTF-8"
+        return "it is not UTF-8 text"
     if isinstance(error, json.JSONDecodeError):
-        return f"it is no JSON: {error}"
+        return f"it is not JSON: {error}"
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     return str(error)
 
 
-def _refs_in(found: Any) -> list[AdapterRef]:
+def _parse_refs(members: Any) -> list[AdapterRef]:
     """Return the adapters of the file's JSON. Raise `ValueError`."""
-    rows = found.get("adapters") if isinstance(found, dict) else None
+    rows = members.get("adapters") if isinstance(members, dict) else None
     if not isinstance(rows, list):
-        raise ValueError("it has no list called adapters")  # noqa: TRY004 - the file is wrong
+        raise ValueError("it has no list named adapters")  # noqa: TRY004 - the file is wrong
     refs = []
     for number, row in enumerate(rows, 1):
         try:
@@ -231,7 +230,7 @@ def _refs_in(found: Any) -> list[AdapterRef]:
             use_token = row.get("use_token", False)
             refs.append(AdapterRef(id, row["source"], row["revision"], use_token=use_token))
         except (TypeError, KeyError, ValueError, UsageError) as error:
-            raise ValueError(f"its adapter number {number} is none") from error
+            raise ValueError(f"its adapter number {number} is invalid") from error
     return refs
 
 

@@ -26,8 +26,8 @@ SCRIPT = Path(__file__).with_name("timeline.js")
 LEGEND = "One colour per layer, blue (first) to orange (last); pale red: a wait; grey: no layer."
 INSTALL = "pip install 'lorax-async[plot]'"
 
-_LONGEST_NAME = 120
-_LARGEST = 1e18
+_MAX_NAME_LENGTH = 120
+_MAX_NUMBER = 1e18
 """Microseconds, or a sort index: sums of such numbers are still finite."""
 
 _NOT_TEXT = re.compile("[^\t -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -112,16 +112,16 @@ def read_trace(data: bytes) -> tuple[list[Event], int]:
     Raises `UsageError` for other files and beyond `MAX_BYTES`.
     """
     if len(data) > MAX_BYTES:
-        raise UsageError(f"it is larger than {MAX_BYTES >> 20} MiB; record less, or a part")
+        raise UsageError(f"the trace is larger than {MAX_BYTES >> 20} MiB; record less")
     try:
         found = json.loads(data, parse_constant=lambda _: None)  # a page could not read NaN
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"it is no trace: {error}") from None
+        raise UsageError(f"the file is no trace: {error}") from None
     events, about = found, None
     if isinstance(found, dict):
         events, about = found.get("traceEvents"), found.get("otherData")
     if not isinstance(events, list) or not all(isinstance(each, dict) for each in events):
-        raise UsageError("it is no trace: there are no traceEvents in it")
+        raise UsageError("the file is no trace: it has no traceEvents")
     dropped = about.get("dropped") if isinstance(about, dict) else 0
     return events, dropped if isinstance(dropped, int) and _is_number(dropped) else 0
 
@@ -147,11 +147,10 @@ def drawing_of(
                 lanes.setdefault((event.get("pid"), event.get("tid")), []).append(event)
     shown = [event for lane in lanes.values() for event in lane]
     if not shown:
-        raise UsageError("there is nothing to draw in the trace")
+        raise UsageError("the trace has nothing to draw there")
     if len(shown) > MAX_BOXES:
         raise UsageError(
-            f"{len(shown):,} spans are more than can be drawn; draw a part, from a millisecond"
-            " until another"
+            f"{len(shown):,} spans are over the limit of {MAX_BOXES:,}; draw a part of the trace"
         )
     begin = min(event["ts"] for event in shown) / 1e3
     end = max(event["ts"] + event["dur"] for event in shown) / 1e3
@@ -174,10 +173,10 @@ def drawing_of(
 def _require_part(start: float | None, stop: float | None) -> None:
     for bound in (start, stop):
         if bound is not None and not _is_number(bound):
-            raise UsageError(f"a part goes from a millisecond until another, not {bound!r}")
+            raise UsageError(f"a bound of the part must be a number of milliseconds, not {bound!r}")
     if start is not None and stop is not None and not start < stop:
         raise UsageError(
-            f"a part goes from a millisecond until a later one, not {start:g}-{stop:g}"
+            f"the part must end after its beginning; it is from {start:g} to {stop:g} ms"
         )
 
 
@@ -197,7 +196,7 @@ def _touches(event: Event, start: float | None, stop: float | None) -> bool:
 
 
 def _has_place(event: Event) -> bool:
-    """Whether pid and tid are numbers, names or missing."""
+    """Return whether pid and tid are numbers, names or missing."""
     return all(isinstance(event.get(name), int | float | str | None) for name in ("pid", "tid"))
 
 
@@ -207,7 +206,7 @@ def _is_metadata(event: Event) -> bool:
 
 
 def _metadata(events: Iterable[Event]) -> dict[tuple[str, Any, Any], Any]:
-    """Names and sort indices of processes (without tid) and threads."""
+    """Return names and sort indices of processes (without tid) and threads."""
     found: dict[tuple[str, Any, Any], Any] = {}
     for event in events:
         if _is_metadata(event):
@@ -244,13 +243,13 @@ def _layer(event: Event) -> int | None:
 
 
 def _plain_text(value: Any) -> str:
-    return _NOT_TEXT.sub("�", str(value)[:_LONGEST_NAME])
+    return _NOT_TEXT.sub("�", str(value)[:_MAX_NAME_LENGTH])
 
 
 def _is_number(value: object) -> bool:
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
-    return abs(value) <= _LARGEST  # false for NaN
+    return abs(value) <= _MAX_NUMBER  # false for NaN
 
 
 def _number(value: Any) -> float:
@@ -319,7 +318,7 @@ def write_image(drawing: Drawing, path: Path, title: str) -> None:
         ) from None
     lanes = drawing.lanes
     if len(lanes) > MAX_LANES:
-        raise UsageError(f"{len(lanes):,} lanes are too many for an image; draw a part, or HTML")
+        raise UsageError(f"{len(lanes):,} lanes are too many for an image; draw a part or HTML")
     height = 0.21 * (len(lanes) + len({lane.row for lane in lanes}))
     figure = Figure(figsize=(12, 1.3 + height), layout="constrained")
     axes = figure.subplots()
@@ -372,7 +371,7 @@ _GREYS = {
 
 
 def _colour(box: Box, row: str, layers: tuple[int, int]) -> tuple[float, float, float] | str:
-    """Layers go from blue to orange, and from dark to light for those who cannot tell hues."""
+    """Return a layer's colour: from blue to orange, and for the colour-blind from dark to light."""
     if box.waits:
         return "#f1c9c9"
     if box.layer is None:

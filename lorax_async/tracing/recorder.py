@@ -1,13 +1,13 @@
 """Record spans of time from any thread, without locks, into rings of bounded size.
 
-recorder = tracer.on             # None while no trace is recorded: that test is the whole cost
-if recorder is not None:
-    start = now()
-...
-if recorder is not None:
-    recorder.add("copies", "stream", "layer 3", start, now(), {"bytes": 4096})
+    recorder = tracer.on             # None while no trace is recorded: this test is the whole cost
+    if recorder is not None:
+        start = now()
+    ...
+    if recorder is not None:
+        recorder.add("copies", "stream", "layer 3", start, now(), {"bytes": 4096})
 
-`CopyTimes`, `LayerTimes` and `Stays` record the spans of one subject each.
+`CopyTimes`, `LayerTimes` and `OccupancyTimes` record the spans of one subject each.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple
 
 from lorax_async.types import AdapterKey, AdapterRef, Merge, MergedKey, Ref, TensorsKey
 
-LONGEST = 64
+MAX_NAME_LENGTH = 64
 _REVISED = re.compile(r"(\w[\w.-]*/\w[\w.-]*)@.+")
 _UNSAFE = re.compile(r"[^\w.@:+ -]")
 
@@ -54,7 +54,7 @@ def last_part(text: str) -> str:
 
 
 def _plain(name: str) -> str:
-    return _UNSAFE.sub("_", name)[:LONGEST] or "adapter"
+    return _UNSAFE.sub("_", name)[:MAX_NAME_LENGTH] or "adapter"
 
 
 now = perf_counter_ns
@@ -93,10 +93,11 @@ class OpenSpan:
         self.start = now()
 
     def until(self, stop: int, **more: object) -> Record:
+        """Return the span as a record that ends at `stop`, with `more` args."""
         return Record(self.row, self.lane, self.name, self.start, stop, {**self.args, **more})
 
 
-class Stay:
+class TracedOccupancy:
     """An adapter's occupancy of a slot, with a unique number.
 
     `span` is its current state. The first `ready` layers are recorded, the last one up to `at`.
@@ -177,8 +178,8 @@ class Recorder:
 
     def __init__(self) -> None:
         self.rings: tuple[Ring, ...] = ()
-        self.stays: dict[int, Stay] = {}
-        """The current stay in each slot, by the slot's number."""
+        self.occupancies: dict[int, TracedOccupancy] = {}
+        """The current occupancy in each slot, by the slot's number."""
         self._open: dict[int, OpenSpan] = {}
         self._numbers = count(1)
 
@@ -215,13 +216,13 @@ class Recorder:
         stop = now()
         return [span.until(stop, unfinished=True) for span in spans]
 
-    def moved_in(self, slot: int, name: str) -> Stay:
-        self.stays[slot] = stay = Stay(next(self._numbers), name)
-        return stay
+    def begin_occupancy(self, slot: int, name: str) -> TracedOccupancy:
+        self.occupancies[slot] = occupancy = TracedOccupancy(next(self._numbers), name)
+        return occupancy
 
-    def stay_in(self, slot: int) -> Stay:
-        """Return the slot's stay; number 0 if it began before the recording."""
-        return self.stays.get(slot) or Stay(0, f"slot {slot}")
+    def occupancy_in(self, slot: int) -> TracedOccupancy:
+        """Return the slot's occupancy; number 0 if it began before the recording."""
+        return self.occupancies.get(slot) or TracedOccupancy(0, f"slot {slot}")
 
 
 class Tracer:
@@ -231,14 +232,12 @@ class Tracer:
         self.on: Recorder | None = None
 
     def begin(self, ring: Ring, occupants: Mapping[int, str]) -> Recorder:
-        """Record into `ring`, too. `occupants` names the adapters in slots now. Call on
-        the loop.
-        """
+        """Record into `ring` as well. `occupants` names the adapters in slots. Call on the loop."""
         recorder = self.on
         if recorder is None:
             recorder = Recorder()
             for slot, name in occupants.items():
-                recorder.moved_in(slot, name)
+                recorder.begin_occupancy(slot, name)
         recorder.rings = (*recorder.rings, ring)
         self.on = recorder
         return recorder
@@ -247,7 +246,7 @@ class Tracer:
         """Stop recording into `ring`; the last ring switches the tracer off. Call on the loop."""
         recorder = self.on
         if recorder is not None:
-            recorder.rings = tuple(each for each in recorder.rings if each is not ring)
+            recorder.rings = tuple(other for other in recorder.rings if other is not ring)
             if not recorder.rings:
                 self.on = None
 
@@ -262,26 +261,26 @@ class CopyTimes:
     """
 
     def __init__(self, recorder: Recorder, slot: int, layer: int) -> None:
-        stay = recorder.stay_in(slot)
+        occupancy = recorder.occupancy_in(slot)
         self.start = now()
         self._recorder = recorder
         self._name = f"layer {layer}"
-        self._args = {"stay": stay.number, "layer": layer, "adapter": stay.name}
+        self._args = {"stay": occupancy.number, "layer": layer, "adapter": occupancy.name}
 
-    def staged(self, buffer: int | None, start: int, what: str) -> None:
+    def record_staging(self, buffer: int | None, start: int, what: str) -> None:
         """Record that a buffer was filled from `start` until now; None is a pinned image."""
         lane = IMAGE if buffer is None else buffer
         self._recorder.add("staging", lane, what, start, now(), self._args)
 
-    def until_free(self, buffer: int | None, start: int) -> Callable[[Future[None]], None]:
+    def record_until_free(self, buffer: int | None, start: int) -> Callable[[Future[None]], None]:
         """Return a callback for the copy's ticket that records how long its buffer was held."""
 
         def free(_: Future[None]) -> None:
-            self.staged(buffer, start, self._name)
+            self.record_staging(buffer, start, self._name)
 
         return free
 
-    def asked(self, ticket: Future[None], nbytes: int, *, in_stream: bool) -> None:
+    def record_copy(self, ticket: Future[None], nbytes: int, *, in_stream: bool) -> None:
         """Record the copy behind `ticket`, executed by a copy stream or by this thread."""
         lane: Hashable = STREAM if in_stream else current_thread().name.removeprefix("lorax-")
         start = now() if in_stream else self.start
@@ -296,28 +295,28 @@ class CopyTimes:
 
 
 class _LayerPass:
-    """A layer in one thread: when it was asked for, entered (0: not yet) and last computed."""
+    """A layer in one thread: when it was reached, entered (0: not yet) and last computed."""
 
-    __slots__ = ("asked", "entered", "last", "layer")
+    __slots__ = ("entered", "last", "layer", "reached")
 
     def __init__(self, layer: int) -> None:
         self.layer = layer
-        self.asked = now()
+        self.reached = now()
         self.entered = self.last = 0
 
 
 class LayerTimes:
     """Record the layers of a batch in the threads that compute it; `slots` are its adapters'.
 
-    A layer ends with the last module that `left` it, or else when the next layer is reached.
+    A layer ends with the last call of `leave` in it, or else when the next layer is reached.
     """
 
     def __init__(self, recorder: Recorder, slots: Iterable[int]) -> None:
         self._recorder = recorder
-        self._stays = [recorder.stay_in(slot).number for slot in slots]
+        self._numbers = [recorder.occupancy_in(slot).number for slot in slots]
         self._current: dict[int, _LayerPass] = {}
 
-    def reached(self, layer: int) -> None:
+    def reach(self, layer: int) -> None:
         """Note that this thread is at the gate of `layer`: the one before it is computed."""
         thread = get_ident()
         current = self._current.get(thread)
@@ -327,7 +326,7 @@ class LayerTimes:
             self._record(thread, current)
         self._current[thread] = _LayerPass(layer)
 
-    def entered(self) -> None:
+    def enter(self) -> None:
         """Note that the gate has opened."""
         thread = get_ident()
         current = self._current.get(thread)
@@ -336,7 +335,7 @@ class LayerTimes:
         current.entered = now()
         self._record_wait(thread, current, current.entered)
 
-    def left(self) -> None:
+    def leave(self) -> None:
         """Note that a module of the layer is computed."""
         current = self._current.get(get_ident())
         if current is not None and current.entered:
@@ -356,71 +355,77 @@ class LayerTimes:
         self._add(thread, f"layer {current.layer}", current.layer, current.entered, stop)
 
     def _record_wait(self, thread: int, current: _LayerPass, stop: int) -> None:
-        self._add(thread, f"wait for layer {current.layer}", current.layer, current.asked, stop)
+        self._add(thread, f"wait for layer {current.layer}", current.layer, current.reached, stop)
 
     def _add(self, thread: int, name: str, layer: int, start: int, stop: int) -> None:
-        args = {"layer": layer, "stays": self._stays}
+        args = {"layer": layer, "stays": self._numbers}
         self._recorder.add("compute", thread, name, start, stop, args)
 
 
-class Stays:
+class OccupancyTimes:
     """Record adapters in slots: filling layer by layer, resident, leaving. On the loop.
 
-    A stay that began before the recording is left out.
+    An occupancy that began before the recording is left out.
     """
 
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = tracer
 
-    def granted(self, slot: int, key: AdapterKey, nbytes: int) -> None:
+    def record_grant(self, slot: int, key: AdapterKey, nbytes: int) -> None:
         recorder = self._tracer.on
         if recorder is None:
             return
-        stay = recorder.moved_in(slot, name_of(key))
-        stay.span = recorder.begin(
-            "layers", slot, stay.name, stay=stay.number, adapter=stay.name, bytes=nbytes
+        occupancy = recorder.begin_occupancy(slot, name_of(key))
+        occupancy.span = recorder.begin(
+            "layers",
+            slot,
+            occupancy.name,
+            stay=occupancy.number,
+            adapter=occupancy.name,
+            bytes=nbytes,
         )
-        stay.at = stay.span.start
+        occupancy.at = occupancy.span.start
 
-    def ready(self, slot: int, layers: Sequence[int], watermark: int, *, last: bool) -> None:
+    def record_ready(self, slot: int, layers: Sequence[int], watermark: int, *, last: bool) -> None:
         """Record that the first `watermark` layers are on the device."""
         recorder = self._tracer.on
-        if recorder is None or (stay := recorder.stays.get(slot)) is None or stay.span is None:
+        occupancy = None if recorder is None else recorder.occupancies.get(slot)
+        if recorder is None or occupancy is None or occupancy.span is None:
             return
         stop = now()
-        for layer in layers[stay.ready : watermark]:
-            args = {"stay": stay.number, "layer": layer}
-            recorder.add("layers", slot, f"layer {layer}", stay.at, stop, args)
-            stay.at = stop
-        stay.ready = watermark
+        for layer in layers[occupancy.ready : watermark]:
+            args = {"stay": occupancy.number, "layer": layer}
+            recorder.add("layers", slot, f"layer {layer}", occupancy.at, stop, args)
+            occupancy.at = stop
+        occupancy.ready = watermark
         if last:
-            _enter_state(recorder, stay, "resident", outcome="resident")
+            _enter_state(recorder, occupancy, "resident", outcome="resident")
 
-    def failed(self, slot: int, error: BaseException) -> None:
+    def record_failure(self, slot: int, error: BaseException) -> None:
         self._leave(slot, type(error).__name__)
 
-    def leaving(self, slot: int) -> None:
+    def record_leaving(self, slot: int) -> None:
         self._leave(slot, "leaving")
 
-    def left(self, slot: int) -> None:
+    def record_free(self, slot: int) -> None:
         """Record that the slot is free."""
         recorder = self._tracer.on
         if recorder is None:
             return
-        stay = recorder.stays.pop(slot, None)
-        if stay is not None and stay.span is not None:
-            recorder.end(stay.span, outcome="left")
+        occupancy = recorder.occupancies.pop(slot, None)
+        if occupancy is not None and occupancy.span is not None:
+            recorder.end(occupancy.span, outcome="left")
 
     def _leave(self, slot: int, outcome: str) -> None:
         recorder = self._tracer.on
-        if recorder is not None and (stay := recorder.stays.get(slot)) is not None:
-            _enter_state(recorder, stay, "leaving", outcome=outcome)
+        if recorder is not None and (occupancy := recorder.occupancies.get(slot)) is not None:
+            _enter_state(recorder, occupancy, "leaving", outcome=outcome)
 
 
-def _enter_state(recorder: Recorder, stay: Stay, state: str, outcome: str) -> None:
+def _enter_state(recorder: Recorder, occupancy: TracedOccupancy, state: str, outcome: str) -> None:
     """End the span of the state before with `outcome`, and begin that of `state`."""
-    before = stay.span
+    before = occupancy.span
     if before is None or before.name == state:
         return
     recorder.end(before, outcome=outcome)
-    stay.span = recorder.begin("layers", before.lane, state, stay=stay.number)
+    occupancy.span = recorder.begin("layers", before.lane, state, stay=occupancy.number)

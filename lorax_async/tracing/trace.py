@@ -32,12 +32,12 @@ TRACE_LIMIT = 32_768
 """Spans, of which a load of 32 layers has about 150; and as many of "compute"."""
 
 ANOTHER = "another adapter"
-"""The name of adapters that a viewer may not know of."""
+"""The name of adapters whose names the viewer may not see."""
 
 Event = dict[str, object]
 
 _ROWS: tuple[Row, ...] = get_args(Row)
-"""In the order of a byte's way."""
+"""In the order in which a byte passes through them."""
 
 _LANES = {"connections": "connection", "staging": "buffer", "layers": "slot", "compute": "thread"}
 _CONCURRENT = {"requests", "files"}
@@ -50,7 +50,7 @@ class _TraceHandle(Protocol):
 
 
 class Trace:
-    """What happened while the block ran. `as_json` and `write` work inside of it and afterwards.
+    """A recording of a `with` block. `as_json` and `write` work inside the block and after it.
 
     Raises `UsageError` unless `limit` is a positive integer.
     """
@@ -59,9 +59,9 @@ class Trace:
         self, tracer: Tracer, limit: int, occupants: Callable[[], Mapping[int, str]]
     ) -> None:
         if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
-            raise UsageError(f"limit is a whole number of spans above 0, not {limit!r}")
+            raise UsageError(f"limit must be a positive integer, not {limit!r}")
         self._tracer = tracer
-        self._lease_table = occupants
+        self._occupants = occupants
         self._ring = Ring(limit)
         self._recorder: Recorder | None = None
         self._began = now()
@@ -73,9 +73,9 @@ class Trace:
     def start(self) -> Self:
         """Record until `stop`. Raises `UsageError` if called twice."""
         if self._recorder is not None or self._ended is not None:
-            raise UsageError("a trace is recorded once; take another one from the loader")
+            raise UsageError("a trace can be recorded only once; get another one from the loader")
         self._began = now()
-        self._recorder = self._tracer.begin(self._ring, self._lease_table())
+        self._recorder = self._tracer.begin(self._ring, self._occupants())
         return self
 
     def __exit__(
@@ -111,13 +111,13 @@ class Trace:
         try:
             number = index(layer)
         except TypeError:
-            raise UsageError(f"a layer is a whole number, not {layer!r}") from None
+            raise UsageError(f"a layer must be an integer, not {layer!r}") from None
         recorder = self._recorder
         if recorder is None:
             yield
             return
         # Look the slots up now: the block may release the handles.
-        stays = [recorder.stay_in(handle.slot.index).number for handle in handles]
+        stays = [recorder.occupancy_in(handle.slot.index).number for handle in handles]
         args = {"layer": number, "stays": stays}
         text = f"layer {number}" if name is None else str(name)[:200]
         start = now()
@@ -254,7 +254,7 @@ class _EventLane:
     ends: list[int] = field(default_factory=list)
 
     def fits(self, record: Record, *, nested: bool) -> bool:
-        """Whether the record fits behind those that began no later."""
+        """Return whether the record fits behind those that began no later."""
         while self.ends and self.ends[-1] <= record.start:
             self.ends.pop()
         return not self.ends or (nested and record.stop <= self.ends[-1])

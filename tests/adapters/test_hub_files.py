@@ -10,8 +10,8 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from answering_server import Asked, Reply
-from hub_stand_in import HubStandIn
+from fault_server import Asked
+from hub_stand_in import HubStandIn, Reply
 from huggingface_hub import constants, hf_hub_download
 
 import split_files
@@ -54,7 +54,9 @@ def hub(hub_client: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStandI
 
 
 def asked(hub: HubStandIn) -> set[tuple[str, str]]:
-    return {(each.method, each.target.split("/")[-1]) for each in hub.asked if not each.at_store}
+    return {
+        (each.method, each.target.split("/")[-1]) for each in hub.asked if not hub.is_at_store(each)
+    }
 
 
 def test_the_two_files_are_fetched_once(
@@ -192,7 +194,7 @@ def test_files_that_are_over_the_limit_together(
     room = Limits().max_adapter_bytes - sum(file.stat().st_size for file in first)
 
     def behave(asked: Asked) -> Reply | None:
-        if last.name not in asked.target or asked.at_store:
+        if last.name not in asked.target or hub.is_at_store(asked):
             return None
         fields = {"ETag": '"e"', "X-Linked-Etag": '"e"', "X-Repo-Commit": commit}
         there = {"X-Linked-Size": f"{room + 1}", "Location": f"http://{hub.store_netloc}/x"}

@@ -58,10 +58,10 @@ def test_rows_are_ordered_by_rank_then_slot() -> None:
 @pytest.mark.parametrize(
     ("place", "named"),
     [
-        (SlotRef(0, 3), "generation 3 of slot 0, which generation 4 has"),
-        (SlotRef(0, 5), "generation 5 of slot 0, which generation 4 has"),
-        (SlotRef(7, 1), "generation 1 of slot 7, which nobody has"),
-        (SlotRef(7, -1), "generation -1 of slot 7, which nobody has"),
+        (SlotRef(0, 3), "generation 3 of slot 0, which has generation 4"),
+        (SlotRef(0, 5), "generation 5 of slot 0, which has generation 4"),
+        (SlotRef(7, 1), "generation 1 of slot 7, which has no occupant"),
+        (SlotRef(7, -1), "generation -1 of slot 7, which has no occupant"),
     ],
 )
 def test_a_stale_row_is_refused(place: SlotRef, named: str) -> None:
@@ -125,9 +125,9 @@ def test_segments_are_the_runs_of_equal_tokens(batch: list[tuple[int, int]]) -> 
 @pytest.mark.parametrize(
     ("slots", "lengths", "named"),
     [
-        ([0], [-1], "slot 0 and -1 tokens"),
-        ([-2], [1], "slot -2 and 1 tokens"),
-        ([-2], [0], "slot -2 and 0 tokens"),
+        ([0], [-1], "slot 0, -1 tokens"),
+        ([-2], [1], "slot -2, 1 tokens"),
+        ([-2], [0], "slot -2, 0 tokens"),
         ([0, 1], [1], "shorter"),
         ([0], [1, 2], "longer"),
     ],

@@ -103,7 +103,7 @@ def test_files_have_the_names_that_tools_know() -> None:
         *(("weights", 1, 0), ("weights", 3, 2), ("config", 1, 1), ("index", 0, 1)),
     ]
     for kind, number, count in no_files:
-        with pytest.raises(UsageError, match="no "):
+        with pytest.raises(UsageError, match="invalid "):
             FileRole(kind, number, count)
 
 

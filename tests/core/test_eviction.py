@@ -11,7 +11,7 @@ from lorax_async.cli.plan import (
     DeviceCapacity,
     SimulationResult,
     ZipfDistribution,
-    fitting,
+    count_fitting,
     simulate,
 )
 from lorax_async.errors import ConfigError
@@ -151,7 +151,7 @@ def test_so_many_fit() -> None:
         DeviceCapacity(9 * 64, 64, 2),
         DeviceCapacity(191, 64, 8),
     ]
-    assert [fitting(GroupSizes((64, 128)), room) for room in rooms] == [2, 2, 0]
+    assert [count_fitting(GroupSizes((64, 128)), room) for room in rooms] == [2, 2, 0]
     assert SimulationResult().hit_rate == 0
 
 

@@ -94,7 +94,7 @@ def test_every_field_counts() -> None:
         ({"modules": (replace(FIRST, in_features=0),)}, "positive sizes"),
         ({"modules": (replace(FIRST, out_features=-8),)}, "positive sizes"),
         ({"modules": (replace(FIRST, name=""),)}, "a name"),
-        ({"modules": (replace(FIRST, parts=(FusedPart(4),)),)}, "not its output"),
+        ({"modules": (replace(FIRST, parts=(FusedPart(4),)),)}, "do not sum to its output"),
         ({"modules": (replace(FIRST, parts=(FusedPart(8, 3),)),)}, "whole units"),
         ({"modules": (replace(FIRST, parts=(FusedPart(8, 0),)),)}, "whole units"),
         ({"modules": (replace(FIRST, parts=(FusedPart(8), FusedPart(0))),)}, "whole units"),

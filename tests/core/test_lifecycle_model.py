@@ -75,7 +75,7 @@ def test_two_small_worlds_are_sound(name: str) -> None:
 def test_unknown_moves_raise_and_tell_both_words() -> None:
     for state, move in product(FileState, FileMove):
         if (state, move) not in FILE_MOVES:
-            with pytest.raises(InvalidTransitionError, match=f"{state.value} met '{move.value}"):
+            with pytest.raises(InvalidTransitionError, match=f"'{move.value}' .* {state.value}$"):
                 next_file_state(state, move)
     for slot_state, slot_move in product(SlotState, SlotMove):
         if (slot_state, slot_move) not in SLOT_MOVES:
@@ -108,7 +108,7 @@ def blind(owner: type | ModuleType, name: str, **fields: object) -> Callable[...
 
 
 def _released_at_once(self: LifecycleRules, life: AdapterState, *, evicted: bool = False) -> None:
-    self.host.pick(life.key, evicted=evicted)
+    self.host.mark_leaving(life.key, evicted=evicted)
     self.host.release(life.key)
     life.host = HostState.NONE
     self.command(ReleasePages(life.key, life.attempt))
@@ -157,9 +157,9 @@ def _evicts_the_leased(_: LifecycleRules, life: AdapterState) -> bool:
 
 
 def _zeroing_not_awaited(self: LifecycleRules, life: AdapterState) -> bool:
-    quiesced = _slot_quiesced(self, life)
+    quiesced = _free_quiesced_slot(self, life)
     life.broken, life.wiping = life.broken and not life.wiping, False
-    return quiesced or _slot_quiesced(self, life)
+    return quiesced or _free_quiesced_slot(self, life)
 
 
 def _distrusts_what_is_held(self: LifecycleRules, life: AdapterState, error: LoraxError) -> None:
@@ -168,7 +168,7 @@ def _distrusts_what_is_held(self: LifecycleRules, life: AdapterState, error: Lor
 
 
 def _copies_unread(self: CopyQueue) -> None:
-    for life in list(self._queue.values()):
+    for life in list(self._adapters.values()):
         life.fetched = life.all_groups
     _submit(self)
 
@@ -179,7 +179,7 @@ def _prefetch_wants_a_slot(life: AdapterState) -> bool:
 
 
 def _leases_for_all(self: LifecycleRules, life: AdapterState) -> bool:
-    tiers = {tier for tier, _ in life.waiters.kinds if self.reached(life, tier)}
+    tiers = {tier for tier, _ in life.waiters.kinds if self.has_reached(life, tier)}
     served = life.waiters.of_tiers(tiers)
     for waiter in served:
         life.waiters.remove(waiter.id)
@@ -214,8 +214,8 @@ def _keeps_pins(rule: Callable[..., list[Command]]) -> Callable[..., list[Comman
 
 def _unload_never_over(self: LifecycleRules, life: AdapterState) -> bool:
     """The caller is notified, and yet nothing may claim the adapter again."""
-    if _unloaded(self, life):
-        life.unloads, life.told = 1, True
+    if _finish_unload(self, life):
+        life.unloads, life.leave_notified = 1, True
     return False
 
 
@@ -234,7 +234,7 @@ def _demotion_never_served(life: AdapterState) -> bool:
 
 
 def _demotes_the_held(self: LifecycleRules, life: AdapterState) -> bool:
-    evicted = _evicted(self, life)
+    evicted = _evict(self, life)
     if evicted and not (life.unloads or self.closing) and life.needs is not None:
         life.demoted = life.needs.holdable
     return evicted
@@ -261,48 +261,52 @@ def _losers_unsettled(self: Lifecycle) -> AdapterState | None:
     return self._slots.settle_head() or self._host_queue.settle_head()
 
 
-_claim_image, _evicted, _fits_beside = (
+_claim_image, _evict, _fits_beside = (
     PinnedImages.claim,
-    LifecycleRules._evicted,
+    LifecycleRules._evict,
     Residency.fits_beside,
 )
-_host_unwanted, _note = LifecycleRules._host_unwanted, SlotHolders.note
-_settle_head, _slot_quiesced = HostTierQueue.settle_head, LifecycleRules._slot_quiesced
-_submit, _notify_stays, _unloaded = (
+_drop_unwanted_host, _update_holders = LifecycleRules._drop_unwanted_host, SlotHolders.update
+_settle_head, _free_quiesced_slot = HostTierQueue.settle_head, LifecycleRules._free_quiesced_slot
+_submit, _notify_stays, _finish_unload = (
     CopyQueue.submit,
     LifecycleRules.notify_stays,
-    LifecycleRules._unloaded,
+    LifecycleRules._finish_unload,
 )
 _was_idle = AdapterState.is_idle
 NEVER = always(False)
 BROKEN: dict[str, list[tuple[type | ModuleType, str, object]]] = {
     "two adapters, one slot": [
-        (LifecycleRules, "_slot_quiesced", _column_not_cleared),
-        (LifecycleRules, "_slot_quiesced", _zeroing_not_awaited),
-        (LifecycleRules, "distrust", _distrusts_what_is_held),
-        (SlotHolders, "note", lambda self, life: bool(_note(self, life) and False)),
+        (LifecycleRules, "_free_quiesced_slot", _column_not_cleared),
+        (LifecycleRules, "_free_quiesced_slot", _zeroing_not_awaited),
+        (LifecycleRules, "reject_fetched", _distrusts_what_is_held),
+        (SlotHolders, "update", lambda self, life: bool(_update_holders(self, life) and False)),
         (CopyQueue, "submit", _copies_unread),
-        (LifecycleRules, "_slot_quiesced", NEVER),
+        (LifecycleRules, "_free_quiesced_slot", NEVER),
         *(
             (
                 LifecycleRules,
-                "_slot_quiesced",
-                blind(LifecycleRules, "_slot_quiesced", **{field: 0}),
+                "_free_quiesced_slot",
+                blind(LifecycleRules, "_free_quiesced_slot", **{field: 0}),
             )
             for field in ("copying", "leases", "uses", "broken")
         ),
-        (LifecycleRules, "file_quiesced", NEVER),
+        (LifecycleRules, "free_quiesced_file", NEVER),
         (
             LifecycleRules,
-            "file_quiesced",
-            blind(LifecycleRules, "file_quiesced", fetch_running=False),
+            "free_quiesced_file",
+            blind(LifecycleRules, "free_quiesced_file", fetch_running=False),
         ),
-        (LifecycleRules, "reached", blind(LifecycleRules, "reached", slot=SlotState.RESIDENT)),
+        (
+            LifecycleRules,
+            "has_reached",
+            blind(LifecycleRules, "has_reached", slot=SlotState.RESIDENT),
+        ),
         (LifecycleRules, "_serve", NEVER),
-        (LifecycleRules, "_evicted", NEVER),
+        (LifecycleRules, "_evict", NEVER),
         (LifecycleRules, "_fetch", NEVER),
         (LifecycleRules, "_fetch", _fetches_while_ending),
-        (LifecycleRules, "_slot_unwanted", NEVER),
+        (LifecycleRules, "_drain_unwanted_slot", NEVER),
         (LifecycleRules, "fail", always(None)),
         (SlotQueue, "_make_room", always(None)),
         (CopyQueue, "update", always(None)),
@@ -310,8 +314,8 @@ BROKEN: dict[str, list[tuple[type | ModuleType, str, object]]] = {
         (Lifecycle, "withdraw", always([])),
     ],
     "lookups and ageing": [
-        (LifecycleRules, "reached", blind(LifecycleRules, "reached", leaving=False)),
-        (LifecycleRules, "_evicted", _evicts_the_leased),
+        (LifecycleRules, "has_reached", blind(LifecycleRules, "has_reached", leaving=False)),
+        (LifecycleRules, "_evict", _evicts_the_leased),
         (SlotQueue, "_starves_at", always(0.0)),
         (SlotQueue, "_starves_at", always(float("inf"))),
     ],
@@ -321,7 +325,7 @@ BROKEN: dict[str, list[tuple[type | ModuleType, str, object]]] = {
         (SlotQueue, "_evictable_at", always(0.0)),
         (SlotQueue, "_evictable_at", always(float("inf"))),
     ],
-    "pins of one of three": [(queues, "may_go", blind(queues, "may_go", pins=0))],
+    "pins of one of three": [(queues, "is_evictable", blind(queues, "is_evictable", pins=0))],
     "pins": [
         (Residency, "fits_beside", lambda self, _, sizes: _fits_beside(self, (), sizes)),
         (Lifecycle, "pin", _pinned_after_close),
@@ -330,10 +334,14 @@ BROKEN: dict[str, list[tuple[type | ModuleType, str, object]]] = {
         (Lifecycle, "pin", _pinned),
     ],
     "unload beside loads": [
-        (LifecycleRules, "_unloaded", _unload_never_over),
+        (LifecycleRules, "_finish_unload", _unload_never_over),
         (AdapterState, "departing", property(lambda life: life.leaving)),
-        (LifecycleRules, "_unloaded", NEVER),
-        (LifecycleRules, "_unloaded", blind(LifecycleRules, "_unloaded", slot=SlotState.NONE)),
+        (LifecycleRules, "_finish_unload", NEVER),
+        (
+            LifecycleRules,
+            "_finish_unload",
+            blind(LifecycleRules, "_finish_unload", slot=SlotState.NONE),
+        ),
         (LifecycleRules, "notify_leaving", always(None)),
         (LifecycleRules, "notify_stays", always(None)),
         (Lifecycle, "withdraw_unload", always([])),
@@ -341,20 +349,24 @@ BROKEN: dict[str, list[tuple[type | ModuleType, str, object]]] = {
     "host memory and unload": [
         (
             LifecycleRules,
-            "_host_unwanted",
-            lambda self, life: not self.closing and _host_unwanted(self, life),
+            "_drop_unwanted_host",
+            lambda self, life: not self.closing and _drop_unwanted_host(self, life),
         ),
-        (LifecycleRules, "_unloaded", blind(LifecycleRules, "_unloaded", host=HostState.NONE)),
-        (LifecycleRules, "_host_unwanted", NEVER),
+        (
+            LifecycleRules,
+            "_finish_unload",
+            blind(LifecycleRules, "_finish_unload", host=HostState.NONE),
+        ),
+        (LifecycleRules, "_drop_unwanted_host", NEVER),
     ],
     "images, unload and failures": [
-        (LifecycleRules, "_host_unwanted", NEVER),
+        (LifecycleRules, "_drop_unwanted_host", NEVER),
         (ImageBudget, "drop", always(None)),
     ],
     "forgotten on demand": [(Lifecycle, "forget", _forgets)],
     "host memory for one of two": [
         (AdapterState, "wants_host", property(_demotion_never_served)),
-        (LifecycleRules, "_evicted", _demotes_the_held),
+        (LifecycleRules, "_evict", _demotes_the_held),
         (HostBudget, "use", _uses_what_leaves),
         (HostBudget, "claim", always(None)),
         (HostBudget, "release", always(None)),

@@ -110,7 +110,7 @@ REFUSED = {
     "MonteCLoRA": "q.lora_monteclora_sampler.log_prior",
     "adapter's name": "q.lora_A.default.weight q.lora_B.default.bias q.lora_embedding_A.default"
     " q.lora_magnitude_vector.default.weight",
-    "nothing would apply": "q.lora_A.bias q.lora_embedding_A.weight q.lora_magnitude_vector.weight"
+    "would not be applied": "q.lora_A.bias q.lora_embedding_A.weight q.lora_magnitude_vector.weight"
     " q.lora_A q.lora_C.weight",
 }
 OTHERS = ["", BASE, "x", "model.q.lora_A.weight", "transformer.q.lora_B.weight"]
@@ -119,7 +119,7 @@ OTHERS = ["", BASE, "x", "model.q.lora_A.weight", "transformer.q.lora_B.weight"]
 @pytest.mark.parametrize(
     ("name", "feature"),
     [(BASE + end, feature) for feature, ends in REFUSED.items() for end in ends.split()]
-    + [(name, "nothing would apply") for name in [*OTHERS, "base_model.q.lora_A.weight"]],
+    + [(name, "would not be applied") for name in [*OTHERS, "base_model.q.lora_A.weight"]],
 )
 def test_other_tensors_are_refused_by_name(name: str, feature: str) -> None:
     with pytest.raises(UnsupportedAdapterError, match=feature):

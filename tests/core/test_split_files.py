@@ -88,7 +88,7 @@ FILE = name_of(1, 1)
 
 ODD: dict[str, list[bytes]] = {
     "names no tensors": [b"{}", index({}), index([]), b'{"metadata": {}}'],
-    "'a' has no name of a file": [index({"a": value}) for value in (1, None, [FILE])],
+    "'a' has no file name": [index({"a": value}) for value in (1, None, [FILE])],
     "member 'weights' is unknown": [index({"a": FILE}, weights={})],
     "'b' is in one of 3 files": [index({"a": name_of(1, 2), "b": name_of(2, 3)})],
     "no tensor is in .*-00002-of-00003": [index({"a": name_of(1, 3), "b": name_of(3, 3)})],

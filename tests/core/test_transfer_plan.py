@@ -353,7 +353,7 @@ ODD = torch.ones(5)
         (None, [*GOOD, *pair("layers.0.q", 8, 4)], AdapterFormatError, "same module"),
         (None, pair(Q, 8, 4, rank=8), AdapterFormatError, "pair of rank 16"),
         (None, [(A[0], A[1][:8]), B], AdapterFormatError, r"A \[8, 8\] and B \[4, 16\]"),
-        (None, [(A[0], A[1].flatten()), B], AdapterFormatError, "no pair"),
+        (None, [(A[0], A[1].flatten()), B], AdapterFormatError, "not a pair"),
         (None, pair(Q, 8, 5), IncompatibleAdapterError, "8 → 5.*8 → 4"),
         (None, pair(Q, 9, 4), IncompatibleAdapterError, r"\(1 module in all"),
         (
@@ -370,10 +370,10 @@ ODD = torch.ones(5)
         (BIAS, [*QB, *VP], AdapterFormatError, f"module '{V}' has no bias"),
         (DORA, QB, AdapterFormatError, f"module '{Q}' has no magnitude"),
         (BIAS, QM, AdapterFormatError, f"module '{Q}' has no bias"),
-        (None, QM, AdapterFormatError, f"{Q}.lora_magnitude_vector' is there .* use_dora"),
-        (None, QB, AdapterFormatError, f"{Q}.lora_B.bias' is there .* not set lora_bias"),
-        (DORA, [*QM, QB[2]], AdapterFormatError, "bias' is there .* not set lora_bias"),
-        (BIAS, [*QB, QM[2]], AdapterFormatError, "vector' is there .* not set use_dora"),
+        (None, QM, AdapterFormatError, f"{Q}.lora_magnitude_vector' is present, .* use_dora"),
+        (None, QB, AdapterFormatError, f"{Q}.lora_B.bias' is present, .* not set lora_bias"),
+        (DORA, [*QM, QB[2]], AdapterFormatError, "bias' is present, .* not set lora_bias"),
+        (BIAS, [*QB, QM[2]], AdapterFormatError, "vector' is present, .* not set use_dora"),
         (DORA, [*QM, VM[2]], AdapterFormatError, f"{V}.*has no A"),
         (None, [*QP, VM[2]], AdapterFormatError, f"{V}.*has no A"),
         (DORA, [*QM[:2], (QM[2][0], ODD)], AdapterFormatError, r"shape \[5\], and B has 4"),
@@ -384,11 +384,11 @@ ODD = torch.ones(5)
         (BIAS, TOKENS, UnsupportedAdapterError, f"'{EMBED}' is an embedding, for"),
         (
             *(None, pair(Q, 8, 4, embedding=True), IncompatibleAdapterError),
-            "is for an embedding, and the base has a linear module there",
+            "is for an embedding, but the base has a linear module there",
         ),
         (
             *(None, pair(EMBED, 20, 8), IncompatibleAdapterError),
-            "is for a linear module, and the base has an embedding there",
+            "is for a linear module, but the base has an embedding there",
         ),
         (
             *(None, pair(EMBED, 21, 8, embedding=True), IncompatibleAdapterError),

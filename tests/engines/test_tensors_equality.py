@@ -80,4 +80,4 @@ async def test_each_step_of_training_is_served() -> None:
                 expected = logits_of(live, inputs)
                 torch.testing.assert_close(logits[0], expected[0], atol=2e-5, rtol=2e-5)
                 torch.testing.assert_close(logits[1], base[1], atol=2e-5, rtol=2e-5)
-            assert len(loader.residency()) == 1
+            assert len(loader.placement().adapters) == 1

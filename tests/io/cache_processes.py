@@ -35,24 +35,12 @@ from disk_cache_world import (
 )
 
 from lorax_async.cache import maintenance
-from lorax_async.cache.disk_cache import (
-    DiskCache,
-    DiskDownload,
-)
+from lorax_async.cache.disk_cache import DiskCache, DiskDownload
 from lorax_async.cache.records import CacheKey
 from lorax_async.concurrency import FetchControl
-from lorax_async.errors import (
-    CapacityError,
-    FetchError,
-)
-from lorax_async.formats.spans import (
-    ByteRange,
-    SpanSet,
-)
-from lorax_async.formats.split_weights import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-)
+from lorax_async.errors import CapacityError, FetchError
+from lorax_async.formats.spans import ByteRange, SpanSet
+from lorax_async.formats.split_weights import CONFIG_FILE, WEIGHTS_FILE
 from lorax_async.lifecycle.policies import policy
 
 Tell = Callable[[object], None]
@@ -112,9 +100,6 @@ def fetch(folder: Path, tell: Tell) -> None:
     cache.close()
 
 
-# -- kill -9 at every call ------------------------------------------------------------------------
-
-
 def fetch_until(folder: Path, at: int, tell: Tell) -> None:
     calls = Calls(CHANGES)
 
@@ -157,8 +142,6 @@ def leave(folder: Path, _: Tell) -> None:
     put(download.file(WEIGHTS_FILE, NBYTES), CONTENT, [(0, NBYTES)])
     os.kill(os.getpid(), signal.SIGKILL)
 
-
-# -- anything at any time -------------------------------------------------------------------------
 
 KEYS = 5
 ADAPTERS = [weights(number, 200_000 + 90_000 * number) for number in range(KEYS)]
@@ -208,36 +191,32 @@ def pieces(gaps: list[ByteRange], draw: random.Random) -> list[ByteRange]:
     return found
 
 
-def adventures(folder: Path) -> dict[str, Any]:
+def adventures(folder: Path, locks: str) -> None:
     """Six at a time, four times over; afterwards all that is there must be right."""
-    codes: list[int] = []
-    told: list[Any] = []
-    most = 0
+    codes, told, most = set[int](), set[str](), 0
     cache = opened(folder, BUDGET)
     for turn in range(4):
         for child in [fork(adventure, folder, 1 + 6 * turn + number) for number in range(6)]:
             code, each = ended(*child)
-            codes.append(code)
-            told += each
+            codes.add(code)
+            told |= {text for text in each if "do not fit" not in text}
             most = max(most, cache.used())
-    problems = [each.problem for each in maintenance.verify(cache) if each.problem]
-    for path in (folder / "partials").rglob("*"):
+    assert codes == {0, -signal.SIGKILL}
+    if locks == "flock":
+        assert told == {"had"}
+        assert most <= BUDGET
+    else:
+        assert "had" in told
+        assert all("again" in text for text in told - {"had"}), told
+        assert most <= BUDGET + 5 * max(map(len, ADAPTERS))
+    assert [each.problem for each in maintenance.verify(cache) if each.problem] == []
+    for path in (*(folder / "partials").rglob("*"), *(folder / "partials").iterdir()):
         os.utime(path, (0, 0))  # without locks, what was written to lately may be in use
-    for path in (folder / "partials").iterdir():
-        os.utime(path, (0, 0))
     maintenance.gc(cache)
-    used = cache.used()
-    partials = sum(listed.is_partial for listed in maintenance.ls(cache))
+    assert cache.used() <= BUDGET
+    assert not any(listed.is_partial for listed in maintenance.ls(cache))
     cache.close()
     nothing_odd(folder)
-    return {
-        "codes": codes,
-        "told": sorted(set(map(str, told))),
-        "most": most,
-        "used": used,
-        "problems": problems,
-        "partials": partials,
-    }
 
 
 def main(what: str, base: Path, locks: str) -> object:
@@ -249,7 +228,10 @@ def main(what: str, base: Path, locks: str) -> object:
         fcntl.flock = unsupported  # type: ignore[assignment]
     if what == "kills":
         return kills(base)
-    return ended(*fork(leave, base))[0] if what == "left" else adventures(base / "cache")
+    if what == "left":
+        return ended(*fork(leave, base))[0]
+    adventures(base / "cache", locks)
+    return None
 
 
 if __name__ == "__main__":

@@ -8,17 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-CHANGES: tuple[str, ...] = (
-    "open",
-    "mkdir",
-    "pwritev",
-    "write",
-    "posix_fallocate",
-    "ftruncate",
-    "fsync",
-    "rename",
-)
-CHANGES += ("unlink", "rmdir", "utime")
+CHANGES: tuple[str, ...] = ("open", "mkdir", "pwritev", "write", "posix_fallocate", "ftruncate")
+CHANGES += ("fsync", "rename", "unlink", "rmdir", "utime")
 LOOKS: tuple[str, ...] = ("preadv", "read", "stat", "fstat", "listdir", "scandir", "dup")
 
 Act = Callable[[str], None]

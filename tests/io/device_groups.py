@@ -14,28 +14,11 @@ from typing import Protocol, TypeVar
 import pytest
 import torch
 
-from lorax_async.devices.base import (
-    CopyTicket,
-    Device,
-    FilePieces,
-    StagedPiece,
-)
-from lorax_async.errors import (
-    CapacityError,
-    FetchError,
-    LoraxError,
-    UsageError,
-)
+from lorax_async.devices.base import CopyTicket, Device, FilePieces, StagedPiece
+from lorax_async.errors import CapacityError, FetchError, LoraxError, UsageError
 from lorax_async.lifecycle.arena import Extent
-from lorax_async.planning.layout import (
-    ModelLayout,
-    Module,
-    Parallelism,
-)
-from lorax_async.planning.transfer_plan import (
-    ReadMove,
-    TableRow,
-)
+from lorax_async.planning.layout import ModelLayout, Module, Parallelism
+from lorax_async.planning.transfer_plan import ReadMove, TableRow
 from lorax_kernels import Operands, Tables
 
 SHAPES = ((24, 40), (16, 8), (8, 56), (40, 24))

@@ -12,27 +12,16 @@ from pathlib import Path
 
 from source_inputs import read
 
-from lorax_async.cache.base import (
-    Cache,
-    CacheDownload,
-    CacheEntry,
-    CacheFile,
-)
+from common import open_files
+from lorax_async.cache.base import Cache, CacheDownload, CacheEntry, CacheFile
 from lorax_async.cache.disk_cache import DiskCache
 from lorax_async.cache.partials import CHUNK_BYTES
 from lorax_async.cache.records import CacheKey
 from lorax_async.concurrency import FetchControl
 from lorax_async.formats.digests import Digest
 from lorax_async.formats.spans import ByteRange
-from lorax_async.formats.split_weights import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    FileRole,
-)
-from lorax_async.lifecycle.policies import (
-    PolicyName,
-    policy,
-)
+from lorax_async.formats.split_weights import CONFIG_FILE, WEIGHTS_FILE, FileRole
+from lorax_async.lifecycle.policies import PolicyName, policy
 
 CONFIG = b'{"peft_type": "LORA"}'
 SCOPE = "somebody"
@@ -159,12 +148,5 @@ def nothing_odd(folder: Path) -> None:
 
 
 def open_below(folder: Path) -> list[str]:
-    found = []
-    for number in os.listdir("/proc/self/fd"):
-        try:
-            target = os.readlink(f"/proc/self/fd/{number}")
-        except FileNotFoundError:
-            continue
-        if target.startswith(f"{folder}/"):
-            found.append(target)
-    return found
+    found = [file.partition(" ")[2] for file in open_files()]
+    return [target for target in found if target.startswith(f"{folder}/")]

@@ -19,10 +19,7 @@ import uvloop
 from source_inputs import CONFIG, tensors
 
 from lorax_async import errors
-from lorax_async.config import (
-    Limits,
-    LocalRoot,
-)
+from lorax_async.config import Limits, LocalRoot
 from lorax_async.sources.local import LocalSource
 from lorax_async.types import AdapterRef
 from split_files import INDEX, name_of, write

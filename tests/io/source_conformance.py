@@ -37,14 +37,8 @@ from lorax_async.errors import (
     InternalError,
 )
 from lorax_async.formats.spans import ByteSpan
-from lorax_async.sources.base import (
-    AdapterFile,
-    Source,
-)
-from lorax_async.types import (
-    AdapterKey,
-    AdapterRef,
-)
+from lorax_async.sources.base import AdapterFile, Source
+from lorax_async.types import AdapterKey, AdapterRef
 
 
 class World(Protocol):
@@ -333,9 +327,7 @@ class PopulateConformance:
             await world.source.populate(key)
 
     @pytest.mark.parametrize("late", [0.0, 0.003])
-    async def test_cancelled_at_any_await_of_populate(
-        self, world: HoldingWorld, late: float
-    ) -> None:
+    async def test_populate_cancelled_at_any_await(self, world: HoldingWorld, late: float) -> None:
         key = await resolved(world, weights(1))
         ends = [await was_cancelled(world.source.populate(key), at, late) for at in range(12)]
         assert ends.count(True) >= 1

@@ -40,19 +40,10 @@ from late_device.build import POISON
 from late_device.world import bytes_now, loaded
 from lorax_async import errors
 from lorax_async.devices import cuda
-from lorax_async.devices.base import (
-    CopyTicket,
-    StagedPiece,
-)
+from lorax_async.devices.base import CopyTicket, StagedPiece
 from lorax_async.devices.cuda import CudaDevice
-from lorax_async.devices.pointer_table import (
-    IMAGES,
-    TableColumns,
-)
-from lorax_async.devices.streams import (
-    EventTicket,
-    EventWatcher,
-)
+from lorax_async.devices.pointer_table import IMAGES, TableColumns
+from lorax_async.devices.streams import EventTicket, EventWatcher
 from lorax_async.lifecycle.arena import Extent
 from lorax_async.planning.transfer_plan import TableRow
 
@@ -283,7 +274,7 @@ class TestOpening:
 
 def failing_at(number: int) -> Callable[[int], torch.Tensor]:
     """Pinned memory, but for one allocation of several."""
-    counter, allocate = count(1), cuda.pinned
+    counter, allocate = count(1), cuda.allocate_pinned
 
     def pinned(nbytes: int) -> torch.Tensor:
         build.fail_allocations(pinned=int(next(counter) == number))

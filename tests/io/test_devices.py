@@ -31,11 +31,7 @@ from device_groups import (
 
 from lorax_async.devices import cpu
 from lorax_async.devices.cpu import CpuDevice
-from lorax_async.devices.simulated import (
-    POISON,
-    GatedDevice,
-    SimulatedDevice,
-)
+from lorax_async.devices.simulated import POISON, GatedDevice, SimulatedDevice
 from lorax_async.errors import CapacityError
 from lorax_async.lifecycle.arena import Extent
 

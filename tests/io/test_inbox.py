@@ -47,9 +47,7 @@ class Ambushed(deque[int]):
 
 
 @pytest.mark.parametrize("late", [False, True])
-async def test_an_item_that_comes_at_the_last_moment(
-    monkeypatch: pytest.MonkeyPatch, late: bool
-) -> None:
+async def test_an_item_at_the_last_moment(monkeypatch: pytest.MonkeyPatch, late: bool) -> None:
     seen, items = list[int](), Ambushed(7, late)
     with monkeypatch.context() as patch:
         patch.setattr(inbox_module, "deque", lambda: items)

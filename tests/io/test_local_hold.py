@@ -136,9 +136,7 @@ async def test_a_file_that_changes_is_not_held(
 
 
 @pytest.mark.parametrize("nth", [0, 1, 2, "populate"])
-async def test_memory_that_cannot_be_had(
-    host: LocalWorld, monkeypatch: pytest.MonkeyPatch, nth: int | str
-) -> None:
+async def test_no_memory(host: LocalWorld, monkeypatch: pytest.MonkeyPatch, nth: int | str) -> None:
     made: list[MappedFile] = []
 
     def refused(*given: Any) -> Any:
@@ -157,8 +155,6 @@ async def test_memory_that_cannot_be_had(
     made.clear()
     assert (descriptors(), maps_below(host.roots[0])) == (before, [])
 
-
-# -- a file's bytes in memory: brought, locked where it is allowed, gone with the last view --------
 
 NBYTES = 9 * mmap.PAGESIZE + 100
 
@@ -205,9 +201,7 @@ def test_locked_pages_are_the_files_own(path: Path, first: str) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.EPERM, errno.ENOMEM, errno.EAGAIN])
-def test_where_locking_is_refused_it_is_best_effort(
-    path: Path, monkeypatch: pytest.MonkeyPatch, code: int
-) -> None:
+def test_locking_is_best_effort(path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     monkeypatch.setattr(host_memory, "lock_on_fault", lambda address, nbytes: code)
     with opened(path) as file:
         assert not file.lock()

@@ -19,11 +19,13 @@ import pytest
 import safetensors.torch
 from local_world import (
     CONFIG_NAME,
+    FILES,
     LIMITS,
     WEIGHTS_NAME,
     LocalWorld,
     descriptors,
     nothing_left_open,
+    put_split,
     refusal,
 )
 from source_inputs import CONFIG, groups_of, header_bytes, read, tensors, weights
@@ -31,25 +33,14 @@ from source_inputs import CONFIG, groups_of, header_bytes, read, tensors, weight
 from common import Run
 from lorax_async import errors, files
 from lorax_async.concurrency import FetchControl
-from lorax_async.errors import (
-    FetchError,
-    IntegrityError,
-)
-from lorax_async.files import (
-    FileReader,
-    identity_of,
-    open_same,
-)
-from lorax_async.sources import (
-    local,
-    local_folder,
-)
+from lorax_async.errors import FetchError, IntegrityError
+from lorax_async.files import FileReader, identity_of, open_same
+from lorax_async.sources import local, local_folder
 from lorax_async.sources.local import LocalSource
-from lorax_async.types import (
-    AdapterKey,
-    AdapterRef,
-    Verification,
-)
+from lorax_async.types import AdapterKey, AdapterRef, Verification
+from split_files import INDEX
+
+Patch = pytest.MonkeyPatch
 
 COMMIT, BLOB = "c" * 40, "b" * 64
 
@@ -60,9 +51,6 @@ SECRET = b"the secret of another tenant"
 def world(tmp_path: Path) -> Iterator[LocalWorld]:
     with nothing_left_open(tmp_path) as world:
         yield world
-
-
-# -- names ----------------------------------------------------------------------------------------
 
 
 async def test_every_spelling_of_a_folder_gives_one_key(world: LocalWorld) -> None:
@@ -157,9 +145,7 @@ def test_inside_a_root_a_missing_folder_is_not_found(world: LocalWorld, id: str)
 
 
 @pytest.mark.parametrize("trusted", [True, False])
-def test_a_link_that_may_not_be_read(
-    world: LocalWorld, monkeypatch: pytest.MonkeyPatch, trusted: bool
-) -> None:
+def test_an_unreadable_link(world: LocalWorld, monkeypatch: Patch, trusted: bool) -> None:
     """As /proc/1/root, which no path leads through: not even where it leads may be asked."""
     place = "/proc/1/root"
     refused = PermissionError(errno.EACCES, "Permission denied", place)
@@ -174,25 +160,26 @@ def test_a_link_that_may_not_be_read(
     assert ("give it permission" if trusted else "local_roots only") in str(error)
 
 
-def test_links_stay_in_the_folder(world: LocalWorld, run: Run) -> None:
-    other = world.fill(world.roots[0] / "other")
-    folder = world.fill(world.roots[0] / "one")
+@pytest.mark.parametrize("name", [WEIGHTS_NAME, INDEX, FILES[3]])
+def test_links_stay_in_the_folder(world: LocalWorld, run: Run, name: str) -> None:
+    fill = world.fill if name == WEIGHTS_NAME else put_split
+    other, folder = fill(world.roots[0] / "other"), fill(world.roots[0] / "one")
     (folder / "sub").mkdir()
-    (folder / WEIGHTS_NAME).rename(folder / "sub" / "w")
-    (folder / WEIGHTS_NAME).symlink_to("sub/w")
+    (folder / name).rename(folder / "sub" / "w")
+    (folder / name).symlink_to("sub/w")
     run(world.source.resolve(AdapterRef("./one")))
     texts = set()
-    for target in (other / WEIGHTS_NAME, other / "nothing", other, "/dev/null", WEIGHTS_NAME):
-        (folder / WEIGHTS_NAME).unlink()
-        (folder / WEIGHTS_NAME).symlink_to(target)
+    for target in (other / WEIGHTS_NAME, other / "nothing", other, "/dev/null", name):
+        (folder / name).unlink()
+        (folder / name).symlink_to(target)
         error = refusal(world, "./one")
         assert type(error) is errors.AccessDeniedError
         texts.add(str(error))
     assert len(texts) == 1
-    (folder / WEIGHTS_NAME).unlink()
-    (folder / WEIGHTS_NAME).symlink_to(other / WEIGHTS_NAME)
+    (folder / name).unlink()
+    (folder / name).symlink_to(other / name)
     key = run(world.source.resolve(AdapterRef(folder)))
-    assert key.files[1].inode == (other / WEIGHTS_NAME).stat().st_ino
+    assert (other / name).stat().st_ino in {file.inode for file in key.files}
 
 
 @pytest.mark.parametrize("sub", ["", "deep/er"])
@@ -220,9 +207,6 @@ def test_the_hub_cache_keeps_its_links(
         assert key.files[1].inode == target.stat().st_ino
     else:
         assert type(refusal(world, str(folder))) is errors.AccessDeniedError
-
-
-# -- files ----------------------------------------------------------------------------------------
 
 
 def fifo(path: Path) -> None:
@@ -257,7 +241,7 @@ ODD: list[tuple[Callable[[Path], None], str]] = [
 
 @pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
 @pytest.mark.parametrize(("make", "word"), ODD)
-def test_no_ordinary_file(
+def test_irregular_file(
     world: LocalWorld, name: str, make: Callable[[Path], None], word: str
 ) -> None:
     path = world.fill(world.roots[0] / "one") / name
@@ -283,9 +267,7 @@ def test_no_ordinary_file(
         ),
     ],
 )
-def test_an_incomplete_folder(
-    world: LocalWorld, present: list[str], kind: type, words: list[str]
-) -> None:
+def test_missing_files(world: LocalWorld, present: list[str], kind: type, words: list[str]) -> None:
     for name in present:
         (world.folder("one") / name).write_bytes(b"{}")
     world.folder("one")
@@ -352,9 +334,6 @@ def test_what_the_process_may_not_read(denied: str, step: str) -> None:
         (base / "one" / WEIGHTS_NAME).chmod(0o644)
         base.chmod(0o755)
         asyncio.run(main(base))
-
-
-# -- files that change ----------------------------------------------------------------------------
 
 
 def retarget(link: Path, target: Path) -> None:
@@ -428,9 +407,7 @@ async def test_a_fifo_that_takes_the_files_place(world: LocalWorld, name: str) -
         path.unlink(missing_ok=True)
 
 
-async def test_a_config_that_changes_while_it_is_read(
-    world: LocalWorld, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_config_changes_meanwhile(world: LocalWorld, monkeypatch: Patch) -> None:
     path, real = world.fill(world.roots[0] / "one") / CONFIG_NAME, os.fstat
     looks: list[int] = []
 
@@ -449,9 +426,6 @@ async def test_a_config_that_changes_while_it_is_read(
     assert len(looks) >= 2
 
 
-# -- readers --------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def reader(tmp_path: Path) -> Iterator[FileReader]:
     before = descriptors()
@@ -465,7 +439,7 @@ def reader(tmp_path: Path) -> Iterator[FileReader]:
     assert descriptors() == before
 
 
-def test_short_reads_are_continued(reader: FileReader, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_reads_are_continued(reader: FileReader, monkeypatch: Patch) -> None:
     """Of rows, no byte between them is asked for."""
     real, asked = os.preadv, set[int]()
 
@@ -492,12 +466,9 @@ def test_short_reads_are_continued(reader: FileReader, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("number", "kind"),
-    [(errno.EIO, errors.FetchError), (errno.EACCES, errors.AccessDeniedError)],
+    ("number", "kind"), [(errno.EIO, errors.FetchError), (errno.EACCES, errors.AccessDeniedError)]
 )
-def test_the_systems_errors_are_ours(
-    reader: FileReader, monkeypatch: pytest.MonkeyPatch, number: int, kind: type
-) -> None:
+def test_system_errors(reader: FileReader, monkeypatch: Patch, number: int, kind: type) -> None:
     def broken(*_: object) -> int:
         raise OSError(number, "broken")
 
@@ -528,9 +499,7 @@ def grow(path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [truncate, touch, rewrite, grow, Path.unlink])
-def test_a_change_is_noticed(
-    reader: FileReader, tmp_path: Path, change: Callable[[Path], None]
-) -> None:
+def test_a_changed_file(reader: FileReader, tmp_path: Path, change: Callable[[Path], None]) -> None:
     read(reader, 0, 10)
     threading.Event().wait(0.02)  # the clock of files may tick that slowly
     change(tmp_path / "file")
@@ -538,9 +507,7 @@ def test_a_change_is_noticed(
         read(reader, 50, 150)
 
 
-def test_a_descriptor_outlives_the_read_it_serves(
-    reader: FileReader, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_descriptor_outlives_its_read(reader: FileReader, monkeypatch: Patch) -> None:
     entered, go, real = threading.Event(), threading.Event(), os.preadv
 
     def slow(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
@@ -572,8 +539,6 @@ def test_a_forgotten_reader_is_closed_and_warns(tmp_path: Path) -> None:
         del reader
     assert descriptors() == before
 
-
-# -- hashed before they are used, and when a caller says what they come to -------------------------
 
 CONTENT = weights(1, {"note": "x" * 3000})
 
@@ -628,15 +593,15 @@ class Reading:
 
 
 @pytest.fixture
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_pieces(monkeypatch: Patch) -> None:
     monkeypatch.setattr(files, "HASH_STEP_BYTES", 1000)
 
 
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("call", ["bring", "digest"])
 @pytest.mark.parametrize("piece", [0, 2])
-async def test_a_file_that_changes_meanwhile_is_refused(
-    hashes: HashingWorld, monkeypatch: pytest.MonkeyPatch, call: str, piece: int
+async def test_changes_while_hashed(
+    hashes: HashingWorld, monkeypatch: Patch, call: str, piece: int
 ) -> None:
     """Also by other bytes of the same length, put in their place."""
 
@@ -654,9 +619,7 @@ async def test_a_file_that_changes_meanwhile_is_refused(
         await (hashes.bring(key) if call == "bring" else hashes.source.digest(key))
 
 
-async def test_a_digest_is_the_same_at_every_open(
-    hashes: HashingWorld, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_digest_stays_the_same(hashes: HashingWorld, monkeypatch: Patch) -> None:
     """A disk that forgets changes no time of change; here every look at the file is the first."""
     key = await hashes.key()
     first = await hashes.bring(key)
@@ -686,9 +649,7 @@ async def test_a_digest_is_the_same_at_every_open(
 
 
 @pytest.mark.usefixtures("small_pieces")
-async def test_hashing_ends_when_nobody_wants_it(
-    hashes: HashingWorld, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_hashing_is_cancelled(hashes: HashingWorld, monkeypatch: Patch) -> None:
     control = FetchControl()
     reading = Reading(lambda number: control.end() if number == 2 else None)
     key = await hashes.key()
@@ -698,9 +659,7 @@ async def test_hashing_ends_when_nobody_wants_it(
     assert reading.count == 3
 
 
-async def test_others_have_the_threads_in_between(
-    hashes: HashingWorld, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_hashing_shares_threads(hashes: HashingWorld, monkeypatch: Patch) -> None:
     """However large the file is: its pieces queue behind what was asked for meanwhile."""
     monkeypatch.setattr(files, "HASH_STEP_BYTES", 64)
     key, others = await hashes.key(), 0

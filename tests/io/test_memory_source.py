@@ -40,18 +40,10 @@ from lorax_async.formats.spans import ByteSpan
 from lorax_async.lifecycle.policies import policy
 from lorax_async.sources import host_copies as snapshot_module
 from lorax_async.sources.base import AdapterFile
-from lorax_async.sources.host_copies import (
-    STEP_BYTES,
-    HostCopies,
-    TensorSnapshot,
-)
+from lorax_async.sources.host_copies import STEP_BYTES, HostCopies, TensorSnapshot
 from lorax_async.sources.tensors import MemorySource
 from lorax_async.testing import FakeSource
-from lorax_async.types import (
-    AdapterKey,
-    Merge,
-    MergedKey,
-)
+from lorax_async.types import AdapterKey, Merge, MergedKey
 
 ROOM = 1 << 20
 SIZE = len(safetensors.torch.save(tensors(1)))
@@ -213,9 +205,6 @@ async def test_bytes_keep_their_room_while_they_are_read(world: World) -> None:
     await second
 
 
-# -- merges ---------------------------------------------------------------------------------------
-
-
 @IN_MEMORY
 async def test_a_merge_is_computed_once_and_stays_until_others_need_the_room(world: World) -> None:
     key = world.merge("dare_linear", density=0.3, seed=4)
@@ -250,9 +239,7 @@ async def test_a_merge_is_computed_once_and_stays_until_others_need_the_room(wor
 
 
 @IN_MEMORY
-async def test_when_a_part_fails_the_others_have_ended(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_when_a_part_fails_others_end(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A source may have something to undo."""
     undone: list[str] = []
     open = world.inner.open
@@ -290,9 +277,6 @@ async def test_a_merge_that_nothing_waits_for_ends(world: World, at: str) -> Non
     if room is not None:
         room.end()
     assert world.copies.used == 0
-
-
-# -- the copy: safetensors' own reader reads it ----------------------------------------------------
 
 
 def begun(tensors: Mapping[str, torch.Tensor], config: bytes = CONFIG) -> TensorSnapshot:

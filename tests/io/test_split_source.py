@@ -31,16 +31,12 @@ from local_world import (
 )
 from source_inputs import CONFIG, read, read_rows, rows_of, tensors
 
-from common import Run
 from lorax_async import errors
 from lorax_async.concurrency import FetchControl
 from lorax_async.files import Reader, open_same
 from lorax_async.formats.spans import ByteSpan
 from lorax_async.sources import local_weights
-from lorax_async.types import (
-    AdapterKey,
-    AdapterRef,
-)
+from lorax_async.types import AdapterKey, AdapterRef
 from split_files import INDEX, name_of
 
 
@@ -107,7 +103,7 @@ async def test_it_is_read_as_one_file(world: LocalWorld, folder: Path, again: bo
         read(reader, 0, 1)
 
 
-async def test_many_first_reads_open_it_once(
+async def test_many_first_reads(
     world: LocalWorld, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A read ends before its files are closed; what was never read is never opened."""
@@ -175,9 +171,6 @@ async def test_cancelled_at_any_await(
     assert ends == sorted(ends, reverse=True)
 
 
-# -- what is refused ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", [*FILES[2:], CONFIG_NAME])
 def test_a_file_that_is_not_there(world: LocalWorld, folder: Path, name: str) -> None:
     (folder / name).unlink()
@@ -215,25 +208,6 @@ def test_an_index_of_a_stranger(world: LocalWorld, folder: Path, file: str, word
     assert type(error) is errors.AdapterFormatError
     assert INDEX in error.problem
     assert words in error.problem
-
-
-@pytest.mark.parametrize("name", [INDEX, FILES[3]])
-def test_links_stay_in_the_folder(world: LocalWorld, folder: Path, run: Run, name: str) -> None:
-    (folder / "sub").mkdir()
-    (folder / name).rename(folder / "sub" / "file")
-    (folder / name).symlink_to("sub/file")
-    run(world.source.resolve(AdapterRef("./one")))
-    other = put_split(world.roots[0] / "other")
-    for target in (other / name, other / "nothing"):
-        (folder / name).unlink()
-        (folder / name).symlink_to(target)
-        error = refusal(world, "./one")
-        assert type(error) is errors.AccessDeniedError
-        assert name in error.problem
-    (folder / name).unlink()
-    (folder / name).symlink_to(other / name)
-    key = run(world.source.resolve(AdapterRef(folder)))
-    assert key.files[FILES.index(name)].inode == (other / name).stat().st_ino
 
 
 def test_limits_hold_for_all_files_together(world: LocalWorld, folder: Path) -> None:

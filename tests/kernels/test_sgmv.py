@@ -87,13 +87,13 @@ def test_a_group_refuses(sgmv: Any) -> None:
             sgmv.apply_group(ys, x, PLAN, modules, Tables())
 
 
-def test_the_halves_refuse_other_planes(sgmv: Any) -> None:
+def test_the_halves_refuse_other_partials(sgmv: Any) -> None:
     for shape in ((1, 2, 3, 8), (1, 1, 3, 16), (2, 1, 3, 8)):
-        with pytest.raises(ValueError, match=r"expected planes contiguous \[1, 1, 3, 8\]"):
+        with pytest.raises(ValueError, match=r"expected partials contiguous \[1, 1, 3, 8\]"):
             sgmv.shrink(torch.ones(shape), X, PLAN, [0], Tables())
     with pytest.raises(ValueError, match=r"16 bytes on, got \[1, 1, 3, 8\] in torch.float16"):
         sgmv.shrink(torch.ones(1, 1, 3, 8).half(), X, PLAN, [0], Tables())
-    with pytest.raises(ValueError, match=r"expected planes contiguous \[2, 1, 3, 8\]"):
+    with pytest.raises(ValueError, match=r"expected partials contiguous \[2, 1, 3, 8\]"):
         sgmv.expand([Y], torch.ones(2, 3, 3, 8), PLAN, [0], Tables())
     for modules in ([], [0, 1, 2, 3]):
         with pytest.raises(ValueError, match="expected one to 3 modules, got"):
@@ -112,11 +112,11 @@ def test_launches_refuse_tensors_that_overlap(sgmv: Any) -> None:
     for ys in ([rows, later], [later, Y, rows], [Y, Y]):
         with pytest.raises(ValueError, match="expected y and y in memory of their own"):
             sgmv.apply_group(ys, X, PLAN, list(range(len(ys))), Tables())
-    planes = memory[20:44].view(1, 1, 3, 8)
-    with pytest.raises(ValueError, match="expected planes and x in memory of their own"):
-        sgmv.shrink(planes, memory[:96].view(3, 32), PLAN, [0], Tables())
-    with pytest.raises(ValueError, match="expected y and planes in memory of their own"):
-        sgmv.expand([rows], planes, PLAN, [0], Tables())
+    partials = memory[20:44].view(1, 1, 3, 8)
+    with pytest.raises(ValueError, match="expected partials and x in memory of their own"):
+        sgmv.shrink(partials, memory[:96].view(3, 32), PLAN, [0], Tables())
+    with pytest.raises(ValueError, match="expected y and partials in memory of their own"):
+        sgmv.expand([rows], partials, PLAN, [0], Tables())
     with pytest.raises(ValueError, match="expected h and x in memory of their own"):
         sgmv.shrink_one(memory[30:54].view(3, 8), memory[:96].view(3, 32), PLAN, 0, Tables())
     with pytest.raises(ValueError, match="expected y and h in memory of their own"):
@@ -133,12 +133,12 @@ def test_a_launch_refuses_a_scale_that_float32_does_not_hold(sgmv: Any) -> None:
         sgmv.apply_group([Y], X, PLAN, [1], Beyond())
 
 
-def test_the_number_of_planes_follows_from_the_shapes(sgmv: Any) -> None:
+def test_the_number_of_partials_follows_from_the_shapes(sgmv: Any) -> None:
     expected = {32: 1, 1024: 2, 4096: 8, 14336: 8}
     for features, count in expected.items():
-        assert sgmv.new_planes(torch.ones(3, features), PLAN, 2).shape == (count, 2, 3, 8)
+        assert sgmv.new_split_k_partials(torch.ones(3, features), PLAN, 2).shape == (count, 2, 3, 8)
     busy = Plan.from_segments([0, 3], [0], tile_rows=16, tile_room=512)
-    assert sgmv.new_planes(torch.ones(3, 4096), busy, 1).shape == (1, 1, 3, 256)
+    assert sgmv.new_split_k_partials(torch.ones(3, 4096), busy, 1).shape == (1, 1, 3, 256)
 
 
 @pytest.mark.soak
@@ -158,7 +158,7 @@ MIXED = Case(
     ranks=(16, 8, 0, 64),
     features=(4096, 1024),
     segments=((0, 1), (-1, 2), (1, 3), (3, 1), (0, 16), (2, 1)),
-    planes=None,
+    partials=None,
     members=3,
     spare=True,
 )
@@ -174,9 +174,9 @@ def test_cases_on_a_gpu(cases: str, sgmv: Any) -> None:
     wrong = []
     for case in ON_A_GPU[cases]():
         world = World(case, DEVICE)
-        planes = world.planes(sgmv)
-        world.compute(sgmv, planes)
-        wrong += [f"{case}: {text}" for text in world.complaints(planes)]
+        partials = world.partials(sgmv)
+        world.compute(sgmv, partials)
+        wrong += [f"{case}: {text}" for text in world.complaints(partials)]
     assert not wrong, "\n".join(wrong[:20])
 
 
@@ -186,8 +186,8 @@ def test_the_entry_that_everybody_calls() -> None:
     [module] = world.modules
     world.arena.remember()
     apply(world.ys[0], world.x, world.plan, module, world.tables)
-    no_planes = world.ys[0].new_empty(0, 1, 0, 0)
-    assert not world.complaints(no_planes)
+    no_partials = world.ys[0].new_empty(0, 1, 0, 0)
+    assert not world.complaints(no_partials)
 
 
 @pytest.mark.gpu

@@ -120,7 +120,7 @@ async def test_a_call_that_joins_a_load_or_waits_for_an_unload_is_no_hit(tmp_pat
     async with watched(source) as (there, registry):
         source.hold("a")
         both = [asyncio.create_task(there.load("a")) for _ in range(2)]
-        await until(lambda: there.usage().waiting == 2)
+        await until(lambda: there.placement().usage.waiting == 2)
         assert gauges(scraped(registry)) == (0, 2)
         source.allow("a", 0, 1, 2, 3)
         first, second = await asyncio.gather(*both)
@@ -128,7 +128,7 @@ async def test_a_call_that_joins_a_load_or_waits_for_an_unload_is_no_hit(tmp_pat
         leaving = asyncio.create_task(there.unload("a"))
         await asyncio.sleep(0)
         again = asyncio.create_task(there.load("a"))
-        await until(lambda: there.usage().waiting == 1)
+        await until(lambda: there.placement().usage.waiting == 1)
         first.release()
         second.release()
         await leaving

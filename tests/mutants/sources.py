@@ -10,14 +10,26 @@ from typing import Any
 from lorax_async import concurrency
 from lorax_async.concurrency import WorkerThreads
 from lorax_async.files import FileReader
-from lorax_async.remote import fetching, metadata, opening
+from lorax_async.remote import (
+    fetching,
+    metadata,
+    opening,
+)
 from lorax_async.remote.fetching import AdapterFetch
 from lorax_async.remote.opening import AdapterOpener
 from lorax_async.remote.readers import FetchReader
 from lorax_async.remote.remote_source import RemoteSource
 from lorax_async.remote.resolution import ResolutionCache, VersionResolver
-from lorax_async.sources import host_copies, local_weights, merges
-from lorax_async.sources.host_copies import HostCopies, HostCopy, TensorSnapshot
+from lorax_async.sources import (
+    host_copies,
+    local_weights,
+    merges,
+)
+from lorax_async.sources.host_copies import (
+    HostCopies,
+    HostCopy,
+    TensorSnapshot,
+)
 from lorax_async.sources.local_weights import LocalPages
 from mutants.mutation import (
     Mutants,
@@ -103,70 +115,96 @@ async def _granted_to_all(self: VersionResolver, *_: object) -> bool:
 
 SOURCES: Mutants = {
     "reader: a descriptor outlives the read it serves": mutant(
-        "io/test_local_source.py::test_a_descriptor_outlives_the_read_it_serves",
-        (FileReader, "close", _closed_under_readers)),
+        "io/test_local_source.py::test_a_descriptor_outlives_its_read",
+        (FileReader, "close", _closed_under_readers),
+    ),
     "opened once: one read opens": mutant(
-        f"{SPLIT}::test_many_first_reads_open_it_once", (local_weights, "Lock", NoLock)),
+        f"{SPLIT}::test_many_first_reads", (local_weights, "Lock", NoLock)
+    ),
     "hold: what is held is what was opened": mutant(
         "io/test_local_hold.py::test_a_file_that_changes_is_not_held",
-        (LocalPages, "settle", _held_unseen)),
+        (LocalPages, "settle", _held_unseen),
+    ),
     "merge: parts that are given up are waited for": mutant(
-        f"{MEMORY}::test_when_a_part_fails_the_others_have_ended",
-        (merges, "_all", _not_waited_for)),
+        f"{MEMORY}::test_when_a_part_fails_others_end",
+        (merges, "_all", _not_waited_for),
+    ),
     "tensors: writes during the copy are noticed": mutant(
         f"{MEMORY}::test_a_write_at_any_time_is_noticed",
-        skipped(TensorSnapshot, "_require_unchanged")),
+        skipped(TensorSnapshot, "_require_unchanged"),
+    ),
     "tensors: room is claimed before they are copied": mutant(
         f"{MEMORY}::test_the_budget_counts_what_is_being_copied",
-        (HostCopies, "reserve", _free_of_charge)),
+        (HostCopies, "reserve", _free_of_charge),
+    ),
     "tensors: bytes keep their room while they are read": mutant(
         f"{MEMORY}::test_bytes_keep_their_room_while_they_are_read",
-        (HostCopy, "_free", _freed_while_read)),
+        (HostCopy, "_free", _freed_while_read),
+    ),
     "spilling: what was dropped meanwhile leaves the disk": mutant(
         "test_spilled_tensors.py::test_unloaded_during_the_spill_it_is_gone",
-        (HostCopy, "move", _kept_though_dropped)),
+        (HostCopy, "move", _kept_though_dropped),
+    ),
     "merge: one that is read keeps its memory": mutant(
         f"{MEMORY}::test_a_merge_is_computed_once_and_stays_until_others_need_the_room",
-        (HostCopy, "is_read", False)),
+        (HostCopy, "is_read", False),
+    ),
     "merge: it draws no number of the process's generator": mutant(
         "engines/test_merge_equality.py::test_a_seed_decides_what_drops_and_no_global_number_is_drawn",
-        (merges, "_DrawingFrom", lambda _: NoLock())),
+        (merges, "_DrawingFrom", lambda _: NoLock()),
+    ),
     "workers: a cancelled caller's result is undone": mutant(
         f"{REMOTE}::test_a_cancelled_caller_waits_for_its_thread_and_undoes_the_result",
-        (WorkerThreads, "run", _not_undone)),
+        (WorkerThreads, "run", _not_undone),
+    ),
     "workers: letting go is waited for": mutant(
         f"{REMOTE}::test_a_release_is_done_though_it_was_cancelled_before_it_began",
-        (WorkerThreads, "finish", _not_finished)),
+        (WorkerThreads, "finish", _not_finished),
+    ),
     "fetch: it is published when all of it is here": mutant(
-        f"{LOADS}::test_an_adapter_comes_once", (fetching, "outcome", nothing_awaited)),
+        "io/remote/test_fetch_folders.py::test_a_folder_that_peft_loads",
+        (fetching, "outcome", nothing_awaited),
+    ),
     "fetch: groups are reported on the loop": mutant(
-        f"{REMOTE}::test_groups_are_reported_on_the_loop", (fetching, "_on_loop", same)),
+        f"{REMOTE}::test_groups_are_reported_on_the_loop",
+        (fetching, "_on_loop", same),
+    ),
     "fetch: groups of several files are reported in their order": mutant(
-        f"{REMOTE}::test_groups_of_two_files_are_reported_in_their_order",
-        initialized(AdapterFetch, _lock=NoLock)),
+        f"{REMOTE}::test_groups_of_two_files_come_in_order",
+        initialized(AdapterFetch, _lock=NoLock),
+    ),
     "fetch: nothing reads a download that has ended": mutant(
         f"{REMOTE}::test_nothing_reads_a_download_that_has_ended",
-        (AdapterFetch, "_leave", _left_while_hashed)),
+        (AdapterFetch, "_leave", _left_while_hashed),
+    ),
     "fetch: its jobs have ended when that is reported": mutant(
-        f"{REMOTE}::test_jobs_end_with_whoever_follows_them",
-        (metadata, "ended", nothing_awaited)),
+        f"{REMOTE}::test_jobs_end_with_whoever_follows_them", (metadata, "ended", nothing_awaited)
+    ),
     "fetch: a closed reader keeps no entry": mutant(
-        f"{REMOTE}::test_a_reader_that_is_closed_while_it_is_brought_keeps_nothing",
-        (FetchReader, "adopt", _kept_when_closed)),
+        f"{REMOTE}::test_a_reader_closed_meanwhile_keeps_nothing",
+        (FetchReader, "adopt", _kept_when_closed),
+    ),
     "fetch: a reader keeps its entry": mutant(
         f"{REMOTE}::test_an_entry_stays_for_as_long_as_it_is_read",
-        (FetchReader, "adopt", _let_go)),
+        (FetchReader, "adopt", _let_go),
+    ),
     "fetch: two processes download once": mutant(
-        f"{LOADS}::test_two_processes_download_once", (AdapterOpener, "_attempt", _alone)),
+        f"{LOADS}::test_two_processes_download_once", (AdapterOpener, "_attempt", _alone)
+    ),
     "fetch: small files are checked before they are used": mutant(
-        f"{REMOTE}::test_small_files_are_checked_before_they_are_used",
-        (opening, "_check", nothing)),
+        "io/remote/test_faults.py::test_a_lasting_fault_is_one_typed_error[asyncio-config wrong]",
+        (opening, "_check", nothing),
+    ),
     "fetch: what is in the cache is checked": mutant(
-        "io/remote/test_faults.py::test_an_adapter_without_a_promised_digest_is_marked_as_such",
-        skipped(RemoteSource, "_check")),
+        "io/remote/test_faults.py::test_an_unpromised_digest_is_marked_as_such",
+        skipped(RemoteSource, "_check"),
+    ),
     "resolving: the cache serves whom it was granted to": mutant(
-        f"{REMOTE}::test_callers_who_had_it_have_it_while_the_source_is_down",
-        (VersionResolver, "_may_have", _granted_to_all)),
+        f"{REMOTE}::test_known_callers_while_the_source_is_down",
+        (VersionResolver, "_may_have", _granted_to_all),
+    ),
     "resolving: a fetch is in the last caller's name": mutant(
-        f"{LOADS}::test_a_digest_is_its_callers_own", skipped(ResolutionCache, "_asked", True)),
-}  # fmt: skip
+        f"{LOADS}::test_a_digest_is_its_callers_own",
+        skipped(ResolutionCache, "_asked", True),
+    ),
+}

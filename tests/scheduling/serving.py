@@ -85,7 +85,7 @@ async def opened(
         await warm(loader, *ready)
         async with AdapterScheduler(loader, **given) as scheduler:
             yield loader, scheduler
-        assert (loader.usage().leases, loader.usage().waiting) == (0, 0)
+        assert (loader.placement().usage.leases, loader.placement().usage.waiting) == (0, 0)
         assert not [t for t in asyncio.all_tasks() if t.get_name().startswith("lorax load")]
 
 
@@ -118,7 +118,7 @@ def silence(source: FakeSource, id: str) -> None:
 
 
 def leases(loader: AdapterLoader, id: str) -> int:
-    found = loader.whereabouts(id)
+    found = loader.placement().find(id)
     return 0 if found is None else found.leases
 
 

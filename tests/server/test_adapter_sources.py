@@ -12,8 +12,12 @@ import pytest
 from hub_stand_in import HubStandIn
 from user_loads import at, contents, loader, written
 
-from lorax_async.cli.arguments import as_source, opened, sources_of
-from lorax_async.cli.serve import named
+from lorax_async.cli.arguments import (
+    as_source,
+    request_sources,
+    server_loader_settings,
+)
+from lorax_async.cli.serve import find_adapters
 from lorax_async.ids.allow import Allow
 from lorax_async.types import AdapterRef
 from server.world import Answer, FakeEngine, World, echo, loading, serving
@@ -77,14 +81,14 @@ async def served(
     hub: HubStandIn, cache: Path, adapters: list[str], sources: list[str], *, offline: bool = False
 ) -> AsyncIterator[World]:
     """A server with a loader, as the command line makes them."""
-    found, places = named(adapters), [as_source(text) for text in sources]
+    found, places = find_adapters(adapters), [as_source(text) for text in sources]
     arguments = argparse.Namespace(source=places, hub_endpoint=hub.endpoint, offline=offline)
     refs = [ref for ref in found.values() if isinstance(ref, AdapterRef)]
-    config = sources_of(arguments, refs)
+    config = server_loader_settings(arguments, refs)
     config["allow"] = (*config["allow"], at(hub.store_netloc))
     there = loader(cache, layers=4, **config)
     engine = FakeEngine(loading(there))
-    async with serving(engine, there, adapters=found, sources=opened(arguments)) as world:
+    async with serving(engine, there, adapters=found, sources=request_sources(arguments)) as world:
         yield world
 
 

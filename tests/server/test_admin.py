@@ -90,12 +90,14 @@ async def test_of_two_loads_of_one_name_the_first_counts(tmp_path: Path) -> None
     source.hold("first")
     source.hold("second")
     async with serving(loader=over(source)) as world:
-        loads = [asyncio.create_task(load(world, "a", path)) for path in ("first", "second")]
-        await until(lambda: world.service.loader.usage().waiting == 2)
+        first, second = (
+            asyncio.create_task(load(world, "a", path)) for path in ("first", "second")
+        )
+        await until(lambda: world.service.loader.placement().usage.waiting == 2)
         source.allow("first")
-        assert (await loads[0]).status == 200
+        assert (await first).status == 200
         source.allow("second")
-        assert (await loads[1]).status == 400
+        assert (await second).status == 400
         assert await asked_for(world, "a") == "first"
 
 
@@ -114,8 +116,8 @@ async def test_a_load_is_under_way_and_none_begins_while_the_server_closes(tmp_p
     source.hold("a")
     async with serving(loader=over(source)) as world:
         loading = asyncio.create_task(load(world, "a", "a"))
-        await until(lambda: world.service.loader.usage().waiting)
-        assert not await world.service.in_flight.ended(0)
+        await until(lambda: world.service.loader.placement().usage.waiting)
+        assert not await world.service.in_flight.wait_until_idle(0)
         world.service.in_flight.close()
         assert (await load(world, "a", "a")).status == 503
         assert (await unload(world, "a")).status == 503
@@ -161,7 +163,7 @@ async def test_a_refused_adapter_is_not_named(
         assert str(bad) in refused.error["message"]
         assert (await world.ask("GET", "/v1/models/a")).status == 404
         assert (await unload(world, "a")).status == 404
-        usage = world.service.loader.usage()
+        usage = world.service.loader.placement().usage
         assert (usage.waiting, usage.leases, usage.device_bytes.used) == (0, 0, 0)
 
         assert (await load(world, "a", good)).status == 200

@@ -188,6 +188,6 @@ async def test_a_folder_without_its_name_comes_back_below_a_local_root_only(
     roots = (tmp_path / "root",)
     async with whole(base, warm, {"named": paths[1]}, local_roots=roots) as service:
         await until(lambda: len(on_device(service.loader)) == 2)
-        found = service.loader.residency().items()
+        found = service.loader.placement().adapters.items()
         names = {Path(str(key.location)).name for key, it in found if it.tier == "device"}
         assert names == {"named", "open"}

@@ -421,7 +421,7 @@ async def test_left_by_force_it_leaves_nothing() -> None:
         await fails(world.ended, asyncio.CancelledError)
         assert not world.service.healthy
         assert tokens.cancelled.is_set(), "its request has ended, and not only its connection"
-        assert await world.service.in_flight.ended(0)
+        assert await world.service.in_flight.wait_until_idle(0)
         assert signal.getsignal(signal.SIGTERM) == before
         await fails(world.completing(BASE), ConnectionRefusedError)
         with pytest.raises((ConnectionError, IndexError)):

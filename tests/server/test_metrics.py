@@ -168,7 +168,7 @@ async def test_a_tokens_time_is_since_the_one_before(monkeypatch: pytest.MonkeyP
             patch.setattr(time, "monotonic", lambda: clock[0])
             submitted = engine.submit(nothing)
             submitted.say("abc")
-            tokens = ObservedTokens(cast(Any, submitted), [metrics.sequence("base", 5)])
+            tokens = ObservedTokens(cast(Any, submitted), [metrics.observe_sequence("base", 5)])
             for seconds in (0.5, 0.25, 0.125):
                 clock[0] += seconds
                 await anext(tokens)

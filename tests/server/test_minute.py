@@ -78,7 +78,7 @@ def base() -> Iterator[ServedModel]:
     """With what `lorax-async serve` decides for its process."""
     before, threads = sys.getswitchinterval(), torch.get_num_threads()
     base = ServedModel.load(prepare_base(), dtype="float32", device="cpu")
-    serve.as_application()
+    serve.tune_process()
     yield base
     gc.unfreeze()
     sys.setswitchinterval(before)

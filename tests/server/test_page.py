@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import pytest
 
@@ -206,7 +206,10 @@ def test_all_pages_share_a_look_which_takes_a_share_of_the_time(
     clock, looks = [100.0], list[float]()
 
     class Loader:
-        def whereabouts(self, _: object) -> None:
+        def placement(self) -> Self:
+            return self
+
+        def find(self, _: object) -> None:
             clock[0] += 0.05
             looks.append(clock[0])
 
@@ -366,7 +369,7 @@ async def test_a_cold_request_without_a_token_is_shown_with_its_outcome(
 
 async def test_few_cold_requests_are_recorded_at_a_time(tmp_path: Path) -> None:
     """Of one adapter, one; and strangers' keep no adapter with a name from being recorded."""
-    most = cold_requests.MOST
+    most = cold_requests.MAX_RECORDINGS
     folders = {f"a{n}": tiny.write(tmp_path / f"a{n}", n) for n in range(most + 1)}
     engine = FakeEngine()
     async with serving(engine, adapters=folders) as world:

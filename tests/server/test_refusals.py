@@ -16,9 +16,17 @@ from pydantic import ValidationError
 
 import lorax_async as la
 import tiny
-from lorax_async.cli.serve import hosts_of
-from lorax_async.errors import ConfigError, LoraxError, UsageError
-from lorax_async.server.refusals import INTERNAL, Refusal, refusal_of
+from lorax_async.cli.serve import choose_hosts
+from lorax_async.errors import (
+    ConfigError,
+    LoraxError,
+    UsageError,
+)
+from lorax_async.server.refusals import (
+    INTERNAL,
+    Refusal,
+    create_refusal,
+)
 from lorax_async.server.request_bodies import (
     ChatBody,
     CompletionBody,
@@ -65,7 +73,7 @@ def test_every_error_of_the_library_has_its_status() -> None:
     every = {e for e in vars(la).values() if isinstance(e, type) and issubclass(e, LoraxError)}
     assert every == {kind for kind, _, _ in STATUSES} | inherited
     for kind, status, code in STATUSES:
-        refusal = refusal_of(kind("the reason", id="org/x"), 2.5)
+        refusal = create_refusal(kind("the reason", id="org/x"), 2.5)
         assert (refusal.status, refusal.code) == (status, code)
         hidden = kind is la.InternalError
         assert ("the reason" in refusal.message) is not hidden
@@ -76,7 +84,7 @@ def test_every_error_of_the_library_has_its_status() -> None:
         (la.FetchError("busy", retry_after=40.2), "41"),
         (la.FetchError("gone", retryable=False), None),
     ):
-        assert refusal_of(error, 1).response().headers.get("retry-after") == retry_after
+        assert create_refusal(error, 1).response().headers.get("retry-after") == retry_after
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -538,8 +546,8 @@ async def test_only_allowed_hosts_are_answered(
     """By default this machine's own names, where the server listens at such an address alone."""
     if isinstance(allowed, str):
         with listen(allowed, 0) as listener:
-            assert hosts_of(listener, allowed, ["api.example.com"]) == ("api.example.com",)
-            allowed = hosts_of(listener, allowed, None)
+            assert choose_hosts(listener, allowed, ["api.example.com"]) == ("api.example.com",)
+            allowed = choose_hosts(listener, allowed, None)
     async with serving(allowed_hosts=allowed) as world:
         assert {await called(world, host) for host in right.split()} == {200}
         strange = [*wrong.split(), *(["", "a b"] if allowed and "*" not in allowed else [])]

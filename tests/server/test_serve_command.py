@@ -27,8 +27,16 @@ from openai import DefaultHttpxClient, OpenAI
 
 import tiny
 from lorax_async.cli import main, serve
-from lorax_async.cli.arguments import as_source, opened, sources_of
-from lorax_async.cli.serve import ADMIN_TOKEN, how_to_serve, named
+from lorax_async.cli.arguments import (
+    as_source,
+    request_sources,
+    server_loader_settings,
+)
+from lorax_async.cli.serve import (
+    ADMIN_TOKEN,
+    find_adapters,
+    serve_commands,
+)
 from lorax_async.errors import ConfigError
 from lorax_async.ids.allow import Allow
 from lorax_async.server.service import ServedModel
@@ -107,7 +115,7 @@ def test_killed_it_comes_back_with_the_adapters_that_it_had(examples: Path, tmp_
 @pytest.mark.slow
 @pytest.mark.needs("curl")
 def test_the_two_lines_that_the_demo_ends_with(examples: Path) -> None:
-    serving, asking = how_to_serve(examples)
+    serving, asking = serve_commands(examples)
     program, *words = shlex.split(serving)
     assert Path(program).is_file()
     assert words == ["serve", "--base", "smollm2", "--adapters", str(examples)]
@@ -123,7 +131,9 @@ def test_adapters_have_names(tmp_path: Path) -> None:
     two = tiny.write(tmp_path / "all" / "two")
     (tmp_path / "all" / "no adapter").mkdir()
     hub, web = "org/sql@v1", "https://files.example/loras/chat/"
-    found = named([str(one), f"another={one}", str(tmp_path / "all"), hub, web, f"mine={hub}"])
+    found = find_adapters(
+        [str(one), f"another={one}", str(tmp_path / "all"), hub, web, f"mine={hub}"]
+    )
     assert {name: getattr(adapter, "id", adapter) for name, adapter in found.items()} == {
         "one": one,
         "another": one,
@@ -137,25 +147,25 @@ def test_adapters_have_names(tmp_path: Path) -> None:
 def test_adapters_that_have_no_name_are_refused(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "below" / "deep" / "one")
     for given, said in (
-        (["{0}", "{0}"], "two adapters are called 'one'"),
-        (["{0}/../.."], "is no adapter, and holds none"),
+        (["{0}", "{0}"], "two adapters are named 'one'"),
+        (["{0}/../.."], "is not an adapter, and contains none"),
         (["x=ftp://host/a"], "--adapters"),
     ):
         with pytest.raises(ConfigError, match=said):
-            named([text.format(folder) for text in given])
+            find_adapters([text.format(folder) for text in given])
 
 
 def test_sources_are_places_that_requests_may_name(tmp_path: Path) -> None:
     https, s3 = "https://files.example/loras/", "s3://bucket/loras/"
     given = [as_source(text) for text in (str(tmp_path), https, s3)]
     arguments = argparse.Namespace(source=given)
-    found = sources_of(arguments, [])
+    found = server_loader_settings(arguments, [])
     assert found["local_roots"] == (tmp_path,)
     places = (
         Allow("https", "files.example", prefix="loras/", private=True),
         Allow("s3", "bucket", prefix="loras/"),
     )
-    assert opened(arguments) == places
+    assert request_sources(arguments) == places
     assert set(found["allow"]) == {*places, Allow("hub")}, "the operator may name all of the hub"
 
 
@@ -176,7 +186,7 @@ def test_what_lives_for_ever_is_not_looked_through_again_and_again(
     monkeypatch.setattr(sys, "setswitchinterval", lambda seconds: None)
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     try:
-        serve.as_application()
+        serve.tune_process()
         assert gc.get_freeze_count() > 100_000
     finally:
         gc.unfreeze()
@@ -228,17 +238,30 @@ NO_ADAPTERS = (
     ("make", "reason"),
     [
         (Path.mkdir, "is a folder; name a file"),
-        (os.mkfifo, "is no regular file; name a file"),
+        (os.mkfifo, "is not a regular file; name a file"),
         (_socket, "cannot be read"),
         (lambda path: path.symlink_to(path.name), "cannot be read"),
-        (lambda path: path.symlink_to("/dev/zero"), "is no regular file; name a file"),
-        (_large, "it has over 16,777,216 bytes; delete it"),
-        (_holds(b'{"adapters": ['), "it is no JSON: .*line 1 column 15.*; delete it"),
-        *((_holds(text), "it is no JSON: .*; delete it") for text in (b"", b"\x00")),
-        (_holds(b"\xff\xfe{"), "it is no text in UTF-8.*; delete it"),
+        (lambda path: path.symlink_to("/dev/zero"), "is not a regular file; name a file"),
+        (
+            _large,
+            "it has over 16,777,216 bytes; delete it",
+        ),
+        (_holds(b'{"adapters": ['), "it is not JSON: .*line 1 column 15.*; delete it"),
+        *((_holds(text), "it is not JSON: .*; delete it") for text in (b"", b"\x00")),
+        (_holds(b"\xff\xfe{"), "it is not UTF-8 text.*; delete it"),
         (_holds(b"[" * 100_000), "nested too deeply.*; delete it"),
-        *((_holds(it), "it has no list called adapters.*; delete it") for it in NO_LISTS),
-        *((_holds(it), "its adapter number 1 is none.*; delete it") for it in NO_ADAPTERS),
+        *(
+            (_holds(content), "it has no list named adapters.*; delete it")
+            for content in (b"[]", b"{}", b'{"adapters": 5}', b'{"adapters": {}}')
+        ),
+        *(
+            (_holds(b'{"adapters": [%s]}' % row), "its adapter number 1 is invalid.*; delete it")
+            for row in (
+                *(b"5", b'{"id": 1, "source": null}'),
+                b'{"id": "a/b", "source": 5, "revision": null}',
+                b'{"id": "a/b", "source": null, "revision": null, "use_token": 1}',
+            )
+        ),
     ],
 )
 def test_a_warm_list_that_is_none_is_refused_and_left_alone(
@@ -275,11 +298,11 @@ def test_missing_files_and_places_are_told(refused: Callable[..., str], tmp_path
         ("--adapters", str(broken), "{0}/all/broken: .*adapter_model.safetensors"),
         ("--adapters", "{0}/all", "{0}/all/broken: .*adapter_model.safetensors"),
         ("--adapters", str(whole / "adapter_config.json"), "there is no folder"),
-        ("--warm", "{0}/none/warm", "there is no folder {0}/none; make it"),
+        ("--warm", "{0}/none/warm", "create the folder {0}/none"),
         ("--warm", "{0}/file/warm", r"cannot be read \(Not a directory\)"),
         ("--cache-dir", "{0}/file", "'{0}/file' is not a folder"),
         ("--host", "", "the host is empty"),
-        ("--host", "a..b", "no host has such a name"),
+        ("--host", "a..b", "the host is not a valid name"),
     ):
         told = refused(option, given.format(tmp_path))
         assert re.search(said.format(tmp_path), told), told
@@ -318,7 +341,7 @@ def _only_config(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (shutil.rmtree, "there is no such folder"),
+        (shutil.rmtree, "the folder does not exist"),
         (lambda folder: (folder / "config.json").unlink(), "it has no config.json"),
         (_says(num_hidden_layers=2), "it lacks 9 weights"),
         (_says(vocab_size=100), ""),
@@ -355,7 +378,7 @@ def test_a_folder_that_is_no_base_is_told_of_in_a_line(
         if not shown:
             logging.disable_progress_bar()
     reason = str(told.value).replace(str(folder), "")
-    assert re.match(rf" is no base model that can be served: {said}", reason), reason
+    assert re.match(rf" is not a base model that can be served: {said}", reason), reason
     assert "\n" not in reason
 
 
@@ -364,13 +387,13 @@ def test_a_base_is_loaded_onto_a_device_that_is_there(whole: Path, monkeypatch: 
     assert base.max_length == 64
     assert not base.model.training
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="finds no device of the kind cuda"):
+    with pytest.raises(ConfigError, match="finds no cuda device"):
         ServedModel.load(whole, dtype="float32", device="cuda")
 
 
 def test_a_length_of_nothing_is_refused(whole: Path, capsys: Capture, monkeypatch: Patch) -> None:
     """In one line, also where it is found out as the server begins."""
-    monkeypatch.setattr(serve, "as_application", lambda: None)
+    monkeypatch.setattr(serve, "tune_process", lambda: None)
     options = ["--port", "0", "--json", "--max-length", "0"]
     assert main(["serve", "--base", str(whole), *options]) == 1
     told = capsys.readouterr()

@@ -17,6 +17,7 @@ import pytest
 
 from common import until
 from lorax_async.loader import AdapterLoader
+from lorax_async.runtime.placement import Placement
 from lorax_async.server.warm_list import WarmList
 from lorax_async.types import AdapterRef
 from scheduling.serving import warm
@@ -40,7 +41,7 @@ def named(path: Path) -> list[str]:
 
 async def use(there: AdapterLoader, listed: WarmList, *adapters: Any) -> None:
     for adapter in adapters:
-        listed.used(adapter)
+        listed.record_use(adapter)
         await warm(there, adapter)
 
 
@@ -49,7 +50,7 @@ async def test_it_names_what_is_on_the_device_last_used_first(tmp_path: Path, pa
     async with over(source, max_slots=2) as there, WarmList(path, there, pause=0) as listed:
         await use(there, listed, "one", "two")
         await until(lambda: named(path) == ["two", "one"])
-        listed.used("one")
+        listed.record_use("one")
         await until(lambda: named(path) == ["one", "two"])
         await use(there, listed, "three")  # one of the others has left for it
         await until(lambda: named(path)[0] == "three" and len(named(path)) == 2)
@@ -57,18 +58,18 @@ async def test_it_names_what_is_on_the_device_last_used_first(tmp_path: Path, pa
 
 async def test_few_names_are_looked_up(tmp_path: Path, path: Path, monkeypatch: Patch) -> None:
     """It is done on the loop, again and again."""
-    asked, story = set[object](), AdapterLoader.story
+    asked, story = set[object](), Placement.story
 
-    def counted(self: AdapterLoader, ref: Any) -> Any:
+    def counted(self: Placement, ref: Any) -> Any:
         asked.add(ref)
         return story(self, ref)
 
     async with over(stocked(tmp_path, "one")) as there, WarmList(path, there, pause=0) as listed:
         await warm(there, "one")
         for number in range(500):
-            listed.used(f"another/{number}")
-        listed.used("one")
-        monkeypatch.setattr(AdapterLoader, "story", counted)
+            listed.record_use(f"another/{number}")
+        listed.record_use("one")
+        monkeypatch.setattr(Placement, "story", counted)
         await until(lambda: named(path) == ["one"])
     assert asked == {AdapterRef("one")}
 
@@ -88,7 +89,7 @@ async def test_the_next_server_brings_them_back(tmp_path: Path, path: Path, kind
         assert listed.restored is not None
         await listed.restored
         assert is_resident(there, ref)
-        assert len(there.residency()) == 1
+        assert len(there.placement().adapters) == 1
     assert json.loads(path.read_text())["adapters"] == [row]
 
 
@@ -106,7 +107,7 @@ async def test_an_adapter_still_coming_stays_named(tmp_path: Path, path: Path, c
     source.hold("one")
     async with over(source) as there:
         async with WarmList(path, there, pause=0) as listed:
-            listed.used("elsewhere/other")
+            listed.record_use("elsewhere/other")
             await until(lambda: path.read_text().startswith("{\n"))  # it was written anew
             assert named(path) == ["one"]
             restored = listed.restored
@@ -161,9 +162,9 @@ async def test_changes_during_a_write_are_written(tmp_path: Path, path: Path, di
         await until(lambda: named(path) == ["one", "two"])
         disk.free.clear()
         before = disk.begun
-        listed.used("two")
+        listed.record_use("two")
         await until(lambda: disk.begun > before)
-        listed.used("one")
+        listed.record_use("one")
         await asyncio.sleep(0)
         disk.free.set()
         await until(lambda: disk.begun > before + 1)
@@ -196,7 +197,7 @@ async def test_one_write_a_pause_and_one_at_the_end(tmp_path: Path, path: Path, 
     """However long that is: leaving waits for no pause."""
     async with over(stocked(tmp_path, "one", "two")) as there:
         async with WarmList(path, there, pause=1e6) as listed:
-            listed.used("one")
+            listed.record_use("one")
             await until(lambda: disk.ended)
             await use(there, listed, "one", "two")
             assert disk.begun == 1

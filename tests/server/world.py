@@ -233,12 +233,12 @@ class World:
 
     async def ends(self) -> bool:
         """Whether the last request under way ends in time."""
-        return await self.service.in_flight.ended(20)
+        return await self.service.in_flight.wait_until_idle(20)
 
     async def until_busy(self) -> None:
         """Wait until a request is under way, be it not yet whole."""
         for _ in range(5000):
-            if not await self.service.in_flight.ended(0):
+            if not await self.service.in_flight.wait_until_idle(0):
                 return
             await asyncio.sleep(0.001)
         raise AssertionError("nothing came")

@@ -29,7 +29,7 @@ class Case:
 
     `ranks` are by slot, before they are padded to a multiple of 8 (0: does not touch the module);
     those of the second and third module are the same, moved by one and two slots. `segments` are
-    (slot, rows), slot -1: no adapter. `planes` of None: as many as the launch would take. `spare`:
+    (slot, rows), slot -1: no adapter. `partials` of None: as many as the launch would take. `spare`:
     room for two tiles and for ranks that nobody has. The results of INTEGERS lie half-way between
     two numbers of the dtype.
     """
@@ -39,7 +39,7 @@ class Case:
     ranks: tuple[int, ...] = (16, 8, 0, 24)
     features: tuple[int, int] = (67, 129)
     segments: Segments = ((0, 3),)
-    planes: int | None = 1
+    partials: int | None = 1
     tile_rows: int = 16
     members: int = 1
     spare: bool = False
@@ -64,7 +64,7 @@ _FACTORS: tuple[_Levels, ...] = (
 
 
 def full_grid() -> Iterator[Case]:
-    """Every combination of dtype, rank, features, planes, rows and neighbours; the rest in turn."""
+    """Every combination of dtype, rank, features, partials, rows and neighbours; the rest in turn."""
     for place, levels in enumerate(product(*_FACTORS[:6])):
         paces = zip((1, 5, 7, 11), _FACTORS[6:], strict=True)
         yield _case(*levels, *(each[place // pace % len(each)] for pace, each in paces))
@@ -105,11 +105,11 @@ def _pairs(chosen: dict[int, int]) -> set[tuple[int, int, int, int]]:
 
 
 def _case(*levels: Any) -> Case:
-    dtype, rank, features, planes, rows, around, *more = levels
+    dtype, rank, features, partials, rows, around, *more = levels
     kind, tile_rows, members, spare = more
     segments = _around(around, rows)
     return Case(
-        dtype, kind, (rank, 8, 0, 24), features, segments, planes, tile_rows, members, spare
+        dtype, kind, (rank, 8, 0, 24), features, segments, partials, tile_rows, members, spare
     )
 
 
@@ -126,7 +126,7 @@ BY_HAND = {
     "a rank of 8 in tiles of 16": replace(_WHOLE, segments=((0, 3),)),
     "one row in a tile of 16": replace(_WHOLE, segments=((0, 1), (-1, 2))),
     "a scale of -3": _WHOLE,
-    "five planes": replace(_WHOLE, features=(576, 8), planes=5),
+    "five partials": replace(_WHOLE, features=(576, 8), partials=5),
     "a rank below the tile's and the plan's": replace(_WHOLE, features=(5, 40), spare=True),
     "features that end in a tile": replace(_WHOLE, features=(130, 40)),
     "-0 below a row with an adapter": Case(segments=((0, 1), (-1, 2)), features=(5, 65)),
@@ -137,7 +137,7 @@ BY_HAND = {
     "sums half-way between float16s": Case(dtype="float16", kind=INTEGERS, segments=((0, 16),)),
     "a shrunk 257, half-way in bfloat16": Case(kind=ONES, ranks=(1,), features=(257, 8)),
     "a shrunk 259, half-way in bfloat16": Case(kind=ONES, ranks=(1,), features=(259, 8)),
-    "a shrunk 2051, half-way in float16": Case("float16", ONES, (1,), (2051, 8), planes=None),
+    "a shrunk 2051, half-way in float16": Case("float16", ONES, (1,), (2051, 8), partials=None),
     "nothing but rows without an adapter": Case(segments=((-1, 3), (-1, 1))),
     "no rows": Case(segments=()),
 }
@@ -313,26 +313,26 @@ class World:
             table = torch.cat([unused, table, unused])
         return replace(plan, tiles=Tiles(plan.tiles.rows, self.arena.put(table)))
 
-    def planes(self, sgmv: ModuleType) -> Tensor:
+    def partials(self, sgmv: ModuleType) -> Tensor:
         case = self.case
-        count = sgmv.new_planes(self.x, self.plan, case.members).shape[0]
-        if case.planes is not None:
+        count = sgmv.new_split_k_partials(self.x, self.plan, case.members).shape[0]
+        if case.partials is not None:
             tiles = ceil(case.features[0] / _INNER[case.tile_rows])
-            count = ceil(tiles / ceil(tiles / case.planes))
+            count = ceil(tiles / ceil(tiles / case.partials))
         shape = (count, case.members, self.plan.tokens, self.plan.max_rank)
         return self.arena.room(*shape, dtype=torch.float32)
 
-    def compute(self, sgmv: ModuleType, planes: Tensor) -> None:
+    def compute(self, sgmv: ModuleType, partials: Tensor) -> None:
         self.arena.remember()
-        sgmv.shrink(planes, self.x, self.plan, self.modules, self.tables)
-        sgmv.expand(self.ys, planes, self.plan, self.modules, self.tables)
+        sgmv.shrink(partials, self.x, self.plan, self.modules, self.tables)
+        sgmv.expand(self.ys, partials, self.plan, self.modules, self.tables)
 
-    def complaints(self, planes: Tensor) -> list[str]:
+    def complaints(self, partials: Tensor) -> list[str]:
         wrong = [f"member {n}: {text}" for n in range(len(self.ys)) for text in self._judge(n)]
-        if changed := self.arena.changed_outside([planes, *self.ys]):
+        if changed := self.arena.changed_outside([partials, *self.ys]):
             wrong.append(f"{changed} bytes of other memory changed")
-        if strays := self._stray_planes(planes):
-            wrong.append(f"{strays} elements of planes that no adapter has were written")
+        if strays := self._stray_partials(partials):
+            wrong.append(f"{strays} elements of partials that no adapter has were written")
         return wrong
 
     def _judge(self, member: int) -> list[str]:
@@ -361,9 +361,9 @@ class World:
             wrong.append("rows without an adapter changed")
         return wrong
 
-    def _stray_planes(self, planes: Tensor) -> int:
+    def _stray_partials(self, partials: Tensor) -> int:
         """Elements outside every adapter's rows and padded ranks that are not NaN any more."""
-        written = ~planes.cpu().isnan()
+        written = ~partials.cpu().isnan()
         for member, module in enumerate(self.modules):
             for start, stop, slot in self.plan.segments:
                 operands = self.tables.operands(module, slot)
@@ -380,8 +380,8 @@ def _nbytes(case: Case) -> int:
     weights = case.members * sum((rank + 8) * (inside + outside) * 4 for rank in case.ranks)
     tokens = sum(rows for _, rows in case.segments)
     batch = tokens * 4 * (inside + 3 * outside)
-    planes = 8 * case.members * tokens * (256 if case.spare else max(1, *case.ranks) + 8) * 4
-    return weights + batch + planes + (1 << 19)
+    partials = 8 * case.members * tokens * (256 if case.spare else max(1, *case.ranks) + 8) * 4
+    return weights + batch + partials + (1 << 19)
 
 
 def _exact(y: Tensor, x: Tensor, operands: Operands) -> Tensor:

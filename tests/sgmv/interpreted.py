@@ -71,11 +71,11 @@ def watched(arena: Arena) -> Iterator[_Watched]:
 
 
 def _complaints(world: World) -> list[str]:
-    planes = world.planes(sgmv)
+    partials = world.partials(sgmv)
     with watched(world.arena) as watching:
-        world.compute(sgmv, planes)
+        world.compute(sgmv, partials)
     strays = [f"{watching.strays} accesses outside of tensors"] if watching.strays else []
-    return strays + world.complaints(planes)
+    return strays + world.complaints(partials)
 
 
 def _run_all(cases: Iterable[Case]) -> int:
@@ -131,7 +131,7 @@ def unfit_ranks() -> int:
         y = world.ys[0]
         assert y[:2].isnan().all(), f"rank {rank}: {y[:2]}"
         assert not before.isnan().any()
-        assert all("of slot 0" in text or "planes" in text for text in wrong), wrong
+        assert all("of slot 0" in text or "partials" in text for text in wrong), wrong
     return 2
 
 

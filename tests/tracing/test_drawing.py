@@ -124,12 +124,12 @@ def test_a_malformed_span_is_refused() -> None:
 @pytest.mark.parametrize(
     ("events", "start", "stop", "problem"),
     [
-        ([span()], float("nan"), None, "a part goes from"),
-        ([span()], None, float("inf"), "a part goes from"),
-        ([span()], 10, 5, "a part goes from"),
+        ([span()], float("nan"), None, "bound of the part"),
+        ([span()], None, float("inf"), "bound of the part"),
+        ([span()], 10, 5, "must end after"),
         ([span()], 100, 200, "nothing to draw"),
         ([], None, None, "nothing to draw"),
-        ([span(ts=at * 2_000) for at in range(4)], None, None, "4 spans are more than can be"),
+        ([span(ts=at * 2_000) for at in range(4)], None, None, "4 spans are over the limit"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(

@@ -16,7 +16,7 @@ import tiny
 from common import until
 from engines.variants import PEFT_WARNING, llama, logits_of, prompt, save, serving
 from lorax_async import errors
-from lorax_async.cli.timeline import traced
+from lorax_async.cli.timeline import record_trace
 from lorax_async.config import LoaderConfig
 from lorax_async.loader import AdapterLoader
 from lorax_async.testing import FakeSource
@@ -149,7 +149,7 @@ async def test_other_engines_report_their_layers(folders: list[Path]) -> None:
             with trace.compute(three, handle, name="attention"):
                 handle.release()
                 await load(there, folders[1])
-            with pytest.raises(errors.UsageError, match="whole number"), trace.compute("3"):  # type: ignore[arg-type]
+            with pytest.raises(errors.UsageError, match="integer"), trace.compute("3"):  # type: ignore[arg-type]
                 raise AssertionError("not to be entered")
             with pytest.raises(ZeroDivisionError), trace.compute(4):
                 raise ZeroDivisionError
@@ -173,10 +173,10 @@ async def test_a_load_that_fails_or_is_cancelled_has_its_ends(tmp_path: Path) ->
             await fails(there.load("nowhere"), errors.AdapterNotFoundError)
             task = asyncio.create_task(there.load("held"))
             source.allow("held", 0)
-            await until(lambda: any(each.slot for each in there.story("held")))
+            await until(lambda: any(each.slot for each in there.placement().story("held")))
             task.cancel()
             await asyncio.wait([task])
-            await until(lambda: not there.residency())
+            await until(lambda: not there.placement().adapters)
     events = require_trace(trace.as_json())
     ended = {each["name"]: each["args"]["outcome"] for each in of(events, "requests")}
     kinds = ("FetchError", "AdapterNotFoundError", "cancelled")
@@ -332,13 +332,13 @@ async def test_a_command_writes_its_trace(folders: list[Path], tmp_path: Path, f
         path.symlink_to("/dev/full")
     async with loader() as there:
         for nowhere in (tmp_path, tmp_path / "none" / "trace.json"):
-            with pytest.raises(OSError, match="directory"), traced(there, nowhere):
+            with pytest.raises(OSError, match="directory"), record_trace(there, nowhere):
                 raise AssertionError("not to be entered")
-        with pytest.raises(errors.AdapterNotFoundError), traced(there, path):
+        with pytest.raises(errors.AdapterNotFoundError), record_trace(there, path):
             await load(there, folders[0])
             await there.load(tmp_path / "none")
         if full:
-            with pytest.raises(OSError, match="No space"), traced(there, path):
+            with pytest.raises(OSError, match="No space"), record_trace(there, path):
                 pass
         assert there.tracer.on is None
     if not full:

@@ -1,4 +1,4 @@
-"""What the page shows: adapters with their tiers and the last cold request, as they change."""
+"""The content of the page: adapters with their tiers and the last cold request, as they change."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from lorax_async.tracing.trace import ANOTHER
 from lorax_async.types import AdapterId, AdapterKey, AdapterRef, Ref, as_ref
 
 MAX_ROWS = 200
-"""Adapters with names; and as many others, of which the nearest are shown."""
+"""Maximum of adapters with names; and of others, of which the nearest are shown."""
 
 FRESH_SECONDS = 0.2
-"""All pages see the same rows for at least this long,"""
+"""Rows are shared by all pages for at least this long,"""
 
 FRESH_FACTOR = 20
-"""and this many times as long as reading them took: for thousands of adapters, milliseconds."""
+"""and this many times as long as it took to read them: milliseconds for thousands of adapters."""
 
 MAX_PAGES = 64
-"""Open pages; and as many of the operator's, whom strangers cannot keep out."""
+"""Open pages of clients, and as many of the operator, which clients cannot use up."""
 
 LAST_SECONDS = 1.0
-"""How long a client may take to read the end of its stream."""
+"""Seconds that a client may take to read the end of its stream."""
 
 TICK = 0.25
-"""Seconds between two looks."""
+"""Seconds between two checks for changes."""
 
 SILENCE = 15.0
-"""Seconds until an empty event is sent: proxies end silent connections."""
+"""Seconds without changes after which an empty event is sent: proxies end silent connections."""
 
 ERROR_LENGTH = 300
 
-REST = 3
-"""After encoding a trace, pause this many times as long: tokens are computed beside it."""
+REST_FACTOR = 3
+"""After encoding a trace, pause this many times as long: it competes with computing tokens."""
 
 Row = dict[str, Any]
 Rows = Mapping[str, Row]
@@ -53,8 +53,8 @@ T = TypeVar("T")
 Named = Sequence[tuple[str, AdapterId]]
 
 
-class _Fresh(Generic[T]):
-    """A value that is computed again once it is no longer fresh."""
+class _CachedValue(Generic[T]):
+    """A value that is recomputed once it is stale."""
 
     def __init__(self, compute: Callable[[], T]) -> None:
         self._compute = compute
@@ -64,28 +64,31 @@ class _Fresh(Generic[T]):
         began = monotonic()
         if began >= self._until:
             self._value = self._compute()
-            took = monotonic() - began
-            self._until = began + took + max(FRESH_SECONDS, FRESH_FACTOR * took)
+            seconds = monotonic() - began
+            self._until = began + seconds + max(FRESH_SECONDS, FRESH_FACTOR * seconds)
         return self._value
 
 
 class Dashboard:
-    """Rows by id. Everybody sees adapters that have names; the operator sees all."""
+    """The rows of the page. Clients see adapters that have names; the operator sees all."""
 
     def __init__(self, loader: AdapterLoader, names: ModelNames, cold: ColdRequests) -> None:
         self._loader = loader
         self._names = names
         self._cold_requests = cold
-        viewers = (False, True)
-        self._rows = {each: _Fresh(partial(self._find_rows, each)) for each in viewers}
-        self._cold = {each: _Fresh(partial(self._find_cold, each)) for each in viewers}
+        self._rows = {
+            operator: _CachedValue(partial(self._find_rows, operator)) for operator in (False, True)
+        }
+        self._cold = {
+            operator: _CachedValue(partial(self._find_cold, operator)) for operator in (False, True)
+        }
 
     @property
     def base(self) -> str:
         return self._names.base
 
     def rows(self, *, operator: bool) -> Rows:
-        """Return the rows; the same object as long as they are fresh."""
+        """Return the rows by id; the same object until they are recomputed."""
         return self._rows[operator].get()
 
     def more(self) -> int:
@@ -110,15 +113,15 @@ class Dashboard:
 
     def _find_rows(self, operator: bool) -> Rows:
         """Return rows by name; the operator's other ids begin with a NUL, which no name has."""
-        loader, rows, known = self._loader, dict[str, Row](), set[AdapterKey]()
+        placement, rows, known = self._loader.placement(), dict[str, Row](), set[AdapterKey]()
         for name, adapter in tuple(self._names.adapters.items())[:MAX_ROWS]:
-            story = loader.story(adapter)
+            story = placement.story(adapter)
             known.update(event.key for event in story[-1:])
-            rows[name] = _row(name, loader.whereabouts(adapter), story, named=True)
+            rows[name] = _row(name, placement.find(adapter), story, named=True)
         if operator:
-            for key, where in loader.residency(nearest=MAX_ROWS).items():
+            for key, where in placement.nearest(MAX_ROWS).items():
                 if key not in known:
-                    rows[f"\0{key}"] = _row(str(key), where, loader.story(key), named=False)
+                    rows[f"\0{key}"] = _row(str(key), where, placement.story(key), named=False)
         return rows
 
 
@@ -147,24 +150,24 @@ class DashboardFeeds:
     def __init__(self, dashboard: Dashboard) -> None:
         self._dashboard = dashboard
         self._open: dict[EventStream, bool] = {}
-        """Each with whether it is the operator's."""
+        """Open streams; the values say whether a stream is the operator's."""
         self._ending = False
 
     def end(self) -> None:
-        """End all streams at their next look. Clients that do not read their end are cut off."""
+        """End all streams at their next tick; disconnect clients that do not read the end."""
         if not self._ending:
             self._ending = True
-            asyncio.get_running_loop().call_later(LAST_SECONDS, self._cut_off)
+            asyncio.get_running_loop().call_later(LAST_SECONDS, self._abort_all)
 
-    def _cut_off(self) -> None:
+    def _abort_all(self) -> None:
         for stream in self._open:
-            stream.cut()
+            stream.abort()
 
     @contextmanager
     def admit(self, stream: EventStream, *, operator: bool) -> Iterator[None]:
         """Count the stream as open. Raises `CapacityError`."""
-        if sum(each == operator for each in self._open.values()) >= MAX_PAGES:
-            raise CapacityError(f"{MAX_PAGES} pages are open already; close one")
+        if list(self._open.values()).count(operator) >= MAX_PAGES:
+            raise CapacityError(f"{MAX_PAGES} pages are open, which is the limit; close one")
         self._open[stream] = operator
         try:
             yield
@@ -172,14 +175,14 @@ class DashboardFeeds:
             del self._open[stream]
 
     async def send(self, stream: EventStream, *, operator: bool) -> None:
-        """Send all rows and then what changes, until the client goes or the server ends."""
+        """Send all rows, then changes, until the client disconnects or the server ends."""
         await stream.begin()
         page = _OpenPage(self._dashboard, operator=operator)
         silent = 0.0
         while not self._ending:
             changes = page.changes()
             if changes or silent >= SILENCE:
-                await stream.tell(changes)
+                await stream.send_event(changes)
                 silent = 0.0
             await asyncio.sleep(TICK)
             silent += TICK
@@ -187,7 +190,7 @@ class DashboardFeeds:
 
 
 class _OpenPage:
-    """What one page was sent."""
+    """The state that one page was sent."""
 
     def __init__(self, dashboard: Dashboard, *, operator: bool) -> None:
         self._dashboard = dashboard
@@ -197,7 +200,7 @@ class _OpenPage:
         self._more = 0
 
     def changes(self) -> dict[str, Any]:
-        """Return what has changed since the last call; at first, everything."""
+        """Return changes since the last call; everything at the first call."""
         dashboard, changes = self._dashboard, dict[str, Any]()
         before, self._rows = self._rows, dashboard.rows(operator=self._operator)
         if before is None:
@@ -217,29 +220,29 @@ class _OpenPage:
 
 
 class ColdTrace:
-    """The trace of the last cold request that a viewer may see, with names that he may see."""
+    """The trace of the last cold request that a viewer may see, with the names it may see."""
 
     def __init__(self, cold: ColdRequests, names: ModelNames) -> None:
         self._cold = cold
         self._names = names
         self._encoding = asyncio.Lock()
         self._encoded: dict[bool, tuple[object, bytes]] = {}
-        self._rests_until = 0.0
+        self._resting_until = 0.0
 
     async def get(self, *, operator: bool) -> bytes | None:
-        """Return it in Chrome's format, encoded once in a thread; None if there is none."""
+        """Return the trace in Chrome's format, encoded once in a thread; None if there is none."""
         async with self._encoding:
             version, content = self._encoded.get(operator, (None, None))
             if version == self._version(operator=operator):
                 return content
-            await asyncio.sleep(max(0.0, self._rests_until - monotonic()))
+            await asyncio.sleep(max(0.0, self._resting_until - monotonic()))
             version = self._version(operator=operator)  # it may have changed meanwhile
             last = self._cold.last(named=not operator)
             if last is None:
                 return None
             began = monotonic()
             content = await asyncio.to_thread(_encode, last, version[1])
-            self._rests_until = monotonic() + REST * (monotonic() - began)
+            self._resting_until = monotonic() + REST_FACTOR * (monotonic() - began)
             self._encoded[operator] = version, content
             return content
 
@@ -251,26 +254,26 @@ class ColdTrace:
 
 
 def _encode(request: ColdRequest, names: Named | None) -> bytes:
-    return request.trace.encoded(None if names is None else _called(request, names))
+    return request.trace.encoded(None if names is None else _map_names(request, names))
 
 
-def _called(request: ColdRequest, names: Named) -> Mapping[str, str]:
-    """Map the trace's names to the operator's; an ambiguous one belongs to "another adapter"."""
-    called: dict[str, str] = {}
+def _map_names(request: ColdRequest, names: Named) -> Mapping[str, str]:
+    """Map the trace's names to the operator's; ambiguous ones become "another adapter"."""
+    mapping: dict[str, str] = {}
     refs: dict[str, Ref] = {}
     for name, adapter in names:
         ref = as_ref(adapter)
-        for traced in _names_in_trace(ref):
-            if refs.setdefault(traced, ref) == ref:
-                called.setdefault(traced, name)
+        for traced_name in _names_in_trace(ref):
+            if refs.setdefault(traced_name, ref) == ref:
+                mapping.setdefault(traced_name, name)
             else:
-                called[traced] = ANOTHER
+                mapping[traced_name] = ANOTHER
     own = next(name for name, adapter in names if adapter == request.adapter)
-    return called | dict.fromkeys(request.names, own)
+    return mapping | dict.fromkeys(request.names, own)
 
 
 def _names_in_trace(ref: Ref) -> Iterator[str]:
-    """Yield its name as requested, and without its revision."""
+    """Yield the names of `ref` as requested, and without its revision."""
     yield name_of(ref)
     if isinstance(ref, AdapterRef):
         with suppress(LoraxError):

@@ -1,4 +1,4 @@
-"""GET /, and what the page there asks for."""
+"""The routes of the page at /: its files, events and trace."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorax_async.errors import LoraxError
 from lorax_async.server.admin import is_operator
 from lorax_async.server.clients import EventStream
 from lorax_async.server.in_flight import CLOSING
-from lorax_async.server.refusals import Refusal, refusal_of
+from lorax_async.server.refusals import Refusal, create_refusal
 from lorax_async.server.service import Service
 from lorax_async.tracing.drawing import SCRIPT
 
@@ -36,7 +36,7 @@ SAFE = {
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
 }
-"""The headers of every answer here."""
+"""Headers of every response of these routes."""
 
 
 def page_routes(service: Service) -> list[Route]:
@@ -94,11 +94,11 @@ class _Events:
             return
         with service.feeds.admit(stream, operator=operator):
             try:
-                async with service.in_flight.watched(receive):
+                async with service.in_flight.open_scope(receive):
                     await service.feeds.send(stream, operator=operator)
             except ClientDisconnect:
                 return
             except LoraxError as error:
-                if not stream.begun:
+                if not stream.has_begun:
                     raise
-                await stream.fail(refusal_of(error, service.settings.retry_after), error)
+                await stream.fail(create_refusal(error, service.settings.retry_after), error)

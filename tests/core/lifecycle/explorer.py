@@ -393,14 +393,14 @@ def _clone_lifecycle(world: World) -> Lifecycle:
     old, new = original, twin
     new._rules.closing = old._rules.closing
     new._slots.now = old._slots.now
-    new._slots.line.adopt(old._slots.line)
-    new._slots._no_room = old._slots._no_room
+    new._slots.queue.adopt(old._slots.queue)
+    new._slots._blocked = old._slots._blocked
     for life in twin.states.values():
-        new._slots.holders.note(life)
-    new._host_queue.line.adopt(old._host_queue.line)
-    new._copies.turn = old._copies.turn
-    for key in old._copies._queue:
-        new._copies._queue[key] = twin.states[key]
+        new._slots.holders.update(life)
+    new._host_queue.queue.adopt(old._host_queue.queue)
+    new._copies.virtual_time = old._copies.virtual_time
+    for key in old._copies._adapters:
+        new._copies._adapters[key] = twin.states[key]
         new._copies.update(twin.states[key])
     new._idle.adopt(old._idle)
     return twin
@@ -467,7 +467,7 @@ def _queue_print(world: World) -> tuple[object, ...]:
     lifecycle, setting = world.lifecycle, world.setting
     budgets, settling = lifecycle.budgets, lifecycle
     forgets = len(setting.sizes) > setting.max_idle
-    demoted = settling._host_queue.line
+    demoted = settling._host_queue.queue
     waits = (entry for entry in sorted(demoted._heap) if demoted._waiting.get(entry[2]) == entry[0])
     return (
         budgets.device.policy.state(),
@@ -485,10 +485,10 @@ def _life_print(
     if life is None:
         return ()
     copies = world.lifecycle._copies
-    turn = life.copy_turn - copies.turn
+    turn = life.service_tag - copies.virtual_time
     if life.slot is not SlotState.FILLING:
         turn = 0
-    elif life.key not in copies._queue:
+    elif life.key not in copies._adapters:
         turn = max(turn, 0)
     return (
         life.file,
@@ -502,7 +502,15 @@ def _life_print(
         _grant_print(world, life),
         life.image,
         life.imaged,
-        (life.pins, life.leaving, life.unloads, life.told, life.demoted, life.broken, life.wiping),
+        (
+            life.pins,
+            life.leaving,
+            life.unloads,
+            life.leave_notified,
+            life.demoted,
+            life.broken,
+            life.wiping,
+        ),
         tuple((order[w.id], w.tier, w.foreground, _age(world, w.since, 2)) for w in life.waiters),
     )
 

@@ -114,7 +114,7 @@ _KEYS = tuple(AdapterKey(name, ()) for name in "abc")
 POLICIES: dict[PolicyName, Callable[[], EvictionPolicy]] = {
     "lru": LRU,
     "lfu": lambda: LFU(half_life=3),
-    "gdsf": lambda: GDSF(most_uses=2),
+    "gdsf": lambda: GDSF(max_uses=2),
 }
 """As they are, but that they forget soon: what they remember must be finite, and small."""
 

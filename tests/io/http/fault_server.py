@@ -25,6 +25,11 @@ class Asked:
     line: str
     fields: dict[str, str]
     raw: str
+    body: bytes = b""
+
+    @property
+    def method(self) -> str:
+        return self.line.split(" ")[0]
 
     @property
     def target(self) -> str:
@@ -84,6 +89,17 @@ class Client:
 Behaviour = Callable[[Asked, Client], None]
 
 
+def answer(asked: Asked, client: Client, data: bytes, *fields: str) -> None:
+    """The right one: the range that was asked for, or all of it."""
+    if asked.span is None:
+        client.head("200 OK", f"Content-Length: {len(data)}", *fields)
+        client.send(data)
+        return
+    start, stop = asked.span[0], min(asked.span[1], len(data))
+    client.part(start, stop, len(data), *fields)
+    client.send(data[start:stop])
+
+
 @dataclass
 class FaultServer:
     """Serves `data` at every target; `behave` answers each request in its place."""
@@ -114,7 +130,11 @@ class FaultServer:
         self._listener.close()
 
     def url(self, path: str = "/weights") -> str:
-        return f"http://127.0.0.1:{self.port}{path}"
+        return f"http://{self.netloc}{path}"
+
+    @property
+    def netloc(self) -> str:
+        return f"127.0.0.1:{self.port}"
 
     @property
     def spans(self) -> list[tuple[int, int] | None]:
@@ -126,15 +146,7 @@ class FaultServer:
 
     def right(self, asked: Asked, client: Client) -> None:
         """What a good server answers."""
-        tag = [f"ETag: {self.etag}"] if self.etag else []
-        span = asked.span
-        if span is None:
-            client.head("200 OK", f"Content-Length: {len(self.data)}", *tag)
-            client.send(self.data)
-            return
-        start, stop = span[0], min(span[1], len(self.data))
-        client.part(start, stop, len(self.data), *tag)
-        client.send(self.data[start:stop])
+        answer(asked, client, self.data, *([f"ETag: {self.etag}"] if self.etag else []))
 
     def _accept(self) -> None:
         while True:
@@ -166,10 +178,13 @@ class FaultServer:
             if not part:
                 return None
             data += part
-        raw = data.decode("latin-1")
+        head, _, body = data.partition(b"\r\n\r\n")
+        raw = f"{head.decode('latin-1')}\r\n\r\n"
         line, *lines = raw.strip().split("\r\n")
         fields = {name.lower(): text.strip() for name, _, text in (x.partition(":") for x in lines)}
-        return Asked(line, fields, raw)
+        while len(body) < int(fields.get("content-length", 0)):
+            body += client.socket.recv(65_536)
+        return Asked(line, fields, raw, body)
 
     def stalled(self, asked: Asked, client: Client) -> None:
         """Right, but for all requests after the first only 100 bytes come."""

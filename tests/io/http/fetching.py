@@ -11,27 +11,12 @@ from ipaddress import ip_address
 
 from lorax_async.formats.spans import ByteRange
 from lorax_async.http.failures import RetryPolicy
-from lorax_async.http.pool import (
-    Endpoint,
-    Network,
-    RealNetwork,
-)
+from lorax_async.http.pool import Endpoint, Network, RealNetwork
 from lorax_async.http.range_engine import RangeEngine
 from lorax_async.http.ranges import PieceSizes
-from lorax_async.http.settings import (
-    Address,
-    HttpSettings,
-    Rules,
-    Timeouts,
-)
-from lorax_async.http.target import (
-    ProbeResult,
-    Target,
-)
-from lorax_async.http.urls import (
-    Url,
-    parse_url,
-)
+from lorax_async.http.settings import Address, HttpSettings, Rules, Timeouts
+from lorax_async.http.target import ProbeResult, Target
+from lorax_async.http.urls import Url, parse_url
 
 DATA = random.Random(5).randbytes(400_000)
 GROUPS: list[list[ByteRange]] = [

@@ -16,40 +16,16 @@ from fault_server import meanwhile
 from fetching import Anywhere, LoopbackOnly, MemorySink, target
 
 from lorax_async.errors import FetchError
-from lorax_async.http.client import (
-    HttpClient,
-    LinkStatistics,
-)
-from lorax_async.http.connection import (
-    AbortableSocket,
-    Attempt,
-    Connection,
-)
-from lorax_async.http.download_scheduler import (
-    DownloadPiece,
-    DownloadScheduler,
-    Job,
-)
+from lorax_async.http.client import HttpClient, LinkStatistics
+from lorax_async.http.connection import AbortableSocket, Attempt, Connection
+from lorax_async.http.download_scheduler import DownloadPiece, DownloadScheduler, Job
 from lorax_async.http.downloads import Download
-from lorax_async.http.failures import (
-    AbortedError,
-    RetryableError,
-    RetryPolicy,
-)
+from lorax_async.http.failures import AbortedError, RetryableError, RetryPolicy
 from lorax_async.http.pool import ConnectionPool
-from lorax_async.http.range_engine import (
-    FOREGROUND,
-    PREFETCH,
-)
+from lorax_async.http.range_engine import FOREGROUND, PREFETCH
 from lorax_async.http.ranges import GroupArrivals
-from lorax_async.http.settings import (
-    HttpSettings,
-    Timeouts,
-)
-from lorax_async.http.target import (
-    ProbeResult,
-    Validators,
-)
+from lorax_async.http.settings import HttpSettings, Timeouts
+from lorax_async.http.target import ProbeResult, Validators
 from lorax_async.http.urls import parse_url
 from lorax_async.tracing.recorder import Tracer
 
@@ -132,9 +108,6 @@ def later(seconds: float | None = None, *, throttled: bool = False) -> Retryable
     return RetryableError(FetchError("later"), retry_after=seconds, throttled=throttled)
 
 
-# -- retries ---------------------------------------------------------------------------------------
-
-
 def test_two_jobs_of_one_origin_have_even_shares() -> None:
     """The second comes when the first has all connections, and has half of them in the end."""
     world = World()
@@ -197,9 +170,6 @@ def test_a_new_request_overtakes_retries(origin: str) -> None:
     assert order == [urgent, old, hint]
 
 
-# -- origins ---------------------------------------------------------------------------------------
-
-
 def test_another_origin_has_its_share_at_once() -> None:
     """One that has all connections and sends nothing gives up half of them, and no more."""
     world = World()
@@ -259,10 +229,9 @@ def _loses_its_callers(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    ("past", "waited", "counts"),
-    [(_answers, 0.1, [2, 2]), (_loses_its_callers, 0.06, [1, 3])],
+    ("past", "waited", "counts"), [(_answers, 0.1, [2, 2]), (_loses_its_callers, 0.06, [1, 3])]
 )
-def test_an_origin_is_stalled_by_what_it_sent_and_not_by_who_waits(
+def test_what_makes_an_origin_stalled(
     past: Callable[[World], None], waited: float, counts: list[int]
 ) -> None:
     world = World()
@@ -302,9 +271,6 @@ def test_what_is_being_read_is_not_given_to_another() -> None:
     piece.rate, piece.claimed = 1e6, LARGE - (4 << 20)
     _, rest, _ = world.begin(1)[0]
     assert piece.claimed <= piece.stop == rest.at < rest.stop == LARGE
-
-
-# -- an end at any moment --------------------------------------------------------------------------
 
 
 @contextmanager

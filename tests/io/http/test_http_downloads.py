@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from fault_server import ETAG, Asked, Client, FaultServer, Hangup, until
+from fault_server import ETAG, Asked, Client, FaultServer, until
 from fetching import (
     DATA,
     GROUPS,
@@ -30,23 +30,11 @@ from fetching import (
 
 from common import open_sockets, our_threads
 from link import Link
-from lorax_async.errors import (
-    FetchError,
-    FetchTimeoutError,
-    InternalError,
-    LoraxError,
-)
+from lorax_async.errors import FetchError, FetchTimeoutError, InternalError, LoraxError
 from lorax_async.http.downloads import FileSink
-from lorax_async.http.range_engine import (
-    FOREGROUND,
-    PREFETCH,
-    RangeEngine,
-)
+from lorax_async.http.range_engine import PREFETCH, RangeEngine
 from lorax_async.http.ranges import PieceSizes
-from lorax_async.http.settings import (
-    HttpSettings,
-    Timeouts,
-)
+from lorax_async.http.settings import HttpSettings, Timeouts
 from lorax_async.http.target import Target
 from lorax_async.http.urls import parse_url
 
@@ -54,9 +42,6 @@ pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 
 LASTING = replace(PATIENT, idle=600.0)
 """Threads and connections stay as long as the engine."""
-
-# -- shares ----------------------------------------------------------------------------------------
-
 
 LARGE = 8 << 20
 
@@ -93,40 +78,6 @@ def test_a_long_piece_makes_way() -> None:
         assert sink.times == b"\1" * LARGE, "and no byte of the other came twice"
 
 
-@pytest.mark.parametrize("urgency", [FOREGROUND, PREFETCH])
-@pytest.mark.parametrize("sent", [0, 100])
-def test_a_source_that_is_stuck_makes_way(sent: int, urgency: int) -> None:
-    """A source stalls on all connections; the other download has its share, and both are whole."""
-    release = threading.Event()
-    timeouts = replace(PATIENT, stuck=0.1)
-    with FaultServer(DATA) as server, engine(timeouts=timeouts) as fetching:
-        stuck, wanted = asked(fetching, server.url("/stuck")), asked(fetching, server.url("/good"))
-        waiting = []
-
-        def stalled(asked: Asked, client: Client) -> None:
-            if asked.target != "/stuck" or release.is_set():
-                server.right(asked, client)
-                return
-            assert asked.span is not None
-            if sent:
-                client.part(*asked.span, len(DATA), f"ETag: {ETAG}")
-                client.send(DATA[asked.span[0] : asked.span[0] + sent])
-            waiting.append(asked)
-            release.wait(20)
-            raise Hangup
-
-        server.behave = stalled
-        sinks, orders = (MemorySink(), MemorySink()), (list[int](), list[int]())
-        behind = fetching.download(stuck, GROUPS, sinks[0], orders[0].append, urgency=urgency)
-        until(lambda: len(waiting) == 4)
-        fetching.download(wanted, GROUPS, sinks[1], orders[1].append).done.result(10)
-        assert not behind.done.done()
-        release.set()
-        behind.done.result(10)
-        for sink, order in zip(sinks, orders, strict=True):
-            check(sink, order)
-
-
 def test_a_straggler_is_relieved() -> None:
     """One connection brings 5 MB/s, the other 0.5: the last piece is shared out among both."""
     data = bytes(LARGE // 2)
@@ -147,9 +98,6 @@ def test_a_straggler_is_relieved() -> None:
         fetching.download(answer, [[(0, len(data))]], sink, lambda _: None).done.result(20)
         assert len(server.asked) > 3, "one more request than the plan had"
         assert sink.times == b"\1" * len(data)
-
-
-# -- ends from outside -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["cancel", "close", "deadline"])
@@ -244,9 +192,6 @@ def test_an_end_is_reported_once_nothing_is_written_any_more(how: str) -> None:
             assert not our_threads()
 
 
-# -- the caller's own faults -----------------------------------------------------------------------
-
-
 class Broken(MemorySink):
     def __init__(self, error: Exception) -> None:
         super().__init__()
@@ -264,9 +209,7 @@ class Broken(MemorySink):
         (ZeroDivisionError(), InternalError, "ZeroDivisionError"),
     ],
 )
-def test_a_sink_or_a_callback_that_fails(
-    error: Exception, kind: type[LoraxError], words: str
-) -> None:
+def test_a_failing_sink_or_callback(error: Exception, kind: type[LoraxError], words: str) -> None:
     def fail(group: int) -> None:
         if group == 1:
             raise error
@@ -281,9 +224,6 @@ def test_a_sink_or_a_callback_that_fails(
                 job.done.result(10)
             assert type(caught.value) is kind
         check(*fetched(fetching, answer))
-
-
-# -- threads ---------------------------------------------------------------------------------------
 
 
 def test_idle_threads_and_connections_end_or_rest() -> None:
@@ -303,9 +243,7 @@ def test_idle_threads_and_connections_end_or_rest() -> None:
 
 
 @pytest.mark.parametrize("name", ["lorax-http-clock", "lorax-http"])
-def test_a_thread_that_cannot_start_ends_in_an_error(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_thread_that_cannot_start(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Said plainly or late, but never waited for without end; afterwards all is as before."""
     start = threading.Thread.start
 
@@ -323,9 +261,6 @@ def test_a_thread_that_cannot_start_ends_in_an_error(
             late = isinstance(error, FetchTimeoutError)
             assert late is (name == "lorax-http")
         check(*fetched(fetching, asked(fetching, server.url())))
-
-
-# -- layers on a throttled link --------------------------------------------------------------------
 
 
 LAYERS = 16
@@ -357,11 +292,7 @@ def test_layer_0_comes_long_before_the_rest_of_a_throttled_load(tmp_path: Path) 
             answer = engine.probe(place, HEADER).done.result(10)
             os.pwrite(fd, answer.start, 0)
             job = engine.download(
-                answer,
-                groups,
-                sink,
-                lambda group: told.append((group, sink.landed)),
-                first=2,
+                answer, groups, sink, lambda group: told.append((group, sink.landed)), first=2
             )
             job.done.result(20)
         counts = link.counts()

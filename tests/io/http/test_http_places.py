@@ -23,24 +23,12 @@ from fetching import (
     took,
 )
 
-from lorax_async.errors import (
-    AccessDeniedError,
-    FetchError,
-    FetchTimeoutError,
-    UsageError,
-)
+from lorax_async.errors import AccessDeniedError, FetchError, FetchTimeoutError, UsageError
 from lorax_async.http.pool import Endpoint
 from lorax_async.http.range_engine import RangeEngine
-from lorax_async.http.settings import (
-    Rules,
-    Timeouts,
-    is_public,
-)
+from lorax_async.http.settings import Rules, Timeouts, is_public
 from lorax_async.http.target import Target
-from lorax_async.http.urls import (
-    InvalidUrlError,
-    parse_url,
-)
+from lorax_async.http.urls import InvalidUrlError, parse_url
 from lorax_async.ids.allow import Allow
 from lorax_async.remote.remote_source import AllowRules
 
@@ -84,9 +72,6 @@ class NoLoopback(Anywhere):
 
     def allows_address(self, url: object, address: object) -> bool:
         return False
-
-
-# -- URLs and addresses ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -216,9 +201,6 @@ def test_a_name_service_that_does_not_answer() -> None:
     assert network.resolved == ["slow.example"] * 3, "each of three attempts asks anew"
 
 
-# -- redirects -------------------------------------------------------------------------------------
-
-
 def test_credentials_go_to_their_own_origin_only() -> None:
     headers = {"Authorization": SECRET, "X-Api-Key": "swordfish"}
     with FaultServer(DATA) as store, FaultServer(DATA) as hub, engine() as fetching:
@@ -317,9 +299,6 @@ def test_a_place_that_is_known_is_asked_first_and_without_credentials(expired: b
         assert all(each.fields["authorization"] == SECRET for each in hub.asked)
         assert (len(store.asked) == 1) is expired
         assert bool(hub.asked) is expired
-
-
-# -- what the operator allows ----------------------------------------------------------------------
 
 
 def test_a_private_name_needs_its_word() -> None:

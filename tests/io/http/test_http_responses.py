@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from fault_server import ETAG, Asked, Behaviour, Client, FaultServer, Hangup, until
@@ -26,7 +25,6 @@ from fetching import (
     took,
 )
 
-import servers
 from lorax_async.errors import (
     AccessDeniedError,
     AdapterNotFoundError,
@@ -61,9 +59,6 @@ class Sometimes:
             wrong = asked.span != (0, 5_000) and self.left > 0
             self.left -= wrong
         (self.fault if wrong else self.server.right)(asked, client)
-
-
-# -- good servers ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("have", [[], [(0, 100_000), (200_000, 290_000)], [(0, len(DATA))]])
@@ -210,9 +205,6 @@ def test_a_group_is_reported_when_its_bytes_are_there_and_after_those_before_it(
     assert order == list(range(len(GROUPS)))
 
 
-# -- faults that pass, and that stay ---------------------------------------------------------------
-
-
 def right_head(asked: Asked, client: Client) -> bytes:
     """Send the head of a good answer; return the body that should follow."""
     assert asked.span is not None
@@ -246,6 +238,10 @@ def half_a_head(asked: Asked, client: Client) -> None:
     raise Hangup
 
 
+def without_an_answer(asked: Asked, client: Client) -> None:
+    raise Hangup
+
+
 def gone(asked: Asked, client: Client) -> None:
     client.reset()
 
@@ -260,15 +256,14 @@ FAULTS: dict[Behaviour, type[LoraxError]] = {
     drip: FetchTimeoutError,
     slow_head: FetchTimeoutError,
     half_a_head: FetchError,
+    without_an_answer: FetchError,
     gone: FetchError,
     unavailable: FetchError,
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
-def test_a_fault_that_passes_is_overcome_and_one_that_stays_is_one_typed_error(
-    fault: Behaviour,
-) -> None:
+def test_a_fault_that_passes_is_overcome_and_others_are_typed_errors(fault: Behaviour) -> None:
     hasty = replace(PATIENCE, read=0.2, over=0.2)
     for attempts, times in ((3, 2), (2, 1 << 30)):
         retries = RetryPolicy(attempts=attempts, base=0.01, most=0.02)
@@ -436,9 +431,6 @@ def test_what_comes_unasked_answers_nothing(pause: float) -> None:
             time.sleep(0.1)
 
 
-# -- a file in one answer --------------------------------------------------------------------------
-
-
 LARGE = DATA * 4
 """More than is read at once."""
 
@@ -482,9 +474,6 @@ def test_no_more_is_written_after_an_end(is_whole: bool, at_once: int) -> None:
         assert str(sink.job.done.exception(10)) == str(FetchError("enough"))
         assert sink.nbytes <= at_once
         assert order == []
-
-
-# -- the first bytes -------------------------------------------------------------------------------
 
 
 ASKED = 200_000
@@ -541,24 +530,3 @@ def test_bytes_that_come_at_once_or_are_needed_are_waited_for(needed: int, step:
         clock.step = 0.0
         assert answer.start == DATA[:ASKED]
         check(*fetched(engine, answer))
-
-
-# -- nginx -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.needs("nginx")
-@pytest.mark.parametrize("path", ["weights", "moved/weights", "whole/weights", "slow/weights"])
-def test_nginx(tmp_path: Path, path: str) -> None:
-    """By ranges, after a redirect to another port, without ranges, and under its limit."""
-    with servers.nginx(tmp_path) as nginx:
-        nginx.put("weights", DATA)
-        with engine(8, retries=RetryPolicy(attempts=8, base=0.05, most=0.2)) as fetching:
-            answer = asked(fetching, nginx.url(path))
-            assert answer.ranges is (path != "whole/weights")
-            assert answer.validators.strong_etag is not None
-            check(*fetched(fetching, answer))
-        status = {"moved/weights": "302", "slow/weights": "503"}.get(path, "20")
-        until(lambda: [line for line in nginx.requests() if f'" {status}' in line])
-        redirects = sum('" 302 ' in line for line in nginx.requests())
-        assert redirects == (path == "moved/weights"), "ranges go straight to where it lies"

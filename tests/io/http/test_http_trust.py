@@ -13,14 +13,8 @@ import pytest
 from fault_server import Asked, Client, FaultServer, Hangup
 from fetching import DATA, PretendNetwork, asked, check, engine, fetched
 
-from lorax_async.errors import (
-    AccessDeniedError,
-    ConfigError,
-)
-from lorax_async.http.settings import (
-    Proxies,
-    tls_context,
-)
+from lorax_async.errors import AccessDeniedError, ConfigError
+from lorax_async.http.settings import Proxies, tls_context
 from lorax_async.http.urls import Origin
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
@@ -54,9 +48,6 @@ def pour(source: socket.socket, drain: socket.socket) -> None:
         drain.shutdown(socket.SHUT_WR)
     except OSError:
         pass  # the other direction sees it too
-
-
-# -- proxies ---------------------------------------------------------------------------------------
 
 
 def test_plain_requests_through_a_proxy() -> None:
@@ -94,9 +85,6 @@ def test_proxies_that_are_not_known(text: str) -> None:
     with pytest.raises(ConfigError, match="a proxy must be") as caught:
         Proxies({"http": text})
     assert "swordfish" not in str(caught.value)
-
-
-# -- TLS -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -145,10 +133,7 @@ def network_of(server: FaultServer) -> PretendNetwork:
 
 @pytest.mark.parametrize("proxied", [False, True])
 def test_over_tls(certificate: Path, proxied: bool) -> None:
-    with (
-        tls_server(certificate) as server,
-        FaultServer(DATA, forward(server)) as proxy,
-    ):
+    with tls_server(certificate) as server, FaultServer(DATA, forward(server)) as proxy:
         network = network_of(proxy if proxied else server)
         proxies = {"https": "http://u:p@proxy:3128"} if proxied else {}
         with engine(network=network, proxies=proxies, ca_bundle=str(certificate)) as fetching:

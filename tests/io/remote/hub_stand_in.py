@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Self
 from urllib.parse import unquote
 
-from answering_server import AnsweringServer, Asked, Reply
+from fault_server import Asked, Client, FaultServer
 
 REPO = "org/name"
 CONFIG = b'{"peft_type": "LORA", "r": 4}'
@@ -32,6 +32,13 @@ _API = re.compile(
     r"/api/models/(?P<repo>[^/]+/[^/]+)"
     r"(?:/(?P<what>revision|tree|paths-info)/(?P<revision>[^/?]+))?(?P<rest>/[^?]*)?(?:\?.*)?"
 )
+
+
+@dataclass
+class Reply:
+    status: int
+    fields: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
 
 
 @dataclass
@@ -69,8 +76,8 @@ class HubStandIn:
 
     def __enter__(self) -> Self:
         with ExitStack() as running:
-            self._hub = running.enter_context(AnsweringServer(self._answer))
-            self._store = running.enter_context(AnsweringServer(self._answer_at_store))
+            self._hub = running.enter_context(FaultServer(b"", self._answer))
+            self._store = running.enter_context(FaultServer(b"", self._answer))
             self._running = running.pop_all()
         return self
 
@@ -113,17 +120,18 @@ class HubStandIn:
     def asked_for(self, method: str, name: str = "") -> list[Asked]:
         return [each for each in self.asked if each.method == method and name in each.target]
 
-    def _answer(self, asked: Asked) -> Reply:
+    def _answer(self, asked: Asked, client: Client) -> None:
         self.asked.append(asked)
         reply = self.behave(asked) if self.behave is not None else None
         if reply is None:
-            reply = self._stored(asked) if asked.at_store else self.answered(asked)
-        asked.status = reply.status
-        return reply
+            reply = self._stored(asked) if self.is_at_store(asked) else self.answered(asked)
+        fields = {"Content-Length": str(len(reply.body)), **reply.fields}
+        client.head(f"{reply.status} X", *(f"{name}: {text}" for name, text in fields.items()))
+        if asked.method != "HEAD":
+            client.send(reply.body)
 
-    def _answer_at_store(self, asked: Asked) -> Reply:
-        asked.at_store = True
-        return self._answer(asked)
+    def is_at_store(self, asked: Asked) -> bool:
+        return asked.fields["host"] == self.store_netloc
 
     def answered(self, asked: Asked) -> Reply:
         found = _RESOLVE.fullmatch(asked.target.partition("?")[0])

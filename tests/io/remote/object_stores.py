@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import hmac
 import json
 import os
-import signal
-import socket
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import formatdate
@@ -22,39 +22,19 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 from urllib.request import Request, urlopen
 
 import pytest
-from fault_server import Asked, Client, until
-from web_folder import answer
+from fault_server import Asked, Client, answer, until
+from fetching import DATA, GROUPS, PATIENT, MemorySink, engine
+from obstore.store import AzureStore, S3Store
+
+import servers
+from lorax_async.http.settings import PublicOnly
+from lorax_async.remote.base import LocatedAdapter, RemoteFile
+from lorax_async.remote.object_stores import StoreBackend
+from lorax_async.types import AdapterRef
 
 NOWHERE = "http://127.0.0.1:1"
 
 _OTHERS = ("AWS_", "GOOGLE_", "AZURE_", "MSI_", "IDENTITY_")
-
-
-def free_ports(count: int) -> list[int]:
-    """Different ones, for all are taken at once."""
-    with ExitStack() as held:
-        found = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [each.getsockname()[1] for each in found]
-
-
-@contextmanager
-def running(command: Sequence[str | Path], log: Path, ready: Callable[[], bool]) -> Iterator[None]:
-    """Until it is ready a minute may pass. At the end it is killed: what it wrote is nobody's."""
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            list(map(str, command)),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        until(lambda: process.poll() is not None or ready(), 60)
-        assert process.poll() is None, log.read_text(errors="replace")[-2_000:]
-        yield
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def status(
@@ -146,7 +126,7 @@ class Weed:
 @contextmanager
 def weed(binary: str, root: Path) -> Iterator[Weed]:
     """Its process, with all its parts on loopback; what it stores lies below `root`."""
-    ports = free_ports(8)
+    ports = list({servers.free_port() for _ in range(16)})[:8]
     credentials = [{"accessKey": S3_KEY, "secretKey": S3_SECRET}]
     identities = [
         {
@@ -169,7 +149,8 @@ def weed(binary: str, root: Path) -> Iterator[Weed]:
         *("-s3.port.iceberg=0", "-s3.port.lance=0"),
     ]
     server = Weed(ports[3])
-    with running(command, root / "weed.log", server.ready):
+    with servers.running(command, ports[:4], root / "weed.log"):
+        until(server.ready, 60)
         server.prepare()
         yield server
 
@@ -226,33 +207,25 @@ def _azure_signature(lines: list[str]) -> str:
 @contextmanager
 def azurite(binary: str, root: Path) -> Iterator[Azurite]:
     """Its process on loopback; what it stores lies below `root`."""
-    (port,) = free_ports(1)
+    port = servers.free_port()
     command = [
         *(binary, "--blobHost", "127.0.0.1", "--blobPort", str(port), "--location", str(root)),
         *("--skipApiVersionCheck", "--disableTelemetry", "--silent"),
     ]
     server = Azurite(port)
-    with running(command, root / "azurite.log", server.ready):
+    with servers.running(command, [port], root / "azurite.log"):
+        until(server.ready, 60)
         yield server
 
 
-# -- Google ---------------------------------------------------------------------------------------
-
 GOOGLE_ACCOUNT = "tests@project.iam.gserviceaccount.com"
-GOOGLE = "storage.googleapis.com"
-"""What obstore signs for, wherever the base URL leads."""
-_SHA256 = bytes.fromhex("3031300d060960864801650304020105000420")
-"""What stands before a sha256 in an RSA signature (RFC 8017, section 9.2)."""
 
 
 @cache
-def google_key() -> tuple[str, int]:
-    """A service account's key made for these tests, and its modulus."""
+def google_key() -> str:
+    """A service account's key made for these tests."""
     make = ["openssl", "genpkey", "-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:2048"]
-    made = subprocess.run(make, capture_output=True, check=True, timeout=60)
-    tell = ["openssl", "rsa", "-noout", "-modulus"]
-    told = subprocess.run(tell, input=made.stdout, capture_output=True, check=True, timeout=60)
-    return made.stdout.decode(), int(told.stdout.partition(b"=")[2], 16)
+    return subprocess.run(make, capture_output=True, check=True, timeout=60, text=True).stdout
 
 
 @dataclass
@@ -267,7 +240,7 @@ class GoogleStandIn:
         key = {
             "type": "service_account",
             "client_email": GOOGLE_ACCOUNT,
-            "private_key": google_key()[0],
+            "private_key": google_key(),
             "private_key_id": "made for tests",
             "gcs_base_url": f"http://127.0.0.1:{port}",
         }
@@ -289,22 +262,48 @@ class GoogleStandIn:
             answer(asked, client, data, *tell)
 
     def opens(self, asked: Asked) -> bool:
-        """By GOOG4-RSA-SHA256, as Google's documentation has it."""
-        parts = urlsplit(asked.target)
-        query = dict(parse_qsl(parts.query))
-        signature = query.pop("X-Goog-Signature", "0")
-        text = "&".join(f"{name}={quote(query[name], safe='')}" for name in sorted(query))
-        request = ["GET", parts.path, text, f"host:{GOOGLE}\n", "host", "UNSIGNED-PAYLOAD"]
-        digest = hashlib.sha256("\n".join(request).encode()).hexdigest()
-        email, _, scope = query.get("X-Goog-Credential", "").partition("/")
-        lines = [query.get("X-Goog-Algorithm", ""), query.get("X-Goog-Date", ""), scope, digest]
-        return email == GOOGLE_ACCOUNT and _signed_by_google("\n".join(lines), signature)
+        """Whether it is signed, by whatever signature: obstore makes it."""
+        query = dict(parse_qsl(urlsplit(asked.target).query))
+        email = query.get("X-Goog-Credential", "").partition("/")[0]
+        return email == GOOGLE_ACCOUNT and "X-Goog-Signature" in query
 
 
-def _signed_by_google(text: str, signature: str) -> bool:
-    """Whether it is the account's RSA PKCS #1 v1.5 signature of the text."""
-    modulus = google_key()[1]
-    length = (modulus.bit_length() + 7) // 8
-    end = _SHA256 + hashlib.sha256(text.encode()).digest()
-    padded = b"\0\1" + b"\xff" * (length - len(end) - 3) + b"\0" + end
-    return pow(int(signature, 16), 65_537, modulus) == int.from_bytes(padded)
+CONFIG = b'{"peft_type": "LORA", "r": 8}'
+
+
+def bucket(kind: str, name: str) -> AzureStore | S3Store:
+    """As obstore sees it."""
+    return (S3Store if kind == "s3" else AzureStore)(name)
+
+
+@contextmanager
+def locator(*, signed_for: float = 600.0) -> Iterator[StoreBackend]:
+    with ThreadPoolExecutor(2, "lorax-test") as threads:
+        made = StoreBackend(threads, PublicOnly(), signed_for=signed_for)
+        try:
+            yield made
+        finally:
+            made.close()
+
+
+def located(id: str, revision: str | None = None) -> LocatedAdapter:
+    with locator() as made:
+        return asyncio.run(made.locate(AdapterRef(id, revision=revision)))
+
+
+def brought(file: RemoteFile) -> bytes:
+    """By ranges, as a source would: first the beginning, then the rest over many connections."""
+    assert file.nbytes is not None
+    with engine(4, timeouts=PATIENT) as fetching:
+        answer = fetching.probe(file.target, 5_000, timeout=30).done.result(40)
+        file.require_match(answer)
+        assert answer.ranges
+        sink, order = MemorySink(file.nbytes), list[int]()
+        groups = GROUPS if file.nbytes == len(DATA) else [[(0, file.nbytes)]]
+        job = fetching.download(answer, groups, sink, order.append, first=2, timeout=30)
+        job.done.result(40)
+        assert order == list(range(len(groups)))
+        start = groups[1][0][0] if len(groups) > 1 else 0
+        assert set(sink.times[start:]) == {1}, "all of it came, and came once"
+        sink.data[:start] = answer.start[:start]
+        return bytes(sink.data)

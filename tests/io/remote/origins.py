@@ -2,33 +2,131 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from hashlib import sha1
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 import pytest
-from fault_server import Asked, Client, FaultServer
+from fault_server import Asked, Client, FaultServer, answer
 from hub_stand_in import HubStandIn
-from object_stores import GoogleStandIn, azurite, set_environment, weed
-from obstore.store import AzureStore, S3Store
-from olah import olah
-from slow_proxy import SlowProxy
-from stored import Bucket
+from object_stores import GoogleStandIn, azurite, bucket, set_environment, weed
 from user_loads import at, contents, loader
-from web_folder import answer, refuse
+from web_folder import refuse
 
 import servers
 from lorax_async.ids.allow import Allow
 from lorax_async.loader import AdapterLoader
-from servers import Nginx
+from servers import Command, Nginx
 from tools import tool
+
+
+class SlowProxy:
+    """Passes bytes to a port of this machine and back, a thread for each direction."""
+
+    rate: float | None = None
+    """Bytes per second that come back on each connection."""
+
+    def __init__(self, port: int) -> None:
+        self._server = port
+        self._left: int | None = None
+        self._changed = threading.Condition()
+        self._sockets: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+
+    def __enter__(self) -> Self:
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.port: int = self._listener.getsockname()[1]
+        self._start(self._accept)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End all connections, and refuse others. Idempotent."""
+        self.go_on()
+        accepting = self._threads[0]
+        with suppress(OSError):  # it was ended before
+            self._listener.shutdown(socket.SHUT_RDWR)
+        accepting.join(20)
+        for each in self._sockets:
+            with suppress(OSError):  # its other end is gone
+                each.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(20)
+            assert not thread.is_alive()
+        self._listener.close()
+
+    close = __exit__
+
+    def stop_after(self, nbytes: int) -> None:
+        """Let so many more come back, and no others before `go_on`."""
+        with self._changed:
+            self._left = nbytes
+
+    @property
+    def stopped(self) -> bool:
+        return self._left is not None and self._left <= 0
+
+    def go_on(self) -> None:
+        with self._changed:
+            self._left = self.rate = None
+            self._changed.notify_all()
+
+    def _start(self, work: object, *given: object) -> None:
+        thread = threading.Thread(target=work, args=given, daemon=True)  # type: ignore[arg-type]
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):  # at its end
+            while True:
+                client, _ = self._listener.accept()
+                try:
+                    server = socket.create_connection(("127.0.0.1", self._server), 10)
+                except OSError:  # it has ended
+                    client.close()
+                    continue
+                server.settimeout(None)
+                self._sockets += [client, server]
+                self._start(self._pass_on, client, server)
+                self._start(self._pass_back, server, client)
+
+    def _pass_on(self, client: socket.socket, server: socket.socket) -> None:
+        with suppress(OSError):
+            while data := client.recv(65_536):
+                server.sendall(data)
+        with suppress(OSError):
+            server.shutdown(socket.SHUT_RDWR)
+
+    def _pass_back(self, server: socket.socket, client: socket.socket) -> None:
+        with suppress(OSError):
+            while data := server.recv(self._allowance()):
+                with self._changed:
+                    if self._left is not None:
+                        self._left -= len(data)
+                client.sendall(data)
+                if self.rate is not None:
+                    time.sleep(len(data) / self.rate)
+        with suppress(OSError):
+            client.shutdown(socket.SHUT_RDWR)
+        client.close()
+        server.close()
+
+    def _allowance(self) -> int:
+        """How many bytes may come back, once any may."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self.stopped)
+            most = 65_536 if self.rate is None else 4_096
+            return most if self._left is None else min(most, self._left)
+
 
 LAYERS = 8
 Files = dict[str, bytes]
@@ -87,14 +185,11 @@ class Origin:
         return f"{self.id.rstrip('/')}-other"
 
 
-@dataclass
-class Shelf:
-    """Folders on a server in this process, by their names, and strong ETags."""
-
-    files: dict[str, bytes] = field(default_factory=dict)
+class Shelf(dict[str, bytes]):
+    """Files on a server in this process, by their paths, with strong ETags."""
 
     def __call__(self, asked: Asked, client: Client) -> None:
-        data = self.files.get(asked.target.removeprefix("/"))
+        data = self.get(asked.target)
         if data is None:
             refuse("404 Not Found")(asked, client)
         else:
@@ -137,6 +232,36 @@ def _replaced_in(folder: Path, files: Files) -> None:
         place.rename(folder / name)
 
 
+@contextmanager
+def olah(folder: Path, hub: HubStandIn) -> Iterator[str]:
+    """The endpoint of a mirror of that hub.
+
+    All is said in its file: what is given on the command line does not count beside one.
+    """
+    program = tool("olah-cli")
+    assert program is not None
+    port = servers.free_port()
+    own = f"127.0.0.1:{port}"
+    basic: dict[str, object] = {
+        "host": "127.0.0.1",
+        "port": port,
+        "repos-path": str(folder / "repos"),
+        "hf-scheme": "http",
+        "hf-netloc": hub.netloc,
+        "hf-lfs-netloc": hub.store_netloc,
+        "mirror-scheme": "http",
+        "mirror-netloc": own,
+        "mirror-lfs-netloc": own,
+        "mirrors-path": [],
+    }
+    settings = folder / "olah.toml"
+    lines = [f"{name} = {json.dumps(value)}" for name, value in basic.items()]
+    settings.write_text("\n".join(["[basic]", *lines, ""]))
+    command: Command = [program, "--config", settings, "--log-path", folder / "logs"]
+    with servers.running(command, [port], folder / "log"):
+        yield f"http://{own}"
+
+
 def _of_hub(name: str, folder: Path, ends: ExitStack, *, mirrored: bool) -> Origin:
     hub = ends.enter_context(HubStandIn())
     port = int(hub.netloc.rpartition(":")[2])
@@ -166,9 +291,8 @@ def _of_bucket(kind: str, name: str, begun: Callable[[str], Any], ends: ExitStac
     server = begun(kind)
 
     def put_by_obstore(files: Files) -> None:
-        bucket = Bucket((S3Store if kind == "s3" else AzureStore)("adapters"))
         for file, data in files.items():
-            bucket.put(f"{name}/{file}", data)
+            bucket(kind, "adapters").put(f"{name}/{file}", data)
 
     def environment(port: int) -> dict[str, str]:
         variables: dict[str, str] = server.environment
@@ -201,7 +325,7 @@ def made(
         port = ends.enter_context(FaultServer(b"", server)).port
 
         def put(files: Files) -> None:
-            server.files |= {f"{name}/{file}": data for file, data in files.items()}
+            server.update({f"/{name}/{file}": data for file, data in files.items()})
     elif kind == "nginx":
         server = begun(kind)
         assert isinstance(server, Nginx)

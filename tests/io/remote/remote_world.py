@@ -11,47 +11,29 @@ from pathlib import Path
 from threading import Lock
 from typing import Self
 
-from fault_server import Asked, Client, FaultServer
+from fault_server import Asked, Client, FaultServer, answer
 from fetching import Anywhere, engine
-from web_folder import answer, refuse
+from web_folder import refuse
 
 import tiny
 from lorax_async.cache.disk_cache import DiskCache
 from lorax_async.concurrency import FetchControl, WorkerThreads
-from lorax_async.config import (
-    Checking,
-    Limits,
-    LoaderConfig,
-)
-from lorax_async.errors import (
-    AccessDeniedError,
-    AdapterError,
-    AdapterNotFoundError,
-)
+from lorax_async.config import Checking, Limits, LoaderConfig
+from lorax_async.errors import AccessDeniedError, AdapterError, AdapterNotFoundError
 from lorax_async.formats.digests import Digest
-from lorax_async.formats.split_weights import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    FileRole,
-)
+from lorax_async.formats.split_weights import CONFIG_FILE, WEIGHTS_FILE, FileRole
 from lorax_async.http.range_engine import RangeEngine
 from lorax_async.http.settings import Timeouts
 from lorax_async.http.target import Target
 from lorax_async.http.urls import parse_url
 from lorax_async.lifecycle.policies import policy
 from lorax_async.loader import AdapterLoader
-from lorax_async.remote.base import (
-    LocatedAdapter,
-    RemoteFile,
-)
+from lorax_async.remote.base import LocatedAdapter, RemoteFile
 from lorax_async.remote.opening import AdapterOpener
 from lorax_async.remote.remote_source import RemoteParts, RemoteSource
 from lorax_async.remote.resolution import ResolutionCache, VersionResolver
-from lorax_async.sources.base import AdapterFile
-from lorax_async.types import (
-    AdapterKey,
-    AdapterRef,
-)
+from lorax_async.sources.base import AdapterFile, Source
+from lorax_async.types import AdapterKey, AdapterRef
 
 PATIENT = Timeouts(read=20, slowest=1)
 
@@ -82,8 +64,6 @@ class ToldLocator:
     error: AdapterError | None = None
     elsewhere: dict[str, str] = field(default_factory=dict)
     """Below which URL an adapter lies that is not at the server, by its name."""
-    misjudged: dict[str, int] | None = None
-    """By how much the promised sizes are wrong, by `name/file`; then no digest is promised."""
 
     def pinned_version(self, ref: AdapterRef) -> tuple[str, str, str] | None:
         if ref.revision is None or len(ref.revision) != 40:
@@ -119,8 +99,6 @@ class ToldLocator:
         target = Target(url, path[1:], headers, Anywhere())
         if not self.promises:
             return RemoteFile(role, target)
-        if self.misjudged is not None:
-            return RemoteFile(role, target, len(data) + self.misjudged.get(path[1:], 0))
         return RemoteFile(role, target, len(data), sha256(data))
 
 
@@ -155,9 +133,7 @@ class RemoteWorld:
         verify: Checking = "stream",
         cache_bytes: int = 64 << 20,
         revalidate: float = 0.0,
-        offline: bool = False,
         limits: Limits | None = None,
-        timeouts: Timeouts = PATIENT,
         clock: Callable[[], float] = time.monotonic,
         cached: bool = False,
         http: RangeEngine | None = None,
@@ -169,7 +145,7 @@ class RemoteWorld:
         self.server.__enter__()
         self.server.behave = self.serve
         self.locator = ToldLocator(self.server)
-        self.engine = http or engine(timeouts=timeouts)
+        self.engine = http or engine(timeouts=PATIENT)
         self.workers = WorkerThreads(4)
         self.known = ResolutionCache(revalidate, clock)
         self._cache: DiskCache | None = None
@@ -179,7 +155,7 @@ class RemoteWorld:
             self.cache_of,
             self.known,
             self.workers,
-            offline=offline,
+            offline=False,
             fresh=revalidate,
         )
         kind = CachedSource if cached else RemoteSource
@@ -252,15 +228,16 @@ def stocked(world: RemoteWorld, folder: Path, name: str = "one", seed: int = 0) 
     return folder / name
 
 
-def over(world: RemoteWorld, **settings: object) -> AdapterLoader:
+def over(world: RemoteWorld, *, source: Source | None = None, **settings: object) -> AdapterLoader:
     plain: dict[str, object] = {
-        "device_bytes": 8 << 20,
-        "max_slots": 4,
+        "device_bytes": 16 << 20,
+        "max_slots": 8,
         "io_threads": 2,
-        "timeout": 20,
+        "timeout": 30,
+        "verify": world.verify,
     }
     config = LoaderConfig(**(plain | settings))  # type: ignore[arg-type]
-    return AdapterLoader(tiny.layout(), config, source=world.source)
+    return AdapterLoader(tiny.layout(), config, source=source or world.source)
 
 
 async def opened(

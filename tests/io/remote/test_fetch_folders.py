@@ -42,10 +42,7 @@ from lorax_async.errors import (
 )
 from lorax_async.loader import AdapterLoader
 from lorax_async.testing import FakeSource
-from lorax_async.types import (
-    AdapterRef,
-    Merge,
-)
+from lorax_async.types import AdapterRef, Merge
 from sweeping import stepwise
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left", "hub_client")
@@ -109,9 +106,7 @@ async def test_a_folder_that_peft_loads(world: RemoteWorld, tmp_path: Path) -> N
     assert is_evictable(world)
 
 
-async def test_what_does_not_fit_the_base_is_files_all_the_same(
-    world: RemoteWorld, tmp_path: Path
-) -> None:
+async def test_what_does_not_fit_the_base_is_fetched(world: RemoteWorld, tmp_path: Path) -> None:
     stocked(world, tmp_path)
     stored = world.locator.there["one"]
     stored.weights = stored.weights.replace(b"q_proj", b"x_proj")
@@ -123,9 +118,7 @@ async def test_what_does_not_fit_the_base_is_files_all_the_same(
             assert (folder.path / WEIGHTS).read_bytes() == stored.weights
 
 
-async def test_a_lease_keeps_the_folder_from_other_processes(
-    world: RemoteWorld, tmp_path: Path
-) -> None:
+async def test_a_lease_protects_from_other_processes(world: RemoteWorld, tmp_path: Path) -> None:
     adapter = stocked(world, tmp_path)
     command = [sys.executable, "-m", "lorax_async", "cache", "gc", "--bytes", "1"]
     command += ["--dir", str(world.folder)]
@@ -141,9 +134,7 @@ async def test_a_lease_keeps_the_folder_from_other_processes(
         assert not two.path.exists()
 
 
-async def test_calls_that_overlap_and_loads_share_one_download(
-    world: RemoteWorld, tmp_path: Path
-) -> None:
+async def test_fetches_and_loads_share_one_download(world: RemoteWorld, tmp_path: Path) -> None:
     adapter = stocked(world, tmp_path)
     size, ref = (adapter / WEIGHTS).stat().st_size, world.ref("one")
     async with over(world) as there:
@@ -164,9 +155,7 @@ async def test_calls_that_overlap_and_loads_share_one_download(
                 assert folder.downloaded
 
 
-async def test_who_leaves_early_takes_nothing_from_the_others(
-    world: RemoteWorld, tmp_path: Path
-) -> None:
+async def test_a_cancelled_fetch_leaves_the_others(world: RemoteWorld, tmp_path: Path) -> None:
     adapter, gate = stocked(world, tmp_path), threading.Event()
 
     def late(asked: Asked, client: Client) -> None:
@@ -236,7 +225,7 @@ REFUSED: dict[str, tuple[Callable[[RemoteWorld], Any], type[LoraxError], str | N
 
 
 @pytest.mark.parametrize(("id", "kind", "words"), REFUSED.values(), ids=REFUSED)
-async def test_what_is_refused(
+async def test_refusals(
     tmp_path: Path, id: Callable[[RemoteWorld], Any], kind: type[LoraxError], words: str
 ) -> None:
     with RemoteWorld(tmp_path / "cache", limits=Limits(max_adapter_bytes=1 << 20)) as world:
@@ -259,7 +248,7 @@ async def test_tensors_and_stand_ins_are_in_no_folder(tmp_path: Path) -> None:
         given = load_file(adapter / WEIGHTS)
         (await there.load_tensors("given", given, tiny.config())).release()
         for id in ("fake", "given"):
-            with pytest.raises(UsageError, match="in no folder"):
+            with pytest.raises(UsageError, match="has no folder"):
                 await there.fetch(id)
 
 
@@ -298,14 +287,9 @@ async def test_a_folder_that_is_never_released_is_told(world: RemoteWorld, tmp_p
         await there.close(timeout=0)
 
 
-# -- from a hub, with its cache; local folders ----------------------------------------------------
-
-
 @pytest.mark.parametrize("files", ["one file", "several files"])
 @pytest.mark.parametrize("stored_by", ["this loader", "other tools"])
-async def test_offline_it_is_where_it_was_stored(
-    tmp_path: Path, files: str, stored_by: str
-) -> None:
+async def test_offline_it_is_in_its_place(tmp_path: Path, files: str, stored_by: str) -> None:
     whole = written(tmp_path / "whole", layers=4, rank=16)
     several = files == "several files"
     adapter = split_files.split(whole, tmp_path / "several") if several else whole

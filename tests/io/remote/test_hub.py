@@ -12,10 +12,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from answering_server import Asked, Reply
-from fault_server import Client, FaultServer
+from fault_server import Asked, Client, FaultServer
 from fetching import Anywhere
-from hub_stand_in import ADAPTER, CONFIG, REPO, SIGNATURE, WEIGHTS, HubStandIn, git_sha1, sha256
+from hub_stand_in import (
+    ADAPTER,
+    CONFIG,
+    REPO,
+    SIGNATURE,
+    WEIGHTS,
+    HubStandIn,
+    Reply,
+    git_sha1,
+    sha256,
+)
 from huggingface_hub import constants, utils
 from huggingface_hub.errors import OIDCError
 
@@ -32,20 +41,14 @@ from lorax_async.errors import (
     UsageError,
 )
 from lorax_async.formats.digests import Digest
-from lorax_async.formats.split_weights import (
-    CONFIG_FILE,
-    INDEX_FILE,
-    WEIGHTS_FILE,
-    FileRole,
-)
+from lorax_async.formats.split_weights import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, FileRole
 from lorax_async.http.failures import RetryPolicy
-from lorax_async.http.settings import (
-    PublicOnly,
-    Rules,
-)
+from lorax_async.http.settings import PublicOnly, Rules
 from lorax_async.remote.base import LocatedAdapter
 from lorax_async.remote.hub import HubBackend
 from lorax_async.types import AdapterRef
+
+Patch = pytest.MonkeyPatch
 
 pytestmark = pytest.mark.usefixtures("hub_client", "nothing_left")
 
@@ -101,9 +104,6 @@ async def refused(hub: HubStandIn | str, ref: AdapterRef = ID) -> LoraxError:
     return error
 
 
-# -- what a name means ----------------------------------------------------------------------------
-
-
 async def test_an_adapter_and_where_its_files_lie(hub: HubStandIn) -> None:
     commit = hub.put(REPO, ADAPTER)
     found = await located(hub)
@@ -132,9 +132,7 @@ async def test_whatever_git_names_is_a_revision(hub: HubStandIn, revision: str) 
 
 
 @pytest.mark.parametrize("later", [{"adapter_model.safetensors": b"new"}, {"README.md": b"none"}])
-async def test_a_branch_that_moves_between_two_answers(
-    hub: HubStandIn, later: dict[str, bytes]
-) -> None:
+async def test_a_branch_that_moves_meanwhile(hub: HubStandIn, later: dict[str, bytes]) -> None:
     """Both files are of the commit of the first; also where the new one has no weights."""
     commit, told = hub.put(REPO, ADAPTER), threading.Event()
 
@@ -193,9 +191,7 @@ async def test_weights_in_several_files(hub: HubStandIn) -> None:
     "etag", [None, "../../etc/passwd", 'W/"1-2"', "e" * 63, "E" * 64, "x" * 40]
 )
 @pytest.mark.parametrize("size", ["-1", "nine", ""])
-async def test_digests_and_sizes_that_are_none(
-    hub: HubStandIn, etag: str | None, size: str
-) -> None:
+async def test_malformed_digests_and_sizes(hub: HubStandIn, etag: str | None, size: str) -> None:
     """They are as good as none: nothing is named by them, nothing checked."""
     fields = {"X-Repo-Commit": "e" * 40, "X-Linked-Size": size, "Location": "http://127.0.0.1:9/x"}
     fields |= {} if etag is None else {"X-Linked-Etag": etag}
@@ -217,12 +213,7 @@ async def test_a_place_that_is_no_url(hub: HubStandIn, place: str) -> None:
         assert [file.target.redirected_to for file in found.files] == [None, None]
 
 
-# -- tokens ---------------------------------------------------------------------------------------
-
-
-async def test_each_authority_has_a_scope_that_does_not_tell_it(
-    hub: HubStandIn, tmp_path: Path
-) -> None:
+async def test_each_authority_has_an_opaque_scope(hub: HubStandIn, tmp_path: Path) -> None:
     """A token given, this machine's own, or none; it is known though the hub is down."""
     commit = hub.put(REPO, ADAPTER)
     (tmp_path / "token").write_text("hf_machine\n")
@@ -252,9 +243,7 @@ async def test_each_authority_has_a_scope_that_does_not_tell_it(
     assert scope not in scopes, "a token says nothing at another hub"
 
 
-async def test_a_machine_whose_own_token_cannot_be_had(
-    hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_no_own_token(hub: HubStandIn, tmp_path: Path, monkeypatch: Patch) -> None:
     """It is no reason to ask without one; who brings his own is not concerned."""
     commit, lent = hub.put(REPO, ADAPTER), AdapterRef(REPO, use_token=True)
     (tmp_path / "token").write_bytes(b"hf_\xff\xfe")
@@ -284,9 +273,6 @@ async def test_what_is_no_token_is_not_sent(hub: HubStandIn, token: str) -> None
         with pytest.raises(UsageError, match=r"leave it out \(None\)"):
             locator.pinned_version(ref)
     assert not hub.asked
-
-
-# -- what it refuses ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("endpoint", ["hub", "ftp://hub/", "https://me:pw@hub", "https://h/?a=b"])
@@ -385,9 +371,6 @@ async def test_redirects_without_end(hub: HubStandIn) -> None:
     assert len(hub.asked) <= 2 * 20
 
 
-# -- what goes wrong on the way -------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
 async def test_what_passes_is_asked_again(hub: HubStandIn, status: int) -> None:
     """Only the file whose answer is missing, as often as is set, and then it is told."""
@@ -415,9 +398,7 @@ async def test_what_passes_is_asked_again(hub: HubStandIn, status: int) -> None:
         ({}, None),
     ],
 )
-async def test_how_long_the_hub_wants_to_be_left_alone(
-    hub: HubStandIn, fields: dict[str, str], seconds: float | None
-) -> None:
+async def test_retry_after(hub: HubStandIn, fields: dict[str, str], seconds: float | None) -> None:
     """What is longer than a caller would wait is told at once, and nobody waits."""
     hub.behave = lambda asked: Reply(429, fields)
     assert (await refused(hub)).retry_after == seconds
@@ -458,9 +439,7 @@ async def test_a_hub_that_cannot_be_reached_is_worth_another_attempt(way: str) -
 
 
 @pytest.mark.parametrize("offline", [True, False], ids=["offline", "endpoint not allowed"])
-async def test_a_hub_that_may_not_be_asked_is_not(
-    hub: HubStandIn, monkeypatch: pytest.MonkeyPatch, offline: bool
-) -> None:
+async def test_a_forbidden_hub(hub: HubStandIn, monkeypatch: Patch, offline: bool) -> None:
     hub.put(REPO, ADAPTER)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     kind = FetchError if offline else AccessDeniedError

@@ -18,25 +18,13 @@ from huggingface_hub import constants, snapshot_download
 from source_inputs import read
 
 from adapters import hub_cache as by_hand
-from lorax_async.cache.base import (
-    Cache,
-    CacheEntry,
-)
+from lorax_async.cache.base import Cache, CacheEntry
 from lorax_async.cache.disk_cache import DiskCache
 from lorax_async.cache.records import CacheKey
 from lorax_async.concurrency import FetchControl
-from lorax_async.errors import (
-    FetchError,
-    IntegrityError,
-    InternalError,
-)
+from lorax_async.errors import FetchError, IntegrityError, InternalError
 from lorax_async.formats.digests import Digest
-from lorax_async.formats.split_weights import (
-    CONFIG_FILE,
-    INDEX_FILE,
-    WEIGHTS_FILE,
-    FileRole,
-)
+from lorax_async.formats.split_weights import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, FileRole
 from lorax_async.lifecycle.policies import policy
 from lorax_async.remote.hub_cache import (
     StandardHubCache,
@@ -44,10 +32,7 @@ from lorax_async.remote.hub_cache import (
     adapter_files,
     standard_folder,
 )
-from lorax_async.remote.hub_calls import (
-    digest_of_etag,
-    is_commit,
-)
+from lorax_async.remote.hub_calls import digest_of_etag, is_commit
 from lorax_async.remote.resolution import ResolutionRequest
 from lorax_async.types import AdapterRef
 
@@ -102,8 +87,6 @@ def tree(folder: Path) -> dict[str, tuple[str, object]]:
     return found
 
 
-# -- names ----------------------------------------------------------------------------------------
-
 SHA1, SHA256 = "0123456789" * 4, "0123456789abcdef" * 4
 
 
@@ -128,9 +111,6 @@ def test_files_of_an_adapter() -> None:
         *([*several, shard(1, 1)], [*several, shard(1, 3)]),
     ):
         assert adapter_files(names) == []
-
-
-# -- what is found --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("files", [ADAPTER, SPLIT], ids=["one file", "several files"])
@@ -230,9 +210,7 @@ def test_what_other_tools_stored_is_for_this_machines_token(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("broken", ["os.open", "os.listdir"])
-def test_a_cache_that_cannot_be_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
-) -> None:
+def test_an_unreadable_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     """Files that this process may not read are as good as absent; a broken disk is an error."""
     by_hand.put(tmp_path, REPO, ADAPTER, commit=COMMIT, refs=("main",))
     cache, code = opened(tmp_path), 13
@@ -254,9 +232,6 @@ def test_a_cache_that_cannot_be_read(
         if name == "listdir":
             with pytest.raises(FetchError, match=r"hub cache cannot be read \(EIO\)"):
                 cache.commit_of(REPO, "main")
-
-
-# -- what links must not lead to ------------------------------------------------------------------
 
 
 def _linked(target: str) -> Callable[[Path], None]:
@@ -383,9 +358,6 @@ def test_what_is_removed_or_replaced_while_it_is_used(tmp_path: Path, replaced: 
     early.close()
 
 
-# -- beside our own cache -------------------------------------------------------------------------
-
-
 def stored(cache: Cache, key: CacheKey) -> CacheEntry:
     """Download it as a whole."""
     download = cache.begin(key, "", FetchControl())
@@ -399,9 +371,7 @@ def stored(cache: Cache, key: CacheKey) -> CacheEntry:
         download.close()
 
 
-def test_downloads_go_to_our_own_cache_and_none_is_made_of_what_the_hub_cache_has(
-    tmp_path: Path, hub_client: Path
-) -> None:
+def test_downloads_go_to_our_own_cache(tmp_path: Path, hub_client: Path) -> None:
     by_hand.put(hub_client, REPO, ADAPTER, commit=COMMIT, refs=("main", "refs/pr/1"))
     before, other = tree(hub_client), CacheKey(REPO, "d" * 40)
     with closing(DiskCache(tmp_path / "disk", 1 << 30, policy("lru"))) as disk:

@@ -12,22 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from answering_server import Asked, Reply
-from hub_stand_in import HubStandIn
-from huggingface_hub import (
-    constants,
-    snapshot_download,
-)
-from user_loads import (
-    LAYERS,
-    RANK,
-    at,
-    contents,
-    has,
-    loader,
-    until,
-    written,
-)
+from fault_server import Asked
+from hub_stand_in import HubStandIn, Reply
+from huggingface_hub import constants, snapshot_download
+from user_loads import LAYERS, RANK, at, contents, has, loader, until, written
 
 import tiny
 from lorax_async.errors import (
@@ -40,10 +28,7 @@ from lorax_async.errors import (
 from lorax_async.formats.spans import ByteRange
 from lorax_async.ids.allow import Allow
 from lorax_async.loader import AdapterLoader
-from lorax_async.types import (
-    AdapterRef,
-    Merge,
-)
+from lorax_async.types import AdapterRef, Merge
 
 pytestmark = pytest.mark.usefixtures("no_socket_left", "nothing_left", "hub_client")
 
@@ -167,7 +152,7 @@ def sent(hub: HubStandIn, repo: str = "") -> set[str | None]:
 
 @pytest.mark.usefixtures("logged_in")
 @pytest.mark.parametrize("allow", [(), (Allow("hub"),), (Allow("hub", prefix="org/"),)])
-async def test_a_plain_id_is_asked_for_without_the_machines_token(
+async def test_a_plain_id_sends_no_token(
     hub: HubStandIn, adapter: Path, tmp_path: Path, allow: tuple[Allow, ...]
 ) -> None:
     async with over(hub, tmp_path, *allow) as there:
@@ -183,9 +168,7 @@ async def test_a_plain_id_is_asked_for_without_the_machines_token(
 
 
 @pytest.mark.usefixtures("logged_in")
-async def test_an_entry_lends_the_token_to_what_it_covers_only(
-    hub: HubStandIn, adapter: Path, tmp_path: Path
-) -> None:
+async def test_an_entry_lends_the_token(hub: HubStandIn, adapter: Path, tmp_path: Path) -> None:
     allow = (Allow("hub"), Allow("hub", prefix="org/", use_token=True))
     async with over(hub, tmp_path, *allow) as there:
         await has(there, PRIVATE, adapter)
@@ -207,12 +190,7 @@ async def test_an_entry_lends_the_token_to_what_it_covers_only(
 @pytest.mark.usefixtures("logged_in")
 @pytest.mark.parametrize("large", [False, True], ids=["config in git", "config in the store"])
 async def test_an_entry_lends_the_token_to_no_repository_elsewhere_that_the_hub_redirects_to(
-    hub: HubStandIn,
-    adapter: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    *,
-    large: bool,
+    hub: HubStandIn, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, large: bool
 ) -> None:
     monkeypatch.setattr("hub_stand_in.is_large", lambda _: large)
     allow = (Allow("hub"), Allow("hub", prefix="org/", use_token=True))
@@ -228,9 +206,7 @@ async def test_an_entry_lends_the_token_to_no_repository_elsewhere_that_the_hub_
 
 
 @pytest.mark.usefixtures("logged_in")
-async def test_a_hub_that_does_not_say_which_repository_answers_lends_nothing(
-    hub: HubStandIn, tmp_path: Path
-) -> None:
+async def test_an_unnamed_repository_is_lent_no_token(hub: HubStandIn, tmp_path: Path) -> None:
     def behave(asked: Asked) -> Reply | None:
         return Reply(200, {}, b"{}") if asked.target.startswith("/api/") else None
 
@@ -243,7 +219,7 @@ async def test_a_hub_that_does_not_say_which_repository_answers_lends_nothing(
 
 @pytest.mark.usefixtures("logged_in")
 @pytest.mark.parametrize("hub_cache", ["off", "read"])
-async def test_what_the_token_brought_is_for_no_stranger(
+async def test_strangers_to_a_token(
     hub: HubStandIn, adapter: Path, tmp_path: Path, hub_cache: str
 ) -> None:
     """Neither resident, nor from a cache, nor while the hub is down or is not to be asked."""
@@ -272,7 +248,7 @@ async def test_what_the_token_brought_is_for_no_stranger(
 
 
 @pytest.mark.usefixtures("logged_in")
-async def test_what_other_tools_stored_with_the_token_is_for_no_stranger(
+async def test_strangers_to_the_hub_cache(
     hub: HubStandIn, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit = hub.repos[PRIVATE].refs["main"]
@@ -305,7 +281,7 @@ async def test_what_other_tools_stored_with_the_token_is_for_no_stranger(
     await refuse()
 
 
-async def test_without_a_token_all_ask_alike(
+async def test_without_a_token_all_are_alike(
     hub: HubStandIn, adapter: Path, tmp_path: Path
 ) -> None:
     """What other tools stored on such a machine anybody could have had."""

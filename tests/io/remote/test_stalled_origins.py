@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import socket
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -157,9 +157,7 @@ Leaving = Callable[[AdapterLoader, str], Coroutine[Any, Any, None]]
 @pytest.mark.slow
 @pytest.mark.parametrize("step", STALLS)
 @pytest.mark.parametrize("leaves", [times_out, is_cancelled, streams, is_hinted_at])
-async def test_a_server_that_stalls_costs_only_its_callers(
-    tmp_path: Path, step: str, leaves: Leaving
-) -> None:
+async def test_a_stall_costs_only_its_callers(tmp_path: Path, step: str, leaves: Leaving) -> None:
     """A healthy load beside them and one after them; then nothing of theirs is left."""
     with world(tmp_path, step) as it:
         async with it.loader() as loader:
@@ -180,31 +178,6 @@ async def test_a_server_that_stalls_costs_only_its_callers(
             await until(lambda: open_sockets() <= sockets + CONNECTIONS * 2)
             begun = time.monotonic()
         assert time.monotonic() - begun < SOON
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("steps", [*((step,) for step in STALLS), STALLS], ids=lambda s: s[-1])
-async def test_callers_that_stay_are_not_in_the_way(tmp_path: Path, steps: Sequence[str]) -> None:
-    """Nor those of several servers. Their own is asked still, and they get what comes of it."""
-    with world(tmp_path, *steps) as it:
-        async with it.loader() as loader:
-            staying = [
-                asyncio.create_task(loader.load(server.url(f"/{n}/")))
-                for server in it.stalling
-                for n in range(LOADS // 2)
-            ]
-            await until(lambda: all(folder.held for folder in it.folders))
-            for n in range(3):
-                await it.load_healthy(loader, f"beside{n}")
-            assert not any(task.done() for task in staying)
-            for folder, server in zip(it.folders, it.stalling, strict=True):
-                folder.step = "none"
-                for client in server.clients:
-                    with suppress(OSError):
-                        client.socket.shutdown(socket.SHUT_RDWR)
-            for handle in await asyncio.gather(*staying):
-                tiny.assert_equal_to_file(handle, it.adapter)
-                handle.release()
 
 
 @pytest.mark.slow

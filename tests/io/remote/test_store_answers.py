@@ -13,8 +13,7 @@ from threading import Event
 import pytest
 import test_http_trust
 from fault_server import Asked, Behaviour, Client, FaultServer, Hangup, until
-from object_stores import set_environment
-from stored import located, locator
+from object_stores import located, locator, set_environment
 from test_http_trust import tls_server
 from user_loads import secretless
 
@@ -28,10 +27,7 @@ from lorax_async.errors import (
     UsageError,
 )
 from lorax_async.http.settings import PublicOnly
-from lorax_async.http.target import (
-    ProbeResult,
-    Validators,
-)
+from lorax_async.http.target import ProbeResult, Validators
 from lorax_async.http.urls import parse_url
 from lorax_async.remote.object_stores import (
     Buckets,
@@ -62,9 +58,7 @@ def environment(patch: pytest.MonkeyPatch, server: FaultServer) -> None:
     )
 
 
-async def test_a_bucket_that_does_not_answer_holds_up_no_other(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_silent_bucket_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """More questions than there are threads; whoever asks for another bucket is answered."""
     hanging, go_on = [], Event()
 
@@ -145,7 +139,7 @@ def test_the_origin_of_a_signed_url_is_allowed_and_no_other() -> None:
         (Validators(10, None), False),
     ],
 )
-def test_the_first_answer_must_be_about_the_located_file(
+def test_another_file_answers(
     known: Validators, right: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with FaultServer(b"", of_names({})) as server:
@@ -220,9 +214,7 @@ def test_answers_that_are_no_help_are_errors_without_the_servers_words(
 
 
 @pytest.mark.parametrize("index", [True, False])
-def test_without_the_right_to_list_a_missing_file_is_a_refusal(
-    index: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_file_without_right_to_list(index: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """S3 answers 403 for 404 then, so the index is looked for all the same."""
     listing = b"<ListBucketResult><Name>bucket</Name><Prefix>prefix/</Prefix>"
     listing += b"<KeyCount>0</KeyCount><IsTruncated>false</IsTruncated></ListBucketResult>"
@@ -243,9 +235,7 @@ def test_without_the_right_to_list_a_missing_file_is_a_refusal(
                 located(ID)
 
 
-def test_a_certificate_that_is_not_trusted(
-    certificate: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_untrusted_certificate(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with tls_server(certificate) as server:
         environment(monkeypatch, server)
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"https://localhost:{server.port}")

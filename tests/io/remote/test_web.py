@@ -24,23 +24,12 @@ from lorax_async.errors import (
     UsageError,
 )
 from lorax_async.formats.digests import Digest
-from lorax_async.formats.split_weights import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    FileRole,
-)
+from lorax_async.formats.split_weights import CONFIG_FILE, WEIGHTS_FILE, FileRole
 from lorax_async.http.range_engine import RangeEngine
-from lorax_async.http.settings import (
-    HttpSettings,
-    PublicOnly,
-)
+from lorax_async.http.settings import HttpSettings, PublicOnly
 from lorax_async.remote.base import WEAK
 from lorax_async.remote.metadata import FIRST_BYTES
-from lorax_async.remote.web import (
-    MAX_INDEX_BYTES,
-    MAX_SHARDS,
-    WebBackend,
-)
+from lorax_async.remote.web import MAX_INDEX_BYTES, MAX_SHARDS, WebBackend
 from lorax_async.types import AdapterRef
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
@@ -60,10 +49,7 @@ async def test_a_folder_is_located_by_two_requests(it: World) -> None:
     located = await it.locator.locate(it.ref())
     assert sorted(it.folder.names) == [CONFIG, WEIGHTS]
     spans = {asked.target: asked.span for asked in it.folder.asked}
-    assert spans == {
-        f"/adapters/one/{CONFIG}": None,
-        f"/adapters/one/{WEIGHTS}": (0, FIRST_BYTES),
-    }
+    assert spans == {f"/adapters/one/{CONFIG}": None, f"/adapters/one/{WEIGHTS}": (0, FIRST_BYTES)}
     assert (located.source, located.scope) == (it.server.url("/adapters/one/"), "")
     config, weights = located.files
     assert (config.role, weights.role) == (CONFIG_FILE, WEIGHTS_FILE)
@@ -310,9 +296,7 @@ async def test_what_is_part_of_the_version_is_waited_for(etag: str | None, least
 
 
 @pytest.mark.parametrize("weak", [False, True])
-async def test_a_revision_is_the_version_or_the_strong_etag_of_the_weights(
-    it: World, weak: bool
-) -> None:
+async def test_a_revision_is_the_version_or_a_strong_etag(it: World, weak: bool) -> None:
     etag = 'W/"the-weights"' if weak else '"the-weights"'
     it.folder.fields = {WEIGHTS: [f"ETag: {etag}"]}
     version = (await it.locator.locate(it.ref())).version

@@ -5,41 +5,23 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from slow_proxy import SlowProxy
 
 import tiny
-from lorax_async.cache.partials import ChunkMap
-from lorax_async.cache.records import MAP_SUFFIX
 from lorax_async.config import LoaderConfig
 from lorax_async.handle import AdapterHandle
 from lorax_async.ids.allow import Allow
 from lorax_async.loader import AdapterLoader
-from lorax_async.planning.layout import (
-    ModelLayout,
-    Module,
-    Parallelism,
-)
-from lorax_async.types import (
-    AdapterRef,
-    RemoteKey,
-)
+from lorax_async.planning.layout import ModelLayout, Module, Parallelism
+from lorax_async.types import AdapterRef, RemoteKey
 
 HIDDEN = 96
 LAYERS = 24
 RANK = 256
 """Together some 14 MB. Layer 0 has 4 % of it, more than comes with the first answer."""
-
-CONNECTIONS = 8
-RATE = 128e3
-"""Bytes per second and connection: all of them come in 14 seconds, so half a second more is little."""
-
-FIRST_PART = 0.15
-"""The part of the bytes with which layer 0 has to be there."""
 
 KINDS = ("partials", "entries")
 
@@ -129,19 +111,6 @@ async def has(there: AdapterLoader, id: str | AdapterRef, folder: Path) -> str:
         return version_of(handle)
 
 
-async def streams(there: AdapterLoader, id: str, folder: Path, link: SlowProxy) -> str:
-    """Layer 0 is there before the link has passed `FIRST_PART`, at `RATE`; the version."""
-    link.rate = RATE
-    link.stop_after(int(FIRST_PART * size_of(folder)))
-    async with there.stream(id) as handle:
-        await handle.layer_ready(0)
-        assert not handle.is_ready(LAYERS - 1)
-        link.go_on()
-        await handle.layer_ready(LAYERS - 1)
-        tiny.assert_equal_to_file(handle, folder)
-        return version_of(handle)
-
-
 def stored_in(folder: Path) -> tuple[int, int]:
     """How many adapters our own cache has, and how many downloads that ended half-way.
 
@@ -149,20 +118,3 @@ def stored_in(folder: Path) -> tuple[int, int]:
     """
     partials, entries = (list((folder / "cache").glob(f"{kind}/*")) for kind in KINDS)
     return len(entries), len(partials)
-
-
-def _map_of_partial(cache: Path) -> bytes:
-    for _ in range(100):
-        maps = list(cache.glob(f"partials/*/adapter_model.safetensors{MAP_SUFFIX}"))
-        if len(maps) == 1:
-            with suppress(FileNotFoundError):  # who adopts a partial download renames its folder
-                return maps[0].read_bytes()
-    raise AssertionError("there is not one partial download")
-
-
-def missing_of(folder: Path, size: int) -> int:
-    """How many bytes the one partial download lacks, in whole chunks, by its own map."""
-    content = _map_of_partial(folder / "cache")
-    found = ChunkMap.decoded(content, size, content[8:24])
-    assert found is not None
-    return sum(stop - start for start, stop in found.spans().missing(0, size))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
-from fault_server import Asked, Behaviour, Client, FaultServer, Hangup
+from fault_server import Asked, Behaviour, Client, FaultServer, Hangup, answer
 from fetching import PATIENT, Anywhere, engine
 
 from lorax_async.config import Limits
@@ -18,17 +18,6 @@ from lorax_async.types import AdapterRef
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 INDEX = "adapter_model.safetensors.index.json"
-
-
-def answer(asked: Asked, client: Client, data: bytes, *fields: str) -> None:
-    """The right one: the range that was asked for, or all of it."""
-    if asked.span is None:
-        client.head("200 OK", f"Content-Length: {len(data)}", *fields)
-        client.send(data)
-        return
-    start, stop = asked.span[0], min(asked.span[1], len(data))
-    client.part(start, stop, len(data), *fields)
-    client.send(data[start:stop])
 
 
 def name_of(asked: Asked) -> str:

@@ -1,24 +1,48 @@
-"""One module's weights for the segments of a plan, looked up and viewed once."""
+"""One module's weights for the segments of a plan, looked up once."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from lorax_kernels.checks import MAX_SCALE, check_apart, check_scale
 from lorax_kernels.tables import Segment, Tables
 
-if TYPE_CHECKING:
-    from lorax_kernels.dense import Dense
-    from lorax_kernels.segments import Step
+
+class SegmentShrink(NamedTuple):
+    """Compute `out = x @ a_t`, or `out = a @ x.T` if `a` is set. `h` is `out`, row by row."""
+
+    a: Tensor | None
+    a_t: Tensor
+    out: Tensor
+    h: Tensor
 
 
-class Piece(NamedTuple):
-    """A segment whose adapter touches the module. Its rows are part `part` of `Work.lengths`."""
+class SegmentExpand(NamedTuple):
+    """Compute `y += scale * (h @ b_t)` for part `part` of the rows, in two steps with `delta`."""
+
+    part: int
+    b_t: Tensor
+    scale: float
+    delta: Tensor | None
+
+
+SegmentStep = tuple[SegmentShrink, SegmentExpand]
+
+
+class Product(Protocol):
+    """A prepared way to compute all segments at once."""
+
+    def apply(self, y: Tensor, x: Tensor) -> None:
+        """Add each row's adapter to `y`."""
+
+
+class AdapterSegment(NamedTuple):
+    """A segment whose adapter has weights for the module; part `part` of `ModuleBatch.lengths`."""
 
     part: int
     start: int
@@ -37,51 +61,57 @@ class Piece(NamedTuple):
         return self.a.shape[0]
 
 
-class Work:
-    """The pieces of one module, and the lengths into which they cut the batch's rows.
+class ModuleBatch:
+    """A batch as one module sees it: its segments, and the lengths of all parts of the rows.
 
-    `adapters` are a piece of each slot. `again` says that a second call found the operands as they
-    were: what is put together of them will be of use. `steps` and `dense` are the ways to compute
-    it, as far as they are prepared; `decided` says that which need not be asked again. `group` is
-    one that was checked.
+    `adapters` has one segment per slot. `is_reused` is set once a second call finds the operands
+    unchanged: only then are combined weights worth building. `steps` and `product` are the prepared
+    ways to compute it; `is_decided` is set once the choice is final. `group` was checked.
     """
 
     __slots__ = (
-        *("adapters", "again", "decided", "dense", "group", "lengths", "module", "pieces"),
+        *(
+            "adapters",
+            "group",
+            "is_decided",
+            "is_reused",
+            "lengths",
+            "module",
+            "product",
+            "segments",
+        ),
         *("_expected", "_used", "_weights", "steps", "tables"),
     )
 
-    def __init__(
-        self, tokens: int, segments: tuple[Segment, ...], module: int, tables: Tables
-    ) -> None:
-        self.module, self.tables, self.again, self.decided = module, tables, False, False
-        self.steps: tuple[Step, ...] | None = None
-        self.dense: Dense | None = None
+    def __init__(self, tokens: int, rows: tuple[Segment, ...], module: int, tables: Tables) -> None:
+        self.module, self.tables, self.is_reused, self.is_decided = module, tables, False, False
+        self.steps: tuple[SegmentStep, ...] | None = None
+        self.product: Product | None = None
         self.group: Sequence[int] = ()
-        used = {slot: tables.operands(module, slot) for _, _, slot in segments}
+        used = {slot: tables.operands(module, slot) for _, _, slot in rows}
         self._used = tuple(used.items())
         self.lengths: list[int] = []
-        pieces, at = [], 0
-        for start, stop, slot in segments:
+        segments, at = [], 0
+        for start, stop, slot in rows:
             operands = used[slot]
             if operands is None:
                 continue
             if at < start:
                 self.lengths.append(start - at)
-            pieces.append(Piece(len(self.lengths), start, stop, slot, *operands))
+            segments.append(AdapterSegment(len(self.lengths), start, stop, slot, *operands))
             self.lengths.append(stop - start)
             at = stop
         if at < tokens:
             self.lengths.append(tokens - at)
-        self.pieces = tuple(pieces)
-        self.adapters = tuple({piece.slot: piece for piece in pieces}.values())
+        self.segments = tuple(segments)
+        self.adapters = tuple({segment.slot: segment for segment in segments}.values())
         self._weights = _extents(
-            weights for piece in self.adapters for weights in (piece.a, piece.b)
+            weights for segment in self.adapters for weights in (segment.a, segment.b)
         )
         self._expected = self._expectation(tokens)
 
-    def stands(self) -> bool:
-        """Whether the tables still give the very same operands."""
+    def is_current(self) -> bool:
+        """Return whether the tables still return the identical operands."""
         operands, module = self.tables.operands, self.module
         for slot, known in self._used:  # noqa: SIM110 - a third of a generator's time
             if operands(module, slot) is not known:
@@ -89,13 +119,13 @@ class Work:
         return True
 
     def parts(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Views of `rows` `[tokens, …]`, by the lengths."""
+        """Split `rows` `[tokens, …]` by the lengths."""
         return (rows,) if len(self.lengths) == 1 else rows.split_with_sizes(self.lengths)
 
     def fits(self, y: Tensor, x: Tensor) -> bool:
-        """Return whether `x` and `y` are as :func:`lorax_kernels.apply` wants them; for each call.
+        """Return whether `x` and `y` are valid for :func:`lorax_kernels.apply`. Fast.
 
-        False, too, for operands that do not fit each other: :meth:`check` says what is wrong.
+        Also return False if the operands disagree; :meth:`check` raises the reason.
         """
         if self._expected is None:
             return False
@@ -124,39 +154,41 @@ class Work:
     ) -> None:
         """Raise ValueError unless `x` `[tokens, in]` and `y` `[tokens, out]` fit all operands.
 
-        `written`, one of them or the planes between the products, shares no memory with weights.
+        `written`, one of them or the shrunk rows, must not share memory with weights.
         """
-        for piece in self.adapters:
-            check_scale(self.module, piece.slot, piece.scale)
-            a, b_t = piece.a, piece.b.t()
+        for segment in self.adapters:
+            check_scale(self.module, segment.slot, segment.scale)
+            a, b_t = segment.a, segment.b.t()
             if not (_fits(x, a) and _fits(y, b_t) and a.dtype == b_t.dtype):
                 pairs = [("x", x, a), ("y", y, b_t)]
-                given = [(name, one, of) for name, one, of in pairs if one is not None]
-                wanted = [f"{name} [tokens, {of.shape[1]}] in {of.dtype}" for name, _, of in given]
-                got = [f"{name} {list(one.shape)} in {one.dtype}" for name, one, _ in given]
+                checked = [(name, rows, w) for name, rows, w in pairs if rows is not None]
+                wanted = [f"{name} [tokens, {w.shape[1]}] in {w.dtype}" for name, _, w in checked]
+                got = [f"{name} {list(rows.shape)} in {rows.dtype}" for name, rows, _ in checked]
                 raise ValueError(f"expected {' and '.join(wanted)}, got {' and '.join(got)}")
             if written is not None:
-                for weights in (piece.a, piece.b):
-                    check_apart("the output", written, f"the weights of slot {piece.slot}", weights)
+                for weights in (segment.a, segment.b):
+                    check_apart(
+                        "the output", written, f"the weights of slot {segment.slot}", weights
+                    )
 
-    def takes(self, x: Tensor) -> bool:
-        """Whether `x` is what the module is given; not so where the batch has no adapter of it."""
-        return bool(self.adapters) and all(_fits(x, piece.a) for piece in self.adapters)
+    def accepts(self, x: Tensor) -> bool:
+        """Return whether `x` fits the module's adapters, of which there must be one."""
+        return bool(self.adapters) and all(_fits(x, segment.a) for segment in self.adapters)
 
     def _expectation(
         self, tokens: int
     ) -> tuple[tuple[int, int], tuple[int, int], object, int, int] | None:
         """Return the shapes of `x` and `y`, their dtype, and the bytes of each.
 
-        None if the adapters do not agree, or have a scale that :meth:`check` refuses.
+        Return None if the adapters disagree or have an invalid scale.
         """
         found = {
-            ((tokens, piece.a.shape[1]), (tokens, piece.b.shape[0]), piece.a.dtype)
-            for piece in self.adapters
+            ((tokens, segment.a.shape[1]), (tokens, segment.b.shape[0]), segment.a.dtype)
+            for segment in self.adapters
         }
         sound = all(
-            piece.a.dtype == piece.b.dtype and abs(piece.scale) <= MAX_SCALE
-            for piece in self.adapters
+            segment.a.dtype == segment.b.dtype and abs(segment.scale) <= MAX_SCALE
+            for segment in self.adapters
         )
         if len(found) != 1 or not sound:
             return None
@@ -170,7 +202,7 @@ def _fits(rows: Tensor | None, weights: Tensor) -> bool:
 
 
 def _extents(weights: Iterable[Tensor]) -> tuple[list[int], list[int]]:
-    """Return where the weights' memory begins and ends, in ascending order and without overlap."""
+    """Return the sorted begins and ends of the weights' memory, with overlaps merged."""
     begins: list[int] = []
     ends: list[int] = []
     for begin, end in sorted((one.data_ptr(), one.data_ptr() + one.nbytes) for one in weights):
