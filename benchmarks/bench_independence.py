@@ -21,21 +21,11 @@ from bench_options import Options, options, print_environment, write_json
 from harness import SEED, WrongBytesError, print_table, run_on
 from load_stage import check_handle
 from lorax_async.config import LoaderConfig
-from lorax_async.devices.base import (
-    CopyTicket,
-    FilePieces,
-    StagedPiece,
-)
+from lorax_async.devices.base import CopyTicket, FilePieces, StagedPiece
 from lorax_async.devices.cpu import CpuDevice
-from lorax_async.devices.simulated import (
-    SimulatedDevice,
-    SimulatedTicket,
-)
+from lorax_async.devices.simulated import SimulatedDevice, SimulatedTicket
 from lorax_async.errors import FetchError
-from lorax_async.events import (
-    Event,
-    SlotGranted,
-)
+from lorax_async.events import Event, SlotGranted
 from lorax_async.handle import AdapterHandle
 from lorax_async.lifecycle.arena import Extent
 from lorax_async.loader import AdapterLoader

@@ -112,9 +112,7 @@ def peft(stage: Stage) -> Contender:
 
 def warm_floor(stage: Stage) -> Contender:
     return stage.floor(
-        "threaded preadv",
-        lambda: stage.threads.read(stage.current, stage.arena),
-        stage.check_arena,
+        "threaded preadv", lambda: stage.threads.read(stage.current, stage.arena), stage.check_arena
     )
 
 

@@ -18,13 +18,7 @@ from bench_options import Options, options, print_environment, write_json
 from harness import SEED, Loop, print_table, run_on
 from lorax_async.config import LoaderConfig
 from lorax_async.loader import AdapterLoader
-from lorax_async.planning.batch_plan import (
-    BASE_ONLY,
-    BatchPlan,
-    SlotOccupant,
-    SlotRef,
-    plan_batch,
-)
+from lorax_async.planning.batch_plan import BASE_ONLY, BatchPlan, SlotOccupant, SlotRef, plan_batch
 from lorax_async.scheduler.admission import share
 from lorax_async.scheduler.requests import Request
 from lorax_async.scheduler.scheduler import AdapterScheduler

@@ -14,11 +14,7 @@ from time import perf_counter
 
 import torch
 
-from lorax_async.planning.layout import (
-    ModelLayout,
-    Module,
-    Parallelism,
-)
+from lorax_async.planning.layout import ModelLayout, Module, Parallelism
 from work_files import HIDDEN, INTERMEDIATE, KEY_VALUE, LAYERS, TARGETS, module_paths
 
 TESTS = Path(__file__).parents[1] / "tests"

@@ -20,11 +20,7 @@ from load_stage import check_handle, require_equal
 from lorax_async import layouts
 from lorax_async.config import LoaderConfig
 from lorax_async.errors import AdapterTimeoutError
-from lorax_async.events import (
-    Event,
-    LayerReady,
-    SlotGranted,
-)
+from lorax_async.events import Event, LayerReady, SlotGranted
 from lorax_async.handle import AdapterHandle
 from lorax_async.ids.allow import Allow
 from lorax_async.loader import AdapterLoader

@@ -12,19 +12,8 @@ from safetensors.torch import save
 
 from harness import WrongBytesError
 from lorax_async.handle import AdapterHandle
-from lorax_async.planning.layout import (
-    ModelLayout,
-    Module,
-    Parallelism,
-)
-from work_files import (
-    CONFIG,
-    LAYERS,
-    PEFT_PREFIX,
-    WEIGHTS,
-    module_paths,
-    peft_config,
-)
+from lorax_async.planning.layout import ModelLayout, Module, Parallelism
+from work_files import CONFIG, LAYERS, PEFT_PREFIX, WEIGHTS, module_paths, peft_config
 
 SMALL_HIDDEN = 32
 SMALL_RANK = 2

@@ -10,16 +10,8 @@ from lorax_async.concurrency import FetchControl
 from lorax_async.errors import FetchError
 from lorax_async.files import Reader
 from lorax_async.formats.spans import ByteSpan
-from lorax_async.sources.base import (
-    AdapterFile,
-    PinnedPages,
-    Source,
-)
-from lorax_async.types import (
-    AdapterKey,
-    AdapterRef,
-    Verification,
-)
+from lorax_async.sources.base import AdapterFile, PinnedPages, Source
+from lorax_async.types import AdapterKey, AdapterRef, Verification
 
 _POLL_SECONDS = 0.01
 

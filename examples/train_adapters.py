@@ -22,10 +22,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lorax_async.engines.smollm2 import (
-    BASE_MODEL,
-    prepare_base,
-)
+from lorax_async.engines.smollm2 import BASE_MODEL, prepare_base
 
 SEED: Final = 20_240
 THREADS: Final = 2

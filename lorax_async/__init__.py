@@ -8,12 +8,7 @@ async with AdapterLoader(layout, LoaderConfig()) as loader:
 import logging
 
 from lorax_async import layouts
-from lorax_async.config import (
-    Limits,
-    LoaderConfig,
-    LocalRoot,
-    Shard,
-)
+from lorax_async.config import Limits, LoaderConfig, LocalRoot, Shard
 from lorax_async.errors import (
     AccessDeniedError,
     AdapterError,
@@ -56,26 +51,11 @@ from lorax_async.planning.layout import ModelLayout
 from lorax_async.runtime.acquire import Prefetch
 from lorax_async.runtime.folders import AdapterFolder
 from lorax_async.runtime.placement import AdapterResidency, Placement
-from lorax_async.runtime.telemetry import (
-    Budget,
-    Statistics,
-    Usage,
-)
-from lorax_async.scheduler.requests import (
-    Request,
-    Ticket,
-)
+from lorax_async.runtime.telemetry import Budget, Statistics, Usage
+from lorax_async.scheduler.requests import Request, Ticket
 from lorax_async.scheduler.scheduler import AdapterScheduler
-from lorax_async.scheduler.step import (
-    Batch,
-    BatchRow,
-)
-from lorax_async.types import (
-    AdapterKey,
-    AdapterRef,
-    Merge,
-    Verification,
-)
+from lorax_async.scheduler.step import Batch, BatchRow
+from lorax_async.types import AdapterKey, AdapterRef, Merge, Verification
 
 __all__ = [
     "AccessDeniedError",

@@ -236,13 +236,7 @@ class FakeSource:
         self._unverified.discard(id)
 
     def fail(
-        self,
-        step: Step,
-        error: Exception,
-        *,
-        id: str | None = None,
-        at: int = 0,
-        times: int = 1,
+        self, step: Step, error: Exception, *, id: str | None = None, at: int = 0, times: int = 1
     ) -> None:
         """Raise `error` at the next `times` such steps, of `id` or of any adapter.
 

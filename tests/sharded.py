@@ -9,12 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorax_async.config import Shard
-from lorax_async.planning.layout import (
-    FusedPart,
-    ModelLayout,
-    Module,
-    Parallelism,
-)
+from lorax_async.planning.layout import FusedPart, ModelLayout, Module, Parallelism
 
 LAYERS, HIDDEN, HEADS, GROUPS, HEAD_DIM, FFN = 2, 32, 8, 2, 4, 48
 SIZES = {

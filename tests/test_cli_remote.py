@@ -31,16 +31,8 @@ from common import Run
 from lorax_async.cache.partials import CHUNK_BYTES
 from lorax_async.cache.records import CacheKey
 from lorax_async.cli import main
-from lorax_async.cli.arguments import (
-    as_allow,
-    as_place,
-    loader_settings,
-)
-from lorax_async.cli.fetch import (
-    AT_ONCE,
-    FetchRow,
-    fetch_all,
-)
+from lorax_async.cli.arguments import as_allow, as_place, loader_settings
+from lorax_async.cli.fetch import AT_ONCE, FetchRow, fetch_all
 from lorax_async.cli.measure import create_loads
 from lorax_async.config import LoaderConfig
 from lorax_async.errors import UsageError
@@ -182,11 +174,7 @@ def test_what_is_named_is_allowed_and_no_more(folder: Path, fetch: Fetch, capsys
 
 
 def test_the_token_is_that_of_the_environment(
-    folder: Path,
-    fetch: Fetch,
-    monkeypatch: Patch,
-    tmp_path: Path,
-    capsys: Capture,
+    folder: Path, fetch: Fetch, monkeypatch: Patch, tmp_path: Path, capsys: Capture
 ) -> None:
     with HubStandIn() as hub:
         commit = hub.put("org/name", contents(folder), private_token=TOKEN)

@@ -14,12 +14,7 @@ import torch
 
 import tiny
 from lorax_async import errors
-from lorax_async.config import (
-    Limits,
-    LoaderConfig,
-    LocalRoot,
-    Shard,
-)
+from lorax_async.config import Limits, LoaderConfig, LocalRoot, Shard
 from lorax_async.ids.allow import Allow
 from lorax_async.loader import AdapterLoader
 from lorax_async.validation import MAX_SECONDS

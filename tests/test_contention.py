@@ -34,15 +34,8 @@ from contention.observer import (
 from lorax_async import errors
 from lorax_async.config import LoaderConfig
 from lorax_async.devices import transfer
-from lorax_async.devices.simulated import (
-    SimulatedDevice,
-    SimulatedStream,
-)
-from lorax_async.errors import (
-    FetchError,
-    IntegrityError,
-    TransferError,
-)
+from lorax_async.devices.simulated import SimulatedDevice, SimulatedStream
+from lorax_async.errors import FetchError, IntegrityError, TransferError
 from lorax_async.events import SlotId
 from lorax_async.handle import AdapterHandle
 from lorax_async.lifecycle.adapter_state import AdapterState

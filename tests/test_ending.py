@@ -23,15 +23,9 @@ from common import our_threads, until
 from false_bytes import watched
 from lorax_async import errors
 from lorax_async.devices.base import CopyTicket
-from lorax_async.devices.transfer import (
-    CopyResult,
-    GroupCopy,
-)
+from lorax_async.devices.transfer import CopyResult, GroupCopy
 from lorax_async.events import SlotId
-from lorax_async.files import (
-    FileReader,
-    identity_of,
-)
+from lorax_async.files import FileReader, identity_of
 from lorax_async.lifecycle.adapter_state import SlotGrant
 from lorax_async.lifecycle.arena import Extent
 from lorax_async.lifecycle.commands import CopyGroup

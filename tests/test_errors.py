@@ -14,17 +14,8 @@ import pytest
 
 import lorax_async
 from lorax_async import errors
-from lorax_async.errors import (
-    FetchError,
-    IntegrityError,
-    LoraxError,
-    shorten,
-)
-from lorax_async.types import (
-    AdapterKey,
-    AdapterRef,
-    as_ref,
-)
+from lorax_async.errors import FetchError, IntegrityError, LoraxError, shorten
+from lorax_async.types import AdapterKey, AdapterRef, as_ref
 
 RETRYABLE = {
     *("AdapterTimeoutError", "FetchError", "FetchTimeoutError", "EvictedError", "IntegrityError"),

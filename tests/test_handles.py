@@ -21,11 +21,7 @@ from lorax_async import errors
 from lorax_async.config import LoaderConfig
 from lorax_async.devices.base import FilePieces
 from lorax_async.devices.simulated import GatedDevice
-from lorax_async.events import (
-    Event,
-    LayerReady,
-    Resident,
-)
+from lorax_async.events import Event, LayerReady, Resident
 from lorax_async.handle import AdapterHandle
 from lorax_async.lifecycle.arena import Arena
 from lorax_async.loader import AdapterLoader

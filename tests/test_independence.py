@@ -16,19 +16,9 @@ import tiny
 from common import Run, until
 from lorax_async import errors
 from lorax_async.config import LoaderConfig
-from lorax_async.devices.base import (
-    CopyTicket,
-    FilePieces,
-    StagedPiece,
-)
-from lorax_async.devices.simulated import (
-    SimulatedDevice,
-    SimulatedTicket,
-)
-from lorax_async.events import (
-    Event,
-    SlotGranted,
-)
+from lorax_async.devices.base import CopyTicket, FilePieces, StagedPiece
+from lorax_async.devices.simulated import SimulatedDevice, SimulatedTicket
+from lorax_async.events import Event, SlotGranted
 from lorax_async.handle import AdapterHandle
 from lorax_async.lifecycle import queues
 from lorax_async.lifecycle.arena import Extent

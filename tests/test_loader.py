@@ -16,24 +16,13 @@ import torch
 import tiny
 from common import until
 from lorax_async import errors
-from lorax_async.events import (
-    BytesMoved,
-    Event,
-    LayerReady,
-    Leaving,
-    Resident,
-    SlotGranted,
-)
+from lorax_async.events import BytesMoved, Event, LayerReady, Leaving, Resident, SlotGranted
 from lorax_async.loader import AdapterLoader
 from lorax_async.planning.transfer_plan import plan_transfer
 from lorax_async.runtime import fetches
 from lorax_async.runtime.telemetry import STORY_LENGTH
 from lorax_async.testing import FakeSource
-from lorax_async.types import (
-    AdapterKey,
-    AdapterRef,
-    Ref,
-)
+from lorax_async.types import AdapterKey, AdapterRef, Ref
 from sweeping import our_tasks
 from tiny_loaders import ONE, fails, gated, loader
 from tiny_sources import Slowed, over, state, stocked, where

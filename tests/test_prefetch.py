@@ -21,10 +21,7 @@ from lorax_async.runtime import acquire
 from lorax_async.runtime.placement import TierName
 from lorax_async.sources.base import AdapterFile
 from lorax_async.testing import FakeSource
-from lorax_async.types import (
-    AdapterKey,
-    AdapterRef,
-)
+from lorax_async.types import AdapterKey, AdapterRef
 from page_looks import cached_pages, drop_pages, map_sizes, may_lock, pages
 from tiny_loaders import ONE, fails, loader
 from tiny_sources import WEIGHTS, granted, is_at, over, simulated, state, stocked, where

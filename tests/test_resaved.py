@@ -18,10 +18,7 @@ import tiny
 from common import until
 from lorax_async import errors
 from lorax_async.devices.simulated import GatedDevice
-from lorax_async.events import (
-    Event,
-    Failed,
-)
+from lorax_async.events import Event, Failed
 from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
 from tiny_loaders import fails, gated, loader

@@ -11,11 +11,7 @@ import tiny
 from common import until
 from given import acquired, file_bytes, give
 from lorax_async import errors
-from lorax_async.events import (
-    Event,
-    Leaving,
-    Resident,
-)
+from lorax_async.events import Event, Leaving, Resident
 from lorax_async.loader import AdapterLoader
 from lorax_async.types import AdapterId, AdapterRef
 from tiny_loaders import ONE, fails, gated, loader

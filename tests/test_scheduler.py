@@ -8,16 +8,8 @@ import pytest
 
 import tiny
 from common import until
-from lorax_async.errors import (
-    ConfigError,
-    HandleClosedError,
-    InvalidAdapterIdError,
-    UsageError,
-)
-from lorax_async.scheduler.requests import (
-    Request,
-    Ticket,
-)
+from lorax_async.errors import ConfigError, HandleClosedError, InvalidAdapterIdError, UsageError
+from lorax_async.scheduler.requests import Request, Ticket
 from lorax_async.scheduler.scheduler import AdapterScheduler
 from lorax_async.scheduler.step import Batch
 from scheduling.serving import (

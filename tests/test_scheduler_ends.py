@@ -24,10 +24,7 @@ from lorax_async.errors import (
 )
 from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
-from lorax_async.scheduler.requests import (
-    Request,
-    Ticket,
-)
+from lorax_async.scheduler.requests import Request, Ticket
 from lorax_async.scheduler.scheduler import AdapterScheduler
 from lorax_async.scheduler.step import Batch
 from lorax_async.types import AdapterRef

@@ -40,37 +40,21 @@ from lorax_async.errors import (
     IntegrityError,
     LoraxError,
 )
-from lorax_async.events import (
-    Event,
-    Failed,
-    SlotId,
-)
+from lorax_async.events import Event, Failed, SlotId
 from lorax_async.handle import AdapterHandle
 from lorax_async.http.failures import RetryPolicy
 from lorax_async.http.range_engine import RangeEngine
-from lorax_async.http.settings import (
-    HttpSettings,
-    Timeouts,
-)
+from lorax_async.http.settings import HttpSettings, Timeouts
 from lorax_async.ids.allow import Allow
 from lorax_async.lifecycle.policies import policy
 from lorax_async.loader import AdapterLoader
-from lorax_async.planning.layout import (
-    ModelLayout,
-    Module,
-    Parallelism,
-)
+from lorax_async.planning.layout import ModelLayout, Module, Parallelism
 from lorax_async.remote.base import Backend
 from lorax_async.remote.opening import AdapterOpener
 from lorax_async.remote.remote_source import AllowRules, RemoteParts, RemoteSource
 from lorax_async.remote.resolution import ResolutionCache, VersionResolver
 from lorax_async.remote.web import WebBackend
-from lorax_async.types import (
-    AdapterKey,
-    AdapterRef,
-    Verification,
-    VerificationKind,
-)
+from lorax_async.types import AdapterKey, AdapterRef, Verification, VerificationKind
 from soak.faulty_source import COUNT, HIDDEN, LARGEST, LAYERS, MODULES, TARGETS, Stored, library
 
 

@@ -9,11 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorax_async.handle import AdapterHandle
-from lorax_async.planning.layout import (
-    ModelLayout,
-    Module,
-    Parallelism,
-)
+from lorax_async.planning.layout import ModelLayout, Module, Parallelism
 
 LAYERS = 4
 HIDDEN = 32

@@ -9,10 +9,7 @@ from typing import Any
 import tiny
 from lorax_async.config import LoaderConfig
 from lorax_async.devices.simulated import SimulatedDevice
-from lorax_async.events import (
-    Event,
-    SlotGranted,
-)
+from lorax_async.events import Event, SlotGranted
 from lorax_async.loader import AdapterLoader
 from lorax_async.runtime.placement import AdapterResidency
 from lorax_async.testing import FakeSource

@@ -6,12 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lorax_async.devices.base import (
-    CopyTicket,
-    Device,
-    FilePieces,
-    StagedPiece,
-)
+from lorax_async.devices.base import CopyTicket, Device, FilePieces, StagedPiece
 from lorax_async.lifecycle.arena import Extent
 from lorax_async.planning.transfer_plan import TableRow
 

@@ -283,10 +283,7 @@ def show_demo(demo: DemoResult, terminal: Terminal) -> None:
     terminal.pairs(
         [
             ("times", "from load(), called for all three in one iteration of the event loop"),
-            (
-                "second load",
-                f"{format_ms(demo.again_seconds)} for all three, by a second loader",
-            ),
+            ("second load", f"{format_ms(demo.again_seconds)} for all three, by a second loader"),
             ("longest stall", f"{_stall(demo.stall)} during the loads"),
             ("", f"{_stall(demo.idle)} in the idle loop before"),
             ("answers", f"{demo.generate_seconds:.1f} s for four rows in one batch, fp32, greedy"),

@@ -119,9 +119,7 @@ def _add_address(parser: argparse.ArgumentParser) -> None:
         "--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)"
     )
     parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        help="to compute in (default: float32 on cpu, bfloat16 on cuda)",
+        "--dtype", choices=DTYPES, help="to compute in (default: float32 on cpu, bfloat16 on cuda)"
     )
 
 
@@ -134,11 +132,7 @@ def _add_capacity(parser: argparse.ArgumentParser) -> None:
         help=f"device memory for adapters: {SIZE_HELP} (default: %(default)s)",
     )
     parser.add_argument(
-        "--max-slots",
-        type=int,
-        default=8,
-        metavar="N",
-        help="adapters on the device at a time",
+        "--max-slots", type=int, default=8, metavar="N", help="adapters on the device at a time"
     )
     parser.add_argument(
         "--max-sequences",
@@ -202,9 +196,7 @@ def _serve(arguments: argparse.Namespace, terminal: Terminal) -> int:
         ),
     )
     capacity = ServerCapacity(
-        sequences=arguments.max_sequences,
-        length=arguments.max_length,
-        share=arguments.max_share,
+        sequences=arguments.max_sequences, length=arguments.max_length, share=arguments.max_share
     )
     with terminal.steps() as report:
         base = arguments.base
@@ -280,9 +272,7 @@ async def _run(
     with _listener(arguments) as listener:
         async with open_service(model, config, settings, capacity, arguments.warm) as service:
             await serve(
-                service,
-                listener,
-                ready=lambda: _announce(arguments, listener, settings, terminal),
+                service, listener, ready=lambda: _announce(arguments, listener, settings, terminal)
             )
 
 

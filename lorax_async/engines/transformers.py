@@ -207,10 +207,7 @@ class AttachedModel:
     """A model with adapters; `detach` it, or use it as a context manager."""
 
     def __init__(
-        self,
-        bases: list[nn.Module],
-        modules: tuple[Module, ...],
-        place: LoaderLocation,
+        self, bases: list[nn.Module], modules: tuple[Module, ...], place: LoaderLocation
     ) -> None:
         self._place = place
         self._current: ContextVar[ModelBatch | None] = ContextVar("lorax batch", default=None)

@@ -258,8 +258,7 @@ def _nbytes(name: str, dtype: str, shape: tuple[int, ...], limits: Limits) -> in
         raise _malformed(name, f"unknown dtype {quoted(dtype)}")
     if len(shape) > limits.max_dimensions:
         raise _malformed(
-            name,
-            f"{len(shape):,} dimensions, more than the limit of {limits.max_dimensions}",
+            name, f"{len(shape):,} dimensions, more than the limit of {limits.max_dimensions}"
         )
     # Over the non-zero ones: torch multiplies strides even if a dimension is 0.
     if min(shape, default=0) < 0 or math.prod(filter(None, shape)) > _INT64_MAX:

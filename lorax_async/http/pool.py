@@ -159,11 +159,7 @@ class ConnectionPool:
     """All connections of an engine. Used from its threads."""
 
     def __init__(
-        self,
-        settings: HttpSettings,
-        network: Network,
-        clock: Callable[[], float],
-        tracer: Tracer,
+        self, settings: HttpSettings, network: Network, clock: Callable[[], float], tracer: Tracer
     ) -> None:
         self._settings = settings
         self._network = network

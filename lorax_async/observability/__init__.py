@@ -9,6 +9,4 @@ API only. The loader does not know them. Importing this package needs the extra 
 
 from lorax_async.observability.prometheus import LoaderCollector
 
-__all__ = [
-    "LoaderCollector",
-]
+__all__ = ["LoaderCollector"]

@@ -120,9 +120,7 @@ def machine_token() -> str | None:
     from huggingface_hub.errors import DeviceCodeError, OIDCError  # noqa: PLC0415
 
     # Documented but not declared: the module imports it lazily.
-    from huggingface_hub.utils import (  # type: ignore[attr-defined]  # noqa: PLC0415
-        build_hf_headers,
-    )
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # noqa: PLC0415
 
     try:
         header = build_hf_headers().get("authorization", "")
@@ -299,9 +297,7 @@ def _by_status(error: HfHubHTTPError, problem: str) -> AdapterError:
 def _retry_after(error: HfHubHTTPError) -> float | None:
     """Return seconds by `Retry-After`, or by the hub's own rate limit fields."""
     # Documented but not declared: the module imports it lazily.
-    from huggingface_hub.utils import (  # type: ignore[attr-defined]  # noqa: PLC0415
-        parse_ratelimit_headers,
-    )
+    from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]  # noqa: PLC0415
 
     fields = error.response.headers
     after = retry_after_of(fields.get("retry-after", ""), time.time())

@@ -78,11 +78,7 @@ class Assembly:
     fetching: Fetching
 
     def __init__(
-        self,
-        sharding: Sharding,
-        config: LoaderConfig,
-        source: Source | None,
-        device: Device | None,
+        self, sharding: Sharding, config: LoaderConfig, source: Source | None, device: Device | None
     ) -> None:
         assert config.storage_dtype is not None
         self._sharding = sharding

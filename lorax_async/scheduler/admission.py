@@ -191,11 +191,7 @@ class _AdmissionRound:
         # All are above their share: choose the one that would be preempted last.
         return min(waiting, key=lambda each: (max(map(self._has, each)), self._key(each, waiting)))
 
-    def _begin(
-        self,
-        group: _Group,
-        waiting: dict[_Group, list[Ticket]],
-    ) -> None:
+    def _begin(self, group: _Group, waiting: dict[_Group, list[Ticket]]) -> None:
         ticket = waiting[group].pop()
         if not waiting[group]:
             del waiting[group]
@@ -212,11 +208,7 @@ class _AdmissionRound:
         """Return the holder's places, with those granted in this round."""
         return 0 if holder is None else holder.begun + self._more[holder]
 
-    def _exceeds(
-        self,
-        group: _Group,
-        waiting: Mapping[_Group, object],
-    ) -> bool:
+    def _exceeds(self, group: _Group, waiting: Mapping[_Group, object]) -> bool:
         """Return whether one more place would exceed a share while another holder waits."""
         adapter_queue, client = group
         if self._has(adapter_queue) >= self._places.max_per_holder and any(
@@ -228,9 +220,7 @@ class _AdmissionRound:
         )
 
     def _key(
-        self,
-        group: _Group,
-        waiting: Mapping[_Group, Sequence[Ticket]],
+        self, group: _Group, waiting: Mapping[_Group, Sequence[Ticket]]
     ) -> tuple[bool, float, tuple[float, int]]:
         order = waiting[group][-1].order
         overdue = self._now - order[0] >= self._places.level

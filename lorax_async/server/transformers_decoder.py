@@ -118,10 +118,7 @@ class PlacesLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def begin(self, rows: PassRows, places: int) -> None:
         """Grow for the rows of a pass over this many places."""
         self._rows = rows
-        size = (
-            max(self._size[0], places),
-            max(self._size[1], -(-rows.length // BLOCK) * BLOCK),
-        )
+        size = (max(self._size[0], places), max(self._size[1], -(-rows.length // BLOCK) * BLOCK))
         if size == self._size:
             return
         if self.is_initialized:

@@ -87,12 +87,7 @@ class LocalSource:
     """
 
     def __init__(
-        self,
-        *,
-        roots: Sequence[Root],
-        limits: Limits,
-        threads: Executor,
-        hashes: bool = False,
+        self, *, roots: Sequence[Root], limits: Limits, threads: Executor, hashes: bool = False
     ) -> None:
         known = as_local_roots(roots)
         self._roots = tuple(os.fspath(root.path) for root in known)

@@ -349,10 +349,7 @@ def readers_of(key: AdapterKey, *, known: bool) -> tuple[FileReader, ...]:
 
 
 def _open(
-    folder: str,
-    name: str,
-    identity: FileIdentity,
-    beside: Sequence[tuple[str, FileIdentity]],
+    folder: str, name: str, identity: FileIdentity, beside: Sequence[tuple[str, FileIdentity]]
 ) -> int:
     for other, known in beside:
         require_same(os.path.join(folder, other), known)

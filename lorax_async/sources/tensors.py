@@ -58,10 +58,7 @@ class MemorySource:
         self._merger = Merger(self, copies, layout, dtype=dtype, limits=limits, threads=threads)
 
     async def take(
-        self,
-        tensors: Mapping[str, torch.Tensor],
-        config: bytes,
-        check_open: Callable[[], None],
+        self, tensors: Mapping[str, torch.Tensor], config: bytes, check_open: Callable[[], None]
     ) -> AdapterKey:
         """Copy tensors as they are now and keep the copy, unless there is one with equal content.
 

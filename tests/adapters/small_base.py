@@ -12,16 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorax_async.adapters.lora import (
-    LoraConfig,
-    LoraWeights,
-)
+from lorax_async.adapters.lora import LoraConfig, LoraWeights
 from lorax_async.adapters.weights_file import WeightsFile
-from lorax_async.planning.layout import (
-    ModelLayout,
-    Module,
-    Parallelism,
-)
+from lorax_async.planning.layout import ModelLayout, Module, Parallelism
 
 WEIGHTS = "adapter_model.safetensors"
 LAYERS = 3

@@ -28,10 +28,7 @@ from lorax_async.adapters.batches import (
 )
 from lorax_async.adapters.kernel_bridge import Bridge
 from lorax_async.adapters.layout_model import padded_rank
-from lorax_async.errors import (
-    IncompatibleAdapterError,
-    UsageError,
-)
+from lorax_async.errors import IncompatibleAdapterError, UsageError
 
 LAYERS, IN, OUT = 2, 5, 3
 

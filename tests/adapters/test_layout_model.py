@@ -8,17 +8,8 @@ from torch import Tensor
 
 from adapters import small_base as base
 from lorax_async.adapters.layout_model import LayoutModel
-from lorax_async.errors import (
-    ConfigError,
-    IncompatibleAdapterError,
-    UsageError,
-)
-from lorax_async.planning.layout import (
-    FusedPart,
-    ModelLayout,
-    Module,
-    Parallelism,
-)
+from lorax_async.errors import ConfigError, IncompatibleAdapterError, UsageError
+from lorax_async.planning.layout import FusedPart, ModelLayout, Module, Parallelism
 
 COLUMN, ROW, REPLICATED = Parallelism.COLUMN, Parallelism.ROW, Parallelism.REPLICATED
 

@@ -21,10 +21,7 @@ import torch
 from adapters import hub_cache
 from adapters import small_base as base
 from adapters.small_base import WEIGHTS
-from lorax_async import (
-    adapters,
-    errors,
-)
+from lorax_async import adapters, errors
 from lorax_async.adapters import lora
 from lorax_async.adapters.base import AdapterConfig
 from lorax_async.adapters.compatibility import (
@@ -33,16 +30,9 @@ from lorax_async.adapters.compatibility import (
     check_architectures_async,
 )
 from lorax_async.adapters.layout_model import LayoutModel
-from lorax_async.adapters.lora import (
-    LoraConfig,
-    require_all_used,
-)
+from lorax_async.adapters.lora import LoraConfig, require_all_used
 from lorax_async.adapters.weights_file import WeightsFile
-from lorax_async.errors import (
-    AdapterFormatError,
-    IncompatibleAdapterError,
-    UnsupportedAdapterError,
-)
+from lorax_async.errors import AdapterFormatError, IncompatibleAdapterError, UnsupportedAdapterError
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_network")
 

@@ -14,27 +14,13 @@ import torch
 from adapters import small_base as base
 from adapters.small_base import loaded
 from lorax_async.adapters.layout_model import LayoutModel
-from lorax_async.adapters.lora import (
-    LoraConfig,
-    LoraWeights,
-)
+from lorax_async.adapters.lora import LoraConfig, LoraWeights
 from lorax_async.adapters.weights_file import WeightsFile
-from lorax_async.config import (
-    LoaderConfig,
-    Shard,
-)
-from lorax_async.errors import (
-    HandleClosedError,
-    UnsupportedAdapterError,
-    UsageError,
-)
+from lorax_async.config import LoaderConfig, Shard
+from lorax_async.errors import HandleClosedError, UnsupportedAdapterError, UsageError
 from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
-from lorax_async.planning.layout import (
-    ModelLayout,
-    Module,
-    Parallelism,
-)
+from lorax_async.planning.layout import ModelLayout, Module, Parallelism
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 

@@ -23,10 +23,7 @@ from late_device.world import LATE
 from late_device.world import loaded as late_device
 from lorax_async import errors
 from lorax_async.adapters.layout_model import LayoutModel
-from lorax_async.adapters.lora import (
-    LoraConfig,
-    LoraWeights,
-)
+from lorax_async.adapters.lora import LoraConfig, LoraWeights
 from lorax_async.adapters.weights_file import WeightsFile
 
 pytestmark = pytest.mark.usefixtures("nothing_left")

@@ -21,20 +21,9 @@ from safetensors.torch import load, save
 
 import tiny
 from lorax_async import events
-from lorax_async.devices.base import (
-    CopyTicket,
-    FilePieces,
-    StagedPiece,
-)
+from lorax_async.devices.base import CopyTicket, FilePieces, StagedPiece
 from lorax_async.devices.simulated import SimulatedDevice
-from lorax_async.events import (
-    Failed,
-    LayerReady,
-    Leaving,
-    Resident,
-    SlotGranted,
-    SlotId,
-)
+from lorax_async.events import Failed, LayerReady, Leaving, Resident, SlotGranted, SlotId
 from lorax_async.lifecycle.arena import Extent
 from lorax_async.planning.transfer_plan import TableRow
 from lorax_async.types import AdapterKey

@@ -9,17 +9,9 @@ import torch
 from lorax_async.config import Limits
 from lorax_async.formats.safetensors import parse_header
 from lorax_async.formats.spans import ByteSpan
-from lorax_async.planning.layout import (
-    ModelLayout,
-    Module,
-    Parallelism,
-)
+from lorax_async.planning.layout import ModelLayout, Module, Parallelism
 from lorax_async.planning.sharding import ModuleCut
-from lorax_async.planning.transfer_plan import (
-    GroupPlan,
-    TransferPlan,
-    plan_transfer,
-)
+from lorax_async.planning.transfer_plan import GroupPlan, TransferPlan, plan_transfer
 from lorax_async.types import AdapterSpec
 
 TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

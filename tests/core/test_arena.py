@@ -12,10 +12,7 @@ from hypothesis.stateful import (
 )
 
 from lorax_async.errors import InternalError
-from lorax_async.lifecycle.arena import (
-    Arena,
-    Extent,
-)
+from lorax_async.lifecycle.arena import Arena, Extent
 
 ALIGNMENT = 64
 SIZES = st.lists(st.integers(1, 5 * ALIGNMENT), min_size=1, max_size=6)

@@ -19,22 +19,10 @@ from lorax_async.planning.batch_plan import (
     plan_rows,
     require_current,
 )
-from lorax_async.scheduler.adapter_queue import (
-    LATE_FACTOR,
-    LoadEstimate,
-    LoadProfile,
-    LoadProfiles,
-)
-from lorax_async.scheduler.adapter_queues import (
-    LoadTarget,
-    LookAhead,
-    urgency,
-)
+from lorax_async.scheduler.adapter_queue import LATE_FACTOR, LoadEstimate, LoadProfile, LoadProfiles
+from lorax_async.scheduler.adapter_queues import LoadTarget, LookAhead, urgency
 from lorax_async.scheduler.admission import share
-from lorax_async.scheduler.step import (
-    DECAY,
-    PassTimeModel,
-)
+from lorax_async.scheduler.step import DECAY, PassTimeModel
 
 TENANTS = {
     0: SlotOccupant(4, 16),

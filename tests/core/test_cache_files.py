@@ -15,12 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorax_async.cache.partials import (
-    CHUNK_BYTES,
-    SYNCED,
-    ChunkMap,
-    encoded_size,
-)
+from lorax_async.cache.partials import CHUNK_BYTES, SYNCED, ChunkMap, encoded_size
 from lorax_async.cache.records import (
     CacheKey,
     FileRecord,
@@ -30,20 +25,9 @@ from lorax_async.cache.records import (
     record_of,
     scope_name,
 )
-from lorax_async.errors import (
-    AdapterFormatError,
-    UsageError,
-)
-from lorax_async.formats.digests import (
-    Digest,
-    DigestKind,
-    FileHash,
-    sent_sha256,
-)
-from lorax_async.formats.spans import (
-    ByteRange,
-    SpanSet,
-)
+from lorax_async.errors import AdapterFormatError, UsageError
+from lorax_async.formats.digests import Digest, DigestKind, FileHash, sent_sha256
+from lorax_async.formats.spans import ByteRange, SpanSet
 from lorax_async.formats.split_weights import (
     CONFIG_FILE,
     INDEX_FILE,

@@ -4,14 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorax_async.http.download_scheduler import (
-    ConnectionDemand,
-    shares,
-)
-from lorax_async.http.failures import (
-    RetryPolicy,
-    retry_after_of,
-)
+from lorax_async.http.download_scheduler import ConnectionDemand, shares
+from lorax_async.http.failures import RetryPolicy, retry_after_of
 
 STALLED, OTHER = ConnectionDemand(0, 99, "a", stalled=True), ConnectionDemand(0, 2, "b")
 

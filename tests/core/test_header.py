@@ -16,12 +16,7 @@ from hypothesis import strategies as st
 
 from lorax_async.config import Limits
 from lorax_async.errors import AdapterFormatError
-from lorax_async.formats.safetensors import (
-    DTYPE_BITS,
-    Header,
-    header_size,
-    parse_header,
-)
+from lorax_async.formats.safetensors import DTYPE_BITS, Header, header_size, parse_header
 from lorax_async.formats.strict_json import parse_object
 
 INT64_MAX = 2**63 - 1

@@ -7,12 +7,7 @@ from typing import Any
 import pytest
 
 from lorax_async.errors import ConfigError
-from lorax_async.planning.layout import (
-    FusedPart,
-    ModelLayout,
-    Module,
-    Parallelism,
-)
+from lorax_async.planning.layout import FusedPart, ModelLayout, Module, Parallelism
 
 HEAD = Module("lm_head", 8, 32, 2, Parallelism.COLUMN)
 FIRST = Module("model.layers.0.q_proj", 8, 8, 0, Parallelism.COLUMN)

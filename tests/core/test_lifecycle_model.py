@@ -11,16 +11,9 @@ import pytest
 
 from core.lifecycle.explorer import explore
 from core.lifecycle.world import LARGER, SETTINGS, Violation
-from lorax_async.errors import (
-    InvalidTransitionError,
-    LoraxError,
-)
+from lorax_async.errors import InvalidTransitionError, LoraxError
 from lorax_async.lifecycle import queues
-from lorax_async.lifecycle.adapter_state import (
-    AdapterState,
-    HostState,
-    WantedTier,
-)
+from lorax_async.lifecycle.adapter_state import AdapterState, HostState, WantedTier
 from lorax_async.lifecycle.commands import (
     Command,
     ForgetAdapter,
@@ -36,11 +29,7 @@ from lorax_async.lifecycle.queues import (
     SlotHolders,
     SlotQueue,
 )
-from lorax_async.lifecycle.residency import (
-    HostBudget,
-    ImageBudget,
-    Residency,
-)
+from lorax_async.lifecycle.residency import HostBudget, ImageBudget, Residency
 from lorax_async.lifecycle.rules import LifecycleRules
 from lorax_async.lifecycle.transitions import (
     FILE_MOVES,
@@ -380,15 +369,9 @@ BROKEN: dict[str, list[tuple[type | ModuleType, str, object]]] = {
         (AdapterState, "wants_slot", property(_prefetch_wants_a_slot)),
         (LifecycleRules, "_serve", _leases_for_all),
     ],
-    "pins and streams": [
-        (LifecycleRules, "drain", _drains_pinned),
-    ],
-    "pins and ageing": [
-        (Lifecycle, "pin", _pinned),
-    ],
-    "pins and unload": [
-        (Lifecycle, "unload", _keeps_pins(Lifecycle.unload)),
-    ],
+    "pins and streams": [(LifecycleRules, "drain", _drains_pinned)],
+    "pins and ageing": [(Lifecycle, "pin", _pinned)],
+    "pins and unload": [(Lifecycle, "unload", _keeps_pins(Lifecycle.unload))],
     "unload beside streams": [
         (Lifecycle, "withdraw_unload", _lift_without_a_decision),
         (
@@ -397,9 +380,7 @@ BROKEN: dict[str, list[tuple[type | ModuleType, str, object]]] = {
             lambda self, life: life.slot is SlotState.RESIDENT and _notify_stays(self, life),
         ),
     ],
-    "some can be held": [
-        (HostTierQueue, "settle_head", _several_populated),
-    ],
+    "some can be held": [(HostTierQueue, "settle_head", _several_populated)],
     "images for one of two": [
         (PinnedImages, "claim", _warm_without_bytes),
         (Lifecycle, "_next_touched", _losers_unsettled),

@@ -8,29 +8,13 @@ import safetensors.torch
 
 from core.adapter_files import file_of, layout_of, pair
 from lorax_async.config import Limits
-from lorax_async.errors import (
-    AdapterFormatError,
-    IncompatibleAdapterError,
-    LoraxError,
-)
+from lorax_async.errors import AdapterFormatError, IncompatibleAdapterError, LoraxError
 from lorax_async.formats.peft_config import parse_config
 from lorax_async.formats.peft_names import TensorRole
-from lorax_async.formats.safetensors import (
-    header_size,
-    parse_header,
-)
+from lorax_async.formats.safetensors import header_size, parse_header
 from lorax_async.planning.layout import ModelLayout
-from lorax_async.planning.merge_plan import (
-    MergePlan,
-    NewLayers,
-    PartFile,
-    plan_merge,
-)
-from lorax_async.types import (
-    AdapterKey,
-    Merge,
-    MergedKey,
-)
+from lorax_async.planning.merge_plan import MergePlan, NewLayers, PartFile, plan_merge
+from lorax_async.types import AdapterKey, Merge, MergedKey
 
 Q, OUT = "model.layers.0.q", "model.layers.1.o"
 LAYOUT = layout_of((Q, 24, 16, 0), (OUT, 16, 24, 1), ("lm_head", 24, 40, 12))

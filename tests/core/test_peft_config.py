@@ -14,11 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from lorax_async.config import Limits
-from lorax_async.errors import (
-    AdapterFormatError,
-    UnsupportedAdapterError,
-    UsageError,
-)
+from lorax_async.errors import AdapterFormatError, UnsupportedAdapterError, UsageError
 from lorax_async.formats.peft_config import (
     FIELDS,
     MAX_PATTERNS,

@@ -13,10 +13,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from lorax_async.errors import (
-    AdapterFormatError,
-    UnsupportedAdapterError,
-)
+from lorax_async.errors import AdapterFormatError, UnsupportedAdapterError
 from lorax_async.formats.peft_names import (
     SUFFIXES,
     TensorName,

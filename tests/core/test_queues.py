@@ -17,17 +17,10 @@ from lorax_async.lifecycle.adapter_state import (
     WantedTier,
 )
 from lorax_async.lifecycle.arena import Extent
-from lorax_async.lifecycle.commands import (
-    Command,
-    CopyGroup,
-)
+from lorax_async.lifecycle.commands import Command, CopyGroup
 from lorax_async.lifecycle.policies import LRU
 from lorax_async.lifecycle.queues import CopyQueue, PriorityQueue
-from lorax_async.lifecycle.residency import (
-    HostBudget,
-    ImageBudget,
-    Residency,
-)
+from lorax_async.lifecycle.residency import HostBudget, ImageBudget, Residency
 from lorax_async.lifecycle.rules import LifecycleRules
 from lorax_async.lifecycle.transitions import SlotState
 from lorax_async.types import AdapterKey

@@ -8,10 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorax_async.errors import InternalError
-from lorax_async.formats.spans import (
-    ByteRange,
-    SpanSet,
-)
+from lorax_async.formats.spans import ByteRange, SpanSet
 from lorax_async.http.ranges import (
     GroupArrivals,
     LinkEstimate,

@@ -7,30 +7,12 @@ from typing import Any
 import pytest
 
 from core.adapter_files import file_of, pair, plan
-from lorax_async.config import (
-    Limits,
-    Shard,
-)
-from lorax_async.errors import (
-    ConfigError,
-    IncompatibleAdapterError,
-)
+from lorax_async.config import Limits, Shard
+from lorax_async.errors import ConfigError, IncompatibleAdapterError
 from lorax_async.formats.spans import ByteSpan
-from lorax_async.planning.layout import (
-    FusedPart,
-    ModelLayout,
-    Module,
-    Parallelism,
-)
-from lorax_async.planning.sharding import (
-    ModuleCut,
-    shard_layout,
-)
-from lorax_async.planning.transfer_plan import (
-    GroupPlan,
-    ReadMove,
-    TableRow,
-)
+from lorax_async.planning.layout import FusedPart, ModelLayout, Module, Parallelism
+from lorax_async.planning.sharding import ModuleCut, shard_layout
+from lorax_async.planning.transfer_plan import GroupPlan, ReadMove, TableRow
 from lorax_async.types import AdapterSpec
 
 COLUMN, ROW, REPLICATED = Parallelism

@@ -9,10 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorax_async.errors import AdapterFormatError
-from lorax_async.formats.strict_json import (
-    JsonValue,
-    parse_object,
-)
+from lorax_async.formats.strict_json import JsonValue, parse_object
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 scalars = st.none() | st.booleans() | st.integers(-(2**63), 2**64) | texts

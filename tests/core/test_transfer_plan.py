@@ -13,10 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.adapter_files import ALIGNMENT, TORCH, carry_out, file_of, layout_of, matrix, pair, plan
-from lorax_async.config import (
-    Limits,
-    Shard,
-)
+from lorax_async.config import Limits, Shard
 from lorax_async.errors import (
     AdapterError,
     AdapterFormatError,
@@ -28,11 +25,7 @@ from lorax_async.errors import (
 from lorax_async.formats.peft_names import TensorRole
 from lorax_async.formats.spans import ByteSpan
 from lorax_async.planning.layout import FusedPart as OutputPart
-from lorax_async.planning.layout import (
-    ModelLayout,
-    Module,
-    Parallelism,
-)
+from lorax_async.planning.layout import ModelLayout, Module, Parallelism
 from lorax_async.planning.sharding import shard_layout
 from lorax_async.planning.transfer_plan import (
     ConvertMove,
@@ -42,10 +35,7 @@ from lorax_async.planning.transfer_plan import (
     TransferPlan,
     windows,
 )
-from lorax_async.types import (
-    AdapterSpec,
-    ModulePattern,
-)
+from lorax_async.types import AdapterSpec, ModulePattern
 
 COLUMN, ROW, REPLICATED = Parallelism
 SPEC = AdapterSpec(rank=16, alpha=32.0)

@@ -27,12 +27,7 @@ from false_bytes import told_false
 from lorax_async import layouts
 from lorax_async.config import LoaderConfig
 from lorax_async.engines.transformers import attach
-from lorax_async.errors import (
-    ConfigError,
-    HandleClosedError,
-    IntegrityError,
-    UsageError,
-)
+from lorax_async.errors import ConfigError, HandleClosedError, IntegrityError, UsageError
 from lorax_async.loader import AdapterLoader
 from lorax_async.testing import FakeSource
 from lorax_kernels import Plan

@@ -14,18 +14,11 @@ from typing import Any
 import pytest
 
 from lorax_async.engines import batch as batch_module
-from lorax_async.engines import (
-    batch as last_plans,
-)
-from lorax_async.engines import (
-    layer_gate,
-)
+from lorax_async.engines import batch as last_plans
+from lorax_async.engines import layer_gate
 from lorax_async.engines.batch import ModelBatch, PlanCache
 from lorax_async.engines.layer_gate import LayerGate
-from lorax_async.errors import (
-    FetchError,
-    UsageError,
-)
+from lorax_async.errors import FetchError, UsageError
 from lorax_async.events import SlotId
 from telling import TellingLock
 

@@ -33,25 +33,12 @@ from engines.variants import (
 from late_device.world import LATE, bytes_now, loaded, new_stream
 from lorax_async import layouts
 from lorax_async.config import LoaderConfig, Shard
-from lorax_async.engines.batch import (
-    AdaptedModule,
-    DoraFactors,
-)
-from lorax_async.engines.transformers import (
-    AttachedModel,
-    attach,
-)
-from lorax_async.errors import (
-    AdapterFormatError,
-    UnsupportedAdapterError,
-    UsageError,
-)
+from lorax_async.engines.batch import AdaptedModule, DoraFactors
+from lorax_async.engines.transformers import AttachedModel, attach
+from lorax_async.errors import AdapterFormatError, UnsupportedAdapterError, UsageError
 from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
-from lorax_async.planning.layout import (
-    Module,
-    Parallelism,
-)
+from lorax_async.planning.layout import Module, Parallelism
 from lorax_async.testing import FakeSource
 
 pytestmark = [pytest.mark.filterwarnings(FEATURE_WARNINGS)]

@@ -16,12 +16,7 @@ from engines.conftest import Served
 from engines.gate_inputs import adapters, source
 from engines.variants import logits_of, prompt, serving, streaming
 from lorax_async.devices.transfer import GroupTransfer
-from lorax_async.errors import (
-    AdapterTimeoutError,
-    FetchError,
-    HandleClosedError,
-    UsageError,
-)
+from lorax_async.errors import AdapterTimeoutError, FetchError, HandleClosedError, UsageError
 from lorax_async.handle import AdapterHandle
 from lorax_async.testing import FakeSource
 from lorax_kernels import dense

@@ -213,9 +213,7 @@ def in_loraxs_form(merge: Merge) -> dict[str, Weights]:
     return found
 
 
-async def test_a_seed_decides_what_drops_and_no_global_number_is_drawn(
-    folder: Folders,
-) -> None:
+async def test_a_seed_decides_what_drops_and_no_global_number_is_drawn(folder: Folders) -> None:
     folders, _ = [folder("one"), folder("two")], llama()  # which seeds it
     before = torch.get_rng_state()
     first, second = [

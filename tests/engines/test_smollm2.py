@@ -13,12 +13,7 @@ from typing import Any
 import pytest
 
 from lorax_async.engines import smollm2
-from lorax_async.engines.smollm2 import (
-    FILES,
-    is_complete,
-    make_once,
-    prepare_base,
-)
+from lorax_async.engines.smollm2 import FILES, is_complete, make_once, prepare_base
 from lorax_async.errors import ConfigError
 
 # A stand-in for the conversion, run in processes of its own: `fill` notes that it ran, writes half

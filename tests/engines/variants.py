@@ -18,10 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorax_async import layouts
 from lorax_async.config import LoaderConfig
-from lorax_async.engines.transformers import (
-    AttachedModel,
-    attach,
-)
+from lorax_async.engines.transformers import AttachedModel, attach
 from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
 from lorax_async.testing import FakeSource

@@ -7,22 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from lorax_async.cache import (
-    directory,
-    entries,
-    partials,
-)
+from lorax_async.cache import directory, entries, partials
 from lorax_async.cache.budget import DiskBudget
-from lorax_async.cache.directory import (
-    CacheDirectory,
-    Folder,
-)
-from lorax_async.cache.partials import (
-    ChunkMap,
-    Partial,
-    PartialFile,
-    Partials,
-)
+from lorax_async.cache.directory import CacheDirectory, Folder
+from lorax_async.cache.partials import ChunkMap, Partial, PartialFile, Partials
 from mutants.mutation import Mutants, mutant, nothing, seen_by, skipped, without_context
 
 DISK = "io/test_disk_cache.py"
@@ -119,8 +107,7 @@ CACHES: Mutants = {
         without_context(DiskBudget, "reserve"),
     ),
     "cache: room is reserved by one process at a time": mutant(
-        f"{DISK}::TestRoom::test_is_reserved_by_one_only",
-        without_context(CacheDirectory, "locked"),
+        f"{DISK}::TestRoom::test_is_reserved_by_one_only", without_context(CacheDirectory, "locked")
     ),
     "cache: what another process holds is not evicted": mutant(
         HELD, (entries, "try_lock", lambda _, **__: True)

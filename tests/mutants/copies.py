@@ -6,14 +6,8 @@ from typing import Any
 
 from lorax_async.concurrency import Inbox
 from lorax_async.devices import transfer
-from lorax_async.devices.base import (
-    CopyTicket,
-    StagedPiece,
-)
-from lorax_async.devices.staging import (
-    StagingBuffer,
-    StagingRing,
-)
+from lorax_async.devices.base import CopyTicket, StagedPiece
+from lorax_async.devices.staging import StagingBuffer, StagingRing
 from lorax_async.lifecycle import queues
 from lorax_async.lifecycle.adapter_state import AdapterState
 from lorax_async.runtime import copies
@@ -99,7 +93,6 @@ GROUPS: Mutants = {
         (copies, "Lock", NoLock),
     ),
     "inbox: the flag is cleared before the items are taken": mutant(
-        f"{INBOX}::test_an_item_at_the_last_moment",
-        (Inbox, "_drain", _flag_cleared_after),
+        f"{INBOX}::test_an_item_at_the_last_moment", (Inbox, "_drain", _flag_cleared_after)
     ),
 }

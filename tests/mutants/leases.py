@@ -8,28 +8,14 @@ from typing import Any
 
 from lorax_async import loader
 from lorax_async.handle import AdapterHandle
-from lorax_async.runtime import (
-    leases,
-    resolver,
-)
+from lorax_async.runtime import leases, resolver
 from lorax_async.runtime.acquire import OrderedCalls
 from lorax_async.runtime.digest_checks import DigestChecks
 from lorax_async.runtime.driver import Driver
 from lorax_async.runtime.fetches import FetchTasks
-from lorax_async.runtime.leases import (
-    Lease,
-    SlotOccupancy,
-)
+from lorax_async.runtime.leases import Lease, SlotOccupancy
 from lorax_async.runtime.waiters import WaiterTable
-from mutants.mutation import (
-    Mutants,
-    NoLock,
-    mutant,
-    nothing_awaited,
-    same,
-    seen_by,
-    skipped,
-)
+from mutants.mutation import Mutants, NoLock, mutant, nothing_awaited, same, seen_by, skipped
 
 HANDLES = "test_handles.py"
 ENDING = "test_ending.py"
@@ -106,8 +92,7 @@ HOLDERS: Mutants = {
         (SlotOccupancy, "_needed", lambda self, layer: max(0, _needed(self, layer) - 1)),
     ),
     "tenancy: a stream waits for the copies before a layer's": mutant(
-        f"{HANDLES}::test_a_stream_awaits_all_before",
-        (SlotOccupancy, "tickets", _own_tickets_only),
+        f"{HANDLES}::test_a_stream_awaits_all_before", (SlotOccupancy, "tickets", _own_tickets_only)
     ),
     "tenancy: a stream waits for all copies or is told to wait": mutant(
         f"{HANDLES}::test_a_kernel_behind_copies_sees_their_bytes",
@@ -137,31 +122,23 @@ HOLDERS: Mutants = {
         (Lease, "end", _ended_unused),
     ),
     "lease: no use begins while it ends": mutant(
-        f"{HANDLES}::test_release_while_a_use_begins",
-        seen_by(leases, "threading", Lock=NoLock),
+        f"{HANDLES}::test_release_while_a_use_begins", seen_by(leases, "threading", Lock=NoLock)
     ),
     "lease: nothing is verified while a digest is compared": mutant(
         f"{DIGESTS}::test_a_digest_is_compared_for_its_caller_alone",
-        (
-            Lease,
-            "is_verified",
-            property(lambda self: self.occupancy.verification is not None),
-        ),
+        (Lease, "is_verified", property(lambda self: self.occupancy.verification is not None)),
     ),
     "unload: it waits until the adapter is gone": mutant(
         "test_room.py::test_a_kernel_is_waited_for", (WaiterTable, "unload", _not_waited_for)
     ),
     "driver: ends of leases in threads are decided on the loop": mutant(
-        f"{HANDLES}::test_the_loop_decides_on_ends",
-        (Driver, "_on_loop", _told_at_once),
+        f"{HANDLES}::test_the_loop_decides_on_ends", (Driver, "_on_loop", _told_at_once)
     ),
     "driver: a finalizer decides nothing by itself": mutant(
-        f"{HANDLES}::test_end_in_a_decision",
-        (Driver, "_lease_ended", _ended_at_once),
+        f"{HANDLES}::test_end_in_a_decision", (Driver, "_lease_ended", _ended_at_once)
     ),
     "driver: what a subscriber causes comes after": mutant(
-        f"{HANDLES}::test_a_subscriber_unpins",
-        (Driver, "_execute", _obeyed_at_once),
+        f"{HANDLES}::test_a_subscriber_unpins", (Driver, "_execute", _obeyed_at_once)
     ),
     "actions: a reader stays open while it is copied from": mutant(
         f"{ENDING}::test_a_copy_that_is_wanted_no_longer_reads_its_file_to_the_end",
@@ -175,8 +152,7 @@ HOLDERS: Mutants = {
 
 FETCHES_AND_END: Mutants = {
     "files: closing a hold is waited for": mutant(
-        f"{ENDING}::test_unmap_is_awaited",
-        (FetchTasks, "_close_hold", _hold_closed_later),
+        f"{ENDING}::test_unmap_is_awaited", (FetchTasks, "_close_hold", _hold_closed_later)
     ),
     "digests: a load waits for the comparison": mutant(
         f"{DIGESTS}::test_a_digest_is_compared_for_its_caller_alone",
@@ -190,16 +166,13 @@ FETCHES_AND_END: Mutants = {
         f"{ENDING}::test_close_fails_waiters_and_revokes_leases", skipped(Driver, "_vacate")
     ),
     "close: kernels are waited for": mutant(
-        f"{ENDING}::test_close_waits_for_kernels_whatever_its_deadline",
-        skipped(Driver, "_at_rest"),
+        f"{ENDING}::test_close_waits_for_kernels_whatever_its_deadline", skipped(Driver, "_at_rest")
     ),
     "close: fetches have ended": mutant(
-        f"{ENDING}::test_undo_is_awaited",
-        skipped(FetchTasks, "stop"),
+        f"{ENDING}::test_undo_is_awaited", skipped(FetchTasks, "stop")
     ),
     "close: the device ends after the copies": mutant(
-        f"{ENDING}::test_the_device_outlives_copies",
-        skipped(Driver, "join"),
+        f"{ENDING}::test_the_device_outlives_copies", skipped(Driver, "join")
     ),
     "close: it goes on without its caller": mutant(
         "test_sweep.py::test_close_at_every_turn_of_everything",

@@ -4,19 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorax_async.http import (
-    connection,
-    pool,
-)
-from lorax_async.http.connection import (
-    AbortableSocket,
-    Attempt,
-)
-from lorax_async.http.download_scheduler import (
-    DownloadPiece,
-    DownloadScheduler,
-    WorkerPool,
-)
+from lorax_async.http import connection, pool
+from lorax_async.http.connection import AbortableSocket, Attempt
+from lorax_async.http.download_scheduler import DownloadPiece, DownloadScheduler, WorkerPool
 from lorax_async.http.downloads import Download
 from mutants.mutation import Mutants, NoLock, mutant, skipped
 

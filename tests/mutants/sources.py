@@ -10,26 +10,14 @@ from typing import Any
 from lorax_async import concurrency
 from lorax_async.concurrency import WorkerThreads
 from lorax_async.files import FileReader
-from lorax_async.remote import (
-    fetching,
-    metadata,
-    opening,
-)
+from lorax_async.remote import fetching, metadata, opening
 from lorax_async.remote.fetching import AdapterFetch
 from lorax_async.remote.opening import AdapterOpener
 from lorax_async.remote.readers import FetchReader
 from lorax_async.remote.remote_source import RemoteSource
 from lorax_async.remote.resolution import ResolutionCache, VersionResolver
-from lorax_async.sources import (
-    host_copies,
-    local_weights,
-    merges,
-)
-from lorax_async.sources.host_copies import (
-    HostCopies,
-    HostCopy,
-    TensorSnapshot,
-)
+from lorax_async.sources import host_copies, local_weights, merges
+from lorax_async.sources.host_copies import HostCopies, HostCopy, TensorSnapshot
 from lorax_async.sources.local_weights import LocalPages
 from mutants.mutation import (
     Mutants,
@@ -126,8 +114,7 @@ SOURCES: Mutants = {
         (LocalPages, "settle", _held_unseen),
     ),
     "merge: parts that are given up are waited for": mutant(
-        f"{MEMORY}::test_when_a_part_fails_others_end",
-        (merges, "_all", _not_waited_for),
+        f"{MEMORY}::test_when_a_part_fails_others_end", (merges, "_all", _not_waited_for)
     ),
     "tensors: writes during the copy are noticed": mutant(
         f"{MEMORY}::test_a_write_at_any_time_is_noticed",
@@ -166,12 +153,10 @@ SOURCES: Mutants = {
         (fetching, "outcome", nothing_awaited),
     ),
     "fetch: groups are reported on the loop": mutant(
-        f"{REMOTE}::test_groups_are_reported_on_the_loop",
-        (fetching, "_on_loop", same),
+        f"{REMOTE}::test_groups_are_reported_on_the_loop", (fetching, "_on_loop", same)
     ),
     "fetch: groups of several files are reported in their order": mutant(
-        f"{REMOTE}::test_groups_of_two_files_come_in_order",
-        initialized(AdapterFetch, _lock=NoLock),
+        f"{REMOTE}::test_groups_of_two_files_come_in_order", initialized(AdapterFetch, _lock=NoLock)
     ),
     "fetch: nothing reads a download that has ended": mutant(
         f"{REMOTE}::test_nothing_reads_a_download_that_has_ended",
@@ -185,8 +170,7 @@ SOURCES: Mutants = {
         (FetchReader, "adopt", _kept_when_closed),
     ),
     "fetch: a reader keeps its entry": mutant(
-        f"{REMOTE}::test_an_entry_stays_for_as_long_as_it_is_read",
-        (FetchReader, "adopt", _let_go),
+        f"{REMOTE}::test_an_entry_stays_for_as_long_as_it_is_read", (FetchReader, "adopt", _let_go)
     ),
     "fetch: two processes download once": mutant(
         f"{LOADS}::test_two_processes_download_once", (AdapterOpener, "_attempt", _alone)
@@ -204,7 +188,6 @@ SOURCES: Mutants = {
         (VersionResolver, "_may_have", _granted_to_all),
     ),
     "resolving: a fetch is in the last caller's name": mutant(
-        f"{LOADS}::test_a_digest_is_its_callers_own",
-        skipped(ResolutionCache, "_asked", True),
+        f"{LOADS}::test_a_digest_is_its_callers_own", skipped(ResolutionCache, "_asked", True)
     ),
 }

@@ -7,10 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lorax_async.engines.transformers import AttachedModel
-from lorax_async.scheduler.requests import (
-    Request,
-    Ticket,
-)
+from lorax_async.scheduler.requests import Request, Ticket
 from lorax_async.scheduler.scheduler import AdapterScheduler
 from lorax_async.scheduler.step import Batch
 

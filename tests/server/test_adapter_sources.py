@@ -12,11 +12,7 @@ import pytest
 from hub_stand_in import HubStandIn
 from user_loads import at, contents, loader, written
 
-from lorax_async.cli.arguments import (
-    as_source,
-    request_sources,
-    server_loader_settings,
-)
+from lorax_async.cli.arguments import as_source, request_sources, server_loader_settings
 from lorax_async.cli.serve import find_adapters
 from lorax_async.ids.allow import Allow
 from lorax_async.types import AdapterRef

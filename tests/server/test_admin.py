@@ -187,9 +187,7 @@ async def test_where_adapters_are(tmp_path: Path) -> None:
     assert one["story"][0]["layers"] == [0, 1, 2, 3]
 
 
-async def test_neither_the_disk_nor_a_long_list_holds_the_loop(
-    monkeypatch: Patch,
-) -> None:
+async def test_neither_the_disk_nor_a_long_list_holds_the_loop(monkeypatch: Patch) -> None:
     threads = list[threading.Thread]()
 
     def noting(kind: type[Any], name: str, concerns: Callable[..., bool]) -> None:

@@ -38,9 +38,7 @@ def source(tmp_path: Path) -> FakeSource:
 
 
 @pytest.mark.each_loop
-async def test_adapters_share_a_step_and_each_answer_is_its_own(
-    source: FakeSource,
-) -> None:
+async def test_adapters_share_a_step_and_each_answer_is_its_own(source: FakeSource) -> None:
     """One that comes later joins those under way."""
     wanted = [(None, [1, 2]), ("a", [1, 2]), ("b", [1, 2, 3]), ("a", [7]), (None, [9, 8])]
     async with generating(source) as (engine, decoder, loader):
@@ -166,9 +164,7 @@ async def test_an_answer_cancelled_at_any_time_disturbs_none(source: FakeSource,
         assert len(decoder.kept) <= 1
 
 
-async def test_an_answer_left_out_of_a_step_repeats_nothing(
-    source: FakeSource,
-) -> None:
+async def test_an_answer_left_out_of_a_step_repeats_nothing(source: FakeSource) -> None:
     """With its random numbers where they were; left out of its first step, it still waits."""
     late, waiting = errors.AdapterTimeoutError("late", id="a"), list[int]()
 
@@ -190,9 +186,7 @@ async def test_an_answer_left_out_of_a_step_repeats_nothing(
         waiting.clear()
 
 
-async def test_a_decoder_that_raises_fails_its_step_and_goes_on(
-    source: FakeSource,
-) -> None:
+async def test_a_decoder_that_raises_fails_its_step_and_goes_on(source: FakeSource) -> None:
     async with generating(source, max_sequences=2) as (engine, decoder, _):
         faults = [3]
 

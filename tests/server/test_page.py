@@ -199,9 +199,7 @@ async def test_many_adapters_are_cut_and_names_counted(tmp_path: Path, monkeypat
         await told.until(lambda: told.rows.keys() == {"a4"} and not told.more)
 
 
-def test_all_pages_share_a_look_which_takes_a_share_of_the_time(
-    monkeypatch: Patch,
-) -> None:
+def test_all_pages_share_a_look_which_takes_a_share_of_the_time(monkeypatch: Patch) -> None:
     """A look of 50 ms, at many adapters, is the only one in a second."""
     clock, looks = [100.0], list[float]()
 
@@ -258,9 +256,7 @@ async def test_a_stuck_page_keeps_no_server(
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
-async def test_open_pages_are_counted_apart_from_the_operators(
-    monkeypatch: Patch,
-) -> None:
+async def test_open_pages_are_counted_apart_from_the_operators(monkeypatch: Patch) -> None:
     """And a silent one is told something, since proxies end what is silent."""
     monkeypatch.setattr(dashboard, "MAX_PAGES", 1)
     monkeypatch.setattr(dashboard, "SILENCE", 0.5)

@@ -27,16 +27,8 @@ from openai import DefaultHttpxClient, OpenAI
 
 import tiny
 from lorax_async.cli import main, serve
-from lorax_async.cli.arguments import (
-    as_source,
-    request_sources,
-    server_loader_settings,
-)
-from lorax_async.cli.serve import (
-    ADMIN_TOKEN,
-    find_adapters,
-    serve_commands,
-)
+from lorax_async.cli.arguments import as_source, request_sources, server_loader_settings
+from lorax_async.cli.serve import ADMIN_TOKEN, find_adapters, serve_commands
 from lorax_async.errors import ConfigError
 from lorax_async.ids.allow import Allow
 from lorax_async.server.service import ServedModel
@@ -180,9 +172,7 @@ def test_options_that_are_none_are_refused(capsys: Capture) -> None:
         assert "argument --port: " in capsys.readouterr().err
 
 
-def test_what_lives_for_ever_is_not_looked_through_again_and_again(
-    monkeypatch: Patch,
-) -> None:
+def test_what_lives_for_ever_is_not_looked_through_again_and_again(monkeypatch: Patch) -> None:
     monkeypatch.setattr(sys, "setswitchinterval", lambda seconds: None)
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     try:
@@ -242,10 +232,7 @@ NO_ADAPTERS = (
         (_socket, "cannot be read"),
         (lambda path: path.symlink_to(path.name), "cannot be read"),
         (lambda path: path.symlink_to("/dev/zero"), "is not a regular file; name a file"),
-        (
-            _large,
-            "it has over 16,777,216 bytes; delete it",
-        ),
+        (_large, "it has over 16,777,216 bytes; delete it"),
         (_holds(b'{"adapters": ['), "it is not JSON: .*line 1 column 15.*; delete it"),
         *((_holds(text), "it is not JSON: .*; delete it") for text in (b"", b"\x00")),
         (_holds(b"\xff\xfe{"), "it is not UTF-8 text.*; delete it"),

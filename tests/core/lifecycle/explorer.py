@@ -14,14 +14,8 @@ from lorax_async.lifecycle import commands
 from lorax_async.lifecycle.adapter_state import AdapterState, WantedTier
 from lorax_async.lifecycle.arena import Extent
 from lorax_async.lifecycle.lifecycle import Budgets, Lifecycle
-from lorax_async.lifecycle.residency import (
-    ImageBudget,
-    Residency,
-)
-from lorax_async.lifecycle.transitions import (
-    FileState,
-    SlotState,
-)
+from lorax_async.lifecycle.residency import ImageBudget, Residency
+from lorax_async.lifecycle.transitions import FileState, SlotState
 
 JUDGES: dict[type, Callable[[World, int, Any], None]] = {}
 """Check a command of this kind, about the adapter of this number."""

@@ -10,11 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lorax_async.errors import (
-    FetchError,
-    LoaderClosedError,
-    TransferError,
-)
+from lorax_async.errors import FetchError, LoaderClosedError, TransferError
 from lorax_async.lifecycle.adapter_state import (
     AdapterState,
     GroupSizes,
@@ -22,27 +18,10 @@ from lorax_async.lifecycle.adapter_state import (
     Waiter,
     WantedTier,
 )
-from lorax_async.lifecycle.commands import (
-    Command,
-    CopyGroup,
-)
-from lorax_async.lifecycle.lifecycle import (
-    Budgets,
-    Lifecycle,
-    LifecycleTimes,
-)
-from lorax_async.lifecycle.policies import (
-    GDSF,
-    LFU,
-    LRU,
-    EvictionPolicy,
-    PolicyName,
-)
-from lorax_async.lifecycle.residency import (
-    HostBudget,
-    ImageBudget,
-    Residency,
-)
+from lorax_async.lifecycle.commands import Command, CopyGroup
+from lorax_async.lifecycle.lifecycle import Budgets, Lifecycle, LifecycleTimes
+from lorax_async.lifecycle.policies import GDSF, LFU, LRU, EvictionPolicy, PolicyName
+from lorax_async.lifecycle.residency import HostBudget, ImageBudget, Residency
 from lorax_async.lifecycle.transitions import FileState
 from lorax_async.types import AdapterKey
 
