@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,8 @@ def roomy(folder: Path, files: float, **settings: Any) -> AdapterLoader:
 
 
 def entries(folder: Path) -> list[Path]:
-    """The adapters in a disk cache, whole or on their way there."""
-    return [file.parent for file in folder.rglob(WEIGHTS)]
+    """The adapters in a disk cache, whole or on their way there; folders may vanish meanwhile."""
+    return [Path(place) for place, _, files in os.walk(folder) if WEIGHTS in files]
 
 
 def in_memory(there: AdapterLoader) -> set[AdapterKey]:

@@ -619,9 +619,9 @@ def _blind_to_copies(self: LifecycleRules, life: AdapterState) -> bool:
     return changed
 
 
-_quiesced = vars(LifecycleRules)["_slot_quiesced"]
+_quiesced = vars(LifecycleRules)["_free_quiesced_slot"]
 FAULTS: list[tuple[object, str, object]] = [
-    (LifecycleRules, "_slot_quiesced", _blind_to_copies),
+    (LifecycleRules, "_free_quiesced_slot", _blind_to_copies),
     (SimulatedDevice, "wait_for", lambda *_: None),  # a kernel does not wait for its copy
     (transfer, "zero", lambda *_: None),  # ranks are not padded
     (HostBudget, "claim", lambda *_: None),  # held files cost nothing

@@ -114,7 +114,7 @@ def test_a_merge_is_a_value_and_an_id() -> None:
     assert hash(merge) == hash(again)
     assert as_ref(merge) is merge
     assert text_of(merge) == merge.text
-    with pytest.raises(errors.UsageError, match="a Merge says source"):
+    with pytest.raises(errors.UsageError, match="a Merge has source"):
         as_ref(merge, token="mine")
     secret = Merge("linear", [AdapterRef("one", token="secret")], [1])
     assert "secret" not in repr(secret) + secret.text

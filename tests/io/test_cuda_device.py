@@ -234,7 +234,7 @@ class TestOpening:
         if pinned == 0:
             build.fail_allocations(device=1)
         else:
-            monkeypatch.setattr(cuda, "pinned", failing_at(pinned))
+            monkeypatch.setattr(cuda, "allocate_pinned", failing_at(pinned))
         with pytest.raises(
             errors.CapacityError, match=f"{ARENA:,} bytes and 3 slots.*lower"
         ) as caught:

@@ -375,7 +375,7 @@ CASES = {
         at("header", short_without_length), words="the file ends"
     ),
     "header of another size": Case(at("header", other_size), IntegrityError, "its source named"),
-    "header wrong range": Case(at("header", wrong_range), IntegrityError, "were asked for"),
+    "header wrong range": Case(at("header", wrong_range), IntegrityError, "were requested"),
     "header 416": Case(at("header", status("416 No")), IntegrityError, "shorter"),
     "header 503 until a date": Case(
         at("header", in_an_hour()), FetchError, "503", retry_after=(3_000, 3_600)
@@ -385,7 +385,7 @@ CASES = {
     "body wrong": Case(at("body", wrong_bytes), IntegrityError, "sha256", verify="before_use"),
     "body of another ETag": Case(at("body", other_etag), IntegrityError, "changed"),
     "body of another size": Case(at("body", other_size), IntegrityError, "changed"),
-    "body wrong range": Case(at("body", wrong_range), IntegrityError, "were asked for"),
+    "body wrong range": Case(at("body", wrong_range), IntegrityError, "were requested"),
     "body 416": Case(at("body", status("416 No")), IntegrityError, "shorter"),
     "body 416 of what it has": Case(at("body", refused_range), FetchError, "refuses a range"),
     "body 429 in seconds": Case(

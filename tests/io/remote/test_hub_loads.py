@@ -297,7 +297,7 @@ async def test_without_a_token_all_are_alike(
 
 
 async def test_words_that_contradict_each_other(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="contradict"):
+    with pytest.raises(UsageError, match="exclude each other"):
         AdapterRef(PUBLIC, token=TOKEN, use_token=True)
     with pytest.raises(UsageError, match="use_token must be True or False"):
         AdapterRef(PUBLIC, use_token="yes")  # type: ignore[arg-type]
