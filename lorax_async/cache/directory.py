@@ -73,6 +73,13 @@ def try_lock(fd: int, *, shared: bool = False) -> bool | None:
     return True
 
 
+def close_lock(fd: int) -> None:
+    """Unlock and close the file; a forked child may still have it open."""
+    with suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_UN)
+    os.close(fd)
+
+
 def unique() -> str:
     """Return a name that nothing else has."""
     return secrets.token_hex(8)
@@ -240,7 +247,7 @@ class CacheDirectory:
                 # Without the folder, or where nothing can be written, there is nothing to protect.
                 with suppress(FileNotFoundError), suppress_read_only():
                     fd = self._root.file(_LOCK_FILE, os.O_RDWR | os.O_CREAT)
-                    held.callback(os.close, fd)
+                    held.callback(close_lock, fd)
                     until, pause = monotonic() + LOCK_SECONDS, Event()
                     while (granted := try_lock(fd)) is False and monotonic() < until:
                         pause.wait(_POLL_SECONDS)

@@ -106,10 +106,12 @@ class DiskCache:
         if entry is not None:
             return entry
         with translated_errors("begin a download"), self.directory.locked():
-            entry = self.open(key)  # it may have been published meanwhile
-            if entry is not None:
-                return entry
-            claimed = self.partials.claim(key.name, alone=alone)
+            entry = self.entries.open(key.name, check=False)  # published meanwhile?
+            if entry is None:
+                claimed = self.partials.claim(key.name, alone=alone)
+        if entry is not None:
+            self.note_use(entry)  # takes the budget's lock, which others hold when they lock this
+            return entry
         return DiskDownload(self, key, scope, claimed) if isinstance(claimed, Partial) else claimed
 
     def begin(self, key: CacheKey, scope: str, control: FetchControl) -> DiskEntry | DiskDownload:
@@ -224,7 +226,11 @@ class DiskDownload:
             self._cache.note_use(ours)
             return ours
         ours.close()
-        self.discard()
+        try:
+            self.discard()
+        except BaseException:
+            theirs.close()
+            raise
         if theirs.record.contradicts(record.files):
             theirs.close()
             raise IntegrityError(

@@ -18,6 +18,7 @@ from functools import partial
 from lorax_async.cache.directory import (
     CacheDirectory,
     Folder,
+    close_lock,
     read_all,
     suppress_read_only,
     translated_errors,
@@ -193,7 +194,7 @@ class Entries:
             try:
                 folder = opened.enter_context(self.parent.subfolder(name))
                 fd = folder.file(RECORD, os.O_RDWR)
-                opened.callback(os.close, fd)
+                opened.callback(close_lock, fd)
                 alone = try_lock(fd) is not False
             except OSError as error:
                 if error.errno not in _DAMAGED | {errno.EROFS}:

@@ -7,6 +7,7 @@ own, and one that nothing was written to for a while counts as abandoned.
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import time
@@ -20,6 +21,7 @@ from lorax_async.cache.base import LeftoverError
 from lorax_async.cache.directory import (
     CacheDirectory,
     Folder,
+    close_lock,
     suppress_read_only,
     translate,
     translated_errors,
@@ -386,7 +388,8 @@ class Partial:
             self.folder = opened.enter_context(self.parent.subfolder(name))
             lock = self.folder.file(PARTIAL_LOCK, os.O_RDWR | os.O_CREAT)
             opened.callback(os.close, lock)
-            try_lock(lock)
+            if try_lock(lock) is False:  # another process has just adopted it
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
             self._opened = opened.pop_all()
 
     def leave(self) -> None:
@@ -460,7 +463,7 @@ class Partials:
             try:
                 return try_lock(fd) is False
             finally:
-                os.close(fd)
+                close_lock(fd)
         return False
 
     def changed_ns(self, name: str) -> int:

@@ -289,8 +289,12 @@ class RemoteSource:
 
         entry = await parts.workers.run(open_checked, close_unused)
         if entry is None:
+            same = False
+        else:  # what was hashed must be what is read, not the copy of another tier
+            same = entry.folder == reader.entry.folder and entry.record == reader.entry.record
+            entry.close()
+        if not same:
             raise IntegrityError("it changed in the disk cache since it was stored; load it again")
-        entry.close()
 
 
 def _remote(key: AdapterKey) -> RemoteKey:

@@ -68,8 +68,9 @@ class ColdRequests:
         """Begin to record a request for an adapter that is not on the device."""
         if adapter is None or not self._should_record(adapter):
             return None
+        recording = ColdRecording(self, self._loader, adapter)
         self._recorded.add(as_ref(adapter))
-        return ColdRecording(self, self._loader, adapter)
+        return recording
 
     def last(self, *, named: bool) -> ColdRequest | None:
         """Return the last one that ended; `named`: the last one for an adapter with a name."""

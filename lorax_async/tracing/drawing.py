@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from colorsys import hls_to_rgb
 from dataclasses import dataclass
 from html import escape
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,8 @@ def read_trace(data: bytes) -> tuple[list[Event], int]:
     if len(data) > MAX_BYTES:
         raise UsageError(f"the trace is larger than {MAX_BYTES >> 20} MiB; record less")
     try:
-        found = json.loads(data, parse_constant=lambda _: None)  # a page could not read NaN
+        # A page could not read NaN, nor the Infinity that 1e999 becomes.
+        found = json.loads(data, parse_constant=lambda _: None, parse_float=_finite_or_none)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"the file is no trace: {error}") from None
     events, about = found, None
@@ -244,6 +246,10 @@ def _layer(event: Event) -> int | None:
 
 def _plain_text(value: Any) -> str:
     return _NOT_TEXT.sub("�", str(value)[:_MAX_NAME_LENGTH])
+
+
+def _finite_or_none(text: str) -> float | None:
+    return number if isfinite(number := float(text)) else None
 
 
 def _is_number(value: object) -> bool:

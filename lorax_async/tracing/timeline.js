@@ -122,13 +122,21 @@ export function marks(start, stop, most = 10) {
   const power = 10 ** Math.floor(Math.log10(least));
   const step = [1, 2, 5, 10, 20].map((digit) => digit * power).find((each) => each > least);
   const found = [];
-  for (let n = Math.ceil(start / step); n * step <= stop + 1e-9; n++) found.push(n * step);
+  const first = Math.ceil(start / step); // so large that first + 1 === first, in a foreign trace
+  for (let n = 0; n <= 2 * most; n++) {
+    const at = (first + n) * step;
+    if (at > stop + 1e-9) break;
+    if (at !== found.at(-1)) found.push(at);
+  }
   return found;
 }
 
+/** A tenth of a microsecond, or what a number of this size can still tell apart. */
+const shortestView = ([, most]) => Math.max(1e-4, Math.abs(most) * 2 ** -40);
+
 /** The view [start, stop] scaled around a millisecond, inside of its bounds. */
 export function zoomed([start, stop], bounds, factor, at) {
-  const shortest = 1e-4; // a tenth of a microsecond
+  const shortest = shortestView(bounds);
   const length = Math.max((stop - start) * factor, shortest);
   return inside(at - ((at - start) / (stop - start)) * length, length, bounds);
 }
@@ -197,7 +205,8 @@ export function show(place, trace, { from, until } = {}) {
 class View {
   constructor(canvas, drawing, tell) {
     Object.assign(this, { canvas, drawing, tell, pointers: new Map(), frame: 0 });
-    this.bounds = [drawing.start, Math.max(drawing.stop, drawing.start + 1e-3)];
+    const least = Math.max(1e-3, shortestView([0, drawing.stop]));
+    this.bounds = [drawing.start, Math.max(drawing.stop, drawing.start + least)];
     this.part = this.bounds;
     let [row, y] = [null, TOP];
     this.lanes = drawing.lanes.slice(0, MOST_LANES).map((lane) => {

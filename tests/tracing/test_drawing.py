@@ -153,6 +153,7 @@ def test_what_cannot_be_drawn_is_refused(
         json.dumps(span(args={"layer": True, "groups": [{}]})),
         json.dumps(span(args=["layer"], name={"a": "<b>"})),
         json.dumps(span(pid="render", tid=None)),
+        json.dumps(span()).replace('"dur"', '"args": {"x": 1e999, "y": NaN}, "dur"'),
     ],
 )
 def test_strange_events_beside_it_do_no_harm(event: str) -> None:

@@ -150,6 +150,8 @@ async function draw(cold) {
     const rest = summary.replace(/^[^;]*; /, "");
     at("cold").textContent = `${cold.name}, ${when}: ${cold.outcome} after ${milliseconds(took)}; ${rest}.`;
   } catch (error) {
+    at("timeline").hidden = at("save").hidden = true;
+    trace = "";
     at("cold").textContent = `${cold.name}, ${when}: no timeline: ${error.message}`;
   }
 }
