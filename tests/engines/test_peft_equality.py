@@ -94,9 +94,9 @@ async def answer(model: Any, folders: list[Path | None], compute: Callable[[], A
 
 
 def near(logits: torch.Tensor, expected: torch.Tensor) -> None:
-    # Of about 30; kernels round otherwise for other shapes, on some processors by 0.002. Another
+    # Of about 30; kernels round otherwise for other shapes, on some processors by 0.008. Another
     # adapter would be off by more than 1.
-    torch.testing.assert_close(logits, expected, atol=4e-3, rtol=1e-4)
+    torch.testing.assert_close(logits, expected, atol=2e-2, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

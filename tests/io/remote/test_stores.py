@@ -167,7 +167,7 @@ def test_a_bucket_that_keeps_versions(store: Store) -> None:
     assert all(each.version.startswith("versions-") for each in found)
     assert len({each.version for each in found}) == 3
     assert located(store.id, ids[2]).version == found[2].version
-    with pytest.raises(AdapterNotFoundError, match="any more"):
+    with pytest.raises(AdapterNotFoundError, match="no longer"):
         located(store.id, ids[0])
     assert brought(found[2].files[1]) == DATA
 
