@@ -28,9 +28,27 @@ def check_architectures(
     `IncompatibleAdapterError` if they differ.
     """
     base = adapter_config.base_model_name_or_path
-    if not base or base == model_id:
-        return
-    trained_on, served = cached_architectures(base), tuple(architectures)
+    if base and base != model_id:
+        _compare(model_id, adapter_id, base, cached_architectures(base), tuple(architectures))
+
+
+async def check_architectures_async(
+    model_id: str, adapter_id: str, adapter_config: AdapterConfig, architectures: Sequence[str]
+) -> None:
+    """As `check_architectures`, with the look-up in a thread."""
+    base = adapter_config.base_model_name_or_path
+    if base and base != model_id:
+        trained_on = await in_thread(lambda _: cached_architectures(base))
+        _compare(model_id, adapter_id, base, trained_on, tuple(architectures))
+
+
+def _compare(
+    model_id: str,
+    adapter_id: str,
+    base: str,
+    trained_on: tuple[str, ...] | None,
+    served: tuple[str, ...],
+) -> None:
     adapter, base = shorten(str(adapter_id), 100), shorten(base, 100)
     if trained_on not in {None, served}:
         raise IncompatibleAdapterError(
@@ -41,16 +59,7 @@ def check_architectures(
     warnings.warn(
         f"adapter {adapter!r} was not trained on base model {model_id!r}; if its answers are"
         f" wrong, serve {base!r} instead",
-        stacklevel=2,
-    )
-
-
-async def check_architectures_async(
-    model_id: str, adapter_id: str, adapter_config: AdapterConfig, architectures: Sequence[str]
-) -> None:
-    """As `check_architectures`, in a thread."""
-    await in_thread(
-        lambda _: check_architectures(model_id, adapter_id, adapter_config, architectures)
+        stacklevel=3,  # the caller of the check
     )
 
 

@@ -424,9 +424,9 @@ class LoraWeights(AdapterWeights):
 
 
 def _stacked(weights: Sequence[torch.Tensor] | torch.Tensor) -> torch.Tensor | None:
-    """Return `[layers, …, …]`, or None unless all are matrices of one shape."""
+    """Return a new `[layers, …, …]`, or None unless all are matrices of one shape."""
     if isinstance(weights, torch.Tensor):
-        return weights if weights.dim() == 3 else None
+        return weights.clone() if weights.dim() == 3 else None
     shapes = {tuple(one.shape) for one in weights}
     alike = len(shapes) == 1 and len(next(iter(shapes))) == 2
     return torch.stack(list(weights)) if alike else None

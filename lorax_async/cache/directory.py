@@ -279,7 +279,10 @@ class CacheDirectory:
 
     def remove(self, folder: Folder, name: str) -> bool:
         """Hide a name from everyone, then remove it; False if it was gone."""
-        hidden = self.hide(folder, name)
+        return self.remove_hidden(self.hide(folder, name))
+
+    def remove_hidden(self, hidden: str | None) -> bool:
+        """Remove what `hide` returned. Slow: call it without a lock that others need."""
         if hidden is not None:
             self.trash.remove_tree(hidden)
         return hidden is not None

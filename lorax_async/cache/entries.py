@@ -168,15 +168,14 @@ class Entries:
         """Remove an entry; False if it is leased, or not there. Raise `OSError`."""
         with self.directory.holding, self._locked_alone(name) as alone:
             hidden = self.directory.hide(self.parent, name) if alone else None
-        if hidden is not None:  # slow, so without the lock that leases need
-            self.directory.trash.remove_tree(hidden)
-        return hidden is not None
+        return self.directory.remove_hidden(hidden)
 
     def condemn(self, name: str, only: Folder | None = None) -> None:
         """Remove an entry even if it is leased (`only` if it is still this folder)."""
         with self.directory.locked():
-            if only is None or only.is_named(name, within=self.parent):
-                self.directory.remove(self.parent, name)
+            same = only is None or only.is_named(name, within=self.parent)
+            hidden = self.directory.hide(self.parent, name) if same else None
+        self.directory.remove_hidden(hidden)
 
     def is_leased(self, name: str) -> bool:
         """Return whether any process holds it. Raise `OSError`."""

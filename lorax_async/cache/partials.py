@@ -399,8 +399,10 @@ class Partial:
 
     def discard(self) -> None:
         """Remove and close it. Raise `OSError`."""
-        with self.ending(), self._directory.locked():
-            self._directory.remove(self.parent, self.name)
+        with self.ending():
+            with self._directory.locked():
+                hidden = self._directory.hide(self.parent, self.name)
+            self._directory.remove_hidden(hidden)
 
     @contextmanager
     def ending(self) -> Iterator[None]:

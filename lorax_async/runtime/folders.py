@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -75,9 +76,9 @@ class _Flight:
         source, key = self._source, self.key
         file = await source.open(key, self._control)
         self.reader = file.reader
-        for watch in self._watches:
-            watch(file.reader)
         try:
+            for watch in self._watches:
+                watch(file.reader)
             # No layer groups: fetch the whole file in the fastest order.
             verification = await source.bring(file, (), _ignore, self._control)
             return _CheckedFolder(source.folder(key, file.reader), verification, file.reader)
@@ -135,6 +136,7 @@ class AdapterFolder:
         self.nbytes = checked.folder.nbytes
         self.verification = checked.verification
         self.downloaded = isinstance(checked.reader, FetchReader)
+        self._loop = asyncio.get_running_loop()
         self._release: Callable[[], None] | None = release
 
     @property
@@ -180,7 +182,10 @@ class AdapterFolder:
         self.release()
 
     def __del__(self) -> None:
-        if getattr(self, "_release", None) is not None:
+        release = getattr(self, "_release", None)
+        if release is not None:
+            with suppress(RuntimeError):  # the loop is closed, and the lease with the loader
+                self._loop.call_soon_threadsafe(release)
             warnings.warn(f"the folder of {self.id!r} was not released", ResourceWarning, 2)
 
 
@@ -205,8 +210,8 @@ class Fetches:
             raise UsageError("it has no folder: it is a merge, or was loaded from tensors")
         flight = self._flights.get(key) or self._begin(self._source, key)
         flight.users += 1
-        flight.watch(watch)
         try:
+            flight.watch(watch)
             await self._wait_for(flight)
             folder = AdapterFolder(ref, flight, lambda: self._leave(flight))
             self._leases.add(flight)

@@ -33,6 +33,7 @@ from lorax_async.errors import (
     shorten,
 )
 from lorax_async.files import Reader
+from lorax_async.formats.digests import Digest
 from lorax_async.formats.safetensors import TensorDescription, write_header
 from lorax_async.formats.split_weights import CONFIG_FILE, WEIGHTS_FILE
 from lorax_async.planning.transfer_plan import check_size
@@ -636,24 +637,26 @@ def _write_spill_file(cache: Cache, copy: HostCopy, control: FetchControl) -> Sp
     No other loader has its key, so there is no download to join or resume. A killed process leaves
     an entry without a lease, which is evicted when the cache needs room.
     """
-    content = copy.content
-    if content is None:
-        raise FetchError("the copy was dropped meanwhile")
     key = CacheKey(SOURCE, f"{copy.key}-{secrets.token_hex(8)}")
-    download = cache.begin(key, SOURCE, control)
-    if not isinstance(download, CacheDownload):
-        raise InternalError("the disk cache already has the new spill file's entry")
-    try:
-        for role, data in (
-            (CONFIG_FILE, memoryview(copy.config)),
-            (WEIGHTS_FILE, StagingBuffer.of(content).memory),
-        ):
-            file = download.file(role, data.nbytes)
-            for start in range(0, data.nbytes, PIECE_BYTES):
-                if control.ended:
-                    raise FetchError("the spill is not needed any more")
-                file.write([data[start : start + PIECE_BYTES]], start)
-        return SpillFile(key, download.publish())
-    except BaseException:
-        download.discard()
-        raise
+    with copy.held() as content:  # its room stays taken while it is written, even if it is dropped
+        if not isinstance(content, torch.Tensor):
+            raise InternalError("the copy is in a spill file already")
+        download = cache.begin(key, SOURCE, control)
+        if not isinstance(download, CacheDownload):
+            raise InternalError("the disk cache already has the new spill file's entry")
+        try:
+            for role, data in (
+                (CONFIG_FILE, memoryview(copy.config)),
+                (WEIGHTS_FILE, StagingBuffer.of(content).memory),
+            ):
+                # Publication compares what it reads back with the memory that is given up.
+                expected = Digest("sha256", hashlib.sha256(data).hexdigest())
+                file = download.file(role, data.nbytes, expected)
+                for start in range(0, data.nbytes, PIECE_BYTES):
+                    if control.ended:
+                        raise FetchError("the spill is not needed any more")
+                    file.write([data[start : start + PIECE_BYTES]], start)
+            return SpillFile(key, download.publish())
+        except BaseException:
+            download.discard()
+            raise

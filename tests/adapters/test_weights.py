@@ -208,6 +208,12 @@ def test_made_by_hand_of_a_tensor_for_each_layer(rank: int) -> None:
     assert torch.equal(weights.weights_b_t[1], b[1].T)
     assert (weights.lora_a_r, weights.lora_b_r, weights.speculative_tokens) == (rank, rank, 0)
     assert weights.adapter_config == base.config(rank)
+    stacks = torch.stack(a), torch.stack(b)
+    stacked = LoraWeights(*stacks, base.config(rank))
+    for stack in stacks:
+        stack.zero_()  # the caller's memory is not the weights'
+    assert torch.equal(stacked.weights_a, weights.weights_a)
+    assert torch.equal(stacked.weights_b, weights.weights_b)
     flat = torch.zeros(8)
     for these, those in (([], []), (a, []), ([a[0], a[0].T], b), ([flat], [flat])):
         with pytest.raises(errors.UsageError, match="of every layer"):

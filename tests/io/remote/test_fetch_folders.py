@@ -282,9 +282,10 @@ async def test_a_folder_that_is_never_released_is_told(world: RemoteWorld, tmp_p
         folder = await there.fetch(world.ref("one"))
         folders = [folder]
         del folder
+        assert not is_evictable(world)
         with pytest.warns(ResourceWarning, match="'one' was not released"):
             folders.clear()
-        await there.close(timeout=0)
+        await until(lambda: is_evictable(world))
 
 
 @pytest.mark.parametrize("files", ["one file", "several files"])
@@ -322,6 +323,23 @@ async def test_offline_it_is_in_its_place(tmp_path: Path, files: str, stored_by:
             assert await has(there, "org/name", whole) == commit
         assert {each.method for each in hub.asked[asked:]} == {"HEAD"}
     assert stored_in(tmp_path) == (stored_by == "this loader", 0)
+
+
+async def test_a_damaged_copy_in_the_hub_cache_beside_a_good_one_of_ours(tmp_path: Path) -> None:
+    adapter = written(tmp_path / "adapter", layers=4, rank=16)
+    with HubStandIn() as hub:
+        settings: dict[str, Any] = {"allow": (at(hub.store_netloc),), "hub_endpoint": hub.endpoint}
+        hub.put("org/name", contents(adapter))
+        async with loader(tmp_path, layers=4, **settings) as there:
+            (await there.fetch("org/name")).release()
+        snapshot_download("org/name", cache_dir=tmp_path / "hub", endpoint=hub.endpoint)
+        blob = max((tmp_path / "hub").rglob("blobs/*"), key=lambda path: path.stat().st_size)
+        blob.write_bytes(blob.read_bytes()[:-4] + b"true")
+        async with loader(tmp_path, layers=4, **settings) as there:
+            with pytest.raises(IntegrityError, match="load it again"):
+                await there.fetch("org/name")
+            with await there.fetch("org/name") as folder:
+                assert contents(adapter).items() <= contents(folder.path).items()
 
 
 async def test_a_local_adapter_is_its_own_folder(tmp_path: Path) -> None:
