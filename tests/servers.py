@@ -28,9 +28,11 @@ http {{
     access_log {root}/requests ours; sendfile on; gzip on; gzip_types *; gzip_min_length 1;
     client_body_temp_path {root}/t1; proxy_temp_path {root}/t2; fastcgi_temp_path {root}/t3;
     uwsgi_temp_path {root}/t4; scgi_temp_path {root}/t5;
+    limit_req_zone $server_port zone=slow:1m rate=30r/s;
     server {{
         listen 127.0.0.1:{first}; root {root}/files; keepalive_requests 3;
         location /moved/ {{ rewrite ^/moved/(.*)$ http://127.0.0.1:{second}/$1 redirect; }}
+        location /slow/ {{ alias {root}/files/; limit_req zone=slow; }}
         location /whole/ {{ alias {root}/files/; max_ranges 0; }}
         location /untagged/ {{ alias {root}/files/; etag off; }}
         location /private/ {{

@@ -31,7 +31,11 @@ from lorax_async.adapters.compatibility import (
 from lorax_async.adapters.kernel_bridge import Bridge
 from lorax_async.adapters.layout_model import LayoutModel, padded_rank
 from lorax_async.adapters.lora import LoraConfig, LoraWeights, get_scaling_factor, require_all_used
-from lorax_async.adapters.merging import AdapterParameters, merge_adapters, merge_adapters_async
+from lorax_async.adapters.lorax_merging import (
+    AdapterParameters,
+    merge_adapters,
+    merge_adapters_async,
+)
 from lorax_async.adapters.weights_file import WeightsFile
 
 __all__ = [

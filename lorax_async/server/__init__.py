@@ -11,7 +11,7 @@ Only `cli` imports this package. Importing it needs the extra `serve`.
 - `model_names.py`: names for adapters, and the ids that requests may use
 - `completions.py`: one request, from its body to its response
 - `in_flight.py`: in-flight requests and clients' limits
-- `refusals.py`: errors as HTTP responses
+- `error_responses.py`: errors as HTTP responses
 - `generation.py`: `Generation`, and the interface `Decoder` of a model
 - `engine.py`: `Engine`: continuous batching and sampling, in a thread
 - `transformers_decoder.py`: a `Decoder` for transformers' models, with its KV cache

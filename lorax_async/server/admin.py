@@ -24,7 +24,7 @@ from lorax_async.events import Event, SlotId
 from lorax_async.ids import parsing
 from lorax_async.runtime.placement import AdapterResidency
 from lorax_async.server.clients import read_bearer_key, read_json
-from lorax_async.server.refusals import Refusal
+from lorax_async.server.error_responses import Refusal
 from lorax_async.server.request_bodies import LoadBody, T, UnloadBody, parse_body
 from lorax_async.server.server_settings import ServerSettings
 from lorax_async.server.service import Service

@@ -15,9 +15,9 @@ from lorax_async.errors import LoraxError
 from lorax_async.server.admin import AdminEndpoints
 from lorax_async.server.clients import UnreadRefusal
 from lorax_async.server.completions import CompletionEndpoint
+from lorax_async.server.error_responses import Refusal, create_refusal
 from lorax_async.server.in_flight import CLOSING
 from lorax_async.server.page.routes import page_routes
-from lorax_async.server.refusals import Refusal, create_refusal
 from lorax_async.server.request_bodies import ChatBody, CompletionBody
 from lorax_async.server.server_metrics import GONE, RequestCounter
 from lorax_async.server.server_settings import AllowedHosts

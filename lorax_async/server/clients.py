@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from lorax_async.server.refusals import Refusal
+from lorax_async.server.error_responses import Refusal
 
 ABORT = "lorax_abort"
 """Key in the scope's state: a function that drops the connection with all unsent data."""

@@ -19,8 +19,8 @@ from tokenizers.decoders import DecodeStream
 from lorax_async.errors import InternalError, LoraxError
 from lorax_async.server.clients import EventStream, identify_client, read_json
 from lorax_async.server.engine import ObservedTokens
+from lorax_async.server.error_responses import Refusal, create_refusal, invalid_parameter
 from lorax_async.server.generation import Finish, Generation, Sampling
-from lorax_async.server.refusals import Refusal, create_refusal, invalid_parameter
 from lorax_async.server.request_bodies import (
     MAX_SEED,
     MIN_SEED,

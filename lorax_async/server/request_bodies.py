@@ -11,7 +11,7 @@ from pydantic_core import from_json
 from tokenizers import Tokenizer
 
 from lorax_async.errors import shorten
-from lorax_async.server.refusals import Refusal, invalid_parameter
+from lorax_async.server.error_responses import Refusal, invalid_parameter
 
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 256

@@ -15,7 +15,7 @@ from lorax_async.config import MiB
 from lorax_async.errors import ConfigError, shorten
 from lorax_async.ids.allow import Allow, as_allow, is_address
 from lorax_async.server.clients import UnreadRefusal
-from lorax_async.server.refusals import Refusal
+from lorax_async.server.error_responses import Refusal
 from lorax_async.types import AdapterId, as_ref
 from lorax_async.validation import require_count, require_positive, require_seconds
 

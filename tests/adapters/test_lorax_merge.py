@@ -9,7 +9,11 @@ import torch
 
 from lorax_async.adapters.base import ModuleMap
 from lorax_async.adapters.lora import LoraConfig
-from lorax_async.adapters.merging import AdapterParameters, merge_adapters, merge_adapters_async
+from lorax_async.adapters.lorax_merging import (
+    AdapterParameters,
+    merge_adapters,
+    merge_adapters_async,
+)
 from lorax_async.errors import AdapterFormatError, IncompatibleAdapterError, UsageError
 from lorax_async.types import Merge
 

@@ -192,6 +192,7 @@ def test_factors_are_there_when_they_are_known_and_forgotten_with_their_stay() -
         magnitude = torch.full((6,), 4.0, device=LATE)
         factors, adapted, stay = DoraFactors(), AdaptedModule(base, module, 0), Stay()
         known: Any = stay
+        torch.accelerator.current_stream(LATE).synchronize()  # what the factors are made of
         with new_stream():
             first = factors.of(known, magnitude, (a, b, 1.0), adapted)
             assert bytes_now(first) == set(torch.tensor([2.0]).view(torch.uint8).tolist())

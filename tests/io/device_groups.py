@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 
 import pytest
 import torch
+from fault_server import until
 
 from lorax_async.devices.base import CopyTicket, Device, FilePieces, StagedPiece
 from lorax_async.errors import CapacityError, FetchError, LoraxError, UsageError
@@ -233,6 +234,22 @@ class DeviceConformance:
         shows(device, second, extent(3))
         for slot in (0, 2):
             holds(device, slot, {})
+
+    def test_it_is_there_once_the_ticket_is_done(self, device: TabledDevice) -> None:
+        made, seen = group(1, [0, 1, 2, 3]), list[object]()
+        ticket = begin(device, made, extent(1), 2)
+
+        def look(_: object) -> None:
+            try:
+                holds(device, 2, made.weights)
+                seen.append(None)
+            except BaseException as error:
+                seen.append(error)
+
+        ticket.add_done_callback(look)
+        assert ticket.result(5) is None
+        until(lambda: seen)
+        assert seen == [None]
 
     def test_tables_are_as_the_kernels_expect(self, device: TabledDevice) -> None:
         assert (device.address.dtype, device.address.shape) == (torch.int64, (2, 4, SLOTS))

@@ -19,6 +19,7 @@ import tiny
 from common import our_threads, until
 from lorax_async import errors
 from lorax_async.config import LoaderConfig
+from lorax_async.devices.cpu import CpuDevice
 from lorax_async.devices.simulated import GatedDevice
 from lorax_async.loader import AdapterLoader
 from lorax_async.scheduler.scheduler import AdapterScheduler
@@ -517,6 +518,31 @@ async def over_files(slots: int) -> AsyncIterator[tuple[Engine, GatedDevice]]:
     ):
         yield engine, device
     assert decoder.kept == {}
+
+
+async def test_an_answer_is_cancelled_while_its_files_come_to_rest(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a", 1)
+    async with over_files(slots=2) as (engine, device):
+        device.gate.clear()
+        answer = engine.submit(asked([1], 5, folder))
+        await until(lambda: device.copies)
+        tiny.write(folder, 2)
+        device.gate.set()
+        await asyncio.sleep(0.01)  # into the time in which a changed file comes to rest
+        answer.cancel()
+        assert await all_of(answer) == []
+
+
+async def test_false_bytes_of_files_that_did_not_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise errors.IntegrityError("the disk gave other bytes")
+
+    monkeypatch.setattr(CpuDevice, "copy", fail)
+    async with over_files(slots=2) as (engine, _):
+        answer = engine.submit(asked([1], 5, tiny.write(tmp_path / "a", 1)))
+        await fails(all_of(answer), errors.IntegrityError, "other bytes")
 
 
 @pytest.mark.usefixtures("nothing_left")

@@ -18,7 +18,7 @@ import lorax_async as la
 import tiny
 from lorax_async.cli.serve import choose_hosts
 from lorax_async.errors import ConfigError, LoraxError, UsageError
-from lorax_async.server.refusals import INTERNAL, Refusal, create_refusal
+from lorax_async.server.error_responses import INTERNAL, Refusal, create_refusal
 from lorax_async.server.request_bodies import (
     ChatBody,
     CompletionBody,

@@ -12,8 +12,8 @@ from starlette.types import Receive, Scope, Send
 from lorax_async.errors import LoraxError
 from lorax_async.server.admin import is_operator
 from lorax_async.server.clients import EventStream
+from lorax_async.server.error_responses import Refusal, create_refusal
 from lorax_async.server.in_flight import CLOSING
-from lorax_async.server.refusals import Refusal, create_refusal
 from lorax_async.server.service import Service
 from lorax_async.tracing.drawing import SCRIPT
 

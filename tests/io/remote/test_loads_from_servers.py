@@ -207,6 +207,15 @@ def by_way_of(origin: Origin, way: str) -> str:
 
 
 @on("nginx")
+async def test_a_server_that_limits_requests(origin: Origin, adapters: list[Path]) -> None:
+    """Some are answered 503; the load is whole all the same."""
+    origin.put(adapters[0])
+    async with origin.loader(at(second(origin))) as there:
+        await has(there, by_way_of(origin, "slow/"), adapters[0])
+    wait_until(lambda: any(" 503 " in line for line in lines(origin)))
+
+
+@on("nginx")
 @pytest.mark.parametrize("way", ["", "moved/", "whole/", "untagged/"])
 async def test_each_byte_comes_once(origin: Origin, adapters: list[Path], way: str) -> None:
     """By ranges; moved to another port; where ranges are not served (200); without ETags.
