@@ -27,7 +27,14 @@ from lorax_async.adapters.batches import (
     BatchLoraWeights,
     RankSegments,
 )
-from lorax_async.adapters.layers import FACTORS, Layer, as_stored, load_layers, stack_layers
+from lorax_async.adapters.layers import (
+    FACTORS,
+    Layer,
+    StackedLayers,
+    as_stored,
+    load_layers,
+    stack_layers,
+)
 from lorax_async.adapters.layout_model import layers_of, modules_by_type
 from lorax_async.adapters.threads import IsWanted, in_thread
 from lorax_async.adapters.weights_file import (
@@ -290,6 +297,16 @@ class LoraWeights(AdapterWeights):
             raise UsageError(
                 "LoraWeights takes A and B of every layer, [in, r] and [r, out], of equal shapes"
             )
+        self._take(a, b, adapter_config)
+
+    @classmethod
+    def _of(cls, found: StackedLayers, config: LoraConfig) -> Self:
+        """Return the weights of stacks that nobody else has: a copy would still be on its way."""
+        self = cls.__new__(cls)
+        self._take(found.a, found.b, replace(config, padded_rank=found.padded_rank))
+        return self
+
+    def _take(self, a: torch.Tensor, b: torch.Tensor, adapter_config: LoraConfig) -> None:
         self.lora_a_r, self.lora_b_r = a.shape[2], b.shape[1]
         self._weights_a, self._weights_b = as_stored(a).contiguous(), b.contiguous()
         self._a_by_rank = as_stored(a) is not a
@@ -387,7 +404,7 @@ class LoraWeights(AdapterWeights):
         if found is None:
             return None, set()
         used = {_key(factor, layer.name) for layer in found.present for factor in FACTORS}
-        return cls(found.a, found.b, replace(config, padded_rank=found.padded_rank)), used
+        return cls._of(found, config), used
 
     @classmethod
     def from_adapter(cls, handle: AdapterHandle, layer_type: str) -> Self | None:
@@ -420,7 +437,7 @@ class LoraWeights(AdapterWeights):
         rank = highest.a.shape[0]
         names = [layer.name for layer in present]
         config = LoraConfig(None, rank, names, False, highest.scale * rank, False)
-        return cls(found.a, found.b, replace(config, padded_rank=found.padded_rank))
+        return cls._of(found, config)
 
 
 def _stacked(weights: Sequence[torch.Tensor] | torch.Tensor) -> torch.Tensor | None:
