@@ -7,7 +7,7 @@ import os
 import random
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from source_inputs import read
@@ -48,10 +48,8 @@ class DiskWorld:
 @contextmanager
 def opened(folder: Path, nbytes: int = 1 << 30, name: PolicyName = "lru") -> Iterator[DiskWorld]:
     world = DiskWorld(folder, nbytes, name)
-    try:
+    with closing(world.cache):
         yield world
-    finally:
-        world.cache.close()
 
 
 def weights(seed: int = 1, nbytes: int = NBYTES) -> bytes:
@@ -79,21 +77,17 @@ def begun(cache: Cache, of: CacheKey = KEY, scope: str = SCOPE) -> CacheDownload
 
 def left(cache: Cache, of: CacheKey, content: bytes, spans: Iterable[ByteRange]) -> None:
     """Interrupt a download of the weights after these spans."""
-    download = begun(cache, of)
-    put(download.file(WEIGHTS_FILE, len(content)), content, spans)
-    download.close()
+    with closing(begun(cache, of)) as download:
+        put(download.file(WEIGHTS_FILE, len(content)), content, spans)
 
 
-def stored(cache: Cache, of: CacheKey, content: bytes, config: bytes = CONFIG) -> CacheEntry:
+def stored(cache: Cache, of: CacheKey, content: bytes) -> CacheEntry:
     """Download it as a whole."""
-    download = begun(cache, of)
-    try:
-        for role, each in ((CONFIG_FILE, config), (WEIGHTS_FILE, content)):
+    with closing(begun(cache, of)) as download:
+        for role, each in ((CONFIG_FILE, CONFIG), (WEIGHTS_FILE, content)):
             file = download.file(role, len(each))
             put(file, each, file.missing())
         return download.publish()
-    finally:
-        download.close()
 
 
 def keep(cache: Cache, of: CacheKey, content: bytes) -> None:
@@ -101,11 +95,8 @@ def keep(cache: Cache, of: CacheKey, content: bytes) -> None:
 
 
 def content_of(entry: CacheEntry, role: FileRole = WEIGHTS_FILE) -> bytes:
-    reader = entry.reader(role)
-    try:
+    with closing(entry.reader(role)) as reader:
         return read(reader, 0, reader.nbytes)
-    finally:
-        reader.close()
 
 
 def read_back(cache: Cache, of: CacheKey = KEY, *, check: bool = False) -> bytes | None:
@@ -113,10 +104,8 @@ def read_back(cache: Cache, of: CacheKey = KEY, *, check: bool = False) -> bytes
     entry = cache.open(of, check=check)
     if entry is None:
         return None
-    try:
+    with closing(entry):
         return content_of(entry)
-    finally:
-        entry.close()
 
 
 def is_there(cache: Cache, of: CacheKey) -> bool:
