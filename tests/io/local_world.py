@@ -1,7 +1,4 @@
-"""A place with two roots and the local source over them; afterwards nothing may be open.
-
-Weights may be three files, which have something of each layer.
-"""
+"""A place with two roots and the local source over them; afterwards nothing may be open."""
 
 from __future__ import annotations
 
@@ -14,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
-import torch
 import uvloop
 from source_inputs import CONFIG, tensors
 
@@ -45,21 +41,19 @@ def descriptors() -> dict[str, str]:
 
 
 class LocalWorld:
-    def __init__(self, base: Path, threads: ThreadPoolExecutor, immutable: bool = False) -> None:
+    def __init__(
+        self, base: Path, threads: ThreadPoolExecutor, immutable: bool = False, hashes: bool = False
+    ) -> None:
         self.holds = immutable
-        self.roots = [base / "first", base / "second"]
-        for root in self.roots:
-            root.mkdir()
-        self.outside = base / "outside"
-        self.outside.mkdir()
-        self.source = LocalSource(
-            roots=[LocalRoot(root, immutable=immutable) for root in self.roots],
-            limits=LIMITS,
-            threads=threads,
-        )
+        self.roots, self.outside = [base / "first", base / "second"], base / "outside"
+        for folder in (*self.roots, self.outside):
+            folder.mkdir()
+        roots = [LocalRoot(root, immutable=immutable) for root in self.roots]
+        self.source = LocalSource(roots=roots, limits=LIMITS, threads=threads, hashes=hashes)
 
     def put(self, name: str, config: bytes, weights: bytes) -> AdapterRef:
-        folder = self.folder(name)
+        folder = self.roots[0] / name
+        folder.mkdir(exist_ok=True)
         for file, content in ((CONFIG_NAME, config), (WEIGHTS_NAME, weights)):
             (folder / "new").write_bytes(content)
             (folder / "new").rename(folder / file)
@@ -67,11 +61,6 @@ class LocalWorld:
 
     def ref(self, name: str) -> AdapterRef:
         return AdapterRef(self.roots[0] / name)
-
-    def folder(self, name: str, base: Path | None = None) -> Path:
-        folder = (base or self.roots[0]) / name
-        folder.mkdir(exist_ok=True, parents=True)
-        return folder
 
     def fill(self, folder: Path) -> Path:
         folder.mkdir(exist_ok=True, parents=True)
@@ -81,11 +70,11 @@ class LocalWorld:
 
 
 @contextmanager
-def nothing_left_open(base: Path, *, immutable: bool = False) -> Iterator[LocalWorld]:
+def nothing_left_open(base: Path, **options: bool) -> Iterator[LocalWorld]:
     uvloop.new_event_loop().close()  # opens a pipe once in every process
     before = descriptors()
     with ThreadPoolExecutor(2) as threads:
-        yield LocalWorld(base, threads, immutable)
+        yield LocalWorld(base, threads, **options)
     assert descriptors() == before
     assert maps_below(base) == []
 
@@ -101,18 +90,11 @@ def refusal(world: LocalWorld, ref: AdapterRef | str | Path) -> errors.LoraxErro
 FILES = [CONFIG_NAME, INDEX, name_of(1, 3), name_of(2, 3), name_of(3, 3)]
 
 
-def parts(seed: int) -> list[dict[str, torch.Tensor]]:
-    """Each layer's tensors in two files."""
-    made: list[dict[str, torch.Tensor]] = [{}, {}, {}]
-    for n, (name, tensor) in enumerate(tensors(seed).items()):
-        made[n % 3][name] = tensor
-    return made
-
-
-def put_split(folder: Path, seed: int = 1) -> Path:
+def put_split(folder: Path) -> Path:
+    """The weights are three files, each layer's tensors in two of them."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_NAME).write_bytes(CONFIG)
-    write(folder, parts(seed))
+    write(folder, [dict(list(tensors(1).items())[n::3]) for n in range(3)])
     return folder
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import errno
+import json
 import os
 import re
 import socket
@@ -12,33 +13,49 @@ import tempfile
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 import safetensors.torch
+import torch
+from cancelling import was_cancelled
 from local_world import (
     CONFIG_NAME,
     FILES,
     LIMITS,
     WEIGHTS_NAME,
     LocalWorld,
+    cut,
     descriptors,
     nothing_left_open,
     put_split,
     refusal,
+    replace,
+    touch,
 )
-from source_inputs import CONFIG, groups_of, header_bytes, read, tensors, weights
+from source_inputs import (
+    CONFIG,
+    groups_of,
+    header_bytes,
+    read,
+    read_rows,
+    rows_of,
+    tensors,
+    weights,
+)
 
 from common import Run
 from lorax_async import errors, files
 from lorax_async.concurrency import FetchControl
-from lorax_async.errors import FetchError, IntegrityError
 from lorax_async.files import FileReader, identity_of, open_same
-from lorax_async.sources import local, local_folder
+from lorax_async.formats.spans import ByteSpan
+from lorax_async.sources import local, local_folder, local_weights
 from lorax_async.sources.local import LocalSource
 from lorax_async.types import AdapterKey, AdapterRef, Verification
-from split_files import INDEX
+from split_files import INDEX, name_of
 
 Patch = pytest.MonkeyPatch
 
@@ -209,10 +226,6 @@ def test_the_hub_cache_keeps_its_links(
         assert type(refusal(world, str(folder))) is errors.AccessDeniedError
 
 
-def fifo(path: Path) -> None:
-    os.mkfifo(path)
-
-
 def unix_socket(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         here = Path.cwd()
@@ -229,7 +242,7 @@ def huge(path: Path) -> None:
 
 
 ODD: list[tuple[Callable[[Path], None], str]] = [
-    (fifo, "FIFO"),
+    (os.mkfifo, "FIFO"),
     (Path.mkdir, "folder"),
     (unix_socket, "socket"),
     (lambda path: path.symlink_to("/dev/zero"), "device"),
@@ -260,17 +273,13 @@ def test_irregular_file(
         ([CONFIG_NAME], errors.AdapterNotFoundError, [WEIGHTS_NAME]),
         ([WEIGHTS_NAME], errors.AdapterNotFoundError, [CONFIG_NAME]),
         ([CONFIG_NAME, "adapter_model.bin"], errors.AdapterFormatError, ["pickle", "re-save"]),
-        (
-            [CONFIG_NAME, f"{WEIGHTS_NAME}.index.json"],
-            errors.AdapterFormatError,
-            ["index.json", "names no tensors"],
-        ),
+        ([CONFIG_NAME, INDEX], errors.AdapterFormatError, ["index.json", "names no tensors"]),
     ],
 )
 def test_missing_files(world: LocalWorld, present: list[str], kind: type, words: list[str]) -> None:
+    (folder := world.roots[0] / "one").mkdir()
     for name in present:
-        (world.folder("one") / name).write_bytes(b"{}")
-    world.folder("one")
+        (folder / name).write_bytes(b"{}")
     error = refusal(world, "./one")
     assert type(error) is kind
     assert all(word in error.problem for word in words)
@@ -282,8 +291,8 @@ async def test_limits_are_the_last_size_that_passes(world: LocalWorld) -> None:
     config = CONFIG.ljust(LIMITS.max_config_bytes)
     (path / CONFIG_NAME).write_bytes(config)
     file = await world.source.open(await world.source.resolve(AdapterRef(path)), FetchControl())
-    assert file.config == config
     file.reader.close()
+    assert file.config == config
     (path / CONFIG_NAME).write_bytes(config + b" ")
     with pytest.raises(errors.AdapterFormatError):
         await world.source.resolve(AdapterRef(path))
@@ -308,32 +317,23 @@ def become_nobody() -> None:
 
 @pytest.mark.parametrize("denied", ["", CONFIG_NAME, WEIGHTS_NAME])
 @pytest.mark.parametrize("step", ["resolve", "open"])
-def test_what_the_process_may_not_read(denied: str, step: str) -> None:
-    async def main(base: Path) -> None:
-        source = LocalSource(roots=[base], limits=LIMITS, threads=threads)
-        key = await source.resolve(AdapterRef(base / "one"))
-        mode = 0o000 if denied else 0o600
-        (base / "one" / denied).chmod(mode)
-        if step == "resolve":
-            for id in (base / "one", "./one"):
-                with pytest.raises(errors.AccessDeniedError, match="permission"):
-                    await source.resolve(AdapterRef(id))
-        else:
-            # A new mode is another version of a file.
-            with pytest.raises(errors.IntegrityError if denied else errors.AccessDeniedError):
-                await source.open(key, FetchControl())
-
+async def test_what_the_process_may_not_read(denied: str, step: str) -> None:
     with (
         tempfile.TemporaryDirectory() as name,
         ThreadPoolExecutor(2, initializer=become_nobody) as threads,
     ):
-        base = Path(name).resolve()
-        (base / "one").mkdir()
-        (base / "one" / CONFIG_NAME).write_bytes(CONFIG)
-        safetensors.torch.save_file(tensors(1), base / "one" / WEIGHTS_NAME)
-        (base / "one" / WEIGHTS_NAME).chmod(0o644)
-        base.chmod(0o755)
-        asyncio.run(main(base))
+        Path(name).chmod(0o755)
+        world = LocalWorld(Path(name).resolve(), threads)
+        folder = world.fill(world.roots[0] / "one")
+        (folder / WEIGHTS_NAME).chmod(0o644)
+        key = await world.source.resolve(AdapterRef(folder))
+        (folder / denied).chmod(0o000 if denied else 0o600)
+        if step == "open":  # a new mode is another version of a file
+            with pytest.raises(errors.IntegrityError if denied else errors.AccessDeniedError):
+                await world.source.open(key, FetchControl())
+        for id in (folder, "./one") if step == "resolve" else ():
+            with pytest.raises(errors.AccessDeniedError, match="permission"):
+                await world.source.resolve(AdapterRef(id))
 
 
 def retarget(link: Path, target: Path) -> None:
@@ -342,7 +342,7 @@ def retarget(link: Path, target: Path) -> None:
     new.rename(link)
 
 
-def test_a_link_that_swings_never_lets_a_secret_out(world: LocalWorld) -> None:
+async def test_a_link_that_swings_never_lets_a_secret_out(world: LocalWorld) -> None:
     folder = world.fill(world.roots[0] / "one")
     secret = world.outside / "secret"
     secret.write_bytes(SECRET)
@@ -355,41 +355,29 @@ def test_a_link_that_swings_never_lets_a_secret_out(world: LocalWorld) -> None:
             for target in (secret, folder / "mine.json"):
                 retarget(folder / CONFIG_NAME, target)
 
-    async def main() -> None:
-        for turn in range(20_000):
-            if turn > 300 and len(outcomes) > 1:
-                break
-            try:
-                file = await world.source.open(
-                    await world.source.resolve(AdapterRef("./one")), FetchControl()
-                )
-            except (errors.AccessDeniedError, errors.IntegrityError) as error:
-                outcomes.add(type(error))
-            else:
-                outcomes.add(file.config)
-                file.reader.close()
-
-    thread = threading.Thread(target=swing)
-    thread.start()
-    try:
-        asyncio.run(main())
-    finally:
-        stop.set()
-        thread.join()
-    assert CONFIG in outcomes
-    assert errors.AccessDeniedError in outcomes
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(swing)
+        try:
+            for turn in range(20_000):
+                if turn > 300 and len(outcomes) > 1:
+                    break
+                try:
+                    key = await world.source.resolve(AdapterRef("./one"))
+                    file = await world.source.open(key, FetchControl())
+                except (errors.AccessDeniedError, errors.IntegrityError) as error:
+                    outcomes.add(type(error))
+                else:
+                    outcomes.add(file.config)
+                    file.reader.close()
+        finally:
+            stop.set()
+    assert {CONFIG, errors.AccessDeniedError} <= outcomes
     assert outcomes <= {CONFIG, errors.AccessDeniedError, errors.IntegrityError}
 
 
-def reads_reopened(world: LocalWorld) -> Callable[[AdapterKey], Coroutine[Any, Any, None]]:
-    async def step(key: AdapterKey) -> None:
-        reader = world.source.reopen(key)
-        try:
-            reader.read_into([memoryview(bytearray(8))], 0)
-        finally:
-            reader.close()
-
-    return step
+def first_byte(world: LocalWorld, key: AdapterKey) -> bytes:
+    with closing(world.source.reopen(key)) as reader:
+        return read(reader, 0, 1)
 
 
 @pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
@@ -397,13 +385,15 @@ async def test_a_fifo_that_takes_the_files_place(world: LocalWorld, name: str) -
     path = world.fill(world.roots[0] / "one") / name
     key = await world.source.resolve(AdapterRef("./one"))
     path.unlink()
-    steps = (lambda: world.source.open(key, FetchControl()), lambda: reads_reopened(world)(key))
-    for there in (True, False):
-        if there:
-            os.mkfifo(path)
-        for step in (*steps, lambda: world.source.populate(key)):
+    os.mkfifo(path)
+    for _ in range(2):
+        for step in (
+            world.source.open(key, FetchControl()),
+            asyncio.to_thread(first_byte, world, key),
+            world.source.populate(key),
+        ):
             with pytest.raises(errors.IntegrityError, match=name):
-                await step()
+                await step
         path.unlink(missing_ok=True)
 
 
@@ -426,16 +416,19 @@ async def test_a_config_changes_meanwhile(world: LocalWorld, monkeypatch: Patch)
     assert len(looks) >= 2
 
 
-@pytest.fixture
-def reader(tmp_path: Path) -> Iterator[FileReader]:
-    before = descriptors()
-    path = tmp_path / "file"
+def reader_of(path: Path) -> FileReader:
     path.write_bytes(bytes(range(256)) * 16)
     identity = identity_of(path.stat())
     reader = FileReader(lambda: open_same(str(path), identity), identity, "file")
     read(reader, 0, 0)  # the first read opens
-    yield reader
-    reader.close()
+    return reader
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> Iterator[FileReader]:
+    before = descriptors()
+    with closing(reader_of(tmp_path / "file")) as reader:
+        yield reader
     assert descriptors() == before
 
 
@@ -481,28 +474,15 @@ def test_system_errors(reader: FileReader, monkeypatch: Patch, number: int, kind
         assert isinstance(caught.value.__cause__, OSError)
 
 
-def truncate(path: Path) -> None:
-    os.truncate(path, 100)
-
-
-def touch(path: Path) -> None:
-    os.utime(path)
-
-
-def rewrite(path: Path) -> None:
-    path.write_bytes(b"\0" * path.stat().st_size)
-
-
-def grow(path: Path) -> None:
-    with path.open("ab") as file:
-        file.write(b"x")
-
-
-@pytest.mark.parametrize("change", [truncate, touch, rewrite, grow, Path.unlink])
-def test_a_changed_file(reader: FileReader, tmp_path: Path, change: Callable[[Path], None]) -> None:
+@pytest.mark.parametrize("nbytes", [100, 4096, 4097, None])
+def test_a_changed_file(reader: FileReader, tmp_path: Path, nbytes: int | None) -> None:
+    """It is shorter, rewritten, longer, or gone."""
     read(reader, 0, 10)
     threading.Event().wait(0.02)  # the clock of files may tick that slowly
-    change(tmp_path / "file")
+    if nbytes is None:
+        (tmp_path / "file").unlink()
+    else:
+        (tmp_path / "file").write_bytes(bytes(nbytes))
     with pytest.raises(errors.IntegrityError, match="again"):
         read(reader, 50, 150)
 
@@ -531,99 +511,225 @@ def test_a_descriptor_outlives_its_read(reader: FileReader, monkeypatch: Patch) 
 
 def test_a_forgotten_reader_is_closed_and_warns(tmp_path: Path) -> None:
     before = descriptors()
-    (tmp_path / "file").write_bytes(b"x")
-    identity = identity_of((tmp_path / "file").stat())
-    reader = FileReader(lambda: open_same(str(tmp_path / "file"), identity), identity, "file")
-    read(reader, 0, 0)
+    reader = reader_of(tmp_path / "file")
     with pytest.warns(ResourceWarning, match="unclosed reader of file"):
         del reader
     assert descriptors() == before
 
 
+@pytest.fixture
+def folder(world: LocalWorld) -> Path:
+    """Its weights are several files."""
+    return put_split(world.roots[0] / "one")
+
+
+async def test_one_file_of_weights_comes_first(world: LocalWorld, folder: Path) -> None:
+    safetensors.torch.save_file(tensors(2), folder / WEIGHTS_NAME)
+    key = await world.source.resolve(AdapterRef(folder))
+    assert len(key.files) == 2
+    assert key.files[1].inode == (folder / WEIGHTS_NAME).stat().st_ino
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["opened", "reopened"])
+async def test_it_is_read_as_one_file(world: LocalWorld, folder: Path, again: bool) -> None:
+    """Cut anywhere, by any rows, also across the borders of its files."""
+    key = await world.source.resolve(AdapterRef(folder))
+    file = await world.source.open(key, FetchControl())
+    assert file.config == CONFIG
+    reader = world.source.reopen(key) if again else file.reader
+    size = reader.nbytes
+    content = read(reader, 0, size)
+    assert content.startswith(file.prefix)
+    loaded = safetensors.torch.load(content)
+    assert loaded.keys() == tensors(1).keys()
+    assert all(torch.equal(loaded[name], t) for name, t in tensors(1).items())
+    for step in (7, 64, 1000):
+        cuts = [*range(0, size, step), size]
+        result = memoryview(bytearray(size))
+        reader.read_into([result[a:b] for a, b in pairwise(cuts)], 0)
+        assert result == content
+        assert b"".join(read(reader, a, b) for a, b in pairwise(cuts)) == content
+    for nbytes, pitch in product((1, 5, 12), (12, 13, 100)):
+        rows = (size - nbytes) // pitch
+        for start in (0, 3, size - (rows - 1) * pitch - nbytes):
+            span = ByteSpan(start, start + nbytes, rows, pitch)
+            assert read_rows(reader, span) == rows_of(content, span)
+    view = memoryview(bytearray(900)).cast("B", (30, 30))
+    reader.read_into([view], size - 900)
+    assert view.tobytes() == content[-900:]
+    with pytest.raises(errors.IntegrityError, match="before byte"):
+        read(reader, size - 1, size + 1)
+    with pytest.raises(errors.IntegrityError, match="before byte"):
+        read_rows(reader, ByteSpan(size - 50, size - 40, 3, 25))
+    for each in (file.reader, reader):
+        each.close()
+        with pytest.raises(errors.FetchError, match="closed"):
+            read(each, 0, 1)
+
+
+async def test_many_first_reads(world: LocalWorld, folder: Path, monkeypatch: Patch) -> None:
+    """A read ends before its files are closed; what was never read is never opened."""
+    key, calls = await world.source.resolve(AdapterRef(folder)), list[str]()
+
+    def counted(path: str, identity: Any) -> int:
+        calls.append(Path(path).name)
+        threading.Event().wait(0.02)  # others come meanwhile
+        return open_same(path, identity)
+
+    monkeypatch.setattr(local_weights, "open_same", counted)
+    unread = world.source.reopen(key)
+    unread.close()
+    assert calls == []
+    reader = world.source.reopen(key)
+    with ThreadPoolExecutor(8) as threads:
+        parts = [threads.submit(read, reader, 0, 900) for _ in range(8)]
+        assert len({part.result() for part in parts}) == 1
+    assert sorted(calls) == FILES[2:]
+    preadv = os.preadv
+
+    def closing(fd: int, buffers: Any, offset: int) -> int:
+        reader.close()
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", closing)
+    assert safetensors.torch.load(read(reader, 0, reader.nbytes)).keys() == tensors(1).keys()
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("change", [touch, cut, replace])
+async def test_another_version_of_any_file_is_another_adapter(
+    world: LocalWorld, folder: Path, name: str, change: Callable[[Path], None]
+) -> None:
+    key = await world.source.resolve(AdapterRef(folder))
+    change(folder / name)
+    reader = world.source.reopen(key)
+    works = (
+        lambda: world.source.open(key, FetchControl()),
+        lambda: asyncio.to_thread(read, reader, reader.nbytes - 1, reader.nbytes),
+        lambda: world.source.populate(key),
+    )
+    for work in works:
+        with pytest.raises(errors.IntegrityError, match=f"{name}.*again"):
+            await work()
+    reader.close()
+    if name != INDEX or change is not cut:
+        assert await world.source.resolve(AdapterRef(folder)) != key
+
+
+@pytest.mark.parametrize("late", [0.0, 0.003])
+@pytest.mark.parametrize("step", ["resolve", "open", "populate"])
+async def test_cancelled_at_any_await(
+    world: LocalWorld, folder: Path, step: str, late: float
+) -> None:
+    ref = AdapterRef(folder)
+    key = await world.source.resolve(ref)
+    works: dict[str, Callable[[], Coroutine[Any, Any, Any]]] = {
+        "resolve": lambda: world.source.resolve(ref),
+        "open": lambda: world.source.open(key, FetchControl()),
+        "populate": lambda: world.source.populate(key),
+    }
+    ends = [await was_cancelled(works[step](), at, late) for at in range(12)]
+    assert ends.count(True) >= 1
+    assert ends == sorted(ends, reverse=True)
+
+
+@pytest.mark.parametrize("name", [*FILES[2:], CONFIG_NAME])
+def test_a_file_that_is_not_there(world: LocalWorld, folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    for id in ("./one", folder):
+        error = refusal(world, id)
+        assert type(error) is errors.AdapterNotFoundError
+        assert name in error.problem
+
+
+async def test_files_that_do_not_belong_together(world: LocalWorld, folder: Path) -> None:
+    """What else may be wrong with them is a table of `plan_split`'s tests."""
+    os.truncate(folder / FILES[3], 30)
+    key = await world.source.resolve(AdapterRef(folder))
+    for work in (world.source.open(key, FetchControl()), asyncio.to_thread(first_byte, world, key)):
+        with pytest.raises(errors.AdapterFormatError, match=f"{FILES[3]}: .*inside its header"):
+            await work
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [("../two/adapter_model.safetensors", "'../two/"), (name_of(1, 99_999), "99,999 files")],
+)
+def test_an_index_of_a_stranger(world: LocalWorld, folder: Path, file: str, words: str) -> None:
+    """What else may be wrong with it is a table of `parse_index`'s tests."""
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": file}}))
+    error = refusal(world, folder)
+    assert type(error) is errors.AdapterFormatError
+    assert INDEX in error.problem
+    assert words in error.problem
+
+
+def test_limits_hold_for_all_files_together(world: LocalWorld, folder: Path) -> None:
+    for name in FILES[2:4]:
+        os.truncate(folder / name, LIMITS.max_adapter_bytes // 2)
+    assert f"the files up to {FILES[4]} have" in refusal(world, folder).problem
+
+
 CONTENT = weights(1, {"note": "x" * 3000})
 
 
-class HashingWorld(LocalWorld):
-    def __init__(self, base: Path, threads: ThreadPoolExecutor) -> None:
-        super().__init__(base, threads)
-        self.source = LocalSource(roots=self.roots, limits=LIMITS, threads=threads, hashes=True)
-
-    @property
-    def path(self) -> Path:
-        return self.roots[0] / "one" / WEIGHTS_NAME
-
-    async def key(self) -> AdapterKey:
-        return await self.source.resolve(self.put("one", CONFIG, CONTENT))
-
-    async def bring(
-        self, key: AdapterKey, seen: list[int] | None = None, control: FetchControl | None = None
-    ) -> Verification:
-        file = await self.source.open(key, FetchControl())
-        arrived: Callable[[int], None] = ([] if seen is None else seen).append
-        try:
-            return await self.source.bring(
-                file, groups_of(CONTENT), arrived, control or FetchControl()
-            )
-        finally:
-            file.reader.close()
-
-
 @pytest.fixture
-def hashes(tmp_path: Path) -> Iterator[HashingWorld]:
-    with nothing_left_open(tmp_path), ThreadPoolExecutor(2) as threads:
-        (tmp_path / "more").mkdir()
-        yield HashingWorld(tmp_path / "more", threads)
-
-
-class Reading:
-    """Reads of any file; `before` is called with the number of each."""
-
-    def __init__(self, before: Callable[[int], None]) -> None:
-        self.count = 0
-        self._before = before
-        self._read = FileReader.read_into
-
-    def __get__(self, reader: Any, _: Any) -> Callable[..., None]:
-        def read_into(buffers: Any, offset: int) -> None:
-            self._before(self.count)
-            self.count += 1
-            self._read(reader, buffers, offset)
-
-        return read_into
-
-
-@pytest.fixture
-def small_pieces(monkeypatch: Patch) -> None:
+def hashes(tmp_path: Path, monkeypatch: Patch) -> Iterator[LocalWorld]:
+    """In pieces."""
     monkeypatch.setattr(files, "HASH_STEP_BYTES", 1000)
+    with nothing_left_open(tmp_path, hashes=True) as world:
+        yield world
 
 
-@pytest.mark.usefixtures("small_pieces")
+async def key_of(world: LocalWorld, name: str = "one") -> AdapterKey:
+    return await world.source.resolve(world.put(name, CONFIG, CONTENT))
+
+
+async def hashed(
+    world: LocalWorld, key: AdapterKey, control: FetchControl | None = None
+) -> Verification:
+    file, control = await world.source.open(key, FetchControl()), control or FetchControl()
+    with closing(file.reader):
+        return await world.source.bring(file, groups_of(CONTENT), lambda _: None, control)
+
+
+def before_reads(monkeypatch: Patch, act: Callable[[int], None]) -> list[None]:
+    """Call `act` with the number of each read of a file; return a list as long as their number."""
+    reads, read_into = list[None](), FileReader.read_into
+
+    def acting(reader: FileReader, buffers: Sequence[memoryview], offset: int) -> None:
+        act(len(reads))
+        reads.append(None)
+        read_into(reader, buffers, offset)
+
+    monkeypatch.setattr(FileReader, "read_into", acting)
+    return reads
+
+
 @pytest.mark.parametrize("call", ["bring", "digest"])
 @pytest.mark.parametrize("piece", [0, 2])
 async def test_changes_while_hashed(
-    hashes: HashingWorld, monkeypatch: Patch, call: str, piece: int
+    hashes: LocalWorld, monkeypatch: Patch, call: str, piece: int
 ) -> None:
     """Also by other bytes of the same length, put in their place."""
+    key, first = await key_of(hashes), 1 if call == "bring" else 0  # opening reads the header
 
     def change(number: int) -> None:
         if number == first + piece:
-            with hashes.path.open("r+b") as file:
+            with (hashes.roots[0] / "one" / WEIGHTS_NAME).open("r+b") as file:
                 file.seek(-1, os.SEEK_END)
                 file.write(b"!")
 
-    first = 1 if call == "bring" else 0  # opening reads the header
-    reading = Reading(change)
-    key = await hashes.key()
-    monkeypatch.setattr(FileReader, "read_into", reading)
-    with pytest.raises(IntegrityError, match="changed or replaced meanwhile"):
-        await (hashes.bring(key) if call == "bring" else hashes.source.digest(key))
+    before_reads(monkeypatch, change)
+    with pytest.raises(errors.IntegrityError, match="changed or replaced meanwhile"):
+        await (hashed(hashes, key) if call == "bring" else hashes.source.digest(key))
 
 
-async def test_a_digest_stays_the_same(hashes: HashingWorld, monkeypatch: Patch) -> None:
+async def test_a_digest_stays_the_same(hashes: LocalWorld, monkeypatch: Patch) -> None:
     """A disk that forgets changes no time of change; here every look at the file is the first."""
-    key = await hashes.key()
-    first = await hashes.bring(key)
-    assert await hashes.bring(key) == first
+    key = await key_of(hashes)
+    first = await hashed(hashes, key)
+    assert await hashed(hashes, key) == first
     read_into = FileReader.read_into
 
     def forgotten(reader: FileReader, buffers: Sequence[memoryview], offset: int) -> None:
@@ -631,41 +737,36 @@ async def test_a_digest_stays_the_same(hashes: HashingWorld, monkeypatch: Patch)
         if offset:
             buffers[-1][-1] ^= 1
 
-    monkeypatch.setattr(files, "HASH_STEP_BYTES", 1000)
     with monkeypatch.context() as patch:
         patch.setattr(FileReader, "read_into", forgotten)
-        for call in (hashes.bring(key), hashes.source.digest(key)):
-            with pytest.raises(IntegrityError, match="other bytes than before"):
+        for call in (hashed(hashes, key), hashes.source.digest(key)):
+            with pytest.raises(errors.IntegrityError, match="other bytes than before"):
                 await call
-    newer = await hashes.key()
+    newer = await key_of(hashes)
     assert newer != key
-    assert await hashes.bring(newer) == first
+    assert await hashed(hashes, newer) == first
     monkeypatch.setattr(local, "MAX_DIGESTS", 1)  # what is not remembered is not compared
     for name in ("two", "three"):
-        await hashes.source.digest(await hashes.source.resolve(hashes.put(name, CONFIG, CONTENT)))
-    with monkeypatch.context() as patch:
-        patch.setattr(FileReader, "read_into", forgotten)
-        assert await hashes.bring(newer) != first
+        await hashes.source.digest(await key_of(hashes, name))
+    monkeypatch.setattr(FileReader, "read_into", forgotten)
+    assert await hashed(hashes, newer) != first
 
 
-@pytest.mark.usefixtures("small_pieces")
-async def test_hashing_is_cancelled(hashes: HashingWorld, monkeypatch: Patch) -> None:
-    control = FetchControl()
-    reading = Reading(lambda number: control.end() if number == 2 else None)
-    key = await hashes.key()
-    monkeypatch.setattr(FileReader, "read_into", reading)
-    with pytest.raises(FetchError, match="no caller waits"):
-        await hashes.bring(key, control=control)
-    assert reading.count == 3
+async def test_hashing_is_cancelled(hashes: LocalWorld, monkeypatch: Patch) -> None:
+    control, key = FetchControl(), await key_of(hashes)
+    reads = before_reads(monkeypatch, lambda number: control.end() if number == 2 else None)
+    with pytest.raises(errors.FetchError, match="no caller waits"):
+        await hashed(hashes, key, control)
+    assert len(reads) == 3
 
 
-async def test_hashing_shares_threads(hashes: HashingWorld, monkeypatch: Patch) -> None:
+async def test_hashing_shares_threads(hashes: LocalWorld, monkeypatch: Patch) -> None:
     """However large the file is: its pieces queue behind what was asked for meanwhile."""
     monkeypatch.setattr(files, "HASH_STEP_BYTES", 64)
-    key, others = await hashes.key(), 0
-    hashed = asyncio.ensure_future(hashes.bring(key))
-    while not hashed.done():
+    key, others = await key_of(hashes), 0
+    hashing = asyncio.ensure_future(hashed(hashes, key))
+    while not hashing.done():
         await hashes.source.resolve(AdapterRef("./one"))
         others += 1
-    assert (await hashed).kind == "transport"
+    assert (await hashing).kind == "transport"
     assert others > 10

@@ -8,14 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from local_world import LIMITS, LocalWorld, nothing_left_open
+from local_world import LocalWorld, nothing_left_open
 from source_conformance import PopulateConformance, SourceConformance
 
 import tiny
 from lorax_async.config import Limits
 from lorax_async.sources.base import Source
 from lorax_async.sources.host_copies import HostCopies
-from lorax_async.sources.local import LocalSource
 from lorax_async.sources.tensors import MemorySource
 from lorax_async.testing import FakeSource
 from lorax_async.types import AdapterRef
@@ -39,13 +38,7 @@ class FakeWorld:
 def made(kind: str, folder: Path) -> Iterator[FakeWorld | LocalWorld]:
     held = kind.endswith(" held")
     if kind.startswith("local"):
-        with nothing_left_open(folder, immutable=held) as local:
-            yield local
-        return
-    if kind == "hashed":
-        with nothing_left_open(folder) as local, ThreadPoolExecutor(2) as threads:
-            hashing = LocalSource(roots=local.roots, limits=LIMITS, threads=threads, hashes=True)
-            local.source = hashing
+        with nothing_left_open(folder, immutable=held, hashes="hashed" in kind) as local:
             yield local
         return
     with ThreadPoolExecutor(2) as threads:
@@ -62,7 +55,7 @@ def made(kind: str, folder: Path) -> Iterator[FakeWorld | LocalWorld]:
     assert (counts.open_readers, counts.open_holds) == (0, 0)
 
 
-KINDS = ["fake", "fake held", "local", "local held", "hashed", "memory", "memory held"]
+KINDS = ["fake", "fake held", "local", "local held", "local hashed", "memory", "memory held"]
 
 
 @pytest.fixture(params=KINDS)

@@ -30,7 +30,7 @@ from mutants.mutation import (
     skipped,
 )
 
-SPLIT = "io/test_split_source.py"
+SPLIT = "io/test_local_source.py"
 MEMORY = "io/test_memory_source.py"
 REMOTE = "io/remote/test_remote_source.py"
 LOADS = "io/remote/test_remote_loads.py"
