@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -22,19 +23,10 @@ import tiny
 from common import until
 from late_device import build
 from late_device.world import LATE, loaded
+from lorax_async import errors
 from lorax_async.cache.disk_cache import DiskCache
 from lorax_async.concurrency import FetchControl
 from lorax_async.config import Limits
-from lorax_async.errors import (
-    AdapterNotFoundError,
-    CapacityError,
-    EvictedError,
-    FetchError,
-    IntegrityError,
-    LoraxError,
-    UnsupportedAdapterError,
-    UsageError,
-)
 from lorax_async.formats.safetensors import parse_header
 from lorax_async.formats.spans import ByteSpan
 from lorax_async.lifecycle.policies import policy
@@ -77,11 +69,8 @@ class World:
         return key in self.copies.sizes
 
     async def read_all(self, key: AdapterKey) -> dict[str, torch.Tensor]:
-        file = await self.source.open(key, FetchControl())
-        try:
-            return safetensors.torch.load(read(file.reader, 0, file.reader.nbytes))
-        finally:
-            file.reader.close()
+        with closing((await self.source.open(key, FetchControl())).reader) as reader:
+            return safetensors.torch.load(read(reader, 0, reader.nbytes))
 
 
 @pytest.fixture(params=["memory", "disk"])
@@ -119,28 +108,26 @@ async def test_tensors_are_opened_like_a_file(world: World) -> None:
     parts = [memoryview(bytearray(n)) for n in (0, 5, 1, 64)]
     again.read_into(parts, 7)
     assert b"".join(parts) == content[7:77]
-    assert read_rows(again, apart) == rows_of(content, apart)
-    hold = await world.source.populate(key)
-    assert (hold.nbytes, hold.locked) == (0, False)
-    hold.close()
+    with closing(await world.source.populate(key)) as hold:
+        assert (hold.nbytes, hold.locked) == (0, False)
     assert await world.source.digest(key) == sha256(content).hexdigest()
     control = FetchControl()
     control.end()
-    with pytest.raises(FetchError, match="no caller waits"):
+    with pytest.raises(errors.FetchError, match="no caller waits"):
         await world.source.bring(file, groups_of(content), lambda _: None, control)
     world.copies.drop(key)
     assert read(again, 0, len(content)) == content, "open readers stay valid"
+    beyond = ByteSpan(len(content) - 20, len(content) - 16, 3, 9)
     for reader in (file.reader, again):
-        with pytest.raises(IntegrityError, match="ends before byte"):
-            read(reader, len(content) - 3, len(content) + 1)
-        with pytest.raises(IntegrityError, match="ends before byte"):
-            read_rows(reader, ByteSpan(len(content) - 20, len(content) - 16, 3, 9))
+        assert read_rows(reader, apart) == rows_of(content, apart)
+        for work in (lambda: read(reader, 0, len(content) + 1), lambda: read_rows(reader, beyond)):
+            with pytest.raises(errors.IntegrityError, match="ends before byte"):
+                work()
         reader.close()
         reader.close()
-        with pytest.raises(FetchError, match="was closed"):
-            read(reader, 0, 1)
-        with pytest.raises(FetchError, match="was closed"):
-            read_rows(reader, apart)
+        for work in (lambda: read(reader, 0, 1), lambda: read_rows(reader, apart)):
+            with pytest.raises(errors.FetchError, match="was closed"):
+                work()
 
 
 @IN_MEMORY
@@ -151,18 +138,17 @@ async def test_dropped_tensors_are_gone_when_their_readers_are_closed(world: Wor
     world.copies.drop(key)
     world.copies.drop(key)
     assert world.copies.used == nbytes
-    with pytest.raises(AdapterNotFoundError, match="pass them again") as caught:
+    with pytest.raises(errors.AdapterNotFoundError, match="pass them again") as caught:
         await world.source.open(key, FetchControl())
     assert caught.value.stage == "fetch"
-    with pytest.raises(FetchError, match="pass them again"):
+    with pytest.raises(errors.FetchError, match="pass them again"):
         await world.source.populate(key)
-    with pytest.raises(FetchError, match="load_tensors") as refused:
+    with pytest.raises(errors.FetchError, match="load_tensors") as refused:
         await world.source.digest(key)
     assert not refused.value.retryable
     late = world.source.reopen(key)
-    with pytest.raises(FetchError, match="pass them again"):
+    with closing(late), pytest.raises(errors.FetchError, match="pass them again"):
         read(late, 0, 1)
-    late.close()
     assert (await world.take(), world.copies.used) == (key, 2 * nbytes)
     file.reader.close()
     assert world.copies.used == nbytes
@@ -176,19 +162,18 @@ async def test_the_budget_counts_what_is_being_copied(world: World) -> None:
         return_exceptions=True,
     )
     (key,) = (key for key in keys if isinstance(key, AdapterKey))
-    assert sum(isinstance(key, CapacityError) for key in keys) == 5
+    assert sum(isinstance(key, errors.CapacityError) for key in keys) == 5
     assert world.copies.used == world.copies.sizes[key] < ROOM
 
 
 @ON_DISK
 async def test_an_open_reader_goes_on_in_the_file(world: World) -> None:
     key = await world.take(1)
-    reader = world.source.reopen(key)
-    content = read(reader, 0, reader.nbytes)
-    await world.take(2)
-    assert not world.is_in_memory(key)
-    assert read(reader, 0, len(content)) == content
-    reader.close()
+    with closing(world.source.reopen(key)) as reader:
+        content = read(reader, 0, reader.nbytes)
+        await world.take(2)
+        assert not world.is_in_memory(key)
+        assert read(reader, 0, len(content)) == content
 
 
 @ON_DISK
@@ -209,9 +194,8 @@ async def test_bytes_keep_their_room_while_they_are_read(world: World) -> None:
 async def test_a_merge_is_computed_once_and_stays_until_others_need_the_room(world: World) -> None:
     key = world.merge("dare_linear", density=0.3, seed=4)
     merged = await world.read_all(key)
-    opens = world.inner.counts.opens
     assert_equal(await world.read_all(key), merged)
-    assert world.inner.counts.opens == opens == 3
+    assert world.inner.counts.opens == 3
     reader = world.source.reopen(key)
     held = world.copies.used
     filling = asyncio.create_task(
@@ -222,19 +206,15 @@ async def test_a_merge_is_computed_once_and_stays_until_others_need_the_room(wor
     assert world.is_in_memory(key)
     reader.close()
     await filling
-    late = world.source.reopen(key)
-    for work in (
-        lambda: late.nbytes,
-        lambda: read(late, 0, 8),
-        lambda: read_rows(late, ByteSpan(0, 1, 2, 3)),
-    ):
-        with pytest.raises(EvictedError, match="load it again"):
+    late, apart = world.source.reopen(key), ByteSpan(0, 1, 2, 3)
+    for work in (lambda: late.nbytes, lambda: read(late, 0, 8), lambda: read_rows(late, apart)):
+        with pytest.raises(errors.EvictedError, match="load it again"):
             work()
-    with pytest.raises(CapacityError, match="unload adapters loaded from tensors"):
+    with pytest.raises(errors.CapacityError, match="unload adapters loaded from tensors"):
         await world.source.open(key, FetchControl())
     world.copies.clear()
     assert_equal(await world.read_all(key), merged)
-    with pytest.raises(UsageError, match="its parts have theirs"):
+    with pytest.raises(errors.UsageError, match="its parts have theirs"):
         await world.source.digest(key)
 
 
@@ -254,9 +234,9 @@ async def test_when_a_part_fails_others_end(world: World, monkeypatch: pytest.Mo
             undone.append(key.location)
         return file
 
-    world.inner.fail("open", FetchError("ordered"), id="b")
+    world.inner.fail("open", errors.FetchError("ordered"), id="b")
     monkeypatch.setattr(world.inner, "open", slow)
-    with pytest.raises(FetchError, match="ordered"):
+    with pytest.raises(errors.FetchError, match="ordered"):
         await world.source.open(world.merge(), FetchControl())
     assert sorted(undone) == ["memory:a", "memory:c"]
 
@@ -272,7 +252,7 @@ async def test_a_merge_that_nothing_waits_for_ends(world: World, at: str) -> Non
     if at != "compute":
         await until(lambda: world.inner.counts.opens == 3)
     control.end()
-    with pytest.raises(LoraxError):
+    with pytest.raises(errors.LoraxError):
         await opening
     if room is not None:
         room.end()
@@ -285,10 +265,13 @@ def begun(tensors: Mapping[str, torch.Tensor], config: bytes = CONFIG) -> Tensor
     return snapshot
 
 
+def steps(snapshot: TensorSnapshot) -> int:
+    """How many it took to its end."""
+    return sum(1 for _ in iter(snapshot.step, False))
+
+
 def taken(tensors: Mapping[str, torch.Tensor], config: bytes = CONFIG) -> TensorSnapshot:
-    snapshot = begun(tensors, config)
-    while snapshot.step():
-        pass
+    steps(snapshot := begun(tensors, config))
     return snapshot
 
 
@@ -353,22 +336,21 @@ def test_the_key_tells_config_names_shapes_and_bytes() -> None:
 
 def test_a_step_is_some_milliseconds_of_work() -> None:
     """Whatever the sizes: one large tensor, or very many small ones. A row is not cut."""
-    large = begun({"large": torch.zeros(3 * STEP_BYTES // 4 + 5, 4)})
-    assert sum(1 for _ in iter(large.step, False)) == 12
-    small = begun({str(n): torch.zeros(1) for n in range(1000)})
-    assert sum(1 for _ in iter(small.step, False)) == 3
+    assert steps(begun({"large": torch.zeros(3 * STEP_BYTES // 4 + 5, 4)})) == 12
+    assert steps(begun({str(n): torch.zeros(1) for n in range(1000)})) == 3
     wide = torch.randn(2, STEP_BYTES // 4 + 3)
     assert_equal(read_back(taken({"wide": wide})), {"wide": wide})
 
 
 def test_what_is_not_to_be_copied_is_refused_before_it_is() -> None:
-    with pytest.raises(UnsupportedAdapterError, match="torch.int8; pass it as"):
-        begun({"x": torch.zeros(3, dtype=torch.int8)})
     vast = torch.zeros(1).expand(1 << 31)
-    with pytest.raises(UnsupportedAdapterError, match="over the limit of 4,294,967,296"):
-        begun({"x": vast})
-    with pytest.raises(UnsupportedAdapterError, match="2 tensors are over the limit of 1"):
-        TensorSnapshot({"x": vast, "y": vast}, CONFIG, Limits(max_tensors=1))
+    for refused, named in (
+        ({"x": torch.zeros(3, dtype=torch.int8)}, "torch.int8; pass it as"),
+        ({"x": vast}, "over the limit of 4,294,967,296"),
+        ({"x": vast, "y": vast}, "2 tensors are over the limit of 1"),
+    ):
+        with pytest.raises(errors.UnsupportedAdapterError, match=named):
+            TensorSnapshot(refused, CONFIG, Limits(max_tensors=1)).measure()
 
 
 @pytest.mark.parametrize("at", [0, 1, 2])
@@ -379,9 +361,8 @@ def test_a_write_at_any_time_is_noticed(monkeypatch: pytest.MonkeyPatch, at: int
     for _ in range(at):
         assert snapshot.step()
     tensors["a"][0] = 1
-    with pytest.raises(IntegrityError, match="tensor 'a' was written to"):
-        while snapshot.step():
-            pass
+    with pytest.raises(errors.IntegrityError, match="tensor 'a' was written to"):
+        steps(snapshot)
 
 
 class _Broken(torch.Tensor):
@@ -396,11 +377,13 @@ def test_a_tensor_that_cannot_be_read_is_named() -> None:
     gone = torch.zeros(4)
     snapshot = begun({"gone": gone})
     gone.untyped_storage().resize_(0)
-    with pytest.raises(FetchError, match="tensor 'gone' has no memory behind it") as caught:
+    with pytest.raises(errors.FetchError, match="tensor 'gone' has no memory behind it") as caught:
         snapshot.step()
     assert not caught.value.retryable
     snapshot = begun({"fine": torch.zeros(3), "odd": torch.zeros(3).as_subclass(_Broken)})
-    with pytest.raises(FetchError, match="tensor 'odd' could not be copied: of its own") as caught:
+    with pytest.raises(
+        errors.FetchError, match="tensor 'odd' could not be copied: of its own"
+    ) as caught:
         snapshot.step()
     assert isinstance(caught.value.__cause__, ValueError)
 
@@ -412,8 +395,7 @@ def late() -> Iterator[None]:
 
 @pytest.mark.usefixtures("late")
 def test_what_its_stream_has_yet_to_write_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    begun, ended = threading.Event(), threading.Event()
-    was_done: list[bool] = []
+    begun, was_done = threading.Event(), list[bool]()
 
     class Told(torch.Event):
         def synchronize(self) -> None:
@@ -424,23 +406,15 @@ def test_what_its_stream_has_yet_to_write_is_waited_for(monkeypatch: pytest.Monk
     monkeypatch.setattr(snapshot_module, "new_event", lambda device: Told(device=device))
     source = torch.arange(64, dtype=torch.float32).pin_memory()
     stream = torch.Stream(device=LATE)
-    with build.held(stream):
+    with ThreadPoolExecutor(1) as thread, build.held(stream):
         with stream:  # the zeros as well, or they may come last
             there = torch.zeros(64, dtype=torch.float32, device=LATE)
             there.copy_(source, non_blocking=True)
             snapshot = TensorSnapshot({"x": there, "y": source}, CONFIG, Limits())
         snapshot.measure()
-
-        def copy() -> None:
-            while snapshot.step():
-                pass
-            ended.set()
-            begun.set()
-
-        thread = threading.Thread(target=copy)
-        thread.start()
+        copying = thread.submit(steps, snapshot)
         assert begun.wait(20)
         assert was_done == [False]
-        assert not ended.is_set()
-    thread.join(20)
+        assert not copying.done()
+    copying.result()
     assert_equal(read_back(snapshot), {"x": source, "y": source})
