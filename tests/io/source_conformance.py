@@ -1,13 +1,11 @@
-"""What every `Source` keeps to. Test classes derive from `SourceConformance`, `PopulateConformance`.
-
-Their module has a fixture `world`, which afterwards asserts that nothing stayed open, and no hold.
-"""
+"""What every `Source` keeps to; a fixture `world` asserts that nothing stayed open, and no hold."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from hashlib import sha256
 from itertools import pairwise
 from threading import current_thread
@@ -19,6 +17,7 @@ import torch
 from cancelling import was_cancelled
 from source_inputs import (
     CONFIG,
+    cannot_read,
     groups_of,
     header_bytes,
     read,
@@ -28,14 +27,9 @@ from source_inputs import (
     weights,
 )
 
+from lorax_async import errors
 from lorax_async.concurrency import FetchControl
-from lorax_async.errors import (
-    AdapterFormatError,
-    AdapterNotFoundError,
-    FetchError,
-    IntegrityError,
-    InternalError,
-)
+from lorax_async.errors import FetchError, IntegrityError
 from lorax_async.formats.spans import ByteSpan
 from lorax_async.sources.base import AdapterFile, Source
 from lorax_async.types import AdapterKey, AdapterRef
@@ -50,47 +44,62 @@ class World(Protocol):
     def ref(self, name: str) -> AdapterRef: ...
 
 
-async def bring_all(source: Source, file: AdapterFile, content: bytes) -> list[int]:
-    seen: list[int] = []
-    await source.bring(file, groups_of(content), seen.append, FetchControl())
-    return seen
+async def resolved(world: World, content: bytes, config: bytes = CONFIG) -> AdapterKey:
+    return await world.source.resolve(world.put("one", config, content))
+
+
+async def bring_all(source: Source, file: AdapterFile, content: bytes) -> None:
+    await source.bring(file, groups_of(content), lambda _: None, FetchControl())
+
+
+async def brought(
+    world: World, content: bytes, span: ByteSpan | None = None
+) -> tuple[AdapterFile, AdapterKey]:
+    """An adapter that is opened, and all, or these bytes, of it are here."""
+    key = await resolved(world, content)
+    file = await world.source.open(key, FetchControl())
+    groups = [[span]] if span else groups_of(content)
+    await world.source.bring(file, groups, lambda _: None, FetchControl())
+    return file, key
+
+
+OTHER_CONFIG = CONFIG.replace(b"8", b"9")
+VERSIONS = pytest.mark.parametrize(
+    ("config", "content"),
+    [(OTHER_CONFIG, weights(1)), (CONFIG, weights(2))],
+    ids=["config", "weights"],
+)
+ROWS = [(0, 12, 4, 96), (84, 12, 4, 96), (3, 5, 7, 11), (0, 16, 5, 16), (200, 1, 90, 2)]
+ROWS += [(50, 300, 1, 0)]
+"""Where the first begins after the header, bytes of each, how many, and from one to the next."""
 
 
 class SourceConformance:
     async def test_a_key_lasts_as_long_as_the_bytes(self, world: World) -> None:
-        ref = world.put("one", CONFIG, weights(1))
-        first = await world.source.resolve(ref)
-        assert await world.source.resolve(ref) == first
-        world.put("one", CONFIG, weights(2))
-        second = await world.source.resolve(ref)
-        world.put("one", CONFIG.replace(b"8", b"9"), weights(2))
-        third = await world.source.resolve(ref)
+        first = await resolved(world, weights(1))
+        assert await world.source.resolve(world.ref("one")) == first
+        second = await resolved(world, weights(2))
+        third = await resolved(world, weights(2), OTHER_CONFIG)
         assert len({first, second, third}) == 3
         assert first.location == second.location == third.location
         assert await world.source.resolve(world.put("two", CONFIG, weights(1))) != first
-        with pytest.raises(AdapterNotFoundError):
+        with pytest.raises(errors.AdapterNotFoundError):
             await world.source.resolve(world.ref("nobody"))
 
     async def test_an_opened_adapter_has_config_and_header(self, world: World) -> None:
         content = weights(1)
-        file = await world.source.open(await self.key(world, content), FetchControl())
+        file, _ = await brought(world, content)
         assert file.config == CONFIG
         assert content.startswith(file.prefix)
         assert len(file.prefix) >= header_bytes(content)
         assert file.reader.nbytes == len(content)
-        await bring_all(world.source, file, content)
-        with pytest.raises(IntegrityError):
-            read(file.reader, len(content) - 3, len(content) + 1)
         file.reader.close()
         file.reader.close()
-        with pytest.raises(FetchError):
-            read(file.reader, 0, 8)
-        with pytest.raises(FetchError):
-            read_rows(file.reader, ByteSpan(0, 2, 2, 4))
+        cannot_read(file.reader, ByteSpan(0, 2, 2, 4), FetchError, "closed")
 
     async def test_groups_arrive_in_order_on_the_loop(self, world: World) -> None:
         content = weights(1)
-        file = await world.source.open(await self.key(world, content), FetchControl())
+        file = await world.source.open(await resolved(world, content), FetchControl())
         arrivals: list[tuple[int, bytes]] = []
 
         def arrived(group: int) -> None:
@@ -110,9 +119,7 @@ class SourceConformance:
     @pytest.mark.parametrize("reopened", [False, True])
     async def test_scattered_reads_give_the_file(self, world: World, reopened: bool) -> None:
         content = weights(1, {"note": "x" * 9000})
-        key = await self.key(world, content)
-        file = await world.source.open(key, FetchControl())
-        await bring_all(world.source, file, content)
+        file, key = await brought(world, content)
         reader = world.source.reopen(key) if reopened else file.reader
         whole = memoryview(bytearray(len(content)))
         cuts = [0, 0, *range(3, len(content), 7), len(content)]
@@ -132,7 +139,7 @@ class SourceConformance:
         """At no multiple of an element, without a gap, one alone; not beyond the end."""
         content = weights(1)
         start, size = header_bytes(content), len(content)
-        file, key = await brought(world, content, ByteSpan(0, size))
+        file, key = await brought(world, content)
         reader = world.source.reopen(key) if reopened else file.reader
         for first, nbytes, rows, pitch in ROWS:
             span = ByteSpan(start + first, start + first + nbytes, rows, pitch)
@@ -142,8 +149,8 @@ class SourceConformance:
         assert view.tobytes() == rows_of(content, ByteSpan(start, start + 12, 4, 96))
         for beyond in (1, 97, 1000):  # the last ends within the file, or begins behind it
             first = size + beyond - 2 * 96 - 12
-            with pytest.raises(IntegrityError, match="ends before byte"):
-                read_rows(reader, ByteSpan(first, first + 12, 3, 96))
+            apart = ByteSpan(first, first + 12, 3, 96)
+            cannot_read(reader, apart, IntegrityError, "ends before byte")
         file.reader.close()
         reader.close()
 
@@ -157,40 +164,33 @@ class SourceConformance:
         wider = ByteSpan(span.start, span.stop + 1, 4, 96)
         try:
             assert read_rows(file.reader, wider) == rows_of(content, wider)
-        except InternalError as error:
+        except errors.InternalError as error:
             assert "before they arrived" in str(error)
         file.reader.close()
 
     async def test_a_cancelled_fetch_ends_early(self, world: World) -> None:
         content = weights(1)
-        file = await world.source.open(await self.key(world, content), FetchControl())
-        control = FetchControl()
-        seen: list[int] = []
-
+        file = await world.source.open(await resolved(world, content), FetchControl())
+        control, seen = FetchControl(), list[int]()
         control.end()
-        with pytest.raises(FetchError):
+        with closing(file.reader), pytest.raises(FetchError):
             await world.source.bring(file, groups_of(content), seen.append, control)
         assert seen == []
-        file.reader.close()
 
-    @pytest.mark.parametrize("part", ["config", "weights"])
-    async def test_another_version_is_not_opened(self, world: World, part: str) -> None:
-        key = await self.key(world, weights(1))
-        config = CONFIG.replace(b"8", b"9") if part == "config" else CONFIG
-        content = weights(2 if part == "weights" else 1)
+    @VERSIONS
+    async def test_another_version_is_not_opened(
+        self, world: World, config: bytes, content: bytes
+    ) -> None:
+        key = await resolved(world, weights(1))
         world.put("one", config, content)
         with pytest.raises(IntegrityError, match="again"):
             file = await world.source.open(key, FetchControl())
-            try:  # what came until then may be no more than a promise
+            with closing(file.reader):  # what came until then may be no more than a promise
                 await bring_all(world.source, file, content)
-            finally:
-                file.reader.close()
 
     async def test_no_read_mixes_versions(self, world: World) -> None:
         content = weights(1)
-        key = await self.key(world, content)
-        file = await world.source.open(key, FetchControl())
-        await bring_all(world.source, file, content)
+        file, key = await brought(world, content)
         world.put("one", CONFIG, weights(2))
         rows = ByteSpan(header_bytes(content), header_bytes(content) + 12, 4, 96)
         for reader in (file.reader, world.source.reopen(key)):
@@ -203,16 +203,14 @@ class SourceConformance:
 
     @pytest.mark.parametrize("content", [b"PK\3\4" + b"x" * 400, b"x", b"\x09" + b"\0" * 7 + b"{}"])
     async def test_a_file_without_a_header_is_refused(self, world: World, content: bytes) -> None:
-        key = await self.key(world, content)
-        with pytest.raises(AdapterFormatError):
+        key = await resolved(world, content)
+        with pytest.raises(errors.AdapterFormatError):
             await world.source.open(key, FetchControl())
 
     async def test_a_digest_is_that_of_the_weights(self, world: World) -> None:
         contents = [weights(1), weights(2, {"note": "x" * 9000})]
         for content in contents:
-            key = await self.key(world, content)
-            file = await world.source.open(key, FetchControl())
-            await bring_all(world.source, file, content)
+            file, key = await brought(world, content)
             file.reader.close()
             assert await world.source.digest(key) == sha256(content).hexdigest()
         world.put("one", CONFIG, weights(3))
@@ -224,39 +222,15 @@ class SourceConformance:
     @pytest.mark.parametrize("late", [0.0, 0.003])
     @pytest.mark.parametrize("step", ["resolve", "open", "digest"])
     async def test_cancelled_at_any_await(self, world: World, step: str, late: float) -> None:
-        ref = world.put("one", CONFIG, weights(1))
-        key = await world.source.resolve(ref)
+        key = await resolved(world, weights(1))
         if step == "digest":
             file = await world.source.open(key, FetchControl())
             await bring_all(world.source, file, weights(1))
             file.reader.close()
         call: Callable[..., Coroutine[Any, Any, Any]] = getattr(world.source, step)
-        asked = {"resolve": (ref,), "open": (key, FetchControl()), "digest": (key,)}[step]
-        ends = [await was_cancelled(call(*asked), at, late) for at in range(12)]
-        assert ends.count(True) >= 1
-        assert False in ends
-
-    async def key(self, world: World, content: bytes) -> AdapterKey:
-        return await world.source.resolve(world.put("one", CONFIG, content))
-
-
-ROWS = [
-    (0, 12, 4, 96),
-    (84, 12, 4, 96),
-    (3, 5, 7, 11),
-    (0, 16, 5, 16),
-    (200, 1, 90, 2),
-    (50, 300, 1, 0),
-]
-"""Where the first begins after the header, bytes of each, how many, and from one to the next."""
-
-
-async def brought(world: World, content: bytes, span: ByteSpan) -> tuple[AdapterFile, AdapterKey]:
-    """An adapter that is opened, and these bytes of it are here."""
-    key = await world.source.resolve(world.put("one", CONFIG, content))
-    file = await world.source.open(key, FetchControl())
-    await world.source.bring(file, [[span]], lambda _: None, FetchControl())
-    return file, key
+        asked = {"resolve": (world.ref("one"),), "open": (key, FetchControl()), "digest": (key,)}
+        ends = [await was_cancelled(call(*asked[step]), at, late) for at in range(12)]
+        assert set(ends) == {True, False}
 
 
 class HoldingWorld(World, Protocol):
@@ -264,26 +238,16 @@ class HoldingWorld(World, Protocol):
     """Its adapters can be held."""
 
 
-async def resolved(world: HoldingWorld, content: bytes) -> AdapterKey:
-    return await world.source.resolve(world.put("one", CONFIG, content))
-
-
-async def is_holdable(world: HoldingWorld, key: AdapterKey) -> bool:
-    file = await world.source.open(key, FetchControl())
-    file.reader.close()
-    return file.holdable
-
-
 class PopulateConformance:
     async def test_a_hold_is_what_the_opened_file_promised(self, world: HoldingWorld) -> None:
         content = weights(1)
         key = await resolved(world, content)
-        hold = await world.source.populate(key)
-        assert hold.nbytes == (len(content) if world.holds else 0)
-        assert await is_holdable(world, key) is world.holds
-        assert isinstance(hold.locked, bool)
-        assert not (hold.locked and not world.holds)
-        hold.close()
+        file = await world.source.open(key, FetchControl())
+        file.reader.close()
+        with closing(await world.source.populate(key)) as hold:
+            assert hold.nbytes == (len(content) if world.holds else 0)
+            assert file.holdable is world.holds
+            assert hold.locked in {False, world.holds}
 
     async def test_holds_are_closed_once_each_in_any_thread(self, world: HoldingWorld) -> None:
         key = await resolved(world, weights(1))
@@ -297,17 +261,13 @@ class PopulateConformance:
     @pytest.mark.parametrize("closed", [False, True])
     async def test_a_hold_leaves_readers_alone(self, world: HoldingWorld, closed: bool) -> None:
         content = weights(1)
-        key = await resolved(world, content)
-        file = await world.source.open(key, FetchControl())
-        await bring_all(world.source, file, content)
-        hold = await world.source.populate(key)
-        if closed:
-            hold.close()
-        reader = world.source.reopen(key)
-        for each in (file.reader, reader):
-            assert read(each, 0, len(content)) == content
-            each.close()
-        hold.close()
+        file, key = await brought(world, content)
+        with closing(await world.source.populate(key)) as hold:
+            if closed:
+                hold.close()
+            for reader in (file.reader, world.source.reopen(key)):
+                assert read(reader, 0, len(content)) == content
+                reader.close()
 
     async def test_a_held_adapter_may_be_replaced(self, world: HoldingWorld) -> None:
         first, second = weights(1), weights(2, {"note": "longer"})
@@ -318,11 +278,12 @@ class PopulateConformance:
         hold.close()
         newer.close()
 
-    @pytest.mark.parametrize("part", ["config", "weights"])
-    async def test_another_version_is_not_held(self, world: HoldingWorld, part: str) -> None:
+    @VERSIONS
+    async def test_another_version_is_not_held(
+        self, world: HoldingWorld, config: bytes, content: bytes
+    ) -> None:
         key = await resolved(world, weights(1))
-        config = CONFIG.replace(b"8", b"9") if part == "config" else CONFIG
-        world.put("one", config, weights(2 if part == "weights" else 1))
+        world.put("one", config, content)
         with pytest.raises(IntegrityError, match="again"):
             await world.source.populate(key)
 

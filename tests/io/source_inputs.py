@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 
+import pytest
 import safetensors.torch
 import torch
 
@@ -53,6 +54,15 @@ def read_rows(reader: Reader, span: ByteSpan) -> bytes:
     content = bytearray(span.nbytes)
     reader.read_rows(memoryview(content), span.start, span.rows, span.pitch)
     return bytes(content)
+
+
+def cannot_read(reader: Reader, span: ByteSpan, kind: type[Exception], words: str) -> None:
+    """Neither its rows nor all that they lie in."""
+    stop = max(stop for _, stop in span.ranges())
+    with pytest.raises(kind, match=words):
+        read(reader, span.start, stop)
+    with pytest.raises(kind, match=words):
+        read_rows(reader, span)
 
 
 def rows_of(content: bytes, span: ByteSpan) -> bytes:

@@ -38,6 +38,7 @@ from local_world import (
 )
 from source_inputs import (
     CONFIG,
+    cannot_read,
     groups_of,
     header_bytes,
     read,
@@ -557,14 +558,10 @@ async def test_it_is_read_as_one_file(world: LocalWorld, folder: Path, again: bo
     view = memoryview(bytearray(900)).cast("B", (30, 30))
     reader.read_into([view], size - 900)
     assert view.tobytes() == content[-900:]
-    with pytest.raises(errors.IntegrityError, match="before byte"):
-        read(reader, size - 1, size + 1)
-    with pytest.raises(errors.IntegrityError, match="before byte"):
-        read_rows(reader, ByteSpan(size - 50, size - 40, 3, 25))
+    cannot_read(reader, ByteSpan(size - 50, size - 40, 3, 25), errors.IntegrityError, "before byte")
     for each in (file.reader, reader):
         each.close()
-        with pytest.raises(errors.FetchError, match="closed"):
-            read(each, 0, 1)
+        cannot_read(each, ByteSpan(0, 1, 2, 3), errors.FetchError, "closed")
 
 
 async def test_many_first_reads(world: LocalWorld, folder: Path, monkeypatch: Patch) -> None:
