@@ -6,6 +6,7 @@ import errno
 import mmap
 import os
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -39,15 +40,9 @@ Made = Callable[..., CpuDevice]
 
 
 class TestCpuDevice(FileDeviceConformance):
-    @pytest.fixture
-    def new_device(self) -> Iterator[Made]:
-        yield from made_by(CpuDevice)
-
-
-class TestGatedDevice(FileDeviceConformance):
-    @pytest.fixture
-    def new_device(self) -> Iterator[Made]:
-        yield from made_by(GatedDevice)
+    @pytest.fixture(params=[CpuDevice, GatedDevice])
+    def new_device(self, request: pytest.FixtureRequest) -> Iterator[Made]:
+        yield from made_by(request.param)
 
 
 class TestSimulatedDevice(StagedDeviceConformance):
@@ -71,26 +66,19 @@ def test_staged_bytes_are_copied_too(new_device: Made) -> None:
     holds(device, 0, {})
 
 
-class Watched:
-    def __init__(self, look: Callable[[], None]) -> None:
-        self._look = look
-
-    def __index__(self) -> int:
-        self._look()
-        return 8
-
-
 def test_the_rank_is_written_last(new_device: Made) -> None:
     """Whoever reads a rank that is not 0 reads a complete row."""
     device, made = new_device(), group(1, [2])
     device.open()
     seen: list[tuple[list[int], float, int]] = []
 
-    def look() -> None:
-        row = device.address[:, 2, 1].tolist()
-        seen.append((row, float(device.scale[2, 1]), int(device.rank[2, 1])))
+    class Watched:
+        def __index__(self) -> int:
+            row = device.address[:, 2, 1].tolist()
+            seen.append((row, float(device.scale[2, 1]), int(device.rank[2, 1])))
+            return 8
 
-    watched = made.rows[0]._replace(padded_rank=Watched(look))  # type: ignore[arg-type]
+    watched = made.rows[0]._replace(padded_rank=Watched())  # type: ignore[arg-type]
     device.copy(made.file_pieces(), [watched], extent(0), 1).result(10)
     (row,) = made.rows
     base = device.host_view(extent(0)).data_ptr()
@@ -140,32 +128,26 @@ def test_a_closed_arena_is_given_back(kind: Callable[..., TabledDevice]) -> None
     assert address_space() - before < 0.1 * size + STACKS
 
 
-@pytest.fixture
-def device() -> Iterator[SimulatedDevice]:
-    for make in made_by(SimulatedDevice):
-        device = make()
-        device.open()
-        yield device
-
-
 @pytest.mark.parametrize("waits", [True, False])
-def test_a_kernel_that_does_not_wait_reads_poison(device: SimulatedDevice, waits: bool) -> None:
+def test_a_kernel_that_does_not_wait_reads_poison(waits: bool) -> None:
     """Not the old bytes, which would do no harm, and not the new ones. It overtakes the copy."""
-    move(device, OLD, extent(0), 0)
-    operands, seen = device.operands(0, 0), list[torch.Tensor]()
-    assert operands is not None
-    device.gate.clear()
-    ticket = begin(device, NEW, extent(0), 0)
-    if waits:
-        device.wait_for(ticket)
-    kernel = device.compute.run(lambda: seen.append(operands[0].clone()))
-    if waits:
-        with pytest.raises(TimeoutError):
-            kernel.result(0.03)
-    else:
+    with closing(SimulatedDevice(LAYOUT, dtype="F32", nbytes=ARENA, slots=SLOTS)) as device:
+        device.open()
+        move(device, OLD, extent(0), 0)
+        operands, seen = device.operands(0, 0), list[torch.Tensor]()
+        assert operands is not None
+        device.gate.clear()
+        ticket = begin(device, NEW, extent(0), 0)
+        if waits:
+            device.wait_for(ticket)
+        kernel = device.compute.run(lambda: seen.append(operands[0].clone()))
+        if waits:
+            with pytest.raises(TimeoutError):
+                kernel.result(0.03)
+        else:
+            kernel.result(10)
+            assert not ticket.done()
+        device.gate.set()
         kernel.result(10)
-        assert not ticket.done()
-    device.gate.set()
-    kernel.result(10)
-    assert bool((seen[0].view(torch.uint8) == POISON).all()) != waits
-    assert torch.equal(seen[0], NEW.weights[0][0]) == waits
+        assert bool((seen[0].view(torch.uint8) == POISON).all()) != waits
+        assert torch.equal(seen[0], NEW.weights[0][0]) == waits
