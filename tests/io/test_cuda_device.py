@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import re
 import threading
 import time
 import weakref
@@ -49,11 +50,6 @@ from lorax_async.planning.transfer_plan import TableRow
 
 Made = Callable[..., CudaDevice]
 
-KINDS = ["late", pytest.param("cuda", marks=pytest.mark.gpu)]
-"""One in a process: where the late device is loaded, it is the accelerator that torch sees."""
-
-_PRODUCTS = 200  # some tenths of a second
-
 
 def devices_of(kind: str) -> Iterator[Made]:
     with contextmanager(loaded)() if kind == "late" else nullcontext():
@@ -98,7 +94,7 @@ def held(stream: torch.Stream) -> Iterator[None]:
         return
     with stream:
         square = torch.ones(4096, 4096, device=stream.device)
-        for _ in range(_PRODUCTS):
+        for _ in range(200):  # some tenths of a second
             square = square @ square
     yield
 
@@ -114,12 +110,6 @@ def read_on(stream: torch.Stream, source: torch.Tensor, into: torch.Tensor) -> N
     """Stands for a kernel: reads `source` when the stream gets there. Allocates nothing."""
     with stream:
         into.copy_(source, non_blocking=True)
-
-
-def stays_queued(stream: torch.Stream) -> None:
-    for _ in range(30):
-        assert not stream.query()
-        time.sleep(0.001)
 
 
 Column = tuple[list[list[int]], list[float], list[int]]
@@ -161,8 +151,9 @@ def step(device: CudaDevice) -> None:
 LOST = r"late:0: the device was lost \(late device error.*restart the process"
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=["late", pytest.param("cuda", marks=pytest.mark.gpu)])
 def new_device(request: pytest.FixtureRequest) -> Iterator[Made]:
+    """Of one in a process: where the late device is loaded, torch sees no other accelerator."""
     yield from devices_of(request.param)
 
 
@@ -196,9 +187,8 @@ class TestOpening:
         build.show_devices(2)
         device = CudaDevice(LAYOUT, dtype="F32", nbytes=ARENA, slots=SLOTS, device=name)
         for ask in (device.open, lambda: device.staging_memory(64)):
-            with pytest.raises(
-                errors.ConfigError, match=rf"no {name}; this machine has 2|not available"
-            ):
+            text = rf"no {name}; this machine has 2|not available"
+            with pytest.raises(errors.ConfigError, match=text):
                 ask()
         device.close()
 
@@ -235,12 +225,10 @@ class TestOpening:
             build.fail_allocations(device=1)
         else:
             monkeypatch.setattr(cuda, "allocate_pinned", failing_at(pinned))
-        with pytest.raises(
-            errors.CapacityError, match=f"{ARENA:,} bytes and 3 slots.*lower"
-        ) as caught:
+        text = f"{ARENA:,} bytes and 3 slots.*out of memory.*lower"
+        with pytest.raises(errors.CapacityError, match=text):
             device.open()
         assert not tensors_of("late")
-        assert "out of memory" in str(caught.value)
         device.open()
         move(device, NEW, extent(0), 0)
         holds(device, 0, NEW.weights)
@@ -265,9 +253,8 @@ class TestOpening:
         device = new_late()
         device.open()
         build.fail_allocations(pinned=1)
-        with pytest.raises(
-            errors.CapacityError, match=r"4,096 bytes of pinned.*lower staging_bytes"
-        ):
+        text = "4,096 bytes of pinned.*lower staging_bytes"
+        with pytest.raises(errors.CapacityError, match=text):
             device.staging_memory(4096)
         assert device.staging_memory(4096).is_pinned()
 
@@ -331,30 +318,25 @@ class TestClosing:
     def test_a_device_that_is_not_open_takes_no_work(self, new_device: Made) -> None:
         device = new_device()
         piece = NEW.staged(device)
-        asks: list[Callable[[], object]] = [
-            lambda: device.copy(piece, NEW.rows, extent(0), 0),
-            lambda: device.clear_column(0),
-            lambda: device.wipe([extent(0)]),
-            device.note_use,
-        ]
-        for ask in asks:
-            with pytest.raises(errors.UsageError, match="not open"):
-                ask()
+
+        def takes_none() -> None:
+            for ask in (
+                lambda: device.copy(piece, NEW.rows, extent(0), 0),
+                lambda: device.clear_column(0),
+                lambda: device.wipe([extent(0)]),
+                device.note_use,
+            ):
+                with pytest.raises(errors.UsageError, match="not open"):
+                    ask()
+
+        takes_none()
         device.open()
         done = device.copy(piece, NEW.rows, extent(0), 0)
         device.close()
-        for ask in asks:
-            with pytest.raises(errors.UsageError, match="not open"):
-                ask()
+        takes_none()
         assert device.operands(0, 0) is None
         assert not tensors_of(torch.device(device.name).type)
         device.wait_for(done)
-
-
-def failing(ticket: CopyTicket) -> errors.LoraxError:
-    error = ticket.exception(10)
-    assert isinstance(error, errors.LoraxError)
-    return error
 
 
 class TestALostDevice:
@@ -370,12 +352,11 @@ class TestALostDevice:
         build.lose()
         assert use.result(10) is None, "uses of it have ended"
         late.wait_for(tickets[0])
-        failures = [failing(ticket) for ticket in tickets]
+        failures = [ticket.exception(10) for ticket in tickets]
         for error in failures:
-            assert type(error) is errors.TransferError
+            assert isinstance(error, errors.TransferError)
             assert not error.retryable
-            with pytest.raises(errors.TransferError, match=LOST):
-                raise error
+            assert re.search(LOST, str(error))
         assert len(set(map(id, failures))) == 4  # raising collects frames
         assert late.operands(0, 0) is None
         late.wait_for(tickets[0])
@@ -389,76 +370,74 @@ class TestALostDevice:
         done, piece = begin(late, OLD, extent(1), 1), NEW.staged(late)
         done.result(10)
         build.lose()
-        with pytest.raises(errors.TransferError, match=LOST):
-            late.copy(piece, NEW.rows, extent(0), 0).result(10)
-        if works_again:
-            build.restore()
-        with pytest.raises(errors.TransferError, match=LOST):
-            late.wipe([extent(0)])
-        with pytest.raises(errors.TransferError, match=LOST) as caught:
-            late.copy(piece, NEW.rows, extent(0), 0)
-        assert not caught.value.retryable
+        for ask in (
+            lambda: late.copy(piece, NEW.rows, extent(0), 0).result(10),
+            lambda: late.wipe([extent(0)]),
+            lambda: late.copy(piece, NEW.rows, extent(0), 0),
+        ):
+            with pytest.raises(errors.TransferError, match=LOST) as caught:
+                ask()
+            assert not caught.value.retryable
+            if works_again:
+                build.restore()
         late.clear_column(0)
         late.wait_for(done)
         assert late.note_use().result(10) is None
 
 
-class TestOutOfMemory:
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2 MiB"),
+        (torch.AcceleratorError, "CUDA error: out of memory\nCUDA kernel errors might"),
+    ],
+)
+def test_no_memory_for_a_copy_is_its_tickets_and_not_before_the_event(
+    late: CudaDevice, monkeypatch: pytest.MonkeyPatch, kind: type[RuntimeError], text: str
+) -> None:
     """Copies allocate nothing, but a driver may."""
 
-    @pytest.mark.parametrize(
-        ("kind", "text"),
-        [
-            (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2 MiB"),
-            (torch.AcceleratorError, "CUDA error: out of memory\nCUDA kernel errors might"),
-        ],
-    )
-    def test_is_the_tickets_and_not_before_the_event(
-        self, late: CudaDevice, monkeypatch: pytest.MonkeyPatch, kind: type[RuntimeError], text: str
-    ) -> None:
-        def refuse(*_: object) -> None:
-            raise kind(text)
+    def refuse(*_: object) -> None:
+        raise kind(text)
 
-        piece = OLD.staged(late)
-        with build.held(copy_stream(late)), monkeypatch.context() as patch:
-            patch.setattr(TableColumns, "write", refuse)
-            ticket = late.copy(piece, OLD.rows, extent(0), 0)
-            assert not ticket.done()
-            assert build.pending() == 2  # the bytes, which were put there, and the event
-        told = failing(ticket)
-        assert type(told) is errors.TransferError
-        assert told.retryable
-        assert "late:0 refused a copy (CUDA" in told.problem
-        assert "might" not in told.problem
-        settle(late)
-        holds(late, 0, {})
-        for _ in range(IMAGES + 1):  # its row image came back
-            move(late, NEW, extent(1), 1)
-        holds(late, 1, NEW.weights)
+    piece = OLD.staged(late)
+    with build.held(copy_stream(late)), monkeypatch.context() as patch:
+        patch.setattr(TableColumns, "write", refuse)
+        ticket = late.copy(piece, OLD.rows, extent(0), 0)
+        assert not ticket.done()
+        assert build.pending() == 2  # the bytes, which were put there, and the event
+    told = ticket.exception(10)
+    assert isinstance(told, errors.TransferError)
+    assert told.retryable
+    assert "late:0 refused a copy (CUDA" in told.problem
+    assert "might" not in told.problem
+    settle(late)
+    holds(late, 0, {})
+    for _ in range(IMAGES + 1):  # its row image came back
+        move(late, NEW, extent(1), 1)
+    holds(late, 1, NEW.weights)
 
 
-class TestCallbacks:
-    @pytest.mark.parametrize("raised", [ValueError, SystemExit])
-    def test_what_they_raise_ends_no_watcher(
-        self, late: CudaDevice, raised: type[BaseException], caplog: pytest.LogCaptureFixture
-    ) -> None:
-        called = []
+@pytest.mark.parametrize("raised", [ValueError, SystemExit])
+def test_what_callbacks_raise_ends_no_watcher(
+    late: CudaDevice, raised: type[BaseException], caplog: pytest.LogCaptureFixture
+) -> None:
+    called = []
 
-        def call(ticket: CopyTicket) -> None:
-            called.append(threading.current_thread().name)
-            raise raised("mine")
+    def call(ticket: CopyTicket) -> None:
+        called.append(threading.current_thread().name)
+        raise raised("mine")
 
-        with build.held():
-            tickets = [begin(late, NEW, extent(0), 0), late.note_use()]
-            for ticket in tickets:
-                ticket.add_done_callback(call)
+    with build.held():
+        tickets = [begin(late, NEW, extent(0), 0), late.note_use()]
         for ticket in tickets:
-            assert ticket.result(10) is None
-        move(late, OLD, extent(1), 1)
-        assert late.note_use().result(10) is None
-        assert sorted(called) == ["lorax-watch-copies", "lorax-watch-uses"]
-        assert [record.levelname for record in caplog.records] == ["ERROR"] * 2
-        holds(late, 0, NEW.weights)
+            ticket.add_done_callback(call)
+    assert [ticket.result(10) for ticket in tickets] == [None] * 2
+    move(late, OLD, extent(1), 1)
+    assert late.note_use().result(10) is None
+    assert sorted(called) == ["lorax-watch-copies", "lorax-watch-uses"]
+    assert [record.levelname for record in caplog.records] == ["ERROR"] * 2
+    holds(late, 0, NEW.weights)
 
 
 class SetEvent:
@@ -630,9 +609,10 @@ class TestCompute:
                 with compute:
                     device.wait_for(ticket)
             read_on(compute, source, seen)
-            if waits:
-                stays_queued(compute)
-            else:
+            for _ in range(30 if waits else 0):
+                assert not compute.query()
+                time.sleep(0.001)
+            if not waits:
                 compute.synchronize()
         ticket.result(10)
         compute.synchronize()

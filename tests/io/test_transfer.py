@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -27,14 +28,10 @@ from lorax_async.planning.transfer_plan import GroupPlan, TableRow
 from lorax_async.types import AdapterSpec
 from lorax_kernels import Operands
 
-MOVE = 512
-"""Size of a buffer: a group takes half a dozen."""
-
+MOVE = 512  # the size of a buffer: a group takes half a dozen
 NAMES = [module.name for module in LAYOUT.modules]
-
-STALE = 0xFF
-"""What a ring is full of at first; NaN in every dtype."""
-
+STALE = 0xFF  # what a ring is full of at first; NaN in every dtype
+LATE = 0.002  # seconds that a copy is late: it is still under way if nobody waits
 Weights = dict[str, torch.Tensor]
 
 
@@ -48,15 +45,11 @@ class Case:
     weights: dict[int, Operands]
 
     def copy(
-        self,
-        reader: Reader | None = None,
-        *,
-        slot: int = 0,
-        place: int = 0,
-        image: torch.Tensor | None = None,
+        self, reader: Reader | None = None, *, slot: int = 0, image: torch.Tensor | None = None
     ) -> GroupCopy:
+        """To the extent of the slot's number."""
         reader = reader or BytesReader(self.file)
-        return GroupCopy(reader, self.group, self.dtype, extent(place), slot, image=image)
+        return GroupCopy(reader, self.group, self.dtype, extent(slot), slot, image=image)
 
     @property
     def windows(self) -> int:
@@ -82,35 +75,28 @@ def padded(a: torch.Tensor, b: torch.Tensor, dtype: str) -> tuple[torch.Tensor, 
     return rows, columns
 
 
-def case_of(content: Weights, rank: int, dtype: str, move: int = MOVE) -> Case:
-    file = file_of(list(content.items()))
-    (group,) = plan(
-        file,
-        AdapterSpec(rank=rank, alpha=2.0 * rank),
-        LAYOUT,
-        dtype=dtype,
-        rank_multiple=8,
-        limits=Limits(max_rank=8),
-        staging_move_bytes=move,
-    ).groups
+def case_of(content: Weights, rank: int, dtype: str, move: int = MOVE, dora: bool = False) -> Case:
+    file, spec = file_of(list(content.items())), AdapterSpec(rank=rank, alpha=2.0 * rank, dora=dora)
+    options: dict[str, Any] = {"rank_multiple": 8, "limits": Limits(max_rank=8)}
+    made = plan(file, spec, LAYOUT, dtype=dtype, staging_move_bytes=move, **options)
     values = list(content.values())
     weights = {n: (*padded(values[2 * n], values[2 * n + 1], dtype), 2.0) for n in range(2)}
-    return Case(file, group, dtype, weights)
+    return Case(file, made.groups[0], dtype, weights)
+
+
+KINDS = {
+    "verbatim": (8, ("F32", "F32"), "F32"),
+    "cast": (8, ("BF16", "F16"), "F32"),
+    "padded": (5, ("F32", "F32"), "F32"),
+    "mixed": (3, ("F16", "F32"), "F32"),
+    "narrow": (5, ("F32", "BF16"), "BF16"),
+}
 
 
 @cache
 def case(kind: str, seed: int = 1) -> Case:
-    rank, dtypes, dtype = {
-        "verbatim": (8, ("F32", "F32"), "F32"),
-        "cast": (8, ("BF16", "F16"), "F32"),
-        "padded": (5, ("F32", "F32"), "F32"),
-        "mixed": (3, ("F16", "F32"), "F32"),
-        "narrow": (5, ("F32", "BF16"), "BF16"),
-    }[kind]
+    rank, dtypes, dtype = KINDS[kind]
     return case_of(tensors(seed, rank, dtypes), rank, dtype)
-
-
-KINDS = ("verbatim", "cast", "padded", "mixed", "narrow")
 
 
 class RecordingDevice(SimulatedDevice):
@@ -130,12 +116,9 @@ class RecordingDevice(SimulatedDevice):
 
 @contextmanager
 def opened(dtype: str = "F32") -> Iterator[RecordingDevice]:
-    device = RecordingDevice(dtype)
-    device.open()
-    try:
+    with closing(RecordingDevice(dtype)) as device:
+        device.open()
         yield device
-    finally:
-        device.close()
 
 
 @contextmanager
@@ -192,9 +175,8 @@ def test_every_byte_arrives(kind: str, buffers: int, move: int, check_finite: bo
     made = case(kind)
     with opened(made.dtype) as device:
         ring = ring_of(device, buffers, move)
-        moved = transfer(device, ring, check_finite=check_finite).run(made.copy(slot=1, place=2))
-        moved.done.result(10)
-        holds(device, 1, made.weights)
+        transfer(device, ring, check_finite=check_finite).run(made.copy(slot=2)).done.result(10)
+        holds(device, 2, made.weights)
         around = device.view(Extent(0, ARENA)).clone()
         around[extent(2).offset : extent(2).offset + made.group.nbytes] = POISON
         assert (around == POISON).all()
@@ -225,8 +207,7 @@ def test_two_that_need_two_buffers_of_two() -> None:
         ring = ring_of(device, 2)
         moving = transfer(device, ring)
         for _ in range(20):
-            copies = (first.copy(slot=0, place=0), second.copy(slot=1, place=1))
-            for moved in threads.map(moving.run, copies, timeout=20):
+            for moved in threads.map(moving.run, (first.copy(), second.copy(slot=1)), timeout=20):
                 moved.done.result(10)
             holds(device, 0, first.weights)
             holds(device, 1, second.weights)
@@ -252,7 +233,7 @@ def test_an_image_is_filled_and_serves_the_next_load(kind: str) -> None:
         holds(device, 0, made.weights)
         assert torch.equal(image, device.view(Extent(0, made.group.nbytes)))
         device.gate.clear()
-        again = made.copy(BytesReader(b"", unread), slot=2, place=5, image=image)
+        again = made.copy(BytesReader(b"", unread), slot=2, image=image)
         moved = moving.run(replace(again, warm=True))
         assert moved.done is moved.ticket
         assert (ring.free, moved.done.done()) == (2, False)
@@ -302,10 +283,6 @@ def test_a_value_too_large_for_the_device_is_not_finite() -> None:
         holds(device, 1, made.weights)
 
 
-LATE = 0.002
-"""Seconds that a copy is late: long enough to be still under way if nobody waits."""
-
-
 def left_nothing(device: RecordingDevice, ring: StagingRing, *, at_once: bool) -> None:
     if at_once:
         assert all(ticket.done() for ticket in device.tickets)
@@ -314,15 +291,11 @@ def left_nothing(device: RecordingDevice, ring: StagingRing, *, at_once: bool) -
     holds(device, 0, {})
 
 
-def clear(device: RecordingDevice, slot: int) -> None:
-    device.clear_column(slot)
-    settle(device)
-
-
 def works(device: RecordingDevice, ring: StagingRing, made: Case) -> None:
-    transfer(device, ring).run(made.copy(slot=1, place=1)).done.result(10)
+    transfer(device, ring).run(made.copy(slot=1)).done.result(10)
     holds(device, 1, made.weights)
-    clear(device, 1)
+    device.clear_column(1)
+    settle(device)
 
 
 @pytest.mark.parametrize("way", ["two buffers", "many buffers", "an image"])
@@ -335,7 +308,8 @@ def test_each_read(kind: str, way: str) -> None:
         image = image_of(device, made) if way == "an image" else None
         counted = BytesReader(made.file, lambda: calls.append(None))
         transfer(device, ring).run(made.copy(counted, image=image)).done.result(10)
-        clear(device, 0)
+        device.clear_column(0)
+        settle(device)
         sent = len(device.tickets)
         assert image is not None or len(calls) >= made.windows
         for number in range(len(calls)):
@@ -365,7 +339,8 @@ def test_each_copy_that_fails_later(kind: str, buffers: int, refused: bool) -> N
             with pytest.raises(TransferError, match="refused" if refused else "was told"):
                 transfer(device, ring).run(made.copy()).done.result(10)
             if not refused:
-                clear(device, 0)
+                device.clear_column(0)
+                settle(device)
             left_nothing(device, ring, at_once=refused)
         device.refusing, device.failing = set(), set()
         works(device, ring, made)
@@ -426,6 +401,8 @@ def test_a_reader_or_a_device_that_fails_leaves_no_row() -> None:
         with pytest.raises(TransferError, match="told to fail"):
             moving.run(made.copy())
         holds(device, 0, {})
+        moving.run(made.copy())
+        holds(device, 0, made.weights)
 
 
 LOOKS_NAN = torch.tensor(0x3F80FFFF, dtype=torch.int32).view(torch.float32)
@@ -443,11 +420,7 @@ def vector_case(stored: str, own: str, value: float | None = None) -> Case:
         if value is not None and name == "q":
             vector[-1] = value
         content[f"base_model.model.layers.0.{name}.lora_magnitude_vector"] = vector
-    file, spec = file_of(sorted(content.items())), AdapterSpec(rank=rank, alpha=8.0, dora=True)
-    (group,) = plan(
-        file, spec, LAYOUT, dtype=stored, rank_multiple=8, staging_move_bytes=1 << 11
-    ).groups
-    return Case(file, group, stored, {})
+    return case_of(content, rank, stored, move=1 << 11, dora=True)
 
 
 @pytest.mark.parametrize("way", ["windows", "image", "host"])
@@ -458,7 +431,7 @@ def test_vectors_arrive_as_they_are_in_the_file(stored: str, own: str, way: str)
         moving = GroupTransfer(device, ring, NAMES, check_finite=True)
         made = vector_case(stored, own)
         image = image_of(staged, made) if way == "image" else None
-        moving.run(made.copy(slot=1, place=2, image=image)).done.result(10)
+        moving.run(made.copy(slot=2, image=image)).done.result(10)
         assert [vector.module for vector in made.group.vectors] == [0, 1]
         for vector, length in zip(made.group.vectors, (40, 8), strict=True):
             there = device.view(Extent(extent(2).offset + vector.offset, vector.nbytes))
