@@ -1,4 +1,4 @@
-"""Local folders: who may name them, what may lie in them, and files that change or are hashed."""
+"""Local folders: who may name them, what may lie in them, files that change, are hashed or held."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import errno
 import json
+import mmap
 import os
 import re
 import socket
@@ -13,7 +14,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,6 +31,7 @@ from local_world import (
     LocalWorld,
     cut,
     descriptors,
+    maps_below,
     nothing_left_open,
     put_split,
     refusal,
@@ -49,13 +51,16 @@ from source_inputs import (
 )
 
 from common import Run
-from lorax_async import errors, files
+from lorax_async import errors, files, host_memory
 from lorax_async.concurrency import FetchControl
+from lorax_async.config import LocalRoot
 from lorax_async.files import FileReader, identity_of, open_same
 from lorax_async.formats.spans import ByteSpan
+from lorax_async.host_memory import MappedFile
 from lorax_async.sources import local, local_folder, local_weights
 from lorax_async.sources.local import LocalSource
 from lorax_async.types import AdapterKey, AdapterRef, Verification
+from page_looks import drop_pages, map_sizes, may_lock
 from split_files import INDEX, name_of
 
 Patch = pytest.MonkeyPatch
@@ -767,3 +772,225 @@ async def test_hashing_shares_threads(hashes: LocalWorld, monkeypatch: Patch) ->
         others += 1
     assert (await hashing).kind == "transport"
     assert others > 10
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[LocalWorld]:
+    with nothing_left_open(tmp_path, immutable=True) as world:
+        yield world
+
+
+async def is_held(source: LocalSource, id: str | Path, base: Path) -> bool:
+    key = await source.resolve(AdapterRef(id))
+    file = await source.open(key, FetchControl())
+    file.reader.close()
+    with closing(await source.populate(key)) as hold:
+        assert bool(hold.nbytes) is file.holdable
+        assert len(maps_below(base)) == file.holdable
+    assert maps_below(base) == []
+    return file.holdable
+
+
+async def test_only_what_lies_in_an_immutable_root_is_held(tmp_path: Path) -> None:
+    with nothing_left_open(tmp_path) as world, ThreadPoolExecutor(1) as threads:
+        first, second = world.roots
+        roots = (first, LocalRoot(second, immutable=True))
+        source = LocalSource(roots=roots, limits=LIMITS, threads=threads)
+        for folder in (first / "one", second / "a" / "two", world.outside / "three", second):
+            world.fill(folder)
+        beside = world.fill(second.with_name(f"{second.name}2") / "four")
+        (second / "out").symlink_to(world.outside / "three")
+        (world.outside / "in").symlink_to(second / "a" / "two")
+        for id in (second / "a" / "two", "./a/two", world.outside / "in", second):
+            assert await is_held(source, id, tmp_path)
+        for id in ("./one", first / "one", world.outside / "three", beside, second / "out"):
+            assert not await is_held(source, id, tmp_path)
+
+
+@pytest.mark.parametrize(("immutable", "held"), [("", True), ("snapshots", False)])
+async def test_of_a_hub_cache_the_blob_counts(tmp_path: Path, immutable: str, held: bool) -> None:
+    with nothing_left_open(tmp_path) as world, ThreadPoolExecutor(1) as threads:
+        repository = world.roots[0] / "models--o--n"
+        folder = world.fill(repository / "snapshots" / ("c" * 40))
+        blob = repository / "blobs" / ("b" * 64)
+        blob.parent.mkdir()
+        (folder / WEIGHTS_NAME).rename(blob)
+        (folder / WEIGHTS_NAME).symlink_to(os.path.relpath(blob, folder))
+        roots = (world.roots[0], LocalRoot(repository / immutable, immutable=True))
+        source = LocalSource(roots=roots, limits=LIMITS, threads=threads)
+        for id in (str(folder), folder):
+            assert await is_held(source, id, tmp_path) is held
+
+
+@pytest.mark.parametrize("number", [2, 3, 4])
+async def test_a_file_outside_of_the_root_leaves_all_unheld(host: LocalWorld, number: int) -> None:
+    folder, other = put_split(host.roots[0] / "one"), put_split(host.outside / "two")
+    (folder / FILES[number]).unlink()
+    (folder / FILES[number]).symlink_to(other / FILES[number])
+    assert not await is_held(host.source, folder, host.outside.parent)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS_NAME, *FILES[2:]])
+@pytest.mark.parametrize("change", [touch, cut, replace])
+@pytest.mark.parametrize("when", ["before", "during", "after"])
+async def test_a_file_that_changes_is_not_held(
+    host: LocalWorld, monkeypatch: Patch, name: str, change: Callable[[Path], None], when: str
+) -> None:
+    """Of several, none is."""
+    folder = host.roots[0] / "one"
+    fill = host.fill if name == WEIGHTS_NAME else put_split
+    populate = local_weights.LocalPages.populate
+    path = fill(folder) / name
+
+    def changing(hold: local_weights.LocalPages, start: int) -> None:
+        last = start == hold.starts[-1]
+        if when == "during" and not start:
+            change(path)
+        populate(hold, start)
+        if when == "after" and last:
+            change(path)
+
+    key = await host.source.resolve(AdapterRef("./one"))
+    if when == "before":
+        change(path)
+    monkeypatch.setattr(local_weights.LocalPages, "populate", changing)
+    with pytest.raises(errors.IntegrityError, match=f"{name}.*again"):
+        await host.source.populate(key)
+    assert maps_below(folder) == []
+
+
+@pytest.mark.parametrize("nth", [0, 1, 2, "populate"])
+async def test_no_memory(host: LocalWorld, monkeypatch: Patch, nth: int | str) -> None:
+    made: list[MappedFile] = []
+
+    def refused(*given: Any) -> Any:
+        if nth in (len(made), "populate"):
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        made.append(MappedFile(*given))
+        return made[-1]
+
+    owner = host_memory.MappedFile if nth == "populate" else local_weights
+    monkeypatch.setattr(owner, nth if isinstance(nth, str) else "MappedFile", refused)
+    put_split(host.roots[0] / "one")
+    key = await host.source.resolve(AdapterRef("./one"))
+    before, name = descriptors(), FILES[2 + (nth if isinstance(nth, int) else 0)]
+    with pytest.raises(errors.FetchError, match=rf"{name} cannot be read \(ENOMEM\)"):
+        await host.source.populate(key)
+    made.clear()
+    assert (descriptors(), maps_below(host.roots[0])) == (before, [])
+
+
+NBYTES, ROUNDED = 9 * mmap.PAGESIZE + 100, 10 * mmap.PAGESIZE
+
+
+@pytest.fixture
+def path() -> Iterator[Path]:
+    """Where pages can be dropped: not on a tmpfs, which has them nowhere else."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        path = Path(folder).resolve() / "weights"
+        path.write_bytes(bytes(range(256)) * (NBYTES // 256) + b"x" * (NBYTES % 256))
+        drop_pages(path)
+        yield path
+        assert map_sizes(path) == []
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[MappedFile]:
+    with path.open("rb") as opened:
+        file = MappedFile(opened.fileno(), NBYTES, "weights")  # which needs no descriptor
+    with closing(file):
+        yield file
+
+
+@pytest.mark.parametrize("first", ["lock", "populate"])
+def test_locked_pages_are_the_files_own(path: Path, first: str) -> None:
+    """Private copies would cost memory, and the next reader of the file would not find them."""
+    allowed = may_lock(NBYTES)
+    with opened(path) as file:
+        if first == "populate":
+            file.populate()
+        assert file.lock() is file.locked is allowed
+        file.populate()
+        (sizes,) = map_sizes(path)
+        assert sizes["Locked"] == (ROUNDED if allowed else 0)
+        assert sizes["Rss"] == ROUNDED
+        assert (sizes["Anonymous"], sizes["Private_Dirty"]) == (0, 0)
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOMEM, errno.EAGAIN])
+def test_locking_is_best_effort(path: Path, monkeypatch: Patch, code: int) -> None:
+    monkeypatch.setattr(host_memory, "lock_on_fault", lambda address, nbytes: code)
+    with opened(path) as file:
+        assert not file.lock()
+        file.populate()
+        assert not file.locked
+        (sizes,) = map_sizes(path)
+        assert (sizes["Locked"], sizes["Rss"]) == (0, ROUNDED)
+
+
+def test_an_old_kernel_reads_ahead(path: Path, monkeypatch: Patch) -> None:
+    """Nothing is mapped then, so nothing can be locked."""
+    advices: list[int] = []
+    madvise = host_memory.madvise
+
+    def old(address: int, nbytes: int, advice: int) -> int:
+        advices.append(advice)
+        known = advice != 22  # MADV_POPULATE_READ
+        return madvise(address, nbytes, advice) if known else errno.EINVAL
+
+    monkeypatch.setattr(host_memory, "madvise", old)
+    monkeypatch.setattr(host_memory, "lock_on_fault", lambda address, nbytes: 0)
+    with opened(path) as file:
+        assert file.lock()
+        file.populate()
+        assert not file.locked
+        assert not file.lock()
+    assert advices == [22, 3]  # then MADV_WILLNEED
+
+
+def test_views_are_the_files_bytes_and_end_with_the_last(path: Path) -> None:
+    content = path.read_bytes()
+    with opened(path) as file:
+        for start, stop in [(0, NBYTES), (5, 9), (4090, 4200), (7, 7), (NBYTES, NBYTES)]:
+            view = file.view(start, stop)
+            assert (view.dtype, tuple(view.shape)) == (torch.uint8, (stop - start,))
+            assert bytes(view.numpy()) == content[start:stop]
+        assert file.view(9, 20).data_ptr() == file.view(0, 1).data_ptr() + 9
+        for start, stop in [(-1, 4), (5, 4), (0, NBYTES + 1), (-3, -1)]:
+            with pytest.raises(errors.UsageError, match=f"are not in a map of {NBYTES:,}"):
+                file.view(start, stop)
+        file.view(0, 100).zero_()
+        assert not file.view(0, 100).any()
+        view = file.view(4000, 9000)
+        part = view[10:20]
+        file.close()
+        file.close()
+        for use in (file.lock, file.populate, lambda: file.view(0, 1)):
+            with pytest.raises(errors.UsageError, match="the map of weights was closed"):
+                use()
+        assert len(map_sizes(path)) == 1
+        del view
+        assert bytes(part.numpy()) == content[4010:4020]
+        del part
+        assert map_sizes(path) == []
+    assert path.read_bytes() == content
+
+
+def test_closed_while_it_is_populated(path: Path, monkeypatch: Patch) -> None:
+    """Another map may take the addresses as soon as they are free."""
+    madvise = host_memory.madvise
+    with opened(path) as file:
+
+        def slow(address: int, nbytes: int, advice: int) -> int:
+            file.close()
+            assert len(map_sizes(path)) == 1
+            return madvise(address, nbytes, advice)
+
+        monkeypatch.setattr(host_memory, "madvise", slow)
+        file.populate()
+        assert map_sizes(path) == []
+
+
+def test_a_map_that_was_forgotten_is_told(path: Path) -> None:
+    with path.open("rb") as file, pytest.warns(ResourceWarning, match="unclosed map of weights"):
+        MappedFile(file.fileno(), NBYTES, "weights")

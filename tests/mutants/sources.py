@@ -30,7 +30,7 @@ from mutants.mutation import (
     skipped,
 )
 
-SPLIT = "io/test_local_source.py"
+LOCAL = "io/test_local_source.py"
 MEMORY = "io/test_memory_source.py"
 REMOTE = "io/remote/test_remote_source.py"
 LOADS = "io/remote/test_remote_loads.py"
@@ -103,15 +103,14 @@ async def _granted_to_all(self: VersionResolver, *_: object) -> bool:
 
 SOURCES: Mutants = {
     "reader: a descriptor outlives the read it serves": mutant(
-        "io/test_local_source.py::test_a_descriptor_outlives_its_read",
+        f"{LOCAL}::test_a_descriptor_outlives_its_read",
         (FileReader, "close", _closed_under_readers),
     ),
     "opened once: one read opens": mutant(
-        f"{SPLIT}::test_many_first_reads", (local_weights, "Lock", NoLock)
+        f"{LOCAL}::test_many_first_reads", (local_weights, "Lock", NoLock)
     ),
     "hold: what is held is what was opened": mutant(
-        "io/test_local_hold.py::test_a_file_that_changes_is_not_held",
-        (LocalPages, "settle", _held_unseen),
+        f"{LOCAL}::test_a_file_that_changes_is_not_held", (LocalPages, "settle", _held_unseen)
     ),
     "merge: parts that are given up are waited for": mutant(
         f"{MEMORY}::test_when_a_part_fails_others_end", (merges, "_all", _not_waited_for)
