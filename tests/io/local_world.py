@@ -79,11 +79,15 @@ def nothing_left_open(base: Path, **options: bool) -> Iterator[LocalWorld]:
     assert maps_below(base) == []
 
 
-def refusal(world: LocalWorld, ref: AdapterRef | str | Path) -> errors.LoraxError:
-    """The error of resolving it."""
+def refusal(
+    world: LocalWorld, ref: AdapterRef | str | Path, kind: type[errors.LoraxError], *words: str
+) -> errors.LoraxError:
+    """The error of resolving it, which is of exactly that kind, and says so."""
     ref = ref if isinstance(ref, AdapterRef) else AdapterRef(ref)
     with pytest.raises(errors.LoraxError) as caught:
         asyncio.run(world.source.resolve(ref))
+    assert type(caught.value) is kind
+    assert all(word in caught.value.problem for word in words), caught.value
     return caught.value
 
 
