@@ -216,15 +216,18 @@ class TestOpening:
         opening.join(10)
         assert device.rank.tolist() == [[0] * SLOTS] * 4
 
-    @pytest.mark.parametrize("pinned", range(5))
+    @pytest.mark.parametrize("nth", range(5))
     def test_no_room_on_the_device_or_the_host(
-        self, new_late: Made, monkeypatch: pytest.MonkeyPatch, pinned: int
+        self, new_late: Made, monkeypatch: pytest.MonkeyPatch, nth: int
     ) -> None:
-        device = new_late()
-        if pinned == 0:
-            build.fail_allocations(device=1)
-        else:
-            monkeypatch.setattr(cuda, "allocate_pinned", failing_at(pinned))
+        device, counter, allocate = new_late(), count(1), cuda.allocate_pinned
+
+        def pinned(nbytes: int) -> torch.Tensor:
+            build.fail_allocations(pinned=int(next(counter) == nth))
+            return allocate(nbytes)
+
+        build.fail_allocations(device=int(nth == 0))
+        monkeypatch.setattr(cuda, "allocate_pinned", pinned)
         text = f"{ARENA:,} bytes and 3 slots.*out of memory.*lower"
         with pytest.raises(errors.CapacityError, match=text):
             device.open()
@@ -259,44 +262,33 @@ class TestOpening:
         assert device.staging_memory(4096).is_pinned()
 
 
-def failing_at(number: int) -> Callable[[int], torch.Tensor]:
-    """Pinned memory, but for one allocation of several."""
-    counter, allocate = count(1), cuda.allocate_pinned
-
-    def pinned(nbytes: int) -> torch.Tensor:
-        build.fail_allocations(pinned=int(next(counter) == number))
-        return allocate(nbytes)
-
-    return pinned
-
-
 def tensors_of(kind: str) -> list[torch.Size]:
     gc.collect()
     found = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
     return [each.shape for each in found if each.device.type == kind]
 
 
-class TestCopying:
-    def test_a_copy_that_is_refused_costs_no_row_image(self, device: CudaDevice) -> None:
-        piece = NEW.staged(device)
-        for _ in range(IMAGES + 1):
-            with pytest.raises(IndexError):
-                device.copy(piece, NEW.rows, extent(0), SLOTS)
-        device.copy(piece, NEW.rows, extent(0), 0).result(10)
+def test_a_copy_that_is_refused_costs_no_row_image(device: CudaDevice) -> None:
+    piece = NEW.staged(device)
+    for _ in range(IMAGES + 1):
+        with pytest.raises(IndexError):
+            device.copy(piece, NEW.rows, extent(0), SLOTS)
+    device.copy(piece, NEW.rows, extent(0), 0).result(10)
 
-    def test_streams_that_are_others_or_captured(self, late: CudaDevice) -> None:
-        class Captured(torch.Stream):
-            def is_capturing(self) -> bool:
-                return True
 
-        streams = [(stream, "not a torch stream") for stream in (torch.Stream("late:1"), "late", 0)]
-        streams.append((Captured(device="late:0"), "captured"))
-        ticket = begin(late, NEW, extent(0), 0)
-        for stream, problem in streams:
-            for ask in (late.note_use, lambda each: late.wait_for(ticket, each)):
-                with pytest.raises(errors.UsageError, match=problem):
-                    ask(stream)
-        ticket.result(10)
+def test_streams_that_are_others_or_captured(late: CudaDevice) -> None:
+    class Captured(torch.Stream):
+        def is_capturing(self) -> bool:
+            return True
+
+    streams = [(stream, "not a torch stream") for stream in (torch.Stream("late:1"), "late", 0)]
+    streams.append((Captured(device="late:0"), "captured"))
+    ticket = begin(late, NEW, extent(0), 0)
+    for stream, problem in streams:
+        for ask in (late.note_use, lambda each: late.wait_for(ticket, each)):
+            with pytest.raises(errors.UsageError, match=problem):
+                ask(stream)
+    ticket.result(10)
 
 
 class TestClosing:
@@ -339,50 +331,50 @@ class TestClosing:
         device.wait_for(done)
 
 
-class TestALostDevice:
-    def test_copies_on_their_way_fail_for_good(self, late: CudaDevice) -> None:
-        """Whoever waits for one hears of it from its ticket alone; the device can be closed."""
-        build.hold(compute := torch.Stream(device=late.name))
-        read_on(compute, late.rank, late.rank.clone())
-        use = late.note_use(compute)
-        build.hold(copy_stream(late))
-        tickets = [begin(late, NEW, extent(n), n) for n in range(3)]
-        tickets.append(late.wipe([extent(3)]))
-        assert not use.done()
-        build.lose()
-        assert use.result(10) is None, "uses of it have ended"
-        late.wait_for(tickets[0])
-        failures = [ticket.exception(10) for ticket in tickets]
-        for error in failures:
-            assert isinstance(error, errors.TransferError)
-            assert not error.retryable
-            assert re.search(LOST, str(error))
-        assert len(set(map(id, failures))) == 4  # raising collects frames
-        assert late.operands(0, 0) is None
-        late.wait_for(tickets[0])
-        late.clear_column(0)
-        late.close()
-        late.close()
-        assert not our_threads()
+def test_when_the_device_is_lost_copies_on_their_way_fail_for_good(late: CudaDevice) -> None:
+    """Whoever waits for one hears of it from its ticket alone; the device can be closed."""
+    build.hold(compute := torch.Stream(device=late.name))
+    read_on(compute, late.rank, late.rank.clone())
+    use = late.note_use(compute)
+    build.hold(copy_stream(late))
+    tickets = [begin(late, NEW, extent(n), n) for n in range(3)]
+    tickets.append(late.wipe([extent(3)]))
+    assert not use.done()
+    build.lose()
+    assert use.result(10) is None, "uses of it have ended"
+    late.wait_for(tickets[0])
+    failures = [ticket.exception(10) for ticket in tickets]
+    for error in failures:
+        assert isinstance(error, errors.TransferError)
+        assert not error.retryable
+        assert re.search(LOST, str(error))
+    assert len(set(map(id, failures))) == 4  # raising collects frames
+    assert late.operands(0, 0) is None
+    late.wait_for(tickets[0])
+    late.clear_column(0)
+    late.close()
+    late.close()
+    assert not our_threads()
 
-    @pytest.mark.parametrize("works_again", [False, True])
-    def test_nothing_is_tried_on_it_again(self, late: CudaDevice, works_again: bool) -> None:
-        done, piece = begin(late, OLD, extent(1), 1), NEW.staged(late)
-        done.result(10)
-        build.lose()
-        for ask in (
-            lambda: late.copy(piece, NEW.rows, extent(0), 0).result(10),
-            lambda: late.wipe([extent(0)]),
-            lambda: late.copy(piece, NEW.rows, extent(0), 0),
-        ):
-            with pytest.raises(errors.TransferError, match=LOST) as caught:
-                ask()
-            assert not caught.value.retryable
-            if works_again:
-                build.restore()
-        late.clear_column(0)
-        late.wait_for(done)
-        assert late.note_use().result(10) is None
+
+@pytest.mark.parametrize("works_again", [False, True])
+def test_nothing_is_tried_on_a_lost_device_again(late: CudaDevice, works_again: bool) -> None:
+    done, piece = begin(late, OLD, extent(1), 1), NEW.staged(late)
+    done.result(10)
+    build.lose()
+    for ask in (
+        lambda: late.copy(piece, NEW.rows, extent(0), 0).result(10),
+        lambda: late.wipe([extent(0)]),
+        lambda: late.copy(piece, NEW.rows, extent(0), 0),
+    ):
+        with pytest.raises(errors.TransferError, match=LOST) as caught:
+            ask()
+        assert not caught.value.retryable
+        if works_again:
+            build.restore()
+    late.clear_column(0)
+    late.wait_for(done)
+    assert late.note_use().result(10) is None
 
 
 @pytest.mark.parametrize(

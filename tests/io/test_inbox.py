@@ -6,7 +6,6 @@ import asyncio
 import threading
 import weakref
 from collections import deque
-from typing import Any
 
 import pytest
 
@@ -15,12 +14,6 @@ from lorax_async import concurrency as inbox_module
 from lorax_async.concurrency import Inbox
 
 pytestmark = pytest.mark.each_loop
-
-
-def in_thread(work: Any) -> None:
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
 
 
 class Ambushed(deque[int]):
@@ -42,7 +35,9 @@ class Ambushed(deque[int]):
         self._looks += length == 0
         if length == 0 and self._times and (not self._late or self._looks % 2 == 0):
             self._times -= 1
-            in_thread(lambda: self.inbox.put(self._times))
+            thread = threading.Thread(target=self.inbox.put, args=[self._times])
+            thread.start()
+            thread.join()
         return length
 
 

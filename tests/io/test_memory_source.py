@@ -282,12 +282,12 @@ def assert_equal(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch
         assert torch.equal(tensor, expected[name])
 
 
-def awkward() -> dict[str, torch.Tensor]:
+def test_the_file_is_the_one_that_safetensors_reads() -> None:
     """Of every kind of view and of all three dtypes, in odd sizes."""
     base = torch.arange(7 * 9, dtype=torch.float32).view(7, 9)
     with torch.inference_mode():
         unversioned = torch.ones(3, 5)
-    return {
+    tensors = {
         "z odd half": torch.arange(5).half(),
         "transposed": base.t(),
         "strided": base[::2, 1::3],
@@ -302,10 +302,6 @@ def awkward() -> dict[str, torch.Tensor]:
         "a line": torch.randn(11, dtype=torch.bfloat16),
         "naïve ✓": torch.zeros(2, dtype=torch.float16),
     }
-
-
-def test_the_file_is_the_one_that_safetensors_reads() -> None:
-    tensors = awkward()
     file = taken(tensors)
     assert_equal(read_back(file), tensors)
     assert not file.content.requires_grad

@@ -15,8 +15,7 @@ import torch
 from lorax_kernels import Operands, Plan, apply
 from sgmv.cases import BY_HAND, DTYPES, SIGNED, Case, World, full_grid, pairwise
 
-TESTS = Path(__file__).parents[1]
-
+TESTS, SOAK = Path(__file__).parents[1], pytest.mark.soak
 pytestmark = [pytest.mark.needs("triton"), pytest.mark.slow]
 
 
@@ -40,11 +39,24 @@ class Tables:
         return (torch.ones(8, 32), torch.ones(16, 8), 1.0) if module == 2 else None
 
 
-def prove(module: str, *parts: str, timeout: float = 280) -> None:
+@pytest.mark.parametrize(
+    ("module", "parts", "timeout"),
+    [
+        ("interpreted", ["by_hand", "unfit_ranks", "halves"], 280),
+        ("interpreted", ["pairs"], 280),
+        ("interpreted", ["segments"], 280),
+        ("compiled", ["bfloat16", "variants"], 280),
+        pytest.param("interpreted", ["grid"], 7200, marks=[SOAK, pytest.mark.timeout(7300)]),
+        pytest.param("compiled", ["float32", "float16"], 280, marks=SOAK),
+    ],
+)
+def test_interpreted_and_compiled_for_sm_80_and_sm_90(
+    module: str, parts: list[str], timeout: float
+) -> None:
     """In a process: Triton reads once what it is to do, and a stray access ends the process."""
     paths = [str(TESTS), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
-        [sys.executable, "-m", module, *parts],
+        [sys.executable, "-m", f"sgmv.{module}", *parts],
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -53,20 +65,7 @@ def prove(module: str, *parts: str, timeout: float = 280) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr[-8000:]
     tried = [line.partition(":")[0] for line in done.stdout.splitlines() if line.endswith(" tried")]
-    assert tried == list(parts)
-
-
-def test_interpreted() -> None:
-    prove("sgmv.interpreted", "by_hand", "unfit_ranks", "halves")
-
-
-@pytest.mark.parametrize("part", ["pairs", "segments"])
-def test_interpreted_at_large(part: str) -> None:
-    prove("sgmv.interpreted", part)
-
-
-def test_compiled_for_sm_80_and_sm_90() -> None:
-    prove("sgmv.compiled", "bfloat16", "variants")
+    assert tried == parts
 
 
 def test_a_group_refuses(sgmv: Any) -> None:
@@ -139,17 +138,6 @@ def test_the_number_of_partials_follows_from_the_shapes(sgmv: Any) -> None:
         assert sgmv.new_split_k_partials(torch.ones(3, features), PLAN, 2).shape == (count, 2, 3, 8)
     busy = Plan.from_segments([0, 3], [0], tile_rows=16, tile_room=512)
     assert sgmv.new_split_k_partials(torch.ones(3, 4096), busy, 1).shape == (1, 1, 3, 256)
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(7300)
-def test_the_whole_grid_interpreted() -> None:
-    prove("sgmv.interpreted", "grid", timeout=7200)
-
-
-@pytest.mark.soak
-def test_compiled_for_the_other_dtypes() -> None:
-    prove("sgmv.compiled", "float32", "float16")
 
 
 DEVICE = "cuda"
