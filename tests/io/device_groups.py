@@ -22,9 +22,8 @@ from lorax_kernels import Operands, Tables
 SHAPES = ((24, 40), (16, 8), (8, 56), (40, 24))
 LAYOUT = ModelLayout(
     tuple(
-        Module(f"layers.{layer}.{name}", *SHAPES[2 * layer + n], layer, Parallelism.COLUMN)
-        for layer in range(2)
-        for n, name in enumerate("qk")
+        Module(f"layers.{n // 2}.{'qk'[n % 2]}", *shape, n // 2, Parallelism.COLUMN)
+        for n, shape in enumerate(SHAPES)
     ),
     2,
     "F32",
@@ -387,11 +386,8 @@ class StagedDeviceConformance(DeviceConformance):
 
     def test_a_group_may_come_in_pieces(self, device: TabledDevice) -> None:
         made = group(1, [0, 1, 2, 3])
-        for start, stop, rows in (
-            (1024, len(made.image), ()),
-            (0, 192, ()),
-            (192, 1024, made.rows),
-        ):
+        end = len(made.image)
+        for start, stop, rows in ((1024, end, ()), (0, 192, ()), (192, 1024, made.rows)):
             piece = staged(device, made.image[start:stop], START + start)
             device.copy(piece, rows, extent(1), 1).result(10)
         holds(device, 1, made.weights)

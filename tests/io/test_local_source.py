@@ -595,12 +595,9 @@ async def test_cancelled_at_any_await(
 ) -> None:
     ref = AdapterRef(folder)
     key = await world.source.resolve(ref)
-    works: dict[str, Callable[[], Coroutine[Any, Any, Any]]] = {
-        "resolve": lambda: world.source.resolve(ref),
-        "open": lambda: world.source.open(key, FetchControl()),
-        "populate": lambda: world.source.populate(key),
-    }
-    ends = [await was_cancelled(works[step](), at, late) for at in range(12)]
+    asked = {"resolve": (ref,), "open": (key, FetchControl()), "populate": (key,)}[step]
+    call: Callable[..., Coroutine[Any, Any, Any]] = getattr(world.source, step)
+    ends = [await was_cancelled(call(*asked), at, late) for at in range(12)]
     assert ends.count(True) >= 1
     assert ends == sorted(ends, reverse=True)
 

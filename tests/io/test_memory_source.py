@@ -61,9 +61,8 @@ class World:
         return await self.source.take(tensors(seed), CONFIG, lambda: None)
 
     def merge(self, strategy: Any = "linear", **settings: Any) -> MergedKey:
-        return MergedKey.of(
-            Merge(strategy, ["a", "b", "c"], [1, -0.5, 0.25], **settings), self.parts
-        )
+        merge = Merge(strategy, ["a", "b", "c"], [1, -0.5, 0.25], **settings)
+        return MergedKey.of(merge, self.parts)
 
     def is_in_memory(self, key: AdapterKey) -> bool:
         return key in self.copies.sizes
@@ -153,10 +152,8 @@ async def test_dropped_tensors_are_gone_when_their_readers_are_closed(world: Wor
 @IN_MEMORY
 async def test_the_budget_counts_what_is_being_copied(world: World) -> None:
     large = {"x": torch.zeros(ROOM // 8)}  # F32: half of it, and the header besides
-    keys = await asyncio.gather(
-        *(world.source.take(large, CONFIG + b" " * n, lambda: None) for n in range(6)),
-        return_exceptions=True,
-    )
+    takes = [world.source.take(large, CONFIG + b" " * n, lambda: None) for n in range(6)]
+    keys = await asyncio.gather(*takes, return_exceptions=True)
     (key,) = (key for key in keys if isinstance(key, AdapterKey))
     assert sum(isinstance(key, errors.CapacityError) for key in keys) == 5
     assert world.copies.used == world.copies.sizes[key] < ROOM
@@ -194,9 +191,8 @@ async def test_a_merge_is_computed_once_and_stays_until_others_need_the_room(wor
     assert world.inner.counts.opens == 3
     reader = world.source.reopen(key)
     held = world.copies.used
-    filling = asyncio.create_task(
-        world.source.take({"x": torch.zeros(ROOM // 4 - 400)}, CONFIG, lambda: None)
-    )
+    large = {"x": torch.zeros(ROOM // 4 - 400)}
+    filling = asyncio.create_task(world.source.take(large, CONFIG, lambda: None))
     await asyncio.sleep(0.02)
     assert (world.copies.used, filling.done()) == (held, False), "it is read"
     assert world.is_in_memory(key)
@@ -373,9 +369,7 @@ def test_a_tensor_that_cannot_be_read_is_named() -> None:
         snapshot.step()
     assert not caught.value.retryable
     snapshot = begun({"fine": torch.zeros(3), "odd": torch.zeros(3).as_subclass(_Broken)})
-    with pytest.raises(
-        errors.FetchError, match="tensor 'odd' could not be copied: of its own"
-    ) as caught:
+    with pytest.raises(errors.FetchError, match="'odd' could not be copied: of its own") as caught:
         snapshot.step()
     assert isinstance(caught.value.__cause__, ValueError)
 

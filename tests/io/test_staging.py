@@ -80,9 +80,8 @@ class TestCasts:
     def test_pad_columns_with_zeros(self, source: str, target: str) -> None:
         whole = np.arange(1, 31, dtype="<f4")
         content = b"odd" + rounded(whole, source)
-        extent = converted(
-            content, ConvertMove(3, 30 * ITEM[source], source, 10, 3, 128, 8), target
-        )
+        move = ConvertMove(3, 30 * ITEM[source], source, 10, 3, target=128, row_pitch=8)
+        extent = converted(content, move, target)
         padded = np.zeros((10, 8), "<f4")
         padded[:, :3] = whole.reshape(10, 3)
         expected = rounded(padded, target)

@@ -257,9 +257,8 @@ def test_a_plan_stays_right_whatever_comes_between(way: str) -> None:
     tables = make_tables(SIGNED, [4, 4], (16, 16), torch.bfloat16, 2.0)
     x, y = inputs(4, 16, 16, torch.bfloat16)
     segments = [(0, 2), (1, 2)]
-    nothing = passes(
-        y, x, make_plan(segments, Thresholds(dense_bfloat16=inf, kept_bytes=0)), tables
-    )
+    forgetful = make_plan(segments, Thresholds(dense_bfloat16=inf, kept_bytes=0))
+    nothing = passes(y, x, forgetful, tables)
     assert torch.equal(nothing, passes(y, x, make_plan(segments, ALONE), tables))
     expected = passes(y, x, make_plan(segments, WAYS[way]), tables)
     plan = make_plan(segments, WAYS[way])
