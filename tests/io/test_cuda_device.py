@@ -56,7 +56,9 @@ def devices_of(kind: str) -> Iterator[Made]:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         if accelerator is None or accelerator.type != kind:
             pytest.skip(f"{kind} is not this process's accelerator")
+        gc.freeze()  # what is older than the test is not looked at: with torch, that takes long
         yield from made_by(partial(CudaDevice, device=kind))
+        gc.unfreeze()
 
 
 class _Witness(torch.Tensor):
