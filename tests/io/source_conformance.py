@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -14,7 +15,6 @@ from typing import Any, Protocol
 import pytest
 import safetensors.torch
 import torch
-from cancelling import was_cancelled
 from source_inputs import (
     CONFIG,
     cannot_read,
@@ -33,6 +33,7 @@ from lorax_async.errors import FetchError, IntegrityError
 from lorax_async.formats.spans import ByteSpan
 from lorax_async.sources.base import AdapterFile, Source
 from lorax_async.types import AdapterKey, AdapterRef
+from sweeping import stepwise
 
 
 class World(Protocol):
@@ -61,6 +62,32 @@ async def brought(
     groups = [[span]] if span else groups_of(content)
     await world.source.bring(file, groups, lambda _: None, FetchControl())
     return file, key
+
+
+async def was_cancelled(work: Coroutine[Any, Any, Any], at: int, late: float) -> bool:
+    """Cancel at a suspension; whether it was reached. What `work` gave otherwise is closed.
+
+    With `late` seconds between, what is awaited has meanwhile come to its end.
+    """
+
+    def cancel() -> None:
+        time.sleep(late)
+        task.cancel()
+
+    def at_step(step: int) -> None:
+        if step == at + 1:
+            asyncio.get_running_loop().call_soon(cancel)
+
+    async def steps() -> Any:
+        return await stepwise(work, at_step)
+
+    task = asyncio.ensure_future(steps())
+    await asyncio.wait([task])
+    if not task.cancelled():
+        opened = getattr(task.result(), "reader", task.result())
+        if hasattr(opened, "close"):
+            opened.close()
+    return task.cancelled()
 
 
 OTHER_CONFIG = CONFIG.replace(b"8", b"9")

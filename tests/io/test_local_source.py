@@ -22,7 +22,6 @@ from typing import Any, NoReturn
 import pytest
 import safetensors.torch
 import torch
-from cancelling import was_cancelled
 from local_world import (
     CONFIG_NAME,
     FILES,
@@ -38,6 +37,7 @@ from local_world import (
     replace,
     touch,
 )
+from source_conformance import was_cancelled
 from source_inputs import (
     CONFIG,
     cannot_read,
@@ -351,9 +351,15 @@ async def test_a_link_that_swings_never_lets_a_secret_out(world: LocalWorld) -> 
     assert outcomes <= {CONFIG, errors.AccessDeniedError, errors.IntegrityError}
 
 
-def first_byte(world: LocalWorld, key: AdapterKey) -> bytes:
-    with closing(world.source.reopen(key)) as reader:
-        return read(reader, 0, 1)
+def uses(world: LocalWorld, key: AdapterKey) -> list[Coroutine[Any, Any, Any]]:
+    """Open it, read a byte of it, and hold it."""
+
+    def first_byte() -> bytes:
+        with closing(world.source.reopen(key)) as reader:
+            return read(reader, 0, 1)
+
+    opening = world.source.open(key, FetchControl())
+    return [opening, asyncio.to_thread(first_byte), world.source.populate(key)]
 
 
 @pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
@@ -363,11 +369,7 @@ async def test_a_fifo_that_takes_the_files_place(world: LocalWorld, name: str) -
     path.unlink()
     os.mkfifo(path)
     for _ in range(2):
-        for step in (
-            world.source.open(key, FetchControl()),
-            asyncio.to_thread(first_byte, world, key),
-            world.source.populate(key),
-        ):
+        for step in uses(world, key):
             with pytest.raises(errors.IntegrityError, match=name):
                 await step
         path.unlink(missing_ok=True)
@@ -574,25 +576,16 @@ async def test_another_version_of_any_file_is_another_adapter(
 ) -> None:
     key = await world.source.resolve(AdapterRef(folder))
     change(folder / name)
-    reader = world.source.reopen(key)
-    works = (
-        lambda: world.source.open(key, FetchControl()),
-        lambda: asyncio.to_thread(read, reader, reader.nbytes - 1, reader.nbytes),
-        lambda: world.source.populate(key),
-    )
-    for work in works:
+    for use in uses(world, key):
         with pytest.raises(errors.IntegrityError, match=f"{name}.*again"):
-            await work()
-    reader.close()
+            await use
     if name != INDEX or change is not cut:
         assert await world.source.resolve(AdapterRef(folder)) != key
 
 
 @pytest.mark.parametrize("late", [0.0, 0.003])
 @pytest.mark.parametrize("step", ["resolve", "open", "populate"])
-async def test_cancelled_at_any_await(
-    world: LocalWorld, folder: Path, step: str, late: float
-) -> None:
+async def test_cancelled_anywhere(world: LocalWorld, folder: Path, step: str, late: float) -> None:
     ref = AdapterRef(folder)
     key = await world.source.resolve(ref)
     asked = {"resolve": (ref,), "open": (key, FetchControl()), "populate": (key,)}[step]
@@ -613,9 +606,11 @@ async def test_files_that_do_not_belong_together(world: LocalWorld, folder: Path
     """What else may be wrong with them is a table of `plan_split`'s tests."""
     os.truncate(folder / FILES[3], 30)
     key = await world.source.resolve(AdapterRef(folder))
-    for work in (world.source.open(key, FetchControl()), asyncio.to_thread(first_byte, world, key)):
+    *parsing, holding = uses(world, key)
+    (await holding).close()
+    for use in parsing:
         with pytest.raises(errors.AdapterFormatError, match=f"{FILES[3]}: .*inside its header"):
-            await work
+            await use
 
 
 @pytest.mark.parametrize(
@@ -936,6 +931,18 @@ def test_views_are_the_files_bytes_and_end_with_the_last(path: Path) -> None:
         del part
         assert map_sizes(path) == []
     assert path.read_bytes() == content
+
+
+def test_memory_that_cannot_be_mapped_or_populated(path: Path, monkeypatch: Patch) -> None:
+    with opened(path) as file:
+        os.truncate(path, 100)
+        with pytest.raises(errors.IntegrityError, match="weights ends before byte"):
+            file.populate()
+        monkeypatch.setattr(host_memory, "madvise", lambda *_: errno.ENOMEM)
+        with pytest.raises(OSError, match="Cannot allocate memory"):
+            file.populate()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        MappedFile(-1, NBYTES, "weights")
 
 
 def test_closed_while_it_is_populated(path: Path, monkeypatch: Patch) -> None:
