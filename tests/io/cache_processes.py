@@ -1,7 +1,4 @@
-"""Disk caches in processes that end as they like: run as a script, it forks them and tells by JSON.
-
-One Python starts and imports; its children are forks, each of them a process to the cache.
-"""
+"""Disk caches in processes that are killed: run as a script, it forks them and tells by JSON."""
 
 from __future__ import annotations
 
@@ -11,9 +8,9 @@ import json
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing import Pipe, get_context
 from pathlib import Path
 from typing import Any
 
@@ -50,32 +47,20 @@ CONTENT = weights()
 ALL = [(0, NBYTES)]
 SPANS = [(400_000, 900_000), (10, 300_000), (NBYTES - 9, NBYTES), (0, 10), (300_000, 400_000)]
 SPANS += [(900_000, NBYTES - 9)]
-WRITE = os.write  # what a child tells is none of the calls that are counted
 
 
-def fork(main: Callable[..., None], *given: Any) -> tuple[int, int]:
-    """Run `main` in a process of its own, which may tell; its id, and where that is read."""
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if pid:
-        os.close(writing)
-        return pid, reading
-    code = 1
-    try:
-        os.close(reading)
-        main(*given, lambda told: WRITE(writing, json.dumps(told).encode() + b"\n"))
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
-
-
-def ended(pid: int, reading: int) -> tuple[int, list[Any]]:
-    """How a process ended, and what it told."""
-    with os.fdopen(reading, "rb") as pipe:
-        told = [json.loads(line) for line in pipe]
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), told
+def fork(main: Callable[..., None], *given: Any) -> tuple[int | None, list[Any]]:
+    """Run `main` in a process of its own; how that ended, and what it told."""
+    reading, writing = Pipe(duplex=False)
+    child = get_context("fork").Process(target=main, args=(*given, writing.send))
+    child.start()
+    writing.close()
+    told: list[Any] = []
+    with reading, suppress(EOFError):
+        while True:
+            told.append(reading.recv())
+    child.join()
+    return child.exitcode, told
 
 
 def fetch(folder: Path, tell: Tell) -> None:
@@ -114,16 +99,16 @@ def kills(base: Path) -> list[dict[str, Any]]:
     outcomes: list[dict[str, Any]] = []
     for at in range(1, 10_000):
         folder = base / str(at)
-        code, told = ended(*fork(fetch_until, folder, at))
+        code, told = fork(fetch_until, folder, at)
         if code != -signal.SIGKILL:
             assert code == 0
             return outcomes
-        second, then = ended(*fork(fetch, folder))
+        second, then = fork(fetch, folder)
         nothing_odd(folder)
         outcomes.append(
             {
                 "call": next(each["killed after"] for each in told if isinstance(each, dict)),
-                "written": [each for each in told if isinstance(each, list)],
+                "written": [each for each in told if isinstance(each, tuple)],
                 "second": second,
                 "fetched": then,
                 "left": sorted(name for name in below(folder) if name.startswith("entries")),
@@ -176,7 +161,7 @@ def main(what: str, base: Path, locks: str) -> None:
 SCRIPTS: dict[str, Callable[[Path], object]] = {
     "full": fill_a_small_disk,
     "kills": kills,
-    "left": lambda base: ended(*fork(leave, base))[0],
+    "left": lambda base: fork(leave, base)[0],
 }
 
 if __name__ == "__main__":

@@ -172,6 +172,9 @@ class TestContents:
         assert file.hash_along() == NBYTES
         download.publish().close()
         assert read(reader, 0, NBYTES) == CONTENT
+        os.truncate(world.entry(KEY) / WEIGHTS_FILE.file_name, 150)
+        with pytest.raises(IntegrityError, match=r"was cut.*again"):
+            read(reader, 110, 200)
         reader.close()
         reader.close()
         with pytest.raises(FetchError, match="closed"):
@@ -240,6 +243,7 @@ class TestRoom:
         with opened(tmp_path / "cache", 3 * SIZE, "gdsf") as world:
             for number, nbytes in enumerate((0, 2 * SIZE - 3 * len(CONFIG), 500)):
                 keep(world.cache, key(number), bytes(nbytes))
+            assert is_there(world.cache, key(0))
             keep(world.cache, key(3), bytes(1_000))
             assert there(world, 4) == [0, 2, 3]
 
@@ -490,6 +494,13 @@ def test_what_is_forgotten_is_closed_with_a_warning(tmp_path: Path) -> None:
                 make()
             assert open_below(tmp_path) == before
     assert open_below(tmp_path) == []
+
+
+def test_a_closed_cache_says_so(world: DiskWorld) -> None:
+    world.cache.close()
+    for ask in (lambda: world.cache.open(KEY), lambda: begun(world.cache), world.cache.used):
+        with pytest.raises(FetchError, match="closed before it was used"):
+            ask()
 
 
 def test_last_versions_are_remembered_and_none_says_who_asked(world: DiskWorld) -> None:
