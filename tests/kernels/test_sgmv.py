@@ -50,9 +50,7 @@ class Tables:
         pytest.param("compiled", ["float32", "float16"], 280, marks=SOAK),
     ],
 )
-def test_interpreted_and_compiled_for_sm_80_and_sm_90(
-    module: str, parts: list[str], timeout: float
-) -> None:
+def test_interpreted_and_compiled(module: str, parts: list[str], timeout: float) -> None:
     """In a process: Triton reads once what it is to do, and a stray access ends the process."""
     paths = [str(TESTS), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
