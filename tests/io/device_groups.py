@@ -31,8 +31,7 @@ LAYOUT = ModelLayout(
 ARENA, SLOTS = 1 << 18, 3
 EXTENT = 1 << 14
 TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-START = 64
-"""Where a group's first tensor lies in its extent."""
+START = 64  # where a group's first tensor lies in its extent
 
 
 class TabledDevice(Device, Tables, Protocol):

@@ -49,6 +49,7 @@ from lorax_async.lifecycle.arena import Extent
 from lorax_async.planning.transfer_plan import TableRow
 
 Made = Callable[..., CudaDevice]
+Patch = pytest.MonkeyPatch
 
 
 def devices_of(kind: str) -> Iterator[Made]:
@@ -219,9 +220,7 @@ class TestOpening:
         assert device.rank.tolist() == [[0] * SLOTS] * 4
 
     @pytest.mark.parametrize("nth", range(5))
-    def test_no_room_on_the_device_or_the_host(
-        self, new_late: Made, monkeypatch: pytest.MonkeyPatch, nth: int
-    ) -> None:
+    def test_no_room_on_device_or_host(self, new_late: Made, monkeypatch: Patch, nth: int) -> None:
         device, counter, allocate = new_late(), count(1), cuda.allocate_pinned
 
         def pinned(nbytes: int) -> torch.Tensor:
@@ -238,7 +237,7 @@ class TestOpening:
         move(device, NEW, extent(0), 0)
         holds(device, 0, NEW.weights)
 
-    def test_no_more_threads(self, new_late: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_no_more_threads(self, new_late: Made, monkeypatch: Patch) -> None:
         device, start = new_late(), threading.Thread.start
 
         def refuse(thread: threading.Thread) -> None:
@@ -276,6 +275,18 @@ def test_a_copy_that_is_refused_costs_no_row_image(device: CudaDevice) -> None:
         with pytest.raises(IndexError):
             device.copy(piece, NEW.rows, extent(0), SLOTS)
     device.copy(piece, NEW.rows, extent(0), 0).result(10)
+
+
+def test_bytes_that_cannot_be_copied_are_refused(late: CudaDevice) -> None:
+    memory = late.staging_memory(64)
+    for wrong, target, named in (
+        (memory.view(torch.float32), 0, "not contiguous uint8"),
+        (memory[::2], 0, "not contiguous uint8"),
+        (memory, EXTENT - 63, "64 bytes at 16321 do not fit"),
+        (memory.clone(), 0, "not in pinned memory; use staging_memory"),
+    ):
+        with pytest.raises(errors.InternalError, match=named):
+            late.copy(StagedPiece(wrong, target), (), extent(0), 0)
 
 
 def test_streams_that_are_others_or_captured(late: CudaDevice) -> None:
@@ -387,7 +398,7 @@ def test_nothing_is_tried_on_a_lost_device_again(late: CudaDevice, works_again: 
     ],
 )
 def test_no_memory_for_a_copy_is_its_tickets_and_not_before_the_event(
-    late: CudaDevice, monkeypatch: pytest.MonkeyPatch, kind: type[RuntimeError], text: str
+    late: CudaDevice, monkeypatch: Patch, kind: type[RuntimeError], text: str
 ) -> None:
     """Copies allocate nothing, but a driver may."""
 
@@ -405,6 +416,9 @@ def test_no_memory_for_a_copy_is_its_tickets_and_not_before_the_event(
     assert told.retryable
     assert "late:0 refused a copy (CUDA" in told.problem
     assert "might" not in told.problem
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda.DeviceMemory, "wipe", refuse)
+        assert isinstance(late.wipe([extent(0)]).exception(10), errors.TransferError)
     settle(late)
     holds(late, 0, {})
     for _ in range(IMAGES + 1):  # its row image came back
@@ -631,9 +645,7 @@ class TestCompute:
 
 
 @pytest.mark.parametrize("clears", [False, True])
-def test_one_thing_is_put_at_a_time(
-    late: CudaDevice, monkeypatch: pytest.MonkeyPatch, clears: bool
-) -> None:
+def test_one_thing_is_put_at_a_time(late: CudaDevice, monkeypatch: Patch, clears: bool) -> None:
     piece, inside, most, entered = NEW.staged(late), list[int](), list[int](), threading.Event()
 
     def slow(work: Callable[..., None]) -> Callable[..., None]:
@@ -663,9 +675,7 @@ def test_one_thing_is_put_at_a_time(
     holds(late, 1, {} if clears else NEW.weights)
 
 
-def test_a_use_without_an_event_is_waited_for(
-    late: CudaDevice, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_use_without_an_event_is_waited_for(late: CudaDevice, monkeypatch: Patch) -> None:
     class Refused:
         def __init__(self, of: torch.device) -> None: ...
 

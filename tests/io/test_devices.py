@@ -86,9 +86,7 @@ def test_the_rank_is_written_last(new_device: Made) -> None:
     assert device.rank[2, 1] == 8
 
 
-def test_an_older_kernel_will_do_and_pages_that_cannot_be_had_are_an_error(
-    new_device: Made, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_older_kernels_and_missing_pages(new_device: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     class OldKernel(mmap.mmap):
         def madvise(self, *advice: int) -> None:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))

@@ -14,6 +14,7 @@ from device_groups import BytesReader
 
 from common import until
 from lorax_async.devices.staging import StagingRing
+from lorax_async.errors import InternalError
 from lorax_async.planning.transfer_plan import ConvertMove
 
 BUFFER = 4096
@@ -94,6 +95,18 @@ async def waiting_in(staging: StagingRing, count: int) -> None:
 
 
 class TestStagingRing:
+    def test_refuses_what_does_not_fit(self) -> None:
+        for ask, named in (
+            (lambda: new_staging(BUFFER - 1), "hold no buffer of 4096"),
+            (lambda: new_staging().take(3), "3 buffers of a ring of 2"),
+            (
+                lambda: converted(b"", ConvertMove(0, BUFFER + 4, "F32", 1, 1025, 0, 1025), "F32"),
+                "a move of",
+            ),
+        ):
+            with pytest.raises(InternalError, match=named):
+                ask()
+
     def test_buffers_are_apart_aligned_and_within_the_budget(self) -> None:
         for nbytes, count in ((BUFFER, 1), (3 * BUFFER - 1, 2), (3 * BUFFER, 3)):
             staging = new_staging(nbytes)

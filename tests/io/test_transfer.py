@@ -257,9 +257,7 @@ def refused(device: RecordingDevice, made: Case, module: str, *, in_image: bool)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtypes", [("F32", "F32"), ("BF16", "F16")])
 @pytest.mark.parametrize("rank", [8, 5])
-def test_weights_that_are_not_finite(
-    rank: int, dtypes: tuple[str, str], value: float, in_image: bool
-) -> None:
+def test_nan_and_infinity(rank: int, dtypes: tuple[str, str], value: float, in_image: bool) -> None:
     for name, part, place in product("qk", "AB", (0, -1)):
         content = tensors(3, rank, dtypes)
         content[f"base_model.model.layers.0.{name}.lora_{part}.weight"][place, place] = value
