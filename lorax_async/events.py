@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-from lorax_async.errors import LoraxError
-from lorax_async.types import AdapterKey
+from lorax_async.errors import LoraxError, Stage
+from lorax_async.types import AdapterKey, Ref
+
+Hit = Literal["device", "host", "disk", "source"]
+"""The nearest tier that has all of an adapter when a call wants it: resident, in host memory,
+opened before and still on disk, or none, so that its source has to deliver it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +33,11 @@ class Event:
     slot: SlotId | None
     attempt: int
     time: float
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderChecked(Event):
+    """The adapter's config and header are checked: it waits for a slot from now on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,3 +82,41 @@ class Leaving(Event):
     A later `Resident` of the same slot cancels this. If layers are still being copied, the event is
     repeated after the last one.
     """
+
+
+@dataclass(frozen=True, slots=True)
+class CallEvent:
+    """A step of one call of `load`, `stream` or `pin`, published in its caller's task.
+
+    `call` is the call's number in this process; `time` is as an `Event`'s.
+    """
+
+    call: int
+    time: float
+
+
+@dataclass(frozen=True, slots=True)
+class CallBegan(CallEvent):
+    """The method was called for `ref`, which is resolved first."""
+
+    method: str
+    ref: Ref
+
+
+@dataclass(frozen=True, slots=True)
+class CallWaits(CallEvent):
+    """The call waits for the adapter `key`, found at the tier `hit`; repeated for a re-fetch.
+
+    `stage` is where the adapter is now: "fetch", "queue", "copy" (it fills its slot) or "ready".
+    """
+
+    key: AdapterKey
+    hit: Hit
+    stage: Stage
+
+
+@dataclass(frozen=True, slots=True)
+class CallEnded(CallEvent):
+    """The call returned, or raised `error`; `stream` ends its call when it is entered."""
+
+    error: BaseException | None

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, TypeVar, overload
 
 import torch
 
@@ -24,7 +24,7 @@ from lorax_async.errors import (
     LoraxError,
     UsageError,
 )
-from lorax_async.events import Event
+from lorax_async.events import CallEvent, Event
 from lorax_async.formats.peft_config import GivenConfig, write_config
 from lorax_async.handle import AdapterHandle, current_task_name
 from lorax_async.lifecycle.adapter_state import WantedTier
@@ -35,12 +35,13 @@ from lorax_async.runtime.assembly import Assembly
 from lorax_async.runtime.folders import AdapterFolder
 from lorax_async.runtime.leases import Lease, LeaseTable
 from lorax_async.runtime.placement import TIERS, Placement, TierName
-from lorax_async.runtime.telemetry import Statistics, Usage
-from lorax_async.runtime.waiters import CallWatcher
+from lorax_async.runtime.telemetry import Statistics
 from lorax_async.sources.base import Source
 from lorax_async.tracing.recorder import Tracer, name_of
 from lorax_async.tracing.trace import TRACE_LIMIT, Trace
 from lorax_async.types import AdapterId, AdapterKey, AdapterRef, Ref, as_ref, text_of
+
+E = TypeVar("E", bound=Event | CallEvent)
 
 
 class LoopAffinity:
@@ -289,7 +290,7 @@ class AdapterLoader:
         self._check_open()
         seconds = self.config.seconds(timeout)
         name = "stream" if tier is WantedTier.STREAM else "load"
-        with self._driver.waiter_table.calls.one(name, ref):
+        with self._driver.telemetry.call(name, ref):
             lease = await self._acquiring.lease(ref, tier, seconds, priority=priority)
         return self._handle(ref, lease)
 
@@ -348,7 +349,7 @@ class AdapterLoader:
         """
         self._check_open()
         ref, seconds = as_ref(adapter_id), self.config.seconds(timeout)
-        with self._driver.waiter_table.calls.one("pin", ref):
+        with self._driver.telemetry.call("pin", ref):
             await self._acquiring.pin(ref, seconds, priority=priority)
 
     def unpin(self, adapter_id: AdapterId) -> bool:
@@ -492,8 +493,11 @@ class AdapterLoader:
         return self._driver.device
 
     def placement(self) -> Placement:
-        """Return a view of where adapters are, of their last events, and of the budgets' use."""
-        self._check_open()
+        """Return a view of where adapters are, of their last events, and of the budgets' use.
+
+        Of a closed loader, too: nothing is in use then.
+        """
+        self._check_readable()
         driver, assembly = self._driver, self._assembly
         return Placement(
             driver.lifecycle.states,
@@ -505,14 +509,25 @@ class AdapterLoader:
         )
 
     def statistics(self) -> Statistics:
-        """Return totals since the loader was opened."""
-        self._check_open()
+        """Return totals since the loader was opened; of a closed loader, the last ones."""
+        self._check_readable()
         return self._assembly.statistics()
 
-    def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:
-        """Call `callback` with every event, on the loop; return a function that unsubscribes."""
+    @overload
+    def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]: ...
+
+    @overload
+    def subscribe(self, callback: Callable[[E], None], kind: type[E]) -> Callable[[], None]: ...
+
+    def subscribe(
+        self, callback: Callable[[Any], None], kind: type[Any] = Event
+    ) -> Callable[[], None]:
+        """Call `callback` with every event of class `kind`; return a function that unsubscribes.
+
+        Events come in order, on the loop: of adapters by default, of calls with `CallEvent`.
+        """
         self._check_open()
-        return self._driver.telemetry.subscribe(callback)
+        return self._driver.telemetry.subscribe(callback, kind)
 
     @property
     def tracer(self) -> Tracer:
@@ -533,33 +548,15 @@ class AdapterLoader:
         self._check_open()
         return Trace(self._assembly.tracer, limit, partial(_slot_names, self._driver.lease_table))
 
-    def last_numbers(self) -> tuple[Statistics, Usage]:
-        """Return statistics and usage; the last ones once the loader is closed.
-
-        Call on the loader's loop, or in any thread once that loop is closed.
-        """
-        return self._assembly.statistics(), self._assembly.usage()
-
-    def watch_calls(self, watcher: CallWatcher) -> Callable[[], None]:
-        """Notify `watcher` of each `load`, `stream` and `pin`; return a function that ends that.
-
-        Raise `UsageError` if the loader has a watcher already.
-        """
-        self._check_open()
-        calls = self._driver.waiter_table.calls
-        if calls.watcher is not None:
-            raise UsageError("the loader has a call watcher already")
-        calls.watcher = watcher
-
-        def leave() -> None:
-            if calls.watcher is watcher:
-                calls.watcher = None
-
-        return leave
-
     # -- checks -----------------------------------------------------------------------------------
 
     def _check_open(self) -> None:
         self._affinity.check()
         if self._closing is not None:
             raise LoaderClosedError("the loader is closed")
+
+    def _check_readable(self) -> None:
+        """Allow what only reads on the loop, and in any thread once the loop is closed."""
+        loop = self._affinity.loop
+        if loop is None or not loop.is_closed():
+            self._affinity.check()

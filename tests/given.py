@@ -43,7 +43,7 @@ async def assert_means(there: AdapterLoader, id: AdapterId, seed: int, **setting
 
 def used(there: AdapterLoader) -> int:
     """Bytes of `memory_bytes` that are taken, also once the loader is closed."""
-    return there.last_numbers()[1].memory_bytes.used
+    return there.placement().usage.memory_bytes.used
 
 
 def kept(there: AdapterLoader) -> int:

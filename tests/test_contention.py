@@ -462,7 +462,7 @@ async def _finish(world: World, seconds: float) -> None:
         await asyncio.wait([task], timeout=seconds)
         if not task.done():
             task.cancel()
-            raise AssertionError(f"{fault}: {world.loader.last_numbers()}")
+            raise AssertionError(f"{fault}: {world.loader.placement().usage}")
         task.result()
 
     _let_everything_go(world)

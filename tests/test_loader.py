@@ -16,7 +16,19 @@ import torch
 import tiny
 from common import until
 from lorax_async import errors
-from lorax_async.events import BytesMoved, Event, LayerReady, Leaving, Resident, SlotGranted
+from lorax_async.events import (
+    BytesMoved,
+    CallBegan,
+    CallEnded,
+    CallEvent,
+    CallWaits,
+    Event,
+    HeaderChecked,
+    LayerReady,
+    Leaving,
+    Resident,
+    SlotGranted,
+)
 from lorax_async.loader import AdapterLoader
 from lorax_async.planning.transfer_plan import plan_transfer
 from lorax_async.runtime import fetches
@@ -158,6 +170,33 @@ async def test_where_one_adapter_is_and_which_are_nearest(tmp_path: Path) -> Non
         assert there.placement().nearest(9).items() == there.placement().adapters.items()
 
 
+async def test_the_steps_of_calls(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a")
+    heard: list[CallEvent] = []
+    async with loader() as there:
+        stop = there.subscribe(heard.append, CallEvent)
+        (await there.load(folder)).release()
+        await there.pin(folder)
+        await fails(there.load(tmp_path / "none"), errors.AdapterNotFoundError)
+        stop()
+        (await there.load(folder)).release()
+    load, pin, missing = (
+        [event for event in heard if event.call == number]
+        for number in sorted({event.call for event in heard})
+    )
+    assert [type(event) for event in load] == [CallBegan, CallWaits, CallEnded]
+    assert [type(event) for event in missing] == [CallBegan, CallEnded]
+    for steps, method in ((load, "load"), (pin, "pin"), (missing, "load")):
+        assert isinstance(steps[0], CallBegan)
+        assert steps[0].method == method
+        assert [event.time for event in steps] == sorted(event.time for event in steps)
+    for steps, found in ((load, ("source", "fetch")), (pin, ("device", "ready"))):
+        assert isinstance(steps[1], CallWaits)
+        assert (steps[1].hit, steps[1].stage) == found
+    ends = [event.error for event in heard if isinstance(event, CallEnded)]
+    assert [type(error) for error in ends] == [type(None)] * 2 + [errors.AdapterNotFoundError]
+
+
 async def test_events_tell_the_whole_way(tmp_path: Path) -> None:
     folder, other = tiny.write(tmp_path / "a"), tiny.write(tmp_path / "b", seed=1)
     heard: list[Event] = []
@@ -165,16 +204,17 @@ async def test_events_tell_the_whole_way(tmp_path: Path) -> None:
         stop = there.subscribe(heard.append)
         (await there.load(folder)).release()
         kinds = [type(event) for event in heard]
-        assert kinds[0] is SlotGranted
+        assert kinds[:2] == [HeaderChecked, SlotGranted]
         assert kinds[-1] is Resident
         assert kinds.count(LayerReady) <= 4
         assert sum(e.nbytes for e in heard if isinstance(e, BytesMoved)) == ONE
-        assert {e.slot for e in heard} == {heard[0].slot}
+        assert heard[0].slot is None
+        assert {e.slot for e in heard[1:]} == {heard[1].slot}
         layers = [e.layer for e in heard if isinstance(e, LayerReady)]
         assert layers == sorted(layers)
         assert layers[-1] == 3
         story = there.placement().story(folder)
-        assert story == (heard[0], heard[-1])
+        assert story == (heard[1], heard[-1])
         assert there.placement().story(other) == ()
         (await there.load(other)).release()
         assert Leaving in {type(e) for e in heard if e.key == heard[0].key}
@@ -205,7 +245,7 @@ async def test_subscribers_come_go_and_fail_without_disturbing_others(
         raise error
 
     async with over(source) as there:
-        stop_failing = there.subscribe(fail)
+        stop_failing = there.subscribe(fail, SlotGranted)
         for _ in range(2):
             there.subscribe(heard.append)
         with caplog.at_level(logging.ERROR, "lorax_async"):
@@ -216,8 +256,8 @@ async def test_subscribers_come_go_and_fail_without_disturbing_others(
         assert record.exc_info is not None
         assert record.exc_info[1] is error
         assert heard[::2] == heard[1::2]
-        assert [type(heard[0]), type(heard[-1])] == [SlotGranted, Leaving]
-        assert late == heard[2::2]
+        assert [type(heard[0]), type(heard[-1])] == [HeaderChecked, Leaving]
+        assert late == heard[4::2]
 
 
 async def test_statistics_are_sums_and_a_snapshot(tmp_path: Path) -> None:

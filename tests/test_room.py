@@ -11,7 +11,7 @@ import tiny
 from common import until
 from given import acquired, file_bytes, give
 from lorax_async import errors
-from lorax_async.events import Event, Leaving, Resident
+from lorax_async.events import Event, HeaderChecked, Leaving, Resident
 from lorax_async.loader import AdapterLoader
 from lorax_async.types import AdapterId, AdapterRef
 from tiny_loaders import ONE, fails, gated, loader
@@ -121,7 +121,7 @@ async def test_one_told_to_leave_stays_if_nobody_waits_any_more(tmp_path: Path) 
         first = await there.load("held")
         there.subscribe(told.append)
         await fails(there.load("late", timeout=0.1), errors.AdapterTimeoutError)
-        assert [type(event) for event in told] == [Leaving, Resident]
+        assert [type(event) for event in told] == [HeaderChecked, Leaving, Resident]
         second = acquired(there, "held")
         first.release()
         second.release()
@@ -429,7 +429,7 @@ async def test_hundreds_of_unloads_at_once_need_no_deep_stack() -> None:
             "they may still be had"
         )
         await there.close(timeout=0)
-        assert there.last_numbers()[1].memory_bytes.used == 0
+        assert there.placement().usage.memory_bytes.used == 0
         for load in loading:
             await fails(load, errors.LoaderClosedError)
         held.release()

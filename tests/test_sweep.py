@@ -234,7 +234,7 @@ async def test_close_at_every_turn_of_everything(tmp_path: Path) -> None:
         assert not our_threads()
         assert not mapped_files()
         assert open_files() <= files
-        assert_empty(loader.last_numbers()[1])
+        assert_empty(loader.placement().usage)
 
 
 ERRORS = [

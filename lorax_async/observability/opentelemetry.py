@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -11,10 +9,20 @@ from opentelemetry import trace
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer
 
 from lorax_async.errors import LoraxError, Stage
-from lorax_async.events import Event, LayerReady, Resident, SlotGranted
+from lorax_async.events import (
+    CallBegan,
+    CallEnded,
+    CallEvent,
+    CallWaits,
+    Event,
+    HeaderChecked,
+    Hit,
+    LayerReady,
+    Resident,
+    SlotGranted,
+)
 from lorax_async.loader import AdapterLoader
-from lorax_async.runtime.waiters import Hit
-from lorax_async.types import AdapterKey, Ref, text_of
+from lorax_async.types import AdapterKey, text_of
 
 _ORDER: tuple[Stage, ...] = ("resolve", "fetch", "queue", "copy", "ready")
 
@@ -31,18 +39,17 @@ class LoadSpans:
     Parameters
     ----------
     loader
-        Open, with no other watcher of its calls. Create and close this on its event loop.
+        Open. Create and close this on its event loop.
     tracer
         The program's own. Of OpenTelemetry's globals, only the current span is used.
-
-    Raises `UsageError` if the loader is not open, or has a watcher already.
     """
 
     def __init__(self, loader: AdapterLoader, tracer: Tracer) -> None:
         self._tracer = tracer
-        self._calls: dict[Span, _Call] = {}
+        self._calls: dict[int, _Call] = {}
         self._by_key: dict[AdapterKey, list[_Call]] = {}
-        self._unwatch = loader.watch_calls(self)
+        self._closed = False
+        self._unsubscribe_calls = loader.subscribe(self._on_call, CallEvent)
         self._unsubscribe = loader.subscribe(self._on_event)
 
     def __enter__(self) -> Self:
@@ -58,41 +65,43 @@ class LoadSpans:
 
     def close(self) -> None:
         """Begin no more spans; spans of calls in progress end with the calls. Idempotent."""
-        self._unwatch()
+        self._closed = True
         self._unsubscribe()
+        if not self._calls:
+            self._unsubscribe_calls()
 
-    # -- callbacks of the loader -------------------------------------------------------------------
+    # -- events of the loader ----------------------------------------------------------------------
 
-    @contextmanager
-    def call(self, name: str, ref: Ref) -> Iterator[None]:
-        with self._tracer.start_as_current_span(
-            f"lorax {name}", kind=SpanKind.INTERNAL, attributes={"lorax.adapter": text_of(ref)}
-        ) as span:
-            if not span.is_recording():
-                yield
-                return
-            call = self._calls[span] = _Call(self._tracer, span)
-            try:
-                yield
-            except BaseException as error:
-                call.fail(error)
-                raise
-            finally:
-                del self._calls[span]
+    def _on_call(self, event: CallEvent) -> None:
+        match event:
+            case CallBegan() if not self._closed:
+                self._begin(event)
+            case CallWaits() if event.call in self._calls and not self._closed:
+                call = self._calls[event.call]
+                self._set_key(call, event.key)
+                call.locate(event.hit, event.stage)
+            case CallEnded() if event.call in self._calls:
+                call = self._calls.pop(event.call)
                 self._set_key(call, None)
-                call.end()
+                if self._closed and not self._calls:
+                    self._unsubscribe_calls()
+                call.end(event.error)
 
-    def wanted(self, key: AdapterKey, hit: Hit, stage: Stage) -> None:
-        call = self._calls.get(trace.get_current_span())
-        if call is not None:
-            self._set_key(call, key)
-            call.locate(hit, stage)
-
-    def checked(self, key: AdapterKey) -> None:
-        self._reach(key, "queue")
+    def _begin(self, event: CallBegan) -> None:
+        """Begin a call's span below the current span of its task."""
+        span = self._tracer.start_span(
+            f"lorax {event.method}",
+            kind=SpanKind.INTERNAL,
+            attributes={"lorax.adapter": text_of(event.ref)},
+        )
+        if span.is_recording():
+            self._calls[event.call] = call = _Call(self._tracer, span)
+            call.begin()
 
     def _on_event(self, event: Event) -> None:
-        if isinstance(event, SlotGranted):
+        if isinstance(event, HeaderChecked):
+            self._reach(event.key, "queue")
+        elif isinstance(event, SlotGranted):
             self._reach(event.key, "copy")
         elif isinstance(event, Resident):
             self._reach(event.key, "ready")
@@ -126,6 +135,8 @@ class _Call:
         self._stage: Stage = "resolve"
         self._child: Span | None = None
         self._has_layer = False
+
+    def begin(self) -> None:
         self._enter("resolve")
 
     def locate(self, found: Hit, stage: Stage) -> None:
@@ -143,29 +154,35 @@ class _Call:
             self._has_layer = True
             self._span.add_event("first layer ready", {"lorax.layer": layer})
 
-    def fail(self, error: BaseException) -> None:
-        """Record an error on the stage's span, and a cancellation on the call's.
+    def end(self, error: BaseException | None) -> None:
+        """End the call's spans, with the error that it raised on both."""
+        try:
+            if isinstance(error, Exception):
+                _record(self._span, error)
+                if isinstance(error, LoraxError) and error.stage is not None:
+                    self._span.set_attribute("lorax.stage", error.stage)
+                if self._child is not None:
+                    _record(self._child, error)
+            elif error is not None:
+                self._span.add_event("cancelled")
+            self._leave()
+        finally:
+            self._span.end()
 
-        `start_as_current_span` records other errors on the call's span.
-        """
-        if not isinstance(error, Exception):
-            self._span.add_event("cancelled")
-            return
-        if isinstance(error, LoraxError) and error.stage is not None:
-            self._span.set_attribute("lorax.stage", error.stage)
-        if self._child is not None:
-            self._child.record_exception(error)
-            self._child.set_status(Status(StatusCode.ERROR, type(error).__name__))
-
-    def end(self) -> None:
+    def _leave(self) -> None:
         """End the current stage's span. Idempotent."""
         child, self._child = self._child, None
         if child is not None:
             child.end()
 
     def _enter(self, stage: Stage) -> None:
-        self.end()
+        self._leave()
         self._stage = stage
         if stage != "ready":
             context = trace.set_span_in_context(self._span)
             self._child = self._tracer.start_span(f"lorax {stage}", context=context)
+
+
+def _record(span: Span, error: Exception) -> None:
+    span.record_exception(error)
+    span.set_status(Status(StatusCode.ERROR, type(error).__name__))

@@ -20,7 +20,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from lorax_async.concurrency import running_loop
-from lorax_async.errors import Stage
+from lorax_async.errors import LoaderClosedError, Stage
 from lorax_async.loader import AdapterLoader
 from lorax_async.runtime.telemetry import Statistics, Usage
 
@@ -197,7 +197,9 @@ class LoaderCollector(Collector):
         lag_period: float = LAG_PERIOD,
         timeout: float = SCRAPE_SECONDS,
     ) -> None:
-        loader.statistics()  # raises unless the loader is open on this loop
+        loader.statistics()  # raises unless the loader belongs to this loop
+        if loader.closed:
+            raise LoaderClosedError("the loader is closed")
         self._loader = loader
         self._timeout = timeout
         self._loop = asyncio.get_running_loop()
@@ -254,4 +256,5 @@ class LoaderCollector(Collector):
             updated.set_result(None)
 
     def _update(self) -> None:
-        self._last = LoaderNumbers(*self._loader.last_numbers(), self._lag.lags())
+        statistics, usage = self._loader.statistics(), self._loader.placement().usage
+        self._last = LoaderNumbers(statistics, usage, self._lag.lags())

@@ -344,7 +344,7 @@ class Acquirer:
                             key = await self._resolve(ref)
                         self._check_open()  # closing fails only waiters that exist
                         assert key is not None
-                        if isinstance(key, MergedKey) and not waiter_table.calls.in_memory(key):
+                        if isinstance(key, MergedKey) and not waiter_table.in_memory(key):
                             self._driver.forget(key)  # its bytes have to be computed again
                         pending_load = waiter_table.begin(
                             key, tier, foreground=foreground, priority=priority

@@ -116,7 +116,7 @@ class Assembly:
             loop = asyncio.get_running_loop()
             memory = await loop.run_in_executor(self._metadata, self._allocate_memory)
             self._assemble(memory)
-            self.driver.waiter_table.calls.in_memory = self._copies.in_memory
+            self.driver.waiter_table.in_memory = self._copies.in_memory
             self.digests = DigestChecks(self._memory, self.driver.telemetry, check_open)
             self.acquiring = Acquirer(self.resolver, self.driver, self.digests, check_open)
             self.fetching = Fetching(self.resolver, self._fetches, self.digests)
@@ -186,7 +186,7 @@ class Assembly:
 
     def statistics(self) -> Statistics:
         """Return totals; after `close`, the last ones."""
-        calls, budgets = self.driver.waiter_table.calls, self.driver.lifecycle.budgets
+        budgets = self.driver.lifecycle.budgets
         evictions = {
             "device": budgets.device.evictions,
             "host": budgets.host.evictions,
@@ -195,9 +195,7 @@ class Assembly:
         return replace(
             self.driver.telemetry.statistics(),
             spills=self._copies.spills,
-            hits=MappingProxyType(dict(calls.hits)),
             evictions=MappingProxyType(evictions),
-            errors_by=MappingProxyType(dict(calls.errors)),
         )
 
     def usage(self) -> Usage:

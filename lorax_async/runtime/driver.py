@@ -25,6 +25,7 @@ from lorax_async.events import (
     BytesMoved,
     Event,
     Failed,
+    HeaderChecked,
     LayerReady,
     Leaving,
     Resident,
@@ -41,7 +42,7 @@ from lorax_async.runtime.copies import CopyOutcome, CopyThreads
 from lorax_async.runtime.fetches import FetchTasks, TransferPlanner
 from lorax_async.runtime.leases import Lease, LeaseTable
 from lorax_async.runtime.telemetry import Telemetry
-from lorax_async.runtime.waiters import WaiterTable, kind_of
+from lorax_async.runtime.waiters import WaiterTable
 from lorax_async.sources.base import Source
 from lorax_async.tracing.recorder import OccupancyTimes, Tracer
 from lorax_async.types import AdapterKey
@@ -129,7 +130,11 @@ class Driver:
         )
         self.lease_table = LeaseTable(num_layers, self._lease_ended, self._lease_quiet)
         self.waiter_table = WaiterTable(
-            lifecycle, self.lease_table, self._collect_and_execute, self.files.raise_priority
+            lifecycle,
+            self.lease_table,
+            self.telemetry,
+            self._collect_and_execute,
+            self.files.raise_priority,
         )
         self.idle_unloader = IdleUnloader(lifecycle, self._execute)
         self._loop = asyncio.get_running_loop()
@@ -196,7 +201,8 @@ class Driver:
         self, key: AdapterKey, attempt: int, plan: TransferPlan, *, holdable: bool
     ) -> None:
         self.telemetry.checked(key, monotonic())
-        self.waiter_table.calls.checked(key)
+        if self.telemetry.has_subscribers:
+            self._publish(HeaderChecked, key)
         needs = plan.needs(holdable=holdable)
         self._decide(key, lambda: self.lifecycle.header_checked(key, attempt, needs))
 
@@ -421,7 +427,7 @@ class Driver:
         latest = self.telemetry.story(key)[-1:]
         if latest and isinstance(latest[0], Failed) and latest[0].error is error:
             return
-        self.telemetry.count_failure(kind_of(error))
+        self.telemetry.count_failure(error)
         life = self.lifecycle.states.get(key)
         grant = life.grant if life is not None else None
         if grant is not None:

@@ -5,13 +5,27 @@ from __future__ import annotations
 import logging
 from asyncio import CancelledError
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import count
+from time import monotonic
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
-from lorax_async.errors import Stage
-from lorax_async.events import BytesMoved, Event, LayerReady
+from lorax_async.errors import LoraxError, Stage
+from lorax_async.events import (
+    BytesMoved,
+    CallBegan,
+    CallEnded,
+    CallEvent,
+    CallWaits,
+    Event,
+    HeaderChecked,
+    Hit,
+    LayerReady,
+)
 from lorax_async.lifecycle.lifecycle import Budgets
 from lorax_async.runtime.leases import LeaseTable
 from lorax_async.sources.host_copies import HostCopies
@@ -23,6 +37,9 @@ STORY_LENGTH = 16
 
 REST_LENGTH = 3
 """Events kept per adapter that is not on the device: its last occupancy with its end."""
+
+_call: ContextVar[int | None] = ContextVar("number of a loader's call", default=None)
+_call_numbers = count(1)
 
 _logger = logging.getLogger("lorax_async")
 
@@ -55,13 +72,20 @@ class Statistics:
     errors_by: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
 
+def kind_of(error: LoraxError) -> tuple[str, str]:
+    """Return the stage, or "none", and the class of an error."""
+    return error.stage or "none", type(error).__name__
+
+
 class Telemetry:
     """Collects events and totals, calls subscribers on the loop, and adds spans to the tracer."""
 
     def __init__(self, tracer: Tracer | None = None) -> None:
         self.tracer = tracer or Tracer()
         self._stories: dict[AdapterKey, tuple[Event, ...]] = {}
-        self._subscribers: dict[object, Callable[[Event], None]] = {}
+        self._subscribers: dict[object, tuple[type, Callable[[Any], None]]] = {}
+        self.hits: Counter[Hit] = Counter(dict.fromkeys(get_args(Hit), 0))
+        self._errors: Counter[tuple[str, str]] = Counter()
         self._counts: dict[str, Any] = dict.fromkeys(
             ("fetches", "loads", "failures", "departures", "bytes_moved"), 0
         )
@@ -70,25 +94,52 @@ class Telemetry:
         self._checked: dict[AdapterKey, float] = {}
         self._failures: Counter[tuple[str, str]] = Counter()
 
-    def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:
+    def subscribe(self, callback: Callable[[Any], None], kind: type) -> Callable[[], None]:
         token = object()
-        self._subscribers[token] = callback
+        self._subscribers[token] = kind, callback
         return lambda: self._subscribers.pop(token, None) and None
 
     @property
     def has_subscribers(self) -> bool:
         return bool(self._subscribers)
 
-    def publish(self, event: Event) -> None:
+    def publish(self, event: Event | CallEvent) -> None:
         """Add an event to its adapter's story and call the subscribers; log their exceptions."""
-        if not isinstance(event, BytesMoved | LayerReady):
+        if not isinstance(event, BytesMoved | LayerReady | HeaderChecked | CallEvent):
             story = self._stories.get(event.key, ())
             self._stories[event.key] = (*story[1 - STORY_LENGTH :], event)
-        for callback in tuple(self._subscribers.values()):
+        for kind, callback in tuple(self._subscribers.values()):
+            if not isinstance(event, kind):
+                continue
             try:
                 callback(event)
             except (Exception, CancelledError):
                 _logger.exception("a subscriber failed on %s", type(event).__name__)
+
+    @contextmanager
+    def call(self, method: str, ref: Ref) -> Iterator[None]:
+        """Run one call of a waiting caller: publish its beginning and end, count its error."""
+        number = next(_call_numbers)
+        token = _call.set(number)
+        try:
+            self.publish(CallBegan(number, monotonic(), method, ref))
+            yield
+        except BaseException as error:
+            if isinstance(error, LoraxError):
+                self._errors[kind_of(error)] += 1
+            self.publish(CallEnded(number, monotonic(), error))
+            raise
+        else:
+            self.publish(CallEnded(number, monotonic(), None))
+        finally:
+            _call.reset(token)
+
+    def count_hit(self, key: AdapterKey, hit: Hit, stage: Stage) -> None:
+        """Count the tier at which a call found its adapter, which is in `stage` now."""
+        self.hits[hit] += 1
+        number = _call.get()
+        if number is not None:
+            self.publish(CallWaits(number, monotonic(), key, hit, stage))
 
     def story(self, key: AdapterKey) -> tuple[Event, ...]:
         return self._stories.get(key, ())
@@ -104,10 +155,10 @@ class Telemetry:
     def count(self, what: str, amount: int = 1) -> None:
         self._counts[what] += amount
 
-    def count_failure(self, kind: tuple[str, str]) -> None:
-        """Count a load that ended with an error of this stage and class."""
+    def count_failure(self, error: LoraxError) -> None:
+        """Count a load that ended with this error."""
         self.count("failures")
-        self._failures[kind] += 1
+        self._failures[kind_of(error)] += 1
 
     def checked(self, key: AdapterKey, time: float) -> None:
         """Record the time from which the adapter can get a slot."""
@@ -136,7 +187,9 @@ class Telemetry:
             **self._counts,
             seconds=MappingProxyType(dict(self._seconds)),
             nbytes=MappingProxyType(dict(self._nbytes)),
+            hits=MappingProxyType({str(hit): times for hit, times in self.hits.items()}),
             failures_by=MappingProxyType(dict(self._failures)),
+            errors_by=MappingProxyType(dict(self._errors)),
         )
 
 

@@ -228,7 +228,7 @@ async def test_a_loop_that_does_not_answer(tmp_path: Path, monkeypatch: Patch) -
             thread.join(20)  # and so this loop does nothing
             assert not thread.is_alive()
             looks: list[None] = []
-            monkeypatch.setattr(there, "last_numbers", lambda: looks.append(None))
+            monkeypatch.setattr(there, "statistics", lambda: looks.append(None))
             await asyncio.sleep(0)  # it comes to the question now, which nobody asks any more
             assert looks == []
             monkeypatch.undo()
@@ -242,7 +242,7 @@ async def test_a_scrape_that_fails(monkeypatch: Patch) -> None:
             registry = registered(collector)
             for kind in (ZeroDivisionError, RuntimeError, TimeoutError):
                 failing = Mock(side_effect=kind("a fault of ours"))
-                monkeypatch.setattr(there, "last_numbers", failing)
+                monkeypatch.setattr(there, "statistics", failing)
                 await fails(asyncio.to_thread(scraped, registry), kind, "ours")
             monkeypatch.undo()
 
