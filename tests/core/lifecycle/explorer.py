@@ -2,84 +2,101 @@
 
 import gc
 from collections import deque
-from collections.abc import Callable
 from dataclasses import fields
-from functools import partial
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from core.lifecycle.world import AGE, Action, Setting, Violation, World, actions, forbid
 from lorax_async.errors import CapacityError
 from lorax_async.lifecycle import commands
-from lorax_async.lifecycle.adapter_state import AdapterState, WantedTier
+from lorax_async.lifecycle.adapter_state import AdapterState, SlotGrant, WantedTier
 from lorax_async.lifecycle.arena import Extent
 from lorax_async.lifecycle.lifecycle import Budgets, Lifecycle
 from lorax_async.lifecycle.residency import ImageBudget, Residency
 from lorax_async.lifecycle.transitions import FileState, SlotState
 
-JUDGES: dict[type, Callable[[World, int, Any], None]] = {}
-"""Check a command of this kind, about the adapter of this number."""
-
-
-def judges(kind: type) -> Callable[[Callable[[World, int, Any], None]], None]:
-    return partial(JUDGES.__setitem__, kind)
-
 
 def perform(world: World, action: Action) -> None:
     """Let `action` happen, and check everything the lifecycle answers."""
-    names = world.setting.keys
     for command in getattr(world, str(action[0]))(*action[1:]):
-        if judge := JUDGES.get(type(command)):
-            judge(world, names.index(command.key), command)
+        a = world.setting.keys.index(command.key)
+        _judge_files(world, a, command)
+        _judge_slots(world, a, command)
+        _judge_notices(world, a, command)
     _check_between_steps(world)
 
 
-@judges(commands.StartFetch)
-def _fetch(world: World, a: int, _: commands.StartFetch) -> None:
-    forbid(a in world.fetches, "two fetches of one file")
-    forbid(world.closed, "a fetch after close")
-    forbid(a in world.populating or a in world.held, "a file fetched anew while its old is held")
-    world.fetches[a] = (False, frozenset(), False)
-    world.readable[a] = frozenset()
+def _judge_files(world: World, a: int, command: commands.Command) -> None:
+    match command:
+        case commands.StartFetch():
+            forbid(a in world.fetches, "two fetches of one file")
+            forbid(world.closed, "a fetch after close")
+            forbid(a in world.populating | world.held, "a file fetched anew while its old is held")
+            world.fetches[a] = (False, frozenset(), False)
+            world.readable[a] = frozenset()
+        case commands.CancelFetch():
+            header, told, cancelled = world.fetches[a]
+            forbid(cancelled, "a fetch was cancelled twice")
+            world.fetches[a] = (header, told, True)
+        case commands.PopulatePages():
+            forbid(world.closed, "populated after close")
+            forbid(bool(world.populating), "two are populated at once")
+            forbid(a in world.releasing, "populated while it is released")
+            forbid(a in world.held, "populated while it is held")
+            forbid(world.unloads.get(a), "populated while it is unloaded")
+            forbid(a in world.fetches or not world.readable.get(a), "populated without a file")
+            world.read_ahead.discard(a)
+            world.populating.add(a)
+        case commands.ReleasePages():
+            forbid(a not in world.held | world.read_ahead, "released what is not held")
+            forbid(a in world.releasing, "released twice")
+            world.releasing.add(a)
+        case commands.ForgetAdapter():
+            forbid(command.key in world.lifecycle.states, "forgotten but known")
+            in_memory = a in world.held | world.populating | world.releasing
+            forbid(in_memory, "forgotten but in host memory")
+            forbid(a in world.holder, "forgotten but on the device")
+            world.read_ahead.discard(a)
 
 
-@judges(commands.CancelFetch)
-def _cancel_fetch(world: World, a: int, _: commands.CancelFetch) -> None:
-    header, told, cancelled = world.fetches[a]
-    forbid(cancelled, "a fetch was cancelled twice")
-    world.fetches[a] = (header, told, True)
+def _judge_slots(world: World, a: int, command: commands.Command) -> None:
+    match command:
+        case commands.TakeSlot():
+            _take_slot(world, a, command.grant)
+        case commands.CopyGroup():
+            group = command.group
+            forbid(a not in world.holder, "a copy without a slot")
+            readable = group in world.readable.get(a, frozenset())
+            forbid(not readable, "a copy of bytes that are not here")
+            full = len(world.copies) >= world.setting.copies
+            forbid(full, "more copies at once than there is room for")
+            again = (a, group) in world.copies or group in world.on_device[a]
+            forbid(again, "a group was copied twice")
+            if command.image is not None:
+                _use_image(world, a, command, command.image)
+            world.copies[a, group] = command
+        case commands.WipeExtents():
+            forbid(world.dirty.get(a) != command.grant, "zeroed, but nothing broke")
+            forbid(world.holder.get(a) != command.grant, "another's bytes were zeroed")
+            forbid(a in world.wiping, "zeroed twice at once")
+            _forbid_use(world, a, "zeroed")
+            world.wiping.add(a)
+        case commands.ClearColumn():
+            _forbid_use(world, a, "freed")
+            forbid(world.pins.get(a), "a slot was freed under a pin")
+            forbid(a not in world.told, "a slot was freed before it was told to be leaving")
+            forbid(world.holder.pop(a) != command.grant, "another's column was cleared")
+            world.on_device.pop(a, None)
+            world.resident_at.pop(a, None)
+            world.broken.discard(a)
+            world.told.discard(a)
+        case commands.BreakSlot():
+            world.broken.add(a)
+            world.dirty[a] = world.holder[a]
+            world.pins.pop(a, None)
 
 
-@judges(commands.PopulatePages)
-def _populate(world: World, a: int, _: commands.PopulatePages) -> None:
-    forbid(world.closed, "populated after close")
-    forbid(bool(world.populating), "two are populated at once")
-    forbid(a in world.releasing, "populated while it is released")
-    forbid(a in world.held, "populated while it is held")
-    forbid(world.unloads.get(a), "populated while it is unloaded")
-    forbid(a in world.fetches or not world.readable.get(a), "populated without a file")
-    world.read_ahead.discard(a)
-    world.populating.add(a)
-
-
-@judges(commands.ReleasePages)
-def _release(world: World, a: int, _: commands.ReleasePages) -> None:
-    forbid(a not in world.held | world.read_ahead, "released what is not held")
-    forbid(a in world.releasing, "released twice")
-    world.releasing.add(a)
-
-
-@judges(commands.ForgetAdapter)
-def _forget(world: World, a: int, command: commands.ForgetAdapter) -> None:
-    forbid(command.key in world.lifecycle.states, "forgotten but known")
-    forbid(a in world.held | world.populating | world.releasing, "forgotten but in host memory")
-    forbid(a in world.holder, "forgotten but on the device")
-    world.read_ahead.discard(a)
-
-
-@judges(commands.TakeSlot)
-def _take_slot(world: World, a: int, command: commands.TakeSlot) -> None:
-    grant, setting = command.grant, world.setting
+def _take_slot(world: World, a: int, grant: SlotGrant) -> None:
     forbid(world.closed, "a slot was claimed after close")
     forbid(a in world.holder, "a second slot of one adapter")
     forbid(world.unloads.get(a), "a slot was claimed for what is unloaded")
@@ -87,32 +104,16 @@ def _take_slot(world: World, a: int, command: commands.TakeSlot) -> None:
         forbid(other.slot.index == grant.slot.index, "a slot was granted before it was cleared")
         forbid(_overlap(other.extents, grant.extents), "extents of two slots overlap")
     for broken in world.dirty.values():
-        forbid(
-            _overlap(broken.extents, grant.extents), "what broke was granted before it was zeroed"
-        )
-    forbid(grant.slot.index >= setting.slots, "more slots than there are")
+        overlap = _overlap(broken.extents, grant.extents)
+        forbid(overlap, "what broke was granted before it was zeroed")
+    forbid(grant.slot.index >= world.setting.slots, "more slots than there are")
     end = max(extent.offset + extent.nbytes for extent in grant.extents)
-    forbid(end > setting.device_bytes, "extents outside the arena")
+    forbid(end > world.setting.device_bytes, "extents outside the arena")
     world.holder[a] = grant
     world.on_device[a] = frozenset()
-    foreground = any(
-        pending_load[0] == a and pending_load[2] for pending_load in world.waiting.values()
-    )
+    foreground = any(holder == a and wanted for holder, _, wanted in world.waiting.values())
     early = world.life(a).file is not FileState.PRESENT and not foreground
     forbid(early, "a prefetch whose file is on the way took a slot")
-
-
-@judges(commands.CopyGroup)
-def _copy(world: World, a: int, command: commands.CopyGroup) -> None:
-    group = command.group
-    forbid(a not in world.holder, "a copy without a slot")
-    forbid(group not in world.readable.get(a, frozenset()), "a copy of bytes that are not here")
-    forbid(len(world.copies) >= world.setting.copies, "more copies at once than there is room for")
-    again = (a, group) in world.copies or group in world.on_device[a]
-    forbid(again, "a group was copied twice")
-    if command.image is not None:
-        _use_image(world, a, command, command.image)
-    world.copies[a, group] = command
 
 
 def _use_image(world: World, a: int, command: commands.CopyGroup, image: Extent) -> None:
@@ -135,34 +136,50 @@ def _overlap(some: tuple[Extent, ...], others: tuple[Extent, ...]) -> bool:
     )
 
 
-@judges(commands.WipeExtents)
-def _wipe(world: World, a: int, command: commands.WipeExtents) -> None:
-    forbid(world.dirty.get(a) != command.grant, "zeroed, but nothing broke")
-    forbid(world.holder.get(a) != command.grant, "another's bytes were zeroed")
-    forbid(a in world.wiping, "zeroed twice at once")
-    _forbid_use(world, a, "zeroed")
-    world.wiping.add(a)
-
-
 def _forbid_use(world: World, a: int, deed: str) -> None:
     forbid(any(copying == a for copying, _ in world.copies), f"a slot was {deed} under a copy")
     forbid(a in world.leased, f"a slot was {deed} under a lease")
     forbid(a in world.orphan_uses, f"a slot was {deed} under a kernel")
 
 
-@judges(commands.ClearColumn)
-def _clear_column(world: World, a: int, command: commands.ClearColumn) -> None:
-    _forbid_use(world, a, "freed")
-    forbid(world.pins.get(a), "a slot was freed under a pin")
-    forbid(a not in world.told, "a slot was freed before it was told to be leaving")
-    forbid(world.holder.pop(a) != command.grant, "another's column was cleared")
-    world.on_device.pop(a, None)
-    world.resident_at.pop(a, None)
-    world.broken.discard(a)
-    world.told.discard(a)
+def _judge_notices(world: World, a: int, command: commands.Command) -> None:
+    match command:
+        case commands.ServeWaiter():
+            _serve(world, a, command)
+        case commands.FailWaiters():
+            for waiter in command.waiters:
+                del world.waiting[waiter], world.since[waiter]
+            if isinstance(command.error, CapacityError) and command.error.retryable:
+                forbid(not any(world.pins.values()), "pinned out, but nothing is pinned")
+        case commands.NotifyLeaving():
+            forbid(world.holder.get(a) != command.grant, "told to leave without a slot")
+            forbid(a in world.told, "told twice to be leaving")
+            forbid(world.pins.get(a), "told to be leaving under a pin")
+            world.told.add(a)
+            ordered = world.unloads.get(a) or world.closed or a in world.broken
+            if not ordered and a in world.resident_at:
+                due = world.now >= world.resident_at[a] + world.setting.min_residency
+                due = due and a not in world.leased
+                forbid(not (due or _starves(world, a)), "evicted before its time")
+        case commands.NotifyStays():
+            forbid(world.holder.get(a) != command.grant, "told to stay without a slot")
+            forbid(a not in world.told, "told to stay, but never to be leaving")
+            forbid(world.closed, "told to stay after close")
+            world.told.discard(a)
+        case commands.NotifyReady():
+            missing = set(range(command.watermark)) - world.on_device[a]
+            forbid(missing, "a layer was told before its bytes, or those before it")
+        case commands.NotifyUnloaded():
+            forbid(not world.unloads.get(a), "unloaded, but nobody asked for it")
+            forbid(a in world.holder, "unloaded, but on the device")
+            forbid(a in world.populating | world.held, "unloaded, but in host memory")
+            life = world.lifecycle.states.get(command.key)
+            kept = life is not None and life.image is not None and life.slot is SlotState.NONE
+            forbid(kept, "unloaded, but its image is kept")
+            world.unloads[a] = 0
+            world.forget_content(a)
 
 
-@judges(commands.ServeWaiter)
 def _serve(world: World, a: int, command: commands.ServeWaiter) -> None:
     holder, tier, foreground = world.waiting.pop(command.waiter)
     del world.since[command.waiter]
@@ -172,7 +189,9 @@ def _serve(world: World, a: int, command: commands.ServeWaiter) -> None:
     if tier is WantedTier.DEVICE:
         world.require_complete(a)
     elif tier is WantedTier.HOST:
-        forbid(not (world.is_complete(a) or _in_host(world, a)), "served before it is in memory")
+        groups = {group for owner, group in world.content.values() if owner == a}
+        in_host = a in world.held | world.read_ahead or len(groups) == len(world.setting.sizes[a])
+        forbid(not (world.is_complete(a) or in_host), "served before it is in memory")
     elif tier is WantedTier.DISK:
         present = a not in world.fetches and bool(world.readable.get(a))
         forbid(not (world.is_complete(a) or present), "served before the file is here")
@@ -184,39 +203,6 @@ def _serve(world: World, a: int, command: commands.ServeWaiter) -> None:
         world.idle_leases.append(a)
 
 
-def _in_host(world: World, a: int) -> bool:
-    groups = {group for owner, group in world.content.values() if owner == a}
-    return a in world.held | world.read_ahead or len(groups) == len(world.setting.sizes[a])
-
-
-@judges(commands.FailWaiters)
-def _fail(world: World, _: int, command: commands.FailWaiters) -> None:
-    for waiter in command.waiters:
-        del world.waiting[waiter], world.since[waiter]
-    if isinstance(command.error, CapacityError) and command.error.retryable:
-        forbid(not any(world.pins.values()), "pinned out, but nothing is pinned")
-
-
-@judges(commands.BreakSlot)
-def _break_slot(world: World, a: int, _: commands.BreakSlot) -> None:
-    world.broken.add(a)
-    world.dirty[a] = world.holder[a]
-    world.pins.pop(a, None)
-
-
-@judges(commands.NotifyLeaving)
-def _tell_leaving(world: World, a: int, command: commands.NotifyLeaving) -> None:
-    forbid(world.holder.get(a) != command.grant, "told to leave without a slot")
-    forbid(a in world.told, "told twice to be leaving")
-    forbid(world.pins.get(a), "told to be leaving under a pin")
-    world.told.add(a)
-    ordered = world.unloads.get(a) or world.closed or a in world.broken
-    if not ordered and a in world.resident_at:
-        due = world.now >= world.resident_at[a] + world.setting.min_residency
-        due = due and a not in world.leased
-        forbid(not (due or _starves(world, a)), "evicted before its time")
-
-
 def _starves(world: World, a: int) -> bool:
     waits_ahead = {holder for holder, _, foreground in world.waiting.values() if foreground}
     return any(
@@ -225,61 +211,32 @@ def _starves(world: World, a: int) -> bool:
     )
 
 
-@judges(commands.NotifyStays)
-def _tell_stays(world: World, a: int, command: commands.NotifyStays) -> None:
-    forbid(world.holder.get(a) != command.grant, "told to stay without a slot")
-    forbid(a not in world.told, "told to stay, but never to be leaving")
-    forbid(world.closed, "told to stay after close")
-    world.told.discard(a)
-
-
-@judges(commands.NotifyReady)
-def _tell_ready(world: World, a: int, command: commands.NotifyReady) -> None:
-    missing = set(range(command.watermark)) - world.on_device[a]
-    forbid(missing, "a layer was told before its bytes, or those before it")
-
-
-@judges(commands.NotifyUnloaded)
-def _tell_unloaded(world: World, a: int, command: commands.NotifyUnloaded) -> None:
-    forbid(not world.unloads.get(a), "unloaded, but nobody asked for it")
-    forbid(a in world.holder, "unloaded, but on the device")
-    forbid(a in world.populating or a in world.held, "unloaded, but in host memory")
-    life = world.lifecycle.states.get(command.key)
-    kept = life is not None and life.image is not None and life.slot is SlotState.NONE
-    forbid(kept, "unloaded, but its image is kept")
-    world.unloads[a] = 0
-    world.forget_content(a)
-
-
 def _check_between_steps(world: World) -> None:
     free = world.setting.copies - len(world.copies)
     forbid(world.lifecycle.budgets.device.copies_free != free, "places for copies leaked")
     for life in world.lifecycle.states.values():
         filling = life.slot is SlotState.FILLING
         forbid(filling and life.leaving and life.leases, "told to leave while filling")
-    _check_host(world)
+    holders = (world.populating | world.held).intersection(world.setting.holdable)
+    free = world.setting.host_bytes - sum(sum(world.setting.sizes[a]) for a in holders)
+    forbid(free < 0, "more is held than host_bytes")
+    forbid(world.lifecycle.budgets.host.free != free, "host_bytes leaked")
     if world.setting.image_bytes:
         _check_images(world)
-    _check_told(world)
+    for a in world.holder:
+        life = world.life(a)
+        leaves = life.departing or life.slot is SlotState.DRAINING or world.closed
+        forbid(a in world.told and not leaves, "told to be leaving, but stays")
+        forbid(life.departing and a not in world.told, "leaving, but nobody was told")
     _check_served(world)
     _check_memory(world)
     _check_forward(world)
 
 
-def _check_host(world: World) -> None:
-    holders = (world.populating | world.held).intersection(world.setting.holdable)
-    free = world.setting.host_bytes - sum(sum(world.setting.sizes[a]) for a in holders)
-    forbid(free < 0, "more is held than host_bytes")
-    forbid(world.lifecycle.budgets.host.free != free, "host_bytes leaked")
-
-
 def _check_images(world: World) -> None:
     states = world.lifecycle.states.values()
-    extents = sorted(
-        (extent.offset, extent.offset + extent.nbytes)
-        for life in states
-        for extent in life.image or ()
-    )
+    images = [extent for life in states for extent in life.image or ()]
+    extents = sorted((extent.offset, extent.offset + extent.nbytes) for extent in images)
     ends = [0, *(end for _, end in extents)]
     starts = [*(start for start, _ in extents), world.setting.image_bytes]
     forbid(any(start < end for end, start in zip(ends, starts, strict=True)), "two images overlap")
@@ -289,15 +246,6 @@ def _check_images(world: World) -> None:
         image = world.life(a).image
         gone = image is None or image[group] != copy.image
         forbid(copy.image is not None and gone, "an image was given away under a copy")
-
-
-def _check_told(world: World) -> None:
-    """Whoever holds a slot has heard whether it is leaving."""
-    for a in world.holder:
-        life = world.life(a)
-        leaves = life.departing or life.slot is SlotState.DRAINING or world.closed
-        forbid(a in world.told and not leaves, "told to be leaving, but stays")
-        forbid(life.departing and a not in world.told, "leaving, but nobody was told")
 
 
 def _check_served(world: World) -> None:
@@ -321,14 +269,14 @@ def _check_starving(world: World, a: int) -> None:
 
 def _check_memory(world: World) -> None:
     """What holds nothing of any budget is remembered up to a limit, and no longer."""
-    settling = world.lifecycle
-    idle = {key for key, life in world.lifecycle.states.items() if life.is_idle}
-    forbid(set(settling._idle) != idle, "others are remembered than those that are idle")
+    remembered, states = world.lifecycle._idle, world.lifecycle.states
+    idle = {key for key, life in states.items() if life.is_idle}
+    forbid(set(remembered) != idle, "others are remembered than those that are idle")
     nothing = sum(_holds_nothing(world, a) for a in range(len(world.setting.keys)))
     forbid(nothing > world.setting.max_idle, "more is remembered than max_idle")
-    plans = {id(life.needs): life.needs for life in world.lifecycle.states.values() if life.is_idle}
+    plans = {id(life.needs): life.needs for life in states.values() if life.is_idle}
     rows = sum(needs.weight for needs in plans.values() if needs is not None)
-    forbid(settling._idle.weight != 8 * len(idle) + rows, "the weight of what is remembered leaked")
+    forbid(remembered.weight != 8 * len(idle) + rows, "the weight of what is remembered leaked")
 
 
 def _holds_nothing(world: World, a: int) -> bool:
@@ -356,54 +304,37 @@ def _check_forward(world: World) -> None:
 
 
 _Way = tuple["_Way", Action] | None  # The last action, and the way before it
-
 _Budget = TypeVar("_Budget")
-
-_COPIED = (
-    *("fetches", "populating", "held", "read_ahead", "releasing", "copies", "on_device"),
-    *("readable", "content", "holder", "told", "resident_at", "idle_leases", "busy_leases"),
-    *("dirty", "wiping"),
-    *("orphan_uses", "broken", "pins", "unloads", "waiting", "since"),
-)
 _values = attrgetter(*(field.name for field in fields(AdapterState) if field.name != "waiters"))
 
 
 def clone(world: World) -> World:
     twin = World.__new__(World)
-    state = twin.__dict__
-    state.update(world.__dict__)
-    for name in _COPIED:
-        state[name] = state[name].copy()
+    for name, value in world.__dict__.items():
+        twin.__dict__[name] = value.copy() if isinstance(value, (dict, set, list)) else value
     twin.lifecycle = _clone_lifecycle(world)
     return twin
 
 
 def _clone_lifecycle(world: World) -> Lifecycle:
     """What copy.deepcopy would give, a hundred times faster."""
-    original = world.lifecycle
-    twin = Lifecycle(_clone_budgets(world), world.setting.pace)
-    for key, life in original.states.items():
-        twin.states[key] = _clone_state(life)
-    old, new = original, twin
+    old = world.lifecycle
+    new = Lifecycle(_clone_budgets(world), world.setting.pace)
     new._rules.closing = old._rules.closing
     new._slots.now = old._slots.now
     new._slots.queue.adopt(old._slots.queue)
     new._slots._blocked = old._slots._blocked
-    for life in twin.states.values():
-        new._slots.holders.update(life)
+    for key, life in old.states.items():
+        new.states[key] = twin = AdapterState(*_values(life))
+        for waiter in life.waiters:
+            twin.waiters.add(waiter)
+        new._slots.holders.update(twin)
     new._host_queue.queue.adopt(old._host_queue.queue)
     new._copies.virtual_time = old._copies.virtual_time
     for key in old._copies._adapters:
-        new._copies._adapters[key] = twin.states[key]
-        new._copies.update(twin.states[key])
+        new._copies._adapters[key] = new.states[key]
+        new._copies.update(new.states[key])
     new._idle.adopt(old._idle)
-    return twin
-
-
-def _clone_state(life: AdapterState) -> AdapterState:
-    new = AdapterState(*_values(life))
-    for waiter in life.waiters:
-        new.waiters.add(waiter)
     return new
 
 
@@ -411,13 +342,14 @@ def _clone_budgets(world: World) -> Budgets:
     setting, budgets = world.setting, world.lifecycle.budgets
     slots = budgets.device._free_slots.copy()
     device = _twin(budgets.device, _free_slots=slots, **_own(budgets.device))
-    host, images = _twin(budgets.host), budgets.images
+    host, images = budgets.host, budgets.images
+    own: dict[str, object] = {}
     if setting.host_bytes:
-        held, leaving = host.held.copy(), host.leaving.copy()
-        host = _twin(host, held=held, leaving=leaving, policy=host.policy.copy())
+        own = {"held": host.held.copy(), "leaving": host.leaving.copy()}
+        own["policy"] = host.policy.copy()
     if setting.image_bytes:
         images = _twin(images, **_own(images))
-    return Budgets(device, host, images)
+    return Budgets(device, _twin(host, **own), images)
 
 
 def _own(budget: Residency | ImageBudget) -> dict[str, object]:
@@ -434,6 +366,12 @@ def _twin(original: _Budget, **own: object) -> _Budget:
 _PRINTED = (
     *("fetches", "populating", "held", "read_ahead", "releasing", "readable", "content"),
     *("idle_leases", "busy_leases", "orphan_uses", "broken", "told", "wiping", "pins", "unloads"),
+)
+
+
+_printed = attrgetter(
+    *("file", "host", "slot", "fetched", "submitted", "done", "image", "imaged", "pins", "leaving"),
+    *("unloads", "leave_notified", "demoted", "broken", "wiping"),
 )
 
 
@@ -459,15 +397,14 @@ def _frozen(state: dict[int, object] | set[int] | list[int]) -> object:
 
 def _queue_print(world: World) -> tuple[object, ...]:
     lifecycle, setting = world.lifecycle, world.setting
-    budgets, settling = lifecycle.budgets, lifecycle
+    budgets, demoted = lifecycle.budgets, lifecycle._host_queue.queue
     forgets = len(setting.sizes) > setting.max_idle
-    demoted = settling._host_queue.queue
     waits = (entry for entry in sorted(demoted._heap) if demoted._waiting.get(entry[2]) == entry[0])
     return (
         budgets.device.policy.state(),
         budgets.host.policy.state(),
         budgets.images.policy.state(),
-        tuple(settling._idle) if forgets else None,
+        tuple(lifecycle._idle) if forgets else None,
         tuple(dict.fromkeys(entry[2] for entry in waits)),
         lifecycle.next_tick is None,
     )
@@ -484,29 +421,8 @@ def _life_print(
         turn = 0
     elif life.key not in copies._adapters:
         turn = max(turn, 0)
-    return (
-        life.file,
-        life.host,
-        life.slot,
-        life.needs is None,
-        life.fetched,
-        life.submitted,
-        life.done,
-        turn,
-        _grant_print(world, life),
-        life.image,
-        life.imaged,
-        (
-            life.pins,
-            life.leaving,
-            life.unloads,
-            life.leave_notified,
-            life.demoted,
-            life.broken,
-            life.wiping,
-        ),
-        tuple((order[w.id], w.tier, w.foreground, _age(world, w.since, 2)) for w in life.waiters),
-    )
+    waits = ((order[w.id], w.tier, w.foreground, _age(world, w.since, 2)) for w in life.waiters)
+    return (*_printed(life), life.needs is None, turn, _grant_print(world, life), *waits)
 
 
 def _grant_print(world: World, life: AdapterState) -> tuple[object, ...]:
@@ -529,35 +445,33 @@ def explore(setting: Setting, *, limit: int = 1_000_000) -> int:
 
     Raises the first violation, with the way that led to it.
     """
-    collects = gc.isenabled()
-    gc.disable()  # Nothing here is a cycle, and looking for some takes a third of the time.
-    try:
-        return _explore(setting, limit)
-    finally:
-        if collects:
-            gc.enable()
-
-
-def _explore(setting: Setting, limit: int) -> int:
     start = World.new(setting)
     seen = {fingerprint(start)}
     queue: deque[tuple[World, _Way]] = deque([(start, None)])
-    while queue:
-        world, way = queue.popleft()
-        left = list(actions(world))
-        while left:
-            action = left.pop()
-            twin = clone(world) if left else world  # for the last one, nobody needs that any more
-            try:
-                perform(twin, action)
-                mark = fingerprint(twin)
-            except Exception as error:
-                raise Violation(f"{error!r} after: {_told((way, action))}") from error
-            if mark not in seen:
-                forbid(len(seen) >= limit, f"more than {limit} states")
-                seen.add(mark)
-                queue.append((twin, (way, action)))
+    gc.disable()  # Nothing here is a cycle, and looking for some takes a third of the time.
+    try:
+        while queue:
+            world, way = queue.popleft()
+            left = list(actions(world))
+            while left:
+                action = left.pop()
+                twin = clone(world) if left else world  # for the last one, nobody needs it any more
+                mark = _step(twin, action, way)
+                if mark not in seen:
+                    forbid(len(seen) >= limit, f"more than {limit} states")
+                    seen.add(mark)
+                    queue.append((twin, (way, action)))
+    finally:
+        gc.enable()
     return len(seen)
+
+
+def _step(world: World, action: Action, way: _Way) -> tuple[object, ...]:
+    try:
+        perform(world, action)
+        return fingerprint(world)
+    except Exception as error:
+        raise Violation(f"{error!r} after: {_told((way, action))}") from error
 
 
 def _told(way: _Way) -> str:

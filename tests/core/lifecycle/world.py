@@ -1,7 +1,7 @@
 """A world around the real lifecycle in which everything that can happen is one of `actions`.
 
 The world plays driver, device and callers, one step at a time: it holds what is in flight. It is
-small enough to be explored exhaustively, which `explore` does; `checks` judges every command.
+small enough to be explored exhaustively, which `explore` does.
 """
 
 from __future__ import annotations
@@ -169,9 +169,7 @@ class World:
         forbid(not self.is_complete(a), "resident before its last byte")
 
     def require_open(self, a: int) -> None:
-        """What is leaving gives no lease."""
-        leaving = a in self.told or self.unloads.get(a)
-        forbid(leaving, "a lease on an adapter that is leaving")
+        forbid(a in self.told or self.unloads.get(a), "a lease on an adapter that is leaving")
 
     def want(self, a: int, tier: WantedTier, foreground: bool) -> list[Command]:
         self.next_waiter += 1
@@ -411,17 +409,10 @@ def _uses(world: World) -> Iterator[Action]:
         yield ("end_orphan", a)
 
 
-DEVICE, STREAM = (WantedTier.DEVICE, True), (WantedTier.STREAM, True)
-HOST, DISK = (WantedTier.HOST, True), (WantedTier.DISK, True)
-PREFETCH, PREFETCH_HOST, PREFETCH_DISK = (
-    (WantedTier.DEVICE, False),
-    (WantedTier.HOST, False),
-    (WantedTier.DISK, False),
-)
-UNEVEN = ((64, 64), (64,))
-SMALL = ((64,), (64,))
-ONE = ((64, 64),)
-THREE = ((64,), (64,), (64,))
+_TIERS = WantedTier.DEVICE, WantedTier.STREAM, WantedTier.HOST, WantedTier.DISK
+DEVICE, STREAM, HOST, DISK = ((tier, True) for tier in _TIERS)
+PREFETCHES = PREFETCH, PREFETCH_HOST, _ = [(tier, False) for tier in (_TIERS[0], *_TIERS[2:])]
+UNEVEN, SMALL, ONE, THREE = ((64, 64), (64,)), ((64,), (64,)), ((64, 64),), ((64,), (64,), (64,))
 BOTH = (0, 1)
 WHOLES = "streaming kernels"
 SOUND = f"{WHOLES} failures"
@@ -429,123 +420,88 @@ QUIET = f"{WHOLES} closing"
 """Files come whole; without kernels; nothing fails; or without kernels and close."""
 ALONE = f"failures withdrawals {QUIET}"
 HOSTED: dict[str, Any] = {"host_bytes": 64, "holdable": BOTH}
+ROOMY = HOSTED | {"host_bytes": 128}
 RESIDENT: dict[str, Any] = {"min_residency": MIN_RESIDENCY}
 
 
 def _world(
-    *wishes: tuple[WantedTier, bool],
-    sizes: tuple[tuple[int, ...], ...],
-    without: str = "",
-    **more: Any,
+    sizes: tuple[tuple[int, ...], ...], *wishes: tuple[WantedTier, bool], no: str = "", **more: Any
 ) -> Setting:
-    flags: dict[str, Any] = dict.fromkeys(without.split(), False)
+    """`no` names flags that are off here."""
+    flags: dict[str, Any] = dict.fromkeys(no.split(), False)
     return Setting(wishes, sizes, **flags, **more)
 
 
 WHOLE = {
-    "prefetch beside foreground": _world(DEVICE, PREFETCH, sizes=SMALL, without=QUIET),
-    "two adapters, streaming leases": _world(STREAM, sizes=UNEVEN, without="kernels"),
-    "two adapters, one slot": _world(DEVICE, sizes=UNEVEN),
-    "an image between two slots": _world(
-        DEVICE, sizes=SMALL, slots=2, image_bytes=64, without="streaming kernels"
-    ),
+    "prefetch beside foreground": _world(SMALL, DEVICE, PREFETCH, no=QUIET),
+    "two adapters, streaming leases": _world(UNEVEN, STREAM, no="kernels"),
+    "two adapters, one slot": _world(UNEVEN, DEVICE),
+    "an image between two slots": _world(SMALL, DEVICE, slots=2, image_bytes=64, no=WHOLES),
 }
 """Explored in whole by `make soak`."""
 
-# Each twice: where callers give up and nothing fails, and the other way round.
-_CALLERS = {f"{name}, no failure": replace(it, failures=False) for name, it in WHOLE.items()}
-_FAULTS = {f"{name}, all wait": replace(it, withdrawals=False) for name, it in WHOLE.items()}
-
 SETTINGS = {
-    **_CALLERS,
-    **_FAULTS,
-    "little is remembered": _world(DEVICE, sizes=UNEVEN, max_idle=0, without="streaming"),
-    "populated and forgotten": _world(HOST, DISK, sizes=SMALL, max_idle=0, without="streaming"),
+    # Each twice: where callers give up and nothing fails, and the other way round.
+    **{f"{name}, no failure": replace(it, failures=False) for name, it in WHOLE.items()},
+    **{f"{name}, all wait": replace(it, withdrawals=False) for name, it in WHOLE.items()},
+    "little is remembered": _world(UNEVEN, DEVICE, max_idle=0, no="streaming"),
+    "populated and forgotten": _world(SMALL, HOST, DISK, max_idle=0, no="streaming"),
     "forgotten on demand": _world(
-        DEVICE, HOST, sizes=ONE, host_bytes=128, holdable=(0,), unloads=1, forgets=True
+        ONE, DEVICE, HOST, host_bytes=128, holdable=(0,), unloads=1, forgets=True
     ),
-    "one copy at a time": _world(DEVICE, sizes=UNEVEN, copies=1, without="streaming"),
-    "two slots, bytes for one": _world(DEVICE, sizes=UNEVEN, slots=2, without="streaming"),
-    "host and disk tiers": _world(HOST, DISK, DEVICE, sizes=ONE, without="kernels"),
+    "one copy at a time": _world(UNEVEN, DEVICE, copies=1, no="streaming"),
+    "two slots, bytes for one": _world(UNEVEN, DEVICE, slots=2, no="streaming"),
+    "host and disk tiers": _world(ONE, HOST, DISK, DEVICE, no="kernels"),
     "lookups and ageing": _world(
-        DEVICE, sizes=UNEVEN, lookups=True, ageing=True, leases=2, without="streaming"
+        UNEVEN, DEVICE, lookups=True, ageing=True, leases=2, no="streaming"
     ),
-    "too large": _world(
-        DEVICE, HOST, sizes=UNEVEN, device_bytes=64, without="streaming withdrawals"
-    ),
-    "whole and streaming wishes": _world(
-        DEVICE, STREAM, sizes=UNEVEN, without=f"withdrawals {QUIET}"
-    ),
-    "pins": _world(DEVICE, sizes=SMALL, pins=2, without=WHOLES),
-    "pins and streams": _world(STREAM, sizes=SMALL, pins=1, without="kernels closing"),
-    "pins and ageing": _world(DEVICE, sizes=SMALL, pins=1, ageing=True, leases=2, without=SOUND),
-    "pins beside a second slot": _world(DEVICE, sizes=UNEVEN, slots=2, pins=1, without=SOUND),
-    "pins of one of three": _world(DEVICE, sizes=THREE, slots=2, pins=1, without=ALONE),
-    "pins and unload": _world(DEVICE, sizes=SMALL, pins=1, unloads=1, without=SOUND),
+    "too large": _world(UNEVEN, DEVICE, HOST, device_bytes=64, no="streaming withdrawals"),
+    "whole and streaming wishes": _world(UNEVEN, DEVICE, STREAM, no=f"withdrawals {QUIET}"),
+    "pins": _world(SMALL, DEVICE, pins=2, no=WHOLES),
+    "pins and streams": _world(SMALL, STREAM, pins=1, no="kernels closing"),
+    "pins and ageing": _world(SMALL, DEVICE, pins=1, ageing=True, leases=2, no=SOUND),
+    "pins beside a second slot": _world(UNEVEN, DEVICE, slots=2, pins=1, no=SOUND),
+    "pins of one of three": _world(THREE, DEVICE, slots=2, pins=1, no=ALONE),
+    "pins and unload": _world(SMALL, DEVICE, pins=1, unloads=1, no=SOUND),
     "unload beside streams": _world(
-        DEVICE, STREAM, sizes=ONE, unloads=2, clones=True, max_idle=0, without="kernels"
+        ONE, DEVICE, STREAM, unloads=2, clones=True, max_idle=0, no="kernels"
     ),
-    "unload beside loads": _world(DEVICE, sizes=SMALL, unloads=1, without="streaming"),
+    "unload beside loads": _world(SMALL, DEVICE, unloads=1, no="streaming"),
     "host memory for one of two": _world(
-        PREFETCH_HOST, DEVICE, sizes=SMALL, without=f"withdrawals {QUIET}", **HOSTED
+        SMALL, PREFETCH_HOST, DEVICE, no=f"withdrawals {QUIET}", **HOSTED
     ),
-    "host memory and unload": _world(
-        HOST, DEVICE, sizes=ONE, host_bytes=128, holdable=BOTH, unloads=1, without="streaming"
-    ),
-    "some can be held": _world(HOST, sizes=THREE, unloads=1, without=ALONE, **HOSTED),
-    "no host memory": _world(PREFETCH_HOST, DEVICE, sizes=SMALL, holdable=BOTH, without=QUIET),
-    "prefetch targets": _world(
-        DEVICE,
-        PREFETCH,
-        PREFETCH_HOST,
-        PREFETCH_DISK,
-        sizes=((64,),),
-        unloads=1,
-        without="kernels",
-        **HOSTED,
-    ),
-    "images for one of two": _world(
-        DEVICE, sizes=SMALL, image_bytes=64, max_idle=1, without="streaming kernels"
-    ),
-    "images of two": _world(DEVICE, sizes=UNEVEN, image_bytes=192, without=SOUND),
+    "host memory and unload": _world(ONE, HOST, DEVICE, unloads=1, no="streaming", **ROOMY),
+    "some can be held": _world(THREE, HOST, unloads=1, no=ALONE, **HOSTED),
+    "no host memory": _world(SMALL, PREFETCH_HOST, DEVICE, holdable=BOTH, no=QUIET),
+    "prefetch targets": _world(((64,),), DEVICE, *PREFETCHES, unloads=1, no="kernels", **HOSTED),
+    "images for one of two": _world(SMALL, DEVICE, image_bytes=64, max_idle=1, no=WHOLES),
+    "images of two": _world(UNEVEN, DEVICE, image_bytes=192, no=SOUND),
     "images, unload and failures": _world(
-        DEVICE, PREFETCH_HOST, sizes=ONE, image_bytes=128, unloads=1, without="streaming kernels"
+        ONE, DEVICE, PREFETCH_HOST, image_bytes=128, unloads=1, no=WHOLES
     ),
-    "minimum residency and starving": _world(
-        DEVICE, sizes=SMALL, leases=2, without=WHOLES, **RESIDENT
-    ),
-    "least often used": _world(DEVICE, sizes=SMALL, policy="lfu", without=ALONE),
+    "minimum residency and starving": _world(SMALL, DEVICE, leases=2, no=WHOLES, **RESIDENT),
+    "least often used": _world(SMALL, DEVICE, policy="lfu", no=ALONE),
     "cheapest to have back": _world(
-        DEVICE,
-        sizes=UNEVEN,
-        policy="gdsf",
-        image_bytes=128,
-        host_bytes=128,
-        holdable=BOTH,
-        without=f"{SOUND} closing",
+        UNEVEN, DEVICE, policy="gdsf", image_bytes=128, no=f"{SOUND} closing", **ROOMY
     ),
-    "minimum residency": _world(DEVICE, PREFETCH, sizes=SMALL, without=ALONE, **RESIDENT),
+    "minimum residency": _world(SMALL, DEVICE, PREFETCH, no=ALONE, **RESIDENT),
 }
 
 LARGER = {
     **WHOLE,
-    "streaming and whole": _world(DEVICE, STREAM, sizes=SMALL),
-    "streaming and kernels": _world(STREAM, sizes=UNEVEN),
-    "prefetch": _world(DEVICE, PREFETCH, sizes=UNEVEN, without="kernels closing"),
-    "three adapters": _world(DEVICE, sizes=THREE, ageing=True, without=QUIET),
-    "pins and unload of three": _world(
-        DEVICE, sizes=THREE, slots=2, pins=1, unloads=1, without=ALONE
-    ),
+    "streaming and whole": _world(SMALL, DEVICE, STREAM),
+    "streaming and kernels": _world(UNEVEN, STREAM),
+    "prefetch": _world(UNEVEN, DEVICE, PREFETCH, no="kernels closing"),
+    "three adapters": _world(THREE, DEVICE, ageing=True, no=QUIET),
+    "pins and unload of three": _world(THREE, DEVICE, slots=2, pins=1, unloads=1, no=ALONE),
     "unload beside streams and kernels": _world(
-        DEVICE, STREAM, sizes=ONE, unloads=2, clones=True, max_idle=0
+        ONE, DEVICE, STREAM, unloads=2, clones=True, max_idle=0
     ),
     "every tier of two": _world(
-        DEVICE, PREFETCH_HOST, sizes=SMALL, image_bytes=64, unloads=1, without=ALONE, **HOSTED
+        SMALL, DEVICE, PREFETCH_HOST, image_bytes=64, unloads=1, no=ALONE, **HOSTED
     ),
-    "minimum residency and prefetch": _world(
-        DEVICE, PREFETCH, sizes=SMALL, pins=1, without=QUIET, **RESIDENT
-    ),
+    "minimum residency and prefetch": _world(SMALL, DEVICE, PREFETCH, pins=1, no=QUIET, **RESIDENT),
     "least often used, and host memory": _world(
-        DEVICE, PREFETCH_HOST, sizes=SMALL, policy="lfu", without=ALONE, **HOSTED
+        SMALL, DEVICE, PREFETCH_HOST, policy="lfu", no=ALONE, **HOSTED
     ),
 }
