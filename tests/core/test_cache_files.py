@@ -11,10 +11,10 @@ from itertools import pairwise
 from random import Random
 from typing import Any
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from core.refusals import refusals
 from lorax_async.cache.partials import CHUNK_BYTES, SYNCED, ChunkMap, encoded_size
 from lorax_async.cache.records import (
     CacheKey,
@@ -38,9 +38,6 @@ from lorax_async.formats.split_weights import (
 
 BOOT = b"a" * 16
 TEXT = st.text(st.characters(exclude_categories=()), max_size=20)
-
-
-# -- names ----------------------------------------------------------------------------------------
 
 
 @given(TEXT, TEXT, TEXT, TEXT)
@@ -82,13 +79,9 @@ OTHER_NAMES = [
 def test_files_have_the_names_that_tools_know() -> None:
     assert {role.file_name: role_of(role.file_name) for role in FILE_NAMES.values()} == FILE_NAMES
     assert [name for name in OTHER_NAMES if role_of(name) is not None] == []
-    no_files: list[tuple[Any, int, int]] = [
-        *(("weights", 100_000, 100_000), ("weights", -1, 0), ("weights", 0, 1)),
-        *(("weights", 1, 0), ("weights", 3, 2), ("config", 1, 1), ("index", 0, 1)),
-    ]
-    for kind, number, count in no_files:
-        with pytest.raises(UsageError, match="invalid "):
-            FileRole(kind, number, count)
+    numbers = ((100_000, 100_000), (-1, 0), (0, 1), (1, 0), (3, 2))
+    roles = [*(("weights", *pair) for pair in numbers), ("config", 1, 1), ("index", 0, 1)]
+    refusals(lambda role: FileRole(*role), UsageError, {"invalid ": roles})
 
 
 def test_a_partials_name_begins_with_its_entrys() -> None:
@@ -99,8 +92,6 @@ def test_a_partials_name_begins_with_its_entrys() -> None:
     assert not any(map(is_partial_name, others))
     assert not is_entry_name(f"{entry}.00ff")
 
-
-# -- records --------------------------------------------------------------------------------------
 
 FILES = (
     FileRecord(CONFIG_FILE, 7, 1_700_000_000_123_456_789, Digest("git-sha1", "ab" * 20)),
@@ -124,40 +115,30 @@ def test_a_record_is_json_that_people_can_read_and_comes_back() -> None:
     }
 
 
-@pytest.mark.parametrize("text", ["\ud800", "x" * 5_000, "a\nb\x1b[31m", '"}{'])
-def test_any_key_has_a_record(text: str) -> None:
-    key = CacheKey(text, text)
-    record = decoded_record(record_of(key, FILES).encoded())
-    assert record.name == key.name
-    assert record.source.isprintable()
-    assert len(record.source) <= 1_000
+def test_any_key_has_a_record() -> None:
+    for text in ("\ud800", "x" * 5_000, "a\nb\x1b[31m", '"}{'):
+        record = decoded_record(record_of(CacheKey(text, text), FILES).encoded())
+        assert record.name == CacheKey(text, text).name
+        assert record.source.isprintable()
+        assert len(record.source) <= 1_000
 
 
+NO_FILES: list[dict[str, Any]] = [
+    *({"file": "../../etc/passwd"}, {"file": "adapter_model.safetensors"}, {"file": 3}),
+    *({"nbytes": -1}, {"nbytes": True}, {"nbytes": 1.5}, {"mtime_ns": "0"}),
+    *({"kind": "md5"}, {"digest": "ab" * 19}),
+]
 NO_RECORDS: list[dict[str, Any]] = [
     *({"format": 2}, {"entry": 5}, {"source": None}, {"version": []}, {"files": []}),
     *({"files": {}}, {"files": ["adapter_config.json"]}),
-    *(
-        {"files": [FIELDS["files"][0] | change, FIELDS["files"][1]]}
-        for change in [
-            *({"file": "../../etc/passwd"}, {"file": "adapter_model.safetensors"}, {"file": 3}),
-            *({"nbytes": -1}, {"nbytes": True}, {"nbytes": 1.5}, {"mtime_ns": "0"}),
-            *({"kind": "md5"}, {"digest": "ab" * 19}),
-        ]
-    ),
+    *({"files": [FIELDS["files"][0] | change, FIELDS["files"][1]]} for change in NO_FILES),
 ]
 
 
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"[]", b"{}", RECORD.encoded()[:-10]]
-    + [json.dumps(FIELDS | changes).encode() for changes in NO_RECORDS],
-)
-def test_what_is_no_record_is_refused(content: bytes) -> None:
-    with pytest.raises(AdapterFormatError, match="the cache's record"):
-        decoded_record(content)
-
-
-# -- maps of chunks -------------------------------------------------------------------------------
+def test_what_is_no_record_is_refused() -> None:
+    contents = [b"", b"[]", b"{}", RECORD.encoded()[:-10]]
+    contents += [json.dumps(FIELDS | changes).encode() for changes in NO_RECORDS]
+    refusals(decoded_record, AdapterFormatError, {"the cache's record": contents})
 
 
 @st.composite
@@ -211,10 +192,7 @@ GOOD = ChunkMap(100, 10).encoded(BOOT)
 HEAD = GOOD[:24]
 NO_MAPS = [
     *(b"", GOOD[:-1], GOOD + b"\0", GOOD[:30], b"X" + GOOD[1:]),
-    *(
-        HEAD + struct.pack("<QQ", *sizes) + GOOD[40:]
-        for sizes in [(101, 10), (100, 0), (100, 1 << 40)]
-    ),
+    *(HEAD + struct.pack("<QQ", *at) + GOOD[40:] for at in [(101, 10), (100, 0), (100, 1 << 40)]),
     GOOD[:-1] + b"\x04",  # the eleventh chunk of ten
     ChunkMap(100, 10).encoded(b"b" * 16),  # of another boot
 ]
@@ -231,8 +209,6 @@ def test_what_is_no_map_of_the_file_is_none() -> None:
         assert found is not None
         assert list(found.spans()) == spans
 
-
-# -- digests --------------------------------------------------------------------------------------
 
 KINDS: list[DigestKind] = ["git-sha1", "sha256", "transport"]
 
@@ -273,12 +249,8 @@ NO_DIGESTS: list[tuple[Any, Any]] = [
 
 
 def test_what_is_no_digest_is_refused() -> None:
-    for kind, value in NO_DIGESTS:
-        with pytest.raises(UsageError, match="digest"):
-            Digest(kind, value)
+    refusals(lambda fields: Digest(*fields), UsageError, {"digest": NO_DIGESTS})
 
-
-# -- what responses tell --------------------------------------------------------------------------
 
 # RFC 9530, B.1: {"hello": "world"} with its line feed.
 EXAMPLE = "RK/0qy18MlBSVnWgjwz6lZEWjP/lF5HF9bvEF8FabDg="
@@ -313,26 +285,21 @@ def test_a_representations_digest_is_told_unless_it_is_malformed() -> None:
     assert [field for field in MALFORMED if sent_sha256({"repr-digest": field}) is not None] == []
 
 
-@pytest.mark.parametrize(
-    ("value", "more", "told"),
-    [
-        (EXAMPLE, {}, True),
-        (EXAMPLE, {"x-amz-checksum-type": "FULL_OBJECT"}, True),
-        (EXAMPLE, PART | {"x-amz-checksum-type": "FULL_OBJECT"}, True),
-        (EXAMPLE, PART, False),  # it may be that of one part of an upload
-        (EXAMPLE, {"x-amz-checksum-type": "COMPOSITE"}, False),
-        (EXAMPLE, {"x-amz-checksum-type": "something new"}, False),
-        (f"{EXAMPLE}-3", {}, False),
-        (f"{EXAMPLE}-3", {"x-amz-checksum-type": "FULL_OBJECT"}, False),
-        *(("not base64!", {}, False), ("\xe9", {}, False)),
-        # The digest of a part is not that of the file, and RFC 3230 is obsolete.
-        ("", {"content-digest": f"sha-256=:{EXAMPLE}:", "digest": f"sha-256={EXAMPLE}"}, False),
-    ],
-)
-def test_an_objects_checksum_is_told_if_it_is_of_all(
-    value: str, more: dict[str, str], told: bool
-) -> None:
-    assert sent_sha256({"x-amz-checksum-sha256": value} | more) == (TOLD if told else None)
+WHOLE = {"x-amz-checksum-type": "FULL_OBJECT"}
+NOT_OF_ALL: list[tuple[str, dict[str, str]]] = [
+    (EXAMPLE, PART),  # it may be that of one part of an upload
+    *((EXAMPLE, {"x-amz-checksum-type": kind}) for kind in ("COMPOSITE", "something new")),
+    *((f"{EXAMPLE}-3", {}), (f"{EXAMPLE}-3", WHOLE), ("not base64!", {}), ("\xe9", {})),
+    # The digest of a part is not that of the file, and RFC 3230 is obsolete.
+    ("", {"content-digest": f"sha-256=:{EXAMPLE}:", "digest": f"sha-256={EXAMPLE}"}),
+]
+
+
+def test_an_objects_checksum_is_told_if_it_is_of_all() -> None:
+    for more in ({}, WHOLE, PART | WHOLE):
+        assert sent_sha256({"x-amz-checksum-sha256": EXAMPLE, **more}) == TOLD
+    told = [sent_sha256({"x-amz-checksum-sha256": value} | more) for value, more in NOT_OF_ALL]
+    assert told == [None] * len(NOT_OF_ALL)
 
 
 def test_the_representations_digest_comes_first() -> None:

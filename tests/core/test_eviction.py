@@ -133,12 +133,9 @@ def test_a_trace_as_worked_out_by_hand(name: PolicyName, hits: int, reloaded: in
 
 
 def test_so_many_fit() -> None:
-    rooms = [
-        DeviceCapacity(6 * 64 + 191, 64, 8),
-        DeviceCapacity(9 * 64, 64, 2),
-        DeviceCapacity(191, 64, 8),
-    ]
-    assert [count_fitting(GroupSizes((64, 128)), room) for room in rooms] == [2, 2, 0]
+    rooms = [(6 * 64 + 191, 64, 8), (9 * 64, 64, 2), (191, 64, 8)]
+    two = GroupSizes((64, 128))
+    assert [count_fitting(two, DeviceCapacity(*room)) for room in rooms] == [2, 2, 0]
     assert SimulationResult().hit_rate == 0
 
 
