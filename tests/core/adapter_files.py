@@ -3,6 +3,7 @@
 import json
 import struct
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -10,7 +11,6 @@ from lorax_async.config import Limits
 from lorax_async.formats.safetensors import parse_header
 from lorax_async.formats.spans import ByteSpan
 from lorax_async.planning.layout import ModelLayout, Module, Parallelism
-from lorax_async.planning.sharding import ModuleCut
 from lorax_async.planning.transfer_plan import GroupPlan, TransferPlan, plan_transfer
 from lorax_async.types import AdapterSpec
 
@@ -66,28 +66,10 @@ def layout_of(
     return ModelLayout(made, num_layers, "BF16", "model.")
 
 
-def plan(
-    file: bytes,
-    spec: AdapterSpec,
-    layout: ModelLayout,
-    *,
-    dtype: str | None = None,
-    rank_multiple: int = 1,
-    limits: Limits = Limits(),
-    staging_move_bytes: int = 1 << 20,
-    cuts: Sequence[ModuleCut] = (),
-) -> TransferPlan:
-    return plan_transfer(
-        parse_header(file, len(file)),
-        spec,
-        layout,
-        dtype=dtype,
-        alignment=ALIGNMENT,
-        rank_multiple=rank_multiple,
-        limits=limits,
-        staging_move_bytes=staging_move_bytes,
-        cuts=cuts,
-    )
+def plan(file: bytes, spec: AdapterSpec, layout: ModelLayout, **how: Any) -> TransferPlan:
+    plain = {"dtype": None, "alignment": ALIGNMENT, "rank_multiple": 1, "limits": Limits()}
+    plain |= {"staging_move_bytes": 1 << 20, "cuts": ()}
+    return plan_transfer(parse_header(file, len(file)), spec, layout, **(plain | how))
 
 
 def content_of(spans: Iterable[ByteSpan], file: bytes) -> bytes:

@@ -1,6 +1,7 @@
 """The arena against a bitmap that is searched cell by cell."""
 
-import pytest
+from itertools import groupby
+
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -11,6 +12,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from core.refusals import refusals
 from lorax_async.errors import InternalError
 from lorax_async.lifecycle.arena import Arena, Extent
 
@@ -28,14 +30,11 @@ class Bitmap:
         self.taken = [False] * cells
 
     def holes(self) -> list[tuple[int, int]]:
-        found: list[tuple[int, int]] = []
-        start: int | None = None
-        for cell, taken in enumerate([*self.taken, True]):
-            if taken and start is not None:
-                found.append((cell - start, start))
-                start = None
-            elif not taken and start is None:
-                start = cell
+        found, start = [], 0
+        for taken, cells in groupby(self.taken):
+            count = len(list(cells))
+            found += [] if taken else [(count, start)]
+            start += count
         return found
 
     def allocate(self, sizes: list[int]) -> tuple[Extent, ...] | None:
@@ -98,18 +97,12 @@ class ArenaMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def free_wrongly(self, data: st.DataObject) -> None:
         good = data.draw(st.sampled_from(self.held))
-        bad = data.draw(
-            st.sampled_from(
-                [
-                    (*good, good[0]),
-                    (*good, Extent(good[0].offset, good[0].nbytes + ALIGNMENT)),
-                    (*good, Extent(self.arena.nbytes, ALIGNMENT)),
-                    (Extent(good[0].offset + 1, good[0].nbytes), *good[1:]),
-                ]
-            )
+        offset, nbytes = good[0].offset, good[0].nbytes
+        wrong = [good[0], Extent(offset, nbytes + ALIGNMENT), Extent(self.arena.nbytes, ALIGNMENT)]
+        bad = [*((*good, each) for each in wrong), (Extent(offset + 1, nbytes), *good[1:])]
+        refusals(
+            self.arena.free, InternalError, {"not allocated": [data.draw(st.sampled_from(bad))]}
         )
-        with pytest.raises(InternalError, match="not allocated"):
-            self.arena.free(bad)
 
     @rule(sizes=SIZES)
     def change_a_copy(self, sizes: list[int]) -> None:
@@ -133,18 +126,12 @@ def test_the_arena_is_the_bitmap() -> None:
     run_state_machine_as_test(ArenaMachine)
 
 
-@pytest.mark.parametrize("size", [0, -1, -64])
-def test_a_size_is_positive(size: int) -> None:
+def test_what_cannot_be() -> None:
     arena = Arena(256, 64)
     assert arena.allocate([]) == ()
-    with pytest.raises(InternalError, match="must be positive"):
-        arena.allocate([64, size])
-    with pytest.raises(InternalError, match="must be positive"):
-        arena.can_allocate([size])
+    for call in (arena.allocate, arena.can_allocate):
+        cases = {"must be positive": [[64, 0], [64, -1], [-64]]}
+        refusals(call, InternalError, cases)
     assert arena.free_bytes == 256
-
-
-@pytest.mark.parametrize(("nbytes", "alignment"), [(-1, 64), (64, 0), (64, 48), (64, -64)])
-def test_an_arena_that_cannot_be(nbytes: int, alignment: int) -> None:
-    with pytest.raises(InternalError, match="invalid arena"):
-        Arena(nbytes, alignment)
+    arenas = [(-1, 64), (64, 0), (64, 48), (64, -64)]
+    refusals(lambda sizes: Arena(*sizes), InternalError, {"invalid arena": arenas})

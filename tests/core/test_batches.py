@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from core.refusals import refusals
 from lorax_async.errors import HandleClosedError
 from lorax_async.planning.batch_plan import (
     BASE_ONLY,
@@ -24,12 +25,8 @@ from lorax_async.scheduler.adapter_queues import LoadTarget, LookAhead, urgency
 from lorax_async.scheduler.admission import share
 from lorax_async.scheduler.step import DECAY, PassTimeModel
 
-TENANTS = {
-    0: SlotOccupant(4, 16),
-    1: SlotOccupant(9, 8),
-    2: SlotOccupant(5, 16),
-    3: SlotOccupant(1, 64),
-}
+GENERATIONS_AND_RANKS = ((4, 16), (9, 8), (5, 16), (1, 64))
+TENANTS = {slot: SlotOccupant(*each) for slot, each in enumerate(GENERATIONS_AND_RANKS)}
 A, B, C = SlotRef(0, 4), SlotRef(1, 9), SlotRef(2, 5)
 
 
@@ -43,41 +40,36 @@ def test_rows_are_ordered_by_rank_then_slot() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("place", "named"),
-    [
-        (SlotRef(0, 3), "generation 3 of slot 0, which has generation 4"),
-        (SlotRef(0, 5), "generation 5 of slot 0, which has generation 4"),
-        (SlotRef(7, 1), "generation 1 of slot 7, which has no occupant"),
-        (SlotRef(7, -1), "generation -1 of slot 7, which has no occupant"),
-    ],
-)
-def test_a_stale_row_is_refused(place: SlotRef, named: str) -> None:
-    with pytest.raises(HandleClosedError, match=named):
-        plan_batch([A, place, NO_SLOT], [1, 1, 1], TENANTS)
-    with pytest.raises(HandleClosedError, match=named):
-        require_current([A, place, NO_SLOT], TENANTS)
+def test_a_stale_row_is_refused() -> None:
+    cases = {
+        "generation 3 of slot 0, which has generation 4": [[A, SlotRef(0, 3), NO_SLOT]],
+        "generation 5 of slot 0, which has generation 4": [[A, SlotRef(0, 5), NO_SLOT]],
+        "generation 1 of slot 7, which has no occupant": [[A, SlotRef(7, 1), NO_SLOT]],
+        "generation -1 of slot 7, which has no occupant": [[A, SlotRef(7, -1), NO_SLOT]],
+    }
+    refusals(lambda rows: plan_batch(rows, [1, 1, 1], TENANTS), HandleClosedError, cases)
+    refusals(lambda rows: require_current(rows, TENANTS), HandleClosedError, cases)
     require_current([A, NO_SLOT, C], TENANTS)
 
 
-@pytest.mark.parametrize(("places", "lengths"), [([A], [0]), ([A], []), ([A, B], [1])])
-def test_sequences_without_tokens_are_refused(places: list[SlotRef], lengths: list[int]) -> None:
-    with pytest.raises(ValueError, match="at least one token"):
-        plan_batch(places, lengths, TENANTS)
+def test_batches_that_cannot_be_are_refused() -> None:
+    batches = [([A], [0]), ([A], []), ([A, B], [1])]
+    cases = {"at least one token": [(*batch, TENANTS) for batch in batches]}
+    refusals(lambda batch: plan_batch(*batch), ValueError, cases)
+    rows = {
+        "slot 0, -1 tokens": [([0], [-1])],
+        "slot -2, 1 tokens": [([-2], [1])],
+        "slot -2, 0 tokens": [([-2], [0])],
+        "shorter": [([0, 1], [1])],
+        "longer": [([0], [1, 2])],
+    }
+    refusals(lambda batch: plan_rows(*batch), ValueError, rows)
 
 
-@given(
-    st.lists(
-        st.tuples(
-            st.sampled_from(
-                [NO_SLOT, *(SlotRef(slot, t.generation) for slot, t in TENANTS.items())]
-            ),
-            st.integers(1, 40),
-        ),
-        max_size=30,
-    ),
-    st.integers(1, 16),
-)
+PLACES = st.sampled_from([NO_SLOT, *(SlotRef(slot, t.generation) for slot, t in TENANTS.items())])
+
+
+@given(st.lists(st.tuples(PLACES, st.integers(1, 40)), max_size=30), st.integers(1, 16))
 def test_a_plan_is_its_definition_token_by_token(
     batch: list[tuple[SlotRef, int]], rows: int
 ) -> None:
@@ -108,21 +100,6 @@ def test_segments_are_the_runs_of_equal_tokens(batch: list[tuple[int, int]]) -> 
     assert [two - one for one, two in pairwise(found.bounds)] == [length for _, length in runs]
     assert (found.bounds[0], found.tokens) == (0, len(tokens))
     assert plan_rows(tokens, [1] * len(tokens)) == found
-
-
-@pytest.mark.parametrize(
-    ("slots", "lengths", "named"),
-    [
-        ([0], [-1], "slot 0, -1 tokens"),
-        ([-2], [1], "slot -2, 1 tokens"),
-        ([-2], [0], "slot -2, 0 tokens"),
-        ([0, 1], [1], "shorter"),
-        ([0], [1, 2], "longer"),
-    ],
-)
-def test_rows_that_cannot_be_are_refused(slots: list[int], lengths: list[int], named: str) -> None:
-    with pytest.raises(ValueError, match=named):
-        plan_rows(slots, lengths)
 
 
 wants = st.lists(st.lists(st.integers(1, 200), max_size=6), max_size=6)
@@ -158,18 +135,14 @@ def test_nobody_gets_too_much_and_nothing_is_left(
     assert len(flat) <= rows
     assert all(len(one) <= len(other) for one, other in zip(given, asked, strict=True))
     for adapter, wanted in zip(given, asked, strict=True):
-        for number, got in enumerate(adapter):
-            assert min(least, tokens, wanted[number]) <= got <= wanted[number]
+        for got, want in zip(adapter, wanted, strict=False):
+            assert min(least, tokens, want) <= got <= want
     wanting = [number for number, each in enumerate(asked) if each]
     if wanting:
         assert given[wanting[0]], "the most urgent one always gets some"
-    # Tokens are left over only where every row has all that it wants.
-    if (
-        sum(flat) < tokens
-        and len(flat) < rows
-        and all(len(one) == len(two) for one, two in zip(given, asked, strict=True))
-    ):
-        assert given == asked
+    complete = all(len(one) == len(two) for one, two in zip(given, asked, strict=True))
+    if sum(flat) < tokens and len(flat) < rows and complete:
+        assert given == asked, "tokens are left over only where every row has all that it wants"
 
 
 @given(wants, st.integers(1, 500), st.integers(1, 20))
@@ -202,10 +175,9 @@ def test_a_low_priority_waits_for_a_bounded_time(
 def test_look_ahead_goes_from_loads_to_the_device_to_the_host() -> None:
     ahead = LookAhead(loads=2, slots=5, hints=3)
     load, device, host = LoadTarget.LOAD, LoadTarget.DEVICE, LoadTarget.HOST
-    assert ahead.targets(0) == [load, load, device, device, device, host, host, host]
-    assert ahead.targets(2) == [load, load, device, host, host, host]
-    assert ahead.targets(4) == [load, load, host, host, host]
-    assert ahead.targets(5) == [load, load, host, host, host]
+    for occupied, devices in ((0, 3), (2, 1), (4, 0), (5, 0)):
+        expected = [load] * 2 + [device] * devices + [host] * 3
+        assert ahead.targets(occupied) == expected
 
 
 @pytest.mark.parametrize(

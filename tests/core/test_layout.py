@@ -55,14 +55,11 @@ def test_equal_by_value_in_every_process() -> None:
         LAYOUT.dtype = "F32"  # type: ignore[misc]
 
 
+PARTS = ((FusedPart(8),), (FusedPart(8, 2),), (FusedPart(4), FusedPart(4)))
 CHANGES: list[dict[str, Any]] = [
     *({"name": "model.layers.0.k_proj"}, {"in_features": 9}, {"out_features": 9}, {"layer": 1}),
     *({"parallel": Parallelism.COLUMN}, {"transposed": True}, {"embedding": True}),
-    *(
-        {"parts": (FusedPart(8),)},
-        {"parts": (FusedPart(8, 2),)},
-        {"parts": (FusedPart(4), FusedPart(4))},
-    ),
+    *({"parts": parts} for parts in PARTS),
 ]
 
 

@@ -1,8 +1,8 @@
 """Whose turn is next: of copies in equal shares by bytes, and of slots the most urgent."""
 
 import pickle
-from collections.abc import Sequence
-from itertools import count, product
+from collections.abc import Iterator, Sequence
+from itertools import product
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,23 +33,20 @@ class Link:
     """A copy queue in front of a link with room for `window` copies at once."""
 
     def __init__(self, window: int = 1) -> None:
-        residency = Residency(
-            device_bytes=1 << 30, alignment=UNIT, max_slots=1000, copies=window, policy=LRU()
-        )
-        self.rules = LifecycleRules(residency, HostBudget(0, LRU()), ImageBudget(0, UNIT, LRU()))
+        room = {"device_bytes": 1 << 30, "alignment": UNIT, "max_slots": 1000, "copies": window}
+        budgets = Residency(**room, policy=LRU()), HostBudget(0, LRU()), ImageBudget(0, UNIT, LRU())
+        self.rules = LifecycleRules(*budgets)
         self.queue = CopyQueue(self.rules)
         self.states: dict[str, AdapterState] = {}
         self.in_flight: list[CopyGroup] = []
-        self._generations = count(1)
 
     def begin(self, name: str, sizes: Sequence[int], *, foreground: bool = True) -> None:
         """An adapter whose groups, of so many units, are all here."""
         nbytes = tuple(UNIT * size for size in sizes)
-        number = next(self._generations)
+        number = len(self.states) + 1
         grant = SlotGrant(SlotId(number, number), tuple(Extent(0, each) for each in nbytes))
-        life = AdapterState(
-            AdapterKey(name, ()), slot=SlotState.FILLING, grant=grant, needs=GroupSizes(nbytes)
-        )
+        life = AdapterState(AdapterKey(name, ()), slot=SlotState.FILLING, grant=grant)
+        life.needs = GroupSizes(nbytes)
         life.fetched = life.all_groups
         life.waiters.add(Waiter(number, WantedTier.DEVICE, 0.0, foreground))
         self.states[name] = life
@@ -65,11 +62,9 @@ class Link:
         self.queue.copied(self.states[copy.key.location])
         return copy.key.location, copy.grant.extents[copy.group].nbytes // UNIT
 
-    def run(self) -> list[tuple[str, int]]:
-        ran = []
+    def run(self) -> Iterator[tuple[str, int]]:
         while (copy := self.next()) is not None:
-            ran.append(copy)
-        return ran
+            yield copy
 
 
 def _copy(command: Command) -> CopyGroup:

@@ -2,6 +2,7 @@
 
 import random
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -49,25 +50,17 @@ links = st.builds(
     LinkEstimate, st.sampled_from([0.0, 0.0001, 0.01, 1.0]), st.sampled_from([1e3, 1e6, 1e9])
 )
 piece_sizes = st.builds(PieceSizes, st.sampled_from([1, 64, 900]), st.sampled_from([1_000, 7_777]))
+conditions = st.fixed_dictionaries(
+    {"connections": st.integers(1, 20), "link": links, "sizes": piece_sizes}
+)
 
 
 @settings(max_examples=200, deadline=None)
-@given(
-    groups=grouped(),
-    first=st.integers(0, 3),
-    connections=st.integers(1, 20),
-    link=links,
-    sizes=piece_sizes,
-)
+@given(grouped(), st.integers(0, 3), conditions)
 def test_every_byte_once_evenly_and_earlier_groups_first(
-    groups: list[list[ByteRange]],
-    first: int,
-    connections: int,
-    link: LinkEstimate,
-    sizes: PieceSizes,
+    groups: list[list[ByteRange]], first: int, how: dict[str, Any]
 ) -> None:
-    first = min(first, len(groups))
-    waves = plan_waves(groups, first=first, connections=connections, link=link, sizes=sizes)
+    waves, sizes = plan_waves(groups, first=min(first, len(groups)), **how), how["sizes"]
     pieces = [piece for wave in waves for piece in wave]
     assert bytes_of(pieces) == bytes_of([span for group in groups for span in group])
     assert all(0 < stop - start <= sizes.most for start, stop in pieces)
@@ -77,9 +70,7 @@ def test_every_byte_once_evenly_and_earlier_groups_first(
     order = [n for each in touched for n in each]
     assert order == sorted(order)
     nbytes = 1 + len(pieces) * 997
-    (wave,) = plan_waves(
-        [[(7, 7 + nbytes)]], first=0, connections=connections, link=link, sizes=sizes
-    )
+    (wave,) = plan_waves([[(7, 7 + nbytes)]], first=0, **how)
     lengths = [stop - start for start, stop in wave]
     assert max(lengths) - min(lengths) <= 1
     assert min(lengths) >= min(sizes.least, nbytes, sizes.most // 2)
