@@ -24,6 +24,7 @@ WAITED_FOR = f"{DISK}::TestSharing::test_others_wait_and_have_what_was_published
 _checked_digest, _write = PartialFile.checked_digest, PartialFile.write
 _resume, _claim = PartialFile._resume, Partials.claim
 _decoded, _try_lock = ChunkMap.decoded, directory.try_lock
+_of_any_boot = staticmethod(lambda content, nbytes, _: _decoded(content, nbytes, content[8:24]))
 
 
 def _unchecked(self: PartialFile) -> Any:
@@ -40,18 +41,6 @@ def _cut_before_the_map_goes(self: PartialFile) -> Any:
     with self._file.held() as fd:
         os.ftruncate(fd, 0)
     return _resume(self)
-
-
-def _without_waiting(self: Partials, entry: str, *, alone: bool) -> Any:
-    return _claim(self, entry, alone=True)
-
-
-def _decoded_of_any_boot(content: bytes, nbytes: int, _: bytes) -> ChunkMap | None:
-    return _decoded(content, nbytes, content[8:24])
-
-
-def _never_shared(fd: int, *, shared: bool = False) -> bool | None:
-    return shared or _try_lock(fd)
 
 
 @contextmanager
@@ -92,8 +81,7 @@ CACHES: Mutants = {
         RESUMABLE, seen_by(partials, "os", fsync=nothing)
     ),
     "cache: bytes of another boot are not trusted": mutant(
-        f"{DISK}::test_a_crash_of_the_machine",
-        (ChunkMap, "decoded", staticmethod(_decoded_of_any_boot)),
+        f"{DISK}::test_a_crash_of_the_machine", (ChunkMap, "decoded", _of_any_boot)
     ),
     "cache: what is being written is not dropped": mutant(
         UNLOCKED, skipped(Partials, "is_busy", False)
@@ -117,12 +105,12 @@ CACHES: Mutants = {
         skipped(Folder, "is_named", True),
     ),
     "cache: what is published or opened is held": mutant(
-        HELD, (entries, "try_lock", _never_shared)
+        HELD, (entries, "try_lock", lambda fd, *, shared=False: shared or _try_lock(fd))
     ),
     "cache: a download that ends is unlocked": mutant(
         WAITED_FOR, (Partial, "ending", _left_locked)
     ),
     "cache: a download of another process is waited for": mutant(
-        WAITED_FOR, (Partials, "claim", _without_waiting)
+        WAITED_FOR, (Partials, "claim", lambda self, entry, **_: _claim(self, entry, alone=True))
     ),
 }

@@ -16,8 +16,6 @@ from mutants.mutation import Mutants, NoLock, mutant, nothing, skipped
 
 STAGING = "io/test_staging.py::TestStagingRing"
 TRANSFER = "io/test_transfer.py"
-INBOX = "io/test_inbox.py"
-COPIES = "test_ending.py"
 
 _take = StagingRing.take
 
@@ -89,10 +87,10 @@ GROUPS: Mutants = {
         (CopyThreads, "_run", _ended_when_asked_for),
     ),
     "copies: ends are counted one by one": mutant(
-        f"{COPIES}::test_copies_that_end_at_the_same_moment_are_both_counted",
+        "test_ending.py::test_copies_that_end_at_the_same_moment_are_both_counted",
         (copies, "Lock", NoLock),
     ),
     "inbox: the flag is cleared before the items are taken": mutant(
-        f"{INBOX}::test_an_item_at_the_last_moment", (Inbox, "_drain", _flag_cleared_after)
+        "io/test_inbox.py::test_an_item_at_the_last_moment", (Inbox, "_drain", _flag_cleared_after)
     ),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -39,16 +38,6 @@ def _failed_in_silence(self: SlotOccupancy, error: Any) -> None:
     self.error = error
 
 
-def _without_waiting(
-    self: SlotOccupancy, layer: int, timeout: float, check: Callable[[], None]
-) -> None:
-    check()
-
-
-def _use_ends_at_once(self: AdapterHandle, stream: object) -> None:
-    self._lease.end_use()
-
-
 def _ended_unused(self: Lease, why: str = "released", *, soon: bool = False) -> None:
     self._uses = 0
     _end(self, why, soon=soon)
@@ -57,10 +46,6 @@ def _ended_unused(self: Lease, why: str = "released", *, soon: bool = False) -> 
 async def _not_waited_for(self: WaiterTable, key: Any, seconds: float) -> None:
     self._lease_table.add_unload(key)
     self._execute(self._lifecycle.unload(key))
-
-
-def _told_at_once(self: Driver, tell: Callable[[], None]) -> None:
-    self._report(tell)
 
 
 def _ended_at_once(self: Driver, lease: Lease, in_use: bool, soon: bool) -> None:
@@ -74,10 +59,6 @@ def _obeyed_at_once(self: Driver, decided: list[Any]) -> None:
     self._rested.set()
 
 
-def _closed_though_read(self: Driver, key: Any) -> None:
-    self.files.close_reader(key)
-
-
 async def _hold_closed_later(self: FetchTasks, key: Any) -> None:
     self._spawn("release", key, _close_hold(self, key))
 
@@ -86,7 +67,7 @@ async def _not_compared(self: DigestChecks, ref: Any, key: Any, lease: Lease) ->
     self.watch(ref, key, lease)
 
 
-HOLDERS: Mutants = {
+LOADER: Mutants = {
     "tenancy: a layer is ready once its own group is": mutant(
         f"{HANDLES}::test_layers_come_one_by_one",
         (SlotOccupancy, "_needed", lambda self, layer: max(0, _needed(self, layer) - 1)),
@@ -99,7 +80,8 @@ HOLDERS: Mutants = {
         (SlotOccupancy, "tickets", _known_tickets_only),
     ),
     "tenancy: a thread waits for its layer": mutant(
-        f"{HANDLES}::test_layers_come_one_by_one", (SlotOccupancy, "wait", _without_waiting)
+        f"{HANDLES}::test_layers_come_one_by_one",
+        (SlotOccupancy, "wait", lambda self, layer, timeout, check: check()),
     ),
     "tenancy: a failure wakes all waiters": mutant(
         f"{HANDLES}::test_a_failure_reaches_all_who_wait",
@@ -115,7 +97,7 @@ HOLDERS: Mutants = {
     ),
     "handle: a use ends when the device has computed": mutant(
         f"{HANDLES}::test_a_slot_is_kept_until_the_device_has_computed",
-        (AdapterHandle, "_end_use", _use_ends_at_once),
+        (AdapterHandle, "_end_use", lambda self, _: self._lease.end_use()),
     ),
     "lease: a kernel outlives its lease": mutant(
         f"{HANDLES}::test_a_slot_is_kept_until_the_device_has_computed",
@@ -132,7 +114,8 @@ HOLDERS: Mutants = {
         "test_room.py::test_a_kernel_is_waited_for", (WaiterTable, "unload", _not_waited_for)
     ),
     "driver: ends of leases in threads are decided on the loop": mutant(
-        f"{HANDLES}::test_the_loop_decides_on_ends", (Driver, "_on_loop", _told_at_once)
+        f"{HANDLES}::test_the_loop_decides_on_ends",
+        (Driver, "_on_loop", lambda self, tell: self._report(tell)),
     ),
     "driver: a finalizer decides nothing by itself": mutant(
         f"{HANDLES}::test_end_in_a_decision", (Driver, "_lease_ended", _ended_at_once)
@@ -142,15 +125,12 @@ HOLDERS: Mutants = {
     ),
     "actions: a reader stays open while it is copied from": mutant(
         f"{ENDING}::test_a_copy_that_is_wanted_no_longer_reads_its_file_to_the_end",
-        (Driver, "_close_idle_reader", _closed_though_read),
+        (Driver, "_close_idle_reader", lambda self, key: self.files.close_reader(key)),
     ),
     "replace: calls with one name come in their order": mutant(
         "test_replacing.py::test_several_replacements_at_once_come_in_their_order",
         (OrderedCalls, "place", lambda *_: nullcontext(nothing_awaited)),
     ),
-}
-
-FETCHES_AND_END: Mutants = {
     "files: closing a hold is waited for": mutant(
         f"{ENDING}::test_unmap_is_awaited", (FetchTasks, "_close_hold", _hold_closed_later)
     ),
@@ -179,5 +159,3 @@ FETCHES_AND_END: Mutants = {
         seen_by(loader, "asyncio", shield=same),
     ),
 }
-
-LOADER: Mutants = {**HOLDERS, **FETCHES_AND_END}

@@ -25,7 +25,6 @@ from mutants.mutation import (
 )
 
 THREADS = "engines/test_attach.py"
-LOCKS = "engines/test_engine_locks.py"
 ENGINE = "server/test_engine.py"
 DECODER = "server/test_decoder.py"
 WARM = "server/test_warm_list.py"
@@ -36,17 +35,13 @@ def _only_told(self: Engine) -> list[int]:
     return ended
 
 
-def _written_in_place(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
-
-
 SERVING: Mutants = {
     "batch: adapters are in use while it is computed": mutant(
         f"{THREADS}::test_a_pass_that_outlives_its_block_stops_and_then_frees_its_adapter",
         (AdapterHandle, "use", lambda *_: nullcontext()),
     ),
     "batch: layers begin and end one after the other": mutant(
-        f"{LOCKS}::test_two_layers_that_end_at_once_are_both_over",
+        "engines/test_engine_locks.py::test_two_layers_that_end_at_once_are_both_over",
         initialized(ModelBatch, _lock=NoLock),
     ),
     "gate: a pass waits for a layer that is on its way": mutant(
@@ -89,7 +84,7 @@ SERVING: Mutants = {
     ),
     "warm list: it is replaced as a whole": mutant(
         f"{WARM}::test_the_file_is_whole_on_disk_before_its_name",
-        (warm_list, "_replace", _written_in_place),
+        (warm_list, "_replace", Path.write_bytes),
     ),
     "warm list: leaving waits for what is written": mutant(
         f"{WARM}::test_leaving_waits_for_what_is_written",

@@ -12,13 +12,4 @@ from mutants.scheduling import SCHEDULING
 from mutants.serving import SERVING
 from mutants.sources import SOURCES
 
-MUTANTS: Mutants = {
-    **DEVICES,
-    **GROUPS,
-    **CACHES,
-    **LOADER,
-    **SOURCES,
-    **HTTP,
-    **SCHEDULING,
-    **SERVING,
-}
+MUTANTS: Mutants = DEVICES | GROUPS | CACHES | LOADER | SOURCES | HTTP | SCHEDULING | SERVING

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, combinations, product
 from math import ceil
+from random import Random
 from types import ModuleType
 from typing import Any
 
@@ -56,8 +57,7 @@ TILE_ROWS = (16, 32)
 MEMBERS = (1, 2, 3)
 SPARE = (False, True)
 
-_Levels = tuple[object, ...]
-_FACTORS: tuple[_Levels, ...] = (
+_FACTORS: tuple[tuple[object, ...], ...] = (
     *(DTYPES, RANKS, FEATURES, PLANES, ROWS, AROUND),
     *(KINDS, TILE_ROWS, MEMBERS, SPARE),
 )
@@ -72,53 +72,29 @@ def full_grid() -> Iterator[Case]:
 
 def pairwise() -> Iterator[Case]:
     """Cases in which every two levels of any two properties meet. Few, always the same."""
-    factors = _FACTORS
-    open_pairs = {
-        (i, a, j, b)
-        for i, j in combinations(range(len(factors)), 2)
-        for a in range(len(factors[i]))
-        for b in range(len(factors[j]))
-    }
+    draw = Random(1)
+
+    def closed(chosen: list[int]) -> set[Any]:
+        return open_pairs.intersection(combinations(enumerate(chosen), 2))
+
+    places = [(i, n) for i, levels in enumerate(_FACTORS) for n in range(len(levels))]
+    open_pairs = {pair for pair in combinations(places, 2) if pair[0][0] != pair[1][0]}
     while open_pairs:
-        chosen = _greedy(min(open_pairs), factors, open_pairs)
-        open_pairs -= _pairs(chosen)
-        yield _case(*(factors[i][chosen[i]] for i in range(len(factors))))
-
-
-def _greedy(
-    seed: tuple[int, int, int, int],
-    factors: tuple[_Levels, ...],
-    open_pairs: set[tuple[int, int, int, int]],
-) -> dict[int, int]:
-    """The seed's two levels, and of each other factor the one that closes most pairs."""
-    i, a, j, b = seed
-    chosen = {i: a, j: b}
-    for factor, levels in enumerate(factors):
-        if factor not in chosen:
-            gains = [len(_pairs(chosen | {factor: n}) & open_pairs) for n in range(len(levels))]
-            chosen[factor] = gains.index(max(gains))
-    return chosen
-
-
-def _pairs(chosen: dict[int, int]) -> set[tuple[int, int, int, int]]:
-    return {(i, chosen[i], j, chosen[j]) for i, j in combinations(sorted(chosen), 2)}
+        drawn = ([draw.randrange(len(levels)) for levels in _FACTORS] for _ in range(100))
+        chosen = max(drawn, key=lambda each: len(closed(each)))
+        open_pairs -= closed(chosen)
+        yield _case(*(levels[n] for levels, n in zip(_FACTORS, chosen, strict=True)))
 
 
 def _case(*levels: Any) -> Case:
-    dtype, rank, features, partials, rows, around, *more = levels
-    kind, tile_rows, members, spare = more
-    segments = _around(around, rows)
-    return Case(
-        dtype, kind, (rank, 8, 0, 24), features, segments, partials, tile_rows, members, spare
-    )
-
-
-def _around(name: str, rows: int) -> Segments:
-    if name == "alone":
-        return ((0, rows),)
-    if name == "duplicates":
-        return ((0, rows), (-1, 1), (0, 2), (1, rows), (0, 1))
-    return ((-1, 2), (1, 3), (0, rows), (2, 2), (3, 1), (-1, 1))
+    dtype, rank, features, partials, rows, around, kind, tile_rows, members, spare = levels
+    segments = {
+        "alone": ((0, rows),),
+        "duplicates": ((0, rows), (-1, 1), (0, 2), (1, rows), (0, 1)),
+        "mixed": ((-1, 2), (1, 3), (0, rows), (2, 2), (3, 1), (-1, 1)),
+    }[around]
+    ranks = (rank, 8, 0, 24)
+    return Case(dtype, kind, ranks, features, segments, partials, tile_rows, members, spare)
 
 
 _WHOLE = Case(dtype="float32", kind=INTEGERS, ranks=(8,), segments=((0, 1),))

@@ -92,9 +92,6 @@ class Launch:
     tile_rows: int
     aligned: bool
 
-    def __call__(self) -> None:
-        launch(self.dtype, self.tile_rows, FEATURES[self.aligned], tokens=5, members=3)
-
 
 def launch(
     dtype: str, tile_rows: int, features: tuple[int, int], *, tokens: int, members: int
@@ -108,7 +105,12 @@ def launch(
 
 def faults(kernel: Any, launched: Launch) -> list[str]:
     ptx = kernel.asm["ptx"]
-    used = _resources(kernel)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = {name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", told)}
     found = []
     if used["STACK"] or used["LOCAL"]:
         found.append(f"spills: {used}")
@@ -120,7 +122,8 @@ def faults(kernel: Any, launched: Launch) -> list[str]:
         found.append("float32 products in tf32")
     if launched.aligned:
         found += _slow_loads(ptx, used["REG"], launched)
-    if launched.dtype == "bfloat16" and _is_expand(kernel) and "cvt.rn.bf16" not in ptx:
+    rounds = launched.dtype == "bfloat16" and kernel.metadata.name == "expand_program"
+    if rounds and "cvt.rn.bf16" not in ptx:
         found.append("no rounding to nearest")
     if launched.dtype != "float32" and not re.search(r"mma\.sync\S+\.f32\.\w+\.\w+\.f32", ptx):
         found.append("no tensor core products that accumulate in float32")
@@ -141,26 +144,13 @@ def _slow_loads(ptx: str, registers: int, launched: Launch) -> list[str]:
     return found
 
 
-def _is_expand(kernel: Any) -> bool:
-    return bool(kernel.metadata.name == "expand_program")
-
-
-def _resources(kernel: Any) -> dict[str, int]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", told)}
-
-
 def gates(dtype: str) -> int:
     """Compile what a dtype's launches need; return how many kernels that are."""
     count, found = 0, []
     for capability, rows, aligned in product(TARGETS, TILE_ROWS, FEATURES):
         launched = Launch(dtype, rows, aligned)
         with _compiling(capability) as compiled:
-            launched()
+            launch(dtype, rows, FEATURES[aligned], tokens=5, members=3)
         count += len(compiled)
         for kernel in compiled:
             found += [f"sm_{capability} {text}" for text in faults(kernel, launched)]
@@ -170,17 +160,15 @@ def gates(dtype: str) -> int:
 
 def variants() -> int:
     """Whatever the shapes: two tiles times aligned or not, of each program."""
-    launches = 0
+    shapes = ((1, 1), (16, 16), (48, 17), (17, 48), (4096, 1024), (2, 14336))
+    launches = list(product(shapes, ((1, 1), (16, 2), (33, 3)), TILE_ROWS))
     with _compiling(90) as compiled:
-        for features in ((1, 1), (16, 16), (48, 17), (17, 48), (4096, 1024), (2, 14336)):
-            for tokens, members in ((1, 1), (16, 2), (33, 3)):
-                for rows in TILE_ROWS:
-                    launch("bfloat16", rows, features, tokens=tokens, members=members)
-                    launches += 1
-    assert len(compiled) == 2 * launches
+        for features, (tokens, members), rows in launches:
+            launch("bfloat16", rows, features, tokens=tokens, members=members)
+    assert len(compiled) == 2 * len(launches)
     different = {kernel.hash for kernel in compiled}
     assert len(different) == 2 * len(TILE_ROWS) * len(FEATURES), len(different)
-    return launches
+    return len(launches)
 
 
 if __name__ == "__main__":

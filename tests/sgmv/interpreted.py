@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,18 +16,8 @@ from hypothesis import strategies as st
 from triton.runtime import interpreter
 
 from lorax_kernels import sgmv
-from sgmv.cases import (
-    BY_HAND,
-    DTYPES,
-    INTEGERS,
-    KINDS,
-    TILE_ROWS,
-    Arena,
-    Case,
-    World,
-    full_grid,
-    pairwise,
-)
+from sgmv import cases
+from sgmv.cases import Arena, Case, World
 
 _LOADS_AND_STORES = "_interpreter"
 """Triton's name for the object that does them."""
@@ -78,26 +68,14 @@ def _complaints(world: World) -> list[str]:
     return strays + world.complaints(partials)
 
 
-def _run_all(cases: Iterable[Case]) -> int:
+def _run_all(all_: Iterable[Case]) -> int:
     worlds = 0
     wrong: list[str] = []
-    for case in cases:
+    for case in all_:
         worlds += 1
         wrong += [f"{case}: {text}" for text in _complaints(World(case))]
     assert not wrong, "\n".join(wrong[:20])
     return worlds
-
-
-def by_hand() -> int:
-    return _run_all(BY_HAND.values())
-
-
-def pairs() -> int:
-    return _run_all(pairwise())
-
-
-def grid() -> int:
-    return _run_all(full_grid())
 
 
 def segments() -> int:
@@ -108,9 +86,9 @@ def segments() -> int:
         segments=st.lists(st.tuples(st.integers(-1, 3), st.integers(0, 18)), max_size=8),
         ranks=st.tuples(*[st.integers(0, 17)] * 4),
         features=st.tuples(st.integers(1, 40), st.integers(1, 40)),
-        dtype=st.sampled_from(DTYPES),
-        kind=st.sampled_from(KINDS),
-        tile_rows=st.sampled_from(TILE_ROWS),
+        dtype=st.sampled_from(cases.DTYPES),
+        kind=st.sampled_from(cases.KINDS),
+        tile_rows=st.sampled_from(cases.TILE_ROWS),
     )
     def any_case(**fields: object) -> None:
         fields["segments"] = tuple(fields["segments"])  # type: ignore[arg-type]
@@ -137,9 +115,8 @@ def unfit_ranks() -> int:
 
 def halves() -> int:
     """`shrink` and `expand` of the public entries, whose middle is rounded and zero elsewhere."""
-    world = World(
-        Case(kind=INTEGERS, segments=((0, 2), (-1, 1), (1, 3), (2, 1)), features=(160, 40))
-    )
+    segments = ((0, 2), (-1, 1), (1, 3), (2, 1))
+    world = World(Case(kind=cases.INTEGERS, segments=segments, features=(160, 40)))
     [module], x = world.modules, world.x_before
     expected = torch.zeros(7, 32, dtype=torch.float64)
     for start, stop, slot in world.plan.segments:
@@ -155,7 +132,13 @@ def halves() -> int:
     return 1
 
 
+PARTS: dict[str, Callable[[], int]] = {
+    "by_hand": lambda: _run_all(cases.BY_HAND.values()),
+    "pairs": lambda: _run_all(cases.pairwise()),
+    "grid": lambda: _run_all(cases.full_grid()),
+    **{part.__name__: part for part in (segments, unfit_ranks, halves)},
+}
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for name in sys.argv[1:]:
-        sys.stdout.write(f"{name}: {globals()[name]()} tried\n")
+        sys.stdout.write(f"{name}: {PARTS[name]()} tried\n")
