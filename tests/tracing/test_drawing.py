@@ -15,12 +15,13 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from command_line import ADAPTERS, output
+from core.refusals import refusals
 from lorax_async.cli import main
 from lorax_async.cli.demo_remote import run_remote_demo
 from lorax_async.cli.terminal import Terminal
 from lorax_async.errors import UsageError
 from lorax_async.tracing import drawing as drawings
-from lorax_async.tracing.drawing import SCRIPT, as_html, drawing_of, read_trace
+from lorax_async.tracing.drawing import SCRIPT, Drawing, as_html, drawing_of, read_trace
 from tools import tool
 from tracing.chrome_format import of, require_trace
 
@@ -47,10 +48,8 @@ def layer(pid: int, ts: float, dur: float, number: int) -> dict[str, Any]:
 
 
 EVENTS = [
-    named("process_name", 1, 0, "copies"),
-    named("thread_name", 1, 1, "copy stream"),
-    named("process_name", 2, 0, "compute"),
-    named("thread_name", 2, 1, "thread 1"),
+    *(named("process_name", 1, 0, "copies"), named("thread_name", 1, 1, "copy stream")),
+    *(named("process_name", 2, 0, "compute"), named("thread_name", 2, 1, "thread 1")),
     # Copies until 40 ms, layers from 10 to 20 and from 30 to 60 ms.
     layer(1, 0, 10_000, 0),
     layer(1, 10_000, 30_000, 1),
@@ -100,44 +99,30 @@ def test_the_script_lays_out_the_same(part: tuple[Any, Any]) -> None:
         assert boxes == [tuple(getattr(box, key) for key in keys) for box in same.boxes]
 
 
-def test_other_files_are_refused() -> None:
-    for data in (b"", b"{}", b"[1]", b'{"traceEvents": 3}', b"[" * 100_000, b"\xff"):
-        with pytest.raises(UsageError, match="no trace"):
-            read_trace(data)
-
-
 BAD_SPANS: dict[str, list[dict[str, Any]]] = {
     "no ts": [*({"ts": ts} for ts in (None, "1", FAR, float("nan"))), {"ts": 1e308, "dur": 1e308}],
     "no dur": [{"dur": True}, {"dur": float("inf")}],
     "before it begins": [{"dur": -1}],
     "no pid and tid": [{"pid": [1]}, {"tid": {}}],
 }
+NOT_DRAWN: dict[str, list[tuple[Any, ...]]] = {
+    "bound of the part": [([span()], float("nan")), ([span()], None, float("inf"))],
+    "must end after": [([span()], 10, 5)],
+    "nothing to draw": [([span()], 100, 200), ([],)],
+    "4 spans are over the limit": [([span(ts=at * 2_000) for at in range(4)],)],
+}
 
 
-def test_a_malformed_span_is_refused() -> None:
-    for problem, changes in ((name, each) for name, found in BAD_SPANS.items() for each in found):
-        events, _ = read_trace(json.dumps([span(), span(**changes)]).encode())
-        with pytest.raises(UsageError, match=problem):
-            drawing_of(events)
+def test_what_cannot_be_drawn_is_refused(monkeypatch: Patch) -> None:
+    files = (b"", b"{}", b"[1]", b'{"traceEvents": 3}', b"[" * 100_000, b"\xff")
+    refusals(read_trace, UsageError, {"no trace": files})
 
+    def drawn_beside_another(changes: dict[str, Any]) -> Drawing:
+        return drawing_of(read_trace(json.dumps([span(), span(**changes)]).encode())[0])
 
-@pytest.mark.parametrize(
-    ("events", "start", "stop", "problem"),
-    [
-        ([span()], float("nan"), None, "bound of the part"),
-        ([span()], None, float("inf"), "bound of the part"),
-        ([span()], 10, 5, "must end after"),
-        ([span()], 100, 200, "nothing to draw"),
-        ([], None, None, "nothing to draw"),
-        ([span(ts=at * 2_000) for at in range(4)], None, None, "4 spans are over the limit"),
-    ],
-)
-def test_what_cannot_be_drawn_is_refused(
-    monkeypatch: Patch, events: Any, start: Any, stop: Any, problem: str
-) -> None:
+    refusals(drawn_beside_another, UsageError, BAD_SPANS)
     monkeypatch.setattr(drawings, "MAX_BOXES", 3)
-    with pytest.raises(UsageError, match=problem):
-        drawing_of(events, start, stop)
+    refusals(lambda case: drawing_of(*case), UsageError, NOT_DRAWN)
 
 
 @pytest.mark.parametrize(
@@ -168,10 +153,7 @@ def embedded(page: str) -> Any:
     found = re.search(r'<script type="application/json" id="trace">(.*?)</script>', page, re.DOTALL)
     assert found is not None
 
-    def refuse(constant: str) -> None:
-        raise AssertionError(constant)
-
-    return json.loads(found[1], parse_constant=refuse)
+    return json.loads(found[1], parse_constant=pytest.fail)
 
 
 def test_two_commands_draw_a_timeline(tmp_path: Path, capsys: Capture) -> None:
