@@ -1,7 +1,5 @@
 """What protects bytes, slots, leases and files is needed: without it, a named test fails."""
 
-from __future__ import annotations
-
 from inspect import getattr_static
 
 import pytest

@@ -67,7 +67,12 @@ def layout_of(
 
 
 def plan(file: bytes, spec: AdapterSpec, layout: ModelLayout, **how: Any) -> TransferPlan:
-    plain = {"dtype": None, "alignment": ALIGNMENT, "rank_multiple": 1, "limits": Limits()}
+    plain: dict[str, Any] = {
+        "dtype": None,
+        "alignment": ALIGNMENT,
+        "rank_multiple": 1,
+        "limits": Limits(),
+    }
     plain |= {"staging_move_bytes": 1 << 20, "cuts": ()}
     return plan_transfer(parse_header(file, len(file)), spec, layout, **(plain | how))
 

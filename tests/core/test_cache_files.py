@@ -1,7 +1,5 @@
 """What lies in a disk cache: names, records, chunk maps, and digests, also those of responses."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

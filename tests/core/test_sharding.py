@@ -12,7 +12,7 @@ from lorax_async.errors import ConfigError, IncompatibleAdapterError
 from lorax_async.formats.spans import ByteSpan
 from lorax_async.planning.layout import FusedPart, ModelLayout, Module, Parallelism
 from lorax_async.planning.sharding import ModuleCut, shard_layout
-from lorax_async.planning.transfer_plan import GroupPlan, ReadMove, TableRow
+from lorax_async.planning.transfer_plan import GroupPlan, ReadMove
 from lorax_async.types import AdapterSpec
 
 COLUMN, ROW, REPLICATED = Parallelism
@@ -78,16 +78,6 @@ def test_a_file_is_checked_against_the_whole_base() -> None:
         plan(file, SPEC, base, cuts=shard_layout(base, Shard(0, 2)).cuts)
 
 
-def test_columns_of_a_are_a_piece_of_each_row() -> None:
-    """A is [4, 24]: rows of 96 bytes, of which the second of three ranks has bytes 32 to 64."""
-    group, start = planned(row(24), Shard(1, 3))
-    assert group.reads == (ReadMove(start + 32, 4 * 32, 0, 4, 96), ReadMove(start + 384, 256, 128))
-    columns, b = group.spans
-    assert b == ByteSpan(start + 384, start + 640)
-    assert list(columns.ranges()) == [(start + 96 * n + 32, start + 96 * n + 64) for n in range(4)]
-    assert (group.nbytes, group.rows) == (384, (TableRow(0, 0, 128, 4, 4, 1.0),))
-
-
 def test_pieces_are_cast_together_as_far_as_they_adjoin_on_the_device() -> None:
     """A is [4, 64], B [16, 4]; moves hold two halves of rows of F32, then one and a half."""
     how: dict[str, Any] = {"dtype": "BF16", "limits": Limits(max_rank=32)}
@@ -111,9 +101,17 @@ def test_pieces_are_cast_together_as_far_as_they_adjoin_on_the_device() -> None:
 @pytest.mark.parametrize("multiple", [1, 8])
 @pytest.mark.parametrize("rank", [5, 205])
 def test_a_plan_of_many_rows_has_no_more_to_remember(dtype: str, multiple: int, rank: int) -> None:
+    """A is [rank, 24]: rows of 96 bytes, of which the second of three ranks has bytes 32 to 64."""
     how: dict[str, Any] = {"rank_multiple": multiple, "limits": Limits(max_rank=256)}
-    group, _ = planned(row(24), Shard(0, 3), rank=rank, dtype=dtype, **how)
-    assert (len(group.reads) + len(group.converts), len(group.spans)) == (2, 2)
+    group, start = planned(row(24), Shard(1, 3), rank=rank, dtype=dtype, **how)
+    b = start + 96 * rank
+    assert group.spans == (ByteSpan(start + 32, start + 64, rank, 96), ByteSpan(b, b + 64 * rank))
+    assert len(group.reads) + len(group.converts) == 2
+    if dtype == "F32" and rank % multiple == 0:
+        assert group.reads == (
+            ReadMove(start + 32, rank * 32, 0, rank, 96),
+            ReadMove(b, 64 * rank, -(-32 * rank // 64) * 64),
+        )
 
 
 def test_what_many_pieces_take_to_remember_is_counted() -> None:

@@ -1,7 +1,5 @@
 """The disk cache: what is on the disk before what, and what excludes whom."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

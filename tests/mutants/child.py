@@ -1,7 +1,5 @@
 """Runs of pytest in processes that are forked from one with everything imported."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import re

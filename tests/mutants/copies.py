@@ -1,7 +1,5 @@
 """Layer groups on their way: staging buffers, tickets, and how the loop hears of them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from lorax_async.concurrency import Inbox

@@ -1,7 +1,5 @@
 """Bytes, rows and events on devices: what is written before what, and who waits for it."""
 
-from __future__ import annotations
-
 from concurrent.futures import Future
 from typing import Any
 

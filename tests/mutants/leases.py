@@ -1,7 +1,5 @@
 """Leases, waiters and the loader's end: who waits for what, and who is woken."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Mutations by attribute: each replaces attributes of modules and classes, never text."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass

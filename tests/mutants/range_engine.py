@@ -1,7 +1,5 @@
 """The range engine: who ends an attempt, what is read twice, who shares connections."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from lorax_async.http import connection, pool

@@ -1,7 +1,5 @@
 """The scheduler: claims, batches, slots and ends of requests."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from lorax_async.scheduler.adapter_queue import AdapterQueue

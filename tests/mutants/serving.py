@@ -1,7 +1,5 @@
 """Forward passes and the server: what is held while computed, freed after, and written."""
 
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path

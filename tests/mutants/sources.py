@@ -1,7 +1,5 @@
 """Bytes at rest and on their way: readers, merges, tensors in memory, remote fetches."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 from collections.abc import Sequence

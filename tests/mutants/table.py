@@ -1,7 +1,5 @@
 """All mutants, by what is no longer true with them."""
 
-from __future__ import annotations
-
 from mutants.caches import CACHES
 from mutants.copies import GROUPS
 from mutants.devices import DEVICES

@@ -3,8 +3,6 @@
 Bit for bit where no rounding is allowed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, combinations, product

@@ -3,8 +3,6 @@
 Launches are real ones, up to where a driver without a GPU says which one to compile for.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """Cases in Triton's interpreter: `python -m sgmv.interpreted by_hand pairs …`."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator

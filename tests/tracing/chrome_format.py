@@ -2,8 +2,6 @@
 format, complete, metadata and flow events. Those of one thread are disjoint or nested.
 """
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from typing import Any

@@ -1,7 +1,5 @@
 """From a trace file, also a stranger's or a damaged one, to a timeline or a refusal by name."""
 
-from __future__ import annotations
-
 import io
 import json
 import re

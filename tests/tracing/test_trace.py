@@ -1,7 +1,5 @@
 """What a loader's trace has: rows, order, ends, and no secrets."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import json

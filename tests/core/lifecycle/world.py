@@ -4,8 +4,6 @@ The world plays driver, device and callers, one step at a time: it holds what is
 small enough to be explored exhaustively, which `explore` does.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
