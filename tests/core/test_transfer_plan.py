@@ -6,6 +6,7 @@ Which tensors and flags belong together is PEFT's own account.
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -109,14 +110,9 @@ def adapters(draw: st.DrawFn, world: int) -> Adapter:
     named: dict[str, list[Named]] = {}
     for n, m in enumerate(chosen):
         path = m.name.removeprefix("model.") if bare else m.name
-        named[m.name] = pair(
-            *(path, m.in_features, m.out_features),
-            rank=rank,
-            dtype=dtypes[n % len(dtypes)],
-            vector=vector,
-            own=dtypes[-1],
-            embedding=m.embedding,
-        )
+        how: dict[str, Any] = {"dtype": dtypes[n % len(dtypes)], "own": dtypes[-1]}
+        how |= {"rank": rank, "vector": vector, "embedding": m.embedding}
+        named[m.name] = pair(path, m.in_features, m.out_features, **how)
     flat = [each for tensors in named.values() for each in tensors]
     if draw(st.booleans()):
         file = file_of(draw(st.permutations(flat)))
@@ -191,31 +187,27 @@ def check_windows(
         assert [place for place in beyond if may_be_cut(place)] in ([], [each.stop])
 
 
-@settings(max_examples=150, deadline=None)
-@given(
-    data=st.data(),
-    world=st.integers(1, 8) | st.just(1),
-    dtype=st.sampled_from([None, *TORCH]),
-    multiple=st.sampled_from([1, 8]),
-    most=st.sampled_from([256, 1_000, 1 << 20]),
-    more=st.sampled_from([0, 88]),
+SETTINGS = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from([None, *TORCH]),
+        "rank_multiple": st.sampled_from([1, 8]),
+        "staging_move_bytes": st.sampled_from([256, 1_000, 1 << 20]),
+    }
 )
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data(), st.integers(1, 8) | st.just(1), SETTINGS, st.sampled_from([0, 88]))
 def test_every_rank_has_its_rows_and_columns_of_every_tensor(
-    data: st.DataObject, world: int, dtype: str | None, multiple: int, most: int, more: int
+    data: st.DataObject, world: int, how: dict[str, Any], more: int
 ) -> None:
     adapter = data.draw(adapters(world))
     layout, file, rank = adapter.layout, adapter.file, adapter.rank
-    stored = dtype or "BF16"
+    stored, multiple, most = how["dtype"] or "BF16", how["rank_multiple"], how["staging_move_bytes"]
+    spec = spec_of(adapter.vector, rank)
     for shard in [Shard(n, world) for n in range(world)]:
         sharding = shard_layout(layout, shard)
-        made = plan(
-            *(file, spec_of(adapter.vector, rank), layout),
-            dtype=dtype,
-            rank_multiple=multiple,
-            limits=LIMITS,
-            staging_move_bytes=most,
-            cuts=sharding.cuts,
-        )
+        made = plan(file, spec, layout, limits=LIMITS, cuts=sharding.cuts, **how)
         assert (made.dtype, made.rank, made.file_bytes) == (stored, rank, len(file))
         assert made.nbytes == sum(group.nbytes for group in made.groups)
         assert made.has_vectors == (adapter.vector is not None)
@@ -291,18 +283,14 @@ def test_a_layer_with_magnitudes_is_one_read_where_nothing_is_cast() -> None:
 def test_a_cast_layer_is_a_few_large_moves() -> None:
     file = twelve_layers("F32")
     elements = 2 * (16 * 64 + 96 * 16)
-    [first, *_] = plan(file, SPEC, layout_of(*TWELVE)).groups
-    start = first.spans[0].start
-    assert first.converts == (
-        ConvertMove(start, 4 * elements, "F32", 1, elements, target=0, row_pitch=elements),
-    )
-    [first, *_] = plan(file, SPEC, layout_of(*TWELVE), staging_move_bytes=3 * elements).groups
-    half = elements // 2
-    assert first.converts == (
-        ConvertMove(start, 4 * half, "F32", 1, half, target=0, row_pitch=half),
-        ConvertMove(start + 4 * half, 4 * half, "F32", 1, half, target=2 * half, row_pitch=half),
-    )
-    assert first.nbytes == 2 * elements
+    for count, how in ((1, {}), (2, {"staging_move_bytes": 3 * elements})):
+        [first, *_] = plan(file, SPEC, layout_of(*TWELVE), **how).groups
+        start, part = first.spans[0].start, elements // count
+        assert first.converts == tuple(
+            ConvertMove(start + 4 * at, 4 * part, "F32", 1, part, target=2 * at, row_pitch=part)
+            for at in range(0, elements, part)
+        )
+        assert first.nbytes == 2 * elements
 
 
 def test_patterns_are_matched_against_the_path_in_the_file() -> None:

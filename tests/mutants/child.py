@@ -12,8 +12,7 @@ from typing import NamedTuple
 import pytest
 
 TESTS = Path(__file__).resolve().parent.parent
-HANGS_AFTER = 12.0
-"""Seconds after which a test hangs; each takes a few at most."""
+HANGS_AFTER = 12.0  # Seconds after which a test hangs; each takes a few at most
 
 _FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
 _REASON = re.compile(r"^E  +(\S.*)$", re.MULTILINE)

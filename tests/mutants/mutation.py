@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from inspect import iscoroutinefunction
 from typing import Any
 
-Patch = tuple[Any, str, object]
-"""The module or class, the attribute, and what replaces it."""
+Patch = tuple[Any, str, object]  # The module or class, the attribute, and what replaces it
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +21,7 @@ class Mutant:
             setattr(owner, name, replacement)
 
 
-Mutants = dict[str, Mutant]
-"""By what is no longer true."""
+Mutants = dict[str, Mutant]  # By what is no longer true
 
 
 def mutant(test: str, *patches: Patch) -> Mutant:

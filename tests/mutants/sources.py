@@ -67,12 +67,8 @@ def _freed_while_read(self: HostCopy) -> None:
         self._room.end()
 
 
-async def _not_undone(self: WorkerThreads, work: Any, undo: object = None) -> Any:
+async def _abandoned(self: WorkerThreads, work: Any, undo: object = None) -> Any:
     return await concurrency.outcome(self.threads.submit(work))
-
-
-async def _not_finished(self: WorkerThreads, work: Any) -> None:
-    await concurrency.outcome(self.threads.submit(work))
 
 
 def _kept_when_closed(self: FetchReader, entry: Any) -> None:
@@ -120,11 +116,11 @@ SOURCES: Mutants = {
     ),
     "workers: a cancelled caller's result is undone": mutant(
         f"{REMOTE}::test_a_cancelled_caller_waits_for_its_thread_and_undoes_the_result",
-        (WorkerThreads, "run", _not_undone),
+        (WorkerThreads, "run", _abandoned),
     ),
     "workers: letting go is waited for": mutant(
         f"{REMOTE}::test_a_release_is_done_though_it_was_cancelled_before_it_began",
-        (WorkerThreads, "finish", _not_finished),
+        (WorkerThreads, "finish", _abandoned),
     ),
     "fetch: it is published when all of it is here": mutant(
         "io/remote/test_fetch_folders.py::test_a_folder_that_peft_loads",

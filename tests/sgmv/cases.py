@@ -119,11 +119,9 @@ BY_HAND = {
 
 ALIGNMENT = 64
 GUARD = 1 << 12
-MARGIN = 1 << 16
-"""Bytes at both ends: a kernel that reads far beyond its operands still reads NaN."""
+MARGIN = 1 << 16  # Bytes at both ends: a kernel that reads far beyond its operands still reads NaN
 
-_NAN = 0xFF
-"""As every byte of a number: NaN in float32, float16 and bfloat16."""
+_NAN = 0xFF  # As every byte of a number: NaN in float32, float16 and bfloat16
 
 
 class Arena:
@@ -166,11 +164,9 @@ class Arena:
         return int(different.sum())
 
 
-MODULES = (4, 1, 3)
-"""Of five; the other rows of the tables lead nowhere."""
+MODULES = (4, 1, 3)  # Of five; the other rows of the tables lead nowhere
 
-_INNER = {16: 128, 32: 64}
-"""Features that are never cut, by a tile's rows."""
+_INNER = {16: 128, 32: 64}  # Features that are never cut, by a tile's rows
 
 _BITS = {2: torch.int16, 4: torch.int32}
 _HALF_WAY_FROM = {"float32": 1 << 24, "bfloat16": 1 << 8, "float16": 1 << 11}

@@ -31,8 +31,7 @@ FEATURES = {True: (4096, 4096), False: (67, 129)}
 REGISTERS = {"float32": 96, "bfloat16": 72, "float16": 72}
 """Of a thread, of 128, for aligned rows: five blocks per multiprocessor, and seven."""
 
-TABLE_LOADS = 5
-"""Scalars of 32 bits that a program reads: start, stop, slot, rank, scale."""
+TABLE_LOADS = 5  # Scalars of 32 bits that a program reads: start, stop, slot, rank, scale
 
 
 class _NoGpu:

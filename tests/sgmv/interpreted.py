@@ -17,8 +17,7 @@ from lorax_kernels import sgmv
 from sgmv import cases
 from sgmv.cases import Arena, Case, World
 
-_LOADS_AND_STORES = "_interpreter"
-"""Triton's name for the object that does them."""
+_LOADS_AND_STORES = "_interpreter"  # Triton's name for the object that does them
 
 
 class _Watched:

@@ -8,8 +8,7 @@ from typing import Any
 
 Event = dict[str, Any]
 
-ROUNDING = 0.002
-"""Microseconds: times are whole nanoseconds, written as floats."""
+ROUNDING = 0.002  # Microseconds: times are whole nanoseconds, written as floats
 
 
 def require_trace(found: dict[str, Any]) -> list[Event]:

@@ -27,8 +27,7 @@ Patch = pytest.MonkeyPatch
 
 Capture = pytest.CaptureFixture[str]
 
-FAR = 10**400
-"""A whole number that no float reaches; JSON has it."""
+FAR = 10**400  # A whole number that no float reaches; JSON has it
 
 
 def named(what: str, pid: int, tid: int, name: str) -> dict[str, Any]:

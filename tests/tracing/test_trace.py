@@ -15,7 +15,6 @@ from common import until
 from engines.variants import PEFT_WARNING, llama, logits_of, prompt, save, serving
 from lorax_async import errors
 from lorax_async.cli.timeline import record_trace
-from lorax_async.config import LoaderConfig
 from lorax_async.loader import AdapterLoader
 from lorax_async.testing import FakeSource
 from lorax_async.tracing.recorder import (
@@ -256,8 +255,7 @@ async def test_no_token_and_no_path_is_in_it(tmp_path: Path) -> None:
             (await there.load(AdapterRef(folder))).release()
             with pytest.raises(errors.AdapterNotFoundError):
                 await there.load(str(tmp_path / "tenant-seven" / "none"), token="hf_abcdef")
-    config = LoaderConfig(device_bytes=1 << 20)
-    async with AdapterLoader(tiny.layout(), config, source=source) as there:
+    async with over(source) as there:
         with there.trace() as other:
             ref = AdapterRef("https://host.example/secret-part/chat", token="hf_abcdef")
             (await there.load(ref)).release()

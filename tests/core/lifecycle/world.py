@@ -6,7 +6,7 @@ small enough to be explored exhaustively, which `explore` does.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 from lorax_async.errors import FetchError, LoaderClosedError, TransferError
 from lorax_async.lifecycle.adapter_state import (
@@ -92,8 +92,7 @@ POLICIES: dict[PolicyName, Callable[[], EvictionPolicy]] = {
     "lru": LRU,
     "lfu": lambda: LFU(half_life=3),
     "gdsf": lambda: GDSF(max_uses=2),
-}
-"""As they are, but that they forget soon: what they remember must be finite, and small."""
+}  # As they are, but that they forget soon: what they remember must be finite, and small
 
 
 @dataclass
@@ -104,20 +103,16 @@ class World:
     fetches: dict[int, tuple[bool, frozenset[int], bool]] = field(default_factory=dict)
     """By adapter: header told, groups told, cancelled."""
     populating: set[int] = field(default_factory=set)
-    held: set[int] = field(default_factory=set)
-    """Adapters whose pages are in host memory, from Populated to Released."""
-    read_ahead: set[int] = field(default_factory=set)
-    """Adapters that were populated where nothing can be held."""
+    held: set[int] = field(default_factory=set)  # Pages in host memory, until Released
+    read_ahead: set[int] = field(default_factory=set)  # Populated where nothing can be held
     releasing: set[int] = field(default_factory=set)
     copies: dict[tuple[int, int], CopyGroup] = field(default_factory=dict)
     on_device: dict[int, frozenset[int]] = field(default_factory=dict)
     readable: dict[int, frozenset[int]] = field(default_factory=dict)
     content: dict[int, tuple[int, int]] = field(default_factory=dict)
     """Offset in the page-locked memory → adapter and group whose bytes lie there in whole."""
-    holder: dict[int, SlotGrant] = field(default_factory=dict)
-    """Adapter → grant, from TakeSlot to ClearColumn."""
-    dirty: dict[int, SlotGrant] = field(default_factory=dict)
-    """Adapter → grant that broke, until it was zeroed."""
+    holder: dict[int, SlotGrant] = field(default_factory=dict)  # From TakeSlot to ClearColumn
+    dirty: dict[int, SlotGrant] = field(default_factory=dict)  # Broken, and not zeroed yet
     wiping: set[int] = field(default_factory=set)
     told: set[int] = field(default_factory=set)  # Adapters that were told to be leaving
     resident_at: dict[int, float] = field(default_factory=dict)
@@ -134,7 +129,7 @@ class World:
     closed: bool = False
 
     @classmethod
-    def new(cls, setting: Setting) -> World:
+    def new(cls, setting: Setting) -> Self:
         new_policy = POLICIES[setting.policy]
         device = Residency(
             device_bytes=setting.device_bytes,
@@ -360,8 +355,16 @@ def _wishes(world: World, a: int) -> Iterator[Action]:
 
 
 def _outcomes(world: World) -> Iterator[Action]:
-    for a in world.fetches:
-        yield from _fetch_outcomes(world, a)
+    for a, (header, told, cancelled) in world.fetches.items():
+        if world.setting.failures or cancelled:
+            yield ("fetch_failed", a)
+        untold = set(range(len(world.setting.sizes[a]))) - told
+        if not header:
+            yield ("header", a)
+        elif not world.setting.streaming or not untold:
+            yield ("published", a)
+        else:
+            yield from (("span", a, group) for group in untold)
     for a in world.populating:
         yield ("populated", a)
         if world.setting.failures:
@@ -374,19 +377,6 @@ def _outcomes(world: World) -> Iterator[Action]:
             yield ("copy_failed", a, group)
             if not copy.warm and world.life(a).file in (FileState.PRESENT, FileState.ENDING):
                 yield ("copy_lost", a, group)
-
-
-def _fetch_outcomes(world: World, a: int) -> Iterator[Action]:
-    header, told, cancelled = world.fetches[a]
-    if world.setting.failures or cancelled:
-        yield ("fetch_failed", a)
-    groups = range(len(world.setting.sizes[a]))
-    if not header:
-        yield ("header", a)
-    elif not world.setting.streaming or len(told) == len(groups):
-        yield ("published", a)
-    else:
-        yield from (("span", a, group) for group in groups if group not in told)
 
 
 def _uses(world: World) -> Iterator[Action]:
@@ -412,10 +402,8 @@ DEVICE, STREAM, HOST, DISK = ((tier, True) for tier in _TIERS)
 PREFETCHES = PREFETCH, PREFETCH_HOST, _ = [(tier, False) for tier in (_TIERS[0], *_TIERS[2:])]
 UNEVEN, SMALL, ONE, THREE = ((64, 64), (64,)), ((64,), (64,)), ((64, 64),), ((64,), (64,), (64,))
 BOTH = (0, 1)
-WHOLES = "streaming kernels"
-SOUND = f"{WHOLES} failures"
-QUIET = f"{WHOLES} closing"
-"""Files come whole; without kernels; nothing fails; or without kernels and close."""
+WHOLES = "streaming kernels"  # Files come whole, without kernels
+SOUND, QUIET = f"{WHOLES} failures", f"{WHOLES} closing"
 ALONE = f"failures withdrawals {QUIET}"
 HOSTED: dict[str, Any] = {"host_bytes": 64, "holdable": BOTH}
 ROOMY = HOSTED | {"host_bytes": 128}
@@ -435,8 +423,7 @@ WHOLE = {
     "two adapters, streaming leases": _world(UNEVEN, STREAM, no="kernels"),
     "two adapters, one slot": _world(UNEVEN, DEVICE),
     "an image between two slots": _world(SMALL, DEVICE, slots=2, image_bytes=64, no=WHOLES),
-}
-"""Explored in whole by `make soak`."""
+}  # Explored in whole by `make soak`
 
 SETTINGS = {
     # Each twice: where callers give up and nothing fails, and the other way round.
