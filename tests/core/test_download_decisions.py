@@ -10,25 +10,17 @@ from lorax_async.http.failures import RetryPolicy, retry_after_of
 STALLED, OTHER = ConnectionDemand(0, 99, "a", stalled=True), ConnectionDemand(0, 2, "b")
 
 
-@pytest.mark.parametrize(("soon", "given_"), [(0, [14, 2]), (4, [10, 2]), (16, [1, 2])])
-def test_who_is_stalled_has_one_and_what_nobody_wants_now_or_soon(
-    soon: int, given_: list[int]
-) -> None:
-    assert shares([STALLED, OTHER], 16, soon=soon) == given_
+def test_who_is_stalled_has_one_and_what_nobody_wants_now_or_soon() -> None:
+    given_ = [shares([STALLED, OTHER], 16, soon=soon) for soon in (0, 4, 16)]
+    assert given_ == [[14, 2], [10, 2], [1, 2]]
     assert shares([STALLED, ConnectionDemand(1, 99, "b")], 16) == [1, 15]
 
 
-@given(
-    claims=st.lists(
-        st.builds(
-            *(ConnectionDemand, st.integers(0, 2), st.integers(0, 20), st.sampled_from("abc")),
-            stalled=st.booleans(),
-        ),
-        max_size=12,
-    ),
-    one_origin=st.booleans(),
-    connections=st.integers(0, 32),
-)
+fields = st.integers(0, 2), st.integers(0, 20), st.sampled_from("abc"), st.booleans()
+demands = st.builds(ConnectionDemand, *fields)
+
+
+@given(st.lists(demands, max_size=12), st.booleans(), st.integers(0, 32))
 def test_all_are_used_and_nobody_has_two_more_than_one_who_wants_more(
     claims: list[ConnectionDemand], one_origin: bool, connections: int
 ) -> None:

@@ -80,6 +80,7 @@ class Driver:
 
 
 GROUPS = st.lists(st.integers(1, 5 * 64), min_size=1, max_size=4).map(tuple)
+NEEDS = st.builds(GroupSizes, GROUPS, file_nbytes=st.integers(0, 1 << 24))
 
 
 @pytest.mark.parametrize("name", EVICTION_POLICIES)
@@ -87,23 +88,15 @@ GROUPS = st.lists(st.integers(1, 5 * 64), min_size=1, max_size=4).map(tuple)
 @given(
     asked=st.lists(st.integers(0, 7), max_size=60),
     nbytes=st.integers(0, 40 * 64),
-    groups=st.lists(GROUPS, min_size=8, max_size=8),
-    files=st.lists(st.integers(0, 1 << 24), min_size=8, max_size=8),
+    needs=st.lists(NEEDS, min_size=8, max_size=8),
     look_up=st.booleans(),
 )
 def test_the_lifecycle_evicts_as_it_is_simulated(
-    name: PolicyName,
-    asked: list[int],
-    nbytes: int,
-    groups: list[tuple[int, ...]],
-    files: list[int],
-    look_up: bool,
+    name: PolicyName, asked: list[int], nbytes: int, needs: list[GroupSizes], look_up: bool
 ) -> None:
     """Lookups that need no waiting count as uses, too."""
-    needs = [GroupSizes(*each) for each in zip(groups, [()] * 8, files, strict=True)]
-    device = Residency(
-        device_bytes=nbytes, alignment=64, max_slots=4, copies=2, policy=policy(name)
-    )
+    room = {"device_bytes": nbytes, "alignment": 64, "max_slots": 4, "copies": 2}
+    device = Residency(**room, policy=policy(name))
     budgets = Budgets(device, HostBudget(0, LRU()), ImageBudget(0, 64, LRU()))
     driver = Driver(Lifecycle(budgets), needs)
     for number, position in enumerate(asked):

@@ -3,6 +3,7 @@
 import pickle
 from collections.abc import Iterator, Sequence
 from itertools import product
+from typing import cast
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +18,7 @@ from lorax_async.lifecycle.adapter_state import (
     WantedTier,
 )
 from lorax_async.lifecycle.arena import Extent
-from lorax_async.lifecycle.commands import Command, CopyGroup
+from lorax_async.lifecycle.commands import CopyGroup
 from lorax_async.lifecycle.policies import LRU
 from lorax_async.lifecycle.queues import CopyQueue, PriorityQueue
 from lorax_async.lifecycle.residency import HostBudget, ImageBudget, Residency
@@ -55,7 +56,7 @@ class Link:
     def next(self) -> tuple[str, int] | None:
         """Whose copy of how many units ran; None if there is none left."""
         self.queue.submit()
-        self.in_flight += [_copy(command) for command in self.rules.take_commands()]
+        self.in_flight += cast(list[CopyGroup], self.rules.take_commands())
         if not self.in_flight:
             return None
         copy = self.in_flight.pop(0)
@@ -65,11 +66,6 @@ class Link:
     def run(self) -> Iterator[tuple[str, int]]:
         while (copy := self.next()) is not None:
             yield copy
-
-
-def _copy(command: Command) -> CopyGroup:
-    assert isinstance(command, CopyGroup)
-    return command
 
 
 @settings(max_examples=200, derandomize=True, deadline=None)
@@ -136,7 +132,7 @@ def test_one_with_large_groups_leaves_room_for_who_comes_next() -> None:
     assert len(link.in_flight) == 64 // 8 - 1
     link.begin("small", [1])
     link.queue.submit()
-    names = [_copy(command).key.location for command in link.rules.take_commands()]
+    names = [command.key.location for command in link.rules.take_commands()]
     assert names == ["small", "large"]
 
 

@@ -49,66 +49,49 @@ def _left_locked(self: Partial) -> Iterator[None]:
 
 CACHES: Mutants = {
     "cache: bytes are on the disk before publication": mutant(
-        PUBLISHED, seen_by(partials, "os", fsync=nothing)
-    ),
+        PUBLISHED, seen_by(partials, "os", fsync=nothing)),
     "cache: the record is on the disk before publication": mutant(
-        PUBLISHED, seen_by(directory, "os", fsync=nothing)
-    ),
+        PUBLISHED, seen_by(directory, "os", fsync=nothing)),
     "cache: names are on the disk before publication": mutant(PUBLISHED, skipped(Folder, "sync")),
     "cache: digests are checked before publication": mutant(
         f"{DISK}::TestContents::test_wrong_bytes_leave_nothing",
-        (PartialFile, "checked_digest", _unchecked),
-    ),
+        (PartialFile, "checked_digest", _unchecked)),
     "cache: all bytes are here before publication": mutant(
         f"{DISK}::TestContents::test_what_is_not_whole_is_not_published",
-        skipped(PartialFile, "missing", ()),
-    ),
+        skipped(PartialFile, "missing", ())),
     "cache: what is resumed is compared": mutant(
         f"{DISK}::TestContents::test_what_was_left_is_compared_with_what_comes_again",
-        skipped(PartialFile, "_compare"),
-    ),
+        skipped(PartialFile, "_compare")),
     "cache: bytes count once they are written": mutant(
         f"{DISK}::test_bytes_that_could_not_be_written_are_missing",
-        (PartialFile, "write", _mapped_before_written),
-    ),
+        (PartialFile, "write", _mapped_before_written)),
     "cache: the chunk map is removed before the bytes": mutant(
         f"{DISK}::test_a_map_goes_before_the_bytes_that_it_tells_of",
-        (PartialFile, "_resume", _cut_before_the_map_goes),
-    ),
+        (PartialFile, "_resume", _cut_before_the_map_goes)),
     "cache: bytes and maps are on the disk before they are left": mutant(
-        RESUMABLE, seen_by(partials, "os", fsync=nothing)
-    ),
+        RESUMABLE, seen_by(partials, "os", fsync=nothing)),
     "cache: bytes of another boot are not trusted": mutant(
-        f"{DISK}::test_a_crash_of_the_machine", (ChunkMap, "decoded", _of_any_boot)
-    ),
+        f"{DISK}::test_a_crash_of_the_machine", (ChunkMap, "decoded", _of_any_boot)),
     "cache: what is being written is not dropped": mutant(
-        UNLOCKED, skipped(Partials, "is_busy", False)
-    ),
+        UNLOCKED, skipped(Partials, "is_busy", False)),
     "cache: what is being written by another process is not dropped": mutant(
         f"{DISK}::test_what_one_downloads_the_other_does_not_drop",
-        (partials, "try_lock", lambda _: True),
-    ),
+        (partials, "try_lock", lambda _: True)),
     "cache: room is reserved before it is written to": mutant(
         f"{DISK}::TestRoom::test_the_least_recently_used_goes",
-        without_context(DiskBudget, "reserve"),
-    ),
+        without_context(DiskBudget, "reserve")),
     "cache: room is reserved by one process at a time": mutant(
-        f"{DISK}::TestRoom::test_is_reserved_by_one_only", without_context(CacheDirectory, "locked")
-    ),
+        f"{DISK}::TestRoom::test_is_reserved_by_one_only",
+        without_context(CacheDirectory, "locked")),
     "cache: what another process holds is not evicted": mutant(
-        HELD, (entries, "try_lock", lambda _, **__: True)
-    ),
+        HELD, (entries, "try_lock", lambda _, **__: True)),
     "cache: an entry that was replaced is not held": mutant(
         f"{DISK}::test_what_is_replaced_just_before_one_leases_it_stays",
-        skipped(Folder, "is_named", True),
-    ),
+        skipped(Folder, "is_named", True)),
     "cache: what is published or opened is held": mutant(
-        HELD, (entries, "try_lock", lambda fd, *, shared=False: shared or _try_lock(fd))
-    ),
+        HELD, (entries, "try_lock", lambda fd, *, shared=False: shared or _try_lock(fd))),
     "cache: a download that ends is unlocked": mutant(
-        WAITED_FOR, (Partial, "ending", _left_locked)
-    ),
+        WAITED_FOR, (Partial, "ending", _left_locked)),
     "cache: a download of another process is waited for": mutant(
-        WAITED_FOR, (Partials, "claim", lambda self, entry, **_: _claim(self, entry, alone=True))
-    ),
-}
+        WAITED_FOR, (Partials, "claim", lambda self, entry, **_: _claim(self, entry, alone=True))),
+}  # fmt: skip

@@ -54,41 +54,32 @@ def _by_arrival(life: AdapterState) -> tuple[bool, int, int]:
 
 GROUPS: Mutants = {
     "queues: a large load does not go before smaller ones": mutant(
-        "test_independence.py", (queues, "_copy_order", _by_arrival)
-    ),
+        "test_independence.py", (queues, "_copy_order", _by_arrival)),
     "staging: a buffer is reused after its copy": mutant(
         f"{TRANSFER}::test_a_buffer_is_not_written_to_before_its_copy_is_done",
-        (StagingRing, "take", _given_back_at_once),
-    ),
+        (StagingRing, "take", _given_back_at_once)),
     "staging: a window's two buffers are taken at once": mutant(
-        f"{TRANSFER}::test_two_that_need_two_buffers_of_two", (StagingRing, "take", _one_by_one)
-    ),
+        f"{TRANSFER}::test_two_that_need_two_buffers_of_two", (StagingRing, "take", _one_by_one)),
     "staging: a taker waits for free buffers": mutant(
-        f"{STAGING}::test_takers_do_not_block_each_other", skipped(StagingRing, "_is_served", True)
-    ),
+        f"{STAGING}::test_takers_do_not_block_each_other",
+        skipped(StagingRing, "_is_served", True)),
     "transfer: rows come with the last bytes": mutant(
-        f"{TRANSFER}::test_each_read", (transfer._PendingCopy, "send", _rows_with_the_first)
-    ),
+        f"{TRANSFER}::test_each_read", (transfer._PendingCopy, "send", _rows_with_the_first)),
     "transfer: a failure waits for the copies that were sent": mutant(
-        f"{TRANSFER}::test_each_read", (transfer, "wait", nothing)
-    ),
+        f"{TRANSFER}::test_each_read", (transfer, "wait", nothing)),
     "transfer: nothing is sent after a copy that failed": mutant(
         f"{TRANSFER}::test_nothing_is_sent_after_a_copy_that_failed",
-        skipped(transfer._PendingCopy, "raise_failures"),
-    ),
+        skipped(transfer._PendingCopy, "raise_failures")),
     "transfer: a group is done when all its copies are": mutant(
         f"{TRANSFER}::test_each_copy_that_fails_later",
-        (transfer, "_join_tickets", lambda tickets: tickets[-1]),
-    ),
+        (transfer, "_join_tickets", lambda tickets: tickets[-1])),
     "copies: an outcome is reported when the copy is done": mutant(
         "test_handles.py::test_a_kernel_behind_copies_sees_their_bytes",
-        (CopyThreads, "_run", _ended_when_asked_for),
-    ),
+        (CopyThreads, "_run", _ended_when_asked_for)),
     "copies: ends are counted one by one": mutant(
         "test_ending.py::test_copies_that_end_at_the_same_moment_are_both_counted",
-        (copies, "Lock", NoLock),
-    ),
+        (copies, "Lock", NoLock)),
     "inbox: the flag is cleared before the items are taken": mutant(
-        "io/test_inbox.py::test_an_item_at_the_last_moment", (Inbox, "_drain", _flag_cleared_after)
-    ),
-}
+        "io/test_inbox.py::test_an_item_at_the_last_moment",
+        (Inbox, "_drain", _flag_cleared_after)),
+}  # fmt: skip

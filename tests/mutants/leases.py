@@ -68,92 +68,69 @@ async def _not_compared(self: DigestChecks, ref: Any, key: Any, lease: Lease) ->
 LOADER: Mutants = {
     "tenancy: a layer is ready once its own group is": mutant(
         f"{HANDLES}::test_layers_come_one_by_one",
-        (SlotOccupancy, "_needed", lambda self, layer: max(0, _needed(self, layer) - 1)),
-    ),
+        (SlotOccupancy, "_needed", lambda self, layer: max(0, _needed(self, layer) - 1))),
     "tenancy: a stream waits for the copies before a layer's": mutant(
-        f"{HANDLES}::test_a_stream_awaits_all_before", (SlotOccupancy, "tickets", _own_tickets_only)
-    ),
+        f"{HANDLES}::test_a_stream_awaits_all_before",
+        (SlotOccupancy, "tickets", _own_tickets_only)),
     "tenancy: a stream waits for all copies or is told to wait": mutant(
         f"{HANDLES}::test_a_kernel_behind_copies_sees_their_bytes",
-        (SlotOccupancy, "tickets", _known_tickets_only),
-    ),
+        (SlotOccupancy, "tickets", _known_tickets_only)),
     "tenancy: a thread waits for its layer": mutant(
         f"{HANDLES}::test_layers_come_one_by_one",
-        (SlotOccupancy, "wait", lambda self, layer, timeout, check: check()),
-    ),
+        (SlotOccupancy, "wait", lambda self, layer, timeout, check: check())),
     "tenancy: a failure wakes all waiters": mutant(
         f"{HANDLES}::test_a_failure_reaches_all_who_wait",
-        (SlotOccupancy, "fail", _failed_in_silence),
-    ),
+        (SlotOccupancy, "fail", _failed_in_silence)),
     "tenancy: the end of a lease wakes its waiters": mutant(
         f"{HANDLES}::test_a_release_ends_the_waits_of_others",
         skipped(SlotOccupancy, "wake_threads"),
-        skipped(SlotOccupancy, "wake_tasks"),
-    ),
+        skipped(SlotOccupancy, "wake_tasks")),
     "handle: weights are shown once their layer is here": mutant(
-        f"{HANDLES}::test_layers_come_one_by_one", skipped(SlotOccupancy, "is_ready", True)
-    ),
+        f"{HANDLES}::test_layers_come_one_by_one", skipped(SlotOccupancy, "is_ready", True)),
     "handle: a use ends when the device has computed": mutant(
         f"{HANDLES}::test_a_slot_is_kept_until_the_device_has_computed",
-        (AdapterHandle, "_end_use", lambda self, _: self._lease.end_use()),
-    ),
+        (AdapterHandle, "_end_use", lambda self, _: self._lease.end_use())),
     "lease: a kernel outlives its lease": mutant(
         f"{HANDLES}::test_a_slot_is_kept_until_the_device_has_computed",
-        (Lease, "end", _ended_unused),
-    ),
+        (Lease, "end", _ended_unused)),
     "lease: no use begins while it ends": mutant(
-        f"{HANDLES}::test_release_while_a_use_begins", seen_by(leases, "threading", Lock=NoLock)
-    ),
+        f"{HANDLES}::test_release_while_a_use_begins", seen_by(leases, "threading", Lock=NoLock)),
     "lease: nothing is verified while a digest is compared": mutant(
         f"{DIGESTS}::test_a_digest_is_compared_for_its_caller_alone",
-        (Lease, "is_verified", property(lambda self: self.occupancy.verification is not None)),
-    ),
+        (Lease, "is_verified", property(lambda self: self.occupancy.verification is not None))),
     "unload: it waits until the adapter is gone": mutant(
-        "test_room.py::test_a_kernel_is_waited_for", (WaiterTable, "unload", _not_waited_for)
-    ),
+        "test_room.py::test_a_kernel_is_waited_for", (WaiterTable, "unload", _not_waited_for)),
     "driver: ends of leases in threads are decided on the loop": mutant(
         f"{HANDLES}::test_the_loop_decides_on_ends",
-        (Driver, "_on_loop", lambda self, tell: self._report(tell)),
-    ),
+        (Driver, "_on_loop", lambda self, tell: self._report(tell))),
     "driver: a finalizer decides nothing by itself": mutant(
-        f"{HANDLES}::test_end_in_a_decision", (Driver, "_lease_ended", _ended_at_once)
-    ),
+        f"{HANDLES}::test_end_in_a_decision", (Driver, "_lease_ended", _ended_at_once)),
     "driver: what a subscriber causes comes after": mutant(
-        f"{HANDLES}::test_a_subscriber_unpins", (Driver, "_execute", _obeyed_at_once)
-    ),
+        f"{HANDLES}::test_a_subscriber_unpins", (Driver, "_execute", _obeyed_at_once)),
     "actions: a reader stays open while it is copied from": mutant(
         f"{ENDING}::test_a_copy_that_is_wanted_no_longer_reads_its_file_to_the_end",
-        (Driver, "_close_idle_reader", lambda self, key: self.files.close_reader(key)),
-    ),
+        (Driver, "_close_idle_reader", lambda self, key: self.files.close_reader(key))),
     "replace: calls with one name come in their order": mutant(
         "test_replacing.py::test_several_replacements_at_once_come_in_their_order",
-        (OrderedCalls, "place", lambda *_: nullcontext(nothing_awaited)),
-    ),
+        (OrderedCalls, "place", lambda *_: nullcontext(nothing_awaited))),
     "files: closing a hold is waited for": mutant(
-        f"{ENDING}::test_unmap_is_awaited", (FetchTasks, "_close_hold", _hold_closed_later)
-    ),
+        f"{ENDING}::test_unmap_is_awaited", (FetchTasks, "_close_hold", _hold_closed_later)),
     "digests: a load waits for the comparison": mutant(
         f"{DIGESTS}::test_a_digest_is_compared_for_its_caller_alone",
-        (DigestChecks, "watch_and_wait", _not_compared),
-    ),
+        (DigestChecks, "watch_and_wait", _not_compared)),
     "resolver: a resolve outlives its first caller": mutant(
         "test_loader.py::test_a_cancelled_caller_leaves_the_others_their_answer",
-        seen_by(resolver, "asyncio", shield=same),
-    ),
+        seen_by(resolver, "asyncio", shield=same)),
     "close: leases have their time": mutant(
-        f"{ENDING}::test_close_fails_waiters_and_revokes_leases", skipped(Driver, "_vacate")
-    ),
+        f"{ENDING}::test_close_fails_waiters_and_revokes_leases", skipped(Driver, "_vacate")),
     "close: kernels are waited for": mutant(
-        f"{ENDING}::test_close_waits_for_kernels_whatever_its_deadline", skipped(Driver, "_at_rest")
-    ),
+        f"{ENDING}::test_close_waits_for_kernels_whatever_its_deadline",
+        skipped(Driver, "_at_rest")),
     "close: fetches have ended": mutant(
-        f"{ENDING}::test_undo_is_awaited", skipped(FetchTasks, "stop")
-    ),
+        f"{ENDING}::test_undo_is_awaited", skipped(FetchTasks, "stop")),
     "close: the device ends after the copies": mutant(
-        f"{ENDING}::test_the_device_outlives_copies", skipped(Driver, "join")
-    ),
+        f"{ENDING}::test_the_device_outlives_copies", skipped(Driver, "join")),
     "close: it goes on without its caller": mutant(
         "test_sweep.py::test_close_at_every_turn_of_everything",
-        seen_by(loader, "asyncio", shield=same),
-    ),
-}
+        seen_by(loader, "asyncio", shield=same)),
+}  # fmt: skip

@@ -64,59 +64,44 @@ def _split_while_read(self: Download, now: float) -> DownloadPiece | None:
 HTTP: Mutants = {
     "attempt: one that was ended gets no connection": mutant(
         f"{SCHEDULER}::test_an_ended_attempt_gets_no_connection",
-        (Attempt, "use", _used_after_an_end),
-    ),
+        (Attempt, "use", _used_after_an_end)),
     "attempt: an end does not reach a connection that was given back": mutant(
-        f"{SCHEDULER}::test_an_end_does_not_reach_what_was_released", skipped(Attempt, "release")
-    ),
+        f"{SCHEDULER}::test_an_end_does_not_reach_what_was_released", skipped(Attempt, "release")),
     "attempt: a connection is given back after its end": mutant(
         f"{SCHEDULER}::test_what_is_being_ended_is_released_afterwards",
-        (connection, "Lock", NoLock),
-    ),
+        (connection, "Lock", NoLock)),
     "socket: an end reaches a thread that waits": mutant(
-        f"{DOWNLOADS}::test_an_end_from_outside", skipped(AbortableSocket, "abort")
-    ),
+        f"{DOWNLOADS}::test_an_end_from_outside", skipped(AbortableSocket, "abort")),
     "socket: an end reaches a socket that is being opened": mutant(
         f"{SCHEDULER}::test_an_ended_attempt_gets_no_connection",
-        (AbortableSocket, "attach", _attached_after_an_abort),
-    ),
+        (AbortableSocket, "attach", _attached_after_an_abort)),
     "socket: a descriptor is not closed while it is shut down": mutant(
         f"{SCHEDULER}::test_a_descriptor_is_not_closed_while_it_is_aborted",
-        (connection, "Lock", NoLock),
-    ),
+        (connection, "Lock", NoLock)),
     "pool: an idle connection is taken by one": mutant(
-        f"{SCHEDULER}::test_an_idle_connection_is_taken_by_one", (pool, "Lock", NoLock)
-    ),
+        f"{SCHEDULER}::test_an_idle_connection_is_taken_by_one", (pool, "Lock", NoLock)),
     "pool: unasked bytes answer no request": mutant(
         f"{ANSWERS}::test_what_comes_unasked_answers_nothing",
-        (AbortableSocket, "is_quiet", property(lambda _: True)),
-    ),
+        (AbortableSocket, "is_quiet", property(lambda _: True))),
     "download: bytes are written before their group is reported": mutant(
         f"{ANSWERS}::test_a_group_is_reported_when_its_bytes_are_there_and_after_those_before_it",
         (Download, "_write", _written_later),
-        (Download, "_report", _reported_before_written),
-    ),
+        (Download, "_report", _reported_before_written)),
     "download: groups are reported by one thread at a time": mutant(
         f"{ANSWERS}::test_a_group_is_reported_when_its_bytes_are_there_and_after_those_before_it",
-        (Download, "_report", _reported_by_many),
-    ),
+        (Download, "_report", _reported_by_many)),
     "download: nothing is read after an end": mutant(
         f"{ANSWERS}::test_no_more_is_written_after_an_end",
-        (Download, "_claim", _claimed_after_an_end),
-    ),
+        (Download, "_claim", _claimed_after_an_end)),
     "download: what is being read is not given to another thread": mutant(
         f"{SCHEDULER}::test_what_is_being_read_is_not_given_to_another",
-        (Download, "split", _split_while_read),
-    ),
+        (Download, "split", _split_while_read)),
     "download: what is left of a piece is put back": mutant(
-        f"{DOWNLOADS}::test_a_long_piece_makes_way", skipped(Download, "put_back")
-    ),
+        f"{DOWNLOADS}::test_a_long_piece_makes_way", skipped(Download, "put_back")),
     "shares: another origin gets its share from one that stalls": mutant(
         f"{SCHEDULER}::test_an_origin_that_stalls_keeps_one_connection",
-        skipped(DownloadScheduler, "reclaim"),
-    ),
+        skipped(DownloadScheduler, "reclaim")),
     "engine: it has ended when its threads have": mutant(
         f"{DOWNLOADS}::test_an_end_is_reported_once_nothing_is_written_any_more",
-        skipped(WorkerPool, "_running_thread"),
-    ),
-}
+        skipped(WorkerPool, "_running_thread")),
+}  # fmt: skip

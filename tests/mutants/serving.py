@@ -36,56 +36,42 @@ def _only_told(self: Engine) -> list[int]:
 SERVING: Mutants = {
     "batch: adapters are in use while it is computed": mutant(
         f"{THREADS}::test_a_pass_that_outlives_its_block_stops_and_then_frees_its_adapter",
-        (AdapterHandle, "use", lambda *_: nullcontext()),
-    ),
+        (AdapterHandle, "use", lambda *_: nullcontext())),
     "batch: layers begin and end one after the other": mutant(
         "engines/test_engine_locks.py::test_two_layers_that_end_at_once_are_both_over",
-        initialized(ModelBatch, _lock=NoLock),
-    ),
+        initialized(ModelBatch, _lock=NoLock)),
     "gate: a pass waits for a layer that is on its way": mutant(
         "engines/test_layer_gate.py::test_a_layer_within_the_budget_is_waited_for",
-        skipped(AdapterHandle, "wait_layer"),
-    ),
+        skipped(AdapterHandle, "wait_layer")),
     "engine: close waits for the step that is computed": mutant(
         f"{ENGINE}::test_closing_fails_the_rest_after_the_step_that_is_computed",
-        (engine, "ThreadPoolExecutor", lambda _, name: ThreadPoolExecutor(2, name)),
-    ),
+        (engine, "ThreadPoolExecutor", lambda _, name: ThreadPoolExecutor(2, name))),
     "engine: a sequence leaves its place before another takes it": mutant(
         f"{ENGINE}::test_an_answer_cancelled_at_any_time_disturbs_none",
-        (Engine, "_take_ended", _only_told),
-    ),
+        (Engine, "_take_ended", _only_told)),
     "engine: an ended sequence is freed": mutant(
         f"{ENGINE}::test_an_answer_cancelled_at_any_time_disturbs_none",
-        skipped(Engine, "_take_ended", ()),
-    ),
+        skipped(Engine, "_take_ended", ())),
     "engine: no token of false weights comes out": mutant(
         f"{ENGINE}::test_no_token_of_an_adapter_that_was_false_comes_out",
-        (engine, "_is_wanted", lambda _: True),
-    ),
+        (engine, "_is_wanted", lambda _: True)),
     "keys: a free place holds nothing": mutant(
-        f"{DECODER}::test_what_was_at_a_place_never_matters", skipped(PlacesLayer, "clear")
-    ),
+        f"{DECODER}::test_what_was_at_a_place_never_matters", skipped(PlacesLayer, "clear")),
     "keys: what does not follow changes nothing": mutant(
-        f"{DECODER}::test_steps_that_do_not_follow_change_nothing", skipped(KVCache, "_check")
-    ),
+        f"{DECODER}::test_steps_that_do_not_follow_change_nothing", skipped(KVCache, "_check")),
     "server: in-flight requests are counted": mutant(
         "server/test_connections.py::test_a_signal_drains",
-        (InFlightRequests, "count_request", lambda _: nullcontext()),
-    ),
+        (InFlightRequests, "count_request", lambda _: nullcontext())),
     "server: a client that hangs up frees its place": mutant(
         "server/test_connections.py::test_a_client_that_hangs_up_frees_its_place",
-        (RequestScope, "_listen", nothing_awaited),
-    ),
+        (RequestScope, "_listen", nothing_awaited)),
     "warm list: it is on the disk before it has its name": mutant(
         f"{WARM}::test_the_file_is_whole_on_disk_before_its_name",
-        seen_by(warm_list, "os", fsync=nothing),
-    ),
+        seen_by(warm_list, "os", fsync=nothing)),
     "warm list: it is replaced as a whole": mutant(
         f"{WARM}::test_the_file_is_whole_on_disk_before_its_name",
-        (warm_list, "_replace", Path.write_bytes),
-    ),
+        (warm_list, "_replace", Path.write_bytes)),
     "warm list: leaving waits for what is written": mutant(
         f"{WARM}::test_leaving_waits_for_what_is_written",
-        seen_by(warm_list, "asyncio", shield=same),
-    ),
-}
+        seen_by(warm_list, "asyncio", shield=same)),
+}  # fmt: skip

@@ -78,92 +78,69 @@ def _kept_when_closed(self: FetchReader, entry: Any) -> None:
 SOURCES: Mutants = {
     "reader: a descriptor outlives the read it serves": mutant(
         f"{LOCAL}::test_a_descriptor_outlives_its_read",
-        (FileReader, "close", _closed_under_readers),
-    ),
+        (FileReader, "close", _closed_under_readers)),
     "opened once: one read opens": mutant(
-        f"{LOCAL}::test_many_first_reads", (local_weights, "Lock", NoLock)
-    ),
+        f"{LOCAL}::test_many_first_reads", (local_weights, "Lock", NoLock)),
     "hold: what is held is what was opened": mutant(
         f"{LOCAL}::test_a_file_that_changes_is_not_held",
-        (LocalPages, "settle", lambda self: concurrency.close_all(self._readers)),
-    ),
+        (LocalPages, "settle", lambda self: concurrency.close_all(self._readers))),
     "merge: parts that are given up are waited for": mutant(
-        f"{MEMORY}::test_when_a_part_fails_others_end", (merges, "_all", _not_waited_for)
-    ),
+        f"{MEMORY}::test_when_a_part_fails_others_end", (merges, "_all", _not_waited_for)),
     "tensors: writes during the copy are noticed": mutant(
         f"{MEMORY}::test_a_write_at_any_time_is_noticed",
-        skipped(TensorSnapshot, "_require_unchanged"),
-    ),
+        skipped(TensorSnapshot, "_require_unchanged")),
     "tensors: room is claimed before they are copied": mutant(
         f"{MEMORY}::test_the_budget_counts_what_is_being_copied",
-        (HostCopies, "reserve", _free_of_charge),
-    ),
+        (HostCopies, "reserve", _free_of_charge)),
     "tensors: bytes keep their room while they are read": mutant(
         f"{MEMORY}::test_bytes_keep_their_room_while_they_are_read",
-        (HostCopy, "_free", _freed_while_read),
-    ),
+        (HostCopy, "_free", _freed_while_read)),
     "spilling: what was dropped meanwhile leaves the disk": mutant(
         "test_spilled_tensors.py::test_unloaded_during_the_spill_it_is_gone",
-        (HostCopy, "move", _kept_though_dropped),
-    ),
+        (HostCopy, "move", _kept_though_dropped)),
     "merge: one that is read keeps its memory": mutant(
         f"{MEMORY}::test_a_merge_is_computed_once_and_stays_until_others_need_the_room",
-        (HostCopy, "is_read", False),
-    ),
+        (HostCopy, "is_read", False)),
     "merge: it draws no number of the process's generator": mutant(
         "engines/test_merge_equality.py::test_a_seed_decides_what_drops_and_no_global_number_is_drawn",
-        (merges, "_DrawingFrom", lambda _: NoLock()),
-    ),
+        (merges, "_DrawingFrom", lambda _: NoLock())),
     "workers: a cancelled caller's result is undone": mutant(
         f"{REMOTE}::test_a_cancelled_caller_waits_for_its_thread_and_undoes_the_result",
-        (WorkerThreads, "run", _abandoned),
-    ),
+        (WorkerThreads, "run", _abandoned)),
     "workers: letting go is waited for": mutant(
         f"{REMOTE}::test_a_release_is_done_though_it_was_cancelled_before_it_began",
-        (WorkerThreads, "finish", _abandoned),
-    ),
+        (WorkerThreads, "finish", _abandoned)),
     "fetch: it is published when all of it is here": mutant(
         "io/remote/test_fetch_folders.py::test_a_folder_that_peft_loads",
-        (fetching, "outcome", nothing_awaited),
-    ),
+        (fetching, "outcome", nothing_awaited)),
     "fetch: groups are reported on the loop": mutant(
-        f"{REMOTE}::test_groups_are_reported_on_the_loop", (fetching, "_on_loop", same)
-    ),
+        f"{REMOTE}::test_groups_are_reported_on_the_loop", (fetching, "_on_loop", same)),
     "fetch: groups of several files are reported in their order": mutant(
-        f"{REMOTE}::test_groups_of_two_files_come_in_order", initialized(AdapterFetch, _lock=NoLock)
-    ),
+        f"{REMOTE}::test_groups_of_two_files_come_in_order",
+        initialized(AdapterFetch, _lock=NoLock)),
     "fetch: nothing reads a download that has ended": mutant(
         f"{REMOTE}::test_nothing_reads_a_download_that_has_ended",
-        (AdapterFetch, "_leave", lambda self, _: self._download.close()),
-    ),
+        (AdapterFetch, "_leave", lambda self, _: self._download.close())),
     "fetch: its jobs have ended when that is reported": mutant(
-        f"{REMOTE}::test_jobs_end_with_whoever_follows_them", (metadata, "ended", nothing_awaited)
-    ),
+        f"{REMOTE}::test_jobs_end_with_whoever_follows_them", (metadata, "ended", nothing_awaited)),
     "fetch: a closed reader keeps no entry": mutant(
         f"{REMOTE}::test_a_reader_closed_meanwhile_keeps_nothing",
-        (FetchReader, "adopt", _kept_when_closed),
-    ),
+        (FetchReader, "adopt", _kept_when_closed)),
     "fetch: a reader keeps its entry": mutant(
         f"{REMOTE}::test_an_entry_stays_for_as_long_as_it_is_read",
-        (FetchReader, "adopt", lambda _, entry: entry.close()),
-    ),
+        (FetchReader, "adopt", lambda _, entry: entry.close())),
     "fetch: two processes download once": mutant(
         f"{LOADS}::test_two_processes_download_once",
-        (AdapterOpener, "_attempt", lambda *given, **_: _attempt(*given, alone=True)),
-    ),
+        (AdapterOpener, "_attempt", lambda *given, **_: _attempt(*given, alone=True))),
     "fetch: small files are checked before they are used": mutant(
         "io/remote/test_faults.py::test_a_lasting_fault_is_one_typed_error[asyncio-config wrong]",
-        (opening, "_check", nothing),
-    ),
+        (opening, "_check", nothing)),
     "fetch: what is in the cache is checked": mutant(
         "io/remote/test_faults.py::test_an_unpromised_digest_is_marked_as_such",
-        skipped(RemoteSource, "_check"),
-    ),
+        skipped(RemoteSource, "_check")),
     "resolving: the cache serves whom it was granted to": mutant(
         f"{REMOTE}::test_known_callers_while_the_source_is_down",
-        skipped(VersionResolver, "_may_have", True),
-    ),
+        skipped(VersionResolver, "_may_have", True)),
     "resolving: a fetch is in the last caller's name": mutant(
-        f"{LOADS}::test_a_digest_is_its_callers_own", skipped(ResolutionCache, "_asked", True)
-    ),
-}
+        f"{LOADS}::test_a_digest_is_its_callers_own", skipped(ResolutionCache, "_asked", True)),
+}  # fmt: skip
