@@ -25,7 +25,6 @@ from tiny_loaders import ONE, fails, loader
 from tiny_sources import over, stocked
 
 Patch = pytest.MonkeyPatch
-
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 STAGES: tuple[Stage, ...] = ("queue", "resolve", "fetch", "verify", "stage", "copy", "ready")

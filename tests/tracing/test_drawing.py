@@ -24,9 +24,7 @@ from tools import tool
 from tracing.chrome_format import of, require_trace
 
 Patch = pytest.MonkeyPatch
-
 Capture = pytest.CaptureFixture[str]
-
 FAR = 10**400  # A whole number that no float reaches; JSON has it
 
 
@@ -192,8 +190,7 @@ def test_a_page_needs_nothing_else() -> None:
 @pytest.mark.parametrize("name", ["$\\frac{$", "\udcff</script><script>"])
 def test_names_are_no_markup(tmp_path: Path, capsys: Capture, suffix: str, name: str) -> None:
     trace, out = tmp_path / f"{name}.json".replace("/", ""), tmp_path / f"out.{suffix}"
-    lane = {"ph": "M", "name": "thread_name", "pid": 1, "tid": 1, "args": {"name": name}}
-    trace.write_text(json.dumps([lane, span(name=name)]))
+    trace.write_text(json.dumps([named("thread_name", 1, 1, name), span(name=name)]))
     assert main(["timeline", str(trace), "-o", str(out)]) == 0
     assert "1 lane; " in capsys.readouterr().out
     assert out.read_bytes().count(b"<script") == (2 if suffix == "html" else 0)
