@@ -117,10 +117,8 @@ BY_HAND = {
 }
 
 
-ALIGNMENT = 64
-GUARD = 1 << 12
+ALIGNMENT, GUARD = 64, 1 << 12
 MARGIN = 1 << 16  # Bytes at both ends: a kernel that reads far beyond its operands still reads NaN
-
 _NAN = 0xFF  # As every byte of a number: NaN in float32, float16 and bfloat16
 
 
@@ -165,10 +163,7 @@ class Arena:
 
 
 MODULES = (4, 1, 3)  # Of five; the other rows of the tables lead nowhere
-
 _INNER = {16: 128, 32: 64}  # Features that are never cut, by a tile's rows
-
-_BITS = {2: torch.int16, 4: torch.int32}
 _HALF_WAY_FROM = {"float32": 1 << 24, "bfloat16": 1 << 8, "float16": 1 << 11}
 """From here on, odd integers lie between two numbers."""
 
@@ -327,7 +322,8 @@ class World:
                     f"rows {start} to {stop} of slot {slot}: {int(far.sum())} elements, the first "
                     f"[{start + row}, {column}] is {result[row, column]}, not {expected[row, column]}"
                 )
-        if not torch.equal(_bits(y[kept]), _bits(before[kept])):
+        bits = [each[kept].view(torch.uint8) for each in (y, before)]  # -0 is not 0
+        if not torch.equal(*bits):
             wrong.append("rows without an adapter changed")
         return wrong
 
@@ -339,10 +335,6 @@ class World:
                 operands = self.tables.operands(module, slot)
                 written[:, member, start:stop, : len(operands[0]) if operands else 0] = False
         return int(written.sum())
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(_BITS[tensor.element_size()])
 
 
 def _nbytes(case: Case) -> int:

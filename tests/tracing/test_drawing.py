@@ -60,6 +60,8 @@ def test_a_part_is_laid_out() -> None:
     lanes = [(lane.row, lane.title, [box.name for box in lane.boxes]) for lane in drawing.lanes]
     assert lanes == [("copies", "copy stream", ["layer 1"]), ("compute", "thread 1", ["layer 0"])]
     assert (drawing.start, drawing.stop, drawing.overlap()) == (15, 25, (5, 5))
+    other = span(pid=2, tid=2, name="layer 1", ts=20_000, dur=20_000, args={"layer": 1})
+    assert drawing_of([*EVENTS, other]).overlap() == (50, 30), "what two compute counts once"
     assert drawing.summary() == (
         "10.0 ms; layers were computed for 5.0 ms, of which 5.0 ms (100 %) before the last copy"
         " had ended; the oldest 1,200 spans are gone"

@@ -337,8 +337,9 @@ def test_a_part_is_cut_out() -> None:
     cut = [(each["args"].get("began_before"), each["args"].get("goes_on")) for each in events]
     assert cut == [(True, None), (None, None), (None, True)]
     assert names(trace.as_json(t + 9_200), "files") == ["9500"]
-    trace.stop()
-    assert trace.as_json(t + 3_000, t + 8_000) == found
+    for _ in range(2):
+        trace.stop()
+        assert trace.as_json(t + 3_000, t + 8_000) == found
 
 
 @pytest.mark.parametrize("before", [True, False])
