@@ -149,7 +149,7 @@ def after_each(one: EvictionPolicy, keys: int) -> dict[Operation, EvictionPolicy
         (LFU(half_life=2), 1, 6),  # gone or there, at the first or second use of two, 0 to 2
         (LFU(half_life=3), 3, None),
         (GDSF(max_uses=2), 1, 3),  # gone, or there at L + 2 or L + 4
-        (GDSF(max_uses=3), 3, None),
+        (GDSF(max_uses=2), 3, None),
     ],
 )
 def test_policies_in_equal_states_rank_alike_for_ever(
