@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 
 import tiny
 from lorax_async.config import LoaderConfig
@@ -25,20 +24,10 @@ FILLERS = [f"filler {number}" for number in range(4)]
 """Other adapters that the source of a `roomy` loader has: as many as there are slots."""
 
 
-def assert_holds(handle: AdapterHandle, given: dict[str, torch.Tensor]) -> None:
-    """The device has what was given, cast by torch."""
-    assert len(given) == 2 * len(handle.modules)
-    for name, module in handle.modules.items():
-        a = given[f"base_model.model.{name}.lora_A.weight"]
-        b = given[f"base_model.model.{name}.lora_B.weight"]
-        assert torch.equal(module.a, a.to(module.a.dtype))
-        assert torch.equal(module.b, b.to(module.b.dtype))
-
-
 async def assert_means(there: AdapterLoader, id: AdapterId, seed: int, **settings: Any) -> None:
     """A load of `id` gets the tensors of that seed."""
     async with await there.load(id, **settings) as handle:
-        assert_holds(handle, tiny.tensors(seed))
+        tiny.assert_holds(handle, tiny.tensors(seed))
 
 
 def used(there: AdapterLoader) -> int:

@@ -13,6 +13,7 @@ import tiny
 from common import until
 from lorax_async.config import LoaderConfig
 from lorax_async.devices.simulated import GatedDevice
+from lorax_async.errors import LoraxError
 from lorax_async.loader import AdapterLoader
 
 RESTING = {"resident", "present", "held", "read ahead"}
@@ -40,14 +41,9 @@ def stepwise(
 
 
 async def count_steps(work: Coroutine[Any, Any, Any]) -> int:
-    seen = 0
-
-    def note(step: int) -> None:
-        nonlocal seen
-        seen = step
-
-    await stepwise(work, note)
-    return seen
+    seen = [0]
+    await stepwise(work, seen.append)
+    return seen[-1]
 
 
 async def cancel_at(work: Coroutine[Any, Any, Any], step: int) -> bool:
@@ -60,22 +56,28 @@ async def cancel_at(work: Coroutine[Any, Any, Any], step: int) -> bool:
             task.cancel()
 
     async def body() -> Any:
-        return await stepwise(work, cancel)
+        await released(stepwise(work, cancel))
 
     task = asyncio.create_task(body())
     await asyncio.wait([task])
-    if task.cancelled():
-        return True
-    result = task.result()
-    if result is not None:
-        result.release()
-    return False
+    if not task.cancelled():
+        task.result()
+    return task.cancelled()
 
 
 async def released(work: Awaitable[Any]) -> None:
     result = await work
     if result is not None:
         result.release()
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    """Stands for a step that fails with a copy of the error, if it is one of ours."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error.located() if isinstance(error, LoraxError) else error
+
+    return fail
 
 
 def our_tasks() -> list[str]:

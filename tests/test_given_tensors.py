@@ -13,12 +13,12 @@ import torch
 
 import tiny
 from common import until
-from given import FILE, assert_holds, assert_means, file_bytes, give, kept, put, used
+from given import assert_means, file_bytes, give, kept, put, used
 from lorax_async import errors
 from lorax_async.config import Limits, LoaderConfig
 from lorax_async.handle import AdapterHandle
 from lorax_async.types import AdapterRef
-from sweeping import Bench, cancel_at, count_steps, local_bench, released
+from sweeping import Bench, cancel_at, count_steps, local_bench, raising, released
 from tiny_loaders import ONE, fails, loader, on_device
 from tiny_sources import over, state, stocked, where
 
@@ -42,15 +42,14 @@ async def test_every_call_finds_given_tensors_by_their_name(tmp_path: Path) -> N
             handle.release()
         async with there.stream("mine") as handle:
             await handle.layer_ready(3)
-            assert_holds(handle, given)
+            tiny.assert_holds(handle, given)
         await there.pin("mine")
         assert where(there, "mine").pins == 1
         assert there.unpin("mine")
         await there.prefetch(["mine"])
         await there.prefetch("mine", tier="host")
         assert there.placement().story("mine")[0].key == first.key
-        with pytest.raises(errors.AdapterNotFoundError):
-            await there.load("mine", revision="main")
+        await fails(there.load("mine", revision="main"), errors.AdapterNotFoundError)
         first.release()
 
 
@@ -69,7 +68,7 @@ async def test_evicted_tensors_come_back_the_same(tmp_path: Path, device: str, s
             assert (found.tier, found.state, found.device_bytes) == ("host", "held", 0)
             assert found.host_bytes == used(there) > file_bytes()
             async with await there.load("mine") as handle:
-                assert_holds(handle, tiny.tensors(5))
+                tiny.assert_holds(handle, tiny.tensors(5))
                 assert {module.scale for module in handle.modules.values()} == {8 / 4**0.5}
                 assert where(there, "mine").device_bytes >= ONE // 2
         assert there.statistics().fetches == 3
@@ -80,7 +79,7 @@ async def test_unloaded_tensors_are_gone_and_the_name_is_free(tmp_path: Path) ->
     async with over(source) as there:
         (await there.load("mine")).release()
         async with await give(there, 5) as first:
-            assert_holds(first, tiny.tensors(5))
+            tiny.assert_holds(first, tiny.tensors(5))
             key = first.key
         await there.pin("mine")
         await there.unload("mine")
@@ -92,29 +91,10 @@ async def test_unloaded_tensors_are_gone_and_the_name_is_free(tmp_path: Path) ->
         source.remove("mine")
         async with await give(there, 5) as handle:
             assert (handle.key, handle.resident) == (key, True)
-            assert_holds(handle, tiny.tensors(5))
+            tiny.assert_holds(handle, tiny.tensors(5))
         await there.unload(key)
         await fails(there.load("mine"), errors.AdapterNotFoundError)
         assert used(there) == 0
-
-
-async def test_memory_bytes_are_kept_to_and_given_back(tmp_path: Path) -> None:
-    async with over(stocked(tmp_path), memory_bytes=2 * FILE, spill=False) as there:
-        (await give(there, 1, "one")).release()
-        one = used(there)
-        (await give(there, 2, "two")).release()
-        assert used(there) == 2 * one
-        with pytest.raises(errors.CapacityError, match="memory_bytes") as caught:
-            await give(there, 3, "three")
-        assert (caught.value.id, caught.value.retryable) == ("three", True)
-        with pytest.raises(errors.CapacityError) as caught:
-            await there.load_tensors("three", tiny.tensors(3, 64), tiny.config(64))
-        assert caught.value.retryable is False
-        await there.unload("one")
-        assert used(there) == one
-        (await give(there, 3, "three")).release()
-        assert used(there) == 2 * one
-    assert used(there) == 0
 
 
 async def test_equal_content_is_one_adapter_until_its_last_name_goes(tmp_path: Path) -> None:
@@ -189,9 +169,8 @@ async def test_what_is_no_adapter_for_this_base_is_refused(
     config: Any = tiny.config(**changes) if isinstance(changes, dict) else changes
     async with loader(limits=limits) as there:
         for verb in (there.load_tensors, there.replace):
-            with pytest.raises(kind, match=problem) as caught:
-                await verb("mine", given, config)
-            assert caught.value.id in {"mine", None}
+            error = await fails(verb("mine", given, config), kind, problem)
+            assert error.id in {"mine", None}
         assert not there.placement().adapters
         assert used(there) == 0
 
@@ -208,8 +187,7 @@ async def test_only_an_open_loader_with_memory_takes_tensors_by_a_str() -> None:
     async with loader(memory_bytes=0) as there:
         names: list[Any] = [Path("mine"), "", AdapterRef("mine")]
         for name in names:
-            with pytest.raises(errors.InvalidAdapterIdError, match="a non-empty str"):
-                await give(there, 0, name)
+            await fails(give(there, 0, name), errors.InvalidAdapterIdError, "a non-empty str")
         await fails(give(there, 0), errors.CapacityError)
         assert state(there, "mine") == "nowhere"
 
@@ -249,7 +227,7 @@ class Call:
             return
         async with await self.loader.load(self.name) as handle:
             if self.verb == "replace":
-                assert_holds(handle, OLD)
+                tiny.assert_holds(handle, OLD)
             else:
                 tiny.assert_equal_to_file(handle, self.bench.adapter)
         assert len(on_device(self.loader)) == 1
@@ -282,7 +260,7 @@ async def test_tensors_cancelled_at_every_await_change_nothing(tmp_path: Path, v
                 return
             await call.assert_nothing_changed()
         async with await call() as handle:
-            assert_holds(handle, NEW)
+            tiny.assert_holds(handle, NEW)
 
 
 STEPS = {
@@ -303,23 +281,19 @@ STEPS = {
 async def test_an_error_at_every_step_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, step: str, error: Exception
 ) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise error.located() if isinstance(error, errors.LoraxError) else error
-
     async with prepared(tmp_path, verb) as call:
         with monkeypatch.context() as patch:
-            patch.setattr(STEPS[step], fail)
-            with pytest.raises(errors.LoraxError) as caught:
-                await call()
+            patch.setattr(STEPS[step], raising(error))
+            caught = await fails(call(), errors.LoraxError)
         if isinstance(error, errors.LoraxError):
-            assert type(caught.value) is errors.FetchError
+            assert type(caught) is errors.FetchError
         else:
-            assert isinstance(caught.value, errors.InternalError | errors.TransferError)
-            assert caught.value.__cause__ is error
-        assert caught.value.id == str(call.name)
+            assert isinstance(caught, errors.InternalError | errors.TransferError)
+            assert caught.__cause__ is error
+        assert caught.id == str(call.name)
         await call.assert_nothing_changed()
         async with await call() as handle:
-            assert_holds(handle, NEW)
+            tiny.assert_holds(handle, NEW)
 
 
 @pytest.mark.parametrize("late", [0, 1, 2, 5, 0.005])
@@ -341,12 +315,10 @@ async def test_a_loader_that_closes_keeps_no_bytes(tmp_path: Path, verb: str, la
 
 
 async def test_a_machine_without_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_memory(*_: object, **__: object) -> None:
-        raise RuntimeError("DefaultCPUAllocator: not enough memory")
-
+    no_memory = RuntimeError("DefaultCPUAllocator: not enough memory")
     async with loader() as there:
         with monkeypatch.context() as patch:
-            patch.setattr("lorax_async.sources.host_copies.torch.empty", no_memory)
+            patch.setattr("lorax_async.sources.host_copies.torch.empty", raising(no_memory))
             error = await fails(give(there, 2), errors.CapacityError, "no host memory")
         assert error.id == "mine"
         assert used(there) == 0

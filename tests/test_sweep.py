@@ -25,7 +25,7 @@ from lorax_async.runtime.placement import TierName
 from lorax_async.runtime.telemetry import Usage
 from lorax_async.sources.local_weights import LocalPages
 from lorax_async.testing import FakeSource, Step
-from sweeping import cancel_at, count_steps, our_tasks, settle
+from sweeping import cancel_at, count_steps, our_tasks, raising, settle
 from tiny_loaders import fails
 from tiny_sources import WEIGHTS
 
@@ -273,13 +273,6 @@ LATER_STEPS = {
 }
 
 
-def raising(error: Exception) -> Callable[..., None]:
-    def fail(*_: object, **__: object) -> None:
-        raise error.located() if isinstance(error, errors.LoraxError) else error
-
-    return fail
-
-
 def assert_told(caught: errors.LoraxError, error: Exception, id: object) -> None:
     """A typed error stays what it is; a foreign one is a fault of ours, and says which."""
     typed = isinstance(error, errors.LoraxError)
@@ -304,15 +297,13 @@ async def test_every_error_of_a_source(tmp_path: Path, step: Step, group: int) -
                 await bench.assert_whole()
 
 
+RARELY = [
+    pytest.param(e, marks=() if type(e) is RuntimeError else pytest.mark.slow) for e in ERRORS
+]
+
+
 @pytest.mark.parametrize("step", LATER_STEPS)
-@pytest.mark.parametrize(
-    "error",
-    [
-        pytest.param(each, marks=() if type(each) is RuntimeError else pytest.mark.slow)
-        for each in ERRORS
-    ],
-    ids=lambda e: type(e).__name__,
-)
+@pytest.mark.parametrize("error", RARELY, ids=lambda e: type(e).__name__)
 async def test_every_error_of_every_later_step(
     tmp_path: Path, monkeypatch: Patch, step: str, error: Exception
 ) -> None:
@@ -460,8 +451,7 @@ def touch(weights: Path) -> None:
 
 def rename(weights: Path) -> None:
     """A new file under the old name leaves the open one whole: its ctime tells."""
-    fresh = tiny.write(weights.parent.with_name("fresh"), 9, RANK)
-    os.replace(fresh / WEIGHTS, weights)
+    os.replace(tiny.write(weights.parent.with_name("fresh"), 9, RANK) / WEIGHTS, weights)
 
 
 each_damage = pytest.mark.parametrize("damage", [truncate, touch, rename])

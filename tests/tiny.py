@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -75,10 +76,13 @@ def files(folder: Path) -> tuple[bytes, bytes]:
 
 def assert_equal_to_file(handle: AdapterHandle, folder: Path) -> None:
     """What is on the device is what safetensors' own reader finds in the file, cast by torch."""
-    saved = load_file(folder / "adapter_model.safetensors")
-    assert len(saved) == 2 * len(handle.modules)
+    assert_holds(handle, load_file(folder / "adapter_model.safetensors"))
+
+
+def assert_holds(handle: AdapterHandle, tensors: Mapping[str, torch.Tensor]) -> None:
+    """The device has these tensors, by their names in a file, cast by torch."""
+    assert len(tensors) == 2 * len(handle.modules)
     for name, module in handle.modules.items():
-        a = saved[f"base_model.model.{name}.lora_A.weight"]
-        b = saved[f"base_model.model.{name}.lora_B.weight"]
-        assert torch.equal(module.a, a.to(module.a.dtype))
-        assert torch.equal(module.b, b.to(module.b.dtype))
+        for part, found in (("A", module.a), ("B", module.b)):
+            expected = tensors[f"base_model.model.{name}.lora_{part}.weight"]
+            assert torch.equal(found.cpu(), expected.to(found.dtype))
