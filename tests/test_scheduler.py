@@ -18,7 +18,6 @@ from scheduling.serving import (
     finish,
     held,
     ids,
-    next_batch,
     opened,
     rows,
     silence,
@@ -67,22 +66,13 @@ async def test_several_batches_may_be_under_way(tmp_path: Path) -> None:
         assert [await each for each in tickets] == [1, 1]
 
 
-@pytest.mark.parametrize(
-    ("given", "error"),
-    [
-        (("a", 0, 1), ConfigError),
-        (("a", 1, 0), ConfigError),
-        (("a", 1, 1, 0.5), UsageError),
-        (("a", 1, 1, 0, 0.0), ConfigError),
-        ((5, 1, 1), InvalidAdapterIdError),
-    ],
-)
-def test_wrong_requests_are_refused(given: tuple[Any, ...], error: type[Exception]) -> None:
-    with pytest.raises(error):
-        Request(*given)
-
-
-async def test_wrong_settings_and_sizes_are_refused(tmp_path: Path) -> None:
+async def test_wrong_requests_settings_and_sizes_are_refused(tmp_path: Path) -> None:
+    requests: list[tuple[Any, ...]] = [("a", 0, 1), ("a", 1, 0), ("a", 1, 1, 0, 0.0)]
+    requests += [("a", 1, 1, 0.5), (5, 1, 1)]
+    errors = [ConfigError] * 3 + [UsageError, InvalidAdapterIdError]
+    for request, error in zip(requests, errors, strict=True):
+        with pytest.raises(error):
+            Request(*request)
     async with opened(stocked(tmp_path)) as (loader, scheduler):
         wrong: list[dict[str, Any]] = [{"loads": 0}, {"look_ahead": -1}, {"max_begun": 0}]
         wrong += [{"max_share": share} for share in (0, -0.5, 1.5, True, "1")]
@@ -134,9 +124,7 @@ async def test_the_loop_turns_before_a_batch_that_is_there(tmp_path: Path) -> No
         ticket.cancel()
 
 
-async def test_alone_a_streaming_adapter_joins_when_its_first_layer_is_there(
-    tmp_path: Path,
-) -> None:
+async def test_alone_a_streaming_adapter_joins_with_its_first_layer(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a")
     source.hold("a")
     async with opened(source) as (loader, scheduler):
@@ -185,31 +173,20 @@ async def test_an_adapter_is_given_back_after_the_last_of_its_batches(tmp_path: 
         assert not loader.placement().usage.leases
 
 
-async def test_a_leaving_adapter_leaves_with_its_batch(tmp_path: Path) -> None:
-    """Whether or not its engine wants another one."""
-    async with opened(stocked(tmp_path, "a")) as (loader, scheduler):
-        ticket = scheduler.submit(Request("a", 1, MANY))
-        batch = await next_batch(scheduler)
-        unloading = asyncio.create_task(loader.unload("a"))
-        await turns()
-        assert not unloading.done()
-        batch.check()
-        scheduler.complete(batch)
-        await asyncio.wait_for(unloading, 5)
-        ticket.cancel()
-
-
-async def test_a_leaving_adapter_is_in_no_further_batch(tmp_path: Path) -> None:
-    """Of another engine, say; else it would never leave. It comes back for its requests."""
+@pytest.mark.parametrize("is_wanted", [True, False])
+async def test_a_leaving_adapter_is_in_no_further_batch(tmp_path: Path, is_wanted: bool) -> None:
+    """Else it would never leave, if another engine wants one. It comes back for its requests."""
     async with opened(stocked(tmp_path, "a"), ready="a") as (loader, scheduler):
         tickets = [scheduler.submit(Request("a", 1, 1)) for _ in range(2)]
         first = await scheduler.next_batch(MANY, 1)
         unloading = asyncio.create_task(loader.unload("a"))
         await turns()
-        waiting = await wanted(scheduler)
+        waiting = await wanted(scheduler) if is_wanted else None
+        assert not unloading.done()
+        first.check()
         scheduler.complete(first)
         await asyncio.wait_for(unloading, 5)
-        again = await asyncio.wait_for(waiting, 5)
+        again = await asyncio.wait_for(waiting or scheduler.next_batch(MANY, MANY), 5)
         assert [row.ticket for row in again.rows] == tickets[1:]
         assert again.rows[0].place.generation > first.rows[0].place.generation
         scheduler.complete(again)
@@ -224,17 +201,16 @@ async def test_a_slot_in_which_nothing_comes_is_given_to_others(
     source.hold("stalls")
     others = "b" if waited_before else "bc"
     async with opened(source, ONE_SLOT, clock=clock) as (loader, scheduler):
-        if waited_before:
-            async with await loader.load("a"):
-                for id in ("stalls", others):
-                    scheduler.submit(Request(id, 1, 1))
-                await turns()
+        blocker = await loader.load("a") if waited_before else None
+        scheduler.submit(Request("stalls", 1, 1))
+        if blocker is None:
             await held(loader, "stalls")
-        else:
-            scheduler.submit(Request("stalls", 1, 1))
+        for id in others:
+            scheduler.submit(Request(id, 1, 1))
+        if blocker is not None:
+            await turns()
+            blocker.release()
             await held(loader, "stalls")
-            for id in others:
-                scheduler.submit(Request(id, 1, 1))
         clock.pass_until(1001.0)
         assert [rows(await step(scheduler))[0][0] for _ in others] == list(others)
         source.allow("stalls")
@@ -268,10 +244,8 @@ async def test_the_more_urgent_come_first(tmp_path: Path) -> None:
 async def test_a_place_is_for_the_adapter_with_the_fewest_tokens_or_for_an_old_request(
     tmp_path: Path, age: float
 ) -> None:
-    clock = VirtualClock()
-    async with opened(
-        stocked(tmp_path, "a", "b", "c"), PATIENT, max_begun=2, clock=clock, ready="abc"
-    ) as (_, scheduler):
+    clock, given = VirtualClock(), (stocked(tmp_path, "a", "b", "c"), PATIENT, "abc")
+    async with opened(*given, max_begun=2, clock=clock) as (_, scheduler):
         submit(scheduler, "a", LONG)
         (short,) = submit(scheduler, "b", 20)
         (older,) = submit(scheduler, "b", 1)
@@ -305,9 +279,8 @@ async def test_a_request_whose_adapter_has_not_come_preempts_none(tmp_path: Path
 
 async def test_preempting_ends(tmp_path: Path) -> None:
     """Of several adapters and clients that want all, each keeps what it got."""
-    async with opened(
-        stocked(tmp_path, "a", "b", "c"), max_begun=8, max_share=0.25, ready="abc"
-    ) as (_, scheduler):
+    source = stocked(tmp_path, "a", "b", "c")
+    async with opened(source, max_begun=8, max_share=0.25, ready="abc") as (_, scheduler):
         for adapter in ("a", "b", "c"):
             for client in ("x", "y", None):
                 submit(scheduler, adapter, LONG, 8, client=client)
@@ -379,10 +352,8 @@ async def test_an_adapter_of_an_urgent_request_is_loaded_first(
 ) -> None:
     """a and b wait for c's slot, and then another request asks for b; `begun`: loads have begun."""
     settings = {"max_slots": 1, "starvation_age": 100.0, "timeout": 1000.0}
-    async with opened(stocked(tmp_path, "a", "b", "c"), settings, loads=loads, look_ahead=0) as (
-        loader,
-        scheduler,
-    ):
+    given = stocked(tmp_path, "a", "b", "c"), settings
+    async with opened(*given, loads=loads, look_ahead=0) as (loader, scheduler):
         async with await loader.load("c"):
             tickets = [scheduler.submit(Request(id, 1, 1)) for id in "ab"]
             if begun:

@@ -4,25 +4,13 @@ import asyncio
 import gc
 import weakref
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from common import until
-from lorax_async.errors import (
-    AdapterError,
-    AdapterTimeoutError,
-    FetchError,
-    HandleClosedError,
-    IntegrityError,
-    LoaderClosedError,
-    LoraxError,
-    TransferError,
-    UsageError,
-)
-from lorax_async.handle import AdapterHandle
+from lorax_async import errors
 from lorax_async.loader import AdapterLoader
 from lorax_async.scheduler.requests import Request, Ticket
 from lorax_async.scheduler.scheduler import AdapterScheduler
@@ -30,44 +18,24 @@ from lorax_async.scheduler.step import Batch
 from lorax_async.types import AdapterRef
 from scheduling.serving import MANY, VirtualClock, finish, held, opened, rows, step, turns, warm
 from sweeping import stepwise
+from tiny_loaders import fails
 from tiny_sources import over, simulated, stocked
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 
-async def test_the_last_request_takes_its_load_with_it(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a")
-    source.hold("a")
-    async with opened(source) as (loader, scheduler):
-        ticket = scheduler.submit(Request("a", 1, 1))
-        await held(loader, "a")
-        ticket.cancel()
-        assert not loader.placement().usage.leases
-        # And a new one is a new one.
-        source.allow("a")
-        again = scheduler.submit(Request("a", 1, 1))
-        await finish(scheduler, again)
-        assert await again == 1
-
-
 async def test_a_task_that_awaits_a_ticket_may_be_cancelled_without_it(tmp_path: Path) -> None:
     async with opened(stocked(tmp_path)) as (_, scheduler):
         ticket = scheduler.submit(Request(None, 1, 1))
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(ticket, 0.001)
+        await fails(asyncio.wait_for(ticket, 0.001), TimeoutError)
         assert not ticket.done
         await finish(scheduler, ticket)
         assert await ticket == 1
 
 
-async def _outcome(ticket: Ticket) -> None:
-    with suppress(asyncio.CancelledError):
-        await ticket
-
-
 async def _serve(scheduler: AdapterScheduler, ticket: Ticket) -> None:
     """Until it is done; a batch that is not there by then is not waited for."""
-    ended = asyncio.ensure_future(_outcome(ticket))
+    ended: asyncio.Future[int] = asyncio.ensure_future(ticket)
     while not ticket.done:
         wanted = asyncio.ensure_future(scheduler.next_batch(MANY, MANY))
         either: set[asyncio.Future[Any]] = {wanted, ended}
@@ -78,7 +46,7 @@ async def _serve(scheduler: AdapterScheduler, ticket: Ticket) -> None:
         else:
             wanted.cancel()
             await asyncio.wait([wanted])
-    await ended
+    await asyncio.wait([ended])
 
 
 @pytest.mark.each_loop
@@ -130,17 +98,16 @@ async def test_a_failing_adapter_fails_its_requests_and_no_other(
 ) -> None:
     source = stocked(tmp_path, "bad", "good")
     at = 4096 if step_ == "read" else 0  # a byte behind the header, or a group
-    source.fail(step_, FetchError("as told"), id="bad", at=at)
+    source.fail(step_, errors.FetchError("as told"), id="bad", at=at)
     async with opened(source) as (_, scheduler):
         bad = [scheduler.submit(Request("bad", 3, 2)) for _ in range(2)]
         good = [scheduler.submit(Request(id, 3, 2)) for id in ("good", None)]
         await finish(scheduler, *good)
         assert [await each for each in good] == [2, 2]
         for ticket in bad:
-            with pytest.raises(FetchError, match="as told") as raised:
-                await asyncio.wait_for(ticket, 5)
-            assert raised.value.id == "bad"
-            assert isinstance(ticket.error, FetchError)
+            error = await fails(asyncio.wait_for(ticket, 5), errors.FetchError, "as told")
+            assert error.id == "bad"
+            assert isinstance(ticket.error, errors.FetchError)
         assert bad[0].error is not bad[1].error
         assert "failed" in repr(bad[0])
         again = scheduler.submit(Request("bad", 3, 2))  # it failed once
@@ -152,24 +119,21 @@ async def test_bytes_that_turn_out_to_be_false(tmp_path: Path) -> None:
     """All layers were there, and tokens had come out."""
     source = stocked(tmp_path, "a")
     source.hold_verification("a")
-    source.fail("verify", IntegrityError("others than promised"), id="a")
+    source.fail("verify", errors.IntegrityError("others than promised"), id="a")
     async with opened(source) as (_, scheduler):
         ticket = scheduler.submit(Request("a", 3, MANY))
         await step(scheduler)
         await step(scheduler)
         source.allow_verification("a")
-        with pytest.raises(IntegrityError, match="others than promised"):
-            await asyncio.wait_for(ticket, 5)
+        await fails(asyncio.wait_for(ticket, 5), errors.IntegrityError, "others than promised")
         assert ticket.generated == 2
 
 
 async def test_a_failing_copy(tmp_path: Path) -> None:
     async with opened(stocked(tmp_path, "a", "b"), {"device": "simulated"}) as (loader, scheduler):
-        device = simulated(loader)
-        device.failing.add(1)
-        with pytest.raises(TransferError, match="told to fail"):
-            ticket = scheduler.submit(Request("a", 1, 1))
-            await asyncio.wait_for(ticket, 5)
+        simulated(loader).failing.add(1)
+        ticket = scheduler.submit(Request("a", 1, 1))
+        await fails(asyncio.wait_for(ticket, 5), errors.TransferError, "told to fail")
         other = scheduler.submit(Request("b", 1, 1))
         await finish(scheduler, other)
         assert await other == 1
@@ -178,12 +142,10 @@ async def test_a_failing_copy(tmp_path: Path) -> None:
 async def test_the_engine_may_say_that_a_row_failed(tmp_path: Path) -> None:
     async with opened(stocked(tmp_path, "a")) as (_, scheduler):
         bad, good = (scheduler.submit(Request("a", 1, 2)) for _ in range(2))
-        await step(scheduler, failed={bad: AdapterError("not this one")})
+        await step(scheduler, failed={bad: errors.AdapterError("not this one")})
         await finish(scheduler, good)
         assert await good == 2
-        with pytest.raises(AdapterError, match="not this one") as raised:
-            await bad
-        assert raised.value.id == "a"
+        assert (await fails(bad, errors.AdapterError, "not this one")).id == "a"
 
 
 @pytest.mark.parametrize("resident", [False, True])
@@ -201,23 +163,10 @@ async def test_another_digest_fails_the_request(tmp_path: Path, resident: bool) 
                 await asyncio.sleep(0)
 
         serving = asyncio.create_task(serve())
-        with pytest.raises(IntegrityError):
-            await asyncio.wait_for(false, 5)
+        await fails(asyncio.wait_for(false, 5), errors.IntegrityError)
         assert await asyncio.wait_for(other, 5) == 3
         await scheduler.close()
         await serving
-
-
-async def _until_unsound(handle: AdapterHandle | None) -> None:
-    def is_unsound() -> bool:
-        assert handle is not None
-        try:
-            handle.require_sound()
-        except LoraxError:
-            return True
-        return False
-
-    await until(is_unsound)
 
 
 async def test_a_token_of_false_weights_does_not_count(tmp_path: Path) -> None:
@@ -225,10 +174,10 @@ async def test_a_token_of_false_weights_does_not_count(tmp_path: Path) -> None:
     async with opened(stocked(tmp_path, "a"), ready="a") as (_, scheduler):
         ticket = scheduler.submit(Request(AdapterRef("a", digest="0" * 64), 1, 1))
         batch = await scheduler.next_batch(MANY, MANY)
-        await _until_unsound(batch.handles[0])
+        assert batch.handles[0] is not None
+        await fails(batch.handles[0].verified(), errors.IntegrityError)
         scheduler.complete(batch)
-        with pytest.raises(IntegrityError):
-            await ticket
+        await fails(ticket, errors.IntegrityError)
 
 
 PATIENT = {"timeout": 60.0, "starvation_age": 1000.0}
@@ -247,9 +196,10 @@ async def test_a_deadline_ends_the_waiting(
         blocker = await loader.load("b") if held == "resolve" else None
         late = scheduler.submit(Request(id, 1, 1, deadline=0.05))
         patient = scheduler.submit(Request(id, 1, 1))
-        with pytest.raises(AdapterTimeoutError, match=r"within 0\.05 s") as raised:
-            await asyncio.wait_for(late, 5)
-        assert (raised.value.id, raised.value.stage) == (id, stage)
+        error = await fails(
+            asyncio.wait_for(late, 5), errors.AdapterTimeoutError, r"within 0\.05 s"
+        )
+        assert (error.id, error.stage) == (id, stage)
         if blocker is not None:
             blocker.release()
         source.allow("a")
@@ -277,7 +227,7 @@ async def test_a_request_that_loses_its_slot_has_all_its_time_again_if_it_had_be
         clock.pass_until(61.0)
         assert ticket.done != has_begun
         clock.pass_until(101.0)
-        assert isinstance(ticket.error, AdapterTimeoutError)
+        assert isinstance(ticket.error, errors.AdapterTimeoutError)
 
 
 @pytest.mark.parametrize("deadline", [3.0, None])
@@ -290,7 +240,7 @@ async def test_a_request_that_has_begun_is_not_late(tmp_path: Path, deadline: fl
         clock.pass_until((deadline or 60.0) - 0.1)
         assert not late.done
         clock.pass_until(100.0)
-        assert isinstance(late.error, AdapterTimeoutError)
+        assert isinstance(late.error, errors.AdapterTimeoutError)
         scheduler.complete(batch)
         await finish(scheduler, begun)
         assert await begun == 2
@@ -301,6 +251,10 @@ async def test_close_answers_all_requests(tmp_path: Path) -> None:
     source = stocked(tmp_path, *"abcde", holdable=True)
     source.hold("a")
     source.hold("b")
+
+    async def all_batches() -> list[Batch]:
+        return [batch async for batch in scheduler.batches(MANY, MANY)]
+
     async with over(source, max_slots=3, host_bytes=1 << 20) as loader:
         scheduler = AdapterScheduler(loader, loads=2)
         await warm(loader, "c")
@@ -308,27 +262,21 @@ async def test_close_answers_all_requests(tmp_path: Path) -> None:
         batch = await scheduler.next_batch(MANY, 1)
         other = await asyncio.wait_for(scheduler.next_batch(MANY, MANY), 5)
         waits = asyncio.create_task(scheduler.next_batch(MANY, MANY))
-        iterated = asyncio.create_task(_all(scheduler))
+        iterated = asyncio.create_task(all_batches())
         await asyncio.sleep(0)
         await asyncio.gather(scheduler.close(), scheduler.close())
         for ticket in tickets:
-            with pytest.raises(LoaderClosedError, match="scheduler was closed"):
-                await ticket
-        with pytest.raises(LoaderClosedError):
-            await waits
+            await fails(ticket, errors.LoaderClosedError, "scheduler was closed")
+        await fails(waits, errors.LoaderClosedError)
         assert len(await iterated) <= 1
-        with pytest.raises(LoaderClosedError):
+        with pytest.raises(errors.LoaderClosedError):
             scheduler.submit(Request(None, 1, 1))
         scheduler.complete(batch)
         scheduler.complete(other)
-        with pytest.raises(HandleClosedError):
+        with pytest.raises(errors.HandleClosedError):
             other.check()
         assert not loader.placement().usage.leases
         await scheduler.close()
-
-
-async def _all(scheduler: AdapterScheduler) -> list[Batch]:
-    return [batch async for batch in scheduler.batches(MANY, MANY)]
 
 
 async def test_cancelling_close_does_not_stop_it(tmp_path: Path) -> None:
@@ -341,8 +289,7 @@ async def test_cancelling_close_does_not_stop_it(tmp_path: Path) -> None:
         closing = asyncio.create_task(scheduler.close())
         await asyncio.sleep(0)
         closing.cancel()
-        with pytest.raises(LoaderClosedError):
-            await asyncio.wait_for(ticket, 5)
+        await fails(asyncio.wait_for(ticket, 5), errors.LoaderClosedError)
         await scheduler.close()
         assert not loader.placement().usage.leases
 
@@ -358,13 +305,11 @@ async def test_a_loader_that_is_closed_first_fails_the_requests(tmp_path: Path) 
         await loader.close(timeout=0.01)
         waiting = asyncio.create_task(scheduler.next_batch(MANY, MANY))
         for ticket in (held, cold):
-            with pytest.raises(LoaderClosedError):
-                await asyncio.wait_for(ticket, 5)
-        with pytest.raises(LoaderClosedError):
+            await fails(asyncio.wait_for(ticket, 5), errors.LoaderClosedError)
+        with pytest.raises(errors.LoaderClosedError):
             scheduler.submit(Request("a", 1, 1))
         await scheduler.close()
-        with pytest.raises(LoaderClosedError):
-            await waiting
+        await fails(waiting, errors.LoaderClosedError)
 
 
 async def test_close_waits_for_its_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,15 +333,14 @@ async def test_close_waits_for_its_loads(tmp_path: Path, monkeypatch: pytest.Mon
         await begun.wait()
         await scheduler.close()
         assert ended
-        with pytest.raises(LoaderClosedError):
-            await ticket
+        await fails(ticket, errors.LoaderClosedError)
 
 
 async def test_no_alarm_and_no_subscription_outlives_the_scheduler(tmp_path: Path) -> None:
     """Some requests are cancelled, fail, or are finished before."""
     source, clock = stocked(tmp_path, "stalls", "b", "bad"), VirtualClock()
     source.hold("stalls")
-    source.fail("resolve", FetchError("as told"), id="bad")
+    source.fail("resolve", errors.FetchError("as told"), id="bad")
 
     async def use(loader: AdapterLoader) -> weakref.ref[AdapterScheduler]:
         async with AdapterScheduler(loader, clock=clock) as scheduler:
@@ -408,9 +352,7 @@ async def test_no_alarm_and_no_subscription_outlives_the_scheduler(tmp_path: Pat
             assert clock.due is None
             scheduler.submit(Request("stalls", 1, 1))
             await held(loader, "stalls")
-            bad = scheduler.submit(Request("bad", 1, 1))
-            with pytest.raises(FetchError):
-                await bad
+            await fails(scheduler.submit(Request("bad", 1, 1)), errors.FetchError)
             others = [scheduler.submit(Request("b", 1, 1)) for _ in range(2)]
             others[0].cancel()
             await turns()
@@ -424,22 +366,14 @@ async def test_no_alarm_and_no_subscription_outlives_the_scheduler(tmp_path: Pat
         assert reference() is None
 
 
-def test_it_belongs_to_its_loop(tmp_path: Path) -> None:
-    source = stocked(tmp_path)
-
+async def test_it_belongs_to_its_loop(tmp_path: Path) -> None:
     async def elsewhere(scheduler: AdapterScheduler) -> None:
-        for call in (
-            lambda: scheduler.submit(Request(None, 1, 1)),
-            lambda: scheduler.complete(None),  # type: ignore[arg-type]
-        ):
-            with pytest.raises(UsageError, match="event loop"):
-                call()
-        for work in (scheduler.close, lambda: scheduler.next_batch(1, 1)):
-            with pytest.raises(UsageError, match="event loop"):
-                await work()
+        with pytest.raises(errors.UsageError, match="event loop"):
+            scheduler.submit(Request(None, 1, 1))
+        with pytest.raises(errors.UsageError, match="event loop"):
+            scheduler.complete(None)  # type: ignore[arg-type]
+        for work in (scheduler.close(), scheduler.next_batch(1, 1)):
+            await fails(work, errors.UsageError, "event loop")
 
-    async def body() -> None:
-        async with over(source) as loader, AdapterScheduler(loader) as scheduler:
-            await asyncio.to_thread(asyncio.run, elsewhere(scheduler))
-
-    asyncio.run(body())
+    async with over(stocked(tmp_path)) as loader, AdapterScheduler(loader) as scheduler:
+        await asyncio.to_thread(asyncio.run, elsewhere(scheduler))

@@ -12,18 +12,12 @@ from lorax_async.scheduler.scheduler import AdapterScheduler
 from lorax_async.scheduler.step import Batch
 
 PAGE = Path(__file__).parents[2] / "docs" / "scheduler.md"
+USED: tuple[Any, ...] = (AdapterScheduler, AttachedModel, Batch, Callable, Request, Ticket, asyncio)
 
 
 def functions() -> dict[str, Any]:
     """By their names, from all of its blocks."""
-    scope: dict[str, Any] = {
-        **{
-            kind.__name__: kind
-            for kind in (AdapterScheduler, AttachedModel, Batch, Request, Ticket)
-        },
-        "Callable": Callable,
-        "asyncio": asyncio,
-    }
+    scope: dict[str, Any] = {each.__name__: each for each in USED}
     for block in re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE):
         exec(block, scope)
     return scope
