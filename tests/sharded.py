@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorax_async.config import Shard
+from lorax_async.handle import AdapterHandle
 from lorax_async.planning.layout import FusedPart, ModelLayout, Module, Parallelism
 
 LAYERS, HIDDEN, HEADS, GROUPS, HEAD_DIM, FFN = 2, 32, 8, 2, 4, 48
@@ -71,14 +72,10 @@ def save(folder: Path, pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> N
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def _sizes(name: str) -> tuple[int, int]:
-    return next(sizes for last, sizes in SIZES.items() if name.endswith(last))
-
-
 def rows_of(name: str, shard: Shard) -> torch.Tensor:
     """The outputs of a module that a rank has."""
     last, world = name.rpartition(".")[2], shard.world_size
-    every = torch.arange(_sizes(name)[1])
+    every = torch.arange(SIZES[".".join(name.split(".")[-2:])][1])
     if last == "up_proj":
         return every.chunk(world)[shard.rank]
     if last != "qkv_proj":
@@ -91,7 +88,7 @@ def rows_of(name: str, shard: Shard) -> torch.Tensor:
 
 def columns_of(name: str, shard: Shard) -> torch.Tensor:
     """The inputs of a module that a rank has."""
-    every = torch.arange(_sizes(name)[0])
+    every = torch.arange(SIZES[".".join(name.split(".")[-2:])][0])
     whole = name.rpartition(".")[2] not in {"o_proj", "down_proj"}
     return every if whole else every.chunk(shard.world_size)[shard.rank]
 
@@ -104,3 +101,12 @@ def share_of(folder: Path, shard: Shard) -> dict[str, tuple[torch.Tensor, torch.
         a, b = (saved[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
         found[name] = (a[:, columns_of(name, shard)], b[rows_of(name, shard)])
     return found
+
+
+def assert_is_the_share(handle: AdapterHandle, folder: Path, shard: Shard) -> None:
+    expected = share_of(folder, shard)
+    assert handle.modules.keys() == expected.keys()
+    for name, module in handle.modules.items():
+        for found, wanted in zip((module.a, module.b), expected[name], strict=True):
+            assert torch.equal(found.cpu(), wanted.to(found.dtype))
+        assert (module.scale, module.rank) == (2.0, len(expected[name][0]))

@@ -17,7 +17,7 @@ import torch
 import sharded
 import tiny
 from common import open_files, until
-from given import give, used
+from given import acquired, give, used
 from lorax_async import errors
 from lorax_async.config import Limits, LoaderConfig, Shard
 from lorax_async.loader import AdapterLoader
@@ -30,7 +30,9 @@ from lorax_async.types import (
     Merge,
     MergedKey,
     PartId,
+    RemoteKey,
     as_ref,
+    is_stale,
     text_of,
 )
 from merges import BOTH, DROPPED, HALVES, assert_halves, assert_same, at, part_bytes, weights_of
@@ -38,6 +40,7 @@ from sweeping import cancel_at, count_steps, local_bench, released
 from tiny_loaders import fails, loader
 from tiny_sources import WEIGHTS, over, state, stocked, where
 
+Patch = pytest.MonkeyPatch
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 
@@ -208,10 +211,8 @@ async def test_a_merge_is_prefetched_pinned_tried_and_unloaded(tmp_path: Path) -
         await there.pin(HALVES)
         for name in ("a", "b", "c"):
             (await there.load(name)).release()
-        handle = there.try_acquire(HALVES)
-        assert handle is not None
-        assert_halves(handle, tmp_path)
-        handle.release()
+        async with acquired(there, HALVES) as handle:
+            assert_halves(handle, tmp_path)
         assert there.placement().story(HALVES)[-1].slot == handle.slot
         assert there.unpin(HALVES)
         assert not there.unpin(HALVES)
@@ -236,26 +237,19 @@ async def test_a_part_that_changed_before_recomputing_is_named(tmp_path: Path, f
             assert_halves(handle, tmp_path)
 
 
-MERGES = [
-    Merge("linear", ["a", "b"], [0.5, -2]),
-    Merge("ties", ["a", "b"], [0.5, -2], density=0.5),
-    Merge("dare_ties", ["a", "b"], [0.5, -2], density=0.5, seed=9),
-]
+TRIMMED = Merge("ties", ["a", "b"], [0.5, -2], density=0.5)
 
 
 @pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("merge", [pytest.param(merge, id=merge.strategy) for merge in MERGES])
+@pytest.mark.parametrize("merge", [*BOTH, pytest.param(TRIMMED, id="ties")])
 async def test_a_rank_holds_its_share_of_a_merge(tmp_path: Path, merge: Merge, world: int) -> None:
     for seed, name in enumerate("ab"):
         sharded.write(tmp_path / name, seed=seed)
 
     async def load(shard: Shard | None) -> dict[str, torch.Tensor]:
-        config = LoaderConfig(shard=shard)
-        async with AdapterLoader(sharded.layout(), config) as loader:
-            parts = [tmp_path / "a", tmp_path / "b"]
-            wanted = Merge(merge.strategy, parts, merge.weights, merge.density, seed=merge.seed)
-            async with await loader.load(wanted) as handle:
-                return weights_of(handle)
+        there = AdapterLoader(sharded.layout(), LoaderConfig(shard=shard))
+        async with there, await there.load(at(tmp_path, merge)) as handle:
+            return weights_of(handle)
 
     whole = await load(None)
     for rank in range(world):
@@ -270,10 +264,8 @@ async def test_a_rank_holds_its_share_of_a_merge(tmp_path: Path, merge: Merge, w
 async def test_a_part_that_is_missing_or_not_allowed_is_named(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a")
     async with over(source) as there:
-        with pytest.raises(errors.AdapterNotFoundError, match=r"part 2 \('b'\): ") as caught:
-            await there.load(HALVES)
-        assert caught.value.id == HALVES.text
-        assert caught.value.stage == "resolve"
+        error = await fails(there.load(HALVES), errors.AdapterNotFoundError, r"part 2 \('b'\): ")
+        assert (error.id, error.stage) == (HALVES.text, "resolve")
         assert not there.placement().adapters
     (tmp_path / "root").mkdir()
     async with loader(local_roots=[tmp_path / "root"]) as there:
@@ -378,15 +370,9 @@ async def test_a_loader_that_closes_while_merges_wait_for_parts_and_room(tmp_pat
     assert source.counts.open_readers == 0
 
 
-async def test_computing_a_merge_holds_up_no_load(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, began, go_on, read = (
-        stocked(tmp_path, "a", "b", "c"),
-        Event(),
-        Event(),
-        FakeReader.read_into,
-    )
+async def test_computing_a_merge_holds_up_no_load(tmp_path: Path, monkeypatch: Patch) -> None:
+    source, read = stocked(tmp_path, "a", "b", "c"), FakeReader.read_into
+    began, go_on = Event(), Event()
 
     def slowly(self: FakeReader, buffers: Sequence[memoryview], offset: int) -> None:
         if self.version.id != "c":
@@ -420,3 +406,11 @@ async def test_merges_wait_for_the_room_of_others(tmp_path: Path) -> None:
     async with over(stocked(tmp_path, "a", "b"), memory_bytes=part_bytes()) as there:
         error = await fails(there.load(HALVES), errors.CapacityError, "memory_bytes")
         assert (error.id, error.retryable) == (HALVES.text, False)
+
+
+def test_a_merge_is_as_stale_as_its_parts() -> None:
+    fresh, stale = RemoteKey("a", (), "1"), RemoteKey("b", (), "1", stale=True)
+    merge = Merge("linear", ["a", "b"], [1, 1])
+    assert not is_stale(MergedKey.of(merge, [fresh, fresh]))
+    assert is_stale(MergedKey.of(merge, [fresh, stale]))
+    assert not is_stale(AdapterKey("here", ()))

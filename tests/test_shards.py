@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import AsyncExitStack, contextmanager
-from dataclasses import FrozenInstanceError
+from contextlib import AsyncExitStack
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,17 @@ from lorax_async.devices.base import Device
 from lorax_async.devices.cuda import CudaDevice
 from lorax_async.engines.transformers import attach
 from lorax_async.errors import ConfigError, IncompatibleAdapterError
-from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
 from lorax_async.planning.sharding import shard_layout
 from lorax_async.planning.transfer_plan import plan_transfer
 from lorax_async.sources.base import Source
 from lorax_async.testing import FakeSource
 from lorax_kernels import Plan, apply
+from tiny_loaders import fails
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
+late = pytest.fixture(loaded)
 WORLDS = [1, 2, 4, 8]
 MiB = 1 << 20
 
@@ -54,16 +55,6 @@ def loader(
     return AdapterLoader(sharded.layout(), config, source=source, device=device)
 
 
-def assert_is_the_share(handle: AdapterHandle, folder: Path, shard: Shard) -> None:
-    expected = sharded.share_of(folder, shard)
-    assert handle.modules.keys() == expected.keys()
-    for name, module in handle.modules.items():
-        a, b = expected[name]
-        assert torch.equal(module.a.cpu(), a.to(module.a.dtype))
-        assert torch.equal(module.b.cpu(), b.to(module.b.dtype))
-        assert (module.scale, module.rank) == (2.0, len(a))
-
-
 @pytest.mark.parametrize("rank", [3, 8])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
@@ -75,22 +66,22 @@ async def test_a_rank_reads_its_share(device: str, dtype: str, rank: int, tmp_pa
         source.put("a", *tiny.files(folder))
         small = loader(shard, source=source, on=device, dtype=dtype, staging_bytes=4096)
         async with small as there, await there.load("a") as handle:
-            assert_is_the_share(handle, folder, shard)
+            sharded.assert_is_the_share(handle, folder, shard)
         pairs = sharded.share_of(folder, shard).values()
         assert source.counts.bytes_read == sum(a.nbytes + b.nbytes for a, b in pairs)
 
 
+@pytest.mark.usefixtures("late")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 async def test_a_late_device_has_the_share_too(dtype: str, tmp_path: Path) -> None:
     folder = sharded.write(tmp_path / "a", 3)
-    with contextmanager(loaded)():
-        for shard in (Shard(0, 2), Shard(3, 4)):
-            held = shard_layout(sharded.layout(), shard).held
-            stored = "F32" if dtype == "float32" else "BF16"
-            device = CudaDevice(held, dtype=stored, nbytes=MiB, slots=2, device="late")
-            late = loader(shard, device=device, dtype=dtype)
-            async with late as there, await there.load(folder) as handle:
-                assert_is_the_share(handle, folder, shard)
+    for shard in (Shard(0, 2), Shard(3, 4)):
+        held = shard_layout(sharded.layout(), shard).held
+        stored = "F32" if dtype == "float32" else "BF16"
+        device = CudaDevice(held, dtype=stored, nbytes=MiB, slots=2, device="late")
+        late = loader(shard, device=device, dtype=dtype)
+        async with late as there, await there.load(folder) as handle:
+            sharded.assert_is_the_share(handle, folder, shard)
 
 
 async def test_a_handle_and_the_loader_tell_the_shard(tmp_path: Path) -> None:
@@ -199,28 +190,21 @@ async def test_the_ranks_compute_what_the_whole_model_does(world: int, tmp_path:
     assert (found.double() - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
-@pytest.mark.parametrize(
-    ("rank", "world_size", "text"),
-    [
-        (2, 2, "rank 2 is outside 0 … 1"),
-        (-1, 2, "rank must be an integer of at least 0, not -1"),
-        (0, 0, "world_size must be a positive integer, not 0"),
-        (0, True, "world_size must be"),
-        (False, 1, "rank must be"),
-        ("0", 1, "rank must be"),
-        (0, 2.0, "world_size must be"),
-    ],
-)
-def test_a_shard_that_cannot_be_is_refused(rank: Any, world_size: Any, text: str) -> None:
-    with pytest.raises(ConfigError, match=text):
-        Shard(rank, world_size)
-
-
-def test_a_shard_is_a_value() -> None:
+def test_a_shard_is_a_value_and_cannot_be_wrong() -> None:
     assert Shard(1, 2) == Shard(rank=1, world_size=2)
     assert len({Shard(1, 2), Shard(1, 2), Shard(0, 2)}) == 2
     with pytest.raises(FrozenInstanceError):
         Shard(0, 1).rank = 1  # type: ignore[misc]
+    wrong: list[tuple[Any, Any, str]] = [
+        (2, 2, "rank 2 is outside 0 … 1"),
+        (-1, 2, "rank must be an integer of at least 0, not -1"),
+        (0, 0, "world_size must be a positive integer, not 0"),
+        *((rank, 1, "rank must be") for rank in (False, "0")),
+        *((0, world_size, "world_size must be") for world_size in (True, 2.0)),
+    ]
+    for rank, world_size, text in wrong:
+        with pytest.raises(ConfigError, match=text):
+            Shard(rank, world_size)
 
 
 def test_a_base_that_cannot_be_sharded_is_refused_at_construction(tmp_path: Path) -> None:
@@ -236,26 +220,19 @@ async def test_a_file_that_was_cut_already_is_refused(tmp_path: Path) -> None:
     folder = sharded.write(tmp_path / "a")
     sharded.save(folder, sharded.share_of(folder, Shard(0, 2)))
     async with loader(Shard(0, 2)) as there:
-        with pytest.raises(IncompatibleAdapterError, match=r"32 → 24, the base's is 32 → 48"):
-            await there.load(folder)
+        words = "32 → 24, the base's is 32 → 48"
+        await fails(there.load(folder), IncompatibleAdapterError, words)
 
 
 async def test_a_whole_model_is_not_attached_to_a_sharded_loader() -> None:
     model = llama()
-    layout = layouts.from_module(model)
-
-    async def body(shard: Shard) -> None:
-        config = LoaderConfig(device_bytes=MiB, shard=shard)
-        async with AdapterLoader(layout, config) as there:
-            if shard.world_size == 1:
-                attach(model, there).detach()
-                return
-            with pytest.raises(ConfigError) as caught:
-                attach(model, there)
-        text = str(caught.value)
-        assert "the model is not the Shard(rank=1, world_size=2) that the loader holds" in text
-        assert "q_proj' is 32 → 32, not 32 → 16" in text
-        assert "for a whole model make the loader without a shard" in text
-
-    for shard in (Shard(0, 1), Shard(1, 2)):
-        await body(shard)
+    layout, config = layouts.from_module(model), LoaderConfig(device_bytes=MiB)
+    async with AdapterLoader(layout, replace(config, shard=Shard(0, 1))) as there:
+        attach(model, there).detach()
+    words = (
+        r"the model is not the Shard\(rank=1, world_size=2\) that the loader holds.*q_proj' is "
+        "32 → 32, not 32 → 16.*for a whole model make the loader without a shard"
+    )
+    async with AdapterLoader(layout, replace(config, shard=Shard(1, 2))) as there:
+        with pytest.raises(ConfigError, match=words):
+            attach(model, there)

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import safetensors.torch
-import torch
 
 import sharded
 import tiny
 from core.adapter_files import file_of
-from lorax_async import errors, layouts
+from lorax_async import layouts
 from lorax_async.cli import main
 from lorax_async.config import LoaderConfig, Shard
 from lorax_async.loader import AdapterLoader
-from split_files import CONFIG, INDEX, WEIGHTS, deal, name_of, split
+from split_files import CONFIG, WEIGHTS, deal, name_of, split
 from tiny_loaders import loader
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -51,31 +49,7 @@ async def test_a_rank_has_its_share(tmp_path: Path, splitting: Splitting, rank: 
     config = LoaderConfig(shard=shard, device_bytes=1 << 20, max_slots=2)
     there = AdapterLoader(sharded.layout(), config)
     async with there, await there.load(several) as handle:
-        expected = sharded.share_of(one, shard)
-        assert handle.modules.keys() == expected.keys()
-        for name, (a, b) in expected.items():
-            assert torch.equal(handle.modules[name].a, a)
-            assert torch.equal(handle.modules[name].b, b)
-
-
-@pytest.mark.parametrize("change", ["removed", "cut", "outside"])
-async def test_a_file_that_is_wrong_is_named(tmp_path: Path, change: str) -> None:
-    several = split(tiny.write(tmp_path / "one"), tmp_path / "several")
-    file = several / name_of(2, 3)
-    if change == "cut":
-        os.truncate(file, 2000)
-    elif change == "removed":
-        file.unlink()
-    else:
-        index = {"weight_map": {"a": "../x"}}
-        (several / INDEX).write_text(json.dumps(index))
-    kind = errors.AdapterNotFoundError if change == "removed" else errors.AdapterFormatError
-    words = "'../x'" if change == "outside" else file.name
-    async with loader() as there:
-        for call in (there.load, there.prefetch):
-            with pytest.raises(kind, match=words) as caught:
-                await call(several)
-            assert caught.value.id == str(several)
+        sharded.assert_is_the_share(handle, one, shard)
 
 
 @pytest.mark.parametrize("device", ["cpu", "simulated"])

@@ -20,16 +20,7 @@ from lorax_async.events import Failed
 from lorax_async.handle import AdapterHandle
 from lorax_async.lifecycle.arena import Extent
 from lorax_async.loader import AdapterLoader
-from lorax_async.types import (
-    AdapterKey,
-    AdapterRef,
-    Merge,
-    MergedKey,
-    RemoteKey,
-    Verification,
-    VerificationKind,
-    is_stale,
-)
+from lorax_async.types import AdapterRef, Merge, Verification, VerificationKind
 from tiny_loaders import fails, loader
 from tiny_sources import WEIGHTS, Slowed, is_resident, over, state, stocked
 
@@ -150,8 +141,7 @@ async def test_a_digest_is_compared_for_its_caller_alone(tmp_path: Path) -> None
                     assert await each.verified() == Verification("sha256", digest)
         async with await there.load(folder) as handle:
             assert await handle.verified() == Verification("none"), "another's word"
-            caught = await fails(there.load(folder, digest=OTHER), errors.IntegrityError)
-            error = caught
+            error = await fails(there.load(folder, digest=OTHER), errors.IntegrityError)
             assert (error.id, error.key, error.stage) == (str(folder), handle.key, "verify")
             assert not error.retryable
             assert error.story == there.placement().story(folder)
@@ -248,8 +238,7 @@ async def test_a_stream_hears_of_another_digest_when_all_is_here(tmp_path: Path)
 async def test_a_digest_is_64_lowercase_hex_digits(tmp_path: Path, digest: object) -> None:
     async with loader() as there:
         for call in (there.load, lambda *a, **k: there.stream(*a, **k).__aenter__()):
-            with pytest.raises(errors.UsageError, match="digest"):
-                await call(tmp_path, digest=digest)  # type: ignore[arg-type]
+            await fails(call(tmp_path, digest=digest), errors.UsageError, "digest")  # type: ignore[arg-type]
 
 
 @pytest.mark.each_loop
@@ -265,9 +254,8 @@ async def test_hashing_ends_when_nobody_waits_for_it(tmp_path: Path, how: str) -
                 await asyncio.sleep(0.01)
                 assert not hashing.cancelled, "the clone is left"
         elif how == "late":
-            with pytest.raises(errors.AdapterTimeoutError) as caught:
-                await there.load("a", digest=OTHER, timeout=0.2)
-            assert caught.value.stage == "verify"
+            call = there.load("a", digest=OTHER, timeout=0.2)
+            assert (await fails(call, errors.AdapterTimeoutError)).stage == "verify"
         else:
             loads = [asyncio.create_task(there.load("a", digest=OTHER)) for _ in range(2)]
             await until(lambda: hashing.asked)
@@ -403,11 +391,3 @@ async def test_a_slot_that_cannot_be_zeroed_is_free_all_the_same(tmp_path: Path)
         await until(lambda: state(there, "a") == "nowhere")
         async with await there.load("a") as handle:
             tiny.assert_equal_to_file(handle, tmp_path / "a")
-
-
-def test_a_merge_is_as_stale_as_its_parts() -> None:
-    fresh, stale = RemoteKey("a", (), "1"), RemoteKey("b", (), "1", stale=True)
-    merge = Merge("linear", ["a", "b"], [1, 1])
-    assert not is_stale(MergedKey.of(merge, [fresh, fresh]))
-    assert is_stale(MergedKey.of(merge, [fresh, stale]))
-    assert not is_stale(AdapterKey("here", ()))
