@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,12 +31,8 @@ from lorax_async.planning.sharding import ModuleCut, Sharding, shard_layout
 # PEFT asks transformers for a property that is deprecated there.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
-SHARED: dict[str, Any] = {
-    "vocab_size": 48,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-}
+SHARED: dict[str, Any] = {"vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 3}
+SHARED |= {"num_attention_heads": 4}
 NEOX_SIZES = SHARED | {"intermediate_size": 40}
 QWEN = NEOX_SIZES | {"num_key_value_heads": 2}
 LLAMA = QWEN | {"head_dim": 8}
@@ -51,17 +48,17 @@ def gpt2() -> transformers.GPT2Config:
     return transformers.GPT2Config(vocab_size=48, n_embd=32, n_layer=2, n_head=4, n_positions=16)
 
 
-def t5(**changes: Any) -> transformers.T5Config:
-    sizes = {"vocab_size": 48, "d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 2}
-    return transformers.T5Config(**sizes | changes, num_heads=4)
+def embedding(name: str, inputs: int) -> Module:
+    return Module(name, inputs, 32, -1, Parallelism.REPLICATED, embedding=True)
 
 
 def by_hand_llama() -> list[Module]:
     """From the published shapes of the architecture: out × in of each weight, heads of 8."""
+    shared = FusedPart(16, 8, replicable=True)
     layer: list[Any] = [
         ("self_attn.q_proj", 32, 32, COLUMN, FusedPart(32, 8)),
-        ("self_attn.k_proj", 32, 16, COLUMN, FusedPart(16, 8, replicable=True)),
-        ("self_attn.v_proj", 32, 16, COLUMN, FusedPart(16, 8, replicable=True)),
+        ("self_attn.k_proj", 32, 16, COLUMN, shared),
+        ("self_attn.v_proj", 32, 16, COLUMN, shared),
         ("self_attn.o_proj", 32, 32, ROW),
         ("mlp.gate_proj", 32, 40, COLUMN),
         ("mlp.up_proj", 32, 40, COLUMN),
@@ -72,8 +69,7 @@ def by_hand_llama() -> list[Module]:
         for n in range(3)
         for name, inputs, outputs, kind, *parts in layer
     ]
-    embedding = Module("model.embed_tokens", 48, 32, -1, Parallelism.REPLICATED, embedding=True)
-    return [embedding, *modules, Module("lm_head", 32, 48, 3, COLUMN)]
+    return [embedding("model.embed_tokens", 48), *modules, Module("lm_head", 32, 48, 3, COLUMN)]
 
 
 def test_a_llama_in_memory() -> None:
@@ -88,14 +84,12 @@ def test_a_gpt2_stores_its_weights_the_other_way_round() -> None:
     layout = layouts.from_module(transformers.GPT2LMHeadModel(gpt2()))
     assert layout.backbone_prefix == "transformer."
     thirds = FusedPart(32, 8), FusedPart(32, 8, True), FusedPart(32, 8, True)
-    first = [
-        Module("transformer.wte", 48, 32, -1, Parallelism.REPLICATED, embedding=True),
-        Module("transformer.wpe", 16, 32, -1, Parallelism.REPLICATED, embedding=True),
-        Module("transformer.h.0.attn.c_attn", 32, 96, 0, COLUMN, transposed=True, parts=thirds),
-        Module("transformer.h.0.attn.c_proj", 32, 32, 0, ROW, transposed=True),
-        Module("transformer.h.0.mlp.c_fc", 32, 128, 0, COLUMN, transposed=True),
-        Module("transformer.h.0.mlp.c_proj", 128, 32, 0, ROW, transposed=True),
-    ]
+    layer: list[Any] = [("attn.c_attn", 32, 96, COLUMN, thirds), ("attn.c_proj", 32, 32, ROW, ())]
+    layer += [("mlp.c_fc", 32, 128, COLUMN, ()), ("mlp.c_proj", 128, 32, ROW, ())]
+    first = [embedding("transformer.wte", 48), embedding("transformer.wpe", 16)]
+    for name, inputs, outputs, kind, parts in layer:
+        path = f"transformer.h.0.{name}"
+        first += [Module(path, inputs, outputs, 0, kind, transposed=True, parts=parts)]
     assert list(layout.modules[:6]) == first
     assert layout.modules[-1] == Module("lm_head", 32, 48, 2, COLUMN)
 
@@ -117,7 +111,8 @@ def test_a_folder_with_nothing_but_a_config(make: Callable[[], Any], tmp_path: P
 
 
 def test_what_is_no_causal_model_is_built_as_its_author_saved_it(tmp_path: Path) -> None:
-    config = t5(dtype="bfloat16")
+    sizes: Any = {"vocab_size": 48, "d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 2}
+    config = transformers.T5Config(**sizes, num_heads=4, dtype="bfloat16")
     config.architectures = ["T5ForConditionalGeneration"]
     config.save_pretrained(tmp_path)
     layout = layouts.from_pretrained(tmp_path)
@@ -210,22 +205,21 @@ Change = Callable[[Tensors], Tensors]
 
 def rewrite(folder: Path, change: Change) -> None:
     path = folder / "adapter_model.safetensors"
-    safetensors.torch.save_file(change(safetensors.torch.load_file(path)), path)
+    changed = change(safetensors.torch.load_file(path))
+    safetensors.torch.save_file({name: w.contiguous() for name, w in changed.items()}, path)
 
 
 def test_the_dtype_of_an_adapter(tmp_path: Path) -> None:
     """The widest of several; its vectors, which stay as they are, say nothing of it."""
     save_adapter(tmp_path, target_modules=["q_proj"], use_dora=True)
 
-    def cast(tensors: Tensors, dtypes: list[torch.dtype]) -> Tensors:
-        return {
-            name: tensor if "magnitude" in name else tensor.to(dtypes[n % len(dtypes)])
-            for n, (name, tensor) in enumerate(tensors.items())
-        }
+    for others, word in ((torch.bfloat16, "BF16"), (torch.float16, "F32")):
 
-    bf16, f16 = torch.bfloat16, torch.float16
-    for dtypes, word in (([bf16], "BF16"), ([bf16, f16], "F32")):
-        rewrite(tmp_path, partial(cast, dtypes=dtypes))
+        def cast(tensors: Tensors, others: torch.dtype = others) -> Tensors:
+            dtypes = cycle((torch.bfloat16, others))
+            return {n: w if "magnitude" in n else w.to(next(dtypes)) for n, w in tensors.items()}
+
+        rewrite(tmp_path, cast)
         assert layouts.from_adapter(tmp_path).dtype == word
 
 
@@ -246,11 +240,9 @@ def test_an_adapter_of_a_conv1d(tmp_path: Path) -> None:
         (lambda t: t | {"x.weight": torch.ones(2, 2)}, Unsupported, "x.weight"),
     ],
 )
-def test_refused_adapters(
-    change: Change, error: type[Exception], text: str, tmp_path: Path
-) -> None:
+def test_refused(change: Change, error: type[Exception], text: str, tmp_path: Path) -> None:
     save_adapter(tmp_path, target_modules=["q_proj"])
-    rewrite(tmp_path, lambda t: {name: w.contiguous() for name, w in change(t).items()})
+    rewrite(tmp_path, change)
     with pytest.raises(error, match=text):
         layouts.from_adapter(tmp_path)
 
@@ -267,13 +259,10 @@ def test_limits_and_missing_files(tmp_path: Path) -> None:
 
 
 def embeddings_of(model: Any) -> list[str]:
-    modules = layouts.from_module(model).modules
-    found = [module for module in modules if module.embedding]
+    found = [module for module in layouts.from_module(model).modules if module.embedding]
     for module in found:
-        kind = (module.layer, module.parallel, module.transposed)
-        assert kind == (-1, Parallelism.REPLICATED, False)
-        weight = model.get_submodule(module.name).weight
-        assert (module.in_features, module.out_features) == tuple(weight.shape)
+        inputs, outputs = model.get_submodule(module.name).weight.shape
+        assert module == replace(embedding(module.name, inputs), out_features=outputs)
     return [module.name for module in found]
 
 
@@ -366,23 +355,22 @@ MORE: dict[str, Case] = {
 }
 
 
-def on_meta(config: Any) -> nn.Module:
+def on_meta(config: Any) -> ModelLayout:
     with torch.device("meta"):
-        model: nn.Module = MODEL.from_config(config)
-    return model
+        return layouts.from_module(MODEL.from_config(config))
 
 
 @pytest.mark.parametrize("name", [*CASES, *MORE])
 def test_parts_by_hand(name: str) -> None:
     *config, wanted = (CASES | MORE)[name]
-    layout = layouts.from_module(on_meta(config_of(*config)))
+    layout = on_meta(config_of(*config))
     found = {m.name.rpartition(".")[2]: m.parts for m in layout.modules}
     assert {last: found[last] for last in wanted} == wanted
 
 
 @pytest.mark.parametrize(("name", "module"), [("codegen", "qkv_proj"), (list(MORE)[-1], "c_attn")])
 def test_what_is_fused_in_a_way_that_is_not_known_is_not_cut(name: str, module: str) -> None:
-    layout = layouts.from_module(on_meta(config_of(*MORE[name][:2])))
+    layout = on_meta(config_of(*MORE[name][:2]))
     with pytest.raises(ConfigError, match=rf"{module}' may be fused"):
         shard_layout(layout, Shard(0, 2))
     assert shard_layout(layout.replicate(module), Shard(0, 2)).cuts
@@ -397,8 +385,7 @@ class Block(nn.Module):
         self.config = SimpleNamespace(model_type=model_type, **sizes)
         projections = {"c_attn": nn.Linear(HIDDEN, outputs), "k_proj": nn.Linear(HIDDEN, 8)}
         attention = nn.ModuleDict(projections)
-        for name, value in facts.items():
-            setattr(attention, name, value)
+        vars(attention).update(facts)
         self.h = nn.ModuleList([nn.ModuleDict({"attn": attention})])
 
 
@@ -409,8 +396,7 @@ class Block(nn.Module):
         (Block("unknown", 96), (), ()),
         (Block("unknown", 96, num_key_value_heads=2), (), (K,)),
         (Block("qwen", 48, num_key_value_heads=2), (Q, K, K), (K,)),
-        # Eight heads cannot share three of k.
-        (Block("qwen", 96, num_key_value_heads=3), (), ()),
+        (Block("qwen", 96, num_key_value_heads=3), (), ()),  # which eight heads cannot share
         (nn.ModuleList([nn.ModuleDict({"c_attn": nn.Linear(8, 24)})]), (), None),
     ],
 )
@@ -420,7 +406,7 @@ def test_facts_of_the_module_come_first(model: nn.Module, fused: Parts, k: Parts
 
 
 def test_a_head_of_an_odd_vocabulary_is_kept_whole_on_request() -> None:
-    layout = layouts.from_module(on_meta(transformers.GPT2Config(**SIZES | {"vocab_size": 50257})))
+    layout = on_meta(transformers.GPT2Config(**SIZES | {"vocab_size": 50257}))
     with pytest.raises(ConfigError, match=r"50,257 output.*layout\.replicate\('lm_head'\)"):
         shard_layout(layout, Shard(0, 2))
     held = shard_layout(layout.replicate("lm_head"), Shard(0, 2)).held
@@ -436,14 +422,12 @@ class Attention:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.path = next(
-            name for name, _ in model.named_modules() if name.endswith(("attn", "attention"))
+        self.path, self.module = next(
+            found for found in model.named_modules() if found[0].endswith(("attn", "attention"))
         )
-        self.module = model.get_submodule(self.path)
         calls: list[tuple[Any, Any, Any]] = []
-        hook = self.module.register_forward_hook(
-            lambda _, *call: calls.append(call), with_kwargs=True
-        )
+        note: Any = lambda _, *call: calls.append(call)  # noqa: E731
+        hook = self.module.register_forward_hook(note, with_kwargs=True)
         model(input_ids=torch.arange(12).view(2, 6), use_cache=False)
         hook.remove()
         ((self.args, self.kwargs, output),) = calls
