@@ -56,21 +56,19 @@ async def test_layers_come_one_by_one(tmp_path: Path) -> None:
                 handle.is_ready(layer)
         with pytest.raises(errors.UsageError, match="would block the event loop"):
             handle.wait_layer(0)
-        await fails(handle.layer_ready(0, timeout=0.01), errors.AdapterTimeoutError, "layer 0")
-        with pytest.raises(errors.AdapterTimeoutError, match="layer 0"):
-            await asyncio.to_thread(handle.wait_layer, 0, 0.01)
-        waits = {layer: asyncio.create_task(handle.layer_ready(layer)) for layer in (0, 2, 3)}
-        waits |= {
-            10 + layer: asyncio.create_task(asyncio.to_thread(handle.wait_layer, layer, 30))
-            for layer in (0, 2, 3)
-        }
+        for wait in (handle.layer_ready(0, 0.01), asyncio.to_thread(handle.wait_layer, 0, 0.01)):
+            await fails(wait, errors.AdapterTimeoutError, "layer 0")
+        waits = {}
+        for layer in (0, 2, 3):
+            in_thread = asyncio.to_thread(handle.wait_layer, layer, 30)
+            waits[layer] = [*map(asyncio.ensure_future, (handle.layer_ready(layer), in_thread))]
         left = asyncio.create_task(handle.layer_ready(0))
         await asyncio.sleep(0.01)
         left.cancel()
         for group, layer in enumerate((0, 2, 3)):
-            assert not any(waits[due].done() for due in (layer, 10 + layer))
+            assert not any(each.done() for each in waits[layer])
             source.allow("a", group)
-            await asyncio.gather(waits[layer], waits[10 + layer])
+            await asyncio.gather(*waits[layer])
             assert [handle.is_ready(n) for n in (0, 2, 3)] == [n <= layer for n in (0, 2, 3)]
         assert (before, handle.resident) == (False, True)
         assert handle.layers == (0, 2, 3)

@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Sequence
 from random import Random
 from statistics import median
+from typing import Any
 
 import pytest
 
@@ -19,12 +20,12 @@ from lorax_async.config import LoaderConfig
 from lorax_async.devices.base import CopyTicket, FilePieces, StagedPiece
 from lorax_async.devices.simulated import SimulatedDevice, SimulatedTicket
 from lorax_async.events import Event, SlotGranted
-from lorax_async.handle import AdapterHandle
 from lorax_async.lifecycle import queues
 from lorax_async.lifecycle.arena import Extent
 from lorax_async.loader import AdapterLoader
 from lorax_async.planning.transfer_plan import TableRow
 from lorax_async.testing import FakeSource
+from tiny_loaders import fails
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -42,6 +43,7 @@ BESIDE = ("stalled", "unfetched", "unread", "uncopied", "large")
 WITHIN = 1.1
 SEEDS = 2
 SLOTS = len(SMALL) + len(BESIDE)
+DEVICE_BYTES = (SLOTS + TIMES_LARGER) * LAYERS * GROUP_BYTES
 
 
 class TimedDevice(SimulatedDevice):
@@ -51,7 +53,7 @@ class TimedDevice(SimulatedDevice):
         super().__init__(
             LAYOUT,
             dtype="F32",
-            nbytes=(SLOTS + TIMES_LARGER) * LAYERS * GROUP_BYTES,
+            nbytes=DEVICE_BYTES,
             slots=SLOTS,
             bytes_per_second=GROUP_BYTES,
             seconds_per_copy=0.01,
@@ -70,9 +72,8 @@ class TimedDevice(SimulatedDevice):
         return ticket
 
     def finished(self, slot: int) -> float:
-        tickets = self._tickets[slot]
-        assert len(tickets) == LAYERS
-        return max(ticket.finished_at or 0.0 for ticket in tickets)
+        assert len(self._tickets[slot]) == LAYERS
+        return max(ticket.finished_at or 0.0 for ticket in self._tickets[slot])
 
 
 @pytest.fixture(scope="module")
@@ -104,15 +105,18 @@ def stocked(folders: dict[str, tuple[bytes, bytes]]) -> FakeSource:
 async def times(
     source: FakeSource, beside: Sequence[str], *, io_threads: int, seed: int
 ) -> list[float]:
-    """When each of the 16 was on the device. No copy runs before all have begun."""
+    """When each of the 16 was on the device. No copy runs before all have begun.
+
+    The large one arrives, too; the stalled one is still waiting; the others have failed.
+    """
     device, names = TimedDevice(), list(SMALL)
     Random(seed).shuffle(names)
-    config = LoaderConfig(
-        device_bytes=(SLOTS + TIMES_LARGER) * LAYERS * GROUP_BYTES,
-        max_slots=SLOTS,
-        io_threads=io_threads,
-        timeout=60,
-    )
+    sizes: dict[str, Any] = {
+        "device_bytes": DEVICE_BYTES,
+        "max_slots": SLOTS,
+        "io_threads": io_threads,
+    }
+    config = LoaderConfig(**sizes, timeout=60)
     granted: list[str] = []
 
     def hear(event: Event) -> None:
@@ -133,22 +137,16 @@ async def times(
         found = [device.finished(handle.slot.index) for handle in handles]
         for handle in handles:
             handle.release()
-        await end(others)
+        for name, task in others.items():
+            if name == "large":
+                (await task).release()
+            elif name == "stalled":
+                assert not task.done()
+                task.cancel()
+                await asyncio.wait([task])
+            else:
+                await fails(task, errors.TransferError if name == "uncopied" else errors.FetchError)
     return found
-
-
-async def end(others: dict[str, asyncio.Task[AdapterHandle]]) -> None:
-    """The large one arrives, too; the stalled one is still waiting; the others have failed."""
-    for name, task in others.items():
-        if name == "large":
-            (await task).release()
-        elif name == "stalled":
-            assert not task.done()
-            task.cancel()
-            await asyncio.wait([task])
-        else:
-            with pytest.raises(errors.TransferError if name == "uncopied" else errors.FetchError):
-                await task
 
 
 CASES = [

@@ -93,8 +93,8 @@ async def test_a_deadline_names_the_stage_it_ran_out_in(tmp_path: Path) -> None:
         assert (caught.stage, caught.attempt) == ("copy", 1)
         device.gate.set()
         for odd in (-1, float("nan"), float("inf"), True, "1"):
-            with pytest.raises(errors.UsageError, match="a timeout is from 0"):
-                await there.load(folder, timeout=odd)  # type: ignore[arg-type]
+            call = there.load(folder, timeout=odd)  # type: ignore[arg-type]
+            await fails(call, errors.UsageError, "a timeout is from 0")
 
 
 async def test_one_plan_per_loop_turn(tmp_path: Path, monkeypatch: Patch) -> None:
@@ -298,12 +298,11 @@ async def asked(loader: AdapterLoader, ref: Ref, times: int) -> list[asyncio.Tas
 
 async def ends(tasks: list[asyncio.Task[Any]]) -> list[Any]:
     """The keys, or what went wrong; every handle is released."""
-    found = []
-    for each in await asyncio.gather(*tasks, return_exceptions=True):
+    found = await asyncio.gather(*tasks, return_exceptions=True)
+    for each in found:
         if not isinstance(each, BaseException):
             each.release()
-        found.append(each if isinstance(each, BaseException) else each.key)
-    return found
+    return [each if isinstance(each, BaseException) else each.key for each in found]
 
 
 async def test_another_scope_asks_for_itself(tmp_path: Path) -> None:

@@ -77,8 +77,8 @@ async def test_wrong_arguments_are_told_by_the_call(tmp_path: Path) -> None:
         for ids, more, words in wrong:
             with pytest.raises(errors.UsageError, match=words):
                 there.prefetch(ids, **more)
-        with pytest.raises(errors.UsageError, match="a priority is a whole number"):
-            await there.load("a", priority=0.5)  # type: ignore[arg-type]
+        call = there.load("a", priority=0.5)  # type: ignore[arg-type]
+        await fails(call, errors.UsageError, "a priority is a whole number")
         await asyncio.sleep(0)
         assert source.counts.resolves == 0
 
@@ -359,9 +359,9 @@ async def test_the_coldest_makes_room_within_the_budget(tmp_path: Path) -> None:
 async def test_what_is_larger_than_the_budget_is_refused(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a", holdable=True)
     async with over(source, host_bytes=(tmp_path / "a" / WEIGHTS).stat().st_size - 1) as there:
-        with pytest.raises(errors.CapacityError, match="raise host_bytes") as caught:
-            await there.prefetch("a", tier="host")
-        assert (caught.value.retryable, caught.value.id) == (False, "a")
+        hint = there.prefetch("a", tier="host")
+        error = await fails(hint, errors.CapacityError, "raise host_bytes")
+        assert (error.retryable, error.id) == (False, "a")
         await there.prefetch("a")
         await there.unload("a")
         assert (source.counts.populates, source.counts.open_holds) == (0, 0)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
 import tiny
 from common import until
@@ -24,8 +23,8 @@ from lorax_async.events import Event
 from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
 from lorax_async.planning.layout import ModelLayout
-from tiny_loaders import ONE
-from tiny_sources import WEIGHTS, is_resident, stocked
+from tiny_loaders import ONE, fails
+from tiny_sources import is_resident, stocked
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -44,11 +43,7 @@ async def _script(loader: AdapterLoader, base: Path) -> None:
     """Everything that a loader can be asked for, one after the other."""
 
     def require_right(handle: AdapterHandle) -> None:
-        saved = load_file(base / handle.id / WEIGHTS)
-        assert len(saved) == 2 * len(handle.modules)
-        for name, module in handle.modules.items():
-            assert module.a.cpu().equal(saved[f"base_model.model.{name}.lora_A.weight"])
-            assert module.b.cpu().equal(saved[f"base_model.model.{name}.lora_B.weight"])
+        tiny.assert_equal_to_file(handle, base / handle.id)
 
     async with await loader.load("a") as handle:
         with handle.use():
@@ -60,8 +55,7 @@ async def _script(loader: AdapterLoader, base: Path) -> None:
     for id in "cab":  # each in the place of another
         async with await loader.load(id) as handle:
             require_right(handle)
-    with pytest.raises(errors.TransferError):
-        await loader.load("broken")
+    await fails(loader.load("broken"), errors.TransferError)
     await loader.prefetch("c", tier="device")
     await until(lambda: is_resident(loader, "c"))
     await loader.pin("c")
@@ -81,18 +75,18 @@ async def _script(loader: AdapterLoader, base: Path) -> None:
     second.release()
 
 
-def _told(event: Event) -> tuple[object, ...]:
-    """Without its time."""
-    return type(event).__name__, event.key.location, event.slot, getattr(event, "layer", None)
-
-
 async def _play(make: Callable[[ModelLayout], Device], base: Path) -> list[tuple[object, ...]]:
     source = stocked(base, *"abcd", "broken", rank=RANK, holdable=True)
     source.fail("read", errors.TransferError("as told"), id="broken", at=4096)
     layout, heard = tiny.layout(), list[tuple[object, ...]]()
     config = LoaderConfig(device_bytes=BYTES, staging_bytes=1 << 17, max_slots=2, io_threads=1)
+
+    def hear(event: Event) -> None:
+        layer = getattr(event, "layer", None)
+        heard.append((type(event).__name__, event.key.location, event.slot, layer))
+
     async with AdapterLoader(layout, config, source=source, device=make(layout)) as loader:
-        loader.subscribe(lambda event: heard.append(_told(event)))
+        loader.subscribe(hear)
         await _script(loader, base)
     return heard
 
