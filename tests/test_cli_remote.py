@@ -6,29 +6,21 @@ import argparse
 import hashlib
 import json
 import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
 import pytest
-import torch
 from disk_cache_world import CONFIG, DiskWorld, begun, is_there, keep, nothing_odd, opened, put
-from fault_server import Asked, Client, FaultServer, until
+from fault_server import Asked, Client, FaultServer
 from hub_stand_in import HubStandIn, sha256
-from safetensors.torch import save_file
 
 import split_files
 import tiny
 from command_line import ADAPTERS, base, output
-from common import Run
-from lorax_async.cache.partials import CHUNK_BYTES
 from lorax_async.cache.records import CacheKey
 from lorax_async.cli import main
 from lorax_async.cli.arguments import as_allow, as_place, loader_settings
@@ -39,7 +31,6 @@ from lorax_async.errors import UsageError
 from lorax_async.formats.split_weights import WEIGHTS_FILE
 from lorax_async.ids.allow import Allow
 from lorax_async.ids.parsing import parsed
-from lorax_async.remote.fetching import COMPARED_BYTES
 from lorax_async.remote.remote_source import open_remote_source
 from lorax_async.types import AdapterRef
 
@@ -66,10 +57,6 @@ def files_of(folders: Mapping[str, Path]) -> dict[str, bytes]:
     }
 
 
-def etag(data: bytes) -> str:
-    return f'"{hashlib.md5(data).hexdigest()}"'
-
-
 def right(files: Mapping[str, bytes]) -> Callable[[Asked, Client], None]:
     """What a good server of these files answers."""
 
@@ -78,7 +65,8 @@ def right(files: Mapping[str, bytes]) -> Callable[[Asked, Client], None]:
         if data is None:
             client.head("404 Not Found", "Content-Length: 0")
         else:
-            FaultServer(data, etag=etag(data)).right(asked, client)
+            etag = f'"{hashlib.md5(data).hexdigest()}"'
+            FaultServer(data, etag=etag).right(asked, client)
 
     return behave
 
@@ -188,64 +176,12 @@ def test_the_token_is_that_of_the_environment(
         assert path.is_dir() or TOKEN.encode() not in path.read_bytes()
 
 
-def large(folder: Path) -> Path:
-    """An adapter of several chunks."""
-    folder.mkdir()
-    (folder / NAMES[0]).write_text("{}")
-    values = torch.arange(5 * CHUNK_BYTES // 4, dtype=torch.int32).view(torch.float32)
-    save_file({"values": values}, folder / NAMES[1])
-    return folder
-
-
-@pytest.mark.slow
-def test_ctrl_c_leaves_what_the_next_one_goes_on_with(tmp_path: Path, capsys: Capture) -> None:
-    files = files_of({"one": large(tmp_path / "adapter")})
-    weights = files[f"/one/{NAMES[1]}"]
-    cache = tmp_path / "cache"
-
-    def stalls(asked: Asked, client: Client) -> None:
-        """Three chunks come, and then no more."""
-        start, stop = asked.span or (0, 0)
-        if stop <= 3 * CHUNK_BYTES:
-            right(files)(asked, client)
-            return
-        client.part(start, stop, len(weights), f"ETag: {etag(weights)}")
-        client.stall()
-
-    def landed() -> int:
-        """Whole chunks that a partial download's maps tell of."""
-        maps = cache.glob("partials/*/adapter_model.safetensors.chunks")
-        return sum(bits.bit_count() for path in maps for bits in path.read_bytes()[-1:])
-
-    with FaultServer(b"", stalls) as server:
-        arguments = ["fetch", server.url("/one/"), "--cache-dir", str(cache)]
-        command = [sys.executable, "-m", "lorax_async", *arguments]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-            try:
-                until(lambda: landed() >= 2, 60)
-                process.send_signal(signal.SIGINT)
-                out, err = process.communicate(timeout=60)
-            finally:
-                process.kill()
-        assert (process.returncode, out, err) == (130, b"", b"interrupted\n")
-        assert not list((cache / "entries").iterdir())
-        server.behave = right(files)
-        server.asked.clear()
-        assert main([*arguments, "--json"]) == 0
-    (row,) = output(capsys)["adapters"]
-    assert (Path(row["place"]) / NAMES[1]).read_bytes() == weights
-    later = [span[0] for span in server.spans if span is not None and span[0] > 0]
-    # Without a digest, the last of what is here comes once more, to be compared.
-    assert min(later) >= 2 * CHUNK_BYTES - COMPARED_BYTES, "what is here is not asked for again"
-
-
-def test_a_few_at_a_time(run: Run, tmp_path: Path) -> None:
+async def test_a_few_at_a_time(tmp_path: Path) -> None:
     """Bytes are counted as they land."""
     names = [f"n{number}" for number in range(2 * AT_ONCE)]
     folder = tiny.write(tmp_path / "a")
     files, gate = files_of(dict.fromkeys(names, folder)), threading.Event()
-    states: dict[int, str] = {}
-    resolving: list[int] = []
+    states, resolving = dict[int, str](), list[int]()
 
     def show(number: int, row: FetchRow) -> None:
         """Nobody is answered before it has been seen twice who asks."""
@@ -259,12 +195,12 @@ def test_a_few_at_a_time(run: Run, tmp_path: Path) -> None:
         assert gate.wait(30)
         right(files)(asked, client)
 
-    config = LoaderConfig(cache_dir=tmp_path / "cache")
     with FaultServer(b"", behave) as server:
-        config = replace(config, allow=(Allow("http", "127.0.0.1", server.port),))
+        allowed = (Allow("http", "127.0.0.1", server.port),)
+        config = LoaderConfig(cache_dir=tmp_path / "cache", allow=allowed)
         rows = [FetchRow(parsed(AdapterRef(server.url(f"/{name}/")))) for name in names]
         with open_remote_source(config) as elsewhere:
-            run(fetch_all(elsewhere, rows, show))
+            await fetch_all(elsewhere, rows, show)
     size = len(contents(folder)[NAMES[1]])
     assert {(row.state, row.downloaded) for row in rows} == {("fetched", (size, size))}
     assert len({row.place for row in rows}) == len(names)
@@ -294,8 +230,7 @@ def test_inspect_asks_for_the_beginning_alone(tmp_path: Path, capsys: Capture) -
     here = output(capsys)
     with HubStandIn() as hub:
         hub.put("org/name", contents(ADAPTERS / "pirate"))
-        options = ["--hub-endpoint", hub.endpoint, "--allow", f"http://{hub.store_netloc}/"]
-        assert main(["inspect", "org/name", "--json", *options]) == 0
+        assert main(["inspect", "org/name", "--json", *at(hub)]) == 0
         there = output(capsys)
         asked = [each.fields["range"] for each in hub.asked if hub.is_at_store(each)]
     assert there == here | {"path": "org/name"}
