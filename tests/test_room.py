@@ -9,7 +9,7 @@ import pytest
 
 import tiny
 from common import until
-from given import acquired, file_bytes, give
+from given import acquired, file_bytes, give, used
 from lorax_async import errors
 from lorax_async.events import Event, HeaderChecked, Leaving, Resident
 from lorax_async.loader import AdapterLoader
@@ -28,11 +28,9 @@ async def test_room_is_made_by_the_coldest_and_waited_for(tmp_path: Path) -> Non
         for name in "abac":
             (await there.load(name)).release()
         assert there.try_acquire("b") is None
-        held = []
-        for name in "ac":
-            handle = acquired(there, name)
+        held = [acquired(there, name) for name in "ac"]
+        for name, handle in zip("ac", held, strict=True):
             tiny.assert_equal_to_file(handle, tmp_path / name)
-            held.append(handle)
         caught = await fails(there.load("b", timeout=0.02), errors.AdapterTimeoutError)
         assert (caught.stage, caught.retryable) == ("queue", True)
         waiting = asyncio.create_task(there.load("b"))
@@ -203,8 +201,7 @@ async def test_a_pin_of_what_was_saved_again_moves(tmp_path: Path) -> None:
         for other in others:
             (await there.load(other)).release()
         assert there.placement().adapters[old].tier == "disk"
-        handle = acquired(there, folder)
-        async with handle:
+        async with acquired(there, folder) as handle:
             tiny.assert_equal_to_file(handle, folder)
 
 
@@ -425,11 +422,9 @@ async def test_hundreds_of_unloads_at_once_need_no_deep_stack() -> None:
         loading = [asyncio.create_task(there.load(name)) for name in names]
         await asyncio.sleep(0)
         await asyncio.gather(*(there.unload(name) for name in names))
-        assert there.placement().usage.memory_bytes.used > 250 * file_bytes(), (
-            "they may still be had"
-        )
+        assert used(there) > 250 * file_bytes(), "they may still be had"
         await there.close(timeout=0)
-        assert there.placement().usage.memory_bytes.used == 0
+        assert used(there) == 0
         for load in loading:
             await fails(load, errors.LoaderClosedError)
         held.release()

@@ -77,8 +77,7 @@ async def test_a_verification_lasts_as_long_as_the_adapter_is_known(tmp_path: Pa
                 assert found.kind == ("git-sha1" if name == "a" else "none")
         assert source.counts.brings == 2
         assert there.try_acquire("b") is None
-        at_once = acquired(there, "a")
-        async with at_once as handle:
+        async with acquired(there, "a") as handle:
             assert (await handle.verified()).kind == "git-sha1"
 
 
