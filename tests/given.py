@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ from lorax_async.config import LoaderConfig
 from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
 from lorax_async.testing import FakeSource
-from lorax_async.types import AdapterId, AdapterKey
-from tiny_sources import WEIGHTS
+from lorax_async.types import AdapterId
 
 FILE = 14_500
 """Bytes of a tiny F32 adapter of rank 4 with its header, and less than 300 more."""
@@ -68,18 +66,3 @@ def roomy(folder: Path, files: float, **settings: Any) -> AdapterLoader:
         weights = safetensors.torch.save(tiny.tensors(1000 + number))
         source.put(name, json.dumps(tiny.config()).encode(), weights)
     return AdapterLoader(tiny.layout(), LoaderConfig(**(plain | settings)), source=source)
-
-
-def entries(folder: Path) -> list[Path]:
-    """The adapters in a disk cache, whole or on their way there; folders may vanish meanwhile."""
-    return [Path(place) for place, _, files in os.walk(folder) if WEIGHTS in files]
-
-
-def in_memory(there: AdapterLoader) -> set[AdapterKey]:
-    return {key for key, found in there.placement().adapters.items() if found.host_bytes}
-
-
-async def off_device(there: AdapterLoader) -> None:
-    """Other adapters take the slots of whatever nobody holds."""
-    for name in FILLERS:
-        (await there.load(name)).release()

@@ -17,7 +17,6 @@ from scheduling.serving import (
     VirtualClock,
     finish,
     held,
-    ids,
     opened,
     rows,
     silence,
@@ -362,7 +361,7 @@ async def test_an_adapter_of_an_urgent_request_is_loaded_first(
             if cancelled:
                 urgent.cancel()
             await turns()
-        assert ids(await step(scheduler))[0] == first
+        assert rows(await step(scheduler))[0][0] == first
         await finish(scheduler, *tickets)
 
 

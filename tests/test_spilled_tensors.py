@@ -23,7 +23,7 @@ from disk_cache_world import open_below
 
 import tiny
 from common import until
-from given import FILE, assert_means, entries, give, in_memory, kept, off_device, put, roomy, used
+from given import FILE, FILLERS, assert_means, give, kept, put, roomy, used
 from lorax_async import errors
 from lorax_async.cache.disk_cache import DiskCache, DiskDownload
 from lorax_async.config import LoaderConfig
@@ -43,6 +43,21 @@ async def given(there: AdapterLoader, seed: int, **settings: Any) -> AdapterKey:
     name, tensors = str(seed), tiny.tensors(seed)
     async with await there.load_tensors(name, tensors, tiny.config(), **settings) as handle:
         return handle.key
+
+
+def entries(folder: Path) -> list[Path]:
+    """The adapters in a disk cache, whole or on their way there; folders may vanish meanwhile."""
+    return [Path(place) for place, _, files in os.walk(folder) if WEIGHTS in files]
+
+
+def in_memory(there: AdapterLoader) -> set[AdapterKey]:
+    return {key for key, found in there.placement().adapters.items() if found.host_bytes}
+
+
+async def off_device(there: AdapterLoader) -> None:
+    """Other adapters take the slots of whatever nobody holds."""
+    for name in FILLERS:
+        (await there.load(name)).release()
 
 
 async def assert_all_there(there: AdapterLoader, *seeds: int) -> None:

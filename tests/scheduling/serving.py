@@ -117,14 +117,9 @@ def silence(source: FakeSource, id: str) -> None:
     source.resolve = silent  # type: ignore[method-assign]
 
 
-def leases(loader: AdapterLoader, id: str) -> int:
-    found = loader.placement().find(id)
-    return 0 if found is None else found.leases
-
-
 async def held(loader: AdapterLoader, id: str) -> None:
     """Wait until the scheduler has a slot for the adapter, whose layers may still come."""
-    await until(lambda: leases(loader, id))
+    await until(lambda: (found := loader.placement().find(id)) and found.leases)
     await turns()
 
 
@@ -145,10 +140,6 @@ async def wanted(scheduler: AdapterScheduler) -> asyncio.Task[Batch]:
 async def warm(loader: AdapterLoader, *ids: str) -> None:
     for id in ids:
         (await loader.load(id)).release()
-
-
-def ids(batch: Batch) -> list[object]:
-    return [row.ticket.request.adapter_id for row in batch.rows]
 
 
 def rows(batch: Batch) -> list[tuple[object, int, int, bool]]:
