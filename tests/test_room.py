@@ -11,11 +11,11 @@ import tiny
 from common import until
 from given import acquired, file_bytes, give, used
 from lorax_async import errors
-from lorax_async.events import Event, HeaderChecked, Leaving, Resident
-from lorax_async.loader import AdapterLoader
-from lorax_async.types import AdapterId, AdapterRef
+from lorax_async.events import Event, Leaving, Resident
+from lorax_async.types import AdapterRef
+from scheduling.serving import warm
 from tiny_loaders import ONE, fails, gated, loader
-from tiny_sources import granted, is_at, is_resident, over, state, stocked, where
+from tiny_sources import granted, is_at, over, state, stocked, where
 
 pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.each_loop]
 
@@ -91,8 +91,8 @@ async def test_a_resident_adapter_has_its_time_and_goes_when_it_is_over(tmp_path
         heard: list[Event] = []
         there.subscribe(heard.append)
         (await there.load("a")).release()
-        caught = await fails(there.load("b", timeout=0.01), errors.AdapterTimeoutError)
-        assert caught.stage == "queue"
+        late = there.load("b", timeout=0.01)
+        assert (await fails(late, errors.AdapterTimeoutError)).stage == "queue"
         (await there.load("b", timeout=20)).release()
         await there.prefetch("c", timeout=20)
         times = [event.time for event in heard if isinstance(event, Resident | Leaving)]
@@ -102,53 +102,19 @@ async def test_a_resident_adapter_has_its_time_and_goes_when_it_is_over(tmp_path
         assert all(after - before > 0.098 for before, after in zip(came, went, strict=False))
 
 
-async def test_a_starving_request_ends_a_minimum_residency(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a", "b", "c")
-    async with over(source, max_slots=1, min_residency=EVER, starvation_age=0.05) as there:
-        (await there.load("a")).release()
-        await fails(there.prefetch("b", timeout=0.15), errors.AdapterTimeoutError)
-        await there.unload("a")  # its own people may send it away
-        (await there.load("a")).release()
-        (await there.load("c", timeout=20)).release()
-        assert is_resident(there, "c")
-
-
-async def test_one_told_to_leave_stays_if_nobody_waits_any_more(tmp_path: Path) -> None:
-    source, told = stocked(tmp_path, "held", "late"), list[Event]()
-    async with over(source, max_slots=1, starvation_age=0.01) as there:
-        first = await there.load("held")
-        there.subscribe(told.append)
-        await fails(there.load("late", timeout=0.1), errors.AdapterTimeoutError)
-        assert [type(event) for event in told] == [HeaderChecked, Leaving, Resident]
-        second = acquired(there, "held")
-        first.release()
-        second.release()
-        (await there.load("late")).release()
-
-
-async def press(loader: AdapterLoader, *names: str) -> None:
-    """Load one after the other, each wanting the room of those before it."""
-    for name in names:
-        (await loader.load(name, timeout=20)).release()
-
-
-def pins(loader: AdapterLoader, id: AdapterId) -> int:
-    return 0 if state(loader, id) == "nowhere" else where(loader, id).pins
-
-
 async def test_a_pin_outlives_pressure_until_it_is_unpinned(tmp_path: Path) -> None:
     async with over(stocked(tmp_path, "a", "b", "c", "d"), max_slots=2) as there:
         await there.pin("a")
-        assert (pins(there, "a"), where(there, "a").leases) == (1, 0)
+        assert (where(there, "a").pins, where(there, "a").leases) == (1, 0)
         slot = where(there, "a").slot
-        await press(there, "b", "c", "d")
+        await warm(there, "b", "c", "d")
         await there.prefetch(["b", "c"])
         async with await there.load("a") as handle:
             assert handle.slot == slot
             tiny.assert_equal_to_file(handle, tmp_path / "a")
         assert there.unpin("a")
         assert not there.unpin("a")
-        await press(there, "b", "c")
+        await warm(there, "b", "c")
         assert not is_at(there, "a", "device")
 
 
@@ -171,7 +137,7 @@ async def test_no_room_beside_a_pin(tmp_path: Path, settings: dict[str, object],
             caught = await fails(ending, errors.CapacityError, words)
             assert (caught.retryable, caught.id) == (True, name)
         there.unpin("a")
-        await press(there, name)
+        await warm(there, name)
         assert is_at(there, name, "device")
 
 
@@ -180,12 +146,12 @@ async def test_unload_ends_pins_and_a_stale_unpin_is_harmless(tmp_path: Path) ->
         await there.pin("a")
         key = there.placement().story("a")[0].key
         await there.pin(key)
-        assert pins(there, "a") == 2
+        assert where(there, "a").pins == 2
         await there.unload("a")
         assert not is_at(there, "a", "device")
         await there.pin(key)
         assert not there.unpin("a")
-        assert pins(there, "a") == 1
+        assert where(there, "a").pins == 1
 
 
 async def test_a_pin_of_what_was_saved_again_moves(tmp_path: Path) -> None:
@@ -197,7 +163,7 @@ async def test_a_pin_of_what_was_saved_again_moves(tmp_path: Path) -> None:
         tiny.write(folder, seed=1)
         await there.pin(folder)
         assert there.placement().adapters[old].pins == 0
-        assert pins(there, folder) == 1
+        assert where(there, folder).pins == 1
         for other in others:
             (await there.load(other)).release()
         assert there.placement().adapters[old].tier == "disk"
@@ -210,35 +176,17 @@ async def test_each_id_has_its_own_pin(tmp_path: Path) -> None:
     async with loader(max_slots=1, local_roots=(tmp_path,)) as there:
         await there.pin(folder)
         await there.pin(AdapterRef(folder))  # says the same
-        assert pins(there, folder) == 1
+        assert where(there, folder).pins == 1
         (key,) = there.placement().adapters
         for other in (key, str(folder)):
             await there.pin(other)
-        assert pins(there, folder) == 3
+        assert where(there, folder).pins == 3
         for id in (folder, str(folder)):
             assert there.unpin(id)
             await fails(there.load(others[0]), errors.CapacityError)
         assert there.unpin(key)
-        assert pins(there, folder) == 0
+        assert where(there, folder).pins == 0
         (await there.load(others[1])).release()
-
-
-async def test_a_pin_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a", "b")
-    async with over(source, max_slots=1) as there:
-        source.hold("a")
-        caught = await fails(there.pin("a", timeout=0.02), errors.AdapterTimeoutError)
-        assert caught.id == "a"
-        pinning = asyncio.create_task(there.pin("a"))
-        await until(lambda: source.counts.brings == 2)
-        pinning.cancel()
-        await fails(pinning, asyncio.CancelledError)
-        await until(lambda: state(there, "a") == "nowhere")
-        source.allow("a")
-        source.fail("bring", errors.FetchError("the wire broke"), id="a", at=1)
-        await fails(there.pin("a"), errors.FetchError, "wire")
-        assert not there.unpin("a")
-        await press(there, "a", "b")
 
 
 async def test_what_is_idle_goes_at_once(tmp_path: Path) -> None:
@@ -394,22 +342,6 @@ async def test_a_kernel_is_waited_for(tmp_path: Path) -> None:
             assert state(there, "a") == "leaving"
         await there.unload("a", timeout=0)
         assert where(there, "a").tier == "disk"
-
-
-async def test_a_thousand_waiters_hear_of_the_close(tmp_path: Path) -> None:
-    source, folder = stocked(tmp_path), tiny.write(tmp_path / "a")
-    names = [str(n) for n in range(1100)]
-    for name in names:
-        source.put(name, *tiny.files(folder))
-    async with over(source, max_slots=1) as there:
-        held = await there.load(names[0])
-        waiting = [asyncio.create_task(there.load(name)) for name in names[1:]]
-        await until(lambda: source.counts.opens == len(names))
-        closing = asyncio.create_task(there.close())
-        done = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 30)
-        assert {type(each) for each in done} == {errors.LoaderClosedError}
-        held.release()
-        await closing
 
 
 async def test_hundreds_of_unloads_at_once_need_no_deep_stack() -> None:
