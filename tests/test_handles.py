@@ -252,28 +252,6 @@ async def test_release_while_a_use_begins(tmp_path: Path, monkeypatch: Patch) ->
         (await there.load("b")).release()
 
 
-async def test_a_clone_is_a_lease_of_its_own(tmp_path: Path) -> None:
-    async with over(stocked(tmp_path, "a"), max_slots=1) as there:
-        handle = await asyncio.create_task(there.load("a"), name="prefill")
-        clone = handle.clone()
-        assert (clone.id, clone.key, clone.slot) == ("a", handle.key, handle.slot)
-        assert where(there, "a").leases == 2
-        await fails(there.unload("a", timeout=0), errors.AdapterInUseError, ": 2, by .*prefill")
-        handle.release()
-        with pytest.raises(errors.HandleClosedError):
-            handle.clone()
-        unloading = asyncio.create_task(there.unload("a"))
-        await until(lambda: state(there, "a") == "leaving")
-        twin = clone.clone()
-        clone.release()
-        await asyncio.sleep(0)
-        assert not unloading.done()
-        tiny.assert_equal_to_file(twin, tmp_path / "a")
-        twin.release()
-        twin.release()
-        await unloading
-
-
 async def test_a_handle_is_cloned_and_awaited_only_on_its_loop(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "a")
 
@@ -301,7 +279,8 @@ async def test_a_released_handle_shows_nothing_and_none_can_be_copied(tmp_path: 
         await asyncio.to_thread(handle.release)
         handle.release()
         assert handle.released
-        for use in (lambda: handle.modules, lambda: modules[MODULE], handle.use().__enter__):
+        uses = (lambda: handle.modules, lambda: modules[MODULE], handle.use().__enter__)
+        for use in (*uses, handle.clone):
             with pytest.raises(errors.HandleClosedError):
                 use()
         await fails(handle.layer_ready(0), errors.HandleClosedError)
