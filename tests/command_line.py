@@ -18,12 +18,13 @@ from safetensors.torch import save_file
 ADAPTERS = Path(__file__).parent.parent / "examples" / "adapters"
 
 # SmolLM2-135M's; 30 layers of hidden size 576, 9 heads of 64, 3 of them for keys and values.
-CONFIG: dict[str, object] = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
+CONFIG: dict[str, object] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+CONFIG |= {
     "dtype": "bfloat16",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
 }
-CONFIG |= {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9}
 CONFIG |= {"num_key_value_heads": 3, "num_hidden_layers": 30, "vocab_size": 49152}
 
 
@@ -46,11 +47,8 @@ def adapter(folder: Path, tensors: dict[str, torch.Tensor], **config: object) ->
 
 def query(layer: int, rank: int = 8) -> dict[str, torch.Tensor]:
     """The two tensors of one layer's q_proj."""
-    path = f"model.layers.{layer}.self_attn.q_proj"
-    return {
-        f"{path}.lora_A.weight": torch.ones(rank, 576),
-        f"{path}.lora_B.weight": torch.ones(576, rank),
-    }
+    path = f"model.layers.{layer}.self_attn.q_proj.lora_"
+    return {f"{path}A.weight": torch.ones(rank, 576), f"{path}B.weight": torch.ones(576, rank)}
 
 
 def output(capsys: pytest.CaptureFixture[str]) -> Any:
@@ -61,16 +59,10 @@ def output(capsys: pytest.CaptureFixture[str]) -> Any:
 def on_a_terminal(arguments: Sequence[str]) -> tuple[subprocess.Popen[bytes], int]:
     """Start `lorax-async` on a pseudo-terminal; returns the process and the terminal's side."""
     mine, theirs = os.openpty()
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "lorax_async", *arguments],
-            stdin=theirs,
-            stdout=theirs,
-            stderr=theirs,
-            env=os.environ | {"TERM": "xterm-256color", "COLUMNS": "120"},
-        )
-    finally:
-        os.close(theirs)
+    command = [sys.executable, "-m", "lorax_async", *arguments]
+    env = os.environ | {"TERM": "xterm-256color", "COLUMNS": "120"}
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env)
+    os.close(theirs)
     return process, mine
 
 

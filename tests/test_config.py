@@ -62,9 +62,8 @@ SETTINGS: dict[str, tuple[list[Any], list[Any], str]] = {
     "eviction": (["lru", "lfu", "gdsf"], [*NOT_WORDS, "LRU"], "must be one of lru, lfu, gdsf"),
     "hub_cache": (["read", "off"], NOT_WORDS, "must be one of read, off$"),
     "verify": (["none", "stream", "before_use"], NOT_WORDS, "must be one of none, stream, before"),
-    **dict.fromkeys(
-        ("check_finite", "offline"), ([True, False], ["no", 0, 1, None, NAN], "must be True or")
-    ),
+    "check_finite": (BOOLS := ([True, False], ["no", 0, 1, None, NAN], "must be True or")),
+    "offline": BOOLS,
     "device": (
         ["cpu", "cuda", "cuda:0", "cuda:11", "simulated"],
         [*NOT_DEVICES, torch.device("cpu")],
@@ -81,17 +80,9 @@ SETTINGS: dict[str, tuple[list[Any], list[Any], str]] = {
         [None, "hub", Allow("hub"), ("hub",), [Allow], {Allow("hub")}],
         r"must be a tuple of Allow\(",
     ),
-    "shard": (
-        [None, Shard(1, 2)],
-        [1, (0, 2), "0/2"],
-        r"must be Shard\(rank, world_size\) or None",
-    ),
+    "shard": ([None, Shard(1, 2)], [1, (0, 2), "0/2"], r"must be Shard\(rank, world_size\) or"),
     "hub_endpoint": ([None, "http://127.0.0.1:8090"], NOT_ENDPOINTS, ""),
-    "local_roots": (
-        [()],
-        ["/", Path("/"), None, 5, {"/"}, [5], [None], [b"/"]],
-        "must be a tuple of folders",
-    ),
+    "local_roots": ([()], ["/", Path("/"), None, 5, {"/"}, [5], [None], [b"/"]], "must be a tup"),
 }
 """By name: values that are kept as they are, values that are refused, and how."""
 

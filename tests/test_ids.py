@@ -226,10 +226,10 @@ def test_a_url_with_a_secret_is_not_even_a_reference(text: str, source: str | No
     assert caught.value.__context__ is None
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["policy", "lora:v1@step?", "what?", "./a://b@c?d", "/x?y#z", "file:///a", "a@b", "s3@x"],
-)
+NAMES = ["policy", "lora:v1@step?", "what?", "./a://b@c?d", "/x?y#z", "file:///a", "a@b", "s3@x"]
+
+
+@pytest.mark.parametrize("text", NAMES)
 def test_other_texts_may_be_names(text: str) -> None:
     """Of tensors, say, which no grammar binds; and of folders."""
     assert AdapterRef(text).text == text
@@ -339,9 +339,8 @@ def test_without_entries_the_hub_and_local_folders_are_allowed() -> None:
     ],
 )
 def test_all_else_needs_an_entry_which_the_refusal_says(text: str, entry: str) -> None:
-    with pytest.raises(
-        errors.AccessDeniedError, match="not allowed here; the operator can"
-    ) as caught:
+    words = "not allowed here; the operator can"
+    with pytest.raises(errors.AccessDeniedError, match=words) as caught:
         parse_adapter_id(text, ())
     assert f"LoaderConfig(allow=({entry}, …))" in caught.value.problem
     assert allowed(text, eval(entry))
@@ -350,10 +349,7 @@ def test_all_else_needs_an_entry_which_the_refusal_says(text: str, entry: str) -
 @pytest.mark.parametrize(
     ("entry", "inside", "outside"),
     [
-        (
-            *(Allow("hub", prefix="org/"), ["org/a", "org/b@v1"]),
-            ["org2/a", "or/g", "Org/a", "other/org"],
-        ),
+        (Allow("hub", prefix="org/"), ["org/a", "org/b@v1"], ["org2/a", "or/g", "Org/a", "o/org"]),
         (Allow("hub", prefix="org/name/"), ["org/name", "org/name@x"], ["org/name2", "org/nam"]),
         (
             Allow("s3", "bucket", prefix="a/b/"),
@@ -363,10 +359,8 @@ def test_all_else_needs_an_entry_which_the_refusal_says(text: str, entry: str) -
         (
             Allow("https", "host", prefix="a~/"),
             ["https://HOST/a~", "https://host:443/a%7E/b", "https://host/%61%7e/b/c"],
-            [
-                *("https://host/a~b", "https://host/", "http://host/a~", "https://host:444/a~"),
-                *("https://host.example/a~", "https://xhost/a~", "https://host/b/a~"),
-            ],
+            ["https://host/a~b", "https://host/", "http://host/a~", "https://host:444/a~",
+             "https://host.example/a~", "https://xhost/a~", "https://host/b/a~"],
         ),
         (
             Allow("http", "127.0.0.1", 9000),
@@ -391,14 +385,12 @@ def test_pull_requests_are_for_those_that_were_named() -> None:
     assert allowed("org/other@main", one, Allow("hub"))
     assert allowed("org/other@refs/pr/7", Allow("hub", pull_requests=True))
     ref = AdapterRef("org/name", revision="refs/pr/1")
-    with pytest.raises(
-        errors.AccessDeniedError, match="pull requests of this adapter are not allowed"
-    ):
+    with pytest.raises(errors.AccessDeniedError, match="pull requests of this adapter are not all"):
         as_parsed(ref, ())
     assert as_parsed(ref, (one,)).revision == "refs/pr/1"
 
 
-QUICK = settings(max_examples=400, deadline=None)
+QUICK = settings(max_examples=120, deadline=None)
 SIGNS = "/ // ./ ../ . .. @ : :80 :443 ? # ; - [ ] % %2e %2F %5c %00 %25 %7E %c3%a4 %ff [::1]"
 WORDS = "org name main a B ü 0 127 0x7f refs/pr/1 e localhost bucket host.example 169.254.169.254"
 SCHEMES = "s3:// gs:// az:// https:// http:// HTTP:// file: hf:// ://"
