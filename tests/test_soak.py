@@ -10,10 +10,10 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -27,19 +27,12 @@ from safetensors.torch import load
 
 from common import LOOPS, open_sockets
 from contention.observer import complaints
+from lorax_async import errors
 from lorax_async.cache import maintenance
 from lorax_async.cache.disk_cache import DiskCache
 from lorax_async.concurrency import WorkerThreads
 from lorax_async.config import Limits, LoaderConfig
 from lorax_async.devices.staging import StagingRing
-from lorax_async.errors import (
-    AdapterTimeoutError,
-    EvictedError,
-    FetchError,
-    FetchTimeoutError,
-    IntegrityError,
-    LoraxError,
-)
 from lorax_async.events import Event, Failed, SlotId
 from lorax_async.handle import AdapterHandle
 from lorax_async.http.failures import RetryPolicy
@@ -65,48 +58,36 @@ class SoakError(AssertionError):
         super().__init__("\n  ".join([problem, *map(str, story)]))
 
 
-@dataclass
-class Tally:
+class Tally(Counter[str]):
     """What came of it, in numbers that take no more room the longer it lasts."""
 
-    outcomes: Counter[str] = field(default_factory=Counter)
-    errors: Counter[str] = field(default_factory=Counter)
-    peaks: Counter[str] = field(default_factory=Counter)
-    rss: list[int] = field(default_factory=list)  # Bytes, each second
+    def __init__(self) -> None:
+        super().__init__()
+        self.rss: list[int] = []  # Bytes, each second
 
     def peak(self, what: str, value: int) -> None:
-        self.peaks[what] = max(self.peaks[what], value)
-
-    def lines(self) -> list[str]:
-        step = -(-len(self.rss) // 8) or 1
-        grown = [max(self.rss[at : at + step]) for at in range(0, len(self.rss), step)]
-        lines = [f"RSS, in eighths of the time: {[round(value / 1e6) for value in grown]} MB"]
-        for name, counts in vars(self).items():
-            if isinstance(counts, Counter):
-                lines.append(f"{name}: {dict(sorted(counts.items()))}")
-        return lines
+        self[f"most {what}"] = max(self[f"most {what}"], value)
 
 
-ALLOWED: dict[type[LoraxError], set[str]] = {
-    FetchError: {"resolve", "fetch"},
-    FetchTimeoutError: {"resolve", "fetch"},
-    EvictedError: {"fetch"},
-    IntegrityError: {"resolve", "fetch"},
-    AdapterTimeoutError: {"queue", "resolve", "fetch", "verify", "stage", "copy", "ready"},
+ALLOWED: dict[type[errors.LoraxError], set[str]] = {
+    errors.FetchError: {"resolve", "fetch"},
+    errors.FetchTimeoutError: {"resolve", "fetch"},
+    errors.EvictedError: {"fetch"},
+    errors.IntegrityError: {"resolve", "fetch"},
+    errors.AdapterTimeoutError: {"queue", "resolve", "fetch", "verify", "stage", "copy", "ready"},
 }
 """By stage. All of them may pass, and say so."""
 
 
-@dataclass
 class Judge:
     """Hears what the loader tells, and what callers met."""
 
-    broken: dict[tuple[AdapterKey, SlotId], type[LoraxError]] = field(default_factory=dict)
-    """Stays in a slot that ended with an error, and of which kind."""
-    doubted: set[Stored] = field(default_factory=set)
-    """Adapters about which the loader said that their bytes are not what they should be."""
-
-    _change_event: asyncio.Event = field(default_factory=asyncio.Event)
+    def __init__(self) -> None:
+        self.broken: dict[tuple[AdapterKey, SlotId], type[errors.LoraxError]] = {}
+        """Stays in a slot that ended with an error, and of which kind."""
+        self.doubted: set[Stored] = set()
+        """Adapters about which the loader said that their bytes are not what they should be."""
+        self._change_event = asyncio.Event()
 
     def heard(self, event: Event) -> None:
         if isinstance(event, Failed) and event.slot is not None:
@@ -114,19 +95,18 @@ class Judge:
             self._change_event.set()
             self._change_event = asyncio.Event()
 
-    async def verdict(
-        self, key: AdapterKey, slot: SlotId, seconds: float
-    ) -> type[LoraxError] | None:
+    async def verdict(self, handle: AdapterHandle) -> type[errors.LoraxError] | None:
         """What that stay ended with, or will soon."""
+        stay = handle.key, handle.slot
         with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                while (key, slot) not in self.broken:
+            async with asyncio.timeout(GRACE):
+                while stay not in self.broken:
                     await self._change_event.wait()
-        return self.broken.get((key, slot))
+        return self.broken.get(stay)
 
     def require_allowed(self, stored: Stored, error: BaseException | None) -> None:
         """Raises `SoakError` for what must not come to a caller."""
-        if not isinstance(error, LoraxError):
+        if not isinstance(error, errors.LoraxError):
             raise SoakError(f"{stored.name}: {error!r}") from error
         stages = ALLOWED.get(type(error), set())
         if error.stage not in stages or not error.retryable or error.id is None:
@@ -134,23 +114,20 @@ class Judge:
             raise SoakError(told, error.story) from error
         if "status 503" in error.problem and error.retry_after is None:
             raise SoakError(f"it does not say when to come back: {error}", error.story)
-        if isinstance(error, EvictedError) and _evictions(error) < 2:
+        # How often the file went before it was read, as far as the story, which is cut, goes back.
+        causes = [event.error for event in error.story if isinstance(event, Failed)]
+        evictions = sum(isinstance(each, errors.EvictedError) for each in causes)
+        if isinstance(error, errors.EvictedError) and evictions < 2:
             raise SoakError(f"it could have been fetched again: {error}", error.story)
-        if isinstance(error, IntegrityError):
+        if isinstance(error, errors.IntegrityError):
             self.doubted.add(stored)
 
     def require_reasons(self, damaged: dict[str, list[str]]) -> None:
         """Nobody is doubted whose bytes and ETags were always right."""
         guilty = {name for names in damaged.values() for name in names}
-        innocent = sorted(stored.name for stored in self.doubted if stored.name not in guilty)
+        innocent = sorted({stored.name for stored in self.doubted} - guilty)
         if innocent:
             raise SoakError(f"they were sent right, and refused all the same: {innocent}")
-
-
-def _evictions(error: LoraxError) -> int:
-    """How often the file went before it was read, as far as the story, which is cut, goes back."""
-    failed = [event.error for event in error.story if isinstance(event, Failed)]
-    return sum(isinstance(each, EvictedError) for each in failed)
 
 
 SLOTS = 4
@@ -164,15 +141,11 @@ TIMEOUTS = Timeouts(connect=5, read=1.0, slowest=20_000, over=1.0, idle=2.0)
 """Shorter than some of the source's stalls, and faster than it drips."""
 RETRIES = RetryPolicy(attempts=5, base=0.05, most=0.5, obeyed=5.0)
 
-LAYOUT = ModelLayout(
-    tuple(
-        Module(name, HIDDEN, HIDDEN, number * LAYERS // len(MODULES), Parallelism.COLUMN)
-        for number, name in enumerate(MODULES)
-    ),
-    LAYERS,
-    "BF16",
-    "model.",
+_MODULES = (
+    Module(name, HIDDEN, HIDDEN, number * LAYERS // len(MODULES), Parallelism.COLUMN)
+    for number, name in enumerate(MODULES)
 )
+LAYOUT = ModelLayout(tuple(_MODULES), LAYERS, "BF16", "model.")
 
 
 def told_by(url: str, what: str) -> Any:
@@ -223,10 +196,8 @@ async def setting(
     """Entered with the loader open; afterwards all has ended."""
     cache_bytes = sum(len(stored.config) + stored.nbytes for stored in library) // 4
     rules = AllowRules((Allow("http", "127.0.0.1", int(url.rpartition(":")[2])),))
-    engine = RangeEngine(
-        HttpSettings(connections=CONNECTIONS, timeouts=TIMEOUTS, retries=RETRIES, proxies={})
-    )
-    workers, limits = WorkerThreads(4), Limits()
+    http = HttpSettings(connections=CONNECTIONS, timeouts=TIMEOUTS, retries=RETRIES, proxies={})
+    engine, workers, limits = RangeEngine(http), WorkerThreads(4), Limits()
     cache = DiskCache(folder, cache_bytes, policy("lru"))
     locators: dict[str, Backend] = {"http": WebBackend(engine, rules, limits)}
     known = ResolutionCache(REVALIDATE, monotonic)
@@ -289,23 +260,18 @@ def on_device(handle: AdapterHandle, layers: range) -> Digests:
         return digests(lambda name: (modules[name].a, modules[name].b), layers)
 
 
-def of_source(stored: Stored) -> Digests:
-    saved = load(stored.weights())
-    keys = "base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight"
-    return digests(lambda name: (saved[key.format(name)] for key in keys), range(LAYERS))
-
-
 @cache
 def expected(seed: int) -> list[Digests]:
-    return [of_source(stored) for stored in library(seed)]
+    keys = "base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight"
+    files = (load(stored.weights()) for stored in library(seed))
+    return [
+        digests(lambda name: (saved[key.format(name)] for key in keys), range(LAYERS))
+        for saved in files
+    ]
 
 
-MOST = {
-    "sockets": 2 * CONNECTIONS + 8,
-    "threads": CONNECTIONS + 24,
-    "descriptors": 6 * AT_ONCE,
-    "tasks": 4 * AT_ONCE,
-}
+MOST = {"sockets": 2 * CONNECTIONS + 8, "threads": CONNECTIONS + 24}
+MOST |= {"descriptors": 6 * AT_ONCE, "tasks": 4 * AT_ONCE}
 """More than there were before; 16 connections are in use, and as many idle."""
 RSS_SAMPLES, RSS_MARGIN = 60, 48 << 20
 """In fewer seconds nothing can be said about growth."""
@@ -314,11 +280,10 @@ AFTERWARDS = 10  # So many adapters are loaded when the source is good again
 
 def opened() -> dict[str, int]:
     """What the process has now."""
-    descriptors = len(os.listdir("/proc/self/fd"))
     return {
+        "descriptors": len(os.listdir("/proc/self/fd")),
         "sockets": open_sockets(),
         "threads": threading.active_count(),
-        "descriptors": descriptors,
         "tasks": len(asyncio.all_tasks()),
     }
 
@@ -339,24 +304,22 @@ class Soak:
         setting.loader.subscribe(self._judge.heard)
 
     async def run(self, seconds: float) -> None:
+        until = monotonic() + seconds
+        draws = [random.Random(f"{self._seed} caller {n}") for n in range(AT_ONCE)]
         with self._threads:
-            await self._storm(monotonic() + seconds)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._each_second(until))
+                for draw in draws:
+                    group.create_task(self._caller(draw, until))
             await self._calm()
             await self._look_around()
-
-    async def _storm(self, until: float) -> None:
-        draws = [random.Random(f"{self._seed} caller {n}") for n in range(AT_ONCE)]
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._each_second(until))
-            for draw in draws:
-                group.create_task(self._caller(draw, until))
 
     async def _calm(self) -> None:
         """The source is good from now on: then everything loads."""
         counts = await asyncio.to_thread(told_by, self._setting.url, "counts")
         await asyncio.to_thread(told_by, self._setting.url, "calm")
-        self._tally.outcomes["requests"] = counts["requests"]
-        self._tally.outcomes.update({f"faults ({kind})": n for kind, n in counts["faults"].items()})
+        self._tally["requests"] = counts["requests"]
+        self._tally.update({f"faults ({kind})": n for kind, n in counts["faults"].items()})
         self._judge.require_reasons(counts["damaged"])
         draw = random.Random(f"{self._seed} afterwards")
         for stored in draw.sample(self._setting.library, AFTERWARDS):
@@ -366,61 +329,45 @@ class Soak:
         """One of them, one wish after the other."""
         while monotonic() < until:
             (stored,) = draw.choices(self._setting.library, cum_weights=_POPULAR)
-            (pending_load,) = draw.choices(list(WISHES), list(WISHES.values()))
-            await self._pending_load(pending_load, getattr(self, f"_{pending_load}"), stored, draw)
+            (wish,) = draw.choices(list(WISHES), list(WISHES.values()))
+            await self._wish(wish, stored, draw)
 
     async def _everything_loads(self, stored: Stored, draw: random.Random) -> None:
         """Now that the source is good; what was left of a bad download may show once."""
         for _ in range(5):
             try:
-                await self._load(stored, draw, 120)
-            except LoraxError as error:
+                return await self._load(stored, draw, 120)
+            except errors.LoraxError as error:
                 self._judge.require_allowed(stored, error)
                 failed = error
-            else:
-                return
         raise SoakError(f"{stored.name} does not load any more: {failed}", failed.story)
 
-    async def _pending_load(
-        self,
-        pending_load: str,
-        doing: Callable[[Stored, random.Random, float], Awaitable[None]],
-        stored: Stored,
-        draw: random.Random,
-    ) -> None:
+    async def _wish(self, wish: str, stored: Stored, draw: random.Random) -> None:
         seconds = draw.uniform(1, 10)
         impatient = draw.random() < CANCELLED
-        task = asyncio.ensure_future(doing(stored, draw, seconds))
+        task = asyncio.ensure_future(getattr(self, f"_{wish}")(stored, draw, seconds))
         try:
             if impatient:
                 await asyncio.wait([task], timeout=draw.uniform(0, 1.5))
                 impatient = task.cancel()
             await asyncio.wait([task], timeout=seconds + GRACE)
             if not task.done():
-                raise SoakError(f"{pending_load} of {stored.name} neither ends nor fails")
+                raise SoakError(f"{wish} of {stored.name} neither ends nor fails")
         finally:
             if task.cancel():
                 await asyncio.wait([task], timeout=GRACE)
-        self._judged(pending_load, stored, task, impatient=impatient)
-
-    def _judged(
-        self, pending_load: str, stored: Stored, task: asyncio.Future[None], *, impatient: bool
-    ) -> None:
         if task.cancelled():
-            if not impatient:
-                raise SoakError(f"{pending_load} of {stored.name} was cancelled by nobody")
-            self._tally.outcomes["cancelled"] += 1
-            return
-        error = task.exception()
-        if error is None:
-            self._tally.outcomes[pending_load] += 1
-            return
-        if isinstance(error, SoakError):
+            self._require(impatient, f"{wish} of {stored.name} was cancelled by nobody")
+            self._tally["cancelled"] += 1
+        elif (error := task.exception()) is None:
+            self._tally[wish] += 1
+        elif isinstance(error, SoakError):
             raise error
-        self._judge.require_allowed(stored, error)
-        assert isinstance(error, LoraxError)
-        self._tally.outcomes["failed"] += 1
-        self._tally.errors[f"{type(error).__name__} ({error.stage})"] += 1
+        else:
+            self._judge.require_allowed(stored, error)
+            stage = error.stage if isinstance(error, errors.LoraxError) else ""
+            self._tally["failed"] += 1
+            self._tally[f"{type(error).__name__} ({stage})"] += 1
 
     async def _load(self, stored: Stored, draw: random.Random, seconds: float) -> None:
         ref = self._setting.ref(stored)
@@ -436,7 +383,7 @@ class Soak:
         kind: VerificationKind = "sha256" if stored.promised else "transport"
         if found != Verification(kind, stored.digests[1]):
             raise SoakError(f"{stored.name} was checked, and is {found}")
-        self._tally.outcomes["verified"] += 1
+        self._tally["verified"] += 1
 
     async def _stream(self, stored: Stored, draw: random.Random, seconds: float) -> None:
         ref = self._setting.ref(stored)
@@ -481,14 +428,14 @@ class Soak:
         """The bytes are the source's; or the loader, which had no time to check them, finds out."""
         loop = asyncio.get_running_loop()
         found = await loop.run_in_executor(self._threads, on_device, handle, layers)
-        self._tally.outcomes["layers compared"] += len(layers)
+        self._tally["layers compared"] += len(layers)
         if found == self._expected[stored.number][layers.start : layers.stop]:
             return
-        told = await self._judge.verdict(handle.key, handle.slot, GRACE)
-        if not stored.promised or told is not IntegrityError:
+        told = await self._judge.verdict(handle)
+        if not stored.promised or told is not errors.IntegrityError:
             story = self._setting.loader.placement().story(handle.key)
             raise SoakError(f"{stored.name}: {layers} on the device is wrong ({told})", story)
-        self._tally.outcomes["wrong bytes that were told of"] += len(layers)
+        self._tally["wrong bytes that were told of"] += len(layers)
 
     async def _each_second(self, until: float) -> None:
         while monotonic() < until:
@@ -498,9 +445,15 @@ class Soak:
     async def _look_around(self) -> None:
         self._require_room()
         self._require_leased()
-        self._require_few_open()
-        self._tally.rss.append(_rss())
-        await asyncio.to_thread(self._require_room_on_disk)
+        for what, count in opened().items():
+            more = count - self._before[what]
+            self._tally.peak(what, more)
+            self._require(more <= MOST[what], f"{more} {what} more than before")
+        resident = int(Path("/proc/self/statm").read_text().split()[1])
+        self._tally.rss.append(resident * os.sysconf("SC_PAGE_SIZE"))
+        used, budget = await asyncio.to_thread(self._setting.cache.used), self._setting.cache_bytes
+        self._tally.peak("bytes on disk", used)
+        self._require(used <= budget, f"the cache has {used:,} bytes of {budget:,}")
 
     def _require_room(self) -> None:
         residency = self._setting.loader.placement().adapters.values()
@@ -526,25 +479,9 @@ class Soak:
                 story = self._setting.loader.placement().story(handle.key)
                 raise SoakError(f"{handle.id} is leased, and gone: {where}", story)
 
-    def _require_few_open(self) -> None:
-        for what, count in opened().items():
-            more = count - self._before[what]
-            self._tally.peak(what, more)
-            self._require(more <= MOST[what], f"{more} {what} more than before")
-
-    def _require_room_on_disk(self) -> None:
-        used, budget = self._setting.cache.used(), self._setting.cache_bytes
-        self._tally.peak("bytes on disk", used)
-        self._require(used <= budget, f"the cache has {used:,} bytes of {budget:,}")
-
     def _require(self, right: object, problem: str) -> None:
         if not right:
             raise SoakError(problem)
-
-
-def _rss() -> int:
-    fields = Path("/proc/self/statm").read_text().split()
-    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def require_flat(rss: list[int]) -> None:
@@ -567,8 +504,8 @@ def require_nothing_left(setting: Setting) -> None:
         ("tasks", [task.get_name() for task in tasks]),
         ("threads", threads),
         ("staging buffers", [ring for ring in rings if ring.free < ring.buffers]),
-        ("trash", _listed(setting.folder / "trash")),
-        ("answers half written", [n for n in _listed(setting.folder / "answers") if "." in n]),
+        ("trash", os.listdir(setting.folder / "trash")),
+        ("answers half written", [*(setting.folder / "answers").glob("*.*")]),
     ):
         if left:
             raise SoakError(f"{what} are left: {left}")
@@ -596,10 +533,6 @@ def require_right_on_disk(setting: Setting) -> int:
     return len(entries)
 
 
-def _listed(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
 def play(
     folder: Path, tell: Callable[[str], None], *, device: str, loop: str, seconds: float, seed: int
 ) -> None:
@@ -607,16 +540,14 @@ def play(
 
     Raises `SoakError`, in a group, if anything was not right.
     """
-    tell("")
-    tell(f"soak on {device!r} and {loop}: {seconds:g} seconds, seed {seed}")
+    tell(f"\nsoak on {device!r} and {loop}: {seconds:g} seconds, seed {seed}")
     tally = Tally()
     expected(seed)  # it takes seconds
     try:
         with faulty_process(seed) as url, asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
             runner.run(_play(folder / "cache", url, device, seed, seconds, tally))
     finally:
-        for line in tally.lines():
-            tell(f"  {line}")
+        tell(f"  {dict(sorted(tally.items()))}")
 
 
 async def _play(
@@ -636,23 +567,20 @@ async def _play(
 
 pytestmark = [pytest.mark.usefixtures("nothing_left", "no_socket_left"), pytest.mark.slow]
 
+Capture = pytest.CaptureFixture[str]
 DEVICES = pytest.mark.parametrize(("device", "loop"), [("cpu", "uvloop"), ("simulated", "asyncio")])
 
 
 @pytest.mark.soak
 @DEVICES
 def test_a_bad_source_for_long(
-    tmp_path: Path,
-    pytestconfig: pytest.Config,
-    capfd: pytest.CaptureFixture[str],
-    device: str,
-    loop: str,
+    tmp_path: Path, request: pytest.FixtureRequest, capfd: Capture, device: str, loop: str
 ) -> None:
     def tell(line: str) -> None:
         with capfd.disabled():
             sys.stdout.write(f"{line}\n")
 
-    seconds, seed = pytestconfig.getoption("soak_seconds"), pytestconfig.getoption("soak_seed")
+    seconds, seed = map(request.config.getoption, ("soak_seconds", "soak_seed"))
     play(tmp_path, tell, device=device, loop=loop, seconds=seconds, seed=seed)
 
 

@@ -54,22 +54,19 @@ class Stored:
 
     @cached_property
     def config(self) -> bytes:
-        said = {
-            "peft_type": "LORA",
-            "r": self.rank,
-            "lora_alpha": 8,
-            "target_modules": list(TARGETS),
-        }
+        said = {"peft_type": "LORA", "r": self.rank, "lora_alpha": 8, "target_modules": TARGETS}
         return json.dumps(said).encode()
 
     @cached_property
     def header(self) -> bytes:
         """As safetensors writes it, the tensors in the order of their names."""
         fields, at = {}, 0
-        for name, shape in sorted(_shapes(self.rank).items()):
-            nbytes = shape[0] * shape[1] * ITEM
-            fields[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + nbytes]}
-            at += nbytes
+        for module in sorted(MODULES):
+            for part, shape in (("A", [self.rank, HIDDEN]), ("B", [HIDDEN, self.rank])):
+                stop = at + shape[0] * shape[1] * ITEM
+                field = {"dtype": "BF16", "shape": shape, "data_offsets": [at, stop]}
+                fields[f"base_model.model.{module}.lora_{part}.weight"] = field
+                at = stop
         text = json.dumps(fields, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
@@ -82,19 +79,15 @@ class Stored:
     def weights(self, start: int = 0, stop: int | None = None) -> bytes:
         """Bytes [start, stop) of the weights' file."""
         stop = self.nbytes if stop is None else stop
-        first, last = max(0, start - len(self.header)), max(0, stop - len(self.header))
-        return self.header[start:stop] + self._data(first, last - first)
-
-    def _data(self, at: int, count: int) -> bytes:
+        at, end = max(0, start - len(self.header)), max(0, stop - len(self.header))
         first = (at + self.number * _STRIDE) % _PERIOD
-        return (self.pattern * (count // _PERIOD + 2))[first : first + count]
+        data = self.pattern * ((end - at) // _PERIOD + 2)
+        return self.header[start:stop] + data[first : first + end - at]
 
     @cached_property
-    def digests(self) -> tuple[str, str]:
+    def digests(self) -> tuple[str, ...]:
         """sha256 of config and weights."""
-        contents = (self.config, self.weights())
-        first, second = (hashlib.sha256(data).hexdigest() for data in contents)
-        return first, second
+        return tuple(hashlib.sha256(data).hexdigest() for data in (self.config, self.weights()))
 
     @property
     def version(self) -> str:
@@ -109,16 +102,6 @@ def library(seed: int) -> tuple[Stored, ...]:
     ranks = [round(2 * 128 ** (n / (COUNT - 1))) for n in range(COUNT)]
     draw.shuffle(ranks)
     return tuple(Stored(number, rank, pattern) for number, rank in enumerate(ranks))
-
-
-def _shapes(rank: int) -> dict[str, list[int]]:
-    """By the names that PEFT gives them in a file."""
-    shapes = {}
-    for module in MODULES:
-        name = f"base_model.model.{module}"
-        shapes[f"{name}.lora_A.weight"] = [rank, HIDDEN]
-        shapes[f"{name}.lora_B.weight"] = [HIDDEN, rank]
-    return shapes
 
 
 SHARE = 0.3  # Of the requests
