@@ -10,7 +10,7 @@ import os
 import resource
 import stat
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
@@ -233,88 +233,65 @@ async def test_a_small_one_spills_where_a_large_one_finds_no_room(tmp_path: Path
         await assert_all_there(there, 0, 1)
 
 
-@contextmanager
-def file_limit(folder: Path) -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@contextmanager
-def few_open_files(folder: Path) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resource, "getrlimit", lambda _: (8, 1024))
-        yield
-
-
-@contextmanager
-def a_file_in_its_place(folder: Path) -> Iterator[None]:
-    folder.write_text("")
-    yield
-    folder.unlink()
-
-
-@contextmanager
-def written_by_others(folder: Path) -> Iterator[None]:
-    folder.mkdir()
-    folder.chmod(0o777)
-    yield
-    folder.chmod(0o700)
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why one more finds no room beside `count` others."""
-
-    why: str
-    count: int = 1
-    settings: dict[str, int] = field(default_factory=dict)
-    obstacle: Callable[[Path], AbstractContextManager[object]] = nullcontext
-
-    @property
-    def unloading_helps(self) -> bool:
-        return self.obstacle in {nullcontext, few_open_files}
-
-
 NO_DISK = "others cannot be spilled to the disk: "
-FEW = "of the 8 files that this process may open"
-REFUSALS = {
-    "small cache": Refusal("into the disk cache's 7,250", 1, {"cache_bytes": FILE // 2}),
-    "full cache": Refusal("into the disk cache's", 3, {"cache_bytes": FILE * 5 // 2}),
-    "file size limit": Refusal("RLIMIT_FSIZE", obstacle=file_limit),
-    "a quarter of the open files": Refusal(FEW, 3, {}, few_open_files),
-    "no folder": Refusal(NO_DISK, 1, {}, a_file_in_its_place),
-    "unsafe folder": Refusal(NO_DISK, 1, {}, written_by_others),
+REFUSALS: dict[str, tuple[str, int, dict[str, int]]] = {
+    "small cache": ("into the disk cache's 7,250", 1, {"cache_bytes": FILE // 2}),
+    "full cache": ("into the disk cache's", 3, {"cache_bytes": FILE * 5 // 2}),
+    "file size limit": ("RLIMIT_FSIZE", 1, {}),
+    "open files": ("of the 8 files that this process may open", 3, {}),
+    "no folder": (NO_DISK, 1, {}),
+    "unsafe folder": (NO_DISK, 1, {}),
 }
+"""Why one more finds no room beside so many others, and in which settings."""
+
+
+@contextmanager
+def obstacle(name: str, folder: Path) -> Iterator[None]:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.MonkeyPatch.context() as patch:
+        if name == "file size limit":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        elif name == "open files":
+            patch.setattr(resource, "getrlimit", lambda _: (8, 1024))
+        elif name == "no folder":
+            folder.write_text("")
+        elif name == "unsafe folder":
+            folder.mkdir()
+            folder.chmod(0o777)
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            if name == "no folder":
+                folder.unlink()
+            elif name == "unsafe folder":
+                folder.chmod(0o700)
 
 
 @pytest.mark.parametrize("name", REFUSALS)
 async def test_without_room_on_disk_a_call_is_refused(tmp_path: Path, name: str) -> None:
-    case, folder = REFUSALS[name], tmp_path / "cache"
-    seeds = list(range(case.count))
-    async with roomy(folder, 1, **case.settings) as there:
-        with case.obstacle(folder):
+    (why, count, settings), folder = REFUSALS[name], tmp_path / "cache"
+    seeds, unloading_helps = list(range(count)), name in {"small cache", "full cache", "open files"}
+    async with roomy(folder, 1, **settings) as there:
+        with obstacle(name, folder):
             for seed in seeds:
                 await given(there, seed)
             before = in_memory(there)
-            one_more, words = given(there, case.count), "beside .* in memory_bytes"
+            one_more, words = given(there, count), "beside .* in memory_bytes"
             error = await fails(one_more, errors.CapacityError, words)
-            assert case.why in error.problem
-            assert (error.id, error.stage, error.retryable) == (str(case.count), "fetch", True)
+            assert why in error.problem
+            assert (error.id, error.stage, error.retryable) == (str(count), "fetch", True)
             assert in_memory(there) == before
             assert used(there) == kept(there)
             await assert_all_there(there, *seeds)
-            if case.unloading_helps:
+            if unloading_helps:
                 await there.unload(str(seeds.pop(0)))
-                await until(lambda: len(entries(folder)) == max(0, case.count - 2))
-                await given(there, case.count)
-        if not case.unloading_helps:
+                await until(lambda: len(entries(folder)) == max(0, count - 2))
+                await given(there, count)
+        if not unloading_helps:
             assert entries(folder) == []
-            await given(there, case.count)
-        await assert_all_there(there, *seeds, case.count)
+            await given(there, count)
+        await assert_all_there(there, *seeds, count)
     assert entries(folder) == []
 
 
