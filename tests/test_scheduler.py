@@ -6,24 +6,13 @@ from typing import Any
 
 import pytest
 
-import tiny
 from common import until
 from lorax_async.errors import ConfigError, HandleClosedError, InvalidAdapterIdError, UsageError
 from lorax_async.scheduler.requests import Request, Ticket
 from lorax_async.scheduler.scheduler import AdapterScheduler
 from lorax_async.scheduler.step import Batch
-from scheduling.serving import (
-    MANY,
-    VirtualClock,
-    finish,
-    held,
-    opened,
-    rows,
-    silence,
-    step,
-    turns,
-    wanted,
-)
+from scheduling import serving
+from scheduling.serving import MANY, VirtualClock, finish, held, opened, rows, step, turns, wanted
 from tiny_sources import is_at, is_resident, state, stocked
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -121,26 +110,6 @@ async def test_the_loop_turns_before_a_batch_that_is_there(tmp_path: Path) -> No
         scheduler.complete(await scheduler.next_batch(MANY, MANY))
         assert turn
         ticket.cancel()
-
-
-async def test_alone_a_streaming_adapter_joins_with_its_first_layer(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a")
-    source.hold("a")
-    async with opened(source) as (loader, scheduler):
-        ticket = scheduler.submit(Request("a", 10, 1))
-        await held(loader, "a")
-        waiting = await wanted(scheduler)
-        source.allow("a", 0)
-        batch = await asyncio.wait_for(waiting, 5)
-        (handle,) = batch.streaming
-        assert handle is batch.rows[0].handle
-        assert handle.is_ready(0)
-        assert not handle.resident
-        source.allow("a")
-        for layer in range(tiny.LAYERS):
-            await handle.layer_ready(layer)
-        scheduler.complete(batch)
-        assert await ticket == 1
 
 
 async def test_what_comes_next_is_brought_nearer(tmp_path: Path) -> None:
@@ -317,7 +286,7 @@ async def test_a_request_may_begin_when_another_is_cancelled_that_lost_its_slot(
     async with opened(source, max_begun=1) as (loader, scheduler):
         begun = scheduler.submit(Request("a", 1, MANY))
         await step(scheduler)
-        silence(source, "a")  # it does not come back
+        serving.silence(source, "a")  # it does not come back
         await loader.unload("a")
         fresh = scheduler.submit(Request(None, 1, 1))
         waiting = await wanted(scheduler)
@@ -367,7 +336,7 @@ async def test_an_adapter_of_an_urgent_request_is_loaded_first(
 
 async def test_sources_that_do_not_answer_hold_up_the_next_for_a_while_only(tmp_path: Path) -> None:
     source, clock = stocked(tmp_path, "silent", "b"), VirtualClock()
-    silence(source, "silent")
+    serving.silence(source, "silent")
     async with opened(source, ONE_SLOT, clock=clock, loads=1, look_ahead=0) as (loader, scheduler):
         silent, _ = (scheduler.submit(Request(id, 1, 1)) for id in ("silent", "b"))
         waiting = await wanted(scheduler)
@@ -387,7 +356,7 @@ async def test_sources_that_do_not_answer_hold_up_the_next_for_a_while_only(tmp_
 
 async def test_a_cancelled_requests_load_makes_way_for_the_next(tmp_path: Path) -> None:
     source = stocked(tmp_path, "silent", "b")
-    silence(source, "silent")
+    serving.silence(source, "silent")
     async with opened(source, ONE_SLOT, loads=1, look_ahead=0) as (_, scheduler):
         tickets = [scheduler.submit(Request(id, 1, 1)) for id in ("silent", "b")]
         await turns()

@@ -19,7 +19,7 @@ from lorax_async.types import AdapterRef
 from scheduling.serving import MANY, VirtualClock, finish, held, opened, rows, step, turns, warm
 from sweeping import stepwise
 from tiny_loaders import fails
-from tiny_sources import over, simulated, stocked
+from tiny_sources import over, stocked
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -127,16 +127,6 @@ async def test_bytes_that_turn_out_to_be_false(tmp_path: Path) -> None:
         source.allow_verification("a")
         await fails(asyncio.wait_for(ticket, 5), errors.IntegrityError, "others than promised")
         assert ticket.generated == 2
-
-
-async def test_a_failing_copy(tmp_path: Path) -> None:
-    async with opened(stocked(tmp_path, "a", "b"), {"device": "simulated"}) as (loader, scheduler):
-        simulated(loader).failing.add(1)
-        ticket = scheduler.submit(Request("a", 1, 1))
-        await fails(asyncio.wait_for(ticket, 5), errors.TransferError, "told to fail")
-        other = scheduler.submit(Request("b", 1, 1))
-        await finish(scheduler, other)
-        assert await other == 1
 
 
 async def test_the_engine_may_say_that_a_row_failed(tmp_path: Path) -> None:
