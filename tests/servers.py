@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from fault_server import until
 
@@ -111,27 +112,19 @@ def pythons_own(folder: Path, scratch: Path) -> Iterator[str]:
 def running(command: Command, ports: Sequence[int], log: Path) -> Iterator[None]:
     """A process that answers on its ports; it is ended, and gone, on the way out."""
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            list(map(str, command)),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
+        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(list(map(str, command)), stdout=output, **streams)
     try:
         until(lambda: process.poll() is not None or all(map(_answers, ports)), BEGIN_SECONDS)
         assert process.poll() is None, log.read_text(errors="replace")[-2_000:]
         yield
     finally:
-        _end(process)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(END_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+        process.terminate()
+        try:
+            process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def free_port() -> int:

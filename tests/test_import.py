@@ -61,13 +61,8 @@ print(json.dumps({
 @pytest.fixture(scope="module")
 def imported() -> Any:
     """The state of a fresh interpreter around the import; warnings are errors there, too."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", PROGRAM],
-        capture_output=True,
-        text=True,
-        timeout=25,
-        check=False,
-    )
+    command = [sys.executable, "-W", "error", "-c", PROGRAM]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=25, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("\n") == 1, "nothing is printed"
     return json.loads(done.stdout)

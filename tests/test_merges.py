@@ -18,23 +18,11 @@ import sharded
 import tiny
 from common import open_files, until
 from given import acquired, give, used
-from lorax_async import errors
+from lorax_async import errors, types
 from lorax_async.config import Limits, LoaderConfig, Shard
 from lorax_async.loader import AdapterLoader
 from lorax_async.testing import FakeReader, Step
-from lorax_async.types import (
-    MAX_PARTS,
-    AdapterKey,
-    AdapterRef,
-    FileIdentity,
-    Merge,
-    MergedKey,
-    PartId,
-    RemoteKey,
-    as_ref,
-    is_stale,
-    text_of,
-)
+from lorax_async.types import AdapterKey, AdapterRef, Merge, MergedKey, PartId, as_ref
 from merges import BOTH, DROPPED, HALVES, assert_halves, assert_same, at, part_bytes, weights_of
 from sweeping import cancel_at, count_steps, local_bench, released
 from tiny_loaders import fails, loader
@@ -45,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 
 
 def key(name: str, *numbers: int) -> AdapterKey:
-    files = tuple(FileIdentity(0, n, 10, n, n) for n in numbers)
+    files = tuple(types.FileIdentity(0, n, 10, n, n) for n in numbers)
     return AdapterKey(f"/adapters/{name}", files)
 
 
@@ -116,12 +104,15 @@ def test_a_merge_is_a_value_and_an_id() -> None:
     assert merge == again
     assert hash(merge) == hash(again)
     assert as_ref(merge) is merge
-    assert text_of(merge) == merge.text
+    assert types.text_of(merge) == merge.text
     with pytest.raises(errors.UsageError, match="a Merge has source"):
         as_ref(merge, token="mine")
     secret = Merge("linear", [AdapterRef("one", token="secret")], [1])
     assert "secret" not in repr(secret) + secret.text
-    assert len(Merge("linear", ["a"] * MAX_PARTS, [0.5] * MAX_PARTS).parts) == MAX_PARTS
+    assert (
+        len(Merge("linear", ["a"] * types.MAX_PARTS, [0.5] * types.MAX_PARTS).parts)
+        == types.MAX_PARTS
+    )
 
 
 def test_keys_of_merges_are_equal_where_the_bytes_would_be() -> None:
@@ -391,8 +382,8 @@ async def test_merges_wait_for_the_room_of_others(tmp_path: Path) -> None:
 
 
 def test_a_merge_is_as_stale_as_its_parts() -> None:
-    fresh, stale = RemoteKey("a", (), "1"), RemoteKey("b", (), "1", stale=True)
+    fresh, stale = types.RemoteKey("a", (), "1"), types.RemoteKey("b", (), "1", stale=True)
     merge = Merge("linear", ["a", "b"], [1, 1])
-    assert not is_stale(MergedKey.of(merge, [fresh, fresh]))
-    assert is_stale(MergedKey.of(merge, [fresh, stale]))
-    assert not is_stale(AdapterKey("here", ()))
+    assert not types.is_stale(MergedKey.of(merge, [fresh, fresh]))
+    assert types.is_stale(MergedKey.of(merge, [fresh, stale]))
+    assert not types.is_stale(AdapterKey("here", ()))

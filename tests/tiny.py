@@ -42,12 +42,8 @@ def tensors(
 
 
 def config(rank: int = 4, **changes: object) -> dict[str, object]:
-    plain = {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": 8,
-        "target_modules": [target.split(".")[1] for target in TARGETS],
-    }
+    plain: dict[str, object] = {"peft_type": "LORA", "r": rank, "lora_alpha": 8}
+    plain["target_modules"] = [target.split(".")[1] for target in TARGETS]
     return plain | changes
 
 

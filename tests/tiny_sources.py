@@ -27,12 +27,7 @@ def stocked(base: Path, *names: str, rank: int = 4, holdable: bool = False) -> F
 
 
 def over(source: FakeSource, **settings: object) -> AdapterLoader:
-    plain: dict[str, object] = {
-        "device_bytes": 1 << 20,
-        "max_slots": 4,
-        "io_threads": 2,
-        "timeout": 20,
-    }
+    plain = {"device_bytes": 1 << 20, "max_slots": 4, "io_threads": 2, "timeout": 20}
     config = LoaderConfig(**(plain | settings))  # type: ignore[arg-type]
     return AdapterLoader(tiny.layout(), config, source=source)
 
