@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from typing import Any
-
-import pytest
 
 HEAVY = {
     *("peft", "transformers", "triton", "uvloop", "rich", "safetensors", "huggingface_hub"),
@@ -58,33 +55,20 @@ print(json.dumps({
 """
 
 
-@pytest.fixture(scope="module")
-def imported() -> Any:
-    """The state of a fresh interpreter around the import; warnings are errors there, too."""
+def test_an_import_brings_little_and_leaves_the_process_as_it_was() -> None:
+    """In a fresh interpreter, where warnings are errors; and it logs where the program asks."""
     command = [sys.executable, "-W", "error", "-c", PROGRAM]
     done = subprocess.run(command, capture_output=True, text=True, timeout=25, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("\n") == 1, "nothing is printed"
-    return json.loads(done.stdout)
-
-
-def test_nothing_heavy_or_optional_comes_along(imported: Any) -> None:
-    """The engine adapters, the server and the command line are imported by those who use them."""
+    imported = json.loads(done.stdout)
     assert "lorax_async.loader" in imported["modules"]
-    roots = {module.split(".")[0] for module in imported["modules"]}
-    assert not roots & HEAVY
+    assert not {module.split(".")[0] for module in imported["modules"]} & HEAVY
+    # The engine adapters, the server and the command line are imported by those who use them.
     optional = ("lorax_async.engines", "lorax_async.server", "lorax_async.cli")
     assert not [name for name in imported["modules"] if name.startswith(optional)]
-
-
-def test_the_process_is_left_as_it_was(imported: Any) -> None:
     before, after = imported["before"], imported["after"]
     assert len(before) == 14
     assert {name: after[name] for name in before if after[name] != before[name]} == {}
-
-
-def test_it_logs_only_where_the_program_asks(imported: Any) -> None:
-    """A NullHandler of its own; levels and handlers are the program's."""
-    assert imported["ours"] == [["NullHandler"], 0, True]
-    assert imported["others"] == []
-    assert not imported["loop"]
+    assert imported["ours"] == [["NullHandler"], 0, True], "levels and handlers are the program's"
+    assert (imported["others"], imported["loop"]) == ([], False)

@@ -91,10 +91,10 @@ async def _play(make: Callable[[ModelLayout], Device], base: Path) -> list[tuple
     return heard
 
 
-def test_a_simulated_device_is_as_the_cpu(tmp_path: Path) -> None:
-    assert asyncio.run(_play(SIMULATED, tmp_path)) == asyncio.run(_play(CPU, tmp_path))
+async def test_a_simulated_device_is_as_the_cpu(tmp_path: Path) -> None:
+    assert await _play(SIMULATED, tmp_path) == await _play(CPU, tmp_path)
 
 
 @pytest.mark.usefixtures("late")
-def test_a_gpu_is_as_the_cpu(tmp_path: Path) -> None:
-    assert asyncio.run(_play(LATE, tmp_path)) == asyncio.run(_play(CPU, tmp_path))
+async def test_a_gpu_is_as_the_cpu(tmp_path: Path) -> None:
+    assert await _play(LATE, tmp_path) == await _play(CPU, tmp_path)

@@ -9,26 +9,21 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from math import inf
 from typing import Any, Literal
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
 from common import LOOPS, our_threads
-from contention.observer import IDS, LARGEST, LAYOUT, Made, ObservedDevice, complaints, made
+from contention.observer import IDS, LARGEST, LAYOUT, QUICK, Made, ObservedDevice, complaints, made
+from lorax_async import errors
 from lorax_async.concurrency import FetchControl
 from lorax_async.config import LoaderConfig
-from lorax_async.devices.simulated import SimulatedDevice
-from lorax_async.errors import (
-    AdapterTimeoutError,
-    FetchError,
-    HandleClosedError,
-    LoaderClosedError,
-    LoraxError,
-)
+from lorax_async.errors import AdapterTimeoutError, FetchError, LoraxError
 from lorax_async.handle import AdapterHandle
 from lorax_async.lifecycle.transitions import SlotState
 from lorax_async.loader import AdapterLoader
@@ -41,6 +36,7 @@ from lorax_async.scheduler.step import Batch, BatchRow
 from lorax_async.testing import FakeSource, FakeVersion
 from lorax_async.types import AdapterId, AdapterKey
 from scheduling.serving import VirtualClock
+from scheduling.serving import warm as loaded
 
 TOLD = "the link was told to fail"
 
@@ -82,16 +78,16 @@ class TimedSource(FakeSource):
             if conduct.fate == "fails":
                 raise FetchError(TOLD)
             due = inf
-        came: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        came = asyncio.Event()
 
         def look() -> None:
-            if not came.done() and (control.ended or self._clock.time() >= due):
-                came.set_result(None)
+            if control.ended or self._clock.time() >= due:
+                came.set()
 
         alarm = None if due == inf else self._clock.call_at(due, look)
         with control.watched(look):
             try:
-                await came
+                await came.wait()
             finally:
                 if alarm is not None:
                     alarm.cancel()
@@ -148,14 +144,14 @@ class World:
         self.clock = VirtualClock()
         self.source = TimedSource(self.clock, scene.conducts)
         nbytes = LARGEST * scene.slots
-        simulated = SimulatedDevice(LAYOUT, dtype="BF16", nbytes=nbytes, slots=scene.slots)
         self.device = ObservedDevice(
-            simulated,
             nbytes=nbytes,
+            slots=scene.slots,
             budgets=[1 << 16],
             expected=lambda key: self.source.versions[key].weights,
             leased=lambda _: False,
         )
+        self.blame = self.device.blame
         config = LoaderConfig(
             device_bytes=nbytes,
             host_bytes=1 << 20,
@@ -167,34 +163,27 @@ class World:
         )
         self.loader = AdapterLoader(LAYOUT, config, source=self.source, device=self.device)
         self.wanted: list[Wanted] = []
-        self.news: set[asyncio.Future[None]] = set()
+        self.news = asyncio.Event()
 
     async def open(self) -> None:
         await self.loader.__aenter__()
         self.loader.subscribe(self.device.heard)
         self.loader.subscribe(lambda _: self.tell())
-        scene = self.scene
+        begun, loads = self.scene.max_begun, self.scene.loads
         self.scheduler = AdapterScheduler(
-            self.loader, max_begun=scene.max_begun, loads=scene.loads, clock=self.clock
+            self.loader, max_begun=begun, loads=loads, clock=self.clock
         )
 
-    def blame(self, holds: object, fault: str) -> None:
-        self.device.blame(holds, fault)
-
-    def require_no_faults(self) -> None:
-        assert not self.device.faults, self.device.faults[:5]
-
-    def submit(self, request: Request) -> Wanted:
-        wanted = Wanted(self.scheduler.submit(request), self.clock.now)
-        self.wanted.append(wanted)
+    def submit(self, request: Request) -> None:
+        self.wanted.append(Wanted(self.scheduler.submit(request), self.clock.now))
         self.tell()
-        return wanted
 
     def cancel(self, which: int) -> None:
         going = [each for each in self.wanted if not each.ticket.done]
         if going:
-            going[which % len(going)].cancelled = True
-            self.blame(going[which % len(going)].ticket.cancel(), "it could not be cancelled")
+            wanted = going[which % len(going)]
+            wanted.cancelled = True
+            self.blame(wanted.ticket.cancel(), "it could not be cancelled")
             self.tell()
 
     def note_ends(self) -> None:
@@ -207,7 +196,6 @@ class World:
         ticket, request = each.ticket, each.ticket.request
         assert request.adapter_id is None or isinstance(request.adapter_id, str)
         fate, error = self.scene.fate(request.adapter_id), ticket.error
-        hurried = request.deadline is not None
         self.blame(ticket.done, f"it never ended: {ticket}")
         if each.cancelled:
             self.blame(ticket.cancelled, "it was cancelled, and is not")
@@ -220,29 +208,23 @@ class World:
             self.blame(not late, f"it waited too long, until {each.ended}: {ticket}")
         else:
             self.blame(error.id == request.adapter_id, "an error of another adapter")
-            self.blame(self._is_provoked(error, fate, hurried=hurried), f"{ticket}: {error!r}")
-
-    def _is_provoked(self, error: LoraxError, fate: str, *, hurried: bool) -> bool:
-        if isinstance(error, AdapterTimeoutError):
-            return hurried or fate == "stalls"
-        told = isinstance(error, FetchError) and TOLD in str(error)
-        return fate == "fails" and (told or error.id == MISSING)
+            told = isinstance(error, FetchError) and TOLD in str(error)
+            provoked = fate == "fails" and (told or error.id == MISSING)
+            if isinstance(error, AdapterTimeoutError):
+                provoked = request.deadline is not None or fate == "stalls"
+            self.blame(provoked, f"{ticket}: {error!r}")
 
     def tell(self) -> None:
         """Something has changed that a pass may wait for."""
-        for future in self.news:
-            if not future.done():
-                future.set_result(None)
+        self.news.set()
+        self.news = asyncio.Event()
 
     async def until_news(self, seconds: float) -> None:
         """Or until so much virtual time has passed."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.news.add(future)
         alarm = self.clock.call_at(self.clock.now + seconds, self.tell)
         try:
-            await future
+            await self.news.wait()
         finally:
-            self.news.discard(future)
             alarm.cancel()
 
     def is_ready(self, id: AdapterId | None) -> bool:
@@ -276,7 +258,6 @@ class Engine:
     def __init__(self, world: World) -> None:
         self.world = world
         self.computing = 0
-        self.passes = 0
         self.waited = 0.0
         self._burnt: dict[AdapterHandle, None] = {}
 
@@ -307,12 +288,8 @@ class Engine:
             world.blame(not row.ticket.done, "a request that has ended is computed")
             self._judge_row(row)
         bounds = [sum(row.tokens for row in batch.rows[:n]) for n in range(len(batch.rows) + 1)]
-        for start, stop, slot in zip(
-            batch.plan.segments.bounds,
-            batch.plan.segments.bounds[1:],
-            batch.plan.segments.slots,
-            strict=False,
-        ):
+        segments = batch.plan.segments
+        for (start, stop), slot in zip(pairwise(segments.bounds), segments.slots, strict=False):
             rows = batch.rows[bounds.index(start) : bounds.index(stop)]
             world.blame({row.place.slot for row in rows} == {slot}, "a row in another's segment")
         self._judge_order(batch)
@@ -369,7 +346,6 @@ class Engine:
                     self.waited += self.world.clock.now - before
                 self._kernels([h for h in handles if h not in again and h not in failed], layer)
                 await self.world.clock.sleep(per_layer)
-        self.passes += 1
         rows_again = {row.ticket for row in batch.rows if row.handle in again}
         return rows_again, {
             row.ticket: failed[row.handle]
@@ -418,11 +394,9 @@ class Engine:
             elif row.ticket not in failed:
                 wanted.tokens += range(row.start, row.start + row.tokens)
         self.world.scheduler.complete(batch, again=again, failed=failed)
-        try:
+        with suppress(errors.HandleClosedError):
             batch.check()
             self.world.blame(False, "a batch outlives its completion")
-        except HandleClosedError:
-            pass
         self.world.note_ends()
 
 
@@ -440,15 +414,14 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """When requests ended, in virtual seconds, in the order of the plan; passes, and waits in them."""
+    """When requests ended, in virtual seconds, in the order of the plan; and waits in passes."""
 
-    ended: list[float | None]
-    passes: int
+    ended: list[float]
     waited: float
 
 
 def play(scene: Scene, plan: Sequence[Step], warm: str = "") -> Result:
-    """Raises `AssertionError` if anything was not right. `warm` adapters are loaded before."""
+    """Raises if anything was not right. `warm` adapters are loaded before."""
     with asyncio.Runner(loop_factory=LOOPS[scene.loop]) as runner:
         return runner.run(_play(scene, plan, warm))
 
@@ -461,14 +434,14 @@ async def _play(scene: Scene, plan: Sequence[Step], warm: str) -> Result:
         engines = [asyncio.create_task(engine.run()) for _ in range(scene.engines)]
         tasks = list(engines)
         try:
-            await _drive(world, asyncio.gather(*[_load(world, id) for id in warm]))
+            await _drive(world, asyncio.ensure_future(loaded(world.loader, *warm)))
             tasks.append(asyncio.create_task(_arrive(world, plan)))
             await _drive(world, tasks[-1])
             await _drive(world, asyncio.ensure_future(_all_done(world, engine)))
             for each in world.wanted:
                 world.judge(each)
             await _end(world, engines)
-            world.require_no_faults()
+            world.device.require_no_faults()
         finally:
             for task in tasks:
                 task.cancel()
@@ -477,13 +450,9 @@ async def _play(scene: Scene, plan: Sequence[Step], warm: str) -> Result:
                 await world.scheduler.close()
             finally:  # what is put into the code on purpose may break even that
                 await world.loader.close(timeout=1)
-        world.require_no_faults()
+        world.device.require_no_faults()
     assert not our_threads()
-    return Result([each.ended for each in world.wanted], engine.passes, engine.waited)
-
-
-async def _load(world: World, id: str) -> None:
-    (await world.loader.load(id)).release()
+    return Result([each.ended or inf for each in world.wanted], engine.waited)
 
 
 async def _arrive(world: World, plan: Sequence[Step]) -> None:
@@ -510,7 +479,7 @@ async def _drive(world: World, work: asyncio.Future[Any]) -> None:
     for _ in range(MOMENTS):
         await world.settle()
         world.note_ends()
-        world.require_no_faults()
+        world.device.require_no_faults()
         if work.done():
             work.result()
             return
@@ -533,11 +502,9 @@ async def _end(world: World, engines: list[asyncio.Task[None]]) -> None:
     await world.scheduler.close()
     await asyncio.wait(engines, timeout=1)
     world.blame(all(engine.done() for engine in engines), "an engine goes on after close")
-    try:
+    with suppress(errors.LoaderClosedError):
         world.scheduler.submit(Request(None, 1, 1))
         world.blame(False, "a closed scheduler takes requests")
-    except LoaderClosedError:
-        pass
     await world.settle()
     usage = world.loader.placement().usage
     world.blame(not usage.leases, "leases are left")
@@ -576,40 +543,25 @@ requests = st.builds(
     deadline=st.sampled_from([None, None, None, 0.005, 0.05]),
 )
 pauses = st.sampled_from([0.0, 0.0, 0.001, 0.01, 0.1])
-steps = (
-    st.builds(Step, pauses, requests)
-    | st.builds(Step, pauses, requests)
-    | st.builds(Step, pauses, st.none(), st.integers(0, 7))
+submits, cancels = (
+    st.builds(Step, pauses, requests),
+    st.builds(Step, pauses, cancel=st.integers(0, 7)),
 )
-plans = st.lists(steps, min_size=1, max_size=16)
-
-QUICK = settings(
-    max_examples=100,
-    derandomize=True,
-    database=None,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
+plans = st.lists(submits | submits | cancels, min_size=1, max_size=16)
 
 
-@settings(QUICK, max_examples=12)
-@given(scenes, plans)
-def test_some_plays(scene: Scene, plan: list[Step]) -> None:
-    play(scene, plan)
+SLOW, SOAK = pytest.mark.slow, pytest.mark.soak
+EXAMPLES = [12, pytest.param(100, marks=SLOW), pytest.param(2000, marks=SOAK)]
 
 
-@pytest.mark.slow
-@QUICK
-@given(scenes, plans)
-def test_many_plays(scene: Scene, plan: list[Step]) -> None:
-    play(scene, plan)
+@pytest.mark.parametrize("examples", EXAMPLES)
+def test_plays(examples: int) -> None:
+    @settings(QUICK, max_examples=examples, derandomize=examples < 2000)
+    @given(scenes, plans)
+    def all_of_them(scene: Scene, plan: list[Step]) -> None:
+        play(scene, plan)
 
-
-@pytest.mark.soak
-@settings(QUICK, max_examples=2000, derandomize=False)
-@given(scenes, plans)
-def test_thousands_of_plays(scene: Scene, plan: list[Step]) -> None:
-    play(scene, plan)
+    all_of_them()
 
 
 WARM = Conduct(0.0, 0.0)
@@ -621,9 +573,7 @@ COLD = {
     "stalls before its last layer": Conduct(0.001, 0.001, "stalls", 3),
     "fails in its midst": Conduct(0.001, 0.001, "fails", 2),
 }
-READY = [
-    Step(pause, Request(id, 20, 6)) for pause in (0.0, 0.013, 0.021) for id in ("a", "b", None)
-]
+READY = [Step(wait, Request(id, 20, 6)) for wait in (0.0, 0.013, 0.021) for id in ("a", "b", None)]
 
 
 def scene(loop: str, conduct: Conduct) -> Scene:
@@ -641,8 +591,6 @@ def test_ready_requests_are_as_fast_beside_cold_ones(loop: str, name: str) -> No
     ready = [beside.ended[0], *beside.ended[5:]]
     assert len(ready) == len(READY)
     for one, other in zip(alone.ended, ready, strict=True):
-        assert one is not None
-        assert other is not None
         # As many passes; these wait for layers within their budget of a tenth, and not again.
         assert other <= one + beside.waited + 0.001
     assert beside.waited <= 4 * 0.001 + 1e-9, "each of four adapters spends a budget once"
@@ -659,14 +607,12 @@ def test_one_that_comes_in_time_does_not_wait_for_its_last_layer(loop: str) -> N
 
 
 Play = tuple[Scene, list[Step]]
-SLOW = Conduct(0.001, 0.03)
+LATE = Conduct(0.001, 0.03)
 
 
-def _one(
-    slots: int, sequences: int, steps: list[Step], engines: int = 1, **conducts: Conduct
-) -> Play:
+def _one(slots: int, sequences: int, *steps: Step, engines: int = 1, **conducts: Conduct) -> Play:
     all_of_them = dict.fromkeys(IDS, Conduct(0.002, 0.001)) | conducts
-    return Scene("asyncio", slots, 100, sequences, None, None, all_of_them, engines), steps
+    return Scene("asyncio", slots, 100, sequences, None, None, all_of_them, engines), [*steps]
 
 
 def _asks(pause: float, id: str | None, prompt: int, new: int) -> Step:
@@ -674,20 +620,16 @@ def _asks(pause: float, id: str | None, prompt: int, new: int) -> Step:
 
 
 _NEVER, _LAST = COLD["never begins"], COLD["stalls before its last layer"]
+_FAILS = Conduct(0.001, 0.0, "fails")
+_FIRST, _NEXT, _THEN = _asks(0, "c", 5, 1), _asks(0.01, "a", 5, 1), _asks(0.1, "b", 5, 1)
 TELLING: dict[str, Play] = {
-    "a stalled one has the only slot": _one(
-        1, 8, [_asks(0, "c", 5, 1), _asks(0.01, "a", 5, 1)], c=_NEVER
-    ),
-    "and another comes only then": _one(
-        1, 8, [_asks(0, "c", 5, 1), _asks(0.01, "a", 5, 1), _asks(0.1, "b", 5, 1)], c=_LAST
-    ),
-    "too slow once there are others": _one(
-        2, 8, [_asks(0, "c", 5, 2), _asks(0.002, None, 5, 9)], c=SLOW
-    ),
-    "joins others and stops": _one(2, 8, [_asks(0, None, 5, 9), _asks(0.02, "c", 5, 2)], c=_LAST),
-    "fails": _one(2, 8, [_asks(0, id, 5, 3) for id in "acb"], c=Conduct(0.001, 0.0, "fails")),
-    "more than fits": _one(3, 2, [_asks(0, id, 150, 3) for id in "aaaab"], engines=2),
-    "cancelled under way": _one(2, 8, [_asks(0, "a", 5, 9), Step(0.03), _asks(0, "b", 5, 2)]),
+    "a stalled one has the only slot": _one(1, 8, _FIRST, _NEXT, c=_NEVER),
+    "and another comes only then": _one(1, 8, _FIRST, _NEXT, _THEN, c=_LAST),
+    "too slow": _one(2, 8, _asks(0, "c", 5, 2), _asks(0.002, None, 5, 9), c=LATE),
+    "joins others and stops": _one(2, 8, _asks(0, None, 5, 9), _asks(0.02, "c", 5, 2), c=_LAST),
+    "fails": _one(2, 8, *(_asks(0, id, 5, 3) for id in "acb"), c=_FAILS),
+    "more than fits": _one(3, 2, *(_asks(0, id, 150, 3) for id in "aaaab"), engines=2),
+    "cancelled under way": _one(2, 8, _asks(0, "a", 5, 9), Step(0.03), _asks(0, "b", 5, 2)),
 }
 FAULTS: list[tuple[object, str, object]] = [
     (LoadEstimate, "earliest_pass", lambda self, now, seconds, layers: now),

@@ -246,13 +246,10 @@ ERRORS = [
 each_error = pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
 
 SOURCE_STEPS: dict[tuple[Step, int], tuple[str, ...]] = {
-    ("resolve", 0): VERBS,
-    ("open", 0): VERBS,
-    ("bring", 0): VERBS,
-    ("bring", 2): VERBS,
-    ("verify", 0): VERBS,
-    ("read", 0): DEVICE_VERBS,
-    ("read", 2): DEVICE_VERBS,
+    **dict.fromkeys(
+        (("resolve", 0), ("open", 0), ("bring", 0), ("bring", 2), ("verify", 0)), VERBS
+    ),
+    **dict.fromkeys((("read", 0), ("read", 2)), DEVICE_VERBS),
     ("populate", 0): HOST_VERBS,
 }
 """By step and group: the verbs that come to it."""

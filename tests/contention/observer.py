@@ -1,8 +1,7 @@
 """Six adapters of uneven sizes, in versions, and a device that is watched from outside.
 
-What is judged: what may be copied where, and when a slot may be cleared. It believes the calls at
-the device's seam, the events that the loader tells, and what the test itself holds and runs; of the
-loader's own state it knows nothing.
+It believes the calls at the device's seam, the events that the loader tells, and what the test
+itself holds and runs; of the loader's own state it knows nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +16,9 @@ from functools import cache
 from threading import Event, RLock
 
 import torch
+from hypothesis import HealthCheck, settings
 from safetensors.torch import load, save
+from torch.nn.functional import pad
 
 import tiny
 from lorax_async import events
@@ -27,22 +28,15 @@ from lorax_async.events import Failed, LayerReady, Leaving, Resident, SlotGrante
 from lorax_async.lifecycle.arena import Extent
 from lorax_async.planning.transfer_plan import TableRow
 from lorax_async.types import AdapterKey
-from wrapped_device import WrappedDevice
 
 IDS = "abcdef"
 DTYPE, RANK_MULTIPLE = torch.bfloat16, 8
 LAYOUT = tiny.layout("BF16")
 LAYERS = tuple(module.layer for module in LAYOUT.modules)
 
-KINDS = (
-    (8, torch.bfloat16),
-    (16, torch.float32),
-    (24, torch.float32),
-    (12, torch.float16),
-    (8, torch.float32),
-    (24, torch.bfloat16),
-)
-"""Rank and dtype of the files: as the device has them, to be cast, to be cast and padded."""
+RANKS = (8, 16, 24, 12, 8, 24)
+DTYPES = (DTYPE, torch.float32, torch.float32, torch.float16, torch.float32, DTYPE)
+"""Of the files: as the device has them, to be cast, to be cast and padded."""
 
 LARGEST = 24 * (tiny.HIDDEN + 2 * tiny.HIDDEN) * DTYPE.itemsize * len(LAYERS)
 """Device bytes of an adapter of rank 24."""
@@ -62,28 +56,20 @@ class Made:
 
 @cache
 def made(id: str, version: int) -> Made:
-    """Each version has another rank and dtype than the one before."""
+    """Each version has another rank and dtype than the one before.
+
+    The weights are those of PEFT's definition, with safetensors' reader and torch's cast.
+    """
     number = IDS.index(id)
-    rank, dtype = KINDS[(number + version) % len(KINDS)]
-    content = save(tiny.tensors(number + 100 * version, rank, dtype))
-    config = json.dumps(tiny.config(rank)).encode()
-    return Made(config, content, _on_device(load(content), tiny.config(rank)))
-
-
-def _on_device(saved: dict[str, torch.Tensor], config: dict[str, object]) -> dict[int, Weights]:
-    """By PEFT's definition, with safetensors' reader and torch's cast."""
-    rank, alpha = config["r"], config["lora_alpha"]
-    assert isinstance(rank, int)
-    assert isinstance(alpha, int)
-    more = -rank % RANK_MULTIPLE
-    found = {}
-    for number, module in enumerate(LAYOUT.modules):
-        a = saved[f"base_model.model.{module.name}.lora_A.weight"].to(DTYPE)
-        b = saved[f"base_model.model.{module.name}.lora_B.weight"].to(DTYPE)
-        a = torch.cat([a, torch.zeros(more, a.shape[1], dtype=DTYPE)])
-        b = torch.cat([b, torch.zeros(b.shape[0], more, dtype=DTYPE)], dim=1)
-        found[number] = (a, b, alpha / rank)
-    return found
+    kind = (number + version) % len(RANKS)
+    rank, config = RANKS[kind], tiny.config(RANKS[kind])
+    content = save(tiny.tensors(number + 100 * version, rank, DTYPES[kind]))
+    saved, weights, more = load(content), dict[int, Weights](), -rank % RANK_MULTIPLE
+    for n, module in enumerate(LAYOUT.modules):
+        name = f"base_model.model.{module.name}"
+        a, b = (saved[f"{name}.lora_{part}.weight"].to(DTYPE) for part in "AB")
+        weights[n] = pad(a, (0, 0, 0, more)), pad(b, (0, more)), 8 / rank  # alpha is 8
+    return Made(json.dumps(config).encode(), content, weights)
 
 
 Cell = tuple[int, int, int, float]  # Where A and B are in the arena, padded rank, scale
@@ -105,32 +91,8 @@ class Stay:
     resident: bool = False
     over: bool = False  # It is leaving, or failed: nobody is promised anything of it
 
-    @property
-    def copying(self) -> bool:
-        return any(not ticket.done() for ticket in self.tickets)
 
-    @property
-    def spoiled(self) -> bool:
-        """A copy failed."""
-        return any(ticket.done() and ticket.exception() for ticket in self.tickets)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Flight:
-    """A copy that was asked for; `content` is what its memory held then."""
-
-    stay: Stay
-    piece: StagedPiece
-    content: torch.Tensor
-    cells: Mapping[int, Cell]
-    ticket: CopyTicket
-
-    @property
-    def memory(self) -> range:
-        return _memory(self.piece.memory)
-
-
-class ObservedDevice(WrappedDevice):
+class ObservedDevice(SimulatedDevice):
     """Collects, as `faults`, what was not right.
 
     `budgets` are sizes of the host memory that may be claimed; `expected` says what an adapter's
@@ -139,23 +101,20 @@ class ObservedDevice(WrappedDevice):
 
     def __init__(
         self,
-        inner: SimulatedDevice,
         *,
         nbytes: int,
+        slots: int,
         budgets: list[int],
         expected: Callable[[AdapterKey], Mapping[int, Weights]],
         leased: Callable[[SlotId], bool],
     ) -> None:
-        super().__init__(inner)
-        self.simulated = inner
+        super().__init__(LAYOUT, dtype="BF16", nbytes=nbytes, slots=slots)
         self.faults: list[str] = []
         self.stays: dict[int, Stay] = {}
         self._arena = range(nbytes)
-        self._budgets = budgets
-        self._expected = expected
-        self._leased = leased
+        self._budgets, self._expected, self._leased = budgets, expected, leased
         self._claimed: list[torch.Tensor] = []
-        self._flights: list[Flight] = []
+        self._flights: list[tuple[CopyTicket, range]] = []  # and the memory that each reads
         self._base: int | None = None
         self._lock = RLock()
 
@@ -163,17 +122,22 @@ class ObservedDevice(WrappedDevice):
         if not holds:
             self.faults.append(fault)
 
+    def require_no_faults(self) -> None:
+        assert not self.faults, self.faults[:5]
+
     def heard(self, event: events.Event) -> None:
         """Every event, on the loop."""
         if event.slot is None:
             return
         with self._lock:
-            if isinstance(event, SlotGranted):
-                self._granted(event.key, event.slot, event.nbytes)
-                return
             stay = self.stays.get(event.slot.index)
-            if stay is None or stay.slot != event.slot or stay.key != event.key:
-                self.faults.append(f"{type(event).__name__} of a slot that somebody else has")
+            if isinstance(event, SlotGranted):
+                self.blame(stay is None, "a slot was granted before it was cleared")
+                self.stays[event.slot.index] = Stay(event.key, event.slot, event.nbytes)
+                taken = sum(stay.nbytes for stay in self.stays.values())
+                self.blame(taken <= len(self._arena), "more was granted than the arena has")
+            elif stay is None or (stay.slot, stay.key) != (event.slot, event.key):
+                self.blame(False, f"{type(event).__name__} of a slot that somebody else has")
             elif isinstance(event, LayerReady):
                 self.check_weights(stay, event.layer)
             elif isinstance(event, Resident):
@@ -182,27 +146,21 @@ class ObservedDevice(WrappedDevice):
             elif isinstance(event, Leaving | Failed):
                 stay.over = True
 
-    def _granted(self, key: AdapterKey, slot: SlotId, nbytes: int) -> None:
-        self.blame(slot.index not in self.stays, "a slot was granted before it was cleared")
-        self.stays[slot.index] = Stay(key, slot, nbytes)
-        taken = sum(stay.nbytes for stay in self.stays.values())
-        self.blame(taken <= len(self._arena), "more was granted than the arena has")
-
     def check_weights(self, stay: Stay, layer: int = LAYERS[-1]) -> None:
         """The device has the right bytes of all layers up to this one."""
         for module, weights in self._expected(stay.key).items():
-            if LAYERS[module] <= layer and not self.is_right(module, stay, weights):
-                self.faults.append(f"wrong weights of module {module} in slot {stay.slot}")
+            right = LAYERS[module] > layer or self._is_right(module, stay, weights)
+            self.blame(right, f"wrong weights of module {module} in slot {stay.slot}")
 
-    def is_right(self, module: int, stay: Stay, weights: Weights) -> bool:
+    def _is_right(self, module: int, stay: Stay, weights: Weights) -> bool:
         """Whether the tables name these weights, as a kernel would read them."""
-        slot, device = stay.slot.index, self.simulated
-        found = device.operands(module, slot)
+        slot = stay.slot.index
+        found = self.operands(module, slot)
         if found is None:
             return False
         (a, b, scale), (want_a, want_b, want_scale) = found, weights
-        named = device.address[:, module, slot].tolist() == [a.data_ptr(), b.data_ptr()]
-        shaped = int(device.rank[module, slot]) == want_a.shape[0] and scale == want_scale
+        named = self.address[:, module, slot].tolist() == [a.data_ptr(), b.data_ptr()]
+        shaped = int(self.rank[module, slot]) == want_a.shape[0] and scale == want_scale
         return named and shaped and torch.equal(a, want_a) and torch.equal(b, want_b)
 
     def staging_memory(self, nbytes: int) -> torch.Tensor:
@@ -217,27 +175,33 @@ class ObservedDevice(WrappedDevice):
         with self._lock:
             stay = self.stays.get(slot)
             if stay is None or isinstance(pieces, FilePieces):
-                self.faults.append("a copy of file pieces, or into a slot that nobody has")
+                self.blame(False, "a copy of file pieces, or into a slot that nobody has")
                 return super().copy(pieces, rows, extent, slot)
             self._judge(stay, pieces, rows, extent)
-            content = pieces.memory.clone()
+            memory, content, cells = pieces.memory, pieces.memory.clone(), _cells(rows, extent)
             ticket = super().copy(pieces, rows, extent, slot)
             stay.tickets.append(ticket)
-            flight = Flight(stay, pieces, content, _cells(rows, extent), ticket)
-            self._flights.append(flight)
+            self._flights.append((ticket, _range_of(memory)))
+
+            def landed(ticket: CopyTicket) -> None:
+                """Nothing that was asked for later has begun."""
+                self.blame(torch.equal(memory, content), "memory was written to under a copy")
+                if ticket.exception() is None:
+                    self._landed(stay, cells)
+
             # First among those who hear of it, and before anything can be put behind the copy.
-            ticket.add_done_callback(lambda _: self._landed(flight))
+            ticket.add_done_callback(landed)
         return ticket
 
     def _judge(
         self, stay: Stay, piece: StagedPiece, rows: Sequence[TableRow], extent: Extent
     ) -> None:
-        whole = range(extent.offset, extent.offset + extent.nbytes)
+        whole = _bytes_of(extent)
         part = range(whole.start + piece.target, whole.start + piece.target + piece.memory.nbytes)
         others = [each for each in self.stays.values() if each is not stay]
         self.blame(_inside(whole, self._arena) and _inside(part, whole), "outside the arena")
-        theirs = [range(e.offset, e.offset + e.nbytes) for each in others for e in each.extents]
-        mine = [range(e.offset, e.offset + e.nbytes) for e in stay.extents - {extent}]
+        theirs = [_bytes_of(extent) for each in others for extent in each.extents]
+        mine = [_bytes_of(each) for each in stay.extents - {extent}]
         self.blame(not _meets(whole, theirs), "an extent of somebody else's")
         self.blame(not _meets(whole, mine), "extents of one adapter overlap")
         self.blame(not _meets(part, stay.written), "bytes are copied twice")
@@ -247,34 +211,24 @@ class ObservedDevice(WrappedDevice):
         stay.asked.update(row.module for row in rows)
         taken = sum(each.nbytes for each in stay.extents)
         self.blame(taken <= stay.nbytes, "more bytes than were granted")
-        self._judge_memory(_memory(piece.memory))
-
-    def _judge_memory(self, memory: range) -> None:
-        self._flights = [flight for flight in self._flights if not flight.ticket.done()]
-        claimed = any(_inside(memory, _memory(each)) for each in self._claimed)
+        memory = _range_of(piece.memory)
+        claimed = any(_inside(memory, _range_of(each)) for each in self._claimed)
         self.blame(claimed, "a copy from memory that is no budget's")
-        in_use = [flight.memory for flight in self._flights]
+        self._flights = [flight for flight in self._flights if not flight[0].done()]
+        in_use = [memory for _, memory in self._flights]
         self.blame(not _meets(memory, in_use), "host memory is used while a copy reads it")
 
-    def _landed(self, flight: Flight) -> None:
-        """Nothing that was asked for later has begun."""
-        unchanged = torch.equal(flight.piece.memory, flight.content)
-        self.blame(unchanged, "host memory was written to under a copy")
-        if flight.ticket.exception() is not None:
-            return
-        stay = flight.stay
-        stay.cells.update(flight.cells)
+    def _landed(self, stay: Stay, cells: Mapping[int, Cell]) -> None:
+        stay.cells.update(cells)
         if self._base is None and stay.cells:
             module, cell = next(iter(stay.cells.items()))
-            self._base = int(self.simulated.address[0, module, stay.slot.index]) - cell[0]
+            self._base = int(self.address[0, module, stay.slot.index]) - cell[0]
         self.blame(self.column(stay.slot.index) == stay.cells, "rows of an earlier tenant")
 
     def column(self, slot: int) -> dict[int, Cell]:
         """What a kernel finds: the rows with a rank."""
-        device = self.simulated
-        a, b = (device.address[:, :, slot] - (self._base or 0)).tolist()
-        ranks, scales = device.rank[:, slot].tolist(), device.scale[:, slot].tolist()
-        cells = zip(a, b, ranks, scales, strict=True)
+        a, b = (self.address[:, :, slot] - (self._base or 0)).tolist()
+        cells = zip(a, b, self.rank[:, slot].tolist(), self.scale[:, slot].tolist(), strict=True)
         return {n: cell for n, cell in enumerate(cells) if cell[2]}
 
     def wipe(self, extents: Sequence[Extent]) -> CopyTicket:
@@ -285,16 +239,16 @@ class ObservedDevice(WrappedDevice):
             return super().wipe(extents)
 
     def _blame_users(self, stay: Stay, deed: str) -> None:
-        self.blame(not stay.copying, f"a slot was {deed} under a copy")
+        copying = any(not ticket.done() for ticket in stay.tickets)
+        self.blame(not copying, f"a slot was {deed} under a copy")
         self.blame(not stay.kernels, f"a slot was {deed} under a kernel")
         self.blame(not self._leased(stay.slot), f"a slot was {deed} under a lease")
 
     def clear_column(self, slot: int) -> None:
         with self._lock:
             stay = self.stays.pop(slot, None)
-            if stay is None:
-                self.faults.append("a slot that nobody has was cleared")
-            else:
+            self.blame(stay is not None, "a slot that nobody has was cleared")
+            if stay is not None:
                 self._blame_users(stay, "freed")
             super().clear_column(slot)
 
@@ -306,7 +260,7 @@ class ObservedDevice(WrappedDevice):
         return Kernel(lambda: self._read(stay, layer))
 
     def _read(self, stay: Stay, layer: int) -> None:
-        if not stay.spoiled:  # what it waited for may have failed
+        if not any(ticket.done() and ticket.exception() for ticket in stay.tickets):
             self.check_weights(stay, layer)
         with self._lock:
             stay.kernels -= 1
@@ -332,7 +286,11 @@ def _cells(rows: Sequence[TableRow], extent: Extent) -> dict[int, Cell]:
     }
 
 
-def _memory(tensor: torch.Tensor) -> range:
+def _bytes_of(extent: Extent) -> range:
+    return range(extent.offset, extent.offset + extent.nbytes)
+
+
+def _range_of(tensor: torch.Tensor) -> range:
     return range(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
 
 
@@ -344,26 +302,16 @@ def _meets(one: range, others: Sequence[range]) -> bool:
     return any(one.start < other.stop and other.start < one.stop for other in others)
 
 
-class _Complaints(logging.Handler):
-    """What is logged as an error is one."""
-
-    def __init__(self, blame: Callable[[object, str], None]) -> None:
-        super().__init__(logging.ERROR)
-        self._blame = blame
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._blame(False, self.format(record))
+CHECKS = list(HealthCheck)
+QUICK = settings(derandomize=True, database=None, deadline=None, suppress_health_check=CHECKS)
 
 
 @contextmanager
 def complaints(blame: Callable[[object, str], None]) -> Iterator[None]:
     """While the block lasts, what is logged or goes wrong in a callback is blamed on the play."""
-
-    def complain(loop: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
-        blame(False, str(context))
-
-    asyncio.get_running_loop().set_exception_handler(complain)
-    logger, handler = logging.getLogger("lorax_async"), _Complaints(blame)
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: blame(False, str(context)))
+    logger, handler = logging.getLogger("lorax_async"), logging.Handler(logging.ERROR)
+    handler.emit = lambda record: blame(False, handler.format(record))  # type: ignore[method-assign]
     logger.addHandler(handler)
     try:
         yield
