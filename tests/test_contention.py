@@ -1,9 +1,4 @@
-"""Interleavings of many adapters that compete for slots, judged from outside.
-
-No slot is freed under a copy, a kernel or a lease; whoever wants an adapter gets it or a typed
-error that was provoked; no budget is exceeded; nothing hangs; no row names an earlier tenant; and
-the bytes are those of the file.
-"""
+"""Many adapters compete for slots in any order: bytes, slots, leases and budgets, judged from outside."""
 
 from __future__ import annotations
 

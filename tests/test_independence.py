@@ -1,7 +1,4 @@
-"""A stalled, a failing and a twelve times larger load beside 16 others, which hardly wait for them.
-
-Times are those of the simulated device's clock; how fast threads are has no part in them.
-"""
+"""A stalled, a failing and a large load beside 16 others, by the simulated device's own clock."""
 
 from __future__ import annotations
 

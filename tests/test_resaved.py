@@ -19,7 +19,6 @@ import tiny
 from common import until
 from lorax_async import errors
 from lorax_async.devices.simulated import GatedDevice
-from lorax_async.events import Event, Failed
 from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
 from tiny_loaders import fails, gated, loader
@@ -125,21 +124,17 @@ async def interrupted(
     *changes: Callable[[], object],
 ) -> AdapterHandle:
     """The call's answer, with each change made when the next try has begun its copies."""
-    failures: list[Event] = []
-    unsubscribe = there.subscribe(
-        lambda event: failures.append(event) if isinstance(event, Failed) else None
-    )
+    before = there.statistics().failures
     device.gate.clear()
     asked = asyncio.ensure_future(call)
     for number, change in enumerate(changes, 1):
-        before = device.copies
-        await until(lambda before=before: device.copies > before)  # type: ignore[misc]
+        await until(lambda begun=device.copies: device.copies > begun)  # type: ignore[misc]
         change()
         device.gate.set()
-        await until(lambda number=number: len(failures) == number)  # type: ignore[misc]
+        failures = before + number
+        await until(lambda failures=failures: there.statistics().failures == failures)  # type: ignore[misc]
         device.gate.clear()
     device.gate.set()
-    unsubscribe()
     return await asked
 
 

@@ -1,8 +1,4 @@
-"""Requests, loads and passes in virtual time, on the simulated device, judged from outside.
-
-Nobody waits for ever; no row is computed before its adapter may join, no layer before its weights;
-nobody's batches are longer or fewer for adapters that do not come; and nothing is left.
-"""
+"""Requests, loads and passes in virtual time, on the simulated device, judged from outside."""
 
 import asyncio
 import logging
@@ -412,21 +408,16 @@ class Step:
     cancel: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
-    """When requests ended, in virtual seconds, in the order of the plan; and waits in passes."""
+def play(scene: Scene, plan: Sequence[Step], warm: str = "") -> tuple[list[float], float]:
+    """When each request ended, and how long passes waited. `warm` adapters are loaded before.
 
-    ended: list[float]
-    waited: float
-
-
-def play(scene: Scene, plan: Sequence[Step], warm: str = "") -> Result:
-    """Raises if anything was not right. `warm` adapters are loaded before."""
+    Raises if anything was not right.
+    """
     with asyncio.Runner(loop_factory=LOOPS[scene.loop]) as runner:
         return runner.run(_play(scene, plan, warm))
 
 
-async def _play(scene: Scene, plan: Sequence[Step], warm: str) -> Result:
+async def _play(scene: Scene, plan: Sequence[Step], warm: str) -> tuple[list[float], float]:
     world = World(scene)
     with complaints(world.blame):
         await world.open()
@@ -452,7 +443,7 @@ async def _play(scene: Scene, plan: Sequence[Step], warm: str) -> Result:
                 await world.loader.close(timeout=1)
         world.device.require_no_faults()
     assert not our_threads()
-    return Result([each.ended or inf for each in world.wanted], engine.waited)
+    return [each.ended or inf for each in world.wanted], engine.waited
 
 
 async def _arrive(world: World, plan: Sequence[Step]) -> None:
@@ -585,15 +576,15 @@ def scene(loop: str, conduct: Conduct) -> Scene:
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("name", COLD)
 def test_ready_requests_are_as_fast_beside_cold_ones(loop: str, name: str) -> None:
-    alone = play(scene(loop, WARM), READY, "ab")
+    alone, _ = play(scene(loop, WARM), READY, "ab")
     cold = [Step(0.0, Request(id, 20, 6)) for id in "cdef"]
-    beside = play(scene(loop, COLD[name]), [READY[0], *cold, *READY[1:]], "ab")
-    ready = [beside.ended[0], *beside.ended[5:]]
+    ended, waited = play(scene(loop, COLD[name]), [READY[0], *cold, *READY[1:]], "ab")
+    ready = [ended[0], *ended[5:]]
     assert len(ready) == len(READY)
-    for one, other in zip(alone.ended, ready, strict=True):
+    for one, other in zip(alone, ready, strict=True):
         # As many passes; these wait for layers within their budget of a tenth, and not again.
-        assert other <= one + beside.waited + 0.001
-    assert beside.waited <= 4 * 0.001 + 1e-9, "each of four adapters spends a budget once"
+        assert other <= one + waited + 0.001
+    assert waited <= 4 * 0.001 + 1e-9, "each of four adapters spends a budget once"
 
 
 @pytest.mark.parametrize("loop", LOOPS)
@@ -601,9 +592,9 @@ def test_one_that_comes_in_time_does_not_wait_for_its_last_layer(loop: str) -> N
     """A pass takes 40 ms; the one that begins at 40 finds two layers, the others come at 41 and 43."""
     slow = replace(scene(loop, COLD["comes in time"]), seconds=0.04)
     plan = [*READY[:3], Step(0.036, Request("c", 20, 1))]
-    result = play(slow, plan, "ab")
-    assert result.ended[3] == pytest.approx(0.08, abs=0.001)
-    assert result.waited <= 0.004
+    ended, waited = play(slow, plan, "ab")
+    assert ended[3] == pytest.approx(0.08, abs=0.001)
+    assert waited <= 0.004
 
 
 Play = tuple[Scene, list[Step]]

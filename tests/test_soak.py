@@ -351,8 +351,7 @@ class Soak:
                 await asyncio.wait([task], timeout=draw.uniform(0, 1.5))
                 impatient = task.cancel()
             await asyncio.wait([task], timeout=seconds + GRACE)
-            if not task.done():
-                raise SoakError(f"{wish} of {stored.name} neither ends nor fails")
+            self._require(task.done(), f"{wish} of {stored.name} neither ends nor fails")
         finally:
             if task.cancel():
                 await asyncio.wait([task], timeout=GRACE)
@@ -381,8 +380,8 @@ class Soak:
     async def _verify(self, stored: Stored, handle: AdapterHandle, seconds: float) -> None:
         found = await handle.verified(timeout=seconds)
         kind: VerificationKind = "sha256" if stored.promised else "transport"
-        if found != Verification(kind, stored.digests[1]):
-            raise SoakError(f"{stored.name} was checked, and is {found}")
+        right = found == Verification(kind, stored.digests[1])
+        self._require(right, f"{stored.name} was checked, and is {found}")
         self._tally["verified"] += 1
 
     async def _stream(self, stored: Stored, draw: random.Random, seconds: float) -> None:

@@ -1,8 +1,4 @@
-"""Six adapters of uneven sizes, in versions, and a device that is watched from outside.
-
-It believes the calls at the device's seam, the events that the loader tells, and what the test
-itself holds and runs; of the loader's own state it knows nothing.
-"""
+"""Six adapters in versions, and a device that believes calls, events and the test's own leases."""
 
 from __future__ import annotations
 

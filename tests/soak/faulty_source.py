@@ -1,8 +1,4 @@
-"""The adapters of a soak, and their source in a process of its own: three requests of ten meet a fault.
-
-Which ones follows from the seed, the request, and how often it came. It says its port on stdout.
-Needs neither torch nor this package.
-"""
+"""The adapters of a soak, and their source, a process in which three requests of ten meet a fault."""
 
 import base64
 import hashlib
@@ -35,10 +31,7 @@ _STRIDE = 7_919
 
 @dataclass(frozen=True)
 class Stored:
-    """One adapter as its source has it.
-
-    `promised`: the source tells the digests of its files before they are read.
-    """
+    """One adapter as its source has it."""
 
     number: int
     rank: int
@@ -50,6 +43,7 @@ class Stored:
 
     @property
     def promised(self) -> bool:
+        """The source tells the digests of its files before they are read."""
         return self.number % 2 == 0
 
     @cached_property
