@@ -40,6 +40,8 @@ from lorax_async.types import AdapterKey
 DEVICE_BYTES = LARGEST * 16 // 9
 """Room for the largest and one of rank 16, not for two of the largest."""
 HOST_BYTES = observer.LARGEST_FILE * 4 // 3
+ASKED = ("staging_bytes", "starvation_age", "min_residency", "eviction")
+"""Settings of a scene that the loader has by the same name."""
 TOLD = "told to fail"  # In the errors that are ordered
 
 
@@ -62,18 +64,9 @@ class Scene:
 
     @property
     def config(self) -> LoaderConfig:
-        return LoaderConfig(
-            device_bytes=DEVICE_BYTES,
-            host_bytes=HOST_BYTES,
-            pinned_bytes=self.pinned_bytes,
-            staging_bytes=self.staging_bytes,
-            max_slots=self.slots,
-            io_threads=2,
-            timeout=60,
-            starvation_age=self.starvation_age,
-            min_residency=self.min_residency,
-            eviction=self.eviction,
-        )
+        mine = {each: getattr(self, each) for each in ("pinned_bytes", *ASKED)}
+        sizes: dict[str, Any] = {"device_bytes": DEVICE_BYTES, "host_bytes": HOST_BYTES}
+        return LoaderConfig(**sizes, **mine, max_slots=self.slots, io_threads=2, timeout=60)
 
 
 class Stock(FakeSource):

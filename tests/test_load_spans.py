@@ -20,6 +20,7 @@ from common import until
 from lorax_async import errors
 from lorax_async.loader import AdapterLoader
 from lorax_async.observability.opentelemetry import LoadSpans
+from scheduling.serving import warm
 from tiny_loaders import fails
 from tiny_sources import over, stocked
 
@@ -60,24 +61,18 @@ def stages(spans: list[ReadableSpan]) -> list[str]:
     return [span.name.removeprefix("lorax ") for span in spans]
 
 
-async def load(there: AdapterLoader, name: str) -> None:
-    (await there.load(name)).release()
-
-
 async def test_a_call_and_its_stages(tmp_path: Path, kept: Kept, tracer: Tracer) -> None:
     async with over(stocked(tmp_path, "a", "b"), max_slots=1) as there:
         with LoadSpans(there, tracer):
-            for name in ("a", "a", "b", "a"):
-                await load(there, name)
-        await load(there, "b")
-    cold, warm, other, again = calls(kept)
-    assert [call.name for call, _ in (cold, warm, other, again)] == ["lorax load"] * 4
+            await warm(there, *"aaba")
+        await warm(there, "b")
+    every = cold, again, other, back = calls(kept)
+    assert [call.name for call, _ in every] == ["lorax load"] * 4
     assert stages(cold[1]) == ALL
-    assert stages(warm[1]) == ["resolve"]
+    assert stages(again[1]) == ["resolve"]
     assert stages(other[1]) == ALL
-    assert stages(again[1])[-1] == "copy"
-    assert "fetch" not in stages(again[1])
-    every = (cold, warm, other, again)
+    assert stages(back[1])[-1] == "copy"
+    assert "fetch" not in stages(back[1])
     assert [told(call, "found") for call, _ in every] == ["source", "device", "source", "disk"]
     assert [told(call, "adapter") for call, _ in (cold, other)] == ["a", "b"]
     for call, parts in every:
@@ -94,7 +89,7 @@ async def test_a_call_is_part_of_what_makes_it(tmp_path: Path, kept: Kept, trace
 
     async def request(there: AdapterLoader, name: str) -> None:
         with tracer.start_as_current_span(name):
-            await load(there, "a")
+            await warm(there, "a")
 
     async with over(source) as there:
         with LoadSpans(there, tracer):
@@ -163,7 +158,7 @@ async def test_a_call_that_is_not_sampled_has_no_span(tmp_path: Path, kept: Kept
     provider.add_span_processor(SimpleSpanProcessor(kept))
     async with over(stocked(tmp_path, "a")) as there:
         with LoadSpans(there, provider.get_tracer("tests")):
-            await load(there, "a")
+            await warm(there, "a")
     assert kept.get_finished_spans() == ()
 
 
@@ -174,9 +169,9 @@ async def test_one_watches_without_globals(tmp_path: Path, kept: Kept, tracer: T
         first.close()
         with LoadSpans(there, tracer):
             first.close()
-            await load(there, "a")
+            await warm(there, "a")
         assert len(calls(kept)) == 1
-        await load(there, "a")
+        await warm(there, "a")
         assert len(calls(kept)) == 1
         reference = weakref.ref(first)
         del first
@@ -211,8 +206,7 @@ async def test_a_broken_tracer_hurts_no_load(
     source.fail("open", errors.FetchError("the source is down"), id="b")
     async with over(source, max_slots=1) as there:
         with LoadSpans(there, provider.get_tracer("tests")):
-            for _ in range(2):
-                (await there.load("a")).release()
+            await warm(there, *"aa")
             await fails(there.load("b"), errors.FetchError, "down")
             assert there.placement().usage.waiting == 0
     assert any(record.exc_info for record in caplog.records)

@@ -24,6 +24,7 @@ from lorax_async.loader import AdapterLoader
 from lorax_async.testing import FakeReader, Step
 from lorax_async.types import AdapterKey, AdapterRef, Merge, MergedKey, PartId, as_ref
 from merges import BOTH, DROPPED, HALVES, assert_halves, assert_same, at, part_bytes, weights_of
+from scheduling.serving import warm
 from sweeping import cancel_at, count_steps, local_bench, released
 from tiny_loaders import fails, loader
 from tiny_sources import WEIGHTS, over, state, stocked, where
@@ -200,8 +201,7 @@ async def test_a_merge_is_prefetched_pinned_tried_and_unloaded(tmp_path: Path) -
         assert (found.tier, found.host_bytes) == ("host", used(there))
         assert used(there) > part_bytes()
         await there.pin(HALVES)
-        for name in ("a", "b", "c"):
-            (await there.load(name)).release()
+        await warm(there, *"abc")
         async with acquired(there, HALVES) as handle:
             assert_halves(handle, tmp_path)
         assert there.placement().story(HALVES)[-1].slot == handle.slot
@@ -276,8 +276,7 @@ async def test_a_part_that_is_refused_is_named(tmp_path: Path) -> None:
         error = await fails(there.load(DROPPED), errors.UnsupportedAdapterError, words)
         assert (error.id, error.stage) == (DROPPED.text, "verify")
         assert source.counts.open_readers == 0
-        for name in "ab":
-            (await there.load(name)).release()
+        await warm(there, *"ab")
 
 
 async def test_the_limits_hold_for_the_whole_merge(tmp_path: Path) -> None:

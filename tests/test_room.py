@@ -25,8 +25,7 @@ EVER = 1e6
 
 async def test_room_is_made_by_the_coldest_and_waited_for(tmp_path: Path) -> None:
     async with over(stocked(tmp_path, "a", "b", "c"), device_bytes=2 * ONE, max_slots=8) as there:
-        for name in "abac":
-            (await there.load(name)).release()
+        await warm(there, *"abac")
         assert there.try_acquire("b") is None
         held = [acquired(there, name) for name in "ac"]
         for name, handle in zip("ac", held, strict=True):

@@ -148,15 +148,9 @@ class World:
             leased=lambda _: False,
         )
         self.blame = self.device.blame
-        config = LoaderConfig(
-            device_bytes=nbytes,
-            host_bytes=1 << 20,
-            staging_bytes=1 << 16,
-            max_slots=scene.slots,
-            io_threads=2,
-            timeout=TIMEOUT,
-            starvation_age=LEVEL,
-        )
+        sizes: dict[str, Any] = {"host_bytes": 1 << 20, "staging_bytes": 1 << 16, "io_threads": 2}
+        sizes |= {"device_bytes": nbytes, "max_slots": scene.slots}
+        config = LoaderConfig(**sizes, timeout=TIMEOUT, starvation_age=LEVEL)
         self.loader = AdapterLoader(LAYOUT, config, source=self.source, device=self.device)
         self.wanted: list[Wanted] = []
         self.news = asyncio.Event()

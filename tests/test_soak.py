@@ -201,25 +201,15 @@ async def setting(
     cache = DiskCache(folder, cache_bytes, policy("lru"))
     locators: dict[str, Backend] = {"http": WebBackend(engine, rules, limits)}
     known = ResolutionCache(REVALIDATE, monotonic)
-    resolving = VersionResolver(
-        *(locators.__getitem__, lambda _: cache, known, workers), offline=False, fresh=REVALIDATE
-    )
-    opening = AdapterOpener(
-        *(resolving, known, lambda _: cache, engine, workers), limits=limits, verify="stream"
-    )
+    given: Any = (locators.__getitem__, lambda _: cache, known, workers)
+    resolving = VersionResolver(*given, offline=False, fresh=REVALIDATE)
+    given = (resolving, known, lambda _: cache, engine, workers)
+    opening = AdapterOpener(*given, limits=limits, verify="stream")
     parts = RemoteParts(resolving, opening, workers, engine.close)
     source = RemoteSource(lambda: parts, limits=limits, verify="stream")
-    config = LoaderConfig(
-        device=device,
-        device_bytes=DEVICE_BYTES,
-        host_bytes=HOST_BYTES,
-        pinned_bytes=PINNED_BYTES,
-        staging_bytes=8 << 20,
-        max_slots=SLOTS,
-        io_threads=2,
-        timeout=60,
-        starvation_age=1.0,
-    )
+    sizes: dict[str, Any] = {"device_bytes": DEVICE_BYTES, "host_bytes": HOST_BYTES}
+    sizes |= {"pinned_bytes": PINNED_BYTES, "staging_bytes": 8 << 20, "max_slots": SLOTS}
+    config = LoaderConfig(device=device, io_threads=2, timeout=60, starvation_age=1.0, **sizes)
     try:
         async with AdapterLoader(LAYOUT, config, source=source) as loader:
             yield Setting(library, url, cache, folder, cache_bytes, loader)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -15,11 +14,10 @@ from common import until
 from false_bytes import told_false, watched
 from given import acquired
 from lorax_async import errors
-from lorax_async.devices.base import CopyTicket
 from lorax_async.events import Failed
 from lorax_async.handle import AdapterHandle
-from lorax_async.lifecycle.arena import Extent
 from lorax_async.types import AdapterRef, Merge, Verification, VerificationKind
+from sweeping import raising
 from tiny_loaders import fails, loader
 from tiny_sources import WEIGHTS, Slowed, is_resident, over, state, stocked
 
@@ -371,11 +369,7 @@ async def test_a_slot_that_cannot_be_zeroed_is_free_all_the_same(tmp_path: Path)
     source = stocked(tmp_path, "a")
     source.hold_verification("a")
     there, device = watched(source)
-
-    def wipe(extents: Sequence[Extent]) -> CopyTicket:
-        raise RuntimeError("the device has its moods")
-
-    device.wipe = wipe  # type: ignore[method-assign]
+    device.wipe = raising(RuntimeError("it has its moods"))  # type: ignore[method-assign,assignment]
     async with there:
         (await there.load("a")).release()
         told_false(source)
