@@ -40,8 +40,8 @@ from lorax_async.types import AdapterKey
 DEVICE_BYTES = LARGEST * 16 // 9
 """Room for the largest and one of rank 16, not for two of the largest."""
 HOST_BYTES = observer.LARGEST_FILE * 4 // 3
-ASKED = ("staging_bytes", "starvation_age", "min_residency", "eviction")
-"""Settings of a scene that the loader has by the same name."""
+SCENE_SETTINGS = ("pinned_bytes", "staging_bytes", "starvation_age", "min_residency", "eviction")
+"""They have the same names in the loader's config."""
 TOLD = "told to fail"  # In the errors that are ordered
 
 
@@ -64,9 +64,9 @@ class Scene:
 
     @property
     def config(self) -> LoaderConfig:
-        mine = {each: getattr(self, each) for each in ("pinned_bytes", *ASKED)}
         sizes: dict[str, Any] = {"device_bytes": DEVICE_BYTES, "host_bytes": HOST_BYTES}
-        return LoaderConfig(**sizes, **mine, max_slots=self.slots, io_threads=2, timeout=60)
+        sizes |= {name: getattr(self, name) for name in SCENE_SETTINGS}
+        return LoaderConfig(**sizes, max_slots=self.slots, io_threads=2, timeout=60)
 
 
 class Stock(FakeSource):
