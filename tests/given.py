@@ -15,11 +15,9 @@ from lorax_async.loader import AdapterLoader
 from lorax_async.testing import FakeSource
 from lorax_async.types import AdapterId
 
-FILE = 14_500
-"""Bytes of a tiny F32 adapter of rank 4 with its header, and less than 300 more."""
-
+FILE = 14_500  # Bytes of a tiny F32 adapter of rank 4 with its header, and less than 300 more
+# Other adapters that the source of a `roomy` loader has: as many as there are slots.
 FILLERS = [f"filler {number}" for number in range(4)]
-"""Other adapters that the source of a `roomy` loader has: as many as there are slots."""
 
 
 async def assert_means(there: AdapterLoader, id: AdapterId, seed: int, **settings: Any) -> None:

@@ -20,12 +20,7 @@ from lorax_async.loader import AdapterLoader
 from lorax_async.validation import MAX_SECONDS
 
 Patch = pytest.MonkeyPatch
-
-
-def made(**settings: Any) -> LoaderConfig:
-    return LoaderConfig(**settings)
-
-
+made: Any = LoaderConfig  # of settings that are wrong, too
 NAN, INF = math.nan, math.inf
 NOT_COUNTS = [0, -1, -(1 << 70), 1.0, 1.5, NAN, INF, True, False, "16", "", b"1", None, [1], ...]
 NOT_SECONDS = [0, -1, 0.0, -0.5, -INF, INF, NAN, 1e10, 10**400, True, "5", "", None, [5.0], 5j]

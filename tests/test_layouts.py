@@ -28,9 +28,6 @@ from lorax_async.errors import UnsupportedAdapterError as Unsupported
 from lorax_async.planning.layout import FusedPart, ModelLayout, Module, Parallelism
 from lorax_async.planning.sharding import ModuleCut, Sharding, shard_layout
 
-# PEFT asks transformers for a property that is deprecated there.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-
 SHARED: dict[str, Any] = {"vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 3}
 SHARED |= {"num_attention_heads": 4}
 NEOX_SIZES = SHARED | {"intermediate_size": 40}

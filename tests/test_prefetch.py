@@ -23,7 +23,7 @@ from lorax_async.testing import FakeSource
 from lorax_async.types import AdapterKey, AdapterRef
 from page_looks import cached_pages, drop_pages, map_sizes, may_lock, pages
 from tiny_loaders import ONE, fails, loader
-from tiny_sources import WEIGHTS, granted, is_at, over, simulated, state, stocked, where
+from tiny_sources import WEIGHTS, Slowed, granted, is_at, over, simulated, state, stocked, where
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -243,6 +243,19 @@ async def test_two_openings_at_a_time(tmp_path: Path, monkeypatch: pytest.Monkey
         await hints
 
 
+async def test_one_that_waits_for_its_turn_is_cancelled(tmp_path: Path) -> None:
+    source = stocked(tmp_path, *"abcd")
+    opening = Slowed(source, "open")
+    async with over(source) as there:
+        hints = [there.prefetch(name, tier="disk") for name in "abcd"]
+        await until(lambda: opening.asked == 2)
+        hints[2].cancel()
+        opening.may_go_on.set()
+        for hint in hints:
+            await hint
+        assert [state(there, name) for name in "abcd"] == ["present"] * 2 + ["nowhere", "present"]
+
+
 async def test_many_are_cancelled_before_they_began(tmp_path: Path) -> None:
     source = stocked(tmp_path, *NAMES)
     async with over(source) as there:
@@ -257,8 +270,7 @@ async def test_many_are_cancelled_before_they_began(tmp_path: Path) -> None:
             assert source.counts.resolves < len(NAMES) // 2 * turns + 1
 
 
-PADDED = 2 * ONE
-"""Rank 4 as rank 8, the least on the simulated device."""
+PADDED = 2 * ONE  # Rank 4 as rank 8, the least on the simulated device
 
 
 def bytes_from_disk() -> int:

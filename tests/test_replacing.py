@@ -232,6 +232,19 @@ async def test_replaced_while_the_source_resolves_it(tmp_path: Path) -> None:
         assert there.statistics().fetches == 1
 
 
+async def test_a_load_that_fails_once_it_is_replaced_gets_the_new_version(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a")
+    opening = Slowed(source, "open")
+    async with over(source) as there:
+        loading = asyncio.create_task(there.load("a"))
+        await until(lambda: opening.asked)
+        source.remove("a")
+        (await put(there, 2, "a")).release()
+        opening.may_go_on.set()
+        async with await loading as handle:
+            tiny.assert_holds(handle, tiny.tensors(2))
+
+
 async def test_waiters_for_the_old_version_get_the_old_version(tmp_path: Path) -> None:
     there, device = gated(slots=1)
     async with there:

@@ -33,6 +33,7 @@ PAUSE = 0.25
 """Between two saves; a version that is whole for no longer than files must rest is never loaded."""
 
 Save = Callable[[bytes, Path], object]
+Change = Callable[[], object]
 
 
 def rewrite(content: bytes, path: Path) -> None:
@@ -118,10 +119,7 @@ async def test_every_call_gets_one_whole_version(tmp_path: Path, save: Save) -> 
 
 
 async def interrupted(
-    there: AdapterLoader,
-    device: GatedDevice,
-    call: Awaitable[AdapterHandle],
-    *changes: Callable[[], object],
+    there: AdapterLoader, device: GatedDevice, call: Awaitable[AdapterHandle], *changes: Change
 ) -> AdapterHandle:
     """The call's answer, with each change made when the next try has begun its copies."""
     before = there.statistics().failures
@@ -142,7 +140,7 @@ async def test_one_change_is_loaded_anew_and_a_second_is_an_error(tmp_path: Path
     one = tiny.write(tmp_path / "a", 1)
     there, device = gated()
 
-    def change(seed: int) -> Callable[[], object]:
+    def change(seed: int) -> Change:
         return lambda: tiny.write(one, seed)
 
     async with there:

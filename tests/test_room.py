@@ -19,8 +19,7 @@ from tiny_sources import granted, is_at, over, state, stocked, where
 
 pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.each_loop]
 
-EVER = 1e6
-"""Seconds: longer than any test."""
+EVER = 1e6  # Seconds: longer than any test
 
 
 async def test_room_is_made_by_the_coldest_and_waited_for(tmp_path: Path) -> None:
@@ -49,8 +48,12 @@ async def test_what_never_fits_fails_at_once(tmp_path: Path) -> None:
 
 
 async def test_no_more_are_told_to_leave_than_have_to(tmp_path: Path) -> None:
+    told: list[Event] = []
     async with over(stocked(tmp_path, "a", "b", "c"), max_slots=2, starvation_age=0.01) as there:
         first, second = await there.load("a"), await there.load("b")
+        there.subscribe(told.append)
+        await fails(there.load("c", timeout=0.1), errors.AdapterTimeoutError)
+        assert [type(event) for event in told] == [Leaving, Resident], "nobody waits any more"
         waiting = asyncio.create_task(there.load("c"))
         await until(lambda: state(there, "a") == "leaving")
         assert there.try_acquire("a") is None

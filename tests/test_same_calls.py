@@ -28,10 +28,8 @@ from tiny_sources import is_resident, stocked
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
-RANK = 8
-"""No device pads it."""
-BYTES = 2 * 2 * ONE
-"""Room for two adapters of rank 8."""
+RANK = 8  # No device pads it
+BYTES = 2 * 2 * ONE  # Room for two adapters of rank 8
 late = pytest.fixture(loaded)
 SIZES: dict[str, Any] = {"dtype": "F32", "nbytes": BYTES, "slots": 2}
 CPU = partial(CpuDevice, **SIZES)

@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 
 from common import until
-from lorax_async.errors import ConfigError, HandleClosedError, InvalidAdapterIdError, UsageError
+from lorax_async import errors
+from lorax_async.errors import ConfigError, FetchError, HandleClosedError, UsageError
 from lorax_async.scheduler.requests import Request, Ticket
 from lorax_async.scheduler.scheduler import AdapterScheduler
 from lorax_async.scheduler.step import Batch
 from scheduling import serving
 from scheduling.serving import MANY, VirtualClock, finish, held, opened, rows, step, turns, wanted
+from tiny_loaders import fails
 from tiny_sources import is_at, is_resident, state, stocked
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -57,8 +59,8 @@ async def test_several_batches_may_be_under_way(tmp_path: Path) -> None:
 async def test_wrong_requests_settings_and_sizes_are_refused(tmp_path: Path) -> None:
     requests: list[tuple[Any, ...]] = [("a", 0, 1), ("a", 1, 0), ("a", 1, 1, 0, 0.0)]
     requests += [("a", 1, 1, 0.5), (5, 1, 1)]
-    errors = [ConfigError] * 3 + [UsageError, InvalidAdapterIdError]
-    for request, error in zip(requests, errors, strict=True):
+    kinds = [ConfigError] * 3 + [UsageError, errors.InvalidAdapterIdError]
+    for request, error in zip(requests, kinds, strict=True):
         with pytest.raises(error):
             Request(*request)
     async with opened(stocked(tmp_path)) as (loader, scheduler):
@@ -160,9 +162,9 @@ async def test_a_leaving_adapter_is_in_no_further_batch(tmp_path: Path, is_wante
         scheduler.complete(again)
 
 
-@pytest.mark.parametrize("waited_before", [False, True])
+@pytest.mark.parametrize(("waited_before", "torn"), [(False, False), (True, False), (True, True)])
 async def test_a_slot_in_which_nothing_comes_is_given_to_others(
-    tmp_path: Path, waited_before: bool
+    tmp_path: Path, waited_before: bool, torn: bool
 ) -> None:
     """Its adapter is behind all that may come, though it is the oldest, until its file is here."""
     source, clock = stocked(tmp_path, *"abc", "stalls"), VirtualClock()
@@ -170,7 +172,7 @@ async def test_a_slot_in_which_nothing_comes_is_given_to_others(
     others = "b" if waited_before else "bc"
     async with opened(source, ONE_SLOT, clock=clock) as (loader, scheduler):
         blocker = await loader.load("a") if waited_before else None
-        scheduler.submit(Request("stalls", 1, 1))
+        stalled = scheduler.submit(Request("stalls", 1, 1))
         if blocker is None:
             await held(loader, "stalls")
         for id in others:
@@ -181,8 +183,13 @@ async def test_a_slot_in_which_nothing_comes_is_given_to_others(
             await held(loader, "stalls")
         clock.pass_until(1001.0)
         assert [rows(await step(scheduler))[0][0] for _ in others] == list(others)
+        if torn:
+            source.fail("bring", FetchError("torn"), id="stalls")
         source.allow("stalls")
-        assert rows(await step(scheduler)) == [("stalls", 0, 1, True)]
+        if torn:
+            await fails(asyncio.wait_for(stalled, 5), FetchError, "torn")
+        else:
+            assert rows(await step(scheduler)) == [("stalls", 0, 1, True)]
 
 
 LONG = 500
@@ -352,13 +359,3 @@ async def test_sources_that_do_not_answer_hold_up_the_next_for_a_while_only(tmp_
         scheduler.complete(batch)
         for ticket in (silent, urgent):
             ticket.cancel()
-
-
-async def test_a_cancelled_requests_load_makes_way_for_the_next(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "silent", "b")
-    serving.silence(source, "silent")
-    async with opened(source, ONE_SLOT, loads=1, look_ahead=0) as (_, scheduler):
-        tickets = [scheduler.submit(Request(id, 1, 1)) for id in ("silent", "b")]
-        await turns()
-        tickets[0].cancel()
-        assert rows(await step(scheduler)) == [("b", 0, 1, True)]

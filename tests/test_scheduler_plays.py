@@ -499,6 +499,7 @@ async def _end(world: World, engines: list[asyncio.Task[None]]) -> None:
     world.blame(world.clock.due is None, "alarms are left")
 
 
+Patch = pytest.MonkeyPatch
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 conducts = st.builds(
@@ -635,9 +636,7 @@ def test_plays_that_tell_much(name: str) -> None:
 
 
 @pytest.mark.parametrize(("owner", "name", "broken"), FAULTS)
-def test_a_fault_is_noticed(
-    owner: object, name: str, broken: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fault_is_noticed(owner: object, name: str, broken: object, monkeypatch: Patch) -> None:
     monkeypatch.setattr(owner, name, broken)
     monkeypatch.setattr(logging.getLogger("lorax_async"), "propagate", False)
     with pytest.raises(Exception):  # noqa: B017, PT011 (what is broken may break anything)

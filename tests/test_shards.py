@@ -43,16 +43,11 @@ def ranks(world: int) -> list[Shard]:
 
 
 def loader(
-    shard: Shard | None,
-    *,
-    source: Source | None = None,
-    device: Device | None = None,
-    on: str = "cpu",
-    **settings: Any,
+    shard: Shard | None, source: Source | None = None, on: Device | None = None, **settings: Any
 ) -> AdapterLoader:
     plain: dict[str, Any] = {"device_bytes": MiB, "max_slots": 2, "io_threads": 2, "timeout": 20}
-    config = LoaderConfig(shard=shard, device=on, **plain | settings)
-    return AdapterLoader(sharded.layout(), config, source=source, device=device)
+    config = LoaderConfig(shard=shard, **plain | settings)
+    return AdapterLoader(sharded.layout(), config, source=source, device=on)
 
 
 @pytest.mark.parametrize("rank", [3, 8])
@@ -64,7 +59,7 @@ async def test_a_rank_reads_its_share(device: str, dtype: str, rank: int, tmp_pa
     for shard in [shard for world in WORLDS for shard in ranks(world)]:
         source = FakeSource()
         source.put("a", *tiny.files(folder))
-        small = loader(shard, source=source, on=device, dtype=dtype, staging_bytes=4096)
+        small = loader(shard, source, device=device, dtype=dtype, staging_bytes=4096)
         async with small as there, await there.load("a") as handle:
             sharded.assert_is_the_share(handle, folder, shard)
         pairs = sharded.share_of(folder, shard).values()
@@ -79,7 +74,7 @@ async def test_a_late_device_has_the_share_too(dtype: str, tmp_path: Path) -> No
         held = shard_layout(sharded.layout(), shard).held
         stored = "F32" if dtype == "float32" else "BF16"
         device = CudaDevice(held, dtype=stored, nbytes=MiB, slots=2, device="late")
-        late = loader(shard, device=device, dtype=dtype)
+        late = loader(shard, on=device, dtype=dtype)
         async with late as there, await there.load(folder) as handle:
             sharded.assert_is_the_share(handle, folder, shard)
 
@@ -124,8 +119,8 @@ async def test_a_plan_with_many_moves_is_made_once_and_off_the_loop(
     assert [name[: len(thread)] for name in threads] == [thread]
 
 
+# A module's outputs on each rank, of its inputs on each.
 Linear = Callable[[str, list[Tensor]], list[Tensor]]
-"""A module's outputs on each rank, of its inputs on each."""
 
 
 def attention(qkv: Tensor, heads: int, groups: int) -> Tensor:

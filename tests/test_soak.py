@@ -565,12 +565,10 @@ DEVICES = pytest.mark.parametrize(("device", "loop"), [("cpu", "uvloop"), ("simu
 def test_a_bad_source_for_long(
     tmp_path: Path, request: pytest.FixtureRequest, capfd: Capture, device: str, loop: str
 ) -> None:
-    def tell(line: str) -> None:
-        with capfd.disabled():
-            sys.stdout.write(f"{line}\n")
-
     seconds, seed = map(request.config.getoption, ("soak_seconds", "soak_seed"))
-    play(tmp_path, tell, device=device, loop=loop, seconds=seconds, seed=seed)
+    with capfd.disabled():
+        tell: Any = lambda line: sys.stdout.write(f"{line}\n")  # noqa: E731
+        play(tmp_path, tell, device=device, loop=loop, seconds=seconds, seed=seed)
 
 
 @DEVICES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,15 +14,16 @@ import safetensors.torch
 import sharded
 import tiny
 from core.adapter_files import file_of
-from lorax_async import layouts
+from lorax_async import errors, layouts
 from lorax_async.cli import main
 from lorax_async.config import LoaderConfig, Shard
 from lorax_async.loader import AdapterLoader
-from split_files import CONFIG, WEIGHTS, deal, name_of, split
-from tiny_loaders import loader
+from split_files import CONFIG, INDEX, WEIGHTS, deal, name_of, split
+from tiny_loaders import fails, loader
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
+Capture = pytest.CaptureFixture[str]
 Splitting = Callable[[Path, Path], Path]
 BOTH = pytest.mark.parametrize("splitting", [split, deal])
 
@@ -52,6 +54,19 @@ async def test_a_rank_has_its_share(tmp_path: Path, splitting: Splitting, rank: 
         sharded.assert_is_the_share(handle, one, shard)
 
 
+async def test_a_file_that_is_wrong_is_named(tmp_path: Path) -> None:
+    several = split(tiny.write(tmp_path / "one"), tmp_path / "several")
+    file = several / name_of(2, 3)
+    os.truncate(file, 2000)
+    async with loader() as there:
+        error = await fails(there.load(several), errors.AdapterFormatError, file.name)
+        assert error.id == str(several)
+        file.unlink()
+        await fails(there.prefetch(several), errors.AdapterNotFoundError, file.name)
+        (several / INDEX).write_text(json.dumps({"weight_map": {"a": "../x"}}))
+        await fails(there.load(several), errors.AdapterFormatError, "'../x'")
+
+
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
 async def test_tensors_may_lie_in_any_order(tmp_path: Path, device: str) -> None:
     """Every A before every B, and the layers back to front: each layer is several spans."""
@@ -71,9 +86,7 @@ async def test_tensors_may_lie_in_any_order(tmp_path: Path, device: str) -> None
 
 
 @BOTH
-def test_inspect_reads_split_weights(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], splitting: Splitting
-) -> None:
+def test_inspect_reads_split_weights(tmp_path: Path, capsys: Capture, splitting: Splitting) -> None:
     one = tiny.write(tmp_path / "one")
     several = splitting(one, tmp_path / "several")
     found = []

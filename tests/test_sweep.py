@@ -35,8 +35,7 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 
 TURNS = 24
 """Of the loop, one after the other; a fake adapter has all its bytes before that many."""
-RANK = 4
-"""Padded to 8 on the simulated device."""
+RANK = 4  # Padded to 8 on the simulated device
 ONE = tiny.LAYERS * len(tiny.TARGETS) * 8 * (tiny.HIDDEN + 2 * tiny.HIDDEN) * 2
 """Device bytes of a tiny adapter of rank 8: A [8, 32] and B [64, 8] in BF16."""
 ONE_LAYER = 2 * RANK * 4 * (tiny.HIDDEN + 2 * tiny.HIDDEN)
