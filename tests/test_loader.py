@@ -14,20 +14,8 @@ import torch
 
 import tiny
 from common import until
-from lorax_async import errors
-from lorax_async.events import (
-    BytesMoved,
-    CallBegan,
-    CallEnded,
-    CallEvent,
-    CallWaits,
-    Event,
-    HeaderChecked,
-    LayerReady,
-    Leaving,
-    Resident,
-    SlotGranted,
-)
+from lorax_async import errors, events
+from lorax_async.events import BytesMoved, Event, LayerReady, Leaving, Resident, SlotGranted
 from lorax_async.loader import AdapterLoader
 from lorax_async.planning.transfer_plan import plan_transfer
 from lorax_async.runtime import fetches
@@ -166,9 +154,9 @@ async def test_where_one_adapter_is_and_which_are_nearest(tmp_path: Path) -> Non
 
 async def test_the_steps_of_calls(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "a")
-    heard: list[CallEvent] = []
+    heard: list[events.CallEvent] = []
     async with loader() as there:
-        stop = there.subscribe(heard.append, CallEvent)
+        stop = there.subscribe(heard.append, events.CallEvent)
         (await there.load(folder)).release()
         await there.pin(folder)
         await fails(there.load(tmp_path / "none"), errors.AdapterNotFoundError)
@@ -178,16 +166,16 @@ async def test_the_steps_of_calls(tmp_path: Path) -> None:
         [event for event in heard if event.call == number]
         for number in sorted({event.call for event in heard})
     )
-    assert [type(event) for event in load] == [CallBegan, CallWaits, CallEnded]
-    assert [type(event) for event in missing] == [CallBegan, CallEnded]
+    assert [type(event) for event in load] == [events.CallBegan, events.CallWaits, events.CallEnded]
+    assert [type(event) for event in missing] == [events.CallBegan, events.CallEnded]
     for steps, method in ((load, "load"), (pin, "pin"), (missing, "load")):
-        assert isinstance(steps[0], CallBegan)
+        assert isinstance(steps[0], events.CallBegan)
         assert steps[0].method == method
         assert [event.time for event in steps] == sorted(event.time for event in steps)
     for steps, found in ((load, ("source", "fetch")), (pin, ("device", "ready"))):
-        assert isinstance(steps[1], CallWaits)
+        assert isinstance(steps[1], events.CallWaits)
         assert (steps[1].hit, steps[1].stage) == found
-    ends = [event.error for event in heard if isinstance(event, CallEnded)]
+    ends = [event.error for event in heard if isinstance(event, events.CallEnded)]
     assert [type(error) for error in ends] == [type(None)] * 2 + [errors.AdapterNotFoundError]
 
 
@@ -198,7 +186,7 @@ async def test_events_tell_the_whole_way(tmp_path: Path) -> None:
         stop = there.subscribe(heard.append)
         (await there.load(folder)).release()
         kinds = [type(event) for event in heard]
-        assert kinds[:2] == [HeaderChecked, SlotGranted]
+        assert kinds[:2] == [events.HeaderChecked, SlotGranted]
         assert kinds[-1] is Resident
         assert kinds.count(LayerReady) <= 4
         assert sum(e.nbytes for e in heard if isinstance(e, BytesMoved)) == ONE
@@ -250,7 +238,7 @@ async def test_subscribers_come_go_and_fail_without_disturbing_others(
         assert record.exc_info is not None
         assert record.exc_info[1] is error
         assert heard[::2] == heard[1::2]
-        assert [type(heard[0]), type(heard[-1])] == [HeaderChecked, Leaving]
+        assert [type(heard[0]), type(heard[-1])] == [events.HeaderChecked, Leaving]
         assert late == heard[4::2]
 
 

@@ -11,7 +11,7 @@ import tiny
 from common import until
 from given import acquired, file_bytes, give, used
 from lorax_async import errors
-from lorax_async.events import Event, Leaving, Resident
+from lorax_async.events import Event, HeaderChecked, Leaving, Resident
 from lorax_async.types import AdapterRef
 from scheduling.serving import warm
 from tiny_loaders import ONE, fails, gated, loader
@@ -53,7 +53,8 @@ async def test_no_more_are_told_to_leave_than_have_to(tmp_path: Path) -> None:
         first, second = await there.load("a"), await there.load("b")
         there.subscribe(told.append)
         await fails(there.load("c", timeout=0.1), errors.AdapterTimeoutError)
-        assert [type(event) for event in told] == [Leaving, Resident], "nobody waits any more"
+        kinds = [type(event) for event in told]
+        assert kinds == [HeaderChecked, Leaving, Resident], "nobody waits any more"
         waiting = asyncio.create_task(there.load("c"))
         await until(lambda: state(there, "a") == "leaving")
         assert there.try_acquire("a") is None
