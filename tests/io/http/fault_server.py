@@ -80,6 +80,9 @@ class Client:
         self.ending.wait(30)
         raise Hangup
 
+    def hang_up(self) -> None:
+        raise Hangup
+
     def reset(self) -> None:
         """Close with RST in place of FIN."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address
+from typing import Any
 
 from lorax_async.formats.spans import ByteRange
 from lorax_async.http.failures import RetryPolicy
@@ -94,25 +95,12 @@ class MemorySink:
             self.times[n] += 1
 
 
-def engine(
-    connections: int = 4,
-    *,
-    timeouts: Timeouts = PATIENCE,
-    retries: RetryPolicy = RETRIES,
-    sizes: PieceSizes | None = None,
-    network: Network | None = None,
-    proxies: dict[str, str] | None = None,
-    ca_bundle: str | None = None,
-) -> RangeEngine:
-    settings = HttpSettings(
-        connections=connections,
-        timeouts=timeouts,
-        retries=retries,
-        sizes=sizes or PieceSizes(least=10_000, most=1 << 20),
-        proxies=proxies or {},
-        ca_bundle=ca_bundle,
+def engine(connections: int = 4, *, network: Network | None = None, **settings: Any) -> RangeEngine:
+    given = {"timeouts": PATIENCE, "retries": RETRIES, "proxies": {}, **settings}
+    given.setdefault("sizes", PieceSizes(least=10_000, most=1 << 20))
+    return RangeEngine(
+        HttpSettings(connections=connections, **given), network=network or LoopbackOnly()
     )
-    return RangeEngine(settings, network=network or LoopbackOnly())
 
 
 def target(url: str, headers: dict[str, str] | None = None, rules: Rules | None = None) -> Target:

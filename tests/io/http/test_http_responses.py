@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
@@ -136,29 +136,21 @@ def test_small_files_whole() -> None:
         assert fetching.probe(small, 9_000).done.result(10).start == DATA[:3_000]
 
 
-def test_interim_responses_are_skipped() -> None:
-    def hints(asked: Asked, client: Client) -> None:
-        for status in ("100 Continue", "103 Early Hints", "102 Processing"):
-            client.head(status, "Link: </x>")
-        server.right(asked, client)
-
-    with FaultServer(DATA, hints) as server, engine() as fetching:
-        check(*fetched(fetching, asked(fetching, server.url())))
-        assert all(client.number < 4 for client in server.clients)
-
-
-def test_connections_that_end_between_requests_cost_no_failure() -> None:
-    """The server ends them when it is asked once more."""
+@pytest.mark.parametrize("connections", [1, 4])
+def test_interim_responses_and_ends_between_requests_cost_no_failure(connections: int) -> None:
+    """The server ends each connection when it is asked once more."""
 
     def once(asked: Asked, client: Client) -> None:
         if client.requests > 1:
             client.reset()
+        for status in ("100 Continue", "103 Early Hints", "102 Processing"):
+            client.head(status, "Link: </x>")
         server.right(asked, client)
 
-    with FaultServer(DATA, once) as server, engine(1) as fetching:
+    with FaultServer(DATA, once) as server, engine(connections) as fetching:
         for _ in range(2):
             check(*fetched(fetching, asked(fetching, server.url())))
-        assert all(client.requests <= 2 for client in server.clients)
+        assert max(client.requests for client in server.clients) == 2, "they were used again"
 
 
 def test_a_wait_beyond_the_deadline_is_not_waited() -> None:
@@ -205,27 +197,29 @@ def test_a_group_is_reported_when_its_bytes_are_there_and_after_those_before_it(
     assert order == list(range(len(GROUPS)))
 
 
-def right_head(asked: Asked, client: Client) -> bytes:
-    """Send the head of a good answer; return the body that should follow."""
-    assert asked.span is not None
-    start, stop = asked.span
-    client.part(start, stop, len(DATA), TAG)
-    return DATA[start:stop]
+def lies(*fields: str, status: str = "206 Partial Content") -> Behaviour:
+    return lambda _, client: client.head(status, *fields)
 
 
-def truncated(asked: Asked, client: Client) -> None:
-    body = right_head(asked, client)
+def good_head(then: Callable[[Client, bytes], object]) -> Behaviour:
+    """What follows is given the body that should."""
+
+    def answer(asked: Asked, client: Client) -> None:
+        assert asked.span is not None
+        client.part(*asked.span, len(DATA), TAG)
+        then(client, DATA[slice(*asked.span)])
+
+    return answer
+
+
+def truncated(client: Client, body: bytes) -> None:
     client.send(body[: len(body) // 2])
-    raise ConnectionError
+    client.hang_up()
 
 
-def stall(asked: Asked, client: Client) -> None:
-    client.send(right_head(asked, client)[:100])
+def stalls(client: Client, body: bytes) -> None:
+    client.send(body[:100])
     client.stall()
-
-
-def drip(asked: Asked, client: Client) -> None:
-    client.drip(right_head(asked, client))
 
 
 def slow_head(asked: Asked, client: Client) -> None:
@@ -235,35 +229,25 @@ def slow_head(asked: Asked, client: Client) -> None:
 def half_a_head(asked: Asked, client: Client) -> None:
     """Which is none, though no byte of a body would be missing."""
     client.send(b"HTTP/1.1 200 OK\r\nETag: " + ETAG.encode() + b"\r\n")
-    raise Hangup
+    client.hang_up()
 
 
-def without_an_answer(asked: Asked, client: Client) -> None:
-    raise Hangup
-
-
-def gone(asked: Asked, client: Client) -> None:
-    client.reset()
-
-
-def unavailable(asked: Asked, client: Client) -> None:
-    client.head("503 Service Unavailable", EMPTY, "Retry-After: 0")
-
-
-FAULTS: dict[Behaviour, type[LoraxError]] = {
-    truncated: FetchError,
-    stall: FetchTimeoutError,
-    drip: FetchTimeoutError,
-    slow_head: FetchTimeoutError,
-    half_a_head: FetchError,
-    without_an_answer: FetchError,
-    gone: FetchError,
-    unavailable: FetchError,
+FAULTS: dict[str, tuple[Behaviour, type[LoraxError]]] = {
+    "truncated": (good_head(truncated), FetchError),
+    "stall": (good_head(stalls), FetchTimeoutError),
+    "drip": (good_head(Client.drip), FetchTimeoutError),
+    "slow head": (slow_head, FetchTimeoutError),
+    "half a head": (half_a_head, FetchError),
+    "no answer": (lambda _, client: client.hang_up(), FetchError),
+    "reset": (lambda _, client: client.reset(), FetchError),
+    "unavailable": (lies(EMPTY, "Retry-After: 0", status="503 Unavailable"), FetchError),
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
-def test_a_fault_that_passes_is_overcome_and_others_are_typed_errors(fault: Behaviour) -> None:
+@pytest.mark.parametrize(("fault", "kind"), FAULTS.values(), ids=FAULTS)
+def test_a_fault_that_passes_is_overcome_and_others_are_typed_errors(
+    fault: Behaviour, kind: type[LoraxError]
+) -> None:
     hasty = replace(PATIENCE, read=0.2, over=0.2)
     for attempts, times in ((3, 2), (2, 1 << 30)):
         retries = RetryPolicy(attempts=attempts, base=0.01, most=0.02)
@@ -277,13 +261,9 @@ def test_a_fault_that_passes_is_overcome_and_others_are_typed_errors(fault: Beha
             with pytest.raises(FetchError) as caught:
                 fetched(fetching, answer)
             assert took(begun) < 8
-    assert type(caught.value) is FAULTS[fault]
+    assert type(caught.value) is kind
     assert (caught.value.retryable, caught.value.stage) == (True, "fetch")
     assert "127.0.0.1" in caught.value.problem
-
-
-def lies(*fields: str, status: str = "206 Partial Content") -> Behaviour:
-    return lambda _, client: client.head(status, *fields)
 
 
 def whole_of(nbytes: int, etag: str = ETAG) -> Behaviour:

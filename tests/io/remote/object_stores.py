@@ -9,7 +9,7 @@ import hmac
 import json
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,12 +17,13 @@ from datetime import UTC, datetime, timedelta
 from email.utils import formatdate
 from functools import cache
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError, URLError
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 from urllib.request import Request, urlopen
 
 import pytest
-from fault_server import Asked, Client, answer, until
+from fault_server import Asked, Client, FaultServer, answer, until
 from fetching import DATA, GROUPS, PATIENT, MemorySink, engine
 from obstore.store import AzureStore, S3Store
 
@@ -35,20 +36,6 @@ from lorax_async.types import AdapterRef
 NOWHERE = "http://127.0.0.1:1"
 
 _OTHERS = ("AWS_", "GOOGLE_", "AZURE_", "MSI_", "IDENTITY_")
-
-
-def status(
-    method: str, url: str, data: bytes | None = None, fields: dict[str, str] | None = None
-) -> int:
-    """Of the answer; 0 where there is none."""
-    try:
-        with urlopen(Request(url, data, fields or {}, method=method), timeout=20) as answer:
-            return int(answer.status)
-    except HTTPError as error:
-        error.close()
-        return error.code
-    except (URLError, OSError):
-        return 0
 
 
 def set_environment(patch: pytest.MonkeyPatch, values: dict[str, str]) -> None:
@@ -64,11 +51,6 @@ def set_environment(patch: pytest.MonkeyPatch, values: dict[str, str]) -> None:
 S3_KEY, S3_SECRET = "AKIDOFTHETESTS", "the/secret+of/the+tests"
 
 REGION = "us-east-1"
-
-_VERSIONED = (
-    b'<VersioningConfiguration xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
-    b"<Status>Enabled</Status></VersioningConfiguration>"
-)
 
 
 @dataclass(frozen=True)
@@ -87,58 +69,21 @@ class Weed:
             "AWS_SECRET_ACCESS_KEY": S3_SECRET,
         }
 
-    def ready(self) -> bool:
-        """Whether it takes objects, which is later than it listens."""
-        made = self._put("/adapters") in {200, 409}
-        return made and self._put("/adapters/ready", data=b"yes") == 200
-
-    def prepare(self) -> None:
-        assert self._put("/public") == 200
-        assert self._put("/versioned") == 200
-        assert self._put("/versioned", {"versioning": ""}, _VERSIONED) == 200
-
-    def _put(self, path: str, query: dict[str, str] | None = None, data: bytes = b"") -> int:
-        return status("PUT", self._signed("PUT", path, query or {}), data)
-
-    def _signed(self, method: str, path: str, query: dict[str, str]) -> str:
-        """By AWS Signature Version 4, in the query."""
-        now = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-        scope = [now[:8], REGION, "s3", "aws4_request"]
-        query = query | {
-            "X-Amz-Algorithm": "AWS4-HMAC-SHA256",
-            "X-Amz-Credential": "/".join([S3_KEY, *scope]),
-            "X-Amz-Date": now,
-            "X-Amz-Expires": "60",
-            "X-Amz-SignedHeaders": "host",
-        }
-        text = "&".join(f"{name}={quote(query[name], safe='')}" for name in sorted(query))
-        host = f"127.0.0.1:{self.port}"
-        request = [method, path, text, f"host:{host}\n", "host", "UNSIGNED-PAYLOAD"]
-        digest = hashlib.sha256("\n".join(request).encode()).hexdigest()
-        key = f"AWS4{S3_SECRET}".encode()
-        for part in scope:
-            key = hmac.digest(key, part.encode(), "sha256")
-        signed = "\n".join(["AWS4-HMAC-SHA256", now, "/".join(scope), digest])
-        signature = hmac.digest(key, signed.encode(), "sha256").hex()
-        return f"http://{host}{path}?{text}&X-Amz-Signature={signature}"
-
 
 @contextmanager
 def weed(binary: str, root: Path) -> Iterator[Weed]:
     """Its process, with all its parts on loopback; what it stores lies below `root`."""
     ports = list({servers.free_port() for _ in range(16)})[:8]
     credentials = [{"accessKey": S3_KEY, "secretKey": S3_SECRET}]
+    actions = ["Admin", "Read", "Write", "List"]
     identities = [
-        {
-            "name": "owner",
-            "credentials": credentials,
-            "actions": ["Admin", "Read", "Write", "List"],
-        },
+        {"name": "owner", "credentials": credentials, "actions": actions},
         {"name": "anonymous", "actions": ["Read:public", "List:public"]},
     ]
     (root / "s3.json").write_text(json.dumps({"identities": identities}))
     (root / "data").mkdir()
     names = ("master", "volume", "filer", "s3")
+    at = {name: f"127.0.0.1:{ports[n]}.{ports[n + 4]}" for n, name in enumerate(names)}
     command = [
         *(binary, "-logtostderr", "server", f"-dir={root / 'data'}", "-filer", "-s3"),
         *("-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.config={root / 's3.json'}"),
@@ -148,10 +93,22 @@ def weed(binary: str, root: Path) -> Iterator[Weed]:
         *("-volume.max=64", "-master.volumeSizeLimitMB=16", "-s3.iam=false"),
         *("-s3.port.iceberg=0", "-s3.port.lance=0"),
     ]
+    shell = [binary, "shell", f"-master={at['master']}", f"-filer={at['filer']}"]
+    buckets = [f"s3.bucket.create -name {name}\n" for name in ("adapters", "versioned", "public")]
+    words = "".join(
+        [*buckets, "s3.bucket.versioning -name versioned -enable\n", "s3.bucket.list\n"]
+    )
+
+    def is_ready() -> bool:
+        done = subprocess.run(shell, input=words, text=True, check=False, capture_output=True)
+        return "versioned" in done.stdout
+
     server = Weed(ports[3])
     with servers.running(command, ports[:4], root / "weed.log"):
-        until(server.ready, 60)
-        server.prepare()
+        until(is_ready, 60)
+        with pytest.MonkeyPatch.context() as patch:
+            set_environment(patch, server.environment)
+            bucket("s3", "adapters").put("ready", b"yes")  # obstore waits until it takes objects
         yield server
 
 
@@ -188,7 +145,14 @@ class Azurite:
         signed = ["PUT", *[""] * 11, *texts, f"/{AZURE_ACCOUNT}{path}", "restype:container"]
         fields["Authorization"] = f"SharedKey {AZURE_ACCOUNT}:{_azure_signature(signed)}"
         url = f"http://127.0.0.1:{self.port}{path}?restype=container"
-        return status("PUT", url, None, fields) in {201, 409}
+        try:
+            with urlopen(Request(url, None, fields, method="PUT"), timeout=20):
+                return True
+        except HTTPError as error:
+            error.close()
+            return error.code == 409
+        except (URLError, OSError):
+            return False
 
     def token(self) -> str:
         """A shared access signature, with which the container may be read for an hour."""
@@ -235,14 +199,16 @@ class GoogleStandIn:
     objects: dict[str, bytes] = field(default_factory=dict)
     generation: int = 1
     public: bool = False
+    port: int = 0
 
-    def environment(self, port: int) -> dict[str, str]:
+    @property
+    def environment(self) -> dict[str, str]:
         key = {
             "type": "service_account",
             "client_email": GOOGLE_ACCOUNT,
             "private_key": google_key(),
             "private_key_id": "made for tests",
-            "gcs_base_url": f"http://127.0.0.1:{port}",
+            "gcs_base_url": f"http://127.0.0.1:{self.port}",
         }
         return {"GOOGLE_SERVICE_ACCOUNT_KEY": json.dumps(key), "GOOGLE_ALLOW_HTTP": "true"}
 
@@ -268,7 +234,7 @@ class GoogleStandIn:
         return email == GOOGLE_ACCOUNT and "X-Goog-Signature" in query
 
 
-CONFIG = b'{"peft_type": "LORA", "r": 8}'
+CONFIG, WEIGHTS = b'{"peft_type": "LORA", "r": 8}', "adapter_model.safetensors"
 
 
 def bucket(kind: str, name: str) -> AzureStore | S3Store:
@@ -284,6 +250,60 @@ def locator(*, signed_for: float = 600.0) -> Iterator[StoreBackend]:
             yield made
         finally:
             made.close()
+
+
+@dataclass
+class Store:
+    """A folder in a store of that kind."""
+
+    kind: str
+    path: str
+    port: int
+    server: Any
+    bucket: str = "adapters"
+
+    @property
+    def id(self) -> str:
+        return f"{self.kind}://{self.bucket}/{self.path}"
+
+    def environment(self, port: int) -> dict[str, str]:
+        """By which obstore finds it behind that port."""
+        own, other = f":{self.port}", f":{port}"
+        return {name: text.replace(own, other) for name, text in self.server.environment.items()}
+
+    def put(self, name: str, data: bytes) -> str | None:
+        """The version of the object, where the bucket keeps them."""
+        if isinstance(self.server, GoogleStandIn):
+            self.server.objects[f"/{self.bucket}/{self.path}{name}"] = data
+            self.server.generation += 1
+            return str(self.server.generation)
+        return bucket(self.kind, self.bucket).put(f"{self.path}{name}", data)["version"]
+
+    def put_adapter(self, weights: bytes = DATA, config: bytes = CONFIG) -> None:
+        self.put("adapter_config.json", config)
+        self.put(WEIGHTS, weights)
+
+    def etag(self, name: str = WEIGHTS) -> str:
+        found = bucket(self.kind, self.bucket).head(f"{self.path}{name}")["e_tag"]
+        assert found is not None
+        return found
+
+    @property
+    def url(self) -> str:
+        """With which the weights are asked for."""
+        return located(self.id).files[1].target.url.text
+
+
+@contextmanager
+def stored(kind: str, path: str, begun: Callable[[str], Any]) -> Iterator[Store]:
+    if kind != "gs":
+        server = begun(kind)
+        yield Store(kind, path, server.port, server)
+        return
+    stand_in = GoogleStandIn()
+    with FaultServer(b"", stand_in) as google:
+        stand_in.port = google.port
+        yield Store(kind, path, google.port, stand_in)
 
 
 def located(id: str, revision: str | None = None) -> LocatedAdapter:

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import pytest
 from fault_server import Asked, Client, FaultServer, answer
 from hub_stand_in import HubStandIn
-from object_stores import GoogleStandIn, azurite, bucket, set_environment, weed
+from object_stores import azurite, set_environment, stored, weed
 from user_loads import at, contents, loader
 from web_folder import refuse
 
@@ -52,10 +52,9 @@ class SlowProxy:
     def __exit__(self, *_: object) -> None:
         """End all connections, and refuse others. Idempotent."""
         self.go_on()
-        accepting = self._threads[0]
         with suppress(OSError):  # it was ended before
             self._listener.shutdown(socket.SHUT_RDWR)
-        accepting.join(20)
+        self._threads[0].join(20)
         for each in self._sockets:
             with suppress(OSError):  # its other end is gone
                 each.shutdown(socket.SHUT_RDWR)
@@ -80,8 +79,8 @@ class SlowProxy:
             self._left = self.rate = None
             self._changed.notify_all()
 
-    def _start(self, work: object, *given: object) -> None:
-        thread = threading.Thread(target=work, args=given, daemon=True)  # type: ignore[arg-type]
+    def _start(self, work: Callable[..., None], *given: object) -> None:
+        thread = threading.Thread(target=work, args=given, daemon=True)
         self._threads.append(thread)
         thread.start()
 
@@ -107,7 +106,7 @@ class SlowProxy:
             server.shutdown(socket.SHUT_RDWR)
 
     def _pass_back(self, server: socket.socket, client: socket.socket) -> None:
-        with suppress(OSError):
+        with client, server, suppress(OSError):
             while data := server.recv(self._allowance()):
                 with self._changed:
                     if self._left is not None:
@@ -115,10 +114,7 @@ class SlowProxy:
                 client.sendall(data)
                 if self.rate is not None:
                     time.sleep(len(data) / self.rate)
-        with suppress(OSError):
             client.shutdown(socket.SHUT_RDWR)
-        client.close()
-        server.close()
 
     def _allowance(self) -> int:
         """How many bytes may come back, once any may."""
@@ -277,32 +273,6 @@ def _of_hub(name: str, folder: Path, ends: ExitStack, *, mirrored: bool) -> Orig
     return Origin("hub", f"org/{name}", put, link, folder, hub, settings)
 
 
-def _of_bucket(kind: str, name: str, begun: Callable[[str], Any], ends: ExitStack) -> Any:
-    """Where its server listens, how to put files there, and its environment behind a link."""
-    if kind == "gs":
-        google = GoogleStandIn()
-        port = ends.enter_context(FaultServer(b"", google)).port
-
-        def put(files: Files) -> None:
-            google.generation += 1
-            google.objects |= {f"/adapters/{name}/{file}": data for file, data in files.items()}
-
-        return port, put, google, google.environment
-    server = begun(kind)
-
-    def put_by_obstore(files: Files) -> None:
-        for file, data in files.items():
-            bucket(kind, "adapters").put(f"{name}/{file}", data)
-
-    def environment(port: int) -> dict[str, str]:
-        variables: dict[str, str] = server.environment
-        return {
-            key: value.replace(f":{server.port}", f":{port}") for key, value in variables.items()
-        }
-
-    return server.port, put_by_obstore, server, environment
-
-
 def made(
     kind: str,
     name: str,
@@ -315,11 +285,16 @@ def made(
         return _of_hub(name, folder, ends, mirrored=kind == "olah")
     server: Any
     if kind in OBSTORE:
-        port, put, server, environment = _of_bucket(kind, name, begun, ends)
-        link = ends.enter_context(SlowProxy(port))
-        set_environment(patch, environment(link.port))
-        id, allow = f"{kind}://adapters/{name}", Allow(kind, "adapters")  # type: ignore[arg-type]
-        return Origin(kind, id, put, link, folder, server, {"allow": (allow,)})
+        store = ends.enter_context(stored(kind, f"{name}/", begun))
+        link = ends.enter_context(SlowProxy(store.port))
+        set_environment(patch, store.environment(link.port))
+
+        def put_there(files: Files) -> None:
+            for file in files.items():
+                store.put(*file)
+
+        allow = Allow(kind, "adapters")  # type: ignore[arg-type]
+        return Origin(kind, store.id, put_there, link, folder, None, {"allow": (allow,)})
     if kind == "folder":
         server = Shelf()
         port = ends.enter_context(FaultServer(b"", server)).port

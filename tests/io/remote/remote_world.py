@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Self
+from typing import Any, Self
 
+import pytest
 from fault_server import Asked, Client, FaultServer, answer
 from fetching import Anywhere, engine
 from web_folder import refuse
@@ -34,6 +36,7 @@ from lorax_async.remote.remote_source import RemoteParts, RemoteSource
 from lorax_async.remote.resolution import ResolutionCache, VersionResolver
 from lorax_async.sources.base import AdapterFile, Source
 from lorax_async.types import AdapterKey, AdapterRef
+from sweeping import stepwise
 
 PATIENT = Timeouts(read=20, slowest=1)
 
@@ -62,8 +65,8 @@ class ToldLocator:
     promises: bool = True
     located: int = 0
     error: AdapterError | None = None
-    elsewhere: dict[str, str] = field(default_factory=dict)
-    """Below which URL an adapter lies that is not at the server, by its name."""
+    silent: bool = False
+    unanswered: int = 0
 
     def pinned_version(self, ref: AdapterRef) -> tuple[str, str, str] | None:
         if ref.revision is None or len(ref.revision) != 40:
@@ -75,7 +78,7 @@ class ToldLocator:
 
     async def locate(self, ref: AdapterRef) -> LocatedAdapter:
         self.located += 1
-        await asyncio.sleep(0)
+        await (self._no_answer() if self.silent else asyncio.sleep(0))
         if self.error is not None:
             raise self.error.located()
         stored = self.there.get(ref.text)
@@ -87,6 +90,13 @@ class ToldLocator:
         files = tuple(self.file(ref, role, data) for role, data in contents.items())
         return LocatedAdapter(ref.text, stored.version, _scope(ref), files)
 
+    async def _no_answer(self) -> None:
+        self.unanswered += 1
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.unanswered -= 1
+
     async def shards(
         self, located: LocatedAdapter, roles: Sequence[FileRole]
     ) -> tuple[RemoteFile, ...]:
@@ -94,7 +104,7 @@ class ToldLocator:
 
     def file(self, ref: AdapterRef, role: FileRole, data: bytes) -> RemoteFile:
         path = f"/{ref.text}/{role.file_name}"
-        url = parse_url(self.elsewhere.get(ref.text, self.server.url("")) + path)
+        url = parse_url(self.server.url(path))
         headers = {} if ref.token is None else {"Authorization": f"Bearer {ref.token}"}
         target = Target(url, path[1:], headers, Anywhere())
         if not self.promises:
@@ -108,6 +118,28 @@ def sha256(data: bytes) -> Digest:
 
 def _scope(ref: AdapterRef) -> str:
     return "" if ref.token is None else f"scope of {ref.token}"
+
+
+class Steps:
+    """The suspensions of a source's own calls, and what happens before one of them."""
+
+    def __init__(self, source: RemoteSource) -> None:
+        self.expect(0, lambda: None)
+        for name in ("resolve", "open", "bring"):
+            setattr(source, name, partial(self._stepped, getattr(source, name)))
+
+    def expect(self, number: int, act: Callable[[], object]) -> None:
+        """Call `act` before the suspension of that number from now."""
+        self._left, self._act, self.met = number, act, False
+
+    async def _stepped(self, method: Callable[..., Coroutine[Any, Any, Any]], *given: Any) -> Any:
+        return await stepwise(method(*given), self._step)
+
+    def _step(self, _: int) -> None:
+        self._left -= 1
+        if self._left == 0:
+            self.met = True
+            self._act()
 
 
 class CachedSource(RemoteSource):
@@ -134,7 +166,6 @@ class RemoteWorld:
         cache_bytes: int = 64 << 20,
         revalidate: float = 0.0,
         limits: Limits | None = None,
-        clock: Callable[[], float] = time.monotonic,
         cached: bool = False,
         http: RangeEngine | None = None,
     ) -> None:
@@ -147,7 +178,9 @@ class RemoteWorld:
         self.locator = ToldLocator(self.server)
         self.engine = http or engine(timeouts=PATIENT)
         self.workers = WorkerThreads(4)
-        self.known = ResolutionCache(revalidate, clock)
+        self.later = 0.0
+        """Seconds that its clock is ahead."""
+        self.known = ResolutionCache(revalidate, lambda: time.monotonic() + self.later)
         self._cache: DiskCache | None = None
         self._making = Lock()
         self.resolving = VersionResolver(
@@ -222,9 +255,11 @@ RANK = 256
 """Some 800 KB: more than comes with the first request."""
 
 
-def stocked(world: RemoteWorld, folder: Path, name: str = "one", seed: int = 0) -> Path:
+def stocked(
+    world: RemoteWorld, folder: Path, name: str = "one", seed: int = 0, rank: int = RANK
+) -> Path:
     """An adapter at the source; the folder has the same files."""
-    world.put(name, *tiny.files(tiny.write(folder / name, seed, RANK)))
+    world.put(name, *tiny.files(tiny.write(folder / name, seed, rank)))
     return folder / name
 
 
@@ -251,3 +286,15 @@ async def brought(world: RemoteWorld, name: str = "one") -> AdapterFile:
     file = await opened(world, name)
     await world.source.bring(file, [], lambda _: None, FetchControl())
     return file
+
+
+@pytest.fixture
+def settings() -> dict[str, Any]:
+    """What `world` is made with; tests replace it."""
+    return {}
+
+
+@pytest.fixture
+def world(tmp_path: Path, settings: dict[str, Any]) -> Iterator[RemoteWorld]:
+    with RemoteWorld(tmp_path / "cache", **settings) as world:
+        yield world

@@ -7,7 +7,7 @@ import itertools
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
@@ -16,11 +16,12 @@ from typing import Any
 
 import peft
 import pytest
+import remote_world
 import torch
 from fault_server import Asked, Client
 from hub_stand_in import HubStandIn
 from huggingface_hub import snapshot_download
-from remote_world import RemoteWorld, over, stocked
+from remote_world import RemoteWorld, Steps, over, stocked
 from safetensors.torch import load_file
 from user_loads import at, contents, has, loader, stored_in, written
 
@@ -43,17 +44,11 @@ from lorax_async.errors import (
 from lorax_async.loader import AdapterLoader
 from lorax_async.testing import FakeSource
 from lorax_async.types import AdapterRef, Merge
-from sweeping import stepwise
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left", "hub_client")
+settings, world = remote_world.settings, remote_world.world
 
 WEIGHTS = "adapter_model.safetensors"
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[RemoteWorld]:
-    with RemoteWorld(tmp_path / "cache") as world:
-        yield world
 
 
 def bytes_asked(world: RemoteWorld, size: int) -> int:
@@ -176,27 +171,13 @@ async def test_a_cancelled_fetch_leaves_the_others(world: RemoteWorld, tmp_path:
 
 async def test_given_up_at_every_step_it_leaves_nothing(world: RemoteWorld, tmp_path: Path) -> None:
     """No lease, no download under way, and the next call goes on."""
-    left, call = 0, asyncio.current_task()
-
-    def count(_: int) -> None:
-        nonlocal left
-        left -= 1
-        if left == 0 and call is not None:
-            call.cancel()
-
-    def stepping(method: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Any]:
-        async def stepped(*given: Any) -> Any:
-            return await stepwise(method(*given), count)
-
-        return stepped
-
-    for name in ("resolve", "open", "bring"):
-        setattr(world.source, name, stepping(getattr(world.source, name)))
+    steps = Steps(world.source)
     files = tiny.files(tiny.write(tmp_path / "a", rank=256))
     async with over(world) as there:
         for step in itertools.count(1):
-            ref, left = world.put(f"number-{step}", *files), step
-            call = fetching = asyncio.create_task(there.fetch(ref))
+            ref = world.put(f"number-{step}", *files)
+            fetching = asyncio.create_task(there.fetch(ref))
+            steps.expect(step, fetching.cancel)
             await asyncio.wait([fetching])
             if not fetching.cancelled():
                 fetching.result().release()

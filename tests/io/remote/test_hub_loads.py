@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import struct
+import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,13 +15,15 @@ import pytest
 from fault_server import Asked
 from hub_stand_in import HubStandIn, Reply
 from huggingface_hub import constants, snapshot_download
-from user_loads import LAYERS, RANK, at, contents, has, loader, until, written
+from user_loads import RANK, at, contents, has, loader, until, written
 
 import tiny
 from lorax_async.errors import (
     AccessDeniedError,
+    ConfigError,
     FetchError,
     InvalidAdapterIdError,
+    LoaderClosedError,
     LoraxError,
     UsageError,
 )
@@ -33,15 +35,6 @@ from lorax_async.types import AdapterRef, Merge
 pytestmark = pytest.mark.usefixtures("no_socket_left", "nothing_left", "hub_client")
 
 PATIENCE = 40.0
-
-
-def span_of_layer_0(weights: bytes) -> ByteRange:
-    """By the header, as the format has it."""
-    (length,) = struct.unpack("<Q", weights[:8])
-    entries = json.loads(weights[8 : 8 + length]).items()
-    spans = [entry["data_offsets"] for name, entry in entries if ".layers.0." in name]
-    starts, stops = zip(*spans, strict=True)
-    return 8 + length + min(starts), 8 + length + max(stops)
 
 
 @dataclass
@@ -60,31 +53,13 @@ class Rounds:
         if asked.method == "HEAD":
             self.heads.wait(PATIENCE)
             self.rounds.append("head")
-        elif "range" not in asked.fields or asked.fields["range"].startswith("bytes=0-"):
+        elif asked.span is None or asked.span[0] == 0:
             self.begins.wait(PATIENCE)
             self.rounds.append("beginning")
-        elif self._is_for_layer_0(asked):
+        elif asked.span[0] < self.layer_0[1] and self.layer_0[0] < asked.span[1]:
             self.rounds.append("layer 0")
         else:
             assert self.is_there.wait(PATIENCE)
-
-    def _is_for_layer_0(self, asked: Asked) -> bool:
-        first, last = asked.fields["range"].removeprefix("bytes=").split("-")
-        return int(first) < self.layer_0[1] and self.layer_0[0] <= int(last)
-
-    def expect(self, *, heads: int, layer_0: bool) -> None:
-        """Two of each that are put at once, and however many ranges for layer 0."""
-        ranges = self.rounds.count("layer 0")
-        assert self.rounds == ["head"] * heads + ["beginning"] * 2 + ["layer 0"] * ranges
-        assert bool(ranges) is layer_0
-
-
-async def streamed(there: AdapterLoader, id: str, adapter: Path, rounds: Rounds, last: int) -> None:
-    async with there.stream(id) as handle:
-        await handle.layer_ready(0)
-        rounds.is_there.set()
-        await handle.layer_ready(last)
-        tiny.assert_equal_to_file(handle, adapter)
 
 
 async def given_up(there: AdapterLoader, id: str, hub: HubStandIn) -> None:
@@ -307,28 +282,63 @@ async def test_words_that_contradict_each_other(tmp_path: Path) -> None:
                 await there.load(AdapterRef(id, use_token=True))
 
 
+async def test_first_loads_at_once_share_one_cache_and_its_connections(
+    hub: HubStandIn, tmp_path: Path
+) -> None:
+    """What all adapters from elsewhere share is made by whichever comes first, and once."""
+    adapters = {f"org/{n}": written(tmp_path / str(n), n, layers=4, rank=4) for n in range(8)}
+    for id, folder in adapters.items():
+        hub.put(id, contents(folder))
+    for _ in range(3):
+        async with over(hub, tmp_path, max_slots=8) as there:
+            await asyncio.gather(*(has(there, *each) for each in adapters.items()))
+        with pytest.raises(LoaderClosedError):
+            await there.load("org/0")
+
+
+async def test_a_replaced_cache_folder_must_be_private(
+    hub: HubStandIn, adapter: Path, tmp_path: Path
+) -> None:
+    hub.put("org/two", contents(adapter))
+    async with over(hub, tmp_path) as there:
+        await has(there, PUBLIC, adapter)
+        shutil.rmtree(tmp_path / "cache")
+        (tmp_path / "cache").mkdir()
+        (tmp_path / "cache").chmod(0o777)
+        with pytest.raises(ConfigError, match="others may write"):
+            await there.load("org/two")
+
+
 @pytest.mark.parametrize("known", [False, True], ids=["at first sight", "its version was told"])
-@pytest.mark.parametrize(
-    ("layers", "rank", "beyond"),
-    [pytest.param(LAYERS, RANK, True, marks=pytest.mark.slow), (4, 16, False)],
-    ids=["large", "small"],
-)
+@pytest.mark.parametrize(("rank", "beyond"), [(RANK, True), (16, False)], ids=["large", "small"])
 async def test_which_version_then_where_layers_lie_then_layer_0(
-    known: bool, layers: int, rank: int, beyond: bool, tmp_path: Path
+    known: bool, rank: int, beyond: bool, tmp_path: Path
 ) -> None:
     """One round less where the version was told before; a small adapter's layer 0 comes with its
     header. From the cache nobody is asked."""
-    adapter = written(tmp_path / "a", layers=layers, rank=rank)
+    adapter = written(tmp_path / "a", layers=4, rank=rank)
     files = contents(adapter)
     with HubStandIn() as hub:
         id = f"org/name@{hub.put('org/name', files)}"
-        async with over(hub, tmp_path, layers=layers) as there:
+        async with over(hub, tmp_path) as there:
             if known:
                 await given_up(there, id, hub)
-            hub.behave = rounds = Rounds(span_of_layer_0(files["adapter_model.safetensors"]))
-            await streamed(there, id, adapter, rounds, layers - 1)
-        rounds.expect(heads=0 if known else 2, layer_0=beyond)
+            weights = files["adapter_model.safetensors"]
+            header = 8 + int.from_bytes(weights[:8], "little")
+            entries = json.loads(weights[8:header]).items()
+            spans = [entry["data_offsets"] for name, entry in entries if ".layers.0." in name]
+            starts, stops = zip(*spans, strict=True)
+            hub.behave = rounds = Rounds((header + min(starts), header + max(stops)))
+            async with there.stream(id) as handle:
+                await handle.layer_ready(0)
+                assert not beyond or not handle.is_ready(3)
+                rounds.is_there.set()
+                await handle.layer_ready(3)
+                tiny.assert_equal_to_file(handle, adapter)
+        heads, ranges = [] if known else ["head"] * 2, rounds.rounds.count("layer 0")
+        assert rounds.rounds == [*heads, *["beginning"] * 2, *["layer 0"] * ranges]
+        assert bool(ranges) is beyond
         begun = len(hub.asked)
-        async with over(hub, tmp_path, layers=layers) as there:
+        async with over(hub, tmp_path) as there:
             await has(there, id, adapter)
         assert len(hub.asked) == begun

@@ -3,66 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
-import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
+import remote_world
 from fault_server import Asked, Client
-from hub_stand_in import HubStandIn
 from remote_world import RANK, RemoteWorld, over, stocked
 from safetensors.torch import load, save
-from user_loads import at, contents
 
 import tiny
 from common import until
 from lorax_async.cache.maintenance import ls, rm
-from lorax_async.config import Limits, LoaderConfig
-from lorax_async.errors import (
-    AccessDeniedError,
-    AdapterNotFoundError,
-    ConfigError,
-    FetchError,
-    IntegrityError,
-    LoaderClosedError,
-    UsageError,
-)
-from lorax_async.handle import AdapterHandle
-from lorax_async.ids.allow import Allow
+from lorax_async.config import Limits
+from lorax_async.errors import AccessDeniedError, AdapterNotFoundError, FetchError, IntegrityError
 from lorax_async.loader import AdapterLoader
 from lorax_async.remote.base import AnotherVersionError
 from lorax_async.remote.metadata import FIRST_BYTES
 from lorax_async.types import AdapterId, AdapterRef, Merge
 from merges import assert_halves
 
-pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left", "hub_client")
+pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
+settings, world = remote_world.settings, remote_world.world
 
 
 def weights_asked(world: RemoteWorld) -> list[Asked]:
     return [asked for asked in world.server.asked if asked.target.endswith(".safetensors")]
-
-
-async def test_the_first_layer_does_not_wait_for_the_last(tmp_path: Path) -> None:
-    go_on = threading.Event()
-    with RemoteWorld(tmp_path / "cache") as world:
-        folder = stocked(world, tmp_path)
-        size = (folder / "adapter_model.safetensors").stat().st_size
-
-        def late(asked: Asked, client: Client) -> None:
-            if asked.span and asked.span[0] > size // 2:
-                assert go_on.wait(20)
-            world.serve(asked, client)
-
-        world.server.behave = late
-        async with over(world) as loader, loader.stream(world.ref("one")) as handle:
-            await handle.layer_ready(0)
-            assert not handle.is_ready(3)
-            go_on.set()
-            await handle.layer_ready(3)
-            tiny.assert_equal_to_file(handle, folder)
 
 
 async def test_two_processes_download_once(tmp_path: Path) -> None:
@@ -80,14 +46,13 @@ async def test_two_processes_download_once(tmp_path: Path) -> None:
 
 
 async def test_an_answer_counts_for_a_while(tmp_path: Path) -> None:
-    now = [0.0]
-    with RemoteWorld(tmp_path / "cache", revalidate=60, clock=lambda: now[0]) as world:
+    with RemoteWorld(tmp_path / "cache", revalidate=60) as world:
         stocked(world, tmp_path)
         async with over(world) as loader:
             for _ in range(3):
                 (await loader.load(world.ref("one"))).release()
             assert world.locator.located == 1
-            now[0] = 61.0
+            world.later = 61.0
             stocked(world, tmp_path, seed=7)
             async with await loader.load(world.ref("one")) as handle:
                 tiny.assert_equal_to_file(handle, tmp_path / "one")
@@ -196,28 +161,14 @@ async def test_a_pinned_version_that_was_replaced(world: RemoteWorld, tmp_path: 
 
 
 def one_slot(world: RemoteWorld, device: str) -> AdapterLoader:
-    config = LoaderConfig(
-        device=device, device_bytes=1 << 20, max_slots=1, io_threads=2, timeout=20
-    )
-    return AdapterLoader(tiny.layout(), config, source=world.source)
+    return over(world, device=device, device_bytes=1 << 20, max_slots=1)
 
 
-async def leave(world: RemoteWorld, loader: AdapterLoader, name: str) -> None:
+async def leave(world: RemoteWorld, loader: AdapterLoader, id: AdapterId, other: str) -> None:
     """It is loaded, and then neither on the device nor on the disk; the loader knows it still."""
-    (await loader.load(world.ref(name))).release()
-    (await loader.load(world.ref("another"))).release()
+    for each in (id, world.ref(other)):
+        (await loader.load(each)).release()
     await until(lambda: all(rm(world.cache, entry.name) for entry in ls(world.cache)))
-
-
-def two_stocked(world: RemoteWorld, folder: Path) -> Path:
-    for seed, name in enumerate(("one", "another")):
-        world.put(name, *tiny.files(tiny.write(folder / name, seed)))
-    return folder / "one"
-
-
-async def all_of(handle: AdapterHandle) -> None:
-    for layer in range(tiny.LAYERS):
-        await handle.layer_ready(layer)
 
 
 @pytest.mark.slow
@@ -231,42 +182,9 @@ async def test_parts_of_a_merge_are_fetched_again(tmp_path: Path) -> None:
         refs = [world.ref(name) for name in "ab"]
         merge = Merge("linear", refs, [0.5, -2])
         async with one_slot(world, "cpu") as loader:
-            (await loader.load(merge)).release()
-            (await loader.load(world.ref("c"))).release()
-            await until(lambda: all(rm(world.cache, entry.name) for entry in ls(world.cache)))
+            await leave(world, loader, merge, "c")
             async with await loader.load(merge) as handle:
                 assert_halves(handle, tmp_path)
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[RemoteWorld]:
-    with RemoteWorld(tmp_path / "cache") as world:
-        yield world
-
-
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[HubStandIn]:
-    """It has org/one, of which `main` and `tag` are the same."""
-    folder = tiny.write(tmp_path / "one")
-    with HubStandIn() as hub:
-        commit = hub.put("org/one", contents(folder))
-        hub.repos["org/one"].refs["tag"] = commit
-        yield hub
-
-
-def from_hub(hub: HubStandIn, tmp_path: Path, **settings: Any) -> AdapterLoader:
-    allow = (Allow("hub"), at(hub.store_netloc))
-    config = LoaderConfig(
-        device_bytes=1 << 20,
-        io_threads=2,
-        timeout=20,
-        allow=allow,
-        cache_dir=tmp_path / "cache",
-        hub_cache_dir=tmp_path / "hub",
-        hub_endpoint=hub.endpoint,
-        **settings,
-    )
-    return AdapterLoader(tiny.layout(), config)
 
 
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
@@ -274,62 +192,17 @@ async def test_what_was_evicted_is_fetched_again(
     world: RemoteWorld, tmp_path: Path, device: str
 ) -> None:
     """Nobody is told; and also for a caller who streams it."""
-    folder = two_stocked(world, tmp_path)
+    folder = stocked(world, tmp_path, rank=4)
+    stocked(world, tmp_path, "another", 1, rank=4)
     async with one_slot(world, device) as loader:
-        await leave(world, loader, "one")
+        await leave(world, loader, world.ref("one"), "another")
         async with await loader.load(world.ref("one")) as handle:
             tiny.assert_equal_to_file(handle, folder)
         for _ in range(5):
-            await leave(world, loader, "one")
+            await leave(world, loader, world.ref("one"), "another")
             async with loader.stream(world.ref("one")) as handle:
-                await all_of(handle)
+                for layer in range(tiny.LAYERS):
+                    await handle.layer_ready(layer)
                 tiny.assert_equal_to_file(handle, folder)
             async with loader.stream(world.ref("one")) as handle:
                 assert handle.resident
-
-
-async def test_first_loads_at_once_share_one_cache_and_its_connections(tmp_path: Path) -> None:
-    """What all adapters from elsewhere share is made by whichever comes first, and once."""
-    with HubStandIn() as hub:
-        for n in range(8):
-            hub.put(f"org/{n}", contents(tiny.write(tmp_path / str(n), seed=n)))
-
-        async def loads(loader: AdapterLoader, n: int) -> None:
-            async with await loader.load(f"org/{n}") as handle:
-                tiny.assert_equal_to_file(handle, tmp_path / str(n))
-
-        for _ in range(3):
-            async with from_hub(hub, tmp_path, max_slots=8) as loader:
-                await asyncio.gather(*(loads(loader, n) for n in range(8)))
-            with pytest.raises(LoaderClosedError):
-                await loader.load("org/0")
-
-
-async def test_stale_adapters_while_the_source_is_down(world: RemoteWorld, tmp_path: Path) -> None:
-    """Loaded or streamed, and by the ref or by the call, not by both."""
-    folder = stocked(world, tmp_path)
-    async with over(world) as loader:
-        (await loader.load(world.ref("one"))).release()
-    world.locator.error = FetchError("it is down")
-    async with over(world) as loader:
-        async with await loader.load("one", source="hub", allow_stale=True) as handle:
-            tiny.assert_equal_to_file(handle, folder)
-            assert handle.stale
-        async with loader.stream("one", source="hub", allow_stale=True) as handle:
-            assert handle.stale
-        with pytest.raises(FetchError, match="down"):
-            await loader.load(world.ref("one"))
-        with pytest.raises(UsageError, match="allow_stale itself"):
-            await loader.load(world.ref("one"), allow_stale=True)
-
-
-async def test_a_replaced_cache_folder_must_be_private(hub: HubStandIn, tmp_path: Path) -> None:
-    hub.put("org/two", contents(tiny.write(tmp_path / "two", seed=2)))
-    async with from_hub(hub, tmp_path) as loader:
-        async with await loader.load("org/one") as handle:
-            await handle.verified()
-        shutil.rmtree(tmp_path / "cache")
-        (tmp_path / "cache").mkdir()
-        (tmp_path / "cache").chmod(0o777)
-        with pytest.raises(ConfigError, match="others may write"):
-            await loader.load("org/two")

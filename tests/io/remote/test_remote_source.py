@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Event, Thread, current_thread
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
+import remote_world
 from disk_cache_world import begun
 from fault_server import Asked, Client
 from remote_world import RemoteWorld, brought, opened, stocked
@@ -31,16 +32,11 @@ from lorax_async.remote import opening
 from lorax_async.remote.fetching import AdapterFetch
 from lorax_async.remote.metadata import FIRST_BYTES, track
 from lorax_async.remote.readers import EntryReader, ReopenedReader, entry_gone
-from lorax_async.types import AdapterKey, RemoteKey
+from lorax_async.types import RemoteKey
 from telling import TellingLock
 
 pytestmark = [pytest.mark.usefixtures("nothing_left", "no_socket_left"), pytest.mark.each_loop]
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[RemoteWorld]:
-    with RemoteWorld(tmp_path / "cache") as world:
-        yield world
+settings, world = remote_world.settings, remote_world.world
 
 
 class TestConformance(SourceConformance):
@@ -49,9 +45,8 @@ class TestConformance(SourceConformance):
 
 class TestCached(PopulateConformance):
     @pytest.fixture
-    def world(self, tmp_path: Path) -> Iterator[RemoteWorld]:
-        with RemoteWorld(tmp_path / "cache", cached=True) as world:
-            yield world
+    def settings(self) -> dict[str, Any]:
+        return {"cached": True}
 
     @pytest.mark.parametrize("part", ["config", "weights"])
     async def test_another_version_is_not_held(self, world: Any, part: str) -> None:
@@ -80,28 +75,13 @@ async def test_known_callers_while_the_source_is_down(world: RemoteWorld, tmp_pa
         await world.source.resolve(replace(stranger, revision=version))
 
 
-async def test_the_last_version_is_what_is_stale(world: RemoteWorld) -> None:
-    keys: list[AdapterKey] = []
-    for seed in (1, 2):
-        world.put("one", CONFIG, weights(seed))
-        keys.append(await world.source.resolve(world.ref("one")))
-        (await brought(world)).reader.close()
-    world.locator.error = FetchError("it is down")
-    found = await world.source.resolve(replace(world.ref("one"), allow_stale=True))
-    assert isinstance(found, RemoteKey)
-    assert found.stale
-    assert replace(found, stale=False) == keys[1] != keys[0]
-
-
-async def test_another_version_is_not_stored_under_the_name_of_the_one(tmp_path: Path) -> None:
+async def test_another_version_is_not_stored_under_the_name_of_the_one(world: RemoteWorld) -> None:
     """It is located anew when the places that the source told have expired."""
-    now = 0.0
-    with RemoteWorld(tmp_path / "cache", clock=lambda: now) as world:
-        key = await world.source.resolve(world.put("one", CONFIG, weights(1)))
-        now = 3600.0
-        world.put("one", CONFIG, weights(2))
-        with pytest.raises(IntegrityError, match="another version by now"):
-            await world.source.open(key, FetchControl())
+    key = await world.source.resolve(world.put("one", CONFIG, weights(1)))
+    world.later = 3600.0
+    world.put("one", CONFIG, weights(2))
+    with pytest.raises(IntegrityError, match="another version by now"):
+        await world.source.open(key, FetchControl())
 
 
 def in_use(world: RemoteWorld) -> list[bool]:
@@ -353,74 +333,33 @@ async def test_waiting_ends_with_demand(
         download.discard()
 
 
-async def test_comparing_a_refused_entry_ends_with_the_demand(tmp_path: Path) -> None:
-    now = [0.0]
-    with RemoteWorld(tmp_path / "cache", clock=lambda: now[0]) as world:
-        world.locator.promises = False  # so its source is asked, and nothing is hashed
-        stocked(world, tmp_path)
-        asked = []
-
-        async def no_answer(*_: object) -> NoReturn:
-            asked.append(True)
-            await asyncio.Event().wait()
-            raise AssertionError("unreachable")
-
-        (await brought(world)).reader.close()
-        control = FetchControl()
-        file = await opened(world, control=control)
-        now[0] = 10_000.0
-        world.locator.locate = no_answer  # type: ignore[assignment,method-assign]
-        refusing = asyncio.create_task(file.refused(AdapterFormatError("it does not fit")))
-        await until(lambda: asked)
-        control.end()
-        assert not await asyncio.wait_for(refusing, 5)
-        assert not any(in_use(world))
-
-
-async def test_a_question_to_the_source_ends_with_the_demand(tmp_path: Path) -> None:
+@pytest.mark.parametrize("refused", [False, True], ids=["to open it", "to compare an entry"])
+async def test_a_question_to_the_source_ends_with_the_demand(
+    world: RemoteWorld, tmp_path: Path, refused: bool
+) -> None:
     """Also where the source does not answer: no caller waits for it any more."""
-    now = [0.0]
-    with RemoteWorld(tmp_path / "cache", clock=lambda: now[0]) as world:
-        stocked(world, tmp_path)
-        cancelled = []
-
-        async def no_answer(*_: object) -> Any:
-            cancelled.append(False)
-            try:
-                await asyncio.Event().wait()
-            finally:
-                cancelled[0] = True
-            raise AssertionError("unreachable")
-
-        key = await world.source.resolve(world.ref("one"))
-        now[0] = 10_000.0  # the answer is too old: signed URLs expire
-        world.locator.locate = no_answer  # type: ignore[assignment,method-assign]
-        control = FetchControl()
-        asking = asyncio.create_task(world.source.open(key, control))
-        await until(lambda: cancelled)
-        assert not asking.done()
-        control.end()
-        with pytest.raises(FetchError, match="no caller waits"):
-            await asking
-        assert cancelled == [True]
-        assert not any(in_use(world))
-
-
-async def test_opening_is_cancelled_at_any_turn(world: RemoteWorld, tmp_path: Path) -> None:
     stocked(world, tmp_path)
-    (await brought(world)).reader.close()
-    key = await world.source.resolve(world.ref("one"))
-    cancelled = []
-    for turns in range(40):
-        opening_it = asyncio.create_task(world.source.open(key, FetchControl()))
-        for _ in range(turns):
-            await asyncio.sleep(0.0005 if turns > 20 else 0)
-        opening_it.cancel()
-        await asyncio.wait([opening_it])
-        cancelled.append(opening_it.cancelled())
-        if not opening_it.cancelled():
-            opening_it.result().reader.close()
-    assert cancelled[0]
+    world.locator.promises = False  # so it is asked, and nothing is hashed
+    key, control = await world.source.resolve(world.ref("one")), FetchControl()
+    if refused:
+        (await brought(world)).reader.close()
+        file = await opened(world, control=control)
+    world.later = 10_000.0  # the answer is too old: signed URLs expire
+    world.locator.silent = True
+    error = AdapterFormatError("it does not fit")
+    asking: Coroutine[Any, Any, Any] = (
+        file.refused(error) if refused else world.source.open(key, control)
+    )
+    waiting = asyncio.create_task(asking)
+    await until(lambda: world.locator.unanswered)
+    assert not waiting.done()
+    control.end()
+    await asyncio.wait([waiting], timeout=5)
+    if refused:
+        assert not waiting.result()
+    else:
+        assert "no caller waits" in str(waiting.exception())
+    assert not world.locator.unanswered
     assert not any(in_use(world))
 
 

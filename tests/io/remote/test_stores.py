@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qs, parse_qsl, urlsplit
 
 import pytest
-from fault_server import FaultServer, until
+from fault_server import until
 from fetching import DATA, engine, fetched
 from object_stores import (
     AZURE_KEY,
@@ -18,14 +17,15 @@ from object_stores import (
     NOWHERE,
     S3_KEY,
     S3_SECRET,
+    WEIGHTS,
     Azurite,
     GoogleStandIn,
-    Weed,
+    Store,
     brought,
-    bucket,
     located,
     locator,
     set_environment,
+    stored,
 )
 from origins import KINDS, processes
 from user_loads import secretless
@@ -36,7 +36,6 @@ from lorax_async.types import AdapterRef
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
-WEIGHTS = "adapter_model.safetensors"
 SHARDS = [FileRole("weights", n, 2) for n in (1, 2)]
 SECRETS = (S3_KEY, S3_SECRET, AZURE_KEY, GOOGLE_ACCOUNT, "Signature", "X-Amz", "sig=")
 SIGNATURES = {"gs": "X-Goog-Signature", "s3": "X-Amz-Signature", "az": "sig="}
@@ -50,42 +49,6 @@ def on(*kinds: object) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("store", kinds, indirect=True)
 
 
-@dataclass
-class Store:
-    """A folder of this test alone, in a store of that kind."""
-
-    kind: str
-    path: str
-    server: GoogleStandIn | Weed | Azurite
-    bucket: str = "adapters"
-
-    @property
-    def id(self) -> str:
-        return f"{self.kind}://{self.bucket}/{self.path}"
-
-    def put(self, name: str, data: bytes) -> str | None:
-        """The version of the object, where the bucket keeps them."""
-        if isinstance(self.server, GoogleStandIn):
-            self.server.objects[f"/{self.bucket}/{self.path}{name}"] = data
-            self.server.generation += 1
-            return str(self.server.generation)
-        return bucket(self.kind, self.bucket).put(f"{self.path}{name}", data)["version"]
-
-    def put_adapter(self, weights: bytes = DATA, config: bytes = CONFIG) -> None:
-        self.put("adapter_config.json", config)
-        self.put(WEIGHTS, weights)
-
-    def etag(self, name: str = WEIGHTS) -> str:
-        found = bucket(self.kind, self.bucket).head(f"{self.path}{name}")["e_tag"]
-        assert found is not None
-        return found
-
-    @property
-    def url(self) -> str:
-        """With which the weights are asked for."""
-        return located(self.id).files[1].target.url.text
-
-
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Any]]:
     with processes(tmp_path_factory) as begun:
@@ -96,16 +59,9 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str]
 def store(
     request: pytest.FixtureRequest, servers: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Store]:
-    kind, path = request.param, f"tests/{request.node.originalname}/"
-    if kind != "gs":
-        server = servers(kind)
-        set_environment(monkeypatch, server.environment)
-        yield Store(kind, path, server)
-        return
-    stand_in = GoogleStandIn()
-    with FaultServer(b"", stand_in) as google:
-        set_environment(monkeypatch, stand_in.environment(google.port))
-        yield Store(kind, path, stand_in)
+    with stored(request.param, f"tests/{request.node.originalname}/", servers) as store:
+        set_environment(monkeypatch, store.server.environment)
+        yield store
 
 
 @on("gs", S3, AZURE)
