@@ -92,15 +92,19 @@ class Client:
 Behaviour = Callable[[Asked, Client], None]
 
 
-def answer(asked: Asked, client: Client, data: bytes, *fields: str) -> None:
-    """The right one: the range that was asked for, or all of it."""
+def begin(asked: Asked, client: Client, data: bytes, *fields: str) -> bytes:
+    """Send the head of the right answer; return the body that should follow."""
     if asked.span is None:
         client.head("200 OK", f"Content-Length: {len(data)}", *fields)
-        client.send(data)
-        return
+        return data
     start, stop = asked.span[0], min(asked.span[1], len(data))
     client.part(start, stop, len(data), *fields)
-    client.send(data[start:stop])
+    return data[start:stop]
+
+
+def answer(asked: Asked, client: Client, data: bytes, *fields: str) -> None:
+    """The right one: the range that was asked for, or all of it."""
+    client.send(begin(asked, client, data, *fields))
 
 
 @dataclass
@@ -191,13 +195,11 @@ class FaultServer:
 
     def stalled(self, asked: Asked, client: Client) -> None:
         """Right, but for all requests after the first only 100 bytes come."""
-        assert asked.span is not None
-        start, stop = asked.span
-        client.part(start, stop, len(self.data), f"ETag: {ETAG}")
-        if start == 0:
-            client.send(self.data[:stop])
+        body = begin(asked, client, self.data, f"ETag: {ETAG}")
+        if asked.span and asked.span[0] == 0:
+            client.send(body)
             return
-        client.send(self.data[start : start + 100])
+        client.send(body[:100])
         client.stall()
 
 

@@ -82,6 +82,9 @@ class PretendNetwork(LoopbackOnly):
         return self.peers.get(self._last, self._last)
 
 
+_ONE_MORE = bytes(range(1, 256)) + b"\xff"
+
+
 class MemorySink:
     """Keeps what is written, and how often each byte was."""
 
@@ -90,9 +93,9 @@ class MemorySink:
         self.times = bytearray(nbytes)
 
     def write(self, offset: int, data: memoryview) -> None:
-        self.data[offset : offset + len(data)] = data
-        for n in range(offset, offset + len(data)):
-            self.times[n] += 1
+        stop = offset + len(data)
+        self.data[offset:stop] = data
+        self.times[offset:stop] = self.times[offset:stop].translate(_ONE_MORE)
 
 
 def engine(connections: int = 4, *, network: Network | None = None, **settings: Any) -> RangeEngine:
@@ -112,34 +115,24 @@ def asked(engine: RangeEngine, url: str, nbytes: int = 5_000) -> ProbeResult:
 
 
 def fetched(
-    engine: RangeEngine,
-    answer: ProbeResult,
-    *,
-    groups: Sequence[Sequence[ByteRange]] = GROUPS,
-    have: Sequence[ByteRange] = (),
-    first: int = 2,
-    timeout: float = 20,
+    engine: RangeEngine, answer: ProbeResult, *, have: Sequence[ByteRange] = (), timeout: float = 20
 ) -> tuple[MemorySink, list[int]]:
     """Download to the end; raises what the download raises."""
     sink, order = MemorySink(), list[int]()
-    job = engine.download(
-        answer, groups, sink, order.append, first=first, have=have, timeout=timeout
-    )
+    given: Any = {"first": 2, "have": have, "timeout": timeout}
+    job = engine.download(answer, GROUPS, sink, order.append, **given)
     job.done.result(timeout + 5)
     return sink, order
 
 
-def check(
-    sink: MemorySink, order: list[int], groups: Sequence[Sequence[ByteRange]] = GROUPS
-) -> None:
+def check(sink: MemorySink, order: list[int]) -> None:
     """All bytes of the groups are right and came once, nothing else came, groups in order."""
     wanted = bytearray(len(DATA))
-    for group in groups:
-        for start, stop in group:
-            assert sink.data[start:stop] == DATA[start:stop]
-            wanted[start:stop] = b"\1" * (stop - start)
+    for start, stop in (span for group in GROUPS for span in group):
+        assert sink.data[start:stop] == DATA[start:stop]
+        wanted[start:stop] = b"\1" * (stop - start)
     assert sink.times == wanted
-    assert order == list(range(len(groups)))
+    assert order == list(range(len(GROUPS)))
 
 
 def took(begun: float) -> float:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from fault_server import ETAG, Asked, Client, FaultServer, until
+from fault_server import ETAG, Asked, Client, FaultServer, begin, until
 from fetching import (
     DATA,
     GROUPS,
@@ -57,11 +57,9 @@ def test_a_long_piece_makes_way() -> None:
             if asked.target == "/wanted" or asked.span == (0, 5_000) or release.is_set():
                 server.right(asked, client)
                 return
-            assert asked.span is not None
-            start, stop = asked.span
-            client.part(start, stop, len(data), f"ETag: {ETAG}")
-            for n in range(start, stop, 1 << 18):
-                client.send(data[n : min(n + (1 << 18), stop)])
+            body = begin(asked, client, data, f"ETag: {ETAG}")
+            for n in range(0, len(body), 1 << 18):
+                client.send(body[n : n + (1 << 18)])
                 client.ending.wait(0.1)
 
         server.behave = slow
@@ -84,12 +82,10 @@ def test_a_straggler_is_relieved() -> None:
     with FaultServer(data) as server, engine(2, timeouts=PATIENT, sizes=PieceSizes()) as fetching:
 
         def uneven(asked: Asked, client: Client) -> None:
-            assert asked.span is not None
-            start, stop = asked.span[0], min(asked.span[1], len(data))
-            client.part(start, stop, len(data), f"ETag: {ETAG}")
-            slow = asked.span[0] == 0 and asked.span[1] > 5_000
-            for n in range(start, stop, 50_000):
-                client.send(data[n : min(n + 50_000, stop)])
+            body = begin(asked, client, data, f"ETag: {ETAG}")
+            slow = asked.span is not None and asked.span[0] == 0
+            for n in range(0, len(body), 50_000):
+                client.send(body[n : n + 50_000])
                 client.ending.wait(0.1 if slow else 0.01)
 
         answer = asked(fetching, server.url())

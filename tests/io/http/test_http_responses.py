@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import pytest
-from fault_server import ETAG, Asked, Behaviour, Client, FaultServer, Hangup, until
+from fault_server import ETAG, Asked, Behaviour, Client, FaultServer, Hangup, begin, until
 from fetching import (
     DATA,
     GROUPS,
@@ -205,9 +205,7 @@ def good_head(then: Callable[[Client, bytes], object]) -> Behaviour:
     """What follows is given the body that should."""
 
     def answer(asked: Asked, client: Client) -> None:
-        assert asked.span is not None
-        client.part(*asked.span, len(DATA), TAG)
-        then(client, DATA[slice(*asked.span)])
+        then(client, begin(asked, client, DATA, TAG))
 
     return answer
 

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 from urllib.parse import unquote
 
 from fault_server import Asked, Client, FaultServer
@@ -32,6 +32,9 @@ _API = re.compile(
     r"/api/models/(?P<repo>[^/]+/[^/]+)"
     r"(?:/(?P<what>revision|tree|paths-info)/(?P<revision>[^/?]+))?(?P<rest>/[^?]*)?(?:\?.*)?"
 )
+
+
+Files = Mapping[str, bytes]
 
 
 @dataclass
@@ -97,12 +100,7 @@ class HubStandIn:
         return self._store.netloc
 
     def put(
-        self,
-        repo: str,
-        files: Mapping[str, bytes],
-        revision: str = "main",
-        *,
-        private_token: str | None = None,
+        self, repo: str, files: Files, revision: str = "main", *, private_token: str | None = None
     ) -> str:
         """A commit with these files, on a branch (or under any ref); returns its name."""
         found = self.repos.setdefault(repo, Repo())
@@ -156,10 +154,11 @@ class HubStandIn:
             return _error(403 if token else 401, "GatedRepo", f"Access to {name} is restricted")
         return self._resolved(asked, commit, unquote(found["name"]), files)
 
-    def _resolved(self, asked: Asked, commit: str, name: str, files: Mapping[str, bytes]) -> Reply:
+    def _resolved(self, asked: Asked, commit: str, name: str, files: Files) -> Reply:
         if name not in files:
             missing = _error(404, "EntryNotFound", "Entry not found")
-            return Reply(404, {**missing.fields, "X-Repo-Commit": commit}, missing.body)
+            missing.fields["X-Repo-Commit"] = commit
+            return missing
         content = files[name]
         fields = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         if not is_large(name):
@@ -174,12 +173,8 @@ class HubStandIn:
         path, _, query = asked.target.partition("?")
         if query != SIGNATURE or "authorization" in asked.fields:
             return Reply(403, {}, b"<Error><Code>AccessDenied</Code></Error>")
-        contents = (
-            content
-            for repo in self.repos.values()
-            for files in repo.commits.values()
-            for content in files.values()
-        )
+        commits = (files for repo in self.repos.values() for files in repo.commits.values())
+        contents = (content for files in commits for content in files.values())
         found = next((each for each in contents if path == f"/store/{sha256(each)}"), None)
         if found is None:
             return Reply(404)
@@ -211,30 +206,22 @@ def _ranged(asked: Asked, content: bytes, fields: dict[str, str]) -> Reply:
 def _api(asked: Asked, matched: re.Match[str], name: str, repo: Repo, commit: str) -> Reply:
     files = repo.commits[commit]
     entries = [_entry(each, content) for each, content in sorted(files.items())]
-    found: object
+    found: Any
     if matched["what"] == "tree":
         found = entries
     elif matched["what"] == "paths-info":
         found = [entry for entry in entries if str(entry["path"]) in unquote(asked.body.decode())]
     else:
-        found = {
-            "id": name,
-            "modelId": name,
-            "sha": commit,
-            "private": repo.token is not None,
-            "siblings": [{"rfilename": each} for each in sorted(files)],
-        }
+        siblings = [{"rfilename": each} for each in sorted(files)]
+        found = {"id": name, "modelId": name, "sha": commit, "siblings": siblings}
+        found["private"] = repo.token is not None
     fields = {"Content-Type": "application/json", "X-Repo-Commit": commit}
     return Reply(200, fields, json.dumps(found).encode())
 
 
 def _entry(name: str, content: bytes) -> dict[str, object]:
-    entry: dict[str, object] = {
-        "type": "file",
-        "path": name,
-        "oid": git_sha1(content),
-        "size": len(content),
-    }
+    entry: dict[str, object] = {"type": "file", "path": name, "size": len(content)}
+    entry["oid"] = git_sha1(content)
     if is_large(name):
         entry["lfs"] = {"oid": sha256(content), "size": len(content), "pointerSize": 134}
     return entry

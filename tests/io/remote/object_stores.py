@@ -243,9 +243,9 @@ def bucket(kind: str, name: str) -> AzureStore | S3Store:
 
 
 @contextmanager
-def locator(*, signed_for: float = 600.0) -> Iterator[StoreBackend]:
-    with ThreadPoolExecutor(2, "lorax-test") as threads:
-        made = StoreBackend(threads, PublicOnly(), signed_for=signed_for)
+def locator(threads: int = 2, *, signed_for: float = 600.0) -> Iterator[StoreBackend]:
+    with ThreadPoolExecutor(threads, "lorax-test") as pool:
+        made = StoreBackend(pool, PublicOnly(), signed_for=signed_for)
         try:
             yield made
         finally:
@@ -279,9 +279,12 @@ class Store:
             return str(self.server.generation)
         return bucket(self.kind, self.bucket).put(f"{self.path}{name}", data)["version"]
 
+    def put_all(self, files: dict[str, bytes]) -> None:
+        for file in files.items():
+            self.put(*file)
+
     def put_adapter(self, weights: bytes = DATA, config: bytes = CONFIG) -> None:
-        self.put("adapter_config.json", config)
-        self.put(WEIGHTS, weights)
+        self.put_all({"adapter_config.json": config, WEIGHTS: weights})
 
     def etag(self, name: str = WEIGHTS) -> str:
         found = bucket(self.kind, self.bucket).head(f"{self.path}{name}")["e_tag"]

@@ -238,18 +238,10 @@ def olah(folder: Path, hub: HubStandIn) -> Iterator[str]:
     assert program is not None
     port = servers.free_port()
     own = f"127.0.0.1:{port}"
-    basic: dict[str, object] = {
-        "host": "127.0.0.1",
-        "port": port,
-        "repos-path": str(folder / "repos"),
-        "hf-scheme": "http",
-        "hf-netloc": hub.netloc,
-        "hf-lfs-netloc": hub.store_netloc,
-        "mirror-scheme": "http",
-        "mirror-netloc": own,
-        "mirror-lfs-netloc": own,
-        "mirrors-path": [],
-    }
+    basic: dict[str, object] = {"host": "127.0.0.1", "port": port, "mirrors-path": []}
+    basic |= {"repos-path": str(folder / "repos"), "hf-scheme": "http", "mirror-scheme": "http"}
+    basic |= {"hf-netloc": hub.netloc, "hf-lfs-netloc": hub.store_netloc}
+    basic |= {"mirror-netloc": own, "mirror-lfs-netloc": own}
     settings = folder / "olah.toml"
     lines = [f"{name} = {json.dumps(value)}" for name, value in basic.items()]
     settings.write_text("\n".join(["[basic]", *lines, ""]))
@@ -289,12 +281,8 @@ def made(
         link = ends.enter_context(SlowProxy(store.port))
         set_environment(patch, store.environment(link.port))
 
-        def put_there(files: Files) -> None:
-            for file in files.items():
-                store.put(*file)
-
         allow = Allow(kind, "adapters")  # type: ignore[arg-type]
-        return Origin(kind, store.id, put_there, link, folder, None, {"allow": (allow,)})
+        return Origin(kind, store.id, store.put_all, link, folder, None, {"allow": (allow,)})
     if kind == "folder":
         server = Shelf()
         port = ends.enter_context(FaultServer(b"", server)).port
@@ -317,7 +305,5 @@ def made(
 
     link = ends.enter_context(SlowProxy(port))
     netloc = f"127.0.0.1:{link.port}"
-    settings = (
-        {"allow": (at(netloc, f"{name}/"),)} if kind == "folder" else {"allow": (at(netloc),)}
-    )
+    settings = {"allow": (at(netloc, f"{name}/" if kind == "folder" else ""),)}
     return Origin(kind, f"http://{netloc}/{name}/", put, link, folder, server, settings)

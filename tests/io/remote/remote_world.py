@@ -232,10 +232,7 @@ class RemoteWorld:
         except KeyError:
             refuse("404 Not Found")(asked, client)
         else:
-            self.answer(asked, client, data, etag)
-
-    def answer(self, asked: Asked, client: Client, data: bytes, etag: str) -> None:
-        answer(asked, client, data, f"ETag: {etag}")
+            answer(asked, client, data, f"ETag: {etag}")
 
     def close(self) -> None:
         self.engine.close()

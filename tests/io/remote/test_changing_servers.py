@@ -13,18 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from fault_server import Asked, Client, FaultServer, Hangup
+from fault_server import Asked, Client, FaultServer, Hangup, begin
 from user_loads import at, contents, has, loader, stored_in, until, written
 from web_folder import CONFIG, WEIGHTS, Folder, name_of, refuse
 
+from lorax_async import errors
 from lorax_async.cli.fetch import FetchRow, fetch_all
-from lorax_async.errors import (
-    AdapterError,
-    AdapterFormatError,
-    FetchError,
-    IncompatibleAdapterError,
-    IntegrityError,
-)
 from lorax_async.loader import AdapterLoader
 from lorax_async.remote.remote_source import open_remote_source
 from lorax_async.types import AdapterRef
@@ -51,14 +45,10 @@ class Origin(Folder):
         if self.promises:
             digest = base64.b64encode(hashlib.sha256(data).digest()).decode()
             head.append(f"Repr-Digest: sha-256=:{digest}:")  # RFC 9530
-        if asked.span is None:
-            client.head("200 OK", f"Content-Length: {len(data)}", *head)
-            client.send(data)
-            return
-        start, stop = asked.span[0], min(asked.span[1], len(data))
-        client.part(start, stop, len(data), *head)
-        client.send(data[start : min(stop, self.stop_at or stop)])
-        if self.stop_at is not None and self.stop_at < stop:
+        body, start = begin(asked, client, data, *head), asked.span[0] if asked.span else 0
+        sent = body if self.stop_at is None else body[: max(0, self.stop_at - start)]
+        client.send(sent)
+        if len(sent) < len(body):
             raise Hangup
 
     def bytes_asked(self, since: int = 0) -> int:
@@ -75,6 +65,8 @@ class World:
     origin: Origin
     server: FaultServer
     folder: Path
+    adapters: list[Path]
+    """Two of one shape that differ in every tensor; some 2.4 MB each."""
 
     @property
     def id(self) -> str:
@@ -91,7 +83,6 @@ class World:
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two of one shape that differ in every tensor; some 2.4 MB each."""
     folder = tmp_path_factory.mktemp("saved")
     return [written(folder / str(n), n, layers=LAYERS, rank=256) for n in range(2)]
 
@@ -100,12 +91,12 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def world(tmp_path: Path, adapters: list[Path]) -> Iterator[World]:
     origin = Origin(contents(adapters[0]))
     with FaultServer(b"", origin) as server:
-        yield World(origin, server, tmp_path)
+        yield World(origin, server, tmp_path, adapters)
 
 
 async def refused(
-    there: AdapterLoader, id: str | AdapterRef, error: type[AdapterError]
-) -> AdapterError:
+    there: AdapterLoader, id: str | AdapterRef, error: type[errors.AdapterError]
+) -> errors.AdapterError:
     with pytest.raises(error) as caught:
         async with await there.load(id):
             pass
@@ -115,7 +106,7 @@ async def refused(
 async def interrupted(world: World, there: AdapterLoader) -> None:
     """A load that ends after 1.5 MB of weights, and leaves them to the next one."""
     world.origin.stop_at = 1_500_000
-    await refused(there, world.id, FetchError)
+    await refused(there, world.id, errors.FetchError)
     world.origin.stop_at = None
     await until(lambda: world.stored() == (0, 1))
 
@@ -136,23 +127,23 @@ async def published(world: World) -> None:
 @pytest.mark.parametrize(
     "promises", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["no digest", "digest"]
 )
-async def test_interrupted(world: World, adapters: list[Path], again: str, promises: bool) -> None:
+async def test_interrupted(world: World, again: str, promises: bool) -> None:
     world.origin.promises = promises
     async with world.loader() as there:
         await interrupted(world, there)
-        world.origin.files = contents(adapters[1])
+        world.origin.files = contents(world.adapters[1])
         if again == "the same loader":
-            await has(there, world.id, adapters[1])
+            await has(there, world.id, world.adapters[1])
     if again != "the same loader":
         async with world.loader() as there:
-            await has(there, world.id, adapters[1])
+            await has(there, world.id, world.adapters[1])
     async with world.loader() as there:
-        await has(there, world.id, adapters[1])
+        await has(there, world.id, world.adapters[1])
 
 
-async def test_a_fetch_begins_anew_after_other_bytes(world: World, adapters: list[Path]) -> None:
+async def test_a_fetch_begins_anew_after_other_bytes(world: World) -> None:
     """They differ behind the first answer, so that it is noticed while the rest comes."""
-    old, new = (contents(adapter)[WEIGHTS] for adapter in adapters)
+    old, new = (contents(adapter)[WEIGHTS] for adapter in world.adapters)
     world.origin.files[WEIGHTS] = old
     async with world.loader() as there:
         await interrupted(world, there)
@@ -161,9 +152,9 @@ async def test_a_fetch_begins_anew_after_other_bytes(world: World, adapters: lis
             assert (folder.path / WEIGHTS).read_bytes() == mixed
 
 
-async def test_an_interrupted_config_is_compared(world: World, adapters: list[Path]) -> None:
+async def test_an_interrupted_config_is_compared(world: World) -> None:
     """Another alpha of as many digits: the scale of the adapter that is served is the new one."""
-    right = contents(adapters[0])
+    right = contents(world.adapters[0])
     config = json.loads(right[CONFIG])
     old, new = (json.dumps(config | {"lora_alpha": alpha}).encode() for alpha in (8, 9))
     assert len(old) == len(new)
@@ -183,7 +174,7 @@ async def test_an_interrupted_config_is_compared(world: World, adapters: list[Pa
 
 
 @pytest.mark.slow
-async def test_a_killed_process_is_gone_on_with(world: World, adapters: list[Path]) -> None:
+async def test_a_killed_process_is_gone_on_with(world: World) -> None:
     """It fetches the adapter into the same cache."""
     command = [sys.executable, "-m", "lorax_async", "fetch", world.id]
     command += ["--cache-dir", str(world.folder / "cache"), "--hub-cache", "off"]
@@ -197,7 +188,7 @@ async def test_a_killed_process_is_gone_on_with(world: World, adapters: list[Pat
     world.origin.stop_at = None
     before = len(world.origin.asked)
     async with world.loader(connections=4) as there:
-        await has(there, world.id, adapters[0])
+        await has(there, world.id, world.adapters[0])
     assert world.origin.bytes_asked(before) < 0.7 * len(world.origin.files[WEIGHTS])
 
 
@@ -229,57 +220,56 @@ UPLOADS: dict[str, Callable[[Files], Files]] = {
     ("upload", "stored"),
     [*((name, False) for name in list(UPLOADS)[:6]), *((name, True) for name in list(UPLOADS)[4:])],
 )
-async def test_what_is_refused_does_not_stay(
-    world: World, adapters: list[Path], upload: str, stored: bool
-) -> None:
+async def test_what_is_refused_does_not_stay(world: World, upload: str, stored: bool) -> None:
     """Be it downloaded now or stored before; what its server has by then is loaded."""
-    world.origin.files = UPLOADS[upload](contents(adapters[0]))
+    world.origin.files = UPLOADS[upload](contents(world.adapters[0]))
     if stored:
         await published(world)
         assert world.stored() == (1, 0)
     async with world.loader(check_finite=True) as there:
-        await refused(there, world.id, AdapterError)
+        await refused(there, world.id, errors.AdapterError)
         if upload == "NaN" or not stored:  # else its server still has the same
             await until(lambda: world.stored() == (0, 0))
-        world.origin.files = contents(adapters[0])
-        await has(there, world.id, adapters[0])
+        world.origin.files = contents(world.adapters[0])
+        await has(there, world.id, world.adapters[0])
     async with world.loader(check_finite=True) as there:
-        await has(there, world.id, adapters[0])
+        await has(there, world.id, world.adapters[0])
 
 
-async def test_an_adapter_of_another_base_is_kept(world: World, adapters: list[Path]) -> None:
+async def test_an_adapter_of_another_base_is_kept(world: World) -> None:
     """It is for another base; its source still has the same: other loaders go on using it."""
     async with world.loader() as there:
-        await has(there, world.id, adapters[0])
+        await has(there, world.id, world.adapters[0])
     async with world.loader(layers=2) as there:
-        await refused(there, world.id, IncompatibleAdapterError)
+        await refused(there, world.id, errors.IncompatibleAdapterError)
     assert world.stored() == (1, 0)
     before = world.origin.bytes_asked()
     async with world.loader() as there:
-        await has(there, world.id, adapters[0])
+        await has(there, world.id, world.adapters[0])
     assert world.origin.bytes_asked() - before <= 256 << 10  # the beginning, for its version
 
 
 @pytest.mark.slow
-async def test_a_refusal_stands_while_it_is_down(world: World, adapters: list[Path]) -> None:
-    world.origin.files = UPLOADS["an unknown dtype"](contents(adapters[0]))
+async def test_a_refusal_stands_while_it_is_down(world: World) -> None:
+    world.origin.files = UPLOADS["an unknown dtype"](contents(world.adapters[0]))
     await published(world)
     async with world.loader() as there:
-        error = await refused(there, world.id, AdapterFormatError)
+        error = await refused(there, world.id, errors.AdapterFormatError)
     ref = AdapterRef(world.id, revision=str(error.key.version))  # type: ignore[attr-defined]
     world.origin.instead = dict.fromkeys((CONFIG, WEIGHTS), refuse("503 Service Unavailable"))
     async with world.loader(revalidate=60) as there:
-        await refused(there, ref, AdapterFormatError)
+        await refused(there, ref, errors.AdapterFormatError)
     assert world.stored() == (1, 0)
 
 
-async def test_what_comes_back_was_planned(
-    world: World, adapters: list[Path], tmp_path: Path
-) -> None:
+async def test_what_comes_back_was_planned(world: World) -> None:
     """Evicted, and fetched anew by another loader as other bytes of the same version meanwhile."""
-    local, swapped = written(tmp_path / "local", 9, layers=LAYERS, rank=8), tmp_path / "swapped"
+    local, swapped = (
+        written(world.folder / "local", 9, layers=LAYERS, rank=8),
+        world.folder / "swapped",
+    )
     swapped.mkdir()
-    files = contents(adapters[0])
+    files = contents(world.adapters[0])
     # The first layer's tensors lie where the last one's were, and the other way round.
     for old, new in ((b"s.0.", b"s.#."), (b"s.3.", b"s.0."), (b"s.#.", b"s.3.")):
         files[WEIGHTS] = files[WEIGHTS].replace(old, new)
@@ -304,21 +294,19 @@ async def test_what_comes_back_was_planned(
 
 
 @pytest.mark.parametrize("promised", [False, True], ids=["nobody vouched", "the server vouched"])
-async def test_a_callers_digest_fetches_again(
-    world: World, adapters: list[Path], promised: bool
-) -> None:
+async def test_a_callers_digest_fetches_again(world: World, promised: bool) -> None:
     """Stored bytes that only we have hashed are others: the source may have the right ones by now."""
-    right = contents(adapters[0])
+    right = contents(world.adapters[0])
     digest = hashlib.sha256(right[WEIGHTS]).hexdigest()
     world.origin.promises = promised
-    world.origin.files = contents(adapters[1])
+    world.origin.files = contents(world.adapters[1])
     async with world.loader() as there:
-        await has(there, world.id, adapters[1])
+        await has(there, world.id, world.adapters[1])
     world.origin.files = right
     async with world.loader() as there:
         if promised:  # then the version is what was stored, and the digest another one's
-            await refused(there, AdapterRef(world.id, digest=digest), IntegrityError)
-            await has(there, world.id, adapters[1])
+            await refused(there, AdapterRef(world.id, digest=digest), errors.IntegrityError)
+            await has(there, world.id, world.adapters[1])
         else:
-            await has(there, AdapterRef(world.id, digest=digest), adapters[0])
+            await has(there, AdapterRef(world.id, digest=digest), world.adapters[0])
     assert world.stored() == (1, 0)

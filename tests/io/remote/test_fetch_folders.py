@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -24,31 +23,21 @@ from huggingface_hub import snapshot_download
 from remote_world import RemoteWorld, Steps, over, stocked
 from safetensors.torch import load_file
 from user_loads import at, contents, has, loader, stored_in, written
+from web_folder import WEIGHTS, refuse
 
 import split_files
 import tiny
 from common import until
+from lorax_async import errors
 from lorax_async.cli import main
 from lorax_async.config import Limits
-from lorax_async.errors import (
-    AdapterFormatError,
-    AdapterNotFoundError,
-    AdapterTimeoutError,
-    FetchError,
-    IncompatibleAdapterError,
-    IntegrityError,
-    LoaderClosedError,
-    LoraxError,
-    UsageError,
-)
 from lorax_async.loader import AdapterLoader
 from lorax_async.testing import FakeSource
 from lorax_async.types import AdapterRef, Merge
+from tiny_loaders import fails
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left", "hub_client")
 settings, world = remote_world.settings, remote_world.world
-
-WEIGHTS = "adapter_model.safetensors"
 
 
 def bytes_asked(world: RemoteWorld, size: int) -> int:
@@ -60,15 +49,6 @@ def bytes_asked(world: RemoteWorld, size: int) -> int:
 def is_evictable(world: RemoteWorld) -> bool:
     """Make room in the cache as another process does; whether everything could go."""
     return main(["cache", "gc", "--bytes", "1", "--dir", str(world.folder)]) == 0
-
-
-def refuse_to_answer(gate: threading.Event) -> Callable[[Asked, Client], None]:
-    def behave(_: Asked, client: Client) -> None:
-        gate.wait(20)
-        with suppress(OSError):
-            client.head("503 Service Unavailable", "Content-Length: 0")
-
-    return behave
 
 
 async def test_a_folder_that_peft_loads(world: RemoteWorld, tmp_path: Path) -> None:
@@ -106,9 +86,8 @@ async def test_what_does_not_fit_the_base_is_fetched(world: RemoteWorld, tmp_pat
     stored = world.locator.there["one"]
     stored.weights = stored.weights.replace(b"q_proj", b"x_proj")
     async with over(world) as there:
-        with pytest.raises(LoraxError) as caught:
-            await there.load(world.ref("one"))
-        assert isinstance(caught.value, IncompatibleAdapterError | AdapterFormatError)
+        error = await fails(there.load(world.ref("one")), errors.LoraxError)
+        assert isinstance(error, errors.IncompatibleAdapterError | errors.AdapterFormatError)
         async with await there.fetch(world.ref("one")) as folder:
             assert (folder.path / WEIGHTS).read_bytes() == stored.weights
 
@@ -189,35 +168,34 @@ async def test_given_up_at_every_step_it_leaves_nothing(world: RemoteWorld, tmp_
     assert is_evictable(world)
 
 
-REFUSED: dict[str, tuple[Callable[[RemoteWorld], Any], type[LoraxError], str | None]] = {
-    "a merge": (
-        lambda world: Merge("linear", [world.ref("one"), world.ref("one")], [1, 1]),
-        UsageError,
-        "merge",
+REFUSED: dict[str, tuple[Callable[[AdapterRef], Any], type[errors.LoraxError], str]] = {
+    "a merge": (lambda ref: Merge("linear", [ref, ref], [1, 1]), errors.UsageError, "merge"),
+    "no such adapter": (
+        lambda ref: replace(ref, id="none"),
+        errors.AdapterNotFoundError,
+        "no such",
     ),
-    "no such adapter": (lambda world: world.ref("none"), AdapterNotFoundError, "no such"),
-    "another digest": (
-        lambda world: replace(world.ref("one"), digest="0" * 64),
-        IntegrityError,
-        "digest",
+    "another digest": (lambda ref: replace(ref, digest="0" * 64), errors.IntegrityError, "digest"),
+    "too large": (
+        lambda ref: replace(ref, id="large"),
+        errors.AdapterFormatError,
+        "max_adapter_byte",
     ),
-    "too large": (lambda world: world.ref("large"), AdapterFormatError, "max_adapter_bytes"),
 }
 
 
 @pytest.mark.parametrize(("id", "kind", "words"), REFUSED.values(), ids=REFUSED)
 async def test_refusals(
-    tmp_path: Path, id: Callable[[RemoteWorld], Any], kind: type[LoraxError], words: str
+    tmp_path: Path, id: Callable[[AdapterRef], Any], kind: type[errors.LoraxError], words: str
 ) -> None:
     with RemoteWorld(tmp_path / "cache", limits=Limits(max_adapter_bytes=1 << 20)) as world:
         stocked(world, tmp_path)
         world.put("large", world.locator.there["one"].config, bytes(1 << 21))
         async with over(world) as there:
-            asked = id(world)
+            asked = id(world.ref("one"))
             for _ in range(2):
-                with pytest.raises(kind, match=words) as caught:
-                    await there.fetch(asked)
-                assert caught.value.id == asked.text
+                error = await fails(there.fetch(asked), kind, words)
+                assert error.id == asked.text
         assert is_evictable(world), "nothing is held"
 
 
@@ -229,8 +207,7 @@ async def test_tensors_and_stand_ins_are_in_no_folder(tmp_path: Path) -> None:
         given = load_file(adapter / WEIGHTS)
         (await there.load_tensors("given", given, tiny.config())).release()
         for id in ("fake", "given"):
-            with pytest.raises(UsageError, match="has no folder"):
-                await there.fetch(id)
+            await fails(there.fetch(id), errors.UsageError, "has no folder")
 
 
 async def test_deadlines_and_the_end_of_the_loader(world: RemoteWorld, tmp_path: Path) -> None:
@@ -239,22 +216,26 @@ async def test_deadlines_and_the_end_of_the_loader(world: RemoteWorld, tmp_path:
     there = await over(world).__aenter__()
     held = await there.fetch(ref)
     stocked(world, tmp_path, "two", 1)
-    world.server.behave = refuse_to_answer(gate)
-    with pytest.raises(AdapterTimeoutError, match=r"within 0\.1 s") as caught:
+
+    def late(asked: Asked, client: Client) -> None:
+        gate.wait(20)
+        refuse("503 No")(asked, client)
+
+    world.server.behave = late
+    with pytest.raises(errors.AdapterTimeoutError, match=r"within 0\.1 s") as caught:
         await there.fetch(world.ref("two"), timeout=0.1)
     assert (caught.value.stage, caught.value.id) == ("fetch", "two")
     waiting = asyncio.create_task(there.fetch(world.ref("two")))
     await until(lambda: len(world.server.asked) > 2)
     closing = asyncio.create_task(there.close(timeout=0.2))
     await asyncio.wait([waiting])
-    assert isinstance(waiting.exception(), LoaderClosedError)
+    assert isinstance(waiting.exception(), errors.LoaderClosedError)
     assert not is_evictable(world), "leases are waited for"
     gate.set()
     await closing
     assert is_evictable(world), "and are ended then"
     held.release()
-    with pytest.raises(LoaderClosedError):
-        await there.fetch(ref)
+    await fails(there.fetch(ref), errors.LoaderClosedError)
 
 
 async def test_a_folder_that_is_never_released_is_told(world: RemoteWorld, tmp_path: Path) -> None:
@@ -288,8 +269,7 @@ async def test_offline_it_is_in_its_place(tmp_path: Path, files: str, stored_by:
                 assert folder.path.parent == tmp_path / "cache" / "entries"
         asked = len(hub.asked)
         async with loader(tmp_path, layers=4, offline=True, **settings) as there:
-            with pytest.raises(FetchError, match="offline"):
-                await there.fetch("org/other")
+            await fails(there.fetch("org/other"), errors.FetchError, "offline")
             with await there.fetch("org/name") as folder:
                 assert (str(folder.path), folder.downloaded) == (where, False)
                 assert folder.verification.vouched
@@ -317,8 +297,7 @@ async def test_a_damaged_copy_in_the_hub_cache_beside_a_good_one_of_ours(tmp_pat
         blob = max((tmp_path / "hub").rglob("blobs/*"), key=lambda path: path.stat().st_size)
         blob.write_bytes(blob.read_bytes()[:-4] + b"true")
         async with loader(tmp_path, layers=4, **settings) as there:
-            with pytest.raises(IntegrityError, match="load it again"):
-                await there.fetch("org/name")
+            await fails(there.fetch("org/name"), errors.IntegrityError, "load it again")
             with await there.fetch("org/name") as folder:
                 assert contents(adapter).items() <= contents(folder.path).items()
 
@@ -330,9 +309,7 @@ async def test_a_local_adapter_is_its_own_folder(tmp_path: Path) -> None:
         for id in (adapter, "./adapter", AdapterRef(adapter, digest=digest)):
             with await there.fetch(id) as folder:
                 assert (folder.path, folder.version, folder.downloaded) == (adapter, None, False)
-        with pytest.raises(IntegrityError, match="digest"):
-            await there.fetch(adapter, digest="0" * 64)
+        await fails(there.fetch(adapter, digest="0" * 64), errors.IntegrityError, "digest")
         (adapter / WEIGHTS).write_bytes(b"")
-        with pytest.raises(LoraxError):
-            await there.fetch(folder.key)
+        await fails(there.fetch(folder.key), errors.LoraxError)
     assert not (tmp_path / "cache").exists()

@@ -18,19 +18,12 @@ from huggingface_hub import constants, snapshot_download
 from user_loads import RANK, at, contents, has, loader, until, written
 
 import tiny
-from lorax_async.errors import (
-    AccessDeniedError,
-    ConfigError,
-    FetchError,
-    InvalidAdapterIdError,
-    LoaderClosedError,
-    LoraxError,
-    UsageError,
-)
+from lorax_async import errors
 from lorax_async.formats.spans import ByteRange
 from lorax_async.ids.allow import Allow
 from lorax_async.loader import AdapterLoader
 from lorax_async.types import AdapterRef, Merge
+from tiny_loaders import fails
 
 pytestmark = pytest.mark.usefixtures("no_socket_left", "nothing_left", "hub_client")
 
@@ -62,7 +55,7 @@ class Rounds:
             assert self.is_there.wait(PATIENCE)
 
 
-async def given_up(there: AdapterLoader, id: str, hub: HubStandIn) -> None:
+async def given_up(there: AdapterLoader, id: str, hub: Hub) -> None:
     """A load that ends when it was told which version there is, and has asked for what comes next."""
     asked_for: list[str] = []
     go_on = threading.Event()
@@ -87,19 +80,30 @@ OWN = f"Bearer {TOKEN}"
 PRIVATE, PUBLIC, ELSEWHERE = "org/private", "org/public", "other/private"
 
 
-@pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    return written(tmp_path / "adapter", layers=4, rank=4)
+class Hub(HubStandIn):
+    """It has one adapter in some repositories; loaders' caches are below `folder`."""
+
+    folder: Path
+    adapter: Path
+
+    def loader(self, *allow: Allow, **settings: object) -> AdapterLoader:
+        given: dict[str, object] = {"allow": (*allow, at(self.store_netloc)), **settings}
+        return loader(self.folder, layers=4, hub_endpoint=self.endpoint, **given)
+
+    def sent(self, repo: str = "") -> set[str | None]:
+        """What requests about it were made with; "" is all requests, also the store's."""
+        return {each.fields.get("authorization") for each in self.asked if repo in each.target}
 
 
 @pytest.fixture
-def hub(adapter: Path) -> Iterator[HubStandIn]:
-    with HubStandIn() as found:
-        files = contents(adapter)
-        found.put(PUBLIC, files)
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    with Hub() as hub:
+        hub.folder, hub.adapter = tmp_path, written(tmp_path / "adapter", layers=4, rank=4)
+        files = contents(hub.adapter)
+        hub.put(PUBLIC, files)
         for repo in (PRIVATE, ELSEWHERE):
-            found.put(repo, files, private_token=TOKEN)
-        yield found
+            hub.put(repo, files, private_token=TOKEN)
+        yield hub
 
 
 @pytest.fixture
@@ -113,232 +117,194 @@ def logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("NETRC", str(netrc))
 
 
-def over(
-    hub: HubStandIn, folder: Path, *allow: Allow, layers: int = 4, **settings: object
-) -> AdapterLoader:
-    entries = (*allow, at(hub.store_netloc))
-    return loader(folder, layers=layers, allow=entries, hub_endpoint=hub.endpoint, **settings)
-
-
-def sent(hub: HubStandIn, repo: str = "") -> set[str | None]:
-    """What requests about a repository were made with; "" is all requests, also the store's."""
-    return {each.fields.get("authorization") for each in hub.asked if repo in each.target}
-
-
 @pytest.mark.usefixtures("logged_in")
 @pytest.mark.parametrize("allow", [(), (Allow("hub"),), (Allow("hub", prefix="org/"),)])
-async def test_a_plain_id_sends_no_token(
-    hub: HubStandIn, adapter: Path, tmp_path: Path, allow: tuple[Allow, ...]
-) -> None:
-    async with over(hub, tmp_path, *allow) as there:
-        await has(there, PUBLIC, adapter)
-        await has(there, AdapterRef(PUBLIC, revision="main"), adapter)
-        with pytest.raises(AccessDeniedError, match="use_token=True"):
-            await there.load(PRIVATE)
+async def test_a_plain_id_sends_no_token(hub: Hub, allow: tuple[Allow, ...]) -> None:
+    async with hub.loader(*allow) as there:
+        await has(there, PUBLIC, hub.adapter)
+        await has(there, AdapterRef(PUBLIC, revision="main"), hub.adapter)
+        await fails(there.load(PRIVATE), errors.AccessDeniedError, "use_token=True")
         parts = Merge("linear", [PUBLIC, PRIVATE], [0.5, 0.5])
-        with pytest.raises(AccessDeniedError, match="part 2"):
-            await there.load(parts)
-    assert sent(hub, PRIVATE) == {None}
-    assert sent(hub) == {None}
+        await fails(there.load(parts), errors.AccessDeniedError, "part 2")
+    assert hub.sent(PRIVATE) == {None}
+    assert hub.sent() == {None}
 
 
 @pytest.mark.usefixtures("logged_in")
-async def test_an_entry_lends_the_token(hub: HubStandIn, adapter: Path, tmp_path: Path) -> None:
+async def test_an_entry_lends_the_token(hub: Hub) -> None:
     allow = (Allow("hub"), Allow("hub", prefix="org/", use_token=True))
-    async with over(hub, tmp_path, *allow) as there:
-        await has(there, PRIVATE, adapter)
-        with pytest.raises(AccessDeniedError):
-            await there.load(ELSEWHERE)
-        with pytest.raises(LoraxError):
+    async with hub.loader(*allow) as there:
+        await has(there, PRIVATE, hub.adapter)
+        await fails(there.load(ELSEWHERE), errors.AccessDeniedError)
+        with pytest.raises(errors.LoraxError):
             await there.load(PUBLIC, token="hf_another", revision="no-such-one")
-        assert sent(hub, ELSEWHERE) == {None}
+        assert hub.sent(ELSEWHERE) == {None}
         named = AdapterRef(ELSEWHERE, use_token=True)
-        await has(there, named, adapter)
+        await has(there, named, hub.adapter)
         async with await there.load(Merge("linear", [named, PRIVATE], [0.5, 0.5])):
             pass
-    assert sent(hub, PRIVATE) == {OWN}
-    assert sent(hub, ELSEWHERE) == {None, OWN}, "a ref may ask for the token itself"
-    assert sent(hub, PUBLIC) == {"Bearer hf_another"}, "a caller's own token is the one that counts"
-    assert sent(hub, "/store/") == {None}, "the place that a redirect leads to is not the hub"
+    assert hub.sent(PRIVATE) == {OWN}
+    assert hub.sent(ELSEWHERE) == {None, OWN}, "a ref may ask for the token itself"
+    assert hub.sent(PUBLIC) == {"Bearer hf_another"}, "a caller's own token is the one that counts"
+    assert hub.sent("/store/") == {None}, "the place that a redirect leads to is not the hub"
 
 
 @pytest.mark.usefixtures("logged_in")
 @pytest.mark.parametrize("large", [False, True], ids=["config in git", "config in the store"])
 async def test_an_entry_lends_the_token_to_no_repository_elsewhere_that_the_hub_redirects_to(
-    hub: HubStandIn, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, large: bool
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, *, large: bool
 ) -> None:
     monkeypatch.setattr("hub_stand_in.is_large", lambda _: large)
     allow = (Allow("hub"), Allow("hub", prefix="org/", use_token=True))
     hub.moved |= {"org/moved": ELSEWHERE, "org/renamed": PRIVATE}
     commit = hub.repos[ELSEWHERE].refs["main"]
-    async with over(hub, tmp_path, *allow) as there:
+    async with hub.loader(*allow) as there:
         for id in ("org/moved", f"org/moved@{commit}"):
-            with pytest.raises(AccessDeniedError) as caught:
-                await there.load(id)
-            assert ELSEWHERE not in str(caught.value)
-        await has(there, "org/renamed", adapter)
-        await has(there, AdapterRef("org/moved", use_token=True), adapter)
+            error = await fails(there.load(id), errors.AccessDeniedError)
+            assert ELSEWHERE not in str(error)
+        await has(there, "org/renamed", hub.adapter)
+        await has(there, AdapterRef("org/moved", use_token=True), hub.adapter)
 
 
 @pytest.mark.usefixtures("logged_in")
-async def test_an_unnamed_repository_is_lent_no_token(hub: HubStandIn, tmp_path: Path) -> None:
+async def test_an_unnamed_repository_is_lent_no_token(hub: Hub) -> None:
     def behave(asked: Asked) -> Reply | None:
         return Reply(200, {}, b"{}") if asked.target.startswith("/api/") else None
 
     hub.moved["org/renamed"] = PRIVATE
     hub.behave = behave
-    async with over(hub, tmp_path, Allow("hub", prefix="org/", use_token=True)) as there:
-        with pytest.raises(AccessDeniedError):
-            await there.load("org/renamed")
+    async with hub.loader(Allow("hub", prefix="org/", use_token=True)) as there:
+        await fails(there.load("org/renamed"), errors.AccessDeniedError)
 
 
 @pytest.mark.usefixtures("logged_in")
 @pytest.mark.parametrize("hub_cache", ["off", "read"])
-async def test_strangers_to_a_token(
-    hub: HubStandIn, adapter: Path, tmp_path: Path, hub_cache: str
-) -> None:
+async def test_strangers_to_a_token(hub: Hub, hub_cache: str) -> None:
     """Neither resident, nor from a cache, nor while the hub is down or is not to be asked."""
     commit = hub.repos[PRIVATE].refs["main"]
     names = (PRIVATE, f"{PRIVATE}@{commit}", f"{PRIVATE}@main")
     settings: dict[str, Any] = {"hub_cache": hub_cache}
     named = AdapterRef(PRIVATE, use_token=True)
 
-    async def refuse(there: AdapterLoader, kind: type[LoraxError]) -> None:
+    async def refuse(there: AdapterLoader, kind: type[errors.LoraxError]) -> None:
         for name in names:
             assert there.try_acquire(name) is None
             for stale in (False, True):
-                with pytest.raises(kind):
-                    await there.load(name, allow_stale=stale)
+                await fails(there.load(name, allow_stale=stale), kind)
 
-    async with over(hub, tmp_path, **settings) as there:
-        await has(there, named, adapter)
+    async with hub.loader(**settings) as there:
+        await has(there, named, hub.adapter)
         async with await there.load(named):
-            await refuse(there, AccessDeniedError)
-    async with over(hub, tmp_path, **settings) as there:
-        await refuse(there, AccessDeniedError)
-    async with over(hub, tmp_path, offline=True, **settings) as there:
-        await refuse(there, FetchError)
-        await has(there, named, adapter)
-    assert sent(hub, PRIVATE) == {None, OWN}
+            await refuse(there, errors.AccessDeniedError)
+    async with hub.loader(**settings) as there:
+        await refuse(there, errors.AccessDeniedError)
+    async with hub.loader(offline=True, **settings) as there:
+        await refuse(there, errors.FetchError)
+        await has(there, named, hub.adapter)
+    assert hub.sent(PRIVATE) == {None, OWN}
 
 
 @pytest.mark.usefixtures("logged_in")
-async def test_strangers_to_the_hub_cache(
-    hub: HubStandIn, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_strangers_to_the_hub_cache(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     commit = hub.repos[PRIVATE].refs["main"]
-    snapshot_download(PRIVATE, token=TOKEN, cache_dir=tmp_path / "hub", endpoint=hub.endpoint)
+    snapshot_download(PRIVATE, token=TOKEN, cache_dir=hub.folder / "hub", endpoint=hub.endpoint)
     begun = len(hub.asked)
 
     async def refuse() -> None:
-        async with over(hub, tmp_path, offline=True) as there:
+        async with hub.loader(offline=True) as there:
             texts = set()
             for name in (PRIVATE, f"{PRIVATE}@{commit}", "org/not-there"):
-                with pytest.raises(FetchError, match="use_token=True") as caught:
-                    await there.load(name)
-                texts.add(caught.value.problem)
+                error = await fails(there.load(name), errors.FetchError, "use_token=True")
+                texts.add(error.problem)
             assert len(texts) == 1, "it is not told whether it is there"
 
     await refuse()
-    async with over(hub, tmp_path, offline=True) as there:
+    async with hub.loader(offline=True) as there:
         for revision in (None, commit):
             ref = AdapterRef(PRIVATE, revision=revision, use_token=True)
-            await has(there, ref, adapter)
-    async with over(
-        hub, tmp_path, Allow("hub", prefix="org/", use_token=True), offline=True
-    ) as there:
-        await has(there, PRIVATE, adapter)
+            await has(there, ref, hub.adapter)
+    async with hub.loader(Allow("hub", prefix="org/", use_token=True), offline=True) as there:
+        await has(there, PRIVATE, hub.adapter)
     assert len(hub.asked) == begun
-    async with over(hub, tmp_path) as there:
-        with pytest.raises(AccessDeniedError):
-            await there.load(f"{PRIVATE}@{commit}")
+    async with hub.loader() as there:
+        await fails(there.load(f"{PRIVATE}@{commit}"), errors.AccessDeniedError)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
     await refuse()
 
 
-async def test_without_a_token_all_are_alike(
-    hub: HubStandIn, adapter: Path, tmp_path: Path
-) -> None:
+async def test_without_a_token_all_are_alike(hub: Hub) -> None:
     """What other tools stored on such a machine anybody could have had."""
-    snapshot_download(PUBLIC, cache_dir=tmp_path / "hub", endpoint=hub.endpoint)
-    async with over(hub, tmp_path, offline=True) as there:
-        await has(there, PUBLIC, adapter)
-        await has(there, AdapterRef(PUBLIC, use_token=True), adapter)
-    async with over(hub, tmp_path) as there:
+    snapshot_download(PUBLIC, cache_dir=hub.folder / "hub", endpoint=hub.endpoint)
+    async with hub.loader(offline=True) as there:
+        await has(there, PUBLIC, hub.adapter)
+        await has(there, AdapterRef(PUBLIC, use_token=True), hub.adapter)
+    async with hub.loader() as there:
         for name in (PRIVATE, AdapterRef(PRIVATE, use_token=True)):
-            with pytest.raises(AccessDeniedError):
-                await there.load(name)
-    assert sent(hub) == {None}
+            await fails(there.load(name), errors.AccessDeniedError)
+    assert hub.sent() == {None}
 
 
 async def test_words_that_contradict_each_other(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="exclude each other"):
+    with pytest.raises(errors.UsageError, match="exclude each other"):
         AdapterRef(PUBLIC, token=TOKEN, use_token=True)
-    with pytest.raises(UsageError, match="use_token must be True or False"):
+    with pytest.raises(errors.UsageError, match="use_token must be True or False"):
         AdapterRef(PUBLIC, use_token="yes")  # type: ignore[arg-type]
     async with loader(tmp_path, layers=1, hub_cache="off") as there:
         for id in ("s3://bucket/a/", "./folder", Path("folder")):
-            with pytest.raises(InvalidAdapterIdError, match="use_token"):
+            with pytest.raises(errors.InvalidAdapterIdError, match="use_token"):
                 await there.load(AdapterRef(id, use_token=True))
 
 
-async def test_first_loads_at_once_share_one_cache_and_its_connections(
-    hub: HubStandIn, tmp_path: Path
-) -> None:
+async def test_first_loads_at_once_share_one_cache_and_its_connections(hub: Hub) -> None:
     """What all adapters from elsewhere share is made by whichever comes first, and once."""
-    adapters = {f"org/{n}": written(tmp_path / str(n), n, layers=4, rank=4) for n in range(8)}
+    adapters = {f"org/{n}": written(hub.folder / str(n), n, layers=4, rank=4) for n in range(8)}
     for id, folder in adapters.items():
         hub.put(id, contents(folder))
     for _ in range(3):
-        async with over(hub, tmp_path, max_slots=8) as there:
+        async with hub.loader(max_slots=8) as there:
             await asyncio.gather(*(has(there, *each) for each in adapters.items()))
-        with pytest.raises(LoaderClosedError):
-            await there.load("org/0")
+        await fails(there.load("org/0"), errors.LoaderClosedError)
 
 
-async def test_a_replaced_cache_folder_must_be_private(
-    hub: HubStandIn, adapter: Path, tmp_path: Path
-) -> None:
-    hub.put("org/two", contents(adapter))
-    async with over(hub, tmp_path) as there:
-        await has(there, PUBLIC, adapter)
-        shutil.rmtree(tmp_path / "cache")
-        (tmp_path / "cache").mkdir()
-        (tmp_path / "cache").chmod(0o777)
-        with pytest.raises(ConfigError, match="others may write"):
-            await there.load("org/two")
+async def test_a_replaced_cache_folder_must_be_private(hub: Hub) -> None:
+    hub.put("org/two", contents(hub.adapter))
+    async with hub.loader() as there:
+        await has(there, PUBLIC, hub.adapter)
+        shutil.rmtree(hub.folder / "cache")
+        (hub.folder / "cache").mkdir()
+        (hub.folder / "cache").chmod(0o777)
+        await fails(there.load("org/two"), errors.ConfigError, "others may write")
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["at first sight", "its version was told"])
 @pytest.mark.parametrize(("rank", "beyond"), [(RANK, True), (16, False)], ids=["large", "small"])
 async def test_which_version_then_where_layers_lie_then_layer_0(
-    known: bool, rank: int, beyond: bool, tmp_path: Path
+    hub: Hub, known: bool, rank: int, beyond: bool
 ) -> None:
     """One round less where the version was told before; a small adapter's layer 0 comes with its
     header. From the cache nobody is asked."""
-    adapter = written(tmp_path / "a", layers=4, rank=rank)
+    adapter = written(hub.folder / "a", layers=4, rank=rank)
     files = contents(adapter)
-    with HubStandIn() as hub:
-        id = f"org/name@{hub.put('org/name', files)}"
-        async with over(hub, tmp_path) as there:
-            if known:
-                await given_up(there, id, hub)
-            weights = files["adapter_model.safetensors"]
-            header = 8 + int.from_bytes(weights[:8], "little")
-            entries = json.loads(weights[8:header]).items()
-            spans = [entry["data_offsets"] for name, entry in entries if ".layers.0." in name]
-            starts, stops = zip(*spans, strict=True)
-            hub.behave = rounds = Rounds((header + min(starts), header + max(stops)))
-            async with there.stream(id) as handle:
-                await handle.layer_ready(0)
-                assert not beyond or not handle.is_ready(3)
-                rounds.is_there.set()
-                await handle.layer_ready(3)
-                tiny.assert_equal_to_file(handle, adapter)
-        heads, ranges = [] if known else ["head"] * 2, rounds.rounds.count("layer 0")
-        assert rounds.rounds == [*heads, *["beginning"] * 2, *["layer 0"] * ranges]
-        assert bool(ranges) is beyond
-        begun = len(hub.asked)
-        async with over(hub, tmp_path) as there:
-            await has(there, id, adapter)
-        assert len(hub.asked) == begun
+    id = f"org/name@{hub.put('org/name', files)}"
+    async with hub.loader() as there:
+        if known:
+            await given_up(there, id, hub)
+        weights = files["adapter_model.safetensors"]
+        header = 8 + int.from_bytes(weights[:8], "little")
+        entries = json.loads(weights[8:header]).items()
+        spans = [entry["data_offsets"] for name, entry in entries if ".layers.0." in name]
+        starts, stops = zip(*spans, strict=True)
+        hub.behave = rounds = Rounds((header + min(starts), header + max(stops)))
+        async with there.stream(id) as handle:
+            await handle.layer_ready(0)
+            assert not beyond or not handle.is_ready(3)
+            rounds.is_there.set()
+            await handle.layer_ready(3)
+            tiny.assert_equal_to_file(handle, adapter)
+    heads, ranges = [] if known else ["head"] * 2, rounds.rounds.count("layer 0")
+    assert rounds.rounds == [*heads, *["beginning"] * 2, *["layer 0"] * ranges]
+    assert bool(ranges) is beyond
+    begun = len(hub.asked)
+    async with hub.loader() as there:
+        await has(there, id, adapter)
+    assert len(hub.asked) == begun

@@ -75,6 +75,14 @@ def test_named_origins_are_allowed_as_they_are() -> None:
         assert not admits(rules, "https://cdn.example/", address)
 
 
+def test_a_private_name_needs_its_word() -> None:
+    for private in (False, True):
+        rules = AllowRules((Allow("http", "files.internal", prefix="a/", private=private),))
+        assert allows(rules, "http://files.internal/a/x", 1)
+        assert admits(rules, "http://files.internal/a/x", "10.0.0.1") is private
+        assert not admits(rules, "http://files.internal/b", "10.0.0.1")
+
+
 @pytest.mark.parametrize(
     ("host", "own", "others"),
     [

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import remote_world
 from disk_cache_world import begun
-from fault_server import Asked, Client
+from fault_server import Asked, Client, answer
 from remote_world import RemoteWorld, brought, opened, stocked
 from source_conformance import PopulateConformance, SourceConformance
 from source_inputs import CONFIG, weights
@@ -34,6 +34,7 @@ from lorax_async.remote.metadata import FIRST_BYTES, track
 from lorax_async.remote.readers import EntryReader, ReopenedReader, entry_gone
 from lorax_async.types import RemoteKey
 from telling import TellingLock
+from tiny_loaders import fails
 
 pytestmark = [pytest.mark.usefixtures("nothing_left", "no_socket_left"), pytest.mark.each_loop]
 settings, world = remote_world.settings, remote_world.world
@@ -71,8 +72,7 @@ async def test_known_callers_while_the_source_is_down(world: RemoteWorld, tmp_pa
     world.locator.error = FetchError("it is down")
     for ref in (first, second):
         await world.source.resolve(replace(ref, revision=version))
-    with pytest.raises(FetchError, match="it is down"):
-        await world.source.resolve(replace(stranger, revision=version))
+    await fails(world.source.resolve(replace(stranger, revision=version)), FetchError, "it is down")
 
 
 async def test_another_version_is_not_stored_under_the_name_of_the_one(world: RemoteWorld) -> None:
@@ -80,8 +80,7 @@ async def test_another_version_is_not_stored_under_the_name_of_the_one(world: Re
     key = await world.source.resolve(world.put("one", CONFIG, weights(1)))
     world.later = 3600.0
     world.put("one", CONFIG, weights(2))
-    with pytest.raises(IntegrityError, match="another version by now"):
-        await world.source.open(key, FetchControl())
+    await fails(world.source.open(key, FetchControl()), IntegrityError, "another version by now")
 
 
 def in_use(world: RemoteWorld) -> list[bool]:
@@ -288,8 +287,7 @@ async def test_nothing_reads_a_download_that_has_ended(monkeypatch: pytest.Monke
     assert files[0].begun.wait(20)
     jobs[1].done.set_result(None)
     jobs[0].cancel(FetchError("as told"))
-    with pytest.raises(FetchError, match="as told"):
-        await bringing
+    await fails(bringing, FetchError, "as told")
     assert ends == ["let go"]
     assert waiting.cancelled()
     assert not files[1].begun.is_set()
@@ -303,12 +301,11 @@ async def test_what_changes_between_two_answers_is_noticed(world: RemoteWorld) -
 
     def changing(asked: Asked, client: Client) -> None:
         data, etag = world.content(asked.target)
-        again = asked.span is not None and asked.span[1] != FIRST_BYTES
-        world.answer(asked, client, data, '"another"' if again else etag)
+        again = asked.span and asked.span[1] != FIRST_BYTES and '"another"'
+        answer(asked, client, data, f"ETag: {again or etag}")
 
     world.server.behave = changing
-    with pytest.raises(IntegrityError, match="changed while it was requested"):
-        await opened(world)
+    await fails(opened(world), IntegrityError, "changed while it was requested")
 
 
 @pytest.mark.parametrize("what", ["the same", "room"])
@@ -328,8 +325,7 @@ async def test_waiting_ends_with_demand(
         await asyncio.wait([waiting], timeout=0.2)
         assert not waiting.done()
         control.end()
-        with pytest.raises(FetchError, match="no caller waits"):
-            await waiting
+        await fails(waiting, FetchError, "no caller waits")
         download.discard()
 
 

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import socket
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_server import Asked, Client, FaultServer
-from web_folder import CONFIG, WEIGHTS, Folder, hold
+from fault_server import Asked, Client, FaultServer, begin
+from user_loads import at, contents
+from web_folder import Folder, hold, name_of
 
 import tiny
 from common import open_sockets, until
 from lorax_async.config import LoaderConfig
 from lorax_async.errors import AdapterTimeoutError
-from lorax_async.ids.allow import Allow
 from lorax_async.loader import AdapterLoader
 from lorax_async.remote.metadata import FIRST_BYTES
 
@@ -33,80 +33,63 @@ RANK = 256
 SOON = 8.0
 """Seconds that a healthy load may take here: a stalled request alone is waited for for 20."""
 
-STALLS = ("no head", "half a head", "config", "header", "weights")
+STALLS: dict[str, Callable[[Asked], bool]] = {
+    "no head": lambda asked: True,
+    "half a head": lambda asked: True,
+    "config": lambda asked: asked.span is None,
+    "header": lambda asked: asked.span is not None,
+    "weights": lambda asked: asked.span not in {None, (0, FIRST_BYTES)},
+}
+"""Which requests are not answered to the end, by the step of a load that stalls."""
 
 
+@dataclass
 class Stalling(Folder):
     """A folder of adapters whose server stalls at one step of a load."""
 
-    def __init__(self, files: dict[str, bytes], step: str) -> None:
-        super().__init__(files)
-        self.step = step
-        self.held = 0
-        self.holding: set[int] = set()
-        """Connections whose client waits for more."""
+    step: str = "none"
+    held: int = 0
+    holding: set[int] = field(default_factory=set)
+    """Connections whose client waits for more."""
 
     def __call__(self, asked: Asked, client: Client) -> None:
-        if not self._stalls(asked):
+        if self.step == "none" or not STALLS[self.step](asked):
             super().__call__(asked, client)
             return
         self.held += 1
         self.holding.add(client.number)
         try:
-            self._begin(asked, client)
+            if self.step == "half a head":
+                client.send(b"HTTP/1.1 206 Partial Con")
+            elif self.step != "no head":
+                name = name_of(asked)
+                client.send(begin(asked, client, self.files[name], f'ETag: "{name}-1"')[:10])
             hold(client)
         finally:
             self.holding.discard(client.number)
 
-    def _begin(self, asked: Asked, client: Client) -> None:
-        if self.step == "half a head":
-            client.send(b"HTTP/1.1 206 Partial Con")
-        elif self.step == "config":
-            client.head("200 OK", "Content-Length: 200", f'ETag: "{CONFIG}-1"')
-            client.send(b"{" * 100)
-        elif self.step != "no head":
-            assert asked.span is not None
-            start, stop = asked.span
-            data = self.files[WEIGHTS]
-            client.part(start, min(stop, len(data)), len(data), f'ETag: "{WEIGHTS}-1"')
-            client.send(data[start : start + 1_000])
-
-    def _stalls(self, asked: Asked) -> bool:
-        if self.step == "config":
-            return asked.span is None
-        if self.step == "header":
-            return asked.span is not None
-        if self.step == "none":
-            return False
-        return self.step != "weights" or asked.span not in {None, (0, FIRST_BYTES)}
-
 
 class World:
-    """A healthy server, those that stall, and a loader that may ask them all."""
+    """A healthy server, one that stalls, and a loader that may ask both."""
 
-    def __init__(self, tmp_path: Path, ends: ExitStack, *steps: str) -> None:
+    def __init__(self, tmp_path: Path, ends: ExitStack, step: str) -> None:
         self.adapter = tiny.write(tmp_path / "adapter", rank=RANK)
-        files = dict(zip((CONFIG, WEIGHTS), tiny.files(self.adapter), strict=True))
-        self.folders = [Stalling(files, step) for step in steps]
-        self.stalling = [ends.enter_context(FaultServer(b"", each)) for each in self.folders]
+        files = contents(self.adapter)
+        self.folder = Stalling(files, step=step)
+        self.stalling = ends.enter_context(FaultServer(b"", self.folder))
         self.good = ends.enter_context(FaultServer(b"", Folder(files)))
-        ports = [server.port for server in (*self.stalling, self.good)]
         self.config = LoaderConfig(
             device_bytes=64 << 20,
             max_slots=40,
             io_threads=2,
             connections=CONNECTIONS,
             cache_dir=tmp_path / "cache",
-            allow=tuple(Allow("http", "127.0.0.1", port) for port in ports),
+            allow=(at(self.stalling.netloc), at(self.good.netloc)),
             timeout=60,
         )
 
     def loader(self) -> AdapterLoader:
         return AdapterLoader(tiny.layout(), self.config)
-
-    @property
-    def held(self) -> int:
-        return sum(folder.held for folder in self.folders)
 
     async def load_healthy(self, loader: AdapterLoader, name: str = "good") -> None:
         async with asyncio.timeout(SOON):
@@ -114,14 +97,14 @@ class World:
                 tiny.assert_equal_to_file(handle, self.adapter)
 
     async def assert_nothing_held(self) -> None:
-        """At the servers' side every connection of a stalled request is closed."""
-        await until(lambda: not any(folder.holding for folder in self.folders))
+        """At the server's side every connection of a stalled request is closed."""
+        await until(lambda: not self.folder.holding)
 
 
 @contextmanager
-def world(tmp_path: Path, *steps: str) -> Iterator[World]:
+def world(tmp_path: Path, step: str = "none") -> Iterator[World]:
     with ExitStack() as ends:
-        yield World(tmp_path, ends, *steps)
+        yield World(tmp_path, ends, step)
 
 
 async def times_out(loader: AdapterLoader, url: str) -> None:
@@ -163,18 +146,18 @@ async def test_a_stall_costs_only_its_callers(tmp_path: Path, step: str, leaves:
         async with it.loader() as loader:
             await it.load_healthy(loader, "first")
             sockets = open_sockets()
-            url = it.stalling[0].url
+            url = it.stalling.url
             leaving = [asyncio.create_task(leaves(loader, url(f"/{n}/"))) for n in range(LOADS)]
-            await until(lambda: it.held)
+            await until(lambda: it.folder.held)
             await asyncio.sleep(0.3)
             await it.load_healthy(loader, "beside")
             await asyncio.gather(*leaving)
             await asyncio.sleep(0.5)  # the server's threads come to what was sent before
             await it.assert_nothing_held()
-            held = it.held
+            held = it.folder.held
             await it.load_healthy(loader, "after")
             await asyncio.sleep(0.2)
-            assert it.held == held, "nothing is asked for that no caller waits for"
+            assert it.folder.held == held, "nothing is asked for that no caller waits for"
             await until(lambda: open_sockets() <= sockets + CONNECTIONS * 2)
             begun = time.monotonic()
         assert time.monotonic() - begun < SOON
@@ -185,8 +168,7 @@ async def test_a_server_that_accepts_no_connection(tmp_path: Path) -> None:
     """A listener whose backlog is full: a connect waits for an answer that never comes."""
     with world(tmp_path) as it, socket.create_server(("127.0.0.1", 0), backlog=0) as full:
         port = full.getsockname()[1]
-        allow = (*it.config.allow, Allow("http", "127.0.0.1", port))
-        it.config = dataclasses.replace(it.config, allow=allow)
+        it.config = replace(it.config, allow=(*it.config.allow, at(f"127.0.0.1:{port}")))
         with ExitStack() as ends:
             for _ in range(4):
                 client = ends.enter_context(socket.socket())
@@ -209,14 +191,14 @@ async def test_hints_of_a_server_that_stalls_hold_up_no_others(tmp_path: Path) -
     """Many of them, which came first; those of another server are there in a moment."""
     with world(tmp_path, "no head") as it:
         async with it.loader() as loader:
-            url = it.stalling[0].url
+            url = it.stalling.url
             stalled = loader.prefetch([url(f"/{n}/") for n in range(LOADS)], tier="disk")
-            await until(lambda: it.held)
+            await until(lambda: it.folder.held)
             hints = loader.prefetch([it.good.url(f"/{n}/") for n in range(4)], tier="disk")
             async with asyncio.timeout(SOON):
                 await hints
             assert not stalled.done
-            assert len(it.folders[0].holding) <= 4, "two hints, with two requests each"
+            assert len(it.folder.holding) <= 4, "two hints, with two requests each"
             stalled.cancel()
             await asyncio.wait([stalled.task])
             await it.assert_nothing_held()

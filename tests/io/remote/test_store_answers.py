@@ -4,38 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from ipaddress import ip_address
 from pathlib import Path
 from threading import Event
 
 import pytest
 import test_http_trust
-from fault_server import Asked, Behaviour, Client, FaultServer, Hangup, until
+from fault_server import Asked, Behaviour, Client, FaultServer, until
 from object_stores import located, locator, set_environment
 from test_http_trust import tls_server
 from user_loads import secretless
 
 from common import until as later
-from lorax_async.errors import (
-    AccessDeniedError,
-    ConfigError,
-    FetchError,
-    FetchTimeoutError,
-    IntegrityError,
-    UsageError,
-)
+from lorax_async import errors
 from lorax_async.http.settings import PublicOnly
 from lorax_async.http.target import ProbeResult, Validators
 from lorax_async.http.urls import parse_url
-from lorax_async.remote.object_stores import (
-    Buckets,
-    OriginAllowed,
-    StoreBackend,
-    StoreFolder,
-    version_of,
-)
+from lorax_async.remote.object_stores import Buckets, OriginAllowed, StoreFolder, version_of
 from lorax_async.types import AdapterRef
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -45,38 +31,36 @@ certificate = test_http_trust.certificate
 ID = "s3://bucket/prefix/"
 
 
-def environment(patch: pytest.MonkeyPatch, server: FaultServer) -> None:
-    set_environment(
-        patch,
-        {
-            "AWS_ENDPOINT_URL": server.url("").rstrip("/"),
-            "AWS_ALLOW_HTTP": "true",
-            "AWS_ACCESS_KEY_ID": "id",
-            "AWS_SECRET_ACCESS_KEY": "the-secret",
-            "AWS_TIMEOUT": "500ms",
-        },
-    )
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultServer]:
+    """It has every file, of 10 bytes, until it is told to behave otherwise."""
+    with FaultServer(b"", of_names({})) as server:
+        given = {"ENDPOINT_URL": server.url(""), "ALLOW_HTTP": "true", "TIMEOUT": "500ms"}
+        given |= {"ACCESS_KEY_ID": "id", "SECRET_ACCESS_KEY": "the-secret"}
+        set_environment(monkeypatch, {f"AWS_{name}": value for name, value in given.items()})
+        yield server
 
 
-async def test_a_silent_bucket_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_silent_bucket_holds_up_no_other(
+    store: FaultServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """More questions than there are threads; whoever asks for another bucket is answered."""
-    hanging, go_on = [], Event()
+    hanging, go_on, answers = [], Event(), store.behave
+    assert answers is not None
 
     def behave(asked: Asked, client: Client) -> None:
         if asked.target.startswith("/stalls/"):
             hanging.append(asked)
             go_on.wait(30)
-            raise Hangup
-        client.head("200 OK", *GOOD)
+            client.hang_up()
+        answers(asked, client)
 
-    with FaultServer(b"", behave) as server, ThreadPoolExecutor(12, "lorax-test") as threads:
-        environment(monkeypatch, server)
-        monkeypatch.setenv("AWS_TIMEOUT", "15s")
-        made = StoreBackend(threads, PublicOnly())
+    store.behave = behave
+    monkeypatch.setenv("AWS_TIMEOUT", "15s")
+    with locator(12) as made:
+        refs = [AdapterRef(f"s3://stalls/{n}/") for n in range(20)]
+        loads = [asyncio.create_task(made.locate(ref)) for ref in refs]
         try:
-            loads = [
-                asyncio.create_task(made.locate(AdapterRef(f"s3://stalls/{n}/"))) for n in range(20)
-            ]
             await later(lambda: hanging)
             async with asyncio.timeout(10):
                 found = await made.locate(AdapterRef("s3://answers/folder/"))
@@ -85,7 +69,6 @@ async def test_a_silent_bucket_holds_up_no_other(monkeypatch: pytest.MonkeyPatch
                 load.cancel()
             await asyncio.wait(loads)
         finally:
-            made.close()
             go_on.set()
 
 
@@ -113,7 +96,7 @@ def status(line: str) -> Callable[[Client], None]:
 def test_without_obstore(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("obstore", "obstore.exceptions"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ConfigError, match=r"pip install 'lorax-async\[objects\]'"):
+    with pytest.raises(errors.ConfigError, match=r"pip install 'lorax-async\[objects\]'"):
         located(ID)
 
 
@@ -139,17 +122,13 @@ def test_the_origin_of_a_signed_url_is_allowed_and_no_other() -> None:
         (Validators(10, None), False),
     ],
 )
-def test_another_file_answers(
-    known: Validators, right: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with FaultServer(b"", of_names({})) as server:
-        environment(monkeypatch, server)
-        file = located(ID).files[1]
+def test_another_file_answers(store: FaultServer, known: Validators, right: bool) -> None:
+    file = located(ID).files[1]
     answer = ProbeResult(file.target, file.target.location, known, {}, b"", ranges=True)
     if right:
         file.require_match(answer)
         return
-    with pytest.raises(IntegrityError, match="replaced"):
+    with pytest.raises(errors.IntegrityError, match="replaced"):
         file.require_match(answer)
 
 
@@ -182,39 +161,38 @@ def failing_listing(asked: Asked, client: Client) -> None:
         of_names({"adapter_model.safetensors": status("404 Not Found")})(asked, client)
 
 
-NO_HELP: dict[str, tuple[Behaviour, type[FetchError], str, bool]] = {
-    "500": (says("500 Internal Server Error"), FetchError, "status 500", True),
-    "503": (says("503 Slow Down"), FetchError, "status 503", True),
-    "429": (says("429 Too Many Requests"), FetchError, "status 429", True),
-    "400": (says("400 Bad Request"), FetchError, "status 400", False),
-    "401": (says("401 Unauthorized"), AccessDeniedError, "environment's credentials", False),
-    "301": (says("301 Moved Permanently"), FetchError, "set AWS_REGION", False),
-    "a listing": (failing_listing, FetchError, "status 500", True),
-    "no ETag": (head(*GOOD[:2]), FetchError, "strong ETag", False),
-    "a weak ETag": (head(*GOOD[:2], 'ETag: W/"weak"'), FetchError, "strong ETag", False),
-    "silence": (lambda _, client: client.stall(), FetchTimeoutError, "in time", True),
+NO_HELP: dict[str, tuple[Behaviour, type[errors.FetchError], str, bool]] = {
+    "500": (says("500 Internal Server Error"), errors.FetchError, "status 500", True),
+    "503": (says("503 Slow Down"), errors.FetchError, "status 503", True),
+    "429": (says("429 Too Many Requests"), errors.FetchError, "status 429", True),
+    "400": (says("400 Bad Request"), errors.FetchError, "status 400", False),
+    "401": (says("401 Unauthorized"), errors.AccessDeniedError, "environment's credentials", False),
+    "301": (says("301 Moved Permanently"), errors.FetchError, "set AWS_REGION", False),
+    "a listing": (failing_listing, errors.FetchError, "status 500", True),
+    "no ETag": (head(*GOOD[:2]), errors.FetchError, "strong ETag", False),
+    "a weak ETag": (head(*GOOD[:2], 'ETag: W/"weak"'), errors.FetchError, "strong ETag", False),
+    "silence": (lambda _, client: client.stall(), errors.FetchTimeoutError, "in time", True),
 }
 
 
 @pytest.mark.parametrize(("behave", "kind", "words", "retryable"), NO_HELP.values(), ids=NO_HELP)
 def test_answers_that_are_no_help_are_errors_without_the_servers_words(
+    store: FaultServer,
     behave: Behaviour,
-    kind: type[FetchError],
+    kind: type[errors.FetchError],
     words: str,
     retryable: bool,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with FaultServer(b"", behave) as server:
-        environment(monkeypatch, server)
-        with pytest.raises(kind, match=words) as caught:
-            located(ID)
-        assert len(server.asked) <= 9, "each question is put three times at most"
+    store.behave = behave
+    with pytest.raises(kind, match=words) as caught:
+        located(ID)
+    assert len(store.asked) <= 9, "each question is put three times at most"
     assert caught.value.retryable is retryable
     secretless(caught.value, HIDDEN, "the-secret", "AWS4", "Debug source")
 
 
 @pytest.mark.parametrize("index", [True, False])
-def test_a_missing_file_without_right_to_list(index: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_file_without_right_to_list(store: FaultServer, index: bool) -> None:
     """S3 answers 403 for 404 then, so the index is looked for all the same."""
     listing = b"<ListBucketResult><Name>bucket</Name><Prefix>prefix/</Prefix>"
     listing += b"<KeyCount>0</KeyCount><IsTruncated>false</IsTruncated></ListBucketResult>"
@@ -224,22 +202,21 @@ def test_a_missing_file_without_right_to_list(index: bool, monkeypatch: pytest.M
         client.send(listing)
 
     behaviours = {"adapter_model.safetensors": status("403 Forbidden"), "/bucket": listed}
-    if not index:
-        behaviours["index.json"] = status("404 Not Found")
-    with FaultServer(b"", of_names(behaviours)) as server:
-        environment(monkeypatch, server)
-        if index:
-            assert located(ID).files[1].role.kind == "index"
-        else:
-            with pytest.raises(AccessDeniedError):
-                located(ID)
+    if index:
+        store.behave = of_names(behaviours)
+        assert located(ID).files[1].role.kind == "index"
+        return
+    store.behave = of_names(behaviours | {"index.json": status("404 Not Found")})
+    with pytest.raises(errors.AccessDeniedError):
+        located(ID)
 
 
-def test_an_untrusted_certificate(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_untrusted_certificate(
+    store: FaultServer, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with tls_server(certificate) as server:
-        environment(monkeypatch, server)
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"https://localhost:{server.port}")
-        with pytest.raises(FetchError, match="not trusted") as caught:
+        with pytest.raises(errors.FetchError, match="not trusted") as caught:
             located(ID)
     assert not caught.value.retryable
 
@@ -247,19 +224,17 @@ def test_an_untrusted_certificate(certificate: Path, monkeypatch: pytest.MonkeyP
 async def test_a_token_and_ids_of_others_are_refused() -> None:
     with locator() as made:
         for ref in (AdapterRef(ID, token="the-token"), AdapterRef("org/name")):
-            with pytest.raises(UsageError) as caught:
+            with pytest.raises(errors.UsageError) as caught:
                 await made.locate(ref)
             assert "the-token" not in str(caught.value)
-            with pytest.raises(UsageError):
+            with pytest.raises(errors.UsageError):
                 made.pinned_version(ref)
 
 
-def test_connections_of_sixteen_buckets_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    with FaultServer(b"", of_names({})) as server:
-        environment(monkeypatch, server)
-        buckets = Buckets()
-        for n in range(20):
-            assert buckets.head(StoreFolder("s3", f"bucket-{n}", ""), "name") is not None
-        until(lambda: server.connected() == 16, 30)
-        buckets.close()
-        until(lambda: server.connected() == 0, 30)
+def test_connections_of_sixteen_buckets_are_kept(store: FaultServer) -> None:
+    buckets = Buckets()
+    for n in range(20):
+        assert buckets.head(StoreFolder("s3", f"bucket-{n}", ""), "name") is not None
+    until(lambda: store.connected() == 16, 30)
+    buckets.close()
+    until(lambda: store.connected() == 0, 30)

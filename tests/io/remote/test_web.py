@@ -14,15 +14,8 @@ from fault_server import Asked, Client, FaultServer
 from fetching import Anywhere, LoopbackOnly
 from web_folder import CONFIG, INDEX, WEIGHTS, Folder, World, refuse, world
 
+from lorax_async import errors
 from lorax_async.config import Limits
-from lorax_async.errors import (
-    AccessDeniedError,
-    AdapterFormatError,
-    AdapterNotFoundError,
-    FetchError,
-    InvalidAdapterIdError,
-    UsageError,
-)
 from lorax_async.formats.digests import Digest
 from lorax_async.formats.split_weights import CONFIG_FILE, WEIGHTS_FILE, FileRole
 from lorax_async.http.range_engine import RangeEngine
@@ -31,6 +24,7 @@ from lorax_async.remote.base import WEAK
 from lorax_async.remote.metadata import FIRST_BYTES
 from lorax_async.remote.web import MAX_INDEX_BYTES, MAX_SHARDS, WebBackend
 from lorax_async.types import AdapterRef
+from tiny_loaders import fails
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 
@@ -143,9 +137,8 @@ async def test_a_token_goes_to_the_server_and_nowhere_else() -> None:
 
 @pytest.mark.parametrize("token", ["s3cret\r\nHost: other", "s3cret\xe9", "s3cret ", ""])
 async def test_what_is_no_token_is_not_sent(it: World, token: str) -> None:
-    with pytest.raises(UsageError) as raised:
-        await it.locator.locate(it.ref(token=token))
-    assert "s3cret" not in str(raised.value)
+    error = await fails(it.locator.locate(it.ref(token=token)), errors.UsageError)
+    assert "s3cret" not in str(error)
     assert it.folder.asked == []
 
 
@@ -166,10 +159,10 @@ async def test_a_digest_of_the_file_is_taken_from_the_fields() -> None:
 
 
 async def test_what_is_not_there_is_named() -> None:
-    with world({WEIGHTS: DATA}) as it, pytest.raises(AdapterNotFoundError, match=CONFIG):
+    with world({WEIGHTS: DATA}) as it, pytest.raises(errors.AdapterNotFoundError, match=CONFIG):
         await it.locator.locate(it.ref())
     with world({CONFIG: b"{}", "adapter_model.bin": b"pickled"}) as it:
-        with pytest.raises(AdapterNotFoundError, match=f"neither {WEIGHTS} nor {INDEX}"):
+        with pytest.raises(errors.AdapterNotFoundError, match=f"neither {WEIGHTS} nor {INDEX}"):
             await it.locator.locate(it.ref())
         assert sorted(it.folder.names) == [CONFIG, WEIGHTS, INDEX], "and nothing else is asked for"
 
@@ -178,7 +171,7 @@ async def test_a_config_has_a_limit() -> None:
     with world(FILES, limits=Limits(max_config_bytes=8)) as it:
         await it.locator.locate(it.ref())
         it.folder.files[CONFIG] += b" "
-        with pytest.raises(FetchError, match=f"{CONFIG} has more than the 8 bytes"):
+        with pytest.raises(errors.FetchError, match=f"{CONFIG} has more than the 8 bytes"):
             await it.locator.locate(it.ref())
 
 
@@ -212,7 +205,7 @@ async def test_the_version_is_that_of_every_file() -> None:
         assert (await it.locator.locate(it.ref())).version.startswith("weak-")
         it.folder.fields = {INDEX: ['ETag: "v1"']}
         for etag in ('"v1"', f"{CONFIG}-1", f"{shard(1)}-1"):
-            with pytest.raises(AdapterNotFoundError, match="revision"):
+            with pytest.raises(errors.AdapterNotFoundError, match="revision"):
                 await it.locator.locate(it.ref(revision=etag))
 
 
@@ -221,14 +214,13 @@ async def test_one_file_of_weights_comes_before_an_index() -> None:
         located = await it.locator.locate(it.ref())
         assert [file.target.name for file in located.files] == [CONFIG, WEIGHTS]
         assert sorted(it.folder.names) == [CONFIG, WEIGHTS]
-        with pytest.raises(AdapterFormatError, match=shard(1)):
-            await it.locator.shards(located, ROLES)
+        await fails(it.locator.shards(located, ROLES), errors.AdapterFormatError, shard(1))
 
 
 async def test_a_file_that_is_missing_is_named() -> None:
     files = dict(SEVERAL)
     del files[shard(2)]
-    with world(files) as it, pytest.raises(AdapterNotFoundError, match=shard(2)):
+    with world(files) as it, pytest.raises(errors.AdapterNotFoundError, match=shard(2)):
         await it.locator.locate(it.ref())
 
 
@@ -247,17 +239,15 @@ async def test_what_names_other_files_is_refused(content: bytes) -> None:
     """For three files; and nothing is asked for that the index does not name so."""
     with world(SEVERAL | {INDEX: content, shard(1, 2): b"1", shard(2, 2): b"2"}) as it:
         located = await it.locator.locate(it.ref())
-        with pytest.raises(AdapterFormatError, match=shard(1)):
-            await it.locator.shards(located, ROLES)
+        await fails(it.locator.shards(located, ROLES), errors.AdapterFormatError, shard(1))
         assert {name for name in it.folder.names if "-of-" in name} <= {shard(1, 2), shard(2, 2)}
 
 
 async def test_an_index_has_limits() -> None:
     with world(SEVERAL | {INDEX: index(shard(1, MAX_SHARDS + 1))}) as it:
-        with pytest.raises(AdapterFormatError, match="257 files"):
-            await it.locator.locate(it.ref())
+        await fails(it.locator.locate(it.ref()), errors.AdapterFormatError, "257 files")
         it.folder.files[INDEX] = b" " * (MAX_INDEX_BYTES + 1)
-        with pytest.raises(FetchError, match=f"{INDEX} has more than the 2,097,152 bytes"):
+        with pytest.raises(errors.FetchError, match=f"{INDEX} has more than the 2,097,152 bytes"):
             await it.locator.locate(it.ref())
 
 
@@ -306,7 +296,7 @@ async def test_a_revision_is_the_version_or_a_strong_etag(it: World, weak: bool)
             found = await it.locator.locate(it.ref(revision=revision))
             assert found.version == version
             continue
-        with pytest.raises(AdapterNotFoundError, match=version) as raised:
+        with pytest.raises(errors.AdapterNotFoundError, match=version) as raised:
             await it.locator.locate(it.ref(revision=revision))
         assert not raised.value.retryable
 
@@ -315,17 +305,16 @@ async def test_a_revision_is_the_version_or_a_strong_etag(it: World, weak: bool)
 @pytest.mark.parametrize("status", [401, 403, 500, 418])
 async def test_other_answers_are_errors(it: World, name: str, status: int) -> None:
     it.folder.instead = {name: refuse(f"{status} No")}
-    with pytest.raises(FetchError, match=f"{name} .*status {status}") as raised:
+    with pytest.raises(errors.FetchError, match=f"{name} .*status {status}") as raised:
         await it.locator.locate(it.ref(token="s3cret"))
-    assert isinstance(raised.value, AccessDeniedError) is (status in {401, 403})
+    assert isinstance(raised.value, errors.AccessDeniedError) is (status in {401, 403})
     assert "s3cret" not in str(raised.value)
     assert INDEX not in it.folder.names
 
 
 async def test_what_is_not_allowed_or_in_no_folder_is_not_asked_for() -> None:
     with world(FILES, rules=PublicOnly()) as it:
-        with pytest.raises(AccessDeniedError):
-            await it.locator.locate(it.ref())
-        with pytest.raises(InvalidAdapterIdError, match="no folder behind a URL"):
+        await fails(it.locator.locate(it.ref()), errors.AccessDeniedError)
+        with pytest.raises(errors.InvalidAdapterIdError, match="no folder behind a URL"):
             await it.locator.locate(AdapterRef("org/name"))
         assert it.server.clients == []
