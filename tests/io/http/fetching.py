@@ -86,13 +86,16 @@ _ONE_MORE = bytes(range(1, 256)) + b"\xff"
 
 
 class MemorySink:
-    """Keeps what is written, and how often each byte was."""
+    """Keeps what is written, and how often each byte was; `before` is told where and how many."""
 
-    def __init__(self, nbytes: int = len(DATA)) -> None:
-        self.data = bytearray(nbytes)
-        self.times = bytearray(nbytes)
+    def __init__(
+        self, nbytes: int = len(DATA), before: Callable[[int, int], object] = lambda *_: None
+    ) -> None:
+        self.data, self.times = bytearray(nbytes), bytearray(nbytes)
+        self.before = before
 
     def write(self, offset: int, data: memoryview) -> None:
+        self.before(offset, len(data))
         stop = offset + len(data)
         self.data[offset:stop] = data
         self.times[offset:stop] = self.times[offset:stop].translate(_ONE_MORE)

@@ -135,7 +135,6 @@ def test_a_piece_that_waits_keeps_no_other() -> None:
 
 @pytest.mark.parametrize("waits", [[10.0] * 4, [1.0, 10.0, 1.0, 1.0]])
 def test_a_throttled_job_waits_the_longest_time_named_and_uses_fewer(waits: list[float]) -> None:
-    """Not with another piece either."""
     world = World()
     job = world.job(9)
     for (_, _, attempt), seconds in zip(world.begin(), waits, strict=True):
@@ -287,7 +286,6 @@ def connected() -> Iterator[tuple[AbortableSocket, socket.socket]]:
 
 
 def test_an_ended_attempt_gets_no_connection() -> None:
-    """Neither an open one, nor one that it is about to open."""
     attempt, sock = Attempt(), AbortableSocket()
     attempt.end()
     with pytest.raises(AbortedError):

@@ -154,31 +154,24 @@ def test_a_closed_engine_takes_no_more_and_an_unclosed_one_warns() -> None:
     assert reference() is None
 
 
-class Slow(MemorySink):
-    """Whose first write ends when it is let go."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.begun, self.go = threading.Event(), threading.Event()
-
-    def write(self, offset: int, data: memoryview) -> None:
-        self.begun.set()
-        self.go.wait(10)
-        super().write(offset, data)
-
-
 @pytest.mark.parametrize("how", ["cancel", "close"])
 def test_an_end_is_reported_once_nothing_is_written_any_more(how: str) -> None:
-    sink = Slow()
+    begun, go = threading.Event(), threading.Event()
+
+    def wait(*_: int) -> None:
+        begun.set()
+        go.wait(10)
+
+    sink = MemorySink(before=wait)
     with FaultServer(DATA) as server, engine() as fetching:
         job = fetching.download(asked(fetching, server.url()), GROUPS, sink, lambda _: None)
-        assert sink.begun.wait(10)
+        assert begun.wait(10)
         end = fetching.close if how == "close" else partial(job.cancel, FetchError("enough"))
         ending = threading.Thread(target=end)
         ending.start()
         ending.join(0.05)
         early = job.done.done() or (how == "close" and not ending.is_alive())
-        sink.go.set()
+        go.set()
         error = job.done.exception(10)
         ending.join(10)
         assert not early
@@ -186,15 +179,6 @@ def test_an_end_is_reported_once_nothing_is_written_any_more(how: str) -> None:
         assert not job.running
         if how == "close":
             assert not our_threads()
-
-
-class Broken(MemorySink):
-    def __init__(self, error: Exception) -> None:
-        super().__init__()
-        self.error = error
-
-    def write(self, offset: int, data: memoryview) -> None:
-        raise self.error
 
 
 @pytest.mark.parametrize(
@@ -206,13 +190,13 @@ class Broken(MemorySink):
     ],
 )
 def test_a_failing_sink_or_callback(error: Exception, kind: type[LoraxError], words: str) -> None:
-    def fail(group: int) -> None:
-        if group == 1:
+    def fail(group: int, nbytes: int = 0) -> None:
+        if group == 1 or nbytes:
             raise error
 
     with FaultServer(DATA) as server, engine() as fetching:
         answer = asked(fetching, server.url())
-        for sink, arrived in ((Broken(error), lambda _: None), (MemorySink(), fail)):
+        for sink, arrived in ((MemorySink(before=fail), lambda _: None), (MemorySink(), fail)):
             if arrived is fail and isinstance(error, OSError):
                 continue
             job = fetching.download(answer, GROUPS, sink, arrived)

@@ -110,7 +110,6 @@ def test_addresses_that_are_not_public(text: str) -> None:
     ],
 )
 def test_a_private_address_is_not_even_connected_to(host: str, address: str) -> None:
-    """Whether it is a name's or stands in the URL."""
     network = PretendNetwork(names={host: [address]})
     written = f"[{host}]" if ":" in host else host
     with engine(network=network) as fetching:

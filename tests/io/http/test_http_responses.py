@@ -34,7 +34,6 @@ from lorax_async.errors import (
     LoraxError,
 )
 from lorax_async.formats.spans import ByteRange
-from lorax_async.http.downloads import Download
 from lorax_async.http.failures import RetryPolicy
 from lorax_async.http.range_engine import RangeEngine
 from lorax_async.http.settings import HttpSettings
@@ -163,29 +162,22 @@ def test_a_wait_beyond_the_deadline_is_not_waited() -> None:
         assert took(begun) < 1
 
 
-class AfterGroup1(MemorySink):
-    """What lies behind group 1 is written once that was reported."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.heard = threading.Event()
-
-    def write(self, offset: int, data: memoryview) -> None:
-        if offset >= GROUPS[1][0][1]:
-            self.heard.wait(1)  # it is not while all threads wait here
-        super().write(offset, data)
-
-
 def test_a_group_is_reported_when_its_bytes_are_there_and_after_those_before_it() -> None:
-    """Whichever threads bring them, and however slow the callback is."""
-    sink, there, order = AfterGroup1(), list[bool](), list[int]()
+    heard, there, order = threading.Event(), list[bool](), list[int]()
+
+    def wait(offset: int, _: int) -> None:
+        """What lies behind group 1 is written once that was reported."""
+        if offset >= GROUPS[1][0][1]:
+            heard.wait(1)  # it is not while all threads wait here
+
+    sink = MemorySink(before=wait)
 
     def slowly(group: int) -> None:
         there.append(
             all(sink.data[start:stop] == DATA[start:stop] for start, stop in GROUPS[group])
         )
         if group == 1:
-            sink.heard.set()
+            heard.set()
             until(lambda: sink.data[5_000:] == DATA[5_000:])
             threading.Event().wait(0.1)  # for a thread that would report the others
         order.append(group)
@@ -413,27 +405,17 @@ LARGE = DATA * 4
 """More than is read at once."""
 
 
-class EndsItself(MemorySink):
-    """Its first write waits for all bytes to be on their way, and then cancels the download."""
-
-    def __init__(self) -> None:
-        super().__init__(len(LARGE))
-        self.sent, self.begun = threading.Event(), threading.Event()
-        self.job: Download | None = None
-        self.nbytes = 0
-
-    def write(self, offset: int, data: memoryview) -> None:
-        self.nbytes += len(data)
-        self.begun.wait(10)
-        self.sent.wait(10)
-        assert self.job is not None
-        self.job.cancel(FetchError("enough"))
-
-
 @pytest.mark.parametrize(("is_whole", "at_once"), [(False, 256 << 10), (True, 1 << 20)])
 def test_no_more_is_written_after_an_end(is_whole: bool, at_once: int) -> None:
     """Than what was read already, though more bytes lie in the system's buffers."""
-    sink = EndsItself()
+    sent, begun, written = threading.Event(), threading.Event(), list[int]()
+
+    def end(_: int, nbytes: int) -> None:
+        """The first write waits for all bytes to be on their way, and then cancels the download."""
+        written.append(nbytes)
+        begun.wait(10)
+        sent.wait(10)
+        job.cancel(FetchError("enough"))
 
     def answer(asked: Asked, client: Client) -> None:
         if is_whole:
@@ -441,16 +423,17 @@ def test_no_more_is_written_after_an_end(is_whole: bool, at_once: int) -> None:
             client.send(LARGE)
         else:
             server.right(asked, client)
-        sink.sent.set()
+        sent.set()
 
     with FaultServer(LARGE) as server, engine(1, timeouts=PATIENT) as fetching:
         server.behave = Sometimes(server, answer)
         first = asked(fetching, server.url())
         order: list[int] = []
-        sink.job = fetching.download(first, [[(5_000, len(LARGE))]], sink, order.append)
-        sink.begun.set()
-        assert str(sink.job.done.exception(10)) == str(FetchError("enough"))
-        assert sink.nbytes <= at_once
+        sink = MemorySink(len(LARGE), before=end)
+        job = fetching.download(first, [[(5_000, len(LARGE))]], sink, order.append)
+        begun.set()
+        assert str(job.done.exception(10)) == str(FetchError("enough"))
+        assert sum(written) <= at_once
         assert order == []
 
 

@@ -68,7 +68,6 @@ def test_plain_requests_through_a_proxy() -> None:
 
 
 def test_which_hosts_need_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the environment has it, of which nothing secret is shown."""
     monkeypatch.setenv("http_proxy", "http://u:swordfish@p:3128")
     monkeypatch.setenv("no_proxy", "localhost, .example, 10.0.0.1:8080,*.corp")
     proxies = Proxies(None)
@@ -146,7 +145,6 @@ def test_over_tls(certificate: Path, proxied: bool) -> None:
 
 @pytest.mark.parametrize(("host", "known"), [("files.example", False), ("other.example", True)])
 def test_certificates_that_are_not_trusted(certificate: Path, host: str, known: bool) -> None:
-    """For their authority, and for another name."""
     with tls_server(certificate) as server:
         bundle = str(certificate) if known else None
         with (

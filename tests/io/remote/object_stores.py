@@ -187,7 +187,6 @@ GOOGLE_ACCOUNT = "tests@project.iam.gserviceaccount.com"
 
 @cache
 def google_key() -> str:
-    """A service account's key made for these tests."""
     make = ["openssl", "genpkey", "-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:2048"]
     return subprocess.run(make, capture_output=True, check=True, timeout=60, text=True).stdout
 
@@ -238,7 +237,6 @@ CONFIG, WEIGHTS = b'{"peft_type": "LORA", "r": 8}', "adapter_model.safetensors"
 
 
 def bucket(kind: str, name: str) -> AzureStore | S3Store:
-    """As obstore sees it."""
     return (S3Store if kind == "s3" else AzureStore)(name)
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from threading import Lock
 from typing import Any, Self
 
 import pytest
@@ -34,7 +33,7 @@ from lorax_async.remote.base import LocatedAdapter, RemoteFile
 from lorax_async.remote.opening import AdapterOpener
 from lorax_async.remote.remote_source import RemoteParts, RemoteSource
 from lorax_async.remote.resolution import ResolutionCache, VersionResolver
-from lorax_async.sources.base import AdapterFile, Source
+from lorax_async.sources.base import AdapterFile
 from lorax_async.types import AdapterKey, AdapterRef
 from sweeping import stepwise
 
@@ -153,8 +152,25 @@ class CachedSource(RemoteSource):
         return key
 
 
+RANK = 128
+"""Some 400 KB: more than comes with the first request."""
+
+Fault = Callable[["RemoteWorld", Asked, Client], None]
+
+
+def adapter_of(asked: Asked) -> str:
+    return asked.target.split("/")[1]
+
+
+def is_weights(asked: Asked) -> bool:
+    return asked.target.endswith(WEIGHTS_FILE.file_name)
+
+
 class RemoteWorld:
-    """A source with everything that it stands on; to be closed, or entered."""
+    """A source with everything that it stands on, which is closed on the way out.
+
+    Its cache is below a folder, as its adapters are. `faults` has what is done wrong, by their names.
+    """
 
     holds = True
 
@@ -169,9 +185,10 @@ class RemoteWorld:
         cached: bool = False,
         http: RangeEngine | None = None,
     ) -> None:
-        self.folder = folder
+        self.folder, self.adapters = folder / "cache", folder / "adapters"
         self.verify: Checking = verify
-        self.cache_bytes = cache_bytes
+        self.versions: list[tuple[str, Stored]] = []
+        self.faults: dict[str, Fault] = {}
         self.server = FaultServer(b"")
         self.server.__enter__()
         self.server.behave = self.serve
@@ -181,39 +198,32 @@ class RemoteWorld:
         self.later = 0.0
         """Seconds that its clock is ahead."""
         self.known = ResolutionCache(revalidate, lambda: time.monotonic() + self.later)
-        self._cache: DiskCache | None = None
-        self._making = Lock()
-        self.resolving = VersionResolver(
-            lambda _: self.locator,
-            self.cache_of,
-            self.known,
-            self.workers,
+        self.cache = DiskCache(self.folder, cache_bytes, policy("lru"))
+        resolving = VersionResolver(
+            *(lambda _: self.locator, lambda _: self.cache, self.known, self.workers),
             offline=False,
             fresh=revalidate,
         )
         kind = CachedSource if cached else RemoteSource
         limits = limits or Limits()
         opening = AdapterOpener(
-            *(self.resolving, self.known, self.cache_of, self.engine, self.workers),
+            *(resolving, self.known, lambda _: self.cache, self.engine, self.workers),
             limits=limits,
             verify=verify,
         )
-        parts = RemoteParts(self.resolving, opening, self.workers, lambda: None)
+        parts = RemoteParts(resolving, opening, self.workers, lambda: None)
         self.source = kind(lambda: parts, limits=limits, verify=verify)
-
-    def cache_of(self, _: str) -> DiskCache:
-        with self._making:
-            if self._cache is None:
-                self._cache = DiskCache(self.folder, self.cache_bytes, policy("lru"))
-            return self._cache
-
-    @property
-    def cache(self) -> DiskCache:
-        return self.cache_of("hub")
 
     def put(self, name: str, config: bytes, weights: bytes) -> AdapterRef:
         self.locator.there[name] = Stored(config, weights)
+        self.versions.append((name, self.locator.there[name]))
         return self.ref(name)
+
+    def stock(self, name: str = "one", seed: int = 0, rank: int = RANK) -> Path:
+        """An adapter at the source, and in the folder that is returned."""
+        folder = tiny.write(self.adapters / name, seed, rank)
+        self.put(name, *tiny.files(folder))
+        return folder
 
     def ref(self, name: str) -> AdapterRef:
         return AdapterRef(name, source="hub")
@@ -226,7 +236,10 @@ class RemoteWorld:
         return data, f'"{stored.version}-{file}"'
 
     def serve(self, asked: Asked, client: Client) -> None:
-        """What a good server answers."""
+        self.faults.get(adapter_of(asked), RemoteWorld.well)(self, asked, client)
+
+    def well(self, asked: Asked, client: Client) -> None:
+        """As if there were no fault."""
         try:
             data, etag = self.content(asked.target)
         except KeyError:
@@ -234,33 +247,23 @@ class RemoteWorld:
         else:
             answer(asked, client, data, f"ETag: {etag}")
 
-    def close(self) -> None:
-        self.engine.close()
-        self.workers.close()
-        if self._cache is not None:
-            self._cache.close()
-        self.server.__exit__()
+    def asked_of(self, name: str) -> list[Asked]:
+        return [each for each in list(self.server.asked) if adapter_of(each) == name]
+
+    def spans_of(self, name: str) -> list[tuple[int, int]]:
+        """What was asked for of its weights."""
+        return [asked.span for asked in self.asked_of(name) if is_weights(asked) and asked.span]
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        for each in (self.engine, self.workers, self.cache):
+            each.close()
+        self.server.__exit__()
 
 
-RANK = 256
-"""Some 800 KB: more than comes with the first request."""
-
-
-def stocked(
-    world: RemoteWorld, folder: Path, name: str = "one", seed: int = 0, rank: int = RANK
-) -> Path:
-    """An adapter at the source; the folder has the same files."""
-    world.put(name, *tiny.files(tiny.write(folder / name, seed, rank)))
-    return folder / name
-
-
-def over(world: RemoteWorld, *, source: Source | None = None, **settings: object) -> AdapterLoader:
+def over(world: RemoteWorld, **settings: object) -> AdapterLoader:
     plain: dict[str, object] = {
         "device_bytes": 16 << 20,
         "max_slots": 8,
@@ -269,7 +272,7 @@ def over(world: RemoteWorld, *, source: Source | None = None, **settings: object
         "verify": world.verify,
     }
     config = LoaderConfig(**(plain | settings))  # type: ignore[arg-type]
-    return AdapterLoader(tiny.layout(), config, source=source or world.source)
+    return AdapterLoader(tiny.layout(), config, source=world.source)
 
 
 async def opened(
@@ -293,5 +296,5 @@ def settings() -> dict[str, Any]:
 
 @pytest.fixture
 def world(tmp_path: Path, settings: dict[str, Any]) -> Iterator[RemoteWorld]:
-    with RemoteWorld(tmp_path / "cache", **settings) as world:
+    with RemoteWorld(tmp_path, **settings) as world:
         yield world

@@ -20,7 +20,7 @@ import torch
 from fault_server import Asked, Client
 from hub_stand_in import HubStandIn
 from huggingface_hub import snapshot_download
-from remote_world import RemoteWorld, Steps, over, stocked
+from remote_world import RemoteWorld, Steps, over
 from safetensors.torch import load_file
 from user_loads import at, contents, has, loader, stored_in, written
 from web_folder import WEIGHTS, refuse
@@ -51,9 +51,9 @@ def is_evictable(world: RemoteWorld) -> bool:
     return main(["cache", "gc", "--bytes", "1", "--dir", str(world.folder)]) == 0
 
 
-async def test_a_folder_that_peft_loads(world: RemoteWorld, tmp_path: Path) -> None:
+async def test_a_folder_that_peft_loads(world: RemoteWorld) -> None:
     """It is checked each time, and comes once."""
-    adapter = stocked(world, tmp_path)
+    adapter = world.stock()
     size = (adapter / WEIGHTS).stat().st_size
     ref = world.ref("one")
     async with over(world) as there:
@@ -81,8 +81,8 @@ async def test_a_folder_that_peft_loads(world: RemoteWorld, tmp_path: Path) -> N
     assert is_evictable(world)
 
 
-async def test_what_does_not_fit_the_base_is_fetched(world: RemoteWorld, tmp_path: Path) -> None:
-    stocked(world, tmp_path)
+async def test_what_does_not_fit_the_base_is_fetched(world: RemoteWorld) -> None:
+    world.stock()
     stored = world.locator.there["one"]
     stored.weights = stored.weights.replace(b"q_proj", b"x_proj")
     async with over(world) as there:
@@ -92,8 +92,8 @@ async def test_what_does_not_fit_the_base_is_fetched(world: RemoteWorld, tmp_pat
             assert (folder.path / WEIGHTS).read_bytes() == stored.weights
 
 
-async def test_a_lease_protects_from_other_processes(world: RemoteWorld, tmp_path: Path) -> None:
-    adapter = stocked(world, tmp_path)
+async def test_a_lease_protects_from_other_processes(world: RemoteWorld) -> None:
+    adapter = world.stock()
     command = [sys.executable, "-m", "lorax_async", "cache", "gc", "--bytes", "1"]
     command += ["--dir", str(world.folder)]
     async with over(world) as there:
@@ -108,8 +108,8 @@ async def test_a_lease_protects_from_other_processes(world: RemoteWorld, tmp_pat
         assert not two.path.exists()
 
 
-async def test_fetches_and_loads_share_one_download(world: RemoteWorld, tmp_path: Path) -> None:
-    adapter = stocked(world, tmp_path)
+async def test_fetches_and_loads_share_one_download(world: RemoteWorld) -> None:
+    adapter = world.stock()
     size, ref = (adapter / WEIGHTS).stat().st_size, world.ref("one")
     async with over(world) as there:
         fetching = [asyncio.create_task(there.fetch(ref)) for _ in range(3)]
@@ -129,8 +129,8 @@ async def test_fetches_and_loads_share_one_download(world: RemoteWorld, tmp_path
                 assert folder.downloaded
 
 
-async def test_a_cancelled_fetch_leaves_the_others(world: RemoteWorld, tmp_path: Path) -> None:
-    adapter, gate = stocked(world, tmp_path), threading.Event()
+async def test_a_cancelled_fetch_leaves_the_others(world: RemoteWorld) -> None:
+    adapter, gate = world.stock(), threading.Event()
 
     def late(asked: Asked, client: Client) -> None:
         assert gate.wait(20)
@@ -149,7 +149,6 @@ async def test_a_cancelled_fetch_leaves_the_others(world: RemoteWorld, tmp_path:
 
 
 async def test_given_up_at_every_step_it_leaves_nothing(world: RemoteWorld, tmp_path: Path) -> None:
-    """No lease, no download under way, and the next call goes on."""
     steps = Steps(world.source)
     files = tiny.files(tiny.write(tmp_path / "a", rank=256))
     async with over(world) as there:
@@ -188,8 +187,8 @@ REFUSED: dict[str, tuple[Callable[[AdapterRef], Any], type[errors.LoraxError], s
 async def test_refusals(
     tmp_path: Path, id: Callable[[AdapterRef], Any], kind: type[errors.LoraxError], words: str
 ) -> None:
-    with RemoteWorld(tmp_path / "cache", limits=Limits(max_adapter_bytes=1 << 20)) as world:
-        stocked(world, tmp_path)
+    with RemoteWorld(tmp_path, limits=Limits(max_adapter_bytes=1 << 20)) as world:
+        world.stock()
         world.put("large", world.locator.there["one"].config, bytes(1 << 21))
         async with over(world) as there:
             asked = id(world.ref("one"))
@@ -210,12 +209,12 @@ async def test_tensors_and_stand_ins_are_in_no_folder(tmp_path: Path) -> None:
             await fails(there.fetch(id), errors.UsageError, "has no folder")
 
 
-async def test_deadlines_and_the_end_of_the_loader(world: RemoteWorld, tmp_path: Path) -> None:
-    stocked(world, tmp_path)
+async def test_deadlines_and_the_end_of_the_loader(world: RemoteWorld) -> None:
+    world.stock()
     gate, ref = threading.Event(), world.ref("one")
     there = await over(world).__aenter__()
     held = await there.fetch(ref)
-    stocked(world, tmp_path, "two", 1)
+    world.stock("two", 1)
 
     def late(asked: Asked, client: Client) -> None:
         gate.wait(20)
@@ -238,8 +237,8 @@ async def test_deadlines_and_the_end_of_the_loader(world: RemoteWorld, tmp_path:
     await fails(there.fetch(ref), errors.LoaderClosedError)
 
 
-async def test_a_folder_that_is_never_released_is_told(world: RemoteWorld, tmp_path: Path) -> None:
-    stocked(world, tmp_path)
+async def test_a_folder_that_is_never_released_is_told(world: RemoteWorld) -> None:
+    world.stock()
     async with over(world) as there:
         folder = await there.fetch(world.ref("one"))
         folders = [folder]

@@ -449,7 +449,6 @@ async def test_a_forbidden_hub(hub: HubStandIn, monkeypatch: Patch, offline: boo
 
 @pytest.mark.parametrize("between", [False, True], ids=["while it is asked", "between attempts"])
 async def test_a_cancelled_question_asks_nothing_more(hub: HubStandIn, between: bool) -> None:
-    """It leaves a thread, which ends with its answer, and nothing else."""
     hub.put(REPO, ADAPTER)
     go_on = threading.Event()
 

@@ -331,7 +331,6 @@ def test_what_is_not_whole_is_not_there(tmp_path: Path, lacking: str) -> None:
 
 
 def test_one_file_is_preferred_to_several_wherever_the_repository_lies(tmp_path: Path) -> None:
-    """The operator may put it on another disk, by a link."""
     by_hand.put(tmp_path / "other disk", REPO, {**SPLIT, NAME: WEIGHTS}, commit=COMMIT)
     (tmp_path / "hub").mkdir()
     link = tmp_path / "hub" / "models--org--name"
@@ -341,7 +340,6 @@ def test_one_file_is_preferred_to_several_wherever_the_repository_lies(tmp_path:
 
 @pytest.mark.parametrize("replaced", [False, True])
 def test_what_is_removed_or_replaced_while_it_is_used(tmp_path: Path, replaced: bool) -> None:
-    """A reader that opens later is told."""
     blob = (by_hand.put(tmp_path, REPO, ADAPTER, commit=COMMIT) / NAME).resolve()
     cache = opened(tmp_path)
     entry = cache.open(KEY)
@@ -359,7 +357,6 @@ def test_what_is_removed_or_replaced_while_it_is_used(tmp_path: Path, replaced: 
 
 
 def stored(cache: Cache, key: CacheKey) -> CacheEntry:
-    """Download it as a whole."""
     download = cache.begin(key, "", FetchControl())
     assert not isinstance(download, CacheEntry), "there is an entry already"
     try:

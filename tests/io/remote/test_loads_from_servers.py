@@ -198,7 +198,6 @@ def by_way_of(origin: Origin, way: str) -> str:
 
 @on("nginx")
 async def test_a_server_that_limits_requests(origin: Origin, adapters: list[Path]) -> None:
-    """Some are answered 503; the load is whole all the same."""
     origin.put(adapters[0])
     async with origin.loader(at(second(origin))) as there:
         await has(there, by_way_of(origin, "slow/"), adapters[0])
@@ -219,7 +218,6 @@ async def test_each_byte_comes_once(origin: Origin, adapters: list[Path], way: s
     size = size_of(adapters[0])
 
     def sent() -> int:
-        """Of the weights, in bytes."""
         asked = [line for line in lines(origin) if ".safetensors" in line and " 302 " not in line]
         assert {" 206 " in line for line in asked} <= {way != "whole/"}
         return sum(int(line.rpartition(" ")[2]) for line in asked)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import remote_world
 from fault_server import Asked, Client
-from remote_world import RANK, RemoteWorld, over, stocked
+from remote_world import RANK, RemoteWorld, is_weights, over
 from safetensors.torch import load, save
 
 import tiny
@@ -28,13 +28,13 @@ settings, world = remote_world.settings, remote_world.world
 
 
 def weights_asked(world: RemoteWorld) -> list[Asked]:
-    return [asked for asked in world.server.asked if asked.target.endswith(".safetensors")]
+    return [asked for asked in world.server.asked if is_weights(asked)]
 
 
 async def test_two_processes_download_once(tmp_path: Path) -> None:
     """Two sources over one folder, as two processes have them."""
-    with RemoteWorld(tmp_path / "cache") as one, RemoteWorld(tmp_path / "cache") as two:
-        folder = stocked(one, tmp_path)
+    with RemoteWorld(tmp_path) as one, RemoteWorld(tmp_path) as two:
+        folder = one.stock()
         two.locator.there = one.locator.there
 
         async def loaded(world: RemoteWorld) -> None:
@@ -46,16 +46,16 @@ async def test_two_processes_download_once(tmp_path: Path) -> None:
 
 
 async def test_an_answer_counts_for_a_while(tmp_path: Path) -> None:
-    with RemoteWorld(tmp_path / "cache", revalidate=60) as world:
-        stocked(world, tmp_path)
+    with RemoteWorld(tmp_path, revalidate=60) as world:
+        world.stock()
         async with over(world) as loader:
             for _ in range(3):
                 (await loader.load(world.ref("one"))).release()
             assert world.locator.located == 1
             world.later = 61.0
-            stocked(world, tmp_path, seed=7)
+            world.stock(seed=7)
             async with await loader.load(world.ref("one")) as handle:
-                tiny.assert_equal_to_file(handle, tmp_path / "one")
+                tiny.assert_equal_to_file(handle, world.adapters / "one")
             assert world.locator.located == 2
 
 
@@ -70,8 +70,8 @@ async def acquired_at_once(loader: AdapterLoader, adapter: AdapterId) -> bool:
 
 async def test_a_digest_is_its_callers_own(tmp_path: Path) -> None:
     """Whoever gave a false one is refused; who asked before him, and is known still, is not."""
-    with RemoteWorld(tmp_path / "cache", revalidate=60) as world:
-        folder = stocked(world, tmp_path)
+    with RemoteWorld(tmp_path, revalidate=60) as world:
+        folder = world.stock()
         world.locator.promises = False
         plain = world.ref("one")
         async with over(world) as loader:
@@ -83,8 +83,8 @@ async def test_a_digest_is_its_callers_own(tmp_path: Path) -> None:
                 tiny.assert_equal_to_file(handle, folder)
 
 
-async def test_a_public_adapter_is_for_every_token(world: RemoteWorld, tmp_path: Path) -> None:
-    folder = stocked(world, tmp_path)
+async def test_a_public_adapter_is_for_every_token(world: RemoteWorld) -> None:
+    folder = world.stock()
     pinned = replace(world.ref("one"), revision=world.locator.there["one"].version)
     async with over(world) as loader:
         (await loader.load(pinned)).release()
@@ -94,13 +94,13 @@ async def test_a_public_adapter_is_for_every_token(world: RemoteWorld, tmp_path:
         tiny.assert_equal_to_file(handle, folder)
 
 
-async def test_a_lease_at_once_needs_a_recent_answer(world: RemoteWorld, tmp_path: Path) -> None:
+async def test_a_lease_at_once_needs_a_recent_answer(world: RemoteWorld) -> None:
     """A lease without asking is for as long as a load asks nobody; then the source judges."""
-    stocked(world, tmp_path)
+    world.stock()
     stored = world.locator.there["one"]
     stored.token = "mine"
     mine = replace(world.ref("one"), token="mine")
-    stocked(world, tmp_path, "two", 1)
+    world.stock("two", 1)
     doubled = Limits(max_rank=2 * RANK)
     merge = Merge("linear", [mine, world.ref("two")], [1, 1])
     async with over(world, revalidate=60, limits=doubled) as loader:
@@ -124,10 +124,10 @@ async def test_a_lease_at_once_needs_a_recent_answer(world: RemoteWorld, tmp_pat
         kept.release()
 
 
-async def test_a_response_without_length(world: RemoteWorld, tmp_path: Path) -> None:
+async def test_a_response_without_length(world: RemoteWorld) -> None:
     """All in one response, without ranges: the size is the locator's word, or nobody's."""
-    folder = stocked(world, tmp_path)
-    stocked(world, tmp_path, "two")
+    folder = world.stock()
+    world.stock("two")
 
     def streamed(asked: Asked, client: Client) -> None:
         data, etag = world.content(asked.target)
@@ -143,9 +143,9 @@ async def test_a_response_without_length(world: RemoteWorld, tmp_path: Path) -> 
             await loader.load(world.ref("two"))
 
 
-async def test_a_pinned_version_that_was_replaced(world: RemoteWorld, tmp_path: Path) -> None:
+async def test_a_pinned_version_that_was_replaced(world: RemoteWorld) -> None:
     """Who was let have it, and may still ask, has it from the cache; nobody else has."""
-    folder = stocked(world, tmp_path)
+    folder = world.stock()
     world.locator.there["one"].token = "mine"
     pinned = AdapterRef("one", "hub", world.locator.there["one"].version, "mine")
     async with over(world) as loader:
@@ -175,7 +175,7 @@ async def leave(world: RemoteWorld, loader: AdapterLoader, id: AdapterId, other:
 async def test_parts_of_a_merge_are_fetched_again(tmp_path: Path) -> None:
     """All of them, for no tensor comes with the first bytes."""
     note = {"note": "long" * FIRST_BYTES}
-    with RemoteWorld(tmp_path / "cache") as world:
+    with RemoteWorld(tmp_path) as world:
         for seed, name in enumerate("abc"):
             config, content = tiny.files(tiny.write(tmp_path / name, seed))
             world.put(name, config, save(load(content), note))
@@ -188,12 +188,9 @@ async def test_parts_of_a_merge_are_fetched_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
-async def test_what_was_evicted_is_fetched_again(
-    world: RemoteWorld, tmp_path: Path, device: str
-) -> None:
-    """Nobody is told; and also for a caller who streams it."""
-    folder = stocked(world, tmp_path, rank=4)
-    stocked(world, tmp_path, "another", 1, rank=4)
+async def test_what_was_evicted_is_fetched_again(world: RemoteWorld, device: str) -> None:
+    folder = world.stock(rank=4)
+    world.stock("another", 1, rank=4)
     async with one_slot(world, device) as loader:
         await leave(world, loader, world.ref("one"), "another")
         async with await loader.load(world.ref("one")) as handle:

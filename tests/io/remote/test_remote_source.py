@@ -16,7 +16,7 @@ import pytest
 import remote_world
 from disk_cache_world import begun
 from fault_server import Asked, Client, answer
-from remote_world import RemoteWorld, brought, opened, stocked
+from remote_world import RemoteWorld, brought, opened
 from source_conformance import PopulateConformance, SourceConformance
 from source_inputs import CONFIG, weights
 
@@ -60,9 +60,8 @@ class TestCached(PopulateConformance):
         hold.close()
 
 
-async def test_known_callers_while_the_source_is_down(world: RemoteWorld, tmp_path: Path) -> None:
-    """Not only who it was fetched for; and nobody else."""
-    stocked(world, tmp_path)
+async def test_known_callers_while_the_source_is_down(world: RemoteWorld) -> None:
+    world.stock()
     first, second, stranger = (replace(world.ref("one"), token=token) for token in "abc")
     version = world.locator.there["one"].version
     for ref in (first, second):
@@ -98,16 +97,16 @@ async def test_jobs_end_with_whoever_follows_them() -> None:
     assert all(job.done.done() for job in jobs)
 
 
-async def test_an_entry_stays_for_as_long_as_it_is_read(world: RemoteWorld, tmp_path: Path) -> None:
-    stocked(world, tmp_path)
+async def test_an_entry_stays_for_as_long_as_it_is_read(world: RemoteWorld) -> None:
+    world.stock()
     file = await brought(world)
     assert in_use(world) == [True]
     file.reader.close()
     assert in_use(world) == [False]
 
 
-async def test_groups_are_reported_on_the_loop(world: RemoteWorld, tmp_path: Path) -> None:
-    stocked(world, tmp_path)
+async def test_groups_are_reported_on_the_loop(world: RemoteWorld) -> None:
+    world.stock()
     file, told = await opened(world), list[tuple[int, Thread]]()
     half, nbytes = file.reader.nbytes // 2, file.reader.nbytes
 
@@ -120,8 +119,8 @@ async def test_groups_are_reported_on_the_loop(world: RemoteWorld, tmp_path: Pat
     file.reader.close()
 
 
-async def test_a_reader_closed_meanwhile_keeps_nothing(world: RemoteWorld, tmp_path: Path) -> None:
-    stocked(world, tmp_path)
+async def test_a_reader_closed_meanwhile_keeps_nothing(world: RemoteWorld) -> None:
+    world.stock()
     file = await opened(world)
     bringing = asyncio.create_task(world.source.bring(file, [], lambda _: None, FetchControl()))
     await asyncio.sleep(0)
@@ -314,8 +313,8 @@ async def test_waiting_ends_with_demand(
 ) -> None:
     """For who downloads the same, and for who has the room that it needs."""
     monkeypatch.setattr(opening, "PATIENCE_SECONDS", 60)
-    with RemoteWorld(tmp_path / "cache", cache_bytes=1_000_000) as world:
-        stocked(world, tmp_path)
+    with RemoteWorld(tmp_path, cache_bytes=1_000_000) as world:
+        world.stock()
         key = await world.source.resolve(world.ref("one"))
         assert isinstance(key, RemoteKey)
         other = CacheKey(key.location, key.version if what == "the same" else "another")
@@ -331,10 +330,10 @@ async def test_waiting_ends_with_demand(
 
 @pytest.mark.parametrize("refused", [False, True], ids=["to open it", "to compare an entry"])
 async def test_a_question_to_the_source_ends_with_the_demand(
-    world: RemoteWorld, tmp_path: Path, refused: bool
+    world: RemoteWorld, refused: bool
 ) -> None:
     """Also where the source does not answer: no caller waits for it any more."""
-    stocked(world, tmp_path)
+    world.stock()
     world.locator.promises = False  # so it is asked, and nothing is hashed
     key, control = await world.source.resolve(world.ref("one")), FetchControl()
     if refused:
@@ -360,20 +359,18 @@ async def test_a_question_to_the_source_ends_with_the_demand(
 
 
 async def test_an_answer_that_cannot_be_noted(
-    world: RemoteWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: RemoteWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is an answer all the same."""
 
     def fail(*_: object) -> None:
         raise FetchError("this cache can only be read")
 
-    stocked(world, tmp_path)
+    world.stock()
     monkeypatch.setattr(world.cache, "note_version", fail)
     (await brought(world)).reader.close()
 
 
 def test_what_was_gone_once_stays_gone() -> None:
-    """All who read are told the same, though it may come back meanwhile."""
     opened = 0
 
     def open() -> EntryReader:

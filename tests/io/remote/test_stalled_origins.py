@@ -188,7 +188,6 @@ async def test_a_server_that_accepts_no_connection(tmp_path: Path) -> None:
 
 
 async def test_hints_of_a_server_that_stalls_hold_up_no_others(tmp_path: Path) -> None:
-    """Many of them, which came first; those of another server are there in a moment."""
     with world(tmp_path, "no head") as it:
         async with it.loader() as loader:
             url = it.stalling.url

@@ -34,6 +34,7 @@ from lorax_async.errors import AccessDeniedError, AdapterNotFoundError, FetchErr
 from lorax_async.formats.split_weights import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, FileRole
 from lorax_async.types import AdapterRef
 
+Patch = pytest.MonkeyPatch
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 SHARDS = [FileRole("weights", n, 2) for n in (1, 2)]
@@ -57,7 +58,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str]
 
 @pytest.fixture
 def store(
-    request: pytest.FixtureRequest, servers: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest, servers: Callable[[str], Any], monkeypatch: Patch
 ) -> Iterator[Store]:
     with stored(request.param, f"tests/{request.node.originalname}/", servers) as store:
         set_environment(monkeypatch, store.server.environment)
@@ -162,11 +163,7 @@ WORDS = {
 
 @pytest.mark.parametrize(("store", "name", "value", "kind"), ENVIRONMENTS, indirect=["store"])
 def test_an_environment_that_opens_nothing_is_named_without_its_secrets(
-    store: Store,
-    name: str,
-    value: str | None,
-    kind: type[FetchError],
-    monkeypatch: pytest.MonkeyPatch,
+    store: Store, name: str, value: str | None, kind: type[FetchError], monkeypatch: Patch
 ) -> None:
     """Without credentials the machine's are asked for, and there are none."""
     store.put_adapter()
@@ -183,7 +180,7 @@ def test_an_environment_that_opens_nothing_is_named_without_its_secrets(
 
 
 @on("gs", S3)
-def test_a_public_bucket_without_credentials(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_public_bucket_without_credentials(store: Store, monkeypatch: Patch) -> None:
     store.bucket = "public"
     store.put_adapter()
     signed = located(store.id)
@@ -216,7 +213,7 @@ def test_googles_url_opens_one_object_for_as_long_as_was_asked(store: Store) -> 
 
 
 @on(AZURE)
-def test_azures_shared_access_signature(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_azures_shared_access_signature(store: Store, monkeypatch: Patch) -> None:
     """Such a token can sign nothing; it opens URLs as it is."""
     assert isinstance(store.server, Azurite)
     store.put_adapter()
@@ -255,24 +252,21 @@ async def test_a_signed_url_ends(store: Store) -> None:
 async def test_weights_in_several_files(store: Store) -> None:
     """Azure's listings have ETags without quotes; those of answers have them."""
     names = [f"adapter_model-0000{n}-of-00002.safetensors" for n in (1, 2)]
-    store.put("adapter_config.json", CONFIG)
-    store.put("adapter_model.safetensors.index.json", b"{}")
-    store.put(names[0], DATA)
+    store.put_all({"adapter_config.json": CONFIG, f"{WEIGHTS}.index.json": b"{}", names[0]: DATA})
+    ref = AdapterRef(store.id)
     with locator() as made:
-        early = await made.locate(AdapterRef(store.id))
+        early = await made.locate(ref)
         assert [file.role for file in early.files] == [CONFIG_FILE, INDEX_FILE]
         with pytest.raises(AdapterNotFoundError, match=r"no adapter_model-00002-of-00002\.saf"):
             await made.shards(early, SHARDS)
         store.put(names[1], DATA[:77])
-        whole = await made.locate(AdapterRef(store.id))
+        whole = await made.locate(ref)
         files = await made.shards(whole, SHARDS)
         assert [file.role for file in files] == SHARDS
         assert [file.etag for file in files] == [store.etag(name) for name in names]
         assert [brought(file) for file in files] == [DATA, DATA[:77]]
         store.put(names[1], DATA[1:78])
-        assert (await made.locate(AdapterRef(store.id))).version not in {
-            early.version,
-            whole.version,
-        }
+        versions = {each.version for each in (early, whole, await made.locate(ref))}
+        assert len(versions) == 3
         with pytest.raises(IntegrityError, match="were replaced"):
             await made.shards(whole, SHARDS)

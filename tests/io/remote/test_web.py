@@ -59,7 +59,6 @@ async def test_a_folder_is_located_by_two_requests(it: World) -> None:
 
 
 async def test_both_are_asked_for_at_once(it: World) -> None:
-    """Neither is answered before the other one was asked for."""
 
     def wait_for_both(asked: Asked, client: Client) -> None:
         while len(it.folder.asked) < 2 and not client.ending.wait(0.005):
