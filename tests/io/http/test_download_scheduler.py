@@ -1,8 +1,4 @@
-"""Which piece of which job starts when, and which thread may end or take a connection.
-
-`World` is all that knows the download scheduler's calls; its clock stands until it is set.
-`test_stalled_origins.py` tests the same against servers.
-"""
+"""Which piece of which job starts when, and which thread may end or take a connection."""
 
 from __future__ import annotations
 
@@ -55,7 +51,7 @@ class Pieces(Job[None]):
 
 
 class World:
-    """A scheduler, the time, and threads that only say what they would do."""
+    """A scheduler, a clock that stands until it is set, and threads that only say what they would do."""
 
     def __init__(self, connections: int = 4) -> None:
         self.now = 0.0
@@ -186,10 +182,7 @@ def test_another_origin_has_its_share_at_once() -> None:
 
 
 def test_an_origin_that_stalls_keeps_one_connection() -> None:
-    """Another one that sends has the others, for as long as it has a use for them.
-
-    Those too that the first began a moment ago, when the other had none.
-    """
+    """Another one that sends has all others, also new ones, for as long as it has a use for them."""
     world = World()
     stalled = world.job(9, "a")
     world.begin()

@@ -98,10 +98,7 @@ def test_a_straggler_is_relieved() -> None:
 
 @pytest.mark.parametrize("how", ["cancel", "close", "deadline"])
 def test_an_end_from_outside(how: str) -> None:
-    """At once, with one error, whatever the threads wait for; and nothing is left.
-
-    Another origin is as before; and a future that asyncio cancels ends nothing.
-    """
+    """At once, with one error, whatever the threads wait for; another origin is as before."""
     before = open_sockets()
     with FaultServer(DATA) as server, FaultServer(DATA) as good:
         fetching = engine(timeouts=PATIENT)
@@ -115,7 +112,7 @@ def test_an_end_from_outside(how: str) -> None:
             )
             until(lambda: len(server.asked) == 5)
             time.sleep(0.02)
-            assert not job.done.cancel()
+            assert not job.done.cancel(), "as asyncio would"
             if how == "cancel":
                 job.cancel(FetchError("enough"))
                 job.cancel(FetchError("more than that"))

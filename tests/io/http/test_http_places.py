@@ -254,16 +254,17 @@ def test_signed_places_that_expire_are_asked_for_anew() -> None:
         assert 2 <= number[0] <= 4
 
 
+NO_URLS = (
+    *("ftp://127.0.0.1/x", "file:///etc/passwd", "gopher:x", "http://127.0.0.1:99999/"),
+    *("http://[::1/", "http://u:swordfish@127.0.0.1/", f"http://{'a' * 9_000}"),
+)
+
+
 @pytest.mark.parametrize(
     ("location", "words", "requests"),
     [
         *((text, "3 redirects", 4) for text in ("/weights", "/loop?x", "")),
-        *((text, "no URL", 1) for text in ("ftp://127.0.0.1/x", "file:///etc/passwd", "gopher:x")),
-        *((text, "no URL", 1) for text in ("http://127.0.0.1:99999/", "http://[::1/")),
-        *(
-            (text, "no URL", 1)
-            for text in ("http://u:swordfish@127.0.0.1/", f"http://{'a' * 9_000}")
-        ),
+        *((text, "no URL", 1) for text in NO_URLS),
     ],
 )
 def test_redirects_that_end_or_lead_nowhere(location: str, words: str, requests: int) -> None:

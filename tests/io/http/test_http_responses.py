@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -44,20 +45,15 @@ pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 TAG, EMPTY = f"ETag: {ETAG}", "Content-Length: 0"
 
 
-class Sometimes:
-    """Misbehaves on the first `times` range requests after the first answer."""
+def sometimes(server: FaultServer, fault: Behaviour, times: int = 1 << 30) -> Behaviour:
+    """Wrong for the first `times` range requests after the first answer."""
+    faults = itertools.count()
 
-    def __init__(self, server: FaultServer, fault: Behaviour, times: int = 1 << 30) -> None:
-        self.server = server
-        self.fault = fault
-        self.left = times
-        self._lock = threading.Lock()
+    def behave(asked: Asked, client: Client) -> None:
+        wrong = asked.span != (0, 5_000) and next(faults) < times
+        (fault if wrong else server.right)(asked, client)
 
-    def __call__(self, asked: Asked, client: Client) -> None:
-        with self._lock:
-            wrong = asked.span != (0, 5_000) and self.left > 0
-            self.left -= wrong
-        (self.fault if wrong else self.server.right)(asked, client)
+    return behave
 
 
 @pytest.mark.parametrize("have", [[], [(0, 100_000), (200_000, 290_000)], [(0, len(DATA))]])
@@ -96,7 +92,7 @@ def chunked(asked: Asked, client: Client) -> None:
 def test_a_server_that_sends_all_or_nothing(answer: Behaviour, from_the_first: bool) -> None:
     """The whole file comes in one stream, even if the server served ranges at first."""
     with FaultServer(DATA) as server, engine() as fetching:
-        server.behave = answer if from_the_first else Sometimes(server, answer)
+        server.behave = answer if from_the_first else sometimes(server, answer)
         first = asked(fetching, server.url())
         assert first.start == DATA[:5_000]
         check(*fetched(fetching, first))
@@ -243,7 +239,7 @@ def test_a_fault_that_passes_is_overcome_and_others_are_typed_errors(
         retries = RetryPolicy(attempts=attempts, base=0.01, most=0.02)
         with FaultServer(DATA) as server, engine(2, timeouts=hasty, retries=retries) as fetching:
             answer = asked(fetching, server.url())
-            server.behave = Sometimes(server, fault, times)
+            server.behave = sometimes(server, fault, times)
             if attempts == 3:
                 check(*fetched(fetching, answer))
                 continue
@@ -323,7 +319,7 @@ HOSTILE |= {name: (sends(head), FetchError, "malformed|no end") for name, head i
 def test_a_wrong_answer_ends_the_download_at_once(name: str) -> None:
     fault, kind, words = HOSTILE[name]
     with FaultServer(DATA) as server, engine(2) as fetching:
-        server.behave = Sometimes(server, fault)
+        server.behave = sometimes(server, fault)
         answer = asked(fetching, server.url())
         begun = time.monotonic()
         with pytest.raises(LoraxError, match=words) as caught:
@@ -426,7 +422,7 @@ def test_no_more_is_written_after_an_end(is_whole: bool, at_once: int) -> None:
         sent.set()
 
     with FaultServer(LARGE) as server, engine(1, timeouts=PATIENT) as fetching:
-        server.behave = Sometimes(server, answer)
+        server.behave = sometimes(server, answer)
         first = asked(fetching, server.url())
         order: list[int] = []
         sink = MemorySink(len(LARGE), before=end)

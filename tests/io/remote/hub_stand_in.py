@@ -1,12 +1,4 @@
-"""A small hub on loopback: repositories with commits, and a second port where large files lie.
-
-What it answers is what huggingface_hub reads of the real one; its own client is what shows that.
-
-    with HubStandIn() as hub:
-        commit = hub.put("org/name", {"adapter_config.json": b"{}", ...})
-        loader = ... LoaderConfig(hub_endpoint=hub.endpoint) ...
-        assert [asked.method for asked in hub.asked] == ["HEAD", ...]
-"""
+"""A small hub on loopback, as huggingface_hub's client reads it, and a port where large files lie."""
 
 from __future__ import annotations
 

@@ -49,7 +49,6 @@ def set_environment(patch: pytest.MonkeyPatch, values: dict[str, str]) -> None:
 
 
 S3_KEY, S3_SECRET = "AKIDOFTHETESTS", "the/secret+of/the+tests"
-
 REGION = "us-east-1"
 
 

@@ -126,6 +126,7 @@ class SlowProxy:
 
 LAYERS = 8
 Files = dict[str, bytes]
+Begun = Callable[[str], Any]
 
 
 def _on(program: str) -> list[pytest.MarkDecorator]:
@@ -193,7 +194,7 @@ class Shelf(dict[str, bytes]):
 
 
 @contextmanager
-def processes(folders: pytest.TempPathFactory) -> Iterator[Callable[[str], Any]]:
+def processes(folders: pytest.TempPathFactory) -> Iterator[Begun]:
     """What begins a server in a process of its own when it is asked for it first."""
     with ExitStack() as ends:
 
@@ -230,10 +231,7 @@ def _replaced_in(folder: Path, files: Files) -> None:
 
 @contextmanager
 def olah(folder: Path, hub: HubStandIn) -> Iterator[str]:
-    """The endpoint of a mirror of that hub.
-
-    All is said in its file: what is given on the command line does not count beside one.
-    """
+    """The endpoint of a mirror of that hub, set up by a file: a command line would not count."""
     program = tool("olah-cli")
     assert program is not None
     port = servers.free_port()
@@ -266,12 +264,7 @@ def _of_hub(name: str, folder: Path, ends: ExitStack, *, mirrored: bool) -> Orig
 
 
 def made(
-    kind: str,
-    name: str,
-    folder: Path,
-    begun: Callable[[str], Any],
-    ends: ExitStack,
-    patch: pytest.MonkeyPatch,
+    kind: str, name: str, folder: Path, begun: Begun, ends: ExitStack, patch: pytest.MonkeyPatch
 ) -> Origin:
     if kind in {"hub", "olah"}:
         return _of_hub(name, folder, ends, mirrored=kind == "olah")

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import pytest
 from fault_server import Asked, Client, FaultServer, answer
-from fetching import Anywhere, engine
+from fetching import PATIENT, Anywhere, engine
 from web_folder import refuse
 
 import tiny
@@ -24,7 +24,6 @@ from lorax_async.errors import AccessDeniedError, AdapterError, AdapterNotFoundE
 from lorax_async.formats.digests import Digest
 from lorax_async.formats.split_weights import CONFIG_FILE, WEIGHTS_FILE, FileRole
 from lorax_async.http.range_engine import RangeEngine
-from lorax_async.http.settings import Timeouts
 from lorax_async.http.target import Target
 from lorax_async.http.urls import parse_url
 from lorax_async.lifecycle.policies import policy
@@ -36,8 +35,6 @@ from lorax_async.remote.resolution import ResolutionCache, VersionResolver
 from lorax_async.sources.base import AdapterFile
 from lorax_async.types import AdapterKey, AdapterRef
 from sweeping import stepwise
-
-PATIENT = Timeouts(read=20, slowest=1)
 
 
 @dataclass
@@ -264,14 +261,8 @@ class RemoteWorld:
 
 
 def over(world: RemoteWorld, **settings: object) -> AdapterLoader:
-    plain: dict[str, object] = {
-        "device_bytes": 16 << 20,
-        "max_slots": 8,
-        "io_threads": 2,
-        "timeout": 30,
-        "verify": world.verify,
-    }
-    config = LoaderConfig(**(plain | settings))  # type: ignore[arg-type]
+    given: Any = {"device_bytes": 16 << 20, "max_slots": 8, "io_threads": 2, "timeout": 30}
+    config = LoaderConfig(**given | {"verify": world.verify} | settings)
     return AdapterLoader(tiny.layout(), config, source=world.source)
 
 

@@ -22,6 +22,8 @@ from lorax_async.cli.fetch import FetchRow, fetch_all
 from lorax_async.loader import AdapterLoader
 from lorax_async.remote.remote_source import open_remote_source
 from lorax_async.types import AdapterRef
+from sweeping import settle
+from tiny_loaders import fails
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 
@@ -31,14 +33,12 @@ Files = dict[str, bytes]
 
 @dataclass
 class Origin(Folder):
-    """A folder with one ETag, whatever is in it.
-
-    `stop_at` ends each answer for weights before the file's byte of that number. `promises` sends
-    each file's sha256 beside it.
-    """
+    """A folder with one ETag, whatever is in it."""
 
     promises: bool = False
+    """Whether each file's sha256 is sent beside it."""
     stop_at: int | None = None
+    """Before which byte of the weights each answer ends."""
 
     def serve(self, asked: Asked, client: Client) -> None:
         data, head = self.files[name_of(asked)], ['ETag: "fixed"']
@@ -94,19 +94,10 @@ def world(tmp_path: Path, adapters: list[Path]) -> Iterator[World]:
         yield World(origin, server, tmp_path, adapters)
 
 
-async def refused(
-    there: AdapterLoader, id: str | AdapterRef, error: type[errors.AdapterError]
-) -> errors.AdapterError:
-    with pytest.raises(error) as caught:
-        async with await there.load(id):
-            pass
-    return caught.value
-
-
 async def interrupted(world: World, there: AdapterLoader) -> None:
     """A load that ends after 1.5 MB of weights, and leaves them to the next one."""
     world.origin.stop_at = 1_500_000
-    await refused(there, world.id, errors.FetchError)
+    await fails(there.load(world.id), errors.FetchError)
     world.origin.stop_at = None
     await until(lambda: world.stored() == (0, 1))
 
@@ -227,7 +218,8 @@ async def test_what_is_refused_does_not_stay(world: World, upload: str, stored: 
         await published(world)
         assert world.stored() == (1, 0)
     async with world.loader(check_finite=True) as there:
-        await refused(there, world.id, errors.AdapterError)
+        await fails(there.load(world.id), errors.AdapterError)
+        await settle(there)  # or the next load would join the fetch that was refused
         if upload == "NaN" or not stored:  # else its server still has the same
             await until(lambda: world.stored() == (0, 0))
         world.origin.files = contents(world.adapters[0])
@@ -241,7 +233,7 @@ async def test_an_adapter_of_another_base_is_kept(world: World) -> None:
     async with world.loader() as there:
         await has(there, world.id, world.adapters[0])
     async with world.loader(layers=2) as there:
-        await refused(there, world.id, errors.IncompatibleAdapterError)
+        await fails(there.load(world.id), errors.IncompatibleAdapterError)
     assert world.stored() == (1, 0)
     before = world.origin.bytes_asked()
     async with world.loader() as there:
@@ -254,11 +246,11 @@ async def test_a_refusal_stands_while_it_is_down(world: World) -> None:
     world.origin.files = UPLOADS["an unknown dtype"](contents(world.adapters[0]))
     await published(world)
     async with world.loader() as there:
-        error = await refused(there, world.id, errors.AdapterFormatError)
+        error = await fails(there.load(world.id), errors.AdapterFormatError)
     ref = AdapterRef(world.id, revision=str(error.key.version))  # type: ignore[attr-defined]
     world.origin.instead = dict.fromkeys((CONFIG, WEIGHTS), refuse("503 Service Unavailable"))
     async with world.loader(revalidate=60) as there:
-        await refused(there, ref, errors.AdapterFormatError)
+        await fails(there.load(ref), errors.AdapterFormatError)
     assert world.stored() == (1, 0)
 
 
@@ -305,7 +297,7 @@ async def test_a_callers_digest_fetches_again(world: World, promised: bool) -> N
     world.origin.files = right
     async with world.loader() as there:
         if promised:  # then the version is what was stored, and the digest another one's
-            await refused(there, AdapterRef(world.id, digest=digest), errors.IntegrityError)
+            await fails(there.load(AdapterRef(world.id, digest=digest)), errors.IntegrityError)
             await has(there, world.id, world.adapters[1])
         else:
             await has(there, AdapterRef(world.id, digest=digest), world.adapters[0])

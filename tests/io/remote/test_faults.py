@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import os
 import stat
 import struct
@@ -14,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from threading import Lock
 from typing import Any, cast
 
 import fault_server
@@ -68,12 +68,10 @@ def part_of(asked: Asked) -> str:
 
 def at(part: str, fault: Fault, times: int = 1 << 30) -> Fault:
     """Wrong in that part of a load, so many times; else right."""
-    left, lock = [times], Lock()
+    faults = itertools.count()
 
     def behave(world: RemoteWorld, asked: Asked, client: Client) -> None:
-        with lock:
-            wrong = part_of(asked) == part and left[0] > 0
-            left[0] -= wrong
+        wrong = part_of(asked) == part and next(faults) < times
         (fault if wrong else RemoteWorld.well)(world, asked, client)
 
     return behave
@@ -179,9 +177,9 @@ def _flipped(body: bytes) -> bytes:
 truncated, reset, stalled = half_and(Client.hang_up), half_and(_reset), half_and(Client.stall)
 wrong_bytes, other_etag = of_body(_flipped), of_body(bytes, '"another"')
 more_than_said = of_body(lambda body: body + b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n!")
-short_without_length = of_all(lambda data: data[: len(data) // 2])
-long_without_length = of_all(lambda data: data + b" and then some")
-whole_without_length, whole_in_place_of_range = of_all(bytes), of_all(bytes, told=True)
+short_body = of_all(lambda data: data[: len(data) // 2])
+long_body = of_all(lambda data: data + b" and then some")
+whole_body, whole_in_place_of_range = of_all(bytes), of_all(bytes, told=True)
 
 
 def wrong_range(world: RemoteWorld, asked: Asked, client: Client) -> None:
@@ -282,11 +280,9 @@ malformed = partial(Case, kind=AdapterFormatError, retryable=False, stage="verif
 CASES = {
     # the config
     "config truncated": Case(at("config", truncated), FetchError, "closed the connection"),
-    "config short": Case(at("config", short_without_length), IntegrityError, "its source named"),
-    "config short, no promise": malformed(
-        at("config", short_without_length), words="adapter_config"
-    ),
-    "config long": Case(at("config", long_without_length), IntegrityError, "its source named"),
+    "config short": Case(at("config", short_body), IntegrityError, "its source named"),
+    "config short, no promise": malformed(at("config", short_body), words="adapter_config"),
+    "config long": Case(at("config", long_body), IntegrityError, "its source named"),
     "config wrong": Case(at("config", wrong_bytes), IntegrityError, "sha256"),
     "config 401": Case(at("config", status("401 No")), AccessDeniedError, "401", retryable=False),
     "config 404": Case(at("config", status("404 No")), AdapterNotFoundError, "404", False),
@@ -294,10 +290,8 @@ CASES = {
         at("config", status("429 No", "Retry-After: 86400")), FetchError, "429", retry_after=86_400
     ),
     # the beginning of the weights
-    "header short": Case(at("header", short_without_length), IntegrityError, "its source named"),
-    "header short, no promise": malformed(
-        at("header", short_without_length), words="the file ends"
-    ),
+    "header short": Case(at("header", short_body), IntegrityError, "its source named"),
+    "header short, no promise": malformed(at("header", short_body), words="the file ends"),
     "header of another size": Case(at("header", other_size), IntegrityError, "its source named"),
     "header wrong range": Case(at("header", wrong_range), IntegrityError, "were requested"),
     "header 416": Case(at("header", status("416 No")), IntegrityError, "shorter"),
@@ -346,7 +340,7 @@ async def test_a_lasting_fault_is_one_typed_error(tmp_path: Path, name: str) -> 
 
 PASSING: dict[str, Fault] = {
     "config 500 twice": at("config", status("500 No"), 2),
-    "config without length": at("config", whole_without_length),
+    "config without length": at("config", whole_body),
     "header reset once": at("header", reset, 1),
     "header more than said": at("header", more_than_said),
     "body truncated twice": at("body", truncated, 2),

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fault_server import Asked, Client, FaultServer
@@ -27,13 +28,14 @@ from hub_stand_in import (
 )
 from huggingface_hub import constants, utils
 from huggingface_hub.errors import OIDCError
+from web_folder import INDEX, shard
 
 from common import until
 from lorax_async import errors
 from lorax_async.formats.digests import Digest
 from lorax_async.formats.split_weights import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, FileRole
 from lorax_async.http.failures import RetryPolicy
-from lorax_async.http.settings import PublicOnly, Rules
+from lorax_async.http.settings import PublicOnly
 from lorax_async.remote.base import LocatedAdapter
 from lorax_async.remote.hub import HubBackend
 from lorax_async.types import AdapterRef
@@ -46,8 +48,7 @@ pytestmark = pytest.mark.usefixtures("hub_client", "nothing_left")
 TOKEN = "hf_q5ecre7Token"
 QUICK = RetryPolicy(attempts=3, base=0.01, most=0.02, obeyed=1.0)
 ID = AdapterRef(REPO)
-INDEX = "adapter_model.safetensors.index.json"
-SHARDS = {f"adapter_model-{k:05d}-of-00003.safetensors": bytes([k]) * k * 100 for k in (1, 2, 3)}
+SHARDS = {shard(k, 3): bytes([k]) * k * 100 for k in (1, 2, 3)}
 
 
 @pytest.fixture
@@ -57,18 +58,11 @@ def hub() -> Iterator[HubStandIn]:
 
 
 @contextmanager
-def locating(
-    hub: HubStandIn | str,
-    *,
-    rules: Rules | None = None,
-    timeout: float = 20.0,
-    retries: RetryPolicy = QUICK,
-) -> Iterator[HubBackend]:
-    endpoint, rules = hub if isinstance(hub, str) else hub.endpoint, rules or Anywhere()
+def locating(hub: HubStandIn | str, **settings: Any) -> Iterator[HubBackend]:
+    endpoint = hub if isinstance(hub, str) else hub.endpoint
+    given = {"rules": Anywhere(), "timeout": 20.0, "retries": QUICK, **settings}
     with ThreadPoolExecutor(8, "lorax-test") as threads:
-        yield HubBackend(
-            endpoint=endpoint, rules=rules, threads=threads, timeout=timeout, retries=retries
-        )
+        yield HubBackend(endpoint=endpoint, threads=threads, **given)
 
 
 async def located(hub: HubStandIn, ref: AdapterRef = ID) -> LocatedAdapter:
@@ -439,7 +433,7 @@ async def test_a_forbidden_hub(hub: HubStandIn, monkeypatch: Patch, offline: boo
     kind = errors.FetchError if offline else errors.AccessDeniedError
     words = "HF_HUB_OFFLINE" if offline else "not allowed; allow it explicitly"
     with (
-        locating(hub, rules=None if offline else PublicOnly()) as locator,
+        locating(hub, rules=Anywhere() if offline else PublicOnly()) as locator,
         pytest.raises(kind, match=words) as caught,
     ):
         await locator.locate(AdapterRef(REPO, token=TOKEN))

@@ -16,6 +16,8 @@ from disk_cache_world import content_of, put
 from hub_stand_in import ADAPTER, REPO, WEIGHTS, HubStandIn, git_sha1, is_large
 from huggingface_hub import constants, snapshot_download
 from source_inputs import read
+from web_folder import CONFIG, INDEX, shard
+from web_folder import WEIGHTS as NAME
 
 from adapters import hub_cache as by_hand
 from lorax_async.cache.base import Cache, CacheEntry
@@ -40,12 +42,6 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 
 COMMIT = "c0ffee" + 34 * "0"
 KEY = CacheKey(REPO, COMMIT)
-CONFIG, NAME = ADAPTER
-INDEX = f"{NAME}.index.json"
-
-
-def shard(number: int, count: int) -> str:
-    return f"adapter_model-{number:05d}-of-{count:05d}.safetensors"
 
 
 SHARDS = {shard(k, 2): bytes([k]) * k * 100 for k in (1, 2)}

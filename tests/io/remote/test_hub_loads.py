@@ -74,9 +74,7 @@ async def given_up(there: AdapterLoader, id: str, hub: Hub) -> None:
 
 
 TOKEN = "hf_0perat0rsToken"
-
 OWN = f"Bearer {TOKEN}"
-
 PRIVATE, PUBLIC, ELSEWHERE = "org/private", "org/public", "other/private"
 
 

@@ -115,10 +115,8 @@ def test_the_origin_of_a_signed_url_is_allowed_and_no_other() -> None:
 @pytest.mark.parametrize(
     ("known", "right"),
     [
-        (Validators(10, '"v1"'), True),
-        (Validators(None, '"v1"'), True),
-        (Validators(10, '"v2"'), False),
-        (Validators(11, '"v1"'), False),
+        *((Validators(10, '"v1"'), True), (Validators(None, '"v1"'), True)),
+        *((Validators(10, '"v2"'), False), (Validators(11, '"v1"'), False)),
         (Validators(10, None), False),
     ],
 )

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 from fault_server import Asked, Client, FaultServer
 from fetching import Anywhere, LoopbackOnly
-from web_folder import CONFIG, INDEX, WEIGHTS, Folder, World, refuse, world
+from web_folder import CONFIG, INDEX, WEIGHTS, Folder, World, refuse, shard, world
 
 from lorax_async import errors
 from lorax_async.config import Limits
@@ -29,7 +29,6 @@ from tiny_loaders import fails
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 
 DATA = random.Random(7).randbytes(FIRST_BYTES + 10_000)
-
 FILES = {CONFIG: b'{"r": 4}', WEIGHTS: DATA}
 
 
@@ -174,10 +173,6 @@ async def test_a_config_has_a_limit() -> None:
             await it.locator.locate(it.ref())
 
 
-def shard(number: int, count: int = 3) -> str:
-    return f"adapter_model-{number:05d}-of-{count:05d}.safetensors"
-
-
 def index(*names: str) -> bytes:
     """As transformers and PEFT's neighbours write it."""
     weight_map = {
@@ -187,10 +182,12 @@ def index(*names: str) -> bytes:
 
 
 ROLES = [FileRole("weights", n, 3) for n in (1, 2, 3)]
-
-SHARDS = {shard(n): bytes([n]) * (FIRST_BYTES + n) for n in (1, 2, 3)}
-
-SEVERAL = {CONFIG: b"{}", INDEX: index(shard(1), shard(2), shard(2), shard(3)), **SHARDS}
+SHARDS = {shard(n, 3): bytes([n]) * (FIRST_BYTES + n) for n in (1, 2, 3)}
+SEVERAL = {
+    CONFIG: b"{}",
+    INDEX: index(shard(1, 3), shard(2, 3), shard(2, 3), shard(3, 3)),
+    **SHARDS,
+}
 
 
 async def test_the_version_is_that_of_every_file() -> None:
@@ -200,10 +197,10 @@ async def test_the_version_is_that_of_every_file() -> None:
             it.folder.fields = {name: ['ETag: "another"']}
             versions.append((await it.locator.locate(it.ref())).version)
         assert len(set(versions)) == 6
-        it.folder.fields = {shard(2): []}
+        it.folder.fields = {shard(2, 3): []}
         assert (await it.locator.locate(it.ref())).version.startswith("weak-")
         it.folder.fields = {INDEX: ['ETag: "v1"']}
-        for etag in ('"v1"', f"{CONFIG}-1", f"{shard(1)}-1"):
+        for etag in ('"v1"', f"{CONFIG}-1", f"{shard(1, 3)}-1"):
             with pytest.raises(errors.AdapterNotFoundError, match="revision"):
                 await it.locator.locate(it.ref(revision=etag))
 
@@ -213,32 +210,29 @@ async def test_one_file_of_weights_comes_before_an_index() -> None:
         located = await it.locator.locate(it.ref())
         assert [file.target.name for file in located.files] == [CONFIG, WEIGHTS]
         assert sorted(it.folder.names) == [CONFIG, WEIGHTS]
-        await fails(it.locator.shards(located, ROLES), errors.AdapterFormatError, shard(1))
+        await fails(it.locator.shards(located, ROLES), errors.AdapterFormatError, shard(1, 3))
 
 
 async def test_a_file_that_is_missing_is_named() -> None:
     files = dict(SEVERAL)
-    del files[shard(2)]
-    with world(files) as it, pytest.raises(errors.AdapterNotFoundError, match=shard(2)):
+    del files[shard(2, 3)]
+    with world(files) as it, pytest.raises(errors.AdapterNotFoundError, match=shard(2, 3)):
         await it.locator.locate(it.ref())
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        index(shard(1, 2), shard(2, 2)),
-        index(shard(1, 3), shard(2, 4)),
+        *(index(shard(1, 2), shard(2, 2)), index(shard(1, 3), shard(2, 4)), index(shard(0, 0))),
         index("other.safetensors", "../../adapter_model-00001-of-00003.safetensors"),
-        index(shard(0, 0)),
-        b"",
-        b"\xff{",
+        *(b"", b"\xff{"),
     ],
 )
 async def test_what_names_other_files_is_refused(content: bytes) -> None:
     """For three files; and nothing is asked for that the index does not name so."""
     with world(SEVERAL | {INDEX: content, shard(1, 2): b"1", shard(2, 2): b"2"}) as it:
         located = await it.locator.locate(it.ref())
-        await fails(it.locator.shards(located, ROLES), errors.AdapterFormatError, shard(1))
+        await fails(it.locator.shards(located, ROLES), errors.AdapterFormatError, shard(1, 3))
         assert {name for name in it.folder.names if "-of-" in name} <= {shard(1, 2), shard(2, 2)}
 
 

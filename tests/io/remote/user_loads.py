@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -22,8 +23,6 @@ HIDDEN = 96
 LAYERS = 24
 RANK = 256
 """Together some 14 MB. Layer 0 has 4 % of it, more than comes with the first answer."""
-
-KINDS = ("partials", "entries")
 
 
 def layout(layers: int) -> ModelLayout:
@@ -51,15 +50,9 @@ def written(folder: Path, seed: int = 0, *, layers: int = LAYERS, rank: int = RA
 
 def loader(folder: Path, *, layers: int = LAYERS, **settings: object) -> AdapterLoader:
     """Its caches are below the folder."""
-    plain: dict[str, object] = {
-        "device_bytes": 32 << 20,
-        "max_slots": 4,
-        "io_threads": 2,
-        "timeout": 40,
-        "cache_dir": folder / "cache",
-        "hub_cache_dir": folder / "hub",
-    }
-    config = LoaderConfig(**(plain | settings))  # type: ignore[arg-type]
+    given: Any = {"device_bytes": 32 << 20, "max_slots": 4, "io_threads": 2, "timeout": 40}
+    given |= {"cache_dir": folder / "cache", "hub_cache_dir": folder / "hub", **settings}
+    config = LoaderConfig(**given)
     return AdapterLoader(layout(layers), config)
 
 
@@ -116,5 +109,5 @@ def stored_in(folder: Path) -> tuple[int, int]:
 
     What is published meanwhile is seen at least once.
     """
-    partials, entries = (list((folder / "cache").glob(f"{kind}/*")) for kind in KINDS)
-    return len(entries), len(partials)
+    partials = len(list((folder / "cache").glob("partials/*")))
+    return len(list((folder / "cache").glob("entries/*"))), partials

@@ -20,6 +20,10 @@ WEIGHTS = "adapter_model.safetensors"
 INDEX = "adapter_model.safetensors.index.json"
 
 
+def shard(number: int, count: int) -> str:
+    return f"adapter_model-{number:05d}-of-{count:05d}.safetensors"
+
+
 def name_of(asked: Asked) -> str:
     return asked.target.rpartition("/")[2]
 
