@@ -71,25 +71,14 @@ class HubStandIn:
 
     def __enter__(self) -> Self:
         with ExitStack() as running:
-            self._hub = running.enter_context(FaultServer(b"", self._answer))
-            self._store = running.enter_context(FaultServer(b"", self._answer))
+            servers = [running.enter_context(FaultServer(b"", self._answer)) for _ in range(2)]
             self._running = running.pop_all()
+        self.netloc, self.store_netloc = (server.netloc for server in servers)
+        self.endpoint = f"http://{self.netloc}"
         return self
 
     def __exit__(self, *_: object) -> None:
         self._running.close()
-
-    @property
-    def endpoint(self) -> str:
-        return f"http://{self.netloc}"
-
-    @property
-    def netloc(self) -> str:
-        return self._hub.netloc
-
-    @property
-    def store_netloc(self) -> str:
-        return self._store.netloc
 
     def put(
         self, repo: str, files: Files, revision: str = "main", *, private_token: str | None = None

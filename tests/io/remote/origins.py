@@ -176,11 +176,6 @@ class Origin:
         given["allow"] = (*self.settings["allow"], *allow)
         return loader(self.folder, layers=layers, **given)
 
-    @property
-    def other_id(self) -> str:
-        """Of an adapter that is not there."""
-        return f"{self.id.rstrip('/')}-other"
-
 
 class Shelf(dict[str, bytes]):
     """Files on a server in this process, by their paths, with strong ETags."""

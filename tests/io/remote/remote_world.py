@@ -32,7 +32,7 @@ from lorax_async.remote.base import LocatedAdapter, RemoteFile
 from lorax_async.remote.opening import AdapterOpener
 from lorax_async.remote.remote_source import RemoteParts, RemoteSource
 from lorax_async.remote.resolution import ResolutionCache, VersionResolver
-from lorax_async.sources.base import AdapterFile
+from lorax_async.sources.base import AdapterFile, Source
 from lorax_async.types import AdapterKey, AdapterRef
 from sweeping import stepwise
 
@@ -119,7 +119,7 @@ def _scope(ref: AdapterRef) -> str:
 class Steps:
     """The suspensions of a source's own calls, and what happens before one of them."""
 
-    def __init__(self, source: RemoteSource) -> None:
+    def __init__(self, source: Source) -> None:
         self.expect(0, lambda: None)
         for name in ("resolve", "open", "bring"):
             setattr(source, name, partial(self._stepped, getattr(source, name)))
@@ -209,7 +209,7 @@ class RemoteWorld:
             verify=verify,
         )
         parts = RemoteParts(resolving, opening, self.workers, lambda: None)
-        self.source = kind(lambda: parts, limits=limits, verify=verify)
+        self.source: Source = kind(lambda: parts, limits=limits, verify=verify)
 
     def put(self, name: str, config: bytes, weights: bytes) -> AdapterRef:
         self.locator.there[name] = Stored(config, weights)

@@ -42,8 +42,7 @@ settings, world = remote_world.settings, remote_world.world
 
 def bytes_asked(world: RemoteWorld, size: int) -> int:
     """How many bytes of weights the server was asked for."""
-    spans = (asked.span for asked in world.server.asked if asked.target.endswith(WEIGHTS))
-    return sum(min(span[1], size) - span[0] for span in spans if span is not None)
+    return sum(min(stop, size) - start for start, stop in world.spans_of("one"))
 
 
 def is_evictable(world: RemoteWorld) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import remote_world
 from fault_server import Asked, Client
-from remote_world import RANK, RemoteWorld, is_weights, over
+from remote_world import RANK, RemoteWorld, over
 from safetensors.torch import load, save
 
 import tiny
@@ -27,10 +27,6 @@ pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 settings, world = remote_world.settings, remote_world.world
 
 
-def weights_asked(world: RemoteWorld) -> list[Asked]:
-    return [asked for asked in world.server.asked if is_weights(asked)]
-
-
 async def test_two_processes_download_once(tmp_path: Path) -> None:
     """Two sources over one folder, as two processes have them."""
     with RemoteWorld(tmp_path) as one, RemoteWorld(tmp_path) as two:
@@ -42,7 +38,7 @@ async def test_two_processes_download_once(tmp_path: Path) -> None:
                 tiny.assert_equal_to_file(handle, folder)
 
         await asyncio.gather(loaded(one), loaded(two))
-        assert not (weights_asked(one) and weights_asked(two))
+        assert not (one.spans_of("one") and two.spans_of("one"))
 
 
 async def test_an_answer_counts_for_a_while(tmp_path: Path) -> None:

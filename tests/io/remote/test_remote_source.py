@@ -60,6 +60,14 @@ class TestCached(PopulateConformance):
         hold.close()
 
 
+@pytest.mark.parametrize("late", [0.0, 0.003])
+async def test_opening_an_entry_is_cancelled_at_any_await(world: RemoteWorld, late: float) -> None:
+    world.put("one", CONFIG, weights(1))
+    (await brought(world)).reader.close()
+    await SourceConformance().test_cancelled_at_any_await(world, "open", late)
+    assert not any(in_use(world))
+
+
 async def test_known_callers_while_the_source_is_down(world: RemoteWorld) -> None:
     world.stock()
     first, second, stranger = (replace(world.ref("one"), token=token) for token in "abc")

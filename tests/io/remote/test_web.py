@@ -156,15 +156,6 @@ async def test_a_digest_of_the_file_is_taken_from_the_fields() -> None:
             assert (config.expected, weights.expected) == (None, found)
 
 
-async def test_what_is_not_there_is_named() -> None:
-    with world({WEIGHTS: DATA}) as it, pytest.raises(errors.AdapterNotFoundError, match=CONFIG):
-        await it.locator.locate(it.ref())
-    with world({CONFIG: b"{}", "adapter_model.bin": b"pickled"}) as it:
-        with pytest.raises(errors.AdapterNotFoundError, match=f"neither {WEIGHTS} nor {INDEX}"):
-            await it.locator.locate(it.ref())
-        assert sorted(it.folder.names) == [CONFIG, WEIGHTS, INDEX], "and nothing else is asked for"
-
-
 async def test_a_config_has_a_limit() -> None:
     with world(FILES, limits=Limits(max_config_bytes=8)) as it:
         await it.locator.locate(it.ref())
@@ -205,19 +196,24 @@ async def test_the_version_is_that_of_every_file() -> None:
                 await it.locator.locate(it.ref(revision=etag))
 
 
+async def test_what_is_not_there_is_named() -> None:
+    with world({WEIGHTS: DATA}) as it, pytest.raises(errors.AdapterNotFoundError, match=CONFIG):
+        await it.locator.locate(it.ref())
+    with world({CONFIG: b"{}", "adapter_model.bin": b"pickled"}) as it:
+        with pytest.raises(errors.AdapterNotFoundError, match=f"neither {WEIGHTS} nor {INDEX}"):
+            await it.locator.locate(it.ref())
+        assert sorted(it.folder.names) == [CONFIG, WEIGHTS, INDEX], "and nothing else is asked for"
+    files = {name: data for name, data in SEVERAL.items() if name != shard(2, 3)}
+    with world(files) as it:
+        await fails(it.locator.locate(it.ref()), errors.AdapterNotFoundError, shard(2, 3))
+
+
 async def test_one_file_of_weights_comes_before_an_index() -> None:
     with world(SEVERAL | {WEIGHTS: b"weights"}) as it:
         located = await it.locator.locate(it.ref())
         assert [file.target.name for file in located.files] == [CONFIG, WEIGHTS]
         assert sorted(it.folder.names) == [CONFIG, WEIGHTS]
         await fails(it.locator.shards(located, ROLES), errors.AdapterFormatError, shard(1, 3))
-
-
-async def test_a_file_that_is_missing_is_named() -> None:
-    files = dict(SEVERAL)
-    del files[shard(2, 3)]
-    with world(files) as it, pytest.raises(errors.AdapterNotFoundError, match=shard(2, 3)):
-        await it.locator.locate(it.ref())
 
 
 @pytest.mark.parametrize(
