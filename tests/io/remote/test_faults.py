@@ -310,13 +310,16 @@ CASES = {
     },
     "body stalled": Case(at("body", stalled), FetchTimeoutError, "", hurried=True),
 }
-HURRIED = Timeouts(read=1.0, slowest=1_000, over=0.8, idle=5.0)
+SLOW = [pytest.mark.slow]
+HURRIED = Timeouts(read=1.5, slowest=1_000, over=1.2, idle=5.0)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=SLOW * case.hurried) for name, case in CASES.items()]
+)
 async def test_a_lasting_fault_is_one_typed_error(tmp_path: Path, name: str) -> None:
     case = CASES[name]
-    http = engine(timeouts=HURRIED, retries=RetryPolicy(attempts=1)) if case.hurried else None
+    http = engine(timeouts=HURRIED, retries=RetryPolicy(attempts=2)) if case.hurried else None
     with stocked(tmp_path, verify=case.verify, http=http) as world:
         world.locator.promises = case.promises
         world.faults["bad"] = case.fault
