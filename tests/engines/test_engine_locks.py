@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from lorax_async.engines import batch as batch_module
-from lorax_async.engines import batch as last_plans
 from lorax_async.engines import layer_gate
 from lorax_async.engines.batch import ModelBatch, PlanCache
 from lorax_async.engines.layer_gate import LayerGate
@@ -68,7 +67,7 @@ def meet(monkeypatch: pytest.MonkeyPatch) -> Meet:
 
     def make(at: int) -> Meeting:
         meeting = Meeting(at)
-        for module in (batch_module, last_plans, layer_gate):
+        for module in (batch_module, layer_gate):
             monkeypatch.setattr(module, "Lock", meeting.lock)
         return meeting
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tiny
+from common import until
 from engines.variants import (
     FEATURE_WARNINGS,
     active,
@@ -207,11 +208,15 @@ def test_factors_are_there_when_they_are_known_and_forgotten_with_their_stay() -
 
 
 @pytest.mark.parametrize("lora", [DORA, {**TOKENS, "use_dora": True}], ids=["linear", "embedding"])
-async def test_layers_are_waited_for(small: Any, tmp_path: Path, lora: dict[str, Any]) -> None:
+async def test_layers_are_computed_as_they_come(
+    small: Any, tmp_path: Path, lora: dict[str, Any]
+) -> None:
     adapter = save(llama(), lora, tmp_path / "adapter")
     expected, source = pefts(llama(), adapter, prompt(1)), FakeSource()
     source.put("streamed", *tiny.files(adapter))
     source.hold("streamed")
+    computed = list[int]()
+    hook = small.model.layers[0].register_forward_hook(lambda *_: computed.append(0))
     async with (
         serving(small, source=source) as (loader, attached),
         loader.stream("streamed") as handle,
@@ -221,10 +226,15 @@ async def test_layers_are_waited_for(small: Any, tmp_path: Path, lora: dict[str,
                 with pytest.raises(UsageError, match="to_thread"):
                     logits_of(small, prompt(1))
             forward = asyncio.create_task(asyncio.to_thread(logits_of, small, prompt(1)))
+            if lora is DORA:
+                source.allow("streamed", 0)
+                await until(lambda: computed)
             await asyncio.wait([forward], timeout=0.1)
             assert not forward.done()
+            assert len(computed) == (lora is DORA)
             source.allow("streamed")
             assert torch.equal(await forward, expected)
+    hook.remove()
 
 
 WORLD = 2

@@ -20,6 +20,7 @@ from lorax_async.errors import AdapterTimeoutError, FetchError, HandleClosedErro
 from lorax_async.handle import AdapterHandle
 from lorax_async.testing import FakeSource
 from lorax_kernels import dense
+from tiny_loaders import fails
 
 __all__ = ["adapters", "source"]
 
@@ -132,8 +133,7 @@ async def test_an_adapter_that_ends_takes_out_its_own_rows(
         rows: Rows = [cold, warm, None, cold]
         if ends == "failed before":
             source.allow("cold")
-            with pytest.raises(FetchError):
-                await cold.layer_ready(cold.layers[-1])
+            await fails(cold.layer_ready(cold.layers[-1]), FetchError)
             with pytest.raises(FetchError), attached.batch(rows):
                 pass
         with attached.batch(rows, budget=60.0) as gate:
@@ -228,8 +228,8 @@ async def test_without_a_budget_a_pass_raises_what_ended_its_adapter(
             else:
                 source.allow("cold")
             for waiting in (passing, layer):
-                with pytest.raises(HandleClosedError if released else FetchError):
-                    await asyncio.wait_for(waiting, 10)
+                error = HandleClosedError if released else FetchError
+                await fails(asyncio.wait_for(waiting, 10), error)
 
 
 async def test_a_budget_is_a_number_of_seconds(served: Served) -> None:
@@ -238,38 +238,30 @@ async def test_a_budget_is_a_number_of_seconds(served: Served) -> None:
             served.attached.batch([served.first], budget).__enter__()
 
 
-async def test_who_is_alone_waits_beyond_the_budget(
-    small: Any, source: FakeSource, waits: threading.Event
-) -> None:
-    async with streaming(small, source) as (attached, _, cold), cold.clone() as twin:
-        with attached.batch([cold, twin], budget=0.0) as gate:
-            passing = forward(small, 2)
-            await until(waits.is_set)
-            await asyncio.wait([passing], timeout=0.05)  # it looks several times
-            assert not passing.done()
-            source.allow("cold")
-            streamed = await passing
-            assert not gate.out
-            assert torch.equal(streamed, logits_of(small, prompt(2)))
-
-
 @pytest.mark.parametrize(
-    ("timeout", "problem"), [(60.0, "others could be computed"), (0.2, "within 0.2 s")]
+    ("timeout", "problem"), [(60.0, ""), (60.0, "others could be computed"), (0.2, "within 0.2 s")]
 )
-async def test_who_is_alone_waits_until_others_could_be_computed_or_the_loader_waits_no_longer(
+async def test_who_is_alone_waits_beyond_the_budget(
     small: Any, source: FakeSource, waits: threading.Event, timeout: float, problem: str
 ) -> None:
-    others = threading.Event()
-    async with streaming(small, source, timeout=timeout) as (attached, _, cold):
-        with attached.batch([cold], budget=0.0, others_wait=others.is_set) as gate:
-            passing = forward(small, 1)
+    """Until others could be computed, or the loader waits no longer."""
+    others, settings = threading.Event(), {"timeout": timeout}
+    async with streaming(small, source, **settings) as (attached, _, cold), cold.clone() as twin:
+        with attached.batch([cold, twin], budget=0.0, others_wait=others.is_set) as gate:
+            passing = forward(small, 2)
             await until(waits.is_set)
+            if not problem:
+                await asyncio.wait([passing], timeout=0.05)  # it looks several times
             assert not passing.done()
-            if timeout > 1:
+            if problem.startswith("others"):
                 others.set()
-            await passing
-            assert isinstance(gate.out[0], AdapterTimeoutError)
-            assert problem in str(gate.out[0])
+            elif not problem:
+                source.allow("cold")
+            logits = await passing
+            assert gate.out.keys() == ({0, 1} if problem else set())
+            assert all(problem in str(error) for error in gate.out.values())
+            assert all(isinstance(error, AdapterTimeoutError) for error in gate.out.values())
+            assert problem or torch.equal(logits, logits_of(small, prompt(2)))
 
 
 async def test_an_adapter_that_came_too_late_for_itself_is_not_waited_for(

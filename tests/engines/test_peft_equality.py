@@ -17,7 +17,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import tiny
 from engines.variants import (
     ATTENTION,
     EVERY,
@@ -37,7 +36,6 @@ from lorax_async.devices.simulated import SimulatedDevice
 from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
 from lorax_async.planning.layout import ModelLayout
-from lorax_async.testing import FakeSource
 
 pytestmark = [pytest.mark.filterwarnings(FEATURE_WARNINGS)]
 
@@ -184,44 +182,6 @@ async def test_generation_is_pefts(name: str, model: Any, theirs: Any, folder: F
     assert await answer(model, [folder(name)] * 2, partial(tokens, model)) == expected
     mixed = await answer(model, [folder(name), None], partial(tokens, model))
     assert mixed == [expected[0], base[1]]
-
-
-async def test_layers_compute_while_later_ones_are_on_their_way(
-    model: Any, theirs: Any, folder: FolderOf
-) -> None:
-    inputs, source = left_padded(2), FakeSource()
-    with active(theirs, only=folder("plain")):
-        expected = logits_of(theirs, inputs)
-    source.put("streamed", *tiny.files(folder("plain")))
-    source.hold("streamed")
-    computed: list[int] = []
-    loop, tenth_done = asyncio.get_running_loop(), asyncio.Event()
-
-    def note(number: int) -> None:
-        computed.append(number)
-        if number == 9:
-            loop.call_soon_threadsafe(tenth_done.set)
-
-    hooks = [
-        layer.register_forward_hook(lambda *_, number=number: note(number))
-        for number, layer in enumerate(model.model.layers)
-    ]
-    async with (
-        serving(model, source=source) as (loader, attached),
-        loader.stream("streamed") as handle,
-    ):
-        with attached.batch([handle, handle]):
-            forward = asyncio.create_task(asyncio.to_thread(logits_of, model, inputs))
-            source.allow("streamed", *range(10))
-            await handle.layer_ready(9)
-            await asyncio.wait_for(tenth_done.wait(), 60)
-            await asyncio.sleep(0.1)  # layer 10 would take a tenth of it, if it did not wait
-            assert computed == list(range(10))
-            assert not handle.is_ready(10)
-            source.allow("streamed")
-            assert torch.equal(await forward, expected)
-    for hook in hooks:
-        hook.remove()
 
 
 @pytest.fixture(scope="module")

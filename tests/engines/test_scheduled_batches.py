@@ -20,7 +20,6 @@ from scheduling.page import functions
 async def test_the_pages_engine_answers_as_peft_and_computes_again_what_did_not_come(
     small: Any, adapters: list[Path]
 ) -> None:
-    """That answers over a slow link are PEFT's too is in tests/server/test_engine_model.py."""
     source, compute = FakeSource(), functions()["compute_streaming"]
     for id, folder in (("cold", adapters[0]), ("warm", adapters[1])):
         source.put(id, *tiny.files(folder))

@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import random
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from time import monotonic
 from typing import Any
 
 import pytest
 import torch
 import uvloop
+from openai import APIStatusError, AsyncOpenAI
 
 from link import Link
 from lorax_async.cli import serve
@@ -34,6 +36,7 @@ STYLES: dict[str, Callable[[str], bool]] = {
     "shout": str.isupper,
     "json": lambda text: text.startswith('{"answer":'),
 }
+PROMPTS = ("What is ice?", "What do bees make?", "What color is grass?", "Where do penguins live?")
 ERRORS = {"missing": 404, "refused": 422}
 """Adapters that are not there, and one whose config says another rank than its weights have."""
 
@@ -41,36 +44,24 @@ RATE = 1.5e6
 """Bytes per second of each connection to the source: an adapter takes a quarter of a second."""
 
 
-def kind_of(answer: dict[str, Any]) -> str:
-    return str(answer["model"]).rstrip("/").rpartition("/")[2].partition("-")[0]
+Answers = list[tuple[str, int | str]]
+"""The kind of adapter that each was asked of; its text, or its status in place of one."""
 
 
-@dataclass
-class Minute:
-    """Answers, the server's memory in pages, four times a second, and its loads."""
+def require_right(answers: Answers) -> None:
+    """Every answer has its adapter's style, or its adapter's error."""
+    for kind, found in answers:
+        if kind in ERRORS:
+            assert found == ERRORS[kind]
+        else:
+            assert isinstance(found, str)
+            assert STYLES[kind](found), (kind, found)
 
-    answers: list[dict[str, Any]]
-    resident: list[int]
-    loads: int
 
-    @property
-    def kinds(self) -> set[str]:
-        return set(map(kind_of, self.answers))
-
-    def require_right(self) -> None:
-        """Every answer has its adapter's style, or its adapter's error."""
-        for answer in self.answers:
-            kind = kind_of(answer)
-            if kind in ERRORS:
-                assert answer.get("status") == ERRORS[kind]
-            else:
-                assert STYLES[kind](answer.get("text", "")), answer
-
-    @property
-    def growth(self) -> float:
-        """The last third of the memory against the one before it."""
-        third = len(self.resident) // 3
-        return median(self.resident[-third:]) / median(self.resident[third:-third])
+def growth(resident: list[int]) -> float:
+    """The last third of the memory against the one before it."""
+    third = len(resident) // 3
+    return median(resident[-third:]) / median(resident[third:-third])
 
 
 @pytest.fixture(scope="module")
@@ -103,14 +94,37 @@ def source(adapters: Path, work: Path, copies: int) -> Iterator[tuple[Link, list
         yield link, [f"{link.url(name)}/" for name in often]
 
 
-async def minute(base: ServedModel, link: Link, cache: Path, what: dict[str, Any]) -> Minute:
-    """A server that has never heard of the adapters, and clients that ask for them."""
-    resident = list[int]()
+async def ask(client: AsyncOpenAI, model: str, prompt: str, *, stream: bool) -> int | str:
+    messages: Any = [{"role": "user", "content": prompt}]
+    asked: Any = {"model": model, "messages": messages, "temperature": 0, "max_tokens": 32}
+    try:
+        answer: Any = await client.chat.completions.create(**asked, stream=stream)
+        if not stream:
+            return str(answer.choices[0].message.content)
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in answer])
+    except APIStatusError as error:
+        return error.status_code
+
+
+async def minute(
+    base: ServedModel, link: Link, cache: Path, models: list[str], clients: int, seconds: float
+) -> tuple[Answers, list[int], int]:
+    """Answers of a server that has never heard of the adapters; its memory, in pages; its loads."""
+    resident, answers = list[int](), Answers()
 
     async def watch() -> None:
         while True:
             resident.append(int(Path("/proc/self/statm").read_text().split()[1]))
             await asyncio.sleep(0.25)
+
+    async def asking(client: AsyncOpenAI, number: int) -> None:
+        draw, until = random.Random(7 + number), monotonic() + seconds
+        weights = [1 / (place + 1) ** 0.7 for place in range(len(models))]
+        while monotonic() < until:
+            (model,) = draw.choices(models, weights)
+            prompt, kind = draw.choice(PROMPTS), model.rstrip("/").rpartition("/")[2]
+            found = await ask(client, model, prompt, stream=draw.random() < 0.5)
+            answers.append((kind.partition("-")[0], found))
 
     room: Any = {"device_bytes": 64 << 20, "max_slots": 8, "io_threads": 2, "connections": 4}
     places = (Allow("http", "127.0.0.1", link.port),)
@@ -119,37 +133,32 @@ async def minute(base: ServedModel, link: Link, cache: Path, what: dict[str, Any
     capacity = ServerCapacity(sequences=16, length=256)
     async with (
         open_service(base, config, settings, capacity) as service,
-        listening(service) as (_, __, port, ___),
+        listening(service) as (_, __, ___, client),
     ):
         watching = asyncio.create_task(watch())
-        command, pipe = Path(__file__).with_name("clients.py"), asyncio.subprocess.PIPE
-        start = asyncio.create_subprocess_exec
-        process = await start(sys.executable, str(command), stdin=pipe, stdout=pipe)
-        url = f"http://127.0.0.1:{port}/v1"
-        out, _ = await process.communicate(json.dumps(what | {"url": url}).encode())
-        assert process.returncode == 0
+        await asyncio.gather(*(asking(client, number) for number in range(clients)))
         watching.cancel()
-        answers = [json.loads(line) for line in out.splitlines()]
-        return Minute(answers, resident, service.loader.statistics().loads)
+        return answers, resident, service.loader.statistics().loads
 
 
-def play(base: ServedModel, link: Link, work: Path, models: list[str], **what: Any) -> Minute:
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        found = runner.run(minute(base, link, work / "cache", what | {"models": models}))
-    found.require_right()
-    return found
-
-
-def test_many_clients_for_a_moment(base: ServedModel, examples: Path, tmp_path: Path) -> None:
-    with source(examples, tmp_path, 24) as (link, models):
-        found = play(base, link, tmp_path, models, clients=16, seconds=4)
-    assert found.kinds >= STYLES.keys()
-
-
-@pytest.mark.soak
-def test_many_clients_for_a_minute(base: ServedModel, examples: Path, tmp_path: Path) -> None:
-    with source(examples, tmp_path, 200) as (link, models):
-        found = play(base, link, tmp_path, models, clients=64, seconds=60)
-    assert found.kinds == STYLES.keys() | ERRORS.keys()
-    assert found.loads > 100
-    assert found.growth < 1.05
+@pytest.mark.parametrize(
+    ("copies", "clients", "seconds"),
+    [(24, 16, 4), pytest.param(200, 64, 60, marks=pytest.mark.soak)],
+    ids=["a moment", "a minute"],
+)
+def test_many_clients(
+    base: ServedModel, examples: Path, tmp_path: Path, copies: int, clients: int, seconds: float
+) -> None:
+    with (
+        source(examples, tmp_path, copies) as (link, models),
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+    ):
+        playing = minute(base, link, tmp_path / "cache", models, clients, seconds)
+        answers, resident, loads = runner.run(playing)
+    require_right(answers)
+    kinds = {kind for kind, _ in answers}
+    assert kinds >= STYLES.keys()
+    if seconds == 60:
+        assert kinds == STYLES.keys() | ERRORS.keys()
+        assert loads > 100
+        assert growth(resident) < 1.05
