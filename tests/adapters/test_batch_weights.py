@@ -514,9 +514,7 @@ for each in range(1, 257):
 
 @settings(max_examples=60, deadline=None)
 @given(st.data(), st.integers(1, 8), st.booleans())
-def test_all_processes_together_add_each_tokens_adapter(
-    data: st.DataObject, world: int, by_rank: bool
-) -> None:
+def test_all_processes_add_each_tokens_adapter(data: Any, world: int, by_rank: bool) -> None:
     """Every row is shrunk by its process's share, and zero beyond; it may lie in any order."""
     case = data.draw(cases(st.sampled_from(SHARED[world])))
     case.tokens[0] = min(case.ranks)  # one adapter is used

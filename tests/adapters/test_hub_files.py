@@ -21,6 +21,8 @@ from lorax_async.adapters.lora import LoraConfig
 from lorax_async.adapters.weights_file import WeightsFile
 from lorax_async.config import Limits
 
+Patch = pytest.MonkeyPatch
+
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 
 CONFIG, WEIGHTS, INDEX = split_files.CONFIG, split_files.WEIGHTS, split_files.INDEX
@@ -43,7 +45,7 @@ def rank_of(id: str, token: str | None = None) -> int:
 
 
 @pytest.fixture
-def hub(hub_client: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStandIn]:
+def hub(hub_client: Path, monkeypatch: Patch) -> Iterator[HubStandIn]:
     with HubStandIn() as running:
         # What HF_ENDPOINT does at import.
         template = f"{running.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
@@ -59,9 +61,7 @@ def asked(hub: HubStandIn) -> set[tuple[str, str]]:
     }
 
 
-def test_the_two_files_are_fetched_once(
-    hub: HubStandIn, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_come_once(hub: HubStandIn, tmp_path: Path, capfd: Any, monkeypatch: Patch) -> None:
     commit = hub.put(SQL, contents(adapter(tmp_path)) | {"README.md": b"long"})
     assert LoraConfig.load(SQL).r == 8
     assert asked(hub) == {("HEAD", CONFIG), ("GET", CONFIG)}
@@ -83,9 +83,7 @@ def test_the_two_files_are_fetched_once(
     assert capfd.readouterr() == ("", "")
 
 
-async def test_many_at_once_get_the_same_while_the_loop_goes_on(
-    hub: HubStandIn, tmp_path: Path
-) -> None:
+async def test_many_get_the_same_while_the_loop_goes_on(hub: HubStandIn, tmp_path: Path) -> None:
     hub.put(SQL, contents(adapter(tmp_path)))
     config = asyncio.create_task(LoraConfig.load_async(SQL))
     calls = [asyncio.create_task(WeightsFile.open_async(SQL)) for _ in range(12)]
@@ -104,9 +102,7 @@ async def test_many_at_once_get_the_same_while_the_loop_goes_on(
 
 
 @pytest.mark.parametrize("revision", ["v1", "refs/pr/1"])
-async def test_config_and_weights_are_of_one_commit(
-    hub: HubStandIn, tmp_path: Path, revision: str
-) -> None:
+async def test_both_files_are_of_one_commit(hub: HubStandIn, tmp_path: Path, revision: str) -> None:
     """The branch moves after the config was fetched; another revision is another adapter."""
     hub.put(SQL, contents(adapter(tmp_path)))
     assert LoraConfig.load(SQL).r == 8
@@ -137,9 +133,7 @@ def test_weights_in_several_files(hub: HubStandIn, tmp_path: Path) -> None:
     assert shard.exists()
 
 
-def test_a_private_adapter(
-    hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_private_adapter(hub: HubStandIn, tmp_path: Path, monkeypatch: Patch) -> None:
     hub.put(SQL, contents(adapter(tmp_path)), private_token=TOKEN)
     for token in (None, "hf_another"):
         with pytest.raises(errors.LoraxError) as caught:
@@ -166,7 +160,7 @@ def test_a_private_adapter(
         (SQL, WEIGHTS, f"no {WEIGHTS} at 'main'"),
     ],
 )
-def test_what_the_hub_has_not(
+def test_missing_files(
     hub: HubStandIn, tmp_path: Path, id: str, without: str, problem: str
 ) -> None:
     hub.put(SQL, {k: v for k, v in contents(adapter(tmp_path)).items() if k != without})
@@ -184,9 +178,7 @@ def test_a_file_over_the_limit_is_not_fetched(hub: HubStandIn, hub_client: Path)
     assert not list(hub_client.rglob("blobs/*"))
 
 
-def test_files_that_are_over_the_limit_together(
-    hub: HubStandIn, hub_client: Path, tmp_path: Path
-) -> None:
+def test_files_over_the_limit_together(hub: HubStandIn, hub_client: Path, tmp_path: Path) -> None:
     """The last one, of which the hub says that it is too large beside the others, is not fetched."""
     several = split_files.deal(adapter(tmp_path), tmp_path / "several")
     commit = hub.put(SQL, contents(several))
@@ -216,9 +208,7 @@ def test_files_that_are_over_the_limit_together(
         (Reply(403), errors.AccessDeniedError, None),
     ],
 )
-def test_a_hub_that_refuses(
-    hub: HubStandIn, reply: Reply, kind: type[errors.LoraxError], after: float | None
-) -> None:
+def test_a_hub_that_refuses(hub: HubStandIn, reply: Reply, kind: Any, after: float | None) -> None:
     hub.behave = lambda _: reply
     with pytest.raises(kind) as caught:
         LoraConfig.load(SQL)
@@ -226,9 +216,7 @@ def test_a_hub_that_refuses(
     assert getattr(caught.value, "retry_after", None) == after
 
 
-def test_a_disk_that_takes_no_more(
-    hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_takes_no_more(hub: HubStandIn, tmp_path: Path, monkeypatch: Patch) -> None:
     hub.put(SQL, contents(adapter(tmp_path)))
 
     def full(*_: object, **__: object) -> None:

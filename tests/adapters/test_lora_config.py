@@ -34,6 +34,8 @@ from lorax_async.adapters.lora import LoraConfig, require_all_used
 from lorax_async.adapters.weights_file import WeightsFile
 from lorax_async.errors import AdapterFormatError, IncompatibleAdapterError, UnsupportedAdapterError
 
+Patch = pytest.MonkeyPatch
+
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_network")
 
 CONFIG = "adapter_config.json"
@@ -163,14 +165,14 @@ class Peft(peft.LoraConfig):
 
 
 @pytest.fixture
-def other_peft(monkeypatch: pytest.MonkeyPatch) -> type[Peft]:
+def other_peft(monkeypatch: Patch) -> type[Peft]:
     made = type("Other", (Peft,), {"threads": [], "changes": {}})
     monkeypatch.setattr(peft, "LoraConfig", made)
     return made
 
 
 async def test_peft_gets_plain_values_in_a_thread_and_compiles_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other_peft: type[Peft]
+    tmp_path: Path, monkeypatch: Patch, other_peft: type[Peft]
 ) -> None:
     hostile = r"((a+)+)+$|evil_marker"
     path = folder(tmp_path, target_modules=hostile, auto_mapping={"base_model_class": "evil"})
@@ -196,9 +198,7 @@ async def test_peft_gets_plain_values_in_a_thread_and_compiles_nothing(
         *[{"target_modules": {"k_proj"}}, {"base_model_name_or_path": "org/other"}],
     ],
 )
-def test_peft_and_we_must_agree(
-    tmp_path: Path, other_peft: type[Peft], changes: dict[str, Any]
-) -> None:
+def test_peft_must_agree(tmp_path: Path, other_peft: type[Peft], changes: dict[str, Any]) -> None:
     other_peft.changes = changes
     with pytest.raises(errors.InternalError, match=f"'{next(iter(changes))}'"):
         LoraConfig.load(folder(tmp_path))
@@ -220,9 +220,7 @@ def test_peft_and_we_must_agree(
         ("inside a file", errors.AdapterNotFoundError, CONFIG),
     ],
 )
-def test_configs_that_are_refused(
-    tmp_path: Path, change: Any, kind: type[errors.LoraxError], text: str
-) -> None:
+def test_configs_that_are_refused(tmp_path: Path, change: Any, kind: Any, text: str) -> None:
     path = folder(tmp_path, **(change if isinstance(change, dict) else {}))
     config = path / CONFIG
     if change == "inside a file":
@@ -241,7 +239,7 @@ def test_configs_that_are_refused(
 
 
 @pytest.mark.parametrize("spell", [Path, str, "./{}", "../here/{}"])
-async def test_local_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spell: Any) -> None:
+async def test_local_folders(tmp_path: Path, monkeypatch: Patch, spell: Any) -> None:
     (tmp_path / "here").mkdir()
     path = folder(tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
@@ -255,9 +253,7 @@ async def test_local_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sp
         WeightsFile.open(id)
 
 
-def test_a_cache_that_is_damaged_or_may_not_be_read(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_that_is_damaged_or_may_not_be_read(cache: Path, monkeypatch: Patch) -> None:
     hub_cache.put(cache, "org/sql", {CONFIG: b"{}"}, commit="1" * 40, refs=("main",))
     (cache / "models--org--sql" / "refs" / "main").write_bytes(b"\xff\xfe")
     for call in (LoraConfig.load, WeightsFile.open):
@@ -361,7 +357,7 @@ def put(cache: Path, config: object) -> None:
     ],
 )
 async def test_another_base_warns_and_another_architecture_is_refused(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, name: str | None, config: object, outcome: Any
+    cache: Path, monkeypatch: Patch, name: str | None, config: object, outcome: Any
 ) -> None:
     if config is not None:
         put(cache, config)

@@ -22,14 +22,14 @@ from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
 from lorax_async.planning.layout import ModelLayout, Module, Parallelism
 
+Patch = pytest.MonkeyPatch
+
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 
 @pytest.mark.parametrize("rank", [5, 16])
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
-async def test_the_same_as_from_the_file(
-    tmp_path: Path, rank: int, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_as_from_the_file(tmp_path: Path, rank: int, device: str, monkeypatch: Patch) -> None:
     made = base.tensors(
         rank, dtype=torch.bfloat16, skip=[(1, "v_proj")], types=["q_proj", "v_proj"]
     )
@@ -103,7 +103,7 @@ EMBEDDING = "base_model.model.model.embed_tokens.lora_embedding_"
         ),
     ],
 )
-async def test_more_than_a_and_b_of_linear_modules_is_refused_by_name(
+async def test_more_than_a_and_b_fails(
     tmp_path: Path, more: dict[str, torch.Tensor], config: dict[str, Any], feature: str
 ) -> None:
     made = base.tensors(types=["q_proj"], skip=[(1, "q_proj"), (2, "q_proj")])

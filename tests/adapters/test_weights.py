@@ -40,9 +40,7 @@ def ones(rank: int | dict[str, int], *types: str) -> dict[str, Tensor]:
     ("alpha", "r", "rslora", "scale"),
     [(16, 4, False, 4.0), (16, 4, True, 8.0), (16, 16, True, 4.0), (8, 32, False, 0.25)],
 )
-def test_the_scale_is_in_b_for_every_type_and_every_load(
-    model: Any, alpha: int, r: int, rslora: bool, scale: float
-) -> None:
+def test_each_load_scales_b(model: Any, alpha: int, r: int, rslora: bool, scale: float) -> None:
     """LoRAX scales by the padded rank, and pads the config once more with each load."""
     config, made = base.config(r, alpha, use_rslora=rslora), ones(r, *base.TYPES)
     for layer_type in base.TYPES * 2:
@@ -89,9 +87,7 @@ def test_patterns_scale_by_module_and_by_its_own_rank(tmp_path: Path, model: Any
 @pytest.mark.parametrize("stored", [FLOAT32, FLOAT16, BFLOAT16])
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16])
 @pytest.mark.parametrize("rank", [8, 40])
-def test_b_is_cast_first_and_scaled_then(
-    stored: torch.dtype, dtype: torch.dtype, rank: int
-) -> None:
+def test_b_is_cast_and_then_scaled(stored: torch.dtype, dtype: torch.dtype, rank: int) -> None:
     """In bf16, 3 · (1 + 2⁻⁹) is 3 if it is rounded before, and 3.015625 if after."""
     made = base.tensors(rank, types=["q_proj"], dtype=stored)
     made[base.key(0, "q_proj", "B")][0, 0] = 1 + 2**-9

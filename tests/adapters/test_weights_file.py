@@ -26,6 +26,8 @@ from lorax_async.adapters.layout_model import LayoutModel
 from lorax_async.adapters.lora import LoraConfig, LoraWeights
 from lorax_async.adapters.weights_file import WeightsFile
 
+Patch = pytest.MonkeyPatch
+
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 A = base.key(0, "q_proj", "A")
@@ -37,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def opens(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int]]]:
+def opens(monkeypatch: Patch) -> Iterator[list[tuple[str, int]]]:
     """Names and threads, added to as files are opened to be read."""
     seen: list[tuple[str, int]] = []
     real = os.open
@@ -108,9 +110,7 @@ STRANGE: list[tuple[str, Any, type[errors.LoraxError], str]] = [
 
 
 @pytest.mark.parametrize(("how", "content", "kind", "text"), STRANGE)
-def test_strange_files_are_refused_and_closed(
-    folder: Path, how: str, content: Any, kind: type[errors.LoraxError], text: str
-) -> None:
+def test_odd_files_are_refused(folder: Path, how: str, content: Any, kind: Any, text: str) -> None:
     config, model, path = LoraConfig.load(folder), base.lorax_model(), folder / WEIGHTS
     module_map, names = config.map_weights_for_model(_lazily(path), model.weight_names)
     if how == "cut":
@@ -138,9 +138,7 @@ def test_strange_files_are_refused_and_closed(
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rank", [5, 16, 64, 160])
-def test_the_same_as_from_tensors(
-    tmp_path: Path, world_size: int, stored: torch.dtype, rank: int
-) -> None:
+def test_as_from_tensors(tmp_path: Path, world_size: int, stored: torch.dtype, rank: int) -> None:
     made = base.tensors(rank, dtype=stored, skip=[(1, "v_proj")])
     folder = base.write(tmp_path / "a", made, rank)
     config = LoraConfig.load(folder)
@@ -169,9 +167,7 @@ def _lazily(*paths: Path | str) -> dict[str, Path | str]:
 
 
 @pytest.mark.parametrize("how", ["str", "Path", "split", "open"])
-def test_each_file_is_opened_once(
-    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, how: str
-) -> None:
+def test_each_file_is_opened_once(run: Run, folder: Path, monkeypatch: Patch, how: str) -> None:
     config, model, path = LoraConfig.load(folder), base.lorax_model(), folder / WEIGHTS
     saved = load_file(path)
     wanted = loaded(config, model, saved, "v_proj")
@@ -199,7 +195,7 @@ def test_each_file_is_opened_once(
 class Reads:
     """Reads of files: in which threads; from number `after` on they wait until they may go on."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, after: int = 1 << 30) -> None:
+    def __init__(self, monkeypatch: Patch, after: int = 1 << 30) -> None:
         self.may_go_on, self.threads, self.after = threading.Event(), list[int](), after
         real = os.preadv
 
@@ -235,9 +231,7 @@ async def _load_all(folder: Path, model: Any) -> dict[str, LoraWeights | None]:
 
 
 @pytest.mark.each_loop
-async def test_no_file_is_touched_on_the_loops_thread_which_goes_on(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_no_file_is_touched_on_the_loops_thread(folder: Path, monkeypatch: Patch) -> None:
     """A read is held until the loop has turned: a call that held the loop would never end."""
     reads, here = Reads(monkeypatch, 0), threading.get_ident()
     with opens(monkeypatch) as seen:
@@ -256,9 +250,7 @@ async def test_no_file_is_touched_on_the_loops_thread_which_goes_on(
 
 
 @pytest.mark.each_loop
-async def test_a_cancelled_opening_leaves_no_file_open(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_cancelled_opening_leaves_no_file_open(folder: Path, monkeypatch: Patch) -> None:
     before, reads = open_files(), Reads(monkeypatch, 0)
     await reads.cancel(WeightsFile.open_async(folder, None))
     assert open_files() > before
@@ -267,9 +259,7 @@ async def test_a_cancelled_opening_leaves_no_file_open(
 
 
 @pytest.mark.each_loop
-async def test_a_cancelled_load_stops_at_the_next_layer(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_cancelled_load_stops_at_the_next_layer(folder: Path, monkeypatch: Patch) -> None:
     config, model = LoraConfig.load(folder), base.lorax_model()
     reads = Reads(monkeypatch, 2)  # the header, and the first layer's A
     with WeightsFile.open(folder) as file:
@@ -280,9 +270,7 @@ async def test_a_cancelled_load_stops_at_the_next_layer(
         assert (len(reads.threads), len(names)) == (3, 12)
 
 
-async def test_a_call_that_is_cancelled_before_its_thread_begins_reads_nothing(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_call_cancelled_at_once_reads_nothing(folder: Path, monkeypatch: Patch) -> None:
     busy, loop = threading.Event(), asyncio.get_running_loop()
     for _ in range(64):  # more than an executor has threads
         loop.run_in_executor(None, busy.wait)

@@ -34,6 +34,9 @@ from lorax_kernels import Plan
 from tiny_loaders import fails
 from tiny_sources import state
 
+Patch = pytest.MonkeyPatch
+Paths = list[Path]
+
 
 class Flat(nn.Module):
     """As some decoders do: the second linear's input has lost its rows."""
@@ -51,9 +54,7 @@ class Flat(nn.Module):
         return flat.view(x.shape)
 
 
-async def test_rows_that_cannot_be_told_apart_are_refused_where_an_adapter_applies(
-    tmp_path: Path,
-) -> None:
+async def test_rows_that_cannot_be_told_apart_are_refused_if_adapted(tmp_path: Path) -> None:
     model, x = Flat(), torch.ones(2, 3, 8)
     up, flat = [save(model, {"r": 2, "target_modules": [n]}, tmp_path / n) for n in ("up", "flat")]
     async with serving(model) as (loader, attached):
@@ -145,9 +146,7 @@ async def test_names_parameters_and_hooks_stay_while_attached_and_all_else_after
     assert seen == [torch.Size([2, 5, 48])] * 2
 
 
-async def test_a_forward_that_somebody_else_replaced_is_kept_and_called(
-    small: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_forward_of_others_is_kept_and_called(small: Any, monkeypatch: Patch) -> None:
     linear = small.model.layers[0].self_attn.q_proj
     calls = list[torch.Size]()
 
@@ -193,9 +192,7 @@ async def test_each_row_has_its_own_adapter(small: Any, served: Served) -> None:
     assert torch.equal(logits_of(small, prompt(3)), base)
 
 
-async def test_a_mixed_batch_generates_what_its_rows_generate_alone(
-    small: Any, served: Served
-) -> None:
+async def test_a_mixed_batch_generates_what_its_rows_do_alone(small: Any, served: Served) -> None:
     """The head gets the last tokens only, which do not lie side by side in memory."""
 
     def tokens(rows: slice) -> list[list[int]]:
@@ -230,7 +227,7 @@ async def test_another_number_of_rows_is_refused(small: Any, served: Served) -> 
 
 
 async def test_what_would_miss_the_adapter_or_round_is_refused(
-    small: Any, served: Served, monkeypatch: pytest.MonkeyPatch
+    small: Any, served: Served, monkeypatch: Patch
 ) -> None:
     """A gradient, autocast, and a module that returns its own input: read where it is written."""
     with served.attached.batch([served.first]):
@@ -251,9 +248,7 @@ async def test_what_would_miss_the_adapter_or_round_is_refused(
         logits_of(small, prompt(1))
 
 
-async def test_only_open_handles_of_this_loader_are_rows(
-    small: Any, adapters: list[Path], served: Served
-) -> None:
+async def test_rows_are_own_open_handles(small: Any, adapters: list[Path], served: Served) -> None:
     served.attached.detach()
     async with serving(small) as (loader, attached), await loader.load(adapters[0]) as kept:
         released = await loader.load(adapters[1])
@@ -272,9 +267,7 @@ async def test_only_open_handles_of_this_loader_are_rows(
         await loader.close(timeout=5)
 
 
-async def test_rows_of_an_adapter_that_turns_out_to_be_another_fail_and_the_others_go_on(
-    small: Any, adapters: list[Path]
-) -> None:
+async def test_rows_of_a_false_adapter_fail_and_others_go_on(small: Any, adapters: Paths) -> None:
     source, promised = FakeSource(), "not what was promised"
     for name, folder in zip(("a", "b"), adapters, strict=True):
         source.put(name, *tiny.files(folder))
@@ -296,9 +289,7 @@ async def test_rows_of_an_adapter_that_turns_out_to_be_another_fail_and_the_othe
         await until(lambda: state(loader, "a") == "nowhere")
 
 
-async def test_the_next_batch_of_the_same_rows_has_the_same_plan(
-    small: Any, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_same_rows_have_one_plan(small: Any, adapters: Paths, monkeypatch: Patch) -> None:
     made: list[tuple[int, ...]] = []
     original = Plan.from_segments.__func__  # type: ignore[attr-defined]
 
@@ -387,9 +378,7 @@ async def test_a_bare_thread_needs_the_context(small: Any, served: Served) -> No
         assert torch.equal(await loop.run_in_executor(pool, run, forward), expected)
 
 
-async def test_an_adapter_stays_to_the_end_of_its_block_and_of_the_pass_in_it(
-    small: Any, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_adapters_stay_for_a_pass(small: Any, adapters: Paths, monkeypatch: Patch) -> None:
     """Which goes on in its thread when a task that awaits `asyncio.to_thread` is cancelled."""
     inside, go_on = threading.Event(), threading.Event()
     linear = small.model.layers[1].self_attn.q_proj

@@ -42,6 +42,8 @@ from lorax_async.loader import AdapterLoader
 from lorax_async.planning.layout import Module, Parallelism
 from lorax_async.testing import FakeSource
 
+Patch = pytest.MonkeyPatch
+
 pytestmark = [pytest.mark.filterwarnings(FEATURE_WARNINGS)]
 
 WEIGHTS = "adapter_model.safetensors"
@@ -119,9 +121,7 @@ async def test_positions_of_one_row_are_pefts_and_of_more_are_refused(tmp_path: 
 
 
 @pytest.mark.parametrize("lora", [DORA, BIAS, TOKENS])
-async def test_bf16_is_as_near_to_float32_as_pefts_and_autocast_is_refused(
-    lora: dict[str, Any], tmp_path: Path, small: Any
-) -> None:
+async def test_bf16_is_as_near_as_pefts(lora: dict[str, Any], tmp_path: Path, small: Any) -> None:
     """PEFT keeps A and B in float32 there, which are rounded here; magnitudes are not."""
     adapter = save(llama(), lora, tmp_path / "adapter")
     exact = pefts(llama(), adapter, prompt(2))
@@ -137,9 +137,7 @@ async def test_bf16_is_as_near_to_float32_as_pefts_and_autocast_is_refused(
 
 
 @pytest.mark.parametrize("grad", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-async def test_what_was_measured_in_one_grad_mode_serves_in_the_others(
-    grad: Callable[[], Any], small: Any, tmp_path: Path
-) -> None:
+async def test_one_grad_modes_measures_serve_all(grad: Any, small: Any, tmp_path: Path) -> None:
     adapter = save(llama(), {**DORA, "target_modules": ["embed_tokens", "q_proj"]}, tmp_path / "x")
     async with served(small, adapter) as (attached, handle):
         with attached.batch([handle, None]):
@@ -153,9 +151,7 @@ async def test_what_was_measured_in_one_grad_mode_serves_in_the_others(
     small.zero_grad(set_to_none=True)
 
 
-async def test_rows_are_measured_once_in_a_stay(
-    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_rows_are_measured_once(small: Any, tmp_path: Path, monkeypatch: Patch) -> None:
     first = save(llama(), DORA, tmp_path / "first")
     second = save(llama(), {**DORA, "r": 6}, tmp_path / "second")
     expected = [pefts(llama(), adapter, prompt(2)) for adapter in (first, second)]
@@ -208,9 +204,7 @@ def test_factors_are_there_when_they_are_known_and_forgotten_with_their_stay() -
 
 
 @pytest.mark.parametrize("lora", [DORA, {**TOKENS, "use_dora": True}], ids=["linear", "embedding"])
-async def test_layers_are_computed_as_they_come(
-    small: Any, tmp_path: Path, lora: dict[str, Any]
-) -> None:
+async def test_layers_are_computed_as_they_come(small: Any, tmp_path: Path, lora: Any) -> None:
     adapter = save(llama(), lora, tmp_path / "adapter")
     expected, source = pefts(llama(), adapter, prompt(1)), FakeSource()
     source.put("streamed", *tiny.files(adapter))
@@ -267,9 +261,7 @@ async def output(rank: int, adapter: Path, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("feature", [{"use_dora": True}, {"lora_bias": True}])
-async def test_a_rank_has_the_features_of_its_rows_and_refuses_those_for_after_the_sum(
-    feature: dict[str, Any], tmp_path: Path
-) -> None:
+async def test_a_rank_has_features_of_rows_and_of_no_sum(feature: Any, tmp_path: Path) -> None:
     """Column-parallel: together the ranks' outputs are PEFT's.
 
     Row-parallel: each rank would add the bias, and measure its part of the rows only.
@@ -311,9 +303,7 @@ def told(linear: nn.Linear) -> nn.Module:
 
 
 @pytest.mark.parametrize("pack", [Packed, told])
-async def test_dora_on_packed_weights_is_refused_and_lora_is_not(
-    pack: Callable[[nn.Linear], nn.Module], tmp_path: Path
-) -> None:
+async def test_dora_on_packed_weights_is_refused_and_lora_is_not(pack: Any, tmp_path: Path) -> None:
     model = llama()
     dora, plain = save(model, DORA, tmp_path / "dora"), save(model, PLAIN, tmp_path / "plain")
     model.model.layers[1].mlp.down_proj = pack(model.model.layers[1].mlp.down_proj)
@@ -335,9 +325,7 @@ MAGNITUDE = "base_model.model.model.layers.1.mlp.down_proj.lora_magnitude_vector
         ("cut", "bytes"),
     ],
 )
-async def test_what_a_load_refuses(
-    device: str, how: str, text: str, small: Any, tmp_path: Path
-) -> None:
+async def test_refused_loads(device: str, how: str, text: str, small: Any, tmp_path: Path) -> None:
     adapter = save(llama(), DORA, tmp_path / "adapter")
     made, file = load_file(adapter / WEIGHTS), adapter / WEIGHTS
     made[MAGNITUDE][3] = torch.nan

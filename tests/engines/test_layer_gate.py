@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import threading
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -21,6 +21,10 @@ from lorax_async.handle import AdapterHandle
 from lorax_async.testing import FakeSource
 from lorax_kernels import dense
 from tiny_loaders import fails
+
+Paths = list[Path]
+
+Patch = pytest.MonkeyPatch
 
 __all__ = ["adapters", "source"]
 
@@ -42,8 +46,8 @@ def forward(small: Any, rows: int = 3) -> asyncio.Task[torch.Tensor]:
 
 
 @pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    event, real = threading.Event(), AdapterHandle.wait_layer
+def waits(monkeypatch: Patch) -> Event:
+    event, real = Event(), AdapterHandle.wait_layer
 
     def wait_layer(*args: Any, **kwargs: Any) -> None:
         event.set()
@@ -54,9 +58,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-async def test_a_spent_budget_takes_out_the_rows_that_wait(
-    small: Any, adapters: list[Path], source: FakeSource, dtype: str
-) -> None:
+async def test_late_rows_leave(small: Any, adapters: Paths, source: FakeSource, dtype: str) -> None:
     small = copy.deepcopy(small).to(getattr(torch, dtype))
     whole = await logits_with_all(small, adapters, dtype=dtype)
     async with streaming(small, source, dtype=dtype) as (attached, warm, cold):
@@ -81,9 +83,7 @@ async def test_a_spent_budget_takes_out_the_rows_that_wait(
             assert not gate.out
 
 
-async def test_where_rows_may_be_out_no_product_is_of_several_adapters(
-    small: Any, source: FakeSource, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_products_mix_no_adapters(small: Any, source: FakeSource, monkeypatch: Patch) -> None:
     """On real shapes, rows' last bits would depend on who is out."""
     small, original = copy.deepcopy(small).bfloat16(), dense.Dense.expand
     made: list[torch.Tensor] = []
@@ -107,7 +107,7 @@ async def test_where_rows_may_be_out_no_product_is_of_several_adapters(
 
 
 async def test_a_layer_within_the_budget_is_waited_for(
-    small: Any, adapters: list[Path], source: FakeSource, waits: threading.Event
+    small: Any, adapters: list[Path], source: FakeSource, waits: Event
 ) -> None:
     whole = await logits_with_all(small, adapters)
     async with streaming(small, source) as (attached, warm, cold):
@@ -125,7 +125,7 @@ async def test_a_layer_within_the_budget_is_waited_for(
 
 @pytest.mark.parametrize("ends", ["fails", "is released", "failed before"])
 async def test_an_adapter_that_ends_takes_out_its_own_rows(
-    small: Any, source: FakeSource, waits: threading.Event, ends: str
+    small: Any, source: FakeSource, waits: Event, ends: str
 ) -> None:
     if ends != "is released":
         source.fail("bring", FetchError("the line is down"), id="cold", at=1)
@@ -153,9 +153,7 @@ async def test_an_adapter_that_ends_takes_out_its_own_rows(
             pass
 
 
-async def test_a_handle_that_is_released_leaves_others_of_its_adapter_alone(
-    small: Any, source: FakeSource, waits: threading.Event
-) -> None:
+async def test_a_release_leaves_a_clone_alone(small: Any, source: FakeSource, waits: Event) -> None:
     """Two requests for one adapter: one of them is given up in the midst."""
     async with streaming(small, source) as (attached, warm, cold), cold.clone() as twin:
         with attached.batch([cold, twin, warm, None], budget=60.0) as gate:
@@ -171,10 +169,10 @@ async def test_a_handle_that_is_released_leaves_others_of_its_adapter_alone(
 
 
 async def test_what_is_on_this_machine_is_waited_for_beyond_the_budget(
-    small: Any, adapters: list[Path], source: FakeSource, monkeypatch: Any, waits: threading.Event
+    small: Any, adapters: list[Path], source: FakeSource, monkeypatch: Any, waits: Event
 ) -> None:
     """Its bytes are here, and no thread has copied them yet."""
-    go, original = threading.Event(), GroupTransfer.run
+    go, original = Event(), GroupTransfer.run
 
     def late(self: GroupTransfer, *arguments: Any) -> Any:
         assert go.wait(10)
@@ -199,9 +197,7 @@ async def test_what_is_on_this_machine_is_waited_for_beyond_the_budget(
         go.set()
 
 
-async def test_on_the_loops_thread_nobody_is_waited_for_or_taken_out(
-    small: Any, source: FakeSource
-) -> None:
+async def test_nobody_is_waited_for_on_the_loops_thread(small: Any, source: FakeSource) -> None:
     async with streaming(small, source) as (attached, warm, cold):
         for budget in (1.0, None):
             with attached.batch([warm, cold], budget) as gate:
@@ -216,7 +212,7 @@ async def test_on_the_loops_thread_nobody_is_waited_for_or_taken_out(
 
 @pytest.mark.parametrize("released", [True, False])
 async def test_without_a_budget_a_pass_raises_what_ended_its_adapter(
-    small: Any, source: FakeSource, waits: threading.Event, released: bool
+    small: Any, source: FakeSource, waits: Event, released: bool
 ) -> None:
     source.fail("bring", FetchError("the line is down"), id="cold", at=1)
     async with streaming(small, source) as (attached, warm, cold):
@@ -242,10 +238,10 @@ async def test_a_budget_is_a_number_of_seconds(served: Served) -> None:
     ("timeout", "problem"), [(60.0, ""), (60.0, "others could be computed"), (0.2, "within 0.2 s")]
 )
 async def test_who_is_alone_waits_beyond_the_budget(
-    small: Any, source: FakeSource, waits: threading.Event, timeout: float, problem: str
+    small: Any, source: FakeSource, waits: Event, timeout: float, problem: str
 ) -> None:
     """Until others could be computed, or the loader waits no longer."""
-    others, settings = threading.Event(), {"timeout": timeout}
+    others, settings = Event(), {"timeout": timeout}
     async with streaming(small, source, **settings) as (attached, _, cold), cold.clone() as twin:
         with attached.batch([cold, twin], budget=0.0, others_wait=others.is_set) as gate:
             passing = forward(small, 2)
@@ -264,9 +260,7 @@ async def test_who_is_alone_waits_beyond_the_budget(
             assert problem or torch.equal(logits, logits_of(small, prompt(2)))
 
 
-async def test_an_adapter_that_came_too_late_for_itself_is_not_waited_for(
-    small: Any, source: FakeSource, waits: threading.Event
-) -> None:
+async def test_one_late_for_itself_is_let_go(small: Any, source: FakeSource, waits: Event) -> None:
     """Its error is of the kind that a look in vain raises, too."""
     source.fail("bring", AdapterTimeoutError("too late for itself"), id="cold", at=1)
     async with streaming(small, source, timeout=1000.0) as (attached, _, cold):

@@ -224,9 +224,7 @@ async def test_a_seed_decides_what_drops_and_no_global_number_is_drawn(folder: F
 
 
 @pytest.mark.parametrize("names", [("rslora", "one"), ("one", "rslora"), ("rslora",), ("rank_6",)])
-async def test_linear_is_the_weighted_sum_of_the_deltas(
-    folder: Folders, names: tuple[str, ...]
-) -> None:
+async def test_linear_is_a_weighted_sum_of_deltas(folder: Folders, names: tuple[str, ...]) -> None:
     """In float64; where PEFT is no oracle: an rslora part in front changes its merge's scale."""
     merge = Case("linear", names, (0.7, -1.3)).merge(folder)
     expected: dict[str, torch.Tensor] = {}

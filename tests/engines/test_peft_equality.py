@@ -120,9 +120,7 @@ async def test_logits_are_pefts(
 
 
 @pytest.mark.slow
-async def test_a_mixed_batch_gives_each_row_what_it_gets_alone(
-    model: Any, theirs: Any, folder: FolderOf
-) -> None:
+async def test_mixed_rows_are_as_they_are_alone(model: Any, theirs: Any, folder: FolderOf) -> None:
     """Rows of one adapter apart and side by side. PEFT itself mixes no DoRA."""
     names = ["dora", "", "lora_bias", "plain", "embedding_and_all", "dora_embedding"]
     names += ["dora", "dora", "patterns", "f16", "rank_3", "rank_12"]

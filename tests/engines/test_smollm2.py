@@ -86,9 +86,7 @@ def test_a_missing_distribution_is_named(tmp_path: Path, monkeypatch: Patch) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_file_is_found_without_importing_its_package(
-    tmp_path: Path, distribution: Install, monkeypatch: Patch
-) -> None:
+def test_it_is_found_unimported(tmp_path: Path, distribution: Install, monkeypatch: Patch) -> None:
     distribution("model.bin")
     with pytest.raises(ConfigError, match="no GGUF file"):
         smollm2.find_gguf()
@@ -116,9 +114,7 @@ def test_the_default_cache_is_xdgs(monkeypatch: Patch) -> None:
         assert smollm2.default_cache() == Path(root, "lorax-async", "smollm2-135m-instruct")
 
 
-def test_an_empty_folder_is_filled_and_others_left_alone(
-    tmp_path: Path, monkeypatch: Patch
-) -> None:
+def test_an_empty_folder_is_filled_and_others_left(tmp_path: Path, monkeypatch: Patch) -> None:
     folder, foreign = tmp_path / "base", tmp_path / "foreign"
     folder.mkdir()
     make_once(folder, fill, quiet)
@@ -196,9 +192,7 @@ def said(process: subprocess.Popen[str]) -> str:
 
 
 @pytest.mark.slow
-def test_a_second_process_waits_for_the_first_and_a_killed_one_leaves_nothing_that_is_used(
-    tmp_path: Path,
-) -> None:
+def test_a_second_process_waits_and_nothing_of_a_killed_one_is_used(tmp_path: Path) -> None:
     folder = tmp_path / "base"
     with start(folder) as killed:
         assert said(killed) == "half"

@@ -151,9 +151,7 @@ async def test_what_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
     ],
     ids=["layers", "no folder", "a file"],
 )
-async def test_a_refused_adapter_is_not_named(
-    tmp_path: Path, spoil: Callable[[Path], object], status: int, code: str
-) -> None:
+async def test_a_refused_one_is_unnamed(tmp_path: Path, spoil: Any, status: int, code: str) -> None:
     """And a name that it was to get in place keeps its meaning."""
     good, bad = tiny.write(tmp_path / "good", 1), tiny.write(tmp_path / "bad", 2)
     spoil(bad)

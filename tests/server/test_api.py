@@ -183,7 +183,7 @@ def require_form(kind: type[BaseModel], told: Any) -> None:
     ],
     ids=["chat", "completion"],
 )
-async def test_answers_and_their_pieces_have_the_packages_forms(
+async def test_answers_and_pieces_have_the_packages_forms(
     path: str, body: Any, kind: type[BaseModel], piece: type[BaseModel]
 ) -> None:
     body = {"model": "base"} | body

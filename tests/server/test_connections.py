@@ -85,9 +85,7 @@ async def test_a_client_that_hangs_up_frees_its_place(stream: bool, begun: bool,
         await require_free(world)
 
 
-async def test_a_client_that_hangs_up_in_its_body_asks_nothing(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+async def test_a_client_that_hangs_up_in_its_body_asks_nothing(caplog: Any) -> None:
     async with serving() as world:
         _, writer = await connection(world, request(PLAIN)[:-1])
         await world.until_busy()

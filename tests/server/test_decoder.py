@@ -32,6 +32,9 @@ from lorax_async.testing import FakeSource
 from server.generating import all_of, asked
 from tiny_loaders import fails
 
+Patch = pytest.MonkeyPatch
+Paths = list[Path]
+
 __all__ = ["source"]
 
 pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
@@ -124,9 +127,7 @@ def tokens_of(shuffled: random.Random, length: int) -> list[int]:
         *(pytest.param("eager", seed, marks=pytest.mark.slow) for seed in range(3)),
     ],
 )
-async def test_each_row_is_its_solo_run(
-    small: Any, adapters: list[Path], attention: str, seed: int
-) -> None:
+async def test_rows_are_solo_runs(small: Any, adapters: Paths, attention: str, seed: int) -> None:
     """Prompts whole or in parts beside rows that decode; rows come, go, move and begin again."""
     small = copy.deepcopy(small)
     small.set_attn_implementation(attention)
@@ -228,9 +229,7 @@ async def test_late_rows_begin_again(small: Any, adapters: list[Path], source: F
                 assert not (await play.whole(late, base, fast, budget=0.01)).out
 
 
-async def test_passes_share_one_budget(
-    small: Any, source: FakeSource, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_passes_share_one_budget(small: Any, source: FakeSource, monkeypatch: Patch) -> None:
     budgets, original = list[float](), AttachedModel.batch
 
     def batch(self: AttachedModel, rows: Any, budget: float, *more: Any, **named: Any) -> Any:

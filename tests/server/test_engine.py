@@ -32,6 +32,8 @@ from server.generating import GREEDY, VOCABULARY, ScriptedDecoder, all_of, alone
 from tiny_loaders import fails
 from tiny_sources import stocked
 
+Patch = pytest.MonkeyPatch
+
 
 @pytest.fixture
 def source(tmp_path: Path) -> FakeSource:
@@ -533,9 +535,7 @@ async def test_an_answer_is_cancelled_while_its_files_come_to_rest(tmp_path: Pat
         assert await all_of(answer) == []
 
 
-async def test_false_bytes_of_files_that_did_not_change(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_false_bytes_of_files_that_did_not_change(tmp_path: Path, monkeypatch: Patch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise errors.IntegrityError("the disk gave other bytes")
 

@@ -236,9 +236,7 @@ async def test_a_stop_ends_the_stream_at_once() -> None:
 
 
 @pytest.mark.parametrize("stops", [1, 2])
-async def test_a_stuck_page_keeps_no_server(
-    stops: int, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_stuck_page_keeps_no_server(stops: int, monkeypatch: Patch, caplog: Any) -> None:
     monkeypatch.setattr(dashboard, "TICK", 0.01)
     monkeypatch.setattr(dashboard, "LAST_SECONDS", 0.2)
     monkeypatch.setattr(dashboard, "FRESH_SECONDS", 0.0)

@@ -251,9 +251,7 @@ NO_ADAPTERS = (
         ),
     ],
 )
-def test_a_warm_list_that_is_none_is_refused_and_left_alone(
-    refused: Callable[..., str], tmp_path: Path, make: Callable[[Path], object], reason: str
-) -> None:
+def test_no_warm_list_is_left_alone(refused: Any, tmp_path: Path, make: Any, reason: str) -> None:
     path = tmp_path / "warm"
     make(path)
 
@@ -345,9 +343,7 @@ def _only_config(folder: Path) -> None:
         "a list", "no tokenizer", "neither tokenizer nor weights", "no tokenizer's config",
     ],
 )  # fmt: skip
-def test_a_folder_that_is_no_base_is_told_of_in_a_line(
-    whole: Path, tmp_path: Path, change: Callable[[Path], object], said: str
-) -> None:
+def test_a_folder_of_no_base_is_told(whole: Path, tmp_path: Path, change: Any, said: str) -> None:
     """The tokenizer is read before the weights; transformers' own words are restored."""
     folder = tmp_path / "changed"
     shutil.copytree(whole, folder)
