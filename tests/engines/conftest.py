@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+import tiny
 from engines.variants import llama, save, serving
 from lorax_async.engines.smollm2 import prepare_base
 from lorax_async.engines.transformers import AttachedModel
 from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
+from lorax_async.testing import FakeSource
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -57,7 +59,19 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [
         save(llama(), most, root / "most"),
         save(llama(), {"r": 3, "target_modules": ["v_proj"]}, root / "some"),
+        # As the first one in dtypes that round no scale: kernels may take them together.
+        save(llama(), {"r": 2, "target_modules": ["q_proj", "k_proj", "o_proj"]}, root / "few"),
     ]
+
+
+@pytest.fixture
+def source(adapters: list[Path]) -> FakeSource:
+    """ "warm" comes at once, "cold" as far as it is allowed to."""
+    source = FakeSource()
+    for id, folder in (("warm", adapters[2]), ("cold", adapters[0])):
+        source.put(id, *tiny.files(folder))
+    source.hold("cold")
+    return source
 
 
 @dataclass(frozen=True)

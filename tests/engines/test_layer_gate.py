@@ -11,22 +11,25 @@ from typing import Any
 import pytest
 import torch
 
+import tiny
 from common import until
 from engines.conftest import Served
-from engines.gate_inputs import adapters, source
-from engines.variants import logits_of, prompt, serving, streaming
+from engines.variants import active, llama, logits_of, prompt, serving, streaming
 from lorax_async.devices.transfer import GroupTransfer
 from lorax_async.errors import AdapterTimeoutError, FetchError, HandleClosedError, UsageError
 from lorax_async.handle import AdapterHandle
+from lorax_async.scheduler.requests import Request
+from lorax_async.scheduler.scheduler import AdapterScheduler
+from lorax_async.scheduler.step import Batch
 from lorax_async.testing import FakeSource
 from lorax_kernels import dense
+from scheduling.page import functions
 from tiny_loaders import fails
 
 Paths = list[Path]
 
 Patch = pytest.MonkeyPatch
 
-__all__ = ["adapters", "source"]
 
 Rows = list[AdapterHandle | None]
 
@@ -34,7 +37,7 @@ Rows = list[AdapterHandle | None]
 async def logits_with_all(small: Any, adapters: list[Path], **settings: Any) -> torch.Tensor:
     async with (
         serving(small, **settings) as (loader, attached),
-        await loader.load(adapters[1]) as warm,
+        await loader.load(adapters[2]) as warm,
         await loader.load(adapters[0]) as cold,
     ):
         with attached.batch([warm, cold, None]):
@@ -270,3 +273,41 @@ async def test_one_late_for_itself_is_let_go(small: Any, source: FakeSource, wai
             source.allow("cold")
             await asyncio.wait_for(passing, 10)
             assert "too late for itself" in str(gate.out[0])
+
+
+async def test_the_pages_engine_answers_as_peft_and_computes_again_what_did_not_come(
+    small: Any, adapters: list[Path]
+) -> None:
+    source, compute = FakeSource(), functions()["compute_streaming"]
+    for id, folder in (("cold", adapters[0]), ("warm", adapters[1])):
+        source.put(id, *tiny.files(folder))
+    source.hold("cold")
+    source.allow("cold", 0)
+    computed: list[torch.Tensor] = []
+
+    def forward_batch(batch: Batch) -> None:
+        computed.append(logits_of(small, prompt(len(batch.rows))))
+
+    async with (
+        serving(small, source=source, max_slots=2) as (loader, attached),
+        AdapterScheduler(loader) as scheduler,
+    ):
+        (await loader.load("warm")).release()
+        cold = scheduler.submit(Request("cold", 5, 1))
+        batch = await scheduler.next_batch(100, 8)
+        assert len(batch.streaming) == 1
+        passing = asyncio.create_task(compute(scheduler, attached, batch, forward_batch))
+        others = [scheduler.submit(Request(id, 5, 1)) for id in ("warm", None, "warm")]
+        await passing  # nobody waits for "cold" any more
+        assert (cold.generated, cold.done) == (0, False)
+        source.allow("cold")
+        names: list[str] = []
+        while not names.count("cold"):
+            batch = await scheduler.next_batch(100, 8)
+            names = ["__base__" if h is None else str(h.id) for h in batch.handles]
+            await compute(scheduler, attached, batch, forward_batch)
+            with active(llama(), cold=adapters[0], warm=adapters[1]) as peft_model:
+                expected = logits_of(peft_model, prompt(len(names)), adapter_names=names)
+            if not batch.streaming:
+                torch.testing.assert_close(computed[-1], expected, atol=1e-4, rtol=1e-4)
+        assert [await ticket for ticket in (cold, *others)] == [1] * 4

@@ -49,8 +49,8 @@ async def test_load_use_and_unload(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "pirate")
     async with serving() as world:
         loaded = await load(world, "pirate", folder)
-        assert loaded.status == 200
-        assert loaded.body == b"Success: LoRA adapter 'pirate' added successfully."
+        added = b"Success: LoRA adapter 'pirate' added successfully."
+        assert (loaded.status, loaded.body) == (200, added)
         assert [where.state for where in on_device(world.service.loader)] == ["resident"]
         models = await world.client.models.list()
         assert [model.id for model in models.data] == ["base", "pirate"]
@@ -58,8 +58,8 @@ async def test_load_use_and_unload(tmp_path: Path) -> None:
 
         assert (await load(world, "second", folder)).status == 200
         unloaded = await unload(world, "pirate")
-        assert unloaded.status == 200
-        assert unloaded.body == b"Success: LoRA adapter 'pirate' removed successfully."
+        removed = b"Success: LoRA adapter 'pirate' removed successfully."
+        assert (unloaded.status, unloaded.body) == (200, removed)
         assert len(on_device(world.service.loader)) == 1
         await unload(world, "second")
         models = await world.client.models.list()
@@ -87,12 +87,11 @@ async def test_a_name_is_given_once(tmp_path: Path) -> None:
 
 async def test_of_two_loads_of_one_name_the_first_counts(tmp_path: Path) -> None:
     source = stocked(tmp_path, "first", "second")
-    source.hold("first")
-    source.hold("second")
     async with serving(loader=over(source)) as world:
-        first, second = (
-            asyncio.create_task(load(world, "a", path)) for path in ("first", "second")
-        )
+        names = ("first", "second")
+        for name in names:
+            source.hold(name)
+        first, second = (asyncio.create_task(load(world, "a", name)) for name in names)
         await until(lambda: world.service.loader.placement().usage.waiting == 2)
         source.allow("first")
         assert (await first).status == 200
@@ -143,11 +142,7 @@ async def test_what_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
     [
         (lambda folder: tiny.write(folder, layers=9), 422, "adapter_incompatible"),
         (shutil.rmtree, 404, "model_not_found"),
-        (
-            lambda folder: folder.rename(folder.with_name("x")) and folder.write_text("x"),
-            422,
-            "adapter_malformed",
-        ),
+        (lambda bad: bad.rename(f"{bad}x") and bad.write_text("x"), 422, "adapter_malformed"),
     ],
     ids=["layers", "no folder", "a file"],
 )

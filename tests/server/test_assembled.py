@@ -1,11 +1,12 @@
-"""A whole server of a tiny base: one story over a socket, what is closed, what comes back."""
+"""A whole server of a tiny base: what is asked for, by whom, what is closed, what comes back."""
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ import torch
 from hub_stand_in import HubStandIn
 from openai import PermissionDeniedError
 from transformers import LlamaForCausalLM
+from user_loads import at, contents, loader, written
 
 from common import our_threads, until
 from engines.variants import PEFT_WARNING, active, save
+from lorax_async.cli.arguments import as_source, request_sources, server_loader_settings
+from lorax_async.cli.serve import find_adapters
 from lorax_async.config import LoaderConfig
 from lorax_async.errors import UsageError
 from lorax_async.ids.allow import Allow
@@ -26,7 +30,19 @@ from lorax_async.server.server_settings import ServerSettings
 from lorax_async.server.service import ServedModel, ServerCapacity, Service, open_service
 from lorax_async.types import AdapterRef
 from server.generating import GREEDY, all_of
-from server.world import TOKEN, listening, llama_config, tokenizer, tokens_of
+from server.world import (
+    TOKEN,
+    Answer,
+    FakeEngine,
+    World,
+    echo,
+    listening,
+    llama_config,
+    loading,
+    serving,
+    tokenizer,
+    tokens_of,
+)
 from tiny_loaders import fails, on_device
 
 pytestmark = [
@@ -162,14 +178,14 @@ async def test_an_adapter_comes_back_as_a_request_could_name_it_now(
         asked = {
             (id, each.fields.get("authorization", "").removeprefix("Bearer ") or None)
             for id in (*ids, "org/old")
-            for each in hub.asked
+            for each in empty.asked
             if id in each.target
         }
         assert len(dict(asked)) == len(asked), "each is asked for on one authority"
         return dict(asked)
 
-    with HubStandIn() as hub:
-        config = {"hub_endpoint": hub.endpoint, "cache_dir": tmp_path / "cache", "max_slots": 4}
+    with HubStandIn() as empty:
+        config = {"hub_endpoint": empty.endpoint, "cache_dir": tmp_path / "cache", "max_slots": 4}
         config |= {"allow": sources} if sources else {}
         async with whole(base, warm, named, sources, **config):
             await until(lambda: sent().keys() >= tokens.keys())
@@ -191,3 +207,122 @@ async def test_a_folder_without_its_name_comes_back_below_a_local_root_only(
         found = service.loader.placement().adapters.items()
         names = {Path(str(key.location)).name for key, it in found if it.tier == "device"}
         assert names == {"named", "open"}
+
+
+HUB_TOKEN = "hf_0perat0rsToken"
+OWN = f"Bearer {HUB_TOKEN}"
+CHAT = "/v1/chat/completions"
+PRIVATE, PUBLIC, ELSEWHERE = "org/private", "org/public", "other/private"
+
+
+async def ask(world: World, model: str) -> Answer:
+    body = {"model": model, "messages": [{"role": "user", "content": "x"}]}
+    return await world.ask("POST", CHAT, body)
+
+
+async def test_requests_may_name_no_id_by_default() -> None:
+    engine = FakeEngine(echo)
+    async with serving(engine, adapters={"sql": "org/name"}, sources=()) as world:
+        for model in (
+            *("org/name", "org/name@main", "org/name@refs/pr/1", "s3://bucket/a", "gs://bucket/a"),
+            *("az://container/a", "https://host.example/a", "http://127.0.0.1:1/a"),
+        ):
+            answer = await ask(world, model)
+            assert (answer.status, answer.error["code"]) == (403, "model_access_denied")
+            assert answer.error["param"] == "model"
+            assert "--source" in answer.error["message"]
+        assert not engine.submitted
+        for name in ("sql", "base"):
+            assert (await ask(world, name)).status == 200
+
+
+async def test_requests_may_name_what_is_below_a_source() -> None:
+    sources = (Allow("hub", prefix="org/"), Allow("s3", "bucket", prefix="loras/"))
+    async with serving(FakeEngine(echo), sources=sources) as world:
+        statuses = {
+            model: (await ask(world, model)).status
+            for model in (
+                *("org/name", "org/name@v1", "s3://bucket/loras/a", "./folder"),
+                *("other/name", "Org/name", "org/name@refs/pr/1", "s3://bucket/loras2/a"),
+            )
+        }
+        # Folders are the loader's to judge, by its local_roots.
+        assert list(statuses.values()) == [200, 200, 200, 200, 403, 403, 403, 403], statuses
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStandIn]:
+    monkeypatch.setenv("HF_TOKEN", HUB_TOKEN)
+    files = contents(written(tmp_path / "adapter", layers=4, rank=4))
+    with HubStandIn() as found:
+        found.put(PUBLIC, files)
+        for repo in (PRIVATE, ELSEWHERE):
+            found.put(repo, files, private_token=HUB_TOKEN)
+        yield found
+
+
+@asynccontextmanager
+async def served(
+    hub: HubStandIn, cache: Path, adapters: list[str], sources: list[str], *, offline: bool = False
+) -> AsyncIterator[World]:
+    """A server with a loader, as the command line makes them."""
+    found, places = find_adapters(adapters), [as_source(text) for text in sources]
+    arguments = argparse.Namespace(source=places, hub_endpoint=hub.endpoint, offline=offline)
+    refs = [ref for ref in found.values() if isinstance(ref, AdapterRef)]
+    config = server_loader_settings(arguments, refs)
+    config["allow"] = (*config["allow"], at(hub.store_netloc))
+    there = loader(cache, layers=4, **config)
+    engine = FakeEngine(loading(there))
+    async with serving(engine, there, adapters=found, sources=request_sources(arguments)) as world:
+        yield world
+
+
+def sent(hub: HubStandIn, repo: str) -> set[str | None]:
+    return {each.fields.get("authorization") for each in hub.asked if repo in each.target}
+
+
+@pytest.mark.parametrize(
+    ("sources", "statuses", "tokens"),
+    [
+        # What strangers get for a public repository, a private one, and one of others; and the
+        # authority on which the hub was asked for each.
+        ([], [403, 403, 403], [set(), set(), set()]),
+        (["hub"], [200, 403, 403], [{None}, {None}, {None}]),
+        (["hub:org/"], [200, 200, 403], [{OWN}, {OWN}, set()]),
+        (["hub", "hub:org/"], [200, 200, 403], [{OWN}, {OWN}, {None}]),
+    ],
+    ids=["closed", "hub", "org", "hub and org"],
+)
+async def test_a_strangers_id_gets_the_token_of_its_source_alone(
+    hub: HubStandIn, tmp_path: Path, sources: list[str], statuses: list[int], tokens: Any
+) -> None:
+    async with served(hub, tmp_path, [], sources) as world:
+        found = [await ask(world, model) for model in (PUBLIC, PRIVATE, ELSEWHERE)]
+        assert [answer.status for answer in found] == statuses
+        assert all(HUB_TOKEN.encode() not in answer.body for answer in found)
+    assert [sent(hub, repo) for repo in (PUBLIC, PRIVATE, ELSEWHERE)] == tokens
+
+
+@pytest.mark.parametrize("by", ["--adapters", "the admin"])
+async def test_operators_names_get_their_token(hub: HubStandIn, tmp_path: Path, by: str) -> None:
+    """And that makes it no stranger's, though it is on the device and the hub is open to all."""
+    commit = hub.repos[PRIVATE].refs["main"]
+    given = [f"sql={PRIVATE}"] if by == "--adapters" else []
+    async with served(hub, tmp_path, given, ["hub"]) as world:
+        if by == "the admin":
+            body = {"lora_name": "sql", "lora_path": PRIVATE}
+            assert (await world.admin("/v1/load_lora_adapter", body)).status == 200
+        assert (await ask(world, "sql")).status == 200
+        assert sent(hub, PRIVATE) == {OWN}
+        begun = len(hub.asked)
+        for id in (PRIVATE, f"{PRIVATE}@main", f"{PRIVATE}@{commit}"):
+            assert (await ask(world, id)).status == 403
+        assert {each.fields.get("authorization") for each in hub.asked[begun:]} == {None}
+        assert (await ask(world, "sql")).status == 200
+
+
+async def test_offline_no_source_is_asked(hub: HubStandIn, tmp_path: Path) -> None:
+    async with served(hub, tmp_path, [f"sql={PRIVATE}"], ["hub:org/"], offline=True) as world:
+        for model in ("sql", PRIVATE, PUBLIC):
+            assert (await ask(world, model)).status == 502
+    assert not hub.asked

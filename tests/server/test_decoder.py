@@ -19,7 +19,6 @@ from transformers import PreTrainedConfig
 
 import tiny
 from common import until
-from engines.gate_inputs import source
 from engines.variants import PEFT_WARNING, active, logits_of, serving, streaming
 from lorax_async.engines.transformers import AttachedModel
 from lorax_async.errors import AdapterTimeoutError, ConfigError, FetchError, UsageError
@@ -34,8 +33,6 @@ from tiny_loaders import fails
 
 Patch = pytest.MonkeyPatch
 Paths = list[Path]
-
-__all__ = ["source"]
 
 pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
 
@@ -209,7 +206,7 @@ async def test_what_was_at_a_place_never_matters(small: Any) -> None:
 
 async def test_late_rows_begin_again(small: Any, adapters: list[Path], source: FakeSource) -> None:
     """No prompt is waited for by those that decode, though it is alone in its pass."""
-    with alone(copy.deepcopy(small), warm=adapters[1], cold=adapters[0]) as solo:
+    with alone(copy.deepcopy(small), warm=adapters[2], cold=adapters[0]) as solo:
         async with streaming(small, source) as (attached, warm, cold):
             decoder = TransformersDecoder(small, attached, 4)
             play = Play(decoder, solo)
@@ -247,7 +244,7 @@ async def test_passes_share_one_budget(small: Any, source: FakeSource, monkeypat
 
 
 async def test_failures_end_own_rows(small: Any, adapters: list[Path], source: FakeSource) -> None:
-    with alone(copy.deepcopy(small), warm=adapters[1], cold=adapters[0]) as solo:
+    with alone(copy.deepcopy(small), warm=adapters[2], cold=adapters[0]) as solo:
         async with streaming(small, source) as (attached, warm, cold):
             play = Play(TransformersDecoder(small, attached, 3), solo)
             source.fail("bring", FetchError("lost on the way"), id="cold")

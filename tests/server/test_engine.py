@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 import torch
@@ -18,10 +19,8 @@ import torch
 import tiny
 from common import our_threads, until
 from lorax_async import errors
-from lorax_async.config import LoaderConfig
 from lorax_async.devices.cpu import CpuDevice
 from lorax_async.devices.simulated import GatedDevice
-from lorax_async.loader import AdapterLoader
 from lorax_async.scheduler.scheduler import AdapterScheduler
 from lorax_async.server.engine import Engine, Sampler, TokenStream
 from lorax_async.server.generation import DecoderStep, Sampling
@@ -29,7 +28,7 @@ from lorax_async.testing import FakeDecoder, FakeSource
 from lorax_async.types import AdapterKey, AdapterRef
 from scheduling.serving import opened, warm
 from server.generating import GREEDY, VOCABULARY, ScriptedDecoder, all_of, alone, asked, generating
-from tiny_loaders import fails
+from tiny_loaders import fails, gated
 from tiny_sources import stocked
 
 Patch = pytest.MonkeyPatch
@@ -50,11 +49,8 @@ async def test_adapters_share_a_step_and_each_answer_is_its_own(source: FakeSour
         found = await asyncio.gather(*map(all_of, answers))
         assert found == [alone(prompt, 6, name) for name, prompt in wanted]
         assert [answer.finish for answer in answers] == ["length"] * 5
-        names = [
-            {part.handle.id if part.handle else None for part in step.parts}
-            for step in decoder.steps
-        ]
-        assert {None, "a", "b"} in names
+        handles = [{part.handle for part in step.parts} for step in decoder.steps]
+        assert {None, "a", "b"} in [{each and each.id for each in row} for row in handles]
         assert len(decoder.steps) <= 8  # and not one by one, which would be 30
         first = engine.submit(asked([1], 30))
         got = [await anext(first) for _ in range(3)]
@@ -100,12 +96,8 @@ async def test_an_adapter_that_fails_or_is_late_fails_its_own_answers(source: Fa
         names = ("a", "missing", "b", None)
         lost, missing, good, base = (engine.submit(asked([1, 2], 6, name)) for name in names)
         late = engine.submit(asked([1], 2, "c", deadline=0.01))
-        kinds = {
-            lost: errors.FetchError,
-            missing: errors.AdapterNotFoundError,
-            late: errors.AdapterTimeoutError,
-        }
-        for tokens, error in kinds.items():
+        kinds = (errors.FetchError, errors.AdapterNotFoundError, errors.AdapterTimeoutError)
+        for tokens, error in zip((lost, missing, late), kinds, strict=True):
             assert await all_of(tokens, error) == []
             assert tokens.finish is None
         assert await all_of(good) == alone([1, 2], 6, "b")
@@ -119,22 +111,16 @@ async def test_what_can_never_be_computed_is_refused(source: FakeSource) -> None
         with pytest.raises(errors.UsageError, match=r"4 tokens .* max_new_tokens is 7.* 10 "):
             engine.submit(asked([1, 2, 3, 4], 7))
         assert await all_of(engine.submit(asked([1, 2, 3, 4], 6))) == alone([1, 2, 3, 4], 6)
-        for wrong in (
-            asked([], 1),
-            asked([1], 0),
-            asked([VOCABULARY], 1),
-            asked([-1], 1),
-            asked([1.0], 1),  # type: ignore[list-item]
-            asked([1], 1, deadline=-1.0),
-            asked([1], 1, sampling=Sampling(temperature=-1)),
-        ):
+        prompts: Any = ([], [VOCABULARY], [-1], [1.0])
+        cold = Sampling(temperature=-1)
+        wrong = [asked([1], 0), asked([1], 1, deadline=-1.0), asked([1], 1, sampling=cold)]
+        for each in (*wrong, *(asked(prompt, 1) for prompt in prompts)):
             with pytest.raises(errors.UsageError):
-                engine.submit(wrong)
+                engine.submit(each)
         assert engine.waiting == 0
-        engine_, steps = engine, len(decoder.steps)
+        assert len(decoder.steps) == 6
     with pytest.raises(errors.LoaderClosedError):
-        engine_.submit(asked([1], 1))
-    assert steps == 6
+        engine.submit(asked([1], 1))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -230,13 +216,10 @@ async def test_logits_that_are_no_numbers_fail_their_own_row(source: FakeSource)
 
 
 async def test_a_decoder_that_cannot_forget_leaves_no_thread(source: FakeSource) -> None:
-    def forget(sequence: int) -> None:
-        raise RuntimeError("it cannot")
-
     with pytest.raises(RuntimeError, match="it cannot"):
         async with generating(source) as (engine, decoder, _):
             await all_of(engine.submit(asked([1], 2)))
-            decoder.forget = forget  # type: ignore[method-assign]
+            decoder.forget = Mock(side_effect=RuntimeError("it cannot"))  # type: ignore[method-assign]
     assert "lorax-decoder_0" not in our_threads()
     assert not engine.alive
 
@@ -251,11 +234,8 @@ async def test_a_scheduler_that_ends_fails_all_answers(source: FakeSource, ends:
         if ends == "closed":
             await scheduler.close()
         else:
-
-            async def failing(*limits: int) -> Any:
-                raise ValueError("a mistake")
-
-            scheduler.next_batch = failing  # type: ignore[method-assign, assignment]
+            mistake = AsyncMock(side_effect=ValueError("a mistake"))
+            scheduler.next_batch = mistake  # type: ignore[method-assign]
         error = errors.LoaderClosedError if ends == "closed" else errors.InternalError
         for answer in answers:
             await all_of(answer, error)
@@ -367,38 +347,32 @@ async def test_closing_in_any_turn_cuts_or_ends_an_answer(source: FakeSource, tu
 
 
 PLACES, LONG = 16, 50
-ROOM: dict[str, Any] = {"scheduling": {"max_begun": PLACES}, "max_sequences": PLACES}
 SEEDED = Sampling(temperature=0.8, top_p=0.9, seed=7)
 
 
 @asynccontextmanager
 async def full(
-    source: FakeSource, *, adapter: Any = "a", room: dict[str, Any] = ROOM, **more: Any
+    source: FakeSource, *, adapter: Any = "a", sampling: Sampling = GREEDY
 ) -> AsyncIterator[tuple[Engine, ScriptedDecoder, list[TokenStream]]]:
     """An engine whose places are all taken by long answers, each with its first tokens."""
-    names = [adapter] if not isinstance(adapter, list) else adapter
+    room = {"scheduling": {"max_begun": PLACES}, "max_sequences": PLACES}
     async with generating(source, **room) as (engine, decoder, loader):
-        await warm(loader, "a", "b", "c")
-        answers = [
-            engine.submit(asked([n, 1, 2], LONG, names[n % len(names)], **more))
-            for n in range(PLACES)
-        ]
+        await warm(loader, "a", "b")
+        asking = [asked([n, 1, 2], LONG, adapter, sampling=sampling) for n in range(PLACES)]
+        answers = [engine.submit(each) for each in asking]
         await until(lambda: all(len(answer.known) > 4 for answer in answers))
         yield engine, decoder, answers
 
 
 def steps_with(decoder: ScriptedDecoder, answer: TokenStream) -> list[int]:
-    return [
-        number
-        for number, step in enumerate(decoder.steps)
-        if any(part.sequence == answer.number for part in step.parts)
-    ]
+    rows = [[part.sequence for part in step.parts] for step in decoder.steps]
+    return [number for number, row in enumerate(rows) if answer.number in row]
 
 
 async def require_whole(
-    answers: list[TokenStream], adapter: str = "a", *, start: int = 0, sampling: Sampling = GREEDY
+    answers: list[TokenStream], adapter: str = "a", sampling: Sampling = GREEDY
 ) -> None:
-    for number, answer in enumerate(answers, start):
+    for number, answer in enumerate(answers):
         assert await all_of(answer) == alone([number, 1, 2], LONG, adapter, sampling)
         assert answer.finish == "length"
 
@@ -423,21 +397,6 @@ async def test_the_youngest_gives_way_to_another(source: FakeSource, sampling: S
         assert again.count(0) == 2  # it was computed again once, and not at every step
 
 
-@pytest.mark.parametrize(("adapter", "another"), [("a", "a"), (["a", "b"], "c")])
-async def test_one_client_does_not_fill_the_places(
-    source: FakeSource, adapter: Any, another: str
-) -> None:
-    """Neither with one adapter nor with many."""
-    async with full(source, adapter=adapter, client="one") as (engine, decoder, answers):
-        before = len(decoder.steps)
-        short = engine.submit(asked([5], 3, another, client="two"))
-        assert await all_of(short) == alone([5], 3, another)
-        assert steps_with(decoder, short)[0] - before <= 2
-        for number, answer in enumerate(answers):
-            name = adapter[number % len(adapter)]
-            assert await all_of(answer) == alone([number, 1, 2], LONG, name)
-
-
 def used_by(decoder: ScriptedDecoder) -> list[tuple[int, int]]:
     """How many places "a" and "b" have in each step."""
     ids = [[p.handle.id for p in step.parts if p.handle] for step in decoder.steps]
@@ -457,18 +416,6 @@ async def test_while_others_wait_an_adapter_has_its_share(source: FakeSource) ->
         assert (0, PLACES) not in used[: used.index((PLACES, 0)) + 1]
         parts = [part for step in decoder.steps for part in step.parts if not part.start]
         assert len(parts) == 2 * PLACES + 8  # eight were preempted, once each
-
-
-@pytest.mark.parametrize(("share", "most", "preempted"), [(0.25, 8, 8), (1.0, 0, 0)])
-async def test_shares_are_set(source: FakeSource, share: float, most: int, preempted: int) -> None:
-    room = ROOM | {"scheduling": {"max_begun": PLACES, "max_share": share}}
-    async with full(source, room=room) as (engine, decoder, first):
-        second = [engine.submit(asked([n, 3], 5, "b")) for n in range(2 * PLACES)]
-        for answer in (*first, *second):
-            await all_of(answer)
-        assert max(b for a, b in used_by(decoder) if a) == most
-        begun = [part for step in decoder.steps for part in step.parts if not part.start]
-        assert len(begun) - 3 * PLACES == preempted
 
 
 @pytest.mark.parametrize("ends", ["adapter", "engine"])
@@ -509,12 +456,11 @@ async def test_a_reader_that_was_cancelled_loses_nothing() -> None:
 
 
 @asynccontextmanager
-async def over_files(slots: int) -> AsyncIterator[tuple[Engine, GatedDevice]]:
-    device = GatedDevice(tiny.layout(), dtype="F32", nbytes=1 << 20, slots=slots)
-    config = LoaderConfig(device_bytes=1 << 20, max_slots=slots, io_threads=2, timeout=20)
+async def over_files() -> AsyncIterator[tuple[Engine, GatedDevice]]:
+    loader, device = gated(slots=2)
     decoder = FakeDecoder(max_sequences=4, loop=asyncio.get_running_loop())
     async with (
-        AdapterLoader(tiny.layout(), config, device=device) as loader,
+        loader,
         AdapterScheduler(loader, max_begun=4) as scheduler,
         Engine(scheduler, decoder, max_sequences=4) as engine,
     ):
@@ -524,7 +470,7 @@ async def over_files(slots: int) -> AsyncIterator[tuple[Engine, GatedDevice]]:
 
 async def test_an_answer_is_cancelled_while_its_files_come_to_rest(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "a", 1)
-    async with over_files(slots=2) as (engine, device):
+    async with over_files() as (engine, device):
         device.gate.clear()
         answer = engine.submit(asked([1], 5, folder))
         await until(lambda: device.copies)
@@ -536,11 +482,9 @@ async def test_an_answer_is_cancelled_while_its_files_come_to_rest(tmp_path: Pat
 
 
 async def test_false_bytes_of_files_that_did_not_change(tmp_path: Path, monkeypatch: Patch) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise errors.IntegrityError("the disk gave other bytes")
-
-    monkeypatch.setattr(CpuDevice, "copy", fail)
-    async with over_files(slots=2) as (engine, _):
+    false = Mock(side_effect=errors.IntegrityError("the disk gave other bytes"))
+    monkeypatch.setattr(CpuDevice, "copy", false)
+    async with over_files() as (engine, _):
         answer = engine.submit(asked([1], 5, tiny.write(tmp_path / "a", 1)))
         await fails(all_of(answer), errors.IntegrityError, "other bytes")
 
@@ -555,12 +499,10 @@ async def test_answers_without_a_token_get_the_version_that_is_saved_meanwhile(
 ) -> None:
     """A version in pieces (0) is told, and so is a second one."""
     folder, samplings = tiny.write(tmp_path / "a", 1), [GREEDY] * 6 + [SEEDED]
-    async with over_files(slots=2) as (engine, device):
+    async with over_files() as (engine, device):
         device.gate.clear()
-        answers = [
-            engine.submit(asked([n], 5, folder, sampling=sampling))
-            for n, sampling in enumerate(samplings)
-        ]
+        asking = [asked([n], 5, folder, sampling=how) for n, how in enumerate(samplings)]
+        answers = [engine.submit(each) for each in asking]
         for seed in saves:
             copies = device.copies
             await until(lambda: device.copies > copies)

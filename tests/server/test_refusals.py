@@ -18,30 +18,13 @@ import lorax_async as la
 import tiny
 from lorax_async.cli.serve import choose_hosts
 from lorax_async.errors import ConfigError, LoraxError, UsageError
+from lorax_async.server import request_bodies
 from lorax_async.server.error_responses import INTERNAL, Refusal, create_refusal
-from lorax_async.server.request_bodies import (
-    ChatBody,
-    CompletionBody,
-    GenerationBody,
-    PromptEncoder,
-    parse_body,
-)
+from lorax_async.server.request_bodies import ChatBody, CompletionBody, GenerationBody, parse_body
 from lorax_async.server.server_settings import ServerSettings
 from lorax_async.server.serving import listen
-from server.world import (
-    COMPLETIONS,
-    TOKEN,
-    FakeEngine,
-    FakeTokens,
-    World,
-    echo,
-    failing,
-    loading,
-    saying,
-    serving,
-    tokenizer,
-    tokens_of,
-)
+from server import world as fakes
+from server.world import COMPLETIONS, TOKEN, FakeEngine, FakeTokens, World, echo, loading, serving
 from tiny_loaders import fails
 from tiny_loaders import loader as tiny_loader
 
@@ -89,7 +72,7 @@ async def test_the_official_client_raises(stream: bool) -> None:
         (la.CapacityError("full"), openai.RateLimitError),
         (la.LoaderClosedError("closing"), openai.InternalServerError),
     ):
-        async with serving(FakeEngine(failing(error))) as world:
+        async with serving(FakeEngine(fakes.failing(error))) as world:
             create: Any = world.client.completions.create
             raised: Any = await fails(create(model="org/x", prompt="x", stream=stream), kind)
         assert error.problem in raised.message
@@ -98,7 +81,7 @@ async def test_the_official_client_raises(stream: bool) -> None:
 
 async def test_an_operators_path_stays_hidden(tmp_path: Path) -> None:
     error = la.AdapterFormatError("no JSON", id=str(tmp_path))
-    async with serving(FakeEngine(failing(error)), adapters={"mine": tmp_path}) as world:
+    async with serving(FakeEngine(fakes.failing(error)), adapters={"mine": tmp_path}) as world:
         answer = await world.ask("POST", COMPLETIONS, PLAIN | {"model": "mine"})
     assert answer.error["message"] == "adapter 'mine', stage verify: no JSON"
 
@@ -139,7 +122,7 @@ async def test_a_fault_in_the_engine_is_for_the_log_alone(caplog: Any, begun: bo
 
 async def test_what_can_never_be_computed_is_refused() -> None:
     """But not the longest that can."""
-    engine = FakeEngine(saying("y"), max_length=100)
+    engine = FakeEngine(fakes.saying("y"), max_length=100)
     async with serving(engine, max_prompt_tokens=10, max_choices=4) as world:
         prompts: Any = ("x" * 11, [0, 257], [-1], "", [], ["x", ""])
         fields: Any
@@ -154,7 +137,7 @@ async def test_what_can_never_be_computed_is_refused() -> None:
             assert (answer.status, answer.error["param"]) == (400, param), fields
             assert answer.error["type"] == "invalid_request_error"
         assert not engine.submitted
-        longest = {"model": "base", "prompt": tokens_of("x" * 10), "max_tokens": 90}
+        longest = {"model": "base", "prompt": fakes.tokens_of("x" * 10), "max_tokens": 90}
         assert (await world.ask("POST", COMPLETIONS, longest)).status == 200
         assert len(engine.submitted) == 1
 
@@ -280,8 +263,12 @@ def test_settings_are_checked_have_their_own_names_and_hide_the_token() -> None:
         *({"max_prompt_tokens": 0}, {"max_waiting": 1}, {"slow_client": 0}, {"drain": -1}),
         *({"retry_after": "1"}, {"base": ""}, {"sources": ("hub",)}),
         *({"adapters": adapters} for adapters in ({"b": "x/y"}, {"": "x/y"}, {"a": 5})),
+        *({"allowed_hosts": (host,)} for host in ("", "a:80", "http://a", "a/b", "a.*", "**")),
+        *({"allowed_hosts": hosts} for hosts in ("localhost", ("[::1]:80",), (5,))),
     ):
-        with pytest.raises((ConfigError, UsageError)):
+        with pytest.raises(
+            (ConfigError, UsageError), match="host" if "allowed_hosts" in wrong else "."
+        ):
             ServerSettings(**({"base": "b"} | wrong))
     names = {"a": "x/y"}
     settings = ServerSettings(base="b", adapters=names, admin_token=TOKEN)
@@ -432,7 +419,7 @@ def no_thread_is_interrupted() -> Iterator[None]:
 @pytest.mark.usefixtures("no_thread_is_interrupted")
 @pytest.mark.parametrize("kind", [CompletionBody, ChatBody])
 def test_other_threads_run_while_a_long_text_becomes_tokens(kind: type[GenerationBody]) -> None:
-    prompts, text = PromptEncoder(tokenizer()), "what is ice " * 30_000
+    prompts, text = request_bodies.PromptEncoder(fakes.tokenizer()), "what is ice " * 30_000
     fields = messages(user(text)) if kind is ChatBody else {"prompt": text}
     body = parse_body(kind, json.dumps({"model": "m"} | fields).encode())
     begun, read = threading.Event(), list[int]()
@@ -560,11 +547,3 @@ async def test_another_host_reaches_no_call() -> None:
         assert await called(world, "localhost", "evil.example") == 400
         assert await called(world, "evil.example", "localhost") == 400
         assert not world.engine.submitted
-
-
-def test_hosts_that_are_none_are_refused() -> None:
-    names = ("", "a:80", "http://a", "a/b", "a.*", "**", "[::1]:80", 5)
-    hosts: Any
-    for hosts in ("localhost", *((name,) for name in names)):
-        with pytest.raises(ConfigError, match="host"):
-            ServerSettings(base="base", allowed_hosts=hosts)

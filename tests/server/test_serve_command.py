@@ -44,12 +44,8 @@ TOKEN = "a-token"
 def served(*more: str) -> Iterator[tuple[subprocess.Popen[str], OpenAI]]:
     """The process, and a client of it."""
     command = [sys.executable, "-m", "lorax_async", "serve", "--base", "smollm2", "--port", "0"]
-    process = subprocess.Popen(
-        [*command, "--json", *more],
-        stdout=subprocess.PIPE,
-        env={**os.environ, ADMIN_TOKEN: TOKEN, "OMP_WAIT_POLICY": "passive"},
-        text=True,
-    )
+    env, pipe = {**os.environ, ADMIN_TOKEN: TOKEN, "OMP_WAIT_POLICY": "passive"}, subprocess.PIPE
+    process = subprocess.Popen([*command, "--json", *more], stdout=pipe, env=env, text=True)
     assert process.stdout is not None
     try:
         told = json.loads(process.stdout.readline())
@@ -123,17 +119,11 @@ def test_adapters_have_names(tmp_path: Path) -> None:
     two = tiny.write(tmp_path / "all" / "two")
     (tmp_path / "all" / "no adapter").mkdir()
     hub, web = "org/sql@v1", "https://files.example/loras/chat/"
-    found = find_adapters(
-        [str(one), f"another={one}", str(tmp_path / "all"), hub, web, f"mine={hub}"]
-    )
-    assert {name: getattr(adapter, "id", adapter) for name, adapter in found.items()} == {
-        "one": one,
-        "another": one,
-        "two": two,
-        "sql": "org/sql",
-        "chat": web,
-        "mine": "org/sql",
-    }
+    given = [str(one), f"another={one}", str(tmp_path / "all"), hub, web, f"mine={hub}"]
+    found = find_adapters(given)
+    ids = {name: getattr(adapter, "id", adapter) for name, adapter in found.items()}
+    others = {"sql": "org/sql", "chat": web, "mine": "org/sql"}
+    assert ids == {"one": one, "another": one, "two": two} | others
 
 
 def test_adapters_that_have_no_name_are_refused(tmp_path: Path) -> None:
@@ -153,10 +143,8 @@ def test_sources_are_places_that_requests_may_name(tmp_path: Path) -> None:
     arguments = argparse.Namespace(source=given)
     found = server_loader_settings(arguments, [])
     assert found["local_roots"] == (tmp_path,)
-    places = (
-        Allow("https", "files.example", prefix="loras/", private=True),
-        Allow("s3", "bucket", prefix="loras/"),
-    )
+    web = Allow("https", "files.example", prefix="loras/", private=True)
+    places = (web, Allow("s3", "bucket", prefix="loras/"))
     assert request_sources(arguments) == places
     assert set(found["allow"]) == {*places, Allow("hub")}, "the operator may name all of the hub"
 
@@ -173,8 +161,8 @@ def test_options_that_are_none_are_refused(capsys: Capture) -> None:
 
 
 def test_what_lives_for_ever_is_not_looked_through_again_and_again(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(sys, "setswitchinterval", lambda seconds: None)
-    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    for module, name in ((sys, "setswitchinterval"), (torch, "set_num_threads")):
+        monkeypatch.setattr(module, name, lambda number: None)
     try:
         serve.tune_process()
         assert gc.get_freeze_count() > 100_000
@@ -217,11 +205,13 @@ def _holds(content: bytes) -> Callable[[Path], object]:
 
 
 NO_LISTS = (b"[]", b"{}", b'{"adapters": 5}', b'{"adapters": {}}')
-NO_ADAPTERS = (
-    *(b'{"adapters": [5]}', b'{"adapters": [{"id": 1, "source": null}]}'),
-    b'{"adapters": [{"id": "a/b", "source": 5, "revision": null}]}',
-    b'{"adapters": [{"id": "a/b", "source": null, "revision": null, "use_token": 1}]}',
-)
+NO_ROWS = [
+    b'{"adapters": [%s]}' % row
+    for row in (
+        *(b"5", b'{"id": 1, "source": null}', b'{"id": "a/b", "source": 5, "revision": null}'),
+        b'{"id": "a/b", "source": null, "revision": null, "use_token": 1}',
+    )
+]
 
 
 @pytest.mark.parametrize(
@@ -237,18 +227,8 @@ NO_ADAPTERS = (
         *((_holds(text), "it is not JSON: .*; delete it") for text in (b"", b"\x00")),
         (_holds(b"\xff\xfe{"), "it is not UTF-8 text.*; delete it"),
         (_holds(b"[" * 100_000), "nested too deeply.*; delete it"),
-        *(
-            (_holds(content), "it has no list named adapters.*; delete it")
-            for content in (b"[]", b"{}", b'{"adapters": 5}', b'{"adapters": {}}')
-        ),
-        *(
-            (_holds(b'{"adapters": [%s]}' % row), "its adapter number 1 is invalid.*; delete it")
-            for row in (
-                *(b"5", b'{"id": 1, "source": null}'),
-                b'{"id": "a/b", "source": 5, "revision": null}',
-                b'{"id": "a/b", "source": null, "revision": null, "use_token": 1}',
-            )
-        ),
+        *((_holds(content), "it has no list named adapters.*; delete it") for content in NO_LISTS),
+        *((_holds(content), "its adapter number 1 is invalid.*; delete it") for content in NO_ROWS),
     ],
 )
 def test_no_warm_list_is_left_alone(refused: Any, tmp_path: Path, make: Any, reason: str) -> None:
