@@ -16,7 +16,9 @@ from lorax_async.adapters.lora import LoraConfig, LoraWeights
 from lorax_async.adapters.weights_file import WeightsFile
 from lorax_async.planning.layout import ModelLayout, Module, Parallelism
 
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS, FLOAT32 = "adapter_model.safetensors", torch.float32
+Tensors = Mapping[str, Tensor]
+Content = Tensors | WeightsFile
 LAYERS = 3
 # Each size is shared evenly by 1 to 8 processes.
 HIDDEN, KEY_VALUE, INTERMEDIATE, VOCABULARY = 840, 1680, 2520, 3360
@@ -76,9 +78,7 @@ def weight(outputs: int, inputs: int, dtype: torch.dtype = torch.float32) -> Ten
 class LoraxModel:
     """Layers by (layer id, layer type), and LoRAX's way of splitting: remainders drop."""
 
-    def __init__(
-        self, dtype: torch.dtype = torch.float32, world_size: int = 1, rank: int = 0
-    ) -> None:
+    def __init__(self, dtype: torch.dtype = FLOAT32, world_size: int = 1, rank: int = 0) -> None:
         self.dtype, self.world_size, self.rank = dtype, world_size, rank
         self.target_to_layer: dict[tuple[int, str], tuple[str, Any]] = {}
 
@@ -101,10 +101,7 @@ class LoraxModel:
 
 
 def lorax_model(
-    dtype: torch.dtype = torch.float32,
-    world_size: int = 1,
-    rank: int = 0,
-    vocabulary: int = VOCABULARY,
+    dtype: torch.dtype = FLOAT32, world_size: int = 1, rank: int = 0, vocabulary: int = VOCABULARY
 ) -> LoraxModel:
     """q, k, v in one layer, gate and up in another, as most of LoRAX's families have them."""
     model = LoraxModel(dtype, world_size, rank)
@@ -125,20 +122,16 @@ def lorax_model(
     gathers = world_size > 1 and vocabulary % world_size == 0
     head = Linear(weight=weight(vocabulary // world_size if gathers else vocabulary, HIDDEN, dtype))
     base = BaseLayer(linear=head, should_gather=gathers)
-    model.target_to_layer[0, "lm_head"] = (
-        "lm_head",
-        ParallelLayer(base_layer=base, layer_name="lm_head"),
-    )
+    shared = ParallelLayer(base_layer=base, layer_name="lm_head")
+    model.target_to_layer[0, "lm_head"] = "lm_head", shared
     return model
 
 
 def pair(module: str, inputs: int, outputs: int, rank: int = 8, seed: int = 0) -> dict[str, Tensor]:
     random = torch.Generator().manual_seed(seed + inputs * outputs)
     prefix = f"base_model.model.{module}"
-    return {
-        f"{prefix}.lora_A.weight": torch.randn(rank, inputs, generator=random),
-        f"{prefix}.lora_B.weight": torch.randn(outputs, rank, generator=random),
-    }
+    a, b = torch.randn(rank, inputs, generator=random), torch.randn(outputs, rank, generator=random)
+    return {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}
 
 
 def key(layer: int, layer_type: str, part: str) -> str:
@@ -172,9 +165,7 @@ def config(r: int = 8, alpha: float = 16, **changes: Any) -> LoraConfig:
     return LoraConfig(**values)
 
 
-def write(
-    folder: Path, weights: Mapping[str, Tensor] | None = None, r: int = 8, **changes: Any
-) -> Path:
+def write(folder: Path, weights: Tensors | None = None, r: int = 8, **changes: Any) -> Path:
     folder.mkdir(parents=True)
     values = BOTH | {"peft_type": "LORA", "r": r, "lora_alpha": 16}
     (folder / "adapter_config.json").write_text(json.dumps(values | changes))
@@ -183,16 +174,12 @@ def write(
     return folder
 
 
-def load(
-    config: LoraConfig, model: Any, made: Mapping[str, Tensor] | WeightsFile, layer_type: str
-) -> LoraWeights | None:
+def load(config: LoraConfig, model: Any, made: Content, layer_type: str) -> LoraWeights | None:
     module_map, names = config.map_weights_for_model(made, model.weight_names)
     return LoraWeights.load(config, model, module_map, layer_type, names)
 
 
-def loaded(
-    config: LoraConfig, model: Any, made: Mapping[str, Tensor] | WeightsFile, layer_type: str
-) -> LoraWeights:
+def loaded(config: LoraConfig, model: Any, made: Content, layer_type: str) -> LoraWeights:
     weights = load(config, model, made, layer_type)
     assert weights is not None
     return weights

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
@@ -44,6 +44,9 @@ class StandIn:
         self.adapter_config = adapter_config
 
 
+StandIns = Mapping[int, StandIn]
+
+
 def integers(seed: int, *shape: int) -> Tensor:
     """Small enough that every sum of products is exact in float64."""
     generator = torch.Generator().manual_seed(seed)
@@ -68,11 +71,7 @@ def meta_of(tokens: list[int]) -> AdapterBatchMetadata:
 
 
 def loaded(
-    weights: Mapping[int, object],
-    tokens: list[int],
-    *,
-    prefill: bool = True,
-    heads: list[int] | None = None,
+    weights: Mapping[int, object], tokens: list[int], prefill: bool = True, heads: Any = None
 ) -> BatchLoraWeights | None:
     chosen = None if heads is None else torch.tensor(heads, dtype=torch.int64)
     return BatchLoraWeights.load(weights, meta_of(tokens), "q_proj", prefill, chosen)
@@ -114,9 +113,7 @@ def delta_by_address(batch: BatchLoraWeights, x: Tensor, layer: int) -> Tensor:
     return delta
 
 
-def delta_by_token(
-    weights: Mapping[int, StandIn], tokens: Sequence[int], x: Tensor, layer: int
-) -> Tensor:
+def delta_by_token(weights: StandIns, tokens: list[int], x: Tensor, layer: int) -> Tensor:
     delta = torch.zeros(len(tokens), OUT).double()
     for row, index in enumerate(tokens):
         if index in weights:
@@ -363,9 +360,8 @@ def test_metadata_may_be_assigned_to_and_be_tensors(prefill: bool, dtype: torch.
     assert list(batch.rank_data) == [16, 8]
     assert batch.has_adapter(0)
     starts, ends = batch.rank_data[8].segment_starts, batch.rank_data[8].segment_ends
-    assert {None if one is None else one.dtype for one in (starts, ends)} == {
-        dtype if prefill else None
-    }
+    found = {None if one is None else one.dtype for one in (starts, ends)}
+    assert found == {dtype if prefill else None}
     x = integers(3, 3, IN)
     assert torch.equal(delta_by_address(batch, x, 1), delta_by_token(weights, [1, 1, 0], x, 1))
 
@@ -519,9 +515,8 @@ def test_all_processes_add_each_tokens_adapter(data: Any, world: int, by_rank: b
     case = data.draw(cases(st.sampled_from(SHARED[world])))
     case.tokens[0] = min(case.ranks)  # one adapter is used
     adapters = {i: whole(rank, world, seed=i) for i, rank in case.ranks.items()}
-    every = World(
-        adapters, case.tokens, world, by_rank=by_rank, prefill=case.prefill, heads=case.heads
-    )
+    of: Any = {"prefill": case.prefill, "heads": case.heads}
+    every = World(adapters, case.tokens, world, by_rank=by_rank, **of)
     x = integers(99, len(case.rows), IN_EACH * world)
     before = integers(98, len(case.rows), OUT_EACH * world)
     y = every.apply(before, x, case.layer)
@@ -570,10 +565,10 @@ def test_dtypes_of_models(dtype: torch.dtype, world: int) -> None:
 
 
 def shapes(*ranks: tuple[int, int]) -> dict[int, StandIn]:
-    return {
-        i: StandIn(integers(1, LAYERS, IN, local), integers(2, LAYERS, rank, OUT))
-        for i, (local, rank) in enumerate(ranks)
-    }
+    made = [
+        (integers(1, LAYERS, IN, local), integers(2, LAYERS, rank, OUT)) for local, rank in ranks
+    ]
+    return {i: StandIn(a, b) for i, (a, b) in enumerate(made)}
 
 
 OTHER = {
@@ -614,10 +609,8 @@ def test_one_processs_share_is_not_applied_as_a_whole() -> None:
 
 
 def test_what_the_kernels_refuse_is_refused_with_its_layer() -> None:
-    for rows, layer, named in [
-        (3, 0, r"layer 0: expected x contiguous \[2, features\]"),
-        (2, LAYERS, "layer 2: expected a module from 0 to 1, got 2"),
-    ]:
+    other = (2, LAYERS, "layer 2: expected a module from 0 to 1, got 2")
+    for rows, layer, named in [(3, 0, r"layer 0: expected x contiguous \[2, features\]"), other]:
         y, x = torch.ones(2, OUT).double(), torch.ones(rows, IN).double()
         with pytest.raises(UsageError, match=named):
             bridge_of({0: stand_in(8)}, [0, 0]).apply(y, x, layer)

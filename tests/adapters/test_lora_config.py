@@ -10,6 +10,7 @@ import re
 import threading
 import warnings
 from contextlib import nullcontext
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -97,12 +98,7 @@ def test_the_calls_of_loraxs_models(tmp_path: Path) -> None:
     (batch_type,) = layer_to_weights["q_proj"].get_batch_types()
     assert batch_type is lora.BatchLoraWeights
     indices, segments = torch.tensor([7, 7, 0]), torch.tensor([0, 2, 3])
-    meta = lora.AdapterBatchMetadata(
-        adapter_indices=indices,
-        adapter_set={7, 0},
-        adapter_segments=segments,
-        segment_indices=[7, 0],
-    )
+    meta = lora.AdapterBatchMetadata(indices, {7, 0}, segments, [7, 0])
     data = lora.BatchLoraWeights.load({7: layer_to_weights["q_proj"]}, meta, "q_proj", False, None)
     assert data is not None
     found = data.rank_data[8].indices
@@ -114,9 +110,8 @@ def test_the_calls_of_loraxs_models(tmp_path: Path) -> None:
 @pytest.mark.parametrize("alpha", [16.5, 0, -3, 16])
 @pytest.mark.parametrize("targets", [None, "all-linear", r".*\.(q|v)_proj", ["q_proj"]])
 def test_peft_reads_the_same(tmp_path: Path, alpha: float, targets: object) -> None:
-    path = folder(
-        tmp_path, lora_alpha=alpha, target_modules=targets, fan_in_fan_out=True, use_rslora=True
-    )
+    flags = {"fan_in_fan_out": True, "use_rslora": True}
+    path = folder(tmp_path, lora_alpha=alpha, target_modules=targets, **flags)
     config, theirs = LoraConfig.load(path, None), peft.LoraConfig.from_pretrained(str(path))
     for name in ("r", "lora_alpha", "use_rslora", "fan_in_fan_out", "base_model_name_or_path"):
         ours, its = getattr(config, name), getattr(theirs, name)
@@ -129,10 +124,8 @@ def test_peft_reads_the_same(tmp_path: Path, alpha: float, targets: object) -> N
 
 
 def test_made_by_hand_it_is_checked_and_never_changes() -> None:
-    wrong: dict[str, list[Any]] = {
-        "r": [0, True, 8.0, 10**400, 10**5000],
-        "alpha": [float("nan"), -float("inf"), 10**400, 10**5000, "16"],
-    }
+    alphas: list[Any] = [nan, -inf, 10**400, 10**5000, "16"]
+    wrong: dict[str, list[Any]] = {"r": [0, True, 8.0, 10**400, 10**5000], "alpha": alphas}
     with pytest.raises(dataclasses.FrozenInstanceError):
         base.config().r = 16  # type: ignore[misc]
     for field, values in wrong.items():
@@ -324,11 +317,8 @@ def test_tensors_that_nothing_applies_are_refused() -> None:
 def test_patterns_that_would_take_too_long(tmp_path: Path) -> None:
     path = folder(tmp_path, rank_pattern={f"(a|b)*{n}x": 8 for n in range(100)})
     names = [f"{'a' * 100}.{n}" for n in range(6000)]
-    made = {
-        f"base_model.model.{name}.lora_{part}.weight": torch.zeros(8, 8)
-        for name in names
-        for part in "AB"
-    }
+    keys = [f"base_model.model.{name}.lora_{part}.weight" for name in names for part in "AB"]
+    made = dict.fromkeys(keys, torch.zeros(8, 8))
     with pytest.raises(UnsupportedAdapterError, match="too long to match"):
         LoraConfig.load(path).map_weights_for_model(made, names)
 

@@ -138,12 +138,9 @@ def test_orientation(model: Any, rank: int, padded: int, by_rank: bool) -> None:
     made = base.tensors(rank, types=["v_proj"])
     weights = loaded(base.config(rank, rank), model, made, "v_proj")
     assert (weights.lora_a_r, weights.lora_b_r) == (padded, padded)
-    shapes = {
-        "weights_a": (3, padded, 840) if by_rank else (3, 840, padded),
-        "weights_a_t": (3, padded, 840),
-        "weights_b": (3, padded, 1680),
-        "weights_b_t": (3, 1680, padded),
-    }
+    turned = (3, padded, 840)
+    shapes = {"weights_b": (3, padded, 1680), "weights_b_t": (3, 1680, padded)}
+    shapes |= {"weights_a_t": turned, "weights_a": turned if by_rank else (3, 840, padded)}
     for name, shape in shapes.items():
         tensor = getattr(weights, name)
         assert (name, tensor.shape, tensor.is_contiguous()) == (name, shape, True)
@@ -217,13 +214,10 @@ def test_the_delta_is_the_same_split_over_any_world(rank: int, world: int, layer
         shrunk = [xs @ part.weights_a_t[layer].T for xs, part in zip(pieces, parts, strict=True)]
         hidden = torch.stack(shrunk).sum(0) if row else torch.cat(shrunk, 1)
         a, b = (made[base.key(layer, layer_type, part)] for part in "AB")
-        for expanded in (
-            [hidden @ part.weights_b[layer] for part in parts],
-            [hidden @ part.weights_b_t[layer].T for part in parts],
-        ):
-            torch.testing.assert_close(
-                torch.cat(expanded, 1), 2 * x @ a.T @ b.T, rtol=1e-9, atol=1e-9
-            )
+        turned = [part.weights_b_t[layer].T for part in parts]
+        for expanding in ([part.weights_b[layer] for part in parts], turned):
+            found = torch.cat([hidden @ b_part for b_part in expanding], 1)
+            torch.testing.assert_close(found, 2 * x @ a.T @ b.T, rtol=1e-9, atol=1e-9)
     local, features = (padded, inputs // world) if row else (padded // world, inputs)
     for part in parts:
         assert (part.lora_a_r, part.lora_b_r) == (local, padded)
@@ -249,20 +243,17 @@ def test_deltas_are_those_of_peft(tmp_path: Path, world_size: int) -> None:
     models = [LayoutModel(layout, FLOAT32, world_size, rank) for rank in range(world_size)]
     with wrapped(decoder, lora) as peft_model:
         peft_model.save_pretrained(tmp_path, save_embedding_layers=False)
-        deltas = {
-            name.removeprefix("base_model.model."): module.get_delta_weight("default").detach()
-            for name, module in peft_model.named_modules()
-            if hasattr(module, "get_delta_weight")
-        }
+        named = peft_model.base_model.model.named_modules()
+        tuned = {name: module for name, module in named if hasattr(module, "get_delta_weight")}
+        deltas = {n: module.get_delta_weight("default").detach() for n, module in tuned.items()}
     config, (first, *_) = LoraConfig.load(tmp_path), models
     assert len(deltas) == 7 * 2
     with WeightsFile.open(tmp_path) as file:
         for layer_type in first.adapter_layers:
             parts = [loaded(config, model, file, layer_type) for model in models]
             split = 1 if first.is_row_parallel(layer_type) else 0  # of A [r, in]
-            names = [
-                name for (_, of), (name, _) in first.target_to_layer.items() if of == layer_type
-            ]
+            named = first.target_to_layer.items()
+            names = [name for (_, of), (name, _) in named if of == layer_type]
             for layer, name in enumerate(names):
                 a = torch.cat([part.weights_a_t[layer] for part in parts], split)
                 b = torch.cat([part.weights_b_t[layer] for part in parts], 0)
@@ -347,9 +338,9 @@ def test_a_model_that_drops_a_remainder_is_found_out() -> None:
 
 def _transposed(*types: str) -> LayoutModel:
     layout = base.layout()
+    turned = [(module, module.name.rpartition(".")[2] in types) for module in layout.modules]
     modules = tuple(
-        dataclasses.replace(module, transposed=module.name.rpartition(".")[2] in types)
-        for module in layout.modules
+        dataclasses.replace(module, transposed=is_turned) for module, is_turned in turned
     )
     return LayoutModel(dataclasses.replace(layout, modules=modules), FLOAT32, 1)
 
@@ -509,11 +500,8 @@ def test_types_are_the_last_component() -> None:
 
 def test_more_components_and_ids_where_the_last_and_a_count_do_not_tell() -> None:
     """GPT-2's two c_proj, under the names that LoRAX gives them; embeddings are not linear."""
-    modules = [
-        Module(f"h.{layer}.{name}", 4, 12, layer, COLUMN, transposed=True)
-        for layer in (3, 1)
-        for name in ("attn.c_attn", "attn.c_proj", "mlp.c_proj")
-    ]
+    places = product((3, 1), ("attn.c_attn", "attn.c_proj", "mlp.c_proj"))
+    modules = [Module(f"h.{n}.{name}", 4, 12, n, COLUMN, transposed=True) for n, name in places]
     embedding = Module("embed_tokens", 100, 4, -1, COLUMN, embedding=True)
     model = model_of(embedding, *modules, layers=4)
     assert sorted(model.adapter_layers) == ["attn.c_proj", "c_attn", "mlp.c_proj"]
@@ -567,26 +555,18 @@ def test_fused_modules_are_shared_part_by_part() -> None:
             assert part.tolist() == [got[place]] * 8
 
 
-def q_module(inputs: int, outputs: int, cut: Parallelism = COLUMN, *parts: FusedPart) -> Module:
+def q(inputs: int, outputs: int, cut: Parallelism = COLUMN, *parts: FusedPart) -> Module:
     return Module("l.0.q", inputs, outputs, 0, cut, parts=parts)
 
 
 def test_sizes_that_do_not_divide_are_refused() -> None:
     """LoRAX drops the remainder, and with it features that the adapter changes."""
     for module, out, what in [
-        (q_module(16, 10), 10, "B of q_module: 10 cannot"),
-        (
-            q_module(16, 8, COLUMN, FusedPart(4, 2), FusedPart(4)),
-            8,
-            "B of q_module: 4 in units of 2",
-        ),
-        (q_module(10, 8, ROW), 8, "A of q_module: 10 cannot"),
-        (q_module(16, 10, ROW), 10, "B of q_module: 10 cannot"),
-        (
-            q_module(16, 8, COLUMN, FusedPart(4), FusedPart(4)),
-            6,
-            "has 6 output features, and its parts 8",
-        ),
+        (q(16, 10), 10, "B of q: 10 cannot"),
+        (q(16, 8, COLUMN, FusedPart(4, 2), FusedPart(4)), 8, "B of q: 4 in units of 2"),
+        (q(10, 8, ROW), 8, "A of q: 10 cannot"),
+        (q(16, 10, ROW), 10, "B of q: 10 cannot"),
+        (q(16, 8, COLUMN, FusedPart(4), FusedPart(4)), 6, "has 6 output features, and its parts 8"),
     ]:
         model = model_of(module, world_size=4)
         with pytest.raises(IncompatibleAdapterError, match=what):

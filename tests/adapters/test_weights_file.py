@@ -66,12 +66,11 @@ async def test_it_holds_what_safetensors_reads(folder: Path) -> None:
     saved = load_file(folder / WEIGHTS)
     moved = folder / "part-1.safetensors"
     moved.hardlink_to(folder / WEIGHTS)
-    for opened in (
-        WeightsFile.open(folder),
+    later = [
         await WeightsFile.open_async(str(folder), None),
-        WeightsFile.at(moved),
         await WeightsFile.at_async(str(moved)),
-    ):
+    ]
+    for opened in (WeightsFile.open(folder), WeightsFile.at(moved), *later):
         with opened as file:
             assert set(file) == set(saved)
             assert (len(file), A in file, "x" in file) == (12, True, False)
@@ -106,12 +105,7 @@ STRANGE: list[tuple[str, Any, type[errors.LoraxError], str]] = [
     ("none", {}, errors.AdapterFormatError, "no tensors"),
     ("flat", {A: torch.zeros(8)}, errors.AdapterFormatError, r"shape \[8\]"),
     ("int", {A: torch.zeros(8, 840, dtype=torch.int8)}, errors.UnsupportedAdapterError, "I8"),
-    (
-        "dora",
-        {f"{A[:-9]}_magnitude_vector": torch.zeros(8)},
-        errors.UnsupportedAdapterError,
-        "DoRA",
-    ),
+    ("dora", {f"{A[:-9]}_magnitude_vector": torch.ones(8)}, errors.UnsupportedAdapterError, "DoRA"),
 ]
 
 
@@ -185,12 +179,10 @@ def test_each_file_is_opened_once(run: Run, folder: Path, monkeypatch: Patch, ho
     with WeightsFile.open(folder) as file:
         content: Any = file if how == "open" else _lazily(*paths)
         module_map, names = config.map_weights_for_model(content, model.weight_names)
-        for load in (
-            lambda: LoraWeights.load(config, model, module_map, "v_proj", names),
-            lambda: run(LoraWeights.load_async(config, model, module_map, "v_proj", names)),
-        ):
+        given = config, model, module_map, "v_proj", names
+        for load in (LoraWeights.load, lambda *given: run(LoraWeights.load_async(*given))):
             with opens(monkeypatch) as seen:
-                got = load()
+                got = load(*given)
             assert got is not None
             assert len(seen) == (0 if how == "open" else len(paths))  # not for every module
             assert torch.equal(got.weights_a, wanted.weights_a)
@@ -226,12 +218,8 @@ async def _load_all(folder: Path, model: Any) -> dict[str, LoraWeights | None]:
     config = await LoraConfig.load_async(folder, None)
     with await WeightsFile.open_async(folder, None) as file:
         module_map, names = config.map_weights_for_model(file, model.weight_names)
-        loaded = {
-            layer_type: await config.load_batched_adapter_weights_async(
-                model, module_map, layer_type, names, True
-            )
-            for layer_type in base.TYPES
-        }
+        load, given = config.load_batched_adapter_weights_async, (model, module_map)
+        loaded = {kind: await load(*given, kind, names, True) for kind in base.TYPES}
     assert not names
     return loaded
 
@@ -328,9 +316,8 @@ def test_weights_are_on_the_device_on_return(
 ) -> None:
     made = base.tensors(rank, skip=[(1, "v_proj")])
     folder, config = base.write(tmp_path / "a", made, rank), base.config(rank, 2 * rank)
-    models = [
-        kind(base.layout(), torch.float32, world_size, place) for kind in (LayoutModel, OnDevice)
-    ]
+    given = base.layout(), torch.float32, world_size, place
+    models = LayoutModel(*given), OnDevice(*given)
     with WeightsFile.open(folder) as file:
         content = ORIGINS[origin](made, file)
         for layer_type in base.TYPES:
@@ -345,9 +332,8 @@ def test_weights_are_on_the_device_on_return(
 @pytest.mark.parametrize("rank", [5, 16])
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
 async def test_as_from_the_file(tmp_path: Path, rank: int, device: str, monkeypatch: Patch) -> None:
-    made = base.tensors(
-        rank, dtype=torch.bfloat16, skip=[(1, "v_proj")], types=["q_proj", "v_proj"]
-    )
+    types = ["q_proj", "v_proj"]
+    made = base.tensors(rank, dtype=torch.bfloat16, skip=[(1, "v_proj")], types=types)
     folder = base.write(tmp_path / "a", made, rank, use_rslora=True)
     model = LayoutModel(base.layout("BF16"), torch.bfloat16, 1)
     users, real = list[int](), AdapterHandle.use
@@ -358,10 +344,8 @@ async def test_as_from_the_file(tmp_path: Path, rank: int, device: str, monkeypa
 
     monkeypatch.setattr(AdapterHandle, "use", use)
     settings = LoaderConfig(device=device, device_bytes=8 << 20, max_slots=2)
-    async with (
-        AdapterLoader(base.layout("BF16"), settings) as loader,
-        await loader.load(folder) as handle,
-    ):
+    loader = AdapterLoader(base.layout("BF16"), settings)
+    async with loader, await loader.load(folder) as handle:
         for layer_type in ("q_proj", "v_proj"):
             wanted = loaded(LoraConfig.load(folder), model, made, layer_type)
             plain = LoraWeights.from_adapter(handle, layer_type)
@@ -391,10 +375,8 @@ async def test_as_from_the_file(tmp_path: Path, rank: int, device: str, monkeypa
 async def test_a_shard_is_refused(tmp_path: Path, world_size: int) -> None:
     folder = base.write(tmp_path / "a", base.tensors(types=["q_proj"]))
     settings = LoaderConfig(device_bytes=8 << 20, shard=Shard(world_size - 1, world_size))
-    async with (
-        AdapterLoader(base.layout(), settings) as loader,
-        await loader.load(folder) as handle,
-    ):
+    loader = AdapterLoader(base.layout(), settings)
+    async with loader, await loader.load(folder) as handle:
         if world_size == 1:
             assert LoraWeights.from_adapter(handle, "q_proj") is not None
         else:
@@ -404,6 +386,7 @@ async def test_a_shard_is_refused(tmp_path: Path, world_size: int) -> None:
 
 Q = f"base_model.model.{base.module_name(0, 'q_proj')}"
 EMBEDDING = "base_model.model.model.embed_tokens.lora_embedding_"
+EMBEDDED = {f"{EMBEDDING}A": torch.ones(8, 100), f"{EMBEDDING}B": torch.ones(840, 8)}
 
 
 @pytest.mark.parametrize(
@@ -411,11 +394,7 @@ EMBEDDING = "base_model.model.model.embed_tokens.lora_embedding_"
     [
         ({f"{Q}.lora_B.bias": torch.ones(840)}, {"lora_bias": True}, "lora_bias"),
         ({f"{Q}.lora_magnitude_vector": torch.ones(840)}, {"use_dora": True}, "DoRA"),
-        (
-            {f"{EMBEDDING}A": torch.ones(8, 100), f"{EMBEDDING}B": torch.ones(840, 8)},
-            {"target_modules": ["q_proj", "embed_tokens"]},
-            "embedding",
-        ),
+        (EMBEDDED, {"target_modules": ["q_proj", "embed_tokens"]}, "embedding"),
     ],
 )
 async def test_more_than_a_and_b_fails(
@@ -426,10 +405,8 @@ async def test_more_than_a_and_b_fails(
     embedding = Module("model.embed_tokens", 100, 840, -1, Parallelism.REPLICATED, embedding=True)
     small = base.layout()
     layout = ModelLayout((embedding, *small.modules), small.num_layers, "F32", "model.")
-    async with (
-        AdapterLoader(layout, LoaderConfig(device_bytes=8 << 20)) as loader,
-        await loader.load(folder) as handle,
-    ):
+    loader = AdapterLoader(layout, LoaderConfig(device_bytes=8 << 20))
+    async with loader, await loader.load(folder) as handle:
         with pytest.raises(UnsupportedAdapterError, match=feature):
             LoraWeights.from_adapter(handle, "q_proj")
 

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tiny
 from common import until
 from engines.conftest import Served
-from engines.variants import EVERY, llama, logits_of, prompt, save, serving
+from engines.variants import EVERY, adapted, llama, logits_of, prompt, save, serving
 from false_bytes import told_false
 from lorax_async import layouts
 from lorax_async.config import LoaderConfig
@@ -43,9 +43,8 @@ class Flat(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            [nn.ModuleDict({"up": nn.Linear(8, 8), "flat": nn.Linear(8, 8)})]
-        )
+        linears = {"up": nn.Linear(8, 8), "flat": nn.Linear(8, 8)}
+        self.layers = nn.ModuleList([nn.ModuleDict(linears)])
         self.config = {"model_type": "custom"}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -213,10 +212,8 @@ async def test_a_mixed_batch_generates_what_its_rows_do_alone(small: Any, served
 async def test_another_number_of_rows_is_refused(small: Any, served: Served) -> None:
     for count in (1, 3):
         for batch in ([served.second, None], [None, None]):
-            with (
-                served.attached.batch(batch),
-                pytest.raises(UsageError, match=f"{count} rows in a batch of 2"),
-            ):
+            said = f"{count} rows in a batch of 2"
+            with served.attached.batch(batch), pytest.raises(UsageError, match=said):
                 logits_of(small, prompt(count))
     with served.attached.batch([served.first]):
         out = small.generate(**prompt(1), max_new_tokens=4, do_sample=False)
@@ -240,11 +237,8 @@ async def test_what_would_miss_the_adapter_or_round_is_refused(
     served.attached.detach()
     name = "model.layers.0.self_attn.q_proj"
     monkeypatch.setattr(small.get_submodule(name), "forward", lambda x: x)
-    with (
-        attach(small, served.loader) as attached,
-        attached.batch([served.first]),
-        pytest.raises(UsageError, match=f"{name}.* y and x in memory of their own"),
-    ):
+    refused = pytest.raises(UsageError, match=f"{name}.* y and x in memory of their own")
+    with attach(small, served.loader) as attached, attached.batch([served.first]), refused:
         logits_of(small, prompt(1))
 
 
@@ -336,10 +330,7 @@ async def test_a_batch_shrinks_once_for_each_input(tmp_path: Path) -> None:
             logits = logits_of(small, prompt(2))
         return products.count["aten.mm.out"] + products.count["aten.mm.default"], logits
 
-    async with (
-        serving(small, dtype="bfloat16") as (loader, attached),
-        await loader.load(adapter) as handle,
-    ):
+    async with adapted(small, adapter, dtype="bfloat16") as (attached, handle):
         with attached.batch([handle, handle]):
             (first, logits), _, (third, again) = counted(), counted(), counted()
         with attached.batch([None, None]):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from weakref import ref
@@ -20,26 +19,14 @@ from torch import nn
 
 import tiny
 from common import until
-from engines.variants import (
-    FEATURE_WARNINGS,
-    VARIANTS,
-    active,
-    llama,
-    logits_of,
-    logits_with,
-    pefts,
-    prompt,
-    save,
-    serving,
-    wrapped,
-)
+from engines import variants
+from engines.variants import adapted, llama, logits_of, logits_with, pefts, prompt, save, serving
 from late_device.world import LATE, bytes_now, loaded, new_stream
 from lorax_async import layouts
 from lorax_async.config import LoaderConfig, Shard
 from lorax_async.engines.batch import AdaptedModule, DoraFactors
-from lorax_async.engines.transformers import AttachedModel, attach
+from lorax_async.engines.transformers import attach
 from lorax_async.errors import AdapterFormatError, UnsupportedAdapterError, UsageError
-from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
 from lorax_async.planning.layout import Module, Parallelism
 from lorax_async.testing import FakeSource
@@ -47,7 +34,7 @@ from merges import assert_same, weights_of
 
 Patch = pytest.MonkeyPatch
 
-pytestmark = [pytest.mark.filterwarnings(FEATURE_WARNINGS)]
+pytestmark = [pytest.mark.filterwarnings(variants.FEATURE_WARNINGS)]
 
 WEIGHTS = "adapter_model.safetensors"
 DORA = {"r": 4, "target_modules": ["q_proj", "down_proj"], "use_dora": True}
@@ -55,12 +42,6 @@ PLAIN = {**DORA, "use_dora": False}
 BIAS = {**PLAIN, "lora_bias": True}
 TOKENS = {"r": 4, "target_modules": ["embed_tokens"]}
 CONV = {"r": 4, "target_modules": ["c_attn", "c_fc", "c_proj"], "fan_in_fan_out": True}
-
-
-@asynccontextmanager
-async def served(model: Any, adapter: Path) -> AsyncIterator[tuple[AttachedModel, AdapterHandle]]:
-    async with serving(model) as (loader, attached), await loader.load(adapter) as handle:
-        yield attached, handle
 
 
 def gpt2() -> Any:
@@ -118,7 +99,7 @@ async def test_positions_of_one_row_are_pefts_and_of_more_are_refused(tmp_path: 
     with pytest.raises(UsageError, match=r"'transformer.wpe' got .*\[1, 5\].* batch of 2 cannot"):
         await logits_with(model, adapter, prompt(2))
     assert (await logits_with(model, other, prompt(2))).shape == (2, 5, 64)
-    async with served(model, other) as (attached, handle):
+    async with adapted(model, other) as (attached, handle):
         with attached.batch([handle]), pytest.raises(UsageError, match=r"\[rows, tokens\] only"):
             logits_of(model, prompt(2))
 
@@ -132,7 +113,7 @@ async def test_bf16_is_as_near_as_pefts(lora: dict[str, Any], tmp_path: Path, sm
     ours = await logits_with(llama().bfloat16(), adapter, prompt(2))
     assert ours.dtype == torch.bfloat16
     assert (ours.float() - exact).norm() < 1.5 * (theirs.float() - exact).norm()
-    async with served(small, adapter) as (attached, handle):
+    async with adapted(small, adapter) as (attached, handle):
         autocast, refused = torch.autocast("cpu", torch.bfloat16), pytest.raises(UsageError)
         with attached.batch([handle]), autocast, refused as caught:
             logits_of(small, prompt(1))
@@ -142,7 +123,7 @@ async def test_bf16_is_as_near_as_pefts(lora: dict[str, Any], tmp_path: Path, sm
 @pytest.mark.parametrize("grad", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 async def test_one_grad_modes_measures_serve_all(grad: Any, small: Any, tmp_path: Path) -> None:
     adapter = save(llama(), {**DORA, "target_modules": ["embed_tokens", "q_proj"]}, tmp_path / "x")
-    async with served(small, adapter) as (attached, handle):
+    async with adapted(small, adapter) as (attached, handle):
         with attached.batch([handle, None]):
             with grad():
                 first = small(**prompt(2)).logits.detach().clone()
@@ -215,8 +196,8 @@ async def test_layers_are_computed_as_they_come(small: Any, tmp_path: Path, lora
     computed = list[int]()
     hook = small.model.layers[0].register_forward_hook(lambda *_: computed.append(0))
     async with (
-        serving(small, source=source) as (loader, attached),
-        loader.stream("streamed") as handle,
+        serving(small, source=source) as (there, attached),
+        there.stream("streamed") as handle,
     ):
         with attached.batch([handle]):
             if lora is not DORA:
@@ -272,7 +253,7 @@ async def test_a_rank_has_features_of_rows_and_of_no_sum(feature: Any, tmp_path:
     lora = {"r": 4, "target_modules": ["up_proj", "k_proj"], **feature}
     adapter = save(llama(), lora, tmp_path / "adapter")
     x = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(0))
-    with active(llama(), only=adapter) as theirs, torch.no_grad():
+    with variants.active(llama(), only=adapter) as theirs, torch.no_grad():
         expected = theirs.base_model.model.get_submodule(UP)(x)
     made = [await output(rank, adapter, x) for rank in range(WORLD)]
     torch.testing.assert_close(torch.cat(made, -1), expected)
@@ -345,7 +326,10 @@ async def test_refused_loads(device: str, how: str, text: str, small: Any, tmp_p
 
 async def test_a_file_with_the_bases_embedding_is_refused_with_the_remedy(tmp_path: Path) -> None:
     model = llama()
-    with wrapped(model, TOKENS) as peft, pytest.warns(UserWarning, match="save_embedding_layers"):
+    with (
+        variants.wrapped(model, TOKENS) as peft,
+        pytest.warns(UserWarning, match="save_embedding_layers"),
+    ):
         peft.save_pretrained(tmp_path)
     remedy = r"embed_tokens.base_layer.weight.*save_embedding_layers=False"
     with pytest.raises(UnsupportedAdapterError, match=remedy):
@@ -361,44 +345,44 @@ PATTERNS = {
     "alpha_pattern": {"layers.1.self_attn.q_proj": 5, "q_proj": 1},
 }
 SMALL = ("every_linear", "rslora", "dora", "lora_bias", "embedding_and_all", "dora_embedding")
-LORAS: dict[str, Any] = {name: VARIANTS[name].lora for name in SMALL} | {"patterns": PATTERNS}
+LORAS: dict[str, Any] = {name: variants.VARIANTS[name].lora for name in SMALL} | {
+    "patterns": PATTERNS
+}
 
 
 @pytest.mark.parametrize("name", LORAS)
 async def test_it_answers_as_the_live_model_and_as_its_file(tmp_path: Path, name: str) -> None:
     model, inputs = llama(), prompt(2)
-    with wrapped(llama(), LORAS[name], seed=5) as live:
+    with variants.wrapped(llama(), LORAS[name], seed=5) as live:
         given = get_peft_model_state_dict(live, save_embedding_layers=False)
         config: LoraConfig = live.peft_config["default"]
         expected = logits_of(live.eval(), inputs)
         live.save_pretrained(tmp_path, save_embedding_layers=False)
     async with (
-        serving(model) as (loader, attached),
-        await loader.load_tensors("policy", given, config) as handle,
+        serving(model) as (it, attached),
+        await it.load_tensors("x", given, config) as handle,
     ):
         with attached.batch([handle] * 2):
             logits = await asyncio.to_thread(logits_of, model, inputs)
         if name != "patterns":  # PEFT sorts them when it saves: its own file does not load
-            async with await loader.load(tmp_path) as twin:
+            async with await it.load(tmp_path) as twin:
                 assert_same(weights_of(handle), weights_of(twin))
     torch.testing.assert_close(logits, expected, atol=2e-5, rtol=2e-5)
     assert not torch.allclose(logits, logits_of(model, inputs), atol=1e-3)
     if name == "every_linear":
         for rank in range(2):
             settings = LoaderConfig(shard=Shard(rank, 2), dtype="bfloat16")
-            async with (
-                AdapterLoader(layouts.from_module(model), settings) as loader,
-                await loader.load_tensors("policy", given, config) as handle,
-                await loader.load(tmp_path) as twin,
-            ):
+            loader = AdapterLoader(layouts.from_module(model), settings)
+            pushed = loader.load_tensors("policy", given, config)
+            async with loader, await pushed as handle, await loader.load(tmp_path) as twin:
                 assert_same(weights_of(handle), weights_of(twin))
                 assert handle.nbytes == twin.nbytes
 
 
-async def test_each_step_of_training_is_served() -> None:
+async def test_each_step_of_training_is_adapted() -> None:
     model, inputs = llama(), prompt(2)
     base = logits_of(model, inputs)
-    with wrapped(llama(), VARIANTS["every_linear"].lora, seed=5) as live:
+    with variants.wrapped(llama(), variants.VARIANTS["every_linear"].lora, seed=5) as live:
         config = live.peft_config["default"]
         weights = [p for p in live.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(weights, lr=0.3)

@@ -288,10 +288,8 @@ async def test_the_pages_engine_answers_as_peft_and_computes_again_what_did_not_
     def forward_batch(batch: Batch) -> None:
         computed.append(logits_of(small, prompt(len(batch.rows))))
 
-    async with (
-        serving(small, source=source, max_slots=2) as (loader, attached),
-        AdapterScheduler(loader) as scheduler,
-    ):
+    given: Any = {"source": source, "max_slots": 2}
+    async with serving(small, **given) as (loader, attached), AdapterScheduler(loader) as scheduler:
         (await loader.load("warm")).release()
         cold = scheduler.submit(Request("cold", 5, 1))
         batch = await scheduler.next_batch(100, 8)

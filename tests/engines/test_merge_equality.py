@@ -18,11 +18,7 @@ from lorax_async import adapters as lorax
 from lorax_async import layouts
 from lorax_async.adapters.base import ModuleMap
 from lorax_async.adapters.lora import LoraConfig
-from lorax_async.adapters.lorax_merging import (
-    AdapterParameters,
-    merge_adapters,
-    merge_adapters_async,
-)
+from lorax_async.adapters.lorax_merging import AdapterParameters, merge_adapters
 from lorax_async.config import LoaderConfig
 from lorax_async.errors import AdapterFormatError, IncompatibleAdapterError, UsageError
 from lorax_async.loader import AdapterLoader
@@ -78,7 +74,6 @@ def folders_of(merge: Merge) -> list[Path]:
 
 
 def theirs(merge: Merge) -> dict[str, Weights]:
-    """By module, what PEFT makes of it."""
     folders = folders_of(merge)
     names = [f"part{n}" for n in range(len(folders))]
     model: Any = PeftModel.from_pretrained(llama(), folders[0], adapter_name=names[0])
@@ -100,14 +95,10 @@ def theirs(merge: Merge) -> dict[str, Weights]:
 async def ours(merge: Merge, **settings: Any) -> dict[str, Weights]:
     plain: dict[str, Any] = {"dtype": "float32", "io_threads": 2, "timeout": 60.0}
     config = LoaderConfig(**plain | settings)
-    async with (
-        AdapterLoader(layouts.from_module(llama()), config) as loader,
-        await loader.load(merge) as handle,
-    ):
-        return {
-            name: Weights(found.a.clone(), found.b.clone(), found.scale)
-            for name, found in handle.modules.items()
-        }
+    loader = AdapterLoader(layouts.from_module(llama()), config)
+    async with loader, await loader.load(merge) as handle:
+        found = handle.modules.items()
+        return {name: Weights(w.a.clone(), w.b.clone(), w.scale) for name, w in found}
 
 
 def assert_equal(found: Mapping[str, Weights], expected: Mapping[str, Weights]) -> None:
@@ -259,13 +250,9 @@ def config_of(r: int = 2, lora_alpha: float = 4, use_rslora: bool = False) -> Lo
 
 
 def module_map(a: torch.Tensor, b: torch.Tensor, *modules: str) -> ModuleMap:
-    return {
-        name: {
-            "lora_A": (a, f"base_model.model.{name}.lora_A.weight"),
-            "lora_B": (b, f"base_model.model.{name}.lora_B.weight"),
-        }
-        for name in modules
-    }
+    parts = (("lora_A", a), ("lora_B", b))
+    key = "base_model.model.{}.{}.weight"
+    return {name: {part: (t, key.format(name, part)) for part, t in parts} for name in modules}
 
 
 def made_map(seed: int, *modules: str, rank: int = 2, features: int = 6) -> ModuleMap:
@@ -295,11 +282,8 @@ def is_close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 async def test_linear_adds_up_deltas_of_several_ranks_and_scales() -> None:
-    """Other weights, and modules that one lacks, are compared in test_merge_equality.py."""
-    adapters: Adapters = [
-        (made_map(1, Q, K), config_of()),
-        (made_map(2, Q, rank=3), config_of(r=3, lora_alpha=6, use_rslora=True)),
-    ]
+    other = config_of(r=3, lora_alpha=6, use_rslora=True)
+    adapters: Adapters = [(made_map(1, Q, K), config_of()), (made_map(2, Q, rank=3), other)]
     first, second = delta(adapters[0][0], Q, 2.0), delta(adapters[1][0], Q, 6 / 3**0.5)
     merged, config = merge_adapters(adapters, parameters())
     is_close(delta(merged, Q), first + second)
@@ -308,7 +292,7 @@ async def test_linear_adds_up_deltas_of_several_ranks_and_scales() -> None:
     a, _ = factors(merged, K)
     assert (a.shape, merged[K]["lora_A"][1]) == ((5, 6), f"base_model.model.{K}.lora_A.weight")
     assert not a[2:].any()
-    awaited, _ = await merge_adapters_async(adapters, parameters())
+    awaited, _ = await lorax.merge_adapters_async(adapters, parameters())
     assert torch.equal(delta(awaited, Q), delta(merged, Q))
     # A small weight brings a large scale within float32.
     large: Adapters = [(adapters[0][0], config_of(lora_alpha=2.0**121))]
@@ -353,11 +337,6 @@ def test_scales_that_float32_does_not_hold(strategy: str) -> None:
 
 
 def test_a_request_is_an_id_for_a_loader() -> None:
-    given = AdapterParameters(
-        adapter_ids=["a", "b"],
-        weights=[1, 2],
-        merge_strategy="DARE_TIES",
-        density=0.5,
-        majority_sign_method="FREQUENCY",
-    )
+    more: Any = {"merge_strategy": "DARE_TIES", "majority_sign_method": "FREQUENCY"}
+    given = AdapterParameters(adapter_ids=["a", "b"], weights=[1, 2], density=0.5, **more)
     assert given.merge == Merge("dare_ties", ["a", "b"], [1, 2], 0.5, "frequency")

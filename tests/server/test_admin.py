@@ -39,13 +39,11 @@ async def adapters(world: World) -> Any:
 
 
 async def asked_for(world: World, model: str) -> object:
-    """What the engine is asked for by that name."""
     await world.client.completions.create(model=model, prompt="x")
     return world.engine.submitted[-1].generation.adapter
 
 
 async def test_load_use_and_unload(tmp_path: Path) -> None:
-    """A folder with two names stays for the other one."""
     folder = tiny.write(tmp_path / "pirate")
     async with serving() as world:
         loaded = await load(world, "pirate", folder)
@@ -217,7 +215,6 @@ async def test_a_failure_stands_in_the_story_with_its_error(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("key", ["", "Bearer", "Bearer x", f"Basic {TOKEN}", "Bearer \xe9", None])
 async def test_calls_of_the_operator_need_the_token(key: str | None) -> None:
-    """Where the server has none, they are refused."""
     token, said = (None, f"Bearer {TOKEN}") if key is None else (TOKEN, key)
     async with serving(admin_token=token) as world:
         for method, path in (("POST", LOAD), ("POST", UNLOAD), ("GET", ADAPTERS)):

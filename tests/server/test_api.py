@@ -16,16 +16,7 @@ from pydantic import BaseModel
 from tokenizers import Tokenizer, decoders, models
 
 from lorax_async.server.completions import Detokenizer, StopStrings
-from server.world import (
-    COMPLETIONS,
-    FakeEngine,
-    echo,
-    saying,
-    serving,
-    text_of,
-    tokenizer,
-    tokens_of,
-)
+from server.world import COMPLETIONS, FakeEngine, echo, saying, serving, tokenizer, tokens_of
 
 CHATS = "/v1/chat/completions"
 HI: Any = [{"role": "user", "content": "hi"}]
@@ -33,7 +24,6 @@ PROMPT = "<user>hi<assistant>"
 
 
 async def test_a_completion_of_several_prompts() -> None:
-    """Each sequence has a seed of its own, which stays one."""
     seed = 2**63 - 2
     async with serving(FakeEngine(echo)) as world:
         answer = await world.client.completions.create(
@@ -64,18 +54,17 @@ async def test_defaults_are_those_of_openai() -> None:
 
 
 async def test_a_conversation_is_sent_back_with_all_its_fields() -> None:
-    """Parts of texts are lines."""
     async with serving(FakeEngine(saying("yo"))) as world:
         chat = world.client.chat.completions
         first = await chat.create(model="base", messages=HI)
         parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
         messages: Any = [
             {"role": "developer", "content": "be brief"},
-            first.choices[0].message.model_dump(),
             {"role": "user", "content": parts},
         ]
+        messages.insert(1, first.choices[0].message.model_dump())
         await chat.create(model="base", messages=messages)
-        prompt = text_of(world.engine.submitted[1].generation.prompt)
+        prompt = tokenizer().decode(world.engine.submitted[1].generation.prompt)
     assert prompt == "<system>be brief<assistant>yo<user>a\nb<assistant>"
 
 
@@ -163,7 +152,6 @@ async def test_an_answer_ends_before_its_stop_string(stream: bool) -> None:
 
 
 def require_form(kind: type[BaseModel], told: Any) -> None:
-    """Nothing of another type, nothing missing, and nothing that has no name there."""
     assert told.keys() <= kind.model_fields.keys()
     found = kind.model_validate(told, strict=True)
     for choice, said in zip(getattr(found, "choices", ()), told["choices"], strict=True):
@@ -187,10 +175,8 @@ async def test_answers_and_pieces_have_the_packages_forms(
     path: str, body: Any, kind: type[BaseModel], piece: type[BaseModel]
 ) -> None:
     body = {"model": "base"} | body
-    async with (
-        serving(FakeEngine(saying("aé!"))) as world,
-        DefaultAsyncHttpxClient(trust_env=False) as client,
-    ):
+    client, engine = DefaultAsyncHttpxClient(trust_env=False), FakeEngine(saying("aé!"))
+    async with serving(engine) as world, client:
         whole = await world.ask("POST", path, body)
         assert (whole.status, whole.headers["content-type"]) == (200, "application/json")
         require_form(kind, whole.json)
@@ -224,7 +210,6 @@ def test_a_text_comes_back(text: str, prompt: str) -> None:
 
 @given(st.lists(st.integers(0, 300), max_size=20))
 def test_any_tokens_are_read(tokens: list[int]) -> None:
-    """Also bytes that are no text, and ids of which the tokenizer knows nothing."""
     reader = Detokenizer(BACKEND, ())
     text = "".join(map(reader.feed, tokens))
     whole = BACKEND.decode(tokens, skip_special_tokens=True)

@@ -29,44 +29,28 @@ from lorax_async.server.generation import Generation
 from lorax_async.server.server_settings import ServerSettings
 from lorax_async.server.service import ServedModel, ServerCapacity, Service, open_service
 from lorax_async.types import AdapterRef
+from server import world as fakes
 from server.generating import GREEDY, all_of
-from server.world import (
-    TOKEN,
-    Answer,
-    FakeEngine,
-    World,
-    echo,
-    listening,
-    llama_config,
-    loading,
-    serving,
-    tokenizer,
-    tokens_of,
-)
+from server.world import TOKEN, Answer, FakeEngine, World, echo, listening, loading, serving
 from tiny_loaders import fails, on_device
 
-pytestmark = [
-    pytest.mark.filterwarnings(PEFT_WARNING),
-    pytest.mark.usefixtures("nothing_left", "hub_client"),
-]
+closed = pytest.mark.usefixtures("nothing_left", "hub_client")
+pytestmark = [pytest.mark.filterwarnings(PEFT_WARNING), closed]
 
-NEW = 8
+NEW, TARGETS = 8, {"one": "q_proj", "two": "v_proj", "late": "o_proj"}
 
 
 @pytest.fixture
 def base() -> ServedModel:
     torch.manual_seed(1)
-    model: Any = LlamaForCausalLM(llama_config())
-    return ServedModel(model.eval(), tokenizer(), frozenset())
+    model: Any = LlamaForCausalLM(fakes.llama_config())
+    return ServedModel(model.eval(), fakes.tokenizer(), frozenset())
 
 
 @pytest.fixture
 def folders(tmp_path: Path, base: ServedModel) -> dict[str, Path]:
-    """Adapters of which each makes the base say something else."""
-    return {
-        name: save(base.model, {"r": 2, "target_modules": [target]}, tmp_path / name)
-        for name, target in (("one", "q_proj"), ("two", "v_proj"), ("late", "o_proj"))
-    }
+    loras = {name: {"r": 2, "target_modules": [target]} for name, target in TARGETS.items()}
+    return {name: save(base.model, lora, tmp_path / name) for name, lora in loras.items()}
 
 
 @asynccontextmanager
@@ -85,12 +69,11 @@ async def whole(
 
 
 async def test_a_server_answers_over_a_socket(base: ServedModel, folders: dict[str, Path]) -> None:
-    """Two adapters in one forward pass, as PEFT says, one loaded by name, and a last answer."""
     expected, passes = dict[str, str](), list[int]()
     with active(base.model, **folders) as peft_model:
         for name in folders:
             peft_model.set_adapter(name)
-            ids = torch.tensor([tokens_of("x")])
+            ids = torch.tensor([fakes.tokens_of("x")])
             found = peft_model.generate(input_ids=ids, max_new_tokens=NEW, do_sample=False)
             expected[name] = base.tokenizer.backend_tokenizer.decode(found[0, 1:].tolist())
     base.model.register_forward_pre_hook(
@@ -175,12 +158,11 @@ async def test_an_adapter_comes_back_as_a_request_could_name_it_now(
     named = {"named": AdapterRef("org/named", "hub", use_token=True)}
 
     def sent() -> dict[str, str | None]:
-        asked = {
-            (id, each.fields.get("authorization", "").removeprefix("Bearer ") or None)
-            for id in (*ids, "org/old")
-            for each in empty.asked
-            if id in each.target
-        }
+        found = [
+            (id, each) for id in (*ids, "org/old") for each in empty.asked if id in each.target
+        ]
+        fields = [(id, each.fields.get("authorization", "")) for id, each in found]
+        asked = {(id, field.removeprefix("Bearer ") or None) for id, field in fields}
         assert len(dict(asked)) == len(asked), "each is asked for on one authority"
         return dict(asked)
 
@@ -196,10 +178,8 @@ async def test_a_folder_without_its_name_comes_back_below_a_local_root_only(
     tmp_path: Path, base: ServedModel, folders: dict[str, Path]
 ) -> None:
     """An operator's path needs no root, so the list must not keep that authority."""
-    paths = [
-        Path(shutil.copytree(folders["one"], tmp_path / name))
-        for name in ("loaded", "named", "root/open")
-    ]
+    spots = [tmp_path / name for name in ("loaded", "named", "root/open")]
+    paths = [Path(shutil.copytree(folders["one"], spot)) for spot in spots]
     warm = listed(tmp_path / "warm", *({"path": str(path)} for path in paths))
     roots = (tmp_path / "root",)
     async with whole(base, warm, {"named": paths[1]}, local_roots=roots) as service:
@@ -265,7 +245,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStandIn]
 async def served(
     hub: HubStandIn, cache: Path, adapters: list[str], sources: list[str], *, offline: bool = False
 ) -> AsyncIterator[World]:
-    """A server with a loader, as the command line makes them."""
     found, places = find_adapters(adapters), [as_source(text) for text in sources]
     arguments = argparse.Namespace(source=places, hub_endpoint=hub.endpoint, offline=offline)
     refs = [ref for ref in found.values() if isinstance(ref, AdapterRef)]

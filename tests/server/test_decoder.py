@@ -65,8 +65,6 @@ def row(number: int, length: int, name: str | None = None, handle: Any = None) -
 
 @dataclass(eq=False)
 class Play:
-    """Computes steps, and compares each row with its solo run."""
-
     decoder: TransformersDecoder
     solo: Solo
     atol: float = 2e-5
@@ -88,13 +86,11 @@ class Play:
         return computed
 
     async def whole(self, *rows: Row, budget: float = 0.0) -> StepResult:
-        """Compute all that each wants."""
         return await self.step(*((one, one.wants) for one in rows), budget=budget)
 
 
 @contextmanager
 def alone(model: Any, **adapters: Path) -> Iterator[Solo]:
-    """PEFT's, with the adapter; None is the base."""
     with active(model, **adapters) as peft_model:
 
         def solo(name: str | None, tokens: Sequence[int]) -> torch.Tensor:
@@ -116,13 +112,12 @@ def tokens_of(shuffled: random.Random, length: int) -> list[int]:
     return [shuffled.randrange(64) for _ in range(length)]
 
 
+PLAYS = [("sdpa", 1), ("sdpa", 2), ("eager", 0), ("eager", 1), ("eager", 2)]
+
+
 @pytest.mark.parametrize(
     ("attention", "seed"),
-    [
-        ("sdpa", 0),
-        *(pytest.param("sdpa", seed, marks=pytest.mark.slow) for seed in (1, 2)),
-        *(pytest.param("eager", seed, marks=pytest.mark.slow) for seed in range(3)),
-    ],
+    [("sdpa", 0), *(pytest.param(*play, marks=pytest.mark.slow) for play in PLAYS)],
 )
 async def test_rows_are_solo_runs(small: Any, adapters: Paths, attention: str, seed: int) -> None:
     """Prompts whole or in parts beside rows that decode; rows come, go, move and begin again."""
@@ -366,7 +361,6 @@ def random_logits(seed: int, vocabulary: int, spread: float = 3.0) -> torch.Tens
 
 
 def chances(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
-    """Of each token, by transformers."""
     ids: Any = None  # they do not look at it
     scores = transformers.TemperatureLogitsWarper(temperature)(ids, logits[None])
     if top_p < 1:
@@ -388,7 +382,6 @@ def test_tokens_come_as_often_as_transformers_says(temperature: float, top_p: fl
 
 @pytest.mark.parametrize("spread", [0.5, 3.0])
 def test_a_nucleus_of_any_size_is_transformers_own(spread: float) -> None:
-    """Of few tokens, of thousands, and of nearly all: only these ever come."""
     logits = random_logits(2, 20_000, spread)
     for top_p in (0.1, 0.7, 0.99):
         sampler = Sampler(Sampling(1.0, top_p, seed=1))
@@ -397,7 +390,6 @@ def test_a_nucleus_of_any_size_is_transformers_own(spread: float) -> None:
 
 
 def test_no_temperature_takes_the_likeliest_and_nothing_of_what_is_no_number() -> None:
-    """And a tiny one nearly does."""
     logits = torch.stack([random_logits(3, 50), random_logits(4, 50)])
     samplers = [Sampler(Sampling(temperature=0, top_p=p)) for p in (0.5, 1.0)]
     assert choose(logits, samplers) == logits.argmax(dim=-1).tolist()
@@ -412,7 +404,6 @@ def test_no_temperature_takes_the_likeliest_and_nothing_of_what_is_no_number() -
 
 @pytest.mark.parametrize("seed", [0, 7, -1, (1 << 63) - 1, -(1 << 63)])
 def test_a_seed_says_which_tokens_come_whatever_is_beside_it(seed: int) -> None:
-    """The process's own random numbers are left alone."""
     logits, before = torch.stack([random_logits(n, 50) for n in range(3)]), torch.get_rng_state()
 
     def alone(seed: int) -> list[int]:
@@ -439,9 +430,7 @@ def test_what_is_out_of_range_is_refused() -> None:
 HEADS, DIM = 2, 3
 
 
-def filled(
-    kept: KVCache, sequences: list[int], starts: list[int], tokens: int
-) -> tuple[torch.Tensor, bool]:
+def filled(kept: KVCache, sequences: list[int], starts: list[int], tokens: int) -> Any:
     """What the one layer gives for keys that are the sequence's number; whether it copied."""
     kept.begin(sequences, starts, tokens)
     new = torch.tensor(sequences, dtype=torch.float32).view(-1, 1, 1, 1)

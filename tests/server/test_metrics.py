@@ -35,7 +35,6 @@ def requests(samples: Samples) -> Samples:
 
 
 def sequences(samples: Samples) -> tuple[float, float]:
-    """How many wait, and how many run."""
     waiting, running = (f"lorax_server_sequences_{state}" for state in ("waiting", "running"))
     return samples[waiting], samples[running]
 
@@ -162,8 +161,6 @@ async def test_a_tokens_time_is_since_the_one_before(monkeypatch: pytest.MonkeyP
 
 
 async def test_a_status_that_was_sent_is_the_one_that_counts() -> None:
-    """And what is no request counts nothing."""
-
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             await send({"type": "http.response.start", "status": 200})

@@ -49,7 +49,6 @@ Answers = list[tuple[str, int | str]]
 
 
 def require_right(answers: Answers) -> None:
-    """Every answer has its adapter's style, or its adapter's error."""
     for kind, found in answers:
         if kind in ERRORS:
             assert found == ERRORS[kind]
@@ -59,7 +58,6 @@ def require_right(answers: Answers) -> None:
 
 
 def growth(resident: list[int]) -> float:
-    """The last third of the memory against the one before it."""
     third = len(resident) // 3
     return median(resident[-third:]) / median(resident[third:-third])
 
@@ -84,11 +82,8 @@ def source(adapters: Path, work: Path, copies: int) -> Iterator[tuple[Link, list
     config.write_text(json.dumps(json.loads(config.read_text()) | {"r": 5}))
     names = [f"{kind}-{number}" for number in range(copies) for kind in STYLES][:copies]
     folders = {name: adapters / name.partition("-")[0] for name in names} | {"refused-0": refused}
-    files = {
-        f"{name}/{path.name}": path
-        for name, folder in folders.items()
-        for path in folder.glob("adapter_*")
-    }
+    paths = [(name, path) for name, folder in folders.items() for path in folder.glob("adapter_*")]
+    files = {f"{name}/{path.name}": path for name, path in paths}
     with Link(files, rate=RATE, delay=0.005) as link:
         often = [*names[:5], "missing-0", "refused-0", *names[5:]]
         yield link, [f"{link.url(name)}/" for name in often]
@@ -131,28 +126,23 @@ async def minute(
     config = LoaderConfig(dtype="float32", cache_dir=cache, allow=places, **room)
     settings = ServerSettings(base="smollm2", sources=config.allow, max_adapters_per_client=1000)
     capacity = ServerCapacity(sequences=16, length=256)
-    async with (
-        open_service(base, config, settings, capacity) as service,
-        listening(service) as (_, __, ___, client),
-    ):
+    opening = open_service(base, config, settings, capacity)
+    async with opening as service, listening(service) as (_, __, ___, client):
         watching = asyncio.create_task(watch())
         await asyncio.gather(*(asking(client, number) for number in range(clients)))
         watching.cancel()
         return answers, resident, service.loader.statistics().loads
 
 
-@pytest.mark.parametrize(
-    ("copies", "clients", "seconds"),
-    [(24, 16, 4), pytest.param(200, 64, 60, marks=pytest.mark.soak)],
-    ids=["a moment", "a minute"],
-)
+A_MINUTE = pytest.param(200, 64, 60, marks=pytest.mark.soak)
+
+
+@pytest.mark.parametrize(("copies", "clients", "seconds"), [(24, 16, 4), A_MINUTE])
 def test_many_clients(
     base: ServedModel, examples: Path, tmp_path: Path, copies: int, clients: int, seconds: float
 ) -> None:
-    with (
-        source(examples, tmp_path, copies) as (link, models),
-        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
-    ):
+    running = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+    with source(examples, tmp_path, copies) as (link, models), running as runner:
         playing = minute(base, link, tmp_path / "cache", models, clients, seconds)
         answers, resident, loads = runner.run(playing)
     require_right(answers)

@@ -106,7 +106,6 @@ async def test_the_page_needs_nothing_from_elsewhere() -> None:
 
 
 async def test_only_reading_is_allowed(monkeypatch: Patch) -> None:
-    """A HEAD keeps no place."""
     monkeypatch.setattr(dashboard, "MAX_PAGES", 1)
     async with serving() as world:
         for path in ("/", EVENTS, TRACE):
@@ -163,7 +162,6 @@ async def test_layers_are_counted_as_they_come(tmp_path: Path) -> None:
 
 
 async def test_ids_and_paths_are_the_operators_to_see(tmp_path: Path) -> None:
-    """A failure is told by the adapter's name."""
     source, broken = stocked(tmp_path, "org/secret", "org/named"), tiny.write(tmp_path / "hidden")
     (broken / "adapter_model.safetensors").write_bytes(b"\x08" + bytes(7) + b'{"a":1}  ')
     async with serving(loader=over(source), adapters={"mine": "org/named"}) as world:
@@ -182,7 +180,6 @@ async def test_ids_and_paths_are_the_operators_to_see(tmp_path: Path) -> None:
 
 
 async def test_many_adapters_are_cut_and_names_counted(tmp_path: Path, monkeypatch: Patch) -> None:
-    """Of those without names the nearest are shown."""
     monkeypatch.setattr(dashboard, "MAX_ROWS", 2)
     source = stocked(tmp_path, *(f"org/a{n}" for n in range(6)))
     async with serving(loader=over(source, max_slots=2)) as world:
@@ -283,7 +280,6 @@ async def cold_of(world: World, headers: dict[str, str] | None = None) -> Any:
 
 
 async def names_in(world: World, headers: dict[str, str] | None = None) -> set[str]:
-    """All texts of the trace."""
     answer = await world.ask("GET", TRACE, **(headers or {}))
     assert answer.status == 200
     require_trace(answer.json)
@@ -291,7 +287,6 @@ async def names_in(world: World, headers: dict[str, str] | None = None) -> set[s
 
 
 async def test_the_first_request_is_cold_and_the_second_is_not(tmp_path: Path) -> None:
-    """Until its adapter has left. Afterwards nothing is recorded any more."""
     folder, there = tiny.write(tmp_path / "pirate"), tiny_loader()
     engine = FakeEngine(loading(there, "aye"))
     async with serving(engine, there, adapters={"pirate": folder}) as world:
@@ -336,7 +331,6 @@ async def test_the_first_request_is_cold_and_the_second_is_not(tmp_path: Path) -
 async def test_a_cold_request_without_a_token_is_shown_with_its_outcome(
     tmp_path: Path, rule: Any, status: int | None, outcome: str | None
 ) -> None:
-    """One that is not taken is none."""
     there, engine = over(stocked(tmp_path, "org/there")), FakeEngine()
 
     def refuse_the_second(_: FakeTokens) -> None:

@@ -267,7 +267,6 @@ def test_a_lost_stream_moves_nothing_under_the_finger(chromium: Any, site: str) 
 
 
 def told(names: list[str], cold: Any = None) -> dict[str, Any]:
-    """The first event of a stream."""
     plain = {"tier": "disk", "state": "present", "layers": None, "bytes": 1, "leases": 0}
     rows = {name: plain | {"name": name, "named": True, "error": None} for name in names}
     return {"base": "base", "operator": False, "cold": cold, "rows": rows}
@@ -286,7 +285,6 @@ def _stream(page: Any, *events: dict[str, Any]) -> None:
 
 
 def _tab_to(page: Any, name: str) -> None:
-    """Press Tab until what has the focus is called so."""
     for _ in range(30):
         page.keyboard.press("Tab")
         focused = page.locator(":focus")
@@ -297,7 +295,6 @@ def _tab_to(page: Any, name: str) -> None:
 
 
 def _looks(canvas: Any, picture: bytes, *, same: bool) -> None:
-    """Wait until it looks the same, or different."""
     deadline = monotonic() + PATIENCE / 1e3
     while (canvas.screenshot() == picture) != same:
         assert monotonic() < deadline

@@ -121,7 +121,6 @@ async def test_a_fault_in_the_engine_is_for_the_log_alone(caplog: Any, begun: bo
 
 
 async def test_what_can_never_be_computed_is_refused() -> None:
-    """But not the longest that can."""
     engine = FakeEngine(fakes.saying("y"), max_length=100)
     async with serving(engine, max_prompt_tokens=10, max_choices=4) as world:
         prompts: Any = ("x" * 11, [0, 257], [-1], "", [], ["x", ""])
@@ -266,9 +265,8 @@ def test_settings_are_checked_have_their_own_names_and_hide_the_token() -> None:
         *({"allowed_hosts": (host,)} for host in ("", "a:80", "http://a", "a/b", "a.*", "**")),
         *({"allowed_hosts": hosts} for hosts in ("localhost", ("[::1]:80",), (5,))),
     ):
-        with pytest.raises(
-            (ConfigError, UsageError), match="host" if "allowed_hosts" in wrong else "."
-        ):
+        said = "host" if "allowed_hosts" in wrong else "."
+        with pytest.raises((ConfigError, UsageError), match=said):
             ServerSettings(**({"base": "b"} | wrong))
     names = {"a": "x/y"}
     settings = ServerSettings(base="b", adapters=names, admin_token=TOKEN)
@@ -409,7 +407,6 @@ def test_what_is_missing_is_named() -> None:
 
 @pytest.fixture
 def no_thread_is_interrupted() -> Iterator[None]:
-    """Threads run when another one lets them."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(60)
     yield
@@ -463,7 +460,6 @@ OTHER_TYPES = (
 
 
 async def test_only_json_is_computed() -> None:
-    """By any call that takes a body, not even with the operator's token."""
     async with serving(FakeEngine(echo)) as world:
         for kind in OTHER_TYPES:
             headers = {"Content_Type": kind, "Authorization": f"Bearer {TOKEN}"}
@@ -482,10 +478,8 @@ async def test_only_json_is_computed() -> None:
 async def test_no_other_origin_is_let_in() -> None:
     """A browser asks before it sends JSON across origins, and gets no leave; nor may it read."""
     asks = {"Origin": "https://evil.example"}
-    preflight = asks | {
-        "Access_Control_Request_Method": "POST",
-        "Access_Control_Request_Headers": "content-type,authorization",
-    }
+    more = {"Method": "POST", "Headers": "content-type,authorization"}
+    preflight = asks | {f"Access_Control_Request_{name}": value for name, value in more.items()}
     async with serving(FakeEngine(echo)) as world:
         answers = [await world.ask("OPTIONS", path, b"", **preflight) for path in POSTS]
         assert [answer.status for answer in answers] == [405] * 4

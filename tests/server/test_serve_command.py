@@ -42,7 +42,6 @@ TOKEN = "a-token"
 
 @contextmanager
 def served(*more: str) -> Iterator[tuple[subprocess.Popen[str], OpenAI]]:
-    """The process, and a client of it."""
     command = [sys.executable, "-m", "lorax_async", "serve", "--base", "smollm2", "--port", "0"]
     env, pipe = {**os.environ, ADMIN_TOKEN: TOKEN, "OMP_WAIT_POLICY": "passive"}, subprocess.PIPE
     process = subprocess.Popen([*command, "--json", *more], stdout=pipe, env=env, text=True)
@@ -128,11 +127,11 @@ def test_adapters_have_names(tmp_path: Path) -> None:
 
 def test_adapters_that_have_no_name_are_refused(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "below" / "deep" / "one")
-    for given, said in (
-        (["{0}", "{0}"], "two adapters are named 'one'"),
+    none = (
         (["{0}/../.."], "is not an adapter, and contains none"),
         (["x=ftp://host/a"], "--adapters"),
-    ):
+    )
+    for given, said in ((["{0}", "{0}"], "two adapters are named 'one'"), *none):
         with pytest.raises(ConfigError, match=said):
             find_adapters([text.format(folder) for text in given])
 
@@ -355,7 +354,6 @@ def test_a_base_is_loaded_onto_a_device_that_is_there(whole: Path, monkeypatch: 
 
 
 def test_a_length_of_nothing_is_refused(whole: Path, capsys: Capture, monkeypatch: Patch) -> None:
-    """In one line, also where it is found out as the server begins."""
     monkeypatch.setattr(serve, "tune_process", lambda: None)
     options = ["--port", "0", "--json", "--max-length", "0"]
     assert main(["serve", "--base", str(whole), *options]) == 1

@@ -57,7 +57,6 @@ async def test_it_names_what_is_on_the_device_last_used_first(tmp_path: Path, pa
 
 
 async def test_few_names_are_looked_up(tmp_path: Path, path: Path, monkeypatch: Patch) -> None:
-    """It is done on the loop, again and again."""
     asked, story = set[object](), Placement.story
 
     def counted(self: Placement, ref: Any) -> Any:
@@ -194,7 +193,6 @@ async def test_leaving_waits_for_what_is_written(tmp_path: Path, path: Path, dis
 
 
 async def test_one_write_a_pause_and_one_at_the_end(tmp_path: Path, path: Path, disk: Disk) -> None:
-    """However long that is: leaving waits for no pause."""
     async with over(stocked(tmp_path, "one", "two")) as there:
         async with WarmList(path, there, pause=1e6) as listed:
             listed.record_use("one")
@@ -227,7 +225,6 @@ async def test_the_file_is_whole_on_disk_before_its_name(path: Path, monkeypatch
 async def test_a_file_that_cannot_be_written_is_told_of_and_nothing_is_left(
     tmp_path: Path, path: Path, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Be it that its folder went, or that it gets no name."""
     folder = tmp_path / "folder"
     folder.mkdir()
     async with loader() as there, WarmList(folder / "warm", there):

@@ -38,7 +38,6 @@ POST = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/jso
 
 
 def request(body: object) -> bytes:
-    """A completion's head and body, as bytes."""
     content = json.dumps(body).encode()
     return f"{POST}Content-Length: {len(content)}\r\n\r\n".encode() + content
 
@@ -66,7 +65,6 @@ def text_of(tokens: tuple[int, ...]) -> str:
 
 
 def llama_config() -> Any:
-    """Of a tiny base for the tokenizer."""
     heads: Any = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
     sizes: Any = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 24}
     return LlamaConfig(**sizes, **heads, max_position_embeddings=64)
@@ -164,7 +162,6 @@ def saying(text: str, finish: Finish = "stop") -> Rule:
 
 
 def echo(tokens: FakeTokens) -> None:
-    """Answer with the adapter, the prompt and the sampling of the request."""
     asked, how = tokens.generation, tokens.generation.sampling
     text = text_of(asked.prompt)
     tokens.say(f"{asked.adapter}|{text}|{how.temperature}|{how.top_p}|{how.seed}")
@@ -194,8 +191,6 @@ def loading(loader: AdapterLoader, said: str = "loaded") -> Rule:
 
 @dataclass
 class World:
-    """A server on loopback, and what talks to it."""
-
     service: Service
     server: DrainingServer
     engine: Any
@@ -228,11 +223,9 @@ class World:
         return await self.ask("POST", path, body, Authorization=f"Bearer {TOKEN}")
 
     def completing(self, body: object) -> asyncio.Task[Answer]:
-        """One completion, on its way."""
         return asyncio.create_task(self.ask("POST", COMPLETIONS, body))
 
     async def ends(self) -> bool:
-        """Whether the last request under way ends in time."""
         return await self.service.in_flight.wait_until_idle(20)
 
     async def until_busy(self) -> None:
@@ -271,7 +264,6 @@ class Answer:
 async def listening(
     service: Service, *, send_buffer: int | None = None
 ) -> AsyncIterator[tuple[DrainingServer, asyncio.Task[None], int, AsyncOpenAI]]:
-    """A server on loopback, what it runs in, its port and a client."""
     ready = asyncio.Event()
     server, listener = DrainingServer(service, ready.set), listen("127.0.0.1", 0)
     if send_buffer is not None:  # of all connections that it accepts
