@@ -23,16 +23,10 @@ LAYERS = 3
 # Each size is shared evenly by 1 to 8 processes.
 HIDDEN, KEY_VALUE, INTERMEDIATE, VOCABULARY = 840, 1680, 2520, 3360
 
-SHAPES = {
-    "q_proj": (HIDDEN, HIDDEN),
-    "k_proj": (HIDDEN, KEY_VALUE),
-    "v_proj": (HIDDEN, KEY_VALUE),
-    "o_proj": (HIDDEN, HIDDEN),
-    "gate_proj": (HIDDEN, INTERMEDIATE),
-    "up_proj": (HIDDEN, INTERMEDIATE),
-    "down_proj": (INTERMEDIATE, HIDDEN),
-    "lm_head": (HIDDEN, VOCABULARY),
-}
+OUTPUTS = {"q": HIDDEN, "k": KEY_VALUE, "v": KEY_VALUE, "o": HIDDEN, "gate": INTERMEDIATE}
+OUTPUTS["up"] = INTERMEDIATE
+SHAPES = {f"{name}_proj": (HIDDEN, outputs) for name, outputs in OUTPUTS.items()}
+SHAPES |= {"down_proj": (INTERMEDIATE, HIDDEN), "lm_head": (HIDDEN, VOCABULARY)}
 """Layer type → in and out features."""
 
 TYPES = ("q_proj", "v_proj", "down_proj", "lm_head")
@@ -139,20 +133,14 @@ def key(layer: int, layer_type: str, part: str) -> str:
 
 
 def tensors(
-    rank: int | Mapping[str, int] = 8,
-    *,
-    types: Sequence[str] = TYPES,
-    dtype: torch.dtype = torch.float32,
-    skip: Sequence[tuple[int, str]] = (),
+    rank: int = 8, types: Sequence[str] = TYPES, dtype: torch.dtype = FLOAT32, skip: Any = ()
 ) -> dict[str, Tensor]:
-    """An adapter's tensors; `rank` of all modules, or by module name ("" for the others)."""
     made: dict[str, Tensor] = {}
     for layer_type in types:
         for layer in layers_of(layer_type):
             if (layer, layer_type) not in skip:
                 name = module_name(layer, layer_type)
-                r = rank if isinstance(rank, int) else rank.get(name, rank[""])
-                made |= pair(name, *SHAPES[layer_type], rank=r, seed=layer)
+                made |= pair(name, *SHAPES[layer_type], rank, seed=layer)
     return {name: tensor.to(dtype) for name, tensor in made.items()}
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
@@ -154,10 +155,8 @@ def test_a_private_adapter(hub: HubStandIn, tmp_path: Path, monkeypatch: Patch) 
 @pytest.mark.parametrize(
     ("id", "without", "said"),
     [
-        ("org/other", "", "org/other"),
-        (f"{SQL}@v2", "", "no revision 'v2'"),
-        (SQL, CONFIG, f"no {CONFIG} at 'main'"),
-        (SQL, WEIGHTS, f"no {WEIGHTS} at 'main'"),
+        *[("org/other", "", "org/other"), (f"{SQL}@v2", "", "no revision 'v2'")],
+        *((SQL, name, f"no {name} at 'main'") for name in (CONFIG, WEIGHTS)),
     ],
 )
 def test_missing_files(hub: HubStandIn, tmp_path: Path, id: str, without: str, said: str) -> None:
@@ -197,10 +196,10 @@ def test_files_over_the_limit_together(hub: HubStandIn, hub_client: Path, tmp_pa
     assert fetched == {file.name for file in first}
 
 
-@pytest.mark.parametrize(
-    ("status", "kind", "after"),
-    [(503, errors.FetchError, 7.0), (403, errors.AccessDeniedError, None)],
-)
+REFUSALS = [(503, errors.FetchError, 7.0), (403, errors.AccessDeniedError, None)]
+
+
+@pytest.mark.parametrize(("status", "kind", "after"), REFUSALS)
 def test_a_hub_that_refuses(
     hub: HubStandIn, monkeypatch: Patch, status: int, kind: Any, after: float | None
 ) -> None:
@@ -218,9 +217,7 @@ def test_a_hub_that_refuses(
 def test_a_disk_that_takes_no_more(hub: HubStandIn, tmp_path: Path, monkeypatch: Patch) -> None:
     hub.put(SQL, contents(adapter(tmp_path)))
 
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", "/home/somebody/.cache")
-
+    full = Mock(side_effect=OSError(errno.ENOSPC, "No space left", "/home/somebody/.cache"))
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", full)
     with pytest.raises(errors.FetchError, match=r"cannot be stored .* \(ENOSPC\)") as caught:
         LoraConfig.load(SQL)

@@ -7,12 +7,14 @@ import errno
 import inspect
 import json
 import re
+import socket
 import threading
 import warnings
 from contextlib import nullcontext
 from math import inf, nan
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import huggingface_hub
 import peft
@@ -22,14 +24,10 @@ import torch
 from adapters import hub_cache
 from adapters import small_base as base
 from adapters.small_base import WEIGHTS
+from engines.conftest import watched
 from lorax_async import adapters, errors
-from lorax_async.adapters import lora
+from lorax_async.adapters import compatibility, lora
 from lorax_async.adapters.base import AdapterConfig
-from lorax_async.adapters.compatibility import (
-    cached_architectures,
-    check_architectures,
-    check_architectures_async,
-)
 from lorax_async.adapters.layout_model import LayoutModel
 from lorax_async.adapters.lora import LoraConfig, require_all_used
 from lorax_async.adapters.weights_file import WeightsFile
@@ -40,6 +38,13 @@ Patch = pytest.MonkeyPatch
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_network")
 
 CONFIG = "adapter_config.json"
+
+
+@pytest.fixture
+def no_network(monkeypatch: Patch) -> None:
+    refuse = Mock(side_effect=AssertionError("a network request"))
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
 def folder(tmp_path: Path, **changes: Any) -> Path:
@@ -243,23 +248,21 @@ async def test_local_folders(tmp_path: Path, monkeypatch: Patch, spell: Any) -> 
         WeightsFile.open(id)
 
 
-def test_a_cache_that_is_damaged_or_may_not_be_read(cache: Path, monkeypatch: Patch) -> None:
-    hub_cache.put(cache, "org/sql", {CONFIG: b"{}"}, commit="1" * 40, refs=("main",))
-    (cache / "models--org--sql" / "refs" / "main").write_bytes(b"\xff\xfe")
+def test_a_cache_that_is_damaged_or_may_not_be_read(hub_client: Path, monkeypatch: Patch) -> None:
+    hub_cache.put(hub_client, "org/sql", {CONFIG: b"{}"}, commit="1" * 40, refs=("main",))
+    (hub_client / "models--org--sql" / "refs" / "main").write_bytes(b"\xff\xfe")
     for call in (LoraConfig.load, WeightsFile.open):
         with pytest.raises(errors.FetchError, match="cache is damaged") as caught:
             call("org/sql")
         assert caught.value.id == "org/sql"
 
-    def refused(*_: object, **__: object) -> None:
-        raise PermissionError(errno.EACCES, "no")
-
+    refused = Mock(side_effect=PermissionError(errno.EACCES, "no"))
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", refused)
     with pytest.raises(errors.AccessDeniedError, match="hub cache may not be read"):
         LoraConfig.load("org/sql")
 
 
-@pytest.mark.usefixtures("cache")
+@pytest.mark.usefixtures("hub_client")
 @pytest.mark.parametrize(
     "id",
     [
@@ -326,9 +329,9 @@ def test_patterns_that_would_take_too_long(tmp_path: Path) -> None:
 LLAMA, QWEN = ["LlamaForCausalLM"], ["Qwen2ForCausalLM"]
 
 
-def put(cache: Path, config: object) -> None:
+def put(hub_client: Path, config: object) -> None:
     files = {"config.json": config if isinstance(config, bytes) else json.dumps(config).encode()}
-    hub_cache.put(cache, "org/base", files, commit="a" * 40, refs=("main",))
+    hub_cache.put(hub_client, "org/base", files, commit="a" * 40, refs=("main",))
 
 
 @pytest.mark.parametrize(
@@ -344,18 +347,12 @@ def put(cache: Path, config: object) -> None:
     ],
 )
 async def test_another_base_warns_and_another_architecture_is_refused(
-    cache: Path, monkeypatch: Patch, name: str | None, config: object, outcome: Any
+    hub_client: Path, monkeypatch: Patch, name: str | None, config: object, outcome: Any
 ) -> None:
     if config is not None:
-        put(cache, config)
-    threads, real = list[int](), huggingface_hub.try_to_load_from_cache
-
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        threads.append(threading.get_ident())
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", watched)
-    for check in (check_architectures_async, check_architectures):
+        put(hub_client, config)
+    looks = watched(monkeypatch, huggingface_hub, "try_to_load_from_cache")
+    for check in (compatibility.check_architectures_async, compatibility.check_architectures):
         refused = pytest.raises(outcome) if outcome else nullcontext()
         with refused as caught, warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -367,15 +364,15 @@ async def test_another_base_warns_and_another_architecture_is_refused(
             words = ("'sql'", "'org/served'", "serve 'org/base'")
             more = (*LLAMA, *QWEN) if outcome is IncompatibleAdapterError else ()
             assert all(word in str(caught.value) for word in (*words, *more))
-        if check is check_architectures_async:  # it reads the cache in a thread
-            assert threading.get_ident() not in threads
-    assert bool(threads) == (outcome is not None)
+        if check is compatibility.check_architectures_async:  # it reads the cache in a thread
+            assert threading.get_ident() not in {look.thread for look in looks}
+    assert bool(looks) == (outcome is not None)
 
 
-def test_a_strangers_name_leads_nowhere_else(cache: Path, tmp_path: Path) -> None:
-    put(cache, {"architectures": LLAMA})
-    assert cached_architectures("org/base") == ("LlamaForCausalLM",)
+def test_a_strangers_name_leads_nowhere_else(hub_client: Path, tmp_path: Path) -> None:
+    put(hub_client, {"architectures": LLAMA})
+    assert compatibility.cached_architectures("org/base") == ("LlamaForCausalLM",)
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "config.json").write_text(json.dumps({"architectures": LLAMA}))
     for name in ("../../x", "/etc", "./x", "a/b/c", "x" * 500, "\0", "org/base@v1"):
-        assert cached_architectures(name) is None
+        assert compatibility.cached_architectures(name) is None

@@ -21,13 +21,7 @@ from lorax_async import errors, layouts
 from lorax_async.adapters.layout_model import LayoutModel, padded_rank
 from lorax_async.adapters.lora import LoraConfig, LoraWeights
 from lorax_async.adapters.weights_file import WeightsFile
-from lorax_async.errors import (
-    AdapterFormatError,
-    ConfigError,
-    IncompatibleAdapterError,
-    UnsupportedAdapterError,
-    UsageError,
-)
+from lorax_async.errors import AdapterFormatError, IncompatibleAdapterError, UnsupportedAdapterError
 from lorax_async.planning.layout import FusedPart, ModelLayout, Module, Parallelism
 
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
@@ -494,7 +488,9 @@ def test_types_are_the_last_component() -> None:
     assert (weight.shape, weight.dtype) == ((840, 2520), torch.bfloat16)
     assert weight.untyped_storage().nbytes() == 2
     assert (model.dtype, model.world_size, model.rank) == (torch.bfloat16, 2, 1)
-    with pytest.raises(UsageError, match="'k_proj'; it has down_proj, lm_head, q_proj, v_proj"):
+    with pytest.raises(
+        errors.UsageError, match="'k_proj'; it has down_proj, lm_head, q_proj, v_proj"
+    ):
         model.get_num_layers_for_type("k_proj")
 
 
@@ -513,13 +509,13 @@ def test_more_components_and_ids_where_the_last_and_a_count_do_not_tell() -> Non
 
 def test_what_is_no_model_is_refused() -> None:
     for rank, world_size in ((2, 2), (-1, 2), (0, 0), (True, 2), (0, 1.0)):
-        with pytest.raises(ConfigError, match=r"rank|world size"):
+        with pytest.raises(errors.ConfigError, match=r"rank|world size"):
             LayoutModel(base.layout(), torch.float32, world_size, rank)  # type: ignore[arg-type]
     for dtype in (torch.int8, "float32", None):
-        with pytest.raises(ConfigError, match="floating point"):
+        with pytest.raises(errors.ConfigError, match="floating point"):
             LayoutModel(base.layout(), dtype, 1)  # type: ignore[arg-type]
     modules = [Module("a.0.q", 4, 4, 0, COLUMN), Module("a.1.q", 4, 4, 1, ROW)]
-    with pytest.raises(ConfigError, match="'q'"):
+    with pytest.raises(errors.ConfigError, match="'q'"):
         model_of(*modules, layers=2)
 
 

@@ -7,7 +7,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from adapters import small_base as base
 from adapters.small_base import WEIGHTS, loaded
 from common import Run, open_files, until
+from engines.conftest import watched
 from late_device.world import LATE
 from late_device.world import loaded as late_device
 from lorax_async import errors
@@ -66,10 +67,7 @@ async def test_it_holds_what_safetensors_reads(folder: Path) -> None:
     saved = load_file(folder / WEIGHTS)
     moved = folder / "part-1.safetensors"
     moved.hardlink_to(folder / WEIGHTS)
-    later = [
-        await WeightsFile.open_async(str(folder), None),
-        await WeightsFile.at_async(str(moved)),
-    ]
+    later = await WeightsFile.open_async(str(folder), None), await WeightsFile.at_async(str(moved))
     for opened in (WeightsFile.open(folder), WeightsFile.at(moved), *later):
         with opened as file:
             assert set(file) == set(saved)
@@ -336,24 +334,17 @@ async def test_as_from_the_file(tmp_path: Path, rank: int, device: str, monkeypa
     made = base.tensors(rank, dtype=torch.bfloat16, skip=[(1, "v_proj")], types=types)
     folder = base.write(tmp_path / "a", made, rank, use_rslora=True)
     model = LayoutModel(base.layout("BF16"), torch.bfloat16, 1)
-    users, real = list[int](), AdapterHandle.use
-
-    def use(handle: AdapterHandle) -> AbstractContextManager[None]:
-        users.append(threading.get_ident())
-        return real(handle)
-
-    monkeypatch.setattr(AdapterHandle, "use", use)
+    uses = watched(monkeypatch, AdapterHandle, "use")
     settings = LoaderConfig(device=device, device_bytes=8 << 20, max_slots=2)
     loader = AdapterLoader(base.layout("BF16"), settings)
     async with loader, await loader.load(folder) as handle:
         for layer_type in ("q_proj", "v_proj"):
             wanted = loaded(LoraConfig.load(folder), model, made, layer_type)
             plain = LoraWeights.from_adapter(handle, layer_type)
-            users.clear()
+            uses.clear()
             in_thread = await LoraWeights.from_adapter_async(handle, layer_type)
             # The slot is in use while it is copied, and elsewhere than on the loop.
-            assert len(users) == 1
-            assert threading.get_ident() not in users
+            assert [use.thread == threading.get_ident() for use in uses] == [False]
             for got in (plain, in_thread):
                 assert got is not None
                 assert torch.equal(got.weights_a, wanted.weights_a)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,24 @@ from lorax_async.engines.transformers import AttachedModel
 from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
 from lorax_async.testing import FakeSource
+
+
+@dataclass(frozen=True)
+class Call:
+    args: tuple[Any, ...]
+    thread: int
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[Call]:
+    """The calls of a function from now on, which does what it did."""
+    calls, original = list[Call](), getattr(owner, name)
+
+    def call(*args: Any, **named: Any) -> Any:
+        calls.append(Call((*args, *named.values()), threading.get_ident()))
+        return original(*args, **named)
+
+    monkeypatch.setattr(owner, name, call)
+    return calls
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -13,7 +13,7 @@ import torch
 
 import tiny
 from common import until
-from engines.conftest import Served
+from engines.conftest import Call, Served, watched
 from engines.variants import active, llama, logits_of, prompt, serving, streaming
 from lorax_async.devices.transfer import GroupTransfer
 from lorax_async.errors import AdapterTimeoutError, FetchError, HandleClosedError, UsageError
@@ -49,15 +49,8 @@ def forward(small: Any, rows: int = 3) -> asyncio.Task[torch.Tensor]:
 
 
 @pytest.fixture
-def waits(monkeypatch: Patch) -> Event:
-    event, real = Event(), AdapterHandle.wait_layer
-
-    def wait_layer(*args: Any, **kwargs: Any) -> None:
-        event.set()
-        real(*args, **kwargs)
-
-    monkeypatch.setattr(AdapterHandle, "wait_layer", wait_layer)
-    return event
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+    return watched(monkeypatch, AdapterHandle, "wait_layer")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -88,14 +81,7 @@ async def test_late_rows_leave(small: Any, adapters: Paths, source: FakeSource, 
 
 async def test_products_mix_no_adapters(small: Any, source: FakeSource, monkeypatch: Patch) -> None:
     """On real shapes, rows' last bits would depend on who is out."""
-    small, original = copy.deepcopy(small).bfloat16(), dense.Dense.expand
-    made: list[torch.Tensor] = []
-
-    def expand(self: dense.Dense, y: torch.Tensor) -> None:
-        made.append(y)
-        original(self, y)
-
-    monkeypatch.setattr(dense.Dense, "expand", expand)
+    small, made = copy.deepcopy(small).bfloat16(), watched(monkeypatch, dense.Dense, "expand")
     async with streaming(small, source, dtype="bfloat16") as (attached, warm, cold):
         products = []
         for budget in (60.0, 60.0, None):
@@ -110,13 +96,13 @@ async def test_products_mix_no_adapters(small: Any, source: FakeSource, monkeypa
 
 
 async def test_a_layer_within_the_budget_is_waited_for(
-    small: Any, adapters: list[Path], source: FakeSource, waits: Event
+    small: Any, adapters: list[Path], source: FakeSource, waits: list[Call]
 ) -> None:
     whole = await logits_with_all(small, adapters)
     async with streaming(small, source) as (attached, warm, cold):
         with attached.batch([warm, cold, None], budget=60.0) as gate:
             passing = forward(small)
-            await until(waits.is_set)
+            await until(lambda: waits)
             assert not passing.done()
             source.allow("cold")
             assert torch.equal(await passing, whole)
@@ -128,7 +114,7 @@ async def test_a_layer_within_the_budget_is_waited_for(
 
 @pytest.mark.parametrize("ends", ["fails", "is released", "failed before"])
 async def test_an_adapter_that_ends_takes_out_its_own_rows(
-    small: Any, source: FakeSource, waits: Event, ends: str
+    small: Any, source: FakeSource, waits: list[Call], ends: str
 ) -> None:
     if ends != "is released":
         source.fail("bring", FetchError("the line is down"), id="cold", at=1)
@@ -142,7 +128,7 @@ async def test_an_adapter_that_ends_takes_out_its_own_rows(
         with attached.batch(rows, budget=60.0) as gate:
             passing = forward(small, 4)
             if ends == "is released":
-                await until(waits.is_set)
+                await until(lambda: waits)
                 cold.release()
             source.allow("cold")
             logits = await passing
@@ -156,12 +142,14 @@ async def test_an_adapter_that_ends_takes_out_its_own_rows(
             pass
 
 
-async def test_a_release_leaves_a_clone_alone(small: Any, source: FakeSource, waits: Event) -> None:
+async def test_a_release_leaves_a_clone_alone(
+    small: Any, source: FakeSource, waits: list[Call]
+) -> None:
     """Two requests for one adapter: one of them is given up in the midst."""
     async with streaming(small, source) as (attached, warm, cold), cold.clone() as twin:
         with attached.batch([cold, twin, warm, None], budget=60.0) as gate:
             passing = forward(small, 4)
-            await until(waits.is_set)
+            await until(lambda: waits)
             cold.release()
             await asyncio.sleep(0.02)  # the pass hears of it before the layer comes
             source.allow("cold")
@@ -172,7 +160,7 @@ async def test_a_release_leaves_a_clone_alone(small: Any, source: FakeSource, wa
 
 
 async def test_what_is_on_this_machine_is_waited_for_beyond_the_budget(
-    small: Any, adapters: list[Path], source: FakeSource, monkeypatch: Any, waits: Event
+    small: Any, adapters: list[Path], source: FakeSource, monkeypatch: Any, waits: list[Call]
 ) -> None:
     """Its bytes are here, and no thread has copied them yet."""
     go, original = Event(), GroupTransfer.run
@@ -191,7 +179,7 @@ async def test_what_is_on_this_machine_is_waited_for_beyond_the_budget(
             assert not cold.is_ready(0)
             with attached.batch([warm, cold, None], budget=0.0) as gate:
                 passing = forward(small)
-                await until(waits.is_set)
+                await until(lambda: waits)
                 assert not passing.done()
                 go.set()
                 assert torch.equal(await passing, whole)
@@ -215,13 +203,13 @@ async def test_nobody_is_waited_for_on_the_loops_thread(small: Any, source: Fake
 
 @pytest.mark.parametrize("released", [True, False])
 async def test_without_a_budget_a_pass_raises_what_ended_its_adapter(
-    small: Any, source: FakeSource, waits: Event, released: bool
+    small: Any, source: FakeSource, waits: list[Call], released: bool
 ) -> None:
     source.fail("bring", FetchError("the line is down"), id="cold", at=1)
     async with streaming(small, source) as (attached, warm, cold):
         with attached.batch([warm, cold]):
             passing, layer = forward(small, 2), asyncio.create_task(cold.layer_ready(1))
-            await until(waits.is_set)
+            await until(lambda: waits)
             if released:
                 cold.release()
             else:
@@ -241,14 +229,14 @@ async def test_a_budget_is_a_number_of_seconds(served: Served) -> None:
     ("timeout", "problem"), [(60.0, ""), (60.0, "others could be computed"), (0.2, "within 0.2 s")]
 )
 async def test_who_is_alone_waits_beyond_the_budget(
-    small: Any, source: FakeSource, waits: Event, timeout: float, problem: str
+    small: Any, source: FakeSource, waits: list[Call], timeout: float, problem: str
 ) -> None:
     """Until others could be computed, or the loader waits no longer."""
     others, settings = Event(), {"timeout": timeout}
     async with streaming(small, source, **settings) as (attached, _, cold), cold.clone() as twin:
         with attached.batch([cold, twin], budget=0.0, others_wait=others.is_set) as gate:
             passing = forward(small, 2)
-            await until(waits.is_set)
+            await until(lambda: waits)
             if not problem:
                 await asyncio.wait([passing], timeout=0.05)  # it looks several times
             assert not passing.done()
@@ -263,13 +251,15 @@ async def test_who_is_alone_waits_beyond_the_budget(
             assert problem or torch.equal(logits, logits_of(small, prompt(2)))
 
 
-async def test_one_late_for_itself_is_let_go(small: Any, source: FakeSource, waits: Event) -> None:
+async def test_one_late_for_itself_is_let_go(
+    small: Any, source: FakeSource, waits: list[Call]
+) -> None:
     """Its error is of the kind that a look in vain raises, too."""
     source.fail("bring", AdapterTimeoutError("too late for itself"), id="cold", at=1)
     async with streaming(small, source, timeout=1000.0) as (attached, _, cold):
         with attached.batch([cold], budget=0.0) as gate:
             passing = forward(small, 1)
-            await until(waits.is_set)
+            await until(lambda: waits)
             source.allow("cold")
             await asyncio.wait_for(passing, 10)
             assert "too late for itself" in str(gate.out[0])

@@ -166,11 +166,10 @@ def _is_quick(case: Case) -> bool:
     return (usual and case.names in QUICK) or case.density == 0.4
 
 
-@pytest.mark.parametrize(
-    "case",
-    [case if _is_quick(case) else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
-    ids=str,
-)
+MARKED = [c if _is_quick(c) else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
+
+
+@pytest.mark.parametrize("case", MARKED, ids=str)
 async def test_a_merge_is_pefts(folder: Folders, case: Case) -> None:
     """PEFT holds bf16 files as float32, in which both compute."""
     merge = case.merge(folder)
@@ -193,14 +192,10 @@ def in_loraxs_form(merge: Merge) -> dict[str, Weights]:
         config = lorax.LoraConfig.load(part)
         names = [name for name, module in llama().named_modules() if isinstance(module, nn.Linear)]
         adapters.append((config.map_weights_for_model(paths, names)[0], config))
-    given = lorax.AdapterParameters(
-        adapter_ids=folders_of(merge),
-        weights=merge.weights,
-        merge_strategy=merge.strategy.upper(),
-        density=merge.density,
-        majority_sign_method=merge.majority_sign.upper(),
-        seed=merge.seed,
-    )
+    strategy, sign = merge.strategy.upper(), merge.majority_sign.upper()
+    more: Any = {"merge_strategy": strategy, "majority_sign_method": sign, "seed": merge.seed}
+    more |= {"weights": merge.weights, "density": merge.density}
+    given = lorax.AdapterParameters(adapter_ids=folders_of(merge), **more)
     merged, config = lorax.merge_adapters(adapters, given)
     found = {}
     for name, factors in merged.items():

@@ -213,11 +213,13 @@ def compare_layer(handle: AdapterHandle, layout: ModelLayout, layer: int, saved:
     for name in here.keys() & set(handle.modules):
         weights, path = handle.modules[name], f"base_model.model.{name}"
         kind = "lora_embedding_{}" if here[name].embedding else "lora_{}.weight"
+        a, b = weights.a, weights.b
         for ours, end, dtype in (
-            (weights.a, kind.format("A"), weights.a.dtype),
-            (weights.b, kind.format("B"), weights.b.dtype),
-            (weights.bias, "lora_B.bias", None),
-            (weights.magnitude, "lora_magnitude_vector", None),
+            *((a, kind.format("A"), a.dtype), (b, kind.format("B"), b.dtype)),
+            *(
+                (weights.bias, "lora_B.bias", None),
+                (weights.magnitude, "lora_magnitude_vector", None),
+            ),
         ):
             expected = saved.get(f"{path}.{end}")
             assert (ours is None) == (expected is None)

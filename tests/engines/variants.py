@@ -177,10 +177,7 @@ async def streaming(
 async def adapted(
     model: Any, adapter: Path, **settings: Any
 ) -> AsyncIterator[tuple[AttachedModel, AdapterHandle]]:
-    async with (
-        serving(model, **settings) as (loader, attached),
-        await loader.load(adapter) as handle,
-    ):
+    async with serving(model, **settings) as (it, attached), await it.load(adapter) as handle:
         yield attached, handle
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import shutil
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from starlette.responses import JSONResponse
 
 import tiny
 from common import until
+from engines.conftest import watched
 from lorax_async.errors import FetchError
 from server.world import TOKEN, Answer, World, serving
 from tiny_loaders import fails, on_device
@@ -179,25 +179,15 @@ async def test_where_adapters_are(tmp_path: Path) -> None:
 
 
 async def test_neither_the_disk_nor_a_long_list_holds_the_loop(monkeypatch: Patch) -> None:
-    threads = list[threading.Thread]()
-
-    def noting(kind: type[Any], name: str, concerns: Callable[..., bool]) -> None:
-        original = getattr(kind, name)
-
-        def noted(*given: Any) -> Any:
-            if concerns(*given):
-                threads.append(threading.current_thread())
-            return original(*given)
-
-        monkeypatch.setattr(kind, name, noted)
-
-    noting(Path, "is_dir", lambda path: str(path) == "no/such")
-    noting(JSONResponse, "render", lambda _, content: "data" in content)
+    looks = watched(monkeypatch, Path, "is_dir")
+    lists = watched(monkeypatch, JSONResponse, "render")
     async with serving() as world:
         await load(world, "a", "no/such")
         await adapters(world)
+    threads = [look.thread for look in looks if str(look.args[0]) == "no/such"]
+    threads += [made.thread for made in lists if "data" in made.args[1]]
     assert len(threads) == 2
-    assert threading.main_thread() not in threads
+    assert threading.get_ident() not in threads
 
 
 async def test_a_failure_stands_in_the_story_with_its_error(tmp_path: Path) -> None:

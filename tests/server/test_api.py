@@ -58,11 +58,11 @@ async def test_a_conversation_is_sent_back_with_all_its_fields() -> None:
         chat = world.client.chat.completions
         first = await chat.create(model="base", messages=HI)
         parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-        messages: Any = [
+        brief, last = (
             {"role": "developer", "content": "be brief"},
             {"role": "user", "content": parts},
-        ]
-        messages.insert(1, first.choices[0].message.model_dump())
+        )
+        messages: Any = [brief, first.choices[0].message.model_dump(), last]
         await chat.create(model="base", messages=messages)
         prompt = tokenizer().decode(world.engine.submitted[1].generation.prompt)
     assert prompt == "<system>be brief<assistant>yo<user>a\nb<assistant>"
@@ -163,12 +163,12 @@ def require_form(kind: type[BaseModel], told: Any) -> None:
     assert usage is None or usage.model_extra == {}
 
 
+COMPLETION: Any = (COMPLETIONS, {"prompt": ["a", "b"]}, Completion, Completion)
+
+
 @pytest.mark.parametrize(
     ("path", "body", "kind", "piece"),
-    [
-        (CHATS, {"messages": HI, "n": 2}, ChatCompletion, ChatCompletionChunk),
-        (COMPLETIONS, {"prompt": ["a", "b"]}, Completion, Completion),
-    ],
+    [(CHATS, {"messages": HI, "n": 2}, ChatCompletion, ChatCompletionChunk), COMPLETION],
     ids=["chat", "completion"],
 )
 async def test_answers_and_pieces_have_the_packages_forms(
@@ -236,11 +236,10 @@ def test_stop_strings_are_found_across_pieces() -> None:
         assert [reader.feed(piece) for piece in pieces] == out
 
 
-@given(
-    st.lists(st.text("ab", min_size=1, max_size=4), max_size=4),
-    st.text("ab", max_size=12),
-    st.lists(st.integers(0, 12), max_size=4),
-)
+STOPS = st.lists(st.text("ab", min_size=1, max_size=4), max_size=4)
+
+
+@given(STOPS, st.text("ab", max_size=12), st.lists(st.integers(0, 12), max_size=4))
 def test_where_a_text_is_cut_changes_nothing(stops: list[str], text: str, cuts: list[int]) -> None:
     """The oracle takes one character more at a time, until the text so far ends with a stop."""
     expected, hit = text, False

@@ -55,11 +55,7 @@ def folders(tmp_path: Path, base: ServedModel) -> dict[str, Path]:
 
 @asynccontextmanager
 async def whole(
-    base: ServedModel,
-    warm: Path | None = None,
-    named: dict[str, Any] | None = None,
-    sources: tuple[Allow, ...] = (),
-    **config: Any,
+    base: ServedModel, warm: Path | None = None, named: Any = None, sources: Any = (), **config: Any
 ) -> AsyncIterator[Service]:
     plain = {"dtype": "float32", "device_bytes": 1 << 20, "max_slots": 3}
     settings = ServerSettings(base="b", adapters=named or {}, sources=sources, admin_token=TOKEN)
@@ -129,6 +125,9 @@ async def test_all_is_closed(tmp_path: Path, base: ServedModel, folders: dict[st
     assert row["path"] == str(folders["one"])
 
 
+WITH_TOKEN = (Allow("hub", prefix="org/", use_token=True),)
+
+
 def listed(path: Path, *rows: dict[str, Any]) -> Path:
     plain = {"source": None, "revision": None}
     path.write_text(json.dumps({"adapters": [plain | row for row in rows]}))
@@ -137,14 +136,7 @@ def listed(path: Path, *rows: dict[str, Any]) -> Path:
 
 @pytest.mark.parametrize(
     ("sources", "tokens"),
-    [
-        ((), {"org/named": "own"}),
-        ((Allow("hub", prefix="org/"),), {"org/named": "own", "org/loaded": None, "org/old": None}),
-        (
-            (Allow("hub", prefix="org/", use_token=True),),
-            {"org/named": "own", "org/loaded": "own", "org/old": "own"},
-        ),
-    ],
+    [((), ()), ((Allow("hub", prefix="org/"),), (None, None)), (WITH_TOKEN, ("own", "own"))],
     ids=["closed", "open", "open with the token"],
 )
 async def test_an_adapter_comes_back_as_a_request_could_name_it_now(
@@ -155,6 +147,7 @@ async def test_an_adapter_comes_back_as_a_request_could_name_it_now(
     ids = ("other/loaded", "org/named", "org/loaded")
     rows = [{"id": id, "source": "hub", "use_token": True} for id in ids]
     warm = listed(tmp_path / "warm", *rows, {"id": "org/old"})
+    tokens = {"org/named": "own"} | dict(zip(("org/loaded", "org/old"), tokens, strict=False))
     named = {"named": AdapterRef("org/named", "hub", use_token=True)}
 
     def sent() -> dict[str, str | None]:
@@ -219,13 +212,9 @@ async def test_requests_may_name_no_id_by_default() -> None:
 async def test_requests_may_name_what_is_below_a_source() -> None:
     sources = (Allow("hub", prefix="org/"), Allow("s3", "bucket", prefix="loras/"))
     async with serving(FakeEngine(echo), sources=sources) as world:
-        statuses = {
-            model: (await ask(world, model)).status
-            for model in (
-                *("org/name", "org/name@v1", "s3://bucket/loras/a", "./folder"),
-                *("other/name", "Org/name", "org/name@refs/pr/1", "s3://bucket/loras2/a"),
-            )
-        }
+        models = ["org/name", "org/name@v1", "s3://bucket/loras/a", "./folder"]
+        models += ["other/name", "Org/name", "org/name@refs/pr/1", "s3://bucket/loras2/a"]
+        statuses = {model: (await ask(world, model)).status for model in models}
         # Folders are the loader's to judge, by its local_roots.
         assert list(statuses.values()) == [200, 200, 200, 200, 403, 403, 403, 403], statuses
 

@@ -12,6 +12,7 @@ import socket
 import threading
 from contextlib import closing, suppress
 from typing import Any, cast
+from unittest.mock import AsyncMock
 
 import pytest
 from starlette.requests import ClientDisconnect
@@ -260,13 +261,9 @@ async def test_it_is_ready_when_it_listens() -> None:
         other.stop()
         await ended
         assert told == [True]
-
-        async def fail(sockets: Any) -> None:
-            raise OSError("it cannot")
-
         listener = listen("127.0.0.1", 0)
         third: Any = DrainingServer(world.service)
-        third.startup = fail
+        third.startup = AsyncMock(side_effect=OSError("it cannot"))
         await fails(third.serve([listener]), OSError, "it cannot")
         assert listener.fileno() == -1
 
@@ -306,15 +303,17 @@ async def test_the_process_keeps_its_logging(caplog: pytest.LogCaptureFixture) -
 
 
 @pytest.mark.each_loop
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_signal_drains(number: int) -> None:
-    engine, before = FakeEngine(), signal.getsignal(number)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, None])
+async def test_a_signal_or_uvicorns_own_way_of_ending_drains(number: int | None) -> None:
+    engine, before = FakeEngine(), signal.getsignal(number or signal.SIGTERM)
     async with serving(engine) as world:
         first = world.completing(BASE)
         tokens = await engine.asked()
-        os.kill(os.getpid(), number)
-        while (await world.ask("GET", "/health")).status == 200:
-            pass
+        if number is None:
+            world.server.should_exit = True
+        else:
+            os.kill(os.getpid(), number)
+        await until(lambda: not world.service.healthy)
         refused = await world.completing(BASE)
         assert (refused.status, refused.headers["retry-after"]) == (503, "1")
         assert not world.ended.done()
@@ -323,20 +322,7 @@ async def test_a_signal_drains(number: int) -> None:
         assert (await first).json["choices"][0]["text"] == "done"
         await world.ended
         await fails(world.completing(BASE), ConnectionRefusedError)
-    assert signal.getsignal(number) == before
-
-
-async def test_uvicorns_own_way_of_ending_takes_no_new_requests() -> None:
-    engine = FakeEngine()
-    async with serving(engine) as world:
-        first = world.completing(BASE)
-        tokens = await engine.asked()
-        world.server.should_exit = True
-        await until(lambda: not world.service.healthy)
-        assert (await world.completing(BASE)).status == 503
-        tokens.end()
-        assert (await first).status == 200
-        await world.ended
+    assert signal.getsignal(number or signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize(("drain", "stops", "stream"), [(0.01, 1, 0), (0.01, 1, 1), (1e6, 2, 0)])

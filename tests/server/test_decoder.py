@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 
 import tiny
 from common import until
+from engines.conftest import watched
 from engines.variants import PEFT_WARNING, active, logits_of, serving, streaming
 from lorax_async.engines.transformers import AttachedModel
 from lorax_async.errors import AdapterTimeoutError, ConfigError, FetchError, UsageError
@@ -222,20 +223,18 @@ async def test_late_rows_begin_again(small: Any, adapters: list[Path], source: F
 
 
 async def test_passes_share_one_budget(small: Any, source: FakeSource, monkeypatch: Patch) -> None:
-    budgets, original = list[float](), AttachedModel.batch
-
-    def batch(self: AttachedModel, rows: Any, budget: float, *more: Any, **named: Any) -> Any:
-        budgets.append(budget)
-        return original(self, rows, budget, *more, **named)
-
-    monkeypatch.setattr(AttachedModel, "batch", batch)
+    passes = watched(monkeypatch, AttachedModel, "batch")
     async with streaming(small, source) as (attached, warm, cold):
         decoder = TransformersDecoder(small, attached, 3)
         rows = (row(1, 4, "cold", cold), row(0, 3, "warm", warm), row(2, 5, "cold", cold))
         step = DecoderStep([each.part(each.wants) for each in rows], 0.02, lambda: False)
         computed = await asyncio.to_thread(decoder.compute, step)
         assert set(computed.out) == {0, 2}
-    assert budgets == [0.02, 0.02, 0.0]  # who is there first; then one waits, and one no more
+    assert [each.args[2] for each in passes] == [
+        0.02,
+        0.02,
+        0.0,
+    ]  # who is there first; then one waits, and one no more
 
 
 async def test_failures_end_own_rows(small: Any, adapters: list[Path], source: FakeSource) -> None:
@@ -335,9 +334,10 @@ async def test_answers_are_generates_while_adapters_come(small: Any, adapters: l
     with active(copy.deepcopy(small), most=adapters[0], some=adapters[1]) as peft_model:
         expected = [generated(peft_model, name, prompt, 8) for name, prompt in wanted]
         expected_long = [generated(peft_model, "most", [n, 2, 3], 24) for n in range(4)]
+    begun: Any = {"max_begun": 4}
     async with (
         serving(small, source=source, max_slots=4) as (loader, attached),
-        AdapterScheduler(loader, max_begun=4) as scheduler,
+        AdapterScheduler(loader, **begun) as scheduler,
     ):
         decoder = TransformersDecoder(small, attached, 4)
         async with Engine(scheduler, decoder, max_tokens=16, max_sequences=4) as engine:

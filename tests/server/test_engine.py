@@ -452,8 +452,11 @@ async def test_a_reader_that_was_cancelled_loses_nothing() -> None:
 async def over_files() -> AsyncIterator[tuple[Engine, GatedDevice]]:
     loader, device = gated(slots=2)
     decoder = FakeDecoder(max_sequences=4, loop=asyncio.get_running_loop())
-    scheduler = AdapterScheduler(loader, max_begun=4)
-    async with loader, scheduler, Engine(scheduler, decoder, max_sequences=4) as engine:
+    async with (
+        loader,
+        AdapterScheduler(loader, max_begun=4) as scheduler,
+        Engine(scheduler, decoder, max_sequences=4) as engine,
+    ):
         yield engine, device
     assert decoder.kept == {}
 

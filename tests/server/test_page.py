@@ -234,9 +234,8 @@ async def test_a_stop_ends_the_stream_at_once() -> None:
 
 @pytest.mark.parametrize("stops", [1, 2])
 async def test_a_stuck_page_keeps_no_server(stops: int, monkeypatch: Patch, caplog: Any) -> None:
-    monkeypatch.setattr(dashboard, "TICK", 0.01)
-    monkeypatch.setattr(dashboard, "LAST_SECONDS", 0.2)
-    monkeypatch.setattr(dashboard, "FRESH_SECONDS", 0.0)
+    for name, seconds in (("TICK", 0.01), ("LAST_SECONDS", 0.2), ("FRESH_SECONDS", 0.0)):
+        monkeypatch.setattr(dashboard, name, seconds)
     adapters = {f"{n} {'x' * 20_000}": f"org/a{n}" for n in range(50)}
     async with serving(adapters=adapters, send_buffer=4096, drain=30) as world:
         _reader, writer = await asyncio.open_connection("127.0.0.1", world.port, limit=1)
@@ -288,27 +287,27 @@ async def names_in(world: World, headers: dict[str, str] | None = None) -> set[s
 
 async def test_the_first_request_is_cold_and_the_second_is_not(tmp_path: Path) -> None:
     folder, there = tiny.write(tmp_path / "pirate"), tiny_loader()
-    engine = FakeEngine(loading(there, "aye"))
+    engine = FakeEngine(loading(there))
     async with serving(engine, there, adapters={"pirate": folder}) as world:
         answer = await world.ask("GET", TRACE)
         assert (answer.status, answer.error["code"]) == (404, "no_cold_request")
         async with watching(world) as told:
             assert told.cold is None
-            assert await asked(world, "pirate") == "aye"
+            assert await asked(world, "pirate") == "loaded"
             await told.until(lambda: told.cold)
             cold: Any = told.cold
             assert (cold["name"], cold["outcome"]) == ("pirate", "first token")
             assert 0 < cold["seconds"] < 20
-            assert await asked(world, "pirate") == "aye"
-            assert await asked(world, "base") == "aye"
+            assert await asked(world, "pirate") == "loaded"
+            assert await asked(world, "base") == "loaded"
             assert there.tracer.on is None
         assert await cold_of(world) == cold
         trace = await world.ask("GET", TRACE)
         assert "attachment" in trace.headers["content-disposition"]
         assert trace.json["otherData"]["producer"] == "lorax_async"
         spans = trace.json["traceEvents"]
-        (span,) = [each for each in spans if each["name"] == "request pirate"]
-        assert span["args"] == {"adapter": "pirate", "outcome": "first token"}
+        args = [each["args"] for each in spans if each["name"] == "request pirate"]
+        assert args == [{"adapter": "pirate", "outcome": "first token"}]
         names = await names_in(world)
         assert {"request pirate", "load pirate", "fetch header", "layer 0"} <= names
         assert trace.headers["cache-control"] == "no-store"
@@ -321,10 +320,8 @@ async def test_the_first_request_is_cold_and_the_second_is_not(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("rule", "status", "outcome"),
     [
-        ("load", 404, "AdapterNotFoundError"),
-        (lambda tokens: tokens.end(), 200, "no token"),
-        ("refuse the second", 429, "cancelled"),
-        ("hang up", None, "cancelled"),
+        *[("load", 404, "AdapterNotFoundError"), (FakeTokens.end, 200, "no token")],
+        *[("refuse the second", 429, "cancelled"), ("hang up", None, "cancelled")],
         ("closed", 503, None),
     ],
 )

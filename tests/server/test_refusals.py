@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 import lorax_async as la
 import tiny
+from engines.conftest import watched
 from lorax_async.cli.serve import choose_hosts
 from lorax_async.errors import ConfigError, LoraxError, UsageError
 from lorax_async.server import request_bodies
@@ -433,16 +434,11 @@ def test_other_threads_run_while_a_long_text_becomes_tokens(kind: type[Generatio
     assert read[0] >= len(text)
 
 
-async def test_a_prompt_is_read_off_the_loop() -> None:
-    threads = list[threading.Thread]()
+async def test_a_prompt_is_read_off_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving() as world:
-        read = world.service.prompts.read
-        world.service.prompts.read = lambda body: (  # type: ignore[method-assign]
-            threads.append(threading.current_thread()) or read(body)  # type: ignore[func-returns-value]
-        )
+        reads = watched(monkeypatch, world.service.prompts, "read")
         assert (await world.ask("POST", COMPLETIONS, PLAIN)).status == 200
-    assert len(threads) == 1
-    assert threading.main_thread() not in threads
+    assert [read.thread == threading.get_ident() for read in reads] == [False]
 
 
 POSTS = (COMPLETIONS, "/v1/chat/completions", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -127,11 +128,12 @@ def test_adapters_have_names(tmp_path: Path) -> None:
 
 def test_adapters_that_have_no_name_are_refused(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "below" / "deep" / "one")
-    none = (
-        (["{0}/../.."], "is not an adapter, and contains none"),
+    none = (["{0}/../.."], "is not an adapter, and contains none")
+    two, no_place = (
+        (["{0}", "{0}"], "two adapters are named 'one'"),
         (["x=ftp://host/a"], "--adapters"),
     )
-    for given, said in ((["{0}", "{0}"], "two adapters are named 'one'"), *none):
+    for given, said in (none, two, no_place):
         with pytest.raises(ConfigError, match=said):
             find_adapters([text.format(folder) for text in given])
 
@@ -173,9 +175,6 @@ def test_what_lives_for_ever_is_not_looked_through_again_and_again(monkeypatch: 
 def refused(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> Callable[..., str]:
     """Start a server with these options; returns the one line that it ends with."""
 
-    def load(*_: Any, **__: Any) -> ServedModel:
-        raise AssertionError("the base model was loaded")
-
     def start(*options: str) -> str:
         command = ["serve", "--base", str(tmp_path), "--port", "0", "--json", *options]
         assert main(command) == 1
@@ -185,7 +184,8 @@ def refused(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> Callable[...
         assert line.startswith("ConfigError: ")
         return line
 
-    monkeypatch.setattr(ServedModel, "load", load)
+    loaded = Mock(side_effect=AssertionError("the base model was loaded"))
+    monkeypatch.setattr(ServedModel, "load", loaded)
     return start
 
 

@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from common import until
+from engines.conftest import watched
 from lorax_async.loader import AdapterLoader
 from lorax_async.runtime.placement import Placement
 from lorax_async.server.warm_list import WarmList
@@ -57,20 +59,14 @@ async def test_it_names_what_is_on_the_device_last_used_first(tmp_path: Path, pa
 
 
 async def test_few_names_are_looked_up(tmp_path: Path, path: Path, monkeypatch: Patch) -> None:
-    asked, story = set[object](), Placement.story
-
-    def counted(self: Placement, ref: Any) -> Any:
-        asked.add(ref)
-        return story(self, ref)
-
     async with over(stocked(tmp_path, "one")) as there, WarmList(path, there, pause=0) as listed:
         await warm(there, "one")
         for number in range(500):
             listed.record_use(f"another/{number}")
         listed.record_use("one")
-        monkeypatch.setattr(Placement, "story", counted)
+        looks = watched(monkeypatch, Placement, "story")
         await until(lambda: named(path) == ["one"])
-    assert asked == {AdapterRef("one")}
+    assert {look.args[1] for look in looks} == {AdapterRef("one")}
 
 
 @pytest.mark.parametrize("kind", ["id", "operator's", "path"])
@@ -231,10 +227,7 @@ async def test_a_file_that_cannot_be_written_is_told_of_and_nothing_is_left(
         folder.rmdir()
     assert caplog.text.count("could not be written") == 1
 
-    def fail(source: str, target: Path) -> None:
-        raise OSError("it is read-only")
-
-    monkeypatch.setattr(os, "replace", fail)
+    monkeypatch.setattr(os, "replace", Mock(side_effect=OSError("it is read-only")))
     async with loader() as there, WarmList(path, there):
         pass
     assert caplog.text.count("could not be written") == 2

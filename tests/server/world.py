@@ -60,10 +60,6 @@ def tokens_of(text: str) -> list[int]:
     return found
 
 
-def text_of(tokens: tuple[int, ...]) -> str:
-    return str(tokenizer().backend_tokenizer.decode(tokens))
-
-
 def llama_config() -> Any:
     heads: Any = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
     sizes: Any = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 24}
@@ -150,20 +146,20 @@ class FakeEngine:
         return self.submitted[count - 1]
 
 
-def saying(text: str, finish: Finish = "stop") -> Rule:
+def saying(text: str) -> Rule:
     """Answer with the text, cut to `max_new_tokens`, as an engine does."""
 
     def rule(tokens: FakeTokens) -> None:
         said, most = tokens_of(text), tokens.generation.max_new_tokens
         tokens.give(*said[:most])
-        tokens.end("length" if len(said) > most else finish)
+        tokens.end("length" if len(said) > most else "stop")
 
     return rule
 
 
 def echo(tokens: FakeTokens) -> None:
     asked, how = tokens.generation, tokens.generation.sampling
-    text = text_of(asked.prompt)
+    text = tokenizer().backend_tokenizer.decode(asked.prompt)
     tokens.say(f"{asked.adapter}|{text}|{how.temperature}|{how.top_p}|{how.seed}")
     tokens.end()
 
@@ -172,7 +168,7 @@ def failing(error: LoraxError) -> Rule:
     return lambda tokens: tokens.fail(error)
 
 
-def loading(loader: AdapterLoader, said: str = "loaded") -> Rule:
+def loading(loader: AdapterLoader) -> Rule:
     """Answers once the adapter is loaded, as a real engine does."""
 
     async def answer(tokens: FakeTokens) -> None:
@@ -183,7 +179,7 @@ def loading(loader: AdapterLoader, said: str = "loaded") -> Rule:
         except Exception as error:
             tokens.fail(error)
         else:
-            saying(said)(tokens)
+            saying("loaded")(tokens)
 
     tasks = set[asyncio.Task[None]]()
     return lambda tokens: tasks.add(asyncio.ensure_future(answer(tokens)))
@@ -282,11 +278,7 @@ async def listening(
 
 @asynccontextmanager
 async def serving(
-    engine: Any = None,
-    loader: AdapterLoader | None = None,
-    *,
-    send_buffer: int | None = None,
-    **settings: Any,
+    engine: Any = None, loader: Any = None, *, send_buffer: int | None = None, **settings: Any
 ) -> AsyncIterator[World]:
     """A server before `engine`, or before one that says "hello"."""
     engine = FakeEngine(saying("hello")) if engine is None else engine
