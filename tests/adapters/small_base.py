@@ -103,9 +103,8 @@ def lorax_model(
         for names in (QKV, GATE_UP):
             sizes = [SHAPES[name][1] for name in names]
             linear = Linear(weight=weight(sum(sizes) // world_size, HIDDEN, dtype))
-            fused = ParallelLayer(
-                base_layer=BaseLayer(linear=linear), layer_names=names, sizes=sizes
-            )
+            fused = ParallelLayer(base_layer=BaseLayer(linear=linear))
+            fused.layer_names, fused.sizes = names, sizes
             for name in names:
                 model.target_to_layer[layer, name] = module_name(layer, name), fused
         for name in ("o_proj", "down_proj"):

@@ -224,14 +224,11 @@ def test_the_delta_is_the_same_split_over_any_world(rank: int, world: int, layer
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_deltas_are_those_of_peft(tmp_path: Path, world_size: int) -> None:
     """A layer of a high rank leaves nothing behind in the next one, and an absent layer is zero."""
-    lora = {
-        "r": 12,
-        "lora_alpha": 30,
-        "target_modules": [*QKV, *base.GATE_UP, *base.ROW_PARALLEL],
-        "rank_pattern": {"k_proj": 4, "layers.0.self_attn.q_proj": 40},
-        "alpha_pattern": {"up_proj": 6, "layers.1.self_attn.q_proj": 5},
-        "exclude_modules": ["layers.1.self_attn.v_proj"],
-    }
+    every = [*QKV, *base.GATE_UP, *base.ROW_PARALLEL]
+    lora: Any = {"r": 12, "lora_alpha": 30, "target_modules": every}
+    lora |= {"rank_pattern": {"k_proj": 4, "layers.0.self_attn.q_proj": 40}}
+    lora |= {"alpha_pattern": {"up_proj": 6, "layers.1.self_attn.q_proj": 5}}
+    lora |= {"exclude_modules": ["layers.1.self_attn.v_proj"]}
     decoder = llama()
     layout = layouts.from_module(decoder)
     models = [LayoutModel(layout, FLOAT32, world_size, rank) for rank in range(world_size)]
@@ -333,9 +330,7 @@ def test_a_model_that_drops_a_remainder_is_found_out() -> None:
 def _transposed(*types: str) -> LayoutModel:
     layout = base.layout()
     turned = [(module, module.name.rpartition(".")[2] in types) for module in layout.modules]
-    modules = tuple(
-        dataclasses.replace(module, transposed=is_turned) for module, is_turned in turned
-    )
+    modules = tuple(dataclasses.replace(one, transposed=is_turned) for one, is_turned in turned)
     return LayoutModel(dataclasses.replace(layout, modules=modules), FLOAT32, 1)
 
 
@@ -488,9 +483,7 @@ def test_types_are_the_last_component() -> None:
     assert (weight.shape, weight.dtype) == ((840, 2520), torch.bfloat16)
     assert weight.untyped_storage().nbytes() == 2
     assert (model.dtype, model.world_size, model.rank) == (torch.bfloat16, 2, 1)
-    with pytest.raises(
-        errors.UsageError, match="'k_proj'; it has down_proj, lm_head, q_proj, v_proj"
-    ):
+    with pytest.raises(errors.UsageError, match="'k_proj'; it has down_proj, lm_head, q_proj, v"):
         model.get_num_layers_for_type("k_proj")
 
 

@@ -324,18 +324,12 @@ async def test_a_file_with_the_bases_embedding_is_refused_with_the_remedy(tmp_pa
         await logits_with(model, tmp_path, prompt(1))
 
 
-PATTERNS = {
-    "r": 4,
-    "lora_alpha": 8,
-    "target_modules": ["q_proj", "v_proj", "down_proj"],
-    # In the order of the config, as the live model has it, the first that matches counts.
-    "rank_pattern": {"v_proj": 2, r"layers\.1\.self_attn.*": 3},
-    "alpha_pattern": {"layers.1.self_attn.q_proj": 5, "q_proj": 1},
-}
+PATTERNS: Any = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+# In the order of the config, as the live model has it, the first that matches counts.
+PATTERNS |= {"rank_pattern": {"v_proj": 2, r"layers\.1\.self_attn.*": 3}}
+PATTERNS |= {"alpha_pattern": {"layers.1.self_attn.q_proj": 5, "q_proj": 1}}
 SMALL = ("every_linear", "rslora", "dora", "lora_bias", "embedding_and_all", "dora_embedding")
-LORAS: dict[str, Any] = {name: variants.VARIANTS[name].lora for name in SMALL} | {
-    "patterns": PATTERNS
-}
+LORAS: Any = {name: variants.VARIANTS[name].lora for name in SMALL} | {"patterns": PATTERNS}
 
 
 @pytest.mark.parametrize("name", LORAS)

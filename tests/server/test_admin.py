@@ -142,7 +142,6 @@ async def test_what_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
         (shutil.rmtree, 404, "model_not_found"),
         (lambda bad: bad.rename(f"{bad}x") and bad.write_text("x"), 422, "adapter_malformed"),
     ],
-    ids=["layers", "no folder", "a file"],
 )
 async def test_a_refused_one_is_unnamed(tmp_path: Path, spoil: Any, status: int, code: str) -> None:
     """And a name that it was to get in place keeps its meaning."""

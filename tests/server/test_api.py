@@ -169,7 +169,6 @@ COMPLETION: Any = (COMPLETIONS, {"prompt": ["a", "b"]}, Completion, Completion)
 @pytest.mark.parametrize(
     ("path", "body", "kind", "piece"),
     [(CHATS, {"messages": HI, "n": 2}, ChatCompletion, ChatCompletionChunk), COMPLETION],
-    ids=["chat", "completion"],
 )
 async def test_answers_and_pieces_have_the_packages_forms(
     path: str, body: Any, kind: type[BaseModel], piece: type[BaseModel]

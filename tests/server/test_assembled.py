@@ -137,7 +137,6 @@ def listed(path: Path, *rows: dict[str, Any]) -> Path:
 @pytest.mark.parametrize(
     ("sources", "tokens"),
     [((), ()), ((Allow("hub", prefix="org/"),), (None, None)), (WITH_TOKEN, ("own", "own"))],
-    ids=["closed", "open", "open with the token"],
 )
 async def test_an_adapter_comes_back_as_a_request_could_name_it_now(
     tmp_path: Path, base: ServedModel, monkeypatch: pytest.MonkeyPatch, sources: Any, tokens: Any
@@ -151,9 +150,7 @@ async def test_an_adapter_comes_back_as_a_request_could_name_it_now(
     named = {"named": AdapterRef("org/named", "hub", use_token=True)}
 
     def sent() -> dict[str, str | None]:
-        found = [
-            (id, each) for id in (*ids, "org/old") for each in empty.asked if id in each.target
-        ]
+        found = [(id, one) for id in (*ids, "org/old") for one in empty.asked if id in one.target]
         fields = [(id, each.fields.get("authorization", "")) for id, each in found]
         asked = {(id, field.removeprefix("Bearer ") or None) for id, field in fields}
         assert len(dict(asked)) == len(asked), "each is asked for on one authority"
@@ -259,7 +256,6 @@ def sent(hub: HubStandIn, repo: str) -> set[str | None]:
         (["hub:org/"], [200, 200, 403], [{OWN}, {OWN}, set()]),
         (["hub", "hub:org/"], [200, 200, 403], [{OWN}, {OWN}, {None}]),
     ],
-    ids=["closed", "hub", "org", "hub and org"],
 )
 async def test_a_strangers_id_gets_the_token_of_its_source_alone(
     hub: HubStandIn, tmp_path: Path, sources: list[str], statuses: list[int], tokens: Any

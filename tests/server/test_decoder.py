@@ -109,10 +109,6 @@ def base_alone(model: Any) -> Solo:
     return lambda _, tokens: logits_of(model, {"input_ids": torch.tensor([list(tokens)])})[0, -1]
 
 
-def tokens_of(shuffled: random.Random, length: int) -> list[int]:
-    return [shuffled.randrange(64) for _ in range(length)]
-
-
 PLAYS = [("sdpa", 1), ("sdpa", 2), ("eager", 0), ("eager", 1), ("eager", 2)]
 
 
@@ -138,7 +134,9 @@ async def test_rows_are_solo_runs(small: Any, adapters: Paths, attention: str, s
                 if len(there) < 4 and shuffled.random() < 0.5:
                     name = shuffled.choice(["most", "some", None])
                     length = shuffled.choice([1, 3, 3, 7, 70])
-                    there.append(Row(number, name, handles[name], tokens_of(shuffled, length)))
+                    there.append(
+                        Row(number, name, handles[name], shuffled.choices(range(64), k=length))
+                    )
                 rows = shuffled.sample(there, shuffled.randint(0, len(there)))
                 if rows:
                     await play.step(*((one, shuffled.choice([one.wants, 1])) for one in rows))
@@ -267,7 +265,6 @@ def rope(kind: str) -> PreTrainedConfig:
         (rope("dynamic"), "rope_type is dynamic"),
         (rope("longrope"), "rope_type is longrope"),
     ],
-    ids=["sliding window", "linear attention", "encoder", "dynamic", "longrope"],
 )
 def test_models_that_mix_their_rows_are_refused(config: PreTrainedConfig, words: str) -> None:
     attached: Any = None  # it is not looked at

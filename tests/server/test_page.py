@@ -10,7 +10,8 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 
@@ -198,26 +199,20 @@ async def test_many_adapters_are_cut_and_names_counted(tmp_path: Path, monkeypat
 
 def test_all_pages_share_a_look_which_takes_a_share_of_the_time(monkeypatch: Patch) -> None:
     """A look of 50 ms, at many adapters, is the only one in a second."""
-    clock, looks = [100.0], list[float]()
+    clock, loader = [100.0], Mock()
 
-    class Loader:
-        def placement(self) -> Self:
-            return self
+    def look(_: object) -> None:
+        clock[0] += 0.05
 
-        def find(self, _: object) -> None:
-            clock[0] += 0.05
-            looks.append(clock[0])
-
-        def story(self, _: object) -> tuple[()]:
-            return ()
-
+    loader.placement.return_value = loader
+    loader.find.side_effect, loader.story.return_value = look, ()
     monkeypatch.setattr(dashboard, "monotonic", lambda: clock[0])
     names, other = ModelNames("base", {"one": "org/one"}), cast(Any, None)
-    shared = dashboard.Dashboard(cast(Any, Loader()), names, other)
+    shared = dashboard.Dashboard(loader, names, other)
     counts = list[int]()
     for _ in range(8):
         assert shared.rows(operator=False) is shared.rows(operator=False)
-        counts.append(len(looks))
+        counts.append(loader.find.call_count)
         clock[0] += 0.25
     assert counts == [1, 1, 1, 1, 2, 2, 2, 2]
 

@@ -220,11 +220,8 @@ def test_the_operator_sees_all(chromium: Any, site: str) -> None:
     """With the right token; another one is forgotten, be it no text of HTTP."""
     with opened(chromium, site, DESK) as page:
         page.get_by_text("Operator").click()
-        for token, link in (
-            ("€", "not connected"),
-            ("a wrong one", "needs the admin token"),
-            (TOKEN, "live, all adapters"),
-        ):
+        wrong = ("€", "not connected"), ("a wrong one", "needs the admin token")
+        for token, link in (*wrong, (TOKEN, "live, all adapters")):
             page.get_by_label("Admin token").fill(token)
             page.get_by_role("button", name="Use it").click()
             shows(page, "#link", link)

@@ -317,11 +317,7 @@ def _only_config(folder: Path) -> None:
         (_only_config, "(?!.*safetensors).*tokenizer"),
         (_file("tokenizer_config.json", "[]"), ""),
     ],
-    ids=[
-        "no folder", "no config", "weights missing", "other sizes", "other types", "cut", "empty",
-        "a list", "no tokenizer", "neither tokenizer nor weights", "no tokenizer's config",
-    ],
-)  # fmt: skip
+)
 def test_a_folder_of_no_base_is_told(whole: Path, tmp_path: Path, change: Any, said: str) -> None:
     """The tokenizer is read before the weights; transformers' own words are restored."""
     folder = tmp_path / "changed"
