@@ -22,7 +22,6 @@ Content = Tensors | WeightsFile
 LAYERS = 3
 # Each size is shared evenly by 1 to 8 processes.
 HIDDEN, KEY_VALUE, INTERMEDIATE, VOCABULARY = 840, 1680, 2520, 3360
-
 OUTPUTS = {"q": HIDDEN, "k": KEY_VALUE, "v": KEY_VALUE, "o": HIDDEN, "gate": INTERMEDIATE}
 OUTPUTS["up"] = INTERMEDIATE
 SHAPES = {f"{name}_proj": (HIDDEN, outputs) for name, outputs in OUTPUTS.items()}

@@ -132,7 +132,6 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn, ranks: st.SearchStrategy[int]) -> Case:
-    """Batches over adapters 0 to 5, of which only some have weights."""
     lengths = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 4)), min_size=1, max_size=8)
     tokens = [index for index, length in draw(lengths) for _ in range(length)]
     some = st.lists(st.integers(0, len(tokens) - 1), unique=True).map(sorted)
@@ -142,9 +141,6 @@ def cases(draw: st.DrawFn, ranks: st.SearchStrategy[int]) -> Case:
 
 
 TOKENS = [0, 0, 1, 1, 0, 0, 1, 1]
-Integers = Tensor | list[int]
-
-
 tokens_of_a_batch = st.lists(st.tuples(st.integers(-1, 3), st.integers(1, 5)), max_size=8).map(
     lambda runs: [index for index, length in runs for _ in range(length)]
 )

@@ -51,19 +51,16 @@ def folder(tmp_path: Path, **changes: Any) -> Path:
     return base.write(tmp_path / "adapter", base.tensors(types=["q_proj"]), **changes)
 
 
-def test_the_names() -> None:
+LOAD = "config model module_map layer_type unused_weight_names"
+BATCHED = "self model module_map layer_type unused_weight_names dynamic"
+
+
+def test_the_names_and_signatures() -> None:
     names = "AdapterConfig AdapterWeights BatchAdapterWeights LORA ModuleMap RankSegments"
     assert all(hasattr(lora, name) for name in (*names.split(), *lora.__all__))
     assert all(hasattr(adapters, name) for name in adapters.__all__)
     assert lora.get_scaling_factor(16, 4) == 4.0
     assert lora.get_scaling_factor(16, 4, uses_rslora=True) == 8.0
-
-
-LOAD = "config model module_map layer_type unused_weight_names"
-BATCHED = "self model module_map layer_type unused_weight_names dynamic"
-
-
-def test_the_signatures() -> None:
     signatures: dict[Any, str] = {
         lora.LoraConfig: "base_model_name_or_path r target_modules fan_in_fan_out lora_alpha use_rslora",
         lora.LoraConfig.load: "adapter_id api_token",

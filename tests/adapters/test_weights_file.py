@@ -47,7 +47,6 @@ def folder(tmp_path: Path) -> Path:
 
 @contextmanager
 def opens(monkeypatch: Patch) -> Iterator[list[tuple[str, int]]]:
-    """Names and threads, added to as files are opened to be read."""
     seen: list[tuple[str, int]] = []
     real = os.open
 

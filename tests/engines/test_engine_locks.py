@@ -63,8 +63,6 @@ Meet = Callable[[int], Meeting]
 
 @pytest.fixture
 def meet(monkeypatch: pytest.MonkeyPatch) -> Meet:
-    """Of threads in locks of the engines; the first halts at the step of that number."""
-
     def make(at: int) -> Meeting:
         meeting = Meeting(at)
         for module in (batch_module, layer_gate):
@@ -122,16 +120,14 @@ class Handle:
 
 
 def test_two_threads_that_leave_somebody_out_leave_both_out(meet: Meet) -> None:
-    def scenario(meeting: Meeting) -> None:
+    for at in range(3):
+        meeting = meet(at)
         rows: list[Any] = [Handle(slot, meeting.step, []) for slot in range(2)]
         loop: Any = None
         gate, error = LayerGate(rows, loop, 1.0), FetchError("as told")
         for done in meeting.of(*[partial(gate.leave_out, row, error) for row in rows]):
             assert done.result() is None
         assert gate.slots_out == {0, 1}
-
-    for at in range(3):
-        scenario(meet(at))
 
 
 def begun(meeting: Meeting) -> tuple[ModelBatch, list[str]]:

@@ -27,11 +27,7 @@ from scheduling.page import functions
 from tiny_loaders import fails
 
 Paths = list[Path]
-
 Patch = pytest.MonkeyPatch
-
-
-Rows = list[AdapterHandle | None]
 
 
 async def logits_with_all(small: Any, adapters: list[Path], **settings: Any) -> torch.Tensor:
@@ -119,7 +115,7 @@ async def test_an_adapter_that_ends_takes_out_its_own_rows(
     if ends != "is released":
         source.fail("bring", FetchError("the line is down"), id="cold", at=1)
     async with streaming(small, source) as (attached, warm, cold):
-        rows: Rows = [cold, warm, None, cold]
+        rows: list[Any] = [cold, warm, None, cold]
         if ends == "failed before":
             source.allow("cold")
             await fails(cold.layer_ready(cold.layers[-1]), FetchError)

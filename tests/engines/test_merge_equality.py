@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,6 @@ from lorax_async.types import AdapterRef, Merge
 pytestmark = [pytest.mark.filterwarnings("ignore:The density 1.0:UserWarning")]
 
 Folders = Callable[[str], Path]
-
 ADAPTERS: Mapping[str, Mapping[str, Any]] = {
     "one": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]},
     "two": {"r": 4, "lora_alpha": 3, "target_modules": ["q_proj", "k_proj", "lm_head"]},
@@ -134,30 +134,16 @@ class Case:
         return Merge(self.strategy, folders, weights, self.density, self.sign, seed=seed)
 
 
-CASES = [
-    *[
-        Case("linear", names, weights)
-        for names in (*PAIRS, ("one", "rank_6"), ("patterns", "one", "rank_6"))
-        for weights in WEIGHTS
-    ],
-    *[
-        Case("ties", names, density=density, sign=sign)
-        for names in PAIRS
-        for density in (1.0, 0.5, 0.07, 1e-9)
-        for sign in ("total", "frequency")
-    ],
-    *[
-        Case(strategy, names, density=density, sign=sign)
-        for names in (*PAIRS, ("gaussian", "one"), ("unstarted", "three"), ("one", "three"))
-        for density in (1.0, 0.9, 0.3, 1e-9)
-        for strategy, sign in DRAWN
-    ],
-    Case("linear", ("one-bf16", "two-bf16")),
-    Case("ties", ("one-bf16", "two-bf16"), density=0.4),
-    Case("dare_ties", ("one-bf16", "two-bf16"), density=0.4),
-]
+RANKED = (("one", "rank_6"), ("patterns", "one", "rank_6"))
+DENSITIES, SIGNS = (1.0, 0.5, 0.07, 1e-9), ("total", "frequency")
+DROPPING = (*PAIRS, ("gaussian", "one"), ("unstarted", "three"), ("one", "three"))
+ROUNDED: Any = (("linear", None), ("ties", 0.4), ("dare_ties", 0.4))
+DRAWS = product(DROPPING, (1.0, 0.9, 0.3, 1e-9), DRAWN)
 
-
+CASES = [Case("linear", *each) for each in product((*PAIRS, *RANKED), WEIGHTS)]
+CASES += [Case("ties", n, density=d, sign=s) for n, d, s in product(PAIRS, DENSITIES, SIGNS)]
+CASES += [Case(how, n, density=d, sign=s) for n, d, (how, s) in DRAWS]
+CASES += [Case(how, ("one-bf16", "two-bf16"), density=d) for how, d in ROUNDED]
 QUICK = {("one", "two"), ("patterns", "more_patterns"), ("one", "three"), ("one", "rank_6")}
 
 
@@ -184,7 +170,6 @@ async def test_a_merge_is_pefts(folder: Folders, case: Case) -> None:
 
 
 def in_loraxs_form(merge: Merge) -> dict[str, Weights]:
-    """By `merge_adapters`, of module maps that name the files."""
     adapters = []
     for part in folders_of(merge):
         file = part / "adapter_model.safetensors"

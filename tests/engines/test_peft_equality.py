@@ -24,9 +24,7 @@ from lorax_async import layouts
 from lorax_async.config import LoaderConfig
 from lorax_async.devices.cuda import CudaDevice
 from lorax_async.devices.simulated import SimulatedDevice
-from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
-from lorax_async.planning.layout import ModelLayout
 
 pytestmark = [pytest.mark.filterwarnings(variants.FEATURE_WARNINGS)]
 
@@ -56,7 +54,6 @@ def left_padded(rows: int, tokens: int = 12) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def folder(theirs: Any, examples: Path, tmp_path_factory: pytest.TempPathFactory) -> FolderOf:
-    """The folder of a trained adapter, or of a variant, written when it is first asked for."""
     root = tmp_path_factory.mktemp("variants")
 
     def of(name: str) -> Path:
@@ -203,24 +200,17 @@ async def test_a_handles_weights_are_the_files(
         assert set(handle.modules) == paths
         for layer in handle.layers:
             await handle.layer_ready(layer)
-            compare_layer(handle, layout, layer, saved)
+            here = {module.name: module for module in layout.modules if module.layer == layer}
+            for path in here.keys() & set(handle.modules):
+                weights = handle.modules[path]
+                kind = "lora_embedding_{}" if here[path].embedding else "lora_{}.weight"
+                parts = {kind.format("A"): weights.a, kind.format("B"): weights.b}
+                vectors = {"lora_B.bias": weights.bias, "lora_magnitude_vector": weights.magnitude}
+                for end, ours in (parts | vectors).items():
+                    expected: Any = saved.get(f"base_model.model.{path}.{end}")
+                    assert (ours is None) == (expected is None)
+                    if end in parts:
+                        expected = expected.to(weights.a.dtype)
+                    assert ours is None or torch.equal(ours.cpu(), expected)
         assert (handle.vectors is None) == (not name.startswith("padded"))
         assert name != "embedding" or handle.layers == (-1,)
-
-
-def compare_layer(handle: AdapterHandle, layout: ModelLayout, layer: int, saved: Any) -> None:
-    here = {module.name: module for module in layout.modules if module.layer == layer}
-    for name in here.keys() & set(handle.modules):
-        weights, path = handle.modules[name], f"base_model.model.{name}"
-        kind = "lora_embedding_{}" if here[name].embedding else "lora_{}.weight"
-        a, b = weights.a, weights.b
-        for ours, end, dtype in (
-            *((a, kind.format("A"), a.dtype), (b, kind.format("B"), b.dtype)),
-            *(
-                (weights.bias, "lora_B.bias", None),
-                (weights.magnitude, "lora_magnitude_vector", None),
-            ),
-        ):
-            expected = saved.get(f"{path}.{end}")
-            assert (ours is None) == (expected is None)
-            assert ours is None or torch.equal(ours.cpu(), expected.to(dtype or expected.dtype))

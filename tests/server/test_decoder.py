@@ -30,7 +30,6 @@ from lorax_async.server.generation import DecoderStep, Sampling, SequencePart, S
 from lorax_async.server.transformers_decoder import BLOCK, KVCache, TransformersDecoder
 from lorax_async.testing import FakeSource
 from server.generating import all_of, asked
-from tiny_loaders import fails
 
 Patch = pytest.MonkeyPatch
 Paths = list[Path]
@@ -235,19 +234,6 @@ async def test_passes_share_one_budget(small: Any, source: FakeSource, monkeypat
     ]  # who is there first; then one waits, and one no more
 
 
-async def test_failures_end_own_rows(small: Any, adapters: list[Path], source: FakeSource) -> None:
-    with alone(copy.deepcopy(small), warm=adapters[2], cold=adapters[0]) as solo:
-        async with streaming(small, source) as (attached, warm, cold):
-            play = Play(TransformersDecoder(small, attached, 3), solo)
-            source.fail("bring", FetchError("lost on the way"), id="cold")
-            source.allow("cold")
-            await fails(cold.layer_ready(cold.layers[-1]), FetchError)
-            fast, lost = row(0, 5, "warm", warm), row(1, 5, "cold", cold)
-            computed = await play.whole(fast, lost, budget=5.0)
-            assert {n: type(error) for n, error in computed.out.items()} == {1: FetchError}
-            await play.whole(fast)
-
-
 def rope(kind: str) -> PreTrainedConfig:
     parameters = {"rope_type": kind, "rope_theta": 10_000.0, "factor": 2.0}
     if kind == "longrope":
@@ -428,7 +414,6 @@ HEADS, DIM = 2, 3
 
 
 def filled(kept: KVCache, sequences: list[int], starts: list[int], tokens: int) -> Any:
-    """What the one layer gives for keys that are the sequence's number; whether it copied."""
     kept.begin(sequences, starts, tokens)
     new = torch.tensor(sequences, dtype=torch.float32).view(-1, 1, 1, 1)
     new = new.expand(-1, HEADS, tokens, DIM).clone()

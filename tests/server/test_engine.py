@@ -260,7 +260,6 @@ FALSE = AdapterRef("a", digest="0" * 64)
 
 
 async def test_no_token_of_an_adapter_that_was_false_comes_out(source: FakeSource) -> None:
-    """It is found out while the step is computed, and no event tells."""
     gate, loop = gate_digests(source), asyncio.get_running_loop()
 
     def leave(number: int, step: DecoderStep) -> dict[int, errors.LoraxError]:

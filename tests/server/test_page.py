@@ -29,7 +29,6 @@ from tiny_sources import over, stocked
 from tracing.chrome_format import require_trace
 
 Patch = pytest.MonkeyPatch
-
 EVENTS, TRACE = "/page/events", "/page/trace.json"
 OPERATOR = {"Authorization": f"Bearer {TOKEN}"}
 
@@ -45,7 +44,6 @@ class Told:
         self._reader = reader
 
     async def next(self) -> dict[str, Any] | None:
-        """One event; None once the server has ended the stream."""
         line = b""
         async with asyncio.timeout(20):
             while not line.startswith(b"data: {"):
@@ -68,7 +66,6 @@ class Told:
 
 @asynccontextmanager
 async def watching(world: World, headers: dict[str, str] | None = None) -> AsyncIterator[Told]:
-    """The events of one open page, of which the first has come."""
     reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
     try:
         fields = "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())

@@ -40,7 +40,6 @@ def chromium() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def site(examples: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The demo's three adapters, and one that is none."""
     broken = tmp_path_factory.mktemp("broken") / "broken"
     broken.mkdir()
     (broken / "adapter_config.json").write_text('{"peft_type": "LORA"}')
@@ -74,7 +73,6 @@ def opened(chromium: Any, site: str, size: dict[str, int], scheme: str = "light"
 
 
 def shows(page: Any, where: str, what: str | re.Pattern[str]) -> str:
-    """Wait until it does; the whole text that is there."""
     from playwright.sync_api import expect
 
     expect(page.locator(where)).to_contain_text(what)
@@ -92,7 +90,6 @@ def has(page: Any, name: str, what: str) -> None:
 
 
 def ask(page: Any, prompt: str = "What is ice?") -> str:
-    """Send it; what is said about the time that its answer took."""
     page.get_by_role("textbox", name="Prompt").fill(prompt)
     page.get_by_role("button", name="Send").click()
     return shows(page, "#times", "first token after")

@@ -30,7 +30,6 @@ from tiny_loaders import fails
 from tiny_loaders import loader as tiny_loader
 
 Patch = pytest.MonkeyPatch
-
 PLAIN = {"model": "base", "prompt": "x"}
 STATUSES = (
     *((la.AdapterNotFoundError, 404, "model_not_found"), (la.UsageError, 400, "invalid_request")),
@@ -46,7 +45,6 @@ STATUSES = (
 
 
 def test_every_error_of_the_library_has_its_status() -> None:
-    """By its own row, or by that of the class above it, which says the same."""
     inherited = {la.AdapterError, la.ConfigError, la.InvalidTransitionError, LoraxError}
     every = {e for e in vars(la).values() if isinstance(e, type) and issubclass(e, LoraxError)}
     assert every == {kind for kind, _, _ in STATUSES} | inherited

@@ -37,7 +37,6 @@ from server.world import llama_config, tokenizer
 
 Patch = pytest.MonkeyPatch
 Capture = pytest.CaptureFixture[str]
-
 TOKEN = "a-token"
 
 

@@ -138,7 +138,6 @@ class FakeEngine:
         self._waiting.discard(tokens)
 
     async def asked(self, count: int = 1) -> FakeTokens:
-        """The last of so many generations, once they were submitted."""
         async with asyncio.timeout(20):
             while len(self.submitted) < count:
                 self._change_event.clear()
@@ -147,8 +146,6 @@ class FakeEngine:
 
 
 def saying(text: str) -> Rule:
-    """Answer with the text, cut to `max_new_tokens`, as an engine does."""
-
     def rule(tokens: FakeTokens) -> None:
         said, most = tokens_of(text), tokens.generation.max_new_tokens
         tokens.give(*said[:most])
@@ -207,7 +204,6 @@ class World:
         return await self.raw(head + content)
 
     async def raw(self, content: bytes) -> Answer:
-        """Everything that comes back for these bytes, until the server closes."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         try:
             writer.write(content)
@@ -225,7 +221,6 @@ class World:
         return await self.service.in_flight.wait_until_idle(20)
 
     async def until_busy(self) -> None:
-        """Wait until a request is under way, be it not yet whole."""
         for _ in range(5000):
             if not await self.service.in_flight.wait_until_idle(0):
                 return
@@ -280,7 +275,6 @@ async def listening(
 async def serving(
     engine: Any = None, loader: Any = None, *, send_buffer: int | None = None, **settings: Any
 ) -> AsyncIterator[World]:
-    """A server before `engine`, or before one that says "hello"."""
     engine = FakeEngine(saying("hello")) if engine is None else engine
     plain: dict[str, Any] = {"base": "base", "admin_token": TOKEN, "sources": (Allow("hub"),)}
     async with tiny_loader() if loader is None else loader as there:
