@@ -39,9 +39,6 @@ class StandIn:
         self.adapter_config = adapter_config
 
 
-StandIns = Mapping[int, StandIn]
-
-
 def integers(seed: int, *shape: int) -> Tensor:
     """Small enough that every sum of products is exact in float64."""
     generator = torch.Generator().manual_seed(seed)
@@ -108,7 +105,7 @@ def delta_by_address(batch: BatchLoraWeights, x: Tensor, layer: int) -> Tensor:
     return delta
 
 
-def delta_by_token(weights: StandIns, tokens: list[int], x: Tensor, layer: int) -> Tensor:
+def delta_by_token(weights: Any, tokens: list[int], x: Tensor, layer: int) -> Tensor:
     delta = torch.zeros(len(tokens), OUT).double()
     for row, index in enumerate(tokens):
         if index in weights:

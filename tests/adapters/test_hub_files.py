@@ -29,6 +29,7 @@ pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 
 CONFIG, WEIGHTS, INDEX = split_files.CONFIG, split_files.WEIGHTS, split_files.INDEX
 SQL, TOKEN = "org/sql", "hf_5ecre7"
+REFUSALS = [(503, errors.FetchError, 7.0), (403, errors.AccessDeniedError, None)]
 A = base.key(0, "q_proj", "A")
 
 
@@ -194,9 +195,6 @@ def test_files_over_the_limit_together(hub: HubStandIn, hub_client: Path, tmp_pa
         WeightsFile.open(SQL)
     fetched = {file.name for file in hub_client.rglob("*-of-*.safetensors")}
     assert fetched == {file.name for file in first}
-
-
-REFUSALS = [(503, errors.FetchError, 7.0), (403, errors.AccessDeniedError, None)]
 
 
 @pytest.mark.parametrize(("status", "kind", "after"), REFUSALS)

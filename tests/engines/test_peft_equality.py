@@ -39,8 +39,10 @@ ALL = {
 TRAINED = ("pirate", "shout", "json")
 QUICK = ("rank_12", "embedding_and_all")
 """The others take seconds; tiny models have their features in test_features.py."""
+GENERATED = ("dora", "lora_bias", "embedding_and_all", "dora_embedding", "json")
 
 SLOW = pytest.mark.slow
+NAMES = [n if n in QUICK else pytest.param(n, marks=SLOW) for n in [*VARIANTS, "tied", *TRAINED]]
 
 
 def left_padded(rows: int, tokens: int = 12) -> dict[str, torch.Tensor]:
@@ -81,9 +83,6 @@ def near(logits: torch.Tensor, expected: torch.Tensor) -> None:
     # Of about 30; kernels round otherwise for other shapes, on some processors by 0.008. Another
     # adapter would be off by more than 1.
     torch.testing.assert_close(logits, expected, atol=2e-2, rtol=1e-4)
-
-
-NAMES = [n if n in QUICK else pytest.param(n, marks=SLOW) for n in [*VARIANTS, "tied", *TRAINED]]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -143,9 +142,6 @@ async def test_padded_ranks_give_pefts_logits(
                 logits = await asyncio.to_thread(logits_of, model, inputs)
     near(logits[:1], expected[:1])
     assert torch.equal(logits[1:], base[1:])
-
-
-GENERATED = ("dora", "lora_bias", "embedding_and_all", "dora_embedding", "json")
 
 
 @pytest.mark.slow

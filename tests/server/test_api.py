@@ -21,6 +21,8 @@ from server.world import COMPLETIONS, FakeEngine, echo, saying, serving, tokeniz
 CHATS = "/v1/chat/completions"
 HI: Any = [{"role": "user", "content": "hi"}]
 PROMPT = "<user>hi<assistant>"
+STOPS = st.lists(st.text("ab", min_size=1, max_size=4), max_size=4)
+COMPLETION: Any = (COMPLETIONS, {"prompt": ["a", "b"]}, Completion, Completion)
 
 
 async def test_a_completion_of_several_prompts() -> None:
@@ -162,9 +164,6 @@ def require_form(kind: type[BaseModel], told: Any) -> None:
     assert usage is None or usage.model_extra == {}
 
 
-COMPLETION: Any = (COMPLETIONS, {"prompt": ["a", "b"]}, Completion, Completion)
-
-
 @pytest.mark.parametrize(
     ("path", "body", "kind", "piece"),
     [(CHATS, {"messages": HI, "n": 2}, ChatCompletion, ChatCompletionChunk), COMPLETION],
@@ -232,9 +231,6 @@ def test_stop_strings_are_found_across_pieces() -> None:
     ):
         reader = StopStrings(stops)
         assert [reader.feed(piece) for piece in pieces] == out
-
-
-STOPS = st.lists(st.text("ab", min_size=1, max_size=4), max_size=4)
 
 
 @given(STOPS, st.text("ab", max_size=12), st.lists(st.integers(0, 12), max_size=4))

@@ -38,6 +38,7 @@ closed = pytest.mark.usefixtures("nothing_left", "hub_client")
 pytestmark = [pytest.mark.filterwarnings(PEFT_WARNING), closed]
 
 NEW, TARGETS = 8, {"one": "q_proj", "two": "v_proj", "late": "o_proj"}
+WITH_TOKEN = (Allow("hub", prefix="org/", use_token=True),)
 
 
 @pytest.fixture
@@ -123,9 +124,6 @@ async def test_all_is_closed(tmp_path: Path, base: ServedModel, folders: dict[st
     assert [vars(module).get("forward") for module in base.model.modules()] == forwards
     (row,) = json.loads(warm.read_text())["adapters"]
     assert row["path"] == str(folders["one"])
-
-
-WITH_TOKEN = (Allow("hub", prefix="org/", use_token=True),)
 
 
 def listed(path: Path, *rows: dict[str, Any]) -> Path:

@@ -35,6 +35,7 @@ Patch = pytest.MonkeyPatch
 Paths = list[Path]
 
 pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
+PLAYS = [("sdpa", 1), ("sdpa", 2), ("eager", 0), ("eager", 1), ("eager", 2)]
 
 Solo = Callable[[str | None, Sequence[int]], torch.Tensor]
 """Logits after these tokens, computed alone with the adapter of that name."""
@@ -106,9 +107,6 @@ def alone(model: Any, **adapters: Path) -> Iterator[Solo]:
 
 def base_alone(model: Any) -> Solo:
     return lambda _, tokens: logits_of(model, {"input_ids": torch.tensor([list(tokens)])})[0, -1]
-
-
-PLAYS = [("sdpa", 1), ("sdpa", 2), ("eager", 0), ("eager", 1), ("eager", 2)]
 
 
 @pytest.mark.parametrize(

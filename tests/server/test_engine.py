@@ -349,9 +349,10 @@ SEEDED = Sampling(temperature=0.8, top_p=0.9, seed=7)
 
 @asynccontextmanager
 async def full(
-    source: FakeSource, *, adapter: Any = "a", sampling: Sampling = GREEDY
+    source: FakeSource, *, adapter: Any = "a", sampling: Sampling = GREEDY, share: float = 0.5
 ) -> AsyncIterator[tuple[Engine, ScriptedDecoder, list[TokenStream]]]:
-    room = {"scheduling": {"max_begun": PLACES}, "max_sequences": PLACES}
+    places = {"max_begun": PLACES, "max_share": share}
+    room: Any = {"scheduling": places, "max_sequences": PLACES}
     async with generating(source, **room) as (engine, decoder, loader):
         await warm(loader, "a", "b")
         asking = [asked([n, 1, 2], LONG, adapter, sampling=sampling) for n in range(PLACES)]
@@ -409,6 +410,17 @@ async def test_while_others_wait_an_adapter_has_its_share(source: FakeSource) ->
         assert (0, PLACES) not in used[: used.index((PLACES, 0)) + 1]
         parts = [part for step in decoder.steps for part in step.parts if not part.start]
         assert len(parts) == 2 * PLACES + 8  # eight were preempted, once each
+
+
+@pytest.mark.parametrize(("share", "most"), [(0.25, 8), (1.0, 0)])
+async def test_shares_are_set(source: FakeSource, share: float, most: int) -> None:
+    async with full(source, share=share) as (engine, decoder, first):
+        second = [engine.submit(asked([n, 3], 5, "b")) for n in range(2 * PLACES)]
+        for answer in (*first, *second):
+            await all_of(answer)
+        assert max(b for a, b in used_by(decoder) if a) == most
+        begun = [part for step in decoder.steps for part in step.parts if not part.start]
+        assert len(begun) - 3 * PLACES == most  # as many were preempted, once each
 
 
 @pytest.mark.parametrize("ends", ["adapter", "engine"])

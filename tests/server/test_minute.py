@@ -37,6 +37,7 @@ STYLES: dict[str, Callable[[str], bool]] = {
     "json": lambda text: text.startswith('{"answer":'),
 }
 PROMPTS = ("What is ice?", "What do bees make?", "What color is grass?", "Where do penguins live?")
+A_MINUTE = pytest.param(200, 64, 60, marks=pytest.mark.soak)
 ERRORS = {"missing": 404, "refused": 422}
 """Adapters that are not there, and one whose config says another rank than its weights have."""
 
@@ -118,9 +119,6 @@ async def minute(
         await asyncio.gather(*(asking(client, number) for number in range(clients)))
         watching.cancel()
         return answers, resident, service.loader.statistics().loads
-
-
-A_MINUTE = pytest.param(200, 64, 60, marks=pytest.mark.soak)
 
 
 @pytest.mark.parametrize(("copies", "clients", "seconds"), [(24, 16, 4), A_MINUTE])
