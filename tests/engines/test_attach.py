@@ -365,7 +365,9 @@ async def test_a_bare_thread_needs_the_context(small: Any, served: Served) -> No
         assert torch.equal(await loop.run_in_executor(pool, run, forward), expected)
 
 
-async def test_adapters_stay_for_a_pass(small: Any, adapters: Paths, monkeypatch: Patch) -> None:
+async def test_a_pass_that_outlives_its_block_stops_and_then_frees_its_adapter(
+    small: Any, adapters: Paths, monkeypatch: Patch
+) -> None:
     """Which goes on in its thread when a task that awaits `asyncio.to_thread` is cancelled."""
     inside, go_on = threading.Event(), threading.Event()
     linear = small.model.layers[1].self_attn.q_proj

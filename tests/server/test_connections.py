@@ -304,7 +304,7 @@ async def test_the_process_keeps_its_logging(caplog: pytest.LogCaptureFixture) -
 
 @pytest.mark.each_loop
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, None])
-async def test_a_signal_or_uvicorns_own_way_of_ending_drains(number: int | None) -> None:
+async def test_a_signal_drains(number: int | None) -> None:
     engine, before = FakeEngine(), signal.getsignal(number or signal.SIGTERM)
     async with serving(engine) as world:
         first = world.completing(BASE)
