@@ -30,7 +30,7 @@ from harness import (
     run_on,
 )
 from lorax_async import layouts
-from lorax_async.adapters.layout_model import LayoutModel
+from lorax_async.adapters.layers import LayoutModel
 from lorax_async.adapters.lora import LoraConfig, LoraWeights
 from lorax_async.adapters.weights_file import WeightsFile
 from work_files import LAYERS, PEFT_PREFIX, SCALE, TARGETS, AdapterFolder, write_adapter

@@ -19,7 +19,7 @@ from lorax_async.config import LoaderConfig
 from lorax_async.engines.smollm2 import prepare_base
 from lorax_async.engines.transformers import AttachedModel, attach
 from lorax_async.handle import AdapterHandle
-from lorax_async.ids.allow import Allow
+from lorax_async.ids import Allow
 from lorax_async.loader import AdapterLoader
 from work_files import CONFIG, WEIGHTS
 

@@ -22,7 +22,7 @@ from lorax_async.config import LoaderConfig
 from lorax_async.errors import AdapterTimeoutError
 from lorax_async.events import Event, LayerReady, SlotGranted
 from lorax_async.handle import AdapterHandle
-from lorax_async.ids.allow import Allow
+from lorax_async.ids import Allow
 from lorax_async.loader import AdapterLoader
 from lorax_async.types import RemoteKey
 from work_files import AdapterFolder

@@ -49,8 +49,7 @@ from lorax_async.events import (
     SlotId,
 )
 from lorax_async.handle import AdapterHandle, ModuleWeights
-from lorax_async.ids.allow import Allow
-from lorax_async.ids.parsing import parse_adapter_id
+from lorax_async.ids import Allow, parse_adapter_id
 from lorax_async.loader import AdapterLoader
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.runtime.acquire import Prefetch

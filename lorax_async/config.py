@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from lorax_async.errors import ConfigError, InvalidAdapterIdError, UsageError, shorten
-from lorax_async.ids.allow import Allow, as_allow
-from lorax_async.ids.grammar import parse_folder_url
-from lorax_async.validation import (
+from lorax_async.ids import Allow, as_allow, parse_folder_url
+from lorax_async.types import (
     MAX_SECONDS,
     require_bool,
     require_count,

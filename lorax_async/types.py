@@ -1,4 +1,4 @@
-"""Adapter references, keys, merges, verification results and config data."""
+"""What a caller asks for, which bytes that is, what a config says of it, how far it was checked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from pathlib import Path
 from types import UnionType
 from typing import Literal, Protocol, cast, get_args
 
-from lorax_async.errors import InvalidAdapterIdError, LoraxError, UsageError, shorten_repr
+from lorax_async.errors import (
+    ConfigError,
+    InvalidAdapterIdError,
+    LoraxError,
+    UsageError,
+    shorten_repr,
+)
 
 MAX_ID_BYTES = 4096
 
@@ -524,3 +530,41 @@ class AdapterSpec:
 
 def _first(patterns: tuple[ModulePattern, ...], module: str, default: float) -> float:
     return next((entry.value for entry in patterns if entry.matches(module)), default)
+
+
+MAX_SECONDS = 1e9
+"""The longest wait that locks, event loops and C clocks all support."""
+
+
+def require_positive(name: str, value: object) -> None:
+    require_count(name, value, least=1)
+
+
+def require_count(name: str, value: object, *, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        kind = "a positive integer" if least else "an integer of at least 0"
+        raise ConfigError(f"{name} must be {kind}, not {value!r}")
+
+
+def require_share(name: str, value: object) -> None:
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else 0
+    if not 0 < number <= 1:
+        raise ConfigError(f"{name} must be above 0 and at most 1, not {value!r}")
+
+
+def require_seconds(name: str, value: object) -> None:
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else 0
+    if not 0 < number <= MAX_SECONDS:
+        raise ConfigError(
+            f"{name} must be a positive number of seconds up to {MAX_SECONDS:g}, not {value!r}"
+        )
+
+
+def require_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be True or False, not {value!r}")
+
+
+def require_one_of(name: str, value: object, words: Sequence[str]) -> None:
+    if value not in words:
+        raise ConfigError(f"{name} must be one of {', '.join(words)}")

@@ -21,16 +21,15 @@ from hub_stand_in import HubStandIn, sha256
 import split_files
 import tiny
 from command_line import ADAPTERS, base, output
-from lorax_async.cache.records import CacheKey
+from lorax_async.cache.base import CacheKey
 from lorax_async.cli import main
 from lorax_async.cli.arguments import as_allow, as_place, loader_settings
 from lorax_async.cli.fetch import AT_ONCE, FetchRow, fetch_all
-from lorax_async.cli.measure import create_loads
+from lorax_async.cli.load import create_loads
 from lorax_async.config import LoaderConfig
 from lorax_async.errors import UsageError
 from lorax_async.formats.split_weights import WEIGHTS_FILE
-from lorax_async.ids.allow import Allow
-from lorax_async.ids.parsing import parsed
+from lorax_async.ids import Allow, parsed
 from lorax_async.remote.remote_source import open_remote_source
 from lorax_async.types import AdapterRef
 

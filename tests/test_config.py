@@ -15,9 +15,9 @@ import torch
 import tiny
 from lorax_async import errors
 from lorax_async.config import Limits, LoaderConfig, LocalRoot, Shard
-from lorax_async.ids.allow import Allow
+from lorax_async.ids import Allow
 from lorax_async.loader import AdapterLoader
-from lorax_async.validation import MAX_SECONDS
+from lorax_async.types import MAX_SECONDS
 
 Patch = pytest.MonkeyPatch
 made: Any = LoaderConfig  # of settings that are wrong, too

@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 from lorax_async import errors
 from lorax_async.errors import MAX_TEXT, InvalidAdapterIdError
 from lorax_async.http.urls import parse_url
-from lorax_async.ids.allow import Allow
-from lorax_async.ids.parsing import as_parsed, parse_adapter_id, parsed
+from lorax_async.ids import Allow, as_parsed, parse_adapter_id, parsed
 from lorax_async.types import AdapterRef
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

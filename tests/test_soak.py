@@ -28,7 +28,7 @@ from safetensors.torch import load
 from common import LOOPS, open_sockets
 from contention.observer import complaints
 from lorax_async import errors
-from lorax_async.cache import maintenance
+from lorax_async.cache import disk_cache
 from lorax_async.cache.disk_cache import DiskCache
 from lorax_async.concurrency import WorkerThreads
 from lorax_async.config import Limits, LoaderConfig
@@ -38,7 +38,7 @@ from lorax_async.handle import AdapterHandle
 from lorax_async.http.failures import RetryPolicy
 from lorax_async.http.range_engine import RangeEngine
 from lorax_async.http.settings import HttpSettings, Timeouts
-from lorax_async.ids.allow import Allow
+from lorax_async.ids import Allow
 from lorax_async.lifecycle.policies import policy
 from lorax_async.loader import AdapterLoader
 from lorax_async.planning.layout import ModelLayout, Module, Parallelism
@@ -506,10 +506,10 @@ def require_right_on_disk(setting: Setting) -> int:
     try:
         if cache.used() > setting.cache_bytes:
             raise SoakError(f"{cache.used():,} bytes are left of {setting.cache_bytes:,}")
-        in_use = [each.name for each in maintenance.ls(cache) if each.in_use]
+        in_use = [each.name for each in disk_cache.ls(cache) if each.in_use]
         if in_use:
             raise SoakError(f"entries or downloads are in use still: {in_use}")
-        entries = list(maintenance.verify(cache))
+        entries = list(disk_cache.verify(cache))
     finally:
         cache.close()
     for entry in entries:

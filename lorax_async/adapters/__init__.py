@@ -2,11 +2,11 @@
 
 - `lora`: `LoraConfig` and `LoraWeights`;
 - `weights_file`: an adapter's files, local or in the standard hub cache;
-- `layers`: the weights of one layer type, checked and stacked;
-- `layout_model`: a layout in place of a LoRAX model; padding and shares of the rank;
-- `batches`, `kernel_bridge`: segments and addresses of a batch; LoRAX's batch on SGMV kernels;
-- `merging`, `compatibility`: merges; the check of the base's architecture;
-- `base`, `threads`: the abstract classes; blocking calls in a thread.
+- `layers`: the weights of one layer type, checked and stacked; `LayoutModel`, a layout in place of
+  a LoRAX model;
+- `batches`: segments and addresses of a batch; LoRAX's batch on SGMV kernels;
+- `lorax_merging`: merges;
+- `base`: the abstract classes, and the check of the base's architecture.
 
 config = await LoraConfig.load_async("org/sql-adapter", None)
 with await WeightsFile.open_async("org/sql-adapter", None) as file:
@@ -14,22 +14,25 @@ with await WeightsFile.open_async("org/sql-adapter", None) as file:
     weights = await LoraWeights.load_async(config, model, module_map, "q_proj", names)
 """
 
-from lorax_async.adapters.base import AdapterConfig, AdapterModel, AdapterWeights, ModuleMap
-from lorax_async.adapters.batches import (
-    AdapterBatchMetadata,
-    BatchAdapterWeights,
-    BatchLoraWeights,
-    RankSegments,
-    concat_segments,
-    find_segments,
-)
-from lorax_async.adapters.compatibility import (
+from lorax_async.adapters.base import (
+    AdapterConfig,
+    AdapterModel,
+    AdapterWeights,
+    ModuleMap,
     cached_architectures,
     check_architectures,
     check_architectures_async,
 )
-from lorax_async.adapters.kernel_bridge import Bridge
-from lorax_async.adapters.layout_model import LayoutModel, padded_rank
+from lorax_async.adapters.batches import (
+    AdapterBatchMetadata,
+    BatchAdapterWeights,
+    BatchLoraWeights,
+    Bridge,
+    RankSegments,
+    concat_segments,
+    find_segments,
+)
+from lorax_async.adapters.layers import LayoutModel, padded_rank
 from lorax_async.adapters.lora import LoraConfig, LoraWeights, get_scaling_factor, require_all_used
 from lorax_async.adapters.lorax_merging import (
     AdapterParameters,

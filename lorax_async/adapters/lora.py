@@ -32,11 +32,11 @@ from lorax_async.adapters.layers import (
     Layer,
     StackedLayers,
     as_stored,
+    layers_of,
     load_layers,
+    modules_by_type,
     stack_layers,
 )
-from lorax_async.adapters.layout_model import layers_of, modules_by_type
-from lorax_async.adapters.threads import IsWanted, in_thread
 from lorax_async.adapters.weights_file import (
     EMBEDDING,
     LIMITS,
@@ -47,6 +47,7 @@ from lorax_async.adapters.weights_file import (
     plain_module,
     read_small,
 )
+from lorax_async.concurrency import IsWanted, in_thread
 from lorax_async.errors import (
     AdapterFormatError,
     IncompatibleAdapterError,

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from lorax_async.adapters.base import Content, ModuleMap, OpenModuleMap, open_files
 from lorax_async.adapters.lora import LoraConfig
-from lorax_async.adapters.threads import in_thread
+from lorax_async.concurrency import in_thread
 from lorax_async.errors import AdapterFormatError, IncompatibleAdapterError, UsageError, shorten
 from lorax_async.formats.peft_names import TensorRole
 from lorax_async.planning.merge_plan import NewLayers

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import torch
 
-from lorax_async.adapters.threads import in_thread
+from lorax_async.concurrency import in_thread
 from lorax_async.config import Limits
 from lorax_async.devices.staging import TORCH_DTYPES, StagingBuffer
 from lorax_async.errors import (
@@ -44,11 +44,16 @@ from lorax_async.files import (
 from lorax_async.formats.peft_names import WEIGHT_DTYPES, TensorRole, parse_tensor_name
 from lorax_async.formats.safetensors import TensorSpan, parse_header
 from lorax_async.formats.split_weights import INDEX, parse_index
-from lorax_async.ids.parsing import LocalPlace, parsed
+from lorax_async.ids import LocalPlace, parsed
 from lorax_async.remote import hub_calls
 from lorax_async.remote.remote_source import AllowRules
-from lorax_async.sources.local_folder import CONFIG, WEIGHTS, find_adapter
-from lorax_async.sources.local_weights import open_weights, read_prefix
+from lorax_async.sources.local_folder import (
+    CONFIG,
+    WEIGHTS,
+    find_adapter,
+    open_weights,
+    read_prefix,
+)
 from lorax_async.types import AdapterRef
 
 LIMITS = Limits()

@@ -17,7 +17,13 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from pathlib import Path
 from threading import Lock
 
-from lorax_async.cache.base import LeftoverError
+from lorax_async.cache.base import (
+    MAP_SUFFIX,
+    PARTIAL_LOCK,
+    FileRecord,
+    LeftoverError,
+    is_partial_name,
+)
 from lorax_async.cache.directory import (
     CacheDirectory,
     Folder,
@@ -28,7 +34,6 @@ from lorax_async.cache.directory import (
     try_lock,
     unique,
 )
-from lorax_async.cache.records import MAP_SUFFIX, PARTIAL_LOCK, FileRecord, is_partial_name
 from lorax_async.errors import FetchError, IntegrityError, InternalError
 from lorax_async.files import IOV_MAX, fill, hash_on
 from lorax_async.formats.digests import Digest, FileHash

@@ -5,10 +5,9 @@ every other package; no package imports this one.
 
 - `arguments.py`: exit statuses, shared options and argument types
 - `terminal.py`: results on stdout, progress and complaints on stderr
-- `measure.py`: loads at once, their progress, and stalls of the event loop
 - `inspect.py`: `inspect`: check config and header as a load would
 - `fetch.py`: `fetch`: download into the disk cache and verify
-- `load.py`: `load`: load onto a device and time it
+- `load.py`: `load`: load onto a device and time it, with progress and stalls of the event loop
 - `cache_commands.py`: `cache ls`, `verify`, `rm`, `gc`
 - `demo.py`, `demo_remote.py`: `demo` and `demo-remote`, with the example adapters
 - `plan.py`: `plan`: capacity, and a simulation of the eviction policies

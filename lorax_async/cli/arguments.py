@@ -13,9 +13,16 @@ from lorax_async.cli.terminal import Terminal
 from lorax_async.config import HubCache
 from lorax_async.engines.smollm2 import prepare_base
 from lorax_async.errors import ConfigError, InvalidAdapterIdError, shorten
-from lorax_async.ids.allow import Allow, OriginPlace, is_address
-from lorax_async.ids.grammar import DEFAULT_PORTS, names_pull_request, parse_folder_url
-from lorax_async.ids.parsing import parsed, place_of
+from lorax_async.ids import (
+    DEFAULT_PORTS,
+    Allow,
+    OriginPlace,
+    is_address,
+    names_pull_request,
+    parse_folder_url,
+    parsed,
+    place_of,
+)
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.types import AdapterRef
 

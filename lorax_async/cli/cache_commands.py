@@ -10,10 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from lorax_async.cache import maintenance
-from lorax_async.cache.disk_cache import DiskCache
-from lorax_async.cache.maintenance import Freed, Listed, Verified
-from lorax_async.cache.records import EntryRecord
+from lorax_async.cache import disk_cache
+from lorax_async.cache.base import EntryRecord
+from lorax_async.cache.disk_cache import DiskCache, Freed, Listed, Verified
 from lorax_async.cli.arguments import (
     FAILED,
     OK,
@@ -27,7 +26,7 @@ from lorax_async.cli.arguments import (
 from lorax_async.cli.terminal import Terminal, format_age, format_size
 from lorax_async.config import LoaderConfig
 from lorax_async.errors import InvalidAdapterIdError, UsageError, shorten
-from lorax_async.ids.parsing import parsed
+from lorax_async.ids import parsed
 from lorax_async.lifecycle.policies import policy
 from lorax_async.types import AdapterRef
 
@@ -75,7 +74,7 @@ def add_to(add: AddParser) -> None:
 
 def _ls(arguments: argparse.Namespace, terminal: Terminal) -> int:
     with _open_cache(arguments) as (folder, cache):
-        listed = [] if cache is None else maintenance.ls(cache)
+        listed = [] if cache is None else disk_cache.ls(cache)
         total = sum(entry.nbytes for entry in listed)
         if arguments.json:
             entries = [_as_json(entry) for entry in listed]
@@ -167,7 +166,7 @@ def _verify(arguments: argparse.Namespace, terminal: Terminal) -> int:
 
 
 def _hash_entries(cache: DiskCache, terminal: Terminal) -> list[Verified]:
-    sizes = {entry.name: entry.nbytes for entry in maintenance.ls(cache) if not entry.is_partial}
+    sizes = {entry.name: entry.nbytes for entry in disk_cache.ls(cache) if not entry.is_partial}
     results: list[Verified] = []
     with terminal.bars() as bars:
 
@@ -177,7 +176,7 @@ def _hash_entries(cache: DiskCache, terminal: Terminal) -> list[Verified]:
             bars.update(0, "hashing", done, sum(sizes.values()), state)
 
         show()
-        for verified in maintenance.verify(cache):
+        for verified in disk_cache.verify(cache):
             results.append(verified)
             show()
     return results
@@ -192,12 +191,12 @@ def _rm(arguments: argparse.Namespace, terminal: Terminal) -> int:
     with _open_cache(arguments) as (folder, cache):
         for name in dict.fromkeys(arguments.names):
             try:
-                matches = _find(name, () if cache is None else maintenance.ls(cache))
+                matches = _find(name, () if cache is None else disk_cache.ls(cache))
             except UsageError as error:
                 problems.append(error.problem)
                 continue
             for entry in matches:
-                if cache is not None and maintenance.rm(cache, entry.name):
+                if cache is not None and disk_cache.rm(cache, entry.name):
                     removed.append(entry)
                 else:
                     problems.append(f"{entry.name[:SHOWN_DIGITS]} is in use and was kept")
@@ -249,7 +248,7 @@ def _parse_ref(text: str) -> AdapterRef:
 def _gc(arguments: argparse.Namespace, terminal: Terminal) -> int:
     budget = sys.maxsize if arguments.bytes is None else arguments.bytes
     with _open_cache(arguments, budget) as (folder, cache):
-        freed = Freed(0, 0, 0) if cache is None else maintenance.gc(cache)
+        freed = Freed(0, 0, 0) if cache is None else disk_cache.gc(cache)
         left = 0 if cache is None else cache.used()
     if arguments.json:
         removed = {"entries": freed.entries, "partials": freed.partials, "bytes": freed.nbytes}

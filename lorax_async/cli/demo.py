@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from lorax_async import layouts
 from lorax_async.cli.demo_remote import ADAPTERS, adapters_in
-from lorax_async.cli.measure import (
+from lorax_async.cli.load import (
     LoadProgress,
     LoopStall,
     Show,

@@ -21,7 +21,7 @@ from typing import Any, Self
 
 from lorax_async import layouts
 from lorax_async.cli.arguments import OK, AddParser, add_base, add_command
-from lorax_async.cli.measure import (
+from lorax_async.cli.load import (
     LoadProgress,
     create_loads,
     in_ms,
@@ -33,7 +33,7 @@ from lorax_async.cli.terminal import ProgressBars, Terminal, format_ms, format_r
 from lorax_async.cli.timeline import add_trace, record_trace
 from lorax_async.config import LoaderConfig
 from lorax_async.errors import ConfigError
-from lorax_async.ids.allow import Allow
+from lorax_async.ids import Allow
 from lorax_async.loader import AdapterLoader
 from lorax_async.planning.layout import ModelLayout, Module, Parallelism
 from lorax_async.sources.local_folder import CONFIG, WEIGHTS

@@ -22,7 +22,7 @@ from lorax_async.cli.arguments import (
     at_revision,
     loader_settings,
 )
-from lorax_async.cli.measure import error_as_json, run_on_uvloop
+from lorax_async.cli.load import error_as_json, run_on_uvloop
 from lorax_async.cli.terminal import ProgressBars, Terminal, format_size
 from lorax_async.config import LoaderConfig
 from lorax_async.errors import LoraxError

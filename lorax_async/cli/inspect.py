@@ -27,7 +27,7 @@ from lorax_async.cli.arguments import (
     loader_settings,
     read_layout,
 )
-from lorax_async.cli.measure import run_on_uvloop
+from lorax_async.cli.load import run_on_uvloop
 from lorax_async.cli.terminal import Terminal, format_runs
 from lorax_async.config import Limits, LoaderConfig
 from lorax_async.devices.cpu import CpuDevice
@@ -44,13 +44,12 @@ from lorax_async.formats.safetensors import (
 )
 from lorax_async.formats.split_weights import INDEX
 from lorax_async.formats.strict_json import JsonValue, parse_object
-from lorax_async.ids.parsing import parse_place
+from lorax_async.ids import parse_place
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.transfer_plan import TransferPlan, plan_transfer
 from lorax_async.remote.remote_source import RemoteSource, open_remote_source
 from lorax_async.runtime.assembly import MOVE_BYTES
-from lorax_async.sources.local_folder import CONFIG, WEIGHTS, find_adapter
-from lorax_async.sources.local_weights import read_header
+from lorax_async.sources.local_folder import CONFIG, WEIGHTS, find_adapter, read_header
 from lorax_async.types import AdapterRef, AdapterSpec
 
 

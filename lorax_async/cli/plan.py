@@ -32,7 +32,7 @@ from lorax_async.config import DTYPES, MAX_SLOTS, Limits
 from lorax_async.errors import ConfigError, LoraxError, shorten
 from lorax_async.formats.peft_config import parse_config
 from lorax_async.formats.safetensors import TensorDescription, parse_header, write_header
-from lorax_async.ids.parsing import parse_place
+from lorax_async.ids import parse_place
 from lorax_async.lifecycle.adapter_state import GroupSizes
 from lorax_async.lifecycle.arena import FreeRuns, Kinds, Run, kinds_of
 from lorax_async.lifecycle.policies import EVICTION_POLICIES, EvictionPolicy, PolicyName, policy
@@ -40,8 +40,7 @@ from lorax_async.lifecycle.residency import reload_cost
 from lorax_async.planning.layout import ModelLayout, Module
 from lorax_async.planning.transfer_plan import TransferPlan, plan_transfer
 from lorax_async.runtime.assembly import MOVE_BYTES
-from lorax_async.sources.local_folder import CONFIG, find_adapter
-from lorax_async.sources.local_weights import open_weights
+from lorax_async.sources.local_folder import CONFIG, find_adapter, open_weights
 from lorax_async.types import AdapterKey, AdapterRef
 
 MAX_EXPONENT = 10.0

@@ -30,12 +30,12 @@ from lorax_async.cli.arguments import (
     request_sources,
     server_loader_settings,
 )
-from lorax_async.cli.measure import run_on_uvloop
+from lorax_async.cli.load import run_on_uvloop
 from lorax_async.cli.terminal import Terminal
 from lorax_async.config import DTYPES, Limits, LoaderConfig
 from lorax_async.engines.smollm2 import prepare_base
 from lorax_async.errors import AdapterError, ConfigError
-from lorax_async.ids.parsing import parse_place
+from lorax_async.ids import parse_place
 from lorax_async.sources.local_folder import CONFIG, find_adapter
 from lorax_async.types import AdapterId, AdapterRef
 
@@ -238,7 +238,7 @@ def choose_hosts(
 
 
 def _listener(arguments: argparse.Namespace) -> socket.socket:
-    from lorax_async.server.serving import listen  # noqa: PLC0415
+    from lorax_async.server.app import listen  # noqa: PLC0415
 
     try:
         return listen(arguments.host, arguments.port)
@@ -266,8 +266,8 @@ async def _run(
     settings: ServerSettings,
     capacity: ServerCapacity,
 ) -> None:
+    from lorax_async.server.app import serve  # noqa: PLC0415
     from lorax_async.server.service import open_service  # noqa: PLC0415
-    from lorax_async.server.serving import serve  # noqa: PLC0415
 
     with _listener(arguments) as listener:
         async with open_service(model, config, settings, capacity, arguments.warm) as service:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.progress import Progress, TaskID
 
-    from lorax_async.cli.measure import LoadProgress
+    from lorax_async.cli.load import LoadProgress
 
 
 PIPE_WIDTH = 5_000

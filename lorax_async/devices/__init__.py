@@ -9,8 +9,8 @@
 - `pointer_table`: a GPU's pointer table, and its pinned images of rows
 - `transfer`: the copy of one layer group: read, cast, check, send
 
-The package may know `planning`, `files`, `tracing`, `host_memory` and the lifecycle's `Extent`. It
-knows no event loop, source or lease.
+The package may know `planning`, `files`, `tracing` and the lifecycle's `Extent`. It knows no event
+loop, source or lease.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import torch
 from lorax_async.devices.base import CopyTicket, FilePieces, StagedPiece
 from lorax_async.devices.staging import TORCH_DTYPES, read
 from lorax_async.errors import CapacityError, UsageError
-from lorax_async.host_memory import POPULATE_WRITE, madvise
+from lorax_async.files import POPULATE_WRITE, madvise
 from lorax_async.lifecycle.arena import Extent
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.transfer_plan import TableRow

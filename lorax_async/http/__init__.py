@@ -4,8 +4,7 @@ It knows URLs and bytes, and no adapters; it may import `formats.spans`, `tracin
 Threads of its own take pieces from one scheduler, in layer order; a server that stalls delays only
 its own files.
 
-- `range_engine`: the interface, `RangeEngine.probe` and `download`
-- `downloads`: the two kinds of jobs
+- `range_engine`: the interface, `RangeEngine.probe` and `download`, and the two kinds of jobs
 - `download_scheduler`: shares of the connections, retries, stalled origins, worker threads
 - `ranges`: which ranges to request, in which waves
 - `client`, `connection`, `pool`: requests, redirects, sockets, kept connections

@@ -2,21 +2,390 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Self
+from dataclasses import replace
+from math import inf
+from typing import Protocol, Self
 
+from lorax_async.errors import AccessDeniedError, AdapterNotFoundError, FetchError, IntegrityError
 from lorax_async.formats.spans import ByteRange
-from lorax_async.http.client import HttpClient, LinkStatistics
-from lorax_async.http.download_scheduler import DownloadScheduler, WorkerPool
-from lorax_async.http.downloads import Download, NeededBytes, ProbeRequest, Sink
+from lorax_async.http.client import HttpClient, LinkStatistics, Response
+from lorax_async.http.connection import Attempt
+from lorax_async.http.download_scheduler import DownloadPiece, DownloadScheduler, Job, WorkerPool
+from lorax_async.http.failures import AbortedError, RetryableError, broken_off
 from lorax_async.http.pool import ConnectionPool, Network, RealNetwork
-from lorax_async.http.ranges import GroupArrivals, LinkEstimate, plan_waves, subtract
+from lorax_async.http.ranges import (
+    GroupArrivals,
+    LinkEstimate,
+    Wave,
+    intersect,
+    plan_waves,
+    split_of,
+    subtract,
+)
 from lorax_async.http.settings import HttpSettings
-from lorax_async.http.target import ProbeResult, Target
+from lorax_async.http.target import Content, ProbeResult, Target, Validators, check_response
+from lorax_async.http.urls import Origin
 from lorax_async.tracing.recorder import Tracer
+
+NeededBytes = Callable[[memoryview, Validators], int]
+"""How many of the first bytes are needed, by those that came and the file's validators."""
+
+_PROBE_READ_BYTES = 16 << 10
+"""Read between two looks at the clock."""
+
+_READ_BYTES = 256 << 10
+_READ_SECONDS = 0.01
+"""Read what comes in this time at once: few calls on a fast link, early reports on a slow one."""
+
+_KEPT_BYTES = 512 << 10
+_KEPT_SECONDS = 0.1
+"""A piece with more left than this is handed over when others lack a connection."""
+
+
+class ProbeRequest(Job[ProbeResult]):
+    """Request the first `nbytes` bytes; without `ranged`, a file of at most that many.
+
+    Once `needed_bytes` have come, wait for the rest only as long as another connection would take:
+    on a slow one it comes sooner over all.
+    """
+
+    def __init__(
+        self,
+        scheduler: DownloadScheduler,
+        client: HttpClient,
+        target: Target,
+        nbytes: int,
+        *,
+        ranged: bool,
+        urgency: int,
+        deadline: float,
+        wall_clock: Callable[[], float],
+        needed_bytes: NeededBytes | None = None,
+    ) -> None:
+        super().__init__(scheduler, urgency, deadline)
+        self._client = client
+        self._target = target
+        self._location = target.first_location
+        self._nbytes = nbytes
+        self._ranged = ranged
+        self._wall_clock = wall_clock
+        self._needed_bytes = needed_bytes
+        self.announced = scheduler.connections if ranged else 0
+        self.pending.append(DownloadPiece(0, 0, nbytes))
+
+    @property
+    def origin(self) -> Origin:
+        return self._location.url.origin
+
+    def work(self, piece: DownloadPiece, attempt: Attempt, buffer: memoryview) -> None:  # noqa: ARG002
+        target = self._target
+        span = (0, self._nbytes) if self._ranged else None
+        response = self._client.get(target, self._location, span, Validators(), attempt)
+        try:
+            what = f"{target.name} at {response.location.url}"
+            content = check_response(response.head, span, Validators(), what, self._wall_clock)
+            start = self._read(response, content)
+        except (AccessDeniedError, AdapterNotFoundError) as error:
+            if self._location == target.location:
+                raise
+            self._location = target.location  # signed locations expire
+            raise RetryableError(error) from error
+        finally:
+            response.release()
+        validators = content.validators
+        if content.stop is None and len(start) < self._nbytes:  # it has ended: that is its size
+            validators = replace(validators, size=len(start))
+        ranges = response.head.status == 206
+        fields = response.head.fields
+        self.result = ProbeResult(target, response.location, validators, fields, start, ranges)
+
+    def _read(self, response: Response, content: Content) -> bytes:
+        if not self._ranged and (content.stop or 0) > self._nbytes:
+            raise self._too_large()
+        wanted = self._nbytes if content.stop is None else min(content.stop, self._nbytes)
+        # One more than may come, where only the end tells how much it is.
+        data = memoryview(bytearray(wanted + (content.stop is None and not self._ranged)))
+        if content.stop is not None and self._needed_bytes is not None:
+            return bytes(data[: self._read_needed(response, data, content, self._needed_bytes)])
+        got = 0
+        while got < len(data) and (count := response.fill(data[got:])):
+            got += count
+        if content.stop is not None and got < wanted:
+            raise broken_off(str(response.location.url))
+        if got > self._nbytes:
+            raise self._too_large()
+        return bytes(data[:got])
+
+    def _read_needed(
+        self, response: Response, data: memoryview, content: Content, needed_bytes: NeededBytes
+    ) -> int:
+        """Read into `data`; return how much came."""
+        got, until = 0, inf
+        while got < len(data) and self.scheduler.clock() < until:
+            count = response.fill(data[got : got + _PROBE_READ_BYTES])
+            if not count:
+                raise broken_off(str(response.location.url))
+            got += count
+            if until == inf and got >= needed_bytes(data[:got], content.validators):
+                until = self.scheduler.clock() + response.reconnect_seconds
+        return got
+
+    def _too_large(self) -> FetchError:
+        return FetchError(
+            f"{self._target.name} has more than the {self._nbytes:,} bytes it may have",
+            retryable=False,
+        )
+
+    def settle(self, piece: DownloadPiece) -> None:
+        if self.result is None:
+            self.put_back(piece)
+        else:
+            self.over = True
+
+
+class Sink(Protocol):
+    """Where bytes go. Called from several threads at once, for different bytes."""
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Take all of `data`, which is used again afterwards. May raise `OSError`."""
+
+
+class FileSink:
+    """Writes to a descriptor that the caller owns."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write all of it, without the GIL. From any thread; raises `OSError`."""
+        while data:
+            count = os.pwrite(self._fd, data, offset)
+            data, offset = data[count:], offset + count
+
+
+class Download(Job[None]):
+    """Fetch the waves' pieces in order.
+
+    `arrived` is called with each complete group, in their order, by one thread at a time.
+    """
+
+    def __init__(
+        self,
+        scheduler: DownloadScheduler,
+        client: HttpClient,
+        probe: ProbeResult,
+        waves: Sequence[Wave],
+        arrivals: GroupArrivals,
+        sink: Sink,
+        arrived: Callable[[int], None],
+        *,
+        least: int,
+        urgency: int,
+        deadline: float,
+        wall_clock: Callable[[], float],
+    ) -> None:
+        super().__init__(scheduler, urgency, deadline)
+        self._client = client
+        self._target = probe.target
+        self._location = probe.location
+        self._validators = probe.validators
+        self._sink = sink
+        self._arrived = arrived
+        self._wall_clock = wall_clock
+        self._least = least
+        self._arrivals = arrivals
+        self._complete: list[int] = []
+        self._reporting = False
+        self.pending = [
+            DownloadPiece(n, *span)
+            for n, span in enumerate(piece for wave in waves for piece in wave)
+        ]
+        self._stop = max((piece.stop for piece in self.pending), default=0)
+        # All of the file in one response, where the server does not serve ranges.
+        self._whole = None if probe.ranges else DownloadPiece(0, 0, self._stop)
+        self.over = not self.pending
+
+    # -- with the lock ----------------------------------------------------------------------------
+
+    @property
+    def origin(self) -> Origin:
+        return self._location.url.origin
+
+    def hands_over(self, piece: DownloadPiece) -> bool:
+        return piece is not self._whole
+
+    def wanted(self, now: float) -> int:
+        if self._whole is None:
+            return super().wanted(now)
+        ready = now >= max(self.not_before, self._whole.not_before)
+        return max(len(self.running), int(ready))
+
+    def take(self, now: float) -> DownloadPiece | None:
+        return self._whole or super().take(now)
+
+    def split(self, now: float) -> DownloadPiece | None:
+        """Cut a part off the piece that has most left, where that saves time."""
+        if self._whole is not None or now < self.not_before or len(self.running) >= int(self.limit):
+            return None
+        link = self._client.links.link(self.origin)
+        for piece in sorted(self.running.values(), key=lambda each: each.claimed - each.stop):
+            left = (max(piece.at, piece.claimed), piece.stop)
+            if piece.rate is None or left[0] >= left[1]:
+                continue
+            cut = split_of(left, max(piece.rate, 1.0), link, self._least)
+            if cut is not None:
+                part = DownloadPiece(piece.order, cut, piece.stop)
+                piece.stop = cut
+                return part
+        return None
+
+    def settle(self, piece: DownloadPiece) -> None:
+        if piece is not self._whole and piece.at < piece.stop:
+            self.put_back(piece)
+        else:  # after throttling: one more after each round that went well
+            self.limit = min(self.limit + 1 / self.limit, float(self.scheduler.connections))
+        self.over = not self.pending and not self.running
+
+    def put_back(self, piece: DownloadPiece) -> None:
+        if piece is not self._whole:
+            piece.claimed = piece.at
+            super().put_back(piece)
+
+    # -- without it -------------------------------------------------------------------------------
+
+    def work(self, piece: DownloadPiece, attempt: Attempt, buffer: memoryview) -> None:
+        location = self._location
+        span = None if piece is self._whole else (piece.at, piece.stop)
+        response = self._client.get(self._target, location, span, self._validators, attempt)
+        if response.request_span is not None and span is not None:
+            response.request_span.set_groups(self._arrivals.groups_in(span))
+        try:
+            what = f"{self._target.name} at {response.location.url}"
+            content = check_response(response.head, span, self._validators, what, self._wall_clock)
+            self._location = response.location
+            if content.validators.size is not None and content.validators.size < self._stop:
+                raise IntegrityError(f"{self._target.name} is shorter than its header says")
+            if response.head.status == 200:
+                self._fetch_whole(self._as_whole(piece, attempt), response, buffer)
+            else:
+                self._fetch(piece, response, buffer)
+        except (AccessDeniedError, AdapterNotFoundError) as error:
+            if response.location.hop == 0 or location.hop == 0:
+                raise
+            # Signed locations expire: follow the redirects anew.
+            self._location = self._target.location
+            raise RetryableError(error) from error
+        finally:
+            response.release()
+
+    def _fetch(self, piece: DownloadPiece, response: Response, buffer: memoryview) -> None:
+        count = self._claim(piece, min(_READ_BYTES, len(buffer)))
+        while count:
+            got = response.fill(buffer[:count])
+            if not got:
+                raise broken_off(str(response.location.url))
+            self._write(piece.at, buffer[:got])
+            with self.scheduler.changed:
+                self._landed((piece.at, piece.at + got))
+                piece.at += got
+                piece.received += got
+                self.received += got
+                piece.rate = response.rate
+                count = self._claim(piece, _bytes_at_once(response.rate, len(buffer)))
+            self._report()
+
+    def _claim(self, piece: DownloadPiece, most: int) -> int:
+        """Return how many bytes to read next: `split` leaves them to this thread."""
+        with self.scheduler.changed:
+            if self.over:
+                raise AbortedError
+            left = piece.stop - piece.at
+            soon = _KEPT_BYTES if piece.rate is None else int(piece.rate * _KEPT_SECONDS)
+            if left > min(soon, _KEPT_BYTES) and self.scheduler.exceeds_share(self):
+                return 0
+            piece.claimed = piece.at + min(most, left)
+            return piece.claimed - piece.at
+
+    def _as_whole(self, piece: DownloadPiece, attempt: Attempt) -> DownloadPiece:
+        """Let this response be the whole file, and end the other attempts."""
+        with self.scheduler.changed:
+            if self._whole is not None:
+                if self.running.get(attempt) is self._whole:
+                    return self._whole
+                raise AbortedError  # another thread saw it first
+            self._whole = DownloadPiece(0, 0, self._stop)
+            Job.put_back(self, piece)
+            piece.claimed = piece.at
+            self.running[attempt] = self._whole
+            for other in self.running:
+                if other is not attempt:
+                    other.end()
+            return self._whole
+
+    def _fetch_whole(self, whole: DownloadPiece, response: Response, buffer: memoryview) -> None:
+        at = 0
+        while self._missing((at, self._stop)):
+            got = response.fill(buffer)
+            if not got:
+                raise broken_off(str(response.location.url))
+            for start, stop in self._missing((at, at + got)):
+                self._write(start, buffer[start - at : stop - at])
+                with self.scheduler.changed:
+                    self._landed((start, stop))
+                    self._strike((start, stop))
+                    whole.received += stop - start
+            at += got
+            self._report()
+
+    def _missing(self, span: ByteRange) -> tuple[ByteRange, ...]:
+        with self.scheduler.changed:
+            if self.over:
+                raise AbortedError
+            return intersect(((piece.at, piece.stop) for piece in self.pending), span)
+
+    def _strike(self, span: ByteRange) -> None:
+        self.pending = [
+            DownloadPiece(piece.order, *part)
+            for piece in self.pending
+            for part in subtract([(piece.at, piece.stop)], [span])
+        ]
+
+    def _write(self, offset: int, data: memoryview) -> None:
+        try:
+            self._sink.write(offset, data)
+        except OSError as error:
+            code = errno.errorcode.get(error.errno or 0, type(error).__name__)
+            raise FetchError(f"{self._target.name} cannot be written ({code})") from error
+
+    def _landed(self, span: ByteRange) -> None:
+        self._arrivals.landed(span)
+        self._complete += self._arrivals.take()
+
+    def _report(self) -> None:
+        """Report complete groups in order; a thread that comes meanwhile leaves its own to it."""
+        while self._complete:
+            with self.scheduler.changed:
+                if self._reporting or not self._complete:
+                    return
+                self._reporting, groups, self._complete = True, self._complete, []
+            try:
+                for group in groups:
+                    self._arrived(group)
+            finally:
+                with self.scheduler.changed:
+                    self._reporting = False
+
+
+def _bytes_at_once(rate: float | None, most: int) -> int:
+    """Return how many bytes to read in one call from a connection of this rate."""
+    return min(most, max(_READ_BYTES, int((rate or 0.0) * _READ_SECONDS)))
+
 
 FOREGROUND, PREFETCH = 0, 1
 """Urgencies: smaller ones come first."""

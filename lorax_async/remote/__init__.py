@@ -7,10 +7,9 @@ disk cache, readable while it runs. May import `http`, `cache`, `sources.base` a
 - `resolution`: id to version, by recent answers, the cache or the source
 - `opening`: from the cache, or a new download
 - `metadata`: config, index and headers, before any layer
-- `fetching`: one download into the cache
-- `readers`: readers of entries and downloads
+- `readers`: one download into the cache; readers of entries and downloads
 - `base`: the interface of a backend
-- `hub`, `hub_calls`, `hub_cache`: the Hugging Face hub and its standard cache
+- `hub`, `hub_calls`: the Hugging Face hub and its standard cache
 - `web`: folders behind http(s) URLs
 - `object_stores`: S3, Google Cloud Storage, Azure Blob Storage
 """

@@ -22,8 +22,13 @@ from lorax_async.formats.split_weights import (
     plan_split,
 )
 from lorax_async.http.download_scheduler import Job
-from lorax_async.http.downloads import NeededBytes, ProbeRequest
-from lorax_async.http.range_engine import FOREGROUND, PREFETCH, RangeEngine
+from lorax_async.http.range_engine import (
+    FOREGROUND,
+    PREFETCH,
+    NeededBytes,
+    ProbeRequest,
+    RangeEngine,
+)
 from lorax_async.http.target import ProbeResult, Target, Validators
 from lorax_async.remote.base import LocatedAdapter, RemoteFile
 

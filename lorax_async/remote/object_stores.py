@@ -31,10 +31,14 @@ from lorax_async.formats.split_weights import CONFIG_FILE, INDEX_FILE, WEIGHTS_F
 from lorax_async.http.settings import Address, Rules
 from lorax_async.http.target import Target
 from lorax_async.http.urls import InvalidUrlError, Origin, Url, parse_url
-from lorax_async.ids.grammar import STORES, parse_store
-from lorax_async.ids.parsing import parsed
+from lorax_async.ids import STORES, parse_store, parsed
 from lorax_async.remote.base import AnotherVersionError, LocatedAdapter, RemoteFile
 from lorax_async.types import AdapterRef
+
+if TYPE_CHECKING:
+    from obstore import ObjectMeta
+    from obstore.store import AzureAccessKey, AzureStore, GCSStore, RetryConfig, S3Store
+
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta

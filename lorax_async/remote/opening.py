@@ -9,9 +9,15 @@ from dataclasses import replace
 from functools import partial
 from time import monotonic
 
-from lorax_async.cache.base import Cache, CacheDownload, CacheEntry, CacheFile, LeftoverError
+from lorax_async.cache.base import (
+    Cache,
+    CacheDownload,
+    CacheEntry,
+    CacheFile,
+    CacheKey,
+    LeftoverError,
+)
 from lorax_async.cache.directory import CrowdedError
-from lorax_async.cache.records import CacheKey
 from lorax_async.concurrency import FetchControl, WorkerThreads
 from lorax_async.config import Checking, Limits
 from lorax_async.errors import AdapterError, AdapterFormatError, IntegrityError, LoraxError
@@ -19,7 +25,6 @@ from lorax_async.formats.digests import Digest, FileHash, sent_sha256
 from lorax_async.formats.split_weights import FileRole
 from lorax_async.http.range_engine import RangeEngine
 from lorax_async.remote.base import WEAK, LocatedAdapter
-from lorax_async.remote.fetching import AdapterFetch
 from lorax_async.remote.metadata import (
     AdapterMetadata,
     MetadataReader,
@@ -27,7 +32,7 @@ from lorax_async.remote.metadata import (
     bind_to,
     unwanted_error,
 )
-from lorax_async.remote.readers import FetchReader, open_entry, read_first
+from lorax_async.remote.readers import AdapterFetch, FetchReader, open_entry, read_first
 from lorax_async.remote.resolution import Caches, ResolutionCache, VersionResolver
 from lorax_async.sources.base import AdapterFile
 from lorax_async.types import RemoteKey

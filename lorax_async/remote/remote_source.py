@@ -13,9 +13,8 @@ from ipaddress import IPv6Address, ip_address, ip_network
 from threading import Lock, RLock
 from typing import Any, NamedTuple
 
-from lorax_async.cache.base import Cache, CacheEntry
+from lorax_async.cache.base import Cache, CacheEntry, EntryRecord
 from lorax_async.cache.disk_cache import OwnCache
-from lorax_async.cache.records import EntryRecord
 from lorax_async.concurrency import FetchControl, WorkerThreads
 from lorax_async.config import Checking, Limits, LoaderConfig
 from lorax_async.errors import (
@@ -29,11 +28,9 @@ from lorax_async.formats import spans
 from lorax_async.http.range_engine import RangeEngine
 from lorax_async.http.settings import Address, HttpSettings
 from lorax_async.http.urls import Origin, Url, parse_url
-from lorax_async.ids.allow import Allow, OriginPlace, is_address
-from lorax_async.ids.grammar import DEFAULT_PORTS, checked_host, folder_path
+from lorax_async.ids import DEFAULT_PORTS, Allow, OriginPlace, checked_host, folder_path, is_address
 from lorax_async.remote.base import Backend
-from lorax_async.remote.hub import HubBackend
-from lorax_async.remote.hub_cache import StandardHubCache, TieredCache, standard_folder
+from lorax_async.remote.hub import HubBackend, StandardHubCache, TieredCache, standard_folder
 from lorax_async.remote.hub_calls import endpoint_in_use
 from lorax_async.remote.metadata import AdapterMetadata, unwanted_error
 from lorax_async.remote.object_stores import StoreBackend
@@ -51,7 +48,7 @@ from lorax_async.remote.readers import (
 from lorax_async.remote.resolution import MAX_KEYS, ResolutionCache, VersionResolver
 from lorax_async.remote.web import WebBackend
 from lorax_async.sources.base import AdapterFile, PinnedPages, StoredFolder
-from lorax_async.sources.local_weights import LocalPages, ReadAhead
+from lorax_async.sources.local_folder import LocalPages, ReadAhead
 from lorax_async.tracing.recorder import Tracer
 from lorax_async.types import UNCHECKED, AdapterKey, AdapterRef, RemoteKey, Verification
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import NamedTuple
 
-from lorax_async.cache.base import Cache
-from lorax_async.cache.records import CacheKey
+from lorax_async.cache.base import Cache, CacheKey
 from lorax_async.concurrency import WorkerThreads
 from lorax_async.errors import AdapterNotFoundError, CapacityError, FetchError, IntegrityError
 from lorax_async.formats.split_weights import FileRole

@@ -21,7 +21,7 @@ from lorax_async.http.range_engine import RangeEngine
 from lorax_async.http.settings import Rules
 from lorax_async.http.target import ProbeResult, Target, Validators
 from lorax_async.http.urls import Url, parse_url
-from lorax_async.ids.parsing import parsed
+from lorax_async.ids import parsed
 from lorax_async.remote.base import WEAK, AnotherVersionError, LocatedAdapter, RemoteFile
 from lorax_async.remote.metadata import FIRST_BYTES, CancelScope, wait_for
 from lorax_async.types import AdapterRef

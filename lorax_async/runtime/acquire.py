@@ -37,7 +37,7 @@ from lorax_async.errors import (
     UnsupportedAdapterError,
     UsageError,
 )
-from lorax_async.ids.parsing import origins_of
+from lorax_async.ids import origins_of
 from lorax_async.lifecycle.adapter_state import WantedTier
 from lorax_async.runtime.digest_checks import DigestChecks
 from lorax_async.runtime.driver import Driver

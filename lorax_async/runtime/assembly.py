@@ -21,7 +21,7 @@ from lorax_async.devices.base import Device
 from lorax_async.devices.staging import StagingRing
 from lorax_async.devices.transfer import GroupTransfer
 from lorax_async.errors import LoaderClosedError
-from lorax_async.ids.parsing import as_parsed
+from lorax_async.ids import as_parsed
 from lorax_async.lifecycle.adapter_state import WantedTier
 from lorax_async.lifecycle.lifecycle import Budgets, Lifecycle, LifecycleTimes
 from lorax_async.lifecycle.policies import policy

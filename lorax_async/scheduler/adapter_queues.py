@@ -27,8 +27,7 @@ from lorax_async.runtime.placement import TierName
 from lorax_async.scheduler.adapter_queue import AdapterQueue, LoadEstimate, LoadProfiles, Urgency
 from lorax_async.scheduler.admission import EngineSlots
 from lorax_async.scheduler.requests import Clock, Ticket, TimerHandle
-from lorax_async.types import AdapterKey, Ref, RemoteKey
-from lorax_async.validation import MAX_SECONDS
+from lorax_async.types import MAX_SECONDS, AdapterKey, Ref, RemoteKey
 
 
 def urgency(since: float, priority: int, deadline: float, level: float) -> float:

@@ -10,8 +10,7 @@ from typing import Protocol
 
 from lorax_async.errors import LoraxError
 from lorax_async.runtime.acquire import require_priority
-from lorax_async.types import AdapterId, Ref, as_ref
-from lorax_async.validation import require_count, require_seconds
+from lorax_async.types import AdapterId, Ref, as_ref, require_count, require_seconds
 
 
 class TimerHandle(Protocol):

@@ -15,7 +15,7 @@ from lorax_async.scheduler.adapter_queues import AdapterQueues, LookAhead, urgen
 from lorax_async.scheduler.admission import BatchCapacity, BatchSelection, EngineSlots, pick
 from lorax_async.scheduler.requests import Clock, LoopClock, Request, Ticket
 from lorax_async.scheduler.step import Batch, BatchRow, PassTimeModel, make_batch
-from lorax_async.validation import require_count, require_share
+from lorax_async.types import require_count, require_share
 
 
 class ChangeEvent:

@@ -14,6 +14,7 @@ from typing import Any
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+from lorax_async import ids
 from lorax_async.errors import (
     AdapterInUseError,
     AdapterTimeoutError,
@@ -21,7 +22,6 @@ from lorax_async.errors import (
     LoraxError,
 )
 from lorax_async.events import Event, SlotId
-from lorax_async.ids import parsing
 from lorax_async.runtime.placement import AdapterResidency
 from lorax_async.server.clients import read_bearer_key, read_json
 from lorax_async.server.error_responses import Refusal
@@ -145,7 +145,7 @@ def _parse_adapter(path: str) -> AdapterId:
             return Path(path).absolute()
     ref = AdapterRef(path)
     with suppress(InvalidAdapterIdError):
-        if parsing.parsed(ref).source == "hub":
+        if ids.parsed(ref).source == "hub":
             return replace(ref, use_token=True)
     return path
 

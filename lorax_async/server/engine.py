@@ -34,7 +34,7 @@ from lorax_async.server.generation import (
     SequencePart,
     StepResult,
 )
-from lorax_async.validation import require_count
+from lorax_async.types import require_count
 
 _CANDIDATES = 256, 8192
 """Numbers of likeliest tokens to search for `top_p` first: sorting a whole vocabulary takes

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from lorax_async.errors import AccessDeniedError, InvalidAdapterIdError
-from lorax_async.ids.allow import Allow
-from lorax_async.ids.parsing import is_covered, parsed
+from lorax_async.ids import Allow, is_covered, parsed
 from lorax_async.types import AdapterId, AdapterRef
 
 

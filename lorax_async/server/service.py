@@ -18,12 +18,11 @@ from lorax_async.engines.transformers import attach
 from lorax_async.errors import CapacityError, ConfigError, shorten
 from lorax_async.loader import AdapterLoader
 from lorax_async.scheduler.scheduler import AdapterScheduler
-from lorax_async.server.cold_requests import ColdRequests
+from lorax_async.server.clients import ClientLimits, InFlightRequests
+from lorax_async.server.dashboard import ColdRequests, ColdTrace, Dashboard, DashboardFeeds
 from lorax_async.server.engine import Engine, ObservedTokens, TokenObserver
 from lorax_async.server.generation import Generation
-from lorax_async.server.in_flight import ClientLimits, InFlightRequests
 from lorax_async.server.model_names import ModelNames, is_requestable
-from lorax_async.server.page.dashboard import ColdTrace, Dashboard, DashboardFeeds
 from lorax_async.server.request_bodies import PromptEncoder
 from lorax_async.server.server_metrics import ServerMetrics
 from lorax_async.server.server_settings import ServerSettings

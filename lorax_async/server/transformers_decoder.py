@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from lorax_async.engines.transformers import AttachedModel
 from lorax_async.errors import ConfigError, LoraxError, UsageError
 from lorax_async.server.generation import DecoderStep, SequencePart, StepResult
-from lorax_async.validation import require_count
+from lorax_async.types import require_count
 
 BLOCK = 64
 """Tokens by which places grow."""

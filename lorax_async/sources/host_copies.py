@@ -16,8 +16,7 @@ from threading import Lock
 
 import torch
 
-from lorax_async.cache.base import Cache, CacheDownload, CacheEntry
-from lorax_async.cache.records import CacheKey
+from lorax_async.cache.base import Cache, CacheDownload, CacheEntry, CacheKey
 from lorax_async.concurrency import FetchControl, outcome
 from lorax_async.config import Limits
 from lorax_async.devices.staging import TORCH_DTYPES, StagingBuffer

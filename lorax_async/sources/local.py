@@ -34,14 +34,16 @@ from lorax_async.files import (
 )
 from lorax_async.formats.spans import ByteSpan
 from lorax_async.formats.split_weights import joined_digest
-from lorax_async.ids.parsing import parse_place
+from lorax_async.ids import parse_place
 from lorax_async.sources.base import AdapterFile, PinnedPages, StoredFolder
-from lorax_async.sources.local_folder import CONFIG, count_files, find_adapter
-from lorax_async.sources.local_weights import (
+from lorax_async.sources.local_folder import (
+    CONFIG,
     LocalPages,
     SplitReader,
     begin_hold,
     can_hold,
+    count_files,
+    find_adapter,
     open_weights,
     readers_of,
     reopened,

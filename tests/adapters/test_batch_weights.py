@@ -20,9 +20,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorax_async.adapters import batches
-from lorax_async.adapters.batches import AdapterBatchMetadata, BatchLoraWeights, RankSegments
-from lorax_async.adapters.kernel_bridge import Bridge
-from lorax_async.adapters.layout_model import padded_rank
+from lorax_async.adapters.batches import (
+    AdapterBatchMetadata,
+    BatchLoraWeights,
+    Bridge,
+    RankSegments,
+)
+from lorax_async.adapters.layers import padded_rank
 from lorax_async.errors import IncompatibleAdapterError, UsageError
 
 LAYERS, IN, OUT = 2, 5, 3

@@ -18,7 +18,7 @@ from adapters import small_base as base
 from adapters.small_base import HIDDEN, KEY_VALUE, QKV, SHAPES, Linear, load, loaded
 from engines.variants import llama, wrapped
 from lorax_async import errors, layouts
-from lorax_async.adapters.layout_model import LayoutModel, padded_rank
+from lorax_async.adapters.layers import LayoutModel, padded_rank
 from lorax_async.adapters.lora import LoraConfig, LoraWeights
 from lorax_async.adapters.weights_file import WeightsFile
 from lorax_async.errors import AdapterFormatError, IncompatibleAdapterError, UnsupportedAdapterError

@@ -24,7 +24,7 @@ from engines.conftest import watched
 from late_device.world import LATE
 from late_device.world import loaded as late_device
 from lorax_async import errors
-from lorax_async.adapters.layout_model import LayoutModel
+from lorax_async.adapters.layers import LayoutModel
 from lorax_async.adapters.lora import LoraConfig, LoraWeights
 from lorax_async.adapters.weights_file import WeightsFile
 from lorax_async.config import LoaderConfig, Shard

@@ -13,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.refusals import refusals
-from lorax_async.cache.partials import CHUNK_BYTES, SYNCED, ChunkMap, encoded_size
-from lorax_async.cache.records import (
+from lorax_async.cache.base import (
     CacheKey,
     FileRecord,
     decoded_record,
@@ -23,6 +22,7 @@ from lorax_async.cache.records import (
     record_of,
     scope_name,
 )
+from lorax_async.cache.partials import CHUNK_BYTES, SYNCED, ChunkMap, encoded_size
 from lorax_async.errors import AdapterFormatError, UsageError
 from lorax_async.formats.digests import Digest, DigestKind, FileHash, sent_sha256
 from lorax_async.formats.spans import ByteRange, SpanSet

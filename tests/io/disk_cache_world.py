@@ -13,10 +13,9 @@ from pathlib import Path
 from source_inputs import read
 
 from common import open_files
-from lorax_async.cache.base import Cache, CacheDownload, CacheEntry, CacheFile
+from lorax_async.cache.base import Cache, CacheDownload, CacheEntry, CacheFile, CacheKey
 from lorax_async.cache.disk_cache import DiskCache
 from lorax_async.cache.partials import CHUNK_BYTES
-from lorax_async.cache.records import CacheKey
 from lorax_async.concurrency import FetchControl
 from lorax_async.formats.digests import Digest
 from lorax_async.formats.spans import ByteRange

@@ -44,13 +44,11 @@ from disk_cache_world import (
 )
 from source_inputs import read, read_rows, rows_of
 
-from lorax_async.cache import disk_cache, maintenance
-from lorax_async.cache.base import Cache, LeftoverError
-from lorax_async.cache.disk_cache import DiskCache, DiskDownload
+from lorax_async.cache import disk_cache
+from lorax_async.cache.base import Cache, CacheKey, LeftoverError
+from lorax_async.cache.disk_cache import DiskCache, DiskDownload, Freed
 from lorax_async.cache.entries import MAX_SCOPES
-from lorax_async.cache.maintenance import Freed
 from lorax_async.cache.partials import CHUNK_BYTES
-from lorax_async.cache.records import CacheKey
 from lorax_async.concurrency import FetchControl
 from lorax_async.errors import CapacityError, ConfigError, FetchError, IntegrityError, InternalError
 from lorax_async.formats.digests import Digest
@@ -530,8 +528,8 @@ def test_cleaning_up_removes_what_serves_nobody(world: DiskWorld) -> None:
     (former := world.folder / "locks").mkdir()
     world.cache.note_version("here?", key(0).source, key(0).version)
     world.cache.note_version("gone?", "org/elsewhere", "2" * 40)
-    assert maintenance.gc(world.cache, older_than=1_000) == Freed(1, 0, 3 + len(CONFIG))
-    assert maintenance.gc(world.cache) == Freed(0, 1, NBYTES)
+    assert disk_cache.gc(world.cache, older_than=1_000) == Freed(1, 0, 3 + len(CONFIG))
+    assert disk_cache.gc(world.cache) == Freed(0, 1, NBYTES)
     assert is_there(world.cache, key(0))
     assert world.cache.last_version("here?") == (key(0).source, key(0).version)
     assert world.cache.last_version("gone?") is None
@@ -945,7 +943,7 @@ def test_anything_at_any_time(tmp_path: Path) -> None:
     with ThreadPoolExecutor(6) as threads:
         assert list(threads.map(play, range(6))) == [None] * 6
     with opened(tmp_path, budget) as world:
-        assert [each.problem for each in maintenance.verify(world.cache) if each.problem] == []
-        maintenance.gc(world.cache)
-        assert not any(listed.is_partial for listed in maintenance.ls(world.cache))
+        assert [each.problem for each in disk_cache.verify(world.cache) if each.problem] == []
+        disk_cache.gc(world.cache)
+        assert not any(listed.is_partial for listed in disk_cache.ls(world.cache))
     nothing_odd(tmp_path)

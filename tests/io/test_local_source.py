@@ -51,13 +51,12 @@ from source_inputs import (
 )
 
 from common import Run
-from lorax_async import errors, files, host_memory
+from lorax_async import errors, files
 from lorax_async.concurrency import FetchControl
 from lorax_async.config import LocalRoot
-from lorax_async.files import FileReader, identity_of, open_same
+from lorax_async.files import FileReader, MappedFile, identity_of, open_same
 from lorax_async.formats.spans import ByteSpan
-from lorax_async.host_memory import MappedFile
-from lorax_async.sources import local, local_folder, local_weights
+from lorax_async.sources import local, local_folder
 from lorax_async.sources.local import LocalSource
 from lorax_async.types import AdapterKey, AdapterRef, Verification
 from page_looks import drop_pages, map_sizes, may_lock
@@ -550,7 +549,7 @@ async def test_many_first_reads(world: LocalWorld, folder: Path, monkeypatch: Pa
         threading.Event().wait(0.02)  # others come meanwhile
         return open_same(path, identity)
 
-    monkeypatch.setattr(local_weights, "open_same", counted)
+    monkeypatch.setattr(local_folder, "open_same", counted)
     unread = world.source.reopen(key)
     unread.close()
     assert calls == []
@@ -796,10 +795,10 @@ async def test_a_file_that_changes_is_not_held(
     """Of several, none is."""
     folder = host.roots[0] / "one"
     fill = host.fill if name == WEIGHTS_NAME else put_split
-    populate = local_weights.LocalPages.populate
+    populate = local_folder.LocalPages.populate
     path = fill(folder) / name
 
-    def changing(hold: local_weights.LocalPages, start: int) -> None:
+    def changing(hold: local_folder.LocalPages, start: int) -> None:
         last = start == hold.starts[-1]
         if when == "during" and not start:
             change(path)
@@ -810,7 +809,7 @@ async def test_a_file_that_changes_is_not_held(
     key = await host.source.resolve(AdapterRef("./one"))
     if when == "before":
         change(path)
-    monkeypatch.setattr(local_weights.LocalPages, "populate", changing)
+    monkeypatch.setattr(local_folder.LocalPages, "populate", changing)
     with pytest.raises(errors.IntegrityError, match=f"{name}.*again"):
         await host.source.populate(key)
     assert maps_below(folder) == []
@@ -826,7 +825,7 @@ async def test_no_memory(host: LocalWorld, monkeypatch: Patch, nth: int | str) -
         made.append(MappedFile(*given))
         return made[-1]
 
-    owner = host_memory.MappedFile if nth == "populate" else local_weights
+    owner = files.MappedFile if nth == "populate" else local_folder
     monkeypatch.setattr(owner, nth if isinstance(nth, str) else "MappedFile", refused)
     put_split(host.roots[0] / "one")
     key = await host.source.resolve(AdapterRef("./one"))
@@ -876,7 +875,7 @@ def test_locked_pages_are_the_files_own(path: Path, first: str) -> None:
 
 @pytest.mark.parametrize("code", [errno.EPERM, errno.ENOMEM, errno.EAGAIN])
 def test_locking_is_best_effort(path: Path, monkeypatch: Patch, code: int) -> None:
-    monkeypatch.setattr(host_memory, "lock_on_fault", lambda address, nbytes: code)
+    monkeypatch.setattr(files, "lock_on_fault", lambda address, nbytes: code)
     with opened(path) as file:
         assert not file.lock()
         file.populate()
@@ -888,15 +887,15 @@ def test_locking_is_best_effort(path: Path, monkeypatch: Patch, code: int) -> No
 def test_an_old_kernel_reads_ahead(path: Path, monkeypatch: Patch) -> None:
     """Nothing is mapped then, so nothing can be locked."""
     advices: list[int] = []
-    madvise = host_memory.madvise
+    madvise = files.madvise
 
     def old(address: int, nbytes: int, advice: int) -> int:
         advices.append(advice)
         known = advice != 22  # MADV_POPULATE_READ
         return madvise(address, nbytes, advice) if known else errno.EINVAL
 
-    monkeypatch.setattr(host_memory, "madvise", old)
-    monkeypatch.setattr(host_memory, "lock_on_fault", lambda address, nbytes: 0)
+    monkeypatch.setattr(files, "madvise", old)
+    monkeypatch.setattr(files, "lock_on_fault", lambda address, nbytes: 0)
     with opened(path) as file:
         assert file.lock()
         file.populate()
@@ -938,7 +937,7 @@ def test_memory_that_cannot_be_mapped_or_populated(path: Path, monkeypatch: Patc
         os.truncate(path, 100)
         with pytest.raises(errors.IntegrityError, match="weights ends before byte"):
             file.populate()
-        monkeypatch.setattr(host_memory, "madvise", lambda *_: errno.ENOMEM)
+        monkeypatch.setattr(files, "madvise", lambda *_: errno.ENOMEM)
         with pytest.raises(OSError, match="Cannot allocate memory"):
             file.populate()
     with pytest.raises(OSError, match="Bad file descriptor"):
@@ -947,7 +946,7 @@ def test_memory_that_cannot_be_mapped_or_populated(path: Path, monkeypatch: Patc
 
 def test_closed_while_it_is_populated(path: Path, monkeypatch: Patch) -> None:
     """Another map may take the addresses as soon as they are free."""
-    madvise = host_memory.madvise
+    madvise = files.madvise
     with opened(path) as file:
 
         def slow(address: int, nbytes: int, advice: int) -> int:
@@ -955,7 +954,7 @@ def test_closed_while_it_is_populated(path: Path, monkeypatch: Patch) -> None:
             assert len(map_sizes(path)) == 1
             return madvise(address, nbytes, advice)
 
-        monkeypatch.setattr(host_memory, "madvise", slow)
+        monkeypatch.setattr(files, "madvise", slow)
         file.populate()
         assert map_sizes(path) == []
 

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from lorax_async.cache import directory, entries, partials
-from lorax_async.cache.budget import DiskBudget
 from lorax_async.cache.directory import CacheDirectory, Folder
+from lorax_async.cache.entries import DiskBudget
 from lorax_async.cache.partials import ChunkMap, Partial, PartialFile, Partials
 from mutants.mutation import Mutants, mutant, nothing, seen_by, skipped, without_context
 

@@ -5,7 +5,7 @@ from typing import Any
 from lorax_async.http import connection, pool
 from lorax_async.http.connection import AbortableSocket, Attempt
 from lorax_async.http.download_scheduler import DownloadPiece, DownloadScheduler, WorkerPool
-from lorax_async.http.downloads import Download
+from lorax_async.http.range_engine import Download
 from mutants.mutation import Mutants, NoLock, mutant, skipped
 
 ANSWERS = "io/http/test_http_responses.py"

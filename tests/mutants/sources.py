@@ -8,15 +8,14 @@ from typing import Any
 from lorax_async import concurrency
 from lorax_async.concurrency import WorkerThreads
 from lorax_async.files import FileReader
-from lorax_async.remote import fetching, metadata, opening
-from lorax_async.remote.fetching import AdapterFetch
+from lorax_async.remote import metadata, opening, readers
 from lorax_async.remote.opening import AdapterOpener
-from lorax_async.remote.readers import FetchReader
+from lorax_async.remote.readers import AdapterFetch, FetchReader
 from lorax_async.remote.remote_source import RemoteSource
 from lorax_async.remote.resolution import ResolutionCache, VersionResolver
-from lorax_async.sources import host_copies, local_weights, merges
+from lorax_async.sources import host_copies, local_folder, merges
 from lorax_async.sources.host_copies import HostCopies, HostCopy, TensorSnapshot
-from lorax_async.sources.local_weights import LocalPages
+from lorax_async.sources.local_folder import LocalPages
 from mutants.mutation import (
     Mutants,
     NoLock,
@@ -80,7 +79,7 @@ SOURCES: Mutants = {
         f"{LOCAL}::test_a_descriptor_outlives_its_read",
         (FileReader, "close", _closed_under_readers)),
     "opened once: one read opens": mutant(
-        f"{LOCAL}::test_many_first_reads", (local_weights, "Lock", NoLock)),
+        f"{LOCAL}::test_many_first_reads", (local_folder, "Lock", NoLock)),
     "hold: what is held is what was opened": mutant(
         f"{LOCAL}::test_a_file_that_changes_is_not_held",
         (LocalPages, "settle", lambda self: concurrency.close_all(self._readers))),
@@ -112,9 +111,9 @@ SOURCES: Mutants = {
         (WorkerThreads, "finish", _abandoned)),
     "fetch: it is published when all of it is here": mutant(
         "io/remote/test_fetch_folders.py::test_a_folder_that_peft_loads",
-        (fetching, "outcome", nothing_awaited)),
+        (readers, "outcome", nothing_awaited)),
     "fetch: groups are reported on the loop": mutant(
-        f"{REMOTE}::test_groups_are_reported_on_the_loop", (fetching, "_on_loop", same)),
+        f"{REMOTE}::test_groups_are_reported_on_the_loop", (readers, "_on_loop", same)),
     "fetch: groups of several files are reported in their order": mutant(
         f"{REMOTE}::test_groups_of_two_files_come_in_order",
         initialized(AdapterFetch, _lock=NoLock)),

@@ -24,7 +24,7 @@ from lorax_async.cli.arguments import as_source, request_sources, server_loader_
 from lorax_async.cli.serve import find_adapters
 from lorax_async.config import LoaderConfig
 from lorax_async.errors import UsageError
-from lorax_async.ids.allow import Allow
+from lorax_async.ids import Allow
 from lorax_async.server.generation import Generation
 from lorax_async.server.server_settings import ServerSettings
 from lorax_async.server.service import ServedModel, ServerCapacity, Service, open_service

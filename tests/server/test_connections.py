@@ -19,12 +19,11 @@ from starlette.requests import ClientDisconnect
 
 from common import Run, until
 from lorax_async.errors import LoaderClosedError, UsageError
-from lorax_async.server.clients import ABORT
+from lorax_async.server.app import DrainingServer, listen
+from lorax_async.server.clients import ABORT, RequestScope
 from lorax_async.server.completions import CompletionEndpoint
 from lorax_async.server.error_responses import Refusal
-from lorax_async.server.in_flight import RequestScope
 from lorax_async.server.request_bodies import CompletionBody
-from lorax_async.server.serving import DrainingServer, listen
 from server.world import COMPLETIONS, POST, FakeEngine, FakeTokens, World, request, saying, serving
 from tiny_loaders import fails
 

@@ -24,7 +24,7 @@ from link import Link
 from lorax_async.cli import serve
 from lorax_async.config import LoaderConfig
 from lorax_async.engines.smollm2 import prepare_base
-from lorax_async.ids.allow import Allow
+from lorax_async.ids import Allow
 from lorax_async.server.server_settings import ServerSettings
 from lorax_async.server.service import ServedModel, ServerCapacity, open_service
 from server.world import listening

@@ -18,9 +18,8 @@ import pytest
 import tiny
 from common import until
 from lorax_async.errors import AdapterFormatError, CapacityError
-from lorax_async.server import cold_requests
+from lorax_async.server import app, dashboard
 from lorax_async.server.model_names import ModelNames
-from lorax_async.server.page import dashboard, routes
 from lorax_async.tracing.trace import Trace
 from server.world import COMPLETIONS, TOKEN, FakeEngine, FakeTokens, World, loading, saying, serving
 from tiny_loaders import ONE, fails, gated
@@ -88,7 +87,7 @@ async def test_the_page_needs_nothing_from_elsewhere() -> None:
         named = {f"/{name}" for name in re.findall(r'(?:src|href)="(page/[^"]+)"', text)}
         script = (await world.ask("GET", "/page/page.js")).body.decode()
         named |= {f"/page/{name}" for name in re.findall(r'from "\./(.+?)"', script)}
-        assert named == routes.FILES.keys() - {"/"}
+        assert named == app.FILES.keys() - {"/"}
         for path in ("/", *named):
             answer = await world.ask("GET", path)
             kind = kinds[path.rpartition(".")[2]] if path in named else "text/html"
@@ -346,7 +345,7 @@ async def test_a_cold_request_without_a_token_is_shown_with_its_outcome(
 
 async def test_few_cold_requests_are_recorded_at_a_time(tmp_path: Path) -> None:
     """Of one adapter, one; and strangers' keep no adapter with a name from being recorded."""
-    most = cold_requests.MAX_RECORDINGS
+    most = dashboard.MAX_RECORDINGS
     folders = {f"a{n}": tiny.write(tmp_path / f"a{n}", n) for n in range(most + 1)}
     engine = FakeEngine()
     async with serving(engine, adapters=folders) as world:

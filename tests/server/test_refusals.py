@@ -20,10 +20,10 @@ from engines.conftest import watched
 from lorax_async.cli.serve import choose_hosts
 from lorax_async.errors import ConfigError, LoraxError, UsageError
 from lorax_async.server import request_bodies
+from lorax_async.server.app import listen
 from lorax_async.server.error_responses import INTERNAL, Refusal, create_refusal
 from lorax_async.server.request_bodies import ChatBody, CompletionBody, GenerationBody, parse_body
 from lorax_async.server.server_settings import ServerSettings
-from lorax_async.server.serving import listen
 from server import world as fakes
 from server.world import COMPLETIONS, TOKEN, FakeEngine, FakeTokens, World, echo, loading, serving
 from tiny_loaders import fails

@@ -16,12 +16,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from lorax_async.errors import LoaderClosedError, LoraxError
-from lorax_async.ids.allow import Allow
+from lorax_async.ids import Allow
 from lorax_async.loader import AdapterLoader
+from lorax_async.server.app import DrainingServer, listen
 from lorax_async.server.generation import Finish, Generation
 from lorax_async.server.server_settings import ServerSettings
 from lorax_async.server.service import Service
-from lorax_async.server.serving import DrainingServer, listen
 from tiny_loaders import loader as tiny_loader
 
 TEMPLATE = (

@@ -15,10 +15,9 @@ from lorax_async.errors import FetchError
 from lorax_async.http.client import HttpClient, LinkStatistics
 from lorax_async.http.connection import AbortableSocket, Attempt, Connection
 from lorax_async.http.download_scheduler import DownloadPiece, DownloadScheduler, Job
-from lorax_async.http.downloads import Download
 from lorax_async.http.failures import AbortedError, RetryableError, RetryPolicy
 from lorax_async.http.pool import ConnectionPool
-from lorax_async.http.range_engine import FOREGROUND, PREFETCH
+from lorax_async.http.range_engine import FOREGROUND, PREFETCH, Download
 from lorax_async.http.ranges import GroupArrivals
 from lorax_async.http.settings import HttpSettings, Timeouts
 from lorax_async.http.target import ProbeResult, Validators

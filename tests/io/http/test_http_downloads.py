@@ -31,8 +31,7 @@ from fetching import (
 from common import open_sockets, our_threads
 from link import Link
 from lorax_async.errors import FetchError, FetchTimeoutError, InternalError, LoraxError
-from lorax_async.http.downloads import FileSink
-from lorax_async.http.range_engine import PREFETCH, RangeEngine
+from lorax_async.http.range_engine import PREFETCH, FileSink, RangeEngine
 from lorax_async.http.ranges import PieceSizes
 from lorax_async.http.settings import HttpSettings, Timeouts
 from lorax_async.http.target import Target

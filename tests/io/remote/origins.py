@@ -24,7 +24,7 @@ from user_loads import at, contents, loader
 from web_folder import refuse
 
 import servers
-from lorax_async.ids.allow import Allow
+from lorax_async.ids import Allow
 from lorax_async.loader import AdapterLoader
 from servers import Command, Nginx
 from tools import tool

@@ -28,8 +28,8 @@ from web_folder import CONFIG, WEIGHTS
 
 import tiny
 from common import LOOPS, our_threads, until
-from lorax_async.cache.maintenance import ls
-from lorax_async.cache.records import CacheKey
+from lorax_async.cache.base import CacheKey
+from lorax_async.cache.disk_cache import ls
 from lorax_async.config import Checking, Limits
 from lorax_async.errors import (
     AccessDeniedError,

@@ -20,20 +20,14 @@ from web_folder import CONFIG, INDEX, shard
 from web_folder import WEIGHTS as NAME
 
 from adapters import hub_cache as by_hand
-from lorax_async.cache.base import Cache, CacheEntry
+from lorax_async.cache.base import Cache, CacheEntry, CacheKey
 from lorax_async.cache.disk_cache import DiskCache
-from lorax_async.cache.records import CacheKey
 from lorax_async.concurrency import FetchControl
 from lorax_async.errors import FetchError, IntegrityError, InternalError
 from lorax_async.formats.digests import Digest
 from lorax_async.formats.split_weights import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, FileRole
 from lorax_async.lifecycle.policies import policy
-from lorax_async.remote.hub_cache import (
-    StandardHubCache,
-    TieredCache,
-    adapter_files,
-    standard_folder,
-)
+from lorax_async.remote.hub import StandardHubCache, TieredCache, adapter_files, standard_folder
 from lorax_async.remote.hub_calls import digest_of_etag, is_commit
 from lorax_async.remote.resolution import ResolutionRequest
 from lorax_async.types import AdapterRef

@@ -20,7 +20,7 @@ from user_loads import RANK, at, contents, has, loader, until, written
 import tiny
 from lorax_async import errors
 from lorax_async.formats.spans import ByteRange
-from lorax_async.ids.allow import Allow
+from lorax_async.ids import Allow
 from lorax_async.loader import AdapterLoader
 from lorax_async.types import AdapterRef, Merge
 from tiny_loaders import fails

@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 
 import tiny
 from common import until
-from lorax_async.cache.maintenance import ls, rm
+from lorax_async.cache.disk_cache import ls, rm
 from lorax_async.config import Limits
 from lorax_async.errors import AccessDeniedError, AdapterNotFoundError, FetchError, IntegrityError
 from lorax_async.loader import AdapterLoader

@@ -7,7 +7,7 @@ from ipaddress import ip_address
 import pytest
 
 from lorax_async.http.urls import parse_url
-from lorax_async.ids.allow import Allow
+from lorax_async.ids import Allow
 from lorax_async.remote.remote_source import AllowRules
 
 METADATA = "169.254.169.254"

@@ -21,17 +21,16 @@ from source_conformance import PopulateConformance, SourceConformance
 from source_inputs import CONFIG, weights
 
 from common import until
-from lorax_async.cache.maintenance import ls
-from lorax_async.cache.records import CacheKey
+from lorax_async.cache.base import CacheKey
+from lorax_async.cache.disk_cache import ls
 from lorax_async.concurrency import FetchControl, WorkerThreads
 from lorax_async.errors import AdapterFormatError, EvictedError, FetchError, IntegrityError
 from lorax_async.formats.spans import ByteSpan
 from lorax_async.formats.split_weights import WEIGHTS_FILE, FilePlace, SplitGroupArrivals, SplitPlan
-from lorax_async.remote import fetching as fetch_module
 from lorax_async.remote import opening
-from lorax_async.remote.fetching import AdapterFetch
+from lorax_async.remote import readers as fetch_module
 from lorax_async.remote.metadata import FIRST_BYTES, track
-from lorax_async.remote.readers import EntryReader, ReopenedReader, entry_gone
+from lorax_async.remote.readers import AdapterFetch, EntryReader, ReopenedReader, entry_gone
 from lorax_async.types import RemoteKey
 from telling import TellingLock
 from tiny_loaders import fails
