@@ -69,7 +69,7 @@ class TroubledSource:
         control: FetchControl,
     ) -> Verification:
         if id(file.reader) in self._stalling:
-            while not control.ended:  # noqa: ASYNC110 - it is a threading.Event
+            while not control.cancelled:  # noqa: ASYNC110 - it is a threading.Event
                 await asyncio.sleep(_POLL_SECONDS)
             self._stalling.discard(id(file.reader))
         return await self._inner.bring(file, groups, arrived, control)

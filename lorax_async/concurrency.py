@@ -23,20 +23,20 @@ class FetchControl:
         self.urgent = urgent
         self.refused: LoraxError | None = None
         """The error of a check that refused the bytes received so far."""
-        self._ended = Event()
+        self._cancelled = Event()
         self._watchers: list[Callable[[], None]] = []
 
     @property
-    def ended(self) -> bool:
+    def cancelled(self) -> bool:
         """Whether the fetch is no longer needed; check it between chunks."""
-        return self._ended.is_set()
+        return self._cancelled.is_set()
 
     def wait(self, seconds: float) -> bool:
         """Block until the fetch is cancelled; return False after `seconds`."""
-        return self._ended.wait(seconds)
+        return self._cancelled.wait(seconds)
 
-    def end(self) -> None:
-        self._ended.set()
+    def cancel(self) -> None:
+        self._cancelled.set()
         self._notify()
 
     def raise_priority(self) -> None:
@@ -46,7 +46,7 @@ class FetchControl:
             self._notify()
 
     @contextmanager
-    def watched(self, changed: Callable[[], None]) -> Iterator[None]:
+    def watch(self, changed: Callable[[], None]) -> Iterator[None]:
         """Call `changed` on the loop: at once, and at each change within the block."""
         self._watchers.append(changed)
         try:
@@ -138,7 +138,7 @@ class WorkerThreads:
             return await outcome(future)
         except asyncio.CancelledError:
             if not future.cancel():
-                await ended(future)
+                await wait_for_end(future)
                 if undo is not None and future.exception() is None:
                     undo(future.result())
             raise
@@ -146,7 +146,7 @@ class WorkerThreads:
     async def finish(self, work: Callable[[], object]) -> None:
         """Run `work` to its end despite cancellation. For releasing resources."""
         future = self.threads.submit(work)
-        await ended(future)
+        await wait_for_end(future)
         future.result()
 
     def submit(self, work: Callable[[], R]) -> Future[R]:
@@ -223,7 +223,7 @@ async def outcome(future: Future[R]) -> R:
     return future.result()
 
 
-async def ended(future: Future[Any]) -> None:
+async def wait_for_end(future: Future[Any]) -> None:
     """Wait until the future is done, despite errors and cancellation."""
     while not future.done():
         with suppress(asyncio.CancelledError, Exception):

@@ -94,7 +94,7 @@ class FilePosition(NamedTuple):
 
 
 @contextmanager
-def located(path: str, *, within: int | None = None) -> Iterator[FilePosition]:
+def locate(path: str, *, within: int | None = None) -> Iterator[FilePosition]:
     """Follow `path`, relative to the folder descriptor `within`. Raises `OSError`."""
     fd = os.open(path, os.O_PATH | os.O_CLOEXEC, dir_fd=within)
     try:
@@ -126,19 +126,19 @@ def require_file(name: str, file: FilePosition, max_bytes: int) -> None:
 def open_same(path: str, identity: FileIdentity, name: str | None = None) -> int:
     """Open the file at `path` for reading if it has this identity; return the descriptor.
 
-    Raises `IntegrityError` if not, and `translated` errors otherwise. `name` is the file's name in
-    errors, by default the path's last part.
+    Raises `IntegrityError` if not, and as `to_adapter_error` says otherwise. `name` is the file's
+    name in errors, by default the path's last part.
     """
     name = name or os.path.basename(path)
     try:
-        with located(path) as file:
+        with locate(path) as file:
             if file.identity != identity or not stat.S_ISREG(file.status.st_mode):
-                raise changed(name)
+                raise changed_error(name)
             return file.open()
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise changed(name) from error
+        raise changed_error(name) from error
     except OSError as error:
-        raise translated(error, name) from error
+        raise to_adapter_error(error, name) from error
 
 
 def require_same(path: str, identity: FileIdentity) -> None:
@@ -147,14 +147,14 @@ def require_same(path: str, identity: FileIdentity) -> None:
     try:
         status = os.stat(path)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise changed(name) from error
+        raise changed_error(name) from error
     except OSError as error:
-        raise translated(error, name) from error
+        raise to_adapter_error(error, name) from error
     if identity_of(status) != identity:
-        raise changed(name)
+        raise changed_error(name)
 
 
-def changed(name: str) -> IntegrityError:
+def changed_error(name: str) -> IntegrityError:
     return IntegrityError(f"{name} was changed or replaced meanwhile; load the adapter again")
 
 
@@ -162,7 +162,7 @@ def code_of(error: OSError) -> str:
     return errno.errorcode.get(error.errno or 0, "unknown error")
 
 
-def translated(error: OSError, name: str) -> AdapterError:
+def to_adapter_error(error: OSError, name: str) -> AdapterError:
     """Return this package's error for an `OSError`, without the path in its text."""
     if isinstance(error, PermissionError):
         return AccessDeniedError(
@@ -216,9 +216,9 @@ class FileReader:
                 complete = read(fd)
                 same = identity_of(os.fstat(fd)) == self._identity
             except OSError as error:
-                raise translated(error, self._name) from error
+                raise to_adapter_error(error, self._name) from error
         if not same:
-            raise changed(self._name)
+            raise changed_error(self._name)
         return complete
 
     def _ends_before(self, stop: int) -> IntegrityError:
@@ -230,7 +230,7 @@ class FileReader:
             try:
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
             except OSError as error:
-                raise translated(error, self._name) from error
+                raise to_adapter_error(error, self._name) from error
 
     def close(self) -> None:
         with self._lock:
@@ -329,7 +329,7 @@ async def sha256_of(reader: Reader, threads: Executor, control: FetchControl | N
         digest.update(content)
 
     for start in range(0, reader.nbytes, HASH_STEP_BYTES):
-        if control is not None and control.ended:
+        if control is not None and control.cancelled:
             raise FetchError("no caller waits for the adapter any more")
         await loop.run_in_executor(threads, feed, start)
     return digest.hexdigest()

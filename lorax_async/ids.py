@@ -24,10 +24,10 @@ from lorax_async.types import (
     MergedKey,
     Ref,
     RemoteKey,
-    checked,
-    readable,
     require_bool,
+    require_id_text,
     require_one_of,
+    require_printable,
 )
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -77,28 +77,28 @@ def parse_folder_url(text: str) -> FolderUrl:
             f" {_MAX_URL:,} characters, without user name, query and fragment"
         )
     scheme = match["scheme"].lower()
-    port = checked_port(scheme, int(match["port"] or DEFAULT_PORTS[scheme]))
-    return FolderUrl(scheme, checked_host(match["host"]), port, folder_path(match["path"] or "/"))
+    port = parse_port(scheme, int(match["port"] or DEFAULT_PORTS[scheme]))
+    return FolderUrl(scheme, parse_host(match["host"]), port, folder_path(match["path"] or "/"))
 
 
-def checked_port(scheme: str, port: int) -> int | None:
+def parse_port(scheme: str, port: int) -> int | None:
     """Return `port`, or None for the scheme's default."""
     if not 0 < port < 65_536:
         raise InvalidAdapterIdError("a port is from 1 to 65535")
     return None if port == DEFAULT_PORTS[scheme] else port
 
 
-def checked_host(text: str) -> str:
+def parse_host(text: str) -> str:
     """Normalize a host name, or an address without brackets.
 
     Numbers that only some programs read as addresses are refused.
     """
     if text.startswith("[") and text.endswith("]"):
-        return _checked_ipv6(text[1:-1])
+        return _parse_ipv6(text[1:-1])
     host = text.lower()
     labels = host.split(".")
     if _NUMBER.fullmatch(labels[-1]):
-        return _checked_ipv4(host)
+        return _parse_ipv4(host)
     if (
         not text.isascii()
         or len(host) > _MAX_HOST
@@ -111,7 +111,7 @@ def checked_host(text: str) -> str:
     return host
 
 
-def _checked_ipv4(host: str) -> str:
+def _parse_ipv4(host: str) -> str:
     try:
         return str(IPv4Address(host))
     except ValueError:
@@ -120,7 +120,7 @@ def _checked_ipv4(host: str) -> str:
         ) from None
 
 
-def _checked_ipv6(host: str) -> str:
+def _parse_ipv6(host: str) -> str:
     try:
         address = IPv6Address(host)
     except ValueError:
@@ -202,7 +202,7 @@ def parse_hub_id(text: str) -> HubId:
         raise InvalidAdapterIdError(
             f"'{org}/…' is no model repository of the hub; write the organisation and the name"
         )
-    return HubId(repo, checked_revision(revision) if at else None)
+    return HubId(repo, parse_revision(revision) if at else None)
 
 
 def is_hub_name(text: str) -> bool:
@@ -210,7 +210,7 @@ def is_hub_name(text: str) -> bool:
     return _NAME.fullmatch(text) is not None and "--" not in text and ".." not in text
 
 
-def checked_revision(text: str) -> str:
+def parse_revision(text: str) -> str:
     """Check a branch, tag, commit or `refs/pr/N`, and return it."""
     words = text.split("/")
     plain = (
@@ -269,10 +269,10 @@ class StorePlace(NamedTuple):
 def parse_store(scheme: str, rest: str) -> StorePlace:
     """Parse the part of a URL after `scheme://`."""
     bucket, _, key = rest.partition("/")
-    return StorePlace(scheme, checked_bucket(scheme, bucket), checked_prefix(key))
+    return StorePlace(scheme, parse_bucket(scheme, bucket), parse_prefix(key))
 
 
-def checked_bucket(scheme: str, name: str) -> str:
+def parse_bucket(scheme: str, name: str) -> str:
     """Check the name of a bucket or container, and return it."""
     rule = {"s3": _S3, "gs": _GS, "az": _AZ}[scheme]
     labels = name.split(".")
@@ -285,7 +285,7 @@ def checked_bucket(scheme: str, name: str) -> str:
     return name
 
 
-def checked_prefix(key: str) -> str:
+def parse_prefix(key: str) -> str:
     """Normalize the prefix of a folder's keys: "" or with a "/" at its end."""
     if not key:
         return ""
@@ -392,8 +392,8 @@ class Allow:
         elif self.scheme in DEFAULT_PORTS:
             self._normalize_web()
         else:
-            checked_bucket(self.scheme, self.host)
-            checked_prefix(self.prefix)
+            parse_bucket(self.scheme, self.host)
+            parse_prefix(self.prefix)
 
     def _require_applicable(self) -> None:
         web = self.scheme in DEFAULT_PORTS
@@ -422,13 +422,13 @@ class Allow:
 
     def _normalize_web(self) -> None:
         bare = self.host.count(":") > 1 and not self.host.startswith("[")
-        host = checked_host(f"[{self.host}]" if bare else self.host)
+        host = parse_host(f"[{self.host}]" if bare else self.host)
         object.__setattr__(self, "host", host)
         object.__setattr__(self, "prefix", folder_path(f"/{self.prefix}")[1:])
         if self.port is not None:
             if not isinstance(self.port, int) or isinstance(self.port, bool):
                 raise ConfigError(f"port of Allow must be an integer or None, not {self.port!r}")
-            object.__setattr__(self, "port", checked_port(self.scheme, self.port))
+            object.__setattr__(self, "port", parse_port(self.scheme, self.port))
         if self.private and (host == "localhost" or is_address(host)):
             raise ConfigError("private of Allow is for names: an address and 'localhost' need none")
 
@@ -469,7 +469,7 @@ def parse_local(text: str) -> str:
 
     Raises `InvalidAdapterIdError`. ".." stays, for a link may precede it.
     """
-    path = readable(_path_of_url(text)) if text[:5].lower() == "file:" else text
+    path = require_printable(_path_of_url(text)) if text[:5].lower() == "file:" else text
     parts = [part for part in path.split("/") if part not in {"", "."}]
     inner = "/".join(parts)
     if path.startswith("/"):
@@ -516,20 +516,20 @@ def parse_adapter_id(text: str, allow: Sequence[Allow] = ()) -> AdapterRef:
     AccessDeniedError
         No entry allows it.
     """
-    return as_parsed(AdapterRef(text), allow)
+    return parse_allowed_ref(AdapterRef(text), allow)
 
 
-def as_parsed(ref: AdapterRef, allow: Sequence[Allow]) -> AdapterRef:
+def parse_allowed_ref(ref: AdapterRef, allow: Sequence[Allow]) -> AdapterRef:
     """Parse a reference and check it against `allow`.
 
     Raises `InvalidAdapterIdError` and `AccessDeniedError`.
     """
-    ref = parsed(ref)
+    ref = parse_ref(ref)
     require_allowed(ref, allow)
     return ref
 
 
-def parsed(ref: AdapterRef) -> AdapterRef:
+def parse_ref(ref: AdapterRef) -> AdapterRef:
     """Return `ref` with its source set and its id in canonical spelling. Check no allow list.
 
     A `Path` stays a `Path`, and is local. For an id without a source, `ref.source` decides: "s3"
@@ -538,13 +538,13 @@ def parsed(ref: AdapterRef) -> AdapterRef:
     """
     if isinstance(ref.id, Path):
         _require_agreement(ref.source, "local")
-        checked(os.fspath(ref.id), os.fsencode)
+        require_id_text(os.fspath(ref.id), os.fsencode)
         return _at(ref, "local", ref.id)
-    source, rest = _read(readable(checked(ref.id, str.encode)), ref.source)
+    source, rest = _read(require_printable(require_id_text(ref.id, str.encode)), ref.source)
     if source == "hub":
         return _on_hub(ref, rest)
     if source == "local":
-        return _at(ref, source, checked(parse_local(rest), str.encode))
+        return _at(ref, source, require_id_text(parse_local(rest), str.encode))
     if source in DEFAULT_PORTS:
         return _at(ref, source, parse_folder_url(f"{source}://{rest}").text)
     if source in STORES:
@@ -584,7 +584,7 @@ def _on_hub(ref: AdapterRef, text: str) -> AdapterRef:
     if ref.revision is not None and revision not in {None, ref.revision}:
         raise InvalidAdapterIdError("the id has one revision and revision= another; pass one")
     if revision is None and ref.revision is not None:
-        revision = checked_revision(ref.revision)
+        revision = parse_revision(ref.revision)
     return replace(ref, id=repo, source="hub", revision=revision)
 
 
@@ -605,7 +605,7 @@ def _at(ref: AdapterRef, source: str, id: str | Path) -> AdapterRef:
 
 
 def require_allowed(ref: AdapterRef, allow: Sequence[Allow]) -> None:
-    """Raise `AccessDeniedError`, with the missing entry, unless a `parsed` reference is allowed.
+    """Raise `AccessDeniedError`, with the missing entry, unless a parsed reference is allowed.
 
     Local folders are checked against `local_roots` elsewhere.
     """
@@ -618,7 +618,7 @@ def require_allowed(ref: AdapterRef, allow: Sequence[Allow]) -> None:
 
 
 def is_covered(ref: AdapterRef, allow: Sequence[Allow]) -> bool:
-    """Return whether an entry covers the place of a `parsed` remote reference."""
+    """Return whether an entry covers the place of a parsed remote reference."""
     place = place_of(ref)
     entries = [entry for entry in allow if entry.covers(place)]
     if ref.source == "hub" and names_pull_request(ref.revision):
@@ -627,7 +627,7 @@ def is_covered(ref: AdapterRef, allow: Sequence[Allow]) -> bool:
 
 
 def place_of(ref: AdapterRef) -> OriginPlace:
-    """Return the place of a `parsed` remote reference."""
+    """Return the place of a parsed remote reference."""
     if ref.source == "hub":
         return OriginPlace("hub", "", None, f"{ref.id}/")
     scheme, _, rest = str(ref.id).partition("://")
@@ -641,7 +641,7 @@ def place_of(ref: AdapterRef) -> OriginPlace:
 def origin_of(ref: AdapterRef) -> str:
     """Return "hub", "s3://bucket" or "https://host:port"; "" for a local or an invalid id."""
     try:
-        ref = parsed(ref)
+        ref = parse_ref(ref)
         if ref.source == "local":
             return ""
         place = place_of(ref)
@@ -677,7 +677,7 @@ def parse_place(ref: AdapterRef, roots: Sequence[str]) -> LocalPlace:
 
     Raises `InvalidAdapterIdError` for a text that is no id, or names no local folder.
     """
-    ref = parsed(ref)
+    ref = parse_ref(ref)
     if ref.source != "local":
         raise InvalidAdapterIdError(
             "only local folders are accepted here: a pathlib.Path, or a path inside"

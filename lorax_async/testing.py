@@ -325,7 +325,7 @@ class FakeSource:
         """Wait until a group may arrive."""
         due = asyncio.get_running_loop().time() + self.pace
         while True:
-            if control.ended:
+            if control.cancelled:
                 raise FetchError("no caller waits for the adapter any more")
             left = due - asyncio.get_running_loop().time()
             if left <= 0 and group in self._allowed.get(version.id, (group,)):
@@ -336,7 +336,7 @@ class FakeSource:
 
     async def _verify(self, version: FakeVersion, control: FetchControl) -> None:
         while version.id in self._unverified:
-            if control.ended:
+            if control.cancelled:
                 raise FetchError("no caller waits for the adapter any more")
             await asyncio.sleep(_POLL_SECONDS)
         try:

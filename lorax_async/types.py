@@ -28,7 +28,7 @@ _URL_SOURCES = frozenset({"s3", "gs", "az", "http", "https"})
 """Sources whose ids are URLs, with or without the scheme."""
 
 
-def checked(text: str, encode: Callable[[str], bytes]) -> str:
+def require_id_text(text: str, encode: Callable[[str], bytes]) -> str:
     """Return `text`; raise `InvalidAdapterIdError` if it is empty, too long or contains NUL."""
     try:
         encoded = encode(text)
@@ -41,7 +41,7 @@ def checked(text: str, encode: Callable[[str], bytes]) -> str:
     return text
 
 
-def readable(text: str) -> str:
+def require_printable(text: str) -> str:
     """Return `text`; raise `InvalidAdapterIdError` if it contains a control character."""
     if _CONTROL.search(text):
         raise InvalidAdapterIdError("the id holds a control character")

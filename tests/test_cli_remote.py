@@ -29,7 +29,7 @@ from lorax_async.cli.load import create_loads
 from lorax_async.config import LoaderConfig
 from lorax_async.errors import UsageError
 from lorax_async.formats.split_weights import WEIGHTS_FILE
-from lorax_async.ids import Allow, parsed
+from lorax_async.ids import Allow, parse_ref
 from lorax_async.remote.remote_source import open_remote_source
 from lorax_async.types import AdapterRef
 
@@ -197,7 +197,7 @@ async def test_a_few_at_a_time(tmp_path: Path) -> None:
     with FaultServer(b"", behave) as server:
         allowed = (Allow("http", "127.0.0.1", server.port),)
         config = LoaderConfig(cache_dir=tmp_path / "cache", allow=allowed)
-        rows = [FetchRow(parsed(AdapterRef(server.url(f"/{name}/")))) for name in names]
+        rows = [FetchRow(parse_ref(AdapterRef(server.url(f"/{name}/")))) for name in names]
         with open_remote_source(config) as elsewhere:
             await fetch_all(elsewhere, rows, show)
     size = len(contents(folder)[NAMES[1]])
@@ -249,7 +249,7 @@ def test_a_folder_comes_before_the_hub(tmp_path: Path, monkeypatch: Patch) -> No
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "name").mkdir(parents=True)
     assert as_place("org/name") == AdapterRef(Path("org/name"))
-    assert as_place("org/other@v1") == parsed(AdapterRef("org/other@v1", use_token=True))
+    assert as_place("org/other@v1") == parse_ref(AdapterRef("org/other@v1", use_token=True))
     for text in ("name", "./org/other", "org/other/more", "/org/other"):
         assert as_place(text) == AdapterRef(Path(text))
     assert as_place("S3://bucket/a").id == "s3://bucket/a/"

@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from lorax_async import errors
 from lorax_async.errors import MAX_TEXT, InvalidAdapterIdError
 from lorax_async.http.urls import parse_url
-from lorax_async.ids import Allow, as_parsed, parse_adapter_id, parsed
+from lorax_async.ids import Allow, parse_adapter_id, parse_allowed_ref, parse_ref
 from lorax_async.types import AdapterRef
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def meaning(text: Any, **more: Any) -> tuple[str | None, str | Path, str | None]:
-    found = parsed(AdapterRef(text, **more))
+    found = parse_ref(AdapterRef(text, **more))
     return found.source, found.id, found.revision
 
 
@@ -59,7 +59,7 @@ def test_an_id_has_one_spelling(text: str, source: str, id: str, revision: str |
     assert meaning(text) == (source, id, revision)
     again = AdapterRef(id, revision=revision)
     assert meaning(id, revision=revision) == (source, id, revision), "the one spelling is its own"
-    assert parsed(parsed(again)) == parsed(again)
+    assert parse_ref(parse_ref(again)) == parse_ref(again)
 
 
 @pytest.mark.parametrize(
@@ -131,10 +131,10 @@ def test_an_id_is_a_text_or_a_path() -> None:
     path = Path("s3:/bucket")
     assert meaning(path) == ("local", path, None)
     assert meaning(path, source="local") == ("local", path, None)
-    assert as_parsed(AdapterRef(path), (Allow("hub", prefix="org/"),)).source == "local"
+    assert parse_allowed_ref(AdapterRef(path), (Allow("hub", prefix="org/"),)).source == "local"
     for id in (Path("a\0b"), Path("a" * 4097), Path("\ud800")):
         with pytest.raises(InvalidAdapterIdError):
-            parsed(AdapterRef(id))
+            parse_ref(AdapterRef(id))
 
 
 @pytest.mark.parametrize(
@@ -174,31 +174,31 @@ def test_the_source_decides_what_a_text_without_one_means(text: str, source: str
 def test_a_source_that_contradicts_the_text_is_refused(text: str | Path, source: str) -> None:
     words = "no such source; it is one of hub, s3" if text == "org/name" else "contradicts source="
     with pytest.raises(InvalidAdapterIdError, match=words):
-        parsed(AdapterRef(text, source=source))
+        parse_ref(AdapterRef(text, source=source))
 
 
 def test_revisions_come_from_one_place() -> None:
     assert meaning("org/name", revision="v1") == ("hub", "org/name", "v1")
     assert meaning("org/name@v1", revision="v1") == ("hub", "org/name", "v1")
     with pytest.raises(InvalidAdapterIdError, match="one revision and revision= another"):
-        parsed(AdapterRef("org/name@v1", revision="v2"))
+        parse_ref(AdapterRef("org/name@v1", revision="v2"))
     for wrong in ("", "a b", "refs/heads/x"):
         with pytest.raises(InvalidAdapterIdError, match="a revision on the hub is"):
-            parsed(AdapterRef("org/name", revision=wrong))
+            parse_ref(AdapterRef("org/name", revision=wrong))
     for version in ('"strong-etag"', "null", "3sL4kqtJlcpXroDTDmJ+rmSpXd3dIbrHY"):
         assert meaning("s3://bucket/a", revision=version)[2] == version
         assert meaning("https://host/a", revision=version)[2] == version
     for wrong in ("", "a b", "a\r\nb", "é", "v" * 1025):
         with pytest.raises(InvalidAdapterIdError, match="versionId or a strong ETag"):
-            parsed(AdapterRef("s3://bucket/a", revision=wrong))
+            parse_ref(AdapterRef("s3://bucket/a", revision=wrong))
     for id in ("./one", "file:///one", Path("one")):
         with pytest.raises(InvalidAdapterIdError, match="a local folder has no revisions"):
-            parsed(AdapterRef(id, revision="main"))
+            parse_ref(AdapterRef(id, revision="main"))
 
 
 def test_what_else_was_said_stays() -> None:
     ref = AdapterRef("org/name@v1", token="t", digest="a" * 64, allow_stale=True)
-    assert parsed(ref) == replace(ref, id="org/name", source="hub", revision="v1")
+    assert parse_ref(ref) == replace(ref, id="org/name", source="hub", revision="v1")
 
 
 @pytest.mark.parametrize(
@@ -385,8 +385,8 @@ def test_pull_requests_are_for_those_that_were_named() -> None:
     assert allowed("org/other@refs/pr/7", Allow("hub", pull_requests=True))
     ref = AdapterRef("org/name", revision="refs/pr/1")
     with pytest.raises(errors.AccessDeniedError, match="pull requests of this adapter are not all"):
-        as_parsed(ref, ())
-    assert as_parsed(ref, (one,)).revision == "refs/pr/1"
+        parse_allowed_ref(ref, ())
+    assert parse_allowed_ref(ref, (one,)).revision == "refs/pr/1"
 
 
 QUICK = settings(max_examples=120, deadline=None)
@@ -405,14 +405,14 @@ SOURCES = st.sampled_from([None, "hub", "s3", "gs", "az", "https", "http", "loca
 @example("x" * 4096, "local", None)
 def test_any_text_is_an_id_or_refused(text: str, source: str | None, revision: str | None) -> None:
     try:
-        found = parsed(AdapterRef(text, source=source, revision=revision))
+        found = parse_ref(AdapterRef(text, source=source, revision=revision))
     except InvalidAdapterIdError as error:
         assert len(str(error)) <= MAX_TEXT
         return
     assert found.source in {"hub", "s3", "gs", "az", "https", "http", "local"}
     assert source in {None, found.source}
-    assert parsed(found) == found
-    assert parsed(AdapterRef(found.id, revision=found.revision)) == found
+    assert parse_ref(found) == found
+    assert parse_ref(AdapterRef(found.id, revision=found.revision)) == found
     if found.source in {"https", "http"}:
         url = parse_url(found.text)
         assert url.text == found.text
@@ -430,9 +430,9 @@ def test_hub_names_are_what_the_hub_has(org: str, name: str) -> None:
         validate_repo_id(text)
     except HFValidationError:
         with pytest.raises(InvalidAdapterIdError):
-            parsed(AdapterRef(text, source="hub"))
+            parse_ref(AdapterRef(text, source="hub"))
     else:
-        assert parsed(AdapterRef(text, source="hub")).id == text
+        assert parse_ref(AdapterRef(text, source="hub")).id == text
 
 
 @QUICK
@@ -443,7 +443,7 @@ def test_hub_names_are_what_the_hub_has(org: str, name: str) -> None:
 def test_no_number_is_an_address_in_disguise(host: str) -> None:
     """The C library reads more texts as addresses than people do."""
     try:
-        known = parsed(AdapterRef(f"http://{host}/"))
+        known = parse_ref(AdapterRef(f"http://{host}/"))
     except InvalidAdapterIdError:
         return
     try:
@@ -463,7 +463,7 @@ PATH_PIECES = st.sampled_from(
 @given(path=st.lists(PATH_PIECES, max_size=6).map("".join))
 def test_a_path_has_one_reading(path: str) -> None:
     try:
-        found = parsed(AdapterRef(f"https://host/{path}")).text
+        found = parse_ref(AdapterRef(f"https://host/{path}")).text
     except InvalidAdapterIdError:
         return
     once = unquote(urlsplit(found).path)

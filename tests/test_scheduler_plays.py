@@ -77,17 +77,17 @@ class TimedSource(FakeSource):
         came = asyncio.Event()
 
         def look() -> None:
-            if control.ended or self._clock.time() >= due:
+            if control.cancelled or self._clock.time() >= due:
                 came.set()
 
         alarm = None if due == inf else self._clock.call_at(due, look)
-        with control.watched(look):
+        with control.watch(look):
             try:
                 await came.wait()
             finally:
                 if alarm is not None:
                     alarm.cancel()
-        if control.ended:
+        if control.cancelled:
             raise FetchError("no caller waits for the adapter any more")
 
 

@@ -394,7 +394,7 @@ class Bridge:
                     f"A of adapter {index} has 1/{parts[index]} of its rank, that of the first of"
                     f" this batch 1/{parts[first]}; load all of them for the same layer type"
                 )
-        stacks = [_padded(a, b) for a, b in whole.values()]
+        stacks = [_pad(a, b) for a, b in whole.values()]
         slots = {index: slot for slot, index in enumerate(whole)}
         rows = plan_rows([slots.get(i, BASE_ONLY) for i in batch.runs.indices], batch.runs.lengths)
         plan = Plan.from_segments(
@@ -501,6 +501,6 @@ def _parts(index: int, stack: Stack, world_size: int) -> int:
     return rank // local
 
 
-def _padded(a: Tensor, b: Tensor) -> Stack:
+def _pad(a: Tensor, b: Tensor) -> Stack:
     more_a, more_b = -a.shape[1] % RANK_MULTIPLE, -b.shape[2] % RANK_MULTIPLE
     return pad(a, (0, 0, 0, more_a)) if more_a else a, pad(b, (0, more_b)) if more_b else b

@@ -293,7 +293,7 @@ class LoraWeights(AdapterWeights):
         weights_b: Sequence[torch.Tensor] | torch.Tensor,
         adapter_config: LoraConfig,
     ) -> None:
-        a, b = _stacked(weights_a), _stacked(weights_b)
+        a, b = _stack(weights_a), _stack(weights_b)
         if a is None or b is None or len(a) != len(b):
             raise UsageError(
                 "LoraWeights takes A and B of every layer, [in, r] and [r, out], of equal shapes"
@@ -441,7 +441,7 @@ class LoraWeights(AdapterWeights):
         return cls._of(found, config)
 
 
-def _stacked(weights: Sequence[torch.Tensor] | torch.Tensor) -> torch.Tensor | None:
+def _stack(weights: Sequence[torch.Tensor] | torch.Tensor) -> torch.Tensor | None:
     """Return a new `[layers, …, …]`, or None unless all are matrices of one shape."""
     if isinstance(weights, torch.Tensor):
         return weights.clone() if weights.dim() == 3 else None

@@ -22,7 +22,7 @@ from lorax_async.concurrency import in_thread
 from lorax_async.errors import AdapterFormatError, IncompatibleAdapterError, UsageError, shorten
 from lorax_async.formats.peft_names import TensorRole
 from lorax_async.planning.merge_plan import NewLayers
-from lorax_async.sources.merges import combine, concatenate, seeded
+from lorax_async.sources.merges import combine, concatenate, make_generator
 from lorax_async.types import MAX_FACTOR, MajoritySign, Merge, PartId, Strategy
 
 
@@ -83,10 +83,10 @@ def merge_adapters(
         raise UsageError(f"{len(merge.refs)} adapter_ids, but {len(adapters)} adapters")
     with ExitStack() as stack:
         open_adapters = [(stack.enter_context(open_files(one)), config) for one, config in adapters]
-        return _merged(merge, open_adapters)
+        return _merge(merge, open_adapters)
 
 
-def _merged(
+def _merge(
     merge: Merge, adapters: Sequence[tuple[OpenModuleMap, LoraConfig]]
 ) -> tuple[ModuleMap, LoraConfig]:
     modules = dict.fromkeys(name for module_map, _ in adapters for name in module_map)
@@ -126,7 +126,7 @@ class _Merging:
         self._adapters = adapters
         self._generator: torch.Generator | None = None
         if merge.drops:
-            self._generator = seeded(merge, self._new_layers(modules))
+            self._generator = make_generator(merge, self._new_layers(modules))
 
     def merge_factor(self, module: str, part: TensorRole) -> torch.Tensor:
         """Merge all adapters' A, or B, of one module."""

@@ -34,17 +34,17 @@ from lorax_async.errors import (
 from lorax_async.files import (
     FileReader,
     Reader,
-    changed,
+    changed_error,
     code_of,
-    located,
+    locate,
     open_same,
     require_file,
-    translated,
+    to_adapter_error,
 )
 from lorax_async.formats.peft_names import WEIGHT_DTYPES, TensorRole, parse_tensor_name
 from lorax_async.formats.safetensors import TensorSpan, parse_header
 from lorax_async.formats.split_weights import INDEX, parse_index
-from lorax_async.ids import LocalPlace, parsed
+from lorax_async.ids import LocalPlace, parse_ref
 from lorax_async.remote import hub_calls
 from lorax_async.remote.remote_source import AllowRules
 from lorax_async.sources.local_folder import (
@@ -78,7 +78,7 @@ def adapter_folder(adapter_id: str | Path, token: str | None, *, weights: bool) 
     source, and what `HubFiles` raises.
     """
     local = isinstance(adapter_id, str) and adapter_id.startswith(("/", "./", "../"))
-    ref = parsed(AdapterRef(Path(adapter_id) if local else adapter_id))
+    ref = parse_ref(AdapterRef(Path(adapter_id) if local else adapter_id))
     if ref.source == "hub":
         return HubFiles(str(ref.id), ref.revision, token).folder(weights=weights)
     if not isinstance(ref.id, Path):
@@ -102,17 +102,17 @@ class HubFiles:
     token: str | None = field(repr=False)
 
     def __post_init__(self) -> None:
-        hub_calls.checked_token(self.token)
+        hub_calls.require_token(self.token)
 
     def folder(self, *, weights: bool) -> str:
         """Return the cache's folder with the config, and the weights if asked for."""
         if weights and self.cached(WEIGHTS) is None:
             room, header = LIMITS.max_adapter_bytes, LIMITS.max_header_bytes
-            if self.cached(INDEX) is not None or self._fetched(WEIGHTS, room) is None:
-                folder = os.path.dirname(self._required(INDEX, header, WEIGHTS))
+            if self.cached(INDEX) is not None or self._fetch(WEIGHTS, room) is None:
+                folder = os.path.dirname(self._require(INDEX, header, WEIGHTS))
                 for name in parse_index(read_small(folder, INDEX, header), LIMITS).file_names:
-                    room = max(0, room - os.path.getsize(self._required(name, room, name)))
-        return os.path.dirname(self._required(CONFIG, LIMITS.max_config_bytes, CONFIG))
+                    room = max(0, room - os.path.getsize(self._require(name, room, name)))
+        return os.path.dirname(self._require(CONFIG, LIMITS.max_config_bytes, CONFIG))
 
     def cached(self, name: str) -> str | None:
         """Return where the hub cache has a file, if it has it. Make no network request."""
@@ -121,7 +121,7 @@ class HubFiles:
         try:
             path = try_to_load_from_cache(self.repo, name, revision=self.revision)
         except OSError as error:
-            raise translated(error, "the hub cache") from error
+            raise to_adapter_error(error, "the hub cache") from error
         except ValueError as error:  # an id that the hub cannot have was refused before
             raise FetchError(
                 "the hub cache is damaged: its file for this revision is no text; remove the"
@@ -129,8 +129,8 @@ class HubFiles:
             ) from error
         return path if isinstance(path, str) else None
 
-    def _required(self, name: str, max_bytes: int, wanted: str) -> str:
-        path = self.cached(name) or self._fetched(name, max_bytes)
+    def _require(self, name: str, max_bytes: int, wanted: str) -> str:
+        path = self.cached(name) or self._fetch(name, max_bytes)
         if path is None:
             raise AdapterNotFoundError(
                 f"{self.repo!r} on the hub has no {wanted} at {self.revision or _MAIN!r}; check the"
@@ -138,7 +138,7 @@ class HubFiles:
             )
         return path
 
-    def _fetched(self, name: str, max_bytes: int) -> str | None:
+    def _fetch(self, name: str, max_bytes: int) -> str | None:
         """Fetch a file into the cache; return None if the hub has no such file."""
         import httpx2  # noqa: PLC0415 (slow)
         from huggingface_hub import errors, hf_hub_download  # noqa: PLC0415
@@ -199,7 +199,7 @@ def read_small(folder: str, name: str, max_bytes: int) -> bytes:
     `max_bytes` bytes, `AccessDeniedError` or `FetchError` if it cannot be read.
     """
     try:
-        with located(os.path.join(folder, name)) as file:
+        with locate(os.path.join(folder, name)) as file:
             require_file(name, file, max_bytes)
             size = file.status.st_size
             with open(file.open(), "rb") as content:
@@ -207,9 +207,9 @@ def read_small(folder: str, name: str, max_bytes: int) -> bytes:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise AdapterNotFoundError(f"there is no {name} in this folder") from error
     except OSError as error:
-        raise translated(error, name) from error
+        raise to_adapter_error(error, name) from error
     if len(text) != size:
-        raise changed(name)
+        raise changed_error(name)
     return text
 
 
@@ -283,13 +283,13 @@ class WeightsFile:
         name = os.path.basename(path)
         with naming_adapter(path):
             try:
-                with located(os.fspath(path)) as file:
+                with locate(os.fspath(path)) as file:
                     require_file(name, file, LIMITS.max_adapter_bytes)
                     identity = file.identity
             except (FileNotFoundError, NotADirectoryError) as error:
                 raise AdapterNotFoundError(f"there is no file {name!r} at this path") from error
             except OSError as error:
-                raise translated(error, name) from error
+                raise to_adapter_error(error, name) from error
             reader = FileReader(partial(open_same, os.fspath(path), identity), identity, name)
             try:
                 prefix = read_prefix(reader, LIMITS)

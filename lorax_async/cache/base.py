@@ -141,7 +141,7 @@ def record_of(key: CacheKey, files: tuple[FileRecord, ...]) -> EntryRecord:
     return EntryRecord(key.name, shorten(key.source), shorten(key.version), files)
 
 
-def decoded_record(content: bytes) -> EntryRecord:
+def decode_record(content: bytes) -> EntryRecord:
     """Decode a record. Raise `AdapterFormatError` for anything else."""
     fields = parse_object(content, what=_WHAT, max_bytes=MAX_RECORD_BYTES)
     try:

@@ -53,7 +53,7 @@ def translate(error: OSError, doing: str) -> LoraxError:
 
 
 @contextmanager
-def translated_errors(doing: str) -> Iterator[None]:
+def translate_errors(doing: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -225,7 +225,7 @@ class CacheDirectory:
         The new ones take over the descriptors of the old ones, so that all users see them at once.
         Downloads into the old ones fail. Raise as the constructor, or `FetchError`.
         """
-        with self._restoring, translated_errors("look for its folders"):
+        with self._restoring, translate_errors("look for its folders"):
             try:
                 if not self._root.is_named(self.path):
                     self._root.become(_private_folder(self.path))

@@ -23,7 +23,7 @@ from lorax_async.cache.base import (
     is_partial_name,
     record_of,
 )
-from lorax_async.cache.directory import CacheDirectory, Folder, translated_errors, unique
+from lorax_async.cache.directory import CacheDirectory, Folder, translate_errors, unique
 from lorax_async.cache.entries import DiskBudget, DiskEntry, Entries, Sizes, grant, remove_leftovers
 from lorax_async.cache.partials import PATIENCE_SECONDS, Partial, PartialFile, Partials
 from lorax_async.concurrency import FetchControl
@@ -71,7 +71,7 @@ class DiskCache:
         self.entries, self.partials = Entries(self.directory), Partials(self.directory)
         self.budget = DiskBudget(self.directory, self.entries, self.partials, nbytes, policy)
         try:
-            with translated_errors("clean up"):
+            with translate_errors("clean up"):
                 self.directory.empty_trash()
         except BaseException:
             self.directory.close()
@@ -88,7 +88,7 @@ class DiskCache:
     def note_use(self, entry: DiskEntry) -> None:
         """Count a use; close the entry if that fails."""
         try:
-            with translated_errors("note a use"):
+            with translate_errors("note a use"):
                 now_ns = time.time_ns()
                 entry.touch(now_ns)
                 self.budget.note_use(entry.record.name, entry.record.nbytes, now_ns)
@@ -102,7 +102,7 @@ class DiskCache:
         entry = self.open(key)
         if entry is not None:
             return entry
-        with translated_errors("begin a download"), self.directory.locked():
+        with translate_errors("begin a download"), self.directory.locked():
             entry = self.entries.open(key.name, check=False)  # published meanwhile?
             if entry is None:
                 claimed = self.partials.claim(key.name, alone=alone)
@@ -113,7 +113,7 @@ class DiskCache:
 
     def begin(self, key: CacheKey, scope: str, control: FetchControl) -> DiskEntry | DiskDownload:
         progress, since, alone = -1, monotonic(), False
-        while not control.ended:
+        while not control.cancelled:
             begun = self.try_begin(key, scope, alone=alone)
             if not isinstance(begun, int):
                 return begun
@@ -127,7 +127,7 @@ class DiskCache:
         self.directory.restore()
         content = json.dumps({"source": source, "version": version}).encode()
         answers, new = self.directory.answers, f"{unique()}.new"
-        with translated_errors("note a version"):
+        with translate_errors("note a version"):
             try:
                 answers.write(new, content)
                 os.rename(new, _name_of(question), src_dir_fd=answers.fd, dst_dir_fd=answers.fd)
@@ -137,17 +137,17 @@ class DiskCache:
 
     def last_version(self, question: str) -> tuple[str, str] | None:
         self.directory.restore()
-        with translated_errors("look for a version"):
+        with translate_errors("look for a version"):
             key = read_answer(self.directory.answers, _name_of(question))
         return None if key is None else (key.source, key.version)
 
     def condemn(self, key: CacheKey) -> None:
-        with translated_errors("remove an entry"):
+        with translate_errors("remove an entry"):
             self.entries.condemn(key.name)
 
     def remove(self, key: CacheKey) -> bool:
         self.directory.restore()
-        with translated_errors("remove an entry"), self.directory.locked():
+        with translate_errors("remove an entry"), self.directory.locked():
             partials = [self.partials.drop(name) for name in self.partials.of(key.name)]
             self.entries.drop(key.name)
             return all(partials) and self.directory.entries.status(key.name) is None
@@ -200,7 +200,7 @@ class DiskDownload:
         except IntegrityError:
             self.discard()
             raise
-        with translated_errors("publish a download"):
+        with translate_errors("publish a download"):
             settled = zip(self._files.values(), digests, strict=True)
             files = [file.synced_record(digest) for file, digest in settled]
             record = record_of(self.key, tuple(sorted(files, key=lambda file: file.role)))
@@ -211,7 +211,7 @@ class DiskDownload:
             # Leased before others see it, or it could be evicted at once.
             ours = self._cache.entries.adopt(partial.folder, record)
             try:
-                theirs = self._renamed(partial)
+                theirs = self._rename(partial)
                 if theirs is None:
                     with self._ending(), partial.ending():
                         self._cache.directory.entries.sync()
@@ -238,13 +238,13 @@ class DiskDownload:
 
     def discard(self) -> None:
         if (partial := self._partial) is not None:
-            with self._ending(), translated_errors("remove a download"):
+            with self._ending(), translate_errors("remove a download"):
                 partial.discard()
 
     def close(self) -> None:
         if (partial := self._partial) is None:
             return
-        with self._ending(), translated_errors("leave a download"):
+        with self._ending(), translate_errors("leave a download"):
             try:
                 kept = [file.keep() for file in self._files.values()]
             except BaseException:
@@ -272,7 +272,7 @@ class DiskDownload:
             if name == RECORD or (role is not None and role not in self._files):
                 folder.unlink(name)
 
-    def _renamed(self, partial: Partial) -> DiskEntry | None:
+    def _rename(self, partial: Partial) -> DiskEntry | None:
         """Rename the folder; return the entry of a process that was faster, if there is one."""
         entries, name = self._cache.entries, self.key.name
         parents = {"src_dir_fd": partial.parent.fd, "dst_dir_fd": entries.parent.fd}
@@ -395,7 +395,7 @@ class Freed:
 def ls(cache: DiskCache) -> list[Listed]:
     """List entries and partials, the most recently used first."""
     directory, now_ns = cache.directory, time.time_ns()
-    with translated_errors("look at its folder"), directory.locked():
+    with translate_errors("look at its folder"), directory.locked():
         entries = Sizes(directory.entries, is_entry_name).look()
         partials = Sizes(directory.partials, is_partial_name).look()
         items = []
@@ -410,10 +410,10 @@ def ls(cache: DiskCache) -> list[Listed]:
 
 def verify(cache: DiskCache) -> Iterator[Verified]:
     """Hash every entry again, one at a time; remove what is damaged."""
-    with translated_errors("look at its folder"):
+    with translate_errors("look at its folder"):
         names = sorted(filter(is_entry_name, cache.directory.entries.names()))
     for name in names:
-        with translated_errors("verify an entry"):
+        with translate_errors("verify an entry"):
             record = cache.entries.record(name)
             try:
                 entry = cache.entries.require(name, check=True)
@@ -427,7 +427,7 @@ def verify(cache: DiskCache) -> Iterator[Verified]:
 
 def rm(cache: DiskCache, name: str) -> bool:
     """Remove the entry or partial of that name; False if it is in use or gone."""
-    with translated_errors("remove an entry"), cache.directory.locked():
+    with translate_errors("remove an entry"), cache.directory.locked():
         return (cache.entries if is_entry_name(name) else cache.partials).drop(name)
 
 
@@ -439,7 +439,7 @@ def gc(cache: DiskCache, *, older_than: float = 0.0) -> Freed:
     """
     directory = cache.directory
     before = ls(cache)
-    with translated_errors("clean up"):
+    with translate_errors("clean up"):
         for listed in before:
             if not listed.is_partial and listed.record is None:
                 cache.entries.condemn(listed.name)

@@ -21,7 +21,7 @@ from lorax_async.cache.base import (
     SCOPE_PREFIX,
     EntryRecord,
     FileRecord,
-    decoded_record,
+    decode_record,
     is_entry_name,
     is_partial_name,
     scope_name,
@@ -33,12 +33,12 @@ from lorax_async.cache.directory import (
     close_lock,
     read_all,
     suppress_read_only,
-    translated_errors,
+    translate_errors,
     try_lock,
 )
 from lorax_async.cache.partials import Partials
 from lorax_async.errors import AdapterFormatError, CapacityError, IntegrityError, InternalError
-from lorax_async.files import FileReader, changed, hash_on, identity_of, translated
+from lorax_async.files import FileReader, changed_error, hash_on, identity_of, to_adapter_error
 from lorax_async.formats.digests import FileHash
 from lorax_async.formats.split_weights import FileRole, role_of
 from lorax_async.lifecycle.policies import EvictionPolicy
@@ -85,7 +85,7 @@ class DiskEntry:
         return FileReader(opener, identity, role.file_name)
 
     def granted(self, scope: str) -> float | None:
-        with translated_errors("look at an entry"):
+        with translate_errors("look at an entry"):
             try:
                 with self._entries.parent.subfolder(self.record.name) as folder:
                     status = folder.status(scope_name(scope))
@@ -95,7 +95,7 @@ class DiskEntry:
 
     def grant(self, scope: str) -> None:
         with (
-            translated_errors("write to an entry"),
+            translate_errors("write to an entry"),
             suppress_read_only(),
             self._entries.parent.subfolder(self.record.name) as folder,
         ):
@@ -130,7 +130,7 @@ class Entries:
     def require(self, name: str, *, check: bool) -> DiskEntry | None:
         """Lease an entry, as `open` does, but raise `IntegrityError` if it was damaged."""
         entry = None
-        with translated_errors("open an entry"):
+        with translate_errors("open an entry"):
             self.directory.hold(name)
             try:
                 entry = self._open(name, check=check)
@@ -169,7 +169,7 @@ class Entries:
 
     def drop(self, name: str) -> bool:
         """Remove an entry; False if it is leased, or not there. Raise `OSError`."""
-        with self.directory.holding, self._locked_alone(name) as alone:
+        with self.directory.holding, self._lock_alone(name) as alone:
             hidden = self.directory.hide(self.parent, name) if alone else None
         return self.directory.remove_hidden(hidden)
 
@@ -182,11 +182,11 @@ class Entries:
 
     def is_leased(self, name: str) -> bool:
         """Return whether any process holds it. Raise `OSError`."""
-        with self._locked_alone(name) as alone:
+        with self._lock_alone(name) as alone:
             return not alone
 
     @contextmanager
-    def _locked_alone(self, name: str) -> Iterator[bool]:
+    def _lock_alone(self, name: str) -> Iterator[bool]:
         """Lock an entry's record; yield False if it is leased."""
         if name in self.directory.held():
             yield False
@@ -215,12 +215,12 @@ class Entries:
             raise IntegrityError("the cache's entry is no folder") from error
         with folder:
             try:
-                return self._leased_entry(name, folder, check=check)
+                return self._lease_entry(name, folder, check=check)
             except IntegrityError:
                 self.condemn(name, only=folder)
                 raise
 
-    def _leased_entry(self, name: str, folder: Folder, *, check: bool) -> DiskEntry | None:
+    def _lease_entry(self, name: str, folder: Folder, *, check: bool) -> DiskEntry | None:
         try:
             lease = folder.file(RECORD, os.O_RDONLY)
         except OSError as error:
@@ -251,7 +251,7 @@ class Entries:
 
 def _read_record(fd: int, name: str) -> EntryRecord:
     try:
-        record = decoded_record(read_all(fd, MAX_RECORD_BYTES))
+        record = decode_record(read_all(fd, MAX_RECORD_BYTES))
     except IsADirectoryError as error:
         raise IntegrityError("the cache's record is no file") from error
     except AdapterFormatError as error:
@@ -306,14 +306,14 @@ def _open_same(folder: Folder, entry: str, role: FileRole, identity: FileIdentit
         fd = folder.file(f"{entry}/{name}", os.O_RDONLY)
         try:
             if identity_of(os.fstat(fd)) != identity:
-                raise changed(name)
+                raise changed_error(name)
         except BaseException:
             os.close(fd)
             raise
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise changed(name) from error
+        raise changed_error(name) from error
     except OSError as error:
-        raise translated(error, name) from error
+        raise to_adapter_error(error, name) from error
     return fd
 
 
@@ -362,7 +362,7 @@ class DiskBudget:
 
         Raise `CapacityError` if they do not fit beside the files in use.
         """
-        with self._measured():
+        with self._measure():
             # Evict nothing in vain. Use by other processes shows only when an entry is dropped.
             held, stored = self._directory.held(), self._whole | self._partial
             in_use = sum(stored[name].nbytes for name in held if name in stored)
@@ -380,12 +380,12 @@ class DiskBudget:
 
     def trim(self) -> None:
         """Evict unused entries and partials down to the budget."""
-        with self._measured():
+        with self._measure():
             self._evict(0)
 
     def used(self) -> int:
         """Return the bytes of adapters' files in the folder."""
-        with self._measured():
+        with self._measure():
             return self._used()
 
     @property
@@ -398,8 +398,8 @@ class DiskBudget:
             self._see(name, Stored(nbytes, now_ns))
 
     @contextmanager
-    def _measured(self) -> Iterator[None]:
-        with self._lock, translated_errors("make room"), self._directory.locked():
+    def _measure(self) -> Iterator[None]:
+        with self._lock, translate_errors("make room"), self._directory.locked():
             # The trash is not counted, and is empty except after a kill or a failure.
             self._directory.empty_trash()
             entries = self._sizes.look()
@@ -463,7 +463,7 @@ class Sizes:
         """Return what is there now, and when it was used. Raise `OSError`."""
         stored: dict[str, Stored] = {}
         known: dict[str, tuple[int, int]] = {}
-        for name, status in _listed(self._folder):
+        for name, status in _list_names(self._folder):
             if self._wanted(name):
                 inode, nbytes = self._known.get(name, (-1, 0))
                 if inode != status.st_ino:
@@ -478,14 +478,14 @@ class Sizes:
             with self._folder.subfolder(name) as inside:
                 return sum(
                     status.st_size
-                    for file, status in _listed(inside)
+                    for file, status in _list_names(inside)
                     if role_of(file) is not None and stat.S_ISREG(status.st_mode)
                 )
         except (FileNotFoundError, NotADirectoryError):
             return 0
 
 
-def _listed(folder: Folder) -> Iterator[tuple[str, os.stat_result]]:
+def _list_names(folder: Folder) -> Iterator[tuple[str, os.stat_result]]:
     with os.scandir(folder.fd) as there:
         for entry in there:
             try:

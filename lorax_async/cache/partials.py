@@ -30,7 +30,7 @@ from lorax_async.cache.directory import (
     close_lock,
     suppress_read_only,
     translate,
-    translated_errors,
+    translate_errors,
     try_lock,
     unique,
 )
@@ -191,13 +191,13 @@ class PartialFile:
         self._here = SpanSet()
         self._hash = FileHash("transport" if expected is None else expected.kind, nbytes)
         self._map_file: Descriptor | None = None
-        with translated_errors(_WRITING):
+        with translate_errors(_WRITING):
             self._file = Descriptor(folder.file(self._name, os.O_RDWR | os.O_CREAT), self._name)
         try:
             self._map = self._resume() or self._begin(reserve)
         except BaseException:
             self.close()
-            with translated_errors("give room back"):
+            with translate_errors("give room back"):
                 self.remove()
             raise
 
@@ -211,7 +211,7 @@ class PartialFile:
             return
         if stop > self.nbytes:
             raise IntegrityError(f"{self._name} goes on after its {self.nbytes:,} bytes")
-        with translated_errors(_WRITING), self._file.held() as fd:
+        with translate_errors(_WRITING), self._file.held() as fd:
             if self.resumed:
                 self._compare(fd, buffers, offset, stop)
             _write_all(fd, buffers, offset)
@@ -224,12 +224,12 @@ class PartialFile:
         with self._hashing:
             with self._lock:
                 stop = self._here.reach(self._hash.done)
-            with translated_errors("read a download back"), self._file.held() as fd:
+            with translate_errors("read a download back"), self._file.held() as fd:
                 hash_on(fd, self._hash, stop, self._name)
             return self._hash.done
 
     def reader(self) -> PartialReader:
-        with translated_errors("read a download back"), self._file.held() as fd:
+        with translate_errors("read a download back"), self._file.held() as fd:
             return PartialReader(self, Descriptor(os.dup(fd), self._name))
 
     def covers(self, start: int, stop: int) -> bool:
@@ -277,7 +277,7 @@ class PartialFile:
 
     def _resume(self) -> ChunkMap | None:
         """Adopt the file of a partial download, if its size matches and its map is good."""
-        with translated_errors("resume a download"), self._file.held() as fd:
+        with translate_errors("resume a download"), self._file.held() as fd:
             chunk_map = None
             if os.fstat(fd).st_size == self.nbytes and self._folder.status(self._map_name):
                 content = self._folder.read(self._map_name, encoded_size(self.nbytes))
@@ -302,7 +302,7 @@ class PartialFile:
                 os.ftruncate(fd, 0)
                 raise translate(error, "make room for a download") from error
         chunk_map = ChunkMap(self.nbytes)
-        with translated_errors(_WRITING):
+        with translate_errors(_WRITING):
             self._open_map(chunk_map, os.O_WRONLY | os.O_CREAT | os.O_EXCL, sync=False)
         return chunk_map
 
@@ -349,7 +349,7 @@ class PartialReader:
             raise IntegrityError(f"{name} ends before byte {stop:,}")
         if not self._file.covers(offset, stop):
             raise InternalError(f"bytes {offset:,} to {stop:,} of {name} were read too early")
-        with translated_errors("read a download back"), self._descriptor.held() as fd:
+        with translate_errors("read a download back"), self._descriptor.held() as fd:
             if not fill(fd, buffers, offset):
                 raise IntegrityError(f"{name} was cut while it was downloaded; load it again")
 

@@ -20,7 +20,7 @@ from lorax_async.ids import (
     is_address,
     names_pull_request,
     parse_folder_url,
-    parsed,
+    parse_ref,
     place_of,
 )
 from lorax_async.planning.layout import ModelLayout
@@ -142,7 +142,7 @@ def at_revision(ref: AdapterRef, revision: str | None) -> AdapterRef:
         raise InvalidAdapterIdError(
             "the id and --revision name different revisions; use one of them", id=ref.text
         )
-    return parsed(replace(ref, revision=revision))
+    return parse_ref(replace(ref, revision=revision))
 
 
 def add_sources(parser: argparse.ArgumentParser) -> None:
@@ -270,13 +270,13 @@ def _parse_id(text: str) -> AdapterRef:
     except InvalidAdapterIdError as error:  # do not repeat the text: it may hold a secret
         raise argparse.ArgumentTypeError(error.problem) from None
     try:
-        return parsed(ref)
+        return parse_ref(ref)
     except InvalidAdapterIdError as error:
         raise argparse.ArgumentTypeError(f"{shorten(text, 200)!r}: {error.problem}") from None
 
 
 def _is_hub_id(text: str) -> bool:
     try:
-        return parsed(AdapterRef(text)).source == "hub"
+        return parse_ref(AdapterRef(text)).source == "hub"
     except InvalidAdapterIdError:
         return False

@@ -26,7 +26,7 @@ from lorax_async.cli.arguments import (
 from lorax_async.cli.terminal import Terminal, format_age, format_size
 from lorax_async.config import LoaderConfig
 from lorax_async.errors import InvalidAdapterIdError, UsageError, shorten
-from lorax_async.ids import parsed
+from lorax_async.ids import parse_ref
 from lorax_async.lifecycle.policies import policy
 from lorax_async.types import AdapterRef
 
@@ -238,7 +238,7 @@ def _parse_ref(text: str) -> AdapterRef:
     """Parse an id. Raises `UsageError` without any secret of it."""
     ref = AdapterRef(text)
     try:
-        return parsed(ref)
+        return parse_ref(ref)
     except InvalidAdapterIdError as error:
         raise error.prefixed(
             f"{shorten(text, 200)!r} is neither an entry's name nor an id: "

@@ -32,7 +32,7 @@ from lorax_async.cli.terminal import Terminal, format_runs
 from lorax_async.config import Limits, LoaderConfig
 from lorax_async.devices.cpu import CpuDevice
 from lorax_async.errors import LoraxError
-from lorax_async.files import located, require_file, translated
+from lorax_async.files import locate, require_file, to_adapter_error
 from lorax_async.formats.peft_config import FIELDS, parse_config
 from lorax_async.formats.peft_names import TensorName, TensorRole, layer_index, parse_tensor_name
 from lorax_async.formats.safetensors import (
@@ -208,7 +208,7 @@ class _ProblemList:
         try:
             yield
         except OSError as error:
-            self._add(translated(error, what))
+            self._add(to_adapter_error(error, what))
         except LoraxError as error:
             self._add(error)
 
@@ -221,7 +221,7 @@ class _ProblemList:
 def _open(folder: Path, name: str) -> BinaryIO | None:
     """Open a regular file; return None if it is missing, which `find_adapter` has reported."""
     try:
-        with located(str(folder / name)) as place:
+        with locate(str(folder / name)) as place:
             require_file(name, place, sys.maxsize)
             return os.fdopen(place.open(), "rb")
     except (FileNotFoundError, NotADirectoryError):

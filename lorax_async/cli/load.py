@@ -176,7 +176,7 @@ async def load_at_once(
         if not hold:
             load.release()
 
-    with _subscribed(loader, loads, show):
+    with _subscribe(loader, loads, show):
         try:
             async with asyncio.TaskGroup() as group:
                 for index, load in enumerate(loads):
@@ -188,7 +188,7 @@ async def load_at_once(
 
 
 @contextmanager
-def _subscribed(loader: AdapterLoader, loads: Sequence[LoadProgress], show: Show) -> Iterator[None]:
+def _subscribe(loader: AdapterLoader, loads: Sequence[LoadProgress], show: Show) -> Iterator[None]:
     places: dict[str, list[tuple[int, LoadProgress]]] = {}
     for index, load in enumerate(loads):
         location = os.path.realpath(load.ref.id) if is_local(load.ref) else load.ref.text

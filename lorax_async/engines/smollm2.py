@@ -109,7 +109,7 @@ def make_once(folder: Path, fill: Callable[[Path], None], report: Report) -> Non
     remove the leftovers of a killed process. Raises `ConfigError` for other content in `folder`.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder, report):
+    with _lock(folder, report):
         if is_complete(folder):
             return
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -146,7 +146,7 @@ def _publish(draft: Path, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, report: Report) -> Iterator[None]:
+def _lock(folder: Path, report: Report) -> Iterator[None]:
     with folder.with_name(f".{folder.name}.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -173,7 +173,7 @@ def _convert(gguf: Path, draft: Path, report: Report) -> None:
         report("reading the tokenizer")
         _convert_tokenizer(gguf, draft)
         report("dequantising the weights")
-        model = _dequantised(gguf)
+        model = _dequantise(gguf)
         report("writing the model")
         model.save_pretrained(draft)
 
@@ -207,7 +207,7 @@ def _convert_tokenizer(gguf: Path, draft: Path) -> None:
     tokenizer.save_pretrained(draft)
 
 
-def _dequantised(gguf: Path) -> LlamaForCausalLM:
+def _dequantise(gguf: Path) -> LlamaForCausalLM:
     """Rebuild the model without its quantisation: as loaded, transformers refuses to save it."""
     import torch  # noqa: PLC0415
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: PLC0415

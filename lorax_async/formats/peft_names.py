@@ -128,7 +128,7 @@ def parse_tensor_name(name: str) -> TensorName:
         raise _refusal(name)
     module = path[len(PREFIX) :]
     if not _PATH.fullmatch(module) or _PADDED.search(name, len(PREFIX) - 1):
-        raise _malformed(module)
+        raise _malformed_error(module)
     if ("base_layer" in module or "lora_" in module or "_save" in module) and _feature(module):
         raise _refusal(name)
     return TensorName(module, *found)
@@ -149,7 +149,7 @@ def layer_index(module: str) -> int | None:
         return None
     digits = found[1]
     if len(digits) > _MAX_DIGITS or (digits[0] == "0" and digits != "0"):
-        raise _malformed(module)
+        raise _malformed_error(module)
     return int(digits)
 
 
@@ -265,7 +265,7 @@ def _feature(path: str) -> str | None:
     return "modules_to_save (a full copy of a module)" if path.endswith(".weight") else None
 
 
-def _malformed(module: str) -> AdapterFormatError:
+def _malformed_error(module: str) -> AdapterFormatError:
     return AdapterFormatError(
         f"module path {shorten(module, 200)!r} is malformed; PEFT writes ASCII names joined by"
         " dots, with layer numbers in plain decimals"

@@ -200,17 +200,17 @@ def _pop_metadata(members: dict[str, JsonValue]) -> dict[str, str]:
 
 def _parse_entry(name: str, value: JsonValue) -> tuple[str, tuple[int, ...], int, int]:
     if not isinstance(value, dict):
-        raise _malformed(name, "not an object of just dtype, shape and data_offsets")
+        raise _malformed_error(name, "not an object of just dtype, shape and data_offsets")
     if odd := value.keys() ^ _MEMBERS:
         member = min(odd)
         fault = "unknown" if member in value else "missing"
-        raise _malformed(name, f"member {quoted(member)} is {fault}")
+        raise _malformed_error(name, f"member {quoted(member)} is {fault}")
     dtype = value["dtype"]
     if not isinstance(dtype, str):
-        raise _malformed(name, "dtype is not a string")
+        raise _malformed_error(name, "dtype is not a string")
     shape, offsets = (_integers(name, key, value[key]) for key in ("shape", "data_offsets"))
     if len(offsets) != 2:
-        raise _malformed(name, f"data_offsets has {len(offsets):,} entries, not 2")
+        raise _malformed_error(name, f"data_offsets has {len(offsets):,} entries, not 2")
     return dtype, shape, *offsets
 
 
@@ -218,7 +218,7 @@ def _integers(name: str, member: str, value: JsonValue) -> tuple[int, ...]:
     # Not isinstance, which accepts bool.
     integers = [n for n in value if type(n) is int] if isinstance(value, list) else []
     if not isinstance(value, list) or len(integers) < len(value):
-        raise _malformed(name, f"{member} is not a list of integers")
+        raise _malformed_error(name, f"{member} is not a list of integers")
     return tuple(integers)
 
 
@@ -238,7 +238,7 @@ def _spans(entries: list[_Entry], data_start: int, limits: Limits) -> list[Tenso
         if nbytes is None:
             nbytes = sizes[dtype, shape] = _nbytes(name, dtype, shape, limits)
         if start < 0 or stop - start != nbytes:
-            raise _malformed(
+            raise _malformed_error(
                 name, f"{dtype} {list(shape)} needs {nbytes:,} bytes, not {[start, stop]}"
             )
         spans.append(TensorSpan(name, dtype, shape, data_start + start, data_start + stop))
@@ -250,22 +250,22 @@ def _check_name(name: str, limits: Limits) -> None:
     # Do not encode a name that has more characters than bytes are allowed.
     size = len(name) if len(name) > limits.max_name_bytes else len(name.encode())
     if not 1 <= size <= limits.max_name_bytes:
-        raise _malformed(name, f"a name of {size:,} bytes, not 1 to {limits.max_name_bytes}")
+        raise _malformed_error(name, f"a name of {size:,} bytes, not 1 to {limits.max_name_bytes}")
 
 
 def _nbytes(name: str, dtype: str, shape: tuple[int, ...], limits: Limits) -> int:
     if dtype not in DTYPE_BITS:
-        raise _malformed(name, f"unknown dtype {quoted(dtype)}")
+        raise _malformed_error(name, f"unknown dtype {quoted(dtype)}")
     if len(shape) > limits.max_dimensions:
-        raise _malformed(
+        raise _malformed_error(
             name, f"{len(shape):,} dimensions, more than the limit of {limits.max_dimensions}"
         )
     # Over the non-zero ones: torch multiplies strides even if a dimension is 0.
     if min(shape, default=0) < 0 or math.prod(filter(None, shape)) > _INT64_MAX:
-        raise _malformed(name, "shape is negative or beyond int64")
+        raise _malformed_error(name, "shape is negative or beyond int64")
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits % 8:
-        raise _malformed(name, f"{dtype} {list(shape)} does not fill whole bytes")
+        raise _malformed_error(name, f"{dtype} {list(shape)} does not fill whole bytes")
     return bits // 8
 
 
@@ -273,12 +273,12 @@ def _check_tiling(spans: list[TensorSpan], data_start: int, file_size: int) -> N
     """Check that the sorted spans tile the file's data without holes, overlaps or a rest."""
     if spans and spans[0].start > data_start:
         hole = spans[0].start - data_start
-        raise _malformed(spans[0].name, f"a hole of {hole:,} bytes before it")
+        raise _malformed_error(spans[0].name, f"a hole of {hole:,} bytes before it")
     for one, two in pairwise(spans):
         if two.start < one.stop:
-            raise _malformed(two.name, f"bytes overlap those of {quoted(one.name)}")
+            raise _malformed_error(two.name, f"bytes overlap those of {quoted(one.name)}")
         if two.start > one.stop:
-            raise _malformed(two.name, f"a hole of {two.start - one.stop:,} bytes before it")
+            raise _malformed_error(two.name, f"a hole of {two.start - one.stop:,} bytes before it")
     end = spans[-1].stop if spans else data_start
     if end < file_size:
         raise AdapterFormatError(
@@ -291,7 +291,7 @@ def _check_tiling(spans: list[TensorSpan], data_start: int, file_size: int) -> N
         )
 
 
-def _malformed(name: str, problem: str) -> AdapterFormatError:
+def _malformed_error(name: str, problem: str) -> AdapterFormatError:
     return AdapterFormatError(f"tensor {quoted(name)}: {problem}; {_RESAVE}")
 
 

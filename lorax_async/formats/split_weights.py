@@ -88,7 +88,7 @@ def split_name(number: int, count: int) -> str:
     return FileRole("weights", number, count).file_name
 
 
-def joined_digest(digests: Sequence[str]) -> str:
+def join_digests(digests: Sequence[str]) -> str:
     """Return the SHA-256 of weights from that of each file, in order.
 
     For several files, hash the lines "digest  file name", as `sha256sum` writes them.

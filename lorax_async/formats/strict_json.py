@@ -77,7 +77,7 @@ def parse_object(
     suits a caller that checks the type of every value.
     """
     if len(data) > max_bytes:
-        raise _malformed(what, f"{len(data):,} bytes, more than the limit of {max_bytes:,}")
+        raise _malformed_error(what, f"{len(data):,} bytes, more than the limit of {max_bytes:,}")
     try:
         return _decode(data, max_depth)
     except UnicodeDecodeError as error:
@@ -93,7 +93,7 @@ def parse_object(
     except MemoryError:
         problem = "too large for the memory at hand"
     # Outside the handlers: a chained JSONDecodeError would keep the whole text alive.
-    raise _malformed(what, problem)
+    raise _malformed_error(what, problem)
 
 
 def _decode(data: bytes | memoryview, max_depth: int | None) -> dict[str, JsonValue]:
@@ -130,5 +130,5 @@ def _check_surrogates(string: str) -> None:
         raise _ViolationError("a string holds a lone surrogate") from None
 
 
-def _malformed(what: str, problem: str) -> AdapterFormatError:
+def _malformed_error(what: str, problem: str) -> AdapterFormatError:
     return AdapterFormatError(f"{what}: {problem}; write it again as standard JSON")

@@ -10,12 +10,12 @@ from threading import Lock
 from lorax_async.errors import AccessDeniedError, FetchError
 from lorax_async.formats.spans import ByteRange
 from lorax_async.http.connection import Attempt, Connection, ResponseHead
-from lorax_async.http.failures import failed_io
+from lorax_async.http.failures import io_error
 from lorax_async.http.pool import ConnectionPool
 from lorax_async.http.ranges import LinkEstimate
 from lorax_async.http.settings import HttpSettings
 from lorax_async.http.target import ResolvedLocation, Target, Validators
-from lorax_async.http.urls import InvalidUrlError, Origin, redirected
+from lorax_async.http.urls import InvalidUrlError, Origin, resolve_redirect
 from lorax_async.tracing.recorder import Recorder, Tracer, now
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -143,7 +143,7 @@ class Response:
         try:
             count = self._connection.fill(view)
         except OSError as error:
-            raise failed_io(error, str(self.location.url)) from error
+            raise io_error(error, str(self.location.url)) from error
         if self.request_span is not None:
             self.request_span.received += count
         return count
@@ -224,7 +224,7 @@ class HttpClient:
                 retryable=False,
             )
         try:
-            url = redirected(before.url, response.head.fields.get("location", ""))
+            url = resolve_redirect(before.url, response.head.fields.get("location", ""))
         except InvalidUrlError as error:
             raise FetchError(f"{before.url} redirects to what is no URL: {error}") from error
         if before.url.secure and not url.secure:
@@ -252,7 +252,7 @@ class HttpClient:
             fresh = self.pool.open(url, target.rules, attempt)
             return self._send(fresh, fields, location, attempt, span)
         except OSError as error:
-            raise failed_io(error, str(url)) from error
+            raise io_error(error, str(url)) from error
 
     def _send(
         self,

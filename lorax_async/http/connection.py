@@ -21,7 +21,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, cast
 
 from lorax_async.errors import FetchError
-from lorax_async.http.failures import AbortedError, RetryableError, broken_off, timed_out
+from lorax_async.http.failures import AbortedError, RetryableError, broken_off, timeout_error
 from lorax_async.http.settings import Proxy, Timeouts
 from lorax_async.http.urls import Origin
 
@@ -224,7 +224,7 @@ class Throughput:
         if self._seconds >= self._timeouts.over:
             rate = self._bytes / self._seconds
             if rate < self._timeouts.slowest:
-                raise timed_out(
+                raise timeout_error(
                     f"{self._peer} sent {rate:,.0f} bytes per second, less than the"
                     f" {self._timeouts.slowest:,.0f} that are required"
                 )
@@ -292,7 +292,7 @@ class _Receiver(io.RawIOBase):
         if not count and self._head_bytes:  # http.client would take the part for the whole
             raise broken_off(self._peer)
         if count and self._clock() > deadline:
-            raise timed_out(f"{self._peer} did not send the head of its response in time")
+            raise timeout_error(f"{self._peer} did not send the head of its response in time")
         self._head_bytes += count
         return count
 

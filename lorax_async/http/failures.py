@@ -89,7 +89,7 @@ class RetryableError(Exception):
 _DESCRIPTOR_LIMITS = {errno.EMFILE, errno.ENFILE}
 
 
-def failed_io(error: OSError, peer: str) -> RetryableError | AdapterError:
+def io_error(error: OSError, peer: str) -> RetryableError | AdapterError:
     """Map an `OSError` of a socket or of TLS; `peer` is an origin ("https://host")."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return AccessDeniedError(
@@ -97,7 +97,7 @@ def failed_io(error: OSError, peer: str) -> RetryableError | AdapterError:
             " one of your own, name its authority by SSL_CERT_FILE or ca_bundle"
         )
     if isinstance(error, TimeoutError | BlockingIOError):
-        return timed_out(f"{peer} did not answer in time")
+        return timeout_error(f"{peer} did not answer in time")
     if isinstance(error, RemoteDisconnected):
         return RetryableError(FetchError(f"{peer} closed the connection without an answer"))
     if error.errno in _DESCRIPTOR_LIMITS:
@@ -113,7 +113,7 @@ def failed_io(error: OSError, peer: str) -> RetryableError | AdapterError:
     return RetryableError(FetchError(f"the connection to {peer} failed ({_code(error)})"))
 
 
-def failed_lookup(error: OSError, host: str) -> RetryableError | AdapterError:
+def lookup_error(error: OSError, host: str) -> RetryableError | AdapterError:
     """Map an `OSError` of a name lookup."""
     problem = f"the host {host!r} cannot be found ({_lookup_code(error)})"
     if isinstance(error, socket.gaierror) and error.errno != socket.EAI_NONAME:
@@ -121,7 +121,7 @@ def failed_lookup(error: OSError, host: str) -> RetryableError | AdapterError:
     return FetchError(f"{problem}; check its spelling and this machine's name service")
 
 
-def timed_out(problem: str) -> RetryableError:
+def timeout_error(problem: str) -> RetryableError:
     """Wrap a `FetchTimeoutError`."""
     return RetryableError(FetchTimeoutError(problem))
 

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 from lorax_async.errors import AccessDeniedError, AdapterError, FetchError
 from lorax_async.http.connection import AbortableSocket, Attempt, Connection
-from lorax_async.http.failures import RetryableError, failed_io, failed_lookup
+from lorax_async.http.failures import RetryableError, io_error, lookup_error
 from lorax_async.http.settings import (
     HttpSettings,
     Proxies,
@@ -257,7 +257,7 @@ class ConnectionPool:
                     sock, url.origin, attempt, lambda text: _allowed(text, url, rules)
                 )
             else:
-                address = _checked_number(url, rules)
+                address = _parse_number(url, rules)
                 self._connect(sock, proxy.origin, attempt, lambda _: True)
                 if url.secure:
                     self._tunnel(sock, url, proxy)
@@ -267,7 +267,7 @@ class ConnectionPool:
         except OSError as error:
             sock.close()
             attempt.check()
-            raise failed_io(error, str(url)) from error
+            raise io_error(error, str(url)) from error
         except BaseException:
             sock.close()
             raise
@@ -289,7 +289,7 @@ class ConnectionPool:
         known = self._endpoints(origin, attempt)
         endpoints = [endpoint for endpoint in known if allowed(endpoint.address)]
         if not endpoints:
-            raise _refused(origin) if known else FetchError(f"{origin} has no address")
+            raise _refused_error(origin) if known else FetchError(f"{origin} has no address")
         failed: OSError | None = None
         for endpoint in endpoints[:_MAX_ADDRESSES]:
             try:
@@ -303,7 +303,7 @@ class ConnectionPool:
             # Check the socket's own address, not the one that a name service returned.
             peer = self._network.peer(connected)
             if not allowed(peer):
-                raise _refused(origin)
+                raise _refused_error(origin)
             return peer
         assert failed is not None
         raise failed
@@ -313,9 +313,9 @@ class ConnectionPool:
         try:
             return self._lookups.find(origin, self._settings.timeouts.connect, attempt.check)
         except TimeoutError as error:
-            raise failed_io(error, f"the name service, asked for {host!r},") from error
+            raise io_error(error, f"the name service, asked for {host!r},") from error
         except OSError as error:
-            raise failed_lookup(error, host) from error
+            raise lookup_error(error, host) from error
         except UnicodeError as error:
             raise FetchError(f"the host {host!r} is no name", retryable=False) from error
 
@@ -338,16 +338,16 @@ def _allowed(text: str, url: Url, rules: Rules) -> bool:
     return is_public(address) or rules.allows_address(url, address)
 
 
-def _checked_number(url: Url, rules: Rules) -> str | None:
+def _parse_number(url: Url, rules: Rules) -> str | None:
     """Check a host that is an address; behind a proxy, names are the proxy's business."""
     if not _is_address(url.origin.host):
         return None
     if not _allowed(url.origin.host, url, rules):
-        raise _refused(url.origin)
+        raise _refused_error(url.origin)
     return url.origin.host
 
 
-def _refused(origin: Origin) -> AccessDeniedError:
+def _refused_error(origin: Origin) -> AccessDeniedError:
     return AccessDeniedError(
         f"{origin} leads to an address that is not public; allow it explicitly if that is meant"
     )

@@ -171,10 +171,10 @@ def _cut(run: ByteRange, cuts: Sequence[int], sizes: PieceSizes) -> list[ByteRan
             pieces.append((start, cut))
             start = cut
     pieces.append((start, stop))
-    return [part for piece in pieces for part in _limited(piece, sizes.most)]
+    return [part for piece in pieces for part in _limit(piece, sizes.most)]
 
 
-def _limited(piece: ByteRange, most: int) -> list[ByteRange]:
+def _limit(piece: ByteRange, most: int) -> list[ByteRange]:
     start, stop = piece
     parts = -(-(stop - start) // most)
     cuts = [start + (stop - start) * n // parts for n in range(parts + 1)]

@@ -47,7 +47,7 @@ class PublicOnly:
 
 def is_public(address: Address) -> bool:
     """Whether the address is on the open internet, also where it is wrapped in another."""
-    inner = _wrapped(address)
+    inner = _unwrap_ipv4(address)
     if inner is not None:
         return is_public(inner)
     if isinstance(address, IPv6Address) and address.is_site_local:
@@ -55,7 +55,7 @@ def is_public(address: Address) -> bool:
     return address.is_global and not address.is_multicast and not address.is_reserved
 
 
-def _wrapped(address: Address) -> IPv4Address | None:
+def _unwrap_ipv4(address: Address) -> IPv4Address | None:
     if isinstance(address, IPv4Address):
         return None
     if int(address) >> 32 == _NAT64:

@@ -169,7 +169,7 @@ def check_response(
         )
     if head.status == 206:
         return _part(head, span, expected, what)
-    return Content(0, head.length, _unchanged(head, head.length, expected, what))
+    return Content(0, head.length, _require_unchanged(head, head.length, expected, what))
 
 
 def _part(head: ResponseHead, span: ByteRange | None, expected: Validators, what: str) -> Content:
@@ -178,7 +178,7 @@ def _part(head: ResponseHead, span: ByteRange | None, expected: Validators, what
         raise IntegrityError(f"{what}: a part came without a range, or was not requested")
     start, stop = int(match[1]), int(match[2]) + 1
     size = None if match[3] == "*" else int(match[3])
-    validators = _unchanged(head, size, expected, what)
+    validators = _require_unchanged(head, size, expected, what)
     # The first request does not know the size yet, and may ask for more than there is.
     last = span[1] if size is None or expected.size is not None else min(span[1], size)
     if (start, stop) != (span[0], last):
@@ -191,7 +191,9 @@ def _part(head: ResponseHead, span: ByteRange | None, expected: Validators, what
     return Content(start, stop, validators)
 
 
-def _unchanged(head: ResponseHead, size: int | None, expected: Validators, what: str) -> Validators:
+def _require_unchanged(
+    head: ResponseHead, size: int | None, expected: Validators, what: str
+) -> Validators:
     """Return the validators of the file. Raises `IntegrityError` if it is another one."""
     etag, modified = head.fields.get("etag"), head.fields.get("last-modified")
     changed = (
@@ -200,7 +202,7 @@ def _unchanged(head: ResponseHead, size: int | None, expected: Validators, what:
         expected.etag is None and expected.modified is not None and expected.modified != modified,
     )
     if any(changed):
-        raise _changed(what)
+        raise _changed_error(what)
     return Validators(expected.size if size is None else size, etag, modified)
 
 
@@ -214,7 +216,7 @@ def _failure(
     if status in _MISSING:
         return AdapterNotFoundError(f"{problem}; there is no such file", stage="fetch")
     if status == 412:
-        return _changed(what)
+        return _changed_error(what)
     if status == 416:
         return _out_of_range(fields.get("content-range", ""), expected, what)
     if status in _RETRYABLE:
@@ -229,9 +231,9 @@ def _out_of_range(text: str, expected: Validators, what: str) -> AdapterError:
     if match is None or expected.size is None:
         return IntegrityError(f"{what}: it is shorter than the requested range, or empty")
     if int(match[1]) != expected.size:
-        return _changed(what)
+        return _changed_error(what)
     return FetchError(f"{what}: it refuses a range that it has")
 
 
-def _changed(what: str) -> IntegrityError:
+def _changed_error(what: str) -> IntegrityError:
     return IntegrityError(f"{what}: the file changed while it was read; load it again")

@@ -85,7 +85,7 @@ def parse_url(text: str) -> Url:
     return Url(origin, target if target.startswith("/") else f"/{target}")
 
 
-def redirected(base: Url, location: str) -> Url:
+def resolve_redirect(base: Url, location: str) -> Url:
     """Resolve a `Location` field, which may be relative. Raises `InvalidUrlError`.
 
     Bytes that are not ASCII are quoted, as browsers do.

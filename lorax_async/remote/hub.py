@@ -29,27 +29,27 @@ from lorax_async.errors import (
     InvalidAdapterIdError,
     LoraxError,
 )
-from lorax_async.files import FileReader, code_of, hash_on, located, open_same, translated
+from lorax_async.files import FileReader, code_of, hash_on, locate, open_same, to_adapter_error
 from lorax_async.formats.digests import Digest, FileHash
 from lorax_async.formats.split_weights import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, FileRole
 from lorax_async.http.failures import RetryPolicy
 from lorax_async.http.settings import Rules
 from lorax_async.http.target import Target
 from lorax_async.http.urls import InvalidUrlError, Url, parse_url
-from lorax_async.ids import Allow, OriginPlace, checked_revision
+from lorax_async.ids import Allow, OriginPlace, parse_revision
 from lorax_async.remote.base import LocatedAdapter, RemoteFile
 from lorax_async.remote.hub_calls import (
     FileInfo,
     FileQuery,
     MissingFile,
     Outcome,
-    checked_token,
     digest_of_etag,
     fetch_repository_id,
     has_stored_token,
     is_commit,
     machine_token,
     query_file,
+    require_token,
     url_of,
 )
 from lorax_async.remote.resolution import resolution_request
@@ -138,7 +138,7 @@ class HubBackend:
 
     def pinned_version(self, ref: AdapterRef) -> tuple[str, str, str] | None:
         """See `Backend`; with the machine's token, None before the first `scope` or `locate`."""
-        token = checked_token(ref.token)
+        token = require_token(ref.token)
         if ref.revision is None or not is_commit(ref.revision):
             return None
         if self._uses_own(ref):
@@ -201,7 +201,7 @@ class HubBackend:
 
     async def _authority(self, ref: AdapterRef) -> str | None:
         """Return the token to send."""
-        token = checked_token(ref.token)
+        token = require_token(ref.token)
         if not self._uses_own(ref):
             return token
         own = await asyncio.wrap_future(self._threads.submit(machine_token))
@@ -378,7 +378,7 @@ class HubFile:
         except IntegrityError:
             return False
         except OSError as error:
-            raise translated(error, self.role.file_name) from error
+            raise to_adapter_error(error, self.role.file_name) from error
         return file_hash.digest() == self.digest
 
 
@@ -456,7 +456,7 @@ class StandardHubCache:
         if is_commit(revision):
             return revision
         try:
-            checked_revision(revision)  # as a path it leads nowhere else
+            parse_revision(revision)  # as a path it leads nowhere else
         except InvalidAdapterIdError:
             return None
         config = self._cached(source, revision)
@@ -495,7 +495,7 @@ class StandardHubCache:
         digest = None if link is None else digest_of_etag(link["blob"])
         if link is None or digest is None:
             return None
-        with located(path) as file:
+        with locate(path) as file:
             blob = file.real_path
             # The operator may have put the cache or a repository elsewhere, by a link.
             repo = os.path.realpath(os.path.dirname(os.path.dirname(folder)))

@@ -24,7 +24,7 @@ from lorax_async.errors import (
     shorten,
 )
 from lorax_async.formats.digests import Digest
-from lorax_async.http.failures import RetryableError, failed_io, failed_lookup, retry_after_of
+from lorax_async.http.failures import RetryableError, io_error, lookup_error, retry_after_of
 from lorax_async.http.settings import Rules
 from lorax_async.http.urls import InvalidUrlError, Url, parse_url
 
@@ -98,7 +98,7 @@ class MissingFile:
 Outcome = FileInfo | MissingFile | LoraxError
 
 
-def checked_token(token: str | None) -> str | None:
+def require_token(token: str | None) -> str | None:
     """Return the token. Raise `UsageError` if it is malformed; an empty one does not mean None."""
     if token is not None and not _TOKEN.fullmatch(token):
         raise UsageError(
@@ -130,7 +130,7 @@ def machine_token() -> str | None:
             " again (hf auth login), or pass a token",
             stage="resolve",
         ) from None
-    return checked_token(header.removeprefix("Bearer ") or None)
+    return require_token(header.removeprefix("Bearer ") or None)
 
 
 def has_stored_token() -> bool:
@@ -271,10 +271,12 @@ def _refusal(error: HfHubHTTPError, query: FileQuery, url: Url) -> AdapterError:
         revision = shorten(query.revision, 200)
         return AdapterNotFoundError(f"{source!r} on {url} has no revision {revision!r}")
     if isinstance(error, GatedRepoError):
-        return _denied(f"{source!r} on {url} is gated: accept its conditions there, and {_REMEDY}")
+        return _denied_error(
+            f"{source!r} on {url} is gated: accept its conditions there, and {_REMEDY}"
+        )
     if isinstance(error, RepositoryNotFoundError) and status != 403:
         if query.token is None and status == 401:
-            return _denied(
+            return _denied_error(
                 f"{url} shows no {source!r} without a token: check the id, or if it is"
                 f" private {_REMEDY}"
             )
@@ -282,7 +284,7 @@ def _refusal(error: HfHubHTTPError, query: FileQuery, url: Url) -> AdapterError:
             return AdapterNotFoundError(f"{url} has no {source!r}, or none that the token may see")
     if status in _DENIED:
         token = "without a token" if query.token is None else "with this token"
-        return _denied(f"{url} refuses {source!r} {token} (status {status}); {_REMEDY}")
+        return _denied_error(f"{url} refuses {source!r} {token} (status {status}); {_REMEDY}")
     return _by_status(error, f"{query.name} of {source!r} at {url}: status {status}")
 
 
@@ -308,7 +310,7 @@ def _retry_after(error: HfHubHTTPError) -> float | None:
     return after
 
 
-def _denied(problem: str) -> AccessDeniedError:
+def _denied_error(problem: str) -> AccessDeniedError:
     return AccessDeniedError(problem, stage="resolve")
 
 
@@ -327,9 +329,9 @@ def _failure(error: Exception, url: Url) -> AdapterError:
         return FetchTimeoutError(f"{url} did not answer in time", stage="resolve")
     system = next((cause for cause in _causes(error) if isinstance(cause, OSError)), None)
     if isinstance(system, socket.gaierror):
-        mapped = failed_lookup(system, url.origin.host)
+        mapped = lookup_error(system, url.origin.host)
     elif system is not None:
-        mapped = failed_io(system, str(url))
+        mapped = io_error(system, str(url))
     else:
         what = type(error).__name__
         retryable = isinstance(error, httpx2.TransportError)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
 
-from lorax_async.concurrency import FetchControl, WorkerThreads, ended, outcome
+from lorax_async.concurrency import FetchControl, WorkerThreads, outcome, wait_for_end
 from lorax_async.config import Limits
 from lorax_async.errors import AdapterFormatError, FetchError, IntegrityError
 from lorax_async.formats.safetensors import header_end, header_size
@@ -45,19 +45,19 @@ async def track(control: FetchControl, *jobs: Job[Any]) -> AsyncIterator[None]:
 
     def update() -> None:
         for job in jobs:
-            if control.ended:
+            if control.cancelled:
                 job.cancel(unwanted_error())
             elif control.urgent:
                 job.raise_priority(FOREGROUND)
 
     try:
-        with control.watched(update):
+        with control.watch(update):
             yield
     except BaseException:
         for job in jobs:
             job.cancel(unwanted_error())
         for job in jobs:
-            await ended(job.done)
+            await wait_for_end(job.done)
         raise
 
 
@@ -68,12 +68,12 @@ async def bind_to(control: FetchControl) -> AsyncIterator[None]:
     limit = asyncio.timeout(None)
 
     def update() -> None:
-        if control.ended and not limit.expired():
+        if control.cancelled and not limit.expired():
             limit.reschedule(loop.time())
 
     try:
         async with limit:
-            with control.watched(update):
+            with control.watch(update):
                 yield
     except TimeoutError:
         if not limit.expired():

@@ -31,7 +31,7 @@ from lorax_async.formats.split_weights import CONFIG_FILE, INDEX_FILE, WEIGHTS_F
 from lorax_async.http.settings import Address, Rules
 from lorax_async.http.target import Target
 from lorax_async.http.urls import InvalidUrlError, Origin, Url, parse_url
-from lorax_async.ids import STORES, parse_store, parsed
+from lorax_async.ids import STORES, parse_ref, parse_store
 from lorax_async.remote.base import AnotherVersionError, LocatedAdapter, RemoteFile
 from lorax_async.types import AdapterRef
 
@@ -68,7 +68,7 @@ def folder_of(ref: AdapterRef) -> StoreFolder:
 
     Raise `InvalidAdapterIdError` if it names none, `UsageError` if it has a token.
     """
-    parsed_ref = parsed(ref)
+    parsed_ref = parse_ref(ref)
     if parsed_ref.source not in STORES:
         raise InvalidAdapterIdError(f"it is in no object store, but in {parsed_ref.source}")
     if ref.token is not None:
@@ -198,7 +198,7 @@ def mapped(error: Exception, what: str) -> FetchError:
 
     denied = (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError)
     if isinstance(error, denied):
-        return _denied(what)
+        return _denied_error(what)
     text = str(error)
     for sign in _SIGNS:
         if sign.word in text:
@@ -214,12 +214,12 @@ def _by_status(match: re.Match[str] | None, what: str) -> FetchError:
         return FetchError(f"{what}: {problem}", stage="resolve")
     status = int(match[1])
     if status in _DENIED:
-        return _denied(what)
+        return _denied_error(what)
     retryable = status >= 500 or status in _AGAIN
     return FetchError(f"{what}: status {status}", retryable=retryable, stage="resolve")
 
 
-def _denied(what: str) -> AccessDeniedError:
+def _denied_error(what: str) -> AccessDeniedError:
     return AccessDeniedError(
         f"{what}: the environment's credentials may not have it, or are wrong", stage="resolve"
     )
@@ -264,7 +264,7 @@ class Buckets:
                 return None
 
         metadata = _mapping(query, folder)
-        return None if metadata is None else _stored(metadata)
+        return None if metadata is None else _object_of(metadata)
 
     def files(self, folder: StoreFolder) -> dict[str, StoredObject]:
         """Return the folder's files by name, without folders below it."""
@@ -275,7 +275,9 @@ class Buckets:
             listing = obstore.list_with_delimiter(self._store(folder), folder.prefix or None)
             return listing["objects"]
 
-        return {meta["path"].rpartition("/")[2]: _stored(meta) for meta in _mapping(query, folder)}
+        return {
+            meta["path"].rpartition("/")[2]: _object_of(meta) for meta in _mapping(query, folder)
+        }
 
     def urls(self, folder: StoreFolder, names: Sequence[str], seconds: float) -> list[Url]:
         """Return a URL for each file, valid for this many seconds."""
@@ -333,7 +335,7 @@ def _mapping(call: Callable[[], Result], folder: StoreFolder) -> Result:
     raise failure
 
 
-def _stored(meta: ObjectMeta) -> StoredObject:
+def _object_of(meta: ObjectMeta) -> StoredObject:
     etag = meta["e_tag"]
     if etag is not None and not etag.endswith('"'):
         etag = f'"{etag}"'  # Azure's listings leave the quotes out
@@ -428,7 +430,7 @@ class StoreBackend:
             raise config
         if isinstance(weights, BaseException):
             raise weights
-        return await self._call(folder, self._located, ref, folder, config, *weights)
+        return await self._call(folder, self._locate, ref, folder, config, *weights)
 
     async def shards(
         self, located: LocatedAdapter, roles: Sequence[FileRole]
@@ -465,7 +467,7 @@ class StoreBackend:
             f"there is neither {WEIGHTS_FILE.file_name} nor {INDEX_FILE.file_name} in {folder}"
         )
 
-    def _located(
+    def _locate(
         self,
         ref: AdapterRef,
         folder: StoreFolder,

@@ -160,7 +160,7 @@ class AdapterOpener:
                 return entry
         scope = (await self._locate(key, control)).scope
         progress, since, alone = -1, monotonic(), False
-        while not control.ended:
+        while not control.cancelled:
             attempt = partial(self._attempt, key, scope, alone=alone)
             result = await self._workers.run(attempt, close_unused)
             if not isinstance(result, int):
@@ -305,7 +305,7 @@ class AdapterOpener:
         self, add: Callable[[], CacheFile], control: FetchControl
     ) -> CacheFile:
         """Retry `add` while the cache is full of entries and downloads in use."""
-        while not control.ended:
+        while not control.cancelled:
             try:
                 return await self._workers.run(add)
             except CrowdedError:

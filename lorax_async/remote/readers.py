@@ -28,7 +28,7 @@ from lorax_async.formats.split_weights import (
     FileHead,
     FileRole,
     SplitGroupArrivals,
-    joined_digest,
+    join_digests,
     parse_index,
     plan_split,
 )
@@ -120,7 +120,7 @@ class AdapterFetch:
         Call `arrived` on the loop. The download has ended when this returns or raises.
         """
         try:
-            if control.ended:
+            if control.cancelled:
                 raise unwanted_error()
             jobs = self._begin(groups, _on_loop(arrived), control)
             async with track(control, *jobs):
@@ -422,7 +422,7 @@ def verification_of(record: EntryRecord) -> Verification:
     kinds = {digests[role].kind for role in weights}
     # The weakest of the files' kinds counts for all.
     kind = next(kind for kind in ("transport", "git-sha1", "sha256") if kind in kinds)
-    return Verification(kind, joined_digest([digests[role].value for role in weights]))
+    return Verification(kind, join_digests([digests[role].value for role in weights]))
 
 
 async def sha256_of_entry(entry: CacheEntry, threads: Executor) -> str:
@@ -438,7 +438,7 @@ async def sha256_of_entry(entry: CacheEntry, threads: Executor) -> str:
             digests.append(await sha256_of(reader, threads))
         finally:
             reader.close()
-    return joined_digest(digests)
+    return join_digests(digests)
 
 
 def entry_gone() -> EvictedError:

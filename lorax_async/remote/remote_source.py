@@ -28,7 +28,7 @@ from lorax_async.formats import spans
 from lorax_async.http.range_engine import RangeEngine
 from lorax_async.http.settings import Address, HttpSettings
 from lorax_async.http.urls import Origin, Url, parse_url
-from lorax_async.ids import DEFAULT_PORTS, Allow, OriginPlace, checked_host, folder_path, is_address
+from lorax_async.ids import DEFAULT_PORTS, Allow, OriginPlace, folder_path, is_address, parse_host
 from lorax_async.remote.base import Backend
 from lorax_async.remote.hub import HubBackend, StandardHubCache, TieredCache, standard_folder
 from lorax_async.remote.hub_calls import endpoint_in_use
@@ -97,7 +97,7 @@ def _place(origin: Origin) -> tuple[str, str, int | None]:
     """Return scheme, host and port as entries spell them; leave an invalid host as it is."""
     host = f"[{origin.host}]" if ":" in origin.host else origin.host
     try:
-        host = checked_host(host)
+        host = parse_host(host)
     except InvalidAdapterIdError:
         host = origin.host
     is_default = origin.port == DEFAULT_PORTS[origin.scheme]
@@ -175,7 +175,7 @@ class RemoteSource:
         return await opener.metadata(_remote(key), FetchControl())
 
     def reopen(self, key: AdapterKey) -> Reader:
-        return ReopenedReader(partial(self._reader, self._connected(), _remote(key)))
+        return ReopenedReader(partial(self._reader, self._connect_blocking(), _remote(key)))
 
     async def bring(
         self,
@@ -192,7 +192,7 @@ class RemoteSource:
             return self._verification(entry)
         if not isinstance(reader, EntryReader):
             raise InternalError(f"a remote source cannot bring the bytes of a {type(reader)}")
-        if control.ended:
+        if control.cancelled:
             raise unwanted_error()
         for group in range(len(groups)):
             arrived(group)
@@ -239,10 +239,10 @@ class RemoteSource:
         """Return the parts; make them in a thread."""
         parts = self._parts
         if parts is None:
-            parts = await asyncio.get_running_loop().run_in_executor(None, self._connected)
+            parts = await asyncio.get_running_loop().run_in_executor(None, self._connect_blocking)
         return parts
 
-    def _connected(self) -> RemoteParts:
+    def _connect_blocking(self) -> RemoteParts:
         """Return the parts. The first call may block."""
         with self._lock:
             if self._closed:
@@ -336,7 +336,7 @@ class BackendRegistry:
     def cache(self, kind: str) -> Cache:
         """Return the cache of the adapters of a kind of source."""
         tiered = kind == "hub" and self._config.hub_cache != "off"
-        return self._once("tiered cache", self._tiered) if tiered else self._own.get()
+        return self._once("tiered cache", self._tiered_cache) if tiered else self._own.get()
 
     def close(self) -> None:
         for pool in self._pools:
@@ -386,7 +386,7 @@ class BackendRegistry:
         backend: WebBackend = self._once("web", make)
         return backend
 
-    def _tiered(self) -> TieredCache:
+    def _tiered_cache(self) -> TieredCache:
         config = self._config
         hub = StandardHubCache(config.hub_cache_dir or standard_folder(), self._hub().own_scope)
         return TieredCache(hub, self._own.get())

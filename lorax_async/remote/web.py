@@ -21,7 +21,7 @@ from lorax_async.http.range_engine import RangeEngine
 from lorax_async.http.settings import Rules
 from lorax_async.http.target import ProbeResult, Target, Validators
 from lorax_async.http.urls import Url, parse_url
-from lorax_async.ids import parsed
+from lorax_async.ids import parse_ref
 from lorax_async.remote.base import WEAK, AnotherVersionError, LocatedAdapter, RemoteFile
 from lorax_async.remote.metadata import FIRST_BYTES, CancelScope, wait_for
 from lorax_async.types import AdapterRef
@@ -127,7 +127,7 @@ class WebBackend:
 
 
 def _folder(ref: AdapterRef, rules: Rules) -> _WebFolder:
-    parsed_ref = parsed(ref)
+    parsed_ref = parse_ref(ref)
     if parsed_ref.source not in {"http", "https"}:
         raise InvalidAdapterIdError(f"it is no folder behind a URL, but in {parsed_ref.source}")
     url = parse_url(parsed_ref.text)

@@ -387,7 +387,7 @@ class Acquirer:
         if not await self._is_changed(ref, key, error):
             raise error
         if attempts.reloaded:
-            raise _changed_again(error) from None
+            raise _changed_again_error(error) from None
         assert not isinstance(ref, AdapterKey)
         await self._wait_until_settled(ref)
         attempts.reloaded = True
@@ -535,7 +535,7 @@ def _is_recent(files: Sequence[FileIdentity]) -> bool:
     return abs(time.time_ns() - newest) < _RECENT_NS
 
 
-def _changed_again(error: AdapterError) -> IntegrityError:
+def _changed_again_error(error: AdapterError) -> IntegrityError:
     return IntegrityError(
         f"its files changed while they were loaded, and again during the retry: {error.problem};"
         " save to a new folder and rename it into place",

@@ -21,7 +21,7 @@ from lorax_async.devices.base import Device
 from lorax_async.devices.staging import StagingRing
 from lorax_async.devices.transfer import GroupTransfer
 from lorax_async.errors import LoaderClosedError
-from lorax_async.ids import as_parsed
+from lorax_async.ids import parse_allowed_ref
 from lorax_async.lifecycle.adapter_state import WantedTier
 from lorax_async.lifecycle.lifecycle import Budgets, Lifecycle, LifecycleTimes
 from lorax_async.lifecycle.policies import policy
@@ -96,7 +96,7 @@ class Assembly:
                 hashes=config.verify == "before_use",
             ),
             self._remote,
-            partial(as_parsed, allow=config.allow),
+            partial(parse_allowed_ref, allow=config.allow),
         )
         self._copies = HostCopies(config.memory_bytes, self._cache.get if config.spill else None)
         self._memory = MemorySource(

@@ -142,10 +142,10 @@ class DigestChecks:
         loop = asyncio.get_running_loop()
         task = loop.create_task(self._source.digest(key), name=f"lorax digest {key}")
         hashing = self._hashing[key] = _Hashing(task)
-        task.add_done_callback(lambda _: self._hashed(key, hashing))
+        task.add_done_callback(lambda _: self._remember(key, hashing))
         return hashing
 
-    def _hashed(self, key: AdapterKey, hashing: _Hashing) -> None:
+    def _remember(self, key: AdapterKey, hashing: _Hashing) -> None:
         if self._hashing.get(key) is hashing:
             del self._hashing[key]
         task = hashing.task

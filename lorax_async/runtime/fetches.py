@@ -176,7 +176,7 @@ class FetchTasks:
             _logger.warning("the invalid copy of %s was not dropped: %s", key, problem)
 
     def cancel_fetch(self, key: AdapterKey) -> None:
-        self._controls[key].end()
+        self._controls[key].cancel()
 
     def start_populate(self, key: AdapterKey, attempt: int) -> None:
         self._spawn("populate", key, self._populate(key, attempt))
@@ -243,14 +243,14 @@ class FetchTasks:
             file, plan = await self._open_and_plan(key, control)
             self.plans[key] = plan
             self._end_opening(key)
-            if not control.ended:
+            if not control.cancelled:
                 self._outcomes.header_checked(key, attempt, plan, holdable=file.holdable)
                 verification = await self._fetch_groups(key, attempt, file, plan, control)
                 self.verifications[key] = verification
                 if control.refused is not None and file.refuse is not None:
                     # A copy failed its check before the source had a copy to drop.
                     await file.refuse(control.refused, weights=True)
-            if control.ended:
+            if control.cancelled:
                 error = FetchError("the fetch was cancelled: no waiter is left")
         except Exception as problem:  # noqa: BLE001 - becomes the task's outcome
             error = _as_lorax_error(problem)

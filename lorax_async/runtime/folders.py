@@ -100,7 +100,7 @@ class _Flight:
         if self.task.done():
             self._ended(self.task)
         else:
-            self._control.end()
+            self._control.cancel()
 
     def _ended(self, task: asyncio.Task[_CheckedFolder]) -> None:
         """Close the reader if no user is left."""

@@ -376,14 +376,14 @@ def pick(
 ) -> BatchSelection:
     """Choose rows of adapters that are ready, or whose layers are expected in time."""
     if places.count < inf:
-        picked = _admitted(adapter_queues, room, places, pace, layers, now)
+        picked = _admit(adapter_queues, room, places, pace, layers, now)
         if picked is not None:
             return picked
     queues, due = _queues(adapter_queues, room, places.free, pace, layers, now)
     return BatchSelection(_limit_new(_shared(queues, room), places.free), due)
 
 
-def _admitted(
+def _admit(
     adapter_queues: Collection[AdapterQueue],
     room: BatchCapacity,
     places: EngineSlots,

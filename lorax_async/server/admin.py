@@ -145,7 +145,7 @@ def _parse_adapter(path: str) -> AdapterId:
             return Path(path).absolute()
     ref = AdapterRef(path)
     with suppress(InvalidAdapterIdError):
-        if ids.parsed(ref).source == "hub":
+        if ids.parse_ref(ref).source == "hub":
             return replace(ref, use_token=True)
     return path
 

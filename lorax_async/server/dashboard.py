@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 
 from lorax_async.errors import CapacityError, LoaderClosedError, LoraxError, shorten
 from lorax_async.events import Event, Failed, Resident
-from lorax_async.ids import parsed
+from lorax_async.ids import parse_ref
 from lorax_async.loader import AdapterLoader
 from lorax_async.runtime.placement import AdapterResidency
 from lorax_async.server.clients import EventStream
@@ -398,4 +398,4 @@ def _names_in_trace(ref: Ref) -> Iterator[str]:
     yield name_of(ref)
     if isinstance(ref, AdapterRef):
         with suppress(LoraxError):
-            yield name_of(parsed(ref))
+            yield name_of(parse_ref(ref))

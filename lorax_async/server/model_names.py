@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from lorax_async.errors import AccessDeniedError, InvalidAdapterIdError
-from lorax_async.ids import Allow, is_covered, parsed
+from lorax_async.ids import Allow, is_covered, parse_ref
 from lorax_async.types import AdapterId, AdapterRef
 
 
@@ -78,7 +78,7 @@ def is_requestable(ref: AdapterRef, sources: Sequence[Allow]) -> bool:
     The loader judges folders by its `local_roots`, and refuses malformed ids.
     """
     try:
-        parsed_ref = parsed(ref)
+        parsed_ref = parse_ref(ref)
     except InvalidAdapterIdError:
         return True
     return parsed_ref.source == "local" or is_covered(parsed_ref, sources)

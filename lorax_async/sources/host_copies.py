@@ -480,7 +480,7 @@ class HostCopies:
         copy = self._copies.pop(key, None)
         if copy is not None:
             if copy.spilling is not None:
-                copy.spilling.end()
+                copy.spilling.cancel()
             copy.leave()
 
     def clear(self) -> None:
@@ -558,9 +558,9 @@ class HostCopies:
         try:
             error = await outcome(writing)
         except asyncio.CancelledError:
-            control.end()
+            control.cancel()
             raise
-        if error is not None and not control.ended:
+        if error is not None and not control.cancelled:
             failed.add(error, nbytes)
 
     def _write(self, copy: HostCopy, control: FetchControl) -> LoraxError | None:
@@ -652,7 +652,7 @@ def _write_spill_file(cache: Cache, copy: HostCopy, control: FetchControl) -> Sp
                 expected = Digest("sha256", hashlib.sha256(data).hexdigest())
                 file = download.file(role, data.nbytes, expected)
                 for start in range(0, data.nbytes, PIECE_BYTES):
-                    if control.ended:
+                    if control.cancelled:
                         raise FetchError("the spill is not needed any more")
                     file.write([data[start : start + PIECE_BYTES]], start)
             return SpillFile(key, download.publish())

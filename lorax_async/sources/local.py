@@ -26,14 +26,14 @@ from lorax_async.errors import FetchError, IntegrityError, UsageError
 from lorax_async.files import (
     FileReader,
     Reader,
-    changed,
+    changed_error,
     identity_of,
     open_same,
     sha256_of,
-    translated,
+    to_adapter_error,
 )
 from lorax_async.formats.spans import ByteSpan
-from lorax_async.formats.split_weights import joined_digest
+from lorax_async.formats.split_weights import join_digests
 from lorax_async.ids import parse_place
 from lorax_async.sources.base import AdapterFile, PinnedPages, StoredFolder
 from lorax_async.sources.local_folder import (
@@ -137,7 +137,7 @@ class LocalSource:
 
         No digest is promised for a local file; ours must only be the same each time.
         """
-        if control.ended:
+        if control.cancelled:
             raise FetchError("no caller waits for the adapter any more")
         if not self._hashes:
             return UNCHECKED
@@ -154,7 +154,7 @@ class LocalSource:
             close_all(readers)
 
     async def _digest(self, readers: Sequence[FileReader], control: FetchControl) -> str:
-        return joined_digest([await self._file_digest(reader, control) for reader in readers])
+        return join_digests([await self._file_digest(reader, control) for reader in readers])
 
     async def _file_digest(self, reader: FileReader, control: FetchControl) -> str:
         """Return the file's digest. Raise `IntegrityError` if an earlier one was different."""
@@ -212,10 +212,10 @@ class LocalSource:
         except BaseException as error:
             hops.abandon()
             if isinstance(error, OSError):
-                raise translated(error, CONFIG) from error
+                raise to_adapter_error(error, CONFIG) from error
             raise
         if len(content) != identity.size or identity_of(status) != identity:
-            raise changed(CONFIG)
+            raise changed_error(CONFIG)
         return content
 
 

@@ -32,13 +32,13 @@ from lorax_async.files import (
     FileReader,
     MappedFile,
     Reader,
-    changed,
+    changed_error,
     code_of,
-    located,
+    locate,
     open_same,
     require_file,
     require_same,
-    translated,
+    to_adapter_error,
 )
 from lorax_async.formats.safetensors import Header, header_size, parse_header
 from lorax_async.formats.spans import ByteSpan
@@ -91,7 +91,7 @@ def find_adapter(
     inside = None if place.trusted else tuple(real_paths(roots))
     for path in place.paths:
         try:
-            with located(path) as folder:
+            with locate(path) as folder:
                 real_path = folder.real_path
                 if is_inside(real_path, inside):
                     return _AdapterFolder(folder, real_path, place.trusted).key(limits, count)
@@ -107,7 +107,7 @@ def find_adapter(
 def real_paths(roots: Sequence[str]) -> Iterator[str]:
     for root in roots:
         try:
-            with located(root) as folder:
+            with locate(root) as folder:
                 yield folder.real_path
         except OSError:
             continue  # a root that does not exist has no adapters
@@ -189,14 +189,14 @@ class _AdapterFolder(NamedTuple):
     def _identity(self, name: str, max_bytes: int) -> FileIdentity | None:
         """Return the identity of a file that may be read; None if there is none."""
         try:
-            with located(name, within=self.folder.fd) as file:
+            with locate(name, within=self.folder.fd) as file:
                 return self._check(name, file, max_bytes)
         except OSError as error:
             if not self.trusted and self._is_link(name):
                 raise AccessDeniedError(_LEAVES.format(name)) from None
             if isinstance(error, FileNotFoundError):
                 return None
-            raise translated(error, name) from error
+            raise to_adapter_error(error, name) from error
 
     def _check(self, name: str, file: FilePosition, max_bytes: int) -> FileIdentity:
         if not (self.trusted or self._owns(file.real_path)):
@@ -205,7 +205,7 @@ class _AdapterFolder(NamedTuple):
         try:
             os.close(file.open())
         except OSError as error:
-            raise translated(error, name) from error
+            raise to_adapter_error(error, name) from error
         return file.identity
 
     def _owns(self, real_path: str) -> bool:
@@ -303,7 +303,7 @@ class LocalPages:
         try:
             self._maps[n].populate(start, start + PIECE_BYTES)
         except OSError as error:
-            raise translated(error, self._readers[n].name) from error
+            raise to_adapter_error(error, self._readers[n].name) from error
 
     def settle(self) -> None:
         """Close the files once all is populated. Raise `IntegrityError` if one has changed."""
@@ -321,7 +321,7 @@ def _mapped(reader: FileReader) -> MappedFile:
         with reader.held() as fd:
             mapped = MappedFile(fd, reader.nbytes, reader.name)
     except OSError as error:
-        raise translated(error, reader.name) from error
+        raise to_adapter_error(error, reader.name) from error
     mapped.lock()
     return mapped
 
@@ -578,7 +578,7 @@ def _open(
 def _join(key: AdapterKey, readers: tuple[FileReader, ...], limits: Limits) -> SplitFiles:
     index = read_index(key.location, key.files[1], limits)
     if index.count != len(readers):
-        raise changed(INDEX)
+        raise changed_error(INDEX)
     return SplitFiles(plan_split(index, _heads(readers, limits), limits), readers)
 
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch.overrides import TorchFunctionMode
 
-from lorax_async.concurrency import FetchControl, ended, outcome
+from lorax_async.concurrency import FetchControl, outcome, wait_for_end
 from lorax_async.config import Limits
 from lorax_async.devices.staging import TORCH_DTYPES, StagingBuffer
 from lorax_async.errors import AdapterError, FetchError, LoraxError
@@ -117,7 +117,7 @@ def combine_weighted(
     return merged
 
 
-def seeded(merge: Merge, layers: NewLayers) -> torch.Generator | None:
+def make_generator(merge: Merge, layers: NewLayers) -> torch.Generator | None:
     """Return a generator in the state of PEFT's when its merge begins; None if nothing is drawn.
 
     `merge.seed` is the argument of `torch.manual_seed` before `add_weighted_adapter`, which first
@@ -280,11 +280,11 @@ class Merger:
         reserving = asyncio.ensure_future(self._copies.reserve(nbytes, lambda: None))
 
         def cancel_if_ended() -> None:
-            if control.ended:
+            if control.cancelled:
                 reserving.cancel()
 
         try:
-            with control.watched(cancel_if_ended):
+            with control.watch(cancel_if_ended):
                 await asyncio.wait([reserving])
         except asyncio.CancelledError:
             reserving.cancel()
@@ -311,8 +311,8 @@ class Merger:
         try:
             return await outcome(future)
         except asyncio.CancelledError:
-            control.end()
-            await ended(future)
+            control.cancel()
+            await wait_for_end(future)
             raise
 
 
@@ -322,9 +322,9 @@ def compute(
     """Return the merged file, uint8 `[nbytes]`. Blocks; `FetchError` once `control` ends."""
     merge, dtype = key.merge, TORCH_DTYPES[plan.dtype]
     content = host_memory(plan.nbytes, plan.prefix)
-    generator = seeded(merge, plan.new_layers)
+    generator = make_generator(merge, plan.new_layers)
     for tensor in plan.tensors:
-        if control.ended:
+        if control.cancelled:
             raise FetchError("no caller waits for the merge any more")
         out = content[tensor.start : tensor.stop].view(dtype).view(tensor.shape)
         if tensor.is_padded(merge):

@@ -120,7 +120,7 @@ class MemorySource:
         """Return at once for an adapter in memory."""
         if not isinstance(file.reader, CopyReader):
             return await self._source.bring(file, groups, arrived, control)
-        if control.ended:
+        if control.cancelled:
             raise FetchError("no caller waits for the adapter any more")
         return file.reader.copy.verification
 

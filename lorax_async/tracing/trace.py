@@ -145,7 +145,7 @@ class Trace:
         records, dropped = contents.since(began)
         records += _not_among(records, unfinished)
         if called is not None:
-            records = [_renamed(record, called) for record in records]
+            records = [_rename(record, called) for record in records]
         return {
             "traceEvents": as_events(records, began, until),
             "displayTimeUnit": "ms",
@@ -185,7 +185,7 @@ def _as_text(value: object) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-def _renamed(record: Record, called: Mapping[str, str]) -> Record:
+def _rename(record: Record, called: Mapping[str, str]) -> Record:
     if record.row == "files":
         return record._replace(lane=called.get(str(record.lane), ANOTHER))
     args = record.args or {}
@@ -209,7 +209,7 @@ def as_events(records: Iterable[Record], began: int, ended: int | None = None) -
     by_row: dict[Row, list[Record]] = {row: [] for row in _ROWS}
     for record in records:
         if record.stop >= began and (ended is None or record.start <= ended):
-            by_row[record.row].append(_cut(record, began, ended))
+            by_row[record.row].append(_shorten(record, began, ended))
     names: list[Event] = []
     spans: list[Event] = []
     flows = _Flows()
@@ -235,7 +235,7 @@ def microseconds(nanoseconds: int) -> float:
     return value if int(value * 1e3) == nanoseconds else nextafter(value, inf)
 
 
-def _cut(record: Record, began: int, ended: int | None) -> Record:
+def _shorten(record: Record, began: int, ended: int | None) -> Record:
     """Cut a span at the bounds, and say so in its args."""
     if record.start < began:
         args = {**(record.args or {}), "began_before": True}

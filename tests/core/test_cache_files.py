@@ -16,7 +16,7 @@ from core.refusals import refusals
 from lorax_async.cache.base import (
     CacheKey,
     FileRecord,
-    decoded_record,
+    decode_record,
     is_entry_name,
     is_partial_name,
     record_of,
@@ -100,7 +100,7 @@ FIELDS: dict[str, Any] = json.loads(RECORD.encoded())
 
 
 def test_a_record_is_json_that_people_can_read_and_comes_back() -> None:
-    assert decoded_record(RECORD.encoded()) == RECORD
+    assert decode_record(RECORD.encoded()) == RECORD
     assert RECORD.nbytes == 2**40 + 7
     assert RECORD.name == FIELDS["entry"] == CacheKey("hub:o/n", "c0ffee").name
     assert (FIELDS["format"], FIELDS["source"], FIELDS["version"]) == (1, "hub:o/n", "c0ffee")
@@ -115,7 +115,7 @@ def test_a_record_is_json_that_people_can_read_and_comes_back() -> None:
 
 def test_any_key_has_a_record() -> None:
     for text in ("\ud800", "x" * 5_000, "a\nb\x1b[31m", '"}{'):
-        record = decoded_record(record_of(CacheKey(text, text), FILES).encoded())
+        record = decode_record(record_of(CacheKey(text, text), FILES).encoded())
         assert record.name == CacheKey(text, text).name
         assert record.source.isprintable()
         assert len(record.source) <= 1_000
@@ -136,7 +136,7 @@ NO_RECORDS: list[dict[str, Any]] = [
 def test_what_is_no_record_is_refused() -> None:
     contents = [b"", b"[]", b"{}", RECORD.encoded()[:-10]]
     contents += [json.dumps(FIELDS | changes).encode() for changes in NO_RECORDS]
-    refusals(decoded_record, AdapterFormatError, {"the cache's record": contents})
+    refusals(decode_record, AdapterFormatError, {"the cache's record": contents})
 
 
 @st.composite

@@ -199,7 +199,7 @@ class SourceConformance:
         content = weights(1)
         file = await world.source.open(await resolved(world, content), FetchControl())
         control, seen = FetchControl(), list[int]()
-        control.end()
+        control.cancel()
         with closing(file.reader), pytest.raises(FetchError):
             await world.source.bring(file, groups_of(content), seen.append, control)
         assert seen == []

@@ -308,7 +308,7 @@ class TestSharing:
             other = threads.submit(begun, world.cache)
             with pytest.raises(TimeoutError):
                 cancelled.result(0.03)
-            control.end()
+            control.cancel()
             with pytest.raises(FetchError, match="cancelled"):
                 cancelled.result()
             assert not other.done()

@@ -159,7 +159,7 @@ def test_an_unreadable_link(world: LocalWorld, monkeypatch: Patch, trusted: bool
         raise refused
 
     monkeypatch.setattr(os.path, "realpath", no_link)
-    monkeypatch.setattr(local_folder, "located", no_link)
+    monkeypatch.setattr(local_folder, "locate", no_link)
     words = "give it permission" if trusted else "local_roots only"
     refusal(world, Path(place) if trusted else place, errors.AccessDeniedError, words)
 
@@ -712,7 +712,7 @@ async def test_a_digest_stays_the_same(hashes: LocalWorld, monkeypatch: Patch) -
 
 async def test_hashing_is_cancelled(hashes: LocalWorld, monkeypatch: Patch) -> None:
     control, key = FetchControl(), await key_of(hashes)
-    reads = before_reads(monkeypatch, lambda number: control.end() if number == 2 else None)
+    reads = before_reads(monkeypatch, lambda number: control.cancel() if number == 2 else None)
     with pytest.raises(errors.FetchError, match="no caller waits"):
         await hashed(hashes, key, control)
     assert len(reads) == 3

@@ -111,7 +111,7 @@ async def test_tensors_are_opened_like_a_file(world: World) -> None:
         assert (hold.nbytes, hold.locked) == (0, False)
     assert await world.source.digest(key) == sha256(content).hexdigest()
     control = FetchControl()
-    control.end()
+    control.cancel()
     with pytest.raises(errors.FetchError, match="no caller waits"):
         await world.source.bring(file, groups_of(content), lambda _: None, control)
     world.copies.drop(key)
@@ -243,7 +243,7 @@ async def test_a_merge_that_nothing_waits_for_ends(world: World, at: str) -> Non
     opening = asyncio.create_task(world.source.open(key, control))
     if at != "compute":
         await until(lambda: world.inner.counts.opens == 3)
-    control.end()
+    control.cancel()
     with pytest.raises(errors.LoraxError):
         await opening
     if room is not None:

@@ -121,7 +121,7 @@ SOURCES: Mutants = {
         f"{REMOTE}::test_nothing_reads_a_download_that_has_ended",
         (AdapterFetch, "_leave", lambda self, _: self._download.close())),
     "fetch: its jobs have ended when that is reported": mutant(
-        f"{REMOTE}::test_jobs_end_with_whoever_follows_them", (metadata, "ended", nothing_awaited)),
+        f"{REMOTE}::test_jobs_end_with_whoever_follows_them", (metadata, "wait_for_end", nothing_awaited)),
     "fetch: a closed reader keeps no entry": mutant(
         f"{REMOTE}::test_a_reader_closed_meanwhile_keeps_nothing",
         (FetchReader, "adopt", _kept_when_closed)),

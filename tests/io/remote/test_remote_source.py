@@ -330,7 +330,7 @@ async def test_waiting_ends_with_demand(
         waiting = asyncio.create_task(world.source.open(key, control))
         await asyncio.wait([waiting], timeout=0.2)
         assert not waiting.done()
-        control.end()
+        control.cancel()
         await fails(waiting, FetchError, "no caller waits")
         download.discard()
 
@@ -355,7 +355,7 @@ async def test_a_question_to_the_source_ends_with_the_demand(
     waiting = asyncio.create_task(asking)
     await until(lambda: world.locator.unanswered)
     assert not waiting.done()
-    control.end()
+    control.cancel()
     await asyncio.wait([waiting], timeout=5)
     if refused:
         assert not waiting.result()
