@@ -257,6 +257,7 @@ class ConnectionPool:
                     sock, url.origin, attempt, lambda text: _allowed(text, url, rules)
                 )
             else:
+                _require_name(url.origin.host)
                 address = _parse_number(url, rules)
                 self._connect(sock, proxy.origin, attempt, lambda _: True)
                 if url.secure:
@@ -310,19 +311,19 @@ class ConnectionPool:
 
     def _endpoints(self, origin: Origin, attempt: Attempt) -> list[Endpoint]:
         host = origin.host
+        _require_name(host)
         try:
             return self._lookups.find(origin, self._settings.timeouts.connect, attempt.check)
         except TimeoutError as error:
             raise io_error(error, f"the name service, asked for {host!r},") from error
         except OSError as error:
             raise lookup_error(error, host) from error
-        except UnicodeError as error:
-            raise FetchError(f"the host {host!r} is no name", retryable=False) from error
 
     def _tunnel(self, sock: AbortableSocket, url: Url, proxy: Proxy) -> None:
         timeouts = self._settings.timeouts
         sock.set_timeout(timeouts.connect)
-        place = url.origin.authority if ":" in url.origin.authority else f"{url.origin.host}:443"
+        host, port = url.origin.host, url.origin.port
+        place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         lines = [f"CONNECT {place} HTTP/1.1", f"Host: {place}"]
         if proxy.authorization:
             lines.append(f"Proxy-Authorization: {proxy.authorization}")
@@ -331,6 +332,14 @@ class ConnectionPool:
         status = connection.receive_head().status
         if not 200 <= status < 300 or not connection.is_drained:
             raise _tunnel_failed(status, url, proxy)
+
+
+def _require_name(host: str) -> None:
+    """Refuse what TLS cannot name, which behind a proxy no name service has refused."""
+    try:
+        host.encode("idna")
+    except UnicodeError as error:
+        raise FetchError(f"the host {host!r} is no name", retryable=False) from error
 
 
 def _allowed(text: str, url: Url, rules: Rules) -> bool:

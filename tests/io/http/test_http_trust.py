@@ -13,7 +13,7 @@ import pytest
 from fault_server import Asked, Client, FaultServer, Hangup
 from fetching import DATA, PretendNetwork, asked, check, engine, fetched
 
-from lorax_async.errors import AccessDeniedError, ConfigError
+from lorax_async.errors import AccessDeniedError, ConfigError, FetchError
 from lorax_async.http.settings import Proxies, tls_context
 from lorax_async.http.urls import Origin
 
@@ -141,6 +141,28 @@ def test_over_tls(certificate: Path, proxied: bool) -> None:
         if proxied:
             assert proxy.asked[0].line == "CONNECT files.example:443 HTTP/1.1"
             assert "proxy-authorization" not in server.asked[0].fields
+
+
+@pytest.mark.parametrize(
+    ("host", "place"),
+    [("[2606:2800::1]", "[2606:2800::1]:443"), ("files.example:8443", "files.example:8443")],
+)
+def test_a_proxy_is_asked_for_host_and_port(host: str, place: str) -> None:
+    refusal = ("403 Forbidden", "Content-Length: 0")
+    with FaultServer(DATA, lambda _, client: client.head(*refusal)) as proxy:
+        proxies = {"https": f"http://127.0.0.1:{proxy.port}"}
+        with engine(proxies=proxies) as fetching, pytest.raises(AccessDeniedError, match="proxy"):
+            asked(fetching, f"https://{host}/weights")
+        assert proxy.asked[0].line == f"CONNECT {place} HTTP/1.1"
+
+
+def test_a_host_that_is_no_name_for_tls() -> None:
+    """Behind a proxy, no name service has refused it before."""
+    label = "a" * 64
+    with FaultServer(DATA, lambda _, client: client.head("200 Connected")) as proxy:
+        proxies = {"https": f"http://127.0.0.1:{proxy.port}"}
+        with engine(proxies=proxies) as fetching, pytest.raises(FetchError, match="is no name"):
+            asked(fetching, f"https://{label}.example/weights")
 
 
 @pytest.mark.parametrize(("host", "known"), [("files.example", False), ("other.example", True)])
