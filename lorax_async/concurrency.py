@@ -1,16 +1,16 @@
-"""Threads beside an event loop: inboxes, awaited work, shared openings, control of a fetch."""
+"""Threads beside an event loop: inboxes, awaited work, shared tasks, control of a fetch."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Hashable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from threading import Event, Lock
 from typing import Any, Generic, Protocol, TypeVar
 
-from lorax_async.errors import LoraxError
+from lorax_async.errors import LoaderClosedError, LoraxError, Stage
 
 
 class FetchControl:
@@ -120,6 +120,7 @@ class Inbox(Generic[T]):
 
 
 R = TypeVar("R")
+K = TypeVar("K", bound=Hashable)
 
 
 class WorkerThreads:
@@ -268,4 +269,78 @@ async def in_thread(work: Callable[[IsWanted], T], discard: Callable[[T], None] 
     except asyncio.CancelledError:
         abandoned.set()
         outcome.add_done_callback(discard_result)
+        raise
+
+
+class _SharedTask(Generic[R]):
+    """A task, and the number of callers that wait for it."""
+
+    def __init__(self, task: asyncio.Task[R]) -> None:
+        self.task = task
+        self.callers = 0
+
+
+class SharedTasks(Generic[K, R]):
+    """One running task per key, joined by equal calls. Use it on the loop.
+
+    A task is cancelled when its last caller leaves early. `finished` is called with each key and
+    task that ended in any other way.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[K], Coroutine[Any, Any, R]],
+        name: Callable[[K], str],
+        finished: Callable[[K, asyncio.Task[R]], None],
+    ) -> None:
+        self._run = run
+        self._name = name
+        self._finished = finished
+        self._shared: dict[K, _SharedTask[R]] = {}
+        self._tasks: set[asyncio.Task[R]] = set()  # also those that are being cancelled
+
+    @contextmanager
+    def join(self, key: K) -> Iterator[asyncio.Task[R]]:
+        """Start the task or join it; await it with `result_of` within the block."""
+        shared = self._shared.get(key) or self._start(key)
+        shared.callers += 1
+        try:
+            yield shared.task
+        finally:
+            shared.callers -= 1
+            if not shared.callers and not shared.task.done():
+                # Remove it first: the next caller must not join one that is being cancelled.
+                del self._shared[key]
+                shared.task.cancel()
+
+    async def stop(self) -> None:
+        """Cancel all tasks, and wait for their end; waiting callers get `LoaderClosedError`."""
+        tasks = tuple(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _start(self, key: K) -> _SharedTask[R]:
+        loop = asyncio.get_running_loop()
+        task = loop.create_task(self._run(key), name=self._name(key))
+        shared = self._shared[key] = _SharedTask(task)
+        self._tasks.add(task)
+        task.add_done_callback(lambda _: self._end(key, shared))
+        return shared
+
+    def _end(self, key: K, shared: _SharedTask[R]) -> None:
+        self._tasks.discard(shared.task)
+        if self._shared.get(key) is shared:
+            del self._shared[key]
+            self._finished(key, shared.task)
+
+
+async def result_of(task: asyncio.Task[R], stage: Stage) -> R:
+    """Await a shared task without cancelling it; raise `LoaderClosedError` if `stop` has."""
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        caller = asyncio.current_task()
+        if task.cancelled() and caller is not None and not caller.cancelling():
+            raise LoaderClosedError("the loader was closed", stage=stage) from None
         raise

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from lorax_async.errors import IntegrityError, InternalError, LoaderClosedError, LoraxError
+from lorax_async.concurrency import SharedTasks, result_of
+from lorax_async.errors import IntegrityError, InternalError, LoraxError
 from lorax_async.runtime.leases import DigestPromise, Lease, SlotOccupancy
 from lorax_async.runtime.telemetry import Telemetry
 from lorax_async.sources.base import Source
@@ -14,14 +14,6 @@ from lorax_async.types import AdapterKey, AdapterRef, Merge, MergedKey, Ref, Ver
 
 MAX_REMEMBERED = 65_536
 """Digests kept; the oldest is dropped first."""
-
-
-@dataclass(slots=True, eq=False)
-class _Hashing:
-    """A running hash task, and its number of waiting callers."""
-
-    task: asyncio.Task[str]
-    waiting: int = 0
 
 
 class DigestChecks:
@@ -37,7 +29,9 @@ class DigestChecks:
         self._telemetry = telemetry
         self._check_open = check_open
         self._known: dict[AdapterKey, str] = {}
-        self._hashing: dict[AdapterKey, _Hashing] = {}
+        self._hashing = SharedTasks(
+            self._source.digest, lambda key: f"lorax digest {key}", self._remember
+        )
         self._tasks: set[asyncio.Task[None]] = set()
         self._waiting: set[Lease] = set()
 
@@ -91,10 +85,9 @@ class DigestChecks:
 
     async def stop(self) -> None:
         """Cancel all tasks."""
-        tasks = [*self._tasks, *(hashing.task for hashing in self._hashing.values())]
-        for task in tasks:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, self._hashing.stop(), return_exceptions=True)
 
     async def _watch(
         self, promise: DigestPromise, ref: Ref, key: AdapterKey, occupancy: SlotOccupancy
@@ -121,34 +114,13 @@ class DigestChecks:
         return digest or self._known.get(part)
 
     async def _hash(self, key: AdapterKey) -> str:
-        hashing = self._hashing.get(key) or self._start_hashing(key)
-        hashing.waiting += 1
         try:
-            return await asyncio.shield(hashing.task)
+            with self._hashing.join(key) as task:
+                return await result_of(task, "verify")
         except LoraxError as error:
             raise error.located() from error.__cause__
-        except asyncio.CancelledError:
-            waiter = asyncio.current_task()
-            if hashing.task.cancelled() and waiter is not None and not waiter.cancelling():
-                raise LoaderClosedError("the loader was closed", stage="verify") from None
-            raise
-        finally:
-            hashing.waiting -= 1
-            if not hashing.waiting and not hashing.task.done():
-                del self._hashing[key]
-                hashing.task.cancel()
 
-    def _start_hashing(self, key: AdapterKey) -> _Hashing:
-        loop = asyncio.get_running_loop()
-        task = loop.create_task(self._source.digest(key), name=f"lorax digest {key}")
-        hashing = self._hashing[key] = _Hashing(task)
-        task.add_done_callback(lambda _: self._remember(key, hashing))
-        return hashing
-
-    def _remember(self, key: AdapterKey, hashing: _Hashing) -> None:
-        if self._hashing.get(key) is hashing:
-            del self._hashing[key]
-        task = hashing.task
+    def _remember(self, key: AdapterKey, task: asyncio.Task[str]) -> None:
         if task.cancelled() or task.exception() is not None:
             return
         self._known[key] = task.result()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import replace
 from time import monotonic, perf_counter
 from typing import NamedTuple
 
-from lorax_async.errors import InternalError, LoaderClosedError, LoraxError
+from lorax_async.concurrency import SharedTasks, result_of
+from lorax_async.errors import InternalError, LoraxError
 from lorax_async.runtime.telemetry import Telemetry
 from lorax_async.sources.base import Source
 from lorax_async.types import (
@@ -97,14 +97,6 @@ class _RememberedKey(NamedTuple):
     since: float
 
 
-@dataclass(slots=True, eq=False)
-class _Resolution:
-    """A running resolve, and its number of waiting callers."""
-
-    task: asyncio.Task[AdapterKey]
-    waiters: int = 0
-
-
 class Resolver:
     """Lets equal refs share one running resolve, and remembers the last answer for each.
 
@@ -118,8 +110,9 @@ class Resolver:
         self._telemetry = telemetry
         self._fresh = fresh
         self.names = AssignedIds()
-        self._running: dict[ResolvableRef, _Resolution] = {}
-        self._tasks: set[asyncio.Task[AdapterKey]] = set()
+        self._running = SharedTasks(
+            self._run, lambda ref: f"lorax resolve {ref.text}", self._remember
+        )
         self._answers: dict[ResolvableRef, _RememberedKey] = {}
 
     async def resolve(self, ref: ResolvableRef) -> AdapterKey:
@@ -129,46 +122,17 @@ class Resolver:
         others.
         """
         while (key := self.names.get(ref)) is None:
-            with self._joined(ref) as task:
+            with self._running.join(ref) as task:
                 answer = await self._answer(ref, task)
             if not self.is_outdated(ref, answer):
                 return answer
         return key
 
-    @contextmanager
-    def _joined(self, ref: ResolvableRef) -> Iterator[asyncio.Task[AdapterKey]]:
-        """Start the resolve of `ref` or join it; cancel it when the last caller leaves early."""
-        resolution = self._running.get(ref)
-        if resolution is None:
-            resolution = self._running[ref] = _Resolution(self._start(ref))
-            resolution.task.add_done_callback(lambda _: self._answered(ref, resolution))
-        resolution.waiters += 1
-        try:
-            yield resolution.task
-        finally:
-            resolution.waiters -= 1
-            if not resolution.waiters and not resolution.task.done():
-                # Remove it first: the next caller must not join one that is being cancelled.
-                del self._running[ref]
-                resolution.task.cancel()
-
-    def _start(self, ref: ResolvableRef) -> asyncio.Task[AdapterKey]:
-        loop = asyncio.get_running_loop()
-        task = loop.create_task(self._run(ref), name=f"lorax resolve {ref.text}")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
     async def _answer(self, ref: ResolvableRef, task: asyncio.Task[AdapterKey]) -> AdapterKey:
         try:
-            return await asyncio.shield(task)
+            return await result_of(task, "resolve")
         except LoraxError as error:
             raise error.located(id=ref.text, stage="resolve") from error.__cause__
-        except asyncio.CancelledError:
-            waiter = asyncio.current_task()
-            if task.cancelled() and waiter is not None and not waiter.cancelling():
-                raise LoaderClosedError("the loader was closed", stage="resolve") from None
-            raise
 
     def known(self, ref: ResolvableRef) -> AdapterKey | None:
         """Return the key assigned to `ref`, or else the last answer, or None. No I/O."""
@@ -205,10 +169,7 @@ class Resolver:
 
     async def stop(self) -> None:
         """Cancel running resolves; waiting callers get `LoaderClosedError`."""
-        tasks = tuple(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._running.stop()
 
     async def _run(self, ref: ResolvableRef) -> AdapterKey:
         if isinstance(ref, Merge):
@@ -230,7 +191,7 @@ class Resolver:
             parts = [
                 part
                 if isinstance(part, AdapterKey)
-                else self.names.get(part) or (part, joined.enter_context(self._joined(part)))
+                else self.names.get(part) or (part, joined.enter_context(self._running.join(part)))
                 for part in merge.parts
             ]
             keys: list[AdapterKey] = []
@@ -245,15 +206,10 @@ class Resolver:
                     raise error.prefixed(prefix) from error.__cause__
             return keys
 
-    def _answered(self, ref: ResolvableRef, resolution: _Resolution) -> None:
-        task = resolution.task
-        failed = task.cancelled() or task.exception() is not None
-        if self._running.get(ref) is not resolution:
-            return  # all its callers left, and a later resolve may have replaced it
-        del self._running[ref]
+    def _remember(self, ref: ResolvableRef, task: asyncio.Task[AdapterKey]) -> None:
         name = _name(ref)
         before = self._answers.pop(name, None)
-        if failed:
+        if task.cancelled() or task.exception() is not None:
             return
         key = task.result()
         same = before is not None and before.key == key and is_stale(before.key) == is_stale(key)
