@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from threading import Event, Lock
 from typing import Any, Generic, Protocol, TypeVar
 
-from lorax_async.errors import LoaderClosedError, LoraxError, Stage
+from lorax_async.errors import FetchError, LoaderClosedError, LoraxError, Stage
 
 
 class FetchControl:
@@ -229,6 +229,70 @@ async def wait_for_end(future: Future[Any]) -> None:
     while not future.done():
         with suppress(asyncio.CancelledError, Exception):
             await outcome(future)
+
+
+class SharedResource(Generic[T]):
+    """A resource of several threads, which `close` closes once no use is in progress.
+
+    It is `opened`, or is opened by `open` at its first use.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        close: Callable[[T], object],
+        *,
+        open: Callable[[], T] | None = None,
+        opened: T | None = None,
+    ) -> None:
+        self.opened = opened
+        """None until it is opened."""
+        self.closed = False
+        self._open = open
+        self._close = close
+        self._name = name
+        self._users = 0
+        self._lock = Lock()
+        self._opening = Lock()
+
+    @contextmanager
+    def use(self) -> Iterator[T]:
+        """Keep it open within the block. Raise `FetchError` once it is closed."""
+        self._enter()
+        try:
+            opened = self.opened
+            yield self._open_once() if opened is None else opened
+        finally:
+            with self._lock:
+                self._users -= 1
+                last = self.closed and not self._users
+            if last:
+                self._end()
+
+    def close(self) -> None:
+        """Close it now, or after the last use. Quick and idempotent."""
+        with self._lock:
+            unused = not self.closed and not self._users
+            self.closed = True
+        if unused:
+            self._end()
+
+    def _enter(self) -> None:
+        with self._lock:
+            if self.closed:
+                raise FetchError(f"{self._name} was closed before it was used")
+            self._users += 1
+
+    def _open_once(self) -> T:
+        with self._opening:
+            if self.opened is None:
+                assert self._open is not None
+                self.opened = self._open()
+            return self.opened
+
+    def _end(self) -> None:
+        if self.opened is not None:
+            self._close(self.opened)
 
 
 class Closable(Protocol):

@@ -12,14 +12,14 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from hashlib import sha256
-from threading import Lock
 from typing import NamedTuple, Protocol
 
 import torch
 
-from lorax_async.concurrency import FetchControl
+from lorax_async.concurrency import FetchControl, SharedResource
 from lorax_async.errors import (
     AccessDeniedError,
     AdapterError,
@@ -172,21 +172,13 @@ def to_adapter_error(error: OSError, name: str) -> AdapterError:
     return FetchError(f"{name} cannot be read ({code_of(error)})")
 
 
-_NOT_OPEN = -1
-
-
 class FileReader:
     """A `Reader` over a descriptor that it owns, from `opener` at the first read."""
 
     def __init__(self, opener: Callable[[], int], identity: FileIdentity, name: str) -> None:
-        self._opener = opener
-        self._fd = _NOT_OPEN
         self._identity = identity
         self._name = name
-        self._lock = Lock()
-        self._opening = Lock()
-        self._reading = 0
-        self._closed = False
+        self._descriptor = SharedResource(name, os.close, open=partial(_open_sequential, opener))
 
     @property
     def name(self) -> str:
@@ -233,52 +225,26 @@ class FileReader:
                 raise to_adapter_error(error, self._name) from error
 
     def close(self) -> None:
-        with self._lock:
-            unused = not self._closed and not self._reading
-            self._closed = True
-        if unused and self._fd != _NOT_OPEN:
-            os.close(self._fd)
+        self._descriptor.close()
 
-    @contextmanager
-    def held(self) -> Iterator[int]:
+    def held(self) -> AbstractContextManager[int]:
         """Keep the descriptor open within the block, so that its number is not reused.
 
         The first use opens it, which blocks and raises as `read_into` does.
         """
-        self._enter()
-        try:
-            yield self._descriptor()
-        finally:
-            self._leave()
-
-    def _enter(self) -> None:
-        with self._lock:
-            if self._closed:
-                raise FetchError(f"{self._name} was closed before it was read")
-            self._reading += 1
-
-    def _leave(self) -> None:
-        with self._lock:
-            self._reading -= 1
-            last = self._closed and not self._reading
-        if last and self._fd != _NOT_OPEN:
-            os.close(self._fd)
-
-    def _descriptor(self) -> int:
-        """Open the descriptor at the first read, under a lock that `close` does not take."""
-        if self._fd == _NOT_OPEN:
-            with self._opening:
-                if self._fd == _NOT_OPEN:
-                    fd = self._opener()
-                    # Adapters are read whole, mostly in file order: double the read-ahead.
-                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-                    self._fd = fd
-        return self._fd
+        return self._descriptor.use()
 
     def __del__(self) -> None:
-        if not self._closed and self._fd != _NOT_OPEN:
+        if self._descriptor.opened is not None and not self._descriptor.closed:
             warnings.warn(f"unclosed reader of {self._name}", ResourceWarning, stacklevel=2)
             self.close()
+
+
+def _open_sequential(opener: Callable[[], int]) -> int:
+    fd = opener()
+    # Adapters are read whole, mostly in file order: double the read-ahead.
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    return fd
 
 
 def fill(fd: int, buffers: Sequence[memoryview], offset: int) -> bool:

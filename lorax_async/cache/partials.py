@@ -34,7 +34,8 @@ from lorax_async.cache.directory import (
     try_lock,
     unique,
 )
-from lorax_async.errors import FetchError, IntegrityError, InternalError
+from lorax_async.concurrency import SharedResource
+from lorax_async.errors import IntegrityError, InternalError
 from lorax_async.files import IOV_MAX, fill, hash_on
 from lorax_async.formats.digests import Digest, FileHash
 from lorax_async.formats.spans import ByteRange, SpanSet
@@ -130,41 +131,19 @@ class Descriptor:
     """A file descriptor that closes once `close` was called and no thread uses it any more."""
 
     def __init__(self, fd: int, name: str) -> None:
-        self._fd = fd
         self._name = name
-        self._lock = Lock()
-        self._users = 0
-        self._closed = False
+        self._descriptor = SharedResource(name, os.close, opened=fd)
 
-    @contextmanager
-    def held(self) -> Iterator[int]:
+    def held(self) -> AbstractContextManager[int]:
         """Raise `FetchError` once it is closed."""
-        with self._lock:
-            if self._closed:
-                raise FetchError(f"{self._name} was closed before it was used")
-            self._users += 1
-        try:
-            yield self._fd
-        finally:
-            self._leave()
-
-    def _leave(self) -> None:
-        with self._lock:
-            self._users -= 1
-            last = self._closed and not self._users
-        if last:
-            os.close(self._fd)
+        return self._descriptor.use()
 
     def close(self) -> None:
         """Close it now, or after the last use. Quick and idempotent."""
-        with self._lock:
-            unused = not self._closed and not self._users
-            self._closed = True
-        if unused:
-            os.close(self._fd)
+        self._descriptor.close()
 
     def __del__(self) -> None:
-        if not self._closed:
+        if not self._descriptor.closed:
             warnings.warn(f"unclosed {self._name} of a disk cache", ResourceWarning, stacklevel=2)
             self.close()
 

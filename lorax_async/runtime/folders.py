@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from lorax_async.cache.base import LeftoverError
-from lorax_async.concurrency import FetchControl
+from lorax_async.concurrency import FetchControl, result_of
 from lorax_async.errors import (
     AdapterTimeoutError,
     InternalError,
@@ -236,14 +236,9 @@ class Fetches:
 
     async def _wait_for(self, flight: _Flight) -> None:
         try:
-            await asyncio.shield(flight.task)
+            await result_of(flight.task, "fetch")
         except LoraxError as error:
             raise error.located() from error.__cause__
-        except asyncio.CancelledError:
-            caller = asyncio.current_task()
-            if flight.task.cancelled() and caller is not None and not caller.cancelling():
-                raise LoaderClosedError("the loader was closed", stage="fetch") from None
-            raise
 
     def _leave(self, flight: _Flight) -> None:
         flight.leave()

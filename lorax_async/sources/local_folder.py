@@ -9,15 +9,13 @@ import stat
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from threading import Lock
 from typing import NamedTuple
 
-from lorax_async.concurrency import close_all
+from lorax_async.concurrency import SharedResource, close_all
 from lorax_async.config import Limits
 from lorax_async.errors import (
     AccessDeniedError,
@@ -383,22 +381,23 @@ class SplitReader:
     def __init__(
         self, files: SplitFiles | None, opener: Callable[[], SplitFiles] | None = None
     ) -> None:
-        self.files = files
+        self._files = SharedResource(
+            "the adapter's weights file", SplitFiles.close, open=opener, opened=files
+        )
+
+    @property
+    def files(self) -> SplitFiles | None:
         """None until the files are opened."""
-        self._opener = opener
-        self._lock = Lock()
-        self._opening = Lock()
-        self._users = 0
-        self._closed = False
+        return self._files.opened
 
     @property
     def nbytes(self) -> int:
-        with self._held() as files:
+        with self._files.use() as files:
             return files.plan.nbytes
 
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
         stop = offset + sum(buffer.nbytes for buffer in buffers)
-        with self._held() as files:
+        with self._files.use() as files:
             pieces = _pieces(files.plan, ByteSpan(offset, stop))
             if len(pieces) == 1 and pieces[0][0]:
                 number, span = pieces[0]
@@ -409,43 +408,12 @@ class SplitReader:
     def read_rows(self, buffer: memoryview, offset: int, rows: int, pitch: int) -> None:
         size = buffer.nbytes // rows
         span = ByteSpan(offset, offset + size, rows, pitch if rows > 1 else 0)
-        with self._held() as files:
+        with self._files.use() as files:
             _fill(files, _pieces(files.plan, span), _SplitTargets([buffer]))
 
     def close(self) -> None:
         """Close the files now, or after the last read in progress."""
-        with self._lock:
-            unused = not self._closed and not self._users
-            self._closed = True
-        if unused:
-            self._end()
-
-    @contextmanager
-    def _held(self) -> Iterator[SplitFiles]:
-        """Keep the files open; the first read opens them. Raise `FetchError` once it is closed."""
-        self._enter()
-        try:
-            with self._opening:
-                if self.files is None:
-                    assert self._opener is not None
-                    self.files = self._opener()
-            yield self.files
-        finally:
-            with self._lock:
-                self._users -= 1
-                last = self._closed and not self._users
-            if last:
-                self._end()
-
-    def _enter(self) -> None:
-        with self._lock:
-            if self._closed:
-                raise FetchError("the weights were closed before they were read")
-            self._users += 1
-
-    def _end(self) -> None:
-        if self.files is not None:
-            self.files.close()
+        self._files.close()
 
 
 def _pieces(plan: SplitPlan, span: ByteSpan) -> list[tuple[int, ByteSpan]]:

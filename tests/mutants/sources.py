@@ -1,19 +1,17 @@
 """Bytes at rest and on their way: readers, merges, tensors in memory, remote fetches."""
 
 import asyncio
-import os
 from collections.abc import Sequence
 from typing import Any
 
 from lorax_async import concurrency
-from lorax_async.concurrency import WorkerThreads
-from lorax_async.files import FileReader
+from lorax_async.concurrency import SharedResource, WorkerThreads
 from lorax_async.remote import metadata, opening, readers
 from lorax_async.remote.opening import AdapterOpener
 from lorax_async.remote.readers import AdapterFetch, FetchReader
 from lorax_async.remote.remote_source import RemoteSource
 from lorax_async.remote.resolution import ResolutionCache, VersionResolver
-from lorax_async.sources import host_copies, local_folder, merges
+from lorax_async.sources import host_copies, merges
 from lorax_async.sources.host_copies import HostCopies, HostCopy, TensorSnapshot
 from lorax_async.sources.local_folder import LocalPages
 from mutants.mutation import (
@@ -35,11 +33,11 @@ LOADS = "io/remote/test_remote_loads.py"
 _attempt = AdapterOpener._attempt
 
 
-def _closed_under_readers(self: FileReader) -> None:
-    if not self._closed:
-        self._closed = True
-        if self._fd >= 0:
-            os.close(self._fd)
+def _closed_under_readers(self: SharedResource[Any]) -> None:
+    if not self.closed:
+        self.closed = True
+        self._users = -1_000_000
+        self._end()
 
 
 async def _not_waited_for(works: Sequence[Any], undo: object) -> list[Any]:
@@ -77,9 +75,9 @@ def _kept_when_closed(self: FetchReader, entry: Any) -> None:
 SOURCES: Mutants = {
     "reader: a descriptor outlives the read it serves": mutant(
         f"{LOCAL}::test_a_descriptor_outlives_its_read",
-        (FileReader, "close", _closed_under_readers)),
+        (SharedResource, "close", _closed_under_readers)),
     "opened once: one read opens": mutant(
-        f"{LOCAL}::test_many_first_reads", (local_folder, "Lock", NoLock)),
+        f"{LOCAL}::test_many_first_reads", (concurrency, "Lock", NoLock)),
     "hold: what is held is what was opened": mutant(
         f"{LOCAL}::test_a_file_that_changes_is_not_held",
         (LocalPages, "settle", lambda self: concurrency.close_all(self._readers))),
