@@ -3,9 +3,9 @@
 from contextlib import nullcontext
 from typing import Any
 
-from lorax_async import loader
+from lorax_async import concurrency, loader
 from lorax_async.handle import AdapterHandle
-from lorax_async.runtime import leases, resolver
+from lorax_async.runtime import leases
 from lorax_async.runtime.acquire import OrderedCalls
 from lorax_async.runtime.digest_checks import DigestChecks
 from lorax_async.runtime.driver import Driver
@@ -120,7 +120,7 @@ LOADER: Mutants = {
         (DigestChecks, "watch_and_wait", _not_compared)),
     "resolver: a resolve outlives its first caller": mutant(
         "test_loader.py::test_a_cancelled_caller_leaves_the_others_their_answer",
-        seen_by(resolver, "asyncio", shield=same)),
+        seen_by(concurrency, "asyncio", shield=same)),
     "close: leases have their time": mutant(
         f"{ENDING}::test_close_fails_waiters_and_revokes_leases", skipped(Driver, "_vacate")),
     "close: kernels are waited for": mutant(
