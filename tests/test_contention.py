@@ -587,8 +587,8 @@ def test_a_fault_is_noticed(owner: object, name: str, broken: object, monkeypatc
     monkeypatch.setattr(owner, name, broken)
     monkeypatch.setattr(logging.getLogger("lorax_async"), "propagate", False)
 
-    @seed(3)  # by which each is met within some plays
-    @settings(QUICK, max_examples=40, phases=[Phase.generate], report_multiple_bugs=False)
+    @seed(3)  # by which each is met within some plays, or later where threads take other turns
+    @settings(QUICK, max_examples=400, phases=[Phase.generate], report_multiple_bugs=False)
     @given(scenes, plans)
     def examples(scene: Scene, plan: list[Step]) -> None:
         play(scene, plan, seconds=1.0)

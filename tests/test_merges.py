@@ -276,6 +276,16 @@ async def test_a_part_that_is_refused_is_named(tmp_path: Path) -> None:
         await warm(there, *"ab")
 
 
+async def test_a_part_of_another_rank_is_refused_where_ranks_must_be_equal(tmp_path: Path) -> None:
+    source, weights = stocked(tmp_path, "a"), safetensors.torch.save(tiny.tensors(1, 3))
+    source.put("b", json.dumps(tiny.config(3)).encode(), weights)
+    async with over(source) as there:
+        words = "layers.0.self_attn.q_proj.*equal ranks.*4 and 3"
+        error = await fails(there.load(DROPPED), errors.IncompatibleAdapterError, words)
+        assert (error.id, error.stage) == (DROPPED.text, "verify")
+        await warm(there, "a", "b")
+
+
 async def test_the_limits_hold_for_the_whole_merge(tmp_path: Path) -> None:
     """Though each part alone is within them."""
     source = stocked(tmp_path, "a", "b")

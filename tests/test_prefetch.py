@@ -328,6 +328,19 @@ async def test_what_may_change_is_read_ahead_each_time(tmp_path: Path) -> None:
         assert not map_sizes(weights)
 
 
+async def test_the_coldest_makes_room_within_the_budget(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a", "b", "c", holdable=True)
+    nbytes = (tmp_path / "a" / WEIGHTS).stat().st_size
+    async with over(source, host_bytes=2 * nbytes) as there:
+        await there.prefetch("a", tier="host")
+        await there.prefetch("b", tier="host")
+        (await there.load("a")).release()  # b is the colder one
+        await there.prefetch("c", tier="host")
+        held = {name: where(there, name).host_bytes for name in "abc"}
+        assert held == {"a": nbytes, "b": 0, "c": nbytes}
+        assert source.counts.open_holds == 2
+
+
 async def test_what_is_larger_than_the_budget_is_refused(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a", holdable=True)
     async with over(source, host_bytes=(tmp_path / "a" / WEIGHTS).stat().st_size - 1) as there:
@@ -377,6 +390,18 @@ async def test_a_reload_reads_no_byte_of_the_file(tmp_path: Path) -> None:
         for name in "abab":
             assert await read_for(there, source, tmp_path, name) == 0
         assert there.statistics().bytes_moved == 6 * PADDED
+
+
+async def test_the_budget_of_images_is_kept_and_the_coldest_goes(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a", "b", "c")
+    settings = {"device": "simulated", "max_slots": 1, "pinned_bytes": 2 * PADDED}
+    async with over(source, **settings) as there:
+        read = []
+        for name in "abcbcab":
+            read.append(await read_for(there, source, tmp_path, name))
+            assert there.placement().usage.pinned_bytes.used <= 2 * PADDED
+        # c takes the image of a, b and c come back warm, a takes that of b, b that of c
+        assert read == [ONE, ONE, ONE, 0, 0, ONE, ONE]
 
 
 async def test_half_an_image_is_completed_from_the_file(tmp_path: Path) -> None:

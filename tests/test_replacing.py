@@ -196,6 +196,33 @@ async def test_several_replacements_at_once_come_in_their_order(seed: int) -> No
         await until(lambda: used(there) == only.host_bytes)
 
 
+async def test_each_of_many_loads_sees_one_version_whole_and_none_that_is_outdated() -> None:
+    versions = [tiny.tensors(seed) for seed in range(6)]
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    async with loader(max_slots=6) as there:
+        (await give(there, 0)).release()
+        latest, seen = 0, set[int]()
+
+        async def load_until_the_last(number: int) -> None:
+            while latest < 5:
+                least, token = latest, None if number % 5 else "t"
+                async with await there.load("mine", token=token) as handle:
+                    a = handle.modules["model.layers.0.self_attn.q_proj"].a
+                    (version,) = (n for n, each in enumerate(versions) if torch.equal(each[key], a))
+                    tiny.assert_holds(handle, versions[version])
+                    assert version >= least, "older than when it was asked for"
+                    seen.add(version)
+                    await asyncio.sleep(0)
+
+        tasks = [asyncio.create_task(load_until_the_last(number)) for number in range(20)]
+        for number in range(1, 6):
+            (await put(there, number)).release()
+            await until(lambda number=number: number in seen)  # type: ignore[misc]
+            latest = number
+        await asyncio.gather(*tasks)
+        await until(lambda: used(there) == where(there, "mine").host_bytes)
+
+
 async def test_merges_follow_the_versions_of_their_parts(tmp_path: Path) -> None:
     async with over(stocked(tmp_path, "a"), max_slots=12) as there:
         (await give(there, 1)).release()

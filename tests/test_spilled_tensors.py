@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from threading import Event
 from typing import Any
 
@@ -534,3 +535,41 @@ async def test_a_fault_of_ours_during_the_spill_is_told(tmp_path: Path, step: st
         await assert_all_there(there, 0)
         await given(there, 1)
         await assert_all_there(there, 0, 1)
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3))])
+async def test_many_calls_at_once_keep_the_budgets(tmp_path: Path, seed: int) -> None:
+    """Tensors, and a merge of two of them; some calls are cancelled."""
+    draw, peaks = Random(seed), [0, 0]
+    async with roomy(tmp_path, 2.5, cache_bytes=int(6.5 * FILE)) as there:
+        for number in range(5):
+            (await put(there, 100 + number, str(number))).release()
+
+        async def call(name: str, number: int) -> None:
+            verb = draw.choice(["put", "put", "load", "load", "unload", "merge"])
+            if verb == "put":
+                async with await put(there, number, name) as handle:
+                    tiny.assert_holds(handle, tiny.tensors(number))
+            elif verb == "unload":
+                await there.unload(name, timeout=20)
+            else:
+                merge = Merge("linear", [name, "0"], [1, 1])
+                (await there.load(name if verb == "load" else merge)).release()
+
+        tasks = []
+        for number in range(40):
+            tasks.append(asyncio.create_task(call(str(draw.randrange(5)), number)))
+            if draw.random() < 0.2:
+                draw.choice(tasks).cancel()
+            await asyncio.sleep(draw.random() / 300)
+            usage = there.placement().usage
+            on_disk = usage.cache_bytes.used if usage.cache_bytes else 0
+            peaks = [max(peaks[0], usage.memory_bytes.used), max(peaks[1], on_disk)]
+        for end in await asyncio.gather(*tasks, return_exceptions=True):
+            assert end is None or isinstance(end, errors.LoraxError | asyncio.CancelledError), end
+            assert not isinstance(end, errors.InternalError | errors.AdapterTimeoutError), end
+        await until(lambda: used(there) == kept(there))
+        assert there.statistics().spills >= 3
+    assert 0 < peaks[0] <= there.config.memory_bytes
+    assert peaks[1] <= there.config.cache_bytes
+    assert entries(tmp_path) == []

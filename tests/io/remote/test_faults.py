@@ -247,7 +247,8 @@ async def fails(world: RemoteWorld, ref: AdapterRef | None = None, **settings: A
     async with over(world, **settings) as loader:
         loading = [loader.load(ref or world.ref("bad")) for _ in range(2)]
         good = loads_right(loader, world, "good")
-        first, second, _ = await asyncio.gather(*loading, good, return_exceptions=True)
+        first, second, beside = await asyncio.gather(*loading, good, return_exceptions=True)
+        assert beside is None, beside
         assert isinstance(first, LoraxError), first
         assert type(first) is type(second)
         assert first is not second

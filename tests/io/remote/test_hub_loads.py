@@ -251,6 +251,8 @@ async def test_words_that_contradict_each_other(tmp_path: Path) -> None:
         for id in ("s3://bucket/a/", "./folder", Path("folder")):
             with pytest.raises(errors.InvalidAdapterIdError, match="use_token"):
                 await there.load(AdapterRef(id, use_token=True))
+        for ref in (AdapterRef(PUBLIC), Merge("linear", [PUBLIC], [1])):
+            await fails(there.load(ref, allow_stale=True), errors.UsageError, "allow_stale itself")
 
 
 async def test_first_loads_at_once_share_one_cache_and_its_connections(hub: Hub) -> None:
