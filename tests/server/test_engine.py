@@ -349,13 +349,13 @@ SEEDED = Sampling(temperature=0.8, top_p=0.9, seed=7)
 
 @asynccontextmanager
 async def full(
-    source: FakeSource, *, adapter: Any = "a", sampling: Sampling = GREEDY, share: float = 0.5
+    source: FakeSource, *, adapter: Any = "a", share: float = 0.5, **more: Any
 ) -> AsyncIterator[tuple[Engine, ScriptedDecoder, list[TokenStream]]]:
     places = {"max_begun": PLACES, "max_share": share}
     room: Any = {"scheduling": places, "max_sequences": PLACES}
     async with generating(source, **room) as (engine, decoder, loader):
         await warm(loader, "a", "b")
-        asking = [asked([n, 1, 2], LONG, adapter, sampling=sampling) for n in range(PLACES)]
+        asking = [asked([n, 1, 2], LONG, adapter, **more) for n in range(PLACES)]
         answers = [engine.submit(each) for each in asking]
         await until(lambda: all(len(answer.known) > 4 for answer in answers))
         yield engine, decoder, answers
@@ -390,6 +390,15 @@ async def test_the_youngest_gives_way_to_another(source: FakeSource, sampling: S
         parts = [part for step in decoder.steps for part in step.parts]
         again = [part.start for part in parts if part.sequence == answers[-1].number]
         assert again.count(0) == 2  # it was computed again once, and not at every step
+
+
+async def test_one_client_does_not_fill_the_places(source: FakeSource) -> None:
+    async with full(source, client="one") as (engine, decoder, answers):
+        before = len(decoder.steps)
+        short = engine.submit(asked([5], 3, "a", client="two"))
+        assert await all_of(short) == alone([5], 3, "a")
+        assert steps_with(decoder, short)[0] - before <= 2
+        await require_whole(answers)
 
 
 def used_by(decoder: ScriptedDecoder) -> list[tuple[int, int]]:
