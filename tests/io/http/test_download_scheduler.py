@@ -366,3 +366,15 @@ def test_an_idle_connection_is_taken_by_one() -> None:
         assert pool.take(url, rules, Attempt()) is connection
         rules.threads[0].join()
         assert others == [None]
+
+
+def test_an_attempt_that_ended_closes_the_connection_that_it_takes() -> None:
+    url, ended = parse_url("http://127.0.0.1:1/weights"), Attempt()
+    pool = ConnectionPool(HttpSettings(proxies={}), LoopbackOnly(), lambda: 0.0, Tracer())
+    ended.end()
+    with connected() as (sock, there):
+        pool.put(Connection(sock, url.origin, Timeouts(), lambda: 0.0, address="127.0.0.1"))
+        with pytest.raises(AbortedError):
+            pool.take(url, Anywhere(), ended)
+        assert there.recv(1) == b""
+        assert pool.take(url, Anywhere(), Attempt()) is None
