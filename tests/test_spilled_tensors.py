@@ -29,7 +29,7 @@ from lorax_async import errors
 from lorax_async.cache.disk_cache import DiskCache, DiskDownload
 from lorax_async.config import LoaderConfig
 from lorax_async.loader import AdapterLoader
-from lorax_async.sources.host_copies import HostCopy
+from lorax_async.sources.host_copies import HostCopies, HostCopy
 from lorax_async.types import AdapterKey, AdapterRef, Merge
 from merges import assert_same, weights_of
 from sweeping import cancel_at, count_steps, raising, released
@@ -573,3 +573,22 @@ async def test_many_calls_at_once_keep_the_budgets(tmp_path: Path, seed: int) ->
     assert 0 < peaks[0] <= there.config.memory_bytes
     assert peaks[1] <= there.config.cache_bytes
     assert entries(tmp_path) == []
+
+
+async def test_a_merge_does_not_wait_for_bytes_that_it_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a part that is unloaded meanwhile are spilled like others."""
+    async with roomy(tmp_path, 2.5, cache_bytes=8 * FILE) as there:
+        for number in range(3):
+            (await put(there, 100 + number, str(number))).release()
+        reserve = HostCopies.reserve
+
+        async def reserve_later(copies: HostCopies, *given: Any) -> Any:
+            monkeypatch.undo()
+            await there.unload("1")
+            return await reserve(copies, *given)
+
+        monkeypatch.setattr(HostCopies, "reserve", reserve_later)
+        (await there.load(Merge("linear", ["0", "1"], [1, 1]), timeout=20)).release()
+        assert there.placement().usage.memory_bytes.used <= int(2.5 * FILE)

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from math import inf
 from threading import Lock
+from weakref import WeakSet
 
 import torch
 
@@ -442,6 +443,7 @@ class HostCopies:
         self._cache = cache
         self._threads = ThreadPoolExecutor(1, "lorax-spill")
         self._copies: dict[AdapterKey, HostCopy] = {}
+        self._dropped: WeakSet[HostCopy] = WeakSet()
         self._lock = Lock()
         self._order = asyncio.Lock()
         self._notify: Callable[[], None] = lambda: None
@@ -482,6 +484,7 @@ class HostCopies:
             if copy.spilling is not None:
                 copy.spilling.cancel()
             copy.leave()
+            self._dropped.add(copy)
 
     def clear(self) -> None:
         for key in tuple(self._copies):
@@ -538,6 +541,11 @@ class HostCopies:
                 return copy
         if staying + nbytes > self.nbytes:
             raise self._full(nbytes, failed)
+        # A merge reads its parts until it is computed, and may be what waits for room.
+        for copy in tuple(self._dropped):
+            spillable = isinstance(copy.key, TensorsKey) and copy.nbytes < failed.from_bytes
+            if spillable and copy.content is not None and copy.spilling is None:
+                return copy
         return None
 
     def _full(self, nbytes: int, failed: _Failures) -> CapacityError:
