@@ -6,12 +6,14 @@ import errno
 import fcntl
 import json
 import os
+import random
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from multiprocessing import Pipe, get_context
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -35,11 +37,14 @@ from disk_cache_world import (
     weights,
 )
 
-from lorax_async.cache.disk_cache import DiskDownload
+from lorax_async.cache.disk_cache import DiskDownload, gc, verify
+from lorax_async.cache.entries import DiskEntry
 from lorax_async.concurrency import FetchControl
 from lorax_async.errors import CapacityError
 from lorax_async.formats.spans import SpanSet
 from lorax_async.formats.split_weights import CONFIG_FILE, WEIGHTS_FILE
+
+SMALL = 1_000_000
 
 Tell = Callable[[object], None]
 
@@ -148,6 +153,48 @@ def fill_a_small_disk(folder: Path) -> None:
     nothing_odd(folder / "cache")
 
 
+def contend(folder: Path, seed: int, _: Tell) -> None:
+    """Have adapters in any order, on a budget for two; two of three are killed at some call."""
+    draw, calls = random.Random(seed), Calls(CHANGES)
+    last = draw.randrange(10, 400) if seed % 3 else -1
+    calls.after = lambda _: (
+        os.kill(os.getpid(), signal.SIGKILL) if len(calls.made) == last else None
+    )
+    with opened(folder, SMALL) as world, calls.counted():
+        for number in draw.choices(range(4), k=20):
+            content = weights(number, 400_000)
+            with suppress(CapacityError), ExitStack() as closes:
+                found = world.cache.begin(key(number), SCOPE, FetchControl())
+                closes.callback(found.close)
+                if isinstance(found, DiskDownload):
+                    file = found.file(WEIGHTS_FILE, len(content), sha256(content))
+                    put(file, content, file.missing())
+                    found = found.publish()
+                    closes.callback(found.close)
+                assert isinstance(found, DiskEntry)
+                assert content_of(found) == content
+
+
+def contended(base: Path) -> list[int | None]:
+    """Three at a time; how each of them ended."""
+    codes = list[int | None]()
+
+    def run(first: int) -> None:
+        codes.extend(fork(contend, base, seed)[0] for seed in range(first, first + 5))
+
+    threads = [Thread(target=run, args=(first,)) for first in (0, 5, 10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with opened(base, SMALL) as world:
+        assert world.cache.used() <= SMALL
+        assert [each.problem for each in verify(world.cache) if each.problem] == []
+        gc(world.cache)
+    nothing_odd(base)
+    return codes
+
+
 def main(what: str, base: Path, locks: str) -> None:
     if locks == "none":
 
@@ -159,6 +206,7 @@ def main(what: str, base: Path, locks: str) -> None:
 
 
 SCRIPTS: dict[str, Callable[[Path], object]] = {
+    "contended": contended,
     "full": fill_a_small_disk,
     "kills": kills,
     "left": lambda base: fork(leave, base)[0],

@@ -8,6 +8,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -891,6 +892,11 @@ def test_killed_after_any_call_a_second_process_goes_on(tmp_path: Path, locks: s
         if locks == "flock":
             assert not fetched & chunks_in(outcome["written"]), outcome
     assert [] in [outcome["fetched"] for outcome in outcomes]  # all was here, or published
+
+
+@pytest.mark.slow
+def test_killed_at_any_time_on_a_small_budget(tmp_path: Path) -> None:
+    assert set(run_script("contended", tmp_path)) == {0, -signal.SIGKILL}
 
 
 @pytest.mark.slow
