@@ -1,7 +1,5 @@
 """What the tests of the command line share: adapters and bases in folders, and a terminal."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """What several tests use: both event loops, and a look at what is open or running."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import threading

@@ -1,7 +1,5 @@
 """Sources that find out too late that an adapter's bytes are others, and devices to look into."""
 
-from __future__ import annotations
-
 import tiny
 from lorax_async.config import LoaderConfig
 from lorax_async.devices.simulated import GatedDevice

@@ -1,7 +1,5 @@
 """Tiny adapters that are given as tensors, and loaders that have memory for few of them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Merges of tiny adapters, and what they must come to."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

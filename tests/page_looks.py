@@ -1,7 +1,5 @@
 """What the kernel says of this process's pages: of a file, of a map."""
 
-from __future__ import annotations
-
 import ctypes
 import mmap
 import os

@@ -1,7 +1,5 @@
 """Servers that nobody here wrote, on loopback, for as long as a test runs."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess

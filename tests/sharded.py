@@ -1,7 +1,5 @@
 """A small tensor-parallel base with grouped heads, adapters for it, and each rank's share."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Weights in several files: made by huggingface_hub, or file by file as a test wants them."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Mapping, Sequence

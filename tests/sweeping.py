@@ -1,7 +1,5 @@
 """Stepping through a call one await at a time, and what must be true of a loader at rest."""
 
-from __future__ import annotations
-
 import asyncio
 import types
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator

@@ -1,7 +1,5 @@
 """A lock of whose waiting tests hear, so that they need not guess how slow a thread is."""
 
-from __future__ import annotations
-
 from threading import Event, Lock
 
 

@@ -1,7 +1,5 @@
 """The load generator of the benchmarks against the real server."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from pathlib import Path

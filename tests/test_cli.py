@@ -1,7 +1,5 @@
 """The command line: `load`, `inspect`, `plan`, the demos, wrong usage, what a terminal gets."""
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import json

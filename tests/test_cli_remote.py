@@ -1,7 +1,5 @@
 """The command line and adapters from elsewhere: `fetch`, the disk cache; `load` and `inspect` by id."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Settings: what is accepted, what is refused at construction, and by which words."""
 
-from __future__ import annotations
-
 import math
 import os
 from dataclasses import FrozenInstanceError, fields, replace

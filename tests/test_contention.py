@@ -1,7 +1,5 @@
 """Many adapters compete for slots in any order: bytes, slots, leases and budgets, judged from outside."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from collections.abc import Awaitable, Coroutine, Mapping, Sequence

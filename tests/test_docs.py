@@ -1,7 +1,5 @@
 """What the documents show runs: examples, commands and their options; the embedding example."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

@@ -1,7 +1,5 @@
 """The errors: their family, their copies, and what their texts must not hold."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import pickle

@@ -1,7 +1,5 @@
 """Adapters given as tensors: equal to their twins in files, kept while named, refused cleanly."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress

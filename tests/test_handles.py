@@ -1,7 +1,5 @@
 """Handles: layers that come one by one, computing beside copies, clones, and how leases end."""
 
-from __future__ import annotations
-
 import asyncio
 import copy
 import os

@@ -1,7 +1,5 @@
 """Which texts are ids, what they mean, that each adapter has one spelling; and which are allowed."""
 
-from __future__ import annotations
-
 import posixpath
 import re
 import socket

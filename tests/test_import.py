@@ -1,7 +1,5 @@
 """What `import lorax_async` brings along, and that it leaves the process as it was."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """A stalled, a failing and a large load beside 16 others, by the simulated device's own clock."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Sequence
 from random import Random

@@ -1,7 +1,5 @@
 """Layouts of real model classes and of adapters that PEFT saved; heads and fused outputs."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Calls of a loader as spans, kept by OpenTelemetry's own exporter."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import weakref

@@ -1,7 +1,5 @@
 """The loader as its callers see it: what it loads and tells, where adapters are, who asks a source."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from dataclasses import FrozenInstanceError

@@ -1,7 +1,5 @@
 """Merges: which there are, that they behave as any adapter does, and how they fail."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import Sequence

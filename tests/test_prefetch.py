@@ -1,7 +1,5 @@
 """Prefetches to each tier, behind everybody else, by thousands; and the tier in host memory."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Replacing what an id means: beside the old version, in one step, whatever else is under way."""
 
-from __future__ import annotations
-
 import asyncio
 from pathlib import Path
 from random import Random

@@ -1,7 +1,5 @@
 """Adapters that are saved again in place while they are loaded: one whole version, or an error."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import threading

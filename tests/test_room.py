@@ -1,7 +1,5 @@
 """Room in slots and bytes: who waits and who goes; pins, which keep it; unloading, which ends it."""
 
-from __future__ import annotations
-
 import asyncio
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """One script on every device: a caller sees the same events in the same order, and right bytes."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable
 from functools import partial

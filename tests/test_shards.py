@@ -1,7 +1,5 @@
 """A sharded loader: what a rank holds, reads, computes with the others, and refuses."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 from contextlib import AsyncExitStack

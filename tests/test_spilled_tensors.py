@@ -1,7 +1,5 @@
 """Given tensors that find no room in memory: the oldest go on in the disk cache."""
 
-from __future__ import annotations
-
 import asyncio
 import errno
 import hashlib

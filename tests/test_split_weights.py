@@ -1,7 +1,5 @@
 """An adapter whose weights are several files is the one that they are in one file."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

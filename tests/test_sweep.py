@@ -1,7 +1,5 @@
 """Cancel at every await, fail at every step, with every tier in play: nothing may be left."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import os

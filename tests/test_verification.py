@@ -1,7 +1,5 @@
 """How far an adapter's bytes were checked, a digest that a caller knows, and bytes that are false."""
 
-from __future__ import annotations
-
 import asyncio
 from hashlib import sha256
 from pathlib import Path

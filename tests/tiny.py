@@ -1,7 +1,5 @@
 """Tiny adapters and layouts for tests of everything that does not need a real model."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Loaders on tiny adapters, for tests."""
 
-from __future__ import annotations
-
 from collections.abc import Awaitable
 from typing import TypeVar
 

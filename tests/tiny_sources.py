@@ -1,7 +1,5 @@
 """Fake sources full of tiny adapters, and loaders over them."""
 
-from __future__ import annotations
-
 import asyncio
 from pathlib import Path
 from typing import Any

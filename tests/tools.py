@@ -3,8 +3,6 @@
 `python tests/tools.py NAME…` tells, and fails if one is missing.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

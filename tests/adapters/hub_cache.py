@@ -1,7 +1,5 @@
 """The standard hub cache, made by hand as huggingface_hub lays it out."""
 
-from __future__ import annotations
-
 from hashlib import sha256
 from pathlib import Path
 

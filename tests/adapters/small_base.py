@@ -1,7 +1,5 @@
 """A small Llama of LoRAX's kind, fused as its families are, and adapters for it as PEFT writes them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Batches in LoRAX's form: segments, groups of addresses, and bridges to the kernels."""
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import weakref

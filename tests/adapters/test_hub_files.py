@@ -1,7 +1,5 @@
 """What the hub cache lacks is fetched into it: the two files, and no more than these."""
 
-from __future__ import annotations
-
 import asyncio
 import errno
 import time

@@ -1,7 +1,5 @@
 """LoraConfig under LoRAX's names: what it says, where it is found, what it maps, what is refused."""
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import inspect

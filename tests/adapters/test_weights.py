@@ -1,7 +1,5 @@
 """LoraWeights.load and LayoutModel: scale, padding, orientation, shares; and what is refused."""
 
-from __future__ import annotations
-
 import dataclasses
 from itertools import product
 from pathlib import Path

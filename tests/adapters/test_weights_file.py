@@ -1,7 +1,5 @@
 """Weights of files, in threads and on a device, and of what a loader holds; and their memory."""
 
-from __future__ import annotations
-
 import asyncio
 import ctypes
 import os

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import copy
 import threading
 from collections.abc import AsyncIterator, Iterator

@@ -1,7 +1,5 @@
 """What attaching does to a model, which adapter each row uses, and what is refused."""
 
-from __future__ import annotations
-
 import asyncio
 import contextvars
 import copy

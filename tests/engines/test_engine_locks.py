@@ -1,7 +1,5 @@
 """Threads that compute one batch, or end it, come one after the other where they must."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager

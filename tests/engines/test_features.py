@@ -1,7 +1,5 @@
 """Biases, magnitudes, embeddings and tensors of a training loop: tiny models answer as PEFT's."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Passes that go on without an adapter that fails, or does not come in time."""
 
-from __future__ import annotations
-
 import asyncio
 import copy
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A merge, under LoRAX's names too, has the bits of PEFT's `add_weighted_adapter`; its "cat" is "linear"."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product

@@ -4,8 +4,6 @@ One adapter in a batch gives PEFT's bits; in a mixed batch, or with padded ranks
 another order. Merging is no oracle where the head is tied to the embedding.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack

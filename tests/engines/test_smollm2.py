@@ -1,7 +1,5 @@
 """The prepared base: found without import, made once, whole or not there, and a working model."""
 
-from __future__ import annotations
-
 import signal
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Adapters with random weights, written by PEFT itself, and PEFT's own answers with them."""
 
-from __future__ import annotations
-
 import asyncio
 import copy
 from collections.abc import AsyncIterator, Iterator, Mapping

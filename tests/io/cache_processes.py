@@ -1,7 +1,5 @@
 """Disk caches in processes that are killed: run as a script, it forks them and tells by JSON."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json

@@ -1,7 +1,5 @@
 """The operating system's calls, counted; one of them fails, or is the last that a process makes."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Groups of weights to copy, and what every `Device` of a fixture `new_device` keeps to then."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack

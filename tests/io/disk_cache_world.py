@@ -1,7 +1,5 @@
 """A disk cache in a folder of its own: what tests put in, and look at afterwards."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import random

@@ -1,7 +1,5 @@
 """A place with two roots and the local source over them; afterwards nothing may be open."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """What every `Source` keeps to; a fixture `world` asserts that nothing stayed open, and no hold."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Callable, Coroutine

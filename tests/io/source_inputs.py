@@ -1,7 +1,5 @@
 """What the sources' tests feed them, and read back."""
 
-from __future__ import annotations
-
 import json
 import struct
 

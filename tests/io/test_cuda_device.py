@@ -1,7 +1,5 @@
 """The CUDA device, on the late device and on a GPU: the port, the order of its work, failures."""
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import re

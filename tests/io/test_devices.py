@@ -1,7 +1,5 @@
 """The devices in host memory: the CPU's, and the gated and simulated ones of tests."""
 
-from __future__ import annotations
-
 import errno
 import mmap
 import os

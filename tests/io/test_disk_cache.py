@@ -1,7 +1,5 @@
 """The disk cache: contents, budget, users, damage, privacy; failing calls, full disks, kills."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json

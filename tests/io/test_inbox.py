@@ -1,7 +1,5 @@
 """The inbox: nothing lost, in order, on the loop, with few wake-ups."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 import weakref

@@ -1,7 +1,5 @@
 """The late device keeps what others' tests rely on: work that runs late, in the order of streams."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

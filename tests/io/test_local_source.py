@@ -1,7 +1,5 @@
 """Local folders: who may name them, what may lie in them, files that change, are hashed or held."""
 
-from __future__ import annotations
-
 import asyncio
 import ctypes
 import errno

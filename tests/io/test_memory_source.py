@@ -1,7 +1,5 @@
 """What is in host memory, as a source has it: tensors, copied as they are, and merges."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import threading

@@ -1,7 +1,5 @@
 """Every source of adapters in this process keeps to the port."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager

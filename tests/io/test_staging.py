@@ -1,7 +1,5 @@
 """The staging ring, and what is cast, padded and read through it: oracles are numpy and the bits."""
 
-from __future__ import annotations
-
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor

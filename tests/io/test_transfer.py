@@ -1,7 +1,5 @@
 """Layer groups on their way: windows, buffers, images, checks, and whatever fails on the way."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager

@@ -1,7 +1,5 @@
 """`apply`, `shrink` and `expand` on the CPU, in memory where every stray read is a NaN."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate

@@ -1,7 +1,5 @@
 """The kernels' plan, and its tiles, which a program of a GPU is given: what they keep and refuse."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

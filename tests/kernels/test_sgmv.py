@@ -1,7 +1,5 @@
 """The GPU's kernels without a GPU: interpreted against float64, and compiled for two; and on one."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

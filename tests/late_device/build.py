@@ -14,8 +14,6 @@ becomes poison in the order of the stream it was allocated on; pinned memory liv
 that use it are done. What is queued at exit is dropped. Nothing holds the GIL while it waits.
 """
 
-from __future__ import annotations
-
 import atexit
 import ctypes
 import hashlib

@@ -1,7 +1,5 @@
 """What tests of the late device start with."""
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """Engines over fake decoders, and what a generation would be alone."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager

@@ -1,7 +1,5 @@
 """Adapters by name, as in vLLM, and where they are; for the operator, by a token."""
 
-from __future__ import annotations
-
 import asyncio
 import shutil
 import threading

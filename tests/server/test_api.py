@@ -1,7 +1,5 @@
 """The API as its users call it: the official client, its strict forms, and text as it is made."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from typing import Any

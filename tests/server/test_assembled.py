@@ -1,7 +1,5 @@
 """A whole server of a tiny base: what is asked for, by whom, what is closed, what comes back."""
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import json

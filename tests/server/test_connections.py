@@ -1,7 +1,5 @@
 """Clients that go away, take nothing or send too much, and a server that ends: nothing is left."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import json

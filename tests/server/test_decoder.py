@@ -1,7 +1,5 @@
 """Rows that are computed beside others are what each would be alone, as PEFT and transformers say."""
 
-from __future__ import annotations
-
 import asyncio
 import copy
 import random

@@ -1,7 +1,5 @@
 """Generations become tokens: beside each other what they would be alone, whatever ends some."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import random

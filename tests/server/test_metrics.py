@@ -1,7 +1,5 @@
 """GET /metrics, read by Prometheus' own parser, after requests known by hand."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from pathlib import Path

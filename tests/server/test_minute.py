@@ -1,7 +1,5 @@
 """A server under many clients whose adapters come over a slow link: for a moment, and for long."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import json

@@ -1,7 +1,5 @@
 """The page's own calls: its files, adapters with their tiers, live, and the last cold request."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import re

@@ -1,7 +1,5 @@
 """The page as a person has it: in a browser, by mouse, by keyboard, on a phone."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

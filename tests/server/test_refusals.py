@@ -1,7 +1,5 @@
 """Requests that are refused: by their bodies, limits and origins; in the form that clients know."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import sys

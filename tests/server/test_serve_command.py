@@ -1,7 +1,5 @@
 """`lorax-async serve` as its operator meets it: its options, its files, a process, its signals."""
 
-from __future__ import annotations
-
 import argparse
 import gc
 import json

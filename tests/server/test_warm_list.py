@@ -1,7 +1,5 @@
 """The warm list: written as adapters come and go, read by the server that comes after."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import json

@@ -1,7 +1,5 @@
 """A server on loopback that does as told, right or wrong: plain sockets, one thread each."""
 
-from __future__ import annotations
-
 import socket
 import struct
 import threading

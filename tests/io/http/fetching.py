@@ -1,7 +1,5 @@
 """An engine that may go to loopback only, in short patience."""
 
-from __future__ import annotations
-
 import random
 import socket
 import time

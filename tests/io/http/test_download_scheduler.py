@@ -1,7 +1,5 @@
 """Which piece of which job starts when, and which thread may end or take a connection."""
 
-from __future__ import annotations
-
 import socket
 import threading
 from collections.abc import Callable, Iterator

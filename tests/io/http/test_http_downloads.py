@@ -1,7 +1,5 @@
 """Downloads beside each other: shares of the connections, ends from outside, threads."""
 
-from __future__ import annotations
-
 import gc
 import os
 import random

@@ -1,7 +1,5 @@
 """Where connections may lead: URLs, names, addresses, redirects, and where credentials go."""
 
-from __future__ import annotations
-
 import socket
 import threading
 import time

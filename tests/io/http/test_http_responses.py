@@ -1,7 +1,5 @@
 """Whatever a server answers ends in bytes that are right, or in one typed error."""
 
-from __future__ import annotations
-
 import itertools
 import threading
 import time

@@ -1,7 +1,5 @@
 """Proxies and TLS, as users have them set up."""
 
-from __future__ import annotations
-
 import socket
 import ssl
 import subprocess

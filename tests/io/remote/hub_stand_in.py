@@ -1,7 +1,5 @@
 """A small hub on loopback, as huggingface_hub's client reads it, and a port where large files lie."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """Object stores on loopback: SeaweedFS (S3), Azurite, a stand-in for Google, and how they are asked."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import hashlib

@@ -1,7 +1,5 @@
 """Every kind of server that adapters come from, behind one interface and a link that can be cut."""
 
-from __future__ import annotations
-
 import json
 import os
 import socket

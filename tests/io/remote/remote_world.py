@@ -1,7 +1,5 @@
 """A remote source over a server on loopback, with a locator that is told what there is."""
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import time

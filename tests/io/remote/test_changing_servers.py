@@ -1,7 +1,5 @@
 """Servers that change files, validators and manners between two loads: no wrong byte is lent, and no refusal stays."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import hashlib

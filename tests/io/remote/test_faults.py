@@ -1,7 +1,5 @@
 """One adapter is served wrongly: each caller gets one typed error, or it comes right; others load."""
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import itertools

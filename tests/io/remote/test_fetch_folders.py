@@ -1,7 +1,5 @@
 """`loader.fetch`: a verified folder, held for whoever needs an adapter's files and not its tensors."""
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 import subprocess

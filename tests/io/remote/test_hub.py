@@ -1,7 +1,5 @@
 """What an adapter's name means on the hub, what the hub refuses, and what goes wrong on the way."""
 
-from __future__ import annotations
-
 import asyncio
 import socket
 import threading

@@ -1,7 +1,5 @@
 """The standard hub cache: what other tools have stored is read, and nothing is written there."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import stat

@@ -1,7 +1,5 @@
 """`loader.load` of an id alone, from every kind of server, as users do it."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import re

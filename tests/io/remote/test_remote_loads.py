@@ -1,7 +1,5 @@
 """Loads of adapters that lie elsewhere: first layer first, never half, never twice, for whom it is."""
 
-from __future__ import annotations
-
 import asyncio
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Where requests may lead, by the operator's entries; nothing is sent anywhere."""
 
-from __future__ import annotations
-
 from ipaddress import ip_address
 
 import pytest

@@ -1,7 +1,5 @@
 """A remote source behind its port: what it checks, what waits for what, and what has ended when that is told."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor

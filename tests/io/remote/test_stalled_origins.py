@@ -1,7 +1,5 @@
 """A server that stalls costs only its own callers, and nothing once they have left."""
 
-from __future__ import annotations
-
 import asyncio
 import socket
 import time

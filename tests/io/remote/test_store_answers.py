@@ -1,7 +1,5 @@
 """Object stores that answer wrongly, late or not at all; and what needs no server to be refused."""
 
-from __future__ import annotations
-
 import asyncio
 import sys
 from collections.abc import Callable, Iterator

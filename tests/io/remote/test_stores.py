@@ -1,7 +1,5 @@
 """Adapters in object stores: versions, signed URLs and secrets, the same in each kind of store."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Callable, Iterator
 from typing import Any

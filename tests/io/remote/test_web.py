@@ -1,7 +1,5 @@
 """Folders behind URLs: which version is there, by whose word, and what is refused."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Loads as users have them: an `AdapterLoader`, its `LoaderConfig`, and ids."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import Callable

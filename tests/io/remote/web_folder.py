@@ -1,7 +1,5 @@
 """Servers on loopback of folders of adapters, and a locator that may ask them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
