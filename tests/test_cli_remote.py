@@ -4,6 +4,9 @@ import argparse
 import hashlib
 import json
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -171,6 +174,32 @@ def test_the_token_is_that_of_the_environment(
     for path in (tmp_path / "cache").rglob("*"):
         assert TOKEN not in path.name
         assert path.is_dir() or TOKEN.encode() not in path.read_bytes()
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_fetch_which_can_be_begun_again(tmp_path: Path) -> None:
+    files, stalled = files_of({"one": tiny.write(tmp_path / "adapter")}), threading.Event()
+
+    def stalls(asked: Asked, client: Client) -> None:
+        if not asked.target.endswith(NAMES[1]):
+            right(files)(asked, client)
+            return
+        stalled.set()
+        client.stall()
+
+    with FaultServer(b"", stalls) as server:
+        arguments = ["fetch", server.url("/one/"), "--cache-dir", str(tmp_path / "cache")]
+        command = [sys.executable, "-m", "lorax_async", *arguments]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            try:
+                assert stalled.wait(60)
+                process.send_signal(signal.SIGINT)
+                out, err = process.communicate(timeout=60)
+            finally:
+                process.kill()
+        assert (process.returncode, out, err) == (130, b"", b"interrupted\n")
+        server.behave = right(files)
+        assert main(arguments) == 0
 
 
 async def test_a_few_at_a_time(tmp_path: Path) -> None:

@@ -250,6 +250,22 @@ async def test_release_while_a_use_begins(tmp_path: Path, monkeypatch: Patch) ->
         (await there.load("b")).release()
 
 
+async def test_a_clone_is_a_lease_of_its_own(tmp_path: Path) -> None:
+    async with over(stocked(tmp_path, "a"), max_slots=1) as there:
+        handle = await asyncio.create_task(there.load("a"), name="prefill")
+        clone = handle.clone()
+        assert (clone.id, clone.key, clone.slot) == ("a", handle.key, handle.slot)
+        await fails(there.unload("a", timeout=0), errors.AdapterInUseError, ": 2, by .*prefill")
+        handle.release()
+        unloading = asyncio.create_task(there.unload("a"))
+        await until(lambda: state(there, "a") == "leaving")
+        async with clone.clone():
+            clone.release()
+            await asyncio.sleep(0)
+            assert not unloading.done()
+        await unloading
+
+
 async def test_a_handle_is_cloned_and_awaited_only_on_its_loop(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "a")
 

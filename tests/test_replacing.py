@@ -372,3 +372,15 @@ async def test_of_two_calls_for_a_new_name_the_first_has_it() -> None:
         await fails(calls[1], errors.UsageError, "other tensors already")
         assert used(there) == where(there, "mine").host_bytes
         assert len(there.placement().adapters) == 1
+
+
+async def test_an_old_version_is_there_until_its_kernels_have_ended() -> None:
+    async with loader() as there:
+        old = await give(there, 1)
+        with old.use():
+            old.release()
+            (await put(there, 2)).release()
+            assert old.key in there.placement().adapters
+        await until(lambda: old.key not in there.placement().adapters)
+        assert there.placement().story(old.key) == ()
+        assert used(there) == where(there, "mine").host_bytes

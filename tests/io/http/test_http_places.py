@@ -321,6 +321,7 @@ def test_a_private_name_needs_its_word() -> None:
         ("https://other.internal/loras/x", "not public"),
         ("/admin?key=swordfish", "not allowed"),
         ("/loras/..%2fadmin", "not allowed"),
+        ("/loras/%2e%2e/admin", "not allowed"),
     ],
 )
 def test_a_redirect_leads_nowhere_else_inside(location: str, words: str) -> None:
@@ -330,6 +331,19 @@ def test_a_redirect_leads_nowhere_else_inside(location: str, words: str) -> None
         with engine(network=network) as fetching:
             _refused(fetching, URL, AllowRules((entry,)), words)
         assert (len(server.asked), len(other.clients)) == (1, 0)
+
+
+def test_a_redirect_to_what_was_named() -> None:
+    with FaultServer(DATA) as store:
+        with FaultServer(DATA, to("http://store.internal/blobs/x")) as server:
+            network = network_of(files=(INSIDE, server), store=("10.9.9.9", store))
+            files = Allow("http", "files.internal", private=True)
+            blobs = Allow("http", "store.internal", prefix="blobs/", private=True)
+            with engine(network=network) as fetching:
+                assert _started(fetching, URL, AllowRules((files, blobs))) == DATA[:100]
+                origin = parse_url("http://store.internal").origin
+                assert _started(fetching, URL, AllowRules((files,), (origin,))) == DATA[:100]
+        assert {asked.target for asked in store.asked} == {"/blobs/x"}
 
 
 def test_an_idle_connection_is_not_a_way_around() -> None:
