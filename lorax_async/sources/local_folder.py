@@ -92,7 +92,7 @@ def find_adapter(
             with locate(path) as folder:
                 real_path = folder.real_path
                 if is_inside(real_path, inside):
-                    return _AdapterFolder(folder, real_path, place.trusted).key(limits, count)
+                    return _LocatedFolder(folder, real_path, place.trusted).key(limits, count)
         except OSError as error:
             if inside is None or is_inside(_readable_path(path), inside):
                 problems.append(_folder_problem(error))
@@ -142,7 +142,7 @@ def _folder_problem(error: OSError) -> AdapterError:
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 
 
-class _AdapterFolder(NamedTuple):
+class _LocatedFolder(NamedTuple):
     folder: FilePosition
     real_path: str
     trusted: bool
