@@ -759,16 +759,14 @@ def test_what_one_holds_the_other_does_not_evict(two: Two) -> None:
 def test_what_one_downloads_the_other_does_not_drop(two: Two) -> None:
     """What it left the other may drop, or go on with."""
     one, other = two
-    download = begun(one.cache, key(0))
-    file = download.file(WEIGHTS_FILE, 2 * SIZE)
-    late = begun(other.cache, key(1))
-    with pytest.raises(CapacityError, match="in use"):
-        late.file(WEIGHTS_FILE, SIZE + 1)
-    put(late.file(WEIGHTS_FILE, SIZE), bytes(SIZE), [(0, SIZE)])
-    late.close()
-    assert not other.cache.remove(key(0))
-    put(file, bytes(2 * SIZE), [(0, 2 * SIZE)])
-    download.close()
+    with closing(begun(one.cache, key(0))) as download, closing(begun(other.cache, key(1))) as late:
+        file = download.file(WEIGHTS_FILE, 2 * SIZE)
+        with pytest.raises(CapacityError, match="in use"):
+            late.file(WEIGHTS_FILE, SIZE + 1)
+        put(late.file(WEIGHTS_FILE, SIZE), bytes(SIZE), [(0, SIZE)])
+        late.close()
+        assert not other.cache.remove(key(0))
+        put(file, bytes(2 * SIZE), [(0, 2 * SIZE)])
     download = begun(other.cache, key(0))
     assert download.file(WEIGHTS_FILE, 2 * SIZE).missing() == []
     late = begun(one.cache, key(2))
