@@ -232,9 +232,9 @@ async def wait_for_end(future: Future[Any]) -> None:
 
 
 class SharedResource(Generic[T]):
-    """A resource of several threads, which `close` closes once no use is in progress.
+    """A resource that threads share. `close` takes effect once no use is in progress.
 
-    It is `opened`, or is opened by `open` at its first use.
+    Give it `opened`, or `open`, which the first use calls.
     """
 
     def __init__(
@@ -314,14 +314,14 @@ async def in_thread(work: Callable[[IsWanted], T], discard: Callable[[T], None] 
     No thread is interrupted: after a cancellation `IsWanted` returns False, and the result of
     `work` goes to `discard`.
     """
-    abandoned, outcome = Event(), Future[T]()
+    abandoned, returned = Event(), Future[T]()
 
     def run() -> None:
-        if outcome.set_running_or_notify_cancel():
+        if returned.set_running_or_notify_cancel():
             try:
-                outcome.set_result(work(lambda: not abandoned.is_set()))
+                returned.set_result(work(lambda: not abandoned.is_set()))
             except BaseException as error:  # noqa: BLE001 - raised where it is awaited
-                outcome.set_exception(error)
+                returned.set_exception(error)
 
     def discard_result(future: Future[T]) -> None:
         if discard is not None and not future.cancelled() and future.exception() is None:
@@ -329,10 +329,10 @@ async def in_thread(work: Callable[[IsWanted], T], discard: Callable[[T], None] 
 
     asyncio.get_running_loop().run_in_executor(None, run)
     try:
-        return await asyncio.wrap_future(outcome)
+        return await asyncio.wrap_future(returned)
     except asyncio.CancelledError:
         abandoned.set()
-        outcome.add_done_callback(discard_result)
+        returned.add_done_callback(discard_result)
         raise
 
 

@@ -27,7 +27,7 @@ Files = dict[str, bytes]
 
 
 @dataclass
-class Moody(Folder):
+class ChangingFolder(Folder):
     etag: str | None = '"fixed"'
     ranges: bool = True
     stop_at: int | None = None
@@ -103,9 +103,9 @@ def is_of(handle: AdapterHandle, files: Files) -> bool:
 
 
 @dataclass
-class Play:
+class RandomLoads:
     server: FaultServer
-    origin: Moody
+    origin: ChangingFolder
     folder: Path
     random: Random
     whole: list[Files]
@@ -190,13 +190,13 @@ async def test_servers_at_random(tmp_path: Path, pytestconfig: pytest.Config) ->
     seconds, seed = pytestconfig.getoption("soak_seconds"), pytestconfig.getoption("soak_seed")
     folders = [written(tmp_path / str(n), n, layers=LAYERS, rank=96) for n in range(3)]
     whole = [contents(folder) for folder in folders]
-    origin = Moody(dict(whole[0]))
+    origin = ChangingFolder(dict(whole[0]))
     with FaultServer(b"", origin) as server:
         odd = odd_versions(tmp_path, whole[0])
-        play = Play(server, origin, tmp_path, Random(seed), whole, odd)
+        loads = RandomLoads(server, origin, tmp_path, Random(seed), whole, odd)
         end = time.monotonic() + seconds
         try:
             while time.monotonic() < end:
-                await play.turn()
+                await loads.turn()
         finally:
-            await play.close()
+            await loads.close()
