@@ -57,8 +57,7 @@ from lorax_async.runtime.folders import AdapterFolder
 from lorax_async.runtime.placement import AdapterResidency, Placement
 from lorax_async.runtime.telemetry import Budget, Statistics, Usage
 from lorax_async.scheduler.requests import Request, Ticket
-from lorax_async.scheduler.scheduler import AdapterScheduler
-from lorax_async.scheduler.step import Batch, BatchRow
+from lorax_async.scheduler.scheduler import AdapterScheduler, Batch, BatchRow
 from lorax_async.types import AdapterKey, AdapterRef, Merge, Verification
 
 __all__ = [

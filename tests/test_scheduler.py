@@ -10,8 +10,7 @@ from common import until
 from lorax_async import errors
 from lorax_async.errors import ConfigError, FetchError, HandleClosedError, UsageError
 from lorax_async.scheduler.requests import Request, Ticket
-from lorax_async.scheduler.scheduler import AdapterScheduler
-from lorax_async.scheduler.step import Batch
+from lorax_async.scheduler.scheduler import AdapterScheduler, Batch
 from scheduling import serving
 from scheduling.serving import MANY, VirtualClock, finish, held, opened, rows, step, turns, wanted
 from tiny_loaders import fails

@@ -13,8 +13,7 @@ import pytest
 from lorax_async import errors
 from lorax_async.loader import AdapterLoader
 from lorax_async.scheduler.requests import Request, Ticket
-from lorax_async.scheduler.scheduler import AdapterScheduler
-from lorax_async.scheduler.step import Batch
+from lorax_async.scheduler.scheduler import AdapterScheduler, Batch
 from lorax_async.types import AdapterRef
 from scheduling.serving import MANY, VirtualClock, finish, held, opened, rows, step, turns, warm
 from sweeping import stepwise

@@ -24,11 +24,10 @@ from lorax_async.handle import AdapterHandle
 from lorax_async.lifecycle.transitions import SlotState
 from lorax_async.loader import AdapterLoader
 from lorax_async.scheduler import admission
-from lorax_async.scheduler.adapter_queue import AdapterQueue, LoadEstimate
 from lorax_async.scheduler.adapter_queues import AdapterQueues
-from lorax_async.scheduler.requests import Request, Ticket
-from lorax_async.scheduler.scheduler import AdapterScheduler
-from lorax_async.scheduler.step import Batch, BatchRow
+from lorax_async.scheduler.estimates import LoadEstimate
+from lorax_async.scheduler.requests import AdapterQueue, Request, Ticket
+from lorax_async.scheduler.scheduler import AdapterScheduler, Batch, BatchRow
 from lorax_async.testing import FakeSource, FakeVersion
 from lorax_async.types import AdapterId, AdapterKey
 from scheduling.serving import VirtualClock

@@ -2,12 +2,12 @@
 
 A request whose adapter is missing delays no other request. Files:
 
-- `scheduler`: `AdapterScheduler`, the public API;
-- `requests`: requests, tickets, clients and the clock;
-- `step`: a batch and its rows; the pass-time model;
+- `scheduler`: `AdapterScheduler`, the public API, and its batches;
+- `requests`: requests, tickets, clients, and the queue of one adapter's requests;
+- `adapter_queues`: all queues and slots, driven by the loader's events;
+- `look_ahead`: which adapters without a slot to load or to prefetch;
 - `admission`: which requests get the engine's places, rows and tokens;
-- `adapter_queue`: one adapter's requests and the expected arrival of its layers;
-- `adapter_queues`: all queues, driven by the loader's events: loads, prefetches, slots.
+- `estimates`: when layers arrive, and how long a pass takes.
 
 It knows `AdapterLoader` and its handles, and no engine.
 """

@@ -7,9 +7,8 @@ from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
-from lorax_async.scheduler.adapter_queue import AdapterQueue
-from lorax_async.scheduler.requests import Client, Ticket
-from lorax_async.scheduler.step import PassTimeModel
+from lorax_async.scheduler.estimates import PassTimeModel
+from lorax_async.scheduler.requests import AdapterQueue, Client, Ticket
 
 Holder = AdapterQueue | Client
 """An adapter or a client: it has requests, places and tokens."""

@@ -1,16 +1,22 @@
-"""Requests of a server, and the tickets it holds until they are done."""
+"""Requests of a server, their tickets, and the queue of each adapter's requests."""
 
 from __future__ import annotations
 
 import asyncio
+from bisect import insort
 from collections.abc import Callable, Generator, Hashable
 from dataclasses import dataclass, field
+from math import inf
+from operator import attrgetter
 from time import monotonic
 from typing import Protocol
 
-from lorax_async.errors import LoraxError
-from lorax_async.runtime.acquire import require_priority
-from lorax_async.types import AdapterId, Ref, as_ref, require_count, require_seconds
+from lorax_async.errors import LoraxError, Stage
+from lorax_async.handle import AdapterHandle
+from lorax_async.planning.batch_plan import NO_SLOT, SlotRef
+from lorax_async.runtime.acquire import MAX_PRIORITY, require_priority
+from lorax_async.scheduler.estimates import LoadEstimate
+from lorax_async.types import AdapterId, Ref, as_ref, require_count, require_seconds, text_of
 
 
 class TimerHandle(Protocol):
@@ -245,3 +251,100 @@ class Ticket:
             else "waiting"
         )  # fmt: skip
         return f"<Ticket of {self.request.adapter_id!r} {state} after {self.generated} tokens>"
+
+
+Urgency = tuple[bool, float, int]
+"""A sort key of adapters: first those with begun requests, then by the oldest request."""
+
+_order = attrgetter("order")
+
+
+class AdapterQueue:
+    """The requests for one adapter; `ref` None: for the base alone.
+
+    Attributes
+    ----------
+    tickets
+        Requests that are not done, by urgency, including those in a batch.
+    handle, place
+        The lease and its slot, once granted.
+    batch_count
+        The number of batches in flight with this adapter, which keep the handle.
+    arrival
+        The expected arrival of its layers while it streams.
+    may_stream
+        Whether its rows may join a batch before the last layer is there.
+    leaving
+        Whether the slot must be released.
+    yielded_at
+        When it last gave its slot up for requests that had begun.
+    priority
+        The highest priority of any request so far.
+    begun
+        The number of requests that occupy a place of the engine.
+    reloaded
+        Whether the adapter was reloaded because its files changed while they were read.
+    tokens
+        Tokens computed with this adapter. A new queue starts with the minimum of all queues.
+    """
+
+    def __init__(self, ref: Ref | None, tokens: int = 0) -> None:
+        self.ref = ref
+        self.tickets: list[Ticket] = []
+        self.handle: AdapterHandle | None = None
+        self.place: SlotRef = NO_SLOT
+        self.batch_count = 0
+        self.arrival: LoadEstimate | None = None
+        self.may_stream = True
+        self.leaving = False
+        self.yielded_at = -inf
+        self.priority = -MAX_PRIORITY
+        self.begun = 0
+        self.reloaded = False
+        self.tokens = tokens
+
+    @property
+    def id(self) -> str | None:
+        return None if self.ref is None else text_of(self.ref)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether every layer is there."""
+        return self.ref is None or (self.handle is not None and self.handle.resident)
+
+    @property
+    def stage(self) -> Stage:
+        """The adapter's stage, as errors name it."""
+        if self.is_ready:
+            return "ready"
+        return "queue" if self.handle is None else "copy"
+
+    @property
+    def urgency(self) -> Urgency:
+        """The urgency of the adapter; it must have a request."""
+        since, number = self.tickets[0].order
+        return not self.begun, since, number
+
+    def add(self, ticket: Ticket) -> None:
+        insort(self.tickets, ticket, key=_order)
+        self.priority = max(self.priority, ticket.request.priority)
+
+    def remove(self, ticket: Ticket) -> None:
+        self.tickets.remove(ticket)
+
+    @property
+    def has_unbegun(self) -> bool:
+        """Whether a request has not begun."""
+        return len(self.tickets) > self.begun
+
+    def waiting(self, limit: int, max_new: float) -> list[Ticket]:
+        """Return the first `limit` requests in no batch; at most `max_new` that have not begun."""
+        waiting = []
+        for ticket in self.tickets:
+            if ticket.in_batch or (max_new <= 0 and not ticket.begun):
+                continue
+            waiting.append(ticket)
+            if len(waiting) == limit:
+                break
+            max_new -= not ticket.begun
+        return waiting

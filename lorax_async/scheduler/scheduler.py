@@ -3,19 +3,139 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import inf
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
-from lorax_async.errors import AdapterTimeoutError, LoaderClosedError, LoraxError, UsageError
+from lorax_async.errors import (
+    AdapterTimeoutError,
+    HandleClosedError,
+    LoaderClosedError,
+    LoraxError,
+    UsageError,
+)
+from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
-from lorax_async.scheduler.adapter_queue import AdapterQueue
-from lorax_async.scheduler.adapter_queues import AdapterQueues, LookAhead, urgency
+from lorax_async.planning.batch_plan import (
+    BatchPlan,
+    SlotOccupant,
+    SlotRef,
+    plan_batch,
+    require_current,
+)
+from lorax_async.scheduler.adapter_queues import AdapterQueues
 from lorax_async.scheduler.admission import BatchCapacity, BatchSelection, EngineSlots, pick
-from lorax_async.scheduler.requests import Clock, LoopClock, Request, Ticket
-from lorax_async.scheduler.step import Batch, BatchRow, PassTimeModel, make_batch
+from lorax_async.scheduler.estimates import PassTimeModel
+from lorax_async.scheduler.look_ahead import LookAhead
+from lorax_async.scheduler.requests import AdapterQueue, Clock, LoopClock, Request, Ticket
 from lorax_async.types import require_count, require_share
+
+
+def urgency(since: float, priority: int, deadline: float, level: float) -> float:
+    """Return a request's sort key, in seconds; lower is more urgent. It stays while it waits.
+
+    The key is `since`, the time of arrival, less `level` seconds per level of priority. A deadline
+    less than `level` seconds away (also a time) counts as if the request had arrived earlier. A
+    request that arrives later by more than the difference in levels is behind: none starves.
+    """
+    return min(since, deadline - level) - priority * level
+
+
+class BatchRow(NamedTuple):
+    """One sequence's part in a batch.
+
+    Attributes
+    ----------
+    ticket
+        The request.
+    handle
+        Its adapter, leased until the batch is completed; None is the base.
+    place
+        The adapter's slot and generation.
+    start
+        The position of the first token to compute; 0 for a new or restarted sequence.
+    tokens
+        The number of tokens to compute; the rest of a long prompt follows in later batches.
+    last
+        Whether the last of them generates a new token.
+    """
+
+    ticket: Ticket
+    handle: AdapterHandle | None
+    place: SlotRef
+    start: int
+    tokens: int
+    last: bool
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """Rows to compute together. Pass it to `AdapterScheduler.complete` afterwards.
+
+    Attributes
+    ----------
+    rows
+        In the order of the plan, so that the rows of one adapter are neighbours.
+    plan
+        Segments, tiles and rank groups for kernels. Its `order` is that of the rows: 0, 1, ….
+    seconds
+        The predicted duration of the pass; None before the first pass.
+    streaming
+        Adapters with missing layers when the batch was made. Layer k of the pass waits for layer k
+        of these only.
+    others_wait
+        Whether ready rows wait for this batch to end, or an adapter has long waited for a slot in
+        which no layers arrive. A pass all of whose rows wait for layers should give up then. Set
+        for batches with `streaming` adapters; may be read in any thread.
+    preempted
+        Requests that lost their places to rows of this batch, or whose adapter is reloaded: forget
+        their keys and values before computing the batch. They restart from their first token.
+
+    The other fields are private to the scheduler.
+    """
+
+    rows: tuple[BatchRow, ...]
+    plan: BatchPlan
+    seconds: float | None
+    streaming: tuple[AdapterHandle, ...]
+    began: float
+    adapter_queues: tuple[AdapterQueue, ...]
+    lease_table: Mapping[int, SlotOccupant]
+    others_wait: bool = False
+    completed: bool = False
+    preempted: tuple[Ticket, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        return self.plan.segments.tokens
+
+    @property
+    def handles(self) -> tuple[AdapterHandle | None, ...]:
+        """The handle of each row, as `AttachedModel.batch` takes them."""
+        return tuple(row.handle for row in self.rows)
+
+    @property
+    def budget(self) -> float:
+        """Seconds for which the pass may wait for bytes that are not on this machine.
+
+        A tenth of its predicted duration; 0 before the first pass, where a streaming adapter is
+        alone in its batch.
+        """
+        return 0.1 * (self.seconds or 0.0)
+
+    def check(self) -> None:
+        """Raise `HandleClosedError` if a row's slot may have another occupant.
+
+        This is so once the batch is completed or the loader closed. Call on the scheduler's loop.
+        """
+        if self.completed:
+            raise HandleClosedError("the batch was completed; its slots may be reused")
+        for row in self.rows:
+            if row.handle is not None and row.handle.released:
+                raise HandleClosedError("the adapter was released", id=row.handle.id)
+        require_current([row.place for row in self.rows], self.lease_table)
 
 
 class ChangeEvent:
@@ -184,11 +304,9 @@ class AdapterScheduler:
             self._arm(ticket, self._patience)
 
     def _too_late(self, ticket: Ticket, seconds: float) -> None:
-        adapter_queue = self._adapter_queues.queue_of(ticket)
+        queue = self._adapter_queues.queue_of(ticket)
         problem = f"it was in no batch within {seconds:g} s"
-        self._end(
-            ticket, AdapterTimeoutError(problem, id=adapter_queue.id, stage=adapter_queue.stage)
-        )
+        self._end(ticket, AdapterTimeoutError(problem, id=queue.id, stage=queue.stage))
 
     # -- batches -----------------------------------------------------------------------------------
 
@@ -246,10 +364,10 @@ class AdapterScheduler:
             for batch in streaming:
                 batch.others_wait = True
 
-    def _on_blocked_slot(self, adapter_queue: AdapterQueue) -> None:
+    def _on_blocked_slot(self, queue: AdapterQueue) -> None:
         """Set `others_wait` of its batches: no layers arrive while others wait for a slot."""
         for batch in self._in_flight:
-            batch.others_wait = batch.others_wait or adapter_queue in batch.adapter_queues
+            batch.others_wait = batch.others_wait or queue in batch.adapter_queues
 
     def _batch(self, selection: BatchSelection, now: float) -> Batch:
         batch = make_batch(selection.rows, self._adapter_queues.slots.lease_table, self._pace, now)
@@ -257,13 +375,13 @@ class AdapterScheduler:
             self._adapter_queues.preempt(ticket)
         dropped, self._adapter_queues.dropped = self._adapter_queues.dropped, []
         batch.preempted = (*dropped, *selection.preempted)
-        for adapter_queue, ticket, _ in selection.rows:
+        for queue, ticket, _ in selection.rows:
             ticket.in_batch = True
             ticket.disarm()
             if not ticket.begun:
-                self._adapter_queues.begin(adapter_queue, ticket)
-        for adapter_queue in batch.adapter_queues:
-            adapter_queue.batch_count += 1
+                self._adapter_queues.places.take(queue, ticket)
+        for queue in batch.adapter_queues:
+            queue.batch_count += 1
         self._in_flight.add(batch)
         self._flag_streaming_passes()  # ready rows may not have fitted
         return batch
@@ -346,3 +464,31 @@ class AdapterScheduler:
     def _end(self, ticket: Ticket, error: LoraxError | None = None) -> None:
         self._adapter_queues.leave(ticket)
         ticket.end(error)
+
+
+def make_batch(
+    picked: Sequence[tuple[AdapterQueue, Ticket, int]],
+    lease_table: Mapping[int, SlotOccupant],
+    pace: PassTimeModel,
+    now: float,
+) -> Batch:
+    """Make a batch of rows (adapter, request, tokens); raise `HandleClosedError` as `check`."""
+    lengths = [tokens for _, _, tokens in picked]
+    plan = plan_batch([queue.place for queue, _, _ in picked], lengths, lease_table)
+    rows = []
+    for number in plan.order:
+        queue, ticket, tokens = picked[number]
+        position, wants = ticket.progress.position, ticket.progress.wants
+        rows.append(BatchRow(ticket, queue.handle, queue.place, position, tokens, tokens == wants))
+    adapter_queues = tuple({queue: None for queue, _, _ in picked})
+    return Batch(
+        rows=tuple(rows),
+        plan=replace(plan, order=tuple(range(len(rows)))),
+        seconds=pace.predict(plan.segments.tokens),
+        streaming=tuple(
+            queue.handle for queue in adapter_queues if queue.handle and not queue.is_ready
+        ),
+        began=now,
+        adapter_queues=adapter_queues,
+        lease_table=lease_table,
+    )

@@ -23,8 +23,7 @@ from lorax_async.errors import (
     UsageError,
 )
 from lorax_async.scheduler.requests import Request, Ticket
-from lorax_async.scheduler.scheduler import AdapterScheduler
-from lorax_async.scheduler.step import Batch
+from lorax_async.scheduler.scheduler import AdapterScheduler, Batch
 from lorax_async.server.generation import (
     Decoder,
     DecoderStep,

@@ -20,10 +20,16 @@ from lorax_async.planning.batch_plan import (
     plan_rows,
     require_current,
 )
-from lorax_async.scheduler.adapter_queue import LATE_FACTOR, LoadEstimate, LoadProfile, LoadProfiles
-from lorax_async.scheduler.adapter_queues import LoadTarget, LookAhead, urgency
 from lorax_async.scheduler.admission import share
-from lorax_async.scheduler.step import DECAY, PassTimeModel
+from lorax_async.scheduler.estimates import (
+    DECAY,
+    LATE_FACTOR,
+    LoadEstimate,
+    LoadProfile,
+    PassTimeModel,
+)
+from lorax_async.scheduler.look_ahead import LookAhead
+from lorax_async.scheduler.scheduler import urgency
 
 GENERATIONS_AND_RANKS = ((4, 16), (9, 8), (5, 16), (1, 64))
 TENANTS = {slot: SlotOccupant(*each) for slot, each in enumerate(GENERATIONS_AND_RANKS)}
@@ -174,9 +180,8 @@ def test_a_low_priority_waits_for_a_bounded_time(
 
 def test_look_ahead_goes_from_loads_to_the_device_to_the_host() -> None:
     ahead = LookAhead(loads=2, slots=5, hints=3)
-    load, device, host = LoadTarget.LOAD, LoadTarget.DEVICE, LoadTarget.HOST
     for occupied, devices in ((0, 3), (2, 1), (4, 0), (5, 0)):
-        expected = [load] * 2 + [device] * devices + [host] * 3
+        expected = [None] * 2 + ["device"] * devices + ["host"] * 3
         assert ahead.targets(occupied) == expected
 
 
@@ -250,10 +255,9 @@ def test_a_pass_may_begin_when_no_layer_is_computed_before_it_is_expected(
 
 
 def test_a_load_that_nobody_saw_begin_teaches_nothing() -> None:
-    profiles = LoadProfiles()
-    profile = profiles.of("file")
+    profile = LoadProfile()
     profile.record([1.0, 2.0, 3.0, 4.0], 400)
-    load = arrival(profiles.of("file"))
+    load = arrival(profile)
     load.skip(2)
     assert load.arrived == 2
     assert load.expected(10.0) == pytest.approx([13.0, 14.0])  # as others went
@@ -261,4 +265,3 @@ def test_a_load_that_nobody_saw_begin_teaches_nothing() -> None:
     assert profile.per_byte == pytest.approx(4.0 / 400)
     profile.record([8.0] * 4, 400)
     assert profile.per_byte == pytest.approx(6.0 / 400), "courses are averaged"
-    assert profiles.of("hub").per_byte != profile.per_byte

@@ -17,8 +17,7 @@ from lorax_async.devices.transfer import GroupTransfer
 from lorax_async.errors import AdapterTimeoutError, FetchError, HandleClosedError, UsageError
 from lorax_async.handle import AdapterHandle
 from lorax_async.scheduler.requests import Request
-from lorax_async.scheduler.scheduler import AdapterScheduler
-from lorax_async.scheduler.step import Batch
+from lorax_async.scheduler.scheduler import AdapterScheduler, Batch
 from lorax_async.testing import FakeSource
 from lorax_kernels import dense
 from scheduling.page import functions

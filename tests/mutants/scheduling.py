@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from lorax_async.scheduler.adapter_queue import AdapterQueue
-from lorax_async.scheduler.adapter_queues import AdapterQueues, LoadQueue
-from lorax_async.scheduler.requests import Ticket
-from lorax_async.scheduler.step import Batch
+from lorax_async.scheduler.adapter_queues import AdapterQueues
+from lorax_async.scheduler.look_ahead import LoadQueue
+from lorax_async.scheduler.requests import AdapterQueue, Ticket
+from lorax_async.scheduler.scheduler import Batch
 from mutants.mutation import Mutants, mutant, skipped
 
 BATCHES = "test_scheduler.py"

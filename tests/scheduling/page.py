@@ -8,8 +8,7 @@ from typing import Any
 
 from lorax_async.engines.transformers import AttachedModel
 from lorax_async.scheduler.requests import Request, Ticket
-from lorax_async.scheduler.scheduler import AdapterScheduler
-from lorax_async.scheduler.step import Batch
+from lorax_async.scheduler.scheduler import AdapterScheduler, Batch
 
 PAGE = Path(__file__).parents[2] / "docs" / "scheduler.md"
 USED: tuple[Any, ...] = (AdapterScheduler, AttachedModel, Batch, Callable, Request, Ticket, asyncio)

@@ -10,8 +10,7 @@ from typing import Any
 from common import until
 from lorax_async.loader import AdapterLoader
 from lorax_async.scheduler.requests import Ticket
-from lorax_async.scheduler.scheduler import AdapterScheduler
-from lorax_async.scheduler.step import Batch
+from lorax_async.scheduler.scheduler import AdapterScheduler, Batch
 from lorax_async.testing import FakeSource
 from lorax_async.types import AdapterKey, AdapterRef
 from tiny_sources import over

@@ -1,18 +1,9 @@
-"""The requests for one adapter, and when its layers are expected to arrive."""
+"""Estimates from the past: when a load's layers arrive, and how long a pass takes."""
 
 from __future__ import annotations
 
-from bisect import insort
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from math import inf
-from operator import attrgetter
-
-from lorax_async.errors import Stage
-from lorax_async.handle import AdapterHandle
-from lorax_async.planning.batch_plan import NO_SLOT, SlotRef
-from lorax_async.runtime.acquire import MAX_PRIORITY
-from lorax_async.scheduler.requests import Ticket
-from lorax_async.types import Ref, text_of
 
 PROFILE_STEPS = 16
 """The number of points at which a load profile is sampled."""
@@ -25,6 +16,9 @@ LATEST_WEIGHT = 0.5
 
 _MIN_FRACTION = 1e-6
 """The smallest fraction of a load's time: the first groups may arrive in no time."""
+
+DECAY = 0.9
+"""The factor by which a pass's weight falls with each later one."""
 
 
 class LoadProfile:
@@ -63,16 +57,6 @@ def _interpolate(points: Sequence[float], fraction: float) -> float:
     place = fraction * (len(points) - 1)
     below = min(int(place), len(points) - 2)
     return points[below] + (place - below) * (points[below + 1] - points[below])
-
-
-class LoadProfiles:
-    """A load profile per kind of adapter key: local files, remote, in memory."""
-
-    def __init__(self) -> None:
-        self._by_kind: dict[Hashable, LoadProfile] = {}
-
-    def of(self, kind: Hashable) -> LoadProfile:
-        return self._by_kind.setdefault(kind, LoadProfile())
 
 
 class LoadEstimate:
@@ -159,98 +143,33 @@ class LoadEstimate:
         return max(waits, default=now)
 
 
-Urgency = tuple[bool, float, int]
-"""A sort key of adapters: first those with begun requests, then by the oldest request."""
+class PassTimeModel:
+    """Predicts the seconds of a pass from its tokens: a weighted linear fit of past passes.
 
-_order = attrgetter("order")
-
-
-class AdapterQueue:
-    """The requests for one adapter; `ref` None: for the base alone.
-
-    Attributes
-    ----------
-    tickets
-        Requests that are not done, by urgency, including those in a batch.
-    handle, place
-        The lease and its slot, once granted.
-    batch_count
-        The number of batches in flight with this adapter, which keep the handle.
-    arrival
-        The expected arrival of its layers while it streams.
-    may_stream
-        Whether its rows may join a batch before the last layer is there.
-    leaving
-        Whether the slot must be released.
-    yielded_at
-        When it last gave its slot up for requests that had begun.
-    priority
-        The highest priority of any request so far.
-    begun
-        The number of requests that occupy a place of the engine.
-    reloaded
-        Whether the adapter was reloaded because its files changed while they were read.
-    tokens
-        Tokens computed with this adapter. A new queue starts with the minimum of all queues.
+    If all passes had one size, smaller ones are predicted in proportion and larger ones as equally
+    long: a pass longer than predicted does no harm.
     """
 
-    def __init__(self, ref: Ref | None, tokens: int = 0) -> None:
-        self.ref = ref
-        self.tickets: list[Ticket] = []
-        self.handle: AdapterHandle | None = None
-        self.place: SlotRef = NO_SLOT
-        self.batch_count = 0
-        self.arrival: LoadEstimate | None = None
-        self.may_stream = True
-        self.leaving = False
-        self.yielded_at = -inf
-        self.priority = -MAX_PRIORITY
-        self.begun = 0
-        self.reloaded = False
-        self.tokens = tokens
+    def __init__(self) -> None:
+        self._weight = self._x = self._y = self._xx = self._xy = 0.0
 
-    @property
-    def id(self) -> str | None:
-        return None if self.ref is None else text_of(self.ref)
+    def record(self, tokens: int, seconds: float) -> None:
+        """Add the duration of a pass."""
+        self._weight = self._weight * DECAY + 1
+        self._x = self._x * DECAY + tokens
+        self._y = self._y * DECAY + seconds
+        self._xx = self._xx * DECAY + tokens * tokens
+        self._xy = self._xy * DECAY + tokens * seconds
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether every layer is there."""
-        return self.ref is None or (self.handle is not None and self.handle.resident)
-
-    @property
-    def stage(self) -> Stage:
-        """The adapter's stage, as errors name it."""
-        if self.is_ready:
-            return "ready"
-        return "queue" if self.handle is None else "copy"
-
-    @property
-    def urgency(self) -> Urgency:
-        """The urgency of the adapter; it must have a request."""
-        since, number = self.tickets[0].order
-        return not self.begun, since, number
-
-    def add(self, ticket: Ticket) -> None:
-        insort(self.tickets, ticket, key=_order)
-        self.priority = max(self.priority, ticket.request.priority)
-
-    def remove(self, ticket: Ticket) -> None:
-        self.tickets.remove(ticket)
-
-    @property
-    def has_unbegun(self) -> bool:
-        """Whether a request has not begun."""
-        return len(self.tickets) > self.begun
-
-    def waiting(self, limit: int, max_new: float) -> list[Ticket]:
-        """Return the first `limit` requests in no batch; at most `max_new` that have not begun."""
-        waiting = []
-        for ticket in self.tickets:
-            if ticket.in_batch or (max_new <= 0 and not ticket.begun):
-                continue
-            waiting.append(ticket)
-            if len(waiting) == limit:
-                break
-            max_new -= not ticket.begun
-        return waiting
+    def predict(self, tokens: int) -> float | None:
+        """Return the seconds of a pass of `tokens`; None before the first pass."""
+        if not self._weight:
+            return None
+        x, y = self._x / self._weight, self._y / self._weight
+        spread = self._xx / self._weight - x * x
+        if spread < 1e-6 * x * x:
+            return y * min(1.0, tokens / x)
+        slope = max(0.0, (self._xy / self._weight - x * y) / spread)
+        if slope * x > y:  # the fixed cost must not be negative
+            return y * tokens / x
+        return y + slope * (tokens - x)
