@@ -6,11 +6,11 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 from urllib.parse import unquote_to_bytes
 
+from lorax_async import urls
 from lorax_async.errors import (
     AccessDeniedError,
     ConfigError,
@@ -29,142 +29,22 @@ from lorax_async.types import (
     require_one_of,
     require_printable,
 )
-
-DEFAULT_PORTS = {"http": 80, "https": 443}
-
-_URL = re.compile(
-    r"(?P<scheme>https?)://(?P<host>\[[^\]/]*\]|[^:/\[\]]*)(?::(?P<port>[0-9]{1,5}))?"
-    r"(?P<path>/.*)?",
-    re.IGNORECASE | re.ASCII,
+from lorax_async.urls import (
+    DEFAULT_PORTS,
+    InvalidUrlError,
+    Url,
+    folder_path,
+    is_address,
+    parse_host,
 )
-_LABEL = re.compile(r"[a-z0-9](?:[a-z0-9_-]{0,61}[a-z0-9])?")
-_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
-_PATH = re.compile(r"/(?:[A-Za-z0-9._~!$&'()*+,=:@/-]|%[0-9A-Fa-f]{2})*")
-_ENCODED = re.compile(r"%([0-9A-Fa-f]{2})")
-_UNRESERVED = re.compile(r"[A-Za-z0-9._~-]")
-_MAX_URL = 2_048
-_MAX_HOST = 253
-
-# A server that decodes twice, or cuts at ';', reads these as another path.
-_AMBIGUOUS = frozenset("/\\%;")
 
 
-class FolderUrl(NamedTuple):
-    """The URL of a folder, in canonical spelling.
-
-    `host` has no brackets, `port` is None for the scheme's default, and `path` begins and ends with
-    "/".
-    """
-
-    scheme: str
-    host: str
-    port: int | None
-    path: str
-
-    @property
-    def text(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        port = "" if self.port is None else f":{self.port}"
-        return f"{self.scheme}://{host}{port}{self.path}"
-
-
-def parse_folder_url(text: str) -> FolderUrl:
-    """Parse an http or https URL of a folder."""
-    match = _URL.fullmatch(text)
-    if match is None or len(text) > _MAX_URL:
-        raise InvalidAdapterIdError(
-            "a URL is http(s)://host[:port]/folder/, of at most"
-            f" {_MAX_URL:,} characters, without user name, query and fragment"
-        )
-    scheme = match["scheme"].lower()
-    port = parse_port(scheme, int(match["port"] or DEFAULT_PORTS[scheme]))
-    return FolderUrl(scheme, parse_host(match["host"]), port, folder_path(match["path"] or "/"))
-
-
-def parse_port(scheme: str, port: int) -> int | None:
-    """Return `port`, or None for the scheme's default."""
-    if not 0 < port < 65_536:
-        raise InvalidAdapterIdError("a port is from 1 to 65535")
-    return None if port == DEFAULT_PORTS[scheme] else port
-
-
-def parse_host(text: str) -> str:
-    """Normalize a host name, or an address without brackets.
-
-    Numbers that only some programs read as addresses are refused.
-    """
-    if text.startswith("[") and text.endswith("]"):
-        return _parse_ipv6(text[1:-1])
-    host = text.lower()
-    labels = host.split(".")
-    if _NUMBER.fullmatch(labels[-1]):
-        return _parse_ipv4(host)
-    if (
-        not text.isascii()
-        or len(host) > _MAX_HOST
-        or not all(_LABEL.fullmatch(label) for label in labels)
-    ):
-        raise InvalidAdapterIdError(
-            "the URL's host is a name of letters, digits, '-' and '_' between dots (others in their"
-            " xn-- form), an IPv4 address, or an IPv6 address in brackets"
-        )
-    return host
-
-
-def _parse_ipv4(host: str) -> str:
+def parse_folder_url(text: str) -> Url:
+    """Parse an http or https URL of a folder into its canonical spelling."""
     try:
-        return str(IPv4Address(host))
-    except ValueError:
-        raise InvalidAdapterIdError(
-            "an IPv4 address is written as four decimal numbers from 0 to 255"
-        ) from None
-
-
-def _parse_ipv6(host: str) -> str:
-    try:
-        address = IPv6Address(host)
-    except ValueError:
-        address = None
-    if address is None or "%" in host:
-        raise InvalidAdapterIdError("the host in brackets is no IPv6 address (without a zone)")
-    if address.ipv4_mapped is not None:
-        raise InvalidAdapterIdError(
-            "an IPv4 address is written as such, not within an IPv6 address"
-        )
-    return str(address)
-
-
-def folder_path(path: str) -> str:
-    """Normalize a path: "/" at both ends, and only necessary percent-encoding."""
-    if not _PATH.fullmatch(path):
-        raise InvalidAdapterIdError(
-            "the path of a URL is in ASCII, with all but letters, digits and -._~!$&'()*+,=:@"
-            " percent-encoded"
-        )
-    inner = path[1:].removesuffix("/")
-    if inner or len(path) > 1:
-        for part in inner.split("/"):
-            _check_part(part)
-    return _ENCODED.sub(_normalize_escape, f"/{inner}/" if inner else "/")
-
-
-def _check_part(part: str) -> None:
-    try:
-        plain = unquote_to_bytes(part).decode()
-    except UnicodeDecodeError:
-        raise InvalidAdapterIdError("the path of a URL does not decode to UTF-8") from None
-    if plain in {"", ".", ".."}:
-        raise InvalidAdapterIdError("the path of a URL has no part that is '', '.' or '..'")
-    if not plain.isprintable() or _AMBIGUOUS & set(plain):
-        raise InvalidAdapterIdError(
-            "a part of a URL's path contains no / \\ % ; and no unprintable character, encoded or"
-            " not"
-        )
-
-
-def _normalize_escape(escape: re.Match[str]) -> str:
-    character = chr(int(escape[1], 16))
-    return character if _UNRESERVED.fullmatch(character) else escape[0].upper()
+        return urls.parse_folder_url(text)
+    except InvalidUrlError as error:
+        raise InvalidAdapterIdError(str(error)) from None
 
 
 _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?")
@@ -277,7 +157,7 @@ def parse_bucket(scheme: str, name: str) -> str:
     rule = {"s3": _S3, "gs": _GS, "az": _AZ}[scheme]
     labels = name.split(".")
     lengths_fit = scheme != "gs" or max(map(len, labels)) <= _GS_LABEL
-    if not rule.fullmatch(name) or not all(labels) or not lengths_fit or _is_address(name):
+    if not rule.fullmatch(name) or not all(labels) or not lengths_fit or is_address(name):
         word = "container" if scheme == "az" else "bucket"
         raise InvalidAdapterIdError(
             f"it is {scheme}://{word}/folder, where the {word}'s name has {_RULES[scheme]}"
@@ -301,14 +181,6 @@ def parse_prefix(key: str) -> str:
     if len(path.encode()) > _MAX_PREFIX:
         raise InvalidAdapterIdError(f"the folder has more than {_MAX_PREFIX} bytes")
     return f"{path}/"
-
-
-def _is_address(name: str) -> bool:
-    try:
-        IPv4Address(name)
-    except ValueError:
-        return False
-    return True
 
 
 Scheme = Literal["hub", "s3", "gs", "az", "https", "http"]
@@ -378,6 +250,8 @@ class Allow:
             self._normalize()
         except InvalidAdapterIdError as error:
             raise ConfigError(f"Allow({self.scheme!r}, …): {error.problem}") from None
+        except InvalidUrlError as error:
+            raise ConfigError(f"Allow({self.scheme!r}, …): {error}") from None
 
     def _normalize(self) -> None:
         """Check the fields for this scheme and bring them into canonical spelling."""
@@ -428,7 +302,10 @@ class Allow:
         if self.port is not None:
             if not isinstance(self.port, int) or isinstance(self.port, bool):
                 raise ConfigError(f"port of Allow must be an integer or None, not {self.port!r}")
-            object.__setattr__(self, "port", parse_port(self.scheme, self.port))
+            if not 0 < self.port < 65_536:
+                raise ConfigError("port of Allow must be from 1 to 65535")
+            is_default = self.port == DEFAULT_PORTS[self.scheme]
+            object.__setattr__(self, "port", None if is_default else self.port)
         if self.private and (host == "localhost" or is_address(host)):
             raise ConfigError("private of Allow is for names: an address and 'localhost' need none")
 
@@ -446,14 +323,6 @@ def as_allow(entries: object, name: str = "allow") -> tuple[Allow, ...]:
     ):
         raise ConfigError(f"{name} must be a tuple of Allow(scheme, host, port, prefix)")
     return tuple(entries)
-
-
-def is_address(host: str) -> bool:
-    try:
-        ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 _BARE_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
@@ -634,8 +503,13 @@ def place_of(ref: AdapterRef) -> OriginPlace:
     if scheme in STORES:
         place = parse_store(scheme, rest)
         return OriginPlace(scheme, place.bucket, None, place.prefix)
-    url = parse_folder_url(str(ref.id))
-    return OriginPlace(url.scheme, url.host, url.port, url.path[1:])
+    return place_of_url(parse_folder_url(str(ref.id)))
+
+
+def place_of_url(url: Url) -> OriginPlace:
+    """Return the place of a folder's URL."""
+    origin = url.origin
+    return OriginPlace(origin.scheme, origin.host, origin.explicit_port, url.target[1:])
 
 
 def origin_of(ref: AdapterRef) -> str:

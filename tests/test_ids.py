@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from lorax_async import errors
 from lorax_async.errors import MAX_TEXT, InvalidAdapterIdError
-from lorax_async.http.urls import parse_url
 from lorax_async.ids import Allow, parse_adapter_id, parse_allowed_ref, parse_ref
 from lorax_async.types import AdapterRef
+from lorax_async.urls import parse_url
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -91,7 +91,7 @@ def test_an_id_has_one_spelling(text: str, source: str, id: str, revision: str |
              "\u212aelvin.example", "a" * 64, "a." * 127 + "com", "a b", "a\\b"),
             ("four decimal numbers", "http://{}/", "127.1", "0x7f.0.0.1", "2130706433",
              "0177.0.0.1", "1.2.3.256", "a.0x1"),
-            ("no IPv6 address", "http://[{}]/", "", "1.2.3.4", ":::1", "fe80::1%eth0",
+            ("an IPv6 address in brackets", "http://[{}]/", "", "1.2.3.4", ":::1", "fe80::1%eth0",
              "fe80::1%25eth0", "v1.x"),
             ("an IPv4 address is written as such", "{}", "http://[::ffff:127.0.0.1]/"),
             ("port", "http://h:{}/", "0", "65536", "99999"),

@@ -14,17 +14,17 @@ from lorax_async.config import HubCache
 from lorax_async.engines.smollm2 import prepare_base
 from lorax_async.errors import ConfigError, InvalidAdapterIdError, shorten
 from lorax_async.ids import (
-    DEFAULT_PORTS,
     Allow,
     OriginPlace,
-    is_address,
     names_pull_request,
     parse_folder_url,
     parse_ref,
     place_of,
+    place_of_url,
 )
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.types import AdapterRef
+from lorax_async.urls import DEFAULT_PORTS, is_address
 
 OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 """Exit statuses. argparse exits with `REFUSED` on wrong usage."""
@@ -210,7 +210,7 @@ def as_allow(text: str) -> Allow:
         url = parse_folder_url(text)
     except InvalidAdapterIdError as error:
         raise argparse.ArgumentTypeError(error.problem) from None
-    return _allow_origin(OriginPlace(url.scheme, url.host, url.port, url.path[1:]))
+    return _allow_origin(place_of_url(url))
 
 
 def as_source(text: str) -> Allow | Path:

@@ -1,6 +1,7 @@
 """The range engine: files from web servers, by ranges over many connections.
 
-It knows URLs and bytes, and no adapters; it may import `formats.spans`, `tracing` and `errors`.
+It knows URLs and bytes, and no adapters; it may import `urls`, `formats.spans`, `tracing`
+and `errors`.
 Threads of its own take pieces from one scheduler, in layer order; a server that stalls delays only
 its own files.
 
@@ -8,7 +9,7 @@ its own files.
 - `download_scheduler`: shares of the connections, retries, stalled origins, worker threads
 - `ranges`: which ranges to request, in which waves
 - `client`, `connection`, `pool`: requests, redirects, sockets, kept connections
-- `target`, `urls`: a file's URL and validators, the checks of a response
+- `target`: a file's URL and validators, the checks of a response
 - `settings`: limits, timeouts, rules for addresses, TLS, proxies
 - `failures`: retries, and errors of the network as ours
 """

@@ -15,8 +15,8 @@ from lorax_async.http.pool import ConnectionPool
 from lorax_async.http.ranges import LinkEstimate
 from lorax_async.http.settings import HttpSettings
 from lorax_async.http.target import ResolvedLocation, Target, Validators
-from lorax_async.http.urls import InvalidUrlError, Origin, resolve_redirect
 from lorax_async.tracing.recorder import Recorder, Tracer, now
+from lorax_async.urls import InvalidUrlError, Origin, resolve_redirect
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _DRAINED_BYTES = 16 << 10

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, cast
 from lorax_async.errors import FetchError
 from lorax_async.http.failures import AbortedError, RetryableError, broken_off, timeout_error
 from lorax_async.http.settings import Proxy, Timeouts
-from lorax_async.http.urls import Origin
+from lorax_async.urls import Origin
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer

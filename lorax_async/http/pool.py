@@ -6,7 +6,6 @@ import os
 import socket
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from ipaddress import ip_address
 from itertools import count
 from threading import Lock, Thread
 from typing import NamedTuple, Protocol
@@ -23,8 +22,8 @@ from lorax_async.http.settings import (
     is_public,
     tls_context,
 )
-from lorax_async.http.urls import Origin, Url
 from lorax_async.tracing.recorder import Tracer, now
+from lorax_async.urls import Origin, Url, is_address
 
 _MAX_ADDRESSES = 4
 """Addresses of a host that are tried."""
@@ -101,7 +100,7 @@ class Lookups:
         Raises `TimeoutError`, what the network raises, and what `check`, called meanwhile, raises.
         """
         host, port = origin.host, origin.port
-        if _is_address(host):
+        if is_address(host):
             return self._network.resolve(host, port)
         lookup = self._begin(host, port)
         waited = 0.0
@@ -142,14 +141,6 @@ class Lookups:
             lookup.set_result(endpoints)
         else:
             lookup.set_exception(failure)
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 # -- the pool --------------------------------------------------------------------------------------
@@ -349,7 +340,7 @@ def _allowed(text: str, url: Url, rules: Rules) -> bool:
 
 def _parse_number(url: Url, rules: Rules) -> str | None:
     """Check a host that is an address; behind a proxy, names are the proxy's business."""
-    if not _is_address(url.origin.host):
+    if not is_address(url.origin.host):
         return None
     if not _allowed(url.origin.host, url, rules):
         raise _refused_error(url.origin)

@@ -30,8 +30,8 @@ from lorax_async.http.ranges import (
 )
 from lorax_async.http.settings import HttpSettings
 from lorax_async.http.target import Content, ProbeResult, Target, Validators, check_response
-from lorax_async.http.urls import Origin
 from lorax_async.tracing.recorder import Tracer
+from lorax_async.urls import Origin
 
 NeededBytes = Callable[[memoryview, Validators], int]
 """How many of the first bytes are needed, by those that came and the file's validators."""

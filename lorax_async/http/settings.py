@@ -16,7 +16,7 @@ from urllib.request import getproxies
 from lorax_async.errors import ConfigError
 from lorax_async.http.failures import RetryPolicy
 from lorax_async.http.ranges import PieceSizes
-from lorax_async.http.urls import Origin, Url, parse_url
+from lorax_async.urls import Origin, Url, parse_url
 
 # -- where requests may go -------------------------------------------------------------------------
 

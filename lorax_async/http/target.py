@@ -18,7 +18,7 @@ from lorax_async.formats.spans import ByteRange
 from lorax_async.http.connection import ResponseHead
 from lorax_async.http.failures import RetryableError, retry_after_of
 from lorax_async.http.settings import PublicOnly, Rules
-from lorax_async.http.urls import Url
+from lorax_async.urls import Url
 
 _NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _VALUE = re.compile(r"[\x21-\x7e](?:[\t\x20-\x7e]*[\x21-\x7e])?")

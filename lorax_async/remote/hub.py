@@ -35,7 +35,6 @@ from lorax_async.formats.split_weights import CONFIG_FILE, INDEX_FILE, WEIGHTS_F
 from lorax_async.http.failures import RetryPolicy
 from lorax_async.http.settings import Rules
 from lorax_async.http.target import Target
-from lorax_async.http.urls import InvalidUrlError, Url, parse_url
 from lorax_async.ids import Allow, OriginPlace, parse_revision
 from lorax_async.remote.base import LocatedAdapter, RemoteFile
 from lorax_async.remote.hub_calls import (
@@ -54,6 +53,7 @@ from lorax_async.remote.hub_calls import (
 )
 from lorax_async.remote.resolution import resolution_request
 from lorax_async.types import AdapterRef, FileIdentity
+from lorax_async.urls import InvalidUrlError, Url, parse_url
 
 RETRIES = RetryPolicy(attempts=3, base=0.25, most=4.0)
 

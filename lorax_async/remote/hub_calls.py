@@ -26,7 +26,7 @@ from lorax_async.errors import (
 from lorax_async.formats.digests import Digest
 from lorax_async.http.failures import RetryableError, io_error, lookup_error, retry_after_of
 from lorax_async.http.settings import Rules
-from lorax_async.http.urls import InvalidUrlError, Url, parse_url
+from lorax_async.urls import InvalidUrlError, Url, parse_url
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError

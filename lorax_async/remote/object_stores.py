@@ -30,10 +30,10 @@ from lorax_async.errors import (
 from lorax_async.formats.split_weights import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, FileRole
 from lorax_async.http.settings import Address, Rules
 from lorax_async.http.target import Target
-from lorax_async.http.urls import InvalidUrlError, Origin, Url, parse_url
 from lorax_async.ids import STORES, parse_ref, parse_store
 from lorax_async.remote.base import AnotherVersionError, LocatedAdapter, RemoteFile
 from lorax_async.types import AdapterRef
+from lorax_async.urls import InvalidUrlError, Origin, Url, parse_url
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta

@@ -17,18 +17,12 @@ from lorax_async.cache.base import Cache, CacheEntry, EntryRecord
 from lorax_async.cache.disk_cache import OwnCache
 from lorax_async.concurrency import FetchControl, WorkerThreads
 from lorax_async.config import Checking, Limits, LoaderConfig
-from lorax_async.errors import (
-    IntegrityError,
-    InternalError,
-    InvalidAdapterIdError,
-    LoaderClosedError,
-)
+from lorax_async.errors import IntegrityError, InternalError, LoaderClosedError
 from lorax_async.files import Reader
 from lorax_async.formats import spans
 from lorax_async.http.range_engine import RangeEngine
 from lorax_async.http.settings import Address, HttpSettings
-from lorax_async.http.urls import Origin, Url, parse_url
-from lorax_async.ids import DEFAULT_PORTS, Allow, OriginPlace, folder_path, is_address, parse_host
+from lorax_async.ids import Allow, OriginPlace
 from lorax_async.remote.base import Backend
 from lorax_async.remote.hub import HubBackend, StandardHubCache, TieredCache, standard_folder
 from lorax_async.remote.hub_calls import endpoint_in_use
@@ -51,6 +45,15 @@ from lorax_async.sources.base import AdapterFile, PinnedPages, StoredFolder
 from lorax_async.sources.local_folder import LocalPages, ReadAhead
 from lorax_async.tracing.recorder import Tracer
 from lorax_async.types import UNCHECKED, AdapterKey, AdapterRef, RemoteKey, Verification
+from lorax_async.urls import (
+    DEFAULT_PORTS,
+    InvalidUrlError,
+    Origin,
+    Url,
+    folder_path,
+    is_address,
+    parse_url,
+)
 
 _PRIVATE = [
     ip_network(text)
@@ -77,39 +80,25 @@ class AllowRules:
 
     def __init__(self, allow: Sequence[Allow] = (), named: Collection[Origin] = ()) -> None:
         self._entries = tuple(entry for entry in allow if entry.scheme in DEFAULT_PORTS)
-        self._named = frozenset(_place(origin) for origin in named)
+        self._named = frozenset(named)
 
     def allows(self, url: Url, hop: int) -> bool:
-        return (hop > 0 and url.secure) or self._is_named(url) or bool(self._covering(url))
+        is_named = url.origin in self._named
+        return (hop > 0 and url.secure) or is_named or bool(self._covering(url))
 
     def allows_address(self, url: Url, address: Address) -> bool:
-        return self._is_named(url) or any(_admits(entry, address) for entry in self._covering(url))
-
-    def _is_named(self, url: Url) -> bool:
-        return _place(url.origin) in self._named
+        if url.origin in self._named:
+            return True
+        return any(_admits(entry, address) for entry in self._covering(url))
 
     def _covering(self, url: Url) -> list[Allow]:
-        place = OriginPlace(*_place(url.origin), _path(url))
+        try:
+            path = folder_path(url.target.partition("?")[0])[1:]
+        except InvalidUrlError:
+            path = ""  # it is ambiguous: no prefix covers it
+        origin = url.origin
+        place = OriginPlace(origin.scheme, origin.host, origin.explicit_port, path)
         return [entry for entry in self._entries if entry.covers(place)]
-
-
-def _place(origin: Origin) -> tuple[str, str, int | None]:
-    """Return scheme, host and port as entries spell them; leave an invalid host as it is."""
-    host = f"[{origin.host}]" if ":" in origin.host else origin.host
-    try:
-        host = parse_host(host)
-    except InvalidAdapterIdError:
-        host = origin.host
-    is_default = origin.port == DEFAULT_PORTS[origin.scheme]
-    return origin.scheme, host, None if is_default else origin.port
-
-
-def _path(url: Url) -> str:
-    """Return the path below the host; "" if it is ambiguous, so that no prefix covers it."""
-    try:
-        return folder_path(url.target.partition("?")[0])[1:]
-    except InvalidAdapterIdError:
-        return ""
 
 
 def _admits(entry: Allow, address: Address) -> bool:

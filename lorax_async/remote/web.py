@@ -20,11 +20,11 @@ from lorax_async.formats.split_weights import CONFIG_FILE, INDEX_FILE, WEIGHTS_F
 from lorax_async.http.range_engine import RangeEngine
 from lorax_async.http.settings import Rules
 from lorax_async.http.target import ProbeResult, Target, Validators
-from lorax_async.http.urls import Url, parse_url
 from lorax_async.ids import parse_ref
 from lorax_async.remote.base import WEAK, AnotherVersionError, LocatedAdapter, RemoteFile
 from lorax_async.remote.metadata import FIRST_BYTES, CancelScope, wait_for
 from lorax_async.types import AdapterRef
+from lorax_async.urls import Url, parse_url
 
 MAX_INDEX_BYTES = 2 << 20
 MAX_SHARDS = 256

@@ -13,10 +13,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lorax_async.config import MiB
 from lorax_async.errors import ConfigError, shorten
-from lorax_async.ids import Allow, as_allow, is_address
+from lorax_async.ids import Allow, as_allow
 from lorax_async.server.clients import UnreadRefusal
 from lorax_async.server.error_responses import Refusal
 from lorax_async.types import AdapterId, as_ref, require_count, require_positive, require_seconds
+from lorax_async.urls import is_address
 
 ANY = "*"
 LOOPBACK = ("localhost", "*.localhost", "127.0.0.1", "::1")

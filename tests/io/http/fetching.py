@@ -15,7 +15,7 @@ from lorax_async.http.range_engine import RangeEngine
 from lorax_async.http.ranges import PieceSizes
 from lorax_async.http.settings import Address, HttpSettings, Rules, Timeouts
 from lorax_async.http.target import ProbeResult, Target
-from lorax_async.http.urls import Url, parse_url
+from lorax_async.urls import Url, parse_url
 
 DATA = random.Random(5).randbytes(400_000)
 GROUPS: list[list[ByteRange]] = [

@@ -33,7 +33,7 @@ from lorax_async.http.range_engine import PREFETCH, FileSink, RangeEngine
 from lorax_async.http.ranges import PieceSizes
 from lorax_async.http.settings import HttpSettings, Timeouts
 from lorax_async.http.target import Target
-from lorax_async.http.urls import parse_url
+from lorax_async.urls import parse_url
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 

@@ -13,7 +13,7 @@ from fetching import DATA, PretendNetwork, asked, check, engine, fetched
 
 from lorax_async.errors import AccessDeniedError, ConfigError, FetchError
 from lorax_async.http.settings import Proxies, tls_context
-from lorax_async.http.urls import Origin
+from lorax_async.urls import Origin
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 

@@ -23,7 +23,6 @@ from lorax_async.formats.digests import Digest
 from lorax_async.formats.split_weights import CONFIG_FILE, WEIGHTS_FILE, FileRole
 from lorax_async.http.range_engine import RangeEngine
 from lorax_async.http.target import Target
-from lorax_async.http.urls import parse_url
 from lorax_async.lifecycle.policies import policy
 from lorax_async.loader import AdapterLoader
 from lorax_async.remote.base import LocatedAdapter, RemoteFile
@@ -32,6 +31,7 @@ from lorax_async.remote.remote_source import RemoteParts, RemoteSource
 from lorax_async.remote.resolution import ResolutionCache, VersionResolver
 from lorax_async.sources.base import AdapterFile, Source
 from lorax_async.types import AdapterKey, AdapterRef
+from lorax_async.urls import parse_url
 from sweeping import stepwise
 
 

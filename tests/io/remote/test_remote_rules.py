@@ -4,9 +4,9 @@ from ipaddress import ip_address
 
 import pytest
 
-from lorax_async.http.urls import parse_url
 from lorax_async.ids import Allow
 from lorax_async.remote.remote_source import AllowRules
+from lorax_async.urls import parse_url
 
 METADATA = "169.254.169.254"
 ENDPOINT = parse_url("http://hub.internal:8080/hf").origin

@@ -18,9 +18,9 @@ from common import until as later
 from lorax_async import errors
 from lorax_async.http.settings import PublicOnly
 from lorax_async.http.target import ProbeResult, Validators
-from lorax_async.http.urls import parse_url
 from lorax_async.remote.object_stores import Buckets, OriginAllowed, StoreFolder, version_of
 from lorax_async.types import AdapterRef
+from lorax_async.urls import parse_url
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
