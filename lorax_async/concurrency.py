@@ -246,7 +246,7 @@ class SharedResource(Generic[T]):
         opened: T | None = None,
     ) -> None:
         self.opened = opened
-        """None until it is opened."""
+        """None until it is opened, and once it is closed."""
         self.closed = False
         self._open = open
         self._close = close
@@ -291,8 +291,9 @@ class SharedResource(Generic[T]):
             return self.opened
 
     def _end(self) -> None:
-        if self.opened is not None:
-            self._close(self.opened)
+        opened, self.opened = self.opened, None
+        if opened is not None:
+            self._close(opened)
 
 
 class Closable(Protocol):

@@ -255,9 +255,9 @@ async def test_tensors_cancelled_at_every_await_change_nothing(tmp_path: Path, v
 
 
 STEPS = {
-    "measure": "lorax_async.sources.host_copies.TensorSnapshot.measure",
-    "copy": "lorax_async.sources.host_copies.TensorSnapshot.step",
-    "hash": "lorax_async.sources.host_copies.StagingBuffer.of",
+    "measure": "lorax_async.sources.tensors.TensorSnapshot.measure",
+    "copy": "lorax_async.sources.tensors.TensorSnapshot.copy",
+    "hash": "lorax_async.sources.tensors.StagingBuffer.of",
     "open": "lorax_async.sources.host_copies.HostCopy.open",
     "plan": "lorax_async.runtime.fetches.TransferPlanner.plan",
     "read": "lorax_async.sources.host_copies.CopyReader.read_into",

@@ -8,7 +8,7 @@ layer group by layer group. May import `formats`, `planning`, `files`, `ids`, `c
 - `router`: local or remote, by id, key or reader
 - `local`: the source of local folders
 - `local_folder`: finds a folder and checks its files; reads, joins and maps the weights
-- `tensors`: the source of tensors and merges, in host memory
-- `host_copies`: snapshots of tensors, the memory budget, spill files
+- `tensors`: the source of tensors and merges, in host memory; snapshots of tensors
+- `host_copies`: files in host memory, their budget, spill files
 - `merges`: PEFT's arithmetic
 """

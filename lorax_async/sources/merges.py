@@ -32,7 +32,7 @@ from lorax_async.planning.merge_plan import (
     plan_merge,
 )
 from lorax_async.sources.base import AdapterFile, Source
-from lorax_async.sources.host_copies import HostCopies, HostCopy, Reservation, host_memory
+from lorax_async.sources.host_copies import HostCopies, HostCopy, host_memory
 from lorax_async.types import AdapterKey, MajoritySign, Merge, MergedKey, Verification, weakest
 
 
@@ -226,18 +226,18 @@ class Merger:
     async def merge(self, key: MergedKey, control: FetchControl) -> HostCopy:
         """Compute a merge and keep it. Raise as a load of a part does, naming the part."""
         plan, files = await self._plan(key, control)
-        room: Reservation | None = None
+        copy: HostCopy | None = None
         try:
-            room = await self._reserve(plan.nbytes, control)
+            copy = await self._reserve(plan.nbytes, control)
             verification = await self._bring(key, files, control)
             content = await self._compute(key, plan, files, control)
-            head = plan.config, len(plan.prefix)
-            copy = HostCopy(key, *head, content, room, verification)
-            room = None
+        except BaseException:
+            if copy is not None:
+                copy.leave()
+            raise
         finally:
             _close(files)
-            if room is not None:
-                room.end()
+        copy.fill(key, plan.config, len(plan.prefix), content, verification)
         return self._copies.put(copy)
 
     def close(self) -> None:
@@ -275,7 +275,7 @@ class Merger:
             lambda file: file.reader.close(),
         )
 
-    async def _reserve(self, nbytes: int, control: FetchControl) -> Reservation:
+    async def _reserve(self, nbytes: int, control: FetchControl) -> HostCopy:
         """Wait for room until `control` ends."""
         reserving = asyncio.ensure_future(self._copies.reserve(nbytes, lambda: None))
 
@@ -288,7 +288,7 @@ class Merger:
                 await asyncio.wait([reserving])
         except asyncio.CancelledError:
             reserving.cancel()
-            reserving.add_done_callback(partial(_undo, Reservation.end))
+            reserving.add_done_callback(partial(_undo, HostCopy.leave))
             raise
         if reserving.cancelled():
             raise FetchError("no caller waits for the merge any more")

@@ -3,23 +3,177 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 
 import torch
 
 from lorax_async.concurrency import FetchControl
 from lorax_async.config import Limits
-from lorax_async.errors import AdapterNotFoundError, EvictedError, FetchError, UsageError
+from lorax_async.devices.staging import TORCH_DTYPES, StagingBuffer
+from lorax_async.devices.streams import DeviceEvent, new_event, stream_on
+from lorax_async.errors import (
+    AdapterNotFoundError,
+    EvictedError,
+    FetchError,
+    IntegrityError,
+    UnsupportedAdapterError,
+    UsageError,
+    shorten,
+)
 from lorax_async.files import Reader, sha256_of
+from lorax_async.formats.safetensors import TensorDescription, write_header
 from lorax_async.formats.spans import ByteSpan
 from lorax_async.planning.layout import ModelLayout
+from lorax_async.planning.transfer_plan import check_size
 from lorax_async.sources.base import AdapterFile, PinnedPages, Source
-from lorax_async.sources.host_copies import CopyReader, HostCopies, HostCopy, TensorSnapshot
+from lorax_async.sources.host_copies import CopyReader, HostCopies, HostCopy, host_memory
+from lorax_async.sources.local_folder import ReadAhead
 from lorax_async.sources.merges import Merger
 from lorax_async.types import AdapterKey, AdapterRef, MergedKey, TensorsKey, Verification
 
+STEP_BYTES = 4 << 20
+"""Bytes copied and hashed in one step: some milliseconds."""
+
+STEP_TENSORS = 256
+
+_DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _GONE = "its tensors were dropped; pass them again to load_tensors"
+
+
+class TensorSnapshot:
+    """Copies tensors into a safetensors file, in any thread.
+
+    Make it while the tensors have the values to copy; it waits for work that is queued by then on
+    this thread's current streams. Call `measure`, then run `copy` to its end; then `key`, `prefix`
+    and `content` (uint8 `[nbytes]`) are those of the file.
+
+    Raise `UsageError` for values that are no tensors.
+    """
+
+    key: TensorsKey
+    content: torch.Tensor
+    prefix: bytes
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], config: bytes, limits: Limits) -> None:
+        argument: object = tensors
+        if not isinstance(argument, Mapping):
+            kind = type(argument).__name__
+            raise UsageError(f"tensors must be a dict of torch tensors by name, not {kind}")
+        self._tensors = dict(tensors)
+        if len(self._tensors) > limits.max_tensors:
+            raise UnsupportedAdapterError(
+                f"{len(self._tensors):,} tensors are over the limit of {limits.max_tensors:,};"
+                " raise Limits.max_tensors to accept them"
+            )
+        self._config = config
+        self._limits = limits
+        self._versions = [_version(name, tensor) for name, tensor in self._tensors.items()]
+        self._events: list[DeviceEvent] = []
+        for device in {tensor.device for tensor in self._tensors.values()}:
+            if device.type not in {"cpu", "meta"}:
+                event = new_event(device)
+                event.record(stream_on(device, None))
+                self._events.append(event)
+
+    def measure(self) -> int:
+        """Check everything but the bytes; return the file's size. Blocks.
+
+        Raise `UnsupportedAdapterError`, also for a size over the limit.
+        """
+        # The order of safetensors: wider dtypes first, so that each tensor is aligned to its dtype.
+        self._descriptions = sorted(
+            (_describe(name, tensor) for name, tensor in self._tensors.items()),
+            key=lambda tensor: (-TORCH_DTYPES[tensor.dtype].itemsize, tensor.name),
+        )
+        self.prefix, self._places = write_header(self._descriptions)
+        self._nbytes = self._places[-1][1] if self._places else len(self.prefix)
+        check_size(self._nbytes, "in its tensors", self._limits)
+        return self._nbytes
+
+    def copy(self) -> Iterator[None]:
+        """Copy the tensors, in steps of some milliseconds. Blocks.
+
+        Raises
+        ------
+        IntegrityError
+            A tensor was written to since the snapshot was made.
+        FetchError
+            A tensor could not be read.
+        CapacityError
+            The machine has no memory for the copy.
+        """
+        content = host_memory(self._nbytes, self.prefix)
+        # Hash the length too: config and prefix must not exchange bytes.
+        digest = hashlib.sha256(len(self._config).to_bytes(8, "little"))
+        digest.update(self._config + self.prefix)
+        for event in self._events:
+            event.synchronize()
+        nbytes = count = 0
+        for description, (start, stop) in zip(self._descriptions, self._places, strict=True):
+            source = _rows_of(description.name, self._tensors[description.name])
+            target = content[start:stop].view(source.dtype).view(source.shape)
+            rows_per_step = max(1, STEP_BYTES * len(source) // max(1, source.nbytes))
+            for first in range(0, len(source) if source.numel() else 0, rows_per_step):
+                piece = target[first : first + rows_per_step]
+                _copy_piece(description.name, piece, source[first : first + rows_per_step])
+                digest.update(StagingBuffer.of(piece.view(torch.uint8)).memory)
+                nbytes, count = nbytes + piece.nbytes, count + 1
+                if nbytes >= STEP_BYTES or count >= STEP_TENSORS:
+                    nbytes = count = 0
+                    yield
+        self._require_unchanged()
+        self.key, self.content = TensorsKey.of(digest.hexdigest()), content
+
+    def _require_unchanged(self) -> None:
+        for (name, tensor), before in zip(self._tensors.items(), self._versions, strict=True):
+            if _version(name, tensor) != before:
+                raise IntegrityError(
+                    f"tensor {shorten(name, 200)!r} was written to while it was copied; continue"
+                    " training after the call, or pass a clone"
+                )
+
+
+def _version(name: object, tensor: object) -> int:
+    """Return how often a tensor was written to; 0 in inference mode, where torch does not count."""
+    if not isinstance(tensor, torch.Tensor):
+        raise UsageError(f"tensor {str(name)!r} is no torch tensor, but {type(tensor).__name__}")
+    return 0 if tensor.is_inference() else tensor._version  # noqa: SLF001 - torch has no other
+
+
+def _describe(name: object, tensor: torch.Tensor) -> TensorDescription:
+    if not isinstance(name, str):
+        raise UsageError(f"tensor names must be str, not {shorten(repr(name), 200)}")
+    shown = repr(shorten(name, 200))
+    if tensor.layout != torch.strided or tensor.is_meta:
+        raise UsageError(f"tensor {shown} has no plain bytes to copy; materialise it first")
+    dtype = _DTYPE_NAMES.get(tensor.dtype)
+    if dtype is None:
+        raise UnsupportedAdapterError(
+            f"tensor {shown} is {tensor.dtype}; pass it as {', '.join(map(str, _DTYPE_NAMES))}"
+        )
+    return TensorDescription(name, dtype, tuple(tensor.shape))
+
+
+def _rows_of(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor as rows. Check its memory first: reading without any ends the process."""
+    reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    last = (tensor.storage_offset() + reach + 1) * tensor.itemsize
+    if tensor.numel() and tensor.untyped_storage().nbytes() < last:
+        problem = f"tensor {shorten(name, 200)!r} has no memory behind it; gather it first"
+        raise FetchError(problem, retryable=False)
+    rows = tensor.detach()
+    return rows if rows.dim() else rows.view(1)
+
+
+def _copy_piece(name: str, piece: torch.Tensor, rows: torch.Tensor) -> None:
+    try:
+        piece.copy_(rows)
+    except Exception as error:  # noqa: BLE001 - whatever a stranger's tensor raises
+        problem = f"tensor {shorten(name, 200)!r} could not be copied: {error}"
+        # Drop the frames, which keep the bytes alive.
+        raise FetchError(problem, retryable=False) from error.with_traceback(None)
 
 
 class MemorySource:
@@ -67,22 +221,21 @@ class MemorySource:
         """
         snapshot, loop = TensorSnapshot(tensors, config, self._limits), asyncio.get_running_loop()
         nbytes = await loop.run_in_executor(self._threads, snapshot.measure)
-        room = await self.copies.reserve(nbytes, check_open)
-        running: Future[bool] | None = None
+        copy = await self.copies.reserve(nbytes, check_open)
+        running: Future[bool | None] | None = None
         try:
-            more = True
-            while more:
+            steps, ended = snapshot.copy(), None
+            while not ended:
                 check_open()
-                running = self._threads.submit(snapshot.step)
-                more = await asyncio.wrap_future(running)
+                running = self._threads.submit(next, steps, True)
+                ended = await asyncio.wrap_future(running)
         except BaseException:
             if running is None:
-                room.end()
+                copy.leave()
             else:  # a thread that still copies uses the memory
-                running.add_done_callback(lambda _: room.end())
+                running.add_done_callback(lambda _: copy.leave())
             raise
-        header = len(snapshot.prefix)
-        copy = HostCopy(snapshot.key, config, header, snapshot.content, room)
+        copy.fill(snapshot.key, config, len(snapshot.prefix), snapshot.content)
         return self.copies.put(copy).key
 
     async def resolve(self, ref: AdapterRef) -> AdapterKey:
@@ -96,19 +249,20 @@ class MemorySource:
             copy = copy or await self._merger.merge(key, control)
         elif copy is None:
             raise AdapterNotFoundError(_GONE, stage="fetch")
-        reader, loop = copy.open(), asyncio.get_running_loop()
+        reader, prefix = copy.open(), bytearray(copy.prefix_bytes)
+        loop, buffers = asyncio.get_running_loop(), [memoryview(prefix)]
         try:
-            prefix = await loop.run_in_executor(self._threads, reader.prefix)
+            await loop.run_in_executor(self._threads, reader.read_into, buffers, 0)
         except BaseException:
             reader.close()
             raise
-        return AdapterFile(copy.config, prefix, reader)
+        return AdapterFile(copy.config, bytes(prefix), reader)
 
     def reopen(self, key: AdapterKey) -> Reader:
         if not isinstance(key, TensorsKey | MergedKey):
             return self._source.reopen(key)
         copy = self.copies.get(key)
-        return _Missing(key) if copy is None else copy.open()
+        return CopyReader(None, _gone_error(key)) if copy is None else copy.open()
 
     async def bring(
         self,
@@ -118,7 +272,7 @@ class MemorySource:
         control: FetchControl,
     ) -> Verification:
         """Return at once for an adapter in memory."""
-        if not isinstance(file.reader, CopyReader):
+        if not isinstance(file.reader, CopyReader) or file.reader.copy is None:
             return await self._source.bring(file, groups, arrived, control)
         if control.cancelled:
             raise FetchError("no caller waits for the adapter any more")
@@ -147,7 +301,7 @@ class MemorySource:
             await loop.run_in_executor(self._threads, reader.read_ahead)
         finally:
             reader.close()
-        return _NoPages()
+        return ReadAhead()
 
     def close(self) -> None:
         """End threads and remove spill files. Drop all copies before. Blocks."""
@@ -157,39 +311,11 @@ class MemorySource:
     def _known(self, key: AdapterKey) -> HostCopy:
         copy = self.copies.get(key)
         if copy is None:
-            raise _missing(key)
+            raise _gone_error(key)
         return copy
 
 
-class _Missing:
-    """The `Reader` of a copy that was dropped."""
-
-    def __init__(self, key: AdapterKey) -> None:
-        self._key = key
-
-    @property
-    def nbytes(self) -> int:
-        raise _missing(self._key)
-
-    def read_into(self, _: Sequence[memoryview], __: int) -> None:
-        raise _missing(self._key)
-
-    def read_rows(self, _: memoryview, __: int, ___: int, ____: int) -> None:
-        raise _missing(self._key)
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-
-def _missing(key: AdapterKey) -> FetchError:
+def _gone_error(key: AdapterKey) -> FetchError:
     if isinstance(key, MergedKey):
         return EvictedError("the merge made room in memory; load it again")
     return FetchError(_GONE, retryable=False)
-
-
-class _NoPages:
-    nbytes = 0
-    locked = False
-
-    def close(self) -> None:
-        """Nothing is held."""

@@ -1,7 +1,8 @@
 """Bytes at rest and on their way: readers, merges, tensors in memory, remote fetches."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from lorax_async import concurrency
@@ -11,9 +12,10 @@ from lorax_async.remote.opening import AdapterOpener
 from lorax_async.remote.readers import AdapterFetch, FetchReader
 from lorax_async.remote.remote_source import RemoteSource
 from lorax_async.remote.resolution import ResolutionCache, VersionResolver
-from lorax_async.sources import host_copies, merges
-from lorax_async.sources.host_copies import HostCopies, HostCopy, TensorSnapshot
+from lorax_async.sources import merges
+from lorax_async.sources.host_copies import HostCopies, HostCopy
 from lorax_async.sources.local_folder import LocalPages
+from lorax_async.sources.tensors import TensorSnapshot
 from mutants.mutation import (
     Mutants,
     NoLock,
@@ -50,18 +52,18 @@ async def _not_waited_for(works: Sequence[Any], undo: object) -> list[Any]:
         raise
 
 
-async def _free_of_charge(self: HostCopies, *_: object) -> host_copies.Reservation:
-    return host_copies.Reservation(0, nothing)
+async def _free_of_charge(self: HostCopies, *_: object) -> HostCopy:
+    return HostCopy(0, self)
 
 
 def _kept_though_dropped(self: HostCopy, file: Any) -> None:
-    self._file, self._content = file, None
-    self._free()
+    self._place.close()
+    self._place = SharedResource("the adapter", nothing, opened=file)
 
 
-def _freed_while_read(self: HostCopy) -> None:
-    if self._content is None:
-        self._room.end()
+@contextmanager
+def _freed_while_read(self: HostCopy) -> Iterator[Any]:
+    yield self._place.opened
 
 
 async def _abandoned(self: WorkerThreads, work: Any, undo: object = None) -> Any:
@@ -91,7 +93,7 @@ SOURCES: Mutants = {
         (HostCopies, "reserve", _free_of_charge)),
     "tensors: bytes keep their room while they are read": mutant(
         f"{MEMORY}::test_bytes_keep_their_room_while_they_are_read",
-        (HostCopy, "_free", _freed_while_read)),
+        (HostCopy, "held", _freed_while_read)),
     "spilling: what was dropped meanwhile leaves the disk": mutant(
         "test_spilled_tensors.py::test_unloaded_during_the_spill_it_is_gone",
         (HostCopy, "move", _kept_though_dropped)),
