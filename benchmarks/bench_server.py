@@ -25,8 +25,7 @@ from lorax_async.config import LoaderConfig
 from lorax_async.engines.transformers import attach
 from lorax_async.loader import AdapterLoader
 from lorax_async.scheduler.scheduler import AdapterScheduler
-from lorax_async.server.engine import Engine
-from lorax_async.server.generation import Generation, Sampling
+from lorax_async.server.engine import Engine, Generation, Sampling
 from lorax_async.server.transformers_decoder import TransformersDecoder
 from times import Line, Times, print_lines, verdict
 

@@ -41,7 +41,7 @@ from lorax_async.files import Reader
 from lorax_async.formats.safetensors import header_size
 from lorax_async.formats.spans import ByteSpan
 from lorax_async.handle import AdapterHandle
-from lorax_async.server.generation import DecoderStep, StepResult
+from lorax_async.server.engine import DecoderStep, StepResult
 from lorax_async.sources.base import AdapterFile, PinnedPages
 from lorax_async.types import UNCHECKED, AdapterKey, AdapterRef, FileIdentity, Verification
 

@@ -1,14 +1,16 @@
-"""The ASGI application: its routes, the page's, and uvicorn around it."""
+"""The ASGI application: its routes; and uvicorn around it."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -18,22 +20,35 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from uvicorn.server import HANDLED_SIGNALS
 
-from lorax_async.errors import LoraxError
-from lorax_async.server.admin import AdminEndpoints, is_operator
-from lorax_async.server.clients import ABORT, CLOSING, EventStream, UnreadRefusal
+from lorax_async import ids
+from lorax_async.errors import (
+    AdapterInUseError,
+    AdapterTimeoutError,
+    InvalidAdapterIdError,
+    LoraxError,
+)
+from lorax_async.events import Event, SlotId
+from lorax_async.runtime.placement import AdapterResidency
 from lorax_async.server.completions import CompletionEndpoint
-from lorax_async.server.error_responses import Refusal, create_refusal
-from lorax_async.server.request_bodies import ChatBody, CompletionBody
-from lorax_async.server.server_metrics import GONE, RequestCounter
-from lorax_async.server.server_settings import AllowedHosts
-from lorax_async.server.service import Service
+from lorax_async.server.monitoring import GONE, RequestCounter
+from lorax_async.server.request_bodies import (
+    ChatBody,
+    CompletionBody,
+    LoadBody,
+    UnloadBody,
+    read_body,
+)
+from lorax_async.server.responses import ABORT, EventStream, Refusal, UnreadRefusal, create_refusal
+from lorax_async.server.server_settings import AllowedHosts, is_operator, require_operator
+from lorax_async.server.service import CLOSING, Service
 from lorax_async.tracing.drawing import SCRIPT
+from lorax_async.types import AdapterId, AdapterKey, AdapterRef
 
 HERE = Path(__file__).parent / "page"
 
@@ -54,77 +69,16 @@ SAFE = {
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
 }
-"""Headers of every response of these routes."""
+"""Headers of every response of the page's routes."""
 
+UNLOAD_SECONDS = 1.0
+"""Time to wait for requests that use the adapter; new requests for it wait meanwhile."""
 
-def page_routes(service: Service) -> list[Route]:
-    """Return the page's files and the calls it makes. Blocks while it reads the files."""
-    return [
-        *(Route(path, _File(*file).get) for path, file in FILES.items()),
-        Route("/page/events", _Events(service), methods=["GET"]),
-        Route("/page/trace.json", _TraceRoute(service).get),
-    ]
-
-
-class _File:
-    def __init__(self, path: Path, kind: str) -> None:
-        self._content = path.read_bytes()
-        self._headers = SAFE | {"content-type": f"{kind}; charset=utf-8"}
-
-    async def get(self, _: Request) -> Response:
-        return Response(self._content, headers=self._headers)
-
-
-class _TraceRoute:
-    """GET /page/trace.json: the last cold request, for the page, Perfetto and the command line."""
-
-    def __init__(self, service: Service) -> None:
-        self._service = service
-
-    async def get(self, request: Request) -> Response:
-        operator = is_operator(self._service.settings, request)
-        content = await self._service.cold_trace.get(operator=operator)
-        if content is None:
-            raise Refusal(404, "No cold request has ended yet", code="no_cold_request")
-        headers = {
-            "content-type": "application/json",
-            "content-disposition": 'attachment; filename="cold-request.json"',
-            "cache-control": "no-store",  # the operator's trace is not for this browser's next user
-        }
-        return Response(content, headers=SAFE | headers)
-
-
-class _Events:
-    """GET /page/events as an ASGI app: ends with its client or with the server, HEAD at once."""
-
-    def __init__(self, service: Service) -> None:
-        self._service = service
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        service = self._service
-        operator = is_operator(service.settings, Request(scope, receive))
-        if service.in_flight.closing:
-            raise Refusal(503, CLOSING, code="closing", retry_after=service.settings.retry_after)
-        stream = EventStream(scope, receive, send, service.settings.slow_client)
-        if scope["method"] == "HEAD":
-            await stream.begin()
-            await stream.end()
-            return
-        with service.feeds.admit(stream, operator=operator):
-            try:
-                async with service.in_flight.open_scope(receive):
-                    await service.feeds.send(stream, operator=operator)
-            except ClientDisconnect:
-                return
-            except LoraxError as error:
-                if not stream.has_begun:
-                    raise
-                await stream.fail(create_refusal(error, service.settings.retry_after), error)
+Handler = Callable[[Service, Request], Awaitable[Response]]
 
 
 def create_app(service: Service) -> Starlette:
     """Return an application over `service`, which it neither opens nor closes."""
-    models, admin = ModelEndpoints(service), AdminEndpoints(service)
     settings = service.settings
 
     async def refuse(_: Request, error: Exception) -> Response:
@@ -134,21 +88,29 @@ def create_app(service: Service) -> Starlette:
     async def ignore_disconnect(_: Request, __: Exception) -> Response:
         return Response(status_code=int(GONE))
 
+    async def show_file(path: Path, kind: str, _: Request) -> Response:
+        return FileResponse(path, media_type=kind, headers=SAFE)
+
+    def route(path: str, handler: Handler, method: str = "GET") -> Route:
+        return Route(path, partial(handler, service), methods=[method])
+
     middleware = [Middleware(RequestCounter, service.metrics)]
     if settings.allowed_hosts is not None:
         middleware.append(Middleware(AllowedHosts, settings.allowed_hosts, settings.slow_client))
     return Starlette(
         routes=[
-            Route("/v1/models", models.all),
-            Route("/v1/models/{name:path}", models.one),
+            route("/v1/models", list_models),
+            route("/v1/models/{name:path}", describe_model),
             Route("/v1/completions", CompletionEndpoint(service, CompletionBody), methods=["POST"]),
             Route("/v1/chat/completions", CompletionEndpoint(service, ChatBody), methods=["POST"]),
-            Route("/v1/load_lora_adapter", admin.load, methods=["POST"]),
-            Route("/v1/unload_lora_adapter", admin.unload, methods=["POST"]),
-            Route("/v1/adapters", admin.adapters),
-            Route("/health", models.health),
-            Route("/metrics", service.metrics.show),
-            *page_routes(service),
+            route("/v1/load_lora_adapter", load_adapter, "POST"),
+            route("/v1/unload_lora_adapter", unload_adapter, "POST"),
+            route("/v1/adapters", list_adapters),
+            route("/health", show_health),
+            route("/metrics", show_metrics),
+            *(Route(path, partial(show_file, *file)) for path, file in FILES.items()),
+            Route("/page/events", PageEvents(service), methods=["GET"]),
+            route("/page/trace.json", show_trace),
         ],
         middleware=middleware,
         exception_handlers={
@@ -161,49 +123,222 @@ def create_app(service: Service) -> Starlette:
     )
 
 
-class ModelEndpoints:
-    """The list of models, and the server's health."""
+# -- models, health, metrics ----------------------------------------------------------------------
+
+
+async def list_models(service: Service, _: Request) -> Response:
+    """GET /v1/models: list the base and the adapters that have names."""
+    names = service.names
+    data = [_model_as_json(service, name) for name in (names.base, *names.adapters)]
+    return JSONResponse({"object": "list", "data": data})
+
+
+async def describe_model(service: Service, request: Request) -> Response:
+    """GET /v1/models/NAME: describe one model."""
+    name, names = request.path_params["name"], service.names
+    if name != names.base and name not in names.adapters:
+        raise Refusal(404, "No model has this name", param="model", code="model_not_found")
+    return JSONResponse(_model_as_json(service, name))
+
+
+def _model_as_json(service: Service, name: str) -> dict[str, object]:
+    base = service.names.base
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "lorax-async",
+        "parent": None if name == base else base,
+        "max_model_len": service.engine.max_length,
+    }
+
+
+async def show_health(service: Service, _: Request) -> Response:
+    """GET /health: 200, or 503 if no requests are taken."""
+    if service.healthy:
+        return Response()
+    closing, retry_after = service.in_flight.closing, service.settings.retry_after
+    message, code = (CLOSING, "closing") if closing else ("the engine has stopped", "engine_gone")
+    raise Refusal(503, message, code=code, retry_after=retry_after)
+
+
+async def show_metrics(service: Service, _: Request) -> Response:
+    """GET /metrics, always in Prometheus' text format."""
+    kind = "text/plain; version=0.0.4; charset=utf-8"
+    return Response(service.metrics.encode(), headers={"content-type": kind})
+
+
+# -- the page -------------------------------------------------------------------------------------
+
+
+class PageEvents:
+    """GET /page/events as an ASGI app: ends with its client or with the server, HEAD at once."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._created = int(time.time())
 
-    async def all(self, _: Request) -> Response:
-        """GET /v1/models: list the base and the adapters that have names."""
-        names = self._service.names
-        data = [self._card(name) for name in (names.base, *names.adapters)]
-        return JSONResponse({"object": "list", "data": data})
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        service, settings = self._service, self._service.settings
+        operator = is_operator(settings, Request(scope, receive))
+        if service.in_flight.closing:
+            raise Refusal(503, CLOSING, code="closing", retry_after=settings.retry_after)
+        stream = EventStream(scope, receive, send, settings.slow_client)
+        if scope["method"] == "HEAD":
+            await stream.begin()
+            await stream.end()
+            return
+        with service.dashboard.admit(stream, operator=operator):
+            try:
+                async with service.in_flight.open_scope(receive):
+                    await service.dashboard.send(stream, operator=operator)
+            except ClientDisconnect:
+                return
+            except LoraxError as error:
+                if not stream.has_begun:
+                    raise
+                await stream.fail(create_refusal(error, settings.retry_after), error)
 
-    async def one(self, request: Request) -> Response:
-        """GET /v1/models/NAME: describe one model."""
-        name, names = request.path_params["name"], self._service.names
-        if name != names.base and name not in names.adapters:
-            raise Refusal(404, "No model has this name", param="model", code="model_not_found")
-        return JSONResponse(self._card(name))
 
-    async def health(self, _: Request) -> Response:
-        """GET /health: 200, or 503 if no requests are taken."""
-        if self._service.healthy:
-            return Response()
-        closing = self._service.in_flight.closing
-        raise Refusal(
-            503,
-            CLOSING if closing else "the engine has stopped",
-            code="closing" if closing else "engine_gone",
-            retry_after=self._service.settings.retry_after,
-        )
+async def show_trace(service: Service, request: Request) -> Response:
+    """GET /page/trace.json: the last cold request, for the page, Perfetto and the command line."""
+    operator = is_operator(service.settings, request)
+    content = await service.cold.encoded(operator=operator)
+    if content is None:
+        raise Refusal(404, "No cold request has ended yet", code="no_cold_request")
+    headers = {
+        "content-type": "application/json",
+        "content-disposition": 'attachment; filename="cold-request.json"',
+        "cache-control": "no-store",  # the operator's trace is not for this browser's next user
+    }
+    return Response(content, headers=SAFE | headers)
 
-    def _card(self, name: str) -> dict[str, object]:
-        base = self._service.names.base
-        return {
-            "id": name,
-            "object": "model",
-            "created": self._created,
-            "owned_by": "lorax-async",
-            "parent": None if name == base else base,
-            "max_model_len": self._service.engine.max_length,
+
+# -- the operator's calls, as vLLM has them -------------------------------------------------------
+
+
+async def load_adapter(service: Service, request: Request) -> Response:
+    """POST /v1/load_lora_adapter. Load the adapter once, to report its errors."""
+    names, settings = service.names, service.settings
+
+    def require_free(body: LoadBody) -> None:
+        if body.lora_name == names.base:
+            raise _invalid_input(f"'{body.lora_name}' is the name of the base model.")
+        if body.lora_name in names.adapters and not body.load_inplace:
+            raise _invalid_input(
+                f"The lora adapter '{body.lora_name}' has already been loaded. If you want to load"
+                " the adapter in place, set 'load_inplace' to True."
+            )
+
+    with service.in_flight.count_request():
+        require_operator(settings, request)
+        body = await read_body(LoadBody, request, settings.max_body_bytes, settings.slow_client)
+        if not body.lora_name or not body.lora_path:
+            raise _invalid_input("Both 'lora_name' and 'lora_path' must be provided.")
+        require_free(body)
+        adapter = await asyncio.to_thread(_parse_adapter, body.lora_path)
+        (await service.loader.load(adapter)).release()
+        require_free(body)
+        names.add(body.lora_name, adapter)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+
+async def unload_adapter(service: Service, request: Request) -> Response:
+    """POST /v1/unload_lora_adapter. Requests that use the adapter keep it."""
+    names, settings = service.names, service.settings
+    with service.in_flight.count_request():
+        require_operator(settings, request)
+        body = await read_body(UnloadBody, request, settings.max_body_bytes, settings.slow_client)
+        if not body.lora_name:
+            raise _invalid_input("'lora_name' needs to be provided to unload a LoRA adapter.")
+        adapter = names.remove(body.lora_name)
+        if adapter is None:
+            message = f"The lora adapter '{body.lora_name}' cannot be found."
+            raise Refusal(404, message, param="lora_name", kind="NotFoundError", code=404)
+        if names.name_of(adapter) is None:
+            # One in use stays on the device until it is evicted like any other.
+            with suppress(AdapterInUseError, AdapterTimeoutError):
+                await service.loader.unload(adapter, timeout=UNLOAD_SECONDS)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+def _parse_adapter(path: str) -> AdapterId:
+    """Return the folder or id at `path`. Blocks.
+
+    An absolute path is always a folder, a relative one if it exists. The hub gets this
+    machine's token; other sources get none.
+    """
+    with suppress(OSError, ValueError):
+        if os.path.isabs(path) or Path(path).is_dir():
+            return Path(path).absolute()
+    ref = AdapterRef(path)
+    with suppress(InvalidAdapterIdError):
+        if ids.parse_ref(ref).source == "hub":
+            return replace(ref, use_token=True)
+    return path
+
+
+def _invalid_input(message: str) -> Refusal:
+    return Refusal(400, message, kind="InvalidUserInput", code=400)
+
+
+async def list_adapters(service: Service, request: Request) -> Response:
+    """GET /v1/adapters: where each adapter is, and its last events."""
+    require_operator(service.settings, request)
+    placement = service.loader.placement()
+    names: dict[AdapterKey, list[str]] = {}
+    for name, adapter in service.names.adapters.items():
+        for event in placement.story(adapter)[-1:]:
+            names.setdefault(event.key, []).append(name)
+    rows = [
+        (key, names.get(key, []), where, placement.story(key))
+        for key, where in placement.adapters.items()
+    ]
+    # Thousands of adapters make a long text; encode it off the loop.
+    return await asyncio.to_thread(_list_response, rows)
+
+
+def _list_response(
+    rows: Sequence[tuple[AdapterKey, list[str], AdapterResidency, Sequence[Event]]],
+) -> Response:
+    data = [
+        {
+            "id": str(key),
+            "names": names,
+            "tier": where.tier,
+            "state": where.state,
+            "slot": _as_json(where.slot),
+            "device_bytes": where.device_bytes,
+            "host_bytes": where.host_bytes,
+            "pinned_bytes": where.pinned_bytes,
+            "locked": where.locked,
+            "leases": where.leases,
+            "pins": where.pins,
+            "story": [
+                {"event": type(event).__name__}
+                | {
+                    member.name: _as_json(getattr(event, member.name))
+                    for member in fields(event)
+                    if member.name != "key"
+                }
+                for event in story
+            ],
         }
+        for key, names, where, story in rows
+    ]
+    return JSONResponse({"object": "list", "data": data})
 
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, LoraxError):
+        return {"error": type(value).__name__, "message": str(value)}
+    if isinstance(value, AdapterKey):
+        return str(value)
+    if isinstance(value, SlotId):
+        return {"index": value.index, "generation": value.generation}
+    return list(value) if isinstance(value, tuple) else value
+
+
+# -- uvicorn --------------------------------------------------------------------------------------
 
 LAST_SECONDS = 5
 """Time for clients to take finished answers and errors at the end."""
@@ -269,7 +404,7 @@ class DrainingServer(uvicorn.Server):
         if self._in_flight.closing:
             self._in_flight.fail()
         self._in_flight.close()
-        self._service.feeds.end()
+        self._service.dashboard.end()
         self.should_exit = True
         self._stopped.set()
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from typing import Any, NamedTuple
 
 from starlette.requests import ClientDisconnect, Request
@@ -17,24 +16,23 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from lorax_async.errors import InternalError, LoraxError
-from lorax_async.server.clients import EventStream, identify_client, read_json
-from lorax_async.server.engine import ObservedTokens
-from lorax_async.server.error_responses import Refusal, create_refusal, invalid_parameter
-from lorax_async.server.generation import Finish, Generation, Sampling
+from lorax_async.server.engine import Finish, Generation, Sampling
+from lorax_async.server.monitoring import ObservedTokens
 from lorax_async.server.request_bodies import (
     MAX_SEED,
     MIN_SEED,
     ChatBody,
     CompletionBody,
     GenerationBody,
-    parse_body,
+    read_body,
 )
+from lorax_async.server.responses import EventStream, create_refusal, invalid_parameter
+from lorax_async.server.server_settings import identify_client
 from lorax_async.server.service import Service
 from lorax_async.types import AdapterId
 
 Json = dict[str, Any]
 Client = tuple[str, str]
-Prompt = tuple[int, ...]
 
 CONTEXT_TOKENS = 8
 """Tokens of the prompt to decode first: some decoders drop a leading space."""
@@ -54,9 +52,16 @@ class CompletionEndpoint:
         service, settings = self._service, self._service.settings
         request = Request(scope, receive)
         with service.in_flight.count_request():
-            content = await read_json(request, settings.max_body_bytes, settings.slow_client)
-            body = parse_body(self._kind, content)
-            _require_choices(body, settings.max_choices)
+            body = await read_body(
+                self._kind, request, settings.max_body_bytes, settings.slow_client
+            )
+            prompts = len(body.prompts) if isinstance(body, CompletionBody) else 1
+            if prompts * (body.n or 1) > settings.max_choices:
+                raise invalid_parameter(
+                    f"A request may have at most {settings.max_choices} sequences: its prompts,"
+                    " times n",
+                    "n" if prompts == 1 else "prompt",
+                )
             service.require_room(1)  # refuse cheaply, before the prompt is read
             adapter = service.names.resolve(body.model)
             client = identify_client(request)
@@ -72,9 +77,12 @@ class CompletionEndpoint:
             async with service.in_flight.open_scope(stream.receive):
                 prompts = await asyncio.to_thread(service.prompts.read, body)
                 generations = _create_generations(service, body, adapter, prompts, client)
-                with self._submit(body, generations) as texts:
-                    respond = _stream if body.stream else _send
-                    await respond(body, texts, sum(map(len, prompts)), stream)
+                with _submit(service, body, generations) as texts:
+                    answer = Answer(body, texts, sum(map(len, prompts)))
+                    if body.stream:
+                        await answer.stream(stream)
+                    else:
+                        await stream.respond(JSONResponse(await answer.collect()))
         except ClientDisconnect:
             return
         except Exception as error:  # noqa: BLE001 - every error is a response
@@ -83,91 +91,38 @@ class CompletionEndpoint:
                 raise (refusal if isinstance(error, LoraxError) else error) from error.__cause__
             await stream.fail(refusal, error)
 
-    @contextmanager
-    def _submit(
-        self, body: GenerationBody, generations: Sequence[Generation]
-    ) -> Iterator[TextStreams]:
-        """Submit all of them or none; on leaving, cancel what is left."""
-        service = self._service
-        service.require_room(len(generations))
-        streams: list[TextStream] = []
-        texts = TextStreams(streams)
-        try:
-            for index, generation in enumerate(generations):
-                detokenizer = Detokenizer(service.prompts.tokenizer, generation.prompt)
-                tokens = service.submit(generation, body.model)
-                streams.append(TextStream(index, tokens, detokenizer, StopStrings(body.stops)))
-            yield texts
-        finally:
-            texts.close()
-
-
-async def _send(
-    body: GenerationBody, texts: TextStreams, prompt_tokens: int, stream: EventStream
-) -> None:
-    whole_texts = await texts.collect()
-    answer = AnswerFormat(body).response(whole_texts, _usage_as_json(prompt_tokens, texts.count))
-    await stream.respond(JSONResponse(answer))
-
-
-async def _stream(
-    body: GenerationBody, texts: TextStreams, prompt_tokens: int, stream: EventStream
-) -> None:
-    """Send events; an error before the first text is a status, as for whole answers."""
-    form = AnswerFormat(body)
-    delta = await texts.next()
-    await stream.begin()
-    for index in range(len(texts) if form.is_chat else 0):
-        await stream.send_event(form.opening_event(index))
-    while delta is not None:
-        await stream.send_event(form.delta_event(delta))
-        delta = await texts.next()
-    if form.with_usage:
-        await stream.send_event(form.usage_event(_usage_as_json(prompt_tokens, texts.count)))
-    await stream.end()
-
-
-# -- from a body to generations -------------------------------------------------------------------
-
-
-def _require_choices(body: GenerationBody, limit: int) -> None:
-    prompts = len(body.prompts) if isinstance(body, CompletionBody) else 1
-    if prompts * (body.n or 1) > limit:
-        message = f"A request may have at most {limit} sequences: its prompts, times n"
-        raise invalid_parameter(message, "n" if prompts == 1 else "prompt")
-
 
 def _create_generations(
     service: Service,
     body: GenerationBody,
     adapter: AdapterId | None,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[tuple[int, ...]],
     client: Client,
 ) -> list[Generation]:
     """Return `n` generations per prompt, in the order of the prompts. Raise `Refusal`."""
     generations: list[Generation] = []
     for prompt in prompts:
-        if len(prompt) > service.max_prompt_tokens:
-            param = "messages" if isinstance(body, ChatBody) else "prompt"
-            raise _too_long(service, f"a prompt of {len(prompt)} tokens", param)
         room = service.engine.max_length - len(prompt)
-        wanted = room if body.wanted_tokens is None else body.wanted_tokens
-        if wanted > room:
-            length = f"{len(prompt)} tokens of the prompt and {wanted} new ones"
-            raise _too_long(service, length, "max_tokens")
+        new = room if body.wanted_tokens is None else body.wanted_tokens
+        length = param = None
+        if len(prompt) > service.max_prompt_tokens:
+            length = f"a prompt of {len(prompt)} tokens"
+            param = "messages" if isinstance(body, ChatBody) else "prompt"
+        elif new > room:
+            length = f"{len(prompt)} tokens of the prompt and {new} new ones"
+            param = "max_tokens"
+        if param is not None:
+            raise invalid_parameter(
+                f"This model takes {service.engine.max_length} tokens, new ones included, and"
+                f" prompts of {service.max_prompt_tokens}; this request has {length}",
+                param,
+                "context_length_exceeded",
+            )
+        stops = frozenset[int]() if body.ignore_eos else service.stop_tokens
         for _ in range(body.n or 1):
             sampling = _sampling(body, len(generations))
-            stops = frozenset[int]() if body.ignore_eos else service.stop_tokens
-            generations.append(Generation(adapter, prompt, wanted, sampling, stops, client=client))
+            generations.append(Generation(adapter, prompt, new, sampling, stops, client=client))
     return generations
-
-
-def _too_long(service: Service, length: str, param: str) -> Refusal:
-    message = (
-        f"This model takes {service.engine.max_length} tokens, new ones included, and prompts of"
-        f" {service.max_prompt_tokens}; this request has {length}"
-    )
-    return invalid_parameter(message, param, "context_length_exceeded")
 
 
 def _sampling(body: GenerationBody, number: int) -> Sampling:
@@ -182,6 +137,25 @@ def _sampling(body: GenerationBody, number: int) -> Sampling:
     )
 
 
+@contextmanager
+def _submit(
+    service: Service, body: GenerationBody, generations: Sequence[Generation]
+) -> Iterator[TextStreams]:
+    """Submit all generations or none; on leaving, cancel what is left."""
+    service.require_room(len(generations))
+    stops = (body.stop,) if isinstance(body.stop, str) else body.stop or ()
+    streams: list[TextStream] = []
+    texts = TextStreams(streams)
+    try:
+        for index, generation in enumerate(generations):
+            detokenizer = Detokenizer(service.prompts.tokenizer, generation.prompt)
+            tokens = service.submit(generation, body.model)
+            streams.append(TextStream(index, tokens, detokenizer, StopStrings(stops)))
+        yield texts
+    finally:
+        texts.close()
+
+
 # -- from tokens to texts -------------------------------------------------------------------------
 
 
@@ -190,55 +164,54 @@ class TextDelta(NamedTuple):
 
     choice: int
     text: str
-    finish: Finish | None
+    finish: Finish | None = None
 
 
-@dataclass(slots=True)
 class TextStream:
     """The text of one sequence. `count` is its tokens so far."""
 
-    choice: int
-    tokens: ObservedTokens
-    detokenizer: Detokenizer
-    stops: StopStrings
-    count: int = 0
-    finish: Finish | None = None
+    def __init__(
+        self, choice: int, tokens: ObservedTokens, detokenizer: Detokenizer, stops: StopStrings
+    ) -> None:
+        self._choice = choice
+        self._tokens = tokens
+        self._detokenizer = detokenizer
+        self._stops = stops
+        self.count = 0
 
-    async def next(self) -> TextDelta | None:
-        """Return the next text, then the end, then None. Raise the `LoraxError` that ended it."""
-        if self.finish is not None:
-            return None
-        ended: Finish | None = "stop" if self.stops.hit else None
-        while ended is None:
-            try:
-                token = await anext(self.tokens)
-            except StopAsyncIteration:
-                ended = self.tokens.finish
-                if ended is None:
-                    raise InternalError("a generation ended without a reason") from None
-                text = self.stops.end()
-            else:
-                self.count += 1
-                text = self.stops.feed(self.detokenizer.feed(token))
-                if self.stops.hit:
-                    self.tokens.cancel()
-                    ended = "stop"
+    async def deltas(self) -> AsyncGenerator[TextDelta]:
+        """Yield texts, then the end. Raise the `LoraxError` that ended it."""
+        stops = self._stops
+        async for token in self._tokens:
+            self.count += 1
+            text = stops.feed(self._detokenizer.feed(token))
+            if stops.hit:
+                self._tokens.cancel()
             if text:
-                return TextDelta(self.choice, text, None)
-        self.finish = ended
-        return TextDelta(self.choice, "", ended)
+                yield TextDelta(self._choice, text)
+            if stops.hit:
+                yield TextDelta(self._choice, "", "stop")
+                return
+        finish = self._tokens.finish
+        if finish is None:
+            raise InternalError("a generation ended without a reason")
+        if text := stops.end():
+            yield TextDelta(self._choice, text)
+        yield TextDelta(self._choice, "", finish)
+
+    def cancel(self) -> None:
+        self._tokens.cancel()
 
 
 class TextStreams:
-    """All sequences of one request, in the order in which their texts arrive.
+    """All sequences of one request, in the order in which their texts arrive, for one reader.
 
     Closing it cancels their generations.
     """
 
     def __init__(self, streams: Sequence[TextStream]) -> None:
         self._streams = streams
-        self._reading: dict[asyncio.Task[TextDelta | None], TextStream] = {}
-        self._begun = False
+        self._tasks: list[asyncio.Task[None]] = []
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -248,41 +221,37 @@ class TextStreams:
         """Tokens received."""
         return sum(stream.count for stream in self._streams)
 
-    async def next(self) -> TextDelta | None:
-        """Return the next text of any sequence; None once all have ended."""
-        if len(self._streams) == 1:  # the usual case needs no tasks
-            return await self._streams[0].next()
-        if not self._begun:
-            self._begun = True
-            for stream in self._streams:
-                self._read(stream)
-        while self._reading:
-            await asyncio.wait(self._reading, return_when=asyncio.FIRST_COMPLETED)
-            task = next(task for task in self._reading if task.done())
-            stream = self._reading.pop(task)  # re-inserted last: the sequences take turns
-            delta = task.result()
-            if delta is not None:
-                self._read(stream)
-                return delta
-        return None
+    def deltas(self) -> AsyncGenerator[TextDelta]:
+        """Yield the texts and ends of all sequences. Raise the first error that ended one."""
+        # One sequence, the usual case, needs no task.
+        return self._streams[0].deltas() if len(self._streams) == 1 else self._interleave()
 
-    async def collect(self) -> list[tuple[str, Finish | None]]:
-        """Return all texts, and why they ended, once all have."""
-        texts: list[list[str]] = [[] for _ in self._streams]
-        while (delta := await self.next()) is not None:
-            texts[delta.choice].append(delta.text)
-        finishes = [stream.finish for stream in self._streams]
-        return list(zip(map("".join, texts), finishes, strict=True))
+    async def _interleave(self) -> AsyncGenerator[TextDelta]:
+        ready = asyncio.Queue[TextDelta | Exception]()
+
+        async def read(stream: TextStream) -> None:
+            try:
+                async for delta in stream.deltas():
+                    ready.put_nowait(delta)
+                    await asyncio.sleep(0)  # sequences whose tokens are ready take turns
+            except Exception as error:  # noqa: BLE001 - the reader raises it
+                ready.put_nowait(error)
+
+        for stream in self._streams:
+            self._tasks.append(asyncio.create_task(read(stream), name="lorax choice"))
+        running = len(self._streams)
+        while running:
+            item = await ready.get()
+            if isinstance(item, Exception):
+                raise item
+            running -= item.finish is not None
+            yield item
 
     def close(self) -> None:
         for stream in self._streams:
-            stream.tokens.cancel()
-        for task in self._reading:
+            stream.cancel()
+        for task in self._tasks:
             task.cancel()
-        self._reading.clear()
-
-    def _read(self, stream: TextStream) -> None:
-        self._reading[asyncio.create_task(stream.next(), name="lorax choice")] = stream
 
 
 class Detokenizer:
@@ -322,84 +291,92 @@ class StopStrings:
     def feed(self, text: str) -> str:
         if self.hit:
             return ""
-        self._held += text
-        matches = [(at + len(s), at) for s in self._stops if (at := self._held.find(s)) >= 0]
+        held = self._held + text
+        matches = [(at + len(stop), at) for stop in self._stops if (at := held.find(stop)) >= 0]
         if matches:
             self.hit = True
-            _, keep = min(matches)
-            out, self._held = self._held[:keep], ""
-            return out
-        return self._release(len(self._held) - self._partial())
+            self._held = ""
+            return held[: min(matches)[1]]
+        keep = 0  # of the last characters, as many as may begin a stop string
+        for length in range(min(self._longest, len(held)), 0, -1):
+            if any(stop.startswith(held[-length:]) for stop in self._stops):
+                keep = length
+                break
+        self._held = held[len(held) - keep :]
+        return held[: len(held) - keep]
 
     def end(self) -> str:
         """Return the text held back, at the end of the sequence."""
-        return self._release(len(self._held))
-
-    def _release(self, length: int) -> str:
-        out, self._held = self._held[:length], self._held[length:]
-        return out
-
-    def _partial(self) -> int:
-        """Return how many of the last characters may begin a stop string."""
-        for length in range(min(self._longest, len(self._held)), 0, -1):
-            end = self._held[-length:]
-            if any(stop.startswith(end) for stop in self._stops):
-                return length
-        return 0
+        held, self._held = self._held, ""
+        return held
 
 
 # -- the JSON of answers --------------------------------------------------------------------------
 
 
-class AnswerFormat:
-    """Format the answer to one request, whole or as events.
+class Answer:
+    """The answer to one request in OpenAI's form, whole or as events."""
 
-    With `include_usage`, the last event has the usage, and the others have null.
-    """
-
-    def __init__(self, body: GenerationBody) -> None:
+    def __init__(self, body: GenerationBody, texts: TextStreams, prompt_tokens: int) -> None:
         options = body.stream_options
-        self.with_usage = bool(options is not None and options.include_usage)
-        self.is_chat = isinstance(body, ChatBody)
+        self._with_usage = options is not None and options.include_usage
+        self._is_chat = isinstance(body, ChatBody)
+        self._texts = texts
+        self._prompt_tokens = prompt_tokens
         self._common = {
-            "id": f"{'chatcmpl' if self.is_chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "id": f"{'chatcmpl' if self._is_chat else 'cmpl'}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": body.model,
         }
 
-    def response(self, texts: Sequence[tuple[str, Finish | None]], usage: Json) -> Json:
+    async def collect(self) -> Json:
+        """Return the whole answer once all sequences have ended."""
+        texts: list[list[str]] = [[] for _ in range(len(self._texts))]
+        finishes: list[Finish | None] = [None] * len(texts)
+        async with aclosing(self._texts.deltas()) as deltas:
+            async for choice, text, finish in deltas:
+                texts[choice].append(text)
+                finishes[choice] = finish
         choices = []
-        for index, (text, finish) in enumerate(texts):
-            message = {"role": "assistant", "content": text, "refusal": None}
-            content = {"message": message} if self.is_chat else {"text": text}
-            choices.append(_choice_as_json(index, content, finish))
-        kind = "chat.completion" if self.is_chat else "text_completion"
-        return {**self._common, "object": kind, "choices": choices, "usage": usage}
+        for index, parts in enumerate(texts):
+            content: Json = {"text": "".join(parts)}
+            if self._is_chat:
+                message = {"role": "assistant", "content": content["text"], "refusal": None}
+                content = {"message": message}
+            choices.append(_choice_as_json(index, content, finishes[index]))
+        kind = "chat.completion" if self._is_chat else "text_completion"
+        return {**self._common, "object": kind, "choices": choices, "usage": self._usage()}
 
-    def opening_event(self, index: int) -> Json:
-        """Return the event before the first text of a chat's sequence."""
-        return self._event(
-            _choice_as_json(index, {"delta": {"role": "assistant", "content": ""}}, None)
-        )
+    async def stream(self, stream: EventStream) -> None:
+        """Send events; an error before the first text is a status, as for whole answers.
 
-    def delta_event(self, delta: TextDelta) -> Json:
-        chat = {"delta": {} if delta.finish else {"content": delta.text}}
-        content = chat if self.is_chat else {"text": delta.text}
-        return self._event(_choice_as_json(delta.choice, content, delta.finish))
+        With `include_usage`, the last event has the usage, and the others have null.
+        """
+        async with aclosing(self._texts.deltas()) as deltas:
+            async for choice, text, finish in deltas:
+                if not stream.has_begun:
+                    await stream.begin()
+                    for index in range(len(self._texts) if self._is_chat else 0):
+                        delta = {"role": "assistant", "content": ""}
+                        await self._send(stream, _choice_as_json(index, {"delta": delta}, None))
+                content: Json = {"text": text}
+                if self._is_chat:
+                    content = {"delta": {} if finish else {"content": text}}
+                await self._send(stream, _choice_as_json(choice, content, finish))
+        if self._with_usage:
+            await self._send(stream, usage=self._usage())
+        await stream.end()
 
-    def usage_event(self, usage: Json) -> Json:
-        return self._event() | {"usage": usage}
+    async def _send(self, stream: EventStream, *choices: Json, usage: Json | None = None) -> None:
+        kind = "chat.completion.chunk" if self._is_chat else "text_completion"
+        event = {**self._common, "object": kind, "choices": choices}
+        await stream.send_event(event | {"usage": usage} if self._with_usage else event)
 
-    def _event(self, *choices: Json) -> Json:
-        kind = "chat.completion.chunk" if self.is_chat else "text_completion"
-        no_usage = {"usage": None} if self.with_usage else {}
-        return {**self._common, "object": kind, "choices": choices, **no_usage}
+    def _usage(self) -> Json:
+        prompt, completion = self._prompt_tokens, self._texts.count
+        total = prompt + completion
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total}
 
 
 def _choice_as_json(index: int, content: Json, finish: Finish | None) -> Json:
     return {"index": index, **content, "logprobs": None, "finish_reason": finish}
-
-
-def _usage_as_json(prompt: int, completion: int) -> Json:
-    total = prompt + completion
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total}

@@ -6,12 +6,12 @@ import asyncio
 import itertools
 import sys
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol, Self, TypeVar
+from typing import Literal, Protocol, Self, TypeVar
 
 import torch
 
@@ -22,18 +22,144 @@ from lorax_async.errors import (
     LoraxError,
     UsageError,
 )
+from lorax_async.handle import AdapterHandle
 from lorax_async.scheduler.requests import Request, Ticket
-from lorax_async.scheduler.scheduler import AdapterScheduler, Batch
-from lorax_async.server.generation import (
-    Decoder,
-    DecoderStep,
-    Finish,
-    Generation,
-    Sampling,
-    SequencePart,
-    StepResult,
-)
-from lorax_async.types import require_count
+from lorax_async.scheduler.scheduler import AdapterScheduler, Batch, BatchRow
+from lorax_async.types import AdapterId, require_count
+
+Finish = Literal["stop", "length"]
+
+# -- generations ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to choose the next token.
+
+    Attributes
+    ----------
+    temperature
+        From 0, which takes the likeliest token.
+    top_p
+        Above 0, at most 1: sample from the fewest tokens that have this probability together.
+    seed
+        The same seed gives the same tokens, whatever is computed beside them. None: any.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One sequence to generate.
+
+    Attributes
+    ----------
+    adapter
+        As for `AdapterLoader.load`; None is the base alone.
+    prompt
+        Token ids, at least one.
+    max_new_tokens
+        End it with "length" after this many.
+    stop_tokens
+        Any of these ends it with "stop", and is not returned.
+    deadline
+        Seconds from `submit` within which its first step must begin; None takes the loader's
+        timeout.
+    client
+        Whose it is, as in `scheduler.requests.Request`.
+    """
+
+    adapter: AdapterId | None
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_tokens: frozenset[int] = frozenset()
+    deadline: float | None = None
+    client: Hashable = field(default=None, repr=False)
+
+
+# -- steps of a decoder ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SequencePart:
+    """The part of one sequence to compute in a step.
+
+    Attributes
+    ----------
+    sequence
+        Names it from its first step until it is forgotten.
+    start
+        The position of the first of `tokens`; earlier steps computed those before. 0 starts over.
+    tokens
+        Token ids, at least one.
+    handle
+        Its adapter, resident or streaming, leased for the step; None is the base.
+    """
+
+    sequence: int
+    start: int
+    tokens: Sequence[int]
+    handle: AdapterHandle | None
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderStep:
+    """Parts of different sequences, computed together.
+
+    Attributes
+    ----------
+    budget
+        Seconds that it may wait for layers of adapters.
+    others_wait
+        Whether other sequences could be computed instead; see `scheduling.Batch`. In any thread.
+    """
+
+    parts: Sequence[SequencePart]
+    budget: float
+    others_wait: Callable[[], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """The result of a step.
+
+    Attributes
+    ----------
+    logits
+        float32 `[parts, vocabulary]`, of the token after each part's last one. Rows in `out` are
+        undefined.
+    out
+        The error of each part that was not computed, by its number. Its sequence is forgotten;
+        after an `AdapterTimeoutError` it can start over.
+    """
+
+    logits: torch.Tensor
+    out: Mapping[int, LoraxError]
+
+
+class Decoder(Protocol):
+    """A model with its KV cache, called in one worker thread, one step after the other."""
+
+    @property
+    def max_length(self) -> int:
+        """The maximum number of tokens of a sequence."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids are below it."""
+
+    def compute(self, step: DecoderStep) -> StepResult:
+        """Compute a step; blocks. An exception fails all of its parts."""
+
+    def forget(self, sequence: int) -> None:
+        """Free a sequence's keys and values. Idempotent."""
+
+
+# -- sampling -------------------------------------------------------------------------------------
 
 _CANDIDATES = 256, 8192
 """Numbers of likeliest tokens to search for `top_p` first: sorting a whole vocabulary takes
@@ -47,24 +173,38 @@ class Sampler:
     """
 
     def __init__(self, sampling: Sampling) -> None:
-        _require_sampling(sampling)
-        self.greedy = sampling.temperature == 0
+        temperature, top_p, seed = sampling.temperature, sampling.top_p, sampling.seed
+        if not _is_between(temperature, 0, sys.float_info.max):
+            raise UsageError(
+                f"temperature must be a finite number of 0 or more, not {temperature!r}"
+            )
+        if not _is_between(top_p, 0, 1) or top_p == 0:
+            raise UsageError(f"top_p must be above 0 and at most 1, not {top_p!r}")
+        is_seed = isinstance(seed, int) and _is_between(seed, -(1 << 63), (1 << 63) - 1)
+        if seed is not None and not is_seed:
+            raise UsageError(f"seed must be a signed 64-bit integer or None, not {seed!r}")
+        self.greedy = temperature == 0
         """Whether it takes the likeliest token."""
-        self._temperature = float(sampling.temperature)
-        self._top_p = float(sampling.top_p)
+        self._temperature = float(temperature)
+        self._top_p = float(top_p)
         self._random = torch.Generator()
-        if sampling.seed is None:
+        if seed is None:
             self._random.seed()
         else:
-            self._random.manual_seed(sampling.seed)
+            self._random.manual_seed(seed)
 
     def choose(self, logits: torch.Tensor) -> int:
         """Return a token, given float32 logits `[vocabulary]` on the CPU without NaN."""
         likely = torch.softmax((logits - logits.max()).double() / self._temperature, dim=-1)
         if self._top_p == 1:
             return self._draw(likely)
-        likely, tokens = _nucleus(likely, self._top_p)
-        return int(tokens[self._draw(likely)])
+        # The fewest likeliest tokens that have `top_p` together.
+        for count in (*_CANDIDATES, len(likely)):
+            top, tokens = likely.topk(min(count, len(likely)))
+            if top.sum() >= self._top_p:
+                break
+        before = top.cumsum(dim=-1) - top
+        return int(tokens[self._draw(top[: int((before < self._top_p).sum())])])
 
     def _draw(self, likely: torch.Tensor) -> int:
         sums = likely.cumsum(dim=-1)
@@ -72,48 +212,34 @@ class Sampler:
         return min(int(torch.searchsorted(sums, at, right=True)), len(sums) - 1)
 
 
+def _is_between(value: object, low: float, high: float) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool) and low <= value <= high
+
+
 def choose(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int | None]:
     """Return the next token of each row of `[rows, vocabulary]`; None for unusable logits."""
     largest, likeliest = logits.max(dim=-1)  # NaN if there is one
     usable, tokens = largest.isfinite().tolist(), likeliest.tolist()
-    chosen = list[int | None]()
-    for row, sampler in enumerate(samplers):
-        if not usable[row]:
-            chosen.append(None)
-        else:
-            chosen.append(tokens[row] if sampler.greedy else sampler.choose(logits[row].cpu()))
-    return chosen
+    return [
+        (tokens[row] if sampler.greedy else sampler.choose(logits[row].cpu()))
+        if usable[row]
+        else None
+        for row, sampler in enumerate(samplers)
+    ]
 
 
-def _nucleus(likely: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the fewest likeliest tokens that have `top_p` together: probabilities, token ids."""
-    for count in (*_CANDIDATES, len(likely)):
-        top, tokens = likely.topk(min(count, len(likely)))
-        if top.sum() >= top_p:
-            break
-    before = top.cumsum(dim=-1) - top
-    size = int((before < top_p).sum())
-    return top[:size], tokens[:size]
-
-
-def _require_sampling(sampling: Sampling) -> None:
-    temperature, top_p, seed = sampling.temperature, sampling.top_p, sampling.seed
-    if not (_is_number(temperature) and temperature >= 0):
-        raise UsageError(f"temperature must be a finite number of 0 or more, not {temperature!r}")
-    if not (_is_number(top_p) and 0 < top_p <= 1):
-        raise UsageError(f"top_p must be above 0 and at most 1, not {top_p!r}")
-    is_whole = isinstance(seed, int) and not isinstance(seed, bool)
-    if seed is not None and not (is_whole and -(1 << 63) <= seed < 1 << 63):
-        raise UsageError(f"seed must be a signed 64-bit integer or None, not {seed!r}")
-
-
-def _is_number(value: object) -> bool:
-    if not isinstance(value, float | int) or isinstance(value, bool):
-        return False
-    return abs(value) <= sys.float_info.max
-
+# -- the engine -----------------------------------------------------------------------------------
 
 T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class StepOutcome:
+    """The new tokens of a step's rows, the rows to compute again, and those that failed."""
+
+    tokens: dict[TokenStream, int] = field(default_factory=dict)
+    again: list[Ticket] = field(default_factory=list)
+    failed: dict[Ticket, LoraxError] = field(default_factory=dict)
 
 
 class Engine:
@@ -149,7 +275,6 @@ class Engine:
         self._limits = max_tokens, max_sequences
         self._numbers = itertools.count()
         self._streams: dict[Ticket, TokenStream] = {}
-        self._waiting: set[TokenStream] = set()
         self._ended_sequences: list[int] = []
         self._thread = ThreadPoolExecutor(1, "lorax-decoder")
         self._refusal: str | None = "the engine is not open yet"
@@ -200,7 +325,7 @@ class Engine:
     @property
     def waiting(self) -> int:
         """The number of submitted generations of which nothing was computed yet."""
-        return len(self._waiting)
+        return sum(not stream.begun for stream in self._streams.values())
 
     def submit(self, generation: Generation) -> TokenStream:
         """Queue a generation, and begin to load its adapter, whose errors the tokens raise.
@@ -216,36 +341,32 @@ class Engine:
         if self._refusal is not None:
             raise LoaderClosedError(self._refusal)
         sampler = Sampler(generation.sampling)
+        prompt, new = generation.prompt, generation.max_new_tokens
         request = Request(
             generation.adapter,
-            len(generation.prompt),
-            generation.max_new_tokens,
+            len(prompt),
+            new,
             deadline=generation.deadline,
             client=generation.client,
         )
-        self._check(generation)
+        if len(prompt) + new > self.max_length:
+            raise UsageError(
+                f"the prompt has {len(prompt)} tokens and max_new_tokens is {new}: together more"
+                f" than the {self.max_length} that a sequence may have"
+            )
+        vocabulary = self._decoder.vocabulary
+        if not all(isinstance(token, int) and 0 <= token < vocabulary for token in prompt):
+            raise UsageError(f"the prompt's tokens must be integers from 0 to {vocabulary - 1}")
         ticket = self._scheduler.submit(request)
         stream = TokenStream(next(self._numbers), generation, sampler, ticket)
         self._streams[ticket] = stream
-        self._waiting.add(stream)
         ticket.add_done_callback(partial(self._leave, stream))
         return stream
-
-    def _check(self, generation: Generation) -> None:
-        length, vocabulary = len(generation.prompt), self._decoder.vocabulary
-        if length + generation.max_new_tokens > self.max_length:
-            raise UsageError(
-                f"the prompt has {length} tokens and max_new_tokens is {generation.max_new_tokens}:"
-                f" together more than the {self.max_length} that a sequence may have"
-            )
-        if not all(isinstance(t, int) and 0 <= t < vocabulary for t in generation.prompt):
-            raise UsageError(f"the prompt's tokens must be integers from 0 to {vocabulary - 1}")
 
     def _leave(self, stream: TokenStream) -> None:
         """Forget a stream whose ticket is done."""
         ticket = stream.ticket
         self._streams.pop(ticket, None)
-        self._waiting.discard(stream)
         self._ended_sequences.append(stream.number)
         stream.end(None if ticket.cancelled else ticket.error)
 
@@ -270,29 +391,66 @@ class Engine:
             self._end_all(failed)
 
     async def _step(self, batch: Batch) -> None:
-        step = BatchStep(batch, self._streams)
-        streams = map(self._streams.get, batch.preempted)
-        preempted = [stream.number for stream in streams if stream is not None]
+        rows = [(row, self._streams[row.ticket]) for row in batch.rows]
+        preempted = [self._streams[t].number for t in batch.preempted if t in self._streams]
         gone = self._take_ended() + preempted
-        self._complete(step, await self._in_thread(step.compute, self._decoder, gone))
-
-    def _complete(self, step: BatchStep, outcome: StepOutcome) -> None:
+        outcome = await self._in_thread(self._compute, batch, rows, gone)
         finished = [
             stream.ticket
             for stream, token in outcome.tokens.items()
             if token in stream.generation.stop_tokens
         ]
         again = self._scheduler.complete(
-            step.batch, finished, again=outcome.again, failed=outcome.failed
+            batch, finished, again=outcome.again, failed=outcome.failed
         )
-        for row, stream in step.rows:
+        for row, stream in rows:
             if row.ticket in again:
                 if stream in outcome.tokens:  # its first token, discarded: restart the sampler
                     stream.sampler = Sampler(stream.generation.sampling)
                 continue
-            self._waiting.discard(stream)
+            stream.begun = True
             if stream in outcome.tokens and _is_wanted(row.ticket):
                 stream.add(outcome.tokens[stream])
+
+    def _compute(
+        self, batch: Batch, rows: Sequence[tuple[BatchRow, TokenStream]], gone: Iterable[int]
+    ) -> StepOutcome:
+        """Forget the sequences in `gone`, then compute the batch. Blocks; in the thread."""
+        parts = [
+            SequencePart(
+                stream.number,
+                row.start,
+                stream.known[row.start : row.start + row.tokens],
+                row.handle,
+            )
+            for row, stream in rows
+        ]
+        try:
+            self._forget(gone)
+            computed = self._decoder.compute(
+                DecoderStep(parts, batch.budget, lambda: batch.others_wait)
+            )
+            done = [n for n, (row, _) in enumerate(rows) if row.last and n not in computed.out]
+            samplers = [rows[number][1].sampler for number in done]
+            tokens = choose(computed.logits[done], samplers)
+        except Exception as error:  # noqa: BLE001 - the engine outlives its decoder's errors
+            failed = error
+            if not isinstance(failed, LoraxError):
+                failed = InternalError(f"the decoder failed: {type(error).__name__}: {error}")
+                failed.__cause__ = error
+            return StepOutcome(failed={row.ticket: failed for row, _ in rows})
+        outcome = StepOutcome(again=[rows[number][0].ticket for number in computed.out])
+        for number, token in zip(done, tokens, strict=True):
+            row, stream = rows[number]
+            if token is not None:
+                outcome.tokens[stream] = token
+            elif row.handle is None:
+                reason = "the base model's logits are not finite"
+                outcome.failed[row.ticket] = InternalError(reason)
+            else:
+                reason = "with its weights the logits are not finite"
+                outcome.failed[row.ticket] = AdapterFormatError(reason, stage="ready")
+        return outcome
 
     def _take_ended(self) -> list[int]:
         """Return all sequences whose places may be reused, also before their callbacks ran."""
@@ -327,6 +485,8 @@ class TokenStream:
         Names its sequence to the decoder.
     known
         Token ids, those of the prompt and those generated.
+    begun
+        Whether anything was computed.
     finish
         Why it ended; None before, and if it failed or was cancelled.
     """
@@ -339,6 +499,7 @@ class TokenStream:
         self.sampler = sampler
         self.ticket = ticket
         self.known = list(generation.prompt)
+        self.begun = False
         self.finish: Finish | None = None
         self._ready = deque[int]()
         self._ended = False
@@ -385,102 +546,3 @@ class TokenStream:
         waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
-
-
-class TokenObserver(Protocol):
-    """A subscriber to the tokens of one generation."""
-
-    def on_token(self) -> None:
-        """Handle a new token."""
-
-    def on_end(self, outcome: str) -> None:
-        """Handle the end: "no token", "cancelled" or an error's class. May be called again."""
-
-
-class ObservedTokens:
-    """Pass tokens on, and notify observers of them."""
-
-    def __init__(self, tokens: TokenStream, observers: Sequence[TokenObserver]) -> None:
-        self._tokens = tokens
-        self._iterator = aiter(tokens)
-        self._observers = observers
-
-    @property
-    def finish(self) -> Finish | None:
-        return self._tokens.finish
-
-    def __aiter__(self) -> AsyncIterator[int]:
-        return self
-
-    async def __anext__(self) -> int:
-        try:
-            token = await anext(self._iterator)
-        except StopAsyncIteration:
-            self._end("no token")
-            raise
-        except BaseException as error:
-            is_cancelled = isinstance(error, asyncio.CancelledError)
-            self._end("cancelled" if is_cancelled else type(error).__name__)
-            raise
-        for observer in self._observers:
-            observer.on_token()
-        return token
-
-    def cancel(self) -> None:
-        self._end("cancelled")
-        self._tokens.cancel()
-
-    def _end(self, outcome: str) -> None:
-        for observer in self._observers:
-            observer.on_end(outcome)
-
-
-@dataclass(slots=True)
-class StepOutcome:
-    """The new tokens of a step's rows, the rows to compute again, and those that failed."""
-
-    tokens: dict[TokenStream, int] = field(default_factory=dict)
-    again: list[Ticket] = field(default_factory=list)
-    failed: dict[Ticket, LoraxError] = field(default_factory=dict)
-
-
-class BatchStep:
-    """A batch of the scheduler as a step of the decoder."""
-
-    def __init__(self, batch: Batch, streams: Mapping[Ticket, TokenStream]) -> None:
-        self.batch = batch
-        self.rows = [(row, streams[row.ticket]) for row in batch.rows]
-        parts = []
-        for row, stream in self.rows:
-            tokens = stream.known[row.start : row.start + row.tokens]
-            parts.append(SequencePart(stream.number, row.start, tokens, row.handle))
-        self._step = DecoderStep(parts, batch.budget, lambda: batch.others_wait)
-
-    def compute(self, decoder: Decoder, gone: Iterable[int]) -> StepOutcome:
-        """Forget the sequences in `gone`, then compute the step. Blocks; in the thread."""
-        try:
-            for number in gone:
-                decoder.forget(number)
-            return self._choose(decoder.compute(self._step))
-        except Exception as error:  # noqa: BLE001 - the engine outlives its decoder's errors
-            failed = error
-            if not isinstance(failed, LoraxError):
-                failed = InternalError(f"the decoder failed: {type(error).__name__}: {error}")
-                failed.__cause__ = error
-            return StepOutcome(failed={row.ticket: failed for row, _ in self.rows})
-
-    def _choose(self, computed: StepResult) -> StepOutcome:
-        outcome = StepOutcome(again=[self.rows[number][0].ticket for number in computed.out])
-        done = [n for n, (row, _) in enumerate(self.rows) if row.last and n not in computed.out]
-        rows = [self.rows[number] for number in done]
-        tokens = choose(computed.logits[done], [stream.sampler for _, stream in rows])
-        for (row, stream), token in zip(rows, tokens, strict=True):
-            if token is not None:
-                outcome.tokens[stream] = token
-            elif row.handle is None:
-                error = InternalError("the base model's logits are not finite")
-                outcome.failed[row.ticket] = error
-            else:
-                reason = "with its weights the logits are not finite"
-                outcome.failed[row.ticket] = AdapterFormatError(reason, stage="ready")
-        return outcome

@@ -1,17 +1,20 @@
-"""The bodies of requests in OpenAI's form: parse and check them within limits."""
+"""The bodies of requests in OpenAI's form: read, parse and check them within limits."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import asyncio
+from collections.abc import Mapping
+from contextlib import aclosing
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
+from starlette.requests import Request
 from tokenizers import Tokenizer
 
 from lorax_async.errors import shorten
-from lorax_async.server.error_responses import Refusal, invalid_parameter
+from lorax_async.server.responses import Refusal, invalid_parameter
 
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 256
@@ -116,10 +119,6 @@ class GenerationBody(StrictModel):
     """Generate up to `max_tokens` and ignore the end token, as in vLLM; for measurements."""
 
     @property
-    def stops(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-
-    @property
     def wanted_tokens(self) -> int | None:
         """The maximum number of new tokens; None is as many as fit."""
         return self.max_tokens or self.default_max_tokens
@@ -138,13 +137,11 @@ class CompletionBody(GenerationBody):
     )
 
     @property
-    def prompts(self) -> list[str] | list[list[int]]:
+    def prompts(self) -> list[Any]:
         """The text or token ids of each prompt."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return self.prompt  # type: ignore[return-value]
+        prompt = self.prompt
+        one = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int))
+        return [prompt] if one else list(prompt)
 
 
 class TextPart(StrictModel):
@@ -198,9 +195,35 @@ class UnloadBody(StrictModel):
     """vLLM's number of an adapter; ignored."""
 
 
-# -- parsing --------------------------------------------------------------------------------------
-
 T = TypeVar("T", bound=BaseModel)
+
+
+async def read_body(kind: type[T], request: Request, limit: int, seconds: float) -> T:
+    """Read and parse a body of up to `limit` bytes. Raise `Refusal`, or `ClientDisconnect`.
+
+    It must be announced as JSON: a page of another origin can send other types without a
+    preflight request.
+    """
+    fields = request.headers.getlist("content-type")
+    if {field.partition(";")[0].strip().lower() for field in fields} != {"application/json"}:
+        message = "The body must have the Content-Type application/json"
+        raise Refusal(415, message, code="unsupported_media_type", close=True)
+    message = f"The body is larger than {limit} bytes"
+    too_large = Refusal(413, message, code="request_too_large", close=True)
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit() and int(announced) > limit:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(seconds), aclosing(request.stream()) as chunks:
+            async for chunk in chunks:
+                if len(body) + len(chunk) > limit:
+                    raise too_large
+                body += chunk
+    except TimeoutError:
+        message = f"The body did not arrive within {seconds:g} s"
+        raise Refusal(408, message, code="timeout", close=True) from None
+    return parse_body(kind, bytes(body))
 
 
 def parse_body(kind: type[T], content: bytes) -> T:
@@ -214,9 +237,8 @@ def parse_body(kind: type[T], content: bytes) -> T:
     if issubclass(kind, GenerationBody):
         _drop_neutral(members, NEUTRAL, "")
         messages = members.get("messages")
-        listed = messages[:MAX_MESSAGES] if isinstance(messages, list) else []
-        for number, message in enumerate(listed):
-            if isinstance(message, dict):
+        for number, message in enumerate(messages if isinstance(messages, list) else []):
+            if isinstance(message, dict) and number < MAX_MESSAGES:
                 _drop_neutral(message, NEUTRAL_IN_MESSAGES, f"messages.{number}.")
         members = {name: value for name, value in members.items() if name not in IGNORED}
     try:
@@ -240,9 +262,8 @@ def _drop_neutral(
             for other in neutral[name]
         )
         if value is not None and not any(matches):
-            param = f"{prefix}{name}"
-            message = f"{param} is not implemented; omit it"
-            raise invalid_parameter(message, param, "unsupported_parameter")
+            message = f"{prefix}{name} is not implemented; omit it"
+            raise invalid_parameter(message, prefix + name, "unsupported_parameter")
 
 
 def _validation_refusal(error: ValidationError) -> Refusal:
@@ -255,18 +276,14 @@ def _validation_refusal(error: ValidationError) -> Refusal:
     if first["type"] == "extra_forbidden":
         message = f"Unrecognized request argument supplied: {name}"
         return invalid_parameter(message, name, "unknown_parameter")
-    if first["type"] == "missing" and (union is None or union == len(path) - 1):
-        return invalid_parameter(
-            f"Missing required parameter: {name}", name, "missing_required_parameter"
-        )
+    if first["type"] == "missing" and union in {None, len(path) - 1}:
+        message = f"Missing required parameter: {name}"
+        return invalid_parameter(message, name, "missing_required_parameter")
     if union is not None:
         name = ".".join(path[: union + 1])
         return invalid_parameter(f"{name} {_EXPECTED[path[union]]}", name)
     name = name or "the body"
     return invalid_parameter(f"{name} is invalid: {first['msg'].lower()}", name)
-
-
-# -- prompts --------------------------------------------------------------------------------------
 
 
 class PromptEncoder:
@@ -281,37 +298,37 @@ class PromptEncoder:
         self.tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        self._vocabulary = self.tokenizer.get_vocab_size(with_added_tokens=True)
 
     def read(self, body: GenerationBody) -> list[tuple[int, ...]]:
         """Return the token ids of each prompt. Raise `Refusal`."""
         if isinstance(body, ChatBody):
-            return [self._read_chat(body)]
+            # The template writes the special tokens.
+            return [self._encode(self._apply_template(body), add_special_tokens=False)]
         assert isinstance(body, CompletionBody)
-        prompts = [self._read_prompt(prompt) for prompt in body.prompts]
-        if not prompts or not all(prompts):
+        vocabulary = self.tokenizer.get_vocab_size(with_added_tokens=True)
+        prompts = []
+        for prompt in body.prompts:
+            ids = self._encode(prompt) if isinstance(prompt, str) else tuple(prompt)
+            if not ids:
+                raise invalid_parameter("A prompt is empty", "prompt")
+            if not 0 <= min(ids) <= max(ids) < vocabulary:
+                message = f"A token id of the prompt is outside 0 … {vocabulary - 1}"
+                raise invalid_parameter(message, "prompt")
+            prompts.append(ids)
+        if not prompts:
             raise invalid_parameter("A prompt is empty", "prompt")
         return prompts
 
-    def _read_prompt(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            return self._encode(prompt)
-        if prompt and not 0 <= min(prompt) <= max(prompt) < self._vocabulary:
-            last = self._vocabulary - 1
-            raise invalid_parameter(f"A token id of the prompt is outside 0 … {last}", "prompt")
-        return tuple(prompt)
-
-    def _read_chat(self, body: ChatBody) -> tuple[int, ...]:
+    def _apply_template(self, body: ChatBody) -> str:
         messages = [message.as_template() for message in body.messages]
         try:
-            text = self._chat.apply_chat_template(
+            text: str = self._chat.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
         except (TemplateError, TypeError, ValueError) as error:
             message = "The model's chat template rejects these messages: "
             raise invalid_parameter(message + shorten(str(error), 300), "messages") from None
-        # The template has written the special tokens.
-        return self._encode(text, add_special_tokens=False)
+        return text
 
     def _encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         # Only the batch call releases the GIL, and a long text takes seconds.

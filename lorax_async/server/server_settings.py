@@ -1,7 +1,8 @@
-"""The operator's settings: names, the admin token, and limits."""
+"""The operator's settings: limits, the admin token, allowed hosts, and names of models."""
 
 from __future__ import annotations
 
+import hmac
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,14 +10,21 @@ from ipaddress import ip_address
 from types import MappingProxyType
 
 from starlette.datastructures import Headers
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lorax_async.config import MiB
-from lorax_async.errors import ConfigError, shorten
-from lorax_async.ids import Allow, as_allow
-from lorax_async.server.clients import UnreadRefusal
-from lorax_async.server.error_responses import Refusal
-from lorax_async.types import AdapterId, as_ref, require_count, require_positive, require_seconds
+from lorax_async.errors import AccessDeniedError, ConfigError, InvalidAdapterIdError, shorten
+from lorax_async.ids import Allow, as_allow, is_covered, parse_ref
+from lorax_async.server.responses import Refusal, UnreadRefusal
+from lorax_async.types import (
+    AdapterId,
+    AdapterRef,
+    as_ref,
+    require_count,
+    require_positive,
+    require_seconds,
+)
 from lorax_async.urls import is_address
 
 ANY = "*"
@@ -38,57 +46,44 @@ class AllowedHosts:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             fields = Headers(scope=scope).getlist("host")
-            if len(fields) != 1 or not is_allowed(fields[0], self._hosts):
-                refusal = Refusal(
-                    400,
-                    "This host name is not allowed; the operator can allow it with --allowed-hosts",
-                    code="invalid_host",
-                    close=True,
+            if len(fields) != 1 or not self._is_allowed(fields[0]):
+                message = (
+                    "This host name is not allowed; the operator can allow it with --allowed-hosts"
                 )
+                refusal = Refusal(400, message, code="invalid_host", close=True)
                 await UnreadRefusal(refusal, self._seconds)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
-
-def is_allowed(field: str, hosts: Sequence[str]) -> bool:
-    """Return whether a `Host` field, with or without a port, is one of `normalize_hosts`."""
-    if ANY in hosts:
-        return True
-    match = _FIELD.fullmatch(field.lower())
-    if match is None:
-        return False
-    name = _normalize_host(match[1])
-    return any(name.endswith(host[1:]) if host.startswith("*") else name == host for host in hosts)
-
-
-def normalize_hosts(hosts: object) -> tuple[str, ...]:
-    """Return names and addresses normalized: lower case, no brackets. Raise `ConfigError`.
-
-    "*.example.com" matches every name below it, "*" everything.
-    """
-    if not isinstance(hosts, tuple | list):
-        raise ConfigError("allowed_hosts must be a tuple of names, or None")
-    return tuple(map(_normalize_pattern, hosts))
-
-
-def _normalize_pattern(host: object) -> str:
-    if not isinstance(host, str):
-        raise ConfigError(f"an allowed host must be a string, not {host!r}")
-    if host == ANY:
-        return host
-    name = _normalize_host(host.lower())
-    if not (is_address(name) or _NAME.fullmatch(name)):
-        raise ConfigError(
-            f"{shorten(host, 200)!r} is not a host; write a name, *.name for all names below it, or"
-            " an address, without a port"
+    def _is_allowed(self, field: str) -> bool:
+        """Return whether a `Host` field, with or without a port, is one of the hosts."""
+        match = _FIELD.fullmatch(field.lower())
+        if match is None:
+            return ANY in self._hosts
+        name = _normalize_host(match[1])
+        return any(
+            name.endswith(host[1:]) if host.startswith(ANY) else name == host
+            for host in self._hosts
         )
-    return name
 
 
 def _normalize_host(host: str) -> str:
     """Return an address in its usual spelling, or a name without the root's dot."""
     bare = host[1:-1] if host[:1] == "[" and host[-1:] == "]" else host
     return str(ip_address(bare)) if is_address(bare) else bare.removesuffix(".")
+
+
+def _normalize_pattern(host: object) -> str:
+    """Return a name, a pattern *.name or an address, in lower case. Raise `ConfigError`."""
+    if not isinstance(host, str):
+        raise ConfigError(f"an allowed host must be a string, not {host!r}")
+    name = _normalize_host(host.lower())
+    if not (host == ANY or is_address(name) or _NAME.fullmatch(name)):
+        raise ConfigError(
+            f"{shorten(host, 200)!r} is not a host; write a name, *.name for all names below it, or"
+            " an address, without a port"
+        )
+    return name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,28 +157,130 @@ class ServerSettings:
             raise ConfigError(
                 "max_waiting must be at least max_choices: larger requests would never fit"
             )
+        token = self.admin_token
+        if token is not None and (
+            # An unset variable must not open the server.
+            not isinstance(token, str) or not token or not all("!" <= c <= "~" for c in token)
+        ):
+            raise ConfigError("admin_token must be printable ASCII without spaces, or None")
+        self._require_names()
         object.__setattr__(self, "sources", as_allow(self.sources, "sources"))
-        if self.allowed_hosts is not None:
-            object.__setattr__(self, "allowed_hosts", normalize_hosts(self.allowed_hosts))
-        _require_token(self.admin_token)
-        _require_names(self.base, self.adapters)
         object.__setattr__(self, "adapters", MappingProxyType(dict(self.adapters)))
+        if self.allowed_hosts is not None:
+            if not isinstance(self.allowed_hosts, tuple | list):
+                raise ConfigError("allowed_hosts must be a tuple of names, or None")
+            object.__setattr__(
+                self, "allowed_hosts", tuple(map(_normalize_pattern, self.allowed_hosts))
+            )
+
+    def _require_names(self) -> None:
+        if not isinstance(self.base, str) or not self.base:
+            raise ConfigError("base must be the name of the base model")
+        for name, adapter in self.adapters.items():
+            if not isinstance(name, str) or not name:
+                raise ConfigError("the names of adapters must be non-empty strings")
+            if name == self.base:
+                raise ConfigError(
+                    f"{name!r} is the base model's name; give the adapter another name"
+                )
+            as_ref(adapter)
 
 
-def _require_token(token: object) -> None:
-    """Refuse an empty token: an unset variable must not open the server."""
+# -- clients --------------------------------------------------------------------------------------
+
+
+def read_bearer_key(connection: HTTPConnection) -> str | None:
+    """Return the client's bearer key, if it sends one."""
+    scheme, blank, key = connection.headers.get("authorization", "").partition(" ")
+    return key.strip() if blank and scheme.lower() == "bearer" else None
+
+
+def identify_client(connection: HTTPConnection) -> tuple[str, str]:
+    """Identify a client by its key if it has one, else by its address."""
+    key = read_bearer_key(connection)
+    if key is not None:
+        return "key", key
+    return "address", connection.client.host if connection.client else ""
+
+
+def require_operator(settings: ServerSettings, connection: HTTPConnection) -> None:
+    """Raise `Refusal` unless the client brings the operator's token."""
+    token = settings.admin_token
     if token is None:
-        return
-    if not isinstance(token, str) or not token or not all("!" <= c <= "~" for c in token):
-        raise ConfigError("admin_token must be printable ASCII without spaces, or None")
+        message = "This call is disabled: the server was started without an admin token"
+        raise Refusal(403, message, code="admin_disabled")
+    key = (read_bearer_key(connection) or "").encode("utf-8", "surrogateescape")
+    if not hmac.compare_digest(key, token.encode()):
+        message = "This call needs the admin token, as Authorization: Bearer TOKEN"
+        raise Refusal(401, message, code="invalid_api_key")
 
 
-def _require_names(base: object, adapters: Mapping[str, AdapterId]) -> None:
-    if not isinstance(base, str) or not base:
-        raise ConfigError("base must be the name of the base model")
-    for name, adapter in adapters.items():
-        if not isinstance(name, str) or not name:
-            raise ConfigError("the names of adapters must be non-empty strings")
-        if name == base:
-            raise ConfigError(f"{name!r} is the base model's name; give the adapter another name")
-        as_ref(adapter)
+def is_operator(settings: ServerSettings, connection: HTTPConnection) -> bool:
+    """Return whether the client brings the token; raise `Refusal` for a wrong one."""
+    if read_bearer_key(connection) is None:
+        return False
+    require_operator(settings, connection)
+    return True
+
+
+# -- names of models ------------------------------------------------------------------------------
+
+
+class ModelNames:
+    """The base's name, and a changing table of names for adapters.
+
+    `sources` are the places below which a request may name adapters by id.
+    """
+
+    def __init__(
+        self, base: str, adapters: Mapping[str, AdapterId], sources: Sequence[Allow] = ()
+    ) -> None:
+        self.base = base
+        self._sources = sources
+        self._adapters = dict(adapters)
+
+    @property
+    def adapters(self) -> Mapping[str, AdapterId]:
+        """The adapters by name."""
+        return MappingProxyType(self._adapters)
+
+    def resolve(self, model: str) -> AdapterId | None:
+        """Return the adapter that a request's `model` names; None is the base.
+
+        An unknown name is an id. It stays text, so that it is local only below `local_roots`.
+        Raise `AccessDeniedError` for an id that requests may not name.
+        """
+        if model == self.base:
+            return None
+        if model not in self._adapters and not is_requestable(AdapterRef(model), self._sources):
+            raise AccessDeniedError(
+                "requests may name the models of this server (GET /v1/models), but not this id;"
+                " the operator can allow it with --source",
+                id=model,
+                stage="resolve",
+            )
+        return self._adapters.get(model, model)
+
+    def name_of(self, adapter: AdapterId) -> str | None:
+        """Return the first name of an adapter."""
+        return next((name for name, named in self._adapters.items() if named == adapter), None)
+
+    def add(self, name: str, adapter: AdapterId) -> None:
+        """Name an adapter; a name in use changes its meaning."""
+        self._adapters[name] = adapter
+
+    def remove(self, name: str) -> AdapterId | None:
+        """Forget a name; return the adapter that it named, if any."""
+        return self._adapters.pop(name, None)
+
+
+def is_requestable(ref: AdapterRef, sources: Sequence[Allow]) -> bool:
+    """Return whether `sources` let requests name this id.
+
+    The loader judges folders by its `local_roots`, and refuses malformed ids.
+    """
+    try:
+        parsed_ref = parse_ref(ref)
+    except InvalidAdapterIdError:
+        return True
+    return parsed_ref.source == "local" or is_covered(parsed_ref, sources)

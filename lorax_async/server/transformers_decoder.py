@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from lorax_async.engines.transformers import AttachedModel
 from lorax_async.errors import ConfigError, LoraxError, UsageError
-from lorax_async.server.generation import DecoderStep, SequencePart, StepResult
+from lorax_async.server.engine import DecoderStep, SequencePart, StepResult
 from lorax_async.types import require_count
 
 BLOCK = 64
@@ -207,14 +207,6 @@ class PassRows:
 
         Return what the rows have there, `[rows, heads, length, head_dim]`.
         """
-        self._write(store, new)
-        if self.length == self.tokens:
-            return new
-        if self._slice is not None:
-            return store[self._slice, :, : self.length]
-        return store[:, :, : self.length].index_select(0, self._index)
-
-    def _write(self, store: torch.Tensor, new: torch.Tensor) -> None:
         if self._slice is not None and self._same_length:
             store[self._slice, :, self.length - self.tokens : self.length] = new
         elif self.tokens == 1:
@@ -222,6 +214,11 @@ class PassRows:
         else:
             for place, start, row in zip(self._places, self._starts, new, strict=True):
                 store[place, :, start : start + self.tokens] = row
+        if self.length == self.tokens:
+            return new
+        if self._slice is not None:
+            return store[self._slice, :, : self.length]
+        return store[:, :, : self.length].index_select(0, self._index)
 
     @cached_property
     def _index(self) -> torch.Tensor:

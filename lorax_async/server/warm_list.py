@@ -8,7 +8,7 @@ import logging
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -17,7 +17,7 @@ from lorax_async.errors import ConfigError, UsageError
 from lorax_async.events import Event
 from lorax_async.loader import AdapterLoader
 from lorax_async.runtime.acquire import Prefetch
-from lorax_async.types import AdapterId, AdapterRef
+from lorax_async.types import AdapterId, AdapterRef, as_ref
 
 _MAX_ADAPTERS = 1024
 """Adapters to remember, last used first."""
@@ -30,9 +30,8 @@ _logger = logging.getLogger("lorax_async")
 class WarmList:
     """Keep a file with the adapters on the device, the last used first.
 
-    On entering, prefetch the adapters in the file. The file is written
-    when the list has changed, at most every `pause` seconds, and replaced atomically. Tokens are
-    never written.
+    On entering, prefetch the adapters in the file. The file is written when the list has changed,
+    at most every `pause` seconds, and replaced atomically. Tokens are never written.
 
     Parameters
     ----------
@@ -93,12 +92,11 @@ class WarmList:
 
     def record_use(self, adapter: AdapterId) -> None:
         """Move an adapter to the front of the list, unless it has a token."""
-        if isinstance(adapter, str | Path):
-            adapter = AdapterRef(adapter)
-        if not isinstance(adapter, AdapterRef) or adapter.token is not None:
+        ref = as_ref(adapter)
+        if not isinstance(ref, AdapterRef) or ref.token is not None:
             return
-        self._used.pop(adapter, None)
-        self._used[adapter] = None
+        self._used.pop(ref, None)
+        self._used[ref] = None
         if len(self._used) > _MAX_ADAPTERS:
             del self._used[next(iter(self._used))]
         self._changed.set()
@@ -116,7 +114,14 @@ class WarmList:
         await self._write()
 
     async def _write(self) -> None:
-        content = _as_json(self._list_adapters())
+        rows = [
+            {"path" if isinstance(ref.id, Path) else "id": ref.text}
+            | {"source": ref.source, "revision": ref.revision}
+            | ({"use_token": True} if ref.use_token else {})
+            for ref in self._list_adapters()
+        ]
+        # json, unlike pydantic, keeps paths that are not UTF-8.
+        content = json.dumps({"adapters": rows}, indent=1).encode()
         if content == self._written:
             return
         try:
@@ -144,18 +149,18 @@ class WarmList:
         return refs
 
 
-def _as_json(refs: Sequence[AdapterRef]) -> bytes:
-    # json, unlike pydantic, keeps paths that are not UTF-8.
-    rows = [
-        {
-            "path" if isinstance(ref.id, Path) else "id": ref.text,
-            "source": ref.source,
-            "revision": ref.revision,
-        }
-        | ({"use_token": True} if ref.use_token else {})
-        for ref in refs
-    ]
-    return json.dumps({"adapters": rows}, indent=1).encode()
+def _replace(path: Path, content: bytes) -> None:
+    """Replace the file atomically, once the content is on disk. Blocks."""
+    number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(number, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
 
 
 def read_warm_list(path: Path) -> list[AdapterRef]:
@@ -163,21 +168,24 @@ def read_warm_list(path: Path) -> list[AdapterRef]:
 
     Raise `ConfigError`, with the path, the reason and what to do.
     """
+    reason = ""
     try:
         content = _read_file(path)
+        return [] if content is None else _parse_refs(json.loads(content.decode()))
     except OSError as error:
         raise ConfigError(
             f"the warm list {path} cannot be read ({error.strerror}); make it readable, or name"
             " another file"
         ) from error
-    if content is None:
-        return []
-    try:
-        return _parse_refs(json.loads(content.decode()))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"{path} is not a warm list ({_reason(error)}); delete it, or name another file"
-        ) from error
+    except UnicodeDecodeError:
+        reason = "it is not UTF-8 text"
+    except json.JSONDecodeError as error:
+        reason = f"it is not JSON: {error}"
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except ValueError as error:
+        reason = str(error)
+    raise ConfigError(f"{path} is not a warm list ({reason}); delete it, or name another file")
 
 
 def _read_file(path: Path) -> bytes | None:
@@ -193,7 +201,7 @@ def _read_file(path: Path) -> bytes | None:
         return None
     try:
         mode = os.fstat(number).st_mode
-        if not stat.S_ISREG(mode):
+        if not stat.S_ISREG(mode):  # opening a folder as a Python file fails
             what = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
             raise ConfigError(f"the warm list {path} is {what}; name a file")
         with open(number, "rb", closefd=False) as file:
@@ -201,21 +209,8 @@ def _read_file(path: Path) -> bytes | None:
     finally:
         os.close(number)
     if len(content) > _MAX_BYTES:
-        raise ConfigError(
-            f"{path} is not a warm list: it has over {_MAX_BYTES:,} bytes; delete it,"
-            " or name another file"
-        )
+        raise ValueError(f"it has over {_MAX_BYTES:,} bytes")
     return content
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnicodeDecodeError):
-        return "it is not UTF-8 text"
-    if isinstance(error, json.JSONDecodeError):
-        return f"it is not JSON: {error}"
-    if isinstance(error, RecursionError):
-        return "it is nested too deeply"
-    return str(error)
 
 
 def _parse_refs(members: Any) -> list[AdapterRef]:
@@ -232,17 +227,3 @@ def _parse_refs(members: Any) -> list[AdapterRef]:
         except (TypeError, KeyError, ValueError, UsageError) as error:
             raise ValueError(f"its adapter number {number} is invalid") from error
     return refs
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Replace the file atomically, once the content is on disk. Blocks."""
-    number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(number, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise

@@ -7,8 +7,8 @@ from pathlib import Path
 from lorax_async.engines.batch import ModelBatch
 from lorax_async.handle import AdapterHandle
 from lorax_async.server import engine, warm_list
-from lorax_async.server.clients import InFlightRequests, RequestScope
 from lorax_async.server.engine import Engine
+from lorax_async.server.service import InFlightRequests, RequestScope
 from lorax_async.server.transformers_decoder import KVCache, PlacesLayer
 from mutants.mutation import (
     Mutants,

@@ -8,8 +8,15 @@ from typing import Any
 from common import our_threads
 from lorax_async.errors import LoraxError
 from lorax_async.loader import AdapterLoader
-from lorax_async.server.engine import Engine, Sampler, choose
-from lorax_async.server.generation import DecoderStep, Generation, Sampling, StepResult
+from lorax_async.server.engine import (
+    DecoderStep,
+    Engine,
+    Generation,
+    Sampler,
+    Sampling,
+    StepResult,
+    choose,
+)
 from lorax_async.testing import FakeDecoder, FakeSource, fake_logits
 from lorax_async.types import AdapterId
 from scheduling.serving import opened

@@ -96,7 +96,7 @@ async def test_of_two_loads_of_one_name_the_first_counts(tmp_path: Path) -> None
 
 
 async def test_an_adapter_in_use_is_unloaded_later(tmp_path: Path, monkeypatch: Patch) -> None:
-    monkeypatch.setattr("lorax_async.server.admin.UNLOAD_SECONDS", 0.01)
+    monkeypatch.setattr("lorax_async.server.app.UNLOAD_SECONDS", 0.01)
     folder = tiny.write(tmp_path / "one")
     async with serving(adapters={"a": folder}) as world:
         async with await world.service.loader.load(folder) as handle:

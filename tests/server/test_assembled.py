@@ -23,7 +23,7 @@ from lorax_async.cli.serve import find_adapters
 from lorax_async.config import LoaderConfig
 from lorax_async.errors import UsageError
 from lorax_async.ids import Allow
-from lorax_async.server.generation import Generation
+from lorax_async.server.engine import Generation
 from lorax_async.server.server_settings import ServerSettings
 from lorax_async.server.service import ServedModel, ServerCapacity, Service, open_service
 from lorax_async.types import AdapterRef

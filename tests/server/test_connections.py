@@ -18,10 +18,10 @@ from starlette.requests import ClientDisconnect
 from common import Run, until
 from lorax_async.errors import LoaderClosedError, UsageError
 from lorax_async.server.app import DrainingServer, listen
-from lorax_async.server.clients import ABORT, RequestScope
 from lorax_async.server.completions import CompletionEndpoint
-from lorax_async.server.error_responses import Refusal
 from lorax_async.server.request_bodies import CompletionBody
+from lorax_async.server.responses import ABORT, Refusal
+from lorax_async.server.service import RequestScope
 from server.world import COMPLETIONS, POST, FakeEngine, FakeTokens, World, request, saying, serving
 from tiny_loaders import fails
 
@@ -210,7 +210,7 @@ async def test_a_body_that_is_not_read_is_refused(path: str) -> None:
 
 
 async def test_an_endless_body_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorax_async.server.clients.LINGER_BYTES", 100_000)
+    monkeypatch.setattr("lorax_async.server.responses.LINGER_BYTES", 100_000)
     async with serving(max_body_bytes=10) as world:
         head = f"{POST}Content-Length: 999999999999999\r\n\r\n".encode()
         reader, writer = await connection(world, head)

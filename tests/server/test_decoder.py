@@ -23,8 +23,15 @@ from lorax_async.engines.transformers import AttachedModel
 from lorax_async.errors import AdapterTimeoutError, ConfigError, FetchError, UsageError
 from lorax_async.handle import AdapterHandle
 from lorax_async.scheduler.scheduler import AdapterScheduler
-from lorax_async.server.engine import Engine, Sampler, choose
-from lorax_async.server.generation import DecoderStep, Sampling, SequencePart, StepResult
+from lorax_async.server.engine import (
+    DecoderStep,
+    Engine,
+    Sampler,
+    Sampling,
+    SequencePart,
+    StepResult,
+    choose,
+)
 from lorax_async.server.transformers_decoder import BLOCK, KVCache, TransformersDecoder
 from lorax_async.testing import FakeSource
 from server.generating import all_of, asked

@@ -20,8 +20,7 @@ from lorax_async import errors
 from lorax_async.devices.cpu import CpuDevice
 from lorax_async.devices.simulated import GatedDevice
 from lorax_async.scheduler.scheduler import AdapterScheduler
-from lorax_async.server.engine import Engine, Sampler, TokenStream
-from lorax_async.server.generation import DecoderStep, Sampling
+from lorax_async.server.engine import DecoderStep, Engine, Sampler, Sampling, TokenStream
 from lorax_async.testing import FakeDecoder, FakeSource
 from lorax_async.types import AdapterKey, AdapterRef
 from scheduling.serving import opened, warm

@@ -11,9 +11,8 @@ from starlette.types import Receive, Scope, Send
 
 import tiny
 from lorax_async.errors import FetchError
-from lorax_async.server.engine import ObservedTokens
-from lorax_async.server.model_names import ModelNames
-from lorax_async.server.server_metrics import RequestCounter, ServerMetrics
+from lorax_async.server.monitoring import ObservedTokens, RequestCounter, ServerMetrics
+from lorax_async.server.server_settings import ModelNames
 from metrics.scraping import Samples, of, parsed
 from server.world import FakeEngine, World, failing, request, serving
 from tiny_loaders import fails, loader
@@ -144,7 +143,7 @@ async def test_a_tokens_time_is_since_the_one_before(monkeypatch: pytest.MonkeyP
             patch.setattr(time, "monotonic", lambda: clock[0])
             submitted = engine.submit(nothing)
             submitted.say("abc")
-            tokens = ObservedTokens(cast(Any, submitted), [metrics.observe_sequence("base", 5)])
+            tokens = ObservedTokens(cast(Any, submitted), "base", metrics)
             for seconds in (0.5, 0.25, 0.125):
                 clock[0] += seconds
                 await anext(tokens)

@@ -16,8 +16,8 @@ import pytest
 import tiny
 from common import until
 from lorax_async.errors import AdapterFormatError, CapacityError
-from lorax_async.server import app, dashboard
-from lorax_async.server.model_names import ModelNames
+from lorax_async.server import app, monitoring
+from lorax_async.server.server_settings import ModelNames
 from lorax_async.tracing.trace import Trace
 from server.world import COMPLETIONS, TOKEN, FakeEngine, FakeTokens, World, loading, saying, serving
 from tiny_loaders import ONE, fails, gated
@@ -101,7 +101,7 @@ async def test_the_page_needs_nothing_from_elsewhere() -> None:
 
 
 async def test_only_reading_is_allowed(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(dashboard, "MAX_PAGES", 1)
+    monkeypatch.setattr(monitoring, "MAX_PAGES", 1)
     async with serving() as world:
         for path in ("/", EVENTS, TRACE):
             assert (await world.ask("POST", path)).status == 405
@@ -175,7 +175,7 @@ async def test_ids_and_paths_are_the_operators_to_see(tmp_path: Path) -> None:
 
 
 async def test_many_adapters_are_cut_and_names_counted(tmp_path: Path, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(dashboard, "MAX_ROWS", 2)
+    monkeypatch.setattr(monitoring, "MAX_ROWS", 2)
     source = stocked(tmp_path, *(f"org/a{n}" for n in range(6)))
     async with serving(loader=over(source, max_slots=2)) as world:
         for n in range(6):
@@ -200,9 +200,9 @@ def test_all_pages_share_a_look_which_takes_a_share_of_the_time(monkeypatch: Pat
 
     loader.placement.return_value = loader
     loader.find.side_effect, loader.story.return_value = look, ()
-    monkeypatch.setattr(dashboard, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     names, other = ModelNames("base", {"one": "org/one"}), cast(Any, None)
-    shared = dashboard.Dashboard(loader, names, other)
+    shared = monitoring.Dashboard(loader, names, other)
     counts = list[int]()
     for _ in range(8):
         assert shared.rows(operator=False) is shared.rows(operator=False)
@@ -224,7 +224,7 @@ async def test_a_stop_ends_the_stream_at_once() -> None:
 @pytest.mark.parametrize("stops", [1, 2])
 async def test_a_stuck_page_keeps_no_server(stops: int, monkeypatch: Patch, caplog: Any) -> None:
     for name, seconds in (("TICK", 0.01), ("LAST_SECONDS", 0.2), ("FRESH_SECONDS", 0.0)):
-        monkeypatch.setattr(dashboard, name, seconds)
+        monkeypatch.setattr(monitoring, name, seconds)
     adapters = {f"{n} {'x' * 20_000}": f"org/a{n}" for n in range(50)}
     async with serving(adapters=adapters, send_buffer=4096, drain=30) as world:
         _reader, writer = await asyncio.open_connection("127.0.0.1", world.port, limit=1)
@@ -241,8 +241,8 @@ async def test_a_stuck_page_keeps_no_server(stops: int, monkeypatch: Patch, capl
 
 async def test_open_pages_are_counted_apart_from_the_operators(monkeypatch: Patch) -> None:
     """And a silent one is told something, since proxies end what is silent."""
-    monkeypatch.setattr(dashboard, "MAX_PAGES", 1)
-    monkeypatch.setattr(dashboard, "SILENCE", 0.5)
+    monkeypatch.setattr(monitoring, "MAX_PAGES", 1)
+    monkeypatch.setattr(monitoring, "SILENCE", 0.5)
     async with serving() as world:
         async with watching(world) as told:
             refused = await world.ask("GET", EVENTS)
@@ -343,7 +343,7 @@ async def test_a_cold_request_without_a_token_is_shown_with_its_outcome(
 
 async def test_few_cold_requests_are_recorded_at_a_time(tmp_path: Path) -> None:
     """Of one adapter, one; and strangers' keep no adapter with a name from being recorded."""
-    most = dashboard.MAX_RECORDINGS
+    most = monitoring.MAX_RECORDINGS
     folders = {f"a{n}": tiny.write(tmp_path / f"a{n}", n) for n in range(most + 1)}
     engine = FakeEngine()
     async with serving(engine, adapters=folders) as world:

@@ -19,8 +19,8 @@ from lorax_async.cli.serve import choose_hosts
 from lorax_async.errors import ConfigError, LoraxError, UsageError
 from lorax_async.server import request_bodies
 from lorax_async.server.app import listen
-from lorax_async.server.error_responses import INTERNAL, Refusal, create_refusal
 from lorax_async.server.request_bodies import ChatBody, CompletionBody, GenerationBody, parse_body
+from lorax_async.server.responses import INTERNAL, Refusal, create_refusal
 from lorax_async.server.server_settings import ServerSettings
 from server import world as fakes
 from server.world import COMPLETIONS, TOKEN, FakeEngine, FakeTokens, World, echo, loading, serving

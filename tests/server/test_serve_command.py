@@ -218,7 +218,7 @@ NO_ROWS = [
         (_socket, "cannot be read"),
         (lambda path: path.symlink_to(path.name), "cannot be read"),
         (lambda path: path.symlink_to("/dev/zero"), "is not a regular file; name a file"),
-        (_large, "it has over 16,777,216 bytes; delete it"),
+        (_large, "it has over 16,777,216 bytes.*; delete it"),
         (_holds(b'{"adapters": ['), "it is not JSON: .*line 1 column 15.*; delete it"),
         *((_holds(text), "it is not JSON: .*; delete it") for text in (b"", b"\x00")),
         (_holds(b"\xff\xfe{"), "it is not UTF-8 text.*; delete it"),

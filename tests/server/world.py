@@ -19,7 +19,7 @@ from lorax_async.errors import LoaderClosedError, LoraxError
 from lorax_async.ids import Allow
 from lorax_async.loader import AdapterLoader
 from lorax_async.server.app import DrainingServer, listen
-from lorax_async.server.generation import Finish, Generation
+from lorax_async.server.engine import Finish, Generation
 from lorax_async.server.server_settings import ServerSettings
 from lorax_async.server.service import Service
 from tiny_loaders import loader as tiny_loader

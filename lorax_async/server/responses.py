@@ -1,0 +1,225 @@
+"""Responses: a status and OpenAI's JSON form for every error of a request; and event streams."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Mapping
+from contextlib import aclosing, suppress
+from math import ceil
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Message, Receive, Scope, Send
+
+from lorax_async import errors
+from lorax_async.errors import LoraxError
+
+ABORT = "lorax_abort"
+"""Key in the scope's state: a function that drops the connection with all unsent data."""
+
+LINGER_BYTES = 8 << 20
+"""Bytes of an oversized body to discard before closing: a client that is still sending when the
+connection closes loses the response."""
+
+_BODY = "http.response.body"
+_logger = logging.getLogger("lorax_async.server")
+
+TABLE: tuple[tuple[type[LoraxError], int, str], ...] = (
+    (errors.AdapterNotFoundError, 404, "model_not_found"),
+    (errors.AccessDeniedError, 403, "model_access_denied"),
+    (errors.InvalidAdapterIdError, 400, "invalid_model_id"),
+    (errors.AdapterFormatError, 422, "adapter_malformed"),
+    (errors.UnsupportedAdapterError, 422, "adapter_unsupported"),
+    (errors.IncompatibleAdapterError, 422, "adapter_incompatible"),
+    (errors.CapacityError, 429, "over_capacity"),
+    (errors.LoaderClosedError, 503, "closing"),
+    (errors.HandleClosedError, 503, "closing"),  # only closing revokes leases
+    (errors.AdapterTimeoutError, 504, "timeout"),
+    (errors.FetchTimeoutError, 504, "timeout"),
+    # The source is at fault: the client cannot correct its request.
+    (errors.IntegrityError, 502, "adapter_altered"),
+    (errors.EvictedError, 503, "evicted"),
+    (errors.FetchError, 502, "fetch_failed"),
+    (errors.AdapterInUseError, 409, "adapter_in_use"),
+    (errors.UsageError, 400, "invalid_request"),
+    (errors.TransferError, 500, "transfer_failed"),
+)
+"""The first row whose class matches an error decides; other errors get `INTERNAL`."""
+
+INTERNAL = "Internal server error; the server's log has the details."
+"""Internal details are for the operator's log only."""
+
+_KINDS = {400: "invalid_request_error", 429: "rate_limit_error"}
+
+
+class Refusal(Exception):  # noqa: N818 - a response, not always an error of the server
+    """An error response to one request.
+
+    `kind` is the error's type in OpenAI's JSON; None derives it from the status. `retry_after` is
+    in seconds. With `close`, nothing more is read from the connection.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | int | None = None,
+        kind: str | None = None,
+        retry_after: float | None = None,
+        close: bool = False,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.kind = kind or _KINDS.get(status, "server_error" if status >= 500 else _KINDS[400])
+        self.close = close
+        self._headers = dict(headers or {})
+        if retry_after is not None:
+            self._headers["Retry-After"] = str(max(1, ceil(retry_after)))
+        if status == 401:
+            self._headers["WWW-Authenticate"] = "Bearer"
+        if close:
+            self._headers["Connection"] = "close"
+
+    def as_json(self) -> dict[str, Any]:
+        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+        return {"error": error}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.as_json(), self.status, self._headers)
+
+
+def invalid_parameter(message: str, param: str, code: str = "invalid_value") -> Refusal:
+    """Return the response to a parameter that cannot be used."""
+    return Refusal(400, message, param=param, code=code)
+
+
+def create_refusal(error: Exception, retry_after: float, model: str | None = None) -> Refusal:
+    """Return the response to an error; `model` is the client's name for the adapter.
+
+    It replaces the id in the message: behind an operator's name, the id may be a path.
+    """
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, HTTPException):  # starlette's, for an unknown path or method
+        return Refusal(error.status_code, error.detail, code="unknown_url", headers=error.headers)
+    row = next((row for row in TABLE if isinstance(error, row[0])), None)
+    if row is None or not isinstance(error, LoraxError):
+        return Refusal(500, INTERNAL, code="internal_error")
+    _, status, code = row
+    shown = error if model is None or error.id is None else error.located(id=model)
+    retry = status in {429, 503} or (status in {502, 504} and error.retryable)
+    return Refusal(
+        status,
+        str(shown),
+        param="model" if error.id is not None else None,
+        code=code,
+        retry_after=(error.retry_after or retry_after) if retry else None,
+    )
+
+
+class UnreadRefusal(Response):
+    """Refuse a request before its body was read, and close the connection.
+
+    The whole response is sent first; up to `LINGER_BYTES` of the body are discarded after it.
+    """
+
+    def __init__(self, refusal: Refusal, seconds: float) -> None:
+        self._refusal = refusal
+        self._seconds = seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_unfinished(message: Message) -> None:
+            await send({**message, "more_body": True} if message["type"] == _BODY else message)
+
+        await self._refusal.response()(scope, receive, send_unfinished)
+        remaining, body = LINGER_BYTES, Request(scope, receive).stream()
+        with suppress(TimeoutError, ClientDisconnect):
+            async with asyncio.timeout(self._seconds), aclosing(body) as chunks:
+                async for chunk in chunks:
+                    remaining -= len(chunk)
+                    if remaining < 0:
+                        break
+        await send({"type": _BODY, "body": b"", "more_body": False})
+
+
+class EventStream:
+    """The response to one request, whole or as server-sent events.
+
+    A client that does not take ready data within `seconds` is disconnected: `ClientDisconnect`.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, seconds: float) -> None:
+        self.receive = receive
+        self.has_begun = False
+        """Whether a status was sent: later errors go into the body."""
+        self._streaming = False
+        self._scope = scope
+        self._send_on = send
+        self._seconds = seconds
+
+    async def respond(self, response: Response) -> None:
+        """Send a whole response."""
+        await response(self._scope, self.receive, self._send)
+
+    async def begin(self) -> None:
+        self._streaming = True
+        headers = [  # a middleware may append to it
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"cache-control", b"no-cache"),
+        ]
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+
+    async def send_event(self, data: dict[str, Any], *, more: bool = True) -> None:
+        """Send one event; the response's last without `more`."""
+        text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+        body = f"data: {text}\n\n".encode()
+        await self._send({"type": _BODY, "body": body, "more_body": more})
+
+    async def end(self) -> None:
+        await self._send({"type": _BODY, "body": b"data: [DONE]\n\n", "more_body": False})
+
+    async def fail(self, refusal: Refusal, error: Exception) -> None:
+        """End a response that has begun with an error."""
+        if refusal.status == 500:
+            _logger.error("a response failed after its start", exc_info=error)
+        with suppress(ClientDisconnect):
+            if self._streaming:
+                await self.send_event(refusal.as_json(), more=False)
+            else:  # its length was announced, so it can only be dropped
+                await self._disconnect()
+
+    def abort(self) -> bool:
+        """Drop the connection with all unsent data; return whether that is possible."""
+        abort = self._scope.get("state", {}).get(ABORT)
+        if abort is not None:
+            abort()
+        return abort is not None
+
+    async def _send(self, message: Message) -> None:
+        try:
+            async with asyncio.timeout(self._seconds):
+                await self._send_on(message)
+                self.has_begun = True
+        except TimeoutError:
+            await self._disconnect()
+            raise ClientDisconnect from None
+
+    async def _disconnect(self) -> None:
+        if self.abort():
+            await wait_for_disconnect(self.receive)
+
+
+async def wait_for_disconnect(receive: Receive) -> None:
+    """Wait until the client disconnects. Its request has been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
