@@ -21,8 +21,7 @@ from lorax_async.adapters.lora import LoraConfig
 from lorax_async.concurrency import in_thread
 from lorax_async.errors import AdapterFormatError, IncompatibleAdapterError, UsageError, shorten
 from lorax_async.formats.peft_names import TensorRole
-from lorax_async.planning.merge_plan import NewLayers
-from lorax_async.sources.merges import combine, concatenate, make_generator
+from lorax_async.sources.merges import NewLayers, combine, make_generator
 from lorax_async.types import MAX_FACTOR, MajoritySign, Merge, PartId, Strategy
 
 
@@ -124,9 +123,8 @@ class _Merging:
     ) -> None:
         self._merge = merge
         self._adapters = adapters
-        self._generator: torch.Generator | None = None
-        if merge.drops:
-            self._generator = make_generator(merge, self._new_layers(modules))
+        drawn = self._new_layers(modules) if merge.drops else None
+        self._generator = None if drawn is None else make_generator(merge, drawn)
 
     def merge_factor(self, module: str, part: TensorRole) -> torch.Tensor:
         """Merge all adapters' A, or B, of one module."""
@@ -136,14 +134,7 @@ class _Merging:
             self._require_pairs(module)
         tensors = [_read(*content) for content, _ in inputs]
         factors = [factor for _, factor in inputs]
-        if self._merge.strategy != "linear":
-            return combine(self._merge, part, tensors, factors, self._generator)
-        shape = list(tensors[0].shape)
-        along = _along_rank(part)
-        shape[along] = sum(tensor.shape[along] for tensor in tensors)
-        merged = torch.empty(shape, dtype=torch.float32)
-        concatenate(merged, part, tensors, factors)
-        return merged
+        return combine(self._merge, part, tensors, factors, self._generator)
 
     def entry(
         self, module: str, a: torch.Tensor, b: torch.Tensor, rank: int
@@ -186,7 +177,7 @@ class _Merging:
     def _require_fit(
         self, module: str, part: TensorRole, shapes: Sequence[tuple[int, ...]]
     ) -> None:
-        linear, along = self._merge.strategy == "linear", _along_rank(part)
+        linear, along = self._merge.strategy == "linear", 0 if part is TensorRole.A else 1
         sizes = {shape[1 - along] if linear else shape for shape in shapes}
         if len(sizes) > 1 or any(len(shape) != 2 for shape in shapes):
             shown = " and ".join(str(list(shape)) for shape in shapes)
@@ -210,10 +201,6 @@ def _scale(module: str, config: LoraConfig, weight: float) -> float:
             " lora_alpha or alpha_pattern in the config"
         )
     return scale
-
-
-def _along_rank(part: TensorRole) -> int:
-    return 0 if part is TensorRole.A else 1
 
 
 def _shape(content: Content, key: str) -> tuple[int, ...]:

@@ -4,7 +4,6 @@
 - `pairing`: match an adapter's A and B tensors to the modules of a layout
 - `sharding`: cut a layout and an adapter for one rank of a tensor-parallel server
 - `transfer_plan`: place every tensor in an extent; the moves and staging windows that fill it
-- `merge_plan`: plan the computed file of a merge
 - `batch_plan`: order a batch's rows by slot and rank
 
 The package is pure: no I/O, torch, threads or clock. It may know `formats`, the sizes that

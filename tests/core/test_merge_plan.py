@@ -13,7 +13,7 @@ from lorax_async.formats.peft_config import parse_config
 from lorax_async.formats.peft_names import TensorRole
 from lorax_async.formats.safetensors import header_size, parse_header
 from lorax_async.planning.layout import ModelLayout
-from lorax_async.planning.merge_plan import MergePlan, NewLayers, PartFile, plan_merge
+from lorax_async.sources.merges import MergePlan, NewLayers, PartFile, plan_merge
 from lorax_async.types import AdapterKey, Merge, MergedKey
 
 Q, OUT = "model.layers.0.q", "model.layers.1.o"
@@ -65,7 +65,7 @@ def test_modules_of_either_part_in_the_layouts_order() -> None:
     plan = planned(linear(1, 1), part({"lm_head": 2, Q: 4}), part({OUT: 3, Q: 5}))
     assert ranks_of(plan) == {Q: 9, OUT: 3, "lm_head": 2}
     assert [tensor.factor for tensor in plan.tensors] == [TensorRole.A, TensorRole.B] * 3
-    assert [[p.part for p in tensor.pieces] for tensor in plan.tensors[::2]] == [[0, 1], [1], [0]]
+    assert [[n for n, _ in tensor.pairs] for tensor in plan.tensors[::2]] == [[0, 1], [1], [0]]
     spec = parse_config(plan.config, Limits())
     assert {name: spec.rank_of(name) for name in (Q, OUT, "lm_head")} == ranks_of(plan)
     assert {spec.scale_of(name) for name in (Q, OUT, "lm_head")} == {1.0}
@@ -88,9 +88,7 @@ def test_names_that_end_in_anothers_are_filled_up() -> None:
     )
     assert ranks_of(plan) == {outer: 4, inner: 4, "x.q": 4}
     assert {tensor.shape for tensor in plan.tensors} == {(4, 8), (8, 4)}
-    assert [p.span.shape for p in plan.tensors[2].pieces] == [(2, 8)]
-    padded = [tensor.is_padded(linear(1)) for tensor in plan.tensors]
-    assert padded == [False, False, True, True, False, False]
+    assert [pair.a.shape for _, pair in plan.tensors[2].pairs] == [(2, 8)]
 
 
 def test_a_config_that_would_be_too_long_is_filled_up() -> None:

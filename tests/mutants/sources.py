@@ -42,8 +42,8 @@ def _closed_under_readers(self: SharedResource[Any]) -> None:
         self._end()
 
 
-async def _not_waited_for(works: Sequence[Any], undo: object) -> list[Any]:
-    tasks = [asyncio.ensure_future(work) for work in works]
+async def _not_waited_for(_: object, inputs: Sequence[Any], work: Any, *__: Any) -> list[Any]:
+    tasks = [asyncio.ensure_future(work(part)) for part in inputs]
     try:
         return await asyncio.gather(*tasks)
     except BaseException:
@@ -84,7 +84,7 @@ SOURCES: Mutants = {
         f"{LOCAL}::test_a_file_that_changes_is_not_held",
         (LocalPages, "settle", lambda self: concurrency.close_all(self._readers))),
     "merge: parts that are given up are waited for": mutant(
-        f"{MEMORY}::test_when_a_part_fails_others_end", (merges, "_all", _not_waited_for)),
+        f"{MEMORY}::test_when_a_part_fails_others_end", (merges, "_for_parts", _not_waited_for)),
     "tensors: writes during the copy are noticed": mutant(
         f"{MEMORY}::test_a_write_at_any_time_is_noticed",
         skipped(TensorSnapshot, "_require_unchanged")),
