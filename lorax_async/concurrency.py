@@ -7,7 +7,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Hashable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from threading import Event, Lock
+from functools import partial
+from threading import Event, Lock, Thread
 from typing import Any, Generic, Protocol, TypeVar
 
 from lorax_async.errors import FetchError, LoaderClosedError, LoraxError, Stage
@@ -37,13 +38,15 @@ class FetchControl:
 
     def cancel(self) -> None:
         self._cancelled.set()
-        self._notify()
+        for changed in tuple(self._watchers):
+            changed()
 
     def raise_priority(self) -> None:
         """Make a prefetch urgent."""
         if not self.urgent:
             self.urgent = True
-            self._notify()
+            for changed in tuple(self._watchers):
+                changed()
 
     @contextmanager
     def watch(self, changed: Callable[[], None]) -> Iterator[None]:
@@ -54,10 +57,6 @@ class FetchControl:
             yield
         finally:
             self._watchers.remove(changed)
-
-    def _notify(self) -> None:
-        for changed in tuple(self._watchers):
-            changed()
 
 
 T = TypeVar("T")
@@ -121,6 +120,15 @@ class Inbox(Generic[T]):
 
 R = TypeVar("R")
 K = TypeVar("K", bound=Hashable)
+
+
+def complete(future: Future[R], work: Callable[[], R]) -> None:
+    """Call `work` and set its outcome, unless the future was cancelled before."""
+    if future.set_running_or_notify_cancel():
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - raised where it is awaited
+            future.set_exception(error)
 
 
 class WorkerThreads:
@@ -191,19 +199,13 @@ class FairThreads:
                 self._waiting.pop(origin, None)
 
     def _run(self, origin: Hashable, future: Future[Any], work: Callable[[], Any]) -> None:
-        try:
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(work())
-                except BaseException as error:  # noqa: BLE001 - raised where it is awaited
-                    future.set_exception(error)
-        finally:
-            with self._lock:
-                self._running[origin] -= 1
-                if not self._running[origin]:
-                    del self._running[origin]
-            with suppress(RuntimeError):  # the executor is closed: nothing waits
-                self._start(origin)
+        complete(future, work)
+        with self._lock:
+            self._running[origin] -= 1
+            if not self._running[origin]:
+                del self._running[origin]
+        with suppress(RuntimeError):  # the executor is closed: nothing waits
+            self._start(origin)
 
 
 async def outcome(future: Future[R]) -> R:
@@ -317,18 +319,13 @@ async def in_thread(work: Callable[[IsWanted], T], discard: Callable[[T], None] 
     """
     abandoned, returned = Event(), Future[T]()
 
-    def run() -> None:
-        if returned.set_running_or_notify_cancel():
-            try:
-                returned.set_result(work(lambda: not abandoned.is_set()))
-            except BaseException as error:  # noqa: BLE001 - raised where it is awaited
-                returned.set_exception(error)
-
     def discard_result(future: Future[T]) -> None:
         if discard is not None and not future.cancelled() and future.exception() is None:
             discard(future.result())
 
-    asyncio.get_running_loop().run_in_executor(None, run)
+    asyncio.get_running_loop().run_in_executor(
+        None, complete, returned, lambda: work(lambda: not abandoned.is_set())
+    )
     try:
         return await asyncio.wrap_future(returned)
     except asyncio.CancelledError:
@@ -337,73 +334,88 @@ async def in_thread(work: Callable[[IsWanted], T], discard: Callable[[T], None] 
         raise
 
 
-class _SharedTask(Generic[R]):
-    """A task, and the number of callers that wait for it."""
-
-    def __init__(self, task: asyncio.Task[R]) -> None:
-        self.task = task
-        self.callers = 0
+async def in_own_thread(name: str, work: Callable[[], None]) -> None:
+    """Run blocking `work` in a new daemon thread, and wait for both to end."""
+    ended = Future[None]()
+    thread = Thread(target=complete, args=(ended, work), name=name, daemon=True)
+    thread.start()
+    await outcome(ended)
+    thread.join()
 
 
 class SharedTasks(Generic[K, R]):
     """One running task per key, joined by equal calls. Use it on the loop.
 
     A task is cancelled when its last caller leaves early. `finished` is called with each key and
-    task that ended in any other way.
+    task that ended in any other way, and `unused` with each ended task once no caller is left.
     """
 
     def __init__(
         self,
         run: Callable[[K], Coroutine[Any, Any, R]],
         name: Callable[[K], str],
-        finished: Callable[[K, asyncio.Task[R]], None],
+        *,
+        finished: Callable[[K, asyncio.Task[R]], None] | None = None,
+        unused: Callable[[asyncio.Task[R]], None] | None = None,
     ) -> None:
         self._run = run
         self._name = name
         self._finished = finished
-        self._shared: dict[K, _SharedTask[R]] = {}
-        self._tasks: set[asyncio.Task[R]] = set()  # also those that are being cancelled
+        self._unused = unused
+        self._shared: dict[K, asyncio.Task[R]] = {}
+        self._callers: Counter[asyncio.Task[R]] = Counter()
+        """Also of tasks that are being cancelled, or have ended."""
 
     @contextmanager
     def join(self, key: K) -> Iterator[asyncio.Task[R]]:
         """Start the task or join it; await it with `result_of` within the block."""
-        shared = self._shared.get(key) or self._start(key)
-        shared.callers += 1
+        task = self._shared.get(key)
+        if task is None:
+            loop = asyncio.get_running_loop()
+            task = self._shared[key] = loop.create_task(self._run(key), name=self._name(key))
+            task.add_done_callback(partial(self._end, key))
+        self._callers[task] += 1
         try:
-            yield shared.task
+            yield task
         finally:
-            shared.callers -= 1
-            if not shared.callers and not shared.task.done():
-                # Remove it first: the next caller must not join one that is being cancelled.
-                del self._shared[key]
-                shared.task.cancel()
+            self._callers[task] -= 1
+            if not self._callers[task]:
+                if task.done():
+                    self._forget(task)
+                else:
+                    # Remove it first: the next caller must not join one that is being cancelled.
+                    del self._shared[key]
+                    task.cancel()
 
     async def stop(self) -> None:
         """Cancel all tasks, and wait for their end; waiting callers get `LoaderClosedError`."""
-        tasks = tuple(self._tasks)
+        tasks = tuple(self._callers)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _start(self, key: K) -> _SharedTask[R]:
-        loop = asyncio.get_running_loop()
-        task = loop.create_task(self._run(key), name=self._name(key))
-        shared = self._shared[key] = _SharedTask(task)
-        self._tasks.add(task)
-        task.add_done_callback(lambda _: self._end(key, shared))
-        return shared
-
-    def _end(self, key: K, shared: _SharedTask[R]) -> None:
-        self._tasks.discard(shared.task)
-        if self._shared.get(key) is shared:
+    def _end(self, key: K, task: asyncio.Task[R]) -> None:
+        if self._shared.get(key) is task:
             del self._shared[key]
-            self._finished(key, shared.task)
+            if self._finished is not None:
+                self._finished(key, task)
+        if not self._callers[task]:
+            self._forget(task)
+
+    def _forget(self, task: asyncio.Task[R]) -> None:
+        if self._callers.pop(task, None) is not None and self._unused is not None:
+            self._unused(task)
 
 
 async def result_of(task: asyncio.Task[R], stage: Stage) -> R:
-    """Await a shared task without cancelling it; raise `LoaderClosedError` if `stop` has."""
+    """Await a shared task without cancelling it; raise `LoaderClosedError` if `stop` has.
+
+    Each caller raises its own copy of the task's error.
+    """
     try:
         return await asyncio.shield(task)
+    except LoraxError as error:
+        raise error.located() from error.__cause__
     except asyncio.CancelledError:
         caller = asyncio.current_task()
         if task.cancelled() and caller is not None and not caller.cancelling():

@@ -85,11 +85,14 @@ class LoraxError(Exception):
         Each waiter raises its own copy, for raising adds frames to the traceback. A stage passed at
         construction stays; `stage` replaces the class's default only.
         """
-        copy = self._copy(
+        copy = type(self)(
+            self.problem,
             id=id if id is not None else self.id,
             key=key if key is not None else self.key,
             attempt=self.attempt if attempt is None else attempt,
             stage=self._own_stage or stage,
+            retryable=self.retryable,
+            retry_after=self.retry_after,
             story=story or self.story,
         )
         copy.__cause__ = self.__cause__
@@ -101,26 +104,6 @@ class LoraxError(Exception):
         copy.problem = shorten(f"{prefix}{self.problem}")
         copy.args = (copy.problem,)
         return copy
-
-    def _copy(
-        self,
-        *,
-        id: str | None,
-        key: object | None,
-        attempt: int,
-        stage: Stage | None,
-        story: Sequence[object],
-    ) -> Self:
-        return type(self)(
-            self.problem,
-            id=id,
-            key=key,
-            attempt=attempt,
-            stage=stage,
-            retryable=self.retryable,
-            retry_after=self.retry_after,
-            story=story,
-        )
 
 
 class AdapterError(LoraxError):
@@ -228,6 +211,30 @@ class ConfigError(UsageError):
 class InternalError(LoraxError):
     """A fault of this package; the cause is chained. Please report it with the story."""
 
+    @classmethod
+    def caused_by(
+        cls,
+        cause: BaseException,
+        problem: str,
+        *,
+        key: object | None = None,
+        stage: Stage | None = None,
+    ) -> Self:
+        """Make the error for an exception that is not expected where `problem` was tried."""
+        error = cls(f"{problem}: {cause!r}", key=key, stage=stage)
+        error.__cause__ = cause
+        return error
+
 
 class InvalidTransitionError(InternalError):
     """An outcome arrived that the transition table does not allow; nothing was changed."""
+
+
+def as_lorax_error(error: BaseException, problem: str, stage: Stage | None = None) -> LoraxError:
+    """Return a copy without frames, which refer to a file's bytes: stories keep errors.
+
+    Other exceptions become the cause of an `InternalError`.
+    """
+    if isinstance(error, LoraxError):
+        return error.located()
+    return InternalError.caused_by(error, problem, stage=stage)

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
-from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
 import torch
@@ -81,7 +80,7 @@ class LoopAffinity:
 
 def _slot_names(lease_table: LeaseTable) -> dict[int, str]:
     """Return the names of adapters for a trace, by slot."""
-    return {slot: name_of(key) for slot, key in lease_table.in_slots().items()}
+    return {held.grant.slot.index: name_of(key) for key, held in lease_table.occupancies.items()}
 
 
 class AdapterLoader:
@@ -139,12 +138,7 @@ class AdapterLoader:
         self._affinity.settle()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     async def close(self, *, timeout: float | None = None) -> None:
@@ -296,7 +290,7 @@ class AdapterLoader:
 
     def _handle(self, ref: Ref, lease: Lease) -> AdapterHandle:
         lease.holder = current_task_name()
-        share, timeout = self._driver.waiter_table.share, self.config.timeout
+        share, timeout = self._driver.lease_table.share, self.config.timeout
         device, shard = self._driver.device, self.config.shard
         return AdapterHandle(text_of(ref), lease, device, self.layout, timeout, share, shard)
 
@@ -337,7 +331,7 @@ class AdapterLoader:
             raise UsageError(f"a tier is one of {', '.join(TIERS)}, not {tier!r}")
         seconds = self.config.seconds(timeout)
         refs = [as_ref(id) for id in ((ids,) if isinstance(ids, AdapterId) else ids)]
-        return self._assembly.prefetch(refs, wanted, seconds, priority)
+        return self._acquiring.prefetch(refs, wanted, seconds, priority)
 
     async def pin(
         self, adapter_id: AdapterId, *, timeout: float | None = None, priority: int = 0
@@ -355,7 +349,7 @@ class AdapterLoader:
     def unpin(self, adapter_id: AdapterId) -> bool:
         """Let the adapter be evicted again; return whether this id had a pin."""
         self._check_open()
-        return self._driver.waiter_table.unpin(as_ref(adapter_id))
+        return self._driver.pins.unpin(as_ref(adapter_id))
 
     async def unload(self, adapter_id: AdapterId, *, timeout: float | None = None) -> None:
         """Remove the adapter from device and host memory and end its pins; its files stay.
@@ -374,10 +368,11 @@ class AdapterLoader:
         """
         self._check_open()
         ref, seconds = as_ref(adapter_id), self.config.seconds(timeout)
-        key = self._acquiring.known(ref)
+        key = self._assembly.resolver.known(ref)
         if key is None:
             return
         try:
+            self._driver.pins.drop(key)
             await self._driver.waiter_table.unload(key, seconds)
         except LoraxError as error:
             raise error.located(id=text_of(ref)) from None
@@ -503,7 +498,7 @@ class AdapterLoader:
             driver.lifecycle.states,
             driver.files.holds,
             assembly.copied_bytes,
-            known=self._acquiring.known,
+            known=assembly.resolver.known,
             story=driver.telemetry.story,
             usage=assembly.usage,
         )

@@ -264,10 +264,10 @@ async def test_copies_that_end_at_the_same_moment_are_both_counted() -> None:
         return CopyResult(ticket, ticket, 0.0)
 
     part: Any = SimpleNamespace  # of the loader, as far as copies know it
-    parts = part(reader=lambda key: None), part(occupancy=lambda key: occupancy), part(run=run)
+    parts = part(reader=lambda key: None), part(occupancies={key: occupancy}), part(run=run)
     settings: dict[str, Any] = {"threads": 2, "low_water": 0, "images": torch.empty(0)}
     copies = CopyThreads(
-        *parts, lambda outcome: heard.append(outcome.command.group), lambda key: None, **settings
+        *parts, lambda job: heard.append(job.command.group), lambda key: None, **settings
     )
     for group in range(3):
         copies.start(CopyGroup(key, grant, group))

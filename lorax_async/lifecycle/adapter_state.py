@@ -299,6 +299,12 @@ class AdapterState:
         return self.at_rest and not wanted and not self.is_held and self.image is None
 
     @property
+    def takes_memory(self) -> bool:
+        """Whether it has, or is about to take, memory of the device or the host."""
+        in_use = self.slot is not SlotState.NONE or self.host is not HostState.NONE
+        return in_use or self.image is not None or self.demoted
+
+    @property
     def is_held(self) -> bool:
         """Whether its pages count in the host budget; pages that were only read ahead do not."""
         holdable = self.needs is not None and self.needs.holdable

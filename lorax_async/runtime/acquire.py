@@ -16,7 +16,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import count
@@ -45,17 +45,7 @@ from lorax_async.runtime.leases import Lease
 from lorax_async.runtime.resolver import Resolver
 from lorax_async.runtime.waiters import PendingLoad
 from lorax_async.tracing.recorder import Recorder, name_of
-from lorax_async.types import (
-    AdapterKey,
-    AdapterRef,
-    FileIdentity,
-    Merge,
-    MergedKey,
-    Ref,
-    RemoteKey,
-    is_stale,
-    text_of,
-)
+from lorax_async.types import AdapterKey, MergedKey, Ref, RemoteKey, is_stale, text_of
 
 
 class PrioritySemaphore:
@@ -120,8 +110,11 @@ class PrioritySemaphore:
 
     def _start_next(self) -> None:
         while self._free > 0:
-            for origin in list(self._waiting):
-                self._drop_cancelled(origin)
+            for origin, waiting in list(self._waiting.items()):
+                while waiting and waiting[0][2].done():  # its caller was cancelled
+                    heappop(waiting)
+                if not waiting:
+                    del self._waiting[origin]
             eligible = [origin for origin in self._waiting if self._held[origin] < self._limit]
             if not eligible:
                 return
@@ -129,13 +122,6 @@ class PrioritySemaphore:
             _, _, turn = heappop(self._waiting[origin])
             self._begin(origin)
             turn.set_result(None)
-
-    def _drop_cancelled(self, origin: Hashable) -> None:
-        waiting = self._waiting[origin]
-        while waiting and waiting[0][2].done():
-            heappop(waiting)
-        if not waiting:
-            del self._waiting[origin]
 
 
 class OrderedCalls:
@@ -174,9 +160,6 @@ class OrderedCalls:
 STARTS_PER_TURN = 8
 """Loads started in one turn of the loop: thousands of ids must not block it."""
 
-PrefetchStart = tuple[str, Callable[[], asyncio.Task[None]]]
-"""An id, and a function that starts its load."""
-
 
 class Prefetch:
     """The loads started by `AdapterLoader.prefetch`. They need not be awaited.
@@ -186,8 +169,11 @@ class Prefetch:
     cancel the prefetch.
     """
 
-    def __init__(self, starts: Sequence[PrefetchStart]) -> None:
-        self._starts = tuple(starts)
+    def __init__(
+        self, refs: Sequence[Ref], load: Callable[[Ref], Coroutine[None, None, None]]
+    ) -> None:
+        self._refs = refs
+        self._load = load
         self._tasks: list[asyncio.Task[None]] = []
         self._cancelled = False
         self.task = asyncio.get_running_loop().create_task(self._run(), name="lorax prefetch")
@@ -196,17 +182,17 @@ class Prefetch:
     @property
     def done(self) -> bool:
         """Whether all loads have ended."""
-        started = self._cancelled or len(self._tasks) == len(self._starts)
+        started = self._cancelled or len(self._tasks) == len(self._refs)
         return started and all(task.done() for task in self._tasks)
 
     @property
     def errors(self) -> Mapping[str, LoraxError]:
         """The errors so far, by id."""
         errors: dict[str, LoraxError] = {}
-        for (id, _), task in zip(self._starts, self._tasks, strict=False):
+        for ref, task in zip(self._refs, self._tasks, strict=False):
             error = task.exception() if task.done() and not task.cancelled() else None
             if isinstance(error, LoraxError):
-                errors[id] = error
+                errors[text_of(ref)] = error
         return MappingProxyType(errors)
 
     def cancel(self) -> None:
@@ -216,26 +202,32 @@ class Prefetch:
             task.cancel()
 
     async def _run(self) -> None:
-        for number, (_, start) in enumerate(self._starts):
+        loop = asyncio.get_running_loop()
+        for number, ref in enumerate(self._refs, 1):
             if self._cancelled:
                 break
-            self._tasks.append(start())
-            if number % STARTS_PER_TURN == STARTS_PER_TURN - 1:
+            task = loop.create_task(self._load(ref), name=f"lorax prefetch {text_of(ref)}")
+            task.add_done_callback(_retrieve_error)
+            self._tasks.append(task)
+            if number % STARTS_PER_TURN == 0:
                 await asyncio.sleep(0)
         if self._tasks:
             await asyncio.wait(self._tasks)
 
     def __await__(self) -> Generator[object, None, None]:
-        yield from self._wait().__await__()
-
-    async def _wait(self) -> None:
-        await asyncio.wait([self.task])
+        yield from asyncio.wait([self.task]).__await__()
         for error in self.errors.values():
             raise error
 
     def __repr__(self) -> str:
         done = sum(task.done() for task in self._tasks)
-        return f"<Prefetch of {len(self._starts)} adapters, {done} of them done>"
+        return f"<Prefetch of {len(self._refs)} adapters, {done} of them done>"
+
+
+def _retrieve_error(task: asyncio.Task[None]) -> None:
+    """Retrieve a task's error, lest asyncio log it: a prefetch need not be awaited."""
+    if not task.cancelled():
+        task.exception()
 
 
 MAX_PRIORITY = 1_000_000
@@ -303,11 +295,7 @@ class Acquirer:
         self._digests = digests
         self._check_open = check_open
         self._turns = PrioritySemaphore(BACKGROUND, BACKGROUND_SECONDS)
-        self._tracer = driver.telemetry.tracer
-
-    def known(self, ref: Ref) -> AdapterKey | None:
-        """Return the last key of `ref`, or None. No I/O."""
-        return ref if isinstance(ref, AdapterKey) else self._resolver.known(ref)
+        self._prefetching: set[asyncio.Task[None]] = set()
 
     async def acquire(
         self, ref: Ref, tier: WantedTier, seconds: float, *, priority: int, foreground: bool = True
@@ -318,7 +306,7 @@ class Acquirer:
         cancellation the waiter is withdrawn.
         """
         require_priority(priority)
-        recorder = self._tracer.on
+        recorder = self._driver.telemetry.tracer.on
         acquiring = self._acquire(ref, tier, seconds, priority=priority, foreground=foreground)
         if recorder is None:
             return await acquiring
@@ -339,11 +327,10 @@ class Acquirer:
                 while not granted:
                     # The threads' queues are FIFO: a load must not queue behind thousands of
                     # prefetches.
-                    async with nullcontext() if foreground else self._turn(ref, priority):
-                        if not isinstance(ref, AdapterKey):
-                            key = await self._resolve(ref)
+                    turn = self._turns.turn(priority, origins_of(ref))
+                    async with nullcontext() if foreground else turn:
+                        key = await self._resolve(ref)
                         self._check_open()  # closing fails only waiters that exist
-                        assert key is not None
                         if isinstance(key, MergedKey) and not waiter_table.in_memory(key):
                             self._driver.forget(key)  # its bytes have to be computed again
                         pending_load = waiter_table.begin(
@@ -371,9 +358,6 @@ class Acquirer:
                 raise InternalError(f"a load failed: {problem!r}", id=text_of(ref)) from problem
             raise
 
-    def _turn(self, ref: Ref, priority: int) -> AbstractAsyncContextManager[None]:
-        return self._turns.turn(priority, origins_of(ref))
-
     async def _require_retry(
         self, attempts: _LoadAttempts, ref: Ref, key: AdapterKey, error: AdapterError
     ) -> None:
@@ -387,12 +371,15 @@ class Acquirer:
         if not await self._is_changed(ref, key, error):
             raise error
         if attempts.reloaded:
-            raise _changed_again_error(error) from None
-        assert not isinstance(ref, AdapterKey)
+            raise IntegrityError(
+                f"its files changed while they were loaded, and again during the retry:"
+                f" {error.problem}; save to a new folder and rename it into place",
+                stage=error.stage,
+            ) from None
         await self._wait_until_settled(ref)
         attempts.reloaded = True
 
-    async def _resolve(self, ref: AdapterRef | Merge) -> AdapterKey:
+    async def _resolve(self, ref: Ref) -> AdapterKey:
         """Resolve `ref`; retry once if a file is empty, as it is while it is saved in place."""
         try:
             return await self._resolver.resolve(ref)
@@ -422,12 +409,14 @@ class Acquirer:
         ):
             return False
         latest = await self._latest(ref)
-        if latest is _MISSING or (latest == key and _is_recent(key.files)):
+        saved = max(max(file.mtime_ns, file.ctime_ns) for file in key.files)
+        recent = abs(time.time_ns() - saved) < _RECENT_NS
+        if latest is _MISSING or (latest == key and recent):
             await asyncio.sleep(SETTLE_SECONDS)  # the writer may not be done yet
             latest = await self._latest(ref)
         return latest is not _MISSING and latest != key
 
-    async def _wait_until_settled(self, ref: AdapterRef | Merge) -> None:
+    async def _wait_until_settled(self, ref: Ref) -> None:
         """Wait until the files of `ref` stop changing, at most `MAX_SETTLE_SECONDS`."""
         loop = asyncio.get_running_loop()
         end, before = loop.time() + MAX_SETTLE_SECONDS, await self._latest(ref)
@@ -438,7 +427,7 @@ class Acquirer:
                 return
             before = now
 
-    async def _latest(self, ref: AdapterRef | Merge) -> AdapterKey | str:
+    async def _latest(self, ref: Ref) -> AdapterKey | str:
         """Return the key of `ref` now, or `_EMPTY` or `_MISSING` for one of its files."""
         try:
             return await self._resolver.resolve(ref)
@@ -483,10 +472,11 @@ class Acquirer:
 
     def try_lease(self, ref: Ref) -> Lease | None:
         """Return a lease if `ref` was resolved lately and its adapter is resident. No I/O."""
-        key = ref if isinstance(ref, AdapterKey) else self._resolver.recent(ref)
-        lease = self._driver.waiter_table.try_lease(key) if key is not None else None
+        key = self._resolver.recent(ref)
+        lease = self._driver.lease_table.try_lease(key) if key is not None else None
         if key is None or lease is None:
             return None
+        self._driver.telemetry.hits["device"] += 1
         if not self._digests.agrees(ref, key, lease.occupancy.verification):
             lease.end()
             return None
@@ -509,9 +499,27 @@ class Acquirer:
             lease.id = text_of(ref)
             try:
                 if not self._resolver.is_outdated(ref, lease.occupancy.key):
-                    pinned = self._driver.waiter_table.pin(ref, lease)
+                    pinned = self._driver.pins.pin(ref, lease)
             finally:
                 lease.end()
+
+    def prefetch(
+        self, refs: Sequence[Ref], tier: WantedTier, seconds: float, priority: int
+    ) -> Prefetch:
+        """Start one task per ref; `stop` waits for those that are left."""
+        require_priority(priority)
+
+        async def load(ref: Ref) -> None:
+            await self.acquire(ref, tier, seconds, priority=priority, foreground=False)
+
+        prefetch = Prefetch(refs, load)
+        self._prefetching.add(prefetch.task)
+        prefetch.task.add_done_callback(self._prefetching.discard)
+        return prefetch
+
+    async def stop(self) -> None:
+        """Wait for prefetches, once closing has failed their waiters."""
+        await asyncio.gather(*self._prefetching, return_exceptions=True)
 
     def _timeout_error(
         self, ref: Ref, key: AdapterKey | None, seconds: float, *, granted: bool
@@ -528,19 +536,6 @@ class Acquirer:
             stage="verify" if granted else stage,
             story=() if key is None else driver.telemetry.story(key),
         )
-
-
-def _is_recent(files: Sequence[FileIdentity]) -> bool:
-    newest = max(max(file.mtime_ns, file.ctime_ns) for file in files)
-    return abs(time.time_ns() - newest) < _RECENT_NS
-
-
-def _changed_again_error(error: AdapterError) -> IntegrityError:
-    return IntegrityError(
-        f"its files changed while they were loaded, and again during the retry: {error.problem};"
-        " save to a new folder and rename it into place",
-        stage=error.stage,
-    )
 
 
 async def _record(

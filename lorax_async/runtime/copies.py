@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Lock, Thread
 from time import perf_counter
@@ -17,7 +17,7 @@ import torch
 from lorax_async.concurrency import Inbox
 from lorax_async.devices.base import CopyTicket
 from lorax_async.devices.transfer import GroupCopy, GroupTransfer
-from lorax_async.errors import CapacityError, InternalError, LoraxError
+from lorax_async.errors import CapacityError, LoraxError, as_lorax_error
 from lorax_async.lifecycle.commands import CopyGroup, WipeExtents
 from lorax_async.runtime.fetches import FetchTasks
 from lorax_async.runtime.leases import LeaseTable, SlotOccupancy
@@ -26,30 +26,17 @@ from lorax_async.types import AdapterKey
 _logger = logging.getLogger("lorax_async")
 
 
-@dataclass(frozen=True, slots=True)
-class CopyOutcome:
-    """The result of one copy: `nbytes` on the device, or an error.
-
-    `staged_nbytes` of the file were cast or padded.
-    """
-
-    command: CopyGroup
-    nbytes: int
-    staged_nbytes: int
-    error: LoraxError | None
-    staging_seconds: float
-    copy_seconds: float
-
-
 @dataclass(slots=True, eq=False)
-class _CopyJob:
-    """One copy in progress."""
+class CopyJob:
+    """One copy; `error` and the times are its outcome, once it has ended."""
 
     command: CopyGroup
     copy: GroupCopy
     occupancy: SlotOccupancy
+    started: float = 0.0
     staging_seconds: float = 0.0
-    started: float = field(default_factory=perf_counter)
+    copy_seconds: float = 0.0
+    error: LoraxError | None = None
 
 
 class CopyThreads:
@@ -65,7 +52,7 @@ class CopyThreads:
         files: FetchTasks,
         lease_table: LeaseTable,
         transfer: GroupTransfer,
-        copied: Callable[[CopyOutcome], None],
+        copied: Callable[[CopyJob], None],
         wiped: Callable[[AdapterKey], None],
         *,
         threads: int,
@@ -77,13 +64,13 @@ class CopyThreads:
         self._transfer = transfer
         self._images = images
         self._wiped = wiped
-        self._queue: SimpleQueue[_CopyJob | WipeExtents | None] = SimpleQueue()
+        self._queue: SimpleQueue[CopyJob | WipeExtents | None] = SimpleQueue()
         # Daemons: a loader that was not closed must not keep the interpreter from exiting.
         self._threads = [
             Thread(target=self._serve, name=f"lorax-io-{n}", daemon=True) for n in range(threads)
         ]
-        self._start(self._threads)
-        self._inbox: Inbox[CopyOutcome] = Inbox(asyncio.get_running_loop(), copied)
+        self._start_threads()
+        self._inbox: Inbox[CopyJob] = Inbox(asyncio.get_running_loop(), copied)
         self._low_water = low_water
         self._in_flight = 0
         self._lock = Lock()
@@ -103,7 +90,7 @@ class CopyThreads:
         self._inbox.take()
 
     def start(self, command: CopyGroup) -> None:
-        occupancy = self._lease_table.occupancy(command.key)
+        occupancy = self._lease_table.occupancies[command.key]
         group, image = occupancy.plan.groups[command.group], command.image
         copy = GroupCopy(
             self._files.reader(command.key),
@@ -116,21 +103,21 @@ class CopyThreads:
         )
         with self._lock:
             self._in_flight += 1
-        self._queue.put(_CopyJob(command, copy, occupancy))
+        self._queue.put(CopyJob(command, copy, occupancy))
 
     def wipe(self, command: WipeExtents) -> None:
         self._queue.put(command)
 
-    def _start(self, threads: list[Thread]) -> None:
-        for started, thread in enumerate(threads):
+    def _start_threads(self) -> None:
+        for started, thread in enumerate(self._threads):
             try:
                 thread.start()
             except RuntimeError as error:  # the process has reached its limit of threads
-                del threads[started:]
+                del self._threads[started:]
                 self.stop()
                 self.join()
                 raise CapacityError(
-                    f"I/O thread {len(threads) + 1} did not start; lower io_threads"
+                    f"I/O thread {started + 1} did not start; lower io_threads"
                 ) from error
 
     def _serve(self) -> None:
@@ -141,7 +128,7 @@ class CopyThreads:
             else:
                 self._run(work)
 
-    def _run(self, work: _CopyJob) -> None:
+    def _run(self, work: CopyJob) -> None:
         """Start a copy, in an I/O thread. Every copy reaches `_end` exactly once."""
         work.started = perf_counter()
         try:
@@ -151,7 +138,7 @@ class CopyThreads:
             return
         work.staging_seconds = moved.staging_seconds
         with suppress(MemoryError):  # without the ticket, only queue_behind has to do without
-            work.occupancy.add_ticket(work.command.group, moved.ticket)
+            work.occupancy.group_tickets[work.command.group] = moved.ticket
         moved.done.add_done_callback(lambda done: self._end(work, done.exception()))
 
     def _zero(self, command: WipeExtents) -> None:
@@ -172,37 +159,20 @@ class CopyThreads:
             ticket.set_exception(problem)
         ticket.add_done_callback(report)
 
-    def _end(self, work: _CopyJob, problem: BaseException | None) -> None:
+    def _end(self, work: CopyJob, problem: BaseException | None) -> None:
         """Leave a copy's outcome for the loop, in an I/O thread or one of the device's."""
-        error = None if problem is None else _as_lorax_error(problem)
-        group = work.copy.group
-        staged = 0 if error else sum(move.nbytes for move in group.converts)
-        seconds = perf_counter() - work.started - work.staging_seconds
-        outcome = CopyOutcome(
-            work.command, group.nbytes, staged, error, work.staging_seconds, seconds
-        )
+        if problem is not None:
+            work.error = as_lorax_error(problem, "a copy to the device failed", "copy")
+        work.copy_seconds = perf_counter() - work.started - work.staging_seconds
         # Leave it before it is counted: the last to be counted wakes the loop for all.
-        self._inbox.leave(outcome)
-        if self._count_ended(work.occupancy) or error is not None:
-            self._inbox.wake()
-
-    def _count_ended(self, occupancy: SlotOccupancy) -> bool:
-        """Count a copy that ended; return whether the loop has to be woken now.
-
-        Waking the loop costs as much as copying half a megabyte. While the threads have work,
-        outcomes may gather, except the last of an adapter and those of a streamed one.
-        """
+        self._inbox.leave(work)
+        occupancy = work.occupancy
         with self._lock:
             self._in_flight -= 1
             occupancy.copied += 1
-            if occupancy.copied == len(occupancy.layers) or occupancy.streamed:
-                return True
-            return self._in_flight <= self._low_water
-
-
-def _as_lorax_error(problem: BaseException) -> LoraxError:
-    if isinstance(problem, LoraxError):
-        return problem.located()  # without frames: stories keep errors
-    error = InternalError(f"a copy to the device failed: {problem!r}", stage="copy")
-    error.__cause__ = problem
-    return error
+            last = occupancy.copied == len(occupancy.layers)
+            few = self._in_flight <= self._low_water
+        # Waking the loop costs as much as copying half a megabyte. While the threads have work,
+        # outcomes may gather, except the last of an adapter and those of a streamed one.
+        if last or few or occupancy.streamed or work.error is not None:
+            self._inbox.wake()

@@ -25,12 +25,11 @@ class DigestChecks:
     def __init__(
         self, source: Source, telemetry: Telemetry, check_open: Callable[[], None]
     ) -> None:
-        self._source = source
         self._telemetry = telemetry
         self._check_open = check_open
         self._known: dict[AdapterKey, str] = {}
         self._hashing = SharedTasks(
-            self._source.digest, lambda key: f"lorax digest {key}", self._remember
+            source.digest, lambda key: f"lorax digest {key}", finished=self._remember
         )
         self._tasks: set[asyncio.Task[None]] = set()
         self._waiting: set[Lease] = set()
@@ -99,8 +98,7 @@ class DigestChecks:
         except LoraxError as problem:
             error = problem.located(key=key, story=self._telemetry.story(key))
         except Exception as problem:  # noqa: BLE001 - becomes the lease's error
-            error = InternalError(f"a digest was not compared: {problem!r}", key=key)
-            error.__cause__ = problem
+            error = InternalError.caused_by(problem, "a digest was not compared", key=key)
         promise.settle(_verification_by_caller(ref), error)
         occupancy.wake_threads()
         occupancy.wake_tasks()
@@ -114,11 +112,8 @@ class DigestChecks:
         return digest or self._known.get(part)
 
     async def _hash(self, key: AdapterKey) -> str:
-        try:
-            with self._hashing.join(key) as task:
-                return await result_of(task, "verify")
-        except LoraxError as error:
-            raise error.located() from error.__cause__
+        with self._hashing.join(key) as task:
+            return await result_of(task, "verify")
 
     def _remember(self, key: AdapterKey, task: asyncio.Task[str]) -> None:
         if task.cancelled() or task.exception() is not None:

@@ -1,8 +1,8 @@
 """The driver: executes the lifecycle's commands and returns their outcomes to it.
 
 Commands become tasks (`FetchTasks`), copies in I/O threads (`CopyThreads`), and results for waiters
-and leases (`LeaseTable`). An unexpected exception fails its adapter with `InternalError`; it never
-reaches the embedding program.
+(`WaiterTable`) and leases (`LeaseTable`). An unexpected exception fails its adapter with
+`InternalError`; it never reaches the embedding program.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -25,7 +26,6 @@ from lorax_async.events import (
     BytesMoved,
     Event,
     Failed,
-    HeaderChecked,
     LayerReady,
     Leaving,
     Resident,
@@ -33,14 +33,13 @@ from lorax_async.events import (
     SlotId,
 )
 from lorax_async.lifecycle import commands
-from lorax_async.lifecycle.adapter_state import AdapterState, HostState
 from lorax_async.lifecycle.commands import Command
 from lorax_async.lifecycle.lifecycle import Lifecycle
-from lorax_async.lifecycle.transitions import FileState, SlotState
-from lorax_async.planning.transfer_plan import TransferPlan
-from lorax_async.runtime.copies import CopyOutcome, CopyThreads
-from lorax_async.runtime.fetches import FetchTasks, TransferPlanner
+from lorax_async.lifecycle.transitions import FileState
+from lorax_async.runtime.copies import CopyJob, CopyThreads
+from lorax_async.runtime.fetches import FetchTasks, Outcome, TransferPlanner
 from lorax_async.runtime.leases import Lease, LeaseTable
+from lorax_async.runtime.pins import PinTable
 from lorax_async.runtime.telemetry import Telemetry
 from lorax_async.runtime.waiters import WaiterTable
 from lorax_async.sources.base import Source
@@ -49,57 +48,6 @@ from lorax_async.types import AdapterKey
 
 UnloadCallback = Callable[[AdapterKey], None]
 """Called once the adapter has left device and host memory."""
-
-
-class IdleUnloader:
-    """Unloads adapters as they become idle; `execute` carries out the lifecycle's commands."""
-
-    def __init__(self, lifecycle: Lifecycle, execute: Callable[[list[Command]], None]) -> None:
-        self._lifecycle = lifecycle
-        self._execute = execute
-        self._callbacks: dict[AdapterKey, UnloadCallback] = {}
-        self._updating = False
-
-    def begin(self, key: AdapterKey, unloaded: UnloadCallback) -> None:
-        """Unload the adapter, now or after its last lease, pin and waiter."""
-        self._callbacks[key] = unloaded
-        self.update()
-
-    def keep(self, key: AdapterKey) -> None:
-        """Cancel `begin`."""
-        self._callbacks.pop(key, None)
-
-    def update(self) -> None:
-        """Unload what has become idle. Call after every change of the lifecycle."""
-        if not self._callbacks or self._updating:
-            return
-        self._updating = True
-        try:
-            for key in tuple(self._callbacks):
-                self._unload_if_idle(key)
-        finally:
-            self._updating = False
-
-    def _unload_if_idle(self, key: AdapterKey) -> None:
-        life = self._lifecycle.states.get(key)
-        if life is not None and (life.leases or life.pins or life.waiters):
-            return
-        if life is not None and _takes_memory(life) and not life.unloads:
-            self._execute(self._lifecycle.unload(key))
-        if life is None or life.is_idle:
-            unloaded = self._callbacks.pop(key, None)  # a subscriber may have called `keep`
-            if unloaded is not None:
-                unloaded(key)
-
-
-def _takes_memory(life: AdapterState) -> bool:
-    return (
-        life.slot is not SlotState.NONE
-        or life.host is not HostState.NONE
-        or life.image is not None
-        or life.demoted
-    )
-
 
 _logger = logging.getLogger("lorax_async")
 
@@ -125,10 +73,17 @@ class Driver:
         self.lifecycle = lifecycle
         self.device = device
         self.telemetry = Telemetry(tracer)
+        self.lease_table = LeaseTable(lifecycle, num_layers, self._lease_ended, self._lease_quiet)
         self.files = FetchTasks(
-            source, planner, metadata_threads, self, self.telemetry, before_use=before_use
+            source,
+            planner,
+            metadata_threads,
+            lifecycle,
+            self.lease_table,
+            self.telemetry,
+            self._decide,
+            before_use=before_use,
         )
-        self.lease_table = LeaseTable(num_layers, self._lease_ended, self._lease_quiet)
         self.waiter_table = WaiterTable(
             lifecycle,
             self.lease_table,
@@ -136,7 +91,7 @@ class Driver:
             self._collect_and_execute,
             self.files.raise_priority,
         )
-        self.idle_unloader = IdleUnloader(lifecycle, self._execute)
+        self.pins = PinTable(lifecycle, self._collect_and_execute)
         self._loop = asyncio.get_running_loop()
         self._inbox: Inbox[Callable[[], None]] = Inbox(self._loop, self._report)
         self._copies = CopyThreads(
@@ -151,7 +106,8 @@ class Driver:
         )
         self._occupancy_times = OccupancyTimes(tracer)
         self._commands: deque[Command] = deque()
-        self._executing = self._reporting = False
+        self._executing = self._reporting = self._unloading = False
+        self._unload_callbacks: dict[AdapterKey, UnloadCallback] = {}
         self._alarm: asyncio.TimerHandle | None = None
         self._due: float | None = None
         self._rested = asyncio.Event()
@@ -195,76 +151,73 @@ class Driver:
         """Drop all state of an idle adapter."""
         self._execute(self.lifecycle.forget(key))
 
+    # -- unloading ---------------------------------------------------------------------------------
+
+    def unload_when_idle(self, key: AdapterKey, unloaded: UnloadCallback) -> None:
+        """Unload the adapter, now or after its last lease, pin and waiter."""
+        self._unload_callbacks[key] = unloaded
+        self._unload_idle()
+
+    def keep(self, key: AdapterKey) -> None:
+        """Cancel `unload_when_idle`."""
+        self._unload_callbacks.pop(key, None)
+
+    def _unload_idle(self) -> None:
+        """Unload what has become idle. Called after every change of the lifecycle."""
+        if not self._unload_callbacks or self._unloading:
+            return
+        self._unloading = True
+        try:
+            for key in tuple(self._unload_callbacks):
+                life = self.lifecycle.states.get(key)
+                if life is not None and (life.leases or life.pins or life.waiters):
+                    continue
+                if life is not None and life.takes_memory and not life.unloads:
+                    self._execute(self.lifecycle.unload(key))
+                if life is None or life.is_idle:
+                    unloaded = self._unload_callbacks.pop(key, None)
+                    if unloaded is not None:  # else a subscriber has called `keep`
+                        unloaded(key)
+        finally:
+            self._unloading = False
+
     # -- outcomes ---------------------------------------------------------------------------------
 
-    def header_checked(
-        self, key: AdapterKey, attempt: int, plan: TransferPlan, *, holdable: bool
-    ) -> None:
-        self.telemetry.checked(key, monotonic())
-        if self.telemetry.has_subscribers:
-            self._publish(HeaderChecked, key)
-        needs = plan.needs(holdable=holdable)
-        self._decide(key, lambda: self.lifecycle.header_checked(key, attempt, needs))
-
-    def span_fetched(self, key: AdapterKey, attempt: int, group: int) -> None:
-        self._decide(key, lambda: self.lifecycle.span_fetched(key, attempt, group))
-
-    def published(self, key: AdapterKey, attempt: int) -> None:
-        self.lease_table.verified(key, self.files.verifications[key])
-        self._decide(key, lambda: self.lifecycle.published(key, attempt))
-        self._close_idle_reader(key)
-
-    def fetch_failed(self, key: AdapterKey, attempt: int, error: LoraxError) -> None:
-        self._decide(key, lambda: self.lifecycle.fetch_failed(key, attempt, error))
-
-    def populated(self, key: AdapterKey, attempt: int) -> None:
-        self._decide(key, lambda: self.lifecycle.populated(key, attempt))
-
-    def released(self, key: AdapterKey, attempt: int) -> None:
-        self._decide(key, lambda: self.lifecycle.released(key, attempt))
-
-    def lost(self, key: AdapterKey, attempt: int, error: LoraxError) -> None:
-        self._decide(key, lambda: self.lifecycle.lost(key, attempt, error))
-
-    def _decide(self, key: AdapterKey, decide: Callable[[], list[Command]]) -> None:
+    def _decide(self, key: AdapterKey, outcome: Outcome) -> None:
         """Execute what the lifecycle decides on an outcome; a bug in it fails this adapter only."""
         try:
-            decided = decide()
+            decided = outcome()
         except Exception as problem:
             _logger.exception("the lifecycle failed on an outcome")
-            error = InternalError(f"the lifecycle failed on an outcome: {problem!r}", key=key)
-            error.__cause__ = problem
+            error = InternalError.caused_by(problem, "the lifecycle failed on an outcome", key=key)
             waiters = [waiter.id for waiter in self.lifecycle.states[key].waiters]
             for waiter in waiters:
                 self._execute(self.lifecycle.withdraw(key, waiter))
-            self.lease_table.fail(waiters, error)
+            self.waiter_table.fail(waiters, error)
         else:
             self._execute(decided)
 
-    def _copied(self, outcome: CopyOutcome) -> None:
-        key = outcome.command.key
+    def _copied(self, job: CopyJob) -> None:
+        key, group, error = job.command.key, job.copy.group, job.error
         self.lifecycle.note_time(self._loop.time())
-        self.telemetry.add_time("stage", outcome.staging_seconds, outcome.staged_nbytes)
-        self.telemetry.add_time(
-            "copy", outcome.copy_seconds, outcome.nbytes if not outcome.error else 0
-        )
-        if outcome.error is None:
-            self.telemetry.count("bytes_moved", outcome.nbytes)
+        staged = 0 if error else sum(move.nbytes for move in group.converts)
+        self.telemetry.add_time("stage", job.staging_seconds, staged)
+        self.telemetry.add_time("copy", job.copy_seconds, 0 if error else group.nbytes)
+        if error is None:
+            self.telemetry.count("bytes_moved", group.nbytes)
             if self.telemetry.has_subscribers:
-                self._publish(
-                    BytesMoved, key, slot=outcome.command.grant.slot, nbytes=outcome.nbytes
-                )
-            self._decide(key, lambda: self.lifecycle.copy_done(key, outcome.command.group))
-        else:
-            error = outcome.error
-            here = self.lifecycle.states[key].file is not FileState.FETCHING
-            lost = here and isinstance(error, FetchError)
-            if isinstance(error, AdapterFormatError):
-                self.files.refuse_weights(key, error)
-            self._decide(key, lambda: self.lifecycle.copy_failed(key, error, file_lost=lost))
+                slot = job.command.grant.slot
+                self._publish(BytesMoved, key, slot=slot, nbytes=group.nbytes)
+            self._decide(key, partial(self.lifecycle.copy_done, key, job.command.group))
+            return
+        here = self.lifecycle.states[key].file is not FileState.FETCHING
+        lost = here and isinstance(error, FetchError)
+        if isinstance(error, AdapterFormatError):
+            self.files.refuse_weights(key, error)
+        self._decide(key, partial(self.lifecycle.copy_failed, key, error, file_lost=lost))
 
     def _wiped(self, key: AdapterKey) -> None:
-        self._on_loop(lambda: self._decide(key, lambda: self.lifecycle.wiped(key)))
+        self._on_loop(lambda: self._decide(key, partial(self.lifecycle.wiped, key)))
 
     def _lease_ended(self, lease: Lease, in_use: bool, soon: bool) -> None:
         def report() -> None:
@@ -314,7 +267,7 @@ class Driver:
                 self._execute_one(self._commands.popleft())
         finally:
             self._executing = False
-        self.idle_unloader.update()
+        self._unload_idle()
         self._set_alarm()
         self._rested.set()
 
@@ -324,14 +277,13 @@ class Driver:
             self._perform(command)
         except Exception as problem:
             _logger.exception("executing %s failed", type(command).__name__)
-            error = InternalError(f"{type(command).__name__} failed: {problem!r}")
-            error.__cause__ = problem
+            error = InternalError.caused_by(problem, f"{type(command).__name__} failed")
             if isinstance(command, commands.CopyGroup):
                 self._commands += self.lifecycle.copy_failed(command.key, error)
             elif isinstance(command, commands.WipeExtents):
                 self._commands += self.lifecycle.wiped(command.key)
             elif isinstance(command, commands.ServeWaiter):
-                self.lease_table.fail([command.waiter], error)
+                self.waiter_table.fail([command.waiter], error)
                 if command.grant is not None:
                     self._commands += self.lifecycle.end_lease(command.key)
             elif isinstance(command, commands.PopulatePages):
@@ -339,8 +291,7 @@ class Driver:
             elif isinstance(command, commands.ReleasePages):
                 self._commands += self.lifecycle.released(command.key, command.attempt)
             elif isinstance(command, commands.StartFetch):
-                failed = self.lifecycle.fetch_failed(command.key, command.attempt, error)
-                self._commands += failed
+                self._commands += self.lifecycle.fetch_failed(command.key, command.attempt, error)
 
     def _perform(self, command: Command) -> None:  # noqa: C901, PLR0912, PLR0915 - a case per command
         key = command.key
@@ -350,7 +301,7 @@ class Driver:
             case commands.NotifyReady():
                 self._notify_ready(command)
             case commands.ServeWaiter():
-                self.lease_table.serve(key, command.waiter, command.grant)
+                self.waiter_table.serve(key, command.waiter, command.grant)
             case commands.StartFetch():
                 self.telemetry.count("fetches")
                 kinds = self.lifecycle.states[key].waiters.kinds
@@ -369,19 +320,20 @@ class Driver:
             case commands.ClearColumn():
                 self._clear_column(command)
             case commands.FailWaiters():
-                self._fail(command)
+                self._notify_failed(key, command.error)
+                self.waiter_table.fail(command.waiters, self._located(key, command.error))
             case commands.BreakSlot():
                 self._notify_failed(key, command.error)
-                self.lease_table.occupancy(key).fail(self._located(key, command.error))
+                self.lease_table.occupancies[key].fail(self._located(key, command.error))
             case commands.NotifyLeaving():
                 self.telemetry.count("departures")
                 self._occupancy_times.record_leaving(command.grant.slot.index)
                 self._publish(Leaving, key, slot=command.grant.slot)
             case commands.NotifyStays():
-                if self.lease_table.occupancy(key).complete:  # else published with the last layer
+                if self.lease_table.occupancies[key].complete:  # else published with the last layer
                     self._publish(Resident, key, slot=command.grant.slot)
             case commands.NotifyUnloaded():
-                self.lease_table.unloaded(key)
+                self.waiter_table.unloaded(key)
             case commands.DropFile():
                 self.files.forget(key)
             case commands.ForgetAdapter():
@@ -416,11 +368,7 @@ class Driver:
             self._occupancy_times.record_free(command.grant.slot.index)
             self.lease_table.vacate(command.key)
             self.telemetry.shorten(command.key)
-            self._close_idle_reader(command.key)
-
-    def _fail(self, command: commands.FailWaiters) -> None:
-        self._notify_failed(command.key, command.error)
-        self.lease_table.fail(command.waiters, self._located(command.key, command.error))
+            self.files.close_idle_reader(command.key)
 
     def _notify_failed(self, key: AdapterKey, error: LoraxError) -> None:
         """Publish a failure once, though waiters and lease holders fail by different commands."""
@@ -440,7 +388,7 @@ class Driver:
         return error.located(key=key, attempt=attempt, story=self.telemetry.story(key))
 
     def _notify_ready(self, command: commands.NotifyReady) -> None:
-        occupancy = self.lease_table.occupancy(command.key)
+        occupancy = self.lease_table.occupancies[command.key]
         slot = command.grant.slot
         self._occupancy_times.record_ready(
             slot.index, occupancy.layers, command.watermark, last=command.last
@@ -456,16 +404,7 @@ class Driver:
             # After `Resident`, which alone would cancel it.
             if life is not None and life.leave_notified:
                 self._publish(Leaving, command.key, slot=slot)
-            self._close_idle_reader(command.key)
-
-    def _close_idle_reader(self, key: AdapterKey) -> None:
-        """Close the reader unless bytes are being read: file descriptors are scarce."""
-        life = self.lifecycle.states.get(key)
-        busy = life is not None and (
-            life.file is FileState.FETCHING or life.slot is SlotState.FILLING or life.copying
-        )
-        if not busy:
-            self.files.close_reader(key)
+            self.files.close_idle_reader(command.key)
 
     def _publish(self, kind: type[Event], key: AdapterKey, **fields: Any) -> None:
         life = self.lifecycle.states.get(key)

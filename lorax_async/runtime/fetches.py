@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
-from functools import lru_cache
-from time import perf_counter
-from typing import Protocol
+from functools import lru_cache, partial
+from time import monotonic, perf_counter
 
 from lorax_async.concurrency import FetchControl
 from lorax_async.config import LoaderConfig
 from lorax_async.devices.base import Device
-from lorax_async.errors import AdapterError, FetchError, InternalError, LoraxError
+from lorax_async.errors import AdapterError, FetchError, LoraxError, as_lorax_error
+from lorax_async.events import HeaderChecked
 from lorax_async.files import Reader
 from lorax_async.formats.peft_config import parse_config
 from lorax_async.formats.safetensors import parse_header
+from lorax_async.lifecycle.commands import Command
+from lorax_async.lifecycle.lifecycle import Lifecycle
+from lorax_async.lifecycle.transitions import FileState, SlotState
 from lorax_async.planning.sharding import Sharding
 from lorax_async.planning.transfer_plan import TransferPlan, plan_transfer
+from lorax_async.runtime.leases import LeaseTable
 from lorax_async.runtime.telemetry import Telemetry
 from lorax_async.sources.base import AdapterFile, PinnedPages, RefusalCallback, Source
 from lorax_async.types import AdapterKey, Verification
@@ -60,11 +64,8 @@ class TransferPlanner:
     def plan(self, file: AdapterFile) -> TransferPlan:
         """Check config, header and layout against each other, and plan the transfer.
 
-        Pure; may take milliseconds.
-
-        Raises
-        ------
-        AdapterFormatError, UnsupportedAdapterError, IncompatibleAdapterError
+        Pure; may take milliseconds. Raise `AdapterFormatError`, `UnsupportedAdapterError` or
+        `IncompatibleAdapterError`.
         """
         plan = self._plan if _is_large(file) else self._cached_plan
         return plan(file.config, file.prefix, file.reader.nbytes)
@@ -92,25 +93,16 @@ def _is_large(file: AdapterFile) -> bool:
 _logger = logging.getLogger("lorax_async")
 
 
-class TaskOutcomes(Protocol):
-    """Receives the outcomes of tasks, on the loop."""
-
-    def header_checked(
-        self, key: AdapterKey, attempt: int, plan: TransferPlan, *, holdable: bool
-    ) -> None: ...
-    def span_fetched(self, key: AdapterKey, attempt: int, group: int) -> None: ...
-    def published(self, key: AdapterKey, attempt: int) -> None: ...
-    def fetch_failed(self, key: AdapterKey, attempt: int, error: LoraxError) -> None: ...
-    def populated(self, key: AdapterKey, attempt: int) -> None: ...
-    def released(self, key: AdapterKey, attempt: int) -> None: ...
-    def lost(self, key: AdapterKey, attempt: int, error: LoraxError) -> None: ...
+Outcome = Callable[[], list[Command]]
+"""A method of the lifecycle with the arguments of one outcome."""
 
 
 class FetchTasks:
     """Runs one task per fetch, populate and release; each ends with exactly one outcome.
 
-    `threads` parse large headers. With `before_use`, no group is reported before the whole file was
-    checked. Only `stop` cancels tasks; a fetch without demand is ended by its fetch control.
+    `decide` is called on the loop with an adapter and an outcome. `threads` parse large headers.
+    With `before_use`, no group is reported before the whole file was checked. Only `stop` cancels
+    tasks; a fetch without demand is ended by its fetch control.
     """
 
     def __init__(
@@ -118,21 +110,25 @@ class FetchTasks:
         source: Source,
         planner: TransferPlanner,
         threads: Executor,
-        outcomes: TaskOutcomes,
+        lifecycle: Lifecycle,
+        lease_table: LeaseTable,
         telemetry: Telemetry,
+        decide: Callable[[AdapterKey, Outcome], None],
         *,
         before_use: bool = False,
     ) -> None:
         self.plans: dict[AdapterKey, TransferPlan] = {}
-        self.readers: dict[AdapterKey, Reader] = {}
         self.holds: dict[AdapterKey, PinnedPages] = {}
+        self.verifications: dict[AdapterKey, Verification] = {}
         self._source = source
         self._planner = planner
         self._threads = threads
-        self._outcomes = outcomes
+        self._lifecycle = lifecycle
+        self._lease_table = lease_table
         self._telemetry = telemetry
+        self._decide = decide
         self._before_use = before_use
-        self.verifications: dict[AdapterKey, Verification] = {}
+        self._readers: dict[AdapterKey, Reader] = {}
         self._refusals: dict[AdapterKey, RefusalCallback] = {}
         self._controls: dict[AdapterKey, FetchControl] = {}
         self._opening: dict[AdapterKey, asyncio.Event] = {}
@@ -186,9 +182,9 @@ class FetchTasks:
 
     def reader(self, key: AdapterKey) -> Reader:
         """Return the reader of `key`; reopen it if it was closed."""
-        reader = self.readers.get(key)
+        reader = self._readers.get(key)
         if reader is None:
-            reader = self.readers[key] = self._source.reopen(key)
+            reader = self._readers[key] = self._source.reopen(key)
         return reader
 
     async def require_readable(self, key: AdapterKey) -> None:
@@ -200,9 +196,18 @@ class FetchTasks:
         await loop.run_in_executor(self._threads, lambda: reader.nbytes)
 
     def close_reader(self, key: AdapterKey) -> None:
-        reader = self.readers.pop(key, None)
+        reader = self._readers.pop(key, None)
         if reader is not None:
             reader.close()
+
+    def close_idle_reader(self, key: AdapterKey) -> None:
+        """Close the reader unless bytes are being read: file descriptors are scarce."""
+        life = self._lifecycle.states.get(key)
+        busy = life is not None and (
+            life.file is FileState.FETCHING or life.slot is SlotState.FILLING or life.copying
+        )
+        if not busy:
+            self.close_reader(key)
 
     def forget(self, key: AdapterKey) -> None:
         self.plans.pop(key, None)
@@ -226,7 +231,7 @@ class FetchTasks:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for key in tuple(self._opening):
             self._end_opening(key)
-        for key in tuple(self.readers):
+        for key in tuple(self._readers):
             self.close_reader(key)
         for key in tuple(self.holds):
             await self._close_hold(key)
@@ -244,24 +249,27 @@ class FetchTasks:
             self.plans[key] = plan
             self._end_opening(key)
             if not control.cancelled:
-                self._outcomes.header_checked(key, attempt, plan, holdable=file.holdable)
-                verification = await self._fetch_groups(key, attempt, file, plan, control)
-                self.verifications[key] = verification
+                self._report_header(key, attempt, file, plan)
+                self.verifications[key] = await self._fetch_groups(
+                    key, attempt, file, plan, control
+                )
                 if control.refused is not None and file.refuse is not None:
                     # A copy failed its check before the source had a copy to drop.
                     await file.refuse(control.refused, weights=True)
             if control.cancelled:
                 error = FetchError("the fetch was cancelled: no waiter is left")
         except Exception as problem:  # noqa: BLE001 - becomes the task's outcome
-            error = _as_lorax_error(problem)
+            error = as_lorax_error(problem, "fetching the adapter failed")
         # Clean up first: the outcome may start the next fetch of this key.
         del self._controls[key]
         self._end_opening(key)
         if error is None:
-            self._outcomes.published(key, attempt)
+            self._lease_table.verified(key, self.verifications[key])
+            self._decide(key, partial(self._lifecycle.published, key, attempt))
+            self.close_idle_reader(key)
         else:
             self.close_reader(key)
-            self._outcomes.fetch_failed(key, attempt, error)
+            self._decide(key, partial(self._lifecycle.fetch_failed, key, attempt, error))
 
     def _end_opening(self, key: AdapterKey) -> None:
         opening = self._opening.pop(key, None)
@@ -272,22 +280,17 @@ class FetchTasks:
         self, key: AdapterKey, control: FetchControl
     ) -> tuple[AdapterFile, TransferPlan]:
         """Open and plan the adapter; once more if it was refused because a copy was outdated."""
-        file = await self._open(key, control)
-        try:
-            return file, await self._plan(key, file)
-        except AdapterError as error:
-            if not await self._refused(key, file, error):
-                raise
-        file = await self._open(key, control)
-        try:
-            return file, await self._plan(key, file)
-        except AdapterError as error:
-            await self._refused(key, file, error)
-            raise
-
-    async def _refused(self, key: AdapterKey, file: AdapterFile, error: AdapterError) -> bool:
-        self.readers.pop(key, None)
-        return await file.refused(error)
+        opened_before = False
+        while True:
+            file = await self._open(key, control)
+            try:
+                return file, await self._plan(key, file)
+            except AdapterError as error:
+                self._readers.pop(key, None)
+                outdated = await file.refused(error)
+                if opened_before or not outdated:
+                    raise
+                opened_before = True
 
     async def _open(self, key: AdapterKey, control: FetchControl) -> AdapterFile:
         started = perf_counter()
@@ -296,7 +299,7 @@ class FetchTasks:
         self._telemetry.add_time("fetch", perf_counter() - started, nbytes)
         self._telemetry.add_span(key, "fetch header", started)
         self.close_reader(key)
-        self.readers[key] = file.reader
+        self._readers[key] = file.reader
         self._refusals.pop(key, None)
         if file.refuse is not None:
             self._refusals[key] = file.refuse
@@ -321,6 +324,15 @@ class FetchTasks:
         self._telemetry.add_time("verify", perf_counter() - started)
         self._telemetry.add_span(key, "verify header", started)
 
+    def _report_header(
+        self, key: AdapterKey, attempt: int, file: AdapterFile, plan: TransferPlan
+    ) -> None:
+        now, needs = monotonic(), plan.needs(holdable=file.holdable)
+        self._telemetry.checked(key, now)
+        if self._telemetry.has_subscribers:
+            self._telemetry.publish(HeaderChecked(key, None, attempt, now))
+        self._decide(key, partial(self._lifecycle.header_checked, key, attempt, needs))
+
     async def _fetch_groups(
         self,
         key: AdapterKey,
@@ -331,7 +343,7 @@ class FetchTasks:
     ) -> Verification:
         def group_fetched(group: int) -> None:
             if not self._before_use:
-                self._outcomes.span_fetched(key, attempt, group)
+                self._decide(key, partial(self._lifecycle.span_fetched, key, attempt, group))
 
         spans, started = [group.spans for group in plan.groups], perf_counter()
         try:
@@ -341,33 +353,31 @@ class FetchTasks:
 
     async def _populate(self, key: AdapterKey, attempt: int) -> None:
         """Bring an adapter into host memory. The lifecycle runs one of these at a time."""
-        try:
-            hold = await self._hold(key)
-        except Exception as error:  # noqa: BLE001 - becomes the task's outcome
-            self._outcomes.lost(key, attempt, _as_lorax_error(error))
-        else:
-            if not hold.nbytes:
-                _close(hold)  # the pages were only read ahead
-            else:
-                self.holds[key] = hold
-            self._outcomes.populated(key, attempt)
-
-    async def _hold(self, key: AdapterKey) -> PinnedPages:
+        outcome: Outcome = partial(self._lifecycle.populated, key, attempt)
         self._populating = asyncio.current_task()
         try:
-            return await self._source.populate(key)
+            hold = await self._source.populate(key)
+            if hold.nbytes:
+                self.holds[key] = hold
+            else:
+                _close(hold)  # the pages were only read ahead
         except asyncio.CancelledError:
             if not self._closing:
                 raise
-            raise FetchError("the loader was closed") from None
+            error = FetchError("the loader was closed")
+            outcome = partial(self._lifecycle.lost, key, attempt, error)
+        except Exception as problem:  # noqa: BLE001 - becomes the task's outcome
+            failure = as_lorax_error(problem, "bringing the adapter into host memory failed")
+            outcome = partial(self._lifecycle.lost, key, attempt, failure)
         finally:
             self._populating = None
+        self._decide(key, outcome)
 
     async def _release(self, key: AdapterKey, attempt: int) -> None:
         try:
             await self._close_hold(key)
         finally:  # the hold is released even if closing it fails
-            self._outcomes.released(key, attempt)
+            self._decide(key, partial(self._lifecycle.released, key, attempt))
 
     async def _close_hold(self, key: AdapterKey) -> None:
         """Close a hold in a thread: unmapping many pages takes milliseconds."""
@@ -388,12 +398,3 @@ def _close(hold: PinnedPages) -> None:
         hold.close()
     except Exception:
         _logger.exception("closing a hold on an adapter's pages failed")
-
-
-def _as_lorax_error(error: Exception) -> LoraxError:
-    if isinstance(error, LoraxError):
-        # Without its frames, which refer to the file's bytes: stories keep errors.
-        return error.located()
-    wrapped = InternalError(f"{type(error).__name__}: {error}")
-    wrapped.__cause__ = error
-    return wrapped

@@ -1,7 +1,7 @@
 """Leases on folders of verified files, for callers that need files and not tensors.
 
-Overlapping calls share one flight: one download, one check. Against other processes, and loads of
-this loader, the cache ensures one download per key.
+Overlapping calls share one download and one check. Against other processes, and loads of this
+loader, the cache ensures one download per key.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ from __future__ import annotations
 import asyncio
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple, Self
 
 from lorax_async.cache.base import LeftoverError
-from lorax_async.concurrency import FetchControl, result_of
+from lorax_async.concurrency import FetchControl, SharedTasks, result_of
 from lorax_async.errors import (
     AdapterTimeoutError,
     InternalError,
@@ -30,7 +29,6 @@ from lorax_async.runtime.resolver import Resolver
 from lorax_async.sources.base import FolderSource, Source, StoredFolder
 from lorax_async.types import (
     AdapterKey,
-    AdapterRef,
     Merge,
     MergedKey,
     Ref,
@@ -47,65 +45,12 @@ MAX_ATTEMPTS = 3
 Watch = Callable[[Reader], None]
 
 
-def _ignore(_: object) -> None:
-    """Do nothing."""
-
-
 class _CheckedFolder(NamedTuple):
     """An adapter's folder; the open reader keeps it in the cache."""
 
     folder: StoredFolder
     verification: Verification
     reader: Reader
-
-
-class _Flight:
-    """One open, download and check for all `users`; the last one to `leave` closes the reader."""
-
-    def __init__(self, source: FolderSource, key: AdapterKey) -> None:
-        self.key = key
-        self.users = 0
-        self.reader: Reader | None = None
-        self._source = source
-        self._control = FetchControl()
-        self._watches: list[Watch] = []
-        self.task = asyncio.get_running_loop().create_task(self._run(), name=f"lorax fetch {key}")
-        self.task.add_done_callback(self._ended)
-
-    async def _run(self) -> _CheckedFolder:
-        source, key = self._source, self.key
-        file = await source.open(key, self._control)
-        self.reader = file.reader
-        try:
-            for watch in self._watches:
-                watch(file.reader)
-            # No layer groups: fetch the whole file in the fastest order.
-            verification = await source.bring(file, (), _ignore, self._control)
-            return _CheckedFolder(source.folder(key, file.reader), verification, file.reader)
-        except BaseException:
-            file.reader.close()
-            raise
-
-    def watch(self, watch: Watch) -> None:
-        """Call `watch` with the reader once the adapter is open."""
-        if self.reader is None:
-            self._watches.append(watch)
-        else:
-            watch(self.reader)
-
-    def leave(self) -> None:
-        self.users -= 1
-        if self.users:
-            return
-        if self.task.done():
-            self._ended(self.task)
-        else:
-            self._control.cancel()
-
-    def _ended(self, task: asyncio.Task[_CheckedFolder]) -> None:
-        """Close the reader if no user is left."""
-        if not task.cancelled() and task.exception() is None and not self.users:
-            task.result().reader.close()
 
 
 class AdapterFolder:
@@ -128,10 +73,11 @@ class AdapterFolder:
         Whether this fetch downloaded them; False if they were on disk already.
     """
 
-    def __init__(self, ref: Ref, flight: _Flight, release: Callable[[], None]) -> None:
-        checked = flight.task.result()
+    def __init__(
+        self, ref: Ref, key: AdapterKey, checked: _CheckedFolder, release: Callable[[], None]
+    ) -> None:
         self.id = text_of(ref)
-        self.key = flight.key
+        self.key = key
         self.path = Path(checked.folder.path)
         self.nbytes = checked.folder.nbytes
         self.verification = checked.verification
@@ -162,23 +108,13 @@ class AdapterFolder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self.release()
 
     def __del__(self) -> None:
@@ -190,17 +126,19 @@ class AdapterFolder:
 
 
 class Fetches:
-    """All flights and folder leases of one loader or command. On one event loop."""
+    """All folder leases of one loader or command, and the tasks behind them. On one event loop."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._flights: dict[AdapterKey, _Flight] = {}
-        self._tasks: set[asyncio.Task[_CheckedFolder]] = set()
-        self._leases: set[_Flight] = set()
+        # A lease stays joined to its task, so that the last one closes the task's reader.
+        self._tasks = SharedTasks(self._run, lambda key: f"lorax fetch {key}", unused=_close_folder)
+        self._readers: dict[AdapterKey, Reader] = {}
+        self._watches: dict[AdapterKey, list[Watch]] = {}
+        self._leases: set[ExitStack] = set()
         self._released = asyncio.Event()
         self._closing = False
 
-    async def fetch(self, ref: Ref, key: AdapterKey, watch: Watch = _ignore) -> AdapterFolder:
+    async def fetch(self, ref: Ref, key: AdapterKey, watch: Watch | None = None) -> AdapterFolder:
         """Return the checked folder of `key`, downloaded if necessary.
 
         `watch` is called with the adapter's reader once it is open. Raise what loads raise, without
@@ -208,64 +146,60 @@ class Fetches:
         """
         if isinstance(key, TensorsKey | MergedKey) or not isinstance(self._source, FolderSource):
             raise UsageError("it has no folder: it is a merge, or was loaded from tensors")
-        flight = self._flights.get(key) or self._begin(self._source, key)
-        flight.users += 1
-        try:
-            flight.watch(watch)
-            await self._wait_for(flight)
-            folder = AdapterFolder(ref, flight, lambda: self._leave(flight))
-            self._leases.add(flight)
-        except BaseException:
-            self._leave(flight)
-            raise
-        return folder
-
-    def _begin(self, source: FolderSource, key: AdapterKey) -> _Flight:
         if self._closing:
             raise LoaderClosedError("the loader is closed")
-        flight = self._flights[key] = _Flight(source, key)
-        self._tasks.add(flight.task)
-        flight.task.add_done_callback(lambda _: self._forget(flight))
-        return flight
+        with ExitStack() as joined:
+            task = joined.enter_context(self._tasks.join(key))
+            if watch is not None and key in self._readers:
+                watch(self._readers[key])
+            elif watch is not None:
+                self._watches.setdefault(key, []).append(watch)
+            checked = await result_of(task, "fetch")
+            lease = joined.pop_all()
+        self._leases.add(lease)
+        lease.callback(self._end, lease)
+        return AdapterFolder(ref, key, checked, lease.close)
 
-    def _forget(self, flight: _Flight) -> None:
-        """Let later calls start another flight, which checks again."""
-        self._tasks.discard(flight.task)
-        if self._flights.get(flight.key) is flight:
-            del self._flights[flight.key]
-
-    async def _wait_for(self, flight: _Flight) -> None:
+    async def _run(self, key: AdapterKey) -> _CheckedFolder:
+        source, control = self._source, FetchControl()
+        assert isinstance(source, FolderSource)
+        file = await source.open(key, control)
+        self._readers[key] = file.reader
         try:
-            await result_of(flight.task, "fetch")
-        except LoraxError as error:
-            raise error.located() from error.__cause__
+            for watch in self._watches.pop(key, ()):
+                watch(file.reader)
+            # No layer groups: fetch the whole file in the fastest order.
+            verification = await source.bring(file, (), lambda _: None, control)
+            return _CheckedFolder(source.folder(key, file.reader), verification, file.reader)
+        except BaseException:
+            file.reader.close()
+            raise
+        finally:
+            if self._readers.get(key) is file.reader:  # not that of a task which came after this
+                del self._readers[key]
 
-    def _leave(self, flight: _Flight) -> None:
-        flight.leave()
-        if flight.users:
-            return
-        self._leases.discard(flight)
-        if self._flights.get(flight.key) is flight:
-            del self._flights[flight.key]  # the next call begins another one
+    def _end(self, lease: ExitStack) -> None:
+        self._leases.discard(lease)
         self._released.set()
 
     async def close(self, timeout: float) -> None:
-        """Cancel flights, wait `timeout` seconds for leases, then end the others."""
+        """Cancel tasks, wait `timeout` seconds for leases, then end the others."""
         self._closing = True
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.stop()
         try:
-            async with asyncio.timeout(timeout):
-                while self._leases:
-                    self._released.clear()
-                    await self._released.wait()
-        except TimeoutError:
-            pass
+            with suppress(TimeoutError):
+                async with asyncio.timeout(timeout):
+                    while self._leases:
+                        self._released.clear()
+                        await self._released.wait()
         finally:
-            for flight in tuple(self._leases):
-                flight.task.result().reader.close()
-            self._leases.clear()
+            for lease in tuple(self._leases):
+                lease.close()
+
+
+def _close_folder(task: asyncio.Task[_CheckedFolder]) -> None:
+    if not task.cancelled() and task.exception() is None:
+        task.result().reader.close()
 
 
 class Fetching:
@@ -284,40 +218,29 @@ class Fetching:
             if isinstance(ref, Merge):
                 raise UsageError("a merge has no folder; fetch its parts")
             async with deadline:
-                key = await self._resolve(ref)
-                return await self._fetch(ref, key)
+                key = await self._resolver.resolve(ref)
+                for _ in range(MAX_ATTEMPTS - 1):
+                    with suppress(LeftoverError):
+                        return await self._fetch_checked(ref, key)
+                    key = await self._resolver.resolve(ref)
+                return await self._fetch_checked(ref, key)
         except BaseException as error:
-            late = deadline.expired() and type(error) is TimeoutError
-            problem = _timeout_error(seconds, key) if late else error
+            problem = error
+            if deadline.expired() and type(error) is TimeoutError:
+                late = f"its files were not fetched within {seconds:g} s"
+                problem = AdapterTimeoutError(late, stage="resolve" if key is None else "fetch")
             if isinstance(problem, LoraxError):
                 raise problem.located(id=text_of(ref), key=key) from problem.__cause__
             if isinstance(problem, Exception):
                 raise InternalError(f"a fetch failed: {problem!r}", id=text_of(ref)) from problem
             raise
 
-    async def _resolve(self, ref: AdapterRef | AdapterKey) -> AdapterKey:
-        return ref if isinstance(ref, AdapterKey) else await self._resolver.resolve(ref)
-
-    async def _fetch(self, ref: AdapterRef | AdapterKey, key: AdapterKey) -> AdapterFolder:
+    async def _fetch_checked(self, ref: Ref, key: AdapterKey) -> AdapterFolder:
         """Fetch `key`, and compare it with the digest in `ref`."""
-        for _ in range(MAX_ATTEMPTS - 1):
-            try:
-                folder = await self._fetches.fetch(ref, key)
-                break
-            except LeftoverError:
-                key = await self._resolve(ref)
-        else:
-            folder = await self._fetches.fetch(ref, key)
+        folder = await self._fetches.fetch(ref, key)
         try:
             await self._digests.compare(ref, key, folder.verification)
         except BaseException:
             folder.release()
             raise
         return folder
-
-
-def _timeout_error(seconds: float, key: AdapterKey | None) -> AdapterTimeoutError:
-    return AdapterTimeoutError(
-        f"its files were not fetched within {seconds:g} s",
-        stage="resolve" if key is None else "fetch",
-    )

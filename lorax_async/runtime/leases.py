@@ -1,4 +1,4 @@
-"""Leases on adapters' slots, slot occupancies, and the futures of waiters."""
+"""Leases on adapters' slots, and the slot occupancies that they share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import os
 import threading
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Self
 
 import torch
@@ -18,6 +18,7 @@ from lorax_async.errors import HandleClosedError, LoraxError, UsageError
 from lorax_async.formats.peft_names import TensorRole
 from lorax_async.lifecycle.adapter_state import SlotGrant
 from lorax_async.lifecycle.arena import Extent
+from lorax_async.lifecycle.lifecycle import Lifecycle
 from lorax_async.planning.transfer_plan import TransferPlan
 from lorax_async.types import AdapterKey, Verification
 
@@ -76,16 +77,13 @@ class SlotOccupancy:
         """Whether there was a lease before the last layer, which may wait for single layers."""
         self.copied = 0
         """Copies that ended; counted by the I/O threads under their lock."""
-        self._tickets: dict[int, CopyTicket] = {}
+        self.group_tickets: dict[int, CopyTicket] = {}
+        """The tickets of enqueued copies, by group; added by the I/O threads."""
         self._num_layers = num_layers
         self._watermark = 0
         self._changed = threading.Condition()
         self._loop = running_loop()
         self._sleepers: dict[asyncio.Future[None], int] = {}
-
-    def add_ticket(self, group: int, ticket: CopyTicket) -> None:
-        """Record the ticket of a group's enqueued copy. Thread-safe."""
-        self._tickets[group] = ticket
 
     def tickets(self, layer: int) -> list[CopyTicket] | None:
         """Return the tickets of copies up to `layer` that may not be done. Thread-safe.
@@ -93,7 +91,7 @@ class SlotOccupancy:
         None if some of the copies are not enqueued yet.
         """
         groups = range(self._watermark, self._needed(layer))
-        tickets = [self._tickets.get(group) for group in groups]
+        tickets = [self.group_tickets.get(group) for group in groups]
         return None if None in tickets else [ticket for ticket in tickets if ticket is not None]
 
     @property
@@ -159,11 +157,6 @@ class SlotOccupancy:
             self._watermark = watermark
             self._changed.notify_all()
         self._wake(watermark)
-
-    def verify(self, verification: Verification) -> None:
-        """Record how the bytes were checked, once all are here."""
-        self.verification = self.verification or verification
-        self.wake_tasks()
 
     def check(self) -> None:
         """Raise the error that made the slot unusable, if there is one."""
@@ -311,40 +304,24 @@ class Lease:
 
 
 class LeaseTable:
-    """The waiters' futures, slot occupancies and leases of a loader. On the loop.
+    """The slot occupancies and leases of a loader. On the loop.
 
     `lease_ended(lease, in_use, soon)` and `lease_quiet(lease)` may be called in any thread.
     """
 
     def __init__(
         self,
+        lifecycle: Lifecycle,
         num_layers: int,
         lease_ended: Callable[[Lease, bool, bool], None],
         lease_quiet: Callable[[Lease], None],
     ) -> None:
         self.leases: dict[AdapterKey, set[Lease]] = {}
+        self.occupancies: dict[AdapterKey, SlotOccupancy] = {}
+        self._lifecycle = lifecycle
         self._num_layers = num_layers
         self._lease_ended = lease_ended
         self._lease_quiet = lease_quiet
-        self._waiters: dict[int, asyncio.Future[Lease | None]] = {}
-        self._unloads: dict[AdapterKey, list[asyncio.Future[None]]] = {}
-        self._occupancies: dict[AdapterKey, SlotOccupancy] = {}
-        self._last_waiter = 0
-
-    @property
-    def waiting(self) -> int:
-        """The number of waiters."""
-        return len(self._waiters)
-
-    def add_waiter(self) -> tuple[int, asyncio.Future[Lease | None]]:
-        """Return a waiter's number, and a future that `serve` or `fail` sets."""
-        self._last_waiter += 1
-        future: asyncio.Future[Lease | None] = asyncio.get_running_loop().create_future()
-        self._waiters[self._last_waiter] = future
-        return self._last_waiter, future
-
-    def drop_waiter(self, waiter: int) -> None:
-        self._waiters.pop(waiter, None)
 
     def occupy(
         self,
@@ -355,31 +332,40 @@ class LeaseTable:
         has_arrived: Callable[[], bool],
     ) -> SlotOccupancy:
         occupancy = SlotOccupancy(key, grant, plan, self._num_layers, verification, has_arrived)
-        self._occupancies[key] = occupancy
+        self.occupancies[key] = occupancy
         return occupancy
 
     def vacate(self, key: AdapterKey) -> None:
-        self._occupancies.pop(key).vectors = None
+        self.occupancies.pop(key).vectors = None
 
     def verified(self, key: AdapterKey, verification: Verification) -> None:
         """Record how an adapter's bytes were checked, once all are here."""
-        occupancy = self._occupancies.get(key)
+        occupancy = self.occupancies.get(key)
         if occupancy is not None:
-            occupancy.verify(verification)
-
-    def occupancy(self, key: AdapterKey) -> SlotOccupancy:
-        return self._occupancies[key]
-
-    def in_slots(self) -> dict[int, AdapterKey]:
-        """Return the adapters that have slots, by slot index."""
-        return {held.grant.slot.index: key for key, held in self._occupancies.items()}
+            occupancy.verification = occupancy.verification or verification
+            occupancy.wake_tasks()
 
     def new_lease(self, key: AdapterKey) -> Lease:
-        occupancy = self._occupancies[key]
+        """Return a lease that the lifecycle counts already."""
+        occupancy = self.occupancies[key]
         occupancy.streamed = occupancy.streamed or not occupancy.complete
         lease = Lease(occupancy, self._lease_ended, self._lease_quiet)
         self.leases.setdefault(key, set()).add(lease)
         return lease
+
+    def try_lease(self, key: AdapterKey) -> Lease | None:
+        """Return a lease if the adapter is resident, else None."""
+        return None if self._lifecycle.take_lease(key) is None else self.new_lease(key)
+
+    def share(self, lease: Lease) -> Lease:
+        """Return another lease on the same slot occupancy; raise if `lease` is not usable."""
+        lease.check()
+        self._lifecycle.add_lease(lease.occupancy.key)
+        shared = self.new_lease(lease.occupancy.key)
+        shared.stale = lease.stale
+        if lease.promise is not None:
+            lease.promise.join(shared)
+        return shared
 
     def end_lease(self, lease: Lease) -> None:
         held = self.leases[lease.occupancy.key]
@@ -389,40 +375,3 @@ class LeaseTable:
         if lease.promise is not None:
             lease.promise.leave(lease)
         lease.occupancy.wake_tasks()
-
-    def serve(self, key: AdapterKey, waiter: int, grant: SlotGrant | None) -> None:
-        """Give a waiter its lease, or None without `grant`; end the lease if it was cancelled."""
-        lease = self.new_lease(key) if grant is not None else None
-        future = self._waiters.pop(waiter, None)
-        if future is not None and not future.done():
-            future.set_result(lease)
-        elif lease is not None:
-            lease.end()
-
-    def add_unload(self, key: AdapterKey) -> asyncio.Future[None]:
-        """Return a future that `unloaded` sets, unless `drop_unload` is called first."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._unloads.setdefault(key, []).append(future)
-        return future
-
-    def drop_unload(self, key: AdapterKey, future: asyncio.Future[None]) -> bool:
-        """Remove an unload's future; return whether it was pending."""
-        waiting = self._unloads.get(key, [])
-        if future not in waiting:
-            return False
-        waiting.remove(future)
-        if not waiting:
-            del self._unloads[key]
-        return True
-
-    def unloaded(self, key: AdapterKey) -> None:
-        for future in self._unloads.pop(key, ()):
-            if not future.done():
-                future.set_result(None)
-
-    def fail(self, waiters: Iterable[int], error: LoraxError) -> None:
-        for waiter in waiters:
-            future = self._waiters.pop(waiter, None)
-            if future is not None and not future.done():
-                future.set_exception(error.located())
-                future.exception()  # a cancelled waiter does not retrieve it

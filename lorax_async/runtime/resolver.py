@@ -22,6 +22,7 @@ from lorax_async.types import (
     RemoteKey,
     TensorsKey,
     is_stale,
+    text_of,
 )
 
 
@@ -111,16 +112,18 @@ class Resolver:
         self._fresh = fresh
         self.names = AssignedIds()
         self._running = SharedTasks(
-            self._run, lambda ref: f"lorax resolve {ref.text}", self._remember
+            self._run, lambda ref: f"lorax resolve {ref.text}", finished=self._remember
         )
         self._answers: dict[ResolvableRef, _RememberedKey] = {}
 
-    async def resolve(self, ref: ResolvableRef) -> AdapterKey:
+    async def resolve(self, ref: Ref) -> AdapterKey:
         """Resolve `ref` by the source, or join the running resolve of an equal ref.
 
         Raise what the source raises, a copy per caller. Cancelling one caller does not affect the
-        others.
+        others. A key is returned as it is.
         """
+        if isinstance(ref, AdapterKey):
+            return ref
         while (key := self.names.get(ref)) is None:
             with self._running.join(ref) as task:
                 answer = await self._answer(ref, task)
@@ -134,19 +137,23 @@ class Resolver:
         except LoraxError as error:
             raise error.located(id=ref.text, stage="resolve") from error.__cause__
 
-    def known(self, ref: ResolvableRef) -> AdapterKey | None:
+    def known(self, ref: Ref) -> AdapterKey | None:
         """Return the key assigned to `ref`, or else the last answer, or None. No I/O."""
-        assigned = self.names.get(ref)
+        if isinstance(ref, AdapterKey):
+            return ref
         remembered = self._answers.get(_name(ref))
-        answer = assigned or (None if remembered is None else remembered.key)
+        answer = self.names.get(ref) or (remembered and remembered.key)
         return None if answer is None or self.is_outdated(ref, answer) else answer
 
-    def recent(self, ref: ResolvableRef) -> AdapterKey | None:
+    def recent(self, ref: Ref) -> AdapterKey | None:
         """Return `known(ref)`, or None if a remote source has to be asked again."""
-        key, remembered = self.known(ref), self._answers.get(_name(ref))
-        if key is None or remembered is None or remembered.key != key or not _is_remote(key):
+        key = self.known(ref)
+        if key is None or isinstance(ref, AdapterKey) or not _is_remote(key):
             return key
-        return key if self._is_fresh(remembered) else None
+        remembered = self._answers.get(_name(ref))
+        if remembered is None or remembered.key != key or self._is_fresh(remembered):
+            return key
+        return None
 
     def is_outdated(self, ref: Ref, answer: AdapterKey) -> bool:
         """Return whether an id in `ref` was assigned, or unassigned, since this answer."""
@@ -188,22 +195,20 @@ class Resolver:
     async def _resolve_parts(self, merge: Merge) -> list[AdapterKey]:
         """Resolve the parts concurrently; other callers may join each of them."""
         with ExitStack() as joined:
-            parts = [
+            found = [
                 part
                 if isinstance(part, AdapterKey)
                 else self.names.get(part) or (part, joined.enter_context(self._running.join(part)))
                 for part in merge.parts
             ]
             keys: list[AdapterKey] = []
-            for number, part in enumerate(parts, 1):
-                if isinstance(part, AdapterKey):
-                    keys.append(part)
-                    continue
+            for number, part in enumerate(found, 1):
                 try:
-                    keys.append(await self._answer(*part))
+                    key = part if isinstance(part, AdapterKey) else await self._answer(*part)
                 except LoraxError as error:
-                    prefix = f"part {number} ({part[0].text!r}): "
-                    raise error.prefixed(prefix) from error.__cause__
+                    name = text_of(merge.parts[number - 1])
+                    raise error.prefixed(f"part {number} ({name!r}): ") from error.__cause__
+                keys.append(key)
             return keys
 
     def _remember(self, ref: ResolvableRef, task: asyncio.Task[AdapterKey]) -> None:
@@ -216,15 +221,12 @@ class Resolver:
         # Keep the first of equal keys, to share one object; and its time while it is fresh, since
         # the source may have answered from memory.
         if before is not None and same:
-            self._answers[name] = before if self._is_fresh(before) else _now(before.key)
+            fresh = self._is_fresh(before)
+            self._answers[name] = before if fresh else _RememberedKey(before.key, monotonic())
         else:
-            self._answers[name] = _now(key)
+            self._answers[name] = _RememberedKey(key, monotonic())
         if len(self._answers) > MAX_REMEMBERED:
             del self._answers[next(iter(self._answers))]
-
-
-def _now(key: AdapterKey) -> _RememberedKey:
-    return _RememberedKey(key, monotonic())
 
 
 def _is_remote(key: AdapterKey) -> bool:

@@ -26,9 +26,6 @@ from lorax_async.events import (
     Hit,
     LayerReady,
 )
-from lorax_async.lifecycle.lifecycle import Budgets
-from lorax_async.runtime.leases import LeaseTable
-from lorax_async.sources.host_copies import HostCopies
 from lorax_async.tracing.recorder import Tracer, name_of, now
 from lorax_async.types import AdapterKey, Ref
 
@@ -232,21 +229,3 @@ class Usage:
     cache_bytes: Budget | None
     leases: int
     waiting: int
-
-
-def usage_of(
-    budgets: Budgets, lease_table: LeaseTable, copies: HostCopies, cache: tuple[int | None, int]
-) -> Usage:
-    """Collect the use of all budgets; `cache` is the disk cache's last seen bytes and limit."""
-    device, host, pinned = budgets.device, budgets.host, budgets.images.arena
-    arena, (cached, limit) = device.arena, cache
-    return Usage(
-        slots=Budget(device.slots_used, device.max_slots),
-        device_bytes=Budget(arena.nbytes - arena.free_bytes, arena.nbytes),
-        host_bytes=Budget(host.nbytes - host.free, host.nbytes),
-        pinned_bytes=Budget(pinned.nbytes - pinned.free_bytes, pinned.nbytes),
-        memory_bytes=Budget(copies.used, copies.nbytes),
-        cache_bytes=None if cached is None else Budget(cached, limit),
-        leases=sum(len(held) for held in lease_table.leases.values()),
-        waiting=lease_table.waiting,
-    )

@@ -109,9 +109,9 @@ class TensorAdapters:
 
     def _assign(self, ref: AdapterRef, key: AdapterKey, lease: Lease) -> bool:
         """Move the id and its pins in one step; return False if the new version is leaving."""
-        waiter_table = self._driver.waiter_table
-        names = waiter_table.pinning_names(lambda name: self._names.covers(ref, name))
-        if not all(waiter_table.pin(name, lease) for name in names):
+        pins = self._driver.pins
+        names = [name for name in pins.names if self._names.covers(ref, name)]
+        if not all(pins.pin(name, lease) for name in names):
             return False
         before = self._resolver.known(ref)
         self._names.assign(ref, key)
@@ -122,7 +122,7 @@ class TensorAdapters:
     @contextmanager
     def _keep(self, key: AdapterKey) -> Iterator[None]:
         self._calls[key] += 1
-        self._driver.idle_unloader.keep(key)
+        self._driver.keep(key)
         try:
             yield
         finally:
@@ -134,7 +134,7 @@ class TensorAdapters:
     def _unload_if_unassigned(self, key: AdapterKey) -> None:
         """Unload the adapter once it is idle, unless an id is assigned to it or a call loads it."""
         if not self._names.has_id(key) and key not in self._calls:
-            self._driver.idle_unloader.begin(key, self._unloaded)
+            self._driver.unload_when_idle(key, self._unloaded)
 
     def _unloaded(self, key: AdapterKey) -> None:
         if isinstance(key, TensorsKey):

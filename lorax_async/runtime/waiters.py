@@ -1,12 +1,13 @@
-"""Waiters for adapters, pins and unloads."""
+"""Calls that wait: for an adapter to reach a tier, or to leave the device."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import count
 
-from lorax_async.errors import AdapterInUseError, AdapterTimeoutError
+from lorax_async.errors import AdapterInUseError, AdapterTimeoutError, LoraxError
 from lorax_async.events import Hit
 from lorax_async.lifecycle.adapter_state import SlotGrant, Waiter, WantedTier
 from lorax_async.lifecycle.commands import Command
@@ -27,11 +28,11 @@ class PendingLoad:
 
 
 class WaiterTable:
-    """Adds and removes waiters, leases and pins in the lifecycle.
+    """The waiters of a loader, and their futures. On the loop.
 
-    `execute` carries out the commands that it returns. `raise_priority` is called with each key
-    that has a new foreground waiter. `in_memory` returns whether a host copy of an adapter's
-    tensors exists.
+    `execute` carries out the lifecycle's commands. `raise_priority` is called with each key that
+    has a new foreground waiter. `in_memory` returns whether a host copy of an adapter's tensors
+    exists.
     """
 
     def __init__(
@@ -47,24 +48,31 @@ class WaiterTable:
         self._telemetry = telemetry
         self._execute = execute
         self._raise_priority = raise_priority
-        self._pins: dict[object, tuple[AdapterKey, SlotGrant]] = {}
+        self._numbers = count(1)
+        self._loads: dict[int, asyncio.Future[Lease | None]] = {}
+        self._unloads: dict[AdapterKey, list[asyncio.Future[None]]] = {}
         self.in_memory: Callable[[AdapterKey], bool] = lambda key: False  # noqa: ARG005
+
+    def __len__(self) -> int:
+        return len(self._loads)
 
     def begin(
         self, key: AdapterKey, tier: WantedTier, *, foreground: bool = True, priority: int = 0
     ) -> PendingLoad:
         """Add a waiter for the adapter at `tier`; await its future, or `abandon` it."""
         hit = self._nearest_tier(key) if foreground else None
-        waiter, future = self._lease_table.add_waiter()
-        since = asyncio.get_running_loop().time()
-        self._execute(self._lifecycle.want(key, Waiter(waiter, tier, since, foreground, priority)))
+        loop = asyncio.get_running_loop()
+        pending = PendingLoad(key, next(self._numbers), loop.create_future())
+        self._loads[pending.waiter] = pending.future
+        waiter = Waiter(pending.waiter, tier, loop.time(), foreground, priority)
+        self._execute(self._lifecycle.want(key, waiter))
         if hit is not None:
             self._raise_priority(key)
             state = self._lifecycle.states.get(key)
             filling = state is not None and state.slot is SlotState.FILLING
             stage = "copy" if filling else self._lifecycle.stage(key)
             self._telemetry.count_hit(key, hit, stage)
-        return PendingLoad(key, waiter, future)
+        return pending
 
     def _nearest_tier(self, key: AdapterKey) -> Hit:
         state = self._lifecycle.states.get(key)
@@ -75,59 +83,31 @@ class WaiterTable:
         opened = state is not None and state.file is FileState.PRESENT
         return "disk" if opened or isinstance(key, TensorsKey) else "source"
 
-    def abandon(self, pending_load: PendingLoad) -> None:
+    def abandon(self, pending: PendingLoad) -> None:
         """Withdraw the waiter, and end its lease if it got one. Idempotent."""
-        self._lease_table.drop_waiter(pending_load.waiter)
-        self._execute(self._lifecycle.withdraw(pending_load.key, pending_load.waiter))
-        future = pending_load.future
+        self._loads.pop(pending.waiter, None)
+        self._execute(self._lifecycle.withdraw(pending.key, pending.waiter))
+        future = pending.future
         if future.done() and not future.cancelled() and future.exception() is None:
             lease = future.result()
             if lease is not None:
                 lease.end()
 
-    def try_lease(self, key: AdapterKey) -> Lease | None:
-        """Return a lease if the adapter is resident, else None."""
-        if self._lifecycle.take_lease(key) is None:
-            return None
-        self._telemetry.hits["device"] += 1
-        return self._lease_table.new_lease(key)
+    def serve(self, key: AdapterKey, waiter: int, grant: SlotGrant | None) -> None:
+        """Give a waiter its lease, or None without `grant`; end the lease if it was cancelled."""
+        lease = self._lease_table.new_lease(key) if grant is not None else None
+        future = self._loads.pop(waiter, None)
+        if future is not None and not future.done():
+            future.set_result(lease)
+        elif lease is not None:
+            lease.end()
 
-    def share(self, lease: Lease) -> Lease:
-        """Return another lease on the same slot occupancy; raise if `lease` is not usable."""
-        lease.check()
-        self._lifecycle.add_lease(lease.occupancy.key)
-        shared = self._lease_table.new_lease(lease.occupancy.key)
-        shared.stale = lease.stale
-        if lease.promise is not None:
-            lease.promise.join(shared)
-        return shared
-
-    def pin(self, name: object, lease: Lease) -> bool:
-        """Pin the leased adapter for `name`, in place of its earlier pin.
-
-        Return False, without effect, if the adapter is leaving.
-        """
-        lease.check()
-        key, grant = lease.occupancy.key, lease.occupancy.grant
-        if self._pins.get(name) == (key, grant):
-            return True
-        if not self._lifecycle.pin(key):
-            return False
-        self.unpin(name)
-        self._pins[name] = (key, grant)
-        return True
-
-    def pinning_names(self, matches: Callable[[object], bool]) -> list[object]:
-        """Return the names with a pin for which `matches` is true."""
-        return [name for name in self._pins if matches(name)]
-
-    def unpin(self, name: object) -> bool:
-        """Remove the pin of `name`; return whether it had one."""
-        pinned = self._pins.pop(name, None)
-        if pinned is None:
-            return False
-        self._execute(self._lifecycle.unpin(*pinned))
-        return True
+    def fail(self, waiters: Iterable[int], error: LoraxError) -> None:
+        for waiter in waiters:
+            future = self._loads.pop(waiter, None)
+            if future is not None and not future.done():
+                future.set_exception(error.located())
+                future.exception()  # a cancelled waiter does not retrieve it
 
     async def unload(self, key: AdapterKey, seconds: float) -> None:
         """Wait at most `seconds` until the adapter has left device and host memory.
@@ -135,9 +115,8 @@ class WaiterTable:
         Raise `AdapterInUseError` if it is still leased then, `AdapterTimeoutError` if it is busy
         otherwise; it stays in both cases.
         """
-        for name in [name for name, (pinned, _) in self._pins.items() if pinned == key]:
-            del self._pins[name]
-        gone = self._lease_table.add_unload(key)
+        gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._unloads.setdefault(key, []).append(gone)
         self._execute(self._lifecycle.unload(key))
         try:
             async with asyncio.timeout(seconds):
@@ -146,15 +125,22 @@ class WaiterTable:
             if gone.cancelled():  # else the unload ended in the same turn of the loop
                 raise self._unload_error(key, seconds) from None
         finally:
-            if self._lease_table.drop_unload(key, gone):
+            waiting = self._unloads.get(key, [])
+            if gone in waiting:
+                waiting.remove(gone)
+                if not waiting:
+                    del self._unloads[key]
                 self._execute(self._lifecycle.withdraw_unload(key))
 
-    def _unload_error(
-        self, key: AdapterKey, seconds: float
-    ) -> AdapterInUseError | AdapterTimeoutError:
-        holders = sorted(
-            lease.holder or "no task" for lease in self._lease_table.leases.get(key, ())
-        )
+    def unloaded(self, key: AdapterKey) -> None:
+        """Return from all calls of `unload`."""
+        for gone in self._unloads.pop(key, ()):
+            if not gone.done():
+                gone.set_result(None)
+
+    def _unload_error(self, key: AdapterKey, seconds: float) -> LoraxError:
+        leases = self._lease_table.leases.get(key, ())
+        holders = sorted(lease.holder or "no task" for lease in leases)
         if not holders:
             problem = (
                 f"it was not unloaded within {seconds:g} s: copies, kernels or holds have not ended"

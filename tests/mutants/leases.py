@@ -29,7 +29,7 @@ def _own_tickets_only(self: SlotOccupancy, layer: int) -> Any:
 
 def _known_tickets_only(self: SlotOccupancy, layer: int) -> Any:
     groups = range(self._watermark, self._needed(layer))
-    return [self._tickets[group] for group in groups if group in self._tickets]
+    return [self.group_tickets[group] for group in groups if group in self.group_tickets]
 
 
 def _failed_in_silence(self: SlotOccupancy, error: Any) -> None:
@@ -42,7 +42,6 @@ def _ended_unused(self: Lease, why: str = "released", *, soon: bool = False) -> 
 
 
 async def _not_waited_for(self: WaiterTable, key: Any, seconds: float) -> None:
-    self._lease_table.add_unload(key)
     self._execute(self._lifecycle.unload(key))
 
 
@@ -109,7 +108,7 @@ LOADER: Mutants = {
         f"{HANDLES}::test_a_subscriber_unpins", (Driver, "_execute", _obeyed_at_once)),
     "actions: a reader stays open while it is copied from": mutant(
         f"{ENDING}::test_a_copy_that_is_wanted_no_longer_reads_its_file_to_the_end",
-        (Driver, "_close_idle_reader", lambda self, key: self.files.close_reader(key))),
+        (FetchTasks, "close_idle_reader", lambda self, key: self.close_reader(key))),
     "replace: calls with one name come in their order": mutant(
         "test_replacing.py::test_several_replacements_at_once_come_in_their_order",
         (OrderedCalls, "place", lambda *_: nullcontext(nothing_awaited))),
