@@ -8,7 +8,7 @@ its own files.
 - `range_engine`: the interface, `RangeEngine.probe` and `download`, and the two kinds of jobs
 - `download_scheduler`: shares of the connections, retries, stalled origins, worker threads
 - `ranges`: which ranges to request, in which waves
-- `client`, `connection`, `pool`: requests, redirects, sockets, kept connections
+- `client`, `connection`: requests, redirects, addresses, sockets, kept connections
 - `target`: a file's URL and validators, the checks of a response
 - `settings`: limits, timeouts, rules for addresses, TLS, proxies
 - `failures`: retries, and errors of the network as ours

@@ -1,22 +1,324 @@
-"""The HTTP client: one GET, through its redirects, to the head of its response."""
+"""The HTTP client: connections, where the rules allow them, and a GET through its redirects."""
 
 from __future__ import annotations
 
+import os
+import socket
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from contextlib import suppress
-from threading import Lock
+from dataclasses import dataclass, field, replace
+from ipaddress import ip_address
+from itertools import count
+from threading import Lock, Thread
+from typing import Literal, NamedTuple
 
 from lorax_async.errors import AccessDeniedError, FetchError
 from lorax_async.formats.spans import ByteRange
 from lorax_async.http.connection import Attempt, Connection, ResponseHead
-from lorax_async.http.failures import io_error
-from lorax_async.http.pool import ConnectionPool
+from lorax_async.http.failures import RetryableError, io_error, lookup_error
 from lorax_async.http.ranges import LinkEstimate
-from lorax_async.http.settings import HttpSettings
+from lorax_async.http.settings import HttpSettings, Proxies, Proxy, Rules, is_public, tls_context
 from lorax_async.http.target import ResolvedLocation, Target, Validators
 from lorax_async.tracing.recorder import Recorder, Tracer, now
-from lorax_async.urls import InvalidUrlError, Origin, resolve_redirect
+from lorax_async.urls import InvalidUrlError, Origin, Url, is_address, resolve_redirect
+
+_MAX_ADDRESSES = 4
+"""Addresses of a host that are tried."""
+
+_MAX_LOOKUPS = 64
+_CHECK_SECONDS = 0.05
+
+# -- the network -----------------------------------------------------------------------------------
+
+
+class Endpoint(NamedTuple):
+    """An address and a port, as sockets take them."""
+
+    family: int
+    address: str
+    port: int
+
+
+class Network:
+    """What the engine needs of the machine. Every call blocks and may raise `OSError`."""
+
+    def resolve(self, host: str, port: int) -> list[Endpoint]:
+        """Return the addresses of a host, in the order in which they should be tried."""
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        return [Endpoint(family, str(place[0]), port) for family, _, _, _, place in infos]
+
+    def connect(
+        self, endpoint: Endpoint, timeout: float, opened: Callable[[socket.socket], None]
+    ) -> socket.socket:
+        """Connect by TCP, without Nagle's algorithm.
+
+        Call `opened` with the socket before it connects; that may raise.
+        """
+        connecting = socket.socket(endpoint.family, socket.SOCK_STREAM)
+        opened(connecting)
+        connecting.settimeout(timeout)
+        connecting.connect((endpoint.address, endpoint.port))
+        connecting.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return connecting
+
+    def peer(self, connected: socket.socket) -> str:
+        """Return the address at the other end."""
+        return str(connected.getpeername()[0])
+
+
+class Lookups:
+    """Look names up in threads of their own: the system's call cannot be interrupted.
+
+    Concurrent lookups of one name share a thread. A caller that gives up leaves it behind; it ends
+    with the system's own timeout, and there are 64 at most.
+    """
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self._lock = Lock()
+        self._running: dict[tuple[str, int], Future[list[Endpoint]]] = {}
+
+    def find(self, origin: Origin, timeout: float, check: Callable[[], None]) -> list[Endpoint]:
+        """Return the host's endpoints.
+
+        Raises `TimeoutError`, what the network raises, and what `check`, called meanwhile, raises.
+        """
+        host, port = origin.host, origin.port
+        if is_address(host):
+            return self._network.resolve(host, port)
+        with self._lock:
+            lookup = self._running.get((host, port)) or self._begin(host, port)
+        waited = 0.0
+        while not wait([lookup], _CHECK_SECONDS).done:
+            waited += _CHECK_SECONDS
+            check()
+            if waited >= timeout:
+                raise TimeoutError(f"no answer for {host!r}")
+        return lookup.result()
+
+    def _begin(self, host: str, port: int) -> Future[list[Endpoint]]:
+        if len(self._running) >= _MAX_LOOKUPS:
+            raise RetryableError(FetchError("the name service answers nothing any more"))
+        lookup = Future[list[Endpoint]]()
+        work = (host, port, lookup)
+        try:
+            Thread(target=self._run, args=work, name="lorax-lookup", daemon=True).start()
+        except RuntimeError as error:
+            raise RetryableError(FetchError("the process may have no more threads")) from error
+        self._running[host, port] = lookup
+        return lookup
+
+    def _run(self, host: str, port: int, lookup: Future[list[Endpoint]]) -> None:
+        endpoints, failure = list[Endpoint](), None
+        try:
+            endpoints = self._network.resolve(host, port)
+        except Exception as error:  # noqa: BLE001 - raised by `find`
+            failure = error
+        with self._lock:
+            del self._running[host, port]
+        if failure is None:
+            lookup.set_result(endpoints)
+        else:
+            lookup.set_exception(failure)
+
+
+# -- the pool --------------------------------------------------------------------------------------
+
+
+class ConnectionPool:
+    """All connections of an engine. Used from its threads."""
+
+    def __init__(
+        self, settings: HttpSettings, network: Network, clock: Callable[[], float], tracer: Tracer
+    ) -> None:
+        self._settings = settings
+        self._network = network
+        self._clock = clock
+        self._tracer = tracer
+        self._numbers = count(1)
+        self._lookups = Lookups(network)
+        self._proxies = Proxies(settings.proxies)
+        self._tls = tls_context(settings.ca_bundle, os.environ)
+        self._lock = Lock()
+        self._idle: list[Connection] = []
+        self._closed = False
+
+    def take(self, url: Url, rules: Rules, attempt: Attempt) -> Connection | None:
+        """Return the idle connection that was used last, if it is still open.
+
+        It may have been opened under other rules: its address is checked again.
+        """
+        while (connection := self._pop(url, rules)) is not None:
+            try:
+                if connection.is_quiet:
+                    attempt.use(connection)
+                    return connection
+            except BaseException:
+                connection.close()
+                raise
+            connection.close()
+        return None
+
+    def _pop(self, url: Url, rules: Rules) -> Connection | None:
+        with self._lock:
+            for n in range(len(self._idle) - 1, -1, -1):
+                idle = self._idle[n]
+                if idle.origin == url.origin and (
+                    idle.address is None or _is_allowed(idle.address, url, rules)
+                ):
+                    return self._idle.pop(n)
+        return None
+
+    def put(self, connection: Connection) -> None:
+        """Keep a connection that may carry another request."""
+        connection.idle_since = self._clock()
+        with self._lock:
+            self._idle.append(connection)
+            full = self._closed or len(self._idle) > self._settings.connections
+            oldest = self._idle.pop(0) if full else None
+        if oldest is not None:
+            oldest.close()
+
+    def expire(self) -> bool:
+        """Close what was idle for too long; return whether idle connections are left."""
+        limit = self._clock() - self._settings.timeouts.idle
+        with self._lock:
+            expired = [each for each in self._idle if each.idle_since <= limit]
+            self._idle = [each for each in self._idle if each.idle_since > limit]
+            left = bool(self._idle)
+        for connection in expired:
+            connection.close()
+        return left
+
+    def close(self) -> None:
+        """Close idle connections, and those that come back from here on."""
+        with self._lock:
+            self._closed = True
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
+
+    def open(self, url: Url, rules: Rules, attempt: Attempt) -> Connection:
+        """Open a connection.
+
+        Raises `RetryableError`, `FetchError`, or `AccessDeniedError` where the address is not
+        public and the rules do not allow it.
+        """
+        timeouts = self._settings.timeouts
+        connection = Connection(url.origin, timeouts, self._clock, next(self._numbers))
+        recorder, start, outcome = self._tracer.on, now(), "failed"
+        try:
+            attempt.use(connection)
+            self._connect(connection, url, rules, attempt)
+            if url.secure:
+                connection.secure(self._tls, url.origin.host, timeouts.connect)
+            connection.set_timeout(timeouts.read)
+            outcome = "open"
+        except OSError as error:
+            attempt.check()
+            raise io_error(error, str(url)) from error
+        finally:
+            if outcome != "open":
+                connection.close()
+            if recorder is not None:
+                args = {"outcome": outcome}
+                recorder.add("connections", connection.number, "connect", start, now(), args)
+        return connection
+
+    def _connect(self, connection: Connection, url: Url, rules: Rules, attempt: Attempt) -> None:
+        """Connect to the origin or its proxy; behind that, names are the proxy's business."""
+        host, proxy = url.origin.host, self._proxies.to(url.origin)
+        _require_name(host)
+        if proxy is None:
+            connection.address = self._connect_to(
+                connection, url.origin, attempt, lambda text: _is_allowed(text, url, rules)
+            )
+            return
+        if is_address(host):
+            if not _is_allowed(host, url, rules):
+                raise _refused_error(url.origin)
+            connection.address = host
+        _require_name(proxy.origin.host)
+        self._connect_to(connection, proxy.origin, attempt, lambda _: True)
+        if url.secure:
+            self._tunnel(connection, url, proxy)
+        else:
+            connection.proxy = proxy
+
+    def _connect_to(
+        self,
+        connection: Connection,
+        origin: Origin,
+        attempt: Attempt,
+        allowed: Callable[[str], bool],
+    ) -> str:
+        """Connect to the first allowed address that answers; return it."""
+        timeout = self._settings.timeouts.connect
+        try:
+            known = self._lookups.find(origin, timeout, attempt.check)
+        except TimeoutError as error:
+            raise io_error(error, f"the name service, asked for {origin.host!r},") from error
+        except OSError as error:
+            raise lookup_error(error, origin.host) from error
+        endpoints = [endpoint for endpoint in known if allowed(endpoint.address)]
+        if not endpoints:
+            raise _refused_error(origin) if known else FetchError(f"{origin} has no address")
+        failed: OSError | None = None
+        for endpoint in endpoints[:_MAX_ADDRESSES]:
+            try:
+                connected = self._network.connect(endpoint, timeout, connection.attach)
+            except OSError as error:
+                connection.close()
+                failed = error
+                continue
+            # Check the socket's own address, not the one that a name service returned.
+            peer = self._network.peer(connected)
+            if not allowed(peer):
+                raise _refused_error(origin)
+            return peer
+        assert failed is not None
+        raise failed
+
+    def _tunnel(self, connection: Connection, url: Url, proxy: Proxy) -> None:
+        host, port = url.origin.host, url.origin.port
+        place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        lines = [f"CONNECT {place} HTTP/1.1", f"Host: {place}"]
+        if proxy.authorization:
+            lines.append(f"Proxy-Authorization: {proxy.authorization}")
+        connection.set_timeout(self._settings.timeouts.connect)
+        connection.peer = str(proxy.origin)
+        connection.send(lines)
+        status = connection.receive_head().status
+        connection.peer = str(url.origin)
+        problem = f"the proxy {proxy.origin} does not lead to {url} (status {status})"
+        if status in {401, 403, 407}:
+            raise AccessDeniedError(problem)
+        if not 200 <= status < 300 or not connection.is_drained:
+            raise RetryableError(FetchError(problem))
+
+
+def _require_name(host: str) -> None:
+    """Refuse what TLS cannot name, which behind a proxy no name service has refused."""
+    try:
+        host.encode("idna")
+    except UnicodeError as error:
+        raise FetchError(f"the host {host!r} is no name", retryable=False) from error
+
+
+def _is_allowed(text: str, url: Url, rules: Rules) -> bool:
+    address = ip_address(text.partition("%")[0])  # sockets show some with a zone
+    return is_public(address) or rules.allows_address(url, address)
+
+
+def _refused_error(origin: Origin) -> AccessDeniedError:
+    return AccessDeniedError(
+        f"{origin} leads to an address that is not public; allow it explicitly if that is meant"
+    )
+
+
+# -- requests --------------------------------------------------------------------------------------
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _DRAINED_BYTES = 16 << 10
@@ -34,74 +336,50 @@ _NEWEST_WEIGHT = 0.3
 
 
 class LinkStatistics:
-    """Time to first byte and throughput per origin, of those used last. From any thread."""
+    """Time to first byte and throughput of a connection per origin, of those used last.
+
+    From any thread.
+    """
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._measured: OrderedDict[Origin, tuple[float | None, float | None]] = OrderedDict()
+        self._measured: OrderedDict[Origin, dict[str, float]] = OrderedDict()
 
     def link(self, origin: Origin) -> LinkEstimate:
         """Return what was measured, and guesses for what was not."""
         with self._lock:
-            delay, rate = self._measured.get(origin, (None, None))
-        return LinkEstimate(
-            UNKNOWN.delay if delay is None else delay, UNKNOWN.rate if rate is None else rate
-        )
+            return replace(UNKNOWN, **self._measured.get(origin, {}))
 
-    def record_delay(self, origin: Origin, seconds: float) -> None:
-        self._record(origin, delay=seconds)
-
-    def record_rate(self, origin: Origin, rate: float) -> None:
-        """Record the bytes per second of one connection."""
-        self._record(origin, rate=rate)
-
-    def _record(
-        self, origin: Origin, *, delay: float | None = None, rate: float | None = None
-    ) -> None:
+    def record(self, origin: Origin, what: Literal["delay", "rate"], value: float) -> None:
+        """Record seconds to the head of a response, or bytes per second of its body."""
         with self._lock:
-            before = self._measured.get(origin, (None, None))
-            self._measured[origin] = (_mixed(before[0], delay), _mixed(before[1], rate))
+            measured = self._measured.setdefault(origin, {})
+            before = measured.get(what, value)
+            measured[what] = before + _NEWEST_WEIGHT * (value - before)
             self._measured.move_to_end(origin)
             if len(self._measured) > _MAX_ORIGINS:
                 self._measured.popitem(last=False)
 
 
-def _mixed(before: float | None, new: float | None) -> float | None:
-    if before is None or new is None:
-        return before if new is None else new
-    return before + _NEWEST_WEIGHT * (new - before)
-
-
+@dataclass(slots=True)
 class RequestSpan:
     """A request in the trace: what was requested on which connection, and its outcome."""
 
-    def __init__(
-        self, recorder: Recorder, connection: int, span: ByteRange | None, hop: int
-    ) -> None:
-        self._recorder = recorder
-        self._connection = connection
-        self._name = "file" if span is None else f"bytes {span[0]}-{span[1] - 1}"
-        self._args: dict[str, object] = {"hop": hop}
-        if span is not None:
-            self._args.update(at=span[0], asked=span[1] - span[0])
-        self.received = 0
-        self._start = now()
-
-    def set_groups(self, groups: tuple[int, int] | None) -> None:
-        """Name the first and the last group that it has bytes of."""
-        if groups is not None:
-            self._args["groups"] = list(groups)
-
-    def set_status(self, status: int) -> None:
-        """Record the wait for the head."""
-        self._recorder.add("connections", self._connection, "wait", self._start, now())
-        self._args["status"] = status
+    recorder: Recorder
+    connection: int
+    span: ByteRange | None
+    args: dict[str, object]
+    received: int = 0
+    start: int = field(default_factory=now)
 
     def end(self, outcome: str) -> None:
-        """Record the request."""
-        self._args.update(bytes=self.received, outcome=outcome)
-        add = self._recorder.add
-        add("connections", self._connection, self._name, self._start, now(), self._args)
+        name = "file"
+        if self.span is not None:
+            start, stop = self.span
+            name = f"bytes {start}-{stop - 1}"
+            self.args.update(at=start, asked=stop - start)
+        self.args.update(bytes=self.received, outcome=outcome)
+        self.recorder.add("connections", self.connection, name, self.start, now(), self.args)
 
 
 class Response:
@@ -127,8 +405,8 @@ class Response:
     @property
     def rate(self) -> float | None:
         """Bytes per second of waiting for them; None before it is significant."""
-        throughput = self._connection.throughput
-        return throughput.rate if throughput.nbytes >= _MEASURED_BYTES else None
+        nbytes, rate = self._connection.measured()
+        return rate if nbytes >= _MEASURED_BYTES else None
 
     @property
     def reconnect_seconds(self) -> float:
@@ -148,11 +426,6 @@ class Response:
             self.request_span.received += count
         return count
 
-    def drain(self) -> None:
-        """Read the rest of the body, if that is little: cheaper than another connection."""
-        if self.head.length is not None and self.head.length <= _DRAINED_BYTES:
-            self.fill(memoryview(bytearray(_DRAINED_BYTES)))
-
     def release(self) -> None:
         """Keep the connection if it may carry another request, else close it. Idempotent."""
         self._attempt.release()
@@ -163,7 +436,7 @@ class Response:
         if self.request_span is not None:
             self.request_span.end("whole" if connection.body_ended else "left")
         if self.rate is not None:
-            self._client.links.record_rate(self.location.url.origin, self.rate)
+            self._client.links.record(self.location.url.origin, "rate", self.rate)
         if connection.is_reusable:
             self._client.pool.put(connection)
         else:
@@ -201,16 +474,30 @@ class HttpClient:
         `FetchError` or `AccessDeniedError`.
         """
         while True:
-            if not target.rules.allows(location.url, location.hop):
+            url = location.url
+            if not target.rules.allows(url, location.hop):
                 raise AccessDeniedError(
-                    f"{target.name}: requests to {location.url} are not allowed; allow it"
-                    " explicitly"
+                    f"{target.name}: requests to {url} are not allowed; allow it explicitly"
                 )
-            response = self._request(target, location, span, validators, attempt)
+            attempt.origin = url.origin
+            fields = self._fields(target, location, span, validators)
+            try:
+                response = None
+                # On an idle connection; if that was closed meanwhile, on a new one.
+                if (idle := self.pool.take(url, target.rules, attempt)) is not None:
+                    with suppress(ConnectionError):
+                        response = self._send(idle, fields, location, attempt, span)
+                if response is None:
+                    fresh = self.pool.open(url, target.rules, attempt)
+                    response = self._send(fresh, fields, location, attempt, span)
+            except OSError as error:
+                raise io_error(error, str(url)) from error
             if response.head.status not in _REDIRECTS:
                 return response
             try:
-                response.drain()
+                length = response.head.length
+                if length is not None and length <= _DRAINED_BYTES:
+                    response.fill(memoryview(bytearray(_DRAINED_BYTES)))
                 location = self._next_location(target, response)
             finally:
                 response.release()
@@ -232,28 +519,6 @@ class HttpClient:
         trusted = before.trusted and url.origin == target.url.origin
         return ResolvedLocation(url, before.hop + 1, trusted=trusted)
 
-    def _request(
-        self,
-        target: Target,
-        location: ResolvedLocation,
-        span: ByteRange | None,
-        validators: Validators,
-        attempt: Attempt,
-    ) -> Response:
-        """Request on an idle connection; if that was closed meanwhile, on a new one."""
-        url = location.url
-        attempt.origin = url.origin
-        fields = self._fields(target, location, span, validators)
-        try:
-            idle = self.pool.take(url, target.rules, attempt)
-            if idle is not None:
-                with suppress(ConnectionError):
-                    return self._send(idle, fields, location, attempt, span)
-            fresh = self.pool.open(url, target.rules, attempt)
-            return self._send(fresh, fields, location, attempt, span)
-        except OSError as error:
-            raise io_error(error, str(url)) from error
-
     def _send(
         self,
         connection: Connection,
@@ -262,27 +527,27 @@ class HttpClient:
         attempt: Attempt,
         span: ByteRange | None,
     ) -> Response:
-        url, proxy = location.url, connection.proxy
+        url, proxy, recorder = location.url, connection.proxy, self._tracer.on
         lines = [f"GET {url.text if proxy else url.target} HTTP/1.1", *fields]
         if proxy is not None and proxy.authorization:
             lines.append(f"Proxy-Authorization: {proxy.authorization}")
-        recorder = self._tracer.on
         traced = None
         if recorder is not None:
-            traced = RequestSpan(recorder, connection.number, span, location.hop)
+            traced = RequestSpan(recorder, connection.number, span, {"hop": location.hop})
         begun = self._clock()
         try:
             connection.send(lines)
             head = connection.receive_head()
-            self.links.record_delay(url.origin, self._clock() - begun)
-            if traced is not None:
-                traced.set_status(head.status)
-            return Response(self, connection, head, location, attempt, traced)
         except BaseException:
             if traced is not None:
                 traced.end("failed")
             connection.close()
             raise
+        self.links.record(url.origin, "delay", self._clock() - begun)
+        if traced is not None:
+            traced.recorder.add("connections", connection.number, "wait", traced.start, now())
+            traced.args["status"] = head.status
+        return Response(self, connection, head, location, attempt, traced)
 
     def _fields(
         self,

@@ -48,20 +48,46 @@ _UNIQUE = frozenset(
 _DEFECTS = (FirstHeaderLineIsContinuationDefect, MissingHeaderBodySeparatorDefect)
 
 
-class AbortableSocket:
-    """A socket from before it connects until it is closed, used by one thread.
+class Connection:
+    """A connection to one origin, from before it connects; one thread uses it at a time.
 
     `abort` shuts it down from any thread, which ends every call that waits on it, and does not
     close it: the thread that uses it does, so that no descriptor's number is reused under a call.
+
+    Attributes
+    ----------
+    peer
+        What errors name: the origin, or the proxy while that opens a tunnel.
+    proxy
+        Set where requests name their URL whole.
+    address
+        That of the other end, where that is the host.
+    number
+        Unique in a pool.
+    received
+        Bytes so far, over all requests; written by the thread that reads.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, origin: Origin, timeouts: Timeouts, clock: Callable[[], float], number: int = 0
+    ) -> None:
+        self.origin = origin
+        self.peer = str(origin)
+        self.proxy: Proxy | None = None
+        self.address: str | None = None
+        self.number = number
+        self.idle_since = 0.0
+        self.received = 0
         self._lock = Lock()
         self._socket: socket.socket | None = None
-        self._tls: ssl.SSLSocket | None = None
+        self._is_tls = False
         self._aborted = False
-        self.received = 0
-        """Bytes so far, over all requests; written by the thread that reads."""
+        self._receiver = _Receiver(self, timeouts, clock)
+        self._reader = _SocketReader(self._receiver, _BUFFER_BYTES)
+        self._response: HTTPResponse | None = None
+        self._broken = False
+
+    # -- the socket -------------------------------------------------------------------------------
 
     def attach(self, opened: socket.socket) -> None:
         """Own this socket from here on. Raises `AbortedError` after an `abort`."""
@@ -73,48 +99,49 @@ class AbortableSocket:
 
     def secure(self, context: ssl.SSLContext, host: str, timeout: float) -> None:
         """Start TLS. Blocks; raises `OSError`."""
-        plain = self.socket
+        plain = self._opened
         plain.settimeout(timeout)
         with self._lock:  # wrapping moves the descriptor to another object
             tls = context.wrap_socket(plain, server_hostname=host, do_handshake_on_connect=False)
-            self._socket, self._tls = tls, tls
+            self._socket, self._is_tls = tls, True
         tls.do_handshake()
 
     def set_timeout(self, seconds: float) -> None:
         """Bound how long each later call waits for a byte to come or go."""
-        if self._tls is not None:
-            self._tls.settimeout(seconds)
+        if self._is_tls:
+            self._opened.settimeout(seconds)
             return
         # The kernel's own timeout: with one of Python's, a socket is polled before each read and
         # cannot wait for a whole buffer in one call.
         whole, part = divmod(seconds, 1)
         wait = struct.pack("@ll", int(whole), int(part * 1e6))
-        plain = self.socket
-        plain.setblocking(True)
-        plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, wait)
-        plain.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, wait)
+        self._opened.setblocking(True)
+        self._opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, wait)
+        self._opened.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, wait)
 
     @property
-    def socket(self) -> socket.socket:
+    def _opened(self) -> socket.socket:
         assert self._socket is not None
         return self._socket
 
-    def send(self, data: bytes) -> None:
+    def send(self, lines: list[str]) -> None:
+        """Send a request without a body. Raises `OSError` and `AbortedError`."""
+        # An ETag goes back as it came, and may have any byte from 0x80 on (RFC 9110, 8.8.3).
         try:
-            self.socket.sendall(data)
+            self._opened.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
         except OSError:
             if self._aborted:
                 raise AbortedError from None
             raise
 
-    def receive(self, view: memoryview, *, all_of_it: bool = False) -> int:
-        """Receive what is there; 0 at the end.
+    def receive(self, view: memoryview, *, all_of_it: bool) -> int:
+        """Receive what is there; 0 at the end. Raises `OSError` and `AbortedError`.
 
         `all_of_it` waits for a full view where the kernel can: fewer calls, no GIL between.
         """
-        flags = socket.MSG_WAITALL if all_of_it and self._tls is None else 0
+        flags = socket.MSG_WAITALL if all_of_it and not self._is_tls else 0
         try:
-            count = self.socket.recv_into(view, 0, flags)
+            count = self._opened.recv_into(view, 0, flags)
         except OSError:
             if self._aborted:
                 raise AbortedError from None
@@ -128,7 +155,7 @@ class AbortableSocket:
     def is_quiet(self) -> bool:
         """Whether an idle connection is open and nothing came on it."""
         poll = select.poll()
-        poll.register(self.socket.fileno(), select.POLLIN | select.POLLRDHUP)
+        poll.register(self._opened.fileno(), select.POLLIN | select.POLLRDHUP)
         return not poll.poll(0)
 
     def abort(self) -> None:
@@ -141,217 +168,16 @@ class AbortableSocket:
                     socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Close it, from the thread that uses it. Idempotent."""
+        """Close the socket, from the thread that uses it. Idempotent."""
         with self._lock:
             if self._socket is not None:
                 self._socket.close()
 
-
-class Attempt:
-    """One thread's try at one piece, which any thread may end.
-
-    Attributes
-    ----------
-    origin
-        The origin that the attempt waits for now: redirects may lead to another one.
-    """
-
-    def __init__(self, origin: Hashable = None) -> None:
-        self.origin = origin
-        self._lock = Lock()
-        self._socket: AbortableSocket | None = None
-        self._received = 0
-        self._ended = False
-
-    @property
-    def ended(self) -> bool:
-        return self._ended
-
-    @property
-    def received(self) -> int:
-        """Bytes received for it so far, on all its sockets."""
-        with self._lock:
-            return self._received + (0 if self._socket is None else self._socket.received)
-
-    def use(self, sock: AbortableSocket) -> None:
-        """Let `end` abort this socket from here on. Raises `AbortedError` after an `end`."""
-        with self._lock:
-            if self._socket is not None:
-                self._received += self._socket.received
-            self._socket = sock
-            self._received -= sock.received  # those came for earlier requests
-            ended = self._ended
-        if ended:
-            raise AbortedError
-
-    def check(self) -> None:
-        """Raise `AbortedError` after an `end`."""
-        if self._ended:
-            raise AbortedError
-
-    def end(self) -> None:
-        """End it, wherever its thread waits. From any thread; quick, idempotent."""
-        with self._lock:
-            self._ended = True
-            if self._socket is not None:
-                self._socket.abort()
-
-    def release(self) -> None:
-        """Leave the socket to others."""
-        with self._lock:
-            if self._socket is not None:
-                self._received += self._socket.received
-            self._socket = None
-
-
-class Throughput:
-    """Measure bytes per second of waiting for them, and refuse what is too slow for too long."""
-
-    def __init__(self, timeouts: Timeouts, peer: str) -> None:
-        self._timeouts = timeouts
-        self._peer = peer
-        self._bytes = 0
-        self._seconds = 0.0
-        self.nbytes = 0
-        self.seconds = 0.0
-
-    def add(self, nbytes: int, seconds: float) -> None:
-        """Record a read. Raises `RetryableError` below `Timeouts.slowest`."""
-        self.nbytes += nbytes
-        self.seconds += seconds
-        self._bytes += nbytes
-        self._seconds += seconds
-        if self._seconds >= self._timeouts.over:
-            rate = self._bytes / self._seconds
-            if rate < self._timeouts.slowest:
-                raise timeout_error(
-                    f"{self._peer} sent {rate:,.0f} bytes per second, less than the"
-                    f" {self._timeouts.slowest:,.0f} that are required"
-                )
-            self._bytes, self._seconds = 0, 0.0
-
-    @property
-    def rate(self) -> float | None:
-        """Bytes per second of waiting; None before there was any."""
-        return self.nbytes / self.seconds if self.seconds > 0 else None
-
-
-class _Receiver(io.RawIOBase):
-    """The raw stream below `http.client`.
-
-    In a head it raises. In a body it keeps the failure and reports the end instead, so that the
-    buffer above returns the bytes that came before.
-    """
-
-    def __init__(
-        self, sock: AbortableSocket, timeouts: Timeouts, clock: Callable[[], float], peer: str
-    ) -> None:
-        self._socket = sock
-        self._timeouts = timeouts
-        self._clock = clock
-        self._peer = peer
-        self._head_deadline: float | None = None
-        self._head_bytes = 0
-        self.paused = False
-        """Read nothing: for a look at what is buffered."""
-
-        self.failure: Exception | None = None
-        self.throughput = Throughput(timeouts, peer)
-
-    def begin_head(self) -> None:
-        self._head_deadline = self._clock() + self._timeouts.read
-        self._head_bytes = 0
-
-    def begin_body(self) -> None:
-        self._head_deadline = None
-        self.throughput = Throughput(self._timeouts, self._peer)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: WriteableBuffer) -> int:
-        view = memoryview(buffer)
-        if self.paused or self.failure is not None:
-            return 0
-        if self._head_deadline is not None:
-            return self._receive_head(view, self._head_deadline)
-        begun = self._clock()
-        try:
-            # A larger view than the buffer is the caller's own, and has room for no other bytes.
-            count = self._socket.receive(view, all_of_it=len(view) > _BUFFER_BYTES)
-            self.throughput.add(count, self._clock() - begun)
-        except (OSError, AbortedError, RetryableError) as error:
-            self.failure = error
-            return 0
-        return count
-
-    def _receive_head(self, view: memoryview, deadline: float) -> int:
-        if self._head_bytes > MAX_HEAD_BYTES:
-            raise FetchError(f"{self._peer} sent a response whose head has no end")
-        count = self._socket.receive(view)
-        if not count and self._head_bytes:  # http.client would take the part for the whole
-            raise broken_off(self._peer)
-        if count and self._clock() > deadline:
-            raise timeout_error(f"{self._peer} did not send the head of its response in time")
-        self._head_bytes += count
-        return count
-
-
-class _SocketReader(io.BufferedReader):
-    def close(self) -> None:
-        """Stay open: `http.client` closes it after each response, and the connection goes on."""
-
-
-@dataclass(frozen=True, slots=True)
-class ResponseHead:
-    """The head of a response: names in lower case, repeated fields joined by a comma.
-
-    `length` is that of the body, where the server says so.
-    """
-
-    status: int
-    fields: Mapping[str, str]
-    length: int | None
-
-
-class Connection:
-    """A connection to one origin; one thread uses it at a time.
-
-    `proxy` is set where requests name their URL whole; `address` is that of the other end, where
-    that is the host; `number` is unique in a pool.
-    """
-
-    def __init__(
-        self,
-        sock: AbortableSocket,
-        origin: Origin,
-        timeouts: Timeouts,
-        clock: Callable[[], float],
-        *,
-        proxy: Proxy | None = None,
-        address: str | None = None,
-        number: int = 0,
-    ) -> None:
-        self.socket = sock
-        self.origin = origin
-        self.proxy = proxy
-        self.address = address
-        self.number = number
-        self.idle_since = 0.0
-        self._peer = str(origin)
-        self._receiver = _Receiver(sock, timeouts, clock, self._peer)
-        self._reader = _SocketReader(self._receiver, _BUFFER_BYTES)
-        self._response: HTTPResponse | None = None
-        self._broken = False
+    # -- responses --------------------------------------------------------------------------------
 
     def makefile(self, *_: object) -> io.BufferedReader:
         """Return what `http.client` reads from: the same for each response."""
         return self._reader
-
-    def send(self, lines: list[str]) -> None:
-        """Send a request without a body."""
-        # An ETag goes back as it came, and may have any byte from 0x80 on (RFC 9110, 8.8.3).
-        self.socket.send("\r\n".join([*lines, "", ""]).encode("latin-1"))
 
     def receive_head(self) -> ResponseHead:
         """Receive the next head that is no interim one.
@@ -395,7 +221,7 @@ class Connection:
         return fields
 
     def _malformed(self, problem: str) -> FetchError:
-        return FetchError(f"{self._peer} sent a malformed response: {problem}")
+        return FetchError(f"{self.peer} sent a malformed response: {problem}")
 
     def fill(self, view: memoryview) -> int:
         """Read the body until the view is full or the body ends; return the number of bytes.
@@ -405,7 +231,9 @@ class Connection:
         assert self._response is not None
         got = 0
         while got < len(view):
-            part = view[got : got + self._bytes_at_once]
+            # Wait for few bytes in one call on a slow link, so that progress is visible there.
+            size = max(_MIN_READ_BYTES, int((self.measured()[1] or 0.0) * _REPORTED_SECONDS))
+            part = view[got : got + size]
             try:
                 count = self._response.readinto(part)
             except IncompleteRead as error:
@@ -419,17 +247,13 @@ class Connection:
             if self._receiver.failure is not None:
                 raise self._receiver.failure
             if self._broken or self._response.length:
-                raise broken_off(self._peer)
+                raise broken_off(self.peer)
         return got
 
-    @property
-    def _bytes_at_once(self) -> int:
-        """Bytes to wait for in one call: few on a slow link, so that progress is visible there."""
-        return max(_MIN_READ_BYTES, int((self.throughput.rate or 0.0) * _REPORTED_SECONDS))
-
-    @property
-    def throughput(self) -> Throughput:
-        return self._receiver.throughput
+    def measured(self) -> tuple[int, float | None]:
+        """Return the body's bytes so far, and how many came per second of waiting for them."""
+        nbytes, seconds = self._receiver.nbytes, self._receiver.seconds
+        return nbytes, nbytes / seconds if seconds > 0 else None
 
     @property
     def body_ended(self) -> bool:
@@ -443,9 +267,8 @@ class Connection:
     def is_reusable(self) -> bool:
         """Whether another request may follow."""
         response = self._response
-        return (
-            response is not None and not response.will_close and self.body_ended and self.is_drained
-        )
+        stays_open = response is not None and not response.will_close
+        return stays_open and self.body_ended and self.is_drained
 
     @property
     def is_drained(self) -> bool:
@@ -456,6 +279,142 @@ class Connection:
         finally:
             self._receiver.paused = False
 
+
+class _Receiver(io.RawIOBase):
+    """The raw stream below `http.client`.
+
+    In a head it raises. In a body it keeps the failure and reports the end instead, so that the
+    buffer above returns the bytes that came before. It measures the seconds of waiting for the
+    body's bytes, and refuses what is too slow for too long.
+    """
+
+    def __init__(
+        self, connection: Connection, timeouts: Timeouts, clock: Callable[[], float]
+    ) -> None:
+        self._connection = connection
+        self._timeouts = timeouts
+        self._clock = clock
+        self._head_deadline: float | None = None
+        self._head_bytes = 0
+        self.paused = False
+        """Read nothing: for a look at what is buffered."""
+
+        self.failure: Exception | None = None
+        self.begin_body()
+
+    def begin_head(self) -> None:
+        self._head_deadline = self._clock() + self._timeouts.read
+        self._head_bytes = 0
+
+    def begin_body(self) -> None:
+        self._head_deadline = None
+        self.nbytes, self.seconds = 0, 0.0
+        self._checked = (0, 0.0)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        view = memoryview(buffer)
+        if self.paused or self.failure is not None:
+            return 0
+        if self._head_deadline is not None:
+            return self._receive_head(view, self._head_deadline)
+        begun = self._clock()
+        try:
+            # A larger view than the buffer is the caller's own, and has room for no other bytes.
+            count = self._connection.receive(view, all_of_it=len(view) > _BUFFER_BYTES)
+            self.nbytes += count
+            self.seconds += self._clock() - begun
+            self._check_rate()
+        except (OSError, AbortedError, RetryableError) as error:
+            self.failure = error
+            return 0
+        return count
+
+    def _check_rate(self) -> None:
+        """Raise `RetryableError` below `Timeouts.slowest`."""
+        nbytes, seconds = self.nbytes - self._checked[0], self.seconds - self._checked[1]
+        if seconds >= self._timeouts.over:
+            if nbytes / seconds < self._timeouts.slowest:
+                raise timeout_error(
+                    f"{self._connection.peer} sent {nbytes / seconds:,.0f} bytes per second, less"
+                    f" than the {self._timeouts.slowest:,.0f} that are required"
+                )
+            self._checked = (self.nbytes, self.seconds)
+
+    def _receive_head(self, view: memoryview, deadline: float) -> int:
+        peer = self._connection.peer
+        if self._head_bytes > MAX_HEAD_BYTES:
+            raise FetchError(f"{peer} sent a response whose head has no end")
+        count = self._connection.receive(view, all_of_it=False)
+        if not count and self._head_bytes:  # http.client would take the part for the whole
+            raise broken_off(peer)
+        if count and self._clock() > deadline:
+            raise timeout_error(f"{peer} did not send the head of its response in time")
+        self._head_bytes += count
+        return count
+
+
+class _SocketReader(io.BufferedReader):
     def close(self) -> None:
-        """Close the socket, from the thread that uses it. Idempotent."""
-        self.socket.close()
+        """Stay open: `http.client` closes it after each response, and the connection goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseHead:
+    """The head of a response: names in lower case, repeated fields joined by a comma.
+
+    `length` is that of the body, where the server says so.
+    """
+
+    status: int
+    fields: Mapping[str, str]
+    length: int | None
+
+
+class Attempt:
+    """One thread's try at one piece, which any thread may end.
+
+    `origin` is the one that it waits for now: redirects may lead to another one.
+    """
+
+    def __init__(self, origin: Hashable = None) -> None:
+        self.origin = origin
+        self.ended = False
+        self._lock = Lock()
+        self._connection: Connection | None = None
+        self._received = 0
+
+    @property
+    def received(self) -> int:
+        """Bytes received for it so far, on all its connections."""
+        with self._lock:
+            return self._received + (self._connection.received if self._connection else 0)
+
+    def use(self, connection: Connection) -> None:
+        """Let `end` abort this connection from here on. Raises `AbortedError` after an `end`."""
+        self.release()
+        with self._lock:
+            self._connection = connection
+            self._received -= connection.received  # those came for earlier requests
+        self.check()
+
+    def check(self) -> None:
+        """Raise `AbortedError` after an `end`."""
+        if self.ended:
+            raise AbortedError
+
+    def end(self) -> None:
+        """End it, wherever its thread waits. From any thread; quick, idempotent."""
+        with self._lock:
+            self.ended = True
+            if self._connection is not None:
+                self._connection.abort()
+
+    def release(self) -> None:
+        """Leave the connection to others."""
+        with self._lock:
+            if self._connection is not None:
+                self._received += self._connection.received
+            self._connection = None

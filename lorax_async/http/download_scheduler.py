@@ -16,9 +16,9 @@ from threading import Condition, Event, Lock, Thread, current_thread
 from typing import Any, Generic, TypeVar
 
 from lorax_async.errors import FetchError, FetchTimeoutError, InternalError, LoraxError
+from lorax_async.http.client import ConnectionPool
 from lorax_async.http.connection import Attempt
 from lorax_async.http.failures import AbortedError, RetryableError, RetryPolicy
-from lorax_async.http.pool import ConnectionPool
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +49,20 @@ def shares(claims: Sequence[ConnectionDemand], connections: int, *, soon: int = 
     origin gets one connection per urgency, and more only if no other can use them, now or `soon`.
     """
     granted = [0] * len(claims)
-    urgencies = sorted({claim.urgency for claim in claims})
     for rest in (False, True):  # at last the connections withheld from stalled origins
         connections = max(0, connections - soon) if rest else connections
-        for urgency in urgencies:
+        for urgency in sorted({claim.urgency for claim in claims}):
             origins = _by_origin(claims, urgency)
-            wanted = [_wanted(claims, members, granted, rest=rest) for members in origins]
+            left = [[claims[n].wanted - granted[n] for n in members] for members in origins]
+            wanted = [
+                min(sum(more), 1) if claims[members[0]].stalled and not rest else sum(more)
+                for members, more in zip(origins, left, strict=True)
+            ]
             parts = _even(wanted, connections)
             connections -= sum(parts)
-            for members, part in zip(origins, parts, strict=True):
-                left = [claims[n].wanted - granted[n] for n in members]
-                for n, more in zip(members, _even(left, part), strict=True):
-                    granted[n] += more
+            for members, more, part in zip(origins, left, parts, strict=True):
+                for n, gained in zip(members, _even(more, part), strict=True):
+                    granted[n] += gained
     return granted
 
 
@@ -72,18 +74,6 @@ def _by_origin(claims: Sequence[ConnectionDemand], urgency: int) -> list[list[in
             by_origin.setdefault(claim.origin, []).append(n)
     origins = [sorted(members, key=lambda n: claims[n].retried) for members in by_origin.values()]
     return sorted(origins, key=lambda each: (claims[each[0]].stalled, claims[each[0]].retried))
-
-
-def _wanted(
-    claims: Sequence[ConnectionDemand],
-    members: Sequence[int],
-    granted: Sequence[int],
-    *,
-    rest: bool,
-) -> int:
-    """Return how many more connections an origin's claims can use."""
-    left = sum(claims[n].wanted - granted[n] for n in members)
-    return left if rest or not claims[members[0]].stalled else min(left, 1)
 
 
 def _even(wanted: Sequence[int], connections: int) -> list[int]:
@@ -192,7 +182,9 @@ class Job(ABC, Generic[T]):
 
     def cancel(self, error: LoraxError) -> None:
         """End it with this error; `done` follows when its threads have left. Quick."""
-        self.scheduler.fail(self, error)
+        with self.scheduler.changed:
+            self.fail(error)
+        self.scheduler.finish(self)
 
     def raise_priority(self, urgency: int) -> None:
         with self.scheduler.changed:
@@ -203,9 +195,8 @@ class Job(ABC, Generic[T]):
         used = len(self.running)
         if now < self.not_before:
             return used
-        return max(
-            used, min(int(self.limit), used + sum(p.not_before <= now for p in self.pending))
-        )
+        more = sum(piece.not_before <= now for piece in self.pending)
+        return max(used, min(int(self.limit), used + more))
 
     def take(self, now: float) -> DownloadPiece | None:
         """Take the first piece that may start."""
@@ -251,13 +242,11 @@ class Job(ABC, Generic[T]):
                 attempt.end()
 
     def _retry(self, piece: DownloadPiece, failure: RetryableError) -> None:
+        scheduler, throttled = self.scheduler, failure.throttled
         # Throttling is not this piece's failure: count the progress of the whole job.
-        throttled = failure.throttled
         received, enough = (self.received, 1) if throttled else (piece.received, _PROGRESS_BYTES)
-        progressed = received - piece.progress_mark >= enough
-        piece.failures = 1 if progressed else piece.failures + 1
+        piece.failures = 1 if received - piece.progress_mark >= enough else piece.failures + 1
         piece.progress_mark = received
-        scheduler = self.scheduler
         now = scheduler.clock()
         wait = scheduler.retries.wait(piece.failures, scheduler.draw(), failure.retry_after)
         if wait is None or now + wait >= self.deadline:
@@ -425,33 +414,29 @@ class DownloadScheduler:
         now = self.clock()
         jobs = [job for job in self.jobs if not job.over]
         if len(jobs) == 1:  # nothing to share
-            return self._next_of(jobs[0], now)
-        parts = self._shares(now)
-        running = _running(jobs)
+            job = jobs[0]
+            free = len(job.running) < min(self.connections, job.wanted(now))
+            piece = (job.take(now) if free else None) or job.split(now)
+            return None if piece is None else self._begin(job, piece)
+        parts, running = self._shares(now), _running(jobs)
         owed = Counter[Hashable]()  # connections that each origin lacks
-        for stream, part in parts.items():
-            owed[stream[1]] += part - running[stream]
+        for (job, origin), part in parts.items():
+            owed[origin] += part - running[job, origin]
+
+        def lacks(job: Job[Any]) -> int:
+            return parts.get((job, job.origin), 0) - running[job, job.origin]
 
         def need(job: Job[Any]) -> tuple[object, ...]:
-            stream = (job, job.origin)
-            lacks = parts.get(stream, 0) - running[stream]
-            return job.urgency, job.is_retry(now), -owed[job.origin], -lacks
+            return job.urgency, job.is_retry(now), -owed[job.origin], -lacks(job)
 
         by_need = sorted(jobs, key=need)
         for job in by_need:
-            stream = (job, job.origin)
-            if running[stream] < parts.get(stream, 0) and (piece := job.take(now)) is not None:
+            if lacks(job) > 0 and (piece := job.take(now)) is not None:
                 return self._begin(job, piece)
         for job in by_need:
             if (piece := job.split(now)) is not None:
                 return self._begin(job, piece)
         return None
-
-    def _next_of(self, job: Job[Any], now: float) -> Task | None:
-        free = len(job.running) < min(self.connections, job.wanted(now))
-        piece = job.take(now) if free else None
-        piece = piece or job.split(now)
-        return None if piece is None else self._begin(job, piece)
 
     def _begin(self, job: Job[Any], piece: DownloadPiece) -> Task:
         attempt = Attempt(job.origin)
@@ -465,7 +450,7 @@ class DownloadScheduler:
         A wave of 16 pieces on 15 connections would take two rounds; one of 8 is as good as any.
         """
         with self.changed:
-            _, claims = self._claims(self.clock())
+            claims = self._claims(self.clock()).values()
         others = [claim for claim in claims if claim.origin != origin]
         if not others:
             return self.connections
@@ -475,20 +460,15 @@ class DownloadScheduler:
 
     def _shares(self, now: float) -> dict[_Stream, int]:
         """Return how many connections each job may have at each origin."""
-        streams, claims = self._claims(now)
-        soon = max(
-            (
-                job.announced
-                for job in self.jobs
-                if not job.over and not self.activity.is_stalled(job.origin)
-            ),
-            default=0,
-        )
-        return dict(zip(streams, shares(claims, self.connections, soon=soon), strict=True))
+        claims = self._claims(now)
+        is_stalled = self.activity.is_stalled
+        waiting = [job for job in self.jobs if not job.over and not is_stalled(job.origin)]
+        soon = max((job.announced for job in waiting), default=0)
+        parts = shares([*claims.values()], self.connections, soon=soon)
+        return dict(zip(claims, parts, strict=True))
 
-    def _claims(self, now: float) -> tuple[list[_Stream], list[ConnectionDemand]]:
-        streams: list[_Stream] = []
-        claims: list[ConnectionDemand] = []
+    def _claims(self, now: float) -> dict[_Stream, ConnectionDemand]:
+        claims: dict[_Stream, ConnectionDemand] = {}
         for job in self.jobs:
             if job.over:
                 continue
@@ -502,11 +482,11 @@ class DownloadScheduler:
                 starts = more if origin == job.origin else 0
                 retried = all(piece.tried for piece in read) and (not starts or job.is_retry(now))
                 stalled = self.activity.is_stalled(origin)
-                streams.append((job, origin))
-                claims.append(
-                    ConnectionDemand(job.urgency, len(read) + starts, origin, stalled, retried)
+                wanted = len(read) + starts
+                claims[job, origin] = ConnectionDemand(
+                    job.urgency, wanted, origin, stalled, retried
                 )
-        return streams, claims
+        return claims
 
     def wanted_threads(self) -> int:
         """Return how many threads there should be. With the lock."""
@@ -543,44 +523,28 @@ class DownloadScheduler:
             for attempt, piece in job.running.items()
         }
         self.activity.judge()
-        parts, running = self._shares(self.clock()), _running(self.jobs)
+        now = self.clock()
+        parts, running = self._shares(now), _running(self.jobs)
         lacking = {origin for (job, origin), part in parts.items() if running[job, origin] < part}
         for (job, origin), part in parts.items():
             excess = running[job, origin] - part
-            if excess > 0 and lacking:
-                elsewhere = any(other != origin for other in lacking)
-                self._end(job, origin, excess, since, hurry=elsewhere)
-
-    def _end(
-        self,
-        job: Job[Any],
-        origin: Hashable,
-        excess: int,
-        since: dict[Attempt, float],
-        *,
-        hurry: bool,
-    ) -> None:
-        """End `excess` attempts, youngest first: silent ones, then those that do not hand over."""
-        now, grace = self.clock(), self._stuck
-        if hurry:
-            grace = 0.0 if self.activity.is_stalled(origin) else _GRACE_SECONDS
-        here = [attempt for attempt in job.running if attempt.origin == origin]
-        excess -= sum(attempt.ended for attempt in here)
-        silent = [attempt for attempt in here if now - since[attempt] >= grace]
-        bound = [
-            attempt
-            for attempt in here
-            if hurry and attempt not in silent and not job.hands_over(job.running[attempt])
-        ]
-        ending = [each for each in (*reversed(silent), *reversed(bound)) if not each.ended]
-        for attempt in ending[: max(0, excess)]:
-            attempt.end()
-
-    def fail(self, job: Job[Any], error: LoraxError) -> None:
-        """Fail the job. From any thread, without the lock."""
-        with self.changed:
-            job.fail(error)
-        self.finish(job)
+            if excess <= 0 or not lacking:
+                continue
+            hurry, grace = lacking != {origin}, self._stuck
+            if hurry:
+                grace = 0.0 if self.activity.is_stalled(origin) else _GRACE_SECONDS
+            here = [attempt for attempt in job.running if attempt.origin == origin]
+            silent = [attempt for attempt in here if now - since[attempt] >= grace]
+            bound = [  # these would not hand over
+                attempt
+                for attempt in here
+                if hurry and attempt not in silent and not job.hands_over(job.running[attempt])
+            ]
+            excess -= sum(attempt.ended for attempt in here)
+            youngest_first = (*reversed(silent), *reversed(bound))
+            ending = [attempt for attempt in youngest_first if not attempt.ended]
+            for attempt in ending[: max(0, excess)]:
+                attempt.end()
 
     def expire(self) -> list[Job[Any]]:
         """Fail the jobs whose deadline has passed, and return them. With the lock."""

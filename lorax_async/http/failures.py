@@ -115,7 +115,9 @@ def io_error(error: OSError, peer: str) -> RetryableError | AdapterError:
 
 def lookup_error(error: OSError, host: str) -> RetryableError | AdapterError:
     """Map an `OSError` of a name lookup."""
-    problem = f"the host {host!r} cannot be found ({_lookup_code(error)})"
+    codes = {getattr(socket, name): name for name in dir(socket) if name.startswith("EAI_")}
+    code = codes.get(error.errno) or _code(error)
+    problem = f"the host {host!r} cannot be found ({code})"
     if isinstance(error, socket.gaierror) and error.errno != socket.EAI_NONAME:
         return RetryableError(FetchError(problem))
     return FetchError(f"{problem}; check its spelling and this machine's name service")
@@ -133,8 +135,3 @@ def broken_off(peer: str) -> RetryableError:
 
 def _code(error: OSError) -> str:
     return errno.errorcode.get(error.errno or 0, type(error).__name__)
-
-
-def _lookup_code(error: OSError) -> str:
-    names = (name for name in dir(socket) if name.startswith("EAI_"))
-    return next((name for name in names if getattr(socket, name) == error.errno), _code(error))

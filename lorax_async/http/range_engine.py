@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import random
 import time
 import warnings
@@ -14,22 +13,20 @@ from typing import Protocol, Self
 
 from lorax_async.errors import AccessDeniedError, AdapterNotFoundError, FetchError, IntegrityError
 from lorax_async.formats.spans import ByteRange
-from lorax_async.http.client import HttpClient, LinkStatistics, Response
+from lorax_async.http.client import ConnectionPool, HttpClient, LinkStatistics, Network, Response
 from lorax_async.http.connection import Attempt
 from lorax_async.http.download_scheduler import DownloadPiece, DownloadScheduler, Job, WorkerPool
 from lorax_async.http.failures import AbortedError, RetryableError, broken_off
-from lorax_async.http.pool import ConnectionPool, Network, RealNetwork
-from lorax_async.http.ranges import (
-    GroupArrivals,
-    LinkEstimate,
-    Wave,
-    intersect,
-    plan_waves,
-    split_of,
-    subtract,
-)
+from lorax_async.http.ranges import GroupArrivals, Wave, intersect, plan_waves, split_of, subtract
 from lorax_async.http.settings import HttpSettings
-from lorax_async.http.target import Content, ProbeResult, Target, Validators, check_response
+from lorax_async.http.target import (
+    Content,
+    ProbeResult,
+    ResolvedLocation,
+    Target,
+    Validators,
+    check_response,
+)
 from lorax_async.tracing.recorder import Tracer
 from lorax_async.urls import Origin
 
@@ -65,16 +62,16 @@ class ProbeRequest(Job[ProbeResult]):
         ranged: bool,
         urgency: int,
         deadline: float,
-        wall_clock: Callable[[], float],
-        needed_bytes: NeededBytes | None = None,
+        needed_bytes: NeededBytes | None,
     ) -> None:
         super().__init__(scheduler, urgency, deadline)
         self._client = client
         self._target = target
-        self._location = target.first_location
+        self._location, url = target.location, target.redirected_to
+        if url is not None:
+            self._location = ResolvedLocation(url, 1, trusted=url.origin == target.url.origin)
         self._nbytes = nbytes
         self._ranged = ranged
-        self._wall_clock = wall_clock
         self._needed_bytes = needed_bytes
         self.announced = scheduler.connections if ranged else 0
         self.pending.append(DownloadPiece(0, 0, nbytes))
@@ -89,7 +86,7 @@ class ProbeRequest(Job[ProbeResult]):
         response = self._client.get(target, self._location, span, Validators(), attempt)
         try:
             what = f"{target.name} at {response.location.url}"
-            content = check_response(response.head, span, Validators(), what, self._wall_clock)
+            content = check_response(response.head, span, Validators(), what)
             start = self._read(response, content)
         except (AccessDeniedError, AdapterNotFoundError) as error:
             if self._location == target.location:
@@ -106,41 +103,31 @@ class ProbeRequest(Job[ProbeResult]):
         self.result = ProbeResult(target, response.location, validators, fields, start, ranges)
 
     def _read(self, response: Response, content: Content) -> bytes:
-        if not self._ranged and (content.stop or 0) > self._nbytes:
-            raise self._too_large()
-        wanted = self._nbytes if content.stop is None else min(content.stop, self._nbytes)
-        # One more than may come, where only the end tells how much it is.
-        data = memoryview(bytearray(wanted + (content.stop is None and not self._ranged)))
-        if content.stop is not None and self._needed_bytes is not None:
-            return bytes(data[: self._read_needed(response, data, content, self._needed_bytes)])
-        got = 0
-        while got < len(data) and (count := response.fill(data[got:])):
-            got += count
-        if content.stop is not None and got < wanted:
-            raise broken_off(str(response.location.url))
-        if got > self._nbytes:
-            raise self._too_large()
-        return bytes(data[:got])
-
-    def _read_needed(
-        self, response: Response, data: memoryview, content: Content, needed_bytes: NeededBytes
-    ) -> int:
-        """Read into `data`; return how much came."""
-        got, until = 0, inf
-        while got < len(data) and self.scheduler.clock() < until:
-            count = response.fill(data[got : got + _PROBE_READ_BYTES])
-            if not count:
-                raise broken_off(str(response.location.url))
-            got += count
-            if until == inf and got >= needed_bytes(data[:got], content.validators):
-                until = self.scheduler.clock() + response.reconnect_seconds
-        return got
-
-    def _too_large(self) -> FetchError:
-        return FetchError(
-            f"{self._target.name} has more than the {self._nbytes:,} bytes it may have",
-            retryable=False,
+        (stop, validators), most, clock = content, self._nbytes, self.scheduler.clock
+        too_large = FetchError(
+            f"{self._target.name} has more than the {most:,} bytes it may have", retryable=False
         )
+        if not self._ranged and (stop or 0) > most:
+            raise too_large
+        size = most if stop is None else min(stop, most)
+        if stop is None and not self._ranged:  # one more than may come: only the end tells
+            size += 1
+        data = memoryview(bytearray(size))
+        needed_bytes = None if stop is None else self._needed_bytes
+        at_once = size if needed_bytes is None else _PROBE_READ_BYTES
+        got, until = 0, inf
+        while got < size and clock() < until:
+            count = response.fill(data[got : got + at_once])
+            if not count and stop is not None:
+                raise broken_off(str(response.location.url))
+            if not count:
+                break
+            got += count
+            if until == inf and needed_bytes and got >= needed_bytes(data[:got], validators):
+                until = clock() + response.reconnect_seconds
+        if got > most:
+            raise too_large
+        return bytes(data[:got])
 
     def settle(self, piece: DownloadPiece) -> None:
         if self.result is None:
@@ -154,19 +141,6 @@ class Sink(Protocol):
 
     def write(self, offset: int, data: memoryview) -> None:
         """Take all of `data`, which is used again afterwards. May raise `OSError`."""
-
-
-class FileSink:
-    """Writes to a descriptor that the caller owns."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-
-    def write(self, offset: int, data: memoryview) -> None:
-        """Write all of it, without the GIL. From any thread; raises `OSError`."""
-        while data:
-            count = os.pwrite(self._fd, data, offset)
-            data, offset = data[count:], offset + count
 
 
 class Download(Job[None]):
@@ -188,7 +162,6 @@ class Download(Job[None]):
         least: int,
         urgency: int,
         deadline: float,
-        wall_clock: Callable[[], float],
     ) -> None:
         super().__init__(scheduler, urgency, deadline)
         self._client = client
@@ -197,7 +170,6 @@ class Download(Job[None]):
         self._validators = probe.validators
         self._sink = sink
         self._arrived = arrived
-        self._wall_clock = wall_clock
         self._least = least
         self._arrivals = arrivals
         self._complete: list[int] = []
@@ -264,10 +236,10 @@ class Download(Job[None]):
         span = None if piece is self._whole else (piece.at, piece.stop)
         response = self._client.get(self._target, location, span, self._validators, attempt)
         if response.request_span is not None and span is not None:
-            response.request_span.set_groups(self._arrivals.groups_in(span))
+            response.request_span.args["groups"] = self._arrivals.groups_in(span)
         try:
             what = f"{self._target.name} at {response.location.url}"
-            content = check_response(response.head, span, self._validators, what, self._wall_clock)
+            content = check_response(response.head, span, self._validators, what)
             self._location = response.location
             if content.validators.size is not None and content.validators.size < self._stop:
                 raise IntegrityError(f"{self._target.name} is shorter than its header says")
@@ -291,13 +263,15 @@ class Download(Job[None]):
             if not got:
                 raise broken_off(str(response.location.url))
             self._write(piece.at, buffer[:got])
+            rate = response.rate
+            at_once = min(len(buffer), max(_READ_BYTES, int((rate or 0.0) * _READ_SECONDS)))
             with self.scheduler.changed:
                 self._landed((piece.at, piece.at + got))
                 piece.at += got
                 piece.received += got
+                piece.rate = rate
                 self.received += got
-                piece.rate = response.rate
-                count = self._claim(piece, _bytes_at_once(response.rate, len(buffer)))
+                count = self._claim(piece, at_once)
             self._report()
 
     def _claim(self, piece: DownloadPiece, most: int) -> int:
@@ -338,7 +312,11 @@ class Download(Job[None]):
                 self._write(start, buffer[start - at : stop - at])
                 with self.scheduler.changed:
                     self._landed((start, stop))
-                    self._strike((start, stop))
+                    self.pending = [
+                        DownloadPiece(piece.order, *part)
+                        for piece in self.pending
+                        for part in subtract([(piece.at, piece.stop)], [(start, stop)])
+                    ]
                     whole.received += stop - start
             at += got
             self._report()
@@ -348,13 +326,6 @@ class Download(Job[None]):
             if self.over:
                 raise AbortedError
             return intersect(((piece.at, piece.stop) for piece in self.pending), span)
-
-    def _strike(self, span: ByteRange) -> None:
-        self.pending = [
-            DownloadPiece(piece.order, *part)
-            for piece in self.pending
-            for part in subtract([(piece.at, piece.stop)], [span])
-        ]
 
     def _write(self, offset: int, data: memoryview) -> None:
         try:
@@ -382,11 +353,6 @@ class Download(Job[None]):
                     self._reporting = False
 
 
-def _bytes_at_once(rate: float | None, most: int) -> int:
-    """Return how many bytes to read in one call from a connection of this rate."""
-    return min(most, max(_READ_BYTES, int((rate or 0.0) * _READ_SECONDS)))
-
-
 FOREGROUND, PREFETCH = 0, 1
 """Urgencies: smaller ones come first."""
 
@@ -397,15 +363,8 @@ class RangeEngine:
     Threads start with work and end after `Timeouts.idle` seconds without. Every method may be
     called from any thread; jobs report by a future. Its owner closes it.
 
-    Parameters
-    ----------
-    settings
-        How it fetches.
-    network, clock, wall_clock, draw
-        For tests: the network's calls, monotonic seconds, seconds since the epoch, and a draw from
-        [0, 1).
-    tracer
-        Records what each connection does.
+    `network` and `clock` (monotonic seconds) are for tests; `tracer` records what each connection
+    does.
     """
 
     def __init__(
@@ -414,22 +373,17 @@ class RangeEngine:
         *,
         network: Network | None = None,
         clock: Callable[[], float] = time.monotonic,
-        wall_clock: Callable[[], float] = time.time,
-        draw: Callable[[], float] = random.random,
         tracer: Tracer | None = None,
     ) -> None:
-        self._settings = settings or HttpSettings()
-        self._clock = clock
-        self._wall_clock = wall_clock
+        self._settings = settings = settings or HttpSettings()
         self._links = LinkStatistics()
         tracer = tracer or Tracer()
-        self._pool = ConnectionPool(self._settings, network or RealNetwork(), clock, tracer)
-        self._client = HttpClient(self._settings, self._pool, self._links, clock, tracer)
-        timeouts = self._settings.timeouts
+        self._pool = ConnectionPool(settings, network or Network(), clock, tracer)
+        self._client = HttpClient(settings, self._pool, self._links, clock, tracer)
         self._scheduler = DownloadScheduler(
-            self._settings.connections, self._settings.retries, clock, draw, timeouts.stuck
+            settings.connections, settings.retries, clock, random.random, settings.timeouts.stuck
         )
-        self._workers = WorkerPool(self._scheduler, self._pool, timeouts.idle)
+        self._workers = WorkerPool(self._scheduler, self._pool, settings.timeouts.idle)
 
     def probe(
         self,
@@ -451,8 +405,7 @@ class RangeEngine:
             *(self._scheduler, self._client, target, nbytes),
             ranged=ranged,
             urgency=urgency,
-            deadline=self._clock() + timeout,
-            wall_clock=self._wall_clock,
+            deadline=self._scheduler.clock() + timeout,
             needed_bytes=needed_bytes,
         )
         self._workers.submit(job)
@@ -474,8 +427,6 @@ class RangeEngine:
 
         Parameters
         ----------
-        probe
-            The result of `probe` for the same file.
         groups
             Spans of the file per group, in the order in which they are wanted.
         sink, arrived
@@ -501,27 +452,22 @@ class RangeEngine:
                 arrivals.landed(span)
         for n in arrivals.take():
             arrived(n)
-        origin = probe.location.url.origin
+        origin, sizes = probe.location.url.origin, self._settings.sizes
         waves = plan_waves(
             missing,
             first=first,
             connections=self._scheduler.connections_for(origin, urgency),
             link=self._links.link(origin),
-            sizes=self._settings.sizes,
+            sizes=sizes,
         )
         job = Download(
             *(self._scheduler, self._client, probe, waves, arrivals, sink, arrived),
-            least=self._settings.sizes.least,
+            least=sizes.least,
             urgency=urgency,
-            deadline=self._clock() + timeout,
-            wall_clock=self._wall_clock,
+            deadline=self._scheduler.clock() + timeout,
         )
         self._workers.submit(job)
         return job
-
-    def link(self, target: Target) -> LinkEstimate:
-        """Return the link statistics of the target's own origin."""
-        return self._links.link(target.url.origin)
 
     def close(self) -> None:
         """Cancel everything, and wait until it has ended. Idempotent."""

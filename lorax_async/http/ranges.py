@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, pairwise
+from itertools import chain, pairwise
 
 from lorax_async.errors import InternalError
 from lorax_async.formats.spans import ByteRange, SpanSet
@@ -58,43 +58,66 @@ def plan_waves(
 ) -> tuple[Wave, ...]:
     """Return waves that request every byte of the groups once, in the groups' order.
 
-    Parameters
-    ----------
-    groups
-        The file's spans of each layer group, in the order to fetch them. No byte is in two groups.
-    first
-        How many groups are urgent; 0 if none is: then there is one wave.
-    connections
-        The number of pieces that a wave is balanced for.
-    link
-        The measurements of one connection.
-    sizes
-        Limits of a piece. A smaller span is a smaller piece.
+    `groups` are the file's spans of each layer group, in the order to fetch them; no byte is in two
+    groups. The `first` ones are urgent; if none is, there is one wave. A wave is balanced for
+    `connections` pieces, by the measured `link` of one.
     """
     sizes = sizes or PieceSizes()
+    seconds = size_of(chain.from_iterable(groups)) / (connections * link.rate)
+    cuts = [0, len(groups)]
+    if first and link.delay <= FIRST_WAVE_COST * seconds:
+        rest = groups[first:]
+        affordable = int(LATER_WAVES_COST * seconds / link.delay) if link.delay else len(rest)
+        piece = max(_LATER_PIECE_BYTES, link.rate * max(_LATER_PIECE_SECONDS, 10 * link.delay))
+        worth = int(size_of(chain.from_iterable(rest)) / (connections * piece))
+        count = max(1, min(affordable, worth, len(rest)))
+        cuts = [0, *(first + len(rest) * n // count for n in range(count + 1))]
     waves = (
-        _balance(chain.from_iterable(wave), connections, sizes)
-        for wave in _split_into_waves(groups, first, connections, link)
+        _balance(chain.from_iterable(groups[start:stop]), connections, sizes)
+        for start, stop in pairwise(cuts)
     )
     return tuple(wave for wave in waves if wave)
 
 
+def _balance(spans: Iterable[ByteRange], connections: int, sizes: PieceSizes) -> Wave:
+    """Cut the spans into pieces of equal size, one per connection or a multiple of that.
+
+    A piece lies in one span. A cut is left out if a part would be smaller than `sizes.least`.
+    """
+    runs = _joined(spans)
+    if not runs.nbytes:
+        return ()
+    rounds = -(-runs.nbytes // (connections * sizes.most))
+    parts = min(connections * rounds, runs.nbytes // sizes.least)
+    parts = max(1, parts, -(-runs.nbytes // sizes.most))
+    cuts = [runs.nbytes * n // parts for n in range(1, parts)]
+    pieces: list[ByteRange] = []
+    before = 0
+    for start, stop in runs:
+        begin = start
+        for cut in cuts:
+            at = start + cut - before
+            if at - begin >= sizes.least and stop - at >= sizes.least:
+                pieces += _limit(begin, at, sizes.most)
+                begin = at
+        pieces += _limit(begin, stop, sizes.most)
+        before += stop - start
+    return tuple(pieces)
+
+
+def _limit(start: int, stop: int, most: int) -> list[ByteRange]:
+    parts = -(-(stop - start) // most)
+    return list(pairwise(start + (stop - start) * n // parts for n in range(parts + 1)))
+
+
+def _joined(spans: Iterable[ByteRange]) -> SpanSet:
+    return SpanSet(span for span in spans if span[0] < span[1])
+
+
 def subtract(spans: Iterable[ByteRange], have: Iterable[ByteRange]) -> tuple[ByteRange, ...]:
     """Return the parts of `spans` outside `have`, in order, adjoining ones joined."""
-    left = list(_join(spans))
-    for start, stop in (span for span in have if span[0] < span[1]):
-        left = [
-            part
-            for first, last in left
-            for part in ((first, min(last, start)), (max(first, stop), last))
-            if part[0] < part[1]
-        ]
-    return tuple(left)
-
-
-def _join(spans: Iterable[ByteRange]) -> tuple[ByteRange, ...]:
-    """Return the spans in order, adjoining ones joined, without empty ones."""
-    return tuple(SpanSet(span for span in spans if span[0] < span[1]))
+    here = _joined(have)
+    return tuple(gap for span in _joined(spans) for gap in here.missing(*span))
 
 
 def intersect(spans: Iterable[ByteRange], span: ByteRange) -> tuple[ByteRange, ...]:
@@ -127,60 +150,6 @@ def split_of(left: ByteRange, own_rate: float, link: LinkEstimate, least: int) -
     return stop - taken
 
 
-def _split_into_waves(
-    groups: Sequence[Sequence[ByteRange]], first: int, connections: int, link: LinkEstimate
-) -> list[Sequence[Sequence[ByteRange]]]:
-    """Return the groups of each wave."""
-    seconds = size_of(chain.from_iterable(groups)) / (connections * link.rate)
-    if not first or link.delay > FIRST_WAVE_COST * seconds:
-        return [groups]
-    rest = groups[first:]
-    affordable = int(LATER_WAVES_COST * seconds / link.delay) if link.delay else len(rest)
-    piece = max(_LATER_PIECE_BYTES, link.rate * max(_LATER_PIECE_SECONDS, 10 * link.delay))
-    worth = int(size_of(chain.from_iterable(rest)) / (connections * piece))
-    count = max(1, min(affordable, worth, len(rest)))
-    cuts = [len(rest) * n // count for n in range(count + 1)]
-    return [groups[:first], *(rest[a:b] for a, b in pairwise(cuts))]
-
-
-def _balance(spans: Iterable[ByteRange], connections: int, sizes: PieceSizes) -> Wave:
-    """Cut the spans into pieces of equal size, one per connection or a multiple of that.
-
-    A piece lies in one span. A cut is left out if a part would be smaller than `sizes.least`.
-    """
-    runs = _join(spans)
-    total = size_of(runs)
-    if not total:
-        return ()
-    rounds = -(-total // (connections * sizes.most))
-    parts = max(1, min(connections * rounds, total // sizes.least), -(-total // sizes.most))
-    cuts = [total * n // parts for n in range(1, parts)]
-    ends = accumulate(stop - start for start, stop in runs)
-    pieces: list[ByteRange] = []
-    for (start, stop), end in zip(runs, ends, strict=True):
-        inside = [stop - (end - cut) for cut in cuts if end - (stop - start) < cut < end]
-        pieces += _cut((start, stop), inside, sizes)
-    return tuple(pieces)
-
-
-def _cut(run: ByteRange, cuts: Sequence[int], sizes: PieceSizes) -> list[ByteRange]:
-    start, stop = run
-    pieces: list[ByteRange] = []
-    for cut in cuts:
-        if cut - start >= sizes.least and stop - cut >= sizes.least:
-            pieces.append((start, cut))
-            start = cut
-    pieces.append((start, stop))
-    return [part for piece in pieces for part in _limit(piece, sizes.most)]
-
-
-def _limit(piece: ByteRange, most: int) -> list[ByteRange]:
-    start, stop = piece
-    parts = -(-(stop - start) // most)
-    cuts = [start + (stop - start) * n // parts for n in range(parts + 1)]
-    return list(pairwise(cuts))
-
-
 class GroupArrivals:
     """Counts the missing bytes of each group.
 
@@ -211,15 +180,15 @@ class GroupArrivals:
                 raise InternalError(f"bytes {span[0]:,}-{span[1]:,} arrived twice")
             n += 1
 
-    def groups_in(self, span: ByteRange) -> tuple[int, int] | None:
-        """Return the first and the last group with bytes in the span; None if no group has any."""
+    def groups_in(self, span: ByteRange) -> list[int]:
+        """Return the first and the last group with bytes in the span; empty if no group has any."""
         first = max(0, bisect_right(self._starts, span[0]) - 1)
         groups = [
             group
             for start, stop, group in self._spans[first : bisect_left(self._starts, span[1])]
             if start < span[1] and span[0] < stop
         ]
-        return (min(groups), max(groups)) if groups else None
+        return [min(groups), max(groups)] if groups else []
 
     def take(self) -> list[int]:
         """Return the groups not returned before that are complete, with all groups before them."""

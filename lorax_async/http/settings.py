@@ -8,15 +8,15 @@ import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module, util
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from ipaddress import IPv4Address, IPv6Address
 from typing import NamedTuple, Protocol
-from urllib.parse import unquote, urlsplit
-from urllib.request import getproxies
+from urllib.parse import unquote
+from urllib.request import getproxies, proxy_bypass
 
 from lorax_async.errors import ConfigError
 from lorax_async.http.failures import RetryPolicy
 from lorax_async.http.ranges import PieceSizes
-from lorax_async.urls import Origin, Url, parse_url
+from lorax_async.urls import InvalidUrlError, Origin, Url, parse_url
 
 # -- where requests may go -------------------------------------------------------------------------
 
@@ -47,26 +47,16 @@ class PublicOnly:
 
 def is_public(address: Address) -> bool:
     """Whether the address is on the open internet, also where it is wrapped in another."""
-    inner = _unwrap_ipv4(address)
-    if inner is not None:
-        return is_public(inner)
-    if isinstance(address, IPv6Address) and address.is_site_local:
-        return False
+    if isinstance(address, IPv6Address):
+        teredo = address.teredo
+        inner = address.ipv4_mapped or address.sixtofour or (teredo[1] if teredo else None)
+        if int(address) >> 32 == _NAT64:
+            inner = IPv4Address(int(address) & 0xFFFFFFFF)
+        if inner is not None:
+            return is_public(inner)
+        if address.is_site_local:
+            return False
     return address.is_global and not address.is_multicast and not address.is_reserved
-
-
-def _unwrap_ipv4(address: Address) -> IPv4Address | None:
-    if isinstance(address, IPv4Address):
-        return None
-    if int(address) >> 32 == _NAT64:
-        return IPv4Address(int(address) & 0xFFFFFFFF)
-    teredo = address.teredo
-    return address.ipv4_mapped or address.sixtofour or (teredo[1] if teredo else None)
-
-
-def address_of(text: str) -> Address:
-    """Parse an address as sockets show it, with or without a zone."""
-    return ip_address(text.partition("%")[0])
 
 
 # -- limits ----------------------------------------------------------------------------------------
@@ -132,19 +122,21 @@ class HttpSettings:
 
 # -- trusted authorities ---------------------------------------------------------------------------
 
-BUNDLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
-"""Read in this order, after `ca_bundle`; OpenSSL itself reads SSL_CERT_FILE and SSL_CERT_DIR."""
-
 
 def tls_context(ca_bundle: str | None, environment: Mapping[str, str]) -> ssl.SSLContext:
     """Make a context for TLS 1.2 or newer that checks names.
 
     Without a bundle the system's certificates count; where it has none, certifi's, if installed.
-    Raises `ConfigError` if the bundle cannot be read.
+    OpenSSL itself reads SSL_CERT_FILE and SSL_CERT_DIR. Raises `ConfigError` if the bundle cannot
+    be read.
     """
-    named = (environment[name] for name in BUNDLES if environment.get(name))
-    bundle = ca_bundle or next(named, None) or _fallback(environment)
+    bundle, get = ca_bundle, environment.get
+    bundle = bundle or get("REQUESTS_CA_BUNDLE") or get("CURL_CA_BUNDLE") or None
+    system = ssl.get_default_verify_paths()
+    named = system.cafile or system.capath or get("SSL_CERT_FILE") or get("SSL_CERT_DIR")
     try:
+        if bundle is None and not named and util.find_spec("certifi") is not None:
+            bundle = import_module("certifi").where()
         if bundle is not None and os.path.isdir(bundle):
             return ssl.create_default_context(capath=bundle)
         return ssl.create_default_context(cafile=bundle)
@@ -153,15 +145,6 @@ def tls_context(ca_bundle: str | None, environment: Mapping[str, str]) -> ssl.SS
             "the certificates that ca_bundle, REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE names cannot be"
             f" read ({type(error).__name__})"
         ) from error
-
-
-def _fallback(environment: Mapping[str, str]) -> str | None:
-    paths = ssl.get_default_verify_paths()
-    named = any(environment.get(name) for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"))
-    if named or paths.cafile or paths.capath or util.find_spec("certifi") is None:
-        return None
-    where: str = import_module("certifi").where()
-    return where
 
 
 # -- proxies ---------------------------------------------------------------------------------------
@@ -185,29 +168,22 @@ class Proxies:
         self._by_scheme = {
             scheme: _proxy(urls[scheme]) for scheme in ("http", "https") if urls.get(scheme)
         }
-        direct = (urls.get("no") or "").lower().split(",")
-        self._direct = [host.strip() for host in direct if host.strip()]
+        direct = [entry.strip() for entry in (urls.get("no") or "").split(",")]
+        suffixes = ",".join(entry.lstrip("*") for entry in direct)
+        self._direct = {"no": "*" if "*" in direct else suffixes}
 
     def to(self, origin: Origin) -> Proxy | None:
-        return None if self._is_direct(origin) else self._by_scheme.get(origin.scheme)
-
-    def _is_direct(self, origin: Origin) -> bool:
-        for entry in self._direct:
-            host, _, port = entry.partition(":") if entry.count(":") == 1 else (entry, "", "")
-            if port and port != str(origin.port):
-                continue
-            bare = host.lstrip("*").lstrip(".")
-            if host == "*" or origin.host == bare or (bare and origin.host.endswith(f".{bare}")):
-                return True
-        return False
+        if proxy_bypass(f"{origin.host}:{origin.port}", self._direct):
+            return None
+        return self._by_scheme.get(origin.scheme)
 
 
 def _proxy(text: str) -> Proxy:
+    scheme, _, rest = text.rpartition("://")
+    user, at, authority = rest.rstrip("/").rpartition("@")
     try:
-        parts = urlsplit(text if "://" in text else f"http://{text}")
-        user, at, authority = parts.netloc.rpartition("@")
-        origin = parse_url(f"{parts.scheme}://{authority}").origin
-    except ValueError:
+        origin = parse_url(f"{scheme or 'http'}://{authority}").origin
+    except InvalidUrlError:
         origin = None
     if origin is None or origin.scheme != "http":
         raise ConfigError(

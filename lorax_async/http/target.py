@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from lorax_async.errors import (
     AccessDeniedError,
@@ -36,8 +38,6 @@ class Target:
 
     Attributes
     ----------
-    url
-        Its URL.
     name
         Its name in error texts: no secret, no path.
     headers
@@ -65,14 +65,6 @@ class Target:
     def location(self) -> ResolvedLocation:
         """The URL, before any redirect."""
         return ResolvedLocation(self.url, 0, trusted=True)
-
-    @property
-    def first_location(self) -> ResolvedLocation:
-        """Where the first request goes."""
-        url = self.redirected_to
-        if url is None:
-            return self.location
-        return ResolvedLocation(url, 1, trusted=url.origin == self.url.origin)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +99,8 @@ class ProbeResult:
 
     Attributes
     ----------
-    target, location
-        What was requested, and where it was found: ranges are requested there.
-    validators
-        Those of the file.
+    location
+        Where it was found: ranges are requested there.
     fields
         The response's fields; names in lower case.
     start
@@ -137,21 +127,15 @@ _THROTTLED = frozenset({429, 503})
 _RETRYABLE = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
-@dataclass(frozen=True, slots=True)
-class Content:
-    """The bytes of the file that a body has: [start, stop), to its end where `stop` is None."""
+class Content(NamedTuple):
+    """What a body brings: the file's bytes up to `stop`; None is its end, wherever that is."""
 
-    start: int
     stop: int | None
     validators: Validators
 
 
 def check_response(
-    head: ResponseHead,
-    span: ByteRange | None,
-    expected: Validators,
-    what: str,
-    wall_clock: Callable[[], float],
+    head: ResponseHead, span: ByteRange | None, expected: Validators, what: str
 ) -> Content:
     """Return what the response to a request for `span` (None: the whole file) brings.
 
@@ -159,20 +143,15 @@ def check_response(
     `IntegrityError` where it is not what was requested.
     """
     if head.status not in {200, 206}:
-        raise _failure(head, expected, what, wall_clock)
-    coding = head.fields.get("content-encoding", "identity")
-    if coding.lower() != "identity":
+        raise _failure(head, expected, what)
+    if head.fields.get("content-encoding", "identity").lower() != "identity":
         raise FetchError(
             f"{what}: the response has a content coding, which was not requested; let the"
             " server send the file as it is",
             retryable=False,
         )
-    if head.status == 206:
-        return _part(head, span, expected, what)
-    return Content(0, head.length, _require_unchanged(head, head.length, expected, what))
-
-
-def _part(head: ResponseHead, span: ByteRange | None, expected: Validators, what: str) -> Content:
+    if head.status == 200:
+        return Content(head.length, _require_unchanged(head, head.length, expected, what))
     match = _RANGE.fullmatch(head.fields.get("content-range", ""))
     if match is None or span is None:
         raise IntegrityError(f"{what}: a part came without a range, or was not requested")
@@ -188,7 +167,7 @@ def _part(head: ResponseHead, span: ByteRange | None, expected: Validators, what
         )
     if head.length not in {None, stop - start}:
         raise IntegrityError(f"{what}: its length does not match its range")
-    return Content(start, stop, validators)
+    return Content(stop, validators)
 
 
 def _require_unchanged(
@@ -196,19 +175,16 @@ def _require_unchanged(
 ) -> Validators:
     """Return the validators of the file. Raises `IntegrityError` if it is another one."""
     etag, modified = head.fields.get("etag"), head.fields.get("last-modified")
-    changed = (
-        None not in {expected.size, size} and expected.size != size,
-        expected.etag is not None and expected.etag != etag,
-        expected.etag is None and expected.modified is not None and expected.modified != modified,
-    )
-    if any(changed):
+    if (
+        (None not in {expected.size, size} and expected.size != size)
+        or (expected.etag is not None and expected.etag != etag)
+        or (expected.etag is None and expected.modified not in {None, modified})
+    ):
         raise _changed_error(what)
     return Validators(expected.size if size is None else size, etag, modified)
 
 
-def _failure(
-    head: ResponseHead, expected: Validators, what: str, wall_clock: Callable[[], float]
-) -> RetryableError | AdapterError:
+def _failure(head: ResponseHead, expected: Validators, what: str) -> RetryableError | AdapterError:
     status, fields = head.status, head.fields
     problem = f"{what}: status {status}"
     if status in _DENIED:
@@ -218,21 +194,17 @@ def _failure(
     if status == 412:
         return _changed_error(what)
     if status == 416:
-        return _out_of_range(fields.get("content-range", ""), expected, what)
+        match = _NO_RANGE.fullmatch(fields.get("content-range", ""))
+        if match is None or expected.size is None:
+            return IntegrityError(f"{what}: it is shorter than the requested range, or empty")
+        if int(match[1]) != expected.size:
+            return _changed_error(what)
+        return FetchError(f"{what}: it refuses a range that it has")
     if status in _RETRYABLE:
-        after = retry_after_of(fields.get("retry-after", ""), wall_clock())
+        after = retry_after_of(fields.get("retry-after", ""), time.time())
         error = FetchError(problem, retry_after=after)
         return RetryableError(error, retry_after=after, throttled=status in _THROTTLED)
     return FetchError(f"{problem}, which is no answer to the request", retryable=False)
-
-
-def _out_of_range(text: str, expected: Validators, what: str) -> AdapterError:
-    match = _NO_RANGE.fullmatch(text)
-    if match is None or expected.size is None:
-        return IntegrityError(f"{what}: it is shorter than the requested range, or empty")
-    if int(match[1]) != expected.size:
-        return _changed_error(what)
-    return FetchError(f"{what}: it refuses a range that it has")
 
 
 def _changed_error(what: str) -> IntegrityError:

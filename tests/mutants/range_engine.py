@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from lorax_async.http import connection, pool
-from lorax_async.http.connection import AbortableSocket, Attempt
+from lorax_async.http import client, connection
+from lorax_async.http.connection import Attempt, Connection
 from lorax_async.http.download_scheduler import DownloadPiece, DownloadScheduler, WorkerPool
 from lorax_async.http.range_engine import Download
 from mutants.mutation import Mutants, NoLock, mutant, skipped
@@ -16,13 +16,13 @@ _write, _report = Download._write, Download._report
 _claim, _split, _use = Download._claim, Download.split, Attempt.use
 
 
-def _used_after_an_end(self: Attempt, used: AbortableSocket) -> None:
-    self._ended, ended = False, self._ended
+def _used_after_an_end(self: Attempt, used: Connection) -> None:
+    self.ended, ended = False, self.ended
     _use(self, used)
-    self._ended = ended
+    self.ended = ended
 
 
-def _attached_after_an_abort(self: AbortableSocket, opened: Any) -> None:
+def _attached_after_an_abort(self: Connection, opened: Any) -> None:
     self._socket = opened
 
 
@@ -71,18 +71,18 @@ HTTP: Mutants = {
         f"{SCHEDULER}::test_what_is_being_ended_is_released_afterwards",
         (connection, "Lock", NoLock)),
     "socket: an end reaches a thread that waits": mutant(
-        f"{DOWNLOADS}::test_an_end_from_outside", skipped(AbortableSocket, "abort")),
+        f"{DOWNLOADS}::test_an_end_from_outside", skipped(Connection, "abort")),
     "socket: an end reaches a socket that is being opened": mutant(
         f"{SCHEDULER}::test_an_ended_attempt_gets_no_connection",
-        (AbortableSocket, "attach", _attached_after_an_abort)),
+        (Connection, "attach", _attached_after_an_abort)),
     "socket: a descriptor is not closed while it is shut down": mutant(
         f"{SCHEDULER}::test_a_descriptor_is_not_closed_while_it_is_aborted",
         (connection, "Lock", NoLock)),
     "pool: an idle connection is taken by one": mutant(
-        f"{SCHEDULER}::test_an_idle_connection_is_taken_by_one", (pool, "Lock", NoLock)),
+        f"{SCHEDULER}::test_an_idle_connection_is_taken_by_one", (client, "Lock", NoLock)),
     "pool: unasked bytes answer no request": mutant(
         f"{ANSWERS}::test_what_comes_unasked_answers_nothing",
-        (AbortableSocket, "is_quiet", property(lambda _: True))),
+        (Connection, "is_quiet", property(lambda _: True))),
     "download: bytes are written before their group is reported": mutant(
         f"{ANSWERS}::test_a_group_is_reported_when_its_bytes_are_there_and_after_those_before_it",
         (Download, "_write", _written_later),

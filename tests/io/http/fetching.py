@@ -9,8 +9,8 @@ from ipaddress import ip_address
 from typing import Any
 
 from lorax_async.formats.spans import ByteRange
+from lorax_async.http.client import Endpoint, Network
 from lorax_async.http.failures import RetryPolicy
-from lorax_async.http.pool import Endpoint, Network, RealNetwork
 from lorax_async.http.range_engine import RangeEngine
 from lorax_async.http.ranges import PieceSizes
 from lorax_async.http.settings import Address, HttpSettings, Rules, Timeouts
@@ -42,7 +42,7 @@ class Anywhere:
         return address.is_loopback
 
 
-class LoopbackOnly(RealNetwork):
+class LoopbackOnly(Network):
     """The machine's network, which ends the test if it should lead anywhere else."""
 
     def connect(

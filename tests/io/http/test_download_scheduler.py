@@ -10,11 +10,10 @@ from fault_server import meanwhile
 from fetching import Anywhere, LoopbackOnly, MemorySink, target
 
 from lorax_async.errors import FetchError
-from lorax_async.http.client import HttpClient, LinkStatistics
-from lorax_async.http.connection import AbortableSocket, Attempt, Connection
+from lorax_async.http.client import ConnectionPool, HttpClient, LinkStatistics
+from lorax_async.http.connection import Attempt, Connection
 from lorax_async.http.download_scheduler import DownloadPiece, DownloadScheduler, Job
 from lorax_async.http.failures import AbortedError, RetryableError, RetryPolicy
-from lorax_async.http.pool import ConnectionPool
 from lorax_async.http.range_engine import FOREGROUND, PREFETCH, Download
 from lorax_async.http.ranges import GroupArrivals
 from lorax_async.http.settings import HttpSettings, Timeouts
@@ -239,8 +238,8 @@ def test_what_is_being_read_is_not_given_to_another() -> None:
     scheduler, settings, links = world.scheduler, HttpSettings(proxies={}), LinkStatistics()
     pool = ConnectionPool(settings, LoopbackOnly(), scheduler.clock, Tracer())
     place = target("http://127.0.0.1:1/weights")
-    links.record_delay(place.url.origin, 0.01)
-    links.record_rate(place.url.origin, 1e6)
+    links.record(place.url.origin, "delay", 0.01)
+    links.record(place.url.origin, "rate", 1e6)
     span = (0, LARGE)
     job = Download(
         scheduler,
@@ -253,7 +252,6 @@ def test_what_is_being_read_is_not_given_to_another() -> None:
         least=1 << 20,
         urgency=FOREGROUND,
         deadline=1_000.0,
-        wall_clock=scheduler.clock,
     )
     scheduler.jobs.append(job)
     _, piece, _ = world.begin(1)[0]
@@ -262,21 +260,29 @@ def test_what_is_being_read_is_not_given_to_another() -> None:
     assert piece.claimed <= piece.stop == rest.at < rest.stop == LARGE
 
 
+URL = parse_url("http://127.0.0.1:1/weights")
+
+
+def unopened() -> Connection:
+    return Connection(URL.origin, Timeouts(), lambda: 0.0)
+
+
 @contextmanager
-def connected() -> Iterator[tuple[AbortableSocket, socket.socket]]:
-    """A socket, and the one at its other end."""
+def connected() -> Iterator[tuple[Connection, socket.socket]]:
+    """A connection, and the socket at its other end."""
     here, there = socket.socketpair()
-    sock = AbortableSocket()
-    sock.attach(here)
+    connection = unopened()
+    connection.attach(here)
+    connection.address = "127.0.0.1"
     with there:
         try:
-            yield sock, there
+            yield connection, there
         finally:
-            sock.close()
+            connection.close()
 
 
 def test_an_ended_attempt_gets_no_connection() -> None:
-    attempt, sock = Attempt(), AbortableSocket()
+    attempt, sock = Attempt(), unopened()
     attempt.end()
     with pytest.raises(AbortedError):
         attempt.use(sock)
@@ -291,15 +297,15 @@ def test_an_end_does_not_reach_what_was_released() -> None:
         attempt.use(sock)
         attempt.release()
         attempt.end()
-        sock.send(b"x")
-        assert there.recv(1) == b"x"
+        sock.send(["x"])
+        assert there.recv(9) == b"x\r\n\r\n"
 
 
-class Ending(AbortableSocket):
+class Ending(Connection):
     """While it is aborted another thread releases it."""
 
     def __init__(self, attempt: Attempt) -> None:
-        super().__init__()
+        super().__init__(URL.origin, Timeouts(), lambda: 0.0)
         self.attempt = attempt
         self.released = False
 
@@ -354,25 +360,23 @@ class Meanwhile(Anywhere):
 
 
 def test_an_idle_connection_is_taken_by_one() -> None:
-    url = parse_url("http://127.0.0.1:1/weights")
     pool = ConnectionPool(HttpSettings(proxies={}), LoopbackOnly(), lambda: 0.0, Tracer())
     others: list[Connection | None] = []
-    rules = Meanwhile(lambda: others.append(pool.take(url, Anywhere(), Attempt())))
-    with connected() as (sock, _):
-        connection = Connection(sock, url.origin, Timeouts(), lambda: 0.0, address="127.0.0.1")
+    rules = Meanwhile(lambda: others.append(pool.take(URL, Anywhere(), Attempt())))
+    with connected() as (connection, _):
         pool.put(connection)
-        assert pool.take(url, rules, Attempt()) is connection
+        assert pool.take(URL, rules, Attempt()) is connection
         rules.threads[0].join()
         assert others == [None]
 
 
 def test_an_attempt_that_ended_closes_the_connection_that_it_takes() -> None:
-    url, ended = parse_url("http://127.0.0.1:1/weights"), Attempt()
+    ended = Attempt()
     pool = ConnectionPool(HttpSettings(proxies={}), LoopbackOnly(), lambda: 0.0, Tracer())
     ended.end()
-    with connected() as (sock, there):
-        pool.put(Connection(sock, url.origin, Timeouts(), lambda: 0.0, address="127.0.0.1"))
+    with connected() as (connection, there):
+        pool.put(connection)
         with pytest.raises(AbortedError):
-            pool.take(url, Anywhere(), ended)
+            pool.take(URL, Anywhere(), ended)
         assert there.recv(1) == b""
-        assert pool.take(url, Anywhere(), Attempt()) is None
+        assert pool.take(URL, Anywhere(), Attempt()) is None

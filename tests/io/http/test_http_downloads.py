@@ -1,7 +1,6 @@
 """Downloads beside each other: shares of the connections, ends from outside, threads."""
 
 import gc
-import os
 import random
 import threading
 import time
@@ -29,7 +28,7 @@ from fetching import (
 from common import open_sockets, our_threads
 from link import Link
 from lorax_async.errors import FetchError, FetchTimeoutError, InternalError, LoraxError
-from lorax_async.http.range_engine import PREFETCH, FileSink, RangeEngine
+from lorax_async.http.range_engine import PREFETCH, RangeEngine
 from lorax_async.http.ranges import PieceSizes
 from lorax_async.http.settings import HttpSettings, Timeouts
 from lorax_async.http.target import Target
@@ -243,7 +242,7 @@ HEADER = 20_000
 THROTTLED = random.Random(3).randbytes(HEADER + LAYERS * LAYER)
 
 
-class CountingSink(FileSink):
+class CountingSink(MemorySink):
     landed = 0
 
     def write(self, offset: int, data: memoryview) -> None:
@@ -258,20 +257,18 @@ def test_layer_0_comes_long_before_the_rest_of_a_throttled_load(tmp_path: Path) 
     spans = [(HEADER + n * LAYER, HEADER + (n + 1) * LAYER) for n in range(LAYERS)]
     names = sorted(range(LAYERS), key=str)
     groups = [[], *([spans[names.index(layer)]] for layer in range(LAYERS)), []]
-    fd = os.open(tmp_path / "copy", os.O_RDWR | os.O_CREAT)
-    sink, told = CountingSink(fd), list[tuple[int, int]]()
+    sink, told = CountingSink(len(THROTTLED)), list[tuple[int, int]]()
     with Link({"w": file}, rate=6e5, delay=0.005) as link:
         with RangeEngine(HttpSettings(connections=4, proxies={})) as engine:
             place = Target(parse_url(link.url("w")), "w", rules=Anywhere())
             answer = engine.probe(place, HEADER).done.result(10)
-            os.pwrite(fd, answer.start, 0)
+            sink.data[:HEADER] = answer.start
             job = engine.download(
                 answer, groups, sink, lambda group: told.append((group, sink.landed)), first=2
             )
             job.done.result(20)
         counts = link.counts()
-    assert os.pread(fd, len(THROTTLED), 0) == THROTTLED
-    os.close(fd)
+    assert sink.data == THROTTLED
     assert [group for group, _ in told] == list(range(LAYERS + 2))
     assert told[1][1] < 0.3 * sink.landed
     assert counts["bytes"] == len(THROTTLED), "and every byte was sent once"

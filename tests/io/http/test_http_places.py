@@ -22,7 +22,7 @@ from fetching import (
 )
 
 from lorax_async.errors import AccessDeniedError, FetchError, FetchTimeoutError, UsageError
-from lorax_async.http.pool import Endpoint
+from lorax_async.http.client import Endpoint
 from lorax_async.http.range_engine import RangeEngine
 from lorax_async.http.settings import Rules, Timeouts, is_public
 from lorax_async.http.target import Target
