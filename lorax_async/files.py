@@ -9,26 +9,26 @@ import mmap
 import os
 import stat
 import warnings
-import weakref
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from hashlib import sha256
+from itertools import accumulate
 from typing import NamedTuple, Protocol
 
-import torch
-
-from lorax_async.concurrency import FetchControl, SharedResource
+from lorax_async.concurrency import FetchControl, SharedResource, close_all
+from lorax_async.config import Limits
 from lorax_async.errors import (
     AccessDeniedError,
     AdapterError,
     AdapterFormatError,
     FetchError,
     IntegrityError,
-    UsageError,
 )
 from lorax_async.formats.digests import FileHash
+from lorax_async.formats.safetensors import header_size
 from lorax_async.types import FileIdentity
 
 
@@ -130,28 +130,28 @@ def open_same(path: str, identity: FileIdentity, name: str | None = None) -> int
     name in errors, by default the path's last part.
     """
     name = name or os.path.basename(path)
-    try:
-        with locate(path) as file:
-            if file.identity != identity or not stat.S_ISREG(file.status.st_mode):
-                raise changed_error(name)
-            return file.open()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise changed_error(name) from error
-    except OSError as error:
-        raise to_adapter_error(error, name) from error
+    with _checking(name), locate(path) as file:
+        if file.identity != identity or not stat.S_ISREG(file.status.st_mode):
+            raise changed_error(name)
+        return file.open()
 
 
 def require_same(path: str, identity: FileIdentity) -> None:
     """Raise as `open_same` unless the file has this identity."""
     name = os.path.basename(path)
+    with _checking(name):
+        if identity_of(os.stat(path)) != identity:
+            raise changed_error(name)
+
+
+@contextmanager
+def _checking(name: str) -> Iterator[None]:
     try:
-        status = os.stat(path)
+        yield
     except (FileNotFoundError, NotADirectoryError) as error:
         raise changed_error(name) from error
     except OSError as error:
         raise to_adapter_error(error, name) from error
-    if identity_of(status) != identity:
-        raise changed_error(name)
 
 
 def changed_error(name: str) -> IntegrityError:
@@ -276,6 +276,22 @@ def _fill_rows(fd: int, content: memoryview, offset: int, rows: int, pitch: int)
     return True
 
 
+PREFIX_BYTES = 128 << 10
+"""Bytes of the first read of the weights: they contain the header of nearly every adapter."""
+
+
+def read_prefix(reader: Reader, limits: Limits) -> bytes:
+    """Return the beginning of a safetensors file, which ends with its header."""
+    prefix = bytearray(min(PREFIX_BYTES, reader.nbytes))
+    reader.read_into([memoryview(prefix)], 0)
+    needed = header_size(memoryview(prefix), reader.nbytes, limits)
+    if needed > len(prefix):
+        rest = bytearray(needed - len(prefix))
+        reader.read_into([memoryview(rest)], len(prefix))
+        prefix += rest
+    return bytes(prefix[:needed])
+
+
 HASH_STEP_BYTES = 4 << 20
 """Bytes per step of hashing: milliseconds, after which the thread is free for other work."""
 
@@ -330,22 +346,13 @@ _LIBRARY.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _LIBRARY.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
-def map_privately(fd: int, nbytes: int) -> int:
-    """Map a file's first bytes, private and writable; return the address.
-
-    The descriptor may be closed afterwards. Raises `OSError`.
-    """
-    access = mmap.PROT_READ | mmap.PROT_WRITE
-    address: int | None = _LIBRARY.mmap(None, nbytes, access, mmap.MAP_PRIVATE, fd, 0)
+def _map(fd: int, nbytes: int) -> int:
+    """Map a file's first bytes; return the address. Python's `mmap` would keep a descriptor."""
+    address: int | None = _LIBRARY.mmap(None, nbytes, mmap.PROT_READ, mmap.MAP_PRIVATE, fd, 0)
     if address is None or address == _MAP_FAILED:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
     return address
-
-
-def unmap(address: int, nbytes: int) -> int:
-    """Call munmap(2); return errno, 0 for success. Takes milliseconds for a large map."""
-    return ctypes.get_errno() if _LIBRARY.munmap(address, nbytes) else 0
 
 
 def madvise(address: int, nbytes: int, advice: int) -> int:
@@ -356,7 +363,7 @@ def madvise(address: int, nbytes: int, advice: int) -> int:
 def lock_on_fault(address: int, nbytes: int) -> int:
     """Lock the resident pages, and others as they are faulted in; return errno, 0 for success.
 
-    Plain mlock(2) would write-fault the pages of a writable private map, which copies each of them.
+    Plain mlock(2) would read all of them at once.
     """
     extent = ctypes.c_void_p(address), ctypes.c_size_t(nbytes)
     # Looked up at the call: other platforms lack it, and must still import this module.
@@ -368,25 +375,11 @@ _POPULATE_BYTES = 32 << 20
 
 
 class MappedFile:
-    """A private map of a whole file, which keeps the file's pages in memory.
+    """A map of a whole file, which keeps the file's pages in memory; it is never read.
 
-    Reading a map of a truncated file kills the process (SIGBUS). So the loader copies through the
-    file's checked descriptor, and the map only keeps those pages in memory. Use `view` only for
-    files that do not change.
-
-    Parameters
-    ----------
-    fd
-        The file, open for reading; may be closed once the map is made.
-    nbytes
-        Size of the file, more than 0.
-    name
-        The file's name in errors.
-
-    Raises
-    ------
-    OSError
-        The file cannot be mapped.
+    Reading a map of a truncated file kills the process (SIGBUS): copies go through the file's
+    checked descriptor. `fd` may be closed once the map is made; `nbytes` is the file's size, more
+    than 0. Raises `OSError`.
     """
 
     def __init__(self, fd: int, nbytes: int, name: str) -> None:
@@ -394,8 +387,11 @@ class MappedFile:
         self._name = name
         self._lock_granted = False
         self._populates = True
-        self._memory: ctypes.Array[ctypes.c_char] | None = None
-        self._memory = _mapped(fd, nbytes)
+        self._address = SharedResource(
+            f"the map of {name}",
+            lambda address: _LIBRARY.munmap(address, nbytes),
+            opened=_map(fd, nbytes),
+        )
 
     @property
     def locked(self) -> bool:
@@ -408,66 +404,109 @@ class MappedFile:
         If False (for example over RLIMIT_MEMLOCK without CAP_IPC_LOCK), the kernel may evict pages.
         Lock before populating, so that no page is evicted in between.
         """
-        address = ctypes.addressof(self._open_memory())
-        self._lock_granted = lock_on_fault(address, self.nbytes) == 0
+        with self._address.use() as address:
+            self._lock_granted = lock_on_fault(address, self.nbytes) == 0
         return self.locked
 
     def populate(self, start: int = 0, stop: int | None = None) -> None:
         """Read these bytes' pages into memory and map them. Blocks. None is the file's end.
 
         A kernel before 5.14 only reads ahead, and `locked` becomes False. Raises `IntegrityError`
-        if the file is shorter or its disk fails, else `OSError`.
+        if the file is shorter or its disk fails, else `OSError`. `close` waits for the end.
         """
-        memory = self._open_memory()  # a concurrent `close` must not unmap during this call
         start -= start % mmap.PAGESIZE
         stop = self.nbytes if stop is None else min(stop, self.nbytes)
-        address = ctypes.addressof(memory)
-        try:
-            for offset in range(start, stop, _POPULATE_BYTES):
-                self._populate(address + offset, offset, min(stop, offset + _POPULATE_BYTES))
-        finally:
-            del memory  # else an error's traceback would keep the map
+        with self._address.use() as address:
+            for first in range(start, stop, _POPULATE_BYTES):
+                self._populate(address + first, min(stop, first + _POPULATE_BYTES) - first)
 
-    def _populate(self, address: int, start: int, stop: int) -> None:
-        code = madvise(address, stop - start, POPULATE_READ)
+    def _populate(self, address: int, nbytes: int) -> None:
+        code = madvise(address, nbytes, POPULATE_READ)
         if code == errno.EINVAL:
             self._populates = False
-            code = madvise(address, stop - start, WILLNEED)
+            code = madvise(address, nbytes, WILLNEED)
         if code == errno.EFAULT:
             raise IntegrityError(
-                f"{self._name} ends before byte {stop:,}, or its disk fails; load the adapter again"
+                f"{self._name} ends before byte {self.nbytes:,}, or its disk fails; load the"
+                " adapter again"
             )
         if code:
             raise OSError(code, os.strerror(code))
 
-    def view(self, start: int, stop: int) -> torch.Tensor:
-        """Return the bytes as uint8 `[stop - start]` without a copy. The view keeps the map alive.
-
-        Writes change this map only, not the file.
-        """
-        if not 0 <= start <= stop <= self.nbytes:
-            raise UsageError(f"bytes {start:,} to {stop:,} are not in a map of {self.nbytes:,}")
-        return torch.frombuffer(self._open_memory(), dtype=torch.uint8)[start:stop]
-
     def close(self) -> None:
-        """Drop the map; the last view unmaps it. Blocks for milliseconds. Idempotent."""
-        self._memory = None
-
-    def _open_memory(self) -> ctypes.Array[ctypes.c_char]:
-        memory = self._memory
-        if memory is None:
-            raise UsageError(f"the map of {self._name} was closed before it was used")
-        return memory
+        """Unmap, now or when `populate` has ended. Blocks for milliseconds. Idempotent."""
+        self._address.close()
 
     def __del__(self) -> None:
-        if self._memory is not None:
+        if hasattr(self, "_address") and not self._address.closed:
             warnings.warn(f"unclosed map of {self._name}", ResourceWarning, stacklevel=2)
+            self.close()
 
 
-def _mapped(fd: int, nbytes: int) -> ctypes.Array[ctypes.c_char]:
-    """Map a file; unmap it with the last reference, but not at interpreter exit."""
-    address = map_privately(fd, nbytes)
-    memory = (ctypes.c_char * nbytes).from_address(address)
-    # Views may be read until the interpreter exits.
-    weakref.finalize(memory, unmap, address, nbytes).atexit = False
-    return memory
+_PIECE_BYTES = 8 << 20
+"""Bytes populated in one call: milliseconds from a good disk."""
+
+
+class LocalPages:
+    """The pages of several files in memory: a map of each, if they are `holdable`.
+
+    Call `populate` with each of `starts`, offsets into the files joined in order, then `settle`. It
+    owns the readers; descriptors are open until it is settled or closed. Another thread may call
+    `close` during `populate` or `settle`; it takes effect when that ends. Of files that may change
+    the kernel is only asked to read ahead, and nothing is held.
+    """
+
+    def __init__(self, readers: Sequence[FileReader], *, holdable: bool) -> None:
+        self._readers = readers
+        self._maps: list[MappedFile] = []
+        try:
+            for reader in readers:
+                if holdable:
+                    self._maps.append(_mapped(reader))
+                else:
+                    reader.read_ahead()
+        except BaseException:
+            self.close()
+            raise
+        if not holdable:
+            close_all(readers)
+            readers = ()
+        *self._firsts, self.nbytes = accumulate((reader.nbytes for reader in readers), initial=0)
+        self.starts = [
+            start
+            for first, reader in zip(self._firsts, readers, strict=True)
+            for start in range(first, first + reader.nbytes, _PIECE_BYTES)
+        ]
+
+    @property
+    def locked(self) -> bool:
+        return bool(self._maps) and all(mapped.locked for mapped in self._maps)
+
+    def populate(self, start: int) -> None:
+        """Bring the piece at `start` into memory. Raise `FetchError` if it cannot be read."""
+        n = bisect_right(self._firsts, start) - 1
+        start -= self._firsts[n]
+        try:
+            self._maps[n].populate(start, start + _PIECE_BYTES)
+        except OSError as error:
+            raise to_adapter_error(error, self._readers[n].name) from error
+
+    def settle(self) -> None:
+        """Close the files once all is populated. Raise `IntegrityError` if one has changed."""
+        for reader in self._readers if self._maps else ():
+            reader.read_into([], 0)
+            reader.close()
+
+    def close(self) -> None:
+        close_all(self._readers)
+        close_all(self._maps)
+
+
+def _mapped(reader: FileReader) -> MappedFile:
+    try:
+        with reader.held() as fd:
+            mapped = MappedFile(fd, reader.nbytes, reader.name)
+    except OSError as error:
+        raise to_adapter_error(error, reader.name) from error
+    mapped.lock()
+    return mapped

@@ -29,7 +29,7 @@ from lorax_async.formats.safetensors import Header, TensorSpan, header_size, par
 from lorax_async.formats.split_weights import INDEX
 from lorax_async.planning.layout import FusedPart, ModelLayout, Module, Parallelism
 from lorax_async.planning.transfer_plan import plan_transfer
-from lorax_async.sources.local_folder import read_header
+from lorax_async.sources.local import read_header
 
 _QUERY = frozenset({"q_proj", "q_lin", "wq", "q", "query", "q_attn"})
 _KEY_VALUE = frozenset(

@@ -17,11 +17,10 @@ from common import mapped_files, open_files, our_threads, until
 from lorax_async import errors
 from lorax_async.config import LoaderConfig, LocalRoot
 from lorax_async.devices.simulated import GatedDevice, SimulatedDevice
-from lorax_async.files import FileReader
+from lorax_async.files import FileReader, LocalPages
 from lorax_async.loader import AdapterLoader
 from lorax_async.runtime.placement import TierName
 from lorax_async.runtime.telemetry import Usage
-from lorax_async.sources.local_folder import LocalPages
 from lorax_async.testing import FakeSource, Step
 from sweeping import cancel_at, count_steps, our_tasks, raising, settle
 from tiny_loaders import fails
@@ -255,15 +254,15 @@ LATER_STEPS = {
     "config": ("lorax_async.runtime.fetches.parse_config", VERBS),
     "header": ("lorax_async.runtime.fetches.parse_header", VERBS),
     "plan": ("lorax_async.runtime.fetches.plan_transfer", VERBS),
-    "file opened": ("lorax_async.sources.local_folder.read_prefix", VERBS),
+    "file opened": ("lorax_async.sources.local.read_prefix", VERBS),
     "file read": ("lorax_async.devices.transfer.read", DEVICE_VERBS),
     "staging taken": ("lorax_async.devices.staging.StagingRing.take", DEVICE_VERBS),
     "staged": ("lorax_async.devices.staging.StagingBuffer.convert", DEVICE_VERBS),
     "copy asked for": ("lorax_async.devices.simulated.SimulatedDevice.copy", DEVICE_VERBS),
     "copy ran": ("lorax_async.devices.cpu.CpuDevice.copy", DEVICE_VERBS),
-    "mapped": ("lorax_async.sources.local_folder.MappedFile", HOST_VERBS),
-    "populated": ("lorax_async.sources.local_folder.LocalPages.populate", HOST_VERBS),
-    "settled": ("lorax_async.sources.local_folder.LocalPages.settle", HOST_VERBS),
+    "mapped": ("lorax_async.files.MappedFile", HOST_VERBS),
+    "populated": ("lorax_async.files.LocalPages.populate", HOST_VERBS),
+    "settled": ("lorax_async.files.LocalPages.settle", HOST_VERBS),
 }
 
 

@@ -60,7 +60,7 @@ from lorax_async.formats.peft_config import parse_config
 from lorax_async.formats.peft_names import PREFIX
 from lorax_async.handle import AdapterHandle
 from lorax_async.planning.pairing import check_matching
-from lorax_async.sources.local_folder import CONFIG
+from lorax_async.sources.local import CONFIG
 from lorax_async.types import AdapterSpec, ModulePattern
 
 __all__ = [

@@ -38,6 +38,7 @@ from lorax_async.files import (
     code_of,
     locate,
     open_same,
+    read_prefix,
     require_file,
     to_adapter_error,
 )
@@ -47,13 +48,7 @@ from lorax_async.formats.split_weights import INDEX, parse_index
 from lorax_async.ids import LocalPlace, parse_ref
 from lorax_async.remote import hub_calls
 from lorax_async.remote.remote_source import AllowRules
-from lorax_async.sources.local_folder import (
-    CONFIG,
-    WEIGHTS,
-    find_adapter,
-    open_weights,
-    read_prefix,
-)
+from lorax_async.sources.local import CONFIG, WEIGHTS, find_adapter, open_weights
 from lorax_async.types import AdapterRef
 
 LIMITS = Limits()

@@ -36,7 +36,7 @@ from lorax_async.errors import ConfigError
 from lorax_async.ids import Allow
 from lorax_async.loader import AdapterLoader
 from lorax_async.planning.layout import ModelLayout, Module, Parallelism
-from lorax_async.sources.local_folder import CONFIG, WEIGHTS
+from lorax_async.sources.local import CONFIG, WEIGHTS
 from lorax_async.types import AdapterRef, Verification
 
 CHUNK = 8 << 10

@@ -49,7 +49,7 @@ from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.transfer_plan import TransferPlan, plan_transfer
 from lorax_async.remote.remote_source import RemoteSource, open_remote_source
 from lorax_async.runtime.assembly import MOVE_BYTES
-from lorax_async.sources.local_folder import CONFIG, WEIGHTS, find_adapter, read_header
+from lorax_async.sources.local import CONFIG, WEIGHTS, find_adapter, read_header
 from lorax_async.types import AdapterRef, AdapterSpec
 
 

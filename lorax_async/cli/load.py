@@ -37,7 +37,7 @@ from lorax_async.events import BytesMoved, Event, LayerReady, SlotGranted
 from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
 from lorax_async.planning.layout import ModelLayout
-from lorax_async.sources.local_folder import weight_files
+from lorax_async.sources.local import weight_files
 from lorax_async.types import AdapterKey, AdapterRef
 
 TICK = 1e-3

@@ -40,7 +40,7 @@ from lorax_async.lifecycle.residency import reload_cost
 from lorax_async.planning.layout import ModelLayout, Module
 from lorax_async.planning.transfer_plan import TransferPlan, plan_transfer
 from lorax_async.runtime.assembly import MOVE_BYTES
-from lorax_async.sources.local_folder import CONFIG, find_adapter, open_weights
+from lorax_async.sources.local import CONFIG, find_adapter, open_weights
 from lorax_async.types import AdapterKey, AdapterRef
 
 MAX_EXPONENT = 10.0

@@ -36,7 +36,7 @@ from lorax_async.config import DTYPES, Limits, LoaderConfig
 from lorax_async.engines.smollm2 import prepare_base
 from lorax_async.errors import AdapterError, ConfigError
 from lorax_async.ids import parse_place
-from lorax_async.sources.local_folder import CONFIG, find_adapter
+from lorax_async.sources.local import CONFIG, find_adapter
 from lorax_async.types import AdapterId, AdapterRef
 
 if TYPE_CHECKING:

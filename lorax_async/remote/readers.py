@@ -18,7 +18,7 @@ from lorax_async.errors import (
     InternalError,
     LoraxError,
 )
-from lorax_async.files import FileReader, Reader, sha256_of
+from lorax_async.files import FileReader, LocalPages, Reader, read_prefix, sha256_of
 from lorax_async.formats import spans as runs
 from lorax_async.formats.spans import ByteRange, SpanSet
 from lorax_async.formats.split_weights import (
@@ -37,13 +37,7 @@ from lorax_async.http.range_engine import FOREGROUND, PREFETCH, RangeEngine
 from lorax_async.http.ranges import size_of
 from lorax_async.remote.metadata import LONGEST, AdapterMetadata, track, unwanted_error
 from lorax_async.sources.base import AdapterFile, StoredFolder
-from lorax_async.sources.local_folder import (
-    LocalPages,
-    ReadAhead,
-    SplitFiles,
-    SplitReader,
-    read_prefix,
-)
+from lorax_async.sources.split_reader import SplitFiles, SplitReader
 from lorax_async.types import AdapterKey, RemoteKey, Verification
 
 Groups = Sequence[Sequence[runs.ByteSpan]]
@@ -395,7 +389,7 @@ def stored_folder(key: AdapterKey, reader: Reader) -> StoredFolder:
     return StoredFolder(entry.folder, entry.record.nbytes)
 
 
-def hold_entry(entry: CacheEntry) -> LocalPages | ReadAhead:
+def hold_entry(entry: CacheEntry) -> LocalPages:
     """Map the weights if the cache owns its files, else ask the kernel to read ahead. Blocks.
 
     The entry may be closed and evicted once the pages are settled.
@@ -405,14 +399,7 @@ def hold_entry(entry: CacheEntry) -> LocalPages | ReadAhead:
         for role in _weight_roles(entry.record)
         if isinstance(reader := entry.reader(role), FileReader)
     ]
-    if entry.mappable:
-        return LocalPages(readers)
-    try:
-        for reader in readers:
-            reader.read_ahead()
-    finally:
-        close_all(readers)
-    return ReadAhead()
+    return LocalPages(readers, holdable=entry.mappable)
 
 
 def verification_of(record: EntryRecord) -> Verification:

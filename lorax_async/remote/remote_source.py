@@ -18,7 +18,7 @@ from lorax_async.cache.disk_cache import OwnCache
 from lorax_async.concurrency import FetchControl, WorkerThreads
 from lorax_async.config import Checking, Limits, LoaderConfig
 from lorax_async.errors import IntegrityError, InternalError, LoaderClosedError
-from lorax_async.files import Reader
+from lorax_async.files import LocalPages, Reader
 from lorax_async.formats import spans
 from lorax_async.http.range_engine import RangeEngine
 from lorax_async.http.settings import Address, HttpSettings
@@ -42,7 +42,6 @@ from lorax_async.remote.readers import (
 from lorax_async.remote.resolution import MAX_KEYS, ResolutionCache, VersionResolver
 from lorax_async.remote.web import WebBackend
 from lorax_async.sources.base import AdapterFile, PinnedPages, StoredFolder
-from lorax_async.sources.local_folder import LocalPages, ReadAhead
 from lorax_async.tracing.recorder import Tracer
 from lorax_async.types import UNCHECKED, AdapterKey, AdapterRef, RemoteKey, Verification
 from lorax_async.urls import (
@@ -204,12 +203,11 @@ class RemoteSource:
         run = parts.workers.run
         entry = await run(partial(self._entry, parts, _remote(key)), close_unused)
         try:  # an entry that is removed meanwhile looks like a replaced one
-            pages = await run(partial(hold_entry, entry), _close_pages)
+            pages = await run(partial(hold_entry, entry), LocalPages.close)
             try:
-                if isinstance(pages, LocalPages):
-                    for start in pages.starts:
-                        await run(partial(pages.populate, start))
-                    await run(pages.settle)
+                for start in pages.starts:
+                    await run(partial(pages.populate, start))
+                await run(pages.settle)
             except BaseException:
                 await parts.workers.finish(pages.close)
                 raise
@@ -287,10 +285,6 @@ def _remote(key: AdapterKey) -> RemoteKey:
     if not isinstance(key, RemoteKey):
         raise InternalError(f"{key} is not from a remote source")
     return key
-
-
-def _close_pages(pages: LocalPages | ReadAhead) -> None:
-    pages.close()
 
 
 CACHE_THREADS = 4

@@ -6,8 +6,8 @@ layer group by layer group. May import `formats`, `planning`, `files`, `ids`, `c
 
 - `base`: the interface `Source`
 - `router`: local or remote, by id, key or reader
-- `local`: the source of local folders
-- `local_folder`: finds a folder and checks its files; reads, joins and maps the weights
+- `local`: the source of local folders: finds a folder, checks, opens and hashes its files
+- `split_reader`: the reader of weights in several files
 - `tensors`: the source of tensors and merges, in host memory; snapshots of tensors
 - `host_copies`: files in host memory, their budget, spill files
 - `merges`: PEFT's arithmetic

@@ -10,66 +10,85 @@ files in that folder (or, in the standard hub cache, among the blobs of that fol
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
-from collections.abc import Callable, Sequence
+import re
+import stat
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from io import FileIO
+from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import aiofiles
 
 from lorax_async.concurrency import Closable, FetchControl, close_all
 from lorax_async.config import Limits, Root, as_local_roots
-from lorax_async.errors import FetchError, IntegrityError, UsageError
+from lorax_async.errors import (
+    AccessDeniedError,
+    AdapterError,
+    AdapterFormatError,
+    AdapterNotFoundError,
+    FetchError,
+    IntegrityError,
+    UsageError,
+)
 from lorax_async.files import (
+    FilePosition,
     FileReader,
+    LocalPages,
     Reader,
     changed_error,
+    code_of,
     identity_of,
+    locate,
     open_same,
+    read_prefix,
+    require_file,
+    require_same,
     sha256_of,
     to_adapter_error,
 )
+from lorax_async.formats.safetensors import Header, parse_header
 from lorax_async.formats.spans import ByteSpan
-from lorax_async.formats.split_weights import join_digests
-from lorax_async.ids import parse_place
-from lorax_async.sources.base import AdapterFile, PinnedPages, StoredFolder
-from lorax_async.sources.local_folder import (
-    CONFIG,
-    LocalPages,
-    SplitReader,
-    begin_hold,
-    can_hold,
-    count_files,
-    find_adapter,
-    open_weights,
-    readers_of,
-    reopened,
+from lorax_async.formats.split_weights import (
+    INDEX,
+    FileHead,
+    SplitIndex,
+    join_digests,
+    parse_index,
+    plan_split,
+    split_name,
 )
+from lorax_async.ids import LocalPlace, parse_place
+from lorax_async.sources.base import AdapterFile, PinnedPages, StoredFolder
+from lorax_async.sources.split_reader import SplitFiles, SplitReader
 from lorax_async.types import UNCHECKED, AdapterKey, AdapterRef, FileIdentity, Verification
 
-REMEMBERED_INDEXES = 1024
-"""File counts kept by index: every request resolves its id, and needs only the count."""
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_PICKLE = "adapter_model.bin"
 
 MAX_DIGESTS = 65_536
 """Digests kept of hashed files; the oldest is dropped first."""
 
+# The same text whether the folder exists or not, and without its path: it may be another tenant's.
+_OUTSIDE = (
+    "a str id may name a folder inside LoaderConfig.local_roots only; add a root, or pass a"
+    " pathlib.Path if the id is the program's own"
+)
+_LEAVES = (
+    "{} is a link that leads out of the adapter's folder, or nowhere; put the file itself there"
+    " (links are followed for a pathlib.Path only)"
+)
+_SNAPSHOT = re.compile(r"(.*/models--[^/]+)/snapshots/[0-9a-f]{40}(?:/.*)?", re.DOTALL)
+_BLOB = re.compile(r"/blobs/(?:[0-9a-f]{40}|[0-9a-f]{64})")
+_ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
+
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
-
-
-_C = TypeVar("_C", bound=Closable)
-
-
-class _OpenedWeights(NamedTuple):
-    prefix: bytes
-    reader: Reader
-    holdable: bool
-
-    def close(self) -> None:
-        self.reader.close()
 
 
 class LocalSource:
@@ -96,26 +115,24 @@ class LocalSource:
         self._immutable = tuple(os.fspath(root.path) for root in known if root.immutable)
         self._limits = limits
         self._threads = threads
-        self._count = lru_cache(maxsize=REMEMBERED_INDEXES)(count_files)
         self._hashes = hashes
         self._digests: dict[FileIdentity, str] = {}
 
     async def resolve(self, ref: AdapterRef) -> AdapterKey:
-        place = parse_place(ref, self._roots)
-        loop = asyncio.get_running_loop()
+        place, loop = parse_place(ref, self._roots), asyncio.get_running_loop()
         return await loop.run_in_executor(
-            self._threads, find_adapter, place, self._roots, self._limits, self._count
+            self._threads, find_adapter, place, self._roots, self._limits
         )
 
     async def open(self, key: AdapterKey, control: FetchControl) -> AdapterFile:  # noqa: ARG002 - the port's
         if len(key.files) < 2:
             raise UsageError("the key is not a local adapter's")
-        opening = self._threads.submit(_open_weights, key, self._limits, self._immutable)
+        opening = self._threads.submit(open_weights, key, self._limits, self._immutable)
         try:
             config = await self._read_config(key)
             weights = await asyncio.wrap_future(opening)
         except BaseException as error:
-            opening.add_done_callback(_close)
+            opening.add_done_callback(_close_result)
             if isinstance(error, Exception):
                 # Wait for the thread, and raise the first error.
                 with suppress(Exception):
@@ -123,8 +140,34 @@ class LocalSource:
             raise
         return AdapterFile(config, weights.prefix, weights.reader, weights.holdable)
 
+    async def _read_config(self, key: AdapterKey) -> bytes:
+        path, identity = os.path.join(key.location, CONFIG), key.files[0]
+        calls = _FileCalls(self._threads)
+        try:
+            file = await aiofiles.open(
+                path, "rb", opener=lambda path, _: open_same(path, identity), executor=calls
+            )
+            content = await file.read(identity.size + 1)
+            status = await asyncio.wrap_future(calls.submit(_close_after_status, file.raw))
+        except BaseException as error:
+            if calls.made:  # close the file as soon as the latest call has ended
+                calls.made[-1].add_done_callback(lambda _: _close_result(calls.made[0]))
+            if isinstance(error, OSError):
+                raise to_adapter_error(error, CONFIG) from error
+            raise
+        if len(content) != identity.size or identity_of(status) != identity:
+            raise changed_error(CONFIG)
+        return content
+
     def reopen(self, key: AdapterKey) -> Reader:
-        return reopened(key, self._limits)
+        """See `Source`; the first read of several files parses their headers again."""
+        if not is_split(key):
+            return _readers(key, known=True)[0]
+
+        def opener() -> SplitFiles:
+            return _join(key, _readers(key, known=True), self._limits)
+
+        return SplitReader(None, opener)
 
     async def bring(
         self,
@@ -141,56 +184,49 @@ class LocalSource:
             raise FetchError("no caller waits for the adapter any more")
         if not self._hashes:
             return UNCHECKED
-        return Verification("transport", await self._digest(_files_of(file.reader), control))
+        split = file.reader.files if isinstance(file.reader, SplitReader) else None
+        readers = (file.reader,) if split is None else split.readers
+        return Verification("transport", await self._digest(readers, control))
 
     def folder(self, key: AdapterKey, reader: Reader) -> StoredFolder:  # noqa: ARG002 - the port's
         return StoredFolder(key.location, sum(file.size for file in key.files))
 
     async def digest(self, key: AdapterKey) -> str:
-        readers = readers_of(key, known=True)
+        readers = _readers(key, known=True)
         try:
             return await self._digest(readers, FetchControl())
         finally:
             close_all(readers)
 
-    async def _digest(self, readers: Sequence[FileReader], control: FetchControl) -> str:
-        return join_digests([await self._file_digest(reader, control) for reader in readers])
-
-    async def _file_digest(self, reader: FileReader, control: FetchControl) -> str:
-        """Return the file's digest. Raise `IntegrityError` if an earlier one was different."""
-        digest = await sha256_of(reader, self._threads, control)
-        known = self._digests.setdefault(reader.identity, digest)
-        if known != digest:
-            raise IntegrityError(
-                f"{reader.name} has other bytes than before, though it was not written to: look at"
-                " the disk, and save the adapter again"
-            )
-        if len(self._digests) > MAX_DIGESTS:
-            del self._digests[next(iter(self._digests))]
-        return digest
+    async def _digest(self, readers: Sequence[Reader], control: FetchControl) -> str:
+        """Hash the files. Raise `IntegrityError` if one had other bytes before."""
+        digests = []
+        for reader in readers:
+            assert isinstance(reader, FileReader)
+            digests.append(await sha256_of(reader, self._threads, control))
+            if self._digests.setdefault(reader.identity, digests[-1]) != digests[-1]:
+                raise IntegrityError(
+                    f"{reader.name} has other bytes than before, though it was not written to: look"
+                    " at the disk, and save the adapter again"
+                )
+            if len(self._digests) > MAX_DIGESTS:
+                del self._digests[next(iter(self._digests))]
+        return join_digests(digests)
 
     async def populate(self, key: AdapterKey) -> PinnedPages:
         """Map all bytes of an adapter in an immutable root, and lock them if the process may.
 
         Elsewhere ask the kernel to read ahead, and hold nothing.
         """
-        opening = self._threads.submit(
-            begin_hold, readers_of(key, known=True), key, self._immutable
-        )
+        opening = self._threads.submit(_open_pages, key, self._immutable)
         try:
             pages = await asyncio.wrap_future(opening)
         except BaseException:
-            opening.add_done_callback(_close)
+            opening.add_done_callback(_close_result)
             raise
-        if isinstance(pages, LocalPages):
-            await self._fill(pages)
-        return pages
-
-    async def _fill(self, pages: LocalPages) -> None:
-        """Populate piece by piece: other users of the threads wait for one piece at most."""
         loop = asyncio.get_running_loop()
         try:
-            for start in pages.starts:
+            for start in pages.starts:  # piece by piece: other users of the threads wait for one
                 await loop.run_in_executor(self._threads, pages.populate, start)
             await loop.run_in_executor(self._threads, pages.settle)
         except BaseException as error:
@@ -199,55 +235,23 @@ class LocalSource:
             if isinstance(error, Exception):
                 await asyncio.wrap_future(closing)
             raise
-
-    async def _read_config(self, key: AdapterKey) -> bytes:
-        path, identity = os.path.join(key.location, CONFIG), key.files[0]
-        hops = _TwoHopExecutor(self._threads)
-        try:
-            file = await aiofiles.open(
-                path, "rb", opener=lambda path, _: open_same(path, identity), executor=hops
-            )
-            content = await file.read(identity.size + 1)
-            status = await asyncio.wrap_future(hops.submit(_close_after_status, file.raw))
-        except BaseException as error:
-            hops.abandon()
-            if isinstance(error, OSError):
-                raise to_adapter_error(error, CONFIG) from error
-            raise
-        if len(content) != identity.size or identity_of(status) != identity:
-            raise changed_error(CONFIG)
-        return content
+        return pages
 
 
-def _files_of(reader: Reader) -> list[FileReader]:
-    """Return the readers of the files behind an opened adapter's reader."""
-    several = (
-        reader.files.readers if isinstance(reader, SplitReader) and reader.files else (reader,)
-    )
-    return [each for each in several if isinstance(each, FileReader)]
-
-
-class _TwoHopExecutor(Executor):
-    """The executor that aiofiles uses for one file; closes the file even after a cancellation.
+class _FileCalls(Executor):
+    """The executor that aiofiles uses for one file; keeps the calls, of which the first opens it.
 
     aiofiles leaks a file whose opening is cancelled, and a read in progress must end first.
     """
 
     def __init__(self, threads: Executor) -> None:
+        self.made: list[Future[Any]] = []
         self._threads = threads
-        self._opening: Future[Any] | None = None
-        self._latest: Future[Any] | None = None
 
     def submit(self, fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
-        hop = self._threads.submit(fn, *args, **kwargs)
-        self._opening, self._latest = self._opening or hop, hop
-        return hop
-
-    def abandon(self) -> None:
-        """Close the file as soon as the latest call has ended."""
-        opening, latest = self._opening, self._latest
-        if opening is not None and latest is not None:
-            latest.add_done_callback(lambda _: _close(opening))
+        call = self._threads.submit(fn, *args, **kwargs)
+        self.made.append(call)
+        return call
 
 
 def _close_after_status(file: FileIO) -> os.stat_result:
@@ -255,22 +259,268 @@ def _close_after_status(file: FileIO) -> os.stat_result:
         return os.fstat(file.fileno())
 
 
-def _close(opening: Future[_C]) -> None:
-    opened = _outcome(opening)
-    if opened is not None:
+def _close_result(opening: Future[Any]) -> None:
+    if opening.done() and not opening.cancelled() and opening.exception() is None:
+        opened: Closable = opening.result()
         opened.close()
 
 
-def _outcome(future: Future[_T]) -> _T | None:
-    """Return a future's result; None if it was cancelled or failed."""
-    succeeded = future.done() and not future.cancelled() and future.exception() is None
-    return future.result() if succeeded else None
+def find_adapter(place: LocalPlace, roots: Sequence[str], limits: Limits) -> AdapterKey:
+    """Return the key of the first of the place's folders that exists, or raise its error."""
+    problems: list[AdapterError] = []
+    inside = None if place.trusted else tuple(_real_paths(roots))
+    for path in place.paths:
+        try:
+            with locate(path) as folder:
+                real_path = folder.real_path
+                if inside is None or _is_inside(real_path, inside):
+                    return _LocatedFolder(folder, real_path, place.trusted).key(limits)
+        except OSError as error:
+            real_path = ""
+            with suppress(OSError):  # a link may not be read, as in another process's /proc
+                real_path = os.path.realpath(path)
+            if inside is None or _is_inside(real_path, inside):
+                problems.append(_folder_problem(error))
+    # A path outside the roots decides for all, whether it exists or not.
+    if len(problems) == len(place.paths) > 0:
+        raise problems[0]
+    raise AccessDeniedError(_OUTSIDE)
 
 
-def _open_weights(key: AdapterKey, limits: Limits, immutable: Sequence[str]) -> _OpenedWeights:
-    prefix, reader, files = open_weights(key, limits)
+def _real_paths(roots: Sequence[str]) -> Iterator[str]:
+    for root in roots:
+        with suppress(OSError), locate(root) as folder:  # a missing root has no adapters
+            yield folder.real_path
+
+
+def _is_inside(real_path: str, roots: Sequence[str]) -> bool:
+    """Return whether it is one of these real paths, or below one."""
+    return any(real_path == root or real_path.startswith(root.rstrip("/") + "/") for root in roots)
+
+
+def _folder_problem(error: OSError) -> AdapterError:
+    if isinstance(error, PermissionError):
+        return AccessDeniedError(
+            f"the adapter's folder may not be entered by this process ({code_of(error)}); give it"
+            " permission"
+        )
+    if error.errno in _ABSENT:
+        return AdapterNotFoundError(f"there is no such folder ({code_of(error)})")
+    return FetchError(f"the adapter's folder cannot be opened ({code_of(error)})")
+
+
+class _LocatedFolder(NamedTuple):
+    folder: FilePosition
+    real_path: str
+    trusted: bool
+
+    def key(self, limits: Limits) -> AdapterKey:
+        """Check the folder and its files: config and weights, or an index and several files."""
+        if not stat.S_ISDIR(self.folder.status.st_mode):
+            raise AdapterFormatError(
+                f"the id names {self.folder.kind}; give the folder that holds {CONFIG} and"
+                f" {WEIGHTS} (unpack an archive first)"
+            )
+        config = self._identity(CONFIG, limits.max_config_bytes)
+        weights = self._identity(WEIGHTS, limits.max_adapter_bytes)
+        if weights is not None:
+            rest: tuple[FileIdentity, ...] = (weights,)
+        elif index := self._identity(INDEX, limits.max_header_bytes):
+            rest = (index, *self._split(_count_files(self.real_path, index, limits), limits))
+        elif self._status(_PICKLE) is not None:
+            raise AdapterFormatError(
+                f"the weights are {_PICKLE}, a pickle, which can run any code and is never loaded;"
+                " re-save the adapter with safetensors (save_pretrained does by default)"
+            )
+        else:
+            names = f"{CONFIG} and no {WEIGHTS}" if config is None else WEIGHTS
+            raise AdapterNotFoundError(f"the folder has no {names}")
+        if config is None:
+            raise AdapterNotFoundError(f"the folder has no {CONFIG}")
+        return AdapterKey(self.real_path, (config, *rest))
+
+    def _split(self, count: int, limits: Limits) -> Iterator[FileIdentity]:
+        """Yield the identities of `count` files of weights."""
+        nbytes = 0
+        for number in range(1, count + 1):
+            name = split_name(number, count)
+            file = self._identity(name, limits.max_adapter_bytes)
+            if file is None:
+                raise AdapterNotFoundError(
+                    f"the folder has no {name}, which {INDEX} names; fetch the adapter again"
+                )
+            nbytes += file.size
+            if nbytes > limits.max_adapter_bytes:
+                raise AdapterFormatError(
+                    f"the files up to {name} have {nbytes:,} bytes, over the limit of"
+                    f" {limits.max_adapter_bytes:,}"
+                )
+            yield file
+
+    def _identity(self, name: str, max_bytes: int) -> FileIdentity | None:
+        """Return the identity of a file that may be read; None if there is none."""
+        try:
+            with locate(name, within=self.folder.fd) as file:
+                if not (self.trusted or self._owns(file.real_path)):
+                    raise AccessDeniedError(_LEAVES.format(name))
+                require_file(name, file, max_bytes)
+                try:
+                    os.close(file.open())
+                except OSError as error:
+                    raise to_adapter_error(error, name) from error
+                return file.identity
+        except OSError as error:
+            status = None if self.trusted else self._status(name)
+            if status is not None and stat.S_ISLNK(status.st_mode):
+                raise AccessDeniedError(_LEAVES.format(name)) from None
+            if isinstance(error, FileNotFoundError):
+                return None
+            raise to_adapter_error(error, name) from error
+
+    def _owns(self, real_path: str) -> bool:
+        """Return whether it is in this folder, or a blob of the repository of this snapshot."""
+        if _is_inside(real_path, (self.real_path,)):
+            return True
+        snapshot = _SNAPSHOT.fullmatch(self.real_path)
+        if snapshot is None or not real_path.startswith(snapshot[1]):
+            return False
+        return _BLOB.fullmatch(real_path, len(snapshot[1])) is not None
+
+    def _status(self, name: str) -> os.stat_result | None:
+        with suppress(OSError):
+            return os.stat(name, dir_fd=self.folder.fd, follow_symlinks=False)
+        return None
+
+
+@lru_cache(maxsize=1024)  # every request resolves its id, and needs only the count
+def _count_files(folder: str, identity: FileIdentity, limits: Limits) -> int:
+    return _read_index(folder, identity, limits).count
+
+
+def _read_index(folder: str, identity: FileIdentity, limits: Limits) -> SplitIndex:
+    """Raise `IntegrityError` if it has another identity, and as `parse_index` does."""
+    content = bytearray(identity.size)
+    opener = partial(open_same, os.path.join(folder, INDEX), identity)
+    reader = FileReader(opener, identity, INDEX)
     try:
-        return _OpenedWeights(prefix, reader, can_hold(files, key, immutable))
-    except BaseException:
+        reader.read_into([memoryview(content)], 0)
+    finally:
         reader.close()
+    return parse_index(bytes(content), limits)
+
+
+class LocalWeights(NamedTuple):
+    """Open weights: the `prefix` that ends with the header, and a reader of all bytes.
+
+    `holdable` is whether folder and files lie in immutable roots.
+    """
+
+    prefix: bytes
+    reader: Reader
+    holdable: bool
+
+    def close(self) -> None:
+        self.reader.close()
+
+
+def is_split(key: AdapterKey) -> bool:
+    """Return whether the weights are in several files; then `key.files[1]` is their index."""
+    return len(key.files) > 2
+
+
+def weight_files(key: AdapterKey) -> tuple[FileIdentity, ...]:
+    """Return the files of the tensors, without config and index."""
+    return key.files[2 if is_split(key) else 1 :]
+
+
+def open_weights(key: AdapterKey, limits: Limits, immutable: Sequence[str] = ()) -> LocalWeights:
+    """Open the files and check their identities. Nothing stays open on an error."""
+    readers = _readers(key, known=False)
+    reader: Reader = readers[0]
+    try:
+        if is_split(key):
+            files = _join(key, readers, limits)
+            prefix, reader = files.plan.prefix, SplitReader(files)
+        else:
+            prefix = read_prefix(reader, limits)
+        return LocalWeights(prefix, reader, _can_hold(readers, key, immutable))
+    except BaseException:
+        close_all(readers)
         raise
+
+
+def _readers(key: AdapterKey, *, known: bool) -> tuple[FileReader, ...]:
+    """Return readers of the tensors' files, which the first read opens. Quick.
+
+    With `known`, that read checks the config and the index too, which are not read again.
+    """
+    files = weight_files(key)
+    names = [WEIGHTS]
+    if is_split(key):
+        names = [split_name(number, len(files)) for number in range(1, len(files) + 1)]
+
+    def open_file(name: str, identity: FileIdentity) -> int:
+        if known:
+            for other, unread in zip((CONFIG, INDEX), key.files[: -len(files)], strict=False):
+                require_same(os.path.join(key.location, other), unread)
+        return open_same(os.path.join(key.location, name), identity)
+
+    return tuple(
+        FileReader(partial(open_file, name, identity), identity, name)
+        for name, identity in zip(names, files, strict=True)
+    )
+
+
+def _join(key: AdapterKey, readers: tuple[FileReader, ...], limits: Limits) -> SplitFiles:
+    """Read index and headers. On an error the readers are closed."""
+
+    def heads() -> Iterator[FileHead]:
+        for reader in readers:
+            try:
+                prefix = read_prefix(reader, limits)
+            except AdapterFormatError as error:
+                raise error.prefixed(f"{reader.name}: ") from None
+            yield FileHead(prefix, reader.nbytes)
+
+    try:
+        index = _read_index(key.location, key.files[1], limits)
+        if index.count != len(readers):
+            raise changed_error(INDEX)
+        return SplitFiles(plan_split(index, heads(), limits), readers)
+    except BaseException:
+        close_all(readers)
+        raise
+
+
+def _open_pages(key: AdapterKey, immutable: Sequence[str]) -> LocalPages:
+    readers = _readers(key, known=True)
+    try:
+        return LocalPages(readers, holdable=_can_hold(readers, key, immutable))
+    except BaseException:
+        close_all(readers)
+        raise
+
+
+def _can_hold(readers: Sequence[FileReader], key: AdapterKey, immutable: Sequence[str]) -> bool:
+    """Return whether the adapter's folder and its opened files lie in immutable roots."""
+    if not immutable:
+        return False
+    roots, paths = tuple(_real_paths(immutable)), [key.location]
+    for reader in readers:
+        with reader.held() as fd:
+            paths.append(os.readlink(f"/proc/self/fd/{fd}"))
+    return all(_is_inside(path, roots) for path in paths)
+
+
+def read_header(folder: Path, limits: Limits) -> tuple[Header, int]:
+    """Return the weights' header and size, for a folder that the program itself names.
+
+    Raise as a load of the adapter does.
+    """
+    key = find_adapter(LocalPlace((os.fspath(folder),), trusted=True), (), limits)
+    weights = open_weights(key, limits)
+    try:
+        header = parse_header(weights.prefix, weights.reader.nbytes, limits)
+    finally:
+        weights.close()
+    return header, sum(file.size for file in weight_files(key))

@@ -22,14 +22,13 @@ from lorax_async.errors import (
     UsageError,
     shorten,
 )
-from lorax_async.files import Reader, sha256_of
+from lorax_async.files import LocalPages, Reader, sha256_of
 from lorax_async.formats.safetensors import TensorDescription, write_header
 from lorax_async.formats.spans import ByteSpan
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.transfer_plan import check_size
 from lorax_async.sources.base import AdapterFile, PinnedPages, Source
 from lorax_async.sources.host_copies import CopyReader, HostCopies, HostCopy, host_memory
-from lorax_async.sources.local_folder import ReadAhead
 from lorax_async.sources.merges import Merger
 from lorax_async.types import AdapterKey, AdapterRef, MergedKey, TensorsKey, Verification
 
@@ -301,7 +300,7 @@ class MemorySource:
             await loop.run_in_executor(self._threads, reader.read_ahead)
         finally:
             reader.close()
-        return ReadAhead()
+        return LocalPages((), holdable=False)
 
     def close(self) -> None:
         """End threads and remove spill files. Drop all copies before. Blocks."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from lorax_async import concurrency
 from lorax_async.concurrency import SharedResource, WorkerThreads
+from lorax_async.files import LocalPages
 from lorax_async.remote import metadata, opening, readers
 from lorax_async.remote.opening import AdapterOpener
 from lorax_async.remote.readers import AdapterFetch, FetchReader
@@ -14,7 +15,6 @@ from lorax_async.remote.remote_source import RemoteSource
 from lorax_async.remote.resolution import ResolutionCache, VersionResolver
 from lorax_async.sources import merges
 from lorax_async.sources.host_copies import HostCopies, HostCopy
-from lorax_async.sources.local_folder import LocalPages
 from lorax_async.sources.tensors import TensorSnapshot
 from mutants.mutation import (
     Mutants,
