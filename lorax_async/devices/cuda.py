@@ -20,6 +20,8 @@ from __future__ import annotations
 import threading
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -47,111 +49,13 @@ from lorax_async.planning.transfer_plan import TableRow
 ALIGNMENT = 64
 _ALLOCATION_ERRORS = (RuntimeError, MemoryError, TypeError)  # torch raises TypeError beyond 63 bits
 EMPTY = torch.empty(0, dtype=torch.uint8)
-
-
-class DeviceMemory:
-    """The arena, uint8 `[nbytes]`, and the pointer table, allocated and released together."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.arena = EMPTY
-        self._columns: TableColumns | None = None
-        self._stream: torch.Stream | None = None
-
-    @property
-    def columns(self) -> TableColumns:
-        if self._columns is None:
-            raise UsageError("the device is not open")
-        return self._columns
-
-    @property
-    def stream(self) -> torch.Stream:
-        """The copy stream."""
-        if self._stream is None:
-            raise UsageError("the device is not open")
-        return self._stream
-
-    def claim(self, layout: ModelLayout, nbytes: int, slots: int) -> None:
-        """Allocate everything, or nothing. Blocks.
-
-        Memory is allocated, and the tables zeroed, on this thread's current stream, which may still
-        have work of the memory's last owner. The copy stream starts behind that, and both are
-        synchronized on return.
-
-        Raises
-        ------
-        ConfigError
-            The device does not exist or cannot be used.
-        CapacityError
-            Device memory is short for arena and tables, or pinned memory for row images.
-        """
-        require_device(self._device)
-        try:
-            self._stream = new_stream(self._device)
-            self._allocate(layout, nbytes, slots)
-            self._start_behind_current(self._stream)
-        except RuntimeError as error:
-            self.release()
-            raise ConfigError(f"{self._device} cannot be used ({first_line(error)})") from error
-        except BaseException:
-            self.release()
-            raise
-
-    def _allocate(self, layout: ModelLayout, nbytes: int, slots: int) -> None:
-        layers = [module.layer for module in layout.modules]
-        try:
-            self.arena = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-            base = self.arena.data_ptr()
-            self._columns = TableColumns(layers, slots, self._device, base, allocate_pinned)
-        except _ALLOCATION_ERRORS as error:
-            traceback.clear_frames(error.__traceback__)  # frames keep the allocations alive
-            raise CapacityError(
-                f"no memory on {self._device} for an arena of {nbytes:,} bytes and {slots:,} slots"
-                f" ({first_line(error)}); lower device_bytes or max_slots"
-            ) from error
-        if base % ALIGNMENT:
-            raise InternalError(
-                f"{self._device} returned memory that is not aligned to {ALIGNMENT}"
-            )
-
-    def _start_behind_current(self, stream: torch.Stream) -> None:
-        before = new_event(self._device)
-        before.record(stream_on(self._device, None))
-        before.wait(stream)
-        stream.synchronize()
-
-    def wipe(self, extents: Sequence[Extent]) -> None:
-        """Enqueue kernels on the copy stream that zero the extents. Raises `RuntimeError`."""
-        with self.stream:
-            for extent in extents:
-                self.arena[extent.offset : extent.offset + extent.nbytes].zero_()
-
-    def release(self) -> None:
-        """Release the memory.
-
-        The allocator may reuse it at once, in the order of the stream on which it was allocated.
-        The copy stream must be idle, and no other stream may read the memory.
-        """
-        self.arena = EMPTY
-        self._columns = None
-        self._stream = None
+_RELEASED: Any = None
+"""Stands for memory and stream before `open` and after `close`."""
 
 
 def allocate_pinned(nbytes: int) -> torch.Tensor:
     """Allocate host memory that the device reads by DMA, uint8 `[nbytes]`."""
     return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-
-
-def allocate_staging(device: torch.device, nbytes: int) -> torch.Tensor:
-    """Allocate pinned memory. Raises `CapacityError`, or `ConfigError` without the device."""
-    require_device(device)
-    try:
-        return allocate_pinned(nbytes)
-    except _ALLOCATION_ERRORS as error:
-        raise CapacityError(
-            f"no {nbytes:,} bytes of pinned host memory ({first_line(error)});"
-            " lower staging_bytes or pinned_bytes"
-        ) from error
 
 
 class CudaDevice:
@@ -190,7 +94,9 @@ class CudaDevice:
         self._dtype = TORCH_DTYPES[dtype]
         self._nbytes = nbytes
         self._slots = slots
-        self._memory = DeviceMemory(self._device)
+        self._arena = EMPTY
+        self._columns: TableColumns = _RELEASED
+        self._stream: torch.Stream = _RELEASED
         self._records = [ColumnRecord() for _ in range(slots)]
         self._was_opened = self._is_open = False
         self._failures = DeviceFailures(self.name)
@@ -202,30 +108,76 @@ class CudaDevice:
     def open(self) -> None:
         """Allocate as `Device.open`. Callable once, so that the tables' addresses stay valid.
 
-        On return, the tables are empty for every stream. Raises `ConfigError` also if the device
-        cannot be used.
+        Memory is allocated, and the tables zeroed, on this thread's current stream, which may still
+        have work of the memory's last owner. The copy stream starts behind that, and both are
+        synchronized on return: the tables are empty for every stream. Raises `ConfigError` also if
+        the device cannot be used.
         """
         if self._was_opened:
             raise UsageError("the device was opened before; make a new one")
-        self._memory.claim(self._layout, self._nbytes, self._slots)
+        require_device(self._device)
         self._copies = EventWatcher("lorax-watch-copies", self._failures.record)
         self._uses = EventWatcher("lorax-watch-uses", self._failures.record_use)
         try:
+            self._stream = new_stream(self._device)
+            self._allocate()
+            self._start_behind_current()
             start_watchers(self._copies, self._uses)
-        except CapacityError:
-            self._memory.release()
+        except RuntimeError as error:
+            self._release()
+            raise ConfigError(f"{self._device} cannot be used ({first_line(error)})") from error
+        except BaseException:
+            self._release()
             raise
-        tables = self._memory.columns
+        tables = self._columns
         self.address, self.rank, self.scale = tables.address, tables.rank, tables.scale
         self._was_opened = self._is_open = True
+
+    def _allocate(self) -> None:
+        layers = [module.layer for module in self._layout.modules]
+        try:
+            self._arena = torch.empty(self._nbytes, dtype=torch.uint8, device=self._device)
+            base = self._arena.data_ptr()
+            self._columns = TableColumns(layers, self._slots, self._device, base, allocate_pinned)
+        except _ALLOCATION_ERRORS as error:
+            traceback.clear_frames(error.__traceback__)  # frames keep the allocations alive
+            raise CapacityError(
+                f"no memory on {self._device} for an arena of {self._nbytes:,} bytes and"
+                f" {self._slots:,} slots ({first_line(error)}); lower device_bytes or max_slots"
+            ) from error
+        if base % ALIGNMENT:
+            raise InternalError(
+                f"{self._device} returned memory that is not aligned to {ALIGNMENT}"
+            )
+
+    def _start_behind_current(self) -> None:
+        before = new_event(self._device)
+        before.record(stream_on(self._device, None))
+        before.wait(self._stream)
+        self._stream.synchronize()
+
+    def _release(self) -> None:
+        """Release the memory.
+
+        The allocator may reuse it at once, in the order of the stream on which it was allocated.
+        The copy stream must be idle, and no other stream may read the memory.
+        """
+        self._arena, self._columns, self._stream = EMPTY, _RELEASED, _RELEASED
 
     def staging_memory(self, nbytes: int) -> torch.Tensor:
         """Allocate pinned memory, before or after `open`.
 
         torch's allocator rounds up to a power of two, and keeps freed memory for later pinned
-        tensors.
+        tensors. Raises `ConfigError` without the device.
         """
-        return allocate_staging(self._device, nbytes)
+        require_device(self._device)
+        try:
+            return allocate_pinned(nbytes)
+        except _ALLOCATION_ERRORS as error:
+            raise CapacityError(
+                f"no {nbytes:,} bytes of pinned host memory ({first_line(error)});"
+                " lower staging_bytes or pinned_bytes"
+            ) from error
 
     def host_view(self, extent: Extent) -> torch.Tensor:  # noqa: ARG002 - there is none
         raise UsageError(f"the arena of {self.name} is not host memory; copy staged bytes to it")
@@ -242,14 +194,15 @@ class CudaDevice:
         """
         if isinstance(pieces, FilePieces):
             raise UsageError(f"{self.name} cannot read files; copy staged bytes to it")
+        columns = self._columns  # before the check: `close` may release them meanwhile
         self._require_working()
         self._check(pieces, extent)
         cells = {
             module: TableCell(extent.offset + a, extent.offset + b, rank, scale)
             for module, a, b, _, rank, scale in rows
         }
-        image = self._memory.columns.image_for(cells) if cells else None
-        ticket = self._ticket(pieces, image)
+        image = columns.image_for(cells) if cells else None
+        ticket = self._ticket(pieces, image, columns)
         with self._order:
             try:
                 self._require_working()
@@ -278,11 +231,11 @@ class CudaDevice:
         if not pinned:  # the driver would copy it synchronously, under the lock
             raise InternalError("staged bytes are not in pinned memory; use staging_memory")
 
-    def _ticket(self, piece: StagedPiece, image: RowImage | None) -> EventTicket:
-        event, columns = new_event(self._device), self._memory.columns
-        if image is None:
-            return EventTicket(self, event, piece)
-        return EventTicket(self, event, piece, lambda: columns.release(image))
+    def _ticket(
+        self, piece: StagedPiece, image: RowImage | None, columns: TableColumns
+    ) -> EventTicket:
+        release = None if image is None else partial(columns.release, image)
+        return EventTicket(self, new_event(self._device), piece, release)
 
     def _put(
         self,
@@ -294,12 +247,12 @@ class CudaDevice:
         image: RowImage | None,
     ) -> TransferError | None:
         """Submit bytes, then rows, to the copy stream. Return the error, if any."""
-        target = self._memory.arena[start : start + piece.memory.nbytes]
+        target = self._arena[start : start + piece.memory.nbytes]
         try:
-            with self._memory.stream:
+            with self._stream:
                 target.copy_(piece.memory, non_blocking=True)
                 if image is not None:
-                    self._memory.columns.write(slot, modules, column, image)
+                    self._columns.write(slot, modules, column, image)
         except RuntimeError as error:
             return self._failures.record(error)
         return None
@@ -307,7 +260,7 @@ class CudaDevice:
     def _record(self, ticket: EventTicket) -> None:
         """Record the event behind the ticket's work, then let a watcher wait for it."""
         try:
-            ticket.event.record(self._memory.stream)
+            ticket.event.record(self._stream)
         except RuntimeError as error:  # nothing runs or reads the memory any more
             ticket.finish(ticket.error or self._failures.record(error))
         else:
@@ -341,9 +294,7 @@ class CudaDevice:
         try:
             ticket.event.record(where)
         except RuntimeError as error:
-            if self._failures.record(
-                error
-            ).retryable:  # no event was recorded, but earlier work runs
+            if self._failures.record(error).retryable:  # no event, but earlier work runs
                 where.synchronize()
             ticket.finish()
         else:
@@ -356,7 +307,9 @@ class CudaDevice:
         with self._order:
             self._require_working()
             try:
-                self._memory.wipe(extents)
+                with self._stream:
+                    for extent in extents:
+                        self.view(extent).zero_()
             except RuntimeError as error:
                 ticket.error = self._failures.record(error)
             self._record(ticket)
@@ -371,8 +324,8 @@ class CudaDevice:
             self._require_open()
             self._records[slot] = ColumnRecord()
             try:
-                with self._memory.stream:
-                    self._memory.columns.clear(slot)
+                with self._stream:
+                    self._columns.clear(slot)
             except RuntimeError as error:
                 self._failures.record(error)  # nothing reads the rows any more
 
@@ -382,11 +335,11 @@ class CudaDevice:
         Work submitted to any stream from then on can read the bytes without a wait.
         """
         shape = self._layout.modules[module]
-        return self._records[slot].operands(module, shape, self._memory.arena, self._dtype)
+        return self._records[slot].operands(module, shape, self._arena, self._dtype)
 
     def view(self, extent: Extent) -> torch.Tensor:
         """Return the bytes of an extent, which streams can read as those of `operands`."""
-        return self._memory.arena[extent.offset : extent.offset + extent.nbytes]
+        return self._arena[extent.offset : extent.offset + extent.nbytes]
 
     def close(self) -> None:
         """Wait for the copy stream and all noted uses, then release the memory.
@@ -401,12 +354,12 @@ class CudaDevice:
             self._copies.end()
             self._uses.end()
             try:
-                self._memory.stream.synchronize()  # clearings have no ticket
+                self._stream.synchronize()  # clearings have no ticket
             except RuntimeError as error:
                 self._failures.record(error)
             self._records = [ColumnRecord() for _ in range(self._slots)]
             self.address = self.rank = self.scale = EMPTY
-            self._memory.release()
+            self._release()
 
     def _require_open(self) -> None:
         if not self._is_open:

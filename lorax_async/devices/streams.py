@@ -173,9 +173,6 @@ _RETRY_SECONDS = 0.005
 _logger = logging.getLogger("lorax_async")
 
 
-def _do_nothing() -> None: ...
-
-
 class EventTicket(Future[None]):
     """A future that a watcher completes soon after the event.
 
@@ -197,7 +194,7 @@ class EventTicket(Future[None]):
         owner: object,
         event: DeviceEvent,
         held: object = None,
-        release: Callable[[], None] = _do_nothing,
+        release: Callable[[], None] | None = None,
     ) -> None:
         super().__init__()
         self.owner = owner
@@ -209,8 +206,9 @@ class EventTicket(Future[None]):
 
     def finish(self, error: LoraxError | None = None) -> None:
         """Complete the ticket: the device does not use the memory any more."""
-        release, self._held, self._release = self._release, None, _do_nothing
-        release()
+        release, self._held, self._release = self._release, None, None
+        if release is not None:
+            release()
         if error is None:
             self.set_result(None)
         else:
@@ -294,21 +292,19 @@ class EventWatcher:
         ticket = self._queue.get()
         if ticket is None:
             return False
-        error = self._wait(ticket)
+        error = ticket.error
+        while True:
+            try:
+                ticket.event.synchronize()
+            except RuntimeError as problem:
+                if is_forbidden_by_capture(problem):
+                    time.sleep(_RETRY_SECONDS)
+                    continue
+                error = self._translate(problem) or error
+            break
         try:
-            ticket.finish(error or ticket.error)
+            ticket.finish(error)
         except BaseException:
             # Futures log Exceptions, but SystemExit must not stop the watcher either.
             _logger.exception("a callback of a ticket raised")
         return True
-
-    def _wait(self, ticket: EventTicket) -> LoraxError | None:
-        while True:
-            try:
-                ticket.event.synchronize()
-            except RuntimeError as error:
-                if not is_forbidden_by_capture(error):
-                    return self._translate(error)
-                time.sleep(_RETRY_SECONDS)
-            else:
-                return None

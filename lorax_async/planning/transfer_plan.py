@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import groupby
 from math import ceil
 from operator import attrgetter
@@ -350,40 +351,25 @@ def windows(group: GroupPlan, nbytes: int, item_bytes: int) -> tuple[StagingWind
     if group.nbytes <= nbytes:
         return (StagingWindow.whole(group),)
     starts = _window_starts(group, nbytes, item_bytes)
-    moves = [_WindowMoves() for _ in starts]
+    reads: list[list[ReadMove]] = [[] for _ in starts]
+    converts: list[list[ConvertMove]] = [[] for _ in starts]
+    zeros: list[list[ZeroMove]] = [[] for _ in starts]
     for read in group.reads:
         for n, first, last in _split_by_window(starts, read.target, read.nbytes):
-            moves[n].reads.extend(_cut_read(read, first, last, starts[n]))
+            target = first - starts[n]
+            for piece in read.source.cut(first - read.target, last - read.target):
+                reads[n].append(
+                    ReadMove(piece.start, piece.nbytes, target, piece.rows, piece.pitch)
+                )
+                target += piece.nbytes
     for convert in group.converts:
         n = bisect_right(starts, convert.target) - 1
-        moves[n].converts.append(replace(convert, target=convert.target - starts[n]))
+        converts[n].append(replace(convert, target=convert.target - starts[n]))
     for zero in group.zeros:
         for n, first, last in _split_by_window(starts, zero.target, zero.nbytes):
-            moves[n].zeros.append(ZeroMove(first - starts[n], last - first))
-    stops = [*starts[1:], group.nbytes]
-    return tuple(map(_WindowMoves.to_window, moves, starts, stops))
-
-
-class _WindowMoves:
-    """Collect the moves of one window."""
-
-    def __init__(self) -> None:
-        self.reads: list[ReadMove] = []
-        self.converts: list[ConvertMove] = []
-        self.zeros: list[ZeroMove] = []
-
-    def to_window(self, start: int, stop: int) -> StagingWindow:
-        return StagingWindow(
-            start, stop, tuple(self.reads), tuple(self.converts), tuple(self.zeros)
-        )
-
-
-def _cut_read(read: ReadMove, first: int, last: int, start: int) -> Iterator[ReadMove]:
-    """Yield the part of a read that fills [first, last), for the window that begins at `start`."""
-    target = first - start
-    for piece in read.source.cut(first - read.target, last - read.target):
-        yield ReadMove(piece.start, piece.nbytes, target, piece.rows, piece.pitch)
-        target += piece.nbytes
+            zeros[n].append(ZeroMove(first - starts[n], last - first))
+    moves = (map(tuple, kind) for kind in (reads, converts, zeros))
+    return tuple(map(StagingWindow, starts, [*starts[1:], group.nbytes], *moves))
 
 
 def _window_starts(group: GroupPlan, nbytes: int, item_bytes: int) -> list[int]:
@@ -393,22 +379,15 @@ def _window_starts(group: GroupPlan, nbytes: int, item_bytes: int) -> list[int]:
     )
     starts = [0]
     while (limit := starts[-1] + nbytes) < group.nbytes:
-        stop = _window_end(limit, whole)
+        stop = limit - limit % _WINDOW_ALIGNMENT
+        before = bisect_left(whole, (stop,)) - 1
+        if before >= 0 and whole[before][1] > stop:  # cut no move
+            first, last = whole[before]
+            stop = last if last <= limit else first
         if stop <= starts[-1]:
             raise InternalError(f"a window of {nbytes:,} bytes is too small for one move")
         starts.append(stop)
     return starts
-
-
-def _window_end(limit: int, whole: list[tuple[int, int]]) -> int:
-    """Return the end of a window, at most `limit`, that cuts none of the ranges in `whole`."""
-    cut = limit - limit % _WINDOW_ALIGNMENT
-    before = bisect_left(whole, (cut,)) - 1
-    if before >= 0:
-        first, last = whole[before]
-        if last > cut:
-            return last if last <= limit else first
-    return cut
 
 
 def _split_by_window(starts: list[int], target: int, nbytes: int) -> Iterator[tuple[int, int, int]]:
@@ -420,9 +399,9 @@ def _split_by_window(starts: list[int], target: int, nbytes: int) -> Iterator[tu
         n, first = n + 1, last
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TransferPlan:
-    """An adapter's layer groups that have tensors, in layer order.
+    """An adapter's layer groups that have tensors, in layer order. Thousands may share it.
 
     `dtype` is the dtype of A and B on the device, `rank` the largest true rank, `nbytes` the sum
     of the extents, `file_bytes` the size of the file.
@@ -433,23 +412,32 @@ class TransferPlan:
     rank: int
     nbytes: int
     file_bytes: int
-    layers: tuple[int, ...] = field(init=False)
-    has_vectors: bool = field(init=False)
-    _variants: tuple[GroupSizes, GroupSizes] = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        # Made once, because thousands of adapters may share a plan.
-        needs = _needs(self.groups, self.file_bytes)
-        object.__setattr__(self, "layers", tuple(group.layer for group in self.groups))
-        object.__setattr__(self, "has_vectors", any(group.vectors for group in self.groups))
-        object.__setattr__(self, "_variants", (needs, replace(needs, holdable=True)))
+    @cached_property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(group.layer for group in self.groups)
+
+    @cached_property
+    def has_vectors(self) -> bool:
+        return any(group.vectors for group in self.groups)
+
+    @cached_property
+    def _sizes(self) -> tuple[GroupSizes, GroupSizes]:
+        groups = self.groups
+        sizes = GroupSizes(
+            tuple(group.nbytes for group in groups),
+            tuple(sorted(range(len(groups)), key=lambda n: groups[n].spans[:1])),
+            file_nbytes=self.file_bytes,
+            weight=sum(max(len(g.rows) + len(g.vectors), len(g.spans)) for g in groups),
+        )
+        return sizes, replace(sizes, holdable=True)
 
     def needs(self, *, holdable: bool) -> GroupSizes:
         """Return the sizes for the lifecycle, the same object for all adapters of this plan.
 
         `holdable` is as in `GroupSizes`.
         """
-        return self._variants[holdable]
+        return self._sizes[holdable]
 
 
 def plan_transfer(
@@ -506,15 +494,6 @@ def plan_transfer(
     check_size(nbytes, f"as {target.dtype} on the device", limits)
     rank = max(map(attrgetter("rank"), pairs))
     return TransferPlan(groups, target.dtype, rank, nbytes, file_bytes)
-
-
-def _needs(groups: tuple[GroupPlan, ...], file_bytes: int) -> GroupSizes:
-    return GroupSizes(
-        tuple(group.nbytes for group in groups),
-        tuple(sorted(range(len(groups)), key=lambda n: groups[n].spans[:1])),
-        file_nbytes=file_bytes,
-        weight=sum(max(len(group.rows) + len(group.vectors), len(group.spans)) for group in groups),
-    )
 
 
 def check_size(nbytes: int, where: str, limits: Limits) -> None:

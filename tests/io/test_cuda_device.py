@@ -415,7 +415,7 @@ def test_no_memory_for_a_copy_is_its_tickets_and_not_before_the_event(
     assert "late:0 refused a copy (CUDA" in told.problem
     assert "might" not in told.problem
     with monkeypatch.context() as patch:
-        patch.setattr(cuda.DeviceMemory, "wipe", refuse)
+        patch.setattr(late, "view", refuse)
         assert isinstance(late.wipe([extent(0)]).exception(10), errors.TransferError)
     settle(late)
     holds(late, 0, {})

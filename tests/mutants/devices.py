@@ -5,7 +5,7 @@ from typing import Any
 
 from lorax_async.devices import cuda
 from lorax_async.devices.cpu import CpuDevice
-from lorax_async.devices.cuda import CudaDevice, DeviceMemory
+from lorax_async.devices.cuda import CudaDevice
 from lorax_async.devices.pointer_table import TableColumns
 from lorax_async.devices.streams import EventTicket, EventWatcher
 from mutants.mutation import Mutants, NoLock, initialized, mutant, nothing, seen_by, skipped
@@ -25,9 +25,9 @@ def done(*_: object, **__: object) -> Future[None]:
     return ticket
 
 
-def _recorded_first(self: CudaDevice, piece: Any, image: Any) -> EventTicket:
-    ticket = _ticket(self, piece, image)
-    ticket.event.record(self._memory.stream)
+def _recorded_first(self: CudaDevice, piece: Any, *image: Any) -> EventTicket:
+    ticket = _ticket(self, piece, *image)
+    ticket.event.record(self._stream)
     return ticket
 
 
@@ -35,15 +35,16 @@ def _rows_first(
     self: CudaDevice, piece: Any, start: int, slot: int, modules: Any, column: Any, image: Any
 ) -> Any:
     if image is not None:
-        with self._memory.stream:
-            self._memory.columns.write(slot, modules, column, image)
+        with self._stream:
+            self._columns.write(slot, modules, column, image)
     return _put(self, piece, start, slot, modules, column, None)
 
 
-def _image_given_back(self: CudaDevice, piece: Any, image: Any) -> EventTicket:
-    ticket = _ticket(self, piece, image)
-    ticket._release()
-    ticket._release = nothing
+def _image_given_back(self: CudaDevice, piece: Any, *image: Any) -> EventTicket:
+    ticket = _ticket(self, piece, *image)
+    release, ticket._release = ticket._release, None
+    if release is not None:
+        release()
     return ticket
 
 
@@ -103,7 +104,7 @@ DEVICES: Mutants = {
         f"{DEVICE}::TestAWipe::test_has_its_ticket_after_the_zeros", (CudaDevice, "wipe", done)),
     "cuda: the copy stream starts behind the current one": mutant(
         f"{DEVICE}::TestOpening::test_what_stands_on_the_current_stream_comes_first",
-        skipped(DeviceMemory, "_start_behind_current")),
+        skipped(CudaDevice, "_start_behind_current")),
     "cuda: close waits for copies and uses": mutant(
         f"{DEVICE}::TestClosing::test_waits_for_all_that_is_on_its_way",
         skipped(EventWatcher, "end")),
