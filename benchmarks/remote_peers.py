@@ -19,7 +19,7 @@ from time import sleep
 from typing import Any
 
 from harness import Contender, WrongBytesError
-from lorax_async.remote.metadata import FIRST_BYTES
+from lorax_async.remote.base import FIRST_BYTES
 from peers import require, safetensors_load_file
 from remote_stage import CONNECTIONS, Stage
 from work_files import CONFIG, WEIGHTS

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from lorax_async.errors import ConfigError, InvalidAdapterIdError, UsageError, shorten
-from lorax_async.ids import Allow, as_allow, parse_folder_url
+from lorax_async.errors import ConfigError, UsageError, shorten
+from lorax_async.ids import Allow, as_allow
 from lorax_async.types import (
     MAX_SECONDS,
     require_bool,
@@ -18,6 +18,7 @@ from lorax_async.types import (
     require_positive,
     require_seconds,
 )
+from lorax_async.urls import InvalidUrlError, parse_folder_url
 
 __all__ = [
     "DTYPES",
@@ -346,8 +347,8 @@ def _endpoint(url: object) -> str | None:
         raise ConfigError(f"hub_endpoint must be a URL or None, not {url!r}")
     try:
         return parse_folder_url(url).text.removesuffix("/")
-    except InvalidAdapterIdError as error:  # do not repeat the URL: it may hold a secret
-        raise ConfigError(f"hub_endpoint is not accepted: {error.problem}") from None
+    except InvalidUrlError as error:  # do not repeat the URL: it may hold a secret
+        raise ConfigError(f"hub_endpoint is not accepted: {error}") from None
 
 
 def _as_folder(name: str, value: object) -> Path | None:

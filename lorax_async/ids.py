@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 from urllib.parse import unquote_to_bytes
 
-from lorax_async import urls
 from lorax_async.errors import (
     AccessDeniedError,
     ConfigError,
@@ -32,172 +31,90 @@ from lorax_async.types import (
 from lorax_async.urls import (
     DEFAULT_PORTS,
     InvalidUrlError,
+    Origin,
     Url,
     folder_path,
     is_address,
+    parse_folder_url,
     parse_host,
 )
 
-
-def parse_folder_url(text: str) -> Url:
-    """Parse an http or https URL of a folder into its canonical spelling."""
-    try:
-        return urls.parse_folder_url(text)
-    except InvalidUrlError as error:
-        raise InvalidAdapterIdError(str(error)) from None
-
-
-_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?")
-_OTHER_KINDS = frozenset({"datasets", "spaces", "kernels", "models", "api"})
-_WORD = r"[A-Za-z0-9_][A-Za-z0-9._+-]*"
-_REVISION = re.compile(rf"{_WORD}(?:/{_WORD})*")
-_PULL_REQUEST = re.compile(r"refs/pr/[1-9][0-9]{0,8}")
-_LIKE_PULL_REQUEST = re.compile(r"(?:refs/)?pr/", re.IGNORECASE)
-_MAX_REVISION = 200
-
-
-class HubId(NamedTuple):
-    """A model repository, `org/name`, and its revision."""
-
-    repo: str
-    revision: str | None
-
-
-def parse_hub_id(text: str) -> HubId:
-    """Parse `org/name` or `org/name@revision`."""
-    repo, at, revision = text.partition("@")
-    org, slash, name = repo.partition("/")
-    if not slash:
-        raise InvalidAdapterIdError(
-            "it is neither org/name[@revision], which is an adapter on the hub, nor a URL, nor a"
-            " path; a local folder is written ./name"
-        )
-    if not (is_hub_name(org) and is_hub_name(name)) or name.endswith(".git"):
-        raise InvalidAdapterIdError(
-            "on the hub it is org/name[@revision], each name of 1 to 96 letters, digits, '_', '-'"
-            " and '.', with no '-' or '.' at its ends, no '--', no '..', and no '.git' at the end;"
-            " a local folder begins with './', '../' or '/', all else is a URL"
-        )
-    if org in _OTHER_KINDS:
-        raise InvalidAdapterIdError(
-            f"'{org}/…' is no model repository of the hub; write the organisation and the name"
-        )
-    return HubId(repo, parse_revision(revision) if at else None)
-
-
-def is_hub_name(text: str) -> bool:
-    """Return whether a name is valid by `huggingface_hub.utils.validate_repo_id`."""
-    return _NAME.fullmatch(text) is not None and "--" not in text and ".." not in text
-
-
-def parse_revision(text: str) -> str:
-    """Check a branch, tag, commit or `refs/pr/N`, and return it."""
-    words = text.split("/")
-    plain = (
-        len(text) <= _MAX_REVISION
-        and _REVISION.fullmatch(text) is not None
-        and ".." not in text
-        and not any(word.endswith((".", ".lock")) for word in words)
-    )
-    if not plain or (words[0].lower() == "refs" and not _PULL_REQUEST.fullmatch(text)):
-        raise InvalidAdapterIdError(
-            "a revision on the hub is a branch or a tag of letters, digits, '_', '-', '.', '+' and"
-            " '/', a commit, or refs/pr/N; where a name has other characters, use the commit"
-        )
-    return text
-
-
-def names_pull_request(revision: str | None) -> bool:
-    """Return whether a revision may be a pull request, which git also finds as `pr/1`."""
-    return revision is not None and _LIKE_PULL_REQUEST.match(revision) is not None
-
-
 STORES = ("s3", "gs", "az")
-
-_S3 = re.compile(r"(?!xn--)[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
-_GS = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
-_AZ = re.compile(r"(?=.{3,63}\Z)[a-z0-9]+(?:-[a-z0-9]+)*")
-_GS_LABEL = 63
-_RULES = {
-    "s3": "3 to 63 of a-z, 0-9, '-' and '.', a letter or digit at both ends, no '..', no address",
-    "gs": "3 to 63 of a-z, 0-9, '-', '_' and '.', a letter or digit at both ends, no '..', no"
-    " address (with dots 222, of 63 between them)",
-    "az": "3 to 63 of a-z, 0-9 and '-', a letter or digit at both ends, no '--'",
-}
-
-_MAX_PREFIX = 900
-"""In bytes: a key has at most 1,024, and includes a file name."""
-
-_AVOIDED = frozenset('\\{}^%`[]"<>#|?')
-
-
-class StorePlace(NamedTuple):
-    """A folder in a bucket (Azure: a container).
-
-    `scheme` is one of `STORES`; `prefix` is "" or ends with "/".
-    """
-
-    scheme: str
-    bucket: str
-    prefix: str
-
-    @property
-    def text(self) -> str:
-        return f"{self.scheme}://{self.bucket}/{self.prefix}"
-
-
-def parse_store(scheme: str, rest: str) -> StorePlace:
-    """Parse the part of a URL after `scheme://`."""
-    bucket, _, key = rest.partition("/")
-    return StorePlace(scheme, parse_bucket(scheme, bucket), parse_prefix(key))
-
-
-def parse_bucket(scheme: str, name: str) -> str:
-    """Check the name of a bucket or container, and return it."""
-    rule = {"s3": _S3, "gs": _GS, "az": _AZ}[scheme]
-    labels = name.split(".")
-    lengths_fit = scheme != "gs" or max(map(len, labels)) <= _GS_LABEL
-    if not rule.fullmatch(name) or not all(labels) or not lengths_fit or is_address(name):
-        word = "container" if scheme == "az" else "bucket"
-        raise InvalidAdapterIdError(
-            f"it is {scheme}://{word}/folder, where the {word}'s name has {_RULES[scheme]}"
-        )
-    return name
-
-
-def parse_prefix(key: str) -> str:
-    """Normalize the prefix of a folder's keys: "" or with a "/" at its end."""
-    if not key:
-        return ""
-    path = key.removesuffix("/")
-    parts = path.split("/")
-    if not all(parts) or "." in parts or ".." in parts:
-        raise InvalidAdapterIdError("the folder in the bucket has no part that is '', '.' or '..'")
-    if not path.isprintable() or _AVOIDED & set(path):
-        raise InvalidAdapterIdError(
-            "the folder in the bucket is written like its keys, without encoding, and contains none"
-            f" of {' '.join(sorted(_AVOIDED))} and no unprintable character"
-        )
-    if len(path.encode()) > _MAX_PREFIX:
-        raise InvalidAdapterIdError(f"the folder has more than {_MAX_PREFIX} bytes")
-    return f"{path}/"
-
-
+SOURCES = ("hub", *STORES, "http", "https", "local")
 Scheme = Literal["hub", "s3", "gs", "az", "https", "http"]
 """The kinds of remote places."""
 
 
-class OriginPlace(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class RemotePlace:
     """A remote place, in the terms of an `Allow`.
 
-    `path` is the folder below host or bucket, or "org/name/" on the hub; it ends with "/" and does
-    not begin with one. `host` is "" on the hub; `port` is None for the scheme's default.
+    `host` is a store's bucket or container, and "" on the hub; `port` is None for the scheme's
+    default. `path` is the folder below it, "" or with "/" at its end only; "org/name/" on the hub.
     """
 
     scheme: str
     host: str
     port: int | None
     path: str
+
+
+class HubRepository(RemotePlace):
+    """A model repository of the hub. Its `text` is org/name."""
+
+    __slots__ = ()
+
+    @property
+    def text(self) -> str:
+        return self.path[:-1]
+
+
+class StoreFolder(RemotePlace):
+    """A folder in a bucket of S3 or Google Cloud Storage, or in a container of Azure."""
+
+    __slots__ = ()
+
+    @property
+    def text(self) -> str:
+        return f"{self.scheme}://{self.host}/{self.path}"
+
+
+class WebFolder(RemotePlace):
+    """A folder behind a URL."""
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, url: Url) -> WebFolder:
+        return cls(url.origin.scheme, url.origin.host, url.origin.explicit_port, url.target[1:])
+
+    @property
+    def url(self) -> Url:
+        port = self.port or DEFAULT_PORTS[self.scheme]
+        return Url(Origin(self.scheme, self.host, port), f"/{self.path}")
+
+    @property
+    def text(self) -> str:
+        return self.url.text
+
+
+@dataclass(frozen=True, slots=True)
+class LocalFolder:
+    """A path, below a root if relative. A `trusted` one may be anywhere and follow any link."""
+
+    path: str
+    trusted: bool
+
+
+Place = HubRepository | StoreFolder | WebFolder | LocalFolder
+"""What the text of an id names; merges and adapters in memory have no text."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedRef(AdapterRef):
+    """A reference in its one spelling, with its source set, and the place that it names."""
+
+    place: Place = field(kw_only=True, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,28 +163,24 @@ class Allow:
                 raise ConfigError(f"{name} of Allow must be a str, not {getattr(self, name)!r}")
         for name in ("pull_requests", "use_token", "private"):
             require_bool(f"{name} of Allow", getattr(self, name))
-        try:
-            self._normalize()
-        except InvalidAdapterIdError as error:
-            raise ConfigError(f"Allow({self.scheme!r}, …): {error.problem}") from None
-        except InvalidUrlError as error:
-            raise ConfigError(f"Allow({self.scheme!r}, …): {error}") from None
-
-    def _normalize(self) -> None:
-        """Check the fields for this scheme and bring them into canonical spelling."""
         if self.prefix and (self.prefix[0] == "/" or self.prefix[-1] != "/"):
             raise ConfigError(
                 f"prefix {shorten(self.prefix, 200)!r} of Allow must end with '/', because it"
                 " is a folder, and must not begin with it"
             )
         self._require_applicable()
-        if self.scheme == "hub":
-            self._check_hub()
-        elif self.scheme in DEFAULT_PORTS:
-            self._normalize_web()
-        else:
-            parse_bucket(self.scheme, self.host)
-            parse_prefix(self.prefix)
+        try:
+            if self.scheme == "hub":
+                self._check_hub()
+            elif self.scheme in DEFAULT_PORTS:
+                self._normalize_web()
+            else:
+                _parse_bucket(self.scheme, self.host)
+                _parse_prefix(self.prefix)
+        except InvalidAdapterIdError as error:
+            raise ConfigError(f"Allow({self.scheme!r}, …): {error.problem}") from None
+        except InvalidUrlError as error:
+            raise ConfigError(f"Allow({self.scheme!r}, …): {error}") from None
 
     def _require_applicable(self) -> None:
         web = self.scheme in DEFAULT_PORTS
@@ -288,7 +201,7 @@ class Allow:
 
     def _check_hub(self) -> None:
         names = self.prefix.split("/")[:-1]
-        if len(names) > 2 or not all(map(is_hub_name, names)):
+        if len(names) > 2 or not all(map(_is_hub_name, names)):
             raise ConfigError(
                 f"prefix {shorten(self.prefix, 200)!r} of Allow('hub') is neither 'org/' nor"
                 " 'org/name/'"
@@ -309,11 +222,10 @@ class Allow:
         if self.private and (host == "localhost" or is_address(host)):
             raise ConfigError("private of Allow is for names: an address and 'localhost' need none")
 
-    def covers(self, place: OriginPlace) -> bool:
+    def covers(self, place: RemotePlace) -> bool:
         """Return whether `place` is this place or below it."""
-        return place[:3] == (self.scheme, self.host, self.port) and place.path.startswith(
-            self.prefix
-        )
+        origin = (place.scheme, place.host, place.port)
+        return origin == (self.scheme, self.host, self.port) and place.path.startswith(self.prefix)
 
 
 def as_allow(entries: object, name: str = "allow") -> tuple[Allow, ...]:
@@ -325,18 +237,130 @@ def as_allow(entries: object, name: str = "allow") -> tuple[Allow, ...]:
     return tuple(entries)
 
 
+def is_covered(ref: ParsedRef, allow: Sequence[Allow]) -> bool:
+    """Return whether an entry covers the place of a reference. None covers a local folder."""
+    place = ref.place
+    if isinstance(place, LocalFolder):
+        return False
+    entries = [entry for entry in allow if entry.covers(place)]
+    if isinstance(place, HubRepository) and names_pull_request(ref.revision):
+        return any(entry.pull_requests for entry in entries)
+    return bool(entries)
+
+
+def names_pull_request(revision: str | None) -> bool:
+    """Return whether a revision may be a pull request, which git also finds as `pr/1`."""
+    return revision is not None and _LIKE_PULL_REQUEST.match(revision) is not None
+
+
+_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?")
+_OTHER_KINDS = frozenset({"datasets", "spaces", "kernels", "models", "api"})
+_WORD = r"[A-Za-z0-9_][A-Za-z0-9._+-]*"
+_REVISION = re.compile(rf"{_WORD}(?:/{_WORD})*")
+_PULL_REQUEST = re.compile(r"refs/pr/[1-9][0-9]{0,8}")
+_LIKE_PULL_REQUEST = re.compile(r"(?:refs/)?pr/", re.IGNORECASE)
+_MAX_REVISION = 200
+
+
+def _parse_repository(text: str) -> HubRepository:
+    org, slash, name = text.partition("/")
+    if not slash:
+        raise InvalidAdapterIdError(
+            "it is neither org/name[@revision], which is an adapter on the hub, nor a URL, nor a"
+            " path; a local folder is written ./name"
+        )
+    if not (_is_hub_name(org) and _is_hub_name(name)) or name.endswith(".git"):
+        raise InvalidAdapterIdError(
+            "on the hub it is org/name[@revision], each name of 1 to 96 letters, digits, '_', '-'"
+            " and '.', with no '-' or '.' at its ends, no '--', no '..', and no '.git' at the end;"
+            " a local folder begins with './', '../' or '/', all else is a URL"
+        )
+    if org in _OTHER_KINDS:
+        raise InvalidAdapterIdError(
+            f"'{org}/…' is no model repository of the hub; write the organisation and the name"
+        )
+    return HubRepository("hub", "", None, f"{text}/")
+
+
+def _is_hub_name(text: str) -> bool:
+    """Return whether a name is valid by `huggingface_hub.utils.validate_repo_id`."""
+    return _NAME.fullmatch(text) is not None and "--" not in text and ".." not in text
+
+
+def parse_revision(text: str) -> str:
+    """Check a branch, tag, commit or `refs/pr/N`, and return it."""
+    words = text.split("/")
+    plain = (
+        len(text) <= _MAX_REVISION
+        and _REVISION.fullmatch(text) is not None
+        and ".." not in text
+        and not any(word.endswith((".", ".lock")) for word in words)
+    )
+    if not plain or (words[0].lower() == "refs" and not _PULL_REQUEST.fullmatch(text)):
+        raise InvalidAdapterIdError(
+            "a revision on the hub is a branch or a tag of letters, digits, '_', '-', '.', '+' and"
+            " '/', a commit, or refs/pr/N; where a name has other characters, use the commit"
+        )
+    return text
+
+
+_BUCKETS = {
+    "s3": re.compile(r"(?!xn--)[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"),
+    "gs": re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]"),
+    "az": re.compile(r"(?=.{3,63}\Z)[a-z0-9]+(?:-[a-z0-9]+)*"),
+}
+_GS_LABEL = 63
+_RULES = {
+    "s3": "3 to 63 of a-z, 0-9, '-' and '.', a letter or digit at both ends, no '..', no address",
+    "gs": "3 to 63 of a-z, 0-9, '-', '_' and '.', a letter or digit at both ends, no '..', no"
+    " address (with dots 222, of 63 between them)",
+    "az": "3 to 63 of a-z, 0-9 and '-', a letter or digit at both ends, no '--'",
+}
+
+_MAX_PREFIX = 900
+"""In bytes: a key has at most 1,024, and includes a file name."""
+
+_AVOIDED = frozenset('\\{}^%`[]"<>#|?')
+
+
+def _parse_bucket(scheme: str, name: str) -> str:
+    """Check the name of a bucket or container, and return it."""
+    labels = name.split(".")
+    lengths_fit = scheme != "gs" or max(map(len, labels)) <= _GS_LABEL
+    plain = _BUCKETS[scheme].fullmatch(name) is not None and all(labels) and lengths_fit
+    if not plain or is_address(name):
+        word = "container" if scheme == "az" else "bucket"
+        raise InvalidAdapterIdError(
+            f"it is {scheme}://{word}/folder, where the {word}'s name has {_RULES[scheme]}"
+        )
+    return name
+
+
+def _parse_prefix(key: str) -> str:
+    """Normalize the prefix of a folder's keys: "" or with a "/" at its end."""
+    if not key:
+        return ""
+    path = key.removesuffix("/")
+    parts = path.split("/")
+    if not all(parts) or "." in parts or ".." in parts:
+        raise InvalidAdapterIdError("the folder in the bucket has no part that is '', '.' or '..'")
+    if not path.isprintable() or _AVOIDED & set(path):
+        raise InvalidAdapterIdError(
+            "the folder in the bucket is written like its keys, without encoding, and contains none"
+            f" of {' '.join(sorted(_AVOIDED))} and no unprintable character"
+        )
+    if len(path.encode()) > _MAX_PREFIX:
+        raise InvalidAdapterIdError(f"the folder has more than {_MAX_PREFIX} bytes")
+    return f"{path}/"
+
+
 _BARE_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 
 
-def is_local_text(text: str) -> bool:
-    """Return whether a text names a local folder without `source="local"`."""
-    return text.startswith(("/", "./", "../")) or text[:5].lower() == "file:"
-
-
-def parse_local(text: str) -> str:
+def _parse_local(text: str) -> str:
     """Normalize a path or file: URL to one that begins with "/", "./" or "../".
 
-    Raises `InvalidAdapterIdError`. ".." stays, for a link may precede it.
+    ".." stays, for a link may precede it.
     """
     path = require_printable(_path_of_url(text)) if text[:5].lower() == "file:" else text
     parts = [part for part in path.split("/") if part not in {"", "."}]
@@ -366,8 +390,6 @@ def _path_of_url(url: str) -> str:
         raise InvalidAdapterIdError("the file: URL does not decode to UTF-8") from None
 
 
-SOURCES = ("hub", *STORES, "http", "https", "local")
-
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _VERSION = re.compile(r"[\x21-\x7e]{1,1024}")
 
@@ -385,50 +407,65 @@ def parse_adapter_id(text: str, allow: Sequence[Allow] = ()) -> AdapterRef:
     AccessDeniedError
         No entry allows it.
     """
-    return parse_allowed_ref(AdapterRef(text), allow)
+    ref = parse_allowed_ref(AdapterRef(text), allow)
+    return AdapterRef(ref.id, ref.source, ref.revision)
 
 
-def parse_allowed_ref(ref: AdapterRef, allow: Sequence[Allow]) -> AdapterRef:
-    """Parse a reference and check it against `allow`.
+def parse_allowed_ref(ref: AdapterRef, allow: Sequence[Allow]) -> ParsedRef:
+    """Parse a reference; raise `AccessDeniedError`, with the missing entry, unless it is allowed.
 
-    Raises `InvalidAdapterIdError` and `AccessDeniedError`.
+    Local folders are checked against `local_roots` elsewhere. Raises as `parse_ref` does.
     """
     ref = parse_ref(ref)
-    require_allowed(ref, allow)
-    return ref
-
-
-def parse_ref(ref: AdapterRef) -> AdapterRef:
-    """Return `ref` with its source set and its id in canonical spelling. Check no allow list.
-
-    A `Path` stays a `Path`, and is local. For an id without a source, `ref.source` decides: "s3"
-    reads it as `bucket/folder`, "local" as a path below a root. A hub id's revision moves to
-    `revision`. Idempotent. Raises `InvalidAdapterIdError`, also for contradictions.
-    """
-    if isinstance(ref.id, Path):
-        _require_agreement(ref.source, "local")
-        require_id_text(os.fspath(ref.id), os.fsencode)
-        return _at(ref, "local", ref.id)
-    source, rest = _read(require_printable(require_id_text(ref.id, str.encode)), ref.source)
-    if source == "hub":
-        return _on_hub(ref, rest)
-    if source == "local":
-        return _at(ref, source, require_id_text(parse_local(rest), str.encode))
-    if source in DEFAULT_PORTS:
-        return _at(ref, source, parse_folder_url(f"{source}://{rest}").text)
-    if source in STORES:
-        return _at(ref, source, parse_store(source, rest).text)
-    raise InvalidAdapterIdError(
-        "there is no such source; it is one of "
-        + ", ".join(SOURCES)
-        + ", or a URL that begins with"
-        " s3://, gs://, az://, https://, http:// or file:"
+    place = ref.place
+    if isinstance(place, LocalFolder) or is_covered(ref, allow):
+        return ref
+    pull_request = isinstance(place, HubRepository) and names_pull_request(ref.revision)
+    narrowed = pull_request or any(entry.scheme == "hub" for entry in allow)
+    if isinstance(place, HubRepository) and not narrowed:
+        return ref
+    arguments = [repr(place.scheme)]
+    arguments += [repr(place.host)] if place.host else []
+    arguments += [f"port={place.port}"] if place.port is not None else []
+    arguments += [f"prefix={place.path!r}"] if 0 < len(place.path) <= 300 else []
+    arguments += ["pull_requests=True"] if pull_request else []
+    what = "pull requests of this adapter are" if pull_request else "this adapter is"
+    raise AccessDeniedError(
+        f"{what} not allowed here; the operator can allow it by"
+        f" LoaderConfig(allow=(Allow({', '.join(arguments)}), …))",
+        stage="resolve",
     )
 
 
-def _read(text: str, source: str | None) -> tuple[str, str]:
+def parse_ref(ref: AdapterRef) -> ParsedRef:
+    """Parse the id of `ref`, unless it is parsed already. Check no allow list.
+
+    A `Path` stays a `Path`, and is local. For an id without a source, `ref.source` decides: "s3"
+    reads it as `bucket/folder`, "local" as a path below a root. A hub id's revision moves to
+    `revision`. Raises `InvalidAdapterIdError`, also for contradictions.
+    """
+    if isinstance(ref, ParsedRef):
+        return ref
+    id, revision = ref.id, ref.revision
+    if isinstance(id, Path):
+        _require_agreement(ref.source, "local")
+        source = "local"
+        place: Place = LocalFolder(require_id_text(os.fspath(id), os.fsencode), trusted=True)
+    else:
+        source, text = _split(require_printable(require_id_text(id, str.encode)), ref.source)
+        if source == "hub":
+            text, revision = _split_revision(text, revision)
+        place = _parse_place(source, text)
+        id = place.path if isinstance(place, LocalFolder) else place.text
+    if source != "hub":
+        _check_options(source, revision, use_token=ref.use_token)
+    rest = (ref.token, ref.digest, ref.allow_stale, ref.use_token)
+    return ParsedRef(id, source, revision, *rest, place=place)
+
+
+def _split(text: str, source: str | None) -> tuple[str, str]:
     """Split an id into its source and the rest."""
-    if is_local_text(text):
+    if text.startswith(("/", "./", "../")) or text[:5].lower() == "file:":
         _require_agreement(source, "local")
         return "local", text
     match = _SCHEME.match(text)
@@ -448,128 +485,68 @@ def _require_agreement(source: str | None, actual: str) -> None:
         )
 
 
-def _on_hub(ref: AdapterRef, text: str) -> AdapterRef:
-    repo, revision = parse_hub_id(text)
-    if ref.revision is not None and revision not in {None, ref.revision}:
-        raise InvalidAdapterIdError("the id has one revision and revision= another; pass one")
-    if revision is None and ref.revision is not None:
-        revision = parse_revision(ref.revision)
-    return replace(ref, id=repo, source="hub", revision=revision)
-
-
-def _at(ref: AdapterRef, source: str, id: str | Path) -> AdapterRef:
-    if ref.use_token:
-        raise InvalidAdapterIdError(
-            "use_token is for the hub, the only source for which this machine has a token"
-        )
-    if ref.revision is not None:
-        if source == "local":
-            raise InvalidAdapterIdError("a local folder has no revisions; leave the revision out")
-        if not _VERSION.fullmatch(ref.revision):
-            raise InvalidAdapterIdError(
-                "a revision here is a versionId or a strong ETag: up to 1,024 printable characters"
-                " of ASCII without spaces"
-            )
-    return replace(ref, id=id, source=source)
-
-
-def require_allowed(ref: AdapterRef, allow: Sequence[Allow]) -> None:
-    """Raise `AccessDeniedError`, with the missing entry, unless a parsed reference is allowed.
-
-    Local folders are checked against `local_roots` elsewhere.
-    """
-    if ref.source == "local":
-        return
-    pull_request = ref.source == "hub" and names_pull_request(ref.revision)
-    narrowed = pull_request or any(entry.scheme == "hub" for entry in allow)
-    if not is_covered(ref, allow) and (ref.source != "hub" or narrowed):
-        raise _refusal(place_of(ref), pull_request=pull_request)
-
-
-def is_covered(ref: AdapterRef, allow: Sequence[Allow]) -> bool:
-    """Return whether an entry covers the place of a parsed remote reference."""
-    place = place_of(ref)
-    entries = [entry for entry in allow if entry.covers(place)]
-    if ref.source == "hub" and names_pull_request(ref.revision):
-        return any(entry.pull_requests for entry in entries)
-    return bool(entries)
-
-
-def place_of(ref: AdapterRef) -> OriginPlace:
-    """Return the place of a parsed remote reference."""
-    if ref.source == "hub":
-        return OriginPlace("hub", "", None, f"{ref.id}/")
-    scheme, _, rest = str(ref.id).partition("://")
-    if scheme in STORES:
-        place = parse_store(scheme, rest)
-        return OriginPlace(scheme, place.bucket, None, place.prefix)
-    return place_of_url(parse_folder_url(str(ref.id)))
-
-
-def place_of_url(url: Url) -> OriginPlace:
-    """Return the place of a folder's URL."""
-    origin = url.origin
-    return OriginPlace(origin.scheme, origin.host, origin.explicit_port, url.target[1:])
-
-
-def origin_of(ref: AdapterRef) -> str:
-    """Return "hub", "s3://bucket" or "https://host:port"; "" for a local or an invalid id."""
-    try:
-        ref = parse_ref(ref)
-        if ref.source == "local":
-            return ""
-        place = place_of(ref)
-    except LoraxError:
-        return ""  # resolving it raises
-    port = "" if place.port is None else f":{place.port}"
-    return "hub" if place.scheme == "hub" else f"{place.scheme}://{place.host}{port}"
-
-
-def _refusal(place: OriginPlace, *, pull_request: bool) -> AccessDeniedError:
-    arguments = [repr(place.scheme)]
-    arguments += [repr(place.host)] if place.host else []
-    arguments += [f"port={place.port}"] if place.port is not None else []
-    arguments += [f"prefix={place.path!r}"] if 0 < len(place.path) <= 300 else []
-    arguments += ["pull_requests=True"] if pull_request else []
-    what = "pull requests of this adapter are" if pull_request else "this adapter is"
-    return AccessDeniedError(
-        f"{what} not allowed here; the operator can allow it by"
-        f" LoaderConfig(allow=(Allow({', '.join(arguments)}), …))",
-        stage="resolve",
+def _parse_place(source: str, text: str) -> Place:
+    """Parse the part of an id after its scheme."""
+    if source == "hub":
+        return _parse_repository(text)
+    if source == "local":
+        return LocalFolder(require_id_text(_parse_local(text), str.encode), trusted=False)
+    if source in DEFAULT_PORTS:
+        try:
+            return WebFolder.of(parse_folder_url(f"{source}://{text}"))
+        except InvalidUrlError as error:
+            raise InvalidAdapterIdError(str(error)) from None
+    if source in STORES:
+        bucket, _, key = text.partition("/")
+        return StoreFolder(source, _parse_bucket(source, bucket), None, _parse_prefix(key))
+    raise InvalidAdapterIdError(
+        f"there is no such source; it is one of {', '.join(SOURCES)}, or a URL that begins with"
+        " s3://, gs://, az://, https://, http:// or file:"
     )
 
 
-class LocalPlace(NamedTuple):
-    """The paths to try, in order. `trusted` paths may be anywhere and follow any link."""
+def _split_revision(text: str, revision: str | None) -> tuple[str, str | None]:
+    """Split the id of a repository from its revision, which is in the id or in `revision`."""
+    repo, at, own = text.partition("@")
+    if at and revision not in {None, own}:
+        raise InvalidAdapterIdError("the id has one revision and revision= another; pass one")
+    revision = own if at else revision
+    return repo, None if revision is None else parse_revision(revision)
 
-    paths: tuple[str, ...]
-    trusted: bool
 
-
-def parse_place(ref: AdapterRef, roots: Sequence[str]) -> LocalPlace:
-    """Return the local paths of `ref`; a relative `str` is tried below each of the roots.
-
-    Raises `InvalidAdapterIdError` for a text that is no id, or names no local folder.
-    """
-    ref = parse_ref(ref)
-    if ref.source != "local":
+def _check_options(source: str, revision: str | None, *, use_token: bool) -> None:
+    """Raise `InvalidAdapterIdError` for an option that a source other than the hub has not."""
+    if use_token:
         raise InvalidAdapterIdError(
-            "only local folders are accepted here: a pathlib.Path, or a path inside"
-            " LoaderConfig.local_roots, which begins with './', '../' or '/'"
+            "use_token is for the hub, the only source for which this machine has a token"
         )
-    if isinstance(ref.id, Path):
-        return LocalPlace((os.fspath(ref.id),), trusted=True)
-    if ref.id.startswith("/"):
-        return LocalPlace((ref.id,), trusted=False)
-    return LocalPlace(tuple(os.path.join(root, ref.id) for root in roots), trusted=False)
+    if revision is not None and source == "local":
+        raise InvalidAdapterIdError("a local folder has no revisions; leave the revision out")
+    if revision is not None and not _VERSION.fullmatch(revision):
+        raise InvalidAdapterIdError(
+            "a revision here is a versionId or a strong ETag: up to 1,024 printable characters"
+            " of ASCII without spaces"
+        )
 
 
 def origins_of(ref: Ref) -> frozenset[str]:
-    """Return the origins (`origin_of`) of an adapter or a merge's parts; local ones have none."""
+    """Return the origins of an adapter or a merge's parts; local ones and invalid ids have none.
+
+    They are "hub", "s3://bucket" and "https://host:port".
+    """
     if isinstance(ref, Merge | MergedKey):
         parts = ref.parts if isinstance(ref, Merge) else ref.merge.parts
         return frozenset[str]().union(*map(origins_of, parts))
     if isinstance(ref, RemoteKey):
-        ref = AdapterRef(ref.location)
-    origin = origin_of(ref) if isinstance(ref, AdapterRef) else ""
-    return frozenset({origin} - {""})
+        text = ref.location
+    elif isinstance(ref, AdapterRef):
+        try:
+            parsed = parse_ref(ref)
+        except LoraxError:
+            return frozenset()  # resolving it raises
+        if isinstance(parsed.place, LocalFolder):
+            return frozenset()
+        text = parsed.text
+    else:
+        return frozenset()
+    return frozenset({"/".join(text.split("/")[:3]) if "://" in text else "hub"})

@@ -149,7 +149,7 @@ PLAN = ["plan", "--base", ".", "--adapters", "1x1", "--device-bytes", "1"]
         (["fetch", "name"], "'name': it is neither org/name"),
         (["fetch", f"https://me:{SECRET}@host.example/x"], "no user name and no password"),
         (["fetch", "org/name", "--allow", f"https://host.example/x?key={SECRET}"], "no '?'"),
-        (["fetch", "org/name", "--allow", "s3://bucket/x"], "a URL is http(s)://host"),
+        (["fetch", "org/name", "--allow", "s3://bucket/x"], "http(s)://host"),
         (["fetch", "org/name", "--hub-cache", "maybe"], "invalid choice"),
         (["fetch", "org/name", "--token", SECRET], "unrecognized arguments"),
     ],

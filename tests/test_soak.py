@@ -42,10 +42,9 @@ from lorax_async.ids import Allow
 from lorax_async.lifecycle.policies import policy
 from lorax_async.loader import AdapterLoader
 from lorax_async.planning.layout import ModelLayout, Module, Parallelism
-from lorax_async.remote.base import Backend
-from lorax_async.remote.opening import AdapterOpener
-from lorax_async.remote.remote_source import AllowRules, RemoteParts, RemoteSource
-from lorax_async.remote.resolution import ResolutionCache, VersionResolver
+from lorax_async.remote.base import AllowRules
+from lorax_async.remote.opening import AdapterOpener, VersionResolver
+from lorax_async.remote.remote_source import RemoteParts, RemoteSource
 from lorax_async.remote.web import WebBackend
 from lorax_async.types import AdapterKey, AdapterRef, Verification, VerificationKind
 from soak.faulty_source import COUNT, HIDDEN, LARGEST, LAYERS, MODULES, TARGETS, Stored, library
@@ -199,12 +198,10 @@ async def setting(
     http = HttpSettings(connections=CONNECTIONS, timeouts=TIMEOUTS, retries=RETRIES, proxies={})
     engine, workers, limits = RangeEngine(http), WorkerThreads(4), Limits()
     cache = DiskCache(folder, cache_bytes, policy("lru"))
-    locators: dict[str, Backend] = {"http": WebBackend(engine, rules, limits)}
-    known = ResolutionCache(REVALIDATE, monotonic)
-    given: Any = (locators.__getitem__, lambda _: cache, known, workers)
+    backend = WebBackend(engine, rules, limits)
+    given: Any = (lambda _: backend, lambda: cache, workers)
     resolving = VersionResolver(*given, offline=False, fresh=REVALIDATE)
-    given = (resolving, known, lambda _: cache, engine, workers)
-    opening = AdapterOpener(*given, limits=limits, verify="stream")
+    opening = AdapterOpener(resolving, engine, workers, limits=limits, verify="stream")
     parts = RemoteParts(resolving, opening, workers, engine.close)
     source = RemoteSource(lambda: parts, limits=limits, verify="stream")
     sizes: dict[str, Any] = {"device_bytes": DEVICE_BYTES, "host_bytes": HOST_BYTES}

@@ -45,9 +45,8 @@ from lorax_async.files import (
 from lorax_async.formats.peft_names import WEIGHT_DTYPES, TensorRole, parse_tensor_name
 from lorax_async.formats.safetensors import TensorSpan, parse_header
 from lorax_async.formats.split_weights import INDEX, parse_index
-from lorax_async.ids import LocalPlace, parse_ref
-from lorax_async.remote import hub_calls
-from lorax_async.remote.remote_source import AllowRules
+from lorax_async.ids import HubRepository, LocalFolder, parse_ref
+from lorax_async.remote import hub
 from lorax_async.sources.local import CONFIG, WEIGHTS, find_adapter, open_weights
 from lorax_async.types import AdapterRef
 
@@ -74,14 +73,14 @@ def adapter_folder(adapter_id: str | Path, token: str | None, *, weights: bool) 
     """
     local = isinstance(adapter_id, str) and adapter_id.startswith(("/", "./", "../"))
     ref = parse_ref(AdapterRef(Path(adapter_id) if local else adapter_id))
-    if ref.source == "hub":
-        return HubFiles(str(ref.id), ref.revision, token).folder(weights=weights)
-    if not isinstance(ref.id, Path):
-        raise ConfigError(
-            "these calls read local folders and the hub; an AdapterLoader loads adapters from"
-            " elsewhere"
-        )
-    return str(ref.id)
+    match ref.place:
+        case HubRepository(text=repo):
+            return HubFiles(repo, ref.revision, token).folder(weights=weights)
+        case LocalFolder(path, trusted=True):
+            return path
+    raise ConfigError(
+        "these calls read local folders and the hub; an AdapterLoader loads adapters from elsewhere"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +96,7 @@ class HubFiles:
     token: str | None = field(repr=False)
 
     def __post_init__(self) -> None:
-        hub_calls.require_token(self.token)
+        hub.require_token(self.token)
 
     def folder(self, *, weights: bool) -> str:
         """Return the cache's folder with the config, and the weights if asked for."""
@@ -142,12 +141,8 @@ class HubFiles:
         cached = [path for each in (CONFIG, WEIGHTS, INDEX) if (path := self.cached(each))]
         # The snapshot folder is named by its commit: the branch may have moved.
         revision = os.path.basename(os.path.dirname(cached[0])) if cached else self.revision
-        query = hub_calls.FileQuery(
-            *(self.repo, name, revision or _MAIN, None),
-            token=self.token or hub_calls.machine_token(),
-            rules=AllowRules(),
-            timeout=_TIMEOUT,
-        )
+        token = self.token or hub.machine_token()
+        query = hub.FileQuery(self.repo, name, revision or _MAIN, token)
         download: Any = partial(
             hf_hub_download,
             *(self.repo, name),
@@ -167,17 +162,17 @@ class HubFiles:
         raise AdapterFormatError(f"{name} has {nbytes:,} bytes, over the {max_bytes:,} allowed")
 
 
-def _problem(error: Exception, query: hub_calls.FileQuery) -> AdapterError:
+def _problem(error: Exception, query: hub.FileQuery) -> AdapterError:
     import httpx2  # noqa: PLC0415 (slow)
     from huggingface_hub.errors import LocalEntryNotFoundError  # noqa: PLC0415
 
-    url = hub_calls.url_of(query.source, query.name, query.revision, None)
+    url = query.url(None)
     if isinstance(error, LocalEntryNotFoundError):  # the hub could not be reached
-        return hub_calls.problem_of(
+        return hub.problem_of(
             error.__cause__ if isinstance(error.__cause__, Exception) else error, query, url
         )
     if isinstance(error, httpx2.HTTPError) or not isinstance(error, OSError):
-        return hub_calls.problem_of(error, query, url)
+        return hub.problem_of(error, query, url)
     if error.errno is None:
         return FetchError(f"{url} sent fewer or more bytes than announced")
     return FetchError(
@@ -263,7 +258,7 @@ class WeightsFile:
         """
         with naming_adapter(adapter_id):
             folder = adapter_folder(adapter_id, api_token, weights=True)
-            key = find_adapter(LocalPlace((folder,), trusted=True), (), LIMITS)
+            key = find_adapter(LocalFolder(folder, trusted=True), (), LIMITS)
             weights = open_weights(key, LIMITS)
             return cls(weights.prefix, weights.reader)
 

@@ -15,16 +15,16 @@ from lorax_async.engines.smollm2 import prepare_base
 from lorax_async.errors import ConfigError, InvalidAdapterIdError, shorten
 from lorax_async.ids import (
     Allow,
-    OriginPlace,
+    HubRepository,
+    LocalFolder,
+    RemotePlace,
+    WebFolder,
     names_pull_request,
-    parse_folder_url,
     parse_ref,
-    place_of,
-    place_of_url,
 )
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.types import AdapterRef
-from lorax_async.urls import DEFAULT_PORTS, is_address
+from lorax_async.urls import InvalidUrlError, is_address, parse_folder_url
 
 OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 """Exit statuses. argparse exits with `REFUSED` on wrong usage."""
@@ -142,7 +142,7 @@ def at_revision(ref: AdapterRef, revision: str | None) -> AdapterRef:
         raise InvalidAdapterIdError(
             "the id and --revision name different revisions; use one of them", id=ref.text
         )
-    return parse_ref(replace(ref, revision=revision))
+    return parse_ref(AdapterRef(ref.id, ref.source, revision, use_token=ref.use_token))
 
 
 def add_sources(parser: argparse.ArgumentParser) -> None:
@@ -210,7 +210,9 @@ def as_allow(text: str) -> Allow:
         url = parse_folder_url(text)
     except InvalidAdapterIdError as error:
         raise argparse.ArgumentTypeError(error.problem) from None
-    return _allow_origin(place_of_url(url))
+    except InvalidUrlError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return _allow_folder(WebFolder.of(url))
 
 
 def as_source(text: str) -> Allow | Path:
@@ -247,21 +249,24 @@ def request_sources(arguments: argparse.Namespace) -> tuple[Allow, ...]:
 
 def _allow_ref(ref: AdapterRef) -> Allow:
     """Return the permission for `ref` and everything below it."""
-    reach = place_of(ref)
-    if reach.scheme in DEFAULT_PORTS:
-        return _allow_origin(reach)
-    if reach.scheme == "hub":
-        pull_requests = names_pull_request(ref.revision)
-        return Allow("hub", prefix=reach.path, pull_requests=pull_requests)
-    scheme: Any = reach.scheme
-    return Allow(scheme, reach.host, prefix=reach.path)
+    place = parse_ref(ref).place
+    assert not isinstance(place, LocalFolder)
+    return _allow_folder(place, ref.revision)
 
 
-def _allow_origin(reach: OriginPlace) -> Allow:
-    """Return the permission for a place on the web. Its host name may have a private address."""
-    scheme: Any = reach.scheme
-    private = reach.host != "localhost" and not is_address(reach.host)
-    return Allow(scheme, reach.host, reach.port, reach.path, private=private)
+def _allow_folder(place: RemotePlace, revision: str | None = None) -> Allow:
+    """Return the permission for a place; a host name on the web may have a private address."""
+    on_web = isinstance(place, WebFolder)
+    on_hub = isinstance(place, HubRepository)
+    scheme: Any = place.scheme
+    return Allow(
+        scheme,
+        place.host,
+        place.port,
+        place.path,
+        pull_requests=on_hub and names_pull_request(revision),
+        private=on_web and place.host != "localhost" and not is_address(place.host),
+    )
 
 
 def _parse_id(text: str) -> AdapterRef:

@@ -44,7 +44,7 @@ from lorax_async.formats.safetensors import (
 )
 from lorax_async.formats.split_weights import INDEX
 from lorax_async.formats.strict_json import JsonValue, parse_object
-from lorax_async.ids import parse_place
+from lorax_async.ids import LocalFolder
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.transfer_plan import TransferPlan, plan_transfer
 from lorax_async.remote.remote_source import RemoteSource, open_remote_source
@@ -173,7 +173,7 @@ def inspect_adapter(
     """
     limits, problems = Limits(), _ProblemList()
     with problems.collect():
-        find_adapter(parse_place(AdapterRef(folder), ()), (), limits)
+        find_adapter(LocalFolder(str(folder), trusted=True), (), limits)
     fields, spec = _read_config(folder, limits, problems)
     header, file_bytes = _read_header(folder, limits, problems)
     tensors = _lora_tensors(header, problems)

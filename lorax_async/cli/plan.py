@@ -32,7 +32,7 @@ from lorax_async.config import DTYPES, MAX_SLOTS, Limits
 from lorax_async.errors import ConfigError, LoraxError, shorten
 from lorax_async.formats.peft_config import parse_config
 from lorax_async.formats.safetensors import TensorDescription, parse_header, write_header
-from lorax_async.ids import parse_place
+from lorax_async.ids import LocalFolder
 from lorax_async.lifecycle.adapter_state import GroupSizes
 from lorax_async.lifecycle.arena import FreeRuns, Kinds, Run, kinds_of
 from lorax_async.lifecycle.policies import EVICTION_POLICIES, EvictionPolicy, PolicyName, policy
@@ -41,7 +41,7 @@ from lorax_async.planning.layout import ModelLayout, Module
 from lorax_async.planning.transfer_plan import TransferPlan, plan_transfer
 from lorax_async.runtime.assembly import MOVE_BYTES
 from lorax_async.sources.local import CONFIG, find_adapter, open_weights
-from lorax_async.types import AdapterKey, AdapterRef
+from lorax_async.types import AdapterKey
 
 MAX_EXPONENT = 10.0
 
@@ -287,7 +287,7 @@ class MemoryEstimate:
             raise error.located(id=str(folder)) from error
 
     def _read(self, folder: Path) -> AdapterKind:
-        key = find_adapter(parse_place(AdapterRef(folder), ()), (), self._limits)
+        key = find_adapter(LocalFolder(str(folder), trusted=True), (), self._limits)
         config = (folder / CONFIG).read_bytes()
         weights = open_weights(key, self._limits)
         try:

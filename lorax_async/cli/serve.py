@@ -35,7 +35,7 @@ from lorax_async.cli.terminal import Terminal
 from lorax_async.config import DTYPES, Limits, LoaderConfig
 from lorax_async.engines.smollm2 import prepare_base
 from lorax_async.errors import AdapterError, ConfigError
-from lorax_async.ids import parse_place
+from lorax_async.ids import LocalFolder
 from lorax_async.sources.local import CONFIG, find_adapter
 from lorax_async.types import AdapterId, AdapterRef
 
@@ -350,6 +350,6 @@ def _require_adapter(folder: Path) -> None:
             f"--adapters: there is no folder {folder}; an adapter on the hub is org/name"
         )
     try:
-        find_adapter(parse_place(AdapterRef(folder.absolute()), ()), (), Limits())
+        find_adapter(LocalFolder(str(folder.absolute()), trusted=True), (), Limits())
     except AdapterError as error:
         raise ConfigError(f"--adapters: {folder}: {error.problem}") from error

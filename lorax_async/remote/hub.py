@@ -1,4 +1,8 @@
-"""Adapters on the hub, and those of them in the standard hub cache."""
+"""Adapters on the hub, through huggingface_hub, and those in its standard cache.
+
+huggingface_hub's errors contain URLs, headers and responses, which may be secret, so none is
+chained to ours. It is imported where it is used, for that takes long.
+"""
 
 from __future__ import annotations
 
@@ -8,73 +12,134 @@ import hashlib
 import os
 import random
 import re
+import socket
 import stat
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
+from typing import TYPE_CHECKING, TypeVar
 
 from lorax_async.cache.base import Cache, CacheDownload, CacheEntry, CacheKey, FileRecord, record_of
 from lorax_async.concurrency import FetchControl
 from lorax_async.errors import (
     AccessDeniedError,
+    AdapterError,
     AdapterNotFoundError,
     ConfigError,
     FetchError,
+    FetchTimeoutError,
     IntegrityError,
     InternalError,
     InvalidAdapterIdError,
     LoraxError,
+    UsageError,
+    shorten,
 )
 from lorax_async.files import FileReader, code_of, hash_on, locate, open_same, to_adapter_error
 from lorax_async.formats.digests import Digest, FileHash
-from lorax_async.formats.split_weights import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, FileRole
-from lorax_async.http.failures import RetryPolicy
+from lorax_async.formats.split_weights import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    FileRole,
+    role_of,
+)
+from lorax_async.http.failures import (
+    RetryableError,
+    RetryPolicy,
+    io_error,
+    lookup_error,
+    retry_after_of,
+)
 from lorax_async.http.settings import Rules
 from lorax_async.http.target import Target
-from lorax_async.ids import Allow, OriginPlace, parse_revision
+from lorax_async.ids import Allow, HubRepository, parse_revision
 from lorax_async.remote.base import LocatedAdapter, RemoteFile
-from lorax_async.remote.hub_calls import (
-    FileInfo,
-    FileQuery,
-    MissingFile,
-    Outcome,
-    digest_of_etag,
-    fetch_repository_id,
-    has_stored_token,
-    is_commit,
-    machine_token,
-    query_file,
-    require_token,
-    url_of,
-)
-from lorax_async.remote.resolution import resolution_request
 from lorax_async.types import AdapterRef, FileIdentity
 from lorax_async.urls import InvalidUrlError, Url, parse_url
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
 
 RETRIES = RetryPolicy(attempts=3, base=0.25, most=4.0)
 
 _MAIN = "main"
 _PICKLE = "adapter_model.bin"
 _BEARER = "Bearer "
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_TOKEN = re.compile(r"[\x21-\x7e]+")
+_DENIED = frozenset({401, 403, 407, 451})
+_MISSING = frozenset({404, 410})
+_AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
+_REMEDY = (
+    "give a token that may read it (or log in on this machine, hf auth login, and let its token be"
+    " used: use_token=True)"
+)
+
+T = TypeVar("T")
+
+
+def is_commit(text: str) -> bool:
+    return _COMMIT.fullmatch(text) is not None
+
+
+def digest_of_etag(etag: str | None) -> Digest | None:
+    """Return the digest that an ETag of the hub (without quotes) or a blob's name stands for.
+
+    It is the sha256 of a large file, and git's blob id of another. None if it is neither, as a
+    mirror's ETag may be.
+    """
+    if etag is not None and _SHA256.fullmatch(etag):
+        return Digest("sha256", etag)
+    return Digest("git-sha1", etag) if etag is not None and is_commit(etag) else None
 
 
 @dataclass(frozen=True, slots=True)
-class _MachineToken:
-    """The machine's own token, if it has one."""
+class FileQuery:
+    """A query about one file on the hub."""
 
+    source: str
+    name: str
+    revision: str
     token: str | None = field(repr=False)
+
+    def url(self, endpoint: str | None) -> Url:
+        """Return the file's URL. Raise `InvalidAdapterIdError`."""
+        from huggingface_hub import hf_hub_url  # noqa: PLC0415 (slow)
+
+        try:
+            text = hf_hub_url(self.source, self.name, revision=self.revision, endpoint=endpoint)
+            return parse_url(text)
+        except ValueError:
+            raise InvalidAdapterIdError(
+                f"the hub has no such ids or revisions as {shorten(self.source, 200)!r} at"
+                f" {shorten(self.revision, 200)!r}"
+            ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class HubAnswer:
+    """The file of a query, and its commit; `file` is None if the commit, if any, has it not.
+
+    `redirected` is False if the requested URL answered itself.
+    """
+
+    commit: str | None
+    file: RemoteFile | None = None
+    redirected: bool = False
 
 
 class HubBackend:
-    """The `Backend` of adapters on the hub: `ref.text` is org/name, a revision any name of git's.
+    """The `Backend` of adapters on the hub; a revision is any name of git's.
 
-    A `ref` without a token is resolved without one, unless `ref.use_token` or an entry of `allow`
-    lends this machine's own (`HF_TOKEN`, `hf auth login`) and huggingface_hub may use that. An
-    empty token is a `UsageError`.
+    A reference without a token is resolved without one, unless `ref.use_token` or an entry of
+    `allow` lends this machine's own (`HF_TOKEN`, `hf auth login`) and huggingface_hub may use that.
+    An empty token is a `UsageError`.
 
     Parameters
     ----------
@@ -91,8 +156,6 @@ class HubBackend:
         Run huggingface_hub, two calls per adapter at once. A call outlives its cancelled caller.
     timeout
         Seconds to connect, and to wait for the next byte of a response.
-    retries, draw
-        When to query again, and a draw from [0, 1).
 
     Raises
     ------
@@ -109,21 +172,25 @@ class HubBackend:
         allow: Sequence[Allow] = (),
         timeout: float = 10.0,
         retries: RetryPolicy = RETRIES,
-        draw: Callable[[], float] = random.random,
     ) -> None:
-        self._endpoint = _checked_endpoint(endpoint)
+        try:
+            url = parse_url(endpoint)
+        except InvalidUrlError as error:
+            raise ConfigError(f"the hub's endpoint is no URL: {error}") from None
+        if "?" in url.target:
+            raise ConfigError("the hub's endpoint must be a URL without a query")
+        self._endpoint = url.text.rstrip("/")
         self._rules = rules
         self._lending = tuple(entry for entry in allow if entry.use_token)
         self._threads = threads
         self._timeout = timeout
         self._retries = retries
-        self._draw = draw
-        self._own: _MachineToken | None = None
-        """None until the first look-up."""
 
-    async def scope(self, ref: AdapterRef) -> str:
-        """See `Backend`. From then on `pinned_version` knows the machine's token."""
-        return self._scope(await self._authority(ref))
+    def is_version(self, revision: str) -> bool:
+        return is_commit(revision)
+
+    async def scope(self, place: HubRepository, ref: AdapterRef) -> str:
+        return self._scope(await self._token(place, ref))
 
     def own_scope(self) -> str | None:
         """Return the scope of this machine's own token; "" if it has none.
@@ -134,64 +201,47 @@ class HubBackend:
             own = machine_token()
         except LoraxError:
             return None
-        return None if own is None and has_stored_token() else self._scope(own)
+        return None if own is None and _has_stored_token() else self._scope(own)
 
-    def pinned_version(self, ref: AdapterRef) -> tuple[str, str, str] | None:
-        """See `Backend`; with the machine's token, None before the first `scope` or `locate`."""
-        token = require_token(ref.token)
-        if ref.revision is None or not is_commit(ref.revision):
-            return None
-        if self._uses_own(ref):
-            if self._own is None:
-                return None
-            token = self._own.token
-        return ref.text, ref.revision, self._scope(token)
-
-    async def locate(self, ref: AdapterRef) -> LocatedAdapter:
-        token = await self._authority(ref)
-        revision = _MAIN if ref.revision is None else ref.revision
-        first = self._query(ref.text, CONFIG_FILE, revision, token)
-        config, weights = await self._answers(first, replace(first, name=WEIGHTS_FILE.file_name))
-        if isinstance(config, MissingFile):
-            raise _lacking(first, f"no {CONFIG_FILE.file_name}: it is no adapter of PEFT")
-        pinned = replace(first, revision=config.commit)
-        if config.redirected and token is not None and self._is_lent(ref):
+    async def locate(self, place: HubRepository, ref: AdapterRef) -> LocatedAdapter:
+        token = await self._token(place, ref)
+        query = FileQuery(place.text, CONFIG_FILE.file_name, ref.revision or _MAIN, token)
+        config, weights = await self._answers(query, replace(query, name=WEIGHTS_FILE.file_name))
+        if config.file is None or config.commit is None:
+            raise _lacking(query, f"no {CONFIG_FILE.file_name}: it is no adapter of PEFT")
+        pinned = replace(query, revision=config.commit)
+        if config.redirected and token is not None and self._is_lent(place, ref):
             await self._require_covered(pinned)
-        role = WEIGHTS_FILE
         if weights.commit != config.commit:  # a branch moved between the two answers
-            (weights,) = await self._answers(replace(pinned, name=role.file_name))
-        if isinstance(weights, MissingFile):
-            role = INDEX_FILE
-            weights = await self._index(pinned)
-        files = (
-            self._file(CONFIG_FILE, first, config),
-            self._file(role, replace(first, name=role.file_name), weights),
-        )
-        return LocatedAdapter(ref.text, config.commit, self._scope(token), files)
+            (weights,) = await self._answers(replace(pinned, name=WEIGHTS_FILE.file_name))
+        files = (config.file, weights.file or await self._index(pinned))
+        return LocatedAdapter(place.text, config.commit, self._scope(token), files)
 
     async def shards(
-        self, located: LocatedAdapter, roles: Sequence[FileRole]
+        self,
+        place: HubRepository,  # noqa: ARG002 - the port's
+        located: LocatedAdapter,
+        roles: Sequence[FileRole],
     ) -> tuple[RemoteFile, ...]:
-        """Return all shards of the weights, numbered from 1: their names say how many there are."""
-        if [role.number for role in roles] != list(range(1, len(roles) + 1)):
-            raise InternalError("the shards of an adapter must be located all at once")
         header = located.files[0].target.headers.get("Authorization")
         token = None if header is None else header.removeprefix(_BEARER)
-        queries = [self._query(located.source, role, located.version, token) for role in roles]
+        queries = [
+            FileQuery(located.source, role.file_name, located.version, token) for role in roles
+        ]
         files = []
-        for role, query, info in zip(roles, queries, await self._answers(*queries), strict=True):
-            if isinstance(info, MissingFile):
+        for query, answer in zip(queries, await self._answers(*queries), strict=True):
+            if answer.file is None:
                 raise _lacking(query, f"no {query.name}, which its index names")
-            files.append(self._file(role, query, info))
+            files.append(answer.file)
         return tuple(files)
 
-    async def _index(self, pinned: FileQuery) -> FileInfo:
+    async def _index(self, pinned: FileQuery) -> RemoteFile:
         """Return the index of a repository whose weights are not in one file."""
         (index,) = await self._answers(replace(pinned, name=INDEX_FILE.file_name))
-        if isinstance(index, FileInfo):
-            return index
+        if index.file is not None:
+            return index.file
         (pickle,) = await self._answers(replace(pinned, name=_PICKLE))
-        if isinstance(pickle, FileInfo):
+        if pickle.file is not None:
             raise _lacking(
                 pinned,
                 f"its weights as {_PICKLE} only, a pickle, which can run any code and is never"
@@ -199,94 +249,19 @@ class HubBackend:
             )
         raise _lacking(pinned, f"neither {WEIGHTS_FILE.file_name} nor {INDEX_FILE.file_name}")
 
-    async def _authority(self, ref: AdapterRef) -> str | None:
+    async def _token(self, place: HubRepository, ref: AdapterRef) -> str | None:
         """Return the token to send."""
         token = require_token(ref.token)
-        if not self._uses_own(ref):
+        if not ref.use_token and not self._is_lent(place, ref):
             return token
-        own = await asyncio.wrap_future(self._threads.submit(machine_token))
-        self._own = _MachineToken(own)
-        return own
+        return await asyncio.wrap_future(self._threads.submit(machine_token))
 
-    def _uses_own(self, ref: AdapterRef) -> bool:
-        """Return whether requests for an id send this machine's own token."""
-        return ref.use_token or self._is_lent(ref)
-
-    def _is_lent(self, ref: AdapterRef) -> bool:
+    def _is_lent(self, place: HubRepository, ref: AdapterRef) -> bool:
         """Return whether only an entry of `allow` lends this machine's own token to an id."""
-        return ref.token is None and not ref.use_token and self._lends_to(ref.text)
+        return ref.token is None and not ref.use_token and self._lends_to(place)
 
-    def _lends_to(self, repo: str) -> bool:
-        place = OriginPlace("hub", "", None, f"{repo}/")
+    def _lends_to(self, place: HubRepository) -> bool:
         return any(entry.covers(place) for entry in self._lending)
-
-    async def _require_covered(self, pinned: FileQuery) -> None:
-        """Raise `AccessDeniedError` if no entry lends the token to the commit's repository.
-
-        This covers the weights, which are of the same commit.
-        """
-        for failed in count(1):
-            future = self._threads.submit(fetch_repository_id, pinned)
-            result = await asyncio.wrap_future(future)
-            if isinstance(result, str):
-                covered = self._lends_to(result)
-                break
-            await self._wait_to_retry(result, failed)
-        if not covered:
-            # The new id may be a secret of the operator's: leave it out.
-            raise AccessDeniedError(
-                f"the hub has moved {pinned.source!r} to a repository to which the token of this"
-                " machine is not lent; use the new id, if it is allowed, or have it allowed",
-                stage="resolve",
-            )
-
-    async def _answers(self, *queries: FileQuery) -> list[FileInfo | MissingFile]:
-        """Return all answers; query again where the failure may pass."""
-        answers: dict[FileQuery, FileInfo | MissingFile] = {}
-        for failed in count(1):
-            left = [query for query in queries if query not in answers]
-            problems = []
-            for query, outcome in zip(left, await self._round(left), strict=True):
-                if isinstance(outcome, LoraxError):
-                    problems.append(outcome)
-                else:
-                    answers[query] = _of_that_commit(query, outcome)
-            if not problems:
-                break
-            # Report first a failure that no retry would mend.
-            worst = min(problems, key=lambda problem: problem.retryable)
-            await self._wait_to_retry(worst, failed)
-        return [answers[query] for query in queries]
-
-    async def _wait_to_retry(self, problem: LoraxError, failed: int) -> None:
-        """Wait before the next attempt after `failed` ones; raise `problem` if there is none."""
-        wait = self._retries.wait(failed, self._draw(), problem.retry_after)
-        if not problem.retryable or wait is None:
-            raise problem
-        await asyncio.sleep(wait)
-
-    async def _round(self, queries: Sequence[FileQuery]) -> list[Outcome]:
-        futures = [
-            asyncio.wrap_future(self._threads.submit(query_file, query)) for query in queries
-        ]
-        try:
-            await asyncio.wait(futures)
-        finally:
-            for future in futures:
-                future.cancel()
-        return [future.result() for future in futures]
-
-    def _query(self, source: str, role: FileRole, revision: str, token: str | None) -> FileQuery:
-        hub = (self._endpoint, token, self._rules, self._timeout)
-        return FileQuery(source, role.file_name, revision, *hub)
-
-    def _file(self, role: FileRole, query: FileQuery, info: FileInfo) -> RemoteFile:
-        """Return a file of the commit. Its target is tried first where the answer redirected."""
-        url = url_of(query.source, query.name, info.commit, self._endpoint)
-        headers = {} if query.token is None else {"Authorization": f"{_BEARER}{query.token}"}
-        location = _stable_location(url, info)
-        target = Target(url, f"{query.source}/{query.name}", headers, self._rules, location)
-        return RemoteFile(role, target, info.nbytes, info.expected)
 
     def _scope(self, token: str | None) -> str:
         if token is None:
@@ -294,41 +269,284 @@ class HubBackend:
         # Neither an endpoint nor a token has spaces.
         return hashlib.sha256(f"{self._endpoint} {token}".encode()).hexdigest()
 
+    async def _require_covered(self, pinned: FileQuery) -> None:
+        """Raise `AccessDeniedError` if no entry lends the token to the commit's repository.
 
-def _checked_endpoint(endpoint: str) -> str:
-    try:
-        url = parse_url(endpoint)
-    except InvalidUrlError as error:
-        raise ConfigError(f"the hub's endpoint is no URL: {error}") from None
-    if "?" in url.target:
-        raise ConfigError("the hub's endpoint must be a URL without a query")
-    return url.text.rstrip("/")
+        This covers the weights, which are of the same commit.
+        """
+        (name,) = await self._call(partial(self._query_repository, pinned))
+        if not self._lends_to(HubRepository("hub", "", None, f"{name}/")):
+            # The new id may be a secret of the operator's: leave it out.
+            raise AccessDeniedError(
+                f"the hub has moved {pinned.source!r} to a repository to which the token of this"
+                " machine is not lent; use the new id, if it is allowed, or have it allowed",
+                stage="resolve",
+            )
+
+    async def _answers(self, *queries: FileQuery) -> list[HubAnswer]:
+        answers = await self._call(*(partial(self._query_file, query) for query in queries))
+        for query, answer in zip(queries, answers, strict=True):
+            if is_commit(query.revision) and answer.commit not in {None, query.revision}:
+                raise IntegrityError(
+                    f"the hub answered about another commit of {query.source!r} than the requested"
+                    " one",
+                    stage="resolve",
+                )
+        return answers
+
+    async def _call(self, *calls: Callable[[], T]) -> list[T]:
+        """Call all in threads at once, and again those whose failure may pass."""
+        results: dict[int, T] = {}
+        for failed in count(1):
+            futures = {
+                number: asyncio.wrap_future(self._threads.submit(call))
+                for number, call in enumerate(calls)
+                if number not in results
+            }
+            try:
+                await asyncio.wait(futures.values())
+            finally:
+                for future in futures.values():
+                    future.cancel()
+            problems = []
+            for number, future in futures.items():
+                try:
+                    results[number] = future.result()
+                except LoraxError as error:
+                    problems.append(error)
+            if not problems:
+                break
+            # Report first a failure that no retry would mend.
+            problem = min(problems, key=lambda problem: problem.retryable)
+            wait = self._retries.wait(failed, random.random(), problem.retry_after)  # noqa: S311
+            if not problem.retryable or wait is None:
+                raise problem
+            await asyncio.sleep(wait)
+        return [results[number] for number in range(len(calls))]
+
+    def _query_file(self, query: FileQuery) -> HubAnswer:
+        """Query the hub about one file. Blocks."""
+        from huggingface_hub import get_hf_file_metadata  # noqa: PLC0415 (slow)
+        from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError  # noqa: PLC0415
+
+        url = query.url(self._endpoint)
+        if not self._rules.allows(url, 0):
+            raise _denied_error(f"requests to {url} are not allowed; allow it explicitly")
+        token, timeout, endpoint = query.token or False, self._timeout, self._endpoint
+        try:
+            found = get_hf_file_metadata(url.text, token=token, timeout=timeout, endpoint=endpoint)
+        except _request_errors() as error:
+            response = error.response if isinstance(error, HfHubHTTPError) else None
+            # Without a code it is a mirror, or a server of files.
+            if response is not None and (
+                isinstance(error, RemoteEntryNotFoundError)
+                or (response.status_code in _MISSING and "X-Error-Code" not in response.headers)
+            ):
+                named = response.headers.get("X-Repo-Commit", "")
+                return HubAnswer(named if is_commit(named) else None)
+            raise problem_of(error, query, url) from None
+        commit = found.commit_hash
+        if commit is None or not is_commit(commit):
+            raise FetchError(
+                f"{url} names no commit in its responses: it is no hub; check the endpoint",
+                stage="resolve",
+                retryable=False,
+            )
+        role = role_of(query.name) or WEIGHTS_FILE  # a pickle is refused
+        headers = {} if query.token is None else {"Authorization": f"{_BEARER}{query.token}"}
+        own = replace(query, revision=commit).url(self._endpoint)
+        location = _stable_location(found.location, url, own, commit)
+        target = Target(own, f"{query.source}/{query.name}", headers, self._rules, location)
+        nbytes = None if found.size is None or found.size < 0 else found.size
+        file = RemoteFile(role, target, nbytes, digest_of_etag(found.etag))
+        return HubAnswer(commit, file, found.location != url.text)
+
+    def _query_repository(self, query: FileQuery) -> str:
+        """Return the id of the repository that answers to `query.source` and has its commit.
+
+        A moved repository has another id. Blocks.
+        """
+        from huggingface_hub import HfApi  # noqa: PLC0415 (slow)
+
+        try:
+            info = HfApi(endpoint=self._endpoint).model_info(
+                query.source,
+                revision=query.revision,
+                timeout=self._timeout,
+                token=query.token or False,
+            )
+        except _request_errors() as error:
+            raise problem_of(error, query, query.url(self._endpoint)) from None
+        except (TypeError, KeyError, AttributeError):
+            info = None
+        if info is None or not isinstance(info.id, str) or info.sha != query.revision:
+            raise AccessDeniedError(
+                f"the hub does not say which repository answers for {query.source!r}, so the token"
+                " of this machine is not lent to it; name the repository by its own id",
+                stage="resolve",
+            )
+        return info.id
 
 
-def _of_that_commit(query: FileQuery, info: FileInfo | MissingFile) -> FileInfo | MissingFile:
-    """Raise `IntegrityError` for an answer about another commit than the query's."""
-    if is_commit(query.revision) and info.commit not in {None, query.revision}:
-        raise IntegrityError(
-            f"the hub answered about another commit of {query.source!r} than the requested one",
-            stage="resolve",
-        )
-    return info
-
-
-def _stable_location(url: Url, info: FileInfo) -> Url | None:
-    """Return the location that a redirect led to, if it is bound to the commit.
+def _stable_location(text: str, requested: Url, own: Url, commit: str) -> Url | None:
+    """Return where a redirect led, if it is bound to the commit and the engine can request it.
 
     A redirect to another name on the hub, as after a rename, may lead elsewhere later.
     """
-    location = info.location
-    if location is None or location == url:
+    try:
+        location = parse_url(text)
+    except InvalidUrlError:
         return None
-    is_name = location.origin == url.origin or "/resolve/" in location.target
-    return None if is_name and info.commit not in location.target else location
+    is_name = location.origin == own.origin or "/resolve/" in location.target
+    stays = not is_name or commit in location.target
+    return location if stays and location not in {requested, own} else None
 
 
 def _lacking(query: FileQuery, what: str) -> AdapterNotFoundError:
     return AdapterNotFoundError(f"{query.source!r} at {query.revision!r} has {what}")
+
+
+def require_token(token: str | None) -> str | None:
+    """Return the token. Raise `UsageError` if it is malformed; an empty one does not mean None."""
+    if token is not None and not _TOKEN.fullmatch(token):
+        raise UsageError(
+            "the hub's token is empty, or has characters that no token has; leave it out (None) to"
+            " send none, or this machine's own with use_token"
+        )
+    return token
+
+
+def endpoint_in_use(endpoint: str | None) -> str:
+    from huggingface_hub import constants  # noqa: PLC0415 (slow)
+
+    return endpoint or constants.ENDPOINT
+
+
+def _request_errors() -> tuple[type[Exception], ...]:
+    """Return what huggingface_hub raises for a request."""
+    import httpx2  # noqa: PLC0415 (slow)
+
+    return httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError
+
+
+def _token_errors() -> tuple[type[Exception], ...]:
+    """Return what huggingface_hub raises while it reads or renews this machine's token."""
+    from huggingface_hub.errors import DeviceCodeError, OIDCError  # noqa: PLC0415 (slow)
+
+    return OIDCError, DeviceCodeError, *_request_errors()
+
+
+def machine_token() -> str | None:
+    """Return the token that huggingface_hub sends by default. May renew it over the network."""
+    # Documented but not declared: the module imports it lazily.
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # noqa: PLC0415
+
+    try:
+        header = build_hf_headers().get("authorization", "")
+    except _token_errors() as error:
+        raise AccessDeniedError(
+            f"this machine's own token of the hub cannot be read ({type(error).__name__}); log in"
+            " again (hf auth login), or pass a token",
+            stage="resolve",
+        ) from None
+    return require_token(header.removeprefix(_BEARER) or None)
+
+
+def _has_stored_token() -> bool:
+    """Return whether this machine has a token, even one that must not be sent, or is broken."""
+    from huggingface_hub import get_token  # noqa: PLC0415 (slow)
+
+    try:
+        return get_token() is not None
+    except _token_errors():
+        return True
+
+
+def problem_of(error: Exception, query: FileQuery, url: Url) -> AdapterError:
+    """Return our error for one of huggingface_hub or its HTTP client."""
+    from huggingface_hub.errors import (  # noqa: PLC0415 (slow)
+        GatedRepoError,
+        HfHubHTTPError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if not isinstance(error, HfHubHTTPError):
+        return _failure(error, url)
+    source, status = query.source, error.response.status_code
+    if isinstance(error, RevisionNotFoundError):
+        revision = shorten(query.revision, 200)
+        return AdapterNotFoundError(f"{source!r} on {url} has no revision {revision!r}")
+    if isinstance(error, GatedRepoError):
+        return _denied_error(
+            f"{source!r} on {url} is gated: accept its conditions there, and {_REMEDY}"
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        if query.token is None and status == 401:
+            return _denied_error(
+                f"{url} shows no {source!r} without a token: check the id, or if it is"
+                f" private {_REMEDY}"
+            )
+        if status not in {401, 403}:
+            return AdapterNotFoundError(f"{url} has no {source!r}, or none that the token may see")
+    if status in _DENIED:
+        token = "without a token" if query.token is None else "with this token"
+        return _denied_error(f"{url} refuses {source!r} {token} (status {status}); {_REMEDY}")
+    problem = f"{query.name} of {source!r} at {url}: status {status}"
+    if status not in _AGAIN:
+        problem += ", which is no answer to the request"
+        return FetchError(problem, stage="resolve", retryable=False)
+    return FetchError(problem, stage="resolve", retry_after=_retry_after(error))
+
+
+def _denied_error(problem: str) -> AccessDeniedError:
+    return AccessDeniedError(problem, stage="resolve")
+
+
+def _retry_after(error: HfHubHTTPError) -> float | None:
+    """Return seconds by `Retry-After`, or by the hub's own rate limit fields."""
+    # Documented but not declared: the module imports it lazily.
+    from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]  # noqa: PLC0415
+
+    fields = error.response.headers
+    after = retry_after_of(fields.get("retry-after", ""), time.time())
+    if after is None and error.response.status_code == 429:
+        limit = parse_ratelimit_headers(fields)
+        if limit is not None and limit.remaining == 0:
+            return float(limit.reset_in_seconds)
+    return after
+
+
+def _failure(error: Exception, url: Url) -> AdapterError:
+    """Map a request without a response."""
+    import httpx2  # noqa: PLC0415 (slow)
+    from huggingface_hub.errors import OfflineModeIsEnabled  # noqa: PLC0415
+
+    if isinstance(error, OfflineModeIsEnabled):
+        return FetchError(
+            "huggingface_hub is set to be offline (HF_HUB_OFFLINE, TRANSFORMERS_OFFLINE)",
+            stage="resolve",
+            retryable=False,
+        )
+    if isinstance(error, httpx2.TimeoutException):
+        return FetchTimeoutError(f"{url} did not answer in time", stage="resolve")
+    system = next((cause for cause in _causes(error) if isinstance(cause, OSError)), None)
+    if isinstance(system, socket.gaierror):
+        mapped = lookup_error(system, url.origin.host)
+    elif system is not None:
+        mapped = io_error(system, str(url))
+    else:
+        what = type(error).__name__
+        retryable = isinstance(error, httpx2.TransportError)
+        mapped = FetchError(f"the request to {url} failed ({what})", retryable=retryable)
+    reason = mapped.error if isinstance(mapped, RetryableError) else mapped
+    return reason.located(stage="resolve")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 MAX_GRANTS = 65_536
@@ -339,47 +557,31 @@ _ABSENT = {
 }
 _LINK = re.compile(r"\.\./\.\./blobs/(?P<blob>[0-9a-z-]{40,80})")
 _SHARED = re.compile(r"/blobs/(?P<first>[0-9a-f]{2})/(?P=first)[0-9a-f]{62}")
-_SHARD = re.compile(r"adapter_model-[0-9]{5}-of-(?P<count>[0-9]{5})\.safetensors")
-
-
-def standard_folder() -> str:
-    """Return huggingface_hub's cache folder (`HF_HUB_CACHE`, `HF_HOME`). The first call is slow."""
-    from huggingface_hub import constants  # noqa: PLC0415 (slow)
-
-    return constants.HF_HUB_CACHE
 
 
 @dataclass(frozen=True, slots=True)
 class HubFile:
     """One file of a commit: the blob at `path`, a real path."""
 
-    role: FileRole
     path: str
-    digest: Digest
     identity: FileIdentity
-
-    @property
-    def record(self) -> FileRecord:
-        return FileRecord(self.role, self.identity.size, self.identity.mtime_ns, self.digest)
-
-    def reader(self) -> FileReader:
-        name = self.role.file_name
-        return FileReader(partial(open_same, self.path, self.identity, name), self.identity, name)
+    record: FileRecord
 
     def is_intact(self) -> bool:
         """Hash all of it and compare the digest with the blob's name."""
+        name, nbytes = self.record.role.file_name, self.identity.size
+        file_hash = FileHash(self.record.digest.kind, nbytes)
         try:
-            fd = open_same(self.path, self.identity, self.role.file_name)
+            fd = open_same(self.path, self.identity, name)
             try:
-                file_hash = FileHash(self.digest.kind, self.identity.size)
-                hash_on(fd, file_hash, self.identity.size, self.role.file_name)
+                hash_on(fd, file_hash, nbytes, name)
             finally:
                 os.close(fd)
         except IntegrityError:
             return False
         except OSError as error:
-            raise to_adapter_error(error, self.role.file_name) from error
-        return file_hash.digest() == self.digest
+            raise to_adapter_error(error, name) from error
+        return file_hash.digest() == self.record.digest
 
 
 class HubEntry:
@@ -388,18 +590,18 @@ class HubEntry:
     mappable = False
 
     def __init__(
-        self, cache: StandardHubCache, key: CacheKey, folder: str, files: tuple[HubFile, ...]
+        self, cache: StandardHubCache, key: CacheKey, folder: str, files: Sequence[HubFile]
     ) -> None:
         self.record = record_of(key, tuple(file.record for file in files))
         self.folder = folder
         self._cache = cache
-        self._files = {file.role: file for file in files}
+        self._files = {file.record.role: file for file in files}
 
     def reader(self, role: FileRole) -> FileReader:
-        file = self._files.get(role)
+        file, name = self._files.get(role), role.file_name
         if file is None:
-            raise InternalError(f"the hub cache's entry has no {role.file_name}")
-        return file.reader()
+            raise InternalError(f"the hub cache's entry has no {name}")
+        return FileReader(partial(open_same, file.path, file.identity, name), file.identity, name)
 
     def granted(self, scope: str) -> float | None:
         """See `CacheEntry`. Other tools stored the entry with this machine's token, if it has one.
@@ -423,16 +625,18 @@ class HubEntry:
 
 
 class StandardHubCache:
-    """The standard hub cache in a folder, which need not exist. Blocks.
+    """The standard hub cache in a folder, which need not exist; None is `HF_HUB_CACHE`. Blocks.
 
     `own_scope` returns the scope of this machine's own token, "" if it has none.
     """
 
-    def __init__(self, path: str | os.PathLike[str], own_scope: Callable[[], str | None]) -> None:
-        self.path = os.path.abspath(os.fspath(path))
+    def __init__(
+        self, path: str | os.PathLike[str] | None, own_scope: Callable[[], str | None]
+    ) -> None:
         self.own_scope = own_scope
         self.grants: OrderedDict[tuple[str, str], float] = OrderedDict()
         """When a source last let a scope have an entry; kept as long as this object."""
+        self._path = None if path is None else os.path.abspath(os.fspath(path))
         self._wrong: set[FileIdentity] = set()
 
     def open(self, key: CacheKey, *, check: bool = False) -> HubEntry | None:
@@ -440,12 +644,18 @@ class StandardHubCache:
 
         Wrong bytes are remembered: no later call returns them.
         """
-        config = self._cached(key.source, key.version) if is_commit(key.version) else None
+        is_ours = is_commit(key.version) and "://" not in key.source
+        config = self._config(key.source, key.version) if is_ours else None
         if config is None:
             return None
         folder = os.path.dirname(config)
-        files = self._files(folder)
-        if not files or any(file.identity in self._wrong for file in files):
+        try:
+            found = [self._file(folder, role) for role in adapter_files(os.listdir(folder))]
+        except OSError as error:
+            _require_absent(error)
+            return None
+        files = [file for file in found if file is not None and file.identity not in self._wrong]
+        if not found or len(files) != len(found):
             return None
         wrong = [file.identity for file in files if check and not file.is_intact()]
         self._wrong.update(wrong)
@@ -459,34 +669,24 @@ class StandardHubCache:
             parse_revision(revision)  # as a path it leads nowhere else
         except InvalidAdapterIdError:
             return None
-        config = self._cached(source, revision)
+        config = self._config(source, revision)
         commit = "" if config is None else os.path.basename(os.path.dirname(config))
         return commit if is_commit(commit) else None
 
-    def _cached(self, source: str, revision: str) -> str | None:
+    def _config(self, source: str, revision: str) -> str | None:
         """Return the path of a repository's config in a snapshot."""
         from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415 (slow)
 
         try:
             path = try_to_load_from_cache(
-                source, CONFIG_FILE.file_name, cache_dir=self.path, revision=revision
+                source, CONFIG_FILE.file_name, cache_dir=self._path, revision=revision
             )
         except ValueError:  # no id of the hub, or a ref that is no text
             return None
         except OSError as error:
             _require_absent(error)
             return None
-        return path if isinstance(path, str) else None
-
-    def _files(self, folder: str) -> tuple[HubFile, ...]:
-        """Return all files of the adapter in a snapshot; none if one is missing or refused."""
-        try:
-            files = [self._file(folder, role) for role in adapter_files(os.listdir(folder))]
-        except OSError as error:
-            _require_absent(error)
-            return ()
-        usable = tuple(file for file in files if file is not None)
-        return usable if len(usable) == len(files) else ()
+        return os.path.abspath(path) if isinstance(path, str) else None
 
     def _file(self, folder: str, role: FileRole) -> HubFile | None:
         """Return the blob of a snapshot's link; None if it is refused. Raise `OSError`."""
@@ -498,13 +698,15 @@ class StandardHubCache:
         with locate(path) as file:
             blob = file.real_path
             # The operator may have put the cache or a repository elsewhere, by a link.
-            repo = os.path.realpath(os.path.dirname(os.path.dirname(folder)))
-            own, cache = f"{repo}/blobs/{link['blob']}", os.path.realpath(self.path)
+            repo = os.path.dirname(os.path.dirname(folder))
+            own = f"{os.path.realpath(repo)}/blobs/{link['blob']}"
+            cache = os.path.realpath(os.path.dirname(repo))
             shared = blob.startswith(cache) and _SHARED.fullmatch(blob, len(cache))
             if not (blob == own or shared) or not stat.S_ISREG(file.status.st_mode):
                 return None
             os.close(file.open())  # may this process read it?
-            return HubFile(role, blob, digest, file.identity)
+            record = FileRecord(role, file.identity.size, file.identity.mtime_ns, digest)
+            return HubFile(blob, file.identity, record)
 
 
 class TieredCache:
@@ -518,8 +720,7 @@ class TieredCache:
         self._disk = disk
 
     def open(self, key: CacheKey, *, check: bool = False) -> CacheEntry | None:
-        entry = self._hub.open(key, check=check)
-        return self._disk.open(key, check=check) if entry is None else entry
+        return self._hub.open(key, check=check) or self._disk.open(key, check=check)
 
     def try_begin(
         self, key: CacheKey, scope: str, *, alone: bool = False
@@ -528,19 +729,19 @@ class TieredCache:
         return self._disk.try_begin(key, scope, alone=alone) if entry is None else entry
 
     def begin(self, key: CacheKey, scope: str, control: FetchControl) -> CacheEntry | CacheDownload:
-        entry = self._hub.open(key)
-        return self._disk.begin(key, scope, control) if entry is None else entry
+        return self._hub.open(key) or self._disk.begin(key, scope, control)
 
     def note_version(self, question: str, source: str, version: str) -> None:
         self._disk.note_version(question, source, version)
 
     def last_version(self, question: str) -> tuple[str, str] | None:
         """Return the last answer recorded, or else the commit that other tools recorded."""
-        last, request = self._disk.last_version(question), resolution_request(question)
-        if last is not None or request is None or request.source not in {"", "hub"}:
+        last = self._disk.last_version(question)
+        if last is not None:
             return last
-        commit = self._hub.commit_of(request.text, request.revision or _MAIN)
-        return None if commit is None else (request.text, commit)
+        kind, source, revision, *_ = question.split("\n")
+        commit = self._hub.commit_of(source, revision or _MAIN) if kind == "hub" else None
+        return None if commit is None else (source, commit)
 
     def condemn(self, key: CacheKey) -> None:
         """Remove our own entry; the hub cache's files are checked by the digests that name them."""
@@ -562,19 +763,17 @@ def adapter_files(names: Iterable[str]) -> list[FileRole]:
 
     The config comes first, then the weights, or else their index and all files that it may name.
     """
-    present = set(names)
-    weights = [role for role in (WEIGHTS_FILE, INDEX_FILE) if role.file_name in present]
-    if CONFIG_FILE.file_name not in present or not weights:
+    present = {role for name in names if (role := role_of(name)) is not None}
+    counts = {role.count for role in present if role.number}
+    if WEIGHTS_FILE in present:
+        roles = [CONFIG_FILE, WEIGHTS_FILE]
+    elif len(counts) == 1:
+        (count,) = counts
+        shards = (FileRole("weights", number, count) for number in range(1, count + 1))
+        roles = [CONFIG_FILE, INDEX_FILE, *shards]
+    else:
         return []
-    roles = [CONFIG_FILE, weights[0]]
-    if weights[0] == INDEX_FILE:
-        matches = map(_SHARD.fullmatch, present)
-        counts = {int(match["count"]) for match in matches if match is not None}
-        if len(counts) != 1:
-            return []
-        count = counts.pop()
-        roles += [FileRole("weights", number, count) for number in range(1, count + 1)]
-    return roles if present.issuperset(role.file_name for role in roles) else []
+    return roles if present.issuperset(roles) else []
 
 
 def _require_absent(error: OSError) -> None:

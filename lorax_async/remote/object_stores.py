@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from threading import Lock
-from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote
 
 from lorax_async.concurrency import FairThreads
@@ -24,13 +24,19 @@ from lorax_async.errors import (
     FetchError,
     FetchTimeoutError,
     IntegrityError,
-    InvalidAdapterIdError,
+    LoraxError,
     UsageError,
 )
-from lorax_async.formats.split_weights import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, FileRole
+from lorax_async.formats.split_weights import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    FileRole,
+    role_of,
+)
 from lorax_async.http.settings import Address, Rules
 from lorax_async.http.target import Target
-from lorax_async.ids import STORES, parse_ref, parse_store
+from lorax_async.ids import StoreFolder
 from lorax_async.remote.base import AnotherVersionError, LocatedAdapter, RemoteFile
 from lorax_async.types import AdapterRef
 from lorax_async.urls import InvalidUrlError, Origin, Url, parse_url
@@ -39,315 +45,9 @@ if TYPE_CHECKING:
     from obstore import ObjectMeta
     from obstore.store import AzureAccessKey, AzureStore, GCSStore, RetryConfig, S3Store
 
-
-if TYPE_CHECKING:
-    from obstore import ObjectMeta
-    from obstore.store import AzureAccessKey, AzureStore, GCSStore, RetryConfig, S3Store
-
     Store = AzureStore | GCSStore | S3Store
 
-Scheme = Literal["s3", "gs", "az"]
-
-_VERSION = re.compile(r"(?:versions|etags)-[0-9a-f]{32}(?:-[0-9a-f]{32})?")
-
-
-@dataclass(frozen=True, slots=True)
-class StoreFolder:
-    """A folder in a bucket (az: a container); `prefix` is empty, or ends with a slash."""
-
-    scheme: Scheme
-    bucket: str
-    prefix: str
-
-    def __str__(self) -> str:
-        return f"{self.scheme}://{self.bucket}/{self.prefix}"
-
-
-def folder_of(ref: AdapterRef) -> StoreFolder:
-    """Return the folder that `ref` names.
-
-    Raise `InvalidAdapterIdError` if it names none, `UsageError` if it has a token.
-    """
-    parsed_ref = parse_ref(ref)
-    if parsed_ref.source not in STORES:
-        raise InvalidAdapterIdError(f"it is in no object store, but in {parsed_ref.source}")
-    if ref.token is not None:
-        raise UsageError(
-            "requests to object stores use the credentials of the environment; leave token out"
-        )
-    place = parse_store(parsed_ref.source, parsed_ref.text.partition("://")[2])
-    return StoreFolder(cast("Scheme", place.scheme), place.bucket, place.prefix)
-
-
-def is_version(text: str) -> bool:
-    """Return whether `version_of` made the text, so that it names its bytes."""
-    return _VERSION.fullmatch(text) is not None
-
-
-def version_of(kind: Literal["versions", "etags"], words: Iterable[str]) -> str:
-    """Return the version for words that identify the files: equal words mean equal bytes."""
-    return f"{kind}-{digest_of(words)}"
-
-
-def digest_of(words: Iterable[str]) -> str:
-    """Return a digest of the words in this order: 32 hexadecimal digits."""
-    words_hash = hashlib.sha256()
-    for word in words:
-        data = word.encode("utf-8", "surrogatepass")
-        # With lengths, different lists of words are different bytes.
-        words_hash.update(len(data).to_bytes(8, "big") + data)
-    return words_hash.hexdigest()[:32]
-
-
-_SAS = ("AZURE_STORAGE_SAS_KEY", "AZURE_STORAGE_SAS_TOKEN")
-_TRUE = frozenset({"1", "true", "on", "yes", "y"})
-
-_GOOGLE = "https://storage.googleapis.com"
-_PREFIX: dict[Scheme, str] = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}
-_IDENTITY: dict[Scheme, tuple[str, ...]] = {
-    "s3": ("AWS_ACCESS_KEY_ID", "AWS_ROLE_ARN"),
-    "gs": (
-        *("GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_PATH"),
-        *("GOOGLE_SERVICE_ACCOUNT_KEY", "GOOGLE_APPLICATION_CREDENTIALS"),
-    ),
-    "az": ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_CLIENT_ID", "AZURE_STORAGE_CLIENT_ID", *_SAS),
-}
-"""Variables that identify an authority. Only a digest of their values is kept."""
-
-
-def scope_of(scheme: Scheme) -> str:
-    """Return the authority of requests: a digest of the variables; "" for anonymous requests."""
-    if _skips_signature(scheme):
-        return ""
-    variables = [f"{name}={os.environ[name]}" for name in _IDENTITY[scheme] if os.environ.get(name)]
-    if not variables:  # the machine's own identity
-        return "environment"
-    return f"environment-{digest_of(variables)}"
-
-
-def unsigned_urls(folder: StoreFolder, paths: Sequence[str]) -> list[str] | None:
-    """Return the objects' URLs if the environment disables signing; None if they must be signed.
-
-    It does so by `…_SKIP_SIGNATURE`, which obstore respects in requests but not in signing, and for
-    Azure by a SAS token, which cannot sign but grants access as a query.
-    """
-    if _skips_signature(folder.scheme):
-        return _bare_urls(folder, paths)
-    sas = next((os.environ[name] for name in _SAS if os.environ.get(name)), "").lstrip("?")
-    if folder.scheme == "az" and sas:
-        return [f"{url}?{sas}" for url in _bare_urls(folder, paths)]
-    return None
-
-
-def _skips_signature(scheme: Scheme) -> bool:
-    return os.environ.get(f"{_PREFIX[scheme]}_SKIP_SIGNATURE", "").lower() in _TRUE
-
-
-def _bare_urls(folder: StoreFolder, paths: Sequence[str]) -> list[str]:
-    """Return URLs as obstore makes them, without the signature by a dummy key."""
-    import obstore  # noqa: PLC0415 - an extra, needed here alone
-    from obstore.store import AzureStore, S3Store  # noqa: PLC0415
-
-    if folder.scheme == "gs":
-        base = os.environ.get("GOOGLE_BASE_URL", _GOOGLE).rstrip("/")
-        return [f"{base}/{folder.bucket}/{quote(path)}" for path in paths]
-    store = (
-        S3Store(folder.bucket, config={"access_key_id": "-", "secret_access_key": "-"})
-        if folder.scheme == "s3"
-        else AzureStore(folder.bucket, skip_signature=False, credential_provider=_dummy_credential)
-    )
-    signed = obstore.sign(store, "GET", paths, timedelta(hours=1))
-    return [url.partition("?")[0] for url in signed]
-
-
-def _dummy_credential() -> AzureAccessKey:
-    return {"access_key": "bm9uZQ==", "expires_at": None}
-
-
-_STATUS = re.compile(r"status(?: code)?: ([1-5][0-9]{2})\b")
-_AGAIN = frozenset({408, 425, 429})
-_DENIED = frozenset({401, 403})
-
-
-@dataclass(frozen=True, slots=True)
-class _ErrorSign:
-    """A word in an error text that identifies its cause, and our text for it."""
-
-    word: str
-    text: str
-    retryable: bool
-
-
-_SIGNS = (
-    _ErrorSign(
-        "BadScheme",
-        "its endpoint is plain http; set AWS_ALLOW_HTTP, GOOGLE_ALLOW_HTTP or AZURE_ALLOW_HTTP to"
-        " true if that is intended",
-        retryable=False,
-    ),
-    _ErrorSign("configured region", "its region is another one; set AWS_REGION", retryable=False),
-    _ErrorSign("ertificate", "its certificate is not trusted", retryable=False),
-    _ErrorSign("dns error", "there is no such host", retryable=True),
-    _ErrorSign("onnection refused", "it refuses connections", retryable=True),
-)
-
-
-def mapped(error: Exception, what: str) -> FetchError:
-    """Return our error for any of obstore's except that an object is missing."""
-    from obstore import exceptions  # noqa: PLC0415 - an extra, needed here alone
-
-    denied = (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError)
-    if isinstance(error, denied):
-        return _denied_error(what)
-    text = str(error)
-    for sign in _SIGNS:
-        if sign.word in text:
-            return FetchError(f"{what}: {sign.text}", retryable=sign.retryable, stage="resolve")
-    if "TimedOut" in text or "timed out" in text:
-        return FetchTimeoutError(f"{what}: the store did not answer in time", stage="resolve")
-    return _by_status(_STATUS.search(text), what)
-
-
-def _by_status(match: re.Match[str] | None, what: str) -> FetchError:
-    if match is None:
-        problem = "the request to the store failed; are there credentials in the environment?"
-        return FetchError(f"{what}: {problem}", stage="resolve")
-    status = int(match[1])
-    if status in _DENIED:
-        return _denied_error(what)
-    retryable = status >= 500 or status in _AGAIN
-    return FetchError(f"{what}: status {status}", retryable=retryable, stage="resolve")
-
-
-def _denied_error(what: str) -> AccessDeniedError:
-    return AccessDeniedError(
-        f"{what}: the environment's credentials may not have it, or are wrong", stage="resolve"
-    )
-
-
-_MAX_STORES = 16
-_RETRIES: RetryConfig = {"max_retries": 2, "retry_timeout": timedelta(seconds=20)}
-
-Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, slots=True)
-class StoredObject:
-    """What a store reports of one object. `etag` has its quotes."""
-
-    nbytes: int
-    etag: str | None = field(repr=False)
-    version_id: str | None
-
-
-class Buckets:
-    """Queries object stores with the credentials and endpoints of the environment.
-
-    All methods but `close` block, and any thread may call them. They raise `ConfigError` without
-    obstore, and the `FetchError`s of `mapped`. Connections and credentials of the 16 buckets used
-    last are kept.
-    """
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._stores: OrderedDict[tuple[Scheme, str], Store] = OrderedDict()
-
-    def head(self, folder: StoreFolder, name: str) -> StoredObject | None:
-        """Return the metadata of one file of the folder; None if it is missing."""
-
-        def query() -> ObjectMeta | None:
-            import obstore  # noqa: PLC0415 - an extra, needed here alone
-
-            try:
-                return obstore.head(self._store(folder), f"{folder.prefix}{name}")
-            except FileNotFoundError:
-                return None
-
-        metadata = _mapping(query, folder)
-        return None if metadata is None else _object_of(metadata)
-
-    def files(self, folder: StoreFolder) -> dict[str, StoredObject]:
-        """Return the folder's files by name, without folders below it."""
-
-        def query() -> Sequence[ObjectMeta]:
-            import obstore  # noqa: PLC0415
-
-            listing = obstore.list_with_delimiter(self._store(folder), folder.prefix or None)
-            return listing["objects"]
-
-        return {
-            meta["path"].rpartition("/")[2]: _object_of(meta) for meta in _mapping(query, folder)
-        }
-
-    def urls(self, folder: StoreFolder, names: Sequence[str], seconds: float) -> list[Url]:
-        """Return a URL for each file, valid for this many seconds."""
-        paths = [f"{folder.prefix}{name}" for name in names]
-
-        def sign() -> Sequence[str]:
-            import obstore  # noqa: PLC0415
-
-            unsigned = unsigned_urls(folder, paths)
-            if unsigned is not None:
-                return unsigned
-            return obstore.sign(self._store(folder), "GET", paths, timedelta(seconds=seconds))
-
-        return [_parsed(text, folder) for text in _mapping(sign, folder)]
-
-    def close(self) -> None:
-        """Drop connections and credentials. Idempotent."""
-        with self._lock:
-            self._stores.clear()
-
-    def _store(self, folder: StoreFolder) -> Store:
-        key = folder.scheme, folder.bucket
-        with self._lock:
-            store = self._stores.get(key)
-            if store is None:
-                store = self._stores[key] = _open_store(*key)
-            self._stores.move_to_end(key)
-            if len(self._stores) > _MAX_STORES:
-                self._stores.popitem(last=False)
-        return store
-
-
-def _open_store(scheme: Scheme, bucket: str) -> Store:
-    from obstore import store  # noqa: PLC0415
-
-    if scheme == "s3":
-        return store.S3Store(bucket, retry_config=_RETRIES)
-    if scheme == "gs":
-        return store.GCSStore(bucket, retry_config=_RETRIES)
-    return store.AzureStore(bucket, retry_config=_RETRIES)
-
-
-def _mapping(call: Callable[[], Result], folder: StoreFolder) -> Result:
-    """Return the call's result, or raise our error, unchained: theirs may contain secrets."""
-    try:
-        from obstore.exceptions import BaseError  # noqa: PLC0415
-    except ImportError as error:
-        raise ConfigError(
-            "adapters in object stores need obstore: pip install 'lorax-async[objects]'"
-        ) from error
-    try:
-        return call()
-    except (BaseError, OSError, ValueError) as error:
-        failure = mapped(error, str(folder))
-    raise failure
-
-
-def _object_of(meta: ObjectMeta) -> StoredObject:
-    etag = meta["e_tag"]
-    if etag is not None and not etag.endswith('"'):
-        etag = f'"{etag}"'  # Azure's listings leave the quotes out
-    return StoredObject(meta["size"], etag, meta["version"])
-
-
-def _parsed(text: str, folder: StoreFolder) -> Url:
-    try:
-        return parse_url(text)
-    except InvalidUrlError as error:
-        raise FetchError(f"{folder}: its endpoint is no URL: {error}", retryable=False) from error
-
+T = TypeVar("T")
 
 BUCKET_CALLS = 8
 """Calls at a time. A bucket that does not answer keeps as many threads for some 30 seconds."""
@@ -355,8 +55,11 @@ BUCKET_CALLS = 8
 SIGNED_FOR = 3_600.0
 """Seconds for which a signed URL is valid, unless its credentials expire earlier."""
 
-_SHARD = re.compile(r"adapter_model-[0-9]{5}-of-[0-9]{5}\.safetensors")
-Parameters = ParamSpec("Parameters")
+MAX_STORES = 16
+"""Buckets whose connections and credentials are kept: those used last."""
+
+_RETRIES: RetryConfig = {"max_retries": 2, "retry_timeout": timedelta(seconds=20)}
+_VERSION = re.compile(r"(?:versions|etags)-[0-9a-f]{32}(?:-[0-9a-f]{32})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,11 +79,20 @@ class OriginAllowed:
         return url.origin == self.origin or self.inner.allows_address(url, address)
 
 
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """What a store reports of one object. `etag` has its quotes."""
+
+    nbytes: int
+    etag: str | None = field(repr=False)
+    version_id: str | None
+
+
 class StoreBackend:
     """The `Backend` of S3, Google Cloud Storage and Azure Blob Storage.
 
     Credentials, regions and endpoints are those of the process's environment and machine, as
-    obstore reads them. Its maker closes it.
+    obstore reads them. Its maker closes it. Without obstore, calls raise `ConfigError`.
 
     Parameters
     ----------
@@ -397,32 +109,32 @@ class StoreBackend:
         self._threads = FairThreads(executor, BUCKET_CALLS)
         self._rules = rules
         self._signed_for = signed_for
-        self._buckets = Buckets()
+        self._lock = Lock()
+        self._stores: OrderedDict[tuple[str, str], Store] = OrderedDict()
 
-    def pinned_version(self, ref: AdapterRef) -> tuple[str, str, str] | None:
-        """See `Backend`. A versionId or an ETag is no version: the store has to be asked.
+    def is_version(self, revision: str) -> bool:
+        """See `Backend`. A versionId or an ETag is no version: the store has to be asked."""
+        return _VERSION.fullmatch(revision) is not None
 
-        Raise as `folder_of` does.
-        """
-        folder = folder_of(ref)
-        if ref.revision is None or not is_version(ref.revision):
-            return None
-        return str(folder), ref.revision, scope_of(folder.scheme)
+    async def scope(self, place: StoreFolder, ref: AdapterRef) -> str:
+        """See `Backend`. Raise `UsageError` for a token."""
+        if ref.token is not None:
+            raise UsageError(
+                "requests to object stores use the credentials of the environment; leave token out"
+            )
+        return scope_of(place.scheme)
 
-    async def scope(self, ref: AdapterRef) -> str:
-        return scope_of(folder_of(ref).scheme)
-
-    async def locate(self, ref: AdapterRef) -> LocatedAdapter:
+    async def locate(self, place: StoreFolder, ref: AdapterRef) -> LocatedAdapter:
         """Return the present version, with URLs of its files signed now.
 
         A revision is a version that a handle reported, or the versionId or ETag of the weights (or
         of their index). Only the present version can be fetched, for signed URLs name none; another
         one raises `AnotherVersionError`.
         """
-        folder = folder_of(ref)
+        scope = await self.scope(place, ref)
         config, weights = await asyncio.gather(
-            self._call(folder, self._config, folder),
-            self._call(folder, self._weights, folder),
+            self._call(place, partial(self._config, place)),
+            self._call(place, partial(self._weights, place)),
             return_exceptions=True,
         )
         # The same fault raises the same error, whichever thread ended first.
@@ -430,128 +142,297 @@ class StoreBackend:
             raise config
         if isinstance(weights, BaseException):
             raise weights
-        return await self._call(folder, self._locate, ref, folder, config, *weights)
+        role, stored = weights
+        work = partial(self._sign, place, {CONFIG_FILE: config, role: stored})
+        version, files = await self._call(place, work)
+        names = {version, stored.version_id, stored.etag, (stored.etag or "").strip('"')}
+        if ref.revision is not None and ref.revision not in names:
+            raise AnotherVersionError(
+                f"{place.text} is not, or is no longer, what the revision names; now it is"
+                f" {version}, and only that can be fetched"
+            )
+        return LocatedAdapter(place.text, version, scope, files)
 
     async def shards(
-        self, located: LocatedAdapter, roles: Sequence[FileRole]
+        self, place: StoreFolder, located: LocatedAdapter, roles: Sequence[FileRole]
     ) -> tuple[RemoteFile, ...]:
         """See `Backend`. Raise `IntegrityError` if a file was replaced since `locate`."""
-        folder = folder_of(AdapterRef(located.source))
-        return await self._call(folder, self._shards, located, roles)
+
+        def locate() -> tuple[RemoteFile, ...]:
+            shards = self._shards(place)
+            if not located.version.endswith(f"-{_digest_of_shards(shards)}"):
+                raise IntegrityError(
+                    f"shards in {place.text} were replaced while they were located"
+                )
+            missing = next((role.file_name for role in roles if role not in shards), None)
+            if missing is not None:
+                raise AdapterNotFoundError(
+                    f"there is no {missing} in {place.text}, which its index names"
+                )
+            return self._files(place, {role: shards[role] for role in roles})
+
+        return await self._call(place, locate)
 
     def close(self) -> None:
         """Drop connections and credentials; the next use makes them again. Idempotent."""
-        self._buckets.close()
+        with self._lock:
+            self._stores.clear()
 
-    def _config(self, folder: StoreFolder) -> StoredObject:
-        config = self._buckets.head(folder, CONFIG_FILE.file_name)
+    async def _call(self, place: StoreFolder, work: Callable[[], T]) -> T:
+        """Call in a thread: obstore's coroutines crash a process that exits soon after them."""
+        bucket = place.scheme, place.host
+        return await asyncio.wrap_future(
+            self._threads.submit(bucket, partial(_mapped, work, place))
+        )
+
+    def _config(self, place: StoreFolder) -> StoredObject:
+        config = self._head(place, CONFIG_FILE)
         if config is None:
             raise AdapterNotFoundError(
-                f"there is no {CONFIG_FILE.file_name} in {folder}, or no such bucket"
+                f"there is no {CONFIG_FILE.file_name} in {place.text}, or no such bucket"
             )
         return config
 
-    def _weights(self, folder: StoreFolder) -> tuple[FileRole, StoredObject]:
+    def _weights(self, place: StoreFolder) -> tuple[FileRole, StoredObject]:
         denied: AccessDeniedError | None = None
         try:
-            weights = self._buckets.head(folder, WEIGHTS_FILE.file_name)
+            weights = _mapped(partial(self._head, place, WEIGHTS_FILE), place)
         except AccessDeniedError as error:
             # S3 denies access to missing objects too, if the caller may not list the bucket.
             weights, denied = None, error
         if weights is not None:
             return WEIGHTS_FILE, weights
-        index = self._buckets.head(folder, INDEX_FILE.file_name)
+        index = self._head(place, INDEX_FILE)
         if index is not None:
             return INDEX_FILE, index
         raise denied or AdapterNotFoundError(
-            f"there is neither {WEIGHTS_FILE.file_name} nor {INDEX_FILE.file_name} in {folder}"
+            f"there is neither {WEIGHTS_FILE.file_name} nor {INDEX_FILE.file_name} in {place.text}"
         )
 
-    def _locate(
-        self,
-        ref: AdapterRef,
-        folder: StoreFolder,
-        config: StoredObject,
-        role: FileRole,
-        weights: StoredObject,
-    ) -> LocatedAdapter:
-        objects = [(CONFIG_FILE, CONFIG_FILE.file_name, config), (role, role.file_name, weights)]
-        files = self._files(folder, objects)
+    def _sign(
+        self, place: StoreFolder, objects: Mapping[FileRole, StoredObject]
+    ) -> tuple[str, tuple[RemoteFile, ...]]:
+        """Return the version of an adapter, and its config and its weights or their index."""
+        files = self._files(place, objects)
+        versioned = all(stored.version_id is not None for stored in objects.values())
+        # Two stores may have buckets of the same name.
         url = files[0].target.url.text.partition("?")[0]
-        version = _version(url, config, weights)
-        if role == INDEX_FILE:
-            version += f"-{_digest_of_shards(self._shards_of(folder))}"
-        names = {version, weights.version_id, weights.etag, (weights.etag or "").strip('"')}
-        if ref.revision is not None and ref.revision not in names:
-            raise AnotherVersionError(
-                f"{folder} is not, or is no longer, what the revision names; now it is {version},"
-                " and only that can be fetched"
-            )
-        return LocatedAdapter(str(folder), version, scope_of(folder.scheme), files)
-
-    def _shards(self, located: LocatedAdapter, roles: Sequence[FileRole]) -> tuple[RemoteFile, ...]:
-        folder = folder_of(AdapterRef(located.source))
-        shards = self._shards_of(folder)
-        if not located.version.endswith(f"-{_digest_of_shards(shards)}"):
-            raise IntegrityError(f"shards in {folder} were replaced while they were located")
-        objects = []
-        for role in roles:
-            name = f"adapter_model-{role.number:05d}-of-{len(roles):05d}.safetensors"
-            if name not in shards:
-                raise AdapterNotFoundError(f"there is no {name} in {folder}, which its index names")
-            objects.append((role, name, shards[name]))
-        return self._files(folder, objects)
-
-    def _shards_of(self, folder: StoreFolder) -> dict[str, StoredObject]:
-        files = self._buckets.files(folder)
-        return {name: files[name] for name in sorted(files) if _SHARD.fullmatch(name)}
+        version = version_of("versions" if versioned else "etags", [url, *_words(objects.values())])
+        if INDEX_FILE in objects:
+            version += f"-{_digest_of_shards(self._shards(place))}"
+        return version, files
 
     def _files(
-        self, folder: StoreFolder, objects: Sequence[tuple[FileRole, str, StoredObject]]
+        self, place: StoreFolder, objects: Mapping[FileRole, StoredObject]
     ) -> tuple[RemoteFile, ...]:
-        for _, name, stored in objects:
+        """Return the files with signed URLs."""
+        import obstore  # noqa: PLC0415 - an extra, needed here alone
+
+        for role, stored in objects.items():
             if stored.etag is None or stored.etag.startswith("W/"):
                 raise FetchError(
-                    f"the store has no strong ETag for {name} in {folder}, so its version"
-                    " cannot be identified",
+                    f"the store has no strong ETag for {role.file_name} in {place.text}, so its"
+                    " version cannot be identified",
                     retryable=False,
                     stage="resolve",
                 )
-        urls = self._buckets.urls(folder, [name for _, name, _ in objects], self._signed_for)
-        return tuple(
-            RemoteFile(
-                role,
-                Target(url, role.file_name, rules=OriginAllowed(url.origin, self._rules)),
-                nbytes=stored.nbytes,
-                etag=stored.etag,
-            )
-            for (role, _, stored), url in zip(objects, urls, strict=True)
-        )
+        paths = [f"{place.path}{role.file_name}" for role in objects]
+        signed: Sequence[str] | None = unsigned_urls(place, paths)
+        if signed is None:
+            valid = timedelta(seconds=self._signed_for)
+            signed = obstore.sign(self._store(place), "GET", paths, valid)
+        files = []
+        for text, (role, stored) in zip(signed, objects.items(), strict=True):
+            try:
+                url = parse_url(text)
+            except InvalidUrlError as error:
+                raise FetchError(
+                    f"{place.text}: its endpoint is no URL: {error}", retryable=False
+                ) from error
+            target = Target(url, role.file_name, rules=OriginAllowed(url.origin, self._rules))
+            files.append(RemoteFile(role, target, nbytes=stored.nbytes, etag=stored.etag))
+        return tuple(files)
 
-    async def _call(
-        self,
-        folder: StoreFolder,
-        call: Callable[Parameters, Result],
-        *args: Parameters.args,
-        **kwargs: Parameters.kwargs,
-    ) -> Result:
-        """Call in a thread: obstore's coroutines crash a process that exits soon after them."""
-        work = partial(call, *args, **kwargs)
-        return await asyncio.wrap_future(self._threads.submit((folder.scheme, folder.bucket), work))
+    def _head(self, place: StoreFolder, role: FileRole) -> StoredObject | None:
+        """Return the metadata of one file of the folder; None if it is missing."""
+        import obstore  # noqa: PLC0415
+
+        try:
+            return _object_of(obstore.head(self._store(place), f"{place.path}{role.file_name}"))
+        except FileNotFoundError:
+            return None
+
+    def _shards(self, place: StoreFolder) -> dict[FileRole, StoredObject]:
+        """Return the folder's files of split weights, sorted by name."""
+        import obstore  # noqa: PLC0415
+
+        listing = obstore.list_with_delimiter(self._store(place), place.path or None)
+        files = {role_of(meta["path"].rpartition("/")[2]): meta for meta in listing["objects"]}
+        shards = {role: _object_of(meta) for role, meta in files.items() if role and role.number}
+        return dict(sorted(shards.items(), key=lambda shard: shard[0].file_name))
+
+    def _store(self, place: StoreFolder) -> Store:
+        from obstore import store as stores  # noqa: PLC0415
+
+        key = place.scheme, place.host
+        with self._lock:
+            store = self._stores.get(key)
+            if store is None:
+                kinds = {"s3": stores.S3Store, "gs": stores.GCSStore, "az": stores.AzureStore}
+                store = self._stores[key] = kinds[place.scheme](place.host, retry_config=_RETRIES)
+            self._stores.move_to_end(key)
+            if len(self._stores) > MAX_STORES:
+                self._stores.popitem(last=False)
+        return store
 
 
-def _version(url: str, config: StoredObject, weights: StoredObject) -> str:
-    """Return the version. `url` is the config's: two stores may have buckets of the same name."""
-    both = config, weights
-    versioned = all(stored.version_id is not None for stored in both)
-    return version_of("versions" if versioned else "etags", [url, *_words(both)])
+def _object_of(meta: ObjectMeta) -> StoredObject:
+    etag = meta["e_tag"]
+    if etag is not None and not etag.endswith('"'):
+        etag = f'"{etag}"'  # Azure's listings leave the quotes out
+    return StoredObject(meta["size"], etag, meta["version"])
 
 
-def _digest_of_shards(shards: Mapping[str, StoredObject]) -> str:
+def _digest_of_shards(shards: Mapping[FileRole, StoredObject]) -> str:
     # Listings have no versionIds.
-    return digest_of([*shards, *_words(shards.values())])
+    return digest_of([*(role.file_name for role in shards), *_words(shards.values())])
 
 
 def _words(objects: Iterable[StoredObject]) -> Iterator[str]:
     for stored in objects:
         yield from (stored.version_id or "", stored.etag or "", str(stored.nbytes))
+
+
+def version_of(kind: str, words: Iterable[str]) -> str:
+    """Return the version for words that identify the files: equal words mean equal bytes."""
+    return f"{kind}-{digest_of(words)}"
+
+
+def digest_of(words: Iterable[str]) -> str:
+    """Return a digest of the words in this order: 32 hexadecimal digits."""
+    words_hash = hashlib.sha256()
+    for word in words:
+        data = word.encode("utf-8", "surrogatepass")
+        # With lengths, different lists of words are different bytes.
+        words_hash.update(len(data).to_bytes(8, "big") + data)
+    return words_hash.hexdigest()[:32]
+
+
+_SAS = ("AZURE_STORAGE_SAS_KEY", "AZURE_STORAGE_SAS_TOKEN")
+_TRUE = frozenset({"1", "true", "on", "yes", "y"})
+_GOOGLE = "https://storage.googleapis.com"
+_PREFIX = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}
+_IDENTITY = {
+    "s3": ("AWS_ACCESS_KEY_ID", "AWS_ROLE_ARN"),
+    "gs": (
+        *("GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_PATH"),
+        *("GOOGLE_SERVICE_ACCOUNT_KEY", "GOOGLE_APPLICATION_CREDENTIALS"),
+    ),
+    "az": ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_CLIENT_ID", "AZURE_STORAGE_CLIENT_ID", *_SAS),
+}
+"""Variables that identify an authority. Only a digest of their values is kept."""
+
+
+def scope_of(scheme: str) -> str:
+    """Return the authority of requests: a digest of the variables; "" for anonymous requests."""
+    if _skips_signature(scheme):
+        return ""
+    variables = [f"{name}={os.environ[name]}" for name in _IDENTITY[scheme] if os.environ.get(name)]
+    # Without variables it is the machine's own identity.
+    return f"environment-{digest_of(variables)}" if variables else "environment"
+
+
+def _skips_signature(scheme: str) -> bool:
+    return os.environ.get(f"{_PREFIX[scheme]}_SKIP_SIGNATURE", "").lower() in _TRUE
+
+
+def unsigned_urls(place: StoreFolder, paths: Sequence[str]) -> list[str] | None:
+    """Return the objects' URLs if the environment disables signing; None if they must be signed.
+
+    It does so by `…_SKIP_SIGNATURE`, which obstore respects in requests but not in signing, and for
+    Azure by a SAS token, which cannot sign but grants access as a query.
+    """
+    import obstore  # noqa: PLC0415
+    from obstore.store import AzureStore, S3Store  # noqa: PLC0415
+
+    sas = next((os.environ[name] for name in _SAS if os.environ.get(name)), "").lstrip("?")
+    query = f"?{sas}" if place.scheme == "az" and sas else ""
+    if _skips_signature(place.scheme):
+        query = ""
+    elif not query:
+        return None
+    if place.scheme == "gs":
+        base = os.environ.get("GOOGLE_BASE_URL", _GOOGLE).rstrip("/")
+        return [f"{base}/{place.host}/{quote(path)}" for path in paths]
+    store = (
+        S3Store(place.host, config={"access_key_id": "-", "secret_access_key": "-"})
+        if place.scheme == "s3"
+        else AzureStore(place.host, skip_signature=False, credential_provider=_dummy_credential)
+    )
+    # As obstore makes them, without the signature by a dummy key.
+    signed = obstore.sign(store, "GET", paths, timedelta(hours=1))
+    return [url.partition("?")[0] + query for url in signed]
+
+
+def _dummy_credential() -> AzureAccessKey:
+    return {"access_key": "bm9uZQ==", "expires_at": None}
+
+
+_STATUS = re.compile(r"status(?: code)?: ([1-5][0-9]{2})\b")
+_AGAIN = frozenset({408, 425, 429})
+_HTTP_REMEDY = (
+    "its endpoint is plain http; set AWS_ALLOW_HTTP, GOOGLE_ALLOW_HTTP or AZURE_ALLOW_HTTP to true"
+    " if that is intended"
+)
+_SIGNS = (
+    ("BadScheme", _HTTP_REMEDY, False),
+    ("configured region", "its region is another one; set AWS_REGION", False),
+    ("ertificate", "its certificate is not trusted", False),
+    ("dns error", "there is no such host", True),
+    ("onnection refused", "it refuses connections", True),
+)
+"""Words in obstore's errors that identify a cause, our text for it, and whether it may pass."""
+
+
+def _mapped(call: Callable[[], T], place: StoreFolder) -> T:
+    """Return the call's result, or raise our error, unchained: theirs may contain secrets."""
+    try:
+        from obstore import exceptions  # noqa: PLC0415
+    except ImportError as error:
+        raise ConfigError(
+            "adapters in object stores need obstore: pip install 'lorax-async[objects]'"
+        ) from error
+    try:
+        return call()
+    except LoraxError:  # a timeout of ours is an `OSError` too
+        raise
+    except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError):
+        failure: FetchError = _denied_error(place)
+    except (exceptions.BaseError, OSError, ValueError) as error:
+        failure = _problem_of(str(error), place)
+    raise failure
+
+
+def _problem_of(text: str, place: StoreFolder) -> FetchError:
+    """Return our error for the text of one of obstore's."""
+    for word, meaning, retryable in _SIGNS:
+        if word in text:
+            return FetchError(f"{place.text}: {meaning}", retryable=retryable, stage="resolve")
+    if "TimedOut" in text or "timed out" in text:
+        return FetchTimeoutError(f"{place.text}: the store did not answer in time", stage="resolve")
+    match = _STATUS.search(text)
+    if match is None:
+        problem = "the request to the store failed; are there credentials in the environment?"
+        return FetchError(f"{place.text}: {problem}", stage="resolve")
+    status = int(match[1])
+    if status in {401, 403}:
+        return _denied_error(place)
+    retryable = status >= 500 or status in _AGAIN
+    return FetchError(f"{place.text}: status {status}", retryable=retryable, stage="resolve")
+
+
+def _denied_error(place: StoreFolder) -> AccessDeniedError:
+    return AccessDeniedError(
+        f"{place.text}: the environment's credentials may not have it, or are wrong",
+        stage="resolve",
+    )

@@ -1,13 +1,18 @@
-"""Open an adapter from the cache, or begin to download it."""
+"""From an id to its open adapter: the version, then the cache's entry or a new download.
+
+Of a download, config, index and headers are fetched and checked before any layer.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import replace
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from time import monotonic
+from math import inf
+from typing import Any
 
 from lorax_async.cache.base import (
     Cache,
@@ -18,24 +23,289 @@ from lorax_async.cache.base import (
     LeftoverError,
 )
 from lorax_async.cache.directory import CrowdedError
-from lorax_async.concurrency import FetchControl, WorkerThreads
+from lorax_async.concurrency import FetchControl, WorkerThreads, outcome
 from lorax_async.config import Checking, Limits
-from lorax_async.errors import AdapterError, AdapterFormatError, IntegrityError, LoraxError
+from lorax_async.errors import (
+    AdapterError,
+    AdapterFormatError,
+    AdapterNotFoundError,
+    CapacityError,
+    FetchError,
+    IntegrityError,
+    LoraxError,
+)
 from lorax_async.formats.digests import Digest, FileHash, sent_sha256
-from lorax_async.formats.split_weights import FileRole
-from lorax_async.http.range_engine import RangeEngine
-from lorax_async.remote.base import WEAK, LocatedAdapter
-from lorax_async.remote.metadata import (
+from lorax_async.formats.safetensors import header_end, header_size
+from lorax_async.formats.split_weights import (
+    INDEX_FILE,
+    FileHead,
+    FileRole,
+    parse_index,
+    plan_split,
+)
+from lorax_async.http.download_scheduler import Job
+from lorax_async.http.range_engine import FOREGROUND, PREFETCH, RangeEngine
+from lorax_async.http.target import ProbeResult, Validators
+from lorax_async.ids import HubRepository, ParsedRef, Place
+from lorax_async.remote.base import (
+    FIRST_BYTES,
+    LONGEST,
+    WEAK,
     AdapterMetadata,
-    MetadataReader,
+    AnotherVersionError,
+    Backend,
+    LocatedAdapter,
+    RemoteFile,
     WeightsPart,
     bind_to,
+    track,
     unwanted_error,
 )
 from lorax_async.remote.readers import AdapterFetch, FetchReader, open_entry, read_first
-from lorax_async.remote.resolution import Caches, ResolutionCache, VersionResolver
 from lorax_async.sources.base import AdapterFile
-from lorax_async.types import RemoteKey
+from lorax_async.types import AdapterRef, RemoteKey
+
+MAX_REFS = 65_536
+MAX_KEYS = 16_384
+"""The lifecycle remembers as many idle adapters."""
+
+MAX_ANSWERS = 64
+"""Unused first bytes that came with a version; about 256 KiB each."""
+
+ANSWER_SECONDS = 1.0
+"""Request older first bytes again: the source may have changed its file under the same validator,
+and the first bytes of one version would be joined with the rest of another."""
+
+LOCATED_SECONDS = 600.0
+"""A file's location is valid for this long: signed URLs expire."""
+
+PUBLIC = ""
+"""The scope of callers without a token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """The last request for a key, and its source's answer; None if it must be asked again."""
+
+    ref: ParsedRef
+    located: LocatedAdapter | None
+    since: float
+
+
+class VersionResolver:
+    """Resolves refs by the backends of their places, as the settings allow; remembers answers.
+
+    Parameters
+    ----------
+    backends, cache
+        Return the backend for a place, and the cache; both may block.
+    offline
+        Send no request to any source.
+    fresh
+        Seconds of `clock` for which an answer counts, and a grant lets a scope have an entry.
+    """
+
+    def __init__(
+        self,
+        backends: Callable[[Place], Backend[Any]],
+        cache: Callable[[], Cache],
+        workers: WorkerThreads,
+        *,
+        offline: bool,
+        fresh: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.cache = cache
+        self._backends = backends
+        self._workers = workers
+        self._offline = offline
+        self._fresh = fresh
+        self._clock = clock
+        self._keys: OrderedDict[ParsedRef, tuple[RemoteKey, float]] = OrderedDict()
+        self._resolutions: OrderedDict[RemoteKey, Resolution] = OrderedDict()
+        self._answered: OrderedDict[RemoteKey, None] = OrderedDict()
+        self._recorded: dict[str, str] = {}
+        self._made: dict[str | None, Backend[Any]] = {}
+
+    async def resolve(self, ref: ParsedRef) -> RemoteKey:
+        """Return the version that `ref` names now: by a recent answer, the cache or the source."""
+        key, since = self._keys.get(ref, (None, 0.0))
+        if key is not None and self._clock() - since < self._fresh:
+            self._asked(ref, key)
+            return key
+        backend = await self._backend(ref)
+        scope, revision = await backend.scope(ref.place, ref), ref.revision
+        pinned = None
+        if revision is not None and backend.is_version(revision):
+            pinned = RemoteKey(ref.text, (), revision)
+            if await self._may_have(pinned, scope, self._fresh):
+                self._remember(ref, pinned, None)
+                return pinned
+        try:
+            located = await self._query(ref)
+        except (FetchError, AnotherVersionError) as error:
+            key = await self._stored(ref, pinned, scope, error)
+            if key is None:
+                raise
+            self._remember(ref, key, None)
+            return key
+        key = _key_of(located)
+        self._remember(ref, key, located)
+        await self._record(ref, located)
+        return key
+
+    async def locate(self, key: RemoteKey) -> LocatedAdapter:
+        """Return where the key's files are. Ask the source if that is unknown."""
+        last = self.last(key)
+        if last is None:
+            raise AdapterNotFoundError("where this key lies is no longer known; load it by its id")
+        if last.located is not None:
+            return last.located
+        located = await self._query(last.ref)
+        self._remember(last.ref, _key_of(located), located)
+        if _key_of(located) != key:
+            raise IntegrityError("it is another version by now; load it again")
+        return located
+
+    async def shards(
+        self, located: LocatedAdapter, roles: Sequence[FileRole]
+    ) -> tuple[RemoteFile, ...]:
+        """Return the files that the index names. `located` was returned a moment ago."""
+        ref = self._resolutions[_key_of(located)].ref
+        return await (await self._backend(ref)).shards(ref.place, located, roles)
+
+    def last(self, key: RemoteKey) -> Resolution | None:
+        last = self._resolutions.get(key)
+        seconds = ANSWER_SECONDS if key in self._answered else LOCATED_SECONDS
+        if last is None or self._clock() - last.since < seconds:
+            return last
+        return replace(last, located=None)
+
+    def digest(self, key: RemoteKey) -> str | None:
+        """Return the digest of the weights that the last request expects."""
+        last = self._resolutions.get(key)
+        return None if last is None else last.ref.digest
+
+    def used(self, key: RemoteKey) -> None:
+        """Drop the first bytes that came with `key`: locate it again."""
+        if key in self._answered:
+            del self._answered[key]
+            self._resolutions[key] = replace(self._resolutions[key], located=None)
+
+    def _remember(self, ref: ParsedRef, key: RemoteKey, located: LocatedAdapter | None) -> None:
+        """Record that `ref` is `key` now, by the source, or by the cache if none was asked."""
+        self._keys[ref] = (key, self._clock())
+        self._keys.move_to_end(ref)
+        if len(self._keys) > MAX_REFS:
+            self._keys.popitem(last=False)
+        if located is None and self._asked(ref, key):
+            return
+        self._resolutions[key] = Resolution(ref, located, self._clock())
+        self._resolutions.move_to_end(key)
+        if len(self._resolutions) > MAX_KEYS:
+            gone, _ = self._resolutions.popitem(last=False)
+            self._answered.pop(gone, None)
+        if located is not None and any(file.answer for file in located.files):
+            self._answered[key] = None
+            self._answered.move_to_end(key)
+            if len(self._answered) > MAX_ANSWERS:
+                self.used(next(iter(self._answered)))
+
+    def _asked(self, ref: ParsedRef, key: RemoteKey) -> bool:
+        """Let the key be fetched in the name of its last request; False if the key is unknown.
+
+        Another request's token might be refused, and its digest is not this one's.
+        """
+        last = self._resolutions.get(key)
+        if last is not None and last.ref != ref:
+            self._resolutions[key] = replace(last, ref=ref)
+        return last is not None
+
+    async def _query(self, ref: ParsedRef) -> LocatedAdapter:
+        if not self._offline:
+            return await (await self._backend(ref)).locate(ref.place, ref)
+        # The same text whether the adapter exists or not.
+        for_whom = ""
+        if isinstance(ref.place, HubRepository) and ref.token is None and not ref.use_token:
+            for_whom = (
+                " for callers without a token (on a machine that has one, adapters that other"
+                " tools stored there are for ids with use_token=True)"
+            )
+        raise FetchError(
+            f"it is not in the cache{for_whom}, and the loader is offline; fetch it"
+            " before, or set LoaderConfig(offline=False)",
+            retryable=False,
+        )
+
+    async def _backend(self, ref: ParsedRef) -> Backend[Any]:
+        backend = self._made.get(ref.source)
+        if backend is None:
+            backend = await self._workers.run(partial(self._backends, ref.place))
+            self._made[ref.source] = backend
+        return backend
+
+    async def _may_have(self, key: RemoteKey, scope: str, within: float) -> bool:
+        """Return whether the cache has it, public or granted to `scope` in the last `within` s."""
+
+        def look() -> bool:
+            entry = self.cache().open(cache_key(key))
+            if entry is None:
+                return False
+            try:
+                if entry.granted(PUBLIC) is not None:
+                    return True
+                since = entry.granted(scope)
+            finally:
+                entry.close()
+            return since is not None and since <= within
+
+        return await self._workers.run(look)
+
+    async def _stored(
+        self, ref: ParsedRef, pinned: RemoteKey | None, scope: str, error: Exception
+    ) -> RemoteKey | None:
+        """Return a version that the cache has for a caller whose source failed with `error`.
+
+        It is the pinned one, or else the source's last answer, if the caller accepts a stale one.
+        """
+        unreachable = isinstance(error, FetchError)
+        if isinstance(error, FetchError) and not error.retryable and not self._offline:
+            return None
+        if pinned is not None and await self._may_have(pinned, scope, inf):
+            return pinned
+        if not unreachable or not (ref.allow_stale or self._offline):
+            return None
+        question = question_of(ref, scope)
+        last = await self._workers.run(lambda: self.cache().last_version(question))
+        if last is None:
+            return None
+        key = RemoteKey(last[0], (), last[1], stale=True)
+        return key if await self._may_have(key, scope, inf) else None
+
+    async def _record(self, ref: ParsedRef, located: LocatedAdapter) -> None:
+        """Record the answer for times when the source is unreachable. Ignore failures."""
+        question, version = question_of(ref, located.scope), located.version
+        if self._recorded.get(question) == version:
+            return
+        try:
+            await self._workers.run(
+                lambda: self.cache().note_version(question, located.source, version)
+            )
+        except (CapacityError, FetchError):
+            return  # a cached adapter needs no room; a download reports the failure itself
+        if len(self._recorded) >= MAX_REFS:
+            self._recorded.clear()
+        self._recorded[question] = version
+
+
+def question_of(ref: AdapterRef, scope: str) -> str:
+    """Return the form in which caches record a request to a source under a scope's authority."""
+    return "\n".join((ref.source or "", ref.text, ref.revision or "", scope))
+
+
+def _key_of(located: LocatedAdapter) -> RemoteKey:
+    return RemoteKey(located.source, (), located.version)
+
 
 PATIENCE_SECONDS = 10.0
 """Start a second download if another process's has received nothing for this long."""
@@ -43,6 +313,11 @@ PATIENCE_SECONDS = 10.0
 _MAX_HASHED = 16_384
 _IDLE_SECONDS = 0.5
 _POLL_SECONDS = 0.02
+_SIZE_LIMITS = {
+    "config": "max_config_bytes",
+    "index": "max_header_bytes",
+    "weights": "max_adapter_bytes",
+}
 
 
 class AdapterOpener:
@@ -50,23 +325,18 @@ class AdapterOpener:
 
     def __init__(
         self,
-        resolving: VersionResolver,
-        known: ResolutionCache,
-        caches: Caches,
+        resolver: VersionResolver,
         engine: RangeEngine,
         workers: WorkerThreads,
         *,
         limits: Limits,
         verify: Checking,
     ) -> None:
-        self._resolving = resolving
-        self._known = known
-        self._caches = caches
+        self._resolver = resolver
         self._engine = engine
         self._workers = workers
         self._limits = limits
         self._verify: Checking = verify
-        self._metadata_reader = MetadataReader(engine, workers, limits, resolving.shards)
         self._idle: Counter[RemoteKey] = Counter()
         self._hashed: set[RemoteKey] = set()
 
@@ -85,20 +355,71 @@ class AdapterOpener:
                 raise
         return await self._open(key, await self._find(key, control), control)
 
-    def _is_refuted(self, key: RemoteKey, entry: CacheEntry) -> bool:
-        """Close an unvouched entry whose digest is not the caller's; return whether it was."""
-        origin = self._known.origin(key)
-        digest = None if origin is None else origin.ref.digest
-        weights = [file for file in entry.record.files if file.role.kind == "weights"]
-        refuted = (
-            digest is not None
-            and len(weights) == 1
-            and weights[0].digest.kind == "transport"
-            and weights[0].digest.value != digest
-        )
-        if refuted:
+    async def metadata(self, key: RemoteKey, control: FetchControl) -> AdapterMetadata:
+        """Fetch config and headers from the source, without the cache."""
+        return await self._fetch_metadata(await self._locate(key, control), control)
+
+    async def _find(self, key: RemoteKey, control: FetchControl) -> CacheEntry | CacheDownload:
+        """Return the entry, or a new download. Wait while another process downloads it."""
+        last = self._resolver.last(key)
+        if last is None or last.located is None:  # the source was not asked this time
+            entry = await self._workers.run(partial(self._unrefuted, key), close_unused)
+            if entry is not None:
+                return entry
+        scope = (await self._locate(key, control)).scope
+        progress, since, alone = -1, time.monotonic(), False
+        while not control.cancelled:
+            attempt = partial(self._attempt, key, scope, alone=alone)
+            result = await self._workers.run(attempt, close_unused)
+            if not isinstance(result, int):
+                return result
+            if result != progress:
+                progress, since = result, time.monotonic()
+            idle = key in self._idle  # this process opened it, and may never bring it
+            alone = time.monotonic() - since > (_IDLE_SECONDS if idle else PATIENCE_SECONDS)
+            await asyncio.sleep(_POLL_SECONDS)
+        raise unwanted_error()
+
+    async def _locate(self, key: RemoteKey, control: FetchControl) -> LocatedAdapter:
+        async with bind_to(control):
+            return await self._resolver.locate(key)
+
+    def _attempt(
+        self, key: RemoteKey, scope: str, *, alone: bool
+    ) -> CacheEntry | CacheDownload | int:
+        """Call `Cache.try_begin`, and grant an entry to `scope`. Blocks."""
+        cache = self._resolver.cache()
+        result = cache.try_begin(cache_key(key), scope, alone=alone)
+        if isinstance(result, CacheEntry) and self._is_refuted(key, result):
+            result.close()
+            cache.condemn(cache_key(key))
+            result = cache.try_begin(cache_key(key), scope, alone=alone)
+        if isinstance(result, CacheEntry):
+            try:
+                result.grant(scope)
+            except BaseException:
+                result.close()
+                raise
+        return result
+
+    def _unrefuted(self, key: RemoteKey) -> CacheEntry | None:
+        """Open the entry unless its digest is not the caller's. Blocks."""
+        entry = self._entry(key)
+        if entry is not None and self._is_refuted(key, entry):
             entry.close()
-        return refuted
+            return None
+        return entry
+
+    def _is_refuted(self, key: RemoteKey, entry: CacheEntry) -> bool:
+        """Return whether an unvouched entry has another digest than the caller's."""
+        digest = self._resolver.digest(key)
+        weights = [file.digest for file in entry.record.files if file.role.kind == "weights"]
+        own = weights[0].value if [each.kind for each in weights] == ["transport"] else digest
+        return digest is not None and own != digest
+
+    def _entry(self, key: RemoteKey, *, check: bool = False) -> CacheEntry | None:
+        """Blocks."""
+        return self._resolver.cache().open(cache_key(key), check=check)
 
     async def _open(
         self, key: RemoteKey, stored: CacheEntry | CacheDownload, control: FetchControl
@@ -108,11 +429,13 @@ class AdapterOpener:
         try:
             return await self._begin_fetch(key, stored, control)
         except BaseException as error:
-            await self._workers.finish(partial(_end_download, stored, error))
+            # Discard it if its bytes may be wrong.
+            wrong = isinstance(error, IntegrityError | AdapterFormatError)
+            await self._workers.finish(stored.discard if wrong else stored.close)
             raise
         finally:
             # Free the probed bytes of refused adapters too: their size is a stranger's choice.
-            self._known.used(key)
+            self._resolver.used(key)
 
     async def _open_entry(
         self, key: RemoteKey, entry: CacheEntry, control: FetchControl
@@ -133,75 +456,22 @@ class AdapterOpener:
 
         return replace(file, refuse=refuse)
 
-    async def metadata(self, key: RemoteKey, control: FetchControl) -> AdapterMetadata:
-        """Fetch config and headers from the source, without the cache."""
-        return await self._metadata_reader.fetch(await self._locate(key, control), control)
-
-    async def _locate(self, key: RemoteKey, control: FetchControl) -> LocatedAdapter:
-        async with bind_to(control):
-            return await self._resolving.locate(key)
-
-    def cache(self, key: RemoteKey | CacheKey) -> Cache:
-        """Return the cache for a key's kind of source. May block."""
-        location = key.location if isinstance(key, RemoteKey) else key.source
-        return self._caches(kind_of(location))
-
-    async def _find(self, key: RemoteKey, control: FetchControl) -> CacheEntry | CacheDownload:
-        """Return the entry, or a new download. Wait while another process downloads it."""
-        origin = self._known.origin(key)
-        if origin is None or origin.located is None:  # the source was not asked this time
-
-            def look() -> CacheEntry | None:
-                entry = self.cache(key).open(cache_key(key))
-                return None if entry is None or self._is_refuted(key, entry) else entry
-
-            entry = await self._workers.run(look, close_unused)
-            if entry is not None:
-                return entry
-        scope = (await self._locate(key, control)).scope
-        progress, since, alone = -1, monotonic(), False
-        while not control.cancelled:
-            attempt = partial(self._attempt, key, scope, alone=alone)
-            result = await self._workers.run(attempt, close_unused)
-            if not isinstance(result, int):
-                return result
-            if result != progress:
-                progress, since = result, monotonic()
-            idle = key in self._idle  # this process opened it, and may never bring it
-            alone = monotonic() - since > (_IDLE_SECONDS if idle else PATIENCE_SECONDS)
-            await asyncio.sleep(_POLL_SECONDS)
-        raise unwanted_error()
-
-    def _attempt(
-        self, key: RemoteKey, scope: str, *, alone: bool
-    ) -> CacheEntry | CacheDownload | int:
-        """Call `Cache.try_begin`, and grant an entry to `scope`. Blocks."""
-        cache = self.cache(key)
-        result = cache.try_begin(cache_key(key), scope, alone=alone)
-        if isinstance(result, CacheEntry) and self._is_refuted(key, result):
-            cache.condemn(cache_key(key))
-            result = cache.try_begin(cache_key(key), scope, alone=alone)
-        if isinstance(result, CacheEntry):
-            try:
-                result.grant(scope)
-            except BaseException:
-                result.close()
-                raise
-        return result
-
     async def _begin_fetch(
         self, key: RemoteKey, download: CacheDownload, control: FetchControl
     ) -> AdapterFile:
-        located, origin = await self._locate(key, control), self._known.origin(key)
-        metadata = await self._metadata_reader.fetch(located, control)
-        digest = None if origin is None else origin.ref.digest
-        files = await self._add_files(download, metadata, digest, control)
+        located = await self._locate(key, control)
+        metadata = await self._fetch_metadata(located, control)
+        files = await self._add_files(download, metadata, self._resolver.digest(key), control)
         fetch = AdapterFetch(
             *(self._engine, self._workers, download, files, metadata),
             resumable=not located.version.startswith(WEAK),
         )
+
+        def no_longer_idle() -> None:
+            self._idle -= Counter([key])
+
         self._idle[key] += 1
-        reader = FetchReader(key, fetch.reader(), fetch, partial(self._no_longer_idle, key))
+        reader = FetchReader(key, fetch.reader(), fetch, no_longer_idle)
 
         async def refuse(error: LoraxError, *, weights: bool) -> bool:
             if weights:
@@ -213,24 +483,38 @@ class AdapterOpener:
 
         return AdapterFile(metadata.config[1], metadata.prefix, reader, download.mappable, refuse)
 
+    async def _distrust(self, key: RemoteKey) -> bool:
+        """Drop an unvouched entry whose weights were refused; return whether it is gone."""
+
+        def distrust() -> bool:
+            entry = self._entry(key)
+            if entry is None:
+                return True
+            entry.close()
+            if not entry.record.vouched:
+                self._resolver.cache().condemn(cache_key(key))
+            return not entry.record.vouched
+
+        return await self._workers.run(distrust)
+
     async def _is_outdated(self, key: RemoteKey, control: FetchControl) -> bool:
         """Drop a refused entry that is not what its source has now; return whether it was dropped.
 
         Hash a vouched entry, once; compare another with the source's first bytes. If the source
         cannot be reached, the refusal stands.
         """
-        entry = await self._workers.run(partial(self._entry, key, check=False), close_unused)
+        entry = await self._workers.run(partial(self._entry, key), close_unused)
         if entry is None:
             return True
         try:
-            if not entry.record.vouched:
-                outdated = await self._differs(key, entry, control)
+            vouched = entry.record.vouched
+            outdated = not vouched and await self._differs(key, entry, control)
         finally:
             entry.close()
-        if entry.record.vouched:
+        if vouched:
             return await self._is_damaged(key)
         if outdated:
-            await self._workers.run(lambda: self.cache(key).condemn(cache_key(key)))
+            await self._workers.run(lambda: self._resolver.cache().condemn(cache_key(key)))
         return outdated
 
     async def _differs(self, key: RemoteKey, entry: CacheEntry, control: FetchControl) -> bool:
@@ -245,22 +529,8 @@ class AdapterOpener:
         except AdapterError:
             return False
         finally:
-            self._known.used(key)
+            self._resolver.used(key)
         return not await self._workers.run(partial(_has_metadata, entry, metadata))
-
-    async def _distrust(self, key: RemoteKey) -> bool:
-        """Drop an unvouched entry whose weights were refused; return whether it is gone."""
-
-        def distrust() -> bool:
-            entry = self._entry(key, check=False)
-            if entry is None:
-                return True
-            entry.close()
-            if not entry.record.vouched:
-                self.cache(key).condemn(cache_key(key))
-            return not entry.record.vouched
-
-        return await self._workers.run(distrust)
 
     async def _is_damaged(self, key: RemoteKey) -> bool:
         """Hash an entry that was not hashed before; return whether the cache removed it."""
@@ -274,9 +544,92 @@ class AdapterOpener:
             entry.close()
         return entry is None
 
-    def _entry(self, key: RemoteKey, *, check: bool) -> CacheEntry | None:
-        """Blocks."""
-        return self.cache(key).open(cache_key(key), check=check)
+    async def _fetch_metadata(
+        self, located: LocatedAdapter, control: FetchControl
+    ) -> AdapterMetadata:
+        """Return the adapter's metadata, within the limits. End early when `control` ends.
+
+        Files that were probed when they were located are not requested again.
+        """
+        for file in located.files:
+            self._require_size(file, file.nbytes)
+        config, second = located.files[:2]
+        is_split = second.role == INDEX_FILE
+        nbytes = self._limits.max_header_bytes if is_split else FIRST_BYTES
+        wanted = [(config, self._limits.max_config_bytes), (second, nbytes)]
+        config_probe, probe = await self._probe(wanted, control)
+        checked = (config, _whole(config, config_probe))
+        if not is_split:
+            part = await self._part(second, probe, control)
+            return AdapterMetadata(checked, None, (part,), None)
+        content = _whole(second, probe)
+        index = await self._workers.run(partial(parse_index, content, self._limits))
+        roles = [FileRole("weights", number + 1, index.count) for number in range(index.count)]
+        async with bind_to(control):
+            files = await self._resolver.shards(located, roles)
+        for file in files:
+            self._require_size(file, file.nbytes)
+        probes = await self._probe([(file, FIRST_BYTES) for file in files], control)
+        parts = [
+            await self._part(file, probe, control)
+            for file, probe in zip(files, probes, strict=True)
+        ]
+        heads = [FileHead(part.prefix, part.nbytes) for part in parts]
+        plan = await self._workers.run(partial(plan_split, index, heads, self._limits))
+        return AdapterMetadata(checked, (second, content), tuple(parts), plan)
+
+    async def _probe(
+        self, files: Sequence[tuple[RemoteFile, int]], control: FetchControl
+    ) -> list[ProbeResult]:
+        """Return the first bytes of weights, and all bytes of a config or an index."""
+        jobs: list[Job[ProbeResult] | ProbeResult] = [
+            file.answer
+            or self._engine.probe(
+                file.target,
+                nbytes,
+                ranged=file.role.kind == "weights",
+                needed_bytes=_header if file.role.kind == "weights" else None,
+                urgency=FOREGROUND if control.urgent else PREFETCH,
+                timeout=LONGEST,
+            )
+            for file, nbytes in files
+        ]
+        async with track(control, *(job for job in jobs if isinstance(job, Job))):
+            answers = [
+                job if isinstance(job, ProbeResult) else await outcome(job.done) for job in jobs
+            ]
+        for (file, _), answer in zip(files, answers, strict=True):
+            file.require_match(answer)
+        return answers
+
+    async def _part(
+        self, file: RemoteFile, probe: ProbeResult, control: FetchControl
+    ) -> WeightsPart:
+        """Return a file of weights by its first bytes, and more of them if its header is long."""
+        size = file.nbytes if probe.validators.size is None else probe.validators.size
+        if size is None:
+            problem = f"the source does not say how large {file.target.name} is"
+            raise FetchError(problem, retryable=False)
+        self._require_size(file, size)
+        needed = header_size(probe.start[:8], size, self._limits)
+        if needed > len(probe.start):
+            (larger,) = await self._probe([(replace(file, answer=None), needed)], control)
+            if larger.validators != probe.validators:
+                raise IntegrityError(
+                    f"{file.target.name} changed while it was requested; load it again"
+                )
+            probe = larger
+        return WeightsPart(file, probe, size, probe.start[:needed])
+
+    def _require_size(self, file: RemoteFile, nbytes: int | None) -> None:
+        """Raise `AdapterFormatError` for a size over the limit: such a file is not requested."""
+        limit = _SIZE_LIMITS[file.role.kind]
+        max_bytes: int = getattr(self._limits, limit)
+        if nbytes is not None and nbytes > max_bytes:
+            raise AdapterFormatError(
+                f"{file.target.name} has {nbytes:,} bytes, over the limit of {max_bytes:,};"
+                f" raise Limits.{limit} to accept it"
+            )
 
     async def _add_files(
         self,
@@ -285,21 +638,24 @@ class AdapterOpener:
         digest: str | None,
         control: FetchControl,
     ) -> list[CacheFile]:
-        """Add all files to the download, with the bytes received so far; return the weights'."""
+        """Add all files to the download, with the bytes received so far; return the weights'.
+
+        The source's digests judge them, or else the caller's: that of the weights in one file.
+        """
         for file, content in metadata.small:
             expected = None if self._verify == "none" else file.expected
             _check(content, file.role, expected)  # it is used before publication
             add = partial(_add_file, download, file.role, content, len(content), expected)
             await self._wait_for_room(add, control)
-        additions = [
-            partial(
-                _add_file,
-                *(download, part.file.role, part.answer.start, part.nbytes),
-                self._expected(part, digest if metadata.plan is None else None),
-            )
-            for part in metadata.parts
-        ]
-        return [await self._wait_for_room(add, control) for add in additions]
+        own = None if digest is None or metadata.plan else Digest("sha256", digest)
+        files = []
+        for part in metadata.parts:
+            promised = part.file.expected or sent_sha256(part.answer.fields) or own
+            expected = None if self._verify == "none" else promised
+            start, role = part.answer.start, part.file.role
+            add = partial(_add_file, download, role, start, part.nbytes, expected)
+            files.append(await self._wait_for_room(add, control))
+        return files
 
     async def _wait_for_room(
         self, add: Callable[[], CacheFile], control: FetchControl
@@ -312,17 +668,19 @@ class AdapterOpener:
                 await asyncio.sleep(_POLL_SECONDS)
         raise unwanted_error()
 
-    def _no_longer_idle(self, key: RemoteKey) -> None:
-        self._idle[key] -= 1
-        if not self._idle[key]:
-            del self._idle[key]
 
-    def _expected(self, part: WeightsPart, digest: str | None) -> Digest | None:
-        """Return the digest that the source promised, or else the caller's."""
-        if self._verify == "none":
-            return None
-        promised = part.file.expected or sent_sha256(part.answer.fields)
-        return promised or (None if digest is None else Digest("sha256", digest))
+def _header(start: memoryview, _: Validators) -> int:
+    return header_end(start)
+
+
+def _whole(file: RemoteFile, answer: ProbeResult) -> bytes:
+    """Return the content of a file that was fetched whole."""
+    if file.nbytes not in {None, len(answer.start)}:
+        raise IntegrityError(
+            f"{file.target.name} has {len(answer.start):,} bytes, and {file.nbytes:,} were"
+            " promised; load it again"
+        )
+    return answer.start
 
 
 def _add_file(
@@ -361,12 +719,6 @@ def _check(content: bytes, role: FileRole, expected: Digest | None) -> None:
         )
 
 
-def kind_of(location: str) -> str:
-    """Return the kind of source of a key's location: its scheme, or "hub"."""
-    scheme, separator, _ = location.partition("://")
-    return scheme if separator else "hub"
-
-
 def cache_key(key: RemoteKey) -> CacheKey:
     return CacheKey(key.location, key.version)
 
@@ -379,11 +731,3 @@ def close_unused(result: object) -> None:
 
 def _close_reader(file: AdapterFile) -> None:
     file.reader.close()
-
-
-def _end_download(download: CacheDownload, error: BaseException) -> None:
-    """Close the download; discard it if its bytes may be wrong."""
-    if isinstance(error, IntegrityError | AdapterFormatError):
-        download.discard()
-    else:
-        download.close()

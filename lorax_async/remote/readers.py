@@ -19,8 +19,7 @@ from lorax_async.errors import (
     LoraxError,
 )
 from lorax_async.files import FileReader, LocalPages, Reader, read_prefix, sha256_of
-from lorax_async.formats import spans as runs
-from lorax_async.formats.spans import ByteRange, SpanSet
+from lorax_async.formats.spans import ByteRange, ByteSpan, SpanSet
 from lorax_async.formats.split_weights import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -35,13 +34,12 @@ from lorax_async.formats.split_weights import (
 from lorax_async.http.download_scheduler import Job
 from lorax_async.http.range_engine import FOREGROUND, PREFETCH, RangeEngine
 from lorax_async.http.ranges import size_of
-from lorax_async.remote.metadata import LONGEST, AdapterMetadata, track, unwanted_error
+from lorax_async.remote.base import LONGEST, AdapterMetadata, track, unwanted_error
 from lorax_async.sources.base import AdapterFile, StoredFolder
 from lorax_async.sources.split_reader import SplitFiles, SplitReader
 from lorax_async.types import AdapterKey, RemoteKey, Verification
 
-Groups = Sequence[Sequence[runs.ByteSpan]]
-
+Groups = Sequence[Sequence[ByteSpan]]
 
 COMPARED_BYTES = 4 << 10
 """Bytes at the end of each span of a partial download that are fetched again and compared."""
@@ -136,7 +134,14 @@ class AdapterFetch:
     def _begin(
         self, groups: Groups, arrived: Callable[[int], None], control: FetchControl
     ) -> list[Job[None]]:
-        shares = self._shares(groups)
+        plan = self._metadata.plan
+        if plan is None:
+            numbers = tuple(n for n, group in enumerate(groups) if group)
+            shares: Sequence[FileGroups] = (
+                FileGroups(numbers, tuple(tuple(groups[n]) for n in numbers)),
+            )
+        else:
+            shares = plan.by_file(groups)
         arrivals = SplitGroupArrivals(len(groups), shares)
         for group in arrivals.take():
             arrived(group)
@@ -148,37 +153,22 @@ class AdapterFetch:
                     for group in arrivals.landed(number + 1, n):
                         arrived(group)
 
-        return [
-            self._job(number, share, partial(on_progress, number), control)
-            for number, share in enumerate(shares)
-        ]
-
-    def _shares(self, groups: Groups) -> tuple[FileGroups, ...]:
-        """Return the spans of each group by file."""
-        if self._metadata.plan is not None:
-            return self._metadata.plan.by_file(groups)
-        numbers = tuple(n for n, group in enumerate(groups) if group)
-        return (FileGroups(numbers, tuple(tuple(groups[n]) for n in numbers)),)
-
-    def _job(
-        self,
-        number: int,
-        share: FileGroups,
-        on_progress: Callable[[int], None],
-        control: FetchControl,
-    ) -> Job[None]:
-        file, part = self._files[number], self._metadata.parts[number]
-        ranges = order_ranges(share.spans, part.nbytes)
-        return self._engine.download(
-            part.answer,
-            ranges,
-            CacheSink(file),
-            on_progress,
-            first=1 + next((n for n, spans in enumerate(ranges) if spans), 0),
-            have=_trusted_ranges(file, part.nbytes),
-            urgency=FOREGROUND if control.urgent else PREFETCH,
-            timeout=LONGEST,
-        )
+        jobs: list[Job[None]] = []
+        parts = zip(shares, self._files, self._metadata.parts, strict=True)
+        for number, (share, file, part) in enumerate(parts):
+            ranges = order_ranges(share.spans, part.nbytes)
+            job = self._engine.download(
+                part.answer,
+                ranges,
+                CacheSink(file),
+                partial(on_progress, number),
+                first=1 + next((n for n, spans in enumerate(ranges) if spans), 0),
+                have=_trusted_ranges(file, part.nbytes),
+                urgency=FOREGROUND if control.urgent else PREFETCH,
+                timeout=LONGEST,
+            )
+            jobs.append(job)
+        return jobs
 
     def _continue_hashing(self, number: int) -> None:
         """Hash what has arrived, in one thread per file. Calls for one file are serial."""
@@ -226,7 +216,7 @@ def order_ranges(groups: Groups, nbytes: int) -> list[list[ByteRange]]:
     """
     claimed = SpanSet()
     ordered: list[list[ByteRange]] = []
-    for group in [*groups, [runs.ByteSpan(0, nbytes)]]:
+    for group in [*groups, [ByteSpan(0, nbytes)]]:
         new = SpanSet()
         for span in group:
             for start, stop in claimed.missing(span.start, span.end):
@@ -297,27 +287,22 @@ class ReopenedReader:
 
     def _reader(self) -> EntryReader:
         with self._opening:
-            with self._lock:
-                if self._closed:
-                    raise entry_gone()
-                if self._opened is not None:
-                    return self._opened
-            try:
-                opened = self._open()
-            except EvictedError:
-                self._closed = True
-                raise
-            if not self._keep(opened):
-                opened.close()
+            if self._closed:
                 raise entry_gone()
-            return opened
+            return self._opened or self._open_now()
 
-    def _keep(self, opened: EntryReader) -> bool:
-        """Keep an opened reader, unless this was closed meanwhile; return whether it is kept."""
+    def _open_now(self) -> EntryReader:
+        try:
+            opened = self._open()
+        except EvictedError:
+            self._closed = True
+            raise
         with self._lock:
             if not self._closed:
                 self._opened = opened
-            return not self._closed
+                return opened
+        opened.close()
+        raise entry_gone()
 
 
 class FetchReader:

@@ -1,34 +1,41 @@
-"""The `Source` of remote adapters: resolved by backends, fetched by ranges, cached on disk."""
+"""The `Source` of remote adapters, and what it is made of."""
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from ipaddress import IPv6Address, ip_address, ip_network
 from threading import Lock, RLock
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from lorax_async.cache.base import Cache, CacheEntry, EntryRecord
 from lorax_async.cache.disk_cache import OwnCache
 from lorax_async.concurrency import FetchControl, WorkerThreads
 from lorax_async.config import Checking, Limits, LoaderConfig
-from lorax_async.errors import IntegrityError, InternalError, LoaderClosedError
+from lorax_async.errors import (
+    IntegrityError,
+    InternalError,
+    InvalidAdapterIdError,
+    LoaderClosedError,
+)
 from lorax_async.files import LocalPages, Reader
-from lorax_async.formats import spans
+from lorax_async.formats.spans import ByteSpan
 from lorax_async.http.range_engine import RangeEngine
-from lorax_async.http.settings import Address, HttpSettings
-from lorax_async.ids import Allow, OriginPlace
-from lorax_async.remote.base import Backend
-from lorax_async.remote.hub import HubBackend, StandardHubCache, TieredCache, standard_folder
-from lorax_async.remote.hub_calls import endpoint_in_use
-from lorax_async.remote.metadata import AdapterMetadata, unwanted_error
+from lorax_async.http.settings import HttpSettings
+from lorax_async.ids import HubRepository, LocalFolder, Place, StoreFolder, WebFolder, parse_ref
+from lorax_async.remote.base import AdapterMetadata, AllowRules, Backend, unwanted_error
+from lorax_async.remote.hub import HubBackend, StandardHubCache, TieredCache, endpoint_in_use
 from lorax_async.remote.object_stores import StoreBackend
-from lorax_async.remote.opening import AdapterOpener, cache_key, close_unused
+from lorax_async.remote.opening import (
+    MAX_KEYS,
+    AdapterOpener,
+    VersionResolver,
+    cache_key,
+    close_unused,
+)
 from lorax_async.remote.readers import (
     EntryReader,
     FetchReader,
@@ -39,76 +46,13 @@ from lorax_async.remote.readers import (
     stored_folder,
     verification_of,
 )
-from lorax_async.remote.resolution import MAX_KEYS, ResolutionCache, VersionResolver
 from lorax_async.remote.web import WebBackend
 from lorax_async.sources.base import AdapterFile, PinnedPages, StoredFolder
 from lorax_async.tracing.recorder import Tracer
 from lorax_async.types import UNCHECKED, AdapterKey, AdapterRef, RemoteKey, Verification
-from lorax_async.urls import (
-    DEFAULT_PORTS,
-    InvalidUrlError,
-    Origin,
-    Url,
-    folder_path,
-    is_address,
-    parse_url,
-)
+from lorax_async.urls import parse_url
 
-_PRIVATE = [
-    ip_network(text)
-    for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7")
-]
-"""Private networks by RFC 1918, 6598 and 4193, without loopback and link-local addresses."""
-
-
-class AllowRules:
-    """The `Rules` that the operator's entries make.
-
-    - The first request may go where an "https" or "http" entry allows it, or to a named origin.
-    - A redirect may lead to any https URL as well. Only hosts of named origins, and those of
-      entries below their prefixes, may have addresses that are not public.
-
-    Parameters
-    ----------
-    allow
-        The operator's entries; those for other schemes than "https" and "http" are ignored.
-    named
-        Origins that the operator has named, allowed at any address: the endpoint of the hub or of a
-        store.
-    """
-
-    def __init__(self, allow: Sequence[Allow] = (), named: Collection[Origin] = ()) -> None:
-        self._entries = tuple(entry for entry in allow if entry.scheme in DEFAULT_PORTS)
-        self._named = frozenset(named)
-
-    def allows(self, url: Url, hop: int) -> bool:
-        is_named = url.origin in self._named
-        return (hop > 0 and url.secure) or is_named or bool(self._covering(url))
-
-    def allows_address(self, url: Url, address: Address) -> bool:
-        if url.origin in self._named:
-            return True
-        return any(_admits(entry, address) for entry in self._covering(url))
-
-    def _covering(self, url: Url) -> list[Allow]:
-        try:
-            path = folder_path(url.target.partition("?")[0])[1:]
-        except InvalidUrlError:
-            path = ""  # it is ambiguous: no prefix covers it
-        origin = url.origin
-        place = OriginPlace(origin.scheme, origin.host, origin.explicit_port, path)
-        return [entry for entry in self._entries if entry.covers(place)]
-
-
-def _admits(entry: Allow, address: Address) -> bool:
-    """Return whether the entry's host may have this address, which is not public."""
-    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
-    plain = mapped or address
-    if entry.host == "localhost":
-        return plain.is_loopback
-    if is_address(entry.host):
-        return plain == ip_address(entry.host)
-    return entry.private and any(plain in network for network in _PRIVATE)
+T = TypeVar("T")
 
 
 class RemoteParts(NamedTuple):
@@ -146,7 +90,7 @@ class RemoteSource:
         """The record opened last for each key: its plan fits these bytes only."""
 
     async def resolve(self, ref: AdapterRef) -> AdapterKey:
-        return await (await self._connect()).resolver.resolve(ref)
+        return await (await self._connect()).resolver.resolve(parse_ref(ref))
 
     async def open(self, key: AdapterKey, control: FetchControl) -> AdapterFile:
         remote = _remote(key)
@@ -163,12 +107,17 @@ class RemoteSource:
         return await opener.metadata(_remote(key), FetchControl())
 
     def reopen(self, key: AdapterKey) -> Reader:
-        return ReopenedReader(partial(self._reader, self._connect_blocking(), _remote(key)))
+        parts, remote = self._connect_blocking(), _remote(key)
+
+        def open() -> EntryReader:
+            return EntryReader(self._entry(parts, remote), cache_key(remote), self._limits)
+
+        return ReopenedReader(open)
 
     async def bring(
         self,
         file: AdapterFile,
-        groups: Sequence[Sequence[spans.ByteSpan]],
+        groups: Sequence[Sequence[ByteSpan]],
         arrived: Callable[[int], None],
         control: FetchControl,
     ) -> Verification:
@@ -246,7 +195,7 @@ class RemoteSource:
 
     def _entry(self, parts: RemoteParts, key: RemoteKey) -> CacheEntry:
         """Open the entry of a key. Raise `EvictedError` if it is gone. Blocks."""
-        entry = parts.opener.cache(key).open(cache_key(key))
+        entry = parts.resolver.cache().open(cache_key(key))
         if entry is None:
             raise entry_gone()
         record = self._records.get(key)
@@ -254,10 +203,6 @@ class RemoteSource:
             entry.close()  # another process fetched it again, and its source had other bytes
             raise entry_gone()
         return entry
-
-    def _reader(self, parts: RemoteParts, key: RemoteKey) -> EntryReader:
-        """Open a reader of a key's entry. Blocks."""
-        return EntryReader(self._entry(parts, key), cache_key(key), self._limits)
 
     def _verification(self, entry: CacheEntry) -> Verification:
         return UNCHECKED if self._verify == "none" else verification_of(entry.record)
@@ -269,7 +214,7 @@ class RemoteSource:
         parts = await self._connect()
 
         def open_checked() -> CacheEntry | None:
-            return parts.opener.cache(reader.key).open(reader.key, check=True)
+            return parts.resolver.cache().open(reader.key, check=True)
 
         entry = await parts.workers.run(open_checked, close_unused)
         if entry is None:
@@ -296,7 +241,7 @@ STORE_THREADS = 32
 
 
 class BackendRegistry:
-    """Backends and caches by kind of source, each made at its first use. All methods block.
+    """The cache, and backends by kind of place, each made at its first use. All methods block.
 
     `close` ends the backends and their threads, but not the loader's own cache, `own`.
     """
@@ -307,72 +252,65 @@ class BackendRegistry:
         self._own = own
         self._lock = RLock()
         self._made: dict[str, Any] = {}
-        self._pools: list[ThreadPoolExecutor] = []
         self._closing: list[Callable[[], None]] = []
 
-    def backend(self, kind: str) -> Backend:
-        """Return the backend of "hub", "s3", "gs", "az", "https" or "http"."""
-        if kind == "hub":
-            return self._hub()
-        return self._store(kind) if kind in {"s3", "gs", "az"} else self._web()
+    def backend(self, place: Place) -> Backend[Any]:
+        with self._lock:
+            match place:
+                case HubRepository():
+                    return self._hub()
+                case StoreFolder(scheme):
+                    return self._once(scheme, partial(self._make_store, scheme))
+                case WebFolder():
+                    rules, limits = AllowRules(self._config.allow), self._config.limits
+                    return self._once("web", partial(WebBackend, self._engine, rules, limits))
+                case LocalFolder():
+                    raise InvalidAdapterIdError("a local folder has no remote source")
 
-    def cache(self, kind: str) -> Cache:
-        """Return the cache of the adapters of a kind of source."""
-        tiered = kind == "hub" and self._config.hub_cache != "off"
-        return self._once("tiered cache", self._tiered_cache) if tiered else self._own.get()
+    def cache(self) -> Cache:
+        """Return the cache of all remote adapters."""
+        if self._config.hub_cache == "off":
+            return self._own.get()
+        with self._lock:
+            return self._once("cache", self._make_tiered_cache)
 
     def close(self) -> None:
-        for pool in self._pools:
-            pool.shutdown()
-        for close in reversed(self._closing):
+        for close in self._closing:
             close()
 
-    def _once(self, name: str, make: Callable[[], Any]) -> Any:
-        with self._lock:
-            if name not in self._made:
-                self._made[name] = make()
-            return self._made[name]
+    def _once(self, name: str, make: Callable[[], T]) -> T:
+        if name not in self._made:
+            self._made[name] = make()
+        made: T = self._made[name]
+        return made
 
-    def _threads(self, kind: str, count: int = QUERY_THREADS) -> ThreadPoolExecutor:
+    def _threads(self, kind: str, count: int) -> ThreadPoolExecutor:
         """Make a pool for one backend: a hub that does not answer delays no store."""
         pool = ThreadPoolExecutor(count, f"lorax-query-{kind}")
-        self._pools.append(pool)
+        self._closing.append(pool.shutdown)
         return pool
 
     def _hub(self) -> HubBackend:
         def make() -> HubBackend:
-            endpoint = endpoint_in_use(self._config.hub_endpoint)
-            rules = AllowRules(self._config.allow, named=(parse_url(endpoint).origin,))
-            threads = self._threads("hub")
-            return HubBackend(
-                endpoint=endpoint, rules=rules, threads=threads, allow=self._config.allow
-            )
+            endpoint, allow = endpoint_in_use(self._config.hub_endpoint), self._config.allow
+            rules = AllowRules(allow, named=(parse_url(endpoint).origin,))
+            threads = self._threads("hub", QUERY_THREADS)
+            return HubBackend(endpoint=endpoint, rules=rules, threads=threads, allow=allow)
 
-        backend: HubBackend = self._once("hub", make)
-        return backend
+        return self._once("hub", make)
 
-    def _store(self, kind: str) -> StoreBackend:
-        def make() -> StoreBackend:
-            threads = self._threads(kind, STORE_THREADS)
-            store = StoreBackend(threads, AllowRules(self._config.allow))
-            self._closing.append(store.close)
-            return store
+    def _make_store(self, scheme: str) -> StoreBackend:
+        store = StoreBackend(self._threads(scheme, STORE_THREADS), AllowRules(self._config.allow))
+        self._closing.append(store.close)
+        return store
 
-        backend: StoreBackend = self._once(kind, make)
-        return backend
+    def _make_tiered_cache(self) -> TieredCache:
+        def own_scope() -> str | None:
+            with self._lock:
+                hub = self._hub()
+            return hub.own_scope()
 
-    def _web(self) -> WebBackend:
-        def make() -> WebBackend:
-            rules = AllowRules(self._config.allow)
-            return WebBackend(self._engine, rules, self._config.limits)
-
-        backend: WebBackend = self._once("web", make)
-        return backend
-
-    def _tiered_cache(self) -> TieredCache:
-        config = self._config
-        hub = StandardHubCache(config.hub_cache_dir or standard_folder(), self._hub().own_scope)
-        return TieredCache(hub, self._own.get())
+        return TieredCache(StandardHubCache(self._config.hub_cache_dir, own_scope), self._own.get())
 
 
 def make_remote_source(
@@ -382,7 +320,27 @@ def make_remote_source(
 
     The caller closes it, and then the loader's own cache, `own`.
     """
-    make = partial(_make_parts, config, own, tracer)
+
+    def make() -> RemoteParts:
+        engine = RangeEngine(HttpSettings(connections=config.connections), tracer=tracer)
+        workers = WorkerThreads(CACHE_THREADS)
+        backends = BackendRegistry(config, engine, own)
+        resolver = VersionResolver(
+            *(backends.backend, backends.cache, workers),
+            offline=config.offline,
+            fresh=config.revalidate,
+        )
+        opener = AdapterOpener(
+            resolver, engine, workers, limits=config.limits, verify=config.verify
+        )
+
+        def close() -> None:
+            engine.close()
+            workers.close()
+            backends.close()
+
+        return RemoteParts(resolver, opener, workers, close)
+
     return RemoteSource(make, limits=config.limits, verify=config.verify)
 
 
@@ -396,27 +354,3 @@ def open_remote_source(config: LoaderConfig) -> Iterator[RemoteSource]:
     finally:
         source.close()
         own.close()
-
-
-def _make_parts(config: LoaderConfig, own: OwnCache, tracer: Tracer | None) -> RemoteParts:
-    engine = RangeEngine(HttpSettings(connections=config.connections), tracer=tracer)
-    workers = WorkerThreads(CACHE_THREADS)
-    backends = BackendRegistry(config, engine, own)
-    known = ResolutionCache(config.revalidate, time.monotonic)
-    resolver = VersionResolver(
-        *(backends.backend, backends.cache, known, workers),
-        offline=config.offline,
-        fresh=config.revalidate,
-    )
-    opener = AdapterOpener(
-        *(resolver, known, backends.cache, engine, workers),
-        limits=config.limits,
-        verify=config.verify,
-    )
-
-    def close() -> None:
-        engine.close()
-        workers.close()
-        backends.close()
-
-    return RemoteParts(resolver, opener, workers, close)

@@ -5,26 +5,28 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 
+from lorax_async.concurrency import outcome
 from lorax_async.config import Limits
-from lorax_async.errors import (
-    AdapterFormatError,
-    AdapterNotFoundError,
-    InvalidAdapterIdError,
-    shorten,
-)
+from lorax_async.errors import AdapterFormatError, AdapterNotFoundError, FetchError, shorten
 from lorax_async.formats.digests import sent_sha256
 from lorax_async.formats.safetensors import header_end
 from lorax_async.formats.split_weights import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, FileRole
-from lorax_async.http.range_engine import RangeEngine
+from lorax_async.http.range_engine import ProbeRequest, RangeEngine
 from lorax_async.http.settings import Rules
 from lorax_async.http.target import ProbeResult, Target, Validators
-from lorax_async.ids import parse_ref
-from lorax_async.remote.base import WEAK, AnotherVersionError, LocatedAdapter, RemoteFile
-from lorax_async.remote.metadata import FIRST_BYTES, CancelScope, wait_for
+from lorax_async.ids import WebFolder
+from lorax_async.remote.base import (
+    FIRST_BYTES,
+    WEAK,
+    AnotherVersionError,
+    LocatedAdapter,
+    RemoteFile,
+)
 from lorax_async.types import AdapterRef
-from lorax_async.urls import Url, parse_url
+from lorax_async.urls import Url
 
 MAX_INDEX_BYTES = 2 << 20
 MAX_SHARDS = 256
@@ -34,38 +36,11 @@ _STRONG = re.compile(r'"[\x21\x23-\x7e\x80-\xff]+"')
 _SHARD = re.compile(rb'"adapter_model-[0-9]{5}-of-([0-9]{5})\.safetensors"')
 
 
-@dataclass(frozen=True, slots=True)
-class _SplitAdapter(LocatedAdapter):
-    """Weights in several files, which are probed with the index: the version is of all of them."""
-
-    shards: tuple[RemoteFile, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class _WebFolder:
-    url: Url = field(repr=False)
-    headers: Mapping[str, str] = field(repr=False)
-    rules: Rules
-    scope: str
-
-    def file(self, name: str) -> Target:
-        url = Url(self.url.origin, f"{self.url.target}{name}")
-        return Target(url, name, self.headers, self.rules)
-
-
 class WebBackend:
-    """Adapters in folders behind URLs, `http(s)://host[:port]/folder/`: a `Backend`.
+    """The `Backend` of adapters in folders behind URLs, `http(s)://host[:port]/folder/`.
 
-    A token is sent as `Authorization: Bearer …`, to the URL's own origin only.
-
-    Parameters
-    ----------
-    engine
-        Sends the requests; its maker closes it.
-    rules
-        Where requests and redirects may go.
-    limits
-        The largest config.
+    A token is sent as `Authorization: Bearer …`, to the URL's own origin only. `rules` say where
+    requests and redirects may go. The maker of `engine` closes it.
     """
 
     def __init__(self, engine: RangeEngine, rules: Rules, limits: Limits) -> None:
@@ -73,95 +48,117 @@ class WebBackend:
         self._rules = rules
         self._limits = limits
 
-    def pinned_version(self, ref: AdapterRef) -> tuple[str, str, str] | None:
+    def is_version(self, revision: str) -> bool:
         """See `Backend`. An ETag is no version: the server has to be asked."""
-        folder = _folder(ref, self._rules)
-        if ref.revision is None or not _VERSION.fullmatch(ref.revision):
-            return None
-        return folder.url.text, ref.revision, folder.scope
+        return _VERSION.fullmatch(revision) is not None
 
-    async def scope(self, ref: AdapterRef) -> str:
-        return _folder(ref, self._rules).scope
+    async def scope(self, place: WebFolder, ref: AdapterRef) -> str:
+        if ref.token is None:
+            return ""
+        text = f"{place.url.origin}\n{ref.token}"
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
-    async def locate(self, ref: AdapterRef) -> LocatedAdapter:
+    async def locate(self, place: WebFolder, ref: AdapterRef) -> LocatedAdapter:
         """Probe the config and the weights, both at once.
 
         `ref.revision` is the required version, or the ETag of its weights. Raise
-        `AnotherVersionError` for another version, `AdapterNotFoundError` for a missing file,
-        `InvalidAdapterIdError`, and the engine's errors.
+        `AnotherVersionError` for another version, `AdapterNotFoundError` for a missing file, and
+        the engine's errors.
         """
-        folder = _folder(ref, self._rules)
-        with CancelScope(self._engine) as probes:
-            config_request = probes.fetch_whole(
-                folder.file(CONFIG_FILE.file_name), self._limits.max_config_bytes
-            )
-            request = probes.probe(
-                folder.file(WEIGHTS_FILE.file_name), FIRST_BYTES, _count_needed_bytes
-            )
-            config = await wait_for(config_request)
+        headers = {} if ref.token is None else {"Authorization": f"Bearer {ref.token}"}
+        with ExitStack() as sent:
+            folder = _Folder(self._engine, place.url, headers, self._rules, sent)
+            first = folder.probe(CONFIG_FILE, self._limits.max_config_bytes)
+            second = folder.probe(WEIGHTS_FILE)
+            config = await outcome(first.done)
             try:
-                weights = await wait_for(request)
+                weights = await outcome(second.done)
             except AdapterNotFoundError:
-                located: LocatedAdapter = await _locate_split(probes, folder, config)
+                answers = {CONFIG_FILE: config, **await folder.probe_split_weights()}
                 etag = None  # the index's own ETag does not name the weights' bytes
             else:
-                files = (_as_file(CONFIG_FILE, config), _as_file(WEIGHTS_FILE, weights))
-                version = _version([config, weights])
-                located = LocatedAdapter(folder.url.text, version, folder.scope, files)
+                answers = {CONFIG_FILE: config, WEIGHTS_FILE: weights}
                 etag = _strong(weights.validators)
-        _check_revision(ref.revision, located, etag)
-        return located
+        version = _version(list(answers.values()))
+        names = {version, etag, etag and etag.strip('"')}
+        if ref.revision is not None and ref.revision not in names:
+            raise AnotherVersionError(
+                f"revision {shorten(ref.revision, 100)!r} is not the version behind the URL now,"
+                f" which is {version}; a URL has no other"
+            )
+        files = tuple(
+            RemoteFile(
+                role,
+                answer.target,
+                answer.validators.size,
+                sent_sha256(answer.fields),
+                answer=answer,
+            )
+            for role, answer in answers.items()
+        )
+        return LocatedAdapter(place.text, version, await self.scope(place, ref), files)
 
     async def shards(
-        self, located: LocatedAdapter, roles: Sequence[FileRole]
+        self,
+        place: WebFolder,  # noqa: ARG002 - the port's
+        located: LocatedAdapter,
+        roles: Sequence[FileRole],
     ) -> tuple[RemoteFile, ...]:
         """Return the files that `locate` probed: the version is theirs too."""
-        shards = located.shards if isinstance(located, _SplitAdapter) else ()
-        by_role = {file.role: file for file in shards}
-        if by_role.keys() != set(roles):
+        shards = {file.role: file for file in located.files[2:]}
+        if shards.keys() != set(roles):
             raise AdapterFormatError(
                 f"{INDEX_FILE.file_name}: its weights are not in {len(roles)} files named"
                 f" adapter_model-00001-of-{len(roles):05d}.safetensors and so on; save it again"
             )
-        return tuple(by_role[role] for role in roles)
+        return tuple(shards[role] for role in roles)
 
 
-def _folder(ref: AdapterRef, rules: Rules) -> _WebFolder:
-    parsed_ref = parse_ref(ref)
-    if parsed_ref.source not in {"http", "https"}:
-        raise InvalidAdapterIdError(f"it is no folder behind a URL, but in {parsed_ref.source}")
-    url = parse_url(parsed_ref.text)
-    if ref.token is None:
-        return _WebFolder(url, {}, rules, "")
-    scope = hashlib.sha256(f"{url.origin}\n{ref.token}".encode("utf-8", "surrogatepass"))
-    return _WebFolder(url, {"Authorization": f"Bearer {ref.token}"}, rules, scope.hexdigest())
+@dataclass(frozen=True, slots=True)
+class _Folder:
+    """Probes files of one folder. The end of `sent` cancels what is not done.
+
+    It does not wait: the engine's threads leave their sockets by themselves.
+    """
+
+    engine: RangeEngine
+    url: Url
+    headers: Mapping[str, str]
+    rules: Rules
+    sent: ExitStack
+
+    def probe(self, role: FileRole, max_bytes: int | None = None) -> ProbeRequest:
+        """Request the first bytes of a file, or all of one of at most `max_bytes`."""
+        url = Url(self.url.origin, f"{self.url.target}{role.file_name}")
+        target = Target(url, role.file_name, self.headers, self.rules)
+        if max_bytes is None:
+            request = self.engine.probe(target, FIRST_BYTES, needed_bytes=_count_needed_bytes)
+        else:
+            request = self.engine.probe(target, max_bytes, ranged=False)
+        self.sent.callback(_cancel, request)
+        return request
+
+    async def probe_split_weights(self) -> dict[FileRole, ProbeResult]:
+        """Return the answers for the index and all files that it names."""
+        try:
+            index = await outcome(self.probe(INDEX_FILE, MAX_INDEX_BYTES).done)
+        except AdapterNotFoundError as error:
+            raise AdapterNotFoundError(
+                f"the folder at {self.url} has neither {WEIGHTS_FILE.file_name} nor"
+                f" {INDEX_FILE.file_name}; nothing else is read"
+            ) from error
+        requests = {role: self.probe(role) for role in _shard_roles(index.start)}
+        shards = {role: await outcome(request.done) for role, request in requests.items()}
+        return {INDEX_FILE: index, **shards}
 
 
-async def _locate_split(
-    probes: CancelScope, folder: _WebFolder, config: ProbeResult
-) -> _SplitAdapter:
-    """Locate weights in several files, by their index."""
-    target = folder.file(INDEX_FILE.file_name)
-    try:
-        index = await wait_for(probes.fetch_whole(target, MAX_INDEX_BYTES))
-    except AdapterNotFoundError as error:
-        raise AdapterNotFoundError(
-            f"the folder at {folder.url} has neither {WEIGHTS_FILE.file_name} nor"
-            f" {INDEX_FILE.file_name}; nothing else is read"
-        ) from error
-    names = _shard_names(index.start)
-    requests = [probes.probe(folder.file(name), FIRST_BYTES, _count_needed_bytes) for name in names]
-    parts = [await wait_for(request) for request in requests]
-    files = (_as_file(CONFIG_FILE, config), _as_file(INDEX_FILE, index))
-    shards = tuple(
-        _as_file(FileRole("weights", n, len(parts)), part) for n, part in enumerate(parts, 1)
-    )
-    version = _version([config, index, *parts])
-    return _SplitAdapter(folder.url.text, version, folder.scope, files, shards)
+def _cancel(request: ProbeRequest) -> None:
+    if not request.done.done():
+        request.cancel(FetchError("no caller waits for the answer any more"))
 
 
-def _shard_names(index: bytes) -> list[str]:
-    """Return the names of the files in an index; none for invalid names, which `shards` refuses."""
+def _shard_roles(index: bytes) -> list[FileRole]:
+    """Return the files that an index names; none for invalid names, which `shards` refuses."""
     counts = {int(count) for count in _SHARD.findall(index)}
     if len(counts) != 1:
         return []
@@ -171,12 +168,7 @@ def _shard_names(index: bytes) -> list[str]:
             f"{INDEX_FILE.file_name}: weights in {count:,} files, over the limit of"
             f" {MAX_SHARDS}; save the adapter in larger ones"
         )
-    return [f"adapter_model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
-
-
-def _as_file(role: FileRole, answer: ProbeResult) -> RemoteFile:
-    expected = sent_sha256(answer.fields)
-    return RemoteFile(role, answer.target, answer.validators.size, expected, answer=answer)
+    return [FileRole("weights", number, count) for number in range(1, count + 1)]
 
 
 def _version(answers: Sequence[ProbeResult]) -> str:
@@ -207,12 +199,3 @@ def _description(answer: ProbeResult) -> str:
     validators, digest = answer.validators, hashlib.sha256(answer.start).hexdigest()
     fields = (validators.size, validators.etag, validators.modified)
     return repr((answer.target.name, *fields, digest))
-
-
-def _check_revision(revision: str | None, located: LocatedAdapter, etag: str | None) -> None:
-    names = {located.version, etag, etag and etag.strip('"')}
-    if revision is not None and revision not in names:
-        raise AnotherVersionError(
-            f"revision {shorten(revision, 100)!r} is not the version behind the URL now, which is"
-            f" {located.version}; a URL has no other"
-        )

@@ -33,6 +33,7 @@ from lorax_async.errors import (
     AdapterNotFoundError,
     FetchError,
     IntegrityError,
+    InvalidAdapterIdError,
     UsageError,
 )
 from lorax_async.files import (
@@ -62,7 +63,7 @@ from lorax_async.formats.split_weights import (
     plan_split,
     split_name,
 )
-from lorax_async.ids import LocalPlace, parse_place
+from lorax_async.ids import LocalFolder, parse_ref
 from lorax_async.sources.base import AdapterFile, PinnedPages, StoredFolder
 from lorax_async.sources.split_reader import SplitFiles, SplitReader
 from lorax_async.types import UNCHECKED, AdapterKey, AdapterRef, FileIdentity, Verification
@@ -119,7 +120,12 @@ class LocalSource:
         self._digests: dict[FileIdentity, str] = {}
 
     async def resolve(self, ref: AdapterRef) -> AdapterKey:
-        place, loop = parse_place(ref, self._roots), asyncio.get_running_loop()
+        place, loop = parse_ref(ref).place, asyncio.get_running_loop()
+        if not isinstance(place, LocalFolder):
+            raise InvalidAdapterIdError(
+                "only local folders are accepted here: a pathlib.Path, or a path inside"
+                " LoaderConfig.local_roots, which begins with './', '../' or '/'"
+            )
         return await loop.run_in_executor(
             self._threads, find_adapter, place, self._roots, self._limits
         )
@@ -265,11 +271,16 @@ def _close_result(opening: Future[Any]) -> None:
         opened.close()
 
 
-def find_adapter(place: LocalPlace, roots: Sequence[str], limits: Limits) -> AdapterKey:
-    """Return the key of the first of the place's folders that exists, or raise its error."""
+def find_adapter(place: LocalFolder, roots: Sequence[str], limits: Limits) -> AdapterKey:
+    """Return the key of a folder: the first that exists below a root if its path is relative.
+
+    Else raise the first one's error.
+    """
+    anywhere = place.trusted or place.path.startswith("/")
+    paths = [place.path] if anywhere else [os.path.join(root, place.path) for root in roots]
     problems: list[AdapterError] = []
     inside = None if place.trusted else tuple(_real_paths(roots))
-    for path in place.paths:
+    for path in paths:
         try:
             with locate(path) as folder:
                 real_path = folder.real_path
@@ -282,7 +293,7 @@ def find_adapter(place: LocalPlace, roots: Sequence[str], limits: Limits) -> Ada
             if inside is None or _is_inside(real_path, inside):
                 problems.append(_folder_problem(error))
     # A path outside the roots decides for all, whether it exists or not.
-    if len(problems) == len(place.paths) > 0:
+    if len(problems) == len(paths) > 0:
         raise problems[0]
     raise AccessDeniedError(_OUTSIDE)
 
@@ -517,7 +528,7 @@ def read_header(folder: Path, limits: Limits) -> tuple[Header, int]:
 
     Raise as a load of the adapter does.
     """
-    key = find_adapter(LocalPlace((os.fspath(folder),), trusted=True), (), limits)
+    key = find_adapter(LocalFolder(os.fspath(folder), trusted=True), (), limits)
     weights = open_weights(key, limits)
     try:
         header = parse_header(weights.prefix, weights.reader.nbytes, limits)

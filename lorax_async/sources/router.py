@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from lorax_async.concurrency import FetchControl
 from lorax_async.files import Reader
 from lorax_async.formats.spans import ByteSpan
+from lorax_async.ids import LocalFolder, ParsedRef
 from lorax_async.remote.readers import EntryReader, FetchReader
 from lorax_async.sources.base import AdapterFile, FolderSource, PinnedPages, StoredFolder
 from lorax_async.types import AdapterKey, AdapterRef, RemoteKey, Verification
@@ -19,7 +20,7 @@ class SourceRouter:
     """
 
     def __init__(
-        self, local: FolderSource, remote: FolderSource, parse: Callable[[AdapterRef], AdapterRef]
+        self, local: FolderSource, remote: FolderSource, parse: Callable[[AdapterRef], ParsedRef]
     ) -> None:
         self._local = local
         self._remote = remote
@@ -27,7 +28,7 @@ class SourceRouter:
 
     async def resolve(self, ref: AdapterRef) -> AdapterKey:
         parsed_ref = self._parse(ref)
-        source = self._local if parsed_ref.source == "local" else self._remote
+        source = self._local if isinstance(parsed_ref.place, LocalFolder) else self._remote
         return await source.resolve(parsed_ref)
 
     async def open(self, key: AdapterKey, control: FetchControl) -> AdapterFile:

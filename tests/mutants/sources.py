@@ -8,11 +8,10 @@ from typing import Any
 from lorax_async import concurrency
 from lorax_async.concurrency import SharedResource, WorkerThreads
 from lorax_async.files import LocalPages
-from lorax_async.remote import metadata, opening, readers
-from lorax_async.remote.opening import AdapterOpener
+from lorax_async.remote import base, opening, readers
+from lorax_async.remote.opening import AdapterOpener, VersionResolver
 from lorax_async.remote.readers import AdapterFetch, FetchReader
 from lorax_async.remote.remote_source import RemoteSource
-from lorax_async.remote.resolution import ResolutionCache, VersionResolver
 from lorax_async.sources import merges
 from lorax_async.sources.host_copies import HostCopies, HostCopy
 from lorax_async.sources.tensors import TensorSnapshot
@@ -121,7 +120,7 @@ SOURCES: Mutants = {
         f"{REMOTE}::test_nothing_reads_a_download_that_has_ended",
         (AdapterFetch, "_leave", lambda self, _: self._download.close())),
     "fetch: its jobs have ended when that is reported": mutant(
-        f"{REMOTE}::test_jobs_end_with_whoever_follows_them", (metadata, "wait_for_end", nothing_awaited)),
+        f"{REMOTE}::test_jobs_end_with_whoever_follows_them", (base, "wait_for_end", nothing_awaited)),
     "fetch: a closed reader keeps no entry": mutant(
         f"{REMOTE}::test_a_reader_closed_meanwhile_keeps_nothing",
         (FetchReader, "adopt", _kept_when_closed)),
@@ -141,5 +140,5 @@ SOURCES: Mutants = {
         f"{REMOTE}::test_known_callers_while_the_source_is_down",
         skipped(VersionResolver, "_may_have", True)),
     "resolving: a fetch is in the last caller's name": mutant(
-        f"{LOADS}::test_a_digest_is_its_callers_own", skipped(ResolutionCache, "_asked", True)),
+        f"{LOADS}::test_a_digest_is_its_callers_own", skipped(VersionResolver, "_asked", True)),
 }  # fmt: skip

@@ -27,7 +27,7 @@ from lorax_async.http.range_engine import RangeEngine
 from lorax_async.http.settings import Rules, Timeouts, is_public
 from lorax_async.http.target import Target
 from lorax_async.ids import Allow
-from lorax_async.remote.remote_source import AllowRules
+from lorax_async.remote.base import AllowRules
 from lorax_async.urls import InvalidUrlError, parse_url
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")

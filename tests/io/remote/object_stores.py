@@ -24,6 +24,7 @@ import pytest
 from fault_server import Asked, Client, FaultServer, answer, until
 from fetching import DATA, GROUPS, PATIENT, MemorySink, engine
 from obstore.store import AzureStore, S3Store
+from web_folder import Locator
 
 import servers
 from lorax_async.http.settings import PublicOnly
@@ -238,11 +239,11 @@ def bucket(kind: str, name: str) -> AzureStore | S3Store:
 
 
 @contextmanager
-def locator(threads: int = 2, *, signed_for: float = 600.0) -> Iterator[StoreBackend]:
+def locator(threads: int = 2, *, signed_for: float = 600.0) -> Iterator[Locator]:
     with ThreadPoolExecutor(threads, "lorax-test") as pool:
         made = StoreBackend(pool, PublicOnly(), signed_for=signed_for)
         try:
-            yield made
+            yield Locator(made)
         finally:
             made.close()
 

@@ -23,12 +23,12 @@ from lorax_async.formats.digests import Digest
 from lorax_async.formats.split_weights import CONFIG_FILE, WEIGHTS_FILE, FileRole
 from lorax_async.http.range_engine import RangeEngine
 from lorax_async.http.target import Target
+from lorax_async.ids import HubRepository, ParsedRef
 from lorax_async.lifecycle.policies import policy
 from lorax_async.loader import AdapterLoader
 from lorax_async.remote.base import LocatedAdapter, RemoteFile
-from lorax_async.remote.opening import AdapterOpener
+from lorax_async.remote.opening import AdapterOpener, VersionResolver
 from lorax_async.remote.remote_source import RemoteParts, RemoteSource
-from lorax_async.remote.resolution import ResolutionCache, VersionResolver
 from lorax_async.sources.base import AdapterFile, Source
 from lorax_async.types import AdapterKey, AdapterRef
 from lorax_async.urls import parse_url
@@ -62,15 +62,13 @@ class ToldLocator:
     silent: bool = False
     unanswered: int = 0
 
-    def pinned_version(self, ref: AdapterRef) -> tuple[str, str, str] | None:
-        if ref.revision is None or len(ref.revision) != 40:
-            return None
-        return ref.text, ref.revision, _scope(ref)
+    def is_version(self, revision: str) -> bool:
+        return len(revision) == 40
 
-    async def scope(self, ref: AdapterRef) -> str:
+    async def scope(self, place: object, ref: AdapterRef) -> str:
         return _scope(ref)
 
-    async def locate(self, ref: AdapterRef) -> LocatedAdapter:
+    async def locate(self, place: object, ref: AdapterRef) -> LocatedAdapter:
         self.located += 1
         await (self._no_answer() if self.silent else asyncio.sleep(0))
         if self.error is not None:
@@ -92,7 +90,7 @@ class ToldLocator:
             self.unanswered -= 1
 
     async def shards(
-        self, located: LocatedAdapter, roles: Sequence[FileRole]
+        self, place: object, located: LocatedAdapter, roles: Sequence[FileRole]
     ) -> tuple[RemoteFile, ...]:
         raise AssertionError("nothing here has an index")
 
@@ -136,7 +134,16 @@ class Steps:
             self._act()
 
 
-class CachedSource(RemoteSource):
+class ToldSource(RemoteSource):
+    """Any text is an id."""
+
+    async def resolve(self, ref: AdapterRef) -> AdapterKey:
+        options = (ref.revision, ref.token, ref.digest, ref.allow_stale, ref.use_token)
+        place = HubRepository("hub", "", None, f"{ref.text}/")
+        return await super().resolve(ParsedRef(ref.id, "hub", *options, place=place))
+
+
+class CachedSource(ToldSource):
     """Has everything in its cache before anybody opens it."""
 
     async def resolve(self, ref: AdapterRef) -> AdapterKey:
@@ -192,20 +199,16 @@ class RemoteWorld:
         self.workers = WorkerThreads(4)
         self.later = 0.0
         """Seconds that its clock is ahead."""
-        self.known = ResolutionCache(revalidate, lambda: time.monotonic() + self.later)
         self.cache = DiskCache(self.folder, cache_bytes, policy("lru"))
         resolving = VersionResolver(
-            *(lambda _: self.locator, lambda _: self.cache, self.known, self.workers),
+            *(lambda _: self.locator, lambda: self.cache, self.workers),
             offline=False,
             fresh=revalidate,
+            clock=lambda: time.monotonic() + self.later,
         )
-        kind = CachedSource if cached else RemoteSource
+        kind = CachedSource if cached else ToldSource
         limits = limits or Limits()
-        opening = AdapterOpener(
-            *(resolving, self.known, lambda _: self.cache, self.engine, self.workers),
-            limits=limits,
-            verify=verify,
-        )
+        opening = AdapterOpener(resolving, self.engine, self.workers, limits=limits, verify=verify)
         parts = RemoteParts(resolving, opening, self.workers, lambda: None)
         self.source: Source = kind(lambda: parts, limits=limits, verify=verify)
 

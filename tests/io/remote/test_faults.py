@@ -46,7 +46,7 @@ from lorax_async.handle import AdapterHandle
 from lorax_async.http.failures import RetryPolicy
 from lorax_async.http.settings import Timeouts
 from lorax_async.loader import AdapterLoader
-from lorax_async.remote.metadata import FIRST_BYTES
+from lorax_async.remote.base import FIRST_BYTES
 from lorax_async.types import AdapterRef, Verification
 from sweeping import Bench
 

@@ -25,9 +25,14 @@ from lorax_async.errors import FetchError, IntegrityError, InternalError
 from lorax_async.formats.digests import Digest
 from lorax_async.formats.split_weights import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, FileRole
 from lorax_async.lifecycle.policies import policy
-from lorax_async.remote.hub import StandardHubCache, TieredCache, adapter_files, standard_folder
-from lorax_async.remote.hub_calls import digest_of_etag, is_commit
-from lorax_async.remote.resolution import ResolutionRequest
+from lorax_async.remote.hub import (
+    StandardHubCache,
+    TieredCache,
+    adapter_files,
+    digest_of_etag,
+    is_commit,
+)
+from lorax_async.remote.opening import question_of
 from lorax_async.types import AdapterRef
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -127,7 +132,6 @@ def test_where_there_is_nothing(tmp_path: Path, hub_client: Path) -> None:
     assert opened(tmp_path / "no folder").open(KEY) is None
     assert opened(tmp_path / "no folder").commit_of(REPO, "main") is None
     assert not (tmp_path / "no folder").exists()
-    assert standard_folder() == str(hub_client)
     by_hand.put(tmp_path, REPO, ADAPTER, commit=COMMIT)
     for source, version in (
         *(("s3://bucket/name", COMMIT), (REPO, "main"), (REPO, COMMIT.upper())),
@@ -373,7 +377,7 @@ def test_downloads_go_to_our_own_cache(tmp_path: Path, hub_client: Path) -> None
         assert disk.used() == cache.used() == sum(map(len, ADAPTER.values()))
 
         def last(ref: AdapterRef, scope: str = "") -> tuple[str, str] | None:
-            return cache.last_version(str(ResolutionRequest.of(ref, scope)))
+            return cache.last_version(question_of(ref, scope))
 
         for revision in (None, "refs/pr/1", COMMIT):
             assert last(AdapterRef(REPO, "hub", revision)) == (REPO, COMMIT)
@@ -382,9 +386,7 @@ def test_downloads_go_to_our_own_cache(tmp_path: Path, hub_client: Path) -> None
             *(AdapterRef("../../etc", "hub"), AdapterRef("org/na\nme", "hub")),
         ):
             assert last(ref) is None
-        cache.note_version(
-            str(ResolutionRequest.of(AdapterRef(REPO, "hub"), "")), REPO, other.version
-        )
+        cache.note_version(question_of(AdapterRef(REPO, "hub"), ""), REPO, other.version)
         assert last(AdapterRef(REPO, "hub")) == (REPO, other.version), "our own answer is first"
         assert last(AdapterRef(REPO, "hub"), "somebody") == (REPO, COMMIT)
         assert cache.remove(other)

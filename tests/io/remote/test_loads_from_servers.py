@@ -20,7 +20,7 @@ import split_files
 import tiny
 from lorax_async import errors
 from lorax_async.ids import Allow
-from lorax_async.remote.metadata import FIRST_BYTES
+from lorax_async.remote.base import FIRST_BYTES
 from lorax_async.types import AdapterRef
 from tiny_loaders import fails
 

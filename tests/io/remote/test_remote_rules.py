@@ -5,7 +5,7 @@ from ipaddress import ip_address
 import pytest
 
 from lorax_async.ids import Allow
-from lorax_async.remote.remote_source import AllowRules
+from lorax_async.remote.base import AllowRules
 from lorax_async.urls import parse_url
 
 METADATA = "169.254.169.254"

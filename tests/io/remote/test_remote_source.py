@@ -27,7 +27,7 @@ from lorax_async.formats.spans import ByteSpan
 from lorax_async.formats.split_weights import WEIGHTS_FILE, FilePlace, SplitGroupArrivals, SplitPlan
 from lorax_async.remote import opening
 from lorax_async.remote import readers as fetch_module
-from lorax_async.remote.metadata import FIRST_BYTES, track
+from lorax_async.remote.base import FIRST_BYTES, track
 from lorax_async.remote.readers import AdapterFetch, EntryReader, ReopenedReader, entry_gone
 from lorax_async.types import RemoteKey
 from telling import TellingLock

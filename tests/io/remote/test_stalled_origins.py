@@ -19,7 +19,7 @@ from common import open_sockets, until
 from lorax_async.config import LoaderConfig
 from lorax_async.errors import AdapterTimeoutError
 from lorax_async.loader import AdapterLoader
-from lorax_async.remote.metadata import FIRST_BYTES
+from lorax_async.remote.base import FIRST_BYTES
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 

@@ -95,10 +95,7 @@ def test_every_replaced_file_is_another_version(store: Store) -> None:
     for revision in known:
         assert located(store.id, revision).version == first.version
     with locator() as made:
-        said = made.pinned_version(AdapterRef(store.id, revision=first.version))
-        assert said == (store.id, first.version, first.scope)
-        for other in (*(known - {first.version}), None):
-            assert made.pinned_version(AdapterRef(store.id, revision=other)) is None
+        assert list(filter(made.is_version, known)) == [first.version]
     store.put_adapter(config=CONFIG + b" ")
     second = located(store.id)
     store.put_adapter(weights=DATA[::-1], config=CONFIG + b" ")

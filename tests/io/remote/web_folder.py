@@ -1,15 +1,19 @@
 """Servers on loopback of folders of adapters, and a locator that may ask them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from fault_server import Asked, Behaviour, Client, FaultServer, Hangup, answer
 from fetching import PATIENT, Anywhere, engine
 
 from lorax_async.config import Limits
+from lorax_async.formats.split_weights import FileRole
 from lorax_async.http.range_engine import RangeEngine
 from lorax_async.http.settings import Rules
+from lorax_async.ids import parse_ref
+from lorax_async.remote.base import LocatedAdapter, RemoteFile
 from lorax_async.remote.web import WebBackend
 from lorax_async.types import AdapterRef
 
@@ -68,12 +72,38 @@ class Folder:
         return [name_of(asked) for asked in self.asked]
 
 
+class Locator:
+    """A backend that is asked about ids."""
+
+    def __init__(self, backend: Any) -> None:
+        self.backend = backend
+
+    async def locate(self, ref: AdapterRef) -> LocatedAdapter:
+        parsed_ref = parse_ref(ref)
+        located: LocatedAdapter = await self.backend.locate(parsed_ref.place, parsed_ref)
+        return located
+
+    async def scope(self, ref: AdapterRef) -> str:
+        scope: str = await self.backend.scope(parse_ref(ref).place, ref)
+        return scope
+
+    async def shards(
+        self, located: LocatedAdapter, roles: Sequence[FileRole]
+    ) -> tuple[RemoteFile, ...]:
+        place = parse_ref(AdapterRef(located.source)).place
+        files: tuple[RemoteFile, ...] = await self.backend.shards(place, located, roles)
+        return files
+
+    def is_version(self, revision: str) -> bool:
+        return bool(self.backend.is_version(revision))
+
+
 @dataclass(eq=False)
 class World:
     folder: Folder
     server: FaultServer
     engine: RangeEngine
-    locator: WebBackend
+    locator: Locator
 
     def ref(
         self, token: str | None = None, revision: str | None = None, *, path: str = "/adapters/one/"
@@ -87,5 +117,5 @@ def world(
 ) -> Iterator[World]:
     folder = Folder(dict(files))
     with FaultServer(b"", folder) as server, engine(8, timeouts=PATIENT) as asking:
-        locator = WebBackend(asking, rules or Anywhere(), limits or Limits())
+        locator = Locator(WebBackend(asking, rules or Anywhere(), limits or Limits()))
         yield World(folder, server, asking, locator)
