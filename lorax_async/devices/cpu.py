@@ -63,36 +63,28 @@ class CpuDevice:
         """Allocate as `Device.open`. Callable once, so that the tables' addresses stay valid."""
         if self._was_opened:
             raise UsageError("the device was opened before; make a new one")
+        modules = len(self._layout.modules)
         try:
-            memory = self._claim_memory()
-            self._make_tables()
+            memory = mmap.mmap(-1, self._nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            with suppress(OSError):  # a hint, which a kernel without huge pages refuses
+                memory.madvise(mmap.MADV_HUGEPAGE)
+            _claim_pages(torch.frombuffer(memory, dtype=torch.uint8))
+            # The tensors share memory with plain arrays, because writing an element through torch
+            # costs microseconds and an adapter has hundreds.
+            self.address, words = _table(torch.int64, (2, modules, self._slots))
+            self.rank, ranks = _table(torch.int32, (modules, self._slots))
+            self.scale, scales = _table(torch.float32, (modules, self._slots))
         except (OSError, OverflowError, MemoryError) as error:
             raise CapacityError(
                 f"no memory for an arena of {self._nbytes:,} bytes and {self._slots:,} slots"
                 f" ({error}); lower device_bytes or max_slots"
             ) from error
+        self._address_words, self._rank_words = words.cast("q"), ranks.cast("i")
+        self._scale_words = scales.cast("f")
         self._memory = memoryview(memory)
         self._arena = torch.frombuffer(memory, dtype=torch.uint8)
         self._base = self._arena.data_ptr()
         self._was_opened = True
-
-    def _claim_memory(self) -> mmap.mmap:
-        memory = mmap.mmap(-1, self._nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with suppress(OSError):  # a hint, which a kernel without huge pages refuses
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        _claim_pages(torch.frombuffer(memory, dtype=torch.uint8))
-        return memory
-
-    def _make_tables(self) -> None:
-        modules = len(self._layout.modules)
-        # The tensors share memory with plain arrays, because writing an element through torch costs
-        # microseconds and an adapter has hundreds.
-        self.address, memory = _table(torch.int64, (2, modules, self._slots))
-        self._address_words = memory.cast("q")
-        self.rank, memory = _table(torch.int32, (modules, self._slots))
-        self._rank_words = memory.cast("i")
-        self.scale, memory = _table(torch.float32, (modules, self._slots))
-        self._scale_words = memory.cast("f")
 
     def staging_memory(self, nbytes: int) -> torch.Tensor:
         """Return pageable memory, whose pages are allocated at the first write."""

@@ -85,11 +85,8 @@ class StagingRing:
 
     def __repr__(self) -> str:
         """Return the numbers of free buffers and of waiting calls of `take`."""
-        free, waiting = (
-            f"{self.free} of {self.buffers} buffers free",
-            f"{len(self._waiting)} waiting",
-        )
-        return f"<StagingRing: {free}, {waiting}>"
+        free, waiting = f"{self.free} of {self.buffers} buffers free", len(self._waiting)
+        return f"<StagingRing: {free}, {waiting} waiting>"
 
     def take(self, count: int) -> list[StagingBuffer]:
         """Take `count` buffers at once, in order of arrival. Blocks until they are free.
@@ -102,17 +99,16 @@ class StagingRing:
         with self._changed:
             self._waiting.append(ticket)
             try:
-                self._changed.wait_for(lambda: self._is_served(ticket, count))
+                self._changed.wait_for(
+                    lambda: self._waiting[0] is ticket and len(self._free) >= count
+                )
                 return [self._free.pop() for _ in range(count)]
             finally:
                 self._waiting.remove(ticket)
                 self._changed.notify_all()
 
-    def _is_served(self, ticket: object, count: int) -> bool:
-        return self._waiting[0] is ticket and len(self._free) >= count
-
-    def release(self, buffer: StagingBuffer) -> None:
-        """Return a buffer to the ring. Thread-safe."""
+    def release(self, buffer: StagingBuffer, _: object = None) -> None:
+        """Return a buffer to the ring, also as a callback of a ticket. Thread-safe."""
         with self._changed:
             self._free.append(buffer)
             self._changed.notify_all()

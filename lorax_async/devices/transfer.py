@@ -20,40 +20,6 @@ from lorax_async.planning.transfer_plan import GroupPlan, StagingWindow, VectorP
 from lorax_async.tracing.recorder import CopyTimes, Tracer, now
 
 
-def require_finite_operands(
-    device: Device, group: GroupPlan, extent: Extent, slot: int, module_names: Sequence[str]
-) -> None:
-    """Raise `AdapterFormatError` if a copied group has NaN or infinite values."""
-    for row in group.rows:
-        operands = device.operands(row.module, slot)
-        assert operands is not None
-        a, b, _ = operands
-        if not (a.isfinite().all() and b.isfinite().all()):
-            raise _not_finite_error(module_names[row.module])
-    for vector in group.vectors:
-        content = device.view(Extent(extent.offset + vector.offset, vector.nbytes))
-        if not content.view(TORCH_DTYPES[vector.dtype]).isfinite().all():
-            raise _not_finite_error(module_names[vector.module])
-
-
-def require_finite_window(
-    content: torch.Tensor,
-    window: StagingWindow,
-    dtype: str,
-    group: GroupPlan,
-    module_names: Sequence[str],
-) -> None:
-    """Raise `AdapterFormatError` if a staged window has NaN or infinite values.
-
-    `content`, uint8, begins with the window's bytes. Gaps that no move writes are not checked.
-    """
-    for first, last, kind in _written_ranges(window, TORCH_DTYPES[dtype], group.vectors):
-        good = content[first:last].view(kind).isfinite()
-        if not good.all():
-            place = window.start + first + int(good.logical_not().nonzero()[0]) * kind.itemsize
-            raise _not_finite_error(module_names[_module_at(place, group)])
-
-
 def _written_ranges(
     window: StagingWindow, kind: torch.dtype, vectors: Sequence[VectorPlace]
 ) -> Iterator[tuple[int, int, torch.dtype]]:
@@ -78,13 +44,6 @@ def _module_at(place: int, group: GroupPlan) -> int:
     starts = [(start, row.module) for row in group.rows for start in (row.a, row.b)]
     starts += [(vector.offset, vector.module) for vector in group.vectors]
     return max(start for start in starts if start[0] <= place)[1]
-
-
-def _not_finite_error(module: str) -> AdapterFormatError:
-    return AdapterFormatError(
-        f"module {module!r} has NaN or infinite weights; "
-        "load it with check_finite=False if that is intended"
-    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -149,22 +108,25 @@ class GroupTransfer:
         Blocks while reading and while no buffer is free. Raises the errors of the reader, the
         device and the check, after the parts in flight have ended.
         """
-        recorder = self._tracer.on
-        times = None
-        if recorder is not None:
-            times = CopyTimes(recorder, copy.slot, copy.group.layer)
+        recorder, group, image = self._tracer.on, copy.group, copy.image
+        times = None if recorder is None else CopyTimes(recorder, copy.slot, group.layer)
         if self._device.reads_files:
             return self._run_from_file(copy, times)
         pending = _PendingCopy(self._device, copy, times)
         try:
-            if copy.image is None:
+            if image is None:
                 self._send_windows(pending)
             else:
-                self._send_image(pending, copy.image)
+                if not copy.warm:
+                    scratch = self._staging.take(1) if group.converts else []
+                    whole = StagingWindow.whole(group)
+                    self._fill(pending, whole, StagingBuffer.of(image), scratch)
+                pending.send(image, 0)
         except BaseException:
             wait(pending.tickets)
             raise
-        return pending.result()
+        tickets = pending.tickets
+        return CopyResult(tickets[-1], _join_tickets(tickets), pending.staging_seconds)
 
     def wipe(self, extents: Sequence[Extent]) -> CopyTicket:
         """Zero extents that no work reads any more. Blocks as `run` does."""
@@ -190,35 +152,27 @@ class GroupTransfer:
             times.record_copy(ticket, group.nbytes, in_stream=False)
         if self._check_finite:
             ticket.result()
-            names = self._module_names
-            require_finite_operands(self._device, group, copy.extent, copy.slot, names)
+            content = self._device.host_view(copy.extent)
+            self._require_finite(content, StagingWindow.whole(group), copy)
         return CopyResult(ticket, ticket, seconds)
 
     def _send_windows(self, pending: _PendingCopy) -> None:
         """Send the group through the ring. A buffer is free again when its copy is done."""
-        copy, staging = pending.copy, self._staging
+        copy, staging, times = pending.copy, self._staging, pending.times
         item_bytes = TORCH_DTYPES[copy.dtype].itemsize
         for window in windows(copy.group, staging.move_bytes, item_bytes):
             pending.raise_failures()
             buffer, *scratch = staging.take(2 if window.converts else 1)
-            begun = 0 if pending.times is None else now()
+            begun = 0 if times is None else now()
             try:
                 self._fill(pending, window, buffer, scratch)
                 ticket = pending.send(buffer.tensor[: window.nbytes], window.start)
             except BaseException:
                 staging.release(buffer)
                 raise
-            if pending.times is not None:
-                ticket.add_done_callback(pending.times.record_until_free(buffer.number, begun))
-            ticket.add_done_callback(partial(_release, staging, buffer))
-
-    def _send_image(self, pending: _PendingCopy, image: torch.Tensor) -> None:
-        copy, group = pending.copy, pending.copy.group
-        if not copy.warm:
-            whole = StagingWindow.whole(group)
-            scratch = self._staging.take(1) if whole.converts else []
-            self._fill(pending, whole, StagingBuffer.of(image), scratch)
-        pending.send(image, 0)
+            if times is not None:
+                ticket.add_done_callback(times.record_until_free(buffer.number, begun))
+            ticket.add_done_callback(partial(staging.release, buffer))
 
     def _fill(
         self,
@@ -243,8 +197,24 @@ class GroupTransfer:
         if times is not None:
             times.record_staging(buffer.number, begun, "fill")
         if self._check_finite:
-            names = self._module_names
-            require_finite_window(buffer.tensor, window, copy.dtype, copy.group, names)
+            self._require_finite(buffer.tensor, window, copy)
+
+    def _require_finite(
+        self, content: torch.Tensor, window: StagingWindow, copy: GroupCopy
+    ) -> None:
+        """Raise `AdapterFormatError` if a window has NaN or infinite values.
+
+        `content`, uint8, begins with the window's bytes. Gaps that no move writes are not checked.
+        """
+        group = copy.group
+        for first, last, kind in _written_ranges(window, TORCH_DTYPES[copy.dtype], group.vectors):
+            good = content[first:last].view(kind).isfinite()
+            if not good.all():
+                place = window.start + first + int(good.logical_not().nonzero()[0]) * kind.itemsize
+                raise AdapterFormatError(
+                    f"module {self._module_names[_module_at(place, group)]!r} has NaN or infinite"
+                    " weights; load it with check_finite=False if that is intended"
+                )
 
 
 class _PendingCopy:
@@ -272,13 +242,6 @@ class _PendingCopy:
         for ticket in [ticket for ticket in self.tickets if ticket.done()]:
             ticket.result()
             self.tickets.remove(ticket)
-
-    def result(self) -> CopyResult:
-        return CopyResult(self.tickets[-1], _join_tickets(self.tickets), self.staging_seconds)
-
-
-def _release(staging: StagingRing, buffer: StagingBuffer, _: CopyTicket) -> None:
-    staging.release(buffer)
 
 
 def _join_tickets(tickets: Sequence[CopyTicket]) -> CopyTicket:

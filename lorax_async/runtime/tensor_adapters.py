@@ -69,8 +69,12 @@ class TensorAdapters:
                     kept.enter_context(self._keep(key))
                     stage = "queue"
                     await wait_for_turn()
-                if not replaces:
-                    self._require_unassigned(ref, key)
+                assigned = self._names.get(ref)
+                if assigned is not None and assigned != key and not replaces:
+                    raise UsageError(
+                        "the name means other tensors already; replace them with `replace`, unload"
+                        " them first, or choose another name"
+                    )
                 return await self._load_and_assign(ref, key, deadline, priority)
         except LoraxError as error:
             problem = error.located(id=ref.text)
@@ -89,8 +93,7 @@ class TensorAdapters:
         if isinstance(key, TensorsKey):
             self._unload_if_unassigned(key)
         elif isinstance(key, MergedKey):
-            self._driver.forget(key)
-            self._source.copies.drop(key)
+            self._forget(key)
 
     async def _load_and_assign(
         self, ref: AdapterRef, key: AdapterKey, deadline: float, priority: int
@@ -134,17 +137,9 @@ class TensorAdapters:
     def _unload_if_unassigned(self, key: AdapterKey) -> None:
         """Unload the adapter once it is idle, unless an id is assigned to it or a call loads it."""
         if not self._names.has_id(key) and key not in self._calls:
-            self._driver.unload_when_idle(key, self._unloaded)
+            self._driver.unload_when_idle(key, self._forget)
 
-    def _unloaded(self, key: AdapterKey) -> None:
-        if isinstance(key, TensorsKey):
+    def _forget(self, key: AdapterKey) -> None:
+        if isinstance(key, TensorsKey | MergedKey):
             self._driver.forget(key)
             self._source.copies.drop(key)
-
-    def _require_unassigned(self, ref: AdapterRef, key: AdapterKey) -> None:
-        assigned = self._names.get(ref)
-        if assigned is not None and assigned != key:
-            raise UsageError(
-                "the name means other tensors already; replace them with `replace`, unload them"
-                " first, or choose another name"
-            )
