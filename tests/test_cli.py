@@ -22,9 +22,9 @@ import tiny
 from command_line import ADAPTERS, adapter, base, on_a_terminal, output, query, read_until
 from lorax_async import layouts
 from lorax_async.cli import load, main
-from lorax_async.cli.arguments import as_size
-from lorax_async.cli.demo_remote import COLUMNS, RATE
-from lorax_async.cli.load import run_on_uvloop, with_ticker
+from lorax_async.cli.command_line import as_size, run_on_uvloop
+from lorax_async.cli.demo import COLUMNS, RATE
+from lorax_async.cli.load import with_ticker
 from lorax_async.config import Eviction, LoaderConfig
 from lorax_async.events import Event, SlotGranted
 from lorax_async.lifecycle.policies import EVICTION_POLICIES

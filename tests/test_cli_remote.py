@@ -24,8 +24,8 @@ import tiny
 from command_line import ADAPTERS, base, output
 from lorax_async.cache.base import CacheKey
 from lorax_async.cli import main
-from lorax_async.cli.arguments import as_allow, as_place, loader_settings
-from lorax_async.cli.fetch import AT_ONCE, FetchRow, fetch_all
+from lorax_async.cli.cache_commands import AT_ONCE, FetchRow, fetch_all
+from lorax_async.cli.command_line import as_allow, as_place, loader_settings
 from lorax_async.cli.load import create_loads
 from lorax_async.config import LoaderConfig
 from lorax_async.errors import UsageError

@@ -3,13 +3,12 @@
 `main` parses the arguments, runs one command and maps errors to exit statuses. Commands may use
 every other package; no package imports this one.
 
-- `arguments.py`: exit statuses, shared options and argument types
-- `terminal.py`: results on stdout, progress and complaints on stderr
+- `command_line.py`: exit statuses, shared options and argument types; results on stdout, progress
+  and complaints on stderr
 - `inspect.py`: `inspect`: check config and header as a load would
-- `fetch.py`: `fetch`: download into the disk cache and verify
 - `load.py`: `load`: load onto a device and time it, with progress and stalls of the event loop
-- `cache_commands.py`: `cache ls`, `verify`, `rm`, `gc`
-- `demo.py`, `demo_remote.py`: `demo` and `demo-remote`, with the example adapters
+- `cache_commands.py`: `fetch`: download into the disk cache; `cache ls`, `verify`, `rm`, `gc`
+- `demo.py`: `demo` and `demo-remote`, with the example adapters
 - `plan.py`: `plan`: capacity, and a simulation of the eviction policies
 - `serve.py`: `serve`: the OpenAI-compatible server
 - `timeline.py`: `timeline`, and the option `--trace`
@@ -24,10 +23,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lorax_async.cli import cache_commands, demo_remote, fetch, inspect, load, plan, serve, timeline
-from lorax_async.cli.arguments import FAILED, INTERRUPTED, OK, AddParser, Command, add_command
-from lorax_async.cli.demo_remote import add_adapters
-from lorax_async.cli.terminal import Terminal, require_rich
+from lorax_async.cli import cache_commands, demo, inspect, load, plan, serve, timeline
+from lorax_async.cli.command_line import FAILED, INTERRUPTED, Command, Terminal, require_rich
 from lorax_async.errors import LoraxError
 
 EPILOG = """\
@@ -82,29 +79,6 @@ def _parser() -> argparse.ArgumentParser:
     version = importlib.metadata.version("lorax-async")
     parser.add_argument("--version", action="version", version=f"lorax-async {version}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (inspect, load, fetch, cache_commands):
-        module.add_to(commands.add_parser)
-    _add_demo(commands.add_parser)
-    for module in (demo_remote, serve, plan, timeline):
+    for module in (inspect, load, cache_commands, demo, serve, plan, timeline):
         module.add_to(commands.add_parser)
     return parser
-
-
-def _add_demo(add: AddParser) -> None:
-    about = "load three adapters into a small model and let them answer in one batch"
-    parser = add_command(add, "demo", about, _demo)
-    parser.add_argument(
-        "--prompt", metavar="TEXT", help="what to ask (default: what all three know)"
-    )
-    add_adapters(parser)
-
-
-def _demo(arguments: argparse.Namespace, terminal: Terminal) -> int:
-    from lorax_async.cli import demo  # noqa: PLC0415 - no other command needs its kernels
-
-    result = demo.run_demo(arguments.adapters, arguments.prompt or demo.PROMPT, terminal)
-    if arguments.json:
-        terminal.json(demo.demo_as_json(result))
-    else:
-        demo.show_demo(result, terminal)
-    return OK

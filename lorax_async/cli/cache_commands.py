@@ -1,34 +1,57 @@
-"""`lorax-async cache`: list, verify and clean the adapter cache."""
+"""`lorax-async fetch` and `lorax-async cache`: fill, list, verify and clean the adapter cache."""
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from lorax_async.cache import disk_cache
 from lorax_async.cache.base import EntryRecord
 from lorax_async.cache.disk_cache import DiskCache, Freed, Listed, Verified
-from lorax_async.cli.arguments import (
+from lorax_async.cli.command_line import (
     FAILED,
+    ID_HELP,
     OK,
     SIZE_HELP,
+    TOKENS,
     AddParser,
     Command,
+    Terminal,
     add_cache_folder,
+    add_caches,
     add_command,
+    add_sources,
+    as_id,
     as_size,
+    error_as_json,
+    format_age,
+    format_size,
+    loader_settings,
+    run_on_uvloop,
 )
-from lorax_async.cli.terminal import Terminal, format_age, format_size
 from lorax_async.config import LoaderConfig
-from lorax_async.errors import InvalidAdapterIdError, UsageError, shorten
+from lorax_async.errors import InvalidAdapterIdError, LoraxError, UsageError, shorten
+from lorax_async.files import Reader
 from lorax_async.ids import parse_ref
 from lorax_async.lifecycle.policies import policy
-from lorax_async.types import AdapterRef
+from lorax_async.remote.readers import FetchReader
+from lorax_async.remote.remote_source import RemoteSource, open_remote_source
+from lorax_async.runtime.folders import Fetches
+from lorax_async.types import AdapterRef, RemoteKey, Verification
+
+AT_ONCE = 4
+"""Concurrent fetches: they share the connections."""
+
+REPORT_SECONDS = 0.1
+"""Seconds between two reports of progress."""
 
 SHOWN_DIGITS = 12
 """Digits of an entry's name, and of a version, in tables."""
@@ -37,6 +60,21 @@ _NAME = re.compile(r"[0-9a-f]{4,64}|[0-9a-f]{64}\.[0-9a-z.-]*")
 
 
 def add_to(add: AddParser) -> None:
+    more = (
+        "Every ID is allowed as it stands. Loaders with the same caches use the fetched files. An"
+        f" interrupted fetch is resumed by the next one. {TOKENS}"
+    )
+    about = "download adapters into the disk cache and verify them; no base model is needed"
+    parser = add_command(add, "fetch", about, _fetch, more)
+    parser.add_argument("ids", type=as_id, nargs="+", metavar="ID", help=ID_HELP)
+    parser.add_argument(
+        "--revision",
+        metavar="R",
+        help="every ID's version: on the hub a branch, tag or commit, else a versionId or an ETag",
+    )
+    add_sources(parser)
+    add_caches(parser)
+
     about = "list, verify and clean the adapter cache"
     more = (
         "These commands never create the folder: a missing one is an empty cache. Loaders may use"
@@ -69,7 +107,139 @@ def add_to(add: AddParser) -> None:
     )
 
 
-# -- ls -------------------------------------------------------------------------------------------
+# -- fetch ----------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, eq=False)
+class FetchRow:
+    """The progress and result of one fetch.
+
+    `nbytes` counts all files. `seconds` excludes waiting for other fetches. `place` is the folder.
+    """
+
+    ref: AdapterRef
+    state: str = "waiting"
+    version: str | None = None
+    verification: Verification | None = None
+    nbytes: int | None = None
+    place: str | None = None
+    seconds: float = 0.0
+    error: LoraxError | None = None
+    _reader: Reader | None = None
+
+    @property
+    def downloaded(self) -> tuple[int, int | None]:
+        """The bytes of weights on the disk, and their total, or None if it is unknown."""
+        return self._reader.landed() if isinstance(self._reader, FetchReader) else (0, None)
+
+    async def run(self, source: RemoteSource, fetches: Fetches) -> None:
+        """Fetch the adapter; store a typed error in `error` instead of raising it."""
+        began = time.perf_counter()
+        try:
+            self.state = "resolving"
+            key = await source.resolve(self.ref)
+            self.version = key.version if isinstance(key, RemoteKey) else None
+            with await fetches.fetch(self.ref, key, self._set_reader) as folder:
+                self.verification, self.nbytes = folder.verification, folder.nbytes
+                self.place = str(folder.path)
+                self.state = "fetched" if folder.downloaded else "here already"
+        except LoraxError as error:
+            self.state, self.error = "failed", error.located(id=self.ref.text)
+        self.seconds = time.perf_counter() - began
+
+    def _set_reader(self, reader: Reader) -> None:
+        self._reader = reader
+        self.state = "fetching" if isinstance(reader, FetchReader) else "checking"
+
+    def as_json(self) -> dict[str, object]:
+        checked = self.verification
+        return {
+            "id": self.ref.text,
+            "source": self.ref.source,
+            "state": self.state,
+            "version": self.version,
+            "digest": checked and {"kind": checked.kind, "value": checked.digest},
+            "bytes": self.nbytes,
+            "seconds": round(self.seconds, 3),
+            "place": self.place,
+            "error": error_as_json(self.error),
+        }
+
+
+async def fetch_all(
+    source: RemoteSource, rows: Sequence[FetchRow], show: Callable[[int, FetchRow], None]
+) -> None:
+    """Fetch all rows, `AT_ONCE` at a time.
+
+    Call `show` for each row every `REPORT_SECONDS`, and at the end.
+    """
+    slots, fetches = asyncio.Semaphore(AT_ONCE), Fetches(source)
+
+    async def run(row: FetchRow) -> None:
+        async with slots:
+            await row.run(source, fetches)
+
+    def show_all() -> None:
+        for number, row in enumerate(rows):
+            show(number, row)
+
+    async def report() -> None:
+        while True:
+            show_all()
+            await asyncio.sleep(REPORT_SECONDS)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            reporting = group.create_task(report(), name="report")
+            async with asyncio.TaskGroup() as fetching:
+                for row in rows:
+                    fetching.create_task(run(row), name=f"fetch {row.ref.text}")
+            reporting.cancel()
+    finally:
+        await fetches.close(0)
+    show_all()
+
+
+def _fetch(arguments: argparse.Namespace, terminal: Terminal) -> int:
+    refs = [_at_revision(ref, arguments.revision) for ref in dict.fromkeys(arguments.ids)]
+    rows = [FetchRow(ref) for ref in refs]
+    config = LoaderConfig(**loader_settings(arguments, refs))
+    with open_remote_source(config) as source, terminal.bars() as bars:
+
+        def show(number: int, row: FetchRow) -> None:
+            done, total = row.downloaded if row.nbytes is None else (row.nbytes, row.nbytes)
+            bars.update(number, row.ref.text, done, total, row.state)
+
+        run_on_uvloop(fetch_all(source, rows, show))
+    if arguments.json:
+        terminal.json({"adapters": [row.as_json() for row in rows]})
+    else:
+        for row in rows:
+            terminal.say(f"{row.ref.text}: {row.state}", "bold red" if row.error else "green")
+            if row.nbytes is not None and row.verification is not None:
+                checked = row.verification
+                facts = [("from", f"{row.ref.source}, version {row.version}")]
+                facts += [("digest", f"{checked.kind} {checked.digest}")]
+                facts += [("size", f"{format_size(row.nbytes)} in {row.seconds:.2f} s")]
+                terminal.pairs([*facts, ("folder", str(row.place))])
+    return terminal.report_errors(row.error for row in rows)
+
+
+def _at_revision(ref: AdapterRef, revision: str | None) -> AdapterRef:
+    """Return `ref` at `revision`, or unchanged if that is None.
+
+    Raises `InvalidAdapterIdError` if the id has another revision.
+    """
+    if revision is None:
+        return ref
+    if ref.revision not in {None, revision}:
+        raise InvalidAdapterIdError(
+            "the id and --revision name different revisions; use one of them", id=ref.text
+        )
+    return parse_ref(AdapterRef(ref.id, ref.source, revision, use_token=ref.use_token))
+
+
+# -- cache ls -------------------------------------------------------------------------------------
 
 
 def _ls(arguments: argparse.Namespace, terminal: Terminal) -> int:
@@ -81,8 +251,7 @@ def _ls(arguments: argparse.Namespace, terminal: Terminal) -> int:
             terminal.json({"folder": str(folder), "entries": entries, "bytes": total})
             return OK
         if listed:
-            columns = ("entry", "adapter", "version", "state", " size", " last used")
-            terminal.table(columns, [_row(entry) for entry in listed])
+            terminal.table([_row(entry) for entry in listed])
             terminal.say(f"{format_size(total)} in {folder}")
         else:
             _say_empty(folder, cache, terminal)
@@ -94,16 +263,16 @@ def _say_empty(folder: Path, cache: DiskCache | None, terminal: Terminal) -> Non
     terminal.say(f"{what} in {folder}")
 
 
-def _row(listed: Listed) -> tuple[str, ...]:
+def _row(listed: Listed) -> dict[str, str]:
     record = listed.record
-    return (
-        listed.name[:SHOWN_DIGITS],
-        "" if record is None else record.source,
-        "" if record is None else shorten(record.version, SHOWN_DIGITS),
-        _state(listed),
-        format_size(listed.nbytes),
-        f"{format_age(listed.age)} ago",
-    )
+    return {
+        "entry": listed.name[:SHOWN_DIGITS],
+        "adapter": "" if record is None else record.source,
+        "version": "" if record is None else shorten(record.version, SHOWN_DIGITS),
+        "state": _state(listed),
+        " size": format_size(listed.nbytes),
+        " last used": f"{format_age(listed.age)} ago",
+    }
 
 
 def _state(listed: Listed) -> str:
@@ -221,7 +390,13 @@ def _find(text: str, listed: Sequence[Listed]) -> list[Listed]:
         if len({entry.name[:64] for entry in matches}) > 1:
             raise UsageError(f"{text!r} is a prefix of several names; add digits")
     else:
-        ref = _parse_ref(text)
+        ref = AdapterRef(text)  # its error does not repeat the text, which may hold a secret
+        try:
+            ref = parse_ref(ref)
+        except InvalidAdapterIdError as error:
+            raise error.prefixed(
+                f"{shorten(text, 200)!r} is neither an entry's name nor an id: "
+            ) from None
         matches = [
             entry
             for entry in listed
@@ -232,17 +407,6 @@ def _find(text: str, listed: Sequence[Listed]) -> list[Listed]:
     if not matches:
         raise UsageError(f"no entry in the cache matches {shorten(text, 200)!r}")
     return matches
-
-
-def _parse_ref(text: str) -> AdapterRef:
-    """Parse an id. Raises `UsageError` without any secret of it."""
-    ref = AdapterRef(text)
-    try:
-        return parse_ref(ref)
-    except InvalidAdapterIdError as error:
-        raise error.prefixed(
-            f"{shorten(text, 200)!r} is neither an entry's name nor an id: "
-        ) from None
 
 
 def _gc(arguments: argparse.Namespace, terminal: Terminal) -> int:
@@ -267,28 +431,22 @@ def _gc(arguments: argparse.Namespace, terminal: Terminal) -> int:
     return FAILED if left > budget else OK
 
 
-# -- the folder -----------------------------------------------------------------------------------
-
-
 @contextmanager
 def _open_cache(
     arguments: argparse.Namespace, nbytes: int = sys.maxsize
 ) -> Iterator[tuple[Path, DiskCache | None]]:
-    """Yield the cache folder, and the cache in it or None if there is none yet."""
+    """Yield the cache folder, and the cache in it or None if there is none yet.
+
+    Opening a cache would create files in a foreign folder.
+    """
     folder = LoaderConfig(cache_dir=arguments.cache_dir).cache_folder
-    if not _has_cache(folder):
-        yield folder, None
-        return
-    cache = DiskCache(folder, nbytes, policy("lru"))
+    try:
+        has_cache = "entries" in os.listdir(folder)
+    except FileNotFoundError:
+        has_cache = False
+    cache = DiskCache(folder, nbytes, policy("lru")) if has_cache else None
     try:
         yield folder, cache
     finally:
-        cache.close()
-
-
-def _has_cache(folder: Path) -> bool:
-    """Return whether the folder holds a cache; opening one creates files in a foreign folder."""
-    try:
-        return "entries" in os.listdir(folder)
-    except FileNotFoundError:
-        return False
+        if cache is not None:
+            cache.close()

@@ -6,29 +6,31 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from lorax_async import layouts
-from lorax_async.cli.arguments import (
+from lorax_async.cli.command_line import (
     ID_HELP,
     OK,
     REFUSED,
     TOKENS,
     AddParser,
+    Terminal,
     add_base,
     add_command,
     add_sources,
     as_place,
+    format_runs,
     loader_settings,
     read_layout,
+    run_on_uvloop,
 )
-from lorax_async.cli.load import run_on_uvloop
-from lorax_async.cli.terminal import Terminal, format_runs
 from lorax_async.config import Limits, LoaderConfig
 from lorax_async.devices.cpu import CpuDevice
 from lorax_async.errors import LoraxError
@@ -46,50 +48,12 @@ from lorax_async.formats.split_weights import INDEX
 from lorax_async.formats.strict_json import JsonValue, parse_object
 from lorax_async.ids import LocalFolder
 from lorax_async.planning.layout import ModelLayout
-from lorax_async.planning.transfer_plan import TransferPlan, plan_transfer
+from lorax_async.planning.transfer_plan import plan_transfer
+from lorax_async.remote.base import AdapterMetadata
 from lorax_async.remote.remote_source import RemoteSource, open_remote_source
 from lorax_async.runtime.assembly import MOVE_BYTES
 from lorax_async.sources.local import CONFIG, WEIGHTS, find_adapter, read_header
 from lorax_async.types import AdapterRef, AdapterSpec
-
-
-@dataclass(frozen=True, slots=True)
-class RemoteMetadata:
-    """The config and header of a remote adapter.
-
-    `nbytes` is the size of its weights as one file; `file_bytes` that of its actual weight files.
-    """
-
-    config: bytes
-    prefix: bytes
-    nbytes: int
-    file_bytes: int
-
-    @contextmanager
-    def as_folder(self) -> Iterator[Path]:
-        """Yield a folder like a local adapter's, whose weights after the header are a hole."""
-        with TemporaryDirectory(prefix="lorax-async-") as name:
-            folder = Path(name)
-            (folder / CONFIG).write_bytes(self.config)
-            with (folder / WEIGHTS).open("wb") as file:
-                file.write(self.prefix)
-                file.truncate(self.nbytes)
-            yield folder
-
-
-def download_metadata(ref: AdapterRef, settings: Mapping[str, Any]) -> RemoteMetadata:
-    """Download the config and header of `ref`. Blocks; raises what a load would."""
-    with TemporaryDirectory(prefix="lorax-async-") as name:
-        config = LoaderConfig(**{**settings, "cache_dir": Path(name) / "cache"})
-        with open_remote_source(config) as source:
-            return run_on_uvloop(_download_metadata(source, ref))
-
-
-async def _download_metadata(source: RemoteSource, ref: AdapterRef) -> RemoteMetadata:
-    metadata = await source.metadata(await source.resolve(ref))
-    file_bytes = sum(part.nbytes for part in metadata.parts)
-    return RemoteMetadata(metadata.config[1], metadata.prefix, metadata.nbytes, file_bytes)
-
 
 SHOWN_FIELDS = (
     "peft_type",
@@ -110,14 +74,6 @@ MAX_PROBLEMS = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
-    """A reason to refuse a load: the error's class and text."""
-
-    error: str
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
 class TargetModules:
     """The adapter's modules of one name; each tuple holds the distinct values, sorted.
 
@@ -134,27 +90,31 @@ class TargetModules:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Inspection:
-    """The facts and problems of an adapter. None is unknown.
+    """The facts of an adapter. None is unknown.
 
-    `problems_left_out` counts problems beyond the first `MAX_PROBLEMS`.
+    `problems` are the classes of errors by their distinct texts, in order of discovery.
     """
 
     path: str
     base: str | None
-    config: dict[str, JsonValue]
-    targets: tuple[TargetModules, ...]
-    tensors: int | None
-    file_bytes: int | None
-    device_bytes: int | None
-    device_dtype: str | None
-    problems: tuple[Problem, ...]
-    problems_left_out: int = 0
+    config: dict[str, JsonValue] = field(default_factory=dict)
+    targets: list[TargetModules] = field(default_factory=list)
+    tensors: int | None = None
+    file_bytes: int | None = None
+    device_bytes: int | None = None
+    device_dtype: str | None = None
+    problems: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def loadable(self) -> bool:
-        return not self.problems
+    @contextmanager
+    def collect(self, what: str = "the adapter") -> Iterator[None]:
+        """Add errors of the block instead of raising them; `what` names the file it reads."""
+        try:
+            yield
+        except (OSError, LoraxError) as raised:
+            error = to_adapter_error(raised, what) if isinstance(raised, OSError) else raised
+            self.problems.setdefault(error.problem, type(error).__name__)
 
 
 def inspect_adapter(
@@ -171,51 +131,28 @@ def inspect_adapter(
 
     Faults of the adapter are not raised: they are the inspection's `problems`.
     """
-    limits, problems = Limits(), _ProblemList()
-    with problems.collect():
+    limits, found = Limits(), Inspection(str(folder), base)
+    with found.collect():
         find_adapter(LocalFolder(str(folder), trusted=True), (), limits)
-    fields, spec = _read_config(folder, limits, problems)
-    header, file_bytes = _read_header(folder, limits, problems)
-    tensors = _lora_tensors(header, problems)
-    plan = None
+    spec = _read_config(folder, limits, found)
+    header = _read_header(folder, limits, found)
+    if header is not None:
+        found.tensors = len(header.tensors)
+        found.targets = _find_targets(header.tensors, spec, found)
     if spec is not None and header is not None:
-        with problems.collect():
-            plan = _plan(folder, header, spec, layout, limits)
-    return Inspection(
-        path=str(folder),
-        base=base,
-        config={name: fields[name] for name in SHOWN_FIELDS if name in fields},
-        targets=_targets(tensors, spec),
-        tensors=None if header is None else len(header.tensors),
-        file_bytes=file_bytes,
-        device_bytes=None if plan is None else plan.nbytes,
-        device_dtype=None if plan is None else plan.dtype,
-        problems=tuple(problems.items[:MAX_PROBLEMS]),
-        problems_left_out=max(0, len(problems.items) - MAX_PROBLEMS),
-    )
-
-
-class _ProblemList:
-    """Distinct problems in order of discovery."""
-
-    def __init__(self) -> None:
-        self.items: list[Problem] = []
-        self._texts: set[str] = set()
-
-    @contextmanager
-    def collect(self, what: str = "the adapter") -> Iterator[None]:
-        """Add errors of the block instead of raising them; `what` names the file it reads."""
-        try:
-            yield
-        except OSError as error:
-            self._add(to_adapter_error(error, what))
-        except LoraxError as error:
-            self._add(error)
-
-    def _add(self, error: LoraxError) -> None:
-        if error.problem not in self._texts:
-            self._texts.add(error.problem)
-            self.items.append(Problem(type(error).__name__, error.problem))
+        with found.collect():
+            plan = plan_transfer(
+                header,
+                spec,
+                layout or layouts.from_adapter(folder, limits=limits),
+                dtype=None,
+                alignment=CpuDevice.alignment,
+                rank_multiple=CpuDevice.rank_multiple,
+                limits=limits,
+                staging_move_bytes=MOVE_BYTES,
+            )
+            found.device_bytes, found.device_dtype = plan.nbytes, plan.dtype
+    return found
 
 
 def _open(folder: Path, name: str) -> BinaryIO | None:
@@ -228,115 +165,83 @@ def _open(folder: Path, name: str) -> BinaryIO | None:
         return None
 
 
-def _read_config(
-    folder: Path, limits: Limits, problems: _ProblemList
-) -> tuple[dict[str, JsonValue], AdapterSpec | None]:
-    """Return the fields of a JSON config, and the spec of its accepted fields if it has one."""
-    fields: dict[str, JsonValue] = {}
+def _read_config(folder: Path, limits: Limits, found: Inspection) -> AdapterSpec | None:
+    """Return the spec of a JSON config's accepted fields if it has one."""
     spec = None
-    with problems.collect(CONFIG):
+    with found.collect(CONFIG):
         file = _open(folder, CONFIG)
-        if file is not None:
-            with file:
-                text = file.read(limits.max_config_bytes + 1)
-            fields = parse_object(
-                text,
-                what=CONFIG,
-                max_bytes=limits.max_config_bytes,
-                max_depth=limits.max_json_depth,
-            )
-            spec = parse_config(_accepted_fields(text, fields, problems), limits)
-    return fields, spec
+        if file is None:
+            return None
+        with file:
+            text = file.read(limits.max_config_bytes + 1)
+        fields = parse_object(
+            text, what=CONFIG, max_bytes=limits.max_config_bytes, max_depth=limits.max_json_depth
+        )
+        found.config = {name: fields[name] for name in SHOWN_FIELDS if name in fields}
+        accepted = {}  # `parse_config` would stop at the first field that it refuses
+        for name, value in fields.items():
+            with found.collect():
+                if name in FIELDS:
+                    FIELDS[name].check(name, value)
+                accepted[name] = value
+        if len(accepted) < len(fields):
+            text = json.dumps(accepted).encode()
+        spec = parse_config(text, limits)
+    return spec  # noqa: RET504 - the block collects errors
 
 
-def _accepted_fields(text: bytes, fields: Mapping[str, JsonValue], problems: _ProblemList) -> bytes:
-    """Return the config without refused fields, since `parse_config` stops at the first."""
-    accepted = {}
-    for name, value in fields.items():
-        with problems.collect():
-            if name in FIELDS:
-                FIELDS[name].check(name, value)
-            accepted[name] = value
-    return text if len(accepted) == len(fields) else json.dumps(accepted).encode()
-
-
-def _read_header(
-    folder: Path, limits: Limits, problems: _ProblemList
-) -> tuple[Header | None, int | None]:
-    """Return the header if it is well-formed, and the size of all weight files if there are any."""
-    header = nbytes = None
-    with problems.collect(WEIGHTS):
+def _read_header(folder: Path, limits: Limits, found: Inspection) -> Header | None:
+    """Return the header if it is well-formed; `found` gets the size of all weight files."""
+    header = None
+    with found.collect(WEIGHTS):
         file = _open(folder, WEIGHTS)
         if file is not None:
             with file:
-                nbytes = os.fstat(file.fileno()).st_size
+                nbytes = found.file_bytes = os.fstat(file.fileno()).st_size
                 first = file.read(LENGTH_BYTES)
                 rest = file.read(header_size(first, nbytes) - LENGTH_BYTES)
             header = parse_header(first + rest, nbytes)
         elif (folder / INDEX).exists():
-            header, nbytes = read_header(folder, limits)
-    return header, nbytes
+            header, found.file_bytes = read_header(folder, limits)
+    return header
 
 
-class _LoraTensor(NamedTuple):
-    span: TensorSpan
-    name: TensorName
-    layer: int | None
-
-
-def _lora_tensors(header: Header | None, problems: _ProblemList) -> list[_LoraTensor]:
-    """Return the tensors of A and B matrices; report the others."""
-    tensors = []
-    for span in header.tensors if header is not None else ():
-        with problems.collect():
+def _find_targets(
+    spans: Iterable[TensorSpan], spec: AdapterSpec | None, found: Inspection
+) -> list[TargetModules]:
+    """Group the tensors of A and B matrices by their modules' names; report the others."""
+    groups: dict[str, list[tuple[TensorSpan, TensorName, int | None]]] = {}
+    for span in spans:
+        with found.collect():
             name = parse_tensor_name(span.name)
-            tensors.append(_LoraTensor(span, name, layer_index(name.module)))
-    return tensors
+            tensor = span, name, layer_index(name.module)
+            groups.setdefault(name.module.rpartition(".")[2], []).append(tensor)
+    targets = []
+    for last, tensors in sorted(groups.items()):
+        modules = {name.module for _, name, _ in tensors}
+        a, b = (
+            {
+                name.module: span.shape
+                for span, name, _ in tensors
+                if name.part is part and len(span.shape) == 2
+            }
+            for part in (TensorRole.A, TensorRole.B)
+        )
+        target = TargetModules(
+            name=last,
+            modules=len(modules),
+            layers=tuple(sorted({layer for _, _, layer in tensors if layer is not None})),
+            ranks=tuple(sorted({shape[0] for shape in a.values()})),
+            scales=() if spec is None else tuple(sorted({spec.scale_of(m) for m in modules})),
+            shapes=tuple(sorted({(a[m][1], b[m][0]) for m in a.keys() & b.keys()})),
+            dtypes=tuple(sorted({span.dtype for span, _, _ in tensors})),
+            nbytes=sum(span.stop - span.start for span, _, _ in tensors),
+        )
+        targets.append(target)
+    return targets
 
 
-def _plan(
-    folder: Path, header: Header, spec: AdapterSpec, layout: ModelLayout | None, limits: Limits
-) -> TransferPlan:
-    return plan_transfer(
-        header,
-        spec,
-        layout or layouts.from_adapter(folder, limits=limits),
-        dtype=None,
-        alignment=CpuDevice.alignment,
-        rank_multiple=CpuDevice.rank_multiple,
-        limits=limits,
-        staging_move_bytes=MOVE_BYTES,
-    )
-
-
-def _targets(tensors: Iterable[_LoraTensor], spec: AdapterSpec | None) -> tuple[TargetModules, ...]:
-    groups: dict[str, list[_LoraTensor]] = {}
-    for tensor in tensors:
-        groups.setdefault(tensor.name.module.rpartition(".")[2], []).append(tensor)
-    return tuple(_target(name, groups[name], spec) for name in sorted(groups))
-
-
-def _target(name: str, tensors: Sequence[_LoraTensor], spec: AdapterSpec | None) -> TargetModules:
-    modules = {tensor.name.module for tensor in tensors}
-    a, b = _shapes(tensors, TensorRole.A), _shapes(tensors, TensorRole.B)
-    return TargetModules(
-        name=name,
-        modules=len(modules),
-        layers=tuple(sorted({t.layer for t in tensors if t.layer is not None})),
-        ranks=tuple(sorted({shape[0] for shape in a.values()})),
-        scales=() if spec is None else tuple(sorted({spec.scale_of(m) for m in modules})),
-        shapes=tuple(sorted({(a[m][1], b[m][0]) for m in a.keys() & b.keys()})),
-        dtypes=tuple(sorted({tensor.span.dtype for tensor in tensors})),
-        nbytes=sum(tensor.span.stop - tensor.span.start for tensor in tensors),
-    )
-
-
-def _shapes(tensors: Iterable[_LoraTensor], part: TensorRole) -> dict[str, tuple[int, ...]]:
-    return {
-        tensor.name.module: tensor.span.shape
-        for tensor in tensors
-        if tensor.name.part is part and len(tensor.span.shape) == 2
-    }
+# -- the command ----------------------------------------------------------------------------------
 
 
 def add_to(add: AddParser) -> None:
@@ -352,62 +257,80 @@ def add_to(add: AddParser) -> None:
 
 def _inspect(arguments: argparse.Namespace, terminal: Terminal) -> int:
     base: str | None = arguments.base
-    layout = read_layout(base, terminal) if base is not None else None
-    inspection = _inspect_path(arguments, layout, terminal)
-    if arguments.json:
-        terminal.json({"loadable": inspection.loadable} | asdict(inspection))
-    else:
-        _show_inspection(inspection, terminal)
-    return OK if inspection.loadable else REFUSED
-
-
-def _inspect_path(
-    arguments: argparse.Namespace, layout: ModelLayout | None, terminal: Terminal
-) -> Inspection:
     ref: AdapterRef = arguments.path
+    layout = read_layout(base, terminal) if base is not None else None
     if isinstance(ref.id, Path):
-        return inspect_adapter(ref.id, layout, arguments.base)
-    with terminal.steps() as report:
-        report(f"downloading config and header of {ref.text}")
-        metadata = download_metadata(ref, loader_settings(arguments, [ref]))
-    with metadata.as_folder() as folder:
-        inspection = inspect_adapter(folder, layout, arguments.base)
-    return replace(inspection, path=ref.text, file_bytes=metadata.file_bytes)
+        found = inspect_adapter(ref.id, layout, base)
+    else:
+        with terminal.steps() as report:
+            report(f"downloading config and header of {ref.text}")
+            metadata = _download_metadata(ref, loader_settings(arguments, [ref]))
+        with TemporaryDirectory(prefix="lorax-async-") as name:
+            folder = Path(name)
+            (folder / CONFIG).write_bytes(metadata.config[1])
+            with (folder / WEIGHTS).open("wb") as file:
+                file.write(metadata.prefix)
+                file.truncate(metadata.nbytes)  # after the header is a hole
+            found = inspect_adapter(folder, layout, base)
+        found.path = ref.text
+        found.file_bytes = sum(part.nbytes for part in metadata.parts)
+    if arguments.json:
+        problems = [{"error": error, "text": text} for text, error in found.problems.items()]
+        terminal.json(
+            {"loadable": not problems}
+            | asdict(found)
+            | {"problems": problems[:MAX_PROBLEMS]}
+            | {"problems_left_out": len(problems[MAX_PROBLEMS:])}
+        )
+    else:
+        _show(found, terminal)
+    return REFUSED if found.problems else OK
 
 
-def _show_inspection(inspection: Inspection, terminal: Terminal) -> None:
-    verdict, style = ("can be loaded", "green") if inspection.loadable else ("refused", "bold red")
-    terminal.say(f"{inspection.path}: {verdict}", style)
-    for problem in inspection.problems:
-        terminal.say(f"  {problem.error}: {problem.text}")
-    if inspection.problems_left_out:
-        terminal.say(f"  … and {inspection.problems_left_out} more")
+def _download_metadata(ref: AdapterRef, settings: Mapping[str, Any]) -> AdapterMetadata:
+    """Download config and header. Blocks; raises what a load would."""
+
+    async def download(source: RemoteSource) -> AdapterMetadata:
+        return await source.metadata(await source.resolve(ref))
+
+    with TemporaryDirectory(prefix="lorax-async-") as name:
+        config = LoaderConfig(**{**settings, "cache_dir": Path(name) / "cache"})
+        with open_remote_source(config) as source:
+            return run_on_uvloop(download(source))
+
+
+def _show(found: Inspection, terminal: Terminal) -> None:
+    verdict, style = ("refused", "bold red") if found.problems else ("can be loaded", "green")
+    terminal.say(f"{found.path}: {verdict}", style)
+    for text, error in islice(found.problems.items(), MAX_PROBLEMS):
+        terminal.say(f"  {error}: {text}")
+    if len(found.problems) > MAX_PROBLEMS:
+        terminal.say(f"  … and {len(found.problems) - MAX_PROBLEMS} more")
     terminal.say()
-    terminal.pairs(list(_facts(inspection)))
-    if inspection.targets:
-        columns = ("target", " modules", "layers", "rank", "scale", "in → out", "dtype", " bytes")
-        terminal.table(columns, [_target_row(target) for target in inspection.targets])
+    facts = [
+        (name, json.dumps(value, ensure_ascii=False))
+        for name, value in found.config.items()
+        if value not in (None, [], {})
+    ]
+    against = found.base or "itself; use --base to check it against a base"
+    facts.append(("checked against", against))
+    if found.file_bytes is not None:
+        facts.append(("file", f"{found.file_bytes:,} bytes"))
+    if found.device_bytes is not None:
+        facts.append(("on a device", f"{found.device_bytes:,} bytes as {found.device_dtype}"))
+    terminal.pairs(facts)
+    if found.targets:
+        terminal.table([_target_row(target) for target in found.targets])
 
 
-def _facts(inspection: Inspection) -> Iterator[tuple[str, str]]:
-    for name, value in inspection.config.items():
-        if value not in (None, [], {}):
-            yield name, json.dumps(value, ensure_ascii=False)
-    yield "checked against", inspection.base or "itself; use --base to check it against a base"
-    if inspection.file_bytes is not None:
-        yield "file", f"{inspection.file_bytes:,} bytes"
-    if inspection.device_bytes is not None:
-        yield "on a device", f"{inspection.device_bytes:,} bytes as {inspection.device_dtype}"
-
-
-def _target_row(target: TargetModules) -> tuple[str, ...]:
-    return (
-        target.name,
-        str(target.modules),
-        format_runs(target.layers),
-        ", ".join(map(str, target.ranks)),
-        ", ".join(f"{scale:g}" for scale in target.scales),
-        ", ".join(f"{into} → {out}" for into, out in target.shapes),
-        ", ".join(target.dtypes),
-        f"{target.nbytes:,}",
-    )
+def _target_row(target: TargetModules) -> dict[str, str]:
+    return {
+        "target": target.name,
+        " modules": str(target.modules),
+        "layers": format_runs(target.layers),
+        "rank": ", ".join(map(str, target.ranks)),
+        "scale": ", ".join(f"{scale:g}" for scale in target.scales),
+        "in → out": ", ".join(f"{into} → {out}" for into, out in target.shapes),
+        "dtype": ", ".join(target.dtypes),
+        " bytes": f"{target.nbytes:,}",
+    }

@@ -6,30 +6,32 @@ import argparse
 import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from lorax_async.cli.arguments import (
-    FAILED,
+from lorax_async.cli.command_line import (
     ID_HELP,
-    OK,
-    SIZE_HELP,
     TOKENS,
     AddParser,
+    ProgressBars,
+    Terminal,
     add_base,
     add_caches,
     add_command,
+    add_device_bytes,
     add_sources,
     as_place,
-    as_size,
-    is_local,
+    error_as_json,
+    format_ms,
+    format_runs,
+    format_size,
+    in_ms,
     loader_settings,
     read_layout,
+    run_on_uvloop,
 )
-from lorax_async.cli.terminal import ProgressBars, Terminal, format_ms, format_runs, format_size
 from lorax_async.cli.timeline import add_trace, record_trace
 from lorax_async.config import DTYPES, LoaderConfig
 from lorax_async.errors import LoraxError, UsageError
@@ -52,6 +54,8 @@ class LoadProgress:
 
     ref: AdapterRef
     name: str
+    location: str
+    """As in the adapter's key."""
     state: str = "waiting"
     moved: int = 0
     nbytes: int | None = None
@@ -59,10 +63,8 @@ class LoadProgress:
     file_bytes: int | None = None
     """Size of local weight files."""
     layers: tuple[int, ...] = ()
-    ready: int = 0
-    """Number of layers on the device."""
     ready_times: list[float] = field(default_factory=list)
-    """When each of these became ready."""
+    """When each layer on the device became ready."""
     resident: float | None = None
     error: LoraxError | None = None
     handle: AdapterHandle | None = None
@@ -75,19 +77,14 @@ class LoadProgress:
         """
         match event:
             case SlotGranted():
-                self.state, self.moved, self.ready = "loading", 0, 0
+                self.state, self.moved = "loading", 0
                 self.ready_times.clear()
-                self.describe(event.key, event.nbytes, event.layers)
+                self._describe(event.key, event.nbytes, event.layers)
             case BytesMoved():
                 self.moved += event.nbytes
             case LayerReady():
-                self.ready = self.layers.index(event.layer) + 1
-                now = time.perf_counter() - self.started
-                self.ready_times += [now] * (self.ready - len(self.ready_times))
-
-    @property
-    def first_layer(self) -> float | None:
-        return self.ready_times[0] if self.ready_times else None
+                new = self.layers.index(event.layer) + 1 - len(self.ready_times)
+                self.ready_times += [time.perf_counter() - self.started] * new
 
     async def run(self, loader: AdapterLoader) -> None:
         """Load the adapter; store the handle, or a typed error instead of raising it."""
@@ -100,50 +97,49 @@ class LoadProgress:
             self.resident = time.perf_counter() - self.started
             self.handle, self.state = handle, "resident"
             # An adapter that was already resident causes no events.
-            self.describe(handle.key, handle.nbytes, handle.layers)
+            self._describe(handle.key, handle.nbytes, handle.layers)
 
-    def describe(self, key: AdapterKey, nbytes: int, layers: tuple[int, ...]) -> None:
+    def _describe(self, key: AdapterKey, nbytes: int, layers: tuple[int, ...]) -> None:
         self.nbytes, self.layers = nbytes, layers
         if key.files:
             self.file_bytes = sum(file.size for file in weight_files(key))
+
+    def show(self, bars: ProgressBars, row: int) -> None:
+        layers = f"{len(self.ready_times)}/{len(self.layers)} layers" if self.layers else ""
+        bars.update(row, self.name, self.moved, self.nbytes, self.state, layers)
 
     def release(self) -> None:
         if self.handle is not None:
             self.handle.release()
 
+    @property
+    def first_layer(self) -> float | None:
+        return self.ready_times[0] if self.ready_times else None
 
-def in_ms(seconds: float | None) -> float | None:
-    return None if seconds is None else round(seconds * 1e3, 3)
+    def as_json(self) -> dict[str, object]:
+        return {
+            "path": self.ref.text,
+            "name": self.name,
+            "state": self.state,
+            "layers": list(self.layers),
+            "file_bytes": self.file_bytes,
+            "device_bytes": self.nbytes,
+            "first_layer_ms": in_ms(self.first_layer),
+            "resident_ms": in_ms(self.resident),
+            "error": error_as_json(self.error),
+        }
 
-
-def load_as_json(load: LoadProgress) -> dict[str, object]:
-    """Return the load as plain values."""
-    return {
-        "path": load.ref.text,
-        "name": load.name,
-        "state": load.state,
-        "layers": list(load.layers),
-        "file_bytes": load.file_bytes,
-        "device_bytes": load.nbytes,
-        "first_layer_ms": in_ms(load.first_layer),
-        "resident_ms": in_ms(load.resident),
-        "error": error_as_json(load.error),
-    }
-
-
-def error_as_json(error: LoraxError | None) -> dict[str, object] | None:
-    if error is None:
-        return None
-    return {
-        "type": type(error).__name__,
-        "text": str(error),
-        "stage": error.stage,
-        "retryable": error.retryable,
-    }
-
-
-Show = Callable[[int, LoadProgress], None]
-"""A callback with the index of a load that progressed, and the load."""
+    def cells(self) -> dict[str, str]:
+        """Return the cells of a table's row, by their columns."""
+        return {
+            "adapter": self.name,
+            "state": self.state,
+            "layers": format_runs(self.layers),
+            " file": "" if self.file_bytes is None else format_size(self.file_bytes),
+            " on device": "" if self.nbytes is None else format_size(self.nbytes),
+            " first layer": format_ms(self.first_layer),
+            " resident": format_ms(self.resident),
+        }
 
 
 def create_loads(places: Sequence[Path | AdapterRef]) -> list[LoadProgress]:
@@ -155,55 +151,50 @@ def create_loads(places: Sequence[Path | AdapterRef]) -> list[LoadProgress]:
     if len({ref.id for ref in refs}) < len({(ref.id, ref.revision) for ref in refs}):
         raise UsageError("one adapter is named in several revisions; load one after the other")
     names = [ref.id.resolve().name if isinstance(ref.id, Path) else ref.text for ref in refs]
-    return [
-        LoadProgress(ref, name if names.count(name) == 1 else ref.text)
-        for ref, name in zip(refs, names, strict=True)
-    ]
+    loads = []
+    for ref, name in zip(refs, names, strict=True):
+        location = os.path.realpath(ref.id) if isinstance(ref.id, Path) else ref.text
+        loads.append(LoadProgress(ref, name if names.count(name) == 1 else ref.text, location))
+    return loads
 
 
 async def load_at_once(
-    loader: AdapterLoader, loads: Sequence[LoadProgress], show: Show, *, hold: bool
+    loader: AdapterLoader, loads: Sequence[LoadProgress], bars: ProgressBars, *, hold: bool
 ) -> None:
     """Start every load in the same iteration of the loop and wait for all.
 
     With `hold`, the caller releases the loads; without, each is released once it is resident.
     """
+    places: dict[str, list[tuple[int, LoadProgress]]] = {}
+    for row, load in enumerate(loads):
+        places.setdefault(load.location, []).append((row, load))
 
-    async def run(index: int, load: LoadProgress) -> None:
-        show(index, load)
+    def hear(event: Event) -> None:
+        for row, load in places.get(event.key.location, ()):
+            load.hear(event)
+            load.show(bars, row)
+
+    async def run(row: int, load: LoadProgress) -> None:
+        load.show(bars, row)
         await load.run(loader)
-        show(index, load)
+        load.show(bars, row)
         if not hold:
             load.release()
 
-    with _subscribe(loader, loads, show):
-        try:
-            async with asyncio.TaskGroup() as group:
-                for index, load in enumerate(loads):
-                    group.create_task(run(index, load), name=f"load {load.name}")
-        except BaseException:
-            for load in loads:
-                load.release()
-            raise
-
-
-@contextmanager
-def _subscribe(loader: AdapterLoader, loads: Sequence[LoadProgress], show: Show) -> Iterator[None]:
-    places: dict[str, list[tuple[int, LoadProgress]]] = {}
-    for index, load in enumerate(loads):
-        location = os.path.realpath(load.ref.id) if is_local(load.ref) else load.ref.text
-        places.setdefault(location, []).append((index, load))
-
-    def hear(event: Event) -> None:
-        for index, load in places.get(event.key.location, ()):
-            load.hear(event)
-            show(index, load)
-
     unsubscribe = loader.subscribe(hear)
     try:
-        yield
+        async with asyncio.TaskGroup() as group:
+            for row, load in enumerate(loads):
+                group.create_task(run(row, load), name=f"load {load.name}")
+    except BaseException:
+        for load in loads:
+            load.release()
+        raise
     finally:
         unsubscribe()
+
+
+# -- stalls of the event loop ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +209,19 @@ class LoopStall:
 async def with_ticker(work: Awaitable[T]) -> tuple[T, LoopStall]:
     """Await `work` beside a 1 ms ticker on the same loop; the last tick follows its end."""
     stop = asyncio.Event()
-    ticker = asyncio.create_task(_tick(stop), name="ticker")
+
+    async def tick() -> LoopStall:
+        begin = last = time.perf_counter()
+        longest, ticks = 0.0, 0
+        while not stop.is_set():
+            await asyncio.sleep(TICK)
+            now = time.perf_counter()
+            longest = max(longest, now - last - TICK)
+            last = now
+            ticks += 1
+        return LoopStall(longest, ticks, last - begin)
+
+    ticker = asyncio.create_task(tick(), name="ticker")
     try:
         await asyncio.sleep(0)  # let the ticker start first
         result = await work
@@ -228,24 +231,7 @@ async def with_ticker(work: Awaitable[T]) -> tuple[T, LoopStall]:
     return result, stall
 
 
-async def _tick(stop: asyncio.Event) -> LoopStall:
-    begin = last = time.perf_counter()
-    longest, ticks = 0.0, 0
-    while not stop.is_set():
-        await asyncio.sleep(TICK)
-        now = time.perf_counter()
-        longest = max(longest, now - last - TICK)
-        last = now
-        ticks += 1
-    return LoopStall(longest, ticks, last - begin)
-
-
-def run_on_uvloop(main: Coroutine[Any, Any, T]) -> T:
-    """Run `main` on a new uvloop without installing a policy. Ctrl-C cancels it."""
-    import uvloop  # noqa: PLC0415
-
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(main)
+# -- the command ----------------------------------------------------------------------------------
 
 
 def add_to(add: AddParser) -> None:
@@ -264,13 +250,7 @@ def add_to(add: AddParser) -> None:
     )
     add_base(parser, required=True)
     parser.add_argument("--dtype", choices=DTYPES, help="on the device (default: the base's dtype)")
-    parser.add_argument(
-        "--device-bytes",
-        type=as_size,
-        default="256MiB",
-        metavar="N",
-        help=f"device memory for adapters: {SIZE_HELP} (default: %(default)s)",
-    )
+    add_device_bytes(parser)
     add_sources(parser)
     add_caches(parser)
     add_trace(parser)
@@ -287,13 +267,10 @@ def _load(arguments: argparse.Namespace, terminal: Terminal) -> int:
     with terminal.bars() as bars:
         run_on_uvloop(_load_all(layout, config, loads, bars, arguments.trace))
     if arguments.json:
-        terminal.json({"adapters": [load_as_json(load) for load in loads]})
+        terminal.json({"adapters": [load.as_json() for load in loads]})
     else:
-        _show_loads(loads, terminal)
-    for load in loads:
-        if load.error is not None:
-            terminal.complain(f"{type(load.error).__name__}: {load.error}")
-    return FAILED if any(load.error for load in loads) else OK
+        terminal.table([load.cells() for load in loads])
+    return terminal.report_errors(load.error for load in loads)
 
 
 async def _load_all(
@@ -305,21 +282,4 @@ async def _load_all(
 ) -> None:
     async with AdapterLoader(layout, config) as loader:
         with record_trace(loader, trace):
-            await load_at_once(loader, loads, bars.show, hold=False)
-
-
-def _show_loads(loads: Sequence[LoadProgress], terminal: Terminal) -> None:
-    columns = ("adapter", "state", "layers", " file", " device", " first layer", " resident")
-    terminal.table(columns, [_load_row(load) for load in loads])
-
-
-def _load_row(load: LoadProgress) -> tuple[str, ...]:
-    return (
-        load.name,
-        load.state,
-        format_runs(load.layers),
-        "" if load.file_bytes is None else format_size(load.file_bytes),
-        "" if load.nbytes is None else format_size(load.nbytes),
-        format_ms(load.first_layer),
-        format_ms(load.resident),
-    )
+            await load_at_once(loader, loads, bars, hold=False)

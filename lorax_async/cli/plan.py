@@ -6,65 +6,49 @@ import argparse
 import csv
 import json
 import re
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from functools import cache, lru_cache
 from itertools import accumulate, islice
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-from lorax_async.cli.arguments import (
+from lorax_async.cli.command_line import (
     OK,
-    SIZE_HELP,
     AddParser,
+    Terminal,
+    adapter_folders,
     add_base,
     add_command,
-    as_size,
+    add_device,
+    add_device_bytes,
+    format_size,
     integer_parser,
     read_layout,
-    read_lines,
 )
-from lorax_async.cli.terminal import Terminal, format_size
 from lorax_async.config import DTYPES, MAX_SLOTS, Limits
+from lorax_async.devices.base import Device
 from lorax_async.errors import ConfigError, LoraxError, shorten
 from lorax_async.formats.peft_config import parse_config
 from lorax_async.formats.safetensors import TensorDescription, parse_header, write_header
 from lorax_async.ids import LocalFolder
 from lorax_async.lifecycle.adapter_state import GroupSizes
-from lorax_async.lifecycle.arena import FreeRuns, Kinds, Run, kinds_of
+from lorax_async.lifecycle.arena import FreeRuns, Run, kinds_of
 from lorax_async.lifecycle.policies import EVICTION_POLICIES, EvictionPolicy, PolicyName, policy
 from lorax_async.lifecycle.residency import reload_cost
-from lorax_async.planning.layout import ModelLayout, Module
-from lorax_async.planning.transfer_plan import TransferPlan, plan_transfer
+from lorax_async.planning.layout import ModelLayout
+from lorax_async.planning.transfer_plan import plan_transfer
 from lorax_async.runtime.assembly import MOVE_BYTES
 from lorax_async.sources.local import CONFIG, find_adapter, open_weights
 from lorax_async.types import AdapterKey
 
 MAX_EXPONENT = 10.0
-
-
-class ZipfDistribution:
-    """Zipf's law: the n-th of `count` items, counted from 1, has weight 1 / n ** exponent.
-
-    Exponent 0 is the uniform distribution. Raises `ConfigError` for a `count` below 1, or an
-    exponent that is negative or over 10.
-    """
-
-    def __init__(self, count: int, exponent: float) -> None:
-        if count < 1 or not 0 <= exponent <= MAX_EXPONENT:
-            raise ConfigError(
-                f"Zipf's law takes a count of 1 or more and an exponent from 0 to {MAX_EXPONENT:g},"
-                f" not {count} and {exponent:g}"
-            )
-        self._sums = list(accumulate((n + 1) ** -exponent for n in range(count)))
-
-    def pick(self, uniform: float) -> int:
-        """Return the index, from 0, for a number drawn uniformly from [0, 1)."""
-        sums = self._sums
-        return min(bisect_right(sums, uniform * sums[-1]), len(sums) - 1)
+SHOWN_KINDS = 20
+REQUESTS = 100_000
+MAX_REQUESTS = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +74,7 @@ class SimulationResult:
         return self.hits / self.requests if self.requests else 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceCapacity:
+class DeviceCapacity(NamedTuple):
     """The budget for adapters on a device: bytes, their alignment, and slots."""
 
     device_bytes: int
@@ -103,67 +86,6 @@ class DeviceCapacity:
         return FreeRuns.of_whole(self.device_bytes & -self.alignment)
 
 
-class _SimulatedSlots:
-    """The adapters on a device, as `Residency` tracks them but without their extents."""
-
-    def __init__(
-        self, capacity: DeviceCapacity, needs: Sequence[GroupSizes], policy: EvictionPolicy
-    ) -> None:
-        self.policy = policy
-        self.keys: dict[int, AdapterKey] = {}
-        self.occupied: dict[int, list[Run]] = {}
-        self.evictions = 0
-        self._needs = needs
-        self._free = capacity.free()
-        self._total = self._free.nbytes
-        self._slots = capacity.max_slots
-        self._sizes = {
-            id(need): _AdapterSize.of(need, capacity.alignment)
-            for need in {id(n): n for n in needs}.values()
-        }
-        self._positions: dict[AdapterKey, int] = {}
-
-    def load(self, position: int) -> int | None:
-        """Load an adapter, evicting others; return its bytes, or None if it can never fit."""
-        sizes = self._sizes[id(self._needs[position])]
-        if sizes.nbytes > self._total:
-            return None
-        key = self.keys.get(position) or self._key(position)
-        while (runs := self._take(sizes)) is None:
-            self._evict()
-        self.occupied[position] = runs
-        self.policy.admit(key, sizes.nbytes, sizes.cost)
-        return sizes.nbytes
-
-    def _take(self, sizes: _AdapterSize) -> list[Run] | None:
-        full = len(self.occupied) == self._slots or sizes.nbytes > self._free.nbytes
-        return None if full else self._free.take(sizes.kinds)
-
-    def _evict(self) -> None:
-        victim = next(self.policy.ranked())
-        self._free.give(self.occupied.pop(self._positions[victim]))
-        self.policy.remove(victim, evicted=True)
-        self.evictions += 1
-
-    def _key(self, position: int) -> AdapterKey:
-        key = self.keys[position] = AdapterKey(str(position), ())
-        self._positions[key] = position
-        return key
-
-
-class _AdapterSize(NamedTuple):
-    """An adapter's extents and bytes on the device, and the cost of its reload."""
-
-    kinds: Kinds
-    nbytes: int
-    cost: float
-
-    @classmethod
-    def of(cls, needs: GroupSizes, alignment: int) -> _AdapterSize:
-        kinds = kinds_of(needs.group_nbytes, alignment)
-        return cls(kinds, sum(nbytes * count for nbytes, count in kinds), reload_cost(needs))
-
-
 def simulate(
     requests: Iterable[int],
     needs: Sequence[GroupSizes],
@@ -172,6 +94,8 @@ def simulate(
 ) -> SimulationResult:
     """Simulate requests that find their adapter on the device, or evict others and load it.
 
+    Does as `Residency`, whose arena it uses without the extents of each group.
+
     Parameters
     ----------
     requests
@@ -179,26 +103,50 @@ def simulate(
     policy
         A new one; afterwards it ranks the adapters that are on the device.
     """
-    slots = _SimulatedSlots(capacity, needs, policy)
-    occupied, keys = slots.occupied, slots.keys
-    hits = refused = loads = device_bytes = file_bytes = 0
+    free = capacity.free()
+    total = free.nbytes
+    kinds_of_need = {
+        id(need): kinds_of(need.group_nbytes, capacity.alignment)
+        for need in {id(need): need for need in needs}.values()
+    }
+    keys: dict[int, AdapterKey] = {}
+    occupied: dict[AdapterKey, list[Run]] = {}
+    hits = refused = loads = evictions = device_bytes = file_bytes = 0
     for position in requests:
-        if position in occupied:
-            policy.use(keys[position])
+        key = keys.get(position)
+        if key in occupied:
+            policy.use(key)
             hits += 1
-        elif (nbytes := slots.load(position)) is None:
+            continue
+        need = needs[position]
+        kinds = kinds_of_need[id(need)]
+        nbytes = sum(size * count for size, count in kinds)
+        if nbytes > total:
             refused += 1
-        else:
-            loads += 1
-            device_bytes += nbytes
-            file_bytes += needs[position].file_nbytes
+            continue
+        if key is None:
+            key = keys[position] = AdapterKey(str(position), ())
+        while (
+            len(occupied) == capacity.max_slots
+            or nbytes > free.nbytes
+            or (runs := free.take(kinds)) is None
+        ):
+            victim = next(policy.ranked())
+            free.give(occupied.pop(victim))
+            policy.remove(victim, evicted=True)
+            evictions += 1
+        occupied[key] = runs
+        policy.admit(key, nbytes, reload_cost(need))
+        loads += 1
+        device_bytes += nbytes
+        file_bytes += need.file_nbytes
     return SimulationResult(
         requests=hits + refused + loads,
         hits=hits,
         refused=refused,
         loads=loads,
         first_loads=len(keys),
-        evictions=slots.evictions,
+        evictions=evictions,
         device_bytes=device_bytes,
         file_bytes=file_bytes,
     )
@@ -213,23 +161,19 @@ def count_fitting(needs: GroupSizes, capacity: DeviceCapacity) -> int:
     return count
 
 
+# -- adapters -------------------------------------------------------------------------------------
+
 _COUNT_AND_RANK = re.compile(r"([0-9]{1,9})x([0-9]{1,4})")
 _INTEGER = re.compile("[0-9]{1,18}")
 MAX_ADAPTERS = 10_000_000
 
 
-class PlanTarget(NamedTuple):
-    """The device; `dtype` is in the file format's spelling, or None for the layout's."""
-
-    layout: ModelLayout
-    dtype: str | None
-    alignment: int
-    rank_multiple: int
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class AdapterKind:
-    """Adapters with equal needs. `rank` is None if only their bytes are known."""
+    """Adapters with equal needs; one object stands for them all.
+
+    `rank` is None if only their bytes are known.
+    """
 
     rank: int | None
     needs: GroupSizes
@@ -238,131 +182,116 @@ class AdapterKind:
     def device_bytes(self) -> int:
         return sum(self.needs.group_nbytes)
 
-    @property
-    def file_bytes(self) -> int:
-        return self.needs.file_nbytes
-
-
-@dataclass(slots=True)
-class AdapterPool:
-    """All adapters by position; `kinds` and `names` are parallel lists."""
-
-    kinds: list[AdapterKind] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
-
-    def add(self, name: str, kind: AdapterKind, count: int = 1) -> None:
-        """Add `count` adapters of a kind; number their names if there are several."""
-        if len(self.names) + count > MAX_ADAPTERS:
-            raise ConfigError(f"a plan has at most {MAX_ADAPTERS:,} adapters")
-        self.kinds += [kind] * count
-        self.names += [name] if count == 1 else [f"{name}/{number}" for number in range(count)]
-
 
 class MemoryEstimate:
     """The needs of adapters on one device. Blocks while it reads adapters on the disk.
 
     Parameters
     ----------
+    dtype
+        On the device, in the file format's spelling, or None for the layout's.
     file_dtype
-        The dtype of files that are not on the disk, in the file format's spelling.
+        The dtype of files that are not on the disk.
     targets
         Last parts of the names of the modules that those adapt. Empty: all linear modules of the
         layers.
     """
 
-    def __init__(self, target: PlanTarget, file_dtype: str, targets: Sequence[str]) -> None:
-        self._target = target
+    def __init__(
+        self,
+        layout: ModelLayout,
+        device: type[Device],
+        dtype: str | None,
+        file_dtype: str,
+        targets: Sequence[str],
+    ) -> None:
+        self._layout = layout
+        self._device = device
+        self._dtype = dtype
         self._file_dtype = file_dtype
         self._targets = targets
         self._limits = Limits()
-        self.of_rank = lru_cache(maxsize=None)(self._of_rank)
-        self.of_bytes = lru_cache(maxsize=None)(self._of_bytes)
+        self.of_rank = cache(self._of_rank)
+        self.of_bytes = cache(self._of_bytes)
         self._planned = lru_cache(maxsize=64)(self._plan)
 
     def of_folder(self, folder: Path) -> AdapterKind:
         """Return the kind of an adapter on the disk. Raises what a load would raise."""
         try:
-            return self._read(folder)
+            key = find_adapter(LocalFolder(str(folder), trusted=True), (), self._limits)
+            config = (folder / CONFIG).read_bytes()
+            weights = open_weights(key, self._limits)
+            with closing(weights.reader) as reader:
+                return self._planned(config, weights.prefix, reader.nbytes)
         except LoraxError as error:
             raise error.located(id=str(folder)) from error
 
-    def _read(self, folder: Path) -> AdapterKind:
-        key = find_adapter(LocalFolder(str(folder), trusted=True), (), self._limits)
-        config = (folder / CONFIG).read_bytes()
-        weights = open_weights(key, self._limits)
-        try:
-            return self._planned(config, weights.prefix, weights.reader.nbytes)
-        finally:
-            weights.reader.close()
-
     def _of_rank(self, rank: int) -> AdapterKind:
         """Return the kind of an adapter with this rank on every target."""
-        modules = self._modules()
-        prefix, places = write_header(_tensors(modules, rank, self._file_dtype))
-        names = sorted({module.name.rpartition(".")[2] for module in modules})
-        config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": names}
+        tensors, names = [], set[str]()
+        for module in self._layout.modules:
+            last = module.name.rpartition(".")[2]
+            in_layers = 0 <= module.layer < self._layout.num_layers
+            if module.embedding or not (last in self._targets if self._targets else in_layers):
+                continue
+            names.add(last)
+            for part, shape in (
+                ("A", (rank, module.in_features)),
+                ("B", (module.out_features, rank)),
+            ):
+                name = f"base_model.model.{module.name}.lora_{part}.weight"
+                tensors.append(TensorDescription(name, self._file_dtype, shape))
+        missing = set(self._targets) - names
+        if missing or not names:
+            raise ConfigError(f"the base has no linear modules named {', '.join(sorted(missing))}")
+        prefix, places = write_header(tensors)
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank}
+        config["target_modules"] = sorted(names)
         return self._planned(json.dumps(config).encode(), prefix, places[-1][1])
 
     def _of_bytes(self, nbytes: int) -> AdapterKind:
         """Return the kind of an adapter of `nbytes`, divided equally among the layers."""
-        layers, alignment = self._target.layout.num_layers, self._target.alignment
-        if nbytes < 1:
-            raise ConfigError(f"an adapter has at least 1 byte, not {nbytes}")
+        layers, alignment = self._layout.num_layers, self._device.alignment
         group = -(-nbytes // layers // alignment) * alignment
         return AdapterKind(None, GroupSizes((max(group, alignment),) * layers, file_nbytes=nbytes))
 
-    def _modules(self) -> list[Module]:
-        layout, targets = self._target.layout, self._targets
-        modules = [
-            module
-            for module in layout.modules
-            if not module.embedding
-            and (
-                module.name.rpartition(".")[2] in targets
-                if targets
-                else 0 <= module.layer < layout.num_layers
-            )
-        ]
-        missing = set(targets) - {module.name.rpartition(".")[2] for module in modules}
-        if missing or not modules:
-            raise ConfigError(f"the base has no linear modules named {', '.join(sorted(missing))}")
-        return modules
-
     def _plan(self, config: bytes, prefix: bytes, nbytes: int) -> AdapterKind:
-        limits, target = self._limits, self._target
-        plan: TransferPlan = plan_transfer(
+        limits = self._limits
+        plan = plan_transfer(
             parse_header(prefix, nbytes, limits),
             parse_config(config, limits),
-            target.layout,
-            dtype=target.dtype,
-            alignment=target.alignment,
-            rank_multiple=target.rank_multiple,
+            self._layout,
+            dtype=self._dtype,
+            alignment=self._device.alignment,
+            rank_multiple=self._device.rank_multiple,
             limits=limits,
             staging_move_bytes=MOVE_BYTES,
         )
         return AdapterKind(plan.rank, plan.needs(holdable=False))
 
 
-def _tensors(modules: Sequence[Module], rank: int, dtype: str) -> Iterator[TensorDescription]:
-    for module in modules:
-        name = f"base_model.model.{module.name}"
-        yield TensorDescription(f"{name}.lora_A.weight", dtype, (rank, module.in_features))
-        yield TensorDescription(f"{name}.lora_B.weight", dtype, (module.out_features, rank))
+def read_adapters(
+    texts: Sequence[str], estimate: MemoryEstimate
+) -> tuple[list[str], list[AdapterKind]]:
+    """Return names and kinds of all adapters of `--adapters`; several of a kind are numbered.
 
-
-def read_pool(texts: Sequence[str], estimate: MemoryEstimate) -> AdapterPool:
-    """Return the adapters of `--adapters`. Raises `ConfigError`, and what a load would raise."""
-    pool = AdapterPool()
+    Raises `ConfigError`, and what a load would raise.
+    """
+    names, kinds = list[str](), list[AdapterKind]()
     for text in texts:
         for name, kind, count in _read_adapters(text, estimate):
-            pool.add(name, kind, count)
-    return pool
+            if len(names) + count > MAX_ADAPTERS:
+                raise ConfigError(f"a plan has at most {MAX_ADAPTERS:,} adapters")
+            names += [name] if count == 1 else [f"{name}/{number}" for number in range(count)]
+            kinds += [kind] * count
+    return names, kinds
 
 
 def _read_adapters(text: str, estimate: MemoryEstimate) -> Iterator[tuple[str, AdapterKind, int]]:
     path, generated = Path(text), _COUNT_AND_RANK.fullmatch(text)
     if path.is_dir():
-        yield from _read_folder(path, estimate)
+        for folder in adapter_folders(path):
+            yield folder.resolve().name, estimate.of_folder(folder), 1
     elif path.is_file():
         for row in _read_rows(path):
             yield _parse_row(row, path, estimate)
@@ -371,15 +300,6 @@ def _read_adapters(text: str, estimate: MemoryEstimate) -> Iterator[tuple[str, A
         yield f"r{rank}", estimate.of_rank(rank), count
     else:
         raise ConfigError(f"{shorten(text)!r} is not a folder, a file or COUNTxRANK")
-
-
-def _read_folder(folder: Path, estimate: MemoryEstimate) -> Iterator[tuple[str, AdapterKind, int]]:
-    adapters = [folder] if (folder / CONFIG).exists() else []
-    adapters = adapters or sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
-    if not adapters:
-        raise ConfigError(f"{folder} is not an adapter, and contains none")
-    for adapter in adapters:
-        yield adapter.resolve().name, estimate.of_folder(adapter), 1
 
 
 def _read_rows(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -409,13 +329,12 @@ def _parse_row(
             f"{path}: an adapter has a name and exactly one of rank, bytes and path, not"
             f" {shorten(json.dumps(dict(row), default=str))}"
         )
-    field, count = fields[0], _parse_integer(row.get("count") or 1, "count", path)
-    if field == "path":
-        kind = estimate.of_folder(path.parent / str(row[field]))
-    else:
-        kind_of = estimate.of_rank if field == "rank" else estimate.of_bytes
-        kind = kind_of(_parse_integer(row[field], field, path))
-    return name, kind, count
+    count = _parse_integer(row.get("count") or 1, "count", path)
+    if fields == ["path"]:
+        return name, estimate.of_folder(path.parent / str(row["path"])), count
+    value = _parse_integer(row[fields[0]], fields[0], path)
+    of_value = estimate.of_rank if fields == ["rank"] else estimate.of_bytes
+    return name, of_value(value), count
 
 
 def _parse_integer(value: object, what: str, path: Path) -> int:
@@ -425,9 +344,7 @@ def _parse_integer(value: object, what: str, path: Path) -> int:
     return int(text)
 
 
-SHOWN_KINDS = 20
-REQUESTS = 100_000
-MAX_REQUESTS = 100_000_000
+# -- the command ----------------------------------------------------------------------------------
 
 
 def add_to(add: AddParser) -> None:
@@ -438,12 +355,6 @@ def add_to(add: AddParser) -> None:
     )
     parser = add_command(add, "plan", about, _plan, more)
     add_base(parser, required=True)
-    _add_adapters(parser)
-    _add_device(parser)
-    _add_requests(parser)
-
-
-def _add_adapters(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapters",
         nargs="+",
@@ -465,16 +376,7 @@ def _add_adapters(parser: argparse.ArgumentParser) -> None:
         choices=DTYPES,
         help="dtype of files that are not on the disk (default: as on the device)",
     )
-
-
-def _add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--device-bytes",
-        type=as_size,
-        required=True,
-        metavar="N",
-        help=f"device memory for adapters: {SIZE_HELP}",
-    )
+    add_device_bytes(parser, None)
     parser.add_argument(
         "--max-slots",
         type=integer_parser(1, MAX_SLOTS),
@@ -482,13 +384,7 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="adapters on the device at a time (default: as many as fit, up to %(default)s)",
     )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)"
-    )
-    parser.add_argument("--dtype", choices=DTYPES, help="on the device (default: the base's dtype)")
-
-
-def _add_requests(parser: argparse.ArgumentParser) -> None:
+    add_device(parser, "on the device (default: the base's dtype)")
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--zipf",
@@ -513,21 +409,55 @@ def _add_requests(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(arguments: argparse.Namespace, terminal: Terminal) -> int:
+    from lorax_async.devices.cpu import CpuDevice  # noqa: PLC0415 - slow to import, and unused by other commands
+    from lorax_async.devices.cuda import CudaDevice  # noqa: PLC0415
+
     if arguments.rate is not None and not 0 < arguments.rate < float("inf"):
         raise ConfigError(f"--rate must be a positive number, not {arguments.rate:g}")
-    target = _target(arguments, terminal)
+    device = CudaDevice if arguments.device == "cuda" else CpuDevice
+    capacity = DeviceCapacity(arguments.device_bytes, device.alignment, arguments.max_slots)
+    layout = read_layout(arguments.base, terminal)
+    dtype = DTYPES.get(arguments.dtype)
+    file_dtype = DTYPES.get(arguments.file_dtype) or dtype or layout.dtype
+    estimate = MemoryEstimate(layout, device, dtype, file_dtype, arguments.targets)
     with terminal.steps() as report:
         report("reading the adapters")
-        file_dtype = DTYPES.get(arguments.file_dtype) or target.dtype or target.layout.dtype
-        pool = read_pool(arguments.adapters, MemoryEstimate(target, file_dtype, arguments.targets))
+        names, kinds = read_adapters(arguments.adapters, estimate)
         report("drawing the requests")
-        requests = _requests(arguments, pool)
-        needs, capacity = [kind.needs for kind in pool.kinds], _capacity(arguments, target)
-        results = dict[PolicyName, SimulationResult]()
+        if arguments.trace is not None:
+            requests = read_requests(arguments.trace, names, arguments.requests)
+        else:
+            count = arguments.requests or REQUESTS
+            requests = draw_requests(len(names), arguments.zipf, count, arguments.seed)
+        needs = [kind.needs for kind in kinds]
+        policies = []
         for name in EVICTION_POLICIES:
             report(f"simulating {len(requests):,} requests under {name}")
-            results[name] = simulate(requests, needs, capacity, policy(name))
-    plan = _plan_as_json(arguments, target, pool, len(set(requests)), results)
+            result = simulate(requests, needs, capacity, policy(name))
+            policies.append(_result_as_json(name, result, arguments.rate))
+    plan = {
+        "base": arguments.base,
+        "dtype": dtype or layout.dtype,
+        "device_bytes": arguments.device_bytes,
+        "adapters": {
+            "count": len(kinds),
+            "device_bytes": sum(kind.device_bytes for kind in kinds),
+            "file_bytes": sum(need.file_nbytes for need in needs),
+            "kinds": [
+                {
+                    "rank": kind.rank,
+                    "count": count,
+                    "device_bytes": kind.device_bytes,
+                    "file_bytes": kind.needs.file_nbytes,
+                    "fit": count_fitting(kind.needs, capacity),
+                }
+                for kind, count in Counter(kinds).most_common(SHOWN_KINDS)
+            ],
+        },
+        "distinct": len(set(requests)),
+        "rate": arguments.rate,
+        "policies": policies,
+    }
     if arguments.json:
         terminal.json(plan)
     else:
@@ -535,27 +465,7 @@ def _plan(arguments: argparse.Namespace, terminal: Terminal) -> int:
     return OK
 
 
-def _target(arguments: argparse.Namespace, terminal: Terminal) -> PlanTarget:
-    from lorax_async.devices.cpu import CpuDevice  # noqa: PLC0415 - slow to import, and unused by other commands
-    from lorax_async.devices.cuda import CudaDevice  # noqa: PLC0415
-
-    device = CudaDevice if arguments.device == "cuda" else CpuDevice
-    layout = read_layout(arguments.base, terminal)
-    return PlanTarget(layout, DTYPES.get(arguments.dtype), device.alignment, device.rank_multiple)
-
-
-def _capacity(arguments: argparse.Namespace, target: PlanTarget) -> DeviceCapacity:
-    return DeviceCapacity(arguments.device_bytes, target.alignment, arguments.max_slots)
-
-
-def _requests(arguments: argparse.Namespace, pool: AdapterPool) -> list[int]:
-    if arguments.trace is not None:
-        return read_trace(arguments.trace, pool.names, arguments.requests)
-    count = arguments.requests or REQUESTS
-    return draw_requests(len(pool.names), arguments.zipf, count, arguments.seed)
-
-
-def read_trace(path: Path, names: Sequence[str], limit: int | None) -> list[int]:
+def read_requests(path: Path, names: Sequence[str], limit: int | None) -> list[int]:
     """Return the positions in `names` of the adapters that the first `limit` lines name.
 
     Raises `ConfigError` for other names.
@@ -564,9 +474,12 @@ def read_trace(path: Path, names: Sequence[str], limit: int | None) -> list[int]
     if len(places) < len(names):
         duplicate = next(name for name, count in Counter(names).items() if count > 1)
         raise ConfigError(f"two adapters are named {shorten(duplicate)!r}: the trace is ambiguous")
-    requests = list(islice(read_lines(path), limit))
     try:
-        return [places[name] for name in requests]
+        with path.open(encoding="utf-8-sig") as file:
+            lines = (line.strip() for line in file if line.strip())
+            return [places[name] for name in islice(lines, limit)]
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not UTF-8 text") from None
     except KeyError as error:
         raise ConfigError(
             f"{path} names {shorten(str(error.args[0]))!r}, which is not in --adapters"
@@ -574,74 +487,25 @@ def read_trace(path: Path, names: Sequence[str], limit: int | None) -> list[int]
 
 
 def draw_requests(count: int, exponent: float, requests: int, seed: int) -> list[int]:
-    """Draw positions of `count` adapters by Zipf's law, with popularity in random order."""
-    random, popularity = Random(seed), ZipfDistribution(count, exponent)  # noqa: S311 - not for secrets
-    order = list(range(count))
-    random.shuffle(order)
-    return [order[popularity.pick(random.random())] for _ in range(requests)]
+    """Draw positions of `count` adapters by Zipf's law, with popularity in random order.
 
-
-def _plan_as_json(
-    arguments: argparse.Namespace,
-    target: PlanTarget,
-    pool: AdapterPool,
-    distinct: int,
-    results: dict[PolicyName, SimulationResult],
-) -> dict[str, Any]:
-    return {
-        "base": arguments.base,
-        "dtype": target.dtype or target.layout.dtype,
-        "device_bytes": arguments.device_bytes,
-        "adapters": {
-            "count": len(pool.kinds),
-            "device_bytes": sum(kind.device_bytes for kind in pool.kinds),
-            "file_bytes": sum(kind.file_bytes for kind in pool.kinds),
-            "kinds": _kinds_as_json(arguments, target, pool.kinds),
-        },
-        "distinct": distinct,
-        "rate": arguments.rate,
-        "policies": [
-            _result_as_json(name, result, arguments.rate) for name, result in results.items()
-        ],
-    }
-
-
-def _kinds_as_json(
-    arguments: argparse.Namespace, target: PlanTarget, kinds: Sequence[AdapterKind]
-) -> list[dict[str, Any]]:
-    """Return the most frequent kinds; `fit` is how many of one kind fit an empty device."""
-    counts = Counter(map(id, kinds))
-    by_id = {id(kind): kind for kind in kinds}
-    rows = []
-    for number, count in counts.most_common(SHOWN_KINDS):
-        kind = by_id[number]
-        rows.append(
-            {
-                "rank": kind.rank,
-                "count": count,
-                "device_bytes": kind.device_bytes,
-                "file_bytes": kind.file_bytes,
-                "fit": count_fitting(kind.needs, _capacity(arguments, target)),
-            }
+    The n-th most popular has weight 1 / n ** exponent; exponent 0 is the uniform distribution.
+    """
+    if count < 1 or not 0 <= exponent <= MAX_EXPONENT:
+        raise ConfigError(
+            f"Zipf's law takes a count of 1 or more and an exponent from 0 to {MAX_EXPONENT:g},"
+            f" not {count} and {exponent:g}"
         )
-    return rows
+    random, order = Random(seed), list(range(count))  # noqa: S311 - not for secrets
+    random.shuffle(order)
+    sums = list(accumulate((n + 1) ** -exponent for n in range(count)))
+    return random.choices(order, cum_weights=sums, k=requests)
 
 
 def _result_as_json(
     name: PolicyName, result: SimulationResult, rate: float | None
 ) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "policy": name,
-        "requests": result.requests,
-        "hits": result.hits,
-        "hit_rate": result.hit_rate,
-        "loads": result.loads,
-        "first_loads": result.first_loads,
-        "evictions": result.evictions,
-        "refused": result.refused,
-        "device_bytes": result.device_bytes,
-        "file_bytes": result.file_bytes,
-    }
+    row = {"policy": name, "hit_rate": result.hit_rate} | asdict(result)
     if rate is not None and result.requests:
         row["loads_per_second"] = result.loads / result.requests * rate
         row["bytes_per_second"] = result.device_bytes / result.requests * rate
@@ -649,46 +513,41 @@ def _result_as_json(
 
 
 def _show(plan: dict[str, Any], terminal: Terminal) -> None:
-    adapters, rate = plan["adapters"], plan["rate"]
-    terminal.say(
-        f"{adapters['count']:,} adapters for {format_size(plan['device_bytes'])} of device, as"
-        f" {plan['dtype']}",
-        "bold",
-    )
-    columns = ("rank", " adapters", " device, each", " file, each", " of these alone fit")
-    terminal.table(columns, [_kind_row(kind) for kind in adapters["kinds"]])
-    terminal.pairs(
-        [
-            ("all on the device", format_size(adapters["device_bytes"])),
-            ("all on disk, or in host memory", format_size(adapters["file_bytes"])),
-            ("asked for", f"{plan['distinct']:,} of them"),
-        ]
-    )
-    policies = ["policy", " requests", " found there", " loads", " of them first", " evictions"]
-    policies += [" to the device", *((" loads/s", " to the device/s") if rate else ())]
-    terminal.table(policies, [_policy_row(row) for row in plan["policies"]])
+    adapters = plan["adapters"]
+    capacity = f"{format_size(plan['device_bytes'])} of device, as {plan['dtype']}"
+    terminal.say(f"{adapters['count']:,} adapters for {capacity}", "bold")
+    terminal.table([
+        {
+            "rank": "?" if kind["rank"] is None else str(kind["rank"]),
+            " adapters": f"{kind['count']:,}",
+            " device, each": format_size(kind["device_bytes"]),
+            " file, each": format_size(kind["file_bytes"]),
+            " of these alone fit": f"{kind['fit']:,}",
+        }
+        for kind in adapters["kinds"]
+    ])  # fmt: skip
+    terminal.pairs([
+        ("all on the device", format_size(adapters["device_bytes"])),
+        ("all on disk, or in host memory", format_size(adapters["file_bytes"])),
+        ("asked for", f"{plan['distinct']:,} of them"),
+    ])  # fmt: skip
+    terminal.table([_policy_row(row) for row in plan["policies"]])
     refused = plan["policies"][0]["refused"]
     if refused:
         terminal.say(f"{refused:,} requests were refused: their adapters do not fit", "bold red")
 
 
-def _kind_row(kind: dict[str, Any]) -> tuple[str, ...]:
-    rank = "?" if kind["rank"] is None else str(kind["rank"])
-    sizes = (format_size(kind["device_bytes"]), format_size(kind["file_bytes"]))
-    return (rank, f"{kind['count']:,}", *sizes, f"{kind['fit']:,}")
-
-
-def _policy_row(outcome: dict[str, Any]) -> tuple[str, ...]:
-    row = (
-        outcome["policy"],
-        f"{outcome['requests']:,}",
-        f"{outcome['hit_rate']:.1%}",
-        *(f"{outcome[name]:,}" for name in ("loads", "first_loads", "evictions")),
-        format_size(outcome["device_bytes"]),
-    )
-    if "bytes_per_second" in outcome:
-        row += (
-            f"{outcome['loads_per_second']:.1f}",
-            format_size(round(outcome["bytes_per_second"])),
-        )
+def _policy_row(result: dict[str, Any]) -> dict[str, str]:
+    row = {
+        "policy": result["policy"],
+        " requests": f"{result['requests']:,}",
+        " found there": f"{result['hit_rate']:.1%}",
+        " loads": f"{result['loads']:,}",
+        " of them first": f"{result['first_loads']:,}",
+        " evictions": f"{result['evictions']:,}",
+        " to the device": format_size(result["device_bytes"]),
+    }
+    if "bytes_per_second" in result:
+        row[" loads/s"] = f"{result['loads_per_second']:.1f}"
+        row[" to the device/s"] = format_size(round(result["bytes_per_second"]))
     return row

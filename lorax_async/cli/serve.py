@@ -10,39 +10,40 @@ import shlex
 import socket
 import sys
 from collections.abc import Sequence
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lorax_async.cli.arguments import (
+from lorax_async.cli.command_line import (
     ID_HELP,
     OK,
-    SIZE_HELP,
     TOKENS,
     AddParser,
+    Terminal,
+    adapter_folders,
     add_base,
     add_caches,
     add_command,
+    add_device,
+    add_device_bytes,
+    allow_below,
+    as_id,
     as_place,
-    as_size,
-    as_source,
+    base_folder,
     integer_parser,
-    request_sources,
-    server_loader_settings,
+    loader_settings,
+    run_on_uvloop,
 )
-from lorax_async.cli.load import run_on_uvloop
-from lorax_async.cli.terminal import Terminal
-from lorax_async.config import DTYPES, Limits, LoaderConfig
-from lorax_async.engines.smollm2 import prepare_base
-from lorax_async.errors import AdapterError, ConfigError
-from lorax_async.ids import LocalFolder
+from lorax_async.config import Limits, LoaderConfig
+from lorax_async.errors import AdapterError, ConfigError, shorten
+from lorax_async.ids import Allow, LocalFolder
 from lorax_async.sources.local import CONFIG, find_adapter
 from lorax_async.types import AdapterId, AdapterRef
 
 if TYPE_CHECKING:
     from lorax_async.server.server_settings import ServerSettings
     from lorax_async.server.service import ServedModel, ServerCapacity
-
 
 ADMIN_TOKEN = "LORAX_ADMIN_TOKEN"  # noqa: S105 - the variable's name
 PORT = 8000
@@ -60,13 +61,6 @@ def add_to(add: AddParser) -> None:
     )
     parser = add_command(add, "serve", about, _serve, more)
     add_base(parser, required=True)
-    _add_adapters(parser)
-    _add_address(parser)
-    _add_capacity(parser)
-    add_caches(parser)
-
-
-def _add_adapters(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapters",
         nargs="+",
@@ -96,9 +90,6 @@ def _add_adapters(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="load the adapters listed in FILE at the start, and keep the list up to date",
     )
-
-
-def _add_address(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="listen at (default: %(default)s)")
     parser.add_argument(
         "--port",
@@ -115,47 +106,19 @@ def _add_address(parser: argparse.ArgumentParser) -> None:
         help="host names and addresses that requests may use: *.NAME is any name below NAME, * any"
         " host (default: this machine's own if only this machine can connect, else any)",
     )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)"
-    )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, help="to compute in (default: float32 on cpu, bfloat16 on cuda)"
-    )
-
-
-def _add_capacity(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--device-bytes",
-        type=as_size,
-        default="256MiB",
-        metavar="N",
-        help=f"device memory for adapters: {SIZE_HELP} (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--max-slots", type=int, default=8, metavar="N", help="adapters on the device at a time"
-    )
-    parser.add_argument(
-        "--max-sequences",
-        type=int,
-        default=16,
-        metavar="N",
-        help="most sequences at a time (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--max-share",
-        type=as_share,
-        default=0.5,
-        metavar="X",
-        help="share of these that one adapter, or one client, may use while others wait: above 0,"
-        " up to 1 (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--max-length",
-        type=int,
-        default=2048,
-        metavar="N",
-        help="most tokens of a sequence, new ones included (default: %(default)s)",
-    )
+    add_device(parser, "to compute in (default: float32 on cpu, bfloat16 on cuda)")
+    add_device_bytes(parser)
+    share = "share of these that one adapter, or one client, may use while others wait: above 0,"
+    length = "most tokens of a sequence,"
+    for option, kind, default, about in (
+        ("--max-slots", int, 8, "adapters on the device at a time"),
+        ("--max-sequences", int, 16, "most sequences at a time (default: %(default)s)"),
+        ("--max-share", as_share, 0.5, f"{share} up to 1 (default: %(default)s)"),
+        ("--max-length", int, 2048, f"{length} new ones included (default: %(default)s)"),
+    ):
+        metavar = "X" if kind is as_share else "N"
+        parser.add_argument(option, type=kind, default=default, metavar=metavar, help=about)
+    add_caches(parser)
 
 
 def as_share(text: str) -> float:
@@ -169,56 +132,78 @@ def as_share(text: str) -> float:
     return share
 
 
+def as_source(text: str) -> Allow | Path:
+    """Parse a place with adapters, for argparse: a local folder, or an allowed remote one."""
+    if text == "hub" or text.startswith("hub:"):
+        try:
+            return Allow("hub", prefix=text[4:], use_token=bool(text[4:]))
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(error.problem) from None
+    if "://" in text:
+        return allow_below(as_id(text))
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{shorten(text, 200)!r} is not a folder")
+    return Path(text)
+
+
+def request_sources(arguments: argparse.Namespace) -> tuple[Allow, ...]:
+    """Return the remote places that `--source` opens to requests; folders are in `local_roots`."""
+    return tuple(source for source in arguments.source if isinstance(source, Allow))
+
+
+def server_loader_settings(
+    arguments: argparse.Namespace, refs: Sequence[AdapterRef]
+) -> dict[str, Any]:
+    """Return `--source` and the cache options as arguments of `LoaderConfig`, with `refs` allowed.
+
+    All of the hub is allowed: the operator may load any adapter later. Requests are limited to
+    `request_sources`.
+    """
+    folders = tuple(source for source in arguments.source if isinstance(source, Path))
+    arguments.allow = [*request_sources(arguments), Allow("hub")]
+    return loader_settings(arguments, refs) | {"local_roots": folders}
+
+
 def _serve(arguments: argparse.Namespace, terminal: Terminal) -> int:
     try:
         from lorax_async.server.server_settings import ServerSettings  # noqa: PLC0415
         from lorax_async.server.service import ServedModel, ServerCapacity  # noqa: PLC0415 - of the extra `serve`
+        from lorax_async.server.warm_list import read_warm_list  # noqa: PLC0415
     except ImportError as error:
         raise ConfigError(f"{error}; run: pip install 'lorax-async[serve]'") from error
-    cuda = arguments.device == "cuda"
-    dtype = arguments.dtype or ("bfloat16" if cuda else "float32")
+    base, device = arguments.base, arguments.device
+    dtype = arguments.dtype or ("bfloat16" if device == "cuda" else "float32")
     adapters = find_adapters(arguments.adapters)
-    allowed_hosts = _check_early(arguments)
+    # Faults that would otherwise appear after the base model is loaded:
+    if arguments.warm is not None:
+        read_warm_list(arguments.warm)
+    with _listener(arguments) as listener:
+        allowed_hosts = choose_hosts(listener, arguments.host, arguments.allowed_hosts)
     settings = ServerSettings(
-        base="smollm2" if arguments.base == "smollm2" else Path(arguments.base).resolve().name,
+        base="smollm2" if base == "smollm2" else Path(base).resolve().name,
         adapters=adapters,
         sources=request_sources(arguments),
         admin_token=os.environ.get(ADMIN_TOKEN) or None,
         allowed_hosts=allowed_hosts,
     )
+    refs = [id for id in adapters.values() if isinstance(id, AdapterRef)]
     config = LoaderConfig(
         dtype=dtype,
-        device=arguments.device,
+        device=device,
         device_bytes=arguments.device_bytes,
         max_slots=arguments.max_slots,
-        **server_loader_settings(
-            arguments, [id for id in adapters.values() if isinstance(id, AdapterRef)]
-        ),
+        **server_loader_settings(arguments, refs),
     )
     capacity = ServerCapacity(
         sequences=arguments.max_sequences, length=arguments.max_length, share=arguments.max_share
     )
     with terminal.steps() as report:
-        base = arguments.base
-        folder = prepare_base(progress=report) if base == "smollm2" else Path(base)
+        folder = base_folder(base, report)
         report("loading the base model")
-        model = ServedModel.load(folder, dtype=dtype, device=arguments.device)
+        model = ServedModel.load(folder, dtype=dtype, device=device)
     tune_process()
     run_on_uvloop(_run(arguments, terminal, model, config, settings, capacity))
     return OK
-
-
-def _check_early(arguments: argparse.Namespace) -> tuple[str, ...] | None:
-    """Return the allowed hosts, or None for any.
-
-    Raises `ConfigError` for faults that would otherwise appear after the base model is loaded.
-    """
-    from lorax_async.server.warm_list import read_warm_list  # noqa: PLC0415
-
-    if arguments.warm is not None:
-        read_warm_list(arguments.warm)
-    with _listener(arguments) as listener:
-        return choose_hosts(listener, arguments.host, arguments.allowed_hosts)
 
 
 def choose_hosts(
@@ -271,9 +256,8 @@ async def _run(
 
     with _listener(arguments) as listener:
         async with open_service(model, config, settings, capacity, arguments.warm) as service:
-            await serve(
-                service, listener, ready=lambda: _announce(arguments, listener, settings, terminal)
-            )
+            announce = partial(_announce, arguments, listener, settings, terminal)
+            await serve(service, listener, ready=announce)
 
 
 def _announce(
@@ -327,29 +311,24 @@ def _find_in(name: str, place: str) -> list[tuple[str, AdapterId]]:
     """Return the adapter at `place`, under `name` if given, or all adapters in that folder."""
     folder = Path(place)
     if folder.is_dir() and not (folder / CONFIG).exists() and not name:
-        paths = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
-        if not paths:
-            raise ConfigError(f"{folder} is not an adapter, and contains none")
-        for path in paths:
-            _require_adapter(path)
-        return [(path.name, path.resolve()) for path in paths]
-    try:
-        ref = as_place(place)
-    except argparse.ArgumentTypeError as error:
-        raise ConfigError(f"--adapters: {error}") from None
-    if isinstance(ref.id, Path):
-        _require_adapter(ref.id)
-        return [(name or ref.id.resolve().name, ref.id.resolve())]
-    return [(name or ref.text.rstrip("/").rpartition("/")[2].partition("@")[0], ref)]
-
-
-def _require_adapter(folder: Path) -> None:
-    """Raise `ConfigError` if the folder lacks an adapter's files; do not read them."""
-    if not folder.is_dir():
-        raise ConfigError(
-            f"--adapters: there is no folder {folder}; an adapter on the hub is org/name"
-        )
-    try:
-        find_adapter(LocalFolder(str(folder.absolute()), trusted=True), (), Limits())
-    except AdapterError as error:
-        raise ConfigError(f"--adapters: {folder}: {error.problem}") from error
+        paths = adapter_folders(folder)
+        names = [path.name for path in paths]
+    else:
+        try:
+            ref = as_place(place)
+        except argparse.ArgumentTypeError as error:
+            raise ConfigError(f"--adapters: {error}") from None
+        if not isinstance(ref.id, Path):
+            last = ref.text.rstrip("/").rpartition("/")[2]
+            return [(name or last.partition("@")[0], ref)]
+        paths, names = [ref.id], [name or ref.id.resolve().name]
+    for path in paths:  # do not read their files
+        if not path.is_dir():
+            raise ConfigError(
+                f"--adapters: there is no folder {path}; an adapter on the hub is org/name"
+            )
+        try:
+            find_adapter(LocalFolder(str(path.absolute()), trusted=True), (), Limits())
+        except AdapterError as error:
+            raise ConfigError(f"--adapters: {path}: {error.problem}") from error
+    return [(name, path.resolve()) for name, path in zip(names, paths, strict=True)]

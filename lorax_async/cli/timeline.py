@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lorax_async.cli.arguments import OK, AddParser, add_command
-from lorax_async.cli.terminal import Terminal
+from lorax_async.cli.command_line import OK, AddParser, Terminal, add_command
 from lorax_async.errors import ConfigError
 from lorax_async.loader import AdapterLoader
 from lorax_async.tracing.drawing import MAX_BYTES, as_html, drawing_of, read_trace, write_image

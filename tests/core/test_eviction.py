@@ -1,5 +1,6 @@
 """The same requests to the whole lifecycle, to the loader's budget, and to the simulation of both."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -10,8 +11,8 @@ from hypothesis import strategies as st
 from lorax_async.cli.plan import (
     DeviceCapacity,
     SimulationResult,
-    ZipfDistribution,
     count_fitting,
+    draw_requests,
     simulate,
 )
 from lorax_async.errors import ConfigError
@@ -134,10 +135,9 @@ def test_so_many_fit() -> None:
 
 def test_zipfs_law() -> None:
     """Of 1 : 1/2 : 1/3 the sum is 11/6: the first has 6/11 of all, the second 3/11."""
-    three = ZipfDistribution(3, 1)
-    assert [three.pick(n / 11 + 1e-9) for n in range(11)] == [0] * 6 + [1] * 3 + [2] * 2
-    assert [ZipfDistribution(4, 0).pick(n / 8) for n in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert three.pick(1 - 2**-53) == 2
+    for exponent, shares in ((1.0, (6 / 11, 3 / 11, 2 / 11)), (0.0, (1 / 3, 1 / 3, 1 / 3))):
+        counts = Counter(draw_requests(3, exponent, 20_000, seed=1)).most_common()
+        assert [count / 20_000 for _, count in counts] == pytest.approx(shares, abs=0.02)
     for count, exponent in [(0, 1.0), (1, -0.1), (1, float("nan")), (1, 11.0)]:
         with pytest.raises(ConfigError, match="Zipf's law"):
-            ZipfDistribution(count, exponent)
+            draw_requests(count, exponent, 1, seed=0)

@@ -26,8 +26,14 @@ from openai import DefaultHttpxClient, OpenAI
 
 import tiny
 from lorax_async.cli import main, serve
-from lorax_async.cli.arguments import as_source, request_sources, server_loader_settings
-from lorax_async.cli.serve import ADMIN_TOKEN, find_adapters, serve_commands
+from lorax_async.cli.serve import (
+    ADMIN_TOKEN,
+    as_source,
+    find_adapters,
+    request_sources,
+    serve_commands,
+    server_loader_settings,
+)
 from lorax_async.errors import ConfigError
 from lorax_async.ids import Allow
 from lorax_async.server.service import ServedModel

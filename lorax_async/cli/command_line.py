@@ -1,0 +1,457 @@
+"""What commands share: exit statuses, options and their types, and output on a terminal."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib.util
+import json
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar, get_args
+
+from lorax_async import layouts
+from lorax_async.config import DTYPES, HubCache
+from lorax_async.engines.smollm2 import prepare_base
+from lorax_async.errors import ConfigError, InvalidAdapterIdError, LoraxError, shorten
+from lorax_async.ids import (
+    Allow,
+    HubRepository,
+    LocalFolder,
+    RemotePlace,
+    WebFolder,
+    names_pull_request,
+    parse_ref,
+)
+from lorax_async.planning.layout import ModelLayout
+from lorax_async.sources.local import CONFIG
+from lorax_async.types import AdapterRef
+from lorax_async.urls import InvalidUrlError, is_address, parse_folder_url
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.progress import Progress, TaskID
+
+OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+"""Exit statuses. argparse exits with `REFUSED` on wrong usage."""
+
+AddParser = Callable[..., argparse.ArgumentParser]
+Command = Callable[[argparse.Namespace, "Terminal"], int]
+T = TypeVar("T")
+
+UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+SIZE_HELP = "a number, or one with KiB, MiB or GiB"
+ID_HELP = "org/name[@revision] on the hub, s3://…, gs://…, az://…, or https://… of a folder"
+TOKENS = (
+    "The hub gets the token in HF_TOKEN, or the one that `hf auth login` stored; object stores get"
+    " the environment's credentials. No option takes a token: other users can see command lines."
+)
+PIPE_WIDTH = 5_000
+"""Columns of a table in a pipe or file, wide enough not to break lines."""
+
+
+def run_on_uvloop(main: Coroutine[Any, Any, T]) -> T:
+    """Run `main` on a new uvloop without installing a policy. Ctrl-C cancels it."""
+    import uvloop  # noqa: PLC0415
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(main)
+
+
+# -- options --------------------------------------------------------------------------------------
+
+
+def add_command(
+    add: AddParser, name: str, about: str, command: Command, more: str = ""
+) -> argparse.ArgumentParser:
+    """Add a command with `--json`. `more` appears only in the command's own help."""
+    parser = add(name, help=about, description=f"{about[0].upper()}{about[1:]}. {more}".rstrip())
+    parser.set_defaults(command=command)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    return parser
+
+
+def add_base(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    parser.add_argument(
+        "--base",
+        required=required,
+        metavar="DIR",
+        help="the base model's folder (its config.json suffices), or smollm2 for the demo's",
+    )
+
+
+def add_device(parser: argparse.ArgumentParser, dtype: str) -> None:
+    """Add --device and --dtype; the latter's help is `dtype`."""
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help=dtype)
+
+
+def add_device_bytes(parser: argparse.ArgumentParser, default: str | None = "256MiB") -> None:
+    """Add --device-bytes, required if `default` is None."""
+    parser.add_argument(
+        "--device-bytes",
+        type=as_size,
+        required=default is None,
+        default=default,
+        metavar="N",
+        help=f"device memory for adapters: {SIZE_HELP}"
+        + (" (default: %(default)s)" if default else ""),
+    )
+
+
+def add_sources(parser: argparse.ArgumentParser) -> None:
+    """Add the options for sources."""
+    parser.add_argument(
+        "--allow",
+        action="append",
+        type=as_allow,
+        default=[],
+        metavar="URL",
+        help="also allow http(s)://HOST[:PORT]/PREFIX/, as a target of redirects to plain http or"
+        " to addresses that are not public; repeatable. Ids on the command line are always allowed",
+    )
+    parser.add_argument(
+        "--hub-endpoint", metavar="URL", help="the hub's URL (default: HF_ENDPOINT, if set)"
+    )
+
+
+def add_caches(parser: argparse.ArgumentParser) -> None:
+    """Add the options for caches."""
+    parser.add_argument(
+        "--hub-cache",
+        choices=get_args(HubCache),
+        help="read the standard hub cache (read, the default) or ignore it (off)",
+    )
+    add_cache_folder(parser, "--cache-dir")
+    parser.add_argument(
+        "--cache-bytes",
+        type=as_size,
+        metavar="N",
+        help=f"the adapter cache's budget: {SIZE_HELP} (default: 16GiB)",
+    )
+
+
+def add_cache_folder(parser: argparse.ArgumentParser, option: str) -> None:
+    parser.add_argument(
+        option,
+        dest="cache_dir",
+        metavar="DIR",
+        help="the adapter cache (default: lorax-async in $XDG_CACHE_HOME, or else in ~/.cache)",
+    )
+
+
+def loader_settings(arguments: argparse.Namespace, refs: Sequence[AdapterRef]) -> dict[str, Any]:
+    """Return these options as arguments of `LoaderConfig`, with `refs` allowed."""
+    names = ("hub_endpoint", "hub_cache", "cache_dir", "cache_bytes", "offline")
+    options = {name: getattr(arguments, name, None) for name in names}
+    allow = [allow_below(ref) for ref in refs if not isinstance(ref.id, Path)]
+    given = {name: value for name, value in options.items() if value is not None}
+    return given | {"allow": (*allow, *arguments.allow)}
+
+
+# -- argument types -------------------------------------------------------------------------------
+
+
+def as_size(text: str) -> int:
+    """Parse a number of bytes, for argparse."""
+    digits = text.rstrip("KMGiB")
+    unit = text[len(digits) :]
+    if not digits.isascii() or not digits.isdecimal() or unit not in UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 1000000, 64MiB or 1GiB")
+    return int(digits) * UNITS[unit]
+
+
+def integer_parser(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
+    """Return a parser of integers in this range, for argparse."""
+
+    def parse(text: str) -> int:
+        if not (text.isascii() and text.isdecimal()) or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer of {minimum} or more")
+        if maximum is not None and int(text) > maximum:
+            raise argparse.ArgumentTypeError(f"{text} is over {maximum}")
+        return int(text)
+
+    return parse
+
+
+def as_id(text: str) -> AdapterRef:
+    """Parse the id of a remote adapter, for argparse.
+
+    The user chose the id, so the hub gets this machine's own token.
+    """
+    try:
+        ref = AdapterRef(text)
+    except InvalidAdapterIdError as error:  # do not repeat the text: it may hold a secret
+        raise argparse.ArgumentTypeError(error.problem) from None
+    try:
+        ref = parse_ref(ref)
+    except InvalidAdapterIdError as error:
+        raise argparse.ArgumentTypeError(f"{shorten(text, 200)!r}: {error.problem}") from None
+    if ref.source == "local":
+        raise argparse.ArgumentTypeError(f"{shorten(text)!r} is already a local folder")
+    return replace(ref, use_token=ref.source == "hub")
+
+
+def as_place(text: str) -> AdapterRef:
+    """Parse a folder or an id, for argparse. A folder `org/name` takes precedence over the hub."""
+    if "://" in text and not text.lower().startswith("file:"):
+        return as_id(text)
+    if not Path(text).is_dir():
+        with suppress(InvalidAdapterIdError):
+            if parse_ref(AdapterRef(text)).source == "hub":
+                return as_id(text)
+    return AdapterRef(Path(text))
+
+
+def as_allow(text: str) -> Allow:
+    """Parse the URL of an allowed folder, for argparse.
+
+    The error does not repeat the text, which may hold a secret.
+    """
+    try:
+        AdapterRef(text)
+        url = parse_folder_url(text)
+    except InvalidAdapterIdError as error:
+        raise argparse.ArgumentTypeError(error.problem) from None
+    except InvalidUrlError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return _allow_place(WebFolder.of(url))
+
+
+def allow_below(ref: AdapterRef) -> Allow:
+    """Return the permission for `ref` and everything below it."""
+    place = parse_ref(ref).place
+    assert not isinstance(place, LocalFolder)
+    return _allow_place(place, ref.revision)
+
+
+def _allow_place(place: RemotePlace, revision: str | None = None) -> Allow:
+    """Return the permission for a place; a host name on the web may have a private address."""
+    on_web = isinstance(place, WebFolder)
+    scheme: Any = place.scheme
+    return Allow(
+        scheme,
+        place.host,
+        place.port,
+        place.path,
+        pull_requests=isinstance(place, HubRepository) and names_pull_request(revision),
+        private=on_web and place.host != "localhost" and not is_address(place.host),
+    )
+
+
+# -- reading what they name -----------------------------------------------------------------------
+
+
+def read_layout(base: str, terminal: Terminal) -> ModelLayout:
+    """Return the layout of the base model in a folder, or of "smollm2".
+
+    Raises `ConfigError` if there is none.
+    """
+    with terminal.steps() as report:
+        report("reading the base's config")
+        return layouts.from_pretrained(base_folder(base, report))
+
+
+def base_folder(base: str, report: Callable[[str], None]) -> Path:
+    """Return the folder of `--base`; prepare that of "smollm2". Blocks."""
+    return prepare_base(progress=report) if base == "smollm2" else Path(base)
+
+
+def adapter_folders(folder: Path) -> list[Path]:
+    """Return `folder` if it is an adapter, else the adapters in it. Raises `ConfigError`."""
+    if (folder / CONFIG).exists():
+        return [folder]
+    folders = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
+    if not folders:
+        raise ConfigError(f"{folder} is not an adapter, and contains none")
+    return folders
+
+
+# -- output ---------------------------------------------------------------------------------------
+
+
+class Terminal:
+    """The two streams of a command. Markup and control codes in texts have no effect."""
+
+    def __init__(self, out: TextIO, err: TextIO) -> None:
+        self._out = out
+        self._err = err
+
+    def say(self, text: str = "", style: str = "") -> None:
+        """Print a line of the result, unbroken in a pipe."""
+        from rich.text import Text  # noqa: PLC0415
+
+        self._show(Text(shorten(text, 2_000), style))
+
+    def complain(self, text: str) -> None:
+        """Print a line to stderr, without rich: it also reports that rich is missing."""
+        print(shorten(text, 2_000), file=self._err)
+
+    def report_errors(self, errors: Iterable[LoraxError | None]) -> int:
+        """Complain about errors; return the exit status of a command that had them."""
+        failed = [error for error in errors if error is not None]
+        for error in failed:
+            self.complain(f"{type(error).__name__}: {error}")
+        return FAILED if failed else OK
+
+    def json(self, value: object) -> None:
+        """Print the result as one line of JSON, and flush: a reader may wait for it."""
+        print(json.dumps(value), file=self._out, flush=True)
+
+    def table(self, rows: Sequence[Mapping[str, str]]) -> None:
+        """Print rows of the same columns. A title that starts with a blank is aligned right."""
+        from rich.box import SIMPLE_HEAD  # noqa: PLC0415
+        from rich.table import Table  # noqa: PLC0415
+        from rich.text import Text  # noqa: PLC0415
+
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        for column in rows[0]:
+            table.add_column(column.strip(), justify="right" if column[0] == " " else "left")
+        for row in rows:
+            table.add_row(*(Text(shorten(cell)) for cell in row.values()))
+        self._show(table)
+
+    def pairs(self, rows: Sequence[tuple[str, str]]) -> None:
+        """Print names and values in two columns without a frame."""
+        from rich.table import Table  # noqa: PLC0415
+        from rich.text import Text  # noqa: PLC0415
+
+        grid = Table.grid(padding=(0, 2))
+        for name, text in rows:
+            grid.add_row(Text(f"  {name}", "bold"), Text(shorten(text)))
+        self._show(grid)
+
+    def _show(self, content: RenderableType) -> None:
+        console = _console(self._out)
+        if console.is_terminal:
+            console.print(content)
+            return
+        with console.capture() as lines:
+            console.print(content)
+        for line in lines.get().splitlines():
+            print(line.rstrip(), file=self._out)
+
+    @contextmanager
+    def steps(self) -> Iterator[Callable[[str], None]]:
+        """Yield a function that shows the current step, callable from any thread."""
+        if not self._err.isatty():
+            yield lambda _: None
+            return
+        with _console(self._err).status("") as status:
+            yield lambda text: status.update(shorten(text, 200))
+
+    @contextmanager
+    def bars(self) -> Iterator[ProgressBars]:
+        """Yield progress bars, one per adapter, whose last state stays on the terminal."""
+        if not self._err.isatty():
+            yield ProgressBars(None)
+            return
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn  # noqa: PLC0415
+
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TextColumn("{task.fields[layers]}", markup=False),
+            TextColumn("{task.fields[state]}", markup=False),
+        )
+        console = _console(self._err)
+        with Progress(
+            *columns, console=console, redirect_stdout=False, redirect_stderr=False
+        ) as progress:
+            yield ProgressBars(progress)
+
+
+class ProgressBars:
+    """One progress bar per adapter; draws nothing without a terminal."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self._tasks: dict[int, TaskID] = {}
+
+    def update(
+        self, row: int, name: str, done: int, total: int | None, state: str, layers: str = ""
+    ) -> None:
+        """Update the bar at index `row`; `done` and `total` are bytes, None if unknown."""
+        progress = self._progress
+        if progress is None:
+            return
+        if row not in self._tasks:
+            name = shorten(name, 60)
+            self._tasks[row] = progress.add_task(name, total=None, layers="", state="")
+        progress.update(self._tasks[row], completed=done, total=total, layers=layers, state=state)
+
+
+def require_rich() -> None:
+    """Raise `ConfigError` if rich is missing; call before the work."""
+    if importlib.util.find_spec("rich") is None:
+        raise ConfigError(
+            "tables and progress need rich; run: pip install 'lorax-async[cli]', or use --json in"
+            " a pipe"
+        )
+
+
+def _console(stream: TextIO) -> Console:
+    from rich.console import Console  # noqa: PLC0415
+
+    terminal = stream.isatty()
+    return Console(
+        file=stream,
+        force_terminal=terminal,
+        width=None if terminal else PIPE_WIDTH,
+        highlight=False,
+        markup=False,
+        emoji=False,
+    )
+
+
+def format_size(nbytes: int) -> str:
+    """Format a number of bytes in binary units."""
+    amount = float(nbytes)
+    for unit in ("B", "KiB", "MiB"):
+        if amount < 1024:
+            return f"{amount:.0f} B" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1024
+    return f"{amount:.1f} GiB"
+
+
+def format_age(seconds: float) -> str:
+    """Format a duration in the largest unit that it fills."""
+    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds // length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def in_ms(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1e3, 3)
+
+
+def error_as_json(error: LoraxError | None) -> dict[str, object] | None:
+    if error is None:
+        return None
+    return {
+        "type": type(error).__name__,
+        "text": str(error),
+        "stage": error.stage,
+        "retryable": error.retryable,
+    }
+
+
+def format_ms(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds * 1e3:.1f} ms"
+
+
+def format_runs(numbers: Sequence[int]) -> str:
+    """Format sorted integers as runs: 0–3, 7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in runs)
