@@ -1,12 +1,10 @@
 """LoRA adapters under LoRAX's names and signatures, with PEFT's numbers.
 
-- `lora`: `LoraConfig` and `LoraWeights`;
+- `lora`: `LoraConfig` and `LoraWeights`, the check of the base's architecture, merges;
 - `weights_file`: an adapter's files, local or in the standard hub cache;
 - `layers`: the weights of one layer type, checked and stacked; `LayoutModel`, a layout in place of
   a LoRAX model;
-- `batches`: segments and addresses of a batch; LoRAX's batch on SGMV kernels;
-- `lorax_merging`: merges;
-- `base`: the abstract classes, and the check of the base's architecture.
+- `batches`: segments and addresses of a batch; LoRAX's batch on SGMV kernels.
 
 config = await LoraConfig.load_async("org/sql-adapter", None)
 with await WeightsFile.open_async("org/sql-adapter", None) as file:
@@ -14,15 +12,6 @@ with await WeightsFile.open_async("org/sql-adapter", None) as file:
     weights = await LoraWeights.load_async(config, model, module_map, "q_proj", names)
 """
 
-from lorax_async.adapters.base import (
-    AdapterConfig,
-    AdapterModel,
-    AdapterWeights,
-    ModuleMap,
-    cached_architectures,
-    check_architectures,
-    check_architectures_async,
-)
 from lorax_async.adapters.batches import (
     AdapterBatchMetadata,
     BatchAdapterWeights,
@@ -32,14 +21,22 @@ from lorax_async.adapters.batches import (
     concat_segments,
     find_segments,
 )
-from lorax_async.adapters.layers import LayoutModel, padded_rank
-from lorax_async.adapters.lora import LoraConfig, LoraWeights, get_scaling_factor, require_all_used
-from lorax_async.adapters.lorax_merging import (
+from lorax_async.adapters.layers import AdapterModel, LayoutModel, padded_rank
+from lorax_async.adapters.lora import (
+    AdapterConfig,
     AdapterParameters,
+    AdapterWeights,
+    LoraConfig,
+    LoraWeights,
+    cached_architectures,
+    check_architectures,
+    check_architectures_async,
+    get_scaling_factor,
     merge_adapters,
     merge_adapters_async,
+    require_all_used,
 )
-from lorax_async.adapters.weights_file import WeightsFile
+from lorax_async.adapters.weights_file import ModuleMap, WeightsFile
 
 __all__ = [
     "AdapterBatchMetadata",

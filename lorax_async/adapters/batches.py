@@ -8,8 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, groupby, pairwise, repeat
-from operator import itemgetter
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -40,35 +39,43 @@ class Runs:
     def __init__(self, bounds: Integers = (0,), indices: Integers = ()) -> None:
         self.bounds = to_list("adapter_segments", bounds)
         self.indices = to_list("segment_indices", indices)
+        self.lengths = [stop - start for start, stop in pairwise(self.bounds)]
         count = len(self.indices)
-        ascending = self.bounds == sorted(self.bounds)
-        if len(self.bounds) != count + 1 or self.bounds[0] != 0 or not ascending:
+        if len(self.bounds) != count + 1 or self.bounds[0] != 0 or min(self.lengths, default=0) < 0:
             raise UsageError(
                 f"expected adapter_segments of {count + 1} bounds from 0 in ascending order for"
                 f" {count} segments, got {self.bounds}; use find_segments"
             )
 
-    @property
-    def lengths(self) -> list[int]:
-        return [stop - start for start, stop in pairwise(self.bounds)]
-
     def by_row(self) -> list[int]:
         """Return the adapter index of each row."""
         return list(chain.from_iterable(map(repeat, self.indices, self.lengths)))
 
-    def over(self, heads: Integers) -> Runs:
-        """Return the same runs over the rows `heads` only; one without a head stays, empty.
+    @classmethod
+    def of(cls, meta: AdapterBatchMetadata, heads: Integers | None) -> Self:
+        """Return a batch's runs, over the rows `heads` only if given; one without a head is empty.
 
-        Raise `UsageError` if they do not ascend: a run's rows would not be neighbours.
+        Raise `UsageError` for metadata that contradicts itself, which would apply another user's
+        adapter to a token, and for heads that do not ascend: a run's rows would be apart.
         """
-        rows = to_list("prefill_head_indices", heads)
-        if rows != sorted(rows) or (rows and not 0 <= rows[0] <= rows[-1] < self.bounds[-1]):
+        runs = cls(meta.adapter_segments, meta.segment_indices)
+        count, tokens = runs.bounds[-1], to_list("adapter_indices", meta.adapter_indices)
+        # Compare the number first: wrong bounds may be of any size.
+        if count != len(tokens) or tokens != runs.by_row():
             raise UsageError(
-                "expected prefill_head_indices in ascending order and from 0 to"
-                f" {self.bounds[-1] - 1}, got {rows}; give each request's last token, in the order"
-                " of the batch"
+                f"adapter_indices ({len(tokens)} tokens) and the segments (up to {count}) name"
+                " different adapters for a token; make both from the same tokens, with"
+                " AdapterBatchMetadata.from_indices"
             )
-        return Runs([bisect_left(rows, bound) for bound in self.bounds], self.indices)
+        if heads is None:
+            return runs
+        rows = to_list("prefill_head_indices", heads)
+        if rows != sorted(rows) or (rows and not 0 <= rows[0] <= rows[-1] < count):
+            raise UsageError(
+                f"expected prefill_head_indices in ascending order and from 0 to {count - 1}, got"
+                f" {rows}; give each request's last token, in the order of the batch"
+            )
+        return cls([bisect_left(rows, bound) for bound in runs.bounds], runs.indices)
 
 
 def find_segments(adapter_indices: Integers) -> tuple[list[int], list[int]]:
@@ -77,23 +84,18 @@ def find_segments(adapter_indices: Integers) -> tuple[list[int], list[int]]:
     `adapter_indices` `[tokens]` is the adapter of each token. Segment i is the tokens `bounds[i]`
     to `bounds[i + 1]`, not included. Raise `UsageError` for anything but a row of integers.
     """
-    tokens = to_list("adapter_indices", adapter_indices)
-    changes = [at for at, (before, after) in enumerate(pairwise(tokens), 1) if before != after]
-    starts = [0, *changes] if tokens else []
-    return [*starts, len(tokens)], [tokens[start] for start in starts]
+    bounds, indices = [0], list[int]()
+    for index, same in groupby(to_list("adapter_indices", adapter_indices)):
+        bounds.append(bounds[-1] + len(list(same)))
+        indices.append(index)
+    return bounds, indices
 
 
 def concat_segments(
     batches: Iterable[tuple[Integers, Sequence[int]]],
 ) -> tuple[list[int], list[int]]:
     """Return the segments of concatenated batches, equal neighbours joined; as `find_segments`."""
-    runs = [Runs(bounds, indices) for bounds, indices in batches]
-    pieces = ((i, n) for run in runs for i, n in zip(run.indices, run.lengths, strict=True) if n)
-    joined_bounds, joined = [0], list[int]()
-    for index, same in groupby(pieces, key=itemgetter(0)):
-        joined.append(index)
-        joined_bounds.append(joined_bounds[-1] + sum(length for _, length in same))
-    return joined_bounds, joined
+    return find_segments([token for batch in batches for token in Runs(*batch).by_row()])
 
 
 def to_list(name: str, values: Integers) -> list[int]:
@@ -105,8 +107,7 @@ def to_list(name: str, values: Integers) -> list[int]:
         raise UsageError(
             f"expected {name} to be a row of integers, got {list(values.shape)} in {values.dtype}"
         )
-    on_host: list[int] = values.tolist()
-    return on_host
+    return cast(list[int], values.tolist())
 
 
 @dataclass(slots=True, eq=False)
@@ -224,9 +225,7 @@ class BatchLoraWeights(BatchAdapterWeights):
         adapters: dict[int, Any] = {i: one for i, one in found if hasattr(one, "lora_a_r")}
         if not adapters:
             return None
-        runs = _runs(meta)
-        if prefill_head_indices is not None:
-            runs = runs.over(prefill_head_indices)
+        runs = Runs.of(meta, prefill_head_indices)
         by_segment = prefill or any(one.lora_a_r > MAX_DECODE_RANK for one in adapters.values())
         stacks = stacks_of(adapters, turned=not by_segment)
         places: dict[int, list[int]] = {}
@@ -246,20 +245,6 @@ class BatchLoraWeights(BatchAdapterWeights):
             runs=runs,
             stacks=stacks,
         )
-
-
-def _runs(meta: AdapterBatchMetadata) -> Runs:
-    """Check the metadata: a contradiction would apply another user's adapter to a token."""
-    runs = Runs(meta.adapter_segments, meta.segment_indices)
-    tokens = to_list("adapter_indices", meta.adapter_indices)
-    # Compare the number first: wrong bounds may be of any size.
-    if runs.bounds[-1] != len(tokens) or runs.by_row() != tokens:
-        raise UsageError(
-            f"adapter_indices ({len(tokens)} tokens) and the segments (up to {runs.bounds[-1]})"
-            " name different adapters for a token; make both from the same tokens, with"
-            " AdapterBatchMetadata.from_indices"
-        )
-    return runs
 
 
 def stacks_of(adapters: Mapping[int, Any], *, turned: bool) -> Stacks:
@@ -298,9 +283,6 @@ def _group(
     indices = torch.tensor(rows, dtype=torch.int64, device=device)
     return RankSegments(rank, a_ptr, b_ptr, indices=indices)
 
-
-RANK_MULTIPLE = 8
-"""The multiple of ranks that the kernels' tiles need."""
 
 Stack = tuple[Tensor, Tensor]
 """A `[layers, r, in]` and B `[layers, out, r]` of one adapter; each layer is contiguous."""
@@ -380,19 +362,26 @@ class Bridge:
         if not batch.adapters:
             raise UsageError("this batch was made by hand, without adapters; use load")
         whole = stacks_of(batch.adapters, turned=True)
-        parts = {index: _parts(index, stack, world_size) for index, stack in whole.items()}
-        kinds = {index: _kind(stack) for index, stack in whole.items()}
-        first = next(iter(whole))
-        for index in whole:
-            if kinds[index] != kinds[first]:
+        kinds, parts = [], []
+        for index, (a, b) in whole.items():
+            local, rank = a.shape[1], b.shape[2]
+            if world_size < 1 or rank not in (local, local * world_size):
                 raise UsageError(
-                    f"adapter {index} has (layers, in, out, dtypes) {kinds[index]}, the first of"
-                    f" this batch {kinds[first]}; load all of them for the same layers"
+                    f"A of adapter {index} has rank {local} and B has {rank}, which is no share of"
+                    f" one in {world_size} processes; load the weights for this world size, and"
+                    " give it to Bridge.of"
                 )
-            if parts[index] != parts[first]:
+            kinds.append((len(a), a.shape[2], b.shape[1], a.dtype, b.dtype))
+            if kinds[-1] != kinds[0]:  # kernels need them equal for all adapters of a layer
                 raise UsageError(
-                    f"A of adapter {index} has 1/{parts[index]} of its rank, that of the first of"
-                    f" this batch 1/{parts[first]}; load all of them for the same layer type"
+                    f"adapter {index} has (layers, in, out, dtypes) {kinds[-1]}, the first of this"
+                    f" batch {kinds[0]}; load all of them for the same layers"
+                )
+            parts.append(rank // local)
+            if parts[-1] != parts[0]:
+                raise UsageError(
+                    f"A of adapter {index} has 1/{parts[-1]} of its rank, that of the first of this"
+                    f" batch 1/{parts[0]}; load all of them for the same layer type"
                 )
         stacks = [_pad(a, b) for a, b in whole.values()]
         slots = {index: slot for slot, index in enumerate(whole)}
@@ -404,7 +393,7 @@ class Bridge:
             max_rank=max(rank for a, b in stacks for rank in (a.shape[1], b.shape[2])),
         )
         local_ranks = [a.shape[1] for a, _ in whole.values()]
-        return cls(plan, stacks, local_ranks, world_size, parts[first])
+        return cls(plan, stacks, local_ranks, world_size, parts[0])
 
     @property
     def width(self) -> int:
@@ -456,51 +445,29 @@ class Bridge:
 
     @cached_property
     def _shrinking(self) -> StackedTables:
-        """Per adapter its A, and as B an identity `[layers, width, rank]`, one per rank."""
-        columns, identities = list[Stack](), dict[int, Tensor]()
+        """Per adapter its A, and as B an identity `[layers, width, rank]`."""
+        columns = list[Stack]()
         for a, _ in self.stacks:
-            rank = a.shape[1]
-            if rank not in identities:
-                identity = torch.eye(self.width, rank, dtype=a.dtype, device=a.device)
-                identities[rank] = identity.expand(len(a), -1, -1)
-            columns.append((a, identities[rank]))
+            identity = torch.eye(self.width, a.shape[1], dtype=a.dtype, device=a.device)
+            columns.append((a, identity.expand(len(a), -1, -1)))
         return StackedTables(columns)
 
     @cached_property
     def _expanding(self) -> StackedTables:
-        """Per adapter its B, and as A a selection of its columns of all parts, one per rank.
+        """Per adapter its B, and as A a selection of its columns of all parts.
 
         A part has `width` columns, of which an adapter of a lower rank uses only the first.
         """
-        columns, choices = list[Stack](), dict[int, Tensor]()
+        columns = list[Stack]()
         for (_, b), rank in zip(self.stacks, self.local_ranks, strict=True):
-            if rank not in choices:
-                at = torch.arange(self.parts * rank, device=b.device)
-                choice = b.new_zeros(b.shape[2], self.parts * self.width)
-                choice[at, at // rank * self.width + at % rank] = 1
-                choices[rank] = choice.expand(len(b), -1, -1)
-            columns.append((choices[rank], b))
+            at = torch.arange(self.parts * rank, device=b.device)
+            choice = b.new_zeros(b.shape[2], self.parts * self.width)
+            choice[at, at // rank * self.width + at % rank] = 1
+            columns.append((choice.expand(len(b), -1, -1), b))
         return StackedTables(columns)
 
 
-def _kind(stack: Stack) -> tuple[object, ...]:
-    """Return sizes and dtypes, which kernels need equal for all adapters of a layer."""
-    a, b = stack
-    return len(a), a.shape[2], b.shape[1], a.dtype, b.dtype
-
-
-def _parts(index: int, stack: Stack, world_size: int) -> int:
-    """Return into how many parts the rank of A is split."""
-    local, rank = stack[0].shape[1], stack[1].shape[2]
-    if world_size < 1 or rank not in (local, local * world_size):
-        raise UsageError(
-            f"A of adapter {index} has rank {local} and B has {rank}, which is no share of one in"
-            f" {world_size} processes; load the weights for this world size, and give it to"
-            " Bridge.of"
-        )
-    return rank // local
-
-
 def _pad(a: Tensor, b: Tensor) -> Stack:
-    more_a, more_b = -a.shape[1] % RANK_MULTIPLE, -b.shape[2] % RANK_MULTIPLE
+    """Pad the ranks to multiples of 8, which the kernels' tiles need."""
+    more_a, more_b = -a.shape[1] % 8, -b.shape[2] % 8
     return pad(a, (0, 0, 0, more_a)) if more_a else a, pad(b, (0, more_b)) if more_b else b

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from math import prod
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from lorax_async.adapters.base import AdapterModel, Content, OpenModuleMap
-from lorax_async.adapters.weights_file import WeightsFile
+from lorax_async.adapters.weights_file import Factor, FileTensor, read
 from lorax_async.concurrency import IsWanted
 from lorax_async.errors import (
     AdapterFormatError,
@@ -25,15 +24,26 @@ from lorax_async.errors import (
     UsageError,
     shorten,
 )
-from lorax_async.planning.layout import ModelLayout, Module, Parallelism
+from lorax_async.planning.layout import FusedPart, ModelLayout, Module, Parallelism
 from lorax_async.planning.pairing import require_transposed
 from lorax_async.types import MAX_FACTOR, AdapterSpec
 
-ROW_PARALLEL_TYPES = frozenset({"lm_head"})
-"""Split by their input in LoRAX, whatever the layout says."""
+_HUGE_PAGE = 2 << 20
 
-MIN_RANK = 8  # of each process
-RANK_STEP = 16
+
+class AdapterModel(Protocol):
+    """The part of a model that loading needs: a LoRAX model, or `LayoutModel`."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def target_to_layer(self) -> Mapping[Any, tuple[str, Any]]: ...
+    def get_num_layers_for_type(self, layer_type: str, /) -> int | Sequence[int]: ...
+    def shard_lora_weights(
+        self, weights_a: list[torch.Tensor], weights_b: list[torch.Tensor], layer_type: str, /
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]: ...
 
 
 def padded_rank(rank: int, world_size: int) -> int:
@@ -44,8 +54,8 @@ def padded_rank(rank: int, world_size: int) -> int:
     """
     if type(world_size) is not int or world_size < 1:
         raise ConfigError(f"a world size is a positive integer, not {world_size!r}")
-    least = MIN_RANK * world_size
-    padded = least if rank <= least else -(-rank // RANK_STEP) * RANK_STEP
+    least = 8 * world_size
+    padded = least if rank <= least else -(-rank // 16) * 16
     if padded % world_size:
         raise IncompatibleAdapterError(
             f"rank {rank} is padded to {padded}, which {world_size} processes cannot share evenly;"
@@ -67,12 +77,10 @@ def modules_by_type(layout: ModelLayout) -> Mapping[str, Mapping[int, Module]]:
     found: dict[str, dict[int, Module]] = {}
     for modules in alike.values():
         layers = [one.layer if 0 <= one.layer < layout.num_layers else 0 for one in modules]
-        paths = [module.name.split(".") for module in modules]
-        longest = max(map(len, paths))
-        tails = ([".".join(path[-count:]) for path in paths] for count in range(1, longest + 1))
-        types = next(
-            tail for tail in tails if len(set(zip(layers, tail, strict=True))) == len(tail)
-        )
+        paths, types, count = [module.name.split(".") for module in modules], list[str](), 0
+        while len(set(zip(layers, types, strict=False))) < len(modules):
+            count += 1
+            types = [".".join(path[-count:]) for path in paths]
         for layer_type, layer, module in zip(types, layers, modules, strict=True):
             found.setdefault(layer_type, {})[layer] = module
     return {layer_type: dict(sorted(layers.items())) for layer_type, layers in found.items()}
@@ -151,7 +159,7 @@ class LayoutModel:
     def is_row_parallel(self, layer_type: str) -> bool:
         """Return whether its A is split by `in`, as in LoRAX the language model's head is too."""
         example = next(iter(layers_of(self._types, layer_type).values()))
-        return layer_type in ROW_PARALLEL_TYPES or example.parallel is Parallelism.ROW
+        return layer_type == "lm_head" or example.parallel is Parallelism.ROW
 
     def shard_lora_weights(
         self, weights_a: list[torch.Tensor], weights_b: list[torch.Tensor], layer_type: str
@@ -166,24 +174,21 @@ class LayoutModel:
         module = next(iter(layers_of(self._types, layer_type).values()))
         if not row and module.parallel is Parallelism.REPLICATED:
             return weights_a, weights_b
+        parts = () if row else module.parts
         a = [self._piece(one, 0 if row else 1, f"A of {layer_type}") for one in weights_a]
-        b = [self._piece_of_b(one, module, row, f"B of {layer_type}") for one in weights_b]
-        return a, b
+        return a, [self._piece_of_b(one, parts, f"B of {layer_type}") for one in weights_b]
 
-    def _piece_of_b(self, b: torch.Tensor, module: Module, row: bool, what: str) -> torch.Tensor:
-        if row or not module.parts:
+    def _piece_of_b(self, b: torch.Tensor, parts: Sequence[FusedPart], what: str) -> torch.Tensor:
+        if not parts:
             return self._piece(b, 1, what)
-        sizes = [part.size for part in module.parts]
+        sizes = [part.size for part in parts]
         if sum(sizes) != b.shape[1]:
             raise IncompatibleAdapterError(
                 f"{what} has {b.shape[1]:,} output features, and its parts {sum(sizes):,}; use an"
                 " adapter of this base"
             )
-        pieces = [
-            self._piece(whole, 1, what, part.unit)
-            for whole, part in zip(torch.split(b, sizes, 1), module.parts, strict=True)
-        ]
-        return torch.cat(pieces, 1)
+        split = zip(torch.split(b, sizes, 1), parts, strict=True)
+        return torch.cat([self._piece(one, 1, what, part.unit) for one, part in split], 1)
 
     def _piece(self, tensor: torch.Tensor, dim: int, what: str, unit: int = 1) -> torch.Tensor:
         """Return this process's piece along a dimension, a view; `unit` elements stay together."""
@@ -198,44 +203,20 @@ class LayoutModel:
         return tensor.narrow(dim, self.rank * piece, piece)
 
 
+FACTORS = ("lora_A", "lora_B")
 BY_RANK = range(16, 129)
 """Local ranks whose A is stored as `[r, in]`. Source: LoRAX, `orient_for_rank` in utils/sgmv.py."""
 
-FACTORS = ("lora_A", "lora_B")
-_HUGE_PAGE = 2 << 20
-# Up to this rank torch's ordinary copy transposes a matrix faster than its blocked one (measured:
-# 6.5 against 2.4 GB/s at rank 16, 2.3 against 3.2 at 128).
-_NARROW = 32
-
 Pair = tuple[torch.Tensor, torch.Tensor]
 """A `[…, in, r]` and B `[…, r, out]`."""
-
-
-class FileTensor(NamedTuple):
-    """A tensor in an open file, not yet read."""
-
-    file: WeightsFile
-    key: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.file.shape(self.key)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.file.dtype(self.key)
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu")
 
 
 class Layer(NamedTuple):
     """One module: A `[rank, in]`, B `[out, rank]` (the rank without padding), and B's scale."""
 
     name: str
-    a: torch.Tensor | FileTensor
-    b: torch.Tensor | FileTensor
+    a: Factor
+    b: Factor
     scale: float
 
     @property
@@ -245,41 +226,53 @@ class Layer(NamedTuple):
 
 
 class StackedLayers(NamedTuple):
-    """All layers of one type: A `[layers, in, r]`, contiguous `as_stored`; B `[layers, r, out]`."""
+    """All layers of one type, each contiguous.
+
+    A is `[layers, r, in]` for a local rank in `BY_RANK`, else `[layers, in, r]`; B is
+    `[layers, r, out]`.
+    """
 
     a: torch.Tensor
     b: torch.Tensor
+    local_rank: int  # of A
     padded_rank: int
-    present: list[Layer]
+    names: list[str]  # of the modules that the adapter changes
 
 
 def load_layers(
     spec: AdapterSpec,
     model: AdapterModel,
-    module_map: OpenModuleMap,
+    module_map: Mapping[str, Mapping[str, Factor]],
     layer_type: str,
     is_wanted: IsWanted,
 ) -> StackedLayers | None:
     """Make one layer type; return None where the adapter has none. Raise as `LoraWeights.load`."""
-    ids = model.get_num_layers_for_type(layer_type)
-    targets = [
-        _target(model, layer, layer_type)
-        for layer in (range(ids) if isinstance(ids, int) else list(ids))
-    ]
-    layers = [
-        _layer(name, module_map[name], spec) if name in module_map else None for name, _ in targets
-    ]
+    count = model.get_num_layers_for_type(layer_type)
     layout: ModelLayout | None = getattr(model, "layout", None)
-    for layer, (name, base) in zip(layers, targets, strict=True):
-        if layer is not None and layout is not None:
+    layers, devices = list[Layer | None](), set[torch.device]()
+    for number in range(count) if isinstance(count, int) else count:
+        try:
+            name, base = model.target_to_layer[number, layer_type]
+        except KeyError:
+            raise UsageError(
+                f"the model's target_to_layer has no layer {number} of type"
+                f" {shorten(str(layer_type), 100)!r}; ask for one of its types"
+            ) from None
+        devices.add(base.base_layer.linear.weight.device)
+        if name not in module_map:
+            layers.append(None)
+            continue
+        layer = _layer(name, module_map[name], spec)
+        layers.append(layer)
+        if layout is None:
+            features = base_features(base, layer_type, model.world_size)
+        else:
             module = layout.modules[layout.index(name)]
-            _require_fit(layer, Features(module.in_features, module.out_features))
-        elif layer is not None:
-            _require_fit(layer, base_features(base, layer_type, model.world_size))
+            features = Features(module.in_features, module.out_features)
+        features.require_fit(layer)
     if layout is not None and spec.fan_in_fan_out:
         places = [layout.resolve(name) for name in module_map]
         require_transposed([layout.modules[place] for place in places if place is not None])
-    devices = {layer.base_layer.linear.weight.device for _, layer in targets}
     if len(devices) > 1:
         raise UsageError(f"the layers of {layer_type!r} are on {len(devices)} devices, not on one")
     device = devices.pop() if devices else torch.device("cpu")
@@ -287,75 +280,67 @@ def load_layers(
     return stack_layers(layers, model.dtype, device, is_wanted, model.world_size, share)
 
 
-def _target(model: AdapterModel, layer: int, layer_type: str) -> tuple[str, Any]:
-    try:
-        return model.target_to_layer[layer, layer_type]
-    except KeyError:
-        raise UsageError(
-            f"the model's target_to_layer has no layer {layer} of type"
-            f" {shorten(str(layer_type), 100)!r}; ask for one of its types"
-        ) from None
-
-
-def _layer(name: str, factors: Mapping[str, tuple[Content, str]], spec: AdapterSpec) -> Layer:
-    shown = f"module {shorten(name, 200)!r}"
+def _layer(name: str, factors: Mapping[str, Factor], spec: AdapterSpec) -> Layer:
     if missing := [factor for factor in FACTORS if factor not in factors]:
         raise UsageError(
-            f"{shown} has no {missing[0]} in the module map; make it with"
+            f"module {shorten(name, 200)!r} has no {missing[0]} in the module map; make it with"
             " LoraConfig.map_weights_for_model"
         )
-    a, b = (
-        FileTensor(content, key) if isinstance(content, WeightsFile) else content.detach()
-        for content, key in (factors[factor] for factor in FACTORS)
-    )
-    rank = spec.rank_of(name)
+    a, b, rank = factors["lora_A"], factors["lora_B"], spec.rank_of(name)
     if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == rank:
         raise AdapterFormatError(
-            f"{shown}: A {list(a.shape)} and B {list(b.shape)} are no pair of rank {rank}, which"
-            " the config says; correct its r or rank_pattern"
+            f"module {shorten(name, 200)!r}: A {list(a.shape)} and B {list(b.shape)} are no pair of"
+            f" rank {rank}, which the config says; correct its r or rank_pattern"
         )
     if not (a.dtype.is_floating_point and b.dtype.is_floating_point):
         raise UnsupportedAdapterError(
-            f"{shown}: A is {a.dtype} and B {b.dtype}; give them as floating point"
+            f"module {shorten(name, 200)!r}: A is {a.dtype} and B {b.dtype}; give them as floating"
+            " point"
         )
     scale = spec.scale_of(name, rank)
     if not abs(scale) <= MAX_FACTOR:
         raise AdapterFormatError(
-            f"{shown} would be scaled by {scale}, which no float32 holds; correct lora_alpha or"
-            " alpha_pattern in the config"
+            f"module {shorten(name, 200)!r} would be scaled by {scale}, which no float32 holds;"
+            " correct lora_alpha or alpha_pattern in the config"
         )
     return Layer(name, a, b, scale)
+
+
+def _share(model: AdapterModel, layer_type: str, a: torch.Tensor, b: torch.Tensor) -> Pair:
+    (part_a,), (part_b,) = model.shard_lora_weights([a], [b], layer_type)
+    for part, whole in ((part_a, a), (part_b, b)):
+        if part.numel() not in {whole.numel(), whole.numel() / model.world_size}:
+            raise IncompatibleAdapterError(
+                f"{layer_type!r}: {list(part.shape)} is no even share of {list(whole.shape)} for"
+                f" {model.world_size} processes; use another world size"
+            )
+    return part_a, part_b
 
 
 # -- features of the base's modules ---------------------------------------------------------------
 
 
 class Features(NamedTuple):
-    """In and out features of a base's module over all processes; None if unknown.
+    """In and out features of a base's module over all processes; 0 if unknown.
 
     `either_way` marks sizes of a weight whose orientation is unknown.
     """
 
-    inputs: int | None
-    outputs: int | None
+    inputs: int
+    outputs: int
     either_way: bool = False
 
-    def accept(self, inputs: int, outputs: int) -> bool:
-        """Return whether an adapter of these features fits."""
-        if self.inputs in {None, inputs} and self.outputs in {None, outputs}:
-            return True
-        return self.either_way and (self.inputs, self.outputs) == (outputs, inputs)
-
-
-def _require_fit(layer: Layer, base: Features) -> None:
-    inputs, outputs = layer.features
-    if not base.accept(inputs, outputs):
-        known = " → ".join("?" if size is None else str(size) for size in base[:2])
-        raise IncompatibleAdapterError(
-            f"module {shorten(layer.name, 200)!r} of the adapter maps {inputs} → {outputs} features"
-            f" (A {list(layer.a.shape)}, B {list(layer.b.shape)}), and the base's maps {known}; use"
-            " an adapter of this base"
-        )
+    def require_fit(self, layer: Layer) -> None:
+        """Raise `IncompatibleAdapterError` unless an adapter's layer fits."""
+        inputs, outputs = layer.features
+        fits = self.inputs in {0, inputs} and self.outputs in {0, outputs}
+        if not fits and not (self.either_way and self[:2] == (outputs, inputs)):
+            known = " → ".join(str(size or "?") for size in self[:2])
+            raise IncompatibleAdapterError(
+                f"module {shorten(layer.name, 200)!r} of the adapter maps {inputs} → {outputs}"
+                f" features (A {list(layer.a.shape)}, B {list(layer.b.shape)}), and the base's maps"
+                f" {known}; use an adapter of this base"
+            )
 
 
 def base_features(layer: Any, layer_type: str, world_size: int) -> Features:
@@ -369,29 +354,25 @@ def base_features(layer: Any, layer_type: str, world_size: int) -> Features:
     names = getattr(layer, "layer_names", None)
     if isinstance(names, Sequence) and not isinstance(names, str):
         # With a single name LoRAX's `sizes` may be wrong: Phi's fc1 and Mllama's have the input's.
-        if len(names) > 1 and layer.sizes is not None:
-            return Features(local.inputs, _size_of_part(layer_type, names, layer.sizes))
-        return Features(local.inputs, _times(local.outputs, world_size))
+        if len(names) < 2 or layer.sizes is None:
+            return Features(local.inputs, local.outputs * world_size)
+        if layer_type not in names or len(names) != len(layer.sizes):
+            parts = ", ".join(f"{n} ({size})" for n, size in zip(names, layer.sizes, strict=False))
+            raise UsageError(
+                f"the model's layer for type {shorten(str(layer_type), 100)!r} is fused of"
+                f" {shorten(parts, 200)}, and would not apply that type; correct the model's"
+                " target_to_layer"
+            )
+        return Features(local.inputs, layer.sizes[list(names).index(layer_type)])
     if isinstance(getattr(layer, "layer_name", None), str):
         gathers = getattr(layer.base_layer, "should_gather", None)
         if gathers is None:
-            return Features(_times(local.inputs, world_size), local.outputs)
+            return Features(local.inputs * world_size, local.outputs)
         # A head is row-parallel for LoRAX's adapters, but its own weight is split by output, or
         # whole in every process where the vocabulary cannot be split evenly.
-        return Features(local.inputs, _times(local.outputs, world_size if gathers else 1))
+        return Features(local.inputs, local.outputs * (world_size if gathers else 1))
     # A layer without these attributes may be one process's share.
-    return local if world_size == 1 else Features(None, None)
-
-
-def _size_of_part(layer_type: str, names: Sequence[str], sizes: Sequence[int]) -> int:
-    if layer_type not in names or len(names) != len(sizes):
-        parts = ", ".join(f"{name} ({size})" for name, size in zip(names, sizes, strict=False))
-        raise UsageError(
-            f"the model's layer for type {shorten(str(layer_type), 100)!r} is fused of"
-            f" {shorten(parts, 200)}, and would not apply that type; correct the model's"
-            " target_to_layer"
-        )
-    return sizes[list(names).index(layer_type)]
+    return local if world_size == 1 else Features(0, 0)
 
 
 def _local_features(linear: Any) -> Features:
@@ -409,22 +390,26 @@ def _local_features(linear: Any) -> Features:
     if shape is not None and len(shape) == 2:
         return Features(shape[1], shape[0])
     if not (isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.dim() == 2):
-        return Features(None, None)
+        return Features(0, 0)
     # LoRAX stores float8 as [in, out].
     first, last = weight.shape if weight.dtype.itemsize == 1 else weight.shape[::-1]
     return Features(first, last, either_way=True)
 
 
-def _times(size: int | None, processes: int) -> int | None:
-    return None if size is None else size * processes
-
-
 # -- stacking -------------------------------------------------------------------------------------
 
 
-def as_stored(a: torch.Tensor) -> torch.Tensor:
-    """Return A `[…, in, r]` in memory order: `[…, r, in]` for the ranks in `BY_RANK`."""
-    return a.mT if a.shape[-1] in BY_RANK else a
+def _require_alike(layers: Sequence[Layer]) -> None:
+    for layer in layers:
+        if layer.features != layers[0].features:
+            sizes = " and ".join(
+                f"{shorten(one.name, 200)!r} ({one.features[0]} → {one.features[1]})"
+                for one in (layers[0], layer)
+            )
+            raise IncompatibleAdapterError(
+                f"layers of different sizes cannot be stacked: {sizes}; use AdapterLoader, which"
+                " does not stack"
+            )
 
 
 def stack_layers(
@@ -443,133 +428,64 @@ def stack_layers(
     present = [layer for layer in layers if layer is not None]
     if not present:
         return None
-    first = present[0]
-    for layer in present:
-        if layer.features != first.features:
-            raise _uneven(first, layer)
+    _require_alike(present)
+    features = present[0].features
     rank = padded_rank(max(layer.a.shape[0] for layer in present), world_size)
-    shapes = (first.features[0], rank), (rank, first.features[1])
-    origin = first.a.device
-    in_place = share is None and origin == device
-    # Each layer is made on the device of its bytes; only this process's part is moved.
-    whole = _zeros(len(layers) if in_place else 1, *shapes, dtype, origin)
-    result, scratch = whole if in_place else None, _Scratch()
+    stored_a = (rank, features[0]) if rank in BY_RANK else (features[0], rank)
+    whole_shapes, stacks = (stored_a, (rank, features[1])), list[torch.Tensor]()
+    if share is None:
+        local_rank = rank
+        stacks = [_zeros((len(layers), *shape), dtype, device) for shape in whole_shapes]
     for place, each in enumerate(layers):
         if not is_wanted():
             raise UsageError("nothing waits for these weights any more")
         if each is None:
             continue
-        a, b = (part[place if in_place else 0] for part in whole)
-        if in_place:
-            scratch.fill(each, a, b)
-            continue
-        a[:, each.a.shape[0] :].zero_()  # the layer before may have had a higher rank
-        b[each.a.shape[0] :].zero_()
-        scratch.fill(each, a, b)
-        part_a, part_b = (a, b) if share is None else share(a, b)
-        if result is None:
-            result = _zeros(len(layers), part_a.shape, part_b.shape, dtype, device)
-        as_stored(result[0])[place].copy_(as_stored(part_a))
-        result[1][place].copy_(part_b)
+        # A shared layer is made on the device of its bytes; only this process's part is moved.
+        whole_a, b = (
+            [stack[place] for stack in stacks]
+            if share is None
+            else [_zeros(shape, dtype, each.a.device) for shape in whole_shapes]
+        )
+        a = whole_a.mT if rank in BY_RANK else whole_a
+        _fill(each, a.mT, b)
+        if share is not None:
+            a, b = share(a, b)
+            local_rank, parts = a.shape[1], (a.mT if a.shape[1] in BY_RANK else a, b)
+            stacks = stacks or [_zeros((len(layers), *one.shape), dtype, device) for one in parts]
+            for stack, part in zip(stacks, parts, strict=True):
+                stack[place].copy_(part)
     if device.type != "cpu":  # the caller may compute on any stream
         torch.accelerator.current_stream(device).synchronize()
-    assert result is not None
-    return StackedLayers(*result, rank, present)
+    names = [layer.name for layer in present]
+    return StackedLayers(stacks[0], stacks[1], local_rank, rank, names)
 
 
-def _uneven(first: Layer, other: Layer) -> IncompatibleAdapterError:
-    sizes = " and ".join(
-        f"{shorten(layer.name, 200)!r} ({layer.features[0]} → {layer.features[1]})"
-        for layer in (first, other)
-    )
-    return IncompatibleAdapterError(
-        f"layers of different sizes cannot be stacked: {sizes}; use AdapterLoader, which does not"
-        " stack"
-    )
+def _fill(layer: Layer, a: torch.Tensor, b: torch.Tensor) -> None:
+    """Write a layer to A `[rank, in]` and, scaled, B `[rank, out]`; leave the padding as it is.
+
+    Raise `AdapterFormatError` if the dtype cannot hold the scaled B.
+    """
+    rank, scale = layer.a.shape[0], layer.scale
+    a, b = a[:rank], b[:rank]
+    straight = a.is_contiguous() and a.device.type == "cpu"
+    if isinstance(layer.a, FileTensor) and straight and a.dtype == layer.a.dtype:
+        layer.a.file.read_into(layer.a.key, a)
+    else:
+        a.copy_(read(layer.a).to(a))
+    unscaled = read(layer.b).to(b)
+    b.copy_(unscaled.mT).mul_(scale)
+    # In wide types B overflows by an enormous scale only; an infinity in the file is its author's.
+    may_overflow = abs(scale) > (1 if b.dtype == torch.float16 else 2**64)
+    if may_overflow and not b.isfinite().all() and unscaled.isfinite().all():
+        raise AdapterFormatError(
+            f"module {shorten(layer.name, 200)!r}: B times the scale {scale:g} is more than"
+            f" {b.dtype} holds; load it as float32 or bfloat16, or correct lora_alpha or"
+            " alpha_pattern in the config"
+        )
 
 
-def _share(model: AdapterModel, layer_type: str, a: torch.Tensor, b: torch.Tensor) -> Pair:
-    (part_a,), (part_b,) = model.shard_lora_weights([a], [b], layer_type)
-    for part, whole in ((part_a, a), (part_b, b)):
-        if part.numel() not in {whole.numel(), whole.numel() / model.world_size}:
-            raise IncompatibleAdapterError(
-                f"{layer_type!r}: {list(part.shape)} is no even share of {list(whole.shape)} for"
-                f" {model.world_size} processes; use another world size"
-            )
-    return part_a, part_b
-
-
-class _Scratch:
-    """Memory for one layer's bytes as in the file, and for their cast."""
-
-    def __init__(self) -> None:
-        self._memory: dict[str, torch.Tensor] = {}
-
-    def fill(self, layer: Layer, a: torch.Tensor, b: torch.Tensor) -> None:
-        """Write a layer to A `[in, r]` and B `[r, out]`; leave the padding as it is."""
-        rank, scale = layer.a.shape[0], layer.scale
-        self._copy(layer.a, a.mT[:rank], rank)
-        self._copy(layer.b, b.mT[:, :rank], rank)
-        if scale == 1:
-            return
-        b[:rank].mul_(scale)
-        # In wide types B overflows by an enormous scale only.
-        if (
-            abs(scale) > (1 if b.dtype == torch.float16 else 2**64)
-            and not b[:rank].isfinite().all()
-        ):
-            unscaled = (
-                layer.b.file.read(layer.b.key) if isinstance(layer.b, FileTensor) else layer.b
-            )
-            if unscaled.to(b.dtype).isfinite().all():  # else the infinity is in the file
-                raise AdapterFormatError(
-                    f"module {shorten(layer.name, 200)!r}: B times the scale {scale:g} is more than"
-                    f" {b.dtype} holds; load it as float32 or bfloat16, or correct lora_alpha or"
-                    " alpha_pattern in the config"
-                )
-
-    def _copy(self, source: torch.Tensor | FileTensor, target: torch.Tensor, rank: int) -> None:
-        """Write a factor as it is to a target of its shape, which may be a turned view."""
-        straight, alike = target.is_contiguous(), source.dtype == target.dtype
-        if isinstance(source, FileTensor):
-            if straight and alike and target.device.type == "cpu":
-                source.file.read_into(source.key, target)
-                return
-            room = self._room("file", source.shape, source.dtype, source.device)
-            source.file.read_into(source.key, room)
-            source = room
-        if not straight and not (alike and source.device == target.device):
-            # In two steps: casting while transposing takes twice as long.
-            source = self._room("cast", source.shape, target.dtype, target.device).copy_(source)
-        if rank > _NARROW and not straight:
-            target.mT.copy_(source.mT)
-        else:
-            target.copy_(source)
-
-    def _room(
-        self, use: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-    ) -> torch.Tensor:
-        nbytes = prod(shape) * dtype.itemsize
-        memory = self._memory.pop(use, None)
-        if memory is None or memory.nbytes < nbytes:
-            memory = None  # free it before allocating another
-            memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        self._memory[use] = memory
-        return memory[:nbytes].view(dtype).view(shape)
-
-
-def _zeros(
-    layers: int, a: tuple[int, ...], b: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> Pair:
-    """Return A `[layers, in, r]` (contiguous `as_stored`) and B `[layers, r, out]`."""
-    features, rank = a
-    by_rank = rank in BY_RANK
-    stored = (layers, rank, features) if by_rank else (layers, features, rank)
-    memory = _memory(stored, dtype, device)
-    return memory.mT if by_rank else memory, _memory((layers, *b), dtype, device)
-
-
-def _memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Return zeros; on the host in huge pages, for faulting in small ones is slower than copying.
 
     Raise `CapacityError` where there is no memory.

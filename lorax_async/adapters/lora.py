@@ -1,25 +1,22 @@
-"""Drop-in names of `lorax_server.adapters.lora`."""
+"""Drop-in names of `lorax_server.adapters.lora`; the check of the base; merges of module maps."""
 
 from __future__ import annotations
 
 import sys
+import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence, Set
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import sqrt
 from pathlib import Path
 from threading import Lock
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
+from torch.nn.functional import pad
 
-from lorax_async.adapters.base import (
-    AdapterConfig,
-    AdapterModel,
-    AdapterWeights,
-    ModuleMap,
-    open_files,
-)
 from lorax_async.adapters.batches import (
     LORA,
     AdapterBatchMetadata,
@@ -28,10 +25,11 @@ from lorax_async.adapters.batches import (
     RankSegments,
 )
 from lorax_async.adapters.layers import (
+    BY_RANK,
     FACTORS,
+    AdapterModel,
     Layer,
     StackedLayers,
-    as_stored,
     layers_of,
     load_layers,
     modules_by_type,
@@ -40,11 +38,16 @@ from lorax_async.adapters.layers import (
 from lorax_async.adapters.weights_file import (
     EMBEDDING,
     LIMITS,
+    Factor,
+    ModuleMap,
     WeightsFile,
     adapter_folder,
+    cached_file,
     inexpressible,
     naming_adapter,
+    open_factors,
     plain_module,
+    read,
     read_small,
 )
 from lorax_async.concurrency import IsWanted, in_thread
@@ -52,16 +55,27 @@ from lorax_async.errors import (
     AdapterFormatError,
     IncompatibleAdapterError,
     InternalError,
+    LoraxError,
     UsageError,
     shorten,
     shorten_repr,
 )
 from lorax_async.formats.peft_config import parse_config
-from lorax_async.formats.peft_names import PREFIX
+from lorax_async.formats.peft_names import PREFIX, TensorRole
+from lorax_async.formats.strict_json import parse_object
 from lorax_async.handle import AdapterHandle
 from lorax_async.planning.pairing import check_matching
 from lorax_async.sources.local import CONFIG
-from lorax_async.types import AdapterSpec, ModulePattern
+from lorax_async.sources.merges import NewLayers, combine, make_generator
+from lorax_async.types import (
+    MAX_FACTOR,
+    AdapterSpec,
+    MajoritySign,
+    Merge,
+    ModulePattern,
+    PartId,
+    Strategy,
+)
 
 __all__ = [
     "LORA",
@@ -78,13 +92,49 @@ __all__ = [
 ]
 
 
-_MAX_FLOAT = sys.float_info.max
-_SHOWN = 3
-
-
 def get_scaling_factor(lora_alpha: float, r: int, uses_rslora: bool = False) -> float:
     """Return the factor of a delta with the rank `r`, without padding."""
     return lora_alpha / (sqrt(r) if uses_rslora else r)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterConfig(ABC):
+    """An adapter's config: how its weights are found and loaded."""
+
+    base_model_name_or_path: str | None
+
+    @abstractmethod
+    def map_weights_for_model(
+        self,
+        adapter_weights: Mapping[str, torch.Tensor | str | Path] | WeightsFile,
+        weight_names: Sequence[str],
+    ) -> tuple[ModuleMap, set[str]]:
+        """Return the weights of each module that the adapter changes, and all matched names."""
+
+    @abstractmethod
+    def load_batched_adapter_weights(
+        self,
+        model: AdapterModel,
+        module_map: ModuleMap,
+        layer_type: str,
+        unused_weight_names: set[str],
+        dynamic: bool,
+    ) -> AdapterWeights | None:
+        """Return the weights of one layer type, or None where the adapter has none."""
+
+
+class AdapterWeights(ABC):
+    """One adapter's weights of one layer type."""
+
+    @classmethod
+    @abstractmethod
+    def get_batch_types(cls) -> list[type[Any]]:
+        """Return the classes that put weights of this kind into batches."""
+
+    @property
+    def speculative_tokens(self) -> int:
+        """The number of tokens that the adapter predicts ahead."""
+        return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +156,12 @@ class LoraConfig(AdapterConfig):
     _alpha_patterns: tuple[ModulePattern, ...] = field(default=(), repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        if type(self.r) is not int or not 1 <= self.r <= _MAX_FLOAT:
+        most = sys.float_info.max
+        if type(self.r) is not int or not 1 <= self.r <= most:
             raise UsageError(
                 f"r is a positive integer that a float holds, not {shorten_repr(self.r)}"
             )
-        if not (isinstance(self.lora_alpha, int | float) and abs(self.lora_alpha) <= _MAX_FLOAT):
+        if not (isinstance(self.lora_alpha, int | float) and abs(self.lora_alpha) <= most):
             raise UsageError(f"lora_alpha is a finite number, not {shorten_repr(self.lora_alpha)}")
 
     @classmethod
@@ -131,8 +182,8 @@ class LoraConfig(AdapterConfig):
             The config is malformed, or turns on what plain LoRA does not describe.
         """
         with naming_adapter(adapter_id):
-            folder = adapter_folder(adapter_id, api_token, weights=False)
-            spec = parse_config(read_small(folder, CONFIG, LIMITS.max_config_bytes), LIMITS)
+            path = f"{adapter_folder(adapter_id, api_token, weights=False)}/{CONFIG}"
+            spec = parse_config(read_small(path, LIMITS.max_config_bytes), LIMITS)
             for has_it, feature in ((spec.dora, "DoRA"), (spec.lora_bias, "lora_bias")):
                 if has_it:
                     raise inexpressible("the config", feature)
@@ -165,10 +216,6 @@ class LoraConfig(AdapterConfig):
             fan_in_fan_out=self.fan_in_fan_out,
         )
 
-    def rank_of(self, module: str) -> int:
-        """Return one module's true rank, by the config's patterns."""
-        return self.spec.rank_of(module)
-
     def scale_of(self, module: str) -> float:
         """Return one module's scale, by the config's patterns."""
         return self.spec.scale_of(module)
@@ -187,9 +234,9 @@ class LoraConfig(AdapterConfig):
         `weight_names`, the model's (to leave it out on purpose, take it out of `adapter_weights`).
         """
         content = (
-            adapter_weights
-            if not isinstance(adapter_weights, WeightsFile)
-            else dict.fromkeys(adapter_weights, adapter_weights)
+            dict.fromkeys(adapter_weights, adapter_weights)
+            if isinstance(adapter_weights, WeightsFile)
+            else adapter_weights
         )
         module_map = {}
         for name in weight_names:
@@ -197,7 +244,21 @@ class LoraConfig(AdapterConfig):
             if all(key in content for key in keys.values()):
                 module_map[name] = {factor: (content[key], key) for factor, key in keys.items()}
         matched = {key for factors in module_map.values() for _, key in factors.values()}
-        _require_all_matched(set(adapter_weights), matched)
+        # An adapter without some of its tensors gives other answers.
+        strays = sorted(content.keys() - matched)
+        for name in strays:
+            module = plain_module(name)
+            missing = [factor[-1] for factor in FACTORS if _key(factor, module) not in content]
+            if missing:
+                raise AdapterFormatError(
+                    f"tensor {shorten(name, 200)!r} has no {missing[0]} beside it; save the adapter"
+                    " again"
+                )
+        if strays:
+            raise IncompatibleAdapterError(
+                f"the model has no such module: {_first(strays)}; use an adapter of this base, or"
+                " take these tensors out"
+            )
         check_matching(self.spec, module_map)
         return module_map, matched
 
@@ -246,22 +307,9 @@ def _key(factor: str, module: str) -> str:
     return f"{PREFIX}{module}.{factor}.weight"
 
 
-def _require_all_matched(names: Set[str], matched: Set[str]) -> None:
-    """Raise as `map_weights_for_model`: an adapter without some tensors gives other answers."""
-    strays = sorted(names - matched)
-    for name in strays:
-        module = plain_module(name)
-        missing = [factor[-1] for factor in FACTORS if _key(factor, module) not in names]
-        if missing:
-            raise AdapterFormatError(
-                f"tensor {shorten(name, 200)!r} has no {missing[0]} beside it; save the adapter"
-                " again"
-            )
-    if strays:
-        raise IncompatibleAdapterError(
-            f"the model has no such module: {_first(strays)}; use an adapter of this base, or take"
-            " these tensors out"
-        )
+def _first(names: Sequence[str]) -> str:
+    shown = ", ".join([*(shorten(name, 200) for name in names[:3]), "…"][: len(names)])
+    return f"{shown} ({len(names)} tensor{'s' * (len(names) > 1)} in all)"
 
 
 def require_all_used(unused_weight_names: Set[str]) -> None:
@@ -271,12 +319,6 @@ def require_all_used(unused_weight_names: Set[str]) -> None:
             f"no layer type has loaded {_first(sorted(unused_weight_names))}; load every type that"
             " the adapter changes, or use another adapter"
         )
-
-
-def _first(names: Sequence[str]) -> str:
-    shown = ", ".join(shorten(name, 200) for name in names[:_SHOWN])
-    more = ", …" if len(names) > _SHOWN else ""
-    return f"{shown}{more} ({len(names)} tensor{'s' * (len(names) > 1)} in all)"
 
 
 class LoraWeights(AdapterWeights):
@@ -293,47 +335,39 @@ class LoraWeights(AdapterWeights):
         weights_b: Sequence[torch.Tensor] | torch.Tensor,
         adapter_config: LoraConfig,
     ) -> None:
-        a, b = _stack(weights_a), _stack(weights_b)
-        if a is None or b is None or len(a) != len(b):
+        a, b = list(weights_a), list(weights_b)
+        if len(a) != len(b) or not all(
+            len({one.shape for one in each}) == 1 and each[0].dim() == 2 for each in (a, b)
+        ):
             raise UsageError(
                 "LoraWeights takes A and B of every layer, [in, r] and [r, out], of equal shapes"
             )
-        self._take(a, b, adapter_config)
+        stored = torch.stack([one.mT if one.shape[1] in BY_RANK else one for one in a])
+        self._take(stored, torch.stack(b), a[0].shape[1], adapter_config)
 
     @classmethod
     def _of(cls, found: StackedLayers, config: LoraConfig) -> Self:
         """Return the weights of stacks that nobody else has: a copy would still be on its way."""
         self = cls.__new__(cls)
-        self._take(found.a, found.b, replace(config, padded_rank=found.padded_rank))
+        config = replace(config, padded_rank=found.padded_rank)
+        self._take(found.a, found.b, found.local_rank, config)
         return self
 
-    def _take(self, a: torch.Tensor, b: torch.Tensor, adapter_config: LoraConfig) -> None:
-        self.lora_a_r, self.lora_b_r = a.shape[2], b.shape[1]
-        self._weights_a, self._weights_b = as_stored(a).contiguous(), b.contiguous()
-        self._a_by_rank = as_stored(a) is not a
-        self._turned: dict[str, torch.Tensor] = {}
+    def _take(self, a: torch.Tensor, b: torch.Tensor, local_rank: int, config: LoraConfig) -> None:
+        self.lora_a_r, self.lora_b_r = local_rank, b.shape[1]
+        self.weights_a, self.weights_b, self.adapter_config = a, b, config
+        self._turned = {"a": a} if local_rank in BY_RANK else {}
         self._turning = Lock()
-        self.adapter_config = adapter_config
-
-    @property
-    def weights_a(self) -> torch.Tensor:
-        """`[layers, r, in]` for a rank from 16 to 128, else `[layers, in, r]`."""
-        return self._weights_a
-
-    @property
-    def weights_b(self) -> torch.Tensor:
-        """`[layers, r, out]`."""
-        return self._weights_b
 
     @property
     def weights_a_t(self) -> torch.Tensor:
         """`[layers, r, in]`, as decoding takes it: the same memory where A is stored so."""
-        return self._weights_a if self._a_by_rank else self._turn("a", self._weights_a)
+        return self._turn("a", self.weights_a)
 
     @property
     def weights_b_t(self) -> torch.Tensor:
         """`[layers, out, r]`, as decoding takes it: copied once, which takes milliseconds."""
-        return self._turn("b", self._weights_b)
+        return self._turn("b", self.weights_b)
 
     def _turn(self, which: str, stored: torch.Tensor) -> torch.Tensor:
         with self._turning:  # a second copy would free the first while kernels use its address
@@ -400,11 +434,11 @@ class LoraWeights(AdapterWeights):
         layer_type: str,
         is_wanted: IsWanted,
     ) -> tuple[Self | None, set[str]]:
-        with open_files(module_map) as open_map:
-            found = load_layers(config.spec, model, open_map, layer_type, is_wanted)
+        with open_factors(module_map) as factors:
+            found = load_layers(config.spec, model, factors, layer_type, is_wanted)
         if found is None:
             return None, set()
-        used = {_key(factor, layer.name) for layer in found.present for factor in FACTORS}
+        used = {_key(factor, name) for name in found.names for factor in FACTORS}
         return cls._of(found, config), used
 
     @classmethod
@@ -432,22 +466,13 @@ class LoraWeights(AdapterWeights):
             if not present:
                 return None
             a = present[0].a
+            assert isinstance(a, torch.Tensor)
             found = stack_layers(layers, a.dtype, a.device, is_wanted)
         assert found is not None
         highest = max(present, key=lambda layer: layer.a.shape[0])
         rank = highest.a.shape[0]
-        names = [layer.name for layer in present]
-        config = LoraConfig(None, rank, names, False, highest.scale * rank, False)
+        config = LoraConfig(None, rank, found.names, False, highest.scale * rank, False)
         return cls._of(found, config)
-
-
-def _stack(weights: Sequence[torch.Tensor] | torch.Tensor) -> torch.Tensor | None:
-    """Return a new `[layers, …, …]`, or None unless all are matrices of one shape."""
-    if isinstance(weights, torch.Tensor):
-        return weights.clone() if weights.dim() == 3 else None
-    shapes = {tuple(one.shape) for one in weights}
-    alike = len(shapes) == 1 and len(next(iter(shapes))) == 2
-    return torch.stack(list(weights)) if alike else None
 
 
 def _resident_layers(handle: AdapterHandle, layer_type: str) -> list[Layer | None]:
@@ -460,12 +485,208 @@ def _resident_layers(handle: AdapterHandle, layer_type: str) -> list[Layer | Non
     for name in modules:
         if layout.modules[layout.index(name)].embedding:
             raise inexpressible(f"module {shorten(name, 200)!r}", EMBEDDING)
-    names = [module.name for module in layers_of(modules_by_type(layout), layer_type).values()]
     layers = list[Layer | None]()
-    for name in names:
-        module = modules.get(name)
+    for expected in layers_of(modules_by_type(layout), layer_type).values():
+        module = modules.get(expected.name)
         for vector, feature in (("bias", "lora_bias"), ("magnitude", "DoRA")):
             if getattr(module, vector, None) is not None:
-                raise inexpressible(f"module {shorten(name, 200)!r}", feature)
-        layers.append(None if module is None else Layer(name, module.a, module.b, module.scale))
+                raise inexpressible(f"module {shorten(expected.name, 200)!r}", feature)
+        layers.append(
+            None if module is None else Layer(expected.name, module.a, module.b, module.scale)
+        )
     return layers
+
+
+# -- the base --------------------------------------------------------------------------------------
+
+
+def check_architectures(
+    model_id: str, adapter_id: str, adapter_config: AdapterConfig, architectures: Sequence[str]
+) -> None:
+    """Compare the served base (`model_id`, `architectures`) with the adapter's. Blocks.
+
+    Accept equal names, and a config without a name. Otherwise look up the architectures of the
+    adapter's base in the hub cache: warn if they are equal or unknown, and raise
+    `IncompatibleAdapterError` if they differ.
+    """
+    base = adapter_config.base_model_name_or_path
+    if base and base != model_id:
+        _compare(model_id, adapter_id, base, cached_architectures(base), tuple(architectures))
+
+
+async def check_architectures_async(
+    model_id: str, adapter_id: str, adapter_config: AdapterConfig, architectures: Sequence[str]
+) -> None:
+    """As `check_architectures`, with the look-up in a thread."""
+    base = adapter_config.base_model_name_or_path
+    if base and base != model_id:
+        trained_on = await in_thread(lambda _: cached_architectures(base))
+        _compare(model_id, adapter_id, base, trained_on, tuple(architectures))
+
+
+def _compare(
+    model_id: str,
+    adapter_id: str,
+    base: str,
+    trained_on: tuple[str, ...] | None,
+    served: tuple[str, ...],
+) -> None:
+    adapter, base = shorten(str(adapter_id), 100), shorten(base, 100)
+    if trained_on not in {None, served}:
+        raise IncompatibleAdapterError(
+            f"adapter {adapter!r} is for {base!r} ({shorten(', '.join(trained_on or ()), 100)}),"
+            f" and {model_id!r} is another architecture ({', '.join(served)}); serve {base!r}, or"
+            f" use an adapter of {model_id!r}"
+        )
+    warnings.warn(
+        f"adapter {adapter!r} was not trained on base model {model_id!r}; if its answers are"
+        f" wrong, serve {base!r} instead",
+        stacklevel=3,  # the caller of the check
+    )
+
+
+def cached_architectures(base: str) -> tuple[str, ...] | None:
+    """Return the architectures in the `config.json` of a base in the hub cache, if any. Blocks.
+
+    The name is untrusted: no folder outside the cache is read.
+    """
+    name, limit = "config.json", LIMITS.max_config_bytes
+    try:
+        path = cached_file(base, name)
+        if path is None:
+            return None
+        text = read_small(path, limit)
+        config = parse_object(text, what=name, max_bytes=limit, max_depth=LIMITS.max_json_depth)
+    except LoraxError:  # not an id of the hub, or not a config
+        return None
+    names = config.get("architectures")
+    return tuple(map(str, names)) if isinstance(names, list) and names else None
+
+
+# -- merges ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterParameters:
+    """The merge parameters of a LoRAX request. Case of strategies and signs is ignored.
+
+    `weights` default to 1. The density has no default, and must not be 0.
+    """
+
+    adapter_ids: Sequence[PartId]
+    weights: Sequence[float] = ()
+    merge_strategy: str = "linear"
+    density: float | None = None
+    majority_sign_method: str = "total"
+    seed: int = 0
+
+    @property
+    def merge(self) -> Merge:
+        """The merge as an id for a loader. Raises `UsageError` as `Merge` does."""
+        return Merge(
+            cast(Strategy, self.merge_strategy.lower()),
+            refs=self.adapter_ids,
+            weights=self.weights or [1.0] * len(self.adapter_ids),
+            density=self.density,
+            majority_sign=cast(MajoritySign, self.majority_sign_method.lower()),
+            seed=self.seed,
+        )
+
+
+def merge_adapters(
+    adapters: Sequence[tuple[ModuleMap, LoraConfig]], merge_params: AdapterParameters
+) -> tuple[ModuleMap, LoraConfig]:
+    """Merge several module maps; return one with its config. Blocks if the maps hold files.
+
+    This is LoRAX's `lorax_server.utils.merges` with PEFT's numbers; to make a merge resident, load
+    `AdapterParameters.merge`. `adapters` are module map and config of each of
+    `merge_params.adapter_ids`, in this order. DARE drops the same weights as PEFT if the first map
+    has all modules, in the model's order. The result are float32 tensors, all of the config's rank
+    (smaller ranks padded with zeros), with the scale 1: all scales and weights are in A and B.
+
+    Raises
+    ------
+    AdapterFormatError
+        A module's scale, or its weight times its scale, is beyond float32.
+    IncompatibleAdapterError
+        Shapes do not fit each other, A and B are no pair, or a strategy's ranks are not equal.
+    UsageError
+        The parameters are no valid merge.
+    """
+    merge = merge_params.merge
+    if len(adapters) != len(merge.refs):
+        raise UsageError(f"{len(merge.refs)} adapter_ids, but {len(adapters)} adapters")
+    with ExitStack() as stack:
+        parts = [
+            (stack.enter_context(open_factors(module_map)), config, weight)
+            for (module_map, config), weight in zip(adapters, merge.weights, strict=True)
+        ]
+        merged = _merge(merge, parts)
+    first, rank = adapters[0][1], max((len(a) for a, _ in merged.values()), default=1)
+    result = {}
+    for name, (a, b) in merged.items():
+        keys = next(module_map[name] for module_map, _ in adapters if name in module_map)
+        padded = pad(a, (0, 0, 0, rank - len(a))), pad(b, (0, rank - len(a)))
+        made = zip(FACTORS, padded, strict=True)
+        result[name] = {factor: (one, keys[factor][1]) for factor, one in made}
+    base, fan_in_fan_out = first.base_model_name_or_path, first.fan_in_fan_out
+    return result, LoraConfig(base, rank, list(merged), fan_in_fan_out, rank, False)
+
+
+async def merge_adapters_async(
+    adapters: Sequence[tuple[ModuleMap, LoraConfig]], merge_params: AdapterParameters
+) -> tuple[ModuleMap, LoraConfig]:
+    """Call `merge_adapters` in a thread."""
+    return await in_thread(lambda _: merge_adapters(adapters, merge_params))
+
+
+Parts = Sequence[tuple[Mapping[str, Mapping[str, Factor]], LoraConfig, float]]
+"""For each adapter its factors, its config and its weight."""
+
+
+def _merge(merge: Merge, parts: Parts) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Return A and B of each module, of the rank that it needs."""
+    changes: dict[str, list[tuple[Layer, float]]] = {}
+    for factors, config, weight in parts:
+        for name, pair in factors.items():
+            layer = Layer(name, pair["lora_A"], pair["lora_B"], config.scale_of(name))
+            changes.setdefault(name, []).append((layer, weight))
+    for layers in changes.values():
+        _require_mergeable(merge, layers)
+    spec, sizes = parts[0][1].spec, tuple(layers[0][0].features for layers in changes.values())
+    # PEFT draws initial weights for layers of this rank first.
+    rank = max([spec.rank, *map(spec.rank_of, parts[0][0])])
+    generator = make_generator(merge, NewLayers(rank, sizes, start=True))
+    merged = {}
+    for name, layers in changes.items():
+        scales = [(weight, layer.scale) for layer, weight in layers]
+        made = []
+        for role in (TensorRole.A, TensorRole.B):
+            tensors = [read(layer.a if role is TensorRole.A else layer.b) for layer, _ in layers]
+            made.append(combine(merge, role, tensors, scales, generator))
+        merged[name] = made[0], made[1]
+    return merged
+
+
+def _require_mergeable(merge: Merge, layers: Sequence[tuple[Layer, float]]) -> None:
+    shown = f"module {shorten(layers[0][0].name, 200)!r}"
+    for layer, weight in layers:
+        if not max(abs(layer.scale), abs(weight * layer.scale)) <= MAX_FACTOR:
+            raise AdapterFormatError(
+                f"{shown} would be scaled by {layer.scale:g} and weighted by {weight:g}, which"
+                " together no float32 holds; lower the weight, or correct lora_alpha or"
+                " alpha_pattern in the config"
+            )
+    for along, factor in enumerate(FACTORS):
+        shapes = [tuple((layer.b if along else layer.a).shape) for layer, _ in layers]
+        sizes = {shape[1 - along] if merge.strategy == "linear" else shape for shape in shapes}
+        if len(sizes) > 1 or any(len(shape) != 2 for shape in shapes):
+            raise IncompatibleAdapterError(
+                f"{shown}: {merge.strategy!r} cannot merge {factor} of the shapes"
+                f" {' and '.join(str(list(shape)) for shape in shapes)}"
+            )
+    for layer, _ in layers:  # else the adapters' ranks would be misaligned
+        if layer.a.shape[0] != layer.b.shape[1]:
+            raise IncompatibleAdapterError(
+                f"{shown}: A {list(layer.a.shape)} and B {list(layer.b.shape)} are no pair"
+            )

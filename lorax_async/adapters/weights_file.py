@@ -8,12 +8,11 @@ All files of an adapter are of one commit.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 
@@ -21,7 +20,6 @@ from lorax_async.concurrency import in_thread
 from lorax_async.config import Limits
 from lorax_async.devices.staging import TORCH_DTYPES, StagingBuffer
 from lorax_async.errors import (
-    AdapterError,
     AdapterFormatError,
     AdapterNotFoundError,
     ConfigError,
@@ -34,7 +32,6 @@ from lorax_async.errors import (
 from lorax_async.files import (
     FileReader,
     Reader,
-    changed_error,
     code_of,
     locate,
     open_same,
@@ -51,7 +48,6 @@ from lorax_async.sources.local import CONFIG, WEIGHTS, find_adapter, open_weight
 from lorax_async.types import AdapterRef
 
 LIMITS = Limits()
-_MAIN = "main"
 _TIMEOUT = 10.0  # seconds, to connect and for each read
 
 
@@ -68,154 +64,118 @@ def adapter_folder(adapter_id: str | Path, token: str | None, *, weights: bool) 
     """Return the folder with the adapter's config, and its weights if `weights`.
 
     A `pathlib.Path`, or a str that begins with "/", "./" or "../", is a local folder;
-    `org/name[@revision]` is on the hub. Raise `InvalidAdapterIdError`, `ConfigError` for another
-    source, and what `HubFiles` raises.
+    `org/name[@revision]` is on the hub. A `token` of None is this machine's own, if any.
     """
     local = isinstance(adapter_id, str) and adapter_id.startswith(("/", "./", "../"))
     ref = parse_ref(AdapterRef(Path(adapter_id) if local else adapter_id))
     match ref.place:
-        case HubRepository(text=repo):
-            return HubFiles(repo, ref.revision, token).folder(weights=weights)
         case LocalFolder(path, trusted=True):
             return path
+        case HubRepository(text=repo):
+            return _hub_folder(repo, ref.revision, token, weights=weights)
     raise ConfigError(
         "these calls read local folders and the hub; an AdapterLoader loads adapters from elsewhere"
     )
 
 
-@dataclass(frozen=True, slots=True)
-class HubFiles:
-    """The files of one adapter on the hub; a `token` of None is this machine's own, if any.
+def _hub_folder(repo: str, revision: str | None, token: str | None, *, weights: bool) -> str:
+    hub.require_token(token)
+    wanted_revision = revision or "main"
 
-    Raise `UsageError` for an impossible token, `AdapterFormatError` for files over the limits, else
-    `AdapterNotFoundError`, `AccessDeniedError` or `FetchError`, as the hub and its cache answer.
-    """
-
-    repo: str
-    revision: str | None
-    token: str | None = field(repr=False)
-
-    def __post_init__(self) -> None:
-        hub.require_token(self.token)
-
-    def folder(self, *, weights: bool) -> str:
-        """Return the cache's folder with the config, and the weights if asked for."""
-        if weights and self.cached(WEIGHTS) is None:
-            room, header = LIMITS.max_adapter_bytes, LIMITS.max_header_bytes
-            if self.cached(INDEX) is not None or self._fetch(WEIGHTS, room) is None:
-                folder = os.path.dirname(self._require(INDEX, header, WEIGHTS))
-                for name in parse_index(read_small(folder, INDEX, header), LIMITS).file_names:
-                    room = max(0, room - os.path.getsize(self._require(name, room, name)))
-        return os.path.dirname(self._require(CONFIG, LIMITS.max_config_bytes, CONFIG))
-
-    def cached(self, name: str) -> str | None:
-        """Return where the hub cache has a file, if it has it. Make no network request."""
-        from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415 (slow)
-
-        try:
-            path = try_to_load_from_cache(self.repo, name, revision=self.revision)
-        except OSError as error:
-            raise to_adapter_error(error, "the hub cache") from error
-        except ValueError as error:  # an id that the hub cannot have was refused before
-            raise FetchError(
-                "the hub cache is damaged: its file for this revision is no text; remove the"
-                " repository from it, and load the adapter again"
-            ) from error
-        return path if isinstance(path, str) else None
-
-    def _require(self, name: str, max_bytes: int, wanted: str) -> str:
-        path = self.cached(name) or self._fetch(name, max_bytes)
+    def get(name: str, max_bytes: int, wanted: str = "") -> str:
+        path = cached_file(repo, name, revision) or _fetch(repo, name, revision, token, max_bytes)
         if path is None:
             raise AdapterNotFoundError(
-                f"{self.repo!r} on the hub has no {wanted} at {self.revision or _MAIN!r}; check the"
-                f" id (a folder is a pathlib.Path, or './{self.repo}')"
+                f"{repo!r} on the hub has no {wanted or name} at {wanted_revision!r}; check"
+                f" the id (a folder is a pathlib.Path, or './{repo}')"
             )
         return path
 
-    def _fetch(self, name: str, max_bytes: int) -> str | None:
-        """Fetch a file into the cache; return None if the hub has no such file."""
-        import httpx2  # noqa: PLC0415 (slow)
-        from huggingface_hub import errors, hf_hub_download  # noqa: PLC0415
-        from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]  # noqa: PLC0415
-
-        cached = [path for each in (CONFIG, WEIGHTS, INDEX) if (path := self.cached(each))]
-        # The snapshot folder is named by its commit: the branch may have moved.
-        revision = os.path.basename(os.path.dirname(cached[0])) if cached else self.revision
-        token = self.token or hub.machine_token()
-        query = hub.FileQuery(self.repo, name, revision or _MAIN, token)
-        download: Any = partial(
-            hf_hub_download,
-            *(self.repo, name),
-            revision=revision,
-            token=query.token or False,
-            etag_timeout=_TIMEOUT,
-            tqdm_class=partial(tqdm, disable=True),
-        )
-        try:
-            nbytes = download(dry_run=True).file_size or 0
-            if nbytes <= max_bytes:
-                return str(download())
-        except errors.RemoteEntryNotFoundError:
-            return None
-        except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, RuntimeError, OSError) as error:
-            raise _problem(error, query) from None
-        raise AdapterFormatError(f"{name} has {nbytes:,} bytes, over the {max_bytes:,} allowed")
+    folder = os.path.dirname(get(CONFIG, LIMITS.max_config_bytes))
+    revision = os.path.basename(folder)  # the commit, for the branch may move
+    if weights and cached_file(repo, WEIGHTS, revision) is None:
+        room, most = LIMITS.max_adapter_bytes, LIMITS.max_header_bytes
+        split = cached_file(repo, INDEX, revision) is not None
+        if split or _fetch(repo, WEIGHTS, revision, token, room) is None:
+            index = read_small(get(INDEX, most, wanted=WEIGHTS), most)
+            for name in parse_index(index, LIMITS).file_names:
+                room = max(0, room - os.path.getsize(get(name, room)))
+    return folder
 
 
-def _problem(error: Exception, query: hub.FileQuery) -> AdapterError:
-    import httpx2  # noqa: PLC0415 (slow)
-    from huggingface_hub.errors import LocalEntryNotFoundError  # noqa: PLC0415
+def cached_file(repo: str, name: str, revision: str | None = None) -> str | None:
+    """Return where the hub cache has a file, if it has it. Make no network request."""
+    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415 (slow)
 
-    url = query.url(None)
-    if isinstance(error, LocalEntryNotFoundError):  # the hub could not be reached
-        return hub.problem_of(
-            error.__cause__ if isinstance(error.__cause__, Exception) else error, query, url
-        )
-    if isinstance(error, httpx2.HTTPError) or not isinstance(error, OSError):
-        return hub.problem_of(error, query, url)
-    if error.errno is None:
-        return FetchError(f"{url} sent fewer or more bytes than announced")
-    return FetchError(
-        f"{query.name} cannot be stored in the hub cache ({code_of(error)}); check its folder"
-        " (HF_HUB_CACHE) and its disk",
-        retryable=False,
-    )
-
-
-def read_small(folder: str, name: str, max_bytes: int) -> bytes:
-    """Return all bytes of a small file.
-
-    Raise `AdapterNotFoundError`, `AdapterFormatError` if it is not a regular file of 1 to
-    `max_bytes` bytes, `AccessDeniedError` or `FetchError` if it cannot be read.
-    """
     try:
-        with locate(os.path.join(folder, name)) as file:
+        path = try_to_load_from_cache(repo, name, revision=revision)
+    except OSError as error:
+        raise to_adapter_error(error, "the hub cache") from error
+    except ValueError as error:  # an id that the hub cannot have was refused before
+        raise FetchError(
+            "the hub cache is damaged: its file for this revision is no text; remove the"
+            " repository from it, and load the adapter again"
+        ) from error
+    return path if isinstance(path, str) else None
+
+
+def _fetch(
+    repo: str, name: str, revision: str | None, token: str | None, max_bytes: int
+) -> str | None:
+    """Fetch a file into the hub cache; return None if the hub has no such file."""
+    import httpx2  # noqa: PLC0415 (slow)
+    from huggingface_hub import errors, hf_hub_download  # noqa: PLC0415
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]  # noqa: PLC0415
+
+    token = token or hub.machine_token()
+    download: Any = partial(
+        hf_hub_download, repo, name, revision=revision, token=token or False, etag_timeout=_TIMEOUT
+    )
+    try:
+        nbytes = download(dry_run=True).file_size or 0
+        if nbytes <= max_bytes:
+            return str(download(tqdm_class=partial(tqdm, disable=True)))
+    except errors.RemoteEntryNotFoundError:
+        return None
+    except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, RuntimeError, OSError) as error:
+        query = hub.FileQuery(repo, name, revision or "main", token)
+        url, reason = query.url(None), cast(Exception, error)
+        if isinstance(error, errors.LocalEntryNotFoundError):  # the hub could not be reached
+            reason = cast(Exception, error.__cause__ or error)
+        elif isinstance(error, OSError) and not isinstance(error, httpx2.HTTPError):
+            if error.errno is None:
+                raise FetchError(f"{url} sent fewer or more bytes than announced") from None
+            raise FetchError(
+                f"{name} cannot be stored in the hub cache ({code_of(error)}); check its folder"
+                " (HF_HUB_CACHE) and its disk",
+                retryable=False,
+            ) from None
+        raise hub.problem_of(reason, query, url) from None
+    raise AdapterFormatError(f"{name} has {nbytes:,} bytes, over the {max_bytes:,} allowed")
+
+
+def _reader_of(path: str, max_bytes: int) -> FileReader:
+    """Return a reader of a regular file of 1 to `max_bytes` bytes, which its first read opens."""
+    name = os.path.basename(path)
+    try:
+        with locate(path) as file:
             require_file(name, file, max_bytes)
-            size = file.status.st_size
-            with open(file.open(), "rb") as content:
-                text = content.read(size + 1)
+            identity = file.identity
     except (FileNotFoundError, NotADirectoryError) as error:
         raise AdapterNotFoundError(f"there is no {name} in this folder") from error
     except OSError as error:
         raise to_adapter_error(error, name) from error
-    if len(text) != size:
-        raise changed_error(name)
-    return text
+    return FileReader(partial(open_same, path, identity), identity, name)
 
 
-def plain_module(name: str) -> str:
-    """Return the module of a plain LoRA tensor, by the tensor's name.
-
-    Raise `UnsupportedAdapterError` for a tensor of another feature, `AdapterFormatError` for a
-    malformed name.
-    """
-    found = parse_tensor_name(name)
-    if found.embedding or found.part not in {TensorRole.A, TensorRole.B}:
-        feature = {TensorRole.BIAS: "lora_bias", TensorRole.MAGNITUDE: "DoRA"}.get(
-            found.part, EMBEDDING
-        )
-        raise inexpressible(f"tensor {shorten(name, 200)!r}", feature)
-    return found.module
+def read_small(path: str, max_bytes: int) -> bytes:
+    reader = _reader_of(path, max_bytes)
+    try:
+        content = bytearray(reader.nbytes)
+        reader.read_into([memoryview(content)], 0)
+    finally:
+        reader.close()
+    return bytes(content)
 
 
 EMBEDDING = "LoRA on an embedding"
@@ -229,6 +189,16 @@ def inexpressible(what: str, feature: str) -> UnsupportedAdapterError:
     )
 
 
+def plain_module(tensor: str) -> str:
+    """Return the module of a plain LoRA tensor, by its name; raise for any other tensor."""
+    found = parse_tensor_name(tensor)
+    if found.embedding or found.part not in {TensorRole.A, TensorRole.B}:
+        features = {TensorRole.BIAS: "lora_bias", TensorRole.MAGNITUDE: "DoRA"}
+        feature = features.get(found.part, EMBEDDING)
+        raise inexpressible(f"tensor {shorten(tensor, 200)!r}", feature)
+    return found.module
+
+
 class WeightsFile:
     """An adapter's open weights, in one file or in several; tensors are read when needed.
 
@@ -236,18 +206,17 @@ class WeightsFile:
     map, (file, key) stands for a tensor. Close it, or use it as a context manager.
     """
 
-    def __init__(self, prefix: bytes, reader: Reader) -> None:
+    def __init__(self, reader: Reader, prefix: bytes | None = None) -> None:
         self._reader = reader
         try:
-            header = parse_header(prefix, reader.nbytes, LIMITS)
-            if not header.tensors:
+            prefix = prefix or read_prefix(reader, LIMITS)
+            tensors = parse_header(prefix, reader.nbytes, LIMITS).tensors
+            if not tensors:
                 raise AdapterFormatError("the file holds no tensors; save the adapter again")
-            for span in header.tensors:
-                _check(span)
+            self._spans = {span.name: _require_plain(span) for span in tensors}
         except BaseException:
             reader.close()
             raise
-        self._spans = {span.name: span for span in header.tensors}
 
     @classmethod
     def open(cls, adapter_id: str | Path, api_token: str | None = None) -> Self:
@@ -260,7 +229,7 @@ class WeightsFile:
             folder = adapter_folder(adapter_id, api_token, weights=True)
             key = find_adapter(LocalFolder(folder, trusted=True), (), LIMITS)
             weights = open_weights(key, LIMITS)
-            return cls(weights.prefix, weights.reader)
+            return cls(weights.reader, weights.prefix)
 
     @classmethod
     async def open_async(cls, adapter_id: str | Path, api_token: str | None = None) -> Self:
@@ -270,28 +239,8 @@ class WeightsFile:
     @classmethod
     def at(cls, path: str | Path) -> Self:
         """Open one file of weights by its own path, whatever its name. Blocks; as `open`."""
-        name = os.path.basename(path)
         with naming_adapter(path):
-            try:
-                with locate(os.fspath(path)) as file:
-                    require_file(name, file, LIMITS.max_adapter_bytes)
-                    identity = file.identity
-            except (FileNotFoundError, NotADirectoryError) as error:
-                raise AdapterNotFoundError(f"there is no file {name!r} at this path") from error
-            except OSError as error:
-                raise to_adapter_error(error, name) from error
-            reader = FileReader(partial(open_same, os.fspath(path), identity), identity, name)
-            try:
-                prefix = read_prefix(reader, LIMITS)
-            except BaseException:
-                reader.close()
-                raise
-            return cls(prefix, reader)
-
-    @classmethod
-    async def at_async(cls, path: str | Path) -> Self:
-        """Call `at` in a thread."""
-        return await in_thread(lambda _: cls.at(path), cls.close)
+            return cls(_reader_of(os.fspath(path), LIMITS.max_adapter_bytes))
 
     def __contains__(self, key: object) -> bool:
         return key in self._spans
@@ -316,18 +265,23 @@ class WeightsFile:
         Raise `IntegrityError` if the file changed since it was opened, `FetchError` if it cannot be
         read or was closed, `UsageError` for another target.
         """
-        span = self._span(key)
-        fits = (tuple(target.shape), target.dtype) == (span.shape, TORCH_DTYPES[span.dtype])
+        fits = tuple(target.shape) == self.shape(key) and target.dtype == self.dtype(key)
         if not (fits and target.is_contiguous() and target.device.type == "cpu"):
             raise UsageError(f"{shorten(key, 200)!r} does not fit into this tensor")
         flat = target.view(-1).view(torch.uint8)
-        self._reader.read_into([StagingBuffer.of(flat).memory], span.start)
+        self._reader.read_into([StagingBuffer.of(flat).memory], self._span(key).start)
 
     def read(self, key: str) -> torch.Tensor:
         """Return the tensor in memory of its own. Blocks; raise as `read_into`."""
         tensor = torch.empty(self.shape(key), dtype=self.dtype(key))
         self.read_into(key, tensor)
         return tensor
+
+    def _span(self, key: str) -> TensorSpan:
+        try:
+            return self._spans[key]
+        except KeyError:
+            raise UsageError(f"the file has no tensor {shorten(key, 200)!r}") from None
 
     def close(self) -> None:
         """Close the files. Quick and idempotent."""
@@ -339,22 +293,67 @@ class WeightsFile:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _span(self, key: str) -> TensorSpan:
-        try:
-            return self._spans[key]
-        except KeyError:
-            raise UsageError(f"the file has no tensor {shorten(key, 200)!r}") from None
 
-
-def _check(span: TensorSpan) -> None:
+def _require_plain(span: TensorSpan) -> TensorSpan:
     plain_module(span.name)
-    if len(span.shape) != 2 or 0 in span.shape:
+    if len(span.shape) == 2 and 0 not in span.shape and span.dtype in WEIGHT_DTYPES:
+        return span
+    name = shorten(span.name, 200)
+    if span.dtype in WEIGHT_DTYPES:
         raise AdapterFormatError(
-            f"tensor {shorten(span.name, 200)!r} has shape {list(span.shape)}, not two positive"
-            " dimensions; save the adapter again"
+            f"tensor {name!r} has shape {list(span.shape)}, not two positive dimensions; save the"
+            " adapter again"
         )
-    if span.dtype not in WEIGHT_DTYPES:
-        raise UnsupportedAdapterError(
-            f"tensor {shorten(span.name, 200)!r} is {span.dtype}; save the adapter as"
-            f" {', '.join(WEIGHT_DTYPES)}"
-        )
+    raise UnsupportedAdapterError(
+        f"tensor {name!r} is {span.dtype}; save the adapter as {', '.join(WEIGHT_DTYPES)}"
+    )
+
+
+ModuleMap = Mapping[str, Mapping[str, tuple[torch.Tensor | WeightsFile | str | Path, str]]]
+"""Module name → "lora_A" and "lora_B" → (tensor, open file or a file's path; name in the file)."""
+
+
+class FileTensor(NamedTuple):
+    """A tensor in an open file, not yet read."""
+
+    file: WeightsFile
+    key: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.file.shape(self.key)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.file.dtype(self.key)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+Factor = torch.Tensor | FileTensor
+
+
+def read(factor: Factor) -> torch.Tensor:
+    """Return A or B in memory; of a file, blocks, and raises as `WeightsFile.read`."""
+    return factor.file.read(factor.key) if isinstance(factor, FileTensor) else factor.detach()
+
+
+@contextmanager
+def open_factors(module_map: ModuleMap) -> Iterator[Mapping[str, Mapping[str, Factor]]]:
+    """Open every file that is named by its path, once each. Blocks, as `WeightsFile.at`."""
+    files: dict[str | Path, WeightsFile] = {}
+    with ExitStack() as stack:
+
+        def factor(content: torch.Tensor | WeightsFile | str | Path, key: str) -> Factor:
+            if isinstance(content, str | Path):
+                if content not in files:
+                    files[content] = stack.enter_context(WeightsFile.at(content))
+                content = files[content]
+            return FileTensor(content, key) if isinstance(content, WeightsFile) else content
+
+        yield {
+            name: {part: factor(*entry) for part, entry in factors.items()}
+            for name, factors in module_map.items()
+        }

@@ -24,11 +24,9 @@ from adapters import small_base as base
 from adapters.small_base import WEIGHTS
 from engines.conftest import watched
 from lorax_async import adapters, errors
-from lorax_async.adapters import base as lorax_base
 from lorax_async.adapters import lora
-from lorax_async.adapters.base import AdapterConfig
 from lorax_async.adapters.layers import LayoutModel
-from lorax_async.adapters.lora import LoraConfig, require_all_used
+from lorax_async.adapters.lora import AdapterConfig, LoraConfig, require_all_used
 from lorax_async.adapters.weights_file import WeightsFile
 from lorax_async.errors import AdapterFormatError, IncompatibleAdapterError, UnsupportedAdapterError
 
@@ -343,7 +341,7 @@ async def test_another_base_warns_and_another_architecture_is_refused(
     if config is not None:
         put(hub_client, config)
     looks = watched(monkeypatch, huggingface_hub, "try_to_load_from_cache")
-    for check in (lorax_base.check_architectures_async, lorax_base.check_architectures):
+    for check in (lora.check_architectures_async, lora.check_architectures):
         refused = pytest.raises(outcome) if outcome else nullcontext()
         with refused as caught, warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -355,15 +353,15 @@ async def test_another_base_warns_and_another_architecture_is_refused(
             words = ("'sql'", "'org/served'", "serve 'org/base'")
             more = (*LLAMA, *QWEN) if outcome is IncompatibleAdapterError else ()
             assert all(word in str(caught.value) for word in (*words, *more))
-        if check is lorax_base.check_architectures_async:  # it reads the cache in a thread
+        if check is lora.check_architectures_async:  # it reads the cache in a thread
             assert threading.get_ident() not in {look.thread for look in looks}
     assert bool(looks) == (outcome is not None)
 
 
 def test_a_strangers_name_leads_nowhere_else(hub_client: Path, tmp_path: Path) -> None:
     put(hub_client, {"architectures": LLAMA})
-    assert lorax_base.cached_architectures("org/base") == ("LlamaForCausalLM",)
+    assert lora.cached_architectures("org/base") == ("LlamaForCausalLM",)
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "config.json").write_text(json.dumps({"architectures": LLAMA}))
     for name in ("../../x", "/etc", "./x", "a/b/c", "x" * 500, "\0", "org/base@v1"):
-        assert lorax_base.cached_architectures(name) is None
+        assert lora.cached_architectures(name) is None

@@ -15,9 +15,8 @@ from torch import nn
 from engines.variants import llama, save
 from lorax_async import adapters as lorax
 from lorax_async import layouts
-from lorax_async.adapters.base import ModuleMap
-from lorax_async.adapters.lora import LoraConfig
-from lorax_async.adapters.lorax_merging import AdapterParameters, merge_adapters
+from lorax_async.adapters.lora import AdapterParameters, LoraConfig, merge_adapters
+from lorax_async.adapters.weights_file import ModuleMap
 from lorax_async.config import LoaderConfig
 from lorax_async.errors import AdapterFormatError, IncompatibleAdapterError, UsageError
 from lorax_async.loader import AdapterLoader
