@@ -199,7 +199,7 @@ async def setting(
     engine, workers, limits = RangeEngine(http), WorkerThreads(4), Limits()
     cache = DiskCache(folder, cache_bytes, policy("lru"))
     backend = WebBackend(engine, rules, limits)
-    given: Any = (lambda _: backend, lambda: cache, workers)
+    given: Any = (lambda _: backend, cache, workers)
     resolving = VersionResolver(*given, offline=False, fresh=REVALIDATE)
     opening = AdapterOpener(resolving, engine, workers, limits=limits, verify="stream")
     parts = RemoteParts(resolving, opening, workers, engine.close)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Any, Protocol, TypeVar
 
+from lorax_async.cache.base import CacheDownload, CacheEntry, CacheKey
 from lorax_async.concurrency import FetchControl, wait_for_end
 from lorax_async.errors import AdapterNotFoundError, FetchError, IntegrityError
 from lorax_async.formats.digests import Digest
@@ -163,6 +164,22 @@ class Backend(Protocol[P_contra]):
         self, place: P_contra, located: LocatedAdapter, roles: Sequence[FileRole]
     ) -> tuple[RemoteFile, ...]:
         """Return the weights' files that the index of this version names, all of them."""
+
+
+class VersionCache(Protocol):
+    """What of a `Cache` remote adapters need; see there."""
+
+    def open(self, key: CacheKey, *, check: bool = False) -> CacheEntry | None: ...
+
+    def try_begin(
+        self, key: CacheKey, scope: str, *, alone: bool = False
+    ) -> CacheEntry | CacheDownload | int: ...
+
+    def note_version(self, question: str, source: str, version: str) -> None: ...
+
+    def last_version(self, question: str) -> tuple[str, str] | None: ...
+
+    def condemn(self, key: CacheKey) -> None: ...
 
 
 _PRIVATE = [

@@ -24,7 +24,6 @@ from itertools import count
 from typing import TYPE_CHECKING, TypeVar
 
 from lorax_async.cache.base import Cache, CacheDownload, CacheEntry, CacheKey, FileRecord, record_of
-from lorax_async.concurrency import FetchControl
 from lorax_async.errors import (
     AccessDeniedError,
     AdapterError,
@@ -173,13 +172,7 @@ class HubBackend:
         timeout: float = 10.0,
         retries: RetryPolicy = RETRIES,
     ) -> None:
-        try:
-            url = parse_url(endpoint)
-        except InvalidUrlError as error:
-            raise ConfigError(f"the hub's endpoint is no URL: {error}") from None
-        if "?" in url.target:
-            raise ConfigError("the hub's endpoint must be a URL without a query")
-        self._endpoint = url.text.rstrip("/")
+        self._endpoint = parse_endpoint(endpoint).text.rstrip("/")
         self._rules = rules
         self._lending = tuple(entry for entry in allow if entry.use_token)
         self._threads = threads
@@ -420,6 +413,17 @@ def endpoint_in_use(endpoint: str | None) -> str:
     from huggingface_hub import constants  # noqa: PLC0415 (slow)
 
     return endpoint or constants.ENDPOINT
+
+
+def parse_endpoint(endpoint: str) -> Url:
+    """Return the URL of a hub. Raise `ConfigError`."""
+    try:
+        url = parse_url(endpoint)
+    except InvalidUrlError as error:
+        raise ConfigError(f"the hub's endpoint is no URL: {error}") from None
+    if "?" in url.target:
+        raise ConfigError("the hub's endpoint must be a URL without a query")
+    return url
 
 
 def _request_errors() -> tuple[type[Exception], ...]:
@@ -710,52 +714,40 @@ class StandardHubCache:
 
 
 class TieredCache:
-    """The `Cache` that reads the standard hub cache first, then our own.
+    """The cache of remote adapters: the standard hub cache, if it is read, and then our own.
 
-    Downloads go to our own, `disk`, whose maker closes it.
+    Downloads go to our own, which `own` returns, and whose maker closes it.
     """
 
-    def __init__(self, hub: StandardHubCache, disk: Cache) -> None:
+    def __init__(self, hub: StandardHubCache | None, own: Callable[[], Cache]) -> None:
         self._hub = hub
-        self._disk = disk
+        self._own = own
 
     def open(self, key: CacheKey, *, check: bool = False) -> CacheEntry | None:
-        return self._hub.open(key, check=check) or self._disk.open(key, check=check)
+        entry = None if self._hub is None else self._hub.open(key, check=check)
+        return self._own().open(key, check=check) if entry is None else entry
 
     def try_begin(
         self, key: CacheKey, scope: str, *, alone: bool = False
     ) -> CacheEntry | CacheDownload | int:
-        entry = self._hub.open(key)
-        return self._disk.try_begin(key, scope, alone=alone) if entry is None else entry
-
-    def begin(self, key: CacheKey, scope: str, control: FetchControl) -> CacheEntry | CacheDownload:
-        return self._hub.open(key) or self._disk.begin(key, scope, control)
+        entry = None if self._hub is None else self._hub.open(key)
+        return self._own().try_begin(key, scope, alone=alone) if entry is None else entry
 
     def note_version(self, question: str, source: str, version: str) -> None:
-        self._disk.note_version(question, source, version)
+        self._own().note_version(question, source, version)
 
     def last_version(self, question: str) -> tuple[str, str] | None:
         """Return the last answer recorded, or else the commit that other tools recorded."""
-        last = self._disk.last_version(question)
-        if last is not None:
-            return last
+        last = self._own().last_version(question)
         kind, source, revision, *_ = question.split("\n")
-        commit = self._hub.commit_of(source, revision or _MAIN) if kind == "hub" else None
+        if last is not None or self._hub is None or kind != "hub":
+            return last
+        commit = self._hub.commit_of(source, revision or _MAIN)
         return None if commit is None else (source, commit)
 
     def condemn(self, key: CacheKey) -> None:
         """Remove our own entry; the hub cache's files are checked by the digests that name them."""
-        self._disk.condemn(key)
-
-    def remove(self, key: CacheKey) -> bool:
-        """Remove our own entry. Return False also if the hub cache has the adapter."""
-        return self._disk.remove(key) and self._hub.open(key) is None
-
-    def used(self) -> int:
-        return self._disk.used()
-
-    def close(self) -> None:
-        """Do nothing: the caches' makers close them."""
+        self._own().condemn(key)
 
 
 def adapter_files(names: Iterable[str]) -> list[FileRole]:

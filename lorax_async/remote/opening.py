@@ -14,14 +14,7 @@ from functools import partial
 from math import inf
 from typing import Any
 
-from lorax_async.cache.base import (
-    Cache,
-    CacheDownload,
-    CacheEntry,
-    CacheFile,
-    CacheKey,
-    LeftoverError,
-)
+from lorax_async.cache.base import CacheDownload, CacheEntry, CacheFile, CacheKey, LeftoverError
 from lorax_async.cache.directory import CrowdedError
 from lorax_async.concurrency import FetchControl, WorkerThreads, outcome
 from lorax_async.config import Checking, Limits
@@ -56,12 +49,13 @@ from lorax_async.remote.base import (
     Backend,
     LocatedAdapter,
     RemoteFile,
+    VersionCache,
     WeightsPart,
     bind_to,
     track,
     unwanted_error,
 )
-from lorax_async.remote.readers import AdapterFetch, FetchReader, open_entry, read_first
+from lorax_async.remote.readers import FetchReader, open_entry, read_first
 from lorax_async.sources.base import AdapterFile
 from lorax_async.types import AdapterRef, RemoteKey
 
@@ -97,8 +91,8 @@ class VersionResolver:
 
     Parameters
     ----------
-    backends, cache
-        Return the backend for a place, and the cache; both may block.
+    backends
+        Returns the backend of a place. Quick.
     offline
         Send no request to any source.
     fresh
@@ -108,7 +102,7 @@ class VersionResolver:
     def __init__(
         self,
         backends: Callable[[Place], Backend[Any]],
-        cache: Callable[[], Cache],
+        cache: VersionCache,
         workers: WorkerThreads,
         *,
         offline: bool,
@@ -125,7 +119,6 @@ class VersionResolver:
         self._resolutions: OrderedDict[RemoteKey, Resolution] = OrderedDict()
         self._answered: OrderedDict[RemoteKey, None] = OrderedDict()
         self._recorded: dict[str, str] = {}
-        self._made: dict[str | None, Backend[Any]] = {}
 
     async def resolve(self, ref: ParsedRef) -> RemoteKey:
         """Return the version that `ref` names now: by a recent answer, the cache or the source."""
@@ -133,7 +126,7 @@ class VersionResolver:
         if key is not None and self._clock() - since < self._fresh:
             self._asked(ref, key)
             return key
-        backend = await self._backend(ref)
+        backend = self._backends(ref.place)
         scope, revision = await backend.scope(ref.place, ref), ref.revision
         pinned = None
         if revision is not None and backend.is_version(revision):
@@ -172,7 +165,7 @@ class VersionResolver:
     ) -> tuple[RemoteFile, ...]:
         """Return the files that the index names. `located` was returned a moment ago."""
         ref = self._resolutions[_key_of(located)].ref
-        return await (await self._backend(ref)).shards(ref.place, located, roles)
+        return await self._backends(ref.place).shards(ref.place, located, roles)
 
     def last(self, key: RemoteKey) -> Resolution | None:
         last = self._resolutions.get(key)
@@ -223,7 +216,7 @@ class VersionResolver:
 
     async def _query(self, ref: ParsedRef) -> LocatedAdapter:
         if not self._offline:
-            return await (await self._backend(ref)).locate(ref.place, ref)
+            return await self._backends(ref.place).locate(ref.place, ref)
         # The same text whether the adapter exists or not.
         for_whom = ""
         if isinstance(ref.place, HubRepository) and ref.token is None and not ref.use_token:
@@ -237,18 +230,11 @@ class VersionResolver:
             retryable=False,
         )
 
-    async def _backend(self, ref: ParsedRef) -> Backend[Any]:
-        backend = self._made.get(ref.source)
-        if backend is None:
-            backend = await self._workers.run(partial(self._backends, ref.place))
-            self._made[ref.source] = backend
-        return backend
-
     async def _may_have(self, key: RemoteKey, scope: str, within: float) -> bool:
         """Return whether the cache has it, public or granted to `scope` in the last `within` s."""
 
         def look() -> bool:
-            entry = self.cache().open(cache_key(key))
+            entry = self.cache.open(cache_key(key))
             if entry is None:
                 return False
             try:
@@ -276,7 +262,7 @@ class VersionResolver:
         if not unreachable or not (ref.allow_stale or self._offline):
             return None
         question = question_of(ref, scope)
-        last = await self._workers.run(lambda: self.cache().last_version(question))
+        last = await self._workers.run(lambda: self.cache.last_version(question))
         if last is None:
             return None
         key = RemoteKey(last[0], (), last[1], stale=True)
@@ -289,7 +275,7 @@ class VersionResolver:
             return
         try:
             await self._workers.run(
-                lambda: self.cache().note_version(question, located.source, version)
+                lambda: self.cache.note_version(question, located.source, version)
             )
         except (CapacityError, FetchError):
             return  # a cached adapter needs no room; a download reports the failure itself
@@ -388,7 +374,7 @@ class AdapterOpener:
         self, key: RemoteKey, scope: str, *, alone: bool
     ) -> CacheEntry | CacheDownload | int:
         """Call `Cache.try_begin`, and grant an entry to `scope`. Blocks."""
-        cache = self._resolver.cache()
+        cache = self._resolver.cache
         result = cache.try_begin(cache_key(key), scope, alone=alone)
         if isinstance(result, CacheEntry) and self._is_refuted(key, result):
             result.close()
@@ -419,7 +405,7 @@ class AdapterOpener:
 
     def _entry(self, key: RemoteKey, *, check: bool = False) -> CacheEntry | None:
         """Blocks."""
-        return self._resolver.cache().open(cache_key(key), check=check)
+        return self._resolver.cache.open(cache_key(key), check=check)
 
     async def _open(
         self, key: RemoteKey, stored: CacheEntry | CacheDownload, control: FetchControl
@@ -462,23 +448,21 @@ class AdapterOpener:
         located = await self._locate(key, control)
         metadata = await self._fetch_metadata(located, control)
         files = await self._add_files(download, metadata, self._resolver.digest(key), control)
-        fetch = AdapterFetch(
-            *(self._engine, self._workers, download, files, metadata),
-            resumable=not located.version.startswith(WEAK),
-        )
 
         def no_longer_idle() -> None:
             self._idle -= Counter([key])
 
         self._idle[key] += 1
-        reader = FetchReader(key, fetch.reader(), fetch, no_longer_idle)
+        reader = FetchReader(
+            *(key, self._engine, self._workers, download, files, metadata),
+            resumable=not located.version.startswith(WEAK),
+            on_take=no_longer_idle,
+        )
 
         async def refuse(error: LoraxError, *, weights: bool) -> bool:
             if weights:
                 return await self._distrust(key)
-            fetch = reader.take_fetch()
-            reader.close()
-            await fetch.refuse(error)
+            await reader.refuse(error)
             return False
 
         return AdapterFile(metadata.config[1], metadata.prefix, reader, download.mappable, refuse)
@@ -492,7 +476,7 @@ class AdapterOpener:
                 return True
             entry.close()
             if not entry.record.vouched:
-                self._resolver.cache().condemn(cache_key(key))
+                self._resolver.cache.condemn(cache_key(key))
             return not entry.record.vouched
 
         return await self._workers.run(distrust)
@@ -514,7 +498,7 @@ class AdapterOpener:
         if vouched:
             return await self._is_damaged(key)
         if outdated:
-            await self._workers.run(lambda: self._resolver.cache().condemn(cache_key(key)))
+            await self._workers.run(lambda: self._resolver.cache.condemn(cache_key(key)))
         return outdated
 
     async def _differs(self, key: RemoteKey, entry: CacheEntry, control: FetchControl) -> bool:

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from functools import partial
 from threading import Lock
 
-from lorax_async.cache.base import CacheDownload, CacheEntry, CacheFile, CacheKey, EntryRecord
+from lorax_async.cache.base import (
+    CacheDownload,
+    CacheEntry,
+    CacheFile,
+    CacheKey,
+    EntryRecord,
+    FileRecord,
+)
 from lorax_async.concurrency import FetchControl, WorkerThreads, close_all, outcome
 from lorax_async.config import Limits
 from lorax_async.errors import (
@@ -18,7 +25,7 @@ from lorax_async.errors import (
     InternalError,
     LoraxError,
 )
-from lorax_async.files import FileReader, LocalPages, Reader, read_prefix, sha256_of
+from lorax_async.files import Reader, read_prefix
 from lorax_async.formats.spans import ByteRange, ByteSpan, SpanSet
 from lorax_async.formats.split_weights import (
     CONFIG_FILE,
@@ -27,7 +34,6 @@ from lorax_async.formats.split_weights import (
     FileHead,
     FileRole,
     SplitGroupArrivals,
-    join_digests,
     parse_index,
     plan_split,
 )
@@ -35,9 +41,9 @@ from lorax_async.http.download_scheduler import Job
 from lorax_async.http.range_engine import FOREGROUND, PREFETCH, RangeEngine
 from lorax_async.http.ranges import size_of
 from lorax_async.remote.base import LONGEST, AdapterMetadata, track, unwanted_error
-from lorax_async.sources.base import AdapterFile, StoredFolder
+from lorax_async.sources.base import AdapterFile
 from lorax_async.sources.split_reader import SplitFiles, SplitReader
-from lorax_async.types import AdapterKey, RemoteKey, Verification
+from lorax_async.types import RemoteKey
 
 Groups = Sequence[Sequence[ByteSpan]]
 
@@ -55,10 +61,10 @@ class CacheSink:
         self._file.write([data], offset)
 
 
-class AdapterFetch:
-    """A download whose config and headers are here.
+class FetchReader:
+    """The `Reader` of a download whose config and headers are here; publication gives it an entry.
 
-    Its owner ends it, by `bring`, `refuse` or `leave`.
+    Its owner calls `bring` or `refuse` once, or only `close`, which ends the download too.
 
     Parameters
     ----------
@@ -68,10 +74,13 @@ class AdapterFetch:
         Config and headers.
     resumable
         Whether a partial download may be resumed later: the version names the bytes.
+    on_take
+        Called once, by `bring`, `refuse` or `close`.
     """
 
     def __init__(
         self,
+        key: RemoteKey,
         engine: RangeEngine,
         workers: WorkerThreads,
         download: CacheDownload,
@@ -79,21 +88,30 @@ class AdapterFetch:
         metadata: AdapterMetadata,
         *,
         resumable: bool,
+        on_take: Callable[[], object],
     ) -> None:
+        self.key = key
+        self.nbytes = metadata.nbytes
+        self.entry: CacheEntry | None = None
         self._engine = engine
         self._workers = workers
         self._download = download
         self._files = files
         self._metadata = metadata
         self._resumable = resumable
+        self._on_take = on_take
         self._lock = Lock()
         self._hashing: dict[int, Future[int]] = {}
+        self._taken = self._closed = False
+        readers = tuple(file.reader() for file in files)
+        split = metadata.plan and SplitReader(SplitFiles(metadata.plan, readers))
+        self._reader: Reader = split or readers[0]
 
-    def reader(self) -> Reader:
-        """Return a reader of the weights, as far as they have arrived."""
-        readers = [file.reader() for file in self._files]
-        plan = self._metadata.plan
-        return readers[0] if plan is None else SplitReader(SplitFiles(plan, tuple(readers)))
+    def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
+        self._reader.read_into(buffers, offset)
+
+    def read_rows(self, buffer: memoryview, offset: int, rows: int, pitch: int) -> None:
+        self._reader.read_rows(buffer, offset, rows, pitch)
 
     def landed(self) -> tuple[int, int]:
         """Return how many bytes of the weights have arrived, and how many there are.
@@ -111,6 +129,7 @@ class AdapterFetch:
 
         Call `arrived` on the loop. The download has ended when this returns or raises.
         """
+        self._take()
         try:
             if control.cancelled:
                 raise unwanted_error()
@@ -118,18 +137,42 @@ class AdapterFetch:
             async with track(control, *jobs):
                 for job in jobs:
                     await outcome(job.done)
-            return await self._workers.run(self._download.publish, lambda entry: entry.close())
+            entry = await self._workers.run(self._download.publish, lambda entry: entry.close())
         except BaseException as error:
             await self._workers.finish(partial(self._leave, control.refused or error))
             raise
-
-    def leave(self) -> None:
-        """End it without `bring`; what arrived stays for the next download. Quick."""
-        self._workers.submit(partial(self._leave, None))
+        self._adopt(entry)
+        return entry
 
     async def refuse(self, error: LoraxError) -> None:
-        """End it after a check of its content failed with `error`."""
+        """End it and close it, after a check of its content failed with `error`."""
+        self._take()
+        self.close()
         await self._workers.finish(partial(self._leave, error))
+
+    def close(self) -> None:
+        """Close it. Without `bring` what arrived stays for the next download. Quick."""
+        if self._closed:
+            return
+        self._closed = True
+        self._reader.close()
+        if not self._taken:
+            self._take()
+            self._workers.submit(partial(self._leave, None))
+        if self.entry is not None:
+            self.entry.close()
+
+    def _take(self) -> None:
+        if self._taken:
+            raise InternalError("one fetch was to be brought twice")
+        self._taken = True
+        self._on_take()
+
+    def _adopt(self, entry: CacheEntry) -> None:
+        """Own the published entry; close it if the reader is closed."""
+        self.entry = entry
+        if self._closed:
+            entry.close()
 
     def _begin(
         self, groups: Groups, arrived: Callable[[int], None], control: FetchControl
@@ -305,56 +348,6 @@ class ReopenedReader:
         raise entry_gone()
 
 
-class FetchReader:
-    """The `Reader` of a download; once that is published, it leases the entry.
-
-    `on_take` is called once, when the fetch is taken or the reader is closed. `landed` is that of
-    `AdapterFetch`; `entry` is None until publication.
-    """
-
-    def __init__(
-        self, key: RemoteKey, reader: Reader, fetch: AdapterFetch, on_take: Callable[[], None]
-    ) -> None:
-        self.key = key
-        self.nbytes = reader.nbytes
-        self._reader = reader
-        self._fetch: AdapterFetch | None = fetch
-        self._on_take = on_take
-        self.landed = fetch.landed
-        self.entry: CacheEntry | None = None
-        self._closed = False
-
-    def take_fetch(self) -> AdapterFetch:
-        """Return the fetch, which the caller has to end. Call once."""
-        fetch, self._fetch = self._fetch, None
-        if fetch is None:
-            raise InternalError("one fetch was to be brought twice")
-        self._on_take()
-        return fetch
-
-    def adopt(self, entry: CacheEntry) -> None:
-        """Own the published entry; close it if the reader is closed."""
-        self.entry = entry
-        if self._closed:
-            entry.close()
-
-    def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
-        self._reader.read_into(buffers, offset)
-
-    def read_rows(self, buffer: memoryview, offset: int, rows: int, pitch: int) -> None:
-        self._reader.read_rows(buffer, offset, rows, pitch)
-
-    def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        self._reader.close()
-        if self._fetch is not None:
-            self.take_fetch().leave()
-        if self.entry is not None:
-            self.entry.close()
-
-
 def open_entry(entry: CacheEntry, key: CacheKey, limits: Limits) -> AdapterFile:
     """Return config, header and reader of an entry. Blocks. On an error the entry is closed."""
     reader = EntryReader(entry, key, limits)
@@ -366,59 +359,14 @@ def open_entry(entry: CacheEntry, key: CacheKey, limits: Limits) -> AdapterFile:
         raise
 
 
-def stored_folder(key: AdapterKey, reader: Reader) -> StoredFolder:
-    """Return the folder of the entry that a reader of `key` keeps in its cache."""
-    entry = reader.entry if isinstance(reader, EntryReader | FetchReader) else None
-    if entry is None:
-        raise InternalError(f"the files of {key} are not in a cache")
-    return StoredFolder(entry.folder, entry.record.nbytes)
-
-
-def hold_entry(entry: CacheEntry) -> LocalPages:
-    """Map the weights if the cache owns its files, else ask the kernel to read ahead. Blocks.
-
-    The entry may be closed and evicted once the pages are settled.
-    """
-    readers = [
-        reader
-        for role in _weight_roles(entry.record)
-        if isinstance(reader := entry.reader(role), FileReader)
-    ]
-    return LocalPages(readers, holdable=entry.mappable)
-
-
-def verification_of(record: EntryRecord) -> Verification:
-    """Return the digest of the weights, and who vouched for it, as publication recorded it."""
-    digests = {file.role: file.digest for file in record.files}
-    weights = _weight_roles(record)
-    kinds = {digests[role].kind for role in weights}
-    # The weakest of the files' kinds counts for all.
-    kind = next(kind for kind in ("transport", "git-sha1", "sha256") if kind in kinds)
-    return Verification(kind, join_digests([digests[role].value for role in weights]))
-
-
-async def sha256_of_entry(entry: CacheEntry, threads: Executor) -> str:
-    """Return the weights' sha256: the recorded one, or else hash the files now."""
-    digests = []
-    for role in _weight_roles(entry.record):
-        file = entry.record.file(role)
-        if file is not None and file.digest.kind != "git-sha1":
-            digests.append(file.digest.value)
-            continue
-        reader = entry.reader(role)
-        try:
-            digests.append(await sha256_of(reader, threads))
-        finally:
-            reader.close()
-    return join_digests(digests)
-
-
 def entry_gone() -> EvictedError:
     return EvictedError("it has left the disk cache; load it again")
 
 
-def _weight_roles(record: EntryRecord) -> list[FileRole]:
-    return sorted(file.role for file in record.files if file.role.kind == "weights")
+def weight_files(record: EntryRecord) -> list[FileRecord]:
+    return sorted(
+        (file for file in record.files if file.role.kind == "weights"), key=lambda file: file.role
+    )
 
 
 def read_first(entry: CacheEntry, role: FileRole, nbytes: int | None = None) -> bytes:
@@ -433,7 +381,7 @@ def read_first(entry: CacheEntry, role: FileRole, nbytes: int | None = None) -> 
 
 
 def _weights(entry: CacheEntry, limits: Limits) -> Reader:
-    readers = [entry.reader(role) for role in _weight_roles(entry.record)]
+    readers = [entry.reader(file.role) for file in weight_files(entry.record)]
     if entry.record.file(INDEX_FILE) is None:
         return readers[0]
     try:

@@ -7,11 +7,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
-from threading import Lock, RLock
-from typing import Any, NamedTuple, TypeVar
+from functools import cached_property, partial
+from threading import Lock
+from typing import Any, NamedTuple
 
-from lorax_async.cache.base import Cache, CacheEntry, EntryRecord
+from lorax_async.cache.base import CacheEntry, EntryRecord
 from lorax_async.cache.disk_cache import OwnCache
 from lorax_async.concurrency import FetchControl, WorkerThreads
 from lorax_async.config import Checking, Limits, LoaderConfig
@@ -21,13 +21,28 @@ from lorax_async.errors import (
     InvalidAdapterIdError,
     LoaderClosedError,
 )
-from lorax_async.files import LocalPages, Reader
+from lorax_async.files import FileReader, LocalPages, Reader, sha256_of
 from lorax_async.formats.spans import ByteSpan
+from lorax_async.formats.split_weights import join_digests
 from lorax_async.http.range_engine import RangeEngine
 from lorax_async.http.settings import HttpSettings
-from lorax_async.ids import HubRepository, LocalFolder, Place, StoreFolder, WebFolder, parse_ref
+from lorax_async.ids import (
+    STORES,
+    HubRepository,
+    LocalFolder,
+    Place,
+    StoreFolder,
+    WebFolder,
+    parse_ref,
+)
 from lorax_async.remote.base import AdapterMetadata, AllowRules, Backend, unwanted_error
-from lorax_async.remote.hub import HubBackend, StandardHubCache, TieredCache, endpoint_in_use
+from lorax_async.remote.hub import (
+    HubBackend,
+    StandardHubCache,
+    TieredCache,
+    endpoint_in_use,
+    parse_endpoint,
+)
 from lorax_async.remote.object_stores import StoreBackend
 from lorax_async.remote.opening import (
     MAX_KEYS,
@@ -41,18 +56,12 @@ from lorax_async.remote.readers import (
     FetchReader,
     ReopenedReader,
     entry_gone,
-    hold_entry,
-    sha256_of_entry,
-    stored_folder,
-    verification_of,
+    weight_files,
 )
 from lorax_async.remote.web import WebBackend
 from lorax_async.sources.base import AdapterFile, PinnedPages, StoredFolder
 from lorax_async.tracing.recorder import Tracer
 from lorax_async.types import UNCHECKED, AdapterKey, AdapterRef, RemoteKey, Verification
-from lorax_async.urls import parse_url
-
-T = TypeVar("T")
 
 
 class RemoteParts(NamedTuple):
@@ -123,9 +132,8 @@ class RemoteSource:
     ) -> Verification:
         reader = file.reader
         if isinstance(reader, FetchReader):
-            entry = await reader.take_fetch().bring(groups, arrived, control)
+            entry = await reader.bring(groups, arrived, control)
             self._remember(reader.key, entry.record)
-            reader.adopt(entry)
             return self._verification(entry)
         if not isinstance(reader, EntryReader):
             raise InternalError(f"a remote source cannot bring the bytes of a {type(reader)}")
@@ -137,22 +145,43 @@ class RemoteSource:
         return self._verification(reader.entry)
 
     def folder(self, key: AdapterKey, reader: Reader) -> StoredFolder:
-        return stored_folder(key, reader)
+        entry = reader.entry if isinstance(reader, EntryReader | FetchReader) else None
+        if entry is None:
+            raise InternalError(f"the files of {key} are not in a cache")
+        return StoredFolder(entry.folder, entry.record.nbytes)
 
     async def digest(self, key: AdapterKey) -> str:
+        """See `Source`: the recorded digest, or else the files' own now."""
         parts = await self._connect()
         entry = await parts.workers.run(partial(self._entry, parts, _remote(key)), close_unused)
+        digests = []
         try:
-            return await sha256_of_entry(entry, parts.workers.threads)
+            for file in weight_files(entry.record):
+                if file.digest.kind != "git-sha1":
+                    digests.append(file.digest.value)
+                    continue
+                reader = entry.reader(file.role)
+                try:
+                    digests.append(await sha256_of(reader, parts.workers.threads))
+                finally:
+                    reader.close()
         finally:
             entry.close()
+        return join_digests(digests)
 
     async def populate(self, key: AdapterKey) -> PinnedPages:
+        """See `Source`: map the weights if the cache owns its files, else read ahead."""
         parts = await self._connect()
         run = parts.workers.run
         entry = await run(partial(self._entry, parts, _remote(key)), close_unused)
+
+        def hold() -> LocalPages:
+            readers = [entry.reader(file.role) for file in weight_files(entry.record)]
+            files = [reader for reader in readers if isinstance(reader, FileReader)]
+            return LocalPages(files, holdable=entry.mappable)
+
         try:  # an entry that is removed meanwhile looks like a replaced one
-            pages = await run(partial(hold_entry, entry), LocalPages.close)
+            pages = await run(hold, LocalPages.close)
             try:
                 for start in pages.starts:
                     await run(partial(pages.populate, start))
@@ -195,7 +224,7 @@ class RemoteSource:
 
     def _entry(self, parts: RemoteParts, key: RemoteKey) -> CacheEntry:
         """Open the entry of a key. Raise `EvictedError` if it is gone. Blocks."""
-        entry = parts.resolver.cache().open(cache_key(key))
+        entry = parts.resolver.cache.open(cache_key(key))
         if entry is None:
             raise entry_gone()
         record = self._records.get(key)
@@ -205,7 +234,14 @@ class RemoteSource:
         return entry
 
     def _verification(self, entry: CacheEntry) -> Verification:
-        return UNCHECKED if self._verify == "none" else verification_of(entry.record)
+        """Return the digest of the weights, and who vouched for it, as publication recorded it."""
+        if self._verify == "none":
+            return UNCHECKED
+        digests = [file.digest for file in weight_files(entry.record)]
+        kinds = {digest.kind for digest in digests}
+        # The weakest of the files' kinds counts for all.
+        kind = next(kind for kind in ("transport", "git-sha1", "sha256") if kind in kinds)
+        return Verification(kind, join_digests([digest.value for digest in digests]))
 
     async def _check(self, reader: EntryReader) -> None:
         """Hash an entry and compare it with the digests that publication recorded."""
@@ -214,7 +250,7 @@ class RemoteSource:
         parts = await self._connect()
 
         def open_checked() -> CacheEntry | None:
-            return parts.resolver.cache().open(reader.key, check=True)
+            return parts.resolver.cache.open(reader.key, check=True)
 
         entry = await parts.workers.run(open_checked, close_unused)
         if entry is None:
@@ -241,76 +277,54 @@ STORE_THREADS = 32
 
 
 class BackendRegistry:
-    """The cache, and backends by kind of place, each made at its first use. All methods block.
+    """The backends by kind of place. `close` ends them and their threads."""
 
-    `close` ends the backends and their threads, but not the loader's own cache, `own`.
-    """
-
-    def __init__(self, config: LoaderConfig, engine: RangeEngine, own: OwnCache) -> None:
+    def __init__(self, config: LoaderConfig, engine: RangeEngine) -> None:
         self._config = config
-        self._engine = engine
-        self._own = own
-        self._lock = RLock()
-        self._made: dict[str, Any] = {}
-        self._closing: list[Callable[[], None]] = []
+        self._rules = AllowRules(config.allow)
+        self._endpoint = endpoint_in_use(config.hub_endpoint)
+        self._pools: list[ThreadPoolExecutor] = []
+        self._web = WebBackend(engine, self._rules, config.limits)
+        self._stores = {
+            scheme: StoreBackend(self._pool(scheme, STORE_THREADS), self._rules)
+            for scheme in STORES
+        }
 
     def backend(self, place: Place) -> Backend[Any]:
-        with self._lock:
-            match place:
-                case HubRepository():
-                    return self._hub()
-                case StoreFolder(scheme):
-                    return self._once(scheme, partial(self._make_store, scheme))
-                case WebFolder():
-                    rules, limits = AllowRules(self._config.allow), self._config.limits
-                    return self._once("web", partial(WebBackend, self._engine, rules, limits))
-                case LocalFolder():
-                    raise InvalidAdapterIdError("a local folder has no remote source")
+        match place:
+            case HubRepository():
+                return self.hub
+            case StoreFolder(scheme):
+                return self._stores[scheme]
+            case WebFolder():
+                return self._web
+            case LocalFolder():
+                raise InvalidAdapterIdError("a local folder has no remote source")
 
-    def cache(self) -> Cache:
-        """Return the cache of all remote adapters."""
-        if self._config.hub_cache == "off":
-            return self._own.get()
-        with self._lock:
-            return self._once("cache", self._make_tiered_cache)
+    @cached_property
+    def hub(self) -> HubBackend:
+        rules = AllowRules(self._config.allow, named=(parse_endpoint(self._endpoint).origin,))
+        return HubBackend(
+            endpoint=self._endpoint,
+            rules=rules,
+            threads=self._pool("hub", QUERY_THREADS),
+            allow=self._config.allow,
+        )
+
+    def own_scope(self) -> str | None:
+        """Return the scope of this machine's own token at the hub."""
+        return self.hub.own_scope()
 
     def close(self) -> None:
-        for close in self._closing:
-            close()
+        for pool in self._pools:
+            pool.shutdown()
+        for store in self._stores.values():
+            store.close()
 
-    def _once(self, name: str, make: Callable[[], T]) -> T:
-        if name not in self._made:
-            self._made[name] = make()
-        made: T = self._made[name]
-        return made
-
-    def _threads(self, kind: str, count: int) -> ThreadPoolExecutor:
+    def _pool(self, kind: str, count: int) -> ThreadPoolExecutor:
         """Make a pool for one backend: a hub that does not answer delays no store."""
-        pool = ThreadPoolExecutor(count, f"lorax-query-{kind}")
-        self._closing.append(pool.shutdown)
-        return pool
-
-    def _hub(self) -> HubBackend:
-        def make() -> HubBackend:
-            endpoint, allow = endpoint_in_use(self._config.hub_endpoint), self._config.allow
-            rules = AllowRules(allow, named=(parse_url(endpoint).origin,))
-            threads = self._threads("hub", QUERY_THREADS)
-            return HubBackend(endpoint=endpoint, rules=rules, threads=threads, allow=allow)
-
-        return self._once("hub", make)
-
-    def _make_store(self, scheme: str) -> StoreBackend:
-        store = StoreBackend(self._threads(scheme, STORE_THREADS), AllowRules(self._config.allow))
-        self._closing.append(store.close)
-        return store
-
-    def _make_tiered_cache(self) -> TieredCache:
-        def own_scope() -> str | None:
-            with self._lock:
-                hub = self._hub()
-            return hub.own_scope()
-
-        return TieredCache(StandardHubCache(self._config.hub_cache_dir, own_scope), self._own.get())
+        self._pools.append(ThreadPoolExecutor(count, f"lorax-query-{kind}"))
+        return self._pools[-1]
 
 
 def make_remote_source(
@@ -323,16 +337,16 @@ def make_remote_source(
 
     def make() -> RemoteParts:
         engine = RangeEngine(HttpSettings(connections=config.connections), tracer=tracer)
-        workers = WorkerThreads(CACHE_THREADS)
-        backends = BackendRegistry(config, engine, own)
+        workers, backends = WorkerThreads(CACHE_THREADS), BackendRegistry(config, engine)
+        hub_cache = None
+        if config.hub_cache != "off":
+            hub_cache = StandardHubCache(config.hub_cache_dir, backends.own_scope)
+        cache, fresh = TieredCache(hub_cache, own.get), config.revalidate
         resolver = VersionResolver(
-            *(backends.backend, backends.cache, workers),
-            offline=config.offline,
-            fresh=config.revalidate,
+            backends.backend, cache, workers, offline=config.offline, fresh=fresh
         )
-        opener = AdapterOpener(
-            resolver, engine, workers, limits=config.limits, verify=config.verify
-        )
+        limits, verify = config.limits, config.verify
+        opener = AdapterOpener(resolver, engine, workers, limits=limits, verify=verify)
 
         def close() -> None:
             engine.close()

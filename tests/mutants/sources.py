@@ -10,7 +10,7 @@ from lorax_async.concurrency import SharedResource, WorkerThreads
 from lorax_async.files import LocalPages
 from lorax_async.remote import base, opening, readers
 from lorax_async.remote.opening import AdapterOpener, VersionResolver
-from lorax_async.remote.readers import AdapterFetch, FetchReader
+from lorax_async.remote.readers import FetchReader
 from lorax_async.remote.remote_source import RemoteSource
 from lorax_async.sources import merges
 from lorax_async.sources.host_copies import HostCopies, HostCopy
@@ -115,18 +115,18 @@ SOURCES: Mutants = {
         f"{REMOTE}::test_groups_are_reported_on_the_loop", (readers, "_on_loop", same)),
     "fetch: groups of several files are reported in their order": mutant(
         f"{REMOTE}::test_groups_of_two_files_come_in_order",
-        initialized(AdapterFetch, _lock=NoLock)),
+        initialized(FetchReader, _lock=NoLock)),
     "fetch: nothing reads a download that has ended": mutant(
         f"{REMOTE}::test_nothing_reads_a_download_that_has_ended",
-        (AdapterFetch, "_leave", lambda self, _: self._download.close())),
+        (FetchReader, "_leave", lambda self, _: self._download.close())),
     "fetch: its jobs have ended when that is reported": mutant(
         f"{REMOTE}::test_jobs_end_with_whoever_follows_them", (base, "wait_for_end", nothing_awaited)),
     "fetch: a closed reader keeps no entry": mutant(
         f"{REMOTE}::test_a_reader_closed_meanwhile_keeps_nothing",
-        (FetchReader, "adopt", _kept_when_closed)),
+        (FetchReader, "_adopt", _kept_when_closed)),
     "fetch: a reader keeps its entry": mutant(
         f"{REMOTE}::test_an_entry_stays_for_as_long_as_it_is_read",
-        (FetchReader, "adopt", lambda _, entry: entry.close())),
+        (FetchReader, "_adopt", lambda _, entry: entry.close())),
     "fetch: two processes download once": mutant(
         f"{LOADS}::test_two_processes_download_once",
         (AdapterOpener, "_attempt", lambda *given, **_: _attempt(*given, alone=True))),

@@ -201,7 +201,7 @@ class RemoteWorld:
         """Seconds that its clock is ahead."""
         self.cache = DiskCache(self.folder, cache_bytes, policy("lru"))
         resolving = VersionResolver(
-            *(lambda _: self.locator, lambda: self.cache, self.workers),
+            *(lambda _: self.locator, self.cache, self.workers),
             offline=False,
             fresh=revalidate,
             clock=lambda: time.monotonic() + self.later,

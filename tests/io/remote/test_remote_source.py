@@ -28,7 +28,7 @@ from lorax_async.formats.split_weights import WEIGHTS_FILE, FilePlace, SplitGrou
 from lorax_async.remote import opening
 from lorax_async.remote import readers as fetch_module
 from lorax_async.remote.base import FIRST_BYTES, track
-from lorax_async.remote.readers import AdapterFetch, EntryReader, ReopenedReader, entry_gone
+from lorax_async.remote.readers import EntryReader, FetchReader, ReopenedReader, entry_gone
 from lorax_async.types import RemoteKey
 from telling import TellingLock
 from tiny_loaders import fails
@@ -193,6 +193,9 @@ class HeldFile:
     def missing(self) -> list[tuple[int, int]]:
         return []
 
+    def reader(self) -> None:
+        """It is not read."""
+
     def hash_along(self) -> int:
         self.begun.set()
         self.go.wait(20)
@@ -214,12 +217,12 @@ async def bringing_begun(
     plan = SplitPlan(b"", 48, (FilePlace(0, 8, 0), FilePlace(8, 28, 8), FilePlace(28, 48, 8)))
     parts = [SimpleNamespace(answer=None, nbytes=28) for _ in files]
     given: Any = (
-        *(SimpleNamespace(download=download), workers),
+        *(RemoteKey("one", ()), SimpleNamespace(download=download), workers),
         *(SimpleNamespace(publish=lambda: "entry", close=close), files),
-        SimpleNamespace(plan=plan, parts=parts),
+        SimpleNamespace(plan=plan, parts=parts, nbytes=plan.nbytes),
     )
     groups = [[ByteSpan(8, 28)], [ByteSpan(28, 48)]]
-    fetch = AdapterFetch(*given, resumable=True)
+    fetch = FetchReader(*given, resumable=True, on_take=lambda: None)
     bringing = asyncio.create_task(fetch.bring(groups, told.append, FetchControl()))
     await asyncio.sleep(0)
     return bringing, calls, jobs

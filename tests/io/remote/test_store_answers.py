@@ -226,11 +226,23 @@ async def test_a_token_is_refused() -> None:
 
 
 def test_connections_of_sixteen_buckets_are_kept(store: FaultServer) -> None:
+    clients: dict[str, list[Client]] = {}
+    answers = store.behave
+    assert answers is not None
+
+    def behave(asked: Asked, client: Client) -> None:
+        clients.setdefault(asked.target.split("/")[1], []).append(client)
+        answers(asked, client)
+
+    def connected() -> int:
+        return sum(any(client.socket.fileno() >= 0 for client in of) for of in clients.values())
+
     async def locate_all() -> None:
         for n in range(20):
             await made.locate(AdapterRef(f"s3://bucket-{n}/folder/"))
 
-    with locator(1) as made:
+    store.behave = behave
+    with locator() as made:
         asyncio.run(locate_all())
-        until(lambda: store.connected() == 16, 30)
+        until(lambda: connected() == 16, 30)
     until(lambda: store.connected() == 0, 30)
