@@ -80,9 +80,11 @@ def sent_sha256(fields: Mapping[str, str]) -> Digest | None:
         digest = _decode_sha256(text[1:-1])
         if digest is not None:
             return digest
-    return (
-        _decode_sha256(fields.get("x-amz-checksum-sha256", "")) if _covers_object(fields) else None
-    )
+    # The checksum of a multipart upload is a checksum of checksums ("…-3"). For a range, a store
+    # may send the checksum of one part; only its type tells.
+    kind = fields.get("x-amz-checksum-type")
+    whole = "content-range" not in fields if kind is None else kind == "FULL_OBJECT"
+    return _decode_sha256(fields.get("x-amz-checksum-sha256", "")) if whole else None
 
 
 def _parse_members(text: str) -> dict[str, str]:
@@ -96,15 +98,6 @@ def _parse_members(text: str) -> dict[str, str]:
         members[match["key"]] = match["item"] or ""
         at, more = match.end(), match["next"] != ""
     return members
-
-
-def _covers_object(fields: Mapping[str, str]) -> bool:
-    # The checksum of a multipart upload is a checksum of checksums ("…-3"). For a range, a store
-    # may send the checksum of one part; only its type tells.
-    kind = fields.get("x-amz-checksum-type")
-    if kind is None:
-        return "content-range" not in fields
-    return kind == "FULL_OBJECT"
 
 
 def _decode_sha256(text: str) -> Digest | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from enum import Enum
 from functools import partial
 from math import isfinite
+from types import NoneType
 from typing import Protocol, TypeAlias, runtime_checkable
 
 from lorax_async.config import Limits
@@ -19,33 +20,8 @@ from lorax_async.types import AdapterSpec, ModulePattern
 WHAT = "adapter_config.json"
 
 
-class FieldUse(Enum):
-    """How a field of the config is used."""
-
-    READ = "read into the spec"
-    CHECKED = "type-checked, but not needed: the file's tensors decide"
-    INERT = "ignored, whatever its value"
-    REFUSED = "refused unless neutral"
-
-
-@dataclass(frozen=True, slots=True)
-class ConfigField:
-    """The treatment of one field; `meaning` is its required type, or the feature it enables."""
-
-    use: FieldUse
-    accepts: Callable[[JsonValue], bool] = lambda _: True
-    meaning: str = ""
-
-    def check(self, name: str, value: JsonValue) -> None:
-        if self.accepts(value):
-            return
-        if self.use is FieldUse.REFUSED:
-            raise UnsupportedAdapterError(
-                f"{WHAT}: {shorten(name, 100)!r} is set ({self.meaning}), which"
-                " base + scale * B @ A does not describe; train without it, or merge the adapter"
-                " into its base model"
-            )
-        raise AdapterFormatError(f"{WHAT}: {name!r} must be {self.meaning}, not {describe(value)}")
+def _is(*kinds: type) -> Callable[[JsonValue], bool]:
+    return lambda value: isinstance(value, kinds)
 
 
 def _off(value: JsonValue) -> bool:
@@ -56,24 +32,9 @@ def _unset(value: JsonValue) -> bool:
     return value is None or value is False
 
 
-def _is_bool(value: JsonValue) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_switch(value: JsonValue) -> bool:
-    return value is None or isinstance(value, bool)
-
-
-def _is_text(value: JsonValue) -> bool:
-    return value is None or isinstance(value, str)
-
-
-def _is_object(value: JsonValue) -> bool:
-    return value is None or isinstance(value, dict)
-
-
 def _are_names(value: JsonValue) -> bool:
-    return _is_text(value) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
+    names = value if isinstance(value, list) else [value]
+    return value is None or all(isinstance(name, str) for name in names)
 
 
 def _are_indices(value: JsonValue) -> bool:
@@ -81,67 +42,84 @@ def _are_indices(value: JsonValue) -> bool:
     return value is None or all(type(index) is int for index in indices)
 
 
-def _refused(feature: str, neutral: Callable[[JsonValue], bool] = _off) -> ConfigField:
-    return ConfigField(FieldUse.REFUSED, neutral, feature)
+@dataclass(frozen=True, slots=True)
+class ConfigField:
+    """The treatment of one field.
+
+    `meaning` is its required type; or, if the field is `refused` unless it has a neutral value, the
+    feature that it enables.
+    """
+
+    accepts: Callable[[JsonValue], bool] = lambda _: True
+    meaning: str = ""
+    refused: bool = False
+
+    def check(self, name: str, value: JsonValue) -> None:
+        if self.accepts(value):
+            return
+        if self.refused:
+            raise UnsupportedAdapterError(
+                f"{WHAT}: {shorten(name, 100)!r} is set ({self.meaning}), which"
+                " base + scale * B @ A does not describe; train without it, or merge the adapter"
+                " into its base model"
+            )
+        raise AdapterFormatError(f"{WHAT}: {name!r} must be {self.meaning}, not {describe(value)}")
 
 
-_READ = ConfigField(FieldUse.READ)
-_FLAG = ConfigField(FieldUse.READ, _is_bool, "true or false")
-_SWITCH = ConfigField(FieldUse.READ, _is_switch, "null, true or false")
-_NAMES = ConfigField(FieldUse.CHECKED, _are_names, "null, a string or a list of strings")
-_OBJECT = ConfigField(FieldUse.CHECKED, _is_object, "null or an object")
-_INERT = ConfigField(FieldUse.INERT)
-UNKNOWN = _refused("a field that this version does not know")
+_FLAG = ConfigField(_is(bool), "true or false")
+_SWITCH = ConfigField(_is(NoneType, bool), "null, true or false")
+_NAMES = ConfigField(_are_names, "null, a string or a list of strings")
+_OBJECT = ConfigField(_is(NoneType, dict), "null or an object")
+UNKNOWN = ConfigField(_off, "a field that this version does not know", refused=True)
+_REFUSED: Mapping[str, tuple[str, Callable[[JsonValue], bool]]] = {
+    "bias": ("trained biases", lambda value: value == "none" or _off(value)),
+    "modules_to_save": ("full copies of modules", _off),
+    "trainable_token_indices": ("trained rows of the embedding", _off),
+    "target_parameters": ("LoRA on bare parameters, as in fused experts", _off),
+    "layer_replication": ("a base with repeated layers", _off),
+    "alora_invocation_tokens": ("aLoRA, active only after its invocation tokens", _off),
+    "use_qalora": ("QALoRA, whose input is pooled", _off),
+    "megatron_config": ("Megatron's parallel layers", _unset),
+    # An empty object enables these, with PEFT's defaults.
+    "velora_config": ("VeLoRA", _unset),
+    "monteclora_config": ("MonteCLoRA", _unset),
+    "use_bdlora": ("BD-LoRA, whose factors are block-diagonal", _unset),
+    "arrow_config": ("Arrow routing", _unset),
+    "kasa_config": ("KaSA, which truncates the base's weights", _unset),
+}
 
 FIELDS: Mapping[str, ConfigField] = {
-    "peft_type": _READ,
-    "r": _READ,
-    "lora_alpha": _READ,
-    "use_rslora": _FLAG,
-    "use_dora": _SWITCH,
-    "lora_bias": _SWITCH,
-    "rank_pattern": _READ,
-    "alpha_pattern": _READ,
-    "init_lora_weights": _READ,
-    "target_modules": ConfigField(FieldUse.READ, _are_names, "null, a string or a list of strings"),
-    "fan_in_fan_out": _FLAG,
-    "base_model_name_or_path": ConfigField(FieldUse.READ, _is_text, "null or a string"),
-    "exclude_modules": _NAMES,
-    "layers_pattern": _NAMES,
-    "layers_to_transform": ConfigField(
-        FieldUse.READ, _are_indices, "null, an integer or a list of integers"
+    # Read into the spec, and checked there.
+    **dict.fromkeys(
+        (
+            *("peft_type", "r", "lora_alpha", "init_lora_weights"),
+            *("rank_pattern", "alpha_pattern"),
+        ),
+        ConfigField(),
     ),
-    # Settings of initialisations, which only init_lora_weights enables.
-    "loftq_config": _OBJECT,
-    "eva_config": _OBJECT,
-    "corda_config": _OBJECT,
-    "lora_ga_config": _OBJECT,
-    # Provenance: training and the source of the base.
-    "auto_mapping": _INERT,
-    "peft_version": _INERT,
-    "revision": _INERT,
-    "task_type": _INERT,
-    "inference_mode": _INERT,
-    "runtime_config": _INERT,
-    "lora_dropout": _INERT,
-    "megatron_core": _INERT,
-    "qalora_group_size": _INERT,
-    # PEFT also writes the tied copy, as the A and B of lm_head.
-    "ensure_weight_tying": _INERT,
-    "bias": _refused("trained biases", lambda value: value == "none" or _off(value)),
-    "modules_to_save": _refused("full copies of modules"),
-    "trainable_token_indices": _refused("trained rows of the embedding"),
-    "target_parameters": _refused("LoRA on bare parameters, as in fused experts"),
-    "layer_replication": _refused("a base with repeated layers"),
-    "alora_invocation_tokens": _refused("aLoRA, active only after its invocation tokens"),
-    "use_qalora": _refused("QALoRA, whose input is pooled"),
-    "megatron_config": _refused("Megatron's parallel layers", _unset),
-    # An empty object enables these, with PEFT's defaults.
-    "velora_config": _refused("VeLoRA", _unset),
-    "monteclora_config": _refused("MonteCLoRA", _unset),
-    "use_bdlora": _refused("BD-LoRA, whose factors are block-diagonal", _unset),
-    "arrow_config": _refused("Arrow routing", _unset),
-    "kasa_config": _refused("KaSA, which truncates the base's weights", _unset),
+    **dict.fromkeys(("use_rslora", "fan_in_fan_out"), _FLAG),
+    **dict.fromkeys(("use_dora", "lora_bias"), _SWITCH),
+    "target_modules": _NAMES,
+    "base_model_name_or_path": ConfigField(_is(NoneType, str), "null or a string"),
+    "layers_to_transform": ConfigField(_are_indices, "null, an integer or a list of integers"),
+    # Not needed, because the file's tensors decide; and settings of initialisations, which only
+    # init_lora_weights enables.
+    **dict.fromkeys(("exclude_modules", "layers_pattern"), _NAMES),
+    **dict.fromkeys(("loftq_config", "eva_config", "corda_config", "lora_ga_config"), _OBJECT),
+    # Ignored: training and the source of the base. PEFT also writes the tied copy of
+    # `ensure_weight_tying`, as the A and B of lm_head.
+    **dict.fromkeys(
+        (
+            *("auto_mapping", "peft_version", "revision", "task_type", "inference_mode"),
+            *("runtime_config", "lora_dropout", "megatron_core", "qalora_group_size"),
+            "ensure_weight_tying",
+        ),
+        ConfigField(),
+    ),
+    **{
+        name: ConfigField(neutral, feature, refused=True)
+        for name, (feature, neutral) in _REFUSED.items()
+    },
 }
 """Every field of `peft.LoraConfig`. An unknown field is accepted only at a neutral value."""
 
@@ -185,12 +163,19 @@ def parse_config(text: bytes, limits: Limits) -> AdapterSpec:
     config = parse_object(
         text, what=WHAT, max_bytes=limits.max_config_bytes, max_depth=limits.max_json_depth
     )
-    _check_type(config.get("peft_type"))
+    kind = config.get("peft_type")
+    if not isinstance(kind, str):
+        raise AdapterFormatError(f"{WHAT}: no 'peft_type'; save the adapter with PEFT")
+    if kind != "LORA":
+        raise UnsupportedAdapterError(
+            f"{WHAT}: peft_type {shorten(kind, 40)!r} is not LORA; train a LoRA adapter"
+        )
     for name, value in config.items():
         FIELDS.get(name, UNKNOWN).check(name, value)
     _check_initialisation(config.get("init_lora_weights"))
     _check_combination(config)
-    base = config.get("base_model_name_or_path")
+    base, layers = config.get("base_model_name_or_path"), config.get("layers_to_transform")
+    layers = layers if isinstance(layers, list) else [layers]
     read_rank = partial(_read_rank, max_rank=limits.max_rank)
     return AdapterSpec(
         rank=read_rank("r", config.get("r")),
@@ -199,21 +184,12 @@ def parse_config(text: bytes, limits: Limits) -> AdapterSpec:
         rank_patterns=_read_patterns("rank_pattern", config.get("rank_pattern"), read_rank),
         alpha_patterns=_read_patterns("alpha_pattern", config.get("alpha_pattern"), _read_finite),
         targets=_read_targets(config.get("target_modules")),
-        layers=_read_layers(config.get("layers_to_transform")),
+        layers=tuple(layer for layer in layers if isinstance(layer, int)),
         base_model=base if isinstance(base, str) else None,
         fan_in_fan_out=config.get("fan_in_fan_out") is True,
         dora=config.get("use_dora") is True,
         lora_bias=config.get("lora_bias") is True,
     )
-
-
-def _check_type(value: JsonValue) -> None:
-    if not isinstance(value, str):
-        raise AdapterFormatError(f"{WHAT}: no 'peft_type'; save the adapter with PEFT")
-    if value != "LORA":
-        raise UnsupportedAdapterError(
-            f"{WHAT}: peft_type {shorten(value, 40)!r} is not LORA; train a LoRA adapter"
-        )
 
 
 def _check_initialisation(value: JsonValue) -> None:
@@ -273,19 +249,13 @@ def _read_rank(name: str, value: JsonValue, *, max_rank: int) -> int:
 
 
 def _read_finite(name: str, value: JsonValue) -> float:
-    number = _number(value)
+    number = None
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with suppress(OverflowError):
+            number = float(value)
     if number is None or not isfinite(number):
         raise AdapterFormatError(f"{WHAT}: {name} must be a finite number, not {describe(value)}")
     return number
-
-
-def _number(value: JsonValue) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value)
-    except OverflowError:
-        return None
 
 
 def _read_patterns(
@@ -295,24 +265,21 @@ def _read_patterns(
         return ()
     if not isinstance(entries, dict):
         raise AdapterFormatError(f"{WHAT}: {field!r} must be an object, not {describe(entries)}")
+    too_many = UnsupportedAdapterError(
+        f"{WHAT}: {field!r} holds more patterns than are accepted; write fewer, as module names"
+    )
     if len(entries) > MAX_PATTERNS:
-        raise _too_many_patterns(field)
+        raise too_many
     patterns: list[ModulePattern] = []
     instructions = 0
     for text, value in entries.items():
         matches, size = compile_pattern(text)
         instructions += size
         if instructions > MAX_INSTRUCTIONS:
-            raise _too_many_patterns(field)
+            raise too_many
         number = read(f"{field} of {shorten(text, 100)!r}", value)
         patterns.append(ModulePattern(text, matches, number, max(1, size)))
     return tuple(patterns)
-
-
-def _too_many_patterns(field: str) -> UnsupportedAdapterError:
-    return UnsupportedAdapterError(
-        f"{WHAT}: {field!r} holds more patterns than are accepted; write fewer, as module names"
-    )
 
 
 def _read_targets(value: JsonValue) -> tuple[str, ...] | str | None:
@@ -331,11 +298,6 @@ def _read_targets(value: JsonValue) -> tuple[str, ...] | str | None:
             f" ({reason}); correct it, or write a list of module names"
         )
     return value
-
-
-def _read_layers(value: JsonValue) -> tuple[int, ...]:
-    layers = value if isinstance(value, list) else [value]
-    return tuple(layer for layer in layers if isinstance(layer, int))
 
 
 @runtime_checkable

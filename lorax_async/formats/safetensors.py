@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from math import prod
 from operator import itemgetter
 from types import MappingProxyType
 from typing import Final, NamedTuple, TypeAlias
@@ -190,11 +189,10 @@ def _pop_metadata(members: dict[str, JsonValue]) -> dict[str, str]:
     what = f"{_WHAT}, {_METADATA}"
     if not isinstance(value, dict):
         raise AdapterFormatError(f"{what}: not an object; {_RESAVE}")
-    metadata: dict[str, str] = {}
-    for key, text in value.items():
-        if not isinstance(text, str):
+    metadata = {key: text for key, text in value.items() if isinstance(text, str)}
+    for key in value:
+        if key not in metadata:
             raise AdapterFormatError(f"{what}: member {quoted(key)} is not a string; {_RESAVE}")
-        metadata[key] = text
     return metadata
 
 
@@ -308,7 +306,7 @@ class TensorDescription(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+        return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
 
 def write_header(
@@ -320,7 +318,7 @@ def write_header(
     """
     # One by one: encoding thousands of entries in one call would hold the GIL throughout.
     entries: list[str] = []
-    lengths: list[int] = []
+    bounds: list[tuple[int, int]] = []
     end = 0
     for tensor in tensors:
         start, end = end, end + tensor.nbytes
@@ -329,17 +327,10 @@ def write_header(
             f'{json.dumps(tensor.name)}:{{"dtype":"{tensor.dtype}","shape":[{shape}],'
             f'"data_offsets":[{start},{end}]}}'
         )
-        lengths.append(end - start)
+        bounds.append((start, end))
     text = f"{{{','.join(entries)}}}".encode()
-    end = max(least, LENGTH_BYTES + len(text))
-    text = text.ljust(end + -end % ALIGNMENT - LENGTH_BYTES)
+    first = max(least, LENGTH_BYTES + len(text))
+    first += -first % ALIGNMENT
+    text = text.ljust(first - LENGTH_BYTES)
     prefix = len(text).to_bytes(LENGTH_BYTES, "little") + text
-    return prefix, _places(len(prefix), lengths)
-
-
-def _places(first: int, lengths: Iterable[int]) -> list[tuple[int, int]]:
-    places: list[tuple[int, int]] = []
-    for length in lengths:
-        places.append((first, first + length))
-        first += length
-    return places
+    return prefix, [(first + start, first + end) for start, end in bounds]

@@ -6,8 +6,9 @@ import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import sha256
+from operator import itemgetter
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
@@ -154,7 +155,12 @@ def parse_index(data: bytes, limits: Limits) -> SplitIndex:
             raise _index_error(
                 tensor, f"is in one of {count} files, others in one of {other.pop()}"
             )
-    return _make_index(numbers, counts.pop())
+    count, found = counts.pop(), Counter(numbers.values())
+    tensors_in = tuple(found[number] for number in range(1, count + 1))
+    if 0 in tensors_in:
+        empty = split_name(1 + tensors_in.index(0), count)
+        raise AdapterFormatError(f"{INDEX}: no tensor is in {empty}; {_INDEX_REMEDY}")
+    return SplitIndex(MappingProxyType(numbers), tensors_in)
 
 
 def _parse_split_name(tensor: str, file: str) -> tuple[int, int]:
@@ -168,16 +174,6 @@ def _parse_split_name(tensor: str, file: str) -> tuple[int, int]:
             tensor, f"is in one of {role.count:,} files, over the limit of {MAX_FILES}"
         )
     return role.number, role.count
-
-
-def _make_index(numbers: dict[str, int], count: int) -> SplitIndex:
-    """Check that every file has a tensor."""
-    found = Counter(numbers.values())
-    tensors_in = tuple(found[number] for number in range(1, count + 1))
-    if 0 in tensors_in:
-        empty = split_name(1 + tensors_in.index(0), count)
-        raise AdapterFormatError(f"{INDEX}: no tensor is in {empty}; {_INDEX_REMEDY}")
-    return SplitIndex(MappingProxyType(numbers), tensors_in)
 
 
 def _index_error(tensor: str, problem: str) -> AdapterFormatError:
@@ -220,10 +216,6 @@ class SplitPlan:
     prefix: bytes
     nbytes: int
     places: tuple[FilePlace, ...]
-    _starts: tuple[int, ...] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_starts", tuple(place.start for place in self.places))
 
     def pieces(self, span: ByteSpan) -> Iterator[tuple[int, ByteSpan]]:
         """Yield shard numbers and spans of the shards that make up `span`, in order.
@@ -234,7 +226,7 @@ class SplitPlan:
             raise InternalError(f"bytes up to {span.end:,} of a file of {self.nbytes:,}")
         start, stop, rows, pitch = span
         while rows and start < stop:
-            number = bisect_right(self._starts, start) - 1
+            number = bisect_right(self.places, start, key=itemgetter(0)) - 1
             first, last, data_start = self.places[number]
             if stop <= last:
                 whole = min(rows, 1 + (last - stop) // pitch) if pitch else 1
@@ -304,16 +296,22 @@ def plan_split(index: SplitIndex, heads: Iterable[FileHead], limits: Limits) -> 
     """
     tensors: list[TensorDescription] = []
     headers: list[tuple[int, int]] = []
-    sizes = Counter[str]()
+    header_bytes = nbytes = 0
     for number, head in zip(range(1, index.count + 1), heads, strict=True):
         header = _check_header(index, number, head, limits)
         tensors += (TensorDescription(span.name, span.dtype, span.shape) for span in header.tensors)
         headers.append((header.data_start, head.nbytes))
-        sizes["header bytes"] += header.data_start
-        sizes["bytes"] += head.nbytes
-        _check_sum("header bytes", sizes, limits.max_header_bytes, number)
-        _check_sum("bytes", sizes, limits.max_adapter_bytes, number)
-    prefix, _ = write_header(tensors, least=sizes["header bytes"])
+        header_bytes, nbytes = header_bytes + header.data_start, nbytes + head.nbytes
+        for what, sum_, limit in (
+            ("header bytes", header_bytes, limits.max_header_bytes),
+            ("bytes", nbytes, limits.max_adapter_bytes),
+        ):
+            if sum_ > limit:
+                raise AdapterFormatError(
+                    f"{INDEX}: the first {number} files have {sum_:,} {what}, over the limit of"
+                    f" {limit:,}"
+                )
+    prefix, _ = write_header(tensors, least=header_bytes)
     if len(prefix) - LENGTH_BYTES > limits.max_header_bytes:
         raise AdapterFormatError(
             f"{INDEX}: one header of all files has {len(prefix):,} bytes, over the limit of"
@@ -348,11 +346,3 @@ def _check_header(index: SplitIndex, number: int, head: FileHead, limits: Limits
             f"{name}: has no tensor {quoted(missing)}, which by {INDEX} is in it; {_REMEDY}"
         )
     return header
-
-
-def _check_sum(what: str, sizes: Counter[str], limit: int, number: int) -> None:
-    if sizes[what] > limit:
-        raise AdapterFormatError(
-            f"{INDEX}: the first {number} files have {sizes[what]:,} {what}, over the limit of"
-            f" {limit:,}"
-        )

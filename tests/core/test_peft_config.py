@@ -16,13 +16,7 @@ from torch import nn
 from core.refusals import refusals
 from lorax_async.config import Limits
 from lorax_async.errors import AdapterFormatError, UnsupportedAdapterError, UsageError
-from lorax_async.formats.peft_config import (
-    FIELDS,
-    MAX_PATTERNS,
-    FieldUse,
-    parse_config,
-    write_config,
-)
+from lorax_async.formats.peft_config import FIELDS, MAX_PATTERNS, parse_config, write_config
 from lorax_async.types import AdapterSpec
 
 LIMITS = Limits()
@@ -209,7 +203,7 @@ NULLS = {name for name, field in FIELDS.items() if name not in PLAIN and field.a
 NEUTRAL: list[object] = [None, False, "", [], {}]
 UNCHANGING: list[tuple[str, object]] = (
     [(name, None) for name in sorted(NULLS)]
-    + [(name, False) for name in FIELDS if FIELDS[name].use is FieldUse.REFUSED]
+    + [(name, False) for name in FIELDS if FIELDS[name].refused]
     + [("modules_to_save", []), ("trainable_token_indices", {}), ("bias", "none")]
     + [("init_lora_weights", value) for value in (True, False, "gaussian", "eva", "orthogonal")]
     + [("init_lora_weights", "mica"), ("eva_config", {"rho": 2.0}), ("loftq_config", {"bits": 4})]
