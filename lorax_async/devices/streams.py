@@ -221,13 +221,11 @@ class EventTicket(Future[None]):
 
 def start_watchers(*watchers: EventWatcher) -> None:
     """Start all watchers, or none and raise `CapacityError`."""
-    started: list[EventWatcher] = []
     try:
         for watcher in watchers:
             watcher.start()
-            started.append(watcher)
     except CapacityError:
-        for watcher in started:
+        for watcher in watchers:
             watcher.end()
         raise
 

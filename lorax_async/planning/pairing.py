@@ -67,6 +67,12 @@ def pair_tensors(
         A tensor, a dtype or a rank is not supported.
     """
     places = _locate(header.tensors, layout)
+    for span in header.tensors:
+        if span.dtype not in WEIGHT_DTYPES:
+            raise UnsupportedAdapterError(
+                f"tensor {shorten(span.name, 200)!r} is {span.dtype}; save the adapter as"
+                f" {', '.join(WEIGHT_DTYPES)}"
+            )
     _require_targets(spec.targets, header.tensors, layout)
     _require_layers(spec, header.tensors, layout)
     modules = layout.modules
@@ -79,7 +85,8 @@ def pair_tensors(
         rank, scale = _rank_and_scale(next(names, ""), spec, limits)
     pairs: list[TensorPair] = []
     mismatches: list[str] = []
-    expected = _expected_vector(spec)
+    # PEFT has no adapters with two vectors per module.
+    expected = TensorRole.MAGNITUDE if spec.dora else TensorRole.BIAS if spec.lora_bias else None
     for place in sorted([place for place in places if place % _PARTS_PER_MODULE == 0]):
         a, b = places[place], places.get(place + 1)
         if b is None:
@@ -185,13 +192,6 @@ def _matches_any(pattern: str, paths: Iterable[str]) -> bool:
     return False
 
 
-def _expected_vector(spec: AdapterSpec) -> TensorRole | None:
-    """Return the vector that each module needs besides A and B. PEFT has no adapters with two."""
-    if spec.dora:
-        return TensorRole.MAGNITUDE
-    return TensorRole.BIAS if spec.lora_bias else None
-
-
 def _pick_vector(
     places: Mapping[int, TensorSpan], place: int, part: TensorRole, module: Module
 ) -> tuple[tuple[TensorRole, TensorSpan], ...]:
@@ -275,13 +275,13 @@ def _locate(tensors: Sequence[TensorSpan], layout: ModelLayout) -> dict[int, Ten
         # Serving the bare base under the adapter's name would be a silent error.
         raise AdapterFormatError("the file holds no tensors; save the adapter again")
     if len(found) < count:
-        raise _duplicate_error(tensors, known)
-    if {span.dtype for span in tensors}.difference(WEIGHT_DTYPES):
-        offender = next(span for span in tensors if span.dtype not in WEIGHT_DTYPES)
-        raise UnsupportedAdapterError(
-            f"tensor {shorten(offender.name, 200)!r} is {offender.dtype}; save the adapter as"
-            f" {', '.join(WEIGHT_DTYPES)}"
-        )
+        first: dict[int, str] = {}
+        for span in tensors:
+            if (other := first.setdefault(known[span.name], span.name)) != span.name:
+                raise AdapterFormatError(
+                    f"tensors {shorten(other, 200)!r} and {shorten(span.name, 200)!r} are for the"
+                    " same module; keep one of them"
+                )
     return found
 
 
@@ -298,17 +298,6 @@ def _place(name: str, layout: ModelLayout) -> int | None:
             f" {kinds[embedding]} there; use the base it was trained on"
         )
     return _PARTS_PER_MODULE * index + _PARTS.index(parsed.part)
-
-
-def _duplicate_error(tensors: Sequence[TensorSpan], known: Mapping[str, int]) -> AdapterFormatError:
-    first: dict[int, str] = {}
-    for span in tensors:
-        if (other := first.setdefault(known[span.name], span.name)) != span.name:
-            break
-    return AdapterFormatError(
-        f"tensors {shorten(other, 200)!r} and {shorten(span.name, 200)!r} are for the same module;"
-        " keep one of them"
-    )
 
 
 def check_matching(spec: AdapterSpec, names: Iterable[str]) -> None:

@@ -85,15 +85,13 @@ def shard_layout(layout: ModelLayout, shard: Shard | None) -> Sharding:
 
 def cut_pairs(pairs: Iterable[TensorPair], cuts: Sequence[ModuleCut]) -> list[TensorPair]:
     """Return the pairs with the spans of one rank. Vectors are cut like the rows of B."""
-    return [_cut_pair(pair, cuts[pair.module]) for pair in pairs]
-
-
-def _cut_pair(pair: TensorPair, cut: ModuleCut) -> TensorPair:
-    module, layer, a, b, rank, scale, vectors = pair
-    if vectors:
-        vectors = tuple((part, _cut_rows(span, cut.rows)) for part, span in vectors)
-    a, b = _cut_columns(a, cut.columns), _cut_rows(b, cut.rows)
-    return TensorPair(module, layer, a, b, rank, scale, vectors)
+    shares = []
+    for module, layer, a, b, rank, scale, vectors in pairs:
+        rows, columns = cuts[module].rows, cuts[module].columns
+        own_a, own_b = _cut_columns(a, columns), _cut_rows(b, rows)
+        own_vectors = tuple((part, _cut_rows(span, rows)) for part, span in vectors)
+        shares.append(TensorPair(module, layer, own_a, own_b, rank, scale, own_vectors))
+    return shares
 
 
 def _find_problem(module: Module, world: int) -> str | None:
@@ -102,15 +100,16 @@ def _find_problem(module: Module, world: int) -> str | None:
     if module.parallel is Parallelism.REPLICATED:
         return None
     if module.parallel is Parallelism.ROW:
-        fits = module.in_features % world == 0
-        return (
-            None
-            if fits
-            else _describe_uneven(module, f"{module.in_features:,} input features", world)
-        )
+        if module.in_features % world == 0:
+            return None
+        return _describe_uneven(module, f"{module.in_features:,} input features", world)
     if module.parts:
-        uneven = [part for part in module.parts if not _divides(part, world)]
-        return _describe_uneven(module, _describe_units(uneven[0]), world) if uneven else None
+        for part in module.parts:
+            units = part.size // part.unit
+            if units % world and not (part.replicable and world % units == 0):
+                what = f"a part of {units:,} × {part.unit:,} output features"
+                return _describe_uneven(module, what, world)
+        return None
     if last in _FUSED:
         return (
             f"module {shorten(module.name, 80)!r} may be fused of several parts, such as q, k and"
@@ -132,15 +131,6 @@ def _describe_uneven(module: Module, what: str, world: int) -> str:
         f" use another world_size, or layout.replicate({shorten(last, 50)!r}) if every rank holds"
         " it whole"
     )
-
-
-def _describe_units(part: FusedPart) -> str:
-    return f"a part of {part.size // part.unit:,} × {part.unit:,} output features"
-
-
-def _divides(part: FusedPart, world: int) -> bool:
-    units = part.size // part.unit
-    return units % world == 0 or (part.replicable and world % units == 0)
 
 
 def _plan_cut(module: Module, shard: Shard) -> ModuleCut:
