@@ -67,12 +67,7 @@ def pair_tensors(
         A tensor, a dtype or a rank is not supported.
     """
     places = _locate(header.tensors, layout)
-    for span in header.tensors:
-        if span.dtype not in WEIGHT_DTYPES:
-            raise UnsupportedAdapterError(
-                f"tensor {shorten(span.name, 200)!r} is {span.dtype}; save the adapter as"
-                f" {', '.join(WEIGHT_DTYPES)}"
-            )
+    _require_dtypes(header.tensors)
     _require_targets(spec.targets, header.tensors, layout)
     _require_layers(spec, header.tensors, layout)
     modules = layout.modules
@@ -110,6 +105,15 @@ def pair_tensors(
     if spec.fan_in_fan_out:
         require_transposed([modules[pair.module] for pair in pairs])
     return pairs
+
+
+def _require_dtypes(tensors: Sequence[TensorSpan]) -> None:
+    for span in tensors:
+        if span.dtype not in WEIGHT_DTYPES:
+            raise UnsupportedAdapterError(
+                f"tensor {shorten(span.name, 200)!r} is {span.dtype}; save the adapter as"
+                f" {', '.join(WEIGHT_DTYPES)}"
+            )
 
 
 def _require_targets(
