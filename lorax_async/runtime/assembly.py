@@ -69,26 +69,26 @@ class Assembly:
         self._cache = OwnCache(config)
         self.tracer = Tracer()
         self._remote = make_remote_source(config, self._cache, self.tracer)
-        self._source = source or SourceRouter(
-            LocalSource(
-                roots=config.local_roots,
-                limits=config.limits,
-                threads=self._metadata,
-                hashes=config.verify == "before_use",
-            ),
-            self._remote,
-            partial(parse_allowed_ref, allow=config.allow),
-        )
         self._copies = HostCopies(config.memory_bytes, self._cache.get if config.spill else None)
         self._memory = MemorySource(
-            self._source,
             self._copies,
             sharding.whole,
             dtype=config.storage_dtype,
             limits=config.limits,
             threads=self._metadata,
         )
-        self._fetches = Fetches(self._source)
+        local = LocalSource(
+            roots=config.local_roots,
+            limits=config.limits,
+            threads=self._metadata,
+            hashes=config.verify == "before_use",
+        )
+        if source is None:
+            parse = partial(parse_allowed_ref, allow=config.allow)
+            self._source = SourceRouter(self._memory, local, self._remote, parse)
+        else:
+            self._source = SourceRouter(self._memory, source, source)
+        self._fetches = Fetches(source or self._source)
 
     async def open(self, check_open: Callable[[], None]) -> None:
         """Allocate memory and start the driver; on an error or a cancellation, end all threads."""
@@ -98,8 +98,8 @@ class Assembly:
             self.driver = self._make_driver(staging, images)
             telemetry = self.driver.telemetry
             self.driver.waiter_table.in_memory = self._copies.in_memory
-            self.resolver = Resolver(self._memory, telemetry, self._config.revalidate)
-            self.digests = DigestChecks(self._memory, telemetry, check_open)
+            self.resolver = Resolver(self._source, telemetry, self._config.revalidate)
+            self.digests = DigestChecks(self._source, telemetry, check_open)
             self.acquiring = Acquirer(self.resolver, self.driver, self.digests, check_open)
             self.fetching = Fetching(self.resolver, self._fetches, self.digests)
             self.tensor_adapters = TensorAdapters(
@@ -144,7 +144,7 @@ class Assembly:
         )
         return Driver(
             Lifecycle(budgets, times),
-            source=self._memory,
+            source=self._source,
             device=device,
             transfer=GroupTransfer(
                 device,

@@ -44,7 +44,7 @@ class AdapterFile:
     """An opened adapter: config, the weights' `prefix` that ends with the header, and a reader.
 
     `holdable` is whether `populate` would hold the bytes instead of only reading ahead. `refuse` is
-    None if the source does not need a notification: see `refused`.
+    None if the source does not need a notification: see `refused`. `key` is set by the router.
     """
 
     config: bytes
@@ -52,6 +52,7 @@ class AdapterFile:
     reader: Reader
     holdable: bool = False
     refuse: RefusalCallback | None = None
+    key: AdapterKey | None = None
 
     async def refused(self, error: LoraxError) -> bool:
         """Close it, after a check of its config or header failed with `error`.

@@ -349,13 +349,14 @@ class _DrawingFrom(TorchFunctionMode):
 class Merger:
     """Opens the parts of merges, and computes one merge at a time in its own thread.
 
-    The parts are opened in `source`. `copies` reserves the memory and keeps the result. The rest is
-    as for `MemorySource`.
+    The parts are opened in `source`, which its router sets. `copies` reserves the memory and keeps
+    the result. The rest is as for `MemorySource`.
     """
+
+    source: Source
 
     def __init__(
         self,
-        source: Source,
         copies: HostCopies,
         layout: ModelLayout,
         *,
@@ -363,7 +364,6 @@ class Merger:
         limits: Limits,
         threads: Executor,
     ) -> None:
-        self._source = source
         self._copies = copies
         self._layout = layout
         self._dtype = dtype
@@ -378,7 +378,7 @@ class Merger:
 
         async def bring_part(file: AdapterFile) -> Verification:
             whole = [[ByteSpan(len(file.prefix), file.reader.nbytes)]]
-            return await self._source.bring(file, whole, lambda _: None, control)
+            return await self.source.bring(file, whole, lambda _: None, control)
 
         try:
             copy = await self._reserve(plan.nbytes, control)
@@ -406,7 +406,7 @@ class Merger:
         settings: Any = {"dtype": self._dtype, "limits": self._limits}
 
         async def open_part(part: AdapterKey) -> AdapterFile:
-            return await self._source.open(part, control)
+            return await self.source.open(part, control)
 
         while True:
             files = await _for_parts(key, keys, open_part, lambda file: file.reader.close())

@@ -18,6 +18,7 @@ from lorax_async.errors import (
     EvictedError,
     FetchError,
     IntegrityError,
+    InvalidAdapterIdError,
     UnsupportedAdapterError,
     UsageError,
     shorten,
@@ -27,7 +28,7 @@ from lorax_async.formats.safetensors import TensorDescription, write_header
 from lorax_async.formats.spans import ByteSpan
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.transfer_plan import check_size
-from lorax_async.sources.base import AdapterFile, PinnedPages, Source
+from lorax_async.sources.base import AdapterFile, PinnedPages
 from lorax_async.sources.host_copies import CopyReader, HostCopies, HostCopy, host_memory
 from lorax_async.sources.merges import Merger
 from lorax_async.types import AdapterKey, AdapterRef, MergedKey, TensorsKey, Verification
@@ -176,7 +177,7 @@ def _copy_piece(name: str, piece: torch.Tensor, rows: torch.Tensor) -> None:
 
 
 class MemorySource:
-    """The `Source` of `TensorsKey`s and `MergedKey`s; passes other keys on to `source`.
+    """The `Source` of `TensorsKey`s and `MergedKey`s, which no text names.
 
     Tensors stay from `take` until they are dropped. A merge is computed when it is opened, and
     stays in memory until other copies need the room.
@@ -196,7 +197,6 @@ class MemorySource:
 
     def __init__(
         self,
-        source: Source,
         copies: HostCopies,
         layout: ModelLayout,
         *,
@@ -205,10 +205,9 @@ class MemorySource:
         threads: Executor,
     ) -> None:
         self.copies = copies
-        self._source = source
         self._limits = limits
         self._threads = threads
-        self._merger = Merger(self, copies, layout, dtype=dtype, limits=limits, threads=threads)
+        self.merger = Merger(copies, layout, dtype=dtype, limits=limits, threads=threads)
 
     async def take(
         self, tensors: Mapping[str, torch.Tensor], config: bytes, check_open: Callable[[], None]
@@ -238,14 +237,12 @@ class MemorySource:
         return self.copies.put(copy).key
 
     async def resolve(self, ref: AdapterRef) -> AdapterKey:
-        return await self._source.resolve(ref)
+        raise InvalidAdapterIdError(f"no adapter in memory has the id {ref.text!r}")
 
     async def open(self, key: AdapterKey, control: FetchControl) -> AdapterFile:
-        if not isinstance(key, TensorsKey | MergedKey):
-            return await self._source.open(key, control)
         copy = self.copies.get(key)
         if isinstance(key, MergedKey):
-            copy = copy or await self._merger.merge(key, control)
+            copy = copy or await self.merger.merge(key, control)
         elif copy is None:
             raise AdapterNotFoundError(_GONE, stage="fetch")
         reader, prefix = copy.open(), bytearray(copy.prefix_bytes)
@@ -258,23 +255,21 @@ class MemorySource:
         return AdapterFile(copy.config, bytes(prefix), reader)
 
     def reopen(self, key: AdapterKey) -> Reader:
-        if not isinstance(key, TensorsKey | MergedKey):
-            return self._source.reopen(key)
         copy = self.copies.get(key)
         return CopyReader(None, _gone_error(key)) if copy is None else copy.open()
 
     async def bring(
         self,
         file: AdapterFile,
-        groups: Sequence[Sequence[ByteSpan]],
-        arrived: Callable[[int], None],
+        groups: Sequence[Sequence[ByteSpan]],  # noqa: ARG002 - the port's
+        arrived: Callable[[int], None],  # noqa: ARG002 - the port's
         control: FetchControl,
     ) -> Verification:
-        """Return at once for an adapter in memory."""
-        if not isinstance(file.reader, CopyReader) or file.reader.copy is None:
-            return await self._source.bring(file, groups, arrived, control)
+        """Return at once."""
         if control.cancelled:
             raise FetchError("no caller waits for the adapter any more")
+        assert isinstance(file.reader, CopyReader)
+        assert file.reader.copy is not None
         return file.reader.copy.verification
 
     async def digest(self, key: AdapterKey) -> str:
@@ -283,8 +278,6 @@ class MemorySource:
             raise UsageError(
                 "a merge has no digest; its parts have theirs, as AdapterRef(digest=…)"
             )
-        if not isinstance(key, TensorsKey):
-            return await self._source.digest(key)
         reader = self._known(key).open()
         try:
             return await sha256_of(reader, self._threads)
@@ -293,8 +286,6 @@ class MemorySource:
 
     async def populate(self, key: AdapterKey) -> PinnedPages:
         """Read a spilled file ahead; bytes in memory need no hold."""
-        if not isinstance(key, TensorsKey | MergedKey):
-            return await self._source.populate(key)
         reader, loop = self._known(key).open(), asyncio.get_running_loop()
         try:
             await loop.run_in_executor(self._threads, reader.read_ahead)
@@ -304,7 +295,7 @@ class MemorySource:
 
     def close(self) -> None:
         """End threads and remove spill files. Drop all copies before. Blocks."""
-        self._merger.close()
+        self.merger.close()
         self.copies.close()
 
     def _known(self, key: AdapterKey) -> HostCopy:

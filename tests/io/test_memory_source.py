@@ -31,6 +31,7 @@ from lorax_async.lifecycle.policies import policy
 from lorax_async.sources import tensors as snapshot_module
 from lorax_async.sources.base import AdapterFile
 from lorax_async.sources.host_copies import HostCopies
+from lorax_async.sources.router import SourceRouter
 from lorax_async.sources.tensors import STEP_BYTES, MemorySource, TensorSnapshot
 from lorax_async.testing import FakeSource
 from lorax_async.types import AdapterKey, Merge, MergedKey
@@ -46,9 +47,10 @@ class World:
         self.inner = FakeSource(holdable=True)
         self.cache = cache
         self.copies = HostCopies(room, None if cache is None else lambda: cache)
-        self.source = MemorySource(
-            self.inner, self.copies, tiny.layout(), dtype="F32", limits=Limits(), threads=threads
+        self.memory = MemorySource(
+            self.copies, tiny.layout(), dtype="F32", limits=Limits(), threads=threads
         )
+        self.source = SourceRouter(self.memory, self.inner, self.inner)
         config = json.dumps(tiny.config()).encode()
         self.parts = [
             self.inner.put(name, config, safetensors.torch.save(tiny.tensors(seed)))
@@ -56,7 +58,7 @@ class World:
         ]
 
     async def take(self, seed: int = 1) -> AdapterKey:
-        return await self.source.take(tensors(seed), CONFIG, lambda: None)
+        return await self.memory.take(tensors(seed), CONFIG, lambda: None)
 
     def merge(self, strategy: Any = "linear", **settings: Any) -> MergedKey:
         merge = Merge(strategy, ["a", "b", "c"], [1, -0.5, 0.25], **settings)
@@ -78,7 +80,7 @@ def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
         world = World(threads, ROOM if cache is None else SIZE + SIZE // 2, cache)
         yield world
         world.copies.clear()
-        world.source.close()
+        world.memory.close()
     assert world.copies.used == 0
     assert (world.inner.counts.open_readers, world.inner.counts.open_holds) == (0, 0)
     if cache is not None:
@@ -150,7 +152,7 @@ async def test_dropped_tensors_are_gone_when_their_readers_are_closed(world: Wor
 @IN_MEMORY
 async def test_the_budget_counts_what_is_being_copied(world: World) -> None:
     large = {"x": torch.zeros(ROOM // 8)}  # F32: half of it, and the header besides
-    takes = [world.source.take(large, CONFIG + b" " * n, lambda: None) for n in range(6)]
+    takes = [world.memory.take(large, CONFIG + b" " * n, lambda: None) for n in range(6)]
     keys = await asyncio.gather(*takes, return_exceptions=True)
     (key,) = (key for key in keys if isinstance(key, AdapterKey))
     assert sum(isinstance(key, errors.CapacityError) for key in keys) == 5
@@ -174,7 +176,7 @@ async def test_bytes_keep_their_room_while_they_are_read(world: World) -> None:
     assert copy is not None
     large = {"x": torch.zeros(SIZE // 4)}
     with copy.held():
-        second = asyncio.create_task(world.source.take(large, CONFIG, lambda: None))
+        second = asyncio.create_task(world.memory.take(large, CONFIG, lambda: None))
         await until(lambda: not world.is_in_memory(key))
         assert world.copies.used == copy.nbytes
         assert not second.done()
@@ -190,7 +192,7 @@ async def test_a_merge_is_computed_once_and_stays_until_others_need_the_room(wor
     reader = world.source.reopen(key)
     held = world.copies.used
     large = {"x": torch.zeros(ROOM // 4 - 400)}
-    filling = asyncio.create_task(world.source.take(large, CONFIG, lambda: None))
+    filling = asyncio.create_task(world.memory.take(large, CONFIG, lambda: None))
     await asyncio.sleep(0.02)
     assert (world.copies.used, filling.done()) == (held, False), "it is read"
     assert world.is_in_memory(key)

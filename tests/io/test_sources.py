@@ -13,6 +13,7 @@ import tiny
 from lorax_async.config import Limits
 from lorax_async.sources.base import Source
 from lorax_async.sources.host_copies import HostCopies
+from lorax_async.sources.router import SourceRouter
 from lorax_async.sources.tensors import MemorySource
 from lorax_async.testing import FakeSource
 from lorax_async.types import AdapterRef
@@ -42,12 +43,9 @@ def made(kind: str, folder: Path) -> Iterator[FakeWorld | LocalWorld]:
     with ThreadPoolExecutor(2) as threads:
         fake = FakeWorld(holds=held)
         if kind.startswith("memory"):  # what is none of its own, the other source answers
-            fake.source = MemorySource(
-                *(fake.inner, HostCopies(1 << 20), tiny.layout()),
-                dtype="F32",
-                limits=Limits(),
-                threads=threads,
-            )
+            copies, layout = HostCopies(1 << 20), tiny.layout()
+            memory = MemorySource(copies, layout, dtype="F32", limits=Limits(), threads=threads)
+            fake.source = SourceRouter(memory, fake.inner, fake.inner)
         yield fake
     counts = fake.inner.counts
     assert (counts.open_readers, counts.open_holds) == (0, 0)
