@@ -368,7 +368,7 @@ async def test_spilling_cancelled_at_every_await(tmp_path: Path) -> None:
 
 
 STEPS: dict[str, tuple[Any, str]] = {
-    "begin": (DiskCache, "begin"),
+    "begin": (DiskCache, "try_begin"),
     "file": (DiskDownload, "file"),
     "publish": (DiskDownload, "publish"),
     "switch": (HostCopy, "move"),

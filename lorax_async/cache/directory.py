@@ -81,7 +81,6 @@ def close_lock(fd: int) -> None:
 
 
 def unique() -> str:
-    """Return a name that nothing else has."""
     return secrets.token_hex(8)
 
 
@@ -135,7 +134,13 @@ class Folder:
         """Read a regular file, at most `max_bytes` + 1 of it."""
         fd = self.file(name, os.O_RDONLY)
         try:
-            return read_all(fd, max_bytes)
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise IsADirectoryError(errno.EISDIR, "no regular file")
+            pieces, room = [], max_bytes + 1
+            while room and (piece := os.read(fd, room)):
+                pieces.append(piece)
+                room -= len(piece)
+            return b"".join(pieces)
         finally:
             os.close(fd)
 
@@ -182,17 +187,6 @@ class Folder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def read_all(fd: int, max_bytes: int) -> bytes:
-    """Read a regular file from its position, at most `max_bytes` + 1 of it."""
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        raise IsADirectoryError(errno.EISDIR, "no regular file")
-    pieces, room = [], max_bytes + 1
-    while room and (piece := os.read(fd, room)):
-        pieces.append(piece)
-        room -= len(piece)
-    return b"".join(pieces)
 
 
 class CacheDirectory:
@@ -279,10 +273,7 @@ class CacheDirectory:
 
     def remove(self, folder: Folder, name: str) -> bool:
         """Hide a name from everyone, then remove it; False if it was gone."""
-        return self.remove_hidden(self.hide(folder, name))
-
-    def remove_hidden(self, hidden: str | None) -> bool:
-        """Remove what `hide` returned. Slow: call it without a lock that others need."""
+        hidden = self.hide(folder, name)
         if hidden is not None:
             self.trash.remove_tree(hidden)
         return hidden is not None
@@ -315,17 +306,18 @@ def _private_folder(name: str | os.PathLike[str], within: Folder | None = None) 
 
     The root's path is the operator's, so links in it are followed; inside, a link is refused.
     """
-    label = "the disk cache's folder" if within is None else "the disk cache's own folder"
-    label = f"{label} {shorten(os.fspath(name), 500)!r}"
+    own = "" if within is None else "own "
+    label = f"the disk cache's {own}folder {shorten(os.fspath(name), 500)!r}"
     try:
         with suppress(FileExistsError):
             if within is None:
                 os.makedirs(name, 0o700)
             else:
                 os.mkdir(name, 0o700, dir_fd=within.fd)
-        folder = (
-            Folder(os.open(name, _OPEN_FOLDER)) if within is None else within.subfolder(str(name))
-        )
+        if within is None:
+            folder = Folder(os.open(name, _OPEN_FOLDER))
+        else:
+            folder = within.subfolder(os.fspath(name))
         try:
             status = os.fstat(folder.fd)
             if status.st_uid != os.geteuid():

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from threading import Lock
-from time import monotonic
 
 from lorax_async.cache.base import (
     MAP_SUFFIX,
@@ -24,9 +23,15 @@ from lorax_async.cache.base import (
     record_of,
 )
 from lorax_async.cache.directory import CacheDirectory, Folder, translate_errors, unique
-from lorax_async.cache.entries import DiskBudget, DiskEntry, Entries, Sizes, grant, remove_leftovers
-from lorax_async.cache.partials import PATIENCE_SECONDS, Partial, PartialFile, Partials
-from lorax_async.concurrency import FetchControl
+from lorax_async.cache.entries import (
+    DiskBudget,
+    DiskEntry,
+    Entries,
+    grant,
+    measure,
+    remove_leftovers,
+)
+from lorax_async.cache.partials import OpenPartial, PartialFile, Partials
 from lorax_async.config import LoaderConfig
 from lorax_async.errors import (
     AdapterFormatError,
@@ -40,15 +45,16 @@ from lorax_async.formats.split_weights import FileRole, role_of
 from lorax_async.formats.strict_json import parse_object
 from lorax_async.lifecycle.policies import EvictionPolicy, policy
 
-POLL_SECONDS = 0.02
-
 _TAKEN = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}
 _PUBLICATIONS = 3
 _MAX_ANSWER_BYTES = 64 << 10
 
 
 class DiskCache:
-    """The `Cache` in a folder, which several processes may use at once.
+    """Whole adapters by key, and partial ones on their way, in a folder that processes share.
+
+    The budget counts adapters' files. Interrupted downloads make room first, then entries that are
+    not leased, in the policy's order.
 
     Parameters
     ----------
@@ -79,6 +85,11 @@ class DiskCache:
         self._open = True
 
     def open(self, key: CacheKey, *, check: bool = False) -> DiskEntry | None:
+        """Lease the entry and count a use; None if there is none.
+
+        Remove an entry whose files have not the recorded sizes, or whose bytes not the recorded
+        digests: they are hashed with `check`, or if a file was touched.
+        """
         self.directory.restore()
         entry = self.entries.open(key.name, check=check)
         if entry is not None:
@@ -99,6 +110,10 @@ class DiskCache:
     def try_begin(
         self, key: CacheKey, scope: str, *, alone: bool = False
     ) -> DiskEntry | DiskDownload | int:
+        """Return the entry, or begin to download it on the authority of `scope`.
+
+        Return the progress of another download if there is one; begin a second if `alone`.
+        """
         entry = self.open(key)
         if entry is not None:
             return entry
@@ -106,24 +121,14 @@ class DiskCache:
             entry = self.entries.open(key.name, check=False)  # published meanwhile?
             if entry is None:
                 claimed = self.partials.claim(key.name, alone=alone)
-        if entry is not None:
-            self.note_use(entry)  # takes the budget's lock, which others hold when they lock this
-            return entry
-        return DiskDownload(self, key, scope, claimed) if isinstance(claimed, Partial) else claimed
-
-    def begin(self, key: CacheKey, scope: str, control: FetchControl) -> DiskEntry | DiskDownload:
-        progress, since, alone = -1, monotonic(), False
-        while not control.cancelled:
-            begun = self.try_begin(key, scope, alone=alone)
-            if not isinstance(begun, int):
-                return begun
-            if begun != progress:
-                progress, since = begun, monotonic()
-            alone = monotonic() - since > PATIENCE_SECONDS
-            control.wait(POLL_SECONDS)
-        raise FetchError("the fetch was cancelled before it began")
+                if isinstance(claimed, int):
+                    return claimed
+                return DiskDownload(self, key, scope, claimed)
+        self.note_use(entry)  # takes the budget's lock, which others hold when they lock this
+        return entry
 
     def note_version(self, question: str, source: str, version: str) -> None:
+        """Record a source's latest answer, whether the cache has that version or not."""
         self.directory.restore()
         content = json.dumps({"source": source, "version": version}).encode()
         answers, new = self.directory.answers, f"{unique()}.new"
@@ -136,16 +141,22 @@ class DiskCache:
                 raise
 
     def last_version(self, question: str) -> tuple[str, str] | None:
+        """Return the source and version of the last answer; None if there is none."""
         self.directory.restore()
         with translate_errors("look for a version"):
             key = read_answer(self.directory.answers, _name_of(question))
         return None if key is None else (key.source, key.version)
 
     def condemn(self, key: CacheKey) -> None:
+        """Remove an entry whose bytes are wrong, even if it is leased.
+
+        Open files stay readable; opening another raises `IntegrityError`.
+        """
         with translate_errors("remove an entry"):
             self.entries.condemn(key.name)
 
     def remove(self, key: CacheKey) -> bool:
+        """Remove the entry and partials of it; False if any is in use."""
         self.directory.restore()
         with translate_errors("remove an entry"), self.directory.locked():
             partials = [self.partials.drop(name) for name in self.partials.of(key.name)]
@@ -153,6 +164,7 @@ class DiskCache:
             return all(partials) and self.directory.entries.status(key.name) is None
 
     def used(self) -> int:
+        """Return the bytes of adapters' files in the cache now, partial ones included."""
         self.directory.restore()
         return self.budget.used()
 
@@ -162,6 +174,7 @@ class DiskCache:
         return self.budget.last_used
 
     def close(self) -> None:
+        """Close the cache. Close entries and downloads first; readers may stay open. Idempotent."""
         if self._open:
             self._open = False
             self.directory.close()
@@ -173,26 +186,43 @@ class DiskCache:
 
 
 class DiskDownload:
-    """The `CacheDownload` whose folder becomes an entry by one rename: the first to do so wins."""
+    """An adapter on its way into the cache. If locks work, no other process downloads it.
+
+    Its folder becomes an entry by one rename: the first to do so wins. It is `mappable`, as the
+    entry will be.
+    """
 
     mappable = True
 
-    def __init__(self, cache: DiskCache, key: CacheKey, scope: str, partial: Partial) -> None:
+    def __init__(self, cache: DiskCache, key: CacheKey, scope: str, partial: OpenPartial) -> None:
         self.key = key
         self._cache = cache
+        self._directory = cache.directory
         self._scope = scope
-        self._partial: Partial | None = partial
+        self._partial = partial
+        self._open = True
         self._files: dict[FileRole, PartialFile] = {}
 
     def file(self, role: FileRole, nbytes: int, expected: Digest | None = None) -> PartialFile:
+        """Add a file, with room for all of it, and the bytes of a partial download.
+
+        Without an `expected` digest, record our own. Raise `CapacityError` without room.
+        """
+        self._require_open()
         if role in self._files:
             raise InternalError(f"{role.file_name} was added to the download twice")
-        folder, reserve = self._require_open().folder, self._cache.budget.reserve
+        folder, reserve = self._partial.folder, self._cache.budget.reserve
         file = self._files[role] = PartialFile(folder, role, nbytes, expected, reserve)
         return file
 
     def publish(self) -> DiskEntry:
-        partial = self._require_open()
+        """Check the digests of the complete files, and publish them to all processes at once.
+
+        Return the entry of a process that was faster, if it has the same digests. Raise
+        `IntegrityError` for a digest that is not the expected one (or not theirs), and leave
+        nothing of the download; else raise as `PartialFile.write`.
+        """
+        self._require_open()
         if not self._files:
             raise InternalError("a download without files was to be published")
         try:
@@ -200,22 +230,26 @@ class DiskDownload:
         except IntegrityError:
             self.discard()
             raise
+        folder = self._partial.folder
         with translate_errors("publish a download"):
             settled = zip(self._files.values(), digests, strict=True)
             files = [file.synced_record(digest) for file, digest in settled]
             record = record_of(self.key, tuple(sorted(files, key=lambda file: file.role)))
-            self._clear(partial.folder)
-            partial.folder.write(RECORD, record.encoded())
-            grant(partial.folder, self._scope)
-            partial.folder.sync()
+            for name in folder.names():  # what a partial download had, and this one did not add
+                role = role_of(name.removesuffix(MAP_SUFFIX))
+                if name == RECORD or (role is not None and role not in self._files):
+                    folder.unlink(name)
+            folder.write(RECORD, record.encoded())
+            grant(folder, self._scope)
+            folder.sync()
             # Leased before others see it, or it could be evicted at once.
-            ours = self._cache.entries.adopt(partial.folder, record)
+            ours = self._cache.entries.adopt(folder, record)
             try:
-                theirs = self._rename(partial)
+                theirs = self._rename()
                 if theirs is None:
-                    with self._ending(), partial.ending():
-                        self._cache.directory.entries.sync()
-                        remove_leftovers(partial.folder)
+                    with self._ending():
+                        self._directory.entries.sync()
+                        remove_leftovers(folder)
             except BaseException:
                 ours.close()
                 raise
@@ -225,61 +259,28 @@ class DiskDownload:
         ours.close()
         try:
             self.discard()
+            if theirs.record.contradicts(record.files):
+                raise IntegrityError(
+                    "another process has stored other bytes of the same version meanwhile: the"
+                    " source changed them without saying so; load it again"
+                )
         except BaseException:
             theirs.close()
             raise
-        if theirs.record.contradicts(record.files):
-            theirs.close()
-            raise IntegrityError(
-                "another process has stored other bytes of the same version meanwhile: the source"
-                " changed them without saying so; load it again"
-            )
         return theirs
 
-    def discard(self) -> None:
-        if (partial := self._partial) is not None:
-            with self._ending(), translate_errors("remove a download"):
-                partial.discard()
-
-    def close(self) -> None:
-        if (partial := self._partial) is None:
-            return
-        with self._ending(), translate_errors("leave a download"):
-            try:
-                kept = [file.keep() for file in self._files.values()]
-            except BaseException:
-                partial.discard()
-                raise
-            if any(kept):
-                partial.leave()
-            else:
-                partial.discard()
-
-    def __del__(self) -> None:
-        if self._partial is not None:
-            warnings.warn("unclosed download of a disk cache", ResourceWarning, stacklevel=2)
-            self.close()
-
-    def _require_open(self) -> Partial:
-        if self._partial is None:
-            raise InternalError("the download has ended")
-        return self._partial
-
-    def _clear(self, folder: Folder) -> None:
-        """Remove files of a partial download that this one did not add."""
-        for name in folder.names():
-            role = role_of(name.removesuffix(MAP_SUFFIX))
-            if name == RECORD or (role is not None and role not in self._files):
-                folder.unlink(name)
-
-    def _rename(self, partial: Partial) -> DiskEntry | None:
+    def _rename(self) -> DiskEntry | None:
         """Rename the folder; return the entry of a process that was faster, if there is one."""
-        entries, name = self._cache.entries, self.key.name
-        parents = {"src_dir_fd": partial.parent.fd, "dst_dir_fd": entries.parent.fd}
+        parents, entries = self._directory, self._cache.entries
         for _ in range(_PUBLICATIONS):
             try:
-                with self._cache.directory.locked():
-                    os.rename(partial.name, name, **parents)
+                with self._directory.locked():
+                    os.rename(
+                        self._partial.name,
+                        self.key.name,
+                        src_dir_fd=parents.partials.fd,
+                        dst_dir_fd=parents.entries.fd,
+                    )
             except FileNotFoundError as error:
                 raise FetchError(
                     "another process took over the download where locks do not work, or its"
@@ -290,20 +291,56 @@ class DiskDownload:
                     raise
             else:
                 return None
-            theirs = entries.open(name, check=False)  # a damaged one is removed by that
+            theirs = entries.open(self.key.name, check=False)  # a damaged one is removed by that
             if theirs is not None:
                 return theirs
         raise FetchError("the disk cache's entry was in the way again and again; load it again")
 
+    def discard(self) -> None:
+        """Leave nothing. Idempotent; does nothing after `publish`."""
+        if self._open:
+            with translate_errors("remove a download"), self._ending():
+                self._remove()
+
+    def close(self) -> None:
+        """End it; the next download resumes it. Idempotent. No thread may write any more."""
+        if not self._open:
+            return
+        with translate_errors("leave a download"), self._ending():
+            try:
+                kept = [file.keep() for file in self._files.values()]
+            except BaseException:
+                self._remove()
+                raise
+            if any(kept):
+                self._partial.folder.sync()
+            else:
+                self._remove()
+
+    def __del__(self) -> None:
+        if self._open:
+            warnings.warn("unclosed download of a disk cache", ResourceWarning, stacklevel=2)
+            self.close()
+
+    def _require_open(self) -> None:
+        if not self._open:
+            raise InternalError("the download has ended")
+
+    def _remove(self) -> None:
+        with self._directory.locked():
+            self._directory.remove(self._directory.partials, self._partial.name)
+
     @contextmanager
     def _ending(self) -> Iterator[None]:
-        """Close all files when the context is left."""
-        self._partial = None
+        """Close all files, and let others have the folder, when the context is left."""
+        self._open = False
         try:
             yield
         finally:
             for file in self._files.values():
                 file.close()
+            self._directory.release(self._partial.name)
+            self._partial.close()
 
 
 def read_answer(answers: Folder, name: str) -> CacheKey | None:
@@ -396,8 +433,8 @@ def ls(cache: DiskCache) -> list[Listed]:
     """List entries and partials, the most recently used first."""
     directory, now_ns = cache.directory, time.time_ns()
     with translate_errors("look at its folder"), directory.locked():
-        entries = Sizes(directory.entries, is_entry_name).look()
-        partials = Sizes(directory.partials, is_partial_name).look()
+        entries = measure(directory.entries, is_entry_name)
+        partials = measure(directory.partials, is_partial_name)
         items = []
         for name, stored in sorted((entries | partials).items(), key=lambda item: -item[1].used_ns):
             is_partial = name in partials

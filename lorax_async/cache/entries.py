@@ -20,7 +20,6 @@ from lorax_async.cache.base import (
     RECORD,
     SCOPE_PREFIX,
     EntryRecord,
-    FileRecord,
     decode_record,
     is_entry_name,
     is_partial_name,
@@ -31,7 +30,6 @@ from lorax_async.cache.directory import (
     CrowdedError,
     Folder,
     close_lock,
-    read_all,
     suppress_read_only,
     translate_errors,
     try_lock,
@@ -139,15 +137,54 @@ class Entries:
                     self.directory.release(name)
         return entry
 
+    def _open(self, name: str, *, check: bool) -> DiskEntry | None:
+        try:
+            folder = self.parent.subfolder(name)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if error.errno not in _NO_FOLDER:
+                raise
+            self.condemn(name)
+            raise IntegrityError("the cache's entry is no folder") from error
+        with folder:
+            try:
+                return self._lease(name, folder, check=check)
+            except IntegrityError:
+                self.condemn(name, only=folder)
+                raise
+
+    def _lease(self, name: str, folder: Folder, *, check: bool) -> DiskEntry | None:
+        """Take the shared lock of the record, and return the entry; None if it is being removed."""
+        try:
+            lease = folder.file(RECORD, os.O_RDONLY)
+        except OSError as error:
+            if error.errno not in _DAMAGED:
+                raise
+            if not folder.is_named(name, within=self.parent):
+                return None
+            raise IntegrityError("the cache's record is missing") from error
+        entry = None
+        try:
+            locked = try_lock(lease, shared=True)
+            if locked is False:  # removals and `is_leased` of others hold it for a moment only
+                with self.directory.locked():
+                    locked = try_lock(lease, shared=True)
+            if locked is not False and folder.is_named(name, within=self.parent):
+                record = _read_record(folder, name)
+                files = _require_whole(folder, record, check=check)
+                remove_leftovers(folder)
+                entry = DiskEntry(self, lease, record, files)
+        finally:
+            if entry is None:
+                os.close(lease)
+        return entry
+
     def record(self, name: str) -> EntryRecord | None:
         """Return the record of an entry; None if it cannot be read. Raise `OSError`."""
         try:
             with self.parent.subfolder(name) as folder:
-                fd = folder.file(RECORD, os.O_RDONLY)
-            try:
-                return _read_record(fd, name)
-            finally:
-                os.close(fd)
+                return _read_record(folder, name)
         except IntegrityError:
             return None
         except OSError as error:
@@ -169,16 +206,18 @@ class Entries:
 
     def drop(self, name: str) -> bool:
         """Remove an entry; False if it is leased, or not there. Raise `OSError`."""
-        with self.directory.holding, self._lock_alone(name) as alone:
-            hidden = self.directory.hide(self.parent, name) if alone else None
-        return self.directory.remove_hidden(hidden)
+        directory = self.directory
+        with directory.holding, self._lock_alone(name) as alone:
+            hidden = directory.hide(self.parent, name) if alone else None
+        if hidden is not None:  # slow: without the lock that `hold` needs
+            directory.trash.remove_tree(hidden)
+        return hidden is not None
 
     def condemn(self, name: str, only: Folder | None = None) -> None:
         """Remove an entry even if it is leased (`only` if it is still this folder)."""
         with self.directory.locked():
-            same = only is None or only.is_named(name, within=self.parent)
-            hidden = self.directory.hide(self.parent, name) if same else None
-        self.directory.remove_hidden(hidden)
+            if only is None or only.is_named(name, within=self.parent):
+                self.directory.remove(self.parent, name)
 
     def is_leased(self, name: str) -> bool:
         """Return whether any process holds it. Raise `OSError`."""
@@ -203,55 +242,10 @@ class Entries:
                     raise
             yield alone
 
-    def _open(self, name: str, *, check: bool) -> DiskEntry | None:
-        try:
-            folder = self.parent.subfolder(name)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            if error.errno not in _NO_FOLDER:
-                raise
-            self.condemn(name)
-            raise IntegrityError("the cache's entry is no folder") from error
-        with folder:
-            try:
-                return self._lease_entry(name, folder, check=check)
-            except IntegrityError:
-                self.condemn(name, only=folder)
-                raise
 
-    def _lease_entry(self, name: str, folder: Folder, *, check: bool) -> DiskEntry | None:
-        try:
-            lease = folder.file(RECORD, os.O_RDONLY)
-        except OSError as error:
-            if error.errno not in _DAMAGED:
-                raise
-            if not folder.is_named(name, within=self.parent):
-                return None  # it is being removed
-            raise IntegrityError("the cache's record is missing") from error
-        entry = None
-        try:
-            if self._is_granted(lease) and folder.is_named(name, within=self.parent):
-                record = _read_record(lease, name)
-                files = _require_whole(folder, record, check=check)
-                remove_leftovers(folder)
-                entry = DiskEntry(self, lease, record, files)
-        finally:
-            if entry is None:
-                os.close(lease)
-        return entry
-
-    def _is_granted(self, lease: int) -> bool:
-        """Take the shared lock. Removals and `is_leased` of others hold it for a moment only."""
-        if try_lock(lease, shared=True) is not False:
-            return True
-        with self.directory.locked():
-            return try_lock(lease, shared=True) is not False
-
-
-def _read_record(fd: int, name: str) -> EntryRecord:
+def _read_record(folder: Folder, name: str) -> EntryRecord:
     try:
-        record = decode_record(read_all(fd, MAX_RECORD_BYTES))
+        record = decode_record(folder.read(RECORD, MAX_RECORD_BYTES))
     except IsADirectoryError as error:
         raise IntegrityError("the cache's record is no file") from error
     except AdapterFormatError as error:
@@ -263,24 +257,23 @@ def _read_record(fd: int, name: str) -> EntryRecord:
 
 def _require_whole(folder: Folder, record: EntryRecord, *, check: bool) -> Identities:
     """Identify the files; raise `IntegrityError` if one is not as published, or `OSError`."""
-    return {file.role: _identity(folder, file, check=check) for file in record.files}
-
-
-def _identity(folder: Folder, file: FileRecord, *, check: bool) -> FileIdentity:
-    name = file.role.file_name
-    status = folder.status(name)
-    if status is None or not stat.S_ISREG(status.st_mode) or status.st_size != file.nbytes:
-        raise IntegrityError(f"{name} in the cache has not the size that was published")
-    if check or status.st_mtime_ns != file.mtime_ns:
-        fd = folder.file(name, os.O_RDONLY)
-        try:
-            file_hash = FileHash(file.digest.kind, file.nbytes)
-            hash_on(fd, file_hash, file.nbytes, name)
-        finally:
-            os.close(fd)
-        if file_hash.digest() != file.digest:
-            raise IntegrityError(f"{name} in the cache has not the digest that was published")
-    return identity_of(status)
+    identities: dict[FileRole, FileIdentity] = {}
+    for file in record.files:
+        name = file.role.file_name
+        status = folder.status(name)
+        if status is None or not stat.S_ISREG(status.st_mode) or status.st_size != file.nbytes:
+            raise IntegrityError(f"{name} in the cache has not the size that was published")
+        if check or status.st_mtime_ns != file.mtime_ns:
+            fd = folder.file(name, os.O_RDONLY)
+            try:
+                file_hash = FileHash(file.digest.kind, file.nbytes)
+                hash_on(fd, file_hash, file.nbytes, name)
+            finally:
+                os.close(fd)
+            if file_hash.digest() != file.digest:
+                raise IntegrityError(f"{name} in the cache has not the digest that was published")
+        identities[file.role] = identity_of(status)
+    return identities
 
 
 def remove_leftovers(folder: Folder) -> None:
@@ -321,11 +314,12 @@ FETCH_FIXED_COST = 32 << 20
 """What a fetch costs besides its bytes, in bytes: three round trips of 30 ms at 16 x 20 MB/s."""
 
 
-class Stored(NamedTuple):
-    """The size of a folder of the cache, and when it was used (a partial: begun) last."""
+class StoredFolder(NamedTuple):
+    """A folder of the cache: bytes of adapters' files, and when it was used (a partial: begun)."""
 
     nbytes: int
     used_ns: int
+    inode: int
 
 
 class DiskBudget:
@@ -351,9 +345,8 @@ class DiskBudget:
         self._nbytes = nbytes
         self._policy = policy
         self._lock = Lock()
-        self._sizes = Sizes(directory.entries, is_entry_name)
-        self._whole: dict[str, Stored] = {}
-        self._partial: dict[str, Stored] = {}
+        self._whole: dict[str, StoredFolder] = {}
+        self._partial: dict[str, StoredFolder] = {}
         self._is_measured = False
 
     @contextmanager
@@ -394,28 +387,30 @@ class DiskBudget:
         return self._used() if self._is_measured else None
 
     def note_use(self, name: str, nbytes: int, now_ns: int) -> None:
+        """Count a use of an entry, which this or another process has published."""
         with self._lock:
-            self._see(name, Stored(nbytes, now_ns))
+            known = self._whole.get(name)
+            self._see(name, StoredFolder(nbytes, now_ns, known.inode if known else 0))
 
     @contextmanager
     def _measure(self) -> Iterator[None]:
         with self._lock, translate_errors("make room"), self._directory.locked():
             # The trash is not counted, and is empty except after a kill or a failure.
             self._directory.empty_trash()
-            entries = self._sizes.look()
+            entries = measure(self._directory.entries, is_entry_name, self._whole)
             for name in self._whole.keys() - entries.keys():
                 self._forget(name, evicted=False)
             for name, seen in sorted(entries.items(), key=lambda item: item[1].used_ns):
                 self._see(name, seen)
             # Partials change, so measure them anew each time; there are few.
-            self._partial = Sizes(self._directory.partials, is_partial_name).look()
+            self._partial = measure(self._directory.partials, is_partial_name)
             self._is_measured = True
             yield
 
     def _used(self) -> int:
         return sum(item.nbytes for item in (*self._whole.values(), *self._partial.values()))
 
-    def _see(self, name: str, seen: Stored) -> None:
+    def _see(self, name: str, seen: StoredFolder) -> None:
         known = self._whole.get(name)
         if known is not None and known.nbytes != seen.nbytes:
             self._forget(name, evicted=False)  # another one in its place
@@ -434,55 +429,47 @@ class DiskBudget:
 
     def _evict(self, nbytes: int) -> None:
         """Drop until this much is free, or nothing more can go: partials first, by their age."""
-        if self._used() + nbytes <= self._nbytes:
-            return
         partials = sorted(self._partial, key=lambda name: self._partial[name].used_ns)
         for name in (*partials, *(key.location for key in self._policy.ranked())):
+            if self._used() + nbytes <= self._nbytes:
+                return
             if (self._entries if is_entry_name(name) else self._partials).drop(name):
                 self._forget(name, evicted=True)
-                if self._used() + nbytes <= self._nbytes:
-                    return
 
 
 def _key(name: str) -> AdapterKey:
     return AdapterKey(name, ())
 
 
-class Sizes:
-    """Sizes of the folders in `folder` with `wanted` names, counting adapters' files.
+def measure(
+    parent: Folder, wanted: Callable[[str], bool], known: Mapping[str, StoredFolder] | None = None
+) -> dict[str, StoredFolder]:
+    """Return the folders in `parent` with `wanted` names. Raise `OSError`.
 
-    An entry does not change: it is looked into once, and then costs one call.
+    Those of `known` that are still the same folder do not change: they cost one call each.
     """
+    stored: dict[str, StoredFolder] = {}
+    for name, status in _list_names(parent):
+        if wanted(name):
+            before = known.get(name) if known else None
+            if before is None or before.inode != status.st_ino:
+                nbytes = _size_of(parent, name)
+            else:
+                nbytes = before.nbytes
+            stored[name] = StoredFolder(nbytes, status.st_mtime_ns, status.st_ino)
+    return stored
 
-    def __init__(self, folder: Folder, wanted: Callable[[str], bool]) -> None:
-        self._folder = folder
-        self._wanted = wanted
-        self._known: dict[str, tuple[int, int]] = {}
 
-    def look(self) -> dict[str, Stored]:
-        """Return what is there now, and when it was used. Raise `OSError`."""
-        stored: dict[str, Stored] = {}
-        known: dict[str, tuple[int, int]] = {}
-        for name, status in _list_names(self._folder):
-            if self._wanted(name):
-                inode, nbytes = self._known.get(name, (-1, 0))
-                if inode != status.st_ino:
-                    nbytes = self._size_of(name)
-                known[name] = (status.st_ino, nbytes)
-                stored[name] = Stored(nbytes, status.st_mtime_ns)
-        self._known = known
-        return stored
-
-    def _size_of(self, name: str) -> int:
-        try:
-            with self._folder.subfolder(name) as inside:
-                return sum(
-                    status.st_size
-                    for file, status in _list_names(inside)
-                    if role_of(file) is not None and stat.S_ISREG(status.st_mode)
-                )
-        except (FileNotFoundError, NotADirectoryError):
-            return 0
+def _size_of(parent: Folder, name: str) -> int:
+    try:
+        with parent.subfolder(name) as inside:
+            return sum(
+                status.st_size
+                for file, status in _list_names(inside)
+                if role_of(file) is not None and stat.S_ISREG(status.st_mode)
+            )
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
 
 
 def _list_names(folder: Folder) -> Iterator[tuple[str, os.stat_result]]:

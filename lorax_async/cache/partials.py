@@ -1,4 +1,4 @@
-"""Partial downloads of a disk cache: their files, adopting what was left, publication. Blocks.
+"""Partial downloads of a disk cache: their files, and adopting what was left. Blocks.
 
 A download holds a `flock` on a file in its folder, which the kernel drops when the process dies;
 then another download adopts the folder. Where there are no locks, each begins in a folder of its
@@ -12,10 +12,11 @@ import os
 import struct
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from threading import Lock
+from typing import NamedTuple
 
 from lorax_async.cache.base import (
     MAP_SUFFIX,
@@ -36,7 +37,7 @@ from lorax_async.cache.directory import (
 )
 from lorax_async.concurrency import SharedResource
 from lorax_async.errors import IntegrityError, InternalError
-from lorax_async.files import IOV_MAX, fill, hash_on
+from lorax_async.files import fill, hash_on
 from lorax_async.formats.digests import Digest, FileHash
 from lorax_async.formats.spans import ByteRange, SpanSet
 from lorax_async.formats.split_weights import FileRole
@@ -48,8 +49,15 @@ MAX_CHUNK_BYTES = 1 << 30
 SYNCED = bytes(16)
 """Stands for any boot in a map: the bytes are on the disk."""
 
+PATIENCE_SECONDS = 10.0
+"""A download that no byte was written to for this long is not waited for."""
+
+Reserve = Callable[[int], AbstractContextManager[None]]
+"""Make room for this many more bytes, to be allocated before the context is left."""
+
 _MAGIC = b"LRXCHNK2"
 _HEADER = struct.Struct("<8s16sQQ")
+_WRITING, _READING = "write a download", "read a download back"
 
 
 class ChunkMap:
@@ -118,41 +126,18 @@ def encoded_size(nbytes: int, chunk_bytes: int = CHUNK_BYTES) -> int:
     return _HEADER.size + -(-nbytes // (8 * chunk_bytes))
 
 
-PATIENCE_SECONDS = 10.0
-"""A download that no byte was written to for this long is not waited for."""
-
-Reserve = Callable[[int], AbstractContextManager[None]]
-"""Make room for this many more bytes, to be allocated before the context is left."""
-
-_WRITING = "write a download"
-
-
-class Descriptor:
-    """A file descriptor that closes once `close` was called and no thread uses it any more."""
-
-    def __init__(self, fd: int, name: str) -> None:
-        self._name = name
-        self._descriptor = SharedResource(name, os.close, opened=fd)
-
-    def held(self) -> AbstractContextManager[int]:
-        """Raise `FetchError` once it is closed."""
-        return self._descriptor.use()
-
-    def close(self) -> None:
-        """Close it now, or after the last use. Quick and idempotent."""
-        self._descriptor.close()
-
-    def __del__(self) -> None:
-        if not self._descriptor.closed:
-            warnings.warn(f"unclosed {self._name} of a disk cache", ResourceWarning, stacklevel=2)
-            self.close()
-
-
 class PartialFile:
-    """The `CacheFile` in the folder of a partial download, with its chunk map beside it.
+    """One file of a download, written by many threads, with its chunk map beside it.
 
     A chunk's bit is written right after its bytes: the map is true whenever this process is killed,
     and no byte waits for the disk.
+
+    Attributes
+    ----------
+    expected
+        The digest that judges it at the end, if one was promised.
+    resumed
+        Whether an interrupted download left bytes of it.
     """
 
     def __init__(
@@ -169,9 +154,10 @@ class PartialFile:
         self._hashing = Lock()
         self._here = SpanSet()
         self._hash = FileHash("transport" if expected is None else expected.kind, nbytes)
-        self._map_file: Descriptor | None = None
+        self._map_file: SharedResource[int] | None = None
         with translate_errors(_WRITING):
-            self._file = Descriptor(folder.file(self._name, os.O_RDWR | os.O_CREAT), self._name)
+            fd = folder.file(self._name, os.O_RDWR | os.O_CREAT)
+        self._file = SharedResource(self._name, os.close, opened=fd)
         try:
             self._map = self._resume() or self._begin(reserve)
         except BaseException:
@@ -181,35 +167,47 @@ class PartialFile:
             raise
 
     def missing(self) -> list[ByteRange]:
+        """Return the ranges not written yet, ascending. Quick."""
         with self._lock:
             return self._here.missing(0, self.nbytes)
 
-    def write(self, buffers: Sequence[memoryview], offset: int) -> None:
-        stop = offset + sum(buffer.nbytes for buffer in buffers)
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write all of `data`, after comparing it with the bytes of a partial download.
+
+        Raise `LeftoverError` if they differ, `IntegrityError` beyond the file's end,
+        `CapacityError` if the disk is full (or the file may not be so large, or its owner may have
+        no more), `FetchError` if it fails.
+        """
+        stop = offset + data.nbytes
         if stop == offset:
             return
         if stop > self.nbytes:
             raise IntegrityError(f"{self._name} goes on after its {self.nbytes:,} bytes")
-        with translate_errors(_WRITING), self._file.held() as fd:
+        with translate_errors(_WRITING), self._file.use() as fd:
             if self.resumed:
-                self._compare(fd, buffers, offset, stop)
-            _write_all(fd, buffers, offset)
+                self._compare(fd, data.cast("B"), offset)
+            _write_all(fd, data, offset)
             with self._lock:
                 changed = self._map.mark((offset, stop), self._here.add(offset, stop))
                 if changed is not None:
                     self._write_map(*changed)
 
     def hash_along(self) -> int:
+        """Continue hashing, up to the first missing byte; return how many bytes are hashed.
+
+        For one thread beside those that write; publication hashes the rest.
+        """
         with self._hashing:
             with self._lock:
                 stop = self._here.reach(self._hash.done)
-            with translate_errors("read a download back"), self._file.held() as fd:
+            with translate_errors(_READING), self._file.use() as fd:
                 hash_on(fd, self._hash, stop, self._name)
             return self._hash.done
 
     def reader(self) -> PartialReader:
-        with translate_errors("read a download back"), self._file.held() as fd:
-            return PartialReader(self, Descriptor(os.dup(fd), self._name))
+        """Return a reader of the bytes written. It stays good after publication."""
+        with translate_errors(_READING), self._file.use() as fd:
+            return PartialReader(self, os.dup(fd))
 
     def covers(self, start: int, stop: int) -> bool:
         with self._lock:
@@ -229,7 +227,7 @@ class PartialFile:
 
     def synced_record(self, digest: Digest) -> FileRecord:
         """Bring the bytes to the disk; the map is not needed any more. Raise `OSError`."""
-        with self._file.held() as fd:
+        with self._file.use() as fd:
             os.fsync(fd)
             return FileRecord(self.role, self.nbytes, os.fstat(fd).st_mtime_ns, digest)
 
@@ -238,11 +236,9 @@ class PartialFile:
         if not self._here.nbytes or self._map_file is None:
             self.remove()
             return False
-        with self._file.held() as fd:
+        with self._file.use() as fd:
             os.fsync(fd)
-        self._write_map(self._map.encoded(SYNCED), 0)
-        with self._map_file.held() as fd:
-            os.fsync(fd)
+        self._write_map(self._map.encoded(SYNCED), 0, sync=True)
         return True
 
     def remove(self) -> None:
@@ -256,7 +252,7 @@ class PartialFile:
 
     def _resume(self) -> ChunkMap | None:
         """Adopt the file of a partial download, if its size matches and its map is good."""
-        with translate_errors("resume a download"), self._file.held() as fd:
+        with translate_errors("resume a download"), self._file.use() as fd:
             chunk_map = None
             if os.fstat(fd).st_size == self.nbytes and self._folder.status(self._map_name):
                 content = self._folder.read(self._map_name, encoded_size(self.nbytes))
@@ -273,7 +269,7 @@ class PartialFile:
             return chunk_map
 
     def _begin(self, reserve: Reserve) -> ChunkMap:
-        with reserve(self.nbytes), self._file.held() as fd:
+        with reserve(self.nbytes), self._file.use() as fd:
             try:
                 if self.nbytes:
                     os.posix_fallocate(fd, 0, self.nbytes)
@@ -286,27 +282,26 @@ class PartialFile:
         return chunk_map
 
     def _open_map(self, chunk_map: ChunkMap, flags: int, *, sync: bool) -> None:
-        self._map_file = Descriptor(self._folder.file(self._map_name, flags), self._map_name)
-        self._write_map(chunk_map.encoded(_this_boot()), 0)
-        if sync:
-            with self._map_file.held() as fd:
+        fd = self._folder.file(self._map_name, flags)
+        self._map_file = SharedResource(self._map_name, os.close, opened=fd)
+        self._write_map(chunk_map.encoded(_this_boot()), 0, sync=sync)
+
+    def _write_map(self, content: bytes, offset: int, *, sync: bool = False) -> None:
+        assert self._map_file is not None
+        with self._map_file.use() as fd:
+            _write_all(fd, memoryview(content), offset)
+            if sync:
                 os.fsync(fd)
 
-    def _write_map(self, content: bytes, offset: int) -> None:
-        assert self._map_file is not None
-        with self._map_file.held() as fd:
-            _write_all(fd, [memoryview(content)], offset)
-
-    def _compare(self, fd: int, buffers: Sequence[memoryview], start: int, stop: int) -> None:
-        """Raise `LeftoverError` if other bytes of [start, stop) are here already."""
+    def _compare(self, fd: int, data: memoryview, offset: int) -> None:
+        """Raise `LeftoverError` if other bytes are here already."""
+        stop = offset + data.nbytes
         with self._lock:
-            gaps = self._here.missing(start, stop)
-        here = SpanSet(gaps).missing(start, stop)
-        content = memoryview(b"".join(buffers)) if here else memoryview(b"")
-        for first, last in here:
+            gaps = self._here.missing(offset, stop)
+        for first, last in SpanSet(gaps).missing(offset, stop):
             left = bytearray(last - first)
             same = fill(fd, [memoryview(left)], first)
-            if not same or left != content[first - start : last - start]:
+            if not same or left != data[first - offset : last - offset]:
                 raise LeftoverError(
                     f"what an interrupted download left of {self._name} is not what the source has"
                     " now; load it again"
@@ -314,23 +309,23 @@ class PartialFile:
 
 
 class PartialReader:
-    """The `Reader` of a `PartialFile`."""
+    """The `Reader` of a `PartialFile`; reading bytes that are not here raises `InternalError`."""
 
-    def __init__(self, file: PartialFile, descriptor: Descriptor) -> None:
+    def __init__(self, file: PartialFile, fd: int) -> None:
         self.nbytes = file.nbytes
         self._file = file
-        self._descriptor = descriptor
+        self._name = file.role.file_name
+        self._descriptor = SharedResource(self._name, os.close, opened=fd)
 
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
         stop = offset + sum(buffer.nbytes for buffer in buffers)
-        name = self._file.role.file_name
         if stop > self.nbytes:
-            raise IntegrityError(f"{name} ends before byte {stop:,}")
+            raise IntegrityError(f"{self._name} ends before byte {stop:,}")
         if not self._file.covers(offset, stop):
-            raise InternalError(f"bytes {offset:,} to {stop:,} of {name} were read too early")
-        with translate_errors("read a download back"), self._descriptor.held() as fd:
+            raise InternalError(f"bytes {offset:,} to {stop:,} of {self._name} were read too early")
+        with translate_errors(_READING), self._descriptor.use() as fd:
             if not fill(fd, buffers, offset):
-                raise IntegrityError(f"{name} was cut while it was downloaded; load it again")
+                raise IntegrityError(f"{self._name} was cut while it was downloaded; load it again")
 
     def read_rows(self, buffer: memoryview, offset: int, rows: int, pitch: int) -> None:
         content = buffer.cast("B")
@@ -341,61 +336,34 @@ class PartialReader:
     def close(self) -> None:
         self._descriptor.close()
 
+    def __del__(self) -> None:
+        if not self._descriptor.closed:
+            warnings.warn(f"unclosed reader of {self._name}", ResourceWarning, stacklevel=2)
+            self.close()
+
 
 def _this_boot() -> bytes:
     """Identify what runs the page cache: bytes that were not synced are lost with it."""
     return bytes.fromhex(Path("/proc/sys/kernel/random/boot_id").read_text().replace("-", ""))
 
 
-def _write_all(fd: int, buffers: Sequence[memoryview], offset: int) -> None:
-    """Write every buffer, one after the other, from `offset` on. Raise `OSError`."""
-    left = [buffer.cast("B") for buffer in buffers if buffer.nbytes]
-    first = 0
-    while first < len(left):
-        count = os.pwritev(fd, left[first : first + IOV_MAX], offset)
-        offset += count
-        while first < len(left) and count >= left[first].nbytes:
-            count -= left[first].nbytes
-            first += 1
-        if count:
-            left[first] = left[first][count:]
+def _write_all(fd: int, data: memoryview, offset: int) -> None:
+    left = data.cast("B")
+    while left:
+        count = os.pwritev(fd, [left], offset)
+        left, offset = left[count:], offset + count
 
 
-class Partial:
-    """The folder of a download of this process: open, and locked until it is closed."""
+class OpenPartial(NamedTuple):
+    """The folder of a download of this process, and the file whose lock says so."""
 
-    def __init__(self, directory: CacheDirectory, name: str) -> None:
-        self.name = name
-        self.parent = directory.partials
-        self._directory = directory
-        with ExitStack() as opened:
-            self.folder = opened.enter_context(self.parent.subfolder(name))
-            lock = self.folder.file(PARTIAL_LOCK, os.O_RDWR | os.O_CREAT)
-            opened.callback(os.close, lock)
-            if try_lock(lock) is False:  # another process has just adopted it
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
-            self._opened = opened.pop_all()
+    name: str
+    folder: Folder
+    lock: int
 
-    def leave(self) -> None:
-        """Close it: the next download adopts it. Raise `OSError`."""
-        with self.ending():
-            self.folder.sync()
-
-    def discard(self) -> None:
-        """Remove and close it. Raise `OSError`."""
-        with self.ending():
-            with self._directory.locked():
-                hidden = self._directory.hide(self.parent, self.name)
-            self._directory.remove_hidden(hidden)
-
-    @contextmanager
-    def ending(self) -> Iterator[None]:
-        """Close it when the context is left."""
-        try:
-            yield
-        finally:
-            self._directory.release(self.name)
-            self._opened.close()
+    def close(self) -> None:
+        os.close(self.lock)
+        self.folder.close()
 
 
 class Partials:
@@ -413,11 +381,12 @@ class Partials:
             name for name in self._parent.names() if is_partial_name(name) and name[:64] == entry
         ]
 
-    def claim(self, entry: str, *, alone: bool) -> Partial | int:
+    def claim(self, entry: str, *, alone: bool) -> OpenPartial | int:
         """Adopt what an interrupted download of the entry left, or begin a new one.
 
         While another one is under way, return its progress, a number that changes with each write;
-        begin beside it if `alone`. Of several that were left the newest is adopted; others go.
+        begin beside it if `alone`. Of several that were left the newest is adopted; others go. The
+        caller owns the folder, and releases its name.
         """
         left = sorted(self.of(entry), key=self.changed_ns, reverse=True)
         busy = [name for name in left if self.is_busy(name)]
@@ -461,16 +430,20 @@ class Partials:
             return 0
         return max((status.st_mtime_ns for status in statuses if status is not None), default=0)
 
-    def _open_folder(self, entry: str, left: str | None = None) -> Partial:
+    def _open_folder(self, entry: str, left: str | None = None) -> OpenPartial:
         """Make a folder, or take over the one that was `left`: only one process can rename it."""
         name = f"{entry}.{unique()}"
-        self._directory.hold(name)
-        try:
+        with ExitStack() as undone:
+            self._directory.hold(name)
+            undone.callback(self._directory.release, name)
             if left is None:
                 os.mkdir(name, 0o700, dir_fd=self._parent.fd)
             else:
                 os.rename(left, name, src_dir_fd=self._parent.fd, dst_dir_fd=self._parent.fd)
-            return Partial(self._directory, name)
-        except BaseException:
-            self._directory.release(name)
-            raise
+            folder = undone.enter_context(self._parent.subfolder(name))
+            lock = folder.file(PARTIAL_LOCK, os.O_RDWR | os.O_CREAT)
+            undone.callback(os.close, lock)
+            if try_lock(lock) is False:  # another process has just adopted it
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+            undone.pop_all()
+            return OpenPartial(name, folder, lock)

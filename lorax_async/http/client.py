@@ -382,36 +382,28 @@ class RequestSpan:
         self.recorder.add("connections", self.connection, name, self.start, now(), self.args)
 
 
+@dataclass(slots=True)
 class Response:
     """A head, and a body to be read. Call `release` in the end."""
 
-    def __init__(
-        self,
-        client: HttpClient,
-        connection: Connection,
-        head: ResponseHead,
-        location: ResolvedLocation,
-        attempt: Attempt,
-        request_span: RequestSpan | None,
-    ) -> None:
-        self.head = head
-        self.location = location
-        self.request_span = request_span
-        self._client = client
-        self._connection = connection
-        self._attempt = attempt
-        self._released = False
+    client: HttpClient
+    connection: Connection
+    head: ResponseHead
+    location: ResolvedLocation
+    attempt: Attempt
+    request_span: RequestSpan | None
+    released: bool = False
 
     @property
     def rate(self) -> float | None:
         """Bytes per second of waiting for them; None before it is significant."""
-        nbytes, rate = self._connection.measured()
+        nbytes, rate = self.connection.measured()
         return rate if nbytes >= _MEASURED_BYTES else None
 
     @property
     def reconnect_seconds(self) -> float:
         """How long another connection would take to bring something, or a bit more."""
-        return _CONNECT_SECONDS + 2 * self._client.links.link(self.location.url.origin).delay
+        return _CONNECT_SECONDS + 2 * self.client.links.link(self.location.url.origin).delay
 
     def fill(self, view: memoryview) -> int:
         """Read until the view is full or the body ends; return the number of bytes.
@@ -419,7 +411,7 @@ class Response:
         Raises `RetryableError`, `FetchError`, and `AbortedError`.
         """
         try:
-            count = self._connection.fill(view)
+            count = self.connection.fill(view)
         except OSError as error:
             raise io_error(error, str(self.location.url)) from error
         if self.request_span is not None:
@@ -428,37 +420,30 @@ class Response:
 
     def release(self) -> None:
         """Keep the connection if it may carry another request, else close it. Idempotent."""
-        self._attempt.release()
-        if self._released:
+        self.attempt.release()
+        if self.released:
             return
-        self._released = True
-        connection = self._connection
+        self.released = True
+        connection = self.connection
         if self.request_span is not None:
             self.request_span.end("whole" if connection.body_ended else "left")
         if self.rate is not None:
-            self._client.links.record(self.location.url.origin, "rate", self.rate)
+            self.client.links.record(self.location.url.origin, "rate", self.rate)
         if connection.is_reusable:
-            self._client.pool.put(connection)
+            self.client.pool.put(connection)
         else:
             connection.close()
 
 
+@dataclass(frozen=True, slots=True)
 class HttpClient:
     """Sends requests. Used from many threads."""
 
-    def __init__(
-        self,
-        settings: HttpSettings,
-        pool: ConnectionPool,
-        links: LinkStatistics,
-        clock: Callable[[], float],
-        tracer: Tracer,
-    ) -> None:
-        self._settings = settings
-        self.pool = pool
-        self.links = links
-        self._clock = clock
-        self._tracer = tracer
+    settings: HttpSettings
+    pool: ConnectionPool
+    links: LinkStatistics
+    clock: Callable[[], float]
+    tracer: Tracer
 
     def get(
         self,
@@ -504,9 +489,9 @@ class HttpClient:
 
     def _next_location(self, target: Target, response: Response) -> ResolvedLocation:
         before = response.location
-        if before.hop >= self._settings.redirects:
+        if before.hop >= self.settings.redirects:
             raise FetchError(
-                f"{target.name}: more than {self._settings.redirects} redirects, the last one from"
+                f"{target.name}: more than {self.settings.redirects} redirects, the last one from"
                 f" {before.url}",
                 retryable=False,
             )
@@ -527,14 +512,14 @@ class HttpClient:
         attempt: Attempt,
         span: ByteRange | None,
     ) -> Response:
-        url, proxy, recorder = location.url, connection.proxy, self._tracer.on
+        url, proxy, recorder = location.url, connection.proxy, self.tracer.on
         lines = [f"GET {url.text if proxy else url.target} HTTP/1.1", *fields]
         if proxy is not None and proxy.authorization:
             lines.append(f"Proxy-Authorization: {proxy.authorization}")
         traced = None
         if recorder is not None:
             traced = RequestSpan(recorder, connection.number, span, {"hop": location.hop})
-        begun = self._clock()
+        begun = self.clock()
         try:
             connection.send(lines)
             head = connection.receive_head()
@@ -543,7 +528,7 @@ class HttpClient:
                 traced.end("failed")
             connection.close()
             raise
-        self.links.record(url.origin, "delay", self._clock() - begun)
+        self.links.record(url.origin, "delay", self.clock() - begun)
         if traced is not None:
             traced.recorder.add("connections", connection.number, "wait", traced.start, now())
             traced.args["status"] = head.status
@@ -559,7 +544,7 @@ class HttpClient:
         """Build the fields anew for every hop."""
         fields = {
             "Host": location.url.origin.authority,
-            "User-Agent": self._settings.user_agent,
+            "User-Agent": self.settings.user_agent,
             "Accept": "*/*",
             # A coded body has other offsets, and might be a bomb.
             "Accept-Encoding": "identity",

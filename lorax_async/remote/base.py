@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Any, Protocol, TypeVar
 
-from lorax_async.cache.base import CacheDownload, CacheEntry, CacheKey
+from lorax_async.cache.base import CacheEntry, CacheKey
+from lorax_async.cache.disk_cache import DiskDownload
 from lorax_async.concurrency import FetchControl, wait_for_end
 from lorax_async.errors import AdapterNotFoundError, FetchError, IntegrityError
 from lorax_async.formats.digests import Digest
@@ -167,13 +168,13 @@ class Backend(Protocol[P_contra]):
 
 
 class VersionCache(Protocol):
-    """What of a `Cache` remote adapters need; see there."""
+    """What of a `DiskCache` remote adapters need; see there."""
 
     def open(self, key: CacheKey, *, check: bool = False) -> CacheEntry | None: ...
 
     def try_begin(
         self, key: CacheKey, scope: str, *, alone: bool = False
-    ) -> CacheEntry | CacheDownload | int: ...
+    ) -> CacheEntry | DiskDownload | int: ...
 
     def note_version(self, question: str, source: str, version: str) -> None: ...
 

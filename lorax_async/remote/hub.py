@@ -23,7 +23,8 @@ from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, TypeVar
 
-from lorax_async.cache.base import Cache, CacheDownload, CacheEntry, CacheKey, FileRecord, record_of
+from lorax_async.cache.base import CacheEntry, CacheKey, FileRecord, record_of
+from lorax_async.cache.disk_cache import DiskCache, DiskDownload
 from lorax_async.errors import (
     AccessDeniedError,
     AdapterError,
@@ -719,7 +720,7 @@ class TieredCache:
     Downloads go to our own, which `own` returns, and whose maker closes it.
     """
 
-    def __init__(self, hub: StandardHubCache | None, own: Callable[[], Cache]) -> None:
+    def __init__(self, hub: StandardHubCache | None, own: Callable[[], DiskCache]) -> None:
         self._hub = hub
         self._own = own
 
@@ -729,7 +730,7 @@ class TieredCache:
 
     def try_begin(
         self, key: CacheKey, scope: str, *, alone: bool = False
-    ) -> CacheEntry | CacheDownload | int:
+    ) -> CacheEntry | DiskDownload | int:
         entry = None if self._hub is None else self._hub.open(key)
         return self._own().try_begin(key, scope, alone=alone) if entry is None else entry
 

@@ -14,8 +14,10 @@ from functools import partial
 from math import inf
 from typing import Any
 
-from lorax_async.cache.base import CacheDownload, CacheEntry, CacheFile, CacheKey, LeftoverError
+from lorax_async.cache.base import CacheEntry, CacheKey, LeftoverError
 from lorax_async.cache.directory import CrowdedError
+from lorax_async.cache.disk_cache import DiskDownload
+from lorax_async.cache.partials import PartialFile
 from lorax_async.concurrency import FetchControl, WorkerThreads, outcome
 from lorax_async.config import Checking, Limits
 from lorax_async.errors import (
@@ -337,7 +339,7 @@ class AdapterOpener:
         except LeftoverError:
             pass  # it was discarded
         except AdapterFormatError:
-            if isinstance(stored, CacheDownload) or not await self._is_outdated(key, control):
+            if isinstance(stored, DiskDownload) or not await self._is_outdated(key, control):
                 raise
         return await self._open(key, await self._find(key, control), control)
 
@@ -345,7 +347,7 @@ class AdapterOpener:
         """Fetch config and headers from the source, without the cache."""
         return await self._fetch_metadata(await self._locate(key, control), control)
 
-    async def _find(self, key: RemoteKey, control: FetchControl) -> CacheEntry | CacheDownload:
+    async def _find(self, key: RemoteKey, control: FetchControl) -> CacheEntry | DiskDownload:
         """Return the entry, or a new download. Wait while another process downloads it."""
         last = self._resolver.last(key)
         if last is None or last.located is None:  # the source was not asked this time
@@ -372,7 +374,7 @@ class AdapterOpener:
 
     def _attempt(
         self, key: RemoteKey, scope: str, *, alone: bool
-    ) -> CacheEntry | CacheDownload | int:
+    ) -> CacheEntry | DiskDownload | int:
         """Call `Cache.try_begin`, and grant an entry to `scope`. Blocks."""
         cache = self._resolver.cache
         result = cache.try_begin(cache_key(key), scope, alone=alone)
@@ -408,7 +410,7 @@ class AdapterOpener:
         return self._resolver.cache.open(cache_key(key), check=check)
 
     async def _open(
-        self, key: RemoteKey, stored: CacheEntry | CacheDownload, control: FetchControl
+        self, key: RemoteKey, stored: CacheEntry | DiskDownload, control: FetchControl
     ) -> AdapterFile:
         if isinstance(stored, CacheEntry):
             return await self._open_entry(key, stored, control)
@@ -443,7 +445,7 @@ class AdapterOpener:
         return replace(file, refuse=refuse)
 
     async def _begin_fetch(
-        self, key: RemoteKey, download: CacheDownload, control: FetchControl
+        self, key: RemoteKey, download: DiskDownload, control: FetchControl
     ) -> AdapterFile:
         located = await self._locate(key, control)
         metadata = await self._fetch_metadata(located, control)
@@ -617,11 +619,11 @@ class AdapterOpener:
 
     async def _add_files(
         self,
-        download: CacheDownload,
+        download: DiskDownload,
         metadata: AdapterMetadata,
         digest: str | None,
         control: FetchControl,
-    ) -> list[CacheFile]:
+    ) -> list[PartialFile]:
         """Add all files to the download, with the bytes received so far; return the weights'.
 
         The source's digests judge them, or else the caller's: that of the weights in one file.
@@ -642,8 +644,8 @@ class AdapterOpener:
         return files
 
     async def _wait_for_room(
-        self, add: Callable[[], CacheFile], control: FetchControl
-    ) -> CacheFile:
+        self, add: Callable[[], PartialFile], control: FetchControl
+    ) -> PartialFile:
         """Retry `add` while the cache is full of entries and downloads in use."""
         while not control.cancelled:
             try:
@@ -668,8 +670,8 @@ def _whole(file: RemoteFile, answer: ProbeResult) -> bytes:
 
 
 def _add_file(
-    download: CacheDownload, role: FileRole, start: bytes, nbytes: int, expected: Digest | None
-) -> CacheFile:
+    download: DiskDownload, role: FileRole, start: bytes, nbytes: int, expected: Digest | None
+) -> PartialFile:
     """Add a file to the download, and write its first bytes. Blocks.
 
     Raise `LeftoverError` if a partial download has other first bytes. On an error the caller still
@@ -677,7 +679,7 @@ def _add_file(
     """
     file = download.file(role, nbytes, expected)
     if start:
-        file.write([memoryview(start)[:nbytes]], 0)
+        file.write(0, memoryview(start)[:nbytes])
     return file
 
 
@@ -709,7 +711,7 @@ def cache_key(key: RemoteKey) -> CacheKey:
 
 def close_unused(result: object) -> None:
     """Close an entry or a download whose caller was cancelled."""
-    if isinstance(result, CacheEntry | CacheDownload):
+    if isinstance(result, CacheEntry | DiskDownload):
         result.close()
 
 

@@ -8,14 +8,9 @@ from concurrent.futures import Future
 from functools import partial
 from threading import Lock
 
-from lorax_async.cache.base import (
-    CacheDownload,
-    CacheEntry,
-    CacheFile,
-    CacheKey,
-    EntryRecord,
-    FileRecord,
-)
+from lorax_async.cache.base import CacheEntry, CacheKey, EntryRecord, FileRecord
+from lorax_async.cache.disk_cache import DiskDownload
+from lorax_async.cache.partials import PartialFile
 from lorax_async.concurrency import FetchControl, WorkerThreads, close_all, outcome
 from lorax_async.config import Limits
 from lorax_async.errors import (
@@ -51,16 +46,6 @@ COMPARED_BYTES = 4 << 10
 """Bytes at the end of each span of a partial download that are fetched again and compared."""
 
 
-class CacheSink:
-    """Writes a file of a download. Called by the engine's threads."""
-
-    def __init__(self, file: CacheFile) -> None:
-        self._file = file
-
-    def write(self, offset: int, data: memoryview) -> None:
-        self._file.write([data], offset)
-
-
 class FetchReader:
     """The `Reader` of a download whose config and headers are here; publication gives it an entry.
 
@@ -83,8 +68,8 @@ class FetchReader:
         key: RemoteKey,
         engine: RangeEngine,
         workers: WorkerThreads,
-        download: CacheDownload,
-        files: Sequence[CacheFile],
+        download: DiskDownload,
+        files: Sequence[PartialFile],
         metadata: AdapterMetadata,
         *,
         resumable: bool,
@@ -203,7 +188,7 @@ class FetchReader:
             job = self._engine.download(
                 part.answer,
                 ranges,
-                CacheSink(file),
+                file,
                 partial(on_progress, number),
                 first=1 + next((n for n, spans in enumerate(ranges) if spans), 0),
                 have=_trusted_ranges(file, part.nbytes),
@@ -230,7 +215,7 @@ class FetchReader:
             self._download.close()
 
 
-def _trusted_ranges(file: CacheFile, nbytes: int) -> list[ByteRange]:
+def _trusted_ranges(file: PartialFile, nbytes: int) -> list[ByteRange]:
     """Return the ranges that need not be fetched again.
 
     Without a digest to check a partial download, fetch the end of each of its spans again: the

@@ -18,7 +18,8 @@ from weakref import WeakSet
 
 import torch
 
-from lorax_async.cache.base import Cache, CacheDownload, CacheEntry, CacheKey
+from lorax_async.cache.base import CacheEntry, CacheKey
+from lorax_async.cache.disk_cache import DiskCache, DiskDownload
 from lorax_async.concurrency import FetchControl, SharedResource, outcome
 from lorax_async.devices.staging import StagingBuffer
 from lorax_async.errors import CapacityError, FetchError, IntegrityError, LoraxError
@@ -197,7 +198,7 @@ class HostCopies:
     on the loop; reservations may end in any thread.
     """
 
-    def __init__(self, nbytes: int, cache: Callable[[], Cache] | None = None) -> None:
+    def __init__(self, nbytes: int, cache: Callable[[], DiskCache] | None = None) -> None:
         self.nbytes = nbytes
         self.used = 0
         self.spills = 0
@@ -379,7 +380,7 @@ class HostCopies:
                 _logger.exception("a spill file could not be removed from the disk cache")
 
 
-def _write_spill_file(cache: Cache, copy: HostCopy, control: FetchControl) -> SpillFile:
+def _write_spill_file(cache: DiskCache, copy: HostCopy, control: FetchControl) -> SpillFile:
     """Publish a copy as a new entry of the cache. Leave nothing on an error.
 
     No other loader has its key, so there is no download to join or resume. A killed process leaves
@@ -388,8 +389,8 @@ def _write_spill_file(cache: Cache, copy: HostCopy, control: FetchControl) -> Sp
     key = CacheKey(SOURCE, f"{copy.key}-{secrets.token_hex(8)}")
     with copy.held() as content:  # its room stays taken while it is written, even if it is dropped
         assert isinstance(content, torch.Tensor)
-        download = cache.begin(key, SOURCE, control)
-        assert isinstance(download, CacheDownload)
+        download = cache.try_begin(key, SOURCE)
+        assert isinstance(download, DiskDownload)
         try:
             for role, data in (
                 (CONFIG_FILE, memoryview(copy.config)),
@@ -401,7 +402,7 @@ def _write_spill_file(cache: Cache, copy: HostCopy, control: FetchControl) -> Sp
                 for start in range(0, data.nbytes, PIECE_BYTES):
                     if control.cancelled:
                         raise FetchError("the spill is not needed any more")
-                    file.write([data[start : start + PIECE_BYTES]], start)
+                    file.write(start, data[start : start + PIECE_BYTES])
             entry = download.publish()
         except BaseException:
             download.discard()

@@ -20,7 +20,7 @@ from disk_cache_world import (
     CONFIG,
     KEY,
     NBYTES,
-    SCOPE,
+    begin,
     begun,
     below,
     content_of,
@@ -37,7 +37,6 @@ from disk_cache_world import (
 
 from lorax_async.cache.disk_cache import DiskDownload, gc, verify
 from lorax_async.cache.entries import DiskEntry
-from lorax_async.concurrency import FetchControl
 from lorax_async.errors import CapacityError
 from lorax_async.formats.spans import SpanSet
 from lorax_async.formats.split_weights import CONFIG_FILE, WEIGHTS_FILE
@@ -69,7 +68,7 @@ def fork(main: Callable[..., None], *given: Any) -> tuple[int | None, list[Any]]
 def fetch(folder: Path, tell: Tell) -> None:
     """Have the adapter, and tell each span that was missing."""
     with opened(folder) as world:
-        found = world.cache.begin(KEY, SCOPE, FetchControl())
+        found = begin(world.cache, KEY)
         if isinstance(found, DiskDownload):
             config = found.file(CONFIG_FILE, len(CONFIG))
             file = found.file(WEIGHTS_FILE, NBYTES, sha256(CONTENT))
@@ -162,7 +161,7 @@ def contend(folder: Path, seed: int, _: Tell) -> None:
         for number in draw.choices(range(4), k=20):
             content = weights(number, 400_000)
             with suppress(CapacityError), ExitStack() as closes:
-                found = world.cache.begin(key(number), SCOPE, FetchControl())
+                found = begin(world.cache, key(number))
                 closes.callback(found.close)
                 if isinstance(found, DiskDownload):
                     file = found.file(WEIGHTS_FILE, len(content), sha256(content))

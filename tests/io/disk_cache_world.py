@@ -7,14 +7,17 @@ import stat
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from time import monotonic, sleep
 
 from source_inputs import read
 
 from common import open_files
-from lorax_async.cache.base import Cache, CacheDownload, CacheEntry, CacheFile, CacheKey
-from lorax_async.cache.disk_cache import DiskCache
-from lorax_async.cache.partials import CHUNK_BYTES
+from lorax_async.cache.base import CacheEntry, CacheKey
+from lorax_async.cache.disk_cache import DiskCache, DiskDownload
+from lorax_async.cache.entries import DiskEntry
+from lorax_async.cache.partials import CHUNK_BYTES, PartialFile
 from lorax_async.concurrency import FetchControl
+from lorax_async.errors import FetchError
 from lorax_async.formats.digests import Digest
 from lorax_async.formats.spans import ByteRange
 from lorax_async.formats.split_weights import CONFIG_FILE, WEIGHTS_FILE, FileRole
@@ -61,24 +64,44 @@ def sha256(content: bytes) -> Digest:
     return Digest("sha256", hashlib.sha256(content).hexdigest())
 
 
-def put(file: CacheFile, content: bytes, spans: Iterable[ByteRange]) -> None:
+def put(file: PartialFile, content: bytes, spans: Iterable[ByteRange]) -> None:
     for start, stop in spans:
-        file.write([memoryview(content)[start:stop]], start)
+        file.write(start, memoryview(content)[start:stop])
 
 
-def begun(cache: Cache, of: CacheKey = KEY, scope: str = SCOPE) -> CacheDownload:
-    found = cache.begin(of, scope, FetchControl())
-    assert not hasattr(found, "record"), "there is an entry already"
+def begin(
+    cache: DiskCache,
+    of: CacheKey,
+    scope: str = SCOPE,
+    control: FetchControl | None = None,
+    patience: float = 10.0,
+) -> DiskEntry | DiskDownload:
+    """Wait, as a fetch does, for another download while it makes progress."""
+    progress, since, alone = -1, monotonic(), False
+    while control is None or not control.cancelled:
+        found = cache.try_begin(of, scope, alone=alone)
+        if not isinstance(found, int):
+            return found
+        if found != progress:
+            progress, since = found, monotonic()
+        alone = monotonic() - since > patience
+        sleep(0.02)
+    raise FetchError("cancelled")
+
+
+def begun(cache: DiskCache, of: CacheKey = KEY, scope: str = SCOPE) -> DiskDownload:
+    found = begin(cache, of, scope)
+    assert isinstance(found, DiskDownload), "there is an entry already"
     return found
 
 
-def left(cache: Cache, of: CacheKey, content: bytes, spans: Iterable[ByteRange]) -> None:
+def left(cache: DiskCache, of: CacheKey, content: bytes, spans: Iterable[ByteRange]) -> None:
     """Interrupt a download of the weights after these spans."""
     with closing(begun(cache, of)) as download:
         put(download.file(WEIGHTS_FILE, len(content)), content, spans)
 
 
-def stored(cache: Cache, of: CacheKey, content: bytes) -> CacheEntry:
+def stored(cache: DiskCache, of: CacheKey, content: bytes) -> CacheEntry:
     """Download it as a whole."""
     with closing(begun(cache, of)) as download:
         for role, each in ((CONFIG_FILE, CONFIG), (WEIGHTS_FILE, content)):
@@ -87,7 +110,7 @@ def stored(cache: Cache, of: CacheKey, content: bytes) -> CacheEntry:
         return download.publish()
 
 
-def keep(cache: Cache, of: CacheKey, content: bytes) -> None:
+def keep(cache: DiskCache, of: CacheKey, content: bytes) -> None:
     stored(cache, of, content).close()
 
 
@@ -96,7 +119,7 @@ def content_of(entry: CacheEntry, role: FileRole = WEIGHTS_FILE) -> bytes:
         return read(reader, 0, reader.nbytes)
 
 
-def read_back(cache: Cache, of: CacheKey = KEY, *, check: bool = False) -> bytes | None:
+def read_back(cache: DiskCache, of: CacheKey = KEY, *, check: bool = False) -> bytes | None:
     """Return the weights of an entry; None if there is none."""
     entry = cache.open(of, check=check)
     if entry is None:
@@ -105,7 +128,7 @@ def read_back(cache: Cache, of: CacheKey = KEY, *, check: bool = False) -> bytes
         return content_of(entry)
 
 
-def is_there(cache: Cache, of: CacheKey) -> bool:
+def is_there(cache: DiskCache, of: CacheKey) -> bool:
     entry = cache.open(of)
     if entry is not None:
         entry.close()

@@ -25,6 +25,7 @@ from disk_cache_world import (
     NBYTES,
     SCOPE,
     DiskWorld,
+    begin,
     begun,
     below,
     content_of,
@@ -44,7 +45,7 @@ from disk_cache_world import (
 from source_inputs import read, read_rows, rows_of
 
 from lorax_async.cache import disk_cache
-from lorax_async.cache.base import Cache, CacheKey, LeftoverError
+from lorax_async.cache.base import CacheKey, LeftoverError
 from lorax_async.cache.disk_cache import DiskCache, DiskDownload, Freed
 from lorax_async.cache.entries import MAX_SCOPES
 from lorax_async.cache.partials import CHUNK_BYTES
@@ -99,8 +100,8 @@ class TestContents:
         put(file, CONTENT, [(CHUNK_BYTES, NBYTES - 7)])
         assert file.missing() == [(0, CHUNK_BYTES), (NBYTES - 7, NBYTES)]
         put(file, CONTENT, file.missing()[::-1])
-        pieces = [memoryview(CONFIG)[at : at + 3] for at in range(0, len(CONFIG), 3)]
-        config.write([memoryview(b""), *pieces], 0)
+        config.write(0, memoryview(b""))
+        put(config, CONFIG, config.missing())
         assert world.cache.open(KEY) is None
         published = download.publish()
         opened = world.cache.open(KEY)
@@ -142,7 +143,7 @@ class TestContents:
         put(file, bytes(10), [(9, 10)])
         for start in (10, 9):
             with pytest.raises(IntegrityError, match="after its 10 bytes"):
-                file.write([memoryview(b"ab")], start)
+                file.write(start, memoryview(b"ab"))
         download.publish().close()
         for late in (download.publish, lambda: download.file(CONFIG_FILE, 1)):
             with pytest.raises(InternalError, match="ended"):
@@ -287,8 +288,7 @@ class TestSharing:
     def test_others_wait_and_have_what_was_published(self, world: DiskWorld) -> None:
         download = begun(world.cache)
         with ThreadPoolExecutor(3) as threads:
-            asked = (KEY, "other", FetchControl())
-            others = [threads.submit(world.cache.begin, *asked) for _ in range(3)]
+            others = [threads.submit(begin, world.cache, KEY, "other") for _ in range(3)]
             put(download.file(WEIGHTS_FILE, 10), bytes(10), [(0, 10)])
             assert not wait(others, timeout=0.05).done
             download.publish().close()
@@ -303,7 +303,7 @@ class TestSharing:
         put(download.file(WEIGHTS_FILE, 10), bytes(10), [(0, 10)])
         keep(world.cache, key(1), b"abc")
         with ThreadPoolExecutor(2) as threads:
-            cancelled = threads.submit(world.cache.begin, KEY, SCOPE, control)
+            cancelled = threads.submit(begin, world.cache, KEY, SCOPE, control)
             other = threads.submit(begun, world.cache)
             with pytest.raises(TimeoutError):
                 cancelled.result(0.03)
@@ -535,7 +535,7 @@ def test_cleaning_up_removes_what_serves_nobody(world: DiskWorld) -> None:
     assert not former.exists()
 
 
-def resumed_and_published(cache: Cache) -> None:
+def resumed_and_published(cache: DiskCache) -> None:
     """Leave a download, go on with it, publish, open, check, and remove it."""
     with closing(begun(cache)) as download:
         put(download.file(WEIGHTS_FILE, NBYTES, sha256(CONTENT)), CONTENT, [(5, 400_000)])
@@ -826,14 +826,16 @@ def test_what_is_replaced_just_before_one_leases_it_stays(two: Two) -> None:
     assert is_there(one.cache, KEY)
 
 
-def test_a_process_that_hangs_is_not_waited_for(two: Two, monkeypatch: Patch) -> None:
+def test_a_process_that_hangs_is_not_waited_for(two: Two) -> None:
     """The one that hangs finds, when it is back, that the other was faster."""
-    monkeypatch.setattr(disk_cache, "PATIENCE_SECONDS", 0.1)
     one, other = two
     hanging = begun(one.cache)
     file = hanging.file(WEIGHTS_FILE, 1_000)
     put(file, CONTENT, [(0, 10)])
-    entry = stored(other.cache, KEY, CONTENT[:1_000])
+    alone = begin(other.cache, KEY, patience=0.1)
+    assert isinstance(alone, DiskDownload)
+    put(alone.file(WEIGHTS_FILE, 1_000), CONTENT, [(0, 1_000)])
+    entry = alone.publish()
     put(file, CONTENT, [(10, 1_000)])
     theirs = hanging.publish()
     assert theirs.record.files[-1].digest == entry.record.files[-1].digest
@@ -928,7 +930,7 @@ def test_anything_at_any_time(tmp_path: Path, monkeypatch: Patch, locks: bool) -
     most = budget if locks else budget + 5 * max(map(len, contents))
 
     def fetch(cache: DiskCache, number: int, gives_up: bool) -> bool:
-        content, found = contents[number], cache.begin(key(number), SCOPE, FetchControl())
+        content, found = contents[number], begin(cache, key(number))
         with closing(found):
             if isinstance(found, DiskDownload):
                 file = found.file(WEIGHTS_FILE, len(content), sha256(content))

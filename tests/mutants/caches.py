@@ -1,14 +1,12 @@
 """The disk cache: what is on the disk before what, and what excludes whom."""
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 from lorax_async.cache import directory, entries, partials
 from lorax_async.cache.directory import CacheDirectory, Folder
 from lorax_async.cache.entries import DiskBudget
-from lorax_async.cache.partials import ChunkMap, Partial, PartialFile, Partials
+from lorax_async.cache.partials import ChunkMap, OpenPartial, PartialFile, Partials
 from mutants.mutation import Mutants, mutant, nothing, seen_by, skipped, without_context
 
 DISK = "io/test_disk_cache.py"
@@ -30,21 +28,15 @@ def _unchecked(self: PartialFile) -> Any:
     return _checked_digest(self)
 
 
-def _mapped_before_written(self: PartialFile, buffers: Sequence[memoryview], offset: int) -> None:
-    self._here.add(offset, offset + sum(buffer.nbytes for buffer in buffers))
-    _write(self, buffers, offset)
+def _mapped_before_written(self: PartialFile, offset: int, data: memoryview) -> None:
+    self._here.add(offset, offset + data.nbytes)
+    _write(self, offset, data)
 
 
 def _cut_before_the_map_goes(self: PartialFile) -> Any:
-    with self._file.held() as fd:
+    with self._file.use() as fd:
         os.ftruncate(fd, 0)
     return _resume(self)
-
-
-@contextmanager
-def _left_locked(self: Partial) -> Iterator[None]:
-    yield
-    self._directory.release(self.name)
 
 
 CACHES: Mutants = {
@@ -91,7 +83,7 @@ CACHES: Mutants = {
     "cache: what is published or opened is held": mutant(
         HELD, (entries, "try_lock", lambda fd, *, shared=False: shared or _try_lock(fd))),
     "cache: a download that ends is unlocked": mutant(
-        WAITED_FOR, (Partial, "ending", _left_locked)),
+        WAITED_FOR, skipped(OpenPartial, "close")),
     "cache: a download of another process is waited for": mutant(
         WAITED_FOR, (Partials, "claim", lambda self, entry, **_: _claim(self, entry, alone=True))),
 }  # fmt: skip

@@ -18,8 +18,8 @@ from web_folder import CONFIG, INDEX, shard
 from web_folder import WEIGHTS as NAME
 
 from adapters import hub_cache as by_hand
-from lorax_async.cache.base import CacheDownload, CacheEntry, CacheKey
-from lorax_async.cache.disk_cache import DiskCache
+from lorax_async.cache.base import CacheEntry, CacheKey
+from lorax_async.cache.disk_cache import DiskCache, DiskDownload
 from lorax_async.errors import FetchError, IntegrityError, InternalError
 from lorax_async.formats.digests import Digest
 from lorax_async.formats.split_weights import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, FileRole
@@ -349,7 +349,7 @@ def test_what_is_removed_or_replaced_while_it_is_used(tmp_path: Path, replaced: 
 
 def stored(cache: TieredCache, key: CacheKey) -> CacheEntry:
     download = cache.try_begin(key, "")
-    assert isinstance(download, CacheDownload), "there is an entry already"
+    assert isinstance(download, DiskDownload), "there is an entry already"
     try:
         for name, content in ADAPTER.items():
             file = download.file(ROLES[name], len(content), digest_of(name, content))
