@@ -24,7 +24,7 @@ from lorax_async.handle import AdapterHandle
 from lorax_async.planning.batch_plan import BASE_ONLY, plan_rows
 from lorax_async.planning.layout import Module
 from lorax_async.runtime.leases import AdapterVectors
-from lorax_async.tracing.recorder import LayerTimes, OpenSpan, Recorder, Tracer
+from lorax_async.tracing.recorder import LayerTimes, Record, Recorder, Tracer
 from lorax_kernels import Operands, Plan, Tables, Thresholds, apply
 
 T = TypeVar("T")
@@ -282,7 +282,7 @@ class ModelBatch:
         self._lock = Lock()
         self._running = 1  # the block itself
         self._ended = False
-        self._recorded: tuple[Recorder, OpenSpan, LayerTimes] | None = None
+        self._recorded: tuple[Recorder, Record, LayerTimes] | None = None
 
     def begin(self) -> None:
         """Use the adapters; raise as `AdapterHandle.use` and use none.

@@ -379,7 +379,7 @@ class Driver:
         life = self.lifecycle.states.get(key)
         grant = life.grant if life is not None else None
         if grant is not None:
-            self._occupancy_times.record_failure(grant.slot.index, error)
+            self._occupancy_times.record_leaving(grant.slot.index, type(error).__name__)
         self._publish(Failed, key, slot=grant.slot if grant else None, error=error)
 
     def _located(self, key: AdapterKey, error: LoraxError) -> LoraxError:

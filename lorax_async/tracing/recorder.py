@@ -16,8 +16,9 @@ import re
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from itertools import count
-from threading import Lock, current_thread, get_ident
+from threading import current_thread, get_ident
 from time import perf_counter_ns
 from typing import Literal, NamedTuple
 
@@ -50,17 +51,13 @@ def last_part(text: str) -> str:
     _, elsewhere, rest = plain.partition("://")
     if elsewhere:
         plain = rest.partition("/")[2]  # drops the host or bucket
-    return _plain(plain.rstrip("/").rpartition("/")[2].rpartition("\\")[2])
-
-
-def _plain(name: str) -> str:
+    name = plain.rstrip("/").rpartition("/")[2].rpartition("\\")[2]
     return _UNSAFE.sub("_", name)[:MAX_NAME_LENGTH] or "adapter"
 
 
 now = perf_counter_ns
 
 Row = Literal["requests", "files", "connections", "staging", "copies", "layers", "compute"]
-Args = dict[str, object]
 
 IMAGE = "image"
 """The staging lane of page-locked images, which are not buffers of the ring."""
@@ -70,7 +67,7 @@ STREAM = "stream"
 
 
 class Record(NamedTuple):
-    """One span; `start` and `stop` are nanoseconds of `now`."""
+    """One span; `start` and `stop` are nanoseconds of `now`. `stop` is 0 while it is open."""
 
     row: Row
     lane: Hashable
@@ -78,57 +75,6 @@ class Record(NamedTuple):
     start: int
     stop: int
     args: Mapping[str, object] | None
-
-
-class OpenSpan:
-    """A span that has not ended. Any thread may end it."""
-
-    __slots__ = ("args", "lane", "name", "row", "start")
-
-    def __init__(self, row: Row, lane: Hashable, name: str, args: Args) -> None:
-        self.row: Row = row
-        self.lane = lane
-        self.name = name
-        self.args = args
-        self.start = now()
-
-    def until(self, stop: int, **more: object) -> Record:
-        """Return the span as a record that ends at `stop`, with `more` args."""
-        return Record(self.row, self.lane, self.name, self.start, stop, {**self.args, **more})
-
-
-class TracedOccupancy:
-    """An adapter's occupancy of a slot, with a unique number.
-
-    `span` is its current state. The first `ready` layers are recorded, the last one up to `at`.
-    """
-
-    __slots__ = ("at", "name", "number", "ready", "span")
-
-    def __init__(self, number: int, name: str) -> None:
-        self.number = number
-        self.name = name
-        self.span: OpenSpan | None = None
-        self.ready = 0
-        self.at = 0
-
-
-# -- rings -----------------------------------------------------------------------------------------
-
-
-class RingContents(NamedTuple):
-    """The records of a ring in order of arrival, and the count of evicted ones, per part."""
-
-    parts: tuple[tuple[Sequence[Record], int], ...]
-
-    def since(self, time: int) -> tuple[list[Record], int]:
-        """Return records that ended at `time` or later, and how many of these may be missing."""
-        found, missing = [], 0
-        for records, evicted in self.parts:
-            found += [record for record in records if record.stop >= time]
-            if evicted and records[0].stop >= time:
-                missing += evicted
-        return found, missing
 
 
 class Ring:
@@ -139,48 +85,50 @@ class Ring:
     """
 
     def __init__(self, limit: int) -> None:
-        self._computed = _RingPart(limit)
-        self._others = _RingPart(limit)
+        self._parts: list[deque[tuple[int, Record]]] = [deque(maxlen=limit), deque(maxlen=limit)]
+        self._numbers = count(), count()
 
     def add(self, record: Record) -> None:
-        (self._computed if record.row == "compute" else self._others).add(record)
+        part = record.row == "compute"
+        self._parts[part].append((next(self._numbers[part]), record))
 
-    def look(self) -> RingContents:
-        return RingContents((self._others.look(), self._computed.look()))
+    def look(self, since: int = 0) -> tuple[list[Record], int]:
+        """Return records that ended at `since` or later, and how many of these may be missing."""
+        found, missing = list[Record](), 0
+        for part in self._parts:
+            kept = part.copy()
+            found += [record for _, record in kept if record.stop >= since]
+            if kept and kept[0][1].stop >= since:
+                missing += kept[0][0]  # as many are older
+        return found, missing
 
-
-class _RingPart:
-    """The last records and a count of all. Only threads that look wait, for each other."""
-
-    def __init__(self, limit: int) -> None:
-        self._records: deque[Record] = deque(maxlen=limit)
-        self._count = count()
-        self._looks = 0
-        self._looking = Lock()
-
-    def add(self, record: Record) -> None:
-        self._records.append(record)
-        next(self._count)
-
-    def look(self) -> tuple[Sequence[Record], int]:
-        with self._looking:
-            added = next(self._count) - self._looks  # reading the counter advances it
-            self._looks += 1
-        records = self._records.copy()
-        return records, max(0, added - len(records))
+    def copy(self) -> Ring:
+        """Return a ring with the same records, to which nothing is added."""
+        ring = Ring(1)
+        ring._parts = [part.copy() for part in self._parts]
+        return ring
 
 
-# -- recording -------------------------------------------------------------------------------------
+class TracedOccupancy:
+    """An adapter's occupancy of a slot, with a unique number.
+
+    `span` is its current state. The first `ready` layers are recorded, the last one up to `at`.
+    """
+
+    def __init__(self, number: int, name: str) -> None:
+        self.number, self.name = number, name
+        self.span: Record | None = None
+        self.ready = self.at = 0
 
 
 class Recorder:
-    """Receive spans while at least one trace is recorded."""
+    """Receive spans while at least one trace is recorded. Any thread may begin and end them."""
 
     def __init__(self) -> None:
         self.rings: tuple[Ring, ...] = ()
         self.occupancies: dict[int, TracedOccupancy] = {}
         """The current occupancy in each slot, by the slot's number."""
-        self._open: dict[int, OpenSpan] = {}
+        self._open: dict[int, Record] = {}
         self._numbers = count(1)
 
     def add(
@@ -192,29 +140,29 @@ class Recorder:
         stop: int,
         args: Mapping[str, object] | None = None,
     ) -> None:
-        """Record a span that has ended. Call from any thread."""
+        """Record a span that has ended."""
         record = Record(row, lane, name, start, stop, args)
         for ring in self.rings:
             ring.add(record)
 
-    def begin(self, row: Row, lane: Hashable, name: str, **args: object) -> OpenSpan:
-        """Begin a span that may last long; traces show it before its end. Call from any thread."""
-        span = OpenSpan(row, lane, name, args)
+    def begin(self, row: Row, lane: Hashable, name: str, **args: object) -> Record:
+        """Begin a span that may last long; traces show it before its end."""
+        span = Record(row, lane, name, now(), 0, args)
         self._open[id(span)] = span
         return span
 
-    def end(self, span: OpenSpan, **more: object) -> None:
+    def end(self, span: Record, **more: object) -> None:
         """End a span. Idempotent."""
         if self._open.pop(id(span), None) is not None:
-            record = span.until(now(), **more)
-            for ring in self.rings:
-                ring.add(record)
+            self.add(*span[:4], now(), {**(span.args or {}), **more})
 
     def unfinished(self) -> list[Record]:
         """Return the open spans as if they ended now."""
-        spans = tuple(self._open.values())
-        stop = now()
-        return [span.until(stop, unfinished=True) for span in spans]
+        spans, stop = tuple(self._open.values()), now()
+        return [
+            span._replace(stop=stop, args={**(span.args or {}), "unfinished": True})
+            for span in spans
+        ]
 
     def begin_occupancy(self, slot: int, name: str) -> TracedOccupancy:
         self.occupancies[slot] = occupancy = TracedOccupancy(next(self._numbers), name)
@@ -274,11 +222,7 @@ class CopyTimes:
 
     def record_until_free(self, buffer: int | None, start: int) -> Callable[[Future[None]], None]:
         """Return a callback for the copy's ticket that records how long its buffer was held."""
-
-        def free(_: Future[None]) -> None:
-            self.record_staging(buffer, start, self._name)
-
-        return free
+        return lambda _: self.record_staging(buffer, start, self._name)
 
     def record_copy(self, ticket: Future[None], nbytes: int, *, in_stream: bool) -> None:
         """Record the copy behind `ticket`, executed by a copy stream or by this thread."""
@@ -294,15 +238,14 @@ class CopyTimes:
         ticket.add_done_callback(done)
 
 
+@dataclass(slots=True)
 class _LayerPass:
     """A layer in one thread: when it was reached, entered (0: not yet) and last computed."""
 
-    __slots__ = ("entered", "last", "layer", "reached")
-
-    def __init__(self, layer: int) -> None:
-        self.layer = layer
-        self.reached = now()
-        self.entered = self.last = 0
+    layer: int
+    reached: int
+    entered: int = 0
+    last: int = 0
 
 
 class LayerTimes:
@@ -320,20 +263,20 @@ class LayerTimes:
         """Note that this thread is at the gate of `layer`: the one before it is computed."""
         thread = get_ident()
         current = self._current.get(thread)
-        if current is not None and current.layer == layer and current.entered:
-            return
         if current is not None:
-            self._record(thread, current)
-        self._current[thread] = _LayerPass(layer)
+            if current.layer == layer and current.entered:
+                return
+            self._record(thread, current, current.last or now())
+        self._current[thread] = _LayerPass(layer, now())
 
     def enter(self) -> None:
         """Note that the gate has opened."""
         thread = get_ident()
         current = self._current.get(thread)
-        if current is None or current.entered:
-            return
-        current.entered = now()
-        self._record_wait(thread, current, current.entered)
+        if current is not None and not current.entered:
+            time = now()
+            self._record(thread, current, time)
+            current.entered = time
 
     def leave(self) -> None:
         """Note that a module of the layer is computed."""
@@ -344,22 +287,14 @@ class LayerTimes:
     def end(self) -> None:
         """Record the last layers."""
         for thread, current in tuple(self._current.items()):
-            self._record(thread, current)
+            self._record(thread, current, current.last or now())
         self._current.clear()
 
-    def _record(self, thread: int, current: _LayerPass) -> None:
-        stop = current.last or now()
-        if not current.entered:
-            self._record_wait(thread, current, stop)
-            return
-        self._add(thread, f"layer {current.layer}", current.layer, current.entered, stop)
-
-    def _record_wait(self, thread: int, current: _LayerPass, stop: int) -> None:
-        self._add(thread, f"wait for layer {current.layer}", current.layer, current.reached, stop)
-
-    def _add(self, thread: int, name: str, layer: int, start: int, stop: int) -> None:
-        args = {"layer": layer, "stays": self._numbers}
-        self._recorder.add("compute", thread, name, start, stop, args)
+    def _record(self, thread: int, current: _LayerPass, stop: int) -> None:
+        """Record the layer once it was entered, before that the wait for it."""
+        args = {"layer": current.layer, "stays": self._numbers}
+        name = f"layer {current.layer}" if current.entered else f"wait for layer {current.layer}"
+        self._recorder.add("compute", thread, name, current.entered or current.reached, stop, args)
 
 
 class OccupancyTimes:
@@ -372,19 +307,11 @@ class OccupancyTimes:
         self._tracer = tracer
 
     def record_grant(self, slot: int, key: AdapterKey, nbytes: int) -> None:
-        recorder = self._tracer.on
-        if recorder is None:
-            return
-        occupancy = recorder.begin_occupancy(slot, name_of(key))
-        occupancy.span = recorder.begin(
-            "layers",
-            slot,
-            occupancy.name,
-            stay=occupancy.number,
-            adapter=occupancy.name,
-            bytes=nbytes,
-        )
-        occupancy.at = occupancy.span.start
+        if (recorder := self._tracer.on) is not None:
+            occupancy = recorder.begin_occupancy(slot, name_of(key))
+            name, args = occupancy.name, {"stay": occupancy.number, "bytes": nbytes}
+            occupancy.span = recorder.begin("layers", slot, name, adapter=name, **args)
+            occupancy.at = occupancy.span.start
 
     def record_ready(self, slot: int, layers: Sequence[int], watermark: int, *, last: bool) -> None:
         """Record that the first `watermark` layers are on the device."""
@@ -399,33 +326,25 @@ class OccupancyTimes:
             occupancy.at = stop
         occupancy.ready = watermark
         if last:
-            _enter_state(recorder, occupancy, "resident", outcome="resident")
+            self._enter(slot, "resident", outcome="resident")
 
-    def record_failure(self, slot: int, error: BaseException) -> None:
-        self._leave(slot, type(error).__name__)
-
-    def record_leaving(self, slot: int) -> None:
-        self._leave(slot, "leaving")
+    def record_leaving(self, slot: int, outcome: str = "leaving") -> None:
+        """Record that the adapter begins to leave, after a failure with the error as `outcome`."""
+        self._enter(slot, "leaving", outcome=outcome)
 
     def record_free(self, slot: int) -> None:
         """Record that the slot is free."""
         recorder = self._tracer.on
-        if recorder is None:
-            return
-        occupancy = recorder.occupancies.pop(slot, None)
-        if occupancy is not None and occupancy.span is not None:
+        occupancy = None if recorder is None else recorder.occupancies.pop(slot, None)
+        if recorder is not None and occupancy is not None and occupancy.span is not None:
             recorder.end(occupancy.span, outcome="left")
 
-    def _leave(self, slot: int, outcome: str) -> None:
+    def _enter(self, slot: int, state: str, outcome: str) -> None:
+        """End the span of the state before with `outcome`, and begin that of `state`."""
         recorder = self._tracer.on
-        if recorder is not None and (occupancy := recorder.occupancies.get(slot)) is not None:
-            _enter_state(recorder, occupancy, "leaving", outcome=outcome)
-
-
-def _enter_state(recorder: Recorder, occupancy: TracedOccupancy, state: str, outcome: str) -> None:
-    """End the span of the state before with `outcome`, and begin that of `state`."""
-    before = occupancy.span
-    if before is None or before.name == state:
-        return
-    recorder.end(before, outcome=outcome)
-    occupancy.span = recorder.begin("layers", before.lane, state, stay=occupancy.number)
+        occupancy = None if recorder is None else recorder.occupancies.get(slot)
+        if recorder is None or occupancy is None or occupancy.span is None:
+            return
+        if occupancy.span.name != state:
+            recorder.end(occupancy.span, outcome=outcome)
+            occupancy.span = recorder.begin("layers", slot, state, stay=occupancy.number)

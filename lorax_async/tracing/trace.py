@@ -13,20 +13,11 @@ from os import PathLike
 from pathlib import Path
 from threading import get_ident
 from types import TracebackType
-from typing import Protocol, Self, get_args
+from typing import Any, Protocol, Self, get_args
 
 from lorax_async.errors import UsageError
 from lorax_async.events import SlotId
-from lorax_async.tracing.recorder import (
-    STREAM,
-    Record,
-    Recorder,
-    Ring,
-    RingContents,
-    Row,
-    Tracer,
-    now,
-)
+from lorax_async.tracing.recorder import STREAM, Record, Recorder, Ring, Row, Tracer, now
 
 TRACE_LIMIT = 32_768
 """Spans, of which a load of 32 layers has about 150; and as many of "compute"."""
@@ -35,9 +26,6 @@ ANOTHER = "another adapter"
 """The name of adapters whose names the viewer may not see."""
 
 Event = dict[str, object]
-
-_ROWS: tuple[Row, ...] = get_args(Row)
-"""In the order in which a byte passes through them."""
 
 _LANES = {"connections": "connection", "staging": "buffer", "layers": "slot", "compute": "thread"}
 _CONCURRENT = {"requests", "files"}
@@ -65,14 +53,15 @@ class Trace:
         self._ring = Ring(limit)
         self._recorder: Recorder | None = None
         self._began = now()
-        self._ended: tuple[RingContents, list[Record]] | None = None
+        self._unfinished: list[Record] | None = None
+        """The spans that had not ended when the recording did."""
 
     def __enter__(self) -> Self:
         return self.start()
 
     def start(self) -> Self:
         """Record until `stop`. Raises `UsageError` if called twice."""
-        if self._recorder is not None or self._ended is not None:
+        if self._recorder is not None or self._unfinished is not None:
             raise UsageError("a trace can be recorded only once; get another one from the loader")
         self._began = now()
         self._recorder = self._tracer.begin(self._ring, self._occupants())
@@ -90,14 +79,15 @@ class Trace:
         """Stop recording; cut what has not ended. Idempotent."""
         if self._recorder is None:
             return
-        self._ended = self._look()
+        self._unfinished = self._recorder.unfinished()
         self._tracer.end(self._ring)
+        self._ring = self._ring.copy()  # a thread may still add to the old one
         self._recorder = None
 
     @property
     def dropped(self) -> int:
         """How many recorded spans are gone because of the limit."""
-        return sum(evicted for _, evicted in self._look()[0].parts)
+        return self._ring.look()[1]
 
     @contextmanager
     def compute(
@@ -141,9 +131,13 @@ class Trace:
         become "another adapter".
         """
         began = self._began if since is None else max(since, self._began)
-        contents, unfinished = self._look()
-        records, dropped = contents.since(began)
-        records += _not_among(records, unfinished)
+        # First the open ones: those that end meanwhile are among the records, too.
+        recorder = self._recorder
+        unfinished = (self._unfinished or []) if recorder is None else recorder.unfinished()
+        records, dropped = self._ring.look(began)
+        starts = {each.start for each in unfinished}
+        ended = {record[:4] for record in records if record.start in starts}
+        records += [each for each in unfinished if each[:4] not in ended]
         if called is not None:
             records = [_rename(record, called) for record in records]
         return {
@@ -164,21 +158,6 @@ class Trace:
     def write(self, path: str | PathLike[str]) -> None:
         """Write a JSON file. Blocks; raises `OSError`."""
         Path(path).write_bytes(self.encoded())
-
-    def _look(self) -> tuple[RingContents, list[Record]]:
-        """Return the ended spans, and those still open."""
-        recorder, ended = self._recorder, self._ended
-        if recorder is None and ended is not None:
-            return ended
-        unfinished = recorder.unfinished() if recorder is not None else []
-        return self._ring.look(), unfinished
-
-
-def _not_among(records: list[Record], unfinished: list[Record]) -> list[Record]:
-    """Drop open spans that ended between the two looks and are among the records by now."""
-    starts = {each.start for each in unfinished}
-    ended = {record[:4] for record in records if record.start in starts}
-    return [each for each in unfinished if each[:4] not in ended]
 
 
 def _as_text(value: object) -> str:
@@ -206,23 +185,22 @@ def as_events(records: Iterable[Record], began: int, ended: int | None = None) -
 
     Metadata comes first, then everything by time, in microseconds since `began`.
     """
-    by_row: dict[Row, list[Record]] = {row: [] for row in _ROWS}
+    by_row: dict[Row, list[Record]] = {row: [] for row in get_args(Row)}
     for record in records:
         if record.stop >= began and (ended is None or record.start <= ended):
             by_row[record.row].append(_shorten(record, began, ended))
-    names: list[Event] = []
-    spans: list[Event] = []
-    flows = _Flows()
+    names, spans = list[Event](), list[Event]()
     for pid, (row, its) in enumerate(by_row.items(), 1):
         if its:
             names += _metadata("process", row, pid, 0)
         for tid, lane in enumerate(_lanes(row, its), 1):
             names += _metadata("thread", lane.title, pid, tid)
             for record in lane.records:
-                event = _complete_event(record, pid, tid, began)
-                spans.append(event)
-                flows.add(record, event)
-    spans += flows.events()
+                start, length = record.start - began, record.stop - record.start
+                times = {"ts": microseconds(start), "dur": microseconds(length)}
+                event = {"ph": "X", "name": record.name, "cat": row, **times}
+                spans.append(event | {"pid": pid, "tid": tid, "args": dict(record.args or {})})
+    spans += _arrows(spans)
     return names + sorted(spans, key=lambda event: event["ts"])  # type: ignore[arg-type, return-value]
 
 
@@ -322,56 +300,27 @@ def _metadata(what: str, name: str, pid: int, tid: int) -> list[Event]:
     ]
 
 
-def _complete_event(record: Record, pid: int, tid: int, began: int) -> Event:
-    return {
-        "ph": "X",
-        "name": record.name,
-        "cat": record.row,
-        "ts": microseconds(record.start - began),
-        "dur": microseconds(record.stop - record.start),
-        "pid": pid,
-        "tid": tid,
-        "args": dict(record.args or {}),
-    }
-
-
-@dataclass(slots=True)
-class _Flows:
-    """Arrows from each layer's last copy to its first computation."""
-
-    copies: dict[tuple[object, object], Event] = field(default_factory=dict)
-    computed: dict[tuple[object, object], Event] = field(default_factory=dict)
-
-    def add(self, record: Record, event: Event) -> None:
-        args: Mapping[str, object] = record.args or {}
-        if record.row == "copies":
+def _arrows(spans: Iterable[Event]) -> Iterator[Event]:
+    """Yield an arrow from each layer's last copy to its first computation."""
+    copies: dict[tuple[object, object], Any] = {}
+    computed: dict[tuple[object, object], Any] = {}
+    for span in spans:
+        event: Any = span
+        args = event["args"]
+        if event["cat"] == "copies":
             key = args.get("stay"), args.get("layer")
-            before = self.copies.get(key)
-            if before is None or _end(before) < _end(event):
-                self.copies[key] = event
-        elif record.row == "compute" and not record.name.startswith("wait "):
-            stays = args.get("stays")
-            for stay in stays if isinstance(stays, list) else ():
-                key = stay, args.get("layer")
-                first = self.computed.get(key)
-                if first is None or event["ts"] < first["ts"]:  # type: ignore[operator]
-                    self.computed[key] = event
-
-    def events(self) -> Iterator[Event]:
-        number = 0
-        for key, copy in self.copies.items():
-            first = self.computed.get(key)
-            if key[0] == 0 or first is None or first["ts"] < copy["ts"]:  # type: ignore[operator]
-                continue
-            number += 1
-            arrow: Event = {"name": "layer", "cat": "flow", "id": number}
-            yield {**arrow, "ph": "s", **_place_of(copy)}
-            yield {**arrow, "ph": "f", "bp": "e", **_place_of(first)}
-
-
-def _place_of(event: Event) -> Event:
-    return {"pid": event["pid"], "tid": event["tid"], "ts": event["ts"]}
-
-
-def _end(event: Event) -> float:
-    return float(event["ts"]) + float(event["dur"])  # type: ignore[arg-type]
+            last = copies.get(key)
+            if last is None or last["ts"] + last["dur"] < event["ts"] + event["dur"]:
+                copies[key] = event
+        elif event["cat"] == "compute" and not event["name"].startswith("wait "):
+            for stay in args.get("stays", ()):
+                first = computed.setdefault((stay, args.get("layer")), event)
+                if event["ts"] < first["ts"]:
+                    computed[stay, args.get("layer")] = event
+    number = count(1)
+    for key, copy in copies.items():
+        first = computed.get(key)
+        if key[0] != 0 and first is not None and first["ts"] >= copy["ts"]:
+            arrow: Event = {"name": "layer", "cat": "flow", "id": next(number)}
+            for event, more in ((copy, {"ph": "s"}), (first, {"ph": "f", "bp": "e"})):
+                yield arrow | more | {name: event[name] for name in ("pid", "tid", "ts")}
