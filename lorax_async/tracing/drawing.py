@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from colorsys import hls_to_rgb
 from dataclasses import dataclass
 from html import escape
@@ -81,18 +81,21 @@ class Drawing:
     dropped: int = 0
 
     def overlap(self) -> tuple[float, float]:
-        """Return milliseconds of computing, and how many of these precede the last copy's end."""
+        """Return milliseconds of computing, and how many of these precede the last copy's end.
+
+        What two threads compute at once counts once.
+        """
         boxes = [(lane.row, box) for lane in self.lanes for box in lane.boxes]
-        computed = _union(
-            (max(box.start, self.start), min(box.stop, self.stop))
-            for row, box in boxes
-            if row == "compute" and box.layer is not None and not box.waits
-        )
         last = max((box.stop for row, box in boxes if row == "copies"), default=self.start)
-        return (
-            sum(stop - start for start, stop in computed),
-            sum(max(0.0, min(stop, last) - start) for start, stop in computed),
-        )
+        computed = overlapped = 0.0
+        done = self.start
+        for box in sorted((box for row, box in boxes if row == "compute"), key=lambda b: b.start):
+            start, stop = max(box.start, done), min(box.stop, self.stop)
+            if box.layer is not None and not box.waits and start < stop:
+                computed += stop - start
+                overlapped += max(0.0, min(stop, last) - start)
+                done = stop
+        return computed, overlapped
 
     def summary(self) -> str:
         """Say how much computing overlaps with copies, and whether spans are missing."""
@@ -116,7 +119,11 @@ def read_trace(data: bytes) -> tuple[list[Event], int]:
         raise UsageError(f"the trace is larger than {MAX_BYTES >> 20} MiB; record less")
     try:
         # A page could not read NaN, nor the Infinity that 1e999 becomes.
-        found = json.loads(data, parse_constant=lambda _: None, parse_float=_finite_or_none)
+        found = json.loads(
+            data,
+            parse_constant=lambda _: None,
+            parse_float=lambda text: number if isfinite(number := float(text)) else None,
+        )
     except (ValueError, RecursionError) as error:
         raise UsageError(f"the file is no trace: {error}") from None
     events, about = found, None
@@ -145,7 +152,8 @@ def drawing_of(
     for event in events:
         if event.get("ph") == "X":
             _require_complete(event)
-            if _touches(event, start, stop):
+            begin, end = _milliseconds(event)
+            if (start is None or end >= start) and (stop is None or begin <= stop):
                 lanes.setdefault((event.get("pid"), event.get("tid")), []).append(event)
     shown = [event for lane in lanes.values() for event in lane]
     if not shown:
@@ -154,8 +162,13 @@ def drawing_of(
         raise UsageError(
             f"{len(shown):,} spans are over the limit of {MAX_BOXES:,}; draw a part of the trace"
         )
-    begin = min(event["ts"] for event in shown) / 1e3
-    end = max(event["ts"] + event["dur"] for event in shown) / 1e3
+
+    def order(place: tuple[Any, Any]) -> list[tuple[float, str]]:
+        pid, tid = place
+        process = names.get(("process_sort_index", pid, None))
+        thread = names.get(("thread_sort_index", pid, tid))
+        return [(_number(process), str(pid)), (_number(thread), str(tid))]
+
     return Drawing(
         tuple(
             Lane(
@@ -163,10 +176,10 @@ def drawing_of(
                 _plain_text(names.get(("thread_name", pid, tid), f"thread {tid}")),
                 tuple(_boxes(lanes[pid, tid])),
             )
-            for pid, tid in sorted(lanes, key=lambda place: _order(names, *place))
+            for pid, tid in sorted(lanes, key=order)
         ),
-        begin if start is None else start,
-        end if stop is None else stop,
+        min(begin for begin, _ in map(_milliseconds, shown)) if start is None else start,
+        max(end for _, end in map(_milliseconds, shown)) if stop is None else stop,
         tuple(each for each in events if _is_metadata(each)) + tuple(shown),
         dropped,
     )
@@ -192,9 +205,8 @@ def _require_complete(event: Event) -> None:
         raise UsageError("an event of the trace has no pid and tid")
 
 
-def _touches(event: Event, start: float | None, stop: float | None) -> bool:
-    begin, end = event["ts"] / 1e3, (event["ts"] + event["dur"]) / 1e3
-    return (start is None or end >= start) and (stop is None or begin <= stop)
+def _milliseconds(event: Event) -> tuple[float, float]:
+    return event["ts"] / 1e3, (event["ts"] + event["dur"]) / 1e3
 
 
 def _has_place(event: Event) -> bool:
@@ -218,38 +230,24 @@ def _metadata(events: Iterable[Event]) -> dict[tuple[str, Any, Any], Any]:
     return found
 
 
-def _order(names: Mapping[Any, Any], pid: Any, tid: Any) -> tuple[float, str, float, str]:
-    process = names.get(("process_sort_index", pid, None))
-    thread = names.get(("thread_sort_index", pid, tid))
-    return _number(process), str(pid), _number(thread), str(tid)
-
-
-def _boxes(events: Iterable[Event]) -> Iterable[Box]:
+def _boxes(events: Iterable[Event]) -> Iterator[Box]:
     """Yield boxes by start; an outer one comes before those in it."""
     ends: list[float] = []
     for event in sorted(events, key=lambda each: (each["ts"], -each["dur"])):
-        start, stop = event["ts"] / 1e3, (event["ts"] + event["dur"]) / 1e3
+        start, stop = _milliseconds(event)
         while ends and ends[-1] <= start + 1e-9:
             ends.pop()
-        yield Box(start, stop, _plain_text(event.get("name", "")), len(ends), _layer(event))
+        args = event.get("args")
+        args = args if isinstance(args, dict) else {}
+        groups = args.get("groups")
+        layer = args.get("layer", groups[0] if isinstance(groups, list) and groups else None)
+        layer = layer if isinstance(layer, int) and _is_number(layer) else None
+        yield Box(start, stop, _plain_text(event.get("name", "")), len(ends), layer)
         ends.append(stop)
-
-
-def _layer(event: Event) -> int | None:
-    args = event.get("args")
-    args = args if isinstance(args, dict) else {}
-    groups = args.get("groups")
-    first = groups[0] if isinstance(groups, list) and groups else None
-    layer = args.get("layer", first)
-    return layer if isinstance(layer, int) and _is_number(layer) else None
 
 
 def _plain_text(value: Any) -> str:
     return _NOT_TEXT.sub("�", str(value)[:_MAX_NAME_LENGTH])
-
-
-def _finite_or_none(text: str) -> float | None:
-    return number if isfinite(number := float(text)) else None
 
 
 def _is_number(value: object) -> bool:
@@ -260,16 +258,6 @@ def _is_number(value: object) -> bool:
 
 def _number(value: Any) -> float:
     return float(value) if _is_number(value) else 0.0
-
-
-def _union(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    found: list[tuple[float, float]] = []
-    for start, stop in sorted(spans):
-        if found and start <= found[-1][1]:
-            found[-1] = found[-1][0], max(found[-1][1], stop)
-        else:
-            found.append((start, stop))
-    return found
 
 
 # -- a page ----------------------------------------------------------------------------------------

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import count
 from math import inf, nextafter
 from operator import index
@@ -193,9 +192,9 @@ def as_events(records: Iterable[Record], began: int, ended: int | None = None) -
     for pid, (row, its) in enumerate(by_row.items(), 1):
         if its:
             names += _metadata("process", row, pid, 0)
-        for tid, lane in enumerate(_lanes(row, its), 1):
-            names += _metadata("thread", lane.title, pid, tid)
-            for record in lane.records:
+        for tid, (title, in_lane) in enumerate(_lanes(row, its), 1):
+            names += _metadata("thread", title, pid, tid)
+            for record in in_lane:
                 start, length = record.start - began, record.stop - record.start
                 times = {"ts": microseconds(start), "dur": microseconds(length)}
                 event = {"ph": "X", "name": record.name, "cat": row, **times}
@@ -223,62 +222,40 @@ def _shorten(record: Record, began: int, ended: int | None) -> Record:
     return record
 
 
-@dataclass(slots=True)
-class _EventLane:
-    """Spans of which any two are disjoint, or one lies inside the other."""
-
-    title: str
-    records: list[Record] = field(default_factory=list)
-    ends: list[int] = field(default_factory=list)
-
-    def fits(self, record: Record, *, nested: bool) -> bool:
-        """Return whether the record fits behind those that began no later."""
-        while self.ends and self.ends[-1] <= record.start:
-            self.ends.pop()
-        return not self.ends or (nested and record.stop <= self.ends[-1])
-
-    def put(self, record: Record) -> None:
-        self.records.append(record)
-        self.ends.append(record.stop)
-
-
-def _lanes(row: Row, records: Sequence[Record]) -> list[_EventLane]:
+def _lanes(row: Row, records: Iterable[Record]) -> Iterator[tuple[str, list[Record]]]:
+    """Yield titles and spans of which any two are disjoint, or one lies inside the other."""
     by_lane: dict[Hashable, list[Record]] = {}
     for record in sorted(records, key=lambda each: (each.start, -each.stop)):
         by_lane.setdefault(record.lane, []).append(record)
-    found: list[_EventLane] = []
-    # Thread ids mean nothing to a reader: number threads in the order of their first spans.
-    lanes = by_lane.items() if row == "compute" else sorted(by_lane.items(), key=_by_number)
-    threads = count(1)
-    for lane, its in lanes:
-        title = _title(row, lane, threads)
-        parallel: list[_EventLane] = []
-        for record in _in_sequence(its) if lane == STREAM else its:
-            nested = row not in _CONCURRENT
-            place = next((each for each in parallel if each.fits(record, nested=nested)), None)
-            if place is None:
-                more = f" ({len(parallel) + 1})" if parallel else ""
-                place = _EventLane(title + more)
-                parallel.append(place)
-            place.put(record)
-        found += parallel
-    return found
+    lanes, threads = list(by_lane), count(1)
+    if row != "compute":  # numbers first; texts keep the order of their first spans
+        lanes.sort(key=lambda lane: lane if isinstance(lane, int) else 1 << 63)
+    for lane in lanes:
+        title = row if lane is None else str(lane)
+        if isinstance(lane, int):
+            # Thread ids mean nothing to a reader: number threads in the order of their first spans.
+            title = f"{_LANES[row]} {next(threads) if row == 'compute' else lane}"
+        elif lane == STREAM:
+            title = "copy stream"
+        its = _in_sequence(by_lane[lane]) if lane == STREAM else by_lane[lane]
+        for number, parallel in enumerate(_side_by_side(its, nested=row not in _CONCURRENT), 1):
+            yield f"{title} ({number})" if number > 1 else title, parallel
 
 
-def _by_number(item: tuple[Hashable, object]) -> tuple[int, str]:
-    """Sort numbers first; the sort is stable, so texts keep the order of their first spans."""
-    lane = item[0]
-    return (lane, "") if isinstance(lane, int) else (1 << 63, "")
-
-
-def _title(row: Row, lane: Hashable, threads: Iterator[int]) -> str:
-    if row == "compute" and isinstance(lane, int):
-        return f"thread {next(threads)}"
-    if isinstance(lane, int):
-        return f"{_LANES[row]} {lane}"
-    if lane == STREAM:
-        return "copy stream"
-    return row if lane is None else str(lane)
+def _side_by_side(records: Iterable[Record], *, nested: bool) -> list[list[Record]]:
+    """Deal spans, by their starts, to as few lanes as needed; `nested` ones may be in others."""
+    found: list[tuple[list[Record], list[int]]] = []  # with the ends of the spans around the next
+    for record in records:
+        for _, ends in found:
+            while ends and ends[-1] <= record.start:
+                ends.pop()
+        fitting = (lane for lane in found if not lane[1] or (nested and record.stop <= lane[1][-1]))
+        its, ends = next(fitting, ([], []))
+        if not its:
+            found.append((its, ends))
+        its.append(record)
+        ends.append(record.stop)
+    return [its for its, _ in found]
 
 
 def _in_sequence(records: Iterable[Record]) -> Iterator[Record]:
