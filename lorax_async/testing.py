@@ -409,18 +409,10 @@ class FakeDecoder:
     ) -> None:
         self.steps: list[DecoderStep] = []
         self.kept: dict[int, list[int]] = {}
-        self._max_length = max_length
-        self._vocabulary = vocabulary
+        self.max_length = max_length
+        self.vocabulary = vocabulary
         self._max_sequences = inf if max_sequences is None else max_sequences
         self._loop = loop
-
-    @property
-    def max_length(self) -> int:
-        return self._max_length
-
-    @property
-    def vocabulary(self) -> int:
-        return self._vocabulary
 
     def compute(self, step: DecoderStep) -> StepResult:
         self.steps.append(step)
@@ -428,7 +420,7 @@ class FakeDecoder:
         if sequences > self._max_sequences:
             raise UsageError(f"{sequences} sequences, and max_sequences is {self._max_sequences}")
         out = self._run_layers(step)
-        logits = torch.zeros(len(step.parts), self._vocabulary)
+        logits = torch.zeros(len(step.parts), self.vocabulary)
         for number, part in enumerate(step.parts):
             before = self.kept.get(part.sequence, []) if part.start else []
             if len(before) != part.start:
@@ -437,7 +429,7 @@ class FakeDecoder:
                 )
             self.kept[part.sequence] = [*before, *part.tokens]
             id = None if part.handle is None else part.handle.id
-            logits[number] = fake_logits(id, self.kept[part.sequence], self._vocabulary)
+            logits[number] = fake_logits(id, self.kept[part.sequence], self.vocabulary)
         for number in out:
             self.forget(step.parts[number].sequence)
         return StepResult(logits, out)

@@ -176,7 +176,7 @@ def _demo(arguments: argparse.Namespace, terminal: Terminal) -> int:
     terminal.pairs(
         [(it["by"], " ".join(it["text"].split()) + " …" * it["cut"]) for it in demo["answers"]]
     )
-    terminal.table([_cells(load) for load in loads])
+    terminal.table([_cells(load, "state") for load in loads])
     stalls = {
         when: f"{milliseconds:.1f} ms (1 ms ticker, {demo['ticks'][when]} ticks)"
         for when, milliseconds in demo["stall_ms"].items()
@@ -196,8 +196,8 @@ def _demo(arguments: argparse.Namespace, terminal: Terminal) -> int:
     return OK
 
 
-def _cells(load: LoadProgress) -> dict[str, str]:
-    return {name: cell for name, cell in load.cells().items() if name != "state" and cell}
+def _cells(load: LoadProgress, *without: str) -> dict[str, str]:
+    return {name: cell for name, cell in load.cells().items() if name not in without}
 
 
 async def _run_demo(
@@ -305,7 +305,9 @@ def _demo_remote(arguments: argparse.Namespace, terminal: Terminal) -> int:
         ]
         terminal.json({"adapters": adapters, "rate": RATE, "bytes": nbytes})
         return OK
-    terminal.table([_cells(load) | {"checked by": check.kind} for load, check in rows])
+    terminal.table(
+        [_cells(load, "state", " file") | {"checked by": check.kind} for load, check in rows]
+    )
     seconds = max(load.resident or 0.0 for load in loads)
     terminal.say(f"layers on the device; each column is {format_ms(seconds / COLUMNS)}", "bold")
     terminal.pairs([(load.name, _draw(load.ready_times, seconds)) for load in loads])

@@ -9,7 +9,7 @@ import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -300,42 +300,26 @@ async def list_adapters(service: Service, request: Request) -> Response:
 def _list_response(
     rows: Sequence[tuple[AdapterKey, list[str], AdapterResidency, Sequence[Event]]],
 ) -> Response:
-    data = [
-        {
-            "id": str(key),
-            "names": names,
-            "tier": where.tier,
-            "state": where.state,
-            "slot": _as_json(where.slot),
-            "device_bytes": where.device_bytes,
-            "host_bytes": where.host_bytes,
-            "pinned_bytes": where.pinned_bytes,
-            "locked": where.locked,
-            "leases": where.leases,
-            "pins": where.pins,
-            "story": [
-                {"event": type(event).__name__}
-                | {
-                    member.name: _as_json(getattr(event, member.name))
-                    for member in fields(event)
-                    if member.name != "key"
-                }
-                for event in story
-            ],
-        }
-        for key, names, where, story in rows
-    ]
+    data = []
+    for key, names, where, story in rows:
+        events = [
+            {"event": type(event).__name__}
+            | {member.name: _as_json(getattr(event, member.name)) for member in fields(event)}
+            for event in story
+        ]
+        for event in events:
+            del event["key"]
+        data.append({"id": str(key), "names": names} | asdict(where) | {"story": events})
     return JSONResponse({"object": "list", "data": data})
 
 
 def _as_json(value: Any) -> Any:
+    """Return the value of an event's member."""
     if isinstance(value, LoraxError):
         return {"error": type(value).__name__, "message": str(value)}
-    if isinstance(value, AdapterKey):
-        return str(value)
     if isinstance(value, SlotId):
-        return {"index": value.index, "generation": value.generation}
-    return list(value) if isinstance(value, tuple) else value
+        return asdict(value)
+    return str(value) if isinstance(value, AdapterKey) else value
 
 
 # -- uvicorn --------------------------------------------------------------------------------------
@@ -344,9 +328,6 @@ LAST_SECONDS = 5
 """Time for clients to take finished answers and errors at the end."""
 
 BACKLOG = 2048
-
-TICKS_PER_SECOND = 10
-"""Uvicorn's unit of `on_tick`."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -370,12 +351,7 @@ async def serve(
 
     After the signal, new requests get status 503. In-flight requests have the settings' `drain`
     seconds, or until a second signal; then they fail, and all connections are closed. Signals are
-    handled in the main thread only.
-
-    Parameters
-    ----------
-    ready
-        Called once requests are taken.
+    handled in the main thread only. `ready` is called once requests are taken.
     """
     await DrainingServer(service, ready).serve([listener])
 
@@ -387,11 +363,25 @@ class DrainingServer(uvicorn.Server):
         self._service = service
         self._in_flight = service.in_flight
         self._ready = ready
-        super().__init__(_config(service))
+
+        class ServedConnection(_AbortableConnection, AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+            head_seconds = service.settings.slow_client
+
+        config = uvicorn.Config(
+            create_app(service),
+            http=ServedConnection,
+            ws="none",
+            lifespan="off",
+            log_config=None,  # the process configures logging
+            proxy_headers=False,  # clients are limited by their address, which must not be chosen
+            server_header=False,
+            timeout_graceful_shutdown=LAST_SECONDS,
+            backlog=BACKLOG,
+        )
+        super().__init__(config)
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
-        self._stopped = asyncio.Event()
         try:
             await super().serve(sockets)
         finally:
@@ -406,7 +396,6 @@ class DrainingServer(uvicorn.Server):
         self._in_flight.close()
         self._service.dashboard.end()
         self.should_exit = True
-        self._stopped.set()
 
     # -- uvicorn's hooks --------------------------------------------------------------------------
 
@@ -414,15 +403,6 @@ class DrainingServer(uvicorn.Server):
         await super().startup(sockets)
         if self._ready is not None:
             self._ready()
-
-    async def main_loop(self) -> None:
-        """Tick once a second, for the date header; uvicorn's own polls ten times."""
-        counter = 0
-        while not await self.on_tick(counter):
-            counter += TICKS_PER_SECOND
-            with suppress(TimeoutError):
-                async with asyncio.timeout(1):
-                    await self._stopped.wait()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -458,23 +438,6 @@ class DrainingServer(uvicorn.Server):
             cast(Any, connection).transport.abort()
         if self.server_state.tasks:  # they end once their clients are disconnected
             await asyncio.wait(tuple(self.server_state.tasks), timeout=LAST_SECONDS)
-
-
-def _config(service: Service) -> uvicorn.Config:
-    class ServedConnection(_AbortableConnection, AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-        head_seconds = service.settings.slow_client
-
-    return uvicorn.Config(
-        create_app(service),
-        http=ServedConnection,
-        ws="none",
-        lifespan="off",
-        log_config=None,  # the process configures logging
-        proxy_headers=False,  # clients are limited by address, which must not be theirs to choose
-        server_header=False,
-        timeout_graceful_shutdown=LAST_SECONDS,
-        backlog=BACKLOG,
-    )
 
 
 class _AbortableConnection(asyncio.Protocol):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import sys
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
@@ -34,51 +33,33 @@ Finish = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to choose the next token.
-
-    Attributes
-    ----------
-    temperature
-        From 0, which takes the likeliest token.
-    top_p
-        Above 0, at most 1: sample from the fewest tokens that have this probability together.
-    seed
-        The same seed gives the same tokens, whatever is computed beside them. None: any.
-    """
+    """How to choose the next token."""
 
     temperature: float = 1.0
+    """From 0, which takes the likeliest token."""
     top_p: float = 1.0
+    """Above 0, at most 1: sample from the fewest tokens that have this probability together."""
     seed: int | None = None
+    """The same seed gives the same tokens, whatever is computed beside them. None: any."""
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One sequence to generate.
-
-    Attributes
-    ----------
-    adapter
-        As for `AdapterLoader.load`; None is the base alone.
-    prompt
-        Token ids, at least one.
-    max_new_tokens
-        End it with "length" after this many.
-    stop_tokens
-        Any of these ends it with "stop", and is not returned.
-    deadline
-        Seconds from `submit` within which its first step must begin; None takes the loader's
-        timeout.
-    client
-        Whose it is, as in `scheduler.requests.Request`.
-    """
+    """One sequence to generate."""
 
     adapter: AdapterId | None
+    """As for `AdapterLoader.load`; None is the base alone."""
     prompt: tuple[int, ...]
+    """Token ids, at least one."""
     max_new_tokens: int
+    """End it with "length" after this many."""
     sampling: Sampling = field(default_factory=Sampling)
     stop_tokens: frozenset[int] = frozenset()
+    """Any of these ends it with "stop", and is not returned."""
     deadline: float | None = None
+    """Seconds from `submit` until its first step must begin; None takes the loader's timeout."""
     client: Hashable = field(default=None, repr=False)
+    """Whose it is, as in `scheduler.requests.Request`."""
 
 
 # -- steps of a decoder ---------------------------------------------------------------------------
@@ -86,59 +67,39 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class SequencePart:
-    """The part of one sequence to compute in a step.
-
-    Attributes
-    ----------
-    sequence
-        Names it from its first step until it is forgotten.
-    start
-        The position of the first of `tokens`; earlier steps computed those before. 0 starts over.
-    tokens
-        Token ids, at least one.
-    handle
-        Its adapter, resident or streaming, leased for the step; None is the base.
-    """
+    """The part of one sequence to compute in a step."""
 
     sequence: int
+    """Names it from its first step until it is forgotten."""
     start: int
+    """The position of the first of `tokens`; earlier steps computed those before. 0 starts over."""
     tokens: Sequence[int]
+    """Token ids, at least one."""
     handle: AdapterHandle | None
+    """Its adapter, resident or streaming, leased for the step; None is the base."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderStep:
-    """Parts of different sequences, computed together.
-
-    Attributes
-    ----------
-    budget
-        Seconds that it may wait for layers of adapters.
-    others_wait
-        Whether other sequences could be computed instead; see `scheduling.Batch`. In any thread.
-    """
+    """Parts of different sequences, computed together."""
 
     parts: Sequence[SequencePart]
     budget: float
+    """Seconds that it may wait for layers of adapters."""
     others_wait: Callable[[], bool]
+    """Whether other sequences could be computed instead; see `Batch`. In any thread."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """The result of a step.
-
-    Attributes
-    ----------
-    logits
-        float32 `[parts, vocabulary]`, of the token after each part's last one. Rows in `out` are
-        undefined.
-    out
-        The error of each part that was not computed, by its number. Its sequence is forgotten;
-        after an `AdapterTimeoutError` it can start over.
-    """
+    """The result of a step."""
 
     logits: torch.Tensor
+    """float32 `[parts, vocabulary]`, of the token after each part's last one. Rows in `out` are
+    undefined."""
     out: Mapping[int, LoraxError]
+    """The error of each part that was not computed, by its number. Its sequence is forgotten;
+    after an `AdapterTimeoutError` it can start over."""
 
 
 class Decoder(Protocol):
@@ -501,23 +462,21 @@ class TokenStream:
         self.known = list(generation.prompt)
         self.begun = False
         self.finish: Finish | None = None
-        self._ready = deque[int]()
+        self._ready = asyncio.Queue[int | None]()
         self._ended = False
         self._error: LoraxError | None = None
-        self._waiter: asyncio.Future[None] | None = None
 
     def __aiter__(self) -> AsyncIterator[int]:
         return self
 
     async def __anext__(self) -> int:
-        while not self._ready:
+        token = await self._ready.get()
+        if token is None:
+            self._ready.put_nowait(None)  # for later calls
             if self._error is not None:
                 raise self._error.located() from self._error.__cause__
-            if self._ended:
-                raise StopAsyncIteration
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        return self._ready.popleft()
+            raise StopAsyncIteration
+        return token
 
     def cancel(self) -> None:
         """Stop generating, and free its place. Idempotent."""
@@ -532,17 +491,11 @@ class TokenStream:
             return
         if len(self.known) == len(self.generation.prompt) + self.generation.max_new_tokens:
             self.finish = "length"
-        self._ready.append(token)
-        self._wake()
+        self._ready.put_nowait(token)
 
     def end(self, error: LoraxError | None = None) -> None:
         """End the stream. Only the first call counts."""
         if not self._ended:
             self._ended = True
             self._error = error
-            self._wake()
-
-    def _wake(self) -> None:
-        waiter, self._waiter = self._waiter, None
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
+            self._ready.put_nowait(None)

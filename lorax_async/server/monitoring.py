@@ -297,28 +297,18 @@ class ColdRequests:
 
 
 class ColdRequest:
-    """A request for an adapter that is not on the device, recorded until its first token.
-
-    Attributes
-    ----------
-    names
-        The trace's names for the adapter: as requested, and as resolved.
-    number
-        Counts requests that have ended.
-    outcome
-        "first token", or what ended it: an error's class, "cancelled", "no token"; "" before.
-    seconds
-        Time until then.
-    ended
-        When it ended, by `time.time`.
-    """
+    """A request for an adapter that is not on the device, recorded until its first token."""
 
     def __init__(self, requests: ColdRequests, loader: AdapterLoader, adapter: AdapterId) -> None:
         self.adapter = adapter
         self.names: tuple[str, ...] = (name_of(as_ref(adapter)),)
+        """The trace's names for the adapter: as requested, and as resolved."""
         self.number = 0
+        """Counts requests that have ended."""
         self.outcome = ""
+        """"first token", or what ended it: an error's class, "cancelled", "no token"."""
         self.seconds = self.ended = 0.0
+        """The time until then, and when that was by `time.time`."""
         self._requests = requests
         self._trace = loader.trace(limit=SPAN_LIMIT).start()
         self._began = time.monotonic()

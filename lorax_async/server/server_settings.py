@@ -90,61 +90,41 @@ def _normalize_pattern(host: object) -> str:
 class ServerSettings:
     """Settings of the HTTP server.
 
-    Parameters
-    ----------
-    base
-        The base model's name in requests; every other name is an adapter's.
-    adapters
-        Names for adapters, given as for `AdapterLoader.load`. A `pathlib.Path` carries the
-        operator's authority. Other names in requests are ids, local only below `local_roots`.
-    sources
-        The places below which requests may name adapters by id, as far as the loader's `allow`
-        lets them. Empty: only folders below `local_roots`, and nothing of the hub.
-    admin_token
-        Clients that send it as `Authorization: Bearer …` may load and unload by name, and list
-        all adapters. None: no client may.
-    allowed_hosts
-        Names and addresses by which clients may call the server, without ports: "*.example.com"
-        is every name below it, "*" is any. None checks nothing, as "*".
-    max_body_bytes
-        Of one request.
-    max_prompt_tokens
-        Of one prompt; None leaves room for one new token.
-    max_choices
-        Sequences of one request: its prompts, times `n`.
-    max_waiting
-        Sequences of all clients together of which nothing was computed yet.
-    max_adapters_per_client
-        Different adapters that one client may have in flight. Clients are told apart by their
-        bearer key, which is not verified, or else by their address.
-    slow_client
-        Seconds for a client to send its body, and to take ready data, before it is disconnected.
-    retry_after
-        Seconds in `Retry-After` where no better estimate exists.
-    drain
-        Seconds that in-flight requests have after the signal to end.
-
-    Raises
-    ------
-    ConfigError
-        A value is out of range.
-    UsageError
-        A value of `adapters` is no adapter id.
+    Raise `ConfigError` for a value out of range, and `UsageError` for a value of `adapters` that is
+    no adapter id.
     """
 
     base: str
+    """The base model's name in requests; every other name is an adapter's."""
     adapters: Mapping[str, AdapterId] = field(default_factory=dict)
+    """Names for adapters, given as for `AdapterLoader.load`. A `pathlib.Path` carries the
+    operator's authority. Other names in requests are ids, local only below `local_roots`."""
     sources: tuple[Allow, ...] = ()
+    """The places below which requests may name adapters by id, as far as the loader's `allow` lets
+    them. Empty: only folders below `local_roots`, and nothing of the hub."""
     admin_token: str | None = field(default=None, repr=False)
+    """Clients that send it as `Authorization: Bearer …` may load and unload by name, and list all
+    adapters. None: no client may."""
     allowed_hosts: tuple[str, ...] | None = None
+    """Names and addresses by which clients may call the server, without ports: "*.example.com" is
+    every name below it, "*" is any. None checks nothing, as "*"."""
     max_body_bytes: int = MiB
+    """Of one request."""
     max_prompt_tokens: int | None = None
+    """Of one prompt; None leaves room for one new token."""
     max_choices: int = 16
+    """Sequences of one request: its prompts, times `n`."""
     max_waiting: int = 256
+    """Sequences of all clients together of which nothing was computed yet."""
     max_adapters_per_client: int = 64
+    """Different adapters that one client may have in flight. Clients are told apart by their bearer
+    key, which is not verified, or else by their address."""
     slow_client: float = 30.0
+    """Seconds for a client to send its body, and to take ready data, before it is disconnected."""
     retry_after: float = 1.0
+    """Seconds in `Retry-After` where no better estimate exists."""
     drain: float = 30.0
+    """Seconds that in-flight requests have after the signal to end."""
 
     def __post_init__(self) -> None:
         for name in ("max_body_bytes", "max_choices", "max_waiting", "max_adapters_per_client"):

@@ -36,20 +36,9 @@ from lorax_async.types import AdapterId, AdapterRef, Ref, as_ref
 class Service:
     """The state that all requests of one server share.
 
-    Parameters
-    ----------
-    settings
-        The operator's.
-    engine
-        Computes, with adapters of `loader`.
-    loader
-        Open, on this event loop. The service closes neither it nor the engine.
-    tokenizer
-        The base's, a fast one of transformers.
-    stop_tokens
-        Token ids with which the model ends an answer.
-    on_use
-        Called with the adapter of each generation that the engine takes.
+    The engine computes with adapters of `loader`, which is open, on this event loop; the service
+    closes neither. `tokenizer` is the base's, a fast one of transformers; `stop_tokens` end an
+    answer. `on_use` is called with the adapter of each generation that the engine takes.
     """
 
     def __init__(
@@ -276,24 +265,16 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerCapacity:
-    """Limits of what is computed at a time.
-
-    Attributes
-    ----------
-    sequences
-        Sequences in progress; the KV cache has room for this many.
-    length
-        Tokens of one sequence; None is what the model was made for.
-    step_tokens
-        Tokens of all sequences in one step; longer prompts are computed in parts.
-    share
-        Of `sequences`, the share of one adapter, and of one client, while others wait.
-    """
+    """Limits of what is computed at a time."""
 
     sequences: int = 16
+    """Sequences in progress; the KV cache has room for this many."""
     length: int | None = None
+    """Tokens of one sequence; None is what the model was made for."""
     step_tokens: int = 1024
+    """Tokens of all sequences in one step; longer prompts are computed in parts."""
     share: float = 0.5
+    """Of `sequences`, the share of one adapter, and of one client, while others wait."""
 
 
 @asynccontextmanager
@@ -306,41 +287,26 @@ async def open_service(
 ) -> AsyncIterator[Service]:
     """Open a service, on the loop that serves; on leaving, close all of its parts.
 
-    Parameters
-    ----------
-    base
-        For the service alone.
-    config
-        The loader's; its dtype is the model's.
-    warm
-        The file of a `WarmList`; None keeps none.
-
-    Raise `ConfigError` for settings that do not fit together.
+    `base` is for the service alone; the dtype of `config` is the model's. `warm` is the file of a
+    `WarmList`; None keeps none. Raise `ConfigError` for settings that do not fit together.
     """
+    layout, sequences = layouts.from_module(base.model), capacity.sequences
     length = base.max_length if capacity.length is None else min(base.max_length, capacity.length)
     async with AsyncExitStack() as stack:
-        loader = await stack.enter_async_context(
-            AdapterLoader(layouts.from_module(base.model), config)
-        )
+        enter = stack.enter_async_context
+        loader = await enter(AdapterLoader(layout, config))
         attached = stack.enter_context(attach(base.model, loader))
-        scheduler = await stack.enter_async_context(
-            AdapterScheduler(loader, max_begun=capacity.sequences, max_share=capacity.share)
+        scheduler = await enter(
+            AdapterScheduler(loader, max_begun=sequences, max_share=capacity.share)
         )
-        decoder = TransformersDecoder(
-            base.model, attached, max_sequences=capacity.sequences, max_length=length
-        )
-        engine = await stack.enter_async_context(
-            Engine(
-                scheduler,
-                decoder,
-                max_tokens=capacity.step_tokens,
-                max_sequences=capacity.sequences,
-            )
+        decoder = TransformersDecoder(base.model, attached, sequences, length)
+        engine = await enter(
+            Engine(scheduler, decoder, max_tokens=capacity.step_tokens, max_sequences=sequences)
         )
         on_use = None
         if warm is not None:
             warm_list = WarmList(warm, loader, admit=partial(_admit, settings))
-            on_use = (await stack.enter_async_context(warm_list)).record_use
+            on_use = (await enter(warm_list)).record_use
         yield Service(settings, engine, loader, base.tokenizer, base.stop_tokens, on_use)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,8 +56,7 @@ class KVCache:
                 free = (place for place in range(self._max_sequences) if place not in taken)
                 self._places[sequence] = next(free)
             self._lengths[sequence] = start + tokens
-        self._gather(sequences)
-        places = [self._places[sequence] for sequence in sequences]
+        places = self._gather(sequences)
         rows = PassRows(places, starts, tokens, self._device)
         for layer in self._layers:
             layer.begin(rows, max(self._places.values()) + 1)
@@ -86,18 +84,21 @@ class KVCache:
                 f" {self._max_sequences}; give the scheduler that number as max_begun"
             )
 
-    def _gather(self, sequences: Sequence[int]) -> None:
-        """Move rows that come twice in a row to consecutive places: later passes copy nothing."""
+    def _gather(self, sequences: Sequence[int]) -> list[int]:
+        """Return the places of the rows; if they come twice in a row, make these consecutive.
+
+        Later passes over them copy nothing.
+        """
+        places = [self._places[sequence] for sequence in sequences]
         repeated, self._last = tuple(sequences) == self._last, tuple(sequences)
-        if not repeated or _consecutive([self._places[sequence] for sequence in sequences]):
-            return
-        in_pass = set(sequences)
-        others = [sequence for sequence in self._places if sequence not in in_pass]
-        ordered = [*sequences, *others]
+        if not repeated or _consecutive(places):
+            return places
+        ordered = list(dict.fromkeys([*sequences, *self._places]))
         before = [self._places[sequence] for sequence in ordered]
         for layer in self._layers:
             layer.move(before)
         self._places = {sequence: place for place, sequence in enumerate(ordered)}
+        return list(range(len(sequences)))
 
 
 class PlacesLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -113,17 +114,22 @@ class PlacesLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._rows: PassRows | None = None
         self._size = 0, 0
 
-    # -- between passes ----------------------------------------------------------------------------
-
     def begin(self, rows: PassRows, places: int) -> None:
         """Grow for the rows of a pass over this many places."""
         self._rows = rows
         size = (max(self._size[0], places), max(self._size[1], -(-rows.length // BLOCK) * BLOCK))
         if size == self._size:
             return
-        if self.is_initialized:
-            self.keys, self.values = [_grow(store, size) for store in self._stores()]
         self._size = size
+        if self.is_initialized:
+            self.keys, self.values = (self._grow(store) for store in self._stores())
+
+    def _grow(self, store: torch.Tensor) -> torch.Tensor:
+        """Return a copy of a store in this layer's size."""
+        places, heads, tokens, dim = store.shape
+        larger = store.new_zeros(self._size[0], heads, self._size[1], dim)
+        larger[:places, :, :tokens] = store
+        return larger
 
     def clear(self, place: int, length: int) -> None:
         for store in self._stores():
@@ -133,18 +139,19 @@ class PlacesLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Move `places[n]` to place n, and clear the others."""
         for store in self._stores():
             index = torch.tensor(places, device=store.device)
-            moved = store.index_select(0, index)
-            store[: len(places)] = moved
+            store[: len(places)] = store.index_select(0, index)
             store[len(places) :] = 0
 
-    def _stores(self) -> Iterable[torch.Tensor]:
+    def _stores(self) -> list[torch.Tensor]:
         return [store for store in (self.keys, self.values) if store is not None]
 
     # -- for the model -----------------------------------------------------------------------------
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = (_new(like, self._size) for like in (key_states, value_states))
+        self.keys, self.values = (
+            self._grow(like[:0, :, :0]) for like in (key_states, value_states)
+        )
         self.is_initialized = True
 
     def update(
@@ -154,10 +161,8 @@ class PlacesLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self._rows is not None
-        assert self.keys is not None
-        assert self.values is not None
-        rows = self._rows
-        return rows.store(self.keys, key_states), rows.store(self.values, value_states)
+        keys, values = self._stores()
+        return self._rows.store(keys, key_states), self._rows.store(values, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -170,7 +175,7 @@ class PlacesLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
 
 class PassRows:
-    """The rows of one forward pass: their places, positions and mask.
+    """The rows of one forward pass.
 
     Attributes
     ----------
@@ -178,6 +183,10 @@ class PassRows:
         New tokens of each row.
     length
         Tokens of the longest row, new ones included.
+    positions
+        Of the new tokens, `[rows, tokens]`.
+    mask
+        Which of `length` tokens each row has, `[rows, length]`; None if all.
     """
 
     def __init__(
@@ -185,22 +194,16 @@ class PassRows:
     ) -> None:
         self.tokens = tokens
         self.length = max(starts) + tokens
-        self._places = list(places)
-        self._starts = list(starts)
-        self._device = device
+        self._places = torch.tensor(places, device=device)
+        self._starts = torch.tensor(starts, device=device)
+        self._ranges = list(zip(places, starts, strict=True))
         self._slice = slice(places[0], places[0] + len(places)) if _consecutive(places) else None
         self._same_length = len(set(starts)) == 1
-
-    def positions(self) -> torch.Tensor:
-        """Return the positions of the new tokens, `[rows, tokens]`."""
-        return self._ends.unsqueeze(1) + torch.arange(self.tokens, device=self._device)
-
-    def mask(self) -> torch.Tensor | None:
-        """Return which of `length` tokens each row has, `[rows, length]`; None if all."""
-        if self._same_length:
-            return None
-        ends = self._ends.unsqueeze(1) + self.tokens
-        return torch.arange(self.length, device=self._device) < ends
+        starts_column = self._starts.unsqueeze(1)
+        self.positions = starts_column + torch.arange(tokens, device=device)
+        self.mask: torch.Tensor | None = None
+        if not self._same_length:
+            self.mask = torch.arange(self.length, device=device) < starts_column + tokens
 
     def store(self, store: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """Write `new` `[rows, heads, tokens, head_dim]` into a layer's store `[places, heads, …]`.
@@ -210,39 +213,19 @@ class PassRows:
         if self._slice is not None and self._same_length:
             store[self._slice, :, self.length - self.tokens : self.length] = new
         elif self.tokens == 1:
-            store[self._index, :, self._ends] = new[:, :, 0]
+            store[self._places, :, self._starts] = new[:, :, 0]
         else:
-            for place, start, row in zip(self._places, self._starts, new, strict=True):
+            for (place, start), row in zip(self._ranges, new, strict=True):
                 store[place, :, start : start + self.tokens] = row
         if self.length == self.tokens:
             return new
         if self._slice is not None:
             return store[self._slice, :, : self.length]
-        return store[:, :, : self.length].index_select(0, self._index)
-
-    @cached_property
-    def _index(self) -> torch.Tensor:
-        return torch.tensor(self._places, device=self._device)
-
-    @cached_property
-    def _ends(self) -> torch.Tensor:
-        """The end of each row before the pass."""
-        return torch.tensor(self._starts, device=self._device)
+        return store[:, :, : self.length].index_select(0, self._places)
 
 
 def _consecutive(places: Sequence[int]) -> bool:
     return list(places) == list(range(places[0], places[0] + len(places)))
-
-
-def _new(like: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    places, tokens = size
-    return like.new_zeros(places, like.shape[1], tokens, like.shape[3])
-
-
-def _grow(store: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    larger = _new(store, size)
-    larger[: store.shape[0], :, : store.shape[2]] = store
-    return larger
 
 
 class TransformersDecoder:
@@ -272,26 +255,18 @@ class TransformersDecoder:
         self, model: Any, attached: AttachedModel, max_sequences: int, max_length: int | None = None
     ) -> None:
         config = model.config.get_text_config(decoder=True)
-        positions = config.max_position_embeddings
-        self._max_length = positions if max_length is None else max_length
+        positions: int = config.max_position_embeddings
+        self.max_length = positions if max_length is None else max_length
+        self.vocabulary: int = config.vocab_size
         require_count("max_sequences", max_sequences, least=1)
-        require_count("max_length", self._max_length, least=1)
-        if self._max_length > positions:
+        require_count("max_length", self.max_length, least=1)
+        if self.max_length > positions:
             raise ConfigError(
-                f"max_length is {self._max_length}, and the model has {positions} positions"
+                f"max_length is {self.max_length}, and the model has {positions} positions"
             )
-        self._vocabulary: int = config.vocab_size
         self._model = model
         self._attached = attached
         self._cache = KVCache(_count_layers(model, config), max_sequences, model.device)
-
-    @property
-    def max_length(self) -> int:
-        return self._max_length
-
-    @property
-    def vocabulary(self) -> int:
-        return self._vocabulary
 
     @property
     def sequences(self) -> int:
@@ -332,8 +307,8 @@ class TransformersDecoder:
         rows = self._cache.begin(sequences, starts, ids.shape[1])
         logits: torch.Tensor = self._model(
             input_ids=ids,
-            attention_mask=rows.mask(),
-            position_ids=rows.positions(),
+            attention_mask=rows.mask,
+            position_ids=rows.positions,
             past_key_values=self._cache.cache,
             use_cache=True,
             logits_to_keep=1,
@@ -348,11 +323,11 @@ def _passes(parts: Sequence[SequencePart]) -> list[list[int]]:
         tokens = len(part.tokens)
         groups.setdefault((tokens, part.start if tokens > 1 else 0), []).append(number)
 
-    def waits(numbers: list[int]) -> bool:
+    def may_wait(numbers: list[int]) -> bool:
         handles = (parts[number].handle for number in numbers)
         return any(handle is not None and not handle.resident for handle in handles)
 
-    return sorted(groups.values(), key=waits)
+    return sorted(groups.values(), key=may_wait)
 
 
 def _count_layers(model: Any, config: Any) -> int:
