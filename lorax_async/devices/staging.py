@@ -99,13 +99,14 @@ class StagingRing:
         with self._changed:
             self._waiting.append(ticket)
             try:
-                self._changed.wait_for(
-                    lambda: self._waiting[0] is ticket and len(self._free) >= count
-                )
+                self._changed.wait_for(lambda: self._is_served(ticket, count))
                 return [self._free.pop() for _ in range(count)]
             finally:
                 self._waiting.remove(ticket)
                 self._changed.notify_all()
+
+    def _is_served(self, ticket: object, count: int) -> bool:
+        return self._waiting[0] is ticket and len(self._free) >= count
 
     def release(self, buffer: StagingBuffer, _: object = None) -> None:
         """Return a buffer to the ring, also as a callback of a ticket. Thread-safe."""

@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 
 import torch
 
@@ -19,6 +20,7 @@ from lorax_async.sources.tensors import MemorySource
 from lorax_async.types import AdapterKey, AdapterRef, MergedKey, Ref, TensorsKey
 
 
+@dataclass(eq=False)
 class TensorAdapters:
     """Assigns ids to tensors, and unassigns them.
 
@@ -26,22 +28,13 @@ class TensorAdapters:
     has waiters, leases or pins. `check_open` raises once the loader is closing.
     """
 
-    def __init__(
-        self,
-        source: MemorySource,
-        resolver: Resolver,
-        acquiring: Acquirer,
-        driver: Driver,
-        check_open: Callable[[], None],
-    ) -> None:
-        self._source = source
-        self._resolver = resolver
-        self._names = resolver.names
-        self._acquiring = acquiring
-        self._driver = driver
-        self._check_open = check_open
-        self._order = OrderedCalls()
-        self._calls: Counter[AdapterKey] = Counter()
+    source: MemorySource
+    resolver: Resolver
+    acquiring: Acquirer
+    driver: Driver
+    check_open: Callable[[], None]
+    _order: OrderedCalls = field(default_factory=OrderedCalls, init=False)
+    _calls: Counter[AdapterKey] = field(default_factory=Counter, init=False)
 
     async def load(
         self,
@@ -65,11 +58,11 @@ class TensorAdapters:
         try:
             with self._order.place(ref) as wait_for_turn, ExitStack() as kept:
                 async with asyncio.timeout_at(deadline) as limit:
-                    key = await self._source.take(tensors, config, self._check_open)
+                    key = await self.source.take(tensors, config, self.check_open)
                     kept.enter_context(self._keep(key))
                     stage = "queue"
                     await wait_for_turn()
-                assigned = self._names.get(ref)
+                assigned = self.resolver.names.get(ref)
                 if assigned is not None and assigned != key and not replaces:
                     raise UsageError(
                         "the name means other tensors already; replace them with `replace`, unload"
@@ -89,7 +82,7 @@ class TensorAdapters:
 
     def unassign(self, ref: Ref, key: AdapterKey) -> None:
         """Remove the assignment of `ref` to `key`, after `key` was unloaded by it."""
-        self._names.unassign(ref, key)
+        self.resolver.names.unassign(ref, key)
         if isinstance(key, TensorsKey):
             self._unload_if_unassigned(key)
         elif isinstance(key, MergedKey):
@@ -101,7 +94,7 @@ class TensorAdapters:
         clock = asyncio.get_running_loop().time
         while True:  # a leaving adapter cannot be pinned: load it again
             left = max(0.0, deadline - clock())
-            lease = await self._acquiring.lease(key, WantedTier.DEVICE, left, priority=priority)
+            lease = await self.acquiring.lease(key, WantedTier.DEVICE, left, priority=priority)
             try:
                 if self._assign(ref, key, lease):
                     return lease
@@ -112,12 +105,12 @@ class TensorAdapters:
 
     def _assign(self, ref: AdapterRef, key: AdapterKey, lease: Lease) -> bool:
         """Move the id and its pins in one step; return False if the new version is leaving."""
-        pins = self._driver.pins
-        names = [name for name in pins.names if self._names.covers(ref, name)]
+        pins = self.driver.pins
+        names = [name for name in pins.names if self.resolver.names.covers(ref, name)]
         if not all(pins.pin(name, lease) for name in names):
             return False
-        before = self._resolver.known(ref)
-        self._names.assign(ref, key)
+        before = self.resolver.known(ref)
+        self.resolver.names.assign(ref, key)
         if before is not None and before != key:
             self._unload_if_unassigned(before)
         return True
@@ -125,7 +118,7 @@ class TensorAdapters:
     @contextmanager
     def _keep(self, key: AdapterKey) -> Iterator[None]:
         self._calls[key] += 1
-        self._driver.keep(key)
+        self.driver.keep(key)
         try:
             yield
         finally:
@@ -136,10 +129,10 @@ class TensorAdapters:
 
     def _unload_if_unassigned(self, key: AdapterKey) -> None:
         """Unload the adapter once it is idle, unless an id is assigned to it or a call loads it."""
-        if not self._names.has_id(key) and key not in self._calls:
-            self._driver.unload_when_idle(key, self._forget)
+        if not self.resolver.names.has_id(key) and key not in self._calls:
+            self.driver.unload_when_idle(key, self._forget)
 
     def _forget(self, key: AdapterKey) -> None:
         if isinstance(key, TensorsKey | MergedKey):
-            self._driver.forget(key)
-            self._source.copies.drop(key)
+            self.driver.forget(key)
+            self.source.copies.drop(key)

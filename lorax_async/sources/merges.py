@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -60,14 +61,6 @@ _P = TypeVar("_P")
 _T = TypeVar("_T")
 
 
-class PartFile(NamedTuple):
-    """One adapter of a merge: its config, header and size of weights."""
-
-    config: bytes
-    prefix: bytes
-    nbytes: int
-
-
 class MergedTensor(NamedTuple):
     """A `[rank, in]` or B `[out, rank]` of one module, at [start, stop) of the merged file.
 
@@ -104,7 +97,7 @@ class MergePlan(NamedTuple):
 
 
 def plan_merge(
-    key: MergedKey, parts: Sequence[PartFile], layout: ModelLayout, *, dtype: str, limits: Limits
+    key: MergedKey, parts: Sequence[AdapterFile], layout: ModelLayout, *, dtype: str, limits: Limits
 ) -> MergePlan:
     """Check every part as a load of it would, and the parts against each other.
 
@@ -163,10 +156,10 @@ def _part_words(key: MergedKey, number: int) -> str:
 
 
 def _pair_part(
-    part: PartFile, layout: ModelLayout, limits: Limits
+    part: AdapterFile, layout: ModelLayout, limits: Limits
 ) -> tuple[AdapterSpec, list[TensorPair]]:
     spec = parse_config(part.config, limits)
-    header = parse_header(part.prefix, part.nbytes, limits)
+    header = parse_header(part.prefix, part.reader.nbytes, limits)
     for span in header.tensors:
         if not span.name.endswith(_SUFFIXES):
             raise UnsupportedAdapterError(
@@ -313,14 +306,14 @@ def _merge_utils() -> Any:
     Importing peft imports transformers, which blocks the loop and the merge for seconds.
     """
     peft = find_spec("peft")
-    for folder in (peft.submodule_search_locations if peft is not None else None) or ():
-        path = os.path.join(folder, "utils", "merge_utils.py")
-        spec = spec_from_file_location("lorax_async.peft_merge_utils", path)
-        if spec is not None and spec.loader is not None and os.path.isfile(path):
-            module = module_from_spec(spec)
-            with suppress(ImportError):  # a later version needs more of peft
-                spec.loader.exec_module(module)
-                return module
+    folder = os.path.dirname((peft and peft.origin) or "")
+    path = os.path.join(folder, "utils", "merge_utils.py")
+    spec = spec_from_file_location("lorax_async.peft_merge_utils", path)
+    if spec is not None and spec.loader is not None:
+        module = module_from_spec(spec)
+        with suppress(ImportError, OSError):  # a later version needs more of peft
+            spec.loader.exec_module(module)
+            return module
     return import_module("peft.utils.merge_utils")
 
 
@@ -346,6 +339,7 @@ class _DrawingFrom(TorchFunctionMode):
         return func(*args, **(kwargs or {}) | drawing)
 
 
+@dataclass(eq=False)
 class Merger:
     """Opens the parts of merges, and computes one merge at a time in its own thread.
 
@@ -353,23 +347,15 @@ class Merger:
     the result. The rest is as for `MemorySource`.
     """
 
-    source: Source
-
-    def __init__(
-        self,
-        copies: HostCopies,
-        layout: ModelLayout,
-        *,
-        dtype: str,
-        limits: Limits,
-        threads: Executor,
-    ) -> None:
-        self._copies = copies
-        self._layout = layout
-        self._dtype = dtype
-        self._limits = limits
-        self._planning = threads
-        self._computing = ThreadPoolExecutor(1, "lorax-merge")
+    copies: HostCopies
+    layout: ModelLayout
+    dtype: str
+    limits: Limits
+    threads: Executor
+    source: Source = field(init=False)
+    _computing: ThreadPoolExecutor = field(
+        default_factory=partial(ThreadPoolExecutor, 1, "lorax-merge"), init=False
+    )
 
     async def merge(self, key: MergedKey, control: FetchControl) -> HostCopy:
         """Compute a merge and keep it. Raise as a load of a part does, naming the part."""
@@ -391,7 +377,7 @@ class Merger:
         finally:
             _close(files)
         copy.fill(key, plan.config, len(plan.prefix), content, weakest(verifications))
-        return self._copies.put(copy)
+        return self.copies.put(copy)
 
     def close(self) -> None:
         """End the thread. End all merges before. Blocks."""
@@ -403,17 +389,16 @@ class Merger:
         """Open and plan; parts that were refused and outdated are opened once more."""
         loop, outdated = asyncio.get_running_loop(), False
         keys = cast(tuple[AdapterKey, ...], key.merge.parts)
-        settings: Any = {"dtype": self._dtype, "limits": self._limits}
+        settings: Any = {"dtype": self.dtype, "limits": self.limits}
 
         async def open_part(part: AdapterKey) -> AdapterFile:
             return await self.source.open(part, control)
 
         while True:
             files = await _for_parts(key, keys, open_part, lambda file: file.reader.close())
-            parts = [PartFile(file.config, file.prefix, file.reader.nbytes) for file in files]
-            plan = partial(plan_merge, key, parts, self._layout, **settings)
+            plan = partial(plan_merge, key, files, self.layout, **settings)
             try:
-                return await loop.run_in_executor(self._planning, plan), files
+                return await loop.run_in_executor(self.threads, plan), files
             except AdapterError as error:
                 if not await _refused(files, error) or outdated:
                     raise
@@ -424,7 +409,7 @@ class Merger:
 
     async def _reserve(self, nbytes: int, control: FetchControl) -> HostCopy:
         """Wait for room until `control` ends."""
-        reserving = asyncio.ensure_future(self._copies.reserve(nbytes, lambda: None))
+        reserving = asyncio.ensure_future(self.copies.reserve(nbytes, lambda: None))
 
         def cancel_if_ended() -> None:
             if control.cancelled:
@@ -444,7 +429,7 @@ class Merger:
     async def _compute(
         self, key: MergedKey, plan: MergePlan, files: Sequence[AdapterFile], control: FetchControl
     ) -> torch.Tensor:
-        dtype = TORCH_DTYPES[self._dtype]
+        dtype = TORCH_DTYPES[self.dtype]
         future = self._computing.submit(compute, key, plan, files, dtype, control)
         try:
             return await outcome(future)

@@ -207,7 +207,7 @@ class MemorySource:
         self.copies = copies
         self._limits = limits
         self._threads = threads
-        self.merger = Merger(copies, layout, dtype=dtype, limits=limits, threads=threads)
+        self.merger = Merger(copies, layout, dtype, limits, threads)
 
     async def take(
         self, tensors: Mapping[str, torch.Tensor], config: bytes, check_open: Callable[[], None]

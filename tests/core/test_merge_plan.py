@@ -1,6 +1,8 @@
 """The file that a merge would be: its config, its header, and what it is made of."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,14 +15,15 @@ from lorax_async.formats.peft_config import parse_config
 from lorax_async.formats.peft_names import TensorRole
 from lorax_async.formats.safetensors import header_size, parse_header
 from lorax_async.planning.layout import ModelLayout
-from lorax_async.sources.merges import MergePlan, NewLayers, PartFile, plan_merge
+from lorax_async.sources.base import AdapterFile
+from lorax_async.sources.merges import MergePlan, NewLayers, plan_merge
 from lorax_async.types import AdapterKey, Merge, MergedKey
 
 Q, OUT = "model.layers.0.q", "model.layers.1.o"
 LAYOUT = layout_of((Q, 24, 16, 0), (OUT, 16, 24, 1), ("lm_head", 24, 40, 12))
 
 
-def part(ranks: dict[str, int], layout: ModelLayout = LAYOUT, **config: Any) -> PartFile:
+def part(ranks: dict[str, int], layout: ModelLayout = LAYOUT, **config: Any) -> AdapterFile:
     """Tensors of these ranks; the config says them by patterns."""
     modules = {name: layout.modules[layout.index(name)] for name in ranks}
     pairs = [
@@ -30,11 +33,12 @@ def part(ranks: dict[str, int], layout: ModelLayout = LAYOUT, **config: Any) -> 
     content = file_of([tensor for each in pairs for tensor in each])
     plain = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "rank_pattern": ranks}
     prefix = content[: header_size(content, len(content))]
-    return PartFile(json.dumps(plain | config).encode(), prefix, len(content))
+    reader: Any = SimpleNamespace(nbytes=len(content))
+    return AdapterFile(json.dumps(plain | config).encode(), prefix, reader)
 
 
 def planned(
-    merge: Merge, *parts: PartFile, layout: ModelLayout = LAYOUT, limits: Limits = Limits()
+    merge: Merge, *parts: AdapterFile, layout: ModelLayout = LAYOUT, limits: Limits = Limits()
 ) -> MergePlan:
     keys = [AdapterKey(f"/adapters/{n}", ()) for n in range(len(parts))]
     return plan_merge(MergedKey.of(merge, keys), parts, layout, dtype="F32", limits=limits)
@@ -111,10 +115,12 @@ GOOD = part({Q: 4})
     [
         (part({Q: 3}), IncompatibleAdapterError, f"'{Q}': .*the parts have 4 and 3"),
         (part({Q: 4}, r=0), AdapterFormatError, r"part 2 \('1'\): .*r must be"),
-        (GOOD._replace(prefix=b"\x09" + b"\0" * 7), AdapterFormatError, r"part 2 \('1'\): "),
+        (replace(GOOD, prefix=b"\x09" + b"\0" * 7), AdapterFormatError, r"part 2 \('1'\): "),
     ],
 )
-def test_parts_that_cannot_be_merged(other: PartFile, kind: type[LoraxError], problem: str) -> None:
+def test_parts_that_cannot_be_merged(
+    other: AdapterFile, kind: type[LoraxError], problem: str
+) -> None:
     with pytest.raises(kind, match=problem):
         planned(dare(), GOOD, other)
     pair_of_two = part({Q: 4, OUT: 2}), part({Q: 4, OUT: 2})
