@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Lock
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
@@ -114,84 +114,41 @@ class DoraFactors:
             self._factors.clear()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class VectorFeatures:
-    """Applies what kernels do not: adapters with bias or DoRA, and embeddings.
+def _add_linear(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    operands: Operands,
+    bias: torch.Tensor | None,
+    factor: torch.Tensor | None,
+    base: nn.Module,
+) -> None:
+    a, b, scale = operands
+    delta = linear(linear(x, a), b, None if bias is None else bias.to(b.dtype))
+    if factor is None:
+        y.add_(delta.mul_(scale))
+        return
+    base_bias = getattr(base, "bias", None)
+    unbiased = y if base_bias is None else y - base_bias
+    y.add_((factor - 1) * unbiased + factor * delta * scale)
 
-    `vectors` are the biases and magnitudes of the batch's adapters, by slot; an adapter has them
-    for all of its modules or for none.
-    """
 
-    device: Device
-    tables: Tables
-    factors: DoraFactors
-    vectors: Mapping[int, AdapterVectors]
-
-    @torch.no_grad()
-    def add(
-        self, y: torch.Tensor, x: torch.Tensor, segments: Iterable[Segment], adapted: AdaptedModule
-    ) -> None:
-        """Add each segment's adapter to `y` `[tokens, out]`, in place.
-
-        `x` is `[tokens, in]`, or an embedding's ids `[tokens]`. Raises ValueError for another dtype
-        than the adapter's, `UsageError` if DoRA needs the base's weight and it is packed or meta.
-        """
-        for start, stop, slot in segments:
-            operands = self.tables.operands(adapted.index, slot)
-            if operands is None:
-                continue
-            if y.dtype != operands[0].dtype:
-                raise ValueError(f"expected y in {operands[0].dtype}, got {y.dtype}")
-            add = self._add_embedded if adapted.module.embedding else self._add_linear
-            add(y[start:stop], x[start:stop], slot, operands, adapted)
-
-    def _add_linear(
-        self,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        slot: int,
-        operands: Operands,
-        adapted: AdaptedModule,
-    ) -> None:
-        a, b, scale = operands
-        bias = self._vector(slot, TensorRole.BIAS, adapted)
-        delta = linear(linear(x, a), b, None if bias is None else bias.to(b.dtype))
-        factor = self._factor(slot, operands, adapted)
-        if factor is None:
-            y.add_(delta.mul_(scale))
-            return
-        base_bias = getattr(adapted.base, "bias", None)
-        unbiased = y if base_bias is None else y - base_bias
-        y.add_((factor - 1) * unbiased + factor * delta * scale)
-
-    def _add_embedded(
-        self,
-        y: torch.Tensor,
-        ids: torch.Tensor,
-        slot: int,
-        operands: Operands,
-        adapted: AdaptedModule,
-    ) -> None:
-        a, b, scale = operands
-        delta, factor = embedding(ids, a.T) @ b.T, self._factor(slot, operands, adapted)
-        if delta.dtype != y.dtype:
-            raise ValueError(f"expected y in {y.dtype}, and the adapter's product is {delta.dtype}")
-        delta = (delta if factor is None else factor * delta) * scale
-        embed_scale = getattr(adapted.base, "embed_scale", None)
-        if embed_scale is not None:
-            # The base's output is scaled already.
-            delta *= torch.as_tensor(embed_scale, dtype=delta.dtype, device=delta.device)
-        y.copy_((y if factor is None else factor * y) + delta)
-
-    def _factor(self, slot: int, operands: Operands, adapted: AdaptedModule) -> torch.Tensor | None:
-        magnitude = self._vector(slot, TensorRole.MAGNITUDE, adapted)
-        if magnitude is None:
-            return None
-        return self.factors.of(self.vectors[slot], magnitude, operands, adapted)
-
-    def _vector(self, slot: int, part: TensorRole, adapted: AdaptedModule) -> torch.Tensor | None:
-        vectors = self.vectors.get(slot)
-        return None if vectors is None else vectors.view(self.device, adapted.index, part)
+def _add_embedded(
+    y: torch.Tensor,
+    ids: torch.Tensor,
+    operands: Operands,
+    factor: torch.Tensor | None,
+    base: nn.Module,
+) -> None:
+    a, b, scale = operands
+    delta = embedding(ids, a.T) @ b.T
+    if delta.dtype != y.dtype:
+        raise ValueError(f"expected y in {y.dtype}, and the adapter's product is {delta.dtype}")
+    delta = (delta if factor is None else factor * delta) * scale
+    embed_scale = getattr(base, "embed_scale", None)
+    if embed_scale is not None:
+        # The base's output is scaled already.
+        delta *= torch.as_tensor(embed_scale, dtype=delta.dtype, device=delta.device)
+    y.copy_((y if factor is None else factor * y) + delta)
 
 
 def _factor(magnitude: torch.Tensor, operands: Operands, adapted: AdaptedModule) -> torch.Tensor:
@@ -227,8 +184,7 @@ Rows = Sequence[AdapterHandle | None] | None
 """One adapter or None (the base) per row; None for a batch of any size that uses the base only."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class BatchPlans:
+class BatchPlans(NamedTuple):
     """The kernels' plan, and the segments of adapters with bias or DoRA."""
 
     kernel: Plan
@@ -274,8 +230,7 @@ class ModelBatch:
         self._rows = None if rows is None else len(rows)
         self._slots = [BASE_ONLY if row is None else row.slot.index for row in rows or ()]
         self._handles = tuple(dict.fromkeys(row for row in rows or () if row is not None))
-        self._vectors: dict[int, AdapterVectors] = {}
-        self._features = VectorFeatures(place.device, place.tables, place.factors, self._vectors)
+        self._vectors: dict[int, AdapterVectors] = {}  # by slot
         self._lease_table = tuple(None if row is None else row.slot for row in rows or ())
         self._flat: tuple[ReferenceType[torch.Tensor], torch.Tensor] | None = None
         self._uses = ExitStack()
@@ -301,13 +256,10 @@ class ModelBatch:
                     self.gate.leave_out(handle, error)
             self._uses = uses.pop_all()
         if (recorder := self._place.tracer.on) is not None:
-            self._record(recorder)
-
-    def _record(self, recorder: Recorder) -> None:
-        rows = "base" if self._rows is None else f"rows: {self._rows}"
-        span = recorder.begin("compute", "passes", rows, adapters=len(self._handles))
-        self.gate.times = LayerTimes(recorder, [handle.slot.index for handle in self._handles])
-        self._recorded = recorder, span, self.gate.times
+            rows = "base" if self._rows is None else f"rows: {self._rows}"
+            span = recorder.begin("compute", "passes", rows, adapters=len(self._handles))
+            self.gate.times = LayerTimes(recorder, [handle.slot.index for handle in self._handles])
+            self._recorded = recorder, span, self.gate.times
 
     def end(self) -> None:
         """Refuse further layers. Do not wait for a running one."""
@@ -358,40 +310,64 @@ class ModelBatch:
         """
         if not self._handles:
             return y
-        self.gate.enter(adapted.module.layer)
-        if not self._has_rows(x, adapted.module):
+        module, tables = adapted.module, self._place.tables
+        self.gate.enter(module.layer)
+        # Embeddings also get positions, one row for all: [1, tokens].
+        has_rows = x.dim() == 2 and x.shape[0] == self._rows if module.embedding else x.dim() == 3
+        if not has_rows:
             self._require_untouched(x, adapted)
             return y
         y = y.contiguous()
         flat_y, flat_x = y.detach().flatten(0, 1), self._flattened(x)
+        out = self.gate.slots_out
+        # Prefill, decoding step or head.
+        key = self._lease_table, x.shape[1], out, self._thresholds
+        plan = self._place.plans.get(key, partial(self._new_plan, x.shape[1], out))
+        others = plan.others
         try:
-            self._add(flat_y, flat_x, self._plan(x.shape[1]), adapted)
+            if module.embedding:
+                others = plan.kernel.segments + others
+            else:
+                apply(flat_y, flat_x, plan.kernel, adapted.index, tables, group=adapted.group)
+            self._add_others(flat_y, flat_x, others, adapted)
         except ValueError as error:
             raise UsageError(
-                f"module {adapted.module.name!r}: {error}; give the loader the dtype and layout "
-                "that the module computes with (autocast changes the dtype)"
+                f"module {module.name!r}: {error}; give the loader the dtype and layout that the"
+                " module computes with (autocast changes the dtype)"
             ) from error
         if y.requires_grad:
             on_gradient: Any = y.register_hook  # untyped in torch
             on_gradient(_refuse_gradient)
         return y
 
-    def _has_rows(self, x: torch.Tensor, module: Module) -> bool:
-        """Return whether the first dimension of the module's input is the batch's rows.
-
-        Embeddings also get positions, one row for all: `[1, tokens]`.
-        """
-        return x.dim() == 2 and x.shape[0] == self._rows if module.embedding else x.dim() == 3
-
-    def _add(
-        self, y: torch.Tensor, x: torch.Tensor, plan: BatchPlans, adapted: AdaptedModule
+    @torch.no_grad()
+    def _add_others(
+        self, y: torch.Tensor, x: torch.Tensor, segments: Iterable[Segment], adapted: AdaptedModule
     ) -> None:
-        """Add to `y` `[tokens, out]`, by the kernels and by `VectorFeatures`."""
-        if adapted.module.embedding:
-            self._features.add(y, x, plan.kernel.segments + plan.others, adapted)
-            return
-        apply(y, x, plan.kernel, adapted.index, self._place.tables, group=adapted.group)
-        self._features.add(y, x, plan.others, adapted)
+        """Add what kernels do not to `y` `[tokens, out]`: bias and DoRA, and embeddings.
+
+        `x` is `[tokens, in]`, or an embedding's ids `[tokens]`. An adapter has vectors for all of
+        its modules or for none. Raises ValueError for another dtype than the adapter's,
+        `UsageError` if DoRA needs the base's weight and it is packed or meta.
+        """
+        place, index = self._place, adapted.index
+        for start, stop, slot in segments:
+            operands = place.tables.operands(index, slot)
+            if operands is None:
+                continue
+            if y.dtype != operands[0].dtype:
+                raise ValueError(f"expected y in {operands[0].dtype}, got {y.dtype}")
+            bias = factor = None
+            if (vectors := self._vectors.get(slot)) is not None:
+                bias = vectors.view(place.device, index, TensorRole.BIAS)
+                magnitude = vectors.view(place.device, index, TensorRole.MAGNITUDE)
+                if magnitude is not None:
+                    factor = place.factors.of(vectors, magnitude, operands, adapted)
+            rows = y[start:stop], x[start:stop]
+            if adapted.module.embedding:
+                _add_embedded(*rows, operands, factor, adapted.base)
+            else:
+                _add_linear(*rows, operands, bias, factor, adapted.base)
 
     def _flattened(self, x: torch.Tensor) -> torch.Tensor:
         """Return `x` as `[tokens, in]`.
@@ -416,12 +392,6 @@ class ModelBatch:
                 f"of a batch of {self._rows} cannot be told apart; adapters can be applied to "
                 f"{wanted} only"
             )
-
-    def _plan(self, tokens: int) -> BatchPlans:
-        """Return the plan for rows of `tokens` tokens each: prefill, decoding step or head."""
-        out = self.gate.slots_out
-        key = self._lease_table, tokens, out, self._thresholds
-        return self._place.plans.get(key, partial(self._new_plan, tokens, out))
 
     def _new_plan(self, tokens: int, out: frozenset[int]) -> BatchPlans:
         segments = plan_rows(self._slots, [tokens] * len(self._slots))

@@ -22,7 +22,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from threading import Lock
 from types import TracebackType
 from typing import Any, NoReturn, Self, cast
@@ -71,97 +70,72 @@ def groups_of(modules: Iterable[Module]) -> dict[int, tuple[int, ...]]:
     return {index: tuple(group) for group in found.values() if len(group) > 1 for index in group}
 
 
-_SHOWN = 3
-
-
 def modules_of(model: nn.Module, layout: ModelLayout, shard: Shard | None) -> list[nn.Module]:
     """Return the model's modules in the layout's order; raise `ConfigError` for differences.
 
     `shard` is the shard that the layout's sizes describe.
     """
     found = dict(model.named_modules())
-    problems = [
-        problem
-        for module in layout.modules
-        if (problem := _mismatch(found.get(module.name), module)) is not None
-    ]
-    if problems:
-        more = f" (and {len(problems) - _SHOWN} more)" if len(problems) > _SHOWN else ""
-        base = "the loader's base" if shard is None else f"the {shard} that the loader holds"
-        remedy = (
-            "make the layout with layouts.from_module(model)"
-            if shard is None
-            else "for a whole model make the loader without a shard"
-        )
-        raise ConfigError(
-            f"the model is not {base}: {'; '.join(problems[:_SHOWN])}{more}; {remedy}"
-        )
+    mismatches = (_mismatch(found.get(module.name), module) for module in layout.modules)
+    if problems := [problem for problem in mismatches if problem is not None]:
+        base, remedy = "the loader's base", "make the layout with layouts.from_module(model)"
+        if shard is not None:
+            base = f"the {shard} that the loader holds"
+            remedy = "for a whole model make the loader without a shard"
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise ConfigError(f"the model is not {base}: {'; '.join(problems[:3])}{more}; {remedy}")
     return [found[module.name] for module in layout.modules]
 
 
 def _mismatch(found: nn.Module | None, module: Module) -> str | None:
+    from transformers.pytorch_utils import Conv1D  # noqa: PLC0415 (slow)
+
     if found is None:
         return f"it has no module {module.name!r}"
-    sizes = _sizes(found)
-    if sizes is None or isinstance(found, nn.Embedding) != module.embedding:
-        return f"module {module.name!r} is a {type(found).__name__}"
-    if module.embedding and not is_lookup(module.name, found):
-        kind = type(found).__name__
-        return f"module {module.name!r} ({kind}) does more than look up tokens or positions"
+    kind = type(found).__name__
+    if isinstance(found, nn.Embedding) != module.embedding:
+        return f"module {module.name!r} is a {kind}"
+    if isinstance(found, nn.Linear):
+        sizes = found.in_features, found.out_features
+    elif isinstance(found, nn.Embedding):
+        sizes = found.num_embeddings, found.embedding_dim
+        if not is_lookup(module.name, found):
+            return f"module {module.name!r} ({kind}) does more than look up tokens or positions"
+    elif isinstance(found, Conv1D):
+        sizes = found.nx, found.nf
+    else:
+        return f"module {module.name!r} is a {kind}"
     if sizes != (module.in_features, module.out_features):
         wanted = f"{module.in_features} → {module.out_features}"
         return f"module {module.name!r} is {sizes[0]} → {sizes[1]}, not {wanted}"
     return None
 
 
-def _sizes(module: nn.Module) -> tuple[int, int] | None:
-    """Return (in, out) of a linear module, (vocabulary, out) of an embedding, else None."""
-    from transformers.pytorch_utils import Conv1D  # noqa: PLC0415 (slow)
-
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    if isinstance(module, nn.Embedding):
-        return module.num_embeddings, module.embedding_dim
-    return (module.nx, module.nf) if isinstance(module, Conv1D) else None
-
-
-def require_dtype(modules: list[nn.Module], stored: str) -> None:
-    """Raise `ConfigError` unless the model computes in the adapters' dtype `stored`.
+def require_fit(modules: list[nn.Module], stored: str, device: torch.device) -> None:
+    """Raise `ConfigError` unless the model computes in the dtype `stored` of adapters, on `device`.
 
     The dtype of most modules counts, as in `layouts.from_module`: a router may be wider. Integer
     weights, which are quantised, are ignored.
     """
-    weights = [_weight(module).dtype for module in modules]
-    floating = Counter(dtype for dtype in weights if dtype.is_floating_point)
-    if not floating:
-        return
-    computed = str(floating.most_common(1)[0][0]).removeprefix("torch.")
-    if computed not in DTYPES:
-        raise ConfigError(
-            f"the model computes in {computed}; convert it to one of {', '.join(DTYPES)}"
-        )
-    if computed != stored:
-        raise ConfigError(
-            f"the model computes in {computed} and the loader stores adapters in {stored}; make "
-            f"it with LoaderConfig(dtype={computed!r})"
-        )
-
-
-def require_device(modules: list[nn.Module], device: torch.device) -> None:
-    """Raise `ConfigError` unless the model is on the adapters' device."""
-    for module in modules:
-        place = _weight(module).device
-        if place.type != device.type:
+    weights: list[torch.Tensor] = [cast(Any, module).weight for module in modules]
+    floating = Counter(weight.dtype for weight in weights if weight.dtype.is_floating_point)
+    if floating:
+        computed = str(floating.most_common(1)[0][0]).removeprefix("torch.")
+        if computed not in DTYPES:
             raise ConfigError(
-                f"the model is on {place} and the loader's adapters are on {device}; move the "
-                "model, or set another LoaderConfig.device"
+                f"the model computes in {computed}; convert it to one of {', '.join(DTYPES)}"
             )
-
-
-def _weight(module: Any) -> torch.Tensor:
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
-    return weight
+        if computed != stored:
+            raise ConfigError(
+                f"the model computes in {computed} and the loader stores adapters in {stored}; make"
+                f" it with LoaderConfig(dtype={computed!r})"
+            )
+    for weight in weights:
+        if weight.device.type != device.type:
+            raise ConfigError(
+                f"the model is on {weight.device} and the loader's adapters are on {device}; move"
+                " the model, or set another LoaderConfig.device"
+            )
 
 
 Forward = Callable[..., torch.Tensor]
@@ -196,8 +170,7 @@ def attach(model: nn.Module, loader: AdapterLoader) -> AttachedModel:
         device, cast(Tables, device), loop, DoraFactors(), PlanCache(), loader.tracer
     )
     bases = modules_of(model, loader.held_layout, loader.config.shard)
-    require_dtype(bases, str(loader.config.dtype))
-    require_device(bases, place.tables.rank.device)
+    require_fit(bases, str(loader.config.dtype), place.tables.rank.device)
     if any(isinstance(vars(base).get("forward"), AdaptedForward) for base in bases):
         raise UsageError("the model has adapters attached already; detach them first")
     return AttachedModel(bases, loader.held_layout.modules, place)
@@ -215,13 +188,7 @@ class AttachedModel:
         self._open: set[ModelBatch] = set()
         groups = groups_of(modules)
         self._replaced = [
-            _ReplacedForward(
-                base,
-                AdaptedForward(
-                    self, AdaptedModule(base, module, index, groups.get(index, ())), base.forward
-                ),
-                vars(base).get("forward"),
-            )
+            AdaptedForward(self, AdaptedModule(base, module, index, groups.get(index, ())))
             for index, (base, module) in enumerate(zip(bases, modules, strict=True))
         ]
         for replaced in self._replaced:
@@ -266,7 +233,11 @@ class AttachedModel:
         """
         self._check(rows)
         batch = ModelBatch(rows, self._place, budget, others_wait, beside=beside)
-        with self._register(batch):
+        with self._lock:
+            if not self._replaced:
+                raise UsageError("the adapters were detached from this model; attach again")
+            self._open.add(batch)
+        try:
             batch.begin()
             token = self._current.set(batch)
             try:
@@ -274,15 +245,6 @@ class AttachedModel:
             finally:
                 self._current.reset(token)
                 batch.end()
-
-    @contextmanager
-    def _register(self, batch: ModelBatch) -> Iterator[None]:
-        with self._lock:
-            if not self._replaced:
-                raise UsageError("the adapters were detached from this model; attach again")
-            self._open.add(batch)
-        try:
-            yield
         finally:
             with self._lock:
                 self._open.remove(batch)
@@ -350,7 +312,7 @@ class AttachedModel:
         if row.shard is None or row.shard.world_size == 1 or row.vectors is None:
             return
         for index in row.vectors.modules:
-            module = self._replaced[index].forward.module
+            module = self._replaced[index].module
             if module.parallel is Parallelism.ROW:
                 raise UsageError(
                     f"adapter {row.id!r} has a bias or a magnitude for module {module.name!r}, of"
@@ -360,46 +322,39 @@ class AttachedModel:
 
 
 class AdaptedForward:
-    """The forward of an attached module: the base's output plus its adapters'."""
+    """The forward of an attached module: the base's output plus its adapters'.
 
-    def __init__(self, attached: AttachedModel, adapted: AdaptedModule, base: Forward) -> None:
-        self.base = base
+    It is an instance attribute of the module, as in accelerate's hooks.
+    """
+
+    def __init__(self, attached: AttachedModel, adapted: AdaptedModule) -> None:
+        self.module = adapted.module
+        """The module's layout entry."""
+        self.base: Forward = adapted.base.forward
         self._attached = attached
         self._adapted = adapted
-
-    @property
-    def module(self) -> Module:
-        """The module's layout entry."""
-        return self._adapted.module
+        self._attributes = vars(adapted.base)
+        # An attribute that hid the class's forward, for example of accelerate's hooks.
+        self._before: Forward | None = self._attributes.get("forward")
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         batch = self._attached.current()
         with batch.computing():
-            batch.check(x, self._adapted.module)
+            batch.check(x, self.module)
             return batch.adapt(self.base(x), x, self._adapted)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise UsageError("a model is copied or pickled without its adapters; detach first")
 
-
-@dataclass(frozen=True, slots=True)
-class _ReplacedForward:
-    """One module's forward, replaced by an instance attribute as in accelerate's hooks."""
-
-    base: nn.Module
-    forward: AdaptedForward
-    before: Forward | None
-    """The instance's previous forward attribute, for example of accelerate's hooks."""
-
     def install(self) -> None:
-        vars(self.base)["forward"] = self.forward
+        self._attributes["forward"] = self
 
     def check(self) -> None:
-        if vars(self.base).get("forward") is not self.forward:
+        if self._attributes.get("forward") is not self:
             raise UsageError("a module's forward was replaced after attach; undo that first")
 
     def restore(self) -> None:
-        if self.before is None:
-            del vars(self.base)["forward"]  # uncovers the class's
+        if self._before is None:
+            del self._attributes["forward"]  # uncovers the class's
         else:
-            vars(self.base)["forward"] = self.before
+            self._attributes["forward"] = self._before
