@@ -153,8 +153,8 @@ class CpuDevice:
             a, b, rank, scale = row
             shape = self._layout.modules[module]
             operands = views[module] = (
-                self._view(a, rank, shape.in_features),
-                self._view(b, shape.out_features, rank),
+                matrix_view(self._arena, a, self._dtype, (rank, shape.in_features)),
+                matrix_view(self._arena, b, self._dtype, (shape.out_features, rank)),
                 scale,
             )
         return operands
@@ -162,16 +162,19 @@ class CpuDevice:
     def view(self, extent: Extent) -> torch.Tensor:
         return self.host_view(extent)
 
-    def _view(self, offset: int, rows: int, columns: int) -> torch.Tensor:
-        nbytes = rows * columns * self._dtype.itemsize
-        return self._arena[offset : offset + nbytes].view(self._dtype).view(rows, columns)
-
     def close(self) -> None:
         """Release the arena. Idempotent, also before `open`."""
         self._columns = []
         self._views = []
         self._memory = memoryview(b"")
         self._arena = torch.empty(0, dtype=torch.uint8)
+
+
+def matrix_view(
+    arena: torch.Tensor, offset: int, dtype: torch.dtype, shape: tuple[int, int]
+) -> torch.Tensor:
+    nbytes = shape[0] * shape[1] * dtype.itemsize
+    return arena[offset : offset + nbytes].view(dtype).view(shape)
 
 
 def lazy_memory(nbytes: int) -> torch.Tensor:

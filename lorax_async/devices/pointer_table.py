@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from lorax_async.devices.cpu import Operands
+from lorax_async.devices.cpu import Operands, matrix_view
 from lorax_async.devices.staging import StagingBuffer
 from lorax_async.devices.streams import EventTicket
 from lorax_async.planning.layout import Module
@@ -48,18 +48,11 @@ class ColumnRecord:
                 return None
             a, b, rank, scale = self.cells[module]
             operands = self._views[module] = (
-                _view(arena, a, dtype, (rank, shape.in_features)),
-                _view(arena, b, dtype, (shape.out_features, rank)),
+                matrix_view(arena, a, dtype, (rank, shape.in_features)),
+                matrix_view(arena, b, dtype, (shape.out_features, rank)),
                 scale,
             )
         return operands
-
-
-def _view(
-    arena: torch.Tensor, offset: int, dtype: torch.dtype, shape: tuple[int, int]
-) -> torch.Tensor:
-    nbytes = shape[0] * shape[1] * dtype.itemsize
-    return arena[offset : offset + nbytes].view(dtype).view(shape)
 
 
 IMAGES = 64

@@ -33,7 +33,9 @@ class DeviceFailures:
     def record(self, error: RuntimeError) -> TransferError:
         """Return the error of one copy. Unless it is transient, mark the device as lost."""
         reason = first_line(error)
-        if is_out_of_memory(error) or is_forbidden_by_capture(error):
+        # torch has a class for a lack of memory, the driver only a message.
+        full = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+        if full or is_forbidden_by_capture(error):
             return TransferError(f"{self._name} refused a copy ({reason}); retry")
         self._reason = self._reason or reason
         return self._loss(self._reason)
@@ -56,11 +58,6 @@ def is_forbidden_by_capture(error: RuntimeError) -> bool:
     The call is valid and the device works.
     """
     return "operation not permitted when stream is capturing" in str(error)
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether memory ran out. torch has a class for it, the driver only a message."""
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
 
 def first_line(error: BaseException) -> str:

@@ -254,17 +254,8 @@ class _GroupBuilder:
         for start, stop, _, _ in b.pieces or (ByteSpan(b.start, b.stop),):  # pieces hold whole rows
             for first in range(start, stop, step * nbytes):
                 rows = min(step, (stop - first) // nbytes)
-                self.padded.append(
-                    ConvertMove(
-                        first,
-                        rows * nbytes,
-                        b.dtype,
-                        rows=rows,
-                        columns=columns,
-                        target=offset,
-                        row_pitch=pitch,
-                    )
-                )
+                move = ConvertMove(first, rows * nbytes, b.dtype, rows, columns, offset, pitch)
+                self.padded.append(move)
                 offset += rows * pitch * self.item
         return offset
 
@@ -290,7 +281,8 @@ class _GroupBuilder:
 
     def _cast(self, runs: list[TargetRun]) -> Iterator[ConvertMove]:
         """Yield flat moves of about equal size: a cast without padding can ignore rows."""
-        target, source = runs[0].target, ITEM_BYTES[runs[0].dtype]
+        target, dtype = runs[0].target, runs[0].dtype
+        source = ITEM_BYTES[dtype]
         elements = (runs[-1].end - target) // self.item
         limit = self.target.move_bytes // max(source, self.item)
         step = ceil(elements / ceil(elements / limit))
@@ -299,16 +291,9 @@ class _GroupBuilder:
             range(0, elements, step), split_portions(runs, step * source), strict=True
         ):
             count = min(step, elements - first)
-            yield ConvertMove(
-                pieces[0].start,
-                count * source,
-                runs[0].dtype,
-                rows=1,
-                columns=count,
-                target=target + first * self.item,
-                row_pitch=count,
-                pieces=tuple(pieces) if len(pieces) > 1 or pieces[0].rows > 1 else (),
-            )
+            start, place = pieces[0].start, target + first * self.item
+            apart = tuple(pieces) if len(pieces) > 1 or pieces[0].rows > 1 else ()
+            yield ConvertMove(start, count * source, dtype, 1, count, place, count, apart)
 
 
 _WINDOW_ALIGNMENT = 64

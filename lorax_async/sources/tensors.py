@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 
@@ -176,6 +177,7 @@ def _copy_piece(name: str, piece: torch.Tensor, rows: torch.Tensor) -> None:
         raise FetchError(problem, retryable=False) from error.with_traceback(None)
 
 
+@dataclass(eq=False)
 class MemorySource:
     """The `Source` of `TensorsKey`s and `MergedKey`s, which no text names.
 
@@ -195,19 +197,15 @@ class MemorySource:
         Copy tensors, some milliseconds at a time, and plan merges.
     """
 
-    def __init__(
-        self,
-        copies: HostCopies,
-        layout: ModelLayout,
-        *,
-        dtype: str,
-        limits: Limits,
-        threads: Executor,
-    ) -> None:
-        self.copies = copies
-        self._limits = limits
-        self._threads = threads
-        self.merger = Merger(copies, layout, dtype, limits, threads)
+    copies: HostCopies
+    layout: ModelLayout
+    _: KW_ONLY
+    dtype: str
+    limits: Limits
+    threads: Executor
+
+    def __post_init__(self) -> None:
+        self.merger = Merger(self.copies, self.layout, self.dtype, self.limits, self.threads)
 
     async def take(
         self, tensors: Mapping[str, torch.Tensor], config: bytes, check_open: Callable[[], None]
@@ -217,15 +215,15 @@ class MemorySource:
         `check_open` raises once the loader is closing. Raise as `TensorSnapshot` does, and
         `CapacityError` if the budget has no room. Nothing is left on an error or a cancellation.
         """
-        snapshot, loop = TensorSnapshot(tensors, config, self._limits), asyncio.get_running_loop()
-        nbytes = await loop.run_in_executor(self._threads, snapshot.measure)
+        snapshot, loop = TensorSnapshot(tensors, config, self.limits), asyncio.get_running_loop()
+        nbytes = await loop.run_in_executor(self.threads, snapshot.measure)
         copy = await self.copies.reserve(nbytes, check_open)
         running: Future[bool | None] | None = None
         try:
             steps, ended = snapshot.copy(), None
             while not ended:
                 check_open()
-                running = self._threads.submit(next, steps, True)
+                running = self.threads.submit(next, steps, True)
                 ended = await asyncio.wrap_future(running)
         except BaseException:
             if running is None:
@@ -248,7 +246,7 @@ class MemorySource:
         reader, prefix = copy.open(), bytearray(copy.prefix_bytes)
         loop, buffers = asyncio.get_running_loop(), [memoryview(prefix)]
         try:
-            await loop.run_in_executor(self._threads, reader.read_into, buffers, 0)
+            await loop.run_in_executor(self.threads, reader.read_into, buffers, 0)
         except BaseException:
             reader.close()
             raise
@@ -280,7 +278,7 @@ class MemorySource:
             )
         reader = self._known(key).open()
         try:
-            return await sha256_of(reader, self._threads)
+            return await sha256_of(reader, self.threads)
         finally:
             reader.close()
 
@@ -288,7 +286,7 @@ class MemorySource:
         """Read a spilled file ahead; bytes in memory need no hold."""
         reader, loop = self._known(key).open(), asyncio.get_running_loop()
         try:
-            await loop.run_in_executor(self._threads, reader.read_ahead)
+            await loop.run_in_executor(self.threads, reader.read_ahead)
         finally:
             reader.close()
         return LocalPages((), holdable=False)
