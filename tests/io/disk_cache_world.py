@@ -16,8 +16,6 @@ from lorax_async.cache.base import CacheEntry, CacheKey
 from lorax_async.cache.disk_cache import DiskCache, DiskDownload
 from lorax_async.cache.entries import DiskEntry
 from lorax_async.cache.partials import CHUNK_BYTES, PartialFile
-from lorax_async.concurrency import FetchControl
-from lorax_async.errors import FetchError
 from lorax_async.formats.digests import Digest
 from lorax_async.formats.spans import ByteRange
 from lorax_async.formats.split_weights import CONFIG_FILE, WEIGHTS_FILE, FileRole
@@ -70,23 +68,16 @@ def put(file: PartialFile, content: bytes, spans: Iterable[ByteRange]) -> None:
 
 
 def begin(
-    cache: DiskCache,
-    of: CacheKey,
-    scope: str = SCOPE,
-    control: FetchControl | None = None,
-    patience: float = 10.0,
+    cache: DiskCache, of: CacheKey, scope: str = SCOPE, patience: float = 10.0
 ) -> DiskEntry | DiskDownload:
     """Wait, as a fetch does, for another download while it makes progress."""
     progress, since, alone = -1, monotonic(), False
-    while control is None or not control.cancelled:
-        found = cache.try_begin(of, scope, alone=alone)
-        if not isinstance(found, int):
-            return found
+    while isinstance(found := cache.try_begin(of, scope, alone=alone), int):
         if found != progress:
             progress, since = found, monotonic()
         alone = monotonic() - since > patience
         sleep(0.02)
-    raise FetchError("cancelled")
+    return found
 
 
 def begun(cache: DiskCache, of: CacheKey = KEY, scope: str = SCOPE) -> DiskDownload:
