@@ -272,6 +272,7 @@ class _Observation:
     since: float
 
 
+@dataclass(slots=True)
 class _Silence:
     """How long an origin has been silent.
 
@@ -280,13 +281,10 @@ class _Silence:
     64 KiB. Until `suspect_until` it counts as stalled, whatever it sends.
     """
 
-    __slots__ = ("pause", "received", "since", "suspect_until")
-
-    def __init__(self) -> None:
-        self.since: float | None = None
-        self.pause = 0.0
-        self.received = 0
-        self.suspect_until = 0.0
+    since: float | None = None
+    pause: float = 0.0
+    received: int = 0
+    suspect_until: float = 0.0
 
     @property
     def patience(self) -> float:
@@ -546,14 +544,6 @@ class DownloadScheduler:
             for attempt in ending[: max(0, excess)]:
                 attempt.end()
 
-    def expire(self) -> list[Job[Any]]:
-        """Fail the jobs whose deadline has passed, and return them. With the lock."""
-        now = self.clock()
-        late = [job for job in self.jobs if not job.over and job.deadline <= now]
-        for job in late:
-            job.fail(FetchTimeoutError("the file did not arrive within its time"))
-        return late
-
     def finish(self, job: Job[Any]) -> None:
         """Set a job's outcome once no thread works on it any more. Without the lock."""
         with self.changed:
@@ -600,10 +590,17 @@ class WorkerPool:
                 raise FetchError("the engine is closed", retryable=False)
             self._scheduler.jobs.append(job)
             self._scheduler.changed.notify_all()
-        try:
-            self._start_timer()
-        except FetchError as error:
-            job.cancel(error)
+        failure = None
+        with self._spawning:
+            if self._timer is None and not self.closed:
+                self._timer = Thread(target=self._keep_time, name="lorax-http-clock", daemon=True)
+                try:
+                    self._timer.start()
+                except RuntimeError:
+                    self._timer = None
+                    failure = FetchError("the process may start no more threads")
+        if failure is not None:
+            job.cancel(failure)
         self._wake.set()
         self._scheduler.finish(job)
 
@@ -623,19 +620,6 @@ class WorkerPool:
         with self._spawning, self._scheduler.changed:
             threads = [*self._workers, self._timer]
         return next((thread for thread in threads if thread not in {None, current_thread()}), None)
-
-    def _start_timer(self) -> None:
-        with self._spawning:
-            with self._scheduler.changed:
-                if self._timer is not None or self.closed:
-                    return
-                timer = Thread(target=self._keep_time, name="lorax-http-clock", daemon=True)
-                self._timer = timer
-            try:
-                timer.start()
-            except RuntimeError as error:
-                self._timer = None
-                raise FetchError("the process may start no more threads") from error
 
     def _spawn(self) -> None:
         """Start the threads that jobs want now, or soon. On the timer thread."""
@@ -702,7 +686,10 @@ class WorkerPool:
         self._spawn()
         scheduler = self._scheduler
         with scheduler.changed:
-            late = scheduler.expire()
+            now = scheduler.clock()
+            late = [job for job in scheduler.jobs if not job.over and job.deadline <= now]
+            for job in late:
+                job.fail(FetchTimeoutError("the file did not arrive within its time"))
             scheduler.reclaim()
             busy = bool(scheduler.jobs)  # their connections may return after the next tick
         for job in late:
