@@ -170,16 +170,8 @@ class LoraConfig(AdapterConfig):
 
         `adapter_id` is a local folder (a `pathlib.Path`, or a str that begins with "/", "./" or
         "../") or `org/name[@revision]` on the hub, by way of the standard hub cache. `api_token` is
-        the hub's; None is this machine's own, if it has one.
-
-        Raises
-        ------
-        InvalidAdapterIdError, ConfigError, UsageError
-            The id or the token is impossible, or the source is not available here.
-        AdapterNotFoundError, AccessDeniedError, FetchError
-            There is no such adapter, none that the token may see, or it cannot be read.
-        AdapterFormatError, UnsupportedAdapterError
-            The config is malformed, or turns on what plain LoRA does not describe.
+        the hub's; None is this machine's own, if it has one. Raise what a load of the adapter
+        raises, and `UnsupportedAdapterError` for what plain LoRA does not describe.
         """
         with naming_adapter(adapter_id):
             path = f"{adapter_folder(adapter_id, api_token, weights=False)}/{CONFIG}"
@@ -227,11 +219,10 @@ class LoraConfig(AdapterConfig):
     ) -> tuple[ModuleMap, set[str]]:
         """Find A and B of every module that the adapter changes. Touch no file.
 
-        `adapter_weights` are all tensors of the adapter by their names in the file, or an open
-        file; a file's path may stand for a tensor, as in LoRAX's servers. Raise
-        `AdapterFormatError` for A without B, `UnsupportedAdapterError` for a tensor of another
-        feature than plain LoRA, and `IncompatibleAdapterError` for one whose module is not in
-        `weight_names`, the model's (to leave it out on purpose, take it out of `adapter_weights`).
+        `adapter_weights` are all tensors by their names in the file, or an open file; a file's path
+        may stand for a tensor, as in LoRAX's servers. Raise `AdapterFormatError` for A without B,
+        `UnsupportedAdapterError` for a tensor that is not plain LoRA's, and
+        `IncompatibleAdapterError` for one whose module is not in `weight_names`, the model's.
         """
         content = (
             dict.fromkeys(adapter_weights, adapter_weights)
@@ -391,21 +382,13 @@ class LoraWeights(AdapterWeights):
         """Load the weights of one layer type, or return None where the adapter has none. Blocks.
 
         Layers that the adapter leaves out are zeros. The result's config has the `padded_rank`.
-        After success, names of used tensors are removed from `unused_weight_names`.
-
-        Raises
-        ------
-        AdapterFormatError, UnsupportedAdapterError
-            A and B are no pair of the config's rank, not of floating point, or B with its scale is
-            beyond what the model's dtype holds.
-        IncompatibleAdapterError
-            They do not fit the base, `fan_in_fan_out` contradicts it, or they cannot be stacked or
-            shared evenly.
-        UsageError
-            The model has no such type, or its layers are on several devices.
-        FetchError, IntegrityError, CapacityError
-            The file cannot be read, changed since it was opened, or there is no memory. A file that
-            is named by its path is opened here: also what `WeightsFile.at` raises.
+        After success, names of used tensors are removed from `unused_weight_names`. Raise
+        `AdapterFormatError` or `UnsupportedAdapterError` for A and B that are no pair of the
+        config's rank, not of floating point, or too large once scaled; `IncompatibleAdapterError`
+        if they do not fit the base or cannot be stacked or shared evenly; `UsageError` for an
+        unknown type; `FetchError`, `IntegrityError` or `CapacityError` if the file cannot be read,
+        changed since it was opened, or there is no memory. A file that is named by its path is
+        opened here, as `WeightsFile.at` does.
         """
         weights, used = cls._load(config, model, module_map, layer_type, lambda: True)
         unused_weight_names.difference_update(used)
@@ -510,27 +493,9 @@ def check_architectures(
     `IncompatibleAdapterError` if they differ.
     """
     base = adapter_config.base_model_name_or_path
-    if base and base != model_id:
-        _compare(model_id, adapter_id, base, cached_architectures(base), tuple(architectures))
-
-
-async def check_architectures_async(
-    model_id: str, adapter_id: str, adapter_config: AdapterConfig, architectures: Sequence[str]
-) -> None:
-    """As `check_architectures`, with the look-up in a thread."""
-    base = adapter_config.base_model_name_or_path
-    if base and base != model_id:
-        trained_on = await in_thread(lambda _: cached_architectures(base))
-        _compare(model_id, adapter_id, base, trained_on, tuple(architectures))
-
-
-def _compare(
-    model_id: str,
-    adapter_id: str,
-    base: str,
-    trained_on: tuple[str, ...] | None,
-    served: tuple[str, ...],
-) -> None:
+    if not base or base == model_id:
+        return
+    trained_on, served = cached_architectures(base), tuple(architectures)
     adapter, base = shorten(str(adapter_id), 100), shorten(base, 100)
     if trained_on not in {None, served}:
         raise IncompatibleAdapterError(
@@ -541,8 +506,17 @@ def _compare(
     warnings.warn(
         f"adapter {adapter!r} was not trained on base model {model_id!r}; if its answers are"
         f" wrong, serve {base!r} instead",
-        stacklevel=3,  # the caller of the check
+        stacklevel=2,
     )
+
+
+async def check_architectures_async(
+    model_id: str, adapter_id: str, adapter_config: AdapterConfig, architectures: Sequence[str]
+) -> None:
+    """Call `check_architectures` in a thread, unless the names are equal."""
+    if adapter_config.base_model_name_or_path not in {None, "", model_id}:
+        check = partial(check_architectures, model_id, adapter_id, adapter_config, architectures)
+        await in_thread(lambda _: check())
 
 
 def cached_architectures(base: str) -> tuple[str, ...] | None:
@@ -603,15 +577,8 @@ def merge_adapters(
     `merge_params.adapter_ids`, in this order. DARE drops the same weights as PEFT if the first map
     has all modules, in the model's order. The result are float32 tensors, all of the config's rank
     (smaller ranks padded with zeros), with the scale 1: all scales and weights are in A and B.
-
-    Raises
-    ------
-    AdapterFormatError
-        A module's scale, or its weight times its scale, is beyond float32.
-    IncompatibleAdapterError
-        Shapes do not fit each other, A and B are no pair, or a strategy's ranks are not equal.
-    UsageError
-        The parameters are no valid merge.
+    Raise `AdapterFormatError` for a scale, or its product with the weight, beyond float32, and
+    `IncompatibleAdapterError` for shapes that do not fit each other.
     """
     merge = merge_params.merge
     if len(adapters) != len(merge.refs):

@@ -75,7 +75,15 @@ class LoadSpans:
     def _on_call(self, event: CallEvent) -> None:
         match event:
             case CallBegan() if not self._closed:
-                self._begin(event)
+                # Below the current span of the caller's task.
+                span = self._tracer.start_span(
+                    f"lorax {event.method}",
+                    kind=SpanKind.INTERNAL,
+                    attributes={"lorax.adapter": text_of(event.ref)},
+                )
+                if span.is_recording():
+                    self._calls[event.call] = call = _Call(self._tracer, span)
+                    call.enter("resolve")
             case CallWaits() if event.call in self._calls and not self._closed:
                 call = self._calls[event.call]
                 self._set_key(call, event.key)
@@ -87,31 +95,17 @@ class LoadSpans:
                     self._unsubscribe_calls()
                 call.end(event.error)
 
-    def _begin(self, event: CallBegan) -> None:
-        """Begin a call's span below the current span of its task."""
-        span = self._tracer.start_span(
-            f"lorax {event.method}",
-            kind=SpanKind.INTERNAL,
-            attributes={"lorax.adapter": text_of(event.ref)},
-        )
-        if span.is_recording():
-            self._calls[event.call] = call = _Call(self._tracer, span)
-            call.begin()
-
     def _on_event(self, event: Event) -> None:
-        if isinstance(event, HeaderChecked):
-            self._reach(event.key, "queue")
-        elif isinstance(event, SlotGranted):
-            self._reach(event.key, "copy")
-        elif isinstance(event, Resident):
-            self._reach(event.key, "ready")
-        elif isinstance(event, LayerReady):
-            for call in self._by_key.get(event.key, ()):
+        reached: dict[type, Stage] = {
+            HeaderChecked: "queue",
+            SlotGranted: "copy",
+            Resident: "ready",
+        }
+        for call in self._by_key.get(event.key, ()):
+            if isinstance(event, LayerReady):
                 call.layer_ready(event.layer)
-
-    def _reach(self, key: AdapterKey, stage: Stage) -> None:
-        for call in self._by_key.get(key, ()):
-            call.reach(stage)
+            elif (stage := reached.get(type(event))) is not None:
+                call.reach(stage)
 
     def _set_key(self, call: _Call, key: AdapterKey | None) -> None:
         """Set the adapter that the call waits for; None for none."""
@@ -136,18 +130,15 @@ class _Call:
         self._child: Span | None = None
         self._has_layer = False
 
-    def begin(self) -> None:
-        self._enter("resolve")
-
     def locate(self, found: Hit, stage: Stage) -> None:
         """Record the tier at which the adapter was found. Called again for a re-fetch."""
         self._span.set_attribute("lorax.found", found)
-        self._enter(stage)
+        self.enter(stage)
 
     def reach(self, stage: Stage) -> None:
         """Enter `stage`, unless the call is in a later one because of other calls."""
         if _ORDER.index(stage) > _ORDER.index(self._stage):
-            self._enter(stage)
+            self.enter(stage)
 
     def layer_ready(self, layer: int) -> None:
         if not self._has_layer:
@@ -165,19 +156,16 @@ class _Call:
                     _record(self._child, error)
             elif error is not None:
                 self._span.add_event("cancelled")
-            self._leave()
+            if self._child is not None:
+                self._child.end()
         finally:
             self._span.end()
 
-    def _leave(self) -> None:
-        """End the current stage's span. Idempotent."""
-        child, self._child = self._child, None
+    def enter(self, stage: Stage) -> None:
+        """End the current stage's span, and begin that of `stage`."""
+        child, self._child, self._stage = self._child, None, stage
         if child is not None:
             child.end()
-
-    def _enter(self, stage: Stage) -> None:
-        self._leave()
-        self._stage = stage
         if stage != "ready":
             context = trace.set_span_in_context(self._span)
             self._child = self._tracer.start_span(f"lorax {stage}", context=context)

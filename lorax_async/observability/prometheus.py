@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from itertools import accumulate
 from time import monotonic
 from types import TracebackType
-from typing import NamedTuple, Self, get_args
+from typing import Self, get_args
 
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -28,84 +28,6 @@ BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 """Upper bounds of the histogram's buckets, in seconds."""
 
 
-class LoopLags(NamedTuple):
-    """A histogram of lags: cumulative counts per bound of `BOUNDS`, then of all; sum in seconds."""
-
-    counts: Sequence[int]
-    total: float
-
-
-class LoopLag:
-    """Measure every `period` seconds how late a timer of the running loop fires.
-
-    Measuring ends with `close`, or once `is_ended` returns True. `clock` returns seconds.
-    """
-
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        period: float,
-        is_ended: Callable[[], bool],
-        clock: Callable[[], float] = monotonic,
-    ) -> None:
-        self._loop = loop
-        self._period = period
-        self._is_ended = is_ended
-        self._clock = clock
-        self._counts = [0] * (len(BOUNDS) + 1)
-        self._total = 0.0
-        self._timer: asyncio.TimerHandle | None = None
-        self._start()
-
-    def lags(self) -> LoopLags:
-        """Return all lags since the start."""
-        return LoopLags(tuple(accumulate(self._counts)), self._total)
-
-    def close(self) -> None:
-        """Stop measuring. Idempotent; call on the loop."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _start(self) -> None:
-        self._due = self._clock() + self._period
-        self._timer = self._loop.call_later(self._period, self._measure)
-
-    def _measure(self) -> None:
-        self._timer = None
-        lag = max(0.0, self._clock() - self._due)
-        self._counts[bisect_left(BOUNDS, lag)] += 1
-        self._total += lag
-        if not self._is_ended():
-            self._start()
-
-
-STAGES: tuple[Stage, ...] = get_args(Stage)
-
-
-class LoaderNumbers(NamedTuple):
-    """A loader's metrics at one moment."""
-
-    statistics: Statistics
-    usage: Usage
-    lags: LoopLags
-
-
-def families_of(numbers: LoaderNumbers) -> Iterator[Metric]:
-    """Yield all metric families with their samples."""
-    statistics, usage, lags = numbers
-    yield from _totals(statistics)
-    yield from _by_label(statistics)
-    yield from _gauges(usage)
-    buckets = zip((*map(str, BOUNDS), "+Inf"), lags.counts, strict=True)
-    yield HistogramMetricFamily(
-        "lorax_loop_lag_seconds",
-        "How late a timer on the loader's event loop was.",
-        buckets=[(bound, float(count)) for bound, count in buckets],
-        sum_value=lags.total,
-    )
-
-
 def _totals(statistics: Statistics) -> Iterator[Metric]:
     for name, text, value in (
         ("moved_bytes", "Bytes that arrived on the device.", statistics.bytes_moved),
@@ -118,8 +40,9 @@ def _totals(statistics: Statistics) -> Iterator[Metric]:
 
 
 def _by_label(statistics: Statistics) -> Iterator[Metric]:
-    nbytes = {stage: statistics.nbytes.get(stage, 0) for stage in STAGES}
-    seconds = {stage: statistics.seconds.get(stage, 0.0) for stage in STAGES}
+    stages: tuple[Stage, ...] = get_args(Stage)
+    nbytes = {stage: statistics.nbytes.get(stage, 0) for stage in stages}
+    seconds = {stage: statistics.seconds.get(stage, 0.0) for stage in stages}
     for name, text, label, values in (
         ("stage_bytes", "Bytes handled in a stage.", "stage", nbytes),
         ("stage_seconds", "Seconds of adapters in a stage.", "stage", seconds),
@@ -143,14 +66,8 @@ def _by_label(statistics: Statistics) -> Iterator[Metric]:
 def _gauges(usage: Usage) -> Iterator[Metric]:
     used = GaugeMetricFamily("lorax_budget_used_bytes", "Bytes in use.", labels=["budget"])
     limit = GaugeMetricFamily("lorax_budget_limit_bytes", "Bytes of the budget.", labels=["budget"])
-    for name, budget in (
-        ("device", usage.device_bytes),
-        ("host", usage.host_bytes),
-        ("pinned", usage.pinned_bytes),
-        ("memory", usage.memory_bytes),
-        ("cache", usage.cache_bytes),
-    ):
-        if budget is not None:
+    for name in ("device", "host", "pinned", "memory", "cache"):
+        if (budget := getattr(usage, f"{name}_bytes")) is not None:
             used.add_metric([name], budget.used)
             limit.add_metric([name], budget.limit)
     yield from (used, limit)
@@ -161,6 +78,17 @@ def _gauges(usage: Usage) -> Iterator[Metric]:
         ("waiting", "Waiters for adapters.", usage.waiting),
     ):
         yield GaugeMetricFamily(f"lorax_{name}", text, value=value)
+
+
+def _lag_histogram(counts: Sequence[int], total: float) -> Metric:
+    """Return the lags' histogram, by their counts per bucket and their sum."""
+    buckets = zip((*map(str, BOUNDS), "+Inf"), accumulate(counts), strict=True)
+    return HistogramMetricFamily(
+        "lorax_loop_lag_seconds",
+        "How late a timer on the loader's event loop was.",
+        buckets=[(bound, float(count)) for bound, count in buckets],
+        sum_value=total,
+    )
 
 
 LAG_PERIOD = 0.25
@@ -203,7 +131,9 @@ class LoaderCollector(Collector):
         self._loader = loader
         self._timeout = timeout
         self._loop = asyncio.get_running_loop()
-        self._lag = LoopLag(self._loop, lag_period, lambda: loader.closed)
+        self._period = lag_period
+        self._lags, self._lag_sum = [0] * (len(BOUNDS) + 1), 0.0
+        self._start_timer()
         self._update()
 
     def __enter__(self) -> Self:
@@ -219,16 +149,31 @@ class LoaderCollector(Collector):
 
     def close(self) -> None:
         """Stop measuring the loop's lag; `collect` still works. Idempotent; call on the loop."""
-        self._lag.close()
+        self._timer.cancel()
+
+    def _start_timer(self) -> None:
+        self._due = monotonic() + self._period
+        self._timer = self._loop.call_later(self._period, self._measure)
+
+    def _measure(self) -> None:
+        lag = max(0.0, monotonic() - self._due)
+        self._lags[bisect_left(BOUNDS, lag)] += 1
+        self._lag_sum += lag
+        if not self._loader.closed:
+            self._start_timer()
 
     def describe(self) -> Iterable[Metric]:
         """Return the last metrics, so that a registry can check their names."""
-        return families_of(self._last)
+        statistics, usage, counts, total = self._last
+        yield from _totals(statistics)
+        yield from _by_label(statistics)
+        yield from _gauges(usage)
+        yield _lag_histogram(counts, total)
 
     def collect(self) -> Iterable[Metric]:
         """Return the current metrics."""
         self._refresh()
-        return families_of(self._last)
+        return self.describe()
 
     def _refresh(self) -> None:
         if running_loop() is self._loop or self._loop.is_closed():
@@ -257,4 +202,4 @@ class LoaderCollector(Collector):
 
     def _update(self) -> None:
         statistics, usage = self._loader.statistics(), self._loader.placement().usage
-        self._last = LoaderNumbers(statistics, usage, self._lag.lags())
+        self._last = statistics, usage, tuple(self._lags), self._lag_sum
