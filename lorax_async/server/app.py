@@ -20,7 +20,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
@@ -78,7 +78,10 @@ Handler = Callable[[Service, Request], Awaitable[Response]]
 
 
 def create_app(service: Service) -> Starlette:
-    """Return an application over `service`, which it neither opens nor closes."""
+    """Return an application over `service`, which it neither opens nor closes.
+
+    Blocks while it reads the page's files.
+    """
     settings = service.settings
 
     async def refuse(_: Request, error: Exception) -> Response:
@@ -88,8 +91,8 @@ def create_app(service: Service) -> Starlette:
     async def ignore_disconnect(_: Request, __: Exception) -> Response:
         return Response(status_code=int(GONE))
 
-    async def show_file(path: Path, kind: str, _: Request) -> Response:
-        return FileResponse(path, media_type=kind, headers=SAFE)
+    async def show_file(content: bytes, kind: str, _: Request) -> Response:
+        return Response(content, headers=SAFE | {"content-type": f"{kind}; charset=utf-8"})
 
     def route(path: str, handler: Handler, method: str = "GET") -> Route:
         return Route(path, partial(handler, service), methods=[method])
@@ -108,7 +111,10 @@ def create_app(service: Service) -> Starlette:
             route("/v1/adapters", list_adapters),
             route("/health", show_health),
             route("/metrics", show_metrics),
-            *(Route(path, partial(show_file, *file)) for path, file in FILES.items()),
+            *(
+                Route(path, partial(show_file, file.read_bytes(), kind))
+                for path, (file, kind) in FILES.items()
+            ),
             Route("/page/events", PageEvents(service), methods=["GET"]),
             route("/page/trace.json", show_trace),
         ],
@@ -304,11 +310,13 @@ def _list_response(
     for key, names, where, story in rows:
         events = [
             {"event": type(event).__name__}
-            | {member.name: _as_json(getattr(event, member.name)) for member in fields(event)}
+            | {
+                member.name: _as_json(getattr(event, member.name))
+                for member in fields(event)
+                if member.name != "key"
+            }
             for event in story
         ]
-        for event in events:
-            del event["key"]
         data.append({"id": str(key), "names": names} | asdict(where) | {"story": events})
     return JSONResponse({"object": "list", "data": data})
 
@@ -317,9 +325,7 @@ def _as_json(value: Any) -> Any:
     """Return the value of an event's member."""
     if isinstance(value, LoraxError):
         return {"error": type(value).__name__, "message": str(value)}
-    if isinstance(value, SlotId):
-        return asdict(value)
-    return str(value) if isinstance(value, AdapterKey) else value
+    return asdict(value) if isinstance(value, SlotId) else value
 
 
 # -- uvicorn --------------------------------------------------------------------------------------
