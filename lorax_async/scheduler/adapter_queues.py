@@ -21,16 +21,11 @@ from lorax_async.types import AdapterKey, Ref, RemoteKey
 
 
 class SlotRecords:
-    """The occupants of all slots and the arrival of their layers, from the loader's events.
-
-    Attributes
-    ----------
-    lease_table
-        The occupant of each slot. Its rank is 0 until `adopt`.
-    """
+    """The occupants of all slots and the arrival of their layers, from the loader's events."""
 
     def __init__(self, clock: Clock) -> None:
         self.lease_table: dict[int, SlotOccupant] = {}
+        """The occupant of each slot. Its rank is 0 until `adopt`."""
         self._clock = clock
         self._profiles: defaultdict[str, LoadProfile] = defaultdict(LoadProfile)
         """By kind of adapter key: local files, remote, in memory."""
@@ -80,17 +75,6 @@ class AdapterQueues:
     `on_change` is called when there may be rows to compute; `on_requeue` for each request of an
     adapter that has lost its slot; `on_blocked_slot` for an adapter of a batch in flight in whose
     slot no layers arrive while others wait for one.
-
-    Attributes
-    ----------
-    slots
-        The occupants of the device's slots.
-    slot_holders
-        The adapters with a slot, and the base if it has requests.
-    places
-        The engine's places.
-    dropped
-        Begun requests that restart: the engine must forget their keys and values.
     """
 
     def __init__(
@@ -107,8 +91,10 @@ class AdapterQueues:
     ) -> None:
         self.slots = SlotRecords(clock)
         self.slot_holders: dict[AdapterQueue, None] = {}
+        """The adapters with a slot, and the base if it has requests."""
         self.places = places
         self.dropped: list[Ticket] = []
+        """Begun requests that restart: the engine must forget their keys and values."""
         self._loader = loader
         self._clock = clock
         self._patience = patience
@@ -165,7 +151,7 @@ class AdapterQueues:
 
     def preempt(self, ticket: Ticket) -> None:
         """Take the request's place for another one; it restarts from its first token."""
-        ticket.progress.restart()
+        ticket.position = 0
         self.places.vacate(ticket)
         self._waiting.update(self._adapter_queues[ticket.ref])
 
@@ -184,7 +170,7 @@ class AdapterQueues:
     def leave(self, ticket: Ticket) -> None:
         """Remove a request that is done. Call once per request."""
         queue = self._adapter_queues[ticket.ref]
-        queue.remove(ticket)
+        queue.tickets.remove(ticket)
         self.places.leave(ticket)
         if queue.tickets:
             self._waiting.update(queue)
@@ -319,7 +305,7 @@ class AdapterQueues:
                 continue
             if ticket.begun:
                 self.dropped.append(ticket)
-            ticket.progress.restart()
+            ticket.position = 0
             self.places.vacate(ticket)
             again.add(ticket)
             self._on_requeue(ticket)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import inf
 
 from lorax_async.scheduler.estimates import PassTimeModel
@@ -23,26 +23,18 @@ Queue = tuple[AdapterQueue, list[Ticket]]
 
 
 class EngineSlots:
-    """The engine's places; a request takes one with its first batch and keeps it to its end.
-
-    Attributes
-    ----------
-    count
-        The number of places; `inf` without a limit.
-    max_per_holder
-        The most places of one adapter, or of one client, while others wait.
-    level
-        The age in seconds, by urgency, from which a request precedes those whose adapters got
-        fewer tokens.
-    taken
-        The requests with a place and their adapters, in the order in which they began.
-    """
+    """The engine's places; a request takes one with its first batch and keeps it to its end."""
 
     def __init__(self, count: float, share: float, level: float) -> None:
         self.count = count
+        """The number of places; `inf` without a limit."""
         self.max_per_holder = inf if count == inf else max(1, int(count * share))
+        """The most places of one adapter, or of one client, while others wait."""
         self.level = level
+        """The age in seconds, by urgency, from which a request precedes those whose adapters got
+        fewer tokens."""
         self.taken: dict[Ticket, AdapterQueue] = {}
+        """The requests with a place and their adapters, in the order in which they began."""
         self._clients: dict[Hashable, Client] = {}
 
     @property
@@ -100,24 +92,8 @@ class EngineSlots:
         )
 
 
-@dataclass(slots=True)
 class Admission:
-    """A decision for one batch.
-
-    Attributes
-    ----------
-    admitted
-        Requests that may begin.
-    preempted
-        Requests that lose their places to the last of the admitted ones.
-    """
-
-    admitted: set[Ticket] = field(default_factory=set)
-    preempted: list[Ticket] = field(default_factory=list)
-
-
-def admit(queues: Sequence[Queue], places: EngineSlots, now: float, *, preempt: bool) -> Admission:
-    """Decide which requests without a place may take one.
+    """The requests without a place that may take one, in one batch.
 
     Free places go to holders below their share first; then the youngest requests of holders above
     theirs are preempted for the others. In both cases the adapter and client with the fewest tokens
@@ -127,20 +103,18 @@ def admit(queues: Sequence[Queue], places: EngineSlots, now: float, *, preempt: 
     A place moves only from a holder above its share to one with at least two fewer, so that two
     requests never preempt each other in turns.
     """
-    return _AdmissionRound(places, now).decide(queues, preempt=preempt)
 
-
-class _AdmissionRound:
-    """The counts of places and tokens while one batch is decided."""
-
-    def __init__(self, places: EngineSlots, now: float) -> None:
+    def __init__(
+        self, queues: Sequence[Queue], places: EngineSlots, now: float, *, preempt: bool
+    ) -> None:
+        self.admitted: set[Ticket] = set()
+        """Requests that may begin."""
+        self.preempted: list[Ticket] = []
+        """Requests that lose their places to the last of the admitted ones."""
         self._places = places
         self._now = now
         self._more: Counter[Holder] = Counter()
         self._tokens: Counter[Holder] = Counter()
-        self._result = Admission()
-
-    def decide(self, queues: Sequence[Queue], *, preempt: bool) -> Admission:
         waiting: dict[_Group, list[Ticket]] = {}
         for adapter_queue, tickets in queues:
             for ticket in tickets:
@@ -157,10 +131,9 @@ class _AdmissionRound:
             if move is None:
                 break
             first, victim = move
-            self._result.preempted.append(victim)
+            self.preempted.append(victim)
             self._count(self._places.taken[victim], victim, -1)
             self._begin(first, waiting)
-        return self._result
 
     def _first_with_victim(
         self, waiting: Mapping[_Group, Sequence[Ticket]]
@@ -194,10 +167,10 @@ class _AdmissionRound:
         ticket = waiting[group].pop()
         if not waiting[group]:
             del waiting[group]
-        self._result.admitted.add(ticket)
+        self.admitted.add(ticket)
         self._count(group[0], ticket, 1)
         for holder in _holders(group[0], ticket):
-            self._tokens[holder] += ticket.progress.wants
+            self._tokens[holder] += ticket.wants
 
     def _count(self, adapter_queue: AdapterQueue, ticket: Ticket, change: int) -> None:
         for holder in _holders(adapter_queue, ticket):
@@ -234,7 +207,7 @@ class _AdmissionRound:
         rank: tuple[int, tuple[float, int]] | None = None
         victim = None
         for ticket, holder in self._places.taken.items():
-            if ticket.in_batch or ticket in self._result.preempted:
+            if ticket.in_batch or ticket in self.preempted:
                 continue
             moves = self._move(holder, adapter_queue), self._move(ticket.client, client)
             gains = moves.count(_GAIN)
@@ -346,10 +319,16 @@ def _spread(wants: Sequence[int], least: int, extra: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class BatchCapacity:
-    """The limits of a batch: tokens and sequences."""
+    """The limits of a batch, and what decides whether layers arrive in time.
+
+    `layers` is the number of the base's layers, `now` the time at which the batch is made.
+    """
 
     tokens: int
     sequences: int
+    pace: PassTimeModel
+    layers: int
+    now: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,41 +345,31 @@ class BatchSelection:
 
 
 def pick(
-    adapter_queues: Collection[AdapterQueue],
-    room: BatchCapacity,
-    places: EngineSlots,
-    pace: PassTimeModel,
-    layers: int,
-    now: float,
+    adapter_queues: Collection[AdapterQueue], room: BatchCapacity, places: EngineSlots
 ) -> BatchSelection:
     """Choose rows of adapters that are ready, or whose layers are expected in time."""
     if places.count < inf:
-        picked = _admit(adapter_queues, room, places, pace, layers, now)
+        picked = _admit(adapter_queues, room, places)
         if picked is not None:
             return picked
-    queues, due = _queues(adapter_queues, room, places.free, pace, layers, now)
+    queues, due = _queues(adapter_queues, room, places.free)
     return BatchSelection(_limit_new(_shared(queues, room), places.free), due)
 
 
 def _admit(
-    adapter_queues: Collection[AdapterQueue],
-    room: BatchCapacity,
-    places: EngineSlots,
-    pace: PassTimeModel,
-    layers: int,
-    now: float,
+    adapter_queues: Collection[AdapterQueue], room: BatchCapacity, places: EngineSlots
 ) -> BatchSelection | None:
     """Choose rows so that places are shared; return None if no admitted request finds room."""
     preempt = places.is_contended(adapter_queues)
     max_new = max(places.free, 1 if preempt else 0)
-    queues, due = _queues(adapter_queues, room, max_new, pace, layers, now)
+    queues, due = _queues(adapter_queues, room, max_new)
     if max_new:  # consider every request for a place, not only the most urgent ones
         queues = [
             (adapter_queue, adapter_queue.waiting(len(adapter_queue.tickets), inf))
             for adapter_queue, _ in queues
         ]
     while True:
-        admission = admit(queues, places, now, preempt=preempt)
+        admission = Admission(queues, places, room.now, preempt=preempt)
         preempted = set(admission.preempted)
         admitted = [
             (adapter_queue, kept)
@@ -427,12 +396,7 @@ def _admit(
 
 
 def _queues(
-    adapter_queues: Iterable[AdapterQueue],
-    room: BatchCapacity,
-    max_new: float,
-    pace: PassTimeModel,
-    layers: int,
-    now: float,
+    adapter_queues: Iterable[AdapterQueue], room: BatchCapacity, max_new: float
 ) -> tuple[list[Queue], float]:
     """Return the requests that could be computed, and when the next ones may be.
 
@@ -445,13 +409,12 @@ def _queues(
         tickets = adapter_queue.waiting(room.sequences, max_new)
         if tickets:
             (ready if adapter_queue.is_ready else coming).append((adapter_queue, tickets))
-    due = _join(ready, coming, room, pace, layers, now) if coming else inf
-    return ready, due
+    return ready, _join(ready, coming, room)
 
 
 def _shared(queues: Iterable[Queue], room: BatchCapacity) -> list[tuple[AdapterQueue, Ticket, int]]:
     queues = sorted(queues, key=lambda queue: queue[1][0].order)
-    wants = [[ticket.progress.wants for ticket in tickets] for _, tickets in queues]
+    wants = [[ticket.wants for ticket in tickets] for _, tickets in queues]
     return [
         (adapter_queue, ticket, tokens)
         for (adapter_queue, tickets), allotted in zip(
@@ -461,29 +424,24 @@ def _shared(queues: Iterable[Queue], room: BatchCapacity) -> list[tuple[AdapterQ
     ]
 
 
-def _join(
-    ready: list[Queue],
-    coming: list[Queue],
-    room: BatchCapacity,
-    pace: PassTimeModel,
-    layers: int,
-    now: float,
-) -> float:
+def _join(ready: list[Queue], coming: list[Queue], room: BatchCapacity) -> float:
     """Add to `ready` the streaming adapters that may join a pass now; return when the next may.
 
     Joining rows lengthen the pass, which gives the layers of the others more time.
     """
-    tokens = sum(ticket.progress.wants for _, tickets in ready for ticket in tickets)
-    due = inf
+    if not coming:
+        return inf
+    tokens = sum(ticket.wants for _, tickets in ready for ticket in tickets)
+    due, now = inf, room.now
     for adapter_queue, tickets in sorted(coming, key=lambda queue: queue[1][0].order):
         if not adapter_queue.may_stream or adapter_queue.arrival is None:
             continue
-        more = sum(ticket.progress.wants for ticket in tickets)
-        seconds = pace.predict(min(room.tokens, tokens + more))
+        more = sum(ticket.wants for ticket in tickets)
+        seconds = room.pace.predict(min(room.tokens, tokens + more))
         if seconds is None and not ready:  # it delays no other row, and measures the pass time
             at = now if adapter_queue.arrival.arrived else inf
         else:
-            at = adapter_queue.arrival.earliest_pass(now, seconds, layers)
+            at = adapter_queue.arrival.earliest_pass(now, seconds, room.layers)
         if at <= now:
             ready.append((adapter_queue, tickets))
             tokens += more

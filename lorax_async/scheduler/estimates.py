@@ -62,16 +62,8 @@ def _interpolate(points: Sequence[float], fraction: float) -> float:
 class LoadEstimate:
     """The expected arrival of one load's layer groups. Times are seconds of one clock.
 
-    Parameters
-    ----------
-    layers
-        The adapter's layer groups, in order: -1 before the layers, 0 … L-1, L after them.
-    nbytes
-        The adapter's size.
-    since
-        When the slot was granted.
-    profile
-        Past loads of this kind; this load is added when it is complete.
+    `layers` are the adapter's groups in order, `nbytes` is its size. The slot was granted at
+    `since`. `profile` has past loads of this kind; this load is added when it is complete.
     """
 
     def __init__(

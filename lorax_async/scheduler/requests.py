@@ -46,77 +46,26 @@ class LoopClock:
         return self._loop.call_later(max(0.0, when - monotonic()), callback)
 
 
-class SequenceProgress:
-    """The tokens of one sequence.
-
-    Attributes
-    ----------
-    position
-        The number of computed tokens, whose keys and values the engine has.
-    generated
-        The number of generated tokens.
-    """
-
-    __slots__ = ("_limit", "_prompt", "generated", "position")
-
-    def __init__(self, prompt_tokens: int, max_new_tokens: int) -> None:
-        self._prompt = prompt_tokens
-        self._limit = max_new_tokens
-        self.position = 0
-        self.generated = 0
-
-    @property
-    def wants(self) -> int:
-        """The number of tokens that could be computed next."""
-        return self._prompt + self.generated - self.position
-
-    def advance(self, tokens: int) -> bool:
-        """Count computed tokens; return whether the sequence has its `max_new_tokens`.
-
-        Computing the last wanted token generates the next one.
-        """
-        self.position += tokens
-        if not self.wants:
-            self.generated += 1
-        return self.generated == self._limit
-
-    def restart(self) -> None:
-        """Forget the computed keys and values; the generated tokens stay."""
-        self.position = 0
-
-
 @dataclass(frozen=True, slots=True)
 class Request:
     """One sequence to generate with one adapter.
 
-    Parameters
-    ----------
-    adapter_id
-        As for `AdapterLoader.load`; None is the base alone.
-    prompt_tokens
-        The number of tokens of the prompt; at least 1.
-    max_new_tokens
-        The number of generated tokens after which it is finished; at least 1.
-    priority
-        Each level counts as `LoaderConfig.starvation_age` seconds of waiting, as for loads.
-    deadline
-        Seconds from `submit` by which it must be in a batch; None is `LoaderConfig.timeout`.
-    client
-        The client it is for. While others wait, a client, like an adapter, has at most a share of
-        the engine's places. None: unknown.
-
-    Raises
-    ------
-    UsageError
-        A number is out of range, or `adapter_id` is not an adapter id.
+    Raise `UsageError` if a number is out of range, or `adapter_id` is not an adapter id.
     """
 
     adapter_id: AdapterId | None
+    """As for `AdapterLoader.load`; None is the base alone."""
     prompt_tokens: int
+    """The number of tokens of the prompt; at least 1."""
     max_new_tokens: int
+    """The number of generated tokens after which it is finished; at least 1."""
     priority: int = 0
+    """Each level counts as `LoaderConfig.starvation_age` seconds of waiting, as for loads."""
     deadline: float | None = None
+    """Seconds from `submit` by which it must be in a batch; None is `LoaderConfig.timeout`."""
     client: Hashable = field(default=None, repr=False)
+    """The client it is for. While others wait, a client, like an adapter, has at most a share of
+    the engine's places. None: unknown."""
 
     def __post_init__(self) -> None:
         require_priority(self.priority)
@@ -133,25 +82,18 @@ class Request:
 
 
 class Client:
-    """A client with requests.
-
-    Attributes
-    ----------
-    requests
-        The number of its requests that are not done.
-    begun
-        The number of its requests that occupy a place of the engine.
-    tokens
-        Tokens computed for this client. A new client starts with the minimum of all clients.
-    """
+    """A client with requests. A new one starts with the fewest tokens of all clients."""
 
     __slots__ = ("begun", "name", "requests", "tokens")
 
     def __init__(self, name: Hashable, tokens: int) -> None:
         self.name = name
         self.requests = 0
+        """The number of its requests that are not done."""
         self.begun = 0
+        """The number of its requests that occupy a place of the engine."""
         self.tokens = tokens
+        """Tokens computed for it."""
 
 
 class Ticket:
@@ -162,8 +104,8 @@ class Ticket:
     """
 
     __slots__ = (
-        "_cancel", "_future", "alarm", "begun", "client", "error", "in_batch", "order", "progress",
-        "ref", "request",
+        "_cancel", "_future", "alarm", "begun", "client", "error", "generated", "in_batch", "order",
+        "position", "ref", "request",
     )  # fmt: skip
 
     def __init__(
@@ -178,7 +120,10 @@ class Ticket:
         self.client: Client | None = None
         self.order = order
         """Sort key: urgency, then the order of submission."""
-        self.progress = SequenceProgress(request.prompt_tokens, request.max_new_tokens)
+        self.position = 0
+        """The number of computed tokens, whose keys and values the engine has."""
+        self.generated = 0
+        """The number of tokens generated so far."""
         self.begun = False
         """Whether it occupies a place of the engine, which has its keys and values."""
         self.in_batch = False
@@ -199,9 +144,19 @@ class Ticket:
         return self._future.cancelled()
 
     @property
-    def generated(self) -> int:
-        """The number of tokens generated so far."""
-        return self.progress.generated
+    def wants(self) -> int:
+        """The number of tokens that could be computed next."""
+        return self.request.prompt_tokens + self.generated - self.position
+
+    def advance(self, tokens: int) -> bool:
+        """Count computed tokens; return whether the sequence has its `max_new_tokens`.
+
+        Computing the last wanted token generates the next one. For the scheduler.
+        """
+        self.position += tokens
+        if not self.wants:
+            self.generated += 1
+        return self.generated == self.request.max_new_tokens
 
     def add_done_callback(self, callback: Callable[[], None]) -> None:
         """Call `callback` once it is done, in the loop's next turn."""
@@ -256,52 +211,38 @@ class Ticket:
 Urgency = tuple[bool, float, int]
 """A sort key of adapters: first those with begun requests, then by the oldest request."""
 
-_order = attrgetter("order")
-
 
 class AdapterQueue:
     """The requests for one adapter; `ref` None: for the base alone.
 
-    Attributes
-    ----------
-    tickets
-        Requests that are not done, by urgency, including those in a batch.
-    handle, place
-        The lease and its slot, once granted.
-    batch_count
-        The number of batches in flight with this adapter, which keep the handle.
-    arrival
-        The expected arrival of its layers while it streams.
-    may_stream
-        Whether its rows may join a batch before the last layer is there.
-    leaving
-        Whether the slot must be released.
-    yielded_at
-        When it last gave its slot up for requests that had begun.
-    priority
-        The highest priority of any request so far.
-    begun
-        The number of requests that occupy a place of the engine.
-    reloaded
-        Whether the adapter was reloaded because its files changed while they were read.
-    tokens
-        Tokens computed with this adapter. A new queue starts with the minimum of all queues.
+    A new queue starts with the fewest tokens of all queues.
     """
 
     def __init__(self, ref: Ref | None, tokens: int = 0) -> None:
         self.ref = ref
         self.tickets: list[Ticket] = []
+        """Requests that are not done, by urgency, including those in a batch."""
         self.handle: AdapterHandle | None = None
         self.place: SlotRef = NO_SLOT
+        """The slot of `handle`."""
         self.batch_count = 0
+        """The number of batches in flight with this adapter, which keep the handle."""
         self.arrival: LoadEstimate | None = None
+        """The expected arrival of its layers while it streams."""
         self.may_stream = True
+        """Whether its rows may join a batch before the last layer is there."""
         self.leaving = False
+        """Whether the slot must be released."""
         self.yielded_at = -inf
+        """When it last gave its slot up for requests that had begun."""
         self.priority = -MAX_PRIORITY
+        """The highest priority of any request so far."""
         self.begun = 0
+        """The number of requests that occupy a place of the engine."""
         self.reloaded = False
+        """Whether it was reloaded because its files changed while they were read."""
         self.tokens = tokens
+        """Tokens computed with it."""
 
     @property
     def id(self) -> str | None:
@@ -326,11 +267,8 @@ class AdapterQueue:
         return not self.begun, since, number
 
     def add(self, ticket: Ticket) -> None:
-        insort(self.tickets, ticket, key=_order)
+        insort(self.tickets, ticket, key=attrgetter("order"))
         self.priority = max(self.priority, ticket.request.priority)
-
-    def remove(self, ticket: Ticket) -> None:
-        self.tickets.remove(ticket)
 
     @property
     def has_unbegun(self) -> bool:

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
-from types import TracebackType
 from typing import NamedTuple, Self
 
 from lorax_async.errors import (
@@ -44,68 +43,48 @@ def urgency(since: float, priority: int, deadline: float, level: float) -> float
 
 
 class BatchRow(NamedTuple):
-    """One sequence's part in a batch.
-
-    Attributes
-    ----------
-    ticket
-        The request.
-    handle
-        Its adapter, leased until the batch is completed; None is the base.
-    place
-        The adapter's slot and generation.
-    start
-        The position of the first token to compute; 0 for a new or restarted sequence.
-    tokens
-        The number of tokens to compute; the rest of a long prompt follows in later batches.
-    last
-        Whether the last of them generates a new token.
-    """
+    """One sequence's part in a batch."""
 
     ticket: Ticket
     handle: AdapterHandle | None
+    """Its adapter, leased until the batch is completed; None is the base."""
     place: SlotRef
+    """The adapter's slot and generation."""
     start: int
+    """The position of the first token to compute; 0 for a new or restarted sequence."""
     tokens: int
+    """The number of tokens to compute; the rest of a long prompt follows in later batches."""
     last: bool
+    """Whether the last of them generates a new token."""
 
 
 @dataclass(slots=True, eq=False)
 class Batch:
     """Rows to compute together. Pass it to `AdapterScheduler.complete` afterwards.
 
-    Attributes
-    ----------
-    rows
-        In the order of the plan, so that the rows of one adapter are neighbours.
-    plan
-        Segments, tiles and rank groups for kernels. Its `order` is that of the rows: 0, 1, ….
-    seconds
-        The predicted duration of the pass; None before the first pass.
-    streaming
-        Adapters with missing layers when the batch was made. Layer k of the pass waits for layer k
-        of these only.
-    others_wait
-        Whether ready rows wait for this batch to end, or an adapter has long waited for a slot in
-        which no layers arrive. A pass all of whose rows wait for layers should give up then. Set
-        for batches with `streaming` adapters; may be read in any thread.
-    preempted
-        Requests that lost their places to rows of this batch, or whose adapter is reloaded: forget
-        their keys and values before computing the batch. They restart from their first token.
-
-    The other fields are private to the scheduler.
+    Fields without a description are private to the scheduler.
     """
 
     rows: tuple[BatchRow, ...]
+    """In the order of the plan, so that the rows of one adapter are neighbours."""
     plan: BatchPlan
+    """Segments, tiles and rank groups for kernels. Its `order` is that of the rows: 0, 1, …."""
     seconds: float | None
+    """The predicted duration of the pass; None before the first pass."""
     streaming: tuple[AdapterHandle, ...]
+    """Adapters with missing layers when the batch was made. Layer k of the pass waits for layer k
+    of these only."""
     began: float
     adapter_queues: tuple[AdapterQueue, ...]
     lease_table: Mapping[int, SlotOccupant]
     others_wait: bool = False
+    """Whether ready rows wait for this batch to end, or an adapter has long waited for a slot in
+    which no layers arrive. A pass all of whose rows wait for layers should give up then. Set for
+    batches with `streaming` adapters; may be read in any thread."""
     completed: bool = False
     preempted: tuple[Ticket, ...] = ()
+    """Requests that lost their places to rows of this batch, or whose adapter is reloaded: forget
+    their keys and values before computing the batch. They restart from their first token."""
 
     @property
     def tokens(self) -> int:
@@ -136,32 +115,6 @@ class Batch:
             if row.handle is not None and row.handle.released:
                 raise HandleClosedError("the adapter was released", id=row.handle.id)
         require_current([row.place for row in self.rows], self.lease_table)
-
-
-class ChangeEvent:
-    """Wakes all waiting tasks at each change."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, clock: Clock) -> None:
-        self._loop = loop
-        self._clock = clock
-        self._idle: set[asyncio.Future[None]] = set()
-
-    def set(self) -> None:
-        for future in self._idle:
-            if not future.done():
-                future.set_result(None)
-
-    async def wait(self, due: float) -> None:
-        """Wait for the next `set`, or until the time `due`."""
-        future: asyncio.Future[None] = self._loop.create_future()
-        self._idle.add(future)
-        alarm = None if due == inf else self._clock.call_at(due, self.set)
-        try:
-            await future
-        finally:
-            self._idle.discard(future)
-            if alarm is not None:
-                alarm.cancel()
 
 
 MAX_LOADS = 8
@@ -235,7 +188,7 @@ class AdapterScheduler:
         )
         self._submitted = 0
         self._in_flight: set[Batch] = set()
-        self._change_event = ChangeEvent(self._loop, self._clock)
+        self._change_event = asyncio.Event()
         self._closing: asyncio.Task[None] | None = None
 
     # -- life --------------------------------------------------------------------------------------
@@ -243,12 +196,7 @@ class AdapterScheduler:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     async def close(self) -> None:
@@ -328,15 +276,28 @@ class AdapterScheduler:
             self._check_open()
             self._adapter_queues.settle_all()
             now = self._clock.time()
-            room, places = BatchCapacity(max_tokens, max_sequences), self._adapter_queues.places
-            selection = pick(
-                self._adapter_queues.slot_holders, room, places, self._pace, self._layers, now
-            )
+            room = BatchCapacity(max_tokens, max_sequences, self._pace, self._layers, now)
+            places = self._adapter_queues.places
+            selection = pick(self._adapter_queues.slot_holders, room, places)
             if selection.rows:
                 return self._batch(selection, now)
             if places.free < 1 and not self._in_flight:
                 self._adapter_queues.yield_slot()
-            await self._change_event.wait(selection.due)
+            await self._wait_for_change(selection.due)
+
+    async def _wait_for_change(self, due: float) -> None:
+        """Wait for the next change, or until the time `due`."""
+        alarm = None if due == inf else self._clock.call_at(due, self._wake)
+        try:
+            await self._change_event.wait()
+        finally:
+            if alarm is not None:
+                alarm.cancel()
+
+    def _wake(self) -> None:
+        """Wake all tasks that wait now."""
+        self._change_event.set()
+        self._change_event.clear()
 
     async def batches(self, max_tokens: int, max_sequences: int) -> AsyncIterator[Batch]:
         """Yield `next_batch` repeatedly until the scheduler is closed."""
@@ -353,7 +314,7 @@ class AdapterScheduler:
 
     def _on_change(self) -> None:
         """Wake `next_batch`, and set `others_wait` of streaming passes if rows are ready."""
-        self._change_event.set()
+        self._wake()
         self._flag_streaming_passes()
 
     def _flag_streaming_passes(self) -> None:
@@ -455,10 +416,10 @@ class AdapterScheduler:
         if ticket in failed:
             self._end(ticket, failed[ticket].located(id=row.handle.id if row.handle else None))
         elif ticket in again:  # its layers arrived too late to stream: wait for all of them
-            ticket.progress.restart()
+            ticket.position = 0
             self._adapter_queues.requeue(ticket)
             self._arm(ticket, self._patience)
-        elif ticket.progress.advance(row.tokens) or ticket in finished:
+        elif ticket.advance(row.tokens) or ticket in finished:
             self._end(ticket)
 
     def _end(self, ticket: Ticket, error: LoraxError | None = None) -> None:
@@ -478,8 +439,8 @@ def make_batch(
     rows = []
     for number in plan.order:
         queue, ticket, tokens = picked[number]
-        position, wants = ticket.progress.position, ticket.progress.wants
-        rows.append(BatchRow(ticket, queue.handle, queue.place, position, tokens, tokens == wants))
+        last = tokens == ticket.wants
+        rows.append(BatchRow(ticket, queue.handle, queue.place, ticket.position, tokens, last))
     adapter_queues = tuple({queue: None for queue, _, _ in picked})
     return Batch(
         rows=tuple(rows),
