@@ -28,17 +28,9 @@ Operands = tuple[torch.Tensor, torch.Tensor, float]
 class CpuDevice:
     """A device in host memory. Copies are done when `copy` returns; compute needs no event.
 
-    Parameters
-    ----------
-    layout
-        The base model, whose modules are the rows of the tables.
-    dtype
-        The dtype of stored adapters: "F32", "F16" or "BF16".
-    nbytes
-        Size of the arena. `open` faults its pages in, so that a lack of memory shows at start and
-        not under load.
-    slots
-        The number of columns of the tables.
+    The modules of `layout` are the rows of the tables, which have `slots` columns. Adapters are
+    stored in `dtype`, "F32", "F16" or "BF16". `open` faults in the pages of the arena of `nbytes`,
+    so that a lack of memory shows at start and not under load.
     """
 
     name = "cpu"

@@ -61,21 +61,9 @@ def allocate_pinned(nbytes: int) -> torch.Tensor:
 class CudaDevice:
     """A device on a GPU, filled by one copy stream from pinned memory.
 
-    Parameters
-    ----------
-    layout
-        The base model, whose modules are the rows of the tables.
-    dtype
-        The dtype of stored adapters: "F32", "F16" or "BF16".
-    nbytes
-        Size of the arena, which `open` allocates as one block.
-    slots
-        The number of columns of the tables.
-    device
-        "cuda:N", or "cuda": the current device of the thread that constructs this.
+    `device` is "cuda:N", or "cuda": the current device of the thread that constructs this. The
+    other parameters are as for `CpuDevice`; `open` allocates the arena as one block.
 
-    Notes
-    -----
     While a graph is captured in mode "global", CUDA forbids waiting for events in any thread, and
     an attempt invalidates the capture. Capture with ``capture_error_mode="thread_local"``, or while
     no copies and uses are in flight. Copies are not harmed, but reported later.

@@ -106,18 +106,9 @@ class TableColumns:
     Call `write` and `clear` with the copy stream current, one call at a time. They only enqueue
     memcpys from pinned memory, in the order of the calls.
 
-    Parameters
-    ----------
-    layers
-        The layer of each module.
-    slots
-        The number of columns.
-    device
-        The device of the tables, which are zeroed on its current stream.
-    base
-        The address of the arena.
-    pinned
-        Allocates host memory, here and for copies of more rows than a layer has.
+    `layers` are those of the modules, and `base` is the address of the arena. The tables are zeroed
+    on the device's current stream. `pinned` allocates host memory, here and for copies of more rows
+    than a layer has.
     """
 
     def __init__(

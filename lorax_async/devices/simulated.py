@@ -28,14 +28,8 @@ POISON = 0x7E
 class GatedDevice(CpuDevice):
     """A `CpuDevice` whose arena starts as poison, and whose copies can be held and failed.
 
-    Attributes
-    ----------
-    gate
-        Copies wait until it is set. Initially set.
-    failing
-        Numbers of copies, from 0, that raise.
-    copies
-        The number of copies begun.
+    Copies wait while `gate` is cleared. Those whose numbers, from 0, are in `failing` raise.
+    `copies` counts those that have begun.
     """
 
     name = "gated"

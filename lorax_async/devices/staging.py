@@ -57,15 +57,10 @@ class StagingBuffer:
 
 
 class StagingRing:
-    """Buffers of equal size in one piece of memory.
+    """Buffers of equal size in `memory`, uint8 `[nbytes]` of the device's `staging_memory`.
 
-    Parameters
-    ----------
-    memory
-        The budget: uint8 `[nbytes]` of the device's `staging_memory`.
-    move_bytes
-        Size of a buffer, rounded down to a multiple of 64 bytes: the limit of what a `ConvertMove`
-        reads or writes.
+    `move_bytes`, rounded down to a multiple of 64, is the size of a buffer: the limit of what a
+    `ConvertMove` reads or writes.
     """
 
     def __init__(self, memory: torch.Tensor, move_bytes: int) -> None:

@@ -176,14 +176,8 @@ class EventTicket(Future[None]):
     It cannot be cancelled, because submitted work runs. Until it is done it keeps `held` alive,
     the memory that the device may still read; then it calls `release`, before its callbacks.
 
-    Attributes
-    ----------
-    owner
-        The device that created it.
-    event
-        Recorded before the ticket is returned to a caller.
-    error
-        The error to set once the event is done, if some of the work was not submitted.
+    `owner` is the device. `event` is recorded before the ticket is returned to a caller. `error` is
+    set once the event is done, if some of the work was not submitted.
     """
 
     def __init__(
@@ -237,14 +231,8 @@ class EventWatcher:
     longer.
 
     The thread knows no event loop. Callbacks of tickets run in it and must be quick; exceptions
-    are logged.
-
-    Parameters
-    ----------
-    name
-        The thread's name.
-    translate
-        Converts an error of `synchronize` into the ticket's, or None if the ticket succeeds.
+    are logged. `translate` converts an error of `synchronize` into the ticket's, or None if the
+    ticket succeeds.
     """
 
     def __init__(self, name: str, translate: Callable[[RuntimeError], LoraxError | None]) -> None:

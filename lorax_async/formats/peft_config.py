@@ -315,14 +315,8 @@ def write_config(config: GivenConfig) -> bytes:
     """Return the bytes of an `adapter_config.json`.
 
     Keep the order of members, because the first matching pattern counts. Sets, in which
-    `peft.LoraConfig` keeps names, become sorted lists.
-
-    Raises
-    ------
-    UsageError
-        `config` is neither a mapping nor convertible.
-    AdapterFormatError
-        A value has no JSON equivalent.
+    `peft.LoraConfig` keeps names, become sorted lists. Raise `UsageError` if `config` is neither a
+    mapping nor convertible, `AdapterFormatError` if a value has no JSON equivalent.
     """
     members: object = config
     if isinstance(config, ConvertibleConfig) and not isinstance(config, type):

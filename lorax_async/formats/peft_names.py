@@ -158,12 +158,8 @@ def compile_pattern(text: str) -> tuple[Matcher, int]:
 
     The matcher agrees with PEFT's `re.match(rf"(.*\.)?({text})$", module)` on module paths (ASCII,
     without line breaks, before which `$` would match too), in time linear in the path. The size
-    counts re2's instructions; it is 0 for a plain module name.
-
-    Raises
-    ------
-    UnsupportedAdapterError
-        The pattern is too large, or not in the syntax on which Python's re and re2 agree.
+    counts re2's instructions; it is 0 for a plain module name. Raise `UnsupportedAdapterError` for
+    a pattern that is too large, or not in the syntax on which Python's re and re2 agree.
     """
     if len(text) > MAX_PATTERN_CHARACTERS:
         raise _unreadable(text)

@@ -283,16 +283,9 @@ class SplitGroupArrivals:
 def plan_split(index: SplitIndex, heads: Iterable[FileHead], limits: Limits) -> SplitPlan:
     """Check the shards' headers against each other and the index, and join them.
 
-    Parameters
-    ----------
-    heads
-        One per shard, in order. Each is released before the next is requested.
-
-    Raises
-    ------
-    AdapterFormatError
-        A shard breaks the format or disagrees with the index, or the total exceeds a limit. The
-        message names the shard and the tensor.
+    `heads` has one per shard, in order; each is released before the next is requested. Raise
+    `AdapterFormatError`, which names the shard and the tensor, for a shard that breaks the format
+    or disagrees with the index, and for a total over a limit.
     """
     tensors: list[TensorDescription] = []
     headers: list[tuple[int, int]] = []

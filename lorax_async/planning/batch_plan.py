@@ -81,17 +81,9 @@ RankGroup = tuple[int, int, int]
 class BatchPlan:
     """A batch in the order that kernels need.
 
-    Attributes
-    ----------
-    order
-        `order[i]` is the input position of the i-th sequence, sorted by rank, then slot, then
-        input position. Sequences of the base come first.
-    segments
-        The segments of the rows in that order, one per slot.
-    tiles
-        The segments cut into tiles, in order. No tile crosses segments.
-    groups
-        The segments by rank, in order.
+    `order[i]` is the input position of the i-th sequence, sorted by rank, then slot, then input
+    position; sequences of the base come first. `segments` are those of the rows in that order, one
+    per slot; `tiles` the segments cut into tiles, and `groups` the segments by rank, both in order.
     """
 
     order: tuple[int, ...]
@@ -109,14 +101,7 @@ def plan_batch(
 ) -> BatchPlan:
     """Plan a batch whose i-th sequence has `lengths[i]` tokens and its adapter at `places[i]`.
 
-    Parameters
-    ----------
-    places, lengths
-        One per sequence, in any order. Each sequence has at least one token.
-    lease_table
-        The present occupant of each slot.
-    tile_rows
-        The maximum number of rows per tile.
+    `lease_table` has the present occupant of each slot; a tile has at most `tile_rows` rows.
 
     Raises
     ------

@@ -47,14 +47,8 @@ class ModuleCut:
 class Sharding:
     """A base, and the share of one rank.
 
-    Attributes
-    ----------
-    whole
-        The base's layout, against which adapter files are checked.
-    held
-        The same modules in the same order, with this rank's sizes.
-    cuts
-        One per module, by position; empty if the rank holds everything.
+    Adapter files are checked against `whole`; `held` has the same modules in the same order, with
+    this rank's sizes. `cuts` has one per module, by position; it is empty if the rank holds all.
     """
 
     whole: ModelLayout

@@ -326,12 +326,8 @@ def windows(group: GroupPlan, nbytes: int, item_bytes: int) -> tuple[StagingWind
     """Cut the extent of `group` greedily into windows of at most `nbytes`.
 
     A window ends at a multiple of 64 bytes of the extent, or at an end of a `ConvertMove` that
-    this would cut. `item_bytes` is the size of an element on the device.
-
-    Raises
-    ------
-    InternalError
-        A `ConvertMove` writes more than `nbytes`, or `nbytes` is less than 64.
+    this would cut. `item_bytes` is the size of an element on the device. Raise `InternalError` if
+    a `ConvertMove` writes more than `nbytes`, or `nbytes` is less than 64.
     """
     if group.nbytes <= nbytes:
         return (StagingWindow.whole(group),)
@@ -439,19 +435,10 @@ def plan_transfer(
 ) -> TransferPlan:
     """Plan how the adapter of this header and config reaches a device.
 
-    Parameters
-    ----------
-    dtype
-        The dtype on the device: "F32", "F16" or "BF16"; None means the layout's.
-    alignment, rank_multiple
-        Every tensor starts at a multiple of `alignment` bytes, and every rank is padded to a
-        multiple of `rank_multiple`.
-    limits
-        The largest rank, file size and sum of extents to accept.
-    staging_move_bytes
-        The largest number of bytes that one `ConvertMove` may read, and may write.
-    cuts
-        The rank's share of each module (`Sharding.cuts`); empty means everything.
+    The `dtype` on the device is "F32", "F16" or "BF16"; None means the layout's. Every tensor
+    starts at a multiple of `alignment` bytes, and every rank is padded to a multiple of
+    `rank_multiple`. One `ConvertMove` may read, and may write, `staging_move_bytes` at most. `cuts`
+    is the rank's share of each module (`Sharding.cuts`); empty means everything.
 
     Raises
     ------

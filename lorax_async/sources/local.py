@@ -95,17 +95,10 @@ _T = TypeVar("_T")
 class LocalSource:
     """A `Source` of local folders.
 
-    Parameters
-    ----------
-    roots
-        Folders that contain the folders of `str` ids; links are followed, anew for each id.
-        Adapters in immutable roots can be held in host memory, whichever id names them.
-    limits
-        Limits of an adapter's files.
-    threads
-        Run the file system calls; two threads open config and weights side by side.
-    hashes
-        Hash weights each time they are opened, before they are used.
+    `roots` contain the folders of `str` ids; links are followed, anew for each id. Adapters in
+    immutable roots can be held in host memory, whichever id names them. `threads` run the file
+    system calls; two of them open config and weights side by side. With `hashes`, weights are
+    hashed each time they are opened, before they are used.
     """
 
     def __init__(

@@ -96,14 +96,8 @@ class TensorSnapshot:
     def copy(self) -> Iterator[None]:
         """Copy the tensors, in steps of some milliseconds. Blocks.
 
-        Raises
-        ------
-        IntegrityError
-            A tensor was written to since the snapshot was made.
-        FetchError
-            A tensor could not be read.
-        CapacityError
-            The machine has no memory for the copy.
+        Raise `IntegrityError` if a tensor was written to since the snapshot was made, `FetchError`
+        if one could not be read, `CapacityError` if the machine has no memory for the copy.
         """
         content = host_memory(self._nbytes, self.prefix)
         # Hash the length too: config and prefix must not exchange bytes.
@@ -182,19 +176,9 @@ class MemorySource:
     """The `Source` of `TensorsKey`s and `MergedKey`s, which no text names.
 
     Tensors stay from `take` until they are dropped. A merge is computed when it is opened, and
-    stays in memory until other copies need the room.
-
-    Parameters
-    ----------
-    copies
-        The copies in memory, within their budget.
-    layout, dtype
-        The base's modules, in whose order merges draw random numbers; and the dtype of merges:
-        "F32", "F16" or "BF16".
-    limits
-        Limits of tensors and merges.
-    threads
-        Copy tensors, some milliseconds at a time, and plan merges.
+    stays in memory until other copies need the room. It has the `dtype` "F32", "F16" or "BF16", and
+    draws random numbers in the order of the modules of `layout`. `threads` copy tensors, some
+    milliseconds at a time, and plan merges.
     """
 
     copies: HostCopies
