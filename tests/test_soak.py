@@ -43,6 +43,7 @@ from lorax_async.lifecycle.policies import policy
 from lorax_async.loader import AdapterLoader
 from lorax_async.planning.layout import ModelLayout, Module, Parallelism
 from lorax_async.remote.base import AllowRules
+from lorax_async.remote.hub import TieredCache
 from lorax_async.remote.opening import AdapterOpener, VersionResolver
 from lorax_async.remote.remote_source import RemoteParts, RemoteSource
 from lorax_async.remote.web import WebBackend
@@ -199,7 +200,7 @@ async def setting(
     engine, workers, limits = RangeEngine(http), WorkerThreads(4), Limits()
     cache = DiskCache(folder, cache_bytes, policy("lru"))
     backend = WebBackend(engine, rules, limits)
-    given: Any = (lambda _: backend, cache, workers)
+    given: Any = (lambda _: backend, TieredCache(None, lambda: cache), workers)
     resolving = VersionResolver(*given, offline=False, fresh=REVALIDATE)
     opening = AdapterOpener(resolving, engine, workers, limits=limits, verify="stream")
     parts = RemoteParts(resolving, opening, workers, engine.close)

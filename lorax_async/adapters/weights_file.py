@@ -150,7 +150,7 @@ def _fetch(
                 " (HF_HUB_CACHE) and its disk",
                 retryable=False,
             ) from None
-        raise hub.problem_of(reason, query, url) from None
+        raise hub.problem_of(reason, query, url).located(stage="resolve") from None
     raise AdapterFormatError(f"{name} has {nbytes:,} bytes, over the {max_bytes:,} allowed")
 
 

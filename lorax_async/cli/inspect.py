@@ -267,7 +267,7 @@ def _inspect(arguments: argparse.Namespace, terminal: Terminal) -> int:
             metadata = _download_metadata(ref, loader_settings(arguments, [ref]))
         with TemporaryDirectory(prefix="lorax-async-") as name:
             folder = Path(name)
-            (folder / CONFIG).write_bytes(metadata.config[1])
+            (folder / CONFIG).write_bytes(metadata.config)
             with (folder / WEIGHTS).open("wb") as file:
                 file.write(metadata.prefix)
                 file.truncate(metadata.nbytes)  # after the header is a hole

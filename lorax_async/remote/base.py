@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Any, Protocol, TypeVar
 
-from lorax_async.cache.base import CacheEntry, CacheKey
-from lorax_async.cache.disk_cache import DiskDownload
 from lorax_async.concurrency import FetchControl, wait_for_end
 from lorax_async.errors import AdapterNotFoundError, FetchError, IntegrityError
 from lorax_async.formats.digests import Digest
@@ -103,8 +101,8 @@ class LocatedAdapter:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class WeightsPart:
-    """One file of weights: its `prefix` ends with the header."""
+class FetchedFile:
+    """A config or an index, or the beginning of weights: their `prefix` ends with the header."""
 
     file: RemoteFile
     answer: ProbeResult
@@ -114,20 +112,22 @@ class WeightsPart:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdapterMetadata:
-    """The part of an adapter that is checked before any layer is fetched.
+    """The files of an adapter as far as they are checked before any layer is fetched.
 
     Weights in several files have an index, and a plan that joins them into one.
     """
 
-    config: tuple[RemoteFile, bytes]
-    index: tuple[RemoteFile, bytes] | None
-    parts: tuple[WeightsPart, ...]
+    files: tuple[FetchedFile, ...]
     plan: SplitPlan | None
 
     @property
-    def small(self) -> tuple[tuple[RemoteFile, bytes], ...]:
-        """The config and the index: files that were fetched whole."""
-        return (self.config,) if self.index is None else (self.config, self.index)
+    def config(self) -> bytes:
+        return self.files[0].prefix
+
+    @property
+    def parts(self) -> list[FetchedFile]:
+        """The files of weights."""
+        return [file for file in self.files if file.file.role.kind == "weights"]
 
     @property
     def prefix(self) -> bytes:
@@ -165,22 +165,6 @@ class Backend(Protocol[P_contra]):
         self, place: P_contra, located: LocatedAdapter, roles: Sequence[FileRole]
     ) -> tuple[RemoteFile, ...]:
         """Return the weights' files that the index of this version names, all of them."""
-
-
-class VersionCache(Protocol):
-    """What of a `DiskCache` remote adapters need; see there."""
-
-    def open(self, key: CacheKey, *, check: bool = False) -> CacheEntry | None: ...
-
-    def try_begin(
-        self, key: CacheKey, scope: str, *, alone: bool = False
-    ) -> CacheEntry | DiskDownload | int: ...
-
-    def note_version(self, question: str, source: str, version: str) -> None: ...
-
-    def last_version(self, question: str) -> tuple[str, str] | None: ...
-
-    def condemn(self, key: CacheKey) -> None: ...
 
 
 _PRIVATE = [

@@ -21,7 +21,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from lorax_async.cache.base import CacheEntry, CacheKey, FileRecord, record_of
 from lorax_async.cache.disk_cache import DiskCache, DiskDownload
@@ -139,28 +139,20 @@ class HubBackend:
 
     A reference without a token is resolved without one, unless `ref.use_token` or an entry of
     `allow` lends this machine's own (`HF_TOKEN`, `hf auth login`) and huggingface_hub may use that.
-    An empty token is a `UsageError`.
+    An entry lends it to the ids that it covers, if the repository that answers is covered too: the
+    hub redirects from ids that were moved. An empty token is a `UsageError`.
 
     Parameters
     ----------
     endpoint
-        The hub's URL.
+        The hub's URL; `ConfigError` if it is none. huggingface_hub queries it, and follows
+        redirects to that origin and the hub's own only; the operator vouches for its address.
     rules
-        Where the engine may send requests for files. huggingface_hub queries the endpoint itself,
-        and follows redirects to that origin and the hub's own only; the operator vouches for the
-        endpoint's address.
-    allow
-        Entries with `use_token` lend this machine's own token to the ids that they cover, if the
-        repository that answers is covered too: the hub redirects from ids that were moved.
+        Where the engine may send requests for files.
     threads
         Run huggingface_hub, two calls per adapter at once. A call outlives its cancelled caller.
     timeout
         Seconds to connect, and to wait for the next byte of a response.
-
-    Raises
-    ------
-    ConfigError
-        The endpoint is no URL.
     """
 
     def __init__(
@@ -191,11 +183,16 @@ class HubBackend:
 
         None if its token cannot be read, or must not be sent. Blocks.
         """
+        from huggingface_hub import get_token  # noqa: PLC0415 (slow)
+
         try:
             own = machine_token()
+            kept = own is None and get_token() is not None
         except LoraxError:
             return None
-        return None if own is None and _has_stored_token() else self._scope(own)
+        except _token_errors():
+            return None
+        return None if kept else self._scope(own)
 
     async def locate(self, place: HubRepository, ref: AdapterRef) -> LocatedAdapter:
         token = await self._token(place, ref)
@@ -204,7 +201,8 @@ class HubBackend:
         if config.file is None or config.commit is None:
             raise _lacking(query, f"no {CONFIG_FILE.file_name}: it is no adapter of PEFT")
         pinned = replace(query, revision=config.commit)
-        if config.redirected and token is not None and self._is_lent(place, ref):
+        is_lent = ref.token is None and not ref.use_token and token is not None
+        if config.redirected and is_lent:
             await self._require_covered(pinned)
         if weights.commit != config.commit:  # a branch moved between the two answers
             (weights,) = await self._answers(replace(pinned, name=WEIGHTS_FILE.file_name))
@@ -246,15 +244,12 @@ class HubBackend:
     async def _token(self, place: HubRepository, ref: AdapterRef) -> str | None:
         """Return the token to send."""
         token = require_token(ref.token)
-        if not ref.use_token and not self._is_lent(place, ref):
-            return token
-        return await asyncio.wrap_future(self._threads.submit(machine_token))
-
-    def _is_lent(self, place: HubRepository, ref: AdapterRef) -> bool:
-        """Return whether only an entry of `allow` lends this machine's own token to an id."""
-        return ref.token is None and not ref.use_token and self._lends_to(place)
+        if ref.use_token or (token is None and self._lends_to(place)):
+            (token,) = await self._call(machine_token)
+        return token
 
     def _lends_to(self, place: HubRepository) -> bool:
+        """Return whether an entry of `allow` lends this machine's own token to an id."""
         return any(entry.covers(place) for entry in self._lending)
 
     def _scope(self, token: str | None) -> str:
@@ -289,7 +284,10 @@ class HubBackend:
         return answers
 
     async def _call(self, *calls: Callable[[], T]) -> list[T]:
-        """Call all in threads at once, and again those whose failure may pass."""
+        """Call all in threads at once, and again those whose failure may pass.
+
+        Errors are of the stage "resolve".
+        """
         results: dict[int, T] = {}
         for failed in count(1):
             futures = {
@@ -314,7 +312,7 @@ class HubBackend:
             problem = min(problems, key=lambda problem: problem.retryable)
             wait = self._retries.wait(failed, random.random(), problem.retry_after)  # noqa: S311
             if not problem.retryable or wait is None:
-                raise problem
+                raise problem.located(stage="resolve")
             await asyncio.sleep(wait)
         return [results[number] for number in range(len(calls))]
 
@@ -325,7 +323,7 @@ class HubBackend:
 
         url = query.url(self._endpoint)
         if not self._rules.allows(url, 0):
-            raise _denied_error(f"requests to {url} are not allowed; allow it explicitly")
+            raise AccessDeniedError(f"requests to {url} are not allowed; allow it explicitly")
         token, timeout, endpoint = query.token or False, self._timeout, self._endpoint
         try:
             found = get_hf_file_metadata(url.text, token=token, timeout=timeout, endpoint=endpoint)
@@ -343,7 +341,6 @@ class HubBackend:
         if commit is None or not is_commit(commit):
             raise FetchError(
                 f"{url} names no commit in its responses: it is no hub; check the endpoint",
-                stage="resolve",
                 retryable=False,
             )
         role = role_of(query.name) or WEIGHTS_FILE  # a pickle is refused
@@ -376,8 +373,7 @@ class HubBackend:
         if info is None or not isinstance(info.id, str) or info.sha != query.revision:
             raise AccessDeniedError(
                 f"the hub does not say which repository answers for {query.source!r}, so the token"
-                " of this machine is not lent to it; name the repository by its own id",
-                stage="resolve",
+                " of this machine is not lent to it; name the repository by its own id"
             )
         return info.id
 
@@ -451,20 +447,9 @@ def machine_token() -> str | None:
     except _token_errors() as error:
         raise AccessDeniedError(
             f"this machine's own token of the hub cannot be read ({type(error).__name__}); log in"
-            " again (hf auth login), or pass a token",
-            stage="resolve",
+            " again (hf auth login), or pass a token"
         ) from None
     return require_token(header.removeprefix(_BEARER) or None)
-
-
-def _has_stored_token() -> bool:
-    """Return whether this machine has a token, even one that must not be sent, or is broken."""
-    from huggingface_hub import get_token  # noqa: PLC0415 (slow)
-
-    try:
-        return get_token() is not None
-    except _token_errors():
-        return True
 
 
 def problem_of(error: Exception, query: FileQuery, url: Url) -> AdapterError:
@@ -483,12 +468,12 @@ def problem_of(error: Exception, query: FileQuery, url: Url) -> AdapterError:
         revision = shorten(query.revision, 200)
         return AdapterNotFoundError(f"{source!r} on {url} has no revision {revision!r}")
     if isinstance(error, GatedRepoError):
-        return _denied_error(
+        return AccessDeniedError(
             f"{source!r} on {url} is gated: accept its conditions there, and {_REMEDY}"
         )
     if isinstance(error, RepositoryNotFoundError):
         if query.token is None and status == 401:
-            return _denied_error(
+            return AccessDeniedError(
                 f"{url} shows no {source!r} without a token: check the id, or if it is"
                 f" private {_REMEDY}"
             )
@@ -496,16 +481,12 @@ def problem_of(error: Exception, query: FileQuery, url: Url) -> AdapterError:
             return AdapterNotFoundError(f"{url} has no {source!r}, or none that the token may see")
     if status in _DENIED:
         token = "without a token" if query.token is None else "with this token"
-        return _denied_error(f"{url} refuses {source!r} {token} (status {status}); {_REMEDY}")
+        return AccessDeniedError(f"{url} refuses {source!r} {token} (status {status}); {_REMEDY}")
     problem = f"{query.name} of {source!r} at {url}: status {status}"
     if status not in _AGAIN:
         problem += ", which is no answer to the request"
-        return FetchError(problem, stage="resolve", retryable=False)
-    return FetchError(problem, stage="resolve", retry_after=_retry_after(error))
-
-
-def _denied_error(problem: str) -> AccessDeniedError:
-    return AccessDeniedError(problem, stage="resolve")
+        return FetchError(problem, retryable=False)
+    return FetchError(problem, retry_after=_retry_after(error))
 
 
 def _retry_after(error: HfHubHTTPError) -> float | None:
@@ -530,11 +511,10 @@ def _failure(error: Exception, url: Url) -> AdapterError:
     if isinstance(error, OfflineModeIsEnabled):
         return FetchError(
             "huggingface_hub is set to be offline (HF_HUB_OFFLINE, TRANSFORMERS_OFFLINE)",
-            stage="resolve",
             retryable=False,
         )
     if isinstance(error, httpx2.TimeoutException):
-        return FetchTimeoutError(f"{url} did not answer in time", stage="resolve")
+        return FetchTimeoutError(f"{url} did not answer in time")
     system = next((cause for cause in _causes(error) if isinstance(cause, OSError)), None)
     if isinstance(system, socket.gaierror):
         mapped = lookup_error(system, url.origin.host)
@@ -544,8 +524,7 @@ def _failure(error: Exception, url: Url) -> AdapterError:
         what = type(error).__name__
         retryable = isinstance(error, httpx2.TransportError)
         mapped = FetchError(f"the request to {url} failed ({what})", retryable=retryable)
-    reason = mapped.error if isinstance(mapped, RetryableError) else mapped
-    return reason.located(stage="resolve")
+    return mapped.error if isinstance(mapped, RetryableError) else mapped
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -564,20 +543,22 @@ _LINK = re.compile(r"\.\./\.\./blobs/(?P<blob>[0-9a-z-]{40,80})")
 _SHARED = re.compile(r"/blobs/(?P<first>[0-9a-f]{2})/(?P=first)[0-9a-f]{62}")
 
 
-@dataclass(frozen=True, slots=True)
-class HubFile:
+class HubFile(NamedTuple):
     """One file of a commit: the blob at `path`, a real path."""
 
     path: str
     identity: FileIdentity
     record: FileRecord
 
+    def open(self) -> int:
+        return open_same(self.path, self.identity, self.record.role.file_name)
+
     def is_intact(self) -> bool:
         """Hash all of it and compare the digest with the blob's name."""
         name, nbytes = self.record.role.file_name, self.identity.size
         file_hash = FileHash(self.record.digest.kind, nbytes)
         try:
-            fd = open_same(self.path, self.identity, name)
+            fd = self.open()
             try:
                 hash_on(fd, file_hash, nbytes, name)
             finally:
@@ -606,7 +587,7 @@ class HubEntry:
         file, name = self._files.get(role), role.file_name
         if file is None:
             raise InternalError(f"the hub cache's entry has no {name}")
-        return FileReader(partial(open_same, file.path, file.identity, name), file.identity, name)
+        return FileReader(file.open, file.identity, name)
 
     def granted(self, scope: str) -> float | None:
         """See `CacheEntry`. Other tools stored the entry with this machine's token, if it has one.

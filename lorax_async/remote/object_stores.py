@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -298,9 +298,9 @@ def _digest_of_shards(shards: Mapping[FileRole, StoredObject]) -> str:
     return digest_of([*(role.file_name for role in shards), *_words(shards.values())])
 
 
-def _words(objects: Iterable[StoredObject]) -> Iterator[str]:
-    for stored in objects:
-        yield from (stored.version_id or "", stored.etag or "", str(stored.nbytes))
+def _words(objects: Iterable[StoredObject]) -> list[str]:
+    fields = ((stored.version_id or "", stored.etag or "", stored.nbytes) for stored in objects)
+    return [str(word) for words in fields for word in words]
 
 
 def version_of(kind: str, words: Iterable[str]) -> str:
@@ -406,33 +406,29 @@ def _mapped(call: Callable[[], T], place: StoreFolder) -> T:
         return call()
     except LoraxError:  # a timeout of ours is an `OSError` too
         raise
-    except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError):
-        failure: FetchError = _denied_error(place)
     except (exceptions.BaseError, OSError, ValueError) as error:
-        failure = _problem_of(str(error), place)
-    raise failure
+        kinds = (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError)
+        failure = _problem_of(str(error), place.text, denied=isinstance(error, kinds))
+    raise failure.located(stage="resolve")
 
 
-def _problem_of(text: str, place: StoreFolder) -> FetchError:
+def _problem_of(text: str, where: str, *, denied: bool) -> FetchError:
     """Return our error for the text of one of obstore's."""
-    for word, meaning, retryable in _SIGNS:
-        if word in text:
-            return FetchError(f"{place.text}: {meaning}", retryable=retryable, stage="resolve")
-    if "TimedOut" in text or "timed out" in text:
-        return FetchTimeoutError(f"{place.text}: the store did not answer in time", stage="resolve")
     match = _STATUS.search(text)
-    if match is None:
-        problem = "the request to the store failed; are there credentials in the environment?"
-        return FetchError(f"{place.text}: {problem}", stage="resolve")
-    status = int(match[1])
-    if status in {401, 403}:
-        return _denied_error(place)
-    retryable = status >= 500 or status in _AGAIN
-    return FetchError(f"{place.text}: status {status}", retryable=retryable, stage="resolve")
-
-
-def _denied_error(place: StoreFolder) -> AccessDeniedError:
-    return AccessDeniedError(
-        f"{place.text}: the environment's credentials may not have it, or are wrong",
-        stage="resolve",
+    status = int(match[1]) if match is not None else 0
+    if not denied:
+        for word, meaning, retryable in _SIGNS:
+            if word in text:
+                return FetchError(f"{where}: {meaning}", retryable=retryable)
+        if "TimedOut" in text or "timed out" in text:
+            return FetchTimeoutError(f"{where}: the store did not answer in time")
+    if denied or status in {401, 403}:
+        return AccessDeniedError(
+            f"{where}: the environment's credentials may not have it, or are wrong"
+        )
+    if status:
+        retryable = status >= 500 or status in _AGAIN
+        return FetchError(f"{where}: status {status}", retryable=retryable)
+    return FetchError(
+        f"{where}: the request to the store failed; are there credentials in the environment?"
     )

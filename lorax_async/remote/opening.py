@@ -49,14 +49,14 @@ from lorax_async.remote.base import (
     AdapterMetadata,
     AnotherVersionError,
     Backend,
+    FetchedFile,
     LocatedAdapter,
     RemoteFile,
-    VersionCache,
-    WeightsPart,
     bind_to,
     track,
     unwanted_error,
 )
+from lorax_async.remote.hub import TieredCache
 from lorax_async.remote.readers import FetchReader, open_entry, read_first
 from lorax_async.sources.base import AdapterFile
 from lorax_async.types import AdapterRef, RemoteKey
@@ -104,7 +104,7 @@ class VersionResolver:
     def __init__(
         self,
         backends: Callable[[Place], Backend[Any]],
-        cache: VersionCache,
+        cache: TieredCache,
         workers: WorkerThreads,
         *,
         offline: bool,
@@ -351,9 +351,11 @@ class AdapterOpener:
         """Return the entry, or a new download. Wait while another process downloads it."""
         last = self._resolver.last(key)
         if last is None or last.located is None:  # the source was not asked this time
-            entry = await self._workers.run(partial(self._unrefuted, key), close_unused)
-            if entry is not None:
+            entry = await self._stored(key)
+            if entry is not None and not self._is_refuted(key, entry):
                 return entry
+            if entry is not None:
+                entry.close()
         scope = (await self._locate(key, control)).scope
         progress, since, alone = -1, time.monotonic(), False
         while not control.cancelled:
@@ -390,14 +392,6 @@ class AdapterOpener:
                 raise
         return result
 
-    def _unrefuted(self, key: RemoteKey) -> CacheEntry | None:
-        """Open the entry unless its digest is not the caller's. Blocks."""
-        entry = self._entry(key)
-        if entry is not None and self._is_refuted(key, entry):
-            entry.close()
-            return None
-        return entry
-
     def _is_refuted(self, key: RemoteKey, entry: CacheEntry) -> bool:
         """Return whether an unvouched entry has another digest than the caller's."""
         digest = self._resolver.digest(key)
@@ -405,9 +399,9 @@ class AdapterOpener:
         own = weights[0].value if [each.kind for each in weights] == ["transport"] else digest
         return digest is not None and own != digest
 
-    def _entry(self, key: RemoteKey, *, check: bool = False) -> CacheEntry | None:
-        """Blocks."""
-        return self._resolver.cache.open(cache_key(key), check=check)
+    async def _stored(self, key: RemoteKey, *, check: bool = False) -> CacheEntry | None:
+        look = partial(self._resolver.cache.open, cache_key(key), check=check)
+        return await self._workers.run(look, close_unused)
 
     async def _open(
         self, key: RemoteKey, stored: CacheEntry | DiskDownload, control: FetchControl
@@ -428,10 +422,9 @@ class AdapterOpener:
     async def _open_entry(
         self, key: RemoteKey, entry: CacheEntry, control: FetchControl
     ) -> AdapterFile:
+        open_file = partial(open_entry, entry, cache_key(key), self._limits)
         try:
-            file = await self._workers.run(
-                partial(open_entry, entry, cache_key(key), self._limits), _close_reader
-            )
+            file = await self._workers.run(open_file, lambda file: file.reader.close())
         except BaseException:
             entry.close()  # the thread may not have begun
             raise
@@ -467,21 +460,20 @@ class AdapterOpener:
             await reader.refuse(error)
             return False
 
-        return AdapterFile(metadata.config[1], metadata.prefix, reader, download.mappable, refuse)
+        return AdapterFile(metadata.config, metadata.prefix, reader, download.mappable, refuse)
 
     async def _distrust(self, key: RemoteKey) -> bool:
         """Drop an unvouched entry whose weights were refused; return whether it is gone."""
-
-        def distrust() -> bool:
-            entry = self._entry(key)
-            if entry is None:
-                return True
+        entry = await self._stored(key)
+        if entry is not None:
             entry.close()
-            if not entry.record.vouched:
-                self._resolver.cache.condemn(cache_key(key))
-            return not entry.record.vouched
+            if entry.record.vouched:
+                return False
+            await self._condemn(key)
+        return True
 
-        return await self._workers.run(distrust)
+    async def _condemn(self, key: RemoteKey) -> None:
+        await self._workers.run(partial(self._resolver.cache.condemn, cache_key(key)))
 
     async def _is_outdated(self, key: RemoteKey, control: FetchControl) -> bool:
         """Drop a refused entry that is not what its source has now; return whether it was dropped.
@@ -489,7 +481,7 @@ class AdapterOpener:
         Hash a vouched entry, once; compare another with the source's first bytes. If the source
         cannot be reached, the refusal stands.
         """
-        entry = await self._workers.run(partial(self._entry, key), close_unused)
+        entry = await self._stored(key)
         if entry is None:
             return True
         try:
@@ -497,11 +489,17 @@ class AdapterOpener:
             outdated = not vouched and await self._differs(key, entry, control)
         finally:
             entry.close()
-        if vouched:
-            return await self._is_damaged(key)
         if outdated:
-            await self._workers.run(lambda: self._resolver.cache.condemn(cache_key(key)))
-        return outdated
+            await self._condemn(key)
+        if not vouched or key in self._hashed:
+            return outdated
+        if len(self._hashed) >= _MAX_HASHED:
+            self._hashed.clear()
+        self._hashed.add(key)
+        entry = await self._stored(key, check=True)  # the cache removes a damaged one
+        if entry is not None:
+            entry.close()
+        return entry is None
 
     async def _differs(self, key: RemoteKey, entry: CacheEntry, control: FetchControl) -> bool:
         """Compare an entry with its source; False if that cannot be reached.
@@ -516,19 +514,15 @@ class AdapterOpener:
             return False
         finally:
             self._resolver.used(key)
-        return not await self._workers.run(partial(_has_metadata, entry, metadata))
+        sizes = {file.role: file.nbytes for file in entry.record.files}
 
-    async def _is_damaged(self, key: RemoteKey) -> bool:
-        """Hash an entry that was not hashed before; return whether the cache removed it."""
-        if key in self._hashed:
-            return False
-        if len(self._hashed) >= _MAX_HASHED:
-            self._hashed.clear()
-        self._hashed.add(key)
-        entry = await self._workers.run(partial(self._entry, key, check=True), close_unused)
-        if entry is not None:
-            entry.close()
-        return entry is None
+        def differs() -> bool:
+            return sizes != {each.file.role: each.nbytes for each in metadata.files} or any(
+                read_first(entry, each.file.role, len(each.prefix)) != each.prefix
+                for each in metadata.files
+            )
+
+        return await self._workers.run(differs)
 
     async def _fetch_metadata(
         self, located: LocatedAdapter, control: FetchControl
@@ -544,12 +538,11 @@ class AdapterOpener:
         nbytes = self._limits.max_header_bytes if is_split else FIRST_BYTES
         wanted = [(config, self._limits.max_config_bytes), (second, nbytes)]
         config_probe, probe = await self._probe(wanted, control)
-        checked = (config, _whole(config, config_probe))
+        checked = _whole(config, config_probe)
         if not is_split:
-            part = await self._part(second, probe, control)
-            return AdapterMetadata(checked, None, (part,), None)
-        content = _whole(second, probe)
-        index = await self._workers.run(partial(parse_index, content, self._limits))
+            return AdapterMetadata((checked, await self._part(second, probe, control)), None)
+        whole = _whole(second, probe)
+        index = await self._workers.run(partial(parse_index, whole.prefix, self._limits))
         roles = [FileRole("weights", number + 1, index.count) for number in range(index.count)]
         async with bind_to(control):
             files = await self._resolver.shards(located, roles)
@@ -562,7 +555,7 @@ class AdapterOpener:
         ]
         heads = [FileHead(part.prefix, part.nbytes) for part in parts]
         plan = await self._workers.run(partial(plan_split, index, heads, self._limits))
-        return AdapterMetadata(checked, (second, content), tuple(parts), plan)
+        return AdapterMetadata((checked, whole, *parts), plan)
 
     async def _probe(
         self, files: Sequence[tuple[RemoteFile, int]], control: FetchControl
@@ -590,7 +583,7 @@ class AdapterOpener:
 
     async def _part(
         self, file: RemoteFile, probe: ProbeResult, control: FetchControl
-    ) -> WeightsPart:
+    ) -> FetchedFile:
         """Return a file of weights by its first bytes, and more of them if its header is long."""
         size = file.nbytes if probe.validators.size is None else probe.validators.size
         if size is None:
@@ -605,7 +598,7 @@ class AdapterOpener:
                     f"{file.target.name} changed while it was requested; load it again"
                 )
             probe = larger
-        return WeightsPart(file, probe, size, probe.start[:needed])
+        return FetchedFile(file, probe, size, probe.start[:needed])
 
     def _require_size(self, file: RemoteFile, nbytes: int | None) -> None:
         """Raise `AdapterFormatError` for a size over the limit: such a file is not requested."""
@@ -628,20 +621,22 @@ class AdapterOpener:
 
         The source's digests judge them, or else the caller's: that of the weights in one file.
         """
-        for file, content in metadata.small:
-            expected = None if self._verify == "none" else file.expected
-            _check(content, file.role, expected)  # it is used before publication
-            add = partial(_add_file, download, file.role, content, len(content), expected)
-            await self._wait_for_room(add, control)
         own = None if digest is None or metadata.plan else Digest("sha256", digest)
-        files = []
-        for part in metadata.parts:
-            promised = part.file.expected or sent_sha256(part.answer.fields) or own
-            expected = None if self._verify == "none" else promised
-            start, role = part.answer.start, part.file.role
-            add = partial(_add_file, download, role, start, part.nbytes, expected)
-            files.append(await self._wait_for_room(add, control))
-        return files
+        weights = []
+        for each in metadata.files:
+            role, expected = each.file.role, each.file.expected
+            if role.kind == "weights":
+                expected = expected or sent_sha256(each.answer.fields) or own
+            if self._verify == "none":
+                expected = None
+            if role.kind != "weights":
+                _check(each.prefix, role, expected)  # it is used before publication
+            start = each.answer.start
+            add = partial(_add_file, download, role, start, each.nbytes, expected)
+            file = await self._wait_for_room(add, control)
+            if role.kind == "weights":
+                weights.append(file)
+        return weights
 
     async def _wait_for_room(
         self, add: Callable[[], PartialFile], control: FetchControl
@@ -659,14 +654,14 @@ def _header(start: memoryview, _: Validators) -> int:
     return header_end(start)
 
 
-def _whole(file: RemoteFile, answer: ProbeResult) -> bytes:
-    """Return the content of a file that was fetched whole."""
+def _whole(file: RemoteFile, answer: ProbeResult) -> FetchedFile:
+    """Check the size of a file that was fetched whole."""
     if file.nbytes not in {None, len(answer.start)}:
         raise IntegrityError(
             f"{file.target.name} has {len(answer.start):,} bytes, and {file.nbytes:,} were"
             " promised; load it again"
         )
-    return answer.start
+    return FetchedFile(file, answer, len(answer.start), answer.start)
 
 
 def _add_file(
@@ -681,16 +676,6 @@ def _add_file(
     if start:
         file.write(0, memoryview(start)[:nbytes])
     return file
-
-
-def _has_metadata(entry: CacheEntry, metadata: AdapterMetadata) -> bool:
-    """Return whether the source's config, index and headers are the entry's. Blocks."""
-    files = [(file.role, content, len(content)) for file, content in metadata.small]
-    files += [(part.file.role, part.prefix, part.nbytes) for part in metadata.parts]
-    stored = {file.role: file.nbytes for file in entry.record.files}
-    return {role: nbytes for role, _, nbytes in files} == stored and all(
-        read_first(entry, role, len(prefix)) == prefix for role, prefix, _ in files
-    )
 
 
 def _check(content: bytes, role: FileRole, expected: Digest | None) -> None:
@@ -713,7 +698,3 @@ def close_unused(result: object) -> None:
     """Close an entry or a download whose caller was cancelled."""
     if isinstance(result, CacheEntry | DiskDownload):
         result.close()
-
-
-def _close_reader(file: AdapterFile) -> None:
-    file.reader.close()
