@@ -227,34 +227,25 @@ class SimulatedDevice:
         if isinstance(pieces, FilePieces):
             raise UsageError("this device cannot read files; copy staged bytes to it")
         self._require_device()
-        written, kept = tuple(rows), pieces
-        target = Extent(extent.offset + pieces.target, pieces.memory.nbytes)
+        piece, written = pieces, tuple(rows)
+
+        def run(ticket: SimulatedTicket) -> None:
+            time.sleep(self.delay)
+            self._require_device()
+            self.clock += self._seconds_per_copy + piece.memory.nbytes * self._seconds_per_byte
+            ticket.finished_at = self.clock
+            if number in self.failing:
+                raise TransferError(f"copy {number} was told to fail")
+            self._extents[slot].add(extent)
+            self._memory.copy(piece, written, extent, slot)
+
+        target = Extent(extent.offset + piece.target, piece.memory.nbytes)
         with self._order:  # copies are numbered in stream order
             self._memory.host_view(target).fill_(POISON)
             number = self.copies
-            ticket = self._copying.put(
-                lambda ticket: self._copy(ticket, number, kept, written, extent, slot)
-            )
+            ticket = self._copying.put(run)
             self.copies += 1
         return ticket
-
-    def _copy(
-        self,
-        ticket: SimulatedTicket,
-        number: int,
-        piece: StagedPiece,
-        rows: Sequence[TableRow],
-        extent: Extent,
-        slot: int,
-    ) -> None:
-        time.sleep(self.delay)
-        self._require_device()
-        self.clock += self._seconds_per_copy + piece.memory.nbytes * self._seconds_per_byte
-        ticket.finished_at = self.clock
-        if number in self.failing:
-            raise TransferError(f"copy {number} was told to fail")
-        self._extents[slot].add(extent)
-        self._memory.copy(piece, rows, extent, slot)
 
     def lose(self) -> None:
         """Lose the device, like a GPU that fell off the bus: copies that have not run fail."""
@@ -267,9 +258,8 @@ class SimulatedDevice:
     def wait_for(self, ticket: CopyTicket, stream: object | None = None) -> None:
         if not isinstance(ticket, SimulatedTicket) or ticket.device is not self:
             raise UsageError("the ticket belongs to another device")
-        self._stream(stream).run(
-            ticket.exception
-        )  # blocks the stream until the copy is done; does not raise
+        # Blocks the stream until the copy is done; does not raise.
+        self._stream(stream).run(ticket.exception)
 
     def note_use(self, stream: object | None = None) -> CopyTicket:
         return self._stream(stream).run(lambda: None)
@@ -289,13 +279,14 @@ class SimulatedDevice:
     def clear_column(self, slot: int) -> None:
         """Clear the column in the copy stream, after the copies submitted before."""
         index = self._slots[slot]  # raises here, because errors in the stream are not seen
-        self._copying.run(lambda: self._clear(index))
 
-    def _clear(self, slot: int) -> None:
-        for extent in self._extents[slot]:
-            self._memory.host_view(extent).fill_(POISON)
-        self._extents[slot] = set()
-        self._memory.clear_column(slot)
+        def clear() -> None:
+            for extent in self._extents[index]:
+                self._memory.host_view(extent).fill_(POISON)
+            self._extents[index] = set()
+            self._memory.clear_column(index)
+
+        self._copying.run(clear)
 
     def operands(self, module: int, slot: int) -> Operands | None:
         """Return views into the arena, with what the copy stream has written."""
