@@ -19,15 +19,14 @@ from lorax_async.planning.batch_plan import BASE_ONLY, plan_rows
 from lorax_kernels import Operands, Plan, apply
 
 LORA = "lora"
-LM_HEAD = "lm_head"
 MAX_DECODE_RANK = 128
 """Adapters of a higher local rank are applied by segment, also when a batch decodes."""
 
 Integers = Tensor | Sequence[int]
 """A tensor `[n]` of integers on any device, or a plain sequence."""
 
-Stacks = Mapping[int, tuple[Tensor, Tensor]]
-"""Adapter index → A and B of all layers of one type."""
+Stack = tuple[Tensor, Tensor]
+"""A and B of all layers of one type."""
 
 
 class Runs:
@@ -186,18 +185,15 @@ class BatchLoraWeights(BatchAdapterWeights):
     prefill_head_indices: Integers | None  # the tokens that the layer gets, None for all
     adapters: dict[int, Any] = field(default_factory=dict)
     runs: Runs = field(default_factory=Runs)  # of rows, after prefill_head_indices
-    stacks: Stacks = field(default_factory=dict)  # keeps alive the tensors at rank_data's addresses
+    stacks: dict[int, Stack] = field(default_factory=dict)  # keeps what rank_data addresses
 
     def has_adapter(self, adapter_index: int) -> bool:
         return adapter_index in self.adapter_index_configs
 
     def can_vectorize(self, pg: Any) -> bool:
-        """Return whether LoRAX would use one kernel for all adapters, rather than a loop.
-
-        `pg` is a `torch.distributed.ProcessGroup`; only its `size()` is called.
-        """
+        """Return whether LoRAX would use one kernel for all adapters of this process group."""
         ranks_fit = all(rank // pg.size() <= MAX_DECODE_RANK for rank in self.rank_data)
-        return ranks_fit and self.layer_name != LM_HEAD
+        return ranks_fit and self.layer_name != "lm_head"
 
     @classmethod
     def key(cls) -> str:
@@ -218,11 +214,13 @@ class BatchLoraWeights(BatchAdapterWeights):
         `UsageError` for metadata that contradicts itself, and for weights whose addresses a kernel
         could not use.
         """
-        indices = to_list("segment_indices", meta.segment_indices)
-        used = {index: adapter_weights[index] for index in indices if index in adapter_weights}
-        # LoRAX's other kinds may carry theirs as `lora_weights`.
-        found = ((index, getattr(one, "lora_weights", one)) for index, one in used.items())
-        adapters: dict[int, Any] = {i: one for i, one in found if hasattr(one, "lora_a_r")}
+        adapters: dict[int, Any] = {}
+        for index in to_list("segment_indices", meta.segment_indices):
+            # LoRAX's other kinds may carry theirs as `lora_weights`.
+            found = adapter_weights.get(index)
+            weights = getattr(found, "lora_weights", found)
+            if hasattr(weights, "lora_a_r"):
+                adapters[index] = weights
         if not adapters:
             return None
         runs = Runs.of(meta, prefill_head_indices)
@@ -247,7 +245,7 @@ class BatchLoraWeights(BatchAdapterWeights):
         )
 
 
-def stacks_of(adapters: Mapping[int, Any], *, turned: bool) -> Stacks:
+def stacks_of(adapters: Mapping[int, Any], *, turned: bool) -> dict[int, Stack]:
     """Return the weights for kernels by token (`turned`: transposed) or by segment."""
     stacks = {
         index: (one.weights_a_t, one.weights_b_t) if turned else (one.weights_a, one.weights_b)
@@ -265,7 +263,11 @@ def stacks_of(adapters: Mapping[int, Any], *, turned: bool) -> Stacks:
 
 
 def _group(
-    rank: int, runs: Runs, places: Sequence[int], stacks: Stacks, dtype: torch.dtype | None
+    rank: int,
+    runs: Runs,
+    places: Sequence[int],
+    stacks: Mapping[int, Stack],
+    dtype: torch.dtype | None,
 ) -> RankSegments:
     """Make the group of the runs at `places`: by segment with bounds of this dtype, or by token."""
     used = [runs.indices[place] for place in places]
@@ -284,15 +286,12 @@ def _group(
     return RankSegments(rank, a_ptr, b_ptr, indices=indices)
 
 
-Stack = tuple[Tensor, Tensor]
-"""A `[layers, r, in]` and B `[layers, out, r]` of one adapter; each layer is contiguous."""
-
-
 class StackedTables:
     """`lorax_kernels.Tables` over one batch's adapters: a row per layer, a column per adapter.
 
-    The scale is 1 everywhere, for `LoraWeights` has it in B. The tensors belong to this batch, so
-    no captured CUDA graph may use them.
+    A is `[layers, r, in]` and B `[layers, out, r]`, each layer contiguous. The scale is 1
+    everywhere, for `LoraWeights` has it in B. The tensors belong to this batch, so no captured CUDA
+    graph may use them.
     """
 
     def __init__(self, stacks: list[Stack]) -> None:

@@ -317,9 +317,6 @@ def _share(model: AdapterModel, layer_type: str, a: torch.Tensor, b: torch.Tenso
     return part_a, part_b
 
 
-# -- features of the base's modules ---------------------------------------------------------------
-
-
 class Features(NamedTuple):
     """In and out features of a base's module over all processes; 0 if unknown.
 
@@ -394,9 +391,6 @@ def _local_features(linear: Any) -> Features:
     # LoRAX stores float8 as [in, out].
     first, last = weight.shape if weight.dtype.itemsize == 1 else weight.shape[::-1]
     return Features(first, last, either_way=True)
-
-
-# -- stacking -------------------------------------------------------------------------------------
 
 
 def _require_alike(layers: Sequence[Layer]) -> None:

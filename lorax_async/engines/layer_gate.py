@@ -34,22 +34,13 @@ class LayerGate:
     adapter fails, the adapter is out: its rows are computed without it from there on; discard them.
     The other rows have the same bits as without it.
 
-    Parameters
-    ----------
-    rows
-        Per row a handle, resident or streaming, or None for the base. Keep them usable (see
-        `AdapterHandle.use`).
-    loop
-        The loader's event loop. On its thread the gate raises `UsageError` instead of waiting,
-        because the layer could not arrive.
-    budget
-        Seconds per pass. None: no adapter is ever out; the pass waits for all of them, up to the
-        loader's timeout, and raises their errors.
-    others_wait
-        Whether other requests could be computed instead, as `Batch.others_wait`: then the pass no
-        longer waits for an adapter that is alone in the batch.
-    beside
-        Whether rows outside this batch wait for the pass, so that no adapter is alone.
+    `rows` are per row a handle, resident or streaming, or None for the base; keep them usable (see
+    `AdapterHandle.use`). `loop` is the loader's event loop: on its thread the gate raises
+    `UsageError` instead of waiting, because the layer could not arrive. `budget` is in seconds per
+    pass; None: no adapter is ever out; the pass waits for all of them, up to the loader's timeout,
+    and raises their errors. `others_wait` returns whether other requests could be computed instead,
+    as `Batch.others_wait`: then the pass no longer waits for an adapter that is alone in the batch.
+    `beside` says that rows outside this batch wait for the pass, so that no adapter is alone.
     """
 
     def __init__(
@@ -150,7 +141,14 @@ class LayerGate:
         elif self._alone:
             self._await_alone(handle, layer)
         else:
-            self._await_beside(handle, layer)
+            began = monotonic()
+            try:
+                handle.wait_layer(layer, timeout=max(0.0, self.left))
+            except AdapterTimeoutError:
+                waited = f"the pass had waited {self._budget:g} s for it"
+                raise _late(handle, f"layer {layer} had not arrived when {waited}") from None
+            finally:
+                self.left -= monotonic() - began
 
     def _await_alone(self, handle: AdapterHandle, layer: int) -> None:
         """Wait for the layer until other requests could be computed instead."""
@@ -165,17 +163,6 @@ class LayerGate:
                 raise _late(handle, f"layer {layer} had not arrived when others could be computed")
             if seconds <= 0:
                 raise _late(handle, f"layer {layer} did not arrive within {handle.timeout:g} s")
-
-    def _await_beside(self, handle: AdapterHandle, layer: int) -> None:
-        """Wait for the layer until the budget is spent."""
-        began = monotonic()
-        try:
-            handle.wait_layer(layer, timeout=max(0.0, self.left))
-        except AdapterTimeoutError:
-            waited = f"the pass had waited {self._budget:g} s for it"
-            raise _late(handle, f"layer {layer} had not arrived when {waited}") from None
-        finally:
-            self.left -= monotonic() - began
 
 
 def _late(handle: AdapterHandle, problem: str) -> AdapterTimeoutError:

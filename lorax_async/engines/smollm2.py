@@ -54,7 +54,7 @@ def prepare_base(cache: Path | None = None, *, progress: Report | None = None) -
     written.
     """
     folder = (cache or default_cache()).absolute()
-    report = progress or _quiet
+    report = progress or (lambda _: None)
     if is_complete(folder):
         return folder
     gguf = find_gguf()
@@ -164,14 +164,16 @@ def _sync(path: Path) -> None:
         os.close(fd)
 
 
-def _quiet(line: str) -> None:
-    del line
-
-
 def _convert(gguf: Path, draft: Path, report: Report) -> None:
+    from transformers import AutoTokenizer  # noqa: PLC0415
+
     with _no_bars():
         report("reading the tokenizer")
-        _convert_tokenizer(gguf, draft)
+        tokenizer = AutoTokenizer.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, local_files_only=True
+        )
+        tokenizer.name_or_path = BASE_MODEL
+        tokenizer.save_pretrained(draft)
         report("dequantising the weights")
         model = _dequantise(gguf)
         report("writing the model")
@@ -197,16 +199,6 @@ def _no_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _convert_tokenizer(gguf: Path, draft: Path) -> None:
-    from transformers import AutoTokenizer  # noqa: PLC0415
-
-    tokenizer = AutoTokenizer.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, local_files_only=True
-    )
-    tokenizer.name_or_path = BASE_MODEL
-    tokenizer.save_pretrained(draft)
-
-
 def _dequantise(gguf: Path) -> LlamaForCausalLM:
     """Rebuild the model without its quantisation: as loaded, transformers refuses to save it."""
     import torch  # noqa: PLC0415
@@ -218,9 +210,8 @@ def _dequantise(gguf: Path) -> LlamaForCausalLM:
     fields = loaded.config.to_dict() | {"_model_name_or_path": BASE_MODEL}
     fields.pop("quantization_config", None)
     config = LlamaConfig.from_dict(fields)
-    with torch.device(
-        "meta"
-    ):  # no random initialisation: it takes seconds and advances the caller's seed
+    # No random initialisation: it takes seconds and advances the caller's seed.
+    with torch.device("meta"):
         model = LlamaForCausalLM(config)
     model.load_state_dict(loaded.state_dict(), assign=True)
     model.tie_weights()

@@ -147,13 +147,9 @@ def attach(model: nn.Module, loader: AdapterLoader) -> AttachedModel:
     Only the modules' `forward` changes, not names, parameters, `state_dict`, hooks or tied weights.
     Takes milliseconds, on the loader's event loop.
 
-    Parameters
-    ----------
-    model
-        The base that `loader.held_layout` describes: `nn.Linear` and transformers' `Conv1D`
-        modules with inputs `[rows, tokens, features]`, and embeddings with inputs `[rows, tokens]`.
-    loader
-        An open loader whose adapters have the dtype in which the model computes.
+    `model` is the base that `loader.held_layout` describes: `nn.Linear` and transformers' `Conv1D`
+    modules with inputs `[rows, tokens, features]`, and embeddings with inputs `[rows, tokens]`.
+    The adapters of `loader`, which is open, have the dtype in which the model computes.
 
     Raises
     ------
@@ -208,18 +204,9 @@ class AttachedModel:
         With a budget, check the gate's `out` after each pass: these rows were computed without
         their adapters, which failed or did not arrive in time.
 
-        Parameters
-        ----------
-        rows
-            Per row a handle of this loader, resident or streaming, or None for the base. None in
-            place of the sequence: any number of rows, all of the base.
-        budget
-            Seconds for which one pass waits for bytes that are not on this machine: see
-            `LayerGate`. None: wait for all adapters, and raise their errors.
-        others_wait
-            Whether other requests could be computed instead: see `LayerGate`.
-        beside
-            Whether rows outside this batch wait for the pass: see `LayerGate`.
+        `rows` are per row a handle of this loader, resident or streaming, or None for the base;
+        None in place of the sequence: any number of rows, all of the base. `budget`, in seconds
+        per pass, `others_wait` and `beside` are `LayerGate`'s.
 
         Raises
         ------
