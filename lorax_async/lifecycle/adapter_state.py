@@ -133,33 +133,20 @@ def _count(counts: dict[_K, int], key: _K, more: int) -> None:
         del counts[key]
 
 
-RESTING = (FileState.ABSENT, FileState.PRESENT)
-"""File states without work in flight."""
-
-
 @dataclass(frozen=True, slots=True)
 class GroupSizes:
-    """The sizes of an adapter's layer groups, from its checked header.
-
-    Attributes
-    ----------
-    group_nbytes
-        Bytes of each group on the device, in layer order.
-    file_order
-        The groups in file order; empty if that is layer order.
-    file_nbytes
-        Bytes that a reload reads.
-    holdable
-        Whether the host tier can hold the file's bytes.
-    weight
-        The memory cost of remembering the plan, in rows.
-    """
+    """The sizes of an adapter's layer groups, from its checked header."""
 
     group_nbytes: tuple[int, ...]
+    """Bytes of each group on the device, in layer order."""
     file_order: tuple[int, ...] = ()
+    """The groups in file order; empty if that is layer order."""
     file_nbytes: int = 0
+    """Bytes that a reload reads."""
     holdable: bool = False
+    """Whether the host tier can hold the file's bytes."""
     weight: int = 1
+    """The memory cost of remembering the plan, in rows."""
     largest: int = field(init=False)
     """Bytes of the largest group."""
 
@@ -199,67 +186,40 @@ class AdapterState:
 
     Sets of groups are bit masks, because thousands of adapters are remembered and a set takes
     kilobytes.
-
-    Attributes
-    ----------
-    attempt
-        Counts fetches; outcomes of earlier attempts are ignored.
-    fetched
-        Groups whose bytes can be read.
-    submitted, copying, done
-        Groups of this grant that were submitted, number of copies in flight, groups copied.
-    service_tag
-        The adapter's position in the fair queue of copies, in bytes.
-    image, imaged
-        Extents of pinned host memory, and the groups stored there as on the device.
-    uses
-        Computations that outlive the lease they began under.
-    broken, wiping
-        The slot's bytes must not be used; they are being zeroed.
-    leaving, leave_notified
-        The policy picked the slot for eviction; `NotifyLeaving` was issued.
-    unloads
-        Callers that wait until the adapter is unloaded.
-    demoted
-        The adapter was evicted and should stay in the host tier.
     """
 
     key: AdapterKey
     file: FileState = FileState.ABSENT
     host: HostState = HostState.NONE
     slot: SlotState = SlotState.NONE
-    attempt: int = 0
+    attempt: int = 0  # counts fetches; outcomes of earlier attempts are ignored
     needs: GroupSizes | None = None
     fetch_running: bool = False
-    fetched: int = 0
+    fetched: int = 0  # groups whose bytes can be read
     grant: SlotGrant | None = None
-    submitted: int = 0
-    copying: int = 0
-    service_tag: int = 0
-    done: int = 0
+    submitted: int = 0  # groups of this grant
+    copying: int = 0  # the number of copies in flight
+    service_tag: int = 0  # the position in the fair queue of copies, in bytes
+    done: int = 0  # groups that were copied
     watermark: int = 0
     resident_since: float = 0.0
-    image: tuple[Extent, ...] | None = None
-    imaged: int = 0
+    image: tuple[Extent, ...] | None = None  # of pinned host memory
+    imaged: int = 0  # groups that are stored in the image, as on the device
     leases: int = 0
-    uses: int = 0
+    uses: int = 0  # computations that outlive the lease they began under
     pins: int = 0
-    broken: bool = False
-    wiping: bool = False
-    leaving: bool = False
-    unloads: int = 0
-    leave_notified: bool = False
-    demoted: bool = False
+    broken: bool = False  # the slot's bytes must not be used
+    wiping: bool = False  # they are being zeroed
+    leaving: bool = False  # the policy picked the slot for eviction
+    unloads: int = 0  # callers that wait until the adapter is unloaded
+    leave_notified: bool = False  # `NotifyLeaving` was issued
+    demoted: bool = False  # evicted, and should stay in the host tier
     waiters: WaiterSet = field(default_factory=WaiterSet)
-
-    @property
-    def groups(self) -> int:
-        return len(self.needs.group_nbytes) if self.needs else 0
 
     @property
     def all_groups(self) -> int:
         """The bit mask of all groups."""
-        return (1 << self.groups) - 1
+        return (1 << len(self.needs.group_nbytes)) - 1 if self.needs else 0
 
     @property
     def has_arrived(self) -> bool:
@@ -289,8 +249,9 @@ class AdapterState:
     @property
     def at_rest(self) -> bool:
         """Whether the adapter has no slot and no work in flight."""
+        file_rests = self.file in (FileState.ABSENT, FileState.PRESENT)
         host_rests = self.host in (HostState.NONE, HostState.HELD)
-        return self.slot is SlotState.NONE and self.file in RESTING and host_rests
+        return self.slot is SlotState.NONE and file_rests and host_rests
 
     @property
     def is_idle(self) -> bool:
@@ -325,9 +286,10 @@ class AdapterState:
     @property
     def wants_slot(self) -> bool:
         """Whether a waiter needs a slot: foreground once checked, prefetch once PRESENT."""
-        if self.needs is None or self.unloads or self.file not in _OPEN_STATES:
-            return False
         present = self.file is FileState.PRESENT
+        opened = present or self.file is FileState.FETCHING
+        if self.needs is None or self.unloads or not opened:
+            return False
         return any(
             tier >= WantedTier.STREAM and (foreground or present)
             for tier, foreground in self.waiters.kinds
@@ -356,6 +318,3 @@ class AdapterState:
         self.submitted = self.done = 0
         self.watermark = self.service_tag = self.pins = 0
         self.leaving = self.leave_notified = self.broken = self.wiping = False
-
-
-_OPEN_STATES = (FileState.FETCHING, FileState.PRESENT)

@@ -16,13 +16,7 @@ Run = tuple[int, int]
 
 
 class FreeRuns:
-    """Disjoint runs of free bytes. Offsets and sizes are in bytes; adjacent runs are merged.
-
-    Parameters
-    ----------
-    runs
-        In any order; no two may touch.
-    """
+    """Disjoint runs of free bytes; adjacent runs are merged. No two of `runs` may touch."""
 
     __slots__ = ("_by_size", "_sizes", "_starts", "nbytes")
 
@@ -121,10 +115,7 @@ Kinds = tuple[tuple[int, int], ...]
 def kinds_of(sizes: Sequence[int], alignment: int) -> Kinds:
     """Return the aligned sizes and their counts, the largest size first.
 
-    Raises
-    ------
-    InternalError
-        A size is not positive.
+    Raise `InternalError` for a size that is not positive.
     """
     return _count_by_size(_round_up(sizes, alignment))
 
@@ -140,17 +131,8 @@ class Extent:
 class Arena:
     """Track which bytes of an arena are allocated. Sizes and offsets are in bytes.
 
-    Parameters
-    ----------
-    nbytes
-        Size of the arena, rounded down to a multiple of `alignment`.
-    alignment
-        A power of two. Every extent starts and ends on a multiple of it.
-
-    Raises
-    ------
-    InternalError
-        The arguments are out of range.
+    Every extent starts and ends on a multiple of `alignment`, a power of two, to which `nbytes` is
+    rounded down.
     """
 
     __slots__ = ("_alignment", "_free", "_live", "nbytes")
@@ -171,12 +153,8 @@ class Arena:
         """Return one extent per size, in order. Return None, without change, unless all fit.
 
         The largest sizes are placed first, equal sizes as in `FreeRuns.take`. This succeeds
-        whenever one run holds them all; None does not prove that no packing exists.
-
-        Raises
-        ------
-        InternalError
-            A size is not positive.
+        whenever one run holds them all; None does not prove that no packing exists. Raise
+        `InternalError` for a size that is not positive.
         """
         rounded = _round_up(sizes, self._alignment)
         taken = self._free.take(_count_by_size(rounded))
@@ -206,13 +184,7 @@ class Arena:
         return self._free.copy().take(kinds_of(sizes, self._alignment)) is not None
 
     def free(self, extents: Sequence[Extent]) -> None:
-        """Free extents.
-
-        Raises
-        ------
-        InternalError
-            An extent is not allocated, or occurs twice. Nothing is freed.
-        """
+        """Free extents. Raise `InternalError`, and free none, unless each was allocated once."""
         returned = {extent.offset: extent.nbytes for extent in extents}
         live = self._live
         if len(returned) != len(extents) or any(live.get(o) != n for o, n in returned.items()):

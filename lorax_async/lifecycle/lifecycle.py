@@ -44,22 +44,22 @@ def non_reentrant(owner: type[_T]) -> type[_T]:
     The interpreter may run a finalizer at any allocation. A finalizer that ends a lease must see
     that a decision is in progress, and defer.
     """
+
+    def mark(method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def marked(self: Any, *args: Any, **kwargs: Any) -> Any:
+            before, self.deciding = self.deciding, True
+            try:
+                return method(self, *args, **kwargs)
+            finally:
+                self.deciding = before
+
+        return marked
+
     for name, method in tuple(vars(owner).items()):
         if isinstance(method, FunctionType) and not name.startswith("_"):
-            setattr(owner, name, _mark_deciding(method))
+            setattr(owner, name, mark(method))
     return owner
-
-
-def _mark_deciding(method: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(method)
-    def with_flag(self: Any, *args: Any, **kwargs: Any) -> Any:
-        before, self.deciding = self.deciding, True
-        try:
-            return method(self, *args, **kwargs)
-        finally:
-            self.deciding = before
-
-    return with_flag
 
 
 MAX_WEIGHT = 262_144
@@ -74,8 +74,6 @@ class IdleAdapters:
 
     At most `limit` are remembered, fewer if their plans are large.
     """
-
-    __slots__ = ("_entries", "_limit", "_sharing", "weight")
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -121,12 +119,6 @@ class IdleAdapters:
         if len(self._entries) > self._limit or self.weight > MAX_WEIGHT:
             return next(iter(self._entries))
         return None
-
-    def adopt(self, other: IdleAdapters) -> None:
-        """Copy the state of `other`."""
-        self._entries = other._entries.copy()
-        self._sharing = other._sharing.copy()
-        self.weight = other.weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,8 +178,9 @@ class Lifecycle:
         """Add a waiter."""
         self.note_time(max(self._slots.now, waiter.since))
         state = self._state(key)
-        if waiter.tier is WantedTier.HOST and state.needs is not None and not state.needs.holdable:
-            self._forget_read_ahead(state)
+        held = state.needs is None or state.needs.holdable
+        if waiter.tier is WantedTier.HOST and not held and state.host is HostState.HELD:
+            state.host = HostState.NONE  # read it ahead again: its pages may have left memory
         if waiter.tier >= WantedTier.STREAM and waiter.foreground and state.grant is not None:
             self._rules.touch(state)
         state.waiters.add(waiter)
@@ -338,7 +331,8 @@ class Lifecycle:
         if state is None:
             return []
         state.file = next_file_state(state.file, FileMove.RELEASED)
-        self._end_host(state)
+        self.budgets.host.release(key)
+        state.host = HostState.NONE
         return self._settle(state)
 
     def lost(self, key: AdapterKey, attempt: int, error: LoraxError) -> list[Command]:
@@ -349,17 +343,9 @@ class Lifecycle:
         self._rules.lose(state, error)
         self.budgets.host.populating = None
         self.budgets.host.mark_leaving(key, evicted=False)
-        self._end_host(state)
-        return self._settle(state)
-
-    def _end_host(self, state: AdapterState) -> None:
-        self.budgets.host.release(state.key)
+        self.budgets.host.release(key)
         state.host = HostState.NONE
-
-    def _forget_read_ahead(self, state: AdapterState) -> None:
-        """Read the file ahead again: pages that are not held may have left memory."""
-        if state.host is HostState.HELD:
-            state.host = HostState.NONE
+        return self._settle(state)
 
     # -- outcomes of a copy -----------------------------------------------------------------------
 
@@ -377,9 +363,15 @@ class Lifecycle:
         if last:
             state.resident_since = self._slots.now
         state.done |= 1 << group
-        self._raise_watermark(state)
+        before = state.watermark
+        while state.done >> state.watermark & 1:
+            state.watermark += 1
+        if state.watermark > before and state.grant is not None:
+            self._rules.command(NotifyReady(key, state.grant, state.watermark, last))
         if state.slot is SlotState.FILLING:
-            return self._next_copies()
+            # The outcome frees a copy and changes nothing else.
+            self._copies.submit()
+            return self._rules.take_commands()
         return self._settle(state)
 
     def copy_failed(
@@ -430,6 +422,11 @@ class Lifecycle:
 
     # -- decisions ---------------------------------------------------------------------------------
 
+    def _current(self, key: AdapterKey, attempt: int) -> AdapterState | None:
+        """Return the adapter's state if `attempt` is its latest, else None."""
+        state = self.states[key]
+        return state if state.attempt == attempt else None
+
     def _state(self, key: AdapterKey) -> AdapterState:
         """Return the state of `key`, creating it if needed."""
         state = self.states.get(key)
@@ -444,18 +441,14 @@ class Lifecycle:
         while touched := self._next_touched():
             self._settle_state(touched)
         self._copies.submit()
-        self._forget_oldest()
+        while (key := self._idle.next_to_forget) is not None:
+            self._forget(key)
         return self._rules.take_commands()
 
     def _next_touched(self) -> AdapterState | None:
         if self._rules.touched:
             return self._rules.touched.pop()
         return self._slots.settle_head() or self._host_queue.settle_head()
-
-    def _next_copies(self) -> list[Command]:
-        """Submit copies. Enough where an outcome frees a copy and changes nothing else."""
-        self._copies.submit()
-        return self._rules.take_commands()
 
     def _settle_state(self, state: AdapterState) -> None:
         self._rules.settle(state)
@@ -467,10 +460,6 @@ class Lifecycle:
         else:
             self._idle.discard(state.key)
 
-    def _forget_oldest(self) -> None:
-        while (key := self._idle.next_to_forget) is not None:
-            self._forget(key)
-
     def _forget(self, key: AdapterKey) -> None:
         self._idle.discard(key)
         state = self.states.pop(key)
@@ -481,18 +470,3 @@ class Lifecycle:
             self._rules.free_quiesced_file(state)
         state.file = next_file_state(state.file, FileMove.DROPPED)
         self._rules.command(ForgetAdapter(key))
-
-    # -- steps that several outcomes share ---------------------------------------------------------
-
-    def _current(self, key: AdapterKey, attempt: int) -> AdapterState | None:
-        """Return the adapter's state if `attempt` is its latest, else None."""
-        state = self.states[key]
-        return state if state.attempt == attempt else None
-
-    def _raise_watermark(self, state: AdapterState) -> None:
-        before = state.watermark
-        while state.done >> state.watermark & 1:
-            state.watermark += 1
-        if state.watermark > before and state.grant is not None:
-            last = state.slot is SlotState.RESIDENT
-            self._rules.command(NotifyReady(state.key, state.grant, state.watermark, last))

@@ -24,8 +24,6 @@ _SLACK = 64
 class PriorityQueue(Generic[_Order]):
     """Adapters by urgency; of equal ones, the first to be updated comes first."""
 
-    __slots__ = ("_entries", "_heap", "_waiting")
-
     def __init__(self) -> None:
         self._waiting: dict[AdapterKey, _Order] = {}
         # A heap entry is valid while `_waiting` has the same urgency; others are skipped.
@@ -40,7 +38,8 @@ class PriorityQueue(Generic[_Order]):
             self._waiting[key] = urgency
             self._entries += 1
             heappush(self._heap, (urgency, self._entries, key))
-            self._sweep()
+            if len(self._heap) > 2 * len(self._waiting) + _SLACK:
+                self._sweep()
 
     @property
     def head(self) -> AdapterKey | None:
@@ -53,39 +52,22 @@ class PriorityQueue(Generic[_Order]):
 
     def _sweep(self) -> None:
         """Drop stale entries once they dominate: behind a head that stays, none is popped."""
-        if len(self._heap) <= 2 * len(self._waiting) + _SLACK:
-            return
         counting: dict[AdapterKey, tuple[_Order, int, AdapterKey]] = {}
         for entry in sorted(self._heap):
-            urgency, _, key = entry
-            if self._waiting.get(key) == urgency:
-                counting.setdefault(key, entry)
+            if self._waiting.get(entry[2]) == entry[0]:
+                counting.setdefault(entry[2], entry)
         self._heap = list(counting.values())
-
-    def adopt(self, other: PriorityQueue[_Order]) -> None:
-        """Copy the state of `other`."""
-        self._waiting = other._waiting.copy()
-        self._heap = other._heap.copy()
-        self._entries = other._entries
 
 
 class SlotHolders:
-    """Slot holders by what matters for making room, as of their last update.
-
-    Attributes
-    ----------
-    pinned
-        Cannot be evicted.
-    leaving
-        Marked for eviction, being unloaded, or DRAINING.
-    evictable
-        Can be evicted at once: RESIDENT, without a lease or pin.
-    """
+    """Slot holders by what matters for making room, as of their last update."""
 
     def __init__(self) -> None:
         self.pinned: dict[AdapterKey, AdapterState] = {}
         self.leaving: dict[AdapterKey, AdapterState] = {}
+        """Marked for eviction, being unloaded, or DRAINING."""
         self.evictable: dict[AdapterKey, AdapterState] = {}
+        """Can be evicted at once: RESIDENT, without a lease or pin."""
         self._seen: dict[AdapterKey, tuple[SlotState, bool, bool, bool]] = {}
 
     def update(self, state: AdapterState) -> bool:
@@ -360,7 +342,7 @@ class SlotQueue:
         return None if key is None else self._states[key]
 
     def _holders_ranked(self) -> Iterator[AdapterState]:
-        return (self._states[key] for key in self._residency.ranked())
+        return (self._states[key] for key in self._residency.policy.ranked())
 
     def _first_evictable(self) -> AdapterState | None:
         """Return the first of the ranking that can be evicted now, if any."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from lorax_async.events import SlotId
 from lorax_async.lifecycle.adapter_state import AdapterState, GroupSizes, SlotGrant
@@ -22,16 +22,7 @@ def reload_cost(needs: GroupSizes) -> float:
 class Residency:
     """The slots and the arena of a device.
 
-    Parameters
-    ----------
-    device_bytes, alignment
-        The arena, in bytes.
-    max_slots
-        Columns of the device's tables.
-    copies
-        The number of copies that may be in flight at once.
-    policy
-        Ranks the slot holders for eviction.
+    `copies` may be in flight at once; `policy` ranks the slot holders for eviction.
     """
 
     def __init__(
@@ -71,17 +62,9 @@ class Residency:
         self.policy.remove(key, evicted=evicted)
         self.evictions += evicted
 
-    def ranked(self) -> Iterator[AdapterKey]:
-        """Return the slot holders in eviction order."""
-        return self.policy.ranked()
-
     def fits_beside(self, staying: Iterable[SlotGrant], sizes: tuple[int, ...]) -> bool:
         """Return whether `sizes` would fit if only `staying` kept their extents."""
         grants = tuple(staying)
-        if not grants:
-            return sum(-(-size // self._alignment) for size in sizes) * self._alignment <= (
-                self.arena.nbytes
-            )
         arena = Arena(self.arena.nbytes, self._alignment)
         arena.reserve(extent for grant in grants for extent in grant.extents)
         return len(grants) < self.max_slots and arena.can_allocate(sizes)

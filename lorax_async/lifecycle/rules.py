@@ -3,21 +3,9 @@
 from __future__ import annotations
 
 from lorax_async.errors import LoraxError
+from lorax_async.lifecycle import commands
 from lorax_async.lifecycle.adapter_state import AdapterState, HostState, WantedTier
-from lorax_async.lifecycle.commands import (
-    BreakSlot,
-    CancelFetch,
-    ClearColumn,
-    Command,
-    FailWaiters,
-    NotifyLeaving,
-    NotifyStays,
-    NotifyUnloaded,
-    ReleasePages,
-    ServeWaiter,
-    StartFetch,
-    WipeExtents,
-)
+from lorax_async.lifecycle.commands import Command
 from lorax_async.lifecycle.residency import HostBudget, ImageBudget, Residency
 from lorax_async.lifecycle.transitions import (
     FileMove,
@@ -47,8 +35,8 @@ class LifecycleRules:
         self._commands.append(command)
 
     def take_commands(self) -> list[Command]:
-        commands, self._commands = self._commands, []
-        return commands
+        taken, self._commands = self._commands, []
+        return taken
 
     def settle(self, state: AdapterState) -> None:
         """Apply rules 1 to 6 until none changes the state. Each rule returns whether it did."""
@@ -83,9 +71,9 @@ class LifecycleRules:
         for waiter in served:
             state.waiters.remove(waiter.id)
             leases = waiter.tier >= WantedTier.STREAM and waiter.foreground
-            if leases:
-                state.leases += 1
-            self.command(ServeWaiter(state.key, waiter.id, state.grant if leases else None))
+            state.leases += leases
+            grant = state.grant if leases else None
+            self.command(commands.ServeWaiter(state.key, waiter.id, grant))
         return bool(served)
 
     def touch(self, state: AdapterState) -> None:
@@ -128,10 +116,10 @@ class LifecycleRules:
         if state.broken:
             if not state.wiping:
                 state.wiping = True
-                self.command(WipeExtents(state.key, state.grant))
+                self.command(commands.WipeExtents(state.key, state.grant))
             return False
         state.slot = next_slot_state(state.slot, SlotMove.QUIESCED)
-        self.command(ClearColumn(state.key, state.grant))
+        self.command(commands.ClearColumn(state.key, state.grant))
         self.residency.release(state.key, state.grant, evicted=state.leaving)
         state.vacate()
         return True
@@ -156,7 +144,7 @@ class LifecycleRules:
     def release_host(self, state: AdapterState, *, evicted: bool = False) -> None:
         self.host.mark_leaving(state.key, evicted=evicted)
         state.host = HostState.RELEASING
-        self.command(ReleasePages(state.key, state.attempt))
+        self.command(commands.ReleasePages(state.key, state.attempt))
 
     def _finish_unload(self, state: AdapterState) -> bool:
         """Finish an unload once nothing is left in memory. Waiters may then claim again."""
@@ -165,7 +153,7 @@ class LifecycleRules:
         if state.host is not HostState.NONE or state.image is not None:
             return False
         state.unloads = 0
-        self.command(NotifyUnloaded(state.key))
+        self.command(commands.NotifyUnloaded(state.key))
         return True
 
     def _cancel_unwanted_fetch(self, state: AdapterState) -> bool:
@@ -178,7 +166,7 @@ class LifecycleRules:
         if state.has_arrived:
             return False
         state.file = next_file_state(state.file, FileMove.UNWANTED)
-        self.command(CancelFetch(state.key, state.attempt))
+        self.command(commands.CancelFetch(state.key, state.attempt))
         return True
 
     def free_quiesced_file(self, state: AdapterState) -> bool:
@@ -202,7 +190,7 @@ class LifecycleRules:
         state.file = next_file_state(state.file, FileMove.FETCH)
         state.attempt += 1
         state.fetch_running = True
-        self.command(StartFetch(state.key, state.attempt))
+        self.command(commands.StartFetch(state.key, state.attempt))
         return True
 
     def fail(
@@ -212,7 +200,7 @@ class LifecycleRules:
         for waiter in failed:
             state.waiters.remove(waiter)
         if failed:
-            self.command(FailWaiters(state.key, failed, error))
+            self.command(commands.FailWaiters(state.key, failed, error))
 
     def leave(self, state: AdapterState) -> None:
         """Mark a slot for eviction: it takes no new lease and ends with its last one."""
@@ -222,7 +210,7 @@ class LifecycleRules:
     def notify_leaving(self, state: AdapterState) -> None:
         if state.grant is not None and not state.leave_notified:
             state.leave_notified = True
-            self.command(NotifyLeaving(state.key, state.grant))
+            self.command(commands.NotifyLeaving(state.key, state.grant))
 
     def notify_stays(self, state: AdapterState) -> None:
         """Take back `notify_leaving`: neither eviction nor an unload asks for the slot."""
@@ -230,7 +218,7 @@ class LifecycleRules:
             return
         if state.grant is not None and state.leave_notified:
             state.leave_notified = False
-            self.command(NotifyStays(state.key, state.grant))
+            self.command(commands.NotifyStays(state.key, state.grant))
 
     def drain(self, state: AdapterState, slot_state: SlotState) -> None:
         self.notify_leaving(state)
@@ -240,7 +228,7 @@ class LifecycleRules:
     def notify_broken(self, state: AdapterState, error: LoraxError) -> None:
         assert state.grant is not None
         state.broken = True
-        self.command(BreakSlot(state.key, state.grant, error))
+        self.command(commands.BreakSlot(state.key, state.grant, error))
 
     def break_slot(
         self, state: AdapterState, error: LoraxError, states: tuple[SlotState, ...]

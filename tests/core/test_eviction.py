@@ -104,7 +104,7 @@ def test_the_lifecycle_evicts_as_it_is_simulated(
         driver.request(number, position, look_up=look_up)
     ranking = policy(name)
     assert simulate(asked, needs, DeviceCapacity(nbytes, 64, 4), ranking) == driver.outcome()
-    assert list(ranking.ranked()) == list(device.ranked())
+    assert list(ranking.ranked()) == list(device.policy.ranked())
 
 
 @pytest.mark.parametrize(

@@ -330,19 +330,19 @@ def _clone_lifecycle(world: World) -> Lifecycle:
     new = Lifecycle(budgets, world.setting.pace)
     new._rules.closing = old._rules.closing
     new._slots.now = old._slots.now
-    new._slots.queue.adopt(old._slots.queue)
+    new._slots.queue = _twin(old._slots.queue)
     new._slots._blocked = old._slots._blocked
     for key, life in old.states.items():
         new.states[key] = twin = AdapterState(*_values(life))
         for waiter in life.waiters:
             twin.waiters.add(waiter)
         new._slots.holders.update(twin)
-    new._host_queue.queue.adopt(old._host_queue.queue)
+    new._host_queue.queue = _twin(old._host_queue.queue)
     new._copies.virtual_time = old._copies.virtual_time
     for key in old._copies._adapters:
         new._copies._adapters[key] = new.states[key]
         new._copies.update(new.states[key])
-    new._idle.adopt(old._idle)
+    new._idle = _twin(old._idle)
     return new
 
 
