@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
 from typing import NoReturn, Self, SupportsIndex
 
 import torch
@@ -14,7 +14,7 @@ import torch
 from lorax_async.concurrency import running_loop
 from lorax_async.config import Shard
 from lorax_async.devices.base import Device
-from lorax_async.errors import AdapterTimeoutError, LoraxError, UsageError
+from lorax_async.errors import AdapterTimeoutError, LoraxError, Stage, UsageError
 from lorax_async.events import SlotId
 from lorax_async.formats.peft_names import TensorRole
 from lorax_async.planning.layout import ModelLayout
@@ -74,16 +74,13 @@ class ModuleViews(Mapping[str, ModuleWeights]):
         operands = self._device.operands(module, self._lease.occupancy.grant.slot.index)
         assert operands is not None
         a, b, _ = operands
-        bias, magnitude = (
-            self._vector(module, TensorRole.BIAS),
-            self._vector(module, TensorRole.MAGNITUDE),
-        )
-        weights = (a[: row.rank], b[:, : row.rank])
-        return ModuleWeights(*weights, row.scale, row.rank, bias, magnitude)
-
-    def _vector(self, module: int, part: TensorRole) -> torch.Tensor | None:
+        weights = ModuleWeights(a[: row.rank], b[:, : row.rank], row.scale, row.rank)
         vectors = self._lease.occupancy.vectors
-        return None if vectors is None else vectors.view(self._device, module, part)
+        if vectors is None:
+            return weights
+        bias = vectors.view(self._device, module, TensorRole.BIAS)
+        magnitude = vectors.view(self._device, module, TensorRole.MAGNITUDE)
+        return replace(weights, bias=bias, magnitude=magnitude)
 
     def __iter__(self) -> Iterator[str]:
         return (self._layout.modules[module].name for module in self._rows)
@@ -109,14 +106,17 @@ class AdapterHandle:
         shard: Shard | None = None,
     ) -> None:
         self.id = id
+        self.device = device
+        """The loader's device, with the tables that kernels read."""
+        self.layout = layout
+        """The layout of the loader's base model."""
         self.shard = shard
         """The part of each tensor-parallel module that the weights are; None for all of it."""
+        self.timeout = timeout
+        """The default timeout of the handle's waits, in seconds."""
         self._lease = lease
         self._share = share
         lease.id = id
-        self._device = device
-        self._layout = layout
-        self._timeout = timeout
 
     @property
     def key(self) -> AdapterKey:
@@ -127,16 +127,6 @@ class AdapterHandle:
     def slot(self) -> SlotId:
         """The column of the device's tables, and its generation."""
         return self._lease.occupancy.grant.slot
-
-    @property
-    def device(self) -> Device:
-        """The loader's device, with the tables that kernels read."""
-        return self._device
-
-    @property
-    def layout(self) -> ModelLayout:
-        """The layout of the loader's base model."""
-        return self._layout
 
     @property
     def rank(self) -> int:
@@ -152,11 +142,6 @@ class AdapterHandle:
     def layers(self) -> tuple[int, ...]:
         """The layer groups with tensors: -1 before the layers, 0 … L-1, L after them."""
         return self._lease.occupancy.layers
-
-    @property
-    def timeout(self) -> float:
-        """The default timeout of the handle's waits, in seconds."""
-        return self._timeout
 
     @property
     def resident(self) -> bool:
@@ -182,7 +167,7 @@ class AdapterHandle:
     def modules(self) -> Mapping[str, ModuleWeights]:
         """Weights by the layout's module names, for the layers that are ready."""
         self._lease.check()
-        return ModuleViews(self._lease, self._device, self._layout)
+        return ModuleViews(self._lease, self.device, self.layout)
 
     @property
     def vectors(self) -> AdapterVectors | None:
@@ -204,14 +189,8 @@ class AdapterHandle:
         release, `UsageError` for a layer that the base does not have or on another event loop.
         """
         self._lease.check()
-        seconds = self._timeout if timeout is None else timeout
-        try:
-            async with asyncio.timeout(seconds) as deadline:
-                await self._lease.occupancy.ready(layer, self._lease.check)
-        except TimeoutError as error:
-            if not deadline.expired() or isinstance(error, LoraxError):
-                raise
-            raise self._timeout_error(layer, seconds) from None
+        async with self._within(timeout, f"layer {layer} did not arrive", "copy"):
+            await self._lease.occupancy.ready(layer, self._lease.check)
 
     def wait_layer(self, layer: int, timeout: float | None = None) -> None:
         """Wait as `layer_ready` does, in a thread without an event loop.
@@ -223,17 +202,31 @@ class AdapterHandle:
             raise UsageError(
                 "wait_layer would block the event loop; await layer_ready, or call it in a thread"
             )
-        seconds = self._timeout if timeout is None else timeout
+        seconds = self.timeout if timeout is None else timeout
         try:
             self._lease.occupancy.wait(layer, seconds, self._lease.check)
         except TimeoutError as error:
             if isinstance(error, LoraxError):
                 raise
-            raise self._timeout_error(layer, seconds) from None
+            raise self._timeout_error(f"layer {layer} did not arrive", seconds, "copy") from None
 
-    def _timeout_error(self, layer: int, seconds: float) -> AdapterTimeoutError:
-        problem = f"layer {layer} did not arrive within {seconds:g} s"
-        return AdapterTimeoutError(problem, id=self.id, key=self.key, stage="copy")
+    @asynccontextmanager
+    async def _within(
+        self, timeout: float | None, problem: str, stage: Stage
+    ) -> AsyncIterator[None]:
+        """Raise `AdapterTimeoutError` if the block takes longer than `timeout`."""
+        seconds = self.timeout if timeout is None else timeout
+        try:
+            async with asyncio.timeout(seconds) as deadline:
+                yield
+        except TimeoutError as error:
+            if not deadline.expired() or isinstance(error, LoraxError):
+                raise
+            raise self._timeout_error(problem, seconds, stage) from None
+
+    def _timeout_error(self, problem: str, seconds: float, stage: Stage) -> AdapterTimeoutError:
+        late = f"{problem} within {seconds:g} s"
+        return AdapterTimeoutError(late, id=self.id, key=self.key, stage=stage)
 
     @property
     def is_verified(self) -> bool:
@@ -255,15 +248,8 @@ class AdapterHandle:
         `AdapterTimeoutError` and the others as `layer_ready` does.
         """
         self._lease.check()
-        seconds = self._timeout if timeout is None else timeout
-        try:
-            async with asyncio.timeout(seconds) as deadline:
-                return await self._lease.verified(self._lease.check)
-        except TimeoutError as error:
-            if not deadline.expired() or isinstance(error, LoraxError):
-                raise
-        problem = f"it was not fetched and checked within {seconds:g} s"
-        raise AdapterTimeoutError(problem, id=self.id, key=self.key, stage="verify")
+        async with self._within(timeout, "it was not fetched and checked", "verify"):
+            return await self._lease.verified(self._lease.check)
 
     def queue_behind(self, layer: int, stream: object | None = None) -> bool:
         """Make a stream wait for the copies of `layer` and of all layers before it.
@@ -277,7 +263,7 @@ class AdapterHandle:
         if tickets is None:
             return False
         for ticket in tickets:
-            self._device.wait_for(ticket, stream)
+            self.device.wait_for(ticket, stream)
         return True
 
     @contextmanager
@@ -295,7 +281,7 @@ class AdapterHandle:
 
     def _end_use(self, stream: object | None) -> None:
         try:
-            ticket = self._device.note_use(stream)
+            ticket = self.device.note_use(stream)
         except BaseException:
             self._lease.end_use()
             raise
@@ -312,7 +298,7 @@ class AdapterHandle:
         lease = self._share(self._lease)
         lease.holder = current_task_name()
         return type(self)(
-            self.id, lease, self._device, self._layout, self._timeout, self._share, self.shard
+            self.id, lease, self.device, self.layout, self.timeout, self._share, self.shard
         )
 
     def release(self) -> None:

@@ -8,7 +8,6 @@ import sys
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import Any, Self, TypeVar, overload
 
 import torch
@@ -32,7 +31,7 @@ from lorax_async.planning.sharding import shard_layout
 from lorax_async.runtime.acquire import Prefetch
 from lorax_async.runtime.assembly import Assembly
 from lorax_async.runtime.folders import AdapterFolder
-from lorax_async.runtime.leases import Lease, LeaseTable
+from lorax_async.runtime.leases import Lease
 from lorax_async.runtime.placement import TIERS, Placement, TierName
 from lorax_async.runtime.telemetry import Statistics
 from lorax_async.sources.base import Source
@@ -41,46 +40,6 @@ from lorax_async.tracing.trace import TRACE_LIMIT, Trace
 from lorax_async.types import AdapterId, AdapterKey, AdapterRef, Ref, as_ref, text_of
 
 E = TypeVar("E", bound=Event | CallEvent)
-
-
-class LoopAffinity:
-    """Restricts the loader to the event loop and process that entered it."""
-
-    def __init__(self) -> None:
-        self.loop: asyncio.AbstractEventLoop | None = None
-        self._ready = False
-        self._pid = os.getpid()
-
-    def enter(self) -> None:
-        if self.loop is not None:
-            raise UsageError("a loader can be entered once; create a new one")
-        self.loop = asyncio.get_running_loop()
-
-    def settle(self) -> None:
-        """Allow calls, once everything is open."""
-        self._ready = True
-
-    def leave(self) -> None:
-        """Undo `enter` after a failure."""
-        self.loop = None
-
-    def check(self) -> asyncio.AbstractEventLoop:
-        """Return the loop; raise `UsageError` on another loop or in another process."""
-        if self.loop is None or not self._ready:
-            raise UsageError("enter the loader first: `async with AdapterLoader(…) as loader`")
-        if os.getpid() != self._pid:
-            raise UsageError("a loader belongs to one process; create one per process")
-        if running_loop() is not self.loop:
-            raise UsageError(
-                "a loader belongs to the event loop that entered it; "
-                "from another thread, use asyncio.run_coroutine_threadsafe"
-            )
-        return self.loop
-
-
-def _slot_names(lease_table: LeaseTable) -> dict[int, str]:
-    """Return the names of adapters for a trace, by slot."""
-    return {held.grant.slot.index: name_of(key) for key, held in lease_table.occupancies.items()}
 
 
 class AdapterLoader:
@@ -121,21 +80,25 @@ class AdapterLoader:
         """The layout with the sizes of the config's shard."""
         self._source = source
         self._device = device
-        self._affinity = LoopAffinity()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._pid = os.getpid()
+        self._open = False
         self._closing: asyncio.Task[None] | None = None
 
     # -- life -------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
-        self._affinity.enter()
+        if self._loop is not None:
+            raise UsageError("a loader can be entered once; create a new one")
+        self._loop = asyncio.get_running_loop()
         try:
             self._assembly = Assembly(self._sharding, self.config, self._source, self._device)
             await self._assembly.open(self._check_open)
         except BaseException:
-            self._affinity.leave()
+            self._loop = None
             raise
         self._driver, self._acquiring = self._assembly.driver, self._assembly.acquiring
-        self._affinity.settle()
+        self._open = True
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -146,10 +109,10 @@ class AdapterLoader:
 
         Idempotent; goes on if the caller is cancelled.
         """
-        loop = self._affinity.check()
+        self._check_loop()
         if self._closing is None:
-            seconds = self.config.seconds(timeout)
-            self._closing = loop.create_task(self._assembly.close(seconds), name="lorax close")
+            closing = self._assembly.close(self.config.seconds(timeout))
+            self._closing = asyncio.create_task(closing, name="lorax close")
         await asyncio.shield(self._closing)
 
     @property
@@ -158,8 +121,7 @@ class AdapterLoader:
         return self._closing is not None
 
     def __del__(self) -> None:
-        affinity = getattr(self, "_affinity", None)
-        if affinity is not None and affinity.loop is not None and self._closing is None:
+        if getattr(self, "_loop", None) is not None and self._closing is None:
             warnings.warn(
                 "an AdapterLoader was never closed; use `async with`", ResourceWarning, stacklevel=2
             )
@@ -290,9 +252,11 @@ class AdapterLoader:
 
     def _handle(self, ref: Ref, lease: Lease) -> AdapterHandle:
         lease.holder = current_task_name()
-        share, timeout = self._driver.lease_table.share, self.config.timeout
-        device, shard = self._driver.device, self.config.shard
-        return AdapterHandle(text_of(ref), lease, device, self.layout, timeout, share, shard)
+        driver, config = self._driver, self.config
+        share, timeout = driver.lease_table.share, config.timeout
+        return AdapterHandle(
+            text_of(ref), lease, driver.device, self.layout, timeout, share, config.shard
+        )
 
     async def has_changed(self, adapter_id: AdapterId, key: AdapterKey, error: LoraxError) -> bool:
         """Return whether `error` arose because the local files of `key` were saved again.
@@ -417,9 +381,8 @@ class AdapterLoader:
         self._check_open()
         if not isinstance(name, str) or not name:
             raise InvalidAdapterIdError("a name for tensors is a non-empty str")
-        return await self._load_tensors(
-            AdapterRef(name), tensors, config, timeout, priority=priority, replaces=False
-        )
+        ref = AdapterRef(name)
+        return await self._load_tensors(ref, tensors, config, timeout, priority, replaces=False)
 
     async def replace(
         self,
@@ -454,9 +417,7 @@ class AdapterLoader:
         ref = as_ref(adapter_id)
         if not isinstance(ref, AdapterRef):
             raise UsageError("a key or a Merge names fixed bytes; replace an id")
-        return await self._load_tensors(
-            ref, tensors, config, timeout, priority=priority, replaces=True
-        )
+        return await self._load_tensors(ref, tensors, config, timeout, priority, replaces=True)
 
     async def _load_tensors(
         self,
@@ -464,8 +425,8 @@ class AdapterLoader:
         tensors: Mapping[str, torch.Tensor],
         config: GivenConfig,
         timeout: float | None,
-        *,
         priority: int,
+        *,
         replaces: bool,
     ) -> AdapterHandle:
         seconds = self.config.seconds(timeout)
@@ -473,8 +434,7 @@ class AdapterLoader:
             content = write_config(config)
         except LoraxError as error:
             raise error.located(id=ref.text) from None
-        tensor_adapters = self._assembly.tensor_adapters
-        lease = await tensor_adapters.load(
+        lease = await self._assembly.tensor_adapters.load(
             ref, tensors, content, seconds, priority=priority, replaces=replaces
         )
         return self._handle(ref, lease)
@@ -541,17 +501,33 @@ class AdapterLoader:
             some per layer. Beyond it the oldest are dropped and counted.
         """
         self._check_open()
-        return Trace(self._assembly.tracer, limit, partial(_slot_names, self._driver.lease_table))
+        occupancies = self._driver.lease_table.occupancies
+
+        def names_by_slot() -> dict[int, str]:
+            return {held.grant.slot.index: name_of(key) for key, held in occupancies.items()}
+
+        return Trace(self._assembly.tracer, limit, names_by_slot)
 
     # -- checks -----------------------------------------------------------------------------------
 
+    def _check_loop(self) -> None:
+        """Raise `UsageError` on another loop than the one that entered, or in another process."""
+        if self._loop is None or not self._open:
+            raise UsageError("enter the loader first: `async with AdapterLoader(…) as loader`")
+        if os.getpid() != self._pid:
+            raise UsageError("a loader belongs to one process; create one per process")
+        if running_loop() is not self._loop:
+            raise UsageError(
+                "a loader belongs to the event loop that entered it; "
+                "from another thread, use asyncio.run_coroutine_threadsafe"
+            )
+
     def _check_open(self) -> None:
-        self._affinity.check()
+        self._check_loop()
         if self._closing is not None:
             raise LoaderClosedError("the loader is closed")
 
     def _check_readable(self) -> None:
         """Allow what only reads on the loop, and in any thread once the loop is closed."""
-        loop = self._affinity.loop
-        if loop is None or not loop.is_closed():
-            self._affinity.check()
+        if self._loop is None or not self._loop.is_closed():
+            self._check_loop()
