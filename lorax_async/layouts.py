@@ -25,8 +25,7 @@ from lorax_async.errors import (
 )
 from lorax_async.formats.peft_config import parse_config
 from lorax_async.formats.peft_names import WEIGHT_DTYPES, TensorRole, layer_index, parse_tensor_name
-from lorax_async.formats.safetensors import Header, TensorSpan, header_size, parse_header
-from lorax_async.formats.split_weights import INDEX
+from lorax_async.formats.safetensors import Header, TensorSpan
 from lorax_async.planning.layout import FusedPart, ModelLayout, Module, Parallelism
 from lorax_async.planning.transfer_plan import plan_transfer
 from lorax_async.sources.local import read_header
@@ -189,20 +188,6 @@ _ROW = frozenset(
 )
 
 
-def adaptable_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield linear modules and embeddings, by name; raise `ConfigError` if one has an adapter."""
-    from transformers.pytorch_utils import Conv1D  # noqa: PLC0415 (slow)
-
-    for name, module in model.named_modules():
-        if name.endswith(".base_layer") or ".lora_A." in name:
-            raise ConfigError(
-                f"module {name!r} belongs to an attached adapter; take the layout of the plain"
-                " base model"
-            )
-        if (isinstance(module, nn.Linear | Conv1D) or is_lookup(name, module)) and name:
-            yield name, module
-
-
 def is_lookup(name: str, module: nn.Module) -> bool:
     """Return whether the module is a lookup of token or position ids, with an optional scale.
 
@@ -213,22 +198,6 @@ def is_lookup(name: str, module: nn.Module) -> bool:
         return False
     plain = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
     return plain and module.max_norm is None
-
-
-def embedding_module(name: str, module: nn.Embedding) -> Module:
-    sizes = module.num_embeddings, module.embedding_dim
-    return Module(name, *sizes, -1, Parallelism.REPLICATED, embedding=True)
-
-
-def linear_module(model: nn.Module, name: str, linear: Any, layer: int) -> Module:
-    """Return the layout's entry for one of the model's linear modules."""
-    transposed = not isinstance(linear, nn.Linear)
-    # A quantised linear packs its weight, so take the sizes from the module.
-    sizes = linear.weight.shape if transposed else (linear.in_features, linear.out_features)
-    inputs, outputs = map(int, sizes)
-    parallel = parallel_of(name)
-    parts = parts_of(model, name, outputs) if parallel is Parallelism.COLUMN else ()
-    return Module(name, inputs, outputs, layer, parallel, transposed, parts)
 
 
 def parallel_of(name: str) -> Parallelism:
@@ -315,45 +284,58 @@ def from_module(model: nn.Module, dtype: Dtype = None) -> ModelLayout:
     ConfigError
         The model has no numbered layers, has adapters attached, or its dtype is unknown.
     """
-    adaptable = dict(adaptable_modules(model))
-    linears = {name: m for name, m in adaptable.items() if not isinstance(m, nn.Embedding)}
-    embeddings = [
-        embedding_module(name, m) for name, m in adaptable.items() if isinstance(m, nn.Embedding)
-    ]
+    modules: list[Module] = []
+    linears: dict[str, Any] = {}
+    for name, module in _adaptable_modules(model):
+        if isinstance(module, nn.Embedding):
+            sizes = module.num_embeddings, module.embedding_dim
+            modules.append(Module(name, *sizes, -1, Parallelism.REPLICATED, embedding=True))
+        else:
+            linears[name] = module
     layers = [layer_index(name) for name in linears]
     numbered = [layer for layer in layers if layer is not None]
     if not numbered:
         raise ConfigError(f"{type(model).__name__} has no linear modules in numbered layers")
     num_layers = max(numbered) + 1
     first = layers.index(numbered[0])
-    places = [-1 if n < first else num_layers for n in range(len(layers))]
-    modules = [
-        linear_module(model, name, linear, place if layer is None else layer)
-        for (name, linear), layer, place in zip(linears.items(), layers, places, strict=True)
-    ]
+    for place, ((name, linear), layer) in enumerate(zip(linears.items(), layers, strict=True)):
+        outside = -1 if place < first else num_layers
+        modules.append(_linear_module(model, name, linear, outside if layer is None else layer))
     common = Counter(linear.weight.dtype for linear in linears.values()).most_common(1)[0][0]
-    return ModelLayout(
-        (*embeddings, *modules),
-        num_layers,
-        _storage_dtype(dtype or common),
-        _backbone_prefix(model),
-    )
-
-
-def _storage_dtype(dtype: str | torch.dtype) -> str:
-    name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
+    dtype_name = str(dtype or common).removeprefix("torch.")
+    if dtype_name not in DTYPES:
         raise ConfigError(
-            f"the base's dtype {name!r} is not supported for adapters; pass dtype, one of"
+            f"the base's dtype {dtype_name!r} is not supported for adapters; pass dtype, one of"
             f" {', '.join(DTYPES)}"
         )
-    return DTYPES[name]
+    backbone = getattr(model, "base_model_prefix", "")
+    headed = isinstance(backbone, str) and isinstance(getattr(model, backbone, None), nn.Module)
+    prefix = f"{backbone}." if headed and backbone else ""
+    return ModelLayout(tuple(modules), num_layers, DTYPES[dtype_name], prefix)
 
 
-def _backbone_prefix(model: nn.Module) -> str:
-    prefix = getattr(model, "base_model_prefix", "")
-    headed = isinstance(prefix, str) and isinstance(getattr(model, prefix, None), nn.Module)
-    return f"{prefix}." if headed and prefix else ""
+def _adaptable_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield linear modules and embeddings, by name; raise `ConfigError` if one has an adapter."""
+    from transformers.pytorch_utils import Conv1D  # noqa: PLC0415 (slow)
+
+    for name, module in model.named_modules():
+        if name.endswith(".base_layer") or ".lora_A." in name:
+            raise ConfigError(
+                f"module {name!r} belongs to an attached adapter; take the layout of the plain"
+                " base model"
+            )
+        if (isinstance(module, nn.Linear | Conv1D) or is_lookup(name, module)) and name:
+            yield name, module
+
+
+def _linear_module(model: nn.Module, name: str, linear: Any, layer: int) -> Module:
+    transposed = not isinstance(linear, nn.Linear)
+    # A quantised linear packs its weight, so take the sizes from the module.
+    sizes = linear.weight.shape if transposed else (linear.in_features, linear.out_features)
+    inputs, outputs = map(int, sizes)
+    parallel = parallel_of(name)
+    parts = parts_of(model, name, outputs) if parallel is Parallelism.COLUMN else ()
+    return Module(name, inputs, outputs, layer, parallel, transposed, parts)
 
 
 def from_adapter(dir: str | Path, *, limits: Limits | None = None) -> ModelLayout:
@@ -371,16 +353,20 @@ def from_adapter(dir: str | Path, *, limits: Limits | None = None) -> ModelLayou
     """
     folder, limits = Path(dir), limits or Limits()
     spec = parse_config(_read(folder / CONFIG_FILE, limits.max_config_bytes), limits)
-    header = _read_header(folder, limits)
+    header, _ = read_header(folder, limits)
     shapes = _shapes(header)
     numbers = {path: layer_index(path) for path in shapes}
     num_layers = 1 + max((n for n in numbers.values() if n is not None), default=0)
+    layers: dict[str, int] = {}
+    for path, number in numbers.items():
+        outside = num_layers if path.rpartition(".")[2] in HEADS else -1
+        layers[path] = outside if number is None else number
     modules = [
         Module(
             name=path,
             in_features=a.shape[1],
             out_features=b.shape[0],
-            layer=_layer(path, numbers[path], num_layers),
+            layer=layers[path],
             parallel=Parallelism.REPLICATED if embedding else parallel_of(path),
             transposed=spec.fan_in_fan_out and not embedding,
             embedding=embedding,
@@ -402,12 +388,6 @@ def from_adapter(dir: str | Path, *, limits: Limits | None = None) -> ModelLayou
         staging_move_bytes=1 << 30,
     )
     return layout
-
-
-def _layer(path: str, number: int | None, num_layers: int) -> int:
-    if number is not None:
-        return number
-    return num_layers if path.rpartition(".")[2] in HEADS else -1
 
 
 def _shapes(header: Header) -> dict[str, tuple[TensorSpan, TensorSpan, bool]]:
@@ -445,16 +425,3 @@ def _read(path: Path, limit: int) -> bytes:
     if len(content) > limit:
         raise UnsupportedAdapterError(f"{path.name} is larger than the limit of {limit:,} bytes")
     return content
-
-
-def _read_header(folder: Path, limits: Limits) -> Header:
-    path = folder / WEIGHTS_FILE
-    if not path.exists() and (folder / INDEX).exists():
-        return read_header(folder, limits)[0]
-    if not path.is_file():
-        raise AdapterNotFoundError(f"there is no file {str(path)!r}")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        first = file.read(8)
-        prefix = first + file.read(header_size(first, size, limits) - len(first))
-    return parse_header(prefix, size, limits)
