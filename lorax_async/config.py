@@ -15,27 +15,9 @@ from lorax_async.types import (
     require_bool,
     require_count,
     require_one_of,
-    require_positive,
     require_seconds,
 )
 from lorax_async.urls import InvalidUrlError, parse_folder_url
-
-__all__ = [
-    "DTYPES",
-    "MAX_SLOTS",
-    "MAX_THREADS",
-    "Allow",
-    "Checking",
-    "Eviction",
-    "HubCache",
-    "Limits",
-    "LoaderConfig",
-    "LocalRoot",
-    "Root",
-    "Shard",
-    "as_local_roots",
-]
-
 
 KiB = 1 << 10
 MiB = 1 << 20
@@ -57,7 +39,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         for entry in fields(self):
-            require_positive(entry.name, getattr(self, entry.name))
+            require_count(entry.name, getattr(self, entry.name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +53,7 @@ class Shard:
     world_size: int
 
     def __post_init__(self) -> None:
-        require_positive("world_size", self.world_size)
+        require_count("world_size", self.world_size)
         require_count("rank", self.rank, least=0)
         if self.rank >= self.world_size:
             raise ConfigError(
@@ -98,7 +80,13 @@ class LocalRoot:
         if not isinstance(self.path, str | os.PathLike):
             raise ConfigError(f"a local root must be the path of a folder, not {self.path!r}")
         require_bool("immutable", self.immutable)
-        object.__setattr__(self, "path", _folder(os.fsdecode(self.path)))
+        name = os.fsdecode(self.path)
+        if not name:  # an unset variable must not open the current folder
+            raise ConfigError("local root '' is not a folder; '.' is the current one")
+        path = Path(name).absolute()
+        if not os.path.isdir(path):  # Path.is_dir may raise PermissionError
+            raise ConfigError(f"local root {shorten(str(path), 500)!r} is not a folder")
+        object.__setattr__(self, "path", path)
 
 
 Root = str | os.PathLike[str] | LocalRoot
@@ -112,15 +100,6 @@ def as_local_roots(roots: object) -> tuple[LocalRoot, ...]:
     ):
         raise ConfigError("local_roots must be a tuple of folders")
     return tuple(root if isinstance(root, LocalRoot) else LocalRoot(root) for root in roots)
-
-
-def _folder(name: str) -> Path:
-    if not name:  # an unset variable must not open the current folder
-        raise ConfigError("local root '' is not a folder; '.' is the current one")
-    path = Path(name).absolute()
-    if not os.path.isdir(path):  # Path.is_dir may raise PermissionError
-        raise ConfigError(f"local root {shorten(str(path), 500)!r} is not a folder")
-    return path
 
 
 MAX_SLOTS = 65_536
@@ -289,9 +268,9 @@ class LoaderConfig:
 
     def _check_numbers(self) -> None:
         for name in ("device_bytes", "staging_bytes", "cache_bytes"):
-            require_positive(name, getattr(self, name))
+            require_count(name, getattr(self, name))
         for name, maximum in _MAXIMA.items():
-            require_positive(name, getattr(self, name))
+            require_count(name, getattr(self, name))
             if getattr(self, name) > maximum:
                 raise ConfigError(
                     f"{name} must be {maximum:,} at most, not {getattr(self, name):,}"

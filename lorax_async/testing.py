@@ -40,7 +40,6 @@ from lorax_async.errors import (
 from lorax_async.files import Reader
 from lorax_async.formats.safetensors import header_size
 from lorax_async.formats.spans import ByteSpan
-from lorax_async.handle import AdapterHandle
 from lorax_async.server.engine import DecoderStep, StepResult
 from lorax_async.sources.base import AdapterFile, PinnedPages
 from lorax_async.types import UNCHECKED, AdapterKey, AdapterRef, FileIdentity, Verification
@@ -63,6 +62,7 @@ __all__ = [
 Step = Literal["resolve", "open", "bring", "verify", "digest", "read", "populate"]
 
 _POLL_SECONDS = 0.001
+_CHANGED = "the adapter has changed; load it again"
 
 
 @dataclass(slots=True)
@@ -172,22 +172,13 @@ class FakeHold(_FakeOpen):
 class FakeSource:
     """A `Source` of adapters in memory, whose bytes arrive layer group by layer group.
 
-    Parameters
-    ----------
-    pace
-        Seconds that each group takes to arrive.
-    holdable
-        Whether `populate` keeps an adapter's bytes in memory and reports them as locked.
+    Each group takes `pace` seconds. If `holdable`, `populate` keeps an adapter's bytes in memory
+    and reports them as locked.
 
     A test can hold back groups (`hold`, `allow`) or the end of a fetch (`hold_verification`), and
     make steps fail (`fail`). Reading bytes that have not arrived raises `InternalError`. Bytes that
     have arrived stay, as in a disk cache. Methods that are not part of `Source` do not wait and may
     be called from any thread.
-
-    Attributes
-    ----------
-    verifications
-        What `bring` returns, by id; `UNCHECKED` by default.
     """
 
     def __init__(self, *, pace: float = 0.0, holdable: bool = False) -> None:
@@ -195,6 +186,7 @@ class FakeSource:
         self.holdable = holdable
         self.counts = SourceCounts()
         self.verifications: dict[str, Verification] = {}
+        """What `bring` returns, by id; `UNCHECKED` by default."""
         self._lock = Lock()
         self._numbers = count(1)
         self._current: dict[str, FakeVersion] = {}
@@ -284,7 +276,15 @@ class FakeSource:
             with self._lock:
                 version.add([part for span in spans for part in span.ranges()])
             arrived(group)
-        await self._verify(version, control)
+        while version.id in self._unverified:
+            self._require_demand(control)
+            await asyncio.sleep(_POLL_SECONDS)
+        try:
+            self._maybe_fail("verify", version.id)
+        except Exception:
+            with self._lock:
+                version.here.clear()
+            raise
         return self.verifications.get(version.id, UNCHECKED)
 
     async def digest(self, key: AdapterKey) -> str:
@@ -325,8 +325,7 @@ class FakeSource:
         """Wait until a group may arrive."""
         due = asyncio.get_running_loop().time() + self.pace
         while True:
-            if control.cancelled:
-                raise FetchError("no caller waits for the adapter any more")
+            self._require_demand(control)
             left = due - asyncio.get_running_loop().time()
             if left <= 0 and group in self._allowed.get(version.id, (group,)):
                 break
@@ -334,17 +333,9 @@ class FakeSource:
         self._maybe_fail("bring", version.id, group, group + 1)
         self._require_current(version)
 
-    async def _verify(self, version: FakeVersion, control: FetchControl) -> None:
-        while version.id in self._unverified:
-            if control.cancelled:
-                raise FetchError("no caller waits for the adapter any more")
-            await asyncio.sleep(_POLL_SECONDS)
-        try:
-            self._maybe_fail("verify", version.id)
-        except Exception:
-            with self._lock:
-                version.here.clear()
-            raise
+    def _require_demand(self, control: FetchControl) -> None:
+        if control.cancelled:
+            raise FetchError("no caller waits for the adapter any more")
 
     async def _version(self, key: AdapterKey, step: Step) -> FakeVersion:
         await asyncio.sleep(0)
@@ -352,12 +343,12 @@ class FakeSource:
         self._maybe_fail(step, id)
         version = self._current.get(id)
         if version is None or version.key != key:
-            raise _version_error()
+            raise IntegrityError(_CHANGED)
         return version
 
     def _require_current(self, version: FakeVersion) -> None:
         if self._current.get(version.id) is not version:
-            raise _version_error()
+            raise IntegrityError(_CHANGED)
 
     def _maybe_fail(self, step: Step, id: str, start: int = 0, stop: int = 1) -> None:
         with self._lock:
@@ -366,37 +357,16 @@ class FakeSource:
                     failure.times -= 1
                     if failure.times == 0:
                         self._failures.remove(failure)
-                    raise _copy_error(failure.error)
-
-
-def _version_error() -> IntegrityError:
-    return IntegrityError("the adapter has changed; load it again")
-
-
-def _copy_error(error: Exception) -> Exception:
-    """Copy a `LoraxError`, because a raised error collects frames."""
-    return error.located() if isinstance(error, LoraxError) else error
+                    error = failure.error  # copied, because a raised error collects frames
+                    raise error.located() if isinstance(error, LoraxError) else error
 
 
 class FakeDecoder:
     """A `Decoder` whose logits are random numbers, seeded by a sequence's tokens and adapter.
 
-    Parameters
-    ----------
-    max_sequences
-        Maximum number of sequences to keep at a time; None is unlimited.
-    loop
-        The loader's event loop. If given, each step waits for the adapters' layers as a model does.
-
-    Attributes
-    ----------
-    steps
-        The steps that were computed, in order.
-    kept
-        The tokens of each sequence that was not forgotten.
-
-    `compute` raises `UsageError` for a part that does not continue its sequence, and for too many
-    sequences.
+    It keeps at most `max_sequences` (None: any number). With `loop`, the loader's, each step waits
+    for the adapters' layers as a model does. `compute` raises `UsageError` for a part that does not
+    continue its sequence, and for too many sequences.
     """
 
     def __init__(
@@ -408,7 +378,9 @@ class FakeDecoder:
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         self.steps: list[DecoderStep] = []
+        """The steps that were computed, in order."""
         self.kept: dict[int, list[int]] = {}
+        """The tokens of each sequence that was not forgotten."""
         self.max_length = max_length
         self.vocabulary = vocabulary
         self._max_sequences = inf if max_sequences is None else max_sequences
@@ -446,7 +418,12 @@ class FakeDecoder:
         distinct = [handle for handle in dict.fromkeys(handles) if handle is not None]
         with ExitStack() as uses:
             for handle in distinct:
-                _hold(handle, uses, gate)
+                try:
+                    uses.enter_context(handle.use())
+                except UsageError:
+                    raise
+                except LoraxError as error:
+                    gate.leave_out(handle, error)
             for layer in sorted({layer for handle in distinct for layer in handle.layers}):
                 gate.enter(layer)
         return dict(gate.out)
@@ -456,12 +433,3 @@ def fake_logits(id: str | None, tokens: Sequence[int], vocabulary: int) -> torch
     """Return the logits `[vocabulary]` of the token after `tokens`, with the adapter `id`."""
     seed = crc32(repr((id, list(tokens))).encode())
     return torch.randn(vocabulary, generator=torch.Generator().manual_seed(seed))
-
-
-def _hold(handle: AdapterHandle, uses: ExitStack, gate: LayerGate) -> None:
-    try:
-        uses.enter_context(handle.use())
-    except UsageError:
-        raise
-    except LoraxError as error:
-        gate.leave_out(handle, error)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from math import sqrt
 from pathlib import Path
 from types import UnionType
-from typing import Literal, Protocol, cast, get_args
+from typing import Literal, cast, get_args
 
 from lorax_async.errors import (
     ConfigError,
@@ -173,15 +173,13 @@ class AdapterKey:
         return self.location
 
 
-@dataclass(frozen=True, slots=True)
 class TensorsKey(AdapterKey):
     """The key of an adapter loaded from tensors, by the digest of config, names and bytes.
 
     Equal content is one adapter, under any id.
     """
 
-    def __hash__(self) -> int:
-        return self._hash
+    __slots__ = ()
 
     @classmethod
     def of(cls, digest: str) -> TensorsKey:
@@ -280,8 +278,10 @@ class Merge:
             raise UsageError(f"{self.strategy!r} draws nothing at random; leave the seed out")
 
     def _check_strategy(self) -> None:
-        _require_one_of("strategy", self.strategy, get_args(Strategy))
-        _require_one_of("majority_sign", self.majority_sign, get_args(MajoritySign))
+        for name, words in (("strategy", Strategy), ("majority_sign", MajoritySign)):
+            value, known = getattr(self, name), get_args(words)
+            if value not in known:
+                raise UsageError(f"{name} is one of {', '.join(known)}, not {value!r}")
         if self.majority_sign != "total" and not self.elects:
             raise UsageError(f"{self.strategy!r} elects no sign; leave majority_sign out")
         if self.strategy == "linear":
@@ -314,7 +314,8 @@ class Merge:
 
     @property
     def text(self) -> str:
-        words = [f"{w!r} * {_text(part)}" for w, part in zip(self.weights, self.parts, strict=True)]
+        pairs = zip(self.weights, self.parts, strict=True)
+        words = [f"{weight!r} * {text_of(part)}" for weight, part in pairs]
         words += [f"density={self.density!r}"] if self.density is not None else []
         words += [f"majority_sign={self.majority_sign}"] if self.elects else []
         words += [f"seed={self.seed}"] if self.drops else []
@@ -335,10 +336,6 @@ class MergedKey(AdapterKey):
         """Make the key; equal for equal recipes over equal parts."""
         resolved = replace(merge, refs=tuple(parts))
         return cls(resolved.text, tuple(file for part in parts for file in part.files), resolved)
-
-
-def _text(part: AdapterRef | AdapterKey) -> str:
-    return part.text if isinstance(part, AdapterRef) else str(part)
 
 
 def _parts(refs: object) -> tuple[AdapterRef | AdapterKey, ...]:
@@ -370,11 +367,6 @@ def _weights(weights: object, count: int) -> tuple[float, ...]:
 
 def _is_number(value: object, kind: type | UnionType) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
-
-
-def _require_one_of(name: str, value: object, names: tuple[str, ...]) -> None:
-    if value not in names:
-        raise UsageError(f"{name} is one of {', '.join(names)}, not {value!r}")
 
 
 VerificationKind = Literal["sha256", "git-sha1", "transport", "none"]
@@ -456,10 +448,8 @@ def is_stale(key: AdapterKey) -> bool:
     return isinstance(key, RemoteKey) and key.stale
 
 
-class Matcher(Protocol):
-    """A compiled pattern of an adapter's config, matched against a module path."""
-
-    def __call__(self, module: str, /) -> bool: ...
+Matcher = Callable[[str], bool]
+"""A compiled pattern of an adapter's config, matched against a module path."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -477,41 +467,29 @@ class ModulePattern:
 
 @dataclass(frozen=True, slots=True)
 class AdapterSpec:
-    """The data of `adapter_config.json` that matters for applying the adapter.
-
-    Attributes
-    ----------
-    rank, alpha
-        The config's `r` and `lora_alpha`, before the patterns.
-    rslora
-        Scale by alpha / sqrt(rank) instead of alpha / rank.
-    rank_patterns, alpha_patterns
-        Exceptions by module, in the order of the file.
-    targets
-        `target_modules` as written (names, one regular expression, or None); for display only.
-    layers
-        `layers_to_transform`: the layers to which names in `targets` are limited; () is all.
-    base_model
-        `base_model_name_or_path`: a label, if present.
-    fan_in_fan_out
-        Whether the base stores transposed weights; checked against the layout.
-    dora
-        Whether every module has a magnitude, to which its weight's rows are scaled.
-    lora_bias
-        Whether every module has a bias of B. Never with `dora`.
-    """
+    """The data of `adapter_config.json` that matters for applying the adapter."""
 
     rank: int
+    """The config's `r`, before the patterns."""
     alpha: float
+    """The config's `lora_alpha`, before the patterns."""
     rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead of alpha / rank."""
     rank_patterns: tuple[ModulePattern, ...] = ()
+    """Exceptions by module, in the order of the file."""
     alpha_patterns: tuple[ModulePattern, ...] = ()
     targets: tuple[str, ...] | str | None = None
+    """`target_modules` as written (names, one regular expression, or None); for display only."""
     layers: tuple[int, ...] = ()
+    """`layers_to_transform`: the layers to which names in `targets` are limited; () is all."""
     base_model: str | None = None
+    """`base_model_name_or_path`: a label, if present."""
     fan_in_fan_out: bool = False
+    """Whether the base stores transposed weights; checked against the layout."""
     dora: bool = False
+    """Whether every module has a magnitude, to which its weight's rows are scaled."""
     lora_bias: bool = False
+    """Whether every module has a bias of B. Never with `dora`."""
 
     def rank_of(self, module: str) -> int:
         return int(_first(self.rank_patterns, module, self.rank))
@@ -536,25 +514,19 @@ MAX_SECONDS = 1e9
 """The longest wait that locks, event loops and C clocks all support."""
 
 
-def require_positive(name: str, value: object) -> None:
-    require_count(name, value, least=1)
-
-
-def require_count(name: str, value: object, *, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+def require_count(name: str, value: object, *, least: int = 1) -> None:
+    if not (_is_number(value, int) and cast(int, value) >= least):
         kind = "a positive integer" if least else "an integer of at least 0"
         raise ConfigError(f"{name} must be {kind}, not {value!r}")
 
 
 def require_share(name: str, value: object) -> None:
-    number = value if isinstance(value, int | float) and not isinstance(value, bool) else 0
-    if not 0 < number <= 1:
+    if not (_is_number(value, int | float) and 0 < cast(float, value) <= 1):
         raise ConfigError(f"{name} must be above 0 and at most 1, not {value!r}")
 
 
 def require_seconds(name: str, value: object) -> None:
-    number = value if isinstance(value, int | float) and not isinstance(value, bool) else 0
-    if not 0 < number <= MAX_SECONDS:
+    if not (_is_number(value, int | float) and 0 < cast(float, value) <= MAX_SECONDS):
         raise ConfigError(
             f"{name} must be a positive number of seconds up to {MAX_SECONDS:g}, not {value!r}"
         )

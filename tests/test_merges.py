@@ -19,6 +19,7 @@ from given import acquired, give, used
 from lorax_async import errors, types
 from lorax_async.config import Limits, LoaderConfig, Shard
 from lorax_async.loader import AdapterLoader
+from lorax_async.runtime.fetches import FetchTasks
 from lorax_async.testing import FakeReader, Step
 from lorax_async.types import AdapterKey, AdapterRef, Merge, MergedKey, PartId, as_ref
 from merges import BOTH, DROPPED, HALVES, assert_halves, assert_same, at, part_bytes, weights_of
@@ -167,6 +168,19 @@ async def test_a_merge_is_computed_once_for_all(tmp_path: Path, merge: Merge, de
             assert_same(weights_of(handle), before)
         assert source.counts.bytes_read > 2 * part_bytes(), "it was computed anew"
         assert source.counts.open_readers == 0
+
+
+async def test_a_stream_whose_copies_end_before_its_reader_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check_later(self: FetchTasks, key: AdapterKey) -> None:
+        reader = self.reader(key)
+        await until(lambda: state(there, HALVES) == "resident")
+        assert reader.nbytes
+
+    monkeypatch.setattr(FetchTasks, "require_readable", check_later)
+    async with over(stocked(tmp_path, "a", "b")) as there, there.stream(HALVES) as handle:
+        assert handle.resident
 
 
 async def test_equal_recipes_are_one_adapter(tmp_path: Path) -> None:

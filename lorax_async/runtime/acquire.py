@@ -16,7 +16,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import count
@@ -29,6 +29,7 @@ from lorax_async.errors import (
     AdapterFormatError,
     AdapterTimeoutError,
     EvictedError,
+    FetchError,
     IncompatibleAdapterError,
     IntegrityError,
     InternalError,
@@ -327,8 +328,7 @@ class Acquirer:
                 while not granted:
                     # The threads' queues are FIFO: a load must not queue behind thousands of
                     # prefetches.
-                    turn = self._turns.turn(priority, origins_of(ref))
-                    async with nullcontext() if foreground else turn:
+                    async with nullcontext() if foreground else self._turn(ref, priority):
                         key = await self._resolve(ref)
                         self._check_open()  # closing fails only waiters that exist
                         if isinstance(key, MergedKey) and not waiter_table.in_memory(key):
@@ -357,6 +357,9 @@ class Acquirer:
             if isinstance(problem, Exception):
                 raise InternalError(f"a load failed: {problem!r}", id=text_of(ref)) from problem
             raise
+
+    def _turn(self, ref: Ref, priority: int) -> AbstractAsyncContextManager[None]:
+        return self._turns.turn(priority, origins_of(ref))
 
     async def _require_retry(
         self, attempts: _LoadAttempts, ref: Ref, key: AdapterKey, error: AdapterError
@@ -437,7 +440,7 @@ class Acquirer:
             return _MISSING
 
     async def _wait_for_lease(self, pending_load: PendingLoad, tier: WantedTier) -> Lease | None:
-        """Wait for the lease; raise `EvictedError` if a streamed file has left the cache.
+        """Wait for the lease; raise a `FetchError` if a streamed file has left the cache.
 
         A streaming caller gets its slot before the file is opened. Verify that the file still
         exists while a re-fetch is possible.
@@ -452,9 +455,10 @@ class Acquirer:
         if not lease.occupancy.complete:
             try:
                 await self._driver.files.require_readable(pending_load.key)
-            except EvictedError:
-                # Also raised if the file was read to its end, so let the copies decide. Until they
-                # have failed, the lifecycle takes the file for present and would not fetch it.
+            except FetchError:
+                # Also raised if the file was read to its end, and its reader closed, so let the
+                # copies decide. Until they have failed, the lifecycle takes the file for present
+                # and would not fetch it.
                 await lease.occupancy.ready(lease.occupancy.layers[-1], lease.check)
         return lease
 

@@ -28,39 +28,29 @@ TIERS: Mapping[str, WantedTier] = {
 
 @dataclass(frozen=True, slots=True)
 class AdapterResidency:
-    """The nearest tier of one adapter, and its use of each budget.
-
-    Attributes
-    ----------
-    tier
-        "device": it has a slot; "host": its bytes are in host memory; "disk": its files are on disk
-        and checked.
-    state
-        The slot's state: "filling", "resident" or "leaving"; without a slot, the file's: "present",
-        "populating", "held", "read ahead" or "releasing".
-    slot
-        None if it has none.
-    device_bytes, host_bytes, pinned_bytes
-        Bytes of the arena; of held file pages or a copy of tensors; of page-locked memory.
-    locked
-        Whether the host memory is locked. If it is not, or if a file was only read ahead (0
-        `host_bytes`), the kernel may reclaim it.
-    leases, pins
-        The numbers of unreleased handles and of pins.
-    layers
-        The numbers of layer groups on the device, and of all; None without a slot.
-    """
+    """The nearest tier of one adapter, and its use of each budget."""
 
     tier: TierName
+    """"device": it has a slot; "host": its bytes are in host memory; "disk": its files are on disk
+    and checked."""
     state: str
+    """The slot's state: "filling", "resident" or "leaving"; without a slot, the file's: "present",
+    "populating", "held", "read ahead" or "releasing"."""
     slot: SlotId | None
     device_bytes: int
+    """In the arena."""
     host_bytes: int
+    """Of held file pages or a copy of tensors."""
     pinned_bytes: int
+    """Of page-locked memory."""
     locked: bool
+    """Whether the host memory is locked. If it is not, or if a file was only read ahead (0
+    `host_bytes`), the kernel may reclaim it."""
     leases: int
+    """Handles that are not released."""
     pins: int
     layers: tuple[int, int] | None
+    """The numbers of layer groups on the device, and of all; None without a slot."""
 
 
 class Placement:
@@ -99,30 +89,7 @@ class Placement:
 
     def nearest(self, limit: int) -> dict[AdapterKey, AdapterResidency]:
         """Return at most `limit` adapters: those on the device first, then those in host memory."""
-        return self._residencies(self._nearest_keys(limit))
-
-    def find(self, adapter_id: AdapterId) -> AdapterResidency | None:
-        """Return where one adapter is; None if it is not on this machine."""
-        key = self._known(as_ref(adapter_id))
-        return None if key is None else self._residency(key)
-
-    def story(self, adapter_id: AdapterId) -> tuple[Event, ...]:
-        """Return the last events of one adapter, oldest first; also after its load failed."""
-        key = self._known(as_ref(adapter_id))
-        return () if key is None else self._story(key)
-
-    def _residencies(self, keys: Iterable[AdapterKey]) -> dict[AdapterKey, AdapterResidency]:
-        residencies = ((key, self._residency(key)) for key in keys)
-        return {key: residency for key, residency in residencies if residency is not None}
-
-    def _residency(self, key: AdapterKey) -> AdapterResidency | None:
-        life = self._states.get(key)
-        if life is None or not _is_here(life):
-            return None
-        return _residency(life, self._holds.get(key), self._copies.get(key, 0))
-
-    def _nearest_keys(self, limit: int) -> Iterable[AdapterKey]:
-        """Choose in one pass over possibly thousands: each tier keeps its first `limit` keys."""
+        # In one pass over possibly thousands: each tier keeps its first `limit` keys.
         copies = self._copies
         tiers: dict[TierName, list[AdapterKey]] = {tier: [] for tier in _FROM_NEAR_TO_FAR}
         for key, life in self._states.items():
@@ -130,7 +97,25 @@ class Placement:
                 tier = tiers[_tier(life, copies.get(key, 0) if copies else 0)]
                 if len(tier) < limit:
                     tier.append(key)
-        return islice(chain.from_iterable(tiers.values()), limit)
+        return self._residencies(islice(chain.from_iterable(tiers.values()), limit))
+
+    def find(self, adapter_id: AdapterId) -> AdapterResidency | None:
+        """Return where one adapter is; None if it is not on this machine."""
+        key = self._known(as_ref(adapter_id))
+        return None if key is None else self._residencies([key]).get(key)
+
+    def story(self, adapter_id: AdapterId) -> tuple[Event, ...]:
+        """Return the last events of one adapter, oldest first; also after its load failed."""
+        key = self._known(as_ref(adapter_id))
+        return () if key is None else self._story(key)
+
+    def _residencies(self, keys: Iterable[AdapterKey]) -> dict[AdapterKey, AdapterResidency]:
+        states = ((key, self._states.get(key)) for key in keys)
+        return {
+            key: _residency(life, self._holds.get(key), self._copies.get(key, 0))
+            for key, life in states
+            if life is not None and _is_here(life)
+        }
 
 
 def _is_here(life: AdapterState) -> bool:

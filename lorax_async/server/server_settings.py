@@ -17,14 +17,7 @@ from lorax_async.config import MiB
 from lorax_async.errors import AccessDeniedError, ConfigError, InvalidAdapterIdError, shorten
 from lorax_async.ids import Allow, as_allow, is_covered, parse_ref
 from lorax_async.server.responses import Refusal, UnreadRefusal
-from lorax_async.types import (
-    AdapterId,
-    AdapterRef,
-    as_ref,
-    require_count,
-    require_positive,
-    require_seconds,
-)
+from lorax_async.types import AdapterId, AdapterRef, as_ref, require_count, require_seconds
 from lorax_async.urls import is_address
 
 ANY = "*"
@@ -128,7 +121,7 @@ class ServerSettings:
 
     def __post_init__(self) -> None:
         for name in ("max_body_bytes", "max_choices", "max_waiting", "max_adapters_per_client"):
-            require_positive(name, getattr(self, name))
+            require_count(name, getattr(self, name))
         if self.max_prompt_tokens is not None:
             require_count("max_prompt_tokens", self.max_prompt_tokens, least=1)
         for name in ("slow_client", "retry_after", "drain"):
