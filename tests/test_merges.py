@@ -141,8 +141,16 @@ def test_keys_of_merges_are_equal_where_the_bytes_would_be() -> None:
 
 
 @pytest.mark.parametrize(("merge", "device"), [(HALVES, "simulated"), (DROPPED, "cpu")])
-async def test_a_merge_is_computed_once_for_all(tmp_path: Path, merge: Merge, device: str) -> None:
+async def test_a_merge_is_computed_once_for_all(
+    tmp_path: Path, merge: Merge, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From memory, or computed anew where tensors took its room."""
+
+    async def check_late(self: FetchTasks, key: AdapterKey) -> None:
+        reader = self.reader(key)
+        await until(lambda: where(there, merge).state == "resident")
+        assert reader.nbytes  # closed by now: all copies have ended
+
     source = stocked(tmp_path, "a", "b", "c")
     settings = {"max_slots": 1, "device": device, "memory_bytes": 2 * part_bytes()}
     async with over(source, cache_dir=tmp_path / "cache", **settings) as there:
@@ -163,24 +171,12 @@ async def test_a_merge_is_computed_once_for_all(tmp_path: Path, merge: Merge, de
         assert (there.statistics().fetches, source.counts.opens) == (2, 3)
         for number in range(3):
             (await give(there, number, str(number))).release()
+        monkeypatch.setattr(FetchTasks, "require_readable", check_late)
         async with there.stream(merge) as handle:
             await handle.layer_ready(tiny.LAYERS - 1)
             assert_same(weights_of(handle), before)
         assert source.counts.bytes_read > 2 * part_bytes(), "it was computed anew"
         assert source.counts.open_readers == 0
-
-
-async def test_a_stream_whose_copies_end_before_its_reader_is_checked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def check_later(self: FetchTasks, key: AdapterKey) -> None:
-        reader = self.reader(key)
-        await until(lambda: state(there, HALVES) == "resident")
-        assert reader.nbytes
-
-    monkeypatch.setattr(FetchTasks, "require_readable", check_later)
-    async with over(stocked(tmp_path, "a", "b")) as there, there.stream(HALVES) as handle:
-        assert handle.resident
 
 
 async def test_equal_recipes_are_one_adapter(tmp_path: Path) -> None:

@@ -237,11 +237,8 @@ def _losers_unsettled(self: Lifecycle) -> AdapterState | None:
     return self._slots.settle_head() or self._host_queue.settle_head()
 
 
-_claim_image, _submit, _update_holders = (
-    PinnedImages.claim,
-    CopyQueue.submit,
-    queues.SlotHolders.update,
-)
+_claim_image, _submit = PinnedImages.claim, CopyQueue.submit
+_update_holders = queues.SlotHolders.update
 _evict, _free_quiesced_slot = LifecycleRules._evict, LifecycleRules._free_quiesced_slot
 _drop_unwanted_host, _notify_stays = LifecycleRules._drop_unwanted_host, LifecycleRules.notify_stays
 _settle_head, _finish_unload = HostTierQueue.settle_head, LifecycleRules._finish_unload
