@@ -215,7 +215,8 @@ class Download(Job[None]):
         return None
 
     def settle(self, piece: DownloadPiece) -> None:
-        if self._rest if piece is self._whole else piece.at < piece.stop:
+        is_missing = bool(self._rest) if piece is self._whole else piece.at < piece.stop
+        if is_missing:
             self.put_back(piece)
         else:  # after throttling: one more after each round that went well
             self.limit = min(self.limit + 1 / self.limit, float(self.scheduler.connections))
