@@ -120,29 +120,31 @@ class Folder:
         always = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         return os.open(name, flags | always, 0o600, dir_fd=self.fd)
 
-    def write(self, name: str, content: bytes) -> None:
-        """Write a new file and sync it."""
-        fd = self.file(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    @contextmanager
+    def opened(self, name: str, flags: int) -> Iterator[int]:
+        """Open a file, as `file` does, and close it when the context is left."""
+        fd = self.file(name, flags)
         try:
-            while content:
-                content = content[os.write(fd, content) :]
-            os.fsync(fd)
+            yield fd
         finally:
             os.close(fd)
 
+    def write(self, name: str, content: bytes) -> None:
+        """Write a new file and sync it."""
+        with self.opened(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as fd:
+            while content:
+                content = content[os.write(fd, content) :]
+            os.fsync(fd)
+
     def read(self, name: str, max_bytes: int) -> bytes:
         """Read a regular file, at most `max_bytes` + 1 of it."""
-        fd = self.file(name, os.O_RDONLY)
-        try:
+        with self.opened(name, os.O_RDONLY) as fd:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise IsADirectoryError(errno.EISDIR, "no regular file")
-            pieces, room = [], max_bytes + 1
-            while room and (piece := os.read(fd, room)):
-                pieces.append(piece)
-                room -= len(piece)
-            return b"".join(pieces)
-        finally:
-            os.close(fd)
+            content = b""
+            while (room := max_bytes + 1 - len(content)) and (piece := os.read(fd, room)):
+                content += piece
+            return content
 
     def unlink(self, name: str) -> None:
         """Remove a file, if it is there."""

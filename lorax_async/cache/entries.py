@@ -264,12 +264,9 @@ def _require_whole(folder: Folder, record: EntryRecord, *, check: bool) -> Ident
         if status is None or not stat.S_ISREG(status.st_mode) or status.st_size != file.nbytes:
             raise IntegrityError(f"{name} in the cache has not the size that was published")
         if check or status.st_mtime_ns != file.mtime_ns:
-            fd = folder.file(name, os.O_RDONLY)
-            try:
-                file_hash = FileHash(file.digest.kind, file.nbytes)
+            file_hash = FileHash(file.digest.kind, file.nbytes)
+            with folder.opened(name, os.O_RDONLY) as fd:
                 hash_on(fd, file_hash, file.nbytes, name)
-            finally:
-                os.close(fd)
             if file_hash.digest() != file.digest:
                 raise IntegrityError(f"{name} in the cache has not the digest that was published")
         identities[file.role] = identity_of(status)

@@ -150,7 +150,17 @@ class ConnectionPool:
 
         It may have been opened under other rules: its address is checked again.
         """
-        while (connection := self._pop(url, rules)) is not None:
+
+        def suits(idle: Connection) -> bool:
+            same = idle.origin == url.origin
+            return same and (idle.address is None or _is_allowed(idle.address, url, rules))
+
+        while True:
+            with self._lock:
+                connection = next(filter(suits, reversed(self._idle)), None)
+                if connection is None:
+                    return None
+                self._idle.remove(connection)
             try:
                 if connection.is_quiet:
                     attempt.use(connection)
@@ -159,17 +169,6 @@ class ConnectionPool:
                 connection.close()
                 raise
             connection.close()
-        return None
-
-    def _pop(self, url: Url, rules: Rules) -> Connection | None:
-        with self._lock:
-            for n in range(len(self._idle) - 1, -1, -1):
-                idle = self._idle[n]
-                if idle.origin == url.origin and (
-                    idle.address is None or _is_allowed(idle.address, url, rules)
-                ):
-                    return self._idle.pop(n)
-        return None
 
     def put(self, connection: Connection) -> None:
         """Keep a connection that may carry another request."""
