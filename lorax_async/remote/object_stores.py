@@ -94,15 +94,9 @@ class StoreBackend:
     Credentials, regions and endpoints are those of the process's environment and machine, as
     obstore reads them. Its maker closes it. Without obstore, calls raise `ConfigError`.
 
-    Parameters
-    ----------
-    executor
-        Runs obstore's calls, which block: two at a time for one adapter, `BUCKET_CALLS` for one
-        bucket. A call outlives its cancelled caller.
-    rules
-        Where redirects may lead. The origin of a signed URL itself is allowed.
-    signed_for
-        Seconds for which a signed URL is valid.
+    `executor` runs obstore's calls, which block: two at a time for one adapter, `BUCKET_CALLS` for
+    one bucket. A call outlives its cancelled caller. `rules` say where redirects may lead; the
+    origin of a signed URL itself is allowed, for `signed_for` seconds.
     """
 
     def __init__(self, executor: Executor, rules: Rules, *, signed_for: float = SIGNED_FOR) -> None:

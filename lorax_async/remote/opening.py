@@ -89,16 +89,10 @@ class Resolution:
 
 
 class VersionResolver:
-    """Resolves refs by the backends of their places, as the settings allow; remembers answers.
+    """Resolves refs by the backends of their places, and remembers answers.
 
-    Parameters
-    ----------
-    backends
-        Returns the backend of a place. Quick.
-    offline
-        Send no request to any source.
-    fresh
-        Seconds of `clock` for which an answer counts, and a grant lets a scope have an entry.
+    `offline` sends no request to any source. An answer counts for `fresh` seconds of `clock`, and a
+    grant lets a scope have an entry for as long. `backends` is quick.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from threading import Lock
 from lorax_async.cache.base import CacheEntry, CacheKey, EntryRecord, FileRecord
 from lorax_async.cache.disk_cache import DiskDownload
 from lorax_async.cache.partials import PartialFile
-from lorax_async.concurrency import FetchControl, WorkerThreads, close_all, outcome
+from lorax_async.concurrency import FetchControl, SharedResource, WorkerThreads, close_all, outcome
 from lorax_async.config import Limits
 from lorax_async.errors import (
     AdapterFormatError,
@@ -49,18 +49,9 @@ COMPARED_BYTES = 4 << 10
 class FetchReader:
     """The `Reader` of a download whose config and headers are here; publication gives it an entry.
 
-    Its owner calls `bring` or `refuse` once, or only `close`, which ends the download too.
-
-    Parameters
-    ----------
-    download, files
-        The cache's download, and its files of weights.
-    metadata
-        Config and headers.
-    resumable
-        Whether a partial download may be resumed later: the version names the bytes.
-    on_take
-        Called once, by `bring`, `refuse` or `close`.
+    Its owner calls `bring` or `refuse` once, or only `close`, which ends the download too; the
+    first of them calls `on_take`. `files` are those of the weights. A `resumable` download may be
+    resumed after it failed: the version names the bytes.
     """
 
     def __init__(
@@ -290,47 +281,36 @@ class ReopenedReader:
 
     def __init__(self, open: Callable[[], EntryReader]) -> None:
         self._open = open
-        self._opening = Lock()
-        self._lock = Lock()
-        self._opened: EntryReader | None = None
-        self._closed = False
+        self._gone = False
+        self._opened = SharedResource(
+            "the adapter's entry", lambda reader: reader.close(), open=self._open_entry
+        )
 
     @property
     def nbytes(self) -> int:
-        return self._reader().nbytes
+        with self._opened.use() as reader:
+            return reader.nbytes
 
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
-        self._reader().read_into(buffers, offset)
+        with self._opened.use() as reader:
+            reader.read_into(buffers, offset)
 
     def read_rows(self, buffer: memoryview, offset: int, rows: int, pitch: int) -> None:
-        self._reader().read_rows(buffer, offset, rows, pitch)
+        with self._opened.use() as reader:
+            reader.read_rows(buffer, offset, rows, pitch)
 
     def close(self) -> None:
-        """Close the entry. Quick: a thread that is just opening it closes it itself."""
-        with self._lock:
-            self._closed = True
-            opened = self._opened
-        if opened is not None:
-            opened.close()
+        """Close the entry now, or after the last read in progress. Quick."""
+        self._opened.close()
 
-    def _reader(self) -> EntryReader:
-        with self._opening:
-            if self._closed:
-                raise entry_gone()
-            return self._opened or self._open_now()
-
-    def _open_now(self) -> EntryReader:
+    def _open_entry(self) -> EntryReader:
+        if self._gone:
+            raise entry_gone()
         try:
-            opened = self._open()
+            return self._open()
         except EvictedError:
-            self._closed = True
+            self._gone = True
             raise
-        with self._lock:
-            if not self._closed:
-                self._opened = opened
-                return opened
-        opened.close()
-        raise entry_gone()
 
 
 def open_entry(entry: CacheEntry, key: CacheKey, limits: Limits) -> AdapterFile:

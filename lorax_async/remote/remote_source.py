@@ -76,14 +76,7 @@ class RemoteParts(NamedTuple):
 class RemoteSource:
     """A `Source` of adapters that backends find, whose keys are `RemoteKey`s.
 
-    Parameters
-    ----------
-    make
-        Makes the parts, at the first use. It may block: it reads certificates.
-    limits
-        Limits of an adapter's files.
-    verify
-        When digests are checked: see `LoaderConfig.verify`.
+    `make` makes its parts, at the first use. It may block: it reads certificates.
     """
 
     def __init__(
