@@ -426,22 +426,18 @@ def stack_layers(
     features = present[0].features
     rank = padded_rank(max(layer.a.shape[0] for layer in present), world_size)
     stored_a = (rank, features[0]) if rank in BY_RANK else (features[0], rank)
-    whole_shapes, stacks = (stored_a, (rank, features[1])), list[torch.Tensor]()
+    shapes, local_rank, stacks = (stored_a, (rank, features[1])), rank, list[torch.Tensor]()
     if share is None:
-        local_rank = rank
-        stacks = [_zeros((len(layers), *shape), dtype, device) for shape in whole_shapes]
+        stacks = [_zeros((len(layers), *shape), dtype, device) for shape in shapes]
+    else:  # a layer is made on the device of its bytes; only this process's part is moved
+        whole = [_zeros(shape, dtype, present[0].a.device) for shape in shapes]
     for place, each in enumerate(layers):
         if not is_wanted():
             raise UsageError("nothing waits for these weights any more")
         if each is None:
             continue
-        # A shared layer is made on the device of its bytes; only this process's part is moved.
-        whole_a, b = (
-            [stack[place] for stack in stacks]
-            if share is None
-            else [_zeros(shape, dtype, each.a.device) for shape in whole_shapes]
-        )
-        a = whole_a.mT if rank in BY_RANK else whole_a
+        stored, b = [one[place] for one in stacks] if share is None else [w.zero_() for w in whole]
+        a = stored.mT if rank in BY_RANK else stored
         _fill(each, a.mT, b)
         if share is not None:
             a, b = share(a, b)

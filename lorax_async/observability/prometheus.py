@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from itertools import accumulate
 from time import monotonic
-from types import TracebackType
 from typing import Self, get_args
 
 from prometheus_client.core import (
@@ -139,12 +138,7 @@ class LoaderCollector(Collector):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:

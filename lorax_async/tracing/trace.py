@@ -11,7 +11,6 @@ from operator import index
 from os import PathLike
 from pathlib import Path
 from threading import get_ident
-from types import TracebackType
 from typing import Any, Protocol, Self, get_args
 
 from lorax_async.errors import UsageError
@@ -66,12 +65,7 @@ class Trace:
         self._recorder = self._tracer.begin(self._ring, self._occupants())
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stop()
 
     def stop(self) -> None:
