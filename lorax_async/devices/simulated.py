@@ -61,10 +61,8 @@ class GatedDevice(CpuDevice):
 class SimulatedTicket(Future[None]):
     """A ticket that cannot be cancelled, because submitted work runs.
 
-    Attributes
-    ----------
-    finished_at
-        When the copy ended, in simulated seconds of the device's clock; None for other work.
+    `finished_at` is when the copy ended, in simulated seconds of the device's clock; None for other
+    work.
     """
 
     def __init__(self, device: SimulatedDevice) -> None:

@@ -153,12 +153,8 @@ _MUTATING_INITS = {
 def parse_config(text: bytes, limits: Limits) -> AdapterSpec:
     """Parse an `adapter_config.json`.
 
-    Raises
-    ------
-    AdapterFormatError
-        The config is not strict JSON, or a field is missing, out of range or of a wrong type.
-    UnsupportedAdapterError
-        The config enables an unsupported feature, or has an unsupported pattern or rank.
+    Raise `AdapterFormatError` if it is not strict JSON, or a field is missing, out of range or of a
+    wrong type; `UnsupportedAdapterError` for an unsupported feature, pattern or rank.
     """
     config = parse_object(
         text, what=WHAT, max_bytes=limits.max_config_bytes, max_depth=limits.max_json_depth

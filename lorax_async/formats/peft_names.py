@@ -112,12 +112,8 @@ _OPTIONS.max_mem = 1 << 18  # bytes, for the program and the states of a match
 def parse_tensor_name(name: str) -> TensorName:
     """Split a tensor name of an adapter file.
 
-    Raises
-    ------
-    UnsupportedAdapterError
-        The tensor belongs to an unsupported feature, or is unknown to PEFT.
-    AdapterFormatError
-        The module path is malformed or not in canonical form.
+    Raise `UnsupportedAdapterError` for a tensor of an unsupported feature, or unknown to PEFT;
+    `AdapterFormatError` for a module path that is malformed or not in canonical form.
     """
     path, _, last = name.rpartition(".")
     if last in {"weight", "bias"}:
@@ -137,12 +133,8 @@ def parse_tensor_name(name: str) -> TensorName:
 def layer_index(module: str) -> int | None:
     """Return the layer of a module path: its first numeric component, or None.
 
-    `model.layers.12.self_attn.q_proj` is in layer 12, `lm_head` in none.
-
-    Raises
-    ------
-    AdapterFormatError
-        The number is not a plain decimal, or has more than six digits.
+    `model.layers.12.self_attn.q_proj` is in layer 12, `lm_head` in none. Raise `AdapterFormatError`
+    if the number is not a plain decimal, or has more than six digits.
     """
     found = _NUMBER.search(f".{module}")
     if found is None:

@@ -56,15 +56,10 @@ def pair_tensors(
 ) -> list[TensorPair]:
     """Return one pair per module that the adapter changes, in the order of the layout.
 
-    Raises
-    ------
-    AdapterFormatError
-        The tensors are not pairs of the config's rank, or its vectors are missing.
-    IncompatibleAdapterError
-        The base lacks the modules or has other shapes; or it has none of `target_modules` in
-        `layers_to_transform`.
-    UnsupportedAdapterError
-        A tensor, a dtype or a rank is not supported.
+    Raise `AdapterFormatError` if the tensors are not pairs of the config's rank, or its vectors are
+    missing; `IncompatibleAdapterError` if the base lacks the modules, has other shapes, or has none
+    of `target_modules` in `layers_to_transform`; `UnsupportedAdapterError` for a tensor, a dtype or
+    a rank that is not supported.
     """
     places = _locate(header.tensors, layout)
     _require_dtypes(header.tensors)

@@ -59,10 +59,8 @@ class Sharding:
 def shard_layout(layout: ModelLayout, shard: Shard | None) -> Sharding:
     """Cut a base for one rank; None means a single rank.
 
-    Raises
-    ------
-    ConfigError
-        A module cannot be divided by the number of ranks, or the layout does not tell how.
+    Raise `ConfigError` if a module cannot be divided by the number of ranks, or the layout does not
+    tell how.
     """
     if shard is None or shard.world_size == 1:
         return Sharding(layout, layout, ())

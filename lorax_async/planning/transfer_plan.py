@@ -162,25 +162,8 @@ def file_runs(reads: Sequence[ReadMove]) -> list[tuple[ReadMove, ...]]:
     return [tuple(run) for run in runs]
 
 
-def plan_group(layer: int, pairs: list[TensorPair], target: DeviceRules) -> GroupPlan:
+class _GroupPlanner:
     """Place the tensors of one layer group and plan its moves."""
-    modules, _, a, b, ranks, scales, _ = zip(*pairs, strict=True)
-    multiple = target.rank_multiple
-    padded = [rank + -rank % multiple for rank in ranks] if multiple > 1 else ranks
-    ragged = {n for n, rank in enumerate(ranks) if rank < padded[n]} if multiple > 1 else set()
-    owned = [(pair.module, *vector) for pair in pairs for vector in pair.vectors]
-    group = _GroupBuilder(target)
-    offsets = group.place([*a, *b], [span for _, _, span in owned], ragged)
-    rows = tuple(map(TableRow, modules, offsets, offsets[len(a) :], ranks, padded, scales))
-    vectors = tuple(
-        VectorPlace(module, part, offset, span.shape[0], span.dtype)
-        for (module, part, span), offset in zip(owned, offsets[2 * len(a) :], strict=True)
-    )
-    return group.finish(layer, rows, vectors)
-
-
-class _GroupBuilder:
-    """Assign each tensor the next aligned bytes of a group's extent, and collect the moves."""
 
     def __init__(self, target: DeviceRules) -> None:
         self.target = target
@@ -190,7 +173,36 @@ class _GroupBuilder:
         self.padded: list[ConvertMove] = []
         self.zeros: list[ZeroMove] = []
 
-    def place(
+    def plan(self, layer: int, pairs: list[TensorPair]) -> GroupPlan:
+        modules, _, a, b, ranks, scales, _ = zip(*pairs, strict=True)
+        multiple = self.target.rank_multiple
+        padded = [rank + -rank % multiple for rank in ranks] if multiple > 1 else ranks
+        ragged = {n for n, rank in enumerate(ranks) if rank < padded[n]} if multiple > 1 else set()
+        owned = [(pair.module, *vector) for pair in pairs for vector in pair.vectors]
+        offsets = self._place([*a, *b], [span for _, _, span in owned], ragged)
+        rows = tuple(map(TableRow, modules, offsets, offsets[len(a) :], ranks, padded, scales))
+        vectors = tuple(
+            VectorPlace(module, part, offset, span.shape[0], span.dtype)
+            for (module, part, span), offset in zip(owned, offsets[2 * len(a) :], strict=True)
+        )
+        reads: list[ReadMove] = []
+        converts, casts = self.padded, list[TargetRun]()
+        moved = [source for convert in converts for source in convert.sources]
+        for run in self.runs:
+            moved.append(ByteSpan(run.start, run.stop, run.rows, run.pitch))
+            if run.dtype == self.target.dtype:
+                nbytes = (run.stop - run.start) * run.rows
+                reads.append(ReadMove(run.start, nbytes, run.target, run.rows, run.pitch))
+            else:
+                casts.append(run)
+        for runs in group_adjoining(casts):
+            converts.extend(self._cast(runs))
+        converts.sort(key=attrgetter("file_offset"))
+        moves = tuple(reads), tuple(converts), tuple(self.zeros)
+        nbytes = self.end + -self.end % self.target.alignment
+        return GroupPlan(layer, nbytes, *moves, rows, merge_spans(moved), vectors)
+
+    def _place(
         self, matrices: list[TensorSpan], vectors: list[TensorSpan], ragged: set[int]
     ) -> list[int]:
         """Return the offsets of `matrices` (every A, then every B) and of `vectors`.
@@ -258,26 +270,6 @@ class _GroupBuilder:
                 self.padded.append(move)
                 offset += rows * pitch * self.item
         return offset
-
-    def finish(
-        self, layer: int, rows: tuple[TableRow, ...], vectors: tuple[VectorPlace, ...]
-    ) -> GroupPlan:
-        reads: list[ReadMove] = []
-        converts, casts = self.padded, list[TargetRun]()
-        moved = [source for convert in converts for source in convert.sources]
-        for run in self.runs:
-            moved.append(ByteSpan(run.start, run.stop, run.rows, run.pitch))
-            if run.dtype == self.target.dtype:
-                nbytes = (run.stop - run.start) * run.rows
-                reads.append(ReadMove(run.start, nbytes, run.target, run.rows, run.pitch))
-            else:
-                casts.append(run)
-        for runs in group_adjoining(casts):
-            converts.extend(self._cast(runs))
-        converts.sort(key=attrgetter("file_offset"))
-        moves = tuple(reads), tuple(converts), tuple(self.zeros)
-        nbytes = self.end + -self.end % self.target.alignment
-        return GroupPlan(layer, nbytes, *moves, rows, merge_spans(moved), vectors)
 
     def _cast(self, runs: list[TargetRun]) -> Iterator[ConvertMove]:
         """Yield flat moves of about equal size: a cast without padding can ignore rows."""
@@ -459,7 +451,7 @@ def plan_transfer(
     if cuts:
         pairs = cut_pairs(pairs, cuts)
     groups = tuple(
-        plan_group(layer, list(members), target)
+        _GroupPlanner(target).plan(layer, list(members))
         for layer, members in groupby(pairs, key=attrgetter("layer"))
     )
     nbytes = sum(group.nbytes for group in groups)

@@ -101,12 +101,8 @@ def plan_merge(
 ) -> MergePlan:
     """Check every part as a load of it would, and the parts against each other.
 
-    `dtype` is "F32", "F16" or "BF16".
-
-    Raises
-    ------
-    AdapterFormatError, IncompatibleAdapterError, UnsupportedAdapterError
-        The message names the part or the module.
+    `dtype` is "F32", "F16" or "BF16". The messages of `AdapterFormatError`,
+    `IncompatibleAdapterError` and `UnsupportedAdapterError` name the part or the module.
     """
     specs: list[AdapterSpec] = []
     pieces: dict[int, list[tuple[int, TensorPair]]] = {}
