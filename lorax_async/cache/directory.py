@@ -121,7 +121,7 @@ class Folder:
         return os.open(name, flags | always, 0o600, dir_fd=self.fd)
 
     @contextmanager
-    def opened(self, name: str, flags: int) -> Iterator[int]:
+    def open_file(self, name: str, flags: int) -> Iterator[int]:
         """Open a file, as `file` does, and close it when the context is left."""
         fd = self.file(name, flags)
         try:
@@ -131,14 +131,14 @@ class Folder:
 
     def write(self, name: str, content: bytes) -> None:
         """Write a new file and sync it."""
-        with self.opened(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as fd:
+        with self.open_file(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as fd:
             while content:
                 content = content[os.write(fd, content) :]
             os.fsync(fd)
 
     def read(self, name: str, max_bytes: int) -> bytes:
         """Read a regular file, at most `max_bytes` + 1 of it."""
-        with self.opened(name, os.O_RDONLY) as fd:
+        with self.open_file(name, os.O_RDONLY) as fd:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise IsADirectoryError(errno.EISDIR, "no regular file")
             content = b""

@@ -265,7 +265,7 @@ def _require_whole(folder: Folder, record: EntryRecord, *, check: bool) -> Ident
             raise IntegrityError(f"{name} in the cache has not the size that was published")
         if check or status.st_mtime_ns != file.mtime_ns:
             file_hash = FileHash(file.digest.kind, file.nbytes)
-            with folder.opened(name, os.O_RDONLY) as fd:
+            with folder.open_file(name, os.O_RDONLY) as fd:
                 hash_on(fd, file_hash, file.nbytes, name)
             if file_hash.digest() != file.digest:
                 raise IntegrityError(f"{name} in the cache has not the digest that was published")

@@ -99,7 +99,7 @@ class Connection:
 
     def secure(self, context: ssl.SSLContext, host: str, timeout: float) -> None:
         """Start TLS. Blocks; raises `OSError`."""
-        plain = self._opened
+        plain = self._open_socket
         plain.settimeout(timeout)
         with self._lock:  # wrapping moves the descriptor to another object
             tls = context.wrap_socket(plain, server_hostname=host, do_handshake_on_connect=False)
@@ -109,18 +109,18 @@ class Connection:
     def set_timeout(self, seconds: float) -> None:
         """Bound how long each later call waits for a byte to come or go."""
         if self._is_tls:
-            self._opened.settimeout(seconds)
+            self._open_socket.settimeout(seconds)
             return
         # The kernel's own timeout: with one of Python's, a socket is polled before each read and
         # cannot wait for a whole buffer in one call.
         whole, part = divmod(seconds, 1)
         wait = struct.pack("@ll", int(whole), int(part * 1e6))
-        self._opened.setblocking(True)
-        self._opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, wait)
-        self._opened.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, wait)
+        self._open_socket.setblocking(True)
+        self._open_socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, wait)
+        self._open_socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, wait)
 
     @property
-    def _opened(self) -> socket.socket:
+    def _open_socket(self) -> socket.socket:
         assert self._socket is not None
         return self._socket
 
@@ -128,7 +128,7 @@ class Connection:
         """Send a request without a body. Raises `OSError` and `AbortedError`."""
         # An ETag goes back as it came, and may have any byte from 0x80 on (RFC 9110, 8.8.3).
         try:
-            self._opened.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
+            self._open_socket.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
         except OSError:
             if self._aborted:
                 raise AbortedError from None
@@ -141,7 +141,7 @@ class Connection:
         """
         flags = socket.MSG_WAITALL if all_of_it and not self._is_tls else 0
         try:
-            count = self._opened.recv_into(view, 0, flags)
+            count = self._open_socket.recv_into(view, 0, flags)
         except OSError:
             if self._aborted:
                 raise AbortedError from None
@@ -155,7 +155,7 @@ class Connection:
     def is_quiet(self) -> bool:
         """Whether an idle connection is open and nothing came on it."""
         poll = select.poll()
-        poll.register(self._opened.fileno(), select.POLLIN | select.POLLRDHUP)
+        poll.register(self._open_socket.fileno(), select.POLLIN | select.POLLRDHUP)
         return not poll.poll(0)
 
     def abort(self) -> None:

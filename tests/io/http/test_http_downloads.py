@@ -242,14 +242,6 @@ HEADER = 20_000
 THROTTLED = random.Random(3).randbytes(HEADER + LAYERS * LAYER)
 
 
-class CountingSink(MemorySink):
-    landed = 0
-
-    def write(self, offset: int, data: memoryview) -> None:
-        super().write(offset, data)
-        self.landed += len(data)
-
-
 def test_layer_0_comes_long_before_the_rest_of_a_throttled_load(tmp_path: Path) -> None:
     """2 MB on 4 connections of 600 KB/s. Bytes are counted: no clock is looked at."""
     file = tmp_path / "weights"
@@ -257,19 +249,23 @@ def test_layer_0_comes_long_before_the_rest_of_a_throttled_load(tmp_path: Path) 
     spans = [(HEADER + n * LAYER, HEADER + (n + 1) * LAYER) for n in range(LAYERS)]
     names = sorted(range(LAYERS), key=str)
     groups = [[], *([spans[names.index(layer)]] for layer in range(LAYERS)), []]
-    sink, told = CountingSink(len(THROTTLED)), list[tuple[int, int]]()
+    sink, told = MemorySink(len(THROTTLED)), list[tuple[int, int]]()
     with Link({"w": file}, rate=6e5, delay=0.005) as link:
         with RangeEngine(HttpSettings(connections=4, proxies={})) as engine:
             place = Target(parse_url(link.url("w")), "w", rules=Anywhere())
             answer = engine.probe(place, HEADER).done.result(10)
             sink.data[:HEADER] = answer.start
             job = engine.download(
-                answer, groups, sink, lambda group: told.append((group, sink.landed)), first=2
+                answer,
+                groups,
+                sink,
+                lambda group: told.append((group, sink.times.count(1))),
+                first=2,
             )
             job.done.result(20)
         counts = link.counts()
     assert sink.data == THROTTLED
     assert [group for group, _ in told] == list(range(LAYERS + 2))
-    assert told[1][1] < 0.3 * sink.landed
+    assert told[1][1] < 0.3 * sink.times.count(1)
     assert counts["bytes"] == len(THROTTLED), "and every byte was sent once"
     assert counts["requests"] <= 1 + 4 * 6
