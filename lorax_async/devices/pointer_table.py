@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from queue import SimpleQueue
 from typing import NamedTuple
@@ -58,10 +57,6 @@ class ColumnRecord:
 IMAGES = 64
 """The number of copies with rows that can be in flight; one more waits."""
 
-Pinned = Callable[[int], torch.Tensor]
-"""Allocates pinned host memory, uint8 `[nbytes]`."""
-
-
 _EMPTY = TableCell(0, 0, 0, 0.0)
 
 
@@ -72,7 +67,6 @@ def row_ranges(modules: Iterable[int], layers: Sequence[int]) -> list[range]:
     return [range(span[0], span[-1] + 1) for span in spans]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class RowImage:
     """Pinned rows in the layout of a column: int64 `[rows, 3]` (A, B, scale), int32 ranks `[rows]`.
 
@@ -80,24 +74,12 @@ class RowImage:
     the memory alive.
     """
 
-    entries: torch.Tensor
-    ranks: torch.Tensor
-    words: memoryview[int]
-    scales: memoryview[float]
-    rank_words: memoryview[int]
-
-    @classmethod
-    def of(cls, entries: torch.Tensor, ranks: torch.Tensor) -> RowImage:
+    def __init__(self, entries: torch.Tensor, ranks: torch.Tensor) -> None:
+        self.entries = entries
+        self.ranks = ranks
         words = StagingBuffer.of(entries.view(torch.uint8)).memory
-        rank_words = StagingBuffer.of(ranks.view(torch.uint8)).memory
-        return cls(entries, ranks, words.cast("q"), words.cast("f"), rank_words.cast("i"))
-
-    def write(self, place: int, base: int, cell: TableCell) -> None:
-        present = cell.rank > 0
-        self.words[3 * place] = base + cell.a if present else 0
-        self.words[3 * place + 1] = base + cell.b if present else 0
-        self.scales[6 * place + 4] = cell.scale
-        self.rank_words[place] = cell.rank
+        self.words, self.scales = words.cast("q"), words.cast("f")
+        self.rank_words = StagingBuffer.of(ranks.view(torch.uint8)).memory.cast("i")
 
 
 class TableColumns:
@@ -112,7 +94,12 @@ class TableColumns:
     """
 
     def __init__(
-        self, layers: Sequence[int], slots: int, device: torch.device, base: int, pinned: Pinned
+        self,
+        layers: Sequence[int],
+        slots: int,
+        device: torch.device,
+        base: int,
+        pinned: Callable[[int], torch.Tensor],
     ) -> None:
         modules = len(layers)
         self._layers = layers
@@ -135,7 +122,7 @@ class TableColumns:
         """Create images in two allocations, as pinned ones are rounded up to a power of two."""
         entries = self._pinned(count * rows * 24).view(torch.int64).view(count, rows, 3)
         ranks = self._pinned(count * rows * 4).view(torch.int32).view(count, rows)
-        return [RowImage.of(entries[n], ranks[n]) for n in range(count)]
+        return [RowImage(entries[n], ranks[n]) for n in range(count)]
 
     def image_for(self, modules: Iterable[int]) -> RowImage:
         """Take an image for the row ranges of these modules. Blocks until one is free."""
@@ -158,7 +145,11 @@ class TableColumns:
         """
         spans = row_ranges(modules, self._layers)
         for place, module in enumerate(module for span in spans for module in span):
-            image.write(place, self._base, column.get(module, _EMPTY))
+            a, b, rank, scale = column.get(module, _EMPTY)
+            image.words[3 * place] = self._base + a if rank else 0
+            image.words[3 * place + 1] = self._base + b if rank else 0
+            image.scales[6 * place + 4] = scale
+            image.rank_words[place] = rank
         place = 0
         for span in spans:
             rows, copied = slice(span.start, span.stop), slice(place, place + len(span))
