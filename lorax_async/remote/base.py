@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -139,6 +140,8 @@ class AdapterMetadata:
         return self.parts[0].nbytes if self.plan is None else self.plan.nbytes
 
 
+K = TypeVar("K")
+V = TypeVar("V")
 P_contra = TypeVar("P_contra", contravariant=True)
 
 
@@ -216,6 +219,13 @@ def _admits(entry: Allow, address: Address) -> bool:
     if is_address(entry.host):
         return plain == ip_address(entry.host)
     return entry.private and any(plain in network for network in _PRIVATE)
+
+
+def remember(items: OrderedDict[K, V], key: K, value: V, limit: int) -> K | None:
+    """Set the newest item. Drop the oldest over `limit`, and return its key."""
+    items[key] = value
+    items.move_to_end(key)
+    return items.popitem(last=False)[0] if len(items) > limit else None
 
 
 def unwanted_error() -> FetchError:

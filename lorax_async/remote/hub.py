@@ -58,7 +58,7 @@ from lorax_async.http.failures import (
 from lorax_async.http.settings import Rules
 from lorax_async.http.target import Target
 from lorax_async.ids import Allow, HubRepository, parse_revision
-from lorax_async.remote.base import LocatedAdapter, RemoteFile
+from lorax_async.remote.base import LocatedAdapter, RemoteFile, remember
 from lorax_async.types import AdapterRef, FileIdentity
 from lorax_async.urls import InvalidUrlError, Url, parse_url
 
@@ -600,11 +600,7 @@ class HubEntry:
         return None if since is None else max(0.0, time.time() - since)
 
     def grant(self, scope: str) -> None:
-        grants = self._cache.grants
-        grants[self.record.name, scope] = time.time()
-        grants.move_to_end((self.record.name, scope))
-        if len(grants) > MAX_GRANTS:
-            grants.popitem(last=False)
+        remember(self._cache.grants, (self.record.name, scope), time.time(), MAX_GRANTS)
 
     def close(self) -> None:
         """Nothing is open."""

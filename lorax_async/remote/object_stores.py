@@ -37,7 +37,7 @@ from lorax_async.formats.split_weights import (
 from lorax_async.http.settings import Address, Rules
 from lorax_async.http.target import Target
 from lorax_async.ids import StoreFolder
-from lorax_async.remote.base import AnotherVersionError, LocatedAdapter, RemoteFile
+from lorax_async.remote.base import AnotherVersionError, LocatedAdapter, RemoteFile, remember
 from lorax_async.types import AdapterRef
 from lorax_async.urls import InvalidUrlError, Origin, Url, parse_url
 
@@ -127,8 +127,8 @@ class StoreBackend:
         """
         scope = await self.scope(place, ref)
         config, weights = await asyncio.gather(
-            self._call(place, partial(self._config, place)),
-            self._call(place, partial(self._weights, place)),
+            self._call(place, partial(self._first, place, CONFIG_FILE)),
+            self._call(place, partial(self._first, place, WEIGHTS_FILE, INDEX_FILE)),
             return_exceptions=True,
         )
         # The same fault raises the same error, whichever thread ended first.
@@ -136,8 +136,8 @@ class StoreBackend:
             raise config
         if isinstance(weights, BaseException):
             raise weights
-        role, stored = weights
-        work = partial(self._sign, place, {CONFIG_FILE: config, role: stored})
+        stored = weights[1]
+        work = partial(self._sign, place, dict([config, weights]))
         version, files = await self._call(place, work)
         names = {version, stored.version_id, stored.etag, (stored.etag or "").strip('"')}
         if ref.revision is not None and ref.revision not in names:
@@ -179,28 +179,21 @@ class StoreBackend:
             self._threads.submit(bucket, partial(_mapped, work, place))
         )
 
-    def _config(self, place: StoreFolder) -> StoredObject:
-        config = self._head(place, CONFIG_FILE)
-        if config is None:
-            raise AdapterNotFoundError(
-                f"there is no {CONFIG_FILE.file_name} in {place.text}, or no such bucket"
-            )
-        return config
-
-    def _weights(self, place: StoreFolder) -> tuple[FileRole, StoredObject]:
+    def _first(self, place: StoreFolder, *roles: FileRole) -> tuple[FileRole, StoredObject]:
+        """Return the first of these files that the folder has."""
         denied: AccessDeniedError | None = None
-        try:
-            weights = _mapped(partial(self._head, place, WEIGHTS_FILE), place)
-        except AccessDeniedError as error:
-            # S3 denies access to missing objects too, if the caller may not list the bucket.
-            weights, denied = None, error
-        if weights is not None:
-            return WEIGHTS_FILE, weights
-        index = self._head(place, INDEX_FILE)
-        if index is not None:
-            return INDEX_FILE, index
+        for role in roles:
+            try:
+                stored = _mapped(partial(self._head, place, role), place)
+            except AccessDeniedError as error:
+                # S3 denies access to missing objects too, if the caller may not list the bucket.
+                denied = error
+            else:
+                if stored is not None:
+                    return role, stored
+        names = " and no ".join(role.file_name for role in roles)
         raise denied or AdapterNotFoundError(
-            f"there is neither {WEIGHTS_FILE.file_name} nor {INDEX_FILE.file_name} in {place.text}"
+            f"there is no {names} in {place.text}, or no such bucket"
         )
 
     def _sign(
@@ -273,10 +266,8 @@ class StoreBackend:
             store = self._stores.get(key)
             if store is None:
                 kinds = {"s3": stores.S3Store, "gs": stores.GCSStore, "az": stores.AzureStore}
-                store = self._stores[key] = kinds[place.scheme](place.host, retry_config=_RETRIES)
-            self._stores.move_to_end(key)
-            if len(self._stores) > MAX_STORES:
-                self._stores.popitem(last=False)
+                store = kinds[place.scheme](place.host, retry_config=_RETRIES)
+            remember(self._stores, key, store, MAX_STORES)
         return store
 
 

@@ -53,6 +53,7 @@ from lorax_async.remote.base import (
     LocatedAdapter,
     RemoteFile,
     bind_to,
+    remember,
     track,
     unwanted_error,
 )
@@ -183,16 +184,12 @@ class VersionResolver:
 
     def _remember(self, ref: ParsedRef, key: RemoteKey, located: LocatedAdapter | None) -> None:
         """Record that `ref` is `key` now, by the source, or by the cache if none was asked."""
-        self._keys[ref] = (key, self._clock())
-        self._keys.move_to_end(ref)
-        if len(self._keys) > MAX_REFS:
-            self._keys.popitem(last=False)
+        now = self._clock()
+        remember(self._keys, ref, (key, now), MAX_REFS)
         if located is None and self._asked(ref, key):
             return
-        self._resolutions[key] = Resolution(ref, located, self._clock())
-        self._resolutions.move_to_end(key)
-        if len(self._resolutions) > MAX_KEYS:
-            gone, _ = self._resolutions.popitem(last=False)
+        gone = remember(self._resolutions, key, Resolution(ref, located, now), MAX_KEYS)
+        if gone is not None:
             self._answered.pop(gone, None)
         if located is not None and any(file.answer for file in located.files):
             self._answered[key] = None

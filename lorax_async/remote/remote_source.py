@@ -35,7 +35,7 @@ from lorax_async.ids import (
     WebFolder,
     parse_ref,
 )
-from lorax_async.remote.base import AdapterMetadata, AllowRules, Backend, unwanted_error
+from lorax_async.remote.base import AdapterMetadata, AllowRules, Backend, remember, unwanted_error
 from lorax_async.remote.hub import (
     HubBackend,
     StandardHubCache,
@@ -98,7 +98,7 @@ class RemoteSource:
         remote = _remote(key)
         file = await (await self._connect()).opener.open(remote, control)
         if isinstance(file.reader, EntryReader):
-            self._remember(remote, file.reader.entry.record)
+            remember(self._records, remote, file.reader.entry.record, MAX_KEYS)
         else:
             self._records.pop(remote, None)
         return file
@@ -126,7 +126,7 @@ class RemoteSource:
         reader = file.reader
         if isinstance(reader, FetchReader):
             entry = await reader.bring(groups, arrived, control)
-            self._remember(reader.key, entry.record)
+            remember(self._records, reader.key, entry.record, MAX_KEYS)
             return self._verification(entry)
         if not isinstance(reader, EntryReader):
             raise InternalError(f"a remote source cannot bring the bytes of a {type(reader)}")
@@ -208,12 +208,6 @@ class RemoteSource:
             if self._parts is None:
                 self._parts = self._make()
             return self._parts
-
-    def _remember(self, key: RemoteKey, record: EntryRecord) -> None:
-        self._records[key] = record
-        self._records.move_to_end(key)
-        if len(self._records) > MAX_KEYS:
-            self._records.popitem(last=False)
 
     def _entry(self, parts: RemoteParts, key: RemoteKey) -> CacheEntry:
         """Open the entry of a key. Raise `EvictedError` if it is gone. Blocks."""
