@@ -122,14 +122,9 @@ def inspect_adapter(
 ) -> Inspection:
     """Read the config and header in `folder` and check them as a load would.
 
-    Parameters
-    ----------
-    folder
-        A trusted path: links are followed.
-    layout
-        The base to check against, named `base`; None checks only that config and header agree.
-
-    Faults of the adapter are not raised: they are the inspection's `problems`.
+    The folder is trusted: links are followed. `layout` is that of the base to check against, named
+    `base`; None checks only that config and header agree. Faults of the adapter are not raised:
+    they are the inspection's `problems`.
     """
     limits, found = Limits(), Inspection(str(folder), base)
     with found.collect():

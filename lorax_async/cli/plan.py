@@ -94,14 +94,9 @@ def simulate(
 ) -> SimulationResult:
     """Simulate requests that find their adapter on the device, or evict others and load it.
 
-    Does as `Residency`, whose arena it uses without the extents of each group.
-
-    Parameters
-    ----------
-    requests
-        Positions in `needs`, in order; each ends before the next begins.
-    policy
-        A new one; afterwards it ranks the adapters that are on the device.
+    Does as `Residency`, whose arena it uses without the extents of each group. Requests are
+    positions in `needs`; each ends before the next begins. `policy` is a new one, which ranks the
+    adapters on the device afterwards.
     """
     free = capacity.free()
     total = free.nbytes
@@ -186,15 +181,9 @@ class AdapterKind:
 class MemoryEstimate:
     """The needs of adapters on one device. Blocks while it reads adapters on the disk.
 
-    Parameters
-    ----------
-    dtype
-        On the device, in the file format's spelling, or None for the layout's.
-    file_dtype
-        The dtype of files that are not on the disk.
-    targets
-        Last parts of the names of the modules that those adapt. Empty: all linear modules of the
-        layers.
+    `dtype` is that on the device, in the file format's spelling, or None for the layout's. Files
+    that are not on the disk have `file_dtype` and adapt modules whose names end in `targets`; if
+    there are none, all linear modules of the layers.
     """
 
     def __init__(

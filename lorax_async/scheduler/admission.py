@@ -250,15 +250,9 @@ def share(
     Divide rows first, one per adapter in turn, then the remaining tokens, by max-min fairness: an
     adapter gets less than another only if it wants less. The more urgent adapter gets an odd row.
 
-    Parameters
-    ----------
-    wants
-        Per adapter, the tokens that each sequence could use; both by urgency. The first sequence
-        always gets some.
-    max_tokens, max_sequences
-        The limits of the batch; at least 1.
-    least
-        The fewest tokens of a row, unless the sequence wants or the batch holds fewer.
+    `wants` are the tokens that each sequence of each adapter could use; both by urgency. The first
+    sequence always gets some. `least` is the fewest tokens of a row, unless the sequence wants or
+    the batch holds fewer.
     """
     if sum(map(len, wants)) <= max_sequences and sum(map(sum, wants)) <= max_tokens:
         return wants

@@ -206,16 +206,11 @@ class StepOutcome:
 class Engine:
     """Compute a batch of the ready generations in each step.
 
-    Parameters
-    ----------
-    scheduler
-        Open, and closed after the engine, which alone takes its batches. Its `max_begun` is the
-        number of sequences that the decoder has room for. A preempted sequence is computed again
-        later, from its prompt and the tokens that it has.
-    decoder
-        Called in the engine's thread only; no model code runs on the event loop.
-    max_tokens, max_sequences
-        Limits of one step. Longer prompts are computed in parts.
+    The scheduler is open, and closed after the engine, which alone takes its batches. Its
+    `max_begun` is the number of sequences that the decoder has room for; a preempted sequence is
+    computed again later, from its prompt and the tokens that it has. The decoder is called in the
+    engine's thread only. `max_tokens` and `max_sequences` limit one step; longer prompts are
+    computed in parts.
 
     Use it as an async context manager, on the scheduler's loop. An adapter that fails, fails its
     own generations only. If the decoder raises, those of the step end with `InternalError`.
@@ -439,29 +434,22 @@ class TokenStream:
     """The tokens of one generation, for one reader. On the event loop.
 
     Iterating raises the `LoraxError` that ended it, after the last token.
-
-    Attributes
-    ----------
-    number
-        Names its sequence to the decoder.
-    known
-        Token ids, those of the prompt and those generated.
-    begun
-        Whether anything was computed.
-    finish
-        Why it ended; None before, and if it failed or was cancelled.
     """
 
     def __init__(
         self, number: int, generation: Generation, sampler: Sampler, ticket: Ticket
     ) -> None:
         self.number = number
+        """Names its sequence to the decoder."""
         self.generation = generation
         self.sampler = sampler
         self.ticket = ticket
         self.known = list(generation.prompt)
+        """Token ids, those of the prompt and those generated."""
         self.begun = False
+        """Whether anything was computed."""
         self.finish: Finish | None = None
+        """Why it ended; None before, and if it failed or was cancelled."""
         self._ready = asyncio.Queue[int | None]()
         self._ended = False
         self._error: LoraxError | None = None

@@ -20,11 +20,6 @@ BLOCK = 64
 class KVCache:
     """Assign places to sequences.
 
-    Attributes
-    ----------
-    cache
-        The model's `past_key_values`, between `begin` and the end of the pass.
-
     Memory is `[places, heads, tokens, head_dim]` per layer, twice: as many places as there were
     sequences at a time, as long as the longest of them, rounded up to `BLOCK` tokens.
     """
@@ -32,6 +27,7 @@ class KVCache:
     def __init__(self, layers: int, max_sequences: int, device: torch.device) -> None:
         self._layers = [PlacesLayer() for _ in range(layers)]
         self.cache: Any = Cache(layers=list(self._layers))  # untyped in transformers
+        """The model's `past_key_values`, between `begin` and the end of the pass."""
         self._max_sequences = max_sequences
         self._device = device
         self._places: dict[int, int] = {}
@@ -175,25 +171,15 @@ class PlacesLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
 
 class PassRows:
-    """The rows of one forward pass.
-
-    Attributes
-    ----------
-    tokens
-        New tokens of each row.
-    length
-        Tokens of the longest row, new ones included.
-    positions
-        Of the new tokens, `[rows, tokens]`.
-    mask
-        Which of `length` tokens each row has, `[rows, length]`; None if all.
-    """
+    """The rows of one forward pass."""
 
     def __init__(
         self, places: Sequence[int], starts: Sequence[int], tokens: int, device: torch.device
     ) -> None:
         self.tokens = tokens
+        """New tokens of each row."""
         self.length = max(starts) + tokens
+        """Tokens of the longest row, new ones included."""
         self._places = torch.tensor(places, device=device)
         self._starts = torch.tensor(starts, device=device)
         self._ranges = list(zip(places, starts, strict=True))
@@ -201,7 +187,9 @@ class PassRows:
         self._same_length = len(set(starts)) == 1
         starts_column = self._starts.unsqueeze(1)
         self.positions = starts_column + torch.arange(tokens, device=device)
+        """Of the new tokens, `[rows, tokens]`."""
         self.mask: torch.Tensor | None = None
+        """Which of `length` tokens each row has, `[rows, length]`; None if all."""
         if not self._same_length:
             self.mask = torch.arange(self.length, device=device) < starts_column + tokens
 
@@ -234,16 +222,10 @@ class TransformersDecoder:
     Rows with the same number of tokens share a forward pass: all rows that decode, and prompts of
     the same length. No row is padded, so that each is what it would be alone.
 
-    Parameters
-    ----------
-    model
-        An `AutoModelForCausalLM` in `eval` mode, whose layers all attend to all earlier tokens.
-    attached
-        What `engines.transformers.attach` returned for it.
-    max_sequences
-        Sequences to keep at a time: the scheduler's `max_begun`.
-    max_length
-        Tokens of a sequence; None is as many as the model has positions for.
+    `model` is an `AutoModelForCausalLM` in `eval` mode, whose layers all attend to all earlier
+    tokens, and `attached` what `engines.transformers.attach` returned for it. `max_sequences` is
+    the scheduler's `max_begun`; `max_length` limits the tokens of a sequence, by default to the
+    model's positions.
 
     The cache takes up to `max_sequences * max_length` tokens, each of two vectors of
     `num_key_value_heads * head_dim` numbers per layer. It grows as needed and does not shrink.

@@ -33,19 +33,9 @@ class WarmList:
     On entering, prefetch the adapters in the file. The file is written when the list has changed,
     at most every `pause` seconds, and replaced atomically. Tokens are never written.
 
-    Parameters
-    ----------
-    path
-        Its folder must exist; the file need not.
-    loader
-        Open; closed after it.
-    pause
-        Seconds between two writes.
-    admit
-        Return an adapter of the file as it is to be loaded, or None to omit it. By default each
-        is loaded as it is.
-
-    Raise `ConfigError` on entering, as `read_warm_list`.
+    The folder of `path` must exist; the file need not. The loader is open, and closed after it.
+    `admit` returns an adapter of the file as it is to be loaded, or None to omit it; by default
+    each is loaded as it is. Raise `ConfigError` on entering, as `read_warm_list`.
     """
 
     def __init__(
