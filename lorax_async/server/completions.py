@@ -144,13 +144,12 @@ def _submit(
     """Submit all generations or none; on leaving, cancel what is left."""
     service.require_room(len(generations))
     stops = (body.stop,) if isinstance(body.stop, str) else body.stop or ()
-    streams: list[TextStream] = []
-    texts = TextStreams(streams)
+    texts = TextStreams()
     try:
-        for index, generation in enumerate(generations):
+        for generation in generations:
             detokenizer = Detokenizer(service.prompts.tokenizer, generation.prompt)
             tokens = service.submit(generation, body.model)
-            streams.append(TextStream(index, tokens, detokenizer, StopStrings(stops)))
+            texts.add(tokens, detokenizer, StopStrings(stops))
         yield texts
     finally:
         texts.close()
@@ -167,79 +166,65 @@ class TextDelta(NamedTuple):
     finish: Finish | None = None
 
 
-class TextStream:
-    """The text of one sequence. `count` is its tokens so far."""
-
-    def __init__(
-        self, choice: int, tokens: ObservedTokens, detokenizer: Detokenizer, stops: StopStrings
-    ) -> None:
-        self._choice = choice
-        self._tokens = tokens
-        self._detokenizer = detokenizer
-        self._stops = stops
-        self.count = 0
-
-    async def deltas(self) -> AsyncGenerator[TextDelta]:
-        """Yield texts, then the end. Raise the `LoraxError` that ended it."""
-        stops = self._stops
-        async for token in self._tokens:
-            self.count += 1
-            text = stops.feed(self._detokenizer.feed(token))
-            if stops.hit:
-                self._tokens.cancel()
-            if text:
-                yield TextDelta(self._choice, text)
-            if stops.hit:
-                yield TextDelta(self._choice, "", "stop")
-                return
-        finish = self._tokens.finish
-        if finish is None:
-            raise InternalError("a generation ended without a reason")
-        if text := stops.end():
-            yield TextDelta(self._choice, text)
-        yield TextDelta(self._choice, "", finish)
-
-    def cancel(self) -> None:
-        self._tokens.cancel()
+async def _read_texts(
+    choice: int, tokens: ObservedTokens, detokenizer: Detokenizer, stops: StopStrings
+) -> AsyncGenerator[TextDelta]:
+    """Yield the texts of one sequence, then its end. Raise the `LoraxError` that ended it."""
+    async for token in tokens:
+        text = stops.feed(detokenizer.feed(token))
+        if stops.hit:
+            tokens.cancel()
+        if text:
+            yield TextDelta(choice, text)
+        if stops.hit:
+            yield TextDelta(choice, "", "stop")
+            return
+    if tokens.finish is None:
+        raise InternalError("a generation ended without a reason")
+    if text := stops.end():
+        yield TextDelta(choice, text)
+    yield TextDelta(choice, "", tokens.finish)
 
 
 class TextStreams:
-    """All sequences of one request, in the order in which their texts arrive, for one reader.
+    """All sequences of one request, for one reader. Closing it cancels their generations."""
 
-    Closing it cancels their generations.
-    """
-
-    def __init__(self, streams: Sequence[TextStream]) -> None:
-        self._streams = streams
+    def __init__(self) -> None:
+        self._tokens: list[ObservedTokens] = []
+        self._texts: list[AsyncGenerator[TextDelta]] = []
         self._tasks: list[asyncio.Task[None]] = []
 
+    def add(self, tokens: ObservedTokens, detokenizer: Detokenizer, stops: StopStrings) -> None:
+        self._texts.append(_read_texts(len(self._texts), tokens, detokenizer, stops))
+        self._tokens.append(tokens)
+
     def __len__(self) -> int:
-        return len(self._streams)
+        return len(self._tokens)
 
     @property
     def count(self) -> int:
         """Tokens received."""
-        return sum(stream.count for stream in self._streams)
+        return sum(tokens.count for tokens in self._tokens)
 
     def deltas(self) -> AsyncGenerator[TextDelta]:
-        """Yield the texts and ends of all sequences. Raise the first error that ended one."""
+        """Yield texts and ends as they arrive. Raise the first error that ended a sequence."""
         # One sequence, the usual case, needs no task.
-        return self._streams[0].deltas() if len(self._streams) == 1 else self._interleave()
+        return self._texts[0] if len(self._texts) == 1 else self._interleave()
 
     async def _interleave(self) -> AsyncGenerator[TextDelta]:
         ready = asyncio.Queue[TextDelta | Exception]()
 
-        async def read(stream: TextStream) -> None:
+        async def read(texts: AsyncGenerator[TextDelta]) -> None:
             try:
-                async for delta in stream.deltas():
+                async for delta in texts:
                     ready.put_nowait(delta)
                     await asyncio.sleep(0)  # sequences whose tokens are ready take turns
             except Exception as error:  # noqa: BLE001 - the reader raises it
                 ready.put_nowait(error)
 
-        for stream in self._streams:
-            self._tasks.append(asyncio.create_task(read(stream), name="lorax choice"))
-        running = len(self._streams)
+        for texts in self._texts:
+            self._tasks.append(asyncio.create_task(read(texts), name="lorax choice"))
+        running = len(self._texts)
         while running:
             item = await ready.get()
             if isinstance(item, Exception):
@@ -248,8 +233,8 @@ class TextStreams:
             yield item
 
     def close(self) -> None:
-        for stream in self._streams:
-            stream.cancel()
+        for tokens in self._tokens:
+            tokens.cancel()
         for task in self._tasks:
             task.cancel()
 

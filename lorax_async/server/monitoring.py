@@ -147,6 +147,8 @@ class ObservedTokens:
         metrics: ServerMetrics,
         recording: ColdRequest | None = None,
     ) -> None:
+        self.count = 0
+        """Tokens passed on."""
         self._tokens = tokens
         self._iterator = aiter(tokens)
         self._model = model
@@ -180,6 +182,7 @@ class ObservedTokens:
         self._histogram.observe(now - self._since)
         self._since = now
         metrics.tokens.inc()
+        self.count += 1
         if self._histogram is metrics.first:
             self._histogram = metrics.between
             if self._state is not None:
