@@ -42,7 +42,7 @@ from lorax_async.errors import ConfigError
 from lorax_async.handle import AdapterHandle
 from lorax_async.ids import Allow
 from lorax_async.loader import AdapterLoader
-from lorax_async.planning.layout import ModelLayout, Module, Parallelism
+from lorax_async.planning.layout import ModelLayout, Module
 from lorax_async.sources.local import CONFIG, WEIGHTS
 from lorax_async.types import AdapterRef, Verification
 
@@ -416,19 +416,19 @@ async def _stream_through(model: Any, loader: AdapterLoader, loads: Sequence[Loa
 def smollm2_layout() -> ModelLayout:
     """Return the layout of the demo's base: linear modules of 30 layers of hidden size 576."""
     hidden, middle, heads = 576, 1536, 192
-    shapes = (
-        ("self_attn.q_proj", hidden, hidden, Parallelism.COLUMN),
-        ("self_attn.k_proj", hidden, heads, Parallelism.COLUMN),
-        ("self_attn.v_proj", hidden, heads, Parallelism.COLUMN),
-        ("self_attn.o_proj", hidden, hidden, Parallelism.ROW),
-        ("mlp.gate_proj", hidden, middle, Parallelism.COLUMN),
-        ("mlp.up_proj", hidden, middle, Parallelism.COLUMN),
-        ("mlp.down_proj", middle, hidden, Parallelism.ROW),
-    )
+    shapes = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (hidden, heads),
+        "self_attn.v_proj": (hidden, heads),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (hidden, middle),
+        "mlp.up_proj": (hidden, middle),
+        "mlp.down_proj": (middle, hidden),
+    }
     modules = [
-        Module(f"model.layers.{layer}.{name}", into, out, layer, parallel)
+        Module(f"model.layers.{layer}.{name}", *shape, layer, layouts.parallel_of(name))
         for layer in range(30)
-        for name, into, out, parallel in shapes
+        for name, shape in shapes.items()
     ]
     return ModelLayout(tuple(modules), 30, "BF16", "model.")
 
