@@ -15,12 +15,11 @@ from lorax_async.concurrency import running_loop
 from lorax_async.config import Shard
 from lorax_async.devices.base import Device
 from lorax_async.errors import AdapterTimeoutError, LoraxError, Stage, UsageError
-from lorax_async.events import SlotId
 from lorax_async.formats.peft_names import TensorRole
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.transfer_plan import TableRow
 from lorax_async.runtime.leases import AdapterVectors, Lease
-from lorax_async.types import AdapterKey, Verification
+from lorax_async.types import Verification
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,7 +104,18 @@ class AdapterHandle:
         share: Callable[[Lease], Lease],
         shard: Shard | None = None,
     ) -> None:
+        occupancy = lease.occupancy
         self.id = id
+        self.key = occupancy.key
+        """The exact version of the adapter."""
+        self.slot = occupancy.grant.slot
+        """The column of the device's tables, and its generation."""
+        self.rank = occupancy.plan.rank
+        """The largest rank of its modules."""
+        self.nbytes = occupancy.plan.nbytes
+        """The adapter's bytes on the device."""
+        self.layers = occupancy.layers
+        """The layer groups with tensors: -1 before the layers, 0 … L-1, L after them."""
         self.device = device
         """The loader's device, with the tables that kernels read."""
         self.layout = layout
@@ -117,31 +127,6 @@ class AdapterHandle:
         self._lease = lease
         self._share = share
         lease.id = id
-
-    @property
-    def key(self) -> AdapterKey:
-        """The exact version of the adapter."""
-        return self._lease.occupancy.key
-
-    @property
-    def slot(self) -> SlotId:
-        """The column of the device's tables, and its generation."""
-        return self._lease.occupancy.grant.slot
-
-    @property
-    def rank(self) -> int:
-        """The largest rank of its modules."""
-        return self._lease.occupancy.plan.rank
-
-    @property
-    def nbytes(self) -> int:
-        """The adapter's bytes on the device."""
-        return self._lease.occupancy.plan.nbytes
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The layer groups with tensors: -1 before the layers, 0 … L-1, L after them."""
-        return self._lease.occupancy.layers
 
     @property
     def resident(self) -> bool:

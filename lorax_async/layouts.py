@@ -7,10 +7,10 @@ while the server starts, or in a thread.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
@@ -60,42 +60,28 @@ class AttentionShape:
     def key(self) -> FusedPart:
         return FusedPart(self.key_value_heads * self.head_dim, self.head_dim, replicable=True)
 
-    value = key
+    def fused(self, order: FusedOrder) -> Parts:
+        """Return the parts of the output of one module that computes q, k and v."""
+        if order == "falcon" and self.grouped:
+            unit = (self.heads // self.key_value_heads + 2) * self.head_dim
+            return (FusedPart(self.key_value_heads * unit, unit),)
+        if order == "by projection" or (order != "by head" and self.multi_query):
+            return self.query, self.key, self.key
+        return (FusedPart(3 * self.heads * self.head_dim, 3 * self.head_dim),)
 
 
 Parts = tuple[FusedPart, ...]
-Fused = Callable[[AttentionShape], Parts]
+FusedOrder = Literal["by projection", "by head", "bigcode", "falcon"]
+"""All q heads, then all k and all v; each head's q, k and v beside each other; or by the config."""
 
-
-def _by_projection(attention: AttentionShape) -> Parts:
-    """Return the parts of a fusion of all q heads, then all k heads, then all v heads."""
-    return attention.query, attention.key, attention.value
-
-
-def _by_head(attention: AttentionShape) -> Parts:
-    """Return the one part of a fusion with each head's q, k and v beside each other."""
-    return (FusedPart(3 * attention.heads * attention.head_dim, 3 * attention.head_dim),)
-
-
-def _bigcode_parts(attention: AttentionShape) -> Parts:
-    return _by_projection(attention) if attention.multi_query else _by_head(attention)
-
-
-def _falcon_parts(attention: AttentionShape) -> Parts:
-    if not attention.grouped:
-        return _bigcode_parts(attention)
-    unit = (attention.heads // attention.key_value_heads + 2) * attention.head_dim
-    return (FusedPart(attention.key_value_heads * unit, unit),)
-
-
-_FUSED: Mapping[tuple[str, str], Fused] = {
-    **{(kind, "c_attn"): _by_projection for kind in ("gpt2", "openai-gpt", "qwen")},
-    **{(kind, "qkv_proj"): _by_projection for kind in ("phi3", "phi4_multimodal")},
-    **{(kind, "Wqkv"): _by_projection for kind in ("mpt", "dbrx")},
-    ("gpt_bigcode", "c_attn"): _bigcode_parts,
-    ("falcon", "query_key_value"): _falcon_parts,
+_FUSED: Mapping[tuple[str, str], FusedOrder] = {
+    **{(kind, "c_attn"): "by projection" for kind in ("gpt2", "openai-gpt", "qwen")},
+    **{(kind, "qkv_proj"): "by projection" for kind in ("phi3", "phi4_multimodal")},
+    **{(kind, "Wqkv"): "by projection" for kind in ("mpt", "dbrx")},
+    ("gpt_bigcode", "c_attn"): "bigcode",
+    ("falcon", "query_key_value"): "falcon",
     **{
-        (kind, "query_key_value"): _by_head
+        (kind, "query_key_value"): "by head"
         for kind in ("bloom", "gpt_neox", "gpt_neox_japanese", "persimmon")
     },
 }
@@ -112,7 +98,10 @@ _PLAIN = {
 def parts_of(model: Any, name: str, out_features: int) -> Parts:
     """Return the parts of the output of `model`'s linear module `name`; empty if unknown."""
     last = name.rpartition(".")[2]
-    config = _nearest_config(model, name)
+    config, path = None, name
+    while config is None and path:  # that of the nearest module around it which has one
+        path = path.rpartition(".")[0]
+        config = getattr(model.get_submodule(path), "config", None)
     kind = getattr(config, "model_type", ""), last
     if kind in _PLAIN:
         return (FusedPart(out_features),)
@@ -127,19 +116,8 @@ def parts_of(model: Any, name: str, out_features: int) -> Parts:
     elif last in _KEY_VALUE:
         parts = (attention.key,)
     elif kind in _FUSED:
-        parts = _FUSED[kind](attention)
+        parts = attention.fused(_FUSED[kind])
     return parts if sum(part.size for part in parts) == out_features else ()
-
-
-def _nearest_config(model: Any, name: str) -> Any:
-    """Return the config of the nearest module that contains `name` and has one."""
-    path = name
-    while path:
-        path = path.rpartition(".")[0]
-        config = getattr(model.get_submodule(path), "config", None)
-        if config is not None:
-            return config
-    return None
 
 
 def _attention(module: Any, config: Any) -> AttentionShape | None:
@@ -211,7 +189,6 @@ def parallel_of(name: str) -> Parallelism:
 Dtype: TypeAlias = str | torch.dtype | None
 
 CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 
 _MATRICES = (TensorRole.A, TensorRole.B)
 
@@ -220,19 +197,11 @@ def from_pretrained(dir: str | Path, dtype: Dtype = None) -> ModelLayout:
     """Return the layout of the base model in a local folder, from its `config.json` alone.
 
     The model is built on the meta device: no weights are read, nothing is downloaded, and no code
-    from the folder is run.
+    from the folder is run. `dtype` is the one in which the server runs the base (torch's, or its
+    name), None the config's.
 
-    Parameters
-    ----------
-    dir
-        The folder.
-    dtype
-        The dtype in which the server runs the base (torch's, or its name); None for the config's.
-
-    Raises
-    ------
-    ConfigError
-        The folder has no config, transformers cannot build it, or the dtype is unknown.
+    Raise `ConfigError` if the folder has no config, transformers cannot build it, or the dtype is
+    unknown.
     """
     folder = Path(dir)
     if not (folder / "config.json").is_file():
@@ -242,7 +211,11 @@ def from_pretrained(dir: str | Path, dtype: Dtype = None) -> ModelLayout:
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
-            model = _build(transformers, config)
+            if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+                automatic: Any = transformers.AutoModelForCausalLM
+                model = automatic.from_config(config)
+            else:
+                model = getattr(transformers, (config.architectures or [""])[0])(config)
     except Exception as error:  # an untrusted config can make transformers raise anything
         raise ConfigError(
             f"transformers cannot build the model of {str(folder)!r} ({error}); build it yourself"
@@ -254,35 +227,17 @@ def from_pretrained(dir: str | Path, dtype: Dtype = None) -> ModelLayout:
     return from_module(model, dtype)
 
 
-def _build(transformers: Any, config: Any) -> nn.Module:
-    """Build the causal model of a config, or else the class named in it."""
-    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    else:
-        model = getattr(transformers, (config.architectures or [""])[0])(config)
-    assert isinstance(model, nn.Module)
-    return model
-
-
 def from_module(model: nn.Module, dtype: Dtype = None) -> ModelLayout:
     """Return the layout of a base model in memory or on the meta device, without adapters.
 
     Its modules are those that PEFT adapts: `nn.Linear`, transformers' `Conv1D`, and embeddings of
     tokens or positions. A linear module without a layer number comes before the layers if it does
-    so in the model, else after them; an embedding comes before them.
+    so in the model, else after them; an embedding comes before them. The class is that on which the
+    adapters were trained, or its form with or without a head. `dtype` is the one in which it
+    computes (torch's, or its name), None the most frequent one of its linear weights.
 
-    Parameters
-    ----------
-    model
-        The class on which the adapters were trained, or its form with or without a head.
-    dtype
-        The dtype in which it computes (torch's, or its name); None for the most frequent one of its
-        linear weights.
-
-    Raises
-    ------
-    ConfigError
-        The model has no numbered layers, has adapters attached, or its dtype is unknown.
+    Raise `ConfigError` if the model has no numbered layers, has adapters attached, or its dtype is
+    unknown.
     """
     modules: list[Module] = []
     linears: dict[str, Any] = {}
@@ -342,14 +297,8 @@ def from_adapter(dir: str | Path, *, limits: Limits | None = None) -> ModelLayou
     """Return a layout of the modules that one adapter targets, without its base model.
 
     The dtype is that of A and B, or F32 if they have several. `lm_head` comes after the layers, any
-    other module without a layer number before them.
-
-    Raises
-    ------
-    AdapterNotFoundError
-        The folder lacks one of the adapter's files.
-    AdapterFormatError, UnsupportedAdapterError
-        As for a load of this adapter.
+    other module without a layer number before them. Raise what a load of this adapter raises:
+    `AdapterNotFoundError`, `AdapterFormatError` or `UnsupportedAdapterError`.
     """
     folder, limits = Path(dir), limits or Limits()
     spec = parse_config(_read(folder / CONFIG_FILE, limits.max_config_bytes), limits)

@@ -211,19 +211,10 @@ class AdapterLoader:
 
         The result is a lease on their folder: no process removes it from the cache before the lease
         is released. Fetches and loads of one adapter share one download. The adapter is not
-        compared with the base model.
+        compared with the base model. A local adapter's folder is returned as it is.
 
-        Parameters
-        ----------
-        adapter_id, source, revision, token, digest, allow_stale, timeout
-            As for `load`. A local adapter's folder is returned as it is.
-
-        Raises
-        ------
-        AdapterError, CapacityError
-            As `load` does. A partial download stays, to be resumed.
-        UsageError
-            The id means a merge or tensors, which have no folder.
+        Parameters are those of `load`, and so are errors; a partial download stays, to be resumed.
+        Raise `UsageError` for a merge or tensors, which have no folder.
         """
         self._check_open()
         ref = as_ref(adapter_id, source, revision, token, digest, allow_stale=allow_stale)
@@ -277,17 +268,11 @@ class AdapterLoader:
         priority: int = 0,
         timeout: float | None = None,
     ) -> Prefetch:
-        """Start to load adapters in the background, after all waiting loads; take no lease.
+        """Start to load one adapter or several in the background; take no lease.
 
-        Parameters
-        ----------
-        ids
-            One id or several.
-        tier
-            "disk" (files on disk and checked), "host" (in memory; held there, within `host_bytes`,
-            if they are below an immutable `LocalRoot`), or "device".
-        priority, timeout
-            As for `load`, among prefetches.
+        They come after all waiting loads; `priority` and `timeout` are as for `load`, among
+        prefetches. `tier` is "disk" (files on disk and checked), "host" (in memory; held there,
+        within `host_bytes`, if they are below an immutable `LocalRoot`), or "device".
         """
         self._check_open()
         wanted = TIERS.get(tier)
@@ -323,12 +308,8 @@ class AdapterLoader:
         Wait at most `timeout` seconds (None: the config's) for leases; new loads of the adapter
         wait meanwhile. No effect if the loader does not know the adapter.
 
-        Raises
-        ------
-        AdapterInUseError
-            It is still leased; the error names the holders' tasks. The adapter stays.
-        AdapterTimeoutError
-            It has no leases but could not be removed in time. The adapter stays.
+        Raise `AdapterInUseError` if it is still leased then, with the holders' tasks, or
+        `AdapterTimeoutError` if it could not be removed in time. The adapter stays in both cases.
         """
         self._check_open()
         ref, seconds = as_ref(adapter_id), self.config.seconds(timeout)
@@ -399,19 +380,10 @@ class AdapterLoader:
         its pins change to them in one step. Holders and waiters keep the old version, which leaves
         after the last of them. Calls for one id take effect in the order in which they began.
 
-        Parameters
-        ----------
-        adapter_id
-            A `str`, a `pathlib.Path` or an `AdapterRef`, loaded before or not. Without a token, it
-            is replaced for every token.
-        tensors, config, timeout, priority
-            As for `load_tensors`.
-
-        Raises
-        ------
-        AdapterError, CapacityError, UsageError
-            As `load_tensors` does; `CapacityError` also if there is no room beside a pinned old
-            version. The id then keeps its meaning.
+        The id is a `str`, a `pathlib.Path` or an `AdapterRef`, loaded before or not; without a
+        token, it is replaced for every token. Other parameters and errors are those of
+        `load_tensors`; raise `CapacityError` also if there is no room beside a pinned old version.
+        The id then keeps its meaning.
         """
         self._check_open()
         ref = as_ref(adapter_id)
@@ -457,7 +429,7 @@ class AdapterLoader:
         return Placement(
             driver.lifecycle.states,
             driver.files.holds,
-            assembly.copied_bytes,
+            assembly.copies.sizes,
             known=assembly.resolver.known,
             story=driver.telemetry.story,
             usage=assembly.usage,
@@ -492,13 +464,9 @@ class AdapterLoader:
     def trace(self, *, limit: int = TRACE_LIMIT) -> Trace:
         """Return a trace that records spans of all work within `with loader.trace() as trace:`.
 
-        Several traces may record at once.
-
-        Parameters
-        ----------
-        limit
-            Spans kept, of about 500 bytes each, and as many again of "compute", of which a pass has
-            some per layer. Beyond it the oldest are dropped and counted.
+        Several traces may record at once. `limit` spans are kept, of about 500 bytes each, and as
+        many again of "compute", of which a pass has some per layer. Beyond it the oldest are
+        dropped and counted.
         """
         self._check_open()
         occupancies = self._driver.lease_table.occupancies

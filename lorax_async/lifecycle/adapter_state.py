@@ -153,11 +153,6 @@ class GroupSizes:
     def __post_init__(self) -> None:
         object.__setattr__(self, "largest", max(self.group_nbytes, default=1))
 
-    @property
-    def held_nbytes(self) -> int:
-        """Bytes that the adapter takes from the host tier's budget."""
-        return self.file_nbytes if self.holdable else 0
-
 
 @dataclass(frozen=True, slots=True)
 class SlotGrant:

@@ -135,7 +135,7 @@ class HostTierQueue:
             return None
         head = self._states[key]
         assert head.needs is not None
-        nbytes = head.needs.held_nbytes
+        nbytes = head.needs.file_nbytes if head.needs.holdable else 0
         if nbytes > self._budget.nbytes:
             return self._refuse(head, nbytes)
         if nbytes > self._budget.free:
@@ -257,7 +257,8 @@ class SlotQueue:
         head = self._head
         if head is None or head.needs is None:
             return self._cancel_eviction()
-        if self._is_blocked(head):
+        due = self._blocked_until(head)
+        if due is not None and self.now < due:
             return None
         grant = self._residency.claim(head.key, head.needs)
         if grant is not None:
@@ -279,12 +280,9 @@ class SlotQueue:
             self._blocked = (_head_identity(head), self._next_attempt_at(head))
         return victim
 
-    def _is_blocked(self, head: AdapterState) -> bool:
-        return (
-            self._blocked is not None
-            and self._blocked[0] == _head_identity(head)
-            and self.now < self._blocked[1]
-        )
+    def _blocked_until(self, head: AdapterState) -> float | None:
+        blocked = self._blocked
+        return blocked[1] if blocked and blocked[0] == _head_identity(head) else None
 
     def _cancel_eviction(self) -> AdapterState | None:
         """Keep a leased adapter that is leaving, as no adapter waits for its slot."""
@@ -304,8 +302,9 @@ class SlotQueue:
         head = self._head
         if head is None:
             return None
-        waits = self._blocked is not None and self._blocked[0] == _head_identity(head)
-        due = self._blocked[1] if self._blocked and waits else self._next_attempt_at(head)
+        due = self._blocked_until(head)
+        if due is None:
+            due = self._next_attempt_at(head)
         return due if self.now < due < float("inf") else None
 
     def _next_attempt_at(self, head: AdapterState) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -40,7 +40,6 @@ from lorax_async.sources.local import LocalSource
 from lorax_async.sources.router import SourceRouter
 from lorax_async.sources.tensors import MemorySource
 from lorax_async.tracing.recorder import Tracer
-from lorax_async.types import AdapterKey
 
 MOVE_BYTES = 4 << 20
 """Bytes per cast through staging: few calls, and several casts fit the default ring."""
@@ -69,9 +68,9 @@ class Assembly:
         self._cache = OwnCache(config)
         self.tracer = Tracer()
         self._remote = make_remote_source(config, self._cache, self.tracer)
-        self._copies = HostCopies(config.memory_bytes, self._cache.get if config.spill else None)
+        self.copies = HostCopies(config.memory_bytes, self._cache.get if config.spill else None)
         self._memory = MemorySource(
-            self._copies,
+            self.copies,
             sharding.whole,
             dtype=config.storage_dtype,
             limits=config.limits,
@@ -97,7 +96,7 @@ class Assembly:
             staging, images = await loop.run_in_executor(self._metadata, self._allocate_memory)
             self.driver = self._make_driver(staging, images)
             telemetry = self.driver.telemetry
-            self.driver.waiter_table.in_memory = self._copies.in_memory
+            self.driver.waiter_table.in_memory = self.copies.in_memory
             self.resolver = Resolver(self._source, telemetry, self._config.revalidate)
             self.digests = DigestChecks(self._source, telemetry, check_open)
             self.acquiring = Acquirer(self.resolver, self.driver, self.digests, check_open)
@@ -162,11 +161,6 @@ class Assembly:
             before_use=config.verify == "before_use",
         )
 
-    @property
-    def copied_bytes(self) -> Mapping[AdapterKey, int]:
-        """The bytes of each adapter from tensors, and of each merge, in host memory."""
-        return self._copies.sizes
-
     def statistics(self) -> Statistics:
         """Return totals; after `close`, the last ones."""
         budgets = self.driver.lifecycle.budgets
@@ -177,13 +171,13 @@ class Assembly:
         }
         return replace(
             self.driver.telemetry.statistics(),
-            spills=self._copies.spills,
+            spills=self.copies.spills,
             evictions=MappingProxyType(evictions),
         )
 
     def usage(self) -> Usage:
         """Return the use of all budgets, also after `close`."""
-        budgets, copies, cached = self.driver.lifecycle.budgets, self._copies, self._cache.last_used
+        budgets, copies, cached = self.driver.lifecycle.budgets, self.copies, self._cache.last_used
         device, host, arena = budgets.device, budgets.host, budgets.device.arena
         pinned, leases = budgets.images.arena, self.driver.lease_table.leases
         return Usage(
@@ -208,9 +202,9 @@ class Assembly:
             await self.resolver.stop()
             await self.digests.stop()
             await self.acquiring.stop()
-            self._copies.clear()
+            self.copies.clear()
             await in_own_thread("lorax-stop", self._end)
-            self._copies.clear()  # again, for copies of calls that ended meanwhile
+            self.copies.clear()  # again, for copies of calls that ended meanwhile
 
     def _abort(self) -> None:
         self._metadata.shutdown()

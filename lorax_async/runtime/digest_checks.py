@@ -99,7 +99,8 @@ class DigestChecks:
             error = problem.located(key=key, story=self._telemetry.story(key))
         except Exception as problem:  # noqa: BLE001 - becomes the lease's error
             error = InternalError.caused_by(problem, "a digest was not compared", key=key)
-        promise.settle(_verification_by_caller(ref), error)
+        digest = ref.digest if isinstance(ref, AdapterRef) else None
+        promise.settle(None if digest is None else Verification("sha256", digest), error)
         occupancy.wake_threads()
         occupancy.wake_tasks()
 
@@ -136,12 +137,6 @@ def _expected_digests(ref: Ref, key: AdapterKey) -> list[tuple[AdapterKey, str]]
         and isinstance(part, AdapterRef)
         and part.digest is not None
     ]
-
-
-def _verification_by_caller(ref: Ref) -> Verification | None:
-    """Return the verification by the digest in `ref`, if it has one."""
-    digest = ref.digest if isinstance(ref, AdapterRef) else None
-    return None if digest is None else Verification("sha256", digest)
 
 
 def _mismatch(key: AdapterKey, digest: str, expected: str) -> IntegrityError:

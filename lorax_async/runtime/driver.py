@@ -343,22 +343,13 @@ class Driver:
                 raise InternalError(f"unknown command {command}")
 
     def _take_slot(self, command: commands.TakeSlot) -> None:
-        self.telemetry.granted(command.key, command.since, monotonic())
-        plan, life = self.files.plans[command.key], self.lifecycle.states[command.key]
-        occupancy = self.lease_table.occupy(
-            command.key,
-            command.grant,
-            plan,
-            self.files.verifications.get(command.key),
-            lambda: life.has_arrived,
-        )
-        self._occupancy_times.record_grant(command.grant.slot.index, command.key, plan.nbytes)
+        key, grant, plan = command.key, command.grant, self.files.plans[command.key]
+        self.telemetry.granted(key, command.since, monotonic())
+        verification = self.files.verifications.get(key)
+        occupancy = self.lease_table.occupy(key, grant, plan, verification)
+        self._occupancy_times.record_grant(grant.slot.index, key, plan.nbytes)
         self._publish(
-            SlotGranted,
-            command.key,
-            slot=command.grant.slot,
-            nbytes=plan.nbytes,
-            layers=occupancy.layers,
+            SlotGranted, key, slot=grant.slot, nbytes=plan.nbytes, layers=occupancy.layers
         )
 
     def _clear_column(self, command: commands.ClearColumn) -> None:

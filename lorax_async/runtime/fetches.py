@@ -160,16 +160,16 @@ class FetchTasks:
         control, refuse = self._controls.get(key), self._refusals.get(key)
         if control is not None:
             control.refused = error
-        if refuse is not None:
-            self._spawn("refuse", key, self._refuse_weights(key, error, refuse))
+        if refuse is None:
+            return
 
-    async def _refuse_weights(
-        self, key: AdapterKey, error: LoraxError, refuse: RefusalCallback
-    ) -> None:
-        try:
-            await refuse(error, weights=True)
-        except LoraxError as problem:
-            _logger.warning("the invalid copy of %s was not dropped: %s", key, problem)
+        async def drop_copy() -> None:
+            try:
+                await refuse(error, weights=True)
+            except LoraxError as problem:
+                _logger.warning("the invalid copy of %s was not dropped: %s", key, problem)
+
+        self._spawn("refuse", key, drop_copy())
 
     def cancel_fetch(self, key: AdapterKey) -> None:
         self._controls[key].cancel()

@@ -324,15 +324,12 @@ class LeaseTable:
         self._lease_quiet = lease_quiet
 
     def occupy(
-        self,
-        key: AdapterKey,
-        grant: SlotGrant,
-        plan: TransferPlan,
-        verification: Verification | None,
-        has_arrived: Callable[[], bool],
+        self, key: AdapterKey, grant: SlotGrant, plan: TransferPlan, verified: Verification | None
     ) -> SlotOccupancy:
-        occupancy = SlotOccupancy(key, grant, plan, self._num_layers, verification, has_arrived)
-        self.occupancies[key] = occupancy
+        life = self._lifecycle.states[key]
+        occupancy = self.occupancies[key] = SlotOccupancy(
+            key, grant, plan, self._num_layers, verified, lambda: life.has_arrived
+        )
         return occupancy
 
     def vacate(self, key: AdapterKey) -> None:
