@@ -346,19 +346,29 @@ class LoraWeights(AdapterWeights):
 
     def _take(self, a: torch.Tensor, b: torch.Tensor, local_rank: int, config: LoraConfig) -> None:
         self.lora_a_r, self.lora_b_r = local_rank, b.shape[1]
-        self.weights_a, self.weights_b, self.adapter_config = a, b, config
+        self._weights_a, self._weights_b, self.adapter_config = a, b, config
         self._turned = {"a": a} if local_rank in BY_RANK else {}
         self._turning = Lock()
 
     @property
+    def weights_a(self) -> torch.Tensor:
+        """`[layers, r, in]` for a rank from 16 to 128, else `[layers, in, r]`."""
+        return self._weights_a
+
+    @property
+    def weights_b(self) -> torch.Tensor:
+        """`[layers, r, out]`."""
+        return self._weights_b
+
+    @property
     def weights_a_t(self) -> torch.Tensor:
         """`[layers, r, in]`, as decoding takes it: the same memory where A is stored so."""
-        return self._turn("a", self.weights_a)
+        return self._turn("a", self._weights_a)
 
     @property
     def weights_b_t(self) -> torch.Tensor:
         """`[layers, out, r]`, as decoding takes it: copied once, which takes milliseconds."""
-        return self._turn("b", self.weights_b)
+        return self._turn("b", self._weights_b)
 
     def _turn(self, which: str, stored: torch.Tensor) -> torch.Tensor:
         with self._turning:  # a second copy would free the first while kernels use its address
