@@ -331,8 +331,6 @@ POPULATE_READ = 22
 POPULATE_WRITE = 23
 """MADV_POPULATE_… of Linux 5.14, missing from Python's mmap. EINVAL on older kernels."""
 
-WILLNEED = mmap.MADV_WILLNEED
-
 _MLOCK_ONFAULT = 1
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
@@ -424,7 +422,7 @@ class MappedFile:
         code = madvise(address, nbytes, POPULATE_READ)
         if code == errno.EINVAL:
             self._populates = False
-            code = madvise(address, nbytes, WILLNEED)
+            code = madvise(address, nbytes, mmap.MADV_WILLNEED)
         if code == errno.EFAULT:
             raise IntegrityError(
                 f"{self._name} ends before byte {self.nbytes:,}, or its disk fails; load the"

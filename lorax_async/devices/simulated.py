@@ -141,27 +141,11 @@ class SimulatedDevice:
     copy runs, writes them, and then the rows. Clearing a column poisons its extents. Submit compute
     by `SimulatedStream.run`: `compute` is the default stream, `stream` creates others.
 
-    Parameters
-    ----------
-    layout, dtype, nbytes, slots
-        As for `CpuDevice`.
-    bytes_per_second
-        The bandwidth of the simulated link; None is infinite.
-    seconds_per_copy
-        The latency of each copy on the link.
-
-    Attributes
-    ----------
-    gate
-        The copy stream stops while it is cleared. Set initially, and by `close`.
-    delay
-        Real seconds by which each copy is delayed.
-    failing
-        Numbers of copies, from 0, whose tickets fail when they run.
-    copies
-        The number of copies submitted.
-    clock
-        Simulated seconds of link time. No thread sleeps for them.
+    The first parameters are as for `CpuDevice`. The simulated link has `bytes_per_second` (None is
+    infinite) and a latency of `seconds_per_copy`; `clock` counts its seconds, for which no thread
+    sleeps. `delay` delays each copy by real seconds. The copy stream stops while `gate` is cleared;
+    `close` sets it. `copies` counts those submitted; tickets fail when they run for those whose
+    numbers, from 0, are in `failing`.
     """
 
     name = "simulated"

@@ -152,18 +152,14 @@ def stream_on(device: torch.device, stream: object | None) -> torch.Stream:
             device_index=stream.device_index,
             device_type=stream.device_type,
         )
-    if _is_capturing(stream):
+    query = getattr(stream, "is_capturing", None)  # newer than the oldest supported torch
+    if query is None and torch.cuda.is_available():
+        query = torch.cuda.is_current_stream_capturing
+    if query is not None and query():
         raise UsageError(
             "the stream is being captured; wait for copies, and note uses, around the replay"
         )
     return stream
-
-
-def _is_capturing(stream: torch.Stream) -> bool:
-    query = getattr(stream, "is_capturing", None)  # newer than the oldest supported torch
-    if query is not None:
-        return bool(query())
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 _RETRY_SECONDS = 0.005

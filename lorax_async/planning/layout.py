@@ -37,23 +37,12 @@ class FusedPart:
 class Module:
     """One linear module of a base model, or an embedding.
 
-    Attributes
-    ----------
-    name
-        Its path in the base model, as in `named_modules`.
-    in_features, out_features
-        An adapter's A is `[rank, in_features]`, its B `[out_features, rank]`.
-    layer
-        Its layer group: -1 before the layers, 0 … L-1, L after them.
-    parallel
-        How tensor parallelism cuts it.
-    transposed
-        Whether the base stores the weight as `[in, out]` (GPT-2's Conv1D). Does not affect A and B.
-    parts
-        The parts of a fused output or one with heads; their sizes sum to `out_features`. Empty
-        means one part that can be cut anywhere.
-    embedding
-        Whether it is an embedding; `in_features` is then the size of the vocabulary.
+    `name` is its path in the base model, as in `named_modules`. An adapter's A is
+    `[rank, in_features]`, its B `[out_features, rank]`; the `in_features` of an `embedding` are the
+    size of the vocabulary. `layer` is its layer group: -1 before the layers, 0 … L-1, L after them.
+    `transposed` is whether the base stores the weight as `[in, out]` (GPT-2's Conv1D), which does
+    not affect A and B. `parts` are those of a fused output or one with heads, whose sizes sum to
+    `out_features`; none means one part that can be cut anywhere.
     """
 
     name: str
@@ -70,22 +59,10 @@ class Module:
 class ModelLayout:
     """The linear modules of one base model, in layer order. Immutable, equal and hashed by value.
 
-    Parameters
-    ----------
-    modules
-        In any order; stored in layer order, stably sorted. The position in this sorted tuple
-        indexes the device's tables.
-    num_layers
-        The number of layers, L.
-    dtype
-        The dtype the model computes in: "F32", "F16" or "BF16".
-    backbone_prefix
-        The prefix of the backbone's names in a model with a head ("model."), or "".
-
-    Raises
-    ------
-    ConfigError
-        The values are inconsistent.
+    `modules` may be given in any order; they are stored in layer order, stably sorted, and the
+    position in this tuple indexes the device's tables. `dtype`, which the model computes in, is
+    "F32", "F16" or "BF16". `backbone_prefix` is the prefix of the backbone's names in a model with
+    a head ("model."), or "". Raise `ConfigError` for inconsistent values.
     """
 
     modules: tuple[Module, ...]
