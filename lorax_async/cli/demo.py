@@ -14,11 +14,12 @@ from base64 import b64encode
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import copy_context
 from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from lorax_async import layouts
 from lorax_async.cli.command_line import (
@@ -37,6 +38,7 @@ from lorax_async.cli.command_line import (
 from lorax_async.cli.load import LoadProgress, LoopStall, create_loads, load_at_once, with_ticker
 from lorax_async.cli.serve import serve_commands
 from lorax_async.cli.timeline import add_trace, record_trace
+from lorax_async.concurrency import IsWanted, in_thread
 from lorax_async.config import LoaderConfig
 from lorax_async.errors import ConfigError
 from lorax_async.handle import AdapterHandle
@@ -65,8 +67,6 @@ CHUNK = 8 << 10
 COLUMNS = 50
 _HEIGHTS = "▁▂▃▄▅▆▇█"
 _RANGE = re.compile(r"bytes=([0-9]{1,15})-([0-9]{1,15})")
-
-T = TypeVar("T")
 
 
 def add_to(add: AddParser) -> None:
@@ -228,8 +228,9 @@ async def _run_demo(
             with terminal.steps() as report, attach(model, loader) as attached:
                 report("four rows, one batch: the base and the three adapters")
                 with attached.batch(rows):
-                    answers = await _in_thread(
-                        lambda stop: _answer(model, tokenizer, prompt, len(rows), stop)
+                    run = copy_context().run  # the batch assigns rows in this context
+                    answers = await in_thread(
+                        lambda wanted: run(_answer, model, tokenizer, prompt, len(rows), wanted)
                     )
             generated = time.perf_counter() - began
         finally:
@@ -249,27 +250,15 @@ async def _run_demo(
     }
 
 
-async def _in_thread(work: Callable[[threading.Event], T]) -> T:
-    """Run `work` in a thread. On cancellation, set its event and wait for its end."""
-    stop = threading.Event()
-    thread = asyncio.ensure_future(asyncio.to_thread(work, stop))
-    try:
-        return await asyncio.shield(thread)
-    except asyncio.CancelledError:
-        stop.set()
-        await asyncio.wait([thread])
-        raise
-
-
 def _answer(
-    model: Any, tokenizer: Any, prompt: str, rows: int, stop: threading.Event
+    model: Any, tokenizer: Any, prompt: str, rows: int, is_wanted: IsWanted
 ) -> list[tuple[str, bool]]:
     """Answer the prompt greedily in `rows` rows; return each text and whether it was cut."""
     import torch  # noqa: PLC0415
     from transformers import StoppingCriteriaList  # noqa: PLC0415
 
     def is_stopped(ids: torch.Tensor, _: object, **__: object) -> torch.Tensor:
-        return torch.full((len(ids),), stop.is_set(), device=ids.device)
+        return torch.full((len(ids),), not is_wanted(), device=ids.device)
 
     chat = [{"role": "user", "content": prompt}]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
