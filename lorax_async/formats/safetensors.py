@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from operator import itemgetter
 from types import MappingProxyType
 from typing import Final, NamedTuple, TypeAlias
@@ -269,22 +268,20 @@ def _nbytes(name: str, dtype: str, shape: tuple[int, ...], limits: Limits) -> in
 
 def _check_tiling(spans: list[TensorSpan], data_start: int, file_size: int) -> None:
     """Check that the sorted spans tile the file's data without holes, overlaps or a rest."""
-    if spans and spans[0].start > data_start:
-        hole = spans[0].start - data_start
-        raise _malformed_error(spans[0].name, f"a hole of {hole:,} bytes before it")
-    for one, two in pairwise(spans):
-        if two.start < one.stop:
-            raise _malformed_error(two.name, f"bytes overlap those of {quoted(one.name)}")
-        if two.start > one.stop:
-            raise _malformed_error(two.name, f"a hole of {two.start - one.stop:,} bytes before it")
-    end = spans[-1].stop if spans else data_start
+    end, before = data_start, ""
+    for span in spans:
+        if span.start < end:
+            raise _malformed_error(span.name, f"bytes overlap those of {quoted(before)}")
+        if span.start > end:
+            raise _malformed_error(span.name, f"a hole of {span.start - end:,} bytes before it")
+        end, before = span.stop, span.name
     if end < file_size:
         raise AdapterFormatError(
             f"{_WHAT}: {file_size - end:,} bytes after the last tensor; {_RESAVE}"
         )
     if end > file_size:
         raise AdapterFormatError(
-            f"tensor {quoted(spans[-1].name)}: the file ends {end - file_size:,} bytes before it"
+            f"tensor {quoted(before)}: the file ends {end - file_size:,} bytes before it"
             " does; fetch it again"
         )
 
