@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from lorax_async.errors import ConfigError, UsageError, shorten
-from lorax_async.ids import Allow, as_allow
+from lorax_async.ids import Allow as Allow  # noqa: PLC0414 - exported
+from lorax_async.ids import as_allow
 from lorax_async.types import (
     MAX_SECONDS,
     require_bool,

@@ -397,19 +397,15 @@ class Acquirer:
 
         If so, wait until they stop changing.
         """
-        if isinstance(ref, AdapterKey) or not await self._is_changed(ref, key, error):
-            return False
-        await self._wait_until_settled(ref)
-        return True
+        changed = await self._is_changed(ref, key, error)
+        if changed:
+            await self._wait_until_settled(ref)
+        return changed
 
     async def _is_changed(self, ref: Ref, key: AdapterKey, error: LoraxError) -> bool:
         """Return whether `ref` means other local files now, and `error` may result from that."""
-        local = bool(key.files) and not isinstance(key, RemoteKey)
-        if (
-            isinstance(ref, AdapterKey)
-            or not local
-            or not isinstance(error, _ERRORS_OF_CHANGED_FILES)
-        ):
+        local = bool(key.files) and not isinstance(key, RemoteKey) and ref != key
+        if not local or not isinstance(error, _ERRORS_OF_CHANGED_FILES):
             return False
         latest = await self._latest(ref)
         saved = max(max(file.mtime_ns, file.ctime_ns) for file in key.files)
@@ -446,13 +442,11 @@ class Acquirer:
         exists while a re-fetch is possible.
         """
         lease = await pending_load.future
-        if (
-            lease is None
-            or tier is not WantedTier.STREAM
-            or not isinstance(pending_load.key, RemoteKey | MergedKey)
-        ):
-            return lease
-        if not lease.occupancy.complete:
+        if lease is not None:
+            lease.stale = is_stale(pending_load.key)
+        evictable = isinstance(pending_load.key, RemoteKey | MergedKey)
+        streamed = tier is WantedTier.STREAM and evictable
+        if lease is not None and streamed and not lease.occupancy.complete:
             try:
                 await self._driver.files.require_readable(pending_load.key)
             except FetchError:
@@ -467,9 +461,7 @@ class Acquirer:
     ) -> None:
         if lease is None:
             await self._digests.compare(ref, key, self._driver.files.verifications.get(key))
-            return
-        lease.stale = is_stale(key)
-        if tier is WantedTier.STREAM:
+        elif tier is WantedTier.STREAM:
             self._digests.watch(ref, key, lease)
         else:
             await self._digests.watch_and_wait(ref, key, lease)
