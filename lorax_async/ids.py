@@ -116,6 +116,12 @@ class ParsedRef(AdapterRef):
 
     place: Place = field(kw_only=True, compare=False)
 
+    @property
+    def plain(self) -> AdapterRef:
+        """As a reference that equals those of other callers."""
+        options = (self.token, self.digest, self.allow_stale, self.use_token)
+        return AdapterRef(self.id, self.source, self.revision, *options)
+
 
 @dataclass(frozen=True, slots=True)
 class Allow:
@@ -407,8 +413,7 @@ def parse_adapter_id(text: str, allow: Sequence[Allow] = ()) -> AdapterRef:
     AccessDeniedError
         No entry allows it.
     """
-    ref = parse_allowed_ref(AdapterRef(text), allow)
-    return AdapterRef(ref.id, ref.source, ref.revision)
+    return parse_allowed_ref(AdapterRef(text), allow).plain
 
 
 def parse_allowed_ref(ref: AdapterRef, allow: Sequence[Allow]) -> ParsedRef:

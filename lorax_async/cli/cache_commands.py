@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lorax_async.cache import disk_cache
@@ -236,7 +236,7 @@ def _at_revision(ref: AdapterRef, revision: str | None) -> AdapterRef:
         raise InvalidAdapterIdError(
             "the id and --revision name different revisions; use one of them", id=ref.text
         )
-    return parse_ref(AdapterRef(ref.id, ref.source, revision, use_token=ref.use_token))
+    return parse_ref(replace(ref, revision=revision)).plain
 
 
 # -- cache ls -------------------------------------------------------------------------------------

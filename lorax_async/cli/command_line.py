@@ -188,7 +188,7 @@ def as_id(text: str) -> AdapterRef:
     except InvalidAdapterIdError as error:  # do not repeat the text: it may hold a secret
         raise argparse.ArgumentTypeError(error.problem) from None
     try:
-        ref = parse_ref(ref)
+        ref = parse_ref(ref).plain
     except InvalidAdapterIdError as error:
         raise argparse.ArgumentTypeError(f"{shorten(text, 200)!r}: {error.problem}") from None
     if ref.source == "local":
