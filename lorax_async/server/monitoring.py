@@ -280,20 +280,22 @@ class ColdRequests:
         Only the operator sees all names in it.
         """
 
-        def version() -> tuple[ColdRequest | None, tuple[tuple[str, AdapterId], ...] | None]:
+        def version() -> tuple[int, tuple[tuple[str, AdapterId], ...] | None]:
+            last = self.last(operator=operator)
             names = None if operator else tuple(self._names.adapters.items())
-            return self.last(operator=operator), names
+            return last.number if last is not None else 0, names
 
         async with self._encoding:
             wanted, content = self._encoded.get(operator, (None, None))
             if wanted == version():
                 return content
             await asyncio.sleep(max(0.0, self._resting_until - time.monotonic()))
-            request, names = wanted = version()  # it may have changed meanwhile
-            if request is None:
+            last = self.last(operator=operator)
+            if last is None:
                 return None
+            wanted = version()  # it may have changed meanwhile
             began = time.monotonic()
-            content = await asyncio.to_thread(request.encoded, names)
+            content = await asyncio.to_thread(last.encoded, wanted[1])
             self._resting_until = time.monotonic() + REST_FACTOR * (time.monotonic() - began)
             self._encoded[operator] = wanted, content
             return content
