@@ -43,7 +43,7 @@ from lorax_async.runtime.pins import PinTable
 from lorax_async.runtime.telemetry import Telemetry
 from lorax_async.runtime.waiters import WaiterTable
 from lorax_async.sources.base import Source
-from lorax_async.tracing.recorder import OccupancyTimes, Tracer
+from lorax_async.tracing.recorder import Tracer
 from lorax_async.types import AdapterKey
 
 UnloadCallback = Callable[[AdapterKey], None]
@@ -104,7 +104,6 @@ class Driver:
             low_water=lifecycle.budgets.device.copies_free // 2,
             images=images,
         )
-        self._occupancy_times = OccupancyTimes(tracer)
         self._commands: deque[Command] = deque()
         self._executing = self._reporting = self._unloading = False
         self._unload_callbacks: dict[AdapterKey, UnloadCallback] = {}
@@ -327,7 +326,6 @@ class Driver:
                 self.lease_table.occupancies[key].fail(self._located(key, command.error))
             case commands.NotifyLeaving():
                 self.telemetry.count("departures")
-                self._occupancy_times.record_leaving(command.grant.slot.index)
                 self._publish(Leaving, key, slot=command.grant.slot)
             case commands.NotifyStays():
                 if self.lease_table.occupancies[key].complete:  # else published with the last layer
@@ -347,7 +345,6 @@ class Driver:
         self.telemetry.granted(key, command.since, monotonic())
         verification = self.files.verifications.get(key)
         occupancy = self.lease_table.occupy(key, grant, plan, verification)
-        self._occupancy_times.record_grant(grant.slot.index, key, plan.nbytes)
         self._publish(
             SlotGranted, key, slot=grant.slot, nbytes=plan.nbytes, layers=occupancy.layers
         )
@@ -356,7 +353,8 @@ class Driver:
         try:
             self.device.clear_column(command.grant.slot.index)
         finally:  # the slot is free even if the device raises
-            self._occupancy_times.record_free(command.grant.slot.index)
+            if (recorder := self.telemetry.tracer.on) is not None:
+                recorder.end_occupancy(command.grant.slot.index)
             self.lease_table.vacate(command.key)
             self.telemetry.shorten(command.key)
             self.files.close_idle_reader(command.key)
@@ -369,8 +367,6 @@ class Driver:
         self.telemetry.count_failure(error)
         life = self.lifecycle.states.get(key)
         grant = life.grant if life is not None else None
-        if grant is not None:
-            self._occupancy_times.record_leaving(grant.slot.index, type(error).__name__)
         self._publish(Failed, key, slot=grant.slot if grant else None, error=error)
 
     def _located(self, key: AdapterKey, error: LoraxError) -> LoraxError:
@@ -381,9 +377,8 @@ class Driver:
     def _notify_ready(self, command: commands.NotifyReady) -> None:
         occupancy = self.lease_table.occupancies[command.key]
         slot = command.grant.slot
-        self._occupancy_times.record_ready(
-            slot.index, occupancy.layers, command.watermark, last=command.last
-        )
+        if (recorder := self.telemetry.tracer.on) is not None:
+            recorder.record_ready(slot.index, occupancy.layers, command.watermark)
         occupancy.advance(command.watermark)
         if self.telemetry.has_subscribers:
             layer = occupancy.layers[command.watermark - 1]

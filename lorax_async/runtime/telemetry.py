@@ -105,6 +105,8 @@ class Telemetry:
         if not isinstance(event, BytesMoved | LayerReady | HeaderChecked | CallEvent):
             story = self._stories.get(event.key, ())
             self._stories[event.key] = (*story[1 - STORY_LENGTH :], event)
+            if self.tracer.on is not None:
+                self.tracer.on.note(event)
         for kind, callback in tuple(self._subscribers.values()):
             if not isinstance(event, kind):
                 continue

@@ -7,7 +7,8 @@
     if recorder is not None:
         recorder.add("copies", "stream", "layer 3", start, now(), {"bytes": 4096})
 
-`CopyTimes`, `LayerTimes` and `OccupancyTimes` record the spans of one subject each.
+`CopyTimes` and `LayerTimes` record the spans of one subject each; `Recorder.note` makes the spans
+of slots out of the loader's events.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from threading import current_thread, get_ident
 from time import perf_counter_ns
 from typing import Literal, NamedTuple
 
+from lorax_async.events import Event, Failed, Leaving, Resident, SlotGranted
 from lorax_async.types import AdapterKey, AdapterRef, Merge, MergedKey, Ref, TensorsKey
 
 MAX_NAME_LENGTH = 64
@@ -172,6 +174,52 @@ class Recorder:
         """Return the slot's occupancy; number 0 if it began before the recording."""
         return self.occupancies.get(slot) or TracedOccupancy(0, f"slot {slot}")
 
+    def note(self, event: Event) -> None:
+        """Record the state of a slot: filling, resident, leaving. Call on the loop.
+
+        An occupancy that began before the recording is left out.
+        """
+        if event.slot is None:
+            return
+        slot = event.slot.index
+        match event:
+            case SlotGranted(nbytes=nbytes):
+                occupancy = self.begin_occupancy(slot, name_of(event.key))
+                name, args = occupancy.name, {"stay": occupancy.number, "bytes": nbytes}
+                occupancy.span = self.begin("layers", slot, name, adapter=name, **args)
+                occupancy.at = occupancy.span.start
+            case Resident():
+                self._enter(slot, "resident", outcome="resident")
+            case Leaving():
+                self._enter(slot, "leaving", outcome="leaving")
+            case Failed(error=error):
+                self._enter(slot, "leaving", outcome=type(error).__name__)
+
+    def _enter(self, slot: int, state: str, outcome: str) -> None:
+        """End the span of the state before with `outcome`, and begin that of `state`."""
+        occupancy = self.occupancies.get(slot)
+        if occupancy is not None and occupancy.span is not None and occupancy.span.name != state:
+            self.end(occupancy.span, outcome=outcome)
+            occupancy.span = self.begin("layers", slot, state, stay=occupancy.number)
+
+    def record_ready(self, slot: int, layers: Sequence[int], watermark: int) -> None:
+        """Record that the first `watermark` layers are on the device, before a pass sees them."""
+        occupancy = self.occupancies.get(slot)
+        if occupancy is None or occupancy.span is None:
+            return
+        stop = now()
+        for layer in layers[occupancy.ready : watermark]:
+            args = {"stay": occupancy.number, "layer": layer}
+            self.add("layers", slot, f"layer {layer}", occupancy.at, stop, args)
+            occupancy.at = stop
+        occupancy.ready = watermark
+
+    def end_occupancy(self, slot: int) -> None:
+        """Record that the slot is free."""
+        occupancy = self.occupancies.pop(slot, None)
+        if occupancy is not None and occupancy.span is not None:
+            self.end(occupancy.span, outcome="left")
+
 
 class Tracer:
     """The loader's switch: its parts record to `on` unless that is None."""
@@ -295,56 +343,3 @@ class LayerTimes:
         args = {"layer": current.layer, "stays": self._numbers}
         name = f"layer {current.layer}" if current.entered else f"wait for layer {current.layer}"
         self._recorder.add("compute", thread, name, current.entered or current.reached, stop, args)
-
-
-class OccupancyTimes:
-    """Record adapters in slots: filling layer by layer, resident, leaving. On the loop.
-
-    An occupancy that began before the recording is left out.
-    """
-
-    def __init__(self, tracer: Tracer) -> None:
-        self._tracer = tracer
-
-    def record_grant(self, slot: int, key: AdapterKey, nbytes: int) -> None:
-        if (recorder := self._tracer.on) is not None:
-            occupancy = recorder.begin_occupancy(slot, name_of(key))
-            name, args = occupancy.name, {"stay": occupancy.number, "bytes": nbytes}
-            occupancy.span = recorder.begin("layers", slot, name, adapter=name, **args)
-            occupancy.at = occupancy.span.start
-
-    def record_ready(self, slot: int, layers: Sequence[int], watermark: int, *, last: bool) -> None:
-        """Record that the first `watermark` layers are on the device."""
-        recorder = self._tracer.on
-        occupancy = None if recorder is None else recorder.occupancies.get(slot)
-        if recorder is None or occupancy is None or occupancy.span is None:
-            return
-        stop = now()
-        for layer in layers[occupancy.ready : watermark]:
-            args = {"stay": occupancy.number, "layer": layer}
-            recorder.add("layers", slot, f"layer {layer}", occupancy.at, stop, args)
-            occupancy.at = stop
-        occupancy.ready = watermark
-        if last:
-            self._enter(slot, "resident", outcome="resident")
-
-    def record_leaving(self, slot: int, outcome: str = "leaving") -> None:
-        """Record that the adapter begins to leave, after a failure with the error as `outcome`."""
-        self._enter(slot, "leaving", outcome=outcome)
-
-    def record_free(self, slot: int) -> None:
-        """Record that the slot is free."""
-        recorder = self._tracer.on
-        occupancy = None if recorder is None else recorder.occupancies.pop(slot, None)
-        if recorder is not None and occupancy is not None and occupancy.span is not None:
-            recorder.end(occupancy.span, outcome="left")
-
-    def _enter(self, slot: int, state: str, outcome: str) -> None:
-        """End the span of the state before with `outcome`, and begin that of `state`."""
-        recorder = self._tracer.on
-        occupancy = None if recorder is None else recorder.occupancies.get(slot)
-        if recorder is None or occupancy is None or occupancy.span is None:
-            return
-        if occupancy.span.name != state:
-            recorder.end(occupancy.span, outcome=outcome)
-            occupancy.span = recorder.begin("layers", slot, state, stay=occupancy.number)

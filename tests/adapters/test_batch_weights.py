@@ -153,11 +153,8 @@ def test_segments_are_the_runs() -> None:
         ([7, 7], [0, 2], [7]),
         ([7, 3], [0, 1, 2], [7, 3]),
     ]:
-        assert batches.find_segments(tokens) == (bounds, indices)
-        assert batches.find_segments(torch.tensor(tokens)) == (
-            bounds,
-            indices,
-        )  # [] is a float tensor
+        for row in (tokens, torch.tensor(tokens)):  # [] is a float tensor
+            assert batches.find_segments(row) == (bounds, indices)
         meta = meta_of(tokens)
         assert meta.adapter_indices.tolist() == tokens
         assert meta.adapter_set == set(indices)
@@ -175,10 +172,8 @@ def test_segments_spell_the_tokens_also_when_batches_are_joined(given: list[list
     runs = [(index, len(list(same))) for index, same in groupby(together)]
     ends = zip(bounds, bounds[1:], strict=False)
     assert [(i, stop - start) for i, (start, stop) in zip(indices, ends, strict=True)] == runs
-    assert batches.concat_segments(batches.find_segments(tokens) for tokens in given) == (
-        bounds,
-        indices,
-    )
+    joined = batches.concat_segments(batches.find_segments(tokens) for tokens in given)
+    assert joined == (bounds, indices)
 
 
 def test_bounds_that_do_not_fit_are_refused() -> None:

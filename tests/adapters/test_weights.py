@@ -59,8 +59,7 @@ def test_b_is_cast_and_then_scaled(stored: torch.dtype, dtype: torch.dtype, rank
     made[base.key(0, "q_proj", "B")][0, 0] = 1 + 2**-9
     training = {name: tensor.clone().requires_grad_() for name, tensor in made.items()}
     weights = loaded(base.config(rank, 3 * rank), base.lorax_model(dtype), training, "q_proj")
-    assert not (weights.weights_a.requires_grad)
-    assert not (weights.weights_b.requires_grad)
+    assert not any(one.requires_grad for one in (weights.weights_a, weights.weights_b))
     for layer in range(base.LAYERS):
         b = made[base.key(layer, "q_proj", "B")].to(dtype).T * 3.0
         a = made[base.key(layer, "q_proj", "A")].to(dtype)
@@ -171,8 +170,8 @@ def test_made_by_hand_of_a_tensor_for_each_layer(rank: int) -> None:
     stacked = LoraWeights(*stacks, base.config(rank))
     for stack in stacks:
         stack.zero_()  # the caller's memory is not the weights'
-    assert torch.equal(stacked.weights_a, weights.weights_a)
-    assert torch.equal(stacked.weights_b, weights.weights_b)
+    for name in ("weights_a", "weights_b"):
+        assert torch.equal(getattr(stacked, name), getattr(weights, name))
     flat = torch.zeros(8)
     for these, those in (([], []), (a, []), ([a[0], a[0].T], b), ([flat], [flat])):
         with pytest.raises(errors.UsageError, match="of every layer"):

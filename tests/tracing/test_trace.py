@@ -142,6 +142,21 @@ async def test_other_engines_report_their_layers(folders: list[Path]) -> None:
     assert computed[-2]["args"] == {"layer": 3, "stays": [1]}
 
 
+async def test_a_slot_leaves_also_after_its_last_layer(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "held")
+    source.hold("held")
+    async with over(source) as there:
+        with there.trace() as trace:
+            async with there.stream("held") as handle:
+                unloading = asyncio.create_task(there.unload("held"))
+                await until(lambda: "leaving" in names(trace.as_json(), "layers"))
+                source.allow("held")
+                await handle.layer_ready(tiny.LAYERS - 1)
+            await unloading
+    states = [name for name in names(trace.as_json(), "layers") if not name.startswith("layer ")]
+    assert states[1:] == ["leaving", "resident", "leaving"]
+
+
 async def test_a_load_that_fails_or_is_cancelled_has_its_ends(tmp_path: Path) -> None:
     source = stocked(tmp_path, "broken", "held")
     source.fail("bring", errors.FetchError("the line is down"), id="broken", at=1)
@@ -216,8 +231,7 @@ async def test_a_limit_is_a_number_and_a_trace_is_recorded_once() -> None:
         for limit in (0, -1, True, 1.5, None):
             with pytest.raises(errors.UsageError, match="limit"):
                 there.trace(limit=cast(Any, limit))
-        trace = there.trace()
-        with trace:
+        with there.trace() as trace:
             pass
         with pytest.raises(errors.UsageError, match="once"), trace:
             pass
