@@ -30,12 +30,14 @@ from web_folder import INDEX, Locator, shard
 
 from common import until
 from lorax_async import errors
+from lorax_async.config import LoaderConfig
 from lorax_async.formats.digests import Digest
 from lorax_async.formats.split_weights import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, FileRole
 from lorax_async.http.failures import RetryPolicy
 from lorax_async.http.settings import PublicOnly
 from lorax_async.remote.base import LocatedAdapter
 from lorax_async.remote.hub import HubBackend
+from lorax_async.remote.remote_source import open_remote_source
 from lorax_async.types import AdapterRef
 from tiny_loaders import fails
 
@@ -260,6 +262,14 @@ def test_what_is_no_endpoint(endpoint: str) -> None:
     with pytest.raises(errors.ConfigError, match="endpoint") as caught, locating(endpoint):
         pass
     assert "me:pw" not in str(caught.value)
+
+
+async def test_an_endpoint_of_the_environment_that_is_none(
+    tmp_path: Path, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "hub")
+    with open_remote_source(LoaderConfig(cache_dir=tmp_path)) as source:
+        await fails(source.resolve(ID), errors.ConfigError, "endpoint is no URL")
 
 
 GATED = "gated: accept its conditions there, and give a token"
