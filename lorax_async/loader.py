@@ -218,7 +218,7 @@ class AdapterLoader:
         """
         self._check_open()
         ref = as_ref(adapter_id, source, revision, token, digest, allow_stale=allow_stale)
-        return await self._assembly.fetching.fetch(ref, self.config.seconds(timeout))
+        return await self._assembly.folders.fetch(ref, self.config.seconds(timeout))
 
     def try_acquire(self, adapter_id: AdapterId) -> AdapterHandle | None:
         """Return a handle if the adapter is resident, else None. No I/O, no waiting.

@@ -44,7 +44,7 @@ from lorax_async.ids import parse_ref
 from lorax_async.lifecycle.policies import policy
 from lorax_async.remote.readers import FetchReader
 from lorax_async.remote.remote_source import RemoteSource, open_remote_source
-from lorax_async.runtime.folders import Fetches
+from lorax_async.runtime.folders import FolderLeases
 from lorax_async.types import AdapterRef, RemoteKey, Verification
 
 AT_ONCE = 4
@@ -132,7 +132,7 @@ class FetchRow:
         """The bytes of weights on the disk, and their total, or None if it is unknown."""
         return self._reader.landed() if isinstance(self._reader, FetchReader) else (0, None)
 
-    async def run(self, source: RemoteSource, fetches: Fetches) -> None:
+    async def run(self, source: RemoteSource, fetches: FolderLeases) -> None:
         """Fetch the adapter; store a typed error in `error` instead of raising it."""
         began = time.perf_counter()
         try:
@@ -173,7 +173,7 @@ async def fetch_all(
 
     Call `show` for each row every `REPORT_SECONDS`, and at the end.
     """
-    slots, fetches = asyncio.Semaphore(AT_ONCE), Fetches(source)
+    slots, fetches = asyncio.Semaphore(AT_ONCE), FolderLeases(source)
 
     async def run(row: FetchRow) -> None:
         async with slots:

@@ -30,7 +30,7 @@ from lorax_async.runtime.acquire import Acquirer
 from lorax_async.runtime.digest_checks import DigestChecks
 from lorax_async.runtime.driver import Driver
 from lorax_async.runtime.fetches import TransferPlanner
-from lorax_async.runtime.folders import Fetches, Fetching
+from lorax_async.runtime.folders import FolderFetcher, FolderLeases
 from lorax_async.runtime.resolver import Resolver
 from lorax_async.runtime.telemetry import Budget, Statistics, Usage
 from lorax_async.runtime.tensor_adapters import TensorAdapters
@@ -55,7 +55,7 @@ class Assembly:
     digests: DigestChecks
     acquiring: Acquirer
     tensor_adapters: TensorAdapters
-    fetching: Fetching
+    folders: FolderFetcher
 
     def __init__(
         self, sharding: Sharding, config: LoaderConfig, source: Source | None, device: Device | None
@@ -87,7 +87,7 @@ class Assembly:
             self._source = SourceRouter(self._memory, local, self._remote, parse)
         else:
             self._source = SourceRouter(self._memory, source, source)
-        self._fetches = Fetches(source or self._source)
+        self._folder_leases = FolderLeases(source or self._source)
 
     async def open(self, check_open: Callable[[], None]) -> None:
         """Allocate memory and start the driver; on an error or a cancellation, end all threads."""
@@ -100,7 +100,7 @@ class Assembly:
             self.resolver = Resolver(self._source, telemetry, self._config.revalidate)
             self.digests = DigestChecks(self._source, telemetry, check_open)
             self.acquiring = Acquirer(self.resolver, self.driver, self.digests, check_open)
-            self.fetching = Fetching(self.resolver, self._fetches, self.digests)
+            self.folders = FolderFetcher(self.resolver, self._folder_leases, self.digests)
             self.tensor_adapters = TensorAdapters(
                 self._memory, self.resolver, self.acquiring, self.driver, check_open
             )
@@ -193,7 +193,7 @@ class Assembly:
 
     async def close(self, timeout: float) -> None:
         """Fail waiters, wait `timeout` seconds for leases, end all parts and threads."""
-        folders = asyncio.ensure_future(self._fetches.close(timeout))
+        folders = asyncio.ensure_future(self._folder_leases.close(timeout))
         try:
             self.digests.begin_close()
             await self.driver.close(LoaderClosedError("the loader was closed"), timeout)

@@ -125,7 +125,7 @@ class AdapterFolder:
             warnings.warn(f"the folder of {self.id!r} was not released", ResourceWarning, 2)
 
 
-class Fetches:
+class FolderLeases:
     """All folder leases of one loader or command, and the tasks behind them. On one event loop."""
 
     def __init__(self, source: Source) -> None:
@@ -153,7 +153,9 @@ class Fetches:
             if watch is not None and key in self._readers:
                 watch(self._readers[key])
             elif watch is not None:
-                self._watches.setdefault(key, []).append(watch)
+                watches = self._watches.setdefault(key, [])
+                watches.append(watch)
+                joined.callback(watches.remove, watch)
             checked = await result_of(task, "fetch")
             lease = joined.pop_all()
         self._leases.add(lease)
@@ -202,12 +204,12 @@ def _close_folder(task: asyncio.Task[_CheckedFolder]) -> None:
         task.result().reader.close()
 
 
-class Fetching:
+class FolderFetcher:
     """Fetches folders for refs within deadlines."""
 
-    def __init__(self, resolver: Resolver, fetches: Fetches, digests: DigestChecks) -> None:
+    def __init__(self, resolver: Resolver, leases: FolderLeases, digests: DigestChecks) -> None:
         self._resolver = resolver
-        self._fetches = fetches
+        self._leases = leases
         self._digests = digests
 
     async def fetch(self, ref: Ref, seconds: float) -> AdapterFolder:
@@ -237,7 +239,7 @@ class Fetching:
 
     async def _fetch_checked(self, ref: Ref, key: AdapterKey) -> AdapterFolder:
         """Fetch `key`, and compare it with the digest in `ref`."""
-        folder = await self._fetches.fetch(ref, key)
+        folder = await self._leases.fetch(ref, key)
         try:
             await self._digests.compare(ref, key, folder.verification)
         except BaseException:
