@@ -1,4 +1,7 @@
-"""Map failures of sockets, TLS and name services to typed errors; texts hold no path or secret."""
+"""Map statuses and failures of sockets, TLS and name services to typed errors.
+
+Their texts hold no path and no secret.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,20 @@ import errno
 import re
 import socket
 import ssl
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from http.client import RemoteDisconnected
 
-from lorax_async.errors import AccessDeniedError, AdapterError, FetchError, FetchTimeoutError
+from lorax_async.errors import (
+    AccessDeniedError,
+    AdapterError,
+    AdapterNotFoundError,
+    FetchError,
+    FetchTimeoutError,
+    IntegrityError,
+)
 
 _SECONDS = re.compile(r"[0-9]{1,9}")
 
@@ -84,6 +96,42 @@ class RetryableError(Exception):
         self.error = error
         self.retry_after = retry_after
         self.throttled = throttled
+
+
+_NO_RANGE = re.compile(r"bytes \*/([0-9]{1,18})")
+_DENIED = frozenset({401, 403, 407, 451})
+_MISSING = frozenset({404, 410})
+_THROTTLED = frozenset({429, 503})
+_RETRYABLE = frozenset({408, 425, 429, 500, 502, 503, 504})
+
+
+def status_error(
+    status: int, fields: Mapping[str, str], what: str, *, size: int | None
+) -> RetryableError | AdapterError:
+    """Map a response's status; `size` is that of the file, if it is known."""
+    problem = f"{what}: status {status}"
+    if status in _DENIED:
+        return AccessDeniedError(f"{problem}; this caller may not have it, or needs a token")
+    if status in _MISSING:
+        return AdapterNotFoundError(f"{problem}; there is no such file", stage="fetch")
+    if status == 412:
+        return changed_error(what)
+    if status == 416:
+        match = _NO_RANGE.fullmatch(fields.get("content-range", ""))
+        if match is None or size is None:
+            return IntegrityError(f"{what}: it is shorter than the requested range, or empty")
+        if int(match[1]) != size:
+            return changed_error(what)
+        return FetchError(f"{what}: it refuses a range that it has")
+    if status in _RETRYABLE:
+        after = retry_after_of(fields.get("retry-after", ""), time.time())
+        error = FetchError(problem, retry_after=after)
+        return RetryableError(error, retry_after=after, throttled=status in _THROTTLED)
+    return FetchError(f"{problem}, which is no answer to the request", retryable=False)
+
+
+def changed_error(what: str) -> IntegrityError:
+    return IntegrityError(f"{what}: the file changed while it was read; load it again")
 
 
 _DESCRIPTOR_LIMITS = {errno.EMFILE, errno.ENFILE}

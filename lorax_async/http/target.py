@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from lorax_async.errors import (
-    AccessDeniedError,
-    AdapterError,
-    AdapterNotFoundError,
-    FetchError,
-    IntegrityError,
-    UsageError,
-)
+from lorax_async.errors import FetchError, IntegrityError, UsageError
 from lorax_async.formats.spans import ByteRange
 from lorax_async.http.connection import ResponseHead
-from lorax_async.http.failures import RetryableError, retry_after_of
+from lorax_async.http.failures import changed_error, status_error
 from lorax_async.http.settings import PublicOnly, Rules
 from lorax_async.urls import Url
 
@@ -120,11 +112,6 @@ class ProbeResult:
 # -- checks ----------------------------------------------------------------------------------------
 
 _RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
-_NO_RANGE = re.compile(r"bytes \*/([0-9]{1,18})")
-_DENIED = frozenset({401, 403, 407, 451})
-_MISSING = frozenset({404, 410})
-_THROTTLED = frozenset({429, 503})
-_RETRYABLE = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
 class Content(NamedTuple):
@@ -143,7 +130,7 @@ def check_response(
     `IntegrityError` where it is not what was requested.
     """
     if head.status not in {200, 206}:
-        raise _failure(head, expected, what)
+        raise status_error(head.status, head.fields, what, size=expected.size)
     if head.fields.get("content-encoding", "identity").lower() != "identity":
         raise FetchError(
             f"{what}: the response has a content coding, which was not requested; let the"
@@ -180,32 +167,5 @@ def _require_unchanged(
         or (expected.etag is not None and expected.etag != etag)
         or (expected.etag is None and expected.modified not in {None, modified})
     ):
-        raise _changed_error(what)
+        raise changed_error(what)
     return Validators(expected.size if size is None else size, etag, modified)
-
-
-def _failure(head: ResponseHead, expected: Validators, what: str) -> RetryableError | AdapterError:
-    status, fields = head.status, head.fields
-    problem = f"{what}: status {status}"
-    if status in _DENIED:
-        return AccessDeniedError(f"{problem}; this caller may not have it, or needs a token")
-    if status in _MISSING:
-        return AdapterNotFoundError(f"{problem}; there is no such file", stage="fetch")
-    if status == 412:
-        return _changed_error(what)
-    if status == 416:
-        match = _NO_RANGE.fullmatch(fields.get("content-range", ""))
-        if match is None or expected.size is None:
-            return IntegrityError(f"{what}: it is shorter than the requested range, or empty")
-        if int(match[1]) != expected.size:
-            return _changed_error(what)
-        return FetchError(f"{what}: it refuses a range that it has")
-    if status in _RETRYABLE:
-        after = retry_after_of(fields.get("retry-after", ""), time.time())
-        error = FetchError(problem, retry_after=after)
-        return RetryableError(error, retry_after=after, throttled=status in _THROTTLED)
-    return FetchError(f"{problem}, which is no answer to the request", retryable=False)
-
-
-def _changed_error(what: str) -> IntegrityError:
-    return IntegrityError(f"{what}: the file changed while it was read; load it again")

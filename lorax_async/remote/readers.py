@@ -20,7 +20,7 @@ from lorax_async.errors import (
     InternalError,
     LoraxError,
 )
-from lorax_async.files import Reader, read_prefix
+from lorax_async.files import Reader, SplitFiles, SplitReader, read_prefix
 from lorax_async.formats.spans import ByteRange, ByteSpan, SpanSet
 from lorax_async.formats.split_weights import (
     CONFIG_FILE,
@@ -37,7 +37,6 @@ from lorax_async.http.range_engine import FOREGROUND, PREFETCH, RangeEngine
 from lorax_async.http.ranges import size_of
 from lorax_async.remote.base import LONGEST, AdapterMetadata, track, unwanted_error
 from lorax_async.sources.base import AdapterFile
-from lorax_async.sources.split_reader import SplitFiles, SplitReader
 from lorax_async.types import RemoteKey
 
 Groups = Sequence[Sequence[ByteSpan]]

@@ -34,10 +34,9 @@ from lorax_async.runtime.folders import FolderFetcher, FolderLeases
 from lorax_async.runtime.resolver import Resolver
 from lorax_async.runtime.telemetry import Budget, Statistics, Usage
 from lorax_async.runtime.tensor_adapters import TensorAdapters
-from lorax_async.sources.base import Source
+from lorax_async.sources.base import Source, SourceRouter
 from lorax_async.sources.host_copies import HostCopies
 from lorax_async.sources.local import LocalSource
-from lorax_async.sources.router import SourceRouter
 from lorax_async.sources.tensors import MemorySource
 from lorax_async.tracing.recorder import Tracer
 
@@ -87,6 +86,7 @@ class Assembly:
             self._source = SourceRouter(self._memory, local, self._remote, parse)
         else:
             self._source = SourceRouter(self._memory, source, source)
+        self._memory.merger.source = self._source
         self._folder_leases = FolderLeases(source or self._source)
 
     async def open(self, check_open: Callable[[], None]) -> None:

@@ -4,10 +4,8 @@ A source resolves an id to a key, opens the files of that key and brings their b
 layer group by layer group. May import `formats`, `planning`, `files`, `ids`, `cache` and
 `remote.readers`, not the runtime.
 
-- `base`: the interface `Source`
-- `router`: local or remote, by id, key or reader
+- `base`: the interface `Source`, and the router: by the place of an id, or the type of a key
 - `local`: the source of local folders: finds a folder, checks, opens and hashes its files
-- `split_reader`: the reader of weights in several files
 - `tensors`: the source of tensors and merges, in host memory; snapshots of tensors
 - `host_copies`: files in host memory, their budget, spill files
 - `merges`: PEFT's arithmetic

@@ -41,6 +41,8 @@ from lorax_async.files import (
     FileReader,
     LocalPages,
     Reader,
+    SplitFiles,
+    SplitReader,
     changed_error,
     code_of,
     identity_of,
@@ -65,7 +67,6 @@ from lorax_async.formats.split_weights import (
 )
 from lorax_async.ids import LocalFolder, parse_ref
 from lorax_async.sources.base import AdapterFile, PinnedPages, StoredFolder
-from lorax_async.sources.split_reader import SplitFiles, SplitReader
 from lorax_async.types import UNCHECKED, AdapterKey, AdapterRef, FileIdentity, Verification
 
 CONFIG = "adapter_config.json"

@@ -29,9 +29,8 @@ from lorax_async.formats.safetensors import parse_header
 from lorax_async.formats.spans import ByteSpan
 from lorax_async.lifecycle.policies import policy
 from lorax_async.sources import tensors as snapshot_module
-from lorax_async.sources.base import AdapterFile
+from lorax_async.sources.base import AdapterFile, SourceRouter
 from lorax_async.sources.host_copies import HostCopies
-from lorax_async.sources.router import SourceRouter
 from lorax_async.sources.tensors import STEP_BYTES, MemorySource, TensorSnapshot
 from lorax_async.testing import FakeSource
 from lorax_async.types import AdapterKey, Merge, MergedKey
@@ -51,6 +50,7 @@ class World:
             self.copies, tiny.layout(), dtype="F32", limits=Limits(), threads=threads
         )
         self.source = SourceRouter(self.memory, self.inner, self.inner)
+        self.memory.merger.source = self.source
         config = json.dumps(tiny.config()).encode()
         self.parts = [
             self.inner.put(name, config, safetensors.torch.save(tiny.tensors(seed)))

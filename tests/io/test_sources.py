@@ -11,9 +11,8 @@ from source_conformance import PopulateConformance, SourceConformance
 
 import tiny
 from lorax_async.config import Limits
-from lorax_async.sources.base import Source
+from lorax_async.sources.base import Source, SourceRouter
 from lorax_async.sources.host_copies import HostCopies
-from lorax_async.sources.router import SourceRouter
 from lorax_async.sources.tensors import MemorySource
 from lorax_async.testing import FakeSource
 from lorax_async.types import AdapterRef
@@ -46,6 +45,7 @@ def made(kind: str, folder: Path) -> Iterator[FakeWorld | LocalWorld]:
             copies, layout = HostCopies(1 << 20), tiny.layout()
             memory = MemorySource(copies, layout, dtype="F32", limits=Limits(), threads=threads)
             fake.source = SourceRouter(memory, fake.inner, fake.inner)
+            memory.merger.source = fake.source
         yield fake
     counts = fake.inner.counts
     assert (counts.open_readers, counts.open_holds) == (0, 0)
