@@ -49,8 +49,7 @@ async def test_every_call_finds_given_tensors_by_their_name(tmp_path: Path) -> N
 @pytest.mark.parametrize(("device", "stored"), [("cpu", "bfloat16"), ("simulated", "float32")])
 async def test_evicted_tensors_come_back_the_same(tmp_path: Path, device: str, stored: str) -> None:
     given, config = tiny.tensors(5), tiny.config(use_rslora=True)
-    source = stocked(tmp_path, "a", "b")
-    async with over(source, max_slots=2, device=device, dtype=stored) as there:
+    async with over(stocked(tmp_path, "a", "b"), max_slots=2, device=device, dtype=stored) as there:
         (await there.load_tensors("mine", given, config)).release()
         for tensor in given.values():
             tensor.fill_(7)  # the caller trains on

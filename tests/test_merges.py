@@ -196,8 +196,7 @@ async def test_equal_recipes_are_one_adapter(tmp_path: Path) -> None:
 
 
 async def test_a_merge_is_prefetched_pinned_tried_and_unloaded(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a", "b", "c")
-    async with over(source, max_slots=2) as there:
+    async with over(stocked(tmp_path, "a", "b", "c"), max_slots=2) as there:
         assert there.try_acquire(HALVES) is None
         await there.prefetch(HALVES, tier="host")
         found = where(there, HALVES)
@@ -256,8 +255,7 @@ async def test_a_rank_holds_its_share_of_a_merge(tmp_path: Path, merge: Merge, w
 
 
 async def test_a_part_that_is_missing_or_not_allowed_is_named(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a")
-    async with over(source) as there:
+    async with over(stocked(tmp_path, "a")) as there:
         error = await fails(there.load(HALVES), errors.AdapterNotFoundError, r"part 2 \('b'\): ")
         assert (error.id, error.stage) == (HALVES.text, "resolve")
         assert not there.placement().adapters
@@ -335,8 +333,7 @@ async def test_a_merge_cancelled_at_every_await(tmp_path: Path, merge: Merge) ->
         for step in range(1, steps + 1):
             for seed, name in enumerate("ab"):
                 tiny.write(tmp_path / name, 10 * step + seed)
-            cancelled = await cancel_at(bench.load(), step)
-            assert cancelled or step > 2
+            assert (await cancel_at(bench.load(), step)) or step > 2
             await bench.assert_clean()
             await until(lambda: open_files() <= files)  # a thread may be looking at a folder
             (await bench.load()).release()

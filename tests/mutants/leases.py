@@ -32,10 +32,6 @@ def _known_tickets_only(self: SlotOccupancy, layer: int) -> Any:
     return [self.group_tickets[group] for group in groups if group in self.group_tickets]
 
 
-def _failed_in_silence(self: SlotOccupancy, error: Any) -> None:
-    self.error = error
-
-
 def _ended_unused(self: Lease, why: str = "released", *, soon: bool = False) -> None:
     self._uses = 0
     _end(self, why, soon=soon)
@@ -79,7 +75,7 @@ LOADER: Mutants = {
         (SlotOccupancy, "wait", lambda self, layer, timeout, check: check())),
     "tenancy: a failure wakes all waiters": mutant(
         f"{HANDLES}::test_a_failure_reaches_all_who_wait",
-        (SlotOccupancy, "fail", _failed_in_silence)),
+        (SlotOccupancy, "fail", lambda self, error: setattr(self, "error", error))),
     "tenancy: the end of a lease wakes its waiters": mutant(
         f"{HANDLES}::test_a_release_ends_the_waits_of_others",
         skipped(SlotOccupancy, "wake_threads"),
