@@ -12,7 +12,7 @@ from floors import Arena, Threads
 from harness import Contender, WrongBytesError
 from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
-from lorax_async.tracing.trace import Trace
+from lorax_async.tracing import Trace
 from peers import Places
 from work_files import CONFIG, PEFT_PREFIX, SCALE, AdapterFolder, drop_from_cache
 

@@ -35,8 +35,7 @@ from lorax_async.runtime.leases import Lease
 from lorax_async.runtime.placement import TIERS, Placement, TierName
 from lorax_async.runtime.telemetry import Statistics
 from lorax_async.sources.base import Source
-from lorax_async.tracing.recorder import Tracer, name_of
-from lorax_async.tracing.trace import TRACE_LIMIT, Trace
+from lorax_async.tracing import TRACE_LIMIT, Trace, Tracer, name_of
 from lorax_async.types import AdapterId, AdapterKey, AdapterRef, Ref, as_ref, text_of
 
 E = TypeVar("E", bound=Event | CallEvent)

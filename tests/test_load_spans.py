@@ -16,8 +16,8 @@ from opentelemetry.trace import ProxyTracerProvider, StatusCode, Tracer, get_tra
 
 from common import until
 from lorax_async import errors
+from lorax_async.load_spans import LoadSpans
 from lorax_async.loader import AdapterLoader
-from lorax_async.observability.opentelemetry import LoadSpans
 from scheduling.serving import warm
 from tiny_loaders import fails
 from tiny_sources import over, stocked

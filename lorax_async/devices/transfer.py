@@ -17,7 +17,7 @@ from lorax_async.errors import AdapterFormatError, InternalError
 from lorax_async.files import Reader
 from lorax_async.lifecycle.arena import Extent
 from lorax_async.planning.transfer_plan import GroupPlan, StagingWindow, VectorPlace, windows
-from lorax_async.tracing.recorder import CopyTimes, Tracer, now
+from lorax_async.tracing import CopyTimes, Tracer, now
 
 
 def _written_ranges(

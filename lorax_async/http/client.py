@@ -21,7 +21,7 @@ from lorax_async.http.failures import RetryableError, io_error, lookup_error
 from lorax_async.http.ranges import LinkEstimate
 from lorax_async.http.settings import HttpSettings, Proxies, Proxy, Rules, is_public, tls_context
 from lorax_async.http.target import ResolvedLocation, Target, Validators
-from lorax_async.tracing.recorder import Recorder, Tracer, now
+from lorax_async.tracing import Recorder, Tracer, now
 from lorax_async.urls import InvalidUrlError, Origin, Url, is_address, resolve_redirect
 
 _MAX_ADDRESSES = 4

@@ -60,7 +60,7 @@ from lorax_async.remote.readers import (
 )
 from lorax_async.remote.web import WebBackend
 from lorax_async.sources.base import AdapterFile, PinnedPages, StoredFolder
-from lorax_async.tracing.recorder import Tracer
+from lorax_async.tracing import Tracer
 from lorax_async.types import UNCHECKED, AdapterKey, AdapterRef, RemoteKey, Verification
 
 

@@ -45,7 +45,7 @@ from lorax_async.runtime.driver import Driver
 from lorax_async.runtime.leases import Lease
 from lorax_async.runtime.resolver import Resolver
 from lorax_async.runtime.waiters import PendingLoad
-from lorax_async.tracing.recorder import Recorder, name_of
+from lorax_async.tracing import Recorder, name_of
 from lorax_async.types import AdapterKey, MergedKey, Ref, RemoteKey, is_stale, text_of
 
 

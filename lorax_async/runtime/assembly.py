@@ -38,7 +38,7 @@ from lorax_async.sources.base import Source, SourceRouter
 from lorax_async.sources.host_copies import HostCopies
 from lorax_async.sources.local import LocalSource
 from lorax_async.sources.tensors import MemorySource
-from lorax_async.tracing.recorder import Tracer
+from lorax_async.tracing import Tracer
 
 MOVE_BYTES = 4 << 20
 """Bytes per cast through staging: few calls, and several casts fit the default ring."""

@@ -43,7 +43,7 @@ from lorax_async.runtime.pins import PinTable
 from lorax_async.runtime.telemetry import Telemetry
 from lorax_async.runtime.waiters import WaiterTable
 from lorax_async.sources.base import Source
-from lorax_async.tracing.recorder import Tracer
+from lorax_async.tracing import Tracer
 from lorax_async.types import AdapterKey
 
 UnloadCallback = Callable[[AdapterKey], None]

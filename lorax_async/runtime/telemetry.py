@@ -26,7 +26,7 @@ from lorax_async.events import (
     Hit,
     LayerReady,
 )
-from lorax_async.tracing.recorder import Tracer, name_of, now
+from lorax_async.tracing import Tracer, name_of, now
 from lorax_async.types import AdapterKey, Ref
 
 STORY_LENGTH = 16

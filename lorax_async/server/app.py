@@ -47,7 +47,6 @@ from lorax_async.server.request_bodies import (
 from lorax_async.server.responses import ABORT, EventStream, Refusal, UnreadRefusal, create_refusal
 from lorax_async.server.server_settings import AllowedHosts, is_operator, require_operator
 from lorax_async.server.service import CLOSING, Service
-from lorax_async.tracing.drawing import SCRIPT
 from lorax_async.types import AdapterId, AdapterKey, AdapterRef
 
 HERE = Path(__file__).parent / "page"
@@ -57,7 +56,7 @@ FILES = {
     "/page/page.css": (HERE / "page.css", "text/css"),
     "/page/page.js": (HERE / "page.js", "text/javascript"),
     "/page/events.js": (HERE / "events.js", "text/javascript"),
-    "/page/timeline.js": (SCRIPT, "text/javascript"),
+    "/page/timeline.js": (HERE / "timeline.js", "text/javascript"),
 }
 
 SAFE = {

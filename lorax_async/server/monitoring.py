@@ -19,13 +19,12 @@ from lorax_async.errors import CapacityError, LoaderClosedError, LoraxError, sho
 from lorax_async.events import Failed, Resident
 from lorax_async.ids import parse_ref
 from lorax_async.loader import AdapterLoader
-from lorax_async.observability.prometheus import LoaderCollector
+from lorax_async.metrics import LoaderCollector
 from lorax_async.runtime.placement import Placement
 from lorax_async.server.engine import Finish, TokenStream
 from lorax_async.server.responses import EventStream
 from lorax_async.server.server_settings import ModelNames
-from lorax_async.tracing.recorder import name_of
-from lorax_async.tracing.trace import ANOTHER
+from lorax_async.tracing import ANOTHER, name_of
 from lorax_async.types import AdapterId, AdapterKey, AdapterRef, Ref, as_ref
 
 # -- metrics --------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from lorax_async.loader import AdapterLoader
-from lorax_async.observability.prometheus import LoaderCollector
+from lorax_async.metrics import LoaderCollector
 
 Samples = dict[str, float]
 

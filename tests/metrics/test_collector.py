@@ -18,7 +18,7 @@ from given import FILE, acquired, roomy
 from lorax_async import errors
 from lorax_async.errors import Stage
 from lorax_async.loader import AdapterLoader
-from lorax_async.observability.prometheus import LoaderCollector
+from lorax_async.metrics import LoaderCollector
 from lorax_async.testing import FakeSource
 from metrics.scraping import Samples, loaded, of, registered, scraped
 from tiny_loaders import ONE, fails, loader

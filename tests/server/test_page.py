@@ -18,7 +18,7 @@ from common import until
 from lorax_async.errors import AdapterFormatError, CapacityError
 from lorax_async.server import app, monitoring
 from lorax_async.server.server_settings import ModelNames
-from lorax_async.tracing.trace import Trace
+from lorax_async.tracing import Trace
 from server.world import COMPLETIONS, TOKEN, FakeEngine, FakeTokens, World, loading, saying, serving
 from tiny_loaders import ONE, fails, gated
 from tiny_loaders import loader as tiny_loader

@@ -15,11 +15,11 @@ import pytest
 from command_line import ADAPTERS, output
 from core.refusals import refusals
 from lorax_async.cli import main
+from lorax_async.cli import timeline as drawings
 from lorax_async.cli.command_line import Terminal
 from lorax_async.cli.demo import run_remote_demo
+from lorax_async.cli.timeline import SCRIPT, Drawing, as_html, drawing_of, read_trace
 from lorax_async.errors import UsageError
-from lorax_async.tracing import drawing as drawings
-from lorax_async.tracing.drawing import SCRIPT, Drawing, as_html, drawing_of, read_trace
 from tools import tool
 from tracing.chrome_format import of, require_trace
 
