@@ -4,8 +4,7 @@
     acquire          a load, stream or pin within its deadline; prefetches
     resolver         ids to adapter keys; equal requests share one resolve
     waiters          calls that wait for a load or an unload
-    leases           leases and slot occupancies; their watermarks
-    pins             pins, by the id that pinned
+    leases           leases, slot occupancies and their watermarks; pins
     driver           executes the lifecycle's commands, returns outcomes
     fetches          fetch, populate and release tasks; transfer plans
     copies           copies of layer groups in the I/O threads

@@ -38,8 +38,7 @@ from lorax_async.lifecycle.lifecycle import Lifecycle
 from lorax_async.lifecycle.transitions import FileState
 from lorax_async.runtime.copies import CopyJob, CopyThreads
 from lorax_async.runtime.fetches import FetchTasks, Outcome, TransferPlanner
-from lorax_async.runtime.leases import Lease, LeaseTable
-from lorax_async.runtime.pins import PinTable
+from lorax_async.runtime.leases import Lease, LeaseTable, PinTable
 from lorax_async.runtime.telemetry import Telemetry
 from lorax_async.runtime.waiters import WaiterTable
 from lorax_async.sources.base import Source
