@@ -14,21 +14,11 @@ import tiny
 from common import until
 from engines.variants import PEFT_WARNING, llama, logits_of, prompt, save, serving
 from lorax_async import errors
+from lorax_async import tracing as recorders
 from lorax_async.cli.timeline import record_trace
 from lorax_async.loader import AdapterLoader
 from lorax_async.testing import FakeSource
-from lorax_async.tracing import (
-    Record,
-    Recorder,
-    Ring,
-    Row,
-    Trace,
-    Tracer,
-    last_part,
-    microseconds,
-    name_of,
-    now,
-)
+from lorax_async.tracing import Recorder, Ring, Trace, Tracer, last_part, microseconds, name_of, now
 from lorax_async.types import AdapterKey, AdapterRef, Merge, Ref, RemoteKey, TensorsKey
 from tiny_loaders import fails, gated, loader
 from tiny_sources import over, stocked
@@ -250,8 +240,8 @@ def test_passes_do_not_push_out_a_load() -> None:
     """A decoding step has a span for each layer; a slow load outlives thousands of them."""
     ring = Ring(3)
 
-    def record(start: int, row: Row) -> Record:
-        return Record(row, "lane", "layer 0", start, start + 1, {"layer": 0})
+    def record(start: int, row: recorders.Row) -> recorders.Record:
+        return recorders.Record(row, "lane", "layer 0", start, start + 1, {"layer": 0})
 
     copy = record(0, "copies")
     passes = [record(number, "compute") for number in range(1, 1_001)]
@@ -373,7 +363,7 @@ def test_a_span_ends_while_it_is_read(monkeypatch: Patch, before: bool) -> None:
         span = recorder.begin("requests", None, "load a")
         look = Ring.look
 
-        def ending(ring: Ring, since: int) -> tuple[list[Record], int]:
+        def ending(ring: Ring, since: int) -> tuple[list[recorders.Record], int]:
             found = look(ring, since) if not before else None
             recorder.end(span, outcome="done")
             return found or look(ring, since)
