@@ -180,14 +180,8 @@ class Download(Job[None]):
         ]
         self.over = not self.pending
         self._stop = max((piece.stop for piece in self.pending), default=0)
-        self._whole: DownloadPiece | None = None
-        """All of the file in one response, where the server does not serve ranges."""
-
-        self._rest: tuple[ByteRange, ...] = ()
-        """What `_whole` is still to bring."""
-
-        if self.pending and not probe.ranges:
-            self.pending.append(self._become_whole())
+        self._whole = None if probe.ranges else DownloadPiece(0, 0, self._stop)
+        """All of the file in one response, which brings the pending pieces."""
 
     # -- with the lock ----------------------------------------------------------------------------
 
@@ -197,6 +191,15 @@ class Download(Job[None]):
 
     def hands_over(self, piece: DownloadPiece) -> bool:
         return piece is not self._whole
+
+    def wanted(self, now: float) -> int:
+        if self._whole is None:
+            return super().wanted(now)
+        ready = now >= max(self.not_before, self._whole.not_before)
+        return max(len(self.running), int(ready))
+
+    def take(self, now: float) -> DownloadPiece | None:
+        return self._whole or super().take(now)
 
     def split(self, now: float) -> DownloadPiece | None:
         """Cut a part off the piece that has most left, where that saves time."""
@@ -215,25 +218,16 @@ class Download(Job[None]):
         return None
 
     def settle(self, piece: DownloadPiece) -> None:
-        is_missing = bool(self._rest) if piece is self._whole else piece.at < piece.stop
-        if is_missing:
+        if piece is not self._whole and piece.at < piece.stop:
             self.put_back(piece)
         else:  # after throttling: one more after each round that went well
             self.limit = min(self.limit + 1 / self.limit, float(self.scheduler.connections))
         self.over = not self.pending and not self.running
 
     def put_back(self, piece: DownloadPiece) -> None:
-        if self._whole in {None, piece}:
+        if piece is not self._whole:  # `take` returns that one
             piece.claimed = piece.at
             super().put_back(piece)
-
-    def _become_whole(self) -> DownloadPiece:
-        """Replace all pieces by one, of a response that is the whole file."""
-        pieces = sorted((*self.pending, *self.running.values()), key=lambda each: each.at)
-        self._rest = tuple((piece.at, piece.stop) for piece in pieces if piece.at < piece.stop)
-        self.pending.clear()
-        self._whole = DownloadPiece(0, 0, self._stop)
-        return self._whole
 
     # -- without it -------------------------------------------------------------------------------
 
@@ -250,7 +244,7 @@ class Download(Job[None]):
             if content.validators.size is not None and content.validators.size < self._stop:
                 raise IntegrityError(f"{self._target.name} is shorter than its header says")
             if response.head.status == 200:
-                self._fetch_whole(self._as_whole(attempt), response, buffer)
+                self._fetch_whole(self._as_whole(piece, attempt), response, buffer)
             else:
                 self._fetch(piece, response, buffer)
         except (AccessDeniedError, AdapterNotFoundError) as error:
@@ -272,8 +266,6 @@ class Download(Job[None]):
             rate = response.rate
             at_once = min(len(buffer), max(_READ_BYTES, int((rate or 0.0) * _READ_SECONDS)))
             with self.scheduler.changed:
-                if self._whole is not None:
-                    raise AbortedError  # another thread brings these bytes, too
                 self._landed((piece.at, piece.at + got))
                 piece.at += got
                 piece.received += got
@@ -294,18 +286,24 @@ class Download(Job[None]):
             piece.claimed = piece.at + min(most, left)
             return piece.claimed - piece.at
 
-    def _as_whole(self, attempt: Attempt) -> DownloadPiece:
-        """Let this attempt's response be the whole file, and end the other attempts."""
+    def _as_whole(self, piece: DownloadPiece, attempt: Attempt) -> DownloadPiece:
+        """Let this attempt's response be the whole file, and end the other attempts.
+
+        They put back what they have not written: until then, no other thread may write it.
+        """
         with self.scheduler.changed:
-            whole = self._whole
-            if whole is None:
-                whole = self.running[attempt] = self._become_whole()
-                for other in self.running:
-                    if other is not attempt:
-                        other.end()
-            elif self.running.get(attempt) is not whole:
+            if self._whole is not None:
+                if self.running.get(attempt) is self._whole:
+                    return self._whole
                 raise AbortedError  # another thread saw it first
-            return whole
+            self._whole = DownloadPiece(0, 0, self._stop)
+            Job.put_back(self, piece)
+            piece.claimed = piece.at
+            self.running[attempt] = self._whole
+            for other in self.running:
+                if other is not attempt:
+                    other.end()
+            return self._whole
 
     def _fetch_whole(self, whole: DownloadPiece, response: Response, buffer: memoryview) -> None:
         at = 0
@@ -317,7 +315,11 @@ class Download(Job[None]):
                 self._write(start, buffer[start - at : stop - at])
                 with self.scheduler.changed:
                     self._landed((start, stop))
-                    self._rest = subtract(self._rest, [(start, stop)])
+                    self.pending = [
+                        DownloadPiece(piece.order, *part)
+                        for piece in self.pending
+                        for part in subtract([(piece.at, piece.stop)], [(start, stop)])
+                    ]
                     whole.received += stop - start
             at += got
             self._report()
@@ -326,7 +328,7 @@ class Download(Job[None]):
         with self.scheduler.changed:
             if self.over:
                 raise AbortedError
-            return intersect(self._rest, span)
+            return intersect(((piece.at, piece.stop) for piece in self.pending), span)
 
     def _write(self, offset: int, data: memoryview) -> None:
         try:

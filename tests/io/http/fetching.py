@@ -3,7 +3,7 @@
 import random
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Any
@@ -116,10 +116,10 @@ def asked(engine: RangeEngine, url: str, nbytes: int = 5_000) -> ProbeResult:
 
 
 def fetched(
-    engine: RangeEngine, answer: ProbeResult, *, have: Sequence[ByteRange] = (), timeout: float = 20
+    engine: RangeEngine, answer: ProbeResult, *, have: Any = (), timeout: float = 20, **before: Any
 ) -> tuple[MemorySink, list[int]]:
     """Download to the end; raises what the download raises."""
-    sink, order = MemorySink(), list[int]()
+    sink, order = MemorySink(**before), list[int]()
     given: Any = {"first": 2, "have": have, "timeout": timeout}
     job = engine.download(answer, GROUPS, sink, order.append, **given)
     job.done.result(timeout + 5)

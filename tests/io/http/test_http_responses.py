@@ -96,6 +96,26 @@ def test_a_server_that_sends_all_or_nothing(answer: Behaviour, from_the_first: b
         check(*fetched(fetching, first))
 
 
+def test_the_whole_file_comes_while_a_part_of_it_is_written() -> None:
+    """The part is fetched by whoever writes it, and no byte is written twice."""
+    first, other, numbers = threading.Event(), threading.Event(), itertools.count()
+
+    def write(_offset: int, _nbytes: int) -> None:
+        (other if first.is_set() else first).set()
+        other.wait(10)
+
+    def answer(asked: Asked, client: Client) -> None:
+        if not next(numbers):
+            server.right(asked, client)
+        else:
+            first.wait(10)
+            whole(asked, client)
+
+    with FaultServer(DATA) as server, engine(timeouts=PATIENT) as fetching:
+        server.behave = sometimes(server, answer)
+        check(*fetched(fetching, asked(fetching, server.url()), before=write))
+
+
 @pytest.mark.parametrize("form", [whole, chunked])
 def test_a_whole_stream_that_breaks_is_resumed(form: Behaviour) -> None:
     """By a request that another version of the file would fail."""
