@@ -236,22 +236,25 @@ async def wait_for_end(future: Future[Any]) -> None:
 class SharedResource(Generic[T]):
     """A resource that threads share. `close` takes effect once no use is in progress.
 
-    Give it `opened`, or `open`, which the first use calls.
+    Give it `opened`, or `open`, which the first use calls. `freed` is called after `close`, when
+    this no longer refers to the resource.
     """
 
     def __init__(
         self,
         name: str,
-        close: Callable[[T], object],
+        close: Callable[[T], object] | None = None,
         *,
         open: Callable[[], T] | None = None,
         opened: T | None = None,
+        freed: Callable[[], object] | None = None,
     ) -> None:
         self.opened = opened
         """None until it is opened, and once it is closed."""
         self.closed = False
         self._open = open
         self._close = close
+        self._freed = freed
         self._name = name
         self._users = 0
         self._lock = Lock()
@@ -262,8 +265,7 @@ class SharedResource(Generic[T]):
         """Keep it open within the block. Raise `FetchError` once it is closed."""
         self._enter()
         try:
-            opened = self.opened
-            yield self._open_once() if opened is None else opened
+            yield self._open_once()
         finally:
             with self._lock:
                 self._users -= 1
@@ -286,6 +288,9 @@ class SharedResource(Generic[T]):
             self._users += 1
 
     def _open_once(self) -> T:
+        opened = self.opened
+        if opened is not None:
+            return opened
         with self._opening:
             if self.opened is None:
                 assert self._open is not None
@@ -294,8 +299,13 @@ class SharedResource(Generic[T]):
 
     def _end(self) -> None:
         opened, self.opened = self.opened, None
-        if opened is not None:
+        if opened is None:
+            return
+        if self._close is not None:
             self._close(opened)
+        del opened
+        if self._freed is not None:
+            self._freed()
 
 
 class Closable(Protocol):
@@ -370,7 +380,7 @@ class SharedTasks(Generic[K, R]):
     def join(self, key: K) -> Iterator[asyncio.Task[R]]:
         """Start the task or join it; await it with `result_of` within the block."""
         task = self._shared.get(key)
-        if task is None:
+        if task is None or (task.done() and task not in self._callers):  # its last caller has left
             loop = asyncio.get_running_loop()
             task = self._shared[key] = loop.create_task(self._run(key), name=self._name(key))
             task.add_done_callback(partial(self._end, key))

@@ -139,12 +139,7 @@ class Folder:
     def read(self, name: str, max_bytes: int) -> bytes:
         """Read a regular file, at most `max_bytes` + 1 of it."""
         with self.open_file(name, os.O_RDONLY) as fd:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise IsADirectoryError(errno.EISDIR, "no regular file")
-            content = b""
-            while (room := max_bytes + 1 - len(content)) and (piece := os.read(fd, room)):
-                content += piece
-            return content
+            return read_all(fd, max_bytes)
 
     def unlink(self, name: str) -> None:
         """Remove a file, if it is there."""
@@ -189,6 +184,16 @@ class Folder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def read_all(fd: int, max_bytes: int) -> bytes:
+    """Read a regular file from its position, at most `max_bytes` + 1 of it."""
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        raise IsADirectoryError(errno.EISDIR, "no regular file")
+    content = b""
+    while (room := max_bytes + 1 - len(content)) and (piece := os.read(fd, room)):
+        content += piece
+    return content
 
 
 class CacheDirectory:

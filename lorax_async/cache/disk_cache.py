@@ -9,7 +9,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from threading import Lock
 
@@ -328,19 +328,20 @@ class DiskDownload:
 
     def _remove(self) -> None:
         with self._directory.locked():
-            self._directory.remove(self._directory.partials, self._partial.name)
+            hidden = self._directory.hide(self._directory.partials, self._partial.name)
+        if hidden is not None:  # slow: without the lock that others need
+            self._directory.trash.remove_tree(hidden)
 
     @contextmanager
     def _ending(self) -> Iterator[None]:
         """Close all files, and let others have the folder, when the context is left."""
         self._open = False
-        try:
-            yield
-        finally:
+        with ExitStack() as ending:  # runs all of these, also where one fails
+            ending.callback(self._partial.close)
+            ending.callback(self._directory.release, self._partial.name)
             for file in self._files.values():
-                file.close()
-            self._directory.release(self._partial.name)
-            self._partial.close()
+                ending.callback(file.close)
+            yield
 
 
 def read_answer(answers: Folder, name: str) -> CacheKey | None:

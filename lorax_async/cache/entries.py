@@ -30,6 +30,7 @@ from lorax_async.cache.directory import (
     CrowdedError,
     Folder,
     close_lock,
+    read_all,
     suppress_read_only,
     translate_errors,
     try_lock,
@@ -171,7 +172,7 @@ class Entries:
                 with self.directory.locked():
                     locked = try_lock(lease, shared=True)
             if locked is not False and folder.is_named(name, within=self.parent):
-                record = _read_record(folder, name)
+                record = _read_record(lease, name)  # its name may have gone
                 files = _require_whole(folder, record, check=check)
                 remove_leftovers(folder)
                 entry = DiskEntry(self, lease, record, files)
@@ -183,8 +184,8 @@ class Entries:
     def record(self, name: str) -> EntryRecord | None:
         """Return the record of an entry; None if it cannot be read. Raise `OSError`."""
         try:
-            with self.parent.subfolder(name) as folder:
-                return _read_record(folder, name)
+            with self.parent.subfolder(name) as folder, folder.open_file(RECORD, os.O_RDONLY) as fd:
+                return _read_record(fd, name)
         except IntegrityError:
             return None
         except OSError as error:
@@ -216,8 +217,10 @@ class Entries:
     def condemn(self, name: str, only: Folder | None = None) -> None:
         """Remove an entry even if it is leased (`only` if it is still this folder)."""
         with self.directory.locked():
-            if only is None or only.is_named(name, within=self.parent):
-                self.directory.remove(self.parent, name)
+            same = only is None or only.is_named(name, within=self.parent)
+            hidden = self.directory.hide(self.parent, name) if same else None
+        if hidden is not None:  # slow: without the lock that others need
+            self.directory.trash.remove_tree(hidden)
 
     def is_leased(self, name: str) -> bool:
         """Return whether any process holds it. Raise `OSError`."""
@@ -243,9 +246,9 @@ class Entries:
             yield alone
 
 
-def _read_record(folder: Folder, name: str) -> EntryRecord:
+def _read_record(fd: int, name: str) -> EntryRecord:
     try:
-        record = decode_record(folder.read(RECORD, MAX_RECORD_BYTES))
+        record = decode_record(read_all(fd, MAX_RECORD_BYTES))
     except IsADirectoryError as error:
         raise IntegrityError("the cache's record is no file") from error
     except AdapterFormatError as error:

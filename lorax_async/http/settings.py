@@ -11,7 +11,7 @@ from importlib import import_module, util
 from ipaddress import IPv4Address, IPv6Address
 from typing import NamedTuple, Protocol
 from urllib.parse import unquote
-from urllib.request import getproxies, proxy_bypass
+from urllib.request import getproxies
 
 from lorax_async.errors import ConfigError
 from lorax_async.http.failures import RetryPolicy
@@ -168,14 +168,22 @@ class Proxies:
         self._by_scheme = {
             scheme: _proxy(urls[scheme]) for scheme in ("http", "https") if urls.get(scheme)
         }
-        direct = [entry.strip() for entry in (urls.get("no") or "").split(",")]
-        suffixes = ",".join(entry.lstrip("*") for entry in direct)
-        self._direct = {"no": "*" if "*" in direct else suffixes}
+        direct = (urls.get("no") or "").lower().split(",")
+        self._direct = [host.strip() for host in direct if host.strip()]
 
     def to(self, origin: Origin) -> Proxy | None:
-        if proxy_bypass(f"{origin.host}:{origin.port}", self._direct):
-            return None
-        return self._by_scheme.get(origin.scheme)
+        return None if self._is_direct(origin) else self._by_scheme.get(origin.scheme)
+
+    def _is_direct(self, origin: Origin) -> bool:
+        # `urllib.request.proxy_bypass` does not know "*:8080", nor a host with an empty port.
+        for entry in self._direct:
+            host, _, port = entry.partition(":") if entry.count(":") == 1 else (entry, "", "")
+            if port and port != str(origin.port):
+                continue
+            bare = host.lstrip("*").lstrip(".")
+            if host == "*" or origin.host == bare or (bare and origin.host.endswith(f".{bare}")):
+                return True
+        return False
 
 
 def _proxy(text: str) -> Proxy:

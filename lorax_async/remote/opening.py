@@ -432,8 +432,9 @@ class AdapterOpener:
         self, key: RemoteKey, download: DiskDownload, control: FetchControl
     ) -> AdapterFile:
         located = await self._locate(key, control)
+        digest = self._resolver.digest(key)  # another caller may name another one from now on
         metadata = await self._fetch_metadata(located, control)
-        files = await self._add_files(download, metadata, self._resolver.digest(key), control)
+        files = await self._add_files(download, metadata, digest, control)
 
         def no_longer_idle() -> None:
             self._idle -= Counter([key])

@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lorax_async.concurrency import outcome
 from lorax_async.config import Limits
@@ -123,7 +123,9 @@ class _Folder:
 
     engine: RangeEngine
     url: Url
-    headers: Mapping[str, str]
+    headers: Mapping[str, str] = field(repr=False)
+    """They may hold a token."""
+
     rules: Rules
     sent: ExitStack
 

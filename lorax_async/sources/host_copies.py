@@ -64,7 +64,7 @@ class HostCopy:
         """The control of the spill in progress."""
         self._copies = copies
         self._place: SharedResource[torch.Tensor | SpillFile] = SharedResource(
-            "the adapter", lambda _: copies.give_back(nbytes), opened=_NO_BYTES
+            "the adapter", opened=_NO_BYTES, freed=lambda: copies.give_back(nbytes)
         )
         self._users = 1
         self._lock = Lock()
@@ -101,9 +101,10 @@ class HostCopy:
     def held(self) -> Iterator[torch.Tensor | SpillFile]:
         """Keep the bytes where they are, and their room taken."""
         with ExitStack() as used:
+            places = []
             with self._lock:  # `move` must not close the place in between
-                place = used.enter_context(self._place.use())
-            yield place
+                places.append(used.enter_context(self._place.use()))
+            yield places.pop()  # refer to it no longer: its end gives the room back
 
     def move(self, file: SpillFile) -> None:
         """Free the memory; later reads use `file`."""
