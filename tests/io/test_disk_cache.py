@@ -46,6 +46,7 @@ from source_inputs import read, read_rows, rows_of
 
 from lorax_async.cache import disk_cache
 from lorax_async.cache.base import CacheKey, LeftoverError
+from lorax_async.cache.directory import Folder
 from lorax_async.cache.disk_cache import DiskCache, DiskDownload, Freed
 from lorax_async.cache.entries import MAX_SCOPES
 from lorax_async.cache.partials import CHUNK_BYTES
@@ -388,6 +389,23 @@ class TestDamage:
         download.close()
         keep(world.cache, KEY, b"def")
         assert is_there(world.cache, KEY)
+
+    def test_an_entry_that_goes_while_it_is_opened_is_fetched_anew(
+        self, world: DiskWorld, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        keep(world.cache, KEY, b"abc")
+        with opened(world.folder) as other, monkeypatch.context() as patch:
+
+            def is_named(self: Folder, name: Any, within: Folder | None = None) -> bool:
+                named = is_named_still(self, name, within)
+                if name == KEY.name:
+                    other.cache.condemn(KEY)
+                return named
+
+            is_named_still = Folder.is_named
+            patch.setattr(Folder, "is_named", is_named)
+            assert world.cache.open(KEY) is None
+        keep(world.cache, KEY, b"def")
 
     @pytest.mark.parametrize("shape", ["gone", "link", "fifo", "folder", "file"])
     def test_odd_things_are_dropped(self, world: DiskWorld, tmp_path: Path, shape: str) -> None:

@@ -28,6 +28,7 @@ import tiny
 from common import until
 from lorax_async import errors
 from lorax_async.cli import main
+from lorax_async.concurrency import SharedTasks, result_of
 from lorax_async.config import Limits
 from lorax_async.loader import AdapterLoader
 from lorax_async.testing import FakeSource
@@ -46,6 +47,27 @@ def bytes_asked(world: RemoteWorld, size: int) -> int:
 def is_evictable(world: RemoteWorld) -> bool:
     """Make room in the cache as another process does; whether everything could go."""
     return main(["cache", "gc", "--bytes", "1", "--dir", str(world.folder)]) == 0
+
+
+async def test_a_call_joins_no_task_whose_last_caller_has_left() -> None:
+    """Not even in the turn of the loop in which the task ends: its folder is closed then."""
+    gate, unused = asyncio.get_running_loop().create_future(), list[object]()
+
+    async def run(_: str) -> None:
+        await gate
+
+    async def call() -> bool:
+        with shared.join("one") as task:
+            await result_of(task, "fetch")
+            return task in unused
+
+    shared = SharedTasks(run, str, unused=unused.append)
+    first = asyncio.create_task(call())
+    await asyncio.sleep(0.01)
+    gate.set_result(None)
+    first.cancel()
+    assert not await asyncio.create_task(call())
+    assert first.cancelled()
 
 
 async def test_a_folder_that_peft_loads(world: RemoteWorld) -> None:
