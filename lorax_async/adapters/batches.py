@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, groupby, pairwise, repeat
+from operator import itemgetter
 from typing import Any, Self, cast
 
 import torch
@@ -94,7 +95,13 @@ def concat_segments(
     batches: Iterable[tuple[Integers, Sequence[int]]],
 ) -> tuple[list[int], list[int]]:
     """Return the segments of concatenated batches, equal neighbours joined; as `find_segments`."""
-    return find_segments([token for batch in batches for token in Runs(*batch).by_row()])
+    runs = [Runs(*batch) for batch in batches]
+    pieces = ((i, n) for run in runs for i, n in zip(run.indices, run.lengths, strict=True) if n)
+    joined_bounds, joined = [0], list[int]()
+    for index, same in groupby(pieces, key=itemgetter(0)):
+        joined_bounds.append(joined_bounds[-1] + sum(length for _, length in same))
+        joined.append(index)
+    return joined_bounds, joined
 
 
 def to_list(name: str, values: Integers) -> list[int]:

@@ -326,15 +326,14 @@ class LoraWeights(AdapterWeights):
         weights_b: Sequence[torch.Tensor] | torch.Tensor,
         adapter_config: LoraConfig,
     ) -> None:
-        a, b = list(weights_a), list(weights_b)
-        if len(a) != len(b) or not all(
-            len({one.shape for one in each}) == 1 and each[0].dim() == 2 for each in (a, b)
-        ):
+        a, b = _stack(weights_a), _stack(weights_b)
+        if a is None or b is None or len(a) != len(b):
             raise UsageError(
                 "LoraWeights takes A and B of every layer, [in, r] and [r, out], of equal shapes"
             )
-        stored = torch.stack([one.mT if one.shape[1] in BY_RANK else one for one in a])
-        self._take(stored, torch.stack(b), a[0].shape[1], adapter_config)
+        rank = a.shape[2]
+        stored = a.mT if rank in BY_RANK else a
+        self._take(stored.contiguous(), b.contiguous(), rank, adapter_config)
 
     @classmethod
     def _of(cls, found: StackedLayers, config: LoraConfig) -> Self:
@@ -468,6 +467,15 @@ class LoraWeights(AdapterWeights):
         return cls._of(found, config)
 
 
+def _stack(weights: Sequence[torch.Tensor] | torch.Tensor) -> torch.Tensor | None:
+    """Return a new `[layers, …, …]`, or None unless all are matrices of one shape."""
+    if isinstance(weights, torch.Tensor):
+        return weights.clone() if weights.dim() == 3 else None
+    layers = list(weights)
+    alike = len({one.shape for one in layers}) == 1 and layers[0].dim() == 2
+    return torch.stack(layers) if alike else None
+
+
 def _resident_layers(handle: AdapterHandle, layer_type: str) -> list[Layer | None]:
     if handle.shard is not None and handle.shard.world_size > 1:
         raise UsageError(
@@ -503,9 +511,27 @@ def check_architectures(
     `IncompatibleAdapterError` if they differ.
     """
     base = adapter_config.base_model_name_or_path
-    if not base or base == model_id:
-        return
-    trained_on, served = cached_architectures(base), tuple(architectures)
+    if base and base != model_id:
+        _compare(model_id, adapter_id, base, cached_architectures(base), tuple(architectures))
+
+
+async def check_architectures_async(
+    model_id: str, adapter_id: str, adapter_config: AdapterConfig, architectures: Sequence[str]
+) -> None:
+    """As `check_architectures`, with the look-up in a thread."""
+    base = adapter_config.base_model_name_or_path
+    if base and base != model_id:
+        trained_on = await in_thread(lambda _: cached_architectures(base))
+        _compare(model_id, adapter_id, base, trained_on, tuple(architectures))
+
+
+def _compare(
+    model_id: str,
+    adapter_id: str,
+    base: str,
+    trained_on: tuple[str, ...] | None,
+    served: tuple[str, ...],
+) -> None:
     adapter, base = shorten(str(adapter_id), 100), shorten(base, 100)
     if trained_on not in {None, served}:
         raise IncompatibleAdapterError(
@@ -516,17 +542,8 @@ def check_architectures(
     warnings.warn(
         f"adapter {adapter!r} was not trained on base model {model_id!r}; if its answers are"
         f" wrong, serve {base!r} instead",
-        stacklevel=2,
+        stacklevel=3,  # the caller of the check
     )
-
-
-async def check_architectures_async(
-    model_id: str, adapter_id: str, adapter_config: AdapterConfig, architectures: Sequence[str]
-) -> None:
-    """Call `check_architectures` in a thread, unless the names are equal."""
-    if adapter_config.base_model_name_or_path not in {None, "", model_id}:
-        check = partial(check_architectures, model_id, adapter_id, adapter_config, architectures)
-        await in_thread(lambda _: check())
 
 
 def cached_architectures(base: str) -> tuple[str, ...] | None:
@@ -599,7 +616,8 @@ def merge_adapters(
             for (module_map, config), weight in zip(adapters, merge.weights, strict=True)
         ]
         merged = _merge(merge, parts)
-    first, rank = adapters[0][1], max((len(a) for a, _ in merged.values()), default=1)
+    first = adapters[0][1]
+    rank = max((len(a) for a, _ in merged.values()), default=first.r)
     result = {}
     for name, (a, b) in merged.items():
         keys = next(module_map[name] for module_map, _ in adapters if name in module_map)

@@ -91,8 +91,13 @@ def _hub_folder(repo: str, revision: str | None, token: str | None, *, weights: 
             )
         return path
 
+    # A snapshot folder is named by its commit. Fetch from the commit that the cache has a file of,
+    # for the branch may have moved, and all further files from the config's.
+    cached = (cached_file(repo, name, revision) for name in (CONFIG, WEIGHTS, INDEX))
+    if path := next(filter(None, cached), None):
+        revision = os.path.basename(os.path.dirname(path))
     folder = os.path.dirname(get(CONFIG, LIMITS.max_config_bytes))
-    revision = os.path.basename(folder)  # the commit, for the branch may move
+    revision = os.path.basename(folder)
     if weights and cached_file(repo, WEIGHTS, revision) is None:
         room, most = LIMITS.max_adapter_bytes, LIMITS.max_header_bytes
         split = cached_file(repo, INDEX, revision) is not None
@@ -241,6 +246,11 @@ class WeightsFile:
         """Open one file of weights by its own path, whatever its name. Blocks; as `open`."""
         with naming_adapter(path):
             return cls(_reader_of(os.fspath(path), LIMITS.max_adapter_bytes))
+
+    @classmethod
+    async def at_async(cls, path: str | Path) -> Self:
+        """Call `at` in a thread."""
+        return await in_thread(lambda _: cls.at(path), cls.close)
 
     def __contains__(self, key: object) -> bool:
         return key in self._spans

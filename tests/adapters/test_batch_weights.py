@@ -162,7 +162,9 @@ def test_segments_are_the_runs() -> None:
         assert meta.adapter_segments.dtype == torch.int32
     first, last = (torch.tensor([0, 1, 4, 7]), [2, 1, 2]), (torch.tensor([0, 2, 5]), [2, 1])
     assert batches.concat_segments([first, last]) == ([0, 1, 4, 9, 12], [2, 1, 2, 1])
-    assert batches.concat_segments([([0, 2], [5]), ([0, 0, 3, 4], [7, 5, 5])]) == ([0, 6], [5])
+    long = 1 << 64  # more tokens than an iterator counts
+    joined = batches.concat_segments([([0, long], [5]), ([0, 0, 3, 4], [7, 5, 5])])
+    assert joined == ([0, long + 4], [5])
 
 
 @given(st.lists(tokens_of_a_batch, max_size=5))

@@ -101,11 +101,13 @@ async def test_many_get_the_same_while_the_loop_goes_on(hub: HubStandIn, tmp_pat
     assert (await config).r == 8
 
 
-@pytest.mark.parametrize("revision", ["v1", "refs/pr/1"])
-async def test_both_files_are_of_one_commit(hub: HubStandIn, tmp_path: Path, revision: str) -> None:
-    """The branch moves after the config was fetched; another revision is another adapter."""
+@pytest.mark.parametrize(("revision", "cached"), [("v1", CONFIG), ("refs/pr/1", WEIGHTS)])
+async def test_both_files_are_of_one_commit(
+    hub: HubStandIn, tmp_path: Path, revision: str, cached: str
+) -> None:
+    """The branch moves after one file was fetched; another revision is another adapter."""
     hub.put(SQL, contents(adapter(tmp_path)))
-    assert LoraConfig.load(SQL).r == 8
+    hf_hub_download(SQL, cached)
     for at in ("main", revision):
         hub.put(SQL, contents(adapter(tmp_path, 4)), at)
     assert LoraConfig.load(f"{SQL}@{revision}").r == 4
@@ -212,7 +214,6 @@ def test_a_hub_that_refuses(
 
 def test_a_disk_that_takes_no_more(hub: HubStandIn, tmp_path: Path, monkeypatch: Patch) -> None:
     hub.put(SQL, contents(adapter(tmp_path)))
-
     full = Mock(side_effect=OSError(errno.ENOSPC, "No space left", "/home/somebody/.cache"))
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", full)
     with pytest.raises(errors.FetchError, match=r"cannot be stored .* \(ENOSPC\)") as caught:

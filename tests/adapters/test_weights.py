@@ -44,8 +44,7 @@ def test_each_load_scales_b(model: Any, alpha: int, r: int, rslora: bool, scale:
         assert torch.unique(weights.weights_b[:, :r]).tolist() == [scale]
         assert not weights.weights_b[:, r:].any()
         assert weights.weights_a.max() == 1
-        assert weights.adapter_config == config
-        assert weights.adapter_config.r == r
+        assert (weights.adapter_config, config.r) == (config, r)
         assert weights.adapter_config.padded_rank == padded_rank(r, 1)
     assert config.padded_rank is None
 
@@ -112,8 +111,7 @@ def test_ranks_that_the_processes_cannot_share_are_refused() -> None:
             if (rank, world_size) == (41, 5):
                 assert "41 is padded to 48, which 5 processes cannot share" in str(error)
         else:
-            assert padded >= rank
-            assert padded % world_size == 0
+            assert (padded >= rank, padded % world_size) == (True, 0)
     assert refused == 632
     for no_world in (0, -1, 1.0, True, "2", None):
         with pytest.raises(errors.ConfigError, match="world size"):
@@ -172,8 +170,10 @@ def test_made_by_hand_of_a_tensor_for_each_layer(rank: int) -> None:
         stack.zero_()  # the caller's memory is not the weights'
     for name in ("weights_a", "weights_b"):
         assert torch.equal(getattr(stacked, name), getattr(weights, name))
-    flat = torch.zeros(8)
-    for these, those in (([], []), (a, []), ([a[0], a[0].T], b), ([flat], [flat])):
+    empty = LoraWeights(stacks[0][:0], stacks[1][:0], base.config(rank))
+    assert empty.weights_a.shape == (0, *weights.weights_a.shape[1:])
+    flat, one = torch.zeros(8), torch.tensor(1.0)
+    for these, those in (([], []), (a, []), ([a[0], a[0].T], b), ([flat], [flat]), (one, one)):
         with pytest.raises(errors.UsageError, match="of every layer"):
             LoraWeights(these, those, base.config())
 

@@ -64,11 +64,10 @@ async def test_it_holds_what_safetensors_reads(folder: Path) -> None:
     saved = load_file(folder / WEIGHTS)
     moved = folder / "part-1.safetensors"
     moved.hardlink_to(folder / WEIGHTS)
-    later = await WeightsFile.open_async(str(folder), None)
-    for opened in (WeightsFile.open(folder), WeightsFile.at(moved), later):
+    later = await WeightsFile.open_async(str(folder), None), await WeightsFile.at_async(str(moved))
+    for opened in (WeightsFile.open(folder), WeightsFile.at(moved), *later):
         with opened as file:
-            assert set(file) == set(saved)
-            assert (len(file), A in file, "x" in file) == (12, True, False)
+            assert (set(file), len(file), A in file, "x" in file) == (set(saved), 12, True, False)
             for key, tensor in saved.items():
                 assert (file.shape(key), file.dtype(key)) == (tuple(tensor.shape), torch.float32)
                 assert torch.equal(file.read(key), tensor)
@@ -241,8 +240,10 @@ async def test_no_file_is_touched_on_the_loops_thread(folder: Path, monkeypatch:
 @pytest.mark.each_loop
 async def test_a_cancelled_opening_leaves_no_file_open(folder: Path, monkeypatch: Patch) -> None:
     before, reads = open_files(), Reads(monkeypatch, 0)
-    await reads.cancel(WeightsFile.open_async(folder, None))
-    assert open_files() > before
+    for call in (WeightsFile.open_async(folder, None), WeightsFile.at_async(folder / WEIGHTS)):
+        opened, reads.after = open_files(), len(reads.threads)
+        await reads.cancel(call)
+        assert open_files() > opened
     reads.may_go_on.set()
     await until(lambda: open_files() == before)
 

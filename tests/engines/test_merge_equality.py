@@ -288,6 +288,7 @@ def test_there_is_no_density_of_zero_and_as_many_adapters_as_ids() -> None:
             merge_adapters(pair, parameters(merge_strategy="ties", density=density))
     with pytest.raises(UsageError, match="2 adapter_ids, but 1 adapters"):
         merge_adapters(pair[:1], parameters())
+    assert merge_adapters([({}, config_of(3)), ({}, config_of())], parameters())[1].r == 3
 
 
 @pytest.mark.parametrize("strategy", ["linear", "ties", "dare_linear", "dare_ties"])
