@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from lorax_async.errors import ConfigError, UsageError, shorten
-from lorax_async.ids import Allow as Allow  # noqa: PLC0414 - exported
-from lorax_async.ids import as_allow
+from lorax_async.ids import Allow, as_allow
 from lorax_async.types import (
     MAX_SECONDS,
     require_bool,
@@ -19,6 +18,22 @@ from lorax_async.types import (
     require_seconds,
 )
 from lorax_async.urls import InvalidUrlError, parse_folder_url
+
+__all__ = [
+    "DTYPES",
+    "MAX_SLOTS",
+    "MAX_THREADS",
+    "Allow",
+    "Checking",
+    "Eviction",
+    "HubCache",
+    "Limits",
+    "LoaderConfig",
+    "LocalRoot",
+    "Root",
+    "Shard",
+    "as_local_roots",
+]
 
 KiB = 1 << 10
 MiB = 1 << 20

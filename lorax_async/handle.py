@@ -15,11 +15,12 @@ from lorax_async.concurrency import running_loop
 from lorax_async.config import Shard
 from lorax_async.devices.base import Device
 from lorax_async.errors import AdapterTimeoutError, LoraxError, Stage, UsageError
+from lorax_async.events import SlotId
 from lorax_async.formats.peft_names import TensorRole
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.transfer_plan import TableRow
 from lorax_async.runtime.leases import AdapterVectors, Lease
-from lorax_async.types import Verification
+from lorax_async.types import AdapterKey, Verification
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,29 +105,55 @@ class AdapterHandle:
         share: Callable[[Lease], Lease],
         shard: Shard | None = None,
     ) -> None:
-        occupancy = lease.occupancy
         self.id = id
-        self.key = occupancy.key
-        """The exact version of the adapter."""
-        self.slot = occupancy.grant.slot
-        """The column of the device's tables, and its generation."""
-        self.rank = occupancy.plan.rank
-        """The largest rank of its modules."""
-        self.nbytes = occupancy.plan.nbytes
-        """The adapter's bytes on the device."""
-        self.layers = occupancy.layers
-        """The layer groups with tensors: -1 before the layers, 0 … L-1, L after them."""
-        self.device = device
-        """The loader's device, with the tables that kernels read."""
-        self.layout = layout
-        """The layout of the loader's base model."""
         self.shard = shard
         """The part of each tensor-parallel module that the weights are; None for all of it."""
-        self.timeout = timeout
-        """The default timeout of the handle's waits, in seconds."""
         self._lease = lease
         self._share = share
         lease.id = id
+        self._device = device
+        self._layout = layout
+        self._timeout = timeout
+
+    @property
+    def key(self) -> AdapterKey:
+        """The exact version of the adapter."""
+        return self._lease.occupancy.key
+
+    @property
+    def slot(self) -> SlotId:
+        """The column of the device's tables, and its generation."""
+        return self._lease.occupancy.grant.slot
+
+    @property
+    def device(self) -> Device:
+        """The loader's device, with the tables that kernels read."""
+        return self._device
+
+    @property
+    def layout(self) -> ModelLayout:
+        """The layout of the loader's base model."""
+        return self._layout
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of its modules."""
+        return self._lease.occupancy.plan.rank
+
+    @property
+    def nbytes(self) -> int:
+        """The adapter's bytes on the device."""
+        return self._lease.occupancy.plan.nbytes
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layer groups with tensors: -1 before the layers, 0 … L-1, L after them."""
+        return self._lease.occupancy.layers
+
+    @property
+    def timeout(self) -> float:
+        """The default timeout of the handle's waits, in seconds."""
+        return self._timeout
 
     @property
     def resident(self) -> bool:
@@ -152,7 +179,7 @@ class AdapterHandle:
     def modules(self) -> Mapping[str, ModuleWeights]:
         """Weights by the layout's module names, for the layers that are ready."""
         self._lease.check()
-        return ModuleViews(self._lease, self.device, self.layout)
+        return ModuleViews(self._lease, self._device, self._layout)
 
     @property
     def vectors(self) -> AdapterVectors | None:
@@ -187,7 +214,7 @@ class AdapterHandle:
             raise UsageError(
                 "wait_layer would block the event loop; await layer_ready, or call it in a thread"
             )
-        seconds = self.timeout if timeout is None else timeout
+        seconds = self._timeout if timeout is None else timeout
         try:
             self._lease.occupancy.wait(layer, seconds, self._lease.check)
         except TimeoutError as error:
@@ -200,7 +227,7 @@ class AdapterHandle:
         self, timeout: float | None, problem: str, stage: Stage
     ) -> AsyncIterator[None]:
         """Raise `AdapterTimeoutError` if the block takes longer than `timeout`."""
-        seconds = self.timeout if timeout is None else timeout
+        seconds = self._timeout if timeout is None else timeout
         try:
             async with asyncio.timeout(seconds) as deadline:
                 yield
@@ -248,7 +275,7 @@ class AdapterHandle:
         if tickets is None:
             return False
         for ticket in tickets:
-            self.device.wait_for(ticket, stream)
+            self._device.wait_for(ticket, stream)
         return True
 
     @contextmanager
@@ -266,7 +293,7 @@ class AdapterHandle:
 
     def _end_use(self, stream: object | None) -> None:
         try:
-            ticket = self.device.note_use(stream)
+            ticket = self._device.note_use(stream)
         except BaseException:
             self._lease.end_use()
             raise
@@ -283,7 +310,7 @@ class AdapterHandle:
         lease = self._share(self._lease)
         lease.holder = current_task_name()
         return type(self)(
-            self.id, lease, self.device, self.layout, self.timeout, self._share, self.shard
+            self.id, lease, self._device, self._layout, self._timeout, self._share, self.shard
         )
 
     def release(self) -> None:

@@ -20,6 +20,7 @@ from lorax_async.errors import (
     AdapterFormatError,
     AdapterNotFoundError,
     ConfigError,
+    LoraxError,
     UnsupportedAdapterError,
     shorten,
 )
@@ -216,6 +217,8 @@ def from_pretrained(dir: str | Path, dtype: Dtype = None) -> ModelLayout:
                 model = automatic.from_config(config)
             else:
                 model = getattr(transformers, (config.architectures or [""])[0])(config)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{type(model).__name__} is not a model")
     except Exception as error:  # an untrusted config can make transformers raise anything
         raise ConfigError(
             f"transformers cannot build the model of {str(folder)!r} ({error}); build it yourself"
@@ -302,7 +305,10 @@ def from_adapter(dir: str | Path, *, limits: Limits | None = None) -> ModelLayou
     """
     folder, limits = Path(dir), limits or Limits()
     spec = parse_config(_read(folder / CONFIG_FILE, limits.max_config_bytes), limits)
-    header, _ = read_header(folder, limits)
+    try:
+        header, _ = read_header(folder, limits)
+    except LoraxError as error:
+        raise error.located(id=str(folder)) from error
     shapes = _shapes(header)
     numbers = {path: layer_index(path) for path in shapes}
     num_layers = 1 + max((n for n in numbers.values() if n is not None), default=0)

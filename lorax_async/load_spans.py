@@ -23,6 +23,8 @@ from lorax_async.events import (
 from lorax_async.loader import AdapterLoader
 from lorax_async.types import AdapterKey, text_of
 
+__all__ = ["LoadSpans"]
+
 _ORDER: tuple[Stage, ...] = ("resolve", "fetch", "queue", "copy", "ready")
 
 

@@ -23,6 +23,8 @@ from lorax_async.errors import LoaderClosedError, Stage
 from lorax_async.loader import AdapterLoader
 from lorax_async.runtime.telemetry import Statistics, Usage
 
+__all__ = ["LoaderCollector"]
+
 BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 """Upper bounds of the histogram's buckets, in seconds."""
 

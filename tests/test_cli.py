@@ -372,6 +372,7 @@ def test_of_many_the_broken_one_is_named(folder: str, tmp_path: Path, capsys: Ca
                 ("bytes is an integer", '[{"name": "a", "bytes": 0}]'),
                 ("bytes is an integer", '[{"name": "a", "bytes": "' + "9" * 5000 + '"}]'),
                 ("AdapterNotFoundError", '[{"name": "a", "path": "nowhere"}]'),
+                ("InvalidAdapterIdError", '[{"name": "a", "path": "a\\u0000"}]'),
                 ("must list objects", '["a"]'),
                 ("lists no adapter", "[]", "name,rank\n"),
                 ("is not JSON or CSV", "[" * 100_000, "a\n\udcff\n", f"a,b\na,{'1' * 200_000}"),

@@ -44,7 +44,7 @@ from lorax_async.formats.safetensors import TensorSpan, parse_header
 from lorax_async.formats.split_weights import INDEX, parse_index
 from lorax_async.ids import HubRepository, LocalFolder, parse_ref
 from lorax_async.remote import hub
-from lorax_async.sources.local import CONFIG, WEIGHTS, find_adapter, open_weights
+from lorax_async.sources.local import CONFIG, WEIGHTS, find_trusted_adapter, open_weights
 from lorax_async.types import AdapterRef
 
 LIMITS = Limits()
@@ -232,7 +232,7 @@ class WeightsFile:
         """
         with naming_adapter(adapter_id):
             folder = adapter_folder(adapter_id, api_token, weights=True)
-            key = find_adapter(LocalFolder(folder, trusted=True), (), LIMITS)
+            key = find_trusted_adapter(folder, LIMITS)
             weights = open_weights(key, LIMITS)
             return cls(weights.reader, weights.prefix)
 

@@ -46,13 +46,12 @@ from lorax_async.formats.safetensors import (
 )
 from lorax_async.formats.split_weights import INDEX
 from lorax_async.formats.strict_json import JsonValue, parse_object
-from lorax_async.ids import LocalFolder
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.transfer_plan import plan_transfer
 from lorax_async.remote.base import AdapterMetadata
 from lorax_async.remote.remote_source import RemoteSource, open_remote_source
 from lorax_async.runtime.assembly import MOVE_BYTES
-from lorax_async.sources.local import CONFIG, WEIGHTS, find_adapter, read_header
+from lorax_async.sources.local import CONFIG, WEIGHTS, find_trusted_adapter, read_header
 from lorax_async.types import AdapterRef, AdapterSpec
 
 SHOWN_FIELDS = (
@@ -128,7 +127,7 @@ def inspect_adapter(
     """
     limits, found = Limits(), Inspection(str(folder), base)
     with found.collect():
-        find_adapter(LocalFolder(str(folder), trusted=True), (), limits)
+        find_trusted_adapter(folder, limits)
     spec = _read_config(folder, limits, found)
     header = _read_header(folder, limits, found)
     if header is not None:

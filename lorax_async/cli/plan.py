@@ -34,7 +34,6 @@ from lorax_async.devices.base import Device
 from lorax_async.errors import ConfigError, LoraxError, shorten
 from lorax_async.formats.peft_config import parse_config
 from lorax_async.formats.safetensors import TensorDescription, parse_header, write_header
-from lorax_async.ids import LocalFolder
 from lorax_async.lifecycle.adapter_state import GroupSizes
 from lorax_async.lifecycle.arena import FreeRuns, Run, kinds_of
 from lorax_async.lifecycle.policies import EVICTION_POLICIES, EvictionPolicy, PolicyName, policy
@@ -42,7 +41,7 @@ from lorax_async.lifecycle.residency import reload_cost
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.transfer_plan import plan_transfer
 from lorax_async.runtime.assembly import MOVE_BYTES
-from lorax_async.sources.local import CONFIG, find_adapter, open_weights
+from lorax_async.sources.local import CONFIG, find_trusted_adapter, open_weights
 from lorax_async.types import AdapterKey
 
 MAX_EXPONENT = 10.0
@@ -207,7 +206,7 @@ class MemoryEstimate:
     def of_folder(self, folder: Path) -> AdapterKind:
         """Return the kind of an adapter on the disk. Raises what a load would raise."""
         try:
-            key = find_adapter(LocalFolder(str(folder), trusted=True), (), self._limits)
+            key = find_trusted_adapter(folder, self._limits)
             config = (folder / CONFIG).read_bytes()
             weights = open_weights(key, self._limits)
             with closing(weights.reader) as reader:

@@ -37,8 +37,8 @@ from lorax_async.cli.command_line import (
 )
 from lorax_async.config import Limits, LoaderConfig
 from lorax_async.errors import AdapterError, ConfigError, shorten
-from lorax_async.ids import Allow, LocalFolder
-from lorax_async.sources.local import CONFIG, find_adapter
+from lorax_async.ids import Allow
+from lorax_async.sources.local import CONFIG, find_trusted_adapter
 from lorax_async.types import AdapterId, AdapterRef
 
 if TYPE_CHECKING:
@@ -328,7 +328,7 @@ def _find_in(name: str, place: str) -> list[tuple[str, AdapterId]]:
                 f"--adapters: there is no folder {path}; an adapter on the hub is org/name"
             )
         try:
-            find_adapter(LocalFolder(str(path.absolute()), trusted=True), (), Limits())
+            find_trusted_adapter(path.absolute(), Limits())
         except AdapterError as error:
             raise ConfigError(f"--adapters: {path}: {error.problem}") from error
     return [(name, path.resolve()) for name, path in zip(names, paths, strict=True)]

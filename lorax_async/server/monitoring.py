@@ -396,6 +396,8 @@ class Dashboard:
         self._cold = cold
         self._rows: dict[bool, tuple[float, Rows]] = {}
         """By whether they are the operator's: when they are stale, and the rows."""
+        self._cold_rows: dict[bool, tuple[float, Row | None]] = {}
+        """Likewise for the last cold request."""
         self._open: dict[EventStream, bool] = {}
         """Open streams; the values say whether a stream is the operator's."""
         self._ending = False
@@ -434,21 +436,12 @@ class Dashboard:
 
     def _update(self, page: dict[str, Any], operator: bool) -> dict[str, Any]:
         """Return what has changed since `page` was sent, and add it to that."""
-        last = self._cold.last(operator=operator)
         now: dict[str, Any] = {
             "base": self._names.base,
             "operator": operator,
             "more": max(0, len(self._names.adapters) - MAX_ROWS),  # with names, and not shown
-            "cold": None,
+            "cold": self.cold(operator=operator),
         }
-        if last is not None:
-            now["cold"] = {
-                "number": last.number,
-                "name": self._names.name_of(last.adapter) or last.names[0],
-                "outcome": last.outcome,
-                "seconds": last.seconds,
-                "ended": last.ended,
-            }
         changes = {name: it for name, it in now.items() if name not in page or it != page[name]}
         before, rows = page.get("rows"), self.rows(operator=operator)
         if before is not rows:
@@ -459,6 +452,25 @@ class Dashboard:
             changes |= {"gone": gone} if gone else {}
         page |= now | {"rows": rows}
         return changes
+
+    def cold(self, *, operator: bool) -> Row | None:
+        """Return the last cold request that the viewer may see, as of `FRESH_SECONDS` ago."""
+        now = time.monotonic()
+        stale, row = self._cold_rows.get(operator, (now, None))
+        if now < stale:
+            return row
+        last = self._cold.last(operator=operator)
+        row = None
+        if last is not None:
+            row = {
+                "number": last.number,
+                "name": self._names.name_of(last.adapter) or last.names[0],
+                "outcome": last.outcome,
+                "seconds": last.seconds,
+                "ended": last.ended,
+            }
+        self._cold_rows[operator] = now + FRESH_SECONDS, row
+        return row
 
     def rows(self, *, operator: bool) -> Rows:
         """Return the rows by id; the same object until they are recomputed.

@@ -210,7 +210,10 @@ class ModelNames:
     ) -> None:
         self.base = base
         self._sources = sources
-        self._adapters = dict(adapters)
+        self._adapters: dict[str, AdapterId] = {}
+        self._names: dict[AdapterId, dict[str, None]] = {}
+        for name, adapter in adapters.items():
+            self.add(name, adapter)
 
     @property
     def adapters(self) -> Mapping[str, AdapterId]:
@@ -236,15 +239,25 @@ class ModelNames:
 
     def name_of(self, adapter: AdapterId) -> str | None:
         """Return the first name of an adapter."""
-        return next((name for name, named in self._adapters.items() if named == adapter), None)
+        return next(iter(self._names.get(adapter, ())), None)
 
     def add(self, name: str, adapter: AdapterId) -> None:
         """Name an adapter; a name in use changes its meaning."""
+        self._detach(name)
         self._adapters[name] = adapter
+        self._names.setdefault(adapter, {})[name] = None
 
     def remove(self, name: str) -> AdapterId | None:
         """Forget a name; return the adapter that it named, if any."""
+        self._detach(name)
         return self._adapters.pop(name, None)
+
+    def _detach(self, name: str) -> None:
+        if name in self._adapters:
+            adapter = self._adapters[name]
+            del self._names[adapter][name]
+            if not self._names[adapter]:
+                del self._names[adapter]
 
 
 def is_requestable(ref: AdapterRef, sources: Sequence[Allow]) -> bool:

@@ -158,7 +158,6 @@ def read_warm_list(path: Path) -> list[AdapterRef]:
 
     Raise `ConfigError`, with the path, the reason and what to do.
     """
-    reason = ""
     try:
         content = _read_file(path)
         return [] if content is None else _parse_refs(json.loads(content.decode()))
@@ -167,15 +166,17 @@ def read_warm_list(path: Path) -> list[AdapterRef]:
             f"the warm list {path} cannot be read ({error.strerror}); make it readable, or name"
             " another file"
         ) from error
-    except UnicodeDecodeError:
-        reason = "it is not UTF-8 text"
-    except json.JSONDecodeError as error:
-        reason = f"it is not JSON: {error}"
-    except RecursionError:
-        reason = "it is nested too deeply"
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         reason = str(error)
-    raise ConfigError(f"{path} is not a warm list ({reason}); delete it, or name another file")
+        if isinstance(error, UnicodeDecodeError):
+            reason = "it is not UTF-8 text"
+        elif isinstance(error, json.JSONDecodeError):
+            reason = f"it is not JSON: {error}"
+        elif isinstance(error, RecursionError):
+            reason = "it is nested too deeply"
+        raise ConfigError(
+            f"{path} is not a warm list ({reason}); delete it, or name another file"
+        ) from error
 
 
 def _read_file(path: Path) -> bytes | None:

@@ -67,7 +67,14 @@ from lorax_async.formats.split_weights import (
 )
 from lorax_async.ids import LocalFolder, parse_ref
 from lorax_async.sources.base import AdapterFile, PinnedPages, StoredFolder
-from lorax_async.types import UNCHECKED, AdapterKey, AdapterRef, FileIdentity, Verification
+from lorax_async.types import (
+    UNCHECKED,
+    AdapterKey,
+    AdapterRef,
+    FileIdentity,
+    Verification,
+    require_id_text,
+)
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -290,6 +297,12 @@ def find_adapter(place: LocalFolder, roots: Sequence[str], limits: Limits) -> Ad
     if len(problems) == len(paths) > 0:
         raise problems[0]
     raise AccessDeniedError(_OUTSIDE)
+
+
+def find_trusted_adapter(folder: str | Path, limits: Limits) -> AdapterKey:
+    """Return the key of a folder that the program itself names. Raise as a load does."""
+    path = require_id_text(os.fspath(folder), os.fsencode)
+    return find_adapter(LocalFolder(path, trusted=True), (), limits)
 
 
 def _real_paths(roots: Sequence[str]) -> Iterator[str]:
@@ -522,7 +535,7 @@ def read_header(folder: Path, limits: Limits) -> tuple[Header, int]:
 
     Raise as a load of the adapter does.
     """
-    key = find_adapter(LocalFolder(os.fspath(folder), trusted=True), (), limits)
+    key = find_trusted_adapter(folder, limits)
     weights = open_weights(key, limits)
     try:
         header = parse_header(weights.prefix, weights.reader.nbytes, limits)
