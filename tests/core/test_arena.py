@@ -2,15 +2,8 @@
 
 from itertools import groupby
 
+from hypothesis import stateful
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
 
 from core.refusals import refusals
 from lorax_async.errors import InternalError
@@ -70,14 +63,14 @@ class Bitmap:
             self.taken[start : start + count] = [False] * count
 
 
-class ArenaMachine(RuleBasedStateMachine):
-    @initialize(cells=st.integers(0, 40), rest=st.integers(0, ALIGNMENT - 1))
+class ArenaMachine(stateful.RuleBasedStateMachine):
+    @stateful.initialize(cells=st.integers(0, 40), rest=st.integers(0, ALIGNMENT - 1))
     def make(self, cells: int, rest: int) -> None:
         self.arena = Arena(cells * ALIGNMENT + rest, ALIGNMENT)
         self.bitmap = Bitmap(cells)
         self.held: list[tuple[Extent, ...]] = []
 
-    @rule(sizes=SIZES)
+    @stateful.rule(sizes=SIZES)
     def allocate(self, sizes: list[int]) -> None:
         possible = self.arena.can_allocate(sizes)
         extents = self.arena.allocate(sizes)
@@ -86,15 +79,15 @@ class ArenaMachine(RuleBasedStateMachine):
         if extents is not None:
             self.held.append(extents)
 
-    @precondition(lambda self: self.held)
-    @rule(data=st.data())
+    @stateful.precondition(lambda self: self.held)
+    @stateful.rule(data=st.data())
     def free(self, data: st.DataObject) -> None:
         extents = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
         self.arena.free(extents)
         self.bitmap.free(extents)
 
-    @precondition(lambda self: self.held)
-    @rule(data=st.data())
+    @stateful.precondition(lambda self: self.held)
+    @stateful.rule(data=st.data())
     def free_wrongly(self, data: st.DataObject) -> None:
         good = data.draw(st.sampled_from(self.held))
         offset, nbytes = good[0].offset, good[0].nbytes
@@ -104,7 +97,7 @@ class ArenaMachine(RuleBasedStateMachine):
             self.arena.free, InternalError, {"not allocated": [data.draw(st.sampled_from(bad))]}
         )
 
-    @rule(sizes=SIZES)
+    @stateful.rule(sizes=SIZES)
     def change_a_copy(self, sizes: list[int]) -> None:
         twin = self.arena.copy()
         for extents in self.held:
@@ -113,7 +106,7 @@ class ArenaMachine(RuleBasedStateMachine):
         assert not self.arena.nbytes or twin.can_allocate([self.arena.nbytes])
         twin.allocate(sizes)
 
-    @invariant()
+    @stateful.invariant()
     def agrees(self) -> None:
         holes = self.bitmap.holes()
         assert self.arena.free_bytes == sum(size for size, _ in holes) * ALIGNMENT
@@ -123,7 +116,7 @@ class ArenaMachine(RuleBasedStateMachine):
 
 
 def test_the_arena_is_the_bitmap() -> None:
-    run_state_machine_as_test(ArenaMachine)
+    stateful.run_state_machine_as_test(ArenaMachine)
 
 
 def test_what_cannot_be() -> None:

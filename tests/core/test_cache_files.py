@@ -13,15 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.refusals import refusals
-from lorax_async.cache.base import (
-    CacheKey,
-    FileRecord,
-    decode_record,
-    is_entry_name,
-    is_partial_name,
-    record_of,
-    scope_name,
-)
+from lorax_async.cache import base
 from lorax_async.cache.partials import CHUNK_BYTES, SYNCED, ChunkMap, encoded_size
 from lorax_async.errors import AdapterFormatError, UsageError
 from lorax_async.formats.digests import Digest, DigestKind, FileHash, sent_sha256
@@ -42,19 +34,19 @@ TEXT = st.text(st.characters(exclude_categories=()), max_size=20)
 def test_an_entry_has_one_name_of_64_digits_whatever_its_key_is(
     a: str, b: str, c: str, d: str
 ) -> None:
-    name = CacheKey(a, b).name
+    name = base.CacheKey(a, b).name
     assert re.fullmatch("[0-9a-f]{64}", name)
-    assert is_entry_name(name)
-    assert (name == CacheKey(c, d).name) == ((a, b) == (c, d))
-    assert name != CacheKey(a + "\0", b).name
+    assert base.is_entry_name(name)
+    assert (name == base.CacheKey(c, d).name) == ((a, b) == (c, d))
+    assert name != base.CacheKey(a + "\0", b).name
     if b:
-        assert name != CacheKey(a + b[0], b[1:]).name, "where a text ends matters"
-    assert re.fullmatch(r"scope\.[0-9a-f]{64}", scope_name(a))
+        assert name != base.CacheKey(a + b[0], b[1:]).name, "where a text ends matters"
+    assert re.fullmatch(r"scope\.[0-9a-f]{64}", base.scope_name(a))
 
 
 def test_a_name_is_the_same_in_every_process_and_version() -> None:
     """sha256sum of: 8 bytes of length and the text, twice."""
-    assert CacheKey("hub:o/n", "abc").name == (
+    assert base.CacheKey("hub:o/n", "abc").name == (
         "4e47a3b77515f05e4bdb997630eec929da4a5e1271b06e68517af5d9721420cd"
     )
 
@@ -83,26 +75,26 @@ def test_files_have_the_names_that_tools_know() -> None:
 
 
 def test_a_partials_name_begins_with_its_entrys() -> None:
-    entry = CacheKey("a", "b").name
-    assert is_partial_name(f"{entry}.00ff")
-    assert is_partial_name(f"{entry}.ab-1-2-3.00ff"), "of a former version"
+    entry = base.CacheKey("a", "b").name
+    assert base.is_partial_name(f"{entry}.00ff")
+    assert base.is_partial_name(f"{entry}.ab-1-2-3.00ff"), "of a former version"
     others = ("lock", entry, f"{entry}.", f"{entry[1:]}.00", f"{entry}.00/..", f"{entry}.00\n")
-    assert not any(map(is_partial_name, others))
-    assert not is_entry_name(f"{entry}.00ff")
+    assert not any(map(base.is_partial_name, others))
+    assert not base.is_entry_name(f"{entry}.00ff")
 
 
 FILES = (
-    FileRecord(CONFIG_FILE, 7, 1_700_000_000_123_456_789, Digest("git-sha1", "ab" * 20)),
-    FileRecord(WEIGHTS_FILE, 2**40, 0, Digest("transport", "01" * 32)),
+    base.FileRecord(CONFIG_FILE, 7, 1_700_000_000_123_456_789, Digest("git-sha1", "ab" * 20)),
+    base.FileRecord(WEIGHTS_FILE, 2**40, 0, Digest("transport", "01" * 32)),
 )
-RECORD = record_of(CacheKey("hub:o/n", "c0ffee"), FILES)
+RECORD = base.record_of(base.CacheKey("hub:o/n", "c0ffee"), FILES)
 FIELDS: dict[str, Any] = json.loads(RECORD.encoded())
 
 
 def test_a_record_is_json_that_people_can_read_and_comes_back() -> None:
-    assert decode_record(RECORD.encoded()) == RECORD
+    assert base.decode_record(RECORD.encoded()) == RECORD
     assert RECORD.nbytes == 2**40 + 7
-    assert RECORD.name == FIELDS["entry"] == CacheKey("hub:o/n", "c0ffee").name
+    assert RECORD.name == FIELDS["entry"] == base.CacheKey("hub:o/n", "c0ffee").name
     assert (FIELDS["format"], FIELDS["source"], FIELDS["version"]) == (1, "hub:o/n", "c0ffee")
     assert FIELDS["files"][0] == {
         "file": "adapter_config.json",
@@ -115,8 +107,8 @@ def test_a_record_is_json_that_people_can_read_and_comes_back() -> None:
 
 def test_any_key_has_a_record() -> None:
     for text in ("\ud800", "x" * 5_000, "a\nb\x1b[31m", '"}{'):
-        record = decode_record(record_of(CacheKey(text, text), FILES).encoded())
-        assert record.name == CacheKey(text, text).name
+        record = base.decode_record(base.record_of(base.CacheKey(text, text), FILES).encoded())
+        assert record.name == base.CacheKey(text, text).name
         assert record.source.isprintable()
         assert len(record.source) <= 1_000
 
@@ -136,7 +128,7 @@ NO_RECORDS: list[dict[str, Any]] = [
 def test_what_is_no_record_is_refused() -> None:
     contents = [b"", b"[]", b"{}", RECORD.encoded()[:-10]]
     contents += [json.dumps(FIELDS | changes).encode() for changes in NO_RECORDS]
-    refusals(decode_record, AdapterFormatError, {"the cache's record": contents})
+    refusals(base.decode_record, AdapterFormatError, {"the cache's record": contents})
 
 
 @st.composite

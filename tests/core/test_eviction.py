@@ -8,20 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorax_async.cli.plan import (
-    DeviceCapacity,
-    SimulationResult,
-    count_fitting,
-    draw_requests,
-    simulate,
-)
-from lorax_async.errors import ConfigError
+from lorax_async import AdapterKey, ConfigError
+from lorax_async.cli import plan
 from lorax_async.lifecycle import commands
 from lorax_async.lifecycle.adapter_state import GroupSizes, Waiter, WantedTier
 from lorax_async.lifecycle.lifecycle import Budgets, Lifecycle
 from lorax_async.lifecycle.policies import EVICTION_POLICIES, LRU, PolicyName, policy
 from lorax_async.lifecycle.residency import HostBudget, ImageBudget, Residency
-from lorax_async.types import AdapterKey
 
 
 @dataclass
@@ -67,8 +60,8 @@ class Driver:
                 return lifecycle.end_lease(key)
         return []
 
-    def outcome(self) -> SimulationResult:
-        return SimulationResult(
+    def outcome(self) -> plan.SimulationResult:
+        return plan.SimulationResult(
             requests=self.hits + self.refused + len(self.loads),
             hits=self.hits,
             refused=self.refused,
@@ -103,7 +96,9 @@ def test_the_lifecycle_evicts_as_it_is_simulated(
     for number, position in enumerate(asked):
         driver.request(number, position, look_up=look_up)
     ranking = policy(name)
-    assert simulate(asked, needs, DeviceCapacity(nbytes, 64, 4), ranking) == driver.outcome()
+    assert (
+        plan.simulate(asked, needs, plan.DeviceCapacity(nbytes, 64, 4), ranking) == driver.outcome()
+    )
     assert list(ranking.ranked()) == list(device.policy.ranked())
 
 
@@ -119,7 +114,9 @@ def test_a_trace_as_worked_out_by_hand(name: PolicyName, hits: int, reloaded: in
     asked = "cccbacdbeccfecedueybzcwcvfxadddccfecddefccdcfedc"
     needs = [GroupSizes((2 << 20,) * size, file_nbytes=size << 21) for size in sizes.values()]
     names = list(sizes)
-    found = simulate(map(names.index, asked), needs, DeviceCapacity(26 << 20, 64, 4), policy(name))
+    found = plan.simulate(
+        map(names.index, asked), needs, plan.DeviceCapacity(26 << 20, 64, 4), policy(name)
+    )
     first = sum(sizes[each] for each in set(asked)) << 21
     assert (found.hits, found.file_bytes - first) == (hits, reloaded << 20)
     assert (found.device_bytes, found.loads) == (found.file_bytes, len(asked) - hits)
@@ -129,15 +126,15 @@ def test_a_trace_as_worked_out_by_hand(name: PolicyName, hits: int, reloaded: in
 def test_so_many_fit() -> None:
     rooms = [(6 * 64 + 191, 64, 8), (9 * 64, 64, 2), (191, 64, 8)]
     two = GroupSizes((64, 128))
-    assert [count_fitting(two, DeviceCapacity(*room)) for room in rooms] == [2, 2, 0]
-    assert SimulationResult().hit_rate == 0
+    assert [plan.count_fitting(two, plan.DeviceCapacity(*room)) for room in rooms] == [2, 2, 0]
+    assert plan.SimulationResult().hit_rate == 0
 
 
 def test_zipfs_law() -> None:
     """Of 1 : 1/2 : 1/3 the sum is 11/6: the first has 6/11 of all, the second 3/11."""
     for exponent, shares in ((1.0, (6 / 11, 3 / 11, 2 / 11)), (0.0, (1 / 3, 1 / 3, 1 / 3))):
-        counts = Counter(draw_requests(3, exponent, 20_000, seed=1)).most_common()
+        counts = Counter(plan.draw_requests(3, exponent, 20_000, seed=1)).most_common()
         assert [count / 20_000 for _, count in counts] == pytest.approx(shares, abs=0.02)
     for count, exponent in [(0, 1.0), (1, -0.1), (1, float("nan")), (1, 11.0)]:
         with pytest.raises(ConfigError, match="Zipf's law"):
-            draw_requests(count, exponent, 1, seed=0)
+            plan.draw_requests(count, exponent, 1, seed=0)

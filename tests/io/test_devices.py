@@ -7,26 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
+import device_groups as groups
 import pytest
 import torch
-from device_groups import (
-    ARENA,
-    EXTENT,
-    LAYOUT,
-    NEW,
-    OLD,
-    SLOTS,
-    START,
-    FileDeviceConformance,
-    StagedDeviceConformance,
-    TabledDevice,
-    begin,
-    extent,
-    group,
-    holds,
-    made_by,
-    move,
-)
 
 from lorax_async.devices import cpu
 from lorax_async.devices.cpu import CpuDevice
@@ -37,36 +20,38 @@ from lorax_async.lifecycle.arena import Extent
 Made = Callable[..., CpuDevice]
 
 
-class TestCpuDevice(FileDeviceConformance):
+class TestCpuDevice(groups.FileDeviceConformance):
     @pytest.fixture(params=[CpuDevice, GatedDevice])
     def new_device(self, request: pytest.FixtureRequest) -> Iterator[Made]:
-        yield from made_by(request.param)
+        yield from groups.made_by(request.param)
 
 
-class TestSimulatedDevice(StagedDeviceConformance):
+class TestSimulatedDevice(groups.StagedDeviceConformance):
     @pytest.fixture
     def new_device(self) -> Iterator[Callable[..., SimulatedDevice]]:
-        yield from made_by(SimulatedDevice)
+        yield from groups.made_by(SimulatedDevice)
 
 
 @pytest.fixture
 def new_device() -> Iterator[Made]:
-    yield from made_by(CpuDevice)
+    yield from groups.made_by(CpuDevice)
 
 
 def test_staged_bytes_are_copied_too(new_device: Made) -> None:
-    device, made = new_device(), group(1, [0, 2])
+    device, made = new_device(), groups.group(1, [0, 2])
     device.open()
-    assert device.copy(made.staged(device), made.rows, extent(1), 1).done()
-    holds(device, 1, made.weights)
+    assert device.copy(made.staged(device), made.rows, groups.extent(1), 1).done()
+    groups.holds(device, 1, made.weights)
     with pytest.raises(RuntimeError, match="size"):  # it ends beyond the arena
-        device.copy(made.staged(device), made.rows, Extent(ARENA - START, EXTENT), 0)
-    holds(device, 0, {})
+        device.copy(
+            made.staged(device), made.rows, Extent(groups.ARENA - groups.START, groups.EXTENT), 0
+        )
+    groups.holds(device, 0, {})
 
 
 def test_the_rank_is_written_last(new_device: Made) -> None:
     """Whoever reads a rank that is not 0 reads a complete row."""
-    device, made = new_device(), group(1, [2])
+    device, made = new_device(), groups.group(1, [2])
     device.open()
     seen: list[tuple[list[int], float, int]] = []
 
@@ -77,9 +62,9 @@ def test_the_rank_is_written_last(new_device: Made) -> None:
             return 8
 
     watched = made.rows[0]._replace(padded_rank=Watched())  # type: ignore[arg-type]
-    device.copy(made.file_pieces(), [watched], extent(0), 1).result(10)
+    device.copy(made.file_pieces(), [watched], groups.extent(0), 1).result(10)
     (row,) = made.rows
-    base = device.host_view(extent(0)).data_ptr()
+    base = device.host_view(groups.extent(0)).data_ptr()
     assert seen == [([base + row.a, base + row.b], float(torch.tensor(row.scale)), 0)]
     assert device.rank[2, 1] == 8
 
@@ -89,7 +74,7 @@ def test_older_kernels_and_missing_pages(new_device: Made, monkeypatch: pytest.M
         def madvise(self, *advice: int) -> None:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
-    device, made = new_device(), group(1, [0])
+    device, made = new_device(), groups.group(1, [0])
     with monkeypatch.context() as patch:
         patch.setattr(cpu, "madvise", lambda *_: errno.ENOMEM)
         with pytest.raises(CapacityError, match="lower device_bytes"):
@@ -97,8 +82,8 @@ def test_older_kernels_and_missing_pages(new_device: Made, monkeypatch: pytest.M
     monkeypatch.setattr(mmap, "mmap", OldKernel)
     monkeypatch.setattr(cpu, "madvise", lambda *_: errno.EINVAL)
     device.open()
-    move(device, made, extent(0), 0)
-    holds(device, 0, made.weights)
+    groups.move(device, made, groups.extent(0), 0)
+    groups.holds(device, 0, made.weights)
 
 
 STACKS = 128 << 20
@@ -110,12 +95,12 @@ def address_space() -> int:
 
 
 @pytest.mark.parametrize("kind", [CpuDevice, SimulatedDevice])
-def test_a_closed_arena_is_given_back(kind: Callable[..., TabledDevice]) -> None:
+def test_a_closed_arena_is_given_back(kind: Callable[..., groups.TabledDevice]) -> None:
     size = 256 << 20
     before = address_space()
-    device = kind(LAYOUT, dtype="F32", nbytes=size, slots=SLOTS)
+    device = kind(groups.LAYOUT, dtype="F32", nbytes=size, slots=groups.SLOTS)
     device.open()
-    move(device, group(1, [0]), extent(0), 0)
+    groups.move(device, groups.group(1, [0]), groups.extent(0), 0)
     view = device.operands(0, 0)
     assert address_space() - before > 0.9 * size
     device.close()
@@ -127,13 +112,15 @@ def test_a_closed_arena_is_given_back(kind: Callable[..., TabledDevice]) -> None
 @pytest.mark.parametrize("waits", [True, False])
 def test_a_kernel_that_does_not_wait_reads_poison(waits: bool) -> None:
     """Not the old bytes, which would do no harm, and not the new ones. It overtakes the copy."""
-    with closing(SimulatedDevice(LAYOUT, dtype="F32", nbytes=ARENA, slots=SLOTS)) as device:
+    with closing(
+        SimulatedDevice(groups.LAYOUT, dtype="F32", nbytes=groups.ARENA, slots=groups.SLOTS)
+    ) as device:
         device.open()
-        move(device, OLD, extent(0), 0)
+        groups.move(device, groups.OLD, groups.extent(0), 0)
         operands, seen = device.operands(0, 0), list[torch.Tensor]()
         assert operands is not None
         device.gate.clear()
-        ticket = begin(device, NEW, extent(0), 0)
+        ticket = groups.begin(device, groups.NEW, groups.extent(0), 0)
         if waits:
             device.wait_for(ticket)
         kernel = device.compute.run(lambda: seen.append(operands[0].clone()))
@@ -146,4 +133,4 @@ def test_a_kernel_that_does_not_wait_reads_poison(waits: bool) -> None:
         device.gate.set()
         kernel.result(10)
         assert bool((seen[0].view(torch.uint8) == POISON).all()) != waits
-        assert torch.equal(seen[0], NEW.weights[0][0]) == waits
+        assert torch.equal(seen[0], groups.NEW.weights[0][0]) == waits
