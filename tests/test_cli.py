@@ -20,15 +20,13 @@ import torch
 
 import tiny
 from command_line import ADAPTERS, adapter, base, on_a_terminal, output, query, read_until
-from lorax_async import layouts
+from lorax_async import AdapterLoader, Event, SlotGranted, layouts
 from lorax_async.cli import load, main
 from lorax_async.cli.command_line import as_size, run_on_uvloop
 from lorax_async.cli.demo import COLUMNS, RATE
 from lorax_async.cli.load import with_ticker
 from lorax_async.config import Eviction, LoaderConfig
-from lorax_async.events import Event, SlotGranted
 from lorax_async.lifecycle.policies import EVICTION_POLICIES
-from lorax_async.loader import AdapterLoader
 
 CONTROL = re.compile(r"[^\n\x20-\x7e–─→…]")
 Capture = pytest.CaptureFixture[str]

@@ -22,17 +22,15 @@ from hub_stand_in import HubStandIn, sha256
 import split_files
 import tiny
 from command_line import ADAPTERS, base, output
+from lorax_async import AdapterRef, LoaderConfig, UsageError
 from lorax_async.cache.base import CacheKey
 from lorax_async.cli import main
 from lorax_async.cli.cache_commands import AT_ONCE, FetchRow, fetch_all
 from lorax_async.cli.command_line import as_allow, as_place, loader_settings
 from lorax_async.cli.load import create_loads
-from lorax_async.config import LoaderConfig
-from lorax_async.errors import UsageError
 from lorax_async.formats.split_weights import WEIGHTS_FILE
 from lorax_async.ids import Allow, parse_ref
 from lorax_async.remote.remote_source import open_remote_source
-from lorax_async.types import AdapterRef
 
 pytestmark = pytest.mark.usefixtures("no_socket_left", "nothing_left", "hub_client")
 

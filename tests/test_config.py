@@ -11,10 +11,7 @@ import pytest
 import torch
 
 import tiny
-from lorax_async import errors
-from lorax_async.config import Limits, LoaderConfig, LocalRoot, Shard
-from lorax_async.ids import Allow
-from lorax_async.loader import AdapterLoader
+from lorax_async import AdapterLoader, Allow, Limits, LoaderConfig, LocalRoot, Shard, errors
 from lorax_async.types import MAX_SECONDS
 
 Patch = pytest.MonkeyPatch

@@ -18,23 +18,18 @@ import tiny
 from common import LOOPS, our_threads
 from contention import observer
 from contention.observer import IDS, LARGEST, LAYOUT, QUICK, Made, ObservedDevice, complaints, made
-from lorax_async import errors
-from lorax_async.config import LoaderConfig
+from lorax_async import AdapterHandle, AdapterKey, LoaderConfig, Prefetch, SlotId, errors
 from lorax_async.devices import transfer
 from lorax_async.devices.simulated import SimulatedDevice, SimulatedStream
 from lorax_async.errors import FetchError, IntegrityError, TransferError
-from lorax_async.events import SlotId
-from lorax_async.handle import AdapterHandle
 from lorax_async.lifecycle.adapter_state import AdapterState
 from lorax_async.lifecycle.residency import HostBudget
 from lorax_async.lifecycle.rules import LifecycleRules
 from lorax_async.loader import AdapterLoader
-from lorax_async.runtime.acquire import Prefetch
 from lorax_async.runtime.placement import TierName
 from lorax_async.sources.base import PinnedPages
 from lorax_async.testing import FakeSource
 from lorax_async.testing import Step as SourceStep
-from lorax_async.types import AdapterKey
 
 DEVICE_BYTES = LARGEST * 16 // 9
 """Room for the largest and one of rank 16, not for two of the largest."""

@@ -21,10 +21,9 @@ import torch
 import tiny
 from common import our_threads, until
 from false_bytes import watched
-from lorax_async import errors
+from lorax_async import AdapterKey, SlotId, errors
 from lorax_async.devices.base import CopyTicket
 from lorax_async.devices.transfer import CopyResult, GroupCopy
-from lorax_async.events import SlotId
 from lorax_async.lifecycle.adapter_state import SlotGrant
 from lorax_async.lifecycle.arena import Extent
 from lorax_async.lifecycle.commands import CopyGroup
@@ -32,7 +31,6 @@ from lorax_async.planning.transfer_plan import GroupPlan, TransferPlan
 from lorax_async.runtime.copies import CopyThreads
 from lorax_async.runtime.leases import SlotOccupancy
 from lorax_async.testing import FakeHold
-from lorax_async.types import AdapterKey
 from tiny_loaders import fails, gated, loader
 from tiny_sources import Slowed, over, state, stocked
 

@@ -12,10 +12,7 @@ import torch
 import tiny
 from common import until
 from given import acquired, assert_means, file_bytes, give, kept, put, used
-from lorax_async import errors
-from lorax_async.config import Limits, LoaderConfig
-from lorax_async.handle import AdapterHandle
-from lorax_async.types import AdapterRef
+from lorax_async import AdapterHandle, AdapterRef, Limits, LoaderConfig, errors
 from sweeping import Bench, cancel_at, count_steps, local_bench, raising, released
 from tiny_loaders import ONE, fails, loader, on_device
 from tiny_sources import over, state, stocked, where

@@ -15,14 +15,11 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from common import until
-from lorax_async import errors
-from lorax_async.config import LoaderConfig
+from lorax_async import AdapterHandle, AdapterLoader, LoaderConfig, errors
 from lorax_async.devices.base import FilePieces
 from lorax_async.devices.simulated import GatedDevice
 from lorax_async.events import Event, LayerReady, Resident
-from lorax_async.handle import AdapterHandle
 from lorax_async.lifecycle.arena import Arena
-from lorax_async.loader import AdapterLoader
 from tiny_loaders import fails, gated, loader
 from tiny_sources import WEIGHTS, over, simulated, state, stocked, where
 

@@ -14,10 +14,9 @@ from huggingface_hub.utils._validators import validate_repo_id
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lorax_async import errors
+from lorax_async import AdapterRef, errors
 from lorax_async.errors import MAX_TEXT, InvalidAdapterIdError
 from lorax_async.ids import Allow, parse_adapter_id, parse_allowed_ref, parse_ref
-from lorax_async.types import AdapterRef
 from lorax_async.urls import parse_url
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

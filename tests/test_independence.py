@@ -10,14 +10,11 @@ import pytest
 
 import tiny
 from common import Run, until
-from lorax_async import errors
-from lorax_async.config import LoaderConfig
+from lorax_async import AdapterLoader, Event, LoaderConfig, SlotGranted, errors
 from lorax_async.devices.base import CopyTicket, FilePieces, StagedPiece
 from lorax_async.devices.simulated import SimulatedDevice, SimulatedTicket
-from lorax_async.events import Event, SlotGranted
 from lorax_async.lifecycle import queues
 from lorax_async.lifecycle.arena import Extent
-from lorax_async.loader import AdapterLoader
 from lorax_async.planning.transfer_plan import TableRow
 from lorax_async.testing import FakeSource
 from tiny_loaders import fails

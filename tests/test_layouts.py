@@ -18,10 +18,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import tiny
-from lorax_async import layouts
-from lorax_async.config import Limits, Shard
+from lorax_async import AdapterNotFoundError, ConfigError, Limits, Shard, layouts
 from lorax_async.errors import AdapterFormatError as Malformed
-from lorax_async.errors import AdapterNotFoundError, ConfigError
 from lorax_async.errors import UnsupportedAdapterError as Unsupported
 from lorax_async.planning.layout import FusedPart, ModelLayout, Module, Parallelism
 from lorax_async.planning.sharding import ModuleCut, Sharding, shard_layout

@@ -15,9 +15,8 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.trace import ProxyTracerProvider, StatusCode, Tracer, get_tracer_provider
 
 from common import until
-from lorax_async import errors
+from lorax_async import AdapterLoader, errors
 from lorax_async.load_spans import LoadSpans
-from lorax_async.loader import AdapterLoader
 from scheduling.serving import warm
 from tiny_loaders import fails
 from tiny_sources import over, stocked

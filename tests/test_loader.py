@@ -12,9 +12,8 @@ import torch
 
 import tiny
 from common import until
-from lorax_async import errors, events
+from lorax_async import AdapterLoader, errors, events
 from lorax_async.events import BytesMoved, Event, LayerReady, Leaving, Resident, SlotGranted
-from lorax_async.loader import AdapterLoader
 from lorax_async.planning.transfer_plan import plan_transfer
 from lorax_async.runtime import fetches
 from lorax_async.runtime.telemetry import STORY_LENGTH

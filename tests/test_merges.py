@@ -16,9 +16,7 @@ import sharded
 import tiny
 from common import open_files, until
 from given import acquired, give, used
-from lorax_async import errors, types
-from lorax_async.config import Limits, LoaderConfig, Shard
-from lorax_async.loader import AdapterLoader
+from lorax_async import AdapterLoader, Limits, LoaderConfig, Shard, errors, types
 from lorax_async.runtime.fetches import FetchTasks
 from lorax_async.testing import FakeReader, Step
 from lorax_async.types import AdapterKey, AdapterRef, Merge, MergedKey, PartId, as_ref

@@ -9,16 +9,12 @@ import pytest
 
 import tiny
 from common import until
-from lorax_async import errors
+from lorax_async import AdapterKey, AdapterLoader, AdapterRef, Event, LocalRoot, errors
 from lorax_async.concurrency import FetchControl
-from lorax_async.config import LocalRoot
-from lorax_async.events import Event
-from lorax_async.loader import AdapterLoader
 from lorax_async.runtime import acquire
 from lorax_async.runtime.placement import TierName
 from lorax_async.sources.base import AdapterFile
 from lorax_async.testing import FakeSource
-from lorax_async.types import AdapterKey, AdapterRef
 from page_looks import cached_pages, drop_pages, map_sizes, may_lock, pages
 from tiny_loaders import ONE, fails, loader
 from tiny_sources import WEIGHTS, Slowed, granted, is_at, over, simulated, state, stocked, where

@@ -10,9 +10,7 @@ import torch
 import tiny
 from common import until
 from given import acquired, assert_means, give, kept, put, used
-from lorax_async import errors
-from lorax_async.events import Event, Leaving, Resident
-from lorax_async.handle import AdapterHandle
+from lorax_async import AdapterHandle, Event, Leaving, Resident, errors
 from lorax_async.types import AdapterId, AdapterRef, Merge
 from tiny_loaders import ONE, fails, gated, loader, on_device
 from tiny_sources import Slowed, over, state, stocked, where

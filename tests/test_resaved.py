@@ -15,10 +15,8 @@ import safetensors.torch
 
 import tiny
 from common import until
-from lorax_async import errors
+from lorax_async import AdapterHandle, AdapterLoader, errors
 from lorax_async.devices.simulated import GatedDevice
-from lorax_async.handle import AdapterHandle
-from lorax_async.loader import AdapterLoader
 from tiny_loaders import fails, gated, loader
 from tiny_sources import WEIGHTS
 

@@ -8,9 +8,7 @@ import pytest
 import tiny
 from common import until
 from given import acquired, file_bytes, give, used
-from lorax_async import errors
-from lorax_async.events import Event, HeaderChecked, Leaving, Resident
-from lorax_async.types import AdapterRef
+from lorax_async import AdapterRef, Event, HeaderChecked, Leaving, Resident, errors
 from scheduling.serving import warm
 from tiny_loaders import ONE, fails, gated, loader
 from tiny_sources import granted, is_at, over, state, stocked, where

@@ -11,16 +11,11 @@ import pytest
 import tiny
 from common import until
 from late_device.world import loaded
-from lorax_async import errors
-from lorax_async.config import LoaderConfig
+from lorax_async import AdapterHandle, AdapterLoader, Event, LoaderConfig, ModelLayout, errors
 from lorax_async.devices.base import Device
 from lorax_async.devices.cpu import CpuDevice
 from lorax_async.devices.cuda import CudaDevice
 from lorax_async.devices.simulated import SimulatedDevice
-from lorax_async.events import Event
-from lorax_async.handle import AdapterHandle
-from lorax_async.loader import AdapterLoader
-from lorax_async.planning.layout import ModelLayout
 from tiny_loaders import ONE, fails
 from tiny_sources import is_resident, stocked
 

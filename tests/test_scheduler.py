@@ -7,10 +7,8 @@ from typing import Any
 import pytest
 
 from common import until
-from lorax_async import errors
+from lorax_async import AdapterScheduler, Batch, Request, Ticket, errors
 from lorax_async.errors import ConfigError, FetchError, HandleClosedError, UsageError
-from lorax_async.scheduler.requests import Request, Ticket
-from lorax_async.scheduler.scheduler import AdapterScheduler, Batch
 from scheduling import serving
 from scheduling.serving import MANY, VirtualClock, finish, held, opened, rows, step, turns, wanted
 from tiny_loaders import fails

@@ -10,11 +10,7 @@ from typing import Any
 
 import pytest
 
-from lorax_async import errors
-from lorax_async.loader import AdapterLoader
-from lorax_async.scheduler.requests import Request, Ticket
-from lorax_async.scheduler.scheduler import AdapterScheduler, Batch
-from lorax_async.types import AdapterRef
+from lorax_async import AdapterLoader, AdapterRef, AdapterScheduler, Batch, Request, Ticket, errors
 from scheduling.serving import MANY, VirtualClock, finish, held, opened, rows, step, turns, warm
 from sweeping import stepwise
 from tiny_loaders import fails

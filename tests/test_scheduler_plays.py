@@ -16,13 +16,10 @@ from hypothesis import strategies as st
 import tiny
 from common import LOOPS, our_threads
 from contention.observer import IDS, LARGEST, LAYOUT, QUICK, Made, ObservedDevice, complaints, made
-from lorax_async import errors
+from lorax_async import AdapterHandle, AdapterLoader, LoaderConfig, errors
 from lorax_async.concurrency import FetchControl
-from lorax_async.config import LoaderConfig
 from lorax_async.errors import AdapterTimeoutError, FetchError, LoraxError
-from lorax_async.handle import AdapterHandle
 from lorax_async.lifecycle.transitions import SlotState
-from lorax_async.loader import AdapterLoader
 from lorax_async.scheduler import admission
 from lorax_async.scheduler.adapter_queues import AdapterQueues
 from lorax_async.scheduler.estimates import LoadEstimate

@@ -15,13 +15,11 @@ import sharded
 import tiny
 from engines.variants import llama
 from late_device.world import loaded
-from lorax_async import layouts
-from lorax_async.config import LoaderConfig, Shard
+from lorax_async import AdapterLoader, LoaderConfig, Shard, layouts
 from lorax_async.devices.base import Device
 from lorax_async.devices.cuda import CudaDevice
 from lorax_async.engines.transformers import attach
 from lorax_async.errors import ConfigError, IncompatibleAdapterError
-from lorax_async.loader import AdapterLoader
 from lorax_async.planning.sharding import shard_layout
 from lorax_async.planning.transfer_plan import plan_transfer
 from lorax_async.sources.base import Source

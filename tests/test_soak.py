@@ -27,20 +27,16 @@ from safetensors.torch import load
 
 from common import LOOPS, open_sockets
 from contention.observer import complaints
-from lorax_async import errors
+from lorax_async import AdapterHandle, AdapterLoader, Allow, Limits, LoaderConfig, errors
 from lorax_async.cache import disk_cache
 from lorax_async.cache.disk_cache import DiskCache
 from lorax_async.concurrency import WorkerThreads
-from lorax_async.config import Limits, LoaderConfig
 from lorax_async.devices.staging import StagingRing
 from lorax_async.events import Event, Failed, SlotId
-from lorax_async.handle import AdapterHandle
 from lorax_async.http.failures import RetryPolicy
 from lorax_async.http.range_engine import RangeEngine
 from lorax_async.http.settings import HttpSettings, Timeouts
-from lorax_async.ids import Allow
 from lorax_async.lifecycle.policies import policy
-from lorax_async.loader import AdapterLoader
 from lorax_async.planning.layout import ModelLayout, Module, Parallelism
 from lorax_async.remote.base import AllowRules
 from lorax_async.remote.hub import TieredCache

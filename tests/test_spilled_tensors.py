@@ -23,12 +23,9 @@ from disk_cache_world import open_below
 import tiny
 from common import until
 from given import FILE, FILLERS, assert_means, give, kept, put, roomy, used
-from lorax_async import errors
+from lorax_async import AdapterKey, AdapterLoader, AdapterRef, LoaderConfig, Merge, errors
 from lorax_async.cache.disk_cache import DiskCache, DiskDownload
-from lorax_async.config import LoaderConfig
-from lorax_async.loader import AdapterLoader
 from lorax_async.sources.host_copies import HostCopies, HostCopy
-from lorax_async.types import AdapterKey, AdapterRef, Merge
 from merges import assert_same, weights_of
 from sweeping import cancel_at, count_steps, raising, released
 from tiny_loaders import fails

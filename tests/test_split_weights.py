@@ -12,10 +12,8 @@ import safetensors.torch
 import sharded
 import tiny
 from core.adapter_files import file_of
-from lorax_async import errors, layouts
+from lorax_async import AdapterLoader, LoaderConfig, Shard, errors, layouts
 from lorax_async.cli import main
-from lorax_async.config import LoaderConfig, Shard
-from lorax_async.loader import AdapterLoader
 from split_files import CONFIG, INDEX, WEIGHTS, deal, name_of, split
 from tiny_loaders import fails, loader
 

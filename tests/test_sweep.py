@@ -14,13 +14,10 @@ import pytest
 
 import tiny
 from common import mapped_files, open_files, our_threads, until
-from lorax_async import errors
-from lorax_async.config import LoaderConfig, LocalRoot
+from lorax_async import AdapterLoader, LoaderConfig, LocalRoot, Usage, errors
 from lorax_async.devices.simulated import GatedDevice, SimulatedDevice
 from lorax_async.files import FileReader, LocalPages
-from lorax_async.loader import AdapterLoader
 from lorax_async.runtime.placement import TierName
-from lorax_async.runtime.telemetry import Usage
 from lorax_async.testing import FakeSource, Step
 from sweeping import cancel_at, count_steps, our_tasks, raising, settle
 from tiny_loaders import fails

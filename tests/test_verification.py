@@ -11,9 +11,7 @@ import tiny
 from common import until
 from false_bytes import told_false, watched
 from given import acquired
-from lorax_async import errors
-from lorax_async.events import Failed
-from lorax_async.handle import AdapterHandle
+from lorax_async import AdapterHandle, Failed, errors
 from lorax_async.types import AdapterRef, Merge, Verification, VerificationKind
 from sweeping import raising
 from tiny_loaders import fails, loader

@@ -15,8 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.refusals import refusals
-from lorax_async.config import Limits
-from lorax_async.errors import AdapterFormatError
+from lorax_async import AdapterFormatError, Limits
 from lorax_async.formats.safetensors import DTYPE_BITS, Header, header_size, parse_header
 from lorax_async.formats.strict_json import parse_object
 

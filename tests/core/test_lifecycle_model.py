@@ -9,7 +9,7 @@ import pytest
 
 from core.lifecycle.explorer import explore
 from core.lifecycle.world import LARGER, SETTINGS, Violation
-from lorax_async.errors import InvalidTransitionError, LoraxError
+from lorax_async import AdapterKey, InvalidTransitionError, LoraxError
 from lorax_async.lifecycle import commands, queues, transitions
 from lorax_async.lifecycle.adapter_state import AdapterState, HostState, WantedTier
 from lorax_async.lifecycle.commands import Command
@@ -18,7 +18,6 @@ from lorax_async.lifecycle.queues import CopyQueue, HostTierQueue, PinnedImages,
 from lorax_async.lifecycle.residency import HostBudget, ImageBudget, Residency
 from lorax_async.lifecycle.rules import LifecycleRules
 from lorax_async.lifecycle.transitions import FileState, SlotState
-from lorax_async.types import AdapterKey
 
 SMALL = ["least often used", "host memory and unload"]  # some always
 

@@ -9,12 +9,11 @@ import pytest
 import safetensors.torch
 
 from core.adapter_files import file_of, layout_of, pair
-from lorax_async.config import Limits
+from lorax_async import Limits, ModelLayout
 from lorax_async.errors import AdapterFormatError, IncompatibleAdapterError, LoraxError
 from lorax_async.formats.peft_config import parse_config
 from lorax_async.formats.peft_names import TensorRole
 from lorax_async.formats.safetensors import header_size, parse_header
-from lorax_async.planning.layout import ModelLayout
 from lorax_async.sources.base import AdapterFile
 from lorax_async.sources.merges import MergePlan, NewLayers, plan_merge
 from lorax_async.types import AdapterKey, Merge, MergedKey

@@ -14,8 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from core.refusals import refusals
-from lorax_async.config import Limits
-from lorax_async.errors import AdapterFormatError, UnsupportedAdapterError, UsageError
+from lorax_async import AdapterFormatError, Limits, UnsupportedAdapterError, UsageError
 from lorax_async.formats.peft_config import FIELDS, MAX_PATTERNS, parse_config, write_config
 from lorax_async.types import AdapterSpec
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorax_async.errors import InternalError
+from lorax_async import AdapterKey, InternalError
 from lorax_async.lifecycle.policies import (
     EVICTION_POLICIES,
     GDSF,
@@ -18,7 +18,6 @@ from lorax_async.lifecycle.policies import (
     PolicyName,
     policy,
 )
-from lorax_async.types import AdapterKey
 
 KEYS = A, B, C, *_ = tuple(AdapterKey(name, ()) for name in "abcdef")
 NBYTES = (1024, 2, 64, 512, 8, 1)

@@ -8,7 +8,7 @@ from typing import cast
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorax_async.events import SlotId
+from lorax_async import AdapterKey, SlotId
 from lorax_async.lifecycle import queues
 from lorax_async.lifecycle.adapter_state import (
     AdapterState,
@@ -24,7 +24,6 @@ from lorax_async.lifecycle.queues import CopyQueue, PriorityQueue
 from lorax_async.lifecycle.residency import HostBudget, ImageBudget, Residency
 from lorax_async.lifecycle.rules import LifecycleRules
 from lorax_async.lifecycle.transitions import SlotState
-from lorax_async.types import AdapterKey
 
 UNIT = 64  # Bytes; sizes below are multiples of it
 groups = st.lists(st.integers(1, 20), min_size=1, max_size=12)

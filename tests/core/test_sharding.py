@@ -7,8 +7,7 @@ import pytest
 
 from core.adapter_files import file_of, pair, plan
 from core.refusals import refusals
-from lorax_async.config import Limits, Shard
-from lorax_async.errors import ConfigError, IncompatibleAdapterError
+from lorax_async import ConfigError, IncompatibleAdapterError, Limits, Shard
 from lorax_async.formats.spans import ByteSpan
 from lorax_async.planning.layout import FusedPart, ModelLayout, Module, Parallelism
 from lorax_async.planning.sharding import ModuleCut, shard_layout

@@ -12,8 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from core.refusals import refusals
-from lorax_async.config import Limits
-from lorax_async.errors import AdapterFormatError, InternalError
+from lorax_async import AdapterFormatError, InternalError, Limits
 from lorax_async.formats.safetensors import parse_header
 from lorax_async.formats.spans import ByteSpan
 from lorax_async.formats.split_weights import (

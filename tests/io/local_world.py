@@ -12,10 +12,8 @@ import safetensors.torch
 import uvloop
 from source_inputs import CONFIG, tensors
 
-from lorax_async import errors
-from lorax_async.config import Limits, LocalRoot
+from lorax_async import AdapterRef, Limits, LocalRoot, errors
 from lorax_async.sources.local import LocalSource
-from lorax_async.types import AdapterRef
 from split_files import INDEX, name_of, write
 
 LIMITS = Limits(max_config_bytes=4096, max_adapter_bytes=1 << 24, max_header_bytes=1 << 20)

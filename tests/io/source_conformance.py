@@ -25,12 +25,10 @@ from source_inputs import (
     weights,
 )
 
-from lorax_async import errors
+from lorax_async import AdapterKey, AdapterRef, FetchError, IntegrityError, errors
 from lorax_async.concurrency import FetchControl
-from lorax_async.errors import FetchError, IntegrityError
 from lorax_async.formats.spans import ByteSpan
 from lorax_async.sources.base import AdapterFile, Source
-from lorax_async.types import AdapterKey, AdapterRef
 from sweeping import stepwise
 
 

@@ -49,14 +49,12 @@ from source_inputs import (
 )
 
 from common import Run
-from lorax_async import errors, files
+from lorax_async import AdapterKey, AdapterRef, LocalRoot, Verification, errors, files
 from lorax_async.concurrency import FetchControl
-from lorax_async.config import LocalRoot
 from lorax_async.files import FileReader, LocalPages, MappedFile, identity_of, open_same
 from lorax_async.formats.spans import ByteSpan
 from lorax_async.sources import local
 from lorax_async.sources.local import LocalSource
-from lorax_async.types import AdapterKey, AdapterRef, Verification
 from page_looks import drop_pages, map_sizes, may_lock
 from split_files import INDEX, name_of
 

@@ -21,10 +21,9 @@ import tiny
 from common import until
 from late_device import build
 from late_device.world import LATE, loaded
-from lorax_async import errors
+from lorax_async import Limits, errors
 from lorax_async.cache.disk_cache import DiskCache
 from lorax_async.concurrency import FetchControl
-from lorax_async.config import Limits
 from lorax_async.formats.safetensors import parse_header
 from lorax_async.formats.spans import ByteSpan
 from lorax_async.lifecycle.policies import policy

@@ -10,12 +10,11 @@ from local_world import LocalWorld, nothing_left_open
 from source_conformance import PopulateConformance, SourceConformance
 
 import tiny
-from lorax_async.config import Limits
+from lorax_async import AdapterRef, Limits
 from lorax_async.sources.base import Source, SourceRouter
 from lorax_async.sources.host_copies import HostCopies
 from lorax_async.sources.tensors import MemorySource
 from lorax_async.testing import FakeSource
-from lorax_async.types import AdapterRef
 
 
 class FakeWorld:

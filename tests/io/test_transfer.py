@@ -14,12 +14,11 @@ from device_groups import ARENA, LAYOUT, SHAPES, SLOTS, TORCH, BytesReader, exte
 
 from common import until
 from core.adapter_files import file_of, plan
-from lorax_async.config import Limits
+from lorax_async import AdapterFormatError, FetchError, InternalError, Limits, TransferError
 from lorax_async.devices.base import CopyTicket, Device, FilePieces, StagedPiece
 from lorax_async.devices.simulated import POISON, GatedDevice, SimulatedDevice
 from lorax_async.devices.staging import StagingRing
 from lorax_async.devices.transfer import GroupCopy, GroupTransfer
-from lorax_async.errors import AdapterFormatError, FetchError, InternalError, TransferError
 from lorax_async.files import Reader
 from lorax_async.lifecycle.arena import Extent
 from lorax_async.planning.transfer_plan import GroupPlan, TableRow

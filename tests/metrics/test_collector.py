@@ -15,9 +15,8 @@ from prometheus_client import CollectorRegistry
 import tiny
 from common import LOOPS, until
 from given import FILE, acquired, roomy
-from lorax_async import errors
+from lorax_async import AdapterLoader, errors
 from lorax_async.errors import Stage
-from lorax_async.loader import AdapterLoader
 from lorax_async.metrics import LoaderCollector
 from lorax_async.testing import FakeSource
 from metrics.scraping import Samples, loaded, of, registered, scraped

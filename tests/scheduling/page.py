@@ -6,9 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lorax_async import AdapterScheduler, Batch, Request, Ticket
 from lorax_async.engines.transformers import AttachedModel
-from lorax_async.scheduler.requests import Request, Ticket
-from lorax_async.scheduler.scheduler import AdapterScheduler, Batch
 
 PAGE = Path(__file__).parents[2] / "docs" / "scheduler.md"
 USED: tuple[Any, ...] = (AdapterScheduler, AttachedModel, Batch, Callable, Request, Ticket, asyncio)

@@ -8,11 +8,8 @@ from itertools import count
 from typing import Any
 
 from common import until
-from lorax_async.loader import AdapterLoader
-from lorax_async.scheduler.requests import Ticket
-from lorax_async.scheduler.scheduler import AdapterScheduler, Batch
+from lorax_async import AdapterKey, AdapterLoader, AdapterRef, AdapterScheduler, Batch, Ticket
 from lorax_async.testing import FakeSource
-from lorax_async.types import AdapterKey, AdapterRef
 from tiny_sources import over
 
 

@@ -13,11 +13,12 @@ import pytest
 import tiny
 from common import until
 from engines.variants import PEFT_WARNING, llama, logits_of, prompt, save, serving
-from lorax_async import errors, tracing
+from lorax_async import errors
 from lorax_async import tracing as recorders
 from lorax_async.cli.timeline import record_trace
 from lorax_async.loader import AdapterLoader
 from lorax_async.testing import FakeSource
+from lorax_async.tracing import Recorder, Ring, Trace, Tracer, last_part, microseconds, name_of, now
 from lorax_async.types import AdapterKey, AdapterRef, Merge, Ref, RemoteKey, TensorsKey
 from tiny_loaders import fails, gated, loader
 from tiny_sources import over, stocked
@@ -237,7 +238,7 @@ async def test_a_limit_is_a_number_and_a_trace_is_recorded_once() -> None:
 
 def test_passes_do_not_push_out_a_load() -> None:
     """A decoding step has a span for each layer; a slow load outlives thousands of them."""
-    ring = tracing.Ring(3)
+    ring = Ring(3)
 
     def record(start: int, row: recorders.Row) -> recorders.Record:
         return recorders.Record(row, "lane", "layer 0", start, start + 1, {"layer": 0})
@@ -310,7 +311,7 @@ NAMES: list[tuple[str, tuple[str | Ref, ...]]] = [
 def test_a_name_is_the_last_part_of_an_id() -> None:
     for name, ids in NAMES:
         for id in ids:
-            assert (tracing.last_part(id) if isinstance(id, str) else tracing.name_of(id)) == name
+            assert (last_part(id) if isinstance(id, str) else name_of(id)) == name
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -334,13 +335,13 @@ async def test_a_command_writes_its_trace(folders: list[Path], tmp_path: Path, f
 
 
 def test_a_part_is_cut_out() -> None:
-    tracer = tracing.Tracer()
-    trace = tracing.Trace(tracer, 100, dict).start()
-    t, recorder = tracing.now(), cast(tracing.Recorder, tracer.on)
+    tracer = Tracer()
+    trace = Trace(tracer, 100, dict).start()
+    t, recorder = now(), cast(Recorder, tracer.on)
     for start, end in ((1_000, 2_000), (2_000, 4_000), (4_500, 6_000), (7_000, 9_000)):
         recorder.add("files", "stream", str(start), t + start, t + end)
     recorder.add("files", "stream", "9500", t + 9_500, t + 9_900)
-    while tracing.now() < t + 10_000:  # it is not read in the future
+    while now() < t + 10_000:  # it is not read in the future
         pass
     found: Any = trace.as_json(t + 3_000, t + 8_000)
     events = require_trace(found)
@@ -356,18 +357,18 @@ def test_a_part_is_cut_out() -> None:
 
 @pytest.mark.parametrize("before", [True, False])
 def test_a_span_ends_while_it_is_read(monkeypatch: Patch, before: bool) -> None:
-    tracer = tracing.Tracer()
-    with tracing.Trace(tracer, 100, dict) as trace:
-        recorder = cast(tracing.Recorder, tracer.on)
+    tracer = Tracer()
+    with Trace(tracer, 100, dict) as trace:
+        recorder = cast(Recorder, tracer.on)
         span = recorder.begin("requests", None, "load a")
-        look = tracing.Ring.look
+        look = Ring.look
 
-        def ending(ring: tracing.Ring, since: int) -> tuple[list[recorders.Record], int]:
+        def ending(ring: Ring, since: int) -> tuple[list[recorders.Record], int]:
             found = look(ring, since) if not before else None
             recorder.end(span, outcome="done")
             return found or look(ring, since)
 
-        monkeypatch.setattr(tracing.Ring, "look", ending)
+        monkeypatch.setattr(Ring, "look", ending)
         (event,) = require_trace(trace.as_json())
         assert event["name"] == "load a"
         if before:
@@ -377,7 +378,7 @@ def test_a_span_ends_while_it_is_read(monkeypatch: Patch, before: bool) -> None:
 def test_no_nanosecond_is_lost_where_fractions_are_cut_off() -> None:
     """Up to a day. Spans that touch must touch in whole nanoseconds: else one is thrown away."""
     for nanoseconds in (at + n for at in (1, 10**6, 10**10, 10**14) for n in range(0, 20_000, 7)):
-        value = json.loads(json.dumps(tracing.microseconds(nanoseconds)))
+        value = json.loads(json.dumps(microseconds(nanoseconds)))
         assert int(value * 1000.0) == round(value * 1000.0) == nanoseconds
 
 
@@ -391,11 +392,11 @@ def test_a_trace_is_written_event_by_event(monkeypatch: Patch) -> None:
         lengths.append(len(text))
         return text
 
-    tracer = tracing.Tracer()
-    with tracing.Trace(tracer, 5_000, dict) as trace:
-        recorder = cast(tracing.Recorder, tracer.on)
+    tracer = Tracer()
+    with Trace(tracer, 5_000, dict) as trace:
+        recorder = cast(Recorder, tracer.on)
         for _ in range(5_000):
-            recorder.add("files", "x", "fetch", tracing.now(), tracing.now())
+            recorder.add("files", "x", "fetch", now(), now())
     monkeypatch.setattr(json, "dumps", watched)
     assert len(trace.encoded()) > 400_000
     assert 0 < max(lengths) < 1_000

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
-from lorax_async.errors import FetchError, LoaderClosedError, TransferError
+from lorax_async import AdapterKey, FetchError, LoaderClosedError, TransferError
 from lorax_async.lifecycle.adapter_state import (
     AdapterState,
     GroupSizes,
@@ -21,7 +21,6 @@ from lorax_async.lifecycle.lifecycle import Budgets, Lifecycle, LifecycleTimes
 from lorax_async.lifecycle.policies import GDSF, LFU, LRU, EvictionPolicy, PolicyName
 from lorax_async.lifecycle.residency import HostBudget, ImageBudget, Residency
 from lorax_async.lifecycle.transitions import FileState
-from lorax_async.types import AdapterKey
 
 AGE = 10.0
 MIN_RESIDENCY = 5.0

@@ -21,12 +21,11 @@ from fetching import (
     took,
 )
 
-from lorax_async.errors import AccessDeniedError, FetchError, FetchTimeoutError, UsageError
+from lorax_async import AccessDeniedError, Allow, FetchError, FetchTimeoutError, UsageError
 from lorax_async.http.client import Endpoint
 from lorax_async.http.range_engine import RangeEngine
 from lorax_async.http.settings import Rules, Timeouts, is_public
 from lorax_async.http.target import Target
-from lorax_async.ids import Allow
 from lorax_async.remote.base import AllowRules
 from lorax_async.urls import InvalidUrlError, parse_url
 

@@ -22,8 +22,7 @@ from user_loads import at, contents, loader
 from web_folder import refuse
 
 import servers
-from lorax_async.ids import Allow
-from lorax_async.loader import AdapterLoader
+from lorax_async import AdapterLoader, Allow
 from servers import Command, Nginx
 from tools import tool
 

@@ -15,6 +15,7 @@ from fetching import PATIENT, Anywhere, engine
 from web_folder import refuse
 
 import tiny
+from lorax_async import AdapterKey, AdapterLoader, AdapterRef
 from lorax_async.cache.disk_cache import DiskCache
 from lorax_async.concurrency import FetchControl, WorkerThreads
 from lorax_async.config import Checking, Limits, LoaderConfig
@@ -25,13 +26,11 @@ from lorax_async.http.range_engine import RangeEngine
 from lorax_async.http.target import Target
 from lorax_async.ids import HubRepository, ParsedRef
 from lorax_async.lifecycle.policies import policy
-from lorax_async.loader import AdapterLoader
 from lorax_async.remote.base import LocatedAdapter, RemoteFile
 from lorax_async.remote.hub import TieredCache
 from lorax_async.remote.opening import AdapterOpener, VersionResolver
 from lorax_async.remote.remote_source import RemoteParts, RemoteSource
 from lorax_async.sources.base import AdapterFile, Source
-from lorax_async.types import AdapterKey, AdapterRef
 from lorax_async.urls import parse_url
 from sweeping import stepwise
 

@@ -16,11 +16,9 @@ from fault_server import Asked, Client, FaultServer, Hangup, begin
 from user_loads import at, contents, has, loader, stored_in, until, written
 from web_folder import CONFIG, WEIGHTS, Folder, name_of, refuse
 
-from lorax_async import errors
+from lorax_async import AdapterLoader, AdapterRef, errors
 from lorax_async.cli.cache_commands import FetchRow, fetch_all
-from lorax_async.loader import AdapterLoader
 from lorax_async.remote.remote_source import open_remote_source
-from lorax_async.types import AdapterRef
 from sweeping import settle
 from tiny_loaders import fails
 

@@ -26,6 +26,7 @@ from web_folder import CONFIG, WEIGHTS
 
 import tiny
 from common import LOOPS, our_threads, until
+from lorax_async import AdapterHandle, AdapterLoader, AdapterRef, Verification
 from lorax_async.cache.base import CacheKey
 from lorax_async.cache.disk_cache import ls
 from lorax_async.config import Checking, Limits
@@ -42,12 +43,9 @@ from lorax_async.errors import (
     LoraxError,
 )
 from lorax_async.formats.split_weights import CONFIG_FILE, WEIGHTS_FILE
-from lorax_async.handle import AdapterHandle
 from lorax_async.http.failures import RetryPolicy
 from lorax_async.http.settings import Timeouts
-from lorax_async.loader import AdapterLoader
 from lorax_async.remote.base import FIRST_BYTES
-from lorax_async.types import AdapterRef, Verification
 from sweeping import Bench
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")

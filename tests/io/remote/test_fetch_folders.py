@@ -26,13 +26,10 @@ from web_folder import WEIGHTS, refuse
 import split_files
 import tiny
 from common import until
-from lorax_async import errors
+from lorax_async import AdapterLoader, AdapterRef, Limits, Merge, errors
 from lorax_async.cli import main
 from lorax_async.concurrency import SharedTasks, result_of
-from lorax_async.config import Limits
-from lorax_async.loader import AdapterLoader
 from lorax_async.testing import FakeSource
-from lorax_async.types import AdapterRef, Merge
 from tiny_loaders import fails
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left", "hub_client")

@@ -29,8 +29,7 @@ from huggingface_hub.errors import OIDCError
 from web_folder import INDEX, Locator, shard
 
 from common import until
-from lorax_async import errors
-from lorax_async.config import LoaderConfig
+from lorax_async import AdapterRef, LoaderConfig, errors
 from lorax_async.formats.digests import Digest
 from lorax_async.formats.split_weights import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, FileRole
 from lorax_async.http.failures import RetryPolicy
@@ -38,7 +37,6 @@ from lorax_async.http.settings import PublicOnly
 from lorax_async.remote.base import LocatedAdapter
 from lorax_async.remote.hub import HubBackend
 from lorax_async.remote.remote_source import open_remote_source
-from lorax_async.types import AdapterRef
 from tiny_loaders import fails
 
 Patch = pytest.MonkeyPatch

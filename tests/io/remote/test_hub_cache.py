@@ -18,9 +18,9 @@ from web_folder import CONFIG, INDEX, shard
 from web_folder import WEIGHTS as NAME
 
 from adapters import hub_cache as by_hand
+from lorax_async import AdapterRef, FetchError, IntegrityError, InternalError
 from lorax_async.cache.base import CacheEntry, CacheKey
 from lorax_async.cache.disk_cache import DiskCache, DiskDownload
-from lorax_async.errors import FetchError, IntegrityError, InternalError
 from lorax_async.formats.digests import Digest
 from lorax_async.formats.split_weights import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, FileRole
 from lorax_async.lifecycle.policies import policy
@@ -32,7 +32,6 @@ from lorax_async.remote.hub import (
     is_commit,
 )
 from lorax_async.remote.opening import question_of
-from lorax_async.types import AdapterRef
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 

@@ -18,11 +18,8 @@ from huggingface_hub import constants, snapshot_download
 from user_loads import RANK, at, contents, has, loader, until, written
 
 import tiny
-from lorax_async import errors
+from lorax_async import AdapterLoader, AdapterRef, Allow, Merge, errors
 from lorax_async.formats.spans import ByteRange
-from lorax_async.ids import Allow
-from lorax_async.loader import AdapterLoader
-from lorax_async.types import AdapterRef, Merge
 from tiny_loaders import fails
 
 pytestmark = pytest.mark.usefixtures("no_socket_left", "nothing_left", "hub_client")

@@ -18,10 +18,8 @@ from user_loads import at, has, loader, secretless, size_of, stored_in, until, v
 import servers
 import split_files
 import tiny
-from lorax_async import errors
-from lorax_async.ids import Allow
+from lorax_async import AdapterRef, Allow, errors
 from lorax_async.remote.base import FIRST_BYTES
-from lorax_async.types import AdapterRef
 from tiny_loaders import fails
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "sockets", "hub_client")

@@ -12,10 +12,9 @@ from safetensors.torch import load, save
 
 import tiny
 from common import until
+from lorax_async import AdapterLoader, Limits
 from lorax_async.cache.disk_cache import ls, rm
-from lorax_async.config import Limits
 from lorax_async.errors import AccessDeniedError, AdapterNotFoundError, FetchError, IntegrityError
-from lorax_async.loader import AdapterLoader
 from lorax_async.remote.base import FIRST_BYTES, AnotherVersionError
 from lorax_async.types import AdapterId, AdapterRef, Merge
 from merges import assert_halves

@@ -16,9 +16,7 @@ from safetensors.torch import load
 from user_loads import at, contents, loader, written
 from web_folder import CONFIG, WEIGHTS, Folder, name_of
 
-from lorax_async.errors import AdapterError
-from lorax_async.handle import AdapterHandle
-from lorax_async.loader import AdapterLoader
+from lorax_async import AdapterError, AdapterHandle, AdapterLoader
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 

@@ -16,9 +16,7 @@ from web_folder import Folder, hold, name_of
 
 import tiny
 from common import open_sockets, until
-from lorax_async.config import LoaderConfig
-from lorax_async.errors import AdapterTimeoutError
-from lorax_async.loader import AdapterLoader
+from lorax_async import AdapterLoader, AdapterTimeoutError, LoaderConfig
 from lorax_async.remote.base import FIRST_BYTES
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")

@@ -15,11 +15,10 @@ from test_http_trust import tls_server
 from user_loads import secretless
 
 from common import until as later
-from lorax_async import errors
+from lorax_async import AdapterRef, errors
 from lorax_async.http.settings import PublicOnly
 from lorax_async.http.target import ProbeResult, Validators
 from lorax_async.remote.object_stores import OriginAllowed, version_of
-from lorax_async.types import AdapterRef
 from lorax_async.urls import parse_url
 
 pytestmark = pytest.mark.usefixtures("nothing_left")

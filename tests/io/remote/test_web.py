@@ -12,15 +12,13 @@ from fault_server import Asked, Client, FaultServer
 from fetching import Anywhere, LoopbackOnly
 from web_folder import CONFIG, INDEX, WEIGHTS, Folder, Locator, World, refuse, shard, world
 
-from lorax_async import errors
-from lorax_async.config import Limits
+from lorax_async import AdapterRef, Limits, errors
 from lorax_async.formats.digests import Digest
 from lorax_async.formats.split_weights import CONFIG_FILE, WEIGHTS_FILE, FileRole
 from lorax_async.http.range_engine import RangeEngine
 from lorax_async.http.settings import HttpSettings, PublicOnly
 from lorax_async.remote.base import FIRST_BYTES, WEAK
 from lorax_async.remote.web import MAX_INDEX_BYTES, MAX_SHARDS, WebBackend
-from lorax_async.types import AdapterRef
 from tiny_loaders import fails
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")

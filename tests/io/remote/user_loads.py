@@ -10,10 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import tiny
-from lorax_async.config import LoaderConfig
-from lorax_async.handle import AdapterHandle
-from lorax_async.ids import Allow
-from lorax_async.loader import AdapterLoader
+from lorax_async import AdapterHandle, AdapterLoader, Allow, LoaderConfig
 from lorax_async.planning.layout import ModelLayout, Module, Parallelism
 from lorax_async.types import AdapterRef, RemoteKey
 

@@ -8,14 +8,13 @@ from typing import Any
 from fault_server import Asked, Behaviour, Client, FaultServer, Hangup, answer
 from fetching import PATIENT, Anywhere, engine
 
-from lorax_async.config import Limits
+from lorax_async import AdapterRef, Limits
 from lorax_async.formats.split_weights import FileRole
 from lorax_async.http.range_engine import RangeEngine
 from lorax_async.http.settings import Rules
 from lorax_async.ids import parse_ref
 from lorax_async.remote.base import LocatedAdapter, RemoteFile
 from lorax_async.remote.web import WebBackend
-from lorax_async.types import AdapterRef
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
