@@ -212,7 +212,7 @@ class TestOpening:
         opening = threading.Thread(target=device.open)
         with build.held():
             opening.start()
-            opening.join(0.03)
+            opening.join(0.5)
             assert opening.is_alive()
         opening.join(10)
         assert device.rank.tolist() == [[0] * SLOTS] * 4
