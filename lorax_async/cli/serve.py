@@ -106,6 +106,12 @@ def add_to(add: AddParser) -> None:
         help="host names and addresses that requests may use: *.NAME is any name below NAME, * any"
         " host (default: this machine's own if only this machine can connect, else any)",
     )
+    _add_capacity(parser)
+    add_caches(parser)
+
+
+def _add_capacity(parser: argparse.ArgumentParser) -> None:
+    """Add the device and what fits on it."""
     add_device(parser, "to compute in (default: float32 on cpu, bfloat16 on cuda)")
     add_device_bytes(parser)
     share = "share of these that one adapter, or one client, may use while others wait: above 0,"
@@ -118,7 +124,6 @@ def add_to(add: AddParser) -> None:
     ):
         metavar = "X" if kind is as_share else "N"
         parser.add_argument(option, type=kind, default=default, metavar=metavar, help=about)
-    add_caches(parser)
 
 
 def as_share(text: str) -> float:

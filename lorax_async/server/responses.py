@@ -28,7 +28,7 @@ connection closes loses the response."""
 _BODY = "http.response.body"
 _logger = logging.getLogger("lorax_async.server")
 
-TABLE: tuple[tuple[type[LoraxError], int, str], ...] = (
+STATUSES: tuple[tuple[type[LoraxError], int, str], ...] = (
     (errors.AdapterNotFoundError, 404, "model_not_found"),
     (errors.AccessDeniedError, 403, "model_access_denied"),
     (errors.InvalidAdapterIdError, 400, "invalid_model_id"),
@@ -112,7 +112,7 @@ def create_refusal(error: Exception, retry_after: float, model: str | None = Non
         return error
     if isinstance(error, HTTPException):  # starlette's, for an unknown path or method
         return Refusal(error.status_code, error.detail, code="unknown_url", headers=error.headers)
-    row = next((row for row in TABLE if isinstance(error, row[0])), None)
+    row = next((row for row in STATUSES if isinstance(error, row[0])), None)
     if row is None or not isinstance(error, LoraxError):
         return Refusal(500, INTERNAL, code="internal_error")
     _, status, code = row
