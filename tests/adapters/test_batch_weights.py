@@ -18,12 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorax_async.adapters import batches
-from lorax_async.adapters.batches import (
-    AdapterBatchMetadata,
-    BatchLoraWeights,
-    Bridge,
-    RankSegments,
-)
+from lorax_async.adapters.batches import AdapterBatchMetadata, BatchLoraWeights, Bridge
 from lorax_async.adapters.layers import padded_rank
 from lorax_async.errors import IncompatibleAdapterError, UsageError
 
@@ -195,25 +190,31 @@ def test_bounds_that_do_not_fit_are_refused() -> None:
             batches.find_segments(values)
 
 
-def listed(values: Tensor | None) -> list[int] | None:
-    return None if values is None else [int(value) for value in values]
-
-
-def segments(group: RankSegments) -> tuple[list[int] | None, list[int] | None]:
+def segments(group: Any) -> tuple[list[int], list[int]]:
     assert group.indices is None
-    return listed(group.segment_starts), listed(group.segment_ends)
+    return group.segment_starts.tolist(), group.segment_ends.tolist()
 
 
-def places(group: RankSegments) -> tuple[int, list[int] | None]:
+def places(group: Any) -> tuple[int, list[int]]:
     assert group.segment_starts is group.segment_ends is None
     assert len(group.lora_a_ptr) == len(group.lora_b_ptr)
-    return len(group.lora_a_ptr), listed(group.indices)
+    return len(group.lora_a_ptr), group.indices.tolist()
+
+
+class WithScratch(BatchLoraWeights):
+    @classmethod
+    def get_tmp_tensors(cls, *given: Any) -> Any:
+        return given, given[0]
 
 
 @pytest.mark.parametrize("prefill", [True, False])
 def test_groups_are_by_rank_and_have_each_adapters_address(prefill: bool) -> None:
     weights = of_ranks(8, 16)
     batch = load(weights, TOKENS, prefill=prefill)
+    other: Any = WithScratch.load(weights, meta_of(TOKENS), "q_proj", prefill, None)
+    for rank, group in other.rank_data.items():  # by segment, punica's kernels need scratch memory
+        scratch = ((2, rank, torch.device("cpu")), 2) if prefill else (None, None)
+        assert (group.tmp_shrink, group.tmp_expand) == scratch
     assert batch.use_sgmv == prefill
     assert list(batch.rank_data) == [8, 16]
     if prefill:

@@ -255,15 +255,12 @@ def test_a_cache_that_is_damaged_or_may_not_be_read(hub_client: Path, monkeypatc
 def test_no_ids() -> None:
     ids: list[Any] = ["", ".", "adapter", "a/b/c", "org/", "/../x\0", "org/sql@", "org/sql@../../x"]
     ids += ["org/sql@/etc", "org/sql@a//b", "org/sql@a b", "org/..", "../\0", "org/a--b", "ö/x"]
-    for id in (*ids, 7, None, b"org/sql"):
-        with pytest.raises(errors.InvalidAdapterIdError):
+    elsewhere = ["s3://loras/foo/bar", "file:///x", "https://x/y", "gs://abc/y"]
+    for id in (*ids, 7, None, b"org/sql", *elsewhere):
+        kind = errors.ConfigError if id in elsewhere else errors.InvalidAdapterIdError
+        with pytest.raises(kind) as caught:
             LoraConfig.load(id)
-
-
-@pytest.mark.parametrize("id", ["s3://loras/foo/bar", "file:///x", "https://x/y", "gs://abc/y"])
-def test_sources_that_only_a_loader_asks(id: str) -> None:
-    with pytest.raises(errors.ConfigError, match="an AdapterLoader loads adapters from elsewhere"):
-        LoraConfig.load(id)
+        assert ("an AdapterLoader loads" in str(caught.value)) == (id in elsewhere)
 
 
 ROOT = "base_model.model."

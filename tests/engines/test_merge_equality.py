@@ -219,6 +219,10 @@ Q, K = "layers.0.q", "layers.0.k"
 Adapters = list[tuple[ModuleMap, LoraConfig]]
 
 
+class Config(LoraConfig):
+    """An engine's own, whose methods the merge keeps."""
+
+
 def config_of(r: int = 2, lora_alpha: float = 4, use_rslora: bool = False) -> LoraConfig:
     return LoraConfig("base", r, None, False, lora_alpha, use_rslora)
 
@@ -247,9 +251,11 @@ def factor(merged: ModuleMap, module: str, part: str) -> torch.Tensor:
 
 async def test_linear_says_what_it_made_and_keeps_within_float32() -> None:
     other = config_of(r=3, lora_alpha=6, use_rslora=True)
-    adapters: Adapters = [(made_map(1, Q, K), config_of()), (made_map(2, Q, rank=3), other)]
+    own = Config("base", 2, None, False, 4, True, padded_rank=8)
+    adapters: Adapters = [(made_map(1, Q, K), own), (made_map(2, Q, rank=3), other)]
     merged, config = merge_adapters(adapters, parameters())
     assert (config.r, config.scale_of(Q), config.use_rslora) == (5, 1.0, False)
+    assert (type(config), config.padded_rank) == (Config, None)
     assert config.target_modules == [Q, K]
     a = factor(merged, K, "lora_A")
     assert (a.shape, merged[K]["lora_A"][1]) == ((5, 6), f"base_model.model.{K}.lora_A.weight")
