@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lorax_async.errors import AdapterTimeoutError, InternalError, LoraxError, Stage, UsageError
+from lorax_async.errors import AdapterTimeoutError, Stage, UsageError, as_lorax_error
 from lorax_async.lifecycle.adapter_state import WantedTier
 from lorax_async.runtime.acquire import Acquirer, OrderedCalls, require_priority
 from lorax_async.runtime.driver import Driver
@@ -54,10 +54,10 @@ class TensorAdapters:
         require_priority(priority)
         deadline = asyncio.get_running_loop().time() + seconds
         stage: Stage = "fetch"
-        problem: LoraxError
+        limit = asyncio.timeout_at(deadline)
         try:
             with self._order.place(ref) as wait_for_turn, ExitStack() as kept:
-                async with asyncio.timeout_at(deadline) as limit:
+                async with limit:
                     key = await self.source.take(tensors, config, self.check_open)
                     kept.enter_context(self._keep(key))
                     stage = "queue"
@@ -69,16 +69,11 @@ class TensorAdapters:
                         " them first, or choose another name"
                     )
                 return await self._load_and_assign(ref, key, deadline, priority)
-        except LoraxError as error:
-            problem = error.located(id=ref.text)
-        except Exception as error:  # noqa: BLE001 - becomes an InternalError
+        except Exception as error:  # noqa: BLE001 - raised below, without frames
+            problem = as_lorax_error(error.with_traceback(None), "tensors were not loaded")
             if isinstance(error, TimeoutError) and limit.expired():
-                late = f"it was not ready within {seconds:g} s"
-                problem = AdapterTimeoutError(late, id=ref.text, stage=stage)
-            else:
-                problem = InternalError(f"tensors were not loaded: {error!r}", id=ref.text)
-                problem.__cause__ = error.with_traceback(None)
-        raise problem  # without its original frames, which refer to the bytes
+                problem = AdapterTimeoutError(f"it was not ready within {seconds:g} s", stage=stage)
+        raise problem.located(id=ref.text)  # its original frames refer to the bytes
 
     def unassign(self, ref: Ref, key: AdapterKey) -> None:
         """Remove the assignment of `ref` to `key`, after `key` was unloaded by it."""
@@ -95,13 +90,11 @@ class TensorAdapters:
         while True:  # a leaving adapter cannot be pinned: load it again
             left = max(0.0, deadline - clock())
             lease = await self.acquiring.lease(key, WantedTier.DEVICE, left, priority=priority)
-            try:
+            with ExitStack() as failing:
+                failing.callback(lease.end)
                 if self._assign(ref, key, lease):
+                    failing.pop_all()
                     return lease
-            except BaseException:
-                lease.end()
-                raise
-            lease.end()
 
     def _assign(self, ref: AdapterRef, key: AdapterKey, lease: Lease) -> bool:
         """Move the id and its pins in one step; return False if the new version is leaving."""
@@ -122,9 +115,7 @@ class TensorAdapters:
         try:
             yield
         finally:
-            self._calls[key] -= 1
-            if not self._calls[key]:
-                del self._calls[key]
+            self._calls -= Counter([key])  # keeps positive counts only
             self._unload_if_unassigned(key)
 
     def _unload_if_unassigned(self, key: AdapterKey) -> None:

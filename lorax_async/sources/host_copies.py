@@ -7,26 +7,23 @@ import hashlib
 import logging
 import resource
 import secrets
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from math import inf
-from threading import Lock
-from typing import NamedTuple
-from weakref import WeakSet
+from threading import Event, Lock
 
 import torch
 
-from lorax_async.cache.base import CacheEntry, CacheKey
+from lorax_async.cache.base import CacheKey
 from lorax_async.cache.disk_cache import DiskCache, DiskDownload
-from lorax_async.concurrency import FetchControl, SharedResource, outcome
+from lorax_async.concurrency import SharedResource, outcome
 from lorax_async.devices.staging import StagingBuffer
 from lorax_async.errors import CapacityError, FetchError, IntegrityError, LoraxError
 from lorax_async.files import FileReader, Reader
 from lorax_async.formats.digests import Digest
 from lorax_async.formats.split_weights import CONFIG_FILE, WEIGHTS_FILE
-from lorax_async.types import UNCHECKED, AdapterKey, TensorsKey, Verification
+from lorax_async.types import UNCHECKED, AdapterKey, MergedKey, TensorsKey, Verification
 
 PIECE_BYTES = 8 << 20
 """Bytes written in one call: a cancelled spill ends after these."""
@@ -38,54 +35,32 @@ _NO_BYTES = torch.empty(0, dtype=torch.uint8)
 _logger = logging.getLogger("lorax_async")
 
 
-class SpillFile(NamedTuple):
-    """The weights of one adapter, in an entry of the disk cache that only this loader uses."""
-
-    key: CacheKey
-    entry: CacheEntry
-    reader: Reader
-
-
 class HostCopy:
     """A safetensors file with its config, in memory or spilled. Any thread may open readers.
 
-    It begins as reserved room, which `fill` fills. When it is dropped and its last reader closed,
-    the room is given back, or the spill file discarded.
+    It begins as reserved room, which `HostCopies.put` fills. When it is dropped and its last reader
+    closed, the room is given back, or the spill file removed.
     """
 
-    key: AdapterKey
+    key: AdapterKey | None = None
     config: bytes
-    prefix_bytes: int
-    verification: Verification
+    verification: Verification = UNCHECKED
 
     def __init__(self, nbytes: int, copies: HostCopies) -> None:
         self.nbytes = nbytes
-        self.spilling: FetchControl | None = None
-        """The control of the spill in progress."""
-        self._copies = copies
-        self._place: SharedResource[torch.Tensor | SpillFile] = SharedResource(
-            "the adapter", opened=_NO_BYTES, freed=lambda: copies.give_back(nbytes)
+        self.place: SharedResource[torch.Tensor | Reader] = SharedResource(
+            "the adapter", opened=_NO_BYTES, freed=lambda: copies.give_back(self)
         )
+        """The bytes, uint8 `[nbytes]`, or the spill file."""
+        self.needless = Event()
+        """Set to end the spill in progress."""
+        self._copies = copies
         self._users = 1
         self._lock = Lock()
 
-    def fill(
-        self,
-        key: AdapterKey,
-        config: bytes,
-        prefix_bytes: int,
-        content: torch.Tensor,
-        verification: Verification = UNCHECKED,
-    ) -> HostCopy:
-        """Set the bytes, uint8 `[nbytes]`; the first `prefix_bytes` end with the header."""
-        self.key, self.config, self.prefix_bytes = key, config, prefix_bytes
-        self.verification = verification
-        self._place.opened = content
-        return self
-
     @property
     def in_memory(self) -> bool:
-        return isinstance(self._place.opened, torch.Tensor)
+        return isinstance(self.place.opened, torch.Tensor)
 
     @property
     def is_read(self) -> bool:
@@ -98,26 +73,22 @@ class HostCopy:
         return CopyReader(self)
 
     @contextmanager
-    def held(self) -> Iterator[torch.Tensor | SpillFile]:
+    def held(self) -> Iterator[torch.Tensor | Reader]:
         """Keep the bytes where they are, and their room taken."""
         with ExitStack() as used:
             places = []
             with self._lock:  # `move` must not close the place in between
-                places.append(used.enter_context(self._place.use()))
+                places.append(used.enter_context(self.place.use()))
             yield places.pop()  # refer to it no longer: its end gives the room back
 
-    def move(self, file: SpillFile) -> None:
+    def move(self, file: SharedResource[torch.Tensor | Reader]) -> None:
         """Free the memory; later reads use `file`."""
         with self._lock:
-            memory, unused = self._place, not self._users
-            if not unused:
-                self._place = SharedResource(
-                    "the adapter", lambda _: self._copies.discard(file), opened=file
-                )
+            memory, self.place = self.place, file
+            unused = not self._users
+        memory.close()
         if unused:
-            self._copies.discard(file)
-        else:
-            memory.close()
+            file.close()
 
     def leave(self) -> None:
         """End one use: a reader's, or that of `HostCopies`."""
@@ -125,7 +96,8 @@ class HostCopy:
             self._users -= 1
             unused = not self._users
         if unused:
-            self._place.close()
+            self.place.close()
+            self.needless.set()
         self._copies.notify()
 
 
@@ -147,8 +119,8 @@ class CopyReader:
 
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
         with self._held(offset + sum(buffer.nbytes for buffer in buffers)) as place:
-            if isinstance(place, SpillFile):
-                place.reader.read_into(buffers, offset)
+            if not isinstance(place, torch.Tensor):
+                place.read_into(buffers, offset)
                 return
             for buffer in buffers:
                 if buffer.nbytes:
@@ -161,8 +133,8 @@ class CopyReader:
         size = buffer.nbytes // rows
         stop = offset + (rows - 1) * pitch + size
         with self._held(stop) as place:
-            if isinstance(place, SpillFile):
-                place.reader.read_rows(buffer, offset, rows, pitch)
+            if not isinstance(place, torch.Tensor):
+                place.read_rows(buffer, offset, rows, pitch)
                 return
             apart = place[offset:stop].as_strided((rows, size), (pitch, 1))
             torch.frombuffer(buffer.cast("B"), dtype=torch.uint8).view(rows, size).copy_(apart)
@@ -170,14 +142,14 @@ class CopyReader:
     def read_ahead(self) -> None:
         """Start reading a spilled file into the page cache."""
         with self._held(0) as place:
-            if isinstance(place, SpillFile) and isinstance(place.reader, FileReader):
-                place.reader.read_ahead()
+            if isinstance(place, FileReader):
+                place.read_ahead()
 
     def close(self) -> None:
         self._copy.close()
 
     @contextmanager
-    def _held(self, stop: int) -> Iterator[torch.Tensor | SpillFile]:
+    def _held(self, stop: int) -> Iterator[torch.Tensor | Reader]:
         with self._copy.use() as copy:
             if stop > copy.nbytes:
                 raise IntegrityError(f"the adapter ends before byte {stop:,}")
@@ -201,18 +173,21 @@ class HostCopies:
 
     def __init__(self, nbytes: int, cache: Callable[[], DiskCache] | None = None) -> None:
         self.nbytes = nbytes
-        self.used = 0
         self.spills = 0
-        self.notify: Callable[[], None] = lambda: None
-        """Wakes the call that waits for room, from any thread."""
         self._cache = cache
         self._threads = ThreadPoolExecutor(1, "lorax-spill")
         self._copies: dict[AdapterKey, HostCopy] = {}
-        self._dropped: WeakSet[HostCopy] = WeakSet()
-        self._lock = Lock()
+        self._taking: set[HostCopy] = set()
+        """All copies that take room: those in `_copies`, reserved ones, and dropped ones in use."""
+        self._files: set[CacheKey] = set()
         self._order = asyncio.Lock()
-        self._files = 0
-        self._discarded: deque[CacheKey] = deque()
+        self._lock = Lock()
+        self._changed: Future[None] = Future()
+
+    @property
+    def used(self) -> int:
+        """Bytes of memory that are taken or reserved."""
+        return sum(copy.nbytes for copy in tuple(self._taking))
 
     @property
     def sizes(self) -> Mapping[AdapterKey, int]:
@@ -223,13 +198,16 @@ class HostCopies:
         copy = self._copies.get(key)
         return copy is not None and copy.in_memory
 
-    def put(self, copy: HostCopy) -> HostCopy:
-        """Keep and return a copy; if one with the same key is kept, close it and return that."""
-        known = self.get(copy.key)
+    def put(
+        self, copy: HostCopy, key: AdapterKey, config: bytes, content: torch.Tensor
+    ) -> HostCopy:
+        """Fill reserved room and keep it; if a copy with `key` is kept, return that one instead."""
+        copy.key, copy.config, copy.place.opened = key, config, content
+        known = self.get(key)
         if known is not None:
             copy.leave()
             return known
-        self._copies[copy.key] = copy
+        self._copies[key] = copy
         self.notify()
         return copy
 
@@ -244,10 +222,7 @@ class HostCopies:
         """Drop a copy. Open readers stay valid."""
         copy = self._copies.pop(key, None)
         if copy is not None:
-            if copy.spilling is not None:
-                copy.spilling.cancel()
             copy.leave()
-            self._dropped.add(copy)
 
     def clear(self) -> None:
         for key in tuple(self._copies):
@@ -256,7 +231,8 @@ class HostCopies:
     def close(self) -> None:
         """Remove all spill files. Drop all copies before. Blocks."""
         self._threads.shutdown()
-        self._remove_discarded()
+        for key in tuple(self._files):
+            self._remove(key)
 
     async def reserve(self, nbytes: int, check_open: Callable[[], None]) -> HostCopy:
         """Reserve memory, in the order of the calls; drop merges and spill tensors for it.
@@ -264,59 +240,54 @@ class HostCopies:
         Return it as a copy to fill; its `leave` ends the reservation. `check_open` raises once the
         loader is closing. Raise `CapacityError` if the copies that must stay leave too little.
         """
-        loop, changed = asyncio.get_running_loop(), asyncio.Event()
-
-        def notify() -> None:
-            with suppress(RuntimeError):  # the loop is closed: nothing waits any more
-                loop.call_soon_threadsafe(changed.set)
-
         # Copies below this size can be spilled, as far as failed spills have shown.
         spillable, reason = 0.0 if self._cache is None else inf, ""
         if nbytes > self.nbytes:
             raise self._full_error(nbytes, reason)
         async with self._order:
-            self.notify = notify
             while True:
                 check_open()
-                changed.clear()
-                with self._lock:
-                    if nbytes <= self.nbytes - self.used:
-                        self.used += nbytes
-                        return HostCopy(nbytes, self)
+                changed = self._changed
+                if nbytes <= self.nbytes - self.used:
+                    copy = HostCopy(nbytes, self)
+                    self._taking.add(copy)
+                    return copy
                 victim = self._victim(nbytes, spillable, reason)
                 if victim is None:
-                    await changed.wait()
-                elif not isinstance(victim.key, TensorsKey):
+                    await outcome(changed)
+                elif isinstance(victim.key, MergedKey):
                     self.drop(victim.key)
                 elif (error := await self._spill(victim)) is not None:
                     reason = f"; others cannot be spilled to the disk: {error.problem}"
                     full = isinstance(error, CapacityError)
                     spillable = min(spillable, victim.nbytes) if full else 0
 
-    def give_back(self, nbytes: int) -> None:
-        with self._lock:
-            self.used -= nbytes
+    def give_back(self, copy: HostCopy) -> None:
+        """End the copy's use of memory. Any thread."""
+        self._taking.discard(copy)
         self.notify()
+
+    def notify(self) -> None:
+        """Wake the call that waits for room. Any thread."""
+        with self._lock:
+            changed, self._changed = self._changed, Future()
+        changed.set_result(None)
 
     def _victim(self, nbytes: int, spillable: float, reason: str) -> HostCopy | None:
         """Return the copy to drop or spill next; None to wait for memory in use."""
-        copies = [copy for copy in self._copies.values() if copy.in_memory]
-        tensors = [copy for copy in copies if isinstance(copy.key, TensorsKey)]
-        for copy in copies:
-            if not isinstance(copy.key, TensorsKey) and not copy.is_read:
+        tensors: list[HostCopy] = []
+        for copy in self._copies.values():
+            if isinstance(copy.key, TensorsKey):
+                tensors.append(copy)
+            elif not copy.is_read:
                 return copy
-        for copy in tensors:
-            if copy.nbytes < spillable and copy.spilling is None:
-                return copy
-        staying = sum(copy.nbytes for copy in tensors if copy.nbytes >= spillable)
+        staying = sum(c.nbytes for c in tensors if c.in_memory and c.nbytes >= spillable)
         if staying + nbytes > self.nbytes:
             raise self._full_error(nbytes, reason)
-        # A merge reads its parts until it is computed, and may be what waits for room.
-        for copy in tuple(self._dropped):
-            spilled = isinstance(copy.key, TensorsKey) and copy.nbytes < spillable
-            if spilled and copy.in_memory and copy.spilling is None:
-                return copy
-        return None
+        # The dropped ones last: their readers may end soon. But a merge reads its parts until it is
+        # computed, and may be what waits for room.
+        tensors += [c for c in tuple(self._taking) if isinstance(c.key, TensorsKey)]
+        return next((c for c in tensors if c.in_memory and c.nbytes < spillable), None)
 
     def _full_error(self, nbytes: int, reason: str) -> CapacityError:
         return CapacityError(
@@ -331,84 +302,80 @@ class HostCopies:
 
         A cancellation ends the write soon, without waiting.
         """
-        control = copy.spilling = FetchControl()
-        writing = self._threads.submit(self._write, copy, control)
+        copy.needless.clear()
         try:
-            error = await outcome(writing)
+            return await outcome(self._threads.submit(self._write, copy))
         except asyncio.CancelledError:
-            control.cancel()
+            copy.needless.set()
             raise
-        return None if control.cancelled else error
 
-    def _write(self, copy: HostCopy, control: FetchControl) -> LoraxError | None:
+    def _write(self, copy: HostCopy) -> LoraxError | None:
         """Spill in the spill thread. At most a quarter of the process's descriptors is used."""
+        if not copy.in_memory:  # dropped, or spilled for a call that was cancelled
+            return None
         try:
             limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-            if limit != resource.RLIM_INFINITY and self._files >= limit // 4:
+            if limit != resource.RLIM_INFINITY and len(self._files) >= limit // 4:
                 raise CapacityError(
-                    f"{self._files:,} spill files are open, of the {limit:,} files that this"
+                    f"{len(self._files):,} spill files are open, of the {limit:,} files that this"
                     " process may open; raise its RLIMIT_NOFILE (ulimit -n)"
                 )
-            assert self._cache is not None
-            file = _write_spill_file(self._cache(), copy, control)
-            self._files += 1
-            self.spills += 1
-            copy.move(file)
+            file = self._publish(copy)
         except LoraxError as error:
             bare = error.located()
             bare.__cause__ = None  # its frames keep the bytes alive
-            return bare
-        finally:
-            copy.spilling = None
-            self.notify()
+            return bare if copy.in_memory else None
+        self.spills += 1
+        copy.move(file)
         return None
 
-    def discard(self, file: SpillFile) -> None:
-        """Close a spill file now, in any thread, and remove it in the spill thread."""
-        file.reader.close()
-        file.entry.close()
-        self._discarded.append(file.key)
-        with suppress(RuntimeError):  # `close` has begun, and removes the rest
-            self._threads.submit(self._remove_discarded)
+    def _publish(self, copy: HostCopy) -> SharedResource[torch.Tensor | Reader]:
+        """Write a copy to a new entry of the disk cache. Leave nothing on an error.
 
-    def _remove_discarded(self) -> None:
-        while self._discarded:
-            self._files -= 1
+        No other loader has its key, so there is no download to join or resume. A killed process
+        leaves an entry without a lease, which is evicted when the cache needs room.
+        """
+        assert self._cache is not None
+        key = CacheKey(SOURCE, f"{copy.key}-{secrets.token_hex(8)}")
+        with copy.held() as content:  # its room stays taken even if it is dropped
+            assert isinstance(content, torch.Tensor)
+            download = self._cache().try_begin(key, SOURCE)
+            assert isinstance(download, DiskDownload)
             try:
-                assert self._cache is not None
-                self._cache().remove(self._discarded.popleft())
-            except Exception:
-                _logger.exception("a spill file could not be removed from the disk cache")
+                for role, data in (
+                    (CONFIG_FILE, memoryview(copy.config)),
+                    (WEIGHTS_FILE, StagingBuffer.of(content).memory),
+                ):
+                    # Publication compares what it reads back with the memory that is given up.
+                    expected = Digest("sha256", hashlib.sha256(data).hexdigest())
+                    file = download.file(role, data.nbytes, expected)
+                    for start in range(0, data.nbytes, PIECE_BYTES):
+                        if copy.needless.is_set():
+                            raise FetchError("the spill is not needed any more")
+                        file.write(start, data[start : start + PIECE_BYTES])
+                entry = download.publish()
+            except BaseException:
+                download.discard()
+                raise
+        reader = entry.reader(WEIGHTS_FILE)
 
+        def discard(_: object) -> None:
+            """Close the file now, in any thread, and remove it in the spill thread."""
+            reader.close()
+            entry.close()
+            with suppress(RuntimeError):  # `close` has begun, and removes it
+                self._threads.submit(self._remove, key)
 
-def _write_spill_file(cache: DiskCache, copy: HostCopy, control: FetchControl) -> SpillFile:
-    """Publish a copy as a new entry of the cache. Leave nothing on an error.
+        self._files.add(key)
+        return SharedResource("the adapter", discard, opened=reader)
 
-    No other loader has its key, so there is no download to join or resume. A killed process leaves
-    an entry without a lease, which is evicted when the cache needs room.
-    """
-    key = CacheKey(SOURCE, f"{copy.key}-{secrets.token_hex(8)}")
-    with copy.held() as content:  # its room stays taken while it is written, even if it is dropped
-        assert isinstance(content, torch.Tensor)
-        download = cache.try_begin(key, SOURCE)
-        assert isinstance(download, DiskDownload)
+    def _remove(self, key: CacheKey) -> None:
+        self._files.discard(key)
         try:
-            for role, data in (
-                (CONFIG_FILE, memoryview(copy.config)),
-                (WEIGHTS_FILE, StagingBuffer.of(content).memory),
-            ):
-                # Publication compares what it reads back with the memory that is given up.
-                expected = Digest("sha256", hashlib.sha256(data).hexdigest())
-                file = download.file(role, data.nbytes, expected)
-                for start in range(0, data.nbytes, PIECE_BYTES):
-                    if control.cancelled:
-                        raise FetchError("the spill is not needed any more")
-                    file.write(start, data[start : start + PIECE_BYTES])
-            entry = download.publish()
-        except BaseException:
-            download.discard()
-            raise
-    return SpillFile(key, entry, entry.reader(WEIGHTS_FILE))
+            assert self._cache is not None
+            self._cache().remove(key)
+        except Exception:
+            _logger.exception("a spill file could not be removed from the disk cache")
 
 
 def host_memory(nbytes: int, prefix: bytes) -> torch.Tensor:

@@ -372,8 +372,8 @@ class Merger:
             raise
         finally:
             _close(files)
-        copy.fill(key, plan.config, len(plan.prefix), content, weakest(verifications))
-        return self.copies.put(copy)
+        copy.verification = weakest(verifications)
+        return self.copies.put(copy, key, plan.config, content)
 
     def close(self) -> None:
         """End the thread. End all merges before. Blocks."""

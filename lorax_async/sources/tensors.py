@@ -6,7 +6,9 @@ import asyncio
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
+from contextlib import closing
 from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
 import torch
 
@@ -24,13 +26,13 @@ from lorax_async.errors import (
     UsageError,
     shorten,
 )
-from lorax_async.files import LocalPages, Reader, sha256_of
+from lorax_async.files import LocalPages, Reader, read_prefix, sha256_of
 from lorax_async.formats.safetensors import TensorDescription, write_header
 from lorax_async.formats.spans import ByteSpan
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.transfer_plan import check_size
 from lorax_async.sources.base import AdapterFile, PinnedPages
-from lorax_async.sources.host_copies import CopyReader, HostCopies, HostCopy, host_memory
+from lorax_async.sources.host_copies import CopyReader, HostCopies, host_memory
 from lorax_async.sources.merges import Merger
 from lorax_async.types import AdapterKey, AdapterRef, MergedKey, TensorsKey, Verification
 
@@ -107,13 +109,9 @@ class TensorSnapshot:
             event.synchronize()
         nbytes = count = 0
         for description, (start, stop) in zip(self._descriptions, self._places, strict=True):
-            source = _rows_of(description.name, self._tensors[description.name])
-            target = content[start:stop].view(source.dtype).view(source.shape)
-            rows_per_step = max(1, STEP_BYTES * len(source) // max(1, source.nbytes))
-            for first in range(0, len(source) if source.numel() else 0, rows_per_step):
-                piece = target[first : first + rows_per_step]
-                _copy_piece(description.name, piece, source[first : first + rows_per_step])
-                digest.update(StagingBuffer.of(piece.view(torch.uint8)).memory)
+            name = description.name
+            for piece in _copy_in_pieces(name, self._tensors[name], content[start:stop]):
+                digest.update(StagingBuffer.of(piece).memory)
                 nbytes, count = nbytes + piece.nbytes, count + 1
                 if nbytes >= STEP_BYTES or count >= STEP_TENSORS:
                     nbytes = count = 0
@@ -151,24 +149,29 @@ def _describe(name: object, tensor: torch.Tensor) -> TensorDescription:
     return TensorDescription(name, dtype, tuple(tensor.shape))
 
 
-def _rows_of(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor as rows. Check its memory first: reading without any ends the process."""
+def _copy_in_pieces(
+    name: str, tensor: torch.Tensor, target: torch.Tensor
+) -> Iterator[torch.Tensor]:
+    """Copy a tensor into `target`, uint8 `[nbytes]`; yield each piece of it, of whole rows."""
     reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
     last = (tensor.storage_offset() + reach + 1) * tensor.itemsize
+    # Reading a tensor without memory would end the process.
     if tensor.numel() and tensor.untyped_storage().nbytes() < last:
         problem = f"tensor {shorten(name, 200)!r} has no memory behind it; gather it first"
         raise FetchError(problem, retryable=False)
-    rows = tensor.detach()
-    return rows if rows.dim() else rows.view(1)
-
-
-def _copy_piece(name: str, piece: torch.Tensor, rows: torch.Tensor) -> None:
-    try:
-        piece.copy_(rows)
-    except Exception as error:  # noqa: BLE001 - whatever a stranger's tensor raises
-        problem = f"tensor {shorten(name, 200)!r} could not be copied: {error}"
-        # Drop the frames, which keep the bytes alive.
-        raise FetchError(problem, retryable=False) from error.with_traceback(None)
+    source = tensor.detach() if tensor.dim() else tensor.detach().view(1)
+    row_bytes = target.nbytes // max(1, len(source))
+    count = max(1, STEP_BYTES // max(1, row_bytes))
+    for first in range(0, len(source) if row_bytes else 0, count):
+        rows = source[first : first + count]
+        piece = target[first * row_bytes :][: rows.nbytes]
+        try:
+            piece.view(rows.dtype).view(rows.shape).copy_(rows)
+        except Exception as error:  # noqa: BLE001 - whatever a stranger's tensor raises
+            problem = f"tensor {shorten(name, 200)!r} could not be copied: {error}"
+            # Drop the frames, which keep the bytes alive.
+            raise FetchError(problem, retryable=False) from error.with_traceback(None)
+        yield piece
 
 
 @dataclass(eq=False)
@@ -199,10 +202,9 @@ class MemorySource:
         `check_open` raises once the loader is closing. Raise as `TensorSnapshot` does, and
         `CapacityError` if the budget has no room. Nothing is left on an error or a cancellation.
         """
-        snapshot, loop = TensorSnapshot(tensors, config, self.limits), asyncio.get_running_loop()
-        nbytes = await loop.run_in_executor(self.threads, snapshot.measure)
-        copy = await self.copies.reserve(nbytes, check_open)
-        running: Future[bool | None] | None = None
+        snapshot = TensorSnapshot(tensors, config, self.limits)
+        running: Future[Any] = self.threads.submit(snapshot.measure)
+        copy = await self.copies.reserve(await asyncio.wrap_future(running), check_open)
         try:
             steps, ended = snapshot.copy(), None
             while not ended:
@@ -210,13 +212,11 @@ class MemorySource:
                 running = self.threads.submit(next, steps, True)
                 ended = await asyncio.wrap_future(running)
         except BaseException:
-            if running is None:
-                copy.leave()
-            else:  # a thread that still copies uses the memory
-                running.add_done_callback(lambda _: copy.leave())
+            # A thread that still copies uses the memory.
+            running.add_done_callback(lambda _: copy.leave())
             raise
-        copy.fill(snapshot.key, config, len(snapshot.prefix), snapshot.content)
-        return self.copies.put(copy).key
+        self.copies.put(copy, snapshot.key, config, snapshot.content)
+        return snapshot.key
 
     async def resolve(self, ref: AdapterRef) -> AdapterKey:
         raise InvalidAdapterIdError(f"no adapter in memory has the id {ref.text!r}")
@@ -227,14 +227,13 @@ class MemorySource:
             copy = copy or await self.merger.merge(key, control)
         elif copy is None:
             raise AdapterNotFoundError(_GONE, stage="fetch")
-        reader, prefix = copy.open(), bytearray(copy.prefix_bytes)
-        loop, buffers = asyncio.get_running_loop(), [memoryview(prefix)]
+        loop, reader = asyncio.get_running_loop(), copy.open()
         try:
-            await loop.run_in_executor(self.threads, reader.read_into, buffers, 0)
+            prefix = await loop.run_in_executor(self.threads, read_prefix, reader, self.limits)
         except BaseException:
             reader.close()
             raise
-        return AdapterFile(copy.config, bytes(prefix), reader)
+        return AdapterFile(copy.config, prefix, reader)
 
     def reopen(self, key: AdapterKey) -> Reader:
         copy = self.copies.get(key)
@@ -260,19 +259,13 @@ class MemorySource:
             raise UsageError(
                 "a merge has no digest; its parts have theirs, as AdapterRef(digest=…)"
             )
-        reader = self._known(key).open()
-        try:
+        with closing(self._reader(key)) as reader:
             return await sha256_of(reader, self.threads)
-        finally:
-            reader.close()
 
     async def populate(self, key: AdapterKey) -> PinnedPages:
         """Read a spilled file ahead; bytes in memory need no hold."""
-        reader, loop = self._known(key).open(), asyncio.get_running_loop()
-        try:
-            await loop.run_in_executor(self.threads, reader.read_ahead)
-        finally:
-            reader.close()
+        with closing(self._reader(key)) as reader:
+            await asyncio.get_running_loop().run_in_executor(self.threads, reader.read_ahead)
         return LocalPages((), holdable=False)
 
     def close(self) -> None:
@@ -280,11 +273,11 @@ class MemorySource:
         self.merger.close()
         self.copies.close()
 
-    def _known(self, key: AdapterKey) -> HostCopy:
+    def _reader(self, key: AdapterKey) -> CopyReader:
         copy = self.copies.get(key)
         if copy is None:
             raise _gone_error(key)
-        return copy
+        return copy.open()
 
 
 def _gone_error(key: AdapterKey) -> FetchError:

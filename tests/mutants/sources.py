@@ -56,13 +56,13 @@ async def _free_of_charge(self: HostCopies, *_: object) -> HostCopy:
 
 
 def _kept_though_dropped(self: HostCopy, file: Any) -> None:
-    self._place.close()
-    self._place = SharedResource("the adapter", nothing, opened=file)
+    memory, self.place = self.place, file
+    memory.close()
 
 
 @contextmanager
 def _freed_while_read(self: HostCopy) -> Iterator[Any]:
-    yield self._place.opened
+    yield self.place.opened
 
 
 async def _abandoned(self: WorkerThreads, work: Any, undo: object = None) -> Any:
