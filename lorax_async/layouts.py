@@ -1,16 +1,17 @@
 """Make a `ModelLayout` from a base model's config, from a model, or from an adapter's shapes.
 
-The functions block (import transformers, build a model without weights, read files): call them
-while the server starts, or in a thread.
+The functions block: they read files, and for some configs import transformers and build a model
+without weights. Call them while the server starts, or in a thread.
 """
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import nn
@@ -27,109 +28,43 @@ from lorax_async.errors import (
 from lorax_async.formats.peft_config import parse_config
 from lorax_async.formats.peft_names import WEIGHT_DTYPES, TensorRole, layer_index, parse_tensor_name
 from lorax_async.formats.safetensors import Header, TensorSpan
-from lorax_async.planning.layout import FusedPart, ModelLayout, Module, Parallelism
+from lorax_async.formats.strict_json import JsonValue, parse_object
+from lorax_async.planning.layout import ModelLayout, Module, Parallelism
+from lorax_async.planning.model_families import (
+    HEAD_COUNTS,
+    HEAD_DIMS,
+    HEADS,
+    KEY_VALUE_HEAD_COUNTS,
+    AttentionShape,
+    Parts,
+    decoder_layout,
+    output_parts,
+    parallel_of,
+)
 from lorax_async.planning.transfer_plan import plan_transfer
 from lorax_async.sources.local import read_header
-
-_QUERY = frozenset({"q_proj", "q_lin", "wq", "q", "query", "q_attn"})
-_KEY_VALUE = frozenset(
-    {*("k_proj", "k_lin", "wk", "k", "key"), *("v_proj", "v_lin", "wv", "v", "value")}
-)
-_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
-_KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_heads")
-_DIMS = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionShape:
-    """Head counts and dimension of an attention module, from its attributes or config.
-
-    `grouped`: q heads are stored beside the k and v that they share (`new_decoder_architecture`).
-    """
-
-    heads: int
-    key_value_heads: int
-    head_dim: int
-    multi_query: bool = False
-    grouped: bool = False
-
-    @property
-    def query(self) -> FusedPart:
-        return FusedPart(self.heads * self.head_dim, self.head_dim)
-
-    @property
-    def key(self) -> FusedPart:
-        return FusedPart(self.key_value_heads * self.head_dim, self.head_dim, replicable=True)
-
-    def fused(self, order: FusedOrder) -> Parts:
-        """Return the parts of the output of one module that computes q, k and v."""
-        if order == "falcon" and self.grouped:
-            unit = (self.heads // self.key_value_heads + 2) * self.head_dim
-            return (FusedPart(self.key_value_heads * unit, unit),)
-        if order == "by projection" or (order != "by head" and self.multi_query):
-            return self.query, self.key, self.key
-        return (FusedPart(3 * self.heads * self.head_dim, 3 * self.head_dim),)
-
-
-Parts = tuple[FusedPart, ...]
-FusedOrder = Literal["by projection", "by head", "bigcode", "falcon"]
-"""All q heads, then all k and all v; each head's q, k and v beside each other; or by the config."""
-
-_FUSED: Mapping[tuple[str, str], FusedOrder] = {
-    **{(kind, "c_attn"): "by projection" for kind in ("gpt2", "openai-gpt", "qwen")},
-    **{(kind, "qkv_proj"): "by projection" for kind in ("phi3", "phi4_multimodal")},
-    **{(kind, "Wqkv"): "by projection" for kind in ("mpt", "dbrx")},
-    ("gpt_bigcode", "c_attn"): "bigcode",
-    ("falcon", "query_key_value"): "falcon",
-    **{
-        (kind, "query_key_value"): "by head"
-        for kind in ("bloom", "gpt_neox", "gpt_neox_japanese", "persimmon")
-    },
-}
-_HALVES = {
-    (kind, "gate_up_proj")
-    for kind in ("phi3", "phi4_multimodal", "glm", "glm4", "glm4v_text", "glm_image_text")
-}
-_PLAIN = {
-    (kind, "dense_h_to_4h")
-    for kind in ("bloom", "falcon", "gpt_neox", "gpt_neox_japanese", "persimmon")
-}
 
 
 def parts_of(model: Any, name: str, out_features: int) -> Parts:
     """Return the parts of the output of `model`'s linear module `name`; empty if unknown."""
-    last = name.rpartition(".")[2]
     config, path = None, name
     while config is None and path:  # that of the nearest module around it which has one
         path = path.rpartition(".")[0]
         config = getattr(model.get_submodule(path), "config", None)
-    kind = getattr(config, "model_type", ""), last
-    if kind in _PLAIN:
-        return (FusedPart(out_features),)
-    if kind in _HALVES and out_features % 2 == 0:
-        return FusedPart(out_features // 2), FusedPart(out_features // 2)
     attention = _attention(model.get_submodule(name.rpartition(".")[0]), config)
-    if attention is None:
-        return ()
-    parts: Parts = ()
-    if last in _QUERY:
-        parts = (attention.query,)
-    elif last in _KEY_VALUE:
-        parts = (attention.key,)
-    elif kind in _FUSED:
-        parts = attention.fused(_FUSED[kind])
-    return parts if sum(part.size for part in parts) == out_features else ()
+    return output_parts(getattr(config, "model_type", ""), name, out_features, attention)
 
 
 def _attention(module: Any, config: Any) -> AttentionShape | None:
-    heads = _first_size(module, _HEADS) or _first_size(config, _HEADS)
+    heads = _first_size(module, HEAD_COUNTS) or _first_size(config, HEAD_COUNTS)
     if not heads:
         return None
-    head_dim = _first_size(module, _DIMS) or _first_size(config, _DIMS)
+    head_dim = _first_size(module, HEAD_DIMS) or _first_size(config, HEAD_DIMS)
     head_dim = head_dim or _first_size(config, ("hidden_size",)) // heads
     groups = _first_size(module, ("num_key_value_groups",))
-    key_value_heads = _first_size(module, _KEY_VALUE_HEADS) or (heads // groups if groups else 0)
-    key_value_heads = key_value_heads or _first_size(config, _KEY_VALUE_HEADS) or heads
+    key_value_heads = _first_size(module, KEY_VALUE_HEAD_COUNTS)
+    key_value_heads = key_value_heads or (heads // groups if groups else 0)
+    key_value_heads = key_value_heads or _first_size(config, KEY_VALUE_HEAD_COUNTS) or heads
     if not head_dim or heads % key_value_heads:
         return None
     return AttentionShape(
@@ -150,23 +85,6 @@ def _first_size(owner: Any, names: tuple[str, ...]) -> int:
     return 0
 
 
-HEADS = frozenset({"lm_head", "embed_out"})
-# The names in Llama, Qwen, GPT-2, GPT-NeoX, Falcon, Phi, OPT, BLOOM, T5 and similar models.
-_COLUMN = HEADS | {
-    *("q_proj", "k_proj", "v_proj", "qkv_proj", "q_lin", "k_lin", "v_lin", "wq", "wk", "wv"),
-    *("q", "k", "v", "query", "key", "value", "query_key_value", "W_pack", "Wqkv", "wqkv"),
-    *("c_attn", "q_attn", "in_proj", "gate_proj", "up_proj", "gate_up_proj"),
-    *("c_fc", "fc1", "fc_in"),
-    *("dense_h_to_4h", "lin1", "w1", "w3", "wi", "wi_0", "wi_1"),
-}
-_ROW = frozenset(
-    {
-        *("o_proj", "out_proj", "c_proj", "dense", "out_lin", "wo", "o"),
-        *("down_proj", "dense_4h_to_h", "fc2", "fc_out", "lin2", "w2"),
-    }
-)
-
-
 def is_lookup(name: str, module: nn.Module) -> bool:
     """Return whether the module is a lookup of token or position ids, with an optional scale.
 
@@ -179,12 +97,11 @@ def is_lookup(name: str, module: nn.Module) -> bool:
     return plain and module.max_norm is None
 
 
-def parallel_of(name: str) -> Parallelism:
-    """Return how tensor parallelism cuts a module of this name."""
-    last = name.rpartition(".")[2]
-    if last in _COLUMN:
-        return Parallelism.COLUMN
-    return Parallelism.ROW if last in _ROW else Parallelism.REPLICATED
+def is_conv1d(module: nn.Module) -> TypeGuard[Any]:
+    """Return whether the module is a `Conv1D` of transformers. Do not import it: it takes long."""
+    # A model can only have one if this was imported.
+    loaded = sys.modules.get("transformers.pytorch_utils")
+    return isinstance(module, getattr(loaded, "Conv1D", ()))
 
 
 Dtype: TypeAlias = str | torch.dtype | None
@@ -197,24 +114,57 @@ _MATRICES = (TensorRole.A, TensorRole.B)
 def from_pretrained(dir: str | Path, dtype: Dtype = None) -> ModelLayout:
     """Return the layout of the base model in a local folder, from its `config.json` alone.
 
-    The model is built on the meta device: no weights are read, nothing is downloaded, and no code
-    from the folder is run. `dtype` is the one in which the server runs the base (torch's, or its
-    name), None the config's.
+    No weights are read, nothing is downloaded, and no code from the folder is run. The layouts of
+    common decoders (`planning.model_families`) are known. For another config, transformers is
+    imported and builds the model on the meta device, which takes seconds: on an event loop, call
+    `await asyncio.to_thread(layouts.from_pretrained, dir)`. `dtype` is the one in which the server
+    runs the base (torch's, or its name), None the config's.
 
-    Raise `ConfigError` if the folder has no config, transformers cannot build it, or the dtype is
-    unknown.
+    Raise `ConfigError` if the folder has no config, transformers is needed but missing or cannot
+    build the model, or the dtype is unknown.
     """
     folder = Path(dir)
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{str(folder)!r} has no config.json; pass the folder of a base model")
-    import transformers  # noqa: PLC0415 (slow, and not needed by `from_module`)
+    config = _read_config(folder / "config.json")
+    layout = decoder_layout(config)
+    own: object = config.get("dtype") or config.get("torch_dtype")
+    if layout is None:
+        model, own = _build_model(folder)
+        layout = from_module(model, "float32")
+    return replace(layout, dtype=_dtype_name(dtype or own))
 
+
+def _read_config(path: Path) -> Mapping[str, JsonValue]:
+    """Return the members of a config; none if it is no strict JSON within the limits."""
+    limits = Limits()
+    size, depth = limits.max_config_bytes, limits.max_json_depth
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        return parse_object(_read(path, size), what=path.name, max_bytes=size, max_depth=depth)
+    except (OSError, LoraxError):
+        return {}
+
+
+def _build_model(folder: Path) -> tuple[nn.Module, object]:
+    """Return the model of a config, without weights, and the config's dtype."""
+    try:
+        import transformers  # noqa: PLC0415 (slow)
+    except ImportError as error:
+        raise ConfigError(
+            f"the modules of {str(folder)!r} are not known without transformers; install it, or"
+            " build the model yourself and use layouts.from_module"
+        ) from error
+    try:
+        # Without `trust_remote_code`, it asks on the terminal whether to run the folder's code.
+        config = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        dtype = config.dtype
         with torch.device("meta"):
             if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
                 automatic: Any = transformers.AutoModelForCausalLM
-                model = automatic.from_config(config)
+                # With a dtype, it changes torch's default in all threads meanwhile.
+                model = automatic.from_config(config, dtype=None)
             else:
                 model = getattr(transformers, (config.architectures or [""])[0])(config)
         if not isinstance(model, nn.Module):
@@ -224,10 +174,20 @@ def from_pretrained(dir: str | Path, dtype: Dtype = None) -> ModelLayout:
             f"transformers cannot build the model of {str(folder)!r} ({error}); build it yourself"
             " and use layouts.from_module"
         ) from error
-    dtype = dtype or config.dtype
+    return model, dtype
+
+
+def _dtype_name(dtype: object) -> str:
+    """Return a layout's name of a dtype, which is torch's or its name."""
     if dtype is None:
         raise ConfigError("the config has no dtype; pass the one in which the base will run")
-    return from_module(model, dtype)
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ConfigError(
+            f"the base's dtype {shorten(name, 40)!r} is not supported for adapters; pass dtype, one"
+            f" of {', '.join(DTYPES)}"
+        )
+    return DTYPES[name]
 
 
 def from_module(model: nn.Module, dtype: Dtype = None) -> ModelLayout:
@@ -260,29 +220,22 @@ def from_module(model: nn.Module, dtype: Dtype = None) -> ModelLayout:
         outside = -1 if place < first else num_layers
         modules.append(_linear_module(model, name, linear, outside if layer is None else layer))
     common = Counter(linear.weight.dtype for linear in linears.values()).most_common(1)[0][0]
-    dtype_name = str(dtype or common).removeprefix("torch.")
-    if dtype_name not in DTYPES:
-        raise ConfigError(
-            f"the base's dtype {dtype_name!r} is not supported for adapters; pass dtype, one of"
-            f" {', '.join(DTYPES)}"
-        )
     backbone = getattr(model, "base_model_prefix", "")
     headed = isinstance(backbone, str) and isinstance(getattr(model, backbone, None), nn.Module)
     prefix = f"{backbone}." if headed and backbone else ""
-    return ModelLayout(tuple(modules), num_layers, DTYPES[dtype_name], prefix)
+    return ModelLayout(tuple(modules), num_layers, _dtype_name(dtype or common), prefix)
 
 
 def _adaptable_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield linear modules and embeddings, by name; raise `ConfigError` if one has an adapter."""
-    from transformers.pytorch_utils import Conv1D  # noqa: PLC0415 (slow)
-
     for name, module in model.named_modules():
         if name.endswith(".base_layer") or ".lora_A." in name:
             raise ConfigError(
                 f"module {name!r} belongs to an attached adapter; take the layout of the plain"
                 " base model"
             )
-        if (isinstance(module, nn.Linear | Conv1D) or is_lookup(name, module)) and name:
+        linear = isinstance(module, nn.Linear) or is_conv1d(module)
+        if (linear or is_lookup(name, module)) and name:
             yield name, module
 
 
@@ -291,9 +244,8 @@ def _linear_module(model: nn.Module, name: str, linear: Any, layer: int) -> Modu
     # A quantised linear packs its weight, so take the sizes from the module.
     sizes = linear.weight.shape if transposed else (linear.in_features, linear.out_features)
     inputs, outputs = map(int, sizes)
-    parallel = parallel_of(name)
-    parts = parts_of(model, name, outputs) if parallel is Parallelism.COLUMN else ()
-    return Module(name, inputs, outputs, layer, parallel, transposed, parts)
+    parts = parts_of(model, name, outputs)
+    return Module(name, inputs, outputs, layer, parallel_of(name), transposed, parts)
 
 
 def from_adapter(dir: str | Path, *, limits: Limits | None = None) -> ModelLayout:

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,6 +18,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 import tiny
 from lorax_async import AdapterNotFoundError, ConfigError, Limits, Shard, layouts
@@ -41,10 +44,6 @@ def gpt2() -> transformers.GPT2Config:
     return transformers.GPT2Config(vocab_size=48, n_embd=32, n_layer=2, n_head=4, n_positions=16)
 
 
-def embedding(name: str, inputs: int) -> Module:
-    return Module(name, inputs, 32, -1, Parallelism.REPLICATED, embedding=True)
-
-
 def by_hand_llama() -> list[Module]:
     """From the published shapes of the architecture: out × in of each weight, heads of 8."""
     shared = FusedPart(16, 8, replicable=True)
@@ -62,7 +61,8 @@ def by_hand_llama() -> list[Module]:
         for n in range(3)
         for name, inputs, outputs, kind, *parts in layer
     ]
-    return [embedding("model.embed_tokens", 48), *modules, Module("lm_head", 32, 48, 3, COLUMN)]
+    tokens = Module("model.embed_tokens", 48, 32, -1, Parallelism.REPLICATED, embedding=True)
+    return [tokens, *modules, Module("lm_head", 32, 48, 3, COLUMN)]
 
 
 def test_a_llama_in_memory() -> None:
@@ -73,34 +73,73 @@ def test_a_llama_in_memory() -> None:
     assert [m.name for m in bare.modules[:2]] == ["embed_tokens", "layers.0.self_attn.q_proj"]
 
 
-def test_a_gpt2_stores_its_weights_the_other_way_round() -> None:
-    layout = layouts.from_module(transformers.GPT2LMHeadModel(gpt2()))
-    assert layout.backbone_prefix == "transformer."
-    thirds = FusedPart(32, 8), FusedPart(32, 8, True), FusedPart(32, 8, True)
-    layer: list[Any] = [("attn.c_attn", 32, 96, COLUMN, thirds), ("attn.c_proj", 32, 32, ROW, ())]
-    layer += [("mlp.c_fc", 32, 128, COLUMN, ()), ("mlp.c_proj", 128, 32, ROW, ())]
-    first = [embedding("transformer.wte", 48), embedding("transformer.wpe", 16)]
-    for name, inputs, outputs, kind, parts in layer:
-        path = f"transformer.h.0.{name}"
-        first += [Module(path, inputs, outputs, 0, kind, transposed=True, parts=parts)]
-    assert list(layout.modules[:6]) == first
-    assert layout.modules[-1] == Module("lm_head", 32, 48, 2, COLUMN)
-
-
-QWEN2 = partial(transformers.Qwen2Config, **QWEN)
 NEOX_TINY = partial(transformers.GPTNeoXConfig, **NEOX_SIZES)
 
 
-@pytest.mark.parametrize("make", [llama, gpt2, QWEN2, NEOX_TINY])
+def built(folder: Path) -> ModelLayout:
+    """The layout of transformers' own model of a config."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        return layouts.from_module(MODEL.from_config(config), config.dtype)
+
+
+# The last two leave open how many heads there are.
+UNCLEAR = (partial(llama, num_heads=8), partial(llama, num_key_value_heads=3))
+
+
+@pytest.mark.parametrize("make", [gpt2, NEOX_TINY, *UNCLEAR])
 def test_a_folder_with_nothing_but_a_config(make: Callable[[], Any], tmp_path: Path) -> None:
+    """No thread has another default dtype meanwhile."""
     config = make()
     config.dtype = torch.bfloat16
     config.save_pretrained(tmp_path)
-    model = MODEL.from_config(config).to(torch.bfloat16)
+    seen = set()
+    hook = register_module_module_registration_hook(lambda *_: seen.add(torch.get_default_dtype()))
     layout = layouts.from_pretrained(tmp_path)
-    assert layout == layouts.from_module(model)
-    assert layout.dtype == "BF16"
+    hook.remove()
+    assert layout == built(tmp_path)
+    assert (layout.dtype, seen) == ("BF16", {torch.float32})
     assert layouts.from_pretrained(str(tmp_path), torch.float16).dtype == "F16"
+
+
+KNOWN = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3"),
+    *("granite", "olmo", "olmo2", "olmo3", "smollm3", "cohere", "cohere2", "glm", "glm4"),
+    *("starcoder2", "ernie4_5", "exaone4", "seed_oss"),
+)
+PROGRAM = """
+import json, pathlib, sys, torch
+from lorax_async import layouts
+layouts.from_module(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+folders = pathlib.Path(sys.argv[1]).iterdir()
+found = {folder.name: layouts.from_pretrained(folder).fingerprint for folder in folders}
+print(json.dumps([found, [name for name in sys.modules if name.startswith("transformers")]]))
+"""
+
+
+def write_configs(folder: Path, model_type: str) -> None:
+    """Configs of one type: with few keys, with many, and as transformers saves them."""
+    sizes = {"vocab_size": 52, "hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 40}
+    few: dict[str, Any] = sizes | {"num_attention_heads": 64, "pad_token_id": 0}
+    few |= {"model_type": model_type, "torch_dtype": "float16"}
+    heads = {"num_key_value_heads": 8, "head_dim": 6, "dtype": "bfloat16"}
+    awq = {"quantization_config": {"quant_method": "awq", "bits": 4}}
+    remote = {"auto_map": {"AutoConfig": "configuration.Config"}}
+    tied = {"tie_word_embeddings": model_type < "llama"}
+    for name, config in (("few", few), ("many", few | heads | awq | remote | tied)):
+        (folder / f"{model_type}, {name}").mkdir()
+        (folder / f"{model_type}, {name}" / "config.json").write_text(json.dumps(config))
+    saved = transformers.AutoConfig.from_pretrained(folder / f"{model_type}, few")
+    saved.save_pretrained(folder / f"{model_type}, saved")
+
+
+def test_the_layouts_of_common_decoders_need_no_transformers(tmp_path: Path) -> None:
+    for model_type in KNOWN:
+        write_configs(tmp_path, model_type)
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    expected = {folder.name: built(folder).fingerprint for folder in tmp_path.iterdir()}
+    assert json.loads(done.stdout) == [expected, []]
 
 
 def test_what_is_no_causal_model_is_built_as_its_author_saved_it(tmp_path: Path) -> None:
@@ -114,14 +153,19 @@ def test_what_is_no_causal_model_is_built_as_its_author_saved_it(tmp_path: Path)
     assert layout.modules[layout.index("decoder.block.1.layer.2.DenseReluDense.wo")].parallel == ROW
 
 
-def test_folders_that_are_no_base(tmp_path: Path) -> None:
+def test_folders_that_are_no_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda _: pytest.fail("it asks on the terminal"))
     for folder in (tmp_path, "some-org/some-model"):
         with pytest.raises(ConfigError, match="no config.json"):
             layouts.from_pretrained(folder)
     config = tmp_path / "config.json"
     wrong = ("{", "{}", '{"model_type": "no such"}', '{"model_type": "t5", "dtype": "bfloat16"}')
     no_model = '{"model_type": "vit", "architectures": ["TextStreamer"], "dtype": "float32"}'
-    for text in (*wrong, no_model):
+    odd: Any = ({"hidden_size": 33}, {"vocab_size": "48"}, {"num_hidden_layers": True})
+    odd += ({"text_config": {"hidden_size": 64}}, {"model_type": "gemma", "head_dim": None})
+    odd = (json.dumps(LLAMA | {"model_type": "llama"} | changes) for changes in odd)
+    foreign = '{"model_type": "their own", "auto_map": {"AutoConfig": "theirs.Config"}}'
+    for text in (*wrong, *odd, no_model, foreign):
         config.write_text(text)
         with pytest.raises(ConfigError, match="transformers cannot build"):
             layouts.from_pretrained(tmp_path)
@@ -253,22 +297,12 @@ def test_limits_and_missing_files(tmp_path: Path) -> None:
 
 
 def embeddings_of(model: Any) -> list[str]:
-    found = [module for module in layouts.from_module(model).modules if module.embedding]
-    for module in found:
-        inputs, outputs = model.get_submodule(module.name).weight.shape
-        assert module == replace(embedding(module.name, inputs), out_features=outputs)
-    return [module.name for module in found]
+    return [module.name for module in layouts.from_module(model).modules if module.embedding]
 
 
-# Gemma's embedding multiplies what it looks up; OPT's positions are counted from the attention
-# mask, by an embedding of another kind.
-GEMMA = partial(transformers.Gemma3TextConfig, **LLAMA)
-OPT = partial(transformers.OPTConfig, **SHARED, ffn_dim=40, word_embed_proj_dim=32)
-
-
-@pytest.mark.parametrize(("config", "path"), [(llama, ""), (GEMMA, ""), (OPT, "decoder.")])
-def test_embeddings_that_look_tokens_up(config: Callable[[], Any], path: str) -> None:
-    assert embeddings_of(MODEL.from_config(config())) == [f"model.{path}embed_tokens"]
+def test_positions_counted_from_the_mask_are_no_look_up() -> None:
+    opt = transformers.OPTConfig(**SHARED, ffn_dim=40, word_embed_proj_dim=32)
+    assert embeddings_of(MODEL.from_config(opt)) == ["model.decoder.embed_tokens"]
 
 
 def test_an_adapter_of_embedding_head_and_layers(tmp_path: Path) -> None:
@@ -294,7 +328,7 @@ HIDDEN = 32
 SIZES = NEOX_SIZES | {"num_hidden_layers": 1, "num_attention_heads": 8}
 SIZES |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "attn_implementation": "eager"}
 GQA = SIZES | {"num_key_value_heads": 2}
-GROUPED = (transformers.LlamaConfig, transformers.Qwen2Config, transformers.Phi3Config)
+GROUPED = (transformers.LlamaConfig, transformers.Phi3Config)
 Q = FusedPart(32, 4)
 K, FULL_K, ONE_K = (FusedPart(outputs, 4, replicable=True) for outputs in (8, 32, 4))
 BY_HEAD = (FusedPart(96, 12),)
@@ -315,7 +349,6 @@ BIGCODE, OWN = transformers.GPTBigCodeConfig, {"multi_query": False}
 CASES: dict[str, Case] = {
     "llama": (transformers.LlamaConfig, {"head_dim": 4}, {"q_proj": (Q,), "k_proj": (K,)}),
     "llama whose heads are wide": (transformers.LlamaConfig, {"head_dim": 6}, WIDE),
-    "qwen2": (transformers.Qwen2Config, {}, {"q_proj": (Q,), "v_proj": (K,)}),
     "gpt2": (transformers.GPT2Config, SHORT, {"c_attn": (Q, FULL_K, FULL_K), "c_proj": ()}),
     "phi3": (transformers.Phi3Config, {}, PHI),
     "gpt_neox": (transformers.GPTNeoXConfig, {}, NEOX),

@@ -45,6 +45,7 @@ from lorax_async.handle import AdapterHandle
 from lorax_async.ids import Allow
 from lorax_async.loader import AdapterLoader
 from lorax_async.planning.layout import ModelLayout, Module
+from lorax_async.planning.model_families import parallel_of
 from lorax_async.sources.local import CONFIG, WEIGHTS
 from lorax_async.types import AdapterRef, Verification
 
@@ -415,7 +416,7 @@ def smollm2_layout() -> ModelLayout:
         "mlp.down_proj": (middle, hidden),
     }
     modules = [
-        Module(f"model.layers.{layer}.{name}", *shape, layer, layouts.parallel_of(name))
+        Module(f"model.layers.{layer}.{name}", *shape, layer, parallel_of(name))
         for layer in range(30)
         for name, shape in shapes.items()
     ]

@@ -40,7 +40,7 @@ from lorax_async.engines.batch import (
 from lorax_async.engines.layer_gate import LayerGate
 from lorax_async.errors import ConfigError, UsageError
 from lorax_async.handle import AdapterHandle
-from lorax_async.layouts import is_lookup
+from lorax_async.layouts import is_conv1d, is_lookup
 from lorax_async.loader import AdapterLoader
 from lorax_async.planning.layout import ModelLayout, Module, Parallelism
 from lorax_kernels import Tables
@@ -87,8 +87,6 @@ def modules_of(model: nn.Module, layout: ModelLayout, shard: Shard | None) -> li
 
 
 def _mismatch(found: nn.Module | None, module: Module) -> str | None:
-    from transformers.pytorch_utils import Conv1D  # noqa: PLC0415 (slow)
-
     if found is None:
         return f"it has no module {module.name!r}"
     kind = type(found).__name__
@@ -100,7 +98,7 @@ def _mismatch(found: nn.Module | None, module: Module) -> str | None:
         sizes = found.num_embeddings, found.embedding_dim
         if not is_lookup(module.name, found):
             return f"module {module.name!r} ({kind}) does more than look up tokens or positions"
-    elif isinstance(found, Conv1D):
+    elif is_conv1d(found):
         sizes = found.nx, found.nf
     else:
         return f"module {module.name!r} is a {kind}"
