@@ -1,8 +1,10 @@
-"""What `import lorax_async` brings along, and that it leaves the process as it was."""
+"""What `import lorax_async` and loads import, and where; that it leaves the process as it was."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 HEAVY = {
     *("peft", "transformers", "triton", "uvloop", "rich", "safetensors", "huggingface_hub"),
@@ -70,3 +72,50 @@ def test_an_import_brings_little_and_leaves_the_process_as_it_was() -> None:
     assert {name: after[name] for name in before if after[name] != before[name]} == {}
     assert imported["ours"] == [["NullHandler"], 0, True], "levels and handlers are the program's"
     assert (imported["others"], imported["loop"]) == ([], False)
+
+
+LOADS = """
+import asyncio, json, pathlib, sys, threading
+import tiny
+from hub_stand_in import HubStandIn
+from lorax_async import AdapterLoader, Allow, LoaderConfig, Merge
+
+folder, imported = pathlib.Path(sys.argv[1]), {}
+
+class Recorder:
+    def find_spec(self, name, *_):
+        on_loop = threading.current_thread() is threading.main_thread()
+        imported.setdefault(on_loop, []).append(name)
+
+async def load(hub, *ids):
+    host, port = hub.store_netloc.split(":")
+    config = LoaderConfig(
+        hub_endpoint=hub.endpoint, allow=[Allow("hub", use_token=True), Allow("http", host, int(port))],
+        cache_dir=folder / "cache", hub_cache_dir=folder / "hub", device_bytes=1 << 20,
+    )
+    async with AdapterLoader(tiny.layout(), config) as loader:
+        loads = await asyncio.gather(*map(loader.load, ids), return_exceptions=True)
+        for handle in loads[:-1]:
+            handle.release()
+        return type(loads[-1]).__name__
+
+one, two = (tiny.write(folder / name, seed) for seed, name in enumerate(("one", "two")))
+files = dict(zip(("adapter_config.json", "adapter_model.safetensors"), tiny.files(one)))
+with HubStandIn() as hub:
+    hub.put("org/one", files)
+    sys.meta_path.insert(0, Recorder())
+    ids = one, Merge("ties", [one, two], [1, 1], density=0.5), "org/one", "org/missing"
+    print(json.dumps([asyncio.run(load(hub, *ids)), imported]))
+"""
+
+
+def test_loads_import_nothing_on_the_event_loop(tmp_path: Path) -> None:
+    """A folder's, a merge's and the hub's; the thread that uses a package imports it."""
+    command = [sys.executable, "-c", LOADS, str(tmp_path)]
+    paths = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, env=paths, check=True
+    )
+    missing, imported = json.loads(done.stdout)
+    assert (missing, list(imported)) == ("AccessDeniedError", ["false"])
+    assert {"peft", "huggingface_hub", "httpx2"} <= set(imported["false"])
