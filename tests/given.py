@@ -34,11 +34,6 @@ def kept(there: AdapterLoader) -> int:
     return sum(where.host_bytes for where in there.placement().adapters.values())
 
 
-def file_bytes(seed: int = 0) -> int:
-    """Of the tensors alone: a file has its header before them."""
-    return sum(tensor.nbytes for tensor in tiny.tensors(seed).values())
-
-
 async def give(there: AdapterLoader, seed: int, name: str = "mine") -> AdapterHandle:
     return await there.load_tensors(name, tiny.tensors(seed), tiny.config())
 

@@ -460,6 +460,19 @@ async def test_unloaded_during_the_spill_it_is_gone(tmp_path: Path, step: str, a
 
 
 @AT_EACH_STEP
+async def test_what_is_unloaded_is_not_spilled_again(tmp_path: Path, step: str) -> None:
+    """The call that spilled it was cancelled, and another one waits for the room."""
+    async with midway(tmp_path, step) as now:
+        other = asyncio.create_task(given(now.loader, 2))
+        now.tensor_adapters.cancel()
+        await now.loader.unload("0")
+        await asyncio.sleep(0.01)
+        now.go_on.set()
+        await other
+        assert now.loader.statistics().spills == (step in {"publish", "switch"})
+
+
+@AT_EACH_STEP
 async def test_calls_wait_for_room_in_their_order(tmp_path: Path, step: str) -> None:
     async with midway(tmp_path, step) as now:
         order: list[int] = []

@@ -60,7 +60,7 @@ class HostCopy:
 
     @property
     def in_memory(self) -> bool:
-        return isinstance(self.place.opened, torch.Tensor)
+        return isinstance(self.place.opened, torch.Tensor) and not self.place.closed
 
     @property
     def is_read(self) -> bool:

@@ -159,27 +159,21 @@ async def test_the_budget_counts_what_is_being_copied(world: World) -> None:
 
 
 @ON_DISK
-async def test_an_open_reader_goes_on_in_the_file(world: World) -> None:
-    key = await world.take(1)
-    with closing(world.source.reopen(key)) as reader:
-        content = read(reader, 0, reader.nbytes)
-        await world.take(2)
-        assert not world.is_in_memory(key)
-        assert read(reader, 0, len(content)) == content
-
-
-@ON_DISK
 async def test_bytes_keep_their_room_while_they_are_read(world: World) -> None:
+    """Later reads, also through readers opened before, are of the spilled file."""
     key = await world.take(1)
     copy = world.copies.get(key)
     assert copy is not None
     large = {"x": torch.zeros(SIZE // 4)}
-    with copy.held():
-        second = asyncio.create_task(world.memory.take(large, CONFIG, lambda: None))
-        await until(lambda: not world.is_in_memory(key))
-        assert world.copies.used == copy.nbytes
-        assert not second.done()
-    await second
+    with closing(world.source.reopen(key)) as reader:
+        content = read(reader, 0, reader.nbytes)
+        with copy.held():
+            second = asyncio.create_task(world.memory.take(large, CONFIG, lambda: None))
+            await until(lambda: not world.is_in_memory(key))
+            assert world.copies.used == copy.nbytes
+            assert not second.done()
+            assert read(reader, 0, len(content)) == content
+        await second
 
 
 @IN_MEMORY
@@ -257,7 +251,6 @@ def begun(tensors: Mapping[str, torch.Tensor], config: bytes = CONFIG) -> Tensor
 
 
 def steps(snapshot: TensorSnapshot) -> int:
-    """How many it took to its end."""
     return sum(1 for _ in snapshot.copy())
 
 
