@@ -45,6 +45,7 @@ from lorax_async.events import (
     LayerReady,
     Leaving,
     Resident,
+    SlotFreed,
     SlotGranted,
     SlotId,
 )
@@ -112,6 +113,7 @@ __all__ = [
     "Request",
     "Resident",
     "Shard",
+    "SlotFreed",
     "SlotGranted",
     "SlotId",
     "Statistics",

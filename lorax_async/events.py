@@ -85,6 +85,11 @@ class Leaving(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class SlotFreed(Event):
+    """The adapter has left its slot, which the next one may have."""
+
+
+@dataclass(frozen=True, slots=True)
 class CallEvent:
     """A step of one call of `load`, `stream` or `pin`, published in its caller's task.
 

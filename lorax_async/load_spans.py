@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Self
 
 from opentelemetry import trace
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer
+from opentelemetry.trace import Span, Status, StatusCode, Tracer
 
 from lorax_async.errors import LoraxError, Stage
 from lorax_async.events import (
@@ -15,7 +15,6 @@ from lorax_async.events import (
     CallWaits,
     Event,
     HeaderChecked,
-    Hit,
     LayerReady,
     Resident,
     SlotGranted,
@@ -26,6 +25,11 @@ from lorax_async.types import AdapterKey, text_of
 __all__ = ["LoadSpans"]
 
 _ORDER: tuple[Stage, ...] = ("resolve", "fetch", "queue", "copy", "ready")
+_REACHED: dict[type[Event], Stage] = {
+    HeaderChecked: "queue",
+    SlotGranted: "copy",
+    Resident: "ready",
+}
 
 
 class LoadSpans:
@@ -66,107 +70,84 @@ class LoadSpans:
         if not self._calls:
             self._unsubscribe_calls()
 
-    # -- events of the loader ----------------------------------------------------------------------
-
     def _on_call(self, event: CallEvent) -> None:
-        match event:
-            case CallBegan() if not self._closed:
-                # Below the current span of the caller's task.
-                span = self._tracer.start_span(
-                    f"lorax {event.method}",
-                    kind=SpanKind.INTERNAL,
-                    attributes={"lorax.adapter": text_of(event.ref)},
-                )
-                if span.is_recording():
-                    self._calls[event.call] = call = _Call(self._tracer, span)
-                    call.enter("resolve")
-            case CallWaits() if event.call in self._calls and not self._closed:
-                call = self._calls[event.call]
-                self._set_key(call, event.key)
-                call.locate(event.hit, event.stage)
-            case CallEnded() if event.call in self._calls:
-                call = self._calls.pop(event.call)
-                self._set_key(call, None)
-                if self._closed and not self._calls:
-                    self._unsubscribe_calls()
-                call.end(event.error)
+        if isinstance(event, CallEnded):
+            self._end(event)
+        elif isinstance(event, CallBegan) and not self._closed:
+            # Below the current span of the caller's task.
+            name, attributes = f"lorax {event.method}", {"lorax.adapter": text_of(event.ref)}
+            span = self._tracer.start_span(name, attributes=attributes)
+            if span.is_recording():
+                self._calls[event.call] = call = _Call(self._tracer, span)
+                call.enter("resolve")
+        elif isinstance(event, CallWaits) and event.call in self._calls and not self._closed:
+            call = self._calls[event.call]
+            self._forget_key(call)
+            call.key = event.key
+            self._by_key.setdefault(event.key, []).append(call)
+            call.span.set_attribute("lorax.found", event.hit)
+            call.enter(event.stage)
 
     def _on_event(self, event: Event) -> None:
-        reached: dict[type, Stage] = {
-            HeaderChecked: "queue",
-            SlotGranted: "copy",
-            Resident: "ready",
-        }
         for call in self._by_key.get(event.key, ()):
-            if isinstance(event, LayerReady):
-                call.layer_ready(event.layer)
-            elif (stage := reached.get(type(event))) is not None:
-                call.reach(stage)
+            if isinstance(event, LayerReady) and not call.has_layer:
+                call.has_layer = True
+                call.span.add_event("first layer ready", {"lorax.layer": event.layer})
+            # A call may be in a later stage already, because of other calls.
+            stage = _REACHED.get(type(event), call.stage)
+            if _ORDER.index(stage) > _ORDER.index(call.stage):
+                call.enter(stage)
 
-    def _set_key(self, call: _Call, key: AdapterKey | None) -> None:
-        """Set the adapter that the call waits for; None for none."""
-        before, call.key = call.key, key
-        if before is not None:
-            calls = self._by_key[before]
-            calls.remove(call)
-            if not calls:
-                del self._by_key[before]
-        if key is not None:
-            self._by_key.setdefault(key, []).append(call)
+    def _end(self, event: CallEnded) -> None:
+        call = self._calls.pop(event.call, None)
+        if call is None:
+            return
+        self._forget_key(call)
+        if self._closed and not self._calls:
+            self._unsubscribe_calls()
+        call.end(event.error)
+
+    def _forget_key(self, call: _Call) -> None:
+        if call.key is not None:
+            self._by_key[call.key].remove(call)
+            if not self._by_key[call.key]:
+                del self._by_key[call.key]
+            call.key = None
 
 
 class _Call:
-    """A call in progress: its span, and the child span of its current stage, if any."""
+    """A call in progress: its span, and the child span of its stage, if any."""
 
     def __init__(self, tracer: Tracer, span: Span) -> None:
+        self.span, self._tracer = span, tracer
         self.key: AdapterKey | None = None
-        self._tracer = tracer
-        self._span = span
-        self._stage: Stage = "resolve"
+        """The adapter that the call waits for."""
+        self.stage: Stage = "resolve"
+        self.has_layer = False
         self._child: Span | None = None
-        self._has_layer = False
-
-    def locate(self, found: Hit, stage: Stage) -> None:
-        """Record the tier at which the adapter was found. Called again for a re-fetch."""
-        self._span.set_attribute("lorax.found", found)
-        self.enter(stage)
-
-    def reach(self, stage: Stage) -> None:
-        """Enter `stage`, unless the call is in a later one because of other calls."""
-        if _ORDER.index(stage) > _ORDER.index(self._stage):
-            self.enter(stage)
-
-    def layer_ready(self, layer: int) -> None:
-        if not self._has_layer:
-            self._has_layer = True
-            self._span.add_event("first layer ready", {"lorax.layer": layer})
-
-    def end(self, error: BaseException | None) -> None:
-        """End the call's spans, with the error that it raised on both."""
-        try:
-            if isinstance(error, Exception):
-                _record(self._span, error)
-                if isinstance(error, LoraxError) and error.stage is not None:
-                    self._span.set_attribute("lorax.stage", error.stage)
-                if self._child is not None:
-                    _record(self._child, error)
-            elif error is not None:
-                self._span.add_event("cancelled")
-            if self._child is not None:
-                self._child.end()
-        finally:
-            self._span.end()
 
     def enter(self, stage: Stage) -> None:
-        """End the current stage's span, and begin that of `stage`."""
-        child, self._child, self._stage = self._child, None, stage
+        """End the stage's span, and begin that of `stage`."""
+        child, self._child, self.stage = self._child, None, stage
         if child is not None:
             child.end()
         if stage != "ready":
-            context = trace.set_span_in_context(self._span)
+            context = trace.set_span_in_context(self.span)
             self._child = self._tracer.start_span(f"lorax {stage}", context=context)
 
-
-def _record(span: Span, error: Exception) -> None:
-    span.record_exception(error)
-    span.set_status(Status(StatusCode.ERROR, type(error).__name__))
+    def end(self, error: BaseException | None) -> None:
+        """End the call's spans, with the error that it raised on both."""
+        spans = [self.span] if self._child is None else [self._child, self.span]
+        try:
+            if isinstance(error, Exception):
+                for span in spans:
+                    span.record_exception(error)
+                    span.set_status(Status(StatusCode.ERROR, type(error).__name__))
+                if isinstance(error, LoraxError) and error.stage is not None:
+                    self.span.set_attribute("lorax.stage", error.stage)
+            elif error is not None:
+                self.span.add_event("cancelled")
+            if self._child is not None:
+                self._child.end()
+        finally:
+            self.span.end()

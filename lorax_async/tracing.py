@@ -1,18 +1,15 @@
 """Record spans of the loader's work, and write them as a trace (docs/tracing.md).
 
-All parts of a loader record into its `Tracer`, from any thread, without locks, into rings of
-bounded size. It costs one test while no trace is recorded:
+Every part of a loader records through its `Tracer`, in any thread, without locks, into rings of
+bounded size:
 
-    recorder = tracer.on
-    if recorder is not None:
-        start = now()
-    ...
-    if recorder is not None:
-        recorder.add("copies", "stream", "layer 3", start, now(), {"bytes": 4096})
+    with tracer.span("connections", 3, "connect") as span:
+        ...
+        span.set(outcome="open")
 
-`CopyTimes` and `LayerTimes` record the spans of one subject each; `Recorder.note` makes the spans
-of slots out of the loader's events. `Trace`, which `AdapterLoader.trace` returns, is a recording in
-Chrome's trace event format.
+A span that outlives its block is ended by `Span.end` or `Span.end_with`. `Recorder.note` makes the
+spans of slots out of the loader's events. `Trace`, which `AdapterLoader.trace` returns, is a
+recording in Chrome's trace event format.
 """
 
 from __future__ import annotations
@@ -22,19 +19,28 @@ import re
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import count
 from math import inf, nextafter
 from operator import index
 from os import PathLike
 from pathlib import Path
-from threading import current_thread, get_ident
+from threading import get_ident
 from time import perf_counter_ns
 from typing import Any, Literal, NamedTuple, Protocol, Self, get_args
 
 from lorax_async.errors import UsageError
-from lorax_async.events import Event, Failed, Leaving, Resident, SlotGranted, SlotId
+from lorax_async.events import (
+    Event,
+    Failed,
+    LayerReady,
+    Leaving,
+    Resident,
+    SlotFreed,
+    SlotGranted,
+    SlotId,
+)
 from lorax_async.types import AdapterKey, AdapterRef, Merge, MergedKey, Ref, TensorsKey
 
 MAX_NAME_LENGTH = 64
@@ -68,6 +74,8 @@ def last_part(text: str) -> str:
     return _UNSAFE.sub("_", name)[:MAX_NAME_LENGTH] or "adapter"
 
 
+# -- recording -------------------------------------------------------------------------------------
+
 now = perf_counter_ns
 
 Row = Literal["requests", "files", "connections", "staging", "copies", "layers", "compute"]
@@ -78,16 +86,19 @@ IMAGE = "image"
 STREAM = "stream"
 """The lane of copies that a device executes by itself, one after the other."""
 
+PASSES = "passes"
+"""The lane of whole passes, beside those of the threads that compute layers."""
+
 
 class Record(NamedTuple):
-    """One span; `start` and `stop` are nanoseconds of `now`. `stop` is 0 while it is open."""
+    """A span; `start` and `stop` are nanoseconds of `now`. `stop` is 0 while it is open."""
 
     row: Row
     lane: Hashable
     name: str
     start: int
     stop: int
-    args: Mapping[str, object] | None
+    args: dict[str, object]
 
 
 class Ring:
@@ -115,136 +126,204 @@ class Ring:
                 missing += kept[0][0]  # as many are older
         return found, missing
 
-    def copy(self) -> Ring:
-        """Return a ring with the same records, to which nothing is added."""
-        ring = Ring(1)
-        ring._parts = [part.copy() for part in self._parts]
-        return ring
 
+class Span:
+    """Work that is recorded when its block ends, however it ends, or by `end`; once at most.
 
-class TracedOccupancy:
-    """An adapter's occupancy of a slot, with a unique number.
-
-    `span` is its current state. The first `ready` layers are recorded, the last one up to `at`.
+    It may end in another thread than it began in. A span that never ends is not recorded.
     """
 
-    def __init__(self, number: int, name: str) -> None:
-        self.number, self.name = number, name
-        self.span: Record | None = None
-        self.ready = self.at = 0
+    __slots__ = ("_record", "_recorder")
+
+    def __init__(self, recorder: Recorder | None, record: Record) -> None:
+        self._recorder, self._record = recorder, record
+
+    @property
+    def recording(self) -> bool:
+        """Whether the span's args are worth looking up."""
+        return self._recorder is not None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        if self._recorder is not None:
+            self.end()
+
+    def set(self, **args: object) -> None:
+        """Add to the span's args."""
+        if self._recorder is not None:
+            self._record.args.update(args)
+
+    def set_slot(self, slot: int) -> None:
+        """Add the number of the occupancy of `slot`."""
+        if self._recorder is not None:
+            self._record.args["stay"] = self._recorder.occupancy_in(slot).number
+
+    def end(self, stop: int = 0, /, **args: object) -> None:
+        """End the span, now or at `stop`, in nanoseconds of `now`. Idempotent."""
+        recorder, self._recorder = self._recorder, None
+        if recorder is not None:
+            recorder.record(self.as_record(stop or now(), **args), self)
+
+    def end_with(self, future: Future[None], **args: object) -> None:
+        """End the span when `future` is done, with its outcome."""
+
+        def end(future: Future[None]) -> None:
+            error = future.exception()
+            self.end(outcome="done" if error is None else type(error).__name__, **args)
+
+        if self._recorder is not None:
+            future.add_done_callback(end)
+
+    def as_record(self, stop: int, **args: object) -> Record:
+        return self._record._replace(stop=stop, args=self._record.args | args)
+
+
+NO_SPAN = Span(None, Record("files", None, "", 0, 0, {}))
+"""The span of all work while nothing is recorded."""
+
+
+@dataclass(slots=True, eq=False)
+class TracedOccupancy:
+    """An adapter's occupancy of a slot, whose `number` is "stay" in args.
+
+    `span` is that of its phase; `layers` are not ready yet, the one before was `at`.
+    """
+
+    number: int
+    name: str
+    phase: str = ""
+    span: Span = NO_SPAN
+    layers: Sequence[int] = ()
+    at: int = 0
 
 
 class Recorder:
-    """Receive spans while at least one trace is recorded. Any thread may begin and end them."""
+    """Receive spans from any thread while at least one trace is recorded.
 
-    def __init__(self) -> None:
+    `occupants` names the adapters in slots.
+    """
+
+    def __init__(self, occupants: Mapping[int, str]) -> None:
         self.rings: tuple[Ring, ...] = ()
-        self.occupancies: dict[int, TracedOccupancy] = {}
-        """The current occupancy in each slot, by the slot's number."""
-        self._open: dict[int, Record] = {}
+        self._open: dict[int, Span] = {}
         self._numbers = count(1)
+        self._occupancies: dict[int, TracedOccupancy] = {}
+        for slot, name in occupants.items():
+            self._occupy(slot, name)
 
-    def add(
-        self,
-        row: Row,
-        lane: Hashable,
-        name: str,
-        start: int,
-        stop: int,
-        args: Mapping[str, object] | None = None,
-    ) -> None:
-        """Record a span that has ended."""
-        record = Record(row, lane, name, start, stop, args)
-        for ring in self.rings:
-            ring.add(record)
-
-    def begin(self, row: Row, lane: Hashable, name: str, **args: object) -> Record:
-        """Begin a span that may last long; traces show it before its end."""
-        span = Record(row, lane, name, now(), 0, args)
-        self._open[id(span)] = span
+    def begin(self, record: Record) -> Span:
+        """Begin a span. Traces show it before its end if it may last long."""
+        span = Span(self, record)
+        if record.row in {"requests", "layers"} or record[:2] == ("compute", PASSES):
+            self._open[id(span)] = span
         return span
 
-    def end(self, span: Record, **more: object) -> None:
-        """End a span. Idempotent."""
-        if self._open.pop(id(span), None) is not None:
-            self.add(*span[:4], now(), {**(span.args or {}), **more})
+    def record(self, record: Record, span: Span | None = None) -> None:
+        """Record a span that has ended. It is open until then: a trace reads open ones first."""
+        for ring in self.rings:
+            ring.add(record)
+        self._open.pop(id(span), None)
 
     def unfinished(self) -> list[Record]:
         """Return the open spans as if they ended now."""
         spans, stop = tuple(self._open.values()), now()
-        return [
-            span._replace(stop=stop, args={**(span.args or {}), "unfinished": True})
-            for span in spans
-        ]
-
-    def begin_occupancy(self, slot: int, name: str) -> TracedOccupancy:
-        self.occupancies[slot] = occupancy = TracedOccupancy(next(self._numbers), name)
-        return occupancy
+        return [span.as_record(stop, unfinished=True) for span in spans]
 
     def occupancy_in(self, slot: int) -> TracedOccupancy:
-        """Return the slot's occupancy; number 0 if it began before the recording."""
-        return self.occupancies.get(slot) or TracedOccupancy(0, f"slot {slot}")
+        """Return the slot's occupancy; number 0 if it is not known."""
+        return self._occupancies.get(slot) or TracedOccupancy(0, f"slot {slot}")
 
     def note(self, event: Event) -> None:
-        """Record the state of a slot: filling, resident, leaving. Call on the loop.
+        """Record phases and layers of a slot. Call on the loop; noting an event twice is harmless.
 
         An occupancy that began before the recording is left out.
         """
         if event.slot is None:
             return
-        slot = event.slot.index
+        slot, time = event.slot.index, now()
+        occupancy = self.occupancy_in(slot)
         match event:
-            case SlotGranted(nbytes=nbytes):
-                occupancy = self.begin_occupancy(slot, name_of(event.key))
-                name, args = occupancy.name, {"stay": occupancy.number, "bytes": nbytes}
-                occupancy.span = self.begin("layers", slot, name, adapter=name, **args)
-                occupancy.at = occupancy.span.start
+            case SlotGranted():
+                occupancy = self._occupy(slot, name_of(event.key))
+                args = {"stay": occupancy.number, "bytes": event.nbytes, "adapter": occupancy.name}
+                occupancy.span = self.begin(Record("layers", slot, occupancy.name, time, 0, args))
+                occupancy.layers, occupancy.at = event.layers, time
+            case LayerReady():
+                while occupancy.layers and occupancy.layers[0] <= event.layer:
+                    layer, *occupancy.layers = occupancy.layers
+                    args = {"stay": occupancy.number, "layer": layer}
+                    name = f"layer {layer}"
+                    self.record(Record("layers", slot, name, occupancy.at, time, args))
+                    occupancy.at = time
             case Resident():
-                self._enter(slot, "resident", outcome="resident")
+                self._enter(slot, "resident", "resident")
             case Leaving():
-                self._enter(slot, "leaving", outcome="leaving")
-            case Failed(error=error):
-                self._enter(slot, "leaving", outcome=type(error).__name__)
+                self._enter(slot, "leaving", "leaving")
+            case Failed():
+                self._enter(slot, "leaving", type(event.error).__name__)
+            case SlotFreed():
+                self._occupancies.pop(slot, None)
+                occupancy.span.end(outcome="left")
 
-    def _enter(self, slot: int, state: str, outcome: str) -> None:
-        """End the span of the state before with `outcome`, and begin that of `state`."""
-        occupancy = self.occupancies.get(slot)
-        if occupancy is not None and occupancy.span is not None and occupancy.span.name != state:
-            self.end(occupancy.span, outcome=outcome)
-            occupancy.span = self.begin("layers", slot, state, stay=occupancy.number)
+    def _occupy(self, slot: int, name: str) -> TracedOccupancy:
+        self._occupancies[slot] = occupancy = TracedOccupancy(next(self._numbers), name)
+        return occupancy
 
-    def record_ready(self, slot: int, layers: Sequence[int], watermark: int) -> None:
-        """Record that the first `watermark` layers are on the device, before a pass sees them."""
-        occupancy = self.occupancies.get(slot)
-        if occupancy is None or occupancy.span is None:
-            return
-        stop = now()
-        for layer in layers[occupancy.ready : watermark]:
-            args = {"stay": occupancy.number, "layer": layer}
-            self.add("layers", slot, f"layer {layer}", occupancy.at, stop, args)
-            occupancy.at = stop
-        occupancy.ready = watermark
-
-    def end_occupancy(self, slot: int) -> None:
-        """Record that the slot is free."""
-        occupancy = self.occupancies.pop(slot, None)
-        if occupancy is not None and occupancy.span is not None:
-            self.end(occupancy.span, outcome="left")
+    def _enter(self, slot: int, phase: str, outcome: str) -> None:
+        """End the phase before with `outcome`, and begin `phase`."""
+        occupancy = self.occupancy_in(slot)
+        if occupancy.span.recording and occupancy.phase != phase:
+            occupancy.span.end(outcome=outcome)
+            record = Record("layers", slot, phase, now(), 0, {"stay": occupancy.number})
+            occupancy.phase, occupancy.span = phase, self.begin(record)
 
 
 class Tracer:
-    """The loader's switch: its parts record to `on` unless that is None."""
+    """The way of all spans of a loader; `on` is None while nothing is recorded."""
 
     def __init__(self) -> None:
         self.on: Recorder | None = None
 
-    def begin(self, ring: Ring, occupants: Mapping[int, str]) -> Recorder:
-        """Record into `ring` as well. `occupants` names the adapters in slots. Call on the loop."""
+    def span(
+        self,
+        row: Row,
+        lane: Hashable,
+        name: str,
+        adapter: Ref | None = None,
+        *,
+        slot: int | None = None,
+        start: int | None = None,
+        **args: object,
+    ) -> Span:
+        """Begin a span, in any thread.
+
+        An `adapter` is the lane in "files", and completes the name elsewhere. `slot` stands for the
+        adapter in it. `start`, in nanoseconds of `now`, is for spans that began before.
+        """
         recorder = self.on
         if recorder is None:
-            recorder = Recorder()
-            for slot, name in occupants.items():
-                recorder.begin_occupancy(slot, name)
+            return NO_SPAN
+        if slot is not None:
+            occupancy = recorder.occupancy_in(slot)
+            args |= {"stay": occupancy.number, "adapter": occupancy.name}
+        if adapter is not None and row == "files":
+            lane = name_of(adapter)
+        elif adapter is not None:
+            args["adapter"] = name_of(adapter)
+            name = f"{name} {args['adapter']}"
+        time = now() if start is None else min(start, now())  # a float may be rounded up
+        return recorder.begin(Record(row, lane, name, time, 0, args))
+
+    def stays_in(self, slots: Iterable[int]) -> list[int]:
+        """Return the numbers of the occupancies of slots, which are "stays" in args."""
+        recorder = self.on
+        return [] if recorder is None else [recorder.occupancy_in(slot).number for slot in slots]
+
+    def begin(self, ring: Ring, occupants: Mapping[int, str]) -> Recorder:
+        """Record into `ring` as well. `occupants` names the adapters in slots. Call on the loop."""
+        recorder = self.on or Recorder(occupants)
         recorder.rings = (*recorder.rings, ring)
         self.on = recorder
         return recorder
@@ -254,106 +333,7 @@ class Tracer:
         recorder = self.on
         if recorder is not None:
             recorder.rings = tuple(other for other in recorder.rings if other is not ring)
-            if not recorder.rings:
-                self.on = None
-
-
-# -- spans of one subject --------------------------------------------------------------------------
-
-
-class CopyTimes:
-    """Record a layer group's copy through staging and the device. Create when it begins.
-
-    Call from any thread.
-    """
-
-    def __init__(self, recorder: Recorder, slot: int, layer: int) -> None:
-        occupancy = recorder.occupancy_in(slot)
-        self.start = now()
-        self._recorder = recorder
-        self._name = f"layer {layer}"
-        self._args = {"stay": occupancy.number, "layer": layer, "adapter": occupancy.name}
-
-    def record_staging(self, buffer: int | None, start: int, what: str) -> None:
-        """Record that a buffer was filled from `start` until now; None is a pinned image."""
-        lane = IMAGE if buffer is None else buffer
-        self._recorder.add("staging", lane, what, start, now(), self._args)
-
-    def record_until_free(self, buffer: int | None, start: int) -> Callable[[Future[None]], None]:
-        """Return a callback for the copy's ticket that records how long its buffer was held."""
-        return lambda _: self.record_staging(buffer, start, self._name)
-
-    def record_copy(self, ticket: Future[None], nbytes: int, *, in_stream: bool) -> None:
-        """Record the copy behind `ticket`, executed by a copy stream or by this thread."""
-        lane: Hashable = STREAM if in_stream else current_thread().name.removeprefix("lorax-")
-        start = now() if in_stream else self.start
-
-        def done(ticket: Future[None]) -> None:
-            error = ticket.exception()
-            outcome = "done" if error is None else type(error).__name__
-            args = {**self._args, "bytes": nbytes, "outcome": outcome}
-            self._recorder.add("copies", lane, self._name, start, now(), args)
-
-        ticket.add_done_callback(done)
-
-
-@dataclass(slots=True)
-class _LayerPass:
-    """A layer in one thread: when it was reached, entered (0: not yet) and last computed."""
-
-    layer: int
-    reached: int
-    entered: int = 0
-    last: int = 0
-
-
-class LayerTimes:
-    """Record the layers of a batch in the threads that compute it; `slots` are its adapters'.
-
-    A layer ends with the last call of `leave` in it, or else when the next layer is reached.
-    """
-
-    def __init__(self, recorder: Recorder, slots: Iterable[int]) -> None:
-        self._recorder = recorder
-        self._numbers = [recorder.occupancy_in(slot).number for slot in slots]
-        self._current: dict[int, _LayerPass] = {}
-
-    def reach(self, layer: int) -> None:
-        """Note that this thread is at the gate of `layer`: the one before it is computed."""
-        thread = get_ident()
-        current = self._current.get(thread)
-        if current is not None:
-            if current.layer == layer and current.entered:
-                return
-            self._record(thread, current, current.last or now())
-        self._current[thread] = _LayerPass(layer, now())
-
-    def enter(self) -> None:
-        """Note that the gate has opened."""
-        thread = get_ident()
-        current = self._current.get(thread)
-        if current is not None and not current.entered:
-            time = now()
-            self._record(thread, current, time)
-            current.entered = time
-
-    def leave(self) -> None:
-        """Note that a module of the layer is computed."""
-        current = self._current.get(get_ident())
-        if current is not None and current.entered:
-            current.last = now()
-
-    def end(self) -> None:
-        """Record the last layers."""
-        for thread, current in tuple(self._current.items()):
-            self._record(thread, current, current.last or now())
-        self._current.clear()
-
-    def _record(self, thread: int, current: _LayerPass, stop: int) -> None:
-        """Record the layer once it was entered, before that the wait for it."""
-        args = {"layer": current.layer, "stays": self._numbers}
-        name = f"layer {current.layer}" if current.entered else f"wait for layer {current.layer}"
-        self._recorder.add("compute", thread, name, current.entered or current.reached, stop, args)
+            self.on = recorder if recorder.rings else None
 
 
 # -- the trace -------------------------------------------------------------------------------------
@@ -364,7 +344,7 @@ TRACE_LIMIT = 32_768
 ANOTHER = "another adapter"
 """The name of adapters whose names the viewer may not see."""
 
-ChromeEvent = dict[str, object]
+ChromeEvent = dict[str, Any]
 
 _LANES = {"connections": "connection", "staging": "buffer", "layers": "slot", "compute": "thread"}
 _CONCURRENT = {"requests", "files"}
@@ -387,13 +367,10 @@ class Trace:
     ) -> None:
         if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
             raise UsageError(f"limit must be a positive integer, not {limit!r}")
-        self._tracer = tracer
-        self._occupants = occupants
-        self._ring = Ring(limit)
-        self._recorder: Recorder | None = None
+        self._tracer, self._occupants, self._ring = tracer, occupants, Ring(limit)
         self._began = now()
-        self._unfinished: list[Record] | None = None
-        """The spans that had not ended when the recording did."""
+        self._recorder: Recorder | None = None
+        self._unfinished: list[Record] | None = None  # when it was stopped
 
     def __enter__(self) -> Self:
         return self.start()
@@ -411,22 +388,19 @@ class Trace:
 
     def stop(self) -> None:
         """Stop recording; cut what has not ended. Idempotent."""
-        if self._recorder is None:
-            return
-        self._unfinished = self._recorder.unfinished()
-        self._tracer.end(self._ring)
-        self._ring = self._ring.copy()  # a thread may still add to the old one
-        self._recorder = None
+        if self._recorder is not None:
+            self._unfinished = self._recorder.unfinished()
+            self._tracer.end(self._ring)
+            self._recorder = None
 
     @property
     def dropped(self) -> int:
         """How many recorded spans are gone because of the limit."""
         return self._ring.look()[1]
 
-    @contextmanager
     def compute(
         self, layer: int, *handles: _TraceHandle, name: str | None = None
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[object]:
         """Record that the block computes `layer` with these adapters, for engines of your own.
 
         Works in any thread and has no effect when nothing is recorded. `attach` reports its layers
@@ -436,19 +410,12 @@ class Trace:
             number = index(layer)
         except TypeError:
             raise UsageError(f"a layer must be an integer, not {layer!r}") from None
-        recorder = self._recorder
-        if recorder is None:
-            yield
-            return
+        if self._recorder is None:
+            return NO_SPAN
         # Look the slots up now: the block may release the handles.
-        stays = [recorder.occupancy_in(handle.slot.index).number for handle in handles]
-        args = {"layer": number, "stays": stays}
+        stays = self._tracer.stays_in(handle.slot.index for handle in handles)
         text = f"layer {number}" if name is None else str(name)[:200]
-        start = now()
-        try:
-            yield
-        finally:
-            recorder.add("compute", get_ident(), text, start, now(), args)
+        return self._tracer.span("compute", get_ident(), text, layer=number, stays=stays)
 
     def as_json(
         self,
@@ -467,7 +434,7 @@ class Trace:
         began = self._began if since is None else max(since, self._began)
         # First the open ones: those that end meanwhile are among the records, too.
         recorder = self._recorder
-        unfinished = (self._unfinished or []) if recorder is None else recorder.unfinished()
+        unfinished = recorder.unfinished() if recorder is not None else self._unfinished or []
         records, dropped = self._ring.look(began)
         starts = {each.start for each in unfinished}
         ended = {record[:4] for record in records if record.start in starts}
@@ -501,14 +468,13 @@ def _as_text(value: object) -> str:
 def _rename(record: Record, called: Mapping[str, str]) -> Record:
     if record.row == "files":
         return record._replace(lane=called.get(str(record.lane), ANOTHER))
-    args = record.args or {}
-    adapter = args.get("adapter")
+    adapter = record.args.get("adapter")
     if not isinstance(adapter, str):
         return record
-    given = called.get(adapter, ANOTHER)
-    verb = record.name.removesuffix(adapter)  # "load pirate"
-    name = record.name if verb == record.name else verb + given
-    return record._replace(name=name, args={**args, "adapter": given})
+    given, name = called.get(adapter, ANOTHER), record.name
+    if name.endswith(adapter):  # "load pirate"
+        name = name.removesuffix(adapter) + given
+    return record._replace(name=name, args=record.args | {"adapter": given})
 
 
 # -- Chrome's events -------------------------------------------------------------------------------
@@ -526,16 +492,14 @@ def as_events(records: Iterable[Record], began: int, ended: int | None = None) -
     names, spans = list[ChromeEvent](), list[ChromeEvent]()
     for pid, (row, its) in enumerate(by_row.items(), 1):
         if its:
-            names += _metadata("process", row, pid, 0)
+            names += _metadata("process", row, pid, 0, order=pid)
         for tid, (title, in_lane) in enumerate(_lanes(row, its), 1):
-            names += _metadata("thread", title, pid, tid)
-            for record in in_lane:
-                start, length = record.start - began, record.stop - record.start
-                times = {"ts": microseconds(start), "dur": microseconds(length)}
-                event = {"ph": "X", "name": record.name, "cat": row, **times}
-                spans.append(event | {"pid": pid, "tid": tid, "args": dict(record.args or {})})
-    spans += _arrows(spans)
-    return names + sorted(spans, key=lambda event: event["ts"])  # type: ignore[arg-type, return-value]
+            names += _metadata("thread", title, pid, tid, order=tid)
+            for _, _, name, start, stop, args in in_lane:
+                times = {"ts": microseconds(start - began), "dur": microseconds(stop - start)}
+                event = {"ph": "X", "name": name, "cat": row, **times, "pid": pid, "tid": tid}
+                spans.append(event | {"args": dict(args)})
+    return names + sorted([*spans, *_arrows(spans)], key=lambda event: event["ts"])
 
 
 def microseconds(nanoseconds: int) -> float:
@@ -550,10 +514,9 @@ def microseconds(nanoseconds: int) -> float:
 def _shorten(record: Record, began: int, ended: int | None) -> Record:
     """Cut a span at the bounds, and say so in its args."""
     if record.start < began:
-        args = {**(record.args or {}), "began_before": True}
-        record = record._replace(start=began, args=args)
+        record = record._replace(start=began, args=record.args | {"began_before": True})
     if ended is not None and record.stop > ended:
-        record = record._replace(stop=ended, args={**(record.args or {}), "goes_on": True})
+        record = record._replace(stop=ended, args=record.args | {"goes_on": True})
     return record
 
 
@@ -566,13 +529,12 @@ def _lanes(row: Row, records: Iterable[Record]) -> Iterator[tuple[str, list[Reco
     if row != "compute":  # numbers first; texts keep the order of their first spans
         lanes.sort(key=lambda lane: lane if isinstance(lane, int) else 1 << 63)
     for lane in lanes:
-        title = row if lane is None else str(lane)
+        its, title = by_lane[lane], row if lane is None else str(lane)
         if isinstance(lane, int):
             # Thread ids mean nothing to a reader: number threads in the order of their first spans.
             title = f"{_LANES[row]} {next(threads) if row == 'compute' else lane}"
         elif lane == STREAM:
-            title = "copy stream"
-        its = _in_sequence(by_lane[lane]) if lane == STREAM else by_lane[lane]
+            its, title = _in_sequence(its), "copy stream"
         for number, parallel in enumerate(_side_by_side(its, nested=row not in _CONCURRENT), 1):
             yield f"{title} ({number})" if number > 1 else title, parallel
 
@@ -593,19 +555,19 @@ def _side_by_side(records: Iterable[Record], *, nested: bool) -> list[list[Recor
     return [its for its, _ in found]
 
 
-def _in_sequence(records: Iterable[Record]) -> Iterator[Record]:
+def _in_sequence(records: Iterable[Record]) -> list[Record]:
     """Begin each copy of a stream when the one before has ended; it was queued until then."""
-    free = 0
+    found, free = list[Record](), 0
     for record in sorted(records, key=lambda each: (each.stop, each.start)):
         start = max(record.start, free)
         free = max(free, record.stop)
-        args = {**(record.args or {}), "queued_us": (start - record.start) / 1e3}
-        yield record._replace(start=min(start, record.stop), args=args)
+        args = record.args | {"queued_us": (start - record.start) / 1e3}
+        found.append(record._replace(start=min(start, record.stop), args=args))
+    return found
 
 
-def _metadata(what: str, name: str, pid: int, tid: int) -> list[ChromeEvent]:
-    place: ChromeEvent = {"ph": "M", "pid": pid, "tid": tid, "ts": 0}
-    order = pid if what == "process" else tid
+def _metadata(what: str, name: str, pid: int, tid: int, *, order: int) -> list[ChromeEvent]:
+    place = {"ph": "M", "pid": pid, "tid": tid, "ts": 0}
     return [
         {**place, "name": f"{what}_name", "args": {"name": name}},
         {**place, "name": f"{what}_sort_index", "args": {"sort_index": order}},
@@ -614,25 +576,23 @@ def _metadata(what: str, name: str, pid: int, tid: int) -> list[ChromeEvent]:
 
 def _arrows(spans: Iterable[ChromeEvent]) -> Iterator[ChromeEvent]:
     """Yield an arrow from each layer's last copy to its first computation."""
-    copies: dict[tuple[object, object], Any] = {}
-    computed: dict[tuple[object, object], Any] = {}
+    copies: dict[tuple[int, int], ChromeEvent] = {}
+    computed: dict[tuple[int, int], ChromeEvent] = {}
     for span in spans:
-        event: Any = span
-        args = event["args"]
-        if event["cat"] == "copies":
-            key = args.get("stay"), args.get("layer")
-            last = copies.get(key)
-            if last is None or last["ts"] + last["dur"] < event["ts"] + event["dur"]:
-                copies[key] = event
-        elif event["cat"] == "compute" and not event["name"].startswith("wait "):
+        args = span["args"]
+        if span["cat"] == "copies":
+            last = copies.setdefault((args["stay"], args["layer"]), span)
+            if last["ts"] + last["dur"] < span["ts"] + span["dur"]:
+                copies[args["stay"], args["layer"]] = span
+        elif span["cat"] == "compute" and not span["name"].startswith("wait "):
             for stay in args.get("stays", ()):
-                first = computed.setdefault((stay, args.get("layer")), event)
-                if event["ts"] < first["ts"]:
-                    computed[stay, args.get("layer")] = event
+                first = computed.setdefault((stay, args["layer"]), span)
+                if span["ts"] < first["ts"]:
+                    computed[stay, args["layer"]] = span
     number = count(1)
     for key, copy in copies.items():
-        first = computed.get(key)
-        if key[0] != 0 and first is not None and first["ts"] >= copy["ts"]:
-            arrow: ChromeEvent = {"name": "layer", "cat": "flow", "id": next(number)}
+        first = computed.get(key, copy)
+        if key[0] != 0 and first is not copy and first["ts"] >= copy["ts"]:
+            arrow = {"name": "layer", "cat": "flow", "id": next(number)}
             for event, more in ((copy, {"ph": "s"}), (first, {"ph": "f", "bp": "e"})):
                 yield arrow | more | {name: event[name] for name in ("pid", "tid", "ts")}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
-from threading import Lock
+from threading import Lock, current_thread
 from time import perf_counter
 
 import torch
@@ -17,7 +17,7 @@ from lorax_async.errors import AdapterFormatError, InternalError
 from lorax_async.files import Reader
 from lorax_async.lifecycle.arena import Extent
 from lorax_async.planning.transfer_plan import GroupPlan, StagingWindow, VectorPlace, windows
-from lorax_async.tracing import CopyTimes, Tracer, now
+from lorax_async.tracing import IMAGE, STREAM, Row, Span, Tracer
 
 
 def _written_ranges(
@@ -108,11 +108,10 @@ class GroupTransfer:
         Blocks while reading and while no buffer is free. Raises the errors of the reader, the
         device and the check, after the parts in flight have ended.
         """
-        recorder, group, image = self._tracer.on, copy.group, copy.image
-        times = None if recorder is None else CopyTimes(recorder, copy.slot, group.layer)
+        group, image = copy.group, copy.image
         if self._device.reads_files:
-            return self._run_from_file(copy, times)
-        pending = _PendingCopy(self._device, copy, times)
+            return self._run_from_file(copy)
+        pending = _PendingCopy(self._device, copy, partial(self._span, copy, "copies", STREAM))
         try:
             if image is None:
                 self._send_windows(pending)
@@ -132,24 +131,29 @@ class GroupTransfer:
         """Zero extents that no work reads any more. Blocks as `run` does."""
         return self._device.wipe(extents)
 
-    def _run_from_file(self, copy: GroupCopy, times: CopyTimes | None) -> CopyResult:
+    def _span(self, copy: GroupCopy, row: Row, lane: Hashable, name: str = "") -> Span:
+        """Begin a span of a group's copy, named after its layer by default."""
+        layer = copy.group.layer
+        return self._tracer.span(row, lane, name or f"layer {layer}", slot=copy.slot, layer=layer)
+
+    def _run_from_file(self, copy: GroupCopy) -> CopyResult:
         """Write converted bytes first, so that the device writes the rows last."""
         group, started = copy.group, perf_counter()
         if group.converts or group.zeros:
             target = self._device.host_view(copy.extent)
             if group.converts:
-                with self._staging.buffer() as scratch:
-                    begun = 0 if times is None else now()
+                with (
+                    self._staging.buffer() as scratch,
+                    self._span(copy, "staging", scratch.number, "cast"),
+                ):
                     scratch.convert(copy.reader, group.converts, copy.dtype, target)
-                if times is not None:
-                    times.record_staging(scratch.number, begun, "cast")
-                    times.start = now()
             zero(group.zeros, target)
         seconds = perf_counter() - started
         pieces = FilePieces(copy.reader, group.reads)
+        thread = current_thread().name.removeprefix("lorax-")
+        span = self._span(copy, "copies", thread)
         ticket = self._device.copy(pieces, group.rows, copy.extent, copy.slot)
-        if times is not None:
-            times.record_copy(ticket, group.nbytes, in_stream=False)
+        span.end_with(ticket, bytes=group.nbytes)
         if self._check_finite:
             ticket.result()
             content = self._device.host_view(copy.extent)
@@ -158,21 +162,23 @@ class GroupTransfer:
 
     def _send_windows(self, pending: _PendingCopy) -> None:
         """Send the group through the ring. A buffer is free again when its copy is done."""
-        copy, staging, times = pending.copy, self._staging, pending.times
+        copy, staging = pending.copy, self._staging
         item_bytes = TORCH_DTYPES[copy.dtype].itemsize
         for window in windows(copy.group, staging.move_bytes, item_bytes):
             pending.raise_failures()
             buffer, *scratch = staging.take(2 if window.converts else 1)
-            begun = 0 if times is None else now()
+            release = partial(self._release, buffer, self._span(copy, "staging", buffer.number))
             try:
                 self._fill(pending, window, buffer, scratch)
                 ticket = pending.send(buffer.tensor[: window.nbytes], window.start)
             except BaseException:
-                staging.release(buffer)
+                release()
                 raise
-            if times is not None:
-                ticket.add_done_callback(times.record_until_free(buffer.number, begun))
-            ticket.add_done_callback(partial(staging.release, buffer))
+            ticket.add_done_callback(release)
+
+    def _release(self, buffer: StagingBuffer, span: Span, _: object = None) -> None:
+        span.end()
+        self._staging.release(buffer)
 
     def _fill(
         self,
@@ -182,20 +188,19 @@ class GroupTransfer:
         scratch: list[StagingBuffer],
     ) -> None:
         """Read a window into `buffer`; release `scratch`, one buffer if the window has casts."""
-        copy, times = pending.copy, pending.times
-        begun = 0 if times is None else now()
+        copy = pending.copy
+        lane = IMAGE if buffer.number is None else buffer.number
         try:
-            read(copy.reader, window.reads, buffer.memory)
-            started = perf_counter()
-            for spare in scratch:
-                spare.convert(copy.reader, window.converts, copy.dtype, buffer.tensor)
-            zero(window.zeros, buffer.tensor)
-            pending.staging_seconds += perf_counter() - started
+            with self._span(copy, "staging", lane, "fill"):
+                read(copy.reader, window.reads, buffer.memory)
+                started = perf_counter()
+                for spare in scratch:
+                    spare.convert(copy.reader, window.converts, copy.dtype, buffer.tensor)
+                zero(window.zeros, buffer.tensor)
+                pending.staging_seconds += perf_counter() - started
         finally:
             for spare in scratch:
                 self._staging.release(spare)
-        if times is not None:
-            times.record_staging(buffer.number, begun, "fill")
         if self._check_finite:
             self._require_finite(buffer.tensor, window, copy)
 
@@ -220,12 +225,12 @@ class GroupTransfer:
 class _PendingCopy:
     """The parts of one group that have been submitted to the device."""
 
-    def __init__(self, device: Device, copy: GroupCopy, times: CopyTimes | None) -> None:
+    def __init__(self, device: Device, copy: GroupCopy, span: Callable[[], Span]) -> None:
         self.copy = copy
-        self.times = times
         self.tickets: list[CopyTicket] = []
         self.staging_seconds = 0.0
         self._device = device
+        self._span = span
 
     def send(self, memory: torch.Tensor, target: int) -> CopyTicket:
         """Submit a part. The one that reaches the end of the extent writes the rows."""
@@ -233,8 +238,7 @@ class _PendingCopy:
         rows = copy.group.rows if target + memory.nbytes == copy.group.nbytes else ()
         ticket = self._device.copy(StagedPiece(memory, target), rows, copy.extent, copy.slot)
         self.tickets.append(ticket)
-        if self.times is not None:
-            self.times.record_copy(ticket, memory.nbytes, in_stream=True)
+        self._span().end_with(ticket, bytes=memory.nbytes)
         return ticket
 
     def raise_failures(self) -> None:

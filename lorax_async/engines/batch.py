@@ -17,14 +17,14 @@ from torch import nn
 from torch.nn.functional import embedding, linear
 
 from lorax_async.devices.base import Device
-from lorax_async.engines.layer_gate import LayerGate
+from lorax_async.engines.layer_gate import LayerGate, PassSpans
 from lorax_async.errors import LoraxError, UsageError
 from lorax_async.formats.peft_names import TensorRole
 from lorax_async.handle import AdapterHandle
 from lorax_async.planning.batch_plan import BASE_ONLY, plan_rows
 from lorax_async.planning.layout import Module
 from lorax_async.runtime.leases import AdapterVectors
-from lorax_async.tracing import LayerTimes, Record, Recorder, Tracer
+from lorax_async.tracing import Tracer
 from lorax_kernels import Operands, Plan, Tables, Thresholds, apply
 
 T = TypeVar("T")
@@ -237,7 +237,6 @@ class ModelBatch:
         self._lock = Lock()
         self._running = 1  # the block itself
         self._ended = False
-        self._recorded: tuple[Recorder, Record, LayerTimes] | None = None
 
     def begin(self) -> None:
         """Use the adapters; raise as `AdapterHandle.use` and use none.
@@ -255,11 +254,10 @@ class ModelBatch:
                 except LoraxError as error:
                     self.gate.leave_out(handle, error)
             self._uses = uses.pop_all()
-        if (recorder := self._place.tracer.on) is not None:
+        if self._place.tracer.on is not None:
             rows = "base" if self._rows is None else f"rows: {self._rows}"
-            span = recorder.begin("compute", "passes", rows, adapters=len(self._handles))
-            self.gate.times = LayerTimes(recorder, [handle.slot.index for handle in self._handles])
-            self._recorded = recorder, span, self.gate.times
+            slots = [handle.slot.index for handle in self._handles]
+            self.gate.spans = PassSpans(self._place.tracer, rows, slots)
 
     def end(self) -> None:
         """Refuse further layers. Do not wait for a running one."""
@@ -279,8 +277,8 @@ class ModelBatch:
         try:
             yield
         finally:
-            if self.gate.times is not None:
-                self.gate.times.leave()
+            if self.gate.spans is not None:
+                self.gate.spans.leave()
             self._leave()
 
     def _leave(self) -> None:
@@ -288,10 +286,8 @@ class ModelBatch:
             self._running -= 1
             last = self._running == 0
         if last:
-            if self._recorded is not None:
-                recorder, span, times = self._recorded
-                times.end()
-                recorder.end(span)
+            if self.gate.spans is not None:
+                self.gate.spans.end()
             self._uses.close()
 
     def check(self, x: torch.Tensor, module: Module) -> None:

@@ -13,17 +13,56 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from threading import Lock
+from threading import Lock, get_ident
 from time import monotonic
 from types import MappingProxyType
 
 from lorax_async.concurrency import running_loop
 from lorax_async.errors import AdapterTimeoutError, HandleClosedError, LoraxError, UsageError
 from lorax_async.handle import AdapterHandle
-from lorax_async.tracing import LayerTimes
+from lorax_async.tracing import NO_SPAN, PASSES, Span, Tracer, now
 
 _POLL_SECONDS = 0.02
 """The interval at which `others_wait` is read."""
+
+
+class PassSpans:
+    """The spans of one pass, and of its layers in the threads that compute them.
+
+    A layer ends with the last call of `leave` in it, or else when the thread reaches the next one.
+    """
+
+    def __init__(self, tracer: Tracer, name: str, slots: Sequence[int]) -> None:
+        self._tracer = tracer
+        self._stays = tracer.stays_in(slots)
+        self._pass = tracer.span("compute", PASSES, name, adapters=len(slots))
+        self._layers: dict[int, tuple[int, Span]] = {}  # by thread, as is `_left`
+        self._left: dict[int, int] = {}
+
+    def enter(self, layer: int, wait: Callable[[int], None]) -> None:
+        """Call `wait(layer)`, which returns when this thread may compute the layer."""
+        thread = get_ident()
+        before, span = self._layers.get(thread, (None, NO_SPAN))
+        if before == layer:
+            wait(layer)
+            return
+        span.end(self._left.pop(thread, 0))
+        self._layers.pop(thread, None)
+        with self._begin(thread, f"wait for layer {layer}", layer):
+            wait(layer)
+        self._layers[thread] = layer, self._begin(thread, f"layer {layer}", layer)
+
+    def leave(self) -> None:
+        """Note that this thread has computed a module of its layer."""
+        self._left[get_ident()] = now()
+
+    def end(self) -> None:
+        for thread, (_, span) in tuple(self._layers.items()):
+            span.end(self._left.get(thread, 0))
+        self._pass.end()
+
+    def _begin(self, thread: int, name: str, layer: int) -> Span:
+        return self._tracer.span("compute", thread, name, layer=layer, stays=self._stays)
 
 
 class LayerGate:
@@ -68,8 +107,8 @@ class LayerGate:
         self._layer = -1
         self._errors: dict[AdapterHandle, LoraxError] = {}
         self._lock = Lock()
-        self.times: LayerTimes | None = None
-        """Records the times of the layers while a trace runs."""
+        self.spans: PassSpans | None = None
+        """The spans of the pass while a trace is recorded."""
         self.slots_out: frozenset[int] = frozenset()
         """Slots all of whose handles are out."""
 
@@ -95,16 +134,17 @@ class LayerGate:
         if layer < self._layer:
             self.left = self._budget or 0.0
         self._layer = layer
-        times = self.times
-        if times is not None:
-            times.reach(layer)
+        if self.spans is None:
+            self._wait_for(layer)
+        else:
+            self.spans.enter(layer, self._wait_for)
+
+    def _wait_for(self, layer: int) -> None:
         for handle in self._unverified:
             self._run_step(handle, handle.require_sound)
         for handle in self._streaming:
             if not handle.is_ready(layer):
                 self._run_step(handle, partial(self._await, handle, layer))
-        if times is not None:
-            times.enter()
 
     def _run_step(self, handle: AdapterHandle, step: Callable[[], None]) -> None:
         """Run `step` unless the adapter is out; leave the adapter out if it fails."""

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from itertools import count
 from threading import Lock, Thread
@@ -21,7 +21,7 @@ from lorax_async.http.failures import RetryableError, io_error, lookup_error
 from lorax_async.http.ranges import LinkEstimate
 from lorax_async.http.settings import HttpSettings, Proxies, Proxy, Rules, is_public, tls_context
 from lorax_async.http.target import ResolvedLocation, Target, Validators
-from lorax_async.tracing import Recorder, Tracer, now
+from lorax_async.tracing import Span, Tracer
 from lorax_async.urls import InvalidUrlError, Origin, Url, is_address, resolve_redirect
 
 _MAX_ADDRESSES = 4
@@ -207,23 +207,21 @@ class ConnectionPool:
         """
         timeouts = self._settings.timeouts
         connection = Connection(url.origin, timeouts, self._clock, next(self._numbers))
-        recorder, start, outcome = self._tracer.on, now(), "failed"
-        try:
-            attempt.use(connection)
-            self._connect(connection, url, rules, attempt)
-            if url.secure:
-                connection.secure(self._tls, url.origin.host, timeouts.connect)
-            connection.set_timeout(timeouts.read)
-            outcome = "open"
-        except OSError as error:
-            attempt.check()
-            raise io_error(error, str(url)) from error
-        finally:
-            if outcome != "open":
+        with self._tracer.span("connections", connection.number, "connect") as span:
+            try:
+                attempt.use(connection)
+                self._connect(connection, url, rules, attempt)
+                if url.secure:
+                    connection.secure(self._tls, url.origin.host, timeouts.connect)
+                connection.set_timeout(timeouts.read)
+            except BaseException as error:
+                span.set(outcome="failed")
                 connection.close()
-            if recorder is not None:
-                args = {"outcome": outcome}
-                recorder.add("connections", connection.number, "connect", start, now(), args)
+                if not isinstance(error, OSError):
+                    raise
+                attempt.check()
+                raise io_error(error, str(url)) from error
+            span.set(outcome="open")
         return connection
 
     def _connect(self, connection: Connection, url: Url, rules: Rules, attempt: Attempt) -> None:
@@ -361,27 +359,6 @@ class LinkStatistics:
 
 
 @dataclass(slots=True)
-class RequestSpan:
-    """A request in the trace: what was requested on which connection, and its outcome."""
-
-    recorder: Recorder
-    connection: int
-    span: ByteRange | None
-    args: dict[str, object]
-    received: int = 0
-    start: int = field(default_factory=now)
-
-    def end(self, outcome: str) -> None:
-        name = "file"
-        if self.span is not None:
-            start, stop = self.span
-            name = f"bytes {start}-{stop - 1}"
-            self.args.update(at=start, asked=stop - start)
-        self.args.update(bytes=self.received, outcome=outcome)
-        self.recorder.add("connections", self.connection, name, self.start, now(), self.args)
-
-
-@dataclass(slots=True)
 class Response:
     """A head, and a body to be read. Call `release` in the end."""
 
@@ -390,7 +367,8 @@ class Response:
     head: ResponseHead
     location: ResolvedLocation
     attempt: Attempt
-    request_span: RequestSpan | None
+    request_span: Span
+    received: int = 0
     released: bool = False
 
     @property
@@ -413,8 +391,7 @@ class Response:
             count = self.connection.fill(view)
         except OSError as error:
             raise io_error(error, str(self.location.url)) from error
-        if self.request_span is not None:
-            self.request_span.received += count
+        self.received += count
         return count
 
     def release(self) -> None:
@@ -424,8 +401,8 @@ class Response:
             return
         self.released = True
         connection = self.connection
-        if self.request_span is not None:
-            self.request_span.end("whole" if connection.body_ended else "left")
+        outcome = "whole" if connection.body_ended else "left"
+        self.request_span.end(bytes=self.received, outcome=outcome)
         if self.rate is not None:
             self.client.links.record(self.location.url.origin, "rate", self.rate)
         if connection.is_reusable:
@@ -511,27 +488,33 @@ class HttpClient:
         attempt: Attempt,
         span: ByteRange | None,
     ) -> Response:
-        url, proxy, recorder = location.url, connection.proxy, self.tracer.on
+        url, proxy = location.url, connection.proxy
         lines = [f"GET {url.text if proxy else url.target} HTTP/1.1", *fields]
         if proxy is not None and proxy.authorization:
             lines.append(f"Proxy-Authorization: {proxy.authorization}")
-        traced = None
-        if recorder is not None:
-            traced = RequestSpan(recorder, connection.number, span, {"hop": location.hop})
+        request_span = self._begin_span(connection, location, span)
         begun = self.clock()
         try:
-            connection.send(lines)
-            head = connection.receive_head()
+            with self.tracer.span("connections", connection.number, "wait"):
+                connection.send(lines)
+                head = connection.receive_head()
         except BaseException:
-            if traced is not None:
-                traced.end("failed")
+            request_span.end(bytes=0, outcome="failed")
             connection.close()
             raise
         self.links.record(url.origin, "delay", self.clock() - begun)
-        if traced is not None:
-            traced.recorder.add("connections", connection.number, "wait", traced.start, now())
-            traced.args["status"] = head.status
-        return Response(self, connection, head, location, attempt, traced)
+        request_span.set(status=head.status)
+        return Response(self, connection, head, location, attempt, request_span)
+
+    def _begin_span(
+        self, connection: Connection, location: ResolvedLocation, span: ByteRange | None
+    ) -> Span:
+        """Begin the span of a request, which its response ends."""
+        name = "file" if span is None else f"bytes {span[0]}-{span[1] - 1}"
+        request_span = self.tracer.span("connections", connection.number, name, hop=location.hop)
+        if span is not None:
+            request_span.set(at=span[0], asked=span[1] - span[0])
+        return request_span
 
     def _fields(
         self,

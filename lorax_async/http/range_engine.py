@@ -235,8 +235,8 @@ class Download(Job[None]):
         location = self._location
         span = None if piece is self._whole else (piece.at, piece.stop)
         response = self._client.get(self._target, location, span, self._validators, attempt)
-        if response.request_span is not None and span is not None:
-            response.request_span.args["groups"] = self._arrivals.groups_in(span)
+        if response.request_span.recording and span is not None:
+            response.request_span.set(groups=self._arrivals.groups_in(span))
         try:
             what = f"{self._target.name} at {response.location.url}"
             content = check_response(response.head, span, self._validators, what)

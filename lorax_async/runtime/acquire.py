@@ -45,7 +45,6 @@ from lorax_async.runtime.driver import Driver
 from lorax_async.runtime.leases import Lease
 from lorax_async.runtime.resolver import Resolver
 from lorax_async.runtime.waiters import PendingLoad
-from lorax_async.tracing import Recorder, name_of
 from lorax_async.types import AdapterKey, MergedKey, Ref, RemoteKey, is_stale, text_of
 
 
@@ -307,11 +306,21 @@ class Acquirer:
         cancellation the waiter is withdrawn.
         """
         require_priority(priority)
-        recorder = self._driver.telemetry.tracer.on
-        acquiring = self._acquire(ref, tier, seconds, priority=priority, foreground=foreground)
-        if recorder is None:
-            return await acquiring
-        return await _record(recorder, ref, tier, foreground, acquiring)
+        name = "stream" if tier is WantedTier.STREAM else "load"
+        if not foreground:
+            name = f"prefetch to {tier.name.lower()}"
+        with self._driver.telemetry.tracer.span("requests", None, name, ref) as span:
+            try:
+                lease = await self._acquire(
+                    ref, tier, seconds, priority=priority, foreground=foreground
+                )
+            except BaseException as error:
+                span.set(**_outcome_of(error))
+                raise
+            span.set(outcome="done")
+            if lease is not None:
+                span.set_slot(lease.occupancy.grant.slot.index)
+            return lease
 
     async def _acquire(
         self, ref: Ref, tier: WantedTier, seconds: float, *, priority: int, foreground: bool
@@ -534,31 +543,8 @@ class Acquirer:
         )
 
 
-async def _record(
-    recorder: Recorder,
-    ref: Ref,
-    tier: WantedTier,
-    foreground: bool,
-    acquiring: Coroutine[None, None, Lease | None],
-) -> Lease | None:
-    """Await `acquiring` within a span of the trace, with its outcome."""
-    call = {WantedTier.DEVICE: "load", WantedTier.STREAM: "stream"}.get(tier, tier.name.lower())
-    label = call if foreground else f"prefetch to {tier.name.lower()}"
-    name = name_of(ref)
-    span = recorder.begin("requests", None, f"{label} {name}", adapter=name)
-    outcome: dict[str, object] = {"outcome": "failed"}
-    try:
-        lease = await acquiring
-    except asyncio.CancelledError:
-        outcome["outcome"] = "cancelled"
-        raise
-    except LoraxError as error:
-        outcome.update(outcome=type(error).__name__, stage=error.stage)
-        raise
-    else:
-        outcome["outcome"] = "done"
-        if lease is not None:
-            outcome["stay"] = recorder.occupancy_in(lease.occupancy.grant.slot.index).number
-        return lease
-    finally:
-        recorder.end(span, **outcome)
+def _outcome_of(error: BaseException) -> dict[str, object]:
+    """Return how a call that raised ended, as the trace shows it."""
+    if isinstance(error, LoraxError):
+        return {"outcome": type(error).__name__, "stage": error.stage}
+    return {"outcome": "cancelled" if isinstance(error, asyncio.CancelledError) else "failed"}

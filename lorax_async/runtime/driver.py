@@ -29,6 +29,7 @@ from lorax_async.events import (
     LayerReady,
     Leaving,
     Resident,
+    SlotFreed,
     SlotGranted,
     SlotId,
 )
@@ -198,10 +199,11 @@ class Driver:
     def _copied(self, job: CopyJob) -> None:
         key, group, error = job.command.key, job.copy.group, job.error
         self.lifecycle.note_time(self._loop.time())
-        staged = 0 if error else sum(move.nbytes for move in group.converts)
-        self.telemetry.add_time("stage", job.staging_seconds, staged)
-        self.telemetry.add_time("copy", job.copy_seconds, 0 if error else group.nbytes)
+        self.telemetry.add_time("stage", job.staging_seconds)
+        self.telemetry.add_time("copy", job.copy_seconds)
         if error is None:
+            self.telemetry.add_bytes("stage", sum(move.nbytes for move in group.converts))
+            self.telemetry.add_bytes("copy", group.nbytes)
             self.telemetry.count("bytes_moved", group.nbytes)
             if self.telemetry.has_subscribers:
                 slot = job.command.grant.slot
@@ -352,11 +354,11 @@ class Driver:
         try:
             self.device.clear_column(command.grant.slot.index)
         finally:  # the slot is free even if the device raises
-            if (recorder := self.telemetry.tracer.on) is not None:
-                recorder.end_occupancy(command.grant.slot.index)
             self.lease_table.vacate(command.key)
             self.telemetry.shorten(command.key)
             self.files.close_idle_reader(command.key)
+            if self.telemetry.has_subscribers:
+                self._publish(SlotFreed, command.key, slot=command.grant.slot)
 
     def _notify_failed(self, key: AdapterKey, error: LoraxError) -> None:
         """Publish a failure once, though waiters and lease holders fail by different commands."""
@@ -376,12 +378,13 @@ class Driver:
     def _notify_ready(self, command: commands.NotifyReady) -> None:
         occupancy = self.lease_table.occupancies[command.key]
         slot = command.grant.slot
-        if (recorder := self.telemetry.tracer.on) is not None:
-            recorder.record_ready(slot.index, occupancy.layers, command.watermark)
-        occupancy.advance(command.watermark)
+        layer, ready = occupancy.layers[command.watermark - 1], None
         if self.telemetry.has_subscribers:
-            layer = occupancy.layers[command.watermark - 1]
-            self._publish(LayerReady, command.key, slot=slot, layer=layer)
+            ready = self._event(LayerReady, command.key, slot=slot, layer=layer)
+            self.telemetry.note(ready)  # before a pass sees the layer
+        occupancy.advance(command.watermark)
+        if ready is not None:
+            self.telemetry.publish(ready)
         if command.last:
             self.telemetry.count("loads")
             self._publish(Resident, command.key, slot=slot)
@@ -392,10 +395,13 @@ class Driver:
             self.files.close_idle_reader(command.key)
 
     def _publish(self, kind: type[Event], key: AdapterKey, **fields: Any) -> None:
+        self.telemetry.publish(self._event(kind, key, **fields))
+
+    def _event(self, kind: type[Event], key: AdapterKey, **fields: Any) -> Event:
         life = self.lifecycle.states.get(key)
         attempt = life.attempt if life is not None else 0
         slot: SlotId | None = fields.pop("slot", None)
-        self.telemetry.publish(kind(key, slot, attempt, monotonic(), **fields))
+        return kind(key, slot, attempt, monotonic(), **fields)
 
     def _set_alarm(self) -> None:
         """Set the one timer to the lifecycle's next deadline, if it has one."""

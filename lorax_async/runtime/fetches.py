@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from functools import lru_cache, partial
-from time import monotonic, perf_counter
+from time import monotonic
 
 from lorax_async.concurrency import FetchControl
 from lorax_async.config import LoaderConfig
@@ -293,11 +293,9 @@ class FetchTasks:
                 opened_before = True
 
     async def _open(self, key: AdapterKey, control: FetchControl) -> AdapterFile:
-        started = perf_counter()
-        file = await self._source.open(key, control)
-        nbytes = len(file.config) + len(file.prefix)
-        self._telemetry.add_time("fetch", perf_counter() - started, nbytes)
-        self._telemetry.add_span(key, "fetch header", started)
+        with self._telemetry.timed("fetch", key, "fetch header"):
+            file = await self._source.open(key, control)
+        self._telemetry.add_bytes("fetch", len(file.config) + len(file.prefix))
         self.close_reader(key)
         self._readers[key] = file.reader
         self._refusals.pop(key, None)
@@ -307,22 +305,16 @@ class FetchTasks:
 
     async def _plan(self, key: AdapterKey, file: AdapterFile) -> TransferPlan:
         if self._planner.is_long(file):
-            loop, started = asyncio.get_running_loop(), perf_counter()
-            plan = await loop.run_in_executor(self._threads, self._planner.plan, file)
-            self._record_plan(key, started)
-            return plan
+            loop = asyncio.get_running_loop()
+            with self._telemetry.timed("verify", key, "verify header"):
+                return await loop.run_in_executor(self._threads, self._planner.plan, file)
         # One per turn of the loop: adapters that were opened at the same time would otherwise be
         # planned in the same turn and block all other tasks.
         async with self._planning:
-            started = perf_counter()
-            plan = self._planner.plan(file)
-            self._record_plan(key, started)
+            with self._telemetry.timed("verify", key, "verify header"):
+                plan = self._planner.plan(file)
             await asyncio.sleep(0)
         return plan
-
-    def _record_plan(self, key: AdapterKey, started: float) -> None:
-        self._telemetry.add_time("verify", perf_counter() - started)
-        self._telemetry.add_span(key, "verify header", started)
 
     def _report_header(
         self, key: AdapterKey, attempt: int, file: AdapterFile, plan: TransferPlan
@@ -345,11 +337,9 @@ class FetchTasks:
             if not self._before_use:
                 self._decide(key, partial(self._lifecycle.span_fetched, key, attempt, group))
 
-        spans, started = [group.spans for group in plan.groups], perf_counter()
-        try:
+        spans = [group.spans for group in plan.groups]
+        with self._telemetry.tracer.span("files", None, "fetch", key):
             return await self._source.bring(file, spans, group_fetched, control)
-        finally:
-            self._telemetry.add_span(key, "fetch", started)
 
     async def _populate(self, key: AdapterKey, attempt: int) -> None:
         """Bring an adapter into host memory. The lifecycle runs one of these at a time."""

@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
-from time import monotonic, perf_counter
+from time import monotonic
 from typing import NamedTuple
 
 from lorax_async.concurrency import SharedTasks, result_of
@@ -181,16 +181,13 @@ class Resolver:
     async def _run(self, ref: ResolvableRef) -> AdapterKey:
         if isinstance(ref, Merge):
             return MergedKey.of(ref, await self._resolve_parts(ref))
-        started = perf_counter()
         try:
-            return await self._source.resolve(ref)
+            with self._telemetry.timed("resolve", ref, "resolve"):
+                return await self._source.resolve(ref)
         except LoraxError:
             raise
         except Exception as error:
             raise InternalError(f"{type(error).__name__}: {error}") from error
-        finally:
-            self._telemetry.add_time("resolve", perf_counter() - started)
-            self._telemetry.add_span(ref, "resolve", started)
 
     async def _resolve_parts(self, merge: Merge) -> list[AdapterKey]:
         """Resolve the parts concurrently; other callers may join each of them."""

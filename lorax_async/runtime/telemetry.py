@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import count
-from time import monotonic
+from time import monotonic, perf_counter
 from types import MappingProxyType
 from typing import Any, NamedTuple, get_args
 
@@ -25,12 +25,16 @@ from lorax_async.events import (
     HeaderChecked,
     Hit,
     LayerReady,
+    SlotFreed,
 )
-from lorax_async.tracing import Tracer, name_of, now
+from lorax_async.tracing import Tracer
 from lorax_async.types import AdapterKey, Ref
 
 STORY_LENGTH = 16
-"""Events kept per adapter; those of single layers are published but not kept."""
+"""Events kept per adapter; `_DETAILS` are published but not kept."""
+
+_DETAILS = HeaderChecked | BytesMoved | LayerReady | SlotFreed | CallEvent
+"""Events that are made only if there are subscribers, and calls."""
 
 REST_LENGTH = 3
 """Events kept per adapter that is not on the device: its last occupancy with its end."""
@@ -75,7 +79,7 @@ def kind_of(error: LoraxError) -> tuple[str, str]:
 
 
 class Telemetry:
-    """Collects events and totals, calls subscribers on the loop, and adds spans to the tracer."""
+    """Collects totals, and publishes events to subscribers on the loop; a trace is the first."""
 
     def __init__(self, tracer: Tracer | None = None) -> None:
         self.tracer = tracer or Tracer()
@@ -98,15 +102,15 @@ class Telemetry:
 
     @property
     def has_subscribers(self) -> bool:
-        return bool(self._subscribers)
+        return self.tracer.on is not None or bool(self._subscribers)
 
     def publish(self, event: Event | CallEvent) -> None:
         """Add an event to its adapter's story and call the subscribers; log their exceptions."""
-        if not isinstance(event, BytesMoved | LayerReady | HeaderChecked | CallEvent):
+        if not isinstance(event, _DETAILS):
             story = self._stories.get(event.key, ())
             self._stories[event.key] = (*story[1 - STORY_LENGTH :], event)
-            if self.tracer.on is not None:
-                self.tracer.on.note(event)
+        if isinstance(event, Event):
+            self.note(event)
         for kind, callback in tuple(self._subscribers.values()):
             if not isinstance(event, kind):
                 continue
@@ -114,6 +118,11 @@ class Telemetry:
                 callback(event)
             except (Exception, CancelledError):
                 _logger.exception("a subscriber failed on %s", type(event).__name__)
+
+    def note(self, event: Event) -> None:
+        """Show an event to the trace alone, which `publish` does again."""
+        if self.tracer.on is not None:
+            self.tracer.on.note(event)
 
     @contextmanager
     def call(self, method: str, ref: Ref) -> Iterator[None]:
@@ -167,19 +176,24 @@ class Telemetry:
         """Add the time in the queue of an adapter that was wanted at `since` and has its slot."""
         started = max(since, self._checked.pop(key, since))
         self.add_time("queue", max(0.0, time - started))
-        self.add_span(key, "queue", started)
+        self.tracer.span("files", None, "queue", key, start=int(started * 1e9)).end()
 
-    def add_time(self, stage: Stage, seconds: float, nbytes: int = 0) -> None:
+    def add_time(self, stage: Stage, seconds: float) -> None:
         self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
+
+    def add_bytes(self, stage: Stage, nbytes: int) -> None:
         if nbytes:
             self._nbytes[stage] = self._nbytes.get(stage, 0) + nbytes
 
-    def add_span(self, ref: Ref, what: str, started: float) -> None:
-        """Add a span from `started`, of `time.perf_counter()`, until now to the trace."""
-        recorder = self.tracer.on
-        if recorder is not None:
-            stop = now()
-            recorder.add("files", name_of(ref), what, min(stop, int(started * 1e9)), stop)
+    @contextmanager
+    def timed(self, stage: Stage, ref: Ref, name: str) -> Iterator[None]:
+        """Add the time of the block to a stage's total, and a span to the trace."""
+        started = perf_counter()
+        with self.tracer.span("files", None, name, ref):
+            try:
+                yield
+            finally:
+                self.add_time(stage, perf_counter() - started)
 
     def statistics(self) -> Statistics:
         return Statistics(

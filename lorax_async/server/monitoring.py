@@ -316,18 +316,14 @@ class ColdRequest:
         self._requests = requests
         self._trace = loader.trace(limit=SPAN_LIMIT).start()
         self._began = time.monotonic()
-        recorder = loader.tracer.on
-        assert recorder is not None  # it records this trace
-        name = self.names[0]
-        self._recorder = recorder
-        self._span = recorder.begin("requests", None, f"request {name}", adapter=name)
+        self._span = loader.tracer.span("requests", None, "request", as_ref(adapter))
 
     def end(self, outcome: str) -> None:
         """End the recording. Only the first call counts."""
         if not self.outcome:
             self.outcome = outcome
             self.seconds, self.ended = time.monotonic() - self._began, time.time()
-            self._recorder.end(self._span, outcome=outcome)
+            self._span.end(outcome=outcome)
             self._trace.stop()
             self._requests.finish(self)
 

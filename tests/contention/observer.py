@@ -132,6 +132,8 @@ class ObservedDevice(SimulatedDevice):
                 self.stays[event.slot.index] = Stay(event.key, event.slot, event.nbytes)
                 taken = sum(stay.nbytes for stay in self.stays.values())
                 self.blame(taken <= len(self._arena), "more was granted than the arena has")
+            elif isinstance(event, events.SlotFreed):
+                self.blame(stay is None, "a slot was freed before it was cleared")
             elif stay is None or (stay.slot, stay.key) != (event.slot, event.key):
                 self.blame(False, f"{type(event).__name__} of a slot that somebody else has")
             elif isinstance(event, LayerReady):

@@ -17,6 +17,7 @@ from lorax_async.engines.batch import ModelBatch, PlanCache
 from lorax_async.engines.layer_gate import LayerGate
 from lorax_async.errors import FetchError, UsageError
 from lorax_async.events import SlotId
+from lorax_async.tracing import Tracer
 from telling import TellingLock
 
 
@@ -138,7 +139,7 @@ def begun(meeting: Meeting) -> tuple[ModelBatch, list[str]]:
             return found
 
     place: Any = SimpleNamespace(loop=None, device=None, tables=None, factors=None)
-    place.tracer, seen = SimpleNamespace(on=None), list[str]()
+    place.tracer, seen = Tracer(), list[str]()
     rows: list[Any] = [Handle(0, meeting.step, seen)]
     batch = Halting(rows, place)
     batch.begin()

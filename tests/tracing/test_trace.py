@@ -18,7 +18,7 @@ from lorax_async import tracing as recorders
 from lorax_async.cli.timeline import record_trace
 from lorax_async.loader import AdapterLoader
 from lorax_async.testing import FakeSource
-from lorax_async.tracing import Recorder, Ring, Trace, Tracer, last_part, microseconds, name_of, now
+from lorax_async.tracing import Record, Ring, Trace, Tracer, last_part, microseconds, name_of, now
 from lorax_async.types import AdapterKey, AdapterRef, Merge, Ref, RemoteKey, TensorsKey
 from tiny_loaders import fails, gated, loader
 from tiny_sources import over, stocked
@@ -157,12 +157,14 @@ async def test_a_slot_leaves_also_after_its_last_layer(tmp_path: Path) -> None:
 
 
 async def test_a_load_that_fails_or_is_cancelled_has_its_ends(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "broken", "held")
+    source = stocked(tmp_path, "broken", "closed", "held")
     source.fail("bring", errors.FetchError("the line is down"), id="broken", at=1)
+    source.fail("open", errors.FetchError("the source is down"), id="closed")
     source.hold("held")
     async with over(source) as there:
         with there.trace() as trace:
             await fails(there.load("broken"), errors.FetchError)
+            await fails(there.load("closed"), errors.FetchError)
             await fails(there.load("nowhere"), errors.AdapterNotFoundError)
             task = asyncio.create_task(there.load("held"))
             source.allow("held", 0)
@@ -172,8 +174,9 @@ async def test_a_load_that_fails_or_is_cancelled_has_its_ends(tmp_path: Path) ->
             await until(lambda: not there.placement().adapters)
     events = require_trace(trace.as_json())
     ended = {each["name"]: each["args"]["outcome"] for each in of(events, "requests")}
-    kinds = ("FetchError", "AdapterNotFoundError", "cancelled")
-    assert ended == dict(zip(("load broken", "load nowhere", "load held"), kinds, strict=True))
+    failed = {"load broken": "FetchError", "load closed": "FetchError", "load held": "cancelled"}
+    assert ended == failed | {"load nowhere": "AdapterNotFoundError"}
+    assert len(of(events, "files", "fetch header")) == 3, "also the one that failed"
     outcomes = [each["args"]["outcome"] for each in of(events, "layers") if "bytes" in each["args"]]
     assert sorted(outcomes) == ["FetchError", "leaving"]
     assert not [each for each in events if each["args"].get("unfinished")]
@@ -240,8 +243,8 @@ def test_passes_do_not_push_out_a_load() -> None:
     """A decoding step has a span for each layer; a slow load outlives thousands of them."""
     ring = Ring(3)
 
-    def record(start: int, row: recorders.Row) -> recorders.Record:
-        return recorders.Record(row, "lane", "layer 0", start, start + 1, {"layer": 0})
+    def record(start: int, row: recorders.Row) -> Record:
+        return Record(row, "lane", "layer 0", start, start + 1, {"layer": 0})
 
     copy = record(0, "copies")
     passes = [record(number, "compute") for number in range(1, 1_001)]
@@ -337,10 +340,10 @@ async def test_a_command_writes_its_trace(folders: list[Path], tmp_path: Path, f
 def test_a_part_is_cut_out() -> None:
     tracer = Tracer()
     trace = Trace(tracer, 100, dict).start()
-    t, recorder = now(), cast(Recorder, tracer.on)
+    t, recorder = now(), cast(Any, tracer.on)
     for start, end in ((1_000, 2_000), (2_000, 4_000), (4_500, 6_000), (7_000, 9_000)):
-        recorder.add("files", "stream", str(start), t + start, t + end)
-    recorder.add("files", "stream", "9500", t + 9_500, t + 9_900)
+        recorder.record(Record("files", "stream", str(start), t + start, t + end, {}))
+    recorder.record(Record("files", "stream", "9500", t + 9_500, t + 9_900, {}))
     while now() < t + 10_000:  # it is not read in the future
         pass
     found: Any = trace.as_json(t + 3_000, t + 8_000)
@@ -359,20 +362,19 @@ def test_a_part_is_cut_out() -> None:
 def test_a_span_ends_while_it_is_read(monkeypatch: Patch, before: bool) -> None:
     tracer = Tracer()
     with Trace(tracer, 100, dict) as trace:
-        recorder = cast(Recorder, tracer.on)
-        span = recorder.begin("requests", None, "load a")
+        span = tracer.span("requests", None, "load", AdapterRef("a"))
         look = Ring.look
 
-        def ending(ring: Ring, since: int) -> tuple[list[recorders.Record], int]:
+        def ending(ring: Ring, since: int) -> tuple[list[Record], int]:
             found = look(ring, since) if not before else None
-            recorder.end(span, outcome="done")
+            span.end(outcome="done")
             return found or look(ring, since)
 
         monkeypatch.setattr(Ring, "look", ending)
         (event,) = require_trace(trace.as_json())
         assert event["name"] == "load a"
         if before:
-            assert event["args"] == {"outcome": "done"}
+            assert event["args"] == {"adapter": "a", "outcome": "done"}
 
 
 def test_no_nanosecond_is_lost_where_fractions_are_cut_off() -> None:
@@ -394,9 +396,8 @@ def test_a_trace_is_written_event_by_event(monkeypatch: Patch) -> None:
 
     tracer = Tracer()
     with Trace(tracer, 5_000, dict) as trace:
-        recorder = cast(Recorder, tracer.on)
         for _ in range(5_000):
-            recorder.add("files", "x", "fetch", now(), now())
+            tracer.span("files", "x", "fetch").end()
     monkeypatch.setattr(json, "dumps", watched)
     assert len(trace.encoded()) > 400_000
     assert 0 < max(lengths) < 1_000
