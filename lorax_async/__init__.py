@@ -8,7 +8,7 @@ async with AdapterLoader(layout, LoaderConfig()) as loader:
 import logging
 
 from lorax_async import layouts
-from lorax_async.config import Limits, LoaderConfig, LocalRoot, Shard
+from lorax_async.config import Limits, LoaderConfig, LocalRoot, Shard, StoreConfig
 from lorax_async.errors import (
     AccessDeniedError,
     AdapterError,
@@ -54,11 +54,12 @@ from lorax_async.ids import Allow, parse_adapter_id
 from lorax_async.loader import AdapterLoader
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.runtime.acquire import Prefetch
-from lorax_async.runtime.folders import AdapterFolder
+from lorax_async.runtime.folders import AdapterFolder, StoredAdapter
 from lorax_async.runtime.placement import AdapterResidency, Placement
 from lorax_async.runtime.telemetry import Budget, Statistics, Usage
 from lorax_async.scheduler.requests import Request, Ticket
 from lorax_async.scheduler.scheduler import AdapterScheduler, Batch, BatchRow
+from lorax_async.store import AdapterStore
 from lorax_async.types import AdapterKey, AdapterRef, Merge, Verification
 
 __all__ = [
@@ -74,6 +75,7 @@ __all__ = [
     "AdapterRef",
     "AdapterResidency",
     "AdapterScheduler",
+    "AdapterStore",
     "AdapterTimeoutError",
     "Allow",
     "Batch",
@@ -117,6 +119,8 @@ __all__ = [
     "SlotGranted",
     "SlotId",
     "Statistics",
+    "StoreConfig",
+    "StoredAdapter",
     "Ticket",
     "TransferError",
     "UnsupportedAdapterError",

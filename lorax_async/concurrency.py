@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Hashable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from threading import Event, Lock, Thread
 from typing import Any, Generic, Protocol, TypeVar
 
-from lorax_async.errors import FetchError, LoaderClosedError, LoraxError, Stage
+from lorax_async.errors import FetchError, LoaderClosedError, LoraxError, Stage, UsageError
 
 
 class FetchControl:
@@ -351,6 +352,75 @@ async def in_own_thread(name: str, work: Callable[[], None]) -> None:
     thread.start()
     await outcome(ended)
     thread.join()
+
+
+class Lifetime:
+    """The life of a `kind` ("loader") of object: entered once, on one loop of one process.
+
+    `use` is how a program enters it.
+    """
+
+    def __init__(self, kind: str, use: str) -> None:
+        self.kind = kind
+        self._use = use
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._pid = os.getpid()
+        self._is_open = False
+        self._closing: asyncio.Task[None] | None = None
+
+    @asynccontextmanager
+    async def entering(self) -> AsyncIterator[None]:
+        """Enter the object: open its parts within the block. If that fails, it may be repeated."""
+        if self._loop is not None:
+            raise UsageError(f"a {self.kind} can be entered once; create a new one")
+        self._loop = asyncio.get_running_loop()
+        try:
+            yield
+        except BaseException:
+            self._loop = None
+            raise
+        self._is_open = True
+
+    async def close(self, end: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run `end` once, to its end even if the caller is cancelled. Idempotent."""
+        self.check_loop()
+        if self._closing is None:
+            self._closing = asyncio.create_task(end(), name=f"lorax close {self.kind}")
+        await asyncio.shield(self._closing)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is closed or closing."""
+        return self._closing is not None
+
+    @property
+    def is_unclosed(self) -> bool:
+        """Whether it was entered and never closed."""
+        return self._loop is not None and self._closing is None
+
+    def check_loop(self) -> None:
+        """Raise `UsageError` on another loop than the one that entered, or in another process."""
+        kind = self.kind
+        if self._loop is None or not self._is_open:
+            raise UsageError(f"enter the {kind} first: `{self._use}`")
+        if os.getpid() != self._pid:
+            raise UsageError(f"a {kind} belongs to one process; create one per process")
+        if running_loop() is not self._loop:
+            raise UsageError(
+                f"a {kind} belongs to the event loop that entered it; "
+                "from another thread, use asyncio.run_coroutine_threadsafe"
+            )
+
+    def check_open(self) -> None:
+        """Call `check_loop`; raise `LoaderClosedError` once it is closing."""
+        self.check_loop()
+        if self._closing is not None:
+            raise LoaderClosedError(f"the {self.kind} is closed")
+
+    def check_readable(self) -> None:
+        """Allow what only reads on the loop, and in any thread once the loop is closed."""
+        if self._loop is None or not self._loop.is_closed():
+            self.check_loop()
 
 
 class SharedTasks(Generic[K, R]):

@@ -1,4 +1,4 @@
-"""The settings of a loader: immutable, checked at construction, with defaults for a laptop."""
+"""The settings of a store and of a loader: immutable, checked when they are made."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ __all__ = [
     "LocalRoot",
     "Root",
     "Shard",
+    "StoreConfig",
     "as_local_roots",
 ]
 
@@ -123,8 +124,6 @@ MAX_SLOTS = 65_536
 
 MAX_THREADS = 256
 
-_MAXIMA = {"max_slots": MAX_SLOTS, "io_threads": MAX_THREADS, "connections": MAX_THREADS}
-
 Eviction = Literal["lru", "lfu", "gdsf"]
 """The eviction policy."""
 
@@ -141,8 +140,111 @@ DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoaderConfig:
-    """Settings of an `AdapterLoader`.
+class StoreConfig:
+    """Settings of an `AdapterStore`: where adapters may come from, and the cache on disk.
+
+    Parameters
+    ----------
+    timeout
+        The default timeout of calls, in seconds.
+    local_roots
+        Folders below which a `str` id may name an adapter: paths or `LocalRoot`s; kept as
+        `LocalRoot`s. A `pathlib.Path` id needs none.
+    allow
+        Places from which remote adapters may be loaded, as `Allow` entries (docs/sources.md).
+        Without entries: the hub. Entries for the hub limit it to what they name.
+    hub_endpoint
+        URL of the hub. None: huggingface_hub's own, https://huggingface.co or `HF_ENDPOINT` at its
+        import. The hosts to which it redirects are allowed.
+    hub_cache
+        The standard hub cache, shared with other programs: "read" uses its files, "off" ignores it.
+        It is never written: downloads go to `cache_dir`.
+    hub_cache_dir
+        Its folder. None: huggingface_hub's.
+    offline
+        Make no request: load from local folders and the two caches only.
+    verify
+        When to check digests: "stream" returns from `load` when the weights are on the device, and
+        checks meanwhile; "before_use" waits for the check, of local files too; "none" checks none.
+    cache_dir
+        The folder of the disk cache, private to this user; made when first needed. None:
+        `$XDG_CACHE_HOME/lorax-async`, else `~/.cache/lorax-async` (see `cache_folder`).
+    cache_bytes
+        Budget of that folder.
+    connections
+        Connections to all sources together; each has a thread.
+    revalidate
+        Seconds for which a source's answer about a movable revision, or about access to an adapter,
+        is reused; 0 always asks again.
+    eviction
+        The eviction policy, on disk, in host memory and on the device: "lru", "lfu" (with ageing),
+        or "gdsf" (frequency and cost per byte).
+    limits
+        Limits on untrusted adapters.
+
+    Raises
+    ------
+    ConfigError
+        A value is out of range or not available here.
+    """
+
+    timeout: float = 300.0
+    local_roots: tuple[Root, ...] = ()
+    allow: tuple[Allow, ...] = ()
+    hub_endpoint: str | None = None
+    hub_cache: HubCache = "read"
+    hub_cache_dir: str | os.PathLike[str] | None = None
+    offline: bool = False
+    verify: Checking = "stream"
+    cache_dir: str | os.PathLike[str] | None = None
+    cache_bytes: int = 16 * GiB
+    connections: int = 16
+    revalidate: float = 60.0
+    eviction: Eviction = "lru"
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if str(self.hub_cache) == "write":
+            raise ConfigError(
+                'hub_cache="write" was removed: what comes from the hub goes to cache_dir. Use'
+                ' hub_cache="read", and `hf download` to fill the standard hub cache'
+            )
+        for name, words in (("eviction", Eviction), ("hub_cache", HubCache), ("verify", Checking)):
+            require_one_of(name, getattr(self, name), get_args(words))
+        require_bool("offline", self.offline)
+        if not isinstance(self.limits, Limits):
+            raise ConfigError(f"limits must be Limits(…), not {self.limits!r}")
+        require_count("cache_bytes", self.cache_bytes)
+        _require_at_most("connections", self.connections, MAX_THREADS)
+        require_seconds("timeout", self.timeout)
+        _require_zero_or_seconds("revalidate", self.revalidate)
+        normalized = {
+            "local_roots": as_local_roots(self.local_roots),
+            "allow": as_allow(self.allow),
+            "hub_endpoint": _endpoint(self.hub_endpoint),
+            "hub_cache_dir": _as_folder("hub_cache_dir", self.hub_cache_dir),
+            "cache_dir": _as_folder("cache_dir", self.cache_dir),
+        }
+        for name, value in normalized.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def cache_folder(self) -> Path:
+        """`cache_dir`, or the default folder by the current environment."""
+        return Path(self.cache_dir) if self.cache_dir is not None else _default_cache_folder()
+
+    def seconds(self, timeout: object) -> float:
+        """Check and return a call's timeout; None is the configured one. Raises `UsageError`."""
+        number: Any = self.timeout if timeout is None else timeout
+        plain = isinstance(number, int | float) and not isinstance(number, bool)
+        if plain and 0 <= number <= MAX_SECONDS:
+            return float(number)
+        raise UsageError(f"a timeout is from 0 to {MAX_SECONDS:g} seconds, not {timeout!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoaderConfig(StoreConfig):
+    """Settings of an `AdapterLoader`: those of its `StoreConfig`, the device, and the budgets.
 
     Parameters
     ----------
@@ -173,49 +275,14 @@ class LoaderConfig:
         Adapters that can be resident or streaming at once.
     io_threads
         Threads that read and copy bytes. Small metadata has two threads of its own.
-    timeout
-        The default timeout of calls, in seconds.
     starvation_age
         Seconds after which a request that waits for a slot blocks new leases on an adapter that is
         always leased, so that its slot becomes free. Also the worth of one level of priority.
     min_residency
         Seconds for which a resident adapter is not evicted for requests that have waited less than
         `starvation_age`.
-    eviction
-        The eviction policy: "lru", "lfu" (with ageing), or "gdsf" (frequency and cost per byte).
-    local_roots
-        Folders below which a `str` id may name an adapter: paths or `LocalRoot`s; kept as
-        `LocalRoot`s. A `pathlib.Path` id needs none.
-    allow
-        Places from which remote adapters may be loaded, as `Allow` entries (docs/sources.md).
-        Without entries: the hub. Entries for the hub limit it to what they name.
-    hub_endpoint
-        URL of the hub. None: huggingface_hub's own, https://huggingface.co or `HF_ENDPOINT` at its
-        import. The hosts to which it redirects are allowed.
-    hub_cache
-        The standard hub cache, shared with other programs: "read" uses its files, "off" ignores it.
-        It is never written: downloads go to `cache_dir`.
-    hub_cache_dir
-        Its folder. None: huggingface_hub's.
-    offline
-        Make no request: load from local folders and the two caches only.
-    verify
-        When to check digests: "stream" returns from `load` when the weights are on the device, and
-        checks meanwhile; "before_use" waits for the check, of local files too; "none" checks none.
-    cache_dir
-        The folder of the disk cache, private to this user; made when first needed. None:
-        `$XDG_CACHE_HOME/lorax-async`, else `~/.cache/lorax-async` (see `cache_folder`).
-    cache_bytes
-        Budget of that folder.
-    connections
-        Connections to all sources together; each has a thread.
-    revalidate
-        Seconds for which a source's answer about a movable revision, or about access to an adapter,
-        is reused; 0 always asks again.
     check_finite
         Refuse adapters with NaN or infinite weights (reads every byte once more, off the loop).
-    limits
-        Limits on untrusted adapters.
 
     Raises
     ------
@@ -227,82 +294,36 @@ class LoaderConfig:
     dtype: object | None = None
     shard: Shard | None = None
     device_bytes: int = 256 * MiB
+    staging_bytes: int = 16 * MiB
     host_bytes: int = 256 * MiB
     memory_bytes: int = 256 * MiB
     spill: bool = True
     pinned_bytes: int = 0
-    staging_bytes: int = 16 * MiB
     max_slots: int = 16
     io_threads: int = field(default_factory=lambda: min(4, os.cpu_count() or 1))
-    timeout: float = 300.0
     starvation_age: float = 5.0
     min_residency: float = 0.0
-    eviction: Eviction = "lru"
-    local_roots: tuple[Root, ...] = ()
-    allow: tuple[Allow, ...] = ()
-    hub_endpoint: str | None = None
-    hub_cache: HubCache = "read"
-    hub_cache_dir: str | os.PathLike[str] | None = None
-    offline: bool = False
-    verify: Checking = "stream"
-    cache_dir: str | os.PathLike[str] | None = None
-    cache_bytes: int = 16 * GiB
-    connections: int = 16
-    revalidate: float = 60.0
     check_finite: bool = False
-    limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
+        StoreConfig.__post_init__(self)  # super() does not work in a dataclass with slots
         if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
             raise ConfigError(
                 f"device {self.device!r} is not 'cpu', 'cuda', 'cuda:N' or 'simulated'"
             )
-        if str(self.hub_cache) == "write":
-            raise ConfigError(
-                'hub_cache="write" was removed: what comes from the hub goes to cache_dir. Use'
-                ' hub_cache="read", and `hf download` to fill the standard hub cache'
-            )
-        for name, words in (("eviction", Eviction), ("hub_cache", HubCache), ("verify", Checking)):
-            require_one_of(name, getattr(self, name), get_args(words))
-        for name in ("check_finite", "spill", "offline"):
+        for name in ("check_finite", "spill"):
             require_bool(name, getattr(self, name))
-        if not isinstance(self.limits, Limits):
-            raise ConfigError(f"limits must be Limits(…), not {self.limits!r}")
         if not isinstance(self.shard, Shard | None):
             raise ConfigError(f"shard must be Shard(rank, world_size) or None, not {self.shard!r}")
-        self._check_numbers()
-        normalized = {
-            "dtype": _dtype_name(self.dtype),
-            "local_roots": as_local_roots(self.local_roots),
-            "allow": as_allow(self.allow),
-            "hub_endpoint": _endpoint(self.hub_endpoint),
-            "hub_cache_dir": _as_folder("hub_cache_dir", self.hub_cache_dir),
-            "cache_dir": _as_folder("cache_dir", self.cache_dir),
-        }
-        for name, value in normalized.items():
-            object.__setattr__(self, name, value)
-
-    def _check_numbers(self) -> None:
-        for name in ("device_bytes", "staging_bytes", "cache_bytes"):
+        for name in ("device_bytes", "staging_bytes"):
             require_count(name, getattr(self, name))
-        for name, maximum in _MAXIMA.items():
-            require_count(name, getattr(self, name))
-            if getattr(self, name) > maximum:
-                raise ConfigError(
-                    f"{name} must be {maximum:,} at most, not {getattr(self, name):,}"
-                )
+        _require_at_most("max_slots", self.max_slots, MAX_SLOTS)
+        _require_at_most("io_threads", self.io_threads, MAX_THREADS)
         for name in ("host_bytes", "memory_bytes", "pinned_bytes"):
             require_count(name, getattr(self, name), least=0)
-        for name in ("timeout", "starvation_age"):
-            require_seconds(name, getattr(self, name))
-        for name in ("min_residency", "revalidate"):
-            if getattr(self, name) != 0 or isinstance(getattr(self, name), bool):
-                require_seconds(name, getattr(self, name))
-
-    @property
-    def cache_folder(self) -> Path:
-        """`cache_dir`, or the default folder by the current environment."""
-        return Path(self.cache_dir) if self.cache_dir is not None else _default_cache_folder()
+        require_seconds("starvation_age", self.starvation_age)
+        _require_zero_or_seconds("min_residency", self.min_residency)
+        object.__setattr__(self, "dtype", _dtype_name(self.dtype))
 
     @property
     def storage_dtype(self) -> str | None:
@@ -316,13 +337,16 @@ class LoaderConfig:
         name = next(name for name, word in DTYPES.items() if word == layout_dtype)
         return replace(self, dtype=name)
 
-    def seconds(self, timeout: object) -> float:
-        """Check and return a call's timeout; None is the configured one. Raises `UsageError`."""
-        number: Any = self.timeout if timeout is None else timeout
-        plain = isinstance(number, int | float) and not isinstance(number, bool)
-        if plain and 0 <= number <= MAX_SECONDS:
-            return float(number)
-        raise UsageError(f"a timeout is from 0 to {MAX_SECONDS:g} seconds, not {timeout!r}")
+
+def _require_at_most(name: str, value: object, maximum: int) -> None:
+    require_count(name, value)
+    if isinstance(value, int) and value > maximum:
+        raise ConfigError(f"{name} must be {maximum:,} at most, not {value:,}")
+
+
+def _require_zero_or_seconds(name: str, value: object) -> None:
+    if value != 0 or isinstance(value, bool):
+        require_seconds(name, value)
 
 
 def _dtype_name(dtype: object) -> str | None:

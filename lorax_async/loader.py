@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
 import sys
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
@@ -12,16 +10,10 @@ from typing import Any, Self, TypeVar, overload
 
 import torch
 
-from lorax_async.concurrency import running_loop
+from lorax_async.concurrency import Lifetime
 from lorax_async.config import LoaderConfig
 from lorax_async.devices.base import Device
-from lorax_async.errors import (
-    ConfigError,
-    InvalidAdapterIdError,
-    LoaderClosedError,
-    LoraxError,
-    UsageError,
-)
+from lorax_async.errors import ConfigError, InvalidAdapterIdError, LoraxError, UsageError
 from lorax_async.events import CallEvent, Event
 from lorax_async.formats.peft_config import GivenConfig, write_config
 from lorax_async.handle import AdapterHandle, current_task_name
@@ -79,25 +71,17 @@ class AdapterLoader:
         """The layout with the sizes of the config's shard."""
         self._source = source
         self._device = device
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._pid = os.getpid()
-        self._open = False
-        self._closing: asyncio.Task[None] | None = None
+        self._lifetime = Lifetime("loader", "async with AdapterLoader(…) as loader")
 
     # -- life -------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
-        if self._loop is not None:
-            raise UsageError("a loader can be entered once; create a new one")
-        self._loop = asyncio.get_running_loop()
-        try:
-            self._assembly = Assembly(self._sharding, self.config, self._source, self._device)
-            await self._assembly.open(self._check_open)
-        except BaseException:
-            self._loop = None
-            raise
+        async with self._lifetime.entering():
+            self._assembly = Assembly(
+                self._sharding, self.config, self._source, self._device, self._check_open
+            )
+            await self._assembly.open()
         self._driver, self._acquiring = self._assembly.driver, self._assembly.acquiring
-        self._open = True
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -108,22 +92,22 @@ class AdapterLoader:
 
         Idempotent; goes on if the caller is cancelled.
         """
-        self._check_loop()
-        if self._closing is None:
-            closing = self._assembly.close(self.config.seconds(timeout))
-            self._closing = asyncio.create_task(closing, name="lorax close")
-        await asyncio.shield(self._closing)
+        await self._lifetime.close(lambda: self._assembly.close(self.config.seconds(timeout)))
 
     @property
     def closed(self) -> bool:
         """Whether the loader is closed or closing."""
-        return self._closing is not None
+        return self._lifetime.closed
 
     def __del__(self) -> None:
-        if getattr(self, "_loop", None) is not None and self._closing is None:
+        lifetime = getattr(self, "_lifetime", None)
+        if lifetime is not None and lifetime.is_unclosed:
             warnings.warn(
                 "an AdapterLoader was never closed; use `async with`", ResourceWarning, stacklevel=2
             )
+
+    def _check_open(self) -> None:
+        self._lifetime.check_open()
 
     # -- loading ----------------------------------------------------------------------------------
 
@@ -217,7 +201,7 @@ class AdapterLoader:
         """
         self._check_open()
         ref = as_ref(adapter_id, source, revision, token, digest, allow_stale=allow_stale)
-        return await self._assembly.folders.fetch(ref, self.config.seconds(timeout))
+        return await self._assembly.store.folders.fetch(ref, self.config.seconds(timeout))
 
     def try_acquire(self, adapter_id: AdapterId) -> AdapterHandle | None:
         """Return a handle if the adapter is resident, else None. No I/O, no waiting.
@@ -312,7 +296,7 @@ class AdapterLoader:
         """
         self._check_open()
         ref, seconds = as_ref(adapter_id), self.config.seconds(timeout)
-        key = self._assembly.resolver.known(ref)
+        key = self._assembly.store.resolver.known(ref)
         if key is None:
             return
         try:
@@ -423,20 +407,20 @@ class AdapterLoader:
 
         Of a closed loader, too: nothing is in use then.
         """
-        self._check_readable()
+        self._lifetime.check_readable()
         driver, assembly = self._driver, self._assembly
         return Placement(
             driver.lifecycle.states,
             driver.files.holds,
             assembly.copies.sizes,
-            known=assembly.resolver.known,
+            known=assembly.store.resolver.known,
             story=driver.telemetry.story,
             usage=assembly.usage,
         )
 
     def statistics(self) -> Statistics:
         """Return totals since the loader was opened; of a closed loader, the last ones."""
-        self._check_readable()
+        self._lifetime.check_readable()
         return self._assembly.statistics()
 
     @overload
@@ -458,7 +442,7 @@ class AdapterLoader:
     @property
     def tracer(self) -> Tracer:
         """The tracer to which the loader and its engines report while a trace is recorded."""
-        return self._assembly.tracer
+        return self._assembly.store.tracer
 
     def trace(self, *, limit: int = TRACE_LIMIT) -> Trace:
         """Return a trace that records spans of all work within `with loader.trace() as trace:`.
@@ -473,28 +457,4 @@ class AdapterLoader:
         def names_by_slot() -> dict[int, str]:
             return {held.grant.slot.index: name_of(key) for key, held in occupancies.items()}
 
-        return Trace(self._assembly.tracer, limit, names_by_slot)
-
-    # -- checks -----------------------------------------------------------------------------------
-
-    def _check_loop(self) -> None:
-        """Raise `UsageError` on another loop than the one that entered, or in another process."""
-        if self._loop is None or not self._open:
-            raise UsageError("enter the loader first: `async with AdapterLoader(…) as loader`")
-        if os.getpid() != self._pid:
-            raise UsageError("a loader belongs to one process; create one per process")
-        if running_loop() is not self._loop:
-            raise UsageError(
-                "a loader belongs to the event loop that entered it; "
-                "from another thread, use asyncio.run_coroutine_threadsafe"
-            )
-
-    def _check_open(self) -> None:
-        self._check_loop()
-        if self._closing is not None:
-            raise LoaderClosedError("the loader is closed")
-
-    def _check_readable(self) -> None:
-        """Allow what only reads on the loop, and in any thread once the loop is closed."""
-        if self._loop is None or not self._loop.is_closed():
-            self._check_loop()
+        return Trace(self._assembly.store.tracer, limit, names_by_slot)

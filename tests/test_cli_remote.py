@@ -22,7 +22,7 @@ from hub_stand_in import HubStandIn, sha256
 import split_files
 import tiny
 from command_line import ADAPTERS, base, output
-from lorax_async import AdapterRef, LoaderConfig, UsageError
+from lorax_async import AdapterRef, StoreConfig, UsageError
 from lorax_async.cache.base import CacheKey
 from lorax_async.cli import main
 from lorax_async.cli.cache_commands import AT_ONCE, FetchRow, fetch_all
@@ -30,7 +30,6 @@ from lorax_async.cli.command_line import as_allow, as_place, loader_settings
 from lorax_async.cli.load import create_loads
 from lorax_async.formats.split_weights import WEIGHTS_FILE
 from lorax_async.ids import Allow, parse_ref
-from lorax_async.remote.remote_source import open_remote_source
 
 pytestmark = pytest.mark.usefixtures("no_socket_left", "nothing_left", "hub_client")
 
@@ -205,11 +204,11 @@ async def test_a_few_at_a_time(tmp_path: Path) -> None:
     names = [f"n{number}" for number in range(2 * AT_ONCE)]
     folder = tiny.write(tmp_path / "a")
     files, gate = files_of(dict.fromkeys(names, folder)), threading.Event()
-    states, resolving = dict[int, str](), list[int]()
+    states, sizes, resolving = dict[int, str](), dict[int, object](), list[int]()
 
-    def show(number: int, row: FetchRow) -> None:
+    def show(number: int, _: str, done: int, total: int | None, state: str) -> None:
         """Nobody is answered before it has been seen twice who asks."""
-        states[number] = row.state
+        states[number], sizes[number] = state, (done, total)
         if number == len(names) - 1:
             resolving.append(list(states.values()).count("resolving"))
             if resolving[-2:] == [max(resolving)] * 2 and resolving[-1]:
@@ -221,13 +220,13 @@ async def test_a_few_at_a_time(tmp_path: Path) -> None:
 
     with FaultServer(b"", behave) as server:
         allowed = (Allow("http", "127.0.0.1", server.port),)
-        config = LoaderConfig(cache_dir=tmp_path / "cache", allow=allowed)
+        config = StoreConfig(cache_dir=tmp_path / "cache", allow=allowed)
         rows = [FetchRow(parse_ref(AdapterRef(server.url(f"/{name}/")))) for name in names]
-        with open_remote_source(config) as elsewhere:
-            await fetch_all(elsewhere, rows, show)
-    size = len(contents(folder)[NAMES[1]])
-    assert {(row.state, row.downloaded) for row in rows} == {("fetched", (size, size))}
-    assert len({row.place for row in rows}) == len(names)
+        await fetch_all(config, rows, show)
+    size = sum(map(len, contents(folder).values()))
+    assert set(states.values()) == {"fetched"}
+    assert set(sizes.values()) == {(size, size)}
+    assert len({row.as_json()["place"] for row in rows}) == len(names)
     assert max(resolving) == AT_ONCE
 
 

@@ -116,7 +116,7 @@ def test_settings_are_frozen_and_go_by_name(config: LoaderConfig | Limits) -> No
     assert hash(config) == hash(type(config)())
     assert config == type(config)()
     with pytest.raises(TypeError):
-        LoaderConfig("cpu")  # type: ignore[call-arg]
+        LoaderConfig("cpu")  # type: ignore[arg-type,call-arg]
     with pytest.raises(errors.ConfigError):
         replace(LoaderConfig(), max_slots=0)
 

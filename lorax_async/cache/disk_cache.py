@@ -32,7 +32,7 @@ from lorax_async.cache.entries import (
     remove_leftovers,
 )
 from lorax_async.cache.partials import OpenPartial, PartialFile, Partials
-from lorax_async.config import LoaderConfig
+from lorax_async.config import StoreConfig
 from lorax_async.errors import (
     AdapterFormatError,
     FetchError,
@@ -362,7 +362,7 @@ def _name_of(question: str) -> str:
 class OwnCache:
     """The disk cache of one loader, made when it is first needed. From any thread; blocks."""
 
-    def __init__(self, config: LoaderConfig) -> None:
+    def __init__(self, config: StoreConfig) -> None:
         self._config = config
         self._lock = Lock()
         self._cache: DiskCache | None = None

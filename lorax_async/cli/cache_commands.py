@@ -37,15 +37,13 @@ from lorax_async.cli.command_line import (
     loader_settings,
     run_on_uvloop,
 )
-from lorax_async.config import LoaderConfig
+from lorax_async.config import StoreConfig
 from lorax_async.errors import InvalidAdapterIdError, LoraxError, UsageError, shorten
-from lorax_async.files import Reader
 from lorax_async.ids import parse_ref
 from lorax_async.lifecycle.policies import policy
-from lorax_async.remote.readers import FetchReader
-from lorax_async.remote.remote_source import RemoteSource, open_remote_source
-from lorax_async.runtime.folders import FolderLeases
-from lorax_async.types import AdapterRef, RemoteKey, Verification
+from lorax_async.runtime.folders import AdapterFolder
+from lorax_async.store import AdapterStore
+from lorax_async.types import MAX_SECONDS, AdapterRef, RemoteKey
 
 AT_ONCE = 4
 """Concurrent fetches: they share the connections."""
@@ -112,116 +110,101 @@ def add_to(add: AddParser) -> None:
 
 @dataclass(slots=True, eq=False)
 class FetchRow:
-    """The progress and result of one fetch.
-
-    `nbytes` counts all files. `seconds` excludes waiting for other fetches. `place` is the folder.
-    """
+    """The progress and result of one fetch. `seconds` excludes waiting for other fetches."""
 
     ref: AdapterRef
     state: str = "waiting"
     version: str | None = None
-    verification: Verification | None = None
-    nbytes: int | None = None
-    place: str | None = None
+    folder: AdapterFolder | None = None
     seconds: float = 0.0
     error: LoraxError | None = None
-    _reader: Reader | None = None
 
-    @property
-    def downloaded(self) -> tuple[int, int | None]:
-        """The bytes of weights on the disk, and their total, or None if it is unknown."""
-        return self._reader.landed() if isinstance(self._reader, FetchReader) else (0, None)
-
-    async def run(self, source: RemoteSource, fetches: FolderLeases) -> None:
+    async def run(self, store: AdapterStore) -> None:
         """Fetch the adapter; store a typed error in `error` instead of raising it."""
         began = time.perf_counter()
+        self.state = "resolving"
         try:
-            self.state = "resolving"
-            key = await source.resolve(self.ref)
-            self.version = key.version if isinstance(key, RemoteKey) else None
-            with await fetches.fetch(self.ref, key, self._set_reader) as folder:
-                self.verification, self.nbytes = folder.verification, folder.nbytes
-                self.place = str(folder.path)
-                self.state = "fetched" if folder.downloaded else "here already"
+            async with store.checkout(self.ref) as self.folder:
+                self.version = self.folder.version
+                self.state = "fetched" if self.folder.downloaded else "here already"
         except LoraxError as error:
             self.state, self.error = "failed", error.located(id=self.ref.text)
+            self.version = error.key.version if isinstance(error.key, RemoteKey) else None
         self.seconds = time.perf_counter() - began
 
-    def _set_reader(self, reader: Reader) -> None:
-        self._reader = reader
-        self.state = "fetching" if isinstance(reader, FetchReader) else "checking"
+    def progress(self, store: AdapterStore) -> tuple[int, int | None, str]:
+        """Return the bytes of weights on disk, their total or None if unknown, and the state."""
+        if self.folder is not None:
+            return self.folder.nbytes, self.folder.nbytes, self.state
+        found = store.placement().get(self.ref.text) if self.state == "resolving" else None
+        return (0, None, self.state) if found is None else (found.nbytes, found.total, found.state)
 
     def as_json(self) -> dict[str, object]:
-        checked = self.verification
+        folder = self.folder
+        checked = None if folder is None else folder.verification
         return {
             "id": self.ref.text,
             "source": self.ref.source,
             "state": self.state,
             "version": self.version,
             "digest": checked and {"kind": checked.kind, "value": checked.digest},
-            "bytes": self.nbytes,
+            "bytes": folder and folder.nbytes,
             "seconds": round(self.seconds, 3),
-            "place": self.place,
+            "place": None if folder is None else str(folder.path),
             "error": error_as_json(self.error),
         }
 
 
-async def fetch_all(
-    source: RemoteSource, rows: Sequence[FetchRow], show: Callable[[int, FetchRow], None]
-) -> None:
+Show = Callable[[int, str, int, int | None, str], None]
+"""Takes a row's number and id, the bytes on disk, their total or None, and the state."""
+
+
+async def fetch_all(config: StoreConfig, rows: Sequence[FetchRow], show: Show) -> None:
     """Fetch all rows, `AT_ONCE` at a time.
 
     Call `show` for each row every `REPORT_SECONDS`, and at the end.
     """
-    slots, fetches = asyncio.Semaphore(AT_ONCE), FolderLeases(source)
+    slots = asyncio.Semaphore(AT_ONCE)
 
     async def run(row: FetchRow) -> None:
         async with slots:
-            await row.run(source, fetches)
+            await row.run(store)
 
     def show_all() -> None:
         for number, row in enumerate(rows):
-            show(number, row)
+            show(number, row.ref.text, *row.progress(store))
 
     async def report() -> None:
         while True:
             show_all()
             await asyncio.sleep(REPORT_SECONDS)
 
-    try:
-        async with asyncio.TaskGroup() as group:
-            reporting = group.create_task(report(), name="report")
-            async with asyncio.TaskGroup() as fetching:
-                for row in rows:
-                    fetching.create_task(run(row), name=f"fetch {row.ref.text}")
-            reporting.cancel()
-    finally:
-        await fetches.close(0)
-    show_all()
+    async with AdapterStore(config) as store, asyncio.TaskGroup() as group:
+        reporting = group.create_task(report(), name="report")
+        async with asyncio.TaskGroup() as fetching:
+            for row in rows:
+                fetching.create_task(run(row), name=f"fetch {row.ref.text}")
+        reporting.cancel()
+        show_all()
 
 
 def _fetch(arguments: argparse.Namespace, terminal: Terminal) -> int:
     refs = [_at_revision(ref, arguments.revision) for ref in dict.fromkeys(arguments.ids)]
     rows = [FetchRow(ref) for ref in refs]
-    config = LoaderConfig(**loader_settings(arguments, refs))
-    with open_remote_source(config) as source, terminal.bars() as bars:
-
-        def show(number: int, row: FetchRow) -> None:
-            done, total = row.downloaded if row.nbytes is None else (row.nbytes, row.nbytes)
-            bars.update(number, row.ref.text, done, total, row.state)
-
-        run_on_uvloop(fetch_all(source, rows, show))
+    config = StoreConfig(**loader_settings(arguments, refs), timeout=MAX_SECONDS)
+    with terminal.bars() as bars:
+        run_on_uvloop(fetch_all(config, rows, bars.update))
     if arguments.json:
         terminal.json({"adapters": [row.as_json() for row in rows]})
     else:
         for row in rows:
             terminal.say(f"{row.ref.text}: {row.state}", "bold red" if row.error else "green")
-            if row.nbytes is not None and row.verification is not None:
-                checked = row.verification
+            if row.folder is not None:
+                nbytes, checked = row.folder.nbytes, row.folder.verification
                 facts = [("from", f"{row.ref.source}, version {row.version}")]
                 facts += [("digest", f"{checked.kind} {checked.digest}")]
-                facts += [("size", f"{format_size(row.nbytes)} in {row.seconds:.2f} s")]
-                terminal.pairs([*facts, ("folder", str(row.place))])
+                facts += [("size", f"{format_size(nbytes)} in {row.seconds:.2f} s")]
+                terminal.pairs([*facts, ("folder", str(row.folder.path))])
     return terminal.report_errors(row.error for row in rows)
 
 
@@ -439,7 +422,7 @@ def _open_cache(
 
     Opening a cache would create files in a foreign folder.
     """
-    folder = LoaderConfig(cache_dir=arguments.cache_dir).cache_folder
+    folder = StoreConfig(cache_dir=arguments.cache_dir).cache_folder
     try:
         has_cache = "entries" in os.listdir(folder)
     except FileNotFoundError:

@@ -31,7 +31,7 @@ from lorax_async.cli.command_line import (
     read_layout,
     run_on_uvloop,
 )
-from lorax_async.config import Limits, LoaderConfig
+from lorax_async.config import Limits, StoreConfig
 from lorax_async.devices.cpu import CpuDevice
 from lorax_async.errors import LoraxError
 from lorax_async.files import locate, require_file, to_adapter_error
@@ -49,8 +49,7 @@ from lorax_async.formats.strict_json import JsonValue, parse_object
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.transfer_plan import plan_transfer
 from lorax_async.remote.base import AdapterMetadata
-from lorax_async.remote.remote_source import RemoteSource, open_remote_source
-from lorax_async.runtime.assembly import MOVE_BYTES
+from lorax_async.runtime.assembly import MOVE_BYTES, StoreParts
 from lorax_async.sources.local import CONFIG, WEIGHTS, find_trusted_adapter, read_header
 from lorax_async.types import AdapterRef, AdapterSpec
 
@@ -284,13 +283,16 @@ def _inspect(arguments: argparse.Namespace, terminal: Terminal) -> int:
 def _download_metadata(ref: AdapterRef, settings: Mapping[str, Any]) -> AdapterMetadata:
     """Download config and header. Blocks; raises what a load would."""
 
-    async def download(source: RemoteSource) -> AdapterMetadata:
-        return await source.metadata(await source.resolve(ref))
+    async def download(config: StoreConfig) -> AdapterMetadata:
+        parts = StoreParts(config, None, lambda: None)
+        try:
+            return await parts.remote.metadata(await parts.remote.resolve(ref))
+        finally:
+            await parts.close(0)
 
     with TemporaryDirectory(prefix="lorax-async-") as name:
-        config = LoaderConfig(**{**settings, "cache_dir": Path(name) / "cache"})
-        with open_remote_source(config) as source:
-            return run_on_uvloop(download(source))
+        settings = {**settings, "cache_dir": Path(name) / "cache"}
+        return run_on_uvloop(download(StoreConfig(**settings)))
 
 
 def _show(found: Inspection, terminal: Terminal) -> None:

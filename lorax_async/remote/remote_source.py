@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import cached_property, partial
 from threading import Lock
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 from lorax_async.cache.base import CacheEntry, EntryRecord
 from lorax_async.cache.disk_cache import OwnCache
 from lorax_async.concurrency import FetchControl, WorkerThreads
-from lorax_async.config import Checking, Limits, LoaderConfig
+from lorax_async.config import Checking, Limits, StoreConfig
 from lorax_async.errors import (
     IntegrityError,
     InternalError,
@@ -266,7 +265,7 @@ STORE_THREADS = 32
 class BackendRegistry:
     """The backends by kind of place. `close` ends them and their threads."""
 
-    def __init__(self, config: LoaderConfig, engine: RangeEngine) -> None:
+    def __init__(self, config: StoreConfig, engine: RangeEngine) -> None:
         self._config = config
         self._rules = AllowRules(config.allow)
         self._endpoint = endpoint_in_use(config.hub_endpoint)
@@ -315,7 +314,7 @@ class BackendRegistry:
 
 
 def make_remote_source(
-    config: LoaderConfig, own: OwnCache, tracer: Tracer | None = None
+    config: StoreConfig, own: OwnCache, tracer: Tracer | None = None
 ) -> RemoteSource:
     """Return a remote source that makes its threads and connections at its first use.
 
@@ -343,15 +342,3 @@ def make_remote_source(
         return RemoteParts(resolver, opener, workers, close)
 
     return RemoteSource(make, limits=config.limits, verify=config.verify)
-
-
-@contextmanager
-def open_remote_source(config: LoaderConfig) -> Iterator[RemoteSource]:
-    """Yield a remote source with a cache of its own, without a loader."""
-    own = OwnCache(config)
-    source = make_remote_source(config, own)
-    try:
-        yield source
-    finally:
-        source.close()
-        own.close()

@@ -1,4 +1,4 @@
-"""Construct, open and close the parts of one loader: threads, device, source, driver."""
+"""Construct, open and close the parts of one store, and of one loader, which has one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from lorax_async.cache.disk_cache import OwnCache
 from lorax_async.concurrency import in_own_thread
-from lorax_async.config import LoaderConfig
+from lorax_async.config import LoaderConfig, StoreConfig
 from lorax_async.devices import make_device
 from lorax_async.devices.base import Device
 from lorax_async.devices.staging import StagingRing
@@ -30,9 +30,9 @@ from lorax_async.runtime.acquire import Acquirer
 from lorax_async.runtime.digest_checks import DigestChecks
 from lorax_async.runtime.driver import Driver
 from lorax_async.runtime.fetches import TransferPlanner
-from lorax_async.runtime.folders import FolderFetcher, FolderLeases
+from lorax_async.runtime.folders import FolderLeases
 from lorax_async.runtime.resolver import Resolver
-from lorax_async.runtime.telemetry import Budget, Statistics, Usage
+from lorax_async.runtime.telemetry import Budget, Statistics, Telemetry, Usage
 from lorax_async.runtime.tensor_adapters import TensorAdapters
 from lorax_async.sources.base import Source, SourceRouter
 from lorax_async.sources.host_copies import HostCopies
@@ -46,63 +46,97 @@ MOVE_BYTES = 4 << 20
 METADATA_THREADS = 2
 
 
+class StoreParts:
+    """What finds, downloads, checks and keeps the files of adapters. Call `close` once.
+
+    `check_open` raises once the store or loader is closing. `source` replaces all sources.
+    """
+
+    def __init__(
+        self, config: StoreConfig, source: Source | None, check_open: Callable[[], None]
+    ) -> None:
+        self.threads = ThreadPoolExecutor(METADATA_THREADS, "lorax-metadata")
+        self.cache = OwnCache(config)
+        self.tracer = Tracer()
+        self.telemetry = Telemetry(self.tracer)
+        self.remote = make_remote_source(config, self.cache, self.tracer)
+        if source is None:
+            local = LocalSource(
+                roots=config.local_roots,
+                limits=config.limits,
+                threads=self.threads,
+                hashes=config.verify == "before_use",
+            )
+            parse = partial(parse_allowed_ref, allow=config.allow)
+            self.source = SourceRouter(local, self.remote, parse)
+        else:
+            self.source = SourceRouter(source, source)
+        self.resolver = Resolver(self.source, self.telemetry, config.revalidate)
+        self.digests = DigestChecks(self.source, self.telemetry, check_open)
+        self.folders = FolderLeases(source or self.source, self.resolver, self.digests)
+
+    async def close(self, timeout: float) -> None:
+        """Wait `timeout` seconds for folder leases, end tasks and threads."""
+        try:
+            await self.folders.close(timeout)
+        finally:
+            await self.stop_tasks()
+            await in_own_thread("lorax-stop", self.end)
+
+    async def stop_tasks(self) -> None:
+        await self.resolver.stop()
+        await self.digests.stop()
+
+    def end(self) -> None:
+        """End threads and connections. Blocks."""
+        self.remote.close()
+        self.threads.shutdown()
+        self.cache.close()
+
+
 class Assembly:
     """All parts of one loader. Call `open` before use, and `close` once."""
 
     driver: Driver
-    resolver: Resolver
-    digests: DigestChecks
     acquiring: Acquirer
     tensor_adapters: TensorAdapters
-    folders: FolderFetcher
 
     def __init__(
-        self, sharding: Sharding, config: LoaderConfig, source: Source | None, device: Device | None
+        self,
+        sharding: Sharding,
+        config: LoaderConfig,
+        source: Source | None,
+        device: Device | None,
+        check_open: Callable[[], None],
     ) -> None:
         assert config.storage_dtype is not None
         self._sharding = sharding
         self._config = config
-        self._metadata = ThreadPoolExecutor(METADATA_THREADS, "lorax-metadata")
+        self._check_open = check_open
         self._device = device or make_device(sharding.held, config)
-        self._cache = OwnCache(config)
-        self.tracer = Tracer()
-        self._remote = make_remote_source(config, self._cache, self.tracer)
-        self.copies = HostCopies(config.memory_bytes, self._cache.get if config.spill else None)
+        self.store = store = StoreParts(config, source, check_open)
+        self.copies = HostCopies(config.memory_bytes, store.cache.get if config.spill else None)
         self._memory = MemorySource(
             self.copies,
             sharding.whole,
             dtype=config.storage_dtype,
             limits=config.limits,
-            threads=self._metadata,
+            threads=store.threads,
         )
-        local = LocalSource(
-            roots=config.local_roots,
-            limits=config.limits,
-            threads=self._metadata,
-            hashes=config.verify == "before_use",
-        )
-        if source is None:
-            parse = partial(parse_allowed_ref, allow=config.allow)
-            self._source = SourceRouter(self._memory, local, self._remote, parse)
-        else:
-            self._source = SourceRouter(self._memory, source, source)
-        self._memory.merger.source = self._source
-        self._folder_leases = FolderLeases(source or self._source)
+        store.source.memory = self._memory
+        self._memory.merger.source = store.source
 
-    async def open(self, check_open: Callable[[], None]) -> None:
+    async def open(self) -> None:
         """Allocate memory and start the driver; on an error or a cancellation, end all threads."""
+        store, check_open = self.store, self._check_open
         try:
             loop = asyncio.get_running_loop()
-            staging, images = await loop.run_in_executor(self._metadata, self._allocate_memory)
+            staging, images = await loop.run_in_executor(store.threads, self._allocate_memory)
             self.driver = self._make_driver(staging, images)
-            telemetry = self.driver.telemetry
             self.driver.waiter_table.in_memory = self.copies.in_memory
-            self.resolver = Resolver(self._source, telemetry, self._config.revalidate)
-            self.digests = DigestChecks(self._source, telemetry, check_open)
-            self.acquiring = Acquirer(self.resolver, self.driver, self.digests, check_open)
-            self.folders = FolderFetcher(self.resolver, self._folder_leases, self.digests)
+            self.acquiring = Acquirer(store.resolver, self.driver, store.digests, check_open)
             self.tensor_adapters = TensorAdapters(
-                self._memory, self.resolver, self.acquiring, self.driver, check_open
+                self._memory, store.resolver, self.acquiring, self.driver, check_open
             )
         except BaseException:
             await asyncio.shield(in_own_thread("lorax-stop", self._abort))
@@ -143,21 +177,21 @@ class Assembly:
         )
         return Driver(
             Lifecycle(budgets, times),
-            source=self._source,
+            source=self.store.source,
+            telemetry=self.store.telemetry,
             device=device,
             transfer=GroupTransfer(
                 device,
                 staging,
                 [module.name for module in held.modules],
                 check_finite=config.check_finite,
-                tracer=self.tracer,
+                tracer=self.store.tracer,
             ),
             planner=TransferPlanner(self._sharding, config, device, move_bytes=staging.move_bytes),
             num_layers=held.num_layers,
             io_threads=config.io_threads,
-            metadata_threads=self._metadata,
+            metadata_threads=self.store.threads,
             images=images,
-            tracer=self.tracer,
             before_use=config.verify == "before_use",
         )
 
@@ -177,7 +211,11 @@ class Assembly:
 
     def usage(self) -> Usage:
         """Return the use of all budgets, also after `close`."""
-        budgets, copies, cached = self.driver.lifecycle.budgets, self.copies, self._cache.last_used
+        budgets, copies, cached = (
+            self.driver.lifecycle.budgets,
+            self.copies,
+            self.store.cache.last_used,
+        )
         device, host, arena = budgets.device, budgets.host, budgets.device.arena
         pinned, leases = budgets.images.arena, self.driver.lease_table.leases
         return Usage(
@@ -193,27 +231,24 @@ class Assembly:
 
     async def close(self, timeout: float) -> None:
         """Fail waiters, wait `timeout` seconds for leases, end all parts and threads."""
-        folders = asyncio.ensure_future(self._folder_leases.close(timeout))
+        folders = asyncio.ensure_future(self.store.folders.close(timeout))
         try:
-            self.digests.begin_close()
+            self.store.digests.begin_close()
             await self.driver.close(LoaderClosedError("the loader was closed"), timeout)
         finally:
             await folders
-            await self.resolver.stop()
-            await self.digests.stop()
+            await self.store.stop_tasks()
             await self.acquiring.stop()
             self.copies.clear()
             await in_own_thread("lorax-stop", self._end)
             self.copies.clear()  # again, for copies of calls that ended meanwhile
 
     def _abort(self) -> None:
-        self._metadata.shutdown()
+        self.store.end()
         self._device.close()
 
     def _end(self) -> None:
         self.driver.join()
         self._memory.close()
-        self._remote.close()
-        self._metadata.shutdown()
-        self._cache.close()
+        self.store.end()
         self._device.close()

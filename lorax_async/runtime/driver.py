@@ -43,7 +43,6 @@ from lorax_async.runtime.leases import Lease, LeaseTable, PinTable
 from lorax_async.runtime.telemetry import Telemetry
 from lorax_async.runtime.waiters import WaiterTable
 from lorax_async.sources.base import Source
-from lorax_async.tracing import Tracer
 from lorax_async.types import AdapterKey
 
 UnloadCallback = Callable[[AdapterKey], None]
@@ -60,6 +59,7 @@ class Driver:
         lifecycle: Lifecycle,
         *,
         source: Source,
+        telemetry: Telemetry,
         device: Device,
         transfer: GroupTransfer,
         planner: TransferPlanner,
@@ -67,12 +67,11 @@ class Driver:
         io_threads: int,
         metadata_threads: Executor,
         images: torch.Tensor,
-        tracer: Tracer,
         before_use: bool = False,
     ) -> None:
         self.lifecycle = lifecycle
         self.device = device
-        self.telemetry = Telemetry(tracer)
+        self.telemetry = telemetry
         self.lease_table = LeaseTable(lifecycle, num_layers, self._lease_ended, self._lease_quiet)
         self.files = FetchTasks(
             source,

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import warnings
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 from lorax_async.cache.base import LeftoverError
 from lorax_async.concurrency import FetchControl, SharedTasks, result_of
@@ -20,6 +22,7 @@ from lorax_async.errors import (
     InternalError,
     LoaderClosedError,
     LoraxError,
+    Stage,
     UsageError,
 )
 from lorax_async.files import Reader
@@ -42,7 +45,8 @@ from lorax_async.types import (
 MAX_ATTEMPTS = 3
 """Attempts of one call if partial downloads have other bytes than the source."""
 
-Watch = Callable[[Reader], None]
+MAX_IDS = 16_384
+"""Ids whose last calls are remembered; the oldest is dropped first."""
 
 
 class _CheckedFolder(NamedTuple):
@@ -125,63 +129,201 @@ class AdapterFolder:
             warnings.warn(f"the folder of {self.id!r} was not released", ResourceWarning, 2)
 
 
-class FolderLeases:
-    """All folder leases of one loader or command, and the tasks behind them. On one event loop."""
+StoreState = Literal["resolving", "fetching", "checking", "present", "failed"]
 
-    def __init__(self, source: Source) -> None:
+
+@dataclass(frozen=True, slots=True)
+class StoredAdapter:
+    """What became of the last call that named an adapter."""
+
+    state: StoreState
+    """"present": its files are on disk and checked; without `leases`, the cache may have removed
+    them since."""
+    key: AdapterKey | None
+    """The exact version; None before it is resolved."""
+    nbytes: int
+    """Bytes of weights on disk so far; once present, of all files."""
+    total: int | None
+    """Bytes when it is complete; None if that is unknown."""
+    leases: int
+    """Folders that are not released."""
+    error: LoraxError | None
+
+    @property
+    def version(self) -> str | None:
+        """As `AdapterFolder.version`; None before it is resolved."""
+        return self.key.version if isinstance(self.key, RemoteKey) else None
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    """The last call that named an id, or several that run at once."""
+
+    running: int = 0
+    key: AdapterKey | None = None
+    nbytes: int | None = None
+    """The size of all files, once they are checked."""
+    error: LoraxError | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Fetch:
+    """A task that fetches and checks an adapter; its reader closes with the last lease."""
+
+    control: FetchControl = field(default_factory=FetchControl)
+    reader: Reader | None = None
+
+
+class FolderLeases:
+    """Fetches folders within deadlines, and has all leases on them. On one event loop."""
+
+    def __init__(self, source: Source, resolver: Resolver, digests: DigestChecks) -> None:
         self._source = source
+        self._resolver = resolver
+        self._digests = digests
         # A lease stays joined to its task, so that the last one closes the task's reader.
-        self._tasks = SharedTasks(self._run, lambda key: f"lorax fetch {key}", unused=_close_folder)
-        self._readers: dict[AdapterKey, Reader] = {}
-        self._watches: dict[AdapterKey, list[Watch]] = {}
+        self._tasks = SharedTasks(self._run, lambda key: f"lorax fetch {key}", unused=self._close)
+        self._fetches: dict[asyncio.Task[_CheckedFolder], _Fetch] = {}
+        self._running: dict[AdapterKey, _Fetch] = {}
+        self._calls: OrderedDict[str, _Call] = OrderedDict()
+        self._leased: Counter[AdapterKey] = Counter()
         self._leases: set[ExitStack] = set()
         self._released = asyncio.Event()
         self._closing = False
 
-    async def fetch(self, ref: Ref, key: AdapterKey, watch: Watch | None = None) -> AdapterFolder:
-        """Return the checked folder of `key`, downloaded if necessary.
+    async def fetch(self, ref: Ref, seconds: float, *, urgent: bool = True) -> AdapterFolder:
+        """Return a lease on the folder of `ref`, downloaded if necessary, and checked.
 
-        `watch` is called with the adapter's reader once it is open. Raise what loads raise, without
-        an id. No lease stays after an error or a cancellation.
+        See `AdapterStore.checkout`. No lease stays after an error or a cancellation. Calls that are
+        not `urgent` leave the connections to others.
         """
+        deadline = asyncio.timeout(seconds)
+        with self._call(text_of(ref)) as call:
+            call.key = ref if isinstance(ref, AdapterKey) else None
+            try:
+                async with deadline:
+                    folder = await self._attempt(ref, call, urgent)
+            except BaseException as error:
+                problem = error
+                if deadline.expired() and type(error) is TimeoutError:
+                    late = f"its files were not fetched within {seconds:g} s"
+                    stage: Stage = "resolve" if call.key is None else "fetch"
+                    problem = AdapterTimeoutError(late, stage=stage)
+                elif isinstance(error, Exception) and not isinstance(error, LoraxError):
+                    problem = InternalError.caused_by(error, "a fetch failed")
+                if not isinstance(problem, LoraxError):
+                    raise
+                call.error = problem.located(id=text_of(ref), key=call.key)
+                call.error.__cause__ = None  # its frames would stay in memory
+                raise problem.located(id=text_of(ref), key=call.key) from problem.__cause__
+            call.nbytes, call.error = folder.nbytes, None
+            return folder
+
+    async def _attempt(self, ref: Ref, call: _Call, urgent: bool) -> AdapterFolder:
+        if isinstance(ref, Merge):
+            raise UsageError("a merge has no folder; fetch its parts")
+        attempt = 0
+        while True:
+            attempt += 1
+            call.key = await self._resolver.resolve(ref)
+            try:
+                return await self._fetch_checked(ref, call.key, urgent)
+            except LeftoverError:
+                if attempt == MAX_ATTEMPTS:
+                    raise
+
+    def placement(self) -> dict[str, StoredAdapter]:
+        """Return what became of the last call for each id."""
+        return {text: self._state(call) for text, call in self._calls.items()}
+
+    def _state(self, call: _Call) -> StoredAdapter:
+        key, error = call.key, call.error
+        if error is not None or key is None:
+            state: StoreState = "resolving" if error is None else "failed"
+            return StoredAdapter(state, key, 0, None, 0, error)
+        leases = self._leased[key]
+        if call.nbytes is not None:
+            return StoredAdapter("present", key, call.nbytes, call.nbytes, leases, None)
+        fetch = self._running.get(key)
+        reader = None if fetch is None else fetch.reader
+        if isinstance(reader, FetchReader):
+            return StoredAdapter("fetching", key, *reader.landed(), leases, None)
+        state = "fetching" if reader is None else "checking"
+        return StoredAdapter(state, key, 0, None, leases, None)
+
+    @contextmanager
+    def _call(self, text: str) -> Iterator[_Call]:
+        """Record a call that names an id; forget it if it was cancelled."""
+        call = self._calls.get(text)
+        if call is None or not call.running:
+            call = self._calls[text] = _Call()
+            self._calls.move_to_end(text)
+            if len(self._calls) > MAX_IDS:
+                self._calls.popitem(last=False)
+        call.running += 1
+        try:
+            yield call
+        finally:
+            call.running -= 1
+            unfinished = not call.running and call.nbytes is None and call.error is None
+            if unfinished and self._calls.get(text) is call:
+                del self._calls[text]
+
+    async def _fetch_checked(self, ref: Ref, key: AdapterKey, urgent: bool) -> AdapterFolder:
+        """Fetch `key`, and compare it with the digest in `ref`."""
         if isinstance(key, TensorsKey | MergedKey) or not isinstance(self._source, FolderSource):
             raise UsageError("it has no folder: it is a merge, or was loaded from tensors")
         if self._closing:
             raise LoaderClosedError("the loader is closed")
         with ExitStack() as joined:
             task = joined.enter_context(self._tasks.join(key))
-            if watch is not None and key in self._readers:
-                watch(self._readers[key])
-            elif watch is not None:
-                watches = self._watches.setdefault(key, [])
-                watches.append(watch)
-                joined.callback(watches.remove, watch)
+            if urgent:
+                self._fetches.setdefault(task, _Fetch()).control.raise_priority()
+            else:
+                self._fetches.setdefault(task, _Fetch(FetchControl(urgent=False)))
             checked = await result_of(task, "fetch")
             lease = joined.pop_all()
         self._leases.add(lease)
-        lease.callback(self._end, lease)
-        return AdapterFolder(ref, key, checked, lease.close)
+        self._leased[key] += 1
+        lease.callback(self._end, lease, key)
+        folder = AdapterFolder(ref, key, checked, lease.close)
+        try:
+            await self._digests.compare(ref, key, folder.verification)
+        except BaseException:
+            folder.release()
+            raise
+        return folder
 
     async def _run(self, key: AdapterKey) -> _CheckedFolder:
-        source, control = self._source, FetchControl()
+        source, task = self._source, asyncio.current_task()
         assert isinstance(source, FolderSource)
-        file = await source.open(key, control)
-        self._readers[key] = file.reader
+        assert task is not None
+        fetch = self._running[key] = self._fetches.setdefault(task, _Fetch())
         try:
-            for watch in self._watches.pop(key, ()):
-                watch(file.reader)
+            file = await source.open(key, fetch.control)
+            fetch.reader = file.reader
             # No layer groups: fetch the whole file in the fastest order.
-            verification = await source.bring(file, (), lambda _: None, control)
+            verification = await source.bring(file, (), lambda _: None, fetch.control)
             return _CheckedFolder(source.folder(key, file.reader), verification, file.reader)
         except BaseException:
-            file.reader.close()
+            if fetch.reader is not None:
+                fetch.reader.close()
             raise
         finally:
-            if self._readers.get(key) is file.reader:  # not that of a task which came after this
-                del self._readers[key]
+            if self._running.get(key) is fetch:  # not that of a task which came after this
+                del self._running[key]
 
-    def _end(self, lease: ExitStack) -> None:
+    def _close(self, task: asyncio.Task[_CheckedFolder]) -> None:
+        """Close the reader of a task that no lease is joined to any more. It may be closed."""
+        fetch = self._fetches.pop(task, None)
+        if fetch is not None and fetch.reader is not None:
+            fetch.reader.close()
+
+    def _end(self, lease: ExitStack, key: AdapterKey) -> None:
         self._leases.discard(lease)
+        self._leased[key] -= 1
+        if not self._leased[key]:
+            del self._leased[key]
         self._released.set()
 
     async def close(self, timeout: float) -> None:
@@ -197,52 +339,3 @@ class FolderLeases:
         finally:
             for lease in tuple(self._leases):
                 lease.close()
-
-
-def _close_folder(task: asyncio.Task[_CheckedFolder]) -> None:
-    if not task.cancelled() and task.exception() is None:
-        task.result().reader.close()
-
-
-class FolderFetcher:
-    """Fetches folders for refs within deadlines."""
-
-    def __init__(self, resolver: Resolver, leases: FolderLeases, digests: DigestChecks) -> None:
-        self._resolver = resolver
-        self._leases = leases
-        self._digests = digests
-
-    async def fetch(self, ref: Ref, seconds: float) -> AdapterFolder:
-        """Return a lease on the folder of `ref`; see `AdapterLoader.fetch`."""
-        deadline = asyncio.timeout(seconds)
-        key = ref if isinstance(ref, AdapterKey) else None
-        try:
-            if isinstance(ref, Merge):
-                raise UsageError("a merge has no folder; fetch its parts")
-            async with deadline:
-                key = await self._resolver.resolve(ref)
-                for _ in range(MAX_ATTEMPTS - 1):
-                    with suppress(LeftoverError):
-                        return await self._fetch_checked(ref, key)
-                    key = await self._resolver.resolve(ref)
-                return await self._fetch_checked(ref, key)
-        except BaseException as error:
-            problem = error
-            if deadline.expired() and type(error) is TimeoutError:
-                late = f"its files were not fetched within {seconds:g} s"
-                problem = AdapterTimeoutError(late, stage="resolve" if key is None else "fetch")
-            if isinstance(problem, LoraxError):
-                raise problem.located(id=text_of(ref), key=key) from problem.__cause__
-            if isinstance(problem, Exception):
-                raise InternalError(f"a fetch failed: {problem!r}", id=text_of(ref)) from problem
-            raise
-
-    async def _fetch_checked(self, ref: Ref, key: AdapterKey) -> AdapterFolder:
-        """Fetch `key`, and compare it with the digest in `ref`."""
-        folder = await self._leases.fetch(ref, key)
-        try:
-            await self._digests.compare(ref, key, folder.verification)
-        except BaseException:
-            folder.release()
-            raise
-        return folder

@@ -136,20 +136,17 @@ class FolderSource(Source, Protocol):
 
 
 class SourceRouter:
-    """The `Source` of a loader: adapters in memory, local folders and remote adapters.
+    """The `Source` of a loader: local folders, remote adapters, and adapters in `memory`.
 
     `parse` gives a ref its one spelling and its place, and refuses ids that are not allowed. None
-    leaves all ids to `local`, a source of the program's own, which is `remote` too then.
+    leaves all ids to `local`, a source of the program's own, which is `remote` too then. A store
+    without a device has no adapters in memory.
     """
 
     def __init__(
-        self,
-        memory: Source,
-        local: Source,
-        remote: Source,
-        parse: Callable[[AdapterRef], ParsedRef] | None = None,
+        self, local: Source, remote: Source, parse: Callable[[AdapterRef], ParsedRef] | None = None
     ) -> None:
-        self._memory = memory
+        self.memory: Source | None = None
         self._local = local
         self._remote = remote
         self._parse = parse
@@ -195,7 +192,9 @@ class SourceRouter:
     def _of(self, key: AdapterKey) -> Source:
         match key:
             case TensorsKey() | MergedKey():
-                return self._memory
+                if self.memory is None:
+                    raise UsageError(f"{key} has no files; load it with an AdapterLoader")
+                return self.memory
             case RemoteKey():
                 return self._remote
             case _:

@@ -48,7 +48,8 @@ class World:
         self.memory = MemorySource(
             self.copies, tiny.layout(), dtype="F32", limits=Limits(), threads=threads
         )
-        self.source = SourceRouter(self.memory, self.inner, self.inner)
+        self.source = SourceRouter(self.inner, self.inner)
+        self.source.memory = self.memory
         self.memory.merger.source = self.source
         config = json.dumps(tiny.config()).encode()
         self.parts = [

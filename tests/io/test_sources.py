@@ -43,7 +43,8 @@ def made(kind: str, folder: Path) -> Iterator[FakeWorld | LocalWorld]:
         if kind.startswith("memory"):  # what is none of its own, the other source answers
             copies, layout = HostCopies(1 << 20), tiny.layout()
             memory = MemorySource(copies, layout, dtype="F32", limits=Limits(), threads=threads)
-            fake.source = SourceRouter(memory, fake.inner, fake.inner)
+            fake.source = SourceRouter(fake.inner, fake.inner)
+            fake.source.memory = memory
             memory.merger.source = fake.source
         yield fake
     counts = fake.inner.counts

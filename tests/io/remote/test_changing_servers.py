@@ -16,9 +16,7 @@ from fault_server import Asked, Client, FaultServer, Hangup, begin
 from user_loads import at, contents, has, loader, stored_in, until, written
 from web_folder import CONFIG, WEIGHTS, Folder, name_of, refuse
 
-from lorax_async import AdapterLoader, AdapterRef, errors
-from lorax_async.cli.cache_commands import FetchRow, fetch_all
-from lorax_async.remote.remote_source import open_remote_source
+from lorax_async import AdapterLoader, AdapterRef, AdapterStore, errors
 from sweeping import settle
 from tiny_loaders import fails
 
@@ -103,10 +101,8 @@ async def published(world: World) -> None:
     """Store what the origin has now, unchecked by any layout: as `lorax-async fetch` does."""
     async with world.loader() as there:
         config = there.config
-    with open_remote_source(config) as source:
-        row = FetchRow(AdapterRef(world.id, source="http"))
-        await fetch_all(source, [row], lambda *_: None)
-    assert row.error is None, row.error
+    async with AdapterStore(config) as store, store.checkout(world.id):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -29,14 +29,13 @@ from huggingface_hub.errors import OIDCError
 from web_folder import INDEX, Locator, shard
 
 from common import until
-from lorax_async import AdapterRef, LoaderConfig, errors
+from lorax_async import AdapterRef, AdapterStore, StoreConfig, errors
 from lorax_async.formats.digests import Digest
 from lorax_async.formats.split_weights import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, FileRole
 from lorax_async.http.failures import RetryPolicy
 from lorax_async.http.settings import PublicOnly
 from lorax_async.remote.base import LocatedAdapter
 from lorax_async.remote.hub import HubBackend
-from lorax_async.remote.remote_source import open_remote_source
 from tiny_loaders import fails
 
 Patch = pytest.MonkeyPatch
@@ -266,8 +265,8 @@ async def test_an_endpoint_of_the_environment_that_is_none(
     tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "hub")
-    with open_remote_source(LoaderConfig(cache_dir=tmp_path)) as source:
-        await fails(source.resolve(ID), errors.ConfigError, "endpoint is no URL")
+    async with AdapterStore(StoreConfig(cache_dir=tmp_path)) as store:
+        await fails(store.checkout(ID), errors.ConfigError, "endpoint is no URL")
 
 
 GATED = "gated: accept its conditions there, and give a token"

@@ -1,0 +1,169 @@
+"""`AdapterStore`, the API for programs that need an adapter's files, not its tensors."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import warnings
+from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, Self
+
+from lorax_async.concurrency import Lifetime
+from lorax_async.config import StoreConfig
+from lorax_async.errors import ConfigError
+from lorax_async.runtime.acquire import Prefetch
+from lorax_async.runtime.assembly import StoreParts
+from lorax_async.runtime.folders import AdapterFolder, StoredAdapter
+from lorax_async.sources.base import Source
+from lorax_async.types import AdapterId, Ref, as_ref
+
+PREFETCHES = 2
+"""Concurrent prefetches."""
+
+
+class AdapterStore:
+    """Keeps adapters as verified PEFT folders on disk, for an engine that reads files.
+
+    async with AdapterStore(StoreConfig()) as store:
+        async with store.checkout("org/sql-adapter") as folder:
+            engine.add_lora(folder.path)
+
+    It needs no base model and no device. Several processes may share its cache.
+
+    Parameters
+    ----------
+    config
+        The settings.
+    source
+        A double for tests (`lorax_async.testing`); None for the config's.
+
+    Raises
+    ------
+    ConfigError
+        If the platform is not Linux.
+
+    Use it as an async context manager. It belongs to the event loop and the process that entered
+    it.
+    """
+
+    def __init__(self, config: StoreConfig | None = None, *, source: Source | None = None) -> None:
+        if sys.platform != "linux":
+            raise ConfigError("lorax_async runs on Linux only")
+        self.config = config or StoreConfig()
+        self._source = source
+        self._lifetime = Lifetime("store", "async with AdapterStore(…) as store")
+
+    async def __aenter__(self) -> Self:
+        async with self._lifetime.entering():
+            self._parts = StoreParts(self.config, self._source, self._lifetime.check_open)
+            self._turns = asyncio.Semaphore(PREFETCHES)
+            self._prefetches: set[Prefetch] = set()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self, *, timeout: float | None = None) -> None:
+        """Fail waiting calls, wait `timeout` seconds for leases, end the others and all threads.
+
+        Idempotent; goes on if the caller is cancelled.
+        """
+        await self._lifetime.close(lambda: self._close(self.config.seconds(timeout)))
+
+    async def _close(self, timeout: float) -> None:
+        prefetches = tuple(self._prefetches)
+        for prefetch in prefetches:
+            prefetch.cancel()
+        await self._parts.close(timeout)
+        await asyncio.gather(*(prefetch.task for prefetch in prefetches))
+
+    @property
+    def closed(self) -> bool:
+        """Whether the store is closed or closing."""
+        return self._lifetime.closed
+
+    def __del__(self) -> None:
+        lifetime = getattr(self, "_lifetime", None)
+        if lifetime is not None and lifetime.is_unclosed:
+            warnings.warn(
+                "an AdapterStore was never closed; use `async with`", ResourceWarning, stacklevel=2
+            )
+
+    def checkout(
+        self,
+        adapter_id: AdapterId,
+        *,
+        source: str | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        digest: str | None = None,
+        allow_stale: bool = False,
+        timeout: float | None = None,
+    ) -> Checkout:
+        """Return a call that waits until the adapter's files are on disk and checked.
+
+        Await it, or use it with `async with`: either gives an `AdapterFolder`, a lease. No process
+        removes the folder from the cache before the lease is released. Calls for one adapter share
+        one download, also with other processes. A local adapter's folder is returned as it is.
+
+        Parameters and errors are those of `AdapterLoader.load`, except that the adapter is not
+        compared with a base model. A partial download stays, to be resumed. `UsageError` is raised
+        for a merge or tensors, which have no folder.
+        """
+        self._lifetime.check_open()
+        ref = as_ref(adapter_id, source, revision, token, digest, allow_stale=allow_stale)
+        seconds = self.config.seconds(timeout)
+        return Checkout(lambda: self._fetch(ref, seconds))
+
+    def prefetch(
+        self, ids: AdapterId | Iterable[AdapterId], *, timeout: float | None = None
+    ) -> Prefetch:
+        """Start to bring one adapter or several to disk in the background; take no lease.
+
+        They are a hint: they leave the connections to waiting calls, which join them.
+        """
+        self._lifetime.check_open()
+        refs = [as_ref(id) for id in ((ids,) if isinstance(ids, AdapterId) else ids)]
+        seconds = self.config.seconds(timeout)
+
+        async def fetch(ref: Ref) -> None:
+            async with self._turns:
+                folder = await self._parts.folders.fetch(ref, seconds, urgent=False)
+            folder.release()
+
+        prefetch = Prefetch(refs, fetch)
+        self._prefetches.add(prefetch)
+        prefetch.task.add_done_callback(lambda _: self._prefetches.discard(prefetch))
+        return prefetch
+
+    def placement(self) -> Mapping[str, StoredAdapter]:
+        """Return what became of the last call for each adapter, by its id as callers name it.
+
+        Without I/O. The ids of `MAX_IDS` calls are remembered.
+        """
+        self._lifetime.check_readable()
+        return MappingProxyType(self._parts.folders.placement())
+
+    async def _fetch(self, ref: Ref, seconds: float) -> AdapterFolder:
+        self._lifetime.check_open()
+        return await self._parts.folders.fetch(ref, seconds)
+
+
+class Checkout:
+    """A call of `AdapterStore.checkout`, to await or to use with `async with`."""
+
+    def __init__(self, fetch: Callable[[], Coroutine[Any, Any, AdapterFolder]]) -> None:
+        self._fetch = fetch
+        self._folder: AdapterFolder | None = None
+
+    def __await__(self) -> Generator[Any, None, AdapterFolder]:
+        return self._fetch().__await__()
+
+    async def __aenter__(self) -> AdapterFolder:
+        self._folder = await self._fetch()
+        return self._folder
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._folder is not None:
+            self._folder.release()
