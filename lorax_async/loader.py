@@ -414,6 +414,7 @@ class AdapterLoader:
             driver.files.holds,
             assembly.copies.sizes,
             known=assembly.store.resolver.known,
+            ids=assembly.store.resolver.ids,
             story=driver.telemetry.story,
             usage=assembly.usage,
         )

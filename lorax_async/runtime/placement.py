@@ -67,6 +67,7 @@ class Placement:
         copies: Mapping[AdapterKey, int],
         *,
         known: Callable[[Ref], AdapterKey | None],
+        ids: Callable[[], Mapping[str, AdapterKey]],
         story: Callable[[AdapterKey], tuple[Event, ...]],
         usage: Callable[[], Usage],
     ) -> None:
@@ -74,6 +75,7 @@ class Placement:
         self._holds = holds
         self._copies = copies
         self._known = known
+        self._ids = ids
         self._story = story
         self._usage = usage
 
@@ -86,6 +88,16 @@ class Placement:
     def adapters(self) -> dict[AdapterKey, AdapterResidency]:
         """All adapters on disk, in host memory or on the device, by key."""
         return self._residencies(self._states)
+
+    @property
+    def by_id(self) -> dict[str, AdapterResidency]:
+        """The same adapters by their ids as callers name them: what a router of requests knows.
+
+        An id that several callers named with different revisions or tokens is the last one's.
+        """
+        ids = self._ids()
+        found = self._residencies(set(ids.values()))
+        return {text: found[key] for text, key in ids.items() if key in found}
 
     def nearest(self, limit: int) -> dict[AdapterKey, AdapterResidency]:
         """Return at most `limit` adapters: those on the device first, then those in host memory."""

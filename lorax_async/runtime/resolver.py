@@ -58,6 +58,10 @@ class AssignedIds:
             for name in [name for name, assigned in self._keys.items() if assigned == key]:
                 self._remove(name)
 
+    def ids(self) -> dict[str, AdapterKey]:
+        """Return the keys by the text of their ids."""
+        return {ref.text: key for ref, key in self._keys.items()}
+
     def has_id(self, key: AdapterKey) -> bool:
         """Return whether an id is assigned to the key."""
         return key in self._uses
@@ -144,6 +148,11 @@ class Resolver:
         remembered = self._answers.get(_name(ref))
         answer = self.names.get(ref) or (remembered and remembered.key)
         return None if answer is None or self.is_outdated(ref, answer) else answer
+
+    def ids(self) -> dict[str, AdapterKey]:
+        """Return the key that each id meant last, by its text as callers name it."""
+        found = {ref.text: answer.key for ref, answer in self._answers.items()}
+        return found | self.names.ids()
 
     def recent(self, ref: Ref) -> AdapterKey | None:
         """Return `known(ref)`, or None if a remote source has to be asked again."""

@@ -1,0 +1,201 @@
+"""`AdapterStore`: leased folders of verified files, without a base model or a device."""
+
+import asyncio
+import itertools
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import remote_world
+from fault_server import Asked, Client
+from hub_stand_in import HubStandIn
+from remote_world import RemoteWorld, Steps
+from safetensors.torch import load_file
+from user_loads import at, contents, loader, written
+from web_folder import refuse
+
+import tiny
+from common import until
+from lorax_async import AdapterStore, Merge, StoreConfig, StoredAdapter, errors
+from lorax_async.cli import main
+from tiny_loaders import fails
+
+pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left", "hub_client")
+
+settings, world = remote_world.settings, remote_world.world
+
+TOKEN = "hf_tenant"
+
+
+def store_of(hub: HubStandIn, folder: Path, **settings: Any) -> AdapterStore:
+    given: dict[str, Any] = {
+        "allow": (at(hub.store_netloc),),
+        "hub_endpoint": hub.endpoint,
+        "hub_cache": "off",
+        "timeout": 5,
+    }
+    return AdapterStore(StoreConfig(cache_dir=folder / "cache", **given | settings))
+
+
+def is_evictable(folder: Path) -> bool:
+    return main(["cache", "gc", "--bytes", "1", "--dir", str(folder / "cache")]) == 0
+
+
+async def test_a_checkout_is_a_lease_and_its_id_is_in_the_placement(tmp_path: Path) -> None:
+    adapter = written(tmp_path / "adapter", layers=4, rank=16)
+    with HubStandIn() as hub:
+        commit = hub.put("org/name", contents(adapter))
+        async with store_of(hub, tmp_path) as store:
+            assert not store.placement()
+            async with store.checkout("org/name") as folder:
+                assert contents(adapter).items() <= contents(folder.path).items()
+                assert (folder.version, folder.downloaded) == (commit, True)
+                assert folder.verification.vouched
+                other = await store.checkout(f"org/name@{commit}")
+                assert (other.path, other.downloaded) == (folder.path, False)
+                size = folder.nbytes
+                found = store.placement()["org/name"]
+                assert found == StoredAdapter("present", folder.key, size, size, 2, None)
+                assert found.version == commit
+            assert not is_evictable(tmp_path), "the other one holds it"
+            other.release()
+            assert store.placement()["org/name"].leases == 0
+            assert is_evictable(tmp_path)
+            await fails(store.checkout("org/none"), errors.AccessDeniedError)
+            failed = store.placement()["org/none"]
+            assert (failed.state, failed.key) == ("failed", None)
+            assert isinstance(failed.error, errors.AccessDeniedError)
+            async with store.checkout("org/name", digest=folder.verification.digest) as folder:
+                assert folder.downloaded
+            await fails(store.checkout("org/name", digest="0" * 64), errors.IntegrityError)
+            merge = Merge("linear", ["org/name"] * 2, [1, 1])
+            await fails(store.checkout(merge), errors.UsageError, "fetch its parts")
+        await fails(asyncio.to_thread(store.checkout, "org/name"), errors.UsageError, "event loop")
+        with pytest.raises(errors.LoaderClosedError, match="the store is closed"):
+            store.checkout("org/name")
+
+
+async def test_tenants_have_tokens_of_their_own(tmp_path: Path) -> None:
+    adapter = written(tmp_path / "adapter", layers=4, rank=16)
+    with HubStandIn() as hub:
+        hub.put("org/private", contents(adapter), private_token=TOKEN)
+        async with store_of(hub, tmp_path) as store:
+            async with store.checkout("org/private", token=TOKEN) as folder:
+                await fails(store.checkout("org/private"), errors.AccessDeniedError)
+                async with store.checkout("org/private", token=TOKEN) as again:
+                    assert again.path == folder.path
+            assert TOKEN not in repr(store.placement())
+
+
+async def test_a_leased_folder_is_not_evicted_for_another(tmp_path: Path) -> None:
+    with HubStandIn() as hub:
+        for seed in range(3):
+            hub.put(f"org/{seed}", contents(written(tmp_path / str(seed), seed, layers=4, rank=16)))
+        size = sum(map(len, contents(tmp_path / "0").values()))
+        async with store_of(hub, tmp_path, cache_bytes=int(2.5 * size)) as store:
+            zero = await store.checkout("org/0")
+            (await store.checkout("org/1")).release()
+            two = await store.checkout("org/2")
+            assert contents(tmp_path / "0").items() <= contents(zero.path).items()
+            waiting = asyncio.ensure_future(store.checkout("org/1"))
+            await asyncio.sleep(0.3)
+            assert not waiting.done(), "there is no room"
+            assert zero.path.exists()
+            zero.release()
+            async with await waiting as one:
+                assert not zero.path.exists()
+                assert one.path.exists()
+            two.release()
+
+
+async def test_a_prefetch_is_joined_and_reports_what_arrives(world: RemoteWorld) -> None:
+    adapter, gate = world.stock(), threading.Event()
+
+    def late(asked: Asked, client: Client) -> None:
+        assert gate.wait(20)
+        world.serve(asked, client)
+
+    world.server.behave = late
+    async with AdapterStore(source=world.source) as store:
+        hint = store.prefetch([world.ref("one"), world.ref("none")])
+        await until(lambda: "one" in store.placement())
+        assert store.placement()["one"].state in {"resolving", "fetching"}
+        calls = [asyncio.create_task(files_of(store, world)) for _ in range(2)]
+        await asyncio.sleep(0.01)
+        calls[0].cancel()
+        gate.set()
+        assert contents(adapter).items() <= (await calls[1]).items()
+        await asyncio.wait([hint.task])
+        assert hint.errors.keys() == {"none"}
+        assert store.placement()["one"].state == "present"
+        assert store.placement()["none"].state == "failed"
+        weights = len(contents(adapter)["adapter_model.safetensors"])
+        asked = sum(min(stop, weights) - start for start, stop in world.spans_of("one"))
+        assert asked == weights, "it came once"
+    assert calls[0].cancelled()
+
+
+async def files_of(store: AdapterStore, world: RemoteWorld) -> dict[str, bytes]:
+    async with store.checkout(world.ref("one")) as folder:
+        return contents(folder.path)
+
+
+async def test_cancelled_at_every_step_it_leaves_no_record(
+    world: RemoteWorld, tmp_path: Path
+) -> None:
+    steps, files = Steps(world.source), tiny.files(tiny.write(tmp_path / "a", rank=256))
+    async with AdapterStore(source=world.source) as store:
+        for step in itertools.count(1):
+            checkout = asyncio.ensure_future(store.checkout(world.put(f"n{step}", *files)))
+            steps.expect(step, checkout.cancel)
+            await asyncio.wait([checkout])
+            if not checkout.cancelled():
+                checkout.result().release()
+                break
+            assert not store.placement()
+        assert store.placement().keys() == {f"n{step}"}
+    assert step > 6, "every await was met"
+
+
+async def test_closing_cancels_hints_and_waits_for_leases(world: RemoteWorld) -> None:
+    world.stock()
+    world.stock("two", 1)
+    store = await AdapterStore(source=world.source).__aenter__()
+    held = await store.checkout(world.ref("one"))
+    gate = threading.Event()
+
+    def late(asked: Asked, client: Client) -> None:
+        gate.wait(20)
+        refuse("503 No")(asked, client)
+
+    world.server.behave = late
+    hint = store.prefetch(world.ref("two"))
+    waiting = asyncio.ensure_future(store.checkout(world.ref("two")))
+    await until(lambda: len(world.server.asked) > 2)
+    closing = asyncio.create_task(store.close(timeout=10))
+    await asyncio.wait([waiting])
+    assert isinstance(waiting.exception(), errors.LoaderClosedError)
+    assert hint.done
+    gate.set()
+    await asyncio.sleep(0.05)
+    assert not closing.done(), "leases are waited for"
+    held.release()
+    await closing
+    with pytest.raises(errors.UsageError, match="entered once"):
+        await store.__aenter__()
+
+
+async def test_a_loader_knows_where_ids_are(tmp_path: Path) -> None:
+    adapter = written(tmp_path / "adapter", layers=4, rank=16)
+    given = load_file(adapter / "adapter_model.safetensors")
+    async with loader(tmp_path, layers=4, local_roots=(tmp_path,)) as there:
+        async with await there.load("./adapter") as handle:
+            (await there.load_tensors("given", given, tiny.config(16))).release()
+            await there.prefetch(adapter, tier="disk")
+            found = there.placement().by_id
+            assert found.keys() == {"./adapter", str(adapter), "given"}
+            assert found["./adapter"] == there.placement().adapters[handle.key]
+            assert (found["./adapter"].leases, found["given"].tier) == (1, "device")
+        await there.unload("given")
+        assert "given" not in there.placement().by_id
