@@ -385,7 +385,7 @@ class Lifetime:
         """Run `end` once, to its end even if the caller is cancelled. Idempotent."""
         self.check_loop()
         if self._closing is None:
-            self._closing = asyncio.create_task(end(), name=f"lorax close {self.kind}")
+            self._closing = asyncio.create_task(end(), name="lorax close")
         await asyncio.shield(self._closing)
 
     @property
