@@ -12,8 +12,11 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
+from hub_stand_in import HubStandIn
+from user_loads import at, contents
 
 import tiny
+from lorax_async import AdapterStore, StoreConfig
 from lorax_async.cli import main
 from lorax_async.config import LocalRoot
 from tiny_loaders import ONE, loader
@@ -30,7 +33,7 @@ def python_blocks(page: Path) -> list[str]:
 
 @pytest.mark.usefixtures("nothing_left")
 async def test_the_lines_about_room_run(tmp_path: Path, capsys: Capture) -> None:
-    _, lines, _ = python_blocks(README)
+    _, lines, *_ = python_blocks(README)
     scope: dict[str, Any] = {}
     exec("async def play(loader):\n" + textwrap.indent(lines, "    "), scope)
     for name in ("sql", "chat"):
@@ -40,6 +43,20 @@ async def test_the_lines_about_room_run(tmp_path: Path, capsys: Capture) -> None
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "sql" in line]
     file_bytes = os.path.getsize(tmp_path / "sql" / "adapter_model.safetensors")
     assert line.split()[1:] == ["device", str(ONE), str(file_bytes)]
+
+
+@pytest.mark.usefixtures("nothing_left", "hub_client")
+async def test_the_lines_about_files_run(tmp_path: Path, capsys: Capture) -> None:
+    _, _, lines, _ = python_blocks(README)
+    with HubStandIn() as hub:
+        commit = hub.put("org/name", contents(tiny.write(tmp_path / "a")))
+        given: Any = {"hub_endpoint": hub.endpoint, "allow": (at(hub.store_netloc),)}
+        given |= {"hub_cache": "off", "cache_dir": tmp_path / "cache"}
+        scope: dict[str, Any] = {"AdapterStore": AdapterStore}
+        scope["StoreConfig"] = lambda: StoreConfig(**given)
+        exec("async def play():\n" + textwrap.indent(lines, "    "), scope)
+        await scope["play"]()
+    assert commit in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("nothing_left")

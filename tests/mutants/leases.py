@@ -3,7 +3,7 @@
 from contextlib import nullcontext
 from typing import Any
 
-from lorax_async import concurrency, loader
+from lorax_async import concurrency
 from lorax_async.handle import AdapterHandle
 from lorax_async.runtime import leases
 from lorax_async.runtime.acquire import OrderedCalls
@@ -127,5 +127,5 @@ LOADER: Mutants = {
         f"{ENDING}::test_the_device_outlives_copies", skipped(Driver, "join")),
     "close: it goes on without its caller": mutant(
         "test_sweep.py::test_close_at_every_turn_of_everything",
-        seen_by(loader, "asyncio", shield=same)),
+        seen_by(concurrency, "asyncio", shield=same)),
 }  # fmt: skip
