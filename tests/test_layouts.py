@@ -73,6 +73,23 @@ def test_a_llama_in_memory() -> None:
     assert [m.name for m in bare.modules[:2]] == ["embed_tokens", "layers.0.self_attn.q_proj"]
 
 
+def test_a_gpt2_stores_its_weights_the_other_way_round() -> None:
+    layout = layouts.from_module(transformers.GPT2LMHeadModel(gpt2()))
+    assert layout.backbone_prefix == "transformer."
+    thirds = FusedPart(32, 8), FusedPart(32, 8, True), FusedPart(32, 8, True)
+    layer: list[Any] = [("attn.c_attn", 32, 96, COLUMN, thirds), ("attn.c_proj", 32, 32, ROW, ())]
+    layer += [("mlp.c_fc", 32, 128, COLUMN, ()), ("mlp.c_proj", 128, 32, ROW, ())]
+    first = [
+        Module(f"transformer.{name}", size, 32, -1, Parallelism.REPLICATED, embedding=True)
+        for name, size in (("wte", 48), ("wpe", 16))
+    ]
+    for name, inputs, outputs, kind, parts in layer:
+        path = f"transformer.h.0.{name}"
+        first += [Module(path, inputs, outputs, 0, kind, transposed=True, parts=parts)]
+    assert list(layout.modules[:6]) == first
+    assert layout.modules[-1] == Module("lm_head", 32, 48, 2, COLUMN)
+
+
 NEOX_TINY = partial(transformers.GPTNeoXConfig, **NEOX_SIZES)
 
 

@@ -24,7 +24,7 @@ from lorax_async import layouts
 from lorax_async.config import LoaderConfig, Shard
 from lorax_async.engines.batch import AdaptedModule, DoraFactors
 from lorax_async.engines.transformers import attach
-from lorax_async.errors import AdapterFormatError, UsageError
+from lorax_async.errors import AdapterFormatError, UnsupportedAdapterError, UsageError
 from lorax_async.loader import AdapterLoader
 from lorax_async.planning.layout import Module, Parallelism
 from lorax_async.testing import FakeSource
@@ -312,6 +312,16 @@ async def test_refused_loads(device: str, how: str, text: str, small: Any, tmp_p
             await loader.load(adapter)
 
 
+async def test_a_file_with_the_bases_embedding_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    model = llama()
+    warned = pytest.warns(UserWarning, match="save_embedding_layers")
+    with variants.wrapped(model, TOKENS) as peft, warned:
+        peft.save_pretrained(tmp_path)
+    remedy = r"embed_tokens.base_layer.weight.*save_embedding_layers=False"
+    with pytest.raises(UnsupportedAdapterError, match=remedy):
+        await logits_with(model, tmp_path, prompt(1))
+
+
 PATTERNS: Any = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 # In the order of the config, as the live model has it, the first that matches counts.
 PATTERNS |= {"rank_pattern": {"v_proj": 2, r"layers\.1\.self_attn.*": 3}}
@@ -344,3 +354,25 @@ async def test_it_answers_as_the_live_model_and_as_its_file(tmp_path: Path, name
             async with loader, await pushed as handle, await loader.load(tmp_path) as twin:
                 assert_same(weights_of(handle), weights_of(twin))
                 assert handle.nbytes == twin.nbytes
+
+
+async def test_each_step_of_training_is_adapted() -> None:
+    model, inputs = llama(), prompt(2)
+    base = logits_of(model, inputs)
+    with variants.wrapped(llama(), variants.VARIANTS["every_linear"].lora, seed=5) as live:
+        config = live.peft_config["default"]
+        weights = [p for p in live.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(weights, lr=0.3)
+        async with serving(model, max_slots=2) as (loader, attached):
+            for _ in range(4):
+                optimizer.zero_grad()
+                live(**inputs, labels=inputs["input_ids"]).loss.backward()
+                optimizer.step()
+                given = get_peft_model_state_dict(live)
+                async with await loader.replace("policy", given, config) as handle:
+                    with attached.batch([handle, None]):
+                        logits = await asyncio.to_thread(logits_of, model, inputs)
+                expected = logits_of(live, inputs)
+                torch.testing.assert_close(logits[0], expected[0], atol=2e-5, rtol=2e-5)
+                torch.testing.assert_close(logits[1], base[1], atol=2e-5, rtol=2e-5)
+            assert len(loader.placement().adapters) == 1
