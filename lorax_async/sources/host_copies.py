@@ -281,13 +281,15 @@ class HostCopies:
                 tensors.append(copy)
             elif not copy.is_read:
                 return copy
-        staying = sum(c.nbytes for c in tensors if c.in_memory and c.nbytes >= spillable)
+        staying = sum(
+            copy.nbytes for copy in tensors if copy.in_memory and copy.nbytes >= spillable
+        )
         if staying + nbytes > self.nbytes:
             raise self._full_error(nbytes, reason)
         # The dropped ones last: their readers may end soon. But a merge reads its parts until it is
         # computed, and may be what waits for room.
-        tensors += [c for c in tuple(self._taking) if isinstance(c.key, TensorsKey)]
-        return next((c for c in tensors if c.in_memory and c.nbytes < spillable), None)
+        tensors += [copy for copy in tuple(self._taking) if isinstance(copy.key, TensorsKey)]
+        return next((copy for copy in tensors if copy.in_memory and copy.nbytes < spillable), None)
 
     def _full_error(self, nbytes: int, reason: str) -> CapacityError:
         return CapacityError(
