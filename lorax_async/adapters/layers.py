@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from math import prod
 from types import SimpleNamespace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 
@@ -219,6 +219,33 @@ class Layer(NamedTuple):
     b: Factor
     scale: float
 
+    @classmethod
+    def of(cls, name: str, factors: Mapping[str, Factor], spec: AdapterSpec) -> Self:
+        """Check A and B, and the scale, against the config. Raise as `LoraWeights.load`."""
+        shown = f"module {shorten(name, 200)!r}"
+        if missing := [factor for factor in FACTORS if factor not in factors]:
+            raise UsageError(
+                f"{shown} has no {missing[0]} in the module map; make it with"
+                " LoraConfig.map_weights_for_model"
+            )
+        a, b, rank = factors["lora_A"], factors["lora_B"], spec.rank_of(name)
+        if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == rank:
+            raise AdapterFormatError(
+                f"{shown}: A {list(a.shape)} and B {list(b.shape)} are no pair of rank {rank},"
+                " which the config says; correct its r or rank_pattern"
+            )
+        if not (a.dtype.is_floating_point and b.dtype.is_floating_point):
+            raise UnsupportedAdapterError(
+                f"{shown}: A is {a.dtype} and B {b.dtype}; give them as floating point"
+            )
+        scale = spec.scale_of(name, rank)
+        if not abs(scale) <= MAX_FACTOR:
+            raise AdapterFormatError(
+                f"{shown} would be scaled by {scale}, which no float32 holds; correct lora_alpha or"
+                " alpha_pattern in the config"
+            )
+        return cls(name, a, b, scale)
+
     @property
     def features(self) -> tuple[int, int]:
         """In and out."""
@@ -262,7 +289,7 @@ def load_layers(
         if name not in module_map:
             layers.append(None)
             continue
-        layer = _layer(name, module_map[name], spec)
+        layer = Layer.of(name, module_map[name], spec)
         layers.append(layer)
         if layout is None:
             features = base_features(base, layer_type, model.world_size)
@@ -278,32 +305,6 @@ def load_layers(
     device = devices.pop() if devices else torch.device("cpu")
     share = None if model.world_size == 1 else partial(_share, model, layer_type)
     return stack_layers(layers, model.dtype, device, is_wanted, model.world_size, share)
-
-
-def _layer(name: str, factors: Mapping[str, Factor], spec: AdapterSpec) -> Layer:
-    if missing := [factor for factor in FACTORS if factor not in factors]:
-        raise UsageError(
-            f"module {shorten(name, 200)!r} has no {missing[0]} in the module map; make it with"
-            " LoraConfig.map_weights_for_model"
-        )
-    a, b, rank = factors["lora_A"], factors["lora_B"], spec.rank_of(name)
-    if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == rank:
-        raise AdapterFormatError(
-            f"module {shorten(name, 200)!r}: A {list(a.shape)} and B {list(b.shape)} are no pair of"
-            f" rank {rank}, which the config says; correct its r or rank_pattern"
-        )
-    if not (a.dtype.is_floating_point and b.dtype.is_floating_point):
-        raise UnsupportedAdapterError(
-            f"module {shorten(name, 200)!r}: A is {a.dtype} and B {b.dtype}; give them as floating"
-            " point"
-        )
-    scale = spec.scale_of(name, rank)
-    if not abs(scale) <= MAX_FACTOR:
-        raise AdapterFormatError(
-            f"module {shorten(name, 200)!r} would be scaled by {scale}, which no float32 holds;"
-            " correct lora_alpha or alpha_pattern in the config"
-        )
-    return Layer(name, a, b, scale)
 
 
 def _share(model: AdapterModel, layer_type: str, a: torch.Tensor, b: torch.Tensor) -> Pair:
@@ -393,17 +394,19 @@ def _local_features(linear: Any) -> Features:
     return Features(first, last, either_way=True)
 
 
-def _require_alike(layers: Sequence[Layer]) -> None:
+def _common_features(layers: Sequence[Layer]) -> tuple[int, int]:
+    first = layers[0]
     for layer in layers:
-        if layer.features != layers[0].features:
+        if layer.features != first.features:
             sizes = " and ".join(
                 f"{shorten(one.name, 200)!r} ({one.features[0]} → {one.features[1]})"
-                for one in (layers[0], layer)
+                for one in (first, layer)
             )
             raise IncompatibleAdapterError(
                 f"layers of different sizes cannot be stacked: {sizes}; use AdapterLoader, which"
                 " does not stack"
             )
+    return first.features
 
 
 def stack_layers(
@@ -422,8 +425,7 @@ def stack_layers(
     present = [layer for layer in layers if layer is not None]
     if not present:
         return None
-    _require_alike(present)
-    features = present[0].features
+    features = _common_features(present)
     rank = padded_rank(max(layer.a.shape[0] for layer in present), world_size)
     stored_a = (rank, features[0]) if rank in BY_RANK else (features[0], rank)
     shapes, local_rank, stacks = (stored_a, (rank, features[1])), rank, list[torch.Tensor]()

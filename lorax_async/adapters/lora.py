@@ -38,7 +38,6 @@ from lorax_async.adapters.layers import (
 from lorax_async.adapters.weights_file import (
     EMBEDDING,
     LIMITS,
-    Factor,
     ModuleMap,
     WeightsFile,
     adapter_folder,
@@ -510,39 +509,37 @@ def check_architectures(
     adapter's base in the hub cache: warn if they are equal or unknown, and raise
     `IncompatibleAdapterError` if they differ.
     """
-    base = adapter_config.base_model_name_or_path
-    if base and base != model_id:
-        _compare(model_id, adapter_id, base, cached_architectures(base), tuple(architectures))
+    if doubt := _compare_bases(model_id, adapter_id, adapter_config, architectures):
+        warnings.warn(doubt, stacklevel=2)
 
 
 async def check_architectures_async(
     model_id: str, adapter_id: str, adapter_config: AdapterConfig, architectures: Sequence[str]
 ) -> None:
     """As `check_architectures`, with the look-up in a thread."""
-    base = adapter_config.base_model_name_or_path
-    if base and base != model_id:
-        trained_on = await in_thread(lambda _: cached_architectures(base))
-        _compare(model_id, adapter_id, base, trained_on, tuple(architectures))
+    given = model_id, adapter_id, adapter_config, architectures
+    if doubt := await in_thread(lambda _: _compare_bases(*given)):
+        warnings.warn(doubt, stacklevel=2)
 
 
-def _compare(
-    model_id: str,
-    adapter_id: str,
-    base: str,
-    trained_on: tuple[str, ...] | None,
-    served: tuple[str, ...],
-) -> None:
-    adapter, base = shorten(str(adapter_id), 100), shorten(base, 100)
-    if trained_on not in {None, served}:
+def _compare_bases(
+    model_id: str, adapter_id: str, adapter_config: AdapterConfig, served: Sequence[str]
+) -> str | None:
+    """Return the text of the warning, if any."""
+    name = adapter_config.base_model_name_or_path
+    if not name or name == model_id:
+        return None
+    adapter, base = shorten(str(adapter_id), 100), shorten(name, 100)
+    trained_on = cached_architectures(name)
+    if trained_on not in {None, tuple(served)}:
         raise IncompatibleAdapterError(
             f"adapter {adapter!r} is for {base!r} ({shorten(', '.join(trained_on or ()), 100)}),"
             f" and {model_id!r} is another architecture ({', '.join(served)}); serve {base!r}, or"
             f" use an adapter of {model_id!r}"
         )
-    warnings.warn(
+    return (
         f"adapter {adapter!r} was not trained on base model {model_id!r}; if its answers are"
-        f" wrong, serve {base!r} instead",
-        stacklevel=3,  # the caller of the check
+        f" wrong, serve {base!r} instead"
     )
 
 
@@ -610,20 +607,27 @@ def merge_adapters(
     merge = merge_params.merge
     if len(adapters) != len(merge.refs):
         raise UsageError(f"{len(merge.refs)} adapter_ids, but {len(adapters)} adapters")
+    keys, first = dict[str, Mapping[str, tuple[Any, str]]](), adapters[0][1]
+    changes: dict[str, list[tuple[Layer, float]]] = {}
     with ExitStack() as stack:
-        parts = [
-            (stack.enter_context(open_factors(module_map)), config, weight)
-            for (module_map, config), weight in zip(adapters, merge.weights, strict=True)
-        ]
-        merged = _merge(merge, parts)
-    first = adapters[0][1]
+        for (module_map, config), weight in zip(adapters, merge.weights, strict=True):
+            for name, factors in stack.enter_context(open_factors(module_map)).items():
+                layer = Layer.of(name, factors, config.spec)
+                changes.setdefault(name, []).append((layer, weight))
+                keys.setdefault(name, module_map[name])
+        for layers in changes.values():
+            _require_mergeable(merge, layers)
+        # PEFT draws initial weights first, for layers of this rank.
+        drawn = max([first.r, *map(first.spec.rank_of, adapters[0][0])])
+        sizes = tuple(layers[0][0].features for layers in changes.values())
+        generator = make_generator(merge, NewLayers(drawn, sizes, start=True))
+        merged = {name: _combine(merge, layers, generator) for name, layers in changes.items()}
     rank = max((len(a) for a, _ in merged.values()), default=first.r)
     result = {}
     for name, (a, b) in merged.items():
-        keys = next(module_map[name] for module_map, _ in adapters if name in module_map)
         padded = pad(a, (0, 0, 0, rank - len(a))), pad(b, (0, rank - len(a)))
         made = zip(FACTORS, padded, strict=True)
-        result[name] = {factor: (one, keys[factor][1]) for factor, one in made}
+        result[name] = {factor: (one, keys[name][factor][1]) for factor, one in made}
     config = replace(
         first,
         r=rank,
@@ -644,53 +648,28 @@ async def merge_adapters_async(
     return await in_thread(lambda _: merge_adapters(adapters, merge_params))
 
 
-Parts = Sequence[tuple[Mapping[str, Mapping[str, Factor]], LoraConfig, float]]
-"""For each adapter its factors, its config and its weight."""
-
-
-def _merge(merge: Merge, parts: Parts) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Return A and B of each module, of the rank that it needs."""
-    changes: dict[str, list[tuple[Layer, float]]] = {}
-    for factors, config, weight in parts:
-        for name, pair in factors.items():
-            layer = Layer(name, pair["lora_A"], pair["lora_B"], config.scale_of(name))
-            changes.setdefault(name, []).append((layer, weight))
-    for layers in changes.values():
-        _require_mergeable(merge, layers)
-    spec, sizes = parts[0][1].spec, tuple(layers[0][0].features for layers in changes.values())
-    # PEFT draws initial weights for layers of this rank first.
-    rank = max([spec.rank, *map(spec.rank_of, parts[0][0])])
-    generator = make_generator(merge, NewLayers(rank, sizes, start=True))
-    merged = {}
-    for name, layers in changes.items():
-        scales = [(weight, layer.scale) for layer, weight in layers]
-        made = []
-        for role in (TensorRole.A, TensorRole.B):
-            tensors = [read(layer.a if role is TensorRole.A else layer.b) for layer, _ in layers]
-            made.append(combine(merge, role, tensors, scales, generator))
-        merged[name] = made[0], made[1]
-    return merged
+def _combine(
+    merge: Merge, layers: Sequence[tuple[Layer, float]], generator: torch.Generator | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A and B of one module, of the rank that it needs."""
+    scales = [(weight, layer.scale) for layer, weight in layers]
+    a = combine(merge, TensorRole.A, [read(one.a) for one, _ in layers], scales, generator)
+    return a, combine(merge, TensorRole.B, [read(one.b) for one, _ in layers], scales, generator)
 
 
 def _require_mergeable(merge: Merge, layers: Sequence[tuple[Layer, float]]) -> None:
     shown = f"module {shorten(layers[0][0].name, 200)!r}"
     for layer, weight in layers:
-        if not max(abs(layer.scale), abs(weight * layer.scale)) <= MAX_FACTOR:
+        if not abs(weight * layer.scale) <= MAX_FACTOR:
             raise AdapterFormatError(
                 f"{shown} would be scaled by {layer.scale:g} and weighted by {weight:g}, which"
-                " together no float32 holds; lower the weight, or correct lora_alpha or"
-                " alpha_pattern in the config"
+                " together no float32 holds; lower the weight"
             )
     for along, factor in enumerate(FACTORS):
         shapes = [tuple((layer.b if along else layer.a).shape) for layer, _ in layers]
         sizes = {shape[1 - along] if merge.strategy == "linear" else shape for shape in shapes}
-        if len(sizes) > 1 or any(len(shape) != 2 for shape in shapes):
+        if len(sizes) > 1:
             raise IncompatibleAdapterError(
                 f"{shown}: {merge.strategy!r} cannot merge {factor} of the shapes"
                 f" {' and '.join(str(list(shape)) for shape in shapes)}"
-            )
-    for layer, _ in layers:  # else the adapters' ranks would be misaligned
-        if layer.a.shape[0] != layer.b.shape[1]:
-            raise IncompatibleAdapterError(
-                f"{shown}: A {list(layer.a.shape)} and B {list(layer.b.shape)} are no pair"
             )

@@ -276,14 +276,16 @@ TIES: dict[str, object] = {"merge_strategy": "ties", "density": 0.5}
 def test_shapes_that_do_not_fit() -> None:
     ones = module_map(torch.ones(2, 6), torch.ones(5, 3), Q)
     sixes = r"lora_A of the shapes \[2, 6\] and"
-    for more, other, problem in (
-        (TIES, made_map(2, Q, rank=3), rf"'{Q}': 'ties' cannot merge {sixes} \[3, 6\]"),
-        (LINEAR, made_map(2, Q, features=7), rf"{sixes} \[2, 7\]"),
-        (LINEAR, made_map(2, Q, features=1), rf"{sixes} \[2, 1\]"),
-        *((more, ones, r"and B \[5, 3\] are no pair") for more in (LINEAR, TIES)),
+    for more, rank, other, problem in (
+        (TIES, 3, made_map(2, Q, rank=3), rf"'{Q}': 'ties' cannot merge {sixes} \[3, 6\]"),
+        (LINEAR, 2, made_map(2, Q, features=7), rf"{sixes} \[2, 7\]"),
+        (LINEAR, 2, made_map(2, Q, features=1), rf"{sixes} \[2, 1\]"),
+        *((more, 2, ones, r"and B \[5, 3\] are no pair of rank 2") for more in (LINEAR, TIES)),
+        (LINEAR, 2, made_map(2, Q, rank=3), r"A \[3, 6\] and B \[5, 3\] are no pair of rank 2"),
     ):
-        adapters = [(ones if other is ones else made_map(1, Q), config_of()), (other, config_of())]
-        with pytest.raises(IncompatibleAdapterError, match=problem):
+        adapters = [(made_map(1, Q), config_of()), (other, config_of(rank))]
+        kind = AdapterFormatError if "pair" in problem else IncompatibleAdapterError
+        with pytest.raises(kind, match=problem):
             merge_adapters(adapters, parameters(**more))  # type: ignore[arg-type]
 
 
