@@ -221,7 +221,7 @@ class Recorder:
         return span
 
     def record(self, record: Record, span: Span | None = None) -> None:
-        """Record a span that has ended. It is open until then: a trace reads open ones first."""
+        """Record a span that has ended, then close it. Traces look at open ones first."""
         for ring in self.rings:
             ring.add(record)
         self._open.pop(id(span), None)
@@ -281,7 +281,7 @@ class Recorder:
 
 
 class Tracer:
-    """The way of all spans of a loader; `on` is None while nothing is recorded."""
+    """Begins all spans of a loader. `on` is None while nothing is recorded."""
 
     def __init__(self) -> None:
         self.on: Recorder | None = None
@@ -297,7 +297,7 @@ class Tracer:
         start: int | None = None,
         **args: object,
     ) -> Span:
-        """Begin a span, in any thread.
+        """Begin a span, in any thread. While nothing is recorded, return `NO_SPAN`.
 
         An `adapter` is the lane in "files", and completes the name elsewhere. `slot` stands for the
         adapter in it. `start`, in nanoseconds of `now`, is for spans that began before.

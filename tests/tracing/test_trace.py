@@ -17,6 +17,7 @@ from lorax_async import errors
 from lorax_async import tracing as recorders
 from lorax_async.cli.timeline import record_trace
 from lorax_async.loader import AdapterLoader
+from lorax_async.runtime.leases import SlotOccupancy
 from lorax_async.testing import FakeSource
 from lorax_async.tracing import Record, Ring, Trace, Tracer, last_part, microseconds, name_of, now
 from lorax_async.types import AdapterKey, AdapterRef, Merge, Ref, RemoteKey, TensorsKey
@@ -112,6 +113,23 @@ async def test_staging_holds_a_buffer_until_its_copy_has_ended(folders: list[Pat
         fills = [each for each in of(events, "staging", "fill") if held["ts"] <= each["ts"]]
         assert stop(min(fills, key=stop)) <= stop(copy) <= stop(held)
         assert held["args"]["adapter"] == "a"
+
+
+async def test_a_layer_is_recorded_before_a_pass_sees_it(
+    folders: list[Path], monkeypatch: Patch
+) -> None:
+    advance, seen = SlotOccupancy.advance, list[int]()
+
+    def advancing(occupancy: SlotOccupancy, watermark: int) -> None:
+        recorded = names(trace.as_json(), "layers")
+        seen.extend(recorded.count(f"layer {layer}") for layer in range(watermark))
+        advance(occupancy, watermark)
+
+    monkeypatch.setattr(SlotOccupancy, "advance", advancing)
+    async with loader() as there:
+        with there.trace() as trace:
+            await load(there, folders[0])
+    assert set(seen) == {1}
 
 
 async def test_other_engines_report_their_layers(folders: list[Path]) -> None:
@@ -226,17 +244,11 @@ async def test_a_small_trace_says_how_much_is_gone(folders: list[Path], tmp_path
     assert data["otherData"]["dropped"] == len(all) - 5
     small.write(tmp_path / "trace.json")
     assert json.loads((tmp_path / "trace.json").read_text()) == data
-
-
-async def test_a_limit_is_a_number_and_a_trace_is_recorded_once() -> None:
-    async with loader() as there:
-        for limit in (0, -1, True, 1.5, None):
-            with pytest.raises(errors.UsageError, match="limit"):
-                there.trace(limit=cast(Any, limit))
-        with there.trace() as trace:
-            pass
-        with pytest.raises(errors.UsageError, match="once"), trace:
-            pass
+    with pytest.raises(errors.UsageError, match="once"), small:
+        pass
+    for limit in (0, -1, True, 1.5, None):
+        with pytest.raises(errors.UsageError, match="limit"):
+            Trace(Tracer(), cast(Any, limit), dict)
 
 
 def test_passes_do_not_push_out_a_load() -> None:
