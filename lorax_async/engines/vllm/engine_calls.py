@@ -1,0 +1,113 @@
+"""The calls of the plug-in to vLLM's engine, and through it to all of its workers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from http import HTTPStatus
+from typing import Any
+
+from lorax_async.errors import FetchTimeoutError, UnsupportedAdapterError
+
+FIRST_POLL, LAST_POLL = 0.005, 0.1
+"""Seconds between two questions whether weights are built; each is answered between two steps."""
+
+_logger = logging.getLogger("lorax_async.engines.vllm")
+
+
+class EngineCalls:
+    """vLLM's `EngineClient`, as far as the plug-in needs it.
+
+    `extended` is whether the workers build weights for us; if not, vLLM loads adapters itself.
+    """
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self.extended = False
+
+    async def setup(self, host_bytes: int, address: str) -> None:
+        """Extend the workers, or say once why they cannot be; see `WorkerExtension.lorax_setup`."""
+        try:
+            reasons = await self._call("lorax_setup", host_bytes, address)
+        except Exception as error:  # noqa: BLE001 - vLLM's, of any class
+            reasons = [f"start vLLM with --worker-extension-cls {EXTENSION} ({error})"]
+        reason = next((reason for reason in reasons if reason is not None), None)
+        self.extended = reason is None
+        if reason is not None:
+            _logger.warning(
+                "adapters are fetched and checked beside vLLM's engine, but their weights are"
+                " built inside its loop: %s",
+                reason,
+            )
+
+    async def _call(self, method: str, *args: Any) -> list[Any]:
+        """Return the result of each worker."""
+        results: list[Any] = await self._client.collective_rpc(method, args=args)
+        return results
+
+    async def build(self, path: str, timeout: float) -> None:
+        """Build the weights in `path` in every worker. Raise `UnsupportedAdapterError` by vLLM."""
+        if not self.extended:
+            return
+        await self._call("lorax_prepare", path)
+        try:
+            async with asyncio.timeout(timeout):
+                pause = FIRST_POLL
+                while True:
+                    results = await self._call("lorax_prepared", path)
+                    if all(done for done, _ in results):
+                        break
+                    await asyncio.sleep(pause)
+                    pause = min(2 * pause, LAST_POLL)
+        except TimeoutError:
+            raise FetchTimeoutError(f"vLLM did not build it within {timeout:g} s") from None
+        for _, error in results:
+            if error is not None:
+                raise UnsupportedAdapterError(f"vLLM cannot load it: {error}")
+
+    async def forget(self, path: str, *, keep_copy: bool = False) -> None:
+        """Let the workers close the adapter's files, and drop their weights unless `keep_copy`."""
+        if self.extended:
+            await self._client.collective_rpc(
+                "lorax_forget", args=(path,), kwargs={"keep_copy": keep_copy}
+            )
+
+    async def remove(self, number: int) -> None:
+        """Take an adapter out of its slot and out of vLLM's cache."""
+        await self._client.remove_lora(number)
+
+    async def report(self) -> dict[str, Any]:
+        """Return what every worker holds, with the counts and failures of all of them."""
+        if not self.extended:
+            return {"device": (), "cached": (), "built": {}, "lost": {}, "counts": {}}
+        first, *others = await self._call("lorax_report")
+        for other in others:
+            for name in ("device", "cached"):
+                first[name] = [number for number in first[name] if number in other[name]]
+            first["built"] = {p: n for p, n in first["built"].items() if p in other["built"]}
+            first["lost"] |= other["lost"]
+            first["counts"] = {
+                name: n + other["counts"][name] for name, n in first["counts"].items()
+            }
+        result: dict[str, Any] = first
+        return result
+
+    def uses(self, path: str) -> bool:
+        """Return whether a request that has not ended uses the adapter in `path`."""
+        return any(state.lora_request.lora_path == path for state in self._requests())
+
+    async def fail(self, path: str, reason: str) -> None:
+        """End the requests that use the adapter in `path` with status 503."""
+        from vllm.exceptions import GracefulHTTPError  # noqa: PLC0415
+
+        states = [each for each in self._requests() if each.lora_request.lora_path == path]
+        for state in states:
+            state.queue.put(GracefulHTTPError(reason, HTTPStatus.SERVICE_UNAVAILABLE))
+        await self._client.abort([state.request_id for state in states], internal=True)
+
+    def _requests(self) -> list[Any]:
+        states = self._client.output_processor.request_states
+        return [state for state in states.values() if state.lora_request is not None]
+
+
+EXTENSION = "lorax_async.engines.vllm.worker.WorkerExtension"

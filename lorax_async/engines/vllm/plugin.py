@@ -1,0 +1,184 @@
+"""What vLLM's entry points load: a resolver of adapter names, and the server's part.
+
+`register` is `vllm.general_plugins`, called in every process of vLLM; `ServerPlugin` is
+`vllm.endpoint_plugins`, made in the API server only. Both do nothing unless `VLLM_PLUGINS` names
+this plug-in, because installing a package must not open a server to new adapters.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from socket import AF_UNIX, SOCK_DGRAM, socket
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from lorax_async import layouts
+from lorax_async.config import StoreConfig
+from lorax_async.engines.vllm.engine_calls import EngineCalls
+from lorax_async.engines.vllm.plugin_settings import PluginSettings
+from lorax_async.engines.vllm.routes import attach_metrics, attach_routes, refuse
+from lorax_async.engines.vllm.served_adapters import BaseRequirements, ServedAdapters
+from lorax_async.errors import ConfigError, LoraxError
+from lorax_async.planning.layout import ModelLayout
+from lorax_async.store import AdapterStore
+
+NAME = "lorax_async"
+
+MAX_NOTICE = 8_192
+"""Bytes of a worker's notice: a path and an error."""
+
+_logger = logging.getLogger("lorax_async.engines.vllm")
+
+
+class NameResolver:
+    """A `vllm.lora.resolver.LoRAResolver`. vLLM awaits it before a request reaches the engine."""
+
+    def __init__(self) -> None:
+        self.serving: tuple[PluginSettings, ServedAdapters] | None = None
+
+    async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:  # noqa: ARG002
+        """Return a LoRARequest, or None for a name that requests may not use.
+
+        Raise an `AdapterRefusal`, which is a fastapi HTTPException, for an adapter that fails.
+        """
+        from vllm.lora.request import LoRARequest  # noqa: PLC0415
+
+        if self.serving is None:
+            return None
+        settings, served = self.serving
+        ref = settings.find(lora_name)
+        if ref is None:
+            return None  # another resolver may know it
+        try:
+            adapter = await served.prepare(lora_name, ref)
+        except LoraxError as error:
+            raise refuse(error, lora_name) from error
+        request = LoRARequest(lora_name, 1, adapter.path)  # vLLM sets the number
+        served.add(adapter, request)
+        return request
+
+
+RESOLVER = NameResolver()
+"""One for the process: vLLM may call `register` again."""
+
+
+def register() -> None:
+    """Register the resolver, if `VLLM_PLUGINS` names this plug-in."""
+    from vllm import envs  # noqa: PLC0415
+    from vllm.lora.resolver import LoRAResolverRegistry  # noqa: PLC0415
+
+    named = NAME in (envs.VLLM_PLUGINS or ())
+    if named and NAME not in LoRAResolverRegistry.get_supported_resolvers():
+        LoRAResolverRegistry.register_resolver(NAME, RESOLVER)
+
+
+class ServerPlugin:
+    """A `vllm.plugins.endpoint_plugins.interface.EndpointPlugin`."""
+
+    name = NAME
+    required_tasks: tuple[str, ...] | None = ("generate",)
+
+    def __init__(self) -> None:
+        self._stack = AsyncExitStack()
+
+    def attach_router(self, app: Any) -> None:
+        """Add routes, and close the store when the server ends."""
+        attach_routes(app)
+        inner = app.router.lifespan_context
+
+        @asynccontextmanager
+        async def lifespan(app: Any) -> AsyncIterator[Any]:
+            async with self._stack, inner(app) as state:
+                yield state
+
+        app.router.lifespan_context = lifespan
+
+    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:  # noqa: ARG002
+        """Open the store and extend the workers.
+
+        Raise `ConfigError`, which ends the start, for wrong settings and a server without LoRA.
+        """
+        from vllm import envs  # noqa: PLC0415
+
+        settings = PluginSettings.from_environment(os.environ)
+        config = engine_client.vllm_config
+        if config.lora_config is None:
+            raise ConfigError("the plug-in lorax_async needs vLLM's --enable-lora")
+        if not envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
+            raise ConfigError(
+                "the plug-in lorax_async needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=1: without it vLLM"
+                " asks no resolver"
+            )
+        store = AdapterStore(StoreConfig(**settings.store_settings()))
+        await self._stack.enter_async_context(store)
+        engine = EngineCalls(engine_client)
+        models = state.openai_serving_models
+
+        def read_base() -> BaseRequirements:
+            return BaseRequirements(
+                read_layout(config.model_config), config.lora_config.max_lora_rank
+            )
+
+        served = ServedAdapters(settings, store, engine, models, read_base)
+        await engine.setup(settings.host_bytes, self._listen(served))
+        await served.load_base()
+        self._stack.push_async_callback(served.close)
+        watch = asyncio.create_task(served.watch(), name="lorax watch")
+        self._stack.callback(watch.cancel)
+        attach_metrics(served, config.parallel_config.data_parallel_index)
+        RESOLVER.serving = state.lorax = settings, served
+
+    def _listen(self, served: ServedAdapters) -> str:
+        """Receive what the workers lost; return the address of the socket."""
+        folder = self._stack.enter_context(TemporaryDirectory(prefix="lorax-async-"))
+        address = f"{folder}/lost"
+        notices = self._stack.enter_context(socket(AF_UNIX, SOCK_DGRAM))
+        notices.setblocking(False)
+        notices.bind(address)
+
+        def read() -> None:
+            path, _, reason = notices.recv(MAX_NOTICE).decode(errors="replace").partition("\0")
+            served.lost(path, reason)
+
+        loop = asyncio.get_running_loop()
+        loop.add_reader(notices, read)
+        self._stack.callback(loop.remove_reader, notices)
+        return address
+
+
+def read_layout(model_config: Any) -> ModelLayout | None:
+    """Return the base's layout, or None, after a warning, if its modules have other names here.
+
+    Then vLLM judges alone whether an adapter fits. Blocks.
+    """
+    reason = None
+    if model_config.is_multimodal_model or model_config.is_moe:
+        reason = "adapters of multimodal and mixture-of-experts models have several spellings"
+    else:
+        try:
+            return layouts.from_pretrained(_config_folder(model_config), model_config.dtype)
+        except LoraxError as error:
+            reason = error.problem
+    _logger.warning("adapters are not compared with the shapes of the base: %s", reason)
+    return None
+
+
+def _config_folder(model_config: Any) -> Path:
+    """Return a folder with the base's config.json, which vLLM has read from there."""
+    from huggingface_hub import snapshot_download  # noqa: PLC0415
+    from huggingface_hub.errors import LocalEntryNotFoundError  # noqa: PLC0415
+
+    if Path(model_config.model).is_dir():
+        return Path(model_config.model)
+    try:
+        folder = snapshot_download(
+            model_config.model, revision=model_config.revision, local_files_only=True
+        )
+    except (LocalEntryNotFoundError, ValueError) as error:
+        raise ConfigError(f"there is no config.json of {model_config.model!r}: {error}") from error
+    return Path(folder)

@@ -1,0 +1,178 @@
+"""The operator's settings of the vLLM plug-in, from environment variables."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lorax_async.config import GiB
+from lorax_async.errors import ConfigError, InvalidAdapterIdError, shorten
+from lorax_async.ids import Allow, LocalFolder, WebFolder, is_covered, parse_ref
+from lorax_async.types import AdapterRef
+from lorax_async.urls import is_address
+
+PREFIX = "LORAX_ASYNC_"
+NAMES = frozenset(
+    {"SOURCES", "ADAPTERS", "CACHE_DIR", "CACHE_BYTES", "HOST_BYTES", "TIMEOUT", "TOKEN"}
+)
+
+_SIZE = re.compile(r"([0-9]+)\s*(|[KMGT]iB)")
+_UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PluginSettings:
+    """What the operator allows, by environment variable (docs/vllm.md). Raises `ConfigError`."""
+
+    sources: tuple[Allow, ...] = ()
+    """Remote places below which a request may name adapters by id."""
+    folders: tuple[Path, ...] = ()
+    """Local folders in which a request may name adapters: `name`, or `./name`."""
+    adapters: Mapping[str, AdapterRef] = field(default_factory=dict)
+    """Names for adapters anywhere."""
+    cache_dir: Path | None = None
+    cache_bytes: int = 16 * GiB
+    host_bytes: int = 2 * GiB
+    """Budget, in each worker, of weights that are ready for the engine."""
+    timeout: float = 300.0
+    """Seconds within which an adapter is downloaded, checked and built."""
+    token: str | None = field(default=None, repr=False)
+    """The bearer token for http(s) sources; the hub has `HF_TOKEN`."""
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> PluginSettings:
+        """Read `LORAX_ASYNC_*`. Raise `ConfigError` for an unknown name or a wrong value."""
+        given = {
+            name.removeprefix(PREFIX): value
+            for name, value in environment.items()
+            if name.startswith(PREFIX) and value
+        }
+        if unknown := sorted(given.keys() - NAMES):
+            raise ConfigError(
+                f"{PREFIX}{unknown[0]} is not a setting; there are"
+                f" {', '.join(PREFIX + name for name in sorted(NAMES))}"
+            )
+        places = [_parse_source(text) for text in given.get("SOURCES", "").split()]
+        adapters = dict(_parse_alias(text) for text in given.get("ADAPTERS", "").split())
+        values: dict[str, Any] = {
+            "sources": tuple(place for place in places if isinstance(place, Allow)),
+            "folders": tuple(place for place in places if isinstance(place, Path)),
+            "adapters": adapters,
+            "token": given.get("TOKEN"),
+        }
+        if "CACHE_DIR" in given:
+            values["cache_dir"] = Path(given["CACHE_DIR"])
+        for name in ("CACHE_BYTES", "HOST_BYTES"):
+            if name in given:
+                values[name.lower()] = _parse_size(name, given[name])
+        if "TIMEOUT" in given:
+            values["timeout"] = _parse_seconds(given["TIMEOUT"])
+        return cls(**values)
+
+    def store_settings(self) -> dict[str, Any]:
+        """Return these settings as arguments of `StoreConfig`."""
+        # Aliases are the operator's words: their places are allowed, though not to requests.
+        allow = (*self.sources, *filter(None, map(_allow_ref, self.adapters.values())))
+        return {
+            "allow": allow or (Allow("https", "allowed.invalid"),),  # none would be all of the hub
+            "local_roots": self.folders,
+            "cache_dir": self.cache_dir,
+            "cache_bytes": self.cache_bytes,
+            "timeout": self.timeout,
+        }
+
+    def find(self, name: str) -> AdapterRef | None:
+        """Return the adapter that a request names, or None if requests may not name it.
+
+        The name is one in `adapters`, an id below `sources`, or a name in one of `folders`.
+        """
+        if name in self.adapters:
+            return self.adapters[name]
+        bare = "/" not in name and ":" not in name
+        try:
+            ref = parse_ref(AdapterRef(f"./{name}" if bare and self.folders else name))
+        except InvalidAdapterIdError:
+            return None
+        if isinstance(ref.place, LocalFolder):
+            path = Path(ref.place.path)
+            inside = not path.is_absolute() or any(map(path.is_relative_to, self.folders))
+            return ref.plain if self.folders and inside else None
+        if not is_covered(ref, self.sources):
+            return None
+        return self.with_token(ref.plain)
+
+    def with_token(self, ref: AdapterRef) -> AdapterRef:
+        """Return `ref` with the token for its source."""
+        if self.token is None or not isinstance(parse_ref(ref).place, WebFolder):
+            return ref
+        return AdapterRef(ref.id, ref.source, ref.revision, token=self.token, digest=ref.digest)
+
+
+def _parse_source(text: str) -> Allow | Path:
+    """Return a place: "hub", "hub:org/", a URL that ends with "/", or an absolute folder."""
+    if text == "hub" or text.startswith("hub:"):
+        # The machine's token reads only what the operator named.
+        return Allow("hub", prefix=text[4:], use_token=bool(text[4:]))
+    if "://" in text and (allow := _allow_ref(_parse_id("SOURCES", text))) is not None:
+        return allow
+    folder = Path(text)
+    if not folder.is_absolute() or not folder.is_dir():
+        raise ConfigError(
+            f"{PREFIX}SOURCES: {shorten(text, 200)!r} is neither hub, hub:ORG/, a URL that ends"
+            " with '/', nor the absolute path of a folder"
+        )
+    return folder
+
+
+def _parse_alias(text: str) -> tuple[str, AdapterRef]:
+    name, separator, place = text.partition("=")
+    if not separator or not name or not place:
+        raise ConfigError(f"{PREFIX}ADAPTERS: {shorten(text, 200)!r} is not NAME=ID or NAME=PATH")
+    if place.startswith("/"):
+        return name, AdapterRef(Path(place))
+    ref = _parse_id("ADAPTERS", place)
+    on_hub = parse_ref(ref).source == "hub"
+    return name, AdapterRef(ref.id, ref.source, ref.revision, use_token=on_hub)
+
+
+def _parse_id(name: str, text: str) -> AdapterRef:
+    try:
+        return parse_ref(AdapterRef(text)).plain
+    except InvalidAdapterIdError as error:  # do not repeat the text: it may hold a secret
+        raise ConfigError(f"{PREFIX}{name}: {error.problem}") from None
+
+
+def _allow_ref(ref: AdapterRef) -> Allow | None:
+    """Return the permission for a place and everything below it; None for a folder."""
+    if isinstance(ref.id, Path):
+        return None
+    place = parse_ref(ref).place
+    if isinstance(place, LocalFolder):
+        return None
+    named = isinstance(place, WebFolder) and place.host != "localhost"
+    scheme: Any = place.scheme
+    return Allow(
+        scheme,
+        place.host,
+        place.port,
+        place.path,
+        use_token=ref.use_token,
+        private=named and not is_address(place.host),
+    )
+
+
+def _parse_size(name: str, text: str) -> int:
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ConfigError(f"{PREFIX}{name} must be bytes, such as 16GiB, not {shorten(text, 40)!r}")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+def _parse_seconds(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"{PREFIX}TIMEOUT must be seconds, not {shorten(text, 40)!r}") from None

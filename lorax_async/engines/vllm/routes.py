@@ -1,0 +1,212 @@
+"""HTTP routes and metrics that the plug-in adds to vLLM's server."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from http import HTTPStatus
+from math import ceil
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from prometheus_client import REGISTRY
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from lorax_async import errors
+from lorax_async.engines.vllm.plugin_settings import PluginSettings
+from lorax_async.engines.vllm.served_adapters import ServedAdapters
+from lorax_async.errors import LoraxError
+
+STATUSES: tuple[tuple[type[LoraxError], int], ...] = (
+    (errors.AdapterNotFoundError, 404),
+    (errors.AccessDeniedError, 403),
+    (errors.AdapterFormatError, 400),
+    (errors.UnsupportedAdapterError, 400),
+    (errors.IncompatibleAdapterError, 400),
+    (errors.IntegrityError, 502),
+    (errors.CapacityError, 503),
+    (errors.LoaderClosedError, 503),
+    (errors.AdapterTimeoutError, 503),
+    (errors.FetchError, 503),
+    (errors.UsageError, 400),
+)
+"""The first row whose class matches an error decides; other errors are 500."""
+
+RETRY_AFTER = 5.0
+"""Seconds in `Retry-After` where the source named none."""
+
+
+class AdapterRefusal(HTTPException):
+    """The response to a request whose adapter cannot be used.
+
+    vLLM answers HTTPExceptions without their headers; `attach_routes` answers these with them.
+    """
+
+
+def refuse(error: LoraxError, name: str) -> AdapterRefusal:
+    """Return the response to an error; `name` is the client's name for the adapter."""
+    status = next((status for kind, status in STATUSES if isinstance(error, kind)), 500)
+    shown = error if error.id is None else error.located(id=name)
+    headers = None
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+        headers = {"Retry-After": str(max(1, ceil(error.retry_after or RETRY_AFTER)))}
+    return AdapterRefusal(status, str(shown), headers)
+
+
+async def _answer_refusal(_: Request, refusal: Exception) -> Response:
+    assert isinstance(refusal, AdapterRefusal)
+    error = {
+        "message": refusal.detail,
+        "type": HTTPStatus(refusal.status_code).phrase,
+        "param": "model",
+        "code": refusal.status_code,
+    }
+    return JSONResponse({"error": error}, refusal.status_code, refusal.headers)
+
+
+def attach_routes(app: FastAPI) -> None:
+    """Add the plug-in's routes; those for `/v1/…_lora_adapter` replace vLLM's."""
+    app.add_exception_handler(AdapterRefusal, _answer_refusal)
+    app.add_api_route("/v1/lorax/adapters", list_adapters, methods=["GET"])
+    app.add_api_route("/v1/lorax/prefetch", prefetch, methods=["POST"])
+    app.add_api_route("/v1/load_lora_adapter", load_adapter, methods=["POST"])
+    app.add_api_route("/v1/unload_lora_adapter", unload_adapter, methods=["POST"])
+
+
+async def list_adapters(request: Request) -> Response:
+    """Return tier, bytes, version and last error of every adapter."""
+    _, served = _serving(request)
+    await served.look()
+    return JSONResponse({"data": served.describe()})
+
+
+async def prefetch(request: Request) -> Response:
+    """Begin to fetch and build adapters: `{"adapters": ["name or id", …]}`."""
+    settings, served = _serving(request)
+    names = (await _members(request)).get("adapters")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise AdapterRefusal(400, "'adapters' must be a list of names")
+    refs = {name: settings.find(name) for name in names}
+    for name, ref in refs.items():
+        if ref is None:
+            raise AdapterRefusal(404, f"requests may not name the adapter {name!r}")
+        served.prefetch(name, ref)
+    return JSONResponse({"adapters": names}, 202)
+
+
+async def load_adapter(request: Request) -> Response:
+    """Serve vLLM's route, for which `lora_path` may also be an adapter's name or id."""
+    from vllm.entrypoints.serve.engine.protocol import ErrorResponse  # noqa: PLC0415
+    from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest  # noqa: PLC0415
+
+    settings, served = _serving(request)
+    models = request.app.state.openai_serving_models
+    body = await _read(request, LoadLoRAAdapterRequest)
+    name, path = body.lora_name, body.lora_path
+    adapter = None
+    try:
+        if os.path.isabs(path) and os.path.isdir(path):  # noqa: ASYNC240 - vLLM's own way
+            adapter = await served.prepare_folder(name, path)
+        elif (ref := settings.find(path)) is not None:
+            adapter = await served.prepare(name, ref)
+    except LoraxError as error:
+        raise refuse(error, name) from error
+    if adapter is not None:
+        body.lora_path = adapter.path
+    response = await models.load_lora_adapter(body)
+    if isinstance(response, ErrorResponse):
+        if adapter is not None:
+            await served.discard(adapter)
+        return JSONResponse(response.model_dump(), response.error.code)
+    if adapter is not None:
+        served.add(adapter, models.lora_requests[name])
+    return PlainTextResponse(response)
+
+
+async def unload_adapter(request: Request) -> Response:
+    """Serve vLLM's route, which also frees the engine once the adapter's requests have ended."""
+    from vllm.entrypoints.serve.engine.protocol import ErrorResponse  # noqa: PLC0415
+    from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest  # noqa: PLC0415
+
+    _, served = _serving(request)
+    body = await _read(request, UnloadLoRAAdapterRequest)
+    response = await request.app.state.openai_serving_models.unload_lora_adapter(body)
+    if isinstance(response, ErrorResponse):
+        return JSONResponse(response.model_dump(), response.error.code)
+    await served.look()
+    return PlainTextResponse(response)
+
+
+def _serving(request: Request) -> tuple[PluginSettings, ServedAdapters]:
+    serving: tuple[PluginSettings, ServedAdapters] = request.app.state.lorax
+    return serving
+
+
+async def _members(request: Request) -> dict[str, Any]:
+    """Return the members of the body's JSON object."""
+    try:
+        body = await request.json()
+    except ValueError:
+        body = None
+    if not isinstance(body, dict):
+        raise AdapterRefusal(400, "the body must be a JSON object")
+    return body
+
+
+async def _read(request: Request, kind: Any) -> Any:
+    from pydantic import ValidationError  # noqa: PLC0415
+
+    try:
+        return kind.model_validate(await _members(request))
+    except ValidationError as error:
+        raise AdapterRefusal(400, str(error)) from None
+
+
+# -- metrics --------------------------------------------------------------------------------------
+
+
+class AdapterCollector(Collector):
+    """What is where as of the last look, named as in vLLM's PR #45411; and the workers' counts."""
+
+    def __init__(self, served: ServedAdapters, engine: str) -> None:
+        self._served = served
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        levels = {"device": "gpu", "host": "cpu"}
+        loaded = GaugeMetricFamily(
+            "vllm:lora_adapter_loaded",
+            "1 for each adapter in a slot (gpu) or in host memory (cpu).",
+            labels=["engine", "adapter_name", "level"],
+        )
+        tiers = list(self._served.tiers())
+        for name, tier in tiers:
+            if tier in levels:
+                loaded.add_metric([self._engine, name, levels[tier]], 1)
+        yield loaded
+        number = Counter(tier for _, tier in tiers)
+        for tier, level in levels.items():
+            gauge = GaugeMetricFamily(
+                f"vllm:num_{level}_loaded_lora_adapters",
+                f"Adapters at level {level}.",
+                labels=["engine"],
+            )
+            gauge.add_metric([self._engine], number[tier])
+            yield gauge
+        counter = CounterMetricFamily(
+            "lorax_worker_adapters",
+            "Adapters built in a thread; served from host memory; loaded inside vLLM's loop;"
+            " read from open files after their folder was gone; lost.",
+            labels=["event"],
+        )
+        for event, count in self._served.counts.items():
+            counter.add_metric([event], count)
+        yield counter
+
+
+def attach_metrics(served: ServedAdapters, engine: int | None) -> None:
+    """Add the plug-in's metrics to those of vLLM's server."""
+    REGISTRY.register(AdapterCollector(served, str(engine or 0)))

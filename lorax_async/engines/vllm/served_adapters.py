@@ -1,0 +1,334 @@
+"""An adapter's way from the name in a request to vLLM's engine, and out of it again."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Any, Protocol, TypeVar
+
+from lorax_async.config import Limits
+from lorax_async.engines.vllm.engine_calls import EngineCalls
+from lorax_async.engines.vllm.plugin_settings import PluginSettings
+from lorax_async.errors import AdapterError, FetchError, IncompatibleAdapterError, LoraxError
+from lorax_async.formats.peft_config import parse_config
+from lorax_async.planning.layout import ModelLayout
+from lorax_async.planning.pairing import pair_tensors
+from lorax_async.runtime.folders import AdapterFolder
+from lorax_async.sources.local import CONFIG, read_header
+from lorax_async.store import AdapterStore
+from lorax_async.types import AdapterRef
+
+LINGER = 1.0
+"""Seconds without a request before an unloaded adapter leaves: one may be on its way to it."""
+
+PERIOD = 5.0
+"""Seconds between two looks at what vLLM no longer names."""
+
+MAX_REMEMBERED = 256
+"""Names of failed and of prefetched adapters."""
+
+T = TypeVar("T")
+
+_logger = logging.getLogger("lorax_async.engines.vllm")
+
+
+class Models(Protocol):
+    """vLLM's `OpenAIServingModels`: the adapters that requests may use, by name."""
+
+    lora_requests: dict[str, Any]
+    lora_resolver_lock: dict[str, asyncio.Lock]
+
+
+@dataclass(slots=True, eq=False)
+class ServedAdapter:
+    """One adapter that vLLM has, or is about to get, and the lease on its folder."""
+
+    name: str
+    id: str
+    path: str
+    folder: AdapterFolder | None
+    """None for a folder that a caller of `/v1/load_lora_adapter` named."""
+    nbytes: int = 0
+    request: Any = None
+    """vLLM's LoRARequest, once there is one."""
+    idle_since: float | None = None
+
+    @property
+    def version(self) -> str | None:
+        """The commit or ETags of its files; None for a local folder."""
+        return None if self.folder is None else self.folder.version
+
+
+class BaseRequirements:
+    """What adapters have to fit: the base's layout, if known, and the server's highest rank."""
+
+    def __init__(self, layout: ModelLayout | None, max_rank: int | None) -> None:
+        self._layout = layout
+        self._max_rank = max_rank
+
+    def check(self, folder: Path) -> int:
+        """Return the bytes of an adapter's weights. Blocks briefly.
+
+        Raise the `AdapterError` that says why it does not fit.
+        """
+        limits = Limits()
+        header, nbytes = read_header(folder, limits)
+        spec = parse_config((folder / CONFIG).read_bytes(), limits)
+        ranks = [spec.rank, *(int(pattern.value) for pattern in spec.rank_patterns)]
+        if self._max_rank is not None and max(ranks) > self._max_rank:
+            raise IncompatibleAdapterError(
+                f"its rank is {max(ranks)}, and this server takes up to {self._max_rank}"
+                " (--max-lora-rank)"
+            )
+        if self._layout is not None:
+            pair_tensors(header, spec, self._layout, limits)
+        return nbytes
+
+
+class ServedAdapters:
+    """All adapters that vLLM has through the plug-in. On the API server's event loop.
+
+    vLLM's `lora_requests` is the truth about what requests may use. An adapter that is no longer
+    in it, by whatever route, is taken out of the engine once its requests have ended; only then
+    is its folder released.
+    """
+
+    def __init__(
+        self,
+        settings: PluginSettings,
+        store: AdapterStore,
+        engine: EngineCalls,
+        models: Models,
+        base: Callable[[], BaseRequirements],
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._engine = engine
+        self._models = models
+        self._make_base = base
+        self._base: asyncio.Future[BaseRequirements] | None = None
+        self._served: dict[str, ServedAdapter] = {}
+        self._leaving: list[ServedAdapter] = []
+        self._prefetched: OrderedDict[str, ServedAdapter] = OrderedDict()
+        self._errors: OrderedDict[str, str] = OrderedDict()
+        self._uses: Counter[str] = Counter()
+        self._report: Mapping[str, Any] = {}
+        self._looked = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # -- into the engine --------------------------------------------------------------------------
+
+    async def prepare(self, name: str, ref: AdapterRef) -> ServedAdapter:
+        """Fetch and check an adapter and build its weights. The caller passes it to `add`.
+
+        Raise what `AdapterStore.checkout` raises, `IncompatibleAdapterError` if it does not fit
+        the base, and `UnsupportedAdapterError` if vLLM cannot load it. Nothing stays leased.
+        """
+        try:
+            folder = await self._store.checkout(ref)
+        except LoraxError as error:
+            self._note(name, error)
+            raise
+        adapter = ServedAdapter(name, ref.text, str(folder.path), folder)
+        await self._build(adapter)
+        return adapter
+
+    async def prepare_folder(self, name: str, path: str) -> ServedAdapter:
+        """Prepare an adapter in a folder that the operator's client names, as vLLM lets it."""
+        adapter = ServedAdapter(name, path, path, None)
+        await self._build(adapter)
+        return adapter
+
+    async def _build(self, adapter: ServedAdapter) -> None:
+        self._uses[adapter.path] += 1
+        try:
+            base = await self.load_base()
+            adapter.nbytes = await asyncio.to_thread(base.check, Path(adapter.path))
+            if adapter.version is None and self._uses[adapter.path] == 1:
+                await self._engine.forget(
+                    adapter.path
+                )  # a local folder: its files may have changed
+            await self._engine.build(adapter.path, self._settings.timeout)
+        except BaseException as error:
+            self._start(self.discard(adapter))
+            if not isinstance(error, LoraxError):
+                raise
+            located = error.located(id=adapter.id)
+            self._note(adapter.name, located)
+            raise located from error.__cause__
+
+    async def load_base(self) -> BaseRequirements:
+        """Return the base, which is read in a thread the first time."""
+        if self._base is None:
+            self._base = asyncio.ensure_future(asyncio.to_thread(self._make_base))
+        return await asyncio.shield(self._base)
+
+    def add(self, adapter: ServedAdapter, request: Any) -> None:
+        """Keep an adapter as long as vLLM names it."""
+        adapter.request = request
+        self._errors.pop(adapter.name, None)
+        self._prefetched.pop(adapter.name, None)
+        if (before := self._served.pop(adapter.name, None)) is not None:
+            self._leaving.append(before)
+        self._served[adapter.name] = adapter
+
+    async def discard(self, adapter: ServedAdapter) -> None:
+        """Release an adapter that vLLM did not get; its weights stay while there is room."""
+        await self._release(adapter, keep_copy=True)
+
+    async def _release(self, adapter: ServedAdapter, *, keep_copy: bool) -> None:
+        """Let the workers forget an adapter, unless it has another name, and end its lease."""
+        self._uses[adapter.path] -= 1
+        try:
+            if not self._uses[adapter.path]:
+                del self._uses[adapter.path]
+                await self._engine.forget(adapter.path, keep_copy=keep_copy)
+        finally:
+            if adapter.folder is not None:
+                adapter.folder.release()
+
+    def prefetch(self, name: str, ref: AdapterRef) -> None:
+        """Fetch and check an adapter and build its weights, in the background."""
+        self._start(self._prefetch(name, ref))
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name="lorax adapter")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _prefetch(self, name: str, ref: AdapterRef) -> None:
+        with suppress(AdapterError):  # `adapters` has it
+            adapter = await self.prepare(name, ref)
+            await self.discard(adapter)
+            if name not in self._served:
+                _remember(self._prefetched, name, adapter)
+
+    def _note(self, name: str, error: LoraxError) -> None:
+        _remember(self._errors, name, str(error))
+
+    # -- out of the engine ------------------------------------------------------------------------
+
+    async def watch(self) -> None:
+        """Look every `PERIOD` seconds, until cancelled."""
+        while True:
+            await asyncio.sleep(LINGER if self._leaving else PERIOD)
+            try:
+                await self.look()
+            except Exception:
+                _logger.exception("could not look after adapters")
+
+    async def look(self) -> None:
+        """Let adapters go that vLLM no longer names, and read the workers' report."""
+        async with self._looked:
+            for name, adapter in tuple(self._served.items()):
+                if not self._is_named(adapter):
+                    del self._served[name]
+                    self._leaving.append(adapter)
+            for adapter in tuple(self._leaving):
+                if self._is_idle(adapter):
+                    self._leaving.remove(adapter)
+                    await self._let_go(adapter)
+            self._report = await self._engine.report()
+        for path, reason in self._report["lost"].items():
+            await self._fail(path, reason)
+
+    def _is_named(self, adapter: ServedAdapter) -> bool:
+        lock = self._models.lora_resolver_lock.get(adapter.name)
+        if lock is not None and lock.locked():
+            return True  # vLLM adds or removes it just now
+        named = self._models.lora_requests.get(adapter.name)
+        return named is not None and named.lora_path == adapter.path
+
+    def _is_idle(self, adapter: ServedAdapter) -> bool:
+        """Return whether an adapter has had no request for `LINGER` seconds."""
+        if self._engine.uses(adapter.path):
+            adapter.idle_since = None
+            return False
+        if adapter.idle_since is None:
+            adapter.idle_since = monotonic()
+        return monotonic() - adapter.idle_since >= LINGER
+
+    async def _let_go(self, adapter: ServedAdapter) -> None:
+        number = adapter.request.lora_int_id
+        try:
+            if all(number != named.lora_int_id for named in self._models.lora_requests.values()):
+                await self._engine.remove(number)
+        finally:
+            await self._release(adapter, keep_copy=False)
+
+    def lost(self, path: str, reason: str) -> None:
+        """Take notice of an adapter that a worker could not read again."""
+        self._start(self._fail(path, reason))
+
+    async def _fail(self, path: str, reason: str) -> None:
+        """End the requests of a lost adapter, which has zeros for weights, and its names."""
+        for name, adapter in tuple(self._served.items()):
+            if adapter.path == path:
+                error = FetchError(f"its files could not be read again: {reason}", id=name)
+                self._note(name, error)
+                self._models.lora_requests.pop(name, None)
+                await self._engine.fail(path, str(error))
+
+    async def close(self) -> None:
+        """Release all folders, as the engine ends."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for adapter in (*self._served.values(), *self._leaving):
+            if adapter.folder is not None:
+                adapter.folder.release()
+
+    # -- reports ----------------------------------------------------------------------------------
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """What the workers did since they started, as of the last look."""
+        counts: Mapping[str, int] = self._report.get("counts", {})
+        return counts
+
+    def tiers(self) -> Iterable[tuple[str, str]]:
+        """Yield the name and tier ("device", "host" or "disk") of each adapter, as last seen."""
+        for adapter in (*self._served.values(), *self._prefetched.values()):
+            yield adapter.name, self._tier(adapter)
+
+    def _tier(self, adapter: ServedAdapter) -> str:
+        number = None if adapter.request is None else adapter.request.lora_int_id
+        if number in self._report.get("device", ()):
+            return "device"
+        built = adapter.path in self._report.get("built", ())
+        return "host" if built or number in self._report.get("cached", ()) else "disk"
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Return a JSON object for each adapter, and for each name that could not be served."""
+        rows: list[dict[str, Any]] = [
+            {
+                "name": adapter.name,
+                "id": adapter.id,
+                "tier": self._tier(adapter),
+                "bytes": adapter.nbytes,
+                "version": adapter.version,
+                "last_error": self._errors.get(adapter.name),
+            }
+            for adapter in (*self._served.values(), *self._prefetched.values())
+        ]
+        named = {row["name"] for row in rows}
+        rows += [
+            {"name": name, "tier": None, "last_error": text}
+            for name, text in self._errors.items()
+            if name not in named
+        ]
+        return rows
+
+
+def _remember(names: OrderedDict[str, T], name: str, value: T) -> None:
+    """Put `value` last, and drop the first of more than `MAX_REMEMBERED`."""
+    names[name] = value
+    names.move_to_end(name)
+    if len(names) > MAX_REMEMBERED:
+        names.popitem(last=False)

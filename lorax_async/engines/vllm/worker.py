@@ -1,0 +1,304 @@
+"""Weights for vLLM's workers, built in a thread beside the engine's loop and kept in host memory.
+
+vLLM loads an adapter inside its loop: it opens the file, casts, packs and pins tensor by tensor,
+and does so again whenever the adapter has left its own cache. Here the same code of vLLM's runs in
+a thread; the loop only copies the result into a slot.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from socket import AF_UNIX, SOCK_DGRAM, socket
+from typing import Any
+
+from lorax_async.errors import shorten
+
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+_UNEXPECTED = "vLLM's WorkerLoRAManager has no {}, which this version of lorax_async needs"
+
+
+def unexpected_interface(lora: Any) -> str | None:
+    """Return why a worker's LoRA object cannot be extended, or None if it is as expected."""
+    load = getattr(lora, "_load_adapter", None)
+    if not callable(load) or list(inspect.signature(load).parameters) != ["lora_request"]:
+        return _UNEXPECTED.format("_load_adapter(lora_request)")
+    adapters = getattr(lora, "_adapter_manager", None)
+    merge = getattr(adapters, "_create_merged_loras_inplace", None)
+    if not callable(merge) or list(inspect.signature(merge).parameters) != ["lora_model"]:
+        return _UNEXPECTED.format("_adapter_manager._create_merged_loras_inplace(lora_model)")
+    for name in ("modules", "lora_index_to_id", "list_adapters", "create_dummy_lora"):
+        if not hasattr(adapters, name):
+            return _UNEXPECTED.format(f"_adapter_manager.{name}")
+    if getattr(adapters, "_is_moe", True):
+        return "vLLM stacks the experts of this model while it loads, which cannot be done twice"
+    return None
+
+
+class WorkerExtension:
+    """What `--worker-extension-cls` adds to each worker, for `collective_rpc`.
+
+    Each call returns at once: it runs in the engine's loop.
+    """
+
+    def lorax_setup(self, host_bytes: int, address: str) -> str | None:
+        """Begin to serve weights from host memory. Return the reason if that is not possible.
+
+        `address` is a Unix datagram socket, which receives the paths of adapters that are lost.
+        """
+        lora = getattr(getattr(self, "model_runner", None), "lora_manager", None)
+        reason = unexpected_interface(lora)
+        if reason is None and getattr(self, "_lorax_weights", None) is None:
+            self._lorax_weights = BuiltWeights(lora, host_bytes, address)
+            # On this object alone: other workers and other users of the class keep theirs.
+            lora._load_adapter = self._lorax_weights.load  # type: ignore[union-attr]  # noqa: SLF001
+        return reason
+
+    def lorax_prepare(self, path: str) -> None:
+        """Begin to build the weights of the adapter in folder `path`."""
+        self._lorax_weights.prepare(path)
+
+    def lorax_prepared(self, path: str) -> tuple[bool, str | None]:
+        """Return whether `lorax_prepare` has ended, and its error."""
+        return self._lorax_weights.progress(path)
+
+    def lorax_forget(self, path: str, *, keep_copy: bool = False) -> None:
+        """Close the files of `path`, and drop its weights unless `keep_copy`."""
+        self._lorax_weights.forget(path, keep_copy=keep_copy)
+
+    def lorax_report(self) -> dict[str, Any]:
+        """Return what is where, and counts since the start; see `BuiltWeights.report`."""
+        return self._lorax_weights.report()
+
+
+class BuiltWeights:
+    """The LoRA weights of one worker in host memory, by their folder, within a budget of bytes.
+
+    All methods run in the engine's loop; `_build` runs in a thread.
+    """
+
+    def __init__(self, lora: Any, budget: int, address: str) -> None:
+        self._lora = lora
+        self._address = address
+        self._load: Callable[[Any], Any] = lora._load_adapter  # noqa: SLF001
+        self._budget = budget
+        self._models: OrderedDict[str, tuple[Any, int]] = OrderedDict()
+        self._files: dict[str, OpenFiles] = {}
+        self._building: dict[str, Future[Any]] = {}
+        self._lost: dict[str, str] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="lorax-build")
+        self.counts = dict.fromkeys(("built", "hits", "loads", "reopened", "lost"), 0)
+
+    # -- building ---------------------------------------------------------------------------------
+
+    def prepare(self, path: str) -> None:
+        """Begin to open the files of `path`, and to build it if it fits into the budget."""
+        if path in self._models:
+            self._models.move_to_end(path)
+        is_ready = path in self._models and path in self._files
+        if not is_ready and path not in self._building:
+            self._building[path] = self._thread.submit(self._build, path)
+
+    def progress(self, path: str) -> tuple[bool, str | None]:
+        """Return whether building has ended, and its error."""
+        building = self._building.get(path)
+        if building is None:
+            return True, None
+        if not building.done():
+            return False, None
+        del self._building[path]
+        if (error := building.exception()) is not None:
+            return True, _describe(error, path)
+        files, model, nbytes = building.result()
+        if (before := self._files.pop(path, None)) is not None:
+            before.close()
+        self._files[path] = files
+        self._lost.pop(path, None)
+        if model is not None:
+            self._keep(path, model, nbytes)
+        return True, None
+
+    def _build(self, path: str) -> tuple[OpenFiles, Any, int]:
+        """Load the weights as vLLM does, and as it adds them, so that adding repeats nothing."""
+        from vllm.lora.request import LoRARequest  # noqa: PLC0415
+
+        files = OpenFiles(path)
+        try:
+            if path in self._models or files.nbytes > self._budget:
+                return files, None, 0
+            adapters = self._lora._adapter_manager  # noqa: SLF001
+            if adapters.device.type == "cuda":
+                import torch  # noqa: PLC0415
+
+                torch.cuda.set_device(adapters.device)  # pinning must not open another GPU
+            model = self._load(LoRARequest("lorax-async", 1, path))
+            adapters._create_merged_loras_inplace(model)  # noqa: SLF001
+            _require_applied(model, adapters)
+            self.counts["built"] += 1
+            return files, model, _detach(model)
+        except BaseException:
+            files.close()
+            raise
+
+    def _keep(self, path: str, model: Any, nbytes: int) -> None:
+        self._models.pop(path, None)
+        used = sum(size for _, size in self._models.values())
+        while self._models and used + nbytes > self._budget:
+            _, (_, size) = self._models.popitem(last=False)
+            used -= size
+        if nbytes <= self._budget:
+            self._models[path] = model, nbytes
+
+    def forget(self, path: str, *, keep_copy: bool) -> None:
+        if (building := self._building.pop(path, None)) is not None:
+            building.add_done_callback(_close_files)
+        if (files := self._files.pop(path, None)) is not None:
+            files.close()
+        self._lost.pop(path, None)
+        if not keep_copy:
+            self._models.pop(path, None)
+
+    # -- serving ----------------------------------------------------------------------------------
+
+    def load(self, lora_request: Any) -> Any:
+        """Return an adapter's weights; replaces `WorkerLoRAManager._load_adapter`.
+
+        Called by `add_lora`, and by the step for an adapter that left vLLM's cache: an exception
+        there ends the engine. So an adapter that was built once falls back to its open files, and
+        at last to zeros: then the server is told at once, and fails the adapter's requests.
+        """
+        path = lora_request.lora_path
+        if path in self._models and not lora_request.is_3d_lora_weight:
+            self._models.move_to_end(path)
+            self.counts["hits"] += 1
+            return self._models[path][0].clone(lora_request.lora_int_id)
+        self.counts["loads"] += 1
+        files = self._files.get(path)
+        if files is None:  # not one of ours
+            return self._load(lora_request)
+        try:
+            model = self._load(lora_request)
+        except Exception:  # noqa: BLE001 - as above
+            return self._reopen(lora_request, files)
+        self._keep(path, model.clone(1), _detach(model))
+        return model
+
+    def _reopen(self, lora_request: Any, files: OpenFiles) -> Any:
+        """Load from the open files, or return zeros."""
+        from vllm.lora.request import LoRARequest  # noqa: PLC0415
+
+        number, path = lora_request.lora_int_id, lora_request.lora_path
+        self.counts["reopened"] += 1
+        try:
+            with files.folder() as folder:
+                model = self._load(LoRARequest(lora_request.lora_name, number, folder))
+                self._keep(path, model.clone(1), _detach(model))
+                return model
+        except Exception as error:  # noqa: BLE001 - nothing else may end the engine
+            self.counts["lost"] += 1
+            self._lost[path] = _describe(error, path)
+            with suppress(OSError), socket(AF_UNIX, SOCK_DGRAM) as notice:
+                notice.setblocking(False)
+                notice.sendto(f"{path}\0{self._lost[path]}".encode(), self._address)
+            return self._lora._adapter_manager.create_dummy_lora(  # noqa: SLF001
+                number, 1, self._lora.embedding_modules
+            )
+
+    def report(self) -> dict[str, Any]:
+        """Return the numbers of adapters in slots and in vLLM's cache, and our bytes by path."""
+        adapters = self._lora._adapter_manager  # noqa: SLF001
+        return {
+            "device": [number for number in adapters.lora_index_to_id if number is not None],
+            "cached": list(adapters.list_adapters()),
+            "built": {path: nbytes for path, (_, nbytes) in self._models.items()},
+            "lost": dict(self._lost),
+            "counts": dict(self.counts),
+        }
+
+
+class OpenFiles:
+    """An adapter's files, open, so that they can be read after their folder was removed."""
+
+    def __init__(self, path: str) -> None:
+        self._descriptors: dict[str, int] = {}
+        try:
+            for name in FILES:
+                file = os.open(Path(path, name), os.O_RDONLY | os.O_CLOEXEC)
+                self._descriptors[name] = file
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def nbytes(self) -> int:
+        return sum(os.fstat(file).st_size for file in self._descriptors.values())
+
+    @contextmanager
+    def folder(self) -> Iterator[str]:
+        """Yield a folder with links to the open files."""
+        with tempfile.TemporaryDirectory(prefix="lorax-async-") as folder:
+            for name, file in self._descriptors.items():
+                Path(folder, name).symlink_to(f"/proc/self/fd/{file}")
+            yield folder
+
+    def close(self) -> None:
+        for file in self._descriptors.values():
+            with suppress(OSError):
+                os.close(file)
+        self._descriptors.clear()
+
+
+def _describe(error: BaseException, path: str) -> str:
+    """Return an error's text without the server's path, for a client."""
+    return shorten((str(error) or repr(error)).replace(path, "its folder"), 500)
+
+
+def _close_files(building: Future[Any]) -> None:
+    if building.exception() is None:
+        building.result()[0].close()
+
+
+def _require_applied(model: Any, adapters: Any) -> None:
+    """Raise ValueError for weights that vLLM would ignore: the result would not be the adapter."""
+    if getattr(adapters, "is_pooling_model", False) or _is_pipelined():
+        return  # names differ; other layers are in other workers
+    ignored = sorted(name for name in model.loras if name not in adapters.modules)
+    if ignored:
+        raise ValueError(
+            f"vLLM would ignore the weights of {len(ignored)} modules, such as {ignored[0]!r};"
+            " see --lora-target-modules"
+        )
+
+
+def _is_pipelined() -> bool:
+    from vllm.distributed import get_pp_group  # noqa: PLC0415
+
+    return bool(get_pp_group().world_size > 1)
+
+
+def _detach(model: Any) -> int:
+    """Copy tensors out of the mapped file, unless they are pinned; return the bytes of all.
+
+    A mapped one would be read in the engine's loop, and end the process if its file is truncated.
+    """
+    nbytes = 0
+    for weights in model.loras.values():
+        for name in ("lora_a", "lora_b"):
+            value = getattr(weights, name)
+            tensors = value if isinstance(value, list) else [value]
+            for place, tensor in enumerate(tensors):
+                if tensor is None:
+                    continue
+                nbytes += tensor.nbytes
+                if not tensor.is_pinned():
+                    tensors[place] = tensor.clone()
+            if not isinstance(value, list):
+                setattr(weights, name, tensors[0])
+    return nbytes

@@ -1,0 +1,120 @@
+"""What the vLLM plug-in decides without vLLM; `make vllm` runs it in vLLM's server."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lorax_async import ConfigError
+from lorax_async.engines.vllm.plugin_settings import PluginSettings
+from lorax_async.engines.vllm.worker import unexpected_interface
+
+
+def settings(**values: str) -> PluginSettings:
+    return PluginSettings.from_environment(
+        {f"LORAX_ASYNC_{name}": value for name, value in values.items()} | {"PATH": "/bin"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("sql", "https://models.example/sql/"),
+        ("local", "{root}/elsewhere"),
+        ("org/any@main", "org/any"),
+        ("other/any", None),
+        ("https://models.example/open/a/", "https://models.example/open/a/"),
+        ("https://models.example/sql/", None),  # an alias opens its place to the operator alone
+        ("pirate", "./pirate"),
+        ("./pirate", "./pirate"),
+        ("{root}/adapters/pirate", "{root}/adapters/pirate"),
+        ("{root}/elsewhere", None),
+        ("/etc", None),
+        ("s3://bucket/a/", None),
+        ("a/b/c", None),
+    ],
+)
+def test_requests_name_what_the_operator_allows(
+    tmp_path: Path, name: str, expected: str | None
+) -> None:
+    for folder in ("adapters", "elsewhere"):
+        (tmp_path / folder).mkdir()
+    given = settings(
+        SOURCES=f"hub:org/ https://models.example/open/ {tmp_path}/adapters",
+        ADAPTERS=f"sql=https://models.example/sql/ local={tmp_path}/elsewhere",
+    )
+    ref = given.find(name.format(root=tmp_path))
+    assert (None if ref is None else ref.text) == (expected and expected.format(root=tmp_path))
+
+
+def test_without_sources_nothing_is_allowed_not_even_the_hub() -> None:
+    given = settings()
+    assert given.find("org/name") is None
+    assert given.find("name") is None
+    assert all(entry.scheme != "hub" for entry in given.store_settings()["allow"])
+
+
+def test_the_token_goes_to_web_sources_and_is_never_shown() -> None:
+    given = settings(SOURCES="hub https://models.example/", TOKEN="5ecret", CACHE_BYTES="3GiB")
+    web, hub = given.find("https://models.example/a/"), given.find("org/name")
+    assert web is not None
+    assert web.token == "5ecret"
+    assert hub is not None
+    assert hub.token is None
+    assert "5ecret" not in repr(given)
+    assert given.store_settings()["cache_bytes"] == 3 << 30
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"SORUCES": "hub"}, "LORAX_ASYNC_SORUCES is not a setting"),
+        ({"SOURCES": "relative/folder"}, "LORAX_ASYNC_SOURCES: 'relative/folder' is neither"),
+        ({"SOURCES": "https://user:pass@models.example/"}, "LORAX_ASYNC_SOURCES"),
+        ({"ADAPTERS": "org/name"}, "'org/name' is not NAME=ID"),
+        ({"HOST_BYTES": "2 GB"}, "LORAX_ASYNC_HOST_BYTES must be bytes, such as 16GiB"),
+        ({"TIMEOUT": "soon"}, "LORAX_ASYNC_TIMEOUT must be seconds"),
+    ],
+)
+def test_a_wrong_setting_is_named(values: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        settings(**values)
+    assert message in str(caught.value)
+    assert "pass@" not in str(caught.value)
+
+
+class Lora:
+    """vLLM 0.32's, as far as the plug-in looks."""
+
+    def __init__(self, **changed: Any) -> None:
+        expected: dict[str, Any] = {
+            "_create_merged_loras_inplace": lambda lora_model: None,
+            "modules": {},
+            "lora_index_to_id": [],
+            "list_adapters": dict,
+            "create_dummy_lora": None,
+            "_is_moe": False,
+        }
+        self._adapter_manager = SimpleNamespace(**expected | changed)
+
+    def _load_adapter(self, lora_request: object) -> None: ...
+
+
+class Renamed(Lora):
+    def _load_adapter(self, request: object) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("lora", "reason"),
+    [
+        (Lora(), None),
+        (None, "_load_adapter(lora_request)"),
+        (Renamed(), "_load_adapter(lora_request)"),
+        (Lora(_create_merged_loras_inplace=lambda model, rank: None), "_create_merged_loras"),
+        (Lora(_is_moe=True), "experts"),
+    ],
+)
+def test_only_the_expected_interface_is_extended(lora: object, reason: str | None) -> None:
+    found = unexpected_interface(lora)
+    assert found is None if reason is None else found is not None and reason in found
