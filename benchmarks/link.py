@@ -8,11 +8,15 @@ ranges are as slow as one large. Before each response a fixed delay passes.
 `GET /-/counts` tells, without delay or throttle, requests and body bytes so far, the connections
 that they used, and the most requests on one of them, each of which cost its client a round trip. It
 is not counted itself; `?reset` begins anew.
+
+With `--commit`, files are described as the hub describes those of a repository at that commit, and
+`hub_files` names them as the hub does.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import heapq
 import json
 import mmap
@@ -58,11 +62,19 @@ class LinkServer:
     """Serves until it is killed."""
 
     def __init__(
-        self, files: Mapping[str, Path], rate: float, delay: float, stall_after: int = 0
+        self,
+        files: Mapping[str, Path],
+        rate: float,
+        delay: float,
+        stall_after: int = 0,
+        commit: str = "",
     ) -> None:
         self._stall_after = stall_after
         self._files = {f"/{name}": _content(path) for name, path in files.items()}
         self._etags = {name: f'"{zlib.crc32(data):08x}"' for name, data in self._files.items()}
+        self._described = {
+            name: _describe(commit, data) if commit else "" for name, data in self._files.items()
+        }
         self._rate = rate
         self._delay = delay
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
@@ -120,7 +132,8 @@ class LinkServer:
         self._later(client, 0.0 if client.free else self._delay)
 
     def _respond(self, client: Client, head: bytes) -> None:
-        found = _TARGET.fullmatch(head.split(b" ", 2)[1].decode("latin-1"))
+        method, target = head.split(b" ", 2)[:2]
+        found = _TARGET.fullmatch(target.decode("latin-1"))
         path, reset = found.groups() if found else ("", None)
         client.free = path == "/-/counts"
         if client.free:
@@ -135,7 +148,10 @@ class LinkServer:
         if data is None:
             client.head, client.body = _head("404 Not Found", 0), memoryview(b"")
             return
-        tag = f"ETag: {self._etags[path]}\r\nAccept-Ranges: bytes\r\n"
+        tag = f"ETag: {self._etags[path]}\r\nAccept-Ranges: bytes\r\n{self._described[path]}"
+        if method == b"HEAD":
+            client.head, client.body = _head("200 OK", len(data), tag), memoryview(b"")
+            return
         part = _RANGE.search(head)
         if part is None:
             client.head, client.body = _head("200 OK", len(data), tag), data
@@ -216,6 +232,38 @@ def _head(status: str, length: int, more: str = "") -> bytes:
     return f"HTTP/1.1 {status}\r\nContent-Length: {length}\r\n{more}\r\n".encode()
 
 
+def _describe(commit: str, content: memoryview) -> str:
+    digest = hashlib.sha256(content).hexdigest()
+    linked = f'X-Linked-Etag: "{digest}"\r\nX-Linked-Size: {len(content)}\r\n'
+    return f"X-Repo-Commit: {commit}\r\n{linked}"
+
+
+def hub_files(repo: str, commit: str, folder: Path, work: Path) -> dict[str, Path]:
+    """The files of a repository by the hub's names; its descriptions are written to `work`."""
+    files = {path.name: path for path in sorted(folder.iterdir())}
+    info = {
+        "id": repo,
+        "modelId": repo,
+        "sha": commit,
+        "siblings": [{"rfilename": name} for name in files],
+    }
+    tree = [
+        {"type": "file", "path": name, "size": path.stat().st_size, "oid": "0" * 40}
+        for name, path in files.items()
+    ]
+    about = work / repo.replace("/", "-")
+    about.mkdir()
+    (about / "info.json").write_text(json.dumps(info))
+    (about / "tree.json").write_text(json.dumps(tree))
+    named = {f"api/models/{repo}": about / "info.json"}
+    for revision in ("main", commit):
+        named[f"api/models/{repo}/revision/{revision}"] = about / "info.json"
+        named[f"api/models/{repo}/tree/{revision}"] = about / "tree.json"
+        for name, path in files.items():
+            named[f"{repo}/resolve/{revision}/{name}"] = path
+    return named
+
+
 class Link:
     """The server, started in a process of its own; `rate` 0 is no throttle. Closes with `with`.
 
@@ -223,12 +271,20 @@ class Link:
     """
 
     def __init__(
-        self, files: Mapping[str, Path], *, rate: float, delay: float, stall_after: int = 0
+        self,
+        files: Mapping[str, Path],
+        *,
+        rate: float,
+        delay: float,
+        stall_after: int = 0,
+        commit: str = "",
     ) -> None:
         named = [f"{name}={path}" for name, path in files.items()]
         settings = ["--rate", str(rate), "--delay", str(delay), "--stall-after", str(stall_after)]
+        settings += ["--commit", commit]
         command = [sys.executable, __file__, *settings, *named]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        self.pid = self._process.pid
         assert self._process.stdout is not None
         self.port: int = json.loads(self._process.stdout.readline())["port"]
 
@@ -258,10 +314,11 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=20e6, help="bytes/s per connection; 0: none")
     parser.add_argument("--delay", type=float, default=0.01, help="seconds before each response")
     parser.add_argument("--stall-after", type=int, default=0, help="bytes of a body; 0: never")
+    parser.add_argument("--commit", default="", help="describe files as the hub does, at this one")
     parser.add_argument("files", nargs="+", help="name=path")
     given = parser.parse_args()
     files = {name: Path(path) for name, _, path in (each.partition("=") for each in given.files)}
-    server = LinkServer(files, given.rate, given.delay, given.stall_after)
+    server = LinkServer(files, given.rate, given.delay, given.stall_after, given.commit)
     print(json.dumps({"port": server.port}), flush=True)
     server.serve()
 
