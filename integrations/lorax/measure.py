@@ -21,13 +21,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from grpc import aio
 from lorax_server.adapters import AdapterBatchData, AdapterBatchMetadata
 from lorax_server.adapters.medusa_lora import MedusaLoraConfig
 from lorax_server.cache import Cache
+from lorax_server.interceptor import ExceptionInterceptor
 from lorax_server.layers.linear import FastLinear
 from lorax_server.layers.tensor_parallel import SuperLayer, TensorParallelHead
 from lorax_server.models.model import Model
-from lorax_server.pb import generate_pb2
+from lorax_server.pb import generate_pb2, generate_pb2_grpc
 from lorax_server.server import LoraxService
 from lorax_server.utils import punica
 from lorax_server.utils.dist import FakeGroup
@@ -391,20 +393,14 @@ async def longest_gap(work: Any, look: Any) -> tuple[float, float]:
 
 
 async def gaps(folders: list[Path]) -> dict[str, Any]:
-    """Download and load adapters by LoRAX's service, as its router does, one after another."""
+    """Download and load adapters by LoRAX's gRPC service, as its router does, one after another."""
     use_kernels(True)
     service = LoraxService(large_model(), Cache(), [])
-
-    async def request(index: int, folder: Path) -> None:
-        parameters = generate_pb2.AdapterParameters(adapter_ids=[str(folder)])
-        local = generate_pb2.AdapterSource.LOCAL
-        given = {"adapter_parameters": parameters, "adapter_source": local}
-        await service.DownloadAdapter(generate_pb2.DownloadAdapterRequest(**given), None)
-        given["adapter_index"] = index
-        answer = await service.LoadAdapter(generate_pb2.LoadAdapterRequest(**given), None)
-        if not answer.loaded:
-            raise RuntimeError(f"{folder} was not loaded")
-
+    server = aio.server(interceptors=[ExceptionInterceptor()])
+    generate_pb2_grpc.add_LoraxServiceServicer_to_server(service, server)
+    address = f"unix://{folders[0].parent}/socket"
+    server.add_insecure_port(address)
+    await server.start()
     types_seen = set[int]()
 
     def look() -> None:
@@ -412,9 +408,23 @@ async def gaps(folders: list[Path]) -> dict[str, Any]:
         weights = service.model.layer_to_adapter_weights.values()
         types_seen.add(sum(len(folders) in one.adapter_weights for one in weights))
 
-    idle, _ = await longest_gap(asyncio.sleep(0.5), look)
-    await request(1, folders[0])  # imports what is imported late
-    seen = [await longest_gap(request(2 + n, one), look) for n, one in enumerate(folders[1:])]
+    async with aio.insecure_channel(address) as channel:
+        router = generate_pb2_grpc.LoraxServiceStub(channel)
+
+        async def request(index: int, folder: Path) -> None:
+            parameters = generate_pb2.AdapterParameters(adapter_ids=[str(folder)])
+            local = generate_pb2.AdapterSource.LOCAL
+            given: Any = {"adapter_parameters": parameters, "adapter_source": local}
+            await router.DownloadAdapter(generate_pb2.DownloadAdapterRequest(**given))
+            load = generate_pb2.LoadAdapterRequest(**given, adapter_index=index)
+            answers = await asyncio.gather(router.LoadAdapter(load), router.LoadAdapter(load))
+            if not all(answer.loaded for answer in answers):
+                raise RuntimeError(f"{folder} was not loaded")
+
+        idle, _ = await longest_gap(asyncio.sleep(0.5), look)
+        await request(1, folders[0])  # imports what is imported late
+        seen = [await longest_gap(request(2 + n, one), look) for n, one in enumerate(folders[1:])]
+    await server.stop(None)
     gaps, took = [gap for gap, _ in seen], [took for _, took in seen]
     return {"idle": idle, "gaps": gaps, "took": took, "types seen": sorted(types_seen)}
 
