@@ -122,6 +122,20 @@ def measure(server: Path) -> dict[str, Any]:
     return found
 
 
+def measure_two(server: Path) -> dict[str, Any]:
+    """Run `processes.py` in two processes, which meet on the loopback interface."""
+    env = environment(server) | {"GLOO_SOCKET_IFNAME": "lo"}
+    script, meeting = HERE / "processes.py", server / "meeting"
+    command = (str(PYTHON), str(script), "1", str(meeting))
+    with subprocess.Popen(command, cwd=server, env=env, stderr=subprocess.DEVNULL) as second:
+        try:
+            printed = run(PYTHON, script, "0", meeting, cwd=server, env=env, timeout=300)
+        finally:
+            second.kill()
+    found: dict[str, Any] = json.loads(printed.splitlines()[-1])
+    return found
+
+
 def compare_tests(servers: dict[str, Path]) -> list[str]:
     """Print the counts of LoRAX's own tests; return what is wrong."""
     passed = {name: passed_tests(server) for name, server in servers.items()}
@@ -150,13 +164,16 @@ def is_near(found: Any) -> bool:
 def compare_numbers(servers: dict[str, Path]) -> list[str]:
     """Print how far LoRAX's logits are from PEFT's, and how its loop went; return what is wrong."""
     results, wrong = {name: measure(server) for name, server in servers.items()}, list[str]()
-    for title in ("differences", "merges"):
-        print(f"\n{title} from PEFT's logits, in float32, as a fraction of the largest")
+    for name, server in servers.items():
+        results[name]["layers of two processes"] = measure_two(server)
+    for title in ("differences", "merges", "layers of two processes"):
+        oracle = "their definition" if "layers" in title else "PEFT's logits"
+        print(f"\n{title}: how far from {oracle}, as a fraction of the largest")
         for way in results["patched"][title]:
             for name, result in results.items():
                 print(f"  {way:32} {name:8} {shown(result[title][way])}")
             if not is_near(results["patched"][title][way]):
-                wrong.append(f"{way}: {shown(results['patched'][title][way])} from PEFT")
+                wrong.append(f"{title}, {way}: {shown(results['patched'][title][way])}")
     modules = {result["modules beside Medusa"] for result in results.values()}
     if modules != {3 * 7 + 1}:
         wrong.append(f"of an adapter with Medusa's heads {modules} modules are loaded")

@@ -45,7 +45,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-GROUP = FakeGroup(0, 1)
+ALONE = FakeGroup(0, 1)
 RANKS = (4, 8, 12, 20)
 FUSED = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
 ROW = {"self_attn": "o_proj", "mlp": "down_proj"}
@@ -59,12 +59,14 @@ class ServedModel(Model):
     supports_adapter_loading = True
     adapter_layers = TYPES
 
-    def __init__(self, layers: list[dict[str, Any]], head: Any, dtype: torch.dtype) -> None:
+    def __init__(
+        self, layers: list[dict[str, Any]], head: Any, dtype: torch.dtype, group: Any = ALONE
+    ) -> None:
         self._layers, self._head = layers, head
-        self.process_group = GROUP
+        self.process_group = group
         tokenizer: Any = SimpleNamespace(all_special_ids=[], added_tokens_decoder={})
-        cpu = torch.device("cpu")
-        super().__init__("org/base", nn.Identity(), tokenizer, False, dtype, cpu)
+        given: Any = "org/base", nn.Identity(), tokenizer, False, dtype, torch.device("cpu")
+        super().__init__(*given, group.rank(), group.size())
 
     def generate_token(self, batch: Any) -> Any:
         raise NotImplementedError
@@ -88,16 +90,16 @@ class ServedModel(Model):
         return layer_type in {"o_proj", "down_proj", "lm_head"}
 
 
-def lorax_layers(number: int, weight: dict[str, Tensor]) -> dict[str, Any]:
-    """Return LoRAX's layers of one decoder layer, of the weights by module name."""
+def lorax_layers(number: int, weight: dict[str, Tensor], group: Any = ALONE) -> dict[str, Any]:
+    """Return LoRAX's layers of one decoder layer, of this process's weights by module name."""
     layers: dict[str, Any] = {}
     for block, names in FUSED.items():
         parts = [weight[name] for name in names]
         base = SuperLayer(FastLinear(torch.cat(parts), None))
-        sizes = [len(part) for part in parts]
-        layers[block] = TensorParallelMultiAdapterLinear.load(base, number, names, sizes, GROUP)
-        row = TensorParallelRowLinear(FastLinear(weight[ROW[block]], None), GROUP)
-        layers[ROW[block]] = TensorParallelAdapterRowLinear.load(row, number, ROW[block], GROUP)
+        sizes = [len(part) * group.size() for part in parts]
+        layers[block] = TensorParallelMultiAdapterLinear.load(base, number, names, sizes, group)
+        row = TensorParallelRowLinear(FastLinear(weight[ROW[block]], None), group)
+        layers[ROW[block]] = TensorParallelAdapterRowLinear.load(row, number, ROW[block], group)
     return layers
 
 
@@ -147,8 +149,8 @@ def served_llama() -> tuple[LlamaForCausalLM, ServedModel, SimpleNamespace]:
                 start = stop
             setattr(blocks[block], ROW[block], Part(here, layers[ROW[block]]))
         all_layers.append(layers)
-    base = TensorParallelHead(FastLinear(llama.lm_head.weight.data, None), GROUP, False)
-    head = MultiAdapterHead.load(base, 0, "lm_head", GROUP)
+    base = TensorParallelHead(FastLinear(llama.lm_head.weight.data, None), ALONE, False)
+    head = MultiAdapterHead.load(base, 0, "lm_head", ALONE)
     llama.lm_head = Part(here, head)
     return llama, ServedModel(all_layers, head, torch.float32), here
 
@@ -362,8 +364,8 @@ def large_model() -> ServedModel:
             row = made[ROW[block]].base_layer.linear
             row.weight = nn.Parameter(weight[ROW[block]], requires_grad=False)
         layers.append(made)
-    head = TensorParallelHead(FastLinear(one.expand(128256, 4096), None), GROUP, False)
-    return ServedModel(layers, MultiAdapterHead.load(head, 0, "lm_head", GROUP), torch.bfloat16)
+    head = TensorParallelHead(FastLinear(one.expand(128256, 4096), None), ALONE, False)
+    return ServedModel(layers, MultiAdapterHead.load(head, 0, "lm_head", ALONE), torch.bfloat16)
 
 
 async def longest_gap(work: Any, look: Any) -> tuple[float, float]:
