@@ -267,18 +267,17 @@ def test_a_module_map_of_the_contract(model: Any) -> None:
     assert names == {"somebody else's"}
 
 
+A, B = base.key(1, "q_proj", "A"), base.key(1, "q_proj", "B")
+MODULE = base.module_name(1, "q_proj")
+
+
 @pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
 def test_a_module_map_has_both_factors(model: Any, factor: str) -> None:
     config, made = base.config(), base.tensors(types=["q_proj"])
     module_map, names = config.map_weights_for_model(made, model.weight_names)
-    module = base.module_name(1, "q_proj")
-    halved = {other: place for other, place in module_map[module].items() if other != factor}
-    with pytest.raises(errors.UsageError, match=f"{module}.* has no {factor} in the module map"):
-        LoraWeights.load(config, model, {**module_map, module: halved}, "q_proj", names)
-
-
-A, B = base.key(1, "q_proj", "A"), base.key(1, "q_proj", "B")
-MODULE = base.module_name(1, "q_proj")
+    halved = {other: place for other, place in module_map[MODULE].items() if other != factor}
+    with pytest.raises(errors.UsageError, match=f"{MODULE}.* has no {factor} in the module map"):
+        LoraWeights.load(config, model, {**module_map, MODULE: halved}, "q_proj", names)
 
 
 def test_what_does_not_fit_is_refused_and_leaves_the_names(model: Any) -> None:
