@@ -471,7 +471,8 @@ class SharedTasks(Generic[K, R]):
         """Cancel all tasks, and wait for their end; waiting callers get `LoaderClosedError`."""
         tasks = tuple(self._callers)
         for task in tasks:
-            task.cancel()
+            if not task.cancelling():  # a second time would interrupt its undoing
+                task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _end(self, key: K, task: asyncio.Task[R]) -> None:

@@ -5,21 +5,19 @@ from __future__ import annotations
 import asyncio
 import sys
 import warnings
-from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping
+from collections.abc import Coroutine, Generator, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Self
 
 from lorax_async.concurrency import Lifetime
 from lorax_async.config import StoreConfig
 from lorax_async.errors import ConfigError
-from lorax_async.runtime.acquire import Prefetch
+from lorax_async.ids import origins_of
+from lorax_async.runtime.acquire import BACKGROUND, BACKGROUND_SECONDS, Prefetch, PrioritySemaphore
 from lorax_async.runtime.assembly import StoreParts
 from lorax_async.runtime.folders import AdapterFolder, StoredAdapter
 from lorax_async.sources.base import Source
 from lorax_async.types import AdapterId, Ref, as_ref
-
-PREFETCHES = 2
-"""Concurrent prefetches."""
 
 
 class AdapterStore:
@@ -57,7 +55,7 @@ class AdapterStore:
     async def __aenter__(self) -> Self:
         async with self._lifetime.entering():
             self._parts = StoreParts(self.config, self._source, self._lifetime.check_open)
-            self._turns = asyncio.Semaphore(PREFETCHES)
+            self._turns = PrioritySemaphore(BACKGROUND, BACKGROUND_SECONDS)
             self._prefetches: set[Prefetch] = set()
         return self
 
@@ -111,10 +109,8 @@ class AdapterStore:
         compared with a base model. A partial download stays, to be resumed. `UsageError` is raised
         for a merge or tensors, which have no folder.
         """
-        self._lifetime.check_open()
         ref = as_ref(adapter_id, source, revision, token, digest, allow_stale=allow_stale)
-        seconds = self.config.seconds(timeout)
-        return Checkout(lambda: self._fetch(ref, seconds))
+        return Checkout(self._fetch(ref, self.config.seconds(timeout)))
 
     def prefetch(
         self, ids: AdapterId | Iterable[AdapterId], *, timeout: float | None = None
@@ -128,7 +124,7 @@ class AdapterStore:
         seconds = self.config.seconds(timeout)
 
         async def fetch(ref: Ref) -> None:
-            async with self._turns:
+            async with self._turns.turn(0, origins_of(ref)):
                 folder = await self._parts.folders.fetch(ref, seconds, urgent=False)
             folder.release()
 
@@ -150,20 +146,27 @@ class AdapterStore:
         return await self._parts.folders.fetch(ref, seconds)
 
 
-class Checkout:
-    """A call of `AdapterStore.checkout`, to await or to use with `async with`."""
+class Checkout(Coroutine[Any, Any, AdapterFolder]):
+    """A call of `AdapterStore.checkout`: a coroutine that may also be used with `async with`."""
 
-    def __init__(self, fetch: Callable[[], Coroutine[Any, Any, AdapterFolder]]) -> None:
+    def __init__(self, fetch: Coroutine[Any, Any, AdapterFolder]) -> None:
         self._fetch = fetch
-        self._folder: AdapterFolder | None = None
 
-    def __await__(self) -> Generator[Any, None, AdapterFolder]:
-        return self._fetch().__await__()
+    def __await__(self) -> Generator[Any, Any, AdapterFolder]:
+        return self._fetch.__await__()
+
+    def send(self, value: Any) -> Any:
+        return self._fetch.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        return self._fetch.throw(*error)
+
+    def close(self) -> None:
+        self._fetch.close()
 
     async def __aenter__(self) -> AdapterFolder:
-        self._folder = await self._fetch()
+        self._folder = await self._fetch
         return self._folder
 
     async def __aexit__(self, *_: object) -> None:
-        if self._folder is not None:
-            self._folder.release()
+        self._folder.release()

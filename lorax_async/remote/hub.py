@@ -723,6 +723,10 @@ class TieredCache:
         commit = self._hub.commit_of(source, revision or _MAIN)
         return None if commit is None else (source, commit)
 
+    def remove(self, key: CacheKey) -> bool:
+        """Remove our own entry; False if it is in use."""
+        return self._own().remove(key)
+
     def condemn(self, key: CacheKey) -> None:
         """Remove our own entry; the hub cache's files are checked by the digests that name them."""
         self._own().condemn(key)

@@ -373,7 +373,7 @@ class AdapterOpener:
         result = cache.try_begin(cache_key(key), scope, alone=alone)
         if isinstance(result, CacheEntry) and self._is_refuted(key, result):
             result.close()
-            cache.condemn(cache_key(key))
+            cache.remove(cache_key(key))  # if it is in use, the caller's digest is refused later
             result = cache.try_begin(cache_key(key), scope, alone=alone)
         if isinstance(result, CacheEntry):
             try:

@@ -73,12 +73,12 @@ class StoreParts:
             self.source = SourceRouter(source, source)
         self.resolver = Resolver(self.source, self.telemetry, config.revalidate)
         self.digests = DigestChecks(self.source, self.telemetry, check_open)
-        self.folders = FolderLeases(source or self.source, self.resolver, self.digests)
+        self.folders = FolderLeases(source or self.source, self.resolver, self.digests, check_open)
 
     async def close(self, timeout: float) -> None:
-        """Wait `timeout` seconds for folder leases, end tasks and threads."""
+        """Fail calls, wait `timeout` seconds for folder leases, end tasks and threads."""
         try:
-            await self.folders.close(timeout)
+            await asyncio.gather(self.stop_tasks(), self.folders.close(timeout))
         finally:
             await self.stop_tasks()
             await in_own_thread("lorax-stop", self.end)
@@ -234,7 +234,8 @@ class Assembly:
         folders = asyncio.ensure_future(self.store.folders.close(timeout))
         try:
             self.store.digests.begin_close()
-            await self.driver.close(LoaderClosedError("the loader was closed"), timeout)
+            closed = LoaderClosedError("the loader was closed")
+            await asyncio.gather(self.store.resolver.stop(), self.driver.close(closed, timeout))
         finally:
             await folders
             await self.store.stop_tasks()

@@ -11,20 +11,13 @@ import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
 from lorax_async.cache.base import LeftoverError
 from lorax_async.concurrency import FetchControl, SharedTasks, result_of
-from lorax_async.errors import (
-    AdapterTimeoutError,
-    InternalError,
-    LoaderClosedError,
-    LoraxError,
-    Stage,
-    UsageError,
-)
+from lorax_async.errors import AdapterTimeoutError, InternalError, LoraxError, Stage, UsageError
 from lorax_async.files import Reader
 from lorax_async.remote.readers import FetchReader
 from lorax_async.runtime.digest_checks import DigestChecks
@@ -157,39 +150,53 @@ class StoredAdapter:
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    """The last call that named an id, or several that run at once."""
+    """One call: the version that its id was resolved to, and its end; None if cancelled."""
 
-    running: int = 0
-    key: AdapterKey | None = None
-    nbytes: int | None = None
-    """The size of all files, once they are checked."""
-    error: LoraxError | None = None
+    key: AdapterKey | None
+    end: StoredAdapter | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Calls:
+    """The calls for one id: those that run, and how the last one ended."""
+
+    running: list[_Call] = field(default_factory=list)
+    end: StoredAdapter | None = None
 
 
 @dataclass(slots=True, eq=False)
 class _Fetch:
-    """A task that fetches and checks an adapter; its reader closes with the last lease."""
+    """A task that fetches and checks an adapter; its reader closes with the last lease.
 
-    control: FetchControl = field(default_factory=FetchControl)
+    It is a prefetch until an urgent call joins it.
+    """
+
+    control: FetchControl = field(default_factory=lambda: FetchControl(urgent=False))
     reader: Reader | None = None
 
 
 class FolderLeases:
     """Fetches folders within deadlines, and has all leases on them. On one event loop."""
 
-    def __init__(self, source: Source, resolver: Resolver, digests: DigestChecks) -> None:
+    def __init__(
+        self,
+        source: Source,
+        resolver: Resolver,
+        digests: DigestChecks,
+        check_open: Callable[[], None],
+    ) -> None:
         self._source = source
         self._resolver = resolver
         self._digests = digests
+        self._check_open = check_open
         # A lease stays joined to its task, so that the last one closes the task's reader.
         self._tasks = SharedTasks(self._run, lambda key: f"lorax fetch {key}", unused=self._close)
         self._fetches: dict[asyncio.Task[_CheckedFolder], _Fetch] = {}
         self._running: dict[AdapterKey, _Fetch] = {}
-        self._calls: OrderedDict[str, _Call] = OrderedDict()
-        self._leased: Counter[AdapterKey] = Counter()
+        self._calls: OrderedDict[str, _Calls] = OrderedDict()
+        self._leased: Counter[AdapterKey | None] = Counter()
         self._leases: set[ExitStack] = set()
         self._released = asyncio.Event()
-        self._closing = False
 
     async def fetch(self, ref: Ref, seconds: float, *, urgent: bool = True) -> AdapterFolder:
         """Return a lease on the folder of `ref`, downloaded if necessary, and checked.
@@ -198,8 +205,7 @@ class FolderLeases:
         not `urgent` leave the connections to others.
         """
         deadline = asyncio.timeout(seconds)
-        with self._call(text_of(ref)) as call:
-            call.key = ref if isinstance(ref, AdapterKey) else None
+        with self._call(ref) as call:
             try:
                 async with deadline:
                     folder = await self._attempt(ref, call, urgent)
@@ -213,10 +219,12 @@ class FolderLeases:
                     problem = InternalError.caused_by(error, "a fetch failed")
                 if not isinstance(problem, LoraxError):
                     raise
-                call.error = problem.located(id=text_of(ref), key=call.key)
-                call.error.__cause__ = None  # its frames would stay in memory
+                noted = problem.located(id=text_of(ref), key=call.key)
+                noted.__cause__ = None  # its frames would stay in memory
+                call.end = StoredAdapter("failed", call.key, 0, None, 0, noted)
                 raise problem.located(id=text_of(ref), key=call.key) from problem.__cause__
-            call.nbytes, call.error = folder.nbytes, None
+            nbytes = folder.nbytes
+            call.end = StoredAdapter("present", folder.key, nbytes, nbytes, 0, None)
             return folder
 
     async def _attempt(self, ref: Ref, call: _Call, urgent: bool) -> AdapterFolder:
@@ -234,54 +242,59 @@ class FolderLeases:
 
     def placement(self) -> dict[str, StoredAdapter]:
         """Return what became of the last call for each id."""
-        return {text: self._state(call) for text, call in self._calls.items()}
+        # Of thousands of ids, few are in use: the others cost a look, and no object.
+        return {
+            text: calls.end
+            if calls.end is not None and not calls.running and calls.end.key not in self._leased
+            else self._state(calls)
+            for text, calls in self._calls.items()
+        }
 
-    def _state(self, call: _Call) -> StoredAdapter:
-        key, error = call.key, call.error
-        if error is not None or key is None:
-            state: StoreState = "resolving" if error is None else "failed"
-            return StoredAdapter(state, key, 0, None, 0, error)
-        leases = self._leased[key]
-        if call.nbytes is not None:
-            return StoredAdapter("present", key, call.nbytes, call.nbytes, leases, None)
-        fetch = self._running.get(key)
-        reader = None if fetch is None else fetch.reader
-        if isinstance(reader, FetchReader):
-            return StoredAdapter("fetching", key, *reader.landed(), leases, None)
-        state = "fetching" if reader is None else "checking"
-        return StoredAdapter(state, key, 0, None, leases, None)
+    def _state(self, calls: _Calls) -> StoredAdapter:
+        """Return how far the newest call is, or how the last one ended if none runs."""
+        end = calls.end
+        if not calls.running and end is not None:
+            return replace(end, leases=self._leased[end.key])
+        key = calls.running[-1].key
+        fetch = None if key is None else self._running.get(key)
+        if fetch is not None and isinstance(fetch.reader, FetchReader):
+            return StoredAdapter("fetching", key, *fetch.reader.landed(), self._leased[key], None)
+        if end is not None and end.state == "present" and key in {None, end.key}:
+            return replace(end, leases=self._leased[end.key])  # until this finds another version
+        if key is None:
+            return StoredAdapter("resolving", None, 0, None, 0, None)
+        state: StoreState = "fetching" if fetch is None or fetch.reader is None else "checking"
+        return StoredAdapter(state, key, 0, None, self._leased[key], None)
 
     @contextmanager
-    def _call(self, text: str) -> Iterator[_Call]:
-        """Record a call that names an id; forget it if it was cancelled."""
-        call = self._calls.get(text)
-        if call is None or not call.running:
-            call = self._calls[text] = _Call()
-            self._calls.move_to_end(text)
-            if len(self._calls) > MAX_IDS:
-                self._calls.popitem(last=False)
-        call.running += 1
+    def _call(self, ref: Ref) -> Iterator[_Call]:
+        """Record a call for an id, unless it is cancelled."""
+        text, call = text_of(ref), _Call(ref if isinstance(ref, AdapterKey) else None)
+        calls = self._calls.setdefault(text, _Calls())
+        self._calls.move_to_end(text)
+        if len(self._calls) > MAX_IDS:
+            self._calls.popitem(last=False)
+        calls.running.append(call)
         try:
             yield call
         finally:
-            call.running -= 1
-            unfinished = not call.running and call.nbytes is None and call.error is None
-            if unfinished and self._calls.get(text) is call:
+            calls.running.remove(call)
+            calls.end = call.end or calls.end
+            if not calls.running and calls.end is None and self._calls.get(text) is calls:
                 del self._calls[text]
 
     async def _fetch_checked(self, ref: Ref, key: AdapterKey, urgent: bool) -> AdapterFolder:
         """Fetch `key`, and compare it with the digest in `ref`."""
         if isinstance(key, TensorsKey | MergedKey) or not isinstance(self._source, FolderSource):
             raise UsageError("it has no folder: it is a merge, or was loaded from tensors")
-        if self._closing:
-            raise LoaderClosedError("the loader is closed")
+        self._check_open()
         with ExitStack() as joined:
             task = joined.enter_context(self._tasks.join(key))
+            fetch = self._fetches.setdefault(task, _Fetch())
             if urgent:
-                self._fetches.setdefault(task, _Fetch()).control.raise_priority()
-            else:
-                self._fetches.setdefault(task, _Fetch(FetchControl(urgent=False)))
+                fetch.control.raise_priority()
             checked = await result_of(task, "fetch")
+            self._check_open()
             lease = joined.pop_all()
         self._leases.add(lease)
         self._leased[key] += 1
@@ -327,8 +340,10 @@ class FolderLeases:
         self._released.set()
 
     async def close(self, timeout: float) -> None:
-        """Cancel tasks, wait `timeout` seconds for leases, then end the others."""
-        self._closing = True
+        """Cancel tasks, wait `timeout` seconds for leases, then end the others.
+
+        Call it once `check_open` raises.
+        """
         await self._tasks.stop()
         try:
             with suppress(TimeoutError):

@@ -67,7 +67,7 @@ class Placement:
         copies: Mapping[AdapterKey, int],
         *,
         known: Callable[[Ref], AdapterKey | None],
-        ids: Callable[[], Mapping[str, AdapterKey]],
+        ids: Callable[[], Iterable[tuple[str, AdapterKey]]],
         story: Callable[[AdapterKey], tuple[Event, ...]],
         usage: Callable[[], Usage],
     ) -> None:
@@ -93,11 +93,11 @@ class Placement:
     def by_id(self) -> dict[str, AdapterResidency]:
         """The same adapters by their ids as callers name them: what a router of requests knows.
 
-        An id that several callers named with different revisions or tokens is the last one's.
+        Of an id that callers named with several revisions or tokens, the last that is here.
         """
-        ids = self._ids()
-        found = self._residencies(set(ids.values()))
-        return {text: found[key] for text, key in ids.items() if key in found}
+        ids = list(self._ids())
+        found = self._residencies({key for _, key in ids})
+        return {text: found[key] for text, key in ids if key in found}
 
     def nearest(self, limit: int) -> dict[AdapterKey, AdapterResidency]:
         """Return at most `limit` adapters: those on the device first, then those in host memory."""

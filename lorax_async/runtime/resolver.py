@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from time import monotonic
@@ -58,9 +59,9 @@ class AssignedIds:
             for name in [name for name, assigned in self._keys.items() if assigned == key]:
                 self._remove(name)
 
-    def ids(self) -> dict[str, AdapterKey]:
-        """Return the keys by the text of their ids."""
-        return {ref.text: key for ref, key in self._keys.items()}
+    def ids(self) -> Iterator[tuple[str, AdapterKey]]:
+        """Yield the text of each id, and its key."""
+        return ((ref.text, key) for ref, key in self._keys.items())
 
     def has_id(self, key: AdapterKey) -> bool:
         """Return whether an id is assigned to the key."""
@@ -149,10 +150,12 @@ class Resolver:
         answer = self.names.get(ref) or (remembered and remembered.key)
         return None if answer is None or self.is_outdated(ref, answer) else answer
 
-    def ids(self) -> dict[str, AdapterKey]:
-        """Return the key that each id meant last, by its text as callers name it."""
-        found = {ref.text: answer.key for ref, answer in self._answers.items()}
-        return found | self.names.ids()
+    def ids(self) -> Iterator[tuple[str, AdapterKey]]:
+        """Yield ids as callers name them, with keys that they mean; the newest come last."""
+        for ref, answer in self._answers.items():
+            if not self.is_outdated(ref, answer.key):
+                yield ref.text, answer.key
+        yield from self.names.ids()
 
     def recent(self, ref: Ref) -> AdapterKey | None:
         """Return `known(ref)`, or None if a remote source has to be asked again."""

@@ -3,21 +3,30 @@
 import asyncio
 import itertools
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import remote_world
-from fault_server import Asked, Client
+from fault_server import Asked, Client, FaultServer
 from hub_stand_in import HubStandIn
-from remote_world import RemoteWorld, Steps
+from remote_world import RemoteWorld, Steps, over
 from safetensors.torch import load_file
 from user_loads import at, contents, loader, written
-from web_folder import refuse
+from web_folder import hold, refuse
 
 import tiny
 from common import until
-from lorax_async import AdapterStore, Merge, StoreConfig, StoredAdapter, errors
+from lorax_async import (
+    AdapterLoader,
+    AdapterRef,
+    AdapterStore,
+    Merge,
+    StoreConfig,
+    StoredAdapter,
+    errors,
+)
 from lorax_async.cli import main
 from tiny_loaders import fails
 
@@ -58,6 +67,12 @@ async def test_a_checkout_is_a_lease_and_its_id_is_in_the_placement(tmp_path: Pa
                 found = store.placement()["org/name"]
                 assert found == StoredAdapter("present", folder.key, size, size, 2, None)
                 assert found.version == commit
+                asking = asyncio.ensure_future(store.checkout("org/name"))
+                await asyncio.sleep(0)
+                assert store.placement()["org/name"] == found, "it is here while it is asked for"
+                asking.cancel()
+                await asyncio.wait([asking])
+                assert store.placement()["org/name"] == found
             assert not is_evictable(tmp_path), "the other one holds it"
             other.release()
             assert store.placement()["org/name"].leases == 0
@@ -71,9 +86,52 @@ async def test_a_checkout_is_a_lease_and_its_id_is_in_the_placement(tmp_path: Pa
             await fails(store.checkout("org/name", digest="0" * 64), errors.IntegrityError)
             merge = Merge("linear", ["org/name"] * 2, [1, 1])
             await fails(store.checkout(merge), errors.UsageError, "fetch its parts")
-        await fails(asyncio.to_thread(store.checkout, "org/name"), errors.UsageError, "event loop")
-        with pytest.raises(errors.LoaderClosedError, match="the store is closed"):
-            store.checkout("org/name")
+        await fails(store.checkout("org/name"), errors.LoaderClosedError, "the store is closed")
+
+
+async def test_a_checkout_is_a_coroutine(world: RemoteWorld) -> None:
+    world.stock()
+    async with AdapterStore(source=world.source) as store, asyncio.TaskGroup() as group:
+        call = store.checkout(world.ref("one"))
+        async with call as folder:
+            with pytest.raises(RuntimeError, match="already awaited"):
+                await call
+            assert not folder.released
+        (await group.create_task(store.checkout(world.ref("one")))).release()
+        loop = asyncio.get_running_loop()
+
+        def elsewhere() -> None:
+            call = asyncio.run_coroutine_threadsafe(store.checkout(world.ref("one")), loop)
+            loop.call_soon_threadsafe(call.result(10).release)
+
+        await asyncio.to_thread(elsewhere)
+        await fails(asyncio.to_thread(store.prefetch, "a/b"), errors.UsageError, "event loop")
+
+
+async def test_a_wrong_digest_takes_no_folder_from_others(world: RemoteWorld) -> None:
+    adapter, wrong = world.stock(), AdapterRef("one", source="hub", digest="0" * 64)
+    world.locator.promises = False
+    async with AdapterStore(source=world.source) as store:
+        async with store.checkout(world.ref("one")) as folder:
+            await fails(store.checkout(wrong), errors.IntegrityError, "not 0000")
+            assert contents(adapter).items() <= contents(folder.path).items()
+        await fails(store.checkout(wrong), errors.IntegrityError, "promised")
+        assert not folder.path.exists(), "now it was fetched again"
+
+
+async def test_calls_with_one_id_keep_their_own_versions(world: RemoteWorld) -> None:
+    world.stock()
+    other = AdapterRef("one", source="hub", revision="0" * 40)
+    world.locator.silent = True
+    async with AdapterStore(source=world.source) as store:
+        late = asyncio.ensure_future(store.checkout(other, timeout=0.3))
+        await until(lambda: world.locator.unanswered)
+        world.locator.silent = False
+        async with store.checkout(world.ref("one")) as folder:
+            await asyncio.wait([late])
+            error = late.exception()
+            assert isinstance(error, errors.AdapterTimeoutError)
+            assert (error.stage, error.key) == ("resolve", None), folder.key
 
 
 async def test_tenants_have_tokens_of_their_own(tmp_path: Path) -> None:
@@ -136,6 +194,18 @@ async def test_a_prefetch_is_joined_and_reports_what_arrives(world: RemoteWorld)
     assert calls[0].cancelled()
 
 
+async def test_prefetches_from_a_stalled_origin_do_not_delay_others(tmp_path: Path) -> None:
+    adapter = written(tmp_path / "adapter", layers=4, rank=16)
+    with HubStandIn() as hub, FaultServer(b"", lambda _, client: hold(client)) as stalled:
+        hub.put("org/name", contents(adapter))
+        allow = (at(hub.store_netloc), at(stalled.netloc))
+        async with store_of(hub, tmp_path, allow=allow, timeout=60) as store:
+            store.prefetch([f"http://{stalled.netloc}/{n}/" for n in range(3)])
+            hint = store.prefetch("org/name")
+            await asyncio.wait([hint.task], timeout=20)
+            assert store.placement()["org/name"].state == "present"
+
+
 async def files_of(store: AdapterStore, world: RemoteWorld) -> dict[str, bytes]:
     async with store.checkout(world.ref("one")) as folder:
         return contents(folder.path)
@@ -156,6 +226,24 @@ async def test_cancelled_at_every_step_it_leaves_no_record(
             assert not store.placement()
         assert store.placement().keys() == {f"n{step}"}
     assert step > 6, "every await was met"
+
+
+@pytest.mark.parametrize("make", [lambda world: AdapterStore(source=world.source), over])
+async def test_closing_fails_calls_before_it_waits_for_leases(
+    world: RemoteWorld, make: Callable[[RemoteWorld], AdapterStore | AdapterLoader]
+) -> None:
+    world.stock()
+    async with make(world) as there:
+        call = there.checkout if isinstance(there, AdapterStore) else there.load
+        held = await call(world.ref("one"))
+        world.locator.silent = True
+        waiting = asyncio.ensure_future(call(world.ref("two")))
+        await until(lambda: world.locator.unanswered)
+        closing = asyncio.create_task(there.close(timeout=20))
+        await asyncio.wait([waiting], timeout=10)
+        assert isinstance(waiting.exception(), errors.LoaderClosedError)
+        assert not closing.done()
+        held.release()
 
 
 async def test_closing_cancels_hints_and_waits_for_leases(world: RemoteWorld) -> None:
@@ -199,3 +287,12 @@ async def test_a_loader_knows_where_ids_are(tmp_path: Path) -> None:
             assert (found["./adapter"].leases, found["given"].tier) == (1, "device")
         await there.unload("given")
         assert "given" not in there.placement().by_id
+
+
+async def test_an_id_is_in_the_placement_when_its_next_version_fails(world: RemoteWorld) -> None:
+    world.stock()
+    async with over(world) as there, await there.load(world.ref("one")):
+        world.put("one", *tiny.files(tiny.write(world.adapters / "new", 1, remote_world.RANK)))
+        world.faults["one"] = lambda _, asked, client: refuse("404 No")(asked, client)
+        await fails(there.load(AdapterRef("one", "hub", "next")), errors.AdapterNotFoundError)
+        assert there.placement().by_id["one"].leases == 1
