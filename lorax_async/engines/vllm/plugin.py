@@ -32,7 +32,7 @@ NAME = "lorax_async"
 MAX_NOTICE = 8_192
 """Bytes of a worker's notice: a path and an error."""
 
-_logger = logging.getLogger("lorax_async.engines.vllm")
+_logger = logging.getLogger("vllm.lorax_async")  # vLLM writes what its children log
 
 
 class NameResolver:

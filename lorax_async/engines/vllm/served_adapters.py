@@ -35,7 +35,7 @@ MAX_REMEMBERED = 256
 
 T = TypeVar("T")
 
-_logger = logging.getLogger("lorax_async.engines.vllm")
+_logger = logging.getLogger("vllm.lorax_async")  # vLLM writes what its children log
 
 
 class Models(Protocol):
