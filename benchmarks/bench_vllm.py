@@ -95,7 +95,7 @@ def measure(vllm: Path, name: str, work: Path, repos: Mapping[str, Mapping[str, 
                     calls.append(server.post("/v1/load_lora_adapter", **body))
 
                 # Long enough for the other request to outlast the download.
-                arrivals.append(watch_arrival(server, load, tokens=80 if plugin else 160))
+                arrivals.append(watch_arrival(server, load, tokens=120 if plugin else 160))
                 loops.append(_loop_times(server))
                 assert calls[0].status == 200, calls[0].body
     os.sched_setaffinity(0, CORES)  # for the next server
@@ -126,9 +126,11 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         times = arrival.busy.times
         seconds = [time - arrival.began for time in times[1:]]
         gaps = [1e3 * (after - before) for before, after in pairwise(times)]
-        axis.vlines(seconds, 10, gaps, color="tab:blue", linewidth=1.5)
+        axis.vlines(seconds, 1, gaps, color="tab:blue", linewidth=1.5)
         axis.axvspan(0, arrival.seconds, color="tab:orange", alpha=0.2)
         axis.set_yscale("log")
+        axis.set_ylim(10, 20_000)
+        axis.set_xlim(-1, 1.3 * max(row.arrivals[0].seconds for row in rows))
         axis.set_title(f"{row.name}: longest gap {1e3 * arrival.busy_gap:,.0f} ms", loc="left")
         axis.set_ylabel("ms since\nthe token before")
     axes[-1].set_xlabel("seconds; in the shaded time a 78 MB adapter arrives (8 MB/s a connection)")

@@ -52,7 +52,9 @@ def test_without_sources_nothing_is_allowed_not_even_the_hub() -> None:
     given = settings()
     assert given.find("org/name") is None
     assert given.find("name") is None
-    assert all(entry.scheme != "hub" for entry in given.store_settings()["allow"])
+    allow = given.store_settings()["allow"]
+    assert allow  # without entries, all of the hub would be allowed
+    assert all(entry.scheme != "hub" for entry in allow)
 
 
 def test_the_token_goes_to_web_sources_and_is_never_shown() -> None:
