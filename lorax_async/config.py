@@ -166,6 +166,7 @@ class StoreConfig:
     verify
         When to check digests: "stream" returns from `load` when the weights are on the device, and
         checks meanwhile; "before_use" waits for the check, of local files too; "none" checks none.
+        A store's folders are always checked before use, local ones with "before_use" only.
     cache_dir
         The folder of the disk cache, private to this user; made when first needed. None:
         `$XDG_CACHE_HOME/lorax-async`, else `~/.cache/lorax-async` (see `cache_folder`).

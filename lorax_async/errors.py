@@ -197,7 +197,7 @@ class AdapterInUseError(UsageError):
 
 
 class LoaderClosedError(UsageError):
-    """The loader is closed, or closing."""
+    """The loader or store is closed, or closing."""
 
 
 class HandleClosedError(UsageError):

@@ -34,7 +34,7 @@ class AdapterStore:
     config
         The settings.
     source
-        A double for tests (`lorax_async.testing`); None for the config's.
+        A `FolderSource` of your own, for tests; None for the config's.
 
     Raises
     ------
@@ -63,7 +63,7 @@ class AdapterStore:
         await self.close()
 
     async def close(self, *, timeout: float | None = None) -> None:
-        """Fail waiting calls, wait `timeout` seconds for leases, end the others and all threads.
+        """Fail calls, wait `timeout` seconds for leases, then end those left and all threads.
 
         Idempotent; goes on if the caller is cancelled.
         """
@@ -74,7 +74,7 @@ class AdapterStore:
         for prefetch in prefetches:
             prefetch.cancel()
         await self._parts.close(timeout)
-        await asyncio.gather(*(prefetch.task for prefetch in prefetches))
+        await asyncio.gather(*(hint.task for hint in prefetches), return_exceptions=True)
 
     @property
     def closed(self) -> bool:
@@ -99,15 +99,16 @@ class AdapterStore:
         allow_stale: bool = False,
         timeout: float | None = None,
     ) -> Checkout:
-        """Return a call that waits until the adapter's files are on disk and checked.
+        """Return a lease on the folder with the adapter's files, downloaded if necessary.
 
-        Await it, or use it with `async with`: either gives an `AdapterFolder`, a lease. No process
-        removes the folder from the cache before the lease is released. Calls for one adapter share
-        one download, also with other processes. A local adapter's folder is returned as it is.
+        The call is a coroutine that waits until the files are on disk and checked; `async with`
+        awaits it, and releases the folder at the end. No process evicts the folder before that.
+        Calls for one adapter share one download, also with other processes. A local adapter's
+        folder is returned as it is.
 
         Parameters and errors are those of `AdapterLoader.load`, except that the adapter is not
-        compared with a base model. A partial download stays, to be resumed. `UsageError` is raised
-        for a merge or tensors, which have no folder.
+        compared with a base model. A merge or tensors, which have no folder, are a `UsageError`.
+        After an error or a cancellation, what was downloaded stays, to be resumed.
         """
         ref = as_ref(adapter_id, source, revision, token, digest, allow_stale=allow_stale)
         return Checkout(self._fetch(ref, self.config.seconds(timeout)))
@@ -115,9 +116,10 @@ class AdapterStore:
     def prefetch(
         self, ids: AdapterId | Iterable[AdapterId], *, timeout: float | None = None
     ) -> Prefetch:
-        """Start to bring one adapter or several to disk in the background; take no lease.
+        """Start to download one adapter or several in the background; take no lease.
 
-        They are a hint: they leave the connections to waiting calls, which join them.
+        A few at a time, with the connections that checkouts leave free. A checkout joins the
+        download that it finds. The result need not be awaited; errors are raised there only.
         """
         self._lifetime.check_open()
         refs = [as_ref(id) for id in ((ids,) if isinstance(ids, AdapterId) else ids)]
@@ -134,9 +136,9 @@ class AdapterStore:
         return prefetch
 
     def placement(self) -> Mapping[str, StoredAdapter]:
-        """Return what became of the last call for each adapter, by its id as callers name it.
+        """Return what became of the last call for each adapter, by the id that callers use.
 
-        Without I/O. The ids of `MAX_IDS` calls are remembered.
+        A copy, without I/O. The 16,384 ids that were used last are remembered.
         """
         self._lifetime.check_readable()
         return MappingProxyType(self._parts.folders.placement())

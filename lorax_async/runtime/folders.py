@@ -1,7 +1,7 @@
 """Leases on folders of verified files, for callers that need files and not tensors.
 
-Overlapping calls share one download and one check. Against other processes, and loads of this
-loader, the cache ensures one download per key.
+Overlapping calls share one download and one check. With other processes, and with loads of the same
+loader, they share a download by the disk cache, which has one per key.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class _CheckedFolder(NamedTuple):
 class AdapterFolder:
     """A lease on the folder with one adapter's files, as PEFT writes them.
 
-    Use it as a context manager, or call `release`: the cache keeps the files until then. Local
+    Use it as a context manager, or call `release`: the disk cache keeps the files until then. Local
     folders and those of the standard hub cache are not protected from removal by their owner.
 
     Attributes
@@ -127,11 +127,11 @@ StoreState = Literal["resolving", "fetching", "checking", "present", "failed"]
 
 @dataclass(frozen=True, slots=True)
 class StoredAdapter:
-    """What became of the last call that named an adapter."""
+    """What became of the last call for one id that was not cancelled."""
 
     state: StoreState
-    """"present": its files are on disk and checked; without `leases`, the cache may have removed
-    them since."""
+    """"present": the files are on disk and were checked; without `leases`, the cache may have
+    removed them since. It stays until another call ends, or finds another version."""
     key: AdapterKey | None
     """The exact version; None before it is resolved."""
     nbytes: int
@@ -285,8 +285,10 @@ class FolderLeases:
 
     async def _fetch_checked(self, ref: Ref, key: AdapterKey, urgent: bool) -> AdapterFolder:
         """Fetch `key`, and compare it with the digest in `ref`."""
-        if isinstance(key, TensorsKey | MergedKey) or not isinstance(self._source, FolderSource):
+        if isinstance(key, TensorsKey | MergedKey):
             raise UsageError("it has no folder: it is a merge, or was loaded from tensors")
+        if not isinstance(self._source, FolderSource):
+            raise UsageError("its source has no folders; give one that is a FolderSource")
         self._check_open()
         with ExitStack() as joined:
             task = joined.enter_context(self._tasks.join(key))
