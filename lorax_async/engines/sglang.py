@@ -1,0 +1,358 @@
+"""Plug-in for SGLang: adapters that requests name, and the scale of rsLoRA.
+
+`register` is an entry point of `sglang.srt.plugins`, which SGLang calls in each of its processes.
+It hooks three methods by SGLang's `HookRegistry`: the one that looks for a request's adapters, the
+one that unloads an adapter, and the constructor of an adapter's weights, which sets their scale.
+
+SGLang is imported only by functions that SGLang itself calls. docs/sglang.md is for users.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from http import HTTPStatus
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+from lorax_async.config import Limits, StoreConfig
+from lorax_async.engines.vllm.plugin_settings import PluginSettings
+from lorax_async.engines.vllm.routes import refuse
+from lorax_async.engines.vllm.served_adapters import BaseRequirements
+from lorax_async.errors import IncompatibleAdapterError, LoraxError, UnsupportedAdapterError
+from lorax_async.formats.peft_config import parse_config
+from lorax_async.formats.peft_names import parse_tensor_name
+from lorax_async.planning.model_families import decoder_layout
+from lorax_async.runtime.folders import AdapterFolder
+from lorax_async.sources.local import CONFIG, read_header
+from lorax_async.store import AdapterStore
+from lorax_async.types import AdapterRef, AdapterSpec
+
+NAME = "lorax_async"
+
+MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+WEIGHTS = "sglang.srt.lora.lora.LoRAAdapter"
+
+ATTRIBUTE = "lorax_async"
+"""The attribute of SGLang's TokenizerManager with its `RequestedAdapters`, or None."""
+
+ONE_SCALE = (
+    "SGLang applies one rank and one scale to all modules of an adapter, and this one has a"
+    " rank_pattern or an alpha_pattern"
+)
+
+Method = Callable[..., Coroutine[Any, Any, Any]]
+
+_logger = logging.getLogger("lorax_async.engines.sglang")
+
+
+def register() -> None:
+    """Register the hooks, if `SGLANG_PLUGINS` names this plug-in.
+
+    A method that SGLang has not, or not with these parameters, is not hooked; a warning says so.
+    Raise `ConfigError` for wrong settings.
+    """
+    from sglang.srt.environ import envs  # noqa: PLC0415
+
+    # SGLang calls all plug-ins if it is not set, and installing a package must not open a server.
+    named = {name.strip() for name in (envs.SGLANG_PLUGINS.get() or "").split(",")}
+    if NAME not in named:
+        return
+    from sglang.srt.lora.lora import LoRAAdapter  # noqa: PLC0415
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager  # noqa: PLC0415
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType  # noqa: PLC0415
+
+    if _takes(LoRAAdapter, __init__=("self", "uid", "config")):
+        HookRegistry.register(f"{WEIGHTS}.__init__", scale_as_peft, HookType.AROUND)
+    else:
+        _logger.warning("the scale of rsLoRA is left to SGLang: %s is not as expected", WEIGHTS)
+    hooks = RequestHooks(PluginSettings.from_environment(os.environ))
+    if _takes(
+        TokenizerManager,
+        _resolve_lora_path=("self", "obj"),
+        _unload_lora_adapter_locked=("self", "obj"),
+        load_lora_adapter=("self", "obj"),
+        unload_lora_adapter=("self", "obj"),
+    ):
+        HookRegistry.register(f"{MANAGER}._resolve_lora_path", hooks.resolve, HookType.AROUND)
+        unload = f"{MANAGER}._unload_lora_adapter_locked"
+        HookRegistry.register(unload, hooks.unload, HookType.AROUND)
+    else:
+        _logger.warning("requests may name loaded adapters only: %s is not as expected", MANAGER)
+
+
+def _takes(owner: type, **expected: tuple[str, ...]) -> bool:
+    """Return whether `owner` has these methods, and their first parameters these names."""
+    for name, parameters in expected.items():
+        method = getattr(owner, name, None)
+        if method is None:
+            return False
+        if tuple(inspect.signature(method).parameters)[: len(parameters)] != parameters:
+            return False
+    return True
+
+
+def scale_as_peft(original: Callable[..., None], adapter: Any, *args: Any, **kwargs: Any) -> None:
+    """Construct SGLang's `LoRAAdapter`, and give it PEFT's scale: alpha / sqrt(r) with rsLoRA.
+
+    Raise ValueError, which SGLang reports, if one scale is not enough.
+    """
+    original(adapter, *args, **kwargs)
+    config = adapter.config
+    if config.hf_config.get("rank_pattern") or config.hf_config.get("alpha_pattern"):
+        raise ValueError(ONE_SCALE)
+    # A version of SGLang that knows rsLoRA has another scale already.
+    if config.hf_config.get("use_rslora") and adapter.scaling == config.lora_alpha / config.r:
+        adapter.scaling = config.lora_alpha / sqrt(config.r)
+
+
+class RequestHooks:
+    """The hooks of SGLang's TokenizerManager."""
+
+    def __init__(self, settings: PluginSettings) -> None:
+        self._settings = settings
+
+    async def resolve(self, original: Method, manager: Any, request: Any) -> None:
+        """Load the adapters that a request names and SGLang lacks; let SGLang do the rest."""
+        if not hasattr(manager, ATTRIBUTE):
+            reason = _find_obstacle(manager)
+            if reason is not None:
+                _logger.warning("requests may name loaded adapters only: %s", reason)
+            adapters = None if reason is not None else RequestedAdapters(manager, self._settings)
+            setattr(manager, ATTRIBUTE, adapters)
+        adapters = getattr(manager, ATTRIBUTE)
+        if adapters is None:
+            await original(manager, request)
+            return
+        paths = request.lora_path
+        names = {paths} if isinstance(paths, str) else {path for path in paths if path}
+        with adapters.use(names):
+            await adapters.load(names)
+            await original(manager, request)
+
+    async def unload(self, original: Method, manager: Any, request: Any) -> Any:
+        """Let SGLang unload an adapter, and release its folder."""
+        result = await original(manager, request)
+        if (adapters := getattr(manager, ATTRIBUTE, None)) is not None:
+            adapters.let_go(request.lora_name)
+        return result
+
+
+def _find_obstacle(manager: Any) -> str | None:
+    """Return why adapters cannot be loaded for requests, or None."""
+    try:
+        from sglang.srt.runtime_context import get_lora, get_parallel, get_serving  # noqa: PLC0415
+
+        for name in ("lora_registry", "lora_ref_cache", "pending_lora_unloads", "model_config"):
+            getattr(manager, name)
+        if get_parallel().dp_size > 1:
+            return "SGLang loads no adapters at run time with data parallel replicas"
+        if get_serving().tokenizer_worker_num > 1:
+            return "with several tokenizer workers, none knows what the others have loaded"
+        if get_lora().max_loaded_loras is None:
+            _logger.warning("without --max-loaded-loras, SGLang keeps all requested adapters")
+    except (ImportError, AttributeError) as error:
+        return f"this version of SGLang is not as expected ({error})"
+    return None
+
+
+class RequestedAdapters:
+    """The adapters that SGLang loaded because requests named them. On its event loop.
+
+    SGLang's registry is the truth about what is loaded. It unloads the least recently used adapter
+    beyond `--max-loaded-loras`, and would load it again from its folder by `lora_ref_cache`. So a
+    folder is leased while SGLang has the adapter, or a request is between its check here and its
+    start there; with the lease, the entry of that cache goes.
+    """
+
+    def __init__(self, manager: Any, settings: PluginSettings) -> None:
+        self._manager = manager
+        self._settings = settings
+        self._opening = asyncio.Lock()
+        self._store: AdapterStore | None = None
+        self._check: Callable[[Path], None]
+        self._folders: dict[str, AdapterFolder] = {}
+        self._loads: dict[str, asyncio.Task[None]] = {}
+        self._users: Counter[str] = Counter()
+
+    @contextmanager
+    def use(self, names: set[str]) -> Iterator[None]:
+        """Keep the folders of these adapters meanwhile."""
+        self._users.update(names)
+        try:
+            yield
+        finally:
+            self._users -= Counter(names)  # drops names without users
+            for name in names:
+                self.let_go(name)
+
+    async def load(self, names: set[str]) -> None:
+        """Load adapters that SGLang does not know, and that requests may name; one at a time each.
+
+        Raise what SGLang answers to the client if one cannot be used. A load goes on if its callers
+        leave.
+        """
+        from sglang.srt.runtime_context import get_lora  # noqa: PLC0415
+
+        most = get_lora().max_loaded_loras
+        if most is not None and len(names) > most:
+            return  # SGLang refuses the request
+        for load in [load for name in names if (load := self._start(name)) is not None]:
+            await asyncio.shield(load)
+
+    def _start(self, name: str) -> asyncio.Task[None] | None:
+        """Return the adapter's load, which is running or begins; None if it needs none of ours."""
+        if name in self._loads:
+            return self._loads[name]
+        manager = self._manager
+        if name in manager.lora_registry.get_all_adapters() or name in manager.lora_ref_cache:
+            return None
+        ref = self._settings.find(name)
+        if ref is None:
+            return None  # SGLang refuses the request
+
+        def end(load: asyncio.Task[None]) -> None:
+            del self._loads[name]
+            self.let_go(name)
+            if not load.cancelled():
+                load.exception()  # its callers may have left
+
+        load = self._loads[name] = asyncio.create_task(self._load(name, ref), name=f"load {name}")
+        load.add_done_callback(end)
+        return load
+
+    async def _load(self, name: str, ref: AdapterRef) -> None:
+        from sglang.srt.managers import io_struct  # noqa: PLC0415
+
+        try:
+            folder = await (await self._open_store()).checkout(ref)
+            if name in self._folders:  # SGLang could not unload it from all workers
+                self._folders[name].release()
+            self._folders[name] = folder
+            await asyncio.to_thread(self._check, folder.path)
+        except LoraxError as error:
+            raise _refuse(error.located(id=ref.text), name) from error
+        manager = self._manager
+        load = io_struct.LoadLoRAAdapterReqInput(lora_name=name, lora_path=str(folder.path))
+        result = await manager.load_lora_adapter(load)
+        if name in manager.pending_lora_unloads:  # it is in some workers only
+            unload = io_struct.UnloadLoRAAdapterReqInput(lora_name=name)
+            await manager.unload_lora_adapter(unload)
+        # Another client may have loaded it by SGLang's own route.
+        if not result.success and "already loaded" not in result.error_message:
+            raise ValueError(f"SGLang cannot load the adapter {name!r}: {result.error_message}")
+
+    def let_go(self, name: str) -> None:
+        """Release an adapter's folder if SGLang has unloaded it and no request is on its way."""
+        folder = self._folders.get(name)
+        if folder is None or name in self._users or name in self._loads:
+            return
+        manager, path = self._manager, str(folder.path)
+        loaded = manager.lora_registry.get_all_adapters().get(name)
+        if name in manager.pending_lora_unloads or (loaded and loaded.lora_path == path):
+            return
+        known = manager.lora_ref_cache.get(name)
+        if known is not None and known.lora_path == path:
+            del manager.lora_ref_cache[name]
+        del self._folders[name]
+        folder.release()
+
+    async def _open_store(self) -> AdapterStore:
+        async with self._opening:
+            if self._store is None:
+                self._check = await asyncio.to_thread(_make_check, self._manager.model_config)
+                store = AdapterStore(StoreConfig(**self._settings.store_settings()))
+                self._store = await store.__aenter__()
+            return self._store
+
+    async def close(self) -> None:
+        """Release all folders and close the store; SGLang has no moment for it but its exit."""
+        await asyncio.gather(*self._loads.values(), return_exceptions=True)
+        for folder in self._folders.values():
+            folder.release()
+        self._folders.clear()
+        if self._store is not None:
+            await self._store.close()
+
+
+def _refuse(error: LoraxError, name: str) -> Exception:
+    """Return what SGLang answers: a ValueError with status 400, an HTTPException with its own."""
+    refusal = refuse(error, name)
+    if refusal.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        return refusal
+    return ValueError(refusal.detail)
+
+
+def _make_check(model_config: Any) -> Callable[[Path], None]:
+    """Return what raises the `AdapterError` that says why an adapter does not fit. Both block."""
+    from sglang.srt.lora.utils import get_normalized_target_modules  # noqa: PLC0415
+    from sglang.srt.runtime_context import get_lora  # noqa: PLC0415
+
+    config = model_config.hf_config.to_dict()
+    layout = decoder_layout(config)
+    if layout is None:
+        _logger.warning(
+            "adapters are not compared with the shapes of the base: its model_type %r is not known",
+            config.get("model_type"),
+        )
+    base = BaseRequirements(layout, get_lora().max_lora_rank)
+    gated = layout is not None and any(".gate_proj" in module.name for module in layout.modules)
+    served = get_lora().lora_target_modules
+
+    def check(folder: Path) -> None:
+        base.check(folder)
+        spec, modules = _read_modules(folder)
+        _require_fusable(modules, gated=gated)
+        # SGLang compares these with target_modules; tensors of other modules end its scheduler.
+        targets = served or spec.targets
+        if targets is None or isinstance(targets, str) or "all" in targets:
+            return
+        allowed = get_normalized_target_modules(targets)
+        for module in sorted(modules):
+            if not get_normalized_target_modules([module]) <= allowed:
+                raise IncompatibleAdapterError(
+                    f"it changes {module!r}, which is not among the target modules of"
+                    f" {'this server (--lora-target-modules)' if served else 'its config'}"
+                )
+
+    return check
+
+
+def _read_modules(folder: Path) -> tuple[AdapterSpec, set[str]]:
+    """Return an adapter's config and modules.
+
+    Raise `UnsupportedAdapterError` for what SGLang cannot apply.
+    """
+    limits = Limits()
+    spec = parse_config((folder / CONFIG).read_bytes(), limits)
+    if spec.rank_patterns or spec.alpha_patterns:
+        raise UnsupportedAdapterError(ONE_SCALE)
+    if spec.lora_bias or spec.dora:
+        raise UnsupportedAdapterError("SGLang applies neither DoRA nor a bias of B")
+    header, _ = read_header(folder, limits)
+    return spec, {parse_tensor_name(tensor.name).module for tensor in header.tensors}
+
+
+def _require_fusable(modules: set[str], *, gated: bool) -> None:
+    """Raise `UnsupportedAdapterError` if SGLang cannot fuse q, k, v or, where `gated`, gate and up.
+
+    It makes zeros for k and for up only. Without the others its load fails, or its scheduler ends
+    when the adapter is first used.
+    """
+    for module in sorted(modules):
+        parent, _, last = module.rpartition(".")
+        needed = {"q_proj", "v_proj"} if last in {"q_proj", "k_proj", "v_proj"} else set()
+        if last == "up_proj" and gated:
+            needed = {"gate_proj"}
+        missing = sorted(name for name in needed if f"{parent}.{name}" not in modules)
+        if missing:
+            raise UnsupportedAdapterError(
+                f"SGLang applies {module!r} only together with {missing[0]!r}, which it does not"
+                " change"
+            )

@@ -1,0 +1,180 @@
+"""The plug-in in SGLang's own classes: which adapters requests get, and with which scale."""
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from fastapi import HTTPException
+
+from engines.sglang_plugin.conftest import ATTENTION, NOBODY, REMOTE, Server
+from engines.variants import Lora, active, llama, save
+from link import Link
+from lorax_async import AdapterRef, AdapterStore
+from lorax_async.engines.sglang import register
+
+UNKNOWN = "never been loaded"
+"""Of SGLang's own refusal."""
+
+
+async def test_requests_get_adapters_that_were_never_loaded(
+    server: Server, local: Path, origin: Link
+) -> None:
+    """They share a download, which does not hold others."""
+    save(llama(), ATTENTION, local / "plain")
+    plain = await server.resolve("plain")
+    asked = [asyncio.create_task(server.resolve(origin.url("one/"), None)) for _ in range(8)]
+    await asyncio.sleep(0)
+    asked[0].cancel()  # the others stay
+    assert await server.resolve("plain") == plain
+    assert not any(task.done() for task in asked[1:])
+    found = await asyncio.gather(*asked[1:])
+    assert server.weights.loras.keys() == {plain, found[0][0]}
+    assert found == [[found[0][0], None]] * 7
+    assert len(server.loads) == 2
+
+
+async def test_what_sglang_unloads_makes_room_and_comes_again(
+    server: Server, local: Path, origin: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache has room for two loaded adapters, one that comes and one more."""
+    urls = [origin.url(f"{name}/") for name in REMOTE]
+    kept = await server.serve(urls[0])
+    for url in (*urls[1:], *urls[1:]):
+        path = await server.serve(url)
+        assert await server.serve(urls[0]) == kept
+        assert Path(path).is_dir()
+        assert Path(kept).is_dir()  # though it was the first to come
+    assert len(server.loads) == 9
+    for url in urls[1:]:
+        await server.serve(url)
+    assert not Path(kept).exists()
+    assert await server.serve(urls[0]) == kept
+    checkout, gate = AdapterStore.checkout, asyncio.Event()
+
+    async def held(store: AdapterStore, ref: AdapterRef) -> Any:
+        if ref.text == urls[1]:
+            await gate.wait()
+        return await checkout(store, ref)
+
+    monkeypatch.setattr(AdapterStore, "checkout", held)
+    both = asyncio.create_task(server.resolve(*urls[:2]))
+    for name in ("left", "right"):  # before the second one comes, the first one goes
+        save(llama(), ATTENTION, local / name)
+        await server.serve(name)
+    gate.set()
+    assert server.weights.loras.keys() == set(await both)
+
+
+async def test_adapters_that_others_load_stay_theirs(
+    server: Server, local: Path, origin: Link, tmp_path: Path
+) -> None:
+    from sglang.srt.managers.io_struct import LoadLoRAAdapterReqInput
+
+    folder = save(llama(), ATTENTION, tmp_path / "own")
+    save(llama(), ATTENTION, local / "own")
+    request = LoadLoRAAdapterReqInput(lora_name="own", lora_path=str(folder))
+    assert (await server.requests.load_lora_adapter(request)).success
+    for name in REMOTE[:2]:
+        await server.serve(origin.url(f"{name}/"))
+    assert "own" not in server.requests.lora_registry.get_all_adapters()
+    assert await server.serve("own") == str(folder)
+    folder = save(llama(), {**ATTENTION, "rank_pattern": {"o_proj": 2}}, tmp_path / "pattern")
+    request = LoadLoRAAdapterReqInput(lora_name="pattern", lora_path=str(folder))
+    assert "one scale" in (await server.requests.load_lora_adapter(request)).error_message
+
+
+REFUSED: dict[str, tuple[Lora, str]] = {
+    "rank": ({**ATTENTION, "r": 17}, "takes up to 16"),
+    "pattern": ({**ATTENTION, "alpha_pattern": {"v_proj": 3}}, "one scale"),
+    "dora": ({**ATTENTION, "use_dora": True}, "neither DoRA"),
+    "key": ({**ATTENTION, "target_modules": ["k_proj"]}, "only together with 'q_proj'"),
+    "up": ({**ATTENTION, "target_modules": ["up_proj"]}, "only together with 'gate_proj'"),
+    "head": ({**ATTENTION, "target_modules": ["lm_head"]}, "'lm_head', which is not among"),
+}
+
+
+async def test_what_does_not_fit_is_refused_before_it_is_loaded(
+    server: Server, local: Path, origin: Link
+) -> None:
+    for name, (lora, problem) in REFUSED.items():
+        save(llama(), lora, local / name)
+        for _ in range(2):  # nothing of the first remains
+            with pytest.raises(ValueError, match=problem):
+                await server.resolve(name)
+    save(llama(hidden_size=64), ATTENTION, local / "wide")
+    with pytest.raises(ValueError, match="shapes"):
+        await server.resolve("wide")
+    with pytest.raises(ValueError, match="no such folder"):
+        await server.resolve("missing")
+    for name in ("https://elsewhere.invalid/a/", "org/name", "/etc"):
+        with pytest.raises(ValueError, match=UNKNOWN):
+            await server.resolve(name)
+    with pytest.raises(HTTPException, match="ECONNREFUSED") as raised:
+        await server.resolve(f"{NOBODY}one/")
+    assert raised.value.status_code == 503
+    assert server.loads == []
+    server.partly = True
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no room"):
+            await server.resolve(origin.url("one/"))
+    server.partly = False
+    await server.resolve(origin.url("one/"))
+
+
+@pytest.mark.parametrize("lora", [{}, {"use_rslora": True}, {"use_rslora": True, "r": 12}])
+async def test_the_scale_is_pefts(server: Server, local: Path, lora: Lora) -> None:
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    folder = save(llama(), {**ATTENTION, **lora}, local / f"scale-{len(lora)}")
+    lora_id = await server.resolve(folder.name)
+    server.weights.fetch_new_loras({lora_id})
+    batch = {"lora_ids": [lora_id], "batch_size": 1, "forward_mode": ForwardMode.EXTEND}
+    lengths = {"extend_seq_lens_cpu": [5], "extend_seq_lens": torch.tensor([5])}
+    server.weights.prepare_lora_batch(SimpleNamespace(**batch, **lengths, extend_num_tokens=5))
+    x = torch.randn(5, 32)
+    layer = server.weights.base_model.model.layers[1].self_attn  # the base's weights are zeros
+    q, k, v = layer.qkv_proj(x)[0].split([32, 16, 16], dim=1)
+    assert not k.any()
+    with torch.no_grad(), active(llama(), only=folder) as model:
+        peft = model.base_model.model.model.layers[1].self_attn
+        pairs = (q, peft.q_proj), (v, peft.v_proj), (layer.o_proj(x)[0], peft.o_proj)
+        for ours, theirs in pairs:
+            expected = theirs(x) - theirs.base_layer(x)
+            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+async def test_an_unexpected_sglang_is_left_alone(
+    server: Server, origin: Link, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from sglang.srt.lora.lora import LoRAAdapter
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+    from sglang.srt.plugins.hook_registry import HookRegistry
+    from sglang.srt.runtime_context import get_parallel
+
+    with get_parallel().override(dp_size=2):
+        for _ in range(2):
+            with pytest.raises(ValueError, match=UNKNOWN):
+                await server.resolve(origin.url("one/"))
+
+    async def changed(self: Any, name: str) -> None: ...
+
+    hooks: list[str] = []
+    monkeypatch.setattr(HookRegistry, "register", lambda target, *_: hooks.append(target))
+    register()
+    assert len(hooks) == 3
+    monkeypatch.setenv("SGLANG_PLUGINS", "another")
+    register()
+    monkeypatch.setenv("SGLANG_PLUGINS", "another, lorax_async")
+    monkeypatch.setattr(TokenizerManager, "_resolve_lora_path", changed)
+    monkeypatch.delattr(LoRAAdapter, "__init__")
+    register()
+    assert len(hooks) == 3
+    ours = [record.message for record in caplog.records if "lorax_async" in record.name]
+    assert [message.partition(":")[0] for message in ours] == [
+        "requests may name loaded adapters only",
+        "the scale of rsLoRA is left to SGLang",
+        "requests may name loaded adapters only",
+    ]
