@@ -77,10 +77,12 @@ class StoreParts:
 
     async def close(self, timeout: float) -> None:
         """Fail calls, wait `timeout` seconds for folder leases, end tasks and threads."""
+        stopping = asyncio.ensure_future(self.stop_tasks())
         try:
-            await asyncio.gather(self.stop_tasks(), self.folders.close(timeout))
+            await self.folders.close(timeout)
         finally:
-            await self.stop_tasks()
+            await stopping
+            await self.stop_tasks()  # again, for tasks of calls that ended meanwhile
             await in_own_thread("lorax-stop", self.end)
 
     async def stop_tasks(self) -> None:
@@ -232,12 +234,13 @@ class Assembly:
     async def close(self, timeout: float) -> None:
         """Fail waiters, wait `timeout` seconds for leases, end all parts and threads."""
         folders = asyncio.ensure_future(self.store.folders.close(timeout))
+        resolves = asyncio.ensure_future(self.store.resolver.stop())
         try:
             self.store.digests.begin_close()
-            closed = LoaderClosedError("the loader was closed")
-            await asyncio.gather(self.store.resolver.stop(), self.driver.close(closed, timeout))
+            await self.driver.close(LoaderClosedError("the loader was closed"), timeout)
         finally:
             await folders
+            await resolves
             await self.store.stop_tasks()
             await self.acquiring.stop()
             self.copies.clear()
