@@ -59,7 +59,7 @@ class NameResolver:
         except LoraxError as error:
             raise refuse(error, lora_name) from error
         request = LoRARequest(lora_name, 1, adapter.path)  # vLLM sets the number
-        served.add(adapter, request)
+        served.add(adapter, request, is_resolvable=True)
         return request
 
 

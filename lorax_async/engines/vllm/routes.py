@@ -106,23 +106,23 @@ async def load_adapter(request: Request) -> Response:
     models = request.app.state.openai_serving_models
     body = await _read(request, LoadLoRAAdapterRequest)
     name, path = body.lora_name, body.lora_path
-    adapter = None
+    folder = os.path.expanduser(path)  # noqa: ASYNC240 - as vLLM does
+    ref = None if os.path.isabs(folder) else settings.find(path)
     try:
-        if os.path.isabs(path) and os.path.isdir(path):  # noqa: ASYNC240 - vLLM's own way
-            adapter = await served.prepare_folder(name, path)
-        elif (ref := settings.find(path)) is not None:
+        if ref is not None:
             adapter = await served.prepare(name, ref)
+        elif os.path.isdir(folder):  # noqa: ASYNC240 - vLLM lets this route load any folder
+            adapter = await served.prepare_folder(name, os.path.abspath(folder))  # noqa: ASYNC240
+        else:  # vLLM would download it inside its loop
+            raise AdapterRefusal(404, f"{path!r} is neither a folder nor an adapter of the sources")
     except LoraxError as error:
         raise refuse(error, name) from error
-    if adapter is not None:
-        body.lora_path = adapter.path
+    body.lora_path = adapter.path
     response = await models.load_lora_adapter(body)
     if isinstance(response, ErrorResponse):
-        if adapter is not None:
-            await served.discard(adapter)
+        await served.discard(adapter)
         return JSONResponse(response.model_dump(), response.error.code)
-    if adapter is not None:
-        served.add(adapter, models.lora_requests[name])
+    served.add(adapter, models.lora_requests[name])
     return PlainTextResponse(response)
 
 

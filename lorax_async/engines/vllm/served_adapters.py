@@ -30,6 +30,9 @@ LINGER = 1.0
 PERIOD = 5.0
 """Seconds between two looks at what vLLM no longer names."""
 
+MAX_SERVED = 256
+"""Adapters that vLLM names at once, as long as others are idle: each has open files."""
+
 MAX_REMEMBERED = 256
 """Names of failed and of prefetched adapters."""
 
@@ -57,6 +60,10 @@ class ServedAdapter:
     nbytes: int = 0
     request: Any = None
     """vLLM's LoRARequest, once there is one."""
+    is_retired: bool = False
+    """Whether it leaves for lack of room, not because it was unloaded."""
+    is_resolvable: bool = False
+    """Whether a request by its name brings it back, so that it may leave while it is idle."""
     idle_since: float | None = None
 
     @property
@@ -169,9 +176,9 @@ class ServedAdapters:
             self._base = asyncio.ensure_future(asyncio.to_thread(self._make_base))
         return await asyncio.shield(self._base)
 
-    def add(self, adapter: ServedAdapter, request: Any) -> None:
+    def add(self, adapter: ServedAdapter, request: Any, *, is_resolvable: bool = False) -> None:
         """Keep an adapter as long as vLLM names it."""
-        adapter.request = request
+        adapter.request, adapter.is_resolvable = request, is_resolvable
         self._errors.pop(adapter.name, None)
         self._prefetched.pop(adapter.name, None)
         if (before := self._served.pop(adapter.name, None)) is not None:
@@ -230,6 +237,7 @@ class ServedAdapters:
                 if not self._is_named(adapter):
                     del self._served[name]
                     self._leaving.append(adapter)
+            self._retire_idle()
             for adapter in tuple(self._leaving):
                 if self._is_idle(adapter):
                     self._leaving.remove(adapter)
@@ -239,11 +247,35 @@ class ServedAdapters:
             await self._fail(path, reason)
 
     def _is_named(self, adapter: ServedAdapter) -> bool:
-        lock = self._models.lora_resolver_lock.get(adapter.name)
-        if lock is not None and lock.locked():
-            return True  # vLLM adds or removes it just now
+        if self._is_locked(adapter.name):
+            return True
         named = self._models.lora_requests.get(adapter.name)
         return named is not None and named.lora_path == adapter.path
+
+    def _retire_idle(self) -> None:
+        """Stop naming idle adapters, so that there is room on disk for others.
+
+        vLLM never does, and a leased folder stays in the cache: at most half of it, and of the
+        adapters that were seen in use last.
+        """
+        for name, adapter in tuple(self._served.items()):
+            if self._engine.uses(adapter.path):
+                self._served[name] = self._served.pop(name)
+        leased = sum(each.nbytes for each in self._served.values() if each.folder is not None)
+        for name, adapter in tuple(self._served.items()):
+            if leased <= self._settings.cache_bytes // 2 and len(self._served) <= MAX_SERVED:
+                return
+            is_idle = not self._engine.uses(adapter.path) and not self._is_locked(name)
+            if adapter.is_resolvable and is_idle:
+                self._models.lora_requests.pop(name, None)
+                adapter.is_retired = True
+                self._leaving.append(self._served.pop(name))
+                leased -= adapter.nbytes
+
+    def _is_locked(self, name: str) -> bool:
+        """Return whether vLLM adds or removes the adapter just now."""
+        lock = self._models.lora_resolver_lock.get(name)
+        return lock is not None and lock.locked()
 
     def _is_idle(self, adapter: ServedAdapter) -> bool:
         """Return whether an adapter has had no request for `LINGER` seconds."""
@@ -260,7 +292,7 @@ class ServedAdapters:
             if all(number != named.lora_int_id for named in self._models.lora_requests.values()):
                 await self._engine.remove(number)
         finally:
-            await self._release(adapter, keep_copy=False)
+            await self._release(adapter, keep_copy=adapter.is_retired)
 
     def lost(self, path: str, reason: str) -> None:
         """Take notice of an adapter that a worker could not read again."""

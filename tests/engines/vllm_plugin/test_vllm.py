@@ -191,6 +191,8 @@ def test_unloading_frees_the_engine_when_the_last_request_ends(
     time.sleep(1.0)
     assert server.post("/v1/unload_lora_adapter", lora_name="pirate").status == 200
     assert server.post("/v1/unload_lora_adapter", lora_name="pirate").status == 404
+    elsewhere = {"lora_name": "elsewhere", "lora_path": "s3://bucket/a/"}
+    assert server.post("/v1/load_lora_adapter", **elsewhere).status == 404
     reader.join()
     assert streams[0].startswith(texts["pirate"][:20])
     until(lambda: not loaded(server))
