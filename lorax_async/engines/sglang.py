@@ -22,9 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lorax_async.config import Limits, StoreConfig
-from lorax_async.engines.vllm.plugin_settings import PluginSettings
-from lorax_async.engines.vllm.routes import refuse
-from lorax_async.engines.vllm.served_adapters import BaseRequirements
+from lorax_async.engines.plugins import BaseRequirements, PluginSettings, response_to
 from lorax_async.errors import IncompatibleAdapterError, LoraxError, UnsupportedAdapterError
 from lorax_async.formats.peft_config import parse_config
 from lorax_async.formats.peft_names import parse_tensor_name
@@ -283,10 +281,12 @@ class RequestedAdapters:
 
 def _refuse(error: LoraxError, name: str) -> Exception:
     """Return what SGLang answers: a ValueError with status 400, an HTTPException with its own."""
-    refusal = refuse(error, name)
-    if refusal.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        return refusal
-    return ValueError(refusal.detail)
+    from fastapi import HTTPException  # noqa: PLC0415
+
+    status, text, headers = response_to(error, name)
+    if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        return HTTPException(status, text, headers)
+    return ValueError(text)
 
 
 def _make_check(model_config: Any) -> Callable[[Path], None]:

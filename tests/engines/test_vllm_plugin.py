@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lorax_async import ConfigError
-from lorax_async.engines.vllm.plugin_settings import PluginSettings
+from lorax_async.engines.plugins import PluginSettings
 from lorax_async.engines.vllm.worker import unexpected_interface
 
 

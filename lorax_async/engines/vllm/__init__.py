@@ -1,11 +1,11 @@
 """Plug-in for vLLM: adapters that requests name, without stopping the engine for them.
 
 - `plugin`: what vLLM's entry points load: a resolver of adapter names, and the server's part;
-- `plugin_settings`: the `LORAX_ASYNC_*` environment variables;
 - `served_adapters`: an adapter's way from its name to the engine, and out of it again;
 - `engine_calls`: the calls to vLLM's engine and workers;
 - `worker`: builds weights beside the loop of each worker, and keeps them in host memory;
 - `routes`: HTTP routes and metrics.
 
-vLLM is imported only by functions and modules that vLLM itself loads. docs/vllm.md is for users.
+Settings are in `engines.plugins`. vLLM is imported only by functions and modules that vLLM itself
+loads. docs/vllm.md is for users.
 """

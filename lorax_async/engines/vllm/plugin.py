@@ -19,10 +19,10 @@ from typing import Any
 
 from lorax_async import layouts
 from lorax_async.config import StoreConfig
+from lorax_async.engines.plugins import BaseRequirements, PluginSettings
 from lorax_async.engines.vllm.engine_calls import EngineCalls
-from lorax_async.engines.vllm.plugin_settings import PluginSettings
 from lorax_async.engines.vllm.routes import attach_metrics, attach_routes, refuse
-from lorax_async.engines.vllm.served_adapters import BaseRequirements, ServedAdapters
+from lorax_async.engines.vllm.served_adapters import ServedAdapters
 from lorax_async.errors import ConfigError, LoraxError
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.store import AdapterStore

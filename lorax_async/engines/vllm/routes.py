@@ -6,7 +6,6 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from http import HTTPStatus
-from math import ceil
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -15,28 +14,9 @@ from prometheus_client import REGISTRY
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from lorax_async import errors
-from lorax_async.engines.vllm.plugin_settings import PluginSettings
+from lorax_async.engines.plugins import PluginSettings, response_to
 from lorax_async.engines.vllm.served_adapters import ServedAdapters
 from lorax_async.errors import LoraxError
-
-STATUSES: tuple[tuple[type[LoraxError], int], ...] = (
-    (errors.AdapterNotFoundError, 404),
-    (errors.AccessDeniedError, 403),
-    (errors.AdapterFormatError, 400),
-    (errors.UnsupportedAdapterError, 400),
-    (errors.IncompatibleAdapterError, 400),
-    (errors.IntegrityError, 502),
-    (errors.CapacityError, 503),
-    (errors.LoaderClosedError, 503),
-    (errors.AdapterTimeoutError, 503),
-    (errors.FetchError, 503),
-    (errors.UsageError, 400),
-)
-"""The first row whose class matches an error decides; other errors are 500."""
-
-RETRY_AFTER = 5.0
-"""Seconds in `Retry-After` where the source named none."""
 
 
 class AdapterRefusal(HTTPException):
@@ -48,12 +28,7 @@ class AdapterRefusal(HTTPException):
 
 def refuse(error: LoraxError, name: str) -> AdapterRefusal:
     """Return the response to an error; `name` is the client's name for the adapter."""
-    status = next((status for kind, status in STATUSES if isinstance(error, kind)), 500)
-    shown = error if error.id is None else error.located(id=name)
-    headers = None
-    if status == HTTPStatus.SERVICE_UNAVAILABLE:
-        headers = {"Retry-After": str(max(1, ceil(error.retry_after or RETRY_AFTER)))}
-    return AdapterRefusal(status, str(shown), headers)
+    return AdapterRefusal(*response_to(error, name))
 
 
 async def _answer_refusal(_: Request, refusal: Exception) -> Response:

@@ -12,15 +12,10 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, Protocol, TypeVar
 
-from lorax_async.config import Limits
+from lorax_async.engines.plugins import BaseRequirements, PluginSettings
 from lorax_async.engines.vllm.engine_calls import EngineCalls
-from lorax_async.engines.vllm.plugin_settings import PluginSettings
-from lorax_async.errors import AdapterError, FetchError, IncompatibleAdapterError, LoraxError
-from lorax_async.formats.peft_config import parse_config
-from lorax_async.planning.layout import ModelLayout
-from lorax_async.planning.pairing import pair_tensors
+from lorax_async.errors import AdapterError, FetchError, LoraxError
 from lorax_async.runtime.folders import AdapterFolder
-from lorax_async.sources.local import CONFIG, read_header
 from lorax_async.store import AdapterStore
 from lorax_async.types import AdapterRef
 
@@ -70,32 +65,6 @@ class ServedAdapter:
     def version(self) -> str | None:
         """The commit or ETags of its files; None for a local folder."""
         return None if self.folder is None else self.folder.version
-
-
-class BaseRequirements:
-    """What adapters have to fit: the base's layout, if known, and the server's highest rank."""
-
-    def __init__(self, layout: ModelLayout | None, max_rank: int | None) -> None:
-        self._layout = layout
-        self._max_rank = max_rank
-
-    def check(self, folder: Path) -> int:
-        """Return the bytes of an adapter's weights. Blocks briefly.
-
-        Raise the `AdapterError` that says why it does not fit.
-        """
-        limits = Limits()
-        header, nbytes = read_header(folder, limits)
-        spec = parse_config((folder / CONFIG).read_bytes(), limits)
-        ranks = [spec.rank, *(int(pattern.value) for pattern in spec.rank_patterns)]
-        if self._max_rank is not None and max(ranks) > self._max_rank:
-            raise IncompatibleAdapterError(
-                f"its rank is {max(ranks)}, and this server takes up to {self._max_rank}"
-                " (--max-lora-rank)"
-            )
-        if self._layout is not None:
-            pair_tensors(header, spec, self._layout, limits)
-        return nbytes
 
 
 class ServedAdapters:

@@ -1,16 +1,29 @@
-"""The operator's settings of the vLLM plug-in, from environment variables."""
+"""What plug-ins for engines share: settings, what adapters have to fit, responses to errors."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from http import HTTPStatus
+from math import ceil
 from pathlib import Path
 from typing import Any
 
-from lorax_async.config import GiB
-from lorax_async.errors import ConfigError, InvalidAdapterIdError, shorten
+from lorax_async import errors
+from lorax_async.config import GiB, Limits
+from lorax_async.errors import (
+    ConfigError,
+    IncompatibleAdapterError,
+    InvalidAdapterIdError,
+    LoraxError,
+    shorten,
+)
+from lorax_async.formats.peft_config import parse_config
 from lorax_async.ids import Allow, LocalFolder, WebFolder, is_covered, parse_ref
+from lorax_async.planning.layout import ModelLayout
+from lorax_async.planning.pairing import pair_tensors
+from lorax_async.sources.local import CONFIG, read_header
 from lorax_async.types import AdapterRef
 from lorax_async.urls import is_address
 
@@ -176,3 +189,58 @@ def _parse_seconds(text: str) -> float:
         return float(text)
     except ValueError:
         raise ConfigError(f"{PREFIX}TIMEOUT must be seconds, not {shorten(text, 40)!r}") from None
+
+
+class BaseRequirements:
+    """What adapters have to fit: the base's layout, if known, and the server's highest rank."""
+
+    def __init__(self, layout: ModelLayout | None, max_rank: int | None) -> None:
+        self._layout = layout
+        self._max_rank = max_rank
+
+    def check(self, folder: Path) -> int:
+        """Return the bytes of an adapter's weights. Blocks briefly.
+
+        Raise the `AdapterError` that says why it does not fit.
+        """
+        limits = Limits()
+        header, nbytes = read_header(folder, limits)
+        spec = parse_config((folder / CONFIG).read_bytes(), limits)
+        ranks = [spec.rank, *(int(pattern.value) for pattern in spec.rank_patterns)]
+        if self._max_rank is not None and max(ranks) > self._max_rank:
+            raise IncompatibleAdapterError(
+                f"its rank is {max(ranks)}, and this server takes up to {self._max_rank}"
+                " (--max-lora-rank)"
+            )
+        if self._layout is not None:
+            pair_tensors(header, spec, self._layout, limits)
+        return nbytes
+
+
+STATUSES: tuple[tuple[type[LoraxError], int], ...] = (
+    (errors.AdapterNotFoundError, 404),
+    (errors.AccessDeniedError, 403),
+    (errors.AdapterFormatError, 400),
+    (errors.UnsupportedAdapterError, 400),
+    (errors.IncompatibleAdapterError, 400),
+    (errors.IntegrityError, 502),
+    (errors.CapacityError, 503),
+    (errors.LoaderClosedError, 503),
+    (errors.AdapterTimeoutError, 503),
+    (errors.FetchError, 503),
+    (errors.UsageError, 400),
+)
+"""The first row whose class matches an error decides; other errors are 500."""
+
+RETRY_AFTER = 5.0
+"""Seconds in `Retry-After` where the source named none."""
+
+
+def response_to(error: LoraxError, name: str) -> tuple[int, str, dict[str, str] | None]:
+    """Return status, text and headers of a response; `name` is the client's for the adapter."""
+    status = next((status for kind, status in STATUSES if isinstance(error, kind)), 500)
+    shown = error if error.id is None else error.located(id=name)
+    headers = None
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+        headers = {"Retry-After": str(max(1, ceil(error.retry_after or RETRY_AFTER)))}
+    return status, str(shown), headers
