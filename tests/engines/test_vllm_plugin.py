@@ -1,14 +1,17 @@
 """What the vLLM plug-in decides without vLLM; `make vllm` runs it in vLLM's server."""
 
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from lorax_async import ConfigError
 from lorax_async.engines.plugins import PluginSettings
-from lorax_async.engines.vllm.worker import unexpected_interface
+from lorax_async.engines.vllm.worker import FILES, BuiltWeights, unexpected_interface
 
 
 def settings(**values: str) -> PluginSettings:
@@ -89,18 +92,35 @@ def test_a_wrong_setting_is_named(values: dict[str, str], message: str) -> None:
 class Lora:
     """vLLM 0.32's, as far as the plug-in looks."""
 
+    embedding_modules = None
+
     def __init__(self, **changed: Any) -> None:
         expected: dict[str, Any] = {
             "_create_merged_loras_inplace": lambda lora_model: None,
-            "modules": {},
+            "modules": {"q": None},
+            "device": torch.device("cpu"),
             "lora_index_to_id": [],
             "list_adapters": dict,
-            "create_dummy_lora": None,
+            "create_dummy_lora": lambda *_: "zeros",
+            "is_pooling_model": True,
             "_is_moe": False,
         }
         self._adapter_manager = SimpleNamespace(**expected | changed)
 
-    def _load_adapter(self, lora_request: object) -> None: ...
+    def _load_adapter(self, lora_request: Any) -> Any:
+        """Return a model whose weights are the file's bytes."""
+        data = Path(lora_request.lora_path, FILES[1]).read_bytes()
+        if data == b"bad":
+            raise ValueError("vLLM does not support it")
+        return Model(torch.tensor(list(data), dtype=torch.uint8))
+
+
+class Model:
+    def __init__(self, weights: torch.Tensor) -> None:
+        self.loras = {"q": SimpleNamespace(lora_a=weights, lora_b=weights)}
+
+    def clone(self, number: int) -> "Model":
+        return self
 
 
 class Renamed(Lora):
@@ -120,3 +140,71 @@ class Renamed(Lora):
 def test_only_the_expected_interface_is_extended(lora: object, reason: str | None) -> None:
     found = unexpected_interface(lora)
     assert found is None if reason is None else found is not None and reason in found
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> BuiltWeights:
+    """Room for 20 bytes of weights: those of a file of 10."""
+    for name in ("vllm", "vllm.lora", "vllm.lora.request"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(LoRARequest=request))
+    return BuiltWeights(Lora(), 20, "/nowhere")
+
+
+def request(name: str, number: int, path: str) -> Any:
+    return SimpleNamespace(
+        lora_name=name, lora_int_id=number, lora_path=path, is_3d_lora_weight=False
+    )
+
+
+def write(folder: Path, weights: bytes) -> str:
+    folder.mkdir(exist_ok=True)
+    for name in FILES:
+        (folder / name).write_bytes(weights)
+    return str(folder)
+
+
+def build(built: BuiltWeights, path: str, **options: bool) -> str | None:
+    built.prepare(path, **options)
+    while not (progress := built.progress(path))[0]:
+        time.sleep(0.001)
+    return progress[1]
+
+
+def test_an_error_of_building_is_told_to_all_who_wait(built: BuiltWeights, tmp_path: Path) -> None:
+    path = write(tmp_path / "a", b"bad")
+    built.prepare(path)
+    assert build(built, path) == "vLLM does not support it"
+    assert built.progress(path) == (True, "vLLM does not support it")
+    write(tmp_path / "a", b"good")
+    assert build(built, path) is None
+
+
+def test_only_the_first_load_of_an_adapter_raises(built: BuiltWeights, tmp_path: Path) -> None:
+    """A later one is in vLLM's step, where an exception would end the engine."""
+    path = write(tmp_path / "a", b"good")
+    assert built.load(request("a", 1, path)).loras
+    write(tmp_path / "a", b"bad")
+    assert built.load(request("a", 1, path)) == "zeros"
+    assert built.report()["lost"] == {path: "vLLM does not support it"}
+    with pytest.raises(ValueError, match="does not support"):
+        built.load(request("b", 2, path))
+
+
+def test_an_adapter_beyond_the_budget_is_checked_and_drives_nothing_out(
+    built: BuiltWeights, tmp_path: Path
+) -> None:
+    small, large = write(tmp_path / "small", b"10 bytes.."), write(tmp_path / "large", b"." * 11)
+    assert build(built, small) is None
+    assert build(built, large) is None
+    assert built.load(request("large", 1, large)).loras
+    assert built.report()["built"] == {small: 20}
+    write(tmp_path / "large", b"bad")
+    assert build(built, large) == "vLLM does not support it"
+
+
+def test_a_folder_whose_files_changed_is_built_again(built: BuiltWeights, tmp_path: Path) -> None:
+    path = write(tmp_path / "a", b"1")
+    assert build(built, path) is None
+    write(tmp_path / "a", b"2")
+    assert build(built, path, again=True) is None
+    assert built.load(request("a", 1, path)).loras["q"].lora_a.tolist() == [ord("2")]

@@ -7,7 +7,7 @@ import logging
 from http import HTTPStatus
 from typing import Any
 
-from lorax_async.errors import FetchTimeoutError, UnsupportedAdapterError
+from lorax_async.errors import FetchError, FetchTimeoutError, UnsupportedAdapterError
 
 FIRST_POLL, LAST_POLL = 0.005, 0.1
 """Seconds between two questions whether weights are built; each is answered between two steps."""
@@ -45,11 +45,14 @@ class EngineCalls:
         results: list[Any] = await self._client.collective_rpc(method, args=args)
         return results
 
-    async def build(self, path: str, timeout: float) -> None:
-        """Build the weights in `path` in every worker. Raise `UnsupportedAdapterError` by vLLM."""
+    async def build(self, path: str, timeout: float, *, again: bool = False) -> None:
+        """Build the weights in `path` in every worker; `again` if its files may have changed.
+
+        Raise `UnsupportedAdapterError` if vLLM cannot load it.
+        """
         if not self.extended:
             return
-        await self._call("lorax_prepare", path)
+        await self._client.collective_rpc("lorax_prepare", args=(path,), kwargs={"again": again})
         try:
             async with asyncio.timeout(timeout):
                 pause = FIRST_POLL
@@ -96,13 +99,14 @@ class EngineCalls:
         """Return whether a request that has not ended uses the adapter in `path`."""
         return any(state.lora_request.lora_path == path for state in self._requests())
 
-    async def fail(self, path: str, reason: str) -> None:
+    async def fail(self, path: str, problem: str) -> None:
         """End the requests that use the adapter in `path` with status 503."""
         from vllm.exceptions import GracefulHTTPError  # noqa: PLC0415
 
         states = [each for each in self._requests() if each.lora_request.lora_path == path]
         for state in states:
-            state.queue.put(GracefulHTTPError(reason, HTTPStatus.SERVICE_UNAVAILABLE))
+            error = FetchError(problem, id=state.lora_request.lora_name)
+            state.queue.put(GracefulHTTPError(str(error), HTTPStatus.SERVICE_UNAVAILABLE))
         await self._client.abort([state.request_id for state in states], internal=True)
 
     def _requests(self) -> list[Any]:

@@ -126,11 +126,8 @@ class ServedAdapters:
         try:
             base = await self.load_base()
             adapter.nbytes = await asyncio.to_thread(base.check, Path(adapter.path))
-            if adapter.version is None and self._uses[adapter.path] == 1:
-                await self._engine.forget(
-                    adapter.path
-                )  # a local folder: its files may have changed
-            await self._engine.build(adapter.path, self._settings.timeout)
+            is_local = adapter.version is None  # its files may have changed
+            await self._engine.build(adapter.path, self._settings.timeout, again=is_local)
         except BaseException as error:
             self._start(self.discard(adapter))
             if not isinstance(error, LoraxError):
@@ -269,12 +266,12 @@ class ServedAdapters:
 
     async def _fail(self, path: str, reason: str) -> None:
         """End the requests of a lost adapter, which has zeros for weights, and its names."""
-        for name, adapter in tuple(self._served.items()):
-            if adapter.path == path:
-                error = FetchError(f"its files could not be read again: {reason}", id=name)
-                self._note(name, error)
-                self._models.lora_requests.pop(name, None)
-                await self._engine.fail(path, str(error))
+        problem = f"its files could not be read again: {reason}"
+        for name, named in tuple(self._models.lora_requests.items()):
+            if named.lora_path == path:
+                self._note(name, FetchError(problem, id=name))
+                del self._models.lora_requests[name]
+        await self._engine.fail(path, problem)
 
     async def close(self) -> None:
         """Release all folders, as the engine ends."""

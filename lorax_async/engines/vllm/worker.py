@@ -34,9 +34,11 @@ def unexpected_interface(lora: Any) -> str | None:
     merge = getattr(adapters, "_create_merged_loras_inplace", None)
     if not callable(merge) or list(inspect.signature(merge).parameters) != ["lora_model"]:
         return _UNEXPECTED.format("_adapter_manager._create_merged_loras_inplace(lora_model)")
-    for name in ("modules", "lora_index_to_id", "list_adapters", "create_dummy_lora"):
+    for name in ("modules", "device", "lora_index_to_id", "list_adapters", "create_dummy_lora"):
         if not hasattr(adapters, name):
             return _UNEXPECTED.format(f"_adapter_manager.{name}")
+    if not hasattr(lora, "embedding_modules"):
+        return _UNEXPECTED.format("embedding_modules")
     if getattr(adapters, "_is_moe", True):
         return "vLLM stacks the experts of this model while it loads, which cannot be done twice"
     return None
@@ -61,9 +63,9 @@ class WorkerExtension:
             lora._load_adapter = self._lorax_weights.load  # type: ignore[union-attr]  # noqa: SLF001
         return reason
 
-    def lorax_prepare(self, path: str) -> None:
-        """Begin to build the weights of the adapter in folder `path`."""
-        self._lorax_weights.prepare(path)
+    def lorax_prepare(self, path: str, *, again: bool = False) -> None:
+        """Begin to build the weights in folder `path`; `again` if its files may have changed."""
+        self._lorax_weights.prepare(path, again=again)
 
     def lorax_prepared(self, path: str) -> tuple[bool, str | None]:
         """Return whether `lorax_prepare` has ended, and its error."""
@@ -93,17 +95,23 @@ class BuiltWeights:
         self._files: dict[str, OpenFiles] = {}
         self._building: dict[str, Future[Any]] = {}
         self._lost: dict[str, str] = {}
+        self._added: set[int] = set(lora._adapter_manager.list_adapters())  # noqa: SLF001
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lorax-build")
         self.counts = dict.fromkeys(("built", "hits", "loads", "reopened", "lost"), 0)
 
     # -- building ---------------------------------------------------------------------------------
 
-    def prepare(self, path: str) -> None:
-        """Begin to open the files of `path`, and to build it if it fits into the budget."""
+    def prepare(self, path: str, *, again: bool = False) -> None:
+        """Begin to open the files of `path` and to build it; `again` if it is built already."""
+        if again:
+            self._cancel(path)
+            self._models.pop(path, None)
         if path in self._models:
             self._models.move_to_end(path)
+        building = self._building.get(path)
+        has_failed = building is not None and building.done() and building.exception() is not None
         is_ready = path in self._models and path in self._files
-        if not is_ready and path not in self._building:
+        if not is_ready and (building is None or has_failed):
             self._building[path] = self._thread.submit(self._build, path)
 
     def progress(self, path: str) -> tuple[bool, str | None]:
@@ -113,9 +121,9 @@ class BuiltWeights:
             return True, None
         if not building.done():
             return False, None
-        del self._building[path]
         if (error := building.exception()) is not None:
-            return True, _describe(error, path)
+            return True, _describe(error, path)  # and again, until `forget`: several may ask
+        del self._building[path]
         files, model, nbytes = building.result()
         if (before := self._files.pop(path, None)) is not None:
             before.close()
@@ -131,85 +139,112 @@ class BuiltWeights:
 
         files = OpenFiles(path)
         try:
-            if path in self._models or files.nbytes > self._budget:
+            if path in self._models:
                 return files, None, 0
             adapters = self._lora._adapter_manager  # noqa: SLF001
             if adapters.device.type == "cuda":
                 import torch  # noqa: PLC0415
 
                 torch.cuda.set_device(adapters.device)  # pinning must not open another GPU
-            model = self._load(LoRARequest("lorax-async", 1, path))
-            adapters._create_merged_loras_inplace(model)  # noqa: SLF001
+            model, nbytes = self._load_merged(LoRARequest("lorax-async", 1, path))
             _require_applied(model, adapters)
             self.counts["built"] += 1
-            return files, model, _detach(model)
         except BaseException:
             files.close()
             raise
+        return files, model, nbytes
+
+    def _load_merged(self, lora_request: Any) -> tuple[Any, int]:
+        """Load and merge an adapter as vLLM does; return its weights and their bytes.
+
+        Merging multiplies B by the scale in place, once: clones share the result.
+        """
+        model = self._load(lora_request)
+        self._lora._adapter_manager._create_merged_loras_inplace(model)  # noqa: SLF001
+        return model, _detach(model)
 
     def _keep(self, path: str, model: Any, nbytes: int) -> None:
+        """Keep weights within the budget; not those that are larger than all of it."""
         self._models.pop(path, None)
+        if nbytes > self._budget:
+            return
         used = sum(size for _, size in self._models.values())
-        while self._models and used + nbytes > self._budget:
+        while used + nbytes > self._budget:
             _, (_, size) = self._models.popitem(last=False)
             used -= size
-        if nbytes <= self._budget:
-            self._models[path] = model, nbytes
+        self._models[path] = model, nbytes
 
     def forget(self, path: str, *, keep_copy: bool) -> None:
-        if (building := self._building.pop(path, None)) is not None:
-            building.add_done_callback(_close_files)
+        self._cancel(path)
         if (files := self._files.pop(path, None)) is not None:
             files.close()
         self._lost.pop(path, None)
         if not keep_copy:
             self._models.pop(path, None)
 
+    def _cancel(self, path: str) -> None:
+        building = self._building.pop(path, None)
+        if building is not None and not building.cancel():
+            building.add_done_callback(_close_files)
+
     # -- serving ----------------------------------------------------------------------------------
 
     def load(self, lora_request: Any) -> Any:
         """Return an adapter's weights; replaces `WorkerLoRAManager._load_adapter`.
 
-        Called by `add_lora`, and by the step for an adapter that left vLLM's cache: an exception
-        there ends the engine. So an adapter that was built once falls back to its open files, and
-        at last to zeros: then the server is told at once, and fails the adapter's requests.
+        Called by `add_lora`, where an exception becomes the call's, and by the step for an adapter
+        that left vLLM's cache, where one ends the engine. So an adapter that was added before falls
+        back to its open files, and at last to zeros: then the server is told at once, and fails the
+        adapter's requests.
         """
-        path = lora_request.lora_path
-        if path in self._models and not lora_request.is_3d_lora_weight:
+        path, number = lora_request.lora_path, lora_request.lora_int_id
+        self.progress(path)  # of several engines, the server waits for the first one alone
+        if path in self._models:
             self._models.move_to_end(path)
             self.counts["hits"] += 1
-            return self._models[path][0].clone(lora_request.lora_int_id)
-        self.counts["loads"] += 1
-        files = self._files.get(path)
-        if files is None:  # not one of ours
-            return self._load(lora_request)
-        try:
-            model = self._load(lora_request)
-        except Exception:  # noqa: BLE001 - as above
-            return self._reopen(lora_request, files)
-        self._keep(path, model.clone(1), _detach(model))
+            model = self._models[path][0].clone(number)
+        else:
+            model = self._load_in_loop(lora_request)
+        self._added.add(number)
         return model
 
-    def _reopen(self, lora_request: Any, files: OpenFiles) -> Any:
-        """Load from the open files, or return zeros."""
-        from vllm.lora.request import LoRARequest  # noqa: PLC0415
-
-        number, path = lora_request.lora_int_id, lora_request.lora_path
-        self.counts["reopened"] += 1
+    def _load_in_loop(self, lora_request: Any) -> Any:
+        self.counts["loads"] += 1
+        path, number = lora_request.lora_path, lora_request.lora_int_id
         try:
-            with files.folder() as folder:
-                model = self._load(LoRARequest(lora_request.lora_name, number, folder))
-                self._keep(path, model.clone(1), _detach(model))
-                return model
-        except Exception as error:  # noqa: BLE001 - nothing else may end the engine
-            self.counts["lost"] += 1
-            self._lost[path] = _describe(error, path)
-            with suppress(OSError), socket(AF_UNIX, SOCK_DGRAM) as notice:
-                notice.setblocking(False)
-                notice.sendto(f"{path}\0{self._lost[path]}".encode(), self._address)
+            if path in self._files:
+                model, nbytes = self._load_or_reopen(lora_request)
+                self._keep(path, model.clone(1), nbytes)
+            else:  # not one of ours
+                model = self._load(lora_request)
+        except Exception as error:
+            if number not in self._added:
+                raise
+            self._report_loss(path, error)
             return self._lora._adapter_manager.create_dummy_lora(  # noqa: SLF001
                 number, 1, self._lora.embedding_modules
             )
+        self._lost.pop(path, None)
+        return model
+
+    def _load_or_reopen(self, lora_request: Any) -> tuple[Any, int]:
+        """Load an adapter from its folder, or from its open files if the folder is gone."""
+        from vllm.lora.request import LoRARequest  # noqa: PLC0415
+
+        try:
+            return self._load_merged(lora_request)
+        except Exception:  # noqa: BLE001 - vLLM's, of any class
+            self.counts["reopened"] += 1
+            name, number = lora_request.lora_name, lora_request.lora_int_id
+            with self._files[lora_request.lora_path].folder() as folder:
+                return self._load_merged(LoRARequest(name, number, folder))
+
+    def _report_loss(self, path: str, error: Exception) -> None:
+        self.counts["lost"] += 1
+        self._lost[path] = _describe(error, path)
+        with suppress(OSError), socket(AF_UNIX, SOCK_DGRAM) as notice:
+            notice.setblocking(False)
+            notice.sendto(f"{path}\0{self._lost[path]}".encode(), self._address)
 
     def report(self) -> dict[str, Any]:
         """Return the numbers of adapters in slots and in vLLM's cache, and our bytes by path."""
@@ -236,10 +271,6 @@ class OpenFiles:
             self.close()
             raise
 
-    @property
-    def nbytes(self) -> int:
-        return sum(os.fstat(file).st_size for file in self._descriptors.values())
-
     @contextmanager
     def folder(self) -> Iterator[str]:
         """Yield a folder with links to the open files."""
@@ -261,7 +292,7 @@ def _describe(error: BaseException, path: str) -> str:
 
 
 def _close_files(building: Future[Any]) -> None:
-    if building.exception() is None:
+    if not building.cancelled() and building.exception() is None:
         building.result()[0].close()
 
 
