@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Coroutine, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -14,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 from lorax_async.engines.plugins import BaseRequirements, PluginSettings
 from lorax_async.engines.vllm.engine_calls import EngineCalls
-from lorax_async.errors import AdapterError, FetchError, LoraxError
+from lorax_async.errors import FetchError, LoraxError
 from lorax_async.runtime.folders import AdapterFolder
 from lorax_async.store import AdapterStore
 from lorax_async.types import AdapterRef
@@ -176,11 +175,15 @@ class ServedAdapters:
         task.add_done_callback(self._tasks.discard)
 
     async def _prefetch(self, name: str, ref: AdapterRef) -> None:
-        with suppress(AdapterError):  # `adapters` has it
+        try:
+            await self._store.prefetch(ref)  # leaves the connections to requests
             adapter = await self.prepare(name, ref)
-            await self.discard(adapter)
-            if name not in self._served:
-                _remember(self._prefetched, name, adapter)
+        except LoraxError as error:
+            self._note(name, error)
+            return
+        await self.discard(adapter)
+        if name not in self._served:
+            _remember(self._prefetched, name, adapter)
 
     def _note(self, name: str, error: LoraxError) -> None:
         _remember(self._errors, name, str(error))
