@@ -93,7 +93,11 @@ async def load_adapter(request: Request) -> Response:
     except LoraxError as error:
         raise refuse(error, name) from error
     body.lora_path = adapter.path
-    response = await models.load_lora_adapter(body)
+    try:
+        response = await models.load_lora_adapter(body)
+    except BaseException:
+        await served.discard(adapter)
+        raise
     if isinstance(response, ErrorResponse):
         await served.discard(adapter)
         return JSONResponse(response.model_dump(), response.error.code)

@@ -234,10 +234,10 @@ class ServedAdapters:
         for name, adapter in tuple(self._served.items()):
             if leased <= self._settings.cache_bytes // 2 and len(self._served) <= MAX_SERVED:
                 return
-            is_idle = not self._engine.uses(adapter.path) and not self._is_locked(name)
-            if adapter.is_resolvable and is_idle:
+            is_free = adapter.is_resolvable and not self._is_locked(name)
+            if is_free and self._is_idle(adapter):
                 self._models.lora_requests.pop(name, None)
-                adapter.is_retired = True
+                adapter.is_retired, adapter.idle_since = True, None
                 self._leaving.append(self._served.pop(name))
                 leased -= adapter.nbytes
 
