@@ -143,7 +143,7 @@ class ServerPlugin:
 
         def read() -> None:
             path, _, reason = notices.recv(MAX_NOTICE).decode(errors="replace").partition("\0")
-            served.lost(path, reason)
+            served.handle_loss(path, reason)
 
         loop = asyncio.get_running_loop()
         loop.add_reader(notices, read)

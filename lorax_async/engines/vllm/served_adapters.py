@@ -94,7 +94,7 @@ class ServedAdapters:
         self._errors: OrderedDict[str, str] = OrderedDict()
         self._uses: Counter[str] = Counter()
         self._report: Mapping[str, Any] = {}
-        self._looked = asyncio.Lock()
+        self._lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
     # -- into the engine --------------------------------------------------------------------------
@@ -201,7 +201,7 @@ class ServedAdapters:
 
     async def look(self) -> None:
         """Let adapters go that vLLM no longer names, and read the workers' report."""
-        async with self._looked:
+        async with self._lock:
             for name, adapter in tuple(self._served.items()):
                 if not self._is_named(adapter):
                     del self._served[name]
@@ -263,8 +263,8 @@ class ServedAdapters:
         finally:
             await self._release(adapter, keep_copy=adapter.is_retired)
 
-    def lost(self, path: str, reason: str) -> None:
-        """Take notice of an adapter that a worker could not read again."""
+    def handle_loss(self, path: str, reason: str) -> None:
+        """Fail the requests of an adapter that a worker could not read again, in the background."""
         self._start(self._fail(path, reason))
 
     async def _fail(self, path: str, reason: str) -> None:
