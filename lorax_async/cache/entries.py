@@ -314,7 +314,7 @@ FETCH_FIXED_COST = 32 << 20
 """What a fetch costs besides its bytes, in bytes: three round trips of 30 ms at 16 x 20 MB/s."""
 
 
-class StoredFolder(NamedTuple):
+class MeasuredFolder(NamedTuple):
     """A folder of the cache: bytes of adapters' files, and when it was used (a partial: begun)."""
 
     nbytes: int
@@ -345,8 +345,8 @@ class DiskBudget:
         self._nbytes = nbytes
         self._policy = policy
         self._lock = Lock()
-        self._whole: dict[str, StoredFolder] = {}
-        self._partial: dict[str, StoredFolder] = {}
+        self._whole: dict[str, MeasuredFolder] = {}
+        self._partial: dict[str, MeasuredFolder] = {}
         self._is_measured = False
 
     @contextmanager
@@ -390,7 +390,7 @@ class DiskBudget:
         """Count a use of an entry, which this or another process has published."""
         with self._lock:
             known = self._whole.get(name)
-            self._see(name, StoredFolder(nbytes, now_ns, known.inode if known else 0))
+            self._see(name, MeasuredFolder(nbytes, now_ns, known.inode if known else 0))
 
     @contextmanager
     def _measure(self) -> Iterator[None]:
@@ -410,7 +410,7 @@ class DiskBudget:
     def _used(self) -> int:
         return sum(item.nbytes for item in (*self._whole.values(), *self._partial.values()))
 
-    def _see(self, name: str, seen: StoredFolder) -> None:
+    def _see(self, name: str, seen: MeasuredFolder) -> None:
         known = self._whole.get(name)
         if known is not None and known.nbytes != seen.nbytes:
             self._forget(name, evicted=False)  # another one in its place
@@ -442,13 +442,13 @@ def _key(name: str) -> AdapterKey:
 
 
 def measure(
-    parent: Folder, wanted: Callable[[str], bool], known: Mapping[str, StoredFolder] | None = None
-) -> dict[str, StoredFolder]:
+    parent: Folder, wanted: Callable[[str], bool], known: Mapping[str, MeasuredFolder] | None = None
+) -> dict[str, MeasuredFolder]:
     """Return the folders in `parent` with `wanted` names. Raise `OSError`.
 
     Those of `known` that are still the same folder do not change: they cost one call each.
     """
-    stored: dict[str, StoredFolder] = {}
+    stored: dict[str, MeasuredFolder] = {}
     for name, status in _list_names(parent):
         if wanted(name):
             before = known.get(name) if known else None
@@ -456,7 +456,7 @@ def measure(
                 nbytes = _size_of(parent, name)
             else:
                 nbytes = before.nbytes
-            stored[name] = StoredFolder(nbytes, status.st_mtime_ns, status.st_ino)
+            stored[name] = MeasuredFolder(nbytes, status.st_mtime_ns, status.st_ino)
     return stored
 
 

@@ -149,7 +149,7 @@ class StoredAdapter:
 
 
 @dataclass(slots=True, eq=False)
-class _Call:
+class _FolderCall:
     """One call: the version that its id was resolved to, and its end; None if cancelled."""
 
     key: AdapterKey | None
@@ -157,10 +157,10 @@ class _Call:
 
 
 @dataclass(slots=True, eq=False)
-class _Calls:
+class _CallsOfId:
     """The calls for one id: those that run, and how the last one ended."""
 
-    running: list[_Call] = field(default_factory=list)
+    running: list[_FolderCall] = field(default_factory=list)
     end: StoredAdapter | None = None
 
 
@@ -193,7 +193,7 @@ class FolderLeases:
         self._tasks = SharedTasks(self._run, lambda key: f"lorax fetch {key}", unused=self._close)
         self._fetches: dict[asyncio.Task[_CheckedFolder], _Fetch] = {}
         self._running: dict[AdapterKey, _Fetch] = {}
-        self._calls: OrderedDict[str, _Calls] = OrderedDict()
+        self._calls: OrderedDict[str, _CallsOfId] = OrderedDict()
         self._leased: Counter[AdapterKey | None] = Counter()
         self._leases: set[ExitStack] = set()
         self._released = asyncio.Event()
@@ -227,7 +227,7 @@ class FolderLeases:
             call.end = StoredAdapter("present", folder.key, nbytes, nbytes, 0, None)
             return folder
 
-    async def _attempt(self, ref: Ref, call: _Call, urgent: bool) -> AdapterFolder:
+    async def _attempt(self, ref: Ref, call: _FolderCall, urgent: bool) -> AdapterFolder:
         if isinstance(ref, Merge):
             raise UsageError("a merge has no folder; fetch its parts")
         attempt = 0
@@ -250,7 +250,7 @@ class FolderLeases:
             for text, calls in self._calls.items()
         }
 
-    def _state(self, calls: _Calls) -> StoredAdapter:
+    def _state(self, calls: _CallsOfId) -> StoredAdapter:
         """Return how far the newest call is, or how the last one ended if none runs."""
         end = calls.end
         if not calls.running and end is not None:
@@ -267,10 +267,10 @@ class FolderLeases:
         return StoredAdapter(state, key, 0, None, self._leased[key], None)
 
     @contextmanager
-    def _call(self, ref: Ref) -> Iterator[_Call]:
+    def _call(self, ref: Ref) -> Iterator[_FolderCall]:
         """Record a call for an id, unless it is cancelled."""
-        text, call = text_of(ref), _Call(ref if isinstance(ref, AdapterKey) else None)
-        calls = self._calls.setdefault(text, _Calls())
+        text, call = text_of(ref), _FolderCall(ref if isinstance(ref, AdapterKey) else None)
+        calls = self._calls.setdefault(text, _CallsOfId())
         self._calls.move_to_end(text)
         if len(self._calls) > MAX_IDS:
             self._calls.popitem(last=False)

@@ -54,7 +54,7 @@ def attach_routes(app: FastAPI) -> None:
 async def list_adapters(request: Request) -> Response:
     """Return tier, bytes, version and last error of every adapter."""
     _, served = _serving(request)
-    await served.look()
+    await served.refresh()
     return JSONResponse({"data": served.describe()})
 
 
@@ -115,7 +115,7 @@ async def unload_adapter(request: Request) -> Response:
     response = await request.app.state.openai_serving_models.unload_lora_adapter(body)
     if isinstance(response, ErrorResponse):
         return JSONResponse(response.model_dump(), response.error.code)
-    await served.look()
+    await served.refresh()
     return PlainTextResponse(response)
 
 
@@ -148,7 +148,7 @@ async def _read(request: Request, kind: Any) -> Any:
 
 
 class AdapterCollector(Collector):
-    """What is where as of the last look, named as in vLLM's PR #45411; and the workers' counts."""
+    """What was where at the last refresh, named as in vLLM's PR #45411, and the workers' counts."""
 
     def __init__(self, served: ServedAdapters, engine: str) -> None:
         self._served = served

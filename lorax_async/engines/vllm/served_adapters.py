@@ -22,7 +22,7 @@ LINGER = 1.0
 """Seconds without a request before an unloaded adapter leaves: one may be on its way to it."""
 
 PERIOD = 5.0
-"""Seconds between two looks at what vLLM no longer names."""
+"""Seconds between two refreshes of what vLLM names."""
 
 MAX_SERVED = 256
 """Adapters that vLLM names at once, as long as others are idle: each has open files."""
@@ -195,11 +195,11 @@ class ServedAdapters:
         while True:
             await asyncio.sleep(LINGER if self._leaving else PERIOD)
             try:
-                await self.look()
+                await self.refresh()
             except Exception:
                 _logger.exception("could not look after adapters")
 
-    async def look(self) -> None:
+    async def refresh(self) -> None:
         """Let adapters go that vLLM no longer names, and read the workers' report."""
         async with self._lock:
             for name, adapter in tuple(self._served.items()):
@@ -289,7 +289,7 @@ class ServedAdapters:
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """What the workers did since they started, as of the last look."""
+        """What the workers did since they started, as of the last refresh."""
         counts: Mapping[str, int] = self._report.get("counts", {})
         return counts
 
