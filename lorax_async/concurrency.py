@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import warnings
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -393,10 +394,11 @@ class Lifetime:
         """Whether it is closed or closing."""
         return self._closing is not None
 
-    @property
-    def is_unclosed(self) -> bool:
-        """Whether it was entered and never closed."""
-        return self._loop is not None and self._closing is None
+    def warn_if_unclosed(self) -> None:
+        """Warn if it was entered and never closed; for `__del__`."""
+        if self._loop is not None and self._closing is None:
+            text = f"a {self.kind} was never closed; use `{self._use}`"
+            warnings.warn(text, ResourceWarning, stacklevel=3)
 
     def check_loop(self) -> None:
         """Raise `UsageError` on another loop than the one that entered, or in another process."""

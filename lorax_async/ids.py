@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 from urllib.parse import unquote_to_bytes
 
 from lorax_async.errors import (
@@ -241,6 +241,26 @@ def as_allow(entries: object, name: str = "allow") -> tuple[Allow, ...]:
     ):
         raise ConfigError(f"{name} must be a tuple of Allow(scheme, host, port, prefix)")
     return tuple(entries)
+
+
+def allow_place(
+    place: RemotePlace, *, use_token: bool = False, pull_requests: bool = False
+) -> Allow:
+    """Return the permission for a place that the operator named, and everything below it.
+
+    A host name on the web may have a private address.
+    """
+    on_web = isinstance(place, WebFolder)
+    scheme: Any = place.scheme
+    return Allow(
+        scheme,
+        place.host,
+        place.port,
+        place.path,
+        use_token=use_token,
+        pull_requests=pull_requests,
+        private=on_web and place.host != "localhost" and not is_address(place.host),
+    )
 
 
 def is_covered(ref: ParsedRef, allow: Sequence[Allow]) -> bool:

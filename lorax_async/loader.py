@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Self, TypeVar, overload
@@ -100,11 +99,8 @@ class AdapterLoader:
         return self._lifetime.closed
 
     def __del__(self) -> None:
-        lifetime = getattr(self, "_lifetime", None)
-        if lifetime is not None and lifetime.is_unclosed:
-            warnings.warn(
-                "an AdapterLoader was never closed; use `async with`", ResourceWarning, stacklevel=2
-            )
+        if hasattr(self, "_lifetime"):
+            self._lifetime.warn_if_unclosed()
 
     def _check_open(self) -> None:
         self._lifetime.check_open()

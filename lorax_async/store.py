@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import sys
-import warnings
 from collections.abc import Coroutine, Generator, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Self
@@ -82,11 +81,8 @@ class AdapterStore:
         return self._lifetime.closed
 
     def __del__(self) -> None:
-        lifetime = getattr(self, "_lifetime", None)
-        if lifetime is not None and lifetime.is_unclosed:
-            warnings.warn(
-                "an AdapterStore was never closed; use `async with`", ResourceWarning, stacklevel=2
-            )
+        if hasattr(self, "_lifetime"):
+            self._lifetime.warn_if_unclosed()
 
     def checkout(
         self,

@@ -69,7 +69,7 @@ class ServedModel(Model):
         super().__init__(*given, group.rank(), group.size())
 
     def generate_token(self, batch: Any) -> Any:
-        raise NotImplementedError
+        raise NotImplementedError  # abstract in LoRAX; nothing here generates
 
     def adapter_memory_size(self) -> int:
         return 1 << 40

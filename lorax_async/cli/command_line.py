@@ -20,15 +20,15 @@ from lorax_async.ids import (
     Allow,
     HubRepository,
     LocalFolder,
-    RemotePlace,
     WebFolder,
+    allow_place,
     names_pull_request,
     parse_ref,
 )
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.sources.local import CONFIG
 from lorax_async.types import AdapterRef
-from lorax_async.urls import InvalidUrlError, is_address, parse_folder_url
+from lorax_async.urls import InvalidUrlError, parse_folder_url
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -219,28 +219,15 @@ def as_allow(text: str) -> Allow:
         raise argparse.ArgumentTypeError(error.problem) from None
     except InvalidUrlError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    return _allow_place(WebFolder.of(url))
+    return allow_place(WebFolder.of(url))
 
 
 def allow_below(ref: AdapterRef) -> Allow:
     """Return the permission for `ref` and everything below it."""
     place = parse_ref(ref).place
     assert not isinstance(place, LocalFolder)
-    return _allow_place(place, ref.revision)
-
-
-def _allow_place(place: RemotePlace, revision: str | None = None) -> Allow:
-    """Return the permission for a place; a host name on the web may have a private address."""
-    on_web = isinstance(place, WebFolder)
-    scheme: Any = place.scheme
-    return Allow(
-        scheme,
-        place.host,
-        place.port,
-        place.path,
-        pull_requests=isinstance(place, HubRepository) and names_pull_request(revision),
-        private=on_web and place.host != "localhost" and not is_address(place.host),
-    )
+    pull_requests = isinstance(place, HubRepository) and names_pull_request(ref.revision)
+    return allow_place(place, pull_requests=pull_requests)
 
 
 # -- reading what they name -----------------------------------------------------------------------

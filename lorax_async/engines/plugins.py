@@ -20,12 +20,11 @@ from lorax_async.errors import (
     shorten,
 )
 from lorax_async.formats.peft_config import parse_config
-from lorax_async.ids import Allow, LocalFolder, WebFolder, is_covered, parse_ref
+from lorax_async.ids import Allow, LocalFolder, WebFolder, allow_place, is_covered, parse_ref
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.pairing import pair_tensors
 from lorax_async.sources.local import CONFIG, read_header
 from lorax_async.types import AdapterRef
-from lorax_async.urls import is_address
 
 PREFIX = "LORAX_ASYNC_"
 NAMES = frozenset(
@@ -165,16 +164,7 @@ def _allow_ref(ref: AdapterRef) -> Allow | None:
     place = parse_ref(ref).place
     if isinstance(place, LocalFolder):
         return None
-    named = isinstance(place, WebFolder) and place.host != "localhost"
-    scheme: Any = place.scheme
-    return Allow(
-        scheme,
-        place.host,
-        place.port,
-        place.path,
-        use_token=ref.use_token,
-        private=named and not is_address(place.host),
-    )
+    return allow_place(place, use_token=ref.use_token)
 
 
 def _parse_size(name: str, text: str) -> int:
