@@ -347,7 +347,14 @@ class AdapterOpener:
                 return entry
             if entry is not None:
                 entry.close()
-        scope = (await self._locate(key, control)).scope
+        try:
+            scope = (await self._locate(key, control)).scope
+        except AdapterError:
+            # Only the caller whose digest refutes an entry may fail with its source.
+            entry = await self._stored(key)
+            if entry is None:
+                raise
+            return entry
         progress, since, alone = -1, time.monotonic(), False
         while not control.cancelled:
             attempt = partial(self._attempt, key, scope, alone=alone)
@@ -384,7 +391,7 @@ class AdapterOpener:
         return result
 
     def _is_refuted(self, key: RemoteKey, entry: CacheEntry) -> bool:
-        """Return whether an unvouched entry has another digest than the caller's."""
+        """Return whether an unvouched entry has another digest than the last caller's."""
         digest = self._resolver.digest(key)
         weights = [file.digest for file in entry.record.files if file.role.kind == "weights"]
         own = weights[0].value if [each.kind for each in weights] == ["transport"] else digest
@@ -432,9 +439,8 @@ class AdapterOpener:
         self, key: RemoteKey, download: DiskDownload, control: FetchControl
     ) -> AdapterFile:
         located = await self._locate(key, control)
-        digest = self._resolver.digest(key)  # another caller may name another one from now on
         metadata = await self._fetch_metadata(located, control)
-        files = await self._add_files(download, metadata, digest, control)
+        files = await self._add_files(download, metadata, control)
 
         def no_longer_idle() -> None:
             self._idle -= Counter([key])
@@ -603,22 +609,17 @@ class AdapterOpener:
             )
 
     async def _add_files(
-        self,
-        download: DiskDownload,
-        metadata: AdapterMetadata,
-        digest: str | None,
-        control: FetchControl,
+        self, download: DiskDownload, metadata: AdapterMetadata, control: FetchControl
     ) -> list[PartialFile]:
         """Add all files to the download, with the bytes received so far; return the weights'.
 
-        The source's digests judge them, or else the caller's: that of the weights in one file.
+        The source's digests judge them. Callers' digests do not: they may share the download.
         """
-        own = None if digest is None or metadata.plan else Digest("sha256", digest)
         weights = []
         for each in metadata.files:
             role, expected = each.file.role, each.file.expected
             if role.kind == "weights":
-                expected = expected or sent_sha256(each.answer.fields) or own
+                expected = expected or sent_sha256(each.answer.fields)
             if self._verify == "none":
                 expected = None
             if role.kind != "weights":

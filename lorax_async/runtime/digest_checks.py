@@ -34,16 +34,21 @@ class DigestChecks:
         self._tasks: set[asyncio.Task[None]] = set()
         self._waiting: set[Lease] = set()
 
-    async def compare(self, ref: Ref, key: AdapterKey, known: Verification | None) -> None:
+    async def compare(
+        self, ref: Ref, key: AdapterKey, known: Verification | None
+    ) -> Verification | None:
         """Compare the weights of `key` with the digests in `ref`; hash them if needed.
 
-        `known` is the key's verification, if it is known. Raise `IntegrityError` for a mismatch,
-        and what hashing raises.
+        `known` is the key's verification, if it is known. Return the verification by the digest of
+        an `AdapterRef`, if it has one. Raise `IntegrityError` for a mismatch, and what hashing
+        raises.
         """
         for part, expected in _expected_digests(ref, key):
             digest = self._known_digest(part, key, known) or await self._hash(part)
             if digest != expected:
                 raise _mismatch(part, digest, expected)
+        by_caller = ref.digest if isinstance(ref, AdapterRef) else None
+        return None if by_caller is None else Verification("sha256", by_caller)
 
     def agrees(self, ref: Ref, key: AdapterKey, known: Verification | None) -> bool:
         """Return whether all digests in `ref` are known to match."""
@@ -91,16 +96,16 @@ class DigestChecks:
     async def _watch(
         self, promise: DigestPromise, ref: Ref, key: AdapterKey, occupancy: SlotOccupancy
     ) -> None:
+        kept: Verification | None = None
         error: LoraxError | None = None
         try:
             await occupancy.until(lambda: occupancy.verification is not None, occupancy.check)
-            await self.compare(ref, key, occupancy.verification)
+            kept = await self.compare(ref, key, occupancy.verification)
         except LoraxError as problem:
             error = problem.located(key=key, story=self._telemetry.story(key))
         except Exception as problem:  # noqa: BLE001 - becomes the lease's error
             error = InternalError.caused_by(problem, "a digest was not compared", key=key)
-        digest = ref.digest if isinstance(ref, AdapterRef) else None
-        promise.settle(None if digest is None else Verification("sha256", digest), error)
+        promise.settle(kept, error)
         occupancy.wake_threads()
         occupancy.wake_tasks()
 

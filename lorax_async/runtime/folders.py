@@ -303,7 +303,8 @@ class FolderLeases:
         lease.callback(self._end, lease, key)
         folder = AdapterFolder(ref, key, checked, lease.close)
         try:
-            await self._digests.compare(ref, key, folder.verification)
+            by_caller = await self._digests.compare(ref, key, folder.verification)
+            folder.verification = by_caller or folder.verification
         except BaseException:
             folder.release()
             raise

@@ -18,6 +18,7 @@ from lorax_async.errors import AccessDeniedError, AdapterNotFoundError, FetchErr
 from lorax_async.remote.base import FIRST_BYTES, AnotherVersionError
 from lorax_async.types import AdapterId, AdapterRef, Merge
 from merges import assert_halves
+from tiny_loaders import fails
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 settings, world = remote_world.settings, remote_world.world
@@ -62,18 +63,21 @@ async def acquired_at_once(loader: AdapterLoader, adapter: AdapterId) -> bool:
 
 
 async def test_a_digest_is_its_callers_own(tmp_path: Path) -> None:
-    """Whoever gave a false one is refused; who asked before him, and is known still, is not."""
+    """Others are served. It refutes what is stored, also if the source is not asked for it."""
     with RemoteWorld(tmp_path, revalidate=60) as world:
         folder = world.stock()
         world.locator.promises = False
         plain = world.ref("one")
         async with over(world) as loader:
-            await world.source.resolve(plain)
-            with pytest.raises(IntegrityError, match="sha256 digest that was promised"):
-                await loader.load(replace(plain, digest="0" * 64))
-            async with await loader.load(plain) as handle:
-                assert (await handle.verified()).kind == "transport"
-                tiny.assert_equal_to_file(handle, folder)
+            for _ in range(2):
+                await fails(loader.load(replace(plain, digest="0" * 64)), IntegrityError, "not 00")
+                async with await loader.load(plain) as handle:
+                    assert (await handle.verified()).kind == "transport"
+                    tiny.assert_equal_to_file(handle, folder)
+            asked = len(world.spans_of("one"))
+        async with over(world) as loader:
+            await fails(loader.load(replace(plain, digest="0" * 64)), IntegrityError, "not 00")
+        assert (world.locator.located, len(world.spans_of("one"))) == (2, 2 * asked)
 
 
 async def test_a_public_adapter_is_for_every_token(world: RemoteWorld) -> None:

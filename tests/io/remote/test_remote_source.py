@@ -315,19 +315,6 @@ async def test_what_changes_between_two_answers_is_noticed(world: RemoteWorld) -
     await fails(opened(world), IntegrityError, "changed while it was requested")
 
 
-async def test_a_digest_that_another_caller_names_later_does_not_count(world: RemoteWorld) -> None:
-    world.stock()
-    world.locator.promises = False
-    loop, wrong = asyncio.get_running_loop(), replace(world.ref("one"), digest="0" * 64)
-
-    def resolving(asked: Asked, client: Client) -> None:
-        asyncio.run_coroutine_threadsafe(world.source.resolve(wrong), loop).result(20)
-        world.serve(asked, client)
-
-    world.server.behave = resolving
-    (await brought(world)).reader.close()
-
-
 @pytest.mark.parametrize("what", ["the same", "room"])
 async def test_waiting_ends_with_demand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str

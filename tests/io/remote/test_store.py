@@ -4,6 +4,8 @@ import asyncio
 import itertools
 import threading
 from collections.abc import Callable
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from web_folder import hold, refuse
 import tiny
 from common import until
 from lorax_async import (
+    AdapterFolder,
     AdapterLoader,
     AdapterRef,
     AdapterStore,
@@ -108,15 +111,37 @@ async def test_a_checkout_is_a_coroutine(world: RemoteWorld) -> None:
         await fails(asyncio.to_thread(store.prefetch, "a/b"), errors.UsageError, "event loop")
 
 
-async def test_a_wrong_digest_takes_no_folder_from_others(world: RemoteWorld) -> None:
+async def test_a_digest_is_its_callers_own(world: RemoteWorld) -> None:
+    """Also of calls that share the first download, from a source that promises none."""
     adapter, wrong = world.stock(), AdapterRef("one", source="hub", digest="0" * 64)
+    weights = contents(adapter)["adapter_model.safetensors"]
+    right = AdapterRef("one", source="hub", digest=sha256(weights).hexdigest())
     world.locator.promises = False
     async with AdapterStore(source=world.source) as store:
-        async with store.checkout(world.ref("one")) as folder:
-            await fails(store.checkout(wrong), errors.IntegrityError, "not 0000")
+        refs = [wrong, world.ref("one"), right, wrong]
+        calls = await asyncio.gather(*map(store.checkout, refs), return_exceptions=True)
+        assert [isinstance(call, errors.IntegrityError) for call in calls] == [1, 0, 0, 1]
+        folders = [call for call in calls if not isinstance(call, BaseException)]
+        for folder in folders:
             assert contents(adapter).items() <= contents(folder.path).items()
-        await fails(store.checkout(wrong), errors.IntegrityError, "promised")
-        assert not folder.path.exists(), "now it was fetched again"
+        assert [folder.verification.kind for folder in folders] == ["transport", "sha256"]
+        spans = world.spans_of("one")
+        assert sum(min(stop, len(weights)) - start for start, stop in spans) == len(weights)
+        await fails(store.checkout(wrong), errors.IntegrityError, "not 0000")
+        for folder in folders:
+            assert contents(adapter).items() <= contents(folder.path).items()
+            folder.release()
+        world.locator.error = errors.FetchError("it is down")
+        pinned = AdapterRef("one", "hub", world.locator.there["one"].version)
+        refs = [replace(pinned, digest=wrong.digest), pinned]
+        calls = await asyncio.gather(*map(store.checkout, refs), return_exceptions=True)
+        assert isinstance(calls[0], errors.IntegrityError)
+        assert contents(adapter).items() <= contents(folders[0].path).items()
+        assert isinstance(calls[1], AdapterFolder)
+        calls[1].release()
+        world.locator.error = None
+        await fails(store.checkout(wrong), errors.IntegrityError, "not 0000")
+        assert len(world.spans_of("one")) > len(spans), "now it was fetched again"
 
 
 async def test_calls_with_one_id_keep_their_own_versions(world: RemoteWorld) -> None:
