@@ -470,7 +470,7 @@ class SharedTasks(Generic[K, R]):
                     task.cancel()
 
     async def stop(self) -> None:
-        """Cancel all tasks, and wait for their end; waiting callers get `LoaderClosedError`."""
+        """Cancel all tasks, and wait for their end, once what has them is closing."""
         tasks = tuple(self._callers)
         for task in tasks:
             if not task.cancelling():  # a second time would interrupt its undoing
@@ -490,8 +490,8 @@ class SharedTasks(Generic[K, R]):
             self._unused(task)
 
 
-async def result_of(task: asyncio.Task[R], stage: Stage) -> R:
-    """Await a shared task without cancelling it; raise `LoaderClosedError` if `stop` has.
+async def result_of(task: asyncio.Task[R], stage: Stage, check_open: Callable[[], None]) -> R:
+    """Await a shared task without cancelling it; raise what `check_open` does if `stop` has.
 
     Each caller raises its own copy of the task's error.
     """
@@ -502,5 +502,8 @@ async def result_of(task: asyncio.Task[R], stage: Stage) -> R:
     except asyncio.CancelledError:
         caller = asyncio.current_task()
         if task.cancelled() and caller is not None and not caller.cancelling():
-            raise LoaderClosedError("the loader was closed", stage=stage) from None
+            try:
+                check_open()
+            except LoraxError as error:
+                raise error.located(stage=stage) from None
         raise

@@ -456,8 +456,8 @@ def parse_allowed_ref(ref: AdapterRef, allow: Sequence[Allow]) -> ParsedRef:
     arguments += ["pull_requests=True"] if pull_request else []
     what = "pull requests of this adapter are" if pull_request else "this adapter is"
     raise AccessDeniedError(
-        f"{what} not allowed here; the operator can allow it by"
-        f" LoaderConfig(allow=(Allow({', '.join(arguments)}), …))",
+        f"{what} not allowed here; the operator can allow it by the setting"
+        f" allow=(Allow({', '.join(arguments)}), …)",
         stage="resolve",
     )
 

@@ -199,6 +199,26 @@ def test_ctrl_c_ends_a_fetch_which_can_be_begun_again(tmp_path: Path) -> None:
         assert main(arguments) == 0
 
 
+async def test_a_failed_fetch_shows_how_far_it_came(tmp_path: Path) -> None:
+    files, seen = files_of({"one": tiny.write(tmp_path / "a", rank=128)}), threading.Event()
+    shown: list[tuple[int, int | None, str]] = []
+
+    def show(_: int, __: str, done: int, total: int | None, state: str) -> None:
+        shown.append((done, total, state))
+        if done:
+            seen.set()
+
+    def behave(asked: Asked, client: Client) -> None:
+        later = asked.target.endswith(NAMES[1]) and asked.span and asked.span[0]
+        right({} if later and seen.wait(30) else files)(asked, client)
+
+    with FaultServer(b"", behave) as server:
+        allowed = (Allow("http", "127.0.0.1", server.port),)
+        config = StoreConfig(cache_dir=tmp_path / "cache", allow=allowed)
+        await fetch_all(config, [FetchRow(parse_ref(AdapterRef(server.url("/one/"))))], show)
+    assert shown[-1] == (shown[-2][0], len(files[f"/one/{NAMES[1]}"]), "failed")
+
+
 async def test_a_few_at_a_time(tmp_path: Path) -> None:
     """Bytes are counted as they land."""
     names = [f"n{number}" for number in range(2 * AT_ONCE)]

@@ -373,7 +373,7 @@ class OwnCache:
         """Return the cache. Raise `LoaderClosedError` after `close`, and as `DiskCache`."""
         with self._lock:
             if self._closed:
-                raise LoaderClosedError("the loader is closed")
+                raise LoaderClosedError("the disk cache is closed")
             if self._cache is None:
                 config = self._config
                 self._cache = DiskCache(

@@ -118,6 +118,8 @@ class FetchRow:
     folder: AdapterFolder | None = None
     seconds: float = 0.0
     error: LoraxError | None = None
+    arrived: tuple[int, int | None] = 0, None
+    """Bytes on disk and their total, when `progress` last looked."""
 
     async def run(self, store: AdapterStore) -> None:
         """Fetch the adapter; store a typed error in `error` instead of raising it."""
@@ -137,7 +139,10 @@ class FetchRow:
         if self.folder is not None:
             return self.folder.nbytes, self.folder.nbytes, self.state
         found = store.placement().get(self.ref.text) if self.state == "resolving" else None
-        return (0, None, self.state) if found is None else (found.nbytes, found.total, found.state)
+        if found is None:
+            return *self.arrived, self.state
+        self.arrived = found.nbytes, found.total
+        return *self.arrived, found.state
 
     def as_json(self) -> dict[str, object]:
         folder = self.folder

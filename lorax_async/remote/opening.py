@@ -218,8 +218,8 @@ class VersionResolver:
                 " tools stored there are for ids with use_token=True)"
             )
         raise FetchError(
-            f"it is not in the cache{for_whom}, and the loader is offline; fetch it"
-            " before, or set LoaderConfig(offline=False)",
+            f"it is not in the cache{for_whom}, and offline=True forbids to ask its source; fetch"
+            " it before, or set offline=False",
             retryable=False,
         )
 

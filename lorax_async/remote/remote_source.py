@@ -203,7 +203,7 @@ class RemoteSource:
         """Return the parts. The first call may block."""
         with self._lock:
             if self._closed:
-                raise LoaderClosedError("the loader is closed")
+                raise LoaderClosedError("the remote source is closed")
             if self._parts is None:
                 self._parts = self._make()
             return self._parts

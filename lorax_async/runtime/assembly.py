@@ -71,7 +71,7 @@ class StoreParts:
             self.source = SourceRouter(local, self.remote, parse)
         else:
             self.source = SourceRouter(source, source)
-        self.resolver = Resolver(self.source, self.telemetry, config.revalidate)
+        self.resolver = Resolver(self.source, self.telemetry, config.revalidate, check_open)
         self.digests = DigestChecks(self.source, self.telemetry, check_open)
         self.folders = FolderLeases(source or self.source, self.resolver, self.digests, check_open)
 

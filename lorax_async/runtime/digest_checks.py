@@ -19,7 +19,7 @@ MAX_REMEMBERED = 65_536
 class DigestChecks:
     """Compares digests, and lets `source` hash weights of unknown digest, once for all callers.
 
-    `check_open` raises once the loader is closing.
+    `check_open` raises once the store or loader is closing.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class DigestChecks:
 
     async def _hash(self, key: AdapterKey) -> str:
         with self._hashing.join(key) as task:
-            return await result_of(task, "verify")
+            return await result_of(task, "verify", self._check_open)
 
     def _remember(self, key: AdapterKey, task: asyncio.Task[str]) -> None:
         if task.cancelled() or task.exception() is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -71,8 +71,15 @@ class AdapterFolder:
     """
 
     def __init__(
-        self, ref: Ref, key: AdapterKey, checked: _CheckedFolder, release: Callable[[], None]
+        self,
+        ref: Ref,
+        key: AdapterKey,
+        checked: _CheckedFolder,
+        lease: ExitStack,
+        leases: Collection[ExitStack],
     ) -> None:
+        self._lease = lease
+        self._leases = leases
         self.id = text_of(ref)
         self.key = key
         self.path = Path(checked.folder.path)
@@ -80,7 +87,6 @@ class AdapterFolder:
         self.verification = checked.verification
         self.downloaded = isinstance(checked.reader, FetchReader)
         self._loop = asyncio.get_running_loop()
-        self._release: Callable[[], None] | None = release
 
     @property
     def version(self) -> str | None:
@@ -94,13 +100,11 @@ class AdapterFolder:
 
     @property
     def released(self) -> bool:
-        return self._release is None
+        return self._lease not in self._leases
 
     def release(self) -> None:
         """End the lease, so that the cache may remove the files. Idempotent, quick."""
-        release, self._release = self._release, None
-        if release is not None:
-            release()
+        self._lease.close()
 
     def __enter__(self) -> Self:
         return self
@@ -115,10 +119,9 @@ class AdapterFolder:
         self.release()
 
     def __del__(self) -> None:
-        release = getattr(self, "_release", None)
-        if release is not None:
-            with suppress(RuntimeError):  # the loop is closed, and the lease with the loader
-                self._loop.call_soon_threadsafe(release)
+        if not self.released:
+            with suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self._lease.close)
             warnings.warn(f"the folder of {self.id!r} was not released", ResourceWarning, 2)
 
 
@@ -295,13 +298,13 @@ class FolderLeases:
             fetch = self._fetches.setdefault(task, _Fetch())
             if urgent:
                 fetch.control.raise_priority()
-            checked = await result_of(task, "fetch")
+            checked = await result_of(task, "fetch", self._check_open)
             self._check_open()
             lease = joined.pop_all()
         self._leases.add(lease)
         self._leased[key] += 1
         lease.callback(self._end, lease, key)
-        folder = AdapterFolder(ref, key, checked, lease.close)
+        folder = AdapterFolder(ref, key, checked, lease, self._leases)
         try:
             by_caller = await self._digests.compare(ref, key, folder.verification)
             folder.verification = by_caller or folder.verification

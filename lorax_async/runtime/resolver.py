@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from time import monotonic
@@ -108,13 +108,16 @@ class Resolver:
 
     A resolve is cancelled when its last waiting caller leaves. Assigned ids, `names`, hide the
     source's. A remote source's answer, which may be of a moving revision or a revoked permission,
-    counts for `fresh` seconds.
+    counts for `fresh` seconds. `check_open` raises once the store or loader is closing.
     """
 
-    def __init__(self, source: Source, telemetry: Telemetry, fresh: float) -> None:
+    def __init__(
+        self, source: Source, telemetry: Telemetry, fresh: float, check_open: Callable[[], None]
+    ) -> None:
         self._source = source
         self._telemetry = telemetry
         self._fresh = fresh
+        self._check_open = check_open
         self.names = AssignedIds()
         self._running = SharedTasks(
             self._run, lambda ref: f"lorax resolve {ref.text}", finished=self._remember
@@ -138,7 +141,7 @@ class Resolver:
 
     async def _answer(self, ref: ResolvableRef, task: asyncio.Task[AdapterKey]) -> AdapterKey:
         try:
-            return await result_of(task, "resolve")
+            return await result_of(task, "resolve", self._check_open)
         except LoraxError as error:
             raise error.located(id=ref.text, stage="resolve") from error.__cause__
 

@@ -85,7 +85,7 @@ MAX_DIGESTS = 65_536
 
 # The same text whether the folder exists or not, and without its path: it may be another tenant's.
 _OUTSIDE = (
-    "a str id may name a folder inside LoaderConfig.local_roots only; add a root, or pass a"
+    "a str id may name a folder inside the local_roots only; add a root, or pass a"
     " pathlib.Path if the id is the program's own"
 )
 _LEAVES = (
@@ -125,7 +125,7 @@ class LocalSource:
         if not isinstance(place, LocalFolder):
             raise InvalidAdapterIdError(
                 "only local folders are accepted here: a pathlib.Path, or a path inside"
-                " LoaderConfig.local_roots, which begins with './', '../' or '/'"
+                " one of the local_roots, which begins with './', '../' or '/'"
             )
         return await loop.run_in_executor(
             self._threads, find_adapter, place, self._roots, self._limits

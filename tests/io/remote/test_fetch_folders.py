@@ -55,7 +55,7 @@ async def test_a_call_joins_no_task_whose_last_caller_has_left() -> None:
 
     async def call() -> bool:
         with shared.join("one") as task:
-            await result_of(task, "fetch")
+            await result_of(task, "fetch", lambda: None)
             return task in unused
 
     shared = SharedTasks(run, str, unused=unused.append)
@@ -249,6 +249,7 @@ async def test_deadlines_and_the_end_of_the_loader(world: RemoteWorld) -> None:
     gate.set()
     await closing
     assert is_evictable(world), "and are ended then"
+    assert held.released
     held.release()
     await fails(there.fetch(ref), errors.LoaderClosedError)
 

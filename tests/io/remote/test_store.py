@@ -288,7 +288,9 @@ async def test_closing_cancels_hints_and_waits_for_leases(world: RemoteWorld) ->
     await until(lambda: len(world.server.asked) > 2)
     closing = asyncio.create_task(store.close(timeout=10))
     await asyncio.wait([waiting])
-    assert isinstance(waiting.exception(), errors.LoaderClosedError)
+    error = waiting.exception()
+    assert isinstance(error, errors.LoaderClosedError)
+    assert error.problem == "the store is closed"
     assert hint.done
     gate.set()
     await asyncio.sleep(0.05)
