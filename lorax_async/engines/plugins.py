@@ -10,8 +10,8 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from lorax_async import errors
-from lorax_async.config import GiB, Limits
+from lorax_async import errors, layouts
+from lorax_async.config import GiB, Limits, StoreConfig
 from lorax_async.errors import (
     ConfigError,
     IncompatibleAdapterError,
@@ -82,7 +82,9 @@ class PluginSettings:
                 values[name.lower()] = _parse_size(name, given[name])
         if "TIMEOUT" in given:
             values["timeout"] = _parse_seconds(given["TIMEOUT"])
-        return cls(**values)
+        settings = cls(**values)
+        StoreConfig(**settings.store_settings())  # raises for values out of range
+        return settings
 
     def store_settings(self) -> dict[str, Any]:
         """Return these settings as arguments of `StoreConfig`."""
@@ -204,6 +206,8 @@ class BaseRequirements:
             )
         if self._layout is not None:
             pair_tensors(header, spec, self._layout, limits)
+        else:
+            layouts.from_adapter(folder, limits=limits)  # they are pairs of its rank
         return nbytes
 
 

@@ -13,6 +13,7 @@ import asyncio
 import inspect
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
@@ -40,10 +41,15 @@ WEIGHTS = "sglang.srt.lora.lora.LoRAAdapter"
 ATTRIBUTE = "lorax_async"
 """The attribute of SGLang's TokenizerManager with its `RequestedAdapters`, or None."""
 
+EMBEDDINGS = frozenset({"embed_tokens", "lm_head"})
+"""The modules outside of the layers that SGLang changes."""
+
 ONE_SCALE = (
     "SGLang applies one rank and one scale to all modules of an adapter, and this one has a"
     " rank_pattern or an alpha_pattern"
 )
+
+_LAYER = re.compile(r"layers\.\d+\.")
 
 Method = Callable[..., Coroutine[Any, Any, Any]]
 
@@ -129,7 +135,7 @@ class RequestHooks:
             await original(manager, request)
             return
         paths = request.lora_path
-        names = {paths} if isinstance(paths, str) else {path for path in paths if path}
+        names = {paths} if isinstance(paths, str) else set(paths)  # with None, as SGLang counts
         with adapters.use(names):
             await adapters.load(names)
             await original(manager, request)
@@ -145,10 +151,18 @@ class RequestHooks:
 def _find_obstacle(manager: Any) -> str | None:
     """Return why adapters cannot be loaded for requests, or None."""
     try:
+        from sglang.srt.lora import utils  # noqa: PLC0415
+        from sglang.srt.managers import io_struct  # noqa: PLC0415
         from sglang.srt.runtime_context import get_lora, get_parallel, get_serving  # noqa: PLC0415
 
-        for name in ("lora_registry", "lora_ref_cache", "pending_lora_unloads", "model_config"):
-            getattr(manager, name)
+        for owner, *names in (
+            (manager, "lora_registry", "lora_ref_cache", "pending_lora_unloads", "model_config"),
+            (utils, "get_normalized_target_modules", "_KNOWN_LORA_TARGET_MODULES"),
+            (io_struct, "LoadLoRAAdapterReqInput", "UnloadLoRAAdapterReqInput"),
+            (get_lora(), "max_lora_rank", "lora_target_modules"),
+        ):
+            for name in names:
+                getattr(owner, name)
         if get_parallel().dp_size > 1:
             return "SGLang loads no adapters at run time with data parallel replicas"
         if get_serving().tokenizer_worker_num > 1:
@@ -177,20 +191,20 @@ class RequestedAdapters:
         self._check: Callable[[Path], None]
         self._folders: dict[str, AdapterFolder] = {}
         self._loads: dict[str, asyncio.Task[None]] = {}
-        self._users: Counter[str] = Counter()
+        self._users: Counter[str | None] = Counter()
 
     @contextmanager
-    def use(self, names: set[str]) -> Iterator[None]:
+    def use(self, names: set[str | None]) -> Iterator[None]:
         """Keep the folders of these adapters meanwhile."""
         self._users.update(names)
         try:
             yield
         finally:
             self._users -= Counter(names)  # drops names without users
-            for name in names:
+            for name in filter(None, names):
                 self.let_go(name)
 
-    async def load(self, names: set[str]) -> None:
+    async def load(self, names: set[str | None]) -> None:
         """Load adapters that SGLang does not know, and that requests may name; one at a time each.
 
         Raise what SGLang answers to the client if one cannot be used. A load goes on if its callers
@@ -201,7 +215,8 @@ class RequestedAdapters:
         most = get_lora().max_loaded_loras
         if most is not None and len(names) > most:
             return  # SGLang refuses the request
-        for load in [load for name in names if (load := self._start(name)) is not None]:
+        loads = [self._start(name) for name in names if name]
+        for load in filter(None, loads):
             await asyncio.shield(load)
 
     def _start(self, name: str) -> asyncio.Task[None] | None:
@@ -291,7 +306,6 @@ def _refuse(error: LoraxError, name: str) -> Exception:
 
 def _make_check(model_config: Any) -> Callable[[Path], None]:
     """Return what raises the `AdapterError` that says why an adapter does not fit. Both block."""
-    from sglang.srt.lora.utils import get_normalized_target_modules  # noqa: PLC0415
     from sglang.srt.runtime_context import get_lora  # noqa: PLC0415
 
     config = model_config.hf_config.to_dict()
@@ -303,25 +317,30 @@ def _make_check(model_config: Any) -> Callable[[Path], None]:
         )
     base = BaseRequirements(layout, get_lora().max_lora_rank)
     gated = layout is not None and any(".gate_proj" in module.name for module in layout.modules)
-    served = get_lora().lora_target_modules
+    served = _served_names()
 
     def check(folder: Path) -> None:
         base.check(folder)
         spec, modules = _read_modules(folder)
+        _require_one_stack(modules)
         _require_fusable(modules, gated=gated)
-        # SGLang compares these with target_modules; tensors of other modules end its scheduler.
-        targets = served or spec.targets
-        if targets is None or isinstance(targets, str) or "all" in targets:
-            return
-        allowed = get_normalized_target_modules(targets)
-        for module in sorted(modules):
-            if not get_normalized_target_modules([module]) <= allowed:
-                raise IncompatibleAdapterError(
-                    f"it changes {module!r}, which is not among the target modules of"
-                    f" {'this server (--lora-target-modules)' if served else 'its config'}"
-                )
+        _require_targets(modules, spec, served)
+        _require_both_embeddings(modules, served)
 
     return check
+
+
+def _served_names() -> set[str] | None:
+    """Return SGLang's names of the modules that a server changes, None if it infers them."""
+    from sglang.srt.lora import utils  # noqa: PLC0415
+    from sglang.srt.runtime_context import get_lora  # noqa: PLC0415
+
+    targets = get_lora().lora_target_modules
+    if not targets:
+        return None
+    if "all" in targets:  # those of these that the base has
+        return set(utils._KNOWN_LORA_TARGET_MODULES)  # noqa: SLF001
+    return set(utils.get_normalized_target_modules(targets))
 
 
 def _read_modules(folder: Path) -> tuple[AdapterSpec, set[str]]:
@@ -337,6 +356,23 @@ def _read_modules(folder: Path) -> tuple[AdapterSpec, set[str]]:
         raise UnsupportedAdapterError("SGLang applies neither DoRA nor a bias of B")
     header, _ = read_header(folder, limits)
     return spec, {parse_tensor_name(tensor.name).module for tensor in header.tensors}
+
+
+def _require_one_stack(modules: set[str]) -> None:
+    """Raise `UnsupportedAdapterError` for modules that SGLang would leave out or confuse.
+
+    It reads the number of a layer, and not of which part of the base it is a layer.
+    """
+    stacks: dict[str, str] = {}
+    for module in sorted(modules):
+        stack = _LAYER.split(module, maxsplit=1)[0]
+        if stack != module:
+            stacks.setdefault(stack, module)
+        elif module.rpartition(".")[2] not in EMBEDDINGS:
+            raise UnsupportedAdapterError(f"SGLang leaves out {module!r}, which is in no layer")
+    if len(stacks) > 1:
+        one, other, *_ = stacks.values()
+        raise UnsupportedAdapterError(f"SGLang cannot tell the layers of {one!r} and {other!r}")
 
 
 def _require_fusable(modules: set[str], *, gated: bool) -> None:
@@ -356,3 +392,40 @@ def _require_fusable(modules: set[str], *, gated: bool) -> None:
                 f"SGLang applies {module!r} only together with {missing[0]!r}, which it does not"
                 " change"
             )
+
+
+def _require_targets(modules: set[str], spec: AdapterSpec, served: set[str] | None) -> None:
+    """Raise `IncompatibleAdapterError` for a module that the server or the config does not name.
+
+    SGLang compares the two by `target_modules`. Tensors of other modules end its scheduler, or are
+    left out in the embeddings.
+    """
+    from sglang.srt.lora.utils import get_normalized_target_modules  # noqa: PLC0415
+
+    targets, named = spec.targets, None
+    if targets is not None and not isinstance(targets, str) and "all" not in targets:
+        named = get_normalized_target_modules(targets)
+    if served is None and named is None:
+        raise IncompatibleAdapterError(
+            "its config names no target modules, which a server without --lora-target-modules needs"
+        )
+    for allowed, owner in ((served, "this server (--lora-target-modules)"), (named, "its config")):
+        for module in sorted(modules):
+            if allowed is not None and not get_normalized_target_modules([module]) <= allowed:
+                raise IncompatibleAdapterError(
+                    f"it changes {module!r}, which is not among the target modules of {owner}"
+                )
+
+
+def _require_both_embeddings(modules: set[str], served: set[str] | None) -> None:
+    """Raise `UnsupportedAdapterError` for one of `EMBEDDINGS` alone, if both are served.
+
+    In the other one, SGLang would apply what the adapter before it left in the slot.
+    """
+    changed = EMBEDDINGS & {module.rpartition(".")[2] for module in modules}
+    if len(changed) == 1 and (served is None or served >= EMBEDDINGS):
+        (one,), (other,) = changed, EMBEDDINGS - changed
+        raise UnsupportedAdapterError(
+            f"it changes {one!r} and not {other!r}, in which SGLang would apply what another"
+            " adapter left there; name one of them only in --lora-target-modules"
+        )

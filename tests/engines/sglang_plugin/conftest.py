@@ -22,7 +22,6 @@ from link import Link
 if find_spec("sglang") is None:
     collect_ignore_glob = ["test_*.py"]
 
-MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ATTENTION = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "o_proj"]}
 REMOTE = ("one", "two", "three", "four", "five")
 NOBODY = "http://127.0.0.1:9/"
@@ -70,7 +69,7 @@ def arguments(local: Path, origin: Link, tmp_path_factory: pytest.TempPathFactor
         from sglang.srt.server_args import ServerArgs
 
         lora = {"enable_lora": True, "lora_backend": "torch_native", "max_lora_rank": 16}
-        lora |= {"max_loras_per_batch": 2, "max_loaded_loras": 2, "lora_target_modules": MODULES}
+        lora |= {"max_loras_per_batch": 2, "max_loaded_loras": 2, "lora_target_modules": ["all"]}
         on_cpu = {"device": "cpu", "dtype": "float32", "attention_backend": "torch_native"}
         arguments = ServerArgs(str(root), skip_tokenizer_init=True, **lora, **on_cpu)
         publish(arguments, role="tokenizer", ranks=SpawnRanks(world_rank=0))
@@ -136,7 +135,7 @@ async def server(arguments: Any) -> Any:
     for parameter in base.parameters():
         parameter.data.zero_()
     given = base, config, 2, LoadConfig(), torch.float32, arguments
-    weights = LoRAManager(*given, "torch_native", 16, set(MODULES))
+    weights = LoRAManager(*given, "torch_native", 16, {"all"})
     requests = TokenizerManager(arguments, PortArgs.init_new(arguments))
     requests.auto_create_handle_loop = lambda: None  # it reads from another process
     server = Server(requests, weights)

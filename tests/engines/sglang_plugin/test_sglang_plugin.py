@@ -1,6 +1,7 @@
 """The plug-in in SGLang's own classes: which adapters requests get, and with which scale."""
 
 import asyncio
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from fastapi import HTTPException
+from safetensors.torch import load_file, save_file
 
 from engines.sglang_plugin.conftest import ATTENTION, NOBODY, REMOTE, Server
 from engines.variants import Lora, active, llama, save
 from link import Link
-from lorax_async import AdapterRef, AdapterStore
+from lorax_async import AdapterRef, AdapterStore, ConfigError
 from lorax_async.engines.sglang import register
 
 UNKNOWN = "never been loaded"
@@ -92,7 +94,7 @@ REFUSED: dict[str, tuple[Lora, str]] = {
     "dora": ({**ATTENTION, "use_dora": True}, "neither DoRA"),
     "key": ({**ATTENTION, "target_modules": ["k_proj"]}, "only together with 'q_proj'"),
     "up": ({**ATTENTION, "target_modules": ["up_proj"]}, "only together with 'gate_proj'"),
-    "head": ({**ATTENTION, "target_modules": ["lm_head"]}, "'lm_head', which is not among"),
+    "head": ({**ATTENTION, "target_modules": ["lm_head"]}, "what another adapter left there"),
 }
 
 
@@ -124,6 +126,36 @@ async def test_what_does_not_fit_is_refused_before_it_is_loaded(
     await server.resolve(origin.url("one/"))
 
 
+@pytest.mark.parametrize(
+    ("module", "config", "served", "problem"),
+    [
+        ("model.layers.1.self_attn.o_proj", {"r": 4}, {"all"}, "not a pair of rank 4"),
+        ("model.vision.layers.1.self_attn.o_proj", {}, {"all"}, "cannot tell the layers"),
+        ("model.projector.o_proj", {}, {"all"}, "leaves out 'model.projector.o_proj'"),
+        ("model.layers.1.self_attn.dense", {}, {"all"}, "not among the target modules of this"),
+        ("model.layers.1.self_attn.dense", {}, None, "not among the target modules of its config"),
+        ("lm_head", {"target_modules": "all-linear"}, None, "names no target modules"),
+    ],
+)
+async def test_what_sglang_would_confuse_is_refused_where_the_base_is_not_known(
+    server: Server, local: Path, module: str, config: Lora, served: set[str] | None, problem: str
+) -> None:
+    from sglang.srt.runtime_context import get_lora
+
+    server.requests.model_config.hf_config.num_heads = 4  # a key that Llama has not
+    folder = save(llama(), ATTENTION, local / "odd")
+    weights, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    renamed = {
+        name.replace("model.layers.1.self_attn.o_proj", module): tensor
+        for name, tensor in load_file(weights).items()
+    }
+    save_file(renamed, weights)
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | config))
+    with get_lora().override(lora_target_modules=served), pytest.raises(ValueError, match=problem):
+        await server.resolve("odd")
+    assert server.loads == []
+
+
 @pytest.mark.parametrize("lora", [{}, {"use_rslora": True}, {"use_rslora": True, "r": 12}])
 async def test_the_scale_is_pefts(server: Server, local: Path, lora: Lora) -> None:
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
@@ -149,6 +181,7 @@ async def test_the_scale_is_pefts(server: Server, local: Path, lora: Lora) -> No
 async def test_an_unexpected_sglang_is_left_alone(
     server: Server, origin: Link, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    from sglang.srt.lora import utils
     from sglang.srt.lora.lora import LoRAAdapter
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
     from sglang.srt.plugins.hook_registry import HookRegistry
@@ -158,6 +191,10 @@ async def test_an_unexpected_sglang_is_left_alone(
         for _ in range(2):
             with pytest.raises(ValueError, match=UNKNOWN):
                 await server.resolve(origin.url("one/"))
+    del server.requests.lorax_async
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=UNKNOWN):
+        patch.delattr(utils, "get_normalized_target_modules")
+        await server.resolve(origin.url("one/"))
 
     async def changed(self: Any, name: str) -> None: ...
 
@@ -165,6 +202,10 @@ async def test_an_unexpected_sglang_is_left_alone(
     monkeypatch.setattr(HookRegistry, "register", lambda target, *_: hooks.append(target))
     register()
     assert len(hooks) == 3
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="timeout"):
+        patch.setenv("LORAX_ASYNC_TIMEOUT", "-1")
+        register()
+    del hooks[3:]  # the scale needs no settings
     monkeypatch.setenv("SGLANG_PLUGINS", "another")
     register()
     monkeypatch.setenv("SGLANG_PLUGINS", "another, lorax_async")
@@ -174,6 +215,7 @@ async def test_an_unexpected_sglang_is_left_alone(
     assert len(hooks) == 3
     ours = [record.message for record in caplog.records if "lorax_async" in record.name]
     assert [message.partition(":")[0] for message in ours] == [
+        "requests may name loaded adapters only",
         "requests may name loaded adapters only",
         "the scale of rsLoRA is left to SGLang",
         "requests may name loaded adapters only",
