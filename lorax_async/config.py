@@ -130,7 +130,7 @@ Eviction = Literal["lru", "lfu", "gdsf"]
 HubCache = Literal["read", "off"]
 """The use of the standard hub cache."""
 
-Checking = Literal["none", "stream", "before_use"]
+Checking = Literal["none", "stream", "before_use", "always"]
 """When the digest of an adapter's weights is checked."""
 
 _DEVICE = re.compile(r"cpu|simulated|cuda(:(0|[1-9][0-9]?))?")
@@ -166,7 +166,9 @@ class StoreConfig:
     verify
         When to check digests: "stream" returns from `load` when the weights are on the device, and
         checks meanwhile; "before_use" waits for the check, of local files too; "none" checks none.
-        A store's folders are always checked before use, local ones with "before_use" only.
+        A cached file is hashed once a boot, unless it was touched since; "always" is "before_use"
+        that hashes it for each load. A store's folders are always checked before use, local ones
+        with "before_use" and "always" only.
     cache_dir
         The folder of the disk cache, private to this user; made when first needed. None:
         `$XDG_CACHE_HOME/lorax-async`, else `~/.cache/lorax-async` (see `cache_folder`).
@@ -228,6 +230,10 @@ class StoreConfig:
         }
         for name, value in normalized.items():
             object.__setattr__(self, name, value)
+
+    @property
+    def checks_before_use(self) -> bool:
+        return self.verify in {"before_use", "always"}
 
     @property
     def cache_folder(self) -> Path:

@@ -112,6 +112,15 @@ def identity_of(status: os.stat_result) -> FileIdentity:
     )
 
 
+_TICKS_NS = 20_000_000
+"""Two ticks of the slowest clock that stamps files."""
+
+
+def is_settled(identity: FileIdentity, now_ns: int) -> bool:
+    """Whether a change from `now_ns` (since the epoch) on gives the file another identity."""
+    return now_ns - identity.ctime_ns >= _TICKS_NS
+
+
 def require_file(name: str, file: FilePosition, max_bytes: int) -> None:
     """Raise `AdapterFormatError` unless it is a regular file of 1 to `max_bytes` bytes."""
     if not stat.S_ISREG(file.status.st_mode):

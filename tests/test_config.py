@@ -19,7 +19,7 @@ made: Any = LoaderConfig  # of settings that are wrong, too
 NAN, INF = math.nan, math.inf
 NOT_COUNTS = [0, -1, -(1 << 70), 1.0, 1.5, NAN, INF, True, False, "16", "", b"1", None, [1], ...]
 NOT_SECONDS = [0, -1, 0.0, -0.5, -INF, INF, NAN, 1e10, 10**400, True, "5", "", None, [5.0], 5j]
-NOT_WORDS: list[Any] = ["READ", "", "always", "fifo", None, 1, True, [], {}]
+NOT_WORDS: list[Any] = ["READ", "", "whenever", "fifo", None, 1, True, [], {}]
 NOT_DTYPES = [torch.int8, torch.float64, torch.float8_e4m3fn, "float64", "F32", "fp16", "", 1, []]
 NOT_DEVICES = ["cuda:", "cuda:01", "cuda:-1", "cuda:0 ", "mps", "meta", "CPU", "cpu:0", "", None, 0]
 NOT_ENDPOINTS = [
@@ -51,7 +51,7 @@ SETTINGS: dict[str, tuple[list[Any], list[Any], str]] = {
     ),
     "eviction": (["lru", "lfu", "gdsf"], [*NOT_WORDS, "LRU"], "must be one of lru, lfu, gdsf"),
     "hub_cache": (["read", "off"], NOT_WORDS, "must be one of read, off$"),
-    "verify": (["none", "stream", "before_use"], NOT_WORDS, "must be one of none, stream, before"),
+    "verify": (["none", "stream", "before_use", "always"], NOT_WORDS, "must be one of none, str"),
     "check_finite": (BOOLS := ([True, False], ["no", 0, 1, None, NAN], "must be True or")),
     "offline": BOOLS,
     "device": (

@@ -16,6 +16,7 @@ from lorax_async.formats.split_weights import FileRole, role_of
 from lorax_async.formats.strict_json import parse_object
 
 RECORD = "record.json"
+STAMP = "verified"
 MAP_SUFFIX = ".chunks"
 PARTIAL_LOCK = "lock"
 SCOPE_PREFIX = "scope."
@@ -170,10 +171,12 @@ class LeftoverError(IntegrityError):
 class CacheEntry(Protocol):
     """A whole adapter in the cache, leased: it stays until this is closed.
 
-    `mappable`: no other program changes its files, so that they may be mapped.
+    `mappable`: no other program changes its files, so that they may be mapped. `is_verified`: its
+    bytes were hashed since this machine was started, and the files were not touched since.
     """
 
     mappable: bool
+    is_verified: bool
 
     @property
     def record(self) -> EntryRecord:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from hashlib import sha256
 from threading import Lock
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from lorax_async.cache.base import (
     PARTIAL_LOCK,
     RECORD,
     SCOPE_PREFIX,
+    STAMP,
     EntryRecord,
     decode_record,
     is_entry_name,
@@ -35,9 +37,16 @@ from lorax_async.cache.directory import (
     translate_errors,
     try_lock,
 )
-from lorax_async.cache.partials import Partials
+from lorax_async.cache.partials import Partials, this_boot
 from lorax_async.errors import AdapterFormatError, CapacityError, IntegrityError, InternalError
-from lorax_async.files import FileReader, changed_error, hash_on, identity_of, to_adapter_error
+from lorax_async.files import (
+    FileReader,
+    changed_error,
+    hash_on,
+    identity_of,
+    is_settled,
+    to_adapter_error,
+)
 from lorax_async.formats.digests import FileHash
 from lorax_async.formats.split_weights import FileRole, role_of
 from lorax_async.lifecycle.policies import EvictionPolicy
@@ -58,12 +67,19 @@ class DiskEntry:
     mappable = True
 
     def __init__(
-        self, entries: Entries, lease: int, record: EntryRecord, files: Identities
+        self,
+        entries: Entries,
+        lease: int,
+        record: EntryRecord,
+        files: Identities,
+        *,
+        is_stamped: bool,
     ) -> None:
         self.record = record
         self._entries = entries
         self._lease = lease
         self._files = files
+        self.is_verified = is_stamped
         self._open = True
 
     @property
@@ -175,7 +191,8 @@ class Entries:
                 record = _read_record(lease, name)  # its name may have gone
                 files = _require_whole(folder, record, check=check)
                 remove_leftovers(folder)
-                entry = DiskEntry(self, lease, record, files)
+                stamped = is_stamped(folder, record, files)
+                entry = DiskEntry(self, lease, record, files, is_stamped=stamped)
         finally:
             if entry is None:
                 os.close(lease)
@@ -196,6 +213,7 @@ class Entries:
     def adopt(self, folder: Folder, record: EntryRecord) -> DiskEntry:
         """Lease a folder of this process that is about to become an entry. Raise `OSError`."""
         files = _require_whole(folder, record, check=False)
+        stamp(folder, record, files)
         lease = folder.file(RECORD, os.O_RDONLY)
         try:
             try_lock(lease, shared=True)
@@ -203,7 +221,7 @@ class Entries:
             os.close(lease)
             raise
         self.directory.hold(record.name)
-        return DiskEntry(self, lease, record, files)
+        return DiskEntry(self, lease, record, files, is_stamped=True)
 
     def drop(self, name: str) -> bool:
         """Remove an entry; False if it is leased, or not there. Raise `OSError`."""
@@ -259,21 +277,55 @@ def _read_record(fd: int, name: str) -> EntryRecord:
 
 
 def _require_whole(folder: Folder, record: EntryRecord, *, check: bool) -> Identities:
-    """Identify the files; raise `IntegrityError` if one is not as published, or `OSError`."""
+    """Identify the files; raise `IntegrityError` if one is not as published, or `OSError`.
+
+    Hash all with `check`, else those whose date changed, unless they were hashed since.
+    """
+    since_ns = time.time_ns()
     identities: dict[FileRole, FileIdentity] = {}
     for file in record.files:
         name = file.role.file_name
         status = folder.status(name)
         if status is None or not stat.S_ISREG(status.st_mode) or status.st_size != file.nbytes:
             raise IntegrityError(f"{name} in the cache has not the size that was published")
-        if check or status.st_mtime_ns != file.mtime_ns:
-            file_hash = FileHash(file.digest.kind, file.nbytes)
-            with folder.open_file(name, os.O_RDONLY) as fd:
-                hash_on(fd, file_hash, file.nbytes, name)
-            if file_hash.digest() != file.digest:
-                raise IntegrityError(f"{name} in the cache has not the digest that was published")
         identities[file.role] = identity_of(status)
+    touched = [file for file in record.files if identities[file.role].mtime_ns != file.mtime_ns]
+    if not check and (not touched or is_stamped(folder, record, identities)):
+        return identities
+    for file in record.files if check else touched:
+        name, file_hash = file.role.file_name, FileHash(file.digest.kind, file.nbytes)
+        with folder.open_file(name, os.O_RDONLY) as fd:
+            identities[file.role] = identity_of(os.fstat(fd))
+            hash_on(fd, file_hash, file.nbytes, name)
+        if file_hash.digest() != file.digest:
+            raise IntegrityError(f"{name} in the cache has not the digest that was published")
+    if check and all(is_settled(identity, since_ns) for identity in identities.values()):
+        stamp(folder, record, identities)
     return identities
+
+
+def stamp(folder: Folder, record: EntryRecord, files: Identities) -> None:
+    """Record that the files' bytes have the record's digests.
+
+    It holds for this boot, these inodes and these times: it outlives neither a crash, after which
+    the disk may have other bytes, nor a write.
+    """
+    flags, content = os.O_WRONLY | os.O_CREAT | os.O_TRUNC, _stamp_of(record, files)
+    with suppress(OSError), folder.open_file(STAMP, flags) as fd:  # else they are hashed again
+        os.write(fd, content)
+
+
+def is_stamped(folder: Folder, record: EntryRecord, files: Identities) -> bool:
+    """Return whether these very files were hashed since this machine was started."""
+    expected = _stamp_of(record, files)
+    with suppress(OSError):
+        return folder.read(STAMP, len(expected)) == expected
+    return False
+
+
+def _stamp_of(record: EntryRecord, files: Identities) -> bytes:
+    known = this_boot(), [(file, files[file.role]) for file in record.files]
+    return sha256(repr(known).encode()).hexdigest().encode()
 
 
 def remove_leftovers(folder: Folder) -> None:

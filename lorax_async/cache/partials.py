@@ -256,7 +256,7 @@ class PartialFile:
             chunk_map = None
             if os.fstat(fd).st_size == self.nbytes and self._folder.status(self._map_name):
                 content = self._folder.read(self._map_name, encoded_size(self.nbytes))
-                chunk_map = ChunkMap.decoded(content, self.nbytes, _this_boot())
+                chunk_map = ChunkMap.decoded(content, self.nbytes, this_boot())
             if chunk_map is None:
                 # The map first: it must not outlive the bytes that it tells of.
                 self._folder.unlink(self._map_name)
@@ -284,7 +284,7 @@ class PartialFile:
     def _open_map(self, chunk_map: ChunkMap, flags: int, *, sync: bool) -> None:
         fd = self._folder.file(self._map_name, flags)
         self._map_file = SharedResource(self._map_name, os.close, opened=fd)
-        self._write_map(chunk_map.encoded(_this_boot()), 0, sync=sync)
+        self._write_map(chunk_map.encoded(this_boot()), 0, sync=sync)
 
     def _write_map(self, content: bytes, offset: int, *, sync: bool = False) -> None:
         assert self._map_file is not None
@@ -342,7 +342,7 @@ class PartialReader:
             self.close()
 
 
-def _this_boot() -> bytes:
+def this_boot() -> bytes:
     """Identify what runs the page cache: bytes that were not synced are lost with it."""
     return bytes.fromhex(Path("/proc/sys/kernel/random/boot_id").read_text().replace("-", ""))
 

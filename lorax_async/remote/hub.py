@@ -39,7 +39,15 @@ from lorax_async.errors import (
     UsageError,
     shorten,
 )
-from lorax_async.files import FileReader, code_of, hash_on, locate, open_same, to_adapter_error
+from lorax_async.files import (
+    FileReader,
+    code_of,
+    hash_on,
+    is_settled,
+    locate,
+    open_same,
+    to_adapter_error,
+)
 from lorax_async.formats.digests import Digest, FileHash
 from lorax_async.formats.split_weights import (
     CONFIG_FILE,
@@ -582,6 +590,7 @@ class HubEntry:
         self.folder = folder
         self._cache = cache
         self._files = {file.record.role: file for file in files}
+        self.is_verified = all(file.identity in cache.intact for file in files)
 
     def reader(self, role: FileRole) -> FileReader:
         file, name = self._files.get(role), role.file_name
@@ -618,6 +627,8 @@ class StandardHubCache:
         self.own_scope = own_scope
         self.grants: OrderedDict[tuple[str, str], float] = OrderedDict()
         """When a source last let a scope have an entry; kept as long as this object."""
+        self.intact: OrderedDict[FileIdentity, None] = OrderedDict()
+        """Files that were hashed, and had their digests; kept as long."""
         self._path = None if path is None else os.path.abspath(os.fspath(path))
         self._wrong: set[FileIdentity] = set()
 
@@ -639,9 +650,15 @@ class StandardHubCache:
         files = [file for file in found if file is not None and file.identity not in self._wrong]
         if not found or len(files) != len(found):
             return None
+        since_ns = time.time_ns()
         wrong = [file.identity for file in files if check and not file.is_intact()]
         self._wrong.update(wrong)
-        return None if wrong else HubEntry(self, key, folder, files)
+        if wrong:
+            return None
+        for file in files if check else ():
+            if is_settled(file.identity, since_ns):
+                remember(self.intact, file.identity, None, MAX_GRANTS)
+        return HubEntry(self, key, folder, files)
 
     def commit_of(self, source: str, revision: str) -> str | None:
         """Return the commit that a revision was when its config was stored; None if it was not."""

@@ -41,6 +41,8 @@ from lorax_async.types import RemoteKey
 
 Groups = Sequence[Sequence[ByteSpan]]
 
+_IDLE_SECONDS = 0.05
+
 COMPARED_BYTES = 4 << 10
 """Bytes at the end of each span of a partial download that are fetched again and compared."""
 
@@ -254,6 +256,7 @@ class EntryReader:
     def __init__(self, entry: CacheEntry, key: CacheKey, limits: Limits) -> None:
         self.entry = entry
         self.key = key
+        self._reads = 0
         try:
             self._reader = _weights(entry, limits)
         except BaseException:
@@ -262,10 +265,19 @@ class EntryReader:
         self.nbytes = self._reader.nbytes
 
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
+        self._reads += 1
         self._reader.read_into(buffers, offset)
 
     def read_rows(self, buffer: memoryview, offset: int, rows: int, pitch: int) -> None:
+        self._reads += 1
         self._reader.read_rows(buffer, offset, rows, pitch)
+
+    async def idle(self) -> None:
+        """Wait until no read has begun for a while. Call on the loop."""
+        seen = -1
+        while self._reads != seen:
+            seen = self._reads
+            await asyncio.sleep(_IDLE_SECONDS)
 
     def close(self) -> None:
         self._reader.close()

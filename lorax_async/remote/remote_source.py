@@ -133,7 +133,10 @@ class RemoteSource:
             raise unwanted_error()
         for group in range(len(groups)):
             arrived(group)
-        await self._check(reader)
+        if self._verify == "always" or not (self._verify == "none" or reader.entry.is_verified):
+            if self._verify == "stream" and groups:
+                await reader.idle()  # hashing would take a core from the copies
+            await self._check(reader)
         return self._verification(reader.entry)
 
     def folder(self, key: AdapterKey, reader: Reader) -> StoredFolder:
@@ -231,8 +234,6 @@ class RemoteSource:
 
     async def _check(self, reader: EntryReader) -> None:
         """Hash an entry and compare it with the digests that publication recorded."""
-        if self._verify == "none":
-            return
         parts = await self._connect()
 
         def open_checked() -> CacheEntry | None:

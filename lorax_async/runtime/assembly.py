@@ -65,7 +65,7 @@ class StoreParts:
                 roots=config.local_roots,
                 limits=config.limits,
                 threads=self.threads,
-                hashes=config.verify == "before_use",
+                hashes=config.checks_before_use,
             )
             parse = partial(parse_allowed_ref, allow=config.allow)
             self.source = SourceRouter(local, self.remote, parse)
@@ -194,7 +194,7 @@ class Assembly:
             io_threads=config.io_threads,
             metadata_threads=self.store.threads,
             images=images,
-            before_use=config.verify == "before_use",
+            before_use=config.checks_before_use,
         )
 
     def statistics(self) -> Statistics:

@@ -15,6 +15,7 @@ from contextlib import closing
 from pathlib import Path
 from random import Random
 from threading import Event
+from time import sleep
 from typing import Any
 
 import pytest
@@ -342,6 +343,16 @@ class TestSharing:
         assert read_back(world.cache) == b"abc"
 
 
+def reboot(monkeypatch: Patch) -> None:
+    read_text = Path.read_text
+
+    def another_boot(path: Path, *given: Any) -> str:
+        is_id = str(path) == "/proc/sys/kernel/random/boot_id"
+        return "0a" * 16 if is_id else read_text(path, *given)
+
+    monkeypatch.setattr(Path, "read_text", another_boot)
+
+
 class TestDamage:
     def test_altered_bytes_are_noticed(self, world: DiskWorld) -> None:
         for content, check in ((b"abcd", False), (b"ab", False), (b"abcd", True), (b"abd", True)):
@@ -356,6 +367,31 @@ class TestDamage:
             assert is_there(world.cache, KEY) is kept
         world.entry(KEY).rename(world.entry(key(1)))
         assert world.cache.open(key(1)) is None, "it is another one's"
+
+    def test_what_was_hashed_is_verified_until_it_is_touched_or_the_machine_restarts(
+        self, world: DiskWorld, monkeypatch: Patch
+    ) -> None:
+        def verified(*, check: bool = False) -> bool:
+            with opened(world.folder) as other:
+                entry = other.cache.open(KEY, check=check)
+                assert entry is not None
+                entry.close()
+                return entry.is_verified
+
+        keep(world.cache, KEY, b"abc")
+        assert verified()
+        world.alter(KEY, WEIGHTS_FILE, b"abc")
+        assert not verified()
+        assert not verified(check=True), "it may be written to again within the same tick"
+        sleep(0.03)
+        assert verified(check=True)
+        assert verified()
+        for half in (b"", b"0" * 64):
+            (world.entry(KEY) / "verified").write_bytes(half)
+            assert not verified()
+        assert verified(check=True)
+        reboot(monkeypatch)
+        assert not verified()
 
     def test_a_leased_entry_that_was_damaged_is_replaced(self, world: DiskWorld) -> None:
         held = stored(world.cache, KEY, b"abc")
@@ -655,7 +691,7 @@ def test_all_is_on_the_disk_before_it_is_published(world: DiskWorld) -> None:
     for role in (CONFIG_FILE, WEIGHTS_FILE):
         put(download.file(role, 5), b"abcde", [(0, 5)])
     calls = made("fsync rename write", lambda: download.publish().close())
-    assert calls == "fsync fsync write fsync fsync rename fsync"
+    assert calls == "fsync fsync write fsync fsync write rename fsync"
 
 
 def test_what_is_left_is_on_the_disk_before_it_is_trusted(world: DiskWorld) -> None:
@@ -914,14 +950,8 @@ def test_killed_at_any_time_on_a_small_budget(tmp_path: Path) -> None:
 def test_a_crash_of_the_machine(tmp_path: Path, monkeypatch: Patch, rebooted: bool) -> None:
     """They were never brought to the disk: after another boot, they need not be there."""
     run_script("left", tmp_path)
-    read_text = Path.read_text
-
-    def another_boot(path: Path, *given: Any) -> str:
-        is_id = str(path) == "/proc/sys/kernel/random/boot_id"
-        return "0a" * 16 if is_id else read_text(path, *given)
-
     if rebooted:
-        monkeypatch.setattr(Path, "read_text", another_boot)
+        reboot(monkeypatch)
     with opened(tmp_path) as world:
         download = begun(world.cache)
         assert download.file(WEIGHTS_FILE, NBYTES).missing() == (ALL if rebooted else [])

@@ -13,6 +13,7 @@ DISK = "io/test_disk_cache.py"
 
 PUBLISHED = f"{DISK}::test_all_is_on_the_disk_before_it_is_published"
 RESUMABLE = f"{DISK}::test_what_is_left_is_on_the_disk_before_it_is_trusted"
+VERIFIED = f"{DISK}::TestDamage::test_what_was_hashed_is_verified_until_it_is_touched_or_the_machine_restarts"
 HELD = f"{DISK}::test_what_one_holds_the_other_does_not_evict"
 UNLOCKED = f"{DISK}::test_without_locks_it_knows_what_it_holds"
 WAITED_FOR = f"{DISK}::TestSharing::test_others_wait_and_have_what_was_published"
@@ -64,6 +65,12 @@ CACHES: Mutants = {
         RESUMABLE, seen_by(partials, "os", fsync=nothing)),
     "cache: bytes of another boot are not trusted": mutant(
         f"{DISK}::test_a_crash_of_the_machine", (ChunkMap, "decoded", _of_any_boot)),
+    "cache: what was hashed before another boot is hashed again": mutant(
+        VERIFIED, (entries, "this_boot", bytes)),
+    "cache: what was touched since it was hashed is hashed again": mutant(
+        VERIFIED, (entries, "_stamp_of", lambda record, _: bytes(64))),
+    "cache: what may be written to within the same tick is hashed again": mutant(
+        VERIFIED, (entries, "is_settled", lambda *_: True)),
     "cache: what is being written is not dropped": mutant(
         UNLOCKED, skipped(Partials, "is_busy", False)),
     "cache: what is being written by another process is not dropped": mutant(
