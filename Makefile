@@ -69,6 +69,7 @@ bench: $(VENV)/installed-bench
 	$(BIN)/python benchmarks/bench_many_at_once.py $(ARGS)
 	$(BIN)/python benchmarks/bench_loop_stall.py $(ARGS)
 	$(BIN)/python benchmarks/bench_scale.py $(ARGS)
+	$(BIN)/python benchmarks/bench_hot_path.py $(ARGS)
 	$(BIN)/python benchmarks/bench_independence.py $(ARGS)
 	$(BIN)/python benchmarks/bench_scheduler.py $(ARGS)
 	$(BIN)/python benchmarks/bench_lora_weights.py $(ARGS)

@@ -288,6 +288,10 @@ class LoaderConfig(StoreConfig):
     min_residency
         Seconds for which a resident adapter is not evicted for requests that have waited less than
         `starvation_age`.
+    revalidate_files
+        Seconds after a thread has looked at a path's files in which `load` looks at those of a
+        resident adapter on the event loop, with two stat calls that the kernel answers from memory.
+        0 always takes a thread, as for network file systems without a cache of attributes.
     check_finite
         Refuse adapters with NaN or infinite weights (reads every byte once more, off the loop).
 
@@ -310,6 +314,7 @@ class LoaderConfig(StoreConfig):
     io_threads: int = field(default_factory=lambda: min(4, os.cpu_count() or 1))
     starvation_age: float = 5.0
     min_residency: float = 0.0
+    revalidate_files: float = 1.0
     check_finite: bool = False
 
     def __post_init__(self) -> None:
@@ -330,6 +335,7 @@ class LoaderConfig(StoreConfig):
             require_count(name, getattr(self, name), least=0)
         require_seconds("starvation_age", self.starvation_age)
         _require_zero_or_seconds("min_residency", self.min_residency)
+        _require_zero_or_seconds("revalidate_files", self.revalidate_files)
         object.__setattr__(self, "dtype", _dtype_name(self.dtype))
 
     @property

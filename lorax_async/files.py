@@ -121,6 +121,17 @@ def is_settled(identity: FileIdentity, now_ns: int) -> bool:
     return now_ns - identity.ctime_ns >= _TICKS_NS
 
 
+def has_identity(status: os.stat_result, identity: FileIdentity) -> bool:
+    """Return `identity_of(status) == identity`, in a quarter of the time."""
+    return (
+        status.st_ino == identity.inode
+        and status.st_ctime_ns == identity.ctime_ns
+        and status.st_mtime_ns == identity.mtime_ns
+        and status.st_size == identity.size
+        and status.st_dev == identity.device
+    )
+
+
 def require_file(name: str, file: FilePosition, max_bytes: int) -> None:
     """Raise `AdapterFormatError` unless it is a regular file of 1 to `max_bytes` bytes."""
     if not stat.S_ISREG(file.status.st_mode):
@@ -152,7 +163,7 @@ def require_same(path: str, identity: FileIdentity) -> None:
     """Raise as `open_same` unless the file has this identity."""
     name = os.path.basename(path)
     with _checking(name):
-        if identity_of(os.stat(path)) != identity:
+        if not has_identity(os.stat(path), identity):
             raise changed_error(name)
 
 
@@ -218,7 +229,7 @@ class FileReader:
         with self.held() as fd:
             try:
                 complete = read(fd)
-                same = identity_of(os.fstat(fd)) == self._identity
+                same = has_identity(os.fstat(fd), self._identity)
             except OSError as error:
                 raise to_adapter_error(error, self._name) from error
         if not same:

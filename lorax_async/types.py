@@ -424,7 +424,7 @@ def as_ref(
 ) -> Ref:
     """Convert a call's arguments. Raises `UsageError` if they contradict each other."""
     if isinstance(adapter_id, Ref):
-        if allow_stale or any(value is not None for value in (source, revision, token, digest)):
+        if allow_stale or (source, revision, token, digest) != (None, None, None, None):
             raise UsageError(
                 "an AdapterRef, a key or a Merge has source, revision, token, digest and"
                 " allow_stale itself"

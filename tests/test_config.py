@@ -42,7 +42,7 @@ SETTINGS: dict[str, tuple[list[Any], list[Any], str]] = {
         ([1, 0.001, 1e-9, 86_400 * 365, 1e9], NOT_SECONDS, "must be a positive number of seconds"),
     ),
     **dict.fromkeys(
-        ("min_residency", "revalidate"),
+        ("min_residency", "revalidate", "revalidate_files"),
         ([0, 0.5, 86_400], [-1, False, NAN, INF, None, "1", [0]], "must be"),
     ),
     **dict.fromkeys(

@@ -200,7 +200,8 @@ class Lifecycle:
             return None
         state.leases += 1
         self._rules.touch(state)
-        self._slots.update(state)
+        if state.leases == 1:
+            self._slots.update(state)
         return state.grant
 
     def add_lease(self, key: AdapterKey) -> None:
@@ -212,12 +213,12 @@ class Lifecycle:
         state = self.states[key]
         state.leases -= 1
         state.uses += in_use
-        return self._settle(state)
+        return self._settle_unless_resting(state)
 
     def end_use(self, key: AdapterKey) -> list[Command]:
         state = self.states[key]
         state.uses -= 1
-        return self._settle(state)
+        return self._settle_unless_resting(state)
 
     def pin(self, key: AdapterKey) -> bool:
         """Pin a leased adapter. Return False if it is leaving already."""
@@ -444,6 +445,15 @@ class Lifecycle:
         while (key := self._idle.next_to_forget) is not None:
             self._forget(key)
         return self._rules.take_commands()
+
+    def _settle_unless_resting(self, state: AdapterState) -> list[Command]:
+        """Settle after the end of a use, unless the adapter stays and none waits for its slot."""
+        stays = state.slot is SlotState.RESIDENT and state.file is FileState.PRESENT
+        if not stays or state.departing or self._rules.closing or self._slots.queue.head:
+            return self._settle(state)
+        if not state.leases:
+            self._slots.update(state)
+        return []
 
     def _next_touched(self) -> AdapterState | None:
         if self._rules.touched:

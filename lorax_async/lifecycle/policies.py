@@ -90,7 +90,7 @@ class LRU(EvictionPolicy):
         self._enter(key, None)
 
     def use(self, key: AdapterKey) -> None:
-        self._enter(key, self._leave(key))
+        self._marks[key] = self._leave(key)
 
     def ranked(self) -> Iterator[AdapterKey]:
         return _iterate_lazily(next(iter(self._marks), None), lambda: tuple(self._marks))

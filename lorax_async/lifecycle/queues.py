@@ -78,17 +78,16 @@ class SlotHolders:
                 kept.pop(state.key, None)
             return changed
         now = (state.slot, state.departing, state.pins > 0, state.leases > 0)
-        if self._seen.get(state.key) == now:
+        before = self._seen.get(state.key)
+        if before == now:
             return False
         self._seen[state.key] = now
-        _set_member(self.pinned, state, wanted=state.pins > 0)
-        _set_member(self.leaving, state, wanted=is_leaving(state))
         _set_member(self.evictable, state, wanted=is_evictable(state) and not state.leases)
+        if before is None or before[:3] != now[:3]:  # else a lease began or ended
+            _set_member(self.pinned, state, wanted=state.pins > 0)
+            leaving = state.departing or state.slot is SlotState.DRAINING
+            _set_member(self.leaving, state, wanted=leaving)
         return True
-
-
-def is_leaving(state: AdapterState) -> bool:
-    return state.departing or state.slot is SlotState.DRAINING
 
 
 def is_evictable(state: AdapterState) -> bool:

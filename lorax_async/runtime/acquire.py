@@ -45,7 +45,7 @@ from lorax_async.runtime.driver import Driver
 from lorax_async.runtime.leases import Lease
 from lorax_async.runtime.resolver import Resolver
 from lorax_async.runtime.waiters import PendingLoad
-from lorax_async.types import AdapterKey, MergedKey, Ref, RemoteKey, is_stale, text_of
+from lorax_async.types import AdapterKey, AdapterRef, MergedKey, Ref, RemoteKey, is_stale, text_of
 
 
 class PrioritySemaphore:
@@ -281,7 +281,10 @@ class _LoadAttempts:
 
 
 class Acquirer:
-    """Acquires leases within deadlines; `check_open` raises once the loader is closing."""
+    """Acquires leases within deadlines; `check_open` raises once the loader is closing.
+
+    For `file_seconds` after a thread has looked at a resident adapter's files, the loop does.
+    """
 
     def __init__(
         self,
@@ -289,7 +292,10 @@ class Acquirer:
         driver: Driver,
         digests: DigestChecks,
         check_open: Callable[[], None],
+        *,
+        file_seconds: float,
     ) -> None:
+        self._file_seconds = file_seconds
         self._resolver = resolver
         self._driver = driver
         self._digests = digests
@@ -311,9 +317,11 @@ class Acquirer:
             name = f"prefetch to {tier.name.lower()}"
         with self._driver.telemetry.tracer.span("requests", None, name, ref) as span:
             try:
-                lease = await self._acquire(
-                    ref, tier, seconds, priority=priority, foreground=foreground
-                )
+                lease = self._lease_resident(ref, tier) if foreground else None
+                if lease is None:
+                    lease = await self._acquire(
+                        ref, tier, seconds, priority=priority, foreground=foreground
+                    )
             except BaseException as error:
                 span.set(**_outcome_of(error))
                 raise
@@ -321,6 +329,16 @@ class Acquirer:
             if lease is not None:
                 span.set_slot(lease.occupancy.grant.slot.index)
             return lease
+
+    def _lease_resident(self, ref: Ref, tier: WantedTier) -> Lease | None:
+        """Return a lease at once if the adapter is resident, and `ref` needs no check by I/O."""
+        plain = isinstance(ref, AdapterRef) and ref.digest is None and not ref.allow_stale
+        if tier < WantedTier.STREAM or not (plain or isinstance(ref, AdapterKey)):
+            return None
+        key = self._resolver.recent(ref, files=self._file_seconds)
+        if key is None or is_stale(key):
+            return None
+        return self._driver.waiter_table.lease_resident(key)
 
     async def _acquire(
         self, ref: Ref, tier: WantedTier, seconds: float, *, priority: int, foreground: bool

@@ -136,7 +136,13 @@ class Assembly:
             staging, images = await loop.run_in_executor(store.threads, self._allocate_memory)
             self.driver = self._make_driver(staging, images)
             self.driver.waiter_table.in_memory = self.copies.in_memory
-            self.acquiring = Acquirer(store.resolver, self.driver, store.digests, check_open)
+            self.acquiring = Acquirer(
+                store.resolver,
+                self.driver,
+                store.digests,
+                check_open,
+                file_seconds=self._config.revalidate_files,
+            )
             self.tensor_adapters = TensorAdapters(
                 self._memory, store.resolver, self.acquiring, self.driver, check_open
             )

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from math import inf
+from pathlib import Path
 from time import monotonic
 from typing import NamedTuple
 
@@ -14,6 +16,7 @@ from lorax_async.concurrency import SharedTasks, result_of
 from lorax_async.errors import InternalError, LoraxError
 from lorax_async.runtime.telemetry import Telemetry
 from lorax_async.sources.base import Source
+from lorax_async.sources.local import is_unchanged
 from lorax_async.types import (
     AdapterKey,
     AdapterRef,
@@ -160,15 +163,21 @@ class Resolver:
                 yield ref.text, answer.key
         yield from self.names.ids()
 
-    def recent(self, ref: Ref) -> AdapterKey | None:
-        """Return `known(ref)`, or None if a remote source has to be asked again."""
+    def recent(self, ref: Ref, *, files: float = inf) -> AdapterKey | None:
+        """Return `known(ref)`, or None if its source has to be asked again.
+
+        If `files` is given, local files must be those of a look at most so many seconds ago.
+        """
         key = self.known(ref)
-        if key is None or isinstance(ref, AdapterKey) or not _is_remote(key):
+        if key is None or isinstance(ref, AdapterKey):
             return key
         remembered = self._answers.get(_name(ref))
-        if remembered is None or remembered.key != key or self._is_fresh(remembered):
+        if remembered is None or remembered.key is not key:  # it was assigned
             return key
-        return None
+        remote = _is_remote(key)
+        if monotonic() - remembered.since >= (self._fresh if remote else files):
+            return None
+        return key if remote or files == inf or _is_unchanged(ref, key) else None
 
     def is_outdated(self, ref: Ref, answer: AdapterKey) -> bool:
         """Return whether an id in `ref` was assigned, or unassigned, since this answer."""
@@ -185,9 +194,6 @@ class Resolver:
         key = self.names.get(ref)
         # An id that was unassigned means its source's adapter again.
         return isinstance(answer, TensorsKey) if key is None else key != answer
-
-    def _is_fresh(self, answer: _RememberedKey) -> bool:
-        return monotonic() - answer.since < self._fresh
 
     async def stop(self) -> None:
         """Cancel running resolves; waiting callers get `LoaderClosedError`."""
@@ -231,9 +237,9 @@ class Resolver:
         key = task.result()
         same = before is not None and before.key == key and is_stale(before.key) == is_stale(key)
         # Keep the first of equal keys, to share one object; and its time while it is fresh, since
-        # the source may have answered from memory.
+        # a remote source may have answered from memory.
         if before is not None and same:
-            fresh = self._is_fresh(before)
+            fresh = _is_remote(key) and monotonic() - before.since < self._fresh
             self._answers[name] = before if fresh else _RememberedKey(before.key, monotonic())
         else:
             self._answers[name] = _RememberedKey(key, monotonic())
@@ -245,6 +251,12 @@ def _is_remote(key: AdapterKey) -> bool:
     if isinstance(key, MergedKey):
         return any(isinstance(part, RemoteKey) for part in key.merge.parts)
     return isinstance(key, RemoteKey)
+
+
+def _is_unchanged(ref: Ref, key: AdapterKey) -> bool:
+    """Return whether a path's files are the key's. Called on the loop, soon after a full look."""
+    path = ref.id if isinstance(ref, AdapterRef) else None
+    return isinstance(path, Path) and is_unchanged(str(path), key)
 
 
 def _name(ref: ResolvableRef) -> ResolvableRef:

@@ -130,7 +130,8 @@ class Telemetry:
         number = next(_call_numbers)
         token = _call.set(number)
         try:
-            self.publish(CallBegan(number, monotonic(), method, ref))
+            if self._subscribers:
+                self.publish(CallBegan(number, monotonic(), method, ref))
             yield
         except BaseException as error:
             if isinstance(error, LoraxError):
@@ -138,7 +139,8 @@ class Telemetry:
             self.publish(CallEnded(number, monotonic(), error))
             raise
         else:
-            self.publish(CallEnded(number, monotonic(), None))
+            if self._subscribers:
+                self.publish(CallEnded(number, monotonic(), None))
         finally:
             _call.reset(token)
 
@@ -146,7 +148,7 @@ class Telemetry:
         """Count the tier at which a call found its adapter, which is in `stage` now."""
         self.hits[hit] += 1
         number = _call.get()
-        if number is not None:
+        if number is not None and self._subscribers:
             self.publish(CallWaits(number, monotonic(), key, hit, stage))
 
     def story(self, key: AdapterKey) -> tuple[Event, ...]:

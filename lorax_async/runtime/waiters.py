@@ -74,6 +74,14 @@ class WaiterTable:
             self._telemetry.count_hit(key, hit, stage)
         return pending
 
+    def lease_resident(self, key: AdapterKey) -> Lease | None:
+        """Return a lease without waiting if the adapter is resident now, else None."""
+        lease = self._lease_table.try_lease(key)
+        if lease is not None:
+            self._raise_priority(key)
+            self._telemetry.count_hit(key, "device", "ready")
+        return lease
+
     def _nearest_tier(self, key: AdapterKey) -> Hit:
         state = self._lifecycle.states.get(key)
         if state is not None and state.slot is SlotState.RESIDENT and not state.departing:

@@ -45,6 +45,7 @@ from lorax_async.files import (
     SplitReader,
     changed_error,
     code_of,
+    has_identity,
     identity_of,
     locate,
     open_same,
@@ -297,6 +298,23 @@ def find_adapter(place: LocalFolder, roots: Sequence[str], limits: Limits) -> Ad
     if len(problems) == len(paths) > 0:
         raise problems[0]
     raise AccessDeniedError(_OUTSIDE)
+
+
+def is_unchanged(folder: str, key: AdapterKey) -> bool:
+    """Return whether the folder's config and weights are the key's files.
+
+    False if there are others. Two calls of stat(2), which the kernel answers from memory soon after
+    `find_adapter`.
+    """
+    if len(key.files) != 2:
+        return False
+    try:
+        return all(
+            has_identity(os.stat(f"{folder}/{name}"), identity)
+            for name, identity in zip((CONFIG, WEIGHTS), key.files, strict=True)
+        )
+    except OSError:
+        return False
 
 
 def find_trusted_adapter(folder: str | Path, limits: Limits) -> AdapterKey:
