@@ -100,11 +100,21 @@ def built(folder: Path) -> ModelLayout:
         return layouts.from_module(MODEL.from_config(config), config.dtype)
 
 
-# The last two leave open how many heads there are.
-UNCLEAR = (partial(llama, num_heads=8), partial(llama, num_key_value_heads=3))
+def opt(width: int) -> transformers.OPTConfig:
+    return transformers.OPTConfig(**SHARED, ffn_dim=40, word_embed_proj_dim=width)
 
 
-@pytest.mark.parametrize("make", [gpt2, NEOX_TINY, *UNCLEAR])
+# No family, two that leave open how many heads there are, and layers that are not those of a family.
+BIGCODE_TINY = partial(transformers.GPTBigCodeConfig, vocab_size=48, n_embd=32, n_layer=2, n_head=4)
+MOE = partial(transformers.Qwen3MoeConfig, **QWEN, num_experts=4, moe_intermediate_size=8)
+UNCLEAR = (
+    *(BIGCODE_TINY, partial(llama, num_heads=8), partial(llama, num_key_value_heads=3)),
+    *(partial(opt, 16), partial(MOE, mlp_only_layers=[1]), partial(MOE, decoder_sparse_step=2)),
+    partial(transformers.GPT2Config, n_embd=32, n_layer=2, n_head=4, add_cross_attention=True),
+)
+
+
+@pytest.mark.parametrize("make", UNCLEAR)
 def test_a_folder_with_nothing_but_a_config(make: Callable[[], Any], tmp_path: Path) -> None:
     """No thread has another default dtype meanwhile."""
     config = make()
@@ -123,7 +133,9 @@ KNOWN = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3"),
     *("granite", "olmo", "olmo2", "olmo3", "smollm3", "cohere", "cohere2", "glm", "glm4"),
     *("starcoder2", "ernie4_5", "exaone4", "seed_oss"),
+    *("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "gpt_oss"),
 )
+FUSED_OR_OLD = ("gpt2", "gpt_neox", "bloom", "falcon", "opt")
 PROGRAM = """
 import json, pathlib, sys, torch
 from lorax_async import layouts
@@ -139,7 +151,13 @@ def write_configs(folder: Path, model_type: str) -> None:
     sizes = {"vocab_size": 52, "hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 40}
     few: dict[str, Any] = sizes | {"num_attention_heads": 64, "pad_token_id": 0}
     few |= {"model_type": model_type, "torch_dtype": "float16"}
-    heads = {"num_key_value_heads": 8, "head_dim": 6, "dtype": "bfloat16"}
+    few |= {"ffn_dim": 44, "num_experts": 3, "shared_expert_intermediate_size": 36}
+    few |= {"max_position_embeddings": 96}
+    heads: dict[str, Any] = {"num_key_value_heads": 8, "head_dim": 6, "dtype": "bfloat16"}
+    if model_type in FUSED_OR_OLD:
+        heads = {"word_embed_proj_dim": 128, "n_inner": 28, "ffn_hidden_size": 24}
+        if model_type == "falcon":
+            heads |= {"num_kv_heads": 8, "new_decoder_architecture": True}
     awq = {"quantization_config": {"quant_method": "awq", "bits": 4}}
     remote = {"auto_map": {"AutoConfig": "configuration.Config"}}
     tied = {"tie_word_embeddings": model_type < "llama"}
@@ -151,7 +169,7 @@ def write_configs(folder: Path, model_type: str) -> None:
 
 
 def test_the_layouts_of_common_decoders_need_no_transformers(tmp_path: Path) -> None:
-    for model_type in KNOWN:
+    for model_type in KNOWN + FUSED_OR_OLD:
         write_configs(tmp_path, model_type)
     command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
@@ -318,8 +336,7 @@ def embeddings_of(model: Any) -> list[str]:
 
 
 def test_positions_counted_from_the_mask_are_no_look_up() -> None:
-    opt = transformers.OPTConfig(**SHARED, ffn_dim=40, word_embed_proj_dim=32)
-    assert embeddings_of(MODEL.from_config(opt)) == ["model.decoder.embed_tokens"]
+    assert embeddings_of(MODEL.from_config(opt(32))) == ["model.decoder.embed_tokens"]
 
 
 def test_an_adapter_of_embedding_head_and_layers(tmp_path: Path) -> None:
@@ -362,15 +379,15 @@ CODE = SHORT | {"n_inner": 40}
 NEW_FALCON = {"num_kv_heads": 2, "new_decoder_architecture": True}
 FUSED: dict[str, Parts] = {"query_key_value": BY_HEAD}
 TWO_GROUPS: dict[str, Parts] = {"query_key_value": (FusedPart(48, 24),)}
-BIGCODE, OWN = transformers.GPTBigCodeConfig, {"multi_query": False}
+STARCODER, OWN = transformers.GPTBigCodeConfig, {"multi_query": False}
 CASES: dict[str, Case] = {
     "llama": (transformers.LlamaConfig, {"head_dim": 4}, {"q_proj": (Q,), "k_proj": (K,)}),
     "llama whose heads are wide": (transformers.LlamaConfig, {"head_dim": 6}, WIDE),
     "gpt2": (transformers.GPT2Config, SHORT, {"c_attn": (Q, FULL_K, FULL_K), "c_proj": ()}),
     "phi3": (transformers.Phi3Config, {}, PHI),
     "gpt_neox": (transformers.GPTNeoXConfig, {}, NEOX),
-    "gpt_bigcode": (BIGCODE, CODE, {"c_attn": (Q, ONE_K, ONE_K)}),
-    "gpt_bigcode without shared heads": (BIGCODE, CODE | OWN, {"c_attn": BY_HEAD}),
+    "gpt_bigcode": (STARCODER, CODE, {"c_attn": (Q, ONE_K, ONE_K)}),
+    "gpt_bigcode without shared heads": (STARCODER, CODE | OWN, {"c_attn": BY_HEAD}),
     "falcon": (transformers.FalconConfig, {"multi_query": True}, FALCON),
     "falcon without shared heads": (transformers.FalconConfig, OWN, FUSED),
     "falcon's new decoder": (transformers.FalconConfig, NEW_FALCON, TWO_GROUPS),

@@ -7,7 +7,7 @@ which parts its output has. For the families in `FAMILIES`, a config is enough f
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 from lorax_async.formats.strict_json import JsonValue
@@ -151,37 +151,161 @@ _GATE_FUSED: Linears = (
     ("mlp.gate_up_proj", "hidden", "gate and up"),
     ("mlp.down_proj", "inner", "hidden"),
 )
+_MEGATRON_MLP: Linears = (
+    ("mlp.dense_h_to_4h", "hidden", "inner"),
+    ("mlp.dense_4h_to_h", "inner", "hidden"),
+)
+_SHARED_EXPERT: Linears = (
+    ("mlp.shared_expert.gate_proj", "hidden", "shared"),
+    ("mlp.shared_expert.up_proj", "hidden", "shared"),
+    ("mlp.shared_expert.down_proj", "shared", "hidden"),
+    ("mlp.shared_expert_gate", "hidden", "one"),
+)
+
+
+def _fused_attention(name: str) -> Linears:
+    return (
+        (f"{name}.query_key_value", "hidden", "query, key and value"),
+        (f"{name}.dense", "query", "hidden"),
+    )
+
+
+Keys: TypeAlias = Mapping[str, tuple[str, ...]]
+
+_KEYS: Keys = {
+    "vocabulary": ("vocab_size",),
+    "hidden": ("hidden_size",),
+    "inner": ("intermediate_size",),
+    "layers": ("num_hidden_layers",),
+    "heads": ("num_attention_heads",),
+    "key/value heads": ("num_key_value_heads",),
+    "head": ("head_dim",),
+}
+"""The keys of sizes in a config."""
+
+_EQUAL_HEADS: Keys = {"key/value heads": (), "head": ()}
+_GPT2_KEYS: Keys = {
+    **_EQUAL_HEADS,
+    "hidden": ("n_embd", "hidden_size"),
+    "inner": ("n_inner",),
+    "layers": ("n_layer", "num_hidden_layers"),
+    "heads": ("n_head", "num_attention_heads"),
+    "positions": ("n_positions", "max_position_embeddings"),
+}
+_BLOOM_KEYS: Keys = {
+    **_EQUAL_HEADS,
+    "hidden": ("hidden_size", "n_embed"),
+    "inner": (),
+    "layers": ("n_layer", "num_hidden_layers"),
+    "heads": ("n_head", "num_attention_heads"),
+}
+_FALCON_KEYS: Keys = {
+    "hidden": ("hidden_size", "n_embed"),
+    "inner": ("ffn_hidden_size",),
+    "key/value heads": ("num_kv_heads",),
+    "head": (),
+}
+_EXPERTS: Keys = {"experts": ("num_experts", "num_local_experts")}
+_ALL_SPARSE: Mapping[str, JsonValue] = {"decoder_sparse_step": 1, "mlp_only_layers": []}
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """The layers of the models of one type, and the defaults of their configs.
+    """The modules of the models of one type, and the defaults of their configs.
 
-    `key_value_heads` and `head_dim` count if the config has none. None are as many as there are
-    query heads, and the hidden size divided by them.
+    Attributes
+    ----------
+    key_value_heads, head_dim
+        They count if the config has none. None are as many as there are query heads, and the hidden
+        size divided by them.
+    expansion
+        The inner size is this many hidden sizes if the config has none.
+    layer
+        The linear modules of each layer. They are `transposed` in GPT-2.
+    layers, embeddings
+        The path of the layers, and the embeddings before them with their sizes.
+    keys
+        The keys of sizes where they differ from `_KEYS`. If there are several, all that a config
+        has must agree.
+    requires
+        The values of other keys, if they are there, with which all layers are equal. Text is
+        the key that has the value.
     """
 
     key_value_heads: int | None = None
     head_dim: int | None = None
+    expansion: int = 0
     layer: Linears = (*_ATTENTION, *_GATED)
+    transposed: bool = False
+    layers: str = "model.layers"
+    embeddings: tuple[tuple[str, str], ...] = (("model.embed_tokens", "vocabulary"),)
+    keys: Keys = field(default_factory=dict)
+    requires: Mapping[str, JsonValue] = field(default_factory=dict)
 
+
+_BLOOM = Family(
+    expansion=4,
+    layer=(*_fused_attention("self_attention"), *_MEGATRON_MLP),
+    layers="transformer.h",
+    embeddings=(("transformer.word_embeddings", "vocabulary"),),
+    keys=_BLOOM_KEYS,
+)
 
 FAMILIES: Mapping[str, Family] = {
+    "bloom": _BLOOM,
     "cohere": Family(),
     "cohere2": Family(),
     "ernie4_5": Family(2, 128),
     "exaone4": Family(32),
+    "falcon": replace(_BLOOM, keys=_FALCON_KEYS),
     "gemma": Family(16, 256),
     "gemma2": Family(4, 256),
     "gemma3_text": Family(4, 256),
-    "glm": Family(2, 128, (*_ATTENTION, *_GATE_FUSED)),
-    "glm4": Family(2, 128, (*_ATTENTION, *_GATE_FUSED)),
+    "glm": Family(2, 128, layer=(*_ATTENTION, *_GATE_FUSED)),
+    "glm4": Family(2, 128, layer=(*_ATTENTION, *_GATE_FUSED)),
+    "gpt2": Family(
+        expansion=4,
+        layer=(
+            ("attn.c_attn", "hidden", "query, key and value"),
+            ("attn.c_proj", "hidden", "hidden"),
+            ("mlp.c_fc", "hidden", "inner"),
+            ("mlp.c_proj", "inner", "hidden"),
+        ),
+        transposed=True,
+        layers="transformer.h",
+        embeddings=(("transformer.wte", "vocabulary"), ("transformer.wpe", "positions")),
+        keys=_GPT2_KEYS,
+        requires={"add_cross_attention": False},
+    ),
+    "gpt_neox": Family(
+        layer=(*_fused_attention("attention"), *_MEGATRON_MLP),
+        layers="gpt_neox.layers",
+        embeddings=(("gpt_neox.embed_in", "vocabulary"),),
+        keys=_EQUAL_HEADS,
+    ),
+    "gpt_oss": Family(8, 64, layer=_ATTENTION),
     "granite": Family(),
     "llama": Family(),
     "mistral": Family(8),
+    "mixtral": Family(8, layer=_ATTENTION),
     "olmo": Family(),
     "olmo2": Family(),
     "olmo3": Family(),
+    "olmoe": Family(layer=_ATTENTION),
+    "opt": Family(
+        layer=(
+            ("self_attn.k_proj", "hidden", "key"),
+            ("self_attn.v_proj", "hidden", "key"),
+            ("self_attn.q_proj", "hidden", "query"),
+            ("self_attn.out_proj", "query", "hidden"),
+            ("fc1", "hidden", "inner"),
+            ("fc2", "inner", "hidden"),
+        ),
+        layers="model.decoder.layers",
+        embeddings=(("model.decoder.embed_tokens", "vocabulary"),),
+        keys={**_EQUAL_HEADS, "inner": ("ffn_dim",)},
+        requires={"word_embed_proj_dim": "hidden_size"},
+    ),
     "phi": Family(
         layer=(
             *_ATTENTION[:3],
@@ -198,19 +322,26 @@ FAMILIES: Mapping[str, Family] = {
         )
     ),
     "qwen2": Family(32),
+    "qwen2_moe": Family(
+        16,
+        layer=(*_ATTENTION, *_SHARED_EXPERT),
+        keys={**_EXPERTS, "shared": ("shared_expert_intermediate_size",)},
+        requires=_ALL_SPARSE,
+    ),
     "qwen3": Family(32, 128),
+    "qwen3_moe": Family(4, layer=_ATTENTION, keys=_EXPERTS, requires=_ALL_SPARSE),
     "seed_oss": Family(8, 128),
     "smollm3": Family(4),
     "starcoder2": Family(
         2, layer=(*_ATTENTION, ("mlp.c_fc", "hidden", "inner"), ("mlp.c_proj", "inner", "hidden"))
     ),
 }
-"""By `model_type`: decoders of `model.embed_tokens`, equal layers in `model.layers`, `lm_head`."""
+"""By `model_type`: decoders of embeddings, equal layers and `lm_head`, as transformers 5 has them.
 
-_READ = ("num_attention_heads", "num_key_value_heads", "head_dim")
+Its experts are no linear modules."""
+
 _UNSURE = {*HEAD_COUNTS, *KEY_VALUE_HEAD_COUNTS, *HEAD_DIMS, "text_config", "configuration_files"}
-_UNSURE -= {*_READ}
-"""Keys that these families do not have. With one, other values than those read here may count."""
+"""Keys that can change what counts, if a family does not read them."""
 
 
 def decoder_layout(config: Mapping[str, JsonValue]) -> ModelLayout | None:
@@ -222,47 +353,93 @@ def decoder_layout(config: Mapping[str, JsonValue]) -> ModelLayout | None:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         return None
     family = FAMILIES[model_type]
-    vocabulary, hidden = _size(config, "vocab_size"), _size(config, "hidden_size")
-    inner, num_layers = _size(config, "intermediate_size"), _size(config, "num_hidden_layers")
-    attention = _attention(config, family, hidden)
-    known = vocabulary and hidden and inner and num_layers and _UNSURE.isdisjoint(config)
-    if attention is None or not known:
+    attention = _config_attention(config, model_type)
+    sizes = None if attention is None else _sizes(config, model_type, attention)
+    if sizes is None:
         return None
-    query, key = attention.query.size, attention.key.size
-    sizes = {"hidden": hidden, "query": query, "key": key, "inner": inner}
-    sizes |= {"query, key and value": query + 2 * key, "gate and up": 2 * inner}
-    whole = Parallelism.REPLICATED
-    modules = [Module("model.embed_tokens", vocabulary, hidden, -1, whole, embedding=True)]
+    num_layers, whole = sizes["layers"], Parallelism.REPLICATED
+    modules = [
+        Module(path, sizes[size], sizes["hidden"], -1, whole, embedding=True)
+        for path, size in family.embeddings
+    ]
     for layer in range(num_layers):
         for name, inputs, outputs in family.layer:
-            path, shape = f"model.layers.{layer}.{name}", (sizes[inputs], sizes[outputs])
+            path, shape = f"{family.layers}.{layer}.{name}", (sizes[inputs], sizes[outputs])
             parts = output_parts(model_type, name, sizes[outputs], attention)
-            modules.append(Module(path, *shape, layer, parallel_of(name), parts=parts))
-    modules.append(Module("lm_head", hidden, vocabulary, num_layers, parallel_of("lm_head")))
-    return ModelLayout(tuple(modules), num_layers, backbone_prefix="model.")
+            modules.append(Module(path, *shape, layer, parallel_of(name), family.transposed, parts))
+    shape = sizes["hidden"], sizes["vocabulary"]
+    modules.append(Module("lm_head", *shape, num_layers, parallel_of("lm_head")))
+    return ModelLayout(
+        tuple(modules), num_layers, backbone_prefix=f"{family.layers.split('.')[0]}."
+    )
 
 
-def _attention(
-    config: Mapping[str, JsonValue], family: Family, hidden: int
-) -> AttentionShape | None:
-    heads = _size(config, "num_attention_heads")
+def _config_attention(config: Mapping[str, JsonValue], model_type: str) -> AttentionShape | None:
+    """Return the shape of the attention; None if it is not sure."""
+    family = FAMILIES[model_type]
+    hidden, heads = _size(config, family, "hidden"), _size(config, family, "heads")
     if not heads or hidden % heads:
         return None
-    key_value_heads = _size(config, "num_key_value_heads", family.key_value_heads, heads)
-    head_dim = _size(config, "head_dim", family.head_dim, hidden // heads)
+    key_value_heads = _size(config, family, "key/value heads", family.key_value_heads, heads)
+    head_dim = _size(config, family, "head", family.head_dim, hidden // heads)
+    grouped = multi_query = False
+    if _fused_order(model_type) == "falcon":
+        grouped = config.get("new_decoder_architecture") is True
+        multi_query = not grouped and config.get("multi_query", True) is True
+        key_value_heads = 1 if multi_query else key_value_heads
     if not (key_value_heads and head_dim) or heads % key_value_heads:
         return None
-    return AttentionShape(heads, key_value_heads, head_dim)
+    return AttentionShape(heads, key_value_heads, head_dim, multi_query, grouped)
+
+
+def _fused_order(model_type: str) -> FusedOrder | None:
+    return next((order for (kind, _), order in _FUSED.items() if kind == model_type), None)
+
+
+def _sizes(
+    config: Mapping[str, JsonValue], model_type: str, attention: AttentionShape
+) -> Mapping[str, int] | None:
+    """Return the sizes by which `Family` describes modules; None if they are not sure."""
+    family = FAMILIES[model_type]
+    keys = {**_KEYS, **family.keys}
+    sizes = {size: _size(config, family, size) for size in keys if size not in _EQUAL_HEADS}
+    sizes["inner"] = _size(config, family, "inner", None, family.expansion * sizes["hidden"])
+    read = {key for names in keys.values() for key in names}
+    equal = all(
+        config[key] == (config.get(value) if isinstance(value, str) else value)
+        for key, value in family.requires.items()
+        if key in config
+    )
+    if 0 in sizes.values() or not equal or not (_UNSURE - read).isdisjoint(config):
+        return None
+    order = _fused_order(model_type)
+    fused = () if order is None else attention.fused(order)
+    return {
+        **sizes,
+        "query": attention.query.size,
+        "key": attention.key.size,
+        "query, key and value": sum(part.size for part in fused),
+        "gate and up": 2 * sizes["inner"],
+        "one": 1,
+    }
 
 
 def _size(
-    config: Mapping[str, JsonValue], key: str, default: int | None = None, derived: int = 0
+    config: Mapping[str, JsonValue],
+    family: Family,
+    size: str,
+    default: int | None = None,
+    derived: int = 0,
 ) -> int:
-    """Return the value of a key, or 0 if it is not a positive integer.
+    """Return the value of a size's keys, or 0 if it is not one positive integer.
 
     A missing key counts as `default`; if that is None, it counts as `derived`, as null does then.
     """
-    value = config.get(key, default)
+    keys = family.keys.get(size, _KEYS.get(size, ()))
+    values = [config[key] for key in keys if key in config] or [default]
+    value = values[0]
+    if any(other != value for other in values):
+        return 0
     if value is None and default is None:
         return derived
     return value if type(value) is int and value > 0 else 0
