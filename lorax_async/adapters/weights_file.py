@@ -43,7 +43,7 @@ from lorax_async.formats.peft_names import WEIGHT_DTYPES, TensorRole, parse_tens
 from lorax_async.formats.safetensors import TensorSpan, parse_header
 from lorax_async.formats.split_weights import INDEX, parse_index
 from lorax_async.ids import HubRepository, LocalFolder, parse_ref
-from lorax_async.remote import hub
+from lorax_async.remote.hub import FileQuery, machine_token, problem_of, require_token
 from lorax_async.sources.local import CONFIG, WEIGHTS, find_trusted_adapter, open_weights
 from lorax_async.types import AdapterRef
 
@@ -79,7 +79,7 @@ def adapter_folder(adapter_id: str | Path, token: str | None, *, weights: bool) 
 
 
 def _hub_folder(repo: str, revision: str | None, token: str | None, *, weights: bool) -> str:
-    hub.require_token(token)
+    require_token(token)
     wanted_revision = revision or "main"
 
     def get(name: str, max_bytes: int, wanted: str = "") -> str:
@@ -132,7 +132,7 @@ def _fetch(
     from huggingface_hub import errors, hf_hub_download  # noqa: PLC0415
     from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]  # noqa: PLC0415
 
-    token = token or hub.machine_token()
+    token = token or machine_token()
     download: Any = partial(
         hf_hub_download, repo, name, revision=revision, token=token or False, etag_timeout=_TIMEOUT
     )
@@ -143,7 +143,7 @@ def _fetch(
     except errors.RemoteEntryNotFoundError:
         return None
     except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, RuntimeError, OSError) as error:
-        query = hub.FileQuery(repo, name, revision or "main", token)
+        query = FileQuery(repo, name, revision or "main", token)
         url, reason = query.url(None), cast(Exception, error)
         if isinstance(error, errors.LocalEntryNotFoundError):  # the hub could not be reached
             reason = cast(Exception, error.__cause__ or error)
@@ -155,7 +155,7 @@ def _fetch(
                 " (HF_HUB_CACHE) and its disk",
                 retryable=False,
             ) from None
-        raise hub.problem_of(reason, query, url).located(stage="resolve") from None
+        raise problem_of(reason, query, url).located(stage="resolve") from None
     raise AdapterFormatError(f"{name} has {nbytes:,} bytes, over the {max_bytes:,} allowed")
 
 

@@ -13,9 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lorax_async.cache import disk_cache
 from lorax_async.cache.base import EntryRecord
-from lorax_async.cache.disk_cache import DiskCache, Freed, Listed, Verified
+from lorax_async.cache.disk_cache import DiskCache, Freed, Listed, Verified, gc, ls, rm, verify
 from lorax_async.cli.command_line import (
     FAILED,
     ID_HELP,
@@ -232,7 +231,7 @@ def _at_revision(ref: AdapterRef, revision: str | None) -> AdapterRef:
 
 def _ls(arguments: argparse.Namespace, terminal: Terminal) -> int:
     with _open_cache(arguments) as (folder, cache):
-        listed = [] if cache is None else disk_cache.ls(cache)
+        listed = [] if cache is None else ls(cache)
         total = sum(entry.nbytes for entry in listed)
         if arguments.json:
             entries = [_as_json(entry) for entry in listed]
@@ -323,7 +322,7 @@ def _verify(arguments: argparse.Namespace, terminal: Terminal) -> int:
 
 
 def _hash_entries(cache: DiskCache, terminal: Terminal) -> list[Verified]:
-    sizes = {entry.name: entry.nbytes for entry in disk_cache.ls(cache) if not entry.is_partial}
+    sizes = {entry.name: entry.nbytes for entry in ls(cache) if not entry.is_partial}
     results: list[Verified] = []
     with terminal.bars() as bars:
 
@@ -333,7 +332,7 @@ def _hash_entries(cache: DiskCache, terminal: Terminal) -> list[Verified]:
             bars.update(0, "hashing", done, sum(sizes.values()), state)
 
         show()
-        for verified in disk_cache.verify(cache):
+        for verified in verify(cache):
             results.append(verified)
             show()
     return results
@@ -348,12 +347,12 @@ def _rm(arguments: argparse.Namespace, terminal: Terminal) -> int:
     with _open_cache(arguments) as (folder, cache):
         for name in dict.fromkeys(arguments.names):
             try:
-                matches = _find(name, () if cache is None else disk_cache.ls(cache))
+                matches = _find(name, () if cache is None else ls(cache))
             except UsageError as error:
                 problems.append(error.problem)
                 continue
             for entry in matches:
-                if cache is not None and disk_cache.rm(cache, entry.name):
+                if cache is not None and rm(cache, entry.name):
                     removed.append(entry)
                 else:
                     problems.append(f"{entry.name[:SHOWN_DIGITS]} is in use and was kept")
@@ -400,7 +399,7 @@ def _find(text: str, listed: Sequence[Listed]) -> list[Listed]:
 def _gc(arguments: argparse.Namespace, terminal: Terminal) -> int:
     budget = sys.maxsize if arguments.bytes is None else arguments.bytes
     with _open_cache(arguments, budget) as (folder, cache):
-        freed = Freed(0, 0, 0) if cache is None else disk_cache.gc(cache)
+        freed = Freed(0, 0, 0) if cache is None else gc(cache)
         left = 0 if cache is None else cache.used()
     if arguments.json:
         removed = {"entries": freed.entries, "partials": freed.partials, "bytes": freed.nbytes}

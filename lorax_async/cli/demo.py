@@ -40,12 +40,11 @@ from lorax_async.cli.serve import serve_commands
 from lorax_async.cli.timeline import add_trace, record_trace
 from lorax_async.concurrency import IsWanted, in_thread
 from lorax_async.config import LoaderConfig
+from lorax_async.engines.smollm2 import smollm2_layout
 from lorax_async.errors import ConfigError
 from lorax_async.handle import AdapterHandle
 from lorax_async.ids import Allow
 from lorax_async.loader import AdapterLoader
-from lorax_async.planning.layout import ModelLayout, Module
-from lorax_async.planning.model_families import parallel_of
 from lorax_async.sources.local import CONFIG, WEIGHTS
 from lorax_async.types import AdapterRef, Verification
 
@@ -401,26 +400,6 @@ async def _stream_through(model: Any, loader: AdapterLoader, loads: Sequence[Loa
             async with loader.stream(load.ref) as handle:
                 with attached.batch([handle]):
                     await asyncio.to_thread(compute)
-
-
-def smollm2_layout() -> ModelLayout:
-    """Return the layout of the demo's base: linear modules of 30 layers of hidden size 576."""
-    hidden, middle, heads = 576, 1536, 192
-    shapes = {
-        "self_attn.q_proj": (hidden, hidden),
-        "self_attn.k_proj": (hidden, heads),
-        "self_attn.v_proj": (hidden, heads),
-        "self_attn.o_proj": (hidden, hidden),
-        "mlp.gate_proj": (hidden, middle),
-        "mlp.up_proj": (hidden, middle),
-        "mlp.down_proj": (middle, hidden),
-    }
-    modules = [
-        Module(f"model.layers.{layer}.{name}", *shape, layer, parallel_of(name))
-        for layer in range(30)
-        for name, shape in shapes.items()
-    ]
-    return ModelLayout(tuple(modules), 30, "BF16", "model.")
 
 
 # -- the slow link --------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from lorax_async.errors import ConfigError
+from lorax_async.planning.layout import ModelLayout
+from lorax_async.planning.model_families import decoder_layout
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -39,6 +41,15 @@ FILES: Final = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
+
+SIZES: Final = {
+    "vocab_size": 49_152,
+    "hidden_size": 576,
+    "intermediate_size": 1_536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+}
 
 Report = Callable[[str], None]
 """A callback that gets one short line per step."""
@@ -70,6 +81,13 @@ def prepare_base(cache: Path | None = None, *, progress: Report | None = None) -
             "check disk space and permissions, or use another cache folder"
         ) from error
     return folder
+
+
+def smollm2_layout() -> ModelLayout:
+    """Return the base's layout, without its files."""
+    layout = decoder_layout({"model_type": "llama", **SIZES})
+    assert layout is not None
+    return layout
 
 
 def default_cache() -> Path:

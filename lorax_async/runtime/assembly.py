@@ -14,8 +14,8 @@ import torch
 from lorax_async.cache.disk_cache import OwnCache
 from lorax_async.concurrency import in_own_thread
 from lorax_async.config import LoaderConfig, StoreConfig
-from lorax_async.devices import make_device
 from lorax_async.devices.base import Device
+from lorax_async.devices.cpu import CpuDevice
 from lorax_async.devices.staging import StagingRing
 from lorax_async.devices.transfer import GroupTransfer
 from lorax_async.errors import LoaderClosedError
@@ -24,6 +24,7 @@ from lorax_async.lifecycle.lifecycle import Budgets, Lifecycle, LifecycleTimes
 from lorax_async.lifecycle.policies import policy
 from lorax_async.lifecycle.queues import COPIES_AHEAD
 from lorax_async.lifecycle.residency import HostBudget, ImageBudget, Residency
+from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.sharding import Sharding
 from lorax_async.remote.remote_source import make_remote_source
 from lorax_async.runtime.acquire import Acquirer
@@ -115,7 +116,7 @@ class Assembly:
         self._sharding = sharding
         self._config = config
         self._check_open = check_open
-        self._device = device or make_device(sharding.held, config)
+        self._device = device or _make_device(sharding.held, config)
         self.store = store = StoreParts(config, source, check_open)
         self.copies = HostCopies(config.memory_bytes, store.cache.get if config.spill else None)
         self._memory = MemorySource(
@@ -262,3 +263,18 @@ class Assembly:
         self._memory.close()
         self.store.end()
         self._device.close()
+
+
+def _make_device(layout: ModelLayout, config: LoaderConfig) -> Device:
+    """Return the device that the settings name, not yet open."""
+    dtype = config.storage_dtype or layout.dtype
+    nbytes, slots = config.device_bytes, config.max_slots
+    if config.device == "cpu":
+        return CpuDevice(layout, dtype=dtype, nbytes=nbytes, slots=slots)
+    if config.device == "simulated":
+        from lorax_async.devices.simulated import SimulatedDevice  # noqa: PLC0415
+
+        return SimulatedDevice(layout, dtype=dtype, nbytes=nbytes, slots=slots)
+    from lorax_async.devices.cuda import CudaDevice  # noqa: PLC0415
+
+    return CudaDevice(layout, dtype=dtype, nbytes=nbytes, slots=slots, device=config.device)
