@@ -472,7 +472,7 @@ def _rename(record: Record, called: Mapping[str, str]) -> Record:
     if not isinstance(adapter, str):
         return record
     given, name = called.get(adapter, ANOTHER), record.name
-    if name.endswith(adapter):  # "load pirate"
+    if record.row in {"requests", "layers"}:  # "load pirate", not "layer 1" of an adapter "1"
         name = name.removesuffix(adapter) + given
     return record._replace(name=name, args=record.args | {"adapter": given})
 

@@ -152,7 +152,11 @@ class GroupTransfer:
         pieces = FilePieces(copy.reader, group.reads)
         thread = current_thread().name.removeprefix("lorax-")
         span = self._span(copy, "copies", thread)
-        ticket = self._device.copy(pieces, group.rows, copy.extent, copy.slot)
+        try:
+            ticket = self._device.copy(pieces, group.rows, copy.extent, copy.slot)
+        except BaseException as error:
+            span.end(outcome=type(error).__name__)
+            raise
         span.end_with(ticket, bytes=group.nbytes)
         if self._check_finite:
             ticket.result()

@@ -175,14 +175,16 @@ async def test_a_slot_leaves_also_after_its_last_layer(tmp_path: Path) -> None:
 
 
 async def test_a_load_that_fails_or_is_cancelled_has_its_ends(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "broken", "closed", "held")
+    source = stocked(tmp_path, "broken", "closed", "torn", "held")
     source.fail("bring", errors.FetchError("the line is down"), id="broken", at=1)
     source.fail("open", errors.FetchError("the source is down"), id="closed")
+    source.fail("read", errors.FetchError("the file is torn"), id="torn", at=5_000)
     source.hold("held")
     async with over(source) as there:
         with there.trace() as trace:
             await fails(there.load("broken"), errors.FetchError)
             await fails(there.load("closed"), errors.FetchError)
+            await fails(there.load("torn"), errors.FetchError)
             await fails(there.load("nowhere"), errors.AdapterNotFoundError)
             task = asyncio.create_task(there.load("held"))
             source.allow("held", 0)
@@ -192,11 +194,13 @@ async def test_a_load_that_fails_or_is_cancelled_has_its_ends(tmp_path: Path) ->
             await until(lambda: not there.placement().adapters)
     events = require_trace(trace.as_json())
     ended = {each["name"]: each["args"]["outcome"] for each in of(events, "requests")}
-    failed = {"load broken": "FetchError", "load closed": "FetchError", "load held": "cancelled"}
-    assert ended == failed | {"load nowhere": "AdapterNotFoundError"}
-    assert len(of(events, "files", "fetch header")) == 3, "also the one that failed"
+    failed = dict.fromkeys(("load broken", "load closed", "load torn"), "FetchError")
+    failed |= {"load held": "cancelled", "load nowhere": "AdapterNotFoundError"}
+    assert ended == failed
+    assert "FetchError" in {each["args"]["outcome"] for each in of(events, "copies")}
+    assert len(of(events, "files", "fetch header")) == 4, "also the one that failed"
     outcomes = [each["args"]["outcome"] for each in of(events, "layers") if "bytes" in each["args"]]
-    assert sorted(outcomes) == ["FetchError", "leaving"]
+    assert sorted(outcomes) == ["FetchError", "FetchError", "leaving"]
     assert not [each for each in events if each["args"].get("unfinished")]
 
 
@@ -286,9 +290,9 @@ async def test_no_token_and_no_path_is_in_it(tmp_path: Path) -> None:
 
 
 async def test_only_what_is_shown_has_its_name(tmp_path: Path) -> None:
-    async with over(stocked(tmp_path, "org/mine", "org/theirs")) as loader:
+    async with over(stocked(tmp_path, "org/mine", "org/theirs", "org/1")) as loader:
         with loader.trace() as trace:
-            for name in ("org/mine", "org/theirs"):
+            for name in ("org/mine", "org/theirs", "org/1"):
                 await loader.prefetch([name], tier="disk")
                 (await loader.load(name)).release()
         plain, hidden = trace.as_json(), trace.as_json(called={"mine": "ours"})
@@ -297,6 +301,7 @@ async def test_only_what_is_shown_has_its_name(tmp_path: Path) -> None:
         assert "theirs" in json.dumps(plain)
         text = json.dumps(hidden)
         assert "theirs" not in text
+        assert names(hidden, "copies") == names(plain, "copies")
         for name in ("ours", "another adapter"):
             assert f'"load {name}"' in text
             assert f'"prefetch to disk {name}"' in text
