@@ -108,6 +108,9 @@ Dtype: TypeAlias = str | torch.dtype | None
 
 CONFIG_FILE = "adapter_config.json"
 
+MAX_LAYERS = 4_096
+"""The limit of a config's layers: more would take minutes and gigabytes."""
+
 _MATRICES = (TensorRole.A, TensorRole.B)
 
 
@@ -120,13 +123,16 @@ def from_pretrained(dir: str | Path, dtype: Dtype = None) -> ModelLayout:
     `await asyncio.to_thread(layouts.from_pretrained, dir)`. `dtype` is the one in which the server
     runs the base (torch's, or its name), None the config's.
 
-    Raise `ConfigError` if the folder has no config, transformers is needed but missing or cannot
-    build the model, or the dtype is unknown.
+    Raise `ConfigError` if the folder has no config, or one of more than `MAX_LAYERS` layers,
+    transformers is needed but missing or cannot build the model, or the dtype is unknown.
     """
     folder = Path(dir)
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{str(folder)!r} has no config.json; pass the folder of a base model")
     config = _read_config(folder / "config.json")
+    layers = config.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > MAX_LAYERS:
+        raise ConfigError(f"{str(folder)!r} has {layers:,} layers; {MAX_LAYERS:,} is the limit")
     layout = decoder_layout(config)
     own: object = config.get("dtype") or config.get("torch_dtype")
     if layout is None:

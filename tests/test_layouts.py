@@ -204,6 +204,9 @@ def test_folders_that_are_no_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         config.write_text(text)
         with pytest.raises(ConfigError, match="transformers cannot build"):
             layouts.from_pretrained(tmp_path)
+    config.write_text('{"model_type": "llama", "num_hidden_layers": 1000000000}')
+    with pytest.raises(ConfigError, match="1,000,000,000 layers"):
+        layouts.from_pretrained(tmp_path)
 
 
 def test_a_dtype_is_never_guessed(tmp_path: Path) -> None:
