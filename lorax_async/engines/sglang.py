@@ -41,6 +41,9 @@ WEIGHTS = "sglang.srt.lora.lora.LoRAAdapter"
 ATTRIBUTE = "lorax_async"
 """The attribute of SGLang's TokenizerManager with its `RequestedAdapters`, or None."""
 
+EXPERTS = frozenset({"num_experts", "num_local_experts", "n_routed_experts"})
+"""Keys of the configs of models with experts."""
+
 EMBEDDINGS = frozenset({"embed_tokens", "lm_head"})
 """The modules outside of the layers that SGLang changes."""
 
@@ -309,10 +312,11 @@ def _make_check(model_config: Any) -> Callable[[Path], None]:
     from sglang.srt.runtime_context import get_lora  # noqa: PLC0415
 
     config = model_config.hf_config.to_dict()
-    layout = decoder_layout(config)
+    layout = None if EXPERTS & config.keys() else decoder_layout(config)
     if layout is None:
         _logger.warning(
-            "adapters are not compared with the shapes of the base: its model_type %r is not known",
+            "adapters are not compared with the shapes of the base: its model_type %r is not"
+            " known, or has experts, whose adapters have several spellings",
             config.get("model_type"),
         )
     base = BaseRequirements(layout, get_lora().max_lora_rank)

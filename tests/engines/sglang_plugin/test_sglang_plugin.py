@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from fastapi import HTTPException
 from safetensors.torch import load_file, save_file
 
@@ -126,6 +127,16 @@ async def test_what_does_not_fit_is_refused_before_it_is_loaded(
     await server.resolve(origin.url("one/"))
 
 
+def save_odd(local: Path, module: str, config: Lora) -> None:
+    """Save an adapter that changes `module` in place of an o_proj, with changes of its config."""
+    folder = save(llama(), ATTENTION, local / "odd")
+    weights, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    own = "model.layers.1.self_attn.o_proj"
+    tensors = {name.replace(own, module): each for name, each in load_file(weights).items()}
+    save_file(tensors, weights)
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | config))
+
+
 @pytest.mark.parametrize(
     ("module", "config", "served", "problem"),
     [
@@ -143,17 +154,18 @@ async def test_what_sglang_would_confuse_is_refused_where_the_base_is_not_known(
     from sglang.srt.runtime_context import get_lora
 
     server.requests.model_config.hf_config.num_heads = 4  # a key that Llama has not
-    folder = save(llama(), ATTENTION, local / "odd")
-    weights, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    renamed = {
-        name.replace("model.layers.1.self_attn.o_proj", module): tensor
-        for name, tensor in load_file(weights).items()
-    }
-    save_file(renamed, weights)
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | config))
+    save_odd(local, module, config)
     with get_lora().override(lora_target_modules=served), pytest.raises(ValueError, match=problem):
         await server.resolve("odd")
     assert server.loads == []
+
+
+async def test_experts_may_have_any_spelling(server: Server, local: Path) -> None:
+    server.requests.model_config.hf_config = transformers.Qwen3MoeConfig()
+    targets = ["q_proj", "v_proj", "down_proj"]
+    save_odd(local, "model.layers.1.mlp.experts.3.down_proj", {"target_modules": targets})
+    await server.resolve("odd")
+    assert len(server.loads) == 1
 
 
 @pytest.mark.parametrize("lora", [{}, {"use_rslora": True}, {"use_rslora": True, "r": 12}])
