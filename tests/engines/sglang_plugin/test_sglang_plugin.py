@@ -162,7 +162,7 @@ async def test_what_sglang_would_confuse_is_refused_where_the_base_is_not_known(
 
 async def test_experts_may_have_any_spelling(server: Server, local: Path) -> None:
     server.requests.model_config.hf_config = transformers.Qwen3MoeConfig()
-    targets = ["q_proj", "v_proj", "down_proj"]
+    targets = ["q_proj", "v_proj", "o_proj", "down_proj"]
     save_odd(local, "model.layers.1.mlp.experts.3.down_proj", {"target_modules": targets})
     await server.resolve("odd")
     assert len(server.loads) == 1
