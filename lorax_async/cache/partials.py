@@ -37,7 +37,7 @@ from lorax_async.cache.directory import (
 )
 from lorax_async.concurrency import SharedResource
 from lorax_async.errors import IntegrityError, InternalError
-from lorax_async.files import fill, hash_on
+from lorax_async.files import fill, hash_on, start_writeback
 from lorax_async.formats.digests import Digest, FileHash
 from lorax_async.formats.spans import ByteRange, SpanSet
 from lorax_async.formats.split_weights import FileRole
@@ -195,12 +195,14 @@ class PartialFile:
     def hash_along(self) -> int:
         """Continue hashing, up to the first missing byte; return how many bytes are hashed.
 
-        For one thread beside those that write; publication hashes the rest.
+        For one thread beside those that write; publication hashes the rest. The disk writes
+        meanwhile what publication waits for.
         """
         with self._hashing:
             with self._lock:
                 stop = self._here.reach(self._hash.done)
             with translate_errors(_READING), self._file.use() as fd:
+                start_writeback(fd)
                 hash_on(fd, self._hash, stop, self._name)
             return self._hash.done
 
