@@ -448,6 +448,7 @@ class AdapterOpener:
         self._idle[key] += 1
         reader = FetchReader(
             *(key, self._engine, self._workers, download, files, metadata),
+            layers_first=self._verify in {"none", "stream"},
             resumable=not located.version.startswith(WEAK),
             on_take=no_longer_idle,
         )

@@ -11,7 +11,14 @@ from threading import Lock
 from lorax_async.cache.base import CacheEntry, CacheKey, EntryRecord, FileRecord
 from lorax_async.cache.disk_cache import DiskDownload
 from lorax_async.cache.partials import PartialFile
-from lorax_async.concurrency import FetchControl, SharedResource, WorkerThreads, close_all, outcome
+from lorax_async.concurrency import (
+    FetchControl,
+    Inbox,
+    SharedResource,
+    WorkerThreads,
+    close_all,
+    outcome,
+)
 from lorax_async.config import Limits
 from lorax_async.errors import (
     AdapterFormatError,
@@ -43,6 +50,9 @@ Groups = Sequence[Sequence[ByteSpan]]
 
 _IDLE_SECONDS = 0.05
 
+HASH_RATE = 5e8
+"""Bytes per second that a core hashes while others receive. A faster link needs all cores."""
+
 COMPARED_BYTES = 4 << 10
 """Bytes at the end of each span of a partial download that are fetched again and compared."""
 
@@ -52,7 +62,8 @@ class FetchReader:
 
     Its owner calls `bring` or `refuse` once, or only `close`, which ends the download too; the
     first of them calls `on_take`. `files` are those of the weights. A `resumable` download may be
-    resumed after it failed: the version names the bytes.
+    resumed after it failed: the version names the bytes. With `layers_first` a download that is as
+    fast as hashing is hashed when all of it is here.
     """
 
     def __init__(
@@ -65,6 +76,7 @@ class FetchReader:
         metadata: AdapterMetadata,
         *,
         resumable: bool,
+        layers_first: bool,
         on_take: Callable[[], object],
     ) -> None:
         self.key = key
@@ -76,6 +88,7 @@ class FetchReader:
         self._files = files
         self._metadata = metadata
         self._resumable = resumable
+        self._layers_first = layers_first
         self._on_take = on_take
         self._lock = Lock()
         self._hashing: dict[int, Future[int]] = {}
@@ -110,7 +123,8 @@ class FetchReader:
         try:
             if control.cancelled:
                 raise unwanted_error()
-            jobs = self._begin(groups, _on_loop(arrived), control)
+            inbox = Inbox(asyncio.get_running_loop(), arrived)
+            jobs = self._begin(groups, inbox.put, control)
             async with track(control, *jobs):
                 for job in jobs:
                     await outcome(job.done)
@@ -166,8 +180,13 @@ class FetchReader:
         for group in arrivals.take():
             arrived(group)
 
+        hashes_along = not (self._layers_first and groups) or any(
+            self._engine.throughput(part.answer) < HASH_RATE for part in self._metadata.parts
+        )
+
         def on_progress(number: int, n: int) -> None:
-            self._continue_hashing(number)
+            if hashes_along:
+                self._continue_hashing(number)
             if n < len(shares[number].groups):
                 with self._lock:
                     for group in arrivals.landed(number + 1, n):
@@ -217,16 +236,6 @@ def _trusted_ranges(file: PartialFile, nbytes: int) -> list[ByteRange]:
     if file.expected is not None or not file.resumed:
         return here
     return [(start, stop - COMPARED_BYTES) for start, stop in here if stop - start > COMPARED_BYTES]
-
-
-def _on_loop(arrived: Callable[[int], None]) -> Callable[[int], None]:
-    """Return a function that any thread may call, to call `arrived` on the loop."""
-    loop = asyncio.get_running_loop()
-
-    def report(group: int) -> None:
-        loop.call_soon_threadsafe(arrived, group)
-
-    return report
 
 
 def order_ranges(groups: Groups, nbytes: int) -> list[list[ByteRange]]:

@@ -222,7 +222,7 @@ async def bringing_begun(
         SimpleNamespace(plan=plan, parts=parts, nbytes=plan.nbytes),
     )
     groups = [[ByteSpan(8, 28)], [ByteSpan(28, 48)]]
-    fetch = FetchReader(*given, resumable=True, on_take=lambda: None)
+    fetch = FetchReader(*given, resumable=True, layers_first=False, on_take=lambda: None)
     bringing = asyncio.create_task(fetch.bring(groups, told.append, FetchControl()))
     await asyncio.sleep(0)
     return bringing, calls, jobs
