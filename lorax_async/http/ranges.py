@@ -6,6 +6,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
+from math import ceil
 
 from lorax_async.errors import InternalError
 from lorax_async.formats.spans import ByteRange, SpanSet
@@ -27,6 +28,16 @@ _LATER_PIECE_SECONDS = 0.005
 
 _LATER_PIECE_BYTES = 96 * KiB
 """The same in bytes, for a rate that is only a guess."""
+
+_MACHINE_RATE = 1e9
+"""Bytes per second that a machine receives, writes and copies, about. On a faster link, requests
+cost its CPU time: 84 MB took 61 ms of it on 4 connections, 80 on 16 and 97 by 52 requests.
+"""
+
+_REQUEST_SECONDS = 0.0005
+"""A request's CPU time, without its bytes."""
+
+_LEAST_CONNECTIONS = 4
 
 _SPLIT_SECONDS = 0.02
 """The least gain of a split: measured rates are inexact."""
@@ -60,14 +71,20 @@ def plan_waves(
 
     `groups` are the file's spans of each layer group, in the order to fetch them; no byte is in two
     groups. The `first` ones are urgent; if none is, there is one wave. A wave is balanced for
-    `connections` pieces, by the measured `link` of one.
+    `connections` pieces, by the measured `link` of one; for fewer if they are faster than the
+    machine.
     """
     sizes = sizes or PieceSizes()
-    seconds = size_of(chain.from_iterable(groups)) / (connections * link.rate)
+    nbytes = size_of(chain.from_iterable(groups))
+    connections = min(connections, max(_LEAST_CONNECTIONS, ceil(2 * _MACHINE_RATE / link.rate)))
+    seconds = nbytes / (connections * link.rate)
+    requests = connections * _REQUEST_SECONDS
     cuts = [0, len(groups)]
-    if first and link.delay <= FIRST_WAVE_COST * seconds:
+    if first and link.delay + requests <= FIRST_WAVE_COST * seconds:
         rest = groups[first:]
         affordable = int(LATER_WAVES_COST * seconds / link.delay) if link.delay else len(rest)
+        # Requests cost nothing while the machine waits for the link.
+        affordable = min(affordable, int((seconds - nbytes / _MACHINE_RATE) / requests))
         piece = max(_LATER_PIECE_BYTES, link.rate * max(_LATER_PIECE_SECONDS, 10 * link.delay))
         worth = int(size_of(chain.from_iterable(rest)) / (connections * piece))
         count = max(1, min(affordable, worth, len(rest)))
