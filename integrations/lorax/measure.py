@@ -90,7 +90,9 @@ class ServedModel(Model):
         return layer_type in {"o_proj", "down_proj", "lm_head"}
 
 
-def lorax_layers(number: int, weight: dict[str, Tensor], group: Any = ALONE) -> dict[str, Any]:
+def lorax_layers(
+    number: int, weight: dict[str, Tensor], group: Any = ALONE, rows: Any = TensorParallelRowLinear
+) -> dict[str, Any]:
     """Return LoRAX's layers of one decoder layer, of this process's weights by module name."""
     layers: dict[str, Any] = {}
     for block, names in FUSED.items():
@@ -98,7 +100,7 @@ def lorax_layers(number: int, weight: dict[str, Tensor], group: Any = ALONE) -> 
         base = SuperLayer(FastLinear(torch.cat(parts), None))
         sizes = [len(part) * group.size() for part in parts]
         layers[block] = TensorParallelMultiAdapterLinear.load(base, number, names, sizes, group)
-        row = TensorParallelRowLinear(FastLinear(weight[ROW[block]], None), group)
+        row = rows(FastLinear(weight[ROW[block]], None), group)
         layers[ROW[block]] = TensorParallelAdapterRowLinear.load(row, number, ROW[block], group)
     return layers
 

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import torch.distributed
 from lorax_server.adapters.lora import LoraConfig
+from lorax_server.layers import tensor_parallel
 from lorax_server.layers.linear import FastLinear
-from lorax_server.layers.tensor_parallel import TensorParallelHead
+from lorax_server.utils import layers
 from measure import FUSED, ROW, TYPES, ServedModel, adapter_data, lorax_layers, use_kernels
 from torch import Tensor
 
@@ -37,14 +38,16 @@ class Model(ServedModel):
 
     adapter_layers = TYPES[:-1]
 
-    def __init__(self, weight: dict[str, Tensor], group: Any) -> None:
+    def __init__(self, weight: dict[str, Tensor], group: Any, rows: Any) -> None:
         column = {name for names in FUSED.values() for name in names}
         mine = {
             name: whole.chunk(group.size(), 0 if name in column else 1)[group.rank()].contiguous()
             for name, whole in weight.items()
         }
-        head = TensorParallelHead(FastLinear(torch.zeros(8, HIDDEN), None), group, False)
-        self.layers = lorax_layers(0, mine, group)
+        head = tensor_parallel.TensorParallelHead(
+            FastLinear(torch.zeros(8, HIDDEN), None), group, False
+        )
+        self.layers = lorax_layers(0, mine, group, rows)
         super().__init__([self.layers], head, torch.float32, group)
 
     def load(self, index: int, rank: int, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
@@ -74,10 +77,10 @@ def exact(x: Tensor, weight: Tensor, adapters: Adapters, name: str) -> Tensor:
     return y
 
 
-def compare(group: Any, *, prefill: bool) -> dict[str, float]:
+def compare(group: Any, rows: Any, *, prefill: bool) -> dict[str, float]:
     torch.manual_seed(0)
     weight = {name: torch.randn(shape) for name, shape in SHAPES.items()}
-    model, adapters = Model(weight, group), Adapters()
+    model, adapters = Model(weight, group, rows), Adapters()
     for index, rank in enumerate(RANKS, 1):
         factors = {
             name: (torch.randn(rank, inputs), torch.randn(outputs, rank))
@@ -112,8 +115,11 @@ def main() -> None:
     torch.distributed.init_process_group("gloo", meeting, rank=rank, world_size=2)
     use_kernels(True)
     group = torch.distributed.group.WORLD
-    ways = {"decode": False, "prefill": True}
-    found = {way: compare(group, prefill=prefill) for way, prefill in ways.items()}
+    found = {}
+    for way, prefill in (("decode", False), ("prefill", True)):
+        found[way] = compare(group, layers.TensorParallelRowLinear, prefill=prefill)
+        of_gemma = tensor_parallel.TensorParallelRowLinear
+        found[f"{way}, rows as in Gemma 2"] = compare(group, of_gemma, prefill=prefill)
     if rank == 0:
         json.dump(found, sys.stdout)
     torch.distributed.destroy_process_group()
