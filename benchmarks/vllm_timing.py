@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -30,8 +29,8 @@ class LoopTimes:
 class TimedExtension(WorkerExtension, LoopTimes):
     """The plug-in's, of which its own calls are timed too."""
 
-    def lorax_prepare(self, path: str, *, again: bool = False) -> None:
-        self._timed(partial(super().lorax_prepare, again=again), path)
+    def lorax_prepare(self, path: str, version: str = "") -> None:
+        self._timed(super().lorax_prepare, path, version)
 
     def lorax_prepared(self, path: str) -> tuple[bool, str | None]:
         result: tuple[bool, str | None] = self._timed(super().lorax_prepared, path)

@@ -1,17 +1,34 @@
 """What the vLLM plug-in decides without vLLM; `make vllm` runs it in vLLM's server."""
 
+import asyncio
+import shutil
 import sys
+import threading
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from socket import AF_INET, SOCK_DGRAM, socket
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from lorax_async import ConfigError
-from lorax_async.engines.plugins import PluginSettings
-from lorax_async.engines.vllm.worker import FILES, BuiltWeights, unexpected_interface
+from common import open_files, until
+from lorax_async import AdapterRef, AdapterStore, ConfigError, StoreConfig
+from lorax_async.engines.plugins import BaseRequirements, PluginSettings
+from lorax_async.engines.vllm.engine_calls import EngineCalls
+from lorax_async.engines.vllm.notices import receive_notices, send_notice
+from lorax_async.engines.vllm.plugin import notice_host
+from lorax_async.engines.vllm.served_adapters import ServedAdapters
+from lorax_async.engines.vllm.worker import (
+    FILES,
+    BuiltWeights,
+    WorkerExtension,
+    unexpected_interface,
+)
+from vllm_stage import write_adapter
 
 
 def settings(**values: str) -> PluginSettings:
@@ -107,6 +124,9 @@ class Lora:
         }
         self._adapter_manager = SimpleNamespace(**expected | changed)
 
+    def step(self, lora_request: Any) -> Any:
+        return self._load_adapter(lora_request)
+
     def _load_adapter(self, lora_request: Any) -> Any:
         """Return a model whose weights are the file's bytes."""
         data = Path(lora_request.lora_path, FILES[1]).read_bytes()
@@ -143,11 +163,16 @@ def test_only_the_expected_interface_is_extended(lora: object, reason: str | Non
 
 
 @pytest.fixture
-def built(monkeypatch: pytest.MonkeyPatch) -> BuiltWeights:
+def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = SimpleNamespace(LoRARequest=request, GracefulHTTPError=RuntimeError)
+    for name in ("vllm", "vllm.lora", "vllm.lora.request", "vllm.exceptions"):
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.fixture
+def built(vllm: None) -> BuiltWeights:
     """Room for 20 bytes of weights: those of a file of 10."""
-    for name in ("vllm", "vllm.lora", "vllm.lora.request"):
-        monkeypatch.setitem(sys.modules, name, SimpleNamespace(LoRARequest=request))
-    return BuiltWeights(Lora(), 20, "/nowhere")
+    return BuiltWeights(Lora(), 20)
 
 
 def request(name: str, number: int, path: str) -> Any:
@@ -163,8 +188,8 @@ def write(folder: Path, weights: bytes) -> str:
     return str(folder)
 
 
-def build(built: BuiltWeights, path: str, **options: bool) -> str | None:
-    built.prepare(path, **options)
+def build(built: BuiltWeights, path: str, version: str = "") -> str | None:
+    built.prepare(path, version)
     while not (progress := built.progress(path))[0]:
         time.sleep(0.001)
     return progress[1]
@@ -202,9 +227,141 @@ def test_an_adapter_beyond_the_budget_is_checked_and_drives_nothing_out(
     assert build(built, large) == "vLLM does not support it"
 
 
-def test_a_folder_whose_files_changed_is_built_again(built: BuiltWeights, tmp_path: Path) -> None:
-    path = write(tmp_path / "a", b"1")
-    assert build(built, path) is None
-    write(tmp_path / "a", b"2")
-    assert build(built, path, again=True) is None
-    assert built.load(request("a", 1, path)).loras["q"].lora_a.tolist() == [ord("2")]
+class Engine:
+    """vLLM's EngineClient, with one worker, whose calls are noted."""
+
+    def __init__(self, lora: Lora) -> None:
+        self.worker: Any = WorkerExtension()
+        vars(self.worker)["model_runner"] = SimpleNamespace(lora_manager=lora)
+        self.calls: list[tuple[Any, ...]] = []
+        self.output_processor = SimpleNamespace(request_states={})
+
+    async def collective_rpc(self, method: str, args: Any) -> list[Any]:
+        self.calls.append((method, *args))
+        return [getattr(self.worker, method)(*args)]
+
+    async def remove_lora(self, number: int) -> None:
+        self.calls.append(("remove_lora", number))
+
+    async def abort(self, ids: list[str], *, internal: bool) -> None: ...
+
+
+@asynccontextmanager
+async def serving(
+    root: Path, engine: Engine, host_bytes: int = 1 << 20, named: Any = None
+) -> AsyncIterator[ServedAdapters]:
+    """Serve the folders in `root`; vLLM has the adapters `named`."""
+    given = settings(SOURCES=str(root), CACHE_DIR=f"{root}/cache")
+    calls = EngineCalls(engine)
+    models = SimpleNamespace(lora_requests=named or {}, lora_resolver_lock={})
+    await calls.setup(host_bytes, [each.lora_int_id for each in models.lora_requests.values()])
+    async with AdapterStore(StoreConfig(**given.store_settings())) as store:
+        served = ServedAdapters(given, store, calls, models, lambda: BaseRequirements(None, None))
+        yield served
+        await served.close()
+
+
+@pytest.mark.usefixtures("vllm")
+async def test_a_local_folder_is_built_again_when_its_files_changed(tmp_path: Path) -> None:
+    folder, engine = write_adapter(tmp_path / "a", rank=1, seed=1, layers=1), Engine(Lora())
+    async with serving(tmp_path, engine) as served:
+        for seed, built in ((1, 1), (2, 2)):
+            shutil.rmtree(folder)
+            write_adapter(folder, rank=1, seed=seed, layers=1)
+            for name in ("prefetched", "asked"):
+                await served.discard(await served.prepare_folder(name, str(folder)))
+            await served.refresh()
+            assert served.counts["built"] == built
+
+
+@pytest.mark.usefixtures("vllm")
+async def test_a_request_waits_for_one_hint_at_most(tmp_path: Path) -> None:
+    order: list[str] = []
+    turns = threading.Semaphore(0)
+
+    class Slow(Lora):
+        def _load_adapter(self, lora_request: Any) -> Any:
+            order.append(Path(lora_request.lora_path).name)
+            turns.acquire()
+            return super()._load_adapter(lora_request)
+
+    names = [*(f"hint-{number}" for number in range(5)), "asked"]
+    folders = [write_adapter(tmp_path / name, rank=1, seed=1, layers=1) for name in names]
+    engine = Engine(Slow())
+    async with serving(tmp_path, engine) as served:
+        for name in names[:-1]:
+            served.prefetch(name, AdapterRef(f"./{name}"))
+        await until(lambda: order)
+        await asyncio.sleep(0.1)  # for all that there is to come
+        asked = asyncio.create_task(served.prepare("asked", AdapterRef("./asked")))
+        await until(lambda: any(str(folders[-1]) in call for call in engine.calls))
+        turns.release(len(names))
+        await served.discard(await asked)
+        await until(lambda: len(order) == len(names))
+    assert order.index("asked") == 1
+
+
+@pytest.mark.usefixtures("vllm")
+async def test_adapters_that_vllm_had_before_are_looked_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither of the two folders that go ends the engine: not even the one that had gone before.
+
+    They stay, and do not count where others leave for lack of room.
+    """
+    monkeypatch.setattr("lorax_async.engines.vllm.served_adapters.MAX_SERVED", 1)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("lorax_async.engines.vllm.served_adapters.LINGER", 0.0)
+    folder = write_adapter(tmp_path / "here", rank=1, seed=1, layers=1)
+    here, gone = request("here", 1, "~/here"), request("gone", 2, f"{tmp_path}/gone")
+    named, lora = {"here": here, "gone": gone}, Lora()
+    engine = Engine(lora)
+    async with serving(tmp_path, engine, 0, named) as served:
+        served.add_loaded()
+        await until(lambda: served.describe()[0]["bytes"] and served.describe()[1]["last_error"])
+        other = await served.prepare("here/other", AdapterRef("./here"))
+        named["other"] = request("other", 3, other.path)
+        served.add(other, named["other"], is_resolvable=True)
+        await served.refresh()
+        assert set(named) == {"here", "gone", "other"}
+        del named["other"]
+        await served.refresh()
+        shutil.rmtree(folder)
+        assert lora.step(here).loras
+        assert lora.step(gone) == "zeros"
+        for name, number in (("here", 1), ("gone", 2)):
+            named.pop(name, None)
+            await served.refresh()
+            assert ("remove_lora", number) in engine.calls
+    assert str(folder) not in "".join(open_files())
+
+
+async def test_a_notice_without_the_key_is_ignored() -> None:
+    notices: list[tuple[str, str]] = []
+    transport, (host, port, key) = await receive_notices(
+        "127.0.0.1", lambda *notice: notices.append(notice)
+    )
+    send_notice((host, port, key[::-1]), "/forged", "gone")
+    with socket(AF_INET, SOCK_DGRAM) as stranger:
+        stranger.sendto(b"/forged\0gone", (host, port))
+    send_notice((host, port, key), "/a", "its file has gone")
+    await until(lambda: notices)
+    assert notices == [("/a", "its file has gone")]
+    transport.close()
+
+
+@pytest.mark.parametrize(
+    ("elsewhere", "engines", "expected"),
+    [(False, 1, "127.0.0.1"), (True, 1, "192.0.2.1"), (False, 2, "192.0.2.1")],
+)
+def test_notices_leave_the_host_only_if_a_worker_is_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, elsewhere: bool, engines: int, expected: str
+) -> None:
+    network = SimpleNamespace(get_ip=lambda: "192.0.2.1", get_loopback_ip=lambda: "127.0.0.1")
+    for name in ("vllm", "vllm.utils", "vllm.utils.network_utils"):
+        monkeypatch.setitem(sys.modules, name, network)
+    here = WorkerExtension().lorax_namespace()
+    parallel = SimpleNamespace(
+        local_engines_only=False, data_parallel_size_local=1, data_parallel_size=engines
+    )
+    assert notice_host([here, "another" if elsewhere else here], parallel) == expected

@@ -3,6 +3,7 @@
 - `plugin`: what vLLM's entry points load: a resolver of adapter names, and the server's part;
 - `served_adapters`: an adapter's way from its name to the engine, and out of it again;
 - `engine_calls`: the calls to vLLM's engine and workers;
+- `notices`: how workers tell at once what they lost;
 - `worker`: builds weights beside the loop of each worker, and keeps them in host memory;
 - `routes`: HTTP routes and metrics.
 

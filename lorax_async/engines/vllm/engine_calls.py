@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -25,10 +26,10 @@ class EngineCalls:
         self._client = client
         self.extended = False
 
-    async def setup(self, host_bytes: int, address: str) -> None:
+    async def setup(self, host_bytes: int, added: Sequence[int]) -> None:
         """Extend the workers, or say once why they cannot be; see `WorkerExtension.lorax_setup`."""
         try:
-            reasons = await self._call("lorax_setup", host_bytes, address)
+            reasons = await self.call("lorax_setup", host_bytes, added)
         except Exception as error:  # noqa: BLE001 - vLLM's, of any class
             reasons = [f"start vLLM with --worker-extension-cls {EXTENSION} ({error})"]
         reason = next((reason for reason in reasons if reason is not None), None)
@@ -40,24 +41,24 @@ class EngineCalls:
                 reason,
             )
 
-    async def _call(self, method: str, *args: Any) -> list[Any]:
-        """Return the result of each worker."""
+    async def call(self, method: str, *args: Any) -> list[Any]:
+        """Call a method of `WorkerExtension`; return the result of each worker."""
         results: list[Any] = await self._client.collective_rpc(method, args=args)
         return results
 
-    async def build(self, path: str, timeout: float, *, again: bool = False) -> None:
-        """Build the weights in `path` in every worker; `again` if its files may have changed.
+    async def build(self, path: str, timeout: float, version: str = "") -> None:
+        """Build the weights in `path` in every worker, unless they are built in this `version`.
 
         Raise `UnsupportedAdapterError` if vLLM cannot load it.
         """
         if not self.extended:
             return
-        await self._client.collective_rpc("lorax_prepare", args=(path,), kwargs={"again": again})
+        await self.call("lorax_prepare", path, version)
         try:
             async with asyncio.timeout(timeout):
                 pause = FIRST_POLL
                 while True:
-                    results = await self._call("lorax_prepared", path)
+                    results = await self.call("lorax_prepared", path)
                     if all(done for done, _ in results):
                         break
                     await asyncio.sleep(pause)
@@ -71,9 +72,7 @@ class EngineCalls:
     async def forget(self, path: str, *, keep_copy: bool = False) -> None:
         """Let the workers close the adapter's files, and drop their weights unless `keep_copy`."""
         if self.extended:
-            await self._client.collective_rpc(
-                "lorax_forget", args=(path,), kwargs={"keep_copy": keep_copy}
-            )
+            await self.call("lorax_forget", path, keep_copy)
 
     async def remove(self, number: int) -> None:
         """Take an adapter out of its slot and out of vLLM's cache."""
@@ -83,7 +82,7 @@ class EngineCalls:
         """Return what every worker holds, with the counts and failures of all of them."""
         if not self.extended:
             return {"device": (), "cached": (), "built": {}, "lost": {}, "counts": {}}
-        first, *others = await self._call("lorax_report")
+        first, *others = await self.call("lorax_report")
         for other in others:
             for name in ("device", "cached"):
                 first[name] = [number for number in first[name] if number in other[name]]
@@ -97,21 +96,21 @@ class EngineCalls:
 
     def uses(self, path: str) -> bool:
         """Return whether a request that has not ended uses the adapter in `path`."""
-        return any(state.lora_request.lora_path == path for state in self._requests())
+        return bool(self._requests(path))
 
     async def fail(self, path: str, problem: str) -> None:
         """End the requests that use the adapter in `path` with status 503."""
         from vllm.exceptions import GracefulHTTPError  # noqa: PLC0415
 
-        states = [each for each in self._requests() if each.lora_request.lora_path == path]
+        states = self._requests(path)
         for state in states:
             error = FetchError(problem, id=state.lora_request.lora_name)
             state.queue.put(GracefulHTTPError(str(error), HTTPStatus.SERVICE_UNAVAILABLE))
         await self._client.abort([state.request_id for state in states], internal=True)
 
-    def _requests(self) -> list[Any]:
-        states = self._client.output_processor.request_states
-        return [state for state in states.values() if state.lora_request is not None]
+    def _requests(self, path: str) -> list[Any]:
+        states = self._client.output_processor.request_states.values()
+        return [each for each in states if getattr(each.lora_request, "lora_path", None) == path]
 
 
 EXTENSION = "lorax_async.engines.vllm.worker.WorkerExtension"

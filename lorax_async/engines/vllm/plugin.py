@@ -10,17 +10,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from socket import AF_UNIX, SOCK_DGRAM, socket
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from lorax_async import layouts
 from lorax_async.config import StoreConfig
 from lorax_async.engines.plugins import BaseRequirements, PluginSettings
 from lorax_async.engines.vllm.engine_calls import EngineCalls
+from lorax_async.engines.vllm.notices import network_namespace, receive_notices
 from lorax_async.engines.vllm.routes import attach_metrics, attach_routes, refuse
 from lorax_async.engines.vllm.served_adapters import ServedAdapters
 from lorax_async.errors import ConfigError, LoraxError
@@ -28,9 +27,6 @@ from lorax_async.planning.layout import ModelLayout
 from lorax_async.store import AdapterStore
 
 NAME = "lorax_async"
-
-MAX_NOTICE = 8_192
-"""Bytes of a worker's notice: a path and an error."""
 
 _logger = logging.getLogger("vllm.lorax_async")  # vLLM writes what its children log
 
@@ -125,30 +121,32 @@ class ServerPlugin:
             )
 
         served = ServedAdapters(settings, store, engine, models, read_base)
-        await engine.setup(settings.host_bytes, self._listen(served))
+        added = [request.lora_int_id for request in models.lora_requests.values()]
+        await engine.setup(settings.host_bytes, added)
+        if engine.extended:
+            namespaces = await engine.call("lorax_namespace")
+            host = notice_host(namespaces, config.parallel_config)
+            transport, address = await receive_notices(host, served.handle_loss)
+            self._stack.callback(transport.close)
+            await engine.call("lorax_notify", address)
         await served.load_base()
         self._stack.push_async_callback(served.close)
+        served.add_loaded()
         watch = asyncio.create_task(served.watch(), name="lorax watch")
         self._stack.callback(watch.cancel)
         attach_metrics(served, config.parallel_config.data_parallel_index)
         RESOLVER.serving = state.lorax = settings, served
 
-    def _listen(self, served: ServedAdapters) -> str:
-        """Receive what the workers lost; return the address of the socket."""
-        folder = self._stack.enter_context(TemporaryDirectory(prefix="lorax-async-"))
-        address = f"{folder}/lost"
-        notices = self._stack.enter_context(socket(AF_UNIX, SOCK_DGRAM))
-        notices.setblocking(False)
-        notices.bind(address)
 
-        def read() -> None:
-            path, _, reason = notices.recv(MAX_NOTICE).decode(errors="replace").partition("\0")
-            served.handle_loss(path, reason)
+def notice_host(namespaces: Iterable[str], parallel: Any) -> str:
+    """Return where workers reach this process: by loopback, unless one is on another host."""
+    from vllm.utils.network_utils import get_ip, get_loopback_ip  # noqa: PLC0415
 
-        loop = asyncio.get_running_loop()
-        loop.add_reader(notices, read)
-        self._stack.callback(loop.remove_reader, notices)
-        return address
+    engines = 1 if parallel.local_engines_only else parallel.data_parallel_size
+    are_here = parallel.data_parallel_size_local >= engines  # vLLM asks the first one alone
+    is_local = are_here and set(namespaces) == {network_namespace()}
+    host: str = get_loopback_ip() if is_local else get_ip()
+    return host
 
 
 def read_layout(model_config: Any) -> ModelLayout | None:

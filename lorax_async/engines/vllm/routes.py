@@ -101,7 +101,9 @@ async def load_adapter(request: Request) -> Response:
     if isinstance(response, ErrorResponse):
         await served.discard(adapter)
         return JSONResponse(response.model_dump(), response.error.code)
-    served.add(adapter, models.lora_requests[name])
+    loaded = models.lora_requests[name]
+    loaded.load_inplace = False  # vLLM would load it again in every step
+    served.add(adapter, loaded)
     return PlainTextResponse(response)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Coroutine, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -14,7 +16,9 @@ from typing import Any, Protocol, TypeVar
 from lorax_async.engines.plugins import BaseRequirements, PluginSettings
 from lorax_async.engines.vllm.engine_calls import EngineCalls
 from lorax_async.errors import FetchError, LoraxError
+from lorax_async.files import identity_of
 from lorax_async.runtime.folders import AdapterFolder
+from lorax_async.sources.local import CONFIG, WEIGHTS
 from lorax_async.store import AdapterStore
 from lorax_async.types import AdapterRef
 
@@ -50,7 +54,7 @@ class ServedAdapter:
     id: str
     path: str
     folder: AdapterFolder | None
-    """None for a folder that a caller of `/v1/load_lora_adapter` named."""
+    """None for a folder that the operator named: by `/v1/load_lora_adapter` or `--lora-modules`."""
     nbytes: int = 0
     request: Any = None
     """vLLM's LoRARequest, once there is one."""
@@ -95,6 +99,7 @@ class ServedAdapters:
         self._uses: Counter[str] = Counter()
         self._report: Mapping[str, Any] = {}
         self._lock = asyncio.Lock()
+        self._background = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
     # -- into the engine --------------------------------------------------------------------------
@@ -124,9 +129,10 @@ class ServedAdapters:
         self._uses[adapter.path] += 1
         try:
             base = await self.load_base()
-            adapter.nbytes = await asyncio.to_thread(base.check, Path(adapter.path))
-            is_local = adapter.version is None  # its files may have changed
-            await self._engine.build(adapter.path, self._settings.timeout, again=is_local)
+            adapter.nbytes, version = await asyncio.to_thread(_check, base, Path(adapter.path))
+            if adapter.version is not None:  # fetched again, its path has the same files
+                version = ""
+            await self._engine.build(adapter.path, self._settings.timeout, version)
         except BaseException as error:
             self._start(self.discard(adapter))
             if not isinstance(error, LoraxError):
@@ -149,6 +155,27 @@ class ServedAdapters:
         if (before := self._served.pop(adapter.name, None)) is not None:
             self._leaving.append(before)
         self._served[adapter.name] = adapter
+
+    def add_loaded(self) -> None:
+        """Add the adapters of `--lora-modules`, which vLLM has loaded, and prepare them again."""
+        for name, request in self._models.lora_requests.items():
+            path = os.path.abspath(os.path.expanduser(request.lora_path))
+            if os.path.isdir(path):  # otherwise it is one of the hub, or has gone
+                request.lora_path = path
+            self._uses[request.lora_path] += 1
+            self.add(ServedAdapter(name, request.lora_path, request.lora_path, None), request)
+        self._start(self._prepare_loaded(tuple(self._served.values())))
+
+    async def _prepare_loaded(self, adapters: Iterable[ServedAdapter]) -> None:
+        for adapter in adapters:
+            try:
+                async with self._background:
+                    prepared = await self.prepare_folder(adapter.name, adapter.path)
+            except LoraxError as error:
+                _logger.warning("vLLM alone loads an adapter of --lora-modules: %s", error)
+            else:
+                adapter.nbytes = prepared.nbytes
+                await self.discard(prepared)
 
     async def discard(self, adapter: ServedAdapter) -> None:
         """Release an adapter that vLLM did not get; its weights stay while there is room."""
@@ -177,7 +204,8 @@ class ServedAdapters:
     async def _prefetch(self, name: str, ref: AdapterRef) -> None:
         try:
             await self._store.prefetch(ref)  # leaves the connections to requests
-            adapter = await self.prepare(name, ref)
+            async with self._background:  # a request waits for one to be built, not for all
+                adapter = await self.prepare(name, ref)
         except LoraxError as error:
             self._note(name, error)
             return
@@ -231,8 +259,9 @@ class ServedAdapters:
             if self._engine.uses(adapter.path):
                 self._served[name] = self._served.pop(name)
         leased = sum(each.nbytes for each in self._served.values() if each.folder is not None)
+        number = sum(each.is_resolvable for each in self._served.values())
         for name, adapter in tuple(self._served.items()):
-            if leased <= self._settings.cache_bytes // 2 and len(self._served) <= MAX_SERVED:
+            if leased <= self._settings.cache_bytes // 2 and number <= MAX_SERVED:
                 return
             is_free = adapter.is_resolvable and not self._is_locked(name)
             if is_free and self._is_idle(adapter):
@@ -240,6 +269,7 @@ class ServedAdapters:
                 adapter.is_retired, adapter.idle_since = True, None
                 self._leaving.append(self._served.pop(name))
                 leased -= adapter.nbytes
+                number -= 1
 
     def _is_locked(self, name: str) -> bool:
         """Return whether vLLM adds or removes the adapter just now."""
@@ -325,6 +355,14 @@ class ServedAdapters:
             if name not in named
         ]
         return rows
+
+
+def _check(base: BaseRequirements, folder: Path) -> tuple[int, str]:
+    """Return the bytes of an adapter's weights, and a text that changes with its files. Blocks."""
+    version = ""
+    with suppress(OSError):
+        version = repr([identity_of((folder / name).stat()) for name in (CONFIG, WEIGHTS)])
+    return base.check(folder), version
 
 
 def _remember(names: OrderedDict[str, T], name: str, value: T) -> None:

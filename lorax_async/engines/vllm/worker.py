@@ -11,13 +11,13 @@ import inspect
 import os
 import tempfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from socket import AF_UNIX, SOCK_DGRAM, socket
 from typing import Any
 
+from lorax_async.engines.vllm.notices import NoticeAddress, network_namespace, send_notice
 from lorax_async.errors import shorten
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -50,28 +50,34 @@ class WorkerExtension:
     Each call returns at once: it runs in the engine's loop.
     """
 
-    def lorax_setup(self, host_bytes: int, address: str) -> str | None:
+    def lorax_setup(self, host_bytes: int, added: Sequence[int]) -> str | None:
         """Begin to serve weights from host memory. Return the reason if that is not possible.
 
-        `address` is a Unix datagram socket, which receives the paths of adapters that are lost.
+        `added` are the numbers of the adapters that vLLM has already.
         """
         lora = getattr(getattr(self, "model_runner", None), "lora_manager", None)
         reason = unexpected_interface(lora)
         if reason is None and getattr(self, "_lorax_weights", None) is None:
-            self._lorax_weights = BuiltWeights(lora, host_bytes, address)
+            self._lorax_weights = BuiltWeights(lora, host_bytes, added)
             # On this object alone: other workers and other users of the class keep theirs.
             lora._load_adapter = self._lorax_weights.load  # type: ignore[union-attr]  # noqa: SLF001
         return reason
 
-    def lorax_prepare(self, path: str, *, again: bool = False) -> None:
-        """Begin to build the weights in folder `path`; `again` if its files may have changed."""
-        self._lorax_weights.prepare(path, again=again)
+    def lorax_namespace(self) -> str:
+        return network_namespace()
+
+    def lorax_notify(self, address: NoticeAddress) -> None:
+        self._lorax_weights.address = address
+
+    def lorax_prepare(self, path: str, version: str = "") -> None:
+        """Begin to build the weights in folder `path`, unless it is built in this `version`."""
+        self._lorax_weights.prepare(path, version)
 
     def lorax_prepared(self, path: str) -> tuple[bool, str | None]:
         """Return whether `lorax_prepare` has ended, and its error."""
         return self._lorax_weights.progress(path)
 
-    def lorax_forget(self, path: str, *, keep_copy: bool = False) -> None:
+    def lorax_forget(self, path: str, keep_copy: bool) -> None:
         """Close the files of `path`, and drop its weights unless `keep_copy`."""
         self._lorax_weights.forget(path, keep_copy=keep_copy)
 
@@ -86,26 +92,30 @@ class BuiltWeights:
     All methods run in the engine's loop; `_build` runs in a thread.
     """
 
-    def __init__(self, lora: Any, budget: int, address: str) -> None:
+    address: NoticeAddress | None = None
+    """Where to send notices of lost adapters."""
+
+    def __init__(self, lora: Any, budget: int, added: Iterable[int] = ()) -> None:
         self._lora = lora
-        self._address = address
         self._load: Callable[[Any], Any] = lora._load_adapter  # noqa: SLF001
         self._budget = budget
         self._models: OrderedDict[str, tuple[Any, int]] = OrderedDict()
+        self._versions: dict[str, str] = {}
         self._files: dict[str, OpenFiles] = {}
         self._building: dict[str, Future[Any]] = {}
         self._lost: dict[str, str] = {}
-        self._added: set[int] = set(lora._adapter_manager.list_adapters())  # noqa: SLF001
+        self._added = set(added)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lorax-build")
         self.counts = dict.fromkeys(("built", "hits", "loads", "reopened", "lost"), 0)
 
     # -- building ---------------------------------------------------------------------------------
 
-    def prepare(self, path: str, *, again: bool = False) -> None:
-        """Begin to open the files of `path` and to build it; `again` if it is built already."""
-        if again:
+    def prepare(self, path: str, version: str = "") -> None:
+        """Begin to open the files of `path` and to build it, unless it is built in `version`."""
+        if version != self._versions.get(path, ""):
             self._cancel(path)
             self._models.pop(path, None)
+            self._versions[path] = version
         if path in self._models:
             self._models.move_to_end(path)
         building = self._building.get(path)
@@ -181,6 +191,7 @@ class BuiltWeights:
         self._lost.pop(path, None)
         if not keep_copy:
             self._models.pop(path, None)
+            self._versions.pop(path, None)
 
     def _cancel(self, path: str) -> None:
         building = self._building.pop(path, None)
@@ -242,9 +253,8 @@ class BuiltWeights:
     def _report_loss(self, path: str, error: Exception) -> None:
         self.counts["lost"] += 1
         self._lost[path] = _describe(error, path)
-        with suppress(OSError), socket(AF_UNIX, SOCK_DGRAM) as notice:
-            notice.setblocking(False)
-            notice.sendto(f"{path}\0{self._lost[path]}".encode(), self._address)
+        if self.address is not None:
+            send_notice(self.address, path, self._lost[path])
 
     def report(self) -> dict[str, Any]:
         """Return the numbers of adapters in slots and in vLLM's cache, and our bytes by path."""
@@ -298,20 +308,18 @@ def _close_files(building: Future[Any]) -> None:
 
 def _require_applied(model: Any, adapters: Any) -> None:
     """Raise ValueError for weights that vLLM would ignore: the result would not be the adapter."""
-    if getattr(adapters, "is_pooling_model", False) or _is_pipelined():
-        return  # names differ; other layers are in other workers
+    if getattr(adapters, "is_pooling_model", False):
+        return  # its modules have other names
+    from vllm.distributed import get_pp_group  # noqa: PLC0415
+
+    if get_pp_group().world_size > 1:
+        return  # other layers are in other workers
     ignored = sorted(name for name in model.loras if name not in adapters.modules)
     if ignored:
         raise ValueError(
             f"vLLM would ignore the weights of {len(ignored)} modules, such as {ignored[0]!r};"
             " see --lora-target-modules"
         )
-
-
-def _is_pipelined() -> bool:
-    from vllm.distributed import get_pp_group  # noqa: PLC0415
-
-    return bool(get_pp_group().world_size > 1)
 
 
 def _detach(model: Any) -> int:

@@ -1,0 +1,64 @@
+"""Notices of lost adapters, from a worker to the API server, while requests get wrong tokens.
+
+Each is one UDP datagram, signed with a key that only the server and its workers have. What one that
+gets lost would have told, the server's next question to the workers does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import os
+import secrets
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from socket import AF_INET, AF_INET6, SOCK_DGRAM, socket
+from typing import TypeAlias
+
+NoticeAddress: TypeAlias = tuple[str, int, str]
+"""IP address, port and key of the server."""
+
+_SIGNATURE = 32
+
+
+def network_namespace() -> str:
+    """Return what two processes have in common if they reach each other by loopback."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+    return f"{boot} {os.stat('/proc/self/ns/net').st_ino}"
+
+
+def send_notice(address: NoticeAddress, path: str, reason: str) -> None:
+    """Tell the server that the adapter in `path` is lost. Returns at once."""
+    host, port, key = address
+    body = f"{path}\0{reason}".encode(errors="replace")
+    with suppress(OSError), socket(AF_INET6 if ":" in host else AF_INET, SOCK_DGRAM) as notice:
+        notice.setblocking(False)
+        notice.sendto(hmac.digest(key.encode(), body, "sha256") + body, (host, port))
+
+
+async def receive_notices(
+    host: str, handle: Callable[[str, str], None]
+) -> tuple[asyncio.BaseTransport, NoticeAddress]:
+    """Call `handle(path, reason)` for each notice, until the transport is closed.
+
+    Raise OSError if `host` is not an address of this machine.
+    """
+    receiver = _NoticeReceiver(handle)
+    transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(
+        lambda: receiver, local_addr=(host, 0)
+    )
+    bound, port, *_ = transport.get_extra_info("sockname")
+    return transport, (bound, port, receiver.key)
+
+
+class _NoticeReceiver(asyncio.DatagramProtocol):
+    def __init__(self, handle: Callable[[str, str], None]) -> None:
+        self.key = secrets.token_hex()
+        self._handle = handle
+
+    def datagram_received(self, data: bytes, address: object) -> None:  # noqa: ARG002 - asyncio's
+        signature, body = data[:_SIGNATURE], data[_SIGNATURE:]
+        if hmac.compare_digest(signature, hmac.digest(self.key.encode(), body, "sha256")):
+            path, _, reason = body.decode().partition("\0")
+            self._handle(path, reason)
