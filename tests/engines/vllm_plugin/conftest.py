@@ -2,14 +2,17 @@
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from link import Link, hub_files
 from lorax_async.engines.smollm2 import prepare_base
+from lorax_async.engines.vllm.worker import FILES
 from vllm_stage import VllmServer, write_adapter
 
 if "VLLM_PYTHON" not in os.environ:
@@ -20,7 +23,7 @@ SMALL = ("red", "green", "blue")
 NAMES = (*DEMO, *SMALL)
 COMMIT = "c" * 40
 CACHED = ("--max-loras", "2", "--max-cpu-loras", "2")
-HUGE = "org/huge"
+HUGE, SPOILT = "org/huge", "org/spoilt"
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,26 @@ class World:
     def url(self, name: str) -> str:
         return self.origin.url(f"{name}/")
 
+    def entry(self, name: str, log: str) -> Path:
+        """Return an adapter's folder in the cache of the server with this log."""
+        for folder in {file.parent for file in (self.root / f"cache-{log}").rglob("*.json")}:
+            contents = [
+                [(place / file).read_bytes() for file in FILES if (place / file).exists()]
+                for place in (folder, self.folders[name])
+            ]
+            if contents[0] == contents[1]:
+                return folder
+        raise AssertionError(f"{name} is not in the cache")
+
     def start(
-        self, log: str, *, plugin: bool, extension: str | None = None, **settings: str
+        self,
+        log: str,
+        *,
+        plugin: bool,
+        extension: str | None = None,
+        arguments: Sequence[str] = (),
+        **settings: str,
     ) -> VllmServer:
-        """Start a server; unless another extension is given, calls in its loop are timed."""
-        if extension is None:
-            extension = "vllm_timing.TimedExtension" if plugin else "vllm_timing.LoopTimes"
         environment = {
             "VLLM_SERVER_DEV_MODE": "1",  # for collective_rpc
             "HF_ENDPOINT": self.origin.url("")[:-1],
@@ -65,7 +82,7 @@ class World:
             prepare_base(),
             self.root / f"{log}.log",
             plugin=plugin,
-            arguments=CACHED,
+            arguments=[*CACHED, *arguments],
             environment=environment,
             extension=extension,
         )
@@ -85,6 +102,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, examples: Path) -> Iterator[
         "deeper": write_adapter(others / "deeper", rank=8, seed=7, layers=31),
         "large-rank": write_adapter(others / "large-rank", rank=136, seed=7, layers=1),
         "huge": write_adapter(others / "huge", rank=128, seed=7),
+        "spoilt": write_adapter(others / "spoilt", rank=8, seed=7, layers=1),
         "cut": write_adapter(others / "cut", rank=8, seed=7, layers=2),
     }
     weights = folders["cut"] / "adapter_model.safetensors"
@@ -92,9 +110,33 @@ def world(tmp_path_factory: pytest.TempPathFactory, examples: Path) -> Iterator[
     files = {
         f"{name}/{file.name}": file for name, path in folders.items() for file in path.iterdir()
     }
-    files |= hub_files(HUGE, COMMIT, folders["huge"], root)
+    for repo in (HUGE, SPOILT):
+        files |= hub_files(repo, COMMIT, folders[repo.removeprefix("org/")], root)
     with (
         Link(files, rate=8e6, delay=0.01, commit=COMMIT) as origin,
         Link(files, rate=1e6, delay=0.01) as dying,
     ):
+        with (folders["spoilt"] / "adapter_model.safetensors").open("r+b") as file:
+            file.seek(-100, os.SEEK_END)  # the hub has named its digest
+            file.write(bytes(100))
         yield World(root, folders, origin, dying)
+
+
+def counts(server: VllmServer) -> dict[str, float]:
+    """What the workers did, by event."""
+    server.adapters()
+    families = {f.name: f for f in text_string_to_metric_families(server.get("/metrics").body)}
+    return {s.labels["event"]: s.value for s in families["lorax_worker_adapters"].samples}
+
+
+def loaded(server: VllmServer) -> list[list[int]]:
+    """The numbers of the adapters that each worker has, in slots or in vLLM's cache."""
+    results: list[list[int]] = server.post("/collective_rpc", method="list_loras").json["results"]
+    return results
+
+
+def until(done: Callable[[], object], seconds: float = 20.0) -> None:
+    stop = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < stop, "it did not come to pass"
+        time.sleep(0.1)

@@ -6,13 +6,10 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
-from engines.vllm_plugin.conftest import DEMO, HUGE, NAMES, World
+from engines.vllm_plugin.conftest import DEMO, HUGE, NAMES, SPOILT, World, counts, loaded, until
 from vllm_stage import BASE, Arrival, Reply, VllmServer, watch_arrival
 
 HOST_BYTES = "76MiB"
@@ -29,12 +26,10 @@ def own(world: World) -> tuple[dict[str, str], Arrival]:
                 server.post("/v1/load_lora_adapter", lora_name=name, lora_path=path).status == 200
             )
         texts = {name: server.text(name) for name in (BASE, *NAMES)}
-        times = server.post("/collective_rpc", method="loop_times")
         load = {"lora_name": "huge", "lora_path": HUGE}
         arrival = watch_arrival(
             server, lambda: server.post("/v1/load_lora_adapter", **load), tokens=200
         )
-        assert times.status == 200
     return texts, arrival
 
 
@@ -52,42 +47,11 @@ def alive(request: pytest.FixtureRequest) -> Iterator[None]:
     assert server.text(BASE) == texts[BASE]
 
 
-def counts(server: VllmServer) -> dict[str, float]:
-    """What the workers did, by event."""
-    server.adapters()
-    families = {f.name: f for f in text_string_to_metric_families(server.get("/metrics").body)}
-    return {s.labels["event"]: s.value for s in families["lorax_worker_adapters"].samples}
-
-
 def forget(server: VllmServer) -> None:
     """Unload all adapters, and wait until the engine has let them go."""
     for model in server.get("/v1/models").json["data"][1:]:
         server.post("/v1/unload_lora_adapter", lora_name=model["id"])
-    until(lambda: not loaded(server))
-
-
-def loaded(server: VllmServer) -> list[int]:
-    """The numbers of the adapters that the worker has, in slots or in vLLM's cache."""
-    numbers: list[int] = server.post("/collective_rpc", method="list_loras").json["results"][0]
-    return numbers
-
-
-def until(done: Any, seconds: float = 20.0) -> None:
-    stop = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < stop, "it did not come to pass"
-        time.sleep(0.1)
-
-
-def entry(world: World, name: str) -> Path:
-    """The folder of an adapter in the plug-in's cache."""
-    config = (world.folders[name] / "adapter_config.json").read_bytes()
-    weights = (world.folders[name] / "adapter_model.safetensors").read_bytes()
-    for file in (world.root / "cache-plugin").rglob("adapter_model.safetensors"):
-        if file.read_bytes() == weights and (file.parent / "adapter_config.json").exists():
-            assert (file.parent / "adapter_config.json").read_bytes() == config
-            return file.parent
-    raise AssertionError(f"{name} is not in the cache")
+    until(lambda: not any(loaded(server)))
 
 
 def test_texts_equal_those_of_local_adapters(
@@ -117,17 +81,19 @@ def test_texts_equal_those_of_local_adapters(
         ("large-rank", 400, "its rank is 136, and this server takes up to 128"),
         ("cut", 400, "the file ends 1,000 bytes before"),
         ("absent", 404, "adapter_config.json"),
+        (SPOILT, 502, "has not the sha256 digest"),
     ],
 )
 def test_a_wrong_adapter_is_refused_before_the_engine_sees_it(
     server: VllmServer, world: World, name: str, status: int, message: str
 ) -> None:
     before = loaded(server)
-    for reply in (server.chat(world.url(name)), server.chat(world.url(name))):
+    model = name if name == SPOILT else world.url(name)
+    for reply in (server.chat(model), server.chat(model)):
         assert reply.status == status
         assert message in reply.json["error"]["message"]
     assert loaded(server) == before
-    assert message in server.adapters()[world.url(name)]["last_error"]
+    assert message in server.adapters()[model]["last_error"]
 
 
 def test_a_hundred_unknown_names_are_404(server: VllmServer, world: World) -> None:
@@ -146,7 +112,7 @@ def test_the_folder_of_an_adapter_that_left_vllms_cache_may_vanish(
     for name in NAMES:
         assert server.text(world.url(name)) == texts[name]
     for name in NAMES:
-        shutil.rmtree(entry(world, name))
+        shutil.rmtree(world.entry(name, "plugin"))
     before = counts(server)
     for name in NAMES:
         assert server.text(world.url(name)) == texts[name]
@@ -167,7 +133,7 @@ def test_requests_of_an_adapter_that_cannot_be_read_again_fail_alone(
     texts, _ = own
     forget(server)
     assert server.text(world.url("red")) == texts["red"]
-    os.truncate(entry(world, "red") / "adapter_model.safetensors", 100)
+    os.truncate(world.entry("red", "plugin") / "adapter_model.safetensors", 100)
     assert server.text(world.url("pirate")) == texts["pirate"]
     assert server.chat(HUGE, tokens=1).status == 200
     assert server.text(world.url("shout")) == texts["shout"]
@@ -195,7 +161,7 @@ def test_unloading_frees_the_engine_when_the_last_request_ends(
     assert server.post("/v1/load_lora_adapter", **elsewhere).status == 404
     reader.join()
     assert streams[0].startswith(texts["pirate"][:20])
-    until(lambda: not loaded(server))
+    until(lambda: not any(loaded(server)))
     assert "pirate" not in server.adapters()
 
 
@@ -209,7 +175,7 @@ def test_an_adapter_may_be_unloaded_while_it_loads(server: VllmServer, world: Wo
         assert unloaded.status in {200, 404}
         assert loading.result().status == 200
     server.post("/v1/unload_lora_adapter", lora_name="late")
-    until(lambda: not loaded(server))
+    until(lambda: not any(loaded(server)))
 
 
 def test_an_origin_that_dies_in_mid_download_is_503_with_a_time(
@@ -235,11 +201,11 @@ def test_prefetch_brings_weights_to_host_memory(
     assert server.post("/v1/lorax/prefetch", adapters=["blue", "s3://bucket/a/"]).status == 404
     assert server.post("/v1/lorax/prefetch", adapters=["blue"]).status == 202
     until(lambda: server.adapters().get("blue", {}).get("tier") == "host")
-    assert not loaded(server)
+    assert not any(loaded(server))
     before = counts(server)
     assert server.text("blue") == texts["blue"]
     after = counts(server)
-    assert after["built"] - before["built"] <= 1
+    assert after["built"] == before["built"]
     row = server.adapters()["blue"]
     assert row["tier"] == "device"
     assert row["bytes"] > 0
@@ -247,20 +213,42 @@ def test_prefetch_brings_weights_to_host_memory(
     assert 'vllm:lora_adapter_loaded{adapter_name="blue",engine="0",level="gpu"} 1.0' in metrics
 
 
+def test_an_adapter_loaded_in_place_is_loaded_once(
+    server: VllmServer, world: World, own: tuple[dict[str, str], Arrival]
+) -> None:
+    """Once more, its folder has other files; and no step loads it again."""
+    texts, _ = own
+    forget(server)
+    folder = world.root / "edited"
+    load = {"lora_name": "edited", "lora_path": str(folder), "load_inplace": True}
+    for name in ("red", "blue"):
+        shutil.copytree(world.folders[name], folder, dirs_exist_ok=True)
+        assert server.post("/v1/load_lora_adapter", **load).status == 200
+    before = counts(server)
+    assert server.text("edited") == texts["blue"]
+    assert counts(server) == before
+
+
 def test_an_adapter_from_the_hub_stalls_nobody(
     server: VllmServer, own: tuple[dict[str, str], Arrival]
 ) -> None:
-    """78 MB at 8 MB/s per connection, beside vLLM's own way in the same run."""
+    """78 MB at 8 MB/s per connection: vLLM's loop waits for all of it, and ours for a slot alone.
+
+    `bench_vllm.py` measures how long.
+    """
     _, theirs = own
     forget(server)
-    server.post("/collective_rpc", method="loop_times")
+    before = counts(server)
     load = {"lora_name": "huge", "lora_path": HUGE}
     replies: list[Reply] = []
     ours = watch_arrival(
         server, lambda: replies.append(server.post("/v1/load_lora_adapter", **load)), tokens=80
     )
     assert replies[0].status == 200
-    (times,) = server.post("/collective_rpc", method="loop_times").json["results"]
-    assert theirs.busy_gap > 5.0
-    assert ours.busy_gap < 0.2 * theirs.busy_gap
-    assert times["load"] + times["calls"] < 1.2 * times["activate"]
+    after = counts(server)
+    changed = {
+        event: after[event] - before[event] for event in after if after[event] != before[event]
+    }
+    assert changed == {"built": 1, "hits": 1}
+    assert theirs.busy_gap > 78 / 8 / 2  # nothing can make it shorter
+    assert ours.busy_gap < theirs.busy_gap
