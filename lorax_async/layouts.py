@@ -35,6 +35,7 @@ from lorax_async.planning.model_families import (
     HEAD_DIMS,
     HEADS,
     KEY_VALUE_HEAD_COUNTS,
+    LAYER_COUNTS,
     AttentionShape,
     Parts,
     decoder_layout,
@@ -130,9 +131,10 @@ def from_pretrained(dir: str | Path, dtype: Dtype = None) -> ModelLayout:
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{str(folder)!r} has no config.json; pass the folder of a base model")
     config = _read_config(folder / "config.json")
-    layers = config.get("num_hidden_layers")
-    if isinstance(layers, int) and layers > MAX_LAYERS:
-        raise ConfigError(f"{str(folder)!r} has {layers:,} layers; {MAX_LAYERS:,} is the limit")
+    for key in LAYER_COUNTS:
+        layers = config.get(key)
+        if isinstance(layers, int) and layers > MAX_LAYERS:
+            raise ConfigError(f"{str(folder)!r} has {layers:,} layers; {MAX_LAYERS:,} is the limit")
     layout = decoder_layout(config)
     own: object = config.get("dtype") or config.get("torch_dtype")
     if layout is None:

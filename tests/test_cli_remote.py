@@ -199,32 +199,13 @@ def test_ctrl_c_ends_a_fetch_which_can_be_begun_again(tmp_path: Path) -> None:
         assert main(arguments) == 0
 
 
-async def test_a_failed_fetch_shows_how_far_it_came(tmp_path: Path) -> None:
-    files, seen = files_of({"one": tiny.write(tmp_path / "a", rank=128)}), threading.Event()
-    shown: list[tuple[int, int | None, str]] = []
-
-    def show(_: int, __: str, done: int, total: int | None, state: str) -> None:
-        shown.append((done, total, state))
-        if done:
-            seen.set()
-
-    def behave(asked: Asked, client: Client) -> None:
-        later = asked.target.endswith(NAMES[1]) and asked.span and asked.span[0]
-        right({} if later and seen.wait(30) else files)(asked, client)
-
-    with FaultServer(b"", behave) as server:
-        allowed = (Allow("http", "127.0.0.1", server.port),)
-        config = StoreConfig(cache_dir=tmp_path / "cache", allow=allowed)
-        await fetch_all(config, [FetchRow(parse_ref(AdapterRef(server.url("/one/"))))], show)
-    assert shown[-1] == (shown[-2][0], len(files[f"/one/{NAMES[1]}"]), "failed")
-
-
 async def test_a_few_at_a_time(tmp_path: Path) -> None:
-    """Bytes are counted as they land."""
-    names = [f"n{number}" for number in range(2 * AT_ONCE)]
-    folder = tiny.write(tmp_path / "a")
-    files, gate = files_of(dict.fromkeys(names, folder)), threading.Event()
-    states, sizes, resolving = dict[int, str](), dict[int, object](), list[int]()
+    """Bytes are counted as they land; the last one fails, and shows how far it came."""
+    names = [f"n{number}" for number in range(2 * AT_ONCE + 1)]
+    folder, last = tiny.write(tmp_path / "a"), tiny.write(tmp_path / "b", rank=128)
+    files = files_of(dict.fromkeys(names, folder) | {names[-1]: last})
+    gate, begun = threading.Event(), threading.Event()
+    states, sizes, resolving = dict[int, str](), dict[int, tuple[int, int | None]](), list[int]()
 
     def show(number: int, _: str, done: int, total: int | None, state: str) -> None:
         """Nobody is answered before it has been seen twice who asks."""
@@ -233,10 +214,13 @@ async def test_a_few_at_a_time(tmp_path: Path) -> None:
             resolving.append(list(states.values()).count("resolving"))
             if resolving[-2:] == [max(resolving)] * 2 and resolving[-1]:
                 gate.set()
+            if done:
+                begun.set()
 
     def behave(asked: Asked, client: Client) -> None:
         assert gate.wait(30)
-        right(files)(asked, client)
+        rest = asked.target == f"/{names[-1]}/{NAMES[1]}" and asked.span and asked.span[0]
+        right({} if rest and begun.wait(30) else files)(asked, client)
 
     with FaultServer(b"", behave) as server:
         allowed = (Allow("http", "127.0.0.1", server.port),)
@@ -244,7 +228,9 @@ async def test_a_few_at_a_time(tmp_path: Path) -> None:
         rows = [FetchRow(parse_ref(AdapterRef(server.url(f"/{name}/")))) for name in names]
         await fetch_all(config, rows, show)
     size = sum(map(len, contents(folder).values()))
-    assert set(states.values()) == {"fetched"}
+    assert list(states.values()) == ["fetched"] * (len(names) - 1) + ["failed"]
+    done, total = sizes.pop(len(names) - 1)
+    assert 0 < done < (total or 0) == len(contents(last)[NAMES[1]])
     assert set(sizes.values()) == {(size, size)}
     assert len({row.as_json()["place"] for row in rows}) == len(names)
     assert max(resolving) == AT_ONCE

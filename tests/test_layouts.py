@@ -200,6 +200,14 @@ def test_folders_that_are_no_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     odd += ({"text_config": {"hidden_size": 64}}, {"model_type": "gemma", "head_dim": None})
     odd = (json.dumps(LLAMA | {"model_type": "llama"} | changes) for changes in odd)
     foreign = '{"model_type": "their own", "auto_map": {"AutoConfig": "theirs.Config"}}'
+    for model_type, key in (
+        ("llama", "num_hidden_layers"),
+        ("gpt2", "n_layer"),
+        ("mpt", "n_layers"),
+    ):
+        config.write_text(json.dumps(LLAMA | {"model_type": model_type, key: 10**9}))
+        with pytest.raises(ConfigError, match="4,096 is the limit"):
+            layouts.from_pretrained(tmp_path)
     for text in (*wrong, *odd, no_model, foreign):
         config.write_text(text)
         with pytest.raises(ConfigError, match="transformers cannot build"):

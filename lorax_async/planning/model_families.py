@@ -40,10 +40,11 @@ def parallel_of(name: str) -> Parallelism:
 
 # -- the parts of an output ------------------------------------------------------------------------
 
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 KEY_VALUE_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "kv_heads")
 HEAD_DIMS = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
-"""Attributes of attention modules and keys of configs; the first that is set counts."""
+"""Keys of configs and, but for the first, attributes of attention modules; the first set counts."""
 
 Parts: TypeAlias = tuple[FusedPart, ...]
 FusedOrder = Literal["by projection", "by head", "bigcode", "falcon"]

@@ -1,7 +1,6 @@
 """`loader.fetch`: a verified folder, held for whoever needs an adapter's files and not its tensors."""
 
 import asyncio
-import itertools
 import subprocess
 import sys
 import threading
@@ -18,10 +17,10 @@ import torch
 from fault_server import Asked, Client
 from hub_stand_in import HubStandIn
 from huggingface_hub import snapshot_download
-from remote_world import RemoteWorld, Steps, over
+from remote_world import RemoteWorld, over
 from safetensors.torch import load_file
 from user_loads import at, contents, has, loader, stored_in, written
-from web_folder import WEIGHTS, refuse
+from web_folder import WEIGHTS
 
 import split_files
 import tiny
@@ -164,25 +163,6 @@ async def test_a_cancelled_fetch_leaves_the_others(world: RemoteWorld) -> None:
     assert first.cancelled()
 
 
-async def test_given_up_at_every_step_it_leaves_nothing(world: RemoteWorld, tmp_path: Path) -> None:
-    steps = Steps(world.source)
-    files = tiny.files(tiny.write(tmp_path / "a", rank=256))
-    async with over(world) as there:
-        for step in itertools.count(1):
-            ref = world.put(f"number-{step}", *files)
-            fetching = asyncio.create_task(there.fetch(ref))
-            steps.expect(step, fetching.cancel)
-            await asyncio.wait([fetching])
-            if not fetching.cancelled():
-                fetching.result().release()
-                break
-            await until(lambda: is_evictable(world))
-            async with await there.fetch(ref) as folder:
-                assert (folder.path / WEIGHTS).read_bytes() == files[1]
-    assert step > 6, "every await was met"
-    assert is_evictable(world)
-
-
 REFUSED: dict[str, tuple[Callable[[AdapterRef], Any], type[errors.LoraxError], str]] = {
     "a merge": (lambda ref: Merge("linear", [ref, ref], [1, 1]), errors.UsageError, "merge"),
     "no such adapter": (
@@ -190,7 +170,6 @@ REFUSED: dict[str, tuple[Callable[[AdapterRef], Any], type[errors.LoraxError], s
         errors.AdapterNotFoundError,
         "no such",
     ),
-    "another digest": (lambda ref: replace(ref, digest="0" * 64), errors.IntegrityError, "digest"),
     "too large": (
         lambda ref: replace(ref, id="large"),
         errors.AdapterFormatError,
@@ -223,35 +202,6 @@ async def test_tensors_and_stand_ins_are_in_no_folder(tmp_path: Path) -> None:
         (await there.load_tensors("given", given, tiny.config())).release()
         for id in ("fake", "given"):
             await fails(there.fetch(id), errors.UsageError, "has no folder")
-
-
-async def test_deadlines_and_the_end_of_the_loader(world: RemoteWorld) -> None:
-    world.stock()
-    gate, ref = threading.Event(), world.ref("one")
-    there = await over(world).__aenter__()
-    held = await there.fetch(ref)
-    world.stock("two", 1)
-
-    def late(asked: Asked, client: Client) -> None:
-        gate.wait(20)
-        refuse("503 No")(asked, client)
-
-    world.server.behave = late
-    with pytest.raises(errors.AdapterTimeoutError, match=r"within 0\.1 s") as caught:
-        await there.fetch(world.ref("two"), timeout=0.1)
-    assert (caught.value.stage, caught.value.id) == ("fetch", "two")
-    waiting = asyncio.create_task(there.fetch(world.ref("two")))
-    await until(lambda: len(world.server.asked) > 2)
-    closing = asyncio.create_task(there.close(timeout=0.2))
-    await asyncio.wait([waiting])
-    assert isinstance(waiting.exception(), errors.LoaderClosedError)
-    assert not is_evictable(world), "leases are waited for"
-    gate.set()
-    await closing
-    assert is_evictable(world), "and are ended then"
-    assert held.released
-    held.release()
-    await fails(there.fetch(ref), errors.LoaderClosedError)
 
 
 async def test_a_folder_that_is_never_released_is_told(world: RemoteWorld) -> None:

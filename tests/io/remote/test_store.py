@@ -236,21 +236,26 @@ async def files_of(store: AdapterStore, world: RemoteWorld) -> dict[str, bytes]:
         return contents(folder.path)
 
 
-async def test_cancelled_at_every_step_it_leaves_no_record(
+async def test_cancelled_at_every_step_it_leaves_nothing(
     world: RemoteWorld, tmp_path: Path
 ) -> None:
     steps, files = Steps(world.source), tiny.files(tiny.write(tmp_path / "a", rank=256))
     async with AdapterStore(source=world.source) as store:
         for step in itertools.count(1):
-            checkout = asyncio.ensure_future(store.checkout(world.put(f"n{step}", *files)))
+            ref = world.put(f"n{step}", *files)
+            checkout = asyncio.ensure_future(store.checkout(ref))
             steps.expect(step, checkout.cancel)
             await asyncio.wait([checkout])
             if not checkout.cancelled():
                 checkout.result().release()
                 break
-            assert not store.placement()
-        assert store.placement().keys() == {f"n{step}"}
+            assert f"n{step}" not in store.placement()
+            await until(lambda: is_evictable(world.folder.parent))
+            async with store.checkout(ref) as folder:
+                assert (folder.path / "adapter_model.safetensors").read_bytes() == files[1]
+        assert f"n{step}" in store.placement()
     assert step > 6, "every await was met"
+    assert is_evictable(world.folder.parent)
 
 
 @pytest.mark.parametrize("make", [lambda world: AdapterStore(source=world.source), over])
@@ -271,32 +276,33 @@ async def test_closing_fails_calls_before_it_waits_for_leases(
         held.release()
 
 
-async def test_closing_cancels_hints_and_waits_for_leases(world: RemoteWorld) -> None:
+async def test_deadlines_and_the_end_of_hints_and_leases(world: RemoteWorld) -> None:
     world.stock()
     world.stock("two", 1)
-    store = await AdapterStore(source=world.source).__aenter__()
-    held = await store.checkout(world.ref("one"))
-    gate = threading.Event()
+    store, two = await AdapterStore(source=world.source).__aenter__(), world.ref("two")
+    held, gate = await store.checkout(world.ref("one")), threading.Event()
 
     def late(asked: Asked, client: Client) -> None:
         gate.wait(20)
         refuse("503 No")(asked, client)
 
     world.server.behave = late
-    hint = store.prefetch(world.ref("two"))
-    waiting = asyncio.ensure_future(store.checkout(world.ref("two")))
-    await until(lambda: len(world.server.asked) > 2)
-    closing = asyncio.create_task(store.close(timeout=10))
-    await asyncio.wait([waiting])
-    error = waiting.exception()
-    assert isinstance(error, errors.LoaderClosedError)
-    assert error.problem == "the store is closed"
-    assert hint.done
+    late_error = await fails(
+        store.checkout(two, timeout=0.1), errors.AdapterTimeoutError, r"0\.1 s"
+    )
+    assert (late_error.stage, late_error.id) == ("fetch", "two")
+    hint, before = store.prefetch(two), len(world.server.asked)
+    waiting = asyncio.ensure_future(store.checkout(two))
+    await until(lambda: len(world.server.asked) > before)
+    closing = asyncio.create_task(store.close(timeout=0.5))
+    error = await fails(waiting, errors.LoaderClosedError, "the store is closed")
+    assert (error.stage, hint.done) == ("fetch", True)
+    assert not is_evictable(world.folder.parent), "leases are waited for"
     gate.set()
-    await asyncio.sleep(0.05)
-    assert not closing.done(), "leases are waited for"
-    held.release()
     await closing
+    assert is_evictable(world.folder.parent), "and are ended then"
+    assert held.released
+    held.release()
     with pytest.raises(errors.UsageError, match="entered once"):
         await store.__aenter__()
 
