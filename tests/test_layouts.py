@@ -90,9 +90,6 @@ def test_a_gpt2_stores_its_weights_the_other_way_round() -> None:
     assert layout.modules[-1] == Module("lm_head", 32, 48, 2, COLUMN)
 
 
-NEOX_TINY = partial(transformers.GPTNeoXConfig, **NEOX_SIZES)
-
-
 def built(folder: Path) -> ModelLayout:
     """The layout of transformers' own model of a config."""
     config = transformers.AutoConfig.from_pretrained(folder)
@@ -100,16 +97,14 @@ def built(folder: Path) -> ModelLayout:
         return layouts.from_module(MODEL.from_config(config), config.dtype)
 
 
-def opt(width: int) -> transformers.OPTConfig:
-    return transformers.OPTConfig(**SHARED, ffn_dim=40, word_embed_proj_dim=width)
-
-
 # No family, two that leave open how many heads there are, and layers that are not those of a family.
+OPT = partial(transformers.OPTConfig, **SHARED, ffn_dim=40)
 BIGCODE_TINY = partial(transformers.GPTBigCodeConfig, vocab_size=48, n_embd=32, n_layer=2, n_head=4)
 MOE = partial(transformers.Qwen3MoeConfig, **QWEN, num_experts=4, moe_intermediate_size=8)
 UNCLEAR = (
     *(BIGCODE_TINY, partial(llama, num_heads=8), partial(llama, num_key_value_heads=3)),
-    *(partial(opt, 16), partial(MOE, mlp_only_layers=[1]), partial(MOE, decoder_sparse_step=2)),
+    *(partial(MOE, mlp_only_layers=[1]), partial(MOE, decoder_sparse_step=2)),
+    partial(OPT, word_embed_proj_dim=16),
     partial(transformers.GPT2Config, n_embd=32, n_layer=2, n_head=4, add_cross_attention=True),
 )
 
@@ -347,7 +342,9 @@ def embeddings_of(model: Any) -> list[str]:
 
 
 def test_positions_counted_from_the_mask_are_no_look_up() -> None:
-    assert embeddings_of(MODEL.from_config(opt(32))) == ["model.decoder.embed_tokens"]
+    assert embeddings_of(MODEL.from_config(OPT(word_embed_proj_dim=32))) == [
+        "model.decoder.embed_tokens"
+    ]
 
 
 def test_an_adapter_of_embedding_head_and_layers(tmp_path: Path) -> None:

@@ -41,12 +41,8 @@ TOKEN = "hf_tenant"
 
 
 def store_of(hub: HubStandIn, folder: Path, **settings: Any) -> AdapterStore:
-    given: dict[str, Any] = {
-        "allow": (at(hub.store_netloc),),
-        "hub_endpoint": hub.endpoint,
-        "hub_cache": "off",
-        "timeout": 5,
-    }
+    given: dict[str, Any] = {"hub_endpoint": hub.endpoint, "hub_cache": "off", "timeout": 5}
+    given |= {"allow": (at(hub.store_netloc),)}
     return AdapterStore(StoreConfig(cache_dir=folder / "cache", **given | settings))
 
 
