@@ -159,7 +159,8 @@ def _find_obstacle(manager: Any) -> str | None:
         from sglang.srt.runtime_context import get_lora, get_parallel, get_serving  # noqa: PLC0415
 
         for owner, *names in (
-            (manager, "lora_registry", "lora_ref_cache", "pending_lora_unloads", "model_config"),
+            (manager, "lora_registry", "lora_ref_cache", "pending_lora_unloads"),
+            (manager, "lora_update_lock", "model_config"),
             (utils, "get_normalized_target_modules", "_KNOWN_LORA_TARGET_MODULES"),
             (io_struct, "LoadLoRAAdapterReqInput", "UnloadLoRAAdapterReqInput"),
             (get_lora(), "max_lora_rank", "lora_target_modules"),
@@ -227,7 +228,9 @@ class RequestedAdapters:
         if name in self._loads:
             return self._loads[name]
         manager = self._manager
-        if name in manager.lora_registry.get_all_adapters() or name in manager.lora_ref_cache:
+        leaves = name in self._folders and name in manager.pending_lora_unloads
+        known = name in manager.lora_registry.get_all_adapters() or name in manager.lora_ref_cache
+        if known and not leaves:
             return None
         ref = self._settings.find(name)
         if ref is None:
@@ -248,35 +251,48 @@ class RequestedAdapters:
 
         try:
             folder = await (await self._open_store()).checkout(ref)
-            if name in self._folders:  # SGLang could not unload it from all workers
-                self._folders[name].release()
+            if name in self._folders:  # SGLang has not unloaded it from all workers
+                self._release(name)
             self._folders[name] = folder
             await asyncio.to_thread(self._check, folder.path)
         except LoraxError as error:
             raise _refuse(error.located(id=ref.text), name) from error
-        manager = self._manager
+        if name in self._manager.pending_lora_unloads:
+            await self._finish_unload(name)
         load = io_struct.LoadLoRAAdapterReqInput(lora_name=name, lora_path=str(folder.path))
-        result = await manager.load_lora_adapter(load)
-        if name in manager.pending_lora_unloads:  # it is in some workers only
-            unload = io_struct.UnloadLoRAAdapterReqInput(lora_name=name)
-            await manager.unload_lora_adapter(unload)
+        result = await self._manager.load_lora_adapter(load)
+        if not result.success:  # it may be in some workers only
+            await self._finish_unload(name)
         # Another client may have loaded it by SGLang's own route.
         if not result.success and "already loaded" not in result.error_message:
             raise ValueError(f"SGLang cannot load the adapter {name!r}: {result.error_message}")
+
+    async def _finish_unload(self, name: str) -> None:
+        """Unload an adapter whose unload was cut short, as by a caller that left."""
+        from sglang.srt.managers import io_struct  # noqa: PLC0415
+
+        async with self._manager.lora_update_lock:  # now no unload is in progress
+            if name in self._manager.pending_lora_unloads:
+                unload = io_struct.UnloadLoRAAdapterReqInput(lora_name=name)
+                await self._manager._unload_lora_adapter_locked(unload)  # noqa: SLF001
 
     def let_go(self, name: str) -> None:
         """Release an adapter's folder if SGLang has unloaded it and no request is on its way."""
         folder = self._folders.get(name)
         if folder is None or name in self._users or name in self._loads:
             return
-        manager, path = self._manager, str(folder.path)
+        manager = self._manager
         loaded = manager.lora_registry.get_all_adapters().get(name)
-        if name in manager.pending_lora_unloads or (loaded and loaded.lora_path == path):
+        if name in manager.pending_lora_unloads or (
+            loaded and loaded.lora_path == str(folder.path)
+        ):
             return
-        known = manager.lora_ref_cache.get(name)
-        if known is not None and known.lora_path == path:
-            del manager.lora_ref_cache[name]
-        del self._folders[name]
+        self._release(name)
+
+    def _release(self, name: str) -> None:
+        folder, known = self._folders.pop(name), self._manager.lora_ref_cache.get(name)
+        if known is not None and known.lora_path == str(folder.path):
+            del self._manager.lora_ref_cache[name]
         folder.release()
 
     async def _open_store(self) -> AdapterStore:

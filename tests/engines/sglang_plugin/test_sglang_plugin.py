@@ -12,6 +12,7 @@ import transformers
 from fastapi import HTTPException
 from safetensors.torch import load_file, save_file
 
+from common import until
 from engines.sglang_plugin.conftest import ATTENTION, NOBODY, REMOTE, Server
 from engines.variants import Lora, active, llama, save
 from link import Link
@@ -69,6 +70,26 @@ async def test_what_sglang_unloads_makes_room_and_comes_again(
         await server.serve(name)
     gate.set()
     assert server.weights.loras.keys() == set(await both)
+
+
+async def test_an_unload_that_was_cut_short_is_finished(
+    server: Server, origin: Link, tmp_path: Path
+) -> None:
+    """A client leaves while SGLang waits for the requests of the adapter that makes room."""
+    from sglang.srt.managers.io_struct import LoadLoRAAdapterReqInput
+
+    one, two, three = (origin.url(f"{name}/") for name in REMOTE[:3])
+    used = [await server.resolve(one), await server.resolve(two)]
+    folder, manager = save(llama(), ATTENTION, tmp_path / "own"), server.requests
+    request = LoadLoRAAdapterReqInput(lora_name="own", lora_path=str(folder))
+    loading = asyncio.create_task(manager.load_lora_adapter(request))
+    await until(lambda: one in manager.pending_lora_unloads)
+    loading.cancel()
+    await asyncio.wait([loading])
+    await manager.lora_registry.release(used)
+    assert Path(await server.serve(one)).is_dir()
+    await server.serve(three)
+    assert manager.pending_lora_unloads == {}
 
 
 async def test_adapters_that_others_load_stay_theirs(
