@@ -134,7 +134,7 @@ class DiskCache:
         answers, new = self.directory.answers, f"{unique()}.new"
         with translate_errors("note a version"):
             try:
-                answers.write(new, content)
+                answers.write(new, content, sync=False)  # a crash may leave half: that is none
                 os.rename(new, _name_of(question), src_dir_fd=answers.fd, dst_dir_fd=answers.fd)
             except BaseException:
                 answers.unlink(new)

@@ -48,7 +48,8 @@ from lorax_async.types import RemoteKey
 
 Groups = Sequence[Sequence[ByteSpan]]
 
-_IDLE_SECONDS = 0.05
+_TICK_SECONDS = 0.01
+_IDLE_TICKS = 3
 
 HASH_RATE = 5e8
 """Bytes per second that a core hashes while others receive. A faster link needs all cores."""
@@ -57,7 +58,33 @@ COMPARED_BYTES = 4 << 10
 """Bytes at the end of each span of a partial download that are fetched again and compared."""
 
 
-class FetchReader:
+class CountedReader:
+    """Passes reads to another `Reader`, and knows when they are done."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.nbytes = reader.nbytes
+        self._reader = reader
+        self._read_bytes = 0
+
+    def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
+        self._reader.read_into(buffers, offset)
+        self._read_bytes += sum(buffer.nbytes for buffer in buffers)  # about, of several threads
+
+    def read_rows(self, buffer: memoryview, offset: int, rows: int, pitch: int) -> None:
+        self._reader.read_rows(buffer, offset, rows, pitch)
+        self._read_bytes += buffer.nbytes
+
+    async def until_read(self, groups: Groups) -> None:
+        """Wait until the groups were read, or nothing was for a while."""
+        wanted = sum(span.nbytes for group in groups for span in group)
+        seen, idle = -1, 0
+        while self._read_bytes < wanted and idle < _IDLE_TICKS:
+            idle = idle + 1 if self._read_bytes == seen else 0
+            seen = self._read_bytes
+            await asyncio.sleep(_TICK_SECONDS)
+
+
+class FetchReader(CountedReader):
     """The `Reader` of a download whose config and headers are here; publication gives it an entry.
 
     Its owner calls `bring` or `refuse` once, or only `close`, which ends the download too; the
@@ -80,7 +107,6 @@ class FetchReader:
         on_take: Callable[[], object],
     ) -> None:
         self.key = key
-        self.nbytes = metadata.nbytes
         self.entry: CacheEntry | None = None
         self._engine = engine
         self._workers = workers
@@ -95,13 +121,7 @@ class FetchReader:
         self._taken = self._closed = False
         readers = tuple(file.reader() for file in files)
         split = metadata.plan and SplitReader(SplitFiles(metadata.plan, readers))
-        self._reader: Reader = split or readers[0]
-
-    def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
-        self._reader.read_into(buffers, offset)
-
-    def read_rows(self, buffer: memoryview, offset: int, rows: int, pitch: int) -> None:
-        self._reader.read_rows(buffer, offset, rows, pitch)
+        super().__init__(split or readers[0])
 
     def landed(self) -> tuple[int, int]:
         """Return how many bytes of the weights have arrived, and how many there are.
@@ -124,10 +144,13 @@ class FetchReader:
             if control.cancelled:
                 raise unwanted_error()
             inbox = Inbox(asyncio.get_running_loop(), arrived)
-            jobs = self._begin(groups, inbox.put, control)
+            hashes_last = self._layers_first and bool(groups) and self._is_fast()
+            jobs = self._begin(groups, inbox.put, control, hash_along=not hashes_last)
             async with track(control, *jobs):
                 for job in jobs:
                     await outcome(job.done)
+            if hashes_last:
+                await self.until_read(groups)
             entry = await self._workers.run(self._download.publish, lambda entry: entry.close())
         except BaseException as error:
             await self._workers.finish(partial(self._leave, control.refused or error))
@@ -166,7 +189,12 @@ class FetchReader:
             entry.close()
 
     def _begin(
-        self, groups: Groups, arrived: Callable[[int], None], control: FetchControl
+        self,
+        groups: Groups,
+        arrived: Callable[[int], None],
+        control: FetchControl,
+        *,
+        hash_along: bool,
     ) -> list[Job[None]]:
         plan = self._metadata.plan
         if plan is None:
@@ -180,12 +208,8 @@ class FetchReader:
         for group in arrivals.take():
             arrived(group)
 
-        hashes_along = not (self._layers_first and groups) or any(
-            self._engine.throughput(part.answer) < HASH_RATE for part in self._metadata.parts
-        )
-
         def on_progress(number: int, n: int) -> None:
-            if hashes_along:
+            if hash_along:
                 self._continue_hashing(number)
             if n < len(shares[number].groups):
                 with self._lock:
@@ -208,6 +232,11 @@ class FetchReader:
             )
             jobs.append(job)
         return jobs
+
+    def _is_fast(self) -> bool:
+        """Return whether hashing would take a core from receiving and copying."""
+        answers = (part.answer for part in self._metadata.parts)
+        return all(self._engine.throughput(answer) > HASH_RATE for answer in answers)
 
     def _continue_hashing(self, number: int) -> None:
         """Hash what has arrived, in one thread per file. Calls for one file are serial."""
@@ -256,7 +285,7 @@ def order_ranges(groups: Groups, nbytes: int) -> list[list[ByteRange]]:
     return ordered
 
 
-class EntryReader:
+class EntryReader(CountedReader):
     """The `Reader` of an entry's weights. Leases the entry until it is closed.
 
     `key` is the entry's. Making it blocks; on an error the entry is closed.
@@ -265,28 +294,11 @@ class EntryReader:
     def __init__(self, entry: CacheEntry, key: CacheKey, limits: Limits) -> None:
         self.entry = entry
         self.key = key
-        self._reads = 0
         try:
-            self._reader = _weights(entry, limits)
+            super().__init__(_weights(entry, limits))
         except BaseException:
             entry.close()
             raise
-        self.nbytes = self._reader.nbytes
-
-    def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
-        self._reads += 1
-        self._reader.read_into(buffers, offset)
-
-    def read_rows(self, buffer: memoryview, offset: int, rows: int, pitch: int) -> None:
-        self._reads += 1
-        self._reader.read_rows(buffer, offset, rows, pitch)
-
-    async def idle(self) -> None:
-        """Wait until no read has begun for a while. Call on the loop."""
-        seen = -1
-        while self._reads != seen:
-            seen = self._reads
-            await asyncio.sleep(_IDLE_SECONDS)
 
     def close(self) -> None:
         self._reader.close()

@@ -135,7 +135,7 @@ class RemoteSource:
             arrived(group)
         if self._verify == "always" or not (self._verify == "none" or reader.entry.is_verified):
             if self._verify == "stream" and groups:
-                await reader.idle()  # hashing would take a core from the copies
+                await reader.until_read(groups)  # hashing would take a core from the copies
             await self._check(reader)
         return self._verification(reader.entry)
 

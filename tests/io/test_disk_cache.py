@@ -558,7 +558,7 @@ def test_last_versions_are_remembered_and_none_says_who_asked(world: DiskWorld) 
         assert another.cache.last_version(asked) == ("org/elsewhere", "2" * 40)
     (path,) = (path for path in world.folder.rglob("*") if path.is_file())
     assert "secret" not in path.name
-    with failing(("fsync",), 1, errno.EIO).counted(), pytest.raises(FetchError, match="EIO"):
+    with failing(("rename",), 1, errno.EIO).counted(), pytest.raises(FetchError, match="EIO"):
         world.cache.note_version(asked, "org/name", "3")
     assert world.cache.last_version(asked) == ("org/elsewhere", "2" * 40)
     for content in (b"", b"{}", b"null", b"\xff", b'{"source": 1, "version": ""}'):

@@ -42,7 +42,7 @@ async def test_two_processes_download_once(tmp_path: Path) -> None:
 async def test_an_answer_counts_for_a_while(tmp_path: Path) -> None:
     with RemoteWorld(tmp_path, revalidate=60) as world:
         world.stock()
-        async with over(world) as loader:
+        async with over(world, revalidate=0) as loader:
             for _ in range(3):
                 (await loader.load(world.ref("one"))).release()
             assert world.locator.located == 1
@@ -68,7 +68,7 @@ async def test_a_digest_is_its_callers_own(tmp_path: Path) -> None:
         folder = world.stock()
         world.locator.promises = False
         plain = world.ref("one")
-        async with over(world) as loader:
+        async with over(world, revalidate=0) as loader:
             for _ in range(2):
                 await fails(loader.load(replace(plain, digest="0" * 64)), IntegrityError, "not 00")
                 async with await loader.load(plain) as handle:
