@@ -43,24 +43,26 @@ def run(*command: str | Path, cwd: Path | None = None, **options: Any) -> str:
             command, cwd=cwd, capture_output=True, text=True, **options
         )
     except subprocess.CalledProcessError as error:
-        said = f"{error.stdout[-2000:]}\n{error.stderr[-4000:]}"
-        raise SystemExit(f"{command} failed:\n{said}") from None
+        printed = f"{error.stdout[-2000:]}\n{error.stderr[-4000:]}"
+        raise SystemExit(f"{command} failed:\n{printed}") from None
     return str(done.stdout)
 
 
 def find_source(temporary: Path) -> Path:
     """Return a repository that has the commit."""
-    given = os.environ.get("LORAX_SRC")
-    source = Path(given) if given else temporary / "fetched"
+    checkout = os.environ.get("LORAX_SRC")
+    source = Path(checkout) if checkout else temporary / "fetched"
     try:
-        if not given:
+        if not checkout:
             run("git", "init", "--quiet", source)
             fetch = ("git", "-C", source, "fetch", "--quiet", "--depth", "1", ORIGIN, COMMIT)
             run(*fetch, timeout=300, env=os.environ | {"GIT_TERMINAL_PROMPT": "0"})
         run("git", "-C", source, "cat-file", "-e", f"{COMMIT}^{{commit}}")
     except (SystemExit, OSError, subprocess.TimeoutExpired):
-        where = f"LORAX_SRC={given} is no checkout that has it" if given else f"{ORIGIN} gave none"
-        raise SourceMissingError(f"LoRAX at {COMMIT[:8]} cannot be had: {where}") from None
+        reason = f"{ORIGIN} gave none"
+        if checkout:
+            reason = f"LORAX_SRC={checkout} is no checkout that has it"
+        raise SourceMissingError(f"LoRAX at {COMMIT[:8]} cannot be had: {reason}") from None
     return source
 
 
@@ -68,7 +70,7 @@ def install() -> None:
     """Install LoRAX's requirements beside this package, once for each state of the lists."""
     stamp = VENV / "installed"
     lists = HERE / "requirements.txt", ROOT / "pyproject.toml"
-    if stamp.exists() and stamp.stat().st_mtime > max(one.stat().st_mtime for one in lists):
+    if stamp.exists() and stamp.stat().st_mtime > max(path.stat().st_mtime for path in lists):
         return
     print(f"installing LoRAX's requirements into {VENV.name}", flush=True)
     venv.create(VENV, with_pip=True)
@@ -87,15 +89,16 @@ def copy(source: Path, to: Path, *, patched: bool) -> Path:
         alone = os.environ | {"GIT_CEILING_DIRECTORIES": str(to.parent)}
         run("git", "apply", PATCH, cwd=to, env=alone)
     server = to / "server"
-    made = server / "lorax_server" / "pb"
-    made.mkdir(exist_ok=True)
-    given = "-I../proto", f"--python_out={made}", f"--grpc_python_out={made}"
-    run(PYTHON, "-m", "grpc_tools.protoc", *given, "../proto/generate.proto", cwd=server)
-    grpc = made / "generate_pb2_grpc.py"  # as LoRAX's Makefile: the import becomes its package's
+    generated = server / "lorax_server" / "pb"
+    generated.mkdir(exist_ok=True)
+    options = "-I../proto", f"--python_out={generated}", f"--grpc_python_out={generated}"
+    run(PYTHON, "-m", "grpc_tools.protoc", *options, "../proto/generate.proto", cwd=server)
+    # As LoRAX's Makefile does: the import becomes its package's.
+    grpc = generated / "generate_pb2_grpc.py"
     grpc.write_text(
         grpc.read_text().replace("\nimport generate_pb2", "\nfrom . import generate_pb2")
     )
-    (made / "__init__.py").touch()
+    (generated / "__init__.py").touch()
     return server
 
 
@@ -113,7 +116,7 @@ def passed_tests(server: Path) -> set[str]:
     # Those that need the hub or CUDA fail with and without the patch.
     run(PYTHON, "-m", "pytest", *options, "tests", cwd=server, env=env, check=False)
     cases = ET.parse(report).iter("testcase")
-    return {f"{one.get('classname')}::{one.get('name')}" for one in cases if not len(one)}
+    return {f"{case.get('classname')}::{case.get('name')}" for case in cases if not len(case)}
 
 
 def measure(server: Path) -> dict[str, Any]:
@@ -139,10 +142,10 @@ def measure_two(server: Path) -> dict[str, Any]:
 def compare_tests(servers: dict[str, Path]) -> list[str]:
     """Print the counts of LoRAX's own tests; return what is wrong."""
     passed = {name: passed_tests(server) for name, server in servers.items()}
-    wrong = [f"with the patch {one} fails" for one in sorted(passed["LoRAX"] - passed["patched"])]
+    wrong = [f"with the patch {test} fails" for test in sorted(passed["LoRAX"] - passed["patched"])]
     print("LoRAX's own tests that pass: " + ", ".join(f"{n} {len(p)}" for n, p in passed.items()))
     for file, expected in OURS.items():
-        counts = {n: sum(f".{file}::" in one for one in p) for n, p in passed.items()}
+        counts = {n: sum(f".{file}::" in test for test in p) for n, p in passed.items()}
         print(f"  {file}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
         if counts["patched"] < expected:
             wrong.append(f"{file} has {counts['patched']} tests that pass, not {expected}")
@@ -191,16 +194,16 @@ def compare_numbers(servers: dict[str, Path]) -> list[str]:
 
 def main() -> int:
     with tempfile.TemporaryDirectory() as name:
-        there = Path(name)
+        folder = Path(name)
         try:
-            source = find_source(there)
+            source = find_source(folder)
         except SourceMissingError as error:
             print(f"not run: lorax: {error}; set LORAX_SRC to a checkout of it")
             return 0
         install()
         servers = {
-            "LoRAX": copy(source, there / "original", patched=False),
-            "patched": copy(source, there / "patched", patched=True),
+            "LoRAX": copy(source, folder / "original", patched=False),
+            "patched": copy(source, folder / "patched", patched=True),
         }
         wrong = compare_tests(servers) + compare_numbers(servers)
     for problem in wrong:

@@ -65,8 +65,8 @@ class ServedModel(Model):
         self._layers, self._head = layers, head
         self.process_group = group
         tokenizer: Any = SimpleNamespace(all_special_ids=[], added_tokens_decoder={})
-        given: Any = "org/base", nn.Identity(), tokenizer, False, dtype, torch.device("cpu")
-        super().__init__(*given, group.rank(), group.size())
+        arguments: Any = "org/base", nn.Identity(), tokenizer, False, dtype, torch.device("cpu")
+        super().__init__(*arguments, group.rank(), group.size())
 
     def generate_token(self, batch: Any) -> Any:
         raise NotImplementedError  # abstract in LoRAX; nothing here generates
@@ -106,14 +106,16 @@ def lorax_layers(
 
 
 class Part(nn.Module):
-    """One module of the Llama: columns of a LoRAX layer's output, for the batch of `here`."""
+    """One module of the Llama: columns of a LoRAX layer's output, for the batch of `state`."""
 
-    def __init__(self, here: SimpleNamespace, layer: Any, start: int = 0, stop: Any = None) -> None:
+    def __init__(
+        self, state: SimpleNamespace, layer: Any, start: int = 0, stop: Any = None
+    ) -> None:
         super().__init__()
-        self.here, self.layer, self.columns = here, layer, slice(start, stop)
+        self.state, self.layer, self.columns = state, layer, slice(start, stop)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.layer(x.flatten(0, -2), self.here.adapter_data)
+        y = self.layer(x.flatten(0, -2), self.state.adapter_data)
         y = y[0] if isinstance(y, tuple) else y
         return y.unflatten(0, x.shape[:-1])[..., self.columns]
 
@@ -134,7 +136,7 @@ def small_llama() -> LlamaForCausalLM:
 
 def served_llama() -> tuple[LlamaForCausalLM, ServedModel, SimpleNamespace]:
     """Return the Llama with LoRAX's layers in place of its own."""
-    llama, here, all_layers = small_llama(), SimpleNamespace(), []
+    llama, state, all_layers = small_llama(), SimpleNamespace(), []
     for number, decoder in enumerate(llama.model.layers):
         blocks = {block: getattr(decoder, block) for block in FUSED}
         weight = {
@@ -147,14 +149,14 @@ def served_llama() -> tuple[LlamaForCausalLM, ServedModel, SimpleNamespace]:
             start = 0
             for name in names:
                 stop = start + len(weight[name])
-                setattr(blocks[block], name, Part(here, layers[block], start, stop))
+                setattr(blocks[block], name, Part(state, layers[block], start, stop))
                 start = stop
-            setattr(blocks[block], ROW[block], Part(here, layers[ROW[block]]))
+            setattr(blocks[block], ROW[block], Part(state, layers[ROW[block]]))
         all_layers.append(layers)
     base = TensorParallelHead(FastLinear(llama.lm_head.weight.data, None), ALONE, False)
     head = MultiAdapterHead.load(base, 0, "lm_head", ALONE)
-    llama.lm_head = Part(here, head)
-    return llama, ServedModel(all_layers, head, torch.float32), here
+    llama.lm_head = Part(state, head)
+    return llama, ServedModel(all_layers, head, torch.float32), state
 
 
 # -- adapters --------------------------------------------------------------------------------------
@@ -203,7 +205,7 @@ class Punica:
     def _by_segment(cls, y: Tensor, x: Tensor, batch: Any, tmp: Any, n: int, turn: bool) -> None:
         if not isinstance(tmp, Tensor):
             raise TypeError(f"the kernel needs scratch memory, and got {tmp}")
-        for address, start, stop in zip(*(one.tolist() for one in batch), strict=True):
+        for address, start, stop in zip(*(column.tolist() for column in batch), strict=True):
             shape = (y.shape[1], x.shape[1]) if turn else (x.shape[1], y.shape[1])
             weight = cls._at(address, n, shape)
             y[start:stop] += x[start:stop] @ (weight.T if turn else weight)
@@ -225,8 +227,8 @@ class Punica:
                 y[row] += scale * (weight @ x[row])
 
 
-def use_kernels(there: bool) -> None:
-    punica.HAS_SGMV, punica._kernels = there, Punica if there else None
+def use_kernels(present: bool) -> None:
+    punica.HAS_SGMV, punica._kernels = present, Punica if present else None
     punica.get_tmp_tensor_for_size.cache_clear()
 
 
@@ -266,13 +268,13 @@ def compare(folders: dict[int, Path | None]) -> dict[str, Any]:
         ("kernels, prefill, loaded again", True, True, 2),
     ):
         use_kernels(kernels)
-        llama, model, here = served_llama()
+        llama, model, state = served_llama()
         try:
             for index, folder in [*folders.items()] * loads:
                 if folder is not None:
                     model.offload_adapter(None, None, index)
                     load(model, folder, index)
-            here.adapter_data = adapter_data(model, tokens, prefill, heads if prefill else None)
+            state.adapter_data = adapter_data(model, tokens, prefill, heads if prefill else None)
             logits = llama(ids, logits_to_keep=1 if prefill else 0).logits
             found[way] = differences(logits, expected[:, -logits.shape[1] :], folders)
         except Exception as error:
@@ -285,7 +287,7 @@ def merged(first: Path, second: Path) -> Any:
     """Return how far a linear merge of two adapters by a request is from their weighted sum."""
     use_kernels(True)
     ids, weights = torch.arange(7)[None], (0.7, 0.4)
-    llama, model, here = served_llama()
+    llama, model, state = served_llama()
     parameters = generate_pb2.AdapterParameters(
         adapter_ids=[str(first), str(second)],
         weights=weights,
@@ -298,7 +300,7 @@ def merged(first: Path, second: Path) -> Any:
     expected = peft_model.eval()(ids).logits
     try:
         model.load_adapter(parameters, "local", 1, "")
-        here.adapter_data = adapter_data(model, [1] * 7, True, None)
+        state.adapter_data = adapter_data(model, [1] * 7, True, None)
         return float((llama(ids).logits - expected).abs().max() / expected.abs().max())
     except Exception as error:
         return f"{type(error).__name__}: {error}"
@@ -314,11 +316,11 @@ def with_medusa(folder: Path) -> int:
     weights |= dict.fromkeys(["0.0.linear.weight", "0.0.linear.bias"], "medusa_lm_head.safetensors")
     names = tuple(name for name, _ in model.target_to_layer.values())
     found, _ = config.map_weights_for_model(weights, names)
-    given = model, found.lora_module_map
+    arguments = model, found.lora_module_map
     loaded = [
-        config.lora_config.load_batched_adapter_weights(*given, n, set(), True) for n in TYPES
+        config.lora_config.load_batched_adapter_weights(*arguments, n, set(), True) for n in TYPES
     ]
-    return sum(len(one.weights_a) for one in loaded)
+    return sum(len(weights.weights_a) for weights in loaded)
 
 
 # -- the event loop --------------------------------------------------------------------------------
@@ -337,15 +339,15 @@ LAYERS = 32
 
 def save_large(folder: Path) -> int:
     """Save an adapter of rank 8 for the shapes of an 8B Llama; return its size in bytes."""
-    made = {}
+    tensors = {}
     for number in range(LAYERS):
         for name, (inputs, outputs) in SHAPES.items():
             block = "mlp" if name in {"gate_proj", "up_proj", "down_proj"} else "self_attn"
             module = f"base_model.model.model.layers.{number}.{block}.{name}"
-            made[f"{module}.lora_A.weight"] = torch.randn(8, inputs).bfloat16()
-            made[f"{module}.lora_B.weight"] = torch.randn(outputs, 8).bfloat16()
+            tensors[f"{module}.lora_A.weight"] = torch.randn(8, inputs).bfloat16()
+            tensors[f"{module}.lora_B.weight"] = torch.randn(outputs, 8).bfloat16()
     folder.mkdir()
-    save_file(made, str(folder / "adapter_model.safetensors"))
+    save_file(tensors, str(folder / "adapter_model.safetensors"))
     config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": list(SHAPES)}
     config["base_model_name_or_path"] = "org/base"
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -358,14 +360,14 @@ def large_model() -> ServedModel:
     layers = []
     for number in range(LAYERS):
         weight = {name: one.expand(outputs, inputs) for name, (inputs, outputs) in SHAPES.items()}
-        made = lorax_layers(number, {name: part[:, :1] for name, part in weight.items()})
+        blocks = lorax_layers(number, {name: part[:, :1] for name, part in weight.items()})
         for block, names in FUSED.items():
             outputs = sum(SHAPES[name][1] for name in names)
             whole = one.expand(outputs, SHAPES[names[0]][0])
-            made[block].base_layer.linear.weight = nn.Parameter(whole, requires_grad=False)
-            row = made[ROW[block]].base_layer.linear
+            blocks[block].base_layer.linear.weight = nn.Parameter(whole, requires_grad=False)
+            row = blocks[ROW[block]].base_layer.linear
             row.weight = nn.Parameter(weight[ROW[block]], requires_grad=False)
-        layers.append(made)
+        layers.append(blocks)
     head = TensorParallelHead(FastLinear(one.expand(128256, 4096), None), ALONE, False)
     return ServedModel(layers, MultiAdapterHead.load(head, 0, "lm_head", ALONE), torch.bfloat16)
 
@@ -410,7 +412,7 @@ async def gaps(folders: list[Path]) -> dict[str, Any]:
     def look() -> None:
         """Count the layer types that have the last adapter: a batch may be made now."""
         weights = service.model.layer_to_adapter_weights.values()
-        types_seen.add(sum(len(folders) in one.adapter_weights for one in weights))
+        types_seen.add(sum(len(folders) in layer.adapter_weights for layer in weights))
 
     async with aio.insecure_channel(address) as channel:
         router = generate_pb2_grpc.LoraxServiceStub(channel)
@@ -418,16 +420,18 @@ async def gaps(folders: list[Path]) -> dict[str, Any]:
         async def request(index: int, folder: Path) -> None:
             parameters = generate_pb2.AdapterParameters(adapter_ids=[str(folder)])
             local = generate_pb2.AdapterSource.LOCAL
-            given: Any = {"adapter_parameters": parameters, "adapter_source": local}
-            await router.DownloadAdapter(generate_pb2.DownloadAdapterRequest(**given))
-            load = generate_pb2.LoadAdapterRequest(**given, adapter_index=index)
+            fields: Any = {"adapter_parameters": parameters, "adapter_source": local}
+            await router.DownloadAdapter(generate_pb2.DownloadAdapterRequest(**fields))
+            load = generate_pb2.LoadAdapterRequest(**fields, adapter_index=index)
             answers = await asyncio.gather(router.LoadAdapter(load), router.LoadAdapter(load))
             if not all(answer.loaded for answer in answers):
                 raise RuntimeError(f"{folder} was not loaded")
 
         idle, _ = await longest_gap(asyncio.sleep(0.5), look)
         await request(1, folders[0])  # imports what is imported late
-        seen = [await longest_gap(request(2 + n, one), look) for n, one in enumerate(folders[1:])]
+        seen = [
+            await longest_gap(request(2 + n, folder), look) for n, folder in enumerate(folders[1:])
+        ]
     await server.stop(None)
     gaps, took = [gap for gap, _ in seen], [took for _, took in seen]
     return {"idle": idle, "gaps": gaps, "took": took, "types seen": sorted(types_seen)}
@@ -437,20 +441,20 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
-        there = Path(name)
+        root = Path(name)
         folders: dict[int, Path | None] = {0: None}
         for index, rank in enumerate(RANKS, 1):
-            folder = there / f"rank {rank}"
+            folder = root / f"rank {rank}"
             save_adapter(folder, rank)
             folders[index] = folder
         result: dict[str, Any] = {"differences": compare(folders)}
-        save_adapter(there / "another of rank 8", 8)
+        save_adapter(root / "another of rank 8", 8)
         result["merges"] = {
-            f"rank 8 and {name}": merged(there / "rank 8", there / name)
+            f"rank 8 and {name}": merged(root / "rank 8", root / name)
             for name in ("another of rank 8", "rank 12")
         }
-        result["modules beside Medusa"] = with_medusa(there / "rank 8")
-        large = [there / f"large {number}" for number in range(4)]
+        result["modules beside Medusa"] = with_medusa(root / "rank 8")
+        large = [root / f"large {number}" for number in range(4)]
         result["bytes"] = max(save_large(folder) for folder in large)
         result["loop"] = asyncio.run(gaps(large))
     json.dump(result, sys.stdout)

@@ -61,8 +61,8 @@ class Model(ServedModel):
         modules = tuple(module for module, _ in self.target_to_layer.values())
         module_map, used = config.map_weights_for_model(tensors, modules)
         for name in self.adapter_layers:
-            given = self, module_map, name, set(used), True
-            weights = config.load_batched_adapter_weights(*given)
+            arguments = self, module_map, name, set(used), True
+            weights = config.load_batched_adapter_weights(*arguments)
             self.layer_to_adapter_weights[name].add_adapter(index, weights)
 
 

@@ -68,8 +68,8 @@ def register() -> None:
     from sglang.srt.environ import envs  # noqa: PLC0415
 
     # SGLang calls all plug-ins if it is not set, and installing a package must not open a server.
-    named = {name.strip() for name in (envs.SGLANG_PLUGINS.get() or "").split(",")}
-    if NAME not in named:
+    names = {name.strip() for name in (envs.SGLANG_PLUGINS.get() or "").split(",")}
+    if NAME not in names:
         return
     from sglang.srt.lora.lora import LoRAAdapter  # noqa: PLC0415
     from sglang.srt.managers.tokenizer_manager import TokenizerManager  # noqa: PLC0415
@@ -147,7 +147,7 @@ class RequestHooks:
         """Let SGLang unload an adapter, and release its folder."""
         result = await original(manager, request)
         if (adapters := getattr(manager, ATTRIBUTE, None)) is not None:
-            adapters.let_go(request.lora_name)
+            adapters.release_unused(request.lora_name)
         return result
 
 
@@ -206,7 +206,7 @@ class RequestedAdapters:
         finally:
             self._users -= Counter(names)  # drops names without users
             for name in filter(None, names):
-                self.let_go(name)
+                self.release_unused(name)
 
     async def load(self, names: set[str | None]) -> None:
         """Load adapters that SGLang does not know, and that requests may name; one at a time each.
@@ -216,8 +216,8 @@ class RequestedAdapters:
         """
         from sglang.srt.runtime_context import get_lora  # noqa: PLC0415
 
-        most = get_lora().max_loaded_loras
-        if most is not None and len(names) > most:
+        limit = get_lora().max_loaded_loras
+        if limit is not None and len(names) > limit:
             return  # SGLang refuses the request
         loads = [self._start(name) for name in names if name]
         for load in filter(None, loads):
@@ -228,9 +228,9 @@ class RequestedAdapters:
         if name in self._loads:
             return self._loads[name]
         manager = self._manager
-        leaves = name in self._folders and name in manager.pending_lora_unloads
+        is_leaving = name in self._folders and name in manager.pending_lora_unloads
         known = name in manager.lora_registry.get_all_adapters() or name in manager.lora_ref_cache
-        if known and not leaves:
+        if known and not is_leaving:
             return None
         ref = self._settings.find(name)
         if ref is None:
@@ -238,7 +238,7 @@ class RequestedAdapters:
 
         def end(load: asyncio.Task[None]) -> None:
             del self._loads[name]
-            self.let_go(name)
+            self.release_unused(name)
             if not load.cancelled():
                 load.exception()  # its callers may have left
 
@@ -276,7 +276,7 @@ class RequestedAdapters:
                 unload = io_struct.UnloadLoRAAdapterReqInput(lora_name=name)
                 await self._manager._unload_lora_adapter_locked(unload)  # noqa: SLF001
 
-    def let_go(self, name: str) -> None:
+    def release_unused(self, name: str) -> None:
         """Release an adapter's folder if SGLang has unloaded it and no request is on its way."""
         folder = self._folders.get(name)
         if folder is None or name in self._users or name in self._loads:
@@ -422,14 +422,17 @@ def _require_targets(modules: set[str], spec: AdapterSpec, served: set[str] | No
     """
     from sglang.srt.lora.utils import get_normalized_target_modules  # noqa: PLC0415
 
-    targets, named = spec.targets, None
+    targets, configured = spec.targets, None
     if targets is not None and not isinstance(targets, str) and "all" not in targets:
-        named = get_normalized_target_modules(targets)
-    if served is None and named is None:
+        configured = get_normalized_target_modules(targets)
+    if served is None and configured is None:
         raise IncompatibleAdapterError(
             "its config names no target modules, which a server without --lora-target-modules needs"
         )
-    for allowed, owner in ((served, "this server (--lora-target-modules)"), (named, "its config")):
+    for allowed, owner in (
+        (served, "this server (--lora-target-modules)"),
+        (configured, "its config"),
+    ):
         for module in sorted(modules):
             if allowed is not None and not get_normalized_target_modules([module]) <= allowed:
                 raise IncompatibleAdapterError(
