@@ -251,35 +251,6 @@ class SplitPlan:
         )
 
 
-class SplitGroupArrivals:
-    """Report complete groups in order, while shards arrive independently.
-
-    `files` is the result of `SplitPlan.by_file` for `count` groups. A group without bytes is
-    complete once those before it are. Not thread-safe.
-    """
-
-    def __init__(self, count: int, files: Sequence[FileGroups]) -> None:
-        self._files = files
-        self._missing = Counter(group for file in files for group in file.groups)
-        self._count = count
-        self._reported = 0
-
-    def landed(self, number: int, n: int) -> list[int]:
-        """Record the arrival of the nth group of shard `number`, then `take`."""
-        group = self._files[number - 1].groups[n]
-        self._missing[group] -= 1
-        if self._missing[group] < 0:
-            raise InternalError(f"group {group} of file {number} landed twice")
-        return self.take()
-
-    def take(self) -> list[int]:
-        """Return the groups that became complete, with all before them, since the last call."""
-        first = self._reported
-        while self._reported < self._count and not self._missing[self._reported]:
-            self._reported += 1
-        return list(range(first, self._reported))
-
-
 def plan_split(index: SplitIndex, heads: Iterable[FileHead], limits: Limits) -> SplitPlan:
     """Check the shards' headers against each other and the index, and join them.
 

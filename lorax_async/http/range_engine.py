@@ -146,7 +146,7 @@ class Sink(Protocol):
 class Download(Job[None]):
     """Fetch the waves' pieces in order.
 
-    `arrived` is called with each complete group, in their order, by one thread at a time.
+    `arrived` is called with each group that is complete, by the thread that wrote its last byte.
     """
 
     def __init__(
@@ -172,8 +172,6 @@ class Download(Job[None]):
         self._arrived = arrived
         self._least = least
         self._arrivals = arrivals
-        self._complete: list[int] = []
-        self._reporting = False
         self.pending = [
             DownloadPiece(n, *span)
             for n, span in enumerate(piece for wave in waves for piece in wave)
@@ -266,13 +264,14 @@ class Download(Job[None]):
             rate = response.rate
             at_once = min(len(buffer), max(_READ_BYTES, int((rate or 0.0) * _READ_SECONDS)))
             with self.scheduler.changed:
-                self._landed((piece.at, piece.at + got))
+                complete = self._arrivals.landed((piece.at, piece.at + got))
                 piece.at += got
                 piece.received += got
                 piece.rate = rate
                 self.received += got
                 count = self._claim(piece, at_once)
-            self._report()
+            for group in complete:
+                self._arrived(group)
 
     def _claim(self, piece: DownloadPiece, most: int) -> int:
         """Return how many bytes to read next: `split` leaves them to this thread."""
@@ -314,15 +313,16 @@ class Download(Job[None]):
             for start, stop in self._missing((at, at + got)):
                 self._write(start, buffer[start - at : stop - at])
                 with self.scheduler.changed:
-                    self._landed((start, stop))
+                    complete = self._arrivals.landed((start, stop))
                     self.pending = [
                         DownloadPiece(piece.order, *part)
                         for piece in self.pending
                         for part in subtract([(piece.at, piece.stop)], [(start, stop)])
                     ]
                     whole.received += stop - start
+                for group in complete:
+                    self._arrived(group)
             at += got
-            self._report()
 
     def _missing(self, span: ByteRange) -> tuple[ByteRange, ...]:
         with self.scheduler.changed:
@@ -336,24 +336,6 @@ class Download(Job[None]):
         except OSError as error:
             code = errno.errorcode.get(error.errno or 0, type(error).__name__)
             raise FetchError(f"{self._target.name} cannot be written ({code})") from error
-
-    def _landed(self, span: ByteRange) -> None:
-        self._arrivals.landed(span)
-        self._complete += self._arrivals.take()
-
-    def _report(self) -> None:
-        """Report complete groups in order; a thread that comes meanwhile leaves its own to it."""
-        while self._complete:
-            with self.scheduler.changed:
-                if self._reporting or not self._complete:
-                    return
-                self._reporting, groups, self._complete = True, self._complete, []
-            try:
-                for group in groups:
-                    self._arrived(group)
-            finally:
-                with self.scheduler.changed:
-                    self._reporting = False
 
 
 FOREGROUND, PREFETCH = 0, 1
@@ -433,9 +415,9 @@ class RangeEngine:
         groups
             Spans of the file per group, in the order in which they are wanted.
         sink, arrived
-            `arrived(n)` is called in order when group n and all before it are in the sink: from
-            threads of the engine, except for what is there already and for groups without bytes at
-            the beginning. Both must be quick, or they delay the download.
+            `arrived(n)` is called once when group n is in the sink: from several threads of the
+            engine, or at once where nothing is missing. Both must be quick, or they delay the
+            download.
         first
             Groups that a caller waits for before all others.
         have
@@ -453,7 +435,7 @@ class RangeEngine:
         for group, left in zip(groups, missing, strict=True):
             for span in subtract(group, left):
                 arrivals.landed(span)
-        for n in arrivals.take():
+        for n in arrivals.complete:
             arrived(n)
         origin, sizes = probe.location.url.origin, self._settings.sizes
         waves = plan_waves(

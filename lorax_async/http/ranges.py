@@ -170,13 +170,11 @@ def split_of(left: ByteRange, own_rate: float, link: LinkEstimate, least: int) -
 class GroupArrivals:
     """Counts the missing bytes of each group.
 
-    `groups` are the spans of each group, in the order to report them; no byte is in two groups. A
-    group without bytes is complete when those before it are.
+    `groups` are the spans of each group; no byte is in two groups.
     """
 
     def __init__(self, groups: Sequence[Sequence[ByteRange]]) -> None:
         self._missing = [size_of(group) for group in groups]
-        self._reported = 0
         self._spans = sorted(
             (*span, n) for n, group in enumerate(groups) for span in group if span[0] < span[1]
         )
@@ -187,15 +185,26 @@ class GroupArrivals:
         """The number of bytes that have not arrived."""
         return sum(self._missing)
 
-    def landed(self, span: ByteRange) -> None:
-        """Record that these bytes arrived, for the first time."""
+    @property
+    def complete(self) -> list[int]:
+        """The groups of which no byte is missing."""
+        return [n for n, missing in enumerate(self._missing) if not missing]
+
+    def landed(self, span: ByteRange) -> list[int]:
+        """Record that these bytes arrived, for the first time; return the groups they complete."""
+        complete = []
         n = max(0, bisect_right(self._starts, span[0]) - 1)
         while n < len(self._spans) and self._spans[n][0] < span[1]:
             start, stop, group = self._spans[n]
-            self._missing[group] -= size_of(intersect([(start, stop)], span))
-            if self._missing[group] < 0:
-                raise InternalError(f"bytes {span[0]:,}-{span[1]:,} arrived twice")
+            arrived = min(stop, span[1]) - max(start, span[0])
+            if arrived > 0:
+                self._missing[group] -= arrived
+                if self._missing[group] < 0:
+                    raise InternalError(f"bytes {span[0]:,}-{span[1]:,} arrived twice")
+                if not self._missing[group]:
+                    complete.append(group)
             n += 1
+        return complete
 
     def groups_in(self, span: ByteRange) -> list[int]:
         """Return the first and the last group with bytes in the span; empty if no group has any."""
@@ -206,10 +215,3 @@ class GroupArrivals:
             if start < span[1] and span[0] < stop
         ]
         return [min(groups), max(groups)] if groups else []
-
-    def take(self) -> list[int]:
-        """Return the groups not returned before that are complete, with all groups before them."""
-        first = self._reported
-        while self._reported < len(self._missing) and not self._missing[self._reported]:
-            self._reported += 1
-        return list(range(first, self._reported))

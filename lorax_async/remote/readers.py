@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -35,7 +36,6 @@ from lorax_async.formats.split_weights import (
     FileGroups,
     FileHead,
     FileRole,
-    SplitGroupArrivals,
     parse_index,
     plan_split,
 )
@@ -204,17 +204,22 @@ class FetchReader(CountedReader):
             )
         else:
             shares = plan.by_file(groups)
-        arrivals = SplitGroupArrivals(len(groups), shares)
-        for group in arrivals.take():
-            arrived(group)
+        missing = Counter(group for share in shares for group in share.groups)
+        for group in range(len(groups)):
+            if not missing[group]:
+                arrived(group)
 
         def on_progress(number: int, n: int) -> None:
-            if hash_along:
-                self._continue_hashing(number)
-            if n < len(shares[number].groups):
-                with self._lock:
-                    for group in arrivals.landed(number + 1, n):
-                        arrived(group)
+            with self._lock:
+                if hash_along:
+                    self._continue_hashing(number)
+                if n == len(shares[number].groups):  # the rest of the file
+                    return
+                group = shares[number].groups[n]
+                missing[group] -= 1
+                whole = not missing[group]
+            if whole:
+                arrived(group)
 
         jobs: list[Job[None]] = []
         parts = zip(shares, self._files, self._metadata.parts, strict=True)
@@ -239,7 +244,7 @@ class FetchReader(CountedReader):
         return all(self._engine.throughput(answer) > HASH_RATE for answer in answers)
 
     def _continue_hashing(self, number: int) -> None:
-        """Hash what has arrived, in one thread per file. Calls for one file are serial."""
+        """Hash what has arrived, in one thread per file. With the lock."""
         running = self._hashing.get(number)
         if running is None or running.done():
             self._hashing[number] = self._workers.submit(self._files[number].hash_along)

@@ -96,11 +96,11 @@ class Source(Protocol):
         arrived: Callable[[int], None],
         control: FetchControl,
     ) -> Verification:
-        """Make the bytes of every group readable, in this order.
+        """Make the bytes of every group readable, earlier groups first.
 
         Call `arrived` on the loop with the index of each group whose bytes may be used before the
-        whole file is checked. Return the verification when all have arrived. End early, with
-        `FetchError`, when `control` ends.
+        whole file is checked; a later one may come first. Return the verification when all have
+        arrived. End early, with `FetchError`, when `control` ends.
         """
 
     async def digest(self, key: AdapterKey) -> str:

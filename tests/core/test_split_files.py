@@ -18,7 +18,6 @@ from lorax_async.formats.spans import ByteSpan
 from lorax_async.formats.split_weights import (
     MAX_FILES,
     FileHead,
-    SplitGroupArrivals,
     SplitPlan,
     parse_index,
     plan_split,
@@ -148,19 +147,12 @@ def test_safetensors_reads_the_one_file(parts: Parts) -> None:
     assert plan_of(contents, index_of(parts)) == plan
 
 
-def test_groups_are_told_in_order_when_every_file_has_its_part() -> None:
+def test_every_file_has_its_part_of_the_groups() -> None:
     parts: Parts = [{"a": torch.ones(4)}, {"b": torch.ones(4)}, {"c": torch.ones(4)}]
     plan = plan_of(contents_of(parts), index_of(parts))
     a, b, c = (ByteSpan(place.start, place.stop) for place in plan.places[1:])
     files = plan.by_file([[], [a, b], [b._replace(stop=b.stop - 8)], [], [a, c]])
     assert [file.groups for file in files] == [(1, 4), (1, 2), (4,)]
-    arrivals = SplitGroupArrivals(5, files)
-    assert arrivals.take() == [0]
-    landed = [arrivals.landed(*part) for part in [(2, 0), (2, 1), (1, 0), (3, 0), (1, 1)]]
-    assert landed == [[], [], [1, 2, 3], [], [4]]
-    assert arrivals.take() == []
-    with pytest.raises(InternalError, match="twice"):
-        arrivals.landed(1, 1)
     with pytest.raises(InternalError):  # bytes beyond the end
         list(plan.pieces(ByteSpan(plan.nbytes - 1, plan.nbytes + 1)))
 

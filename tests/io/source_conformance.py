@@ -120,7 +120,7 @@ class SourceConformance:
         file.reader.close()
         cannot_read(file.reader, ByteSpan(0, 2, 2, 4), FetchError, "closed")
 
-    async def test_groups_arrive_in_order_on_the_loop(self, world: World) -> None:
+    async def test_groups_arrive_on_the_loop(self, world: World) -> None:
         content = weights(1)
         file = await world.source.open(await resolved(world, content), FetchControl())
         arrivals: list[tuple[int, bytes]] = []
@@ -135,7 +135,7 @@ class SourceConformance:
         spans = [(span.start, span.stop) for (span,) in groups_of(content)]
         expected = [(n, content[a:b]) for n, (a, b) in enumerate(spans)]
         # A source that has everything already may leave it to the return.
-        assert arrivals in (expected, [])
+        assert sorted(arrivals) in (expected, [])
         assert [read(file.reader, *span) for span in spans] == [part for _, part in expected]
         file.reader.close()
 

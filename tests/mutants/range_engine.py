@@ -2,17 +2,19 @@
 
 from typing import Any
 
+from lorax_async.formats.spans import ByteRange
 from lorax_async.http import client, connection
 from lorax_async.http.connection import Attempt, Connection
 from lorax_async.http.download_scheduler import DownloadPiece, DownloadScheduler, WorkerPool
 from lorax_async.http.range_engine import Download
+from lorax_async.http.ranges import GroupArrivals
 from mutants.mutation import Mutants, NoLock, mutant, skipped
 
 ANSWERS = "io/http/test_http_responses.py"
 SCHEDULER = "io/http/test_download_scheduler.py"
 DOWNLOADS = "io/http/test_http_downloads.py"
 
-_write, _report = Download._write, Download._report
+_write, _landed = Download._write, GroupArrivals.landed
 _claim, _split, _use = Download._claim, Download.split, Attempt.use
 
 
@@ -27,20 +29,15 @@ def _attached_after_an_abort(self: Connection, opened: Any) -> None:
 
 
 def _written_later(self: Download, offset: int, data: memoryview) -> None:
-    vars(self).setdefault("late", []).append((offset, memoryview(bytes(data))))
+    late = vars(self).setdefault("late", [])
+    late.append((offset, memoryview(bytes(data))))
+    if len(late) > 1:
+        _write(self, *late.pop(0))
 
 
-def _reported_before_written(self: Download) -> None:
-    _report(self)
-    for offset, data in vars(self).pop("late", ()):
-        _write(self, offset, data)
-
-
-def _reported_by_many(self: Download) -> None:
-    with self.scheduler.changed:
-        groups, self._complete = self._complete, []
-    for group in groups:
-        self._arrived(group)
+def _reported_in_part(self: GroupArrivals, span: ByteRange) -> list[int]:
+    _landed(self, span)
+    return self.groups_in(span)
 
 
 def _claimed_after_an_end(self: Download, piece: DownloadPiece, most: int) -> int:
@@ -84,12 +81,11 @@ HTTP: Mutants = {
         f"{ANSWERS}::test_what_comes_unasked_answers_nothing",
         (Connection, "is_quiet", property(lambda _: True))),
     "download: bytes are written before their group is reported": mutant(
-        f"{ANSWERS}::test_a_group_is_reported_when_its_bytes_are_there_and_after_those_before_it",
-        (Download, "_write", _written_later),
-        (Download, "_report", _reported_before_written)),
-    "download: groups are reported by one thread at a time": mutant(
-        f"{ANSWERS}::test_a_group_is_reported_when_its_bytes_are_there_and_after_those_before_it",
-        (Download, "_report", _reported_by_many)),
+        f"{ANSWERS}::test_a_group_is_reported_once_its_bytes_are_there",
+        (Download, "_write", _written_later)),
+    "download: a group is reported when all of it is there": mutant(
+        f"{ANSWERS}::test_a_group_is_reported_once_its_bytes_are_there",
+        (GroupArrivals, "landed", _reported_in_part)),
     "download: nothing is read after an end": mutant(
         f"{ANSWERS}::test_no_more_is_written_after_an_end",
         (Download, "_claim", _claimed_after_an_end)),

@@ -1,7 +1,8 @@
 """Bytes at rest and on their way: readers, merges, tensors in memory, remote fetches."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +16,7 @@ from lorax_async.remote.remote_source import RemoteSource
 from lorax_async.sources import merges
 from lorax_async.sources.host_copies import HostCopies, HostCopy
 from lorax_async.sources.tensors import TensorSnapshot
-from mutants.mutation import Mutants, NoLock, initialized, mutant, nothing, nothing_awaited, skipped
+from mutants.mutation import Mutants, NoLock, mutant, nothing, nothing_awaited, skipped
 
 LOCAL = "io/test_local_source.py"
 MEMORY = "io/test_memory_source.py"
@@ -58,6 +59,10 @@ def _freed_while_read(self: HostCopy) -> Iterator[Any]:
 
 async def _abandoned(self: WorkerThreads, work: Any, undo: object = None) -> Any:
     return await concurrency.outcome(self.threads.submit(work))
+
+
+def _of_one_file(groups: Iterable[int]) -> Counter[int]:
+    return Counter(set(groups))
 
 
 class _AtOnce:
@@ -109,9 +114,9 @@ SOURCES: Mutants = {
         (readers, "outcome", nothing_awaited)),
     "fetch: groups are reported on the loop": mutant(
         f"{REMOTE}::test_groups_are_reported_on_the_loop", (readers, "Inbox", _AtOnce)),
-    "fetch: groups of several files are reported in their order": mutant(
-        f"{REMOTE}::test_groups_of_two_files_come_in_order",
-        initialized(FetchReader, _lock=NoLock)),
+    "fetch: a group of several files is reported when all of it is here": mutant(
+        f"{REMOTE}::test_a_group_of_two_files_is_here_when_both_parts_are",
+        (readers, "Counter", _of_one_file)),
     "fetch: nothing reads a download that has ended": mutant(
         f"{REMOTE}::test_nothing_reads_a_download_that_has_ended",
         (FetchReader, "_leave", lambda self, _: self._download.close())),

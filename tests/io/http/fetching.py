@@ -127,13 +127,13 @@ def fetched(
 
 
 def check(sink: MemorySink, order: list[int]) -> None:
-    """All bytes of the groups are right and came once, nothing else came, groups in order."""
+    """All bytes of the groups are right and came once, nothing else came, and each was reported."""
     wanted = bytearray(len(DATA))
     for start, stop in (span for group in GROUPS for span in group):
         assert sink.data[start:stop] == DATA[start:stop]
         wanted[start:stop] = b"\1" * (stop - start)
     assert sink.times == wanted
-    assert order == list(range(len(GROUPS)))
+    assert sorted(order) == list(range(len(GROUPS)))
 
 
 def took(begun: float) -> float:

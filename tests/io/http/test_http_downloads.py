@@ -265,7 +265,7 @@ def test_layer_0_comes_long_before_the_rest_of_a_throttled_load(tmp_path: Path) 
             job.done.result(20)
         counts = link.counts()
     assert sink.data == THROTTLED
-    assert [group for group, _ in told] == list(range(LAYERS + 2))
-    assert told[1][1] < 0.3 * sink.times.count(1)
+    assert sorted(dict(told)) == list(range(LAYERS + 2))
+    assert dict(told)[1] < 0.3 * sink.times.count(1)
     assert counts["bytes"] == len(THROTTLED), "and every byte was sent once"
     assert counts["requests"] <= 1 + 4 * 6

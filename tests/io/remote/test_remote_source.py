@@ -2,9 +2,8 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from threading import Event, Thread, current_thread
 from types import SimpleNamespace
@@ -24,13 +23,11 @@ from lorax_async.cache.disk_cache import ls
 from lorax_async.concurrency import FetchControl, WorkerThreads
 from lorax_async.errors import AdapterFormatError, EvictedError, FetchError, IntegrityError
 from lorax_async.formats.spans import ByteSpan
-from lorax_async.formats.split_weights import WEIGHTS_FILE, FilePlace, SplitGroupArrivals, SplitPlan
+from lorax_async.formats.split_weights import WEIGHTS_FILE, FilePlace, SplitPlan
 from lorax_async.remote import opening
-from lorax_async.remote import readers as fetch_module
 from lorax_async.remote.base import FIRST_BYTES, track
 from lorax_async.remote.readers import EntryReader, FetchReader, ReopenedReader, entry_gone
 from lorax_async.types import RemoteKey
-from telling import TellingLock
 from tiny_loaders import fails
 
 pytestmark = [pytest.mark.usefixtures("nothing_left", "no_socket_left"), pytest.mark.each_loop]
@@ -205,7 +202,7 @@ class HeldFile:
 async def bringing_begun(
     workers: WorkerThreads, files: Sequence[HeldFile], told: list[int], close: Any = lambda: None
 ) -> tuple[asyncio.Task[Any], list[Callable[[int], None]], list[Any]]:
-    """Of two files of 20 bytes, a group each; what its jobs call when one is here, and they."""
+    """Of one group in two files of 20 bytes; what its jobs call when one is here, and they."""
     calls: list[Callable[[int], None]] = []
     jobs: list[Any] = []
 
@@ -221,41 +218,23 @@ async def bringing_begun(
         *(SimpleNamespace(publish=lambda: "entry", close=close), files),
         SimpleNamespace(plan=plan, parts=parts, nbytes=plan.nbytes),
     )
-    groups = [[ByteSpan(8, 28)], [ByteSpan(28, 48)]]
+    groups = [[ByteSpan(8, 48)]]
     fetch = FetchReader(*given, resumable=True, layers_first=False, on_take=lambda: None)
     bringing = asyncio.create_task(fetch.bring(groups, told.append, FetchControl()))
     await asyncio.sleep(0)
     return bringing, calls, jobs
 
 
-async def test_groups_of_two_files_come_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The thread that has found the first one whole is slow to say so."""
-    found, go_on = Event(), Event()
-
-    class Slow(SplitGroupArrivals):
-        def landed(self, number: int, n: int) -> list[int]:
-            groups = super().landed(number, n)
-            if number == 1:
-                found.set()
-                go_on.wait(20)
-            return groups
-
-    monkeypatch.setattr(fetch_module, "Lock", partial(TellingLock, go_on))
-    monkeypatch.setattr(fetch_module, "SplitGroupArrivals", Slow)
-    workers, told = WorkerThreads(2), list[int]()
-    files = [HeldFile(), HeldFile()]
+async def test_a_group_of_two_files_is_here_when_both_parts_are() -> None:
+    workers, told, files = WorkerThreads(2), list[int](), [HeldFile(), HeldFile()]
     bringing, calls, jobs = await bringing_begun(workers, files, told)
-    with ThreadPoolExecutor(2) as threads:
-        first = threads.submit(calls[0], 0)
-        assert found.wait(20)
-        second = threads.submit(calls[1], 0)
-        second.add_done_callback(lambda _: go_on.set())
-    assert first.result() is second.result() is None
-    for file, job in zip(files, jobs, strict=True):
+    for call, file, job, expected in zip(calls, files, jobs, ([], [0]), strict=True):
+        call(0)
+        await asyncio.sleep(0)
+        assert told == expected
         file.go.set()
         job.done.set_result(None)
     assert await bringing == "entry"
-    assert told == [0, 1]
     workers.close()
 
 
