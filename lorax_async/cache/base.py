@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -14,6 +14,7 @@ from lorax_async.files import Reader
 from lorax_async.formats.digests import Digest
 from lorax_async.formats.split_weights import FileRole, role_of
 from lorax_async.formats.strict_json import parse_object
+from lorax_async.types import FileIdentity
 
 RECORD = "record.json"
 STAMP = "verified"
@@ -173,10 +174,12 @@ class CacheEntry(Protocol):
 
     `mappable`: no other program changes its files, so that they may be mapped. `is_verified`: its
     bytes were hashed since this machine was started, and the files were not touched since.
+    `identities` are those that its files had when it was opened: readers insist on them.
     """
 
     mappable: bool
     is_verified: bool
+    identities: Mapping[FileRole, FileIdentity]
 
     @property
     def record(self) -> EntryRecord:

@@ -78,7 +78,7 @@ class DiskEntry:
         self.record = record
         self._entries = entries
         self._lease = lease
-        self._files = files
+        self.identities = files
         self.is_verified = is_stamped
         self._open = True
 
@@ -93,7 +93,7 @@ class DiskEntry:
             os.utime(self.record.name, ns=(now_ns, now_ns), dir_fd=parent, follow_symlinks=False)
 
     def reader(self, role: FileRole) -> FileReader:
-        identity = self._files.get(role)
+        identity = self.identities.get(role)
         if identity is None:
             raise InternalError(f"the cache's entry has no {role.file_name}")
         opener = partial(_open_same, self._entries.parent, self.record.name, role, identity)

@@ -16,7 +16,7 @@ import socket
 import stat
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -551,12 +551,20 @@ _LINK = re.compile(r"\.\./\.\./blobs/(?P<blob>[0-9a-z-]{40,80})")
 _SHARED = re.compile(r"/blobs/(?P<first>[0-9a-f]{2})/(?P=first)[0-9a-f]{62}")
 
 
+Claim = tuple[FileIdentity, Digest]
+"""A file, and the digest that its name promises: links of several names may lead to one file."""
+
+
 class HubFile(NamedTuple):
     """One file of a commit: the blob at `path`, a real path."""
 
     path: str
     identity: FileIdentity
     record: FileRecord
+
+    @property
+    def claim(self) -> Claim:
+        return self.identity, self.record.digest
 
     def open(self) -> int:
         return open_same(self.path, self.identity, self.record.role.file_name)
@@ -590,7 +598,10 @@ class HubEntry:
         self.folder = folder
         self._cache = cache
         self._files = {file.record.role: file for file in files}
-        self.is_verified = all(file.identity in cache.intact for file in files)
+        self.identities: Mapping[FileRole, FileIdentity] = {
+            file.record.role: file.identity for file in files
+        }
+        self.is_verified = all(file.claim in cache.intact for file in files)
 
     def reader(self, role: FileRole) -> FileReader:
         file, name = self._files.get(role), role.file_name
@@ -627,10 +638,10 @@ class StandardHubCache:
         self.own_scope = own_scope
         self.grants: OrderedDict[tuple[str, str], float] = OrderedDict()
         """When a source last let a scope have an entry; kept as long as this object."""
-        self.intact: OrderedDict[FileIdentity, None] = OrderedDict()
+        self.intact: OrderedDict[Claim, None] = OrderedDict()
         """Files that were hashed, and had their digests; kept as long."""
         self._path = None if path is None else os.path.abspath(os.fspath(path))
-        self._wrong: set[FileIdentity] = set()
+        self._wrong: set[Claim] = set()
 
     def open(self, key: CacheKey, *, check: bool = False) -> HubEntry | None:
         """Return the entry; None if it is not there, not whole, or (by `check`) has other bytes.
@@ -647,17 +658,17 @@ class StandardHubCache:
         except OSError as error:
             _require_absent(error)
             return None
-        files = [file for file in found if file is not None and file.identity not in self._wrong]
+        files = [file for file in found if file is not None and file.claim not in self._wrong]
         if not found or len(files) != len(found):
             return None
         since_ns = time.time_ns()
-        wrong = [file.identity for file in files if check and not file.is_intact()]
+        wrong = [file.claim for file in files if check and not file.is_intact()]
         self._wrong.update(wrong)
         if wrong:
             return None
         for file in files if check else ():
             if is_settled(file.identity, since_ns):
-                remember(self.intact, file.identity, None, MAX_GRANTS)
+                remember(self.intact, file.claim, None, MAX_GRANTS)
         return HubEntry(self, key, folder, files)
 
     def commit_of(self, source: str, revision: str) -> str | None:

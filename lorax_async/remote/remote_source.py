@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from threading import Lock
@@ -22,7 +22,7 @@ from lorax_async.errors import (
 )
 from lorax_async.files import FileReader, LocalPages, Reader, sha256_of
 from lorax_async.formats.spans import ByteSpan
-from lorax_async.formats.split_weights import join_digests
+from lorax_async.formats.split_weights import FileRole, join_digests
 from lorax_async.http.range_engine import RangeEngine
 from lorax_async.http.settings import HttpSettings
 from lorax_async.ids import (
@@ -60,7 +60,14 @@ from lorax_async.remote.readers import (
 from lorax_async.remote.web import WebBackend
 from lorax_async.sources.base import AdapterFile, PinnedPages, StoredFolder
 from lorax_async.tracing import Tracer
-from lorax_async.types import UNCHECKED, AdapterKey, AdapterRef, RemoteKey, Verification
+from lorax_async.types import (
+    UNCHECKED,
+    AdapterKey,
+    AdapterRef,
+    FileIdentity,
+    RemoteKey,
+    Verification,
+)
 
 
 class RemoteParts(NamedTuple):
@@ -70,6 +77,11 @@ class RemoteParts(NamedTuple):
     opener: AdapterOpener
     workers: WorkerThreads
     close: Callable[[], None]
+
+
+class _SeenFiles(NamedTuple):
+    record: EntryRecord
+    identities: Mapping[FileRole, FileIdentity]
 
 
 class RemoteSource:
@@ -87,8 +99,8 @@ class RemoteSource:
         self._lock = Lock()
         self._parts: RemoteParts | None = None
         self._closed = False
-        self._records: OrderedDict[RemoteKey, EntryRecord] = OrderedDict()
-        """The record opened last for each key: its plan fits these bytes only."""
+        self._seen: OrderedDict[RemoteKey, _SeenFiles] = OrderedDict()
+        """Those opened last for each key: its plan, and what was checked, are of these only."""
 
     async def resolve(self, ref: AdapterRef) -> AdapterKey:
         return await (await self._connect()).resolver.resolve(parse_ref(ref))
@@ -97,9 +109,9 @@ class RemoteSource:
         remote = _remote(key)
         file = await (await self._connect()).opener.open(remote, control)
         if isinstance(file.reader, EntryReader):
-            remember(self._records, remote, file.reader.entry.record, MAX_KEYS)
+            self._see(remote, file.reader.entry)
         else:
-            self._records.pop(remote, None)
+            self._seen.pop(remote, None)
         return file
 
     async def metadata(self, key: AdapterKey) -> AdapterMetadata:
@@ -111,7 +123,12 @@ class RemoteSource:
         parts, remote = self._connect_blocking(), _remote(key)
 
         def open() -> EntryReader:
-            return EntryReader(self._entry(parts, remote), cache_key(remote), self._limits)
+            entry = self._entry(parts, remote, check=self._verify == "always")
+            seen = self._seen.get(remote)
+            if seen is not None and seen.identities != entry.identities:
+                entry.close()  # they were touched since: a new fetch checks them
+                raise entry_gone()
+            return EntryReader(entry, cache_key(remote), self._limits)
 
         return ReopenedReader(open)
 
@@ -125,7 +142,7 @@ class RemoteSource:
         reader = file.reader
         if isinstance(reader, FetchReader):
             entry = await reader.bring(groups, arrived, control)
-            remember(self._records, reader.key, entry.record, MAX_KEYS)
+            self._see(reader.key, entry)
             return self._verification(entry)
         if not isinstance(reader, EntryReader):
             raise InternalError(f"a remote source cannot bring the bytes of a {type(reader)}")
@@ -211,13 +228,19 @@ class RemoteSource:
                 self._parts = self._make()
             return self._parts
 
-    def _entry(self, parts: RemoteParts, key: RemoteKey) -> CacheEntry:
-        """Open the entry of a key. Raise `EvictedError` if it is gone. Blocks."""
-        entry = parts.resolver.cache.open(cache_key(key))
+    def _see(self, key: RemoteKey, entry: CacheEntry) -> None:
+        remember(self._seen, key, _SeenFiles(entry.record, entry.identities), MAX_KEYS)
+
+    def _entry(self, parts: RemoteParts, key: RemoteKey, *, check: bool = False) -> CacheEntry:
+        """Open the entry of a key; hash it with `check`. Blocks.
+
+        Raise `EvictedError` if it is gone, or has other bytes.
+        """
+        entry = parts.resolver.cache.open(cache_key(key), check=check)
         if entry is None:
             raise entry_gone()
-        record = self._records.get(key)
-        if record is not None and record.contradicts(entry.record.files):
+        seen = self._seen.get(key)
+        if seen is not None and seen.record.contradicts(entry.record.files):
             entry.close()  # another process fetched it again, and its source had other bytes
             raise entry_gone()
         return entry

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import itertools
+import mmap
 import os
 import stat
 import struct
@@ -28,9 +29,7 @@ import tiny
 from common import LOOPS, our_threads, until
 from lorax_async import AdapterHandle, AdapterLoader, AdapterRef, Verification
 from lorax_async.cache.base import CacheKey
-from lorax_async.cache.directory import Folder
 from lorax_async.cache.disk_cache import ls
-from lorax_async.cache.entries import stamp
 from lorax_async.config import Checking, Limits
 from lorax_async.errors import (
     AccessDeniedError,
@@ -44,7 +43,6 @@ from lorax_async.errors import (
     LoaderClosedError,
     LoraxError,
 )
-from lorax_async.files import identity_of
 from lorax_async.formats.split_weights import CONFIG_FILE, WEIGHTS_FILE
 from lorax_async.http.failures import RetryPolicy
 from lorax_async.http.settings import Timeouts
@@ -545,15 +543,47 @@ async def test_a_caller_that_holds_wrong_bytes_already_gets_the_error(world: Rem
         await right_beside(loader, world, "good", "bad")
 
 
+@contextmanager
+def other_bytes(world: RemoteWorld, name: str, *, silent: bool) -> Iterator[Callable[[], object]]:
+    """Yield what gives its weights in the cache another last byte, and the same size and date.
+
+    If `silent`, by a page that is to be written to the disk anyway: no time of the file tells.
+    """
+    content = world.locator.there[name].weights
+    weights_files = (world.folder / "entries").glob(f"*/{WEIGHTS}")
+    (path,) = (file for file in weights_files if file.read_bytes() == content)
+    before = path.stat()
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+
+        def write(content: bytes) -> None:
+            memory[:] = content
+            if path.stat().st_mtime_ns != before.st_mtime_ns:
+                os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+        if silent:
+            write(content)
+        yield partial(write, _flipped(content))
+
+
 @pytest.mark.parametrize("verify", ["stream", "before_use", "always"])
 async def test_an_unpromised_digest_is_marked_as_such(tmp_path: Path, verify: Checking) -> None:
     """Later on these bytes are what counts: others in their place are noticed."""
+
+    async def notices(loader: AdapterLoader, world: RemoteWorld) -> None:
+        healthy = asyncio.create_task(loads_right(loader, world, "good"))
+        with pytest.raises(IntegrityError, match="changed"):  # or after it is resident
+            async with await loader.load(world.ref("bad")) as handle:
+                await handle.verified()
+        await healthy
+        await assert_at_rest(loader, world)
+        await right_beside(loader, world, "bad")
+
     with stocked(tmp_path, verify=verify) as world:
         world.locator.promises = False
+        own = hashlib.sha256(world.locator.there["bad"].weights).hexdigest()
         async with over(world) as loader:
             async with await loader.load(world.ref("bad")) as handle:
                 tiny.assert_equal_to_file(handle, world.adapters / "bad")
-                own = hashlib.sha256(world.locator.there["bad"].weights).hexdigest()
                 assert await handle.verified() == Verification("transport", own)
             await right_beside(loader, world, "good")
         for listed in ls(world.cache):
@@ -561,27 +591,21 @@ async def test_an_unpromised_digest_is_marked_as_such(tmp_path: Path, verify: Ch
             weights = listed.record.file(WEIGHTS_FILE)
             assert weights is not None
             assert weights.digest.kind == "transport"
-        content = world.locator.there["bad"].weights
-        weights_files = (world.folder / "entries").glob(f"*/{WEIGHTS}")
-        (altered,) = (file for file in weights_files if file.read_bytes() == content)
-        before = altered.stat()
-        altered.write_bytes(_flipped(content))
-        os.utime(altered, ns=(before.st_atime_ns, before.st_mtime_ns))
-        if verify == "always":  # as where a disk rots: these times were recorded as verified
-            (record,) = (e.record for e in ls(world.cache) if e.name == altered.parent.name)
-            assert record is not None
-            folder = Folder(os.open(altered.parent, os.O_RDONLY))
-            paths = {file.role: altered.parent / file.role.file_name for file in record.files}
-            stamp(folder, record, {role: identity_of(path.stat()) for role, path in paths.items()})
-            folder.close()
-        async with over(world) as loader:
-            healthy = asyncio.create_task(loads_right(loader, world, "good"))
-            with pytest.raises(IntegrityError, match="changed"):  # or after it is resident
-                async with await loader.load(world.ref("bad")) as handle:
-                    await handle.verified()
-            await healthy
-            await assert_at_rest(loader, world)
-            await right_beside(loader, world, "bad")
+        with other_bytes(world, "bad", silent=verify == "always") as alter:
+            async with over(world) as loader:
+                await loads_right(loader, world, "bad")
+                await loader.unload(world.ref("bad"))
+                alter()
+                if verify == "always":  # hashed before it is opened: as if it were not there
+                    await loads_right(loader, world, "bad")
+                else:
+                    await notices(loader, world)
+        with other_bytes(world, "bad", silent=verify == "always") as alter:
+            async with over(world) as loader:
+                await loads_right(loader, world, "bad")
+            alter()
+            async with over(world) as loader:
+                await notices(loader, world)
 
 
 async def test_half_of_an_adapter_is_not_served(world: RemoteWorld) -> None:

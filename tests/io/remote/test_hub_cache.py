@@ -303,10 +303,24 @@ def test_a_blob_that_repositories_share(tmp_path: Path) -> None:
     shared.parent.mkdir(parents=True)
     blob.rename(shared)
     blob.symlink_to(f"../../blobs/ab/{shared.name}")
-    entry = opened(tmp_path).open(KEY, check=True)
+    other = CacheKey("org/other", COMMIT)
+    wrong = (
+        by_hand.put(tmp_path, other.source, {**ADAPTER, NAME: WEIGHTS[:-1]}, commit=COMMIT) / NAME
+    ).resolve()
+    wrong.unlink()
+    wrong.symlink_to(f"../../blobs/ab/{shared.name}")  # has not the digest that this name promises
+    time.sleep(0.03)
+    cache = opened(tmp_path)
+    entry = cache.open(KEY, check=True)
     assert contents(entry) == ADAPTER
     assert entry is not None
     assert entry.record.files[1].digest == digest_of(NAME, WEIGHTS)
+    assert entry.is_verified
+    unchecked = cache.open(other)
+    assert unchecked is not None
+    assert not unchecked.is_verified
+    assert cache.open(other, check=True) is None
+    assert cache.open(KEY) is not None
 
 
 @pytest.mark.parametrize("lacking", [*SPLIT, "blob", "two countings"])
