@@ -8,7 +8,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from threading import Event, Lock, Thread
 from typing import Any, Generic, Protocol, TypeVar
@@ -262,18 +262,27 @@ class SharedResource(Generic[T]):
         self._lock = Lock()
         self._opening = Lock()
 
-    @contextmanager
-    def use(self) -> Iterator[T]:
+    def use(self) -> AbstractContextManager[T]:
         """Keep it open within the block. Raise `FetchError` once it is closed."""
-        self._enter()
+        return self
+
+    def __enter__(self) -> T:
+        with self._lock:
+            if self.closed:
+                raise FetchError(f"{self._name} was closed before it was used")
+            self._users += 1
         try:
-            yield self._open_once()
-        finally:
-            with self._lock:
-                self._users -= 1
-                last = self.closed and not self._users
-            if last:
-                self._end()
+            return self.opened if self.opened is not None else self._open_once()
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            last = self.closed and not self._users
+        if last:
+            self._end()
 
     def close(self) -> None:
         """Close it now, or after the last use. Quick and idempotent."""
@@ -283,16 +292,7 @@ class SharedResource(Generic[T]):
         if unused:
             self._end()
 
-    def _enter(self) -> None:
-        with self._lock:
-            if self.closed:
-                raise FetchError(f"{self._name} was closed before it was used")
-            self._users += 1
-
     def _open_once(self) -> T:
-        opened = self.opened
-        if opened is not None:
-            return opened
         with self._opening:
             if self.opened is None:
                 assert self._open is not None

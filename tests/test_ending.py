@@ -26,7 +26,7 @@ from lorax_async.devices.base import CopyTicket
 from lorax_async.devices.transfer import CopyResult, GroupCopy
 from lorax_async.lifecycle.adapter_state import SlotGrant
 from lorax_async.lifecycle.arena import Extent
-from lorax_async.lifecycle.commands import CopyGroup
+from lorax_async.lifecycle.commands import CopyGroups
 from lorax_async.planning.transfer_plan import GroupPlan, TransferPlan
 from lorax_async.runtime.copies import CopyThreads
 from lorax_async.runtime.leases import SlotOccupancy
@@ -192,7 +192,7 @@ async def test_the_device_outlives_copies(tmp_path: Path, monkeypatch: Patch) ->
     ends = await asyncio.gather(loading, closing, return_exceptions=True)
     assert all(isinstance(end, BaseException) for end in ends)
     await until(lambda: "close" in ended)
-    assert ended == ["copy"] * tiny.LAYERS + ["close"]
+    assert ended.index("close") == len(ended) - 1 > 2
 
 
 @pytest.mark.parametrize("step", ["resolve", "digest", "populate", "open"])
@@ -256,19 +256,19 @@ async def test_copies_that_end_at_the_same_moment_are_both_counted() -> None:
     occupancy.copied = SlowInt(2)
     tickets: list[CopyTicket] = [Future() for _ in range(3)]
 
-    def run(copy: GroupCopy) -> CopyResult:
-        ticket = tickets[copy.group.layer]
-        asked.append(copy.group.layer)
-        return CopyResult(ticket, ticket, 0.0)
+    def run_all(copies: list[GroupCopy]) -> list[CopyResult]:
+        ticket = tickets[copies[0].group.layer]
+        asked.append(copies[0].group.layer)
+        return [CopyResult(ticket, ticket, 0.0)]
 
     part: Any = SimpleNamespace  # of the loader, as far as copies know it
-    parts = part(reader=lambda key: None), part(occupancies={key: occupancy}), part(run=run)
+    parts = part(reader=lambda key: None), part(occupancies={key: occupancy}), part(run_all=run_all)
     settings: dict[str, Any] = {"threads": 2, "low_water": 0, "images": torch.empty(0)}
     copies = CopyThreads(
-        *parts, lambda job: heard.append(job.command.group), lambda key: None, **settings
+        *parts, lambda job: heard.extend(job.command.groups), lambda key: None, **settings
     )
     for group in range(3):
-        copies.start(CopyGroup(key, grant, group))
+        copies.start(CopyGroups(key, grant, (group,), 64))
     await until(lambda: len(asked) == 3)
     await asyncio.sleep(0.01)
     for ticket in tickets[:2]:  # each in a thread of its own, as a device does it

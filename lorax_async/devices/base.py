@@ -75,6 +75,12 @@ class Device(Protocol):
         Raises `UsageError` unless `reads_files`.
         """
 
+    def read(self, reader: Reader, moves: Sequence[ReadMove]) -> None:
+        """Read bytes of a file to their targets, which are offsets in the arena. Blocks.
+
+        Raises `UsageError` unless `reads_files`, else as the reader does.
+        """
+
     def copy(
         self, pieces: FilePieces | StagedPiece, rows: Sequence[TableRow], extent: Extent, slot: int
     ) -> CopyTicket:

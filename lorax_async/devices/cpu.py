@@ -15,10 +15,10 @@ import torch
 from lorax_async.devices.base import CopyTicket, FilePieces, StagedPiece
 from lorax_async.devices.staging import TORCH_DTYPES, read
 from lorax_async.errors import CapacityError, UsageError
-from lorax_async.files import POPULATE_WRITE, madvise
+from lorax_async.files import POPULATE_WRITE, Reader, madvise
 from lorax_async.lifecycle.arena import Extent
 from lorax_async.planning.layout import ModelLayout
-from lorax_async.planning.transfer_plan import TableRow
+from lorax_async.planning.transfer_plan import ReadMove, TableRow
 
 _CLAIM_BYTES = 32 << 20
 
@@ -84,6 +84,9 @@ class CpuDevice:
 
     def host_view(self, extent: Extent) -> torch.Tensor:
         return self._arena[extent.offset : extent.offset + extent.nbytes]
+
+    def read(self, reader: Reader, moves: Sequence[ReadMove]) -> None:
+        read(reader, moves, self._memory)
 
     def copy(
         self, pieces: FilePieces | StagedPiece, rows: Sequence[TableRow], extent: Extent, slot: int

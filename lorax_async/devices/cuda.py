@@ -42,9 +42,10 @@ from lorax_async.devices.streams import (
     stream_on,
 )
 from lorax_async.errors import CapacityError, ConfigError, InternalError, TransferError, UsageError
+from lorax_async.files import Reader
 from lorax_async.lifecycle.arena import Extent
 from lorax_async.planning.layout import ModelLayout
-from lorax_async.planning.transfer_plan import TableRow
+from lorax_async.planning.transfer_plan import ReadMove, TableRow
 
 ALIGNMENT = 64
 _ALLOCATION_ERRORS = (RuntimeError, MemoryError, TypeError)  # torch raises TypeError beyond 63 bits
@@ -169,6 +170,9 @@ class CudaDevice:
 
     def host_view(self, extent: Extent) -> torch.Tensor:  # noqa: ARG002 - there is none
         raise UsageError(f"the arena of {self.name} is not host memory; copy staged bytes to it")
+
+    def read(self, reader: Reader, moves: Sequence[ReadMove]) -> None:  # noqa: ARG002
+        raise UsageError(f"{self.name} cannot read files; copy staged bytes to it")
 
     def copy(
         self, pieces: FilePieces | StagedPiece, rows: Sequence[TableRow], extent: Extent, slot: int

@@ -17,9 +17,10 @@ import torch
 from lorax_async.devices.base import CopyTicket, FilePieces, StagedPiece
 from lorax_async.devices.cpu import CpuDevice, Operands, lazy_memory
 from lorax_async.errors import TransferError, UsageError
+from lorax_async.files import Reader
 from lorax_async.lifecycle.arena import Extent
 from lorax_async.planning.layout import ModelLayout
-from lorax_async.planning.transfer_plan import TableRow
+from lorax_async.planning.transfer_plan import ReadMove, TableRow
 
 POISON = 0x7E
 """A byte that is huge in F32 and BF16 and NaN in F16, so that its use in compute shows."""
@@ -202,6 +203,9 @@ class SimulatedDevice:
 
     def host_view(self, extent: Extent) -> torch.Tensor:  # noqa: ARG002 - there is none
         raise UsageError("this device's arena is not host memory; copy staged bytes to it")
+
+    def read(self, reader: Reader, moves: Sequence[ReadMove]) -> None:  # noqa: ARG002
+        raise UsageError("this device cannot read files; copy staged bytes to it")
 
     def copy(
         self, pieces: FilePieces | StagedPiece, rows: Sequence[TableRow], extent: Extent, slot: int

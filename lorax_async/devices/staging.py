@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Condition
@@ -119,7 +119,7 @@ class StagingRing:
             self.release(buffer)
 
 
-def read(reader: Reader, moves: tuple[ReadMove, ...], target: memoryview) -> None:
+def read(reader: Reader, moves: Sequence[ReadMove], target: memoryview) -> None:
     """Read every move verbatim into `target`, with one call per contiguous run of the file."""
     for run in file_runs(moves):
         buffers = [target[move.target : move.target + move.nbytes] for move in run]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
 from functools import partial
 from threading import Lock, current_thread
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
 
@@ -16,8 +16,14 @@ from lorax_async.devices.staging import TORCH_DTYPES, StagingBuffer, StagingRing
 from lorax_async.errors import AdapterFormatError, InternalError
 from lorax_async.files import Reader
 from lorax_async.lifecycle.arena import Extent
-from lorax_async.planning.transfer_plan import GroupPlan, StagingWindow, VectorPlace, windows
-from lorax_async.tracing import IMAGE, STREAM, Row, Span, Tracer
+from lorax_async.planning.transfer_plan import (
+    GroupPlan,
+    ReadMove,
+    StagingWindow,
+    VectorPlace,
+    windows,
+)
+from lorax_async.tracing import IMAGE, NO_SPAN, STREAM, Row, Span, Tracer
 
 
 def _written_ranges(
@@ -46,8 +52,7 @@ def _module_at(place: int, group: GroupPlan) -> int:
     return max(start for start in starts if start[0] <= place)[1]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class GroupCopy:
+class GroupCopy(NamedTuple):
     """The copy of one layer group: its bytes, file, extent and slot.
 
     `image` is for devices that do not read files: uint8 `[group.nbytes]` of `staging_memory` that
@@ -64,8 +69,7 @@ class GroupCopy:
     warm: bool = False
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class CopyResult:
+class CopyResult(NamedTuple):
     """A submitted copy of a layer group.
 
     `ticket` is the device's ticket of the part that writes the rows. `done` completes when all
@@ -102,6 +106,38 @@ class GroupTransfer:
         self._check_finite = check_finite
         self._tracer = tracer or Tracer()
 
+    def run_all(self, copies: Sequence[GroupCopy]) -> list[CopyResult]:
+        """Copy groups of one adapter in order, each as `run` does.
+
+        A device that reads files reads those of several groups with one call, if they adjoin in the
+        file: after each call, the code of the next is no longer in the processor's cache.
+        """
+        results: list[CopyResult] = []
+        try:
+            if not self._device.reads_files:
+                results += map(self.run, copies)
+                return results
+            at_once = len(copies) > 1
+            if at_once:
+                with self._span(copies[0], "copies", None, f"read {len(copies)} layers"):
+                    self._read_at_once(copies)
+            for copy in copies:
+                results.append(self._run_from_file(copy, is_read=at_once))
+        except BaseException:
+            wait([result.done for result in results])
+            raise
+        return results
+
+    def _read_at_once(self, copies: Sequence[GroupCopy]) -> None:
+        """Read what is not cast or padded into the arena."""
+        moves = [
+            ReadMove(part.file_offset, part.nbytes, part.target + base, part.rows, part.pitch)
+            for copy, base in ((copy, copy.extent.offset) for copy in copies)
+            for part in copy.group.reads
+        ]
+        if moves:
+            self._device.read(copies[0].reader, moves)
+
     def run(self, copy: GroupCopy) -> CopyResult:
         """Copy one group. Return when all its parts have been submitted.
 
@@ -125,19 +161,29 @@ class GroupTransfer:
             wait(pending.tickets)
             raise
         tickets = pending.tickets
-        return CopyResult(tickets[-1], _join_tickets(tickets), pending.staging_seconds)
+        return CopyResult(tickets[-1], join_tickets(tickets), pending.staging_seconds)
 
     def wipe(self, extents: Sequence[Extent]) -> CopyTicket:
         """Zero extents that no work reads any more. Blocks as `run` does."""
         return self._device.wipe(extents)
 
     def _span(self, copy: GroupCopy, row: Row, lane: Hashable, name: str = "") -> Span:
-        """Begin a span of a group's copy, named after its layer by default."""
+        """Begin a span of a group's copy, named after its layer by default.
+
+        Without a `lane`, it is the thread's.
+        """
+        if self._tracer.on is None:
+            return NO_SPAN
+        if lane is None:
+            lane = current_thread().name.removeprefix("lorax-")
         layer = copy.group.layer
         return self._tracer.span(row, lane, name or f"layer {layer}", slot=copy.slot, layer=layer)
 
-    def _run_from_file(self, copy: GroupCopy) -> CopyResult:
-        """Write converted bytes first, so that the device writes the rows last."""
+    def _run_from_file(self, copy: GroupCopy, *, is_read: bool = False) -> CopyResult:
+        """Write converted bytes first, so that the device writes the rows last.
+
+        With `is_read`, the other bytes are in the arena already.
+        """
         group, started = copy.group, perf_counter()
         if group.converts or group.zeros:
             target = self._device.host_view(copy.extent)
@@ -149,9 +195,8 @@ class GroupTransfer:
                     scratch.convert(copy.reader, group.converts, copy.dtype, target)
             zero(group.zeros, target)
         seconds = perf_counter() - started
-        pieces = FilePieces(copy.reader, group.reads)
-        thread = current_thread().name.removeprefix("lorax-")
-        span = self._span(copy, "copies", thread)
+        pieces = FilePieces(copy.reader, () if is_read else group.reads)
+        span = self._span(copy, "copies", None)
         try:
             ticket = self._device.copy(pieces, group.rows, copy.extent, copy.slot)
         except BaseException as error:
@@ -252,7 +297,7 @@ class _PendingCopy:
             self.tickets.remove(ticket)
 
 
-def _join_tickets(tickets: Sequence[CopyTicket]) -> CopyTicket:
+def join_tickets(tickets: Sequence[CopyTicket]) -> CopyTicket:
     """Return a ticket that is done when all are, with the error of the first that failed."""
     if len(tickets) == 1:
         return tickets[0]

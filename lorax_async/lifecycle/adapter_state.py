@@ -193,7 +193,9 @@ class AdapterState:
     fetched: int = 0  # groups whose bytes can be read
     grant: SlotGrant | None = None
     submitted: int = 0  # groups of this grant
-    copying: int = 0  # the number of copies in flight
+    copying: int = 0  # the number of runs of groups in flight
+    copying_bytes: int = 0  # the bytes of their groups on the device
+    is_fast: bool = False  # the last copy was as fast as from memory
     service_tag: int = 0  # the position in the fair queue of copies, in bytes
     done: int = 0  # groups that were copied
     watermark: int = 0
@@ -267,16 +269,29 @@ class AdapterState:
         return holdable and self.host is HostState.HELD
 
     @property
-    def next_copy(self) -> int:
-        """The group to copy next, among those that can be read.
+    def streams(self) -> bool:
+        """Whether a caller uses, or will use, the layers one by one as they arrive."""
+        return self.leases > 0 or self.waiters.has_tier(WantedTier.STREAM)
 
-        Streaming needs layer order. Otherwise file order is faster, because disks read ahead.
+    def next_copies(self, count: int, nbytes: int) -> tuple[int, ...]:
+        """Return groups to copy next, among those that can be read, in the order to copy them.
+
+        They are one or more, at most `count` and at most `nbytes` together. Streaming needs layer
+        order. Otherwise file order is faster, because disks read ahead.
         """
-        ready = self.fetched & ~self.submitted
-        streams = self.leases > 0 or self.waiters.has_tier(WantedTier.STREAM)
-        if streams or self.needs is None or not self.needs.file_order:
-            return (ready & -ready).bit_length() - 1
-        return next(group for group in self.needs.file_order if ready >> group & 1)
+        assert self.needs is not None
+        sizes, ready = self.needs.group_nbytes, self.fetched & ~self.submitted
+        order = () if self.streams else self.needs.file_order
+        groups: list[int] = []
+        for group in order or range(len(sizes)):
+            if ready >> group & 1:
+                nbytes -= sizes[group]
+                if groups and nbytes < 0:
+                    break
+                groups.append(group)
+                if len(groups) == count:
+                    break
+        return tuple(groups)
 
     @property
     def wants_slot(self) -> bool:

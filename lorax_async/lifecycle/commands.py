@@ -68,14 +68,16 @@ class TakeSlot(SlotCommand):
 
 
 @dataclass(frozen=True)
-class CopyGroup(SlotCommand):
-    """Copy one group to its extent. Outcome: copy_done or copy_failed.
+class CopyGroups(SlotCommand):
+    """Copy a run of groups to their extents, in this order. Outcome: copy_done or copy_failed.
 
-    With an `image`, an extent of pinned host memory, the group is staged there and stays. If
-    `warm`, it is there already and no file is read.
+    `nbytes` is the size of their extents together. With an `image`, an extent of pinned host
+    memory, the only group is staged there and stays. If `warm`, it is there already and no file is
+    read.
     """
 
-    group: int
+    groups: tuple[int, ...]
+    nbytes: int
     image: Extent | None = None
     warm: bool = False
 

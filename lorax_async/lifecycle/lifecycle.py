@@ -21,7 +21,7 @@ from lorax_async.lifecycle.adapter_state import (
     Waiter,
     WantedTier,
 )
-from lorax_async.lifecycle.commands import Command, DropFile, ForgetAdapter, NotifyReady
+from lorax_async.lifecycle.commands import Command, CopyGroups, DropFile, ForgetAdapter, NotifyReady
 from lorax_async.lifecycle.queues import CopyQueue, HostTierQueue, PinnedImages, SlotQueue
 from lorax_async.lifecycle.residency import HostBudget, ImageBudget, Residency
 from lorax_async.lifecycle.rules import LifecycleRules
@@ -350,25 +350,30 @@ class Lifecycle:
 
     # -- outcomes of a copy -----------------------------------------------------------------------
 
-    def copy_done(self, key: AdapterKey, group: int) -> list[Command]:
-        state = self.states[key]
-        last = state.done | 1 << group == state.all_groups
+    def copy_done(self, copy: CopyGroups, *, fast: bool) -> list[Command]:
+        """End a copy; `fast` if it was as fast as from memory."""
+        state = self.states[copy.key]
+        state.is_fast = fast
+        done = state.done
+        for group in copy.groups:
+            done |= 1 << group
+        last = done == state.all_groups
         state.slot = next_slot_state(
             state.slot, SlotMove.LAST_COPY_DONE if last else SlotMove.COPY_DONE
         )
-        self._copies.copied(state)
+        self._copies.copied(state, copy.nbytes)
         if state.image is not None:
-            state.imaged |= 1 << group
+            state.imaged |= done & ~state.done
         if state.slot is SlotState.DRAINING:
             return self._settle(state)
         if last:
             state.resident_since = self._slots.now
-        state.done |= 1 << group
+        state.done = done
         before = state.watermark
         while state.done >> state.watermark & 1:
             state.watermark += 1
         if state.watermark > before and state.grant is not None:
-            self._rules.command(NotifyReady(key, state.grant, state.watermark, last))
+            self._rules.command(NotifyReady(copy.key, state.grant, state.watermark, last))
         if state.slot is SlotState.FILLING:
             # The outcome frees a copy and changes nothing else.
             self._copies.submit()
@@ -376,15 +381,15 @@ class Lifecycle:
         return self._settle(state)
 
     def copy_failed(
-        self, key: AdapterKey, error: LoraxError, *, file_lost: bool = False
+        self, copy: CopyGroups, error: LoraxError, *, file_lost: bool = False
     ) -> list[Command]:
         """End a copy that failed; `file_lost` if the file was the cause (also applies `lost`)."""
-        state = self.states[key]
+        state = self.states[copy.key]
         was_filling = state.slot is SlotState.FILLING
         after = next_slot_state(state.slot, SlotMove.COPY_FAILED)
         if file_lost:
             next_file_state(state.file, FileMove.LOST)
-        self._copies.copied(state)
+        self._copies.copied(state, copy.nbytes)
         if was_filling:
             self._rules.fail(state, error, state.waiters.slot_waiter_ids)
             self._rules.notify_broken(state, error)

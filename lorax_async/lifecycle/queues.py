@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 from lorax_async.errors import CapacityError
 from lorax_async.lifecycle.adapter_state import AdapterState, HostState, Urgency, WantedTier
 from lorax_async.lifecycle.arena import Arena
-from lorax_async.lifecycle.commands import CopyGroup, PopulatePages, TakeSlot
+from lorax_async.lifecycle.commands import CopyGroups, PopulatePages, TakeSlot
 from lorax_async.lifecycle.residency import reload_cost
 from lorax_async.lifecycle.rules import LifecycleRules
 from lorax_async.lifecycle.transitions import SlotMove, SlotState, next_slot_state
@@ -209,10 +209,13 @@ def _is_idle(state: AdapterState) -> bool:
 _HeadIdentity = tuple[AdapterKey, float, bool]
 
 COPIES_AHEAD = 8
-"""Copies in flight per I/O thread: enough to keep the threads busy while the loop is not."""
+"""Runs in flight per I/O thread: enough to keep the threads busy while the loop is not."""
 
 IN_FLIGHT_BYTES = 32 << 20
-"""Bytes that one adapter may have in flight; at least one copy per I/O thread is allowed."""
+"""Bytes that one adapter may have in flight; at least one run per I/O thread is allowed."""
+
+RUN_BYTES = 8 << 20
+"""Bytes of a run of groups, which one thread copies: a millisecond or two from memory."""
 
 
 class SlotQueue:
@@ -386,7 +389,7 @@ class CopyQueue:
     def __init__(self, rules: LifecycleRules) -> None:
         self.virtual_time = 0
         self._rules = rules
-        self._min_copies = max(1, rules.residency.copies_free // COPIES_AHEAD)
+        self._threads = max(1, rules.residency.copies_free // COPIES_AHEAD)
         self._adapters: dict[AdapterKey, AdapterState] = {}
         self._queue: PriorityQueue[tuple[bool, int, int]] = PriorityQueue()
 
@@ -406,29 +409,44 @@ class CopyQueue:
         residency = self._rules.residency
         while residency.copies_free and (key := self._queue.head) is not None:
             state = self._adapters[key]
-            group = state.next_copy
+            groups = self._next_run(state)
             assert state.grant is not None
-            state.submitted |= 1 << group
+            nbytes = sum(state.grant.extents[group].nbytes for group in groups)
+            for group in groups:
+                state.submitted |= 1 << group
             state.copying += 1
-            state.service_tag += state.grant.extents[group].nbytes
+            state.copying_bytes += nbytes
+            state.service_tag += nbytes
             residency.copies_free -= 1
-            image = state.image[group] if state.image is not None else None
-            warm = bool(state.imaged >> group & 1)
-            self._rules.command(CopyGroup(state.key, state.grant, group, image, warm))
+            image = state.image[groups[0]] if state.image is not None else None
+            warm = bool(state.imaged >> groups[0] & 1)
+            self._rules.command(CopyGroups(state.key, state.grant, groups, nbytes, image, warm))
             self.update(state)
 
-    def copied(self, state: AdapterState) -> None:
-        """Record the end of one copy of `state`."""
+    def _next_run(self, state: AdapterState) -> tuple[int, ...]:
+        """Return the next groups for one thread; the last runs are short, lest a thread be idle.
+
+        Only one if each is awaited, computed while it is copied (a merge), or has an image; or read
+        from a disk, which is fastest if the threads read close to each other.
+        """
+        single = state.image is not None or isinstance(state.key, MergedKey)
+        if single or not state.is_fast or state.streams:
+            return state.next_copies(1, 0)
+        left = (state.all_groups & ~state.submitted).bit_count()
+        room = min(self._rules.residency.run_bytes, IN_FLIGHT_BYTES - state.copying_bytes)
+        return state.next_copies(max(1, left // self._threads), room)
+
+    def copied(self, state: AdapterState, nbytes: int) -> None:
+        """Record the end of one run of `state`, of `nbytes`."""
         state.copying -= 1
+        state.copying_bytes -= nbytes
         self._rules.residency.copies_free += 1
         if state.slot is not SlotState.DRAINING and state.needs is not None:
-            self.virtual_time = max(
-                self.virtual_time, state.service_tag - state.copying * state.needs.largest
-            )
+            self.virtual_time = max(self.virtual_time, state.service_tag - state.copying_bytes)
             self.update(state)
 
     def _may_submit(self, state: AdapterState) -> bool:
-        """Return whether `state` may have another copy in flight.
+        """Return whether `state` may have another run in flight.
 
         One adapter's large groups must not delay the next one's. A merge is computed while it is
         copied, and must not occupy every thread.
@@ -436,7 +454,8 @@ class CopyQueue:
         assert state.needs is not None
         if isinstance(state.key, MergedKey):
             return not state.copying
-        return state.copying < max(self._min_copies, IN_FLIGHT_BYTES // state.needs.largest)
+        fits = state.copying_bytes + state.needs.largest <= IN_FLIGHT_BYTES
+        return fits or state.copying < self._threads
 
 
 def _copy_order(state: AdapterState) -> tuple[bool, int, int]:

@@ -22,7 +22,8 @@ def reload_cost(needs: GroupSizes) -> float:
 class Residency:
     """The slots and the arena of a device.
 
-    `copies` may be in flight at once; `policy` ranks the slot holders for eviction.
+    `copies` runs of groups, each of `run_bytes` at most if it has several, may be in flight at
+    once; `policy` ranks the slot holders for eviction.
     """
 
     def __init__(
@@ -32,10 +33,12 @@ class Residency:
         alignment: int,
         max_slots: int,
         copies: int,
+        run_bytes: int,
         policy: EvictionPolicy,
     ) -> None:
         self.arena = Arena(device_bytes, alignment)
         self.copies_free = copies
+        self.run_bytes = run_bytes
         self.policy = policy
         self.evictions = 0
         self._alignment = alignment

@@ -391,6 +391,11 @@ class TransferPlan:
         return tuple(group.layer for group in self.groups)
 
     @cached_property
+    def converted_bytes(self) -> tuple[int, ...]:
+        """Bytes of the file that are cast or padded, by group."""
+        return tuple(sum(move.nbytes for move in group.converts) for group in self.groups)
+
+    @cached_property
     def has_vectors(self) -> bool:
         return any(group.vectors for group in self.groups)
 

@@ -22,7 +22,7 @@ from lorax_async.errors import LoaderClosedError
 from lorax_async.ids import parse_allowed_ref
 from lorax_async.lifecycle.lifecycle import Budgets, Lifecycle, LifecycleTimes
 from lorax_async.lifecycle.policies import policy
-from lorax_async.lifecycle.queues import COPIES_AHEAD
+from lorax_async.lifecycle.queues import COPIES_AHEAD, RUN_BYTES
 from lorax_async.lifecycle.residency import HostBudget, ImageBudget, Residency
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.sharding import Sharding
@@ -176,6 +176,7 @@ class Assembly:
                 alignment=device.alignment,
                 max_slots=config.max_slots,
                 copies=COPIES_AHEAD * config.io_threads,
+                run_bytes=RUN_BYTES,
                 policy=policy(config.eviction),
             ),
             HostBudget(config.host_bytes, policy(config.eviction)),

@@ -16,9 +16,10 @@ import torch
 
 from lorax_async.concurrency import Inbox
 from lorax_async.devices.base import CopyTicket
-from lorax_async.devices.transfer import GroupCopy, GroupTransfer
+from lorax_async.devices.transfer import GroupCopy, GroupTransfer, join_tickets
 from lorax_async.errors import CapacityError, LoraxError, as_lorax_error
-from lorax_async.lifecycle.commands import CopyGroup, WipeExtents
+from lorax_async.files import Reader
+from lorax_async.lifecycle.commands import CopyGroups, WipeExtents
 from lorax_async.runtime.fetches import FetchTasks
 from lorax_async.runtime.leases import LeaseTable, SlotOccupancy
 from lorax_async.types import AdapterKey
@@ -28,23 +29,53 @@ _logger = logging.getLogger("lorax_async")
 
 @dataclass(slots=True, eq=False)
 class CopyJob:
-    """One copy; `error` and the times are its outcome, once it has ended."""
+    """One run of groups; `error` and the times are its outcome, once it has ended."""
 
-    command: CopyGroup
-    copy: GroupCopy
+    command: CopyGroups
     occupancy: SlotOccupancy
+    reader: Reader
+    image: torch.Tensor | None
+    """uint8 `[command.nbytes]` of pinned memory."""
     started: float = 0.0
     staging_seconds: float = 0.0
     copy_seconds: float = 0.0
     error: LoraxError | None = None
 
+    @property
+    def is_fast(self) -> bool:
+        """Whether it was as fast as from memory."""
+        seconds = self.staging_seconds + self.copy_seconds
+        return self.command.nbytes > seconds * FAST_BYTES_PER_SECOND
+
+    def group_copies(self) -> list[GroupCopy]:
+        plan, grant = self.occupancy.plan, self.command.grant
+        return [
+            GroupCopy(
+                self.reader,
+                plan.groups[group],
+                plan.dtype,
+                grant.extents[group],
+                grant.slot.index,
+                self.image,
+                self.command.warm,
+            )
+            for group in self.command.groups
+        ]
+
+
+FAST_BYTES_PER_SECOND = 1e9
+"""Faster than a thread reads from most disks, and slower than from the page cache."""
+
+LOW_BYTES = 16 << 20
+"""Bytes in flight at which the threads may soon have nothing to do."""
+
 
 class CopyThreads:
     """Runs copies, and the zeroing of failed slots, in `threads` I/O threads.
 
-    `copied` is called once per copy, on the loop; `wiped` once per failed slot, in any thread. The
-    loop is woken at the latest when at most `low_water` copies are in flight. `images` is the
-    page-locked memory to which the extents of commands refer.
+    `copied` is called once per run, on the loop; `wiped` once per failed slot, in any thread. The
+    loop is woken at the latest when at most `low_water` runs and `LOW_BYTES` are in flight.
+    `images` is the page-locked memory to which the extents of commands refer.
     """
 
     def __init__(
@@ -72,7 +103,7 @@ class CopyThreads:
         self._start_threads()
         self._inbox: Inbox[CopyJob] = Inbox(asyncio.get_running_loop(), copied)
         self._low_water = low_water
-        self._in_flight = 0
+        self._in_flight = self._bytes_in_flight = 0
         self._lock = Lock()
 
     def stop(self) -> None:
@@ -89,21 +120,16 @@ class CopyThreads:
         """Handle outcomes that have not woken the loop yet."""
         self._inbox.take()
 
-    def start(self, command: CopyGroup) -> None:
-        occupancy = self._lease_table.occupancies[command.key]
-        group, image = occupancy.plan.groups[command.group], command.image
-        copy = GroupCopy(
-            self._files.reader(command.key),
-            group,
-            occupancy.plan.dtype,
-            command.grant.extents[command.group],
-            command.grant.slot.index,
-            None if image is None else self._images[image.offset : image.offset + group.nbytes],
-            command.warm,
-        )
+    def start(self, command: CopyGroups) -> None:
+        occupancy, image = self._lease_table.occupancies[command.key], command.image
+        memory = None
+        if image is not None:
+            memory = self._images[image.offset : image.offset + command.nbytes]
+        job = CopyJob(command, occupancy, self._files.reader(command.key), memory)
         with self._lock:
             self._in_flight += 1
-        self._queue.put(CopyJob(command, copy, occupancy))
+            self._bytes_in_flight += command.nbytes
+        self._queue.put(job)
 
     def wipe(self, command: WipeExtents) -> None:
         self._queue.put(command)
@@ -129,17 +155,19 @@ class CopyThreads:
                 self._run(work)
 
     def _run(self, work: CopyJob) -> None:
-        """Start a copy, in an I/O thread. Every copy reaches `_end` exactly once."""
+        """Start a run, in an I/O thread. Every run reaches `_end` exactly once."""
         work.started = perf_counter()
         try:
-            moved = self._transfer.run(work.copy)
-        except BaseException as problem:  # noqa: BLE001 - becomes the copy's outcome
+            results = self._transfer.run_all(work.group_copies())
+        except BaseException as problem:  # noqa: BLE001 - becomes the run's outcome
             self._end(work, problem)
             return
-        work.staging_seconds = moved.staging_seconds
-        with suppress(MemoryError):  # without the ticket, only queue_behind has to do without
-            work.occupancy.group_tickets[work.command.group] = moved.ticket
-        moved.done.add_done_callback(lambda done: self._end(work, done.exception()))
+        work.staging_seconds = sum(result.staging_seconds for result in results)
+        with suppress(MemoryError):  # without the tickets, only queue_behind has to do without
+            tickets = (result.ticket for result in results)
+            work.occupancy.group_tickets.update(zip(work.command.groups, tickets, strict=True))
+        done = join_tickets([result.done for result in results])
+        done.add_done_callback(lambda done: self._end(work, done.exception()))
 
     def _zero(self, command: WipeExtents) -> None:
         """Zero a failed slot, in an I/O thread.
@@ -160,7 +188,7 @@ class CopyThreads:
         ticket.add_done_callback(report)
 
     def _end(self, work: CopyJob, problem: BaseException | None) -> None:
-        """Leave a copy's outcome for the loop, in an I/O thread or one of the device's."""
+        """Leave a run's outcome for the loop, in an I/O thread or one of the device's."""
         if problem is not None:
             work.error = as_lorax_error(problem, "a copy to the device failed", "copy")
         work.copy_seconds = perf_counter() - work.started - work.staging_seconds
@@ -169,9 +197,10 @@ class CopyThreads:
         occupancy = work.occupancy
         with self._lock:
             self._in_flight -= 1
-            occupancy.copied += 1
+            self._bytes_in_flight -= work.command.nbytes
+            occupancy.copied += len(work.command.groups)
             last = occupancy.copied == len(occupancy.layers)
-            few = self._in_flight <= self._low_water
+            few = self._in_flight <= self._low_water and self._bytes_in_flight <= LOW_BYTES
         # Waking the loop costs as much as copying half a megabyte. While the threads have work,
         # outcomes may gather, except the last of an adapter and those of a streamed one.
         if last or few or occupancy.streamed or work.error is not None:

@@ -196,24 +196,24 @@ class Driver:
             self._execute(decided)
 
     def _copied(self, job: CopyJob) -> None:
-        key, group, error = job.command.key, job.copy.group, job.error
+        copy, key, error = job.command, job.command.key, job.error
         self.lifecycle.note_time(self._loop.time())
         self.telemetry.add_time("stage", job.staging_seconds)
         self.telemetry.add_time("copy", job.copy_seconds)
         if error is None:
-            self.telemetry.add_bytes("stage", sum(move.nbytes for move in group.converts))
-            self.telemetry.add_bytes("copy", group.nbytes)
-            self.telemetry.count("bytes_moved", group.nbytes)
+            converted = job.occupancy.plan.converted_bytes
+            self.telemetry.add_bytes("stage", sum(map(converted.__getitem__, copy.groups)))
+            self.telemetry.add_bytes("copy", copy.nbytes)
+            self.telemetry.count("bytes_moved", copy.nbytes)
             if self.telemetry.has_subscribers:
-                slot = job.command.grant.slot
-                self._publish(BytesMoved, key, slot=slot, nbytes=group.nbytes)
-            self._decide(key, partial(self.lifecycle.copy_done, key, job.command.group))
+                self._publish(BytesMoved, key, slot=copy.grant.slot, nbytes=copy.nbytes)
+            self._decide(key, partial(self.lifecycle.copy_done, copy, fast=job.is_fast))
             return
         here = self.lifecycle.states[key].file is not FileState.FETCHING
         lost = here and isinstance(error, FetchError)
         if isinstance(error, AdapterFormatError):
             self.files.refuse_weights(key, error)
-        self._decide(key, partial(self.lifecycle.copy_failed, key, error, file_lost=lost))
+        self._decide(key, partial(self.lifecycle.copy_failed, copy, error, file_lost=lost))
 
     def _wiped(self, key: AdapterKey) -> None:
         self._on_loop(lambda: self._decide(key, partial(self.lifecycle.wiped, key)))
@@ -277,8 +277,8 @@ class Driver:
         except Exception as problem:
             _logger.exception("executing %s failed", type(command).__name__)
             error = InternalError.caused_by(problem, f"{type(command).__name__} failed")
-            if isinstance(command, commands.CopyGroup):
-                self._commands += self.lifecycle.copy_failed(command.key, error)
+            if isinstance(command, commands.CopyGroups):
+                self._commands += self.lifecycle.copy_failed(command, error)
             elif isinstance(command, commands.WipeExtents):
                 self._commands += self.lifecycle.wiped(command.key)
             elif isinstance(command, commands.ServeWaiter):
@@ -295,7 +295,7 @@ class Driver:
     def _perform(self, command: Command) -> None:  # noqa: C901, PLR0912, PLR0915 - a case per command
         key = command.key
         match command:
-            case commands.CopyGroup():
+            case commands.CopyGroups():
                 self._copies.start(command)
             case commands.NotifyReady():
                 self._notify_ready(command)

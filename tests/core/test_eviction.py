@@ -47,8 +47,8 @@ class Driver:
                 needs = self.needs[int(key.location)]
                 checked = lifecycle.header_checked(key, command.attempt, needs)
                 return [*checked, *lifecycle.published(key, command.attempt)]
-            case commands.CopyGroup():
-                return lifecycle.copy_done(key, command.group)
+            case commands.CopyGroups():
+                return lifecycle.copy_done(command, fast=True)
             case commands.TakeSlot():
                 self.loads.append(int(key.location))
                 self.device_bytes += command.grant.nbytes
@@ -89,7 +89,7 @@ def test_the_lifecycle_evicts_as_it_is_simulated(
     name: PolicyName, asked: list[int], nbytes: int, needs: list[GroupSizes], look_up: bool
 ) -> None:
     """Lookups that need no waiting count as uses, too."""
-    room = {"device_bytes": nbytes, "alignment": 64, "max_slots": 4, "copies": 2}
+    room = {"device_bytes": nbytes, "alignment": 64, "max_slots": 4, "copies": 2, "run_bytes": 0}
     device = Residency(**room, policy=policy(name))
     budgets = Budgets(device, HostBudget(0, LRU()), ImageBudget(0, 64, LRU()))
     driver = Driver(Lifecycle(budgets), needs)

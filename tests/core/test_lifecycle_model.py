@@ -1,6 +1,7 @@
 """The lifecycle explored exhaustively in small worlds, and broken on purpose to see it noticed."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from types import ModuleType
 from typing import Any
@@ -61,7 +62,7 @@ def blind(owner: type | ModuleType, name: str, **fields: object) -> Broken:
     rule = getattr(owner, name)
 
     def broken(*args: Any) -> object:
-        life = args[1] if isinstance(owner, type) else args[0]
+        life = args[0] if owner is AdapterState or not isinstance(owner, type) else args[1]
         kept = {field: getattr(life, field) for field in fields}
         for field, value in fields.items():
             setattr(life, field, value)
@@ -236,6 +237,13 @@ def _losers_unsettled(self: Lifecycle) -> AdapterState | None:
     return self._slots.settle_head() or self._host_queue.settle_head()
 
 
+def _only_the_first_is_done(
+    self: Lifecycle, copy: commands.CopyGroups, *, fast: bool
+) -> list[Command]:
+    return _copy_done(self, replace(copy, groups=copy.groups[:1]), fast=fast)
+
+
+_copy_done = Lifecycle.copy_done
 _claim_image, _submit = PinnedImages.claim, CopyQueue.submit
 _update_holders = queues.SlotHolders.update
 _evict, _free_quiesced_slot = LifecycleRules._evict, LifecycleRules._free_quiesced_slot
@@ -279,7 +287,16 @@ BROKEN: dict[str, list[Broken]] = {
         (SlotQueue, "_starves_at", always(0.0)),
         (SlotQueue, "_starves_at", always(float("inf"))),
     ],
-    "one copy at a time": [(CopyQueue, "copied", lambda _, life: life.done)],
+    "one copy at a time": [(CopyQueue, "copied", lambda _, life, nbytes: life.done)],
+    "runs of groups": [
+        (CopyQueue, "_next_run", lambda _, life: life.next_copies(3, 192)),
+        (Lifecycle, "copy_done", _only_the_first_is_done),
+        blind(AdapterState, "next_copies", submitted=0),
+    ],
+    "runs that arrive": [
+        (AdapterState, "streams", False),
+        blind(AdapterState, "next_copies", fetched=7),
+    ],
     "too large": [(Residency, "fits_beside", always(True))],
     "minimum residency": [
         (SlotQueue, "_evictable_at", always(0.0)),

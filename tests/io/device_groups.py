@@ -361,7 +361,9 @@ class FileDeviceConformance(DeviceConformance):
         made = group(1, [0, 3])
         memory = device.host_view(extent(1))
         assert (memory.dtype, memory.shape) == (torch.uint8, (EXTENT,))
-        memory[START : START + len(made.image)] = torch.tensor(list(made.image))
+        offset = extent(1).offset
+        moves = [move._replace(target=move.target + offset) for move in made.reads]
+        device.read(BytesReader(made.content), moves)
         device.copy(FilePieces(BytesReader(b""), ()), made.rows, extent(1), 2).result(10)
         holds(device, 2, made.weights)
         operands = device.operands(0, 2)
@@ -378,6 +380,8 @@ class StagedDeviceConformance(DeviceConformance):
             device.host_view(extent(0))
         with pytest.raises(LoraxError, match="read files"):
             device.copy(made.file_pieces(), made.rows, extent(0), 0)
+        with pytest.raises(UsageError, match="read files"):
+            device.read(BytesReader(made.content), made.reads)
         settle(device)
         holds(device, 0, {})
 

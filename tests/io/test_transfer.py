@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from typing import Any
@@ -231,7 +231,7 @@ def test_an_image_is_filled_and_serves_the_next_load(kind: str) -> None:
         assert torch.equal(image, device.view(Extent(0, made.group.nbytes)))
         device.gate.clear()
         again = made.copy(BytesReader(b"", unread), slot=2, image=image)
-        moved = moving.run(replace(again, warm=True))
+        moved = moving.run(again._replace(warm=True))
         assert moved.done is moved.ticket
         assert (ring.free, moved.done.done()) == (2, False)
         device.gate.set()

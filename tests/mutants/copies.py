@@ -39,7 +39,7 @@ def _rows_with_the_first(self: Any, memory: Any, target: int) -> CopyTicket:
 
 
 def _ended_when_asked_for(self: CopyThreads, work: Any) -> None:
-    self._transfer.run(work.copy)
+    self._transfer.run_all(work.group_copies())
     self._end(work, None)
 
 
@@ -72,7 +72,7 @@ GROUPS: Mutants = {
         skipped(transfer._PendingCopy, "raise_failures")),
     "transfer: a group is done when all its copies are": mutant(
         f"{TRANSFER}::test_each_copy_that_fails_later",
-        (transfer, "_join_tickets", lambda tickets: tickets[-1])),
+        (transfer, "join_tickets", lambda tickets: tickets[-1])),
     "copies: an outcome is reported when the copy is done": mutant(
         "test_handles.py::test_a_kernel_behind_copies_sees_their_bytes",
         (CopyThreads, "_run", _ended_when_asked_for)),

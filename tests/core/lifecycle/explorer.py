@@ -62,18 +62,8 @@ def _judge_slots(world: World, a: int, command: commands.Command) -> None:
     match command:
         case commands.TakeSlot():
             _take_slot(world, a, command.grant)
-        case commands.CopyGroup():
-            group = command.group
-            forbid(a not in world.holder, "a copy without a slot")
-            readable = group in world.readable.get(a, frozenset())
-            forbid(not readable, "a copy of bytes that are not here")
-            full = len(world.copies) >= world.setting.copies
-            forbid(full, "more copies at once than there is room for")
-            again = (a, group) in world.copies or group in world.on_device[a]
-            forbid(again, "a group was copied twice")
-            if command.image is not None:
-                _use_image(world, a, command, command.image)
-            world.copies[a, group] = command
+        case commands.CopyGroups():
+            _start_copy(world, a, command)
         case commands.WipeExtents():
             forbid(world.dirty.get(a) != command.grant, "zeroed, but nothing broke")
             forbid(world.holder.get(a) != command.grant, "another's bytes were zeroed")
@@ -93,6 +83,28 @@ def _judge_slots(world: World, a: int, command: commands.Command) -> None:
             world.broken.add(a)
             world.dirty[a] = world.holder[a]
             world.pins.pop(a, None)
+
+
+def _start_copy(world: World, a: int, command: commands.CopyGroups) -> None:
+    groups = frozenset(command.groups)
+    forbid(a not in world.holder, "a copy without a slot")
+    forbid(groups - world.readable.get(a, frozenset()), "a copy of bytes that are not here")
+    full = len(world.copies) >= world.setting.copies
+    forbid(full, "more copies at once than there is room for")
+    copying = (group for owner, run in world.copies if owner == a for group in run)
+    again = not groups.isdisjoint(copying) or groups & world.on_device[a]
+    forbid(again or len(groups) < len(command.groups), "a group was copied twice")
+    nbytes = sum(command.grant.extents[group].nbytes for group in groups)
+    forbid(nbytes != command.nbytes or not nbytes, "a run of other bytes than its groups'")
+    if len(groups) > 1:
+        forbid(nbytes > world.setting.run_bytes, "a run that is too long")
+        wanted = ((holder, tier) for holder, tier, _ in world.waiting.values())
+        streams = a in world.leased or (a, WantedTier.STREAM) in wanted
+        forbid(streams, "a run although each layer is awaited")
+    if command.image is not None:
+        forbid(len(groups) > 1, "one image for several groups")
+        _use_image(world, a, command, command.image)
+    world.copies[a, command.groups] = command
 
 
 def _take_slot(world: World, a: int, grant: SlotGrant) -> None:
@@ -115,12 +127,12 @@ def _take_slot(world: World, a: int, grant: SlotGrant) -> None:
     forbid(early, "a prefetch whose file is on the way took a slot")
 
 
-def _use_image(world: World, a: int, command: commands.CopyGroup, image: Extent) -> None:
+def _use_image(world: World, a: int, command: commands.CopyGroups, image: Extent) -> None:
     for other in world.copies.values():
         shared = other.image is not None and _overlap((other.image,), (image,))
         forbid(shared, "an image was used while a copy goes through it")
     if command.warm:
-        forbid(world.content.get(image.offset) != (a, command.group), "warm, but not its bytes")
+        forbid(world.content.get(image.offset) != (a, *command.groups), "warm, but not its bytes")
         return
     for offset in list(world.content):
         if image.offset - 64 < offset < image.offset + image.nbytes:
@@ -214,6 +226,9 @@ def _check_between_steps(world: World) -> None:
     free = world.setting.copies - len(world.copies)
     forbid(world.lifecycle.budgets.device.copies_free != free, "places for copies leaked")
     for life in world.lifecycle.states.values():
+        copies = [copy.nbytes for copy in world.copies.values() if copy.key == life.key]
+        leaked = life.copying_bytes != sum(copies) or life.copying != len(copies)
+        forbid(leaked, "the count of what is copied leaked")
         filling = life.slot is SlotState.FILLING
         forbid(filling and life.leaving and life.leases, "told to leave while filling")
     holders = (world.populating | world.held).intersection(world.setting.holdable)
@@ -241,9 +256,9 @@ def _check_images(world: World) -> None:
     forbid(any(start < end for end, start in zip(ends, starts, strict=True)), "two images overlap")
     free = world.setting.image_bytes - sum(end - start for start, end in extents)
     forbid(world.lifecycle.budgets.images.arena.free_bytes != free, "page-locked memory leaked")
-    for (a, group), copy in world.copies.items():
+    for (a, groups), copy in world.copies.items():
         image = world.life(a).image
-        gone = image is None or image[group] != copy.image
+        gone = image is None or image[groups[0]] != copy.image
         forbid(copy.image is not None and gone, "an image was given away under a copy")
 
 
@@ -354,7 +369,7 @@ _PRINTED = (
 
 _printed = attrgetter(
     *("file", "host", "slot", "fetched", "submitted", "done", "image", "imaged", "pins", "leaving"),
-    *("unloads", "leave_notified", "demoted", "broken", "wiping"),
+    *("unloads", "leave_notified", "demoted", "broken", "wiping", "is_fast"),
 )
 
 

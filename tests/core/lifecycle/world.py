@@ -16,7 +16,7 @@ from lorax_async.lifecycle.adapter_state import (
     Waiter,
     WantedTier,
 )
-from lorax_async.lifecycle.commands import Command, CopyGroup
+from lorax_async.lifecycle.commands import Command, CopyGroups
 from lorax_async.lifecycle.lifecycle import Budgets, Lifecycle, LifecycleTimes
 from lorax_async.lifecycle.policies import GDSF, LFU, LRU, EvictionPolicy, PolicyName
 from lorax_async.lifecycle.residency import HostBudget, ImageBudget, Residency
@@ -53,6 +53,7 @@ class Setting:
     image_bytes: int = 0
     holdable: tuple[int, ...] = ()
     copies: int = 2
+    run_bytes: int = 64
     policy: PolicyName = "lru"
     streaming: bool = True
     kernels: bool = True
@@ -105,7 +106,8 @@ class World:
     held: set[int] = field(default_factory=set)  # Pages in host memory, until Released
     read_ahead: set[int] = field(default_factory=set)  # Populated where nothing can be held
     releasing: set[int] = field(default_factory=set)
-    copies: dict[tuple[int, int], CopyGroup] = field(default_factory=dict)
+    copies: dict[tuple[int, tuple[int, ...]], CopyGroups] = field(default_factory=dict)
+    """In flight, by adapter and groups."""
     on_device: dict[int, frozenset[int]] = field(default_factory=dict)
     readable: dict[int, frozenset[int]] = field(default_factory=dict)
     content: dict[int, tuple[int, int]] = field(default_factory=dict)
@@ -135,6 +137,7 @@ class World:
             alignment=ALIGNMENT,
             max_slots=setting.slots,
             copies=setting.copies,
+            run_bytes=setting.run_bytes,
             policy=new_policy(),
         )
         host = HostBudget(setting.host_bytes, new_policy())
@@ -291,24 +294,22 @@ class World:
             pages.discard(a)
         return self.lifecycle.released(*self._attempt(a))
 
-    def copy_done(self, a: int, group: int) -> list[Command]:
-        copy = self.copies.pop((a, group))
+    def copy_done(self, a: int, groups: tuple[int, ...]) -> list[Command]:
+        copy = self.copies.pop((a, groups))
         if copy.image is not None:
-            self.content[copy.image.offset] = (a, group)
-        self.on_device[a] = self.on_device[a] | {group}
+            self.content[copy.image.offset] = (a, groups[0])
+        self.on_device[a] = self.on_device[a].union(groups)
         if self.is_complete(a):
             self.resident_at[a] = self.now
-        return self.lifecycle.copy_done(self.setting.keys[a], group)
+        return self.lifecycle.copy_done(copy, fast=self.setting.run_bytes > 64)
 
-    def copy_failed(self, a: int, group: int) -> list[Command]:
-        del self.copies[a, group]
-        return self.lifecycle.copy_failed(self.setting.keys[a], TransferError("ordered"))
+    def copy_failed(self, a: int, groups: tuple[int, ...]) -> list[Command]:
+        return self.lifecycle.copy_failed(self.copies.pop((a, groups)), TransferError("ordered"))
 
-    def copy_lost(self, a: int, group: int) -> list[Command]:
-        del self.copies[a, group]
+    def copy_lost(self, a: int, groups: tuple[int, ...]) -> list[Command]:
+        copy = self.copies.pop((a, groups))
         self.forget_content(a)
-        key = self.setting.keys[a]
-        return self.lifecycle.copy_failed(key, FetchError("ordered"), file_lost=True)
+        return self.lifecycle.copy_failed(copy, FetchError("ordered"), file_lost=True)
 
     def wiped(self, a: int) -> list[Command]:
         self.wiping.discard(a)
@@ -370,12 +371,12 @@ def _outcomes(world: World) -> Iterator[Action]:
             yield ("lost", a)
     yield from (("released", a) for a in world.releasing)
     yield from (("wiped", a) for a in world.wiping)
-    for (a, group), copy in world.copies.items():
-        yield ("copy_done", a, group)
+    for (a, groups), copy in world.copies.items():
+        yield ("copy_done", a, groups)
         if world.setting.failures:
-            yield ("copy_failed", a, group)
+            yield ("copy_failed", a, groups)
             if not copy.warm and world.life(a).file in (FileState.PRESENT, FileState.ENDING):
-                yield ("copy_lost", a, group)
+                yield ("copy_lost", a, groups)
 
 
 def _uses(world: World) -> Iterator[Action]:
@@ -400,6 +401,7 @@ _TIERS = WantedTier.DEVICE, WantedTier.STREAM, WantedTier.HOST, WantedTier.DISK
 DEVICE, STREAM, HOST, DISK = ((tier, True) for tier in _TIERS)
 PREFETCHES = PREFETCH, PREFETCH_HOST, _ = [(tier, False) for tier in (_TIERS[0], *_TIERS[2:])]
 UNEVEN, SMALL, ONE, THREE = ((64, 64), (64,)), ((64,), (64,)), ((64, 64),), ((64,), (64,), (64,))
+RUNS = ((64, 64, 64), (64,))
 BOTH = (0, 1)
 WHOLES = "streaming kernels"  # Files come whole, without kernels
 SOUND, QUIET = f"{WHOLES} failures", f"{WHOLES} closing"
@@ -433,6 +435,8 @@ SETTINGS = {
     "forgotten on demand": _world(
         ONE, DEVICE, HOST, host_bytes=128, holdable=(0,), unloads=1, forgets=True
     ),
+    "runs of groups": _world(RUNS, DEVICE, device_bytes=192, run_bytes=128, no=f"{WHOLES} closing"),
+    "runs that arrive": _world(RUNS[:1], DEVICE, STREAM, device_bytes=192, run_bytes=128),
     "one copy at a time": _world(UNEVEN, DEVICE, copies=1, no="streaming"),
     "two slots, bytes for one": _world(UNEVEN, DEVICE, slots=2, no="streaming"),
     "host and disk tiers": _world(ONE, HOST, DISK, DEVICE, no="kernels"),
