@@ -319,7 +319,8 @@ async def test_adapters_that_vllm_had_before_are_looked_after(
     async with serving(tmp_path, engine, 0, named) as served:
         served.add_loaded()
         await until(lambda: served.describe()[0]["bytes"] and served.describe()[1]["last_error"])
-        other = await served.prepare("here/other", AdapterRef("./here"))
+        write_adapter(tmp_path / "other", rank=1, seed=1, layers=1)
+        other = await served.prepare("other", AdapterRef("./other"))
         named["other"] = request("other", 3, other.path)
         served.add(other, named["other"], is_resolvable=True)
         await served.refresh()
