@@ -64,10 +64,12 @@ async def prefetch(request: Request) -> Response:
     names = (await _members(request)).get("adapters")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise AdapterRefusal(400, "'adapters' must be a list of names")
-    refs = {name: settings.find(name) for name in names}
-    for name, ref in refs.items():
-        if ref is None:
+    refs = {}
+    for name in names:
+        if (ref := settings.find(name)) is None:
             raise AdapterRefusal(404, f"requests may not name the adapter {name!r}")
+        refs[name] = ref
+    for name, ref in refs.items():
         served.prefetch(name, ref)
     return JSONResponse({"adapters": names}, 202)
 
