@@ -12,7 +12,7 @@ from math import inf
 from typing import Protocol, Self
 
 from lorax_async.errors import AccessDeniedError, AdapterNotFoundError, FetchError, IntegrityError
-from lorax_async.formats.spans import ByteRange
+from lorax_async.formats.spans import ByteRange, SpanSet
 from lorax_async.http.client import ConnectionPool, HttpClient, LinkStatistics, Network, Response
 from lorax_async.http.connection import Attempt
 from lorax_async.http.download_scheduler import DownloadPiece, DownloadScheduler, Job, WorkerPool
@@ -37,7 +37,7 @@ _PROBE_READ_BYTES = 16 << 10
 """Read between two looks at the clock."""
 
 _READ_BYTES = 256 << 10
-_READ_SECONDS = 0.01
+_READ_SECONDS = 0.02
 """Read what comes in this time at once: few calls on a fast link, early reports on a slow one."""
 
 _KEPT_BYTES = 512 << 10
@@ -430,11 +430,10 @@ class RangeEngine:
         `done` of the job returns None when all is in the sink, or raises one `FetchError` (or a
         subclass) or `AdapterNotFoundError`, after its last thread has stopped.
         """
-        missing = [subtract(group, have) for group in groups]
-        arrivals = GroupArrivals(groups)
-        for group, left in zip(groups, missing, strict=True):
-            for span in subtract(group, left):
-                arrivals.landed(span)
+        here, arrivals = SpanSet(have), GroupArrivals(groups)
+        missing = [[gap for span in group for gap in here.missing(*span)] for group in groups]
+        for span in here:
+            arrivals.landed(span)
         for n in arrivals.complete:
             arrived(n)
         origin, sizes = probe.location.url.origin, self._settings.sizes

@@ -48,8 +48,8 @@ from lorax_async.types import RemoteKey
 
 Groups = Sequence[Sequence[ByteSpan]]
 
-_TICK_SECONDS = 0.01
-_IDLE_TICKS = 3
+_TICK_SECONDS = 0.005
+_IDLE_TICKS = 6
 
 HASH_RATE = 5e8
 """Bytes per second that a core hashes while others receive. A faster link needs all cores."""
@@ -89,8 +89,8 @@ class FetchReader(CountedReader):
 
     Its owner calls `bring` or `refuse` once, or only `close`, which ends the download too; the
     first of them calls `on_take`. `files` are those of the weights. A `resumable` download may be
-    resumed after it failed: the version names the bytes. With `layers_first` a download that is as
-    fast as hashing is hashed when all of it is here.
+    resumed after it failed: the version names the bytes. With `layers_first` hashing takes no core
+    from receiving and copying them.
     """
 
     def __init__(
@@ -144,12 +144,13 @@ class FetchReader(CountedReader):
             if control.cancelled:
                 raise unwanted_error()
             inbox = Inbox(asyncio.get_running_loop(), arrived)
-            hashes_last = self._layers_first and bool(groups) and self._is_fast()
-            jobs = self._begin(groups, inbox.put, control, hash_along=not hashes_last)
+            layers_first = self._layers_first and control.urgent and bool(groups)
+            hash_along = not (layers_first and self._is_fast())
+            jobs = self._begin(groups, inbox.put, control, hash_along=hash_along)
             async with track(control, *jobs):
                 for job in jobs:
                     await outcome(job.done)
-            if hashes_last:
+            if layers_first:
                 await self.until_read(groups)
             entry = await self._workers.run(self._download.publish, lambda entry: entry.close())
         except BaseException as error:

@@ -151,7 +151,7 @@ class RemoteSource:
         for group in range(len(groups)):
             arrived(group)
         if self._verify == "always" or not (self._verify == "none" or reader.entry.is_verified):
-            if self._verify == "stream" and groups:
+            if self._verify == "stream" and control.urgent and groups:
                 await reader.until_read(groups)  # hashing would take a core from the copies
             await self._check(reader)
         return self._verification(reader.entry)
