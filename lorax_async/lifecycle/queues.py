@@ -212,7 +212,10 @@ COPIES_AHEAD = 8
 """Runs in flight per I/O thread: enough to keep the threads busy while the loop is not."""
 
 IN_FLIGHT_BYTES = 32 << 20
-"""Bytes that one adapter may have in flight; at least one run per I/O thread is allowed."""
+"""Bytes that one adapter may have in flight; at least one run per I/O thread is allowed.
+
+All together may have as many, or twice `RUN_BYTES` per thread if that is more.
+"""
 
 RUN_BYTES = 8 << 20
 """Bytes of a run of groups, which one thread copies: a millisecond or two from memory."""
@@ -390,6 +393,7 @@ class CopyQueue:
         self.virtual_time = 0
         self._rules = rules
         self._threads = max(1, rules.residency.copies_free // COPIES_AHEAD)
+        self._copying = self._copying_bytes = 0
         self._adapters: dict[AdapterKey, AdapterState] = {}
         self._queue: PriorityQueue[tuple[bool, int, int]] = PriorityQueue()
 
@@ -407,7 +411,7 @@ class CopyQueue:
     def submit(self) -> None:
         """Submit copies while there is room: foreground first, then the least finish tag."""
         residency = self._rules.residency
-        while residency.copies_free and (key := self._queue.head) is not None:
+        while self._has_room and (key := self._queue.head) is not None:
             state = self._adapters[key]
             groups = self._next_run(state)
             assert state.grant is not None
@@ -418,10 +422,19 @@ class CopyQueue:
             state.copying_bytes += nbytes
             state.service_tag += nbytes
             residency.copies_free -= 1
+            self._copying += 1
+            self._copying_bytes += nbytes
             image = state.image[groups[0]] if state.image is not None else None
             warm = bool(state.imaged >> groups[0] & 1)
             self._rules.command(CopyGroups(state.key, state.grant, groups, nbytes, image, warm))
             self.update(state)
+
+    @property
+    def _has_room(self) -> bool:
+        """Whether another run may be in flight: the next adapter has to wait for all of them."""
+        most = max(IN_FLIGHT_BYTES, 2 * RUN_BYTES * self._threads)
+        few = self._copying_bytes < most or self._copying < self._threads
+        return few and self._rules.residency.copies_free > 0
 
     def _next_run(self, state: AdapterState) -> tuple[int, ...]:
         """Return the next groups for one thread; the last runs are short, lest a thread be idle.
@@ -441,6 +454,8 @@ class CopyQueue:
         state.copying -= 1
         state.copying_bytes -= nbytes
         self._rules.residency.copies_free += 1
+        self._copying -= 1
+        self._copying_bytes -= nbytes
         if state.slot is not SlotState.DRAINING and state.needs is not None:
             self.virtual_time = max(self.virtual_time, state.service_tag - state.copying_bytes)
             self.update(state)

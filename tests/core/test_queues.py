@@ -133,7 +133,13 @@ def test_one_with_large_groups_leaves_room_for_who_comes_next() -> None:
     link.begin("small", [1])
     link.queue.submit()
     names = [command.key.location for command in link.rules.take_commands()]
-    assert names == ["small", "large"]
+    assert names == ["small"], "a thread of eight was free"
+    link = Link(window=16, run=queues.RUN_BYTES // UNIT)
+    for number in range(8):
+        link.begin(str(number), [queues.RUN_BYTES // UNIT // 4] * 20)
+    link.queue.submit()
+    runs = cast(list[CopyGroups], link.rules.take_commands())
+    assert sum(run.nbytes for run in runs) == queues.IN_FLIGHT_BYTES, "of all eight together"
 
 
 KEYS = [AdapterKey(name, ()) for name in "abcde"]
