@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from link import Link, hub_files
 from lorax_async.engines.smollm2 import prepare_base
-from lorax_async.engines.vllm.worker import FILES
+from lorax_async.sources.local import WEIGHTS
 from vllm_stage import VllmServer, write_adapter
 
 if "VLLM_PYTHON" not in os.environ:
@@ -40,14 +40,9 @@ class World:
 
     def entry(self, name: str, log: str) -> Path:
         """Return an adapter's folder in the cache of the server with this log."""
-        for folder in {file.parent for file in (self.root / f"cache-{log}").rglob("*.json")}:
-            contents = [
-                [(place / file).read_bytes() for file in FILES if (place / file).exists()]
-                for place in (folder, self.folders[name])
-            ]
-            if contents[0] == contents[1]:
-                return folder
-        raise AssertionError(f"{name} is not in the cache")
+        weights = (self.folders[name] / WEIGHTS).read_bytes()
+        files = (self.root / f"cache-{log}").glob(f"entries/*/{WEIGHTS}")
+        return next(file.parent for file in files if file.read_bytes() == weights)
 
     def start(
         self,
