@@ -128,12 +128,10 @@ class CpuDevice:
 
     def clear_column(self, slot: int) -> None:
         modules, slots = self.rank.shape
-        for module in self._columns[slot]:
-            cell = module * slots + slot
-            self._rank_words[cell] = 0
-            self._scale_words[cell] = 0.0
-            self._address_words[cell] = 0
-            self._address_words[modules * slots + cell] = 0
+        zeros = memoryview(bytes(2 * modules * 8))
+        self._rank_words[slot::slots] = zeros[: modules * 4].cast("i")
+        self._scale_words[slot::slots] = zeros[: modules * 4].cast("f")
+        self._address_words[slot::slots] = zeros.cast("q")
         self._columns[slot] = {}
         self._views[slot] = {}
 

@@ -145,7 +145,10 @@ def _cast(
 ) -> None:
     source = buffer[: move.nbytes].view(TORCH_DTYPES[move.source_dtype])
     nbytes = move.rows * move.row_pitch * dtype.itemsize
-    rows = target[move.target : move.target + nbytes].view(dtype).view(move.rows, move.row_pitch)
+    flat = target[move.target : move.target + nbytes].view(dtype)
+    if move.row_pitch == move.columns:
+        flat.copy_(source)  # torch copies rows one by one
+        return
+    rows = flat.view(move.rows, move.row_pitch)
     rows[:, : move.columns].copy_(source.view(move.rows, move.columns))
-    if move.row_pitch > move.columns:
-        rows[:, move.columns :].zero_()
+    rows[:, move.columns :].zero_()

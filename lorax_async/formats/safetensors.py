@@ -7,7 +7,8 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from operator import itemgetter
+from itertools import repeat
+from operator import itemgetter, sub
 from types import MappingProxyType
 from typing import Final, NamedTuple, TypeAlias
 
@@ -138,18 +139,24 @@ def parse_header(
     if bytes(text[:1]) != b"{":
         raise AdapterFormatError(f"{_WHAT}: does not begin with '{{'; {_RESAVE}")
     try:
-        metadata, entries = _parse_canonical(text) or _parse_any(text, limits)
-        tensors = _spans(entries, data_start, limits)
+        metadata, tensors = _parse_canonical(text, data_start, limits) or _parse_any(
+            text, data_start, limits
+        )
+        tensors.sort(key=_PLACE)
         _check_tiling(tensors, data_start, file_size)
     except MemoryError:
         raise AdapterFormatError(f"{_WHAT}: too large for the memory at hand") from None
     return Header(tuple(tensors), MappingProxyType(metadata), data_start)
 
 
-def _parse_canonical(text: memoryview) -> tuple[dict[str, str], list[_Entry]] | None:
-    """Parse a header in safetensors' own spelling, in half the time of `_parse_any`.
+_Parsed: TypeAlias = tuple[dict[str, str], list[TensorSpan]]
+"""The metadata, and the tensors, each of which was checked."""
 
-    Return None for any other spelling, and for a malformed header.
+
+def _parse_canonical(text: memoryview, data_start: int, limits: Limits) -> _Parsed | None:
+    """Parse a header in safetensors' own spelling by columns, in a third of `_parse_any`'s time.
+
+    Return None for any other spelling, and for a malformed header, which `_parse_any` refuses.
     """
     try:
         first, *columns, last = _ENTRY.split(str(text, "ascii"))
@@ -163,23 +170,31 @@ def _parse_canonical(text: memoryview) -> tuple[dict[str, str], list[_Entry]] | 
                 return None
         if not between.count(",") == len(between) == len(names) - 1 or last.rstrip(" ") != "}":
             return None
-        sizes = {shape: tuple(json.loads(f"[{shape}]")) for shape in set(shapes)}
+        lists = {shape: tuple(json.loads(f"[{shape}]")) for shape in set(shapes)}
+        kinds = list(zip(dtypes, shapes, strict=True))
+        sizes = {kind: _nbytes("", kind[0], lists[kind[1]], limits) for kind in set(kinds)}
     except (ValueError, AdapterFormatError):
         return None
-    if len(set(names)) < len(names) or _METADATA in names:
+    if len(set(names)) < len(names) or _METADATA in names or len(names) > limits.max_tensors:
         return None
-    shaped = map(sizes.__getitem__, shapes)
-    return metadata, list(
-        zip(names, dtypes, shaped, map(int, starts), map(int, stops), strict=True)
-    )
+    first, last = list(map(int, starts)), list(map(int, stops))
+    if list(map(sub, last, first)) != [sizes[kind] for kind in kinds]:
+        return None
+    if max(map(len, names)) > limits.max_name_bytes:
+        return None
+    offsets = map(data_start.__add__, first), map(data_start.__add__, last)
+    fields = zip(names, dtypes, map(lists.__getitem__, shapes), *offsets, repeat(()), strict=False)
+    # As `TensorSpan._make` does, without a call of Python code for each of hundreds.
+    return metadata, list(map(tuple.__new__, repeat(TensorSpan), fields))
 
 
-def _parse_any(text: memoryview, limits: Limits) -> tuple[dict[str, str], list[_Entry]]:
-    """Parse any header, and refuse malformed JSON and wrong types."""
+def _parse_any(text: memoryview, data_start: int, limits: Limits) -> _Parsed:
+    """Parse any header, and refuse malformed JSON, wrong types and wrong sizes."""
     # Checking the types bounds the depth.
     members = parse_object(text, what=_WHAT, max_bytes=limits.max_header_bytes, max_depth=None)
     metadata = _pop_metadata(members)
-    return metadata, [(name, *_parse_entry(name, value)) for name, value in members.items()]
+    entries = [(name, *_parse_entry(name, value)) for name, value in members.items()]
+    return metadata, _spans(entries, data_start, limits)
 
 
 def _pop_metadata(members: dict[str, JsonValue]) -> dict[str, str]:
@@ -220,7 +235,7 @@ def _integers(name: str, member: str, value: JsonValue) -> tuple[int, ...]:
 
 
 def _spans(entries: list[_Entry], data_start: int, limits: Limits) -> list[TensorSpan]:
-    """Check each tensor separately; return all in file order."""
+    """Check each tensor separately."""
     if len(entries) > limits.max_tensors:
         raise AdapterFormatError(
             f"{_WHAT}: {len(entries):,} tensors, more than the limit of {limits.max_tensors:,}"
@@ -239,7 +254,6 @@ def _spans(entries: list[_Entry], data_start: int, limits: Limits) -> list[Tenso
                 name, f"{dtype} {list(shape)} needs {nbytes:,} bytes, not {[start, stop]}"
             )
         spans.append(TensorSpan(name, dtype, shape, data_start + start, data_start + stop))
-    spans.sort(key=_PLACE)
     return spans
 
 

@@ -179,6 +179,10 @@ class Arena:
         self._free = FreeRuns(run for run in runs if run[1])
         return self
 
+    def can_hold(self, sizes: Sequence[int]) -> bool:
+        """Return whether `allocate` would succeed in the empty arena. Raises as it does."""
+        return sum(_round_up(sizes, self._alignment)) <= self.nbytes
+
     def can_allocate(self, sizes: Sequence[int]) -> bool:
         """Return whether `allocate` would succeed now. Raises as it does."""
         return self._free.copy().take(kinds_of(sizes, self._alignment)) is not None

@@ -68,6 +68,8 @@ class Residency:
     def fits_beside(self, staying: Iterable[SlotGrant], sizes: tuple[int, ...]) -> bool:
         """Return whether `sizes` would fit if only `staying` kept their extents."""
         grants = tuple(staying)
+        if not grants:
+            return self.arena.can_hold(sizes)
         arena = Arena(self.arena.nbytes, self._alignment)
         arena.reserve(extent for grant in grants for extent in grant.extents)
         return len(grants) < self.max_slots and arena.can_allocate(sizes)

@@ -7,11 +7,12 @@ import json
 import logging
 import os
 import stat
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
+
+import aiofiles.tempfile
 
 from lorax_async.errors import ConfigError, UsageError
 from lorax_async.events import Event
@@ -115,7 +116,7 @@ class WarmList:
         if content == self._written:
             return
         try:
-            await asyncio.to_thread(_replace, self._path, content)
+            await _replace(self._path, content)
         except OSError as error:
             _logger.warning("the warm list %s could not be written: %s", self._path, error)
         else:
@@ -139,18 +140,20 @@ class WarmList:
         return refs
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Replace the file atomically, once the content is on disk. Blocks."""
-    number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(number, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+async def _replace(path: Path, content: bytes) -> None:
+    """Replace the file atomically, once the content is on disk."""
+    place: dict[str, Any] = {"dir": path.parent, "prefix": f".{path.name}.", "delete": False}
+    async with aiofiles.tempfile.NamedTemporaryFile("wb", **place) as file:
+        name = str(file.name)
+        try:
+            await file.write(content)
+            await file.flush()
+            await asyncio.to_thread(os.fsync, file.fileno())
+            await asyncio.to_thread(os.replace, name, path)
+        except BaseException:
+            with suppress(FileNotFoundError):  # it was cancelled when the file had its name
+                os.unlink(name)
+            raise
 
 
 def read_warm_list(path: Path) -> list[AdapterRef]:

@@ -15,16 +15,13 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor
 from contextlib import suppress
 from functools import lru_cache, partial
-from io import FileIO
 from pathlib import Path
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import NamedTuple
 
-import aiofiles
-
-from lorax_async.concurrency import Closable, FetchControl, close_all
+from lorax_async.concurrency import FetchControl, call_in, close_all
 from lorax_async.config import Limits, Root, as_local_roots
 from lorax_async.errors import (
     AccessDeniedError,
@@ -46,7 +43,6 @@ from lorax_async.files import (
     changed_error,
     code_of,
     has_identity,
-    identity_of,
     locate,
     open_same,
     read_prefix,
@@ -97,9 +93,6 @@ _SNAPSHOT = re.compile(r"(.*/models--[^/]+)/snapshots/[0-9a-f]{40}(?:/.*)?", re.
 _BLOB = re.compile(r"/blobs/(?:[0-9a-f]{40}|[0-9a-f]{64})")
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
-
 
 class LocalSource:
     """A `Source` of local folders.
@@ -122,50 +115,20 @@ class LocalSource:
         self._digests: dict[FileIdentity, str] = {}
 
     async def resolve(self, ref: AdapterRef) -> AdapterKey:
-        place, loop = parse_ref(ref).place, asyncio.get_running_loop()
+        place = parse_ref(ref).place
         if not isinstance(place, LocalFolder):
             raise InvalidAdapterIdError(
                 "only local folders are accepted here: a pathlib.Path, or a path inside"
                 " one of the local_roots, which begins with './', '../' or '/'"
             )
-        return await loop.run_in_executor(
-            self._threads, find_adapter, place, self._roots, self._limits
-        )
+        return await call_in(self._threads, partial(find_adapter, place, self._roots, self._limits))
 
     async def open(self, key: AdapterKey, control: FetchControl) -> AdapterFile:  # noqa: ARG002 - the port's
         if len(key.files) < 2:
             raise UsageError("the key is not a local adapter's")
-        opening = self._threads.submit(open_weights, key, self._limits, self._immutable)
-        try:
-            config = await self._read_config(key)
-            weights = await asyncio.wrap_future(opening)
-        except BaseException as error:
-            opening.add_done_callback(_close_result)
-            if isinstance(error, Exception):
-                # Wait for the thread, and raise the first error.
-                with suppress(Exception):
-                    await asyncio.wrap_future(opening)
-            raise
+        work = partial(_open, key, self._limits, self._immutable)
+        config, weights = await call_in(self._threads, work, lambda opened: opened[1].close())
         return AdapterFile(config, weights.prefix, weights.reader, weights.holdable)
-
-    async def _read_config(self, key: AdapterKey) -> bytes:
-        path, identity = os.path.join(key.location, CONFIG), key.files[0]
-        calls = _FileCalls(self._threads)
-        try:
-            file = await aiofiles.open(
-                path, "rb", opener=lambda path, _: open_same(path, identity), executor=calls
-            )
-            content = await file.read(identity.size + 1)
-            status = await asyncio.wrap_future(calls.submit(_close_after_status, file.raw))
-        except BaseException as error:
-            if calls.made:  # close the file as soon as the latest call has ended
-                calls.made[-1].add_done_callback(lambda _: _close_result(calls.made[0]))
-            if isinstance(error, OSError):
-                raise to_adapter_error(error, CONFIG) from error
-            raise
-        if len(content) != identity.size or identity_of(status) != identity:
-            raise changed_error(CONFIG)
-        return content
 
     def reopen(self, key: AdapterKey) -> Reader:
         """See `Source`; the first read of several files parses their headers again."""
@@ -226,12 +189,8 @@ class LocalSource:
 
         Elsewhere ask the kernel to read ahead, and hold nothing.
         """
-        opening = self._threads.submit(_open_pages, key, self._immutable)
-        try:
-            pages = await asyncio.wrap_future(opening)
-        except BaseException:
-            opening.add_done_callback(_close_result)
-            raise
+        work = partial(_open_pages, key, self._immutable)
+        pages = await call_in(self._threads, work, LocalPages.close)
         loop = asyncio.get_running_loop()
         try:
             for start in pages.starts:  # piece by piece: other users of the threads wait for one
@@ -246,31 +205,20 @@ class LocalSource:
         return pages
 
 
-class _FileCalls(Executor):
-    """The executor that aiofiles uses for one file; keeps the calls, of which the first opens it.
-
-    aiofiles leaks a file whose opening is cancelled, and a read in progress must end first.
-    """
-
-    def __init__(self, threads: Executor) -> None:
-        self.made: list[Future[Any]] = []
-        self._threads = threads
-
-    def submit(self, fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
-        call = self._threads.submit(fn, *args, **kwargs)
-        self.made.append(call)
-        return call
+def _open(key: AdapterKey, limits: Limits, immutable: Sequence[str]) -> tuple[bytes, LocalWeights]:
+    """Read the config and open the weights, in one call: handing it to a thread costs as much."""
+    return _read_checked(key.location, CONFIG, key.files[0]), open_weights(key, limits, immutable)
 
 
-def _close_after_status(file: FileIO) -> os.stat_result:
-    with file:
-        return os.fstat(file.fileno())
-
-
-def _close_result(opening: Future[Any]) -> None:
-    if opening.done() and not opening.cancelled() and opening.exception() is None:
-        opened: Closable = opening.result()
-        opened.close()
+def _read_checked(folder: str, name: str, identity: FileIdentity) -> bytes:
+    """Return the content of a small file; raise `IntegrityError` if it has another identity."""
+    content = bytearray(identity.size)
+    reader = FileReader(partial(open_same, os.path.join(folder, name), identity), identity, name)
+    try:
+        reader.read_into([memoryview(content)], 0)
+    finally:
+        reader.close()
+    return bytes(content)
 
 
 def find_adapter(place: LocalFolder, roots: Sequence[str], limits: Limits) -> AdapterKey:
@@ -435,14 +383,7 @@ def _count_files(folder: str, identity: FileIdentity, limits: Limits) -> int:
 
 def _read_index(folder: str, identity: FileIdentity, limits: Limits) -> SplitIndex:
     """Raise `IntegrityError` if it has another identity, and as `parse_index` does."""
-    content = bytearray(identity.size)
-    opener = partial(open_same, os.path.join(folder, INDEX), identity)
-    reader = FileReader(opener, identity, INDEX)
-    try:
-        reader.read_into([memoryview(content)], 0)
-    finally:
-        reader.close()
-    return parse_index(bytes(content), limits)
+    return parse_index(_read_checked(folder, INDEX, identity), limits)
 
 
 class LocalWeights(NamedTuple):
