@@ -289,9 +289,9 @@ class LoaderConfig(StoreConfig):
         Seconds for which a resident adapter is not evicted for requests that have waited less than
         `starvation_age`.
     revalidate_files
-        Seconds after a thread has looked at a path's files in which `load` looks at those of a
-        resident adapter on the event loop, with two stat calls that the kernel answers from memory.
-        0 always takes a thread, as for network file systems without a cache of attributes.
+        Seconds after a thread has looked at a path's files in which `load` looks at them on the
+        event loop, with two stat calls that the kernel answers from memory. 0 always takes a
+        thread, as for network file systems without a cache of attributes.
     check_finite
         Refuse adapters with NaN or infinite weights (reads every byte once more, off the loop).
 

@@ -94,7 +94,7 @@ class CpuDevice:
         if isinstance(pieces, StagedPiece):
             target = Extent(extent.offset + pieces.target, pieces.memory.nbytes)
             self.host_view(target).copy_(pieces.memory)
-        else:
+        elif pieces.reads:
             memory = self._memory[extent.offset : extent.offset + extent.nbytes]
             read(pieces.reader, pieces.reads, memory)
         self._write_rows(rows, extent, slot)

@@ -299,6 +299,7 @@ class _PendingCopy:
 
 def join_tickets(tickets: Sequence[CopyTicket]) -> CopyTicket:
     """Return a ticket that is done when all are, with the error of the first that failed."""
+    tickets = list(dict.fromkeys(tickets))  # a device may have one for all that are done
     if len(tickets) == 1:
         return tickets[0]
     done: CopyTicket = Future()

@@ -283,7 +283,7 @@ class _LoadAttempts:
 class Acquirer:
     """Acquires leases within deadlines; `check_open` raises once the loader is closing.
 
-    For `file_seconds` after a thread has looked at a resident adapter's files, the loop does.
+    For `file_seconds` after a thread has looked at a path's files, the loop does.
     """
 
     def __init__(
@@ -317,10 +317,13 @@ class Acquirer:
             name = f"prefetch to {tier.name.lower()}"
         with self._driver.telemetry.tracer.span("requests", None, name, ref) as span:
             try:
-                lease = self._lease_resident(ref, tier) if foreground else None
+                key = self._known_key(ref) if foreground else None
+                lease = None
+                if key is not None and tier >= WantedTier.STREAM:
+                    lease = self._driver.waiter_table.lease_resident(key)
                 if lease is None:
                     lease = await self._acquire(
-                        ref, tier, seconds, priority=priority, foreground=foreground
+                        ref, key, tier, seconds, priority=priority, foreground=foreground
                     )
             except BaseException as error:
                 span.set(**_outcome_of(error))
@@ -330,19 +333,25 @@ class Acquirer:
                 span.set_slot(lease.occupancy.grant.slot.index)
             return lease
 
-    def _lease_resident(self, ref: Ref, tier: WantedTier) -> Lease | None:
-        """Return a lease at once if the adapter is resident, and `ref` needs no check by I/O."""
+    def _known_key(self, ref: Ref) -> AdapterKey | None:
+        """Return what `ref` means now, if that is known without a thread, a request or a digest."""
         plain = isinstance(ref, AdapterRef) and ref.digest is None and not ref.allow_stale
-        if tier < WantedTier.STREAM or not (plain or isinstance(ref, AdapterKey)):
+        if not (plain or isinstance(ref, AdapterKey)):
             return None
         key = self._resolver.recent(ref, files=self._file_seconds)
-        if key is None or is_stale(key):
-            return None
-        return self._driver.waiter_table.lease_resident(key)
+        return None if key is None or is_stale(key) else key
 
     async def _acquire(
-        self, ref: Ref, tier: WantedTier, seconds: float, *, priority: int, foreground: bool
+        self,
+        ref: Ref,
+        known: AdapterKey | None,
+        tier: WantedTier,
+        seconds: float,
+        *,
+        priority: int,
+        foreground: bool,
     ) -> Lease | None:
+        """Acquire through a waiter. A `known` key of local files is resolved only for a retry."""
         key = ref if isinstance(ref, AdapterKey) else None
         pending_load: PendingLoad | None = None
         attempts = _LoadAttempts()
@@ -356,7 +365,10 @@ class Acquirer:
                     # The threads' queues are FIFO: a load must not queue behind thousands of
                     # prefetches.
                     async with nullcontext() if foreground else self._turn(ref, priority):
-                        key = await self._resolve(ref)
+                        if known is not None and known.files and pending_load is None:
+                            key = known
+                        else:
+                            key = await self._resolve(ref)
                         self._check_open()  # closing fails only waiters that exist
                         if isinstance(key, MergedKey) and not waiter_table.in_memory(key):
                             self._driver.forget(key)  # its bytes have to be computed again
