@@ -290,8 +290,8 @@ class LoaderConfig(StoreConfig):
         `starvation_age`.
     revalidate_files
         Seconds after a thread has looked at a path's files in which `load` looks at them on the
-        event loop, with two stat calls that the kernel answers from memory. 0 always takes a
-        thread, as for network file systems without a cache of attributes.
+        event loop, with two stat calls that the kernel answers from memory, unless they are on a
+        network file system or FUSE. 0 always takes a thread.
     check_finite
         Refuse adapters with NaN or infinite weights (reads every byte once more, off the loop).
 

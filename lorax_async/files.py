@@ -363,6 +363,24 @@ def start_writeback(fd: int) -> None:
     _LIBRARY.sync_file_range(fd, *whole, ctypes.c_uint(_SYNC_WRITE))  # other platforms lack it
 
 
+_LOCAL_FILE_SYSTEMS = {
+    *(0xEF53, 0x58465342, 0x9123683E, 0xCA451A4E),  # ext2 to ext4, XFS, Btrfs, bcachefs
+    *(0x2FC12FC1, 0xF2F52010, 0xE0F5E1E2, 0x73717368),  # ZFS, F2FS, EROFS, SquashFS
+    *(0x01021994, 0x858458F6, 0x794C7630),  # tmpfs, ramfs, overlayfs
+}
+"""Their `f_type` in statfs(2)."""
+
+
+def is_local(fd: int) -> bool:
+    """Return whether no server is asked for the attributes of a file.
+
+    That of a network file system, or a program behind FUSE, may not answer. False if unknown.
+    """
+    status = (ctypes.c_long * 32)()  # a struct statfs, which begins with `f_type`
+    failed = _LIBRARY.fstatfs(fd, ctypes.byref(status))
+    return not failed and status[0] & 0xFFFFFFFF in _LOCAL_FILE_SYSTEMS
+
+
 POPULATE_READ = 22
 POPULATE_WRITE = 23
 """MADV_POPULATE_… of Linux 5.14, missing from Python's mmap. EINVAL on older kernels."""

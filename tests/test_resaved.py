@@ -15,8 +15,9 @@ import safetensors.torch
 
 import tiny
 from common import until
-from lorax_async import AdapterHandle, AdapterLoader, errors
+from lorax_async import AdapterHandle, AdapterLoader, errors, files
 from lorax_async.devices.simulated import GatedDevice
+from lorax_async.sources import local
 from tiny_loaders import fails, gated, loader
 from tiny_sources import WEIGHTS
 
@@ -186,3 +187,25 @@ async def test_a_load_of_a_file_that_never_rests_ends_in_time(tmp_path: Path) ->
         never_rests = resaving(folder, rewrite_slowly, pause=0)
         with never_rests, suppress(errors.IntegrityError, errors.AdapterFormatError):
             (await there.load(folder, timeout=6)).release()
+
+
+@pytest.mark.parametrize("on_server", [False, True])
+async def test_a_file_server_that_hangs_does_not_hold_up_the_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_server: bool
+) -> None:
+    """Resident adapters are looked at on the loop if the kernel has the answer, else in a thread."""
+    looked, look, is_local = set(), os.stat, files.is_local
+
+    def noted(path: int | str, **options: object) -> os.stat_result:
+        looked.add((path, threading.current_thread() is threading.main_thread()))
+        return look(path, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(local, "is_local", lambda fd: is_local(fd) and not on_server)
+    folder = tiny.write(tmp_path / "adapter")
+    async with loader() as one:
+        (await one.load(folder)).release()
+        monkeypatch.setattr(os, "stat", noted)
+        (await one.load(folder)).release()
+        monkeypatch.undo()
+        assert one.statistics().hits["device"] == 1
+    assert ((f"{folder}/{WEIGHTS}", True) in looked) is not on_server

@@ -43,6 +43,7 @@ from lorax_async.files import (
     changed_error,
     code_of,
     has_identity,
+    is_local,
     locate,
     open_same,
     read_prefix,
@@ -248,13 +249,17 @@ def find_adapter(place: LocalFolder, roots: Sequence[str], limits: Limits) -> Ad
     raise AccessDeniedError(_OUTSIDE)
 
 
+_local_devices: dict[int, bool] = {}
+"""Whether the file systems of files that were found are local, by `st_dev`."""
+
+
 def is_unchanged(folder: str, key: AdapterKey) -> bool:
     """Return whether the folder's config and weights are the key's files.
 
-    False if there are others. Two calls of stat(2), which the kernel answers from memory soon after
-    `find_adapter`.
+    False if there are others, or they are not on a local file system. Two calls of stat(2), which
+    the kernel answers from memory soon after `find_adapter`.
     """
-    if len(key.files) != 2:
+    if len(key.files) != 2 or not all(_local_devices.get(file.device) for file in key.files):
         return False
     try:
         return all(
@@ -352,6 +357,7 @@ class _LocatedFolder(NamedTuple):
                     os.close(file.open())
                 except OSError as error:
                     raise to_adapter_error(error, name) from error
+                _local_devices[file.status.st_dev] = is_local(file.fd)
                 return file.identity
         except OSError as error:
             status = None if self.trusted else self._status(name)
