@@ -229,7 +229,9 @@ async def outcome(future: Future[R]) -> R:
 
 
 async def call_in(
-    threads: Executor, work: Callable[[], R], discard: Callable[[R], object] | None = None
+    threads: Executor,
+    work: Callable[[], R],
+    discard: Callable[[R], object] = lambda result: None,  # noqa: ARG005
 ) -> R:
     """Call `work` in one of the threads and await its result.
 
@@ -240,10 +242,10 @@ async def call_in(
     done: asyncio.Future[R] = loop.create_future()
 
     def finish(result: R) -> None:
-        if not done.cancelled():
-            done.set_result(result)
-        elif discard is not None:
+        if done.cancelled():
             discard(result)
+        else:
+            done.set_result(result)
 
     def fail(error: BaseException) -> None:
         if not done.cancelled():
@@ -261,7 +263,17 @@ async def call_in(
                 loop.call_soon_threadsafe(finish, result)
 
     threads.submit(call)
-    return await done
+    try:
+        return await done
+    except BaseException:
+        _drop_result(done, discard)
+        raise
+
+
+def _drop_result(done: asyncio.Future[R], discard: Callable[[R], object]) -> None:
+    """Discard a result that came in the turn of the loop in which its caller was cancelled."""
+    if done.done() and not done.cancelled() and done.exception() is None:
+        discard(done.result())
 
 
 async def wait_for_end(future: Future[Any]) -> None:

@@ -166,7 +166,7 @@ def _parse_canonical(text: memoryview, data_start: int, limits: Limits) -> _Pars
             head, comma = first[:-1], first[-1:]
             members = parse_object(f"{head}}}".encode(), what=_WHAT, max_bytes=len(text))
             metadata = _pop_metadata(members)
-            if members or comma != ",":
+            if members or comma != "," or head == "{":
                 return None
         if not between.count(",") == len(between) == len(names) - 1 or last.rstrip(" ") != "}":
             return None

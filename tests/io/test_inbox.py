@@ -2,14 +2,16 @@
 
 import asyncio
 import threading
+import time
 import weakref
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from common import LOOPS, until
 from lorax_async import concurrency as inbox_module
-from lorax_async.concurrency import Inbox
+from lorax_async.concurrency import Inbox, call_in
 
 pytestmark = pytest.mark.each_loop
 
@@ -81,3 +83,16 @@ def test_after_the_loop_nobody_listens_and_nothing_is_kept(name: str) -> None:
     inbox.put(item)
     del item
     assert gone() is None
+
+
+async def test_a_result_that_comes_with_a_cancellation_is_discarded() -> None:
+    """By hand: it is set and the caller is cancelled in one turn of the loop."""
+    discarded: list[int] = []
+    with ThreadPoolExecutor(1) as threads:
+        call = asyncio.ensure_future(call_in(threads, lambda: 7, discarded.append))
+        await asyncio.sleep(0)
+        time.sleep(0.05)  # noqa: ASYNC251 - until the thread has left it for the loop
+        asyncio.get_running_loop().call_soon(call.cancel)
+        with pytest.raises(asyncio.CancelledError):
+            await call
+    assert discarded == [7]
