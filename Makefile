@@ -77,6 +77,7 @@ bench: $(VENV)/installed-bench
 	$(BIN)/python benchmarks/bench_cold_request.py $(ARGS)
 	$(BIN)/python benchmarks/bench_server.py $(ARGS)
 	$(BIN)/python benchmarks/bench_sgmv.py $(ARGS)
+	$(BIN)/python benchmarks/waterfall.py $(ARGS)
 
 # The plug-in in vLLM's server: its CPU build, in a venv of its own (3.4 GB). Its audio libraries are
 # CUDA builds, which break transformers. Where it cannot be had, this says so and succeeds.

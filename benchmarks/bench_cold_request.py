@@ -31,7 +31,7 @@ from lorax_async.loader import AdapterLoader
 from times import Line, Times, print_lines, verdict
 
 TOKENS = 224
-FIRST_TOKEN = 1.1
+FIRST_TOKEN = 1.05
 PARTS = {f"transfer ÷ prefill {part:g}": part for part in (0.5, 1.0, 2.0)}
 TRANSFER, WARM = "transfer alone", "warm"
 STREAMED, SEQUENTIAL = "cold, streamed", "cold, one after the other"

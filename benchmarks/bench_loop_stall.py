@@ -29,7 +29,7 @@ from work_files import AdapterFolder, write_adapter
 
 ADAPTERS = 16
 TICK_MS = 1.0
-P999_MS = 5.0
+P999_MS = 2.0
 MAX_MS = 20.0
 
 IDLE = "idle loop"

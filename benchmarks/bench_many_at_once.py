@@ -36,7 +36,7 @@ from lorax_async.loader import AdapterLoader
 from work_files import AdapterFolder, write_adapter
 
 ADAPTERS = 16
-PER_BYTE = Target(1.2)
+PER_BYTE = Target(1.15)
 STALE = 0xFB
 """Fills every destination before a timed run: bytes of an earlier one cannot pass for loaded."""
 

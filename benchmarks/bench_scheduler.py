@@ -27,7 +27,7 @@ from scale_files import SmallAdapters, small_layout
 SIZES = ((256, 64), (512, 128), (1_024, 256), (2_048, 512), (4_096, 1_024))
 """Sequences and adapters of a batch; the first is the one with a target in time."""
 
-MICROSECONDS = 100
+MICROSECONDS = 60
 LINEAR = 1.1
 """The largest exponent that is taken for linear: a logarithm and some cache misses are in it."""
 

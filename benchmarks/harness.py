@@ -19,7 +19,9 @@ from typing import Literal, TypeVar
 import uvloop
 
 T = TypeVar("T")
-Role = Literal["floor", "ours", "peer"]
+Role = Literal["floor", "reference", "ours", "peer"]
+"""A "reference" is bare work of another kind than the floor's, and may take less time."""
+
 Loop = Literal["uvloop", "asyncio"]
 
 FAULT_BELOW = 0.97
@@ -116,7 +118,7 @@ class Measured:
 
     @property
     def verdict(self) -> str:
-        if self.role != "floor" and self.ratio < FAULT_BELOW:
+        if self.role in {"ours", "peer"} and self.ratio < FAULT_BELOW:
             return f"FAULT OF THE BENCH: below {FAULT_BELOW} of the floor"
         ours = self.target if self.role == "ours" else None
         return ours.verdict(self.ratio, self.over_ms) if ours else ""
@@ -210,7 +212,7 @@ def draw(path: Path, results: Sequence[Measured]) -> None:
     rows = list(dict.fromkeys(result.row for result in results))
     figure = Figure(figsize=(9, 2.4 * len(rows)), layout="constrained")
     panels = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
-    colours = {"floor": "0.6", "ours": "tab:green", "peer": "tab:blue"}
+    colours = {"floor": "0.6", "reference": "0.8", "ours": "tab:green", "peer": "tab:blue"}
     for panel, row in zip(panels, rows, strict=True):
         shown = [result for result in reversed(results) if result.row == row]
         medians = [result.median for result in shown]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from floors import Arena, Threads
-from harness import Contender, WrongBytesError
+from harness import Contender, Role, WrongBytesError
 from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
 from lorax_async.tracing import Trace
@@ -68,10 +68,21 @@ class Stage:
         return Contender(name, "peer", run, self.check_arena, self.fill_with_other, every)
 
     def floor(self, name: str, read: Callable[[], None], check: Callable[[], None]) -> Contender:
+        return self._bare(name, "floor", read, check)
+
+    def reference(
+        self, name: str, read: Callable[[], None], check: Callable[[], None]
+    ) -> Contender:
+        """Bare reads of another kind, beside the floor."""
+        return self._bare(name, "reference", read, check)
+
+    def _bare(
+        self, name: str, role: Role, read: Callable[[], None], check: Callable[[], None]
+    ) -> Contender:
         async def run() -> None:
             read()
 
-        return Contender(name, "floor", run, check, self.fill_with_other)
+        return Contender(name, role, run, check, self.fill_with_other)
 
 
 def require_equal(loaded: Places, expected: Places) -> None:
@@ -103,11 +114,17 @@ def check_handle(handle: AdapterHandle, expected: Places) -> None:
 
 
 class Ours:
-    """`await loader.load(Path(...))`, on a loader whose arena has room for one adapter."""
+    """`await loader.load(Path(...))`, on a loader whose arena has room for one adapter.
 
-    def __init__(self, loader: AdapterLoader, stage: Stage) -> None:
+    Each run is traced into `traces`, if given.
+    """
+
+    def __init__(
+        self, loader: AdapterLoader, stage: Stage, traces: list[Trace] | None = None
+    ) -> None:
         self._loader = loader
         self._stage = stage
+        self._traces = traces
         self._handle: AdapterHandle | None = None
 
     async def load_other(self) -> None:
@@ -124,21 +141,22 @@ class Ours:
         self._handle.release()
 
     def contender(self) -> Contender:
+        if self._traces is not None:
+            return self.traced(self._traces)
         return Contender("lorax_async load", "ours", self.run, self.check, self.load_other)
 
     def untraced(self) -> Contender:
         """The same as a floor, for what a trace costs."""
         return Contender("not traced", "floor", self.run, self.check, self.load_other)
 
-    def traced(self) -> Contender:
+    def traced(self, traces: list[Trace]) -> Contender:
         """The same while a trace is recorded, which begins and ends outside of the timer."""
-        trace: list[Trace] = []
 
         async def prepare() -> None:
             await self.load_other()
-            trace.append(self._loader.trace().__enter__())
+            traces.append(self._loader.trace().start())
 
         async def settle() -> None:
-            trace.pop().stop()
+            traces[-1].stop()
 
         return Contender("traced", "ours", self.run, self.check, prepare, settle=settle)

@@ -24,6 +24,7 @@ from lorax_async.events import Event, LayerReady, SlotGranted
 from lorax_async.handle import AdapterHandle
 from lorax_async.ids import Allow
 from lorax_async.loader import AdapterLoader
+from lorax_async.tracing import Trace
 from lorax_async.types import RemoteKey
 from work_files import AdapterFolder
 
@@ -132,6 +133,7 @@ class Loads:
     there, but no connection, nor anything that was measured of the link. Where the cache is what is
     loaded from, it is kept, and the version is named, so that nobody need be asked. Beside a server
     that stalls, 16 loads from that one have hung for half a second when the timed one begins.
+    Each run is traced into `traces`, if given.
     """
 
     def __init__(
@@ -143,6 +145,7 @@ class Loads:
         *,
         cached: bool = False,
         stalling: Link | None = None,
+        traces: list[Trace] | None = None,
     ) -> None:
         self._stage = stage
         self._other = other
@@ -163,6 +166,7 @@ class Loads:
             ),
         )
         self._stalling = stalling
+        self._traces = traces
         self._stalled: list[asyncio.Task[None]] = []
         self._loader: AdapterLoader | None = None
         self._handle: AdapterHandle | None = None
@@ -185,6 +189,8 @@ class Loads:
         await self._begin_stalled(self._loader)
         self._times.clear()
         self._unsubscribe = self._loader.subscribe(self._note)
+        if self._traces is not None:
+            self._traces.append(self._loader.trace().start())
 
     async def _begin_stalled(self, loader: AdapterLoader) -> None:
         if self._stalling is None:
@@ -223,6 +229,8 @@ class Loads:
         """Look at what was loaded, and wait until nothing of it runs on."""
         assert self._loader is not None
         assert self._handle is not None
+        if self._traces is not None:
+            self._traces[-1].stop()
         check_handle(self._handle, self._stage.folder.tensors)
         await self._handle.verified()
         for task in self._stalled:

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from time import sleep
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -39,6 +40,7 @@ SCALE = 2.0
 
 PEFT_PREFIX = "base_model.model."
 _MARK = re.compile(rb"copy \d{8}")
+_DROPS, _DROP_SECONDS = 20, 0.02
 _PAGE = mmap.PAGESIZE
 _PAGE_CACHED = 1  # lowest bit of each byte that mincore(2) writes
 
@@ -171,19 +173,25 @@ class PagesStayedError(RuntimeError):
 
 
 def drop_from_cache(path: Path) -> None:
-    """Drop a file from the page cache and see that it is gone."""
-    settle(path)
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
-    left = cached_pages(path)
-    if left:
-        raise PagesStayedError(
-            f"{path.name}: {left} pages are still cached after posix_fadvise(DONTNEED);"
-            " put --work on a local disk that supports it (not tmpfs)"
-        )
+    """Drop a file from the page cache and see that it is gone.
+
+    The kernel keeps pages that are in use at that moment: try again for a while.
+    """
+    for _ in range(_DROPS):
+        settle(path)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+        left = cached_pages(path)
+        if not left:
+            return
+        sleep(_DROP_SECONDS)
+    raise PagesStayedError(
+        f"{path.name}: {left} pages are still cached after posix_fadvise(DONTNEED);"
+        " put --work on a local disk that supports it (not tmpfs)"
+    )
 
 
 def cached_pages(path: Path) -> int:
