@@ -370,25 +370,6 @@ async def test_a_fifo_that_takes_the_files_place(world: LocalWorld, name: str) -
         path.unlink(missing_ok=True)
 
 
-async def test_a_config_changes_meanwhile(world: LocalWorld, monkeypatch: Patch) -> None:
-    path, real = world.fill(world.roots[0] / "one") / CONFIG_NAME, os.fstat
-    looks: list[int] = []
-
-    def edited(fd: int) -> os.stat_result:
-        """The last look at the file is after the edit."""
-        if os.readlink(f"/proc/self/fd/{fd}") == str(path):
-            looks.append(fd)
-            if len(looks) == 2:
-                path.write_bytes(CONFIG.replace(b"8", b"9"))
-        return real(fd)
-
-    key = await world.source.resolve(AdapterRef("./one"))
-    monkeypatch.setattr(os, "fstat", edited)
-    with pytest.raises(errors.IntegrityError, match=r"adapter_config\.json.*again"):
-        await world.source.open(key, FetchControl())
-    assert len(looks) >= 2
-
-
 def reader_of(path: Path) -> FileReader:
     path.write_bytes(bytes(range(256)) * 16)
     identity = identity_of(path.stat())
