@@ -129,7 +129,8 @@ class DiskCache:
 
     def note_version(self, question: str, source: str, version: str) -> None:
         """Record a source's latest answer, whether the cache has that version or not."""
-        self.directory.restore()
+        if self.last_version(question) == (source, version):
+            return  # it is on the disk, where another one might not be after a crash
         content = json.dumps({"source": source, "version": version}).encode()
         answers, new = self.directory.answers, f"{unique()}.new"
         with translate_errors("note a version"):

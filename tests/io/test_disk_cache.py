@@ -560,6 +560,9 @@ def test_last_versions_are_remembered_and_none_says_who_asked(world: DiskWorld) 
     assert "secret" not in path.name
     with failing(("rename",), 1, errno.EIO).counted(), pytest.raises(FetchError, match="EIO"):
         world.cache.note_version(asked, "org/name", "3")
+    before = path.stat().st_ino
+    world.cache.note_version(asked, "org/elsewhere", "2" * 40)
+    assert path.stat().st_ino == before, "what is on the disk is not put at risk"
     assert world.cache.last_version(asked) == ("org/elsewhere", "2" * 40)
     for content in (b"", b"{}", b"null", b"\xff", b'{"source": 1, "version": ""}'):
         path.write_bytes(content)
