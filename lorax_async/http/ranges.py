@@ -79,13 +79,13 @@ def plan_waves(
     nbytes = size_of(chain.from_iterable(groups))
     connections = min(connections, max(_LEAST_CONNECTIONS, ceil(2 * _MACHINE_RATE / link.rate)))
     seconds = nbytes / (connections * link.rate)
-    requests = connections * _REQUEST_SECONDS
+    # While the machine waits for the link, requests cost nothing.
+    free_waves = int((seconds - nbytes / _MACHINE_RATE) / (connections * _REQUEST_SECONDS))
     cuts = [0, len(groups)]
-    if first and link.delay + requests <= FIRST_WAVE_COST * seconds:
+    if first and free_waves > 0 and link.delay <= FIRST_WAVE_COST * seconds:
         rest = groups[first:]
         affordable = int(LATER_WAVES_COST * seconds / link.delay) if link.delay else len(rest)
-        # Requests cost nothing while the machine waits for the link.
-        affordable = min(affordable, int((seconds - nbytes / _MACHINE_RATE) / requests))
+        affordable = min(affordable, free_waves)
         piece = max(_LATER_PIECE_BYTES, link.rate * max(_LATER_PIECE_SECONDS, 10 * link.delay))
         worth = int(size_of(chain.from_iterable(rest)) / (connections * piece))
         count = max(1, min(affordable, worth, len(rest)))
