@@ -13,7 +13,7 @@ import torch
 
 import peers
 from bench_options import Options, options, print_environment, write_json
-from floors import Arena, Threads
+from floors import COLD_PIECE, Arena, Threads
 from harness import Contender, Loop, Measured, Row, Target, draw, measure, print_row, run_on
 from load_stage import Ours, Stage, require_equal
 from lorax_async import layouts
@@ -118,8 +118,7 @@ def peft(stage: Stage) -> Contender:
     return Contender("PEFT load_adapter", "peer", run, check, stage.fill_with_other, PEFT_EVERY)
 
 
-def buffered_floor(stage: Stage) -> Contender:
-    """Through the page cache, which has the file or, in the cold row, has dropped it."""
+def warm_floor(stage: Stage) -> Contender:
     return stage.floor(
         "threaded preadv", lambda: stage.threads.read(stage.current, stage.arena), stage.check_arena
     )
@@ -131,7 +130,7 @@ async def seen_before(bench: Bench) -> AsyncIterator[Row]:
         others = [*plain_peers(stage), peft(stage)]
         await ours.run()
         ours.check()
-        yield Row(SEEN_BEFORE, [buffered_floor(stage), ours.contender(), *others])
+        yield Row(SEEN_BEFORE, [warm_floor(stage), ours.contender(), *others])
 
 
 @asynccontextmanager
@@ -139,7 +138,7 @@ async def seen_before_alone(bench: Bench) -> AsyncIterator[Row]:
     async with bench.stage() as (stage, ours):
         await ours.run()
         ours.check()
-        yield Row(SEEN_BEFORE, [buffered_floor(stage), ours.contender()])
+        yield Row(SEEN_BEFORE, [warm_floor(stage), ours.contender()])
 
 
 @asynccontextmanager
@@ -157,7 +156,7 @@ def first_sight(rank: int) -> Build:
     @asynccontextmanager
     async def build(bench: Bench) -> AsyncIterator[Row]:
         async with bench.stage(rank=rank) as (stage, ours):
-            all = [buffered_floor(stage), ours.contender(), *plain_peers(stage)]
+            all = [warm_floor(stage), ours.contender(), *plain_peers(stage)]
             yield Row(FIRST_SIGHT[rank], all, fresh_copies(stage))
 
     return build
@@ -167,7 +166,7 @@ def first_sight(rank: int) -> Build:
 async def known_header(bench: Bench) -> AsyncIterator[Row]:
     async with bench.stage() as (stage, ours):
         rounds = fresh_copies(stage, same_header=True)
-        yield Row(HEADER_MET, [buffered_floor(stage), ours.contender()], rounds)
+        yield Row(HEADER_MET, [warm_floor(stage), ours.contender()], rounds)
 
 
 @asynccontextmanager
@@ -187,12 +186,17 @@ async def cast(bench: Bench) -> AsyncIterator[Row]:
 @asynccontextmanager
 async def cold(bench: Bench) -> AsyncIterator[Row]:
     async with bench.stage(cold=True) as (stage, ours):
+        floor = stage.floor(
+            "threaded preadv, buffered",
+            lambda: stage.threads.read(stage.current, stage.arena, COLD_PIECE),
+            stage.check_arena,
+        )
         direct = stage.reference(
             "O_DIRECT reads",
             lambda: stage.threads.read_direct(stage.current, stage.arena),
             stage.check_whole_file,
         )
-        all = [buffered_floor(stage), direct, ours.contender(), *plain_peers(stage)]
+        all = [floor, direct, ours.contender(), *plain_peers(stage)]
         yield Row(COLD, all, fresh_copies(stage))
 
 

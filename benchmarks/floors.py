@@ -17,6 +17,9 @@ from work_files import AdapterFolder
 LAYER_GROUP = 2_621_440
 """Bytes of one layer of the rank-16 adapter: pieces of this size were as fast as any other."""
 
+COLD_PIECE = 512 << 10
+"""Buffered cold reads: a tenth faster than by layer groups, and as fast as smaller pieces."""
+
 DIRECT_PIECE = 4 << 20
 _BLOCK = 4096  # what O_DIRECT wants offsets, sizes and addresses aligned to, on every disk
 
@@ -61,14 +64,14 @@ class Threads:
         self._own = local()
         self._share(lambda _: None, [(n, n) for n in range(count)])
 
-    def read(self, folder: AdapterFolder, arena: Arena) -> None:
-        """preadv into the arena, a layer's worth of bytes at a time."""
+    def read(self, folder: AdapterFolder, arena: Arena, piece_size: int = LAYER_GROUP) -> None:
+        """preadv into the arena, a layer's worth of bytes at a time by default."""
         with _opened(folder, os.O_RDONLY) as file:
 
             def work(piece: Piece) -> None:
                 _read(file, arena.bytes[slice(*piece)], folder.data_start + piece[0])
 
-            self._share(work, _pieces(folder.nbytes, LAYER_GROUP))
+            self._share(work, _pieces(folder.nbytes, piece_size))
 
     def read_many(self, folders: Sequence[AdapterFolder], arena: Arena) -> None:
         """As `read`, of several files without a stop between them, one behind the other."""
