@@ -1,11 +1,12 @@
 """What the vLLM plug-in decides without vLLM; `make vllm` runs it in vLLM's server."""
 
 import asyncio
+import gc
 import shutil
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from socket import AF_INET, SOCK_DGRAM, socket
@@ -29,6 +30,19 @@ from lorax_async.engines.vllm.worker import (
     unexpected_interface,
 )
 from vllm_stage import write_adapter
+
+
+@pytest.fixture(autouse=True)
+def threads_end(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Let a worker's weights be collected, and with them its thread, as when its process ends."""
+    yield
+    caplog.clear()
+    request.node.funcargs.clear()
+    gc.collect()
+    for thread in threading.enumerate():
+        if thread.name.startswith("lorax-build"):
+            thread.join(10)
+            assert not thread.is_alive()
 
 
 def settings(**values: str) -> PluginSettings:
@@ -164,7 +178,7 @@ def test_only_the_expected_interface_is_extended(lora: object, reason: str | Non
 
 @pytest.fixture
 def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = SimpleNamespace(LoRARequest=request, GracefulHTTPError=RuntimeError)
+    module = SimpleNamespace(LoRARequest=lora_request, GracefulHTTPError=RuntimeError)
     for name in ("vllm", "vllm.lora", "vllm.lora.request", "vllm.exceptions"):
         monkeypatch.setitem(sys.modules, name, module)
 
@@ -175,7 +189,7 @@ def built(vllm: None) -> BuiltWeights:
     return BuiltWeights(Lora(), 20)
 
 
-def request(name: str, number: int, path: str) -> Any:
+def lora_request(name: str, number: int, path: str) -> Any:
     return SimpleNamespace(
         lora_name=name, lora_int_id=number, lora_path=path, is_3d_lora_weight=False
     )
@@ -207,12 +221,12 @@ def test_an_error_of_building_is_told_to_all_who_wait(built: BuiltWeights, tmp_p
 def test_only_the_first_load_of_an_adapter_raises(built: BuiltWeights, tmp_path: Path) -> None:
     """A later one is in vLLM's step, where an exception would end the engine."""
     path = write(tmp_path / "a", b"good")
-    assert built.load(request("a", 1, path)).loras
+    assert built.load(lora_request("a", 1, path)).loras
     write(tmp_path / "a", b"bad")
-    assert built.load(request("a", 1, path)) == "zeros"
+    assert built.load(lora_request("a", 1, path)) == "zeros"
     assert built.report()["lost"] == {path: "vLLM does not support it"}
     with pytest.raises(ValueError, match="does not support"):
-        built.load(request("b", 2, path))
+        built.load(lora_request("b", 2, path))
 
 
 def test_an_adapter_beyond_the_budget_is_checked_and_drives_nothing_out(
@@ -221,7 +235,7 @@ def test_an_adapter_beyond_the_budget_is_checked_and_drives_nothing_out(
     small, large = write(tmp_path / "small", b"10 bytes.."), write(tmp_path / "large", b"." * 11)
     assert build(built, small) is None
     assert build(built, large) is None
-    assert built.load(request("large", 1, large)).loras
+    assert built.load(lora_request("large", 1, large)).loras
     assert built.report()["built"] == {small: 20}
     write(tmp_path / "large", b"bad")
     assert build(built, large) == "vLLM does not support it"
@@ -313,7 +327,7 @@ async def test_adapters_that_vllm_had_before_are_looked_after(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("lorax_async.engines.vllm.served_adapters.LINGER", 0.0)
     folder = write_adapter(tmp_path / "here", rank=1, seed=1, layers=1)
-    here, gone = request("here", 1, "~/here"), request("gone", 2, f"{tmp_path}/gone")
+    here, gone = lora_request("here", 1, "~/here"), lora_request("gone", 2, f"{tmp_path}/gone")
     named, lora = {"here": here, "gone": gone}, Lora()
     engine = Engine(lora)
     async with serving(tmp_path, engine, 0, named) as served:
@@ -321,7 +335,7 @@ async def test_adapters_that_vllm_had_before_are_looked_after(
         await until(lambda: served.describe()[0]["bytes"] and served.describe()[1]["last_error"])
         write_adapter(tmp_path / "other", rank=1, seed=1, layers=1)
         other = await served.prepare("other", AdapterRef("./other"))
-        named["other"] = request("other", 3, other.path)
+        named["other"] = lora_request("other", 3, other.path)
         served.add(other, named["other"], is_resolvable=True)
         await served.refresh()
         assert set(named) == {"here", "gone", "other"}

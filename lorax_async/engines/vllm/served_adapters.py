@@ -172,7 +172,7 @@ class ServedAdapters:
                 async with self._background:
                     prepared = await self.prepare_folder(adapter.name, adapter.path)
             except LoraxError as error:
-                _logger.warning("vLLM alone loads an adapter of --lora-modules: %s", error)
+                _logger.warning("vLLM alone loads an adapter of --lora-modules: %s", str(error))
             else:
                 adapter.nbytes = prepared.nbytes
                 await self.discard(prepared)
