@@ -186,7 +186,7 @@ async def test_a_load_of_a_file_that_never_rests_ends_in_time(tmp_path: Path) ->
     async with loader() as there:
         never_rests = resaving(folder, rewrite_slowly, pause=0)
         with never_rests, suppress(errors.IntegrityError, errors.AdapterFormatError):
-            (await there.load(folder, timeout=6)).release()
+            (await there.load(folder, timeout=12)).release()  # it waits for rest up to three times
 
 
 @pytest.mark.parametrize("on_server", [False, True])
