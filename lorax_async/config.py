@@ -10,6 +10,7 @@ from typing import Any, Literal, Self, get_args
 
 from lorax_async.errors import ConfigError, UsageError, shorten
 from lorax_async.ids import Allow, as_allow
+from lorax_async.peers import Peers
 from lorax_async.types import (
     MAX_SECONDS,
     require_bool,
@@ -184,6 +185,8 @@ class StoreConfig:
         or "gdsf" (frequency and cost per byte).
     limits
         Limits on untrusted adapters.
+    peers
+        The other replicas of a fleet, which are asked before an adapter's source (docs/fleet.md).
 
     Raises
     ------
@@ -205,6 +208,7 @@ class StoreConfig:
     revalidate: float = 60.0
     eviction: Eviction = "lru"
     limits: Limits = field(default_factory=Limits)
+    peers: Peers | None = None
 
     def __post_init__(self) -> None:
         if str(self.hub_cache) == "write":
@@ -217,6 +221,8 @@ class StoreConfig:
         require_bool("offline", self.offline)
         if not isinstance(self.limits, Limits):
             raise ConfigError(f"limits must be Limits(…), not {self.limits!r}")
+        if not isinstance(self.peers, Peers | None):
+            raise ConfigError(f"peers must be Peers(…) or None, not {self.peers!r}")
         require_count("cache_bytes", self.cache_bytes)
         _require_at_most("connections", self.connections, MAX_THREADS)
         require_seconds("timeout", self.timeout)

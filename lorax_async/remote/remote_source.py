@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from threading import Lock
 from typing import Any, NamedTuple
 
-from lorax_async.cache.base import CacheEntry, EntryRecord
+from lorax_async.cache.base import CacheEntry, CacheKey, EntryRecord
 from lorax_async.cache.disk_cache import OwnCache
 from lorax_async.concurrency import FetchControl, WorkerThreads
 from lorax_async.config import Checking, Limits, StoreConfig
@@ -50,6 +50,7 @@ from lorax_async.remote.opening import (
     cache_key,
     close_unused,
 )
+from lorax_async.remote.peer_client import PeerClient
 from lorax_async.remote.readers import (
     EntryReader,
     FetchReader,
@@ -77,6 +78,7 @@ class RemoteParts(NamedTuple):
     opener: AdapterOpener
     workers: WorkerThreads
     close: Callable[[], None]
+    peers: PeerClient | None = None
 
 
 class _SeenFiles(NamedTuple):
@@ -106,8 +108,10 @@ class RemoteSource:
         return await (await self._connect()).resolver.resolve(parse_ref(ref))
 
     async def open(self, key: AdapterKey, control: FetchControl) -> AdapterFile:
-        remote = _remote(key)
-        file = await (await self._connect()).opener.open(remote, control)
+        remote, parts = _remote(key), await self._connect()
+        if parts.peers is not None:
+            await parts.peers.bring(remote, control)
+        file = await parts.opener.open(remote, control)
         if isinstance(file.reader, EntryReader):
             self._see(remote, file.reader.entry)
         else:
@@ -204,6 +208,10 @@ class RemoteSource:
         finally:
             entry.close()
         return pages
+
+    def stored(self, key: CacheKey) -> CacheEntry | None:
+        """Lease the cache's entry of a key; None if there is none. Blocks. For mirrors."""
+        return self._connect_blocking().resolver.cache.open(key)
 
     def close(self) -> None:
         """End the parts. Blocks. Idempotent."""
@@ -357,12 +365,17 @@ def make_remote_source(
         )
         limits, verify = config.limits, config.verify
         opener = AdapterOpener(resolver, engine, workers, limits=limits, verify=verify)
+        peers = None
+        if config.peers is not None:
+            peers = PeerClient(config.peers, resolver, workers, limits)
 
         def close() -> None:
+            if peers is not None:
+                peers.close()
             engine.close()
             workers.close()
             backends.close()
 
-        return RemoteParts(resolver, opener, workers, close)
+        return RemoteParts(resolver, opener, workers, close, peers)
 
     return RemoteSource(make, limits=config.limits, verify=config.verify)

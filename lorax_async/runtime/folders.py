@@ -67,7 +67,8 @@ class AdapterFolder:
     verification
         How the weights were checked, and their digest.
     downloaded
-        Whether this fetch downloaded them; False if they were on disk already.
+        Whether this fetch downloaded them from their source; False if they were on disk already, or
+        came from a peer.
     """
 
     def __init__(

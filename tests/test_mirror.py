@@ -1,0 +1,448 @@
+"""Replicas that take adapters from each other's mirrors before they ask the origin."""
+
+import asyncio
+import hmac
+import itertools
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from hashlib import sha256
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fault_server import Asked, Behaviour, Client, FaultServer, answer
+from hub_stand_in import HubStandIn, Reply
+from remote_world import Steps
+from user_loads import at, contents, layout, written
+from web_folder import WEIGHTS, Folder, hold, name_of, refuse
+
+import split_files
+import tiny
+from common import until
+from lorax_async import AdapterLoader, AdapterRef, AdapterStore, LoaderConfig, StoreConfig, errors
+from lorax_async.cache.base import CacheKey
+from lorax_async.mirror import AdapterMirror, Peers
+from sweeping import our_tasks
+from tiny_loaders import fails
+
+pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left", "hub_client")
+
+TOKEN = "fleet-secret"
+ID = "org/name"
+
+
+class Origin(HubStandIn):
+    """A hub, and the sizes of the weights that it has sent."""
+
+    folder: Path
+
+    def add(self, id: str = ID, *, rank: int = 16, seed: int = 0, token: str | None = None) -> Path:
+        adapter = written(self.folder / f"adapters/{id}", seed, layers=4, rank=rank)
+        self.put(id, contents(adapter), private_token=token)
+        return adapter
+
+    @property
+    def downloads(self) -> int:
+        return len(self.asked_for("GET", "adapter_config.json"))
+
+    def settings(self, name: str, peers: Peers, **settings: Any) -> dict[str, Any]:
+        given = {"cache_dir": self.folder / name, "hub_cache": "off", "timeout": 60, "peers": peers}
+        allow = (at(self.store_netloc),)
+        return given | {"hub_endpoint": self.endpoint, "allow": allow} | settings
+
+
+@pytest.fixture
+def origin(tmp_path: Path) -> Iterator[Origin]:
+    with Origin() as origin:
+        origin.folder = tmp_path
+        yield origin
+
+
+class Replica:
+    """A store, and its mirror unless it only asks."""
+
+    def __init__(self, origin: Origin, name: str, *, token: str = TOKEN, **settings: Any) -> None:
+        self.folder = origin.folder / name
+        trust, patience = settings.pop("trust", False), settings.pop("patience", 30.0)
+        self.peers = Peers(token, trust=trust, patience=patience)
+        self._rate, self._asks = settings.pop("rate", None), settings.pop("asks", False)
+        self.store = AdapterStore(StoreConfig(**origin.settings(name, self.peers, **settings)))
+
+    async def __aenter__(self) -> "Replica":
+        async with AsyncExitStack() as open:
+            await open.enter_async_context(self.store)
+            self.mirror = AdapterMirror(self.store, bytes_per_second=self._rate)
+            if not self._asks:
+                await open.enter_async_context(self.mirror)
+            self._open = open.pop_all()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._open.aclose()
+
+    async def has(self, adapter: Path, id: str = ID, token: str | None = None) -> None:
+        """Check out the adapter, with just the bytes that its author saved."""
+        async with self.store.checkout(id, token=token) as folder:
+            assert contents(adapter).items() <= contents(folder.path).items()
+            assert folder.verification.vouched
+
+    @property
+    def left(self) -> list[Path]:
+        return list(self.folder.glob("partials/*"))
+
+
+def asking(origin: Origin, *homes: Replica, name: str = "asking", **settings: Any) -> Replica:
+    replica = Replica(origin, name, asks=True, **settings)
+    replica.peers.members = [home.mirror.url for home in homes]
+    return replica
+
+
+@asynccontextmanager
+async def fleet(origin: Origin, count: int, **settings: Any) -> AsyncIterator[list[Replica]]:
+    async with AsyncExitStack() as open:
+        replicas = [
+            await open.enter_async_context(Replica(origin, f"replica{n}", **settings))
+            for n in range(count)
+        ]
+        for replica in replicas:
+            replica.peers.members = [each.mirror.url for each in replicas]
+        yield replicas
+
+
+@pytest.mark.each_loop
+async def test_replicas_that_start_together_ask_the_origin_once(origin: Origin) -> None:
+    adapters = {f"org/a{n}": origin.add(f"org/a{n}", rank=64, seed=n) for n in range(4)}
+    async with fleet(origin, 3) as replicas:
+        async with asyncio.TaskGroup() as group:
+            for id, adapter in adapters.items():
+                for replica in replicas:
+                    group.create_task(replica.has(adapter, id))
+        assert origin.downloads == len(adapters)
+        assert sum(replica.peers.taken for replica in replicas) == 2 * len(adapters)
+        assert not any(replica.peers.problems for replica in replicas)
+        names = [{path.name for path in each.folder.glob("entries/*")} for each in replicas]
+        assert names[0] == names[1] == names[2]
+        settings = origin.settings("loader", Peers(TOKEN), device_bytes=16 << 20)
+        settings["peers"].members = replicas[0].peers.members
+        async with AdapterLoader(layout(4), LoaderConfig(**settings)) as loader:
+            for id, adapter in adapters.items():
+                async with await loader.load(id) as handle:
+                    tiny.assert_equal_to_file(handle, adapter)
+                    assert (await handle.verified()).kind == "sha256"
+        assert origin.downloads == len(adapters)
+
+
+async def test_a_member_that_has_died_costs_no_adapter_and_no_second_download(
+    origin: Origin,
+) -> None:
+    """Its next one is the home of what it was the home of, for all alike."""
+    async with fleet(origin, 3) as (dead, *replicas), asking(origin, dead, *replicas) as other:
+        adapters, homes = dict[str, Path](), set[str | None]()
+        while len(adapters) < 4 or dead.mirror.url not in homes:
+            id = f"org/a{len(adapters)}"
+            adapters[id] = origin.add(id)
+            (commit,) = origin.repos[id].commits
+            homes.add(other.peers.choose(CacheKey(id, commit).name, []))
+        await dead.mirror.__aexit__()
+        for id, adapter in adapters.items():
+            await asyncio.gather(*(replica.has(adapter, id) for replica in (*replicas, other)))
+        assert origin.downloads == len(adapters)
+        assert all(each.peers.problems for each in (*replicas, other))
+
+
+async def test_a_home_that_dies_while_it_serves_leaves_the_load_to_the_origin(
+    origin: Origin,
+) -> None:
+    adapter = origin.add(rank=128)
+    async with fleet(origin, 1, rate=400_000) as (home,), asking(origin, home) as replica:
+        await home.has(adapter)
+        load = asyncio.create_task(replica.has(adapter))
+        await until(lambda: home.mirror.served_bytes > 300_000)
+        await home.mirror.__aexit__()
+        await load
+        assert (origin.downloads, replica.peers.taken) == (2, 0)
+        assert list(replica.peers.problems) == [replica.peers.members[0]]
+        assert not replica.left
+
+
+async def test_members_may_come_and_go_while_a_download_runs(origin: Origin) -> None:
+    adapter, asked = origin.add(), asyncio.Event()
+    loop, go_on = asyncio.get_running_loop(), asyncio.Event()
+
+    def slow(request: Asked) -> Reply | None:
+        if request.method == "GET":
+            loop.call_soon_threadsafe(asked.set)
+            asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result(20)
+        return None
+
+    origin.behave = slow
+    async with fleet(origin, 1) as (home,), asking(origin, home) as replica:
+        load = asyncio.create_task(replica.has(adapter))
+        await asked.wait()
+        home.peers.members = replica.peers.members = []
+        go_on.set()
+        await load
+        assert (origin.downloads, replica.peers.taken) == (1, 1)
+        asked.clear()
+        go_on.clear()
+        replica.peers.members = [home.mirror.url]
+        other = origin.add("org/other", seed=1)
+        load = asyncio.create_task(replica.has(other, "org/other"))
+        await asked.wait()
+        await home.mirror.__aexit__()  # in the middle of its own download
+        go_on.set()
+        await load
+        assert replica.peers.taken == 1
+        assert not home.left + replica.left
+
+
+async def test_replicas_that_know_one_another_only_never_wait_for_each_other(
+    origin: Origin,
+) -> None:
+    adapters = {f"org/a{n}": origin.add(f"org/a{n}", seed=n) for n in range(4)}
+    async with fleet(origin, 2) as (one, other):
+        one.peers.members, other.peers.members = [other.mirror.url], [one.mirror.url]
+        for id, adapter in adapters.items():
+            await asyncio.gather(*(each.has(adapter, id) for each in (one, other)))
+        assert origin.downloads == len(adapters)
+
+
+# -- peers that do wrong ---------------------------------------------------------------------------
+
+
+class FalsePeer:
+    """A member that has everything, but for what `instead` does to a file ("" is the state)."""
+
+    def __init__(self, files: dict[str, bytes], instead: dict[str, Behaviour]) -> None:
+        self._files, self._instead = files, instead
+
+    def __call__(self, asked: Asked, client: Client) -> None:
+        name = name_of(Asked(asked.line.split("?")[0] + " ", {}, ""))
+        ready = {"": b'{"state": "ready", "progress": 0}', **self._files}
+        self._instead.get(name, sends(ready[name]))(asked, client)
+
+
+def sends(data: bytes) -> Behaviour:
+    return lambda asked, client: answer(asked, client, data)
+
+
+def elsewhere(asked: Asked, client: Client) -> None:
+    client.head("302 Found", "Location: /else", "Content-Length: 0")
+
+
+def falsified(files: dict[str, bytes], name: str) -> bytes:
+    return files[name][:-1] + bytes([files[name][-1] ^ 1])
+
+
+def broken_off(asked: Asked, client: Client) -> None:
+    client.head("200 OK", "Content-Length: 1000000")
+    client.send(b"half")
+    client.hang_up()
+
+
+def stalled(asked: Asked, client: Client) -> None:
+    client.head("206 Partial Content", "Content-Length: 9", "Content-Range: bytes 0-8/999999")
+    hold(client)
+
+
+CONFIG = "adapter_config.json"
+WRONG: dict[str, Callable[[dict[str, bytes]], dict[str, Behaviour]]] = {
+    "false weights": lambda files: {WEIGHTS: sends(falsified(files, WEIGHTS))},
+    "false config": lambda files: {CONFIG: sends(falsified(files, CONFIG))},
+    "shorter": lambda files: {WEIGHTS: sends(files[WEIGHTS][:-9])},
+    "no state": lambda _: {"": sends(b"[]")},
+    "silent": lambda _: {"": lambda _, client: hold(client)},
+    "no progress": lambda _: {"": sends(b'{"state": "fetching", "progress": 7}')},
+    "stalled": lambda _: {WEIGHTS: stalled},
+    "breaks off": lambda _: {WEIGHTS: broken_off},
+    "redirects": lambda _: {"": elsewhere},
+    "redirects files": lambda _: {WEIGHTS: elsewhere},
+    "fails": lambda _: {WEIGHTS: refuse("500 No")},
+    "has not": lambda _: {WEIGHTS: refuse("404 No")},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+async def test_a_false_peer_costs_time_and_nothing_else(origin: Origin, wrong: str) -> None:
+    adapter = origin.add(rank=64)
+    files = contents(adapter)
+    with FaultServer(b"", FalsePeer(files, WRONG[wrong](files))) as false:
+        async with asking(origin, patience=0.5) as replica:
+            replica.peers.members = [f"http://{false.netloc}"]
+            await replica.has(adapter)
+            assert (replica.peers.taken, origin.downloads) == (0, 1)
+            assert replica.peers.problems
+            assert not replica.left
+        assert not any(asked.target == "/else" for asked in false.asked)
+    assert {asked.fields["authorization"] for asked in false.asked} == {f"Bearer {TOKEN}"}
+    assert not any(TOKEN in asked.raw for asked in origin.asked)
+
+
+async def test_no_byte_of_a_peer_is_on_the_device_before_it_is_checked(origin: Origin) -> None:
+    adapter = origin.add(rank=64)
+    files = contents(adapter)
+    false = FalsePeer(files, WRONG["false weights"](files))
+    peers = Peers(TOKEN)
+    settings = origin.settings("loader", peers, device_bytes=16 << 20)
+    with FaultServer(b"", false) as server:
+        peers.members = [f"http://{server.netloc}"]
+        loader = AdapterLoader(layout(4), LoaderConfig(**settings))
+        async with loader, loader.stream(ID) as handle:
+            for layer in range(4):
+                await handle.layer_ready(layer)
+            tiny.assert_equal_to_file(handle, adapter)
+    assert peers.problems
+
+
+# -- who may have what -----------------------------------------------------------------------------
+
+
+def fetch(replica: Replica, path: str, **fields: str) -> tuple[int, bytes]:
+    """Ask a mirror by hand. Blocks."""
+    connection = HTTPConnection("127.0.0.1", int(replica.mirror.url.rpartition(":")[2]), timeout=10)
+    try:
+        connection.request("GET", path, headers=fields)
+        answered = connection.getresponse()
+        return answered.status, answered.read()
+    finally:
+        connection.close()
+
+
+async def test_strangers_get_nothing(origin: Origin) -> None:
+    adapter = origin.add()
+    async with fleet(origin, 1) as (home,), asking(origin, home, token="wrong") as replica:
+        await home.has(adapter)
+        await replica.has(adapter)
+        assert (origin.downloads, home.mirror.served_bytes) == (2, 0)
+        assert "401" in replica.peers.problems[home.mirror.url]
+
+
+async def test_a_private_adapter_is_given_only_for_the_credentials_that_it_came_with(
+    origin: Origin,
+) -> None:
+    """Another token that may have it, too, asks the origin: it could be any text."""
+    adapter = origin.add(token="A")
+
+    def accept(asked: Asked) -> None:
+        if asked.fields.get("authorization") == "Bearer B":
+            asked.fields["authorization"] = "Bearer A"
+
+    origin.behave = accept
+    async with fleet(origin, 1) as (home,), asking(origin, home, name="same") as same:
+        await same.has(adapter, token="A")
+        assert origin.downloads == 1, "the home has no credentials"
+        assert "403" in same.peers.problems[home.mirror.url]
+        await home.has(adapter, token="A")
+        again, other = (asking(origin, home, name=name) for name in ("again", "other"))
+        async with again, other:
+            await again.has(adapter, token="A")
+            assert (origin.downloads, again.peers.taken) == (2, 1)
+            served = home.mirror.served_bytes
+            await other.has(adapter, token="B")
+            assert (origin.downloads, other.peers.taken) == (3, 0)
+            await fails(other.store.checkout(ID), errors.AccessDeniedError)
+            await fails(other.store.checkout(ID, token="C"), errors.AdapterError)
+        (entry,) = home.folder.glob("entries/*")
+        (scope,) = entry.glob("scope.*")
+        query = f"?source={ID}&version={next(iter(origin.repos[ID].commits))}"
+        member = {"Authorization": f"Bearer {TOKEN}"}
+        forged = hmac.new(b"another", f"{entry.name} {scope.name}".encode(), sha256).hexdigest()
+        proofs: tuple[dict[str, str], ...] = (
+            {},
+            {"X-Lorax-Proof": ""},
+            {"X-Lorax-Proof": scope.name},
+            {"X-Lorax-Proof": forged},
+        )
+        for proof in proofs:
+            for name in (WEIGHTS, CONFIG, scope.name, "record.json", "../record.json"):
+                path = f"/v1/{entry.name}/{name}{query}"
+                status, body = await asyncio.to_thread(fetch, home, path, **member, **proof)
+                assert (status, body) == (404, b"")
+        assert home.mirror.served_bytes == served
+
+
+async def test_a_machines_own_token_serves_those_who_have_the_same(
+    origin: Origin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "A")
+    adapter, ref = origin.add(token="A"), AdapterRef(ID, use_token=True)
+    async with fleet(origin, 2) as replicas, asking(origin, *replicas) as other:
+        for replica in replicas:
+            async with replica.store.checkout(ref) as folder:
+                assert contents(adapter).items() <= contents(folder.path).items()
+        assert (origin.downloads, sum(each.peers.taken for each in replicas)) == (1, 1)
+        await fails(other.store.checkout(ID), errors.AccessDeniedError)
+        assert other.peers.taken == 0
+
+
+@pytest.mark.parametrize("trust", [False, True])
+async def test_what_no_origin_vouches_for_is_taken_on_trust_only(
+    origin: Origin, trust: bool
+) -> None:
+    """A web server names no digest; and what its caller's digest refuses is not the peer's."""
+    adapter = origin.add(rank=128)
+    files = contents(adapter)
+    web = Folder(files)
+    with FaultServer(b"", web) as server:
+        url = server.url("/adapter/")
+        settings: Any = {"allow": (at(server.netloc),), "trust": trust}
+        async with (
+            fleet(origin, 1, **settings) as (home,),
+            asking(origin, home, **settings) as replica,
+        ):
+            (await home.store.checkout(url)).release()
+            seen = len(web.asked)
+            async with replica.store.checkout(url) as folder:
+                assert files.items() <= contents(folder.path).items()
+                assert folder.verification.kind == "transport"
+            assert replica.peers.taken == int(trust)
+            last = max(asked.span[1] for asked in web.asked[seen:] if asked.span)
+            assert (last < len(files[WEIGHTS])) == trust
+
+
+# -- the rest --------------------------------------------------------------------------------------
+
+
+async def test_an_adapter_in_several_files_comes_from_a_peer(origin: Origin) -> None:
+    several = split_files.deal(origin.add("org/one"), origin.folder / "several")
+    origin.put(ID, contents(several))
+    async with fleet(origin, 2) as replicas:
+        for replica in replicas:
+            await replica.has(several)
+        assert origin.downloads == 1
+
+
+@pytest.mark.each_loop
+async def test_a_load_that_is_cancelled_anywhere_leaves_nothing(origin: Origin) -> None:
+    adapter = origin.add()
+    async with fleet(origin, 1) as (home,):
+        await home.has(adapter)
+        for step in itertools.count(1):
+            async with asking(origin, home, name=f"asking{step}") as replica:
+                steps = Steps(replica.store.parts.source)
+                load = asyncio.create_task(replica.has(adapter))
+                steps.expect(step, load.cancel)
+                await asyncio.wait([load])
+                assert load.cancelled() == steps.met
+                await until(lambda: not our_tasks())
+                assert not (steps.met and replica.left)
+                assert not replica.peers.problems
+                await replica.has(adapter)
+            if not steps.met:
+                break
+        assert (origin.downloads, step > 12) == (1, True)
+
+
+async def test_a_mirror_sends_no_more_bytes_a_second_than_it_may(origin: Origin) -> None:
+    adapter, rate = origin.add(), 2_000_000
+    size = sum(map(len, contents(adapter).values()))
+    async with fleet(origin, 1, rate=rate) as (home,):
+        await home.has(adapter)
+        begun = time.monotonic()
+        for n in range(4):
+            async with asking(origin, home, name=f"asking{n}") as replica:
+                await replica.has(adapter)
+                assert replica.peers.taken == 1
+        assert time.monotonic() - begun >= (4 * size - 65_536) / rate
