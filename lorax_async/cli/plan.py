@@ -7,14 +7,14 @@ import csv
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
 from itertools import accumulate, islice
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any
 
 from lorax_async.cli.command_line import (
     OK,
@@ -25,9 +25,17 @@ from lorax_async.cli.command_line import (
     add_command,
     add_device,
     add_device_bytes,
+    as_size,
     format_size,
     integer_parser,
     read_layout,
+)
+from lorax_async.cli.simulation import (
+    DeviceCapacity,
+    SimulationResult,
+    count_fitting,
+    simulate,
+    simulate_fleet,
 )
 from lorax_async.config import DTYPES, MAX_SLOTS, Limits
 from lorax_async.devices.base import Device
@@ -35,124 +43,17 @@ from lorax_async.errors import ConfigError, LoraxError, shorten
 from lorax_async.formats.peft_config import parse_config
 from lorax_async.formats.safetensors import TensorDescription, parse_header, write_header
 from lorax_async.lifecycle.adapter_state import GroupSizes
-from lorax_async.lifecycle.arena import FreeRuns, Run, kinds_of
-from lorax_async.lifecycle.policies import EVICTION_POLICIES, EvictionPolicy, PolicyName, policy
-from lorax_async.lifecycle.residency import reload_cost
+from lorax_async.lifecycle.policies import EVICTION_POLICIES, PolicyName, policy
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.transfer_plan import plan_transfer
 from lorax_async.runtime.assembly import MOVE_BYTES
 from lorax_async.sources.local import CONFIG, find_trusted_adapter, open_weights
-from lorax_async.types import AdapterKey
 
 MAX_EXPONENT = 10.0
 SHOWN_KINDS = 20
 REQUESTS = 100_000
 MAX_REQUESTS = 100_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class SimulationResult:
-    """Counts of a simulation.
-
-    `hits` found their adapter on the device. `refused` requests name adapters that do not fit an
-    empty device. `first_loads` counts distinct loaded adapters. `device_bytes` are copied by all
-    loads, `file_bytes` is the size of the files these read.
-    """
-
-    requests: int = 0
-    hits: int = 0
-    refused: int = 0
-    loads: int = 0
-    first_loads: int = 0
-    evictions: int = 0
-    device_bytes: int = 0
-    file_bytes: int = 0
-
-    @property
-    def hit_rate(self) -> float:
-        return self.hits / self.requests if self.requests else 0.0
-
-
-class DeviceCapacity(NamedTuple):
-    """The budget for adapters on a device: bytes, their alignment, and slots."""
-
-    device_bytes: int
-    alignment: int
-    max_slots: int
-
-    def free(self) -> FreeRuns:
-        """Return the empty arena."""
-        return FreeRuns.of_whole(self.device_bytes & -self.alignment)
-
-
-def simulate(
-    requests: Iterable[int],
-    needs: Sequence[GroupSizes],
-    capacity: DeviceCapacity,
-    policy: EvictionPolicy,
-) -> SimulationResult:
-    """Simulate requests that find their adapter on the device, or evict others and load it.
-
-    Does as `Residency`, whose arena it uses without the extents of each group. Requests are
-    positions in `needs`; each ends before the next begins. `policy` is a new one, which ranks the
-    adapters on the device afterwards.
-    """
-    free = capacity.free()
-    total = free.nbytes
-    kinds_of_need = {
-        id(need): kinds_of(need.group_nbytes, capacity.alignment)
-        for need in {id(need): need for need in needs}.values()
-    }
-    keys: dict[int, AdapterKey] = {}
-    occupied: dict[AdapterKey, list[Run]] = {}
-    hits = refused = loads = evictions = device_bytes = file_bytes = 0
-    for position in requests:
-        key = keys.get(position)
-        if key in occupied:
-            policy.use(key)
-            hits += 1
-            continue
-        need = needs[position]
-        kinds = kinds_of_need[id(need)]
-        nbytes = sum(size * count for size, count in kinds)
-        if nbytes > total:
-            refused += 1
-            continue
-        if key is None:
-            key = keys[position] = AdapterKey(str(position), ())
-        while (
-            len(occupied) == capacity.max_slots
-            or nbytes > free.nbytes
-            or (runs := free.take(kinds)) is None
-        ):
-            victim = next(policy.ranked())
-            free.give(occupied.pop(victim))
-            policy.remove(victim, evicted=True)
-            evictions += 1
-        occupied[key] = runs
-        policy.admit(key, nbytes, reload_cost(need))
-        loads += 1
-        device_bytes += nbytes
-        file_bytes += need.file_nbytes
-    return SimulationResult(
-        requests=hits + refused + loads,
-        hits=hits,
-        refused=refused,
-        loads=loads,
-        first_loads=len(keys),
-        evictions=evictions,
-        device_bytes=device_bytes,
-        file_bytes=file_bytes,
-    )
-
-
-def count_fitting(needs: GroupSizes, capacity: DeviceCapacity) -> int:
-    """Count the adapters with these needs that fit an empty device."""
-    free, kinds = capacity.free(), kinds_of(needs.group_nbytes, capacity.alignment)
-    count = 0
-    while count < capacity.max_slots and free.take(kinds) is not None:
-        count += 1
-    return count
+MAX_REPLICAS = 10_000
 
 
 # -- adapters -------------------------------------------------------------------------------------
@@ -394,6 +295,28 @@ def add_to(add: AddParser) -> None:
         "--rate", type=float, metavar="R", help="requests per second, to report bytes per second"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
+    fleet = parser.add_argument_group("a fleet behind AdapterRouter (docs/fleet.md)")
+    fleet.add_argument(
+        "--replicas",
+        type=integer_parser(1, MAX_REPLICAS),
+        metavar="N",
+        help="simulate N replicas, each with this device and --cache-bytes, and three ways to route"
+        " requests to them, instead of one device and three eviction policies",
+    )
+    fleet.add_argument(
+        "--cache-bytes",
+        type=as_size,
+        default="16GiB",
+        metavar="N",
+        help="each replica's cache on disk (default: %(default)s)",
+    )
+    fleet.add_argument(
+        "--deaths",
+        type=integer_parser(0, MAX_REPLICAS),
+        default=0,
+        metavar="N",
+        help="replicas that lose everything and are replaced, at equal distances in time",
+    )
 
 
 def _plan(arguments: argparse.Namespace, terminal: Terminal) -> int:
@@ -418,11 +341,17 @@ def _plan(arguments: argparse.Namespace, terminal: Terminal) -> int:
             count = arguments.requests or REQUESTS
             requests = draw_requests(len(names), arguments.zipf, count, arguments.seed)
         needs = [kind.needs for kind in kinds]
-        policies = []
-        for name in EVICTION_POLICIES:
-            report(f"simulating {len(requests):,} requests under {name}")
-            result = simulate(requests, needs, capacity, policy(name))
-            policies.append(_result_as_json(name, result, arguments.rate))
+        policies, routings = [], []
+        if arguments.replicas is not None:
+            count, lost, disk = arguments.replicas, arguments.deaths, arguments.cache_bytes
+            report(f"simulating {len(requests):,} requests to {count:,} replicas")
+            fleet = simulate_fleet(requests, names, needs, capacity, disk, count, lost)
+            routings = [asdict(result) | result.shares for result in fleet]
+        else:
+            for name in EVICTION_POLICIES:
+                report(f"simulating {len(requests):,} requests under {name}")
+                result = simulate(requests, needs, capacity, policy(name))
+                policies.append(_result_as_json(name, result, arguments.rate))
     plan = {
         "base": arguments.base,
         "dtype": dtype or layout.dtype,
@@ -445,6 +374,8 @@ def _plan(arguments: argparse.Namespace, terminal: Terminal) -> int:
         "distinct": len(set(requests)),
         "rate": arguments.rate,
         "policies": policies,
+        "replicas": arguments.replicas,
+        "routings": routings,
     }
     if arguments.json:
         terminal.json(plan)
@@ -519,8 +450,12 @@ def _show(plan: dict[str, Any], terminal: Terminal) -> None:
         ("all on disk, or in host memory", format_size(adapters["file_bytes"])),
         ("asked for", f"{plan['distinct']:,} of them"),
     ])  # fmt: skip
-    terminal.table([_policy_row(row) for row in plan["policies"]])
-    refused = plan["policies"][0]["refused"]
+    if plan["replicas"]:
+        terminal.say(f"{plan['replicas']:,} replicas, each with this device", "bold")
+        terminal.table([_routing_row(row) for row in plan["routings"]])
+    else:
+        terminal.table([_policy_row(row) for row in plan["policies"]])
+    refused = (plan["policies"] or plan["routings"])[0]["refused"]
     if refused:
         terminal.say(f"{refused:,} requests were refused: their adapters do not fit", "bold red")
 
@@ -539,3 +474,18 @@ def _policy_row(result: dict[str, Any]) -> dict[str, str]:
         row[" loads/s"] = f"{result['loads_per_second']:.1f}"
         row[" to the device/s"] = format_size(round(result["bytes_per_second"]))
     return row
+
+
+def _routing_row(result: dict[str, Any]) -> dict[str, str]:
+    return {
+        "routing": result["routing"],
+        " requests": f"{result['requests']:,}",
+        " affinity": f"{result['affinity']:.1%}",
+        " cold": f"{result['cold']:.1%}",
+        " busiest ÷ mean": f"{result['busiest']:.2f}",
+        " from the origin": f"{result['origin_fetches']:,}",
+        " of them again": f"{result['origin_again']:,}",
+        " in all": format_size(result["origin_bytes"]),
+        " from peers": f"{result['peer_fetches']:,}",
+        "  in all": format_size(result["peer_bytes"]),
+    }

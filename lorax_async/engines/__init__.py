@@ -6,6 +6,7 @@
 - `plugins`: what plug-ins share: settings, what adapters have to fit, responses to errors;
 - `vllm`: the plug-in for vLLM's server;
 - `sglang`: the plug-in for SGLang's server;
+- `ray`: the router and replicas for Ray Serve;
 - `smollm2`: the base model of demo, tests and examples.
 
 It knows the loader, its handles and the SGMV kernels.

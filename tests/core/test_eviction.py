@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorax_async import AdapterKey, ConfigError
-from lorax_async.cli import plan
+from lorax_async.cli import plan, simulation
 from lorax_async.lifecycle import commands
 from lorax_async.lifecycle.adapter_state import GroupSizes, Waiter, WantedTier
 from lorax_async.lifecycle.lifecycle import Budgets, Lifecycle
@@ -60,8 +60,8 @@ class Driver:
                 return lifecycle.end_lease(key)
         return []
 
-    def outcome(self) -> plan.SimulationResult:
-        return plan.SimulationResult(
+    def outcome(self) -> simulation.SimulationResult:
+        return simulation.SimulationResult(
             requests=self.hits + self.refused + len(self.loads),
             hits=self.hits,
             refused=self.refused,
@@ -97,7 +97,8 @@ def test_the_lifecycle_evicts_as_it_is_simulated(
         driver.request(number, position, look_up=look_up)
     ranking = policy(name)
     assert (
-        plan.simulate(asked, needs, plan.DeviceCapacity(nbytes, 64, 4), ranking) == driver.outcome()
+        simulation.simulate(asked, needs, simulation.DeviceCapacity(nbytes, 64, 4), ranking)
+        == driver.outcome()
     )
     assert list(ranking.ranked()) == list(device.policy.ranked())
 
@@ -114,8 +115,8 @@ def test_a_trace_as_worked_out_by_hand(name: PolicyName, hits: int, reloaded: in
     asked = "cccbacdbeccfecedueybzcwcvfxadddccfecddefccdcfedc"
     needs = [GroupSizes((2 << 20,) * size, file_nbytes=size << 21) for size in sizes.values()]
     names = list(sizes)
-    found = plan.simulate(
-        map(names.index, asked), needs, plan.DeviceCapacity(26 << 20, 64, 4), policy(name)
+    found = simulation.simulate(
+        map(names.index, asked), needs, simulation.DeviceCapacity(26 << 20, 64, 4), policy(name)
     )
     first = sum(sizes[each] for each in set(asked)) << 21
     assert (found.hits, found.file_bytes - first) == (hits, reloaded << 20)
@@ -126,8 +127,12 @@ def test_a_trace_as_worked_out_by_hand(name: PolicyName, hits: int, reloaded: in
 def test_so_many_fit() -> None:
     rooms = [(6 * 64 + 191, 64, 8), (9 * 64, 64, 2), (191, 64, 8)]
     two = GroupSizes((64, 128))
-    assert [plan.count_fitting(two, plan.DeviceCapacity(*room)) for room in rooms] == [2, 2, 0]
-    assert plan.SimulationResult().hit_rate == 0
+    assert [simulation.count_fitting(two, simulation.DeviceCapacity(*room)) for room in rooms] == [
+        2,
+        2,
+        0,
+    ]
+    assert simulation.SimulationResult().hit_rate == 0
 
 
 def test_zipfs_law() -> None:

@@ -1,0 +1,10 @@
+"""Adapters on replicas of Ray Serve: requests go where their adapter is.
+
+- `router`: `AdapterRouter`, for a deployment's `request_router_config`;
+- `routing`: its policy, without Ray, which `lorax-async plan --replicas` simulates;
+- `replicas`: what a replica publishes, and how it finds its peers;
+- `ray_llm`: the adapters of Ray LLM from an `AdapterStore`.
+
+`server.ray_serve` serves our own server. `router` imports Ray, the others do when it is used.
+docs/fleet.md is for users.
+"""

@@ -1,0 +1,81 @@
+"""Adapters of Ray LLM from an `AdapterStore`: verified, within a budget, from peers first.
+
+Ray LLM's `LLMServer` takes a `model_downloader` class. The names of its modules are private: these
+are Ray 2.60's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from lorax_async.config import StoreConfig
+from lorax_async.engines.ray.replicas import join_fleet
+from lorax_async.store import AdapterStore
+from lorax_async.types import AdapterId
+
+
+def model_downloader(
+    config: StoreConfig, adapter_of: Callable[[str], AdapterId] | None = None, fleet: str = "fleet"
+) -> type:
+    """Return a class for `LLMServer(model_downloader=…)`, with one store for each replica.
+
+    `adapter_of` returns the adapter of Ray LLM's id "base:adapter"; by default, the folder
+    "adapter" below `dynamic_lora_loading_path`. Its folder is leased until Ray LLM drops the
+    adapter (`max_num_adapters_per_replica`).
+    """
+
+    class StoreDownloader(ModelDownloader):
+        def __init__(self, download_timeout_s: float | None = None, max_tries: int = 1) -> None:
+            super().__init__(config, adapter_of, fleet, download_timeout_s, max_tries)
+
+    return StoreDownloader
+
+
+class ModelDownloader:
+    """What Ray LLM calls for an adapter's files. The store opens with the first call."""
+
+    def __init__(
+        self,
+        config: StoreConfig,
+        adapter_of: Callable[[str], AdapterId] | None,
+        fleet: str,
+        download_timeout_s: float | None,
+        max_tries: int,  # noqa: ARG002 - the store retries within its deadline
+    ) -> None:
+        self._store = AdapterStore(config)
+        self._adapter_of = adapter_of
+        self._fleet = fleet
+        self._timeout = download_timeout_s
+        self._opening = asyncio.Lock()
+        self._fleet_member: Any = None
+
+    async def load_model_from_config(self, lora_model_id: str, llm_config: Any) -> Any:
+        """Return a `DiskMultiplexConfig` with the folder of an adapter."""
+        from ray.llm._internal.common.models import global_id_manager  # noqa: PLC0415
+        from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig  # noqa: PLC0415
+
+        await self._open()
+        name = lora_model_id.partition(":")[2]
+        root = str(llm_config.lora_config.dynamic_lora_loading_path).rstrip("/")
+        adapter = self._adapter_of(lora_model_id) if self._adapter_of else f"{root}/{name}/"
+        folder = await self._store.checkout(adapter, timeout=self._timeout)
+        found = DiskMultiplexConfig(
+            model_id=lora_model_id,
+            max_total_tokens=None,
+            local_path=str(folder.path),
+            lora_assigned_int_id=global_id_manager.next(),
+        )
+        release = partial(asyncio.get_running_loop().call_soon_threadsafe, folder.release)
+        weakref.finalize(found, release).atexit = False
+        return found
+
+    async def _open(self) -> None:
+        async with self._opening:
+            if self._fleet_member is None:
+                await self._store.__aenter__()
+                self._fleet_member = join_fleet(self._store, self._fleet)
+                await self._fleet_member.__aenter__()  # both end with the replica's process

@@ -1,0 +1,187 @@
+"""A fleet without Ray: the router's policy, and the simulation of `lorax-async plan --replicas`."""
+
+import json
+import random
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import pytest
+
+from command_line import base
+from lorax_async.cli import main
+from lorax_async.cli.simulation import DeviceCapacity, simulate_fleet
+from lorax_async.engines.ray.routing import Residency, RoutingPolicy
+from lorax_async.lifecycle.adapter_state import GroupSizes
+
+FLEET = tuple(f"r{n}" for n in range(8))
+
+
+def zipf(count: int, requests: int, seed: int = 0) -> list[str]:
+    sums = list(accumulate(1 / (n + 1) for n in range(count)))
+    ids = [f"org/{n}" for n in range(count)]
+    return random.Random(seed).choices(ids, cum_weights=sums, k=requests)
+
+
+def policy(
+    fleet: Sequence[str] = FLEET, queue_of: Callable[[str], int | None] = lambda _: None
+) -> RoutingPolicy:
+    made = RoutingPolicy(queue_of)
+    made.set_replicas(fleet)
+    return made
+
+
+def route(policy: RoutingPolicy, adapters: Sequence[str]) -> list[str]:
+    """Send a request for each, and return where it went."""
+    went = []
+    for adapter in adapters:
+        went += policy.choose(adapter)
+        policy.sent(adapter, went[-1])
+    return went
+
+
+@pytest.mark.parametrize("count", [2, 3, 8, 50])
+@pytest.mark.parametrize("seed", range(3))
+def test_no_replica_gets_more_than_its_bound_and_adapters_stay(count: int, seed: int) -> None:
+    fleet, asked = [f"r{n}" for n in range(count)], zipf(1000, 120 * count, seed)
+    went = route(policy(fleet), asked)
+    assert max(Counter(went).values()) <= 1.25 * len(went) / count
+    homes: dict[str, set[str]] = {}
+    moved = 0
+    for adapter, replica in zip(asked, went, strict=True):
+        known = homes.setdefault(adapter, {replica})
+        moved += replica not in known
+        known.add(replica)
+    assert moved / len(went) < 0.05
+
+
+def test_one_adapter_alone_spreads_over_the_whole_fleet() -> None:
+    router = policy()
+    went = Counter(route(router, ["org/hot"] * 1600))
+    assert max(went.values()) <= 1.1 * 1600 / 8 + 1
+    assert len(went) == 8
+    rare = route(router, [f"org/{n}" for n in range(100)] * 2)
+    assert rare[:100] == rare[100:]
+
+
+def test_few_adapters_move_when_a_replica_joins_or_leaves() -> None:
+    ids = [f"org/{n}" for n in range(4000)]
+    routers = policy(FLEET), policy(FLEET[:-1])
+    firsts = [[router.choose(id)[0] for id in ids] for router in routers]
+    moved = [(old, new) for old, new in zip(*firsts, strict=True) if old != new]
+    assert {old for old, _ in moved} == {"r7"}
+    assert 0.06 < len(moved) / len(ids) < 0.2  # an eighth
+    assert len({new for _, new in moved}) == 7
+
+
+def test_what_replicas_publish_comes_before_the_ring() -> None:
+    router, one, two, three = policy(), *policy().choose("org/a", 3)
+    router.publish(two, Residency({"org/a": "host"}))
+    assert router.choose("org/a", 2) == [two, one]
+    router.publish(three, Residency({"org/a": "device"}))
+    assert router.choose("org/a", 3) == [three, two, one]
+    router.publish(three, Residency({"org/b": "device"}))
+    router.publish(two, Residency({}))
+    assert router.choose("org/a")[0] == one
+    assert router.choose("org/b")[0] == three
+
+
+def test_what_was_sent_counts_until_the_replica_has_published_twice() -> None:
+    router, one, two, _ = policy(), *policy().choose("org/a", 3)
+    router.sent("org/a", two)
+    router.publish(two, Residency({"org/other": "disk"}))  # perhaps collected before
+    assert router.choose("org/a")[0] == two
+    router.publish(two, Residency({}))
+    assert router.choose("org/a")[0] == one
+
+
+def test_a_replica_that_is_gone_is_not_chosen_whatever_it_published() -> None:
+    router, one = policy(), policy().choose("org/a")[0]
+    router.sent("org/a", one)
+    router.publish(one, Residency({"org/a": "device"}))
+    router.set_replicas(set(FLEET) - {one})
+    router.publish(one, Residency({"org/a": "device"}))  # late
+    router.sent("org/a", one)
+    assert one not in router.choose("org/a", 8)
+    assert len(router.choose("org/a", 8)) == 7
+    router.set_replicas([])
+    assert router.choose("org/a") == []
+
+
+def test_a_long_queue_gives_a_request_to_the_second_choice() -> None:
+    first, second, _ = policy().choose("org/a", 3)
+    for queues, chosen in (((8, 2), first), ((9, 2), second), ((4, 0), first), ((5, 0), second)):
+        router = policy(queue_of=dict(zip((first, second), queues, strict=True)).get)
+        router.publish(first, Residency({"org/a": "device"}))
+        assert router.choose("org/a") == [chosen]
+
+
+def test_a_new_adapter_avoids_loads_and_takes_free_memory() -> None:
+    first, second, _ = policy().choose("org/a", 3)
+    for one, other, chosen in (
+        (Residency({}, free_bytes=1), Residency({}, free_bytes=2), first),
+        (Residency({}, free_bytes=0), Residency({}, free_bytes=2), second),
+        (Residency({}, free_bytes=1, loading=5), Residency({}, free_bytes=2), second),
+        (Residency({"org/a": "disk"}, loading=5), Residency({}, free_bytes=2), first),
+    ):
+        router = policy()
+        router.publish(first, one)
+        router.publish(second, other)
+        assert router.choose("org/a") == [chosen]
+
+
+# -- the simulation -------------------------------------------------------------------------------
+
+
+def test_a_fleet_of_one_is_one_device_and_one_disk() -> None:
+    """Against caches of functools' kind, of 4 adapters on the device and 10 on the disk."""
+    asked = [int(id[4:]) for id in zipf(40, 3000)]
+    needs = [GroupSizes((64,), file_nbytes=100)] * 40
+    names = [str(n) for n in range(40)]
+    capacity = DeviceCapacity(4 * 64, 64, 16)
+    for found in simulate_fleet(asked, names, needs, capacity, 1000, 1):
+        hits, fetches = _lru(asked, 4), 3000 - _lru(asked, 10)
+        assert (found.hits, found.origin_fetches, found.peer_fetches) == (hits, fetches, 0)
+        assert found.origin_again == fetches - len(set(asked))
+        assert found.origin_bytes == 100 * fetches
+        assert (found.shares["affinity"], found.busiest) == (1.0, 1.0)
+
+
+def _lru(asked: Sequence[int], size: int) -> int:
+    cache, hits = OrderedDict[int, None](), 0
+    for each in asked:
+        hits += each in cache
+        cache[each] = cache.pop(each, None)
+        if len(cache) > size:
+            cache.popitem(last=False)
+    return hits
+
+
+def test_a_dead_replicas_adapters_come_from_the_origin_again() -> None:
+    """Every adapter is asked for once before the death, and once after: nothing is evicted."""
+    asked = [*range(400), *range(400)]
+    needs = [GroupSizes((64,), file_nbytes=1)] * 400
+    names = [f"org/{n}" for n in range(400)]
+    capacity = DeviceCapacity(1 << 20, 64, 1 << 10)
+    for found in simulate_fleet(asked, names, needs, capacity, 1 << 20, 4, deaths=1):
+        assert found.origin_fetches == 400 + found.origin_again
+        if found.routing == "random":  # a quarter has it, more or less, and a quarter lost it
+            assert 0.15 < found.affine / found.had < 0.35
+        else:
+            assert found.affine / found.had > (0.98 if found.routing == "adapters" else 0.7)
+        assert 60 < found.origin_again < 140  # a quarter of 400
+        assert found.hits + found.refused + found.peer_fetches + found.origin_fetches == 800
+
+
+def test_the_command_shows_each_routing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = base(tmp_path / "base", num_hidden_layers=2)
+    words = ["plan", "--base", folder, "--adapters", "50x4", "--device-bytes", "1MiB"]
+    words += ["--replicas", "3", "--requests", "600", "--deaths", "1"]
+    assert main([*words, "--json"]) == 0
+    adapters, hashed, chance = json.loads(capsys.readouterr().out)["routings"]
+    assert adapters["busiest"] <= 1.25 < hashed["busiest"]
+    assert adapters["affinity"] > 0.95 > chance["affinity"]
+    assert main(words) == 0
+    shown = [line.split()[:1] for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in shown if line][-3:] == ["adapters", "hash", "random"]
