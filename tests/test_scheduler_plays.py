@@ -292,16 +292,26 @@ class Engine:
         world.blame(handle.resident or handle not in self._burnt, "it waits in vain once more")
 
     def _judge_order(self, batch: Batch) -> None:
-        """The most urgent request that could be computed is: no request waits for ever."""
-        world = self.world
+        """The most urgent request that could be computed is: no request waits for ever.
+
+        Limited places go to adapters in turn, and to the oldest request only once it is overdue.
+        """
+        world, limit = self.world, self.world.scene.max_begun
         begun = [t for each in world.wanted if (t := each.ticket).begun and not t.done]
         newly = sum(not row.start for row in batch.rows)
-        may_begin = len(begun) - newly < (world.scene.max_begun or len(begun) + 1)
+        has_places = limit is None or len(begun) - newly < limit
+        holders = {ticket.request.adapter_id for ticket in begun}
+
+        def may_begin(ticket: Ticket) -> bool:
+            overdue = world.clock.now - ticket.order[0] >= LEVEL
+            fair = limit is None or (overdue and ticket.request.adapter_id not in holders)
+            return has_places and fair
+
         left_out = [
             ticket.order
             for each in world.wanted
             if not (ticket := each.ticket).done and not ticket.in_batch
-            if (ticket.begun or may_begin) and world.is_ready(ticket.request.adapter_id)
+            if (ticket.begun or may_begin(ticket)) and world.is_ready(ticket.request.adapter_id)
         ]
         first = min((row.ticket.order for row in batch.rows), default=None)
         if left_out and first is not None:
@@ -612,10 +622,13 @@ TELLING: dict[str, Play] = {
     "fails": _one(2, 8, *(_asks(0, id, 5, 3) for id in "acb"), c=_FAILS),
     "more than fits": _one(3, 2, *(_asks(0, id, 150, 3) for id in "aaaab"), engines=2),
     "cancelled under way": _one(2, 8, _asks(0, "a", 5, 9), Step(0.03), _asks(0, "b", 5, 2)),
+    "too slow for one that is cancelled": _one(
+        1, 1, *(_asks(0, id, 1, 1) for id in "cac"), Step(0.01), a=Conduct(0.2, 0), c=LATE
+    ),
 }
 FAULTS: list[tuple[object, str, object]] = [
     (LoadEstimate, "earliest_pass", lambda self, now, seconds, layers: now),
-    (AdapterQueues, "requeue", lambda self, ticket: setattr(ticket, "begun", ticket.begun)),
+    (AdapterQueues, "stop_streaming", lambda self, adapter_queues, handles: None),
     (admission, "share", lambda wants, tokens, rows: [list(each) for each in wants]),
     (AdapterQueue, "waiting", lambda self, most, fresh: self.tickets[:most]),
     (AdapterQueues, "fail", lambda self, adapter_queue, error: None),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from math import inf
 from operator import attrgetter
 
@@ -144,10 +144,13 @@ class AdapterQueues:
         """Return the queue of a request that is not done."""
         return self._adapter_queues[ticket.ref]
 
-    def requeue(self, ticket: Ticket) -> None:
-        """Take the request's place: its adapter arrived too late, and may not stream again."""
-        self._adapter_queues[ticket.ref].may_stream = False
-        self.places.vacate(ticket)
+    def stop_streaming(
+        self, adapter_queues: Iterable[AdapterQueue], handles: Collection[AdapterHandle | None]
+    ) -> None:
+        """Let adapters whose layers arrived too late for a batch join none before all are here."""
+        for queue in adapter_queues:
+            if queue.handle in handles:
+                queue.may_stream = False
 
     def preempt(self, ticket: Ticket) -> None:
         """Take the request's place for another one; it restarts from its first token."""

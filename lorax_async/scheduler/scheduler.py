@@ -392,6 +392,8 @@ class AdapterScheduler:
         if not batch.streaming and not again and not failed:
             self._pace.record(batch.tokens, self._clock.time() - batch.began)
         without_result = set(again)
+        late = {row.handle for row in batch.rows if row.ticket in again}
+        self._adapter_queues.stop_streaming(batch.adapter_queues, late)
         for row in batch.rows:
             row.ticket.in_batch = False
             if row.ticket.done:
@@ -417,7 +419,7 @@ class AdapterScheduler:
             self._end(ticket, failed[ticket].located(id=row.handle.id if row.handle else None))
         elif ticket in again:  # its layers arrived too late to stream: wait for all of them
             ticket.position = 0
-            self._adapter_queues.requeue(ticket)
+            self._adapter_queues.places.vacate(ticket)
             self._arm(ticket, self._patience)
         elif ticket.advance(row.tokens) or ticket in finished:
             self._end(ticket)
