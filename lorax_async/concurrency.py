@@ -106,6 +106,15 @@ class Inbox(Generic[T]):
             self._wake_pending = False
             self._items.clear()
 
+    @property
+    def first(self) -> T | None:
+        """The item that would be handled next. Use on the loop."""
+        return self._items[0] if self._items else None
+
+    def remove_first(self) -> None:
+        """Remove that item, without handling it."""
+        self._items.popleft()
+
     def _drain(self) -> None:
         self._wake_pending = False
         self.take()

@@ -240,20 +240,52 @@ async def test_unmap_is_awaited(tmp_path: Path, monkeypatch: Patch, by: str) -> 
 
 
 class SlowInt(int):
-    """While it is counted up, others have their turn."""
+    """While it is counted down, others have their turn."""
 
     def __add__(self, other: int) -> SlowInt:
-        time.sleep(0.06)
         return SlowInt(int(self) + other)
 
+    def __sub__(self, other: int) -> SlowInt:
+        time.sleep(0.06)
+        return SlowInt(int(self) - other)
 
-async def test_copies_that_end_at_the_same_moment_are_both_counted() -> None:
-    """They are the adapter's last two, so that the loop is woken though another is under way."""
-    key, heard, asked = AdapterKey("somewhere", ()), list[int](), list[int]()
+
+async def test_the_least_tag_is_next() -> None:
+    """Of one adapter all runs may be waiting, and another's with a lesser tag comes before them."""
+    began, go_on = list[int](), threading.Event()
+
+    def run_all(copies: list[GroupCopy]) -> list[CopyResult]:
+        began.append(copies[0].group.layer)
+        go_on.wait(10)
+        raise errors.TransferError("ordered")
+
+    key = AdapterKey("somewhere", ())
     grant = SlotGrant(SlotId(0, 1), tuple(Extent(64 * n, 64) for n in range(4)))
     groups = tuple(GroupPlan(n, 64, (), (), (), (), ()) for n in range(4))
     occupancy = SlotOccupancy(key, grant, TransferPlan(groups, "F32", 4, 256, 300), 4)
-    occupancy.copied = SlowInt(2)
+    part: Any = SimpleNamespace  # of the loader, as far as copies know it
+    parts = part(reader=lambda key: None), part(occupancies={key: occupancy}), part(run_all=run_all)
+    settings: dict[str, Any] = {"threads": 1, "low_water": 0, "images": torch.empty(0)}
+    copies = CopyThreads(*parts, lambda job: None, lambda key: None, **settings)
+    for group, tag in enumerate((64, 192, 128, 128)):
+        copies.start(CopyGroups(key, grant, (group,), 64, tag))
+        await until(lambda: began == [0])
+    go_on.set()
+    await until(lambda: len(began) == 4)
+    assert began == [0, 2, 3, 1]
+    copies.stop()
+    await asyncio.to_thread(copies.join)
+
+
+async def test_copies_that_end_at_the_same_moment_are_both_counted() -> None:
+    """They are the adapter's last two, so that the loop is woken though another's is under way."""
+    heard, asked = list[int](), list[int]()
+    keys = [AdapterKey(name, ()) for name in ("somewhere", "elsewhere")]
+    grant = SlotGrant(SlotId(0, 1), tuple(Extent(64 * n, 64) for n in range(4)))
+    groups = tuple(GroupPlan(n, 64, (), (), (), (), ()) for n in range(4))
+    plan = TransferPlan(groups, "F32", 4, 256, 300)
+    occupancies = {key: SlotOccupancy(key, grant, plan, 4) for key in keys}
+    occupancies[keys[0]].copying = SlowInt(0)
     tickets: list[CopyTicket] = [Future() for _ in range(3)]
 
     def run_all(copies: list[GroupCopy]) -> list[CopyResult]:
@@ -262,12 +294,12 @@ async def test_copies_that_end_at_the_same_moment_are_both_counted() -> None:
         return [CopyResult(ticket, ticket, 0.0)]
 
     part: Any = SimpleNamespace  # of the loader, as far as copies know it
-    parts = part(reader=lambda key: None), part(occupancies={key: occupancy}), part(run_all=run_all)
+    parts = part(reader=lambda key: None), part(occupancies=occupancies), part(run_all=run_all)
     settings: dict[str, Any] = {"threads": 2, "low_water": 0, "images": torch.empty(0)}
     copies = CopyThreads(
         *parts, lambda job: heard.extend(job.command.groups), lambda key: None, **settings
     )
-    for group in range(3):
+    for group, key in enumerate((keys[0], *keys)):
         copies.start(CopyGroups(key, grant, (group,), 64))
     await until(lambda: len(asked) == 3)
     await asyncio.sleep(0.01)

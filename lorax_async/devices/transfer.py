@@ -117,12 +117,15 @@ class GroupTransfer:
             if not self._device.reads_files:
                 results += map(self.run, copies)
                 return results
-            at_once = len(copies) > 1
-            if at_once:
-                with self._span(copies[0], "copies", None, f"read {len(copies)} layers"):
-                    self._read_at_once(copies)
-            for copy in copies:
-                results.append(self._run_from_file(copy, is_read=at_once))
+            if len(copies) == 1:
+                results.append(self._run_from_file(copies[0]))
+                return results
+            with self._span(copies[0], "copies", None, f"{len(copies)} layers") as span:
+                self._read_at_once(copies)
+                for copy in copies:
+                    results.append(self._run_from_file(copy, is_read=True))
+                layers = [copy.group.layer for copy in copies]
+                span.set(layers=layers, bytes=sum(copy.group.nbytes for copy in copies))
         except BaseException:
             wait([result.done for result in results])
             raise
@@ -182,7 +185,7 @@ class GroupTransfer:
     def _run_from_file(self, copy: GroupCopy, *, is_read: bool = False) -> CopyResult:
         """Write converted bytes first, so that the device writes the rows last.
 
-        With `is_read`, the other bytes are in the arena already.
+        With `is_read`, the other bytes are in the arena already, and a span of several groups runs.
         """
         group, started = copy.group, perf_counter()
         if group.converts or group.zeros:
@@ -196,7 +199,7 @@ class GroupTransfer:
             zero(group.zeros, target)
         seconds = perf_counter() - started
         pieces = FilePieces(copy.reader, () if is_read else group.reads)
-        span = self._span(copy, "copies", None)
+        span = NO_SPAN if is_read else self._span(copy, "copies", None)
         try:
             ticket = self._device.copy(pieces, group.rows, copy.extent, copy.slot)
         except BaseException as error:

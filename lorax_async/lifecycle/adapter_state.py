@@ -195,7 +195,7 @@ class AdapterState:
     submitted: int = 0  # groups of this grant
     copying: int = 0  # the number of runs of groups in flight
     copying_bytes: int = 0  # the bytes of their groups on the device
-    is_fast: bool = False  # the last copy was as fast as from memory
+    is_fast: bool = False  # its bytes seem to be in memory, or the last copy was as fast
     service_tag: int = 0  # the position in the fair queue of copies, in bytes
     done: int = 0  # groups that were copied
     watermark: int = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorax_async.errors import LoraxError
 from lorax_async.lifecycle.adapter_state import SlotGrant
@@ -71,15 +71,23 @@ class TakeSlot(SlotCommand):
 class CopyGroups(SlotCommand):
     """Copy a run of groups to their extents, in this order. Outcome: copy_done or copy_failed.
 
-    `nbytes` is the size of their extents together. With an `image`, an extent of pinned host
-    memory, the only group is staged there and stays. If `warm`, it is there already and no file is
-    read.
+    `nbytes` is the size of their extents together. Of waiting runs, the one with the least `tag` is
+    next. With an `image`, an extent of pinned host memory, the only group is staged there and
+    stays. If `warm`, it is there already and no file is read.
     """
 
     groups: tuple[int, ...]
     nbytes: int
+    tag: int = 0
     image: Extent | None = None
     warm: bool = False
+    runs: int = 1
+    """More than one in the outcome of several runs that ended."""
+
+    def joined(self, other: CopyGroups) -> CopyGroups:
+        """Return the outcome of both, runs of one grant."""
+        groups, nbytes = self.groups + other.groups, self.nbytes + other.nbytes
+        return replace(self, groups=groups, nbytes=nbytes, runs=self.runs + other.runs)
 
 
 class WipeExtents(SlotCommand):

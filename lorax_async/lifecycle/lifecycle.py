@@ -277,13 +277,16 @@ class Lifecycle:
 
     # -- outcomes of a fetch ----------------------------------------------------------------------
 
-    def header_checked(self, key: AdapterKey, attempt: int, needs: GroupSizes) -> list[Command]:
+    def header_checked(
+        self, key: AdapterKey, attempt: int, needs: GroupSizes, *, cached: bool = False
+    ) -> list[Command]:
+        """Record the sizes of the groups; `cached` if the bytes seem to be in memory."""
         state = self._current(key, attempt)
         if state is None:
             return []
         state.file = next_file_state(state.file, FileMove.HEADER_CHECKED)
         if state.file is FileState.FETCHING:
-            state.needs = needs
+            state.needs, state.is_fast = needs, cached
         return self._settle(state)
 
     def span_fetched(self, key: AdapterKey, attempt: int, group: int) -> list[Command]:
@@ -351,7 +354,7 @@ class Lifecycle:
     # -- outcomes of a copy -----------------------------------------------------------------------
 
     def copy_done(self, copy: CopyGroups, *, fast: bool) -> list[Command]:
-        """End a copy; `fast` if it was as fast as from memory."""
+        """End a run, or several of one grant; `fast` if it was as fast as from memory."""
         state = self.states[copy.key]
         state.is_fast = fast
         done = state.done
@@ -361,7 +364,7 @@ class Lifecycle:
         state.slot = next_slot_state(
             state.slot, SlotMove.LAST_COPY_DONE if last else SlotMove.COPY_DONE
         )
-        self._copies.copied(state, copy.nbytes)
+        self._copies.copied(state, copy)
         if state.image is not None:
             state.imaged |= done & ~state.done
         if state.slot is SlotState.DRAINING:
@@ -389,7 +392,7 @@ class Lifecycle:
         after = next_slot_state(state.slot, SlotMove.COPY_FAILED)
         if file_lost:
             next_file_state(state.file, FileMove.LOST)
-        self._copies.copied(state, copy.nbytes)
+        self._copies.copied(state, copy)
         if was_filling:
             self._rules.fail(state, error, state.waiters.slot_waiter_ids)
             self._rules.notify_broken(state, error)

@@ -208,13 +208,16 @@ def _is_idle(state: AdapterState) -> bool:
 
 _HeadIdentity = tuple[AdapterKey, float, bool]
 
-COPIES_AHEAD = 8
+COPIES_AHEAD = 16
 """Runs in flight per I/O thread: enough to keep the threads busy while the loop is not."""
 
 IN_FLIGHT_BYTES = 32 << 20
-"""Bytes that one adapter may have in flight; at least one run per I/O thread is allowed.
+"""Bytes that one adapter may have in flight; at least one run per I/O thread is allowed."""
 
-All together may have as many, or twice `RUN_BYTES` per thread if that is more.
+FAST_IN_FLIGHT_BYTES = 128 << 20
+"""The same for an adapter in memory, whole if it can be: the threads would outrun the loop.
+
+All together may have as many. A prefetch has `IN_FLIGHT_BYTES`, as foreground copies wait for it.
 """
 
 RUN_BYTES = 8 << 20
@@ -411,7 +414,7 @@ class CopyQueue:
     def submit(self) -> None:
         """Submit copies while there is room: foreground first, then the least finish tag."""
         residency = self._rules.residency
-        while self._has_room and (key := self._queue.head) is not None:
+        while (key := self._queue.head) is not None and self._has_room(self._adapters[key]):
             state = self._adapters[key]
             groups = self._next_run(state)
             assert state.grant is not None
@@ -426,15 +429,14 @@ class CopyQueue:
             self._copying_bytes += nbytes
             image = state.image[groups[0]] if state.image is not None else None
             warm = bool(state.imaged >> groups[0] & 1)
-            self._rules.command(CopyGroups(state.key, state.grant, groups, nbytes, image, warm))
+            run = (groups, nbytes, state.service_tag, image, warm)
+            self._rules.command(CopyGroups(state.key, state.grant, *run))
             self.update(state)
 
-    @property
-    def _has_room(self) -> bool:
-        """Whether another run may be in flight: the next adapter has to wait for all of them."""
-        most = max(IN_FLIGHT_BYTES, 2 * RUN_BYTES * self._threads)
-        few = self._copying_bytes < most or self._copying < self._threads
-        return few and self._rules.residency.copies_free > 0
+    def _has_room(self, state: AdapterState) -> bool:
+        """Return whether another run may be in flight: `state` has to wait for its share only."""
+        few = self._copying_bytes < FAST_IN_FLIGHT_BYTES or self._copying < self._threads
+        return (few or not state.copying) and self._rules.residency.copies_free > 0
 
     def _next_run(self, state: AdapterState) -> tuple[int, ...]:
         """Return the next groups for one thread; the last runs are short, lest a thread be idle.
@@ -446,16 +448,16 @@ class CopyQueue:
         if single or not state.is_fast or state.streams:
             return state.next_copies(1, 0)
         left = (state.all_groups & ~state.submitted).bit_count()
-        room = min(self._rules.residency.run_bytes, IN_FLIGHT_BYTES - state.copying_bytes)
+        room = min(self._rules.residency.run_bytes, _limit(state) - state.copying_bytes)
         return state.next_copies(max(1, left // self._threads), room)
 
-    def copied(self, state: AdapterState, nbytes: int) -> None:
-        """Record the end of one run of `state`, of `nbytes`."""
-        state.copying -= 1
-        state.copying_bytes -= nbytes
-        self._rules.residency.copies_free += 1
-        self._copying -= 1
-        self._copying_bytes -= nbytes
+    def copied(self, state: AdapterState, copy: CopyGroups) -> None:
+        """Record the end of a run of `state`, or of several."""
+        state.copying -= copy.runs
+        state.copying_bytes -= copy.nbytes
+        self._rules.residency.copies_free += copy.runs
+        self._copying -= copy.runs
+        self._copying_bytes -= copy.nbytes
         if state.slot is not SlotState.DRAINING and state.needs is not None:
             self.virtual_time = max(self.virtual_time, state.service_tag - state.copying_bytes)
             self.update(state)
@@ -469,12 +471,22 @@ class CopyQueue:
         assert state.needs is not None
         if isinstance(state.key, MergedKey):
             return not state.copying
-        fits = state.copying_bytes + state.needs.largest <= IN_FLIGHT_BYTES
+        fits = state.copying_bytes + state.needs.largest <= _limit(state)
         return fits or state.copying < self._threads
 
 
+def _is_foreground(state: AdapterState) -> bool:
+    return state.leases > 0 or state.waiters.has_foreground
+
+
+def _limit(state: AdapterState) -> int:
+    """Return the bytes that the adapter may have in flight."""
+    whole = state.is_fast and _is_foreground(state)
+    return FAST_IN_FLIGHT_BYTES if whole else IN_FLIGHT_BYTES
+
+
 def _copy_order(state: AdapterState) -> tuple[bool, int, int]:
-    foreground = state.leases > 0 or state.waiters.has_foreground
+    foreground = _is_foreground(state)
     if state.grant is None or state.needs is None:
         return (not foreground, 0, 0)
     return (not foreground, state.service_tag + state.needs.largest, state.grant.slot.generation)

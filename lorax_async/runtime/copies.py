@@ -8,6 +8,9 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from heapq import heappop, heappush
+from itertools import count
+from math import inf
 from queue import SimpleQueue
 from threading import Lock, Thread
 from time import perf_counter
@@ -29,7 +32,10 @@ _logger = logging.getLogger("lorax_async")
 
 @dataclass(slots=True, eq=False)
 class CopyJob:
-    """One run of groups; `error` and the times are its outcome, once it has ended."""
+    """One run of groups; `error` and the times are its outcome, once it has ended.
+
+    On the loop, it stands for all runs of the adapter that ended and were joined to it.
+    """
 
     command: CopyGroups
     occupancy: SlotOccupancy
@@ -46,6 +52,12 @@ class CopyJob:
         """Whether it was as fast as from memory."""
         seconds = self.staging_seconds + self.copy_seconds
         return self.command.nbytes > seconds * FAST_BYTES_PER_SECOND
+
+    def join(self, other: CopyJob) -> None:
+        """Add the outcome of another run of the same occupancy; neither has failed."""
+        self.command = self.command.joined(other.command)
+        self.staging_seconds += other.staging_seconds
+        self.copy_seconds += other.copy_seconds
 
     def group_copies(self) -> list[GroupCopy]:
         plan, grant = self.occupancy.plan, self.command.grant
@@ -73,8 +85,9 @@ LOW_BYTES = 16 << 20
 class CopyThreads:
     """Runs copies, and the zeroing of failed slots, in `threads` I/O threads.
 
-    `copied` is called once per run, on the loop; `wiped` once per failed slot, in any thread. The
-    loop is woken at the latest when at most `low_water` runs and `LOW_BYTES` are in flight.
+    `copied` is called on the loop, once for all runs of an adapter that have ended; `wiped` once
+    per failed slot, in any thread. The loop is woken at the latest when at most `low_water` runs
+    and `LOW_BYTES` are in flight.
     `images` is the page-locked memory to which the extents of commands refer.
     """
 
@@ -95,21 +108,26 @@ class CopyThreads:
         self._transfer = transfer
         self._images = images
         self._wiped = wiped
-        self._queue: SimpleQueue[CopyJob | WipeExtents | None] = SimpleQueue()
+        self._work: list[tuple[float, int, CopyJob | WipeExtents | None]] = []
+        """A heap: the least tag first, of equal ones the oldest."""
+        self._numbers = count()
+        self._ready: SimpleQueue[None] = SimpleQueue()
+        """One item for each of the heap; without any, threads wait for one."""
+        self._lock = Lock()
         # Daemons: a loader that was not closed must not keep the interpreter from exiting.
         self._threads = [
             Thread(target=self._serve, name=f"lorax-io-{n}", daemon=True) for n in range(threads)
         ]
         self._start_threads()
-        self._inbox: Inbox[CopyJob] = Inbox(asyncio.get_running_loop(), copied)
+        self._copied = copied
+        self._inbox: Inbox[CopyJob] = Inbox(asyncio.get_running_loop(), self._report)
         self._low_water = low_water
         self._in_flight = self._bytes_in_flight = 0
-        self._lock = Lock()
 
     def stop(self) -> None:
         """Let the threads end after the copies that were started."""
         for _ in self._threads:
-            self._queue.put(None)
+            self._put(inf, None)
 
     def join(self) -> None:
         """Wait for the threads to end. Blocks."""
@@ -129,10 +147,21 @@ class CopyThreads:
         with self._lock:
             self._in_flight += 1
             self._bytes_in_flight += command.nbytes
-        self._queue.put(job)
+            occupancy.copying += 1
+        self._put(command.tag, job)
 
     def wipe(self, command: WipeExtents) -> None:
-        self._queue.put(command)
+        self._put(0, command)
+
+    def _put(self, tag: float, work: CopyJob | WipeExtents | None) -> None:
+        with self._lock:
+            heappush(self._work, (tag, next(self._numbers), work))
+        self._ready.put(None)
+
+    def _next(self) -> CopyJob | WipeExtents | None:
+        self._ready.get()
+        with self._lock:
+            return heappop(self._work)[2]
 
     def _start_threads(self) -> None:
         for started, thread in enumerate(self._threads):
@@ -148,7 +177,7 @@ class CopyThreads:
 
     def _serve(self) -> None:
         """Take work in an I/O thread. An executor's queue would cost more than a small copy."""
-        while (work := self._queue.get()) is not None:
+        while (work := self._next()) is not None:
             if isinstance(work, WipeExtents):
                 self._zero(work)
             else:
@@ -198,10 +227,18 @@ class CopyThreads:
         with self._lock:
             self._in_flight -= 1
             self._bytes_in_flight -= work.command.nbytes
-            occupancy.copied += len(work.command.groups)
-            last = occupancy.copied == len(occupancy.layers)
+            occupancy.copying -= 1
             few = self._in_flight <= self._low_water and self._bytes_in_flight <= LOW_BYTES
-        # Waking the loop costs as much as copying half a megabyte. While the threads have work,
-        # outcomes may gather, except the last of an adapter and those of a streamed one.
-        if last or few or occupancy.streamed or work.error is not None:
+        # Waking the loop costs as much as copying half a megabyte. While the adapter has other
+        # runs in flight, and the threads have work, outcomes may gather, except of streamed ones.
+        if not occupancy.copying or few or occupancy.streamed or work.error is not None:
             self._inbox.wake()
+
+    def _report(self, job: CopyJob) -> None:
+        """Report the outcome of a run, with those of its adapter that are next in the inbox."""
+        while job.error is None and (other := self._inbox.first) is not None:
+            if other.occupancy is not job.occupancy or other.error is not None:
+                break
+            self._inbox.remove_first()
+            job.join(other)
+        self._copied(job)

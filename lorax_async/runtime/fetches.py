@@ -323,7 +323,8 @@ class FetchTasks:
         self._telemetry.checked(key, now)
         if self._telemetry.has_subscribers:
             self._telemetry.publish(HeaderChecked(key, None, attempt, now))
-        self._decide(key, partial(self._lifecycle.header_checked, key, attempt, needs))
+        checked = partial(self._lifecycle.header_checked, key, attempt, needs, cached=file.cached)
+        self._decide(key, checked)
 
     async def _fetch_groups(
         self,

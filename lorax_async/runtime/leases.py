@@ -76,8 +76,8 @@ class SlotOccupancy:
         """Return whether all bytes are on this machine. Quick, thread-safe."""
         self.streamed = False
         """Whether there was a lease before the last layer, which may wait for single layers."""
-        self.copied = 0
-        """Copies that ended; counted by the I/O threads under their lock."""
+        self.copying = 0
+        """Runs of copies in flight; counted by `CopyThreads` under its lock."""
         self.group_tickets: dict[int, CopyTicket] = {}
         """The tickets of enqueued copies, by group; added by the I/O threads."""
         self._num_layers = num_layers

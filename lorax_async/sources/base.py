@@ -44,8 +44,9 @@ class RefusalCallback(Protocol):
 class AdapterFile:
     """An opened adapter: config, the weights' `prefix` that ends with the header, and a reader.
 
-    `holdable` is whether `populate` would hold the bytes instead of only reading ahead. `refuse` is
-    None if the source does not need a notification: see `refused`. `key` is set by the router.
+    `holdable` is whether `populate` would hold the bytes instead of only reading ahead; `cached`,
+    whether they seem to be in memory now. `refuse` is None if the source does not need a
+    notification: see `refused`. `key` is set by the router.
     """
 
     config: bytes
@@ -54,6 +55,7 @@ class AdapterFile:
     holdable: bool = False
     refuse: RefusalCallback | None = None
     key: AdapterKey | None = None
+    cached: bool = False
 
     async def refused(self, error: LoraxError) -> bool:
         """Close it, after a check of its config or header failed with `error`.

@@ -129,7 +129,9 @@ class LocalSource:
             raise UsageError("the key is not a local adapter's")
         work = partial(_open, key, self._limits, self._immutable)
         config, weights = await call_in(self._threads, work, lambda opened: opened[1].close())
-        return AdapterFile(config, weights.prefix, weights.reader, weights.holdable)
+        return AdapterFile(
+            config, weights.prefix, weights.reader, weights.holdable, cached=weights.cached
+        )
 
     def reopen(self, key: AdapterKey) -> Reader:
         """See `Source`; the first read of several files parses their headers again."""
@@ -395,12 +397,14 @@ def _read_index(folder: str, identity: FileIdentity, limits: Limits) -> SplitInd
 class LocalWeights(NamedTuple):
     """Open weights: the `prefix` that ends with the header, and a reader of all bytes.
 
-    `holdable` is whether folder and files lie in immutable roots.
+    `holdable` is whether folder and files lie in immutable roots; `cached`, whether the page cache
+    seems to have their bytes.
     """
 
     prefix: bytes
     reader: Reader
     holdable: bool
+    cached: bool
 
     def close(self) -> None:
         self.reader.close()
@@ -426,7 +430,8 @@ def open_weights(key: AdapterKey, limits: Limits, immutable: Sequence[str] = ())
             prefix, reader = files.plan.prefix, SplitReader(files)
         else:
             prefix = read_prefix(reader, limits)
-        return LocalWeights(prefix, reader, _can_hold(readers, key, immutable))
+        cached = all(each.is_cached() for each in readers)
+        return LocalWeights(prefix, reader, _can_hold(readers, key, immutable), cached)
     except BaseException:
         close_all(readers)
         raise

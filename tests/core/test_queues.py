@@ -60,7 +60,7 @@ class Link:
         if not self.in_flight:
             return None
         copy = self.in_flight.pop(0)
-        self.queue.copied(self.states[copy.key.location], copy.nbytes)
+        self.queue.copied(self.states[copy.key.location], copy)
         return copy.key.location, copy.nbytes // UNIT
 
     def run(self) -> Iterator[tuple[str, int]]:
@@ -125,21 +125,40 @@ def test_foreground_goes_before_prefetch() -> None:
 
 
 def test_one_with_large_groups_leaves_room_for_who_comes_next() -> None:
-    """By hand: an eighth of 64 places, as one group has all bytes that one may have under way."""
+    """By hand: a run per thread, as one group has all bytes that one may have under way."""
     link = Link(window=64)
-    link.begin("large", [queues.IN_FLIGHT_BYTES // UNIT] * 20)
+    link.begin("large", [queues.FAST_IN_FLIGHT_BYTES // UNIT] * 20)
     assert link.next() is not None
-    assert len(link.in_flight) == 64 // 8 - 1
+    assert len(link.in_flight) == 64 // queues.COPIES_AHEAD - 1
     link.begin("small", [1])
     link.queue.submit()
     names = [command.key.location for command in link.rules.take_commands()]
-    assert names == ["small"], "a thread of eight was free"
+    assert names == ["small"]
     link = Link(window=16, run=queues.RUN_BYTES // UNIT)
     for number in range(8):
         link.begin(str(number), [queues.RUN_BYTES // UNIT // 4] * 20)
     link.queue.submit()
     runs = cast(list[CopyGroups], link.rules.take_commands())
-    assert sum(run.nbytes for run in runs) == queues.IN_FLIGHT_BYTES, "of all eight together"
+    assert [run.key.location for run in runs] == [*"01234567", *"01234567"], "16 at a time"
+    assert sum(run.nbytes for run in runs) == queues.FAST_IN_FLIGHT_BYTES, "of all eight together"
+    link.begin("late", [1])
+    link.queue.copied(link.states["0"], runs[0])
+    link.queue.submit()
+    (late,) = cast(list[CopyGroups], link.rules.take_commands())
+    assert late.key.location == "late"
+    assert sum(run.tag <= late.tag for run in runs) <= 8, "it waits for its share"
+
+
+def test_a_prefetch_has_less_in_flight_than_a_load() -> None:
+    for foreground, nbytes in (
+        (True, queues.FAST_IN_FLIGHT_BYTES),
+        (False, queues.IN_FLIGHT_BYTES),
+    ):
+        link = Link(window=64, run=queues.RUN_BYTES // UNIT)
+        link.begin("large", [queues.RUN_BYTES // UNIT // 4] * 200, foreground=foreground)
+        link.queue.submit()
+        runs = cast(list[CopyGroups], link.rules.take_commands())
+        assert sum(run.nbytes for run in runs) == nbytes
 
 
 KEYS = [AdapterKey(name, ()) for name in "abcde"]

@@ -55,7 +55,7 @@ from lorax_async.files import FileReader, LocalPages, MappedFile, identity_of, o
 from lorax_async.formats.spans import ByteSpan
 from lorax_async.sources import local
 from lorax_async.sources.local import LocalSource
-from page_looks import drop_pages, map_sizes, may_lock
+from page_looks import cached_pages, drop_pages, map_sizes, may_lock
 from split_files import INDEX, name_of
 
 Patch = pytest.MonkeyPatch
@@ -370,8 +370,8 @@ async def test_a_fifo_that_takes_the_files_place(world: LocalWorld, name: str) -
         path.unlink(missing_ok=True)
 
 
-def reader_of(path: Path) -> FileReader:
-    path.write_bytes(bytes(range(256)) * 16)
+def reader_of(path: Path, blocks: int = 1) -> FileReader:
+    path.write_bytes(bytes(range(256)) * 16 * blocks)
     identity = identity_of(path.stat())
     reader = FileReader(lambda: open_same(str(path), identity), identity, "file")
     read(reader, 0, 0)  # the first read opens
@@ -461,6 +461,22 @@ def test_a_descriptor_outlives_its_read(reader: FileReader, monkeypatch: Patch) 
     assert len(descriptors()) == len(before) - 1
     with pytest.raises(errors.FetchError):
         read(reader, 3, 9)
+
+
+@pytest.mark.parametrize("blocks", [1, 300])
+def test_whether_a_file_is_in_memory(tmp_path: Path, blocks: int) -> None:
+    """As mincore(2) says: of 300 blocks, the first does not bring all."""
+    path = tmp_path / "file"
+    with closing(reader_of(path, blocks)) as reader:
+        assert reader.is_cached()
+        drop_pages(path)
+        assert not cached_pages(path)
+        assert not reader.is_cached()
+        read(reader, 0, 1)
+        assert cached_pages(path)
+        assert reader.is_cached() == (blocks == 1)
+    with closing(FileReader(lambda: os.open("/dev/null", os.O_RDONLY), reader.identity, "x")) as no:
+        assert not no.is_cached(), "what the kernel cannot tell"
 
 
 def test_a_forgotten_reader_is_closed_and_warns(tmp_path: Path) -> None:

@@ -298,10 +298,16 @@ class World:
         copy = self.copies.pop((a, groups))
         if copy.image is not None:
             self.content[copy.image.offset] = (a, groups[0])
-        self.on_device[a] = self.on_device[a].union(groups)
+        self.on_device[a] = self.on_device[a].union(copy.groups)
         if self.is_complete(a):
             self.resident_at[a] = self.now
         return self.lifecycle.copy_done(copy, fast=self.setting.run_bytes > 64)
+
+    def copies_done(self, a: int, groups: tuple[int, ...], more: tuple[int, ...]) -> list[Command]:
+        """Two runs of one adapter have ended before the loop hears of the first."""
+        both = self.copies[a, groups].joined(self.copies.pop((a, more)))
+        self.copies[a, groups] = both
+        return self.copy_done(a, groups)
 
     def copy_failed(self, a: int, groups: tuple[int, ...]) -> list[Command]:
         return self.lifecycle.copy_failed(self.copies.pop((a, groups)), TransferError("ordered"))
@@ -373,6 +379,9 @@ def _outcomes(world: World) -> Iterator[Action]:
     yield from (("wiped", a) for a in world.wiping)
     for (a, groups), copy in world.copies.items():
         yield ("copy_done", a, groups)
+        for b, more in world.copies:
+            if a == b and groups < more and copy.image is None:
+                yield ("copies_done", a, groups, more)
         if world.setting.failures:
             yield ("copy_failed", a, groups)
             if not copy.warm and world.life(a).file in (FileState.PRESENT, FileState.ENDING):
