@@ -191,9 +191,6 @@ class PartialFile:
                 changed = self._map.mark((offset, stop), self._here.add(offset, stop))
                 if changed is not None:
                     self._write_map(*changed)
-                whole = self._here.nbytes == self.nbytes
-            if whole:
-                start_writeback(fd)
 
     def hash_along(self) -> int:
         """Continue hashing, up to the first missing byte; return how many bytes are hashed.

@@ -152,9 +152,9 @@ class RemoteSource:
             raise InternalError(f"a remote source cannot bring the bytes of a {type(reader)}")
         if control.cancelled:
             raise unwanted_error()
-        for group in range(len(groups)):
-            arrived(group)
         if self._verify == "always" or not (self._verify == "none" or reader.entry.is_verified):
+            for group in range(len(groups)):
+                arrived(group)
             if self._verify == "stream" and control.urgent and groups:
                 await reader.until_read(groups)  # hashing would take a core from the copies
             await self._check(reader)
