@@ -453,10 +453,6 @@ class RangeEngine:
         self._workers.submit(job)
         return job
 
-    def throughput(self, probe: ProbeResult) -> float:
-        """Return the bytes per second of all connections, by what was measured of one."""
-        return self._scheduler.connections * self._links.link(probe.location.url.origin).rate
-
     def close(self) -> None:
         """Cancel everything, and wait until it has ended. Idempotent."""
         self._workers.close()

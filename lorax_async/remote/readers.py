@@ -51,9 +51,6 @@ Groups = Sequence[Sequence[ByteSpan]]
 _TICK_SECONDS = 0.005
 _IDLE_TICKS = 6
 
-HASH_RATE = 5e8
-"""Bytes per second that a core hashes while others receive. A faster link needs all cores."""
-
 COMPARED_BYTES = 4 << 10
 """Bytes at the end of each span of a partial download that are fetched again and compared."""
 
@@ -145,8 +142,7 @@ class FetchReader(CountedReader):
                 raise unwanted_error()
             inbox = Inbox(asyncio.get_running_loop(), arrived)
             layers_first = self._layers_first and control.urgent and bool(groups)
-            hash_along = not (layers_first and self._is_fast())
-            jobs = self._begin(groups, inbox.put, control, hash_along=hash_along)
+            jobs = self._begin(groups, inbox.put, control, hash_along=not layers_first)
             async with track(control, *jobs):
                 for job in jobs:
                     await outcome(job.done)
@@ -238,11 +234,6 @@ class FetchReader(CountedReader):
             )
             jobs.append(job)
         return jobs
-
-    def _is_fast(self) -> bool:
-        """Return whether hashing would take a core from receiving and copying."""
-        answers = (part.answer for part in self._metadata.parts)
-        return all(self._engine.throughput(answer) > HASH_RATE for answer in answers)
 
     def _continue_hashing(self, number: int) -> None:
         """Hash what has arrived, in one thread per file. With the lock."""

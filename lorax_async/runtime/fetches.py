@@ -25,7 +25,7 @@ from lorax_async.planning.transfer_plan import TransferPlan, plan_transfer
 from lorax_async.runtime.leases import LeaseTable
 from lorax_async.runtime.telemetry import Telemetry
 from lorax_async.sources.base import AdapterFile, PinnedPages, RefusalCallback, Source
-from lorax_async.types import AdapterKey, Verification
+from lorax_async.types import AdapterKey, RemoteKey, Verification
 
 LARGE_PREFIX = 256 * 1024
 """A longer header is parsed in a thread: it would block the loop for too long."""
@@ -304,7 +304,8 @@ class FetchTasks:
         return file
 
     async def _plan(self, key: AdapterKey, file: AdapterFile) -> TransferPlan:
-        if self._planner.is_long(file):
+        # A hop to a thread does not count beside a network.
+        if isinstance(key, RemoteKey) or self._planner.is_long(file):
             loop = asyncio.get_running_loop()
             with self._telemetry.timed("verify", key, "verify header"):
                 return await loop.run_in_executor(self._threads, self._planner.plan, file)
