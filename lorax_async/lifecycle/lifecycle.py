@@ -289,13 +289,14 @@ class Lifecycle:
             state.needs, state.is_fast = needs, cached
         return self._settle(state)
 
-    def span_fetched(self, key: AdapterKey, attempt: int, group: int) -> list[Command]:
+    def span_fetched(self, key: AdapterKey, attempt: int, *groups: int) -> list[Command]:
         state = self._current(key, attempt)
         if state is None:
             return []
         state.file = next_file_state(state.file, FileMove.SPAN_FETCHED)
         if state.file is FileState.FETCHING:
-            state.fetched |= 1 << group
+            for group in groups:
+                state.fetched |= 1 << group
         return self._settle(state)
 
     def published(self, key: AdapterKey, attempt: int) -> list[Command]:

@@ -335,13 +335,26 @@ class FetchTasks:
         plan: TransferPlan,
         control: FetchControl,
     ) -> Verification:
+        loop, fetched = asyncio.get_running_loop(), list[int]()
+
+        def report() -> None:
+            if fetched:
+                span_fetched = partial(self._lifecycle.span_fetched, key, attempt, *fetched)
+                fetched.clear()
+                self._decide(key, span_fetched)
+
         def group_fetched(group: int) -> None:
+            """Report all groups of one turn of the loop with one decision."""
             if not self._before_use:
-                self._decide(key, partial(self._lifecycle.span_fetched, key, attempt, group))
+                if not fetched:
+                    loop.call_soon(report)
+                fetched.append(group)
 
         spans = [group.spans for group in plan.groups]
         with self._telemetry.tracer.span("files", None, "fetch", key):
-            return await self._source.bring(file, spans, group_fetched, control)
+            verification = await self._source.bring(file, spans, group_fetched, control)
+        report()
+        return verification
 
     async def _populate(self, key: AdapterKey, attempt: int) -> None:
         """Bring an adapter into host memory. The lifecycle runs one of these at a time."""
