@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import NamedTuple
 from urllib.parse import quote, unquote_to_bytes, urljoin, urlsplit
@@ -185,6 +186,7 @@ def _parse_ipv6(text: str) -> str:
     return str(address)
 
 
+@lru_cache(maxsize=1_024)
 def is_address(host: str) -> bool:
     try:
         ip_address(host)

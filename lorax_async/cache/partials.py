@@ -43,7 +43,10 @@ from lorax_async.formats.spans import ByteRange, SpanSet
 from lorax_async.formats.split_weights import FileRole
 
 CHUNK_BYTES = 256 << 10
-"""What a kill costs each connection; the map of 4 GiB is 2 KiB."""
+"""What an interruption costs each connection; the map of 4 GiB is 2 KiB."""
+
+MAX_UNSAVED_BYTES = 8 << 20
+"""What a kill costs the file besides, or a sixteenth of it: each write of the map takes the GIL."""
 
 MAX_CHUNK_BYTES = 1 << 30
 SYNCED = bytes(16)
@@ -74,22 +77,19 @@ class ChunkMap:
     def chunks(self) -> int:
         return -(-self.nbytes // self.chunk_bytes)
 
-    def mark(self, written: ByteRange, here: ByteRange) -> tuple[bytes, int] | None:
-        """Set the bits of the chunks that `written`, a part of `here`, has completed.
+    @property
+    def bits(self) -> bytes:
+        return bytes(self._bits)
 
-        Return what to write to the map's file, and its offset there; None if no bit changed.
-        """
+    def mark(self, written: ByteRange, here: ByteRange) -> None:
+        """Set the bits of the chunks that `written`, a part of `here`, has completed."""
         start, stop = here
         first = max(-(-start // self.chunk_bytes), written[0] // self.chunk_bytes)
         # The last chunk may be a short one.
         whole = self.chunks if stop >= self.nbytes else stop // self.chunk_bytes
         end = min(whole, -(-written[1] // self.chunk_bytes))
-        if first >= end:
-            return None
         for chunk in range(first, end):
             self._bits[chunk // 8] |= 1 << chunk % 8
-        low, high = first // 8, (end - 1) // 8 + 1
-        return bytes(self._bits[low:high]), _HEADER.size + low
 
     def spans(self) -> SpanSet:
         """Return the bytes of the chunks that are here."""
@@ -129,8 +129,8 @@ def encoded_size(nbytes: int, chunk_bytes: int = CHUNK_BYTES) -> int:
 class PartialFile:
     """One file of a download, written by many threads, with its chunk map beside it.
 
-    A chunk's bit is written right after its bytes: the map is true whenever this process is killed,
-    and no byte waits for the disk.
+    A chunk's bit is written after its bytes: the map is true whenever this process is killed, and
+    no byte waits for the disk.
 
     Attributes
     ----------
@@ -153,6 +153,7 @@ class PartialFile:
         self._lock = Lock()
         self._hashing = Lock()
         self._here = SpanSet()
+        self._unsaved = 0
         self._hash = FileHash("transport" if expected is None else expected.kind, nbytes)
         self._map_file: SharedResource[int] | None = None
         with translate_errors(_WRITING):
@@ -183,14 +184,19 @@ class PartialFile:
             return
         if stop > self.nbytes:
             raise IntegrityError(f"{self._name} goes on after its {self.nbytes:,} bytes")
-        with translate_errors(_WRITING), self._file.use() as fd:
-            if self.resumed:
-                self._compare(fd, data.cast("B"), offset)
-            _write_all(fd, data, offset)
-            with self._lock:
-                changed = self._map.mark((offset, stop), self._here.add(offset, stop))
-                if changed is not None:
-                    self._write_map(*changed)
+        try:
+            with self._file.use() as fd:
+                if self.resumed:
+                    self._compare(fd, data.cast("B"), offset)
+                _write_all(fd, data, offset)
+                with self._lock:
+                    self._map.mark((offset, stop), self._here.add(offset, stop))
+                    self._unsaved += stop - offset
+                    if self._unsaved >= min(MAX_UNSAVED_BYTES, self.nbytes // 16):
+                        self._unsaved = 0
+                        self._write_map(self._map.bits, _HEADER.size)
+        except OSError as error:
+            raise translate(error, _WRITING) from error
 
     def hash_along(self) -> int:
         """Continue hashing, up to the first missing byte; return how many bytes are hashed.

