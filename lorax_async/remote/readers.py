@@ -114,6 +114,7 @@ class FetchReader(CountedReader):
         self._layers_first = layers_first
         self._on_take = on_take
         self._lock = Lock()
+        self._jobs: list[Job[None]] = []
         self._hashing: dict[int, Future[int]] = {}
         self._taken = self._closed = False
         readers = tuple(file.reader() for file in files)
@@ -142,9 +143,10 @@ class FetchReader(CountedReader):
                 raise unwanted_error()
             inbox = Inbox(asyncio.get_running_loop(), arrived)
             layers_first = self._layers_first and control.urgent and bool(groups)
-            jobs = self._begin(groups, inbox.put, control, hash_along=not layers_first)
-            async with track(control, *jobs):
-                for job in jobs:
+            begin = partial(self._begin, groups, inbox.put, control, hash_along=not layers_first)
+            await self._workers.run(begin)
+            async with track(control, *self._jobs):
+                for job in self._jobs:
                     await outcome(job.done)
             if layers_first:
                 await self.until_read(groups)
@@ -192,7 +194,8 @@ class FetchReader(CountedReader):
         control: FetchControl,
         *,
         hash_along: bool,
-    ) -> list[Job[None]]:
+    ) -> None:
+        """Start a job for each file."""
         plan = self._metadata.plan
         if plan is None:
             numbers = tuple(n for n, group in enumerate(groups) if group)
@@ -218,7 +221,6 @@ class FetchReader(CountedReader):
             if whole:
                 arrived(group)
 
-        jobs: list[Job[None]] = []
         parts = zip(shares, self._files, self._metadata.parts, strict=True)
         for number, (share, file, part) in enumerate(parts):
             ranges = order_ranges(share.spans, part.nbytes)
@@ -232,8 +234,7 @@ class FetchReader(CountedReader):
                 urgency=FOREGROUND if control.urgent else PREFETCH,
                 timeout=LONGEST,
             )
-            jobs.append(job)
-        return jobs
+            self._jobs.append(job)
 
     def _continue_hashing(self, number: int) -> None:
         """Hash what has arrived, in one thread per file. With the lock."""
@@ -243,6 +244,9 @@ class FetchReader(CountedReader):
 
     def _leave(self, error: BaseException | None) -> None:
         """Close the download; discard it if its bytes may be wrong. Blocks."""
+        for job in self._jobs:
+            job.cancel(unwanted_error())
+            job.done.exception()
         for hashing in self._hashing.values():
             if not hashing.cancel():
                 hashing.exception()

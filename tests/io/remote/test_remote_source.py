@@ -221,7 +221,7 @@ async def bringing_begun(
     groups = [[ByteSpan(8, 48)]]
     fetch = FetchReader(*given, resumable=True, layers_first=False, on_take=lambda: None)
     bringing = asyncio.create_task(fetch.bring(groups, told.append, FetchControl()))
-    await asyncio.sleep(0)
+    await until(lambda: len(jobs) == len(files))
     return bringing, calls, jobs
 
 
