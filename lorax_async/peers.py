@@ -35,8 +35,8 @@ class Peers:
     trust
         Take adapters whose source names no digest, too: nothing but the peer vouches for them.
     patience
-        Seconds without a byte, or without progress of the peer's own download, after which the
-        next member or the source is asked.
+        Seconds without a byte, a third of those without progress of the peer's own download, after
+        which the next member or the source is asked.
 
     Attributes
     ----------

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from math import inf
 from typing import Literal
 from urllib.parse import urlencode
 
@@ -21,7 +22,7 @@ from lorax_async.formats.strict_json import JsonValue, parse_object
 from lorax_async.http.failures import RetryPolicy
 from lorax_async.http.range_engine import FOREGROUND, PREFETCH, RangeEngine
 from lorax_async.http.settings import Address, HttpSettings, Timeouts
-from lorax_async.http.target import Target
+from lorax_async.http.target import ProbeResult, Target
 from lorax_async.peers import Peers
 from lorax_async.remote.base import LocatedAdapter, RemoteFile, bind_to, remember, track
 from lorax_async.remote.opening import (
@@ -45,6 +46,10 @@ MAX_STATE_BYTES = 4_096
 _CONNECTIONS = 8
 _SLOWEST = 65_536.0
 """Bytes per second of a connection; a network on which a fleet is worth it has far more."""
+
+_REFUSED_SECONDS = 60.0
+_PATIENCES = 3
+"""A member's download may wait this many times longer than the member: its source may be slow."""
 
 _POLL_SECONDS, _LONGEST_POLL = 0.02, 0.25
 
@@ -74,8 +79,8 @@ class PeerClient:
         self.engine = RangeEngine(settings)
         self.resolver = resolver
         self.workers = workers
-        self._unvouched: OrderedDict[RemoteKey, None] = OrderedDict()
-        """Those taken without a digest. A copy that was refused must not be taken again."""
+        self._unjudged: OrderedDict[RemoteKey, float] = OrderedDict()
+        """When adapters were taken on trust. A copy that was refused must not be taken again."""
 
     async def bring(self, key: RemoteKey, control: FetchControl) -> None:
         """Bring the adapter into the cache if a member has it or fetches it; else do nothing."""
@@ -111,11 +116,18 @@ class PeerClient:
 
     def _may_take(self, key: RemoteKey, located: LocatedAdapter) -> bool:
         """Return whether the source's digests, or the fleet's trust, can judge a peer's bytes."""
+        if all(file.answer and len(file.answer.start) == file.nbytes for file in located.files):
+            return False  # the source has sent everything already
         if all(map(is_judged, located.files)):
             return True
-        if not self.peers.trust or key in self._unvouched or self.resolver.digest(key) is not None:
-            return False  # a caller's digest judges the source's bytes
-        remember(self._unvouched, key, None, MAX_KEYS)
+        now, before = time.monotonic(), self._unjudged.get(key, -inf)
+        if (
+            not self.peers.trust
+            or now - before < _REFUSED_SECONDS
+            or self.resolver.digest(key) is not None  # it judges the source's bytes
+        ):
+            return False
+        remember(self._unjudged, key, now, MAX_KEYS)
         return True
 
     def close(self) -> None:
@@ -186,7 +198,7 @@ class PeerDownload(AdapterOpener):
                 return answer.get("state") == "ready"
             if answer.get("progress") != progress:
                 progress, since = answer.get("progress"), time.monotonic()
-            elif time.monotonic() - since > self._peers.patience:
+            elif time.monotonic() - since > _PATIENCES * self._peers.patience:
                 raise FetchError(f"{self._member} downloads it, but nothing arrives there")
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_POLL)
@@ -216,6 +228,12 @@ class PeerDownload(AdapterOpener):
         if not (self._peers.trust or all(map(is_judged, files))):
             raise FetchError("its source does not name the digests of all files", retryable=False)
         return tuple(map(self._at_member, files))
+
+    async def _probe(
+        self, wanted: Sequence[tuple[RemoteFile, int]], control: FetchControl
+    ) -> list[ProbeResult]:
+        # A digest that the member names vouches for nothing.
+        return [replace(each, fields={}) for each in await super()._probe(wanted, control)]
 
     def _at_member(self, file: RemoteFile) -> RemoteFile:
         if file.role.kind != "weights" and file.answer is not None:
