@@ -1,9 +1,6 @@
 """`loader.fetch`: a verified folder, held for whoever needs an adapter's files and not its tensors."""
 
 import asyncio
-import subprocess
-import sys
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
@@ -14,7 +11,6 @@ import peft
 import pytest
 import remote_world
 import torch
-from fault_server import Asked, Client
 from hub_stand_in import HubStandIn
 from huggingface_hub import snapshot_download
 from remote_world import RemoteWorld, over
@@ -107,22 +103,6 @@ async def test_what_does_not_fit_the_base_is_fetched(world: RemoteWorld) -> None
             assert (folder.path / WEIGHTS).read_bytes() == stored.weights
 
 
-async def test_a_lease_protects_from_other_processes(world: RemoteWorld) -> None:
-    adapter = world.stock()
-    command = [sys.executable, "-m", "lorax_async", "cache", "gc", "--bytes", "1"]
-    command += ["--dir", str(world.folder)]
-    async with over(world) as there:
-        one = await there.fetch(world.ref("one"))
-        two = await there.fetch(world.ref("one"))
-        one.release()
-        assert (await asyncio.to_thread(subprocess.run, command, check=False)).returncode == 1
-        assert contents(adapter).items() <= contents(two.path).items()
-        assert not is_evictable(world)
-        two.release()
-        assert is_evictable(world)
-        assert not two.path.exists()
-
-
 async def test_fetches_and_loads_share_one_download(world: RemoteWorld) -> None:
     adapter = world.stock()
     size, ref = (adapter / WEIGHTS).stat().st_size, world.ref("one")
@@ -142,25 +122,6 @@ async def test_fetches_and_loads_share_one_download(world: RemoteWorld) -> None:
             assert is_evictable(world), "what is on the device needs no files"
             async with await there.fetch(ref) as folder:
                 assert folder.downloaded
-
-
-async def test_a_cancelled_fetch_leaves_the_others(world: RemoteWorld) -> None:
-    adapter, gate = world.stock(), threading.Event()
-
-    def late(asked: Asked, client: Client) -> None:
-        assert gate.wait(20)
-        world.serve(asked, client)
-
-    world.server.behave = late
-    async with over(world) as there:
-        first, second = (asyncio.create_task(there.fetch(world.ref("one"))) for _ in range(2))
-        await until(lambda: world.server.asked)
-        first.cancel()
-        await asyncio.wait([first])
-        gate.set()
-        async with await second as folder:
-            assert contents(adapter).items() <= contents(folder.path).items()
-    assert first.cancelled()
 
 
 REFUSED: dict[str, tuple[Callable[[AdapterRef], Any], type[errors.LoraxError], str]] = {

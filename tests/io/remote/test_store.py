@@ -37,8 +37,6 @@ pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left", "hub_clie
 
 settings, world = remote_world.settings, remote_world.world
 
-TOKEN = "hf_tenant"
-
 
 def store_of(hub: HubStandIn, folder: Path, **settings: Any) -> AdapterStore:
     given: dict[str, Any] = {"hub_endpoint": hub.endpoint, "hub_cache": "off", "timeout": 5}
@@ -153,18 +151,6 @@ async def test_calls_with_one_id_keep_their_own_versions(world: RemoteWorld) -> 
             error = late.exception()
             assert isinstance(error, errors.AdapterTimeoutError)
             assert (error.stage, error.key) == ("resolve", None), folder.key
-
-
-async def test_tenants_have_tokens_of_their_own(tmp_path: Path) -> None:
-    adapter = written(tmp_path / "adapter", layers=4, rank=16)
-    with HubStandIn() as hub:
-        hub.put("org/private", contents(adapter), private_token=TOKEN)
-        async with store_of(hub, tmp_path) as store:
-            async with store.checkout("org/private", token=TOKEN) as folder:
-                await fails(store.checkout("org/private"), errors.AccessDeniedError)
-                async with store.checkout("org/private", token=TOKEN) as again:
-                    assert again.path == folder.path
-            assert TOKEN not in repr(store.placement())
 
 
 async def test_a_leased_folder_is_not_evicted_for_another(tmp_path: Path) -> None:
