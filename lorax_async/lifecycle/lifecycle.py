@@ -200,8 +200,7 @@ class Lifecycle:
             return None
         state.leases += 1
         self._rules.touch(state)
-        if state.leases == 1:
-            self._slots.update(state)
+        self._slots.lease_began(state)
         return state.grant
 
     def add_lease(self, key: AdapterKey) -> None:
@@ -461,7 +460,7 @@ class Lifecycle:
         if not stays or state.departing or self._rules.closing or self._slots.queue.head:
             return self._settle(state)
         if not state.leases:
-            self._slots.update(state)
+            self._slots.last_lease_ended(state)
         return []
 
     def _next_touched(self) -> AdapterState | None:

@@ -68,7 +68,7 @@ class SlotHolders:
         """Marked for eviction, being unloaded, or DRAINING."""
         self.evictable: dict[AdapterKey, AdapterState] = {}
         """Can be evicted at once: RESIDENT, without a lease or pin."""
-        self._seen: dict[AdapterKey, tuple[SlotState, bool, bool, bool]] = {}
+        self._seen: dict[AdapterKey, tuple[SlotState, bool, bool]] = {}
 
     def update(self, state: AdapterState) -> bool:
         """Classify `state` again. Return whether a waiting adapter may now get a slot."""
@@ -77,16 +77,17 @@ class SlotHolders:
             for kept in (self.pinned, self.leaving, self.evictable):
                 kept.pop(state.key, None)
             return changed
-        now = (state.slot, state.departing, state.pins > 0, state.leases > 0)
-        before = self._seen.get(state.key)
-        if before == now:
-            return False
-        self._seen[state.key] = now
-        _set_member(self.evictable, state, wanted=is_evictable(state) and not state.leases)
-        if before is None or before[:3] != now[:3]:  # else a lease began or ended
+        now = (state.slot, state.departing, state.pins > 0)
+        evictable = is_evictable(state) and not state.leases
+        if self._seen.get(state.key) == now:
+            if evictable == (state.key in self.evictable):
+                return False
+        else:
+            self._seen[state.key] = now
             _set_member(self.pinned, state, wanted=state.pins > 0)
             leaving = state.departing or state.slot is SlotState.DRAINING
             _set_member(self.leaving, state, wanted=leaving)
+        _set_member(self.evictable, state, wanted=evictable)
         return True
 
 
@@ -259,6 +260,15 @@ class SlotQueue:
         self.queue.update(state.key, urgency)
         if self.holders.update(state):
             self._blocked = None
+
+    def lease_began(self, state: AdapterState) -> None:
+        """Update the holders after a lease on a resident adapter, which changed nothing else."""
+        self.holders.evictable.pop(state.key, None)
+
+    def last_lease_ended(self, state: AdapterState) -> None:
+        """Update the holders after the last lease on one that stays; none waits for a slot."""
+        if not state.pins:
+            self.holders.evictable[state.key] = state
 
     def settle_head(self) -> AdapterState | None:
         """Grant, refuse or make room for the head. Return the adapter that changed, if any."""

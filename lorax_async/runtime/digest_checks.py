@@ -131,6 +131,8 @@ class DigestChecks:
 
 def _expected_digests(ref: Ref, key: AdapterKey) -> list[tuple[AdapterKey, str]]:
     """Return the keys with a digest in `ref`: its own, or those of the parts of a merge."""
+    if isinstance(ref, AdapterKey):
+        return []
     refs: tuple[Ref, ...] = (ref,)
     keys: tuple[object, ...] = (key,)
     if isinstance(ref, Merge) and isinstance(key, MergedKey):
