@@ -8,11 +8,15 @@ VLLM_BIN := $(CURDIR)/.venv-vllm/bin
 SGLANG := sglang==0.5.23
 SGLANG_BIN := .venv-sglang/bin
 SGLANG_TESTS := tests/engines/sglang_plugin
+RAY_BIN := .venv-ray/bin
+RAY_TESTS := tests/engines/ray_serve
+# A network with nothing but loopback.
+ALONE := unshare -rn sh -c 'ip link set lo up && exec "$$@"' sh
 # A process for each core, and no more than the tests can use.
 WORKERS := --numprocesses auto --maxprocesses 4 --dist worksteal
 SERVERS := nginx rclone weed azurite-blob olah-cli
 
-.PHONY: demo test slow check bench soak servers page lorax vllm sglang gpu clean
+.PHONY: demo test slow check bench soak servers page lorax vllm sglang ray gpu clean
 
 # Two cores are shared with the event loop: idle OpenMP threads must not spin.
 export OMP_WAIT_POLICY := passive
@@ -108,6 +112,20 @@ sglang:
 		echo '$(SGLANG) cannot be had here: nothing was run in SGLang'; \
 	fi
 
+# Fleets on Ray Serve, with nginx as origin, in a venv of its own. Where Ray cannot be had, this says
+# so and succeeds.
+ray:
+	PYTHON='$(PYTHON)' .ci/servers nginx
+	@if test -e $(RAY_BIN)/ray-installed \
+		|| { $(PYTHON) -m venv .venv-ray \
+			&& $(RAY_BIN)/python -m pip install --quiet --editable '.[ray,serve]' \
+				-r $(RAY_TESTS)/requirements.txt \
+			&& touch $(RAY_BIN)/ray-installed; }; then \
+		$(ALONE) $(RAY_BIN)/python -m pytest -s $(RAY_TESTS) $(ARGS); \
+	else \
+		echo 'Ray 2.60 cannot be had here: nothing was run on Ray'; \
+	fi
+
 # The CPU build of torch has no CUDA; then this says so and succeeds.
 gpu: $(VENV)/installed
 	@if ! $(BIN)/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then \
@@ -119,5 +137,5 @@ gpu: $(VENV)/installed
 	fi
 
 clean:
-	rm -rf $(VENV) .venv-lorax .venv-vllm .venv-sglang .tools build *.egg-info .mypy_cache .pytest_cache \
+	rm -rf $(VENV) .venv-lorax .venv-vllm .venv-sglang .venv-ray .tools build *.egg-info .mypy_cache .pytest_cache \
 		.ruff_cache .hypothesis

@@ -56,6 +56,14 @@ def test_no_replica_gets_more_than_its_bound_and_adapters_stay(count: int, seed:
     assert moved / len(went) < 0.05
 
 
+def test_adapters_that_are_asked_for_alike_are_spread_though_their_hashes_are_not() -> None:
+    router, asked = policy(), [f"org/{n}" for n in range(200)] * 10
+    assert max(Counter(map(router.first_on_ring, asked)).values()) > 1.3 * len(asked) / 8
+    went = route(router, asked)
+    assert max(Counter(went).values()) <= 1.25 * len(asked) / 8
+    assert len({*zip(asked, went, strict=True)}) < 1.1 * 200
+
+
 def test_one_adapter_alone_spreads_over_the_whole_fleet() -> None:
     router = policy()
     went = Counter(route(router, ["org/hot"] * 1600))

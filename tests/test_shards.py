@@ -46,6 +46,28 @@ def loader(
     return AdapterLoader(sharded.layout(), config, source=source, device=on)
 
 
+@pytest.mark.parametrize("world", [1, 2, 8])
+async def test_a_rank_reads_its_bytes_of_a_folder_that_all_ranks_share(
+    world: int, tmp_path: Path
+) -> None:
+    """As the kernel counts them: beside these, the config, and the file's first 128 KiB."""
+    folder = sharded.write(tmp_path / "a", rank=256)
+    size = (folder / "adapter_model.safetensors").stat().st_size
+    for shard in ranks(world):
+        async with loader(shard, device_bytes=4 * MiB) as there:
+            before = bytes_read()
+            async with await there.load(folder) as handle:
+                read = bytes_read() - before
+                held = sum(module.a.nbytes + module.b.nbytes for module in handle.modules.values())
+            assert held <= read <= held + (128 << 10) + 4096
+            assert (held < 0.75 * size) == (world > 1)
+
+
+def bytes_read() -> int:
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(lines[0].removeprefix("rchar: "))
+
+
 @pytest.mark.parametrize("rank", [3, 8])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("device", ["cpu", "simulated"])

@@ -46,7 +46,7 @@ class ModelDownloader:
         download_timeout_s: float | None,
         max_tries: int,  # noqa: ARG002 - the store retries within its deadline
     ) -> None:
-        self._store = AdapterStore(config)
+        self.store = AdapterStore(config)
         self._adapter_of = adapter_of
         self._fleet = fleet
         self._timeout = download_timeout_s
@@ -62,7 +62,7 @@ class ModelDownloader:
         name = lora_model_id.partition(":")[2]
         root = str(llm_config.lora_config.dynamic_lora_loading_path).rstrip("/")
         adapter = self._adapter_of(lora_model_id) if self._adapter_of else f"{root}/{name}/"
-        folder = await self._store.checkout(adapter, timeout=self._timeout)
+        folder = await self.store.checkout(adapter, timeout=self._timeout)
         found = DiskMultiplexConfig(
             model_id=lora_model_id,
             max_total_tokens=None,
@@ -76,6 +76,6 @@ class ModelDownloader:
     async def _open(self) -> None:
         async with self._opening:
             if self._fleet_member is None:
-                await self._store.__aenter__()
-                self._fleet_member = join_fleet(self._store, self._fleet)
+                await self.store.__aenter__()
+                self._fleet_member = join_fleet(self.store, self._fleet)
                 await self._fleet_member.__aenter__()  # both end with the replica's process

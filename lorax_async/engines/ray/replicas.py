@@ -64,7 +64,10 @@ def residency_of(
 # -- peers ----------------------------------------------------------------------------------------
 
 MEETING_SECONDS = 2.0
-ABSENT_SECONDS = 15.0
+REPLY_SECONDS = 10.0
+"""For the actor to answer; its process may have to start first."""
+
+ABSENT_SECONDS = 20.0
 """A mirror that has not reported for this long is none any more."""
 
 
@@ -93,14 +96,15 @@ async def join_fleet(adapters: AdapterLoader | AdapterStore, fleet: str) -> Asyn
         return
     import ray  # noqa: PLC0415
 
-    name, unavailable = f"lorax-mirrors-{fleet}", (ray.exceptions.RayError, TimeoutError)
+    name = f"lorax-mirrors-{fleet}"
+    unavailable = ray.exceptions.RayError, ValueError, TimeoutError  # a race is a ValueError
     found_or_made = ray.remote(MirrorDirectory).options(
         name=name, namespace="lorax_async", get_if_exists=True, lifetime="detached", num_cpus=0
     )
 
     async def meet(url: str) -> None:
         with suppress(*unavailable):
-            async with asyncio.timeout(MEETING_SECONDS):
+            async with asyncio.timeout(REPLY_SECONDS):
                 directory = await asyncio.to_thread(found_or_made.remote)
                 peers.members = await directory.report.remote(url)
 

@@ -5,36 +5,50 @@ from hashlib import sha256
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
-from urllib.parse import urlsplit
 
 from ray import serve
 
 from lorax_async import AdapterStore, StoreConfig
 from lorax_async.config import Allow
 from lorax_async.engines.ray.replicas import PublishedAdapters, join_fleet
+from lorax_async.mirror import Peers
 from lorax_async.sources.local import WEIGHTS
 
 
 class Replica(PublishedAdapters):
-    """Answers with the digest of the adapter's weights on this replica's own disk."""
+    """Answers with the digest of the adapter's weights on this replica's own disk.
+
+    With the name of a fleet, it takes adapters from its peers.
+    """
 
     adapters: AdapterStore
 
     async def __init__(  # type: ignore[misc]
-        self, origin: str, caches: Path, fleet: str
+        self, allow: tuple[Allow, ...], hub: str, caches: Path, fleet: str
     ) -> None:
-        url = urlsplit(origin)
-        allow = (Allow("http", str(url.hostname), url.port),)
-        folder = Path(mkdtemp(dir=caches))
-        self.adapters = AdapterStore(StoreConfig(allow=allow, cache_dir=folder, revalidate=0.5))
+        self.peers = Peers("secret", trust=True, patience=60) if fleet else None
+        config = StoreConfig(
+            allow=allow,
+            hub_endpoint=hub,
+            hub_cache="off",
+            cache_dir=Path(mkdtemp(dir=caches)),
+            revalidate=0.5,
+            peers=self.peers,
+        )
+        self.adapters = AdapterStore(config)
         await self.adapters.__aenter__()
         self._fleet = join_fleet(self.adapters, fleet)
         await self._fleet.__aenter__()
 
+    async def members(self) -> tuple[int, int]:
+        """Return the process, and how many mirrors it knows."""
+        return os.getpid(), len(self.peers.members) if self.peers else 0
+
     async def __call__(self, adapter: str) -> dict[str, Any]:
         async with self.adapters.checkout(adapter) as folder:
             digest = sha256((folder.path / WEIGHTS).read_bytes()).hexdigest()
-            return {"pid": os.getpid(), "digest": digest, "downloaded": folder.downloaded}
+        problems = dict(self.peers.problems) if self.peers else {}
+        return {"pid": os.getpid(), "digest": digest, "problems": problems}
 
 
 class Multiplexed(Replica):

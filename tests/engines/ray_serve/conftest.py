@@ -1,0 +1,212 @@
+"""Real Ray Serve, in the venv and the network namespace of `make ray`, and nginx as origin."""
+
+import asyncio
+import random
+import socket
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from importlib.util import find_spec
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_stand_in import HubStandIn
+from user_loads import at, contents
+
+import tiny
+from servers import Nginx, nginx
+
+if find_spec("ray") is None:
+    collect_ignore_glob = ["test_*.py"]
+
+ADAPTERS = 24
+REQUESTS = 400
+HERE = Path(__file__).parent
+ROUTERS = {
+    "ours": "lorax_async.engines.ray.router:AdapterRouter",
+    "hash": "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter",
+}
+APPS = {
+    "ours2": ("ours", 2),
+    "ours3": ("ours", 3),
+    "default": ("", 2),
+    "multiplexed": ("", 2),
+    "hash": ("hash", 2),
+}
+"""Each application's router and replicas."""
+
+
+def until(done: Callable[[], object], seconds: float = 120.0) -> None:
+    stop = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < stop, "it did not come to pass"
+        time.sleep(0.1)
+
+
+@dataclass(frozen=True)
+class Answer:
+    adapter: str
+    pid: int
+    digest: str
+    problems: dict[str, str]
+    seconds: float
+
+
+@dataclass
+class World:
+    """Applications, and the adapters that their origins have."""
+
+    root: Path
+    origin: Nginx
+    hub: HubStandIn
+    digests: dict[str, str] = field(default_factory=dict)
+    handles: dict[str, Any] = field(default_factory=dict)
+    lost: int = 0
+    """Requests that were sent again, for their replica died."""
+
+    def handle(self, app: str) -> Any:
+        """Return the handle of an application, which is deployed first if necessary."""
+        from ray import serve
+        from ray.serve.config import RequestRouterConfig
+
+        from engines.ray_serve.fleet_replicas import Multiplexed, Replica
+
+        if app not in self.handles:
+            router, replicas = APPS[app]
+            settings: dict[str, Any] = {"request_routing_stats_period_s": 0.5}
+            if router:
+                settings["request_router_class"] = ROUTERS[router]
+            deployment = serve.deployment(Multiplexed if app == "multiplexed" else Replica).options(
+                num_replicas=replicas,
+                max_ongoing_requests=16,
+                ray_actor_options={"num_cpus": 0},
+                request_router_config=RequestRouterConfig(**settings),
+            )
+            caches = self.root / "caches"
+            caches.mkdir(exist_ok=True)
+            allow = (at(self.origin.url("").split("/")[2]), at(self.hub.store_netloc))
+            fleet = app if router == "ours" else ""
+            bound = deployment.bind(allow, self.hub.endpoint, caches, fleet)
+            handle = self.handles[app] = serve.run(bound, name=app, route_prefix=None)
+            if fleet:
+                until(lambda: self._all_know(handle, replicas))
+        return self.handles[app]
+
+    def _all_know(self, handle: Any, replicas: int) -> bool:
+        known = [handle.members.remote().result() for _ in range(4 * replicas)]
+        return len(dict(known)) == replicas and {count for _, count in known} == {replicas}
+
+    def ids(self, app: str) -> list[str]:
+        return [self.origin.url(f"{app}/{name}/") for name in self.digests]
+
+    def put(self, app: str, name: str, folder: Path) -> str:
+        """Put an adapter at the origin; return the digest of its weights."""
+        for file in folder.iterdir():
+            self.origin.put(f"{app}/{name}/{file.name}", file.read_bytes())
+        return sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+    def fetches(self, app: str) -> int:
+        """Downloads: a replica that has an adapter asks at most for its first 256 KiB."""
+        whole = [line for line in self.origin.requests() if "bytes=262144-" in line]
+        return sum(f"/{app}/" in line and "model.safetensors" in line for line in whole)
+
+    async def ask(self, id: str, handle: Any) -> Answer:
+        """Send one request; again if its replica dies meanwhile, as any client would."""
+        from ray.exceptions import RayActorError
+
+        start = time.monotonic()
+        handle = handle.options(multiplexed_model_id=id, session_id=id)
+        while True:
+            try:
+                answer = await handle.remote(id)
+                break
+            except RayActorError:
+                self.lost += 1
+        return Answer(id, **answer, seconds=time.monotonic() - start)
+
+    def play(self, app: str, ids: Sequence[str], handle: Any = None) -> list[Answer]:
+        """Send requests, six at a time; return the answers as they came."""
+        answers: list[Answer] = []
+        handle = handle or self.handle(app)
+
+        async def play() -> None:
+            turns = asyncio.Semaphore(6)
+
+            async def one(id: str) -> None:
+                async with turns:
+                    answers.append(await self.ask(id, handle))
+
+            await asyncio.gather(*map(one, ids))
+
+        asyncio.run(play())
+        return answers
+
+
+def zipf(ids: Sequence[str], requests: int = REQUESTS, seed: int = 1) -> list[str]:
+    sums = list(accumulate(1 / (n + 1) for n in range(len(ids))))
+    return random.Random(seed).choices(ids, cum_weights=sums, k=requests)
+
+
+def affinity(answers: Sequence[Answer]) -> float:
+    """Of the requests for an adapter that was somewhere, the share that went there."""
+    homes: dict[str, set[int]] = defaultdict(set)
+    found = had = 0
+    for answer in answers:
+        had += bool(homes[answer.adapter])
+        found += answer.pid in homes[answer.adapter]
+        homes[answer.adapter].add(answer.pid)
+    return found / had
+
+
+def busiest(answers: Sequence[Answer], replicas: int) -> float:
+    """The most requests of one replica, in times the mean."""
+    counts: dict[int, int] = defaultdict(int)
+    for answer in answers:
+        counts[answer.pid] += 1
+    return max(counts.values()) * replicas / len(answers)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    interfaces = [name for _, name in socket.if_nameindex()]
+    if interfaces != ["lo"]:
+        pytest.skip("Ray is run with a loopback interface alone: run `make ray`")
+    root = tmp_path_factory.mktemp("ray")
+    with pytest.MonkeyPatch.context() as patch, nginx(root) as origin, HubStandIn() as hub:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_raylet_start_wait_time_s", "180")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONPATH", f"{HERE.parents[1]}", prepend=":")
+        world = World(root, origin, hub)
+        for number in range(ADAPTERS):
+            name = f"a{number:02}"
+            folder = tiny.write(root / "adapters" / name, number, rank=200)
+            for app in APPS:
+                world.digests[name] = world.put(app, name, folder)
+            hub.put(f"org/{name}", contents(folder))
+        yield from _with_ray(world)
+
+
+def _with_ray(world: World) -> Iterator[World]:
+    import ray
+    from ray import serve
+
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        num_cpus=2,
+        log_to_driver=False,
+        object_store_memory=100 << 20,
+        _node_ip_address="127.0.0.1",
+    )
+    try:
+        serve.start(proxy_location="Disabled")
+        yield world
+    finally:
+        serve.shutdown()
+        ray.shutdown()

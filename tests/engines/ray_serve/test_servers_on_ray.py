@@ -1,0 +1,109 @@
+"""Our own server on Ray Serve, and the adapters of Ray LLM."""
+
+import asyncio
+import gc
+from hashlib import sha256
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+from user_loads import at
+
+from engines.ray_serve.conftest import World
+from engines.variants import active, save
+from lorax_async.config import LoaderConfig, StoreConfig
+from lorax_async.engines.ray.ray_llm import model_downloader
+from server.world import llama_config, tokenizer
+from servers import free_port
+
+pytestmark = [pytest.mark.timeout(1800), pytest.mark.filterwarnings("ignore")]  # Ray's own
+
+PROMPT = "once upon"
+
+
+def test_openais_client_gets_pefts_text_from_replicas(world: World, tmp_path: Path) -> None:
+    import openai
+    from ray import serve
+
+    from lorax_async.server.ray_serve import build_app
+
+    torch.manual_seed(1)
+    model: Any = LlamaForCausalLM(llama_config())
+    model.eval()
+    model.save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    loras = {"one": "q_proj", "two": "v_proj"}
+    folders = {
+        name: save(model, {"r": 2, "target_modules": [target]}, tmp_path / name, seed=len(target))
+        for name, target in loras.items()
+    }
+    expected = {"b": _generate(model)}
+    for name, folder in folders.items():
+        with active(model, **{name: folder}) as peft_model:
+            expected[name] = _generate(peft_model)
+    port = free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    config = LoaderConfig(dtype="float32", device_bytes=1 << 20, max_slots=3)
+    app = build_app(
+        tmp_path / "base",
+        config,
+        {"base": "b", "adapters": folders},
+        num_replicas=2,
+        ray_actor_options={"num_cpus": 0},
+    )
+    serve.run(app, name="server", route_prefix="/")
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=0)
+    asked: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 8, "temperature": 0}
+    for name, text in [*expected.items()] * 2:
+        assert client.completions.create(model=name, **asked).choices[0].text == text
+        chunks = client.completions.create(model=name, stream=True, **asked)
+        assert "".join(chunk.choices[0].text for chunk in chunks) == text
+    assert {model.id for model in client.models.list()} == {"b", "one", "two"}
+    with pytest.raises(openai.APIStatusError) as refused:
+        client.completions.create(model="org/other", **asked)
+    assert refused.value.status_code == 403
+    with pytest.raises(openai.APIStatusError) as refused:
+        client.completions.create(model="b", prompt="x" * (1 << 21))
+    assert refused.value.status_code == 413
+
+
+def _generate(model: Any) -> str:
+    prompt = torch.tensor([tokenizer()(PROMPT)["input_ids"]])
+    new = model.generate(prompt, do_sample=False, max_new_tokens=8, eos_token_id=None)
+    text: str = tokenizer().decode(new[0, prompt.shape[1] :])
+    return text
+
+
+async def test_ray_llm_gets_leased_folders(world: World, tmp_path: Path) -> None:
+    """Ray LLM's server itself cannot be imported without vLLM; its config's class can."""
+    from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig
+
+    root = world.origin.url("ours2")
+    allow = (at(root.split("/")[2]),)
+    downloader = model_downloader(StoreConfig(allow=allow, cache_dir=tmp_path))(
+        download_timeout_s=30.0, max_tries=2
+    )
+    llm = SimpleNamespace(lora_config=SimpleNamespace(dynamic_lora_loading_path=root))
+    one, two = await asyncio.gather(
+        *(downloader.load_model_from_config(f"base:{name}", llm) for name in ("a00", "a01"))
+    )
+    assert isinstance(one, DiskMultiplexConfig)
+    assert one.lora_assigned_int_id != two.lora_assigned_int_id
+    weights = (Path(one.local_path) / "adapter_model.safetensors").read_bytes()
+    assert sha256(weights).hexdigest() == world.digests["a00"]
+
+    def leases() -> list[int]:
+        return [stored.leases for stored in downloader.store.placement().values()]
+
+    assert leases() == [1, 1]
+    del one
+    gc.collect()
+    await asyncio.sleep(0.1)
+    assert leases() == [0, 1]
+    del two
+    gc.collect()
+    await asyncio.sleep(0.1)
+    await downloader.store.close()
