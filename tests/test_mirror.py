@@ -4,6 +4,8 @@ import asyncio
 import base64
 import hmac
 import itertools
+import json
+import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 from fault_server import Asked, Behaviour, Client, FaultServer, answer
 from hub_stand_in import HubStandIn, Reply
+from huggingface_hub import snapshot_download
 from remote_world import Steps
 from user_loads import at, contents, layout, written
 from web_folder import WEIGHTS, Folder, hold, name_of, refuse
@@ -46,7 +49,9 @@ class Origin(HubStandIn):
 
     @property
     def downloads(self) -> int:
-        return len(self.asked_for("GET", "adapter_config.json"))
+        """Files of weights of which the first byte was asked for."""
+        spans = (asked.span for asked in self.asked_for("GET", "/store/"))
+        return sum(span is None or span[0] == 0 for span in spans)
 
     def settings(self, name: str, peers: Peers, **settings: Any) -> dict[str, Any]:
         given = {"cache_dir": self.folder / name, "hub_cache": "off", "timeout": 60, "peers": peers}
@@ -122,7 +127,7 @@ async def test_replicas_that_start_together_ask_the_origin_once(origin: Origin) 
             for id, adapter in {**adapters, "org/several": several}.items():
                 for replica in replicas:
                     group.create_task(replica.has(adapter, id))
-        assert origin.downloads == 5
+        assert origin.downloads == 4 + 3
         assert sum(replica.peers.taken for replica in replicas) == 2 * 5
         assert not any(replica.peers.problems for replica in replicas)
         names = [{path.name for path in each.folder.glob("entries/*")} for each in replicas]
@@ -134,7 +139,7 @@ async def test_replicas_that_start_together_ask_the_origin_once(origin: Origin) 
                 async with await loader.load(id) as handle:
                     tiny.assert_equal_to_file(handle, adapter)
                     assert (await handle.verified()).kind == "sha256"
-        assert origin.downloads == 5
+        assert origin.downloads == 4 + 3
 
 
 async def test_a_dead_member_costs_no_second_download(origin: Origin) -> None:
@@ -143,8 +148,8 @@ async def test_a_dead_member_costs_no_second_download(origin: Origin) -> None:
         adapters, homes = dict[str, Path](), set[str | None]()
         for id in map("org/a{}".format, range(50)):
             adapters[id] = origin.add(id, rank=1)
-            (commit,) = origin.repos[id].commits
-            homes.add(other.peers.choose(CacheKey(id, commit).name, []))
+            entry = CacheKey(id, *origin.repos[id].commits).name
+            homes.add(other.peers.choose(entry, []))
             if len(adapters) > 3 and dead.mirror.url in homes:
                 break
         await dead.mirror.__aexit__()
@@ -152,6 +157,20 @@ async def test_a_dead_member_costs_no_second_download(origin: Origin) -> None:
             await asyncio.gather(*(replica.has(adapter, id) for replica in (*replicas, other)))
         assert origin.downloads == len(adapters)
         assert all(each.peers.problems for each in (*replicas, other))
+
+
+async def test_who_is_asked_in_the_homes_place_asks_the_origin(origin: Origin) -> None:
+    with FaultServer(b"", lambda _, client: hold(client)) as silent:
+        async with fleet(origin, 1, patience=1.0) as (next,), asking(origin, patience=1.0) as other:
+            url = f"http://{silent.netloc}"
+            other.peers.members = next.peers.members = [url, next.mirror.url]
+            for id in map("org/a{}".format, range(50)):
+                adapter = origin.add(id, rank=1)
+                entry = CacheKey(id, *origin.repos[id].commits).name
+                if next.peers.choose(entry, []) == url:
+                    break
+            await other.has(adapter, id)
+            assert (list(other.peers.problems)[:1], next.peers.problems) == ([url], {})
 
 
 async def test_a_home_may_die_while_it_serves(origin: Origin) -> None:
@@ -245,6 +264,17 @@ def stalled(asked: Asked, client: Client) -> None:
     hold(client)
 
 
+def half_false(data: bytes) -> Behaviour:
+    """The first bytes are whole and false, the rest breaks off."""
+
+    def behave(asked: Asked, client: Client) -> None:
+        if asked.span and asked.span[0]:
+            client.hang_up()
+        sends(data[:200_000] + bytes(1_000) + data[201_000:])(asked, client)
+
+    return behave
+
+
 CONFIG = "adapter_config.json"
 WRONG: dict[str, Callable[[dict[str, bytes]], dict[str, Behaviour]]] = {
     "false weights": lambda files: {WEIGHTS: sends(falsified(files, WEIGHTS))},
@@ -253,7 +283,9 @@ WRONG: dict[str, Callable[[dict[str, bytes]], dict[str, Behaviour]]] = {
     "no state": lambda _: {"": sends(b"[]")},
     "silent": lambda _: {"": lambda _, client: hold(client)},
     "no progress": lambda _: {"": sends(b'{"state": "fetching", "progress": 7}')},
+    "busy": lambda _: {"": sends(b'{"state": "elsewhere", "progress": 7}')},
     "stalled": lambda _: {WEIGHTS: stalled},
+    "half false": lambda files: {WEIGHTS: half_false(files[WEIGHTS])},
     "breaks off": lambda _: {WEIGHTS: broken_off},
     "redirects": lambda _: {"": elsewhere},
     "redirects files": lambda _: {WEIGHTS: elsewhere},
@@ -271,8 +303,11 @@ async def test_a_false_peer_costs_time_and_nothing_else(origin: Origin, wrong: s
             replica.peers.members = [f"http://{false.netloc}"]
             await replica.has(adapter)
             assert (replica.peers.taken, origin.downloads) == (0, 1)
-            assert replica.peers.problems
+            assert bool(replica.peers.problems) is (wrong != "busy")
             assert not replica.left
+            asked = len(false.asked)
+            await replica.has(origin.add("org/next"), "org/next")
+            assert wrong == "busy" or len(false.asked) == asked, "it rests"
         assert not any(asked.target == "/else" for asked in false.asked)
     assert {asked.fields["authorization"] for asked in false.asked} == {f"Bearer {TOKEN}"}
     assert not any(TOKEN in asked.raw for asked in origin.asked)
@@ -310,11 +345,11 @@ def fetch(replica: Replica, path: str, **fields: str) -> tuple[int, bytes]:
 
 async def test_strangers_get_nothing(origin: Origin) -> None:
     adapter = origin.add()
-    async with fleet(origin, 1) as (home,), asking(origin, home, token="wrong") as replica:
-        await home.has(adapter)
+    async with fleet(origin, 2) as homes, asking(origin, *homes, token="wrong") as replica:
         await replica.has(adapter)
-        assert (origin.downloads, home.mirror.served_bytes) == (2, 0)
-        assert "401" in replica.peers.problems[home.mirror.url]
+        assert (origin.downloads, [home.mirror.served_bytes for home in homes]) == (1, [0, 0])
+        (problem,) = replica.peers.problems.values()  # the next one is not asked
+        assert "401" in problem
 
 
 async def test_a_private_adapter_needs_the_credentials_it_came_with(origin: Origin) -> None:
@@ -360,18 +395,25 @@ async def test_a_private_adapter_needs_the_credentials_it_came_with(origin: Orig
         assert home.mirror.served_bytes == served
 
 
+@pytest.mark.parametrize("hub_cache", ["off", "read"])
 async def test_a_machines_own_token_serves_those_who_have_it(
-    origin: Origin, monkeypatch: pytest.MonkeyPatch
+    origin: Origin, monkeypatch: pytest.MonkeyPatch, hub_cache: str
 ) -> None:
+    """Also what other tools brought with it into the standard cache of the home."""
     monkeypatch.setenv("HF_TOKEN", SECRET)
     adapter, ref = origin.add(token=SECRET), AdapterRef(ID, use_token=True)
-    async with fleet(origin, 2) as replicas, asking(origin, *replicas) as other:
-        for replica in replicas:
-            async with replica.store.checkout(ref) as folder:
+    if hub_cache == "read":
+        snapshot_download(ID, endpoint=origin.endpoint, cache_dir=origin.folder / "hub")
+    begun = origin.downloads
+    settings: Any = {"hub_cache": hub_cache, "hub_cache_dir": origin.folder / "hub"}
+    async with fleet(origin, 1, **settings) as (home,):
+        same, other = (asking(origin, home, name=name) for name in ("same", "other"))
+        async with same, other:
+            async with same.store.checkout(ref) as folder:
                 assert contents(adapter).items() <= contents(folder.path).items()
-        assert (origin.downloads, sum(each.peers.taken for each in replicas)) == (1, 1)
-        await fails(other.store.checkout(ID), errors.AccessDeniedError)
-        assert other.peers.taken == 0
+            assert (origin.downloads - begun, same.peers.taken) == (hub_cache == "off", 1)
+            await fails(other.store.checkout(ID), errors.AccessDeniedError)
+            assert other.peers.taken == 0
 
 
 @pytest.mark.parametrize("trust", [False, True])
@@ -464,13 +506,18 @@ async def test_a_load_that_is_cancelled_anywhere_leaves_nothing(origin: Origin) 
 
 
 async def test_a_mirror_sends_no_more_bytes_a_second_than_it_may(origin: Origin) -> None:
-    adapter, rate = origin.add(), 2_000_000
-    size = sum(map(len, contents(adapter).values()))
+    weights, rate = contents(origin.add())[WEIGHTS], 400_000
     async with fleet(origin, 1, rate=rate) as (home,):
-        await home.has(adapter)
+        async with home.store.checkout(ID) as folder:
+            path = f"/v1/{folder.path.name}/{WEIGHTS}?source={ID}&version={folder.version}"
+        member = {"Authorization": f"Bearer {TOKEN}"}
         begun = time.monotonic()
-        for n in range(4):
-            async with asking(origin, home, name=f"asking{n}") as replica:
-                await replica.has(adapter)
-                assert replica.peers.taken == 1
-        assert time.monotonic() - begun >= (4 * size - 65_536) / rate
+        answers = [asyncio.to_thread(fetch, home, path, **member) for _ in range(3)]
+        assert await asyncio.gather(*answers) == [(200, weights)] * 3
+        assert time.monotonic() - begun >= (3 * len(weights) - 65_536) / rate
+        path, port = path.replace(WEIGHTS, ""), int(home.mirror.url.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port)):  # who asks nothing
+            status, state = await asyncio.to_thread(fetch, home, path, **member)
+            assert (status, json.loads(state)["state"]) == (200, "ready")
+            async with asyncio.timeout(8):
+                await home.mirror.__aexit__()

@@ -21,10 +21,10 @@ from lorax_async.formats.split_weights import FileRole
 from lorax_async.formats.strict_json import JsonValue, parse_object
 from lorax_async.http.failures import RetryPolicy
 from lorax_async.http.range_engine import FOREGROUND, PREFETCH, RangeEngine
-from lorax_async.http.settings import Address, HttpSettings, Timeouts
+from lorax_async.http.settings import HttpSettings, Timeouts
 from lorax_async.http.target import ProbeResult, Target
 from lorax_async.peers import Peers
-from lorax_async.remote.base import LocatedAdapter, RemoteFile, bind_to, remember, track
+from lorax_async.remote.base import AllowRules, LocatedAdapter, RemoteFile, bind_to, remember, track
 from lorax_async.remote.opening import (
     MAX_KEYS,
     PUBLIC,
@@ -243,14 +243,4 @@ class PeerDownload(AdapterOpener):
 
     def _target(self, file_name: str, name: str) -> Target:
         url = Url(parse_url(self._member).origin, path_of(cache_key(self._key), file_name))
-        return Target(url, name, self._headers, MemberRules())
-
-
-class MemberRules:
-    """Rules for URLs that the program has named: at any address, and no redirect."""
-
-    def allows(self, url: Url, hop: int) -> bool:  # noqa: ARG002 - the program's
-        return hop == 0
-
-    def allows_address(self, url: Url, address: Address) -> bool:  # noqa: ARG002 - the program's
-        return True
+        return Target(url, name, self._headers, AllowRules(named=(url.origin,)))
