@@ -30,7 +30,8 @@ from lorax_async.lifecycle.commands import CopyGroups
 from lorax_async.planning.transfer_plan import GroupPlan, TransferPlan
 from lorax_async.runtime.copies import CopyThreads
 from lorax_async.runtime.leases import SlotOccupancy
-from lorax_async.testing import FakeHold
+from lorax_async.sources.base import AdapterFile
+from lorax_async.testing import FakeHold, FakeSource
 from tiny_loaders import fails, gated, loader
 from tiny_sources import Slowed, over, state, stocked
 
@@ -310,6 +311,29 @@ async def test_copies_that_end_at_the_same_moment_are_both_counted() -> None:
     await until(lambda: len(heard) == 3)
     copies.stop()
     await asyncio.to_thread(copies.join)
+
+
+class FailsAtOnce(FakeSource):
+    """Its first `bring` ends in the turn of the loop in which a group has arrived."""
+
+    async def bring(self, file: AdapterFile, groups: Any, arrived: Any, control: Any) -> Any:
+        if self.counts.opens > 1:
+            return await super().bring(file, groups, arrived, control)
+        arrived(0)
+        raise errors.FetchError("ordered")
+
+
+async def test_a_group_that_arrives_as_its_fetch_fails(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = FailsAtOnce()
+    source.put("a", *tiny.files(tiny.write(tmp_path / "a", 0)))
+    async with over(source) as there:
+        await fails(there.load("a"), errors.FetchError, "ordered")
+        await asyncio.sleep(0.01)
+        async with await there.load("a") as handle:
+            tiny.assert_equal_to_file(handle, tmp_path / "a")
+    assert not caplog.records
 
 
 async def test_a_copy_that_is_wanted_no_longer_reads_its_file_to_the_end(tmp_path: Path) -> None:

@@ -352,7 +352,11 @@ class FetchTasks:
 
         spans = [group.spans for group in plan.groups]
         with self._telemetry.tracer.span("files", None, "fetch", key):
-            verification = await self._source.bring(file, spans, group_fetched, control)
+            try:
+                verification = await self._source.bring(file, spans, group_fetched, control)
+            except BaseException:
+                fetched.clear()  # the outcome is another one, which may come first
+                raise
         report()
         return verification
 
