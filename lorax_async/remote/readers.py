@@ -28,7 +28,7 @@ from lorax_async.errors import (
     InternalError,
     LoraxError,
 )
-from lorax_async.files import Reader, SplitFiles, SplitReader, read_prefix
+from lorax_async.files import FileReader, Reader, SplitFiles, SplitReader, read_prefix
 from lorax_async.formats.spans import ByteRange, ByteSpan, SpanSet
 from lorax_async.formats.split_weights import (
     CONFIG_FILE,
@@ -301,6 +301,10 @@ class EntryReader(CountedReader):
             entry.close()
             raise
 
+    def is_cached(self) -> bool:
+        """Return whether the page cache seems to have the weights, if they are one file."""
+        return isinstance(self._reader, FileReader) and self._reader.is_cached()
+
     def close(self) -> None:
         self._reader.close()
         self.entry.close()
@@ -351,7 +355,8 @@ def open_entry(entry: CacheEntry, key: CacheKey, limits: Limits) -> AdapterFile:
     reader = EntryReader(entry, key, limits)
     try:
         config = read_first(entry, CONFIG_FILE)
-        return AdapterFile(config, read_prefix(reader, limits), reader, entry.mappable)
+        prefix = read_prefix(reader, limits)
+        return AdapterFile(config, prefix, reader, entry.mappable, cached=reader.is_cached())
     except BaseException:
         reader.close()
         raise
