@@ -129,13 +129,11 @@ class Folder:
         finally:
             os.close(fd)
 
-    def write(self, name: str, content: bytes, *, sync: bool = True) -> None:
-        """Write a new file, and bring it to the disk with `sync`."""
+    def write(self, name: str, content: bytes) -> None:
+        """Write a new file. A crash of the machine may leave part of it."""
         with self.open_file(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as fd:
             while content:
                 content = content[os.write(fd, content) :]
-            if sync:
-                os.fsync(fd)
 
     def read(self, name: str, max_bytes: int) -> bytes:
         """Read a regular file, at most `max_bytes` + 1 of it."""

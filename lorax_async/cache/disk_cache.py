@@ -135,7 +135,7 @@ class DiskCache:
         answers, new = self.directory.answers, f"{unique()}.new"
         with translate_errors("note a version"):
             try:
-                answers.write(new, content, sync=False)  # a crash may leave half: that is none
+                answers.write(new, content)  # a crash may leave half: that is none
                 os.rename(new, _name_of(question), src_dir_fd=answers.fd, dst_dir_fd=answers.fd)
             except BaseException:
                 answers.unlink(new)
@@ -240,16 +240,15 @@ class DiskDownload:
                 role = role_of(name.removesuffix(MAP_SUFFIX))
                 if name == RECORD or (role is not None and role not in self._files):
                     folder.unlink(name)
+            # After a crash, an entry without its record or a name is none, and is fetched again.
             folder.write(RECORD, record.encoded())
             grant(folder, self._scope)
-            folder.sync()
             # Leased before others see it, or it could be evicted at once.
             ours = self._cache.entries.adopt(folder, record)
             try:
                 theirs = self._rename()
                 if theirs is None:
                     with self._ending():
-                        self._directory.entries.sync()
                         remove_leftovers(folder)
             except BaseException:
                 ours.close()

@@ -4,22 +4,27 @@ import os
 from typing import Any
 
 from lorax_async.cache import directory, entries, partials
+from lorax_async.cache.base import EntryRecord
 from lorax_async.cache.directory import CacheDirectory, Folder
-from lorax_async.cache.entries import DiskBudget
+from lorax_async.cache.entries import DiskBudget, Entries
 from lorax_async.cache.partials import ChunkMap, OpenPartial, PartialFile, Partials
+from lorax_async.errors import IntegrityError
+from lorax_async.types import FileIdentity
 from mutants.mutation import Mutants, mutant, nothing, seen_by, skipped, without_context
 
 DISK = "io/test_disk_cache.py"
 
-PUBLISHED = f"{DISK}::test_all_is_on_the_disk_before_it_is_published"
+PUBLISHED = f"{DISK}::test_bytes_are_on_the_disk_before_they_are_published"
 RESUMABLE = f"{DISK}::test_what_is_left_is_on_the_disk_before_it_is_trusted"
 VERIFIED = f"{DISK}::TestDamage::test_what_was_hashed_is_verified_until_it_is_touched_or_the_machine_restarts"
+ODD = f"{DISK}::TestDamage::test_odd_things_are_dropped"
 HELD = f"{DISK}::test_what_one_holds_the_other_does_not_evict"
 UNLOCKED = f"{DISK}::test_without_locks_it_knows_what_it_holds"
 WAITED_FOR = f"{DISK}::TestSharing::test_others_wait_and_have_what_was_published"
 
 _checked_digest, _write = PartialFile.checked_digest, PartialFile.write
 _resume, _claim = PartialFile._resume, Partials.claim
+_require_whole = entries._require_whole
 _decoded, _try_lock = ChunkMap.decoded, directory.try_lock
 _of_any_boot = staticmethod(lambda content, nbytes, _: _decoded(content, nbytes, content[8:24]))
 
@@ -34,6 +39,13 @@ def _mapped_before_written(self: PartialFile, offset: int, data: memoryview) -> 
     _write(self, offset, data)
 
 
+def _whole_without_a_file(folder: Folder, record: EntryRecord, *, check: bool) -> Any:
+    try:
+        return _require_whole(folder, record, check=check)
+    except IntegrityError:
+        return dict.fromkeys((file.role for file in record.files), FileIdentity(0, 0, 0, 0, 0))
+
+
 def _cut_before_the_map_goes(self: PartialFile) -> Any:
     with self._file.use() as fd:
         os.ftruncate(fd, 0)
@@ -43,9 +55,10 @@ def _cut_before_the_map_goes(self: PartialFile) -> Any:
 CACHES: Mutants = {
     "cache: bytes are on the disk before publication": mutant(
         PUBLISHED, seen_by(partials, "os", fsync=nothing)),
-    "cache: the record is on the disk before publication": mutant(
-        PUBLISHED, seen_by(directory, "os", fsync=nothing)),
-    "cache: names are on the disk before publication": mutant(PUBLISHED, skipped(Folder, "sync")),
+    "cache: an entry that a crash left without its record is removed": mutant(
+        ODD, skipped(Entries, "condemn")),
+    "cache: an entry that a crash left without a file is none": mutant(
+        ODD, (entries, "_require_whole", _whole_without_a_file)),
     "cache: digests are checked before publication": mutant(
         f"{DISK}::TestContents::test_wrong_bytes_leave_nothing",
         (PartialFile, "checked_digest", _unchecked)),
