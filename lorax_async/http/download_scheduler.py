@@ -12,8 +12,9 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import cache
 from threading import Condition, Event, Lock, Thread, current_thread
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from lorax_async.errors import FetchError, FetchTimeoutError, InternalError, LoraxError
 from lorax_async.http.client import ConnectionPool
@@ -21,8 +22,7 @@ from lorax_async.http.connection import Attempt
 from lorax_async.http.failures import AbortedError, RetryableError, RetryPolicy
 
 
-@dataclass(frozen=True, slots=True)
-class ConnectionDemand:
+class ConnectionDemand(NamedTuple):
     """How many connections a download can use at one origin; smaller urgencies come first.
 
     Attributes
@@ -51,6 +51,8 @@ def shares(claims: Sequence[ConnectionDemand], connections: int, *, soon: int = 
     granted = [0] * len(claims)
     for rest in (False, True):  # at last the connections withheld from stalled origins
         connections = max(0, connections - soon) if rest else connections
+        if not connections:
+            break
         for urgency in sorted({claim.urgency for claim in claims}):
             origins = _by_origin(claims, urgency)
             left = [[claims[n].wanted - granted[n] for n in members] for members in origins]
@@ -427,11 +429,10 @@ class DownloadScheduler:
         def need(job: Job[Any]) -> tuple[object, ...]:
             return job.urgency, job.is_retry(now), -owed[job.origin], -lacks(job)
 
-        by_need = sorted(jobs, key=need)
-        for job in by_need:
-            if lacks(job) > 0 and (piece := job.take(now)) is not None:
+        for job in sorted(filter(lambda job: lacks(job) > 0, jobs), key=need):
+            if (piece := job.take(now)) is not None:
                 return self._begin(job, piece)
-        for job in by_need:
+        for job in sorted(jobs, key=need):
             if (piece := job.split(now)) is not None:
                 return self._begin(job, piece)
         return None
@@ -460,13 +461,14 @@ class DownloadScheduler:
         """Return how many connections each job may have at each origin."""
         claims = self._claims(now)
         is_stalled = self.activity.is_stalled
-        waiting = [job for job in self.jobs if not job.over and not is_stalled(job.origin)]
-        soon = max((job.announced for job in waiting), default=0)
+        announcing = [job for job in self.jobs if job.announced and not job.over]
+        soon = max((job.announced for job in announcing if not is_stalled(job.origin)), default=0)
         parts = shares([*claims.values()], self.connections, soon=soon)
         return dict(zip(claims, parts, strict=True))
 
     def _claims(self, now: float) -> dict[_Stream, ConnectionDemand]:
         claims: dict[_Stream, ConnectionDemand] = {}
+        is_stalled = cache(self.activity.is_stalled)
         for job in self.jobs:
             if job.over:
                 continue
@@ -479,10 +481,9 @@ class DownloadScheduler:
             for origin, read in pieces.items():
                 starts = more if origin == job.origin else 0
                 retried = all(piece.tried for piece in read) and (not starts or job.is_retry(now))
-                stalled = self.activity.is_stalled(origin)
                 wanted = len(read) + starts
                 claims[job, origin] = ConnectionDemand(
-                    job.urgency, wanted, origin, stalled, retried
+                    job.urgency, wanted, origin, is_stalled(origin), retried
                 )
         return claims
 
