@@ -45,7 +45,7 @@ from lorax_async.formats.split_weights import FileRole
 CHUNK_BYTES = 256 << 10
 """What an interruption costs each connection; the map of 4 GiB is 2 KiB."""
 
-MAX_UNSAVED_BYTES = 8 << 20
+MAX_UNSAVED_CHUNKS = 32
 """What a kill costs the file besides, or a sixteenth of it: each write of the map takes the GIL."""
 
 MAX_CHUNK_BYTES = 1 << 30
@@ -81,8 +81,8 @@ class ChunkMap:
     def bits(self) -> bytes:
         return bytes(self._bits)
 
-    def mark(self, written: ByteRange, here: ByteRange) -> None:
-        """Set the bits of the chunks that `written`, a part of `here`, has completed."""
+    def mark(self, written: ByteRange, here: ByteRange) -> int:
+        """Set the bits of the chunks that `written`, a part of `here`, completes; count them."""
         start, stop = here
         first = max(-(-start // self.chunk_bytes), written[0] // self.chunk_bytes)
         # The last chunk may be a short one.
@@ -90,6 +90,7 @@ class ChunkMap:
         end = min(whole, -(-written[1] // self.chunk_bytes))
         for chunk in range(first, end):
             self._bits[chunk // 8] |= 1 << chunk % 8
+        return max(0, end - first)
 
     def spans(self) -> SpanSet:
         """Return the bytes of the chunks that are here."""
@@ -190,9 +191,8 @@ class PartialFile:
                     self._compare(fd, data.cast("B"), offset)
                 _write_all(fd, data, offset)
                 with self._lock:
-                    self._map.mark((offset, stop), self._here.add(offset, stop))
-                    self._unsaved += stop - offset
-                    if self._unsaved >= min(MAX_UNSAVED_BYTES, self.nbytes // 16):
+                    self._unsaved += self._map.mark((offset, stop), self._here.add(offset, stop))
+                    if self._unsaved > min(MAX_UNSAVED_CHUNKS, self._map.chunks // 16):
                         self._unsaved = 0
                         self._write_map(self._map.bits, _HEADER.size)
         except OSError as error:
