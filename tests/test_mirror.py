@@ -6,6 +6,7 @@ import hmac
 import itertools
 import json
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -224,6 +225,30 @@ async def test_replicas_never_wait_for_each_other(origin: Origin) -> None:
         for id, adapter in adapters.items():
             await asyncio.gather(*(each.has(adapter, id) for each in (one, other)))
         assert origin.downloads == len(adapters)
+
+
+async def test_what_the_origin_had_begun_to_send_is_resumed_there(origin: Origin) -> None:
+    """A peer that fails would cost what is here."""
+    adapter, held = origin.add(rank=128), asyncio.Event()
+    loop, go_on = asyncio.get_running_loop(), threading.Event()
+
+    def slow(request: Asked) -> None:
+        if request.span and request.span[0]:
+            loop.call_soon_threadsafe(held.set)
+            go_on.wait(20)
+
+    origin.behave = slow
+    async with fleet(origin, 1) as (home,), asking(origin) as replica:
+        load = asyncio.create_task(replica.has(adapter))
+        await held.wait()
+        load.cancel()
+        await asyncio.wait([load])
+        go_on.set()
+        await home.has(adapter)
+        replica.peers.members = [home.mirror.url]
+        assert replica.left
+        await replica.has(adapter)
+        assert (replica.peers.taken, replica.peers.problems) == (0, {})
 
 
 # -- peers that do wrong ---------------------------------------------------------------------------

@@ -314,8 +314,14 @@ class DiskDownload:
                 raise
             if any(kept):
                 self._partial.folder.sync()
-            else:
+            elif not self.has_leftovers:
                 self._remove()
+
+    @property
+    def has_leftovers(self) -> bool:
+        """Whether an interrupted download left files that were not added yet. Blocks."""
+        roles = {role_of(name) for name in self._partial.folder.names()} - {None}
+        return not roles <= self._files.keys()
 
     def __del__(self) -> None:
         if self._open:

@@ -12,7 +12,7 @@ from math import inf
 from typing import Literal
 from urllib.parse import urlencode
 
-from lorax_async.cache.base import CacheKey, scope_name
+from lorax_async.cache.base import CacheEntry, CacheKey, scope_name
 from lorax_async.cache.disk_cache import DiskDownload
 from lorax_async.concurrency import FetchControl, WorkerThreads, outcome
 from lorax_async.config import Limits
@@ -169,8 +169,7 @@ class PeerDownload(AdapterOpener):
         """
         if not await self._until_ready(control):
             return False
-        attempt = partial(self._attempt, self._key, self._at_source.scope, alone=False)
-        download = await self._workers.run(attempt, close_unused)
+        download = await self._workers.run(self._begin, close_unused)
         if not isinstance(download, DiskDownload):
             close_unused(download)
             return True
@@ -188,6 +187,14 @@ class PeerDownload(AdapterOpener):
         self._peers.taken_bytes += entry.record.nbytes
         self._resolver.used(self._key)
         return True
+
+    def _begin(self) -> CacheEntry | DiskDownload | int:
+        """Begin the download as for the source, unless that has an interrupted one to resume."""
+        result = self._attempt(self._key, self._at_source.scope, alone=False)
+        if isinstance(result, DiskDownload) and result.has_leftovers:
+            result.close()  # a peer that fails would cost what is here
+            return 0
+        return result
 
     async def _until_ready(self, control: FetchControl) -> bool:
         """Wait until the member has the adapter; False if another one has to be asked."""

@@ -706,6 +706,14 @@ def test_what_is_left_is_on_the_disk_before_it_is_trusted(world: DiskWorld) -> N
     download.discard()
 
 
+def test_who_adds_no_file_leaves_what_was_left(world: DiskWorld) -> None:
+    left(world.cache, KEY, CONTENT, ALL)
+    begun(world.cache).close()
+    download = begun(world.cache)
+    assert download.file(WEIGHTS_FILE, NBYTES).resumed
+    download.discard()
+
+
 def test_a_map_goes_before_the_bytes_that_it_tells_of(world: DiskWorld) -> None:
     left(world.cache, KEY, CONTENT, ALL)
     download = begun(world.cache)
