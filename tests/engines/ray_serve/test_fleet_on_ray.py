@@ -14,8 +14,17 @@ from fault_server import Asked, Client, FaultServer, answer
 
 import tiny
 from engines.ray_serve.conftest import ADAPTERS, REQUESTS, World, affinity, busiest, until, zipf
+from engines.ray_serve.run_picture import draw
 
 pytestmark = [pytest.mark.timeout(1800), pytest.mark.filterwarnings("ignore")]  # Ray's own
+
+
+NAMES = {
+    "ours2": "AdapterRouter, with peers",
+    "default": "Ray's default",
+    "multiplexed": "@serve.multiplexed",
+    "hash": "ConsistentHashRouter",
+}
 
 
 def say(text: str) -> None:
@@ -34,16 +43,20 @@ def test_the_origin_is_asked_once_for_each_adapter(world: World, replicas: int) 
     say(f"{app}: affinity {affinity(answers):.2f}, busiest {busiest(answers, replicas):.2f}")
 
 
-def test_beside_other_routers(world: World) -> None:
+def test_beside_other_routers(world: World, request: pytest.FixtureRequest) -> None:
     """Counts of two replicas each; without peers, which only ours has here."""
-    rows = []
+    rows, runs = [], {}
     for app in ("ours2", "default", "multiplexed", "hash"):
         answers = world.play(app, zipf(world.ids(app), seed=2))
         times = sorted(answer.seconds for answer in answers)
         row = affinity(answers), world.fetches(app), busiest(answers, 2)
         rows.append(row)
-        counts = f"affinity {row[0]:.2f}, origin {row[1]}, busiest {row[2]:.2f}"
+        counts = f"affinity {row[0]:.2f}, {row[1]} origin fetches, busiest {row[2]:.2f} × mean"
+        runs[f"{NAMES[app]}: {counts}"] = [(a.adapter[-4:-1], a.pid) for a in answers]
         say(f"{app}: {counts}, {1000 * median(times):.0f} to {1000 * times[-1]:.0f} ms")
+    folder = request.config.getoption("pictures")
+    if folder is not None:
+        (folder / "fleet-run.svg").write_text(draw(runs, sorted(world.digests)))
     ours, *others = rows
     assert ours[1] == ADAPTERS <= min(fetches for _, fetches, _ in others)
     assert ours[0] > max(rows[1][0], rows[2][0])
