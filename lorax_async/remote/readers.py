@@ -48,8 +48,8 @@ from lorax_async.types import RemoteKey
 
 Groups = Sequence[Sequence[ByteSpan]]
 
-_TICK_SECONDS = 0.005
-_IDLE_TICKS = 6
+_TICK_SECONDS = 0.002
+_IDLE_TICKS = 15
 
 COMPARED_BYTES = 4 << 10
 """Bytes at the end of each span of a partial download that are fetched again and compared."""
