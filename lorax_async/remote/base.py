@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Any, Protocol, TypeVar
 
@@ -191,6 +192,7 @@ class AllowRules:
     def __init__(self, allow: Sequence[Allow] = (), named: Collection[Origin] = ()) -> None:
         self._entries = tuple(entry for entry in allow if entry.scheme in DEFAULT_PORTS)
         self._named = frozenset(named)
+        self._covering = lru_cache(maxsize=64)(self._find_covering)
 
     def allows(self, url: Url, hop: int) -> bool:
         is_named = url.origin in self._named
@@ -201,7 +203,7 @@ class AllowRules:
             return True
         return any(_admits(entry, address) for entry in self._covering(url))
 
-    def _covering(self, url: Url) -> list[Allow]:
+    def _find_covering(self, url: Url) -> list[Allow]:
         try:
             path = folder_path(url.target.partition("?")[0])[1:]
         except InvalidUrlError:
