@@ -33,8 +33,11 @@ def say(text: str) -> None:
 
 @pytest.mark.parametrize("replicas", [2, 3])
 def test_the_origin_is_asked_once_for_each_adapter(world: World, replicas: int) -> None:
+    from ray import serve
+
     app = f"ours{replicas}"
-    answers = world.play(app, zipf(world.ids(app)))
+    world.handle(app)
+    answers = world.play(app, zipf(world.ids(app)), serve.get_app_handle(app))
     assert len({answer.adapter for answer in answers}) == ADAPTERS
     assert all(answer.digest == world.digests[answer.adapter[-4:-1]] for answer in answers)
     assert world.fetches(app) == ADAPTERS
@@ -45,9 +48,12 @@ def test_the_origin_is_asked_once_for_each_adapter(world: World, replicas: int) 
 
 def test_beside_other_routers(world: World, request: pytest.FixtureRequest) -> None:
     """Counts of two replicas each; without peers, which only ours has here."""
+    from ray import serve
+
     rows, runs = [], {}
     for app in ("ours2", "default", "multiplexed", "hash"):
-        answers = world.play(app, zipf(world.ids(app), seed=2))
+        world.handle(app)
+        answers = world.play(app, zipf(world.ids(app), seed=2), serve.get_app_handle(app))
         times = sorted(answer.seconds for answer in answers)
         row = affinity(answers), world.fetches(app), busiest(answers, 2)
         rows.append(row)
