@@ -63,10 +63,10 @@ def test_beside_other_routers(world: World, request: pytest.FixtureRequest) -> N
     folder = request.config.getoption("pictures")
     if folder is not None:
         (folder / "fleet-run.svg").write_text(draw(runs, sorted(world.digests)))
-    ours, *others = rows
-    assert ours[1] == ADAPTERS <= min(fetches for _, fetches, _ in others)
-    assert ours[0] > max(rows[1][0], rows[2][0])
-    assert ours[2] < rows[3][2]
+    (affine, fetched, most), default, *others = rows
+    assert (affine >= 0.95, fetched, most <= 1.25) == (True, ADAPTERS, True)
+    assert default[1] > 1.5 * ADAPTERS
+    assert min(fetches for _, fetches, _ in others) >= ADAPTERS
 
 
 def test_a_new_router_finds_what_replicas_have(world: World) -> None:
