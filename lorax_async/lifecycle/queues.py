@@ -218,7 +218,8 @@ IN_FLIGHT_BYTES = 32 << 20
 FAST_IN_FLIGHT_BYTES = 128 << 20
 """The same for an adapter in memory, whole if it can be: the threads would outrun the loop.
 
-All together may have as many. A prefetch has `IN_FLIGHT_BYTES`, as foreground copies wait for it.
+All together may have as many. A prefetch waits while they have `IN_FLIGHT_BYTES`: a load that comes
+then may have to wait for them.
 """
 
 RUN_BYTES = 8 << 20
@@ -404,21 +405,30 @@ class CopyQueue:
 
     def __init__(self, rules: LifecycleRules) -> None:
         self.virtual_time = 0
+        self._last_tag = 0
+        """The greatest tag of a run."""
         self._rules = rules
         self._threads = max(1, rules.residency.copies_free // COPIES_AHEAD)
         self._copying = self._copying_bytes = 0
+        self._in_flight: dict[AdapterKey, AdapterState] = {}
+        """The adapters with runs in flight."""
         self._adapters: dict[AdapterKey, AdapterState] = {}
+        self._foreground: dict[AdapterKey, bool] = {}
+        """Whether each of these was in the foreground at its last update."""
         self._queue: PriorityQueue[tuple[bool, int, int]] = PriorityQueue()
 
     def update(self, state: AdapterState) -> None:
         """Update the queue after a change of `state`."""
         if state.slot is not SlotState.FILLING or not state.fetched & ~state.submitted:
             self._adapters.pop(state.key, None)
+            self._foreground.pop(state.key, None)
             self._queue.update(state.key, None)
             return
-        if state.key not in self._adapters:
+        foreground = _is_foreground(state)
+        if self._foreground.get(state.key) != foreground:
+            # It arrives, or a load joins the prefetch: neither has anything in store.
             state.service_tag = max(state.service_tag, self.virtual_time)
-            self._adapters[state.key] = state
+            self._adapters[state.key], self._foreground[state.key] = state, foreground
         self._queue.update(state.key, _copy_order(state) if self._may_submit(state) else None)
 
     def submit(self) -> None:
@@ -435,18 +445,32 @@ class CopyQueue:
             state.copying_bytes += nbytes
             state.service_tag += nbytes
             residency.copies_free -= 1
+            self._in_flight[key] = state
             self._copying += 1
             self._copying_bytes += nbytes
             image = state.image[groups[0]] if state.image is not None else None
             warm = bool(state.imaged >> groups[0] & 1)
-            run = (groups, nbytes, state.service_tag, image, warm)
+            tag = state.service_tag
+            if not _is_foreground(state):  # no thread takes it before a load's that waits
+                tag = max(tag, self._last_tag)
+            self._last_tag = max(tag, self._last_tag)
+            run = (groups, nbytes, tag, image, warm)
             self._rules.command(CopyGroups(state.key, state.grant, *run))
             self.update(state)
 
     def _has_room(self, state: AdapterState) -> bool:
         """Return whether another run may be in flight: `state` has to wait for its share only."""
-        few = self._copying_bytes < FAST_IN_FLIGHT_BYTES or self._copying < self._threads
-        return (few or not state.copying) and self._rules.residency.copies_free > 0
+        if not self._rules.residency.copies_free:
+            return False
+        if _is_foreground(state):
+            most, waits = FAST_IN_FLIGHT_BYTES, not state.copying
+        else:
+            most, waits = IN_FLIGHT_BYTES, False
+            # Beside loads it may only use a thread that has nothing to do.
+            loads = filter(_is_foreground, self._in_flight.values())
+            if sum(load.copying for load in loads) >= self._threads:
+                return False
+        return waits or self._copying_bytes < most or self._copying < self._threads
 
     def _next_run(self, state: AdapterState) -> tuple[int, ...]:
         """Return the next groups for one thread; the last runs are short, lest a thread be idle.
@@ -468,8 +492,11 @@ class CopyQueue:
         self._rules.residency.copies_free += copy.runs
         self._copying -= copy.runs
         self._copying_bytes -= copy.nbytes
+        if not state.copying:
+            del self._in_flight[state.key]
+        # Also of one that was cancelled: a series of them would hold up those that came before.
+        self.virtual_time = max(self.virtual_time, state.service_tag - state.copying_bytes)
         if state.slot is not SlotState.DRAINING and state.needs is not None:
-            self.virtual_time = max(self.virtual_time, state.service_tag - state.copying_bytes)
             self.update(state)
 
     def _may_submit(self, state: AdapterState) -> bool:

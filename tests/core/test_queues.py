@@ -59,7 +59,8 @@ class Link:
         self.in_flight += cast(list[CopyGroups], self.rules.take_commands())
         if not self.in_flight:
             return None
-        copy = self.in_flight.pop(0)
+        copy = min(self.in_flight, key=lambda copy: copy.tag)
+        self.in_flight.remove(copy)
         self.queue.copied(self.states[copy.key.location], copy)
         return copy.key.location, copy.nbytes // UNIT
 
@@ -122,6 +123,33 @@ def test_foreground_goes_before_prefetch() -> None:
     link.begin("L", [3] * 2, foreground=False)
     link.begin("a", [1] * 6, foreground=False)
     assert "".join(name for name, _ in link.run()) == "aaLaaaLa", "prefetches share, too"
+    link.begin("hint", [1] * 100, foreground=False)
+    link.begin("load", [1] * 100)
+    assert {link.next() for _ in range(50)} == {("load", 1)}
+    link.states["hint"].waiters.add(Waiter(99, WantedTier.DEVICE, 0.0))
+    link.queue.update(link.states["hint"])
+    joined = [name for name, _ in link.run()][:100].count("hint")
+    assert 45 <= joined <= 55, "it has waited as a prefetch, and has nothing in store"
+    link = Link(window=64)
+    link.begin("load", [queues.IN_FLIGHT_BYTES // UNIT // 6 - 1] * 40)
+    link.states["load"].is_fast = False  # so that it cannot be submitted whole
+    link.begin("hint", [1] * 10, foreground=False)
+    assert [name for name, _ in link.run()] == ["load"] * 40 + ["hint"] * 10, "in the threads, too"
+
+
+def test_loads_that_are_cancelled_hold_up_no_other() -> None:
+    """Their copies run to the end, and count."""
+    link = Link(window=64)
+    link.begin("large", [4] * 20)
+    assert link.next() is not None
+    for number in range(20):
+        link.begin(name := str(number), [2])
+        link.queue.submit()
+        link.states[name].slot = SlotState.DRAINING
+        link.queue.update(link.states[name])
+        while link.states[name].copying:
+            link.next()
+    assert link.states["large"].copying <= 20 - 8, "it had its share"
 
 
 def test_one_with_large_groups_leaves_room_for_who_comes_next() -> None:

@@ -351,9 +351,15 @@ def _clone_lifecycle(world: World) -> Lifecycle:
         new.states[key] = twin = AdapterState(*_values(life))
         for waiter in life.waiters:
             twin.waiters.add(waiter)
-        new._slots.holders.update(twin)
+        if life.copying:
+            new._copies._in_flight[key] = twin
+    for name, kept in vars(old._slots.holders).items():
+        own = kept if name == "_seen" else {key: new.states[key] for key in kept}
+        setattr(new._slots.holders, name, own.copy())
     new._host_queue.queue = _twin(old._host_queue.queue)
-    new._copies.virtual_time = old._copies.virtual_time
+    for name in ("virtual_time", "_last_tag", "_threads", "_copying", "_copying_bytes"):
+        setattr(new._copies, name, getattr(old._copies, name))
+    new._copies._foreground = old._copies._foreground.copy()
     for key in old._copies._adapters:
         new._copies._adapters[key] = new.states[key]
         new._copies.update(new.states[key])
