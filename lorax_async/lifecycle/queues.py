@@ -270,6 +270,7 @@ class SlotQueue:
         """Update the holders after the last lease on one that stays; none waits for a slot."""
         if not state.pins:
             self.holders.evictable[state.key] = state
+            self._blocked = None  # the adapter that was may come back
 
     def settle_head(self) -> AdapterState | None:
         """Grant, refuse or make room for the head. Return the adapter that changed, if any."""

@@ -36,9 +36,12 @@ class Driver:
             queue = self.lifecycle.end_lease(key)
         else:
             queue = self.lifecycle.want(key, Waiter(number, WantedTier.DEVICE, float(number)))
+        self.execute(queue)
+        self.hits += before == (len(self.loads), self.refused)
+
+    def execute(self, queue: list[commands.Command]) -> None:
         while queue:
             queue += self._do(queue.pop(0))
-        self.hits += before == (len(self.loads), self.refused)
 
     def _do(self, command: commands.Command) -> list[commands.Command]:
         key, lifecycle = command.key, self.lifecycle
@@ -101,6 +104,22 @@ def test_the_lifecycle_evicts_as_it_is_simulated(
         == driver.outcome()
     )
     assert list(ranking.ranked()) == list(device.policy.ranked())
+
+
+def test_a_load_that_comes_back_within_a_tick_of_the_clock() -> None:
+    """What was released meanwhile makes way for it, though it is as old as the one before."""
+    room = {"device_bytes": 64, "alignment": 64, "max_slots": 1, "copies": 2, "run_bytes": 0}
+    budgets = Budgets(
+        Residency(**room, policy=LRU()), HostBudget(0, LRU()), ImageBudget(0, 64, LRU())
+    )
+    driver = Driver(life := Lifecycle(budgets), [GroupSizes((64,))] * 2)
+    leased, wanted = AdapterKey("0", ()), AdapterKey("1", ())
+    driver.request(0, 0, look_up=False)
+    assert life.take_lease(leased)
+    driver.execute(life.want(wanted, Waiter(1, WantedTier.DEVICE, 1.0)))
+    driver.execute(life.withdraw(wanted, 1) + life.end_lease(leased))
+    driver.execute(life.want(wanted, Waiter(2, WantedTier.DEVICE, 1.0)))
+    assert driver.loads == [0, 1]
 
 
 @pytest.mark.parametrize(
