@@ -200,7 +200,7 @@ class AdapterMirror:
         """
         look = partial(self.entry, key, proof)
         for use_token in (False, True) if proof else (False,):
-            with suppress(LoraxError), self.peers.fetches_directly(key.name):
+            with suppress(LoraxError), self.peers.fetches_directly(key.source):
                 ref = AdapterRef(key.source, revision=key.version, use_token=use_token)
                 folder = await self._parts.folders.fetch(ref, self._store.config.timeout)
                 async with folder:

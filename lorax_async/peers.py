@@ -77,32 +77,32 @@ class Peers:
             for gone in known.keys() - set(self._members):
                 del known[gone]
 
-    def choose(self, entry: str, tried: Collection[str]) -> str | None:
-        """Return the next member to ask for an entry; None where the source's turn has come.
+    def choose(self, adapter: str, tried: Collection[str]) -> str | None:
+        """Return the next member to ask for an adapter; None where the source's turn has come.
 
-        Rendezvous hashing: members have one order for each entry, whoever else there is. A member
-        asks only those before itself, so that no two wait for each other.
+        A member asks only those before itself in the order of `home_of`, which all have alike, so
+        that no two wait for each other. `adapter` is a `RemoteKey.location`.
         """
-        if len(tried) >= MAX_ASKED or entry in self._direct:
+        if len(tried) >= MAX_ASKED or adapter in self._direct:
             return None
         now = time.monotonic()
         able = [self.own_url] if self.own_url else []
         able += [
             url for url in self._members if url not in tried and self._resting.get(url, 0.0) <= now
         ]
-        first = min(able, key=lambda url: sha256(f"{entry} {url}".encode()).digest(), default=None)
+        first = home_of(adapter, able)
         return None if first == self.own_url else first
 
     @contextmanager
-    def fetches_directly(self, entry: str) -> Iterator[None]:
-        """Ask no member for an entry in the block: a member that has asked others waits for it."""
-        self._direct[entry] += 1
+    def fetches_directly(self, adapter: str) -> Iterator[None]:
+        """Ask no member for it in the block: a member that has asked others waits for it."""
+        self._direct[adapter] += 1
         try:
             yield
         finally:
-            self._direct[entry] -= 1
-            if not self._direct[entry]:
-                del self._direct[entry]
+            self._direct[adapter] -= 1
+            if not self._direct[adapter]:
+                del self._direct[adapter]
 
     def note_problem(self, member: str, problem: str, *, rest: bool) -> None:
         """Record a failure; ask the member nothing for a while if it has to `rest`."""
@@ -118,6 +118,18 @@ class Peers:
     def is_member(self, authorization: str) -> bool:
         """Return whether a request's `Authorization` field has the fleet's token."""
         return is_same_secret(authorization, f"Bearer {self.token}")
+
+
+def home_of(adapter: str, members: Iterable[str]) -> str | None:
+    """Return the member that is first by rendezvous hashing; None if there is none.
+
+    Each adapter, in all its versions, has an order of its own, which no other member changes.
+    """
+
+    def rank(url: str) -> bytes:
+        return sha256(f"{adapter} {url}".encode("utf-8", "surrogatepass")).digest()
+
+    return min(members, key=rank, default=None)
 
 
 def is_same_secret(given: str, expected: str) -> bool:

@@ -117,6 +117,23 @@ def test_a_replica_that_is_gone_is_not_chosen_whatever_it_published() -> None:
     assert router.choose("org/a") == []
 
 
+def test_replicas_without_room_are_the_last_choices() -> None:
+    router = policy(FLEET[:2])
+    route(router, ["org/hot"] * 100)
+    choices = [router.choose("org/hot", 3) for _ in range(2)]
+    assert [sorted(each) for each in choices] == [["r0", "r1"]] * 2
+
+
+def test_a_request_that_went_elsewhere_does_not_count() -> None:
+    router = policy()
+    for _ in range(400):  # every one is meant for the first choice, and goes to the other
+        first, other, *_ = router.choose("org/a", 3)
+        router.sent("org/a", first)
+        router.take_back("org/a", first)
+        router.sent("org/a", other)
+    assert max(Counter(route(router, ["org/b"] * 400)).values()) <= 1.1 * 800 / 8 + 1
+
+
 def test_a_long_queue_gives_a_request_to_the_second_choice() -> None:
     first, second, _ = policy().choose("org/a", 3)
     for queues, chosen in (((8, 2), first), ((9, 2), second), ((4, 0), first), ((5, 0), second)):

@@ -27,7 +27,6 @@ import split_files
 import tiny
 from common import until
 from lorax_async import AdapterLoader, AdapterRef, AdapterStore, LoaderConfig, StoreConfig, errors
-from lorax_async.cache.base import CacheKey
 from lorax_async.mirror import AdapterMirror, Peers
 from sweeping import our_tasks
 from tiny_loaders import fails
@@ -149,8 +148,7 @@ async def test_a_dead_member_costs_no_second_download(origin: Origin) -> None:
         adapters, homes = dict[str, Path](), set[str | None]()
         for id in map("org/a{}".format, range(50)):
             adapters[id] = origin.add(id, rank=1)
-            entry = CacheKey(id, *origin.repos[id].commits).name
-            homes.add(other.peers.choose(entry, []))
+            homes.add(other.peers.choose(id, []))
             if len(adapters) > 3 and dead.mirror.url in homes:
                 break
         await dead.mirror.__aexit__()
@@ -167,8 +165,7 @@ async def test_who_is_asked_in_the_homes_place_asks_the_origin(origin: Origin) -
             other.peers.members = next.peers.members = [url, next.mirror.url]
             for id in map("org/a{}".format, range(50)):
                 adapter = origin.add(id, rank=1)
-                entry = CacheKey(id, *origin.repos[id].commits).name
-                if next.peers.choose(entry, []) == url:
+                if next.peers.choose(id, []) == url:
                     break
             await other.has(adapter, id)
             assert (list(other.peers.problems)[:1], next.peers.problems) == ([url], {})

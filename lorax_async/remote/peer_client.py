@@ -84,8 +84,8 @@ class PeerClient:
 
     async def bring(self, key: RemoteKey, control: FetchControl) -> None:
         """Bring the adapter into the cache if a member has it or fetches it; else do nothing."""
-        peers, entry, tried = self.peers, cache_key(key).name, list[str]()
-        if peers.choose(entry, tried) is None:
+        peers, tried = self.peers, list[str]()
+        if peers.choose(key.location, tried) is None:
             return
         try:
             async with bind_to(control):
@@ -95,7 +95,7 @@ class PeerClient:
             return  # the opener meets it too, and knows what to do
         if located is None or not self._may_take(key, located):
             return
-        while not control.cancelled and (member := peers.choose(entry, tried)) is not None:
+        while not control.cancelled and (member := peers.choose(key.location, tried)) is not None:
             tried.append(member)
             try:
                 if await PeerDownload(self, member, key, located).run(control):

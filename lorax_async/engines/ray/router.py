@@ -72,9 +72,12 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray is not installe
     ) -> None:
         """Count a request where it went, if that was not the first choice."""
         super().on_request_routed(pending_request, replica_id, result)
-        adapter = pending_request.metadata.multiplexed_model_id
-        if self._counted.pop(pending_request.future, None) != replica_id.unique_id:
-            self._policy.sent(adapter, replica_id.unique_id)
+        adapter, replica = pending_request.metadata.multiplexed_model_id, replica_id.unique_id
+        counted = self._counted.pop(pending_request.future, None)
+        if counted != replica:
+            if counted is not None:
+                self._policy.take_back(adapter, counted)
+            self._policy.sent(adapter, replica)
 
     def _set_fleet(self, ids: list[ReplicaID]) -> None:
         fleet = {replica_id.unique_id: replica_id for replica_id in ids}

@@ -155,7 +155,10 @@ class RoutingPolicy:
         self._publications[replica] += 1
 
     def choose(self, adapter: str, count: int = 1) -> list[str]:
-        """Return up to `count` replicas for a request, the best first; none without a fleet."""
+        """Return `count` replicas for a request, or all there are, the best first.
+
+        After those with room come others: for the case that none of the former answers.
+        """
         if not self._loads:
             return []
         nearness = self._nearness(adapter)
@@ -165,7 +168,10 @@ class RoutingPolicy:
             chosen += islice(candidates, max(count - 1, 1))
             if len(chosen) > 1 and self._is_better(chosen[1], chosen[0], new=new):
                 chosen[:2] = chosen[1::-1]
-        return chosen[:count]
+        others = (
+            replica for replica in self._ring.walk(hash_text(adapter)) if replica not in chosen
+        )
+        return [*chosen, *islice(others, max(0, count - len(chosen)))][:count]
 
     def sent(self, adapter: str, replica: str) -> None:
         """Count a request that was sent to a replica."""
@@ -183,6 +189,13 @@ class RoutingPolicy:
             self._requests = Counter({adapter: half for adapter, half in halves.items() if half})
             self._loads = {replica: load // 2 for replica, load in self._loads.items()}
             self._total = sum(self._loads.values())
+
+    def take_back(self, adapter: str, replica: str) -> None:
+        """Do not count a request that was meant for a replica, and went to another one."""
+        if self._loads.get(replica) and self._requests[adapter]:
+            self._requests[adapter] -= 1
+            self._loads[replica] -= 1
+            self._total -= 1
 
     def _nearness(self, adapter: str) -> dict[str, int]:
         """Return the replicas that have an adapter, or were sent it since they last published."""

@@ -33,8 +33,11 @@ def say(text: str) -> None:
 
 @pytest.mark.parametrize("replicas", [2, 3])
 def test_the_origin_is_asked_once_for_each_adapter(world: World, replicas: int) -> None:
+    from ray import serve
+
     app = f"ours{replicas}"
-    answers = world.play(app, zipf(world.ids(app)))
+    world.handle(app)
+    answers = world.play(app, zipf(world.ids(app)), serve.get_app_handle(app))
     assert len({answer.adapter for answer in answers}) == ADAPTERS
     assert all(answer.digest == world.digests[answer.adapter[-4:-1]] for answer in answers)
     assert world.fetches(app) == ADAPTERS
@@ -45,9 +48,12 @@ def test_the_origin_is_asked_once_for_each_adapter(world: World, replicas: int) 
 
 def test_beside_other_routers(world: World, request: pytest.FixtureRequest) -> None:
     """Counts of two replicas each; without peers, which only ours has here."""
+    from ray import serve
+
     rows, runs = [], {}
     for app in ("ours2", "default", "multiplexed", "hash"):
-        answers = world.play(app, zipf(world.ids(app), seed=2))
+        world.handle(app)
+        answers = world.play(app, zipf(world.ids(app), seed=2), serve.get_app_handle(app))
         times = sorted(answer.seconds for answer in answers)
         row = affinity(answers), world.fetches(app), busiest(answers, 2)
         rows.append(row)
@@ -57,10 +63,10 @@ def test_beside_other_routers(world: World, request: pytest.FixtureRequest) -> N
     folder = request.config.getoption("pictures")
     if folder is not None:
         (folder / "fleet-run.svg").write_text(draw(runs, sorted(world.digests)))
-    ours, *others = rows
-    assert ours[1] == ADAPTERS <= min(fetches for _, fetches, _ in others)
-    assert ours[0] > max(rows[1][0], rows[2][0])
-    assert ours[2] < rows[3][2]
+    (affine, fetched, most), default, *others = rows
+    assert (affine >= 0.95, fetched, most <= 1.25) == (True, ADAPTERS, True)
+    assert default[1] > 1.5 * ADAPTERS
+    assert min(fetches for _, fetches, _ in others) >= ADAPTERS
 
 
 def test_a_new_router_finds_what_replicas_have(world: World) -> None:

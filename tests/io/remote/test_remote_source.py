@@ -99,6 +99,14 @@ async def test_jobs_end_with_whoever_follows_them() -> None:
     assert all(job.done.done() for job in jobs)
 
 
+async def test_an_entry_stays_for_as_long_as_it_is_read(world: RemoteWorld) -> None:
+    world.stock()
+    file = await brought(world)
+    assert in_use(world) == [True]
+    file.reader.close()
+    assert in_use(world) == [False]
+
+
 async def test_groups_are_reported_on_the_loop(world: RemoteWorld) -> None:
     world.stock()
     file, told = await opened(world), list[tuple[int, Thread]]()
