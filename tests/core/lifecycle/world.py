@@ -305,8 +305,10 @@ class World:
 
     def copies_done(self, a: int, groups: tuple[int, ...], more: tuple[int, ...]) -> list[Command]:
         """Two runs of one adapter have ended before the loop hears of the first."""
-        both = self.copies[a, groups].joined(self.copies.pop((a, more)))
-        self.copies[a, groups] = both
+        other = self.copies.pop((a, more))
+        if other.image is not None:
+            self.content[other.image.offset] = (a, more[0])
+        self.copies[a, groups] = self.copies[a, groups].joined(other)
         return self.copy_done(a, groups)
 
     def copy_failed(self, a: int, groups: tuple[int, ...]) -> list[Command]:
@@ -380,7 +382,7 @@ def _outcomes(world: World) -> Iterator[Action]:
     for (a, groups), copy in world.copies.items():
         yield ("copy_done", a, groups)
         for b, more in world.copies:
-            if a == b and groups < more and copy.image is None:
+            if a == b and groups < more:
                 yield ("copies_done", a, groups, more)
         if world.setting.failures:
             yield ("copy_failed", a, groups)
