@@ -19,7 +19,7 @@ from hub_stand_in import HubStandIn
 from user_loads import at, contents
 
 import tiny
-from servers import Nginx, nginx
+from servers import Nginx, free_port, nginx
 
 if find_spec("ray") is None:
     collect_ignore_glob = ["test_*.py"]
@@ -66,6 +66,8 @@ class World:
     hub: HubStandIn
     digests: dict[str, str] = field(default_factory=dict)
     handles: dict[str, Any] = field(default_factory=dict)
+    port: int = field(default_factory=free_port)
+    """Of Ray's proxy."""
     lost: int = 0
     """Requests that were sent again, for their replica died."""
 
@@ -214,7 +216,7 @@ def _with_ray(world: World) -> Iterator[World]:
         _node_ip_address="127.0.0.1",
     )
     try:
-        serve.start(proxy_location="Disabled")
+        serve.start(http_options={"host": "127.0.0.1", "port": world.port})
         yield world
     finally:
         serve.shutdown()
