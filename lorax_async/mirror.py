@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import re
 import socket
@@ -14,7 +15,7 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler
 from ipaddress import ip_address
 from threading import Event, Lock, Semaphore, Thread
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import parse_qs, urlsplit
 
 from lorax_async.cache.base import CacheEntry, CacheKey, scope_name
@@ -23,6 +24,7 @@ from lorax_async.errors import ConfigError, LoraxError
 from lorax_async.files import Reader
 from lorax_async.formats.spans import ByteRange
 from lorax_async.formats.split_weights import role_of
+from lorax_async.ids import STORES
 from lorax_async.loader import AdapterLoader
 from lorax_async.peers import Peers, is_same_secret
 from lorax_async.remote.opening import PUBLIC, close_unused
@@ -31,10 +33,16 @@ from lorax_async.store import AdapterStore
 from lorax_async.types import AdapterRef, require_count
 from lorax_async.urls import parse_url
 
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
 __all__ = ["AdapterMirror", "Peers"]
 
 MAX_CONNECTIONS = 32
 """Requests at once, each in a thread; others wait to be accepted."""
+
+MAX_REQUEST_BYTES = 64 << 10
+"""Of a request and its fields, which strangers may send, too."""
 
 MAX_FETCHES = 256
 """Adapters that are fetched for members at once; for others they have to look elsewhere."""
@@ -151,9 +159,11 @@ class AdapterMirror:
 
     def _may_read(self, entry: CacheEntry, key: CacheKey, proof: str) -> bool:
         names = entry.scope_names()
-        return scope_name(PUBLIC) in names or any(
-            is_same_secret(proof, self.peers.proof(key.name, name)) for name in names
-        )
+        if scope_name(PUBLIC) in names:
+            return True
+        if key.source.partition("://")[0] in STORES and not self.peers.trust:
+            return False  # their scope names the environment's identity, which is no secret
+        return any(is_same_secret(proof, self.peers.proof(key.name, name)) for name in names)
 
     def state(self, key: CacheKey, proof: str) -> PeerState:
         """Return what a member can expect of a key now; begin to fetch it. Blocks."""
@@ -285,16 +295,42 @@ class MirrorServer:
                 connection.shutdown(socket.SHUT_RDWR)
 
 
+class RequestBytes(io.RawIOBase):
+    """The bytes of one request: at most `MAX_REQUEST_BYTES`, within `MEMBER_SECONDS`."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._left = MAX_REQUEST_BYTES
+        self._until = time.monotonic() + MEMBER_SECONDS
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        seconds = self._until - time.monotonic()
+        if seconds <= 0 or not self._left:
+            raise TimeoutError
+        self._connection.settimeout(seconds)
+        count = self._connection.recv_into(memoryview(buffer)[: self._left])
+        self._left -= count
+        return count
+
+
 class MirrorRequest(BaseHTTPRequestHandler):
     """Answers one request: for the state of an entry, or for bytes of one of its files."""
 
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "lorax-async", ""
-    timeout = MEMBER_SECONDS
     disable_nagle_algorithm = True
     server: Any
 
+    def setup(self) -> None:
+        super().setup()
+        self.rfile.close()
+        self.rfile = io.BufferedReader(RequestBytes(self.connection))
+
     def do_GET(self) -> None:
+        self.connection.settimeout(MEMBER_SECONDS)
         mirror: AdapterMirror = self.server.mirror
         if not mirror.peers.is_member(self.headers.get("Authorization", "")):
             return self._reply(401)

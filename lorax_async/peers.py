@@ -33,7 +33,8 @@ class Peers:
     token
         The secret that the members of the fleet share: printable ASCII without spaces.
     trust
-        Take adapters whose source names no digest, too: nothing but the peer vouches for them.
+        Take adapters whose source names no digest, too: nothing but the peer vouches for them. And
+        serve members what object stores gave this machine, whose identity is no secret to prove.
     patience
         Seconds without a byte, a third of those without progress of the peer's own download, after
         which the next member or the source is asked.

@@ -5,16 +5,18 @@ import base64
 import hmac
 import itertools
 import json
+import shutil
 import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from hashlib import sha256
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
+import disk_cache_world
 import pytest
 from fault_server import Asked, Behaviour, Client, FaultServer, answer
 from hub_stand_in import HubStandIn, Reply
@@ -27,7 +29,11 @@ import split_files
 import tiny
 from common import until
 from lorax_async import AdapterLoader, AdapterRef, AdapterStore, LoaderConfig, StoreConfig, errors
+from lorax_async import mirror as mirror_module
+from lorax_async.cache.base import CacheKey, scope_name
+from lorax_async.formats.split_weights import CONFIG_FILE, WEIGHTS_FILE
 from lorax_async.mirror import AdapterMirror, Peers
+from lorax_async.remote.peer_client import PROOF_FIELD
 from sweeping import our_tasks
 from tiny_loaders import fails
 
@@ -286,6 +292,11 @@ def stalled(asked: Asked, client: Client) -> None:
     hold(client)
 
 
+def without_end(asked: Asked, client: Client) -> None:
+    state = {"state": "fetching", "progress": time.monotonic_ns()}
+    sends(json.dumps(state).encode())(asked, client)
+
+
 def half_false(data: bytes) -> Behaviour:
     """The first bytes are whole and false, the rest breaks off."""
 
@@ -305,6 +316,7 @@ WRONG: dict[str, Callable[[dict[str, bytes]], dict[str, Behaviour]]] = {
     "no state": lambda _: {"": sends(b"[]")},
     "silent": lambda _: {"": lambda _, client: hold(client)},
     "no progress": lambda _: {"": sends(b'{"state": "fetching", "progress": 7}')},
+    "no end": lambda _: {"": without_end},
     "busy": lambda _: {"": sends(b'{"state": "elsewhere", "progress": 7}')},
     "stalled": lambda _: {WEIGHTS: stalled},
     "half false": lambda files: {WEIGHTS: half_false(files[WEIGHTS])},
@@ -321,7 +333,8 @@ async def test_a_false_peer_costs_time_and_nothing_else(origin: Origin, wrong: s
     adapter = origin.add(rank=64)
     files = contents(adapter)
     with FaultServer(b"", FalsePeer(files, WRONG[wrong](files))) as false:
-        async with asking(origin, patience=0.5) as replica:
+        timeout = 8 if wrong == "no end" else 60
+        async with asking(origin, patience=0.5, timeout=timeout) as replica:
             replica.peers.members = [f"http://{false.netloc}"]
             await replica.has(adapter)
             assert (replica.peers.taken, origin.downloads) == (0, 1)
@@ -333,6 +346,32 @@ async def test_a_false_peer_costs_time_and_nothing_else(origin: Origin, wrong: s
         assert not any(asked.target == "/else" for asked in false.asked)
     assert {asked.fields["authorization"] for asked in false.asked} == {f"Bearer {TOKEN}"}
     assert not any(TOKEN in asked.raw for asked in origin.asked)
+
+
+async def test_a_process_killed_in_a_peers_download_leaves_no_byte_of_it(origin: Origin) -> None:
+    """The next download would take them for its source's own."""
+    adapter, held = origin.add(rank=256), asyncio.Event()
+    files, loop = contents(adapter), asyncio.get_running_loop()
+
+    def half(asked: Asked, client: Client) -> None:
+        if asked.span and asked.span[0] > len(files[WEIGHTS]) // 2:
+            loop.call_soon_threadsafe(held.set)
+            hold(client)
+        sends(files[WEIGHTS][:300_000] + bytes(1_000) + files[WEIGHTS][301_000:])(asked, client)
+
+    with FaultServer(b"", FalsePeer(files, {WEIGHTS: half})) as false:
+        async with asking(origin) as replica:
+            replica.peers.members = [f"http://{false.netloc}"]
+            load = asyncio.create_task(replica.has(adapter))
+            await held.wait()
+            await asyncio.sleep(0.3)
+            killed = [shutil.copytree(replica.folder, origin.folder / f"killed{n}") for n in (1, 2)]
+            load.cancel()
+            await asyncio.wait([load])
+    for folder, verify in zip(killed, ("none", "stream"), strict=True):
+        settings = origin.settings(folder.name, Peers(TOKEN), verify=verify)
+        async with AdapterStore(StoreConfig(**settings)) as store, store.checkout(ID) as found:
+            assert files.items() <= contents(found.path).items()
 
 
 async def test_no_byte_of_a_peer_is_on_the_device_before_it_is_checked(origin: Origin) -> None:
@@ -436,6 +475,37 @@ async def test_a_machines_own_token_serves_those_who_have_it(
             assert (origin.downloads - begun, same.peers.taken) == (hub_cache == "off", 1)
             await fails(other.store.checkout(ID), errors.AccessDeniedError)
             assert other.peers.taken == 0
+
+
+async def test_what_other_tools_stored_is_public_only_if_the_source_says_so(origin: Origin) -> None:
+    """They may have had a token that this machine has not."""
+    origin.add(token=SECRET)
+    snapshot_download(ID, token=SECRET, endpoint=origin.endpoint, cache_dir=origin.folder / "hub")
+    settings: Any = {"hub_cache": "read", "hub_cache_dir": origin.folder / "hub"}
+    async with fleet(origin, 1, **settings) as (home,):
+        key = CacheKey(ID, next(iter(origin.repos[ID].commits)))
+        path = f"/v1/{key.name}/{{}}?source={ID}&version={key.version}"
+        member = {"Authorization": f"Bearer {TOKEN}"}
+        status, _ = await asyncio.to_thread(fetch, home, path.format(WEIGHTS), **member)
+        assert status == 404
+
+
+async def test_the_name_of_a_machines_identity_is_no_proof(origin: Origin) -> None:
+    """Those of object stores are no secrets."""
+    key, scope = CacheKey("s3://bucket/adapter/", "etags-1"), "environment"
+    member = {"Authorization": f"Bearer {TOKEN}"}
+    for trust in (False, True):
+        name = f"trust-{trust}"
+        with disk_cache_world.opened(origin.folder / name) as world:
+            download = disk_cache_world.begun(world.cache, key, scope)
+            for role in (CONFIG_FILE, WEIGHTS_FILE):
+                download.file(role, 4).write(0, memoryview(b"data"))
+            download.publish().close()
+        async with Replica(origin, name, trust=trust) as home:
+            proof = {PROOF_FIELD: home.peers.proof(key.name, scope_name(scope))}
+            path = f"/v1/{key.name}/{WEIGHTS}?source={key.source}&version={key.version}"
+            status, _ = await asyncio.to_thread(fetch, home, path, **member, **proof)
+            assert status == (200 if trust else 404)
 
 
 @pytest.mark.parametrize("trust", [False, True])
@@ -543,3 +613,26 @@ async def test_a_mirror_sends_no_more_bytes_a_second_than_it_may(origin: Origin)
             assert (status, json.loads(state)["state"]) == (200, "ready")
             async with asyncio.timeout(8):
                 await home.mirror.__aexit__()
+
+
+async def test_strangers_hold_a_mirror_for_ten_seconds_and_64_kib(
+    origin: Origin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror_module, "MEMBER_SECONDS", 1.0)
+    async with fleet(origin, 1) as (home,):
+        address = ("127.0.0.1", int(home.mirror.url.rpartition(":")[2]))
+
+        def ask(*parts: bytes) -> bytes:
+            with socket.create_connection(address, timeout=5) as member, suppress(ConnectionError):
+                for part in parts:
+                    member.sendall(part)
+                    time.sleep(0.02)
+                return member.recv(99)
+            return b""
+
+        for parts in (
+            [b"GET / HTTP/1.1\r\n", *[b"A"] * 150],
+            [b"GET / HTTP/1.1\r\n", *[b"A: " + b"b" * 60_000 + b"\r\n"] * 9, b"\r\n"],
+        ):
+            assert await asyncio.to_thread(ask, *parts) == b""
+        assert (await asyncio.to_thread(ask, b"GET / HTTP/1.1\r\n\r\n")).startswith(b"HTTP/1.1 401")

@@ -199,6 +199,8 @@ class DiskDownload:
         self.key = key
         self._cache = cache
         self._directory = cache.directory
+        self.resumable = True
+        """Whether the next download may trust its bytes, also after this process was killed."""
         self._scope = scope
         self._partial = partial
         self._open = True
@@ -212,8 +214,10 @@ class DiskDownload:
         self._require_open()
         if role in self._files:
             raise InternalError(f"{role.file_name} was added to the download twice")
-        folder, reserve = self._partial.folder, self._cache.budget.reserve
-        file = self._files[role] = PartialFile(folder, role, nbytes, expected, reserve)
+        file = self._files[role] = PartialFile(
+            *(self._partial.folder, role, nbytes, expected, self._cache.budget.reserve),
+            resumable=self.resumable,
+        )
         return file
 
     def publish(self) -> DiskEntry:

@@ -131,7 +131,7 @@ class PartialFile:
     """One file of a download, written by many threads, with its chunk map beside it.
 
     A chunk's bit is written after its bytes: the map is true whenever this process is killed, and
-    no byte waits for the disk.
+    no byte waits for the disk. One that is not `resumable` has no map.
 
     Attributes
     ----------
@@ -142,7 +142,14 @@ class PartialFile:
     """
 
     def __init__(
-        self, folder: Folder, role: FileRole, nbytes: int, expected: Digest | None, reserve: Reserve
+        self,
+        folder: Folder,
+        role: FileRole,
+        nbytes: int,
+        expected: Digest | None,
+        reserve: Reserve,
+        *,
+        resumable: bool,
     ) -> None:
         self.role = role
         self.nbytes = nbytes
@@ -161,7 +168,7 @@ class PartialFile:
             fd = folder.file(self._name, os.O_RDWR | os.O_CREAT)
         self._file = SharedResource(self._name, os.close, opened=fd)
         try:
-            self._map = self._resume() or self._begin(reserve)
+            self._map = self._resume() or self._begin(reserve, resumable=resumable)
         except BaseException:
             self.close()
             with translate_errors("give room back"):
@@ -192,7 +199,8 @@ class PartialFile:
                 _write_all(fd, data, offset)
                 with self._lock:
                     self._unsaved += self._map.mark((offset, stop), self._here.add(offset, stop))
-                    if self._unsaved > min(MAX_UNSAVED_CHUNKS, self._map.chunks // 16):
+                    most = min(MAX_UNSAVED_CHUNKS, self._map.chunks // 16)
+                    if self._map_file is not None and self._unsaved > most:
                         self._unsaved = 0
                         self._write_map(self._map.bits, _HEADER.size)
         except OSError as error:
@@ -276,7 +284,7 @@ class PartialFile:
             self._open_map(chunk_map, os.O_WRONLY, sync=True)
             return chunk_map
 
-    def _begin(self, reserve: Reserve) -> ChunkMap:
+    def _begin(self, reserve: Reserve, *, resumable: bool) -> ChunkMap:
         with reserve(self.nbytes), self._file.use() as fd:
             try:
                 if self.nbytes:
@@ -285,8 +293,9 @@ class PartialFile:
                 os.ftruncate(fd, 0)
                 raise translate(error, "make room for a download") from error
         chunk_map = ChunkMap(self.nbytes)
-        with translate_errors(_WRITING):
-            self._open_map(chunk_map, os.O_WRONLY | os.O_CREAT | os.O_EXCL, sync=False)
+        if resumable:
+            with translate_errors(_WRITING):
+                self._open_map(chunk_map, os.O_WRONLY | os.O_CREAT | os.O_EXCL, sync=False)
         return chunk_map
 
     def _open_map(self, chunk_map: ChunkMap, flags: int, *, sync: bool) -> None:

@@ -620,7 +620,8 @@ class HubEntry:
         return None if since is None else max(0.0, time.time() - since)
 
     def scope_names(self) -> list[str]:
-        own = self._cache.own_scope()
+        # Without a token here, it is unknown whether other tools had one: "" needs a grant.
+        own = self._cache.own_scope() or None
         scopes = [scope for name, scope in tuple(self._cache.grants) if name == self.record.name]
         return [scope_name(scope) for scope in (*scopes, own) if scope is not None]
 

@@ -51,6 +51,9 @@ _REFUSED_SECONDS = 60.0
 _PATIENCES = 3
 """A member's download may wait this many times longer than the member: its source may be slow."""
 
+_SHARE = 0.5
+"""Of a call's time, for all members together: the source must have its turn."""
+
 _POLL_SECONDS, _LONGEST_POLL = 0.02, 0.25
 
 
@@ -64,7 +67,12 @@ class PeerClient:
     """Brings adapters from peers into the cache before they are opened. `close` blocks."""
 
     def __init__(
-        self, peers: Peers, resolver: VersionResolver, workers: WorkerThreads, limits: Limits
+        self,
+        peers: Peers,
+        resolver: VersionResolver,
+        workers: WorkerThreads,
+        limits: Limits,
+        timeout: float,
     ) -> None:
         patience = peers.patience
         settings = HttpSettings(
@@ -76,6 +84,7 @@ class PeerClient:
         )
         self.peers = peers
         self.limits = limits
+        self._seconds = _SHARE * timeout
         self.engine = RangeEngine(settings)
         self.resolver = resolver
         self.workers = workers
@@ -85,21 +94,16 @@ class PeerClient:
     async def bring(self, key: RemoteKey, control: FetchControl) -> None:
         """Bring the adapter into the cache if a member has it or fetches it; else do nothing."""
         peers, tried = self.peers, list[str]()
-        if peers.choose(key.location, tried) is None:
-            return
-        try:
-            async with bind_to(control):
-                is_stored = await self.workers.run(partial(self._is_stored, key))
-                located = None if is_stored else await self.resolver.locate(key)
-        except LoraxError:
-            return  # the opener meets it too, and knows what to do
+        located = await self._locate(key, control) if peers.members else None
         if located is None or not self._may_take(key, located):
             return
+        until = asyncio.get_running_loop().time() + self._seconds
         while not control.cancelled and (member := peers.choose(key.location, tried)) is not None:
             tried.append(member)
             try:
-                if await PeerDownload(self, member, key, located).run(control):
-                    return
+                async with asyncio.timeout_at(until):
+                    if await PeerDownload(self, member, key, located).run(control):
+                        return
             except AdapterError as error:
                 is_refusal = isinstance(error, AccessDeniedError)
                 if not control.cancelled:
@@ -108,6 +112,21 @@ class PeerClient:
                     return
             except LoraxError:
                 return  # the cache has no room: the opener says so
+            except TimeoutError:
+                problem = f"it was not done after {self._seconds:g} s, all members together"
+                peers.note_problem(member, problem, rest=True)
+                return
+
+    async def _locate(self, key: RemoteKey, control: FetchControl) -> LocatedAdapter | None:
+        """Return where the source has it; None if the cache has it, or no member is to be asked."""
+        try:
+            async with bind_to(control):
+                is_stored = await self.workers.run(partial(self._is_stored, key))
+                if is_stored or self.peers.choose(key.location, ()) is None:
+                    return None
+                return await self.resolver.locate(key)
+        except LoraxError:
+            return None  # the opener meets it too, and knows what to do
 
     def _is_stored(self, key: RemoteKey) -> bool:
         entry = self.resolver.cache.open(cache_key(key))
@@ -194,6 +213,8 @@ class PeerDownload(AdapterOpener):
         if isinstance(result, DiskDownload) and result.has_leftovers:
             result.close()  # a peer that fails would cost what is here
             return 0
+        if isinstance(result, DiskDownload):
+            result.resumable = False
         return result
 
     async def _until_ready(self, control: FetchControl) -> bool:

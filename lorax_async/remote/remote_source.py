@@ -367,7 +367,7 @@ def make_remote_source(
         opener = AdapterOpener(resolver, engine, workers, limits=limits, verify=verify)
         peers = None
         if config.peers is not None:
-            peers = PeerClient(config.peers, resolver, workers, limits)
+            peers = PeerClient(config.peers, resolver, workers, limits, config.timeout)
 
         def close() -> None:
             if peers is not None:
