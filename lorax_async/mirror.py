@@ -163,7 +163,9 @@ class AdapterMirror:
             return True
         if key.source.partition("://")[0] in STORES and not self.peers.trust:
             return False  # their scope names the environment's identity, which is no secret
-        return any(is_same_secret(proof, self.peers.proof(key.name, name)) for name in names)
+        return any(
+            is_same_secret(proof, self.peers.proof(self.url, key.name, name)) for name in names
+        )
 
     def state(self, key: CacheKey, proof: str) -> PeerState:
         """Return what a member can expect of a key now; begin to fetch it. Blocks."""

@@ -112,9 +112,13 @@ class Peers:
             if rest:
                 self._resting[member] = time.monotonic() + REST_SECONDS
 
-    def proof(self, entry: str, scope: str) -> str:
-        """Return what proves to a member that this one may have an entry under a scope's name."""
-        return hmac.new(self.token.encode(), f"{entry} {scope}".encode(), sha256).hexdigest()
+    def proof(self, member: str, entry: str, scope: str) -> str:
+        """Return what proves to a member that this one may have an entry under a scope's name.
+
+        It proves nothing to other members, to which that one might show it.
+        """
+        text = f"{member} {entry} {scope}"
+        return hmac.new(self.token.encode(), text.encode(), sha256).hexdigest()
 
     def is_member(self, authorization: str) -> bool:
         """Return whether a request's `Authorization` field has the fleet's token."""

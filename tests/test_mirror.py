@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import hmac
 import itertools
 import json
 import shutil
@@ -441,7 +440,7 @@ async def test_a_private_adapter_needs_the_credentials_it_came_with(origin: Orig
         (scope,) = entry.glob("scope.*")
         query = f"?source={ID}&version={next(iter(origin.repos[ID].commits))}"
         member = {"Authorization": f"Bearer {TOKEN}"}
-        forged = hmac.new(b"another", f"{entry.name} {scope.name}".encode(), sha256).hexdigest()
+        forged = Peers("another").proof(home.mirror.url, entry.name, scope.name)
         proofs: tuple[dict[str, str], ...] = (
             {},
             {"X-Lorax-Proof": ""},
@@ -454,6 +453,19 @@ async def test_a_private_adapter_needs_the_credentials_it_came_with(origin: Orig
                 status, body = await asyncio.to_thread(fetch, home, path, **member, **proof)
                 assert (status, body) == (404, b"")
         assert home.mirror.served_bytes == served
+
+
+async def test_a_member_cannot_use_the_proof_that_it_was_shown(origin: Origin) -> None:
+    adapter = origin.add(token=SECRET)
+    with FaultServer(b"", FalsePeer(contents(adapter), {"": refuse("403 No")})) as false:
+        async with fleet(origin, 1) as (home,), asking(origin, home) as replica:
+            await home.has(adapter, token=SECRET)
+            replica.peers.members = [f"http://{false.netloc}"]
+            await replica.has(adapter, token=SECRET)
+            (asked,) = false.asked
+            shown = {name: asked.fields[name] for name in ("authorization", "x-lorax-proof")}
+            path = asked.target.replace("?", f"{WEIGHTS}?")
+            assert await asyncio.to_thread(fetch, home, path, **shown) == (404, b"")
 
 
 @pytest.mark.parametrize("hub_cache", ["off", "read"])
@@ -502,9 +514,10 @@ async def test_the_name_of_a_machines_identity_is_no_proof(origin: Origin) -> No
                 download.file(role, 4).write(0, memoryview(b"data"))
             download.publish().close()
         async with Replica(origin, name, trust=trust) as home:
-            proof = {PROOF_FIELD: home.peers.proof(key.name, scope_name(scope))}
+            proof = home.peers.proof(home.mirror.url, key.name, scope_name(scope))
             path = f"/v1/{key.name}/{WEIGHTS}?source={key.source}&version={key.version}"
-            status, _ = await asyncio.to_thread(fetch, home, path, **member, **proof)
+            fields = {**member, PROOF_FIELD: proof}
+            status, _ = await asyncio.to_thread(fetch, home, path, **fields)
             assert status == (200 if trust else 404)
 
 

@@ -179,7 +179,8 @@ class PeerDownload(AdapterOpener):
         self._headers = {"Authorization": f"Bearer {client.peers.token}"}
         if located.scope != PUBLIC:
             entry = cache_key(key).name
-            self._headers[PROOF_FIELD] = client.peers.proof(entry, scope_name(located.scope))
+            proof = client.peers.proof(member, entry, scope_name(located.scope))
+            self._headers[PROOF_FIELD] = proof
 
     async def run(self, control: FetchControl) -> bool:
         """Return whether the cache has it, or gets it from elsewhere; False to ask another member.
