@@ -117,7 +117,7 @@ _TICKS_NS = 20_000_000
 
 
 def is_settled(identity: FileIdentity, now_ns: int) -> bool:
-    """Whether a change from `now_ns` (since the epoch) on gives the file another identity."""
+    """Return whether a change from `now_ns` (since the epoch) on changes the identity."""
     return now_ns - identity.ctime_ns >= _TICKS_NS
 
 

@@ -5,7 +5,7 @@ import copy
 import os
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from lorax_async import AdapterHandle, AdapterLoader, LoaderConfig, errors
 from lorax_async.devices.base import FilePieces
 from lorax_async.devices.simulated import GatedDevice
 from lorax_async.events import Event, LayerReady, Resident
+from lorax_async.files import Reader
 from lorax_async.lifecycle.arena import Arena
+from lorax_async.planning.transfer_plan import ReadMove
 from tiny_loaders import fails, gated, loader
 from tiny_sources import WEIGHTS, over, simulated, state, stocked, where
 
@@ -76,13 +78,18 @@ async def test_order_of_reads(tmp_path: Path, verb: str) -> None:
     """Sorted by name a file has layer 10 before layer 2."""
     folder, layout = tiny.write(tmp_path / "a", layers=12), tiny.layout(layers=12)
     device = GatedDevice(layout, dtype="F32", nbytes=1 << 20, slots=1)
-    offsets, plain_copy = list[int](), device.copy
+    offsets, plain_copy, plain_read = list[int](), device.copy, device.read
 
     def noting(pieces: FilePieces, *rest: Any) -> Any:
-        offsets.append(pieces.reads[0].file_offset)
+        offsets.extend(read.file_offset for read in pieces.reads[:1])
         return plain_copy(pieces, *rest)
 
+    def noting_run(reader: Reader, moves: Sequence[ReadMove]) -> None:
+        offsets.extend(move.file_offset for move in moves)
+        plain_read(reader, moves)
+
     device.copy = noting  # type: ignore[assignment, method-assign]
+    device.read = noting_run  # type: ignore[method-assign]
     config = LoaderConfig(device_bytes=1 << 20, max_slots=1, io_threads=1)
     async with AdapterLoader(layout, config, device=device) as there:
         if verb == "load":

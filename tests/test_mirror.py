@@ -163,6 +163,7 @@ async def test_a_dead_member_costs_no_second_download(origin: Origin) -> None:
         assert all(each.peers.problems for each in (*replicas, other))
 
 
+@pytest.mark.slow
 async def test_who_is_asked_in_the_homes_place_asks_the_origin(origin: Origin) -> None:
     with FaultServer(b"", lambda _, client: hold(client)) as silent:
         async with fleet(origin, 1, patience=1.0) as (next,), asking(origin, patience=1.0) as other:
@@ -327,7 +328,11 @@ WRONG: dict[str, Callable[[dict[str, bytes]], dict[str, Behaviour]]] = {
 }
 
 
-@pytest.mark.parametrize("wrong", WRONG)
+SLOW = pytest.mark.slow  # By seconds of patience that have to pass
+CASES = [pytest.param(it, marks=SLOW) if it == "no end" else it for it in WRONG]
+
+
+@pytest.mark.parametrize("wrong", CASES)
 async def test_a_false_peer_costs_time_and_nothing_else(origin: Origin, wrong: str) -> None:
     adapter = origin.add(rank=64)
     files = contents(adapter)
@@ -628,6 +633,7 @@ async def test_a_mirror_sends_no_more_bytes_a_second_than_it_may(origin: Origin)
                 await home.mirror.__aexit__()
 
 
+@pytest.mark.slow
 async def test_strangers_hold_a_mirror_for_ten_seconds_and_64_kib(
     origin: Origin, monkeypatch: pytest.MonkeyPatch
 ) -> None:

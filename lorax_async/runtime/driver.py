@@ -377,13 +377,14 @@ class Driver:
     def _notify_ready(self, command: commands.NotifyReady) -> None:
         occupancy = self.lease_table.occupancies[command.key]
         slot = command.grant.slot
-        layer, ready = occupancy.layers[command.watermark - 1], None
+        ready: list[Event] = []
         if self.telemetry.has_subscribers:
-            ready = self._event(LayerReady, command.key, slot=slot, layer=layer)
-            self.telemetry.note(ready)  # before a pass sees the layer
+            for layer in occupancy.layers[occupancy.watermark : command.watermark]:
+                ready.append(self._event(LayerReady, command.key, slot=slot, layer=layer))
+                self.telemetry.note(ready[-1])  # before a pass sees the layer
         occupancy.advance(command.watermark)
-        if ready is not None:
-            self.telemetry.publish(ready)
+        for event in ready:
+            self.telemetry.publish(event)
         if command.last:
             self.telemetry.count("loads")
             self._publish(Resident, command.key, slot=slot)

@@ -81,7 +81,8 @@ class SlotOccupancy:
         self.group_tickets: dict[int, CopyTicket] = {}
         """The tickets of enqueued copies, by group; added by the I/O threads."""
         self._num_layers = num_layers
-        self._watermark = 0
+        self.watermark = 0
+        """The groups below it are on the device."""
         self._changed = threading.Condition()
         self._loop = running_loop()
         self._sleepers: dict[asyncio.Future[None], int] = {}
@@ -91,7 +92,7 @@ class SlotOccupancy:
 
         None if some of the copies are not enqueued yet.
         """
-        groups = range(self._watermark, self._needed(layer))
+        groups = range(self.watermark, self._needed(layer))
         tickets = [self.group_tickets.get(group) for group in groups]
         return None if None in tickets else [ticket for ticket in tickets if ticket is not None]
 
@@ -101,16 +102,16 @@ class SlotOccupancy:
 
     @property
     def complete(self) -> bool:
-        return self._watermark == len(self.layers)
+        return self.watermark == len(self.layers)
 
     def is_ready(self, layer: int) -> bool:
         """Return whether the bytes of `layer` and of those before it are on the device."""
-        return self._watermark >= self._needed(layer)
+        return self.watermark >= self._needed(layer)
 
     async def ready(self, layer: int, check: Callable[[], None]) -> None:
         """Wait on the loader's loop until `layer` is ready; raise what `check` raises meanwhile."""
         needed = self._needed(layer)
-        await self.until(lambda: self._watermark >= needed, check, needed)
+        await self.until(lambda: self.watermark >= needed, check, needed)
 
     async def until(
         self, reached: Callable[[], bool], check: Callable[[], None], needed: int | None = None
@@ -137,7 +138,7 @@ class SlotOccupancy:
 
         def is_reached() -> bool:
             check()
-            return self._watermark >= needed
+            return self.watermark >= needed
 
         with self._changed:
             if not self._changed.wait_for(is_reached, timeout):
@@ -155,7 +156,7 @@ class SlotOccupancy:
     def advance(self, watermark: int) -> None:
         """Raise the watermark: the groups below it are on the device."""
         with self._changed:
-            self._watermark = watermark
+            self.watermark = watermark
             self._changed.notify_all()
         self._wake(watermark)
 

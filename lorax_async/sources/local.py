@@ -128,10 +128,8 @@ class LocalSource:
         if len(key.files) < 2:
             raise UsageError("the key is not a local adapter's")
         work = partial(_open, key, self._limits, self._immutable)
-        config, weights = await call_in(self._threads, work, lambda opened: opened[1].close())
-        return AdapterFile(
-            config, weights.prefix, weights.reader, weights.holdable, cached=weights.cached
-        )
+        config, weights, cached = await call_in(self._threads, work, lambda found: found[1].close())
+        return AdapterFile(config, weights.prefix, weights.reader, weights.holdable, cached=cached)
 
     def reopen(self, key: AdapterKey) -> Reader:
         """See `Source`; the first read of several files parses their headers again."""
@@ -158,9 +156,7 @@ class LocalSource:
             raise FetchError("no caller waits for the adapter any more")
         if not self._hashes:
             return UNCHECKED
-        split = file.reader.files if isinstance(file.reader, SplitReader) else None
-        readers = (file.reader,) if split is None else split.readers
-        return Verification("transport", await self._digest(readers, control))
+        return Verification("transport", await self._digest(_files_of(file.reader), control))
 
     def folder(self, key: AdapterKey, reader: Reader) -> StoredFolder:  # noqa: ARG002 - the port's
         return StoredFolder(key.location, sum(file.size for file in key.files))
@@ -208,9 +204,27 @@ class LocalSource:
         return pages
 
 
-def _open(key: AdapterKey, limits: Limits, immutable: Sequence[str]) -> tuple[bytes, LocalWeights]:
-    """Read the config and open the weights, in one call: handing it to a thread costs as much."""
-    return _read_checked(key.location, CONFIG, key.files[0]), open_weights(key, limits, immutable)
+def _open(
+    key: AdapterKey, limits: Limits, immutable: Sequence[str]
+) -> tuple[bytes, LocalWeights, bool]:
+    """Read the config, open the weights, and look whether the page cache seems to have them.
+
+    In one call: handing it to a thread costs as much.
+    """
+    config = _read_checked(key.location, CONFIG, key.files[0])
+    weights = open_weights(key, limits, immutable)
+    try:
+        return config, weights, all(file.is_cached() for file in _files_of(weights.reader))
+    except BaseException:
+        weights.close()
+        raise
+
+
+def _files_of(reader: Reader) -> Sequence[FileReader]:
+    """Return the readers of the files of an adapter that was opened here."""
+    files = reader.files if isinstance(reader, SplitReader) else None
+    readers = (reader,) if files is None else files.readers
+    return [each for each in readers if isinstance(each, FileReader)]
 
 
 def _read_checked(folder: str, name: str, identity: FileIdentity) -> bytes:
@@ -397,14 +411,12 @@ def _read_index(folder: str, identity: FileIdentity, limits: Limits) -> SplitInd
 class LocalWeights(NamedTuple):
     """Open weights: the `prefix` that ends with the header, and a reader of all bytes.
 
-    `holdable` is whether folder and files lie in immutable roots; `cached`, whether the page cache
-    seems to have their bytes.
+    `holdable` is whether folder and files lie in immutable roots.
     """
 
     prefix: bytes
     reader: Reader
     holdable: bool
-    cached: bool
 
     def close(self) -> None:
         self.reader.close()
@@ -430,8 +442,7 @@ def open_weights(key: AdapterKey, limits: Limits, immutable: Sequence[str] = ())
             prefix, reader = files.plan.prefix, SplitReader(files)
         else:
             prefix = read_prefix(reader, limits)
-        cached = all(each.is_cached() for each in readers)
-        return LocalWeights(prefix, reader, _can_hold(readers, key, immutable), cached)
+        return LocalWeights(prefix, reader, _can_hold(readers, key, immutable))
     except BaseException:
         close_all(readers)
         raise

@@ -28,7 +28,7 @@ def _own_tickets_only(self: SlotOccupancy, layer: int) -> Any:
 
 
 def _known_tickets_only(self: SlotOccupancy, layer: int) -> Any:
-    groups = range(self._watermark, self._needed(layer))
+    groups = range(self.watermark, self._needed(layer))
     return [self.group_tickets[group] for group in groups if group in self.group_tickets]
 
 

@@ -229,7 +229,7 @@ class RoutingPolicy:
         return (self._queue_of(replica) or 0) + (published.loading if published else 0)
 
     def _is_better(self, second: str, first: str, *, new: bool) -> bool:
-        """Whether the second choice is better for an adapter, which is `new` if nobody has it."""
+        """Return whether the second choice is better; the adapter is `new` if nobody has it."""
         limit = QUEUE_FACTOR * self._pressure(second, new=new) + QUEUE_MARGIN
         if new and second in self._published and first in self._published:
             without = not self._published[first].free_bytes
