@@ -329,7 +329,8 @@ WRONG: dict[str, Callable[[dict[str, bytes]], dict[str, Behaviour]]] = {
 
 
 SLOW = pytest.mark.slow  # By seconds of patience that have to pass
-CASES = [pytest.param(it, marks=SLOW) if it == "no end" else it for it in WRONG]
+PATIENT = {"no end", "no progress", "silent"}
+CASES = [pytest.param(it, marks=SLOW) if it in PATIENT else it for it in WRONG]
 
 
 @pytest.mark.parametrize("wrong", CASES)
@@ -615,6 +616,7 @@ async def test_a_load_that_is_cancelled_anywhere_leaves_nothing(origin: Origin) 
         assert (origin.downloads, step > 12) == (1, True)
 
 
+@pytest.mark.slow
 async def test_a_mirror_sends_no_more_bytes_a_second_than_it_may(origin: Origin) -> None:
     weights, rate = contents(origin.add())[WEIGHTS], 400_000
     async with fleet(origin, 1, rate=rate) as (home,):
