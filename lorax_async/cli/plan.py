@@ -274,6 +274,11 @@ def add_to(add: AddParser) -> None:
         help="adapters on the device at a time (default: as many as fit, up to %(default)s)",
     )
     add_device(parser, "on the device (default: the base's dtype)")
+    _add_requests(parser)
+    _add_fleet(parser)
+
+
+def _add_requests(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--zipf",
@@ -295,6 +300,9 @@ def add_to(add: AddParser) -> None:
         "--rate", type=float, metavar="R", help="requests per second, to report bytes per second"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
+
+
+def _add_fleet(parser: argparse.ArgumentParser) -> None:
     fleet = parser.add_argument_group("a fleet behind AdapterRouter (docs/fleet.md)")
     fleet.add_argument(
         "--replicas",
@@ -356,21 +364,7 @@ def _plan(arguments: argparse.Namespace, terminal: Terminal) -> int:
         "base": arguments.base,
         "dtype": dtype or layout.dtype,
         "device_bytes": arguments.device_bytes,
-        "adapters": {
-            "count": len(kinds),
-            "device_bytes": sum(kind.device_bytes for kind in kinds),
-            "file_bytes": sum(need.file_nbytes for need in needs),
-            "kinds": [
-                {
-                    "rank": kind.rank,
-                    "count": count,
-                    "device_bytes": kind.device_bytes,
-                    "file_bytes": kind.needs.file_nbytes,
-                    "fit": count_fitting(kind.needs, capacity),
-                }
-                for kind, count in Counter(kinds).most_common(SHOWN_KINDS)
-            ],
-        },
+        "adapters": _adapters_as_json(kinds, capacity),
         "distinct": len(set(requests)),
         "rate": arguments.rate,
         "policies": policies,
@@ -382,6 +376,24 @@ def _plan(arguments: argparse.Namespace, terminal: Terminal) -> int:
     else:
         _show(plan, terminal)
     return OK
+
+
+def _adapters_as_json(kinds: Sequence[AdapterKind], capacity: DeviceCapacity) -> dict[str, Any]:
+    return {
+        "count": len(kinds),
+        "device_bytes": sum(kind.device_bytes for kind in kinds),
+        "file_bytes": sum(kind.needs.file_nbytes for kind in kinds),
+        "kinds": [
+            {
+                "rank": kind.rank,
+                "count": count,
+                "device_bytes": kind.device_bytes,
+                "file_bytes": kind.needs.file_nbytes,
+                "fit": count_fitting(kind.needs, capacity),
+            }
+            for kind, count in Counter(kinds).most_common(SHOWN_KINDS)
+        ],
+    }
 
 
 def read_requests(path: Path, names: Sequence[str], limit: int | None) -> list[int]:
