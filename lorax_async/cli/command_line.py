@@ -46,7 +46,7 @@ SIZE_HELP = "a number, or one with KiB, MiB or GiB"
 ID_HELP = "org/name[@revision] on the hub, s3://…, gs://…, az://…, or https://… of a folder"
 TOKENS = (
     "The hub gets the token in HF_TOKEN, or the one that `hf auth login` stored; object stores get"
-    " the environment's credentials. No option takes a token: other users can see command lines."
+    " the environment's credentials. No option takes these: other users can see command lines."
 )
 PIPE_WIDTH = 5_000
 """Columns of a table in a pipe or file, wide enough not to break lines."""

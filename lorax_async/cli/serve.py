@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from lorax_async.server.service import ServedModel, ServerCapacity
 
 ADMIN_TOKEN = "LORAX_ADMIN_TOKEN"  # noqa: S105 - the variable's name
+API_KEY = "LORAX_API_KEY"
 PORT = 8000
 SWITCH_SECONDS = 0.0005
 """Python's switch interval for threads that wait for the GIL. The default of 5 ms is longer than a
@@ -57,7 +58,8 @@ def add_to(add: AddParser) -> None:
     more = (
         "A request's `model` is the base's name, a name in --adapters, or an id below a --source;"
         " other ids are refused without a look-up."
-        f" Calls that load and unload need the token in {ADMIN_TOKEN}. {TOKENS}"
+        f" Calls that load and unload need the token in {ADMIN_TOKEN}, and if {API_KEY} is set,"
+        f" OpenAI's calls need that key. {TOKENS}"
     )
     parser = add_command(add, "serve", about, _serve, more)
     add_base(parser, required=True)
@@ -105,6 +107,14 @@ def add_to(add: AddParser) -> None:
         metavar="NAME",
         help="host names and addresses that requests may use: *.NAME is any name below NAME, * any"
         " host (default: this machine's own if only this machine can connect, else any)",
+    )
+    parser.add_argument(
+        "--api-key",
+        nargs="+",
+        action="extend",
+        metavar="KEY",
+        help=f"OpenAI's calls need one of these keys (default: {API_KEY}, which other users of the"
+        " machine cannot see; without either, no key)",
     )
     _add_capacity(parser)
     add_caches(parser)
@@ -189,6 +199,7 @@ def _serve(arguments: argparse.Namespace, terminal: Terminal) -> int:
         adapters=adapters,
         sources=request_sources(arguments),
         admin_token=os.environ.get(ADMIN_TOKEN) or None,
+        api_keys=_api_keys(arguments),
         allowed_hosts=allowed_hosts,
     )
     refs = [id for id in adapters.values() if isinstance(id, AdapterRef)]
@@ -209,6 +220,16 @@ def _serve(arguments: argparse.Namespace, terminal: Terminal) -> int:
     tune_process()
     run_on_uvloop(_run(arguments, terminal, model, config, settings, capacity))
     return OK
+
+
+def _api_keys(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """Return the keys of --api-key, or else the variable's. Raise `ConfigError`."""
+    if arguments.api_key is not None:
+        return tuple(arguments.api_key)
+    key = os.environ.get(API_KEY)
+    if key == "":  # a secret that was not filled in must not open the server
+        raise ConfigError(f"{API_KEY} is empty; set a key, or unset it to need none")
+    return () if key is None else (key,)
 
 
 def choose_hosts(
@@ -277,7 +298,8 @@ def _announce(
         terminal.json({"url": url, "models": [settings.base, *settings.adapters]})
         return
     terminal.say(f"serving {', '.join([settings.base, *settings.adapters])} at {url}", "bold")
-    terminal.say(curl_command(url, next(iter(settings.adapters), settings.base)))
+    model = next(iter(settings.adapters), settings.base)
+    terminal.say(curl_command(url, model, with_key=bool(settings.api_keys)))
 
 
 def serve_commands(adapters: Path) -> tuple[str, str]:
@@ -287,13 +309,15 @@ def serve_commands(adapters: Path) -> tuple[str, str]:
     return serve, curl_command(f"http://127.0.0.1:{PORT}", "pirate")
 
 
-def curl_command(url: str, model: str) -> str:
-    """Return a shell command that queries a model."""
+def curl_command(url: str, model: str, *, with_key: bool = False) -> str:
+    """Return a shell command that queries a model; `with_key`, with the key in the environment."""
     body = {"model": model, "messages": [{"role": "user", "content": "What is ice?"}]}
-    return shlex.join(
+    key = [f'-H "Authorization: Bearer ${API_KEY}"'] if with_key else []
+    return " ".join(
         [
-            *("curl", f"{url}/v1/chat/completions", "-H", "Content-Type: application/json"),
-            *("-d", json.dumps(body)),
+            shlex.join(["curl", f"{url}/v1/chat/completions"]),
+            *key,
+            shlex.join(["-H", "Content-Type: application/json", "-d", json.dumps(body)]),
         ]
     )
 

@@ -166,7 +166,7 @@ def _allow_ref(ref: AdapterRef) -> Allow | None:
     place = parse_ref(ref).place
     if isinstance(place, LocalFolder):
         return None
-    return allow_place(place, use_token=ref.use_token)
+    return allow_place(place)  # an alias asks for the token itself; requests by id get none for it
 
 
 def _parse_size(name: str, text: str) -> int:

@@ -45,7 +45,12 @@ from lorax_async.server.request_bodies import (
     read_body,
 )
 from lorax_async.server.responses import ABORT, EventStream, Refusal, UnreadRefusal, create_refusal
-from lorax_async.server.server_settings import AllowedHosts, is_operator, require_operator
+from lorax_async.server.server_settings import (
+    AllowedHosts,
+    RequireApiKey,
+    require_operator,
+    sees_everything,
+)
 from lorax_async.server.service import CLOSING, Service
 from lorax_async.types import AdapterId, AdapterKey, AdapterRef
 
@@ -96,15 +101,20 @@ def create_app(service: Service) -> Starlette:
     def route(path: str, handler: Handler, method: str = "GET") -> Route:
         return Route(path, partial(handler, service), methods=[method])
 
+    def api_route(path: str, endpoint: Callable[..., Any], method: str = "GET") -> Route:
+        return Route(path, endpoint, methods=[method], middleware=api_key)
+
+    api_key = [Middleware(RequireApiKey, settings)]
+
     middleware = [Middleware(RequestCounter, service.metrics)]
     if settings.allowed_hosts is not None:
         middleware.append(Middleware(AllowedHosts, settings.allowed_hosts, settings.slow_client))
     return Starlette(
         routes=[
-            route("/v1/models", list_models),
-            route("/v1/models/{name:path}", describe_model),
-            Route("/v1/completions", CompletionEndpoint(service, CompletionBody), methods=["POST"]),
-            Route("/v1/chat/completions", CompletionEndpoint(service, ChatBody), methods=["POST"]),
+            api_route("/v1/models", partial(list_models, service)),
+            api_route("/v1/models/{name:path}", partial(describe_model, service)),
+            api_route("/v1/completions", CompletionEndpoint(service, CompletionBody), "POST"),
+            api_route("/v1/chat/completions", CompletionEndpoint(service, ChatBody), "POST"),
             route("/v1/load_lora_adapter", load_adapter, "POST"),
             route("/v1/unload_lora_adapter", unload_adapter, "POST"),
             route("/v1/adapters", list_adapters),
@@ -184,7 +194,7 @@ class PageEvents:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service, settings = self._service, self._service.settings
-        operator = is_operator(settings, Request(scope, receive))
+        operator = sees_everything(settings, Request(scope, receive))
         if service.in_flight.closing:
             raise Refusal(503, CLOSING, code="closing", retry_after=settings.retry_after)
         stream = EventStream(scope, receive, send, settings.slow_client)
@@ -206,7 +216,7 @@ class PageEvents:
 
 async def show_trace(service: Service, request: Request) -> Response:
     """GET /page/trace.json: the last cold request, for the page, Perfetto and the command line."""
-    operator = is_operator(service.settings, request)
+    operator = sees_everything(service.settings, request)
     content = await service.cold.encoded(operator=operator)
     if content is None:
         raise Refusal(404, "No cold request has ended yet", code="no_cold_request")

@@ -1,4 +1,4 @@
-"""The operator's settings: limits, the admin token, allowed hosts, and names of models."""
+"""The operator's settings: limits, keys, allowed hosts, and names of models."""
 
 from __future__ import annotations
 
@@ -98,6 +98,9 @@ class ServerSettings:
     admin_token: str | None = field(default=None, repr=False)
     """Clients that send it as `Authorization: Bearer …` may load and unload by name, and list all
     adapters. None: no client may."""
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    """Clients must send one of these, or the admin token, as `Authorization: Bearer …` for OpenAI's
+    calls and the page's data. Empty: anybody may call."""
     allowed_hosts: tuple[str, ...] | None = None
     """Names and addresses by which clients may call the server, without ports: "*.example.com" is
     every name below it, "*" is any. None checks nothing, as "*"."""
@@ -130,12 +133,12 @@ class ServerSettings:
             raise ConfigError(
                 "max_waiting must be at least max_choices: larger requests would never fit"
             )
-        token = self.admin_token
-        if token is not None and (
-            # An unset variable must not open the server.
-            not isinstance(token, str) or not token or not all("!" <= c <= "~" for c in token)
-        ):
+        if self.admin_token is not None and not _is_key(self.admin_token):
             raise ConfigError("admin_token must be printable ASCII without spaces, or None")
+        keys = self.api_keys
+        if not isinstance(keys, tuple | list) or not all(map(_is_key, keys)):
+            raise ConfigError("api_keys must be a tuple of printable ASCII texts without spaces")
+        object.__setattr__(self, "api_keys", tuple(keys))
         self._require_names()
         object.__setattr__(self, "sources", as_allow(self.sources, "sources"))
         object.__setattr__(self, "adapters", MappingProxyType(dict(self.adapters)))
@@ -159,7 +162,24 @@ class ServerSettings:
             as_ref(adapter)
 
 
+def _is_key(value: object) -> bool:
+    """Return whether a client can send this. An empty one, of an unset variable, opens nothing."""
+    return isinstance(value, str) and value != "" and all("!" <= c <= "~" for c in value)
+
+
 # -- clients --------------------------------------------------------------------------------------
+
+
+class RequireApiKey:
+    """ASGI middleware of a route: `require_client`."""
+
+    def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
+        self._app = app
+        self._settings = settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        require_client(self._settings, HTTPConnection(scope))
+        await self._app(scope, receive, send)
 
 
 def read_bearer_key(connection: HTTPConnection) -> str | None:
@@ -176,24 +196,47 @@ def identify_client(connection: HTTPConnection) -> tuple[str, str]:
     return "address", connection.client.host if connection.client else ""
 
 
+def _brings(connection: HTTPConnection, keys: Sequence[str]) -> bool:
+    """Return whether the client's bearer key is one of `keys`. The time does not tell which."""
+    key = (read_bearer_key(connection) or "").encode("utf-8", "surrogateescape")
+    return sum(hmac.compare_digest(key, each.encode()) for each in keys) > 0
+
+
+def is_operator(settings: ServerSettings, connection: HTTPConnection) -> bool:
+    """Return whether the client brings the admin token."""
+    return settings.admin_token is not None and _brings(connection, [settings.admin_token])
+
+
 def require_operator(settings: ServerSettings, connection: HTTPConnection) -> None:
-    """Raise `Refusal` unless the client brings the operator's token."""
-    token = settings.admin_token
-    if token is None:
+    """Raise `Refusal` unless the client brings the admin token."""
+    if settings.admin_token is None:
         message = "This call is disabled: the server was started without an admin token"
         raise Refusal(403, message, code="admin_disabled")
-    key = (read_bearer_key(connection) or "").encode("utf-8", "surrogateescape")
-    if not hmac.compare_digest(key, token.encode()):
+    if not is_operator(settings, connection):
         message = "This call needs the admin token, as Authorization: Bearer TOKEN"
         raise Refusal(401, message, code="invalid_api_key")
 
 
-def is_operator(settings: ServerSettings, connection: HTTPConnection) -> bool:
-    """Return whether the client brings the token; raise `Refusal` for a wrong one."""
-    if read_bearer_key(connection) is None:
-        return False
-    require_operator(settings, connection)
-    return True
+def require_client(settings: ServerSettings, connection: HTTPConnection) -> None:
+    """Raise `Refusal` if there are API keys, and the client brings neither one nor the token."""
+    if not settings.api_keys or is_operator(settings, connection):
+        return
+    if not _brings(connection, settings.api_keys):
+        is_missing = read_bearer_key(connection) is None
+        fault = "This server needs an API key" if is_missing else "Incorrect API key provided"
+        message = f"{fault}; send it as Authorization: Bearer KEY"
+        raise Refusal(401, message, code="invalid_api_key")
+
+
+def sees_everything(settings: ServerSettings, connection: HTTPConnection) -> bool:
+    """Return whether a viewer of the page is the operator; raise `Refusal` for a wrong key."""
+    if is_operator(settings, connection):
+        return True
+    if settings.api_keys:
+        require_client(settings, connection)
+    elif read_bearer_key(connection) is not None:
+        require_operator(settings, connection)
+    return False
 
 
 # -- names of models ------------------------------------------------------------------------------

@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from hub_stand_in import ADAPTER, HubStandIn
 
 from common import open_files, until
-from lorax_async import AdapterRef, AdapterStore, ConfigError, StoreConfig
+from lorax_async import AdapterRef, AdapterStore, ConfigError, LoraxError, StoreConfig
 from lorax_async.engines.plugins import BaseRequirements, PluginSettings
 from lorax_async.engines.vllm.engine_calls import EngineCalls
 from lorax_async.engines.vllm.notices import receive_notices, send_notice
@@ -100,6 +101,26 @@ def test_the_token_goes_to_web_sources_and_is_never_shown() -> None:
     assert hub.token is None
     assert "5ecret" not in repr(given)
     assert given.store_settings()["cache_bytes"] == 3 << 30
+
+
+@pytest.mark.usefixtures("hub_client")
+async def test_an_alias_gets_the_hubs_token_and_its_id_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_0perat0rsToken")
+    given = settings(SOURCES="hub", ADAPTERS="sql=org/private", CACHE_DIR=str(tmp_path / "cache"))
+
+    async def sent(name: str) -> set[str | None]:
+        with HubStandIn() as hub:
+            hub.put("org/private", ADAPTER, private_token="hf_0perat0rsToken")
+            config = StoreConfig(**given.store_settings(), hub_endpoint=hub.endpoint)
+            async with AdapterStore(config) as store:
+                with pytest.raises(LoraxError):  # where large files lie is not allowed here
+                    await store.checkout(given.find(name) or "")
+            return {each.fields.get("authorization") for each in hub.asked}
+
+    assert await sent("sql") == {"Bearer hf_0perat0rsToken"}
+    assert await sent("org/private") == await sent("org/private@main") == {None}
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,16 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 from starlette.responses import JSONResponse
+from starlette.routing import Route
 
 import tiny
 from common import until
 from engines.conftest import watched
 from lorax_async.errors import FetchError
+from lorax_async.server.app import FILES, create_app
 from server.world import TOKEN, Answer, World, serving
 from tiny_loaders import fails, on_device
 from tiny_loaders import loader as tiny_loader
@@ -213,3 +216,46 @@ async def test_calls_of_the_operator_need_the_token(key: str | None) -> None:
             else:
                 assert (answer.status, answer.headers["www-authenticate"]) == (401, "Bearer")
                 assert TOKEN not in answer.body.decode()
+
+
+OPEN = {"/health", "/metrics", *FILES}
+
+
+@pytest.mark.parametrize("sent", [None, "", "Bearer", "Bearer onetwo", "Basic one", "Bearer \xe9"])
+async def test_every_call_but_probes_needs_a_key_where_there_are_keys(sent: str | None) -> None:
+    async with serving(api_keys=("one", "two")) as world:
+        routes = [each for each in create_app(world.service).routes if isinstance(each, Route)]
+        assert {route.path for route in routes} > OPEN
+        for route in routes:
+            (method,) = (route.methods or set()) - {"HEAD"}
+            fields = "" if sent is None else f"Authorization: {sent}\r\n"
+            path = route.path.replace("{name:path}", "base")
+            answer = await world.raw(
+                f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{fields}"
+                "Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{}".encode("latin-1")
+            )
+            assert answer.status == (200 if path in OPEN else 401), path
+            if path not in OPEN:
+                assert answer.error["type"] == "invalid_request_error"
+                assert (answer.error["code"], answer.error["param"]) == ("invalid_api_key", None)
+                assert answer.headers["www-authenticate"] == "Bearer"
+
+
+async def test_each_key_and_the_admin_token_open_what_is_theirs() -> None:
+    async with serving(api_keys=("one", "two")) as world:
+        for key in ("one", "two", TOKEN):
+            client = world.client.with_options(api_key=key)
+            assert [model.id async for model in await client.models.list()] == ["base"]
+            await client.completions.create(model="base", prompt="x")
+            page = await world.ask("HEAD", "/page/events", Authorization=f"Bearer {key}")
+            assert page.status == 200
+            listed = await world.ask("GET", ADAPTERS, Authorization=f"Bearer {key}")
+            assert listed.status == (200 if key == TOKEN else 401)
+        wrong = world.client.with_options(api_key="three")
+        refused = await fails(
+            wrong.completions.create(model="base", prompt="x"), openai.AuthenticationError
+        )
+        assert "three" not in str(refused)
+    async with serving(api_keys=("one",), admin_token=None) as world:
+        listed = await world.ask("GET", ADAPTERS, Authorization="Bearer one")
+        assert (listed.status, listed.error["code"]) == (403, "admin_disabled")

@@ -262,6 +262,38 @@ async def test_a_strangers_id_gets_the_token_of_its_source_alone(
     assert [sent(hub, repo) for repo in (PUBLIC, PRIVATE, ELSEWHERE)] == tokens
 
 
+SPELLINGS = (
+    *("{0}", "{0}@main", "{0}@{commit}", "{0}@refs/pr/1", "{0}@../main", "{0}/", "/{0}", " {0}", "{0}\n"),
+    *("ORG/private", "Org/private", "org//private", "org/./private", "org/../{0}", "org%2fprivate"),
+    *("public/../private", "hub:{0}", "hub://{0}", "HUB://{0}", "hf://{0}", "models/{0}", "{0}.git"),
+    *("http://{hub}/{0}/", "http://{hub}/{0}/resolve/main/", "HTTP://{hub}/{0}/resolve/main/"),
+    *("http://user@{hub}/{0}/resolve/main/", "http://{hub}/api/models/{0}/", "//{hub}/{0}/"),
+    *("./{0}", "../{0}", "~/{0}", "file:{0}", "file:///{0}", "local://{0}", "org/private\0", "org\\private"),
+    *("org/moved", "org/moved@{commit}", "other/moved", "s3://org/private/", "{0}?token", "{0}#main"),
+)  # fmt: skip
+"""Of ids with which a stranger may try to reach `PRIVATE` on the operator's authority."""
+
+
+@pytest.mark.parametrize("sources", [[], ["hub"], ["hub", "hub:open/"]])
+async def test_no_spelling_of_an_id_borrows_the_token(
+    hub: HubStandIn, tmp_path: Path, sources: list[str]
+) -> None:
+    commit = hub.repos[PRIVATE].refs["main"]
+    hub.moved |= {"org/moved": PRIVATE, "other/moved": PRIVATE}
+    async with served(hub, tmp_path, [f"sql={PRIVATE}"], sources) as world:
+        assert (await ask(world, "sql")).status == 200
+        begun = len(hub.asked)
+        for spelling in SPELLINGS:
+            model = spelling.format(PRIVATE, commit=commit, hub=hub.netloc)
+            answer = await ask(world, model)
+            assert answer.status in {400, 403, 404}, model
+            assert HUB_TOKEN.encode() not in answer.body
+        asked = hub.asked[begun:]
+        assert {each.fields.get("authorization") for each in asked} <= {None}
+        assert bool(asked) is bool(sources)
+        assert (await world.ask("GET", "/v1/models/sql")).status == 200
+
+
 @pytest.mark.parametrize("by", ["--adapters", "the admin"])
 async def test_operators_names_get_their_token(hub: HubStandIn, tmp_path: Path, by: str) -> None:
     """And that makes it no stranger's, though it is on the device and the hub is open to all."""

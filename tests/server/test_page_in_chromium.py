@@ -214,7 +214,7 @@ def test_on_a_phone(chromium: Any, site: str, pytestconfig: pytest.Config) -> No
 def test_the_operator_sees_all(chromium: Any, site: str) -> None:
     """With the right token; another one is forgotten, be it no text of HTTP."""
     with opened(chromium, site, DESK) as page:
-        page.get_by_text("Operator").click()
+        page.get_by_text("Key", exact=True).click()
         wrong = ("€", "not connected"), ("a wrong one", "needs the admin token")
         for token, link in (*wrong, (TOKEN, "live, all adapters")):
             page.get_by_label("Admin token").fill(token)

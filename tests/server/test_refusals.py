@@ -256,6 +256,7 @@ def test_settings_are_checked_have_their_own_names_and_hide_the_token() -> None:
     wrong: Any
     for wrong in (
         *({"admin_token": ""}, {"admin_token": "two words"}, {"max_body_bytes": 0}),
+        *({"api_keys": keys} for keys in ("key", ("",), ("two words",), ("one", 5))),
         *({"max_prompt_tokens": 0}, {"max_waiting": 1}, {"slow_client": 0}, {"drain": -1}),
         *({"retry_after": "1"}, {"base": ""}, {"sources": ("hub",)}),
         *({"adapters": adapters} for adapters in ({"b": "x/y"}, {"": "x/y"}, {"a": 5})),
@@ -266,12 +267,13 @@ def test_settings_are_checked_have_their_own_names_and_hide_the_token() -> None:
         with pytest.raises((ConfigError, UsageError), match=said):
             ServerSettings(**({"base": "b"} | wrong))
     names = {"a": "x/y"}
-    settings = ServerSettings(base="b", adapters=names, admin_token=TOKEN)
+    settings = ServerSettings(base="b", adapters=names, admin_token=TOKEN, api_keys=("a-key",))
     names["c"] = "x/z"
     assert settings.adapters == {"a": "x/y"}
     with pytest.raises(TypeError):
         settings.adapters["d"] = "x/y"  # type: ignore[index]
     assert TOKEN not in repr(settings)
+    assert "a-key" not in repr(settings)
 
 
 BODY: dict[str, Any] = {"model": "m", "prompt": "p"}

@@ -252,7 +252,9 @@ def test_no_warm_list_is_left_alone(refused: Any, tmp_path: Path, make: Any, rea
     assert status() == before
 
 
-def test_missing_files_and_places_are_told(refused: Callable[..., str], tmp_path: Path) -> None:
+def test_missing_files_and_places_are_told(
+    refused: Callable[..., str], tmp_path: Path, monkeypatch: Patch
+) -> None:
     whole = tiny.write(tmp_path / "all" / "whole")
     broken = tiny.write(tmp_path / "all" / "broken")
     (broken / "adapter_model.safetensors").unlink()
@@ -273,6 +275,10 @@ def test_missing_files_and_places_are_told(refused: Callable[..., str], tmp_path
     ):
         told = refused(option, given.format(tmp_path))
         assert re.search(said.format(tmp_path), told), told
+    monkeypatch.setenv("LORAX_API_KEY", "")
+    assert "LORAX_API_KEY is empty" in refused()
+    monkeypatch.setenv("LORAX_API_KEY", "a-key")
+    assert "api_keys" in refused("--api-key", "")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert f"127.0.0.1:{port}: " in refused("--port", port)

@@ -183,7 +183,7 @@ async function send() {
   try {
     const response = await ask("v1/chat/completions", {
       method: "POST",
-      headers: { "Content-Type": "application/json" },
+      headers: { "Content-Type": "application/json", ...headers() },
       body: JSON.stringify({
         model: at("model").value.trim(),
         messages: [{ role: "user", content: at("prompt").value }],
