@@ -62,7 +62,7 @@ def create_app(base: Path, adapters: Path) -> FastAPI:
     @app.get("/answer")
     async def answer(request: Request, adapter: str, prompt: str) -> dict[str, str]:
         state = request.app.state
-        async with await state.loader.load(adapter, source="local") as handle:
+        async with state.loader.load(adapter, source="local") as handle:
             with state.attached.batch([handle]):
                 return {"answer": await asyncio.to_thread(generate, model, tokenizer, prompt)}
 

@@ -1,7 +1,7 @@
 """An asyncio streaming loader for LoRA adapters, embedded in an LLM server.
 
 async with AdapterLoader(layout, LoaderConfig()) as loader:
-    async with await loader.load(Path("sql-adapter")) as adapter:
+    async with loader.load(Path("sql-adapter")) as adapter:
         ...
 """
 

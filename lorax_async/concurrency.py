@@ -1,4 +1,4 @@
-"""Threads beside an event loop: inboxes, awaited work, shared tasks, control of a fetch."""
+"""Threads beside an event loop: inboxes, awaited work, shared tasks, control of a fetch; calls."""
 
 from __future__ import annotations
 
@@ -6,12 +6,26 @@ import asyncio
 import os
 import warnings
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Iterable, Iterator
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Generator,
+    Hashable,
+    Iterable,
+    Iterator,
+)
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
-from functools import partial
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    asynccontextmanager,
+    contextmanager,
+    suppress,
+)
+from functools import partial, wraps
 from threading import Event, Lock, Thread
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
 from lorax_async.errors import FetchError, LoaderClosedError, LoraxError, Stage, UsageError
 
@@ -564,3 +578,49 @@ async def result_of(task: asyncio.Task[R], stage: Stage, check_open: Callable[[]
             except LoraxError as error:
                 raise error.located(stage=stage) from None
         raise
+
+
+P = ParamSpec("P")
+C = TypeVar("C", bound=AbstractAsyncContextManager[Any])
+
+
+class ContextCall(Coroutine[Any, Any, C]):
+    """A call whose result is an async context manager that is entered already.
+
+    Await it and end the result yourself, or use it with `async with`. It is a coroutine, so tasks
+    may be made of it.
+    """
+
+    __slots__ = ("_call", "_result")
+
+    def __init__(self, call: Coroutine[Any, Any, C]) -> None:
+        self._call = call
+
+    def __await__(self) -> Generator[Any, Any, C]:
+        return self._call.__await__()
+
+    def send(self, value: Any) -> Any:
+        return self._call.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        return self._call.throw(*error)
+
+    def close(self) -> None:
+        self._call.close()
+
+    async def __aenter__(self) -> C:
+        self._result = await self._call
+        return self._result
+
+    async def __aexit__(self, *error: Any) -> None:
+        await self._result.__aexit__(*error)
+
+
+def context_call(method: Callable[P, Coroutine[Any, Any, C]]) -> Callable[P, ContextCall[C]]:
+    """Let calls of a coroutine method be used with `async with` too."""
+
+    @wraps(method)
+    def call(*args: P.args, **options: P.kwargs) -> ContextCall[C]:
+        return ContextCall(method(*args, **options))
+
+    return call

@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Literal, Self, get_args
 
 from lorax_async.errors import ConfigError, UsageError, shorten
 from lorax_async.ids import Allow, as_allow
@@ -246,12 +246,13 @@ class StoreConfig:
         """`cache_dir`, or the default folder by the current environment."""
         return Path(self.cache_dir) if self.cache_dir is not None else _default_cache_folder()
 
-    def seconds(self, timeout: object) -> float:
+    def seconds(self, timeout: float | None) -> float:
         """Check and return a call's timeout; None is the configured one. Raises `UsageError`."""
-        number: Any = self.timeout if timeout is None else timeout
-        plain = isinstance(number, int | float) and not isinstance(number, bool)
-        if plain and 0 <= number <= MAX_SECONDS:
-            return float(number)
+        if timeout is None:
+            return self.timeout
+        plain = isinstance(timeout, int | float) and not isinstance(timeout, bool)
+        if plain and 0 <= timeout <= MAX_SECONDS:
+            return float(timeout)
         raise UsageError(f"a timeout is from 0 to {MAX_SECONDS:g} seconds, not {timeout!r}")
 
 

@@ -9,7 +9,7 @@ from typing import Any, Self, TypeVar, overload
 
 import torch
 
-from lorax_async.concurrency import Lifetime
+from lorax_async.concurrency import Lifetime, context_call
 from lorax_async.config import LoaderConfig
 from lorax_async.devices.base import Device
 from lorax_async.errors import ConfigError, InvalidAdapterIdError, LoraxError, UsageError
@@ -113,6 +113,7 @@ class AdapterLoader:
 
     # -- loading ----------------------------------------------------------------------------------
 
+    @context_call
     async def load(
         self,
         adapter_id: AdapterId,
@@ -126,6 +127,8 @@ class AdapterLoader:
         priority: int = 0,
     ) -> AdapterHandle:
         """Wait until every layer is on the device; return a handle, which is a lease.
+
+        `async with loader.load(…) as handle` releases it at the end; after `await`, call `release`.
 
         Parameters
         ----------
@@ -181,6 +184,7 @@ class AdapterLoader:
         finally:
             handle.release()
 
+    @context_call
     async def fetch(
         self,
         adapter_id: AdapterId,
@@ -223,7 +227,8 @@ class AdapterLoader:
         seconds = self.config.seconds(timeout)
         name = "stream" if tier is WantedTier.STREAM else "load"
         with self._driver.telemetry.call(name, ref):
-            lease = await self._acquiring.lease(ref, tier, seconds, priority=priority)
+            lease = await self._acquiring.acquire(ref, tier, seconds, priority=priority)
+        assert lease is not None  # this tier has leases
         return self._handle(ref, lease)
 
     def _handle(self, ref: Ref, lease: Lease) -> AdapterHandle:
@@ -310,6 +315,7 @@ class AdapterLoader:
 
     # -- tensors -----------------------------------------------------------------------------------
 
+    @context_call
     async def load_tensors(
         self,
         name: str,
@@ -350,6 +356,7 @@ class AdapterLoader:
         ref = AdapterRef(name)
         return await self._load_tensors(ref, tensors, config, timeout, priority, replaces=False)
 
+    @context_call
     async def replace(
         self,
         adapter_id: AdapterId,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Coroutine, Generator, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Self
 
-from lorax_async.concurrency import Lifetime
+from lorax_async.concurrency import Lifetime, context_call
 from lorax_async.config import StoreConfig
 from lorax_async.errors import ConfigError
 from lorax_async.ids import origins_of
@@ -90,7 +90,8 @@ class AdapterStore:
         if hasattr(self, "_lifetime"):
             self._lifetime.warn_if_unclosed()
 
-    def checkout(
+    @context_call
+    async def checkout(
         self,
         adapter_id: AdapterId,
         *,
@@ -100,7 +101,7 @@ class AdapterStore:
         digest: str | None = None,
         allow_stale: bool = False,
         timeout: float | None = None,
-    ) -> Checkout:
+    ) -> AdapterFolder:
         """Return a lease on the folder with the adapter's files, downloaded if necessary.
 
         The call is a coroutine that waits until the files are on disk and checked; `async with`
@@ -112,8 +113,9 @@ class AdapterStore:
         compared with a base model. A merge or tensors, which have no folder, are a `UsageError`.
         After an error or a cancellation, what was downloaded stays, to be resumed.
         """
+        self._lifetime.check_open()
         ref = as_ref(adapter_id, source, revision, token, digest, allow_stale=allow_stale)
-        return Checkout(self._fetch(ref, self.config.seconds(timeout)))
+        return await self._parts.folders.fetch(ref, self.config.seconds(timeout))
 
     def prefetch(
         self, ids: AdapterId | Iterable[AdapterId], *, timeout: float | None = None
@@ -144,33 +146,3 @@ class AdapterStore:
         """
         self._lifetime.check_readable()
         return MappingProxyType(self._parts.folders.placement())
-
-    async def _fetch(self, ref: Ref, seconds: float) -> AdapterFolder:
-        self._lifetime.check_open()
-        return await self._parts.folders.fetch(ref, seconds)
-
-
-class Checkout(Coroutine[Any, Any, AdapterFolder]):
-    """A call of `AdapterStore.checkout`: a coroutine that may also be used with `async with`."""
-
-    def __init__(self, fetch: Coroutine[Any, Any, AdapterFolder]) -> None:
-        self._fetch = fetch
-
-    def __await__(self) -> Generator[Any, Any, AdapterFolder]:
-        return self._fetch.__await__()
-
-    def send(self, value: Any) -> Any:
-        return self._fetch.send(value)
-
-    def throw(self, *error: Any) -> Any:
-        return self._fetch.throw(*error)
-
-    def close(self) -> None:
-        self._fetch.close()
-
-    async def __aenter__(self) -> AdapterFolder:
-        self._folder = await self._fetch
-        return self._folder
-
-    async def __aexit__(self, *_: object) -> None:
-        self._folder.release()

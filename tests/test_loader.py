@@ -46,6 +46,56 @@ async def test_a_file_is_cast(tmp_path: Path, stored: torch.dtype, wanted: str |
         assert moved.get("stage", 0) == (0 if same else 8 * 3 * 96 * stored.itemsize)
 
 
+async def test_a_call_is_a_coroutine_and_a_context(tmp_path: Path) -> None:
+    """However a call is awaited, it holds one lease, and none after an error or a cancellation."""
+    folder = tiny.write(tmp_path / "a")
+    there, device = gated()
+    async with there:
+        async with there.load(folder) as inside:
+            assert where(there, folder).leases == 1
+        assert inside.released
+        with pytest.raises(errors.UsageError):
+            async with there.load(folder) as inside:
+                await inside.layer_ready(99)
+        assert inside.released
+        call = there.load(folder)
+        async with call, asyncio.TaskGroup() as group, asyncio.timeout(9):
+            with pytest.raises(RuntimeError, match="already awaited"):
+                await call
+            awaited = await there.load(folder)
+            (task,) = await asyncio.gather(group.create_task(there.load(folder)))
+            waited = await asyncio.wait_for(there.load(folder), 9)
+            async with there.fetch(folder) as files:
+                assert files.path == folder
+            for handle in (awaited, task, waited):
+                handle.release()
+        assert files.released
+        assert where(there, folder).leases == 0
+        there.load(folder).close()  # no warning, which would be an error here
+        refused = await asyncio.gather(there.load(5), return_exceptions=True)  # type: ignore[arg-type]
+        assert isinstance(refused[0], errors.InvalidAdapterIdError)
+        with pytest.warns(RuntimeWarning, match=r"AdapterLoader\.load' was never awaited"):
+            there.load(folder)
+
+        await there.unload(folder)
+        device.gate.clear()
+
+        async def enter() -> None:
+            async with there.load(folder):
+                raise AssertionError
+
+        for steps in range(6):
+            entering = asyncio.create_task(enter())
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            entering.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await entering
+        device.gate.set()
+        await until(lambda: there.placement().usage.waiting == 0)
+        assert there.placement().usage.leases == 0
+
+
 async def test_a_thousand_loads_are_one(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "a")
     there, device = gated()
