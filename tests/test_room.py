@@ -139,6 +139,23 @@ async def test_no_room_beside_a_pin(tmp_path: Path, settings: dict[str, object],
         assert is_at(there, name, "device")
 
 
+async def test_pins_that_wait_for_one_slot_do_not_take_it_from_each_other(tmp_path: Path) -> None:
+    first, second = (tiny.write(tmp_path / name) for name in "ab")
+    there, device = gated(slots=1, starvation_age=0.01)
+    async with there:
+        device.gate.clear()
+        pinning = asyncio.create_task(there.pin(first))
+        await until(lambda: device.copies == 2)
+        late = asyncio.create_task(there.pin(second))
+        since = asyncio.get_running_loop().time()
+        await until(lambda: state(there, second) == "present")
+        await until(lambda: asyncio.get_running_loop().time() > since + 0.02)
+        device.gate.set()
+        await pinning
+        await fails(late, errors.CapacityError, "beside 1 pinned adapters; unpin")
+        assert (where(there, first).pins, there.statistics().loads) == (1, 1)
+
+
 async def test_unload_ends_pins_and_a_stale_unpin_is_harmless(tmp_path: Path) -> None:
     async with over(stocked(tmp_path, "a")) as there:
         await there.pin("a")

@@ -20,10 +20,13 @@ def loader(**settings: object) -> AdapterLoader:
     return AdapterLoader(tiny.layout(), LoaderConfig(**(plain | settings)))  # type: ignore[arg-type]
 
 
-def gated(device_bytes: int = 1 << 20, slots: int = 4) -> tuple[AdapterLoader, GatedDevice]:
+def gated(
+    device_bytes: int = 1 << 20, slots: int = 4, **settings: float
+) -> tuple[AdapterLoader, GatedDevice]:
     layout = tiny.layout()
     device = GatedDevice(layout, dtype="F32", nbytes=device_bytes, slots=slots)
-    config = LoaderConfig(device_bytes=device_bytes, max_slots=slots, io_threads=2)
+    sizes = {"device_bytes": device_bytes, "max_slots": slots, "io_threads": 2}
+    config = LoaderConfig(**(sizes | settings))  # type: ignore[arg-type]
     return AdapterLoader(layout, config, device=device), device
 
 

@@ -219,14 +219,19 @@ class Lifecycle:
         state.uses -= 1
         return self._settle_unless_resting(state)
 
-    def pin(self, key: AdapterKey) -> bool:
-        """Pin a leased adapter. Return False if it is leaving already."""
+    def pin(self, key: AdapterKey) -> list[Command] | None:
+        """Pin a leased adapter, also one that was to be evicted. Return None if it must go."""
         state = self.states[key]
-        if not self._rules.has_reached(state, WantedTier.DEVICE):
-            return False
+        must_go = state.unloads > 0 or self._rules.closing
+        if must_go or state.slot is not SlotState.RESIDENT:
+            return None
+        # If it left all the same, pins that wait for few slots would take them from each other
+        # for ever. Once the lease ends, rule 8 looks for another adapter.
+        state.leaving = False
+        self._rules.notify_stays(state)
         state.pins += 1
-        self._slots.update(state)
-        return True
+        self._settle_state(state)
+        return self._rules.take_commands()
 
     def unpin(self, key: AdapterKey, grant: SlotGrant) -> list[Command]:
         """Remove one pin; without effect if the pins on this grant have ended."""

@@ -391,16 +391,19 @@ class PinTable:
     def pin(self, name: object, lease: Lease) -> bool:
         """Pin the leased adapter for `name`, in place of its earlier pin.
 
-        Return False, without effect, if the adapter is leaving.
+        Return False, without effect, if the adapter is being unloaded or its slot was given up.
         """
         lease.check()
         key, grant = lease.occupancy.key, lease.occupancy.grant
         if self._pins.get(name) == (key, grant):
             return True
-        if not self._lifecycle.pin(key):
+        commands = self._lifecycle.pin(key)
+        if commands is None:
             return False
-        self.unpin(name)
-        self._pins[name] = (key, grant)
+        earlier, self._pins[name] = self._pins.get(name), (key, grant)
+        self._execute(commands)
+        if earlier is not None:
+            self._execute(self._lifecycle.unpin(*earlier))
         return True
 
     def unpin(self, name: object) -> bool:

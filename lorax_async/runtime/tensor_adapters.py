@@ -87,7 +87,7 @@ class TensorAdapters:
         self, ref: AdapterRef, key: AdapterKey, deadline: float, priority: int
     ) -> Lease:
         clock = asyncio.get_running_loop().time
-        while True:  # a leaving adapter cannot be pinned: load it again
+        while True:  # an adapter that must go cannot be pinned: load it again
             left = max(0.0, deadline - clock())
             lease = await self.acquiring.lease(key, WantedTier.DEVICE, left, priority=priority)
             with ExitStack() as failing:
@@ -97,7 +97,7 @@ class TensorAdapters:
                     return lease
 
     def _assign(self, ref: AdapterRef, key: AdapterKey, lease: Lease) -> bool:
-        """Move the id and its pins in one step; return False if the new version is leaving."""
+        """Move the id and its pins in one step; return False if the new version must go."""
         pins = self.driver.pins
         names = [name for name in pins.names if self.resolver.names.covers(ref, name)]
         if not all(pins.pin(name, lease) for name in names):

@@ -81,9 +81,12 @@ def _released_at_once(self: LifecycleRules, life: AdapterState, *, evicted: bool
     self.command(commands.ReleasePages(life.key, life.attempt))
 
 
-def _pinned(self: Lifecycle, key: AdapterKey) -> bool:
+_pin = Lifecycle.pin
+
+
+def _pinned(self: Lifecycle, key: AdapterKey) -> list[Command]:
     self.states[key].pins += 1
-    return True
+    return []
 
 
 def _is_idle(life: AdapterState) -> bool:
@@ -161,11 +164,23 @@ def _drains_pinned(self: LifecycleRules, life: AdapterState, state: SlotState) -
     life.slot = state
 
 
-def _pinned_after_close(self: Lifecycle, key: AdapterKey) -> bool:
+def _pinned_after_close(self: Lifecycle, key: AdapterKey) -> list[Command] | None:
+    closing, self._rules.closing = self._rules.closing, False
+    try:
+        return _pin(self, key)
+    finally:
+        self._rules.closing = closing
+
+
+def _pinned_unless_leaving(self: Lifecycle, key: AdapterKey) -> list[Command] | None:
+    return None if self.states[key].leaving else _pin(self, key)
+
+
+def _pinned_but_leaving(self: Lifecycle, key: AdapterKey) -> list[Command] | None:
     life = self.states[key]
-    pinned = not life.departing and life.slot is SlotState.RESIDENT
-    life.pins += pinned
-    return pinned
+    leaving, ordered = life.leaving, _pin(self, key)
+    life.leaving = leaving
+    return ordered
 
 
 def _keeps_pins(rule: Callable[..., list[Command]]) -> Callable[..., list[Command]]:
@@ -346,7 +361,11 @@ BROKEN: dict[str, list[Broken]] = {
         (LifecycleRules, "_serve", _leases_for_all),
     ],
     "pins and streams": [(LifecycleRules, "drain", _drains_pinned)],
-    "pins and ageing": [(Lifecycle, "pin", _pinned)],
+    "pins and ageing": [
+        (Lifecycle, "pin", _pinned),
+        (Lifecycle, "pin", _pinned_unless_leaving),
+        (Lifecycle, "pin", _pinned_but_leaving),
+    ],
     "pins and unload": [(Lifecycle, "unload", _keeps_pins(Lifecycle.unload))],
     "unload beside streams": [
         (Lifecycle, "withdraw_unload", _lift_without_a_decision),

@@ -193,14 +193,15 @@ class World:
         return []
 
     def pin(self, a: int) -> list[Command]:
-        departing = a in self.told or self.unloads.get(a, 0) > 0 or self.closed
+        must_go = self.unloads.get(a, 0) > 0 or self.closed or a in self.broken
         complete = self.is_complete(a)
-        pinned = self.lifecycle.pin(self.setting.keys[a])
-        forbid(pinned and (departing or not complete), "a pin on what leaves, or is not here")
-        forbid(not pinned and not departing and complete, "what stays could not be pinned")
+        ordered = self.lifecycle.pin(self.setting.keys[a])
+        pinned = ordered is not None
+        forbid(pinned and (must_go or not complete), "a pin on what must go, or is not here")
+        forbid(not pinned and not must_go and complete, "what may stay could not be pinned")
         if pinned:
             self.pins[a] = self.pins.get(a, 0) + 1
-        return []
+        return ordered or []
 
     def unpin(self, a: int) -> list[Command]:
         self.pins[a] -= 1
