@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import json
 import os
 import shlex
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
+from lorax_async import layouts
 from lorax_async.cli.command_line import (
     ID_HELP,
     OK,
+    SIZE_HELP,
     TOKENS,
     AddParser,
     Terminal,
@@ -26,20 +31,22 @@ from lorax_async.cli.command_line import (
     add_caches,
     add_command,
     add_device,
-    add_device_bytes,
     allow_below,
     as_id,
     as_place,
+    as_size,
     base_folder,
+    format_size,
     integer_parser,
     loader_settings,
     run_on_uvloop,
 )
-from lorax_async.config import Limits, LoaderConfig
+from lorax_async.cli.serve_logging import add_logging, log_step, logging_to
+from lorax_async.config import Checking, Eviction, Limits, LoaderConfig, MiB
 from lorax_async.errors import AdapterError, ConfigError, shorten
 from lorax_async.ids import Allow
 from lorax_async.sources.local import CONFIG, find_trusted_adapter
-from lorax_async.types import AdapterId, AdapterRef
+from lorax_async.types import MAX_SECONDS, AdapterId, AdapterRef
 
 if TYPE_CHECKING:
     from lorax_async.server.server_settings import ServerSettings
@@ -116,14 +123,20 @@ def add_to(add: AddParser) -> None:
         help=f"OpenAI's calls need one of these keys (default: {API_KEY}, which other users of the"
         " machine cannot see; without either, no key)",
     )
+    parser.add_argument(
+        "--served-model-name",
+        metavar="NAME",
+        help="the base's name in requests (default: the last part of --base)",
+    )
     _add_capacity(parser)
+    _add_loading(parser)
     add_caches(parser)
+    add_logging(parser)
 
 
 def _add_capacity(parser: argparse.ArgumentParser) -> None:
     """Add the device and what fits on it."""
     add_device(parser, "to compute in (default: float32 on cpu, bfloat16 on cuda)")
-    add_device_bytes(parser)
     share = "share of these that one adapter, or one client, may use while others wait: above 0,"
     length = "most tokens of a sequence,"
     for option, kind, default, about in (
@@ -134,6 +147,49 @@ def _add_capacity(parser: argparse.ArgumentParser) -> None:
     ):
         metavar = "X" if kind is as_share else "N"
         parser.add_argument(option, type=kind, default=default, metavar=metavar, help=about)
+
+
+def _add_loading(parser: argparse.ArgumentParser) -> None:
+    """Add settings of the loader that have no option of their own elsewhere."""
+    parser.add_argument(
+        "--eviction",
+        choices=get_args(Eviction),
+        help="which adapter goes when another needs its room (default: lru)",
+    )
+    parser.add_argument(
+        "--verify",
+        choices=get_args(Checking),
+        help="when digests are checked: beside the load (stream, the default), before its use, at"
+        " each load (always), or not (none)",
+    )
+    for option, about in (
+        ("--device-bytes", "device memory for adapters (default: a quarter of what is free)"),
+        ("--host-bytes", "host memory for files of adapters that left the device"),
+        ("--pinned-bytes", "page-locked memory for adapters that left the device; not on cpu"),
+    ):
+        parser.add_argument(option, type=as_size, metavar="N", help=f"{about}: {SIZE_HELP}")
+    parser.add_argument(
+        "--timeout", type=as_seconds, metavar="S", help="seconds to load an adapter (default: 300)"
+    )
+    parser.add_argument(
+        "--max-rank",
+        type=integer_parser(1),
+        metavar="N",
+        help="highest rank of an adapter that is accepted (default: 256)",
+    )
+
+
+def as_seconds(text: str) -> float:
+    """Parse a number of seconds, for argparse."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= MAX_SECONDS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of seconds, above 0 and up to {MAX_SECONDS:g}"
+        )
+    return seconds
 
 
 def as_share(text: str) -> float:
@@ -180,22 +236,51 @@ def server_loader_settings(
 
 
 def _serve(arguments: argparse.Namespace, terminal: Terminal) -> int:
+    with logging_to(sys.stderr, arguments.log_level, arguments.log_format):
+        with log_step("importing the server"):
+            _import_server()
+        with log_step("reading adapters and settings"):
+            settings, config, capacity = _read_settings(arguments)
+        folder = Path(arguments.base)
+        if arguments.base == "smollm2":
+            with log_step("preparing the base model"):
+                folder = base_folder(arguments.base, lambda _: None)
+        with log_step("loading the base model"):
+            model = _load_base(folder, config)
+        if arguments.device_bytes is None:
+            config = replace(config, device_bytes=choose_device_bytes(model.model, config))
+        tune_process()
+        run_on_uvloop(_run(arguments, terminal, model, config, settings, capacity))
+    return OK
+
+
+def _import_server() -> None:
     try:
-        from lorax_async.server.server_settings import ServerSettings  # noqa: PLC0415
-        from lorax_async.server.service import ServedModel, ServerCapacity  # noqa: PLC0415 - of the extra `serve`
-        from lorax_async.server.warm_list import read_warm_list  # noqa: PLC0415
-    except ImportError as error:
+        importlib.import_module("lorax_async.server.app")
+    except ImportError as error:  # of the extra `serve`
         raise ConfigError(f"{error}; run: pip install 'lorax-async[serve]'") from error
+
+
+def _read_settings(
+    arguments: argparse.Namespace,
+) -> tuple[ServerSettings, LoaderConfig, ServerCapacity]:
+    """Raise `ConfigError` for what would otherwise fail once the base model is loaded."""
+    from lorax_async.server.server_settings import ServerSettings  # noqa: PLC0415
+    from lorax_async.server.service import ServerCapacity  # noqa: PLC0415
+    from lorax_async.server.warm_list import read_warm_list  # noqa: PLC0415
+
     base, device = arguments.base, arguments.device
     dtype = arguments.dtype or ("bfloat16" if device == "cuda" else "float32")
     adapters = find_adapters(arguments.adapters)
-    # Faults that would otherwise appear after the base model is loaded:
+    if base != "smollm2" and not Path(base).is_dir():
+        raise ConfigError(f"--base: there is no folder {base}")
     if arguments.warm is not None:
         read_warm_list(arguments.warm)
     with _listener(arguments) as listener:
         allowed_hosts = choose_hosts(listener, arguments.host, arguments.allowed_hosts)
+    name = "smollm2" if base == "smollm2" else Path(base).resolve().name
     settings = ServerSettings(
-        base="smollm2" if base == "smollm2" else Path(base).resolve().name,
+        base=arguments.served_model_name or name,
         adapters=adapters,
         sources=request_sources(arguments),
         admin_token=os.environ.get(ADMIN_TOKEN) or None,
@@ -203,23 +288,60 @@ def _serve(arguments: argparse.Namespace, terminal: Terminal) -> int:
         allowed_hosts=allowed_hosts,
     )
     refs = [id for id in adapters.values() if isinstance(id, AdapterRef)]
+    names = ("eviction", "verify", "host_bytes", "pinned_bytes", "timeout", "device_bytes")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if arguments.max_rank is not None:
+        given["limits"] = Limits(max_rank=arguments.max_rank)
     config = LoaderConfig(
         dtype=dtype,
         device=device,
-        device_bytes=arguments.device_bytes,
         max_slots=arguments.max_slots,
-        **server_loader_settings(arguments, refs),
+        **server_loader_settings(arguments, refs) | given,
     )
     capacity = ServerCapacity(
         sequences=arguments.max_sequences, length=arguments.max_length, share=arguments.max_share
     )
-    with terminal.steps() as report:
-        folder = base_folder(base, report)
-        report("loading the base model")
-        model = ServedModel.load(folder, dtype=dtype, device=device)
-    tune_process()
-    run_on_uvloop(_run(arguments, terminal, model, config, settings, capacity))
-    return OK
+    return settings, config, capacity
+
+
+def _load_base(folder: Path, config: LoaderConfig) -> ServedModel:
+    from lorax_async.server.service import ServedModel  # noqa: PLC0415
+
+    return ServedModel.load(folder, dtype=str(config.dtype), device=config.device)
+
+
+# -- memory ---------------------------------------------------------------------------------------
+
+SHARE_OF_FREE = 4
+"""Adapters may have this part of the memory that the base model leaves free."""
+
+
+def choose_device_bytes(model: Any, config: LoaderConfig) -> int:
+    """Return a quarter of the device's free memory, or what all slots can use if that is less."""
+    layout = layouts.from_module(model)
+    width = sum(module.in_features + module.out_features for module in layout.modules)
+    rank, item = config.limits.max_rank, 4 if config.dtype == "float32" else 2
+    largest = min(width * rank * item, config.limits.max_adapter_bytes)
+    return max(MiB, min(free_bytes(config.device) // SHARE_OF_FREE, largest * config.max_slots))
+
+
+def free_bytes(device: str) -> int:
+    """Return the free memory of a device; for "cpu", within the limit of its container."""
+    if device != "cpu":
+        import torch  # noqa: PLC0415
+
+        return int(torch.cuda.mem_get_info(device)[0])
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) << 10
+    with suppress(OSError, ValueError):  # no limit, or another version of control groups
+        limit, used = (
+            int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current")
+        )
+        free = min(free, max(0, limit - used))
+    return free
+
+
+# -- serving --------------------------------------------------------------------------------------
 
 
 def _api_keys(arguments: argparse.Namespace) -> tuple[str, ...]:
@@ -278,12 +400,18 @@ async def _run(
     capacity: ServerCapacity,
 ) -> None:
     from lorax_async.server.app import serve  # noqa: PLC0415
+    from lorax_async.server.server_log import log_event  # noqa: PLC0415
     from lorax_async.server.service import open_service  # noqa: PLC0415
 
     with _listener(arguments) as listener:
-        async with open_service(model, config, settings, capacity, arguments.warm) as service:
+        size = format_size(config.device_bytes)
+        async with AsyncExitStack() as stack:
+            with log_step(f"opening {config.max_slots} slots in {size} on {config.device}"):
+                opened = open_service(model, config, settings, capacity, arguments.warm)
+                service = await stack.enter_async_context(opened)
             announce = partial(_announce, arguments, listener, settings, terminal)
             await serve(service, listener, ready=announce)
+    log_event("stopped")
 
 
 def _announce(
@@ -292,14 +420,27 @@ def _announce(
     settings: ServerSettings,
     terminal: Terminal,
 ) -> None:
+    from lorax_async.server.server_log import log_event  # noqa: PLC0415
+
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    sources = " ".join(map(_source_text, arguments.source)) or "none"
+    key = "needed" if settings.api_keys else "not needed"
+    log_event("serving", url=url, names=1 + len(settings.adapters), sources=sources, api_key=key)
     if arguments.json:
         terminal.json({"url": url, "models": [settings.base, *settings.adapters]})
         return
     terminal.say(f"serving {', '.join([settings.base, *settings.adapters])} at {url}", "bold")
     model = next(iter(settings.adapters), settings.base)
     terminal.say(curl_command(url, model, with_key=bool(settings.api_keys)))
+
+
+def _source_text(source: Allow | Path) -> str:
+    if isinstance(source, Path):
+        return str(source)
+    if source.scheme == "hub":
+        return f"hub:{source.prefix}" if source.prefix else "hub"
+    return f"{source.scheme}://{source.host}/{source.prefix}"
 
 
 def serve_commands(adapters: Path) -> tuple[str, str]:

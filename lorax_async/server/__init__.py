@@ -12,5 +12,6 @@ Only `cli` imports this package. Importing it needs the extra `serve`.
 - `engine.py`: `Engine`: continuous batching and sampling, in a thread; the interface `Decoder`
 - `transformers_decoder.py`: a `Decoder` for transformers' models, with its KV cache
 - `monitoring.py`: metrics, what the page shows, and traces of cold requests; `page/`: its files
+- `server_log.py`: the log's lines: requests, loads, failures, start and end
 - `warm_list.py`: the adapters to load at the start
 """

@@ -32,11 +32,11 @@ from lorax_async.errors import (
     AdapterTimeoutError,
     InvalidAdapterIdError,
     LoraxError,
+    shorten,
 )
 from lorax_async.events import Event, SlotId
 from lorax_async.runtime.placement import AdapterResidency
 from lorax_async.server.completions import CompletionEndpoint
-from lorax_async.server.monitoring import GONE, RequestCounter
 from lorax_async.server.request_bodies import (
     ChatBody,
     CompletionBody,
@@ -44,7 +44,16 @@ from lorax_async.server.request_bodies import (
     UnloadBody,
     read_body,
 )
-from lorax_async.server.responses import ABORT, EventStream, Refusal, UnreadRefusal, create_refusal
+from lorax_async.server.responses import (
+    ABORT,
+    UNKNOWN,
+    EventStream,
+    Refusal,
+    UnreadRefusal,
+    create_refusal,
+    unknown_model,
+)
+from lorax_async.server.server_log import GONE, RequestObserver, log_event, note_details, note_error
 from lorax_async.server.server_settings import (
     AllowedHosts,
     RequireApiKey,
@@ -88,12 +97,13 @@ def create_app(service: Service) -> Starlette:
     """
     settings = service.settings
 
-    async def refuse(_: Request, error: Exception) -> Response:
+    async def refuse(request: Request, error: Exception) -> Response:
+        note_error(request.scope, error)
         refusal = create_refusal(error, settings.retry_after)
         return UnreadRefusal(refusal, settings.slow_client) if refusal.close else refusal.response()
 
     async def ignore_disconnect(_: Request, __: Exception) -> Response:
-        return Response(status_code=int(GONE))
+        return Response(status_code=GONE)
 
     async def show_file(content: bytes, kind: str, _: Request) -> Response:
         return Response(content, headers=SAFE | {"content-type": f"{kind}; charset=utf-8"})
@@ -106,7 +116,7 @@ def create_app(service: Service) -> Starlette:
 
     api_key = [Middleware(RequireApiKey, settings)]
 
-    middleware = [Middleware(RequestCounter, service.metrics)]
+    middleware = [Middleware(RequestObserver, service.metrics.count_request)]
     if settings.allowed_hosts is not None:
         middleware.append(Middleware(AllowedHosts, settings.allowed_hosts, settings.slow_client))
     return Starlette(
@@ -152,7 +162,7 @@ async def describe_model(service: Service, request: Request) -> Response:
     """GET /v1/models/NAME: describe one model."""
     name, names = request.path_params["name"], service.names
     if name != names.base and name not in names.adapters:
-        raise Refusal(404, "No model has this name", param="model", code="model_not_found")
+        raise unknown_model(name)
     return JSONResponse(_model_as_json(service, name))
 
 
@@ -249,9 +259,13 @@ async def load_adapter(service: Service, request: Request) -> Response:
         body = await read_body(LoadBody, request, settings.max_body_bytes, settings.slow_client)
         if not body.lora_name or not body.lora_path:
             raise _invalid_input("Both 'lora_name' and 'lora_path' must be provided.")
+        note_details(request.scope, model=body.lora_name, path=body.lora_path)
         require_free(body)
         adapter = await asyncio.to_thread(_parse_adapter, body.lora_path)
-        (await service.loader.load(adapter)).release()
+        try:
+            (await service.loader.load(adapter)).release()
+        except UNKNOWN as error:
+            raise _missing(body.lora_path, adapter, error) from error
         require_free(body)
         names.add(body.lora_name, adapter)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
@@ -265,6 +279,7 @@ async def unload_adapter(service: Service, request: Request) -> Response:
         body = await read_body(UnloadBody, request, settings.max_body_bytes, settings.slow_client)
         if not body.lora_name:
             raise _invalid_input("'lora_name' needs to be provided to unload a LoRA adapter.")
+        note_details(request.scope, model=body.lora_name)
         adapter = names.remove(body.lora_name)
         if adapter is None:
             message = f"The lora adapter '{body.lora_name}' cannot be found."
@@ -290,6 +305,16 @@ def _parse_adapter(path: str) -> AdapterId:
         if ids.parse_ref(ref).source == "hub":
             return replace(ref, use_token=True)
     return path
+
+
+def _missing(path: str, adapter: AdapterId, error: LoraxError) -> Exception:
+    """Return what to raise for a `lora_path` that leads nowhere, as a mistyped folder does."""
+    if isinstance(adapter, AdapterRef):
+        return error.prefixed("no such folder, and on the hub: ")
+    if isinstance(adapter, Path) or "://" in path:
+        return error
+    message = f"no such folder: {shorten(path, 200)}"
+    return Refusal(404, message, param="lora_path", code="model_not_found")
 
 
 def _invalid_input(message: str) -> Refusal:
@@ -403,11 +428,14 @@ class DrainingServer(uvicorn.Server):
             self._in_flight.close()
             self._service.metrics.close()
             await self._disconnect_all(sockets or ())
+            log_event("closed")
 
     def stop(self) -> None:
         """Do as a signal does. On the loop."""
-        if self._in_flight.closing:
-            self._in_flight.fail()
+        in_flight = self._in_flight
+        log_event("closing", in_flight=in_flight.count, at_once=in_flight.closing or None)
+        if in_flight.closing:
+            in_flight.fail()
         self._in_flight.close()
         self._service.dashboard.end()
         self.should_exit = True

@@ -26,7 +26,14 @@ from lorax_async.server.request_bodies import (
     GenerationBody,
     read_body,
 )
-from lorax_async.server.responses import EventStream, create_refusal, invalid_parameter
+from lorax_async.server.responses import (
+    UNKNOWN,
+    EventStream,
+    create_refusal,
+    invalid_parameter,
+    unknown_model,
+)
+from lorax_async.server.server_log import in_ms, note_details, note_error
 from lorax_async.server.server_settings import identify_client
 from lorax_async.server.service import Service
 from lorax_async.types import AdapterId
@@ -55,6 +62,7 @@ class CompletionEndpoint:
             body = await read_body(
                 self._kind, request, settings.max_body_bytes, settings.slow_client
             )
+            note_details(scope, model=body.model, stream=bool(body.stream))
             prompts = len(body.prompts) if isinstance(body, CompletionBody) else 1
             if prompts * (body.n or 1) > settings.max_choices:
                 raise invalid_parameter(
@@ -64,6 +72,9 @@ class CompletionEndpoint:
                 )
             service.require_room(1)  # refuse cheaply, before the prompt is read
             adapter = service.names.resolve(body.model)
+            is_cold = adapter is not None and service.cold.is_cold(adapter)
+            start = "base" if adapter is None else "cold" if is_cold else "warm"
+            note_details(scope, start=start)
             client = identify_client(request)
             with service.client_limits.count_request(client, adapter):
                 stream = EventStream(scope, receive, send, settings.slow_client)
@@ -79,14 +90,22 @@ class CompletionEndpoint:
                 generations = _create_generations(service, body, adapter, prompts, client)
                 with _submit(service, body, generations) as texts:
                     answer = Answer(body, texts, sum(map(len, prompts)))
-                    if body.stream:
-                        await answer.stream(stream)
-                    else:
-                        await stream.respond(JSONResponse(await answer.collect()))
-        except ClientDisconnect:
+                    try:
+                        if body.stream:
+                            await answer.stream(stream)
+                        else:
+                            await stream.respond(JSONResponse(await answer.collect()))
+                    finally:
+                        note_details(stream.scope, **answer.details())
+        except ClientDisconnect as error:
+            note_error(stream.scope, error)
             return
         except Exception as error:  # noqa: BLE001 - every error is a response
-            refusal = create_refusal(error, service.settings.retry_after, body.model)
+            note_error(stream.scope, error)
+            if isinstance(error, UNKNOWN) and body.model not in service.names.adapters:
+                refusal = unknown_model(body.model)
+            else:
+                refusal = create_refusal(error, service.settings.retry_after, body.model)
             if not stream.has_begun:
                 raise (refusal if isinstance(error, LoraxError) else error) from error.__cause__
             await stream.fail(refusal, error)
@@ -205,6 +224,12 @@ class TextStreams:
     def count(self) -> int:
         """Tokens received."""
         return sum(tokens.count for tokens in self._tokens)
+
+    @property
+    def first_seconds(self) -> float | None:
+        """The time to the first token of all."""
+        known = [tokens.first_seconds for tokens in self._tokens]
+        return min((seconds for seconds in known if seconds is not None), default=None)
 
     def deltas(self) -> AsyncGenerator[TextDelta]:
         """Yield texts and ends as they arrive. Raise the first error that ended a sequence."""
@@ -356,6 +381,15 @@ class Answer:
         kind = "chat.completion.chunk" if self._is_chat else "text_completion"
         event = {**self._common, "object": kind, "choices": choices}
         await stream.send_event(event | {"usage": usage} if self._with_usage else event)
+
+    def details(self) -> Json:
+        """Return what the log says of the answer."""
+        return {
+            "id": self._common["id"],
+            "prompt_tokens": self._prompt_tokens,
+            "tokens": self._texts.count,
+            "first_token_ms": in_ms(self._texts.first_seconds),
+        }
 
     def _usage(self) -> Json:
         prompt, completion = self._prompt_tokens, self._texts.count

@@ -13,7 +13,6 @@ from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_late
 from prometheus_client import Counter as Total
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lorax_async.errors import CapacityError, LoaderClosedError, LoraxError, shorten
 from lorax_async.events import Failed, Resident
@@ -34,9 +33,6 @@ CALLS = frozenset({
     "/v1/unload_lora_adapter", "/v1/adapters", "/health", "/metrics", "/", "/page",
 })  # fmt: skip
 """Paths with a label of their own; all others, which clients make up, are "other"."""
-
-GONE = "499"
-"""The status of a request whose client left before it had one, as in nginx."""
 
 FIRST_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 BETWEEN_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
@@ -91,6 +87,12 @@ class ServerMetrics(Collector):
         """
         return generate_latest(self._registry)
 
+    def count_request(self, path: str, status: int) -> None:
+        """Count a request that was answered."""
+        for folder in ("/v1/models", "/page"):
+            path = folder if path.startswith(f"{folder}/") else path
+        self.requests.labels(path if path in CALLS else "other", str(status)).inc()
+
     def collect(self) -> Iterable[Metric]:
         """Yield the adapters of sequences as vLLM does for routers."""
         info = GaugeMetricFamily(
@@ -105,37 +107,6 @@ class ServerMetrics(Collector):
         yield info
 
 
-class RequestCounter:
-    """ASGI middleware: count HTTP requests by call and status."""
-
-    def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
-        self._app = app
-        self._metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":  # lifespan, say
-            await self._app(scope, receive, send)
-            return
-        status = GONE
-
-        async def record_status(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = str(message["status"])
-            await send(message)
-
-        try:
-            await self._app(scope, receive, record_status)
-        except Exception:
-            status = "500" if status == GONE else status  # an outer handler answers it
-            raise
-        finally:
-            call = str(scope.get("path", ""))
-            for folder in ("/v1/models", "/page"):
-                call = folder if call.startswith(f"{folder}/") else call
-            self._metrics.requests.labels(call if call in CALLS else "other", status).inc()
-
-
 class ObservedTokens:
     """Pass the tokens of one sequence on; count and time them, and end its recording."""
 
@@ -148,6 +119,8 @@ class ObservedTokens:
     ) -> None:
         self.count = 0
         """Tokens passed on."""
+        self.first_seconds: float | None = None
+        """From its start in the queue to its first token."""
         self._tokens = tokens
         self._iterator = aiter(tokens)
         self._model = model
@@ -178,11 +151,12 @@ class ObservedTokens:
             self._end(type(error).__name__)
             raise
         now, metrics = time.monotonic(), self._metrics
-        self._histogram.observe(now - self._since)
-        self._since = now
+        began, self._since = self._since, now
+        self._histogram.observe(now - began)
         metrics.tokens.inc()
         self.count += 1
         if self._histogram is metrics.first:
+            self.first_seconds = now - began
             self._histogram = metrics.between
             if self._state is not None:
                 self._move(metrics.running)
@@ -244,13 +218,17 @@ class ColdRequests:
         left = MAX_RECORDINGS - len(self._recorded)
         if adapter is None or left <= 0 or as_ref(adapter) in self._recorded:
             return None
-        story = self._loader.placement().story(adapter)
-        if story and isinstance(story[-1], Resident):
+        if not self.is_cold(adapter):
             return None
         if left == 1 and self._names.name_of(adapter) is None:
             return None
         self._recorded.add(as_ref(adapter))
         return ColdRequest(self, self._loader, adapter)
+
+    def is_cold(self, adapter: AdapterId) -> bool:
+        """Return whether an adapter is not on the device."""
+        story = self._loader.placement().story(adapter)
+        return not (story and isinstance(story[-1], Resident))
 
     def finish(self, request: ColdRequest) -> None:
         """Keep a request that has ended; discard it if it was refused."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 from collections.abc import Mapping
 from contextlib import aclosing, suppress
+from dataclasses import fields
 from math import ceil
 from typing import Any
 
@@ -16,7 +18,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
 from lorax_async import errors
-from lorax_async.errors import LoraxError
+from lorax_async.config import LoaderConfig
+from lorax_async.errors import LoraxError, shorten
 
 ABORT = "lorax_abort"
 """Key in the scope's state: a function that drops the connection with all unsent data."""
@@ -49,6 +52,9 @@ STATUSES: tuple[tuple[type[LoraxError], int, str], ...] = (
     (errors.TransferError, 500, "transfer_failed"),
 )
 """The first row whose class matches an error decides; other errors get `INTERNAL`."""
+
+UNKNOWN = (errors.AdapterNotFoundError, errors.AccessDeniedError, errors.InvalidAdapterIdError)
+"""Of a client's model: it does not exist, as far as clients are told."""
 
 INTERNAL = "Internal server error; the server's log has the details."
 """Internal details are for the operator's log only."""
@@ -103,10 +109,20 @@ def invalid_parameter(message: str, param: str, code: str = "invalid_value") -> 
     return Refusal(400, message, param=param, code=code)
 
 
+def unknown_model(model: str) -> Refusal:
+    """Return the response to a model that is unknown, or that its source keeps from this server.
+
+    A client is not told which: what is private looks like what does not exist.
+    """
+    message = f"The model `{shorten(model, 200)}` does not exist."
+    return Refusal(404, message, param="model", code="model_not_found")
+
+
 def create_refusal(error: Exception, retry_after: float, model: str | None = None) -> Refusal:
     """Return the response to an error; `model` is the client's name for the adapter.
 
-    It replaces the id in the message: behind an operator's name, the id may be a path.
+    It replaces the id in the message: behind an operator's name, the id may be a path. What a
+    program could do is left out: the log has it.
     """
     if isinstance(error, Refusal):
         return error
@@ -120,11 +136,23 @@ def create_refusal(error: Exception, retry_after: float, model: str | None = Non
     retry = status in {429, 503} or (status in {502, 504} and error.retryable)
     return Refusal(
         status,
-        str(shown),
+        without_code(str(shown)),
         param="model" if error.id is not None else None,
         code=code,
         retry_after=(error.retry_after or retry_after) if retry else None,
     )
+
+
+_SETTINGS = "|".join(each.name for each in fields(LoaderConfig) if "_" in each.name)
+_CODE = rf"\w=\w|pathlib|Limits\.|Allow\(|LoaderConfig|StoreConfig|\b(?:{_SETTINGS})\b"
+_HAS_CODE = re.compile(_CODE)
+_CODE_IN_BRACKETS = re.compile(rf" \((?=[^()]*(?:{_CODE}))[^()]*\)")
+
+
+def without_code(text: str) -> str:
+    """Return an error's text without the remedy, after a semicolon, that is a program's or ours."""
+    head, _, remedy = text.partition("; ")
+    return _CODE_IN_BRACKETS.sub("", head if _HAS_CODE.search(remedy) else text)
 
 
 class UnreadRefusal(Response):
@@ -163,13 +191,13 @@ class EventStream:
         self.has_begun = False
         """Whether a status was sent: later errors go into the body."""
         self._streaming = False
-        self._scope = scope
+        self.scope = scope
         self._send_on = send
         self._seconds = seconds
 
     async def respond(self, response: Response) -> None:
         """Send a whole response."""
-        await response(self._scope, self.receive, self._send)
+        await response(self.scope, self.receive, self._send)
 
     async def begin(self) -> None:
         self._streaming = True
@@ -200,7 +228,7 @@ class EventStream:
 
     def abort(self) -> bool:
         """Drop the connection with all unsent data; return whether that is possible."""
-        abort = self._scope.get("state", {}).get(ABORT)
+        abort = self.scope.get("state", {}).get(ABORT)
         if abort is not None:
             abort()
         return abort is not None

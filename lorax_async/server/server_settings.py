@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from types import MappingProxyType
@@ -14,9 +15,9 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lorax_async.config import MiB
-from lorax_async.errors import AccessDeniedError, ConfigError, InvalidAdapterIdError, shorten
+from lorax_async.errors import ConfigError, InvalidAdapterIdError, shorten
 from lorax_async.ids import Allow, as_allow, is_covered, parse_ref
-from lorax_async.server.responses import Refusal, UnreadRefusal
+from lorax_async.server.responses import Refusal, UnreadRefusal, unknown_model
 from lorax_async.types import AdapterId, AdapterRef, as_ref, require_count, require_seconds
 from lorax_async.urls import is_address
 
@@ -267,18 +268,16 @@ class ModelNames:
         """Return the adapter that a request's `model` names; None is the base.
 
         An unknown name is an id. It stays text, so that it is local only below `local_roots`.
-        Raise `AccessDeniedError` for an id that requests may not name.
+        Raise `Refusal` for an id that requests may not name.
         """
         if model == self.base:
             return None
-        if model not in self._adapters and not is_requestable(AdapterRef(model), self._sources):
-            raise AccessDeniedError(
-                "requests may name the models of this server (GET /v1/models), but not this id;"
-                " the operator can allow it with --source",
-                id=model,
-                stage="resolve",
-            )
-        return self._adapters.get(model, model)
+        if model in self._adapters:
+            return self._adapters[model]
+        with suppress(InvalidAdapterIdError):
+            if is_requestable(AdapterRef(model), self._sources):
+                return model
+        raise unknown_model(model)
 
     def name_of(self, adapter: AdapterId) -> str | None:
         """Return the first name of an adapter."""
@@ -304,12 +303,12 @@ class ModelNames:
 
 
 def is_requestable(ref: AdapterRef, sources: Sequence[Allow]) -> bool:
-    """Return whether `sources` let requests name this id.
+    """Return whether `sources` let requests name this id; malformed ones, they may not.
 
-    The loader judges folders by its `local_roots`, and refuses malformed ids.
+    The loader judges folders by its `local_roots`.
     """
     try:
         parsed_ref = parse_ref(ref)
     except InvalidAdapterIdError:
-        return True
+        return False
     return parsed_ref.source == "local" or is_covered(parsed_ref, sources)

@@ -27,6 +27,7 @@ from lorax_async.server.engine import Engine, Generation
 from lorax_async.server.monitoring import ColdRequests, Dashboard, ObservedTokens, ServerMetrics
 from lorax_async.server.request_bodies import PromptEncoder
 from lorax_async.server.responses import wait_for_disconnect
+from lorax_async.server.server_log import log_adapters
 from lorax_async.server.server_settings import ModelNames, ServerSettings, is_requestable
 from lorax_async.server.transformers_decoder import TransformersDecoder
 from lorax_async.server.warm_list import WarmList
@@ -149,8 +150,8 @@ class InFlightRequests:
 
     def __init__(self) -> None:
         self.closing = False
+        self.count = 0
         self._failed = False
-        self._count = 0
         self._scopes: set[RequestScope] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -160,13 +161,13 @@ class InFlightRequests:
         """Count one request while entered. Raise `LoaderClosedError` when closing."""
         if self.closing:
             raise LoaderClosedError(CLOSING)
-        self._count += 1
+        self.count += 1
         self._idle.clear()
         try:
             yield
         finally:
-            self._count -= 1
-            if not self._count:
+            self.count -= 1
+            if not self.count:
                 self._idle.set()
 
     def open_scope(self, receive: Receive) -> RequestScope:
@@ -295,6 +296,7 @@ async def open_service(
     async with AsyncExitStack() as stack:
         enter = stack.enter_async_context
         loader = await enter(AdapterLoader(layout, config))
+        stack.enter_context(log_adapters(loader))
         attached = stack.enter_context(attach(base.model, loader))
         scheduler = await enter(
             AdapterScheduler(loader, max_begun=sequences, max_share=capacity.share)

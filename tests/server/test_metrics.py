@@ -11,7 +11,8 @@ from starlette.types import Receive, Scope, Send
 
 import tiny
 from lorax_async.errors import FetchError
-from lorax_async.server.monitoring import ObservedTokens, RequestCounter, ServerMetrics
+from lorax_async.server.monitoring import ObservedTokens, ServerMetrics
+from lorax_async.server.server_log import RequestObserver
 from lorax_async.server.server_settings import ModelNames
 from metrics.scraping import Samples, of, parsed
 from server.world import FakeEngine, World, failing, request, serving
@@ -166,7 +167,7 @@ async def test_a_status_that_was_sent_is_the_one_that_counts() -> None:
     async def nothing(*_: Any) -> Any: ...
 
     async with serving() as world:
-        counted = RequestCounter(app, world.service.metrics)
+        counted = RequestObserver(app, world.service.metrics.count_request)
         await counted({"type": "lifespan"}, nothing, nothing)
         with pytest.raises(RuntimeError, match="middle"):
             await counted({"type": "http", "path": "/health"}, nothing, nothing)

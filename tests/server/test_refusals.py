@@ -69,11 +69,32 @@ async def test_the_official_client_raises(stream: bool) -> None:
         (la.CapacityError("full"), openai.RateLimitError),
         (la.LoaderClosedError("closing"), openai.InternalServerError),
     ):
-        async with serving(FakeEngine(fakes.failing(error))) as world:
+        names = {"sql": "org/x"}  # of an unknown model, a client is told less
+        async with serving(FakeEngine(fakes.failing(error)), adapters=names) as world:
             create: Any = world.client.completions.create
-            raised: Any = await fails(create(model="org/x", prompt="x", stream=stream), kind)
+            raised: Any = await fails(create(model="sql", prompt="x", stream=stream), kind)
         assert error.problem in raised.message
         assert raised.param == ("model" if error.id else None)
+
+
+@pytest.mark.parametrize(
+    ("problem", "told"),
+    [
+        ("rank 300 is too high; raise Limits.max_rank to accept it", "rank 300 is too high"),
+        ("no slot is free; unpin some, or raise device_bytes", "no slot is free"),
+        ("give a token (or let ours be used: use_token=True)", "give a token"),
+        ("modules_to_save is set; retrain without", "modules_to_save is set; retrain without"),
+    ],
+)
+async def test_settings_of_programs_are_for_the_log_alone(
+    problem: str, told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "lorax_async.server")
+    engine = FakeEngine(fakes.failing(la.UnsupportedAdapterError(problem)))
+    async with serving(engine, adapters={"sql": "org/x"}) as world:
+        answer = await world.ask("POST", COMPLETIONS, PLAIN | {"model": "sql"})
+    assert answer.error["message"].endswith(f": {told}")
+    assert problem in caplog.text
 
 
 async def test_an_operators_path_stays_hidden(tmp_path: Path) -> None:
@@ -224,18 +245,22 @@ async def test_ids_are_a_loaders(tmp_path: Path) -> None:
         for model, status, said in (
             ("./good", 200, "loaded"),
             ("outside", 200, "loaded"),
-            (str(outside), 403, "model_access_denied"),
+            (str(outside), 404, "model_not_found"),
             ("./nowhere", 404, "model_not_found"),
             ("./torn", 422, "adapter_malformed"),
             ("./deep", 422, "adapter_incompatible"),
             ("./other", 422, "adapter_unsupported"),
-            ("s3://bucket/x", 403, "model_access_denied"),
-            ("http://u:p@host/x", 400, "invalid_model_id"),
-            ("a b", 400, "invalid_model_id"),
+            ("s3://bucket/x", 404, "model_not_found"),
+            ("http://u:p@host/x", 404, "model_not_found"),
+            ("gpt-4", 404, "model_not_found"),
+            ("a b", 404, "model_not_found"),
         ):
             answer = await world.ask("POST", COMPLETIONS, PLAIN | {"model": model})
             told = answer.json["choices"][0]["text"] if status == 200 else answer.error["code"]
             assert (answer.status, told) == (status, said), model
+            if status == 404:
+                assert answer.error["message"] == f"The model `{model}` does not exist."
+                assert answer.error["param"] == "model"
 
 
 async def test_health() -> None:

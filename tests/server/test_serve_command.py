@@ -23,8 +23,10 @@ import torch
 import transformers
 from fault_server import until
 from openai import DefaultHttpxClient, OpenAI
+from safetensors.torch import load_file
 
 import tiny
+from engines.variants import PEFT_WARNING, save
 from lorax_async.cli import main, serve
 from lorax_async.cli.serve import (
     ADMIN_TOKEN,
@@ -34,6 +36,7 @@ from lorax_async.cli.serve import (
     serve_commands,
     server_loader_settings,
 )
+from lorax_async.config import Limits, LoaderConfig
 from lorax_async.errors import ConfigError
 from lorax_async.ids import Allow
 from lorax_async.server.service import ServedModel
@@ -157,6 +160,10 @@ def test_options_that_are_none_are_refused(capsys: Capture) -> None:
     for text in ("hub:org", "no/such/folder", "ftp://host/"):
         with pytest.raises(argparse.ArgumentTypeError):
             as_source(text)
+    for option in ("--timeout=0", "--timeout=nan", "--max-rank=0", "--host-bytes=-1", "--verify=x"):
+        with pytest.raises(SystemExit):
+            main(["serve", "--base", "smollm2", option])
+        assert f"argument {option.partition('=')[0]}: " in capsys.readouterr().err
     for port in ("65536", "-1", "x", "²", ""):
         with pytest.raises(SystemExit) as ended:
             main(["serve", "--base", "smollm2", f"--port={port}"])
@@ -176,14 +183,14 @@ def test_what_lives_for_ever_is_not_looked_through_again_and_again(monkeypatch: 
 
 @pytest.fixture
 def refused(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> Callable[..., str]:
-    """Start a server with these options; returns the one line that it ends with."""
+    """Start a server with these options; returns the line that it ends with."""
 
     def start(*options: str) -> str:
         command = ["serve", "--base", str(tmp_path), "--port", "0", "--json", *options]
         assert main(command) == 1
         told = capsys.readouterr()
         assert told.out == ""
-        (line,) = told.err.splitlines()
+        line = told.err.splitlines()[-1]
         assert line.startswith("ConfigError: ")
         return line
 
@@ -358,10 +365,29 @@ def test_a_base_is_loaded_onto_a_device_that_is_there(whole: Path, monkeypatch: 
         ServedModel.load(whole, dtype="float32", device="cuda")
 
 
+@pytest.mark.filterwarnings(PEFT_WARNING)
+def test_adapters_have_a_quarter_of_what_is_free_at_most_what_slots_can_use(
+    monkeypatch: Patch, tmp_path: Path
+) -> None:
+    model: Any = transformers.LlamaForCausalLM(llama_config())
+    largest = save(model, {"r": 64, "target_modules": "all-linear"}, tmp_path / "largest")
+    nbytes = sum(each.nbytes for each in load_file(largest / "adapter_model.safetensors").values())
+    limits = Limits(max_rank=64)
+    config = LoaderConfig(dtype="float32", max_slots=1000, limits=limits)
+    for free in (8 << 20, 1 << 40):
+        monkeypatch.setattr(serve, "free_bytes", lambda device, free=free: free)
+        chosen = serve.choose_device_bytes(model, config)
+        assert chosen == free // 4 if free < 1 << 30 else nbytes * 1000 <= chosen < free // 4
+    monkeypatch.undo()
+    memory = Path("/proc/meminfo").read_text()
+    total = int(memory.split("MemTotal:")[1].split()[0]) << 10
+    assert 0 < serve.free_bytes("cpu") < total
+
+
 def test_a_length_of_nothing_is_refused(whole: Path, capsys: Capture, monkeypatch: Patch) -> None:
     monkeypatch.setattr(serve, "tune_process", lambda: None)
     options = ["--port", "0", "--json", "--max-length", "0"]
     assert main(["serve", "--base", str(whole), *options]) == 1
     told = capsys.readouterr()
-    assert (told.out, len(told.err.splitlines())) == ("", 1)
-    assert "max_length" in told.err
+    assert told.out == ""
+    assert "max_length" in told.err.splitlines()[-1]
