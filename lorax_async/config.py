@@ -42,18 +42,58 @@ MiB = 1 << 20
 GiB = 1 << 30
 
 
-@dataclass(frozen=True, slots=True)
+_SIZE = re.compile(r"([0-9]+)\s*(|[KMGT]iB)")
+_UNITS = {"": 1, "KiB": KiB, "MiB": MiB, "GiB": GiB, "TiB": 1 << 40}
+
+
+def parse_size(text: str) -> int | None:
+    """Return the bytes of a text such as "2GiB" or "4096"; None if it is no size."""
+    match = _SIZE.fullmatch(text)
+    return None if match is None else int(match[1]) * _UNITS[match[2]]
+
+
+class ByteSize:
+    """A field of a dataclass: a number of bytes, or text with a unit ("2GiB"); kept as an int."""
+
+    def __init__(self, default: int, *, least: int = 1) -> None:
+        self._default = default
+        self._least = least
+
+    def __set_name__(self, _: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: object | None, _: type | None = None) -> int:
+        size: int = self._default if instance is None else vars(instance)[self._name]
+        return size
+
+    def __set__(self, instance: object, value: int | str) -> None:
+        size: object = value
+        if isinstance(value, str) and value.endswith("B"):  # without a unit, it may mean anything
+            parsed = parse_size(value)
+            size = value if parsed is None else parsed
+        try:
+            require_count(self._name, size, least=self._least)
+        except ConfigError as error:
+            hint = '; as text, a size is "64MiB" or "2GiB"' if isinstance(value, str) else ""
+            raise ConfigError(f"{error.problem}{hint}") from None
+        vars(instance)[self._name] = size
+
+
+# These classes have no slots: a slot would take the place of a `ByteSize`.
+
+
+@dataclass(frozen=True)
 class Limits:
     """Limits on untrusted adapters, in bytes or counts."""
 
-    max_header_bytes: int = 2 * MiB
+    max_header_bytes: ByteSize = ByteSize(2 * MiB)
     max_tensors: int = 65_536
     max_name_bytes: int = 512
     max_dimensions: int = 8
     max_json_depth: int = 16
-    max_config_bytes: int = 256 * KiB
+    max_config_bytes: ByteSize = ByteSize(256 * KiB)
     max_rank: int = 256
-    max_adapter_bytes: int = 4 * GiB
+    max_adapter_bytes: ByteSize = ByteSize(4 * GiB)
 
     def __post_init__(self) -> None:
         for entry in fields(self):
@@ -140,9 +180,11 @@ DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """The dtypes of adapters on a device: torch's name to safetensors' name."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class StoreConfig:
     """Settings of an `AdapterStore`: where adapters may come from, and the cache on disk.
+
+    A size is a number of bytes, or text with its unit: "2GiB".
 
     Parameters
     ----------
@@ -203,7 +245,7 @@ class StoreConfig:
     offline: bool = False
     verify: Checking = "stream"
     cache_dir: str | os.PathLike[str] | None = None
-    cache_bytes: int = 16 * GiB
+    cache_bytes: ByteSize = ByteSize(16 * GiB)
     connections: int = 16
     revalidate: float = 60.0
     eviction: Eviction = "lru"
@@ -223,7 +265,6 @@ class StoreConfig:
             raise ConfigError(f"limits must be Limits(…), not {self.limits!r}")
         if not isinstance(self.peers, Peers | None):
             raise ConfigError(f"peers must be Peers(…) or None, not {self.peers!r}")
-        require_count("cache_bytes", self.cache_bytes)
         _require_at_most("connections", self.connections, MAX_THREADS)
         require_seconds("timeout", self.timeout)
         _require_zero_or_seconds("revalidate", self.revalidate)
@@ -256,7 +297,7 @@ class StoreConfig:
         raise UsageError(f"a timeout is from 0 to {MAX_SECONDS:g} seconds, not {timeout!r}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class LoaderConfig(StoreConfig):
     """Settings of an `AdapterLoader`: those of its `StoreConfig`, the device, and the budgets.
 
@@ -308,15 +349,16 @@ class LoaderConfig(StoreConfig):
         A value is out of range or not available here.
     """
 
+    cache_bytes: ByteSize = ByteSize(16 * GiB)  # again: mypy does not inherit descriptors
     device: str = "cpu"
     dtype: object | None = None
     shard: Shard | None = None
-    device_bytes: int = 256 * MiB
-    staging_bytes: int = 16 * MiB
-    host_bytes: int = 256 * MiB
-    memory_bytes: int = 256 * MiB
+    device_bytes: ByteSize = ByteSize(256 * MiB)
+    staging_bytes: ByteSize = ByteSize(16 * MiB)
+    host_bytes: ByteSize = ByteSize(256 * MiB, least=0)
+    memory_bytes: ByteSize = ByteSize(256 * MiB, least=0)
     spill: bool = True
-    pinned_bytes: int = 0
+    pinned_bytes: ByteSize = ByteSize(0, least=0)
     max_slots: int = 16
     io_threads: int = field(default_factory=lambda: min(4, os.cpu_count() or 1))
     starvation_age: float = 5.0
@@ -325,7 +367,7 @@ class LoaderConfig(StoreConfig):
     check_finite: bool = False
 
     def __post_init__(self) -> None:
-        StoreConfig.__post_init__(self)  # super() does not work in a dataclass with slots
+        super().__post_init__()
         if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
             raise ConfigError(
                 f"device {self.device!r} is not 'cpu', 'cuda', 'cuda:N' or 'simulated'"
@@ -334,12 +376,8 @@ class LoaderConfig(StoreConfig):
             require_bool(name, getattr(self, name))
         if not isinstance(self.shard, Shard | None):
             raise ConfigError(f"shard must be Shard(rank, world_size) or None, not {self.shard!r}")
-        for name in ("device_bytes", "staging_bytes"):
-            require_count(name, getattr(self, name))
         _require_at_most("max_slots", self.max_slots, MAX_SLOTS)
         _require_at_most("io_threads", self.io_threads, MAX_THREADS)
-        for name in ("host_bytes", "memory_bytes", "pinned_bytes"):
-            require_count(name, getattr(self, name), least=0)
         require_seconds("starvation_age", self.starvation_age)
         _require_zero_or_seconds("min_residency", self.min_residency)
         _require_zero_or_seconds("revalidate_files", self.revalidate_files)

@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import Any, TypeAlias, TypeGuard
 
@@ -24,6 +25,7 @@ from lorax_async.errors import (
     LoraxError,
     UnsupportedAdapterError,
     shorten,
+    shorten_repr,
 )
 from lorax_async.formats.peft_config import parse_config
 from lorax_async.formats.peft_names import WEIGHT_DTYPES, TensorRole, layer_index, parse_tensor_name
@@ -43,6 +45,7 @@ from lorax_async.planning.model_families import (
     parallel_of,
 )
 from lorax_async.planning.transfer_plan import plan_transfer
+from lorax_async.remote.hub import download_base_config
 from lorax_async.sources.local import read_header
 
 
@@ -115,21 +118,61 @@ MAX_LAYERS = 4_096
 _MATRICES = (TensorRole.A, TensorRole.B)
 
 
-def from_pretrained(dir: str | Path, dtype: Dtype = None) -> ModelLayout:
-    """Return the layout of the base model in a local folder, from its `config.json` alone.
+def from_pretrained(
+    base: str | PathLike[str],
+    dtype: Dtype = None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    endpoint: str | None = None,
+    offline: bool = False,
+) -> ModelLayout:
+    """Return the layout of a base model, from its `config.json` alone.
 
-    No weights are read, nothing is downloaded, and no code from the folder is run. The layouts of
-    common decoders (`planning.model_families`) are known. For another config, transformers is
-    imported and builds the model on the meta device, which takes seconds: on an event loop, call
-    `await asyncio.to_thread(layouts.from_pretrained, dir)`. `dtype` is the one in which the server
-    runs the base (torch's, or its name), None the config's.
+    No weights are read, and no code of the model is run. The layouts of common decoders
+    (`planning.model_families`) are known. For another config, transformers is imported and builds
+    the model on the meta device, which takes seconds. On an event loop, use
+    `AdapterLoader.from_pretrained`, or call this in a thread.
 
-    Raise `ConfigError` if the folder has no config, or one of more than `MAX_LAYERS` layers,
-    transformers is needed but missing or cannot build the model, or the dtype is unknown.
+    Parameters
+    ----------
+    base
+        A folder, or a hub id (`name`, `org/name` or `org/name@revision`), whose config.json
+        huggingface_hub downloads into its own cache.
+    dtype
+        The dtype in which the server runs the base (torch's, or its name); None for the config's.
+    revision, token, endpoint, offline
+        Of a hub id. The token None is this machine's own; `offline` makes no request.
+
+    Raises
+    ------
+    ConfigError
+        If there is no config, or one of more than `MAX_LAYERS` layers, transformers is needed but
+        missing or cannot build the model, or the dtype is unknown.
     """
-    folder = Path(dir)
+    if not isinstance(base, str | PathLike):
+        raise ConfigError(
+            f"a base model is a folder or a hub id, not {shorten_repr(base)}; for a model in"
+            " memory, use layouts.from_module"
+        )
+    folder = Path(base)
+    if not folder.is_dir() and is_hub_id(base):
+        name, _, version = str(base).partition("@")
+        folder = Path(
+            download_base_config(
+                name,
+                revision=revision or version or None,
+                token=token,
+                endpoint=endpoint,
+                offline=offline,
+            )
+        )
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"{str(folder)!r} has no config.json; pass the folder of a base model")
+        there = "has no config.json" if folder.is_dir() else "is not there"
+        raise ConfigError(
+            f"the folder {str(folder.absolute())!r} {there}; pass the folder of a base model, or"
+            " its id on the hub"
+        )
     config = _read_config(folder / "config.json")
     for key in LAYER_COUNTS:
         layers = config.get(key)
@@ -141,6 +184,12 @@ def from_pretrained(dir: str | Path, dtype: Dtype = None) -> ModelLayout:
         model, own = _build_model(folder)
         layout = from_module(model, "float32")
     return replace(layout, dtype=_dtype_name(dtype or own))
+
+
+def is_hub_id(base: str | PathLike[str]) -> bool:
+    """Return whether the text can be a model's id on the hub: `name` or `org/name[@revision]`."""
+    name = base.partition("@")[0] if isinstance(base, str) else ""
+    return len(name) > 0 and name.count("/") <= 1 and not name.startswith((".", "/", "~", "file:"))
 
 
 def _read_config(path: Path) -> Mapping[str, JsonValue]:

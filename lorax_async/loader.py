@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
+from os import PathLike
 from typing import Any, Self, TypeVar, overload
 
 import torch
 
+from lorax_async import layouts
 from lorax_async.concurrency import Lifetime, context_call
 from lorax_async.config import LoaderConfig
-from lorax_async.devices.base import Device
-from lorax_async.errors import ConfigError, InvalidAdapterIdError, LoraxError, UsageError
+from lorax_async.devices.base import Device, PointerTables
+from lorax_async.errors import (
+    ConfigError,
+    InvalidAdapterIdError,
+    LoraxError,
+    UsageError,
+    shorten_repr,
+)
 from lorax_async.events import CallEvent, Event
 from lorax_async.formats.peft_config import GivenConfig, write_config
 from lorax_async.handle import AdapterHandle, current_task_name
@@ -63,6 +72,14 @@ class AdapterLoader:
     ) -> None:
         if sys.platform != "linux":
             raise ConfigError("lorax_async runs on Linux only")
+        if not isinstance(layout, ModelLayout):
+            raise ConfigError(
+                f"the first argument is a ModelLayout, not {shorten_repr(layout)}; for the folder"
+                " or the hub id of a base model, use AdapterLoader.from_pretrained, for a model in"
+                " memory layouts.from_module"
+            )
+        if not isinstance(config, LoaderConfig | None):
+            raise ConfigError(f"config must be LoaderConfig(…), not {shorten_repr(config)}")
         self.layout = layout
         self.config = (config or LoaderConfig()).resolved(layout.dtype)
         self._sharding = shard_layout(layout, self.config.shard)
@@ -73,6 +90,35 @@ class AdapterLoader:
         self._lifetime = Lifetime("loader", "async with AdapterLoader(…) as loader")
 
     # -- life -------------------------------------------------------------------------------------
+
+    @classmethod
+    @context_call
+    async def from_pretrained(
+        cls,
+        base: str | PathLike[str],
+        config: LoaderConfig | None = None,
+        *,
+        dtype: layouts.Dtype = None,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> Self:
+        """Return an open loader for the base model in a folder, or of a hub id.
+
+        `async with AdapterLoader.from_pretrained(base) as loader` closes it at the end; after
+        `await`, call `close`. The config.json is read, or downloaded from the config's hub, in a
+        thread; other parameters and errors are those of `layouts.from_pretrained`.
+        """
+        config = config or LoaderConfig()
+        layout = await asyncio.to_thread(
+            layouts.from_pretrained,
+            *(base, dtype),
+            revision=revision,
+            token=token,
+            endpoint=config.hub_endpoint,
+            offline=config.offline,
+        )
+        loader = cls(layout, config)
+        return await loader.__aenter__()
 
     async def __aenter__(self) -> Self:
         async with self._lifetime.entering():
@@ -407,9 +453,13 @@ class AdapterLoader:
 
     @property
     def device(self) -> Device:
-        """The device, with the tables that kernels read."""
         self._check_open()
         return self._driver.device
+
+    @property
+    def tables(self) -> PointerTables:
+        """The device's tables, which kernels read: a row per module, a column per slot."""
+        return self.device
 
     def placement(self) -> Placement:
         """Return a view of where adapters are, of their last events, and of the budgets' use.

@@ -2,6 +2,7 @@
 
 import math
 import os
+import pickle
 from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
 from threading import TIMEOUT_MAX
@@ -18,6 +19,7 @@ Patch = pytest.MonkeyPatch
 made: Any = LoaderConfig  # of settings that are wrong, too
 NAN, INF = math.nan, math.inf
 NOT_COUNTS = [0, -1, -(1 << 70), 1.0, 1.5, NAN, INF, True, False, "16", "", b"1", None, [1], ...]
+NOT_SIZES = ["GiB", "-1GiB", "1.5GiB", "1GB", "1gib", "0GiB", "0x1GiB", "1KiBMiB"]
 NOT_SECONDS = [0, -1, 0.0, -0.5, -INF, INF, NAN, 1e10, 10**400, True, "5", "", None, [5.0], 5j]
 NOT_WORDS: list[Any] = ["READ", "", "whenever", "fifo", None, 1, True, [], {}]
 NOT_DTYPES = [torch.int8, torch.float64, torch.float8_e4m3fn, "float64", "F32", "fp16", "", 1, []]
@@ -31,7 +33,7 @@ NOT_ENDPOINTS = [
 SETTINGS: dict[str, tuple[list[Any], list[Any], str]] = {
     **dict.fromkeys(
         ("device_bytes", "staging_bytes", "cache_bytes"),
-        ([1, 1 << 40], NOT_COUNTS, "must be a positive integer"),
+        ([1, 1 << 40], [*NOT_COUNTS, *NOT_SIZES], "must be a positive integer"),
     ),
     **dict.fromkeys(
         ("max_slots", "io_threads", "connections"),
@@ -89,6 +91,18 @@ def test_each_setting_keeps_what_is_right_and_says_what_is_wrong(name: str) -> N
         assert not caught.value.retryable
         assert "swordfish" not in str(caught.value)
         assert len(str(caught.value)) <= 1000
+
+
+def test_sizes_may_have_units() -> None:
+    config = LoaderConfig(device_bytes="2GiB", cache_bytes="1 TiB", host_bytes="0KiB")
+    assert (config.device_bytes, config.cache_bytes, config.host_bytes) == (2 << 30, 1 << 40, 0)
+    assert Limits(max_adapter_bytes="16MiB").max_adapter_bytes == 16 << 20
+    assert config == replace(config) == pickle.loads(pickle.dumps(config))
+    assert "device_bytes=2147483648" in repr(config)
+    with pytest.raises(
+        errors.ConfigError, match=r'not \'2\'; as text, a size is "64MiB" or "2GiB"'
+    ):
+        LoaderConfig(device_bytes="2")
 
 
 @pytest.mark.parametrize("name", [entry.name for entry in fields(Limits)])

@@ -12,9 +12,11 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
+import torch
 from hub_stand_in import HubStandIn
 from user_loads import at, contents
 
+import lorax_kernels
 import tiny
 from lorax_async import AdapterStore, StoreConfig
 from lorax_async.cli import main
@@ -28,7 +30,7 @@ README, DOCS = ROOT / "README.md", ROOT / "docs"
 
 
 def python_blocks(page: Path) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    return re.findall(r"^ *```python\n(.*?)^ *```$", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.usefixtures("nothing_left")
@@ -71,6 +73,23 @@ async def test_the_lines_about_tensors_run(capsys: Capture) -> None:
     async with loader() as there:
         await scope["play"](there)
     assert capsys.readouterr().out.splitlines() == ["policy 4", "True"]
+
+
+@pytest.mark.usefixtures("nothing_left")
+async def test_the_lines_about_kernels_run(tmp_path: Path) -> None:
+    """Against the delta in float64, on the rows with an adapter; the others keep their bits."""
+    (lines,) = python_blocks(DOCS / "adapters.md")
+    folder, module = tiny.write(tmp_path / "a"), "model.layers.0.mlp.up_proj"
+    assert module in lines
+    async with loader() as there, there.load(folder) as handle:
+        x, before = torch.randn(8, tiny.HIDDEN), torch.randn(8, 2 * tiny.HIDDEN)
+        scope = {"Plan": lorax_kernels.Plan, "apply": lorax_kernels.apply, "torch": torch}
+        scope |= {"loader": there, "handle": handle, "x": x, "y": (y := before.clone())}
+        exec(textwrap.dedent(lines), scope)
+        weights = handle.modules[module]
+        delta = weights.scale * (x.double() @ weights.a.double().T) @ weights.b.double().T
+        torch.testing.assert_close(y[:3].double(), (before + delta)[:3], atol=1e-5, rtol=1e-5)
+        assert torch.equal(y[3:], before[3:])
 
 
 @pytest.mark.slow

@@ -194,8 +194,8 @@ async def test_the_ranks_compute_what_the_whole_model_does(world: int, tmp_path:
             ):
                 rows, columns = sharded.rows_of(name, shard), sharded.columns_of(name, shard)
                 y = each @ base[name][rows][:, columns].T
-                plan, tables = Plan.from_segments([0, len(y)], [handle.slot.index]), there.device
-                apply(y, each.contiguous(), plan, there.held_layout.index(name), tables)  # type: ignore[arg-type]
+                plan, tables = Plan.from_segments([0, len(y)], [handle.slot.index]), there.tables
+                apply(y, each.contiguous(), plan, there.held_layout.index(name), tables)
                 found.append(y)
             return found
 

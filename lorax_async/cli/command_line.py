@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar, get_args
 
 from lorax_async import layouts
-from lorax_async.config import DTYPES, HubCache
+from lorax_async.config import DTYPES, HubCache, parse_size
 from lorax_async.engines.smollm2 import prepare_base
 from lorax_async.errors import ConfigError, InvalidAdapterIdError, LoraxError, shorten
 from lorax_async.ids import (
@@ -41,8 +41,7 @@ AddParser = Callable[..., argparse.ArgumentParser]
 Command = Callable[[argparse.Namespace, "Terminal"], int]
 T = TypeVar("T")
 
-UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
-SIZE_HELP = "a number, or one with KiB, MiB or GiB"
+SIZE_HELP = "a number, or one with KiB, MiB, GiB or TiB"
 ID_HELP = "org/name[@revision] on the hub, s3://…, gs://…, az://…, or https://… of a folder"
 TOKENS = (
     "The hub gets the token in HF_TOKEN, or the one that `hf auth login` stored; object stores get"
@@ -158,11 +157,10 @@ def loader_settings(arguments: argparse.Namespace, refs: Sequence[AdapterRef]) -
 
 def as_size(text: str) -> int:
     """Parse a number of bytes, for argparse."""
-    digits = text.rstrip("KMGiB")
-    unit = text[len(digits) :]
-    if not digits.isascii() or not digits.isdecimal() or unit not in UNITS:
+    size = parse_size(text)
+    if size is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 1000000, 64MiB or 1GiB")
-    return int(digits) * UNITS[unit]
+    return size
 
 
 def integer_parser(minimum: int, maximum: int | None = None) -> Callable[[str], int]:

@@ -37,7 +37,33 @@ class StagedPiece:
     target: int
 
 
-class Device(Protocol):
+class PointerTables(Protocol):
+    """What kernels read: a row per module of the layout, a column per slot.
+
+    `layout.index(name)` is a module's row, and `handle.slot.index` an adapter's column. The tensors
+    keep their addresses. `lorax_kernels.Tables` is the same protocol.
+    """
+
+    @property
+    def address(self) -> torch.Tensor:
+        """Int64 `[2, modules, slots]`: the addresses of A (0) and B (1)."""
+
+    @property
+    def rank(self) -> torch.Tensor:
+        """Int32 `[modules, slots]`; 0 if the slot's adapter does not change the module."""
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """Float32 `[modules, slots]`."""
+
+    def operands(self, module: int, slot: int) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        """Return A `[rank, in]`, B `[out, rank]` and the scale of a module in a slot, or None.
+
+        A and B are views on the device. They show copies whose tickets are done.
+        """
+
+
+class Device(PointerTables, Protocol):
     """One arena, one pointer table, and copies into them. Sizes and offsets are in bytes.
 
     A copy writes its bytes, then its rows; then its ticket is done. Copies, wipes and clearings of
@@ -111,12 +137,6 @@ class Device(Protocol):
 
     def clear_column(self, slot: int) -> None:
         """Clear the slot's column, after the copies submitted so far. Does not block."""
-
-    def operands(self, module: int, slot: int) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-        """Return A `[rank, in]`, B `[out, rank]` and the scale of a module in a slot, or None.
-
-        A and B are views on the device. They show copies whose tickets are done.
-        """
 
     def view(self, extent: Extent) -> torch.Tensor:
         """Return the bytes of an extent, or of a part, on the device: uint8 `[nbytes]`.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorax_async import errors, layouts
-from lorax_async.config import GiB, Limits, StoreConfig
+from lorax_async.config import GiB, Limits, StoreConfig, parse_size
 from lorax_async.errors import (
     ConfigError,
     IncompatibleAdapterError,
@@ -30,9 +29,6 @@ PREFIX = "LORAX_ASYNC_"
 NAMES = frozenset(
     {"SOURCES", "ADAPTERS", "CACHE_DIR", "CACHE_BYTES", "HOST_BYTES", "TIMEOUT", "TOKEN"}
 )
-
-_SIZE = re.compile(r"([0-9]+)\s*(|[KMGT]iB)")
-_UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,10 +166,10 @@ def _allow_ref(ref: AdapterRef) -> Allow | None:
 
 
 def _parse_size(name: str, text: str) -> int:
-    match = _SIZE.fullmatch(text)
-    if match is None:
+    size = parse_size(text)
+    if size is None:
         raise ConfigError(f"{PREFIX}{name} must be bytes, such as 16GiB, not {shorten(text, 40)!r}")
-    return int(match[1]) * _UNITS[match[2]]
+    return size
 
 
 def _parse_seconds(text: str) -> float:

@@ -43,7 +43,6 @@ from lorax_async.handle import AdapterHandle
 from lorax_async.layouts import is_conv1d, is_lookup
 from lorax_async.loader import AdapterLoader
 from lorax_async.planning.layout import ModelLayout, Module, Parallelism
-from lorax_kernels import Tables
 
 _SAME_INPUT = (
     ("q_proj", "k_proj", "v_proj"),
@@ -157,11 +156,9 @@ def attach(model: nn.Module, loader: AdapterLoader) -> AttachedModel:
 
     The model is unchanged after an error.
     """
-    device = loader.device
+    device, tables = loader.device, loader.tables
     loop = asyncio.get_running_loop()
-    place = LoaderLocation(
-        device, cast(Tables, device), loop, DoraFactors(), PlanCache(), loader.tracer
-    )
+    place = LoaderLocation(device, tables, loop, DoraFactors(), PlanCache(), loader.tracer)
     bases = modules_of(model, loader.held_layout, loader.config.shard)
     require_fit(bases, str(loader.config.dtype), place.tables.rank.device)
     if any(isinstance(vars(base).get("forward"), AdaptedForward) for base in bases):

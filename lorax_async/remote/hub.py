@@ -77,6 +77,7 @@ RETRIES = RetryPolicy(attempts=3, base=0.25, most=4.0)
 
 _MAIN = "main"
 _PICKLE = "adapter_model.bin"
+_BASE_CONFIG = "config.json"
 _BEARER = "Bearer "
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -495,6 +496,40 @@ def problem_of(error: Exception, query: FileQuery, url: Url) -> AdapterError:
         problem += ", which is no answer to the request"
         return FetchError(problem, retryable=False)
     return FetchError(problem, retry_after=_retry_after(error))
+
+
+def download_base_config(
+    id: str, *, revision: str | None, token: str | None, endpoint: str | None, offline: bool
+) -> str:
+    """Return a folder with the config.json of a base model, in huggingface_hub's own cache. Blocks.
+
+    Without a token, huggingface_hub uses this machine's own. Raise `ConfigError`.
+    """
+    from huggingface_hub import hf_hub_download  # noqa: PLC0415 (slow)
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
+
+    where = parse_endpoint(endpoint_in_use(endpoint))
+    try:
+        path = hf_hub_download(
+            *(id, _BASE_CONFIG),
+            revision=revision,
+            token=token,
+            endpoint=endpoint,
+            local_files_only=offline,
+        )
+    except HFValidationError:
+        raise ConfigError(f"{shorten(id, 200)!r} is no folder and no id of the hub") from None
+    except LocalEntryNotFoundError as error:
+        if offline:
+            problem = f"{_BASE_CONFIG} of {id!r} is not in the standard hub cache, and offline=True"
+            raise ConfigError(problem) from None
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else None
+        problem = "no answer" if cause is None else _failure(cause, where).problem
+        raise ConfigError(f"{_BASE_CONFIG} of {id!r}: {problem}", retryable=True) from None
+    except _request_errors() as error:
+        query = FileQuery(id, _BASE_CONFIG, revision or _MAIN, token)
+        raise ConfigError(f"the base model: {problem_of(error, query, where).problem}") from None
+    return os.path.dirname(path)
 
 
 def _retry_after(error: HfHubHTTPError) -> float | None:

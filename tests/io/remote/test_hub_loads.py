@@ -18,7 +18,7 @@ from huggingface_hub import constants, snapshot_download
 from user_loads import RANK, at, contents, has, loader, until, written
 
 import tiny
-from lorax_async import AdapterLoader, AdapterRef, Allow, Merge, errors
+from lorax_async import AdapterLoader, AdapterRef, Allow, LoaderConfig, Merge, errors
 from lorax_async.formats.spans import ByteRange
 from tiny_loaders import fails
 
@@ -237,6 +237,49 @@ async def test_without_a_token_all_are_alike(hub: Hub) -> None:
         for name in (PRIVATE, AdapterRef(PRIVATE, use_token=True)):
             await fails(there.load(name), errors.AccessDeniedError)
     assert hub.sent() == {None}
+
+
+BASE = {"model_type": "llama", "vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 4}
+BASE |= {"num_attention_heads": 4, "head_dim": 16, "intermediate_size": 64, "dtype": "float32"}
+
+
+async def test_a_loader_for_a_base_of_the_hub_or_in_a_folder(hub: Hub, tmp_path: Path) -> None:
+    """The base's config is asked for once, and stays in huggingface_hub's cache."""
+    folder, files = tiny.write(tmp_path / "adapter"), {"config.json": json.dumps(BASE).encode()}
+    hub.put("org/base", files, private_token=TOKEN)
+    (tmp_path / "config.json").write_bytes(files["config.json"])
+    on_hub, offline = (
+        LoaderConfig(hub_endpoint=hub.endpoint, device_bytes="1MiB", offline=offline)
+        for offline in (False, True)
+    )
+    opening = AdapterLoader.from_pretrained
+    await fails(opening("org/base", on_hub), errors.ConfigError, "no 'org/base' without a token")
+    await fails(opening("org/base", offline), errors.ConfigError, "not in the standard hub cache")
+    for call in (
+        opening("org/base", on_hub, token=TOKEN),
+        opening("org/base@main", offline),
+        opening(tmp_path, on_hub),
+    ):
+        async with call as there, there.load(folder) as handle:
+            tiny.assert_equal_to_file(handle, folder)
+            module = there.layout.index("model.layers.1.mlp.up_proj")
+            assert there.tables.rank[module, handle.slot.index] == 4
+    assert len(hub.asked_for("GET", "config.json")) == 1
+    there = await opening(str(tmp_path))
+    await there.close()
+    for wrong, words in (
+        ("org/none", "no 'org/none' without a token"),
+        ("org/base@v2", "no 'org/base' without a token"),
+        ("a b", "no folder and no id of the hub"),
+        ("./base", f"the folder '{Path.cwd()}/base' is not there"),
+        (tmp_path / "adapter", "has no config.json"),
+        (5, "a base model is a folder or a hub id, not 5"),
+    ):
+        await fails(opening(wrong, on_hub), errors.ConfigError, words)  # type: ignore[arg-type]
+    with pytest.raises(errors.ConfigError, match=r"ModelLayout, not '/base'.*from_pretrained"):
+        AdapterLoader("/base")  # type: ignore[arg-type]
+    with pytest.raises(errors.ConfigError, match=r"config must be LoaderConfig"):
+        AdapterLoader(tiny.layout(), {"max_slots": 4})  # type: ignore[arg-type]
 
 
 async def test_words_that_contradict_each_other(tmp_path: Path) -> None:
