@@ -112,14 +112,16 @@ sglang:
 		echo '$(SGLANG) cannot be had here: nothing was run in SGLang'; \
 	fi
 
-# Fleets on Ray Serve, with nginx as origin, in a venv of its own. Where Ray cannot be had, this says
-# so and succeeds.
+# Fleets on Ray Serve, with nginx as origin, in a venv of its own. Ray LLM's server is imported with
+# vLLM only, of which its types suffice: it comes without what it needs to run (0.5 GB). Where Ray
+# cannot be had, this says so and succeeds.
 ray:
 	PYTHON='$(PYTHON)' .ci/servers nginx
 	@if test -e $(RAY_BIN)/ray-installed \
 		|| { $(PYTHON) -m venv .venv-ray \
 			&& $(RAY_BIN)/python -m pip install --quiet --editable '.[ray,serve]' \
 				-r $(RAY_TESTS)/requirements.txt \
+			&& $(RAY_BIN)/python -m pip install --quiet --no-deps '$(VLLM)' \
 			&& touch $(RAY_BIN)/ray-installed; }; then \
 		$(ALONE) $(RAY_BIN)/python -m pytest -s $(RAY_TESTS) $(ARGS); \
 	else \

@@ -117,7 +117,7 @@ class World:
 
         A replica that has an adapter, or gets it from a peer, asks for its first 256 KiB at most.
         """
-        lines = [line for line in self.origin.requests() if f"/{app}/" in line]
+        lines = [line for line in self.origin.requests() if line.startswith(f'"GET /{app}/')]
         ranges = [
             re.search(r'"bytes=(\d+)-(\d+)"', line) for line in lines if "safetensors" in line
         ]

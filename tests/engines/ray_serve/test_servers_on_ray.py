@@ -1,22 +1,16 @@
-"""Our own server on Ray Serve, and the adapters of Ray LLM."""
+"""Our own server on Ray Serve."""
 
-import asyncio
-import gc
-from hashlib import sha256
 from itertools import takewhile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
-from user_loads import at
 
 from engines.ray_serve.conftest import World
 from engines.variants import active, save
-from lorax_async.config import LoaderConfig, StoreConfig
-from lorax_async.engines.ray.ray_llm import model_downloader
+from lorax_async.config import LoaderConfig
 from server.world import llama_config, tokenizer
 
 pytestmark = [pytest.mark.timeout(1800), pytest.mark.filterwarnings("ignore")]  # Ray's own
@@ -80,35 +74,3 @@ def _generate(model: Any) -> str:
     tokens = takewhile(lambda token: token not in ends, new[0, prompt.shape[1] :].tolist())
     text: str = tokenizer().decode(list(tokens))
     return text
-
-
-async def test_ray_llm_gets_leased_folders(world: World, tmp_path: Path) -> None:
-    """Ray LLM's server itself cannot be imported without vLLM; its config's class can."""
-    from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig
-
-    root = world.origin.url("ours2")
-    allow = (at(root.split("/")[2]),)
-    downloader = model_downloader(StoreConfig(allow=allow, cache_dir=tmp_path))(
-        download_timeout_s=30.0, max_tries=2
-    )
-    llm = SimpleNamespace(lora_config=SimpleNamespace(dynamic_lora_loading_path=root))
-    one, two = await asyncio.gather(
-        *(downloader.load_model_from_config(f"base:{name}", llm) for name in ("a00", "a01"))
-    )
-    assert isinstance(one, DiskMultiplexConfig)
-    assert one.lora_assigned_int_id != two.lora_assigned_int_id
-    weights = (Path(one.local_path) / "adapter_model.safetensors").read_bytes()
-    assert sha256(weights).hexdigest() == world.digests["a00"]
-
-    def leases() -> list[int]:
-        return [stored.leases for stored in downloader.store.placement().values()]
-
-    assert leases() == [1, 1]
-    del one
-    gc.collect()
-    await asyncio.sleep(0.1)
-    assert leases() == [0, 1]
-    del two
-    gc.collect()
-    await asyncio.sleep(0.1)
-    await downloader.store.close()

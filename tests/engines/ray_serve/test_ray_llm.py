@@ -1,0 +1,111 @@
+"""Ray LLM's adapters from a store, in its own server behind its own ingress."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+import peft
+import pytest
+
+from engines.ray_serve.conftest import World
+from lorax_async import Allow, StoreConfig
+from lorax_async.engines.ray.ray_llm import model_downloader
+from lorax_async.mirror import Peers
+from lorax_async.sources.local import WEIGHTS
+
+pytestmark = [pytest.mark.timeout(1800), pytest.mark.filterwarnings("ignore")]  # Ray's own
+
+BUCKET = "loras"
+
+
+def digest(folder: str) -> str:
+    return sha256((Path(folder) / WEIGHTS).read_bytes()).hexdigest()
+
+
+def test_openais_client_gets_adapters_from_ray_llms_server(world: World, tmp_path: Path) -> None:
+    """A replica has two adapters at once, and its cache no room for a third."""
+    import openai
+    import ray
+    from ray import serve
+
+    server = pytest.importorskip(
+        "ray.serve.llm.deployment",
+        reason="Ray LLM's server is imported with vLLM only",
+        exc_type=ImportError,
+    )
+    from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
+    from ray.serve.llm import LLMConfig
+    from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
+
+    from engines.ray_serve.path_engine import PathEngine
+
+    folders = [world.root / "adapters" / name for name in world.digests]
+    for folder in folders:
+        world.put(BUCKET, folder.name, folder)
+    size = sum(file.stat().st_size for file in folders[0].iterdir())
+    config = StoreConfig(
+        allow=(Allow("s3", BUCKET),),
+        cache_dir=tmp_path / "cache",
+        cache_bytes=int(2.5 * size),
+        peers=Peers("secret", trust=True),
+    )
+    llm = LLMConfig(
+        model_loading_config={"model_id": "base"},
+        lora_config={
+            "dynamic_lora_loading_path": f"s3://{BUCKET}/",
+            "max_num_adapters_per_replica": 2,
+        },
+    )
+    # Ray LLM takes adapters from object stores only. Without signatures, nginx answers like S3.
+    variables = {
+        "AWS_ENDPOINT_URL": world.origin.url("").rstrip("/"),
+        "AWS_ALLOW_HTTP": "true",
+        "AWS_SKIP_SIGNATURE": "true",
+        "AWS_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    options = {"num_cpus": 0, "runtime_env": {"env_vars": variables}}
+    downloader = model_downloader(config, fleet="llm")
+    servers = serve.deployment(server.LLMServer).options(ray_actor_options=options)
+    bound = servers.bind(llm, engine_cls=PathEngine, model_downloader=downloader)
+    ingress = serve.deployment(make_fastapi_ingress(OpenAiIngress))
+    ingress = ingress.options(ray_actor_options=options)
+    app = ingress.bind({"base": bound}, {"base": to_model_metadata("base", llm)})
+    serve.run(app, name="ray_llm", route_prefix="/llm")
+    url = f"http://127.0.0.1:{world.port}/llm/v1"
+    client = openai.OpenAI(base_url=url, api_key="x", max_retries=0, timeout=60)
+
+    def ask(name: str) -> tuple[str, int]:
+        answer = client.completions.create(model=f"base:{name}", prompt="x")
+        path, number = json.loads(answer.choices[0].text)
+        return path, number
+
+    with pytest.raises(openai.APITimeoutError):  # the store opens meanwhile, for others too
+        client.with_options(timeout=0.2).completions.create(model="base:a00", prompt="x")
+    with ThreadPoolExecutor(6) as threads:
+        answers = list(threads.map(ask, ["a00", "a01"] * 3))
+    assert len(set(answers)) == len({number for _, number in answers}) == 2
+    assert [digest(path) for path, _ in answers[:2]] == [world.digests["a00"], world.digests["a01"]]
+    assert peft.PeftConfig.from_pretrained(answers[0][0]).r == 200
+    assert world.fetches(BUCKET) == 2
+    assert ask("a01") == answers[1]  # Ray drops the other one, before it loads
+    for name, status in {"nobody": 404, "../caches": 400, "": 400}.items():
+        with pytest.raises(openai.APIStatusError) as refused:
+            ask(name)
+        assert refused.value.status_code == status
+        assert f"adapter 'base:{name}', stage resolve: " in refused.value.response.text
+    assert ask("a01") == answers[1]
+    assert digest(ask("a02")[0]) == world.digests["a02"]
+    assert not Path(answers[0][0]).exists()
+    assert ask("a01") == answers[1]
+    assert digest(answers[1][0]) == world.digests["a01"]
+    assert world.fetches(BUCKET) == 3
+    directory = ray.get_actor("lorax-mirrors-llm", namespace="lorax_async")
+    other = "http://127.0.0.1:9"
+    (mirror,) = {*ray.get(directory.report.remote(other))} - {other}
+    with pytest.raises(HTTPError, match="401"):
+        urlopen(mirror)
+    serve.delete("ray_llm")
