@@ -124,6 +124,12 @@ def add_to(add: AddParser) -> None:
         " machine cannot see; without either, no key)",
     )
     parser.add_argument(
+        "--root-path",
+        default="",
+        metavar="PATH",
+        help="the path below which a proxy has the server, as /llm",
+    )
+    parser.add_argument(
         "--served-model-name",
         metavar="NAME",
         help="the base's name in requests (default: the last part of --base)",
@@ -286,6 +292,7 @@ def _read_settings(
         admin_token=os.environ.get(ADMIN_TOKEN) or None,
         api_keys=_api_keys(arguments),
         allowed_hosts=allowed_hosts,
+        root_path=arguments.root_path,
     )
     refs = [id for id in adapters.values() if isinstance(id, AdapterRef)]
     names = ("eviction", "verify", "host_bytes", "pinned_bytes", "timeout", "device_bytes")
@@ -488,6 +495,8 @@ def _find_in(name: str, place: str) -> list[tuple[str, AdapterId]]:
             ref = as_place(place)
         except argparse.ArgumentTypeError as error:
             raise ConfigError(f"--adapters: {error}") from None
+        if ref.source == "hub" and any(folder.parent.glob(f"*/{CONFIG}")):
+            raise ConfigError(f"--adapters: there is no folder {place} beside the adapters there")
         if not isinstance(ref.id, Path):
             last = ref.text.rstrip("/").rpartition("/")[2]
             return [(name or last.partition("@")[0], ref)]

@@ -116,7 +116,8 @@ def create_app(service: Service) -> Starlette:
 
     api_key = [Middleware(RequireApiKey, settings)]
 
-    middleware = [Middleware(RequestObserver, service.metrics.count_request)]
+    count = service.metrics.count_request
+    middleware = [Middleware(RequestObserver, count, settings.root_path)]
     if settings.allowed_hosts is not None:
         middleware.append(Middleware(AllowedHosts, settings.allowed_hosts, settings.slow_client))
     return Starlette(

@@ -56,11 +56,17 @@ def _as_text(value: object) -> str:
 
 
 class RequestObserver:
-    """ASGI middleware: log HTTP requests, and report the path and status of each to `count`."""
+    """ASGI middleware: log HTTP requests, and report the path and status of each to `count`.
 
-    def __init__(self, app: ASGIApp, count: Callable[[str, int], None]) -> None:
+    The paths are those below `root_path`, by which routes are found too.
+    """
+
+    def __init__(
+        self, app: ASGIApp, count: Callable[[str, int], None], root_path: str = ""
+    ) -> None:
         self._app = app
         self._count = count
+        self._root_path = root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # lifespan, say
@@ -74,14 +80,19 @@ class RequestObserver:
                 status = int(message["status"])
             await send(message)
 
-        details = scope[_DETAILS] = dict[str, Any]()
+        details = dict[str, Any]()
+        scope = {**scope, _DETAILS: details}
+        if self._root_path:
+            scope["root_path"] = self._root_path
         try:
             await self._app(scope, receive, record_status)
-        except Exception:
+        except Exception as error:
             status = 500 if status == GONE else status  # an outer handler answers it
+            note_error(scope, error)
             raise
         finally:
-            path = str(scope.get("path", ""))
+            path, root = str(scope["path"]), self._root_path
+            path = path.removeprefix(root) if path.startswith(f"{root}/") else path
             self._count(path, status)
             _log_request(scope, path, status, details, time.monotonic() - began)
 

@@ -26,6 +26,7 @@ LOOPBACK = ("localhost", "*.localhost", "127.0.0.1", "::1")
 """Names that a browser resolves to its own machine."""
 
 _NAME = re.compile(r"(?:\*\.)?[a-z0-9_-]+(?:\.[a-z0-9_-]+)*")
+_ROOT_PATH = re.compile(r"(?:/[A-Za-z0-9._~-]+)*")
 _FIELD = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(?::[0-9]{0,5})?")
 
 
@@ -105,6 +106,8 @@ class ServerSettings:
     allowed_hosts: tuple[str, ...] | None = None
     """Names and addresses by which clients may call the server, without ports: "*.example.com" is
     every name below it, "*" is any. None checks nothing, as "*"."""
+    root_path: str = ""
+    """The path below which a proxy has the server, as "/llm"; the proxy may remove it or not."""
     max_body_bytes: int = MiB
     """Of one request."""
     max_prompt_tokens: int | None = None
@@ -140,6 +143,8 @@ class ServerSettings:
         if not isinstance(keys, tuple | list) or not all(map(_is_key, keys)):
             raise ConfigError("api_keys must be a tuple of printable ASCII texts without spaces")
         object.__setattr__(self, "api_keys", tuple(keys))
+        if not isinstance(self.root_path, str) or not _ROOT_PATH.fullmatch(self.root_path):
+            raise ConfigError("root_path must be a path as /llm, without a / at its end, or empty")
         self._require_names()
         object.__setattr__(self, "sources", as_allow(self.sources, "sources"))
         object.__setattr__(self, "adapters", MappingProxyType(dict(self.adapters)))
@@ -267,16 +272,18 @@ class ModelNames:
     def resolve(self, model: str) -> AdapterId | None:
         """Return the adapter that a request's `model` names; None is the base.
 
-        An unknown name is an id. It stays text, so that it is local only below `local_roots`.
+        An unknown name is an id, or the name of a folder in one of the loader's `local_roots`. It
+        stays text, so that it is local only there.
         Raise `Refusal` for an id that requests may not name.
         """
         if model == self.base:
             return None
         if model in self._adapters:
             return self._adapters[model]
+        id = model if "/" in model or ":" in model else f"./{model}"
         with suppress(InvalidAdapterIdError):
-            if is_requestable(AdapterRef(model), self._sources):
-                return model
+            if is_requestable(AdapterRef(id), self._sources):
+                return id
         raise unknown_model(model)
 
     def name_of(self, adapter: AdapterId) -> str | None:

@@ -172,3 +172,16 @@ async def test_a_status_that_was_sent_is_the_one_that_counts() -> None:
         with pytest.raises(RuntimeError, match="middle"):
             await counted({"type": "http", "path": "/health"}, nothing, nothing)
         assert requests(await scraped(world)) == {"call=/health,status=200": 1}
+
+
+async def test_behind_a_proxy_paths_may_have_its_prefix() -> None:
+    async with serving(root_path="/llm") as world:
+        for path in ("/v1/models", "/llm/v1/models", "/llm/page/page.css", "/llm/"):
+            assert (await world.ask("GET", path)).status == 200, path
+        for path in ("/llmv1/models", "/llm/llm/v1/models"):
+            assert (await world.ask("GET", path)).status == 404, path
+        counted = requests(await scraped(world))
+    calls = {"/v1/models,status=200": 2, "/page,status=200": 1, "/,status=200": 1}
+    assert counted == {f"call={call}": n for call, n in calls.items()} | {
+        "call=other,status=404": 2
+    }

@@ -244,6 +244,8 @@ async def test_ids_are_a_loaders(tmp_path: Path) -> None:
     async with serving(FakeEngine(loading(there)), there, adapters={"outside": outside}) as world:
         for model, status, said in (
             ("./good", 200, "loaded"),
+            ("good", 200, "loaded"),
+            ("nowhere", 404, "model_not_found"),
             ("outside", 200, "loaded"),
             (str(outside), 404, "model_not_found"),
             ("./nowhere", 404, "model_not_found"),
@@ -281,6 +283,7 @@ def test_settings_are_checked_have_their_own_names_and_hide_the_token() -> None:
     wrong: Any
     for wrong in (
         *({"admin_token": ""}, {"admin_token": "two words"}, {"max_body_bytes": 0}),
+        *({"root_path": path} for path in ("llm", "/llm/", "/", "//a", "/a?b", 5)),
         *({"api_keys": keys} for keys in ("key", ("",), ("two words",), ("one", 5))),
         *({"max_prompt_tokens": 0}, {"max_waiting": 1}, {"slow_client": 0}, {"drain": -1}),
         *({"retry_after": "1"}, {"base": ""}, {"sources": ("hub",)}),

@@ -262,6 +262,7 @@ def test_no_warm_list_is_left_alone(refused: Any, tmp_path: Path, make: Any, rea
 def test_missing_files_and_places_are_told(
     refused: Callable[..., str], tmp_path: Path, monkeypatch: Patch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     whole = tiny.write(tmp_path / "all" / "whole")
     broken = tiny.write(tmp_path / "all" / "broken")
     (broken / "adapter_model.safetensors").unlink()
@@ -274,6 +275,8 @@ def test_missing_files_and_places_are_told(
         ("--adapters", str(broken), "{0}/all/broken: .*adapter_model.safetensors"),
         ("--adapters", "{0}/all", "{0}/all/broken: .*adapter_model.safetensors"),
         ("--adapters", str(whole / "adapter_config.json"), "there is no folder"),
+        ("--adapters", "all/whoel", "there is no folder all/whoel"),  # it could be on the hub
+        ("--root-path", "llm", "root_path must be a path as /llm"),
         ("--warm", "{0}/none/warm", "create the folder {0}/none"),
         ("--warm", "{0}/file/warm", r"cannot be read \(Not a directory\)"),
         ("--cache-dir", "{0}/file", "'{0}/file' is not a folder"),
