@@ -16,7 +16,7 @@ ALONE := unshare -rn sh -c 'ip link set lo up && exec "$$@"' sh
 WORKERS := --numprocesses auto --maxprocesses 4 --dist worksteal
 SERVERS := nginx rclone weed azurite-blob olah-cli
 
-.PHONY: demo test slow check bench soak servers page lorax vllm sglang ray gpu clean
+.PHONY: demo test slow check docs bench soak servers page lorax vllm sglang ray gpu clean
 
 # Two cores are shared with the event loop: idle OpenMP threads must not spin.
 export OMP_WAIT_POLICY := passive
@@ -48,6 +48,15 @@ check: $(VENV)/installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python docs/draw_states.py --check
+
+# The pages and the API's reference as a site, in build/site; warnings are errors.
+.venv-docs/installed: docs/requirements.txt
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --requirement $<
+	@touch $@
+
+docs: .venv-docs/installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict $(ARGS)
 
 # Servers that others wrote, those that are not here below .tools/, and the tests that need them.
 servers: $(VENV)/installed
@@ -139,5 +148,5 @@ gpu: $(VENV)/installed
 	fi
 
 clean:
-	rm -rf $(VENV) .venv-lorax .venv-vllm .venv-sglang .venv-ray .tools build *.egg-info .mypy_cache .pytest_cache \
+	rm -rf $(VENV) .venv-docs .venv-lorax .venv-vllm .venv-sglang .venv-ray .tools build *.egg-info .mypy_cache .pytest_cache \
 		.ruff_cache .hypothesis

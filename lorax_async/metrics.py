@@ -99,6 +99,9 @@ SCRAPE_SECONDS = 1.0
 class LoaderCollector(Collector):
     """Collect one loader's metrics, for a registry of the embedding program.
 
+    `collect` may be called from any thread and never blocks the loop. Once the loader is closed, it
+    returns the last metrics.
+
     Parameters
     ----------
     loader
@@ -109,9 +112,6 @@ class LoaderCollector(Collector):
     timeout
         Seconds for which a scrape in another thread waits for the loop. After that, it returns the
         metrics of the scrape before.
-
-    `collect` may be called from any thread and never blocks the loop. Once the loader is closed, it
-    returns the last metrics.
 
     Raises
     ------

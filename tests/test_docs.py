@@ -1,27 +1,29 @@
 """What the documents show runs: examples, commands and their options; the embedding example."""
 
+import ast
 import asyncio
+import inspect
 import json
 import os
 import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
 import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from runpy import run_path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
 import pytest
-import torch
-from hub_stand_in import HubStandIn
-from user_loads import at, contents
+from fault_server import until
 
-import lorax_kernels
-import tiny
-from lorax_async import AdapterStore, StoreConfig
+import lorax_async
 from lorax_async.cli import main
-from lorax_async.config import LocalRoot
-from tiny_loaders import ONE, loader
 
 Capture = pytest.CaptureFixture[str]
 
@@ -29,79 +31,158 @@ ROOT = Path(__file__).parent.parent
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 
 
-def python_blocks(page: Path) -> list[str]:
-    return re.findall(r"^ *```python\n(.*?)^ *```$", page.read_text(), re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(
+    r"^( *)```(?P<language>python|console)\n(?P<code>.*?)^ *```$(?P<output>\n(?:\n {4}[^\n]+(?:\n {4}[^\n]+)*)?)",
+    re.DOTALL | re.MULTILINE,
+)
+"""A program, and what it prints: an indented block right below."""
 
 
-@pytest.mark.usefixtures("nothing_left")
-async def test_the_lines_about_room_run(tmp_path: Path, capsys: Capture) -> None:
-    _, lines, *_ = python_blocks(README)
-    scope: dict[str, Any] = {}
-    exec("async def play(loader):\n" + textwrap.indent(lines, "    "), scope)
-    for name in ("sql", "chat"):
-        tiny.write(tmp_path / name)
-    async with loader(local_roots=(LocalRoot(tmp_path, immutable=True),)) as there:
-        await scope["play"](there)
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "sql" in line]
-    file_bytes = os.path.getsize(tmp_path / "sql" / "adapter_model.safetensors")
-    assert line.split()[1:] == ["device", str(ONE), str(file_bytes)]
+class Block(NamedTuple):
+    language: str
+    line: int
+    code: str
+    output: str
 
 
-@pytest.mark.usefixtures("nothing_left", "hub_client")
-async def test_the_lines_about_files_run(tmp_path: Path, capsys: Capture) -> None:
-    _, _, lines, _ = python_blocks(README)
-    with HubStandIn() as hub:
-        commit = hub.put("org/name", contents(tiny.write(tmp_path / "a")))
-        given: Any = {"hub_endpoint": hub.endpoint, "allow": (at(hub.store_netloc),)}
-        given |= {"hub_cache": "off", "cache_dir": tmp_path / "cache"}
-        scope: dict[str, Any] = {"AdapterStore": AdapterStore}
-        scope["StoreConfig"] = lambda: StoreConfig(**given)
-        exec("async def play():\n" + textwrap.indent(lines, "    "), scope)
-        await scope["play"]()
-    assert commit in capsys.readouterr().out
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text()
+    return [
+        Block(
+            found["language"],
+            text.count("\n", 0, found.start()),
+            found["code"],
+            textwrap.dedent(found["output"]),
+        )
+        for found in BLOCK.finditer(text)
+    ]
 
 
-@pytest.mark.usefixtures("nothing_left")
-async def test_the_lines_about_tensors_run(capsys: Capture) -> None:
-    *_, lines = python_blocks(README)
-    steps = iter((1, 2))
-    scope: dict[str, Any] = {
-        "model": SimpleNamespace(peft_config={"default": tiny.config()}),
-        "get_peft_model_state_dict": lambda _: tiny.tensors(next(steps)),
-    }
-    exec("async def play(loader):\n" + textwrap.indent(lines, "    "), scope)
-    async with loader() as there:
-        await scope["play"](there)
-    assert capsys.readouterr().out.splitlines() == ["policy 4", "True"]
+def run_page(page: Path, capsys: Capture, scope: dict[str, Any]) -> list[str]:
+    """Run a page's programs in their order, as one session; return what each one printed."""
+    printed = []
+    with asyncio.Runner() as runner:
+        for block in blocks(page):
+            assert block.language == "python"
+            padded = "\n" * (block.line + 1) + block.code  # so that errors have the page's lines
+            code = compile(padded, str(page), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+            if code.co_flags & inspect.CO_COROUTINE:
+                runner.run(eval(code, scope))
+            else:
+                exec(code, scope)
+            printed.append(capsys.readouterr().out)
+            if block.output.strip():
+                assert printed[-1].split() == block.output.split()
+    return printed
 
 
-@pytest.mark.usefixtures("nothing_left")
-async def test_the_lines_about_kernels_run(tmp_path: Path) -> None:
-    """Against the delta in float64, on the rows with an adapter; the others keep their bits."""
-    (lines,) = python_blocks(DOCS / "adapters.md")
-    folder, module = tiny.write(tmp_path / "a"), "model.layers.0.mlp.up_proj"
-    assert module in lines
-    async with loader() as there, there.load(folder) as handle:
-        x, before = torch.randn(8, tiny.HIDDEN), torch.randn(8, 2 * tiny.HIDDEN)
-        scope = {"Plan": lorax_kernels.Plan, "apply": lorax_kernels.apply, "torch": torch}
-        scope |= {"loader": there, "handle": handle, "x": x, "y": (y := before.clone())}
-        exec(textwrap.dedent(lines), scope)
-        weights = handle.modules[module]
-        delta = weights.scale * (x.double() @ weights.a.double().T) @ weights.b.double().T
-        torch.testing.assert_close(y[:3].double(), (before + delta)[:3], atol=1e-5, rtol=1e-5)
-        assert torch.equal(y[3:], before[3:])
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the clone's examples, in which the pages' programs run."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("nothing_left", "clone")
+def test_the_readmes_program_prints_what_stands_below_it(capsys: Capture) -> None:
+    (printed,) = run_page(README, capsys, {})
+    assert printed
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("nothing_left")
-def test_the_readmes_example_runs(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    example, *_ = python_blocks(README)
-    monkeypatch.chdir(ROOT)
-    exec(compile(example, str(README), "exec"), {"__name__": "__main__"})
-    shape, base, pirate, shout = capsys.readouterr().out.splitlines()
+@pytest.mark.usefixtures("nothing_left", "clone")
+def test_the_programs_about_loading_run(capsys: Capture) -> None:
+    batch, fifty, _, room, _, files = run_page(DOCS / "loading.md", capsys, {})
+    shape, base, pirate, shout = batch.splitlines()
     assert shape == "torch.Size([8, 576])"
     assert [text.startswith("Arr") for text in (base, pirate)] == [False, True]
     assert [text.isupper() for text in (base, shout)] == [False, True]
+    assert fifty
+    assert [line.split()[:2] for line in room.splitlines() if "sql" in line] == [
+        ["./sql", "device"]
+    ]
+    assert "adapters/sql" in files
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("nothing_left", "clone")
+def test_an_engine_of_ones_own_computes_what_peft_does(capsys: Capture) -> None:
+    printed = "".join(run_page(DOCS / "engine.md", capsys, {}))
+    assert printed.split() == ["True"] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("nothing_left", "clone")
+def test_a_training_loop_pushes_its_weights(capsys: Capture) -> None:
+    (printed,) = run_page(DOCS / "training.md", capsys, {})
+    *steps, same, kept = printed.splitlines()
+    assert [step.partition(":")[0] for step in steps] == ["step 0", "step 1", "step 2"]
+    assert all(line.endswith("True") for line in (*steps, same, kept))
+
+
+def test_the_reference_has_every_public_name() -> None:
+    page = (DOCS / "api.md").read_text()
+    documented = set(re.findall(r"^::: lorax_async\.(\w+)$", page, re.MULTILINE))
+    whole = {"events", "errors"} & documented  # modules with all that is in them
+    of_modules = {name for module in whole for name in vars(getattr(lorax_async, module))}
+    assert set(lorax_async.__all__) <= documented | of_modules
+
+
+@contextmanager
+def shell(port: int) -> Iterator[Callable[[str], str]]:
+    """Run a page's commands, with the server of `serve` in the background until the end."""
+    programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = {**os.environ, "PATH": programs, "OMP_WAIT_POLICY": "passive"}
+    with ExitStack() as servers:
+
+        def run(command: str) -> str:
+            command = command.replace("8000", str(port))
+            if " serve " not in command:
+                done = subprocess.run(
+                    command, shell=True, env=env, capture_output=True, text=True, check=True
+                )
+                return done.stdout
+            server = subprocess.Popen(shlex.split(command), env=env, stdout=subprocess.DEVNULL)
+            servers.callback(server.wait, 60)
+            servers.callback(server.send_signal, signal.SIGINT)
+            until(lambda: server.poll() is not None or answers(port), 120)
+            assert server.poll() is None
+            return ""
+
+        yield run
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("clone")
+def test_the_tutorial_leads_to_a_server_with_ten_adapters(capsys: Capture) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    printed: list[str] = []
+    scope: dict[str, Any] = {}
+    with shell(port) as run:
+        for block in blocks(DOCS / "tutorial.md"):
+            if block.language == "console":
+                printed += [run(line.removeprefix("$ ")) for line in block.code.splitlines()]
+                promised = {line.strip() for line in block.output.splitlines()}
+                assert promised <= {line.strip() for line in printed[-1].splitlines()} | {""}
+            else:
+                exec(block.code.replace("8000", str(port)), scope)
+    _, _, base, weak, strong, models, metrics = printed
+    said = [json.loads(a)["choices"][0]["message"]["content"] for a in (base, weak, strong)]
+    assert [text.startswith("Arr") for text in said] == [False, False, True]
+    assert scope["answers"]["pirate-1"] == said[1]
+    assert scope["answers"]["pirate-10"] == said[2]
+    assert len(json.loads(models)["data"]) == 1 + len(scope["answers"]) == 11
+    evictions = re.search(r"^lorax_evictions_total\S* (\S+)", metrics, re.MULTILINE)
+    assert evictions is not None
+    assert float(evictions[1]) >= 6  # ten adapters were in four slots
 
 
 def test_every_command_and_option_that_is_named_is_one(capsys: Capture) -> None:

@@ -126,7 +126,7 @@ class AdapterScheduler:
 
     Requests whose adapter is missing delay no other. A streaming adapter joins a batch when each of
     its layers is expected before the pass reaches it. Adapters share the rows and tokens of a batch
-    evenly; among equals the oldest request comes first.
+    evenly; among equals the oldest request comes first. Use it as an async context manager.
 
     Parameters
     ----------
@@ -147,10 +147,12 @@ class AdapterScheduler:
     clock
         For tests; None is the loop's.
 
-    Use it as an async context manager.
-
-    Raises `ConfigError` for a number out of range, and `LoaderClosedError` or `UsageError` if the
-    loader is closed or belongs to another loop.
+    Raises
+    ------
+    ConfigError
+        A number is out of range.
+    LoaderClosedError, UsageError
+        The loader is closed, or belongs to another loop.
     """
 
     def __init__(
@@ -261,13 +263,18 @@ class AdapterScheduler:
     async def next_batch(self, max_tokens: int, max_sequences: int) -> Batch:
         """Wait for rows to compute and return them; pass the batch to `complete` afterwards.
 
+        Several batches may be in flight; no request is in two of them. Cancelling the call loses no
+        request.
+
         Parameters
         ----------
         max_tokens, max_sequences
             Limits of the batch; at least 1. The rest of a longer prompt follows in later batches.
 
-        Raises `LoaderClosedError` once the scheduler is closed. Several batches may be in flight;
-        no request is in two of them. Cancelling the call loses no request.
+        Raises
+        ------
+        LoaderClosedError
+            Once the scheduler is closed.
         """
         require_count("max_tokens", max_tokens, least=1)
         require_count("max_sequences", max_sequences, least=1)
