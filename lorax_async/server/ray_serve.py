@@ -12,8 +12,10 @@ from contextlib import AsyncExitStack, aclosing, suppress
 from pathlib import Path
 from typing import Any
 
+from anyio import create_memory_object_stream
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Message
 
 from lorax_async.config import LoaderConfig, MiB
 from lorax_async.engines.ray.replicas import PublishedAdapters, join_fleet
@@ -69,26 +71,23 @@ class AdapterServer(PublishedAdapters):
         if not self._service.healthy:
             raise RuntimeError("the engine has stopped")
 
-    async def respond(
-        self, scope: dict[str, Any], body: bytes
-    ) -> AsyncGenerator[dict[str, Any], None]:
+    async def respond(self, scope: dict[str, Any], body: bytes) -> AsyncGenerator[Message, None]:
         """Yield the ASGI messages of the response to a request."""
-        messages: asyncio.Queue[Any] = asyncio.Queue(1)
+        sending, sent = create_memory_object_stream[Message](1)
         request: list[Any] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive() -> Any:
             return request.pop() if request else await asyncio.Future()  # until it is cancelled
 
         async def run() -> None:
-            try:
-                await self._app(scope, receive, messages.put)
-            finally:
-                await messages.put(None)
+            async with sending:
+                await self._app(scope, receive, sending.send)
 
         answering = asyncio.create_task(run(), name="lorax request")
         try:
-            while (message := await messages.get()) is not None:
-                yield message
+            async with sent:
+                async for message in sent:
+                    yield message
             await answering
         finally:
             answering.cancel()
