@@ -9,6 +9,7 @@ from urllib.request import urlopen
 
 import peft
 import pytest
+from user_loads import at
 
 from engines.ray_serve.conftest import World
 from lorax_async import Allow, StoreConfig
@@ -109,3 +110,18 @@ def test_openais_client_gets_adapters_from_ray_llms_server(world: World, tmp_pat
     with pytest.raises(HTTPError, match="401"):
         urlopen(mirror)
     serve.delete("ray_llm")
+
+
+async def test_without_a_path_adapters_are_the_hubs(world: World, tmp_path: Path) -> None:
+    from ray.llm._internal.serve.core.configs.llm_config import LLMConfig
+
+    llm = LLMConfig(model_loading_config={"model_id": "base"}, lora_config={})
+    config = StoreConfig(
+        hub_endpoint=world.hub.endpoint,
+        hub_cache="off",
+        allow=(at(world.hub.store_netloc),),
+        cache_dir=tmp_path,
+    )
+    downloader = model_downloader(config)()
+    found = await downloader.load_model_from_config("base:org/a03", llm)
+    assert digest(found.local_path) == world.digests["a03"]
