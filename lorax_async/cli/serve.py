@@ -12,7 +12,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
@@ -122,6 +122,13 @@ def add_to(add: AddParser) -> None:
         metavar="KEY",
         help=f"OpenAI's calls need one of these keys (default: {API_KEY}, which other users of the"
         " machine cannot see; without either, no key)",
+    )
+    parser.add_argument(
+        "--generation-config",
+        choices=("auto", "none"),
+        default="auto",
+        help="where requests do not say how to sample: as the base's generation_config.json does"
+        " (auto, the default), or as OpenAI does (none)",
     )
     parser.add_argument(
         "--root-path",
@@ -252,7 +259,7 @@ def _serve(arguments: argparse.Namespace, terminal: Terminal) -> int:
             with log_step("preparing the base model"):
                 folder = base_folder(arguments.base, lambda _: None)
         with log_step("loading the base model"):
-            model = _load_base(folder, config)
+            model = _load_base(folder, config, with_sampling=arguments.generation_config == "auto")
         if arguments.device_bytes is None:
             config = replace(config, device_bytes=choose_device_bytes(model.model, config))
         tune_process()
@@ -311,10 +318,21 @@ def _read_settings(
     return settings, config, capacity
 
 
-def _load_base(folder: Path, config: LoaderConfig) -> ServedModel:
+def _load_base(folder: Path, config: LoaderConfig, *, with_sampling: bool) -> ServedModel:
+    from lorax_async.server.engine import Sampling  # noqa: PLC0415
+    from lorax_async.server.server_log import log_event  # noqa: PLC0415
     from lorax_async.server.service import ServedModel  # noqa: PLC0415
 
-    return ServedModel.load(folder, dtype=str(config.dtype), device=config.device)
+    model = ServedModel.load(folder, dtype=str(config.dtype), device=config.device)
+    plain = Sampling()
+    if not with_sampling:
+        model = replace(model, sampling=plain)
+    if model.sampling != plain:
+        values = {
+            name: value for name, value in asdict(model.sampling).items() if value is not None
+        }
+        log_event("sampling by generation_config.json", **values)
+    return model
 
 
 # -- memory ---------------------------------------------------------------------------------------
@@ -322,14 +340,20 @@ def _load_base(folder: Path, config: LoaderConfig) -> ServedModel:
 SHARE_OF_FREE = 4
 """Adapters may have this part of the memory that the base model leaves free."""
 
+USUAL_RANK = 64
+"""Every slot has room for an adapter of this rank: more is seldom used, and takes time to claim."""
+
 
 def choose_device_bytes(model: Any, config: LoaderConfig) -> int:
-    """Return a quarter of the device's free memory, or what all slots can use if that is less."""
-    layout = layouts.from_module(model)
+    """Return a quarter of the device's free memory, or less if the slots need less.
+
+    That is room for adapters of `USUAL_RANK` in all slots, and for one of the highest rank.
+    """
+    layout, highest = layouts.from_module(model), config.limits.max_rank
     width = sum(module.in_features + module.out_features for module in layout.modules)
-    rank, item = config.limits.max_rank, 4 if config.dtype == "float32" else 2
-    largest = min(width * rank * item, config.limits.max_adapter_bytes)
-    return max(MiB, min(free_bytes(config.device) // SHARE_OF_FREE, largest * config.max_slots))
+    per_rank = width * (4 if config.dtype == "float32" else 2)
+    ranks = max(highest, config.max_slots * min(highest, USUAL_RANK))
+    return max(MiB, min(free_bytes(config.device) // SHARE_OF_FREE, per_rank * ranks))
 
 
 def free_bytes(device: str) -> int:

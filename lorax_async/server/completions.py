@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from starlette.requests import ClientDisconnect, Request
@@ -139,21 +140,25 @@ def _create_generations(
             )
         stops = frozenset[int]() if body.ignore_eos else service.stop_tokens
         for _ in range(body.n or 1):
-            sampling = _sampling(body, len(generations))
+            sampling = _sampling(body, service.sampling, len(generations))
             generations.append(Generation(adapter, prompt, new, sampling, stops, client=client))
     return generations
 
 
-def _sampling(body: GenerationBody, number: int) -> Sampling:
+def _sampling(body: GenerationBody, defaults: Sampling, number: int) -> Sampling:
     """Add the sequence's number to the request's seed: its sequences differ. Seeds wrap around."""
     seed = body.seed
     if seed is not None:
         seed = (seed + number - MIN_SEED) % (MAX_SEED - MIN_SEED + 1) + MIN_SEED
-    return Sampling(
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        seed=seed,
-    )
+    values: Json = {
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "top_k": None if body.top_k is None else max(0, body.top_k),
+        "min_p": body.min_p,
+        "repetition_penalty": body.repetition_penalty,
+    }
+    given = {name: value for name, value in values.items() if value is not None}
+    return replace(defaults, **given, seed=seed)
 
 
 @contextmanager

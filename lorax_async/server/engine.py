@@ -39,6 +39,12 @@ class Sampling:
     """From 0, which takes the likeliest token."""
     top_p: float = 1.0
     """Above 0, at most 1: sample from the fewest tokens that have this probability together."""
+    top_k: int = 0
+    """Sample from so many of the likeliest tokens; 0 is all."""
+    min_p: float = 0.0
+    """Up to 1: leave out tokens less likely than this times the likeliest."""
+    repetition_penalty: float = 1.0
+    """Above 0: divide the positive logits of tokens that the sequence has, multiply the others."""
     seed: int | None = None
     """The same seed gives the same tokens, whatever is computed beside them. None: any."""
 
@@ -134,13 +140,20 @@ class Sampler:
     """
 
     def __init__(self, sampling: Sampling) -> None:
-        temperature, top_p, seed = sampling.temperature, sampling.top_p, sampling.seed
+        temperature, top_p, top_k = sampling.temperature, sampling.top_p, sampling.top_k
+        min_p, penalty, seed = sampling.min_p, sampling.repetition_penalty, sampling.seed
         if not _is_between(temperature, 0, sys.float_info.max):
             raise UsageError(
                 f"temperature must be a finite number of 0 or more, not {temperature!r}"
             )
         if not _is_between(top_p, 0, 1) or top_p == 0:
             raise UsageError(f"top_p must be above 0 and at most 1, not {top_p!r}")
+        if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 0:
+            raise UsageError(f"top_k must be an integer of 0 or more, not {top_k!r}")
+        if not _is_between(min_p, 0, 1):
+            raise UsageError(f"min_p must be from 0 to 1, not {min_p!r}")
+        if not _is_between(penalty, 0, sys.float_info.max) or penalty == 0:
+            raise UsageError(f"repetition_penalty must be a finite number above 0, not {penalty!r}")
         is_seed = isinstance(seed, int) and _is_between(seed, -(1 << 63), (1 << 63) - 1)
         if seed is not None and not is_seed:
             raise UsageError(f"seed must be a signed 64-bit integer or None, not {seed!r}")
@@ -148,24 +161,41 @@ class Sampler:
         """Whether it takes the likeliest token."""
         self._temperature = float(temperature)
         self._top_p = float(top_p)
+        self._top_k = top_k
+        self._min_p = float(min_p)
+        self._penalty = float(penalty)
         self._random = torch.Generator()
         if seed is None:
             self._random.seed()
         else:
             self._random.manual_seed(seed)
 
+    def penalize(self, logits: torch.Tensor, known: Sequence[int]) -> None:
+        """Apply the repetition penalty to a row of logits, given the sequence's tokens."""
+        if self._penalty != 1:
+            tokens = torch.tensor(known, device=logits.device)
+            found = logits[tokens]
+            logits[tokens] = torch.where(found > 0, found / self._penalty, found * self._penalty)
+
     def choose(self, logits: torch.Tensor) -> int:
-        """Return a token, given float32 logits `[vocabulary]` on the CPU without NaN."""
+        """Return a token, given float32 logits `[vocabulary]` on the CPU without NaN.
+
+        As in vLLM, `min_p` comes before `top_k`, and `top_p` last.
+        """
         likely = torch.softmax((logits - logits.max()).double() / self._temperature, dim=-1)
-        if self._top_p == 1:
+        if self._min_p:
+            likely[likely < self._min_p * likely.max()] = 0
+        if self._top_p == 1 and not self._top_k:
             return self._draw(likely)
-        # The fewest likeliest tokens that have `top_p` together.
-        for count in (*_CANDIDATES, len(likely)):
+        # The fewest likeliest tokens that have `top_p` of the rest together.
+        counts = (self._top_k,) if self._top_k else (*_CANDIDATES, len(likely))
+        for count in counts:
             top, tokens = likely.topk(min(count, len(likely)))
-            if top.sum() >= self._top_p:
+            wanted = self._top_p * (top if self._top_k else likely).sum()
+            if top.sum() >= wanted:
                 break
         before = top.cumsum(dim=-1) - top
-        return int(tokens[self._draw(top[: int((before < self._top_p).sum())])])
+        return int(tokens[self._draw(top[: int((before < wanted).sum())])])
 
     def _draw(self, likely: torch.Tensor) -> int:
         sums = likely.cumsum(dim=-1)
@@ -387,8 +417,10 @@ class Engine:
                 DecoderStep(parts, batch.budget, lambda: batch.others_wait)
             )
             done = [n for n, (row, _) in enumerate(rows) if row.last and n not in computed.out]
-            samplers = [rows[number][1].sampler for number in done]
-            tokens = choose(computed.logits[done], samplers)
+            logits, streams = computed.logits[done], [rows[number][1] for number in done]
+            for row, stream in zip(logits, streams, strict=True):
+                stream.sampler.penalize(row, stream.known)
+            tokens = choose(logits, [stream.sampler for stream in streams])
         except Exception as error:  # noqa: BLE001 - the engine outlives its decoder's errors
             failed = error
             if not isinstance(failed, LoraxError):

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -23,7 +23,7 @@ from lorax_async.engines.transformers import attach
 from lorax_async.errors import CapacityError, ConfigError, LoaderClosedError, shorten
 from lorax_async.loader import AdapterLoader
 from lorax_async.scheduler.scheduler import AdapterScheduler
-from lorax_async.server.engine import Engine, Generation
+from lorax_async.server.engine import Engine, Generation, Sampler, Sampling
 from lorax_async.server.monitoring import ColdRequests, Dashboard, ObservedTokens, ServerMetrics
 from lorax_async.server.request_bodies import PromptEncoder
 from lorax_async.server.responses import wait_for_disconnect
@@ -39,7 +39,8 @@ class Service:
 
     The engine computes with adapters of `loader`, which is open, on this event loop; the service
     closes neither. `tokenizer` is the base's, a fast one of transformers; `stop_tokens` end an
-    answer. `on_use` is called with the adapter of each generation that the engine takes.
+    answer. `on_use` is called with the adapter of each generation that the engine takes. `sampling`
+    is how tokens are chosen where a request does not say.
     """
 
     def __init__(
@@ -50,12 +51,14 @@ class Service:
         tokenizer: Any,
         stop_tokens: frozenset[int],
         on_use: Callable[[AdapterId], None] | None = None,
+        sampling: Sampling | None = None,
     ) -> None:
         self.settings = settings
         self.engine = engine
         self.loader = loader
         self.prompts = PromptEncoder(tokenizer)
         self.stop_tokens = stop_tokens
+        self.sampling = sampling or Sampling()
         self.created = int(time.time())
         self.names = ModelNames(settings.base, settings.adapters, settings.sources)
         self.in_flight = InFlightRequests()
@@ -232,11 +235,15 @@ class ClientLimits:
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A base model with its tokenizer, and the token ids that end an answer."""
+    """A base model with its tokenizer, and the token ids that end an answer.
+
+    `sampling` is the default of requests; a folder's is its generation_config.json's.
+    """
 
     model: Any
     tokenizer: Any
     stop_tokens: frozenset[int]
+    sampling: Sampling = field(default_factory=Sampling)
 
     @classmethod
     def load(cls, folder: Path, *, dtype: str, device: str) -> ServedModel:
@@ -249,6 +256,7 @@ class ServedModel:
             if not (folder / "config.json").is_file():
                 raise ValueError("it has no config.json")
             model, tokenizer = _load_model(folder, dtype)
+            sampling = _default_sampling(model.generation_config)
         except Exception as error:
             reason = shorten(" ".join(str(error).split()), 400)
             raise ConfigError(
@@ -256,7 +264,7 @@ class ServedModel:
             ) from error
         eos = model.generation_config.eos_token_id
         tokens = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
-        return cls(model.to(device).eval(), tokenizer, frozenset(tokens))
+        return cls(model.to(device).eval(), tokenizer, frozenset(tokens), sampling)
 
     @property
     def max_length(self) -> int:
@@ -309,7 +317,9 @@ async def open_service(
         if warm is not None:
             warm_list = WarmList(warm, loader, admit=partial(_admit, settings))
             on_use = (await enter(warm_list)).record_use
-        yield Service(settings, engine, loader, base.tokenizer, base.stop_tokens, on_use)
+        yield Service(
+            settings, engine, loader, base.tokenizer, base.stop_tokens, on_use, base.sampling
+        )
 
 
 def _admit(settings: ServerSettings, ref: AdapterRef) -> AdapterRef | None:
@@ -323,6 +333,15 @@ def _admit(settings: ServerSettings, ref: AdapterRef) -> AdapterRef | None:
     text = str(ref.id.absolute()) if isinstance(ref.id, Path) else ref.id
     requested = replace(ref, id=text, use_token=False)
     return requested if is_requestable(requested, settings.sources) else None
+
+
+def _default_sampling(config: Any) -> Sampling:
+    """Return what a generation config says of sampling, as vLLM reads it. Raise `UsageError`."""
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    given = config.to_diff_dict()
+    sampling = Sampling(**{name: given[name] for name in names if given.get(name) is not None})
+    Sampler(sampling)
+    return sampling
 
 
 def _load_model(folder: Path, dtype: str) -> tuple[Any, Any]:

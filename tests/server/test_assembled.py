@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from lorax_async.cli.serve import as_source, find_adapters, request_sources, ser
 from lorax_async.config import LoaderConfig
 from lorax_async.errors import UsageError
 from lorax_async.ids import Allow
-from lorax_async.server.engine import Generation
+from lorax_async.server.engine import Generation, Sampling
 from lorax_async.server.server_settings import ServerSettings
 from lorax_async.server.service import ServedModel, ServerCapacity, Service, open_service
 from lorax_async.types import AdapterRef
@@ -101,6 +102,25 @@ async def test_a_server_answers_over_a_socket(base: ServedModel, folders: dict[s
         service.in_flight.close()
         assert await last == expected["late"]
         assert not ended.done()
+
+
+async def test_requests_override_the_bases_sampling(base: ServedModel) -> None:
+    """Its tokens with a penalty are transformers' own."""
+
+    def expected(penalty: float) -> str:
+        ids, how = torch.tensor([fakes.tokens_of("abab")]), {"repetition_penalty": penalty}
+        found = base.model.generate(input_ids=ids, max_new_tokens=NEW, do_sample=False, **how)
+        return str(base.tokenizer.backend_tokenizer.decode(found[0, 4:].tolist()))
+
+    texts = [expected(penalty) for penalty in (5.0, 1.0)]
+    assert len({*texts}) == 2
+    base = replace(base, sampling=Sampling(temperature=0, repetition_penalty=5.0))
+    async with whole(base) as service, listening(service) as (_, __, ___, client):
+        for given, text in zip(({}, {"repetition_penalty": 1, "top_k": -1}), texts, strict=True):
+            answer = await client.completions.create(
+                model="b", prompt="abab", max_tokens=NEW, extra_body=given
+            )
+            assert answer.choices[0].text == text
 
 
 async def test_all_is_closed(tmp_path: Path, base: ServedModel, folders: dict[str, Path]) -> None:

@@ -346,24 +346,47 @@ def random_logits(seed: int, vocabulary: int, spread: float = 3.0) -> torch.Tens
     return spread * torch.randn(vocabulary, generator=torch.Generator().manual_seed(seed))
 
 
-def chances(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+def chances(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """By transformers' own, in vLLM's order."""
     ids: Any = None  # they do not look at it
-    scores = transformers.TemperatureLogitsWarper(temperature)(ids, logits[None])
-    if top_p < 1:
-        scores = transformers.TopPLogitsWarper(top_p)(ids, scores)
+    scores = transformers.TemperatureLogitsWarper(sampling.temperature)(ids, logits[None])
+    if sampling.min_p:
+        scores = transformers.MinPLogitsWarper(sampling.min_p)(ids, scores)
+    if sampling.top_k:
+        scores = transformers.TopKLogitsWarper(sampling.top_k)(ids, scores)
+    if sampling.top_p < 1:
+        scores = transformers.TopPLogitsWarper(sampling.top_p)(ids, scores)
     return torch.softmax(scores[0].double(), dim=-1)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.9, 1.0])
-def test_tokens_come_as_often_as_transformers_says(temperature: float, top_p: float) -> None:
+@pytest.mark.parametrize(
+    "given",
+    [
+        *({"top_p": 1e-6}, {"top_p": 0.3}, {"top_p": 0.9}, {}, {"top_k": 1}, {"top_k": 5}),
+        *({"top_k": 5, "top_p": 0.7}, {"top_k": 99}, {"min_p": 0.05}, {"min_p": 1.0}),
+        {"min_p": 0.1, "top_k": 8, "top_p": 0.9},
+    ],
+)
+def test_tokens_come_as_often_as_transformers_says(temperature: float, given: Any) -> None:
     logits, draws = random_logits(1, 40), 4000
-    sampler = Sampler(Sampling(temperature, top_p, seed=5))
+    sampling = Sampling(temperature, **given, seed=5)
+    sampler = Sampler(sampling)
     drawn = torch.tensor([sampler.choose(logits) for _ in range(draws)])
     found = torch.bincount(drawn, minlength=40)
-    likely = chances(logits, temperature, top_p)
+    likely = chances(logits, sampling)
     deviation = (draws * likely * (1 - likely)).sqrt()
-    assert ((found - draws * likely).abs() <= 5 * deviation).all()
+    # Of tokens that hardly ever come, a few may.
+    assert ((found - draws * likely).abs() <= 5 * deviation + 2 * (likely > 0)).all()
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.0, 1.3])
+def test_repetition_is_penalized_as_transformers_does(penalty: float) -> None:
+    logits, known = random_logits(6, 40), [3, 7, 7, 39, 3]
+    processor: Any = transformers.RepetitionPenaltyLogitsProcessor(penalty)
+    expected = processor(torch.tensor([known]), logits[None].clone())[0]
+    Sampler(Sampling(repetition_penalty=penalty)).penalize(logits, known)
+    assert torch.equal(logits, expected)
 
 
 @pytest.mark.parametrize("spread", [0.5, 3.0])
@@ -371,7 +394,7 @@ def test_a_nucleus_of_any_size_is_transformers_own(spread: float) -> None:
     logits = random_logits(2, 20_000, spread)
     for top_p in (0.1, 0.7, 0.99):
         sampler = Sampler(Sampling(1.0, top_p, seed=1))
-        allowed = chances(logits, 1.0, top_p) > 0
+        allowed = chances(logits, Sampling(1.0, top_p)) > 0
         assert allowed[[sampler.choose(logits) for _ in range(50)]].all()
 
 
@@ -406,6 +429,9 @@ def test_what_is_out_of_range_is_refused() -> None:
     for name, values in {
         "temperature": (-0.1, nan, inf, "1", True, None, 10**400),
         "top_p": (0, -1, 1.01, nan, "1", None),
+        "top_k": (-1, 1.5, True, None),
+        "min_p": (-0.1, 1.1, nan, None),
+        "repetition_penalty": (0, -1, nan, inf, "1"),
         "seed": (1.5, True, 1 << 63, -(1 << 63) - 1, "1"),
     }.items():
         for value in values:

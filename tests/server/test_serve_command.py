@@ -39,6 +39,7 @@ from lorax_async.cli.serve import (
 from lorax_async.config import Limits, LoaderConfig
 from lorax_async.errors import ConfigError
 from lorax_async.ids import Allow
+from lorax_async.server.engine import Sampling
 from lorax_async.server.service import ServedModel
 from server.world import llama_config, tokenizer
 
@@ -332,6 +333,7 @@ def _only_config(folder: Path) -> None:
         (lambda folder: os.truncate(folder / "model.safetensors", 1000), ""),
         (_file("model.safetensors", ""), ""),
         (_file("config.json", "[]"), ""),
+        (_file("generation_config.json", '{"top_p": 5.0}'), ".*top_p"),
         (_file("tokenizer.json", "{}"), ""),
         (_only_config, "(?!.*safetensors).*tokenizer"),
         (_file("tokenizer_config.json", "[]"), ""),
@@ -359,10 +361,17 @@ def test_a_folder_of_no_base_is_told(whole: Path, tmp_path: Path, change: Any, s
     assert "\n" not in reason
 
 
-def test_a_base_is_loaded_onto_a_device_that_is_there(whole: Path, monkeypatch: Patch) -> None:
+def test_a_base_is_loaded_onto_a_device_that_is_there(
+    whole: Path, tmp_path: Path, monkeypatch: Patch
+) -> None:
     base = ServedModel.load(whole, dtype="float32", device="cpu")
     assert base.max_length == 64
     assert not base.model.training
+    assert base.sampling == Sampling()
+    folder = shutil.copytree(whole, tmp_path / "with defaults")
+    (folder / "generation_config.json").write_text('{"temperature": 0.3, "top_k": 7}')
+    found = ServedModel.load(folder, dtype="float32", device="cpu").sampling
+    assert found == Sampling(temperature=0.3, top_k=7)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="finds no cuda device"):
         ServedModel.load(whole, dtype="float32", device="cuda")
@@ -375,7 +384,7 @@ def test_adapters_have_a_quarter_of_what_is_free_at_most_what_slots_can_use(
     model: Any = transformers.LlamaForCausalLM(llama_config())
     largest = save(model, {"r": 64, "target_modules": "all-linear"}, tmp_path / "largest")
     nbytes = sum(each.nbytes for each in load_file(largest / "adapter_model.safetensors").values())
-    limits = Limits(max_rank=64)
+    limits = Limits(max_rank=64)  # a higher one, only one slot may have
     config = LoaderConfig(dtype="float32", max_slots=1000, limits=limits)
     for free in (8 << 20, 1 << 40):
         monkeypatch.setattr(serve, "free_bytes", lambda device, free=free: free)

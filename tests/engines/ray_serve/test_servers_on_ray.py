@@ -61,7 +61,7 @@ def test_openais_client_gets_pefts_text_from_replicas(world: World, tmp_path: Pa
     assert {model.id for model in client.models.list()} == {"b", "one", "two"}
     with pytest.raises(openai.APIStatusError) as refused:
         client.completions.create(model="org/other", **asked)
-    assert refused.value.status_code == 403
+    assert refused.value.status_code == 404
     with pytest.raises(openai.APIStatusError) as refused:
         client.completions.create(model="b", prompt="x" * (1 << 21))
     assert refused.value.status_code == 413
