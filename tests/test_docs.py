@@ -14,21 +14,43 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from runpy import run_path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 from urllib.parse import urlencode
 
 import pytest
-from fault_server import until
+import torch
+from fault_server import until as until_in_thread
+from hub_stand_in import HubStandIn
+from transformers import LlamaConfig, LlamaForCausalLM
+from user_loads import at, contents
 
 import lorax_async
+from common import until
+from engines.variants import PEFT_WARNING, save
+from lorax_async import AdapterLoader, AdapterScheduler, Batch, LoaderConfig, Request, layouts
 from lorax_async.cli import main
+from lorax_async.engines.transformers import attach
+from lorax_async.server.service import ServedModel
+from server.world import llama_config, tokenizer
+
+pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
 
 Capture = pytest.CaptureFixture[str]
 
 ROOT = Path(__file__).parent.parent
 README, DOCS = ROOT / "README.md", ROOT / "docs"
+SIZES: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+"""Of the small models in the pages."""
 
 
 BLOCK = re.compile(
@@ -58,22 +80,58 @@ def blocks(page: Path) -> list[Block]:
     ]
 
 
-def run_page(page: Path, capsys: Capture, scope: dict[str, Any]) -> list[str]:
-    """Run a page's programs in their order, as one session; return what each one printed."""
-    printed = []
-    with asyncio.Runner() as runner:
-        for block in blocks(page):
-            assert block.language == "python"
-            padded = "\n" * (block.line + 1) + block.code  # so that errors have the page's lines
-            code = compile(padded, str(page), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-            if code.co_flags & inspect.CO_COROUTINE:
-                runner.run(eval(code, scope))
-            else:
-                exec(code, scope)
-            printed.append(capsys.readouterr().out)
-            if block.output.strip():
-                assert printed[-1].split() == block.output.split()
-    return printed
+class Session:
+    """Runs the programs of a page in their order, with the same names, as `python -m asyncio`."""
+
+    def __init__(self, page: Path, capsys: Capture) -> None:
+        self.page, self.names = page, dict[str, Any]()
+        self._blocks, self._capsys = iter(blocks(page)), capsys
+        self._runner = asyncio.Runner()
+        self.run = self._runner.run
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if "loader" in self.names:
+            self.run(self.names["loader"].close())
+        self._runner.close()
+
+    def skip(self) -> Block:
+        return next(self._blocks)
+
+    def play(self) -> str:
+        """Run the next program; return what it printed."""
+        block = self.skip()
+        assert block.language == "python"
+        source = "\n" * (block.line + 1) + textwrap.dedent(
+            block.code
+        )  # errors have the page's lines
+        code = compile(source, str(self.page), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        if code.co_flags & inspect.CO_COROUTINE:
+            self.run(eval(code, self.names))
+        else:
+            exec(code, self.names)
+        printed = self._capsys.readouterr().out
+        assert not block.output.strip() or printed.split() == block.output.split()
+        return printed
+
+    def play_all(self) -> list[str]:
+        printed = []
+        while True:
+            try:
+                printed.append(self.play())
+            except StopIteration:
+                return printed
+
+
+Opening = Callable[[Path], Session]
+
+
+@pytest.fixture
+def session(capsys: Capture) -> Iterator[Opening]:
+    with ExitStack() as opened:
+        yield lambda page: opened.enter_context(Session(page, capsys))
 
 
 @pytest.fixture
@@ -85,15 +143,15 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.usefixtures("nothing_left", "clone")
-def test_the_readmes_program_prints_what_stands_below_it(capsys: Capture) -> None:
-    (printed,) = run_page(README, capsys, {})
+def test_the_readmes_program_prints_what_stands_below_it(session: Opening) -> None:
+    (printed,) = session(README).play_all()
     assert printed
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("nothing_left", "clone")
-def test_the_programs_about_loading_run(capsys: Capture) -> None:
-    batch, fifty, _, room, _, files = run_page(DOCS / "loading.md", capsys, {})
+def test_the_programs_about_loading_run(session: Opening) -> None:
+    batch, fifty, _, room, _, files = session(DOCS / "loading.md").play_all()
     shape, base, pirate, shout = batch.splitlines()
     assert shape == "torch.Size([8, 576])"
     assert [text.startswith("Arr") for text in (base, pirate)] == [False, True]
@@ -105,20 +163,113 @@ def test_the_programs_about_loading_run(capsys: Capture) -> None:
     assert "adapters/sql" in files
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("nothing_left", "clone")
-def test_an_engine_of_ones_own_computes_what_peft_does(capsys: Capture) -> None:
-    printed = "".join(run_page(DOCS / "engine.md", capsys, {}))
+def test_an_engine_of_ones_own_computes_what_peft_does(session: Opening) -> None:
+    printed = "".join(session(DOCS / "engine.md").play_all())
     assert printed.split() == ["True"] * 3
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("nothing_left", "clone")
-def test_a_training_loop_pushes_its_weights(capsys: Capture) -> None:
-    (printed,) = run_page(DOCS / "training.md", capsys, {})
+def test_a_training_loop_pushes_its_weights(session: Opening) -> None:
+    (printed,) = session(DOCS / "training.md").play_all()
     *steps, same, kept = printed.splitlines()
     assert [step.partition(":")[0] for step in steps] == ["step 0", "step 1", "step 2"]
     assert all(line.endswith("True") for line in (*steps, same, kept))
+
+
+@pytest.mark.usefixtures("nothing_left", "clone")
+@pytest.mark.parametrize("name", ["merging", "metrics", "tracing"])
+def test_the_programs_of_a_page_run(session: Opening, name: str, clone: Path) -> None:
+    assert session(DOCS / f"{name}.md").play_all()
+    if name == "tracing":
+        assert json.loads((clone / "load.json").read_text())["traceEvents"]
+
+
+@pytest.fixture
+def hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub_client: Path
+) -> Iterator[dict[str, str]]:
+    """A stand-in for the hub, which new stores ask; the commits of its adapters, by name."""
+    del hub_client
+    variant = {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": False}
+    folder = save(LlamaForCausalLM(LlamaConfig(**SIZES)), variant, tmp_path / "adapter")
+    with HubStandIn() as stand_in:
+        names = ("org/sql-adapter", "org/chat", "org/json")
+        yielded = {name: stand_in.put(name, contents(folder)) for name in names}
+        given: Any = {"hub_endpoint": stand_in.endpoint, "allow": (at(stand_in.store_netloc),)}
+        given |= {"hub_cache": "off", "cache_dir": tmp_path / "cache"}
+        monkeypatch.setattr(lorax_async, "StoreConfig", partial(lorax_async.StoreConfig, **given))
+        yield yielded
+
+
+@pytest.mark.usefixtures("nothing_left", "clone")
+def test_the_programs_about_sources_run(session: Opening, hub: dict[str, str]) -> None:
+    _, _, printed = session(DOCS / "sources.md").play_all()
+    assert hub["org/sql-adapter"] in printed
+    assert all(f"{name} " in printed for name in hub)
+
+
+@pytest.mark.usefixtures("nothing_left", "clone", "hub")
+def test_a_member_of_a_fleet_checks_out_an_adapter(session: Opening) -> None:
+    fleet = session(DOCS / "fleet.md")
+    for _ in range(3):  # they take Ray
+        compile(fleet.skip().code, "fleet.md", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    fleet.play_all()
+    assert fleet.names["folder"].version
+
+
+@pytest.mark.usefixtures("nothing_left", "clone")
+def test_the_programs_about_batches_run(session: Opening, tmp_path: Path) -> None:
+    """One request with `serve`, and one whose batch is computed layer by layer."""
+    page = session(DOCS / "scheduler.md")
+    page.play_all()
+    model: Any = LlamaForCausalLM(LlamaConfig(**SIZES))
+    folder = save(model, {"r": 4, "target_modules": ["q_proj"]}, tmp_path / "adapter")
+    passes: list[int] = []
+
+    def forward(batch: Batch) -> None:
+        passes.append(
+            len(model(torch.ones(len(batch.rows), batch.rows[0].tokens, dtype=torch.int64)).logits)
+        )
+
+    async def play() -> None:
+        layout, config = layouts.from_module(model), LoaderConfig(max_slots=2, device_bytes="8MiB")
+        async with AdapterLoader(layout, config) as loader, AdapterScheduler(loader) as scheduler:
+            serving = asyncio.create_task(page.names["serve"](scheduler, lambda _: set()))
+            assert await page.names["answer"](scheduler, folder, 7) == 32
+            serving.cancel()
+            with attach(model, loader) as attached:
+                ticket = scheduler.submit(Request(folder, 7, 1))
+                batch = await scheduler.next_batch(64, 4)
+                await page.names["compute_streaming"](scheduler, attached, batch, forward)
+                assert await ticket == len(passes) == 1
+
+    page.run(play())
+
+
+@pytest.mark.usefixtures("nothing_left", "clone")
+def test_a_server_is_made_from_its_parts(session: Opening) -> None:
+    page = session(DOCS / "server.md")
+    page.skip()  # the tutorial's server answers it
+    page.play_all()
+    model: Any = LlamaForCausalLM(llama_config())
+    base = ServedModel(model, tokenizer(), frozenset())
+
+    async def play() -> None:
+        listener = page.names["listen"]("127.0.0.1", 0)
+        port = listener.getsockname()[1]
+        serving = asyncio.create_task(page.names["main"](base, listener))
+        await until(lambda: answers(port) or serving.done())
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(
+            b"GET /v1/models/pirate HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        )
+        assert b" 200 " in await reader.readline()
+        writer.close()
+        serving.cancel()
+        await asyncio.wait([serving])
+
+    page.run(play())
 
 
 def test_the_reference_has_every_public_name() -> None:
@@ -146,7 +297,7 @@ def shell(port: int) -> Iterator[Callable[[str], str]]:
             server = subprocess.Popen(shlex.split(command), env=env, stdout=subprocess.DEVNULL)
             servers.callback(server.wait, 60)
             servers.callback(server.send_signal, signal.SIGINT)
-            until(lambda: server.poll() is not None or answers(port), 120)
+            until_in_thread(lambda: server.poll() is not None or answers(port), 120)
             assert server.poll() is None
             return ""
 
@@ -174,6 +325,10 @@ def test_the_tutorial_leads_to_a_server_with_ten_adapters(capsys: Capture) -> No
                 assert promised <= {line.strip() for line in printed[-1].splitlines()} | {""}
             else:
                 exec(block.code.replace("8000", str(port)), scope)
+        capsys.readouterr()
+        client = blocks(DOCS / "server.md")[0].code.replace("shout", "pirate-10")
+        exec(client.replace("8000", str(port)), {})
+        assert capsys.readouterr().out.startswith("Arr")
     _, _, base, weak, strong, models, metrics = printed
     said = [json.loads(a)["choices"][0]["message"]["content"] for a in (base, weak, strong)]
     assert [text.startswith("Arr") for text in said] == [False, False, True]
