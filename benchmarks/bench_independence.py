@@ -21,7 +21,7 @@ from bench_options import Options, options, print_environment, write_json
 from harness import SEED, WrongBytesError, print_table, run_on
 from load_stage import check_handle
 from lorax_async.config import LoaderConfig
-from lorax_async.devices.base import CopyTicket, FilePieces, StagedPiece
+from lorax_async.devices.base import CopyTicket, StagedPiece
 from lorax_async.devices.cpu import CpuDevice
 from lorax_async.devices.simulated import SimulatedDevice, SimulatedTicket
 from lorax_async.errors import FetchError
@@ -57,9 +57,9 @@ class ClockedDevice(SimulatedDevice):
         self.tickets: dict[int, SimulatedTicket] = {}
 
     def copy(
-        self, pieces: FilePieces | StagedPiece, rows: Sequence[TableRow], extent: Extent, slot: int
+        self, piece: StagedPiece | None, rows: Sequence[TableRow], extent: Extent, slot: int
     ) -> CopyTicket:
-        ticket = super().copy(pieces, rows, extent, slot)
+        ticket = super().copy(piece, rows, extent, slot)
         assert isinstance(ticket, SimulatedTicket)
         self.tickets[slot] = ticket
         return ticket

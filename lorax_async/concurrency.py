@@ -16,13 +16,7 @@ from collections.abc import (
     Iterator,
 )
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import (
-    AbstractAsyncContextManager,
-    AbstractContextManager,
-    asynccontextmanager,
-    contextmanager,
-    suppress,
-)
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from functools import partial, wraps
 from threading import Event, Lock, Thread
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar
@@ -96,7 +90,8 @@ class Inbox(Generic[T]):
     def __init__(self, loop: asyncio.AbstractEventLoop, handle: Callable[[T], None]) -> None:
         self._loop = loop
         self._handle = handle
-        self._items: deque[T] = deque()
+        self.items: deque[T] = deque()
+        """Those not handled yet; `handle` may take others of them. Use on the loop."""
         self._wake_pending = False
 
     def put(self, item: T) -> None:
@@ -106,7 +101,7 @@ class Inbox(Generic[T]):
 
     def leave(self, item: T) -> None:
         """Add an item without waking the loop. Any thread; call `wake` afterwards."""
-        self._items.append(item)
+        self.items.append(item)
 
     def wake(self) -> None:
         """Have the loop handle all items. Any thread."""
@@ -115,32 +110,20 @@ class Inbox(Generic[T]):
             return
         self._wake_pending = True
         try:
-            self._loop.call_soon_threadsafe(self._drain)
+            self._loop.call_soon_threadsafe(self.take)
         except RuntimeError:  # the loop is closed
             self._wake_pending = False
-            self._items.clear()
-
-    @property
-    def first(self) -> T | None:
-        """The item that would be handled next. Use on the loop."""
-        return self._items[0] if self._items else None
-
-    def remove_first(self) -> None:
-        """Remove that item, without handling it."""
-        self._items.popleft()
-
-    def _drain(self) -> None:
-        self._wake_pending = False
-        self.take()
+            self.items.clear()
 
     def take(self) -> None:
         """Handle the items that have arrived. Call on the loop."""
+        self._wake_pending = False
         try:
-            while self._items:
-                self._handle(self._items.popleft())
+            while self.items:
+                self._handle(self.items.popleft())
         finally:
-            if self._items:  # `handle` raised: the rest must not wait for the next `wake`
-                self._loop.call_soon(self._drain)
+            if self.items:  # `handle` raised: the rest must not wait for the next `wake`
+                self._loop.call_soon(self.take)
 
 
 R = TypeVar("R")
@@ -156,18 +139,18 @@ def complete(future: Future[R], work: Callable[[], R]) -> None:
             future.set_exception(error)
 
 
-class WorkerThreads:
+class WorkerThreads(ThreadPoolExecutor):
     """A pool of its own for the disk cache, so that its waits do not delay local files."""
 
     def __init__(self, threads: int) -> None:
-        self.threads = ThreadPoolExecutor(threads, "lorax-remote")
+        super().__init__(threads, "lorax-remote")
 
     async def run(self, work: Callable[[], R], undo: Callable[[R], None] | None = None) -> R:
         """Run `work` in a thread and return its result.
 
         On cancellation, wait for its end and call `undo` with the result.
         """
-        future = self.threads.submit(work)
+        future = self.submit(work)
         try:
             return await outcome(future)
         except asyncio.CancelledError:
@@ -179,17 +162,9 @@ class WorkerThreads:
 
     async def finish(self, work: Callable[[], object]) -> None:
         """Run `work` to its end despite cancellation. For releasing resources."""
-        future = self.threads.submit(work)
+        future = self.submit(work)
         await wait_for_end(future)
         future.result()
-
-    def submit(self, work: Callable[[], R]) -> Future[R]:
-        """Start `work` without waiting. Any thread."""
-        return self.threads.submit(work)
-
-    def close(self) -> None:
-        """Block until all submitted work is done."""
-        self.threads.shutdown()
 
 
 class FairThreads:
@@ -211,17 +186,17 @@ class FairThreads:
         future: Future[R] = Future()
         with self._lock:
             self._waiting.setdefault(origin, deque()).append((future, work))
-        self._start(origin)
+            self._start(origin)
         return future
 
     def _start(self, origin: Hashable) -> None:
-        with self._lock:
-            waiting = self._waiting.get(origin)
-            while waiting and self._running[origin] < self._max_per_origin:
-                self._executor.submit(self._run, origin, *waiting.popleft())
-                self._running[origin] += 1
-            if not waiting:
-                self._waiting.pop(origin, None)
+        """Start what may run. With the lock."""
+        waiting = self._waiting.get(origin)
+        while waiting and self._running[origin] < self._max_per_origin:
+            self._executor.submit(self._run, origin, *waiting.popleft())
+            self._running[origin] += 1
+        if not waiting:
+            self._waiting.pop(origin, None)
 
     def _run(self, origin: Hashable, future: Future[Any], work: Callable[[], Any]) -> None:
         complete(future, work)
@@ -229,8 +204,8 @@ class FairThreads:
             self._running[origin] -= 1
             if not self._running[origin]:
                 del self._running[origin]
-        with suppress(RuntimeError):  # the executor is closed: nothing waits
-            self._start(origin)
+            with suppress(RuntimeError):  # the executor is closed: nothing waits
+                self._start(origin)
 
 
 async def outcome(future: Future[R]) -> R:
@@ -252,51 +227,28 @@ async def outcome(future: Future[R]) -> R:
 
 
 async def call_in(
-    threads: Executor,
-    work: Callable[[], R],
-    discard: Callable[[R], object] = lambda result: None,  # noqa: ARG005
+    threads: Executor, work: Callable[[], R], discard: Callable[[R], object] | None = None
 ) -> R:
     """Call `work` in one of the threads and await its result.
 
     The result takes one step to the loop, not the six of `run_in_executor`. Cancelling the call
-    drops work that has not begun; a result that comes later goes to `discard`, on the loop.
+    drops work that has not begun; a result that comes later goes to `discard`, in any thread.
     """
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[R] = loop.create_future()
+    return await _claimed(threads.submit(work), discard)
 
-    def finish(result: R) -> None:
-        if done.cancelled():
-            discard(result)
-        else:
-            done.set_result(result)
 
-    def fail(error: BaseException) -> None:
-        if not done.cancelled():
-            done.set_exception(error)
-
-    def call() -> None:
-        if done.cancelled():
-            return
-        with suppress(RuntimeError):  # the loop is closed: nothing waits
-            try:
-                result = work()
-            except BaseException as error:  # noqa: BLE001 - raised where it is awaited
-                loop.call_soon_threadsafe(fail, error)
-            else:
-                loop.call_soon_threadsafe(finish, result)
-
-    threads.submit(call)
+async def _claimed(future: Future[R], discard: Callable[[R], object] | None) -> R:
     try:
-        return await done
-    except BaseException:
-        _drop_result(done, discard)
+        return await outcome(future)
+    except asyncio.CancelledError:
+
+        def ended(future: Future[R]) -> None:
+            if discard is not None and not future.cancelled() and future.exception() is None:
+                discard(future.result())
+
+        future.cancel()
+        future.add_done_callback(ended)
         raise
-
-
-def _drop_result(done: asyncio.Future[R], discard: Callable[[R], object]) -> None:
-    """Discard a result that came in the turn of the loop in which its caller was cancelled."""
-    if done.done() and not done.cancelled() and done.exception() is None:
-        discard(done.result())
 
 
 async def wait_for_end(future: Future[Any]) -> None:
@@ -309,8 +261,9 @@ async def wait_for_end(future: Future[Any]) -> None:
 class SharedResource(Generic[T]):
     """A resource that threads share. `close` takes effect once no use is in progress.
 
-    Give it `opened`, or `open`, which the first use calls. `freed` is called after `close`, when
-    this no longer refers to the resource.
+    A `with` block is a use, and raises `FetchError` once it is closed. Give it `opened`, or `open`,
+    which the first use calls. `freed` is called after `close`, when this no longer refers to the
+    resource.
     """
 
     def __init__(
@@ -332,10 +285,6 @@ class SharedResource(Generic[T]):
         self._users = 0
         self._lock = Lock()
         self._opening = Lock()
-
-    def use(self) -> AbstractContextManager[T]:
-        """Keep it open within the block. Raise `FetchError` once it is closed."""
-        return self
 
     def __enter__(self) -> T:
         with self._lock:
@@ -395,25 +344,18 @@ IsWanted = Callable[[], bool]
 
 
 async def in_thread(work: Callable[[IsWanted], T], discard: Callable[[T], None] | None = None) -> T:
-    """Run `work` in the running loop's executor and await its result.
+    """Run `work` in the running loop's executor and await its result, as `call_in` does.
 
-    No thread is interrupted: after a cancellation `IsWanted` returns False, and the result of
-    `work` goes to `discard`.
+    No thread is interrupted: after a cancellation `IsWanted` returns False.
     """
     abandoned, returned = Event(), Future[T]()
-
-    def discard_result(future: Future[T]) -> None:
-        if discard is not None and not future.cancelled() and future.exception() is None:
-            discard(future.result())
-
     asyncio.get_running_loop().run_in_executor(
         None, complete, returned, lambda: work(lambda: not abandoned.is_set())
     )
     try:
-        return await asyncio.wrap_future(returned)
+        return await _claimed(returned, discard)
     except asyncio.CancelledError:
         abandoned.set()
-        returned.add_done_callback(discard_result)
         raise
 
 
@@ -499,8 +441,8 @@ class Lifetime:
 class SharedTasks(Generic[K, R]):
     """One running task per key, joined by equal calls. Use it on the loop.
 
-    A task is cancelled when its last caller leaves early. `finished` is called with each key and
-    task that ended in any other way, and `unused` with each ended task once no caller is left.
+    A task is cancelled when its last caller leaves early. `unused` is called with each ended task
+    once no caller is left.
     """
 
     def __init__(
@@ -508,12 +450,10 @@ class SharedTasks(Generic[K, R]):
         run: Callable[[K], Coroutine[Any, Any, R]],
         name: Callable[[K], str],
         *,
-        finished: Callable[[K, asyncio.Task[R]], None] | None = None,
         unused: Callable[[asyncio.Task[R]], None] | None = None,
     ) -> None:
         self._run = run
         self._name = name
-        self._finished = finished
         self._unused = unused
         self._shared: dict[K, asyncio.Task[R]] = {}
         self._callers: Counter[asyncio.Task[R]] = Counter()
@@ -551,8 +491,6 @@ class SharedTasks(Generic[K, R]):
     def _end(self, key: K, task: asyncio.Task[R]) -> None:
         if self._shared.get(key) is task:
             del self._shared[key]
-            if self._finished is not None:
-                self._finished(key, task)
         if not self._callers[task]:
             self._forget(task)
 

@@ -25,6 +25,7 @@ from lorax_async.errors import (
     AccessDeniedError,
     AdapterError,
     AdapterFormatError,
+    EvictedError,
     FetchError,
     IntegrityError,
 )
@@ -199,22 +200,11 @@ class FileReader:
     """A `Reader` over a descriptor that it owns, from `opener` at the first read."""
 
     def __init__(self, opener: Callable[[], int], identity: FileIdentity, name: str) -> None:
-        self._identity = identity
-        self._name = name
-        self._descriptor = SharedResource(name, os.close, open=partial(_open_sequential, opener))
-
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def nbytes(self) -> int:
-        return self._identity.size
-
-    @property
-    def identity(self) -> FileIdentity:
+        self.name = name
+        self.nbytes = identity.size
+        self.identity = identity
         """The identity that the file must have."""
-        return self._identity
+        self._descriptor = SharedResource(name, os.close, open=partial(_open_sequential, opener))
 
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
         if not self._checked(lambda fd: fill(fd, buffers, offset)):
@@ -229,15 +219,15 @@ class FileReader:
         with self.held() as fd:
             try:
                 complete = read(fd)
-                same = has_identity(os.fstat(fd), self._identity)
+                same = has_identity(os.fstat(fd), self.identity)
             except OSError as error:
-                raise to_adapter_error(error, self._name) from error
+                raise to_adapter_error(error, self.name) from error
         if not same:
-            raise changed_error(self._name)
+            raise changed_error(self.name)
         return complete
 
     def _ends_before(self, stop: int) -> IntegrityError:
-        return IntegrityError(f"{self._name} ends before byte {stop:,}")
+        return IntegrityError(f"{self.name} ends before byte {stop:,}")
 
     def is_cached(self) -> bool:
         """Return whether the page cache seems to have the whole file, from four samples."""
@@ -251,7 +241,7 @@ class FileReader:
             try:
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
             except OSError as error:
-                raise to_adapter_error(error, self._name) from error
+                raise to_adapter_error(error, self.name) from error
 
     def close(self) -> None:
         self._descriptor.close()
@@ -261,11 +251,11 @@ class FileReader:
 
         The first use opens it, which blocks and raises as `read_into` does.
         """
-        return self._descriptor.use()
+        return self._descriptor
 
     def __del__(self) -> None:
         if self._descriptor.opened is not None and not self._descriptor.closed:
-            warnings.warn(f"unclosed reader of {self._name}", ResourceWarning, stacklevel=2)
+            warnings.warn(f"unclosed reader of {self.name}", ResourceWarning, stacklevel=2)
             self.close()
 
 
@@ -412,12 +402,12 @@ _LIBRARY.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _LIBRARY.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
-def _map(fd: int, nbytes: int) -> int:
+def _map(fd: int, nbytes: int, name: str) -> int:
     """Map a file's first bytes; return the address. Python's `mmap` would keep a descriptor."""
     address: int | None = _LIBRARY.mmap(None, nbytes, mmap.PROT_READ, mmap.MAP_PRIVATE, fd, 0)
     if address is None or address == _MAP_FAILED:
         code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
+        raise to_adapter_error(OSError(code, os.strerror(code)), name)
     return address
 
 
@@ -436,16 +426,12 @@ def lock_on_fault(address: int, nbytes: int) -> int:
     return ctypes.get_errno() if _LIBRARY.mlock2(*extent, ctypes.c_uint(_MLOCK_ONFAULT)) else 0
 
 
-_POPULATE_BYTES = 32 << 20
-"""Bytes per call, between which other threads may map and fault."""
-
-
 class MappedFile:
     """A map of a whole file, which keeps the file's pages in memory; it is never read.
 
     Reading a map of a truncated file kills the process (SIGBUS): copies go through the file's
     checked descriptor. `fd` may be closed once the map is made; `nbytes` is the file's size, more
-    than 0. Raises `OSError`.
+    than 0. Raises as `to_adapter_error` says.
     """
 
     def __init__(self, fd: int, nbytes: int, name: str) -> None:
@@ -456,7 +442,7 @@ class MappedFile:
         self._address = SharedResource(
             f"the map of {name}",
             lambda address: _LIBRARY.munmap(address, nbytes),
-            opened=_map(fd, nbytes),
+            opened=_map(fd, nbytes, name),
         )
 
     @property
@@ -470,34 +456,30 @@ class MappedFile:
         If False (for example over RLIMIT_MEMLOCK without CAP_IPC_LOCK), the kernel may evict pages.
         Lock before populating, so that no page is evicted in between.
         """
-        with self._address.use() as address:
+        with self._address as address:
             self._lock_granted = lock_on_fault(address, self.nbytes) == 0
         return self.locked
 
-    def populate(self, start: int = 0, stop: int | None = None) -> None:
-        """Read these bytes' pages into memory and map them. Blocks. None is the file's end.
+    def populate(self, start: int, stop: int) -> None:
+        """Read these bytes' pages into memory and map them. Blocks.
 
         A kernel before 5.14 only reads ahead, and `locked` becomes False. Raises `IntegrityError`
-        if the file is shorter or its disk fails, else `OSError`. `close` waits for the end.
+        if the file is shorter or its disk fails, else `FetchError`. `close` waits for the end.
         """
         start -= start % mmap.PAGESIZE
-        stop = self.nbytes if stop is None else min(stop, self.nbytes)
-        with self._address.use() as address:
-            for first in range(start, stop, _POPULATE_BYTES):
-                self._populate(address + first, min(stop, first + _POPULATE_BYTES) - first)
-
-    def _populate(self, address: int, nbytes: int) -> None:
-        code = madvise(address, nbytes, POPULATE_READ)
-        if code == errno.EINVAL:
-            self._populates = False
-            code = madvise(address, nbytes, mmap.MADV_WILLNEED)
+        with self._address as address:
+            place, nbytes = address + start, min(stop, self.nbytes) - start
+            code = madvise(place, nbytes, POPULATE_READ)
+            if code == errno.EINVAL:
+                self._populates = False
+                code = madvise(place, nbytes, mmap.MADV_WILLNEED)
         if code == errno.EFAULT:
             raise IntegrityError(
                 f"{self._name} ends before byte {self.nbytes:,}, or its disk fails; load the"
                 " adapter again"
             )
         if code:
-            raise OSError(code, os.strerror(code))
+            raise to_adapter_error(OSError(code, os.strerror(code)), self._name)
 
     def close(self) -> None:
         """Unmap, now or when `populate` has ended. Blocks for milliseconds. Idempotent."""
@@ -510,7 +492,8 @@ class MappedFile:
 
 
 _PIECE_BYTES = 8 << 20
-"""Bytes populated in one call: milliseconds from a good disk."""
+"""Bytes populated in one call: milliseconds from a good disk, and other threads may fault between.
+"""
 
 
 class LocalPages:
@@ -528,7 +511,9 @@ class LocalPages:
         try:
             for reader in readers:
                 if holdable:
-                    self._maps.append(_mapped(reader))
+                    with reader.held() as fd:
+                        self._maps.append(MappedFile(fd, reader.nbytes, reader.name))
+                    self._maps[-1].lock()
                 else:
                     reader.read_ahead()
         except BaseException:
@@ -552,10 +537,7 @@ class LocalPages:
         """Bring the piece at `start` into memory. Raise `FetchError` if it cannot be read."""
         n = bisect_right(self._firsts, start) - 1
         start -= self._firsts[n]
-        try:
-            self._maps[n].populate(start, start + _PIECE_BYTES)
-        except OSError as error:
-            raise to_adapter_error(error, self._readers[n].name) from error
+        self._maps[n].populate(start, start + _PIECE_BYTES)
 
     def settle(self) -> None:
         """Close the files once all is populated. Raise `IntegrityError` if one has changed."""
@@ -568,48 +550,14 @@ class LocalPages:
         close_all(self._maps)
 
 
-def _mapped(reader: FileReader) -> MappedFile:
-    try:
-        with reader.held() as fd:
-            mapped = MappedFile(fd, reader.nbytes, reader.name)
-    except OSError as error:
-        raise to_adapter_error(error, reader.name) from error
-    mapped.lock()
-    return mapped
-
-
-class SplitFiles(NamedTuple):
-    """A plan, and the readers of its files in order, which this owns."""
-
-    plan: SplitPlan
-    readers: tuple[Reader, ...]
-
-
 class SplitReader:
-    """The `Reader` of weights in several files, joined with one header. It owns the files.
+    """The `Reader` of weights in several files, joined with one header. It owns their readers."""
 
-    Without `files`, the first read calls `opener`, which may block.
-    """
-
-    def __init__(
-        self, files: SplitFiles | None, opener: Callable[[], SplitFiles] | None = None
-    ) -> None:
-        self._files = SharedResource(
-            "the adapter's weights file",
-            lambda files: close_all(files.readers),
-            open=opener,
-            opened=files,
-        )
-
-    @property
-    def files(self) -> SplitFiles | None:
-        """None until the files are opened, and once they are closed."""
-        return self._files.opened
-
-    @property
-    def nbytes(self) -> int:
-        with self._files.use() as files:
-            return files.plan.nbytes
+    def __init__(self, plan: SplitPlan, readers: tuple[Reader, ...]) -> None:
+        self.readers = readers
+        self.plan = plan
+        self.nbytes = plan.nbytes
+        self._closed = False
 
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
         self._fill(buffers, ByteSpan(offset, offset + sum(buffer.nbytes for buffer in buffers)))
@@ -620,27 +568,29 @@ class SplitReader:
 
     def _fill(self, buffers: Sequence[memoryview], span: ByteSpan) -> None:
         left = deque(buffer.cast("B") for buffer in buffers if buffer.nbytes)
-        with self._files.use() as (plan, readers):
-            if span.end > plan.nbytes:
-                raise IntegrityError(
-                    f"the weights, of {plan.nbytes:,} bytes, end before byte {span.end:,}"
-                )
-            for number, piece in plan.pieces(span):
-                targets = _take(left, piece.nbytes)
-                if not number:
-                    content = b"".join(plan.prefix[start:stop] for start, stop in piece.ranges())
-                    for target in targets:
-                        target[:] = content[: len(target)]
-                        content = content[len(target) :]
-                elif piece.rows == 1:
-                    readers[number - 1].read_into(targets, piece.start)
-                else:
-                    (target,) = targets  # of `read_rows`, which fills one
-                    readers[number - 1].read_rows(target, piece.start, piece.rows, piece.pitch)
+        plan, readers = self.plan, self.readers
+        if self._closed:
+            raise FetchError("the adapter's weights were closed before they were read")
+        if span.end > plan.nbytes:
+            raise IntegrityError(
+                f"the weights, of {plan.nbytes:,} bytes, end before byte {span.end:,}"
+            )
+        for number, piece in plan.pieces(span):
+            targets = _take(left, piece.nbytes)
+            if not number:
+                content = b"".join(plan.prefix[start:stop] for start, stop in piece.ranges())
+                for target in targets:
+                    target[:] = content[: len(target)]
+                    content = content[len(target) :]
+            elif piece.rows == 1:
+                readers[number - 1].read_into(targets, piece.start)
+            else:
+                (target,) = targets  # of `read_rows`, which fills one
+                readers[number - 1].read_rows(target, piece.start, piece.rows, piece.pitch)
 
     def close(self) -> None:
-        """Close the files now, or after the last read in progress."""
-        self._files.close()
+        self._closed = True
+        close_all(self.readers)
 
 
 def _take(left: deque[memoryview], nbytes: int) -> list[memoryview]:
@@ -653,3 +603,46 @@ def _take(left: deque[memoryview], nbytes: int) -> list[memoryview]:
             left.appendleft(buffer[nbytes:])
         nbytes -= len(taken[-1])
     return taken
+
+
+class ReopenedReader:
+    """The `Reader` of a key whose files are opened by the first read.
+
+    If they are gone then, every later read fails too, even if the cache has them again.
+    """
+
+    def __init__(self, open: Callable[[], Reader]) -> None:
+        self._open = open
+        self._gone = False
+        self._opened = SharedResource(
+            "the adapter's weights", lambda reader: reader.close(), open=self._open_once
+        )
+
+    @property
+    def nbytes(self) -> int:
+        with self._opened as reader:
+            return reader.nbytes
+
+    def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
+        with self._opened as reader:
+            reader.read_into(buffers, offset)
+
+    def read_rows(self, buffer: memoryview, offset: int, rows: int, pitch: int) -> None:
+        with self._opened as reader:
+            reader.read_rows(buffer, offset, rows, pitch)
+
+    def close(self) -> None:
+        self._opened.close()
+
+    def _open_once(self) -> Reader:
+        if self._gone:
+            raise entry_gone()
+        try:
+            return self._open()
+        except EvictedError:
+            self._gone = True
+            raise
+
+
+def entry_gone() -> EvictedError:
+    return EvictedError("it has left the disk cache; load it again")

@@ -146,8 +146,10 @@ class Span:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
         if self._recorder is not None:
+            if kind is not None:
+                self._record.args.setdefault("outcome", kind.__name__)
             self.end()
 
     def set(self, **args: object) -> None:

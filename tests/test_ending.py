@@ -23,7 +23,7 @@ from common import our_threads, until
 from false_bytes import watched
 from lorax_async import AdapterKey, SlotId, errors
 from lorax_async.devices.base import CopyTicket
-from lorax_async.devices.transfer import CopyResult, GroupCopy
+from lorax_async.devices.transfer import GroupCopy, SubmittedCopies
 from lorax_async.lifecycle.adapter_state import SlotGrant
 from lorax_async.lifecycle.arena import Extent
 from lorax_async.lifecycle.commands import CopyGroups
@@ -255,7 +255,7 @@ async def test_the_least_tag_is_next() -> None:
     """Of one adapter all runs may be waiting, and another's with a lesser tag comes before them."""
     began, go_on = list[int](), threading.Event()
 
-    def run_all(copies: list[GroupCopy]) -> list[CopyResult]:
+    def run(copies: list[GroupCopy]) -> SubmittedCopies:
         began.append(copies[0].group.layer)
         go_on.wait(10)
         raise errors.TransferError("ordered")
@@ -265,7 +265,7 @@ async def test_the_least_tag_is_next() -> None:
     groups = tuple(GroupPlan(n, 64, (), (), (), (), ()) for n in range(4))
     occupancy = SlotOccupancy(key, grant, TransferPlan(groups, "F32", 4, 256, 300), 4)
     part: Any = SimpleNamespace  # of the loader, as far as copies know it
-    parts = part(reader=lambda key: None), part(occupancies={key: occupancy}), part(run_all=run_all)
+    parts = part(reader=lambda key: None), part(occupancies={key: occupancy}), part(run=run)
     settings: dict[str, Any] = {"threads": 1, "low_water": 0, "images": torch.empty(0)}
     copies = CopyThreads(*parts, lambda job: None, lambda key: None, **settings)
     for group, tag in enumerate((64, 192, 128, 128)):
@@ -289,13 +289,13 @@ async def test_copies_that_end_at_the_same_moment_are_both_counted() -> None:
     occupancies[keys[0]].copying = SlowInt(0)
     tickets: list[CopyTicket] = [Future() for _ in range(3)]
 
-    def run_all(copies: list[GroupCopy]) -> list[CopyResult]:
+    def run(copies: list[GroupCopy]) -> SubmittedCopies:
         ticket = tickets[copies[0].group.layer]
         asked.append(copies[0].group.layer)
-        return [CopyResult(ticket, ticket, 0.0)]
+        return SubmittedCopies([ticket], [ticket])
 
     part: Any = SimpleNamespace  # of the loader, as far as copies know it
-    parts = part(reader=lambda key: None), part(occupancies=occupancies), part(run_all=run_all)
+    parts = part(reader=lambda key: None), part(occupancies=occupancies), part(run=run)
     settings: dict[str, Any] = {"threads": 2, "low_water": 0, "images": torch.empty(0)}
     copies = CopyThreads(
         *parts, lambda job: heard.extend(job.command.groups), lambda key: None, **settings

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 import tiny
 from common import until
 from lorax_async import AdapterHandle, AdapterLoader, LoaderConfig, errors
-from lorax_async.devices.base import FilePieces
 from lorax_async.devices.simulated import GatedDevice
 from lorax_async.events import Event, LayerReady, Resident
 from lorax_async.files import Reader
@@ -78,18 +77,13 @@ async def test_order_of_reads(tmp_path: Path, verb: str) -> None:
     """Sorted by name a file has layer 10 before layer 2."""
     folder, layout = tiny.write(tmp_path / "a", layers=12), tiny.layout(layers=12)
     device = GatedDevice(layout, dtype="F32", nbytes=1 << 20, slots=1)
-    offsets, plain_copy, plain_read = list[int](), device.copy, device.read
+    offsets, plain_read = list[int](), device.read
 
-    def noting(pieces: FilePieces, *rest: Any) -> Any:
-        offsets.extend(read.file_offset for read in pieces.reads[:1])
-        return plain_copy(pieces, *rest)
-
-    def noting_run(reader: Reader, moves: Sequence[ReadMove]) -> None:
+    def noting(reader: Reader, moves: Sequence[ReadMove]) -> None:
         offsets.extend(move.file_offset for move in moves)
         plain_read(reader, moves)
 
-    device.copy = noting  # type: ignore[assignment, method-assign]
-    device.read = noting_run  # type: ignore[method-assign]
+    device.read = noting  # type: ignore[method-assign]
     config = LoaderConfig(device_bytes=1 << 20, max_slots=1, io_threads=1)
     async with AdapterLoader(layout, config, device=device) as there:
         if verb == "load":

@@ -11,7 +11,7 @@ import pytest
 import tiny
 from common import Run, until
 from lorax_async import AdapterLoader, Event, LoaderConfig, SlotGranted, errors
-from lorax_async.devices.base import CopyTicket, FilePieces, StagedPiece
+from lorax_async.devices.base import CopyTicket, StagedPiece
 from lorax_async.devices.simulated import SimulatedDevice, SimulatedTicket
 from lorax_async.lifecycle import queues
 from lorax_async.lifecycle.arena import Extent
@@ -54,11 +54,11 @@ class TimedDevice(SimulatedDevice):
         self._tickets: dict[int, list[SimulatedTicket]] = {}
 
     def copy(
-        self, pieces: FilePieces | StagedPiece, rows: Sequence[TableRow], extent: Extent, slot: int
+        self, piece: StagedPiece | None, rows: Sequence[TableRow], extent: Extent, slot: int
     ) -> CopyTicket:
         if slot == self.doomed and len(self._tickets.get(slot, ())) >= 3:
             raise errors.TransferError("ordered")
-        ticket = super().copy(pieces, rows, extent, slot)
+        ticket = super().copy(piece, rows, extent, slot)
         assert isinstance(ticket, SimulatedTicket)
         self._tickets.setdefault(slot, []).append(ticket)
         return ticket

@@ -141,9 +141,10 @@ async def test_one_plan_per_loop_turn(tmp_path: Path, monkeypatch: Patch) -> Non
         turns.append(now[0])
         return plan_transfer(*what, **more)
 
+    monkeypatch.setattr(fetches, "plan_transfer", planned)
+    now = [0]
     async with over(source) as there:
-        monkeypatch.setattr(fetches, "plan_transfer", planned)
-        hints, now = [there.prefetch(name, tier="disk") for name in names], [0]
+        hints = [there.prefetch(name, tier="disk") for name in names]
         while not all(hint.done for hint in hints):
             now[0] = next(turn)
             await asyncio.sleep(0)

@@ -208,7 +208,7 @@ async def setting(
         async with AdapterLoader(LAYOUT, config, source=source) as loader:
             yield Setting(library, url, cache, folder, cache_bytes, loader)
     finally:
-        for end in (engine.close, workers.close, cache.close):
+        for end in (engine.close, workers.shutdown, cache.close):
             await asyncio.to_thread(end)
 
 

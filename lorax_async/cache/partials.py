@@ -193,7 +193,7 @@ class PartialFile:
         if stop > self.nbytes:
             raise IntegrityError(f"{self._name} goes on after its {self.nbytes:,} bytes")
         try:
-            with self._file.use() as fd:
+            with self._file as fd:
                 if self.resumed:
                     self._compare(fd, data.cast("B"), offset)
                 _write_all(fd, data, offset)
@@ -215,14 +215,14 @@ class PartialFile:
         with self._hashing:
             with self._lock:
                 stop = self._here.reach(self._hash.done)
-            with translate_errors(_READING), self._file.use() as fd:
+            with translate_errors(_READING), self._file as fd:
                 start_writeback(fd)
                 hash_on(fd, self._hash, stop, self._name)
             return self._hash.done
 
     def reader(self) -> PartialReader:
         """Return a reader of the bytes written. It stays good after publication."""
-        with translate_errors(_READING), self._file.use() as fd:
+        with translate_errors(_READING), self._file as fd:
             return PartialReader(self, os.dup(fd))
 
     def covers(self, start: int, stop: int) -> bool:
@@ -243,7 +243,7 @@ class PartialFile:
 
     def synced_record(self, digest: Digest) -> FileRecord:
         """Bring the bytes to the disk; the map is not needed any more. Raise `OSError`."""
-        with self._file.use() as fd:
+        with self._file as fd:
             os.fsync(fd)
             return FileRecord(self.role, self.nbytes, os.fstat(fd).st_mtime_ns, digest)
 
@@ -252,7 +252,7 @@ class PartialFile:
         if not self._here.nbytes or self._map_file is None:
             self.remove()
             return False
-        with self._file.use() as fd:
+        with self._file as fd:
             os.fsync(fd)
         self._write_map(self._map.encoded(SYNCED), 0, sync=True)
         return True
@@ -268,7 +268,7 @@ class PartialFile:
 
     def _resume(self) -> ChunkMap | None:
         """Adopt the file of a partial download, if its size matches and its map is good."""
-        with translate_errors("resume a download"), self._file.use() as fd:
+        with translate_errors("resume a download"), self._file as fd:
             chunk_map = None
             if os.fstat(fd).st_size == self.nbytes and self._folder.status(self._map_name):
                 content = self._folder.read(self._map_name, encoded_size(self.nbytes))
@@ -285,7 +285,7 @@ class PartialFile:
             return chunk_map
 
     def _begin(self, reserve: Reserve, *, resumable: bool) -> ChunkMap:
-        with reserve(self.nbytes), self._file.use() as fd:
+        with reserve(self.nbytes), self._file as fd:
             try:
                 if self.nbytes:
                     os.posix_fallocate(fd, 0, self.nbytes)
@@ -305,7 +305,7 @@ class PartialFile:
 
     def _write_map(self, content: bytes, offset: int, *, sync: bool = False) -> None:
         assert self._map_file is not None
-        with self._map_file.use() as fd:
+        with self._map_file as fd:
             _write_all(fd, memoryview(content), offset)
             if sync:
                 os.fsync(fd)
@@ -340,7 +340,7 @@ class PartialReader:
             raise IntegrityError(f"{self._name} ends before byte {stop:,}")
         if not self._file.covers(offset, stop):
             raise InternalError(f"bytes {offset:,} to {stop:,} of {self._name} were read too early")
-        with translate_errors(_READING), self._descriptor.use() as fd:
+        with translate_errors(_READING), self._descriptor as fd:
             if not fill(fd, buffers, offset):
                 raise IntegrityError(f"{self._name} was cut while it was downloaded; load it again")
 

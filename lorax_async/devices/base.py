@@ -17,14 +17,6 @@ CopyTicket = Future[None]
 """Done when the bytes and the table rows of one copy are on the device; carries its error."""
 
 
-@dataclass(frozen=True, slots=True)
-class FilePieces:
-    """Bytes that a device reads from a file itself, into one extent of its arena."""
-
-    reader: Reader
-    reads: tuple[ReadMove, ...]
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class StagedPiece:
     """Bytes in the device's format: copy `memory` to `target` in the extent.
@@ -80,8 +72,8 @@ class Device(PointerTables, Protocol):
     rank_multiple: int
     """Ranks are padded with zeros to a multiple of this."""
     reads_files: bool
-    """Whether the arena is host memory. Such a device copies `FilePieces`, and casts write into its
-    `host_view`; other devices copy only `StagedPiece`s."""
+    """Whether the arena is host memory. Then `read` fills an extent, and casts write into its
+    `host_view`, before a `copy` of the rows alone; other devices copy `StagedPiece`s."""
 
     def open(self) -> None:
         """Allocate the arena and the tables. Blocks.
@@ -108,9 +100,11 @@ class Device(PointerTables, Protocol):
         """
 
     def copy(
-        self, pieces: FilePieces | StagedPiece, rows: Sequence[TableRow], extent: Extent, slot: int
+        self, piece: StagedPiece | None, rows: Sequence[TableRow], extent: Extent, slot: int
     ) -> CopyTicket:
         """Copy the bytes into the extent, then write the rows into the slot's column.
+
+        Without a `piece` the bytes are there already: for devices with `reads_files` only.
 
         May block; call in an I/O thread. Errors before the copy starts are raised, later ones set
         on the ticket. Errors of the device are `TransferError`s.

@@ -12,7 +12,7 @@ from math import prod
 
 import torch
 
-from lorax_async.devices.base import CopyTicket, FilePieces, StagedPiece
+from lorax_async.devices.base import CopyTicket, StagedPiece
 from lorax_async.devices.staging import TORCH_DTYPES, read
 from lorax_async.errors import CapacityError, UsageError
 from lorax_async.files import POPULATE_WRITE, Reader, madvise
@@ -89,14 +89,11 @@ class CpuDevice:
         read(reader, moves, self._memory)
 
     def copy(
-        self, pieces: FilePieces | StagedPiece, rows: Sequence[TableRow], extent: Extent, slot: int
+        self, piece: StagedPiece | None, rows: Sequence[TableRow], extent: Extent, slot: int
     ) -> CopyTicket:
-        if isinstance(pieces, StagedPiece):
-            target = Extent(extent.offset + pieces.target, pieces.memory.nbytes)
-            self.host_view(target).copy_(pieces.memory)
-        elif pieces.reads:
-            memory = self._memory[extent.offset : extent.offset + extent.nbytes]
-            read(pieces.reader, pieces.reads, memory)
+        if piece is not None:
+            target = Extent(extent.offset + piece.target, piece.memory.nbytes)
+            self.host_view(target).copy_(piece.memory)
         self._write_rows(rows, extent, slot)
         return self._done
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from lorax_async.devices.base import CopyTicket, FilePieces, StagedPiece
+from lorax_async.devices.base import CopyTicket, StagedPiece
 from lorax_async.devices.cpu import Operands
 from lorax_async.devices.pointer_table import ColumnRecord, RowImage, TableCell, TableColumns
 from lorax_async.devices.staging import TORCH_DTYPES
@@ -175,7 +175,7 @@ class CudaDevice:
         raise UsageError(f"{self.name} cannot read files; copy staged bytes to it")
 
     def copy(
-        self, pieces: FilePieces | StagedPiece, rows: Sequence[TableRow], extent: Extent, slot: int
+        self, piece: StagedPiece | None, rows: Sequence[TableRow], extent: Extent, slot: int
     ) -> CopyTicket:
         """Submit to the copy stream: one memcpy of bytes, two per layer of rows, an event.
 
@@ -184,17 +184,17 @@ class CudaDevice:
         Errors after the first submission are set on the ticket, also after the event, because the
         memory is in use until then.
         """
-        if isinstance(pieces, FilePieces):
+        if piece is None:
             raise UsageError(f"{self.name} cannot read files; copy staged bytes to it")
         columns = self._columns  # before the check: `close` may release them meanwhile
         self._require_working()
-        self._check(pieces, extent)
+        self._check(piece, extent)
         cells = {
             module: TableCell(extent.offset + a, extent.offset + b, rank, scale)
             for module, a, b, _, rank, scale in rows
         }
         image = columns.image_for(cells) if cells else None
-        ticket = self._ticket(pieces, image, columns)
+        ticket = self._ticket(piece, image, columns)
         with self._order:
             try:
                 self._require_working()
@@ -202,8 +202,8 @@ class CudaDevice:
             except BaseException:
                 ticket.finish()  # nothing was submitted; release the image
                 raise
-            start, column = extent.offset + pieces.target, record.cells | cells
-            ticket.error = self._put(pieces, start, slot, cells, column, image)
+            start, column = extent.offset + piece.target, record.cells | cells
+            ticket.error = self._put(piece, start, slot, cells, column, image)
             if ticket.error is None:
                 record.add(cells, ticket)
             self._record(ticket)

@@ -14,7 +14,7 @@ from queue import SimpleQueue
 
 import torch
 
-from lorax_async.devices.base import CopyTicket, FilePieces, StagedPiece
+from lorax_async.devices.base import CopyTicket, StagedPiece
 from lorax_async.devices.cpu import CpuDevice, Operands, lazy_memory
 from lorax_async.errors import TransferError, UsageError
 from lorax_async.files import Reader
@@ -48,7 +48,7 @@ class GatedDevice(CpuDevice):
         self._arena.fill_(POISON)
 
     def copy(
-        self, pieces: FilePieces | StagedPiece, rows: Sequence[TableRow], extent: Extent, slot: int
+        self, piece: StagedPiece | None, rows: Sequence[TableRow], extent: Extent, slot: int
     ) -> CopyTicket:
         with self._count:
             number = self.copies
@@ -56,7 +56,7 @@ class GatedDevice(CpuDevice):
         self.gate.wait()
         if number in self.failing:
             raise TransferError(f"copy {number} was told to fail")
-        return super().copy(pieces, rows, extent, slot)
+        return super().copy(piece, rows, extent, slot)
 
 
 class SimulatedTicket(Future[None]):
@@ -208,12 +208,12 @@ class SimulatedDevice:
         raise UsageError("this device cannot read files; copy staged bytes to it")
 
     def copy(
-        self, pieces: FilePieces | StagedPiece, rows: Sequence[TableRow], extent: Extent, slot: int
+        self, piece: StagedPiece | None, rows: Sequence[TableRow], extent: Extent, slot: int
     ) -> CopyTicket:
-        if isinstance(pieces, FilePieces):
+        if piece is None:
             raise UsageError("this device cannot read files; copy staged bytes to it")
         self._require_device()
-        piece, written = pieces, tuple(rows)
+        written = tuple(rows)
 
         def run(ticket: SimulatedTicket) -> None:
             time.sleep(self.delay)

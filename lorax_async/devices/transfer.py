@@ -1,9 +1,10 @@
-"""Copy one layer group to its extent: read, cast, check for NaN, send."""
+"""Copy layer groups to their extents: read, cast, check for NaN, send."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
 from functools import partial
 from threading import Lock, current_thread
 from time import perf_counter
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from lorax_async.devices.base import CopyTicket, Device, FilePieces, StagedPiece
+from lorax_async.devices.base import CopyTicket, Device, StagedPiece
 from lorax_async.devices.staging import TORCH_DTYPES, StagingBuffer, StagingRing, read, zero
 from lorax_async.errors import AdapterFormatError, InternalError
 from lorax_async.files import Reader
@@ -69,19 +70,51 @@ class GroupCopy(NamedTuple):
     warm: bool = False
 
 
-class CopyResult(NamedTuple):
-    """A submitted copy of a layer group.
+@dataclass(slots=True, eq=False)
+class SubmittedCopies:
+    """The parts of layer groups that have been submitted to the device.
 
-    `ticket` is the device's ticket of the part that writes the rows. `done` completes when all
-    parts have, with the error of the first that failed. `staging_seconds` is the time for casts
-    and padding.
+    `tickets` are those of each group's last part, which writes its rows. `staging_seconds` is the
+    time for casts and padding.
     """
 
-    ticket: CopyTicket
-    done: CopyTicket
-    staging_seconds: float
+    parts: list[CopyTicket] = field(default_factory=list)
+    tickets: list[CopyTicket] = field(default_factory=list)
+    staging_seconds: float = 0.0
+
+    def raise_failures(self) -> None:
+        """Forget the parts that are done; raise the error of one that failed."""
+        for ticket in [ticket for ticket in self.parts if ticket.done()]:
+            ticket.result()
+            self.parts.remove(ticket)
+
+    def joined(self) -> CopyTicket:
+        """Return a ticket that is done when all parts are, with the first failure's error."""
+        parts = set(self.parts)  # a device may have one ticket for all that are done
+        if len(parts) == 1:
+            return parts.pop()
+        done: CopyTicket = Future()
+        left, lock = len(parts), Lock()
+        failure: BaseException | None = None
+
+        def count(ticket: CopyTicket) -> None:
+            nonlocal left, failure
+            with lock:
+                left -= 1
+                failure = failure or ticket.exception()
+                if left:
+                    return
+            if failure is None:
+                done.set_result(None)
+            else:
+                done.set_exception(failure)
+
+        for ticket in parts:
+            ticket.add_done_callback(count)
+        return done
 
 
+@dataclass(slots=True, eq=False)
 class GroupTransfer:
     """Copy layer groups to a device: cast and pad through the ring, check, send.
 
@@ -89,158 +122,143 @@ class GroupTransfer:
     is in the device's `staging_memory`, with at least two buffers unless the device reads files.
     """
 
-    def __init__(
-        self,
-        device: Device,
-        staging: StagingRing,
-        module_names: Sequence[str],
-        *,
-        check_finite: bool,
-        tracer: Tracer | None = None,
-    ) -> None:
-        if staging.buffers < 2 and not device.reads_files:
+    device: Device
+    staging: StagingRing
+    module_names: Sequence[str]
+    check_finite: bool
+    tracer: Tracer = field(default_factory=Tracer)
+
+    def __post_init__(self) -> None:
+        if self.staging.buffers < 2 and not self.device.reads_files:
             raise InternalError("a device that does not read files needs two staging buffers")
-        self._device = device
-        self._staging = staging
-        self._module_names = module_names
-        self._check_finite = check_finite
-        self._tracer = tracer or Tracer()
 
-    def run_all(self, copies: Sequence[GroupCopy]) -> list[CopyResult]:
-        """Copy groups of one adapter in order, each as `run` does.
-
-        A device that reads files reads those of several groups with one call, if they adjoin in the
-        file: after each call, the code of the next is no longer in the processor's cache.
-        """
-        results: list[CopyResult] = []
-        try:
-            if not self._device.reads_files:
-                results += map(self.run, copies)
-                return results
-            if len(copies) == 1:
-                results.append(self._run_from_file(copies[0]))
-                return results
-            with self._span(copies[0], "copies", None, f"{len(copies)} layers") as span:
-                self._read_at_once(copies)
-                for copy in copies:
-                    results.append(self._run_from_file(copy, is_read=True))
-                layers = [copy.group.layer for copy in copies]
-                span.set(layers=layers, bytes=sum(copy.group.nbytes for copy in copies))
-        except BaseException:
-            wait([result.done for result in results])
-            raise
-        return results
-
-    def _read_at_once(self, copies: Sequence[GroupCopy]) -> None:
-        """Read what is not cast or padded into the arena."""
-        moves = [
-            ReadMove(part.file_offset, part.nbytes, part.target + base, part.rows, part.pitch)
-            for copy, base in ((copy, copy.extent.offset) for copy in copies)
-            for part in copy.group.reads
-        ]
-        if moves:
-            self._device.read(copies[0].reader, moves)
-
-    def run(self, copy: GroupCopy) -> CopyResult:
-        """Copy one group. Return when all its parts have been submitted.
+    def run(self, copies: Sequence[GroupCopy]) -> SubmittedCopies:
+        """Copy groups of one adapter in order. Return when all their parts have been submitted.
 
         Blocks while reading and while no buffer is free. Raises the errors of the reader, the
         device and the check, after the parts in flight have ended.
         """
-        group, image = copy.group, copy.image
-        if self._device.reads_files:
-            return self._run_from_file(copy)
-        pending = _PendingCopy(self._device, copy, partial(self._span, copy, "copies", STREAM))
+        pending = SubmittedCopies()
         try:
-            if image is None:
-                self._send_windows(pending)
+            if self.device.reads_files:
+                self._run_from_file(copies, pending)
             else:
-                if not copy.warm:
-                    scratch = self._staging.take(1) if group.converts else []
-                    whole = StagingWindow.whole(group)
-                    self._fill(pending, whole, StagingBuffer.of(image), scratch)
-                pending.send(image, 0)
+                for copy in copies:
+                    self._send_group(copy, pending)
         except BaseException:
-            wait(pending.tickets)
+            wait(pending.parts)
             raise
-        tickets = pending.tickets
-        return CopyResult(tickets[-1], join_tickets(tickets), pending.staging_seconds)
+        return pending
 
     def wipe(self, extents: Sequence[Extent]) -> CopyTicket:
         """Zero extents that no work reads any more. Blocks as `run` does."""
-        return self._device.wipe(extents)
+        return self.device.wipe(extents)
 
     def _span(self, copy: GroupCopy, row: Row, lane: Hashable, name: str = "") -> Span:
         """Begin a span of a group's copy, named after its layer by default.
 
         Without a `lane`, it is the thread's.
         """
-        if self._tracer.on is None:
+        if self.tracer.on is None:
             return NO_SPAN
         if lane is None:
             lane = current_thread().name.removeprefix("lorax-")
         layer = copy.group.layer
-        return self._tracer.span(row, lane, name or f"layer {layer}", slot=copy.slot, layer=layer)
+        return self.tracer.span(row, lane, name or f"layer {layer}", slot=copy.slot, layer=layer)
 
-    def _run_from_file(self, copy: GroupCopy, *, is_read: bool = False) -> CopyResult:
-        """Write converted bytes first, so that the device writes the rows last.
+    def _run_from_file(self, copies: Sequence[GroupCopy], pending: SubmittedCopies) -> None:
+        """Read with one call what is not cast or padded and adjoins in the file.
 
-        With `is_read`, the other bytes are in the arena already, and a span of several groups runs.
+        After each call, the code of the next is no longer in the processor's cache. Rows are
+        written last.
         """
-        group, started = copy.group, perf_counter()
+        name = f"{len(copies)} layers" if len(copies) > 1 else ""
+        with self._span(copies[0], "copies", None, name) as span:
+            moves = [
+                ReadMove(part.file_offset, part.nbytes, part.target + base, part.rows, part.pitch)
+                for copy, base in ((copy, copy.extent.offset) for copy in copies)
+                for part in copy.group.reads
+            ]
+            if moves:
+                self.device.read(copies[0].reader, moves)
+            for copy in copies:
+                self._finish_in_place(copy, pending)
+            if span.recording:
+                layers = [copy.group.layer for copy in copies]
+                nbytes = sum(copy.group.nbytes for copy in copies)
+                span.set(layers=layers, bytes=nbytes, outcome="done")
+
+    def _finish_in_place(self, copy: GroupCopy, pending: SubmittedCopies) -> None:
+        """Cast, pad and check in the arena, which has the group's other bytes; write the rows."""
+        group = copy.group
         if group.converts or group.zeros:
-            target = self._device.host_view(copy.extent)
+            target, started = self.device.host_view(copy.extent), perf_counter()
             if group.converts:
                 with (
-                    self._staging.buffer() as scratch,
+                    self.staging.buffer() as scratch,
                     self._span(copy, "staging", scratch.number, "cast"),
                 ):
                     scratch.convert(copy.reader, group.converts, copy.dtype, target)
             zero(group.zeros, target)
-        seconds = perf_counter() - started
-        pieces = FilePieces(copy.reader, () if is_read else group.reads)
-        span = NO_SPAN if is_read else self._span(copy, "copies", None)
-        try:
-            ticket = self._device.copy(pieces, group.rows, copy.extent, copy.slot)
-        except BaseException as error:
-            span.end(outcome=type(error).__name__)
-            raise
-        span.end_with(ticket, bytes=group.nbytes)
-        if self._check_finite:
+            pending.staging_seconds += perf_counter() - started
+        ticket = self.device.copy(None, group.rows, copy.extent, copy.slot)
+        pending.parts.append(ticket)
+        pending.tickets.append(ticket)
+        if self.check_finite:
             ticket.result()
-            content = self._device.host_view(copy.extent)
+            content = self.device.host_view(copy.extent)
             self._require_finite(content, StagingWindow.whole(group), copy)
-        return CopyResult(ticket, ticket, seconds)
 
-    def _send_windows(self, pending: _PendingCopy) -> None:
-        """Send the group through the ring. A buffer is free again when its copy is done."""
-        copy, staging = pending.copy, self._staging
+    def _send_group(self, copy: GroupCopy, pending: SubmittedCopies) -> None:
+        """Send the group from its image, or through the ring.
+
+        A buffer is free again when its copy is done.
+        """
+        group, image, staging = copy.group, copy.image, self.staging
+        if image is not None:
+            if not copy.warm:
+                scratch = staging.take(1) if group.converts else []
+                buffer, window = StagingBuffer.of(image), StagingWindow.whole(group)
+                self._fill(copy, window, buffer, scratch, pending)
+            self._send(copy, image, 0, pending)
+            return
         item_bytes = TORCH_DTYPES[copy.dtype].itemsize
-        for window in windows(copy.group, staging.move_bytes, item_bytes):
+        for window in windows(group, staging.move_bytes, item_bytes):
             pending.raise_failures()
             buffer, *scratch = staging.take(2 if window.converts else 1)
-            release = partial(self._release, buffer, self._span(copy, "staging", buffer.number))
+            span = self._span(copy, "staging", buffer.number)
             try:
-                self._fill(pending, window, buffer, scratch)
-                ticket = pending.send(buffer.tensor[: window.nbytes], window.start)
+                self._fill(copy, window, buffer, scratch, pending)
+                ticket = self._send(copy, buffer.tensor[: window.nbytes], window.start, pending)
             except BaseException:
-                release()
+                span.end()
+                staging.release(buffer)
                 raise
-            ticket.add_done_callback(release)
+            span.end_with(ticket)
+            ticket.add_done_callback(partial(staging.release, buffer))
 
-    def _release(self, buffer: StagingBuffer, span: Span, _: object = None) -> None:
-        span.end()
-        self._staging.release(buffer)
+    def _send(
+        self, copy: GroupCopy, memory: torch.Tensor, target: int, pending: SubmittedCopies
+    ) -> CopyTicket:
+        """Submit a part. The one that reaches the end of the extent writes the rows."""
+        is_last = target + memory.nbytes == copy.group.nbytes
+        rows = copy.group.rows if is_last else ()
+        ticket = self.device.copy(StagedPiece(memory, target), rows, copy.extent, copy.slot)
+        pending.parts.append(ticket)
+        if is_last:
+            pending.tickets.append(ticket)
+        self._span(copy, "copies", STREAM).end_with(ticket, bytes=memory.nbytes)
+        return ticket
 
     def _fill(
         self,
-        pending: _PendingCopy,
+        copy: GroupCopy,
         window: StagingWindow,
         buffer: StagingBuffer,
         scratch: list[StagingBuffer],
+        pending: SubmittedCopies,
     ) -> None:
         """Read a window into `buffer`; release `scratch`, one buffer if the window has casts."""
-        copy = pending.copy
         lane = IMAGE if buffer.number is None else buffer.number
         try:
             with self._span(copy, "staging", lane, "fill"):
@@ -252,8 +270,8 @@ class GroupTransfer:
                 pending.staging_seconds += perf_counter() - started
         finally:
             for spare in scratch:
-                self._staging.release(spare)
-        if self._check_finite:
+                self.staging.release(spare)
+        if self.check_finite:
             self._require_finite(buffer.tensor, window, copy)
 
     def _require_finite(
@@ -269,58 +287,6 @@ class GroupTransfer:
             if not good.all():
                 place = window.start + first + int(good.logical_not().nonzero()[0]) * kind.itemsize
                 raise AdapterFormatError(
-                    f"module {self._module_names[_module_at(place, group)]!r} has NaN or infinite"
+                    f"module {self.module_names[_module_at(place, group)]!r} has NaN or infinite"
                     " weights; load it with check_finite=False if that is intended"
                 )
-
-
-class _PendingCopy:
-    """The parts of one group that have been submitted to the device."""
-
-    def __init__(self, device: Device, copy: GroupCopy, span: Callable[[], Span]) -> None:
-        self.copy = copy
-        self.tickets: list[CopyTicket] = []
-        self.staging_seconds = 0.0
-        self._device = device
-        self._span = span
-
-    def send(self, memory: torch.Tensor, target: int) -> CopyTicket:
-        """Submit a part. The one that reaches the end of the extent writes the rows."""
-        copy = self.copy
-        rows = copy.group.rows if target + memory.nbytes == copy.group.nbytes else ()
-        ticket = self._device.copy(StagedPiece(memory, target), rows, copy.extent, copy.slot)
-        self.tickets.append(ticket)
-        self._span().end_with(ticket, bytes=memory.nbytes)
-        return ticket
-
-    def raise_failures(self) -> None:
-        """Forget the parts that are done; raise the error of one that failed."""
-        for ticket in [ticket for ticket in self.tickets if ticket.done()]:
-            ticket.result()
-            self.tickets.remove(ticket)
-
-
-def join_tickets(tickets: Sequence[CopyTicket]) -> CopyTicket:
-    """Return a ticket that is done when all are, with the error of the first that failed."""
-    tickets = list(dict.fromkeys(tickets))  # a device may have one for all that are done
-    if len(tickets) == 1:
-        return tickets[0]
-    done: CopyTicket = Future()
-    left, lock = len(tickets), Lock()
-    failure: BaseException | None = None
-
-    def count(ticket: CopyTicket) -> None:
-        nonlocal left, failure
-        with lock:
-            left -= 1
-            failure = failure or ticket.exception()
-            if left:
-                return
-        if failure is None:
-            done.set_result(None)
-        else:
-            done.set_exception(failure)
-
-    for ticket in tickets:
-        ticket.add_done_callback(count)
-    return done

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from ipaddress import ip_address
 from itertools import count
 from threading import Lock, Thread
@@ -111,17 +112,13 @@ class Lookups:
         return lookup
 
     def _run(self, host: str, port: int, lookup: Future[list[Endpoint]]) -> None:
-        endpoints, failure = list[Endpoint](), None
         try:
-            endpoints = self._network.resolve(host, port)
+            end = partial(lookup.set_result, self._network.resolve(host, port))
         except Exception as error:  # noqa: BLE001 - raised by `find`
-            failure = error
+            end = partial(lookup.set_exception, error)
         with self._lock:
             del self._running[host, port]
-        if failure is None:
-            lookup.set_result(endpoints)
-        else:
-            lookup.set_exception(failure)
+        end()
 
 
 # -- the pool --------------------------------------------------------------------------------------
@@ -369,7 +366,6 @@ class Response:
     attempt: Attempt
     request_span: Span
     received: int = 0
-    released: bool = False
 
     @property
     def rate(self) -> float | None:
@@ -395,11 +391,8 @@ class Response:
         return count
 
     def release(self) -> None:
-        """Keep the connection if it may carry another request, else close it. Idempotent."""
+        """Keep the connection if it may carry another request, else close it."""
         self.attempt.release()
-        if self.released:
-            return
-        self.released = True
         connection = self.connection
         outcome = "whole" if connection.body_ended else "left"
         self.request_span.end(bytes=self.received, outcome=outcome)
@@ -492,7 +485,10 @@ class HttpClient:
         lines = [f"GET {url.text if proxy else url.target} HTTP/1.1", *fields]
         if proxy is not None and proxy.authorization:
             lines.append(f"Proxy-Authorization: {proxy.authorization}")
-        request_span = self._begin_span(connection, location, span)
+        name = "file" if span is None else f"bytes {span[0]}-{span[1] - 1}"
+        request_span = self.tracer.span("connections", connection.number, name, hop=location.hop)
+        if span is not None:
+            request_span.set(at=span[0], asked=span[1] - span[0])
         begun = self.clock()
         try:
             with self.tracer.span("connections", connection.number, "wait"):
@@ -505,16 +501,6 @@ class HttpClient:
         self.links.record(url.origin, "delay", self.clock() - begun)
         request_span.set(status=head.status)
         return Response(self, connection, head, location, attempt, request_span)
-
-    def _begin_span(
-        self, connection: Connection, location: ResolvedLocation, span: ByteRange | None
-    ) -> Span:
-        """Begin the span of a request, which its response ends."""
-        name = "file" if span is None else f"bytes {span[0]}-{span[1] - 1}"
-        request_span = self.tracer.span("connections", connection.number, name, hop=location.hop)
-        if span is not None:
-            request_span.set(at=span[0], asked=span[1] - span[0])
-        return request_span
 
     def _fields(
         self,

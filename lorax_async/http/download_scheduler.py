@@ -151,18 +151,21 @@ class Job(ABC, Generic[T]):
         Its outcome, or one typed error; set when its last thread has left it.
     announced
         Connections that will be wanted when it is done: threads for them start meanwhile.
+    hands_over
+        Whether a thread gives up the piece that it reads when another job needs a thread.
     """
 
-    def __init__(self, scheduler: DownloadScheduler, urgency: int, deadline: float) -> None:
+    def __init__(self, scheduler: DownloadScheduler, urgency: int, timeout: float) -> None:
         self.scheduler = scheduler
         self.urgency = urgency
-        self.deadline = deadline
+        self.deadline = scheduler.clock() + timeout
         self.done: Future[T] = Future()
         self.done.set_running_or_notify_cancel()
         self.running: dict[Attempt, DownloadPiece] = {}
         self.pending: list[DownloadPiece] = []
         self.limit = float(scheduler.connections)
         self.announced = 0
+        self.hands_over = False
         self.not_before = 0.0
         self.received = 0
         self.over = False
@@ -173,10 +176,6 @@ class Job(ABC, Generic[T]):
     def origin(self) -> Hashable:
         """The origin of its next request."""
         return None
-
-    def hands_over(self, piece: DownloadPiece) -> bool:  # noqa: ARG002 - some jobs do
-        """Return whether the thread that reads the piece gives it up when another job needs one."""
-        return False
 
     @abstractmethod
     def work(self, piece: DownloadPiece, attempt: Attempt, buffer: memoryview) -> None:
@@ -537,7 +536,7 @@ class DownloadScheduler:
             bound = [  # these would not hand over
                 attempt
                 for attempt in here
-                if hurry and attempt not in silent and not job.hands_over(job.running[attempt])
+                if hurry and attempt not in silent and not job.hands_over
             ]
             excess -= sum(attempt.ended for attempt in here)
             youngest_first = (*reversed(silent), *reversed(bound))

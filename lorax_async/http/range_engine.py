@@ -6,18 +6,19 @@ import errno
 import random
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from math import inf
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeVar
 
 from lorax_async.errors import AccessDeniedError, AdapterNotFoundError, FetchError, IntegrityError
-from lorax_async.formats.spans import ByteRange, SpanSet
+from lorax_async.formats.spans import ByteRange
 from lorax_async.http.client import ConnectionPool, HttpClient, LinkStatistics, Network, Response
 from lorax_async.http.connection import Attempt
 from lorax_async.http.download_scheduler import DownloadPiece, DownloadScheduler, Job, WorkerPool
 from lorax_async.http.failures import AbortedError, RetryableError, broken_off
-from lorax_async.http.ranges import GroupArrivals, Wave, intersect, plan_waves, split_of, subtract
+from lorax_async.http.ranges import GroupArrivals, Wave, plan_waves, split_of
 from lorax_async.http.settings import HttpSettings
 from lorax_async.http.target import (
     Content,
@@ -33,6 +34,8 @@ from lorax_async.urls import Origin
 NeededBytes = Callable[[memoryview, Validators], int]
 """How many of the first bytes are needed, by those that came and the file's validators."""
 
+T = TypeVar("T")
+
 _PROBE_READ_BYTES = 16 << 10
 """Read between two looks at the clock."""
 
@@ -45,7 +48,37 @@ _KEPT_SECONDS = 0.1
 """A piece with more left than this is handed over when others lack a connection."""
 
 
-class ProbeRequest(Job[ProbeResult]):
+class _FileJob(Job[T]):
+    """A job of requests for one file, at its own location or where that led before."""
+
+    _client: HttpClient
+    _target: Target
+    _location: ResolvedLocation
+
+    @property
+    def origin(self) -> Origin:
+        return self._location.url.origin
+
+    @contextmanager
+    def _request(
+        self, span: ByteRange | None, expected: Validators, attempt: Attempt
+    ) -> Iterator[tuple[Response, Content]]:
+        """Request the file, or a span of it, and check the head of the response."""
+        target, location = self._target, self._location
+        response = self._client.get(target, location, span, expected, attempt)
+        try:
+            what = f"{target.name} at {response.location.url}"
+            yield response, check_response(response.head, span, expected, what)
+        except (AccessDeniedError, AdapterNotFoundError) as error:
+            if location.hop == 0:
+                raise
+            self._location = target.location  # signed locations expire: follow redirects anew
+            raise RetryableError(error) from error
+        finally:
+            response.release()
+
+
+class ProbeRequest(_FileJob[ProbeResult]):
     """Request the first `nbytes` bytes; without `ranged`, a file of at most that many.
 
     Once `needed_bytes` have come, wait for the rest only as long as another connection would take:
@@ -61,10 +94,10 @@ class ProbeRequest(Job[ProbeResult]):
         *,
         ranged: bool,
         urgency: int,
-        deadline: float,
+        timeout: float,
         needed_bytes: NeededBytes | None,
     ) -> None:
-        super().__init__(scheduler, urgency, deadline)
+        super().__init__(scheduler, urgency, timeout)
         self._client = client
         self._target = target
         self._location, url = target.location, target.redirected_to
@@ -76,31 +109,15 @@ class ProbeRequest(Job[ProbeResult]):
         self.announced = scheduler.connections if ranged else 0
         self.pending.append(DownloadPiece(0, 0, nbytes))
 
-    @property
-    def origin(self) -> Origin:
-        return self._location.url.origin
-
     def work(self, piece: DownloadPiece, attempt: Attempt, buffer: memoryview) -> None:  # noqa: ARG002
-        target = self._target
         span = (0, self._nbytes) if self._ranged else None
-        response = self._client.get(target, self._location, span, Validators(), attempt)
-        try:
-            what = f"{target.name} at {response.location.url}"
-            content = check_response(response.head, span, Validators(), what)
+        with self._request(span, Validators(), attempt) as (response, content):
             start = self._read(response, content)
-        except (AccessDeniedError, AdapterNotFoundError) as error:
-            if self._location == target.location:
-                raise
-            self._location = target.location  # signed locations expire
-            raise RetryableError(error) from error
-        finally:
-            response.release()
-        validators = content.validators
+        validators, head = content.validators, response.head
         if content.stop is None and len(start) < self._nbytes:  # it has ended: that is its size
             validators = replace(validators, size=len(start))
-        ranges = response.head.status == 206
-        fields = response.head.fields
-        self.result = ProbeResult(target, response.location, validators, fields, start, ranges)
+        ranges, location = head.status == 206, response.location
+        self.result = ProbeResult(self._target, location, validators, head.fields, start, ranges)
 
     def _read(self, response: Response, content: Content) -> bytes:
         (stop, validators), most, clock = content, self._nbytes, self.scheduler.clock
@@ -143,7 +160,7 @@ class Sink(Protocol):
         """Take all of `data`, which is used again afterwards. May raise `OSError`."""
 
 
-class Download(Job[None]):
+class Download(_FileJob[None]):
     """Fetch the waves' pieces in order.
 
     `arrived` is called with each group that is complete, by the thread that wrote its last byte.
@@ -161,9 +178,9 @@ class Download(Job[None]):
         *,
         least: int,
         urgency: int,
-        deadline: float,
+        timeout: float,
     ) -> None:
-        super().__init__(scheduler, urgency, deadline)
+        super().__init__(scheduler, urgency, timeout)
         self._client = client
         self._target = probe.target
         self._location = probe.location
@@ -178,17 +195,11 @@ class Download(Job[None]):
         ]
         self.over = not self.pending
         self._stop = max((piece.stop for piece in self.pending), default=0)
+        self.hands_over = probe.ranges
         self._whole = None if probe.ranges else DownloadPiece(0, 0, self._stop)
         """All of the file in one response, which brings the pending pieces."""
 
     # -- with the lock ----------------------------------------------------------------------------
-
-    @property
-    def origin(self) -> Origin:
-        return self._location.url.origin
-
-    def hands_over(self, piece: DownloadPiece) -> bool:
-        return piece is not self._whole
 
     def wanted(self, now: float) -> int:
         if self._whole is None:
@@ -230,14 +241,10 @@ class Download(Job[None]):
     # -- without it -------------------------------------------------------------------------------
 
     def work(self, piece: DownloadPiece, attempt: Attempt, buffer: memoryview) -> None:
-        location = self._location
         span = None if piece is self._whole else (piece.at, piece.stop)
-        response = self._client.get(self._target, location, span, self._validators, attempt)
-        if response.request_span.recording and span is not None:
-            response.request_span.set(groups=self._arrivals.groups_in(span))
-        try:
-            what = f"{self._target.name} at {response.location.url}"
-            content = check_response(response.head, span, self._validators, what)
+        with self._request(span, self._validators, attempt) as (response, content):
+            if response.request_span.recording and span is not None:
+                response.request_span.set(groups=self._arrivals.groups_in(span))
             self._location = response.location
             if content.validators.size is not None and content.validators.size < self._stop:
                 raise IntegrityError(f"{self._target.name} is shorter than its header says")
@@ -245,14 +252,6 @@ class Download(Job[None]):
                 self._fetch_whole(self._as_whole(piece, attempt), response, buffer)
             else:
                 self._fetch(piece, response, buffer)
-        except (AccessDeniedError, AdapterNotFoundError) as error:
-            if response.location.hop == 0 or location.hop == 0:
-                raise
-            # Signed locations expire: follow the redirects anew.
-            self._location = self._target.location
-            raise RetryableError(error) from error
-        finally:
-            response.release()
 
     def _fetch(self, piece: DownloadPiece, response: Response, buffer: memoryview) -> None:
         count = self._claim(piece, min(_READ_BYTES, len(buffer)))
@@ -291,44 +290,47 @@ class Download(Job[None]):
         They put back what they have not written: until then, no other thread may write it.
         """
         with self.scheduler.changed:
-            if self._whole is not None:
-                if self.running.get(attempt) is self._whole:
-                    return self._whole
+            if attempt.ended:
                 raise AbortedError  # another thread saw it first
-            self._whole = DownloadPiece(0, 0, self._stop)
-            Job.put_back(self, piece)
-            piece.claimed = piece.at
-            self.running[attempt] = self._whole
-            for other in self.running:
-                if other is not attempt:
-                    other.end()
+            if self._whole is None:
+                self._whole, self.hands_over = DownloadPiece(0, 0, self._stop), False
+                Job.put_back(self, piece)
+                piece.claimed = piece.at
+                self.running[attempt] = self._whole
+                for other in self.running:
+                    if other is not attempt:
+                        other.end()
             return self._whole
 
     def _fetch_whole(self, whole: DownloadPiece, response: Response, buffer: memoryview) -> None:
+        """Write what comes for the pending pieces.
+
+        Of one that was put back too late, and begins before, another response brings the bytes.
+        """
         at = 0
-        while self._missing((at, self._stop)):
+        while self._beginning_in(at, self._stop):
             got = response.fill(buffer)
             if not got:
                 raise broken_off(str(response.location.url))
-            for start, stop in self._missing((at, at + got)):
+            for piece in self._beginning_in(at, at + got):
+                start, stop = piece.at, min(piece.stop, at + got)
                 self._write(start, buffer[start - at : stop - at])
                 with self.scheduler.changed:
                     complete = self._arrivals.landed((start, stop))
-                    self.pending = [
-                        DownloadPiece(piece.order, *part)
-                        for piece in self.pending
-                        for part in subtract([(piece.at, piece.stop)], [(start, stop)])
-                    ]
                     whole.received += stop - start
+                    piece.at = stop
+                    if stop == piece.stop:
+                        self.pending.remove(piece)
                 for group in complete:
                     self._arrived(group)
             at += got
 
-    def _missing(self, span: ByteRange) -> tuple[ByteRange, ...]:
+    def _beginning_in(self, start: int, stop: int) -> list[DownloadPiece]:
+        """Return the pending pieces whose next byte is in [start, stop)."""
         with self.scheduler.changed:
             if self.over:
                 raise AbortedError
-            return intersect(((piece.at, piece.stop) for piece in self.pending), span)
+            return [piece for piece in self.pending if start <= piece.at < stop]
 
     def _write(self, offset: int, data: memoryview) -> None:
         try:
@@ -390,7 +392,7 @@ class RangeEngine:
             *(self._scheduler, self._client, target, nbytes),
             ranged=ranged,
             urgency=urgency,
-            deadline=self._scheduler.clock() + timeout,
+            timeout=timeout,
             needed_bytes=needed_bytes,
         )
         self._workers.submit(job)
@@ -404,7 +406,6 @@ class RangeEngine:
         arrived: Callable[[int], None],
         *,
         first: int = 0,
-        have: Sequence[ByteRange] = (),
         urgency: int = FOREGROUND,
         timeout: float = 300.0,
     ) -> Download:
@@ -413,15 +414,13 @@ class RangeEngine:
         Parameters
         ----------
         groups
-            Spans of the file per group, in the order in which they are wanted.
+            Spans to fetch per group, in the order in which they are wanted; none twice.
         sink, arrived
             `arrived(n)` is called once when group n is in the sink: from several threads of the
             engine, or at once where nothing is missing. Both must be quick, or they delay the
             download.
         first
             Groups that a caller waits for before all others.
-        have
-            Spans that the sink has already.
         urgency
             `FOREGROUND` or `PREFETCH`: the latter gets the connections that the former leaves.
         timeout
@@ -430,25 +429,22 @@ class RangeEngine:
         `done` of the job returns None when all is in the sink, or raises one `FetchError` (or a
         subclass) or `AdapterNotFoundError`, after its last thread has stopped.
         """
-        here, arrivals = SpanSet(have), GroupArrivals(groups)
-        missing = [[gap for span in group for gap in here.missing(*span)] for group in groups]
-        for span in here:
-            arrivals.landed(span)
-        for n in arrivals.complete:
-            arrived(n)
+        for n, spans in enumerate(groups):
+            if not spans:
+                arrived(n)
         origin, sizes = probe.location.url.origin, self._settings.sizes
         waves = plan_waves(
-            missing,
+            groups,
             first=first,
             connections=self._scheduler.connections_for(origin, urgency),
             link=self._links.link(origin),
             sizes=sizes,
         )
         job = Download(
-            *(self._scheduler, self._client, probe, waves, arrivals, sink, arrived),
+            *(self._scheduler, self._client, probe, waves, GroupArrivals(groups), sink, arrived),
             least=sizes.least,
             urgency=urgency,
-            deadline=self._scheduler.clock() + timeout,
+            timeout=timeout,
         )
         self._workers.submit(job)
         return job

@@ -102,7 +102,7 @@ def _balance(spans: Iterable[ByteRange], connections: int, sizes: PieceSizes) ->
 
     A piece lies in one span. A cut is left out if a part would be smaller than `sizes.least`.
     """
-    runs = _joined(spans)
+    runs = SpanSet(span for span in spans if span[0] < span[1])
     if not runs.nbytes:
         return ()
     rounds = -(-runs.nbytes // (connections * sizes.most))
@@ -126,22 +126,6 @@ def _balance(spans: Iterable[ByteRange], connections: int, sizes: PieceSizes) ->
 def _limit(start: int, stop: int, most: int) -> list[ByteRange]:
     parts = -(-(stop - start) // most)
     return list(pairwise(start + (stop - start) * n // parts for n in range(parts + 1)))
-
-
-def _joined(spans: Iterable[ByteRange]) -> SpanSet:
-    return SpanSet(span for span in spans if span[0] < span[1])
-
-
-def subtract(spans: Iterable[ByteRange], have: Iterable[ByteRange]) -> tuple[ByteRange, ...]:
-    """Return the parts of `spans` outside `have`, in order, adjoining ones joined."""
-    here = _joined(have)
-    return tuple(gap for span in _joined(spans) for gap in here.missing(*span))
-
-
-def intersect(spans: Iterable[ByteRange], span: ByteRange) -> tuple[ByteRange, ...]:
-    """Return the parts of `spans` inside `span`, in order."""
-    parts = ((max(start, span[0]), min(stop, span[1])) for start, stop in sorted(spans))
-    return tuple(part for part in parts if part[0] < part[1])
 
 
 def size_of(spans: Iterable[ByteRange]) -> int:
@@ -180,16 +164,6 @@ class GroupArrivals:
             (*span, n) for n, group in enumerate(groups) for span in group if span[0] < span[1]
         )
         self._starts = [start for start, _, _ in self._spans]
-
-    @property
-    def missing(self) -> int:
-        """The number of bytes that have not arrived."""
-        return sum(self._missing)
-
-    @property
-    def complete(self) -> list[int]:
-        """The groups of which no byte is missing."""
-        return [n for n, missing in enumerate(self._missing) if not missing]
 
     def landed(self, span: ByteRange) -> list[int]:
         """Record that these bytes arrived, for the first time; return the groups they complete."""

@@ -524,7 +524,7 @@ def _limit(state: AdapterState) -> int:
 
 
 def _copy_order(state: AdapterState) -> tuple[bool, int, int]:
-    foreground = _is_foreground(state)
-    if state.grant is None or state.needs is None:
-        return (not foreground, 0, 0)
-    return (not foreground, state.service_tag + state.needs.largest, state.grant.slot.generation)
+    assert state.grant is not None
+    assert state.needs is not None
+    finish_tag = state.service_tag + state.needs.largest
+    return not _is_foreground(state), finish_tag, state.grant.slot.generation

@@ -12,23 +12,10 @@ from threading import Lock
 from lorax_async.cache.base import CacheEntry, CacheKey, EntryRecord, FileRecord
 from lorax_async.cache.disk_cache import DiskDownload
 from lorax_async.cache.partials import PartialFile
-from lorax_async.concurrency import (
-    FetchControl,
-    Inbox,
-    SharedResource,
-    WorkerThreads,
-    close_all,
-    outcome,
-)
+from lorax_async.concurrency import FetchControl, Inbox, WorkerThreads, close_all, outcome
 from lorax_async.config import Limits
-from lorax_async.errors import (
-    AdapterFormatError,
-    EvictedError,
-    IntegrityError,
-    InternalError,
-    LoraxError,
-)
-from lorax_async.files import FileReader, Reader, SplitFiles, SplitReader, read_prefix
+from lorax_async.errors import AdapterFormatError, IntegrityError, InternalError, LoraxError
+from lorax_async.files import FileReader, Reader, SplitReader, read_prefix
 from lorax_async.formats.spans import ByteRange, ByteSpan, SpanSet
 from lorax_async.formats.split_weights import (
     CONFIG_FILE,
@@ -118,7 +105,7 @@ class FetchReader(CountedReader):
         self._hashing: dict[int, Future[int]] = {}
         self._taken = self._closed = False
         readers = tuple(file.reader() for file in files)
-        split = metadata.plan and SplitReader(SplitFiles(metadata.plan, readers))
+        split = metadata.plan and SplitReader(metadata.plan, readers)
         super().__init__(split or readers[0])
 
     def landed(self) -> tuple[int, int]:
@@ -223,14 +210,13 @@ class FetchReader(CountedReader):
 
         parts = zip(shares, self._files, self._metadata.parts, strict=True)
         for number, (share, file, part) in enumerate(parts):
-            ranges = order_ranges(share.spans, part.nbytes)
+            ranges = _missing_ranges(share.spans, part.nbytes, _trusted_ranges(file, part.nbytes))
             job = self._engine.download(
                 part.answer,
                 ranges,
                 file,
                 partial(on_progress, number),
                 first=1 + next((n for n, spans in enumerate(ranges) if spans), 0),
-                have=_trusted_ranges(file, part.nbytes),
                 urgency=FOREGROUND if control.urgent else PREFETCH,
                 timeout=LONGEST,
             )
@@ -268,21 +254,22 @@ def _trusted_ranges(file: PartialFile, nbytes: int) -> list[ByteRange]:
     return [(start, stop - COMPARED_BYTES) for start, stop in here if stop - start > COMPARED_BYTES]
 
 
-def order_ranges(groups: Groups, nbytes: int) -> list[list[ByteRange]]:
-    """Return the ranges of each group, then those of the rest of the file; no byte twice.
+def _missing_ranges(
+    groups: Groups, nbytes: int, have: Sequence[ByteRange]
+) -> list[list[ByteRange]]:
+    """Return what to fetch of each group, then of the rest of the file; no byte twice.
 
     The gaps of a strided span are fetched with it: a request for each row would cost more.
     """
-    claimed = SpanSet()
+    claimed = SpanSet(have)
     ordered: list[list[ByteRange]] = []
     for group in [*groups, [ByteSpan(0, nbytes)]]:
-        new = SpanSet()
+        missing = SpanSet()
         for span in group:
             for start, stop in claimed.missing(span.start, span.end):
-                new.add(start, stop)
-        ordered.append(list(new))
-        for start, stop in new:
-            claimed.add(start, stop)
+                missing.add(start, stop)
+                claimed.add(start, stop)
+        ordered.append(list(missing))
     return ordered
 
 
@@ -310,46 +297,6 @@ class EntryReader(CountedReader):
         self.entry.close()
 
 
-class ReopenedReader:
-    """The `Reader` of a key, whose entry is opened by the first read.
-
-    If the entry is gone then, every later read fails too, even if the cache has it again.
-    """
-
-    def __init__(self, open: Callable[[], EntryReader]) -> None:
-        self._open = open
-        self._gone = False
-        self._opened = SharedResource(
-            "the adapter's entry", lambda reader: reader.close(), open=self._open_entry
-        )
-
-    @property
-    def nbytes(self) -> int:
-        with self._opened.use() as reader:
-            return reader.nbytes
-
-    def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
-        with self._opened.use() as reader:
-            reader.read_into(buffers, offset)
-
-    def read_rows(self, buffer: memoryview, offset: int, rows: int, pitch: int) -> None:
-        with self._opened.use() as reader:
-            reader.read_rows(buffer, offset, rows, pitch)
-
-    def close(self) -> None:
-        """Close the entry now, or after the last read in progress. Quick."""
-        self._opened.close()
-
-    def _open_entry(self) -> EntryReader:
-        if self._gone:
-            raise entry_gone()
-        try:
-            return self._open()
-        except EvictedError:
-            self._gone = True
-            raise
-
-
 def open_entry(entry: CacheEntry, key: CacheKey, limits: Limits) -> AdapterFile:
     """Return config, header and reader of an entry. Blocks. On an error the entry is closed."""
     reader = EntryReader(entry, key, limits)
@@ -360,10 +307,6 @@ def open_entry(entry: CacheEntry, key: CacheKey, limits: Limits) -> AdapterFile:
     except BaseException:
         reader.close()
         raise
-
-
-def entry_gone() -> EvictedError:
-    return EvictedError("it has left the disk cache; load it again")
 
 
 def weight_files(record: EntryRecord) -> list[FileRecord]:
@@ -390,7 +333,7 @@ def _weights(entry: CacheEntry, limits: Limits) -> Reader:
     try:
         index = parse_index(read_first(entry, INDEX_FILE), limits)
         heads = (FileHead(read_prefix(reader, limits), reader.nbytes) for reader in readers)
-        return SplitReader(SplitFiles(plan_split(index, heads, limits), tuple(readers)))
+        return SplitReader(plan_split(index, heads, limits), tuple(readers))
     except BaseException:
         close_all(readers)
         raise

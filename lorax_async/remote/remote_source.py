@@ -20,7 +20,7 @@ from lorax_async.errors import (
     InvalidAdapterIdError,
     LoaderClosedError,
 )
-from lorax_async.files import FileReader, LocalPages, Reader, sha256_of
+from lorax_async.files import FileReader, LocalPages, Reader, ReopenedReader, entry_gone, sha256_of
 from lorax_async.formats.spans import ByteSpan
 from lorax_async.formats.split_weights import FileRole, join_digests
 from lorax_async.http.range_engine import RangeEngine
@@ -51,13 +51,7 @@ from lorax_async.remote.opening import (
     close_unused,
 )
 from lorax_async.remote.peer_client import PeerClient
-from lorax_async.remote.readers import (
-    EntryReader,
-    FetchReader,
-    ReopenedReader,
-    entry_gone,
-    weight_files,
-)
+from lorax_async.remote.readers import EntryReader, FetchReader, weight_files
 from lorax_async.remote.web import WebBackend
 from lorax_async.sources.base import AdapterFile, PinnedPages, StoredFolder
 from lorax_async.tracing import Tracer
@@ -178,7 +172,7 @@ class RemoteSource:
                     continue
                 reader = entry.reader(file.role)
                 try:
-                    digests.append(await sha256_of(reader, parts.workers.threads))
+                    digests.append(await sha256_of(reader, parts.workers))
                 finally:
                     reader.close()
         finally:
@@ -373,7 +367,7 @@ def make_remote_source(
             if peers is not None:
                 peers.close()
             engine.close()
-            workers.close()
+            workers.shutdown()
             backends.close()
 
         return RemoteParts(resolver, opener, workers, close, peers)

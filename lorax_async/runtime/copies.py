@@ -19,7 +19,7 @@ import torch
 
 from lorax_async.concurrency import Inbox
 from lorax_async.devices.base import CopyTicket
-from lorax_async.devices.transfer import GroupCopy, GroupTransfer, join_tickets
+from lorax_async.devices.transfer import GroupCopy, GroupTransfer
 from lorax_async.errors import CapacityError, LoraxError, as_lorax_error
 from lorax_async.files import Reader
 from lorax_async.lifecycle.commands import CopyGroups, WipeExtents
@@ -61,16 +61,9 @@ class CopyJob:
 
     def group_copies(self) -> list[GroupCopy]:
         plan, grant = self.occupancy.plan, self.command.grant
+        rest = (grant.slot.index, self.image, self.command.warm)
         return [
-            GroupCopy(
-                self.reader,
-                plan.groups[group],
-                plan.dtype,
-                grant.extents[group],
-                grant.slot.index,
-                self.image,
-                self.command.warm,
-            )
+            GroupCopy(self.reader, plan.groups[group], plan.dtype, grant.extents[group], *rest)
             for group in self.command.groups
         ]
 
@@ -187,16 +180,15 @@ class CopyThreads:
         """Start a run, in an I/O thread. Every run reaches `_end` exactly once."""
         work.started = perf_counter()
         try:
-            results = self._transfer.run_all(work.group_copies())
+            submitted = self._transfer.run(work.group_copies())
         except BaseException as problem:  # noqa: BLE001 - becomes the run's outcome
             self._end(work, problem)
             return
-        work.staging_seconds = sum(result.staging_seconds for result in results)
+        work.staging_seconds = submitted.staging_seconds
         with suppress(MemoryError):  # without the tickets, only queue_behind has to do without
-            tickets = (result.ticket for result in results)
-            work.occupancy.group_tickets.update(zip(work.command.groups, tickets, strict=True))
-        done = join_tickets([result.done for result in results])
-        done.add_done_callback(lambda done: self._end(work, done.exception()))
+            tickets = zip(work.command.groups, submitted.tickets, strict=True)
+            work.occupancy.group_tickets.update(tickets)
+        submitted.joined().add_done_callback(lambda done: self._end(work, done.exception()))
 
     def _zero(self, command: WipeExtents) -> None:
         """Zero a failed slot, in an I/O thread.
@@ -236,9 +228,9 @@ class CopyThreads:
 
     def _report(self, job: CopyJob) -> None:
         """Report the outcome of a run, with those of its adapter that are next in the inbox."""
-        while job.error is None and (other := self._inbox.first) is not None:
-            if other.occupancy is not job.occupancy or other.error is not None:
+        following = self._inbox.items
+        while job.error is None and following and following[0].occupancy is job.occupancy:
+            if following[0].error is not None:
                 break
-            self._inbox.remove_first()
-            job.join(other)
+            job.join(following.popleft())
         self._copied(job)

@@ -28,9 +28,8 @@ class DigestChecks:
         self._telemetry = telemetry
         self._check_open = check_open
         self._known: dict[AdapterKey, str] = {}
-        self._hashing = SharedTasks(
-            source.digest, lambda key: f"lorax digest {key}", finished=self._remember
-        )
+        self._source = source
+        self._hashing = SharedTasks(self._run, lambda key: f"lorax digest {key}")
         self._tasks: set[asyncio.Task[None]] = set()
         self._waiting: set[Lease] = set()
 
@@ -121,12 +120,11 @@ class DigestChecks:
         with self._hashing.join(key) as task:
             return await result_of(task, "verify", self._check_open)
 
-    def _remember(self, key: AdapterKey, task: asyncio.Task[str]) -> None:
-        if task.cancelled() or task.exception() is not None:
-            return
-        self._known[key] = task.result()
+    async def _run(self, key: AdapterKey) -> str:
+        digest = self._known[key] = await self._source.digest(key)
         if len(self._known) > MAX_REMEMBERED:
             del self._known[next(iter(self._known))]
+        return digest
 
 
 def _expected_digests(ref: Ref, key: AdapterKey) -> list[tuple[AdapterKey, str]]:

@@ -319,11 +319,9 @@ class Driver:
             case commands.ClearColumn():
                 self._clear_column(command)
             case commands.FailWaiters():
-                self._notify_failed(key, command.error)
-                self.waiter_table.fail(command.waiters, self._located(key, command.error))
+                self.waiter_table.fail(command.waiters, self._failed(key, command.error))
             case commands.BreakSlot():
-                self._notify_failed(key, command.error)
-                self.lease_table.occupancies[key].fail(self._located(key, command.error))
+                self.lease_table.occupancies[key].fail(self._failed(key, command.error))
             case commands.NotifyLeaving():
                 self.telemetry.count("departures")
                 self._publish(Leaving, key, slot=command.grant.slot)
@@ -359,20 +357,19 @@ class Driver:
             if self.telemetry.has_subscribers:
                 self._publish(SlotFreed, command.key, slot=command.grant.slot)
 
-    def _notify_failed(self, key: AdapterKey, error: LoraxError) -> None:
-        """Publish a failure once, though waiters and lease holders fail by different commands."""
-        latest = self.telemetry.story(key)[-1:]
-        if latest and isinstance(latest[0], Failed) and latest[0].error is error:
-            return
-        self.telemetry.count_failure(error)
-        life = self.lifecycle.states.get(key)
-        grant = life.grant if life is not None else None
-        self._publish(Failed, key, slot=grant.slot if grant else None, error=error)
+    def _failed(self, key: AdapterKey, error: LoraxError) -> LoraxError:
+        """Return the error with its place, after publishing it.
 
-    def _located(self, key: AdapterKey, error: LoraxError) -> LoraxError:
-        life = self.lifecycle.states.get(key)  # None if closing has dropped its state
-        attempt = life.attempt if life is not None else 0
-        return error.located(key=key, attempt=attempt, story=self.telemetry.story(key))
+        Once, though waiters and lease holders fail by different commands.
+        """
+        latest = self.telemetry.story(key)[-1:]
+        if not (latest and isinstance(latest[0], Failed) and latest[0].error is error):
+            self.telemetry.count_failure(error)
+            life = self.lifecycle.states.get(key)
+            grant = life.grant if life is not None else None
+            self._publish(Failed, key, slot=grant.slot if grant else None, error=error)
+        story = self.telemetry.story(key)
+        return error.located(key=key, attempt=self._attempt(key), story=story)
 
     def _notify_ready(self, command: commands.NotifyReady) -> None:
         occupancy = self.lease_table.occupancies[command.key]
@@ -397,11 +394,14 @@ class Driver:
     def _publish(self, kind: type[Event], key: AdapterKey, **fields: Any) -> None:
         self.telemetry.publish(self._event(kind, key, **fields))
 
-    def _event(self, kind: type[Event], key: AdapterKey, **fields: Any) -> Event:
-        life = self.lifecycle.states.get(key)
-        attempt = life.attempt if life is not None else 0
-        slot: SlotId | None = fields.pop("slot", None)
-        return kind(key, slot, attempt, monotonic(), **fields)
+    def _event(
+        self, kind: type[Event], key: AdapterKey, slot: SlotId | None = None, **fields: Any
+    ) -> Event:
+        return kind(key, slot, self._attempt(key), monotonic(), **fields)
+
+    def _attempt(self, key: AdapterKey) -> int:
+        life = self.lifecycle.states.get(key)  # None if closing has dropped its state
+        return life.attempt if life is not None else 0
 
     def _set_alarm(self) -> None:
         """Set the one timer to the lifecycle's next deadline, if it has one."""

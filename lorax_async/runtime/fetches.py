@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from functools import lru_cache, partial
 from time import monotonic
+from typing import NamedTuple
 
 from lorax_async.concurrency import FetchControl
 from lorax_async.config import LoaderConfig
@@ -46,20 +47,26 @@ class TransferPlanner:
     def __init__(
         self, sharding: Sharding, config: LoaderConfig, device: Device, *, move_bytes: int
     ) -> None:
-        self._sharding = sharding
+        self._cuts = sharding.cuts
         self._limits = config.limits
-        self._dtype = config.storage_dtype
-        self._alignment = device.alignment
-        self._rank_multiple = device.rank_multiple
-        self._move_bytes = move_bytes
         self._cached_plan = lru_cache(maxsize=CACHED_PLANS)(self._plan)
+        self._plan_transfer = partial(
+            plan_transfer,
+            layout=sharding.whole,
+            dtype=config.storage_dtype,
+            alignment=device.alignment,
+            rank_multiple=device.rank_multiple,
+            limits=config.limits,
+            staging_move_bytes=move_bytes,
+            cuts=sharding.cuts,
+        )
 
     def is_long(self, file: AdapterFile) -> bool:
         """Return whether planning would block the event loop for too long.
 
         A shard's plan takes about three times as long: every tensor is cut and moved separately.
         """
-        return bool(self._sharding.cuts) or _is_large(file)
+        return bool(self._cuts) or _is_large(file)
 
     def plan(self, file: AdapterFile) -> TransferPlan:
         """Check config, header and layout against each other, and plan the transfer.
@@ -73,17 +80,7 @@ class TransferPlanner:
     def _plan(self, config: bytes, prefix: bytes, file_size: int) -> TransferPlan:
         spec = parse_config(config, self._limits)
         header = parse_header(prefix, file_size, self._limits)
-        return plan_transfer(
-            header,
-            spec,
-            self._sharding.whole,
-            dtype=self._dtype,
-            alignment=self._alignment,
-            rank_multiple=self._rank_multiple,
-            limits=self._limits,
-            staging_move_bytes=self._move_bytes,
-            cuts=self._sharding.cuts,
-        )
+        return self._plan_transfer(header, spec)
 
 
 def _is_large(file: AdapterFile) -> bool:
@@ -95,6 +92,13 @@ _logger = logging.getLogger("lorax_async")
 
 Outcome = Callable[[], list[Command]]
 """A method of the lifecycle with the arguments of one outcome."""
+
+
+class _Fetch(NamedTuple):
+    """A running fetch; `opened` is set once it has a plan, or has failed."""
+
+    control: FetchControl
+    opened: asyncio.Event
 
 
 class FetchTasks:
@@ -130,36 +134,31 @@ class FetchTasks:
         self._before_use = before_use
         self._readers: dict[AdapterKey, Reader] = {}
         self._refusals: dict[AdapterKey, RefusalCallback] = {}
-        self._controls: dict[AdapterKey, FetchControl] = {}
-        self._opening: dict[AdapterKey, asyncio.Event] = {}
+        self._running: dict[AdapterKey, _Fetch] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._planning = asyncio.Lock()
         self._populating: asyncio.Task[None] | None = None
-        self._closing = False
 
     def start_fetch(self, key: AdapterKey, attempt: int, *, urgent: bool) -> None:
         self.verifications.pop(key, None)
-        self._controls[key] = FetchControl(urgent=urgent)
-        self._opening[key] = asyncio.Event()
-        self._spawn("fetch", key, self._fetch(key, attempt))
+        fetch = self._running[key] = _Fetch(FetchControl(urgent=urgent), asyncio.Event())
+        self._spawn("fetch", key, self._fetch(key, attempt, fetch))
 
     async def opened(self, key: AdapterKey) -> None:
         """Wait until the adapter's running fetch, if there is one, has a plan or has failed."""
-        opening = self._opening.get(key)
-        if opening is not None:
-            await opening.wait()
+        if key in self._running:
+            await self._running[key].opened.wait()
 
     def raise_priority(self, key: AdapterKey) -> None:
         """Raise the priority of the adapter's running fetch, if there is one."""
-        control = self._controls.get(key)
-        if control is not None:
-            control.raise_priority()
+        if key in self._running:
+            self._running[key].control.raise_priority()
 
     def refuse_weights(self, key: AdapterKey, error: LoraxError) -> None:
         """Let the source drop its copy of weights that failed a check, unless it was verified."""
-        control, refuse = self._controls.get(key), self._refusals.get(key)
-        if control is not None:
-            control.refused = error
+        refuse = self._refusals.get(key)
+        if key in self._running:
+            self._running[key].control.refused = error
         if refuse is None:
             return
 
@@ -172,7 +171,7 @@ class FetchTasks:
         self._spawn("refuse", key, drop_copy())
 
     def cancel_fetch(self, key: AdapterKey) -> None:
-        self._controls[key].cancel()
+        self._running[key].control.cancel()
 
     def start_populate(self, key: AdapterKey, attempt: int) -> None:
         self._spawn("populate", key, self._populate(key, attempt))
@@ -220,7 +219,6 @@ class FetchTasks:
 
     def begin_close(self) -> None:
         """Cancel the running populate, which may take long for whole files."""
-        self._closing = True
         if self._populating is not None:
             self._populating.cancel()
 
@@ -229,8 +227,8 @@ class FetchTasks:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for key in tuple(self._opening):
-            self._end_opening(key)
+        for fetch in self._running.values():
+            fetch.opened.set()
         for key in tuple(self._readers):
             self.close_reader(key)
         for key in tuple(self.holds):
@@ -241,13 +239,13 @@ class FetchTasks:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _fetch(self, key: AdapterKey, attempt: int) -> None:
-        control = self._controls[key]
+    async def _fetch(self, key: AdapterKey, attempt: int, fetch: _Fetch) -> None:
+        control = fetch.control
         error: LoraxError | None = None
         try:
             file, plan = await self._open_and_plan(key, control)
             self.plans[key] = plan
-            self._end_opening(key)
+            fetch.opened.set()
             if not control.cancelled:
                 self._report_header(key, attempt, file, plan)
                 self.verifications[key] = await self._fetch_groups(
@@ -261,8 +259,8 @@ class FetchTasks:
         except Exception as problem:  # noqa: BLE001 - becomes the task's outcome
             error = as_lorax_error(problem, "fetching the adapter failed")
         # Clean up first: the outcome may start the next fetch of this key.
-        del self._controls[key]
-        self._end_opening(key)
+        del self._running[key]
+        fetch.opened.set()
         if error is None:
             self._lease_table.verified(key, self.verifications[key])
             self._decide(key, partial(self._lifecycle.published, key, attempt))
@@ -270,11 +268,6 @@ class FetchTasks:
         else:
             self.close_reader(key)
             self._decide(key, partial(self._lifecycle.fetch_failed, key, attempt, error))
-
-    def _end_opening(self, key: AdapterKey) -> None:
-        opening = self._opening.pop(key, None)
-        if opening is not None:
-            opening.set()
 
     async def _open_and_plan(
         self, key: AdapterKey, control: FetchControl
@@ -371,8 +364,6 @@ class FetchTasks:
             else:
                 _close(hold)  # the pages were only read ahead
         except asyncio.CancelledError:
-            if not self._closing:
-                raise
             error = FetchError("the loader was closed")
             outcome = partial(self._lifecycle.lost, key, attempt, error)
         except Exception as problem:  # noqa: BLE001 - becomes the task's outcome

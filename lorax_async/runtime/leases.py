@@ -149,16 +149,17 @@ class SlotOccupancy:
         with self._changed:
             self._changed.notify_all()
 
-    def wake_tasks(self) -> None:
-        """Let waiting tasks check again. On the loop."""
-        self._wake(len(self.layers))
+    def wake_tasks(self, watermark: int | None = None) -> None:
+        """Let waiting tasks check again; only those that need at most `watermark`. On the loop."""
+        for sleeper, needed in self._sleepers.items():
+            if (watermark is None or needed <= watermark) and not sleeper.done():
+                sleeper.set_result(None)
 
     def advance(self, watermark: int) -> None:
         """Raise the watermark: the groups below it are on the device."""
-        with self._changed:
-            self.watermark = watermark
-            self._changed.notify_all()
-        self._wake(watermark)
+        self.watermark = watermark
+        self.wake_threads()
+        self.wake_tasks(watermark)
 
     def check(self) -> None:
         """Raise the error that made the slot unusable, if there is one."""
@@ -167,15 +168,9 @@ class SlotOccupancy:
 
     def fail(self, error: LoraxError) -> None:
         """Make the slot unusable and wake its waiters."""
-        with self._changed:
-            self.error = error
-            self._changed.notify_all()
-        self._wake(len(self.layers))
-
-    def _wake(self, watermark: int) -> None:
-        for sleeper, needed in self._sleepers.items():
-            if needed <= watermark and not sleeper.done():
-                sleeper.set_result(None)
+        self.error = error
+        self.wake_threads()
+        self.wake_tasks()
 
     def _needed(self, layer: int) -> int:
         """Return the watermark at which `layer` is ready: 0 for a layer without tensors."""

@@ -122,9 +122,7 @@ class Resolver:
         self._fresh = fresh
         self._check_open = check_open
         self.names = AssignedIds()
-        self._running = SharedTasks(
-            self._run, lambda ref: f"lorax resolve {ref.text}", finished=self._remember
-        )
+        self._running = SharedTasks(self._run, lambda ref: f"lorax resolve {ref.text}")
         self._answers: dict[ResolvableRef, _RememberedKey] = {}
 
     async def resolve(self, ref: Ref) -> AdapterKey:
@@ -200,6 +198,15 @@ class Resolver:
         await self._running.stop()
 
     async def _run(self, ref: ResolvableRef) -> AdapterKey:
+        try:
+            key = await self._find(ref)
+        except Exception:
+            self._answers.pop(_name(ref), None)
+            raise
+        self._remember(ref, key)
+        return key
+
+    async def _find(self, ref: ResolvableRef) -> AdapterKey:
         if isinstance(ref, Merge):
             return MergedKey.of(ref, await self._resolve_parts(ref))
         try:
@@ -229,12 +236,9 @@ class Resolver:
                 keys.append(key)
             return keys
 
-    def _remember(self, ref: ResolvableRef, task: asyncio.Task[AdapterKey]) -> None:
+    def _remember(self, ref: ResolvableRef, key: AdapterKey) -> None:
         name = _name(ref)
         before = self._answers.pop(name, None)
-        if task.cancelled() or task.exception() is not None:
-            return
-        key = task.result()
         same = before is not None and before.key == key and is_stale(before.key) == is_stale(key)
         # Keep the first of equal keys, to share one object; and its time while it is fresh, since
         # a remote source may have answered from memory.

@@ -78,7 +78,7 @@ class HostCopy:
         with ExitStack() as used:
             places = []
             with self._lock:  # `move` must not close the place in between
-                places.append(used.enter_context(self.place.use()))
+                places.append(used.enter_context(self.place))
             yield places.pop()  # refer to it no longer: its end gives the room back
 
     def move(self, file: SharedResource[torch.Tensor | Reader]) -> None:
@@ -114,7 +114,7 @@ class CopyReader:
 
     @property
     def nbytes(self) -> int:
-        with self._copy.use() as copy:
+        with self._copy as copy:
             return copy.nbytes
 
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
@@ -150,7 +150,7 @@ class CopyReader:
 
     @contextmanager
     def _held(self, stop: int) -> Iterator[torch.Tensor | Reader]:
-        with self._copy.use() as copy:
+        with self._copy as copy:
             if stop > copy.nbytes:
                 raise IntegrityError(f"the adapter ends before byte {stop:,}")
             try:

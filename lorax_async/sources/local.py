@@ -38,7 +38,7 @@ from lorax_async.files import (
     FileReader,
     LocalPages,
     Reader,
-    SplitFiles,
+    ReopenedReader,
     SplitReader,
     changed_error,
     code_of,
@@ -135,11 +135,7 @@ class LocalSource:
         """See `Source`; the first read of several files parses their headers again."""
         if not is_split(key):
             return _readers(key, known=True)[0]
-
-        def opener() -> SplitFiles:
-            return _join(key, _readers(key, known=True), self._limits)
-
-        return SplitReader(None, opener)
+        return ReopenedReader(lambda: _join(key, _readers(key, known=True), self._limits))
 
     async def bring(
         self,
@@ -222,8 +218,7 @@ def _open(
 
 def _files_of(reader: Reader) -> Sequence[FileReader]:
     """Return the readers of the files of an adapter that was opened here."""
-    files = reader.files if isinstance(reader, SplitReader) else None
-    readers = (reader,) if files is None else files.readers
+    readers = reader.readers if isinstance(reader, SplitReader) else (reader,)
     return [each for each in readers if isinstance(each, FileReader)]
 
 
@@ -438,8 +433,8 @@ def open_weights(key: AdapterKey, limits: Limits, immutable: Sequence[str] = ())
     reader: Reader = readers[0]
     try:
         if is_split(key):
-            files = _join(key, readers, limits)
-            prefix, reader = files.plan.prefix, SplitReader(files)
+            split = reader = _join(key, readers, limits)
+            prefix = split.plan.prefix
         else:
             prefix = read_prefix(reader, limits)
         return LocalWeights(prefix, reader, _can_hold(readers, key, immutable))
@@ -470,7 +465,7 @@ def _readers(key: AdapterKey, *, known: bool) -> tuple[FileReader, ...]:
     )
 
 
-def _join(key: AdapterKey, readers: tuple[FileReader, ...], limits: Limits) -> SplitFiles:
+def _join(key: AdapterKey, readers: tuple[FileReader, ...], limits: Limits) -> SplitReader:
     """Read index and headers. On an error the readers are closed."""
 
     def heads() -> Iterator[FileHead]:
@@ -485,7 +480,7 @@ def _join(key: AdapterKey, readers: tuple[FileReader, ...], limits: Limits) -> S
         index = _read_index(key.location, key.files[1], limits)
         if index.count != len(readers):
             raise changed_error(INDEX)
-        return SplitFiles(plan_split(index, heads(), limits), readers)
+        return SplitReader(plan_split(index, heads(), limits), readers)
     except BaseException:
         close_all(readers)
         raise

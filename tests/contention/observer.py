@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 import tiny
 from lorax_async import events
-from lorax_async.devices.base import CopyTicket, FilePieces, StagedPiece
+from lorax_async.devices.base import CopyTicket, StagedPiece
 from lorax_async.devices.simulated import SimulatedDevice
 from lorax_async.events import Failed, LayerReady, Leaving, Resident, SlotGranted, SlotId
 from lorax_async.lifecycle.arena import Extent
@@ -168,16 +168,16 @@ class ObservedDevice(SimulatedDevice):
         return self._claimed[-1]
 
     def copy(
-        self, pieces: FilePieces | StagedPiece, rows: Sequence[TableRow], extent: Extent, slot: int
+        self, piece: StagedPiece | None, rows: Sequence[TableRow], extent: Extent, slot: int
     ) -> CopyTicket:
         with self._lock:
             stay = self.stays.get(slot)
-            if stay is None or isinstance(pieces, FilePieces):
-                self.blame(False, "a copy of file pieces, or into a slot that nobody has")
-                return super().copy(pieces, rows, extent, slot)
-            self._judge(stay, pieces, rows, extent)
-            memory, content, cells = pieces.memory, pieces.memory.clone(), _cells(rows, extent)
-            ticket = super().copy(pieces, rows, extent, slot)
+            if stay is None or piece is None:
+                self.blame(False, "a copy of rows alone, or into a slot that nobody has")
+                return super().copy(piece, rows, extent, slot)
+            self._judge(stay, piece, rows, extent)
+            memory, content, cells = piece.memory, piece.memory.clone(), _cells(rows, extent)
+            ticket = super().copy(piece, rows, extent, slot)
             stay.tickets.append(ticket)
             self._flights.append((ticket, _range_of(memory)))
 

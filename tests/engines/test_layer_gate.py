@@ -156,7 +156,7 @@ async def test_what_is_on_this_machine_is_waited_for_beyond_the_budget(
     small: Any, adapters: list[Path], source: FakeSource, monkeypatch: Any, waits: list[Call]
 ) -> None:
     """Its bytes are here, and no thread has copied them yet."""
-    go, original = Event(), GroupTransfer.run_all
+    go, original = Event(), GroupTransfer.run
 
     def late(self: GroupTransfer, *arguments: Any) -> Any:
         assert go.wait(10)
@@ -165,7 +165,7 @@ async def test_what_is_on_this_machine_is_waited_for_beyond_the_budget(
     whole = await logits_with_all(small, adapters)
     try:
         async with streaming(small, source) as (attached, warm, cold):
-            monkeypatch.setattr(GroupTransfer, "run_all", late)
+            monkeypatch.setattr(GroupTransfer, "run", late)
             assert warm.arrived > cold.arrived
             source.allow("cold")
             await until(lambda: cold.arrived)

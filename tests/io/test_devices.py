@@ -62,7 +62,8 @@ def test_the_rank_is_written_last(new_device: Made) -> None:
             return 8
 
     watched = made.rows[0]._replace(padded_rank=Watched())  # type: ignore[arg-type]
-    device.copy(made.file_pieces(), [watched], groups.extent(0), 1).result(10)
+    made.read_into(device, groups.extent(0))
+    device.copy(None, [watched], groups.extent(0), 1).result(10)
     (row,) = made.rows
     base = device.host_view(groups.extent(0)).data_ptr()
     assert seen == [([base + row.a, base + row.b], float(torch.tensor(row.scale)), 0)]

@@ -814,7 +814,8 @@ async def test_no_memory(host: LocalWorld, monkeypatch: Patch, nth: int | str) -
 
     def refused(*given: Any) -> Any:
         if nth in (len(made), "populate"):
-            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+            name = FILES[2] if nth == "populate" else given[2]
+            raise files.to_adapter_error(OSError(errno.ENOMEM, ""), name)
         made.append(MappedFile(*given))
         return made[-1]
 
@@ -857,9 +858,9 @@ def test_locked_pages_are_the_files_own(path: Path, first: str) -> None:
     allowed = may_lock(NBYTES)
     with opened(path) as file:
         if first == "populate":
-            file.populate()
+            file.populate(0, NBYTES)
         assert file.lock() is file.locked is allowed
-        file.populate()
+        file.populate(0, NBYTES)
         (sizes,) = map_sizes(path)
         assert sizes["Locked"] == (ROUNDED if allowed else 0)
         assert sizes["Rss"] == ROUNDED
@@ -871,7 +872,7 @@ def test_locking_is_best_effort(path: Path, monkeypatch: Patch, code: int) -> No
     monkeypatch.setattr(files, "lock_on_fault", lambda address, nbytes: code)
     with opened(path) as file:
         assert not file.lock()
-        file.populate()
+        file.populate(0, NBYTES)
         assert not file.locked
         (sizes,) = map_sizes(path)
         assert (sizes["Locked"], sizes["Rss"]) == (0, ROUNDED)
@@ -891,7 +892,7 @@ def test_an_old_kernel_reads_ahead(path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr(files, "lock_on_fault", lambda address, nbytes: 0)
     with opened(path) as file:
         assert file.lock()
-        file.populate()
+        file.populate(0, NBYTES)
         assert not file.locked
         assert not file.lock()
     assert advices == [22, 3]  # then MADV_WILLNEED
@@ -901,11 +902,11 @@ def test_memory_that_cannot_be_mapped_or_populated(path: Path, monkeypatch: Patc
     with opened(path) as file:
         os.truncate(path, 100)
         with pytest.raises(errors.IntegrityError, match="weights ends before byte"):
-            file.populate()
+            file.populate(0, NBYTES)
         monkeypatch.setattr(files, "madvise", lambda *_: errno.ENOMEM)
-        with pytest.raises(OSError, match="Cannot allocate memory"):
-            file.populate()
-    with pytest.raises(OSError, match="Bad file descriptor"):
+        with pytest.raises(errors.FetchError, match=r"weights cannot be read \(ENOMEM\)"):
+            file.populate(0, NBYTES)
+    with pytest.raises(errors.FetchError, match="EBADF"):
         MappedFile(-1, NBYTES, "weights")
 
 
@@ -920,9 +921,9 @@ def test_closed_while_it_is_populated(path: Path, monkeypatch: Patch) -> None:
             return madvise(address, nbytes, advice)
 
         monkeypatch.setattr(files, "madvise", slow)
-        file.populate()
+        file.populate(0, NBYTES)
         assert map_sizes(path) == []
-        for use in (file.lock, file.populate):
+        for use in (file.lock, lambda: file.populate(0, 1)):
             with pytest.raises(errors.FetchError, match="the map of weights was closed"):
                 use()
 

@@ -15,7 +15,7 @@ from device_groups import ARENA, LAYOUT, SHAPES, SLOTS, TORCH, BytesReader, exte
 from common import until
 from core.adapter_files import file_of, plan
 from lorax_async import AdapterFormatError, FetchError, InternalError, Limits, TransferError
-from lorax_async.devices.base import CopyTicket, Device, FilePieces, StagedPiece
+from lorax_async.devices.base import CopyTicket, Device, StagedPiece
 from lorax_async.devices.simulated import POISON, GatedDevice, SimulatedDevice
 from lorax_async.devices.staging import StagingRing
 from lorax_async.devices.transfer import GroupCopy, GroupTransfer
@@ -103,11 +103,11 @@ class RecordingDevice(SimulatedDevice):
         self.refusing: set[int] = set()
 
     def copy(
-        self, pieces: FilePieces | StagedPiece, rows: Sequence[TableRow], extent: Extent, slot: int
+        self, piece: StagedPiece | None, rows: Sequence[TableRow], extent: Extent, slot: int
     ) -> CopyTicket:
         if len(self.tickets) in self.refusing:
             raise TransferError("the device refused")
-        self.tickets.append(super().copy(pieces, rows, extent, slot))
+        self.tickets.append(super().copy(piece, rows, extent, slot))
         return self.tickets[-1]
 
 
@@ -172,7 +172,9 @@ def test_every_byte_arrives(kind: str, buffers: int, move: int, check_finite: bo
     made = case(kind)
     with opened(made.dtype) as device:
         ring = ring_of(device, buffers, move)
-        transfer(device, ring, check_finite=check_finite).run(made.copy(slot=2)).done.result(10)
+        transfer(device, ring, check_finite=check_finite).run([made.copy(slot=2)]).joined().result(
+            10
+        )
         holds(device, 2, made.weights)
         around = device.view(Extent(0, ARENA)).clone()
         around[extent(2).offset : extent(2).offset + made.group.nbytes] = POISON
@@ -188,12 +190,12 @@ async def test_a_buffer_is_not_written_to_before_its_copy_is_done(kind: str) -> 
     with opened(made.dtype) as device, ThreadPoolExecutor(1) as threads:
         device.gate.clear()
         ring = ring_of(device, 3)
-        running = threads.submit(transfer(device, ring).run, made.copy())
+        running = threads.submit(transfer(device, ring).run, [made.copy()])
         await waits_for_a_buffer(device, ring)
         assert not running.done()
         assert 2 <= len(device.tickets) <= 3
         device.gate.set()
-        running.result(20).done.result(10)
+        running.result(20).joined().result(10)
         holds(device, 0, made.weights)
         require_whole(ring)
 
@@ -204,8 +206,10 @@ def test_two_that_need_two_buffers_of_two() -> None:
         ring = ring_of(device, 2)
         moving = transfer(device, ring)
         for _ in range(20):
-            for moved in threads.map(moving.run, (first.copy(), second.copy(slot=1)), timeout=20):
-                moved.done.result(10)
+            for moved in threads.map(
+                moving.run, ([first.copy()], [second.copy(slot=1)]), timeout=20
+            ):
+                moved.joined().result(10)
             holds(device, 0, first.weights)
             holds(device, 1, second.weights)
             device.clear_column(0)
@@ -226,16 +230,16 @@ def test_an_image_is_filled_and_serves_the_next_load(kind: str) -> None:
     with opened(made.dtype) as device:
         ring, image = ring_of(device, 2), image_of(device, made)
         moving = transfer(device, ring, check_finite=True)
-        moving.run(made.copy(image=image)).done.result(10)
+        moving.run([made.copy(image=image)]).joined().result(10)
         holds(device, 0, made.weights)
         assert torch.equal(image, device.view(Extent(0, made.group.nbytes)))
         device.gate.clear()
         again = made.copy(BytesReader(b"", unread), slot=2, image=image)
-        moved = moving.run(again._replace(warm=True))
-        assert moved.done is moved.ticket
-        assert (ring.free, moved.done.done()) == (2, False)
+        moved = moving.run([again._replace(warm=True)])
+        assert moved.tickets == [moved.joined()]
+        assert (ring.free, moved.joined().done()) == (2, False)
         device.gate.set()
-        moved.done.result(10)
+        moved.joined().result(10)
         holds(device, 2, made.weights)
         assert len(device.tickets) == 2
 
@@ -244,7 +248,7 @@ def refused(device: RecordingDevice, made: Case, module: str, *, in_image: bool)
     ring = ring_of(device, 3)
     copy = made.copy(image=image_of(device, made) if in_image else None)
     with pytest.raises(AdapterFormatError, match=f"{module} has NaN .* check_finite=False"):
-        transfer(device, ring, check_finite=True).run(copy)
+        transfer(device, ring, check_finite=True).run([copy])
     assert all(ticket.done() for ticket in device.tickets)
     holds(device, 0, {})
     require_whole(ring)
@@ -263,8 +267,10 @@ def test_nan_and_infinity(rank: int, dtypes: tuple[str, str], value: float, in_i
             refused(device, made, f"'layers.0.{name}'", in_image=in_image)
         with from_file() as (host, ring):
             with pytest.raises(AdapterFormatError, match=f"'layers.0.{name}' has NaN"):
-                GroupTransfer(host, ring, NAMES, check_finite=True).run(made.copy())
-            GroupTransfer(host, ring, NAMES, check_finite=False).run(made.copy()).done.result(10)
+                GroupTransfer(host, ring, NAMES, check_finite=True).run([made.copy()])
+            GroupTransfer(host, ring, NAMES, check_finite=False).run([made.copy()]).joined().result(
+                10
+            )
 
 
 def test_a_value_too_large_for_the_device_is_not_finite() -> None:
@@ -274,7 +280,7 @@ def test_a_value_too_large_for_the_device_is_not_finite() -> None:
     made = case_of(content, 8, "F16")
     with opened("F16") as device:
         refused(device, made, "'layers.0.k'", in_image=False)
-        transfer(device, ring_of(device, 2)).run(made.copy(slot=1)).done.result(10)
+        transfer(device, ring_of(device, 2)).run([made.copy(slot=1)]).joined().result(10)
         holds(device, 1, made.weights)
 
 
@@ -287,7 +293,7 @@ def left_nothing(device: RecordingDevice, ring: StagingRing, *, at_once: bool) -
 
 
 def works(device: RecordingDevice, ring: StagingRing, made: Case) -> None:
-    transfer(device, ring).run(made.copy(slot=1)).done.result(10)
+    transfer(device, ring).run([made.copy(slot=1)]).joined().result(10)
     holds(device, 1, made.weights)
     device.clear_column(1)
     settle(device)
@@ -302,7 +308,7 @@ def test_each_read(kind: str, way: str) -> None:
         ring = ring_of(device, 20 if way == "many buffers" else 2)
         image = image_of(device, made) if way == "an image" else None
         counted = BytesReader(made.file, lambda: calls.append(None))
-        transfer(device, ring).run(made.copy(counted, image=image)).done.result(10)
+        transfer(device, ring).run([made.copy(counted, image=image)]).joined().result(10)
         device.clear_column(0)
         settle(device)
         sent = len(device.tickets)
@@ -311,7 +317,7 @@ def test_each_read(kind: str, way: str) -> None:
             error = FetchError("the disk is on fire")
             reader = BytesReader(made.file, failing_at(number, error))
             with pytest.raises(FetchError) as caught:
-                transfer(device, ring).run(made.copy(reader, image=image))
+                transfer(device, ring).run([made.copy(reader, image=image)])
             assert caught.value is error
             left_nothing(device, ring, at_once=True)
             assert image is None or len(device.tickets) == sent
@@ -332,7 +338,7 @@ def test_each_copy_that_fails_later(kind: str, buffers: int, refused: bool) -> N
             device.refusing = {len(device.tickets) + number} if refused else set()
             device.failing = set() if refused else {device.copies + number}
             with pytest.raises(TransferError, match="refused" if refused else "was told"):
-                transfer(device, ring).run(made.copy()).done.result(10)
+                transfer(device, ring).run([made.copy()]).joined().result(10)
             if not refused:
                 device.clear_column(0)
                 settle(device)
@@ -351,16 +357,16 @@ def test_nothing_is_sent_after_a_copy_that_failed() -> None:
         device.failing = {0}
         ring = ring_of(device, 2)
         with pytest.raises(TransferError, match="copy 0 was told"):
-            transfer(device, ring).run(made.copy())
+            transfer(device, ring).run([made.copy()])
         assert len(device.tickets) <= 3 < made.windows
         left_nothing(device, ring, at_once=True)
     with opened() as device:
         device.failing = {1, 3}
         device.gate.clear()
-        moved = transfer(device, ring_of(device, 20)).run(made.copy())
+        moved = transfer(device, ring_of(device, 20)).run([made.copy()])
         device.gate.set()
         with pytest.raises(TransferError, match="copy 1 was told"):
-            moved.done.result(10)
+            moved.joined().result(10)
         assert all(ticket.done() for ticket in device.tickets)
 
 
@@ -369,7 +375,7 @@ async def test_a_device_that_is_lost_frees_who_waits_for_a_buffer() -> None:
     with opened() as device, ThreadPoolExecutor(1) as threads:
         device.gate.clear()
         ring = ring_of(device, 2)
-        running = threads.submit(transfer(device, ring).run, made.copy())
+        running = threads.submit(transfer(device, ring).run, [made.copy()])
         await waits_for_a_buffer(device, ring)
         device.lose()
         device.gate.set()
@@ -383,20 +389,20 @@ def test_a_reader_or_a_device_that_fails_leaves_no_row() -> None:
     with from_file() as (device, ring):
         moving = GroupTransfer(device, ring, NAMES, check_finite=True)
         calls: list[None] = []
-        moving.run(made.copy(BytesReader(made.file, lambda: calls.append(None))))
+        moving.run([made.copy(BytesReader(made.file, lambda: calls.append(None)))])
         device.clear_column(0)
         for number in range(len(calls)):
             error = FetchError("the disk is on fire")
             with pytest.raises(FetchError) as caught:
-                moving.run(made.copy(BytesReader(made.file, failing_at(number, error))))
+                moving.run([made.copy(BytesReader(made.file, failing_at(number, error)))])
             assert caught.value is error
             assert ring.free == ring.buffers
             holds(device, 0, {})
         device.failing = {device.copies}
         with pytest.raises(TransferError, match="told to fail"):
-            moving.run(made.copy())
+            moving.run([made.copy()])
         holds(device, 0, {})
-        moving.run(made.copy())
+        moving.run([made.copy()])
         holds(device, 0, made.weights)
 
 
@@ -426,12 +432,12 @@ def test_vectors_arrive_as_they_are_in_the_file(stored: str, own: str, way: str)
         moving = GroupTransfer(device, ring, NAMES, check_finite=True)
         made = vector_case(stored, own)
         image = image_of(staged, made) if way == "image" else None
-        moving.run(made.copy(slot=2, image=image)).done.result(10)
+        moving.run([made.copy(slot=2, image=image)]).joined().result(10)
         assert [vector.module for vector in made.group.vectors] == [0, 1]
         for vector, length in zip(made.group.vectors, (40, 8), strict=True):
             there = device.view(Extent(extent(2).offset + vector.offset, vector.nbytes))
             assert torch.equal(there.view(TORCH[own]), LOOKS_NAN.repeat(length).to(TORCH[own]))
         for value in (torch.nan, torch.inf, -torch.inf):
             with pytest.raises(AdapterFormatError, match=r"'layers\.0\.q' has NaN"):
-                moving.run(vector_case(stored, own, value).copy(image=image))
+                moving.run([vector_case(stored, own, value).copy(image=image)])
         require_whole(ring)

@@ -47,7 +47,7 @@ def _whole_without_a_file(folder: Folder, record: EntryRecord, *, check: bool) -
 
 
 def _cut_before_the_map_goes(self: PartialFile) -> Any:
-    with self._file.use() as fd:
+    with self._file as fd:
         os.ftruncate(fd, 0)
     return _resume(self)
 

@@ -6,6 +6,7 @@ from lorax_async.concurrency import Inbox
 from lorax_async.devices import transfer
 from lorax_async.devices.base import CopyTicket, StagedPiece
 from lorax_async.devices.staging import StagingBuffer, StagingRing
+from lorax_async.devices.transfer import GroupTransfer, SubmittedCopies
 from lorax_async.lifecycle import queues
 from lorax_async.lifecycle.adapter_state import AdapterState
 from lorax_async.runtime import copies
@@ -28,23 +29,24 @@ def _one_by_one(self: StagingRing, count: int) -> list[StagingBuffer]:
     return [buffer for _ in range(count) for buffer in _take(self, 1)]
 
 
-def _rows_with_the_first(self: Any, memory: Any, target: int) -> CopyTicket:
-    copy = self.copy
+def _rows_with_the_first(
+    self: Any, copy: Any, memory: Any, target: int, pending: SubmittedCopies
+) -> CopyTicket:
     rows = () if target else copy.group.rows
-    ticket: CopyTicket = self._device.copy(
-        StagedPiece(memory, target), rows, copy.extent, copy.slot
-    )
-    self.tickets.append(ticket)
+    ticket: CopyTicket = self.device.copy(StagedPiece(memory, target), rows, copy.extent, copy.slot)
+    pending.parts.append(ticket)
+    pending.tickets.append(ticket)
     return ticket
 
 
 def _ended_when_asked_for(self: CopyThreads, work: Any) -> None:
-    self._transfer.run_all(work.group_copies())
+    self._transfer.run(work.group_copies())
     self._end(work, None)
 
 
 def _flag_cleared_after(self: Inbox[Any]) -> None:
-    self.take()
+    while self.items:
+        self._handle(self.items.popleft())
     self._wake_pending = False
 
 
@@ -64,15 +66,15 @@ GROUPS: Mutants = {
         f"{STAGING}::test_takers_do_not_block_each_other",
         skipped(StagingRing, "_is_served", True)),
     "transfer: rows come with the last bytes": mutant(
-        f"{TRANSFER}::test_each_read", (transfer._PendingCopy, "send", _rows_with_the_first)),
+        f"{TRANSFER}::test_each_read", (GroupTransfer, "_send", _rows_with_the_first)),
     "transfer: a failure waits for the copies that were sent": mutant(
         f"{TRANSFER}::test_each_read", (transfer, "wait", nothing)),
     "transfer: nothing is sent after a copy that failed": mutant(
         f"{TRANSFER}::test_nothing_is_sent_after_a_copy_that_failed",
-        skipped(transfer._PendingCopy, "raise_failures")),
+        skipped(SubmittedCopies, "raise_failures")),
     "transfer: a group is done when all its copies are": mutant(
         f"{TRANSFER}::test_each_copy_that_fails_later",
-        (transfer, "join_tickets", lambda tickets: tickets[-1])),
+        (SubmittedCopies, "joined", lambda self: self.parts[-1])),
     "copies: an outcome is reported when the copy is done": mutant(
         "test_handles.py::test_a_kernel_behind_copies_sees_their_bytes",
         (CopyThreads, "_run", _ended_when_asked_for)),
@@ -81,5 +83,5 @@ GROUPS: Mutants = {
         (copies, "Lock", NoLock)),
     "inbox: the flag is cleared before the items are taken": mutant(
         "io/test_inbox.py::test_an_item_at_the_last_moment",
-        (Inbox, "_drain", _flag_cleared_after)),
+        (Inbox, "take", _flag_cleared_after)),
 }  # fmt: skip

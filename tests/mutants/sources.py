@@ -58,7 +58,7 @@ def _freed_while_read(self: HostCopy) -> Iterator[Any]:
 
 
 async def _abandoned(self: WorkerThreads, work: Any, undo: object = None) -> Any:
-    return await concurrency.outcome(self.threads.submit(work))
+    return await concurrency.outcome(self.submit(work))
 
 
 def _of_one_file(groups: Iterable[int]) -> Counter[int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Any
 
-from lorax_async.formats.spans import ByteRange
+from lorax_async.formats.spans import ByteRange, SpanSet
 from lorax_async.http.client import Endpoint, Network
 from lorax_async.http.failures import RetryPolicy
 from lorax_async.http.range_engine import RangeEngine
@@ -120,8 +120,9 @@ def fetched(
 ) -> tuple[MemorySink, list[int]]:
     """Download to the end; raises what the download raises."""
     sink, order = MemorySink(**before), list[int]()
-    given: Any = {"first": 2, "have": have, "timeout": timeout}
-    job = engine.download(answer, GROUPS, sink, order.append, **given)
+    here = SpanSet(have)
+    missing = [[gap for span in group for gap in here.missing(*span)] for group in GROUPS]
+    job = engine.download(answer, missing, sink, order.append, first=2, timeout=timeout)
     job.done.result(timeout + 5)
     return sink, order
 

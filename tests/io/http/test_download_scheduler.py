@@ -30,7 +30,7 @@ class Pieces(Job[None]):
     """A job of `count` pieces of 10 bytes, at an origin of its own."""
 
     def __init__(self, scheduler: DownloadScheduler, count: int, origin: str, urgency: int) -> None:
-        super().__init__(scheduler, urgency, deadline=1_000.0)
+        super().__init__(scheduler, urgency, timeout=1_000.0)
         self.pending = [DownloadPiece(n, 10 * n, 10 * n + 10) for n in range(count)]
         self.name = origin
         scheduler.jobs.append(self)
@@ -251,7 +251,7 @@ def test_what_is_being_read_is_not_given_to_another() -> None:
         lambda _: None,
         least=1 << 20,
         urgency=FOREGROUND,
-        deadline=1_000.0,
+        timeout=1_000.0,
     )
     scheduler.jobs.append(job)
     _, piece, _ = world.begin(1)[0]

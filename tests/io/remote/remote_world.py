@@ -256,8 +256,8 @@ class RemoteWorld:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for each in (self.engine, self.workers, self.cache):
-            each.close()
+        for end in (self.engine.close, self.workers.shutdown, self.cache.close):
+            end()
         self.server.__exit__()
 
 

@@ -22,11 +22,12 @@ from lorax_async.cache.base import CacheKey
 from lorax_async.cache.disk_cache import ls
 from lorax_async.concurrency import FetchControl, WorkerThreads
 from lorax_async.errors import AdapterFormatError, EvictedError, FetchError, IntegrityError
+from lorax_async.files import ReopenedReader, entry_gone
 from lorax_async.formats.spans import ByteSpan
 from lorax_async.formats.split_weights import WEIGHTS_FILE, FilePlace, SplitPlan
 from lorax_async.remote import opening
 from lorax_async.remote.base import FIRST_BYTES, track
-from lorax_async.remote.readers import EntryReader, FetchReader, ReopenedReader, entry_gone
+from lorax_async.remote.readers import EntryReader, FetchReader
 from lorax_async.types import RemoteKey
 from tiny_loaders import fails
 
@@ -143,7 +144,7 @@ async def test_a_release_is_done_though_it_was_cancelled_before_it_began() -> No
     busy.set()
     await asyncio.wait([letting_go])
     assert done.is_set()
-    workers.close()
+    workers.shutdown()
 
 
 async def test_a_cancelled_caller_waits_for_its_thread_and_undoes_the_result() -> None:
@@ -165,7 +166,7 @@ async def test_a_cancelled_caller_waits_for_its_thread_and_undoes_the_result() -
     assert running.cancelled()
     assert not early
     assert undone == [True]
-    workers.close()
+    workers.shutdown()
 
 
 def held_job() -> Any:
@@ -235,7 +236,7 @@ async def test_a_group_of_two_files_is_here_when_both_parts_are() -> None:
         file.go.set()
         job.done.set_result(None)
     assert await bringing == "entry"
-    workers.close()
+    workers.shutdown()
 
 
 class AskedFuture(Future[int]):
@@ -253,14 +254,14 @@ class AskedFuture(Future[int]):
 async def test_nothing_reads_a_download_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """One file is being hashed, the other waits for a thread."""
     workers, files, ends = WorkerThreads(2), [HeldFile(), HeldFile()], list[str]()
-    hashing, waiting = AskedFuture(files[0].go), Future[Any]()
+    hashing, waiting, plain = AskedFuture(files[0].go), Future[Any](), workers.submit
 
     def submit(work: Any) -> Future[Any]:
         if work == files[0].hash_along:
             assert hashing.set_running_or_notify_cancel()
-            workers.threads.submit(lambda: hashing.set_result(work()))
+            plain(lambda: hashing.set_result(work()))
             return hashing
-        return waiting if work == files[1].hash_along else workers.threads.submit(work)
+        return waiting if work == files[1].hash_along else plain(work)
 
     def close() -> None:
         ends.append("read" if not hashing.done() else "let go")
@@ -277,7 +278,7 @@ async def test_nothing_reads_a_download_that_has_ended(monkeypatch: pytest.Monke
     assert ends == ["let go"]
     assert waiting.cancelled()
     assert not files[1].begun.is_set()
-    workers.close()
+    workers.shutdown()
 
 
 async def test_what_changes_between_two_answers_is_noticed(world: RemoteWorld) -> None:
@@ -396,4 +397,4 @@ def test_closing_a_reader_waits_for_no_thread_that_opens_it() -> None:
     slow.set()
     assert reading.result(20) == 1
     assert len(closed) == 1
-    workers.close()
+    workers.shutdown()
