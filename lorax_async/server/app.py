@@ -53,7 +53,14 @@ from lorax_async.server.responses import (
     create_refusal,
     unknown_model,
 )
-from lorax_async.server.server_log import GONE, RequestObserver, log_event, note_details, note_error
+from lorax_async.server.server_log import (
+    GONE,
+    RequestObserver,
+    log_event,
+    note_details,
+    note_error,
+    note_id,
+)
 from lorax_async.server.server_settings import (
     AllowedHosts,
     RequireApiKey,
@@ -260,7 +267,8 @@ async def load_adapter(service: Service, request: Request) -> Response:
         body = await read_body(LoadBody, request, settings.max_body_bytes, settings.slow_client)
         if not body.lora_name or not body.lora_path:
             raise _invalid_input("Both 'lora_name' and 'lora_path' must be provided.")
-        note_details(request.scope, model=body.lora_name, path=body.lora_path)
+        note_details(request.scope, model=body.lora_name)
+        note_id(request.scope, "path", body.lora_path)
         require_free(body)
         adapter = await asyncio.to_thread(_parse_adapter, body.lora_path)
         try:

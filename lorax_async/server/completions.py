@@ -34,7 +34,7 @@ from lorax_async.server.responses import (
     invalid_parameter,
     unknown_model,
 )
-from lorax_async.server.server_log import in_ms, note_details, note_error
+from lorax_async.server.server_log import in_ms, note_details, note_error, note_id
 from lorax_async.server.server_settings import identify_client
 from lorax_async.server.service import Service
 from lorax_async.types import AdapterId
@@ -63,7 +63,8 @@ class CompletionEndpoint:
             body = await read_body(
                 self._kind, request, settings.max_body_bytes, settings.slow_client
             )
-            note_details(scope, model=body.model, stream=bool(body.stream))
+            note_id(scope, "model", body.model)
+            note_details(scope, stream=bool(body.stream))
             prompts = len(body.prompts) if isinstance(body, CompletionBody) else 1
             if prompts * (body.n or 1) > settings.max_choices:
                 raise invalid_parameter(

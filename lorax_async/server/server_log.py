@@ -15,10 +15,11 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lorax_async.errors import shorten
+from lorax_async.errors import InvalidAdapterIdError, shorten
 from lorax_async.events import Event, Failed, Resident, SlotFreed, SlotGranted
 from lorax_async.loader import AdapterLoader
-from lorax_async.types import AdapterKey
+from lorax_async.server.responses import Refusal
+from lorax_async.types import AdapterKey, AdapterRef
 
 _logger = logging.getLogger("lorax_async.server")
 
@@ -106,7 +107,19 @@ def note_error(scope: Scope, error: Exception) -> None:
     """Add the first error of a request to its line: with the operator's text, not the client's."""
     details = scope.get(_DETAILS, {})
     if "error" not in details:
-        details |= {"error": type(error).__name__, "reason": str(error) or None}
+        # The text of an unknown model has its name, which `note_id` adds, or leaves out.
+        is_unknown = isinstance(error, Refusal) and error.code == "model_not_found"
+        reason = "unknown model" if is_unknown else str(error) or None
+        details |= {"error": type(error).__name__, "reason": reason}
+
+
+def note_id(scope: Scope, name: str, text: str) -> None:
+    """Add a name or id to the log's line, unless it may hold a secret, as a URL with a password."""
+    try:
+        AdapterRef(text)
+    except InvalidAdapterIdError:
+        text = "(no id)"
+    note_details(scope, **{name: text})
 
 
 def _log_request(

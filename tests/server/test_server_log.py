@@ -84,6 +84,16 @@ async def test_each_request_is_a_line(log: Log, tmp_path: Path) -> None:
     assert logging.getLogger().handlers == handlers
 
 
+async def test_texts_that_may_hold_a_secret_are_left_out(log: Log) -> None:
+    async with serving() as world:
+        for id in ("https://user:5ecret@host/x", "https://host/x?token=5ecret"):
+            await world.ask("POST", COMPLETIONS, PLAIN | {"model": id})
+            await world.admin("/v1/load_lora_adapter", {"lora_name": "a", "lora_path": id})
+        await until(lambda: len(events(log)) == 4)
+    assert [each["status"] for each in events(log)] == [404, 400] * 2
+    assert "5ecret" not in log.text
+
+
 async def test_failures_have_the_operators_text(log: Log) -> None:
     """Also in the midst of a stream, of a client that has gone, and of a server without room."""
 
