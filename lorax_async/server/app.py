@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 import os
 import signal
 import socket
@@ -40,7 +41,9 @@ from lorax_async.server.completions import CompletionEndpoint
 from lorax_async.server.request_bodies import (
     ChatBody,
     CompletionBody,
+    DetokenizeBody,
     LoadBody,
+    TokenizeBody,
     UnloadBody,
     read_body,
 )
@@ -136,7 +139,11 @@ def create_app(service: Service) -> Starlette:
             route("/v1/load_lora_adapter", load_adapter, "POST"),
             route("/v1/unload_lora_adapter", unload_adapter, "POST"),
             route("/v1/adapters", list_adapters),
+            api_route("/tokenize", partial(tokenize, service), "POST"),
+            api_route("/detokenize", partial(detokenize, service), "POST"),
             route("/health", show_health),
+            route("/ping", show_health),
+            route("/version", show_version),
             route("/metrics", show_metrics),
             *(
                 Route(path, partial(show_file, file.read_bytes(), kind))
@@ -199,6 +206,32 @@ async def show_metrics(service: Service, _: Request) -> Response:
     """GET /metrics, always in Prometheus' text format."""
     kind = "text/plain; version=0.0.4; charset=utf-8"
     return Response(service.metrics.encode(), headers={"content-type": kind})
+
+
+async def show_version(service: Service, _: Request) -> Response:  # noqa: ARG001 - a handler's
+    """GET /version, as in vLLM."""
+    return JSONResponse({"version": importlib.metadata.version("lorax-async")})
+
+
+async def tokenize(service: Service, request: Request) -> Response:
+    """POST /tokenize, as in vLLM: the token ids of a prompt or a conversation."""
+    settings = service.settings
+    with service.in_flight.count_request():
+        body = await read_body(TokenizeBody, request, settings.max_body_bytes, settings.slow_client)
+        tokens = await asyncio.to_thread(service.prompts.tokenize, body)
+    count = {"count": len(tokens), "max_model_len": service.engine.max_length}
+    return JSONResponse({**count, "tokens": tokens, "token_strs": None})
+
+
+async def detokenize(service: Service, request: Request) -> Response:
+    """POST /detokenize, as in vLLM: the text of token ids."""
+    settings = service.settings
+    with service.in_flight.count_request():
+        body = await read_body(
+            DetokenizeBody, request, settings.max_body_bytes, settings.slow_client
+        )
+        text = await asyncio.to_thread(service.prompts.detokenize, body.tokens)
+    return JSONResponse({"prompt": text})
 
 
 # -- the page -------------------------------------------------------------------------------------

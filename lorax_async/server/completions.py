@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -232,10 +232,14 @@ class TextStreams:
         return sum(tokens.count for tokens in self._tokens)
 
     @property
+    def queue_seconds(self) -> float | None:
+        """The time to the first step of all."""
+        return _least(tokens.queue_seconds for tokens in self._tokens)
+
+    @property
     def first_seconds(self) -> float | None:
         """The time to the first token of all."""
-        known = [tokens.first_seconds for tokens in self._tokens]
-        return min((seconds for seconds in known if seconds is not None), default=None)
+        return _least(tokens.first_seconds for tokens in self._tokens)
 
     def deltas(self) -> AsyncGenerator[TextDelta]:
         """Yield texts and ends as they arrive. Raise the first error that ended a sequence."""
@@ -268,6 +272,10 @@ class TextStreams:
             tokens.cancel()
         for task in self._tasks:
             task.cancel()
+
+
+def _least(values: Iterable[float | None]) -> float | None:
+    return min((value for value in values if value is not None), default=None)
 
 
 class Detokenizer:
@@ -394,6 +402,7 @@ class Answer:
             "id": self._common["id"],
             "prompt_tokens": self._prompt_tokens,
             "tokens": self._texts.count,
+            "queue_ms": in_ms(self._texts.queue_seconds),
             "first_token_ms": in_ms(self._texts.first_seconds),
         }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
@@ -380,6 +381,8 @@ class Engine:
         rows = [(row, self._streams[row.ticket]) for row in batch.rows]
         preempted = [self._streams[t].number for t in batch.preempted if t in self._streams]
         gone = self._take_ended() + preempted
+        for _, stream in rows:
+            stream.note_step()
         outcome = await self._in_thread(self._compute, batch, rows, gone)
         finished = [
             stream.ticket
@@ -482,6 +485,9 @@ class TokenStream:
         """Whether anything was computed."""
         self.finish: Finish | None = None
         """Why it ended; None before, and if it failed or was cancelled."""
+        self.queue_seconds: float | None = None
+        """The time until its first step, once that begins."""
+        self._since = time.monotonic()
         self._ready = asyncio.Queue[int | None]()
         self._ended = False
         self._error: LoraxError | None = None
@@ -502,6 +508,11 @@ class TokenStream:
         """Stop generating, and free its place. Idempotent."""
         self.ticket.cancel()
         self.end()
+
+    def note_step(self) -> None:
+        """Note that a step with it begins."""
+        if self.queue_seconds is None:
+            self.queue_seconds = time.monotonic() - self._since
 
     def add(self, token: int) -> None:
         """Add a generated token; a stop token ends the stream and is not returned."""

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
@@ -30,11 +31,13 @@ from lorax_async.types import AdapterId, AdapterKey, AdapterRef, Ref, as_ref
 
 CALLS = frozenset({
     "/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/load_lora_adapter",
-    "/v1/unload_lora_adapter", "/v1/adapters", "/health", "/metrics", "/", "/page",
+    "/v1/unload_lora_adapter", "/v1/adapters", "/tokenize", "/detokenize", "/health", "/ping",
+    "/version", "/metrics", "/", "/page",
 })  # fmt: skip
 """Paths with a label of their own; all others, which clients make up, are "other"."""
 
 FIRST_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+WHOLE_SECONDS = (0.1, 0.3, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0)
 BETWEEN_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
 
 
@@ -45,6 +48,7 @@ class ServerMetrics(Collector):
         self._names = names
         self._max_lora = str(loader.config.max_slots)
         self._loader = LoaderCollector(loader)
+        self._placement = loader.placement
         self.waiting: Counter[str] = Counter()
         self.running: Counter[str] = Counter()
         registry = self._registry = CollectorRegistry()
@@ -75,6 +79,19 @@ class ServerMetrics(Collector):
             registry=registry,
             buckets=BETWEEN_SECONDS,
         )
+        for_routers: Any = {"registry": registry, "labelnames": ["model_name"]}
+        self.queued = Histogram(
+            "vllm:request_queue_time_seconds",
+            "From a sequence's start in the queue to its first step.",
+            buckets=FIRST_SECONDS,
+            **for_routers,
+        ).labels(names.base)
+        self.whole = Histogram(
+            "vllm:e2e_request_latency_seconds",
+            "From a sequence's start in the queue to its end, of those that had a token.",
+            buckets=WHOLE_SECONDS,
+            **for_routers,
+        ).labels(names.base)
 
     def close(self) -> None:
         """Close the `LoaderCollector`."""
@@ -94,7 +111,12 @@ class ServerMetrics(Collector):
         self.requests.labels(path if path in CALLS else "other", str(status)).inc()
 
     def collect(self) -> Iterable[Metric]:
-        """Yield the adapters of sequences as vLLM does for routers."""
+        """Yield what vLLM tells routers, and where the adapters with names are."""
+        for state, count in (("running", self.running), ("waiting", self.waiting)):
+            text = f"Sequences that are {state}, by vLLM's name."
+            family = GaugeMetricFamily(f"vllm:num_requests_{state}", text, labels=["model_name"])
+            family.add_metric([self._names.base], count.total())
+            yield family
         info = GaugeMetricFamily(
             "vllm:lora_requests_info",
             "Adapters with names that requests have now; the value is the time, in seconds.",
@@ -105,6 +127,17 @@ class ServerMetrics(Collector):
         adapters = (",".join(sorted(known & set(m))) for m in (self.waiting, self.running))
         info.add_metric([self._max_lora, *adapters], time.time())
         yield info
+        yield self._tiers()
+
+    def _tiers(self) -> Metric:
+        text = f"1 for each of the first {MAX_ROWS} named adapters on the device or in host memory."
+        family = GaugeMetricFamily("lorax_adapter_tier", text, labels=["adapter", "tier"])
+        placement = self._placement()
+        for name, adapter in islice(self._names.adapters.items(), MAX_ROWS):
+            where = placement.find(adapter)
+            if where is not None and where.tier in {"device", "host"}:
+                family.add_metric([name, where.tier], 1)
+        return family
 
 
 class ObservedTokens:
@@ -127,13 +160,18 @@ class ObservedTokens:
         self._metrics = metrics
         self._recording = recording
         self._histogram = metrics.first
-        self._since = time.monotonic()
+        self._began = self._since = time.monotonic()
         self._state: Counter[str] | None = None
         self._move(metrics.waiting)
 
     @property
     def finish(self) -> Finish | None:
         return self._tokens.finish
+
+    @property
+    def queue_seconds(self) -> float | None:
+        """From its start in the queue to its first step."""
+        return self._tokens.queue_seconds
 
     def __aiter__(self) -> AsyncIterator[int]:
         return self
@@ -157,6 +195,8 @@ class ObservedTokens:
         self.count += 1
         if self._histogram is metrics.first:
             self.first_seconds = now - began
+            if self.queue_seconds is not None:
+                metrics.queued.observe(self.queue_seconds)
             self._histogram = metrics.between
             if self._state is not None:
                 self._move(metrics.running)
@@ -169,6 +209,8 @@ class ObservedTokens:
         self._tokens.cancel()
 
     def _end(self, outcome: str) -> None:
+        if self._state is not None and self.count:
+            self._metrics.whole.observe(time.monotonic() - self._began)
         self._move(None)
         if self._recording is not None:
             self._recording.end(outcome)

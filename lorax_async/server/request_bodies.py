@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -183,6 +183,32 @@ class ChatBody(GenerationBody):
         return self.max_completion_tokens or self.max_tokens
 
 
+class TokenizeBody(StrictModel):
+    """The body of /tokenize, as in vLLM: a prompt, or a conversation."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: (
+        Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
+        | None
+    ) = None
+    add_special_tokens: bool | None = None
+    """None: for prompts; the template of conversations writes them."""
+
+    @model_validator(mode="after")
+    def _require_one(self) -> TokenizeBody:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("it has either prompt or messages")
+        return self
+
+
+class DetokenizeBody(StrictModel):
+    """The body of /detokenize, as in vLLM."""
+
+    model: str | None = None
+    tokens: TokenIds
+
+
 class LoadBody(StrictModel):
     """The body of /v1/load_lora_adapter, as in vLLM."""
 
@@ -307,24 +333,40 @@ class PromptEncoder:
         """Return the token ids of each prompt. Raise `Refusal`."""
         if isinstance(body, ChatBody):
             # The template writes the special tokens.
-            return [self._encode(self._apply_template(body), add_special_tokens=False)]
+            text = self._apply_template(body.messages)
+            return [self._encode(text, add_special_tokens=False)]
         assert isinstance(body, CompletionBody)
-        vocabulary = self.tokenizer.get_vocab_size(with_added_tokens=True)
         prompts = []
         for prompt in body.prompts:
             ids = self._encode(prompt) if isinstance(prompt, str) else tuple(prompt)
             if not ids:
                 raise invalid_parameter("A prompt is empty", "prompt")
-            if not 0 <= min(ids) <= max(ids) < vocabulary:
-                message = f"A token id of the prompt is outside 0 … {vocabulary - 1}"
-                raise invalid_parameter(message, "prompt")
+            self._require_known(ids, "prompt")
             prompts.append(ids)
         if not prompts:
             raise invalid_parameter("A prompt is empty", "prompt")
         return prompts
 
-    def _apply_template(self, body: ChatBody) -> str:
-        messages = [message.as_template() for message in body.messages]
+    def tokenize(self, body: TokenizeBody) -> tuple[int, ...]:
+        """Return the token ids of a prompt or a conversation. Raise `Refusal`."""
+        is_prompt = body.prompt is not None
+        special = is_prompt if body.add_special_tokens is None else body.add_special_tokens
+        text = body.prompt if body.prompt is not None else self._apply_template(body.messages or ())
+        return self._encode(text, add_special_tokens=special)
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """Return the text of token ids, special ones included. Raise `Refusal`."""
+        self._require_known(tokens, "tokens")
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=False)
+
+    def _require_known(self, ids: Sequence[int], param: str) -> None:
+        vocabulary = self.tokenizer.get_vocab_size(with_added_tokens=True)
+        if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
+            message = f"A token id of the {param} is outside 0 … {vocabulary - 1}"
+            raise invalid_parameter(message, param)
+
+    def _apply_template(self, conversation: Sequence[ChatMessage]) -> str:
+        messages = [message.as_template() for message in conversation]
         try:
             text: str = self._chat.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True

@@ -26,7 +26,7 @@ _logger = logging.getLogger("lorax_async.server")
 GONE = 499
 """The status of a request whose client left before it had one, as in nginx."""
 
-PROBES = frozenset({"/health", "/metrics", "/"})
+PROBES = frozenset({"/health", "/ping", "/version", "/metrics", "/"})
 """Calls that come often and say little; they and the page's are of level DEBUG."""
 
 _DETAILS = "lorax_async.details"

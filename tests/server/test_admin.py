@@ -221,7 +221,7 @@ async def test_calls_of_the_operator_need_the_token(key: str | None) -> None:
                 assert TOKEN not in answer.body.decode()
 
 
-OPEN = {"/health", "/metrics", *FILES}
+OPEN = {"/health", "/ping", "/version", "/metrics", *FILES}
 
 
 @pytest.mark.parametrize("sent", [None, "", "Bearer", "Bearer onetwo", "Basic one", "Bearer \xe9"])

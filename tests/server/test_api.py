@@ -1,6 +1,7 @@
 """The API as its users call it: the official client, its strict forms, and text as it is made."""
 
 import asyncio
+import importlib.metadata
 import json
 from typing import Any
 
@@ -14,7 +15,16 @@ from pydantic import BaseModel
 from tokenizers import Tokenizer, decoders, models
 
 from lorax_async.server.completions import Detokenizer, StopStrings
-from server.world import COMPLETIONS, FakeEngine, echo, saying, serving, tokenizer, tokens_of
+from server.world import (
+    COMPLETIONS,
+    MAX_LENGTH,
+    FakeEngine,
+    echo,
+    saying,
+    serving,
+    tokenizer,
+    tokens_of,
+)
 
 CHATS = "/v1/chat/completions"
 HI: Any = [{"role": "user", "content": "hi"}]
@@ -246,3 +256,27 @@ def test_where_a_text_is_cut_changes_nothing(stops: list[str], text: str, cuts: 
         assert expected.startswith(out), "nothing of a stop string is let through"
     out += reader.end()
     assert (out, reader.hit) == (expected, hit)
+
+
+async def test_texts_become_tokens_and_back_as_in_vllm() -> None:
+    async with serving() as world:
+        for body, text in (
+            ({"prompt": "grüß"}, "grüß"),
+            ({"model": "base", "messages": HI}, PROMPT),
+            ({"prompt": "", "add_special_tokens": False}, ""),
+        ):
+            found = (await world.ask("POST", "/tokenize", body)).json
+            assert found["tokens"] == tokens_of(text)
+            assert (found["count"], found["max_model_len"]) == (len(tokens_of(text)), MAX_LENGTH)
+            back = await world.ask("POST", "/detokenize", {"tokens": found["tokens"]})
+            assert back.json == {"prompt": text}
+        for path, wrong in (
+            ("/tokenize", {}),
+            ("/tokenize", {"prompt": "a", "messages": HI}),
+            ("/detokenize", {"tokens": [1 << 20]}),
+            ("/detokenize", {"tokens": "a"}),
+        ):
+            assert (await world.ask("POST", path, wrong)).status == 400
+        assert (await world.ask("GET", "/ping")).status == 200
+        told = (await world.ask("GET", "/version")).json
+        assert told == {"version": importlib.metadata.version("lorax-async")}

@@ -86,6 +86,9 @@ async def test_what_waits_and_runs_is_told_as_vllm_does(tmp_path: Path) -> None:
             await engine.asked(number)
         engine.submitted[0].say("a")
         samples = await until_sequences(world, waiting=4, running=1)
+        assert samples["vllm:num_requests_waiting{model_name=base}"] == 4
+        assert samples["vllm:num_requests_running{model_name=base}"] == 1
+        assert samples["vllm:request_queue_time_seconds_sum{model_name=base}"] == 0.125
         ((info, now),) = of(samples, INFO).items()
         assert info == "max_lora=4,running_lora_adapters=pirate,waiting_lora_adapters=shout"
         assert now > 1.7e9
@@ -95,6 +98,20 @@ async def test_what_waits_and_runs_is_told_as_vllm_does(tmp_path: Path) -> None:
         samples = await scraped(world)
         assert list(of(samples, INFO)) == [NONE]
         assert sequences(samples) == (0, 0)
+        assert samples["vllm:e2e_request_latency_seconds_count{model_name=base}"] == 1
+
+
+async def test_named_adapters_have_a_tier_while_they_are_in_memory(tmp_path: Path) -> None:
+    """No ids of clients, and no more than a page shows."""
+    folders = {f"a{n}": tiny.write(tmp_path / str(n)) for n in range(3)}
+    many = {f"b{n}": folders["a0"] for n in range(300)}
+    async with serving(adapters=folders | many) as world:
+        for path in (folders["a0"], folders["a1"], tiny.write(tmp_path / "stranger")):
+            (await world.service.loader.load(path)).release()
+        tiers = of(await scraped(world), "lorax_adapter_tier")
+    assert len(tiers) == 199
+    assert {tiers["adapter=a0,tier=device"], tiers["adapter=a1,tier=device"]} == {1}
+    assert not any("adapter=a2," in labels or "stranger" in labels for labels in tiers)
 
 
 async def test_an_ended_sequence_runs_no_more_though_its_request_goes_on() -> None:

@@ -72,6 +72,7 @@ class FakeTokens:
     def __init__(self, engine: FakeEngine, generation: Generation) -> None:
         self.generation = generation
         self.finish: Finish | None = None
+        self.queue_seconds: float | None = 0.125
         self.cancelled = asyncio.Event()
         self._engine = engine
         self._coming: asyncio.Queue[int | Finish | Exception] = asyncio.Queue()
