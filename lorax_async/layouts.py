@@ -183,7 +183,7 @@ def from_pretrained(
     if layout is None:
         model, own = _build_model(folder)
         layout = from_module(model, "float32")
-    return replace(layout, dtype=_dtype_name(dtype or own))
+    return replace(layout, dtype=_dtype_name(dtype or own), base=str(base))
 
 
 def is_hub_id(base: str | PathLike[str]) -> bool:

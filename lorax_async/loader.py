@@ -28,11 +28,11 @@ from lorax_async.handle import AdapterHandle, current_task_name
 from lorax_async.lifecycle.adapter_state import WantedTier
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.sharding import shard_layout
-from lorax_async.runtime.acquire import Prefetch
 from lorax_async.runtime.assembly import Assembly, StoreParts
 from lorax_async.runtime.folders import AdapterFolder
 from lorax_async.runtime.leases import Lease
 from lorax_async.runtime.placement import TIERS, Placement, TierName
+from lorax_async.runtime.prefetch import Prefetch
 from lorax_async.runtime.telemetry import Statistics
 from lorax_async.sources.base import Source
 from lorax_async.tracing import TRACE_LIMIT, Trace, Tracer, name_of
@@ -308,12 +308,21 @@ class AdapterLoader:
 
         They come after all waiting loads; `priority` and `timeout` are as for `load`, among
         prefetches. `tier` is "disk" (files on disk and checked), "host" (in memory; held there,
-        within `host_bytes`, if they are below an immutable `LocalRoot`), or "device".
+        within `host_bytes`, if they are below an immutable `LocalRoot`), or "device". If host
+        memory or the device cannot hold all of them, beside pinned adapters, the first ones are
+        loaded; `left_out` of the result has the others.
+
+        Raise `UsageError` for the tier "host" without `host_bytes`.
         """
         self._check_open()
         wanted = TIERS.get(tier)
         if wanted is None:
             raise UsageError(f"a tier is one of {', '.join(TIERS)}, not {tier!r}")
+        if wanted is WantedTier.HOST and not self.config.host_bytes:
+            raise UsageError(
+                "host_bytes=0 lets the host tier hold nothing; raise LoaderConfig(host_bytes=…), or"
+                " prefetch to 'disk'"
+            )
         seconds = self.config.seconds(timeout)
         refs = [as_ref(id) for id in ((ids,) if isinstance(ids, AdapterId) else ids)]
         return self._acquiring.prefetch(refs, wanted, seconds, priority)

@@ -12,9 +12,10 @@ from lorax_async.concurrency import Lifetime, context_call
 from lorax_async.config import StoreConfig
 from lorax_async.errors import ConfigError
 from lorax_async.ids import origins_of
-from lorax_async.runtime.acquire import BACKGROUND, BACKGROUND_SECONDS, Prefetch, PrioritySemaphore
+from lorax_async.runtime.acquire import BACKGROUND, BACKGROUND_SECONDS, PrioritySemaphore
 from lorax_async.runtime.assembly import StoreParts
 from lorax_async.runtime.folders import AdapterFolder, StoredAdapter
+from lorax_async.runtime.prefetch import Prefetch
 from lorax_async.sources.base import Source
 from lorax_async.types import AdapterId, Ref, as_ref
 
@@ -129,7 +130,7 @@ class AdapterStore:
         refs = [as_ref(id) for id in ((ids,) if isinstance(ids, AdapterId) else ids)]
         seconds = self.config.seconds(timeout)
 
-        async def fetch(ref: Ref) -> None:
+        async def fetch(ref: Ref, _: object) -> None:
             async with self._turns.turn(0, origins_of(ref)):
                 folder = await self._parts.folders.fetch(ref, seconds, urgent=False)
             folder.release()

@@ -180,6 +180,21 @@ async def test_a_string_needs_a_root(tmp_path: Path) -> None:
         await fails(there.load(AdapterRef(folder), revision="main"), errors.UsageError, "itself")
 
 
+async def test_a_missing_adapter_is_named_by_its_path(tmp_path: Path, monkeypatch: Patch) -> None:
+    """To the program, not to clients, whose ids are str."""
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    async with loader(local_roots=[tmp_path]) as there:
+        for name, words in (
+            ("gone", f"there is no such folder as '{tmp_path}/gone' (ENOENT)"),
+            ("empty", f"the folder '{tmp_path}/empty' has no adapter_config.json and no"),
+        ):
+            error = await fails(there.load(Path(name)), errors.AdapterNotFoundError)
+            assert words in str(error)
+            error = await fails(there.load(f"./{name}"), errors.AdapterNotFoundError)
+            assert str(tmp_path) not in str(error)
+
+
 async def test_where_one_adapter_is_and_which_are_nearest(tmp_path: Path) -> None:
     names = ["org/disk", "org/host", "org/device"]
     async with over(stocked(tmp_path, *names, holdable=True), host_bytes=1 << 20) as there:

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -188,11 +189,11 @@ async def test_close_ends_a_prefetch_wherever_it_is(tmp_path: Path) -> None:
     async with over(source, max_slots=1) as there:
         lease = await there.load("leased")
         source.hold("on the wire")
-        hints = [there.prefetch(["on the wire", "in the queue"])]
+        hints = [there.prefetch("on the wire"), there.prefetch("in the queue")]
         await until(lambda: state(there, "in the queue") == "present" and source.counts.brings == 3)
         hints += [there.prefetch(["just begun", lease.key, "leased"])]
         await asyncio.wait_for(there.close(timeout=0), 20)
-        found = [*hints[0].errors.items(), *hints[1].errors.items()]
+        found = [item for hint in hints for item in hint.errors.items()]
         assert dict(found).keys() >= {"on the wire", "in the queue", "just begun"}
         assert {type(error) for _, error in found} == {errors.LoaderClosedError}
         for hint in hints:
@@ -203,6 +204,77 @@ async def test_close_ends_a_prefetch_wherever_it_is(tmp_path: Path) -> None:
 
 
 NAMES = tuple(f"hint-{n}" for n in range(60))
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked", "kept"),
+    [
+        ({"max_slots": 4}, "01234567", "012"),
+        ({"device_bytes": 8 * ONE, "max_slots": 9}, ["0", "1", "large", "2", "3"], "01large2"),
+        ({"max_slots": 3}, ["missing", "2", "2", "pinned", "1", "0"], "2pinned1"),
+        ({"device_bytes": 4 * ONE, "max_slots": 9}, ["huge", *"01234"], "012"),
+    ],
+)
+async def test_the_first_ones_that_fit_stay_on_the_device(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    asked: Iterable[str],
+    kept: str,
+) -> None:
+    """In their order, although 0, 1 and 2 are opened late. The others are named, and evict nothing."""
+    source = stocked(tmp_path, *"01234567", "pinned", "idle")
+    for rank, name in ((16, "large"), (64, "huge")):
+        source.put(name, *tiny.files(tiny.write(tmp_path / name, rank=rank)))
+    plain_open = source.open
+
+    async def slow(key: AdapterKey, control: FetchControl) -> AdapterFile:
+        if key.location.removeprefix("memory:") in {"0", "1", "2"}:
+            await asyncio.sleep(0.05)
+        return await plain_open(key, control)
+
+    monkeypatch.setattr(source, "open", slow)
+    async with over(source, **settings) as there:
+        await there.pin("pinned")
+        (await there.load("idle")).release()  # it leaves for them
+        hint = there.prefetch([*asked])
+        await until(lambda: hint.done)
+        assert hint.errors.keys() == {"missing", "huge"} & {*asked}
+        wanted = [name for name in asked if name not in hint.errors]
+        assert hint.left_out == tuple(name for name in wanted if name not in kept)
+        assert [name for name in wanted if is_at(there, name, "device")] == [
+            name for name in wanted if name in kept
+        ]
+        assert f"{len(hint.left_out)} left out" in repr(hint)
+        assert not is_at(there, "idle", "device")
+        assert is_at(there, "pinned", "device")
+
+
+async def test_the_first_ones_that_fit_stay_in_host_memory(tmp_path: Path) -> None:
+    source = stocked(tmp_path, *"abcd", holdable=True)
+    nbytes = (tmp_path / "a" / WEIGHTS).stat().st_size
+    async with over(source, host_bytes=2 * nbytes) as there:
+        await there.prefetch("d", tier="host")
+        hint = there.prefetch([*"abc"], tier="host")
+        await hint
+        assert hint.left_out == ("c",)
+        assert [where(there, n).tier for n in "abd"] == ["host", "host", "disk"]
+    async with over(source, host_bytes=0) as there:
+        with pytest.raises(errors.UsageError, match=r"host_bytes=0 .* hold nothing; raise Loader"):
+            there.prefetch("a", tier="host")
+
+
+async def test_a_slow_one_does_not_hold_up_those_after_it(tmp_path: Path) -> None:
+    source = stocked(tmp_path, *"abc")
+    async with over(source, max_slots=2) as there:
+        source.hold("a")
+        hint = there.prefetch([*"abc"])
+        await until(lambda: is_at(there, "b", "device"))
+        assert not hint.done
+        source.allow("a")
+        await hint
+        assert is_at(there, "a", "device")
+        assert hint.left_out == ("c",)
 
 
 async def test_two_openings_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,7 +384,7 @@ async def test_what_was_prefetched_to_the_host_is_read_without_a_disk(tmp_path: 
 async def test_what_may_change_is_read_ahead_each_time(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "a", rank=64)
     weights = folder / WEIGHTS
-    async with loader(host_bytes=0) as there:
+    async with loader() as there:
         for _ in range(2):
             dropped(folder)
             await there.prefetch(folder, tier="host")

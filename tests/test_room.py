@@ -27,6 +27,8 @@ async def test_room_is_made_by_the_coldest_and_waited_for(tmp_path: Path) -> Non
             tiny.assert_equal_to_file(handle, tmp_path / name)
         caught = await fails(there.load("b", timeout=0.02), errors.AdapterTimeoutError)
         assert (caught.stage, caught.retryable) == ("queue", True)
+        for words in ("device's memory is in use", "'a' (1 handle of ", "'c' (1", "device_bytes"):
+            assert words in str(caught)
         waiting = asyncio.create_task(there.load("b"))
         await until(lambda: there.placement().usage.waiting == 1)
         held[0].release()
@@ -91,7 +93,8 @@ async def test_a_resident_adapter_has_its_time_and_goes_when_it_is_over(tmp_path
         there.subscribe(heard.append)
         (await there.load("a")).release()
         late = there.load("b", timeout=0.01)
-        assert (await fails(late, errors.AdapterTimeoutError)).stage == "queue"
+        caught = await fails(late, errors.AdapterTimeoutError, "all 1 slots are in use.*max_slots")
+        assert caught.stage == "queue"
         (await there.load("b", timeout=20)).release()
         await there.prefetch("c", timeout=20)
         times = [event.time for event in heard if isinstance(event, Resident | Leaving)]

@@ -19,6 +19,7 @@ from lorax_async.formats.strict_json import JsonValue, parse_object, quoted
 
 LENGTH_BYTES = 8
 _WHAT = "safetensors header"
+_LFS_POINTER = b"version https://git-lfs.github.com/"
 _RESAVE = "re-save the file with safetensors"
 _METADATA = "__metadata__"
 _MEMBERS = {"dtype", "shape", "data_offsets"}
@@ -105,6 +106,11 @@ def header_size(
         raise AdapterFormatError(
             f"{_WHAT}: the file has {min(file_size, len(first_eight))} bytes and cannot be a"
             " safetensors file; fetch it again"
+        )
+    if bytes(first_eight[: len(_LFS_POINTER)]) == _LFS_POINTER[: len(first_eight)]:
+        raise AdapterFormatError(
+            f"{_WHAT}: the file is a Git LFS pointer, not the weights; run `git lfs pull` in its"
+            " repository, or download the adapter with `hf download`"
         )
     size = int.from_bytes(first_eight[:LENGTH_BYTES], "little")
     if size > limits.max_header_bytes:

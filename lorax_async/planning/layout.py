@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
 from hashlib import sha256
@@ -62,13 +62,15 @@ class ModelLayout:
     `modules` may be given in any order; they are stored in layer order, stably sorted, and the
     position in this tuple indexes the device's tables. `dtype`, which the model computes in, is
     "F32", "F16" or "BF16". `backbone_prefix` is the prefix of the backbone's names in a model with
-    a head ("model."), or "". Raise `ConfigError` for inconsistent values.
+    a head ("model."), or "". `base` is the model's folder or hub id, for errors; it is not
+    compared. Raise `ConfigError` for inconsistent values.
     """
 
     modules: tuple[Module, ...]
     num_layers: int
     dtype: str = "BF16"
     backbone_prefix: str = ""
+    base: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         ordered = tuple(sorted(self.modules, key=lambda module: module.layer))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain
@@ -18,6 +19,7 @@ from lorax_async.formats.peft_names import (
     WEIGHT_DTYPES,
     TensorRole,
     compile_pattern,
+    layer_index,
     parse_tensor_name,
 )
 from lorax_async.formats.safetensors import Header, TensorSpan
@@ -61,6 +63,16 @@ def pair_tensors(
     of `target_modules` in `layers_to_transform`; `UnsupportedAdapterError` for a tensor, a dtype or
     a rank that is not supported.
     """
+    try:
+        return _pair(header, spec, layout, limits)
+    except IncompatibleAdapterError as error:
+        bases = _describe_bases(header.tensors, spec, layout)
+        raise IncompatibleAdapterError(f"{error.problem}; {bases}") from None
+
+
+def _pair(
+    header: Header, spec: AdapterSpec, layout: ModelLayout, limits: Limits
+) -> list[TensorPair]:
     places = _locate(header.tensors, layout)
     _require_dtypes(header.tensors)
     _require_targets(spec.targets, header.tensors, layout)
@@ -336,6 +348,30 @@ def _describe_mismatch(a: TensorSpan, b: TensorSpan, rank: int, module: Module) 
         f"{shorten(module.name, 200)} ({a.shape[1]} → {b.shape[0]},"
         f" the base's is {module.in_features} → {module.out_features})"
     )
+
+
+def _describe_bases(tensors: Sequence[TensorSpan], spec: AdapterSpec, layout: ModelLayout) -> str:
+    """Name the base that the adapter was trained on, and the loader's, with layers and sizes."""
+    layers, widths = [0], Counter[int]()
+    for span in tensors:
+        name = parse_tensor_name(span.name)
+        layers.append(layer_index(name.module) or 0)
+        if name.part is TensorRole.A and len(span.shape) == 2 and not name.embedding:
+            widths[span.shape[1]] += 1
+    own = Counter(module.in_features for module in layout.modules if not module.embedding)
+    trained, served = (
+        repr(shorten(name, 100)) if name else "a base without a name"
+        for name in (spec.base_model, layout.base)
+    )
+    return (
+        f"by its config the adapter is for {trained} (it has layers up to {max(layers)}, width"
+        f" {_most_common(widths)}); this loader serves {served} (layers up to"
+        f" {layout.num_layers - 1}, width {_most_common(own)})"
+    )
+
+
+def _most_common(sizes: Counter[int]) -> str:
+    return str(sizes.most_common(1)[0][0]) if sizes else "unknown"
 
 
 def _orphan_error(span: TensorSpan, missing: str) -> AdapterFormatError:

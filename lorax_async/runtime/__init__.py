@@ -1,7 +1,8 @@
 """The parts of one loader, between the API, the lifecycle's decisions and I/O.
 
     assembly         constructs, opens and closes the parts
-    acquire          a load, stream or pin within its deadline; prefetches
+    acquire          a load, stream, pin or prefetch within its deadline
+    prefetch         the loads of one prefetch, and which of them fit
     resolver         ids to adapter keys; equal requests share one resolve
     waiters          calls that wait for a load or an unload
     leases           leases, slot occupancies and their watermarks; pins

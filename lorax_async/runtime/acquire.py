@@ -5,23 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Coroutine,
-    Generator,
-    Hashable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import count
 from math import inf
-from types import MappingProxyType
 
 from lorax_async.cache.base import LeftoverError
 from lorax_async.errors import (
@@ -37,12 +26,15 @@ from lorax_async.errors import (
     Stage,
     UnsupportedAdapterError,
     UsageError,
+    shorten,
 )
 from lorax_async.ids import origins_of
-from lorax_async.lifecycle.adapter_state import WantedTier
+from lorax_async.lifecycle.adapter_state import GroupSizes, WantedTier
+from lorax_async.lifecycle.arena import Arena
 from lorax_async.runtime.digest_checks import DigestChecks
 from lorax_async.runtime.driver import Driver
 from lorax_async.runtime.leases import Lease
+from lorax_async.runtime.prefetch import ByteRoom, Prefetch, PrefetchPlace, PrefetchRoom, SlotRoom
 from lorax_async.runtime.resolver import Resolver
 from lorax_async.runtime.waiters import PendingLoad
 from lorax_async.types import AdapterKey, AdapterRef, MergedKey, Ref, RemoteKey, is_stale, text_of
@@ -157,79 +149,6 @@ class OrderedCalls:
                 before.add_done_callback(end)
 
 
-STARTS_PER_TURN = 8
-"""Loads started in one turn of the loop: thousands of ids must not block it."""
-
-
-class Prefetch:
-    """The loads started by `AdapterLoader.prefetch`. They need not be awaited.
-
-    Awaiting a prefetch waits until every adapter is at its tier, has failed or was cancelled, and
-    then raises the first error in the order of the ids. Cancelling the awaiting task does not
-    cancel the prefetch.
-    """
-
-    def __init__(
-        self, refs: Sequence[Ref], load: Callable[[Ref], Coroutine[None, None, None]]
-    ) -> None:
-        self._refs = refs
-        self._load = load
-        self._tasks: list[asyncio.Task[None]] = []
-        self._cancelled = False
-        self.task = asyncio.get_running_loop().create_task(self._run(), name="lorax prefetch")
-        """Done when all loads are."""
-
-    @property
-    def done(self) -> bool:
-        """Whether all loads have ended."""
-        started = self._cancelled or len(self._tasks) == len(self._refs)
-        return started and all(task.done() for task in self._tasks)
-
-    @property
-    def errors(self) -> Mapping[str, LoraxError]:
-        """The errors so far, by id."""
-        errors: dict[str, LoraxError] = {}
-        for ref, task in zip(self._refs, self._tasks, strict=False):
-            error = task.exception() if task.done() and not task.cancelled() else None
-            if isinstance(error, LoraxError):
-                errors[text_of(ref)] = error
-        return MappingProxyType(errors)
-
-    def cancel(self) -> None:
-        """Cancel the loads that have not ended; other calls for the same adapters go on."""
-        self._cancelled = True
-        for task in self._tasks:
-            task.cancel()
-
-    async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
-        for number, ref in enumerate(self._refs, 1):
-            if self._cancelled:
-                break
-            task = loop.create_task(self._load(ref), name=f"lorax prefetch {text_of(ref)}")
-            task.add_done_callback(_retrieve_error)
-            self._tasks.append(task)
-            if number % STARTS_PER_TURN == 0:
-                await asyncio.sleep(0)
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-
-    def __await__(self) -> Generator[object, None, None]:
-        yield from asyncio.wait([self.task]).__await__()
-        for error in self.errors.values():
-            raise error
-
-    def __repr__(self) -> str:
-        done = sum(task.done() for task in self._tasks)
-        return f"<Prefetch of {len(self._refs)} adapters, {done} of them done>"
-
-
-def _retrieve_error(task: asyncio.Task[None]) -> None:
-    """Retrieve a task's error, lest asyncio log it: a prefetch need not be awaited."""
-    if not task.cancelled():
-        task.exception()
-
-
 MAX_PRIORITY = 1_000_000
 """The largest absolute priority: levels must stay distinct when added to seconds of waiting."""
 
@@ -242,6 +161,9 @@ BACKGROUND_SECONDS = 1.0
 MAX_ATTEMPTS = 3
 """Attempts of one call, if an entry is evicted before it is read, or a partial download has other
 bytes than the source."""
+
+SHOWN = 4
+"""Adapters, and tasks of each, that the error of a queue's timeout names."""
 
 SETTLE_SECONDS = 0.05
 """Seconds without a change after which files count as completely saved."""
@@ -274,8 +196,13 @@ def require_priority(priority: int) -> None:
 
 @dataclass(slots=True)
 class _LoadAttempts:
-    """The attempts of one call that failed because of the cache, and whether it was reloaded."""
+    """The attempts of one call: the version and waiter of the last one.
 
+    `failed` counts those that failed because of the cache.
+    """
+
+    key: AdapterKey | None
+    waiter: PendingLoad | None = None
     failed: int = 0
     reloaded: bool = False
 
@@ -304,12 +231,20 @@ class Acquirer:
         self._prefetching: set[asyncio.Task[None]] = set()
 
     async def acquire(
-        self, ref: Ref, tier: WantedTier, seconds: float, *, priority: int, foreground: bool = True
+        self,
+        ref: Ref,
+        tier: WantedTier,
+        seconds: float,
+        *,
+        priority: int,
+        foreground: bool = True,
+        place: PrefetchPlace | None = None,
     ) -> Lease | None:
         """Wait until the adapter is at `tier`; return a lease for tiers that have one, else None.
 
         Also wait for the comparison with the digest in `ref`, unless streaming. On an error or a
-        cancellation the waiter is withdrawn.
+        cancellation the waiter is withdrawn. `place` is that in a prefetch of several, which may
+        leave it out.
         """
         require_priority(priority)
         name = "stream" if tier is WantedTier.STREAM else "load"
@@ -323,7 +258,10 @@ class Acquirer:
                     lease = self._driver.waiter_table.lease_resident(key)
                 if lease is None:
                     lease = await self._acquire(
-                        ref, key, tier, seconds, priority=priority, foreground=foreground
+                        *(ref, key, tier, seconds),
+                        priority=priority,
+                        foreground=foreground,
+                        place=place,
                     )
             except BaseException as error:
                 span.set(**_outcome_of(error))
@@ -350,55 +288,97 @@ class Acquirer:
         *,
         priority: int,
         foreground: bool,
+        place: PrefetchPlace | None,
     ) -> Lease | None:
         """Acquire through a waiter. A `known` key of local files is resolved only for a retry."""
-        key = ref if isinstance(ref, AdapterKey) else None
-        pending_load: PendingLoad | None = None
-        attempts = _LoadAttempts()
+        attempts = _LoadAttempts(ref if isinstance(ref, AdapterKey) else None)
         lease: Lease | None = None
         granted = False
-        waiter_table = self._driver.waiter_table
         deadline = asyncio.timeout(seconds)
         try:
             async with deadline:
                 while not granted:
-                    # The threads' queues are FIFO: a load must not queue behind thousands of
-                    # prefetches.
-                    async with nullcontext() if foreground else self._turn(ref, priority):
-                        if known is not None and known.files and pending_load is None:
-                            key = known
-                        else:
-                            key = await self._resolve(ref)
-                        self._check_open()  # closing fails only waiters that exist
-                        if isinstance(key, MergedKey) and not waiter_table.in_memory(key):
-                            self._driver.forget(key)  # its bytes have to be computed again
-                        pending_load = waiter_table.begin(
-                            key, tier, foreground=foreground, priority=priority
-                        )
-                        if not foreground:
-                            await self._driver.files.opened(key)
+                    if foreground:
+                        await self._begin(attempts, ref, known, tier, priority)
+                    elif not await self._begin_prefetch(attempts, ref, tier, priority, place):
+                        return None
+                    assert attempts.key is not None
+                    assert attempts.waiter is not None
                     try:
-                        lease = await self._wait_for_lease(pending_load, tier)
+                        lease = await self._wait_for_lease(attempts.waiter, tier)
                         granted = True
                     except AdapterError as error:
-                        waiter_table.abandon(pending_load)
-                        await self._require_retry(attempts, ref, key, error)
-                assert key is not None
-                await self._compare_digest(ref, key, tier, lease)
+                        self._driver.waiter_table.abandon(attempts.waiter)
+                        await self._require_retry(attempts, ref, attempts.key, error)
+                assert attempts.key is not None
+                await self._compare_digest(ref, attempts.key, tier, lease)
                 return lease
         except BaseException as error:
             late = deadline.expired() and isinstance(error, TimeoutError)
-            problem = self._timeout_error(ref, key, seconds, granted=granted) if late else error
-            if pending_load is not None:
-                waiter_table.abandon(pending_load)
+            problem: BaseException = error
+            if late:
+                problem = self._timeout_error(ref, attempts.key, seconds, granted=granted)
+            if attempts.waiter is not None:
+                self._driver.waiter_table.abandon(attempts.waiter)
             if isinstance(problem, LoraxError):
                 raise problem.located(id=text_of(ref)) from problem.__cause__
             if isinstance(problem, Exception):
                 raise InternalError(f"a load failed: {problem!r}", id=text_of(ref)) from problem
             raise
 
-    def _turn(self, ref: Ref, priority: int) -> AbstractAsyncContextManager[None]:
-        return self._turns.turn(priority, origins_of(ref))
+    async def _begin(
+        self,
+        attempts: _LoadAttempts,
+        ref: Ref,
+        known: AdapterKey | None,
+        tier: WantedTier,
+        priority: int,
+        *,
+        foreground: bool = True,
+    ) -> None:
+        """Resolve the ref and add its waiter."""
+        first = attempts.waiter is None
+        key = known if known is not None and known.files and first else await self._resolve(ref)
+        self._check_open()  # closing fails only waiters that exist
+        waiter_table = self._driver.waiter_table
+        if isinstance(key, MergedKey) and not waiter_table.in_memory(key):
+            self._driver.forget(key)  # its bytes have to be computed again
+        attempts.key = key
+        attempts.waiter = waiter_table.begin(key, tier, foreground=foreground, priority=priority)
+
+    async def _begin_prefetch(
+        self,
+        attempts: _LoadAttempts,
+        ref: Ref,
+        tier: WantedTier,
+        priority: int,
+        place: PrefetchPlace | None,
+    ) -> bool:
+        """Add the waiter of a prefetch, and wait until it is opened; return False if left out.
+
+        Of several, each wants its files first, for it is not known earlier whether it will fit.
+        """
+        place = place if attempts.waiter is None else None
+        first_tier = tier if place is None else WantedTier.DISK
+        # The threads' queues are FIFO: a load must not queue behind thousands of prefetches.
+        async with self._turns.turn(priority, origins_of(ref)):
+            if place is not None and place.is_hopeless():
+                return False
+            await self._begin(attempts, ref, None, first_tier, priority, foreground=False)
+            assert attempts.key is not None
+            await self._driver.files.opened(attempts.key)
+        opening = attempts.waiter
+        if place is None or opening is None:
+            return True
+        admitted = await place.admit(attempts.key)
+        if admitted and not _has_failed(opening.future):
+            self._check_open()
+            attempts.waiter = self._driver.waiter_table.begin(
+                attempts.key, tier, foreground=False, priority=priority
+            )
+        if not admitted or attempts.waiter is not opening:
+            self._driver.waiter_table.abandon(opening)
+        return admitted
 
     async def _require_retry(
         self, attempts: _LoadAttempts, ref: Ref, key: AdapterKey, error: AdapterError
@@ -544,13 +524,33 @@ class Acquirer:
         """Start one task per ref; `stop` waits for those that are left."""
         require_priority(priority)
 
-        async def load(ref: Ref) -> None:
-            await self.acquire(ref, tier, seconds, priority=priority, foreground=False)
+        async def load(ref: Ref, place: PrefetchPlace | None) -> None:
+            await self.acquire(ref, tier, seconds, priority=priority, foreground=False, place=place)
 
-        prefetch = Prefetch(refs, load)
+        prefetch = Prefetch(refs, load, self._room(tier))
         self._prefetching.add(prefetch.task)
         prefetch.task.add_done_callback(self._prefetching.discard)
         return prefetch
+
+    def _room(self, tier: WantedTier) -> PrefetchRoom | None:
+        """Return the room of a tier for a new prefetch; None if it has no limit."""
+        driver = self._driver
+        states, budgets = driver.lifecycle.states, driver.lifecycle.budgets
+
+        def needs(key: AdapterKey) -> GroupSizes | None:
+            state = states.get(key)
+            return None if state is None else state.needs
+
+        if tier is WantedTier.HOST:
+            room = ByteRoom(budgets.host.nbytes, lambda sizes: sizes.file_nbytes * sizes.holdable)
+            return PrefetchRoom(room, needs)
+        if tier is not WantedTier.DEVICE:
+            return None
+        occupancies = driver.lease_table.occupancies.items()
+        pinned = {key: held.grant for key, held in occupancies if states[key].pins}
+        arena = Arena(budgets.device.arena.nbytes, driver.device.alignment)
+        slots = SlotRoom(budgets.device.max_slots, arena, list(pinned.values()))
+        return PrefetchRoom(slots, needs, kept=pinned)
 
     async def stop(self) -> None:
         """Wait for prefetches, once closing has failed their waiters."""
@@ -563,14 +563,41 @@ class Acquirer:
         driver = self._driver
         stage: Stage = "resolve" if key is None else driver.lifecycle.stage(key)
         life = None if key is None else driver.lifecycle.states.get(key)
+        why = f"; {self._describe_holders()}" if stage == "queue" else ""
         return AdapterTimeoutError(
-            f"it was not ready within {seconds:g} s",
+            f"it was not ready within {seconds:g} s{why}",
             id=text_of(ref),
             key=key,
             attempt=life.attempt if life is not None else 0,
             stage="verify" if granted else stage,
             story=() if key is None else driver.telemetry.story(key),
         )
+
+    def _describe_holders(self) -> str:
+        """Say who holds the slots, and what to raise."""
+        driver = self._driver
+        device, states = driver.lifecycle.budgets.device, driver.lifecycle.states
+        held: list[str] = []
+        for key in driver.lease_table.occupancies:
+            leases, pins = driver.lease_table.leases.get(key, ()), states[key].pins
+            holders = sorted({lease.holder or "no task" for lease in leases})
+            count = "1 handle" if len(leases) == 1 else f"{len(leases)} handles"
+            by = [f"{count} of {', '.join(holders[:SHOWN])}"] if leases else []
+            by += ["pinned"] if pins else []
+            if by:
+                id = next((lease.id for lease in leases if lease.id), str(key))
+                held.append(f"{shorten(id, 60)!r} ({'; '.join(by)})")
+        full = device.slots_used == device.max_slots
+        what = f"all {device.max_slots} slots are" if full else "the device's memory is"
+        more = f" and {len(held) - SHOWN} more" if len(held) > SHOWN else ""
+        return (
+            f"{what} in use, by {', '.join(held[:SHOWN]) or 'loads'}{more}; release handles sooner,"
+            f" unpin, or raise {'max_slots' if full else 'device_bytes'}"
+        )
+
+
+def _has_failed(future: asyncio.Future[Lease | None]) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is not None
 
 
 def _outcome_of(error: BaseException) -> dict[str, object]:

@@ -12,8 +12,8 @@ from operator import itemgetter
 from lorax_async.errors import AdapterTimeoutError, InternalError, LoraxError
 from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
-from lorax_async.runtime.acquire import Prefetch
 from lorax_async.runtime.placement import TierName
+from lorax_async.runtime.prefetch import Prefetch
 from lorax_async.scheduler.requests import AdapterQueue, Clock, TimerHandle, Urgency
 from lorax_async.types import MAX_SECONDS, AdapterKey
 
@@ -231,7 +231,7 @@ class LoadQueue:
             self._failed(load_task.queue, error)
 
     def _hint(self, load_task: LoadTask, tier: TierName) -> None:
-        if tier in load_task.hints:
+        if tier in load_task.hints or (tier == "host" and not self._loader.config.host_bytes):
             return
         ref = load_task.queue.ref
         assert ref is not None

@@ -32,6 +32,7 @@ from lorax_async.errors import (
     IntegrityError,
     InvalidAdapterIdError,
     UsageError,
+    shorten,
 )
 from lorax_async.files import (
     FilePosition,
@@ -253,7 +254,7 @@ def find_adapter(place: LocalFolder, roots: Sequence[str], limits: Limits) -> Ad
             with suppress(OSError):  # a link may not be read, as in another process's /proc
                 real_path = os.path.realpath(path)
             if inside is None or _is_inside(real_path, inside):
-                problems.append(_folder_problem(error))
+                problems.append(_folder_problem(error, real_path if place.trusted else ""))
     # A path outside the roots decides for all, whether it exists or not.
     if len(problems) == len(paths) > 0:
         raise problems[0]
@@ -298,14 +299,16 @@ def _is_inside(real_path: str, roots: Sequence[str]) -> bool:
     return any(real_path == root or real_path.startswith(root.rstrip("/") + "/") for root in roots)
 
 
-def _folder_problem(error: OSError) -> AdapterError:
+def _folder_problem(error: OSError, path: str) -> AdapterError:
+    """Return our error for a folder that cannot be opened; name the path unless it is empty."""
     if isinstance(error, PermissionError):
         return AccessDeniedError(
             f"the adapter's folder may not be entered by this process ({code_of(error)}); give it"
             " permission"
         )
     if error.errno in _ABSENT:
-        return AdapterNotFoundError(f"there is no such folder ({code_of(error)})")
+        named = f" as {shorten(path, 500)!r}" if path else ""
+        return AdapterNotFoundError(f"there is no such folder{named} ({code_of(error)})")
     return FetchError(f"the adapter's folder cannot be opened ({code_of(error)})")
 
 
@@ -313,6 +316,11 @@ class _LocatedFolder(NamedTuple):
     folder: FilePosition
     real_path: str
     trusted: bool
+
+    @property
+    def _name(self) -> str:
+        # Another id may come from a client, who need not know where folders lie.
+        return f"the folder {shorten(self.real_path, 500)!r}" if self.trusted else "the folder"
 
     def key(self, limits: Limits) -> AdapterKey:
         """Check the folder and its files: config and weights, or an index and several files."""
@@ -334,9 +342,9 @@ class _LocatedFolder(NamedTuple):
             )
         else:
             names = f"{CONFIG} and no {WEIGHTS}" if config is None else WEIGHTS
-            raise AdapterNotFoundError(f"the folder has no {names}")
+            raise AdapterNotFoundError(f"{self._name} has no {names}")
         if config is None:
-            raise AdapterNotFoundError(f"the folder has no {CONFIG}")
+            raise AdapterNotFoundError(f"{self._name} has no {CONFIG}")
         return AdapterKey(self.real_path, (config, *rest))
 
     def _split(self, count: int, limits: Limits) -> Iterator[FileIdentity]:

@@ -270,7 +270,15 @@ SIZES = {
     "7 bytes and cannot be": [(b"\2\0\0\0\0\0\0", 7)],
     "10 bytes and ends inside its header of 3": [(b"\3\0\0\0\0\0\0\0", 10)],
     "a header of 2,097,153 bytes is over": [((2**21 + 1).to_bytes(8, "little"), 2**30)],
-    "or this is no safetensors file": [(b"\xff" * 8, 2**63), (b"PK\3\4\0\0\0\0", 2**40)],
+    "is a Git LFS pointer, not the weights; run `git lfs pull`": [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", 132),
+        (b"version https", 132),
+    ],
+    "or this is no safetensors file": [
+        (b"version 1.0 of my weights", 25),
+        (b"\xff" * 8, 2**63),
+        (b"PK\3\4\0\0\0\0", 2**40),
+    ],
     "only 9 of its 10 bytes could be read": [(b"\2\0\0\0\0\0\0\0{", 10)],
 }
 

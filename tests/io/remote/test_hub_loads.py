@@ -246,6 +246,7 @@ BASE |= {"num_attention_heads": 4, "head_dim": 16, "intermediate_size": 64, "dty
 async def test_a_loader_for_a_base_of_the_hub_or_in_a_folder(hub: Hub, tmp_path: Path) -> None:
     """The base's config is asked for once, and stays in huggingface_hub's cache."""
     folder, files = tiny.write(tmp_path / "adapter"), {"config.json": json.dumps(BASE).encode()}
+    other = tiny.write(tmp_path / "other", layers=6, base_model_name_or_path="org/other")
     hub.put("org/base", files, private_token=TOKEN)
     (tmp_path / "config.json").write_bytes(files["config.json"])
     on_hub, offline = (
@@ -264,6 +265,12 @@ async def test_a_loader_for_a_base_of_the_hub_or_in_a_folder(hub: Hub, tmp_path:
             tiny.assert_equal_to_file(handle, folder)
             module = there.layout.index("model.layers.1.mlp.up_proj")
             assert there.tables.rank[module, handle.slot.index] == 4
+            bases = (
+                r"for 'org/other' \(it has layers up to 5, width 32\); this loader serves '.+'"
+                r" \(layers up to 3, width 32\)"
+            )
+            error = await fails(there.load(other), errors.IncompatibleAdapterError, bases)
+            assert f"serves '{there.layout.base}'" in str(error)
     assert len(hub.asked_for("GET", "config.json")) == 1
     there = await opening(str(tmp_path))
     await there.close()
