@@ -119,6 +119,10 @@ def test_a_replica_that_is_gone_is_not_chosen_whatever_it_published() -> None:
     assert router.choose("org/a") == []
 
 
+def test_an_id_that_is_not_unicode_has_a_place_too() -> None:
+    assert policy().choose("\ud800", 3) == policy().choose("\ud800", 3)
+
+
 def test_replicas_without_room_are_the_last_choices() -> None:
     router = policy(FLEET[:2])
     route(router, ["org/hot"] * 100)

@@ -22,7 +22,7 @@ from lorax_async.engines.ray.replicas import PublishedAdapters, join_fleet
 from lorax_async.server.app import create_app
 from lorax_async.server.server_settings import ServerSettings
 from lorax_async.server.service import ServedModel, ServerCapacity, open_service
-from lorax_async.types import as_ref, text_of
+from lorax_async.types import MAX_ID_BYTES, as_ref, text_of
 
 ROUTER = "lorax_async.engines.ray.router:AdapterRouter"
 
@@ -136,11 +136,14 @@ class AdapterIngress:
 
 
 def adapter_of(body: bytes) -> str:
-    """Return the `model` of a request's body; "" if there is none, which a server refuses."""
+    """Return the `model` of a request's body; "" if that is no name, which a server refuses.
+
+    Routers hash names, and remember them: one that is too long or has no UTF-8 is "" here.
+    """
     with suppress(ValueError, RecursionError):
         members = json.loads(body)
         if isinstance(members, dict) and isinstance(model := members.get("model"), str):
-            return model
+            return model if len(model.encode()) <= MAX_ID_BYTES else ""
     return ""
 
 

@@ -11,7 +11,7 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from lorax_async.config import LoaderConfig
-from lorax_async.server.ray_serve import AdapterServer
+from lorax_async.server.ray_serve import AdapterServer, adapter_of
 from server.world import llama_config, tokenizer
 
 REQUEST = {"model": "b", "prompt": "once", "max_tokens": 40, "stream": True}
@@ -54,3 +54,10 @@ async def test_nothing_is_left_of_a_request_whose_client_leaves(
     await close(server)
     del server, response
     gc.collect()
+
+
+def test_what_is_no_name_is_routed_as_no_adapter() -> None:
+    """It would stay in each router's memory, or fail there, where nobody answers the request."""
+    assert adapter_of(b'{"model": "org/sql"}') == "org/sql"
+    bodies = b'{"model": "\\ud800"}', b'{"model": "%s"}' % (b"x" * 5_000), b'{"model": 1}', b"["
+    assert {adapter_of(body) for body in bodies} == {""}

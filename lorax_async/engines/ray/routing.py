@@ -95,7 +95,7 @@ class HashRing:
 
 def hash_text(text: str) -> int:
     """Return 64 bits that are the same in every process."""
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest())
+    return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
 class RoutingPolicy:

@@ -3,6 +3,8 @@
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from server.world import llama_config, tokenizer
 
 pytestmark = [pytest.mark.timeout(1800), pytest.mark.filterwarnings("ignore")]  # Ray's own
 
+JSON = {"Content-Type": "application/json"}
 PROMPT, TOKENS = "once upon", 40
 PEFT = {"r": 8, "lora_alpha": 64}
 
@@ -59,6 +62,9 @@ def test_openais_client_gets_pefts_text_from_replicas(world: World, tmp_path: Pa
         chunks = client.completions.create(model=name, stream=True, **asked)
         assert "".join(chunk.choices[0].text for chunk in chunks) == answered
     assert {model.id for model in client.models.list()} == {"b", "one", "two"}
+    url = f"{client.base_url}completions"
+    with pytest.raises(HTTPError, match="400"):  # and not silence: no router can read the name
+        urlopen(Request(url, b'{"model": "\\ud800", "prompt": "x"}', JSON), timeout=60)
     with pytest.raises(openai.APIStatusError) as refused:
         client.completions.create(model="org/other", **asked)
     assert refused.value.status_code == 404
