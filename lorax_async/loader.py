@@ -44,6 +44,9 @@ E = TypeVar("E", bound=Event | CallEvent)
 class AdapterLoader:
     """Loads LoRA adapters for one base model onto one device without blocking the event loop.
 
+    Use it as an async context manager. It belongs to the event loop and the process that entered
+    it; from other threads, use `asyncio.run_coroutine_threadsafe`.
+
     Parameters
     ----------
     layout
@@ -57,9 +60,6 @@ class AdapterLoader:
     ------
     ConfigError
         If the platform is not Linux, or settings contradict each other or the layout.
-
-    Use it as an async context manager. It belongs to the event loop and the process that entered
-    it; from other threads, use `asyncio.run_coroutine_threadsafe`.
     """
 
     def __init__(

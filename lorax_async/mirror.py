@@ -73,6 +73,8 @@ class AdapterMirror:
     credentials is served only to a member that proves that it was given the adapter with
     credentials that this cache knows from the source, too.
 
+    Use it as an async context manager, on the event loop of its store. It serves in threads.
+
     Parameters
     ----------
     store
@@ -86,8 +88,6 @@ class AdapterMirror:
     ------
     ConfigError
         An argument is malformed, or the store has no peers. `OSError` where it cannot listen.
-
-    Use it as an async context manager, on the event loop of its store. It serves in threads.
     """
 
     def __init__(

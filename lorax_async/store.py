@@ -27,7 +27,8 @@ class AdapterStore:
         async with store.checkout("org/sql-adapter") as folder:
             engine.add_lora(folder.path)
 
-    It needs no base model and no device. Several processes may share its cache.
+    It needs no base model and no device. Several processes may share its cache. It belongs to the
+    event loop and the process that entered it.
 
     Parameters
     ----------
@@ -40,9 +41,6 @@ class AdapterStore:
     ------
     ConfigError
         If the platform is not Linux.
-
-    Use it as an async context manager. It belongs to the event loop and the process that entered
-    it.
     """
 
     def __init__(self, config: StoreConfig | None = None, *, source: Source | None = None) -> None:

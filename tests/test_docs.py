@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -39,6 +40,7 @@ from server.world import llama_config, tokenizer
 pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
 
 Capture = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
 
 ROOT = Path(__file__).parent.parent
 README, DOCS = ROOT / "README.md", ROOT / "docs"
@@ -81,7 +83,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 class Session:
-    """Runs the programs of a page in their order, with the same names, as `python -m asyncio`."""
+    """Runs the programs of a page in their order, with the same names, as `IPython does."""
 
     def __init__(self, page: Path, capsys: Capture) -> None:
         self.page, self.names = page, dict[str, Any]()
@@ -135,7 +137,7 @@ def session(capsys: Capture) -> Iterator[Opening]:
 
 
 @pytest.fixture
-def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def clone(tmp_path: Path, monkeypatch: Patch) -> Path:
     """A folder with the clone's examples, in which the pages' programs run."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
@@ -151,30 +153,55 @@ def test_the_readmes_program_prints_what_stands_below_it(session: Opening) -> No
 @pytest.mark.slow
 @pytest.mark.usefixtures("nothing_left", "clone")
 def test_the_programs_about_loading_run(session: Opening) -> None:
-    batch, fifty, _, room, _, files = session(DOCS / "loading.md").play_all()
+    page = session(DOCS / "loading.md")
+    batch = page.play()
+    assert page.skip().code.strip() in (ROOT / "examples" / "fifty_on_eight.py").read_text()
+    _, room, _, files = page.play_all()
     shape, base, pirate, shout = batch.splitlines()
     assert shape == "torch.Size([8, 576])"
     assert [text.startswith("Arr") for text in (base, pirate)] == [False, True]
     assert [text.isupper() for text in (base, shout)] == [False, True]
-    assert fifty
     assert [line.split()[:2] for line in room.splitlines() if "sql" in line] == [
         ["./sql", "device"]
     ]
     assert "adapters/sql" in files
 
 
-@pytest.mark.usefixtures("nothing_left", "clone")
-def test_an_engine_of_ones_own_computes_what_peft_does(session: Opening) -> None:
-    printed = "".join(session(DOCS / "engine.md").play_all())
-    assert printed.split() == ["True"] * 3
+PRINTED = {
+    "own_engine": [
+        rf"{way}: as PEFT computes it: True" for way in ("by modules", "by tables", "streamed")
+    ],
+    "training_loop": [rf"step {n}: loss \d\.\d\d, another version: True" for n in range(3)]
+    + ["as PEFT computes it: True", "the old handle kept its version: True"],
+    "fifty_on_eight": ["100 answers, 50 adapters, 8 slots", r"evictions: \d+"],
+    "merges": ["linear: rank 12, of 8 and 4; 120 modules", "on the device: True"],
+    "prometheus": [r"lorax_moved_bytes_total 921600\.0"],
+    "tensor_parallel": [rf"rank {n}: A \(4, 576\), B \(288, 4\)" for n in range(2)]
+    + ["as on one device: True"],
+    "scheduler": [r"(\d rows of .*\n)+tokens: 4 4 4"],
+}
+"""What the examples print, as patterns."""
 
 
-@pytest.mark.usefixtures("nothing_left", "clone")
-def test_a_training_loop_pushes_its_weights(session: Opening) -> None:
-    (printed,) = session(DOCS / "training.md").play_all()
-    *steps, same, kept = printed.splitlines()
-    assert [step.partition(":")[0] for step in steps] == ["step 0", "step 1", "step 2"]
-    assert all(line.endswith("True") for line in (*steps, same, kept))
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("name", PRINTED)
+def test_an_example_runs(name: str, capsys: Capture, tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    assert re.fullmatch("\n".join(PRINTED[name]) + "\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("page", "example"), [("engine", "own_engine"), ("training", "training_loop")]
+)
+def test_a_page_shows_an_example(page: str, example: str) -> None:
+    """In its order and as it is, so that what runs is what is read; and what it prints."""
+    code, end = (ROOT / "examples" / f"{example}.py").read_text(), 0
+    for block in blocks(DOCS / f"{page}.md"):
+        end = code.index(block.code.strip(), end) + len(block.code.strip())
+    shown = (DOCS / f"{page}.md").read_text()
+    for line in PRINTED[example]:
+        assert re.search(f"^    {line}$", shown, re.MULTILINE)
 
 
 @pytest.mark.usefixtures("nothing_left", "clone")
@@ -186,9 +213,7 @@ def test_the_programs_of_a_page_run(session: Opening, name: str, clone: Path) ->
 
 
 @pytest.fixture
-def hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub_client: Path
-) -> Iterator[dict[str, str]]:
+def hub(tmp_path: Path, monkeypatch: Patch, hub_client: Path) -> Iterator[dict[str, str]]:
     """A stand-in for the hub, which new stores ask; the commits of its adapters, by name."""
     del hub_client
     variant = {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": False}

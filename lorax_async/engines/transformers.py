@@ -141,7 +141,7 @@ def attach(model: nn.Module, loader: AdapterLoader) -> AttachedModel:
     """Make the model's modules apply the adapters of `loader`, row by row.
 
     Only the modules' `forward` changes, not names, parameters, `state_dict`, hooks or tied weights.
-    Takes milliseconds, on the loader's event loop.
+    Takes milliseconds, on the loader's event loop. The model is unchanged after an error.
 
     `model` is the base that `loader.held_layout` describes: `nn.Linear` and transformers' `Conv1D`
     modules with inputs `[rows, tokens, features]`, and embeddings with inputs `[rows, tokens]`.
@@ -153,8 +153,6 @@ def attach(model: nn.Module, loader: AdapterLoader) -> AttachedModel:
         Modules, shapes, dtype or device of model and loader do not fit each other.
     UsageError
         The model is attached already, or the loader is closed or belongs to another loop.
-
-    The model is unchanged after an error.
     """
     device, tables = loader.device, loader.tables
     loop = asyncio.get_running_loop()

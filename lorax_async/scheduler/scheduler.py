@@ -376,8 +376,9 @@ class AdapterScheduler:
 
         Returns
         -------
-        The requests whose results do not count: those in `again`, and those whose adapter is
-        reloaded because its files changed while they were read.
+        Collection[Ticket]
+            The requests whose results do not count: those in `again`, and those whose adapter is
+            reloaded because its files changed while they were read.
 
         Raises
         ------
