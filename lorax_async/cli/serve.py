@@ -42,7 +42,7 @@ from lorax_async.cli.command_line import (
     run_on_uvloop,
 )
 from lorax_async.cli.serve_logging import add_logging, log_step, logging_to
-from lorax_async.config import Checking, Eviction, Limits, LoaderConfig, MiB
+from lorax_async.config import Checking, Eviction, Limits, LoaderConfig, LocalRoot, MiB, Root
 from lorax_async.errors import AdapterError, ConfigError, shorten
 from lorax_async.ids import Allow
 from lorax_async.sources.local import CONFIG, find_trusted_adapter
@@ -70,6 +70,16 @@ def add_to(add: AddParser) -> None:
     )
     parser = add_command(add, "serve", about, _serve, more)
     add_base(parser, required=True)
+    _add_models(parser)
+    _add_listening(parser)
+    _add_capacity(parser)
+    _add_loading(parser)
+    add_caches(parser)
+    add_logging(parser)
+
+
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    """Add what requests may name, and how it answers."""
     parser.add_argument(
         "--adapters",
         nargs="+",
@@ -89,6 +99,15 @@ def add_to(add: AddParser) -> None:
         " one organisation, with your token. Without it, requests can name --adapters only",
     )
     parser.add_argument(
+        "--immutable-root",
+        action="append",
+        type=as_immutable_root,
+        default=[],
+        metavar="DIR",
+        help="a --source DIR whose files are never changed in place nor cut short, so that they may"
+        " stay mapped, within --host-bytes; repeatable",
+    )
+    parser.add_argument(
         "--offline",
         action="store_true",
         help="use no network: take adapters from folders and caches only",
@@ -99,6 +118,28 @@ def add_to(add: AddParser) -> None:
         metavar="FILE",
         help="load the adapters listed in FILE at the start, and keep the list up to date",
     )
+    parser.add_argument(
+        "--served-model-name",
+        metavar="NAME",
+        help="the base's name in requests (default: the last part of --base)",
+    )
+    parser.add_argument(
+        "--generation-config",
+        choices=("auto", "none"),
+        default="auto",
+        help="where requests do not say how to sample: as the base's generation_config.json does"
+        " (auto, the default), or as OpenAI does (none)",
+    )
+    parser.add_argument(
+        "--chat-template",
+        type=Path,
+        metavar="FILE",
+        help="a chat template (Jinja) in place of the base's",
+    )
+
+
+def _add_listening(parser: argparse.ArgumentParser) -> None:
+    """Add where it listens, and to whom."""
     parser.add_argument("--host", default="127.0.0.1", help="listen at (default: %(default)s)")
     parser.add_argument(
         "--port",
@@ -124,27 +165,11 @@ def add_to(add: AddParser) -> None:
         " machine cannot see; without either, no key)",
     )
     parser.add_argument(
-        "--generation-config",
-        choices=("auto", "none"),
-        default="auto",
-        help="where requests do not say how to sample: as the base's generation_config.json does"
-        " (auto, the default), or as OpenAI does (none)",
-    )
-    parser.add_argument(
         "--root-path",
         default="",
         metavar="PATH",
         help="the path below which a proxy has the server, as /llm",
     )
-    parser.add_argument(
-        "--served-model-name",
-        metavar="NAME",
-        help="the base's name in requests (default: the last part of --base)",
-    )
-    _add_capacity(parser)
-    _add_loading(parser)
-    add_caches(parser)
-    add_logging(parser)
 
 
 def _add_capacity(parser: argparse.ArgumentParser) -> None:
@@ -230,6 +255,14 @@ def as_source(text: str) -> Allow | Path:
     return Path(text)
 
 
+def as_immutable_root(text: str) -> LocalRoot:
+    """Parse a folder whose files stay as they are, for argparse."""
+    try:
+        return LocalRoot(text, immutable=True)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(error.problem) from None
+
+
 def request_sources(arguments: argparse.Namespace) -> tuple[Allow, ...]:
     """Return the remote places that `--source` opens to requests; folders are in `local_roots`."""
     return tuple(source for source in arguments.source if isinstance(source, Allow))
@@ -243,9 +276,10 @@ def server_loader_settings(
     All of the hub is allowed: the operator may load any adapter later. Requests are limited to
     `request_sources`.
     """
-    folders = tuple(source for source in arguments.source if isinstance(source, Path))
+    folders: list[Root] = [source for source in arguments.source if isinstance(source, Path)]
     arguments.allow = [*request_sources(arguments), Allow("hub")]
-    return loader_settings(arguments, refs) | {"local_roots": folders}
+    roots = (*folders, *getattr(arguments, "immutable_root", ()))
+    return loader_settings(arguments, refs) | {"local_roots": roots}
 
 
 def _serve(arguments: argparse.Namespace, terminal: Terminal) -> int:
@@ -259,7 +293,7 @@ def _serve(arguments: argparse.Namespace, terminal: Terminal) -> int:
             with log_step("preparing the base model"):
                 folder = base_folder(arguments.base, lambda _: None)
         with log_step("loading the base model"):
-            model = _load_base(folder, config, with_sampling=arguments.generation_config == "auto")
+            model = _load_base(arguments, folder, config)
         if arguments.device_bytes is None:
             config = replace(config, device_bytes=choose_device_bytes(model.model, config))
         tune_process()
@@ -289,6 +323,8 @@ def _read_settings(
         raise ConfigError(f"--base: there is no folder {base}")
     if arguments.warm is not None:
         read_warm_list(arguments.warm)
+    if arguments.chat_template is not None:
+        _read_template(arguments.chat_template)
     with _listener(arguments) as listener:
         allowed_hosts = choose_hosts(listener, arguments.host, arguments.allowed_hosts)
     name = "smollm2" if base == "smollm2" else Path(base).resolve().name
@@ -318,14 +354,16 @@ def _read_settings(
     return settings, config, capacity
 
 
-def _load_base(folder: Path, config: LoaderConfig, *, with_sampling: bool) -> ServedModel:
+def _load_base(arguments: argparse.Namespace, folder: Path, config: LoaderConfig) -> ServedModel:
     from lorax_async.server.engine import Sampling  # noqa: PLC0415
     from lorax_async.server.server_log import log_event  # noqa: PLC0415
     from lorax_async.server.service import ServedModel  # noqa: PLC0415
 
     model = ServedModel.load(folder, dtype=str(config.dtype), device=config.device)
     plain = Sampling()
-    if not with_sampling:
+    if arguments.chat_template is not None:
+        model.tokenizer.chat_template = _read_template(arguments.chat_template)
+    if arguments.generation_config == "none":
         model = replace(model, sampling=plain)
     if model.sampling != plain:
         values = {
@@ -333,6 +371,13 @@ def _load_base(folder: Path, config: LoaderConfig, *, with_sampling: bool) -> Se
         }
         log_event("sampling by generation_config.json", **values)
     return model
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--chat-template: {path} cannot be read: {error}") from error
 
 
 # -- memory ---------------------------------------------------------------------------------------
@@ -455,7 +500,8 @@ def _announce(
 
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    sources = " ".join(map(_source_text, arguments.source)) or "none"
+    places = [*arguments.source, *(root.path for root in arguments.immutable_root)]
+    sources = " ".join(map(_source_text, places)) or "none"
     key = "needed" if settings.api_keys else "not needed"
     log_event("serving", url=url, names=1 + len(settings.adapters), sources=sources, api_key=key)
     if arguments.json:

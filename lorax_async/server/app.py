@@ -115,43 +115,12 @@ def create_app(service: Service) -> Starlette:
     async def ignore_disconnect(_: Request, __: Exception) -> Response:
         return Response(status_code=GONE)
 
-    async def show_file(content: bytes, kind: str, _: Request) -> Response:
-        return Response(content, headers=SAFE | {"content-type": f"{kind}; charset=utf-8"})
-
-    def route(path: str, handler: Handler, method: str = "GET") -> Route:
-        return Route(path, partial(handler, service), methods=[method])
-
-    def api_route(path: str, endpoint: Callable[..., Any], method: str = "GET") -> Route:
-        return Route(path, endpoint, methods=[method], middleware=api_key)
-
-    api_key = [Middleware(RequireApiKey, settings)]
-
     count = service.metrics.count_request
     middleware = [Middleware(RequestObserver, count, settings.root_path)]
     if settings.allowed_hosts is not None:
         middleware.append(Middleware(AllowedHosts, settings.allowed_hosts, settings.slow_client))
     return Starlette(
-        routes=[
-            api_route("/v1/models", partial(list_models, service)),
-            api_route("/v1/models/{name:path}", partial(describe_model, service)),
-            api_route("/v1/completions", CompletionEndpoint(service, CompletionBody), "POST"),
-            api_route("/v1/chat/completions", CompletionEndpoint(service, ChatBody), "POST"),
-            route("/v1/load_lora_adapter", load_adapter, "POST"),
-            route("/v1/unload_lora_adapter", unload_adapter, "POST"),
-            route("/v1/adapters", list_adapters),
-            api_route("/tokenize", partial(tokenize, service), "POST"),
-            api_route("/detokenize", partial(detokenize, service), "POST"),
-            route("/health", show_health),
-            route("/ping", show_health),
-            route("/version", show_version),
-            route("/metrics", show_metrics),
-            *(
-                Route(path, partial(show_file, file.read_bytes(), kind))
-                for path, (file, kind) in FILES.items()
-            ),
-            Route("/page/events", PageEvents(service), methods=["GET"]),
-            route("/page/trace.json", show_trace),
-        ],
+        routes=_routes(service),
         middleware=middleware,
         exception_handlers={
             LoraxError: refuse,
@@ -161,6 +130,42 @@ def create_app(service: Service) -> Starlette:
             Exception: refuse,  # starlette raises it again afterwards, so that it is logged
         },
     )
+
+
+def _routes(service: Service) -> list[Route]:
+    """Blocks while it reads the page's files."""
+    api_key = [Middleware(RequireApiKey, service.settings)]
+
+    async def show_file(content: bytes, kind: str, _: Request) -> Response:
+        return Response(content, headers=SAFE | {"content-type": f"{kind}; charset=utf-8"})
+
+    def route(path: str, handler: Handler, method: str = "GET") -> Route:
+        return Route(path, partial(handler, service), methods=[method])
+
+    def api_route(path: str, endpoint: Callable[..., Any], method: str = "GET") -> Route:
+        return Route(path, endpoint, methods=[method], middleware=api_key)
+
+    return [
+        api_route("/v1/models", partial(list_models, service)),
+        api_route("/v1/models/{name:path}", partial(describe_model, service)),
+        api_route("/v1/completions", CompletionEndpoint(service, CompletionBody), "POST"),
+        api_route("/v1/chat/completions", CompletionEndpoint(service, ChatBody), "POST"),
+        route("/v1/load_lora_adapter", load_adapter, "POST"),
+        route("/v1/unload_lora_adapter", unload_adapter, "POST"),
+        route("/v1/adapters", list_adapters),
+        api_route("/tokenize", partial(tokenize, service), "POST"),
+        api_route("/detokenize", partial(detokenize, service), "POST"),
+        route("/health", show_health),
+        route("/ping", show_health),
+        route("/version", show_version),
+        route("/metrics", show_metrics),
+        *(
+            Route(path, partial(show_file, file.read_bytes(), kind))
+            for path, (file, kind) in FILES.items()
+        ),
+        Route("/page/events", PageEvents(service), methods=["GET"]),
+        route("/page/trace.json", show_trace),
+    ]
 
 
 # -- models, health, metrics ----------------------------------------------------------------------

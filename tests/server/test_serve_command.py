@@ -36,7 +36,7 @@ from lorax_async.cli.serve import (
     serve_commands,
     server_loader_settings,
 )
-from lorax_async.config import Limits, LoaderConfig
+from lorax_async.config import Limits, LoaderConfig, LocalRoot
 from lorax_async.errors import ConfigError
 from lorax_async.ids import Allow
 from lorax_async.server.engine import Sampling
@@ -148,9 +148,10 @@ def test_adapters_that_have_no_name_are_refused(tmp_path: Path) -> None:
 def test_sources_are_places_that_requests_may_name(tmp_path: Path) -> None:
     https, s3 = "https://files.example/loras/", "s3://bucket/loras/"
     given = [as_source(text) for text in (str(tmp_path), https, s3)]
-    arguments = argparse.Namespace(source=given)
+    immutable = [LocalRoot(tmp_path, immutable=True)]
+    arguments = argparse.Namespace(source=given, immutable_root=immutable)
     found = server_loader_settings(arguments, [])
-    assert found["local_roots"] == (tmp_path,)
+    assert found["local_roots"] == (tmp_path, *immutable)
     web = Allow("https", "files.example", prefix="loras/", private=True)
     places = (web, Allow("s3", "bucket", prefix="loras/"))
     assert request_sources(arguments) == places
@@ -161,7 +162,14 @@ def test_options_that_are_none_are_refused(capsys: Capture) -> None:
     for text in ("hub:org", "no/such/folder", "ftp://host/"):
         with pytest.raises(argparse.ArgumentTypeError):
             as_source(text)
-    for option in ("--timeout=0", "--timeout=nan", "--max-rank=0", "--host-bytes=-1", "--verify=x"):
+    for option in (
+        "--immutable-root=no/such",
+        "--timeout=0",
+        "--timeout=nan",
+        "--max-rank=0",
+        "--host-bytes=-1",
+        "--verify=x",
+    ):
         with pytest.raises(SystemExit):
             main(["serve", "--base", "smollm2", option])
         assert f"argument {option.partition('=')[0]}: " in capsys.readouterr().err
@@ -277,6 +285,8 @@ def test_missing_files_and_places_are_told(
         ("--adapters", "{0}/all", "{0}/all/broken: .*adapter_model.safetensors"),
         ("--adapters", str(whole / "adapter_config.json"), "there is no folder"),
         ("--adapters", "all/whoel", "there is no folder all/whoel"),  # it could be on the hub
+        ("--chat-template", "{0}/none", "{0}/none cannot be read"),
+        ("--chat-template", "{0}/empty", "{0}/empty cannot be read"),
         ("--root-path", "llm", "root_path must be a path as /llm"),
         ("--warm", "{0}/none/warm", "create the folder {0}/none"),
         ("--warm", "{0}/file/warm", r"cannot be read \(Not a directory\)"),

@@ -163,9 +163,10 @@ def test_a_process_tells_its_life_in_json(base: Path) -> None:
     options = ["--base", str(base), "--adapters", str(base / "loras"), "--max-slots", "1"]
     options += ["--port", "0", "--json", "--log-format", "json", "--served-model-name", "tiny"]
     options += ["--eviction", "lfu", "--verify", "before_use", "--max-rank", "4", "--timeout", "9"]
-    command = [sys.executable, "-m", "lorax_async", "serve", *options]
+    (base / "template").write_text("{{ messages[0].content }}!")
+    options += ["--chat-template", str(base / "template"), "--immutable-root", str(base / "loras")]
     env = os.environ | {"LORAX_API_KEY": "a-secret-key", "OMP_WAIT_POLICY": "passive"}
-    pipe = subprocess.PIPE
+    command, pipe = [sys.executable, "-m", "lorax_async", "serve", *options], subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, env=env, text=True) as process:
         assert process.stdout is not None
         told = json.loads(process.stdout.readline())
@@ -174,6 +175,11 @@ def test_a_process_tells_its_life_in_json(base: Path) -> None:
         with OpenAI(base_url=url, api_key="a-secret-key", http_client=http) as client:
             for model in ("one", "two", "tiny"):
                 client.completions.create(model=model, prompt="x", max_tokens=2)
+            client.completions.create(model="./one", prompt="x", max_tokens=2)
+            chat: Any = [{"role": "user", "content": "four"}]
+            answer = client.chat.completions.create(model="tiny", messages=chat, max_tokens=2)
+            assert answer.usage
+            assert answer.usage.prompt_tokens == len("four!")
             with pytest.raises(NotFoundError, match="The model `three` does not exist"):
                 client.completions.create(model="three", prompt="x")
         process.send_signal(signal.SIGTERM)
@@ -187,7 +193,7 @@ def test_a_process_tells_its_life_in_json(base: Path) -> None:
     assert max((after - before).total_seconds() for before, after in waits) < 5
     rest = [line["event"] for line in lines[serving:]]
     assert rest[:2] == ["serving", "loaded"]
-    assert [rest.count(name) for name in ("request", "loaded", "left the device")] == [4, 2, 1]
+    assert [rest.count(name) for name in ("request", "loaded", "left the device")] == [6, 3, 2]
     assert rest[-3:] == ["closing", "closed", "stopped"]
     steps = {line["step"] for line in lines if line["event"] == "starting"}
     assert {"importing the server", "loading the base model"} <= steps
