@@ -278,7 +278,7 @@ def test_a_server_is_made_from_its_parts(session: Opening) -> None:
     page.skip()  # the tutorial's server answers it
     page.play_all()
     model: Any = LlamaForCausalLM(llama_config())
-    base = ServedModel(model, tokenizer(), frozenset())
+    base = ServedModel(model.eval(), tokenizer(), frozenset())
 
     async def play() -> None:
         listener = page.names["listen"]("127.0.0.1", 0)
