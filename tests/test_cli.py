@@ -57,6 +57,27 @@ def test_load_reports_each_adapter(tmp_path: Path, capsys: Capture) -> None:
     assert "UnsupportedAdapterError: adapter" in captured.err
 
 
+def test_torch_is_imported_when_needed_and_ctrl_c_meanwhile_is_one_line(tmp_path: Path) -> None:
+    """A module by torch's name stands for a user who presses it while torch is imported."""
+    (tmp_path / "torch.py").write_text("import os\nos.kill(os.getpid(), 2)\n")
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths, "XDG_CACHE_HOME": str(tmp_path)}
+
+    def run(*words: str) -> tuple[int, str]:
+        command = [sys.executable, "-m", "lorax_async", *words]
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, timeout=60
+        )
+        return done.returncode, done.stderr
+
+    for words in (["--help"], ["--version"], ["cache", "ls"], ["timeline", "--help"]):
+        assert run(*words) == (0, "")
+    code, complaint = run("timeline", "gone.json", "-o", "x.html")
+    assert code == 1
+    assert "gone.json: No such file or directory" in complaint
+    assert run("load", "x", "--base", "y") == (130, "interrupted\n")
+
+
 def test_load_takes_turns_where_room_is_short(tmp_path: Path, capsys: Capture) -> None:
     names = ("pirate", "shout", "json")
     options = ["--base", base(tmp_path / "base"), "--device-bytes"]

@@ -39,6 +39,7 @@ asyncio.get_event_loop_policy()
 torch_modules = set(sys.modules)
 before = state()
 import lorax_async
+lorax_async.AdapterLoader
 after = state()
 ours = logging.getLogger("lorax_async")
 print(json.dumps({

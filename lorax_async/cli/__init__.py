@@ -17,14 +17,22 @@ every other package; no package imports this one.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import io
 import os
 import sys
 from collections.abc import Sequence
 
-from lorax_async.cli import cache_commands, demo, inspect, load, plan, serve, timeline
-from lorax_async.cli.command_line import FAILED, INTERRUPTED, Command, Terminal, require_rich
+from lorax_async.cli.command_line import (
+    ABOUTS,
+    FAILED,
+    INTERRUPTED,
+    Command,
+    Terminal,
+    describe_os_error,
+    require_rich,
+)
 from lorax_async.errors import LoraxError
 
 EPILOG = """\
@@ -39,18 +47,23 @@ Results go to stdout, progress to stderr and only to a terminal.
 """
 
 
+_MODULES = {"fetch": "cache_commands", "cache": "cache_commands", "demo-remote": "demo"}
+"""Where commands are that have no module of their own name."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status.
 
     Raises `SystemExit` for --help, --version and wrong usage.
     """
-    arguments = _parser().parse_args(argv)
-    command: Command = arguments.command
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # its encoding may lack characters
     terminal = Terminal(sys.stdout, sys.stderr)
     try:
+        words = sys.argv[1:] if argv is None else argv
+        arguments = _parser(words).parse_args(words)
+        command: Command = arguments.command
         if not arguments.json or sys.stderr.isatty():
             require_rich()
         return command(arguments, terminal)
@@ -65,20 +78,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except OSError as error:
-        terminal.complain(str(error))
+        terminal.complain(describe_os_error(error))
         return FAILED
 
 
-def _parser() -> argparse.ArgumentParser:
+class _ShowVersion(argparse.Action):
+    """Look for the version only if it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        sys.stdout.write(f"lorax-async {importlib.metadata.version('lorax-async')}\n")
+        parser.exit()
+
+
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """Return the parser of the command in `words`: the module of no other one is imported."""
     parser = argparse.ArgumentParser(
         prog="lorax-async",
         description="Loads LoRA adapters (PEFT's format) into a running LLM server.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    version = importlib.metadata.version("lorax-async")
-    parser.add_argument("--version", action="version", version=f"lorax-async {version}")
+    help = "show program's version number and exit"
+    parser.add_argument("--version", action=_ShowVersion, nargs=0, help=help)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (inspect, load, cache_commands, demo, serve, plan, timeline):
+    named = next((word for word in words if word in ABOUTS), None)
+    if named is not None:
+        module = importlib.import_module(f"lorax_async.cli.{_MODULES.get(named, named)}")
         module.add_to(commands.add_parser)
+    for name, about in ABOUTS.items():
+        if name not in commands.choices:
+            commands.add_parser(name, help=about)
     return parser

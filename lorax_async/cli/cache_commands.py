@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lorax_async.cache.base import EntryRecord
 from lorax_async.cache.disk_cache import DiskCache, Freed, Listed, Verified, gc, ls, rm, verify
 from lorax_async.cli.command_line import (
+    ABOUTS,
     FAILED,
     ID_HELP,
     OK,
@@ -40,9 +42,11 @@ from lorax_async.config import StoreConfig
 from lorax_async.errors import InvalidAdapterIdError, LoraxError, UsageError, shorten
 from lorax_async.ids import parse_ref
 from lorax_async.lifecycle.policies import policy
-from lorax_async.runtime.folders import AdapterFolder
-from lorax_async.store import AdapterStore
 from lorax_async.types import MAX_SECONDS, AdapterRef, RemoteKey
+
+if TYPE_CHECKING:
+    from lorax_async.runtime.folders import AdapterFolder
+    from lorax_async.store import AdapterStore
 
 AT_ONCE = 4
 """Concurrent fetches: they share the connections."""
@@ -61,7 +65,7 @@ def add_to(add: AddParser) -> None:
         "Every ID is allowed as it stands. Loaders with the same caches use the fetched files. An"
         f" interrupted fetch is resumed by the next one. {TOKENS}"
     )
-    about = "download adapters into the disk cache and verify them; no base model is needed"
+    about = ABOUTS["fetch"]
     parser = add_command(add, "fetch", about, _fetch, more)
     parser.add_argument("ids", type=as_id, nargs="+", metavar="ID", help=ID_HELP)
     parser.add_argument(
@@ -72,7 +76,7 @@ def add_to(add: AddParser) -> None:
     add_sources(parser)
     add_caches(parser)
 
-    about = "list, verify and clean the adapter cache"
+    about = ABOUTS["cache"]
     more = (
         "These commands never create the folder: a missing one is an empty cache. Loaders may use"
         " it at the same time. For the standard hub cache, use huggingface_hub's `hf cache`."
@@ -168,7 +172,9 @@ async def fetch_all(config: StoreConfig, rows: Sequence[FetchRow], show: Show) -
 
     Call `show` for each row every `REPORT_SECONDS`, and at the end.
     """
-    slots = asyncio.Semaphore(AT_ONCE)
+    from lorax_async.store import AdapterStore  # noqa: PLC0415 (slow: it imports torch)
+
+    store, slots = AdapterStore(config), asyncio.Semaphore(AT_ONCE)
 
     async def run(row: FetchRow) -> None:
         async with slots:
@@ -183,7 +189,7 @@ async def fetch_all(config: StoreConfig, rows: Sequence[FetchRow], show: Show) -
             show_all()
             await asyncio.sleep(REPORT_SECONDS)
 
-    async with AdapterStore(config) as store, asyncio.TaskGroup() as group:
+    async with store, asyncio.TaskGroup() as group:
         reporting = group.create_task(report(), name="report")
         async with asyncio.TaskGroup() as fetching:
             for row in rows:

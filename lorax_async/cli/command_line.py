@@ -6,15 +6,14 @@ import argparse
 import asyncio
 import importlib.util
 import json
+import os
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar, get_args
 
-from lorax_async import layouts
 from lorax_async.config import DTYPES, HubCache, parse_size
-from lorax_async.engines.smollm2 import prepare_base
 from lorax_async.errors import ConfigError, InvalidAdapterIdError, LoraxError, shorten
 from lorax_async.ids import (
     Allow,
@@ -25,8 +24,6 @@ from lorax_async.ids import (
     names_pull_request,
     parse_ref,
 )
-from lorax_async.planning.layout import ModelLayout
-from lorax_async.sources.local import CONFIG
 from lorax_async.types import AdapterRef
 from lorax_async.urls import InvalidUrlError, parse_folder_url
 
@@ -34,8 +31,23 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.progress import Progress, TaskID
 
+    from lorax_async.planning.layout import ModelLayout
+
 OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 """Exit statuses. argparse exits with `REFUSED` on wrong usage."""
+
+ABOUTS = {
+    "inspect": "describe an adapter, and list every reason to refuse it",
+    "load": "load adapters, all at once, and report times",
+    "fetch": "download adapters into the disk cache and verify them; no base model is needed",
+    "cache": "list, verify and clean the adapter cache",
+    "demo": "load three adapters into a small model and let them answer in one batch",
+    "demo-remote": "load the demo's adapters over a slow link and show when each layer is ready",
+    "serve": "serve a base model and its adapters to OpenAI clients",
+    "plan": "compute how many adapters fit, and how often they would be found on the device",
+    "timeline": "draw a trace: when each layer was copied and computed, and how much these overlap",
+}
+"""The commands, and what each does."""
 
 AddParser = Callable[..., argparse.ArgumentParser]
 Command = Callable[[argparse.Namespace, "Terminal"], int]
@@ -236,6 +248,8 @@ def read_layout(base: str, terminal: Terminal) -> ModelLayout:
 
     Raises `ConfigError` if there is none.
     """
+    from lorax_async import layouts  # noqa: PLC0415 (slow)
+
     with terminal.steps() as report:
         report("reading the base's config")
         return layouts.from_pretrained(base_folder(base, report))
@@ -243,11 +257,15 @@ def read_layout(base: str, terminal: Terminal) -> ModelLayout:
 
 def base_folder(base: str, report: Callable[[str], None]) -> Path:
     """Return the folder of `--base`; prepare that of "smollm2". Blocks."""
+    from lorax_async.engines.smollm2 import prepare_base  # noqa: PLC0415 (slow)
+
     return prepare_base(progress=report) if base == "smollm2" else Path(base)
 
 
 def adapter_folders(folder: Path) -> list[Path]:
     """Return `folder` if it is an adapter, else the adapters in it. Raises `ConfigError`."""
+    from lorax_async.sources.local import CONFIG  # noqa: PLC0415 (slow)
+
     if (folder / CONFIG).exists():
         return [folder]
     folders = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
@@ -410,6 +428,12 @@ def format_age(seconds: float) -> str:
         if seconds >= length:
             return f"{seconds // length:.0f} {unit}"
     return f"{seconds:.0f} s"
+
+
+def describe_os_error(error: OSError) -> str:
+    """Return a text without Python's "[Errno 2]"."""
+    place = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+    return f"{place}{error.strerror or error}"
 
 
 def in_ms(seconds: float | None) -> float | None:

@@ -23,6 +23,7 @@ from typing import Any, Self
 
 from lorax_async import layouts
 from lorax_async.cli.command_line import (
+    ABOUTS,
     OK,
     AddParser,
     ProgressBars,
@@ -70,13 +71,13 @@ _RANGE = re.compile(r"bytes=([0-9]{1,15})-([0-9]{1,15})")
 
 
 def add_to(add: AddParser) -> None:
-    about = "load three adapters into a small model and let them answer in one batch"
+    about = ABOUTS["demo"]
     parser = add_command(add, "demo", about, _demo)
     parser.add_argument(
         "--prompt", metavar="TEXT", help="what to ask (default: what all three know)"
     )
     _add_adapters(parser)
-    about = "load the demo's adapters over a slow link and show when each layer is ready"
+    about = ABOUTS["demo-remote"]
     more = (
         "This process serves them on loopback at 1.4 MB/s, into an empty, temporary cache. With"
         " --base, prompts run through that model, each layer as soon as the adapter's layer is"

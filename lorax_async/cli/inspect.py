@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 from lorax_async import layouts
 from lorax_async.cli.command_line import (
+    ABOUTS,
     ID_HELP,
     OK,
     REFUSED,
@@ -238,7 +239,7 @@ def _find_targets(
 
 
 def add_to(add: AddParser) -> None:
-    about = "describe an adapter, and list every reason to refuse it"
+    about = ABOUTS["inspect"]
     more = f"Of a remote adapter, config and header are downloaded, and not kept. {TOKENS}"
     parser = add_command(add, "inspect", about, _inspect, more)
     parser.add_argument(

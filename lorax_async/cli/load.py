@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from lorax_async.cli.command_line import (
+    ABOUTS,
     ID_HELP,
     TOKENS,
     AddParser,
@@ -239,7 +240,7 @@ def add_to(add: AddParser) -> None:
         "Each adapter is released once it is resident, so that with a small --device-bytes one"
         f" makes room for the next. {TOKENS}"
     )
-    about = "load adapters, all at once, and report times"
+    about = ABOUTS["load"]
     parser = add_command(add, "load", about, _load, more)
     parser.add_argument(
         "paths",

@@ -17,6 +17,7 @@ from random import Random
 from typing import Any
 
 from lorax_async.cli.command_line import (
+    ABOUTS,
     OK,
     AddParser,
     Terminal,
@@ -237,7 +238,7 @@ def _parse_integer(value: object, what: str, path: Path) -> int:
 
 
 def add_to(add: AddParser) -> None:
-    about = "compute how many adapters fit, and how often they would be found on the device"
+    about = ABOUTS["plan"]
     more = (
         "Nothing is loaded: requests are simulated, one after the other, with the loader's own"
         " budgets and each of its eviction policies."

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from lorax_async import layouts
 from lorax_async.cli.command_line import (
+    ABOUTS,
     ID_HELP,
     OK,
     SIZE_HELP,
@@ -61,7 +62,7 @@ token's bookkeeping may take, and several threads wait in turn."""
 
 
 def add_to(add: AddParser) -> None:
-    about = "serve a base model and its adapters to OpenAI clients"
+    about = ABOUTS["serve"]
     more = (
         "A request's `model` is the base's name, a name in --adapters, or an id below a --source;"
         " other ids are refused without a look-up."

@@ -17,17 +17,19 @@ from dataclasses import dataclass
 from html import escape
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lorax_async.cli.command_line import OK, AddParser, Terminal, add_command
+from lorax_async.cli.command_line import ABOUTS, OK, AddParser, Terminal, add_command
 from lorax_async.errors import ConfigError, UsageError
-from lorax_async.loader import AdapterLoader
+
+if TYPE_CHECKING:
+    from lorax_async.loader import AdapterLoader
 
 IMAGES = (".png", ".svg")
 
 
 def add_to(add: AddParser) -> None:
-    about = "draw a trace: when each layer was copied and computed, and how much these overlap"
+    about = ABOUTS["timeline"]
     more = "Record one with loader.trace(), or with --trace of other commands."
     parser = add_command(add, "timeline", about, _timeline, more)
     parser.add_argument("file", type=Path, metavar="FILE", help="a trace, in Chrome's format")
