@@ -29,7 +29,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from user_loads import at, contents
 
 import lorax_async
-from common import until
 from engines.variants import PEFT_WARNING, save
 from lorax_async import AdapterLoader, AdapterScheduler, Batch, LoaderConfig, Request, layouts
 from lorax_async.cli import main
@@ -284,12 +283,14 @@ def test_a_server_is_made_from_its_parts(session: Opening) -> None:
         listener = page.names["listen"]("127.0.0.1", 0)
         port = listener.getsockname()[1]
         serving = asyncio.create_task(page.names["main"](base, listener))
-        await until(lambda: answers(port) or serving.done())
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(
             b"GET /v1/models/pirate HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
         )
-        assert b" 200 " in await reader.readline()
+        response = asyncio.create_task(reader.readline())
+        await asyncio.wait([response, serving], return_when=asyncio.FIRST_COMPLETED)
+        assert not serving.done()
+        assert b" 200 " in await response
         writer.close()
         serving.cancel()
         await asyncio.wait([serving])
@@ -303,6 +304,22 @@ def test_the_reference_has_every_public_name() -> None:
     whole = {"events", "errors"} & documented  # modules with all that is in them
     of_modules = {name for module in whole for name in vars(getattr(lorax_async, module))}
     assert set(lorax_async.__all__) <= documented | of_modules
+
+
+@pytest.mark.slow
+def test_a_plan_is_what_the_page_shows(clone: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    page = (DOCS / "capacity.md").read_text()
+    found = re.search(r"^    \$ lorax-async (.* 2500x64 .*)\n((?:    .+\n)+)", page, re.MULTILINE)
+    assert found is not None
+    llama = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336}
+    llama |= {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+    (clone / "llama-3-8b").mkdir()
+    config = json.dumps(llama | {"vocab_size": 128256, "dtype": "bfloat16"})
+    (clone / "llama-3-8b" / "config.json").write_text(config)
+    monkeypatch.setenv("COLUMNS", "119")
+    assert main(shlex.split(found[1])) == 0
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert all(line.split() in printed for line in found[2].splitlines())
 
 
 @contextmanager
