@@ -1,6 +1,8 @@
 """GET /metrics, read by Prometheus' own parser, after requests known by hand."""
 
 import asyncio
+import json
+import re
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -10,7 +12,7 @@ from openai import APIStatusError
 from starlette.types import Receive, Scope, Send
 
 import tiny
-from lorax_async.errors import FetchError
+from lorax_async.errors import FetchError, LoraxError
 from lorax_async.server.monitoring import ObservedTokens, ServerMetrics
 from lorax_async.server.server_log import RequestObserver
 from lorax_async.server.server_settings import ModelNames
@@ -18,6 +20,7 @@ from metrics.scraping import Samples, of, parsed
 from server.world import FakeEngine, World, failing, request, serving
 from tiny_loaders import fails, loader
 
+ROOT = Path(__file__).parents[2]
 INFO = "vllm:lora_requests_info"
 NONE = "max_lora=4,running_lora_adapters=,waiting_lora_adapters="
 
@@ -202,3 +205,30 @@ async def test_behind_a_proxy_paths_may_have_its_prefix() -> None:
     assert counted == {f"call={call}": n for call, n in calls.items()} | {
         "call=other,status=404": 2
     }
+
+
+async def test_the_dashboard_asks_for_what_there_is(tmp_path: Path) -> None:
+    """Each metric of a query, with the labels by which it is grouped, chosen or named."""
+    folder = tiny.write(tmp_path / "sql")
+    async with serving(adapters={"sql": folder}) as world:
+        await world.client.completions.create(model="sql", prompt="x")
+        (await world.service.loader.load(folder)).release()
+        await fails(world.service.loader.load(tiny.write(tmp_path / "b", layers=9)), LoraxError)
+        samples = await scraped(world)
+    labels: dict[str, set[str]] = {}
+    for sample in samples:
+        name, _, inner = sample.partition("{")
+        labels[name] = set(re.findall(r"(\w+)=", inner))
+    board = json.loads((ROOT / "examples/grafana/lorax-async.json").read_text())
+    targets = [target for panel in board["panels"] for target in panel["targets"]]
+    assert len(targets) > 20
+    for target in targets:
+        names = re.findall(r"\b(?:lorax_|vllm:)\w+", target["expr"])
+        assert names
+        asked = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
+        asked |= set(re.findall(r"(\w+)=~?\"", target["expr"]))
+        for grouped in re.findall(r"(?:by|without|ignoring) ?\(([\w, ]+)\)", target["expr"]):
+            asked |= set(re.split(", *", grouped))
+        for name in names:
+            assert name in labels, name
+            assert asked <= labels[name], (name, asked)

@@ -102,7 +102,7 @@ def test_a_prompt_makes_a_tier_change(
         names = page.locator("#adapters .name").all_inner_texts()
         assert sorted(names) == ["broken", "json", "pirate", "shout"]
         assert page.get_by_role("combobox").input_value() == "smollm2"
-        has(page, "shout", "not here")
+        has(page, "shout", "not loaded")
         row(page, "shout").click()
         times = ask(page)
         assert re.search(r"after [\d.]+ m?s; \d+ tokens, [\d.]+ tokens/s", times)

@@ -73,7 +73,7 @@ function showRow(id, row) {
   const filling = row.state === "filling" && row.layers;
   item.firstElementChild.replaceChildren(
     text("name", row.name),
-    text(`tier ${row.tier}`, row.tier === "source" ? "not here" : row.tier),
+    text(`tier ${row.tier}`, row.tier === "source" ? "not loaded" : row.tier),
     text("more", details(row)),
     ...(filling ? [bar(row.layers)] : []),
   );
