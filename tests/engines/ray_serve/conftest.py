@@ -191,6 +191,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         # A replica that does not answer in time is passed over, and machines are busy.
         patch.setenv("RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S", "10")
         patch.setenv("RAY_SERVE_MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S", "10")
+        # The proxy is killed three times this after its start; a fresh venv has no compiled code.
+        patch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("PYTHONPATH", f"{HERE.parents[1]}", prepend=":")
         world = World(root, origin, hub)
