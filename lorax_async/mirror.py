@@ -64,9 +64,9 @@ Fetch = tuple[CacheKey, str]
 class AdapterMirror:
     """Serves the adapters in a store's cache to the other members of its fleet.
 
-    store = AdapterStore(StoreConfig(peers=peers))
-    async with store, AdapterMirror(store, host=address) as mirror:
-        peers.members = [mirror.url, …]
+        store = AdapterStore(StoreConfig(peers=peers))
+        async with store, AdapterMirror(store, host=address) as mirror:
+            peers.members = [mirror.url, …]
 
     An adapter that the cache has not is downloaded from its source first, with this machine's own
     credentials. Every request needs the fleet's token; an adapter that no source gave away without

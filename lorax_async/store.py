@@ -23,9 +23,9 @@ from lorax_async.types import AdapterId, Ref, as_ref
 class AdapterStore:
     """Keeps adapters as verified PEFT folders on disk, for an engine that reads files.
 
-    async with AdapterStore(StoreConfig()) as store:
-        async with store.checkout("org/sql-adapter") as folder:
-            engine.add_lora(folder.path)
+        async with AdapterStore(StoreConfig()) as store:
+            async with store.checkout("org/sql-adapter") as folder:
+                engine.add_lora(folder.path)
 
     It needs no base model and no device. Several processes may share its cache. It belongs to the
     event loop and the process that entered it.

@@ -6,10 +6,10 @@
   a LoRAX model;
 - `batches`: segments and addresses of a batch; LoRAX's batch on SGMV kernels.
 
-config = await LoraConfig.load_async("org/sql-adapter", None)
-with await WeightsFile.open_async("org/sql-adapter", None) as file:
-    module_map, names = config.map_weights_for_model(file, model.weight_names)
-    weights = await LoraWeights.load_async(config, model, module_map, "q_proj", names)
+    config = await LoraConfig.load_async("org/sql-adapter", None)
+    with await WeightsFile.open_async("org/sql-adapter", None) as file:
+        module_map, names = config.map_weights_for_model(file, model.weight_names)
+        weights = await LoraWeights.load_async(config, model, module_map, "q_proj", names)
 """
 
 from lorax_async.adapters.batches import (
