@@ -6,6 +6,7 @@ import argparse
 import gc
 import importlib
 import json
+import logging
 import os
 import shlex
 import socket
@@ -505,6 +506,9 @@ def _announce(
     sources = " ".join(map(_source_text, places)) or "none"
     key = "needed" if settings.api_keys else "not needed"
     log_event("serving", url=url, names=1 + len(settings.adapters), sources=sources, api_key=key)
+    if not (settings.api_keys or ip_address(host).is_loopback):
+        open_to_all = f"other machines may use this server without a key; {API_KEY} sets one"
+        log_event(open_to_all, level=logging.WARNING)
     if arguments.json:
         terminal.json({"url": url, "models": [settings.base, *settings.adapters]})
         return

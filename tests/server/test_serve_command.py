@@ -406,6 +406,24 @@ def test_adapters_have_a_quarter_of_what_is_free_at_most_what_slots_can_use(
     assert 0 < serve.free_bytes("cpu") < total
 
 
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [([], False), (["--host", "0.0.0.0"], True), (["--host", "0.0.0.0", "--api-key", "k"], False)],
+)
+def test_a_server_open_to_other_machines_is_warned_of(
+    whole: Path, capsys: Capture, monkeypatch: Patch, options: list[str], warned: bool
+) -> None:
+    async def serve_nobody(service: object, listener: object, *, ready: Callable[[], None]) -> None:
+        ready()
+
+    monkeypatch.setattr(serve, "tune_process", lambda: None)
+    monkeypatch.setattr("lorax_async.server.app.serve", serve_nobody)
+    assert main(["serve", "--base", str(whole), "--port", "0", "--json", *options]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["models"] == [whole.name]
+    assert ("LORAX_API_KEY sets one" in told.err) is warned
+
+
 def test_a_length_of_nothing_is_refused(whole: Path, capsys: Capture, monkeypatch: Patch) -> None:
     monkeypatch.setattr(serve, "tune_process", lambda: None)
     options = ["--port", "0", "--json", "--max-length", "0"]
