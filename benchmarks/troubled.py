@@ -23,15 +23,12 @@ class FailingReader:
         self._inner = inner
         self.nbytes = inner.nbytes
 
-    def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
-        if offset >= self.nbytes // 2:
-            raise FetchError("the disk was told to fail")
-        self._inner.read_into(buffers, offset)
-
-    def read_rows(self, buffer: memoryview, offset: int, rows: int, pitch: int) -> None:
+    def read_into(
+        self, buffers: Sequence[memoryview], offset: int, rows: int = 1, pitch: int = 0
+    ) -> None:
         if offset + (rows - 1) * pitch >= self.nbytes // 2:
             raise FetchError("the disk was told to fail")
-        self._inner.read_rows(buffer, offset, rows, pitch)
+        self._inner.read_into(buffers, offset, rows, pitch)
 
     def close(self) -> None:
         self._inner.close()

@@ -34,20 +34,12 @@ class FetchControl:
         self.urgent = urgent
         self.refused: LoraxError | None = None
         """The error of a check that refused the bytes received so far."""
-        self._cancelled = Event()
+        self.cancelled = False
+        """Whether the fetch is no longer needed; check it between chunks."""
         self._watchers: list[Callable[[], None]] = []
 
-    @property
-    def cancelled(self) -> bool:
-        """Whether the fetch is no longer needed; check it between chunks."""
-        return self._cancelled.is_set()
-
-    def wait(self, seconds: float) -> bool:
-        """Block until the fetch is cancelled; return False after `seconds`."""
-        return self._cancelled.wait(seconds)
-
     def cancel(self) -> None:
-        self._cancelled.set()
+        self.cancelled = True
         for changed in tuple(self._watchers):
             changed()
 

@@ -43,18 +43,14 @@ class Reader(Protocol):
     def nbytes(self) -> int:
         """Size of the file."""
 
-    def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
+    def read_into(
+        self, buffers: Sequence[memoryview], offset: int, rows: int = 1, pitch: int = 0
+    ) -> None:
         """Fill the buffers in order with the bytes from `offset` on. Blocks.
 
-        Raises `IntegrityError` if the file is too short or has changed since it was opened, and
-        `FetchError` if it cannot be read.
-        """
-
-    def read_rows(self, buffer: memoryview, offset: int, rows: int, pitch: int) -> None:
-        """Fill the buffer with `rows` equal parts of the file at `offset`, `offset + pitch`, ….
-
-        Each part has at least one byte. Bytes between the parts are not read. Blocks, and raises as
-        `read_into` does.
+        Of several `rows`, which begin `pitch` bytes apart and have at least one byte, fill a single
+        buffer with the equal parts, and read no byte between them. Raises `IntegrityError` if the
+        file is too short or has changed since it was opened, and `FetchError` if it cannot be read.
         """
 
     def close(self) -> None:
@@ -206,28 +202,23 @@ class FileReader:
         """The identity that the file must have."""
         self._descriptor = SharedResource(name, os.close, open=partial(_open_sequential, opener))
 
-    def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
-        if not self._checked(lambda fd: fill(fd, buffers, offset)):
-            raise self._ends_before(offset + sum(buffer.nbytes for buffer in buffers))
-
-    def read_rows(self, buffer: memoryview, offset: int, rows: int, pitch: int) -> None:
-        if not self._checked(lambda fd: _fill_rows(fd, buffer.cast("B"), offset, rows, pitch)):
-            raise self._ends_before(offset + (rows - 1) * pitch + buffer.nbytes // rows)
-
-    def _checked(self, read: Callable[[int], bool]) -> bool:
-        """Return the result of `read`; raise `IntegrityError` if the file has changed by then."""
+    def read_into(
+        self, buffers: Sequence[memoryview], offset: int, rows: int = 1, pitch: int = 0
+    ) -> None:
         with self.held() as fd:
             try:
-                complete = read(fd)
+                if rows == 1:
+                    complete = fill(fd, buffers, offset)
+                else:
+                    complete = _fill_rows(fd, buffers[0].cast("B"), offset, rows, pitch)
                 same = has_identity(os.fstat(fd), self.identity)
             except OSError as error:
                 raise to_adapter_error(error, self.name) from error
         if not same:
             raise changed_error(self.name)
-        return complete
-
-    def _ends_before(self, stop: int) -> IntegrityError:
-        return IntegrityError(f"{self.name} ends before byte {stop:,}")
+        if not complete:
+            stop = offset + (rows - 1) * pitch + sum(buffer.nbytes for buffer in buffers) // rows
+            raise IntegrityError(f"{self.name} ends before byte {stop:,}")
 
     def is_cached(self) -> bool:
         """Return whether the page cache seems to have the whole file, from four samples."""
@@ -559,14 +550,11 @@ class SplitReader:
         self.nbytes = plan.nbytes
         self._closed = False
 
-    def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
-        self._fill(buffers, ByteSpan(offset, offset + sum(buffer.nbytes for buffer in buffers)))
-
-    def read_rows(self, buffer: memoryview, offset: int, rows: int, pitch: int) -> None:
-        size = buffer.nbytes // rows
-        self._fill([buffer], ByteSpan(offset, offset + size, rows, pitch if rows > 1 else 0))
-
-    def _fill(self, buffers: Sequence[memoryview], span: ByteSpan) -> None:
+    def read_into(
+        self, buffers: Sequence[memoryview], offset: int, rows: int = 1, pitch: int = 0
+    ) -> None:
+        nbytes = sum(buffer.nbytes for buffer in buffers) // rows
+        span = ByteSpan(offset, offset + nbytes, rows, pitch)
         left = deque(buffer.cast("B") for buffer in buffers if buffer.nbytes)
         plan, readers = self.plan, self.readers
         if self._closed:
@@ -577,16 +565,13 @@ class SplitReader:
             )
         for number, piece in plan.pieces(span):
             targets = _take(left, piece.nbytes)
-            if not number:
-                content = b"".join(plan.prefix[start:stop] for start, stop in piece.ranges())
-                for target in targets:
-                    target[:] = content[: len(target)]
-                    content = content[len(target) :]
-            elif piece.rows == 1:
-                readers[number - 1].read_into(targets, piece.start)
-            else:
-                (target,) = targets  # of `read_rows`, which fills one
-                readers[number - 1].read_rows(target, piece.start, piece.rows, piece.pitch)
+            if number:
+                readers[number - 1].read_into(targets, piece.start, piece.rows, piece.pitch)
+                continue
+            content = b"".join(plan.prefix[start:stop] for start, stop in piece.ranges())
+            for target in targets:
+                target[:] = content[: len(target)]
+                content = content[len(target) :]
 
     def close(self) -> None:
         self._closed = True
@@ -623,13 +608,11 @@ class ReopenedReader:
         with self._opened as reader:
             return reader.nbytes
 
-    def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
+    def read_into(
+        self, buffers: Sequence[memoryview], offset: int, rows: int = 1, pitch: int = 0
+    ) -> None:
         with self._opened as reader:
-            reader.read_into(buffers, offset)
-
-    def read_rows(self, buffer: memoryview, offset: int, rows: int, pitch: int) -> None:
-        with self._opened as reader:
-            reader.read_rows(buffer, offset, rows, pitch)
+            reader.read_into(buffers, offset, rows, pitch)
 
     def close(self) -> None:
         self._opened.close()

@@ -144,20 +144,21 @@ class FakeReader(_FakeOpen):
     def nbytes(self) -> int:
         return len(self.version.weights)
 
-    def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
+    def read_into(
+        self, buffers: Sequence[memoryview], offset: int, rows: int = 1, pitch: int = 0
+    ) -> None:
+        if rows > 1:
+            whole = buffers[0].cast("B")
+            size = whole.nbytes // rows
+            for n in range(rows):
+                self.read_into([whole[n * size : (n + 1) * size]], offset + n * pitch)
+            return
         if not self._open:
             raise FetchError("the reader is closed")
-        stop = offset + sum(buffer.nbytes for buffer in buffers)
-        content = self._read(self.version, offset, stop)
+        content = self._read(self.version, offset, offset + sum(each.nbytes for each in buffers))
         for buffer in buffers:
             buffer.cast("B")[:] = content[: buffer.nbytes]
             content = content[buffer.nbytes :]
-
-    def read_rows(self, buffer: memoryview, offset: int, rows: int, pitch: int) -> None:
-        content = buffer.cast("B")
-        size = content.nbytes // rows
-        for n in range(rows):
-            self.read_into([content[n * size : (n + 1) * size]], offset + n * pitch)
 
 
 class FakeHold(_FakeOpen):

@@ -354,11 +354,11 @@ async def test_computing_a_merge_holds_up_no_load(tmp_path: Path, monkeypatch: P
     source, read = stocked(tmp_path, "a", "b", "c"), FakeReader.read_into
     began, go_on = Event(), Event()
 
-    def slowly(self: FakeReader, buffers: Sequence[memoryview], offset: int) -> None:
+    def slowly(self: FakeReader, buffers: Sequence[memoryview], offset: int, *rows: int) -> None:
         if self.version.id != "c":
             began.set()
             assert go_on.wait(20)
-        read(self, buffers, offset)
+        read(self, buffers, offset, *rows)
 
     monkeypatch.setattr(FakeReader, "read_into", slowly)
     async with over(source, io_threads=1) as there:

@@ -463,12 +463,12 @@ async def test_a_file_changes_under_the_copies(
     async def one(number: int) -> bool:
         reads = 0
 
-        def read(reader: FileReader, buffers: list[memoryview], offset: int) -> None:
+        def read(reader: FileReader, buffers: list[memoryview], offset: int, *rows: int) -> None:
             nonlocal reads
             reads += bool(buffers)
             if reads == number and buffers:
                 damage(tmp_path / "a" / WEIGHTS)
-            original(reader, buffers, offset)
+            original(reader, buffers, offset, *rows)
 
         async with tiers(tmp_path, kind, io_threads=1) as bench:
             await bench.do("disk")

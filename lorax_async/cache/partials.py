@@ -133,12 +133,8 @@ class PartialFile:
     A chunk's bit is written after its bytes: the map is true whenever this process is killed, and
     no byte waits for the disk. One that is not `resumable` has no map.
 
-    Attributes
-    ----------
-    expected
-        The digest that judges it at the end, if one was promised.
-    resumed
-        Whether an interrupted download left bytes of it.
+    `expected` is the digest that judges it at the end, if one was promised; `resumed`, whether an
+    interrupted download left bytes of it.
     """
 
     def __init__(
@@ -334,7 +330,15 @@ class PartialReader:
         self._name = file.role.file_name
         self._descriptor = SharedResource(self._name, os.close, opened=fd)
 
-    def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
+    def read_into(
+        self, buffers: Sequence[memoryview], offset: int, rows: int = 1, pitch: int = 0
+    ) -> None:
+        if rows > 1:
+            content = buffers[0].cast("B")
+            size = content.nbytes // rows
+            for n in range(rows):
+                self.read_into([content[n * size : (n + 1) * size]], offset + n * pitch)
+            return
         stop = offset + sum(buffer.nbytes for buffer in buffers)
         if stop > self.nbytes:
             raise IntegrityError(f"{self._name} ends before byte {stop:,}")
@@ -343,12 +347,6 @@ class PartialReader:
         with translate_errors(_READING), self._descriptor as fd:
             if not fill(fd, buffers, offset):
                 raise IntegrityError(f"{self._name} was cut while it was downloaded; load it again")
-
-    def read_rows(self, buffer: memoryview, offset: int, rows: int, pitch: int) -> None:
-        content = buffer.cast("B")
-        size = content.nbytes // rows
-        for n in range(rows):
-            self.read_into([content[n * size : (n + 1) * size]], offset + n * pitch)
 
     def close(self) -> None:
         self._descriptor.close()

@@ -13,7 +13,6 @@ import torch
 
 from lorax_async.errors import InternalError
 from lorax_async.files import Reader
-from lorax_async.formats.spans import ByteSpan
 from lorax_async.planning.transfer_plan import ConvertMove, ReadMove, ZeroMove, file_runs
 
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -51,7 +50,8 @@ class StagingBuffer:
             first = 0
             for source in move.sources:
                 last = first + source.nbytes
-                _read(reader, source, [self.memory[first:last]])
+                part = [self.memory[first:last]]
+                reader.read_into(part, source.start, source.rows, source.pitch)
                 first = last
             _cast(self.tensor, move, TORCH_DTYPES[dtype], target)
 
@@ -123,15 +123,7 @@ def read(reader: Reader, moves: Sequence[ReadMove], target: memoryview) -> None:
     """Read every move verbatim into `target`, with one call per contiguous run of the file."""
     for run in file_runs(moves):
         buffers = [target[move.target : move.target + move.nbytes] for move in run]
-        _read(reader, run[0].source, buffers)
-
-
-def _read(reader: Reader, source: ByteSpan, buffers: list[memoryview]) -> None:
-    """Read from `source`, which has several rows only with a single buffer."""
-    if source.rows == 1:
-        reader.read_into(buffers, source.start)
-    else:
-        reader.read_rows(buffers[0], source.start, source.rows, source.pitch)
+        reader.read_into(buffers, run[0].file_offset, run[0].rows, run[0].pitch)
 
 
 def zero(moves: tuple[ZeroMove, ...], target: torch.Tensor) -> None:

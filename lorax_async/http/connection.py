@@ -54,18 +54,10 @@ class Connection:
     `abort` shuts it down from any thread, which ends every call that waits on it, and does not
     close it: the thread that uses it does, so that no descriptor's number is reused under a call.
 
-    Attributes
-    ----------
-    peer
-        What errors name: the origin, or the proxy while that opens a tunnel.
-    proxy
-        Set where requests name their URL whole.
-    address
-        That of the other end, where that is the host.
-    number
-        Unique in a pool.
-    received
-        Bytes so far, over all requests; written by the thread that reads.
+    Errors name the `peer`: the origin, or the proxy while that opens a tunnel. Requests name their
+    URL whole if `proxy` is set. `address` is that of the other end, where that is the host;
+    `number` is unique in a pool. `received` counts bytes over all requests, in the thread that
+    reads.
     """
 
     def __init__(

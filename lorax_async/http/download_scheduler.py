@@ -25,12 +25,8 @@ from lorax_async.http.failures import AbortedError, RetryableError, RetryPolicy
 class ConnectionDemand(NamedTuple):
     """How many connections a download can use at one origin; smaller urgencies come first.
 
-    Attributes
-    ----------
-    stalled
-        The origin has sent nothing for a while.
-    retried
-        All pieces that the download would use them for were tried before.
+    A `stalled` origin has sent nothing for a while. It is `retried` if all pieces that the download
+    would use them for were tried before.
     """
 
     urgency: int
@@ -145,14 +141,9 @@ class DownloadPiece:
 class Job(ABC, Generic[T]):
     """Work for threads. All but `done`, `work` and `cancel` needs the scheduler's lock.
 
-    Attributes
-    ----------
-    done
-        Its outcome, or one typed error; set when its last thread has left it.
-    announced
-        Connections that will be wanted when it is done: threads for them start meanwhile.
-    hands_over
-        Whether a thread gives up the piece that it reads when another job needs a thread.
+    `done` is its outcome, or one typed error, set when its last thread has left it. Meanwhile
+    threads start for the `announced` connections, which will be wanted then. If it `hands_over`, a
+    thread gives up the piece that it reads when another job needs a thread.
     """
 
     def __init__(self, scheduler: DownloadScheduler, urgency: int, timeout: float) -> None:

@@ -405,26 +405,16 @@ class RangeEngine:
         sink: Sink,
         arrived: Callable[[int], None],
         *,
-        first: int = 0,
         urgency: int = FOREGROUND,
         timeout: float = 300.0,
     ) -> Download:
         """Write the groups' bytes to the sink, earlier groups first.
 
-        Parameters
-        ----------
-        groups
-            Spans to fetch per group, in the order in which they are wanted; none twice.
-        sink, arrived
-            `arrived(n)` is called once when group n is in the sink: from several threads of the
-            engine, or at once where nothing is missing. Both must be quick, or they delay the
-            download.
-        first
-            Groups that a caller waits for before all others.
-        urgency
-            `FOREGROUND` or `PREFETCH`: the latter gets the connections that the former leaves.
-        timeout
-            Seconds for all of it.
+        `groups` has the spans to fetch of each, in the order in which they are wanted, none twice;
+        the first with any is wanted before all others. `arrived(n)` is called once when group n is
+        in the sink: from several threads of the engine, or at once where nothing is missing. Both
+        must be quick, or they delay the download. `PREFETCH` gets the connections that `FOREGROUND`
+        leaves. `timeout` is for all of it, in seconds.
 
         `done` of the job returns None when all is in the sink, or raises one `FetchError` (or a
         subclass) or `AdapterNotFoundError`, after its last thread has stopped.
@@ -435,7 +425,7 @@ class RangeEngine:
         origin, sizes = probe.location.url.origin, self._settings.sizes
         waves = plan_waves(
             groups,
-            first=first,
+            first=1 + next((n for n, spans in enumerate(groups) if spans), 0),
             connections=self._scheduler.connections_for(origin, urgency),
             link=self._links.link(origin),
             sizes=sizes,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from math import ceil
@@ -168,25 +168,22 @@ class GroupArrivals:
     def landed(self, span: ByteRange) -> list[int]:
         """Record that these bytes arrived, for the first time; return the groups they complete."""
         complete = []
-        n = max(0, bisect_right(self._starts, span[0]) - 1)
-        while n < len(self._spans) and self._spans[n][0] < span[1]:
-            start, stop, group = self._spans[n]
-            arrived = min(stop, span[1]) - max(start, span[0])
-            if arrived > 0:
-                self._missing[group] -= arrived
-                if self._missing[group] < 0:
-                    raise InternalError(f"bytes {span[0]:,}-{span[1]:,} arrived twice")
-                if not self._missing[group]:
-                    complete.append(group)
-            n += 1
+        for group, nbytes in self._overlaps(span):
+            self._missing[group] -= nbytes
+            if self._missing[group] < 0:
+                raise InternalError(f"bytes {span[0]:,}-{span[1]:,} arrived twice")
+            if not self._missing[group]:
+                complete.append(group)
         return complete
 
     def groups_in(self, span: ByteRange) -> list[int]:
         """Return the first and the last group with bytes in the span; empty if no group has any."""
-        first = max(0, bisect_right(self._starts, span[0]) - 1)
-        groups = [
-            group
-            for start, stop, group in self._spans[first : bisect_left(self._starts, span[1])]
-            if start < span[1] and span[0] < stop
-        ]
+        groups = [group for group, _ in self._overlaps(span)]
         return [min(groups), max(groups)] if groups else []
+
+    def _overlaps(self, span: ByteRange) -> Iterator[tuple[int, int]]:
+        """Yield the group and the size of each overlap of its spans with this one."""
+        first = max(0, bisect_right(self._starts, span[0]) - 1)
+        for start, stop, group in self._spans[first : bisect_left(self._starts, span[1])]:
+            if span[0] < stop:
+                yield group, min(stop, span[1]) - max(start, span[0])

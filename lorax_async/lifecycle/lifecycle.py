@@ -134,15 +134,9 @@ class Budgets:
 class LifecycleTimes:
     """The time limits and memory limit of decisions.
 
-    Attributes
-    ----------
-    starvation_age
-        Seconds after which a foreground waiter stops new leases on a resident adapter. One level
-        of priority counts as this many seconds of waiting.
-    min_residency
-        Seconds for which a resident adapter is not evicted, unless a waiter starves.
-    max_idle
-        The number of idle adapters to remember.
+    A foreground waiter that is `starvation_age` seconds old stops new leases on a resident adapter;
+    one level of priority counts as this many seconds of waiting. A resident adapter is not evicted
+    for `min_residency` seconds, unless a waiter starves. `max_idle` idle adapters are remembered.
     """
 
     starvation_age: float = 5.0

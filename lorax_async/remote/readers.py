@@ -50,13 +50,11 @@ class CountedReader:
         self._reader = reader
         self._read_bytes = 0
 
-    def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
-        self._reader.read_into(buffers, offset)
+    def read_into(
+        self, buffers: Sequence[memoryview], offset: int, rows: int = 1, pitch: int = 0
+    ) -> None:
+        self._reader.read_into(buffers, offset, rows, pitch)
         self._read_bytes += sum(buffer.nbytes for buffer in buffers)  # about, of several threads
-
-    def read_rows(self, buffer: memoryview, offset: int, rows: int, pitch: int) -> None:
-        self._reader.read_rows(buffer, offset, rows, pitch)
-        self._read_bytes += buffer.nbytes
 
     async def until_read(self, groups: Groups) -> None:
         """Wait until the groups were read, or nothing was for a while."""
@@ -210,13 +208,11 @@ class FetchReader(CountedReader):
 
         parts = zip(shares, self._files, self._metadata.parts, strict=True)
         for number, (share, file, part) in enumerate(parts):
-            ranges = _missing_ranges(share.spans, part.nbytes, _trusted_ranges(file, part.nbytes))
             job = self._engine.download(
                 part.answer,
-                ranges,
+                _missing_ranges(share.spans, file),
                 file,
                 partial(on_progress, number),
-                first=1 + next((n for n, spans in enumerate(ranges) if spans), 0),
                 urgency=FOREGROUND if control.urgent else PREFETCH,
                 timeout=LONGEST,
             )
@@ -242,28 +238,26 @@ class FetchReader(CountedReader):
             self._download.close()
 
 
-def _trusted_ranges(file: PartialFile, nbytes: int) -> list[ByteRange]:
+def _trusted_ranges(file: PartialFile) -> list[ByteRange]:
     """Return the ranges that need not be fetched again.
 
     Without a digest to check a partial download, fetch the end of each of its spans again: the
     write compares it, which detects a source that changed its file since.
     """
-    here = SpanSet(file.missing()).missing(0, nbytes)
+    here = SpanSet(file.missing()).missing(0, file.nbytes)
     if file.expected is not None or not file.resumed:
         return here
     return [(start, stop - COMPARED_BYTES) for start, stop in here if stop - start > COMPARED_BYTES]
 
 
-def _missing_ranges(
-    groups: Groups, nbytes: int, have: Sequence[ByteRange]
-) -> list[list[ByteRange]]:
+def _missing_ranges(groups: Groups, file: PartialFile) -> list[list[ByteRange]]:
     """Return what to fetch of each group, then of the rest of the file; no byte twice.
 
     The gaps of a strided span are fetched with it: a request for each row would cost more.
     """
-    claimed = SpanSet(have)
+    claimed = SpanSet(_trusted_ranges(file))
     ordered: list[list[ByteRange]] = []
-    for group in [*groups, [ByteSpan(0, nbytes)]]:
+    for group in [*groups, [ByteSpan(0, file.nbytes)]]:
         missing = SpanSet()
         for span in group:
             for start, stop in claimed.missing(span.start, span.end):

@@ -47,26 +47,20 @@ class TransferPlanner:
     def __init__(
         self, sharding: Sharding, config: LoaderConfig, device: Device, *, move_bytes: int
     ) -> None:
-        self._cuts = sharding.cuts
+        self._sharding = sharding
         self._limits = config.limits
+        self._dtype = config.storage_dtype
+        self._alignment = device.alignment
+        self._rank_multiple = device.rank_multiple
+        self._move_bytes = move_bytes
         self._cached_plan = lru_cache(maxsize=CACHED_PLANS)(self._plan)
-        self._plan_transfer = partial(
-            plan_transfer,
-            layout=sharding.whole,
-            dtype=config.storage_dtype,
-            alignment=device.alignment,
-            rank_multiple=device.rank_multiple,
-            limits=config.limits,
-            staging_move_bytes=move_bytes,
-            cuts=sharding.cuts,
-        )
 
     def is_long(self, file: AdapterFile) -> bool:
         """Return whether planning would block the event loop for too long.
 
         A shard's plan takes about three times as long: every tensor is cut and moved separately.
         """
-        return bool(self._cuts) or _is_large(file)
+        return bool(self._sharding.cuts) or _is_large(file)
 
     def plan(self, file: AdapterFile) -> TransferPlan:
         """Check config, header and layout against each other, and plan the transfer.
@@ -80,7 +74,17 @@ class TransferPlanner:
     def _plan(self, config: bytes, prefix: bytes, file_size: int) -> TransferPlan:
         spec = parse_config(config, self._limits)
         header = parse_header(prefix, file_size, self._limits)
-        return self._plan_transfer(header, spec)
+        return plan_transfer(
+            header,
+            spec,
+            self._sharding.whole,
+            dtype=self._dtype,
+            alignment=self._alignment,
+            rank_multiple=self._rank_multiple,
+            limits=self._limits,
+            staging_move_bytes=self._move_bytes,
+            cuts=self._sharding.cuts,
+        )
 
 
 def _is_large(file: AdapterFile) -> bool:

@@ -117,27 +117,25 @@ class CopyReader:
         with self._copy as copy:
             return copy.nbytes
 
-    def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
-        with self._held(offset + sum(buffer.nbytes for buffer in buffers)) as place:
-            if not isinstance(place, torch.Tensor):
-                place.read_into(buffers, offset)
-                return
-            for buffer in buffers:
-                if buffer.nbytes:
-                    target = torch.frombuffer(buffer.cast("B"), dtype=torch.uint8)
-                    # As a memoryview it would hold the GIL.
-                    target.copy_(place[offset : offset + buffer.nbytes])
-                    offset += buffer.nbytes
-
-    def read_rows(self, buffer: memoryview, offset: int, rows: int, pitch: int) -> None:
-        size = buffer.nbytes // rows
+    def read_into(
+        self, buffers: Sequence[memoryview], offset: int, rows: int = 1, pitch: int = 0
+    ) -> None:
+        size = sum(buffer.nbytes for buffer in buffers) // rows
         stop = offset + (rows - 1) * pitch + size
         with self._held(stop) as place:
             if not isinstance(place, torch.Tensor):
-                place.read_rows(buffer, offset, rows, pitch)
-                return
-            apart = place[offset:stop].as_strided((rows, size), (pitch, 1))
-            torch.frombuffer(buffer.cast("B"), dtype=torch.uint8).view(rows, size).copy_(apart)
+                place.read_into(buffers, offset, rows, pitch)
+            elif rows > 1:
+                apart = place[offset:stop].as_strided((rows, size), (pitch, 1))
+                target = torch.frombuffer(buffers[0].cast("B"), dtype=torch.uint8)
+                target.view(rows, size).copy_(apart)
+            else:
+                for buffer in buffers:
+                    if buffer.nbytes:
+                        target = torch.frombuffer(buffer.cast("B"), dtype=torch.uint8)
+                        # As a memoryview it would hold the GIL.
+                        target.copy_(place[offset : offset + buffer.nbytes])
+                        offset += buffer.nbytes
 
     def read_ahead(self) -> None:
         """Start reading a spilled file into the page cache."""

@@ -62,16 +62,15 @@ class BytesReader:
     def nbytes(self) -> int:
         return len(self._content)
 
-    def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
+    def read_into(
+        self, buffers: Sequence[memoryview], offset: int, rows: int = 1, pitch: int = 0
+    ) -> None:
         self._before()
         for buffer in buffers:
-            buffer[:] = self._content[offset : offset + len(buffer)]
-            offset += len(buffer)
-
-    def read_rows(self, buffer: memoryview, offset: int, rows: int, pitch: int) -> None:
-        self._before()
-        starts, size = range(offset, offset + rows * pitch, pitch), len(buffer) // rows
-        buffer[:] = b"".join(self._content[start : start + size] for start in starts)
+            size = len(buffer) // rows
+            starts = range(offset, offset + max(1, rows * pitch), pitch or 1)
+            buffer[:] = b"".join(self._content[start : start + size] for start in starts)
+            offset += size
 
     def close(self) -> None: ...
 

@@ -168,7 +168,7 @@ class SourceConformance:
             span = ByteSpan(start + first, start + first + nbytes, rows, pitch)
             assert read_rows(reader, span) == rows_of(content, span)
         view = memoryview(bytearray(48)).cast("B", (4, 12))
-        reader.read_rows(view, start, 4, 96)
+        reader.read_into([view], start, 4, 96)
         assert view.tobytes() == rows_of(content, ByteSpan(start, start + 12, 4, 96))
         for beyond in (1, 97, 1000):  # the last ends within the file, or begins behind it
             first = size + beyond - 2 * 96 - 12

@@ -50,7 +50,7 @@ def read(reader: Reader, start: int, stop: int) -> bytes:
 def read_rows(reader: Reader, span: ByteSpan) -> bytes:
     """Rows that lie apart in the file."""
     content = bytearray(span.nbytes)
-    reader.read_rows(memoryview(content), span.start, span.rows, span.pitch)
+    reader.read_into([memoryview(content)], span.start, span.rows, span.pitch)
     return bytes(content)
 
 

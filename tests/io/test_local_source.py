@@ -406,7 +406,7 @@ def test_short_reads_are_continued(reader: FileReader, monkeypatch: Patch) -> No
     assert bytes(whole) == (bytes(range(256)) * 2)[7:207]
     asked.clear()
     content = bytearray(5 * 30)
-    reader.read_rows(memoryview(content), 7, 5, 100)
+    reader.read_into([memoryview(content)], 7, 5, 100)
     wanted = [n for start in range(7, 507, 100) for n in range(start, start + 30)]
     assert list(content) == [n % 256 for n in wanted]
     assert asked == set(wanted)
@@ -421,7 +421,7 @@ def test_system_errors(reader: FileReader, monkeypatch: Patch, number: int, kind
 
     monkeypatch.setattr(os, "preadv", broken)
     rows = memoryview(bytearray(2))
-    for reading in (lambda: read(reader, 0, 1), lambda: reader.read_rows(rows, 0, 2, 9)):
+    for reading in (lambda: read(reader, 0, 1), lambda: reader.read_into([rows], 0, 2, 9)):
         with pytest.raises(errors.FetchError, match=errno.errorcode[number]) as caught:
             reading()
         assert type(caught.value) is kind
@@ -648,10 +648,10 @@ def before_reads(monkeypatch: Patch, act: Callable[[int], None]) -> list[None]:
     """Call `act` with the number of each read of a file; return a list as long as their number."""
     reads, read_into = list[None](), FileReader.read_into
 
-    def acting(reader: FileReader, buffers: Sequence[memoryview], offset: int) -> None:
+    def acting(reader: FileReader, *what: Any) -> None:
         act(len(reads))
         reads.append(None)
-        read_into(reader, buffers, offset)
+        read_into(reader, *what)
 
     monkeypatch.setattr(FileReader, "read_into", acting)
     return reads

@@ -122,7 +122,7 @@ def fetched(
     sink, order = MemorySink(**before), list[int]()
     here = SpanSet(have)
     missing = [[gap for span in group for gap in here.missing(*span)] for group in GROUPS]
-    job = engine.download(answer, missing, sink, order.append, first=2, timeout=timeout)
+    job = engine.download(answer, missing, sink, order.append, timeout=timeout)
     job.done.result(timeout + 5)
     return sink, order
 

@@ -256,11 +256,7 @@ def test_layer_0_comes_long_before_the_rest_of_a_throttled_load(tmp_path: Path) 
             answer = engine.probe(place, HEADER).done.result(10)
             sink.data[:HEADER] = answer.start
             job = engine.download(
-                answer,
-                groups,
-                sink,
-                lambda group: told.append((group, sink.times.count(1))),
-                first=2,
+                answer, groups, sink, lambda group: told.append((group, sink.times.count(1)))
             )
             job.done.result(20)
         counts = link.counts()

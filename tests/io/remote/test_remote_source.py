@@ -183,7 +183,7 @@ def held_job() -> Any:
 class HeldFile:
     """A file of a download; hashing it takes until `go`."""
 
-    resumed, expected = False, None
+    nbytes, resumed, expected = 28, False, None
 
     def __init__(self) -> None:
         self.begun, self.go = Event(), Event()
