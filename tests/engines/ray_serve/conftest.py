@@ -205,6 +205,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         yield from _with_ray(world)
 
 
+@pytest.fixture
+def client(world: World, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """OpenAI's client of the app at `request.param`, which may not be there yet."""
+    import openai
+
+    url = f"http://127.0.0.1:{world.port}{request.param}/v1"
+    with openai.OpenAI(base_url=url, api_key="x", max_retries=0, timeout=120) as client:
+        yield client
+
+
 def _with_ray(world: World) -> Iterator[World]:
     import ray
     from ray import serve

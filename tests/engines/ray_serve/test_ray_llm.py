@@ -4,6 +4,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
@@ -26,7 +27,10 @@ def digest(folder: str) -> str:
     return sha256((Path(folder) / WEIGHTS).read_bytes()).hexdigest()
 
 
-def test_openais_client_gets_adapters_from_ray_llms_server(world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize("client", ["/llm"], indirect=True)
+def test_openais_client_gets_adapters_from_ray_llms_server(
+    world: World, client: Any, tmp_path: Path
+) -> None:
     """A replica has two adapters at once, and its cache no room for a third."""
     import openai
     import ray
@@ -76,8 +80,6 @@ def test_openais_client_gets_adapters_from_ray_llms_server(world: World, tmp_pat
     ingress = ingress.options(ray_actor_options=options)
     app = ingress.bind({"base": bound}, {"base": to_model_metadata("base", llm)})
     serve.run(app, name="ray_llm", route_prefix="/llm")
-    url = f"http://127.0.0.1:{world.port}/llm/v1"
-    client = openai.OpenAI(base_url=url, api_key="x", max_retries=0, timeout=60)
 
     def ask(name: str) -> tuple[str, int]:
         answer = client.completions.create(model=f"base:{name}", prompt="x")
@@ -107,8 +109,9 @@ def test_openais_client_gets_adapters_from_ray_llms_server(world: World, tmp_pat
     directory = ray.get_actor("lorax-mirrors-llm", namespace="lorax_async")
     other = "http://127.0.0.1:9"
     (mirror,) = {*ray.get(directory.report.remote(other))} - {other}
-    with pytest.raises(HTTPError, match="401"):
+    with pytest.raises(HTTPError, match="401") as closed:
         urlopen(mirror)
+    closed.value.close()
     serve.delete("ray_llm")
 
 
