@@ -44,7 +44,8 @@ STATUSES = (
 
 def test_every_error_of_the_library_has_its_status() -> None:
     inherited = {la.AdapterError, la.ConfigError, la.InvalidTransitionError, LoraxError}
-    every = {e for e in vars(la).values() if isinstance(e, type) and issubclass(e, LoraxError)}
+    public = (getattr(la, name) for name in la.__all__)
+    every = {e for e in public if isinstance(e, type) and issubclass(e, LoraxError)}
     assert every == {kind for kind, _, _ in STATUSES} | inherited
     for kind, status, code in STATUSES:
         refusal = create_refusal(kind("the reason", id="org/x"), 2.5)
