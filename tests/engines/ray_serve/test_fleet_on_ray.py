@@ -75,7 +75,7 @@ def test_a_new_router_finds_what_replicas_have(world: World) -> None:
     ids, app = world.ids("ours2"), "ours2"
     homes = Counter((answer.adapter, answer.pid) for answer in world.play(app, ids * 2))
     fetched = world.fetches(app)
-    time.sleep(2)  # the replicas publish twice
+    time.sleep(5)  # the replicas publish ten times, on an idle machine
     new = serve.get_app_handle(app)
     answers = world.play(app, ids, new)
     assert sum((answer.adapter, answer.pid) in homes for answer in answers) >= 0.95 * ADAPTERS
