@@ -45,7 +45,7 @@ from lorax_async.planning.model_families import (
     parallel_of,
 )
 from lorax_async.planning.transfer_plan import plan_transfer
-from lorax_async.remote.hub import download_base_config
+from lorax_async.remote.hub import download_base
 from lorax_async.sources.local import read_header
 
 
@@ -159,7 +159,7 @@ def from_pretrained(
     if not folder.is_dir() and is_hub_id(base):
         name, _, version = str(base).partition("@")
         folder = Path(
-            download_base_config(
+            download_base(
                 name,
                 revision=revision or version or None,
                 token=token,

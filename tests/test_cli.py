@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import io
 import json
 import os
 import random
@@ -22,7 +23,7 @@ import tiny
 from command_line import ADAPTERS, adapter, base, on_a_terminal, output, query, read_until
 from lorax_async import AdapterLoader, Event, SlotGranted, layouts
 from lorax_async.cli import load, main
-from lorax_async.cli.command_line import as_size, run_on_uvloop
+from lorax_async.cli.command_line import Terminal, as_size, run_on_uvloop
 from lorax_async.cli.demo import COLUMNS, RATE
 from lorax_async.cli.load import with_ticker
 from lorax_async.config import Eviction, LoaderConfig
@@ -76,6 +77,39 @@ def test_torch_is_imported_when_needed_and_ctrl_c_meanwhile_is_one_line(tmp_path
     assert code == 1
     assert "gone.json: No such file or directory" in complaint
     assert run("load", "x", "--base", "y") == (130, "interrupted\n")
+
+
+class Screen(io.StringIO):
+    """A terminal of 80 columns, by the environment."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_tables_fit_80_columns_without_cutting_digits(monkeypatch: Patch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "dumb")
+    screen, numbers = (
+        Screen(),
+        ["1,000,000", "47.6%", "524,127", "10,000", "40947.4 GiB", "2.0 GiB"],
+    )
+    titles = [
+        "requests",
+        "found there",
+        "loads",
+        "of them first",
+        "to the device",
+        "to the device/s",
+    ]
+    row = {"adapter": "an-organisation/a-name-of-many-letters-and-digits-4711"}
+    row |= {f" {title}": number for title, number in zip(titles, numbers, strict=True)}
+    Terminal(screen, screen).table([row, row])
+    lines = screen.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert all(screen.getvalue().count(number) == 2 for number in numbers)
+    assert "…" not in screen.getvalue()
+    names = "".join(line.split("  ")[0].strip() for line in lines)
+    assert names.replace(" ", "").count("4711") == 2
 
 
 def test_load_takes_turns_where_room_is_short(tmp_path: Path, capsys: Capture) -> None:

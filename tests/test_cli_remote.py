@@ -18,6 +18,7 @@ import pytest
 from disk_cache_world import CONFIG, DiskWorld, begun, is_there, keep, nothing_odd, opened, put
 from fault_server import Asked, Client, FaultServer
 from hub_stand_in import HubStandIn, sha256
+from huggingface_hub import close_session
 
 import split_files
 import tiny
@@ -26,7 +27,7 @@ from lorax_async import AdapterRef, StoreConfig, UsageError
 from lorax_async.cache.base import CacheKey
 from lorax_async.cli import main
 from lorax_async.cli.cache_commands import AT_ONCE, FetchRow, fetch_all
-from lorax_async.cli.command_line import as_allow, as_place, loader_settings
+from lorax_async.cli.command_line import as_allow, as_place, base_folder, loader_settings
 from lorax_async.cli.load import create_loads
 from lorax_async.formats.split_weights import WEIGHTS_FILE
 from lorax_async.ids import Allow, parse_ref
@@ -109,6 +110,28 @@ def test_from_the_hub(folder: Path, fetch: Fetch, tmp_path: Path, capsys: Captur
     assert contents(Path(row["place"])) == contents(folder)
     assert again["state"] == "here already"
     assert [again[name] for name in ("place", "digest")] == [row["place"], row["digest"]]
+
+
+@pytest.mark.usefixtures("hub_client")
+def test_a_base_by_its_hub_id(folder: Path, capsys: Capture) -> None:
+    """Commands need its config alone; a server gets its weights, and no other formats of them."""
+    config = {"model_type": "llama", "vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 4}
+    config |= {"num_attention_heads": 4, "head_dim": 16, "intermediate_size": 64}
+    files = {"config.json": json.dumps(config | {"dtype": "float32"}).encode()}
+    files |= {"model.safetensors": b"weights", "pytorch_model.bin": b"", "tokenizer.json": b"{}"}
+    with HubStandIn() as hub:
+        hub.put("org/base", files)
+        options = [str(folder), "--json", "--hub-endpoint", hub.endpoint]
+        assert main(["inspect", *options, "--base", "org/base"]) == 0
+        assert main(["load", *options, "--base", "org/base@main"]) == 0
+        assert not hub.asked_for("GET", "model.safetensors")
+        capsys.readouterr()
+        assert main(["load", *options, "--base", "org/none"]) == 1
+        assert "no 'org/none' without a token" in capsys.readouterr().err
+        base = base_folder("org/base", lambda _: None, endpoint=hub.endpoint)
+        assert {path.name for path in base.iterdir()} == files.keys() - {"pytorch_model.bin"}
+    assert base_folder("org/base", lambda _: None, endpoint=hub.endpoint, offline=True) == base
+    close_session()  # that of huggingface_hub
 
 
 def test_some_come_and_one_fails(folder: Path, fetch: Fetch, capsys: Capture) -> None:

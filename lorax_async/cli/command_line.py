@@ -7,11 +7,12 @@ import asyncio
 import importlib.util
 import json
 import os
+import textwrap
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeVar, get_args
 
 from lorax_async.config import DTYPES, HubCache, parse_size
 from lorax_async.errors import ConfigError, InvalidAdapterIdError, LoraxError, shorten
@@ -55,6 +56,9 @@ T = TypeVar("T")
 
 SIZE_HELP = "a number, or one with KiB, MiB, GiB or TiB"
 ID_HELP = "org/name[@revision] on the hub, s3://…, gs://…, az://…, or https://… of a folder"
+BASE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "model*.safetensors")
+"""What of a base model's repository is downloaded."""
+
 TOKENS = (
     "The hub gets the token in HF_TOKEN, or the one that `hf auth login` stored; object stores get"
     " the environment's credentials. No option takes these: other users can see command lines."
@@ -91,8 +95,8 @@ def add_base(parser: argparse.ArgumentParser, *, required: bool) -> None:
     parser.add_argument(
         "--base",
         required=required,
-        metavar="DIR",
-        help="the base model's folder (its config.json suffices), or smollm2 for the demo's",
+        metavar="BASE",
+        help="the base model's folder (its config.json suffices) or hub id, or smollm2, the demo's",
     )
 
 
@@ -246,8 +250,8 @@ def allow_below(ref: AdapterRef) -> Allow:
 # -- reading what they name -----------------------------------------------------------------------
 
 
-def read_layout(base: str, terminal: Terminal) -> ModelLayout:
-    """Return the layout of the base model in a folder, or of "smollm2".
+def read_layout(base: str, terminal: Terminal, endpoint: str | None = None) -> ModelLayout:
+    """Return the layout of the base model in a folder, of a hub id, or of "smollm2".
 
     Raises `ConfigError` if there is none.
     """
@@ -255,14 +259,37 @@ def read_layout(base: str, terminal: Terminal) -> ModelLayout:
 
     with terminal.steps() as report:
         report("reading the base's config")
-        return layouts.from_pretrained(base_folder(base, report))
+        local = base == "smollm2" or Path(base).is_dir()
+        folder = base_folder(base, report) if local else base
+        return layouts.from_pretrained(folder, endpoint=endpoint)
 
 
-def base_folder(base: str, report: Callable[[str], None]) -> Path:
-    """Return the folder of `--base`; prepare that of "smollm2". Blocks."""
+def base_folder(
+    base: str, report: Callable[[str], None], *, endpoint: str | None = None, offline: bool = False
+) -> Path:
+    """Return the folder of `--base`: prepare that of "smollm2", download that of a hub id. Blocks.
+
+    Raises `ConfigError`.
+    """
     from lorax_async.engines.smollm2 import prepare_base  # noqa: PLC0415 (slow)
+    from lorax_async.layouts import is_hub_id  # noqa: PLC0415 (slow)
+    from lorax_async.remote.hub import download_base  # noqa: PLC0415 (slow)
 
-    return prepare_base(progress=report) if base == "smollm2" else Path(base)
+    if base == "smollm2":
+        return prepare_base(progress=report)
+    if Path(base).is_dir() or not is_hub_id(base):
+        return Path(base)
+    report("downloading the base model")
+    name, _, revision = base.partition("@")
+    return Path(
+        download_base(
+            *(name, BASE_FILES),
+            revision=revision or None,
+            token=None,
+            endpoint=endpoint,
+            offline=offline,
+        )
+    )
 
 
 def adapter_folders(folder: Path) -> list[Path]:
@@ -309,14 +336,24 @@ class Terminal:
         print(json.dumps(value), file=self._out, flush=True)
 
     def table(self, rows: Sequence[Mapping[str, str]]) -> None:
-        """Print rows of the same columns. A title that starts with a blank is aligned right."""
+        """Print rows of the same columns. A title that starts with a blank is aligned right.
+
+        On a narrow terminal, titles and left columns are broken, but no numbers.
+        """
         from rich.box import SIMPLE_HEAD  # noqa: PLC0415
         from rich.table import Table  # noqa: PLC0415
         from rich.text import Text  # noqa: PLC0415
 
-        table = Table(box=SIMPLE_HEAD, pad_edge=False)
-        for column in rows[0]:
-            table.add_column(column.strip(), justify="right" if column[0] == " " else "left")
+        widths = {column: max(len(row[column]) for row in rows) for column in rows[0]}
+        whole = sum(max(width, len(column.strip())) + 3 for column, width in widths.items()) - 3
+        narrow = whole > _console(self._out).width
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0) if narrow else (0, 1))
+        for column, width in widths.items():
+            title, right = column.strip(), column[0] == " "
+            if narrow and right:
+                title = "\n".join(textwrap.wrap(title, max(1, width), break_long_words=False))
+            justify: Literal["left", "right"] = "right" if right else "left"
+            table.add_column(title, justify=justify, no_wrap=right, overflow="fold")
         for row in rows:
             table.add_row(*(Text(shorten(cell)) for cell in row.values()))
         self._show(table)

@@ -252,7 +252,7 @@ def add_to(add: AddParser) -> None:
 def _inspect(arguments: argparse.Namespace, terminal: Terminal) -> int:
     base: str | None = arguments.base
     ref: AdapterRef = arguments.path
-    layout = read_layout(base, terminal) if base is not None else None
+    layout = read_layout(base, terminal, arguments.hub_endpoint) if base is not None else None
     if isinstance(ref.id, Path):
         found = inspect_adapter(ref.id, layout, base)
     else:

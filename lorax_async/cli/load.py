@@ -263,7 +263,7 @@ def _load(arguments: argparse.Namespace, terminal: Terminal) -> int:
         device_bytes=arguments.device_bytes,
         **loader_settings(arguments, arguments.paths),
     )
-    layout = read_layout(arguments.base, terminal)
+    layout = read_layout(arguments.base, terminal, arguments.hub_endpoint)
     loads = create_loads(arguments.paths)
     with terminal.bars() as bars:
         run_on_uvloop(_load_all(layout, config, loads, bars, arguments.trace))

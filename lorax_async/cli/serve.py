@@ -291,9 +291,13 @@ def _serve(arguments: argparse.Namespace, terminal: Terminal) -> int:
         with log_step("reading adapters and settings"):
             settings, config, capacity = _read_settings(arguments)
         folder = Path(arguments.base)
-        if arguments.base == "smollm2":
+        if arguments.base == "smollm2" or not folder.is_dir():
             with log_step("preparing the base model"):
-                folder = base_folder(arguments.base, lambda _: None)
+                folder = base_folder(
+                    *(arguments.base, lambda _: None),
+                    endpoint=config.hub_endpoint,
+                    offline=config.offline,
+                )
         with log_step("loading the base model"):
             model = _load_base(arguments, folder, config)
         if arguments.device_bytes is None:

@@ -21,7 +21,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from lorax_async.cache.base import CacheEntry, CacheKey, FileRecord, record_of, scope_name
 from lorax_async.cache.disk_cache import DiskCache, DiskDownload
@@ -498,25 +498,30 @@ def problem_of(error: Exception, query: FileQuery, url: Url) -> AdapterError:
     return FetchError(problem, retry_after=_retry_after(error))
 
 
-def download_base_config(
-    id: str, *, revision: str | None, token: str | None, endpoint: str | None, offline: bool
+def download_base(
+    id: str,
+    files: Sequence[str] = (_BASE_CONFIG,),
+    *,
+    revision: str | None,
+    token: str | None,
+    endpoint: str | None,
+    offline: bool,
 ) -> str:
-    """Return a folder with the config.json of a base model, in huggingface_hub's own cache. Blocks.
+    """Return a folder with a base model's files, in huggingface_hub's own cache. Blocks.
 
-    Without a token, huggingface_hub uses this machine's own. Raise `ConfigError`.
+    `files` are patterns of names. Without a token, huggingface_hub uses this machine's own. Raise
+    `ConfigError`.
     """
-    from huggingface_hub import hf_hub_download  # noqa: PLC0415 (slow)
+    from huggingface_hub import hf_hub_download, snapshot_download  # noqa: PLC0415 (slow)
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
 
     where = parse_endpoint(endpoint_in_use(endpoint))
+    options: dict[str, Any] = {"revision": revision, "token": token, "endpoint": endpoint}
+    options["local_files_only"] = offline
     try:
-        path = hf_hub_download(
-            *(id, _BASE_CONFIG),
-            revision=revision,
-            token=token,
-            endpoint=endpoint,
-            local_files_only=offline,
-        )
+        folder: str = os.path.dirname(hf_hub_download(id, _BASE_CONFIG, **options))
+        if tuple(files) != (_BASE_CONFIG,):
+            folder = snapshot_download(id, allow_patterns=list(files), **options)
     except HFValidationError:
         raise ConfigError(f"{shorten(id, 200)!r} is no folder and no id of the hub") from None
     except LocalEntryNotFoundError as error:
@@ -529,7 +534,7 @@ def download_base_config(
     except _request_errors() as error:
         query = FileQuery(id, _BASE_CONFIG, revision or _MAIN, token)
         raise ConfigError(f"the base model: {problem_of(error, query, where).problem}") from None
-    return os.path.dirname(path)
+    return folder
 
 
 def _retry_after(error: HfHubHTTPError) -> float | None:
