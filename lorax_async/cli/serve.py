@@ -383,7 +383,8 @@ def _read_template(path: Path) -> str:
     try:
         return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--chat-template: {path} cannot be read: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"--chat-template: {path} cannot be read: {reason}") from error
 
 
 # -- memory ---------------------------------------------------------------------------------------
@@ -458,7 +459,8 @@ def _listener(arguments: argparse.Namespace) -> socket.socket:
     try:
         return listen(arguments.host, arguments.port)
     except OSError as error:
-        raise ConfigError(f"{arguments.host}:{arguments.port}: {error}") from error
+        reason = error.strerror or error
+        raise ConfigError(f"{arguments.host}:{arguments.port}: {reason}") from error
 
 
 def tune_process() -> None:

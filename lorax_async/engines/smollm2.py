@@ -77,7 +77,7 @@ def prepare_base(cache: Path | None = None, *, progress: Report | None = None) -
         ) from error
     except OSError as error:
         raise ConfigError(
-            f"the base model could not be prepared in {folder}: {error}; "
+            f"the base model could not be prepared in {folder}: {error.strerror or error}; "
             "check disk space and permissions, or use another cache folder"
         ) from error
     return folder
