@@ -121,7 +121,7 @@ class VllmServer:
             extension = "lorax_async.engines.vllm.worker.WorkerExtension"
         if extension:
             command += ["--worker-extension-cls", extension]
-        paths = [ROOT, ROOT / "benchmarks"]
+        paths = [ROOT, ROOT / "kernels", ROOT / "benchmarks"]
         settings = {
             "PYTHONPATH": ":".join(map(str, paths)),
             "VLLM_CPU_KVCACHE_SPACE": "1",

@@ -904,7 +904,7 @@ def test_a_process_that_hangs_is_not_waited_for(two: Two) -> None:
 
 def run_script(what: str, base: Path, locks: str = "flock", before: Sequence[str] = ()) -> Any:
     here = Path(__file__).parent
-    paths = [here, here.parent, here.parents[1]]
+    paths = [here, here.parent, here.parents[1], here.parents[1] / "kernels"]
     done = subprocess.run(
         [*before, sys.executable, here / "cache_processes.py", what, base, locks],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))},
