@@ -172,16 +172,25 @@ async def test_a_waiter_that_is_cancelled_ends_nothing(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a")
     async with over(source) as there:
         source.hold("a")
-        late = there.prefetch("a", timeout=0.02)
-        assert (await fails(late, errors.AdapterTimeoutError)).id == "a"
-        await until(lambda: state(there, "a") == "nowhere")
+        for tier in ("disk", "host", "device"):
+            late = there.prefetch("a", tier=tier, timeout=0.02)
+            caught = await fails(late, errors.AdapterTimeoutError)
+            assert (caught.id, caught.stage) == ("a", "fetch")
+            assert "in use" not in caught.problem, "it waited for bytes, not for a slot"
+            await until(lambda: state(there, "a") == "nowhere")
         hint = there.prefetch("a", timeout=20)
-        await until(lambda: source.counts.brings == 2)
+        await until(lambda: source.counts.brings == 4)
         await fails(asyncio.wait_for(hint, 0.01), TimeoutError)
         assert not hint.done
         source.allow("a")
         await hint
         assert is_at(there, "a", "device")
+        await there.unload("a")
+        Slowed(source, "populate")
+        late = there.prefetch("a", tier="host", timeout=0.02)
+        caught = await fails(late, errors.AdapterTimeoutError)
+        assert caught.stage == "queue"
+        assert "in use" not in caught.problem, "it waited for host memory, not for a slot"
 
 
 async def test_close_ends_a_prefetch_wherever_it_is(tmp_path: Path) -> None:
@@ -212,6 +221,7 @@ NAMES = tuple(f"hint-{n}" for n in range(60))
         ({"max_slots": 4}, "01234567", "012"),
         ({"device_bytes": 8 * ONE, "max_slots": 9}, ["0", "1", "large", "2", "3"], "01large2"),
         ({"max_slots": 3}, ["missing", "2", "2", "pinned", "1", "0"], "2pinned1"),
+        ({"max_slots": 3}, ["1", "2", "0", "pinned", "2"], "1pinned2"),
         ({"device_bytes": 4 * ONE, "max_slots": 9}, ["huge", *"01234"], "012"),
     ],
 )

@@ -320,7 +320,9 @@ class AdapterState:
         if self.slot is SlotState.FILLING:
             awaited = self.file is FileState.FETCHING and not self.fetched & ~self.done
             return "fetch" if awaited else "copy"
-        return "ready" if self.slot is SlotState.RESIDENT else "queue"
+        if self.slot is SlotState.RESIDENT:
+            return "ready"
+        return "fetch" if self.file is FileState.FETCHING and not self.wants_slot else "queue"
 
     def vacate(self) -> None:
         """Reset everything that belongs to the grant."""

@@ -362,7 +362,7 @@ class Acquirer:
         first_tier = tier if place is None else WantedTier.DISK
         # The threads' queues are FIFO: a load must not queue behind thousands of prefetches.
         async with self._turns.turn(priority, origins_of(ref)):
-            if place is not None and place.is_hopeless():
+            if place is not None and place.is_hopeless(self._resolver.known(ref)):
                 return False
             await self._begin(attempts, ref, None, first_tier, priority, foreground=False)
             assert attempts.key is not None
@@ -563,7 +563,8 @@ class Acquirer:
         driver = self._driver
         stage: Stage = "resolve" if key is None else driver.lifecycle.stage(key)
         life = None if key is None else driver.lifecycle.states.get(key)
-        why = f"; {self._describe_holders()}" if stage == "queue" else ""
+        queued = stage == "queue" and life is not None and life.wants_slot
+        why = f"; {self._describe_holders()}" if queued else ""
         return AdapterTimeoutError(
             f"it was not ready within {seconds:g} s{why}",
             id=text_of(ref),

@@ -95,9 +95,9 @@ class PrefetchRoom:
             places.append(PrefetchPlace(self, places[-1] if places else None))
         return places
 
-    @property
-    def is_full(self) -> bool:
-        return self._room.is_full
+    def is_full_for(self, key: AdapterKey | None) -> bool:
+        """Return whether there is no room for any adapter, and this one has none yet."""
+        return self._room.is_full and key not in self._kept
 
     def claim(self, key: AdapterKey) -> bool:
         needs = self._needs(key)
@@ -118,9 +118,12 @@ class PrefetchPlace:
         self._before = before
         self._decided = asyncio.Event()
 
-    def is_hopeless(self) -> bool:
-        """Return whether no adapter can get room any more; this one is left out then."""
-        self.left_out = self._room.is_full
+    def is_hopeless(self, key: AdapterKey | None) -> bool:
+        """Return whether no adapter can get room any more; this one is left out then.
+
+        `key` is the adapter's, if it is known: one that is pinned, or asked for twice, has room.
+        """
+        self.left_out = self._room.is_full_for(key)
         return self.left_out
 
     async def admit(self, key: AdapterKey) -> bool:
