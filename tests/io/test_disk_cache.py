@@ -426,6 +426,7 @@ class TestDamage:
         keep(world.cache, KEY, b"def")
         assert is_there(world.cache, KEY)
 
+    @pytest.mark.slow  # it waits for a lock
     def test_an_entry_that_goes_while_it_is_opened_is_fetched_anew(
         self, world: DiskWorld, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -16,7 +16,7 @@ from mutants.mutation import Mutants, NoLock, mutant, nothing, skipped
 STAGING = "io/test_staging.py::TestStagingRing"
 TRANSFER = "io/test_transfer.py"
 
-_take = StagingRing.take
+_take, _run_from_file = StagingRing.take, GroupTransfer._run_from_file
 
 
 def _given_back_at_once(self: StagingRing, count: int) -> list[StagingBuffer]:
@@ -37,6 +37,12 @@ def _rows_with_the_first(
     pending.parts.append(ticket)
     pending.tickets.append(ticket)
     return ticket
+
+
+def _rows_before_the_bytes(self: GroupTransfer, copies: Any, pending: SubmittedCopies) -> None:
+    for copy in copies:
+        self.device.copy(None, copy.group.rows, copy.extent, copy.slot)
+    _run_from_file(self, copies, pending)
 
 
 def _ended_when_asked_for(self: CopyThreads, work: Any) -> None:
@@ -67,6 +73,9 @@ GROUPS: Mutants = {
         skipped(StagingRing, "_is_served", True)),
     "transfer: rows come with the last bytes": mutant(
         f"{TRANSFER}::test_each_read", (GroupTransfer, "_send", _rows_with_the_first)),
+    "transfer: rows are written behind the bytes of a file": mutant(
+        f"{TRANSFER}::test_a_reader_or_a_device_that_fails_leaves_no_row",
+        (GroupTransfer, "_run_from_file", _rows_before_the_bytes)),
     "transfer: a failure waits for the copies that were sent": mutant(
         f"{TRANSFER}::test_each_read", (transfer, "wait", nothing)),
     "transfer: nothing is sent after a copy that failed": mutant(

@@ -14,7 +14,7 @@ DEVICE = "io/test_cuda_device.py"
 COPY = f"{DEVICE}::TestACopy"
 CPU = "io/test_devices.py"
 
-_ticket, _put, _copy = CudaDevice._ticket, CudaDevice._put, CpuDevice.copy
+_ticket, _put = CudaDevice._ticket, CudaDevice._put
 _write, _write_rows = TableColumns.write, CpuDevice._write_rows
 
 
@@ -57,11 +57,6 @@ def _ranks_first(self: TableColumns, slot: int, modules: Any, column: Any, image
 def _ranks_cleared_last(self: TableColumns, slot: int) -> None:
     self._entries[slot].copy_(self._zeros.entries, non_blocking=True)
     self._ranks[slot].copy_(self._zeros.ranks, non_blocking=True)
-
-
-def _cpu_row_first(self: CpuDevice, pieces: Any, rows: Any, extent: Any, slot: int) -> Future[None]:
-    self._write_rows(rows, extent, slot)
-    return _copy(self, pieces, (), extent, slot)
 
 
 def _cpu_ranks_first(self: CpuDevice, rows: Any, extent: Any, slot: int) -> None:
@@ -108,9 +103,6 @@ DEVICES: Mutants = {
     "cuda: close waits for copies and uses": mutant(
         f"{DEVICE}::TestClosing::test_waits_for_all_that_is_on_its_way",
         skipped(EventWatcher, "end")),
-    "cpu: rows are written behind the bytes": mutant(
-        f"{CPU}::TestCpuDevice::test_bytes_come_before_rows",
-        (CpuDevice, "copy", _cpu_row_first)),
     "cpu: ranks are written last": mutant(
         f"{CPU}::test_the_rank_is_written_last", (CpuDevice, "_write_rows", _cpu_ranks_first)),
 }  # fmt: skip
