@@ -36,10 +36,12 @@ from vllm_stage import write_adapter
 @pytest.fixture(autouse=True)
 def threads_end(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """Let a worker's weights be collected, and with them its thread, as when its process ends."""
+    gc.freeze()  # a collection of all that is older takes a second
     yield
     caplog.clear()
     request.node.funcargs.clear()
     gc.collect()
+    gc.unfreeze()
     for thread in threading.enumerate():
         if thread.name.startswith("lorax-build"):
             thread.join(10)
