@@ -7,26 +7,31 @@ async with AdapterLoader(layout, LoaderConfig()) as loader:
 
 import importlib
 import logging
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from lorax_async.api import *  # noqa: F403 (its `__all__`)
+from typing import TYPE_CHECKING
 
 # A library must not log unless the application configures it.
 logging.getLogger("lorax_async").addHandler(logging.NullHandler())
 
-_MODULES = frozenset({"config", "errors", "events", "handle", "layouts", "loader", "scheduler"})
+if TYPE_CHECKING:  # `__getattr__` would have any name
+    from lorax_async import config as config
+    from lorax_async import errors as errors
+    from lorax_async import events as events
+    from lorax_async import handle as handle
+    from lorax_async import loader as loader
+    from lorax_async import scheduler as scheduler
+    from lorax_async.api import *  # noqa: F403
+    from lorax_async.api import __all__ as __all__
+else:
+    _MODULES = frozenset({"config", "errors", "events", "handle", "layouts", "loader", "scheduler"})
 
+    def __getattr__(name: str) -> object:
+        """Import the public names when one is used: torch takes a second, and may not be needed."""
+        if name in _MODULES:
+            return importlib.import_module(f"lorax_async.{name}")
+        if name.startswith("_") and name != "__all__":
+            raise AttributeError(f"module 'lorax_async' has no attribute {name!r}")
+        value = globals()[name] = getattr(importlib.import_module("lorax_async.api"), name)
+        return value
 
-def __getattr__(name: str) -> Any:
-    """Import the public names when one is used: torch takes a second, a command may not need it."""
-    if name in _MODULES:
-        return importlib.import_module(f"lorax_async.{name}")
-    if name.startswith("_") and name != "__all__":
-        raise AttributeError(f"module 'lorax_async' has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module("lorax_async.api"), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return [*globals(), *__getattr__("__all__")]
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__getattr__("__all__")})

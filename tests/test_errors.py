@@ -44,6 +44,17 @@ def test_a_text_says_where_and_what() -> None:
     assert str(FetchError("it broke", id="a")) == "adapter 'a', stage fetch: it broke"
 
 
+def test_other_names_are_no_attributes() -> None:
+    """For mypy neither: the comments would be unused."""
+    with pytest.raises(AttributeError):
+        lorax_async.AdapterLoade  # type: ignore[attr-defined]  # noqa: B018
+    with pytest.raises(ImportError):
+        from lorax_async import Adaptr  # type: ignore[attr-defined]  # noqa: F401
+    names = dir(lorax_async)
+    assert len(names) == len({*names})
+    assert {*lorax_async.__all__} < {*names}
+
+
 @each
 def test_a_located_copy_knows_all(kind: type[LoraxError]) -> None:
     original = kind("it broke", retryable=True, retry_after=2.5)
