@@ -11,7 +11,7 @@ import os
 import shlex
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -325,15 +325,17 @@ def _read_settings(
     base, device = arguments.base, arguments.device
     dtype = arguments.dtype or ("bfloat16" if device == "cuda" else "float32")
     adapters = find_adapters(arguments.adapters)
+    name = "smollm2" if base == "smollm2" else Path(base).resolve().name
     if base != "smollm2" and not Path(base).is_dir():
-        raise ConfigError(f"--base: there is no folder {base}")
+        if not layouts.is_hub_id(base):
+            raise ConfigError(f"--base: there is no folder {base}")
+        name = base.partition("@")[0].rpartition("/")[2]
     if arguments.warm is not None:
         read_warm_list(arguments.warm)
     if arguments.chat_template is not None:
         _read_template(arguments.chat_template)
     with _listener(arguments) as listener:
         allowed_hosts = choose_hosts(listener, arguments.host, arguments.allowed_hosts)
-    name = "smollm2" if base == "smollm2" else Path(base).resolve().name
     settings = ServerSettings(
         base=arguments.served_model_name or name,
         adapters=adapters,
@@ -381,7 +383,7 @@ def _load_base(arguments: argparse.Namespace, folder: Path, config: LoaderConfig
 
 def _read_template(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"--chat-template: {path} cannot be read: {reason}") from error
@@ -408,20 +410,51 @@ def choose_device_bytes(model: Any, config: LoaderConfig) -> int:
     return max(MiB, min(free_bytes(config.device) // SHARE_OF_FREE, per_rank * ranks))
 
 
-def free_bytes(device: str) -> int:
-    """Return the free memory of a device; for "cpu", within the limit of its container."""
+def free_bytes(device: str, root: Path = Path("/")) -> int:
+    """Return the free memory of a device; for "cpu", within the limits of its control groups.
+
+    Raise `ConfigError` if the system below `root` does not say.
+    """
     if device != "cpu":
         import torch  # noqa: PLC0415
 
         return int(torch.cuda.mem_get_info(device)[0])
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(fields["MemAvailable"].split()[0]) << 10
-    with suppress(OSError, ValueError):  # no limit, or another version of control groups
-        limit, used = (
-            int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current")
-        )
-        free = min(free, max(0, limit - used))
-    return free
+    try:
+        fields = _read_fields(root / "proc/meminfo")
+        free = int(fields["MemAvailable:"].split()[0]) << 10
+    except (OSError, ValueError, KeyError):
+        problem = "the system does not say how much memory is free; give --device-bytes"
+        raise ConfigError(problem) from None
+    return min([free, *_free_in_groups(root)])
+
+
+def _free_in_groups(root: Path) -> Iterator[int]:
+    """Yield what each memory limit of the process's control groups, version 2 or 1, leaves."""
+    lines = list[str]()
+    with suppress(OSError):
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        mount = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        names = ("limit_in_bytes", "usage_in_bytes") if controllers else ("max", "current")
+        total = "total_" if controllers else ""
+        group = mount / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(mount):
+                break
+            with suppress(OSError, ValueError, KeyError):  # no limit, or not in this container
+                limit, used = (int((folder / f"memory.{name}").read_text()) for name in names)
+                fields = _read_fields(folder / "memory.stat")
+                files = (fields[f"{total}{state}_file"] for state in ("active", "inactive"))
+                yield max(0, limit - used + sum(map(int, files)))  # caches of files give way
+
+
+def _read_fields(path: Path) -> dict[str, str]:
+    """Return the values by name of a file of lines "name value"."""
+    pairs = (line.split(None, 1) for line in path.read_text().splitlines())
+    return {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
 
 
 # -- serving --------------------------------------------------------------------------------------

@@ -257,14 +257,13 @@ class ServedModel:
                 raise ValueError("it has no config.json")
             model, tokenizer = _load_model(folder, dtype)
             sampling = _default_sampling(model.generation_config)
+            stops = _stop_tokens(model.generation_config.eos_token_id, tokenizer.eos_token_id)
         except Exception as error:
             reason = shorten(" ".join(str(error).split()), 400)
             raise ConfigError(
                 f"{folder} is not a base model that can be served: {reason}"
             ) from error
-        eos = model.generation_config.eos_token_id
-        tokens = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
-        return cls(model.to(device).eval(), tokenizer, frozenset(tokens), sampling)
+        return cls(model.to(device).eval(), tokenizer, stops, sampling)
 
     @property
     def max_length(self) -> int:
@@ -340,8 +339,20 @@ def _default_sampling(config: Any) -> Sampling:
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     given = config.to_diff_dict()
     sampling = Sampling(**{name: given[name] for name in names if given.get(name) is not None})
+    if sampling.top_k == -1:  # all, as in requests
+        sampling = replace(sampling, top_k=0)
     Sampler(sampling)
     return sampling
+
+
+def _stop_tokens(eos: Any, own: int | None) -> frozenset[int]:
+    """Return the ids of a generation config's end tokens and the tokenizer's."""
+    tokens = [
+        token for token in (*(eos if isinstance(eos, list) else [eos]), own) if token is not None
+    ]
+    if not all(isinstance(token, int) for token in tokens):
+        raise ValueError(f"eos_token_id of generation_config.json is {eos!r}, which is no token id")
+    return frozenset(tokens)
 
 
 def _load_model(folder: Path, dtype: str) -> tuple[Any, Any]:

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -22,12 +23,15 @@ import pytest
 import torch
 import transformers
 from fault_server import until
+from hub_stand_in import HubStandIn
+from huggingface_hub import close_session
 from openai import DefaultHttpxClient, OpenAI
 from safetensors.torch import load_file
 
 import tiny
 from engines.variants import PEFT_WARNING, save
 from lorax_async.cli import main, serve
+from lorax_async.cli.command_line import base_folder
 from lorax_async.cli.serve import (
     ADMIN_TOKEN,
     as_source,
@@ -344,6 +348,7 @@ def _only_config(folder: Path) -> None:
         (_file("model.safetensors", ""), ""),
         (_file("config.json", "[]"), ""),
         (_file("generation_config.json", '{"top_p": 5.0}'), ".*top_p"),
+        (_file("generation_config.json", '{"eos_token_id": [[1]]}'), "eos_token_id"),
         (_file("tokenizer.json", "{}"), ""),
         (_only_config, "(?!.*safetensors).*tokenizer"),
         (_file("tokenizer_config.json", "[]"), ""),
@@ -379,9 +384,11 @@ def test_a_base_is_loaded_onto_a_device_that_is_there(
     assert not base.model.training
     assert base.sampling == Sampling()
     folder = shutil.copytree(whole, tmp_path / "with defaults")
-    (folder / "generation_config.json").write_text('{"temperature": 0.3, "top_k": 7}')
-    found = ServedModel.load(folder, dtype="float32", device="cpu").sampling
-    assert found == Sampling(temperature=0.3, top_k=7)
+    for said, top_k in ((7, 7), (-1, 0)):
+        config = {"temperature": 0.3, "top_k": said}
+        (folder / "generation_config.json").write_text(json.dumps(config))
+        found = ServedModel.load(folder, dtype="float32", device="cpu").sampling
+        assert found == Sampling(temperature=0.3, top_k=top_k)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="finds no cuda device"):
         ServedModel.load(whole, dtype="float32", device="cuda")
@@ -404,6 +411,65 @@ def test_adapters_have_a_quarter_of_what_is_free_at_most_what_slots_can_use(
     memory = Path("/proc/meminfo").read_text()
     total = int(memory.split("MemTotal:")[1].split()[0]) << 10
     assert 0 < serve.free_bytes("cpu") < total
+
+
+@pytest.mark.parametrize(
+    ("groups", "limits", "free"),
+    [
+        ("0::/", {"": (600, 500, 300)}, 400),  # a container that has just read the base's files
+        ("0::/", {"": ("max", 500, 300)}, 1000),
+        ("0::/", {"": (600, 700, 0)}, 0),
+        ("0::/system.slice/a:b", {"system.slice": (900, 100, 0), "system.slice/a:b": (600, 500, 0)}, 100),
+        ("0::/system.slice/a", {"system.slice": (150, 100, 0), "system.slice/a": (600, 500, 0)}, 50),
+        ("4:cpu:/\n3:memory:/docker/1", {"memory": (600, 500, 200)}, 300),
+        ("3:cpu,memory:/a", {"memory": (2**53, 5, 2), "memory/a": (600, 500, 200)}, 300),
+    ],
+)  # fmt: skip
+def test_free_memory_is_what_control_groups_leave_with_the_caches_that_give_way(
+    tmp_path: Path, groups: str, limits: dict[str, Any], free: int
+) -> None:
+    """Files as the kernel writes them, of KiB: `limits` are limit, use and files by group."""
+    first = "memory" in limits
+    for group, (limit, used, files) in limits.items():
+        folder = tmp_path / "sys/fs/cgroup" / group
+        folder.mkdir(parents=True, exist_ok=True)
+        names = ("limit_in_bytes", "usage_in_bytes") if first else ("max", "current")
+        for name, size in zip(names, (limit, used), strict=True):
+            text = size if isinstance(size, str) else size << 10
+            (folder / f"memory.{name}").write_text(f"{text}\n")
+        total, half = "total_" if first else "", files << 9
+        fields = f"anon 1\n{total}inactive_file {half}\n{total}active_file {half}\n"
+        (folder / "memory.stat").write_text(fields)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="give --device-bytes"):
+        serve.free_bytes("cpu", tmp_path)
+    memory = "MemTotal:  2000 kB\nMemAvailable:    1000 kB\nHugePages_Total:  0\n"
+    (tmp_path / "proc/meminfo").write_text(memory)
+    assert serve.free_bytes("cpu", tmp_path) == 1000 << 10
+    (tmp_path / "proc/self/cgroup").write_text(f"{groups}\n")
+    assert serve.free_bytes("cpu", tmp_path) == free << 10
+
+
+@pytest.mark.usefixtures("hub_client")
+def test_a_base_of_the_hub_is_served(whole: Path, capsys: Capture, monkeypatch: Patch) -> None:
+    async def serve_nobody(service: object, listener: object, *, ready: Callable[[], None]) -> None:
+        ready()
+
+    monkeypatch.setattr(serve, "tune_process", lambda: None)
+    monkeypatch.setattr("lorax_async.server.app.serve", serve_nobody)
+    with HubStandIn() as hub:
+        hub.put("org/base", {path.name: path.read_bytes() for path in whole.iterdir()})
+        # huggingface_hub reads HF_ENDPOINT when it is imported.
+        here = partial(base_folder, endpoint=hub.endpoint, offline=False)
+        monkeypatch.setattr(serve, "base_folder", lambda base, report, **_: here(base, report))
+        command = ["serve", "--port", "0", "--json", "--device-bytes", "1MiB", "--base"]
+        assert main([*command, "org/base@main"]) == 0
+        assert json.loads(capsys.readouterr().out)["models"] == ["base"]
+        assert main([*command, "org/none"]) == 1
+        assert "no 'org/none'" in capsys.readouterr().err
+        assert main([*command, "./org/base"]) == 1
+        assert "there is no folder ./org/base" in capsys.readouterr().err
+    close_session()  # that of huggingface_hub
 
 
 @pytest.mark.parametrize(
