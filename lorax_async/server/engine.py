@@ -45,7 +45,8 @@ class Sampling:
     min_p: float = 0.0
     """Up to 1: leave out tokens less likely than this times the likeliest."""
     repetition_penalty: float = 1.0
-    """Above 0: divide the positive logits of tokens that the sequence has, multiply the others."""
+    """From 0.01 to 100: divide the positive logits of tokens that the sequence has, multiply the
+    others."""
     seed: int | None = None
     """The same seed gives the same tokens, whatever is computed beside them. None: any."""
 
@@ -129,6 +130,9 @@ class Decoder(Protocol):
 
 # -- sampling -------------------------------------------------------------------------------------
 
+LEAST_PENALTY, MOST_PENALTY = 0.01, 100
+"""Of repetition. Others would make finite logits infinite, or NaN, as an adapter's faults do."""
+
 _CANDIDATES = 256, 8192
 """Numbers of likeliest tokens to search for `top_p` first: sorting a whole vocabulary takes
 milliseconds."""
@@ -153,8 +157,11 @@ class Sampler:
             raise UsageError(f"top_k must be an integer of 0 or more, not {top_k!r}")
         if not _is_between(min_p, 0, 1):
             raise UsageError(f"min_p must be from 0 to 1, not {min_p!r}")
-        if not _is_between(penalty, 0, sys.float_info.max) or penalty == 0:
-            raise UsageError(f"repetition_penalty must be a finite number above 0, not {penalty!r}")
+        if not _is_between(penalty, LEAST_PENALTY, MOST_PENALTY):
+            raise UsageError(
+                f"repetition_penalty must be from {LEAST_PENALTY} to {MOST_PENALTY}, not"
+                f" {penalty!r}"
+            )
         is_seed = isinstance(seed, int) and _is_between(seed, -(1 << 63), (1 << 63) - 1)
         if seed is not None and not is_seed:
             raise UsageError(f"seed must be a signed 64-bit integer or None, not {seed!r}")

@@ -14,6 +14,7 @@ from starlette.requests import Request
 from tokenizers import Tokenizer
 
 from lorax_async.errors import shorten
+from lorax_async.server.engine import LEAST_PENALTY, MOST_PENALTY
 from lorax_async.server.responses import Refusal, invalid_parameter
 
 MAX_STOPS = 4
@@ -113,7 +114,7 @@ class GenerationBody(StrictModel):
     top_k: Annotated[int, Field(ge=-1)] | None = None
     """As in vLLM, as the next two; 0 and -1 are all."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=LEAST_PENALTY, le=MOST_PENALTY)] | None = None
     seed: Annotated[int, Field(ge=MIN_SEED, le=MAX_SEED)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     stop: Stop | Annotated[list[Stop], Field(fail_fast=True, max_length=MAX_STOPS)] | None = None
@@ -357,7 +358,9 @@ class PromptEncoder:
     def detokenize(self, tokens: Sequence[int]) -> str:
         """Return the text of token ids, special ones included. Raise `Refusal`."""
         self._require_known(tokens, "tokens")
-        return self.tokenizer.decode(list(tokens), skip_special_tokens=False)
+        # Only the batch call releases the GIL.
+        (text,) = self.tokenizer.decode_batch([list(tokens)], skip_special_tokens=False)
+        return text
 
     def _require_known(self, ids: Sequence[int], param: str) -> None:
         vocabulary = self.tokenizer.get_vocab_size(with_added_tokens=True)

@@ -59,7 +59,7 @@ def _as_text(value: object) -> str:
 class RequestObserver:
     """ASGI middleware: log HTTP requests, and report the path and status of each to `count`.
 
-    The paths are those below `root_path`, by which routes are found too.
+    The paths are those below `root_path`, or below which the app is mounted.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class RequestObserver:
             note_error(scope, error)
             raise
         finally:
-            path, root = str(scope["path"]), self._root_path
+            path, root = str(scope["path"]), str(scope.get("root_path", ""))
             path = path.removeprefix(root) if path.startswith(f"{root}/") else path
             self._count(path, status)
             _log_request(scope, path, status, details, time.monotonic() - began)

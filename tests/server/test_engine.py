@@ -108,8 +108,11 @@ async def test_what_can_never_be_computed_is_refused(source: FakeSource) -> None
             engine.submit(asked([1, 2, 3, 4], 7))
         assert await all_of(engine.submit(asked([1, 2, 3, 4], 6))) == alone([1, 2, 3, 4], 6)
         prompts: Any = ([], [VOCABULARY], [-1], [1.0])
-        cold = Sampling(temperature=-1)
-        wrong = [asked([1], 0), asked([1], 1, deadline=-1.0), asked([1], 1, sampling=cold)]
+        # With such penalties, finite logits become infinite or NaN, as if the adapter were broken.
+        samplings = [Sampling(repetition_penalty=penalty) for penalty in (1e-300, 1e308)]
+        samplings.append(Sampling(temperature=-1))
+        wrong = [asked([1], 0), asked([1], 1, deadline=-1.0)]
+        wrong += [asked([1], 1, sampling=sampling) for sampling in samplings]
         for each in (*wrong, *(asked(prompt, 1) for prompt in prompts)):
             with pytest.raises(errors.UsageError):
                 engine.submit(each)

@@ -191,7 +191,11 @@ async def test_a_status_that_was_sent_is_the_one_that_counts() -> None:
         await counted({"type": "lifespan"}, nothing, nothing)
         with pytest.raises(RuntimeError, match="middle"):
             await counted({"type": "http", "path": "/health"}, nothing, nothing)
-        assert requests(await scraped(world)) == {"call=/health,status=200": 1}
+        mounted = {"type": "http", "path": "/inner/ping", "root_path": "/inner"}
+        with pytest.raises(RuntimeError, match="middle"):
+            await counted(mounted, nothing, nothing)
+        calls = ("/health", "/ping")
+        assert requests(await scraped(world)) == {f"call={call},status=200": 1 for call in calls}
 
 
 async def test_behind_a_proxy_paths_may_have_its_prefix() -> None:

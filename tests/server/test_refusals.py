@@ -369,6 +369,7 @@ TEXT = {"type": "text", "text": "x"}
         *((CompletionBody, {name: value}, name) for name, value in (
             ("max_token", 5), ("temperature", 2.1), ("temperature", -0.1), ("temperature", "1"),
             ("temperature", True), ("top_p", 0), ("top_p", 1.5), ("n", 0), ("n", 1.5),
+            ("repetition_penalty", 1e-300), ("repetition_penalty", 1e308),
             ("max_tokens", 0), ("seed", 2**63), ("stop", ["a"] * 5), ("stop", ""),
             ("stop", "x" * 257), ("stop", 5), ("stop", [""] * MANY), ("model", ""), ("model", 5),
             ("stream", "yes"), ("stream_options", {"include_usage": True}),
@@ -442,15 +443,22 @@ def no_thread_is_interrupted() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("no_thread_is_interrupted")
-@pytest.mark.parametrize("kind", [CompletionBody, ChatBody])
-def test_other_threads_run_while_a_long_text_becomes_tokens(kind: type[GenerationBody]) -> None:
+@pytest.mark.parametrize("kind", [CompletionBody, ChatBody, None])
+def test_other_threads_run_while_a_long_text_becomes_tokens(
+    kind: type[GenerationBody] | None,
+) -> None:
+    """And while tokens become a text."""
     prompts, text = request_bodies.PromptEncoder(fakes.tokenizer()), "what is ice " * 30_000
-    fields = messages(user(text)) if kind is ChatBody else {"prompt": text}
-    body = parse_body(kind, json.dumps({"model": "m"} | fields).encode())
+    tokens = fakes.tokens_of(text)
     begun, read = threading.Event(), list[int]()
 
     def reading() -> None:
         begun.set()
+        if kind is None:
+            read.append(len(prompts.detokenize(tokens)))
+            return
+        fields = messages(user(text)) if kind is ChatBody else {"prompt": text}
+        body = parse_body(kind, json.dumps({"model": "m"} | fields).encode())
         read.extend(map(len, prompts.read(body)))
 
     thread = threading.Thread(target=reading)
