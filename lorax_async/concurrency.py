@@ -19,7 +19,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from functools import partial, wraps
 from threading import Event, Lock, Thread
-from typing import Any, Generic, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar
 
 from lorax_async.errors import FetchError, LoaderClosedError, LoraxError, Stage, UsageError
 
@@ -537,6 +537,12 @@ class ContextCall(Coroutine[Any, Any, C]):
 
     def close(self) -> None:
         self._call.close()
+
+    if not TYPE_CHECKING:  # where an attribute of what was not awaited is an error
+
+        def __getattr__(self, name: str) -> object:
+            """Show asyncio the coroutine's name and frames, for the repr and stack of a task."""
+            return getattr(self._call, name)
 
     async def __aenter__(self) -> C:
         self._result = await self._call

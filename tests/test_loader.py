@@ -71,6 +71,11 @@ async def test_a_call_is_a_coroutine_and_a_context(tmp_path: Path) -> None:
                 handle.release()
         assert files.released
         assert where(there, folder).leases == 0
+        loading = asyncio.create_task(there.load(folder))
+        shown, stack = repr(loading), loading.get_stack()
+        (await loading).release()
+        assert "AdapterLoader.load() running at" in shown
+        assert stack
         there.load(folder).close()  # no warning, which would be an error here
         refused = await asyncio.gather(there.load(5), return_exceptions=True)  # type: ignore[arg-type]
         assert isinstance(refused[0], errors.InvalidAdapterIdError)
