@@ -78,10 +78,8 @@ class AdapterLoader:
                 " or the hub id of a base model, use AdapterLoader.from_pretrained, for a model in"
                 " memory layouts.from_module"
             )
-        if not isinstance(config, LoaderConfig | None):
-            raise ConfigError(f"config must be LoaderConfig(…), not {shorten_repr(config)}")
         self.layout = layout
-        self.config = (config or LoaderConfig()).resolved(layout.dtype)
+        self.config = _config_or_default(config).resolved(layout.dtype)
         self._sharding = shard_layout(layout, self.config.shard)
         self.held_layout = self._sharding.held
         """The layout with the sizes of the config's shard."""
@@ -108,7 +106,7 @@ class AdapterLoader:
         `await`, call `close`. The config.json is read, or downloaded from the config's hub, in a
         thread; other parameters and errors are those of `layouts.from_pretrained`.
         """
-        config = config or LoaderConfig()
+        config = _config_or_default(config)
         layout = await asyncio.to_thread(
             layouts.from_pretrained,
             *(base, dtype),
@@ -527,3 +525,9 @@ class AdapterLoader:
             return {held.grant.slot.index: name_of(key) for key, held in occupancies.items()}
 
         return Trace(self._assembly.store.tracer, limit, names_by_slot)
+
+
+def _config_or_default(config: LoaderConfig | None) -> LoaderConfig:
+    if not isinstance(config, LoaderConfig | None):
+        raise ConfigError(f"config must be LoaderConfig(…), not {shorten_repr(config)}")
+    return config or LoaderConfig()

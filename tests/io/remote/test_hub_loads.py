@@ -287,6 +287,7 @@ async def test_a_loader_for_a_base_of_the_hub_or_in_a_folder(hub: Hub, tmp_path:
         AdapterLoader("/base")  # type: ignore[arg-type]
     with pytest.raises(errors.ConfigError, match=r"config must be LoaderConfig"):
         AdapterLoader(tiny.layout(), {"max_slots": 4})  # type: ignore[arg-type]
+    await fails(opening("/base", "float16"), errors.ConfigError, "not 'float16'")  # type: ignore[arg-type]
 
 
 async def test_words_that_contradict_each_other(tmp_path: Path) -> None:
