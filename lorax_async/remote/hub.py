@@ -510,11 +510,12 @@ def download_base(
     """Return a folder with a base model's files, in huggingface_hub's own cache. Blocks.
 
     `files` are patterns of names. Without a token, huggingface_hub uses this machine's own. Raise
-    `ConfigError`.
+    `ConfigError`, or `UsageError` for a malformed token.
     """
     from huggingface_hub import hf_hub_download, snapshot_download  # noqa: PLC0415 (slow)
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
 
+    require_token(token)
     where = parse_endpoint(endpoint_in_use(endpoint))
     options: dict[str, Any] = {"revision": revision, "token": token, "endpoint": endpoint}
     options["local_files_only"] = offline

@@ -256,6 +256,7 @@ async def test_a_loader_for_a_base_of_the_hub_or_in_a_folder(hub: Hub, tmp_path:
     opening = AdapterLoader.from_pretrained
     await fails(opening("org/base", on_hub), errors.ConfigError, "no 'org/base' without a token")
     await fails(opening("org/base", offline), errors.ConfigError, "not in the standard hub cache")
+    await fails(opening("org/base", on_hub, token=""), errors.UsageError, "token is empty")
     for call in (
         opening("org/base", on_hub, token=TOKEN),
         opening("org/base@main", offline),
