@@ -181,6 +181,7 @@ async def list_models(service: Service, _: Request) -> Response:
 async def describe_model(service: Service, request: Request) -> Response:
     """GET /v1/models/NAME: describe one model."""
     name, names = request.path_params["name"], service.names
+    note_id(request.scope, "model", name)
     if name != names.base and name not in names.adapters:
         raise unknown_model(name)
     return JSONResponse(_model_as_json(service, name))

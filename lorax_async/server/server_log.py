@@ -130,6 +130,8 @@ def _log_request(
         level = logging.WARNING
     elif path in PROBES or path.startswith("/page/"):
         level = logging.DEBUG
+    if path.startswith("/v1/models/"):
+        path = "/v1/models"  # a name may be a URL with a password, which `note_id` leaves out
     client = scope.get("client")
     values = {"client": client[0] if client else None, "call": path, "status": status}
     log_event("request", level=level, **values, **details, total_ms=in_ms(seconds))

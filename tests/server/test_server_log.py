@@ -89,8 +89,9 @@ async def test_texts_that_may_hold_a_secret_are_left_out(log: Log) -> None:
         for id in ("https://user:5ecret@host/x", "https://host/x?token=5ecret"):
             await world.ask("POST", COMPLETIONS, PLAIN | {"model": id})
             await world.admin("/v1/load_lora_adapter", {"lora_name": "a", "lora_path": id})
-        await until(lambda: len(events(log)) == 4)
-    assert [each["status"] for each in events(log)] == [404, 400] * 2
+            await world.ask("GET", f"/v1/models/{id}")
+        await until(lambda: len(events(log)) == 6)
+    assert [each["status"] for each in events(log)] == [404, 400, 404] * 2
     assert "5ecret" not in log.text
 
 
