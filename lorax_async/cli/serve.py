@@ -371,6 +371,7 @@ def _load_base(arguments: argparse.Namespace, folder: Path, config: LoaderConfig
     plain = Sampling()
     if arguments.chat_template is not None:
         model.tokenizer.chat_template = _read_template(arguments.chat_template)
+        _require_template(model.tokenizer, arguments.chat_template)
     if arguments.generation_config == "none":
         model = replace(model, sampling=plain)
     if model.sampling != plain:
@@ -387,6 +388,19 @@ def _read_template(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"--chat-template: {path} cannot be read: {reason}") from error
+
+
+def _require_template(tokenizer: Any, path: Path) -> None:
+    """Raise `ConfigError` if the chat template is no Jinja; it may refuse the conversation here."""
+    from jinja2 import TemplateError, TemplateSyntaxError  # noqa: PLC0415
+
+    try:
+        with suppress(TypeError, ValueError):
+            tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise ConfigError(f"--chat-template: {path}, line {error.lineno}: {error}") from error
+    except TemplateError:
+        pass
 
 
 # -- memory ---------------------------------------------------------------------------------------

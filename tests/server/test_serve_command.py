@@ -490,6 +490,21 @@ def test_a_server_open_to_other_machines_is_warned_of(
     assert ("LORAX_API_KEY sets one" in told.err) is warned
 
 
+def test_a_template_that_is_none_is_told(
+    whole: Path, tmp_path: Path, capsys: Capture, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(serve, "tune_process", lambda: None)
+    template = tmp_path / "template"
+    options = ["--port", "0", "--json", "--max-length", "0", "--chat-template", str(template)]
+    for text, said in (
+        ("{{ raise_exception('never') }}", "max_length"),  # it can be compiled
+        ("\n{% for m in %}", f"{template}, line 2: "),
+    ):
+        template.write_text(text)
+        assert main(["serve", "--base", str(whole), *options]) == 1
+        assert said in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_length_of_nothing_is_refused(whole: Path, capsys: Capture, monkeypatch: Patch) -> None:
     monkeypatch.setattr(serve, "tune_process", lambda: None)
     options = ["--port", "0", "--json", "--max-length", "0"]
