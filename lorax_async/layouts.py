@@ -158,21 +158,12 @@ def from_pretrained(
     folder = Path(base)
     if not folder.is_dir() and is_hub_id(base):
         name, _, version = str(base).partition("@")
-        folder = Path(
-            download_base(
-                name,
-                revision=revision or version or None,
-                token=token,
-                endpoint=endpoint,
-                offline=offline,
-            )
+        version = revision or version
+        downloaded = download_base(
+            name, revision=version or None, token=token, endpoint=endpoint, offline=offline
         )
-    if not (folder / "config.json").is_file():
-        there = "has no config.json" if folder.is_dir() else "is not there"
-        raise ConfigError(
-            f"the folder {str(folder.absolute())!r} {there}; pass the folder of a base model, or"
-            " its id on the hub"
-        )
+        folder = Path(downloaded)
+    _require_config(folder)
     config = _read_config(folder / "config.json")
     for key in LAYER_COUNTS:
         layers = config.get(key)
@@ -184,6 +175,15 @@ def from_pretrained(
         model, own = _build_model(folder)
         layout = from_module(model, "float32")
     return replace(layout, dtype=_dtype_name(dtype or own), base=str(base))
+
+
+def _require_config(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        there = "has no config.json" if folder.is_dir() else "is not there"
+        raise ConfigError(
+            f"the folder {str(folder.absolute())!r} {there}; pass the folder of a base model, or"
+            " its id on the hub"
+        )
 
 
 def is_hub_id(base: str | PathLike[str]) -> bool:

@@ -12,7 +12,7 @@ import pytest
 from command_line import base
 from lorax_async.cli import main
 from lorax_async.cli.simulation import DeviceCapacity, simulate_fleet
-from lorax_async.engines.ray.routing import Residency, RoutingPolicy
+from lorax_async.engines.ray.routing import ReplicaResidency, RoutingPolicy
 from lorax_async.lifecycle.adapter_state import GroupSizes
 
 FLEET = tuple(f"r{n}" for n in range(8))
@@ -85,14 +85,14 @@ def test_few_adapters_move_when_a_replica_joins_or_leaves() -> None:
 
 def test_what_replicas_publish_comes_before_the_ring() -> None:
     router, one, two, three = policy(), *policy().choose("org/a", 3)
-    router.publish(two, Residency({"org/a": "host"}))
+    router.publish(two, ReplicaResidency({"org/a": "host"}))
     assert router.choose("org/a", 2) == [two, one]
-    router.publish(three, Residency({"org/a": "device"}))
+    router.publish(three, ReplicaResidency({"org/a": "device"}))
     assert router.choose("org/a", 3) == [three, two, one]
-    router.publish(two, Residency({"org/a": "device"}))
+    router.publish(two, ReplicaResidency({"org/a": "device"}))
     assert router.choose("org/a", 3) == [two, three, one]
-    router.publish(three, Residency({"org/b": "device"}))
-    router.publish(two, Residency({}))
+    router.publish(three, ReplicaResidency({"org/b": "device"}))
+    router.publish(two, ReplicaResidency({}))
     assert router.choose("org/a")[0] == one
     assert router.choose("org/b")[0] == three
 
@@ -100,18 +100,18 @@ def test_what_replicas_publish_comes_before_the_ring() -> None:
 def test_what_was_sent_counts_until_the_replica_has_published_twice() -> None:
     router, one, two, _ = policy(), *policy().choose("org/a", 3)
     router.sent("org/a", two)
-    router.publish(two, Residency({"org/other": "disk"}))  # perhaps collected before
+    router.publish(two, ReplicaResidency({"org/other": "disk"}))  # perhaps collected before
     assert router.choose("org/a")[0] == two
-    router.publish(two, Residency({}))
+    router.publish(two, ReplicaResidency({}))
     assert router.choose("org/a")[0] == one
 
 
 def test_a_replica_that_is_gone_is_not_chosen_whatever_it_published() -> None:
     router, one = policy(), policy().choose("org/a")[0]
     router.sent("org/a", one)
-    router.publish(one, Residency({"org/a": "device"}))
+    router.publish(one, ReplicaResidency({"org/a": "device"}))
     router.set_replicas(set(FLEET) - {one})
-    router.publish(one, Residency({"org/a": "device"}))  # late
+    router.publish(one, ReplicaResidency({"org/a": "device"}))  # late
     router.sent("org/a", one)
     assert one not in router.choose("org/a", 8)
     assert len(router.choose("org/a", 8)) == 7
@@ -143,17 +143,17 @@ def test_a_long_queue_gives_a_request_to_the_second_choice() -> None:
     first, second, _ = policy().choose("org/a", 3)
     for queues, chosen in (((8, 2), first), ((9, 2), second), ((4, 0), first), ((5, 0), second)):
         router = policy(queue_of=dict(zip((first, second), queues, strict=True)).get)
-        router.publish(first, Residency({"org/a": "device"}))
+        router.publish(first, ReplicaResidency({"org/a": "device"}))
         assert router.choose("org/a") == [chosen]
 
 
 def test_a_new_adapter_avoids_loads_and_takes_free_memory() -> None:
     first, second, _ = policy().choose("org/a", 3)
     for one, other, chosen in (
-        (Residency({}, free_bytes=1), Residency({}, free_bytes=2), first),
-        (Residency({}, free_bytes=0), Residency({}, free_bytes=2), second),
-        (Residency({}, free_bytes=1, loading=5), Residency({}, free_bytes=2), second),
-        (Residency({"org/a": "disk"}, loading=5), Residency({}, free_bytes=2), first),
+        (ReplicaResidency({}, free_bytes=1), ReplicaResidency({}, free_bytes=2), first),
+        (ReplicaResidency({}, free_bytes=0), ReplicaResidency({}, free_bytes=2), second),
+        (ReplicaResidency({}, free_bytes=1, loading=5), ReplicaResidency({}, free_bytes=2), second),
+        (ReplicaResidency({"org/a": "disk"}, loading=5), ReplicaResidency({}, free_bytes=2), first),
     ):
         router = policy()
         router.publish(first, one)

@@ -9,7 +9,7 @@ from itertools import islice
 from random import Random
 from typing import Literal, NamedTuple, get_args
 
-from lorax_async.engines.ray.routing import MAX_IDS, Residency, RoutingPolicy
+from lorax_async.engines.ray.routing import MAX_IDS, ReplicaResidency, RoutingPolicy
 from lorax_async.lifecycle.adapter_state import GroupSizes
 from lorax_async.lifecycle.arena import FreeRuns, Kinds, Run, kinds_of
 from lorax_async.lifecycle.policies import EvictionPolicy, policy
@@ -293,7 +293,7 @@ class SimulatedFleet:
             if len(tiers) == MAX_IDS:
                 break
             tiers.setdefault(names[position], "disk")
-        self.router.publish(name, Residency(tiers))
+        self.router.publish(name, ReplicaResidency(tiers))
 
 
 def simulate_fleet(

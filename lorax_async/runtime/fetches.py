@@ -98,7 +98,7 @@ Outcome = Callable[[], list[Command]]
 """A method of the lifecycle with the arguments of one outcome."""
 
 
-class _Fetch(NamedTuple):
+class _RunningFetch(NamedTuple):
     """A running fetch; `opened` is set once it has a plan, or has failed."""
 
     control: FetchControl
@@ -138,14 +138,14 @@ class FetchTasks:
         self._before_use = before_use
         self._readers: dict[AdapterKey, Reader] = {}
         self._refusals: dict[AdapterKey, RefusalCallback] = {}
-        self._running: dict[AdapterKey, _Fetch] = {}
+        self._running: dict[AdapterKey, _RunningFetch] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._planning = asyncio.Lock()
         self._populating: asyncio.Task[None] | None = None
 
     def start_fetch(self, key: AdapterKey, attempt: int, *, urgent: bool) -> None:
         self.verifications.pop(key, None)
-        fetch = self._running[key] = _Fetch(FetchControl(urgent=urgent), asyncio.Event())
+        fetch = self._running[key] = _RunningFetch(FetchControl(urgent=urgent), asyncio.Event())
         self._spawn("fetch", key, self._fetch(key, attempt, fetch))
 
     async def opened(self, key: AdapterKey) -> None:
@@ -243,7 +243,7 @@ class FetchTasks:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _fetch(self, key: AdapterKey, attempt: int, fetch: _Fetch) -> None:
+    async def _fetch(self, key: AdapterKey, attempt: int, fetch: _RunningFetch) -> None:
         control = fetch.control
         error: LoraxError | None = None
         try:

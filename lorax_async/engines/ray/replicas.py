@@ -10,7 +10,7 @@ from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
-from lorax_async.engines.ray.routing import MAX_IDS, STATS, TIERS, Residency
+from lorax_async.engines.ray.routing import MAX_IDS, STATS, TIERS, ReplicaResidency
 from lorax_async.loader import AdapterLoader
 from lorax_async.mirror import AdapterMirror
 from lorax_async.store import AdapterStore
@@ -39,7 +39,7 @@ class PublishedAdapters:
 
 def residency_of(
     adapters: AdapterLoader | AdapterStore, names: Mapping[str, str] | None = None
-) -> Residency:
+) -> ReplicaResidency:
     """Return where adapters are now: at most `MAX_IDS`, the nearest to the device first."""
     loading, free_bytes, tiers = 0, 0, dict[str, str]()
     if isinstance(adapters, AdapterLoader):
@@ -56,7 +56,7 @@ def residency_of(
             loading += stored.state in {"resolving", "fetching", "checking"}
     nearest = sorted(tiers.items(), key=lambda item: TIERS.index(item[1]))
     called = names or {}
-    return Residency(
+    return ReplicaResidency(
         {called.get(id, id): tier for id, tier in islice(nearest, MAX_IDS)}, free_bytes, loading
     )
 

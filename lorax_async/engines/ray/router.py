@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from lorax_async.engines.ray.routing import STATS, Residency, RoutingPolicy
+from lorax_async.engines.ray.routing import STATS, ReplicaResidency, RoutingPolicy
 
 CHOICES = 3
 """Replicas of one request, in order: Ray asks the next if one is full or does not answer."""
@@ -43,7 +43,7 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray is not installe
             name, stats = replica.replica_id.unique_id, replica.routing_stats.get(STATS)
             if stats is not None and stats != self._stats.get(name):
                 self._stats[name] = stats
-                self._policy.publish(name, Residency(**stats))
+                self._policy.publish(name, ReplicaResidency(**stats))
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
         """Take the replica out of the fleet before the controller does."""

@@ -41,7 +41,7 @@ MAX_IDS = 1024
 """Adapters that a replica publishes, the nearest to its device first."""
 
 STATS = "lorax_async"
-"""The key of a replica's `Residency` in its routing stats."""
+"""The key of a replica's `ReplicaResidency` in its routing stats."""
 
 TIERS = ("device", "host", "disk")
 _SENT = 1
@@ -49,7 +49,7 @@ _SENT = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Residency:
+class ReplicaResidency:
     """What a replica publishes."""
 
     tiers: Mapping[str, str]
@@ -107,7 +107,7 @@ class RoutingPolicy:
     def __init__(self, queue_of: Callable[[str], int | None] = lambda _: None) -> None:
         self._queue_of = queue_of
         self._ring = HashRing()
-        self._published: dict[str, Residency] = {}
+        self._published: dict[str, ReplicaResidency] = {}
         self._publications: Counter[str] = Counter()
         self._holders: dict[str, dict[str, int]] = {}
         self._sent: OrderedDict[str, dict[str, int]] = OrderedDict()
@@ -120,7 +120,7 @@ class RoutingPolicy:
         """Make these the fleet; forget of others what they published and were sent."""
         fleet = set(replicas)
         for gone in self._loads.keys() - fleet:
-            self.publish(gone, Residency({}))
+            self.publish(gone, ReplicaResidency({}))
             del self._published[gone], self._publications[gone]
         # One that joins counts as if it had had its share: it must not get everything at first.
         stay = [self._loads[replica] for replica in self._loads.keys() & fleet]
@@ -139,7 +139,7 @@ class RoutingPolicy:
         """Return the replica of consistent hashing alone, whatever its load."""
         return next(self._ring.walk(hash_text(adapter)))
 
-    def publish(self, replica: str, residency: Residency) -> None:
+    def publish(self, replica: str, residency: ReplicaResidency) -> None:
         """Replace what a replica of the fleet published before."""
         if replica not in self._loads:
             return
