@@ -720,7 +720,7 @@ async def test_hashing_shares_threads(hashes: LocalWorld, monkeypatch: Patch) ->
         await hashes.source.resolve(AdapterRef("./one"))
         others += 1
     assert (await hashing).kind == "transport"
-    assert others > 10
+    assert others > 4  # not one or two, while one step would hash it all
 
 
 @pytest.fixture
