@@ -36,7 +36,7 @@ class FetchControl:
         """The error of a check that refused the bytes received so far."""
         self.cancelled = False
         """Whether the fetch is no longer needed; check it between chunks."""
-        self._watchers: list[Callable[[], None]] = []
+        self._watchers: list[Callable[[], object]] = []
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -44,15 +44,14 @@ class FetchControl:
             changed()
 
     def raise_priority(self) -> None:
-        """Make a prefetch urgent."""
-        if not self.urgent:
-            self.urgent = True
-            for changed in tuple(self._watchers):
-                changed()
+        """Make a prefetch urgent; another caller has joined."""
+        self.urgent = True
+        for changed in tuple(self._watchers):
+            changed()
 
     @contextmanager
-    def watch(self, changed: Callable[[], None]) -> Iterator[None]:
-        """Call `changed` on the loop: at once, and at each change within the block."""
+    def watch(self, changed: Callable[[], object]) -> Iterator[None]:
+        """Call `changed` on the loop: at once, and in the block at each change or new caller."""
         self._watchers.append(changed)
         try:
             changed()

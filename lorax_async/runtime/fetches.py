@@ -36,6 +36,9 @@ MANY_MEMBERS = 64
 
 CACHED_PLANS = 32
 
+GATHER_SECONDS = 0.05
+"""Layers that arrive within it are reported together, unless a caller uses them one by one."""
+
 
 class TransferPlanner:
     """Plans adapters for one layout, shard, dtype and device.
@@ -333,22 +336,30 @@ class FetchTasks:
         control: FetchControl,
     ) -> Verification:
         loop, fetched = asyncio.get_running_loop(), list[int]()
+        missing, reported = set(range(len(plan.groups))), 0.0
 
         def report() -> None:
+            nonlocal reported
             if fetched:
+                reported = loop.time()
                 span_fetched = partial(self._lifecycle.span_fetched, key, attempt, *fetched)
                 fetched.clear()
                 self._decide(key, span_fetched)
 
         def group_fetched(group: int) -> None:
-            """Report all groups of one turn of the loop with one decision."""
-            if not self._before_use:
-                if not fetched:
-                    loop.call_soon(report)
-                fetched.append(group)
+            """Report all of one turn of the loop together; if nobody streams, of a longer time."""
+            missing.discard(group)
+            if self._before_use:
+                return
+            fetched.append(group)
+            if not missing or self._lifecycle.states[key].streams:
+                loop.call_soon(report)
+            elif len(fetched) == 1:
+                loop.call_at(reported + GATHER_SECONDS, report)
 
         spans = [group.spans for group in plan.groups]
-        with self._telemetry.tracer.span("files", None, "fetch", key):
+        joined = partial(loop.call_soon, report)  # a caller that joins may stream
+        with self._telemetry.tracer.span("files", None, "fetch", key), control.watch(joined):
             try:
                 verification = await self._source.bring(file, spans, group_fetched, control)
             except BaseException:
