@@ -12,6 +12,7 @@ import tiny
 from common import until
 from lorax_async import AdapterKey, AdapterLoader, AdapterRef, Event, LocalRoot, errors
 from lorax_async.concurrency import FetchControl
+from lorax_async.config import Eviction
 from lorax_async.runtime import acquire
 from lorax_async.runtime.placement import TierName
 from lorax_async.sources.base import AdapterFile
@@ -223,6 +224,7 @@ NAMES = tuple(f"hint-{n}" for n in range(60))
         ({"max_slots": 3}, ["missing", "2", "2", "pinned", "1", "0"], "2pinned1"),
         ({"max_slots": 3}, ["1", "2", "0", "pinned", "2"], "1pinned2"),
         ({"device_bytes": 4 * ONE, "max_slots": 9}, ["huge", *"01234"], "012"),
+        *(({"max_slots": 4, "eviction": policy}, "01234567", "012") for policy in ("lfu", "gdsf")),
     ],
 )
 async def test_the_first_ones_that_fit_stay_on_the_device(
@@ -246,7 +248,8 @@ async def test_the_first_ones_that_fit_stay_on_the_device(
     monkeypatch.setattr(source, "open", slow)
     async with over(source, **settings) as there:
         await there.pin("pinned")
-        (await there.load("idle")).release()  # it leaves for them
+        for _ in range(9):  # it leaves for them, although it was used more often
+            (await there.load("idle")).release()
         hint = there.prefetch([*asked])
         await until(lambda: hint.done)
         assert hint.errors.keys() == {"missing", "huge"} & {*asked}
@@ -260,15 +263,32 @@ async def test_the_first_ones_that_fit_stay_on_the_device(
         assert is_at(there, "pinned", "device")
 
 
-async def test_the_first_ones_that_fit_stay_in_host_memory(tmp_path: Path) -> None:
+async def test_a_prefetch_waits_for_a_lease_rather_than_evict_its_own(tmp_path: Path) -> None:
+    async with over(stocked(tmp_path, *"abc"), max_slots=2) as there:
+        leased = await there.load("c")
+        hint = there.prefetch([*"ab"])
+        await until(lambda: is_at(there, "a", "device") and state(there, "b") == "present")
+        await asyncio.sleep(0.02)
+        assert (hint.done, is_at(there, "a", "device")) == (False, True)
+        leased.release()
+        await hint
+        assert [n for n in "abc" if is_at(there, n, "device")] == ["a", "b"]
+
+
+@pytest.mark.parametrize("eviction", ["lru", "lfu"])
+async def test_the_first_ones_that_fit_stay_in_host_memory(
+    tmp_path: Path, eviction: Eviction
+) -> None:
     source = stocked(tmp_path, *"abcd", holdable=True)
     nbytes = (tmp_path / "a" / WEIGHTS).stat().st_size
-    async with over(source, host_bytes=2 * nbytes) as there:
+    async with over(source, host_bytes=2 * nbytes, eviction=eviction) as there:
         await there.prefetch("d", tier="host")
+        for _ in range(3):
+            (await there.load("d")).release()
         hint = there.prefetch([*"abc"], tier="host")
         await hint
         assert hint.left_out == ("c",)
-        assert [where(there, n).tier for n in "abd"] == ["host", "host", "disk"]
+        assert [where(there, n).host_bytes for n in "abd"] == [nbytes, nbytes, 0]
     async with over(source, host_bytes=0) as there:
         with pytest.raises(errors.UsageError, match=r"host_bytes=0 .* hold nothing; raise Loader"):
             there.prefetch("a", tier="host")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import TypeVar
@@ -30,13 +30,17 @@ class WantedTier(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Waiter:
-    """One call that waits for an adapter, `since` a time of the loop's clock in seconds."""
+    """One call that waits for an adapter, `since` a time of the loop's clock in seconds.
+
+    `beside` are the other adapters of its prefetch, which must not make room for this one.
+    """
 
     id: int
     tier: WantedTier
     since: float
     foreground: bool = True
     priority: int = 0
+    beside: Collection[AdapterKey] = field(default=(), compare=False)
 
 
 _NO_WAITERS: dict[int, Waiter] = {}
@@ -114,6 +118,10 @@ class WaiterSet:
         There must be a waiter.
         """
         return next(iter((self._foreground or self._by_id).values())).since
+
+    def spares(self, key: AdapterKey) -> bool:
+        """Return whether every waiter's prefetch wants `key` to stay."""
+        return bool(self._by_id) and all(key in waiter.beside for waiter in self)
 
     def urgency(self, level: float) -> Urgency:
         """Return the adapter's sort key; one level of priority equals `level` seconds of waiting.

@@ -139,7 +139,7 @@ class HostTierQueue:
         if nbytes > self._budget.nbytes:
             return self._refuse(head, nbytes)
         if nbytes > self._budget.free:
-            return self._make_room(nbytes)
+            return self._make_room(head, nbytes)
         self._budget.claim(key, nbytes, reload_cost(head.needs))
         head.host = HostState.POPULATING
         self._budget.populating = key
@@ -155,14 +155,15 @@ class HostTierQueue:
         self._rules.fail(head, error, waiting)
         return head
 
-    def _make_room(self, nbytes: int) -> AdapterState | None:
+    def _make_room(self, head: AdapterState, nbytes: int) -> AdapterState | None:
         """Wait for pages in release if they suffice, else release the first of the ranking."""
         leaving = sum(self._budget.held[key] for key in self._budget.leaving)
         if self._budget.free + leaving >= nbytes:
             return None
         for key in self._budget.policy.ranked():
             state = self._states[key]
-            if state.host is HostState.HELD and self._budget.held[key]:
+            held = state.host is HostState.HELD and self._budget.held[key]
+            if held and not head.waiters.spares(key):
                 self._rules.release_host(state, evicted=True)
                 return state
         return None
@@ -343,7 +344,7 @@ class SlotQueue:
         free_soon = [state.grant for state in going if state.grant and not state.leases]
         if self._residency.fits_after(free_soon, sizes):
             return None
-        victim = self._first_evictable()
+        victim = self._first_evictable(head)
         if victim is None:
             if self._residency.fits_after([state.grant for state in going if state.grant], sizes):
                 return None
@@ -363,14 +364,29 @@ class SlotQueue:
     def _holders_ranked(self) -> Iterator[AdapterState]:
         return (self._states[key] for key in self._residency.policy.ranked())
 
-    def _first_evictable(self) -> AdapterState | None:
-        """Return the first of the ranking that can be evicted now, if any."""
+    def _first_evictable(self, head: AdapterState) -> AdapterState | None:
+        """Return the first of the ranking that can be evicted for `head` now, if any.
+
+        An adapter of the same prefetch only if there is no other holder: then the room that was
+        counted for `head` is in pieces.
+        """
         if not any(
             self.now >= self._evictable_at(state) for state in self.holders.evictable.values()
         ):
             return None
-        spare = (state for state in self._holders_ranked() if state.key in self.holders.evictable)
-        return next((state for state in spare if self.now >= self._evictable_at(state)), None)
+        first, spares = next(self._evictable_ranked(), None), head.waiters.spares
+        if first is None or not spares(first.key):
+            return first
+        other = next((each for each in self._evictable_ranked() if not spares(each.key)), None)
+        alone = all(each.pins or spares(each.key) for each in self._holders_ranked())
+        return first if alone else other
+
+    def _evictable_ranked(self) -> Iterator[AdapterState]:
+        return (
+            state
+            for state in self._holders_ranked()
+            if state.key in self.holders.evictable and self.now >= self._evictable_at(state)
+        )
 
     def _evictable_at(self, state: AdapterState) -> float:
         return state.resident_since + self._min_residency

@@ -374,7 +374,7 @@ class Acquirer:
         if admitted and not _has_failed(opening.future):
             self._check_open()
             attempts.waiter = self._driver.waiter_table.begin(
-                attempts.key, tier, foreground=False, priority=priority
+                attempts.key, tier, foreground=False, priority=priority, beside=place.beside
             )
         if not admitted or attempts.waiter is not opening:
             self._driver.waiter_table.abandon(opening)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from types import MappingProxyType
 from typing import Protocol
@@ -88,6 +88,11 @@ class PrefetchRoom:
         self._needs = needs
         self._kept = set(kept)
 
+    @property
+    def kept(self) -> Collection[AdapterKey]:
+        """The adapters that have their room, now and as it changes."""
+        return self._kept
+
     def places(self, count: int) -> list[PrefetchPlace]:
         """Return the places of `count` adapters, each after the one before it."""
         places: list[PrefetchPlace] = []
@@ -114,6 +119,8 @@ class PrefetchPlace:
 
     def __init__(self, room: PrefetchRoom, before: PrefetchPlace | None) -> None:
         self.left_out = False
+        self.beside = room.kept
+        """The adapters that must not make room for this one."""
         self._room = room
         self._before = before
         self._decided = asyncio.Event()

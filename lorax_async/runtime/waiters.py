@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from itertools import count
 
@@ -57,14 +57,20 @@ class WaiterTable:
         return len(self._loads)
 
     def begin(
-        self, key: AdapterKey, tier: WantedTier, *, foreground: bool = True, priority: int = 0
+        self,
+        key: AdapterKey,
+        tier: WantedTier,
+        *,
+        foreground: bool = True,
+        priority: int = 0,
+        beside: Collection[AdapterKey] = (),
     ) -> PendingLoad:
         """Add a waiter for the adapter at `tier`; await its future, or `abandon` it."""
         hit = self._nearest_tier(key) if foreground else None
         loop = asyncio.get_running_loop()
         pending = PendingLoad(key, next(self._numbers), loop.create_future())
         self._loads[pending.waiter] = pending.future
-        waiter = Waiter(pending.waiter, tier, loop.time(), foreground, priority)
+        waiter = Waiter(pending.waiter, tier, loop.time(), foreground, priority, beside)
         self._execute(self._lifecycle.want(key, waiter))
         if hit is not None:
             self._raise_priority(key)
