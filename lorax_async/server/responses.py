@@ -121,8 +121,8 @@ def unknown_model(model: str) -> Refusal:
 def create_refusal(error: Exception, retry_after: float, model: str | None = None) -> Refusal:
     """Return the response to an error; `model` is the client's name for the adapter.
 
-    It replaces the id in the message: behind an operator's name, the id may be a path. What a
-    program could do is left out: the log has it.
+    It replaces the id in the message: behind an operator's name, the id may be a path. Of other
+    paths the message has the last part. What a program could do is left out: the log has it.
     """
     if isinstance(error, Refusal):
         return error
@@ -133,15 +133,18 @@ def create_refusal(error: Exception, retry_after: float, model: str | None = Non
         return Refusal(500, INTERNAL, code="internal_error")
     _, status, code = row
     shown = error if model is None or error.id is None else error.located(id=model)
+    message = str(shown) if model is None else _QUOTED_PATH.sub("'", str(shown))
     retry = status in {429, 503} or (status in {502, 504} and error.retryable)
     return Refusal(
         status,
-        without_code(str(shown)),
+        without_code(message),
         param="model" if error.id is not None else None,
         code=code,
         retry_after=(error.retry_after or retry_after) if retry else None,
     )
 
+
+_QUOTED_PATH = re.compile(r"'/[^']*/(?=[^'/]+')")
 
 _SETTINGS = "|".join(each.name for each in fields(LoaderConfig) if "_" in each.name)
 _CODE = rf"\w=\w|pathlib|Limits\.|Allow\(|LoaderConfig|StoreConfig|\b(?:{_SETTINGS})\b"

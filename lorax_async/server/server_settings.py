@@ -117,8 +117,8 @@ class ServerSettings:
     max_waiting: int = 256
     """Sequences of all clients together of which nothing was computed yet."""
     max_adapters_per_client: int = 64
-    """Different adapters that one client may have in flight. Clients are told apart by their bearer
-    key, which is not verified, or else by their address."""
+    """Different adapters that one client may have in flight. Clients are told apart by address and
+    bearer key, which is not verified without `api_keys`."""
     slow_client: float = 30.0
     """Seconds for a client to send its body, and to take ready data, before it is disconnected."""
     retry_after: float = 1.0
@@ -195,11 +195,9 @@ def read_bearer_key(connection: HTTPConnection) -> str | None:
 
 
 def identify_client(connection: HTTPConnection) -> tuple[str, str]:
-    """Identify a client by its key if it has one, else by its address."""
-    key = read_bearer_key(connection)
-    if key is not None:
-        return "key", key
-    return "address", connection.client.host if connection.client else ""
+    """Identify a client by its address and its key: users may share either."""
+    address = connection.client.host if connection.client else ""
+    return address, read_bearer_key(connection) or ""
 
 
 def _brings(connection: HTTPConnection, keys: Sequence[str]) -> bool:

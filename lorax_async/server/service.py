@@ -298,7 +298,8 @@ async def open_service(
     `base` is for the service alone; the dtype of `config` is the model's. `warm` is the file of a
     `WarmList`; None keeps none. Raise `ConfigError` for settings that do not fit together.
     """
-    layout, sequences = layouts.from_module(base.model), capacity.sequences
+    layout = replace(layouts.from_module(base.model), base=settings.base)  # its name in errors
+    sequences = capacity.sequences
     length = base.max_length if capacity.length is None else min(base.max_length, capacity.length)
     async with AsyncExitStack() as stack:
         enter = stack.enter_async_context

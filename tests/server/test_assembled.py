@@ -84,6 +84,7 @@ async def test_a_server_answers_over_a_socket(base: ServedModel, folders: dict[s
             return "".join([chunk.choices[0].text async for chunk in stream])
 
         assert [model.id for model in (await client.models.list()).data] == ["b", "one", "two"]
+        assert service.loader.layout.base == "b", "errors must not name the base's folder"
         for name in folders:
             assert await streamed(name) == expected[name]
         assert set(passes) == {1}

@@ -5,12 +5,14 @@ import json
 import sys
 import threading
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from pydantic import ValidationError
+from starlette.requests import HTTPConnection
 
 import lorax_async as la
 import tiny
@@ -21,7 +23,7 @@ from lorax_async.server import request_bodies
 from lorax_async.server.app import listen
 from lorax_async.server.request_bodies import ChatBody, CompletionBody, GenerationBody, parse_body
 from lorax_async.server.responses import INTERNAL, Refusal, create_refusal
-from lorax_async.server.server_settings import ServerSettings
+from lorax_async.server.server_settings import ServerSettings, identify_client
 from server import world as fakes
 from server.world import COMPLETIONS, TOKEN, FakeEngine, FakeTokens, World, echo, loading, serving
 from tiny_loaders import fails
@@ -99,10 +101,12 @@ async def test_settings_of_programs_are_for_the_log_alone(
 
 
 async def test_an_operators_path_stays_hidden(tmp_path: Path) -> None:
-    error = la.AdapterFormatError("no JSON", id=str(tmp_path))
-    async with serving(FakeEngine(fakes.failing(error)), adapters={"mine": tmp_path}) as world:
-        answer = await world.ask("POST", COMPLETIONS, PLAIN | {"model": "mine"})
-    assert answer.error["message"] == "adapter 'mine', stage verify: no JSON"
+    bases = "for '/home/me/llama-2'; this loader serves 'org/llama-3'"
+    for problem, told in (("no JSON", "no JSON"), (bases, bases.replace("/home/me/", ""))):
+        error = la.AdapterFormatError(problem, id=str(tmp_path))
+        async with serving(FakeEngine(fakes.failing(error)), adapters={"mine": tmp_path}) as world:
+            answer = await world.ask("POST", COMPLETIONS, PLAIN | {"model": "mine"})
+        assert answer.error["message"] == f"adapter 'mine', stage verify: {told}"
 
 
 async def test_an_error_in_a_streams_midst_is_its_last_event() -> None:
@@ -206,8 +210,13 @@ async def test_where_one_sequence_is_refused_all_are() -> None:
 
 
 async def test_a_client_has_a_number_of_adapters_in_flight() -> None:
-    """By its key, else by its address, which it cannot choose; the engine is told which it is."""
-    engine = FakeEngine()
+    """By its key and its address, which it cannot choose; the engine is told which it is."""
+    engine, found = FakeEngine(), set[tuple[str, str]]()
+    for address, bearer in product(("10.0.0.1", "10.0.0.2"), (b"Bearer a", b"Bearer b", b"")):
+        fields = [(b"authorization", bearer)]
+        scope = {"type": "http", "client": (address, 1), "headers": fields}
+        found.add(identify_client(HTTPConnection(scope)))
+    assert len(found) == 6
     async with serving(engine, max_adapters_per_client=1) as world:
 
         async def status(model: str, key: str | None) -> int:
