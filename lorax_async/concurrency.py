@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
+import sys
 import warnings
 from collections import Counter, deque
 from collections.abc import (
@@ -558,4 +560,6 @@ def context_call(method: Callable[P, Coroutine[Any, Any, C]]) -> Callable[P, Con
     def call(*args: P.args, **options: P.kwargs) -> ContextCall[C]:
         return ContextCall(method(*args, **options))
 
+    if sys.version_info >= (3, 12):  # frameworks await what such a function returns
+        inspect.markcoroutinefunction(call)
     return call

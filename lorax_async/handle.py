@@ -92,7 +92,8 @@ class ModuleViews(Mapping[str, ModuleWeights]):
 class AdapterHandle:
     """A lease on one adapter: the adapter keeps its slot until the handle is released.
 
-    Use it as an async context manager, or call `release`. Do not use its views after that.
+    Use it as a context manager (`async with` or `with`), or call `release`. Do not use its views
+    after that.
     """
 
     def __init__(
@@ -316,6 +317,12 @@ class AdapterHandle:
     def release(self) -> None:
         """End the lease. Synchronous, idempotent, thread-safe."""
         self._lease.end()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     async def __aenter__(self) -> Self:
         return self

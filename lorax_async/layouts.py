@@ -6,6 +6,7 @@ without weights. Call them while the server starts, or in a thread.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -150,13 +151,13 @@ def from_pretrained(
         If there is no config, or one of more than `MAX_LAYERS` layers, transformers is needed but
         missing or cannot build the model, or the dtype is unknown.
     """
-    if not isinstance(base, str | PathLike):
+    if not isinstance(base, str | PathLike) or base == "":  # Path("") is the current folder
         raise ConfigError(
             f"a base model is a folder or a hub id, not {shorten_repr(base)}; for a model in"
             " memory, use layouts.from_module"
         )
     folder = Path(base)
-    if not folder.is_dir() and is_hub_id(base):
+    if not os.path.isdir(folder) and is_hub_id(base):
         name, _, version = str(base).partition("@")
         version = revision or version
         downloaded = download_base(
@@ -178,12 +179,16 @@ def from_pretrained(
 
 
 def _require_config(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        there = "has no config.json" if folder.is_dir() else "is not there"
-        raise ConfigError(
-            f"the folder {str(folder.absolute())!r} {there}; pass the folder of a base model, or"
-            " its id on the hub"
-        )
+    if os.path.isfile(folder / "config.json"):  # Path.is_file may raise PermissionError
+        return
+    path = repr(shorten(str(folder.absolute()), 500))
+    if os.path.exists(folder / CONFIG_FILE):
+        problem = f"the folder {path} is an adapter's"
+    elif os.path.isdir(folder):
+        problem = f"the folder {path} has no config.json"
+    else:
+        problem = f"{path} is a file" if os.path.exists(folder) else f"there is no folder {path}"
+    raise ConfigError(f"{problem}; pass the folder of a base model, or its id on the hub")
 
 
 def is_hub_id(base: str | PathLike[str]) -> bool:
@@ -256,9 +261,15 @@ def from_module(model: nn.Module, dtype: Dtype = None) -> ModelLayout:
     adapters were trained, or its form with or without a head. `dtype` is the one in which it
     computes (torch's, or its name), None the most frequent one of its linear weights.
 
-    Raise `ConfigError` if the model has no numbered layers, has adapters attached, or its dtype is
-    unknown.
+    Raise `ConfigError` if it is no `nn.Module`, has no numbered layers, has adapters attached, or
+    its dtype is unknown.
     """
+    argument: object = model
+    if not isinstance(argument, nn.Module):
+        raise ConfigError(
+            f"the model is an nn.Module, not {shorten_repr(argument)}; for a folder or a hub id,"
+            " use layouts.from_pretrained"
+        )
     modules: list[Module] = []
     linears: dict[str, Any] = {}
     for name, module in _adaptable_modules(model):
@@ -305,13 +316,15 @@ def _linear_module(model: nn.Module, name: str, linear: Any, layer: int) -> Modu
     return Module(name, inputs, outputs, layer, parallel_of(name), transposed, parts)
 
 
-def from_adapter(dir: str | Path, *, limits: Limits | None = None) -> ModelLayout:
+def from_adapter(dir: str | PathLike[str], *, limits: Limits | None = None) -> ModelLayout:
     """Return a layout of the modules that one adapter targets, without its base model.
 
     The dtype is that of A and B, or F32 if they have several. `lm_head` comes after the layers, any
     other module without a layer number before them. Raise what a load of this adapter raises:
     `AdapterNotFoundError`, `AdapterFormatError` or `UnsupportedAdapterError`.
     """
+    if not isinstance(dir, str | PathLike) or dir == "":
+        raise ConfigError(f"an adapter's folder is a path, not {shorten_repr(dir)}")
     folder, limits = Path(dir), limits or Limits()
     spec = parse_config(_read(folder / CONFIG_FILE, limits.max_config_bytes), limits)
     try:

@@ -36,7 +36,7 @@ from lorax_async.runtime.prefetch import Prefetch
 from lorax_async.runtime.telemetry import Statistics
 from lorax_async.sources.base import Source
 from lorax_async.tracing import TRACE_LIMIT, Trace, Tracer, name_of
-from lorax_async.types import AdapterId, AdapterKey, AdapterRef, Ref, as_ref, text_of
+from lorax_async.types import AdapterId, AdapterKey, AdapterRef, Ref, as_ref, as_refs, text_of
 
 E = TypeVar("E", bound=Event | CallEvent)
 
@@ -78,6 +78,12 @@ class AdapterLoader:
                 " or the hub id of a base model, use AdapterLoader.from_pretrained, for a model in"
                 " memory layouts.from_module"
             )
+        for name, double in (("device", device), ("source", source)):
+            if isinstance(double, str):
+                raise ConfigError(
+                    f"{name}={double!r}: this is for tests; use LoaderConfig(device=…), and name"
+                    " sources in ids"
+                )
         self.layout = layout
         self.config = _config_or_default(config).resolved(layout.dtype)
         self._sharding = shard_layout(layout, self.config.shard)
@@ -308,7 +314,8 @@ class AdapterLoader:
         prefetches. `tier` is "disk" (files on disk and checked), "host" (in memory; held there,
         within `host_bytes`, if they are below an immutable `LocalRoot`), or "device". If host
         memory or the device cannot hold all of them, beside pinned adapters, the first ones are
-        loaded; `left_out` of the result has the others.
+        loaded; `left_out` of the result has the others. None is left out of the disk cache, whose
+        room is shared with other processes: it drops others, by its policy.
 
         Raise `UsageError` for the tier "host" without `host_bytes`.
         """
@@ -322,8 +329,7 @@ class AdapterLoader:
                 " prefetch to 'disk'"
             )
         seconds = self.config.seconds(timeout)
-        refs = [as_ref(id) for id in ((ids,) if isinstance(ids, AdapterId) else ids)]
-        return self._acquiring.prefetch(refs, wanted, seconds, priority)
+        return self._acquiring.prefetch(as_refs(ids), wanted, seconds, priority)
 
     async def pin(
         self, adapter_id: AdapterId, *, timeout: float | None = None, priority: int = 0
@@ -504,6 +510,8 @@ class AdapterLoader:
         Events come in order, on the loop: of adapters by default, of calls with `CallEvent`.
         """
         self._check_open()
+        if not callable(callback):
+            raise UsageError(f"a callback is a function of one event, not {shorten_repr(callback)}")
         return self._driver.telemetry.subscribe(callback, kind)
 
     @property

@@ -10,14 +10,14 @@ from typing import Self
 
 from lorax_async.concurrency import Lifetime, context_call
 from lorax_async.config import StoreConfig
-from lorax_async.errors import ConfigError
+from lorax_async.errors import ConfigError, shorten_repr
 from lorax_async.ids import origins_of
 from lorax_async.runtime.acquire import BACKGROUND, BACKGROUND_SECONDS, PrioritySemaphore
 from lorax_async.runtime.assembly import StoreParts
 from lorax_async.runtime.folders import AdapterFolder, StoredAdapter
 from lorax_async.runtime.prefetch import Prefetch
 from lorax_async.sources.base import Source
-from lorax_async.types import AdapterId, Ref, as_ref
+from lorax_async.types import AdapterId, Ref, as_ref, as_refs
 
 
 class AdapterStore:
@@ -46,6 +46,8 @@ class AdapterStore:
     def __init__(self, config: StoreConfig | None = None, *, source: Source | None = None) -> None:
         if sys.platform != "linux":
             raise ConfigError("lorax_async runs on Linux only")
+        if not isinstance(config, StoreConfig | None):
+            raise ConfigError(f"config must be StoreConfig(…), not {shorten_repr(config)}")
         self.config = config or StoreConfig()
         self._source = source
         self._lifetime = Lifetime("store", "async with AdapterStore(…) as store")
@@ -122,10 +124,11 @@ class AdapterStore:
         """Start to download one adapter or several in the background; take no lease.
 
         A few at a time, with the connections that checkouts leave free. A checkout joins the
-        download that it finds. The result need not be awaited; errors are raised there only.
+        download that it finds. The result need not be awaited; errors are raised there only. Its
+        `left_out` is empty: the cache, shared with other processes, drops others by its policy.
         """
         self._lifetime.check_open()
-        refs = [as_ref(id) for id in ((ids,) if isinstance(ids, AdapterId) else ids)]
+        refs = as_refs(ids)
         seconds = self.config.seconds(timeout)
 
         async def fetch(ref: Ref, _: object) -> None:

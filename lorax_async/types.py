@@ -437,6 +437,15 @@ def as_ref(
     )
 
 
+def as_refs(ids: object) -> list[Ref]:
+    """Convert one id, or several. Raises `UsageError`."""
+    if isinstance(ids, AdapterId):
+        return [as_ref(ids)]
+    if not isinstance(ids, Iterable):
+        raise UsageError(f"ids are an adapter id, or several, not {shorten_repr(ids)}")
+    return [as_ref(each) for each in ids]
+
+
 def text_of(ref: Ref) -> str:
     return str(ref) if isinstance(ref, AdapterKey) else ref.text
 

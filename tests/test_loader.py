@@ -1,6 +1,7 @@
 """The loader as its callers see it: what it loads and tells, where adapters are, who asks a source."""
 
 import asyncio
+import inspect
 import logging
 from dataclasses import FrozenInstanceError
 from itertools import count
@@ -50,10 +51,16 @@ async def test_a_call_is_a_coroutine_and_a_context(tmp_path: Path) -> None:
     """However a call is awaited, it holds one lease, and none after an error or a cancellation."""
     folder = tiny.write(tmp_path / "a")
     there, device = gated()
+    # Frameworks await what such a function returns; Python 3.11 has no mark for it.
+    marks = [inspect.iscoroutinefunction(there.load), hasattr(inspect, "markcoroutinefunction")]
+    assert len({*marks}) == 1
     async with there:
         async with there.load(folder) as inside:
             assert where(there, folder).leases == 1
         assert inside.released
+        with await there.load(folder) as plain:
+            assert where(there, folder).leases == 1
+        assert plain.released
         with pytest.raises(errors.UsageError):
             async with there.load(folder) as inside:
                 await inside.layer_ready(99)

@@ -154,6 +154,10 @@ def attach(model: nn.Module, loader: AdapterLoader) -> AttachedModel:
     UsageError
         The model is attached already, or the loader is closed or belongs to another loop.
     """
+    arguments: tuple[object, object] = (model, loader)
+    if not (isinstance(arguments[0], nn.Module) and isinstance(arguments[1], AdapterLoader)):
+        kinds = " and ".join(type(each).__name__ for each in arguments)
+        raise UsageError(f"attach takes an nn.Module and its AdapterLoader, not {kinds}")
     device, tables = loader.device, loader.tables
     loop = asyncio.get_running_loop()
     place = LoaderLocation(device, tables, loop, DoraFactors(), PlanCache(), loader.tracer)

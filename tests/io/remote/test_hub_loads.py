@@ -279,8 +279,10 @@ async def test_a_loader_for_a_base_of_the_hub_or_in_a_folder(hub: Hub, tmp_path:
         ("org/none", "no 'org/none' without a token"),
         ("org/base@v2", "no 'org/base' without a token"),
         ("a b", "no folder and no id of the hub"),
-        ("./base", f"the folder '{Path.cwd()}/base' is not there"),
-        (tmp_path / "adapter", "has no config.json"),
+        ("./base", f"there is no folder '{Path.cwd()}/base'"),
+        (tmp_path / "adapter", "is an adapter's; pass the folder of a base"),
+        (tmp_path / "adapter" / "adapter_config.json", "is a file; pass the folder of a base"),
+        ("", "a base model is a folder or a hub id, not ''"),
         (5, "a base model is a folder or a hub id, not 5"),
     ):
         await fails(opening(wrong, on_hub), errors.ConfigError, words)  # type: ignore[arg-type]
