@@ -1,6 +1,6 @@
 """Fifty adapters on eight slots, sixteen requests at a time: docs/loading.md.
 
-python examples/fifty_on_eight.py
+In a clone: python examples/fifty_on_eight.py
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lorax_async import AdapterLoader, LoaderConfig, layouts
 
-pirate = Path(__file__).parent / "adapters" / "pirate"
+pirate = Path("examples/adapters/pirate")
 fifty = [Path(tempfile.mkdtemp()) / f"pirate-{number}" for number in range(50)]
 for folder in fifty:
     shutil.copytree(pirate, folder)
