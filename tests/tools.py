@@ -20,6 +20,7 @@ _ADMINISTRATORS = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 
 INSTALLED_BY = {
     "triton": "the extra `test` brings it, where it is to be had",
+    "openapi_spec_validator": "the extra `test` brings it",
     "playwright": "`make page` installs it, and a browser",
 }
 """Python's modules, which are told of as programs are; all else is a server."""

@@ -38,6 +38,7 @@ from lorax_async.errors import (
 from lorax_async.events import Event, SlotId
 from lorax_async.runtime.placement import AdapterResidency
 from lorax_async.server.completions import CompletionEndpoint
+from lorax_async.server.openapi import create_document, render_page
 from lorax_async.server.request_bodies import (
     ChatBody,
     CompletionBody,
@@ -78,6 +79,7 @@ HERE = Path(__file__).parent / "page"
 FILES = {
     "/": (HERE / "page.html", "text/html"),
     "/page/page.css": (HERE / "page.css", "text/css"),
+    "/page/docs.css": (HERE / "docs.css", "text/css"),
     "/page/page.js": (HERE / "page.js", "text/javascript"),
     "/page/events.js": (HERE / "events.js", "text/javascript"),
     "/page/timeline.js": (HERE / "timeline.js", "text/javascript"),
@@ -139,12 +141,14 @@ def _routes(service: Service) -> list[Route]:
     async def show_file(content: bytes, kind: str, _: Request) -> Response:
         return Response(content, headers=SAFE | {"content-type": f"{kind}; charset=utf-8"})
 
-    def route(path: str, handler: Handler, method: str = "GET") -> Route:
-        return Route(path, partial(handler, service), methods=[method])
+    def route(path: str, handler: Handler, method: str = "GET", **options: Any) -> Route:
+        return Route(path, partial(handler, service), methods=[method], **options)
 
     def api_route(path: str, endpoint: Callable[..., Any], method: str = "GET") -> Route:
         return Route(path, endpoint, methods=[method], middleware=api_key)
 
+    files = {path: (file.read_bytes(), kind) for path, (file, kind) in FILES.items()}
+    files["/docs"] = (render_page(needs_key=bool(service.settings.api_keys)), "text/html")
     return [
         api_route("/v1/models", partial(list_models, service)),
         api_route("/v1/models/{name:path}", partial(describe_model, service)),
@@ -159,9 +163,10 @@ def _routes(service: Service) -> list[Route]:
         route("/ping", show_health),
         route("/version", show_version),
         route("/metrics", show_metrics),
+        route("/openapi.json", show_openapi, include_in_schema=False),
         *(
-            Route(path, partial(show_file, file.read_bytes(), kind))
-            for path, (file, kind) in FILES.items()
+            Route(path, partial(show_file, content, kind), include_in_schema=False)
+            for path, (content, kind) in files.items()
         ),
         Route("/page/events", PageEvents(service), methods=["GET"]),
         route("/page/trace.json", show_trace),
@@ -217,6 +222,13 @@ async def show_metrics(service: Service, _: Request) -> Response:
 async def show_version(service: Service, _: Request) -> Response:  # noqa: ARG001 - a handler's
     """GET /version, as in vLLM."""
     return JSONResponse({"version": importlib.metadata.version("lorax-async")})
+
+
+async def show_openapi(service: Service, request: Request) -> Response:
+    """GET /openapi.json: what clients may call, where a proxy has it."""
+    document = create_document(needs_key=bool(service.settings.api_keys))
+    root_path = request.scope.get("root_path")
+    return JSONResponse(document | ({"servers": [{"url": root_path}]} if root_path else {}))
 
 
 async def tokenize(service: Service, request: Request) -> Response:

@@ -32,7 +32,7 @@ from lorax_async.types import AdapterId, AdapterKey, AdapterRef, Ref, as_ref
 CALLS = frozenset({
     "/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/load_lora_adapter",
     "/v1/unload_lora_adapter", "/v1/adapters", "/tokenize", "/detokenize", "/health", "/ping",
-    "/version", "/metrics", "/", "/page",
+    "/version", "/metrics", "/openapi.json", "/docs", "/", "/page",
 })  # fmt: skip
 """Paths with a label of their own; all others, which clients make up, are "other"."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -35,7 +35,9 @@ IGNORED = frozenset({
 })  # fmt: skip
 """Parameters that describe the request and do not affect the answer."""
 
-NEUTRAL: Mapping[str, tuple[object, ...]] = {
+Values = Mapping[str, tuple[object, ...]]
+
+NEUTRAL: Values = {
     "audio": (),
     "best_of": (1,),
     "echo": (False,),
@@ -62,7 +64,7 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
 }
 """Parameters that are not implemented, with the values, beside null, that change nothing."""
 
-NEUTRAL_IN_MESSAGES: Mapping[str, tuple[object, ...]] = {
+NEUTRAL_IN_MESSAGES: Values = {
     "annotations": ([],),
     "audio": (),
     "function_call": (),
@@ -83,10 +85,31 @@ _EXPECTED = {
 }
 
 
+def _with_dropped(
+    neutral: Values, ignored: frozenset[str] = frozenset()
+) -> Callable[[dict[str, Any]], None]:
+    """Return a function that adds the parameters that `parse_body` drops to a JSON schema."""
+
+    def add(schema: dict[str, Any]) -> None:
+        for name, values in neutral.items():
+            described = {"enum": [*values, None], "description": "Not implemented."}
+            schema["properties"][name] = described
+        for name in sorted(ignored):
+            schema["properties"][name] = {"description": "Ignored."}
+
+    return add
+
+
 class StrictModel(BaseModel):
     """A JSON object with at most `MAX_MEMBERS` members, all of them known."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        strict=True,
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,  # descriptions of the schema, which clients read
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -97,6 +120,8 @@ class StrictModel(BaseModel):
 
 
 class StreamOptions(StrictModel):
+    """Needs `stream`."""
+
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
     """Accepted and ignored; OpenAI leaves it to clients."""
@@ -105,6 +130,8 @@ class StreamOptions(StrictModel):
 class GenerationBody(StrictModel):
     """The parameters of both kinds of completions."""
 
+    model_config = ConfigDict(json_schema_extra=_with_dropped(NEUTRAL, IGNORED))
+
     default_max_tokens: ClassVar[int | None]
 
     model: Annotated[str, Field(min_length=1, max_length=4096)]
@@ -112,9 +139,11 @@ class GenerationBody(StrictModel):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
-    """As in vLLM, as the next two; 0 and -1 are all."""
+    """As in vLLM; 0 and -1 are all."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """As in vLLM."""
     repetition_penalty: Annotated[float, Field(ge=LEAST_PENALTY, le=MOST_PENALTY)] | None = None
+    """As in vLLM."""
     seed: Annotated[int, Field(ge=MIN_SEED, le=MAX_SEED)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     stop: Stop | Annotated[list[Stop], Field(fail_fast=True, max_length=MAX_STOPS)] | None = None
@@ -155,6 +184,8 @@ class TextPart(StrictModel):
 
 
 class ChatMessage(StrictModel):
+    model_config = ConfigDict(json_schema_extra=_with_dropped(NEUTRAL_IN_MESSAGES))
+
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_PARTS)]
     name: str | None = None
@@ -186,6 +217,15 @@ class ChatBody(GenerationBody):
 
 class TokenizeBody(StrictModel):
     """The body of /tokenize, as in vLLM: a prompt, or a conversation."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": ["prompt"], "properties": {"prompt": {"type": "string"}}},
+                {"required": ["messages"], "properties": {"messages": {"type": "array"}}},
+            ]
+        }
+    )
 
     model: str | None = None
     prompt: str | None = None
@@ -267,11 +307,11 @@ def parse_body(kind: type[T], content: bytes) -> T:
         raise Refusal(400, "The body must be a JSON object", code="invalid_json")
     if issubclass(kind, GenerationBody):
         _drop_neutral(members, NEUTRAL, "")
-        messages = members.get("messages")
-        for number, message in enumerate(messages if isinstance(messages, list) else []):
-            if isinstance(message, dict) and number < MAX_MESSAGES:
-                _drop_neutral(message, NEUTRAL_IN_MESSAGES, f"messages.{number}.")
         members = {name: value for name, value in members.items() if name not in IGNORED}
+    messages = members.get("messages")
+    for number, message in enumerate(messages if isinstance(messages, list) else []):
+        if isinstance(message, dict) and number < MAX_MESSAGES:
+            _drop_neutral(message, NEUTRAL_IN_MESSAGES, f"messages.{number}.")
     try:
         body = kind.model_validate(members)
     except ValidationError as error:
@@ -281,9 +321,7 @@ def parse_body(kind: type[T], content: bytes) -> T:
     return body
 
 
-def _drop_neutral(
-    members: dict[str, Any], neutral: Mapping[str, tuple[object, ...]], prefix: str
-) -> None:
+def _drop_neutral(members: dict[str, Any], neutral: Values, prefix: str) -> None:
     """Remove unimplemented parameters with neutral values. Raise `Refusal` for other values."""
     for name in neutral.keys() & members.keys():
         value = members.pop(name)

@@ -1,0 +1,437 @@
+"""What clients may call: an OpenAPI 3.1 document of the routes, and a page made from it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from jinja2 import Environment
+from pydantic import BaseModel, ConfigDict
+from pydantic.json_schema import models_json_schema
+
+from lorax_async.server.request_bodies import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    LoadBody,
+    StrictModel,
+    TokenizeBody,
+    UnloadBody,
+)
+
+Json = dict[str, Any]
+Access = Literal["anyone", "client", "operator"]
+"""Who may call: with an API key if the server has any, or with the admin token."""
+
+ABOUT = """\
+OpenAI's API with one base model and any number of LoRA adapters: a request's model is the base's \
+name or an adapter's. Parameters that the server does not implement are refused, unless their \
+value changes nothing."""
+
+TEMPLATE = Path(__file__).parent / "page" / "docs.html"
+
+EVENTS, TEXT = "text/event-stream", "text/plain"
+
+# -- answers --------------------------------------------------------------------------------------
+
+
+class ResponseModel(BaseModel):
+    """A JSON object that the server sends; for its schema only."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+class ErrorDetails(ResponseModel):
+    message: str
+    type: str
+    param: str | None
+    """The parameter at fault."""
+    code: str | int | None
+
+
+class ErrorResponse(ResponseModel):
+    """An error in OpenAI's form."""
+
+    error: ErrorDetails
+
+
+class ModelCard(ResponseModel):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    parent: str | None
+    """The base of an adapter."""
+    max_model_len: int
+
+
+class ModelList(ResponseModel):
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class TokenUsage(ResponseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    """Without the token that ends an answer."""
+    total_tokens: int
+
+
+class AnswerChoice(ResponseModel):
+    index: int
+    logprobs: None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class TextChoice(AnswerChoice):
+    text: str
+
+
+class AnswerMessage(ResponseModel):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class MessageChoice(AnswerChoice):
+    message: AnswerMessage
+
+
+class CompletionResponse(ResponseModel):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: TokenUsage
+
+
+class ChatResponse(ResponseModel):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[MessageChoice]
+    usage: TokenUsage
+
+
+class TokenizeResponse(ResponseModel):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: None
+
+
+class DetokenizeResponse(ResponseModel):
+    prompt: str
+
+
+class VersionResponse(ResponseModel):
+    version: str
+
+
+class AdapterRow(ResponseModel):
+    """Where one adapter is; and its slot, layers and bytes."""
+
+    model_config = ConfigDict(extra="allow")
+
+    id: str
+    names: list[str]
+    tier: Literal["disk", "host", "device"]
+    state: str
+    leases: int
+    pins: int
+    story: list[dict[str, Any]]
+    """Its last events."""
+
+
+class AdapterRows(ResponseModel):
+    object: Literal["list"]
+    data: list[AdapterRow]
+
+
+# -- calls ----------------------------------------------------------------------------------------
+
+STATUSES: Mapping[int, str] = {
+    400: "The request is malformed, too long for the model, or has a parameter that is refused",
+    401: "No right key",
+    403: "The server has no admin token, or the source refuses the adapter",
+    404: "It does not exist",
+    408: "The body did not arrive in time",
+    413: "The body is too large",
+    415: "The body's Content-Type is not application/json",
+    422: "The adapter is refused: damaged, of a kind that is not applied, or for another base",
+    429: "No room; Retry-After says when to try again",
+    502: "The source failed, or sent other bytes than it promised",
+    503: "The server is closing",
+    504: "The source took too long",
+}
+"""Of errors, all of which have an `ErrorResponse`."""
+
+OF_BODIES = (400, 408, 413, 415, 503)
+OF_LOADS = (404, 422, 429, 502, 504)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation:
+    """One call: who makes it, with what, and what it gets."""
+
+    method: Literal["get", "post"] = "get"
+    summary: str
+    access: Access = "anyone"
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    """Of the path, with their descriptions."""
+    body: type[StrictModel] | None = None
+    example: Json | None = None
+    """A body."""
+    answer: type[ResponseModel] | str | None
+    """A JSON object, or a media type; None is an empty response."""
+    streams: bool = False
+    """Whether the answer may be events."""
+    errors: tuple[int, ...] = ()
+
+
+ICE = "What is ice?"
+_LOADED = {"lora_name": "sql", "lora_path": "my-org/sql-adapter"}
+
+OPERATIONS: Mapping[str, Operation] = {
+    "/v1/chat/completions": Operation(
+        method="post",
+        summary="Answer a conversation",
+        access="client",
+        body=ChatBody,
+        example={"model": "NAME", "messages": [{"role": "user", "content": ICE}], "max_tokens": 32},
+        answer=ChatResponse,
+        streams=True,
+        errors=OF_BODIES + OF_LOADS,
+    ),
+    "/v1/completions": Operation(
+        method="post",
+        summary="Continue prompts",
+        access="client",
+        body=CompletionBody,
+        example={"model": "NAME", "prompt": ICE, "max_tokens": 32, "temperature": 0},
+        answer=CompletionResponse,
+        streams=True,
+        errors=OF_BODIES + OF_LOADS,
+    ),
+    "/v1/models": Operation(
+        summary="List the base and the adapters that have names", access="client", answer=ModelList
+    ),
+    "/v1/models/{name}": Operation(
+        summary="Describe one model",
+        access="client",
+        parameters={"name": "Its name, in which a slash may stand as it is"},
+        answer=ModelCard,
+        errors=(404,),
+    ),
+    "/tokenize": Operation(
+        method="post",
+        summary="Return the token ids of a prompt or a conversation",
+        access="client",
+        body=TokenizeBody,
+        example={"prompt": ICE},
+        answer=TokenizeResponse,
+        errors=OF_BODIES,
+    ),
+    "/detokenize": Operation(
+        method="post",
+        summary="Return the text of token ids",
+        access="client",
+        body=DetokenizeBody,
+        example={"tokens": [1, 2, 3]},
+        answer=DetokenizeResponse,
+        errors=OF_BODIES,
+    ),
+    "/v1/load_lora_adapter": Operation(
+        method="post",
+        summary="Load an adapter and give it a name",
+        access="operator",
+        body=LoadBody,
+        example=_LOADED,
+        answer=TEXT,
+        errors=OF_BODIES + OF_LOADS,
+    ),
+    "/v1/unload_lora_adapter": Operation(
+        method="post",
+        summary="Take a name from its adapter; requests that use the adapter keep it",
+        access="operator",
+        body=UnloadBody,
+        example={"lora_name": "sql"},
+        answer=TEXT,
+        errors=(*OF_BODIES, 404),
+    ),
+    "/v1/adapters": Operation(
+        summary="List where each adapter is, and its last events",
+        access="operator",
+        answer=AdapterRows,
+    ),
+    "/health": Operation(summary="Say whether requests are taken", answer=None, errors=(503,)),
+    "/ping": Operation(summary="The same as /health", answer=None, errors=(503,)),
+    "/version": Operation(summary="Return the version of lorax-async", answer=VersionResponse),
+    "/metrics": Operation(summary="Return numbers in Prometheus' text format", answer=TEXT),
+    "/page/events": Operation(
+        summary="Send what the page shows, as it changes",
+        access="client",
+        answer=EVENTS,
+        errors=(429, 503),
+    ),
+    "/page/trace.json": Operation(
+        summary="Return the trace of the last cold request, in Chrome's format",
+        access="client",
+        answer="application/json",
+        errors=(404,),
+    ),
+}
+"""By path, in the order of the page."""
+
+# -- the document ---------------------------------------------------------------------------------
+
+_SCHEMA = "#/components/schemas/{model}"
+
+
+@cache
+def create_document(*, needs_key: bool) -> Json:
+    """Return the document, without `servers`; `needs_key`: clients need an API key.
+
+    It names no model and no adapter. Do not change it.
+    """
+    schemas = [operation.body for operation in OPERATIONS.values() if operation.body is not None]
+    answers = [each.answer for each in OPERATIONS.values() if isinstance(each.answer, type)]
+    models: list[type[BaseModel]] = [*schemas, *answers, ErrorResponse]
+    _, definitions = models_json_schema(
+        [(model, "validation") for model in dict.fromkeys(models)], ref_template=_SCHEMA
+    )
+    bearer = {"type": "http", "scheme": "bearer"}
+    schemes = {
+        "apiKey": bearer | {"description": "a key of --api-key or LORAX_API_KEY"},
+        "adminToken": bearer | {"description": "the value of LORAX_ADMIN_TOKEN"},
+    }
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "lorax-async",
+            "version": importlib.metadata.version("lorax-async"),
+            "description": ABOUT,
+        },
+        "paths": {
+            path: {operation.method: _describe(path, operation, needs_key=needs_key)}
+            for path, operation in OPERATIONS.items()
+        },
+        "components": {"schemas": definitions["$defs"], "securitySchemes": schemes},
+    }
+
+
+def _describe(path: str, operation: Operation, *, needs_key: bool) -> Json:
+    """Return an Operation Object."""
+    statuses = sorted({*operation.errors, *_statuses_of(operation.access, needs_key=needs_key)})
+    described: Json = {
+        "operationId": path.strip("/").replace("/", "_").translate({ord(c): None for c in "{}"}),
+        "summary": operation.summary,
+        "security": _security(operation.access, needs_key=needs_key),
+        "responses": {
+            "200": _success(operation),
+            **{str(status): _failure(status) for status in statuses},
+        },
+    }
+    if operation.parameters:
+        described["parameters"] = [
+            {"name": name, "in": "path", "required": True, "description": text}
+            | {"schema": {"type": "string"}}
+            for name, text in operation.parameters.items()
+        ]
+    if operation.body is not None:
+        content = {"schema": _reference(operation.body), "example": operation.example}
+        described["requestBody"] = {"required": True, "content": {"application/json": content}}
+    return described
+
+
+def _statuses_of(access: Access, *, needs_key: bool) -> tuple[int, ...]:
+    if access == "operator":
+        return (401, 403)
+    return (401,) if access == "client" and needs_key else ()
+
+
+def _security(access: Access, *, needs_key: bool) -> list[Json]:
+    if access == "operator":
+        return [{"adminToken": []}]
+    return [{"apiKey": []}, {"adminToken": []}] if access == "client" and needs_key else []
+
+
+def _success(operation: Operation) -> Json:
+    answer, content = operation.answer, dict[str, Json]()
+    if isinstance(answer, str):
+        content[answer] = {}
+    elif answer is not None:
+        content["application/json"] = {"schema": _reference(answer)}
+    if operation.streams:
+        content[EVENTS] = {}
+    return {"description": "The answer"} | ({"content": content} if content else {})
+
+
+def _failure(status: int) -> Json:
+    schema = {"schema": _reference(ErrorResponse)}
+    return {"description": STATUSES[status], "content": {"application/json": schema}}
+
+
+def _reference(model: type[BaseModel]) -> Json:
+    return {"$ref": _SCHEMA.format(model=model.__name__)}
+
+
+# -- the page -------------------------------------------------------------------------------------
+
+
+@cache
+def render_page(*, needs_key: bool) -> bytes:
+    """Return the document as HTML, without scripts. Blocks while it reads the template."""
+    document = create_document(needs_key=needs_key)
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.policies["json.dumps_kwargs"] = {}  # or it sorts the names
+    environment.filters["type_of"] = _describe_type
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(document=document).encode()
+
+
+def _describe_type(schema: Json) -> str:
+    """Return the type that a JSON schema describes, in words."""
+    return " or ".join(dict.fromkeys(_types(schema))) or "anything"
+
+
+def _types(schema: Json) -> Iterator[str]:
+    for alternative in schema.get("anyOf", ()):
+        yield from _types(alternative)
+    if "$ref" in schema:
+        yield schema["$ref"].rpartition("/")[2]
+    elif "const" in schema:
+        yield _as_literal(schema["const"])
+    elif "enum" in schema:
+        yield from map(_as_literal, schema["enum"])
+    elif schema.get("type") == "array":
+        yield f"list of {_describe_type(schema.get('items', {}))}{_bounds(schema)}"
+    elif "type" in schema:
+        yield f"{schema['type']}{_bounds(schema)}"
+
+
+def _as_literal(value: object) -> str:
+    return json.dumps(value)
+
+
+_BOUNDS = {
+    "minimum": "≥ {}",
+    "exclusiveMinimum": "> {}",
+    "maximum": "≤ {}",
+    "minLength": "{} or more characters",
+    "maxLength": "up to {} characters",
+    "minItems": "{} or more",
+    "maxItems": "up to {}",
+}
+
+
+def _bounds(schema: Json) -> str:
+    texts = [text.format(schema[name]) for name, text in _BOUNDS.items() if name in schema]
+    return f" ({', '.join(texts)})" if texts else ""

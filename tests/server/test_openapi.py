@@ -1,0 +1,142 @@
+"""What the server says that it takes and gives: against the standard, its routes and its answers."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+from lorax_async.server.app import SAFE, create_app
+from server.world import TOKEN, Answer, World, serving, tokens_of
+
+API_KEY = "k"
+KEYS = {"apiKey": f"Bearer {API_KEY}", "adminToken": f"Bearer {TOKEN}"}
+validated = pytest.mark.needs("openapi_spec_validator")
+
+
+async def call(
+    world: World, path: str, operation: Any, method: str, key: str, lora: Path
+) -> Answer:
+    """Make a call as the document shows it."""
+    content = operation.get("requestBody", {}).get("content", {})
+    body = content.get("application/json", {}).get("example")
+    if body is not None:
+        body = {**body, "model": "base"} if "model" in body else body
+        body = {**body, "lora_path": str(lora)} if "lora_path" in body else body
+    if path == "/page/events":
+        method = "head"  # or it does not end
+    target = path.replace("{name}", "base")
+    return await world.ask(method.upper(), target, body, Authorization=key)
+
+
+async def test_every_call_is_described_as_it_is_and_no_other(tmp_path: Path) -> None:
+    lora = tiny.write(tmp_path / "lora")
+    async with serving(api_keys=(API_KEY,)) as world:
+        document = (await world.ask("GET", "/openapi.json")).json
+        calls = {
+            (path, method): operation
+            for path, methods in document["paths"].items()
+            for method, operation in methods.items()
+        }
+        routes: list[Any] = list(create_app(world.service).routes)
+        assert calls.keys() == {
+            (route.path.replace(":path", ""), method.lower())
+            for route in routes
+            if route.include_in_schema
+            for method in route.methods - {"HEAD"}
+        }
+        for (path, method), operation in calls.items():
+            keys = [name for needed in operation["security"] for name in needed]
+            stranger = await call(world, path, operation, method, "", lora)
+            assert (stranger.status == 401) is bool(keys)
+            answer = await call(world, path, operation, method, KEYS[(keys or ["apiKey"])[0]], lora)
+            assert answer.status == (404 if path == "/page/trace.json" else 200)
+            kinds = operation["responses"][str(answer.status)].get("content", {"": {}})
+            assert answer.headers.get("content-type", "").partition(";")[0] in kinds
+
+
+@validated
+async def test_the_document_keeps_the_standard_and_answers_keep_to_it(tmp_path: Path) -> None:
+    from openapi_spec_validator import OpenAPIV31SpecValidator
+
+    lora = tiny.write(tmp_path / "lora")
+    async with serving(root_path="/llm") as world:
+        document = (await world.ask("GET", "/llm/openapi.json")).json
+        OpenAPIV31SpecValidator(document).validate()
+        assert document["servers"] == [{"url": "/llm"}]
+        for path, methods in document["paths"].items():
+            for method, operation in methods.items():
+                if "requestBody" in operation:
+                    content = operation["requestBody"]["content"]["application/json"]
+                    assert is_valid(content["example"], content["schema"], document)
+                answer = await call(world, path, operation, method, KEYS["adminToken"], lora)
+                content = operation["responses"][str(answer.status)].get("content", {})
+                schema = content.get("application/json", {}).get("schema")
+                if schema is not None:
+                    assert is_valid(answer.json, schema, document)
+
+
+def is_valid(value: Any, schema: Any, document: Any) -> bool:
+    from jsonschema import Draft202012Validator
+
+    whole = {**schema, "components": document["components"]}
+    return bool(Draft202012Validator(whole).is_valid(value))
+
+
+HI = {"role": "user", "content": "hi"}
+COMPLETING: Any = {"model": "base", "prompt": "hi"}
+CHATTING: Any = {"model": "base", "messages": [HI]}
+BODIES: list[tuple[str, Any, bool]] = [
+    ("/v1/completions", COMPLETING, True),
+    ("/v1/completions", COMPLETING | {"prompt": [tokens_of("a"), tokens_of("b")]}, True),
+    ("/v1/completions", COMPLETING | {"prompt": 5}, False),
+    ("/v1/completions", COMPLETING | {"stop": ["a", "b"], "seed": 2**63 - 1, "top_k": -1}, True),
+    ("/v1/completions", COMPLETING | {"stop": [""]}, False),
+    ("/v1/completions", COMPLETING | {"seed": 2**63}, False),
+    ("/v1/completions", COMPLETING | {"top_p": 0}, False),
+    ("/v1/completions", COMPLETING | {"stream_options": {"include_usage": True}, "stream": True}, True),
+    ("/v1/completions", COMPLETING | {"n": True}, False),
+    ("/v1/completions", COMPLETING | {"user": {"any": "thing"}, "best_of": 1, "tools": None}, True),
+    ("/v1/completions", COMPLETING | {"best_of": True}, False),
+    ("/v1/completions", COMPLETING | {"made_up": 1}, False),
+    ("/v1/chat/completions", CHATTING | {"tools": [], "messages": [HI | {"tool_calls": []}]}, True),
+    ("/v1/chat/completions", CHATTING | {"tools": [{}]}, False),
+    ("/v1/chat/completions", CHATTING | {"messages": []}, False),
+    ("/v1/chat/completions", CHATTING | {"messages": [HI | {"role": "tool"}]}, False),
+    ("/tokenize", {"prompt": "hi", "messages": None}, True),
+    ("/tokenize", {"messages": [HI | {"refusal": None}], "add_special_tokens": False}, True),
+    ("/tokenize", {"prompt": "hi", "messages": [HI]}, False),
+    ("/tokenize", {"prompt": None}, False),
+    ("/detokenize", {"tokens": ["a"]}, False),
+]  # fmt: skip
+
+
+@validated
+async def test_what_the_schema_calls_valid_is_accepted_and_nothing_else() -> None:
+    async with serving() as world:
+        document = (await world.ask("GET", "/openapi.json")).json
+        for path, body, valid in BODIES:
+            (operation,) = document["paths"][path].values()
+            schema = operation["requestBody"]["content"]["application/json"]["schema"]
+            assert is_valid(body, schema, document) is valid, body
+            assert (await world.ask("POST", path, body)).status == (200 if valid else 400), body
+
+
+async def test_the_page_of_calls_is_open_and_says_nothing_of_adapters() -> None:
+    adapters = {"very-secret": "org/hidden"}
+    async with serving(api_keys=(API_KEY,), base="secret-base", adapters=adapters) as world:
+        page = await world.ask("GET", "/docs")
+        document = await world.ask("GET", "/openapi.json")
+    assert (page.status, document.status) == (200, 200)
+    assert page.headers["content-security-policy"] == SAFE["content-security-policy"]
+    assert not re.search(rb"secret|hidden", page.body + document.body)
+    text = page.body.decode()
+    assert all(path in text for path in document.json["paths"])
+    assert all(f'id="{name}"' in text for name in document.json["components"]["schemas"])
+    links = re.findall(r'(?:href|src)="([^"]*)"', text)
+    inside, outside = [link for link in links if link[0] == "#"], {*links} - {"data:,"}
+    assert all(f'id="{link[1:]}"' in text for link in inside)
+    assert outside - {*inside} == {"openapi.json", "page/page.css", "page/docs.css"}
+    assert not re.search("<script|style=", text)
