@@ -21,9 +21,9 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from uvicorn.server import HANDLED_SIGNALS
 
@@ -121,7 +121,7 @@ def create_app(service: Service) -> Starlette:
     middleware = [Middleware(RequestObserver, count, settings.root_path)]
     if settings.allowed_hosts is not None:
         middleware.append(Middleware(AllowedHosts, settings.allowed_hosts, settings.slow_client))
-    return Starlette(
+    app = Starlette(
         routes=_routes(service),
         middleware=middleware,
         exception_handlers={
@@ -132,6 +132,16 @@ def create_app(service: Service) -> Starlette:
             Exception: refuse,  # starlette raises it again afterwards, so that it is logged
         },
     )
+    app.router.redirect_slashes = False  # its URLs are http:// behind a proxy that speaks TLS
+    app.router.default = partial(_add_slash, app.router.default)
+    return app
+
+
+async def _add_slash(not_found: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    """Redirect from /llm to /llm/, the page of a server that a proxy has below /llm."""
+    root_path = scope.get("root_path")
+    is_page = root_path and scope["path"] == root_path
+    await (RedirectResponse(f"{root_path}/") if is_page else not_found)(scope, receive, send)
 
 
 def _routes(service: Service) -> list[Route]:

@@ -140,3 +140,17 @@ async def test_the_page_of_calls_is_open_and_says_nothing_of_adapters() -> None:
     assert all(f'id="{link[1:]}"' in text for link in inside)
     assert outside - {*inside} == {"openapi.json", "page/page.css", "page/docs.css"}
     assert not re.search("<script|style=", text)
+
+
+@pytest.mark.parametrize("root_path", ["", "/llm"])
+async def test_no_redirect_names_a_scheme(root_path: str) -> None:
+    """Behind a proxy that speaks TLS, the server would name the wrong one."""
+    async with serving(root_path=root_path) as world:
+        paths = ["", "/docs/", "/v1/models/", "/v1/chat/completions/", "/health/"]
+        answers = [await world.ask("GET", root_path + path or "/") for path in paths]
+    first, *rest = answers
+    assert (first.status, first.headers.get("location")) == (
+        (307, "/llm/") if root_path else (200, None)
+    )
+    assert [answer.status for answer in rest] == [404] * 4
+    assert all(json.loads(answer.body)["error"]["code"] for answer in rest)
