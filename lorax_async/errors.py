@@ -29,6 +29,11 @@ def shorten_repr(value: object, limit: int = 100) -> str:
         return f"a {type(value).__name__} too long to show"
 
 
+def install_command(extra: str) -> str:
+    """Return how to install an extra: the package is not on PyPI yet."""
+    return f"in a clone of lorax-async, run: pip install '.[{extra}]'"
+
+
 class LoraxError(Exception):
     """Base of all errors of this package.
 

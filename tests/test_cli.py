@@ -233,7 +233,7 @@ def test_without_rich_only_json(monkeypatch: Patch, capsys: Capture) -> None:
     assert main(["inspect", PIRATE, "--json"]) == 0
     assert output(capsys)["loadable"] is True
     assert main(["inspect", PIRATE]) == 1
-    assert "pip install 'lorax-async[cli]'" in capsys.readouterr().err
+    assert "in a clone of lorax-async, run: pip install '.[cli]'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeVar, get_args
 
 from lorax_async.config import DTYPES, HubCache, parse_size
-from lorax_async.errors import ConfigError, InvalidAdapterIdError, LoraxError, shorten
+from lorax_async.errors import (
+    ConfigError,
+    InvalidAdapterIdError,
+    LoraxError,
+    install_command,
+    shorten,
+)
 from lorax_async.ids import (
     Allow,
     HubRepository,
@@ -433,8 +439,7 @@ def require_rich() -> None:
     """Raise `ConfigError` if rich is missing; call before the work."""
     if importlib.util.find_spec("rich") is None:
         raise ConfigError(
-            "tables and progress need rich; run: pip install 'lorax-async[cli]', or use --json in"
-            " a pipe"
+            f"tables and progress need rich; use --json in a pipe, or {install_command('cli')}"
         )
 
 

@@ -45,7 +45,7 @@ from lorax_async.cli.command_line import (
 )
 from lorax_async.cli.serve_logging import add_logging, log_step, logging_to
 from lorax_async.config import Checking, Eviction, Limits, LoaderConfig, LocalRoot, MiB, Root
-from lorax_async.errors import AdapterError, ConfigError, shorten
+from lorax_async.errors import AdapterError, ConfigError, install_command, shorten
 from lorax_async.ids import Allow
 from lorax_async.sources.local import CONFIG, find_trusted_adapter
 from lorax_async.types import MAX_SECONDS, AdapterId, AdapterRef
@@ -311,7 +311,7 @@ def _import_server() -> None:
     try:
         importlib.import_module("lorax_async.server.app")
     except ImportError as error:  # of the extra `serve`
-        raise ConfigError(f"{error}; run: pip install 'lorax-async[serve]'") from error
+        raise ConfigError(f"{error}; {install_command('serve')}") from error
 
 
 def _read_settings(

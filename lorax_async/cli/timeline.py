@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorax_async.cli.command_line import ABOUTS, OK, AddParser, Terminal, add_command
-from lorax_async.errors import ConfigError, UsageError
+from lorax_async.errors import ConfigError, UsageError, install_command
 
 if TYPE_CHECKING:
     from lorax_async.loader import AdapterLoader
@@ -117,7 +117,6 @@ MAX_LANES = 400
 
 SCRIPT = Path(__file__).parents[1] / "server" / "page" / "timeline.js"
 LEGEND = "One colour per layer, blue (first) to orange (last); pale red: a wait; grey: no layer."
-INSTALL = "pip install 'lorax-async[plot]'"
 
 _MAX_NAME_LENGTH = 120
 _MAX_NUMBER = 1e18
@@ -400,7 +399,7 @@ def write_image(drawing: Drawing, path: Path, title: str) -> None:
         from matplotlib.figure import Figure  # noqa: PLC0415 - heavy, and only here
     except ImportError:
         raise ConfigError(
-            f"an image needs matplotlib; run: {INSTALL}; HTML needs nothing"
+            f"an image needs matplotlib, HTML nothing; {install_command('plot')}"
         ) from None
     lanes = drawing.lanes
     if len(lanes) > MAX_LANES:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from lorax_async.errors import ConfigError
+from lorax_async.errors import ConfigError, install_command
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.model_families import decoder_layout
 
@@ -73,7 +73,7 @@ def prepare_base(cache: Path | None = None, *, progress: Report | None = None) -
         make_once(folder, lambda draft: _convert(gguf, draft, report), report)
     except ImportError as error:
         raise ConfigError(
-            f"the base model could not be converted: {error}; run: pip install 'lorax-async[demo]'"
+            f"the base model could not be converted: {error}; {install_command('demo')}"
         ) from error
     except OSError as error:
         raise ConfigError(

@@ -26,6 +26,7 @@ from lorax_async.errors import (
     IntegrityError,
     LoraxError,
     UsageError,
+    install_command,
 )
 from lorax_async.formats.split_weights import (
     CONFIG_FILE,
@@ -385,7 +386,7 @@ def _mapped(call: Callable[[], T], place: StoreFolder) -> T:
         from obstore import exceptions  # noqa: PLC0415
     except ImportError as error:
         raise ConfigError(
-            "adapters in object stores need obstore: pip install 'lorax-async[objects]'"
+            f"adapters in object stores need obstore; {install_command('objects')}"
         ) from error
     try:
         return call()

@@ -92,7 +92,7 @@ def test_it_is_found_unimported(tmp_path: Path, distribution: Install, monkeypat
         prepare_base(tmp_path / "file" / "base")
     assert isinstance(caught.value.__cause__, OSError)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ConfigError, match=r"pip install 'lorax-async\[demo\]'"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[demo\]'"):
         prepare_base(tmp_path / "base")
     assert not (tmp_path / "base").exists()
 

@@ -217,4 +217,4 @@ def test_refused_commands(tmp_path: Path, capsys: Capture, monkeypatch: Patch) -
         assert word in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main(["timeline", str(trace), "-o", str(tmp_path / "a.png")]) == 1
-    assert "lorax-async[plot]" in capsys.readouterr().err
+    assert "pip install '.[plot]'" in capsys.readouterr().err

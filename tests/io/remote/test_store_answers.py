@@ -93,7 +93,7 @@ def status(line: str) -> Callable[[Client], None]:
 def test_without_obstore(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("obstore", "obstore.exceptions"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(errors.ConfigError, match=r"pip install 'lorax-async\[objects\]'"):
+    with pytest.raises(errors.ConfigError, match=r"pip install '\.\[objects\]'"):
         located(ID)
 
 
