@@ -43,7 +43,7 @@ exit status:
   2    inspect: the adapter would be refused; otherwise: wrong arguments
   130  interrupted (Ctrl-C)
 
-Results go to stdout, progress to stderr and only to a terminal.
+Results go to stdout, progress to stderr: without a terminal, a line every few seconds.
 """
 
 
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     terminal = Terminal(sys.stdout, sys.stderr)
     try:
         words = sys.argv[1:] if argv is None else argv
-        arguments = _parser(words).parse_args(words)
+        arguments = _parser(words, terminal).parse_args(words)
         command: Command = arguments.command
         if not arguments.json or sys.stderr.isatty():
             require_rich()
@@ -90,7 +90,7 @@ class _ShowVersion(argparse.Action):
         parser.exit()
 
 
-def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+def _parser(words: Sequence[str], terminal: Terminal) -> argparse.ArgumentParser:
     """Return the parser of the command in `words`: the module of no other one is imported."""
     parser = argparse.ArgumentParser(
         prog="lorax-async",
@@ -103,7 +103,9 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     named = next((word for word in words if word in ABOUTS), None)
     if named is not None:
-        module = importlib.import_module(f"lorax_async.cli.{_MODULES.get(named, named)}")
+        with terminal.steps() as report:
+            report("starting")  # torch takes seconds
+            module = importlib.import_module(f"lorax_async.cli.{_MODULES.get(named, named)}")
         module.add_to(commands.add_parser)
     for name, about in ABOUTS.items():
         if name not in commands.choices:

@@ -8,8 +8,10 @@ import importlib.util
 import json
 import os
 import textwrap
+import threading
+import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeVar, get_args
@@ -71,6 +73,9 @@ TOKENS = (
 )
 PIPE_WIDTH = 5_000
 """Columns of a table in a pipe or file, wide enough not to break lines."""
+
+QUIET_SECONDS = 3.0
+"""Where there is no terminal to draw on, a line after this much silence says what goes on."""
 
 
 def run_on_uvloop(main: Coroutine[Any, Any, T]) -> T:
@@ -319,6 +324,7 @@ class Terminal:
     def __init__(self, out: TextIO, err: TextIO) -> None:
         self._out = out
         self._err = err
+        self._wrote = time.monotonic()
 
     def say(self, text: str = "", style: str = "") -> None:
         """Print a line of the result, unbroken in a pipe."""
@@ -328,7 +334,8 @@ class Terminal:
 
     def complain(self, text: str) -> None:
         """Print a line to stderr, without rich: it also reports that rich is missing."""
-        print(shorten(text, 2_000), file=self._err)
+        self._wrote = time.monotonic()
+        print(shorten(text, 2_000), file=self._err, flush=True)
 
     def report_errors(self, errors: Iterable[LoraxError | None]) -> int:
         """Complain about errors; return the exit status of a command that had them."""
@@ -375,6 +382,7 @@ class Terminal:
         self._show(grid)
 
     def _show(self, content: RenderableType) -> None:
+        self._wrote = time.monotonic()
         console = _console(self._out)
         if console.is_terminal:
             console.print(content)
@@ -382,22 +390,31 @@ class Terminal:
         with console.capture() as lines:
             console.print(content)
         for line in lines.get().splitlines():
-            print(line.rstrip(), file=self._out)
+            print(line.rstrip(), file=self._out, flush=True)  # the server prints, and goes on
 
     @contextmanager
     def steps(self) -> Iterator[Callable[[str], None]]:
         """Yield a function that shows the current step, callable from any thread."""
-        if not self._err.isatty():
-            yield lambda _: None
+        if self._draws:
+            with _console(self._err).status("") as status:
+                yield lambda text: status.update(shorten(text, 200))
             return
-        with _console(self._err).status("") as status:
-            yield lambda text: status.update(shorten(text, 200))
+        step, began = "", time.monotonic()
+
+        def report(text: str) -> None:
+            nonlocal step, began
+            step, began = text, time.monotonic()
+
+        with self._not_silent(lambda: f"{step}: {time.monotonic() - began:.0f} s"):
+            yield report
 
     @contextmanager
     def bars(self) -> Iterator[ProgressBars]:
         """Yield progress bars, one per adapter, whose last state stays on the terminal."""
-        if not self._err.isatty():
-            yield ProgressBars(None)
+        if not self._draws:
+            bars = ProgressBars(None)
+            with self._not_silent(lambda: bars.summary):
+                yield bars
             return
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn  # noqa: PLC0415
 
@@ -414,6 +431,37 @@ class Terminal:
         ) as progress:
             yield ProgressBars(progress)
 
+    @property
+    def _draws(self) -> bool:
+        return self._err.isatty() and importlib.util.find_spec("rich") is not None
+
+    def _not_silent(self, text: Callable[[], str]) -> AbstractContextManager[None]:
+        """Complain of `text()` while the block runs, if nothing was written for `QUIET_SECONDS`."""
+
+        def pulse() -> None:
+            if time.monotonic() - self._wrote >= QUIET_SECONDS:
+                self.complain(text())
+
+        return repeated(pulse, QUIET_SECONDS / 4)
+
+
+@contextmanager
+def repeated(call: Callable[[], None], seconds: float) -> Iterator[None]:
+    """Call every so many seconds, in a thread, while the block runs."""
+    done = threading.Event()
+
+    def run() -> None:
+        while not done.wait(seconds):
+            call()
+
+    thread = threading.Thread(target=run, name="lorax-pulse", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
 
 class ProgressBars:
     """One progress bar per adapter; draws nothing without a terminal."""
@@ -421,12 +469,21 @@ class ProgressBars:
     def __init__(self, progress: Progress | None) -> None:
         self._progress = progress
         self._tasks: dict[int, TaskID] = {}
+        self._done: dict[int, tuple[int, int | None]] = {}
+
+    @property
+    def summary(self) -> str:
+        """The bytes of all rows so far, and their total as far as it is known."""
+        rows = list(self._done.values())
+        done, total = sum(row[0] for row in rows), sum(row[1] or 0 for row in rows)
+        return f"so far: {format_size(done)}" + (f" of {format_size(total)}" if total else "")
 
     def update(
         self, row: int, name: str, done: int, total: int | None, state: str, layers: str = ""
     ) -> None:
         """Update the bar at index `row`; `done` and `total` are bytes, None if unknown."""
         progress = self._progress
+        self._done[row] = done, total
         if progress is None:
             return
         if row not in self._tasks:

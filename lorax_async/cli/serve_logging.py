@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TextIO
+
+from lorax_async.cli.command_line import repeated
 
 LEVELS = ("debug", "info", "warning", "error")
 PULSE_SECONDS = 4.0
@@ -79,7 +80,7 @@ def logging_to(stream: TextIO, level: str, form: str) -> Iterator[None]:
 @contextmanager
 def log_step(step: str) -> Iterator[None]:
     """Log a step of the start: that it begins, that it goes on, and how long it took."""
-    began, done = time.monotonic(), threading.Event()
+    began = time.monotonic()
 
     def log(what: str) -> None:
         seconds = round(time.monotonic() - began, 1)
@@ -87,16 +88,7 @@ def log_step(step: str) -> Iterator[None]:
         message = f"starting: {step}" + ("" if what == "began" else f", {what}, {seconds} s")
         _logger.info("%s", message, extra=extra)
 
-    def pulse() -> None:
-        while not done.wait(PULSE_SECONDS):
-            log("goes on")
-
     log("began")
-    thread = threading.Thread(target=pulse, name="lorax-start", daemon=True)
-    thread.start()
-    try:
+    with repeated(lambda: log("goes on"), PULSE_SECONDS):
         yield
-    finally:
-        done.set()
-        thread.join()
     log("done")
