@@ -6,9 +6,7 @@ import inspect
 import json
 import os
 import re
-import shlex
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -35,6 +33,7 @@ from lorax_async.cli import main
 from lorax_async.engines.transformers import attach
 from lorax_async.server.service import ServedModel
 from server.world import llama_config, tokenizer
+from servers import free_port
 
 pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
 
@@ -55,10 +54,10 @@ SIZES: dict[str, Any] = {
 
 
 BLOCK = re.compile(
-    r"^( *)```(?P<language>python|console)\n(?P<code>.*?)^ *```$(?P<output>\n(?:\n {4}[^\n]+(?:\n {4}[^\n]+)*)?)",
+    r"^( *)```(?P<language>python|console)\n(?P<code>.*?)^ *```$(?P<output>\n(?:\n+ {4}[^\n]+)*)",
     re.DOTALL | re.MULTILINE,
 )
-"""A program, and what it prints: an indented block right below."""
+"""A program or commands, and what they print: an indented block right below."""
 
 
 class Block(NamedTuple):
@@ -86,7 +85,8 @@ class Session:
 
     def __init__(self, page: Path, capsys: Capture) -> None:
         self.page, self.names = page, dict[str, Any]()
-        self._blocks, self._capsys = iter(blocks(page)), capsys
+        self._blocks = iter([it for it in blocks(page) if it.language == "python"])
+        self._capsys = capsys
         self._runner = asyncio.Runner()
         self.run = self._runner.run
 
@@ -104,7 +104,6 @@ class Session:
     def play(self) -> str:
         """Run the next program; return what it printed."""
         block = self.skip()
-        assert block.language == "python"
         source = "\n" * (block.line + 1) + textwrap.dedent(
             block.code
         )  # errors have the page's lines
@@ -307,70 +306,138 @@ def test_the_reference_has_every_public_name() -> None:
     assert set(lorax_async.__all__) <= documented | of_modules
 
 
-@pytest.mark.slow
-def test_a_plan_is_what_the_page_shows(clone: Path, monkeypatch: Patch, capsys: Capture) -> None:
-    page = (DOCS / "capacity.md").read_text()
-    found = re.search(r"^    \$ lorax-async (.* 2500x64 .*)\n((?:    .+\n)+)", page, re.MULTILINE)
-    assert found is not None
+NOT_RUN = {
+    r"(\.venv/bin/)?(pip install|python3 -m venv)": "a network",
+    r"make ": "what the tests run in",
+    r"lorax-async fetch org/": "the hub",
+    r"(export LORAX_API_KEY|docker|curl \S+ -H \"Auth)": "Docker: see tests/server/test_container.py",
+    r"(export|vllm|sglang|curl localhost:)": "vLLM or SGLang: `make vllm` and `make sglang` run them",
+}
+"""Commands that are not run, and what they need. All others stand in blocks of `console`."""
+
+PROGRAMS = "export|pip|python3?|make|docker|curl|vllm|sglang|uvicorn|lorax-async"
+COMMAND = re.compile(rf"^ {{4}}((?:\$ )?(?:\.venv/bin/)?(?:{PROGRAMS}) .*)", re.MULTILINE)
+FENCE = re.compile(r"^( *)```.*?^ *```$(?:\n+ {4}[^\n]+)*", re.DOTALL | re.MULTILINE)
+PAGES = [README, *sorted(DOCS.glob("*.md"))]
+PLANS, TUTORIAL = DOCS / "capacity.md", DOCS / "tutorial.md"
+SHOWN = [page for page in PAGES if any(block.language == "console" for block in blocks(page))]
+
+
+def test_a_command_is_run_or_needs_what_is_not_here() -> None:
+    for page in PAGES:
+        for command in COMMAND.findall(FENCE.sub("", page.read_text())):
+            assert any(re.match(known, command) for known in NOT_RUN), f"{page.name}: {command}"
+
+
+@contextmanager
+def served(command: str, env: dict[str, str], output: Path) -> Iterator[str]:
+    """A server in the background; yields what it said until it took requests."""
+    with output.open("w") as file:
+        process = subprocess.Popen(
+            f"exec {command}", shell=True, env=env, stdout=file, stderr=subprocess.STDOUT
+        )
+    try:
+        ready = re.compile(r"(at|on) http://")
+        until_in_thread(lambda: process.poll() is not None or ready.search(output.read_text()), 120)
+        assert process.poll() is None, output.read_text()
+        yield output.read_text()
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+
+
+Run = Callable[[str], str]
+
+
+@contextmanager
+def shell(folder: Path, port: int) -> Iterator[Run]:
+    """Run a page's commands. A server runs at `port`, until the next one or the end."""
+    programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    caches = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
+    home = {"HOME": str(folder), "XDG_CACHE_HOME": caches}
+    env = {**os.environ, **home, "PATH": programs, "OMP_WAIT_POLICY": "passive"}
+    with ExitStack() as server:
+
+        def run(command: str) -> str:
+            command = command.replace("8000", str(port))
+            if re.search(r"lorax-async serve |^uvicorn ", command):
+                server.close()
+                command += "" if "--port" in command else f" --port {port}"
+                printed = server.enter_context(served(command, env, folder / "printed"))
+            else:
+                done = subprocess.run(
+                    command, shell=True, env=env, capture_output=True, text=True, check=False
+                )
+                assert done.returncode == 0, done.stderr
+                printed = done.stdout
+            return printed.replace(str(port), "8000")
+
+        yield run
+
+
+def play(block: Block, run: Run) -> list[str]:
+    """Run the commands of a block; return what each printed."""
+    lines = block.code.replace("\\\n", " ").splitlines()
+    printed = [run(line.removeprefix("$ ")) for line in lines]
+    found = [line.split() for line in printed[-1].splitlines()]
+    promised = [line.split() for line in block.output.splitlines() if "…" not in line]
+    assert all(words in found for words in promised if words), printed[-1]
+    return printed
+
+
+@pytest.fixture
+def shelled(clone: Path) -> Path:
+    """A clone with its environment, benchmarks and a base of the pages."""
+    (clone / ".venv").symlink_to(Path(sys.executable).parent.parent)
+    (clone / "benchmarks").symlink_to(ROOT / "benchmarks")
     llama = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336}
     llama |= {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
     (clone / "llama-3-8b").mkdir()
     config = json.dumps(llama | {"vocab_size": 128256, "dtype": "bfloat16"})
     (clone / "llama-3-8b" / "config.json").write_text(config)
-    monkeypatch.setenv("COLUMNS", "119")
-    assert main(shlex.split(found[1])) == 0
-    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert all(line.split() in printed for line in found[2].splitlines())
-
-
-@contextmanager
-def shell(port: int) -> Iterator[Callable[[str], str]]:
-    """Run a page's commands, with the server of `serve` in the background until the end."""
-    programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = {**os.environ, "PATH": programs, "OMP_WAIT_POLICY": "passive"}
-    with ExitStack() as servers:
-
-        def run(command: str) -> str:
-            command = command.replace("8000", str(port))
-            if " serve " not in command:
-                done = subprocess.run(
-                    command, shell=True, env=env, capture_output=True, text=True, check=True
-                )
-                return done.stdout
-            server = subprocess.Popen(shlex.split(command), env=env, stdout=subprocess.DEVNULL)
-            servers.callback(server.wait, 60)
-            servers.callback(server.send_signal, signal.SIGINT)
-            until_in_thread(lambda: server.poll() is not None or answers(port), 120)
-            assert server.poll() is None
-            return ""
-
-        yield run
-
-
-def answers(port: int) -> bool:
-    with socket.socket() as client:
-        return client.connect_ex(("127.0.0.1", port)) == 0
+    return clone
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("clone")
-def test_the_tutorial_leads_to_a_server_with_ten_adapters(capsys: Capture) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+@pytest.mark.parametrize(
+    "page", [p for p in SHOWN if p not in {PLANS, TUTORIAL}], ids=lambda page: page.stem
+)
+def test_the_commands_of_a_page_run(page: Path, shelled: Path) -> None:
+    with shell(shelled, free_port()) as run:
+        for block in blocks(page):
+            if block.language == "console":
+                play(block, run)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        pytest.param(block, marks=pytest.mark.soak if "--replicas" in block.code else pytest.mark.slow)
+        for block in blocks(PLANS)
+    ],
+    ids=lambda block: block.line,
+)  # fmt: skip
+def test_a_plan_is_what_the_page_shows(plan: Block, shelled: Path) -> None:
+    with shell(shelled, 8000) as run:
+        play(plan, run)
+
+
+@pytest.mark.slow
+def test_the_tutorial_leads_to_a_server_with_ten_adapters(shelled: Path, capsys: Capture) -> None:
+    port = free_port()
     printed: list[str] = []
     scope: dict[str, Any] = {}
-    with shell(port) as run:
-        for block in blocks(DOCS / "tutorial.md"):
+    with shell(shelled, port) as run:
+        for block in blocks(TUTORIAL):
             if block.language == "console":
-                printed += [run(line.removeprefix("$ ")) for line in block.code.splitlines()]
-                promised = {line.strip() for line in block.output.splitlines()}
-                assert promised <= {line.strip() for line in printed[-1].splitlines()} | {""}
+                printed += play(block, run)
             else:
                 exec(block.code.replace("8000", str(port)), scope)
         capsys.readouterr()
-        client = blocks(DOCS / "server.md")[0].code.replace("shout", "pirate-10")
-        exec(client.replace("8000", str(port)), {})
+        client = next(
+            block.code for block in blocks(DOCS / "server.md") if block.language == "python"
+        )
+        exec(client.replace("8000", str(port)).replace("shout", "pirate-10"), {})
         assert capsys.readouterr().out.startswith("Arr")
     _, _, base, weak, strong, models, metrics = printed
     said = [json.loads(a)["choices"][0]["message"]["content"] for a in (base, weak, strong)]
