@@ -28,6 +28,7 @@ from lorax_async.lifecycle.adapter_state import SlotGrant
 from lorax_async.lifecycle.arena import Extent
 from lorax_async.lifecycle.commands import CopyGroups
 from lorax_async.planning.transfer_plan import GroupPlan, TransferPlan
+from lorax_async.runtime import copies as copies_module
 from lorax_async.runtime.copies import CopyThreads
 from lorax_async.runtime.leases import SlotOccupancy
 from lorax_async.sources.base import AdapterFile
@@ -266,8 +267,9 @@ async def test_the_least_tag_is_next() -> None:
     occupancy = SlotOccupancy(key, grant, TransferPlan(groups, "F32", 4, 256, 300), 4)
     part: Any = SimpleNamespace  # of the loader, as far as copies know it
     parts = part(reader=lambda key: None), part(occupancies={key: occupancy}), part(run=run)
-    settings: dict[str, Any] = {"threads": 1, "low_water": 0, "images": torch.empty(0)}
-    copies = CopyThreads(*parts, lambda job: None, lambda key: None, **settings)
+    copies = CopyThreads(
+        *parts, lambda jobs: None, lambda key: None, threads=1, images=torch.empty(0)
+    )
     for group, tag in enumerate((64, 192, 128, 128)):
         copies.start(CopyGroups(key, grant, (group,), 64, tag))
         await until(lambda: began == [0])
@@ -278,7 +280,7 @@ async def test_the_least_tag_is_next() -> None:
     await asyncio.to_thread(copies.join)
 
 
-async def test_copies_that_end_at_the_same_moment_are_both_counted() -> None:
+async def test_copies_that_end_at_the_same_moment_are_both_counted(monkeypatch: Patch) -> None:
     """They are the adapter's last two, so that the loop is woken though another's is under way."""
     heard, asked = list[int](), list[int]()
     keys = [AdapterKey(name, ()) for name in ("somewhere", "elsewhere")]
@@ -296,10 +298,12 @@ async def test_copies_that_end_at_the_same_moment_are_both_counted() -> None:
 
     part: Any = SimpleNamespace  # of the loader, as far as copies know it
     parts = part(reader=lambda key: None), part(occupancies=occupancies), part(run=run)
-    settings: dict[str, Any] = {"threads": 2, "low_water": 0, "images": torch.empty(0)}
-    copies = CopyThreads(
-        *parts, lambda job: heard.extend(job.command.groups), lambda key: None, **settings
-    )
+    monkeypatch.setattr(copies_module, "LOW_RUNS", 0)
+
+    def copied(jobs: list[copies_module.CopyJob]) -> None:
+        heard.extend(group for job in jobs for group in job.command.groups)
+
+    copies = CopyThreads(*parts, copied, lambda key: None, threads=2, images=torch.empty(0))
     for group, key in enumerate((keys[0], *keys)):
         copies.start(CopyGroups(key, grant, (group,), 64))
     await until(lambda: len(asked) == 3)

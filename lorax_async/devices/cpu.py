@@ -149,8 +149,7 @@ class CpuDevice:
             )
         return operands
 
-    def view(self, extent: Extent) -> torch.Tensor:
-        return self.host_view(extent)
+    view = host_view
 
     def close(self) -> None:
         """Release the arena. Idempotent, also before `open`."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Condition
 
@@ -108,15 +107,6 @@ class StagingRing:
         with self._changed:
             self._free.append(buffer)
             self._changed.notify_all()
-
-    @contextmanager
-    def buffer(self) -> Iterator[StagingBuffer]:
-        """Take one buffer for the duration of the block."""
-        (buffer,) = self.take(1)
-        try:
-            yield buffer
-        finally:
-            self.release(buffer)
 
 
 def read(reader: Reader, moves: Sequence[ReadMove], target: memoryview) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from lorax_async.devices.base import CopyTicket, Device, StagedPiece
 from lorax_async.devices.staging import TORCH_DTYPES, StagingBuffer, StagingRing, read, zero
-from lorax_async.errors import AdapterFormatError, InternalError
+from lorax_async.errors import AdapterFormatError
 from lorax_async.files import Reader
 from lorax_async.lifecycle.arena import Extent
 from lorax_async.planning.transfer_plan import (
@@ -128,10 +128,6 @@ class GroupTransfer:
     check_finite: bool
     tracer: Tracer = field(default_factory=Tracer)
 
-    def __post_init__(self) -> None:
-        if self.staging.buffers < 2 and not self.device.reads_files:
-            raise InternalError("a device that does not read files needs two staging buffers")
-
     def run(self, copies: Sequence[GroupCopy]) -> SubmittedCopies:
         """Copy groups of one adapter in order. Return when all their parts have been submitted.
 
@@ -149,10 +145,6 @@ class GroupTransfer:
             wait(pending.parts)
             raise
         return pending
-
-    def wipe(self, extents: Sequence[Extent]) -> CopyTicket:
-        """Zero extents that no work reads any more. Blocks as `run` does."""
-        return self.device.wipe(extents)
 
     def _span(self, copy: GroupCopy, row: Row, lane: Hashable, name: str = "") -> Span:
         """Begin a span of a group's copy, named after its layer by default.
@@ -192,15 +184,8 @@ class GroupTransfer:
         """Cast, pad and check in the arena, which has the group's other bytes; write the rows."""
         group = copy.group
         if group.converts or group.zeros:
-            target, started = self.device.host_view(copy.extent), perf_counter()
-            if group.converts:
-                with (
-                    self.staging.buffer() as scratch,
-                    self._span(copy, "staging", scratch.number, "cast"),
-                ):
-                    scratch.convert(copy.reader, group.converts, copy.dtype, target)
-            zero(group.zeros, target)
-            pending.staging_seconds += perf_counter() - started
+            scratch = self.staging.take(1) if group.converts else []
+            self._convert(copy, group, self.device.host_view(copy.extent), scratch, pending)
         ticket = self.device.copy(None, group.rows, copy.extent, copy.slot)
         pending.parts.append(ticket)
         pending.tickets.append(ticket)
@@ -258,21 +243,33 @@ class GroupTransfer:
         scratch: list[StagingBuffer],
         pending: SubmittedCopies,
     ) -> None:
-        """Read a window into `buffer`; release `scratch`, one buffer if the window has casts."""
+        """Read a window into `buffer`, and convert what is cast with `scratch`."""
         lane = IMAGE if buffer.number is None else buffer.number
+        with self._span(copy, "staging", lane, "fill"):
+            self._convert(copy, window, buffer.tensor, scratch, pending)
+            read(copy.reader, window.reads, buffer.memory)
+        if self.check_finite:
+            self._require_finite(buffer.tensor, window, copy)
+
+    def _convert(
+        self,
+        copy: GroupCopy,
+        part: GroupPlan | StagingWindow,
+        target: torch.Tensor,
+        scratch: list[StagingBuffer],
+        pending: SubmittedCopies,
+    ) -> None:
+        """Cast and pad into `target`; release `scratch`, one buffer if the part has casts."""
+        started = perf_counter()
         try:
-            with self._span(copy, "staging", lane, "fill"):
-                read(copy.reader, window.reads, buffer.memory)
-                started = perf_counter()
-                for spare in scratch:
-                    spare.convert(copy.reader, window.converts, copy.dtype, buffer.tensor)
-                zero(window.zeros, buffer.tensor)
-                pending.staging_seconds += perf_counter() - started
+            for spare in scratch:
+                with self._span(copy, "staging", spare.number, "cast"):
+                    spare.convert(copy.reader, part.converts, copy.dtype, target)
         finally:
             for spare in scratch:
                 self.staging.release(spare)
-        if self.check_finite:
-            self._require_finite(buffer.tensor, window, copy)
+        zero(part.zeros, target)
+        pending.staging_seconds += perf_counter() - started
 
     def _require_finite(
         self, content: torch.Tensor, window: StagingWindow, copy: GroupCopy

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from lorax_async.errors import LoraxError
 from lorax_async.lifecycle.adapter_state import SlotGrant
@@ -81,13 +81,6 @@ class CopyGroups(SlotCommand):
     tag: int = 0
     image: Extent | None = None
     warm: bool = False
-    runs: int = 1
-    """More than one in the outcome of several runs that ended."""
-
-    def joined(self, other: CopyGroups) -> CopyGroups:
-        """Return the outcome of both, runs of one grant."""
-        groups, nbytes = self.groups + other.groups, self.nbytes + other.nbytes
-        return replace(self, groups=groups, nbytes=nbytes, runs=self.runs + other.runs)
 
 
 class WipeExtents(SlotCommand):

@@ -6,7 +6,7 @@ docs/lifecycle.md, and returns the commands in the order in which the driver mus
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from types import FunctionType
@@ -22,7 +22,7 @@ from lorax_async.lifecycle.adapter_state import (
     WantedTier,
 )
 from lorax_async.lifecycle.commands import Command, CopyGroups, DropFile, ForgetAdapter, NotifyReady
-from lorax_async.lifecycle.queues import CopyQueue, HostTierQueue, PinnedImages, SlotQueue
+from lorax_async.lifecycle.queues import CopyQueue, HostTierQueue, LifecycleTimes, SlotQueue
 from lorax_async.lifecycle.residency import HostBudget, ImageBudget, Residency
 from lorax_async.lifecycle.rules import LifecycleRules
 from lorax_async.lifecycle.transitions import (
@@ -82,12 +82,6 @@ class IdleAdapters:
         self._entries: dict[AdapterKey, GroupSizes | None] = {}
         self._sharing: dict[int, int] = {}
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __iter__(self) -> Iterator[AdapterKey]:
-        return iter(self._entries)
-
     def add(self, key: AdapterKey, needs: GroupSizes | None) -> None:
         """Add an idle adapter. Adapters that share a plan pass the same `needs` object."""
         if key in self._entries:
@@ -130,39 +124,18 @@ class Budgets:
     images: ImageBudget
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LifecycleTimes:
-    """The time limits and memory limit of decisions.
-
-    A foreground waiter that is `starvation_age` seconds old stops new leases on a resident adapter;
-    one level of priority counts as this many seconds of waiting. A resident adapter is not evicted
-    for `min_residency` seconds, unless a waiter starves. `max_idle` idle adapters are remembered.
-    """
-
-    starvation_age: float = 5.0
-    min_residency: float = 0.0
-    max_idle: int = 16_384
-
-
 @non_reentrant
 class Lifecycle:
     """The state of all adapters of one loader, and the decisions about them."""
 
-    def __init__(self, budgets: Budgets, times: LifecycleTimes | None = None) -> None:
+    def __init__(self, budgets: Budgets, times: LifecycleTimes) -> None:
         self.budgets = budgets
         self.deciding = False
         """Whether a public method is running."""
-        times = times or LifecycleTimes()
-        self.states: dict[AdapterKey, AdapterState] = {}
         self._rules = LifecycleRules(budgets.device, budgets.host, budgets.images)
-        self._slots = SlotQueue(
-            self._rules,
-            self.states,
-            PinnedImages(self._rules, self.states),
-            starvation_age=times.starvation_age,
-            min_residency=times.min_residency,
-        )
-        self._host_queue = HostTierQueue(self._rules, self.states, level=times.starvation_age)
+        self.states = self._rules.states
+        self._slots = SlotQueue(self._rules, times)
+        self._host_queue = HostTierQueue(self._rules, times)
         self._copies = CopyQueue(self._rules)
         self._idle = IdleAdapters(times.max_idle)
 
@@ -172,8 +145,7 @@ class Lifecycle:
         """Add a waiter."""
         self.note_time(max(self._slots.now, waiter.since))
         state = self._state(key)
-        held = state.needs is None or state.needs.holdable
-        if waiter.tier is WantedTier.HOST and not held and state.host is HostState.HELD:
+        if waiter.tier is WantedTier.HOST and state.host is HostState.HELD and not state.is_held:
             state.host = HostState.NONE  # read it ahead again: its pages may have left memory
         if waiter.tier >= WantedTier.STREAM and waiter.foreground and state.grant is not None:
             self._rules.touch(state)
@@ -352,18 +324,19 @@ class Lifecycle:
 
     # -- outcomes of a copy -----------------------------------------------------------------------
 
-    def copy_done(self, copy: CopyGroups, *, fast: bool) -> list[Command]:
-        """End a run, or several of one grant; `fast` if it was as fast as from memory."""
-        state = self.states[copy.key]
+    def copy_done(self, *copies: CopyGroups, fast: bool) -> list[Command]:
+        """End runs of one grant; `fast` if they were as fast as from memory."""
+        state = self.states[copies[0].key]
         state.is_fast = fast
         done = state.done
-        for group in copy.groups:
-            done |= 1 << group
+        for copy in copies:
+            for group in copy.groups:
+                done |= 1 << group
         last = done == state.all_groups
         state.slot = next_slot_state(
             state.slot, SlotMove.LAST_COPY_DONE if last else SlotMove.COPY_DONE
         )
-        self._copies.copied(state, copy)
+        self._copies.copied(state, *copies)
         if state.image is not None:
             state.imaged |= done & ~state.done
         if state.slot is SlotState.DRAINING:
@@ -375,7 +348,7 @@ class Lifecycle:
         while state.done >> state.watermark & 1:
             state.watermark += 1
         if state.watermark > before and state.grant is not None:
-            self._rules.command(NotifyReady(copy.key, state.grant, state.watermark, last))
+            self._rules.command(NotifyReady(state.key, state.grant, state.watermark, last))
         if state.slot is SlotState.FILLING:
             # The outcome frees a copy and changes nothing else.
             self._copies.submit()

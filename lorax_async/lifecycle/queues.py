@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import Any, Generic, TypeVar
 
@@ -59,6 +60,20 @@ class PriorityQueue(Generic[_Order]):
         self._heap = list(counting.values())
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LifecycleTimes:
+    """The time limits and memory limit of decisions.
+
+    A foreground waiter that is `starvation_age` seconds old stops new leases on a resident adapter;
+    one level of priority counts as this many seconds of waiting. A resident adapter is not evicted
+    for `min_residency` seconds, unless a waiter starves. `max_idle` idle adapters are remembered.
+    """
+
+    starvation_age: float = 5.0
+    min_residency: float = 0.0
+    max_idle: int = 16_384
+
+
 class SlotHolders:
     """Slot holders by what matters for making room, as of their last update."""
 
@@ -107,18 +122,12 @@ _DEMOTED_URGENCY: Urgency = (True, float("inf"))
 
 
 class HostTierQueue:
-    """Rule 7: the adapters that want the host tier. Only the head is served, one at a time.
+    """Rule 7: the adapters that want the host tier. Only the head is served, one at a time."""
 
-    `states` maps keys to all adapters; `level` is the worth of a priority level in seconds.
-    """
-
-    def __init__(
-        self, rules: LifecycleRules, states: Mapping[AdapterKey, AdapterState], *, level: float
-    ) -> None:
+    def __init__(self, rules: LifecycleRules, times: LifecycleTimes) -> None:
         self._rules = rules
         self._budget = rules.host
-        self._states = states
-        self._level = level
+        self._level = times.starvation_age
         self.queue: PriorityQueue[Urgency] = PriorityQueue()
 
     def update(self, state: AdapterState) -> None:
@@ -133,7 +142,7 @@ class HostTierQueue:
         key = self.queue.head
         if key is None or self._budget.populating is not None:
             return None
-        head = self._states[key]
+        head = self._rules.states[key]
         assert head.needs is not None
         nbytes = head.needs.file_nbytes if head.needs.holdable else 0
         if nbytes > self._budget.nbytes:
@@ -161,7 +170,7 @@ class HostTierQueue:
         if self._budget.free + leaving >= nbytes:
             return None
         for key in self._budget.policy.ranked():
-            state = self._states[key]
+            state = self._rules.states[key]
             held = state.host is HostState.HELD and self._budget.held[key]
             if held and not head.waiters.spares(key):
                 self._rules.release_host(state, evicted=True)
@@ -175,10 +184,9 @@ class PinnedImages:
     An image is claimed with a slot and outlives it.
     """
 
-    def __init__(self, rules: LifecycleRules, states: Mapping[AdapterKey, AdapterState]) -> None:
+    def __init__(self, rules: LifecycleRules) -> None:
         self._rules = rules
         self._budget = rules.images
-        self._states = states
 
     def claim(self, state: AdapterState) -> None:
         """Claim an image for `state` if evicting idle images makes room for it."""
@@ -201,7 +209,7 @@ class PinnedImages:
         self._budget.assign(state, extents, reload_cost(state.needs))
 
     def _holders(self) -> list[AdapterState]:
-        return [self._states[key] for key in self._budget.policy.ranked()]
+        return [self._rules.states[key] for key in self._budget.policy.ranked()]
 
 
 def _is_idle(state: AdapterState) -> bool:
@@ -228,29 +236,16 @@ RUN_BYTES = 8 << 20
 
 
 class SlotQueue:
-    """Rule 8: the adapters that want a slot. Only the head is served, so that large ones get room.
+    """Rule 8: the adapters that want a slot. Only the head is served, so large ones get room."""
 
-    `states` maps keys to all adapters; `starvation_age` and `min_residency` are those of
-    `LifecycleTimes`.
-    """
-
-    def __init__(
-        self,
-        rules: LifecycleRules,
-        states: dict[AdapterKey, AdapterState],
-        images: PinnedImages,
-        *,
-        starvation_age: float,
-        min_residency: float,
-    ) -> None:
+    def __init__(self, rules: LifecycleRules, times: LifecycleTimes) -> None:
         self.now = 0.0
         self.queue: PriorityQueue[Urgency] = PriorityQueue()
         self._rules = rules
         self._residency = rules.residency
-        self._images = images
-        self._states = states
-        self._starvation_age = starvation_age
-        self._min_residency = min_residency
+        self._images = PinnedImages(rules)
+        self._states = rules.states
+        self._times = times
         self.holders = SlotHolders()
         self._blocked: tuple[_HeadIdentity, float] | None = None
         """A head without room, and when time by itself may make some. Reset if a holder changes."""
@@ -258,7 +253,7 @@ class SlotQueue:
     def update(self, state: AdapterState) -> None:
         """Update the queue after a change of `state`."""
         waits = state.slot is SlotState.NONE and state.wants_slot and not self._rules.closing
-        urgency = state.waiters.urgency(self._starvation_age) if waits else None
+        urgency = state.waiters.urgency(self._times.starvation_age) if waits else None
         self.queue.update(state.key, urgency)
         if self.holders.update(state):
             self._blocked = None
@@ -330,7 +325,7 @@ class SlotQueue:
 
     def _next_attempt_at(self, head: AdapterState) -> float:
         due = [self._starves_at(head)]
-        if self._min_residency:
+        if self._times.min_residency:
             due += [self._evictable_at(state) for state in self.holders.evictable.values()]
         return min((time for time in due if self.now < time), default=float("inf"))
 
@@ -349,9 +344,7 @@ class SlotQueue:
             if self._residency.fits_after([state.grant for state in going if state.grant], sizes):
                 return None
             if self.now >= self._starves_at(head):
-                victim = next(
-                    (state for state in self._holders_ranked() if is_evictable(state)), None
-                )
+                victim = next(filter(is_evictable, self._holders_ranked()), None)
         if victim is not None:
             self._rules.leave(victim)
         return victim
@@ -370,10 +363,6 @@ class SlotQueue:
         An adapter of the same prefetch only if there is no other holder: then the room that was
         counted for `head` is in pieces.
         """
-        if not any(
-            self.now >= self._evictable_at(state) for state in self.holders.evictable.values()
-        ):
-            return None
         first, spares = next(self._evictable_ranked(), None), head.waiters.spares
         if first is None or not spares(first.key):
             return first
@@ -382,19 +371,19 @@ class SlotQueue:
         return first if alone else other
 
     def _evictable_ranked(self) -> Iterator[AdapterState]:
-        return (
-            state
-            for state in self._holders_ranked()
-            if state.key in self.holders.evictable and self.now >= self._evictable_at(state)
-        )
+        evictable = self.holders.evictable
+        if any(self.now >= self._evictable_at(state) for state in evictable.values()):
+            for state in self._holders_ranked():
+                if state.key in evictable and self.now >= self._evictable_at(state):
+                    yield state
 
     def _evictable_at(self, state: AdapterState) -> float:
-        return state.resident_since + self._min_residency
+        return state.resident_since + self._times.min_residency
 
     def _starves_at(self, state: AdapterState) -> float:
         if not state.waiters.has_foreground:
             return float("inf")
-        return state.waiters.oldest + self._starvation_age
+        return state.waiters.oldest + self._times.starvation_age
 
     def _too_large(self, sizes: tuple[int, ...], *, pinned: int) -> CapacityError:
         beside = f" beside {pinned} pinned adapters" if pinned else ""
@@ -425,19 +414,17 @@ class CopyQueue:
         self._last_tag = 0
         """The greatest tag of a run."""
         self._rules = rules
-        self._threads = max(1, rules.residency.copies_free // COPIES_AHEAD)
+        self._threads = max(1, rules.residency.copies // COPIES_AHEAD)
         self._copying = self._copying_bytes = 0
         self._in_flight: dict[AdapterKey, AdapterState] = {}
         """The adapters with runs in flight."""
-        self._adapters: dict[AdapterKey, AdapterState] = {}
         self._foreground: dict[AdapterKey, bool] = {}
-        """Whether each of these was in the foreground at its last update."""
+        """Whether each adapter with copies to submit was in the foreground at its last update."""
         self._queue: PriorityQueue[tuple[bool, int, int]] = PriorityQueue()
 
     def update(self, state: AdapterState) -> None:
         """Update the queue after a change of `state`."""
         if state.slot is not SlotState.FILLING or not state.fetched & ~state.submitted:
-            self._adapters.pop(state.key, None)
             self._foreground.pop(state.key, None)
             self._queue.update(state.key, None)
             return
@@ -445,14 +432,14 @@ class CopyQueue:
         if self._foreground.get(state.key) != foreground:
             # It arrives, or a load joins the prefetch: neither has anything in store.
             state.service_tag = max(state.service_tag, self.virtual_time)
-            self._adapters[state.key], self._foreground[state.key] = state, foreground
+            self._foreground[state.key] = foreground
         self._queue.update(state.key, _copy_order(state) if self._may_submit(state) else None)
 
     def submit(self) -> None:
         """Submit copies while there is room: foreground first, then the least finish tag."""
-        residency = self._rules.residency
-        while (key := self._queue.head) is not None and self._has_room(self._adapters[key]):
-            state = self._adapters[key]
+        states = self._rules.states
+        while (key := self._queue.head) is not None and self._has_room(states[key]):
+            state = states[key]
             groups = self._next_run(state)
             assert state.grant is not None
             nbytes = sum(state.grant.extents[group].nbytes for group in groups)
@@ -461,7 +448,6 @@ class CopyQueue:
             state.copying += 1
             state.copying_bytes += nbytes
             state.service_tag += nbytes
-            residency.copies_free -= 1
             self._in_flight[key] = state
             self._copying += 1
             self._copying_bytes += nbytes
@@ -477,7 +463,7 @@ class CopyQueue:
 
     def _has_room(self, state: AdapterState) -> bool:
         """Return whether another run may be in flight: `state` has to wait for its share only."""
-        if not self._rules.residency.copies_free:
+        if self._copying >= self._rules.residency.copies:
             return False
         if _is_foreground(state):
             most, waits = FAST_IN_FLIGHT_BYTES, not state.copying
@@ -502,13 +488,13 @@ class CopyQueue:
         room = min(self._rules.residency.run_bytes, _limit(state) - state.copying_bytes)
         return state.next_copies(max(1, left // self._threads), room)
 
-    def copied(self, state: AdapterState, copy: CopyGroups) -> None:
-        """Record the end of a run of `state`, or of several."""
-        state.copying -= copy.runs
-        state.copying_bytes -= copy.nbytes
-        self._rules.residency.copies_free += copy.runs
-        self._copying -= copy.runs
-        self._copying_bytes -= copy.nbytes
+    def copied(self, state: AdapterState, *copies: CopyGroups) -> None:
+        """Record the end of runs of `state`."""
+        nbytes = sum([copy.nbytes for copy in copies])
+        state.copying -= len(copies)
+        state.copying_bytes -= nbytes
+        self._copying -= len(copies)
+        self._copying_bytes -= nbytes
         if not state.copying:
             del self._in_flight[state.key]
         # Also of one that was cancelled: a series of them would hold up those that came before.

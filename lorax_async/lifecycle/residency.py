@@ -37,7 +37,7 @@ class Residency:
         policy: EvictionPolicy,
     ) -> None:
         self.arena = Arena(device_bytes, alignment)
-        self.copies_free = copies
+        self.copies = copies
         self.run_bytes = run_bytes
         self.policy = policy
         self.evictions = 0

@@ -15,12 +15,14 @@ from lorax_async.lifecycle.transitions import (
     next_file_state,
     next_slot_state,
 )
+from lorax_async.types import AdapterKey
 
 
 class LifecycleRules:
     """Apply rules 1 to 6 to one adapter and collect the commands.
 
-    `touched` holds other adapters that lost memory to it and must be settled too.
+    `states` are those of all adapters. `touched` holds others that lost memory to this one and must
+    be settled too.
     """
 
     def __init__(self, residency: Residency, host: HostBudget, images: ImageBudget) -> None:
@@ -28,6 +30,7 @@ class LifecycleRules:
         self.host = host
         self.images = images
         self.closing = False
+        self.states: dict[AdapterKey, AdapterState] = {}
         self.touched: list[AdapterState] = []
         self._commands: list[Command] = []
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from heapq import heappop, heappush
@@ -18,11 +17,11 @@ from time import perf_counter
 import torch
 
 from lorax_async.concurrency import Inbox
-from lorax_async.devices.base import CopyTicket
 from lorax_async.devices.transfer import GroupCopy, GroupTransfer
 from lorax_async.errors import CapacityError, LoraxError, as_lorax_error
 from lorax_async.files import Reader
 from lorax_async.lifecycle.commands import CopyGroups, WipeExtents
+from lorax_async.lifecycle.queues import COPIES_AHEAD
 from lorax_async.runtime.fetches import FetchTasks
 from lorax_async.runtime.leases import LeaseTable, SlotOccupancy
 from lorax_async.types import AdapterKey
@@ -32,10 +31,7 @@ _logger = logging.getLogger("lorax_async")
 
 @dataclass(slots=True, eq=False)
 class CopyJob:
-    """One run of groups; `error` and the times are its outcome, once it has ended.
-
-    On the loop, it stands for all runs of the adapter that ended and were joined to it.
-    """
+    """One run of groups; `error` and the times are its outcome, once it has ended."""
 
     command: CopyGroups
     occupancy: SlotOccupancy
@@ -47,18 +43,6 @@ class CopyJob:
     copy_seconds: float = 0.0
     error: LoraxError | None = None
 
-    @property
-    def is_fast(self) -> bool:
-        """Whether it was as fast as from memory."""
-        seconds = self.staging_seconds + self.copy_seconds
-        return self.command.nbytes > seconds * FAST_BYTES_PER_SECOND
-
-    def join(self, other: CopyJob) -> None:
-        """Add the outcome of another run of the same occupancy; neither has failed."""
-        self.command = self.command.joined(other.command)
-        self.staging_seconds += other.staging_seconds
-        self.copy_seconds += other.copy_seconds
-
     def group_copies(self) -> list[GroupCopy]:
         plan, grant = self.occupancy.plan, self.command.grant
         rest = (grant.slot.index, self.image, self.command.warm)
@@ -68,20 +52,17 @@ class CopyJob:
         ]
 
 
-FAST_BYTES_PER_SECOND = 1e9
-"""Faster than a thread reads from most disks, and slower than from the page cache."""
-
-LOW_BYTES = 16 << 20
-"""Bytes in flight at which the threads may soon have nothing to do."""
+LOW_RUNS, LOW_BYTES = COPIES_AHEAD // 2, 8 << 20
+"""In flight per thread when the threads may soon have nothing to do."""
 
 
 class CopyThreads:
     """Runs copies, and the zeroing of failed slots, in `threads` I/O threads.
 
-    `copied` is called on the loop, once for all runs of an adapter that have ended; `wiped` once
-    per failed slot, in any thread. The loop is woken at the latest when at most `low_water` runs
-    and `LOW_BYTES` are in flight.
-    `images` is the page-locked memory to which the extents of commands refer.
+    `copied` is called on the loop with runs of an adapter that have ended, or with one that failed;
+    `wiped` once per failed slot, in any thread. The loop is woken at the latest when `LOW_RUNS`
+    and `LOW_BYTES` for each thread are in flight. `images` is the page-locked memory to which the
+    extents of commands refer.
     """
 
     def __init__(
@@ -89,11 +70,10 @@ class CopyThreads:
         files: FetchTasks,
         lease_table: LeaseTable,
         transfer: GroupTransfer,
-        copied: Callable[[CopyJob], None],
+        copied: Callable[[list[CopyJob]], None],
         wiped: Callable[[AdapterKey], None],
         *,
         threads: int,
-        low_water: int,
         images: torch.Tensor,
     ) -> None:
         self._files = files
@@ -107,15 +87,13 @@ class CopyThreads:
         self._ready: SimpleQueue[None] = SimpleQueue()
         """One item for each of the heap; without any, threads wait for one."""
         self._lock = Lock()
-        # Daemons: a loader that was not closed must not keep the interpreter from exiting.
-        self._threads = [
-            Thread(target=self._serve, name=f"lorax-io-{n}", daemon=True) for n in range(threads)
-        ]
-        self._start_threads()
         self._copied = copied
         self._inbox: Inbox[CopyJob] = Inbox(asyncio.get_running_loop(), self._report)
-        self._low_water = low_water
+        self._low_runs, self._low_bytes = LOW_RUNS * threads, LOW_BYTES * threads
         self._in_flight = self._bytes_in_flight = 0
+        self._threads: list[Thread] = []
+        for number in range(threads):
+            self._start_thread(number)
 
     def stop(self) -> None:
         """Let the threads end after the copies that were started."""
@@ -156,17 +134,18 @@ class CopyThreads:
         with self._lock:
             return heappop(self._work)[2]
 
-    def _start_threads(self) -> None:
-        for started, thread in enumerate(self._threads):
-            try:
-                thread.start()
-            except RuntimeError as error:  # the process has reached its limit of threads
-                del self._threads[started:]
-                self.stop()
-                self.join()
-                raise CapacityError(
-                    f"I/O thread {started + 1} did not start; lower io_threads"
-                ) from error
+    def _start_thread(self, number: int) -> None:
+        # A daemon: a loader that was not closed must not keep the interpreter from exiting.
+        thread = Thread(target=self._serve, name=f"lorax-io-{number}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the process has reached its limit of threads
+            self.stop()
+            self.join()
+            raise CapacityError(
+                f"I/O thread {number + 1} did not start; lower io_threads"
+            ) from error
+        self._threads.append(thread)
 
     def _serve(self) -> None:
         """Take work in an I/O thread. An executor's queue would cost more than a small copy."""
@@ -196,17 +175,17 @@ class CopyThreads:
         A failure is only logged: extents are overwritten before the pointer table names them again.
         """
 
-        def report(ticket: CopyTicket) -> None:
-            if ticket.exception() is not None:
-                _logger.warning("a failed slot was not zeroed: %s", ticket.exception())
+        def end(problem: BaseException | None) -> None:
+            if problem is not None:
+                _logger.warning("a failed slot was not zeroed: %s", problem)
             self._wiped(command.key)
 
         try:
-            ticket = self._transfer.wipe(command.grant.extents)
+            ticket = self._transfer.device.wipe(command.grant.extents)
         except BaseException as problem:  # noqa: BLE001 - reported like a ticket's error
-            ticket = Future()
-            ticket.set_exception(problem)
-        ticket.add_done_callback(report)
+            end(problem)
+        else:
+            ticket.add_done_callback(lambda done: end(done.exception()))
 
     def _end(self, work: CopyJob, problem: BaseException | None) -> None:
         """Leave a run's outcome for the loop, in an I/O thread or one of the device's."""
@@ -214,13 +193,13 @@ class CopyThreads:
             work.error = as_lorax_error(problem, "a copy to the device failed", "copy")
         work.copy_seconds = perf_counter() - work.started - work.staging_seconds
         # Leave it before it is counted: the last to be counted wakes the loop for all.
-        self._inbox.leave(work)
+        self._inbox.items.append(work)
         occupancy = work.occupancy
         with self._lock:
             self._in_flight -= 1
             self._bytes_in_flight -= work.command.nbytes
             occupancy.copying -= 1
-            few = self._in_flight <= self._low_water and self._bytes_in_flight <= LOW_BYTES
+            few = self._in_flight <= self._low_runs and self._bytes_in_flight <= self._low_bytes
         # Waking the loop costs as much as copying half a megabyte. While the adapter has other
         # runs in flight, and the threads have work, outcomes may gather, except of streamed ones.
         if not occupancy.copying or few or occupancy.streamed or work.error is not None:
@@ -228,9 +207,9 @@ class CopyThreads:
 
     def _report(self, job: CopyJob) -> None:
         """Report the outcome of a run, with those of its adapter that are next in the inbox."""
-        following = self._inbox.items
+        jobs, following = [job], self._inbox.items
         while job.error is None and following and following[0].occupancy is job.occupancy:
             if following[0].error is not None:
                 break
-            job.join(following.popleft())
-        self._copied(job)
+            jobs.append(following.popleft())
+        self._copied(jobs)

@@ -48,6 +48,9 @@ from lorax_async.types import AdapterKey
 UnloadCallback = Callable[[AdapterKey], None]
 """Called once the adapter has left device and host memory."""
 
+FAST_BYTES_PER_SECOND = 1e9
+"""Faster than a thread reads from most disks, and slower than from the page cache."""
+
 _logger = logging.getLogger("lorax_async")
 
 
@@ -100,7 +103,6 @@ class Driver:
             self._copied,
             self._wiped,
             threads=io_threads,
-            low_water=lifecycle.budgets.device.copies_free // 2,
             images=images,
         )
         self._commands: deque[Command] = deque()
@@ -195,25 +197,31 @@ class Driver:
         else:
             self._execute(decided)
 
-    def _copied(self, job: CopyJob) -> None:
-        copy, key, error = job.command, job.command.key, job.error
+    def _copied(self, jobs: list[CopyJob]) -> None:
+        """Report runs of one grant that ended, or one that failed."""
+        copies, error = [job.command for job in jobs], jobs[0].error
+        key, slot = copies[0].key, copies[0].grant.slot
+        staging_seconds = sum([job.staging_seconds for job in jobs])
+        copy_seconds = sum([job.copy_seconds for job in jobs])
         self.lifecycle.note_time(self._loop.time())
-        self.telemetry.add_time("stage", job.staging_seconds)
-        self.telemetry.add_time("copy", job.copy_seconds)
+        self.telemetry.add_time("stage", staging_seconds)
+        self.telemetry.add_time("copy", copy_seconds)
         if error is None:
-            converted = job.occupancy.plan.converted_bytes
-            self.telemetry.add_bytes("stage", sum(map(converted.__getitem__, copy.groups)))
-            self.telemetry.add_bytes("copy", copy.nbytes)
-            self.telemetry.count("bytes_moved", copy.nbytes)
+            nbytes = sum([copy.nbytes for copy in copies])
+            groups = [group for copy in copies for group in copy.groups]
+            converted = jobs[0].occupancy.plan.converted_bytes
+            self.telemetry.add_bytes("stage", sum(map(converted.__getitem__, groups)))
+            self.telemetry.add_bytes("copy", nbytes)
             if self.telemetry.has_subscribers:
-                self._publish(BytesMoved, key, slot=copy.grant.slot, nbytes=copy.nbytes)
-            self._decide(key, partial(self.lifecycle.copy_done, copy, fast=job.is_fast))
+                self._publish(BytesMoved, key, slot=slot, nbytes=nbytes)
+            fast = nbytes > (staging_seconds + copy_seconds) * FAST_BYTES_PER_SECOND
+            self._decide(key, partial(self.lifecycle.copy_done, *copies, fast=fast))
             return
         here = self.lifecycle.states[key].file is not FileState.FETCHING
         lost = here and isinstance(error, FetchError)
         if isinstance(error, AdapterFormatError):
             self.files.refuse_weights(key, error)
-        self._decide(key, partial(self.lifecycle.copy_failed, copy, error, file_lost=lost))
+        self._decide(key, partial(self.lifecycle.copy_failed, copies[0], error, file_lost=lost))
 
     def _wiped(self, key: AdapterKey) -> None:
         self._on_loop(lambda: self._decide(key, partial(self.lifecycle.wiped, key)))

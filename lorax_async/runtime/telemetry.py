@@ -88,7 +88,7 @@ class Telemetry:
         self.hits: Counter[Hit] = Counter(dict.fromkeys(get_args(Hit), 0))
         self._errors: Counter[tuple[str, str]] = Counter()
         self._counts: dict[str, Any] = dict.fromkeys(
-            ("fetches", "loads", "failures", "departures", "bytes_moved"), 0
+            ("fetches", "loads", "failures", "departures"), 0
         )
         self._seconds: dict[Stage, float] = {}
         self._nbytes: dict[Stage, int] = {}
@@ -162,8 +162,8 @@ class Telemetry:
         self._stories.pop(key, None)
         self._checked.pop(key, None)
 
-    def count(self, what: str, amount: int = 1) -> None:
-        self._counts[what] += amount
+    def count(self, what: str) -> None:
+        self._counts[what] += 1
 
     def count_failure(self, error: LoraxError) -> None:
         """Count a load that ended with this error."""
@@ -200,6 +200,7 @@ class Telemetry:
     def statistics(self) -> Statistics:
         return Statistics(
             **self._counts,
+            bytes_moved=self._nbytes.get("copy", 0),
             seconds=MappingProxyType(dict(self._seconds)),
             nbytes=MappingProxyType(dict(self._nbytes)),
             hits=MappingProxyType({str(hit): times for hit, times in self.hits.items()}),

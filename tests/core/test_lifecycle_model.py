@@ -138,7 +138,7 @@ def _distrusts_what_is_held(self: LifecycleRules, life: AdapterState, error: Lor
 
 
 def _copies_unread(self: CopyQueue) -> None:
-    for life in list(self._adapters.values()):
+    for life in [self._rules.states[key] for key in self._foreground]:
         life.fetched = life.all_groups
     _submit(self)
 
@@ -253,9 +253,10 @@ def _losers_unsettled(self: Lifecycle) -> AdapterState | None:
 
 
 def _only_the_first_is_done(
-    self: Lifecycle, copy: commands.CopyGroups, *, fast: bool
+    self: Lifecycle, first: commands.CopyGroups, *rest: commands.CopyGroups, fast: bool
 ) -> list[Command]:
-    return _copy_done(self, replace(copy, groups=copy.groups[:1]), fast=fast)
+    none = [replace(copy, groups=()) for copy in rest]
+    return _copy_done(self, replace(first, groups=first.groups[:1]), *none, fast=fast)
 
 
 _copy_done = Lifecycle.copy_done

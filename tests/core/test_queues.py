@@ -50,7 +50,7 @@ class Link:
         life.needs = GroupSizes(nbytes)
         life.fetched, life.is_fast = life.all_groups, True
         life.waiters.add(Waiter(number, WantedTier.DEVICE, 0.0, foreground))
-        self.states[name] = life
+        self.states[name] = self.rules.states[life.key] = life
         self.queue.update(life)
 
     def next(self) -> tuple[str, int] | None:

@@ -55,9 +55,7 @@ def new_staging(nbytes: int = 2 * BUFFER, move_bytes: int = BUFFER) -> StagingRi
 def converted(content: bytes, move: ConvertMove, dtype: str) -> bytes:
     extent = torch.full((3 * BUFFER,), POISON, dtype=torch.uint8)
     staging = new_staging()
-    with staging.buffer() as scratch:
-        scratch.convert(BytesReader(content), (move,), dtype, extent)
-    assert staging.free == staging.buffers
+    staging.take(1)[0].convert(BytesReader(content), (move,), dtype, extent)
     return extent.numpy().tobytes()
 
 
@@ -129,11 +127,13 @@ class TestStagingRing:
             for buffer in buffers:
                 staging.release(buffer)
 
-        with ThreadPoolExecutor(3) as threads, staging.buffer():
+        (taken,) = staging.take(1)
+        with ThreadPoolExecutor(3) as threads:
             for waiting, count in enumerate((2, 1, 1), 1):
                 threads.submit(take, count)
                 await waiting_in(staging, waiting)
             assert served == []
+            staging.release(taken)
         assert served == [2, 1, 1]
         assert repr(staging) == "<StagingRing: 2 of 2 buffers free, 0 waiting>"
 

@@ -215,8 +215,8 @@ def test_two_that_need_two_buffers_of_two() -> None:
             device.clear_column(0)
             device.clear_column(1)
         require_whole(ring)
-        with pytest.raises(InternalError, match="two staging buffers"):
-            transfer(device, ring_of(device, 1))
+        with pytest.raises(InternalError, match="2 buffers of a ring of 1"):
+            transfer(device, ring_of(device, 1)).run([first.copy()])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -223,8 +223,9 @@ def _starves(world: World, a: int) -> bool:
 
 
 def _check_between_steps(world: World) -> None:
-    free = world.setting.copies - len(world.copies)
-    forbid(world.lifecycle.budgets.device.copies_free != free, "places for copies leaked")
+    in_flight = world.lifecycle._copies._copying
+    forbid(in_flight != len(world.copies), "places for copies leaked")
+    forbid(in_flight > world.setting.copies, "more copies in flight than allowed")
     for life in world.lifecycle.states.values():
         copies = [copy.nbytes for copy in world.copies.values() if copy.key == life.key]
         leaked = life.copying_bytes != sum(copies) or life.copying != len(copies)
@@ -285,7 +286,7 @@ def _check_memory(world: World) -> None:
     """What holds nothing of any budget is remembered up to a limit, and no longer."""
     remembered, states = world.lifecycle._idle, world.lifecycle.states
     idle = {key for key, life in states.items() if life.is_idle}
-    forbid(set(remembered) != idle, "others are remembered than those that are idle")
+    forbid(set(remembered._entries) != idle, "others are remembered than those that are idle")
     nothing = sum(_holds_nothing(world, a) for a in range(len(world.setting.keys)))
     forbid(nothing > world.setting.max_idle, "more is remembered than max_idle")
     plans = {id(life.needs): life.needs for life in states.values() if life.is_idle}
@@ -360,8 +361,7 @@ def _clone_lifecycle(world: World) -> Lifecycle:
     for name in ("virtual_time", "_last_tag", "_threads", "_copying", "_copying_bytes"):
         setattr(new._copies, name, getattr(old._copies, name))
     new._copies._foreground = old._copies._foreground.copy()
-    for key in old._copies._adapters:
-        new._copies._adapters[key] = new.states[key]
+    for key in old._copies._foreground:
         new._copies.update(new.states[key])
     new._idle = _twin(old._idle)
     return new
@@ -408,7 +408,7 @@ def _queue_print(world: World) -> tuple[object, ...]:
         budgets.device.policy.state(),
         budgets.host.policy.state(),
         budgets.images.policy.state(),
-        tuple(lifecycle._idle) if forgets else None,
+        tuple(lifecycle._idle._entries) if forgets else None,
         tuple(dict.fromkeys(entry[2] for entry in waits)),
         lifecycle.next_tick is None,
     )
@@ -423,7 +423,7 @@ def _life_print(
     turn = life.service_tag - copies.virtual_time
     if life.slot is not SlotState.FILLING:
         turn = 0
-    elif life.key not in copies._adapters:
+    elif life.key not in copies._foreground:
         turn = max(turn, 0)
     waits = ((order[w.id], w.tier, w.foreground, _age(world, w.since, 2)) for w in life.waiters)
     return (*_printed(life), life.needs is None, turn, _grant_print(world, life), *waits)

@@ -17,8 +17,9 @@ from lorax_async.lifecycle.adapter_state import (
     WantedTier,
 )
 from lorax_async.lifecycle.commands import Command, CopyGroups
-from lorax_async.lifecycle.lifecycle import Budgets, Lifecycle, LifecycleTimes
+from lorax_async.lifecycle.lifecycle import Budgets, Lifecycle
 from lorax_async.lifecycle.policies import GDSF, LFU, LRU, EvictionPolicy, PolicyName
+from lorax_async.lifecycle.queues import LifecycleTimes
 from lorax_async.lifecycle.residency import HostBudget, ImageBudget, Residency
 from lorax_async.lifecycle.transitions import FileState
 
@@ -295,22 +296,21 @@ class World:
             pages.discard(a)
         return self.lifecycle.released(*self._attempt(a))
 
-    def copy_done(self, a: int, groups: tuple[int, ...]) -> list[Command]:
+    def copy_done(self, a: int, groups: tuple[int, ...], *others: CopyGroups) -> list[Command]:
         copy = self.copies.pop((a, groups))
         if copy.image is not None:
             self.content[copy.image.offset] = (a, groups[0])
-        self.on_device[a] = self.on_device[a].union(copy.groups)
+        self.on_device[a] = self.on_device[a].union(*(run.groups for run in (copy, *others)))
         if self.is_complete(a):
             self.resident_at[a] = self.now
-        return self.lifecycle.copy_done(copy, fast=self.setting.run_bytes > 64)
+        return self.lifecycle.copy_done(copy, *others, fast=self.setting.run_bytes > 64)
 
     def copies_done(self, a: int, groups: tuple[int, ...], more: tuple[int, ...]) -> list[Command]:
         """Two runs of one adapter have ended before the loop hears of the first."""
         other = self.copies.pop((a, more))
         if other.image is not None:
             self.content[other.image.offset] = (a, more[0])
-        self.copies[a, groups] = self.copies[a, groups].joined(other)
-        return self.copy_done(a, groups)
+        return self.copy_done(a, groups, other)
 
     def copy_failed(self, a: int, groups: tuple[int, ...]) -> list[Command]:
         return self.lifecycle.copy_failed(self.copies.pop((a, groups)), TransferError("ordered"))
