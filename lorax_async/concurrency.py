@@ -1,27 +1,17 @@
-"""Threads beside an event loop: inboxes, awaited work, shared tasks, control of a fetch; calls."""
+"""Threads beside an event loop: inboxes, awaited work, shared tasks, control of a fetch."""
 
 from __future__ import annotations
 
 import asyncio
-import inspect
 import os
-import sys
 import warnings
 from collections import Counter, deque
-from collections.abc import (
-    AsyncIterator,
-    Callable,
-    Coroutine,
-    Generator,
-    Hashable,
-    Iterable,
-    Iterator,
-)
+from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
-from functools import partial, wraps
+from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
 from threading import Event, Lock, Thread
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from lorax_async.errors import FetchError, LoaderClosedError, LoraxError, Stage, UsageError
 
@@ -84,17 +74,13 @@ class Inbox(Generic[T]):
         self._loop = loop
         self._handle = handle
         self.items: deque[T] = deque()
-        """Those not handled yet; `handle` may take others of them. Use on the loop."""
+        """Those not handled yet. Threads append some before a `wake`; `handle` may take some."""
         self._wake_pending = False
 
     def put(self, item: T) -> None:
         """Add an item and wake the loop. Any thread; without effect once the loop is closed."""
-        self.leave(item)
-        self.wake()
-
-    def leave(self, item: T) -> None:
-        """Add an item without waking the loop. Any thread; call `wake` afterwards."""
         self.items.append(item)
+        self.wake()
 
     def wake(self) -> None:
         """Have the loop handle all items. Any thread."""
@@ -256,7 +242,7 @@ class SharedResource(Generic[T]):
 
     A `with` block is a use, and raises `FetchError` once it is closed. Give it `opened`, or `open`,
     which the first use calls. `freed` is called after `close`, when this no longer refers to the
-    resource.
+    resource. If it `warns`, one that was forgotten is closed with a `ResourceWarning`.
     """
 
     def __init__(
@@ -267,6 +253,7 @@ class SharedResource(Generic[T]):
         open: Callable[[], T] | None = None,
         opened: T | None = None,
         freed: Callable[[], object] | None = None,
+        warns: bool = False,
     ) -> None:
         self.opened = opened
         """None until it is opened, and once it is closed."""
@@ -274,6 +261,7 @@ class SharedResource(Generic[T]):
         self._open = open
         self._close = close
         self._freed = freed
+        self._warns = warns
         self._name = name
         self._users = 0
         self._lock = Lock()
@@ -304,6 +292,11 @@ class SharedResource(Generic[T]):
             self.closed = True
         if unused:
             self._end()
+
+    def __del__(self) -> None:
+        if self._warns and self.opened is not None and not self.closed:
+            warnings.warn(f"{self._name} was never closed", ResourceWarning, stacklevel=2)
+            self.close()
 
     def _open_once(self) -> T:
         with self._opening:
@@ -509,57 +502,3 @@ async def result_of(task: asyncio.Task[R], stage: Stage, check_open: Callable[[]
             except LoraxError as error:
                 raise error.located(stage=stage) from None
         raise
-
-
-P = ParamSpec("P")
-C = TypeVar("C", bound=AbstractAsyncContextManager[Any])
-
-
-class ContextCall(Coroutine[Any, Any, C]):
-    """A call whose result is an async context manager that is entered already.
-
-    Await it and end the result yourself, or use it with `async with`. It is a coroutine, so tasks
-    may be made of it.
-    """
-
-    __slots__ = ("_call", "_result")
-
-    def __init__(self, call: Coroutine[Any, Any, C]) -> None:
-        self._call = call
-
-    def __await__(self) -> Generator[Any, Any, C]:
-        return self._call.__await__()
-
-    def send(self, value: Any) -> Any:
-        return self._call.send(value)
-
-    def throw(self, *error: Any) -> Any:
-        return self._call.throw(*error)
-
-    def close(self) -> None:
-        self._call.close()
-
-    if not TYPE_CHECKING:  # where an attribute of what was not awaited is an error
-
-        def __getattr__(self, name: str) -> object:
-            """Show asyncio the coroutine's name and frames, for the repr and stack of a task."""
-            return getattr(self._call, name)
-
-    async def __aenter__(self) -> C:
-        self._result = await self._call
-        return self._result
-
-    async def __aexit__(self, *error: Any) -> None:
-        await self._result.__aexit__(*error)
-
-
-def context_call(method: Callable[P, Coroutine[Any, Any, C]]) -> Callable[P, ContextCall[C]]:
-    """Let calls of a coroutine method be used with `async with` too."""
-
-    @wraps(method)
-    def call(*args: P.args, **options: P.kwargs) -> ContextCall[C]:
-        return ContextCall(method(*args, **options))
-
-    if sys.version_info >= (3, 12):  # frameworks await what such a function returns
-        inspect.markcoroutinefunction(call)
-    return call

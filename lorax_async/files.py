@@ -8,12 +8,11 @@ import errno
 import mmap
 import os
 import stat
-import warnings
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
 from itertools import accumulate
@@ -199,13 +198,15 @@ class FileReader:
         self.name = name
         self.nbytes = identity.size
         self.identity = identity
-        """The identity that the file must have."""
-        self._descriptor = SharedResource(name, os.close, open=partial(_open_sequential, opener))
+        self.descriptor = SharedResource(
+            name, os.close, open=partial(_open_sequential, opener), warns=True
+        )
+        """The first use opens it, which blocks and raises as `read_into` does."""
 
     def read_into(
         self, buffers: Sequence[memoryview], offset: int, rows: int = 1, pitch: int = 0
     ) -> None:
-        with self.held() as fd:
+        with self.descriptor as fd:
             try:
                 if rows == 1:
                     complete = fill(fd, buffers, offset)
@@ -223,31 +224,19 @@ class FileReader:
     def is_cached(self) -> bool:
         """Return whether the page cache seems to have the whole file, from four samples."""
         samples = (self.nbytes * part // 4 - 1 for part in (1, 2, 3, 4))
-        with self.held() as fd:
+        with self.descriptor as fd:
             return all(_reads_at_once(fd, max(0, offset)) for offset in samples)
 
     def read_ahead(self) -> None:
         """Start reading the whole file into the page cache; do not wait."""
-        with self.held() as fd:
+        with self.descriptor as fd:
             try:
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
             except OSError as error:
                 raise to_adapter_error(error, self.name) from error
 
     def close(self) -> None:
-        self._descriptor.close()
-
-    def held(self) -> AbstractContextManager[int]:
-        """Keep the descriptor open within the block, so that its number is not reused.
-
-        The first use opens it, which blocks and raises as `read_into` does.
-        """
-        return self._descriptor
-
-    def __del__(self) -> None:
-        if self._descriptor.opened is not None and not self._descriptor.closed:
-            warnings.warn(f"unclosed reader of {self.name}", ResourceWarning, stacklevel=2)
-            self.close()
+        self.descriptor.close()
 
 
 def _open_sequential(opener: Callable[[], int]) -> int:
@@ -428,28 +417,16 @@ class MappedFile:
     def __init__(self, fd: int, nbytes: int, name: str) -> None:
         self.nbytes = nbytes
         self._name = name
-        self._lock_granted = False
-        self._populates = True
+        address = _map(fd, nbytes, name)
         self._address = SharedResource(
             f"the map of {name}",
             lambda address: _LIBRARY.munmap(address, nbytes),
-            opened=_map(fd, nbytes, name),
+            opened=address,
+            warns=True,
         )
-
-    @property
-    def locked(self) -> bool:
-        """Whether the kernel may not evict the resident pages."""
-        return self._lock_granted and self._populates
-
-    def lock(self) -> bool:
-        """Lock the resident pages and later ones, if permitted; return `locked`.
-
-        If False (for example over RLIMIT_MEMLOCK without CAP_IPC_LOCK), the kernel may evict pages.
-        Lock before populating, so that no page is evicted in between.
-        """
-        with self._address as address:
-            self._lock_granted = lock_on_fault(address, self.nbytes) == 0
-        return self.locked
+        # Before populating, so that no page is evicted in between.
+        self.locked = lock_on_fault(address, nbytes) == 0
+        """Whether the kernel may not evict the pages: False over RLIMIT_MEMLOCK, for example."""
 
     def populate(self, start: int, stop: int) -> None:
         """Read these bytes' pages into memory and map them. Blocks.
@@ -462,7 +439,7 @@ class MappedFile:
             place, nbytes = address + start, min(stop, self.nbytes) - start
             code = madvise(place, nbytes, POPULATE_READ)
             if code == errno.EINVAL:
-                self._populates = False
+                self.locked = False
                 code = madvise(place, nbytes, mmap.MADV_WILLNEED)
         if code == errno.EFAULT:
             raise IntegrityError(
@@ -475,11 +452,6 @@ class MappedFile:
     def close(self) -> None:
         """Unmap, now or when `populate` has ended. Blocks for milliseconds. Idempotent."""
         self._address.close()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_address") and not self._address.closed:
-            warnings.warn(f"unclosed map of {self._name}", ResourceWarning, stacklevel=2)
-            self.close()
 
 
 _PIECE_BYTES = 8 << 20
@@ -502,9 +474,8 @@ class LocalPages:
         try:
             for reader in readers:
                 if holdable:
-                    with reader.held() as fd:
+                    with reader.descriptor as fd:
                         self._maps.append(MappedFile(fd, reader.nbytes, reader.name))
-                    self._maps[-1].lock()
                 else:
                     reader.read_ahead()
         except BaseException:

@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar, overload
 import torch
 
 from lorax_async import layouts
-from lorax_async.concurrency import Lifetime, context_call
+from lorax_async.concurrency import Lifetime
 from lorax_async.config import LoaderConfig
 from lorax_async.devices.base import Device, PointerTables
 from lorax_async.errors import (
@@ -24,7 +24,7 @@ from lorax_async.errors import (
 )
 from lorax_async.events import CallEvent, Event
 from lorax_async.formats.peft_config import GivenConfig, write_config
-from lorax_async.handle import AdapterHandle, current_task_name
+from lorax_async.handle import AdapterHandle, context_call, current_task_name
 from lorax_async.lifecycle.adapter_state import WantedTier
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.sharding import shard_layout

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Self
 
-from lorax_async.concurrency import Lifetime, context_call
+from lorax_async.concurrency import Lifetime
 from lorax_async.config import StoreConfig
 from lorax_async.errors import ConfigError, shorten_repr
+from lorax_async.handle import context_call
 from lorax_async.ids import origins_of
 from lorax_async.runtime.acquire import BACKGROUND, BACKGROUND_SECONDS, PrioritySemaphore
 from lorax_async.runtime.assembly import StoreParts

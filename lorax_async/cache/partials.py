@@ -11,7 +11,6 @@ import errno
 import os
 import struct
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
@@ -48,7 +47,6 @@ CHUNK_BYTES = 256 << 10
 MAX_UNSAVED_CHUNKS = 32
 """What a kill costs the file besides, or a sixteenth of it: each write of the map takes the GIL."""
 
-MAX_CHUNK_BYTES = 1 << 30
 SYNCED = bytes(16)
 """Stands for any boot in a map: the bytes are on the disk."""
 
@@ -66,44 +64,35 @@ _WRITING, _READING = "write a download", "read a download back"
 class ChunkMap:
     """The chunk map of a file of `nbytes`: one bit per chunk."""
 
-    __slots__ = ("_bits", "chunk_bytes", "nbytes")
+    __slots__ = ("bits", "chunks", "nbytes")
 
-    def __init__(self, nbytes: int, chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
-        self.chunk_bytes = chunk_bytes
-        self._bits = bytearray(-(-self.chunks // 8))
-
-    @property
-    def chunks(self) -> int:
-        return -(-self.nbytes // self.chunk_bytes)
-
-    @property
-    def bits(self) -> bytes:
-        return bytes(self._bits)
+        self.chunks = -(-nbytes // CHUNK_BYTES)
+        self.bits = bytearray(-(-self.chunks // 8))
 
     def mark(self, written: ByteRange, here: ByteRange) -> int:
         """Set the bits of the chunks that `written`, a part of `here`, completes; count them."""
         start, stop = here
-        first = max(-(-start // self.chunk_bytes), written[0] // self.chunk_bytes)
+        first = max(-(-start // CHUNK_BYTES), written[0] // CHUNK_BYTES)
         # The last chunk may be a short one.
-        whole = self.chunks if stop >= self.nbytes else stop // self.chunk_bytes
-        end = min(whole, -(-written[1] // self.chunk_bytes))
+        whole = self.chunks if stop >= self.nbytes else stop // CHUNK_BYTES
+        end = min(whole, -(-written[1] // CHUNK_BYTES))
         for chunk in range(first, end):
-            self._bits[chunk // 8] |= 1 << chunk % 8
+            self.bits[chunk // 8] |= 1 << chunk % 8
         return max(0, end - first)
 
     def spans(self) -> SpanSet:
         """Return the bytes of the chunks that are here."""
-        size = self.chunk_bytes
         return SpanSet(
-            (chunk * size, min(self.nbytes, (chunk + 1) * size))
+            (chunk * CHUNK_BYTES, min(self.nbytes, (chunk + 1) * CHUNK_BYTES))
             for chunk in range(self.chunks)
-            if self._bits[chunk // 8] >> chunk % 8 & 1
+            if self.bits[chunk // 8] >> chunk % 8 & 1
         )
 
     def encoded(self, boot: bytes) -> bytes:
         """Return the map's file: good for this boot, or for ever (`SYNCED`)."""
-        return _HEADER.pack(_MAGIC, boot, self.nbytes, self.chunk_bytes) + self._bits
+        return _HEADER.pack(_MAGIC, boot, self.nbytes, CHUNK_BYTES) + self.bits
 
     @classmethod
     def decoded(cls, content: bytes, nbytes: int, boot: bytes) -> ChunkMap | None:
@@ -111,20 +100,20 @@ class ChunkMap:
         if len(content) < _HEADER.size:
             return None
         magic, good_for, size, chunk_bytes = _HEADER.unpack_from(content)
-        if magic != _MAGIC or size != nbytes or not 0 < chunk_bytes <= MAX_CHUNK_BYTES:
+        if (magic, size, chunk_bytes) != (_MAGIC, nbytes, CHUNK_BYTES):
             return None
-        chunk_map = cls(nbytes, chunk_bytes)
+        chunk_map = cls(nbytes)
         bits = content[_HEADER.size :]
         beyond = chunk_map.chunks % 8 and bits and bits[-1] >> chunk_map.chunks % 8
-        if good_for not in {SYNCED, boot} or len(bits) != len(chunk_map._bits) or beyond:
+        if good_for not in {SYNCED, boot} or len(bits) != len(chunk_map.bits) or beyond:
             return None
-        chunk_map._bits[:] = bits
+        chunk_map.bits[:] = bits
         return chunk_map
 
 
-def encoded_size(nbytes: int, chunk_bytes: int = CHUNK_BYTES) -> int:
+def encoded_size(nbytes: int) -> int:
     """Return the size of the map's file."""
-    return _HEADER.size + -(-nbytes // (8 * chunk_bytes))
+    return _HEADER.size + -(-nbytes // (8 * CHUNK_BYTES))
 
 
 class PartialFile:
@@ -299,7 +288,7 @@ class PartialFile:
         self._map_file = SharedResource(self._map_name, os.close, opened=fd)
         self._write_map(chunk_map.encoded(this_boot()), 0, sync=sync)
 
-    def _write_map(self, content: bytes, offset: int, *, sync: bool = False) -> None:
+    def _write_map(self, content: bytes | bytearray, offset: int, *, sync: bool = False) -> None:
         assert self._map_file is not None
         with self._map_file as fd:
             _write_all(fd, memoryview(content), offset)
@@ -328,7 +317,7 @@ class PartialReader:
         self.nbytes = file.nbytes
         self._file = file
         self._name = file.role.file_name
-        self._descriptor = SharedResource(self._name, os.close, opened=fd)
+        self._descriptor = SharedResource(self._name, os.close, opened=fd, warns=True)
 
     def read_into(
         self, buffers: Sequence[memoryview], offset: int, rows: int = 1, pitch: int = 0
@@ -350,11 +339,6 @@ class PartialReader:
 
     def close(self) -> None:
         self._descriptor.close()
-
-    def __del__(self) -> None:
-        if not self._descriptor.closed:
-            warnings.warn(f"unclosed reader of {self._name}", ResourceWarning, stacklevel=2)
-            self.close()
 
 
 def this_boot() -> bytes:

@@ -509,7 +509,7 @@ def _can_hold(readers: Sequence[FileReader], key: AdapterKey, immutable: Sequenc
         return False
     roots, paths = tuple(_real_paths(immutable)), [key.location]
     for reader in readers:
-        with reader.held() as fd:
+        with reader.descriptor as fd:
             paths.append(os.readlink(f"/proc/self/fd/{fd}"))
     return all(_is_inside(path, roots) for path in paths)
 

@@ -8,12 +8,13 @@ import struct
 from itertools import pairwise
 from random import Random
 from typing import Any
+from unittest import mock
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from core.refusals import refusals
-from lorax_async.cache import base
+from lorax_async.cache import base, partials
 from lorax_async.cache.partials import CHUNK_BYTES, SYNCED, ChunkMap, encoded_size
 from lorax_async.errors import AdapterFormatError, UsageError
 from lorax_async.formats.digests import Digest, DigestKind, FileHash, sent_sha256
@@ -145,21 +146,22 @@ def test_the_map_on_disk_tells_of_whole_chunks_only(
 ) -> None:
     """Also where each of its bytes is as it was before or after, as a crash may leave it."""
     nbytes, chunk, spans = case
-    here, model, found = SpanSet(), set[int](), ChunkMap(nbytes, chunk)
-    moments = [found.encoded(BOOT)]
-    chunks = [set(range(at, min(nbytes, at + chunk))) for at in range(0, nbytes, chunk)]
-    for start, stop in spans:
-        model |= set(range(start, stop))
-        found.mark((start, stop), here.add(start, stop))
-        moments.append(found.encoded(BOOT))
-        left = ChunkMap.decoded(moments[-1], nbytes, BOOT)
-        assert left is not None
-        told = {byte for first, last in left.spans() for byte in range(first, last)}
-        assert told == set[int]().union(*(each for each in chunks if each <= model))
-    content = bytes(choice.choice(each) for each in zip(*moments, strict=True))
-    torn = ChunkMap.decoded(content, nbytes, BOOT)
-    assert torn is not None
-    assert all(here.covers(start, stop) for start, stop in torn.spans())
+    with mock.patch.object(partials, "CHUNK_BYTES", chunk):
+        here, model, found = SpanSet(), set[int](), ChunkMap(nbytes)
+        moments = [found.encoded(BOOT)]
+        chunks = [set(range(at, min(nbytes, at + chunk))) for at in range(0, nbytes, chunk)]
+        for start, stop in spans:
+            model |= set(range(start, stop))
+            found.mark((start, stop), here.add(start, stop))
+            moments.append(found.encoded(BOOT))
+            left = ChunkMap.decoded(moments[-1], nbytes, BOOT)
+            assert left is not None
+            told = {byte for first, last in left.spans() for byte in range(first, last)}
+            assert told == set[int]().union(*(each for each in chunks if each <= model))
+        content = bytes(choice.choice(each) for each in zip(*moments, strict=True))
+        torn = ChunkMap.decoded(content, nbytes, BOOT)
+        assert torn is not None
+        assert all(here.covers(start, stop) for start, stop in torn.spans())
 
 
 def test_a_map_in_the_default_size() -> None:
@@ -176,22 +178,26 @@ def test_a_map_in_the_default_size() -> None:
     assert encoded_size(1_048_577) == len(found.encoded(BOOT)) == 41
 
 
-GOOD = ChunkMap(100, 10).encoded(BOOT)
+TEN = 10 * CHUNK_BYTES - 5
+"""Bytes of ten chunks."""
+
+GOOD = ChunkMap(TEN).encoded(BOOT)
 HEAD = GOOD[:24]
+WRONG_SIZES = [(TEN + 1, CHUNK_BYTES), (TEN, 0), (TEN, 2 * CHUNK_BYTES)]
 NO_MAPS = [
     *(b"", GOOD[:-1], GOOD + b"\0", GOOD[:30], b"X" + GOOD[1:]),
-    *(HEAD + struct.pack("<QQ", *at) + GOOD[40:] for at in [(101, 10), (100, 0), (100, 1 << 40)]),
+    *(HEAD + struct.pack("<QQ", *at) + GOOD[40:] for at in WRONG_SIZES),
     GOOD[:-1] + b"\x04",  # the eleventh chunk of ten
-    ChunkMap(100, 10).encoded(b"b" * 16),  # of another boot
+    ChunkMap(TEN).encoded(b"b" * 16),  # of another boot
 ]
 
 
 def test_what_is_no_map_of_the_file_is_none() -> None:
-    assert [each for each in NO_MAPS if ChunkMap.decoded(each, 100, BOOT) is not None] == []
+    assert [each for each in NO_MAPS if ChunkMap.decoded(each, TEN, BOOT) is not None] == []
     for content, nbytes, spans in [
         (ChunkMap(0).encoded(BOOT), 0, []),
-        (GOOD[:-1] + b"\x03", 100, [(80, 100)]),
-        (ChunkMap(100, 10).encoded(SYNCED), 100, []),
+        (GOOD[:-1] + b"\x03", TEN, [(8 * CHUNK_BYTES, TEN)]),
+        (ChunkMap(TEN).encoded(SYNCED), TEN, []),
     ]:
         found = ChunkMap.decoded(content, nbytes, BOOT)
         assert found is not None

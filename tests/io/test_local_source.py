@@ -482,7 +482,7 @@ def test_whether_a_file_is_in_memory(tmp_path: Path, blocks: int) -> None:
 def test_a_forgotten_reader_is_closed_and_warns(tmp_path: Path) -> None:
     before = descriptors()
     reader = reader_of(tmp_path / "file")
-    with pytest.warns(ResourceWarning, match="unclosed reader of file"):
+    with pytest.warns(ResourceWarning, match="file was never closed"):
         del reader
     assert descriptors() == before
 
@@ -641,7 +641,7 @@ async def hashed(
 ) -> Verification:
     file, control = await world.source.open(key, FetchControl()), control or FetchControl()
     with closing(file.reader):
-        return await world.source.bring(file, groups_of(CONTENT), lambda _: None, control)
+        return await world.source.bring(file, groups_of(CONTENT), lambda *_: None, control)
 
 
 def before_reads(monkeypatch: Patch, act: Callable[[int], None]) -> list[None]:
@@ -852,15 +852,12 @@ def opened(path: Path) -> Iterator[MappedFile]:
         yield file
 
 
-@pytest.mark.parametrize("first", ["lock", "populate"])
-def test_locked_pages_are_the_files_own(path: Path, first: str) -> None:
+def test_locked_pages_are_the_files_own(path: Path) -> None:
     """Private copies would cost memory, and the next reader of the file would not find them."""
     allowed = may_lock(NBYTES)
     with opened(path) as file:
-        if first == "populate":
-            file.populate(0, NBYTES)
-        assert file.lock() is file.locked is allowed
         file.populate(0, NBYTES)
+        assert file.locked is allowed
         (sizes,) = map_sizes(path)
         assert sizes["Locked"] == (ROUNDED if allowed else 0)
         assert sizes["Rss"] == ROUNDED
@@ -871,7 +868,6 @@ def test_locked_pages_are_the_files_own(path: Path, first: str) -> None:
 def test_locking_is_best_effort(path: Path, monkeypatch: Patch, code: int) -> None:
     monkeypatch.setattr(files, "lock_on_fault", lambda address, nbytes: code)
     with opened(path) as file:
-        assert not file.lock()
         file.populate(0, NBYTES)
         assert not file.locked
         (sizes,) = map_sizes(path)
@@ -891,10 +887,9 @@ def test_an_old_kernel_reads_ahead(path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr(files, "madvise", old)
     monkeypatch.setattr(files, "lock_on_fault", lambda address, nbytes: 0)
     with opened(path) as file:
-        assert file.lock()
+        before = file.locked
         file.populate(0, NBYTES)
-        assert not file.locked
-        assert not file.lock()
+        assert (before, file.locked) == (True, False)
     assert advices == [22, 3]  # then MADV_WILLNEED
 
 
@@ -923,11 +918,13 @@ def test_closed_while_it_is_populated(path: Path, monkeypatch: Patch) -> None:
         monkeypatch.setattr(files, "madvise", slow)
         file.populate(0, NBYTES)
         assert map_sizes(path) == []
-        for use in (file.lock, lambda: file.populate(0, 1)):
-            with pytest.raises(errors.FetchError, match="the map of weights was closed"):
-                use()
+        with pytest.raises(errors.FetchError, match="the map of weights was closed"):
+            file.populate(0, 1)
 
 
 def test_a_map_that_was_forgotten_is_told(path: Path) -> None:
-    with path.open("rb") as file, pytest.warns(ResourceWarning, match="unclosed map of weights"):
+    with (
+        path.open("rb") as file,
+        pytest.warns(ResourceWarning, match="the map of weights was never closed"),
+    ):
         MappedFile(file.fileno(), NBYTES, "weights")
