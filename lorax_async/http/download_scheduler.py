@@ -210,7 +210,7 @@ class Job(ABC, Generic[T]):
 
     def leave(self, attempt: Attempt, failure: Exception | None) -> None:
         """Record that a thread has finished with its piece, or failed."""
-        self.scheduler.activity.ended(attempt, self.running[attempt], failure)
+        self.scheduler.activity.ended(attempt, failure)
         piece = self.running.pop(attempt)
         if self.over:
             return
@@ -260,7 +260,7 @@ class _Observation:
     """The last look at an attempt: its origin, bytes received, and since when."""
 
     origin: Hashable
-    received: tuple[int, int]
+    received: int
     since: float
 
 
@@ -298,28 +298,25 @@ class OriginActivity:
         self._attempts: dict[Attempt, _Observation] = {}
         self._origins: OrderedDict[Hashable, _Silence] = OrderedDict()
 
-    def begun(self, attempt: Attempt, piece: DownloadPiece) -> None:
+    def begun(self, attempt: Attempt) -> None:
         now = self._clock()
-        received = (piece.received, attempt.received)
-        self._attempts[attempt] = _Observation(attempt.origin, received, now)
+        self._attempts[attempt] = _Observation(attempt.origin, attempt.received, now)
         self._requested(attempt.origin, now)
 
-    def look(self, attempt: Attempt, piece: DownloadPiece) -> float:
+    def look(self, attempt: Attempt) -> float:
         """Record the bytes that an attempt received; return since when it has received none."""
-        last, now = self._attempts[attempt], self._clock()
-        received = (piece.received, attempt.received)
+        last, now, received = self._attempts[attempt], self._clock(), attempt.received
         if attempt.origin != last.origin:  # a redirect is an answer
             self._heard(last, now, _ANSWER_BYTES)
             self._requested(attempt.origin, now)
             self._attempts[attempt] = _Observation(attempt.origin, received, now)
         elif received != last.received:
-            more = max(new - old for new, old in zip(received, last.received, strict=True))
-            self._heard(last, now, more)
+            self._heard(last, now, received - last.received)
             last.received, last.since = received, now
         return self._attempts[attempt].since
 
-    def ended(self, attempt: Attempt, piece: DownloadPiece, failure: Exception | None) -> None:
-        self.look(attempt, piece)
+    def ended(self, attempt: Attempt, failure: Exception | None) -> None:
+        self.look(attempt)
         last = self._attempts.pop(attempt)
         reason = failure.error if isinstance(failure, RetryableError) else failure
         answered = not attempt.ended and not isinstance(reason, FetchTimeoutError)
@@ -430,7 +427,7 @@ class DownloadScheduler:
     def _begin(self, job: Job[Any], piece: DownloadPiece) -> Task:
         attempt = Attempt(job.origin)
         job.running[attempt] = piece
-        self.activity.begun(attempt, piece)
+        self.activity.begun(attempt)
         return job, piece, attempt
 
     def connections_for(self, origin: Hashable, urgency: int) -> int:
@@ -506,11 +503,8 @@ class DownloadScheduler:
         source cannot. Another origin's share is freed almost at once; within one origin, a slow
         attempt has more time.
         """
-        since = {
-            attempt: self.activity.look(attempt, piece)
-            for job in self.jobs
-            for attempt, piece in job.running.items()
-        }
+        look = self.activity.look
+        since = {attempt: look(attempt) for job in self.jobs for attempt in job.running}
         self.activity.judge()
         now = self.clock()
         parts, running = self._shares(now), _running(self.jobs)

@@ -66,7 +66,7 @@ def plan_waves(
     first: int,
     connections: int,
     link: LinkEstimate,
-    sizes: PieceSizes | None = None,
+    sizes: PieceSizes,
 ) -> tuple[Wave, ...]:
     """Return waves that request every byte of the groups once, in the groups' order.
 
@@ -75,7 +75,6 @@ def plan_waves(
     `connections` pieces, by the measured `link` of one; for fewer if they are faster than the
     machine.
     """
-    sizes = sizes or PieceSizes()
     nbytes = size_of(chain.from_iterable(groups))
     connections = min(connections, max(_LEAST_CONNECTIONS, ceil(2 * _MACHINE_RATE / link.rate)))
     seconds = nbytes / (connections * link.rate)

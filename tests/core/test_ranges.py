@@ -86,17 +86,25 @@ def test_every_byte_once_evenly_and_earlier_groups_first(
 def test_waves_by_hand(
     groups: list[list[ByteRange]], first: int, link: LinkEstimate, pieces: list[int]
 ) -> None:
-    waves = plan_waves(groups, first=first, connections=16, link=link)
+    waves = plan_waves(groups, first=first, connections=16, link=link, sizes=PieceSizes())
     assert [len(wave) for wave in waves] == pieces
     assert all(len({stop - start for start, stop in wave}) == 1 for wave in waves)
 
 
 def test_a_slow_link_brings_layers_in_order_and_a_small_adapter_is_not_shredded() -> None:
     """2.6 s for all of it: 5 % of that are 13 delays. No piece of 1 MB is below 64 KiB."""
-    waves = plan_waves(adapter(), first=2, connections=16, link=LinkEstimate(0.010, 2e6))
+    waves = plan_waves(
+        adapter(), first=2, connections=16, link=LinkEstimate(0.010, 2e6), sizes=PieceSizes()
+    )
     assert len(waves) == 14
     assert max(len(wave) for wave in waves) <= 16 + 4, "and hardly a request more than needed"
-    waves = plan_waves(adapter(8, 131_072), first=2, connections=16, link=LinkEstimate(0.0001, 1e6))
+    waves = plan_waves(
+        adapter(8, 131_072),
+        first=2,
+        connections=16,
+        link=LinkEstimate(0.0001, 1e6),
+        sizes=PieceSizes(),
+    )
     assert min(stop - start for wave in waves for start, stop in wave) == 65_536
 
 
