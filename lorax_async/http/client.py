@@ -216,7 +216,6 @@ class ConnectionPool:
                 connection.close()
                 if not isinstance(error, OSError):
                     raise
-                attempt.check()
                 raise io_error(error, str(url)) from error
             span.set(outcome="open")
         return connection

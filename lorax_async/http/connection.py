@@ -117,27 +117,17 @@ class Connection:
         return self._socket
 
     def send(self, lines: list[str]) -> None:
-        """Send a request without a body. Raises `OSError` and `AbortedError`."""
+        """Send a request without a body. Raises `OSError`."""
         # An ETag goes back as it came, and may have any byte from 0x80 on (RFC 9110, 8.8.3).
-        try:
-            self._open_socket.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
-        except OSError:
-            if self._aborted:
-                raise AbortedError from None
-            raise
+        self._open_socket.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
 
     def receive(self, view: memoryview, *, all_of_it: bool) -> int:
-        """Receive what is there; 0 at the end. Raises `OSError` and `AbortedError`.
+        """Receive what is there; 0 at the end. Raises `OSError`, and `AbortedError` if aborted.
 
         `all_of_it` waits for a full view where the kernel can: fewer calls, no GIL between.
         """
         flags = socket.MSG_WAITALL if all_of_it and not self._is_tls else 0
-        try:
-            count = self._open_socket.recv_into(view, 0, flags)
-        except OSError:
-            if self._aborted:
-                raise AbortedError from None
-            raise
+        count = self._open_socket.recv_into(view, 0, flags)
         if self._aborted and not count:  # what came before the abort is good
             raise AbortedError
         self.received += count

@@ -214,7 +214,7 @@ class Job(ABC, Generic[T]):
         piece = self.running.pop(attempt)
         if self.over:
             return
-        if isinstance(failure, RetryableError):
+        if isinstance(failure, RetryableError) and not attempt.ended:
             self._retry(piece, failure)
         elif isinstance(failure, LoraxError):
             self.fail(failure)
