@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import closing
 from functools import partial
 from threading import Lock
 
@@ -14,7 +15,7 @@ from lorax_async.cache.disk_cache import DiskDownload
 from lorax_async.cache.partials import PartialFile
 from lorax_async.concurrency import FetchControl, Inbox, WorkerThreads, close_all, outcome
 from lorax_async.config import Limits
-from lorax_async.errors import AdapterFormatError, IntegrityError, InternalError, LoraxError
+from lorax_async.errors import AdapterFormatError, IntegrityError, LoraxError
 from lorax_async.files import FileReader, Reader, SplitReader, read_prefix
 from lorax_async.formats.spans import ByteRange, ByteSpan, SpanSet
 from lorax_async.formats.split_weights import (
@@ -161,8 +162,6 @@ class FetchReader(CountedReader):
             self.entry.close()
 
     def _take(self) -> None:
-        if self._taken:
-            raise InternalError("one fetch was to be brought twice")
         self._taken = True
         self._on_take()
 
@@ -276,10 +275,17 @@ class EntryReader(CountedReader):
     def __init__(self, entry: CacheEntry, key: CacheKey, limits: Limits) -> None:
         self.entry = entry
         self.key = key
+        readers: list[Reader] = []
         try:
-            super().__init__(_weights(entry, limits))
+            readers += (entry.reader(file.role) for file in weight_files(entry.record))
+            if entry.record.file(INDEX_FILE) is None:
+                super().__init__(readers[0])
+            else:
+                index = parse_index(read_first(entry, INDEX_FILE), limits)
+                heads = (FileHead(read_prefix(reader, limits), reader.nbytes) for reader in readers)
+                super().__init__(SplitReader(plan_split(index, heads, limits), tuple(readers)))
         except BaseException:
-            entry.close()
+            close_all([*readers, entry])
             raise
 
     def is_cached(self) -> bool:
@@ -311,23 +317,7 @@ def weight_files(record: EntryRecord) -> list[FileRecord]:
 
 def read_first(entry: CacheEntry, role: FileRole, nbytes: int | None = None) -> bytes:
     """Return the first bytes of a file; all of them by default. Blocks."""
-    reader = entry.reader(role)
-    try:
+    with closing(entry.reader(role)) as reader:
         content = bytearray(reader.nbytes if nbytes is None else nbytes)
         reader.read_into([memoryview(content)], 0)
-    finally:
-        reader.close()
     return bytes(content)
-
-
-def _weights(entry: CacheEntry, limits: Limits) -> Reader:
-    readers = [entry.reader(file.role) for file in weight_files(entry.record)]
-    if entry.record.file(INDEX_FILE) is None:
-        return readers[0]
-    try:
-        index = parse_index(read_first(entry, INDEX_FILE), limits)
-        heads = (FileHead(read_prefix(reader, limits), reader.nbytes) for reader in readers)
-        return SplitReader(plan_split(index, heads, limits), tuple(readers))
-    except BaseException:
-        close_all(readers)
-        raise

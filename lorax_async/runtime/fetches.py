@@ -52,10 +52,15 @@ class TransferPlanner:
     ) -> None:
         self._sharding = sharding
         self._limits = config.limits
-        self._dtype = config.storage_dtype
-        self._alignment = device.alignment
-        self._rank_multiple = device.rank_multiple
-        self._move_bytes = move_bytes
+        self._plan_transfer = partial(
+            plan_transfer,
+            dtype=config.storage_dtype,
+            alignment=device.alignment,
+            rank_multiple=device.rank_multiple,
+            limits=config.limits,
+            staging_move_bytes=move_bytes,
+            cuts=sharding.cuts,
+        )
         self._cached_plan = lru_cache(maxsize=CACHED_PLANS)(self._plan)
 
     def is_long(self, file: AdapterFile) -> bool:
@@ -77,17 +82,7 @@ class TransferPlanner:
     def _plan(self, config: bytes, prefix: bytes, file_size: int) -> TransferPlan:
         spec = parse_config(config, self._limits)
         header = parse_header(prefix, file_size, self._limits)
-        return plan_transfer(
-            header,
-            spec,
-            self._sharding.whole,
-            dtype=self._dtype,
-            alignment=self._alignment,
-            rank_multiple=self._rank_multiple,
-            limits=self._limits,
-            staging_move_bytes=self._move_bytes,
-            cuts=self._sharding.cuts,
-        )
+        return self._plan_transfer(header, spec, self._sharding.whole)
 
 
 def _is_large(file: AdapterFile) -> bool:
