@@ -116,6 +116,9 @@ class Ring:
         part = record.row == "compute"
         self._parts[part].append((next(self._numbers[part]), record))
 
+    def __len__(self) -> int:
+        return sum(map(len, self._parts))
+
     def look(self, since: int = 0) -> tuple[list[Record], int]:
         """Return records that ended at `since` or later, and how many of these may be missing."""
         found, missing = list[Record](), 0
@@ -394,6 +397,11 @@ class Trace:
             self._unfinished = self._recorder.unfinished()
             self._tracer.end(self._ring)
             self._recorder = None
+
+    @property
+    def kept(self) -> int:
+        """How many spans are in it."""
+        return len(self._ring)
 
     @property
     def dropped(self) -> int:

@@ -438,7 +438,7 @@ class LoraWeights(AdapterWeights):
 
         The copy is on the loader's device, for one process; the handle may be released afterwards.
         The config has the data that the loader keeps: rank, modules, and alpha from the scale.
-        Raise `UsageError` for a sharded loader's handle and for a layer that is not here yet,
+        Raise `UsageError` for a sharded loader's handle and for a layer that is not loaded yet,
         `HandleClosedError`, `UnsupportedAdapterError` for more than A and B of linear modules, and
         as `load`.
         """

@@ -173,7 +173,7 @@ class LayerGate:
     def _await(self, handle: AdapterHandle, layer: int) -> None:
         if running_loop() is self._loop:
             raise UsageError(
-                f"layer {layer} of adapter {handle.id!r} is not here yet, and its bytes cannot "
+                f"layer {layer} of adapter {handle.id!r} is not loaded yet, and its bytes cannot "
                 "arrive while the event loop's thread waits; run the model in asyncio.to_thread"
             )
         if self._budget is None or handle.arrived:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import os
+import re
 import signal
 import socket
 import threading
@@ -44,6 +45,7 @@ from lorax_async.server.request_bodies import (
     CompletionBody,
     DetokenizeBody,
     LoadBody,
+    NameBody,
     TokenizeBody,
     UnloadBody,
     read_body,
@@ -55,6 +57,7 @@ from lorax_async.server.responses import (
     Refusal,
     UnreadRefusal,
     create_refusal,
+    invalid_parameter,
     unknown_model,
 )
 from lorax_async.server.server_log import (
@@ -80,9 +83,7 @@ FILES = {
     "/": (HERE / "page.html", "text/html"),
     "/page/page.css": (HERE / "page.css", "text/css"),
     "/page/docs.css": (HERE / "docs.css", "text/css"),
-    "/page/page.js": (HERE / "page.js", "text/javascript"),
-    "/page/events.js": (HERE / "events.js", "text/javascript"),
-    "/page/timeline.js": (HERE / "timeline.js", "text/javascript"),
+    **{f"/page/{file.name}": (file, "text/javascript") for file in sorted(HERE.glob("*.js"))},
 }
 
 SAFE = {
@@ -166,6 +167,8 @@ def _routes(service: Service) -> list[Route]:
         api_route("/v1/chat/completions", CompletionEndpoint(service, ChatBody), "POST"),
         route("/v1/load_lora_adapter", load_adapter, "POST"),
         route("/v1/unload_lora_adapter", unload_adapter, "POST"),
+        route("/v1/pin_lora_adapter", pin_adapter, "POST"),
+        route("/v1/unpin_lora_adapter", unpin_adapter, "POST"),
         route("/v1/adapters", list_adapters),
         api_route("/tokenize", partial(tokenize, service), "POST"),
         api_route("/detokenize", partial(detokenize, service), "POST"),
@@ -264,6 +267,8 @@ async def detokenize(service: Service, request: Request) -> Response:
 
 # -- the page -------------------------------------------------------------------------------------
 
+_NUMBER = re.compile("[0-9]{1,18}")
+
 
 class PageEvents:
     """GET /page/events as an ASGI app: ends with its client or with the server, HEAD at once."""
@@ -294,11 +299,20 @@ class PageEvents:
 
 
 async def show_trace(service: Service, request: Request) -> Response:
-    """GET /page/trace.json: the last cold request, for the page, Perfetto and the command line."""
+    """GET /page/trace.json: a cold request, for the page, Perfetto and the command line.
+
+    The last one, or that with ?number=N, of those that the viewer may see.
+    """
     operator = sees_everything(service.settings, request)
-    content = await service.cold.encoded(operator=operator)
+    text = request.query_params.get("number")
+    number = int(text) if text is not None and _NUMBER.fullmatch(text) else None
+    if text is not None and number is None:
+        raise invalid_parameter("number must be that of a cold request", "number")
+    content = await service.cold.encoded(number, operator=operator)
     if content is None:
-        raise Refusal(404, "No cold request has ended yet", code="no_cold_request")
+        message = f"Cold request {number} is not one of the last, or is not yours to see"
+        message = "No cold request has ended yet" if number is None else message
+        raise Refusal(404, message, code="no_cold_request")
     headers = {
         "content-type": "application/json",
         "content-disposition": 'attachment; filename="cold-request.json"',
@@ -337,12 +351,15 @@ async def load_adapter(service: Service, request: Request) -> Response:
         except UNKNOWN as error:
             raise _missing(body.lora_path, adapter, error) from error
         require_free(body)
+        previous = names.adapters.get(body.lora_name)
         names.add(body.lora_name, adapter)
+        if previous is not None:
+            await _move_pin(service, previous, adapter)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
 async def unload_adapter(service: Service, request: Request) -> Response:
-    """POST /v1/unload_lora_adapter. Requests that use the adapter keep it."""
+    """POST /v1/unload_lora_adapter. Requests that use the adapter keep it; its pin ends."""
     names, settings = service.names, service.settings
     with service.in_flight.count_request():
         require_operator(settings, request)
@@ -352,13 +369,66 @@ async def unload_adapter(service: Service, request: Request) -> Response:
         note_details(request.scope, model=body.lora_name)
         adapter = names.remove(body.lora_name)
         if adapter is None:
-            message = f"The lora adapter '{body.lora_name}' cannot be found."
-            raise Refusal(404, message, param="lora_name", kind="NotFoundError", code=404)
+            raise _unknown_name(f"The lora adapter '{body.lora_name}' cannot be found.")
         if names.name_of(adapter) is None:
+            service.loader.unpin(adapter)
             # One in use stays on the device until it is evicted like any other.
             with suppress(AdapterInUseError, AdapterTimeoutError):
                 await service.loader.unload(adapter, timeout=UNLOAD_SECONDS)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+async def pin_adapter(service: Service, request: Request) -> Response:
+    """POST /v1/pin_lora_adapter. Load a named adapter, and keep it on the device.
+
+    The pin ends with `unpin_adapter`, with the adapter's last name, or with the server.
+    """
+    with service.in_flight.count_request():
+        name, adapter = await _read_name(service, request)
+        if not await _pin(service, adapter):
+            raise _unknown_name(f"The lora adapter '{name}' was removed meanwhile.")
+    return PlainTextResponse(f"Success: LoRA adapter '{name}' pinned successfully.")
+
+
+async def unpin_adapter(service: Service, request: Request) -> Response:
+    """POST /v1/unpin_lora_adapter. The adapter stays on the device until it is evicted."""
+    with service.in_flight.count_request():
+        name, adapter = await _read_name(service, request)
+        if not service.loader.unpin(adapter):
+            raise _unknown_name(f"The lora adapter '{name}' is not pinned.")
+    return PlainTextResponse(f"Success: LoRA adapter '{name}' unpinned successfully.")
+
+
+async def _read_name(service: Service, request: Request) -> tuple[str, AdapterId]:
+    """Return the name in an operator's request, and its adapter."""
+    settings = service.settings
+    require_operator(settings, request)
+    body = await read_body(NameBody, request, settings.max_body_bytes, settings.slow_client)
+    note_details(request.scope, model=body.lora_name)
+    adapter = service.names.adapters.get(body.lora_name)
+    if adapter is None:
+        raise _unknown_name(f"The lora adapter '{body.lora_name}' cannot be found.")
+    return body.lora_name, adapter
+
+
+async def _pin(service: Service, adapter: AdapterId) -> bool:
+    """Pin an adapter; return False if its last name, by which to unpin it, is gone by then."""
+    await service.loader.pin(adapter)
+    if service.names.name_of(adapter) is None:
+        service.loader.unpin(adapter)
+        return False
+    return True
+
+
+async def _move_pin(service: Service, previous: AdapterId, adapter: AdapterId) -> None:
+    """Let a pin follow a name to another adapter, unless the previous one has more names."""
+    has_more = previous != adapter and service.names.name_of(previous) is not None
+    if not has_more and service.loader.unpin(previous):
+        await _pin(service, adapter)
+
+
+def _unknown_name(message: str) -> Refusal:
+    return Refusal(404, message, param="lora_name", kind="NotFoundError", code=404)
 
 
 def _parse_adapter(path: str) -> AdapterId:

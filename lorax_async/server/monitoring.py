@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+import zlib
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
 from prometheus_client import Counter as Total
@@ -22,17 +24,20 @@ from lorax_async.loader import AdapterLoader
 from lorax_async.metrics import LoaderCollector
 from lorax_async.runtime.placement import Placement
 from lorax_async.server.engine import Finish, TokenStream
-from lorax_async.server.responses import EventStream
+from lorax_async.server.responses import UNKNOWN, EventStream
 from lorax_async.server.server_settings import ModelNames
 from lorax_async.tracing import ANOTHER, name_of
 from lorax_async.types import AdapterId, AdapterKey, AdapterRef, Ref, as_ref
+
+T = TypeVar("T")
 
 # -- metrics --------------------------------------------------------------------------------------
 
 CALLS = frozenset({
     "/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/load_lora_adapter",
-    "/v1/unload_lora_adapter", "/v1/adapters", "/tokenize", "/detokenize", "/health", "/ping",
-    "/version", "/metrics", "/openapi.json", "/docs", "/", "/page",
+    "/v1/unload_lora_adapter", "/v1/pin_lora_adapter", "/v1/unpin_lora_adapter", "/v1/adapters",
+    "/tokenize", "/detokenize", "/health", "/ping", "/version", "/metrics", "/openapi.json",
+    "/docs", "/", "/page",
 })  # fmt: skip
 """Paths with a label of their own; all others, which clients make up, are "other"."""
 
@@ -92,6 +97,12 @@ class ServerMetrics(Collector):
             buckets=WHOLE_SECONDS,
             **for_routers,
         ).labels(names.base)
+
+    @property
+    def token_count(self) -> int:
+        """Tokens generated."""
+        (family,) = self.tokens.collect()
+        return int(family.samples[0].value)
 
     def close(self) -> None:
         """Close the `LoaderCollector`."""
@@ -231,17 +242,27 @@ MAX_RECORDINGS = 2
 """Concurrent recordings; further requests are not recorded. The last is for named adapters."""
 
 SPAN_LIMIT = 8_192
-"""Spans of one trace, and as many of the computing: 10 MB at most."""
+"""Spans of one trace, and as many of the computing: 10 MB of JSON at most."""
+
+MAX_COLD = 20
+"""Cold requests that are kept, and as many whose adapters have names."""
+
+MAX_COLD_SPANS = 65_536
+"""Spans of either: 33 MB at most, but of 20 usual requests a tenth of it."""
 
 REST_FACTOR = 3
 """After encoding a trace, pause this many times as long: it competes with computing tokens."""
+
+_UNKNOWN = frozenset(kind.__name__ for kind in UNKNOWN)
+
+Names = tuple[tuple[str, AdapterId], ...]
 
 
 class ColdRequests:
     """Record cold requests while they wait for their first token.
 
-    Keep the last one that ended, which the operator may see, and the last one whose adapter had a
-    name of the operator's, which all may.
+    Keep the last ones that ended, which the operator may see, and the last ones whose adapters had
+    names of the operator's, which all may.
     """
 
     def __init__(self, loader: AdapterLoader, names: ModelNames) -> None:
@@ -249,10 +270,9 @@ class ColdRequests:
         self._names = names
         self._recorded: set[Ref] = set()
         self._count = 0
-        self._last: ColdRequest | None = None
-        self._last_named: ColdRequest | None = None
+        self._ended: deque[ColdRequest] = deque()
+        self._named: deque[ColdRequest] = deque()
         self._encoding = asyncio.Lock()
-        self._encoded: dict[bool, tuple[object, bytes]] = {}
         self._resting_until = 0.0
 
     def record(self, adapter: AdapterId | None) -> ColdRequest | None:
@@ -273,51 +293,58 @@ class ColdRequests:
         return not (story and isinstance(story[-1], Resident))
 
     def finish(self, request: ColdRequest) -> None:
-        """Keep a request that has ended; discard it if it was refused."""
+        """Keep a request that has ended, but not one that was refused, or for a mistyped name."""
         self._recorded.discard(as_ref(request.adapter))
-        if request.outcome == "refused":
+        is_named = self._names.name_of(request.adapter) is not None
+        if request.outcome == "refused" or (request.outcome in _UNKNOWN and not is_named):
             return
         with suppress(LoaderClosedError):  # links and revisions lead to another name
             story = self._loader.placement().story(request.adapter)
             request.names += tuple(name_of(event.key) for event in story[-1:])
         self._count += 1
         request.number = self._count
-        self._last = request
-        if self._names.name_of(request.adapter) is not None:
-            self._last_named = request
+        for kept in (self._ended, self._named) if is_named else (self._ended,):
+            kept.append(request)
+            while len(kept) > MAX_COLD or sum(each.spans for each in kept) > MAX_COLD_SPANS:
+                kept.popleft()
 
-    def last(self, *, operator: bool) -> ColdRequest | None:
-        """Return the last request that the viewer may see."""
+    def visible(self, *, operator: bool) -> list[ColdRequest]:
+        """Return the requests that the viewer may see, the last one first."""
         if operator:
-            return self._last
-        last = self._last_named  # its name may have been taken back
-        return None if last is None or self._names.name_of(last.adapter) is None else last
+            return [*reversed(self._ended)]
+        # A name may have been taken back.
+        named = reversed(self._named)
+        return [each for each in named if self._names.name_of(each.adapter) is not None]
 
-    async def encoded(self, *, operator: bool) -> bytes | None:
-        """Return the last trace in Chrome's format, encoded once in a thread; None without one.
+    async def encoded(self, number: int | None = None, *, operator: bool) -> bytes | None:
+        """Return a trace in Chrome's format, of the last request without `number`; None without it.
 
-        Only the operator sees all names in it.
+        It is encoded once, in a thread. Only the operator sees all names in it.
         """
-
-        def version() -> tuple[int, tuple[tuple[str, AdapterId], ...] | None]:
-            last = self.last(operator=operator)
-            names = None if operator else tuple(self._names.adapters.items())
-            return last.number if last is not None else 0, names
-
-        async with self._encoding:
-            wanted, content = self._encoded.get(operator, (None, None))
-            if wanted == version():
-                return content
-            await asyncio.sleep(max(0.0, self._resting_until - time.monotonic()))
-            last = self.last(operator=operator)
-            if last is None:
+        content = None
+        while content is None:
+            request = self._find(number, operator=operator)
+            if request is None:
                 return None
-            wanted = version()  # it may have changed meanwhile
+            number = request.number
+            names = None if operator else tuple(self._names.adapters.items())
+            content = request.compressed(names)
+            if content is None:
+                await self._encode(request, names)
+        return await asyncio.to_thread(zlib.decompress, content)
+
+    def _find(self, number: int | None, *, operator: bool) -> ColdRequest | None:
+        visible = self.visible(operator=operator)
+        return next((each for each in visible if number is None or each.number == number), None)
+
+    async def _encode(self, request: ColdRequest, names: Names | None) -> None:
+        async with self._encoding:
+            if request.compressed(names) is not None:
+                return
+            await asyncio.sleep(max(0.0, self._resting_until - time.monotonic()))
             began = time.monotonic()
-            content = await asyncio.to_thread(last.encoded, wanted[1])
+            await asyncio.to_thread(request.encode, names)
             self._resting_until = time.monotonic() + REST_FACTOR * (time.monotonic() - began)
-            self._encoded[operator] = wanted, content
-            return content
 
 
 class ColdRequest:
@@ -334,6 +361,8 @@ class ColdRequest:
         self.seconds = self.ended = 0.0
         """The time until then, and when that was by `time.time`."""
         self._requests = requests
+        self._compressed: dict[bool, tuple[Names | None, bytes]] = {}
+        """By whether it is the operator's: the names in it, and the encoded trace."""
         self._trace = loader.trace(limit=SPAN_LIMIT).start()
         self._began = time.monotonic()
         self._span = loader.tracer.span("requests", None, "request", as_ref(adapter))
@@ -347,13 +376,27 @@ class ColdRequest:
             self._trace.stop()
             self._requests.finish(self)
 
-    def encoded(self, names: Sequence[tuple[str, AdapterId]] | None) -> bytes:
-        """Return the trace in Chrome's format; with `names`, no other names are in it.
+    @property
+    def spans(self) -> int:
+        """How many spans its trace has."""
+        return self._trace.kept
+
+    def compressed(self, names: Names | None) -> bytes | None:
+        """Return what `encode` made for these names."""
+        made_for, content = self._compressed.get(names is None, (None, None))
+        return content if made_for == names else None
+
+    def encode(self, names: Names | None) -> None:
+        """Make the trace in Chrome's format; with `names`, no other names are in it. Blocks.
 
         Names that several of these adapters have become "another adapter", as all others do.
         """
-        if names is None:
-            return self._trace.encoded(None)
+        called = None if names is None else self._called(names)
+        content = zlib.compress(self._trace.encoded(called), level=1)
+        self._compressed[names is None] = names, content
+
+    def _called(self, names: Names) -> dict[str, str]:
+        """Return the viewer's names by those in the trace."""
         mapping: dict[str, str] = {}
         refs: dict[str, Ref] = {}
         for name, adapter in names:
@@ -368,7 +411,7 @@ class ColdRequest:
                 else:
                     mapping[traced_name] = ANOTHER
         own = next(name for name, adapter in names if adapter == self.adapter)
-        return self._trace.encoded(mapping | dict.fromkeys(self.names, own))
+        return mapping | dict.fromkeys(self.names, own)
 
 
 # -- the page -------------------------------------------------------------------------------------
@@ -377,10 +420,13 @@ MAX_ROWS = 200
 """Maximum of adapters with names; and of others, of which the nearest are shown."""
 
 FRESH_SECONDS = 0.2
-"""Rows are shared by all pages for at least this long,"""
+"""What is read is shared by all pages for at least this long,"""
 
 FRESH_FACTOR = 20
-"""and this many times as long as it took to read them: milliseconds for thousands of adapters."""
+"""and this many times as long as it took to read: milliseconds for thousands of adapters."""
+
+RATE_SECONDS = 10.0
+"""Tokens per second are a mean over this time."""
 
 MAX_PAGES = 64
 """Open pages of clients, and as many of the operator, which clients cannot use up."""
@@ -400,20 +446,44 @@ Row = dict[str, Any]
 Rows = Mapping[str, Row]
 
 
+class SharedValue(Generic[T]):
+    """What `read` returns, kept until it is stale."""
+
+    def __init__(self, read: Callable[[], T]) -> None:
+        self._read = read
+        self._value: T | None = None
+        self._stale = 0.0
+
+    def get(self) -> T:
+        """Return the same object until it is read again."""
+        began = time.monotonic()
+        if self._value is None or began >= self._stale:
+            self._value = self._read()
+            now = time.monotonic()
+            self._stale = now + max(FRESH_SECONDS, FRESH_FACTOR * (now - began))
+        return self._value
+
+
 class Dashboard:
-    """The page's rows, and the event streams of open pages. On one event loop.
+    """The page's rows and numbers, and the event streams of open pages. On one event loop.
 
     Clients see adapters that have names; the operator sees all.
     """
 
-    def __init__(self, loader: AdapterLoader, names: ModelNames, cold: ColdRequests) -> None:
+    def __init__(
+        self, loader: AdapterLoader, names: ModelNames, cold: ColdRequests, metrics: ServerMetrics
+    ) -> None:
         self._loader = loader
         self._names = names
         self._cold = cold
-        self._rows: dict[bool, tuple[float, Rows]] = {}
-        """By whether they are the operator's: when they are stale, and the rows."""
-        self._cold_rows: dict[bool, tuple[float, Row | None]] = {}
-        """Likewise for the last cold request."""
+        self._metrics = metrics
+        self._tokens: deque[tuple[float, int]] = deque()
+        """Totals of the last `RATE_SECONDS`, with their times."""
+        self._numbers = SharedValue(self._read_numbers)
+        viewers = (False, True)
+        """Whether what is read is for the operator."""
+        self._rows = {each: SharedValue(partial(self._read_rows, each)) for each in viewers}
+        self._cold_rows = {each: SharedValue(partial(self._read_cold, each)) for each in viewers}
         self._open: dict[EventStream, bool] = {}
         """Open streams; the values say whether a stream is the operator's."""
         self._ending = False
@@ -457,6 +527,7 @@ class Dashboard:
             "operator": operator,
             "more": max(0, len(self._names.adapters) - MAX_ROWS),  # with names, and not shown
             "cold": self.cold(operator=operator),
+            "numbers": self.numbers(),
         }
         changes = {name: it for name, it in now.items() if name not in page or it != page[name]}
         before, rows = page.get("rows"), self.rows(operator=operator)
@@ -469,47 +540,64 @@ class Dashboard:
         page |= now | {"rows": rows}
         return changes
 
-    def cold(self, *, operator: bool) -> Row | None:
-        """Return the last cold request that the viewer may see, as of `FRESH_SECONDS` ago."""
-        now = time.monotonic()
-        stale, row = self._cold_rows.get(operator, (now, None))
-        if now < stale:
-            return row
-        last = self._cold.last(operator=operator)
-        row = None
-        if last is not None:
-            row = {
-                "number": last.number,
-                "name": self._names.name_of(last.adapter) or last.names[0],
-                "outcome": last.outcome,
-                "seconds": last.seconds,
-                "ended": last.ended,
-            }
-        self._cold_rows[operator] = now + FRESH_SECONDS, row
-        return row
+    def cold(self, *, operator: bool) -> Sequence[Row]:
+        """Return the cold requests that the viewer may see, the last one first."""
+        return self._cold_rows[operator].get()
 
     def rows(self, *, operator: bool) -> Rows:
-        """Return the rows by id; the same object until they are recomputed.
+        """Return the rows by id; the same object until they are read again.
 
         Ids of named adapters are their names; others begin with a NUL, which no name has.
         """
-        began = time.monotonic()
-        stale, rows = self._rows.get(operator, (began, {}))
-        if began < stale:
-            return rows
+        return self._rows[operator].get()
+
+    def numbers(self) -> Row:
+        """Return numbers of the whole server, in which no adapter is named."""
+        return self._numbers.get()
+
+    def _read_cold(self, operator: bool) -> Sequence[Row]:
+        return [
+            {
+                "number": each.number,
+                "name": self._names.name_of(each.adapter) or each.names[0],
+                "outcome": each.outcome,
+                "seconds": each.seconds,
+                "ended": each.ended,
+            }
+            for each in self._cold.visible(operator=operator)
+        ]
+
+    def _read_rows(self, operator: bool) -> Rows:
         placement, rows, known = self._loader.placement(), dict[str, Row](), set[AdapterKey]()
         for name, adapter in tuple(self._names.adapters.items())[:MAX_ROWS]:
             known.update(event.key for event in placement.story(adapter)[-1:])
-            rows[name] = _row(placement, adapter, name, named=True)
+            rows[name] = _row(placement, adapter, name, named=True, operator=operator)
         for key in placement.nearest(MAX_ROWS) if operator else ():
             if key not in known:
-                rows[f"\0{key}"] = _row(placement, key, str(key), named=False)
-        now = time.monotonic()
-        self._rows[operator] = now + max(FRESH_SECONDS, FRESH_FACTOR * (now - began)), rows
+                rows[f"\0{key}"] = _row(placement, key, str(key), named=False, operator=True)
         return rows
 
+    def _read_numbers(self) -> Row:
+        now, total = time.monotonic(), self._metrics.token_count
+        self._tokens.append((now, total))
+        while now - self._tokens[0][0] > RATE_SECONDS:
+            self._tokens.popleft()
+        since, before = self._tokens[0]
+        usage, hits = self._loader.placement().usage, self._loader.statistics().hits
+        memory = {name: getattr(usage, f"{name}_bytes") for name in ("device", "host", "pinned")}
+        return {
+            "slots": usage.slots,
+            "memory": {name: budget for name, budget in memory.items() if budget.limit},
+            "hits": (hits["device"], sum(hits.values())),
+            "running": self._metrics.running.total(),
+            "waiting": self._metrics.waiting.total(),
+            "tokens_per_second": round((total - before) / max(now - since, TICK), 1),
+        }
 
-def _row(placement: Placement, adapter: AdapterId | AdapterKey, name: str, *, named: bool) -> Row:
+
+def _row(
+    placement: Placement, adapter: AdapterId | AdapterKey, name: str, *, named: bool, operator: bool
+) -> Row:
     last = next(iter(placement.story(adapter)[-1:]), None)
     error = last.error if isinstance(last, Failed) else None
     # The operator's name replaces an id that may be a path.
@@ -524,4 +612,5 @@ def _row(placement: Placement, adapter: AdapterId | AdapterKey, name: str, *, na
         "layers": where.layers,
         "bytes": where.device_bytes or where.host_bytes or where.pinned_bytes,
         "leases": where.leases,
+        "pinned": operator and where.pins > 0,
     }

@@ -19,6 +19,7 @@ from lorax_async.server.request_bodies import (
     CompletionBody,
     DetokenizeBody,
     LoadBody,
+    NameBody,
     StrictModel,
     TokenizeBody,
     UnloadBody,
@@ -185,7 +186,7 @@ class Operation:
     summary: str
     access: Access = "anyone"
     parameters: Mapping[str, str] = field(default_factory=dict)
-    """Of the path, with their descriptions."""
+    """Texts of the path, and numbers of the query, with their descriptions."""
     body: type[StrictModel] | None = None
     example: Json | None = None
     """A body."""
@@ -197,7 +198,8 @@ class Operation:
 
 
 ICE = "What is ice?"
-_LOADED = {"lora_name": "sql", "lora_path": "my-org/sql-adapter"}
+_NAMED = {"lora_name": "sql"}
+_LOADED = _NAMED | {"lora_path": "my-org/sql-adapter"}
 
 OPERATIONS: Mapping[str, Operation] = {
     "/v1/chat/completions": Operation(
@@ -257,12 +259,30 @@ OPERATIONS: Mapping[str, Operation] = {
         answer=TEXT,
         errors=OF_BODIES + OF_LOADS,
     ),
+    "/v1/pin_lora_adapter": Operation(
+        method="post",
+        summary="Load an adapter that has a name, and keep it on the device",
+        access="operator",
+        body=NameBody,
+        example=_NAMED,
+        answer=TEXT,
+        errors=OF_BODIES + OF_LOADS,
+    ),
+    "/v1/unpin_lora_adapter": Operation(
+        method="post",
+        summary="Let a pinned adapter be evicted again",
+        access="operator",
+        body=NameBody,
+        example=_NAMED,
+        answer=TEXT,
+        errors=(*OF_BODIES, 404),
+    ),
     "/v1/unload_lora_adapter": Operation(
         method="post",
         summary="Take a name from its adapter; requests that use the adapter keep it",
         access="operator",
         body=UnloadBody,
-        example={"lora_name": "sql"},
+        example=_NAMED,
         answer=TEXT,
         errors=(*OF_BODIES, 404),
     ),
@@ -282,10 +302,11 @@ OPERATIONS: Mapping[str, Operation] = {
         errors=(429, 503),
     ),
     "/page/trace.json": Operation(
-        summary="Return the trace of the last cold request, in Chrome's format",
+        summary="Return the trace of a cold request, in Chrome's format",
         access="client",
+        parameters={"number": "That of one of the last ones; without it, of the last one"},
         answer="application/json",
-        errors=(404,),
+        errors=(400, 404),
     ),
 }
 """By path, in the order of the page."""
@@ -293,6 +314,8 @@ OPERATIONS: Mapping[str, Operation] = {
 # -- the document ---------------------------------------------------------------------------------
 
 _SCHEMA = "#/components/schemas/{model}"
+_IN_PATH: Json = {"in": "path", "required": True, "schema": {"type": "string"}}
+_IN_QUERY: Json = {"in": "query", "schema": {"type": "integer"}}
 
 
 @cache
@@ -341,8 +364,7 @@ def _describe(path: str, operation: Operation, *, needs_key: bool) -> Json:
     }
     if operation.parameters:
         described["parameters"] = [
-            {"name": name, "in": "path", "required": True, "description": text}
-            | {"schema": {"type": "string"}}
+            {"name": name, "description": text} | (_IN_PATH if f"{{{name}}}" in path else _IN_QUERY)
             for name, text in operation.parameters.items()
         ]
     if operation.body is not None:

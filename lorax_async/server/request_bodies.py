@@ -258,10 +258,15 @@ class LoadBody(StrictModel):
     load_inplace: bool = False
 
 
-class UnloadBody(StrictModel):
-    """The body of /v1/unload_lora_adapter."""
+class NameBody(StrictModel):
+    """The body of /v1/pin_lora_adapter and /v1/unpin_lora_adapter."""
 
     lora_name: str = ""
+
+
+class UnloadBody(NameBody):
+    """The body of /v1/unload_lora_adapter."""
+
     lora_int_id: int | None = None
     """vLLM's number of an adapter; ignored."""
 

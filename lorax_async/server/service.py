@@ -65,7 +65,7 @@ class Service:
         self.client_limits = ClientLimits(settings.max_adapters_per_client)
         self.metrics = ServerMetrics(loader, self.names)
         self.cold = ColdRequests(loader, self.names)
-        self.dashboard = Dashboard(loader, self.names, self.cold)
+        self.dashboard = Dashboard(loader, self.names, self.cold, self.metrics)
         self._on_use = on_use
 
     @property

@@ -23,6 +23,7 @@ from tiny_sources import over, stocked
 
 Patch = pytest.MonkeyPatch
 LOAD, UNLOAD, ADAPTERS = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/adapters"
+PIN, UNPIN = "/v1/pin_lora_adapter", "/v1/unpin_lora_adapter"
 
 
 async def load(world: World, name: str, path: object, **more: Any) -> Answer:
@@ -31,6 +32,20 @@ async def load(world: World, name: str, path: object, **more: Any) -> Answer:
 
 async def unload(world: World, name: str) -> Answer:
     return await world.admin(UNLOAD, {"lora_name": name})
+
+
+async def pin(world: World, name: str) -> Answer:
+    return await world.admin(PIN, {"lora_name": name})
+
+
+async def unpin(world: World, name: str) -> Answer:
+    return await world.admin(UNPIN, {"lora_name": name})
+
+
+def pinned(world: World) -> list[str]:
+    """The ids of a fake source that are pinned."""
+    here = world.service.loader.placement().adapters.items()
+    return [str(key).removeprefix("memory:") for key, where in here if where.pins]
 
 
 async def adapters(world: World) -> Any:
@@ -205,11 +220,97 @@ async def test_a_failure_stands_in_the_story_with_its_error(tmp_path: Path) -> N
     assert "the line was cut" in story[1]["error"]["message"]
 
 
+async def test_a_pinned_adapter_stays_until_it_is_unpinned(tmp_path: Path) -> None:
+    names = ("a", "b", "c")
+    there = over(stocked(tmp_path, *names), max_slots=2)
+    async with serving(loader=there, adapters={name: name for name in names}) as world:
+        for _ in range(2):
+            answer = await pin(world, "a")
+            said = b"Success: LoRA adapter 'a' pinned successfully."
+            assert (answer.status, answer.body) == (200, said)
+        for name in "bcb":
+            (await there.load(name)).release()
+        (one,) = (each for each in await adapters(world) if each["names"] == ["a"])
+        assert (one["tier"], one["state"], one["pins"]) == ("device", "resident", 1)
+
+        assert (await unpin(world, "a")).status == 200
+        assert [where.pins for where in on_device(there)] == [0, 0]
+        (await there.load("c")).release()
+        assert there.try_acquire("a") is None, "it was evicted like any other"
+        again = await unpin(world, "a")
+        assert (again.status, again.error["type"]) == (404, "NotFoundError")
+        assert again.error["message"] == "The lora adapter 'a' is not pinned."
+        for call in (pin, unpin):
+            unknown = await call(world, "d")
+            assert unknown.status == 404
+            assert unknown.error["message"] == "The lora adapter 'd' cannot be found."
+
+
+async def test_a_pin_ends_with_the_last_name_and_follows_one_that_is_loaded_in_place(
+    tmp_path: Path,
+) -> None:
+    there = over(stocked(tmp_path, "one", "two", "three"))
+    async with serving(loader=there, adapters={"a": "one", "b": "one"}) as world:
+        await pin(world, "a")
+        await unload(world, "a")
+        assert pinned(world) == ["one"], "another name has it"
+        assert (await load(world, "b", "two", load_inplace=True)).status == 200
+        assert pinned(world) == ["two"]
+        await load(world, "c", "two")
+        await load(world, "b", "three", load_inplace=True)
+        assert pinned(world) == ["two"]
+        assert (await unload(world, "c")).status == 200
+        assert pinned(world) == []
+        assert there.try_acquire("two") is None, "an unload of a pinned one takes it away"
+
+
+async def test_what_was_saved_again_is_pinned_by_a_load_in_place(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a", 1)
+    async with serving(adapters={"a": folder}) as world:
+        await pin(world, "a")
+        tiny.write(folder, 2)
+        await load(world, "a", folder, load_inplace=True)
+        assert len(pinned(world)) == 1
+        where = world.service.loader.placement().find(folder)
+        assert where is not None
+        assert where.pins == 1
+        await unload(world, "a")
+        assert pinned(world) == []
+
+
+async def test_a_name_that_goes_during_its_pin_leaves_none(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a")
+    async with serving(loader=over(source), adapters={"a": "a"}) as world:
+        source.hold("a")
+        pinning = asyncio.create_task(pin(world, "a"))
+        await until(lambda: world.service.loader.placement().usage.waiting)
+        unloading = asyncio.create_task(unload(world, "a"))
+        await until(lambda: not world.service.names.adapters)
+        source.allow("a")
+        assert ((await unloading).status, (await pinning).status) == (200, 404)
+        assert pinned(world) == []
+
+
+async def test_a_pin_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    broken = tiny.write(tmp_path / "broken", layers=9)
+    there = over(stocked(tmp_path, "a", "b"), max_slots=1, timeout=0.2)
+    async with serving(loader=there, adapters={"x": broken, "a": "a", "b": "b"}) as world:
+        assert (await pin(world, "a")).status == 200
+        full = await pin(world, "b")
+        assert (full.status, full.error["code"]) == (429, "over_capacity")
+        assert "pinned" in full.error["message"]
+    async with serving(adapters={"x": broken}) as world:
+        refused = await pin(world, "x")
+        assert (refused.status, refused.error["code"]) == (422, "adapter_incompatible")
+        assert pinned(world) == []
+
+
 @pytest.mark.parametrize("key", ["", "Bearer", "Bearer x", f"Basic {TOKEN}", "Bearer \xe9", None])
 async def test_calls_of_the_operator_need_the_token(key: str | None) -> None:
     token, said = (None, f"Bearer {TOKEN}") if key is None else (TOKEN, key)
     async with serving(admin_token=token) as world:
-        for method, path in (("POST", LOAD), ("POST", UNLOAD), ("GET", ADAPTERS)):
+        posts = [("POST", path) for path in (LOAD, UNLOAD, PIN, UNPIN)]
+        for method, path in (*posts, ("GET", ADAPTERS)):
             answer = await world.raw(
                 f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization:"
                 f" {said}\r\nContent-Length: 2\r\n\r\n{{}}".encode("latin-1")
@@ -221,7 +322,7 @@ async def test_calls_of_the_operator_need_the_token(key: str | None) -> None:
                 assert TOKEN not in answer.body.decode()
 
 
-OPEN = {"/health", "/ping", "/version", "/metrics", *FILES}
+OPEN = {"/health", "/ping", "/version", "/metrics", "/openapi.json", "/docs", *FILES}
 
 
 @pytest.mark.parametrize("sent", [None, "", "Bearer", "Bearer onetwo", "Basic one", "Bearer \xe9"])

@@ -1,15 +1,17 @@
-"""The page's own calls: its files, adapters with their tiers, live, and the last cold request."""
+"""The page's own calls: its files; adapters and numbers, live; and the last cold requests."""
 
 import asyncio
 import json
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock, Mock
+from urllib.parse import quote
 
 import pytest
 
@@ -36,7 +38,8 @@ class Told:
     def __init__(self, reader: asyncio.StreamReader) -> None:
         self.rows: dict[str, Any] = {}
         self.first: dict[str, Any] = {}
-        self.cold: Any = None
+        self.cold: list[Any] = []
+        self.numbers: Any = None
         self.more = 0
         self._reader = reader
 
@@ -53,6 +56,7 @@ class Told:
         for id in news.get("gone", ()):
             del self.rows[id]
         self.cold = news.get("cold", self.cold)
+        self.numbers = news.get("numbers", self.numbers)
         self.more = news.get("more", self.more)
         return news
 
@@ -81,10 +85,15 @@ async def test_the_page_needs_nothing_from_elsewhere() -> None:
     """Nor could it: the browser is told so. Behind a proxy, no path begins at the root."""
     kinds = {"css": "text/css", "js": "text/javascript", "html": "text/html"}
     async with serving() as world:
-        text = (await world.ask("GET", "/")).body.decode()
-        named = {f"/{name}" for name in re.findall(r'(?:src|href)="(page/[^"]+)"', text)}
-        script = (await world.ask("GET", "/page/page.js")).body.decode()
-        named |= {f"/page/{name}" for name in re.findall(r'from "\./(.+?)"', script)}
+        pages = [(await world.ask("GET", path)).body.decode() for path in ("/", "/docs")]
+        named = {f"/{name}" for name in re.findall(r'(?:src|href)="(page/[^"]+)"', "".join(pages))}
+        for path in (scripts := ["/page/page.js"]):
+            script = (await world.ask("GET", path)).body.decode()
+            imports = {
+                f"/page/{name}" for name in re.findall(r'(?:from|import) "\./(.+?)"', script)
+            }
+            scripts += imports - {*scripts}
+        named |= {*scripts}
         assert named == app.FILES.keys() - {"/"}
         for path in ("/", *named):
             answer = await world.ask("GET", path)
@@ -123,7 +132,7 @@ async def test_a_wrong_token_is_refused() -> None:
 async def test_names_and_tiers_are_told_as_they_change(tmp_path: Path) -> None:
     one, late = tiny.write(tmp_path / "one", 1), tiny.write(tmp_path / "late", 2)
     async with serving(adapters={"one": one}) as world, watching(world) as told:
-        assert (told.first["base"], told.first["cold"]) == ("base", None)
+        assert (told.first["base"], told.first["cold"]) == ("base", [])
         assert told.rows["one"]["tier"] == "source"
         async with await world.service.loader.load(one):
             await told.until(lambda: told.rows["one"]["tier"] == "device")
@@ -134,7 +143,10 @@ async def test_names_and_tiers_are_told_as_they_change(tmp_path: Path) -> None:
         await told.until(lambda: told.rows["one"]["tier"] == "disk")
         await world.admin("/v1/load_lora_adapter", {"lora_name": "late", "lora_path": str(late)})
         news: Any = await told.next()
-        assert news.keys() == {"rows"}
+        while "rows" not in news:
+            assert news.keys() == {"numbers"}
+            news = await told.next()
+        assert news.keys() <= {"rows", "numbers"}
         assert news["rows"].keys() == {"late"}, "what has not changed is not told again"
         await told.until(lambda: told.rows["late"]["tier"] == "device")
         await world.admin("/v1/unload_lora_adapter", {"lora_name": "late"})
@@ -155,6 +167,56 @@ async def test_layers_are_counted_as_they_come(tmp_path: Path) -> None:
         assert told.rows["slow"]["layers"] == [4, 4]
 
 
+async def test_numbers_of_the_server_are_anybodys(tmp_path: Path) -> None:
+    """As those of /metrics, which need no key either."""
+    engine, folder = FakeEngine(), tiny.write(tmp_path / "one")
+    async with serving(engine, adapters={"one": folder}) as world, watching(world) as told:
+        host = {"host": [0, 256 << 20]}
+        assert told.numbers == {
+            "slots": [0, 4], "memory": {"device": [0, 1 << 20]} | host, "hits": [0, 0],
+            "running": 0, "waiting": 0, "tokens_per_second": 0,
+        }  # fmt: skip
+        for _ in range(4):
+            (await world.service.loader.load(folder)).release()
+        await told.until(lambda: told.numbers["hits"] == [3, 4])
+        assert told.numbers["slots"] == [1, 4]
+        assert told.numbers["memory"] == {"device": [ONE, 1 << 20]} | host
+        tasks = [asyncio.create_task(asked(world, "one")) for _ in range(2)]
+        await engine.asked(2)
+        engine.submitted[0].say("a")
+        await told.until(lambda: (told.numbers["running"], told.numbers["waiting"]) == (1, 1))
+        for tokens in engine.submitted:
+            tokens.end()
+        await asyncio.gather(*tasks)
+        await told.until(lambda: (told.numbers["running"], told.numbers["waiting"]) == (0, 0))
+
+
+def test_tokens_per_second_are_those_of_the_last_seconds(monkeypatch: Patch) -> None:
+    clock, metrics = [100.0], Mock(token_count=7, running=Counter(), waiting=Counter())
+    loader = Mock(**{"statistics.return_value.hits": Counter(device=0)})
+    loader.placement.return_value.usage = MagicMock()
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    shared = monitoring.Dashboard(loader, ModelNames("base", {}), Mock(), metrics)
+
+    def rate_after(seconds: int, tokens: int) -> object:
+        for _ in range(4 * seconds):
+            clock[0] += 0.25
+            metrics.token_count += tokens / 4
+            rate = shared.numbers()["tokens_per_second"]
+        return rate
+
+    assert shared.numbers()["tokens_per_second"] == 0
+    assert [rate_after(2, 12), rate_after(20, 6), rate_after(5, 0), rate_after(10, 0)] == [
+        12,
+        6,
+        3,
+        0,
+    ]
+    clock[0] += 3600  # without a page
+    metrics.token_count += 10_000
+    assert shared.numbers()["tokens_per_second"] == 0
+
+
 async def test_ids_and_paths_are_the_operators_to_see(tmp_path: Path) -> None:
     source, broken = stocked(tmp_path, "org/secret", "org/named"), tiny.write(tmp_path / "hidden")
     (broken / "adapter_model.safetensors").write_bytes(b"\x08" + bytes(7) + b'{"a":1}  ')
@@ -166,6 +228,9 @@ async def test_ids_and_paths_are_the_operators_to_see(tmp_path: Path) -> None:
             assert anybody.rows.keys() == {"mine"}
             found = {row["name"]: row["named"] for row in operator.rows.values()}
             assert found == {"mine": True, "memory:org/secret": False}
+            await world.admin("/v1/pin_lora_adapter", {"lora_name": "mine"})
+            await operator.until(lambda: operator.rows["mine"]["pinned"])
+            assert not anybody.rows["mine"]["pinned"]
     async with serving(adapters={"broken": broken}) as world, watching(world) as told:
         await fails(world.service.loader.load(broken), AdapterFormatError)
         await told.until(lambda: told.rows["broken"]["error"])
@@ -199,15 +264,16 @@ def test_all_pages_share_a_look_which_takes_a_share_of_the_time(monkeypatch: Pat
     loader.placement.return_value = loader
     loader.find.side_effect, loader.story.return_value = look, ()
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    cold = Mock(**{"last.return_value": None})
-    shared = monitoring.Dashboard(loader, ModelNames("base", {"one": "org/one"}), cold)
+    cold = Mock(**{"visible.return_value": []})
+    names = ModelNames("base", {"one": "org/one"})
+    shared = monitoring.Dashboard(loader, names, cold, Mock())
     counts = list[int]()
     for _ in range(8):
         assert shared.rows(operator=False) is shared.rows(operator=False)
-        assert shared.cold(operator=False) is shared.cold(operator=False) is None
+        assert shared.cold(operator=False) is shared.cold(operator=False)
         counts.append(loader.find.call_count)
         clock[0] += 0.25
-    assert (counts, cold.last.call_count) == ([1, 1, 1, 1, 2, 2, 2, 2], 8)
+    assert (counts, cold.visible.call_count) == ([1, 1, 1, 1, 2, 2, 2, 2], 8)
 
 
 async def test_a_stop_ends_the_stream_at_once() -> None:
@@ -260,13 +326,18 @@ async def asked(world: World, model: str) -> str:
     return answer.choices[0].text
 
 
-async def cold_of(world: World, headers: dict[str, str] | None = None) -> Any:
+async def cold_ones(world: World, headers: dict[str, str] | None = None) -> list[Any]:
+    """The last one first."""
     async with watching(world, headers) as told:
         return told.cold
 
 
-async def names_in(world: World, headers: dict[str, str] | None = None) -> set[str]:
-    answer = await world.ask("GET", TRACE, **(headers or {}))
+async def cold_of(world: World, headers: dict[str, str] | None = None) -> Any:
+    return next(iter(await cold_ones(world, headers)), None)
+
+
+async def names_in(world: World, headers: dict[str, str] | None = None, of: str = "") -> set[str]:
+    answer = await world.ask("GET", TRACE + of, **(headers or {}))
     assert answer.status == 200
     require_trace(answer.json)
     return set(re.findall(r'"((?:[^"\\]|\\.)*)"', json.dumps(answer.json["traceEvents"])))
@@ -278,10 +349,10 @@ async def test_the_first_request_is_cold_and_the_second_is_not(tmp_path: Path) -
         answer = await world.ask("GET", TRACE)
         assert (answer.status, answer.error["code"]) == (404, "no_cold_request")
         async with watching(world) as told:
-            assert told.cold is None
+            assert told.cold == []
             assert await asked(world, "pirate") == "loaded"
             await told.until(lambda: told.cold)
-            cold: Any = told.cold
+            (cold,) = told.cold
             assert (cold["name"], cold["outcome"]) == ("pirate", "first token")
             assert 0 < cold["seconds"] < 20
             assert await asked(world, "pirate") == "loaded"
@@ -298,7 +369,7 @@ async def test_the_first_request_is_cold_and_the_second_is_not(tmp_path: Path) -
         await there.unload(folder)
         await asked(world, "pirate")
         async with watching(world) as told:
-            await told.until(lambda: told.cold["number"] == 2)
+            await told.until(lambda: [each["number"] for each in told.cold] == [2, 1])
 
 
 @pytest.mark.parametrize(
@@ -334,6 +405,68 @@ async def test_a_cold_request_without_a_token_is_shown_with_its_outcome(
         await until(lambda: there.tracer.on is None)
         cold = await cold_of(world)
         assert (cold and cold["outcome"]) == outcome
+
+
+async def test_a_mistyped_name_is_no_cold_request(tmp_path: Path) -> None:
+    """So that it takes the place of none, for nobody."""
+    folder, there = tiny.write(tmp_path / "pirate"), tiny_loader()
+    async with serving(FakeEngine(loading(there)), there, adapters={"pirate": folder}) as world:
+        await asked(world, "pirate")
+        for model in ("priate", "./priate", "a/b/c"):
+            answer = await world.ask("POST", COMPLETIONS, {"model": model, "prompt": "x"})
+            assert answer.status == 404
+        for headers in (None, OPERATOR):
+            assert [each["name"] for each in await cold_ones(world, headers)] == ["pirate"]
+        assert "request pirate" in await names_in(world, OPERATOR)
+
+
+async def test_each_viewer_may_choose_of_the_last_ones(tmp_path: Path, monkeypatch: Patch) -> None:
+    """What strangers ask for pushes none out that all may see."""
+    monkeypatch.setattr(monitoring, "MAX_COLD", 3)
+    named = {f"a{n}": f"org/a{n}" for n in range(4)}
+    ids = [id for n in range(4) for id in (f"a{n}", f"org/s{n}")][:-1]
+    there = over(stocked(tmp_path, *named.values(), *ids[1::2]), max_slots=8)
+    async with serving(FakeEngine(loading(there)), there, adapters=named) as world:
+        for id in ids:
+            await asked(world, id)
+        anybodys, operators = await cold_ones(world), await cold_ones(world, OPERATOR)
+        assert [(each["number"], each["name"]) for each in anybodys] == [
+            *((7, "a3"), (5, "a2"), (3, "a1"))
+        ]
+        assert [(each["number"], each["name"]) for each in operators] == [
+            *((7, "a3"), (6, "s2"), (5, "a2"))
+        ]
+        for headers, seen in ((None, anybodys), (OPERATOR, operators)):
+            for number in range(1, 9):
+                answer = await world.ask("GET", f"{TRACE}?number={number}", **(headers or {}))
+                name = next((each["name"] for each in seen if each["number"] == number), None)
+                assert answer.status == (404 if name is None else 200), number
+                if name is not None:
+                    assert f'"request {name}"'.encode() in answer.body
+            assert "request a3" in await names_in(world, headers)
+        for odd in ("", "x", "-1", "1.0", "\u0661", "9" * 5000):
+            answer = await world.ask("GET", f"{TRACE}?number={quote(odd)}")
+            assert (answer.status, answer.error["param"]) == (400, "number")
+        await world.admin("/v1/unload_lora_adapter", {"lora_name": "a2"})
+        async with watching(world) as told:
+            await told.until(lambda: [each["number"] for each in told.cold] == [7, 3])
+        assert (await world.ask("GET", f"{TRACE}?number=5")).status == 404
+        assert "request a2" in await names_in(world, OPERATOR, of="?number=5")
+
+
+async def test_long_traces_push_out_earlier_ones(tmp_path: Path, monkeypatch: Patch) -> None:
+    folders = {f"a{n}": tiny.write(tmp_path / f"a{n}", n) for n in range(6)}
+    there = tiny_loader(max_slots=8)
+    async with serving(FakeEngine(loading(there)), there, adapters=folders) as world:
+        await asked(world, "a0")
+        (first,) = world.service.cold.visible(operator=True)
+        monkeypatch.setattr(monitoring, "MAX_COLD_SPANS", 3 * first.spans)
+        for name in folders:
+            await asked(world, name)
+        kept = world.service.cold.visible(operator=True)
+        assert kept[0].number == 6
+        assert 1 < len(kept) < 6
+        assert sum(each.spans for each in kept) <= 3 * first.spans
 
 
 async def test_few_cold_requests_are_recorded_at_a_time(tmp_path: Path) -> None:
@@ -373,6 +506,9 @@ async def test_a_trace_is_made_once_in_a_thread(tmp_path: Path, monkeypatch: Pat
         assert (len({answer.body for answer in answers}), len(made)) == (1, 1)
         await asked(world, "two")
         assert b"request two" in (await world.ask("GET", TRACE)).body
+        for number in (1, 2, 1, 2):
+            assert (await world.ask("GET", f"{TRACE}?number={number}")).status == 200
+    assert len(made) == 2
     assert made[1][1] - made[0][1] >= 0.4, "it rests three times as long as it took"
     assert threading.main_thread() not in dict(made)
 
@@ -404,7 +540,10 @@ async def test_adapters_without_names_are_the_operators_to_see(tmp_path: Path) -
         await asked(world, "org/secret")
         assert (await cold_of(world))["name"] == "two"
         assert (await cold_of(world, OPERATOR))["name"] == "secret"
-        await world.admin("/v1/unload_lora_adapter", {"lora_name": "two"})
+        for name, last in (("two", ["pirate"]), ("pirate", [])):
+            await world.admin("/v1/unload_lora_adapter", {"lora_name": name})
+            async with watching(world) as told:
+                await told.until(lambda: [each["name"] for each in told.cold] == last)
         assert (await world.ask("GET", TRACE)).status == 404
 
 

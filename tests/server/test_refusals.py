@@ -485,7 +485,8 @@ async def test_a_prompt_is_read_off_the_loop(monkeypatch: pytest.MonkeyPatch) ->
     assert [read.thread == threading.get_ident() for read in reads] == [False]
 
 
-POSTS = (COMPLETIONS, "/v1/chat/completions", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+ADMIN = tuple(f"/v1/{call}_lora_adapter" for call in ("load", "unload", "pin", "unpin"))
+POSTS = (COMPLETIONS, "/v1/chat/completions", *ADMIN)
 JSON_TYPES = (
     *("application/json", "Application/JSON", " application/json "),
     *("application/json; charset=utf-8", "application/json;charset=UTF-8"),
@@ -522,7 +523,7 @@ async def test_no_other_origin_is_let_in() -> None:
     preflight = asks | {f"Access_Control_Request_{name}": value for name, value in more.items()}
     async with serving(FakeEngine(echo)) as world:
         answers = [await world.ask("OPTIONS", path, b"", **preflight) for path in POSTS]
-        assert [answer.status for answer in answers] == [405] * 4
+        assert [answer.status for answer in answers] == [405] * len(POSTS)
         answers.append(await world.ask("POST", COMPLETIONS, PLAIN, **asks))
         answers += [await world.ask("GET", path, b"", **asks) for path in ("/v1/models", "/")]
     for answer in answers:

@@ -350,7 +350,9 @@ class View {
       pen.globalAlpha = 0.2;
       pen.fillStyle = this.ink;
       pen.fillRect(x, 16, 1, this.height - 20);
-      this.write(pen, `${Number(mark.toPrecision(9))} ms`, x, 12, 0.7);
+      const label = `${Number(mark.toPrecision(9))} ms`;
+      const most = this.canvas.clientWidth - pen.measureText(label).width / 2;
+      this.write(pen, label, Math.min(x, most), 12, 0.7);
     }
     pen.textAlign = "left";
   }
