@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal, Self, get_args
 
-from lorax_async.errors import ConfigError, UsageError, shorten
+from lorax_async.errors import ConfigError, UsageError, shorten, shorten_repr
 from lorax_async.ids import Allow, as_allow
 from lorax_async.peers import Peers
 from lorax_async.types import (
@@ -156,7 +156,9 @@ def as_local_roots(roots: object) -> tuple[LocalRoot, ...]:
     if not isinstance(roots, tuple | list) or not all(
         isinstance(root, str | os.PathLike | LocalRoot) for root in roots
     ):
-        raise ConfigError("local_roots must be a tuple of folders")
+        raise ConfigError(
+            f"local_roots must be a tuple of folders, as ('adapters',), not {shorten_repr(roots)}"
+        )
     return tuple(root if isinstance(root, LocalRoot) else LocalRoot(root) for root in roots)
 
 

@@ -280,6 +280,8 @@ def names_pull_request(revision: str | None) -> bool:
 
 
 _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?")
+_HUB_PAGE = re.compile(r"(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/(?:tree/.*)?")
+"""What a browser shows of a repository; its files are elsewhere."""
 _OTHER_KINDS = frozenset({"datasets", "spaces", "kernels", "models", "api"})
 _WORD = r"[A-Za-z0-9_][A-Za-z0-9._+-]*"
 _REVISION = re.compile(rf"{_WORD}(?:/{_WORD})*")
@@ -518,9 +520,13 @@ def _parse_place(source: str, text: str) -> Place:
         return LocalFolder(require_id_text(_parse_local(text), str.encode), trusted=False)
     if source in DEFAULT_PORTS:
         try:
-            return WebFolder.of(parse_folder_url(f"{source}://{text}"))
+            folder = WebFolder.of(parse_folder_url(f"{source}://{text}"))
         except InvalidUrlError as error:
             raise InvalidAdapterIdError(str(error)) from None
+        page = _HUB_PAGE.fullmatch(f"{folder.host}/{folder.path}")
+        if page is not None:
+            raise InvalidAdapterIdError(f"this is a page of the hub; the id is {page[1]!r}")
+        return folder
     if source in STORES:
         bucket, _, key = text.partition("/")
         return StoreFolder(source, _parse_bucket(source, bucket), None, _parse_prefix(key))

@@ -232,8 +232,9 @@ def _build_model(folder: Path) -> tuple[nn.Module, object]:
         if not isinstance(model, nn.Module):
             raise TypeError(f"{type(model).__name__} is not a model")
     except Exception as error:  # an untrusted config can make transformers raise anything
+        reason = shorten(" ".join(str(error).split()), 300)
         raise ConfigError(
-            f"transformers cannot build the model of {str(folder)!r} ({error}); build it yourself"
+            f"transformers cannot build the model of {str(folder)!r} ({reason}); build it yourself"
             " and use layouts.from_module"
         ) from error
     return model, dtype
@@ -326,8 +327,8 @@ def from_adapter(dir: str | PathLike[str], *, limits: Limits | None = None) -> M
     if not isinstance(dir, str | PathLike) or dir == "":
         raise ConfigError(f"an adapter's folder is a path, not {shorten_repr(dir)}")
     folder, limits = Path(dir), limits or Limits()
-    spec = parse_config(_read(folder / CONFIG_FILE, limits.max_config_bytes), limits)
     try:
+        spec = parse_config(_read(folder / CONFIG_FILE, limits.max_config_bytes), limits)
         header, _ = read_header(folder, limits)
     except LoraxError as error:
         raise error.located(id=str(folder)) from error

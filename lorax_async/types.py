@@ -548,4 +548,4 @@ def require_bool(name: str, value: object) -> None:
 
 def require_one_of(name: str, value: object, words: Sequence[str]) -> None:
     if value not in words:
-        raise ConfigError(f"{name} must be one of {', '.join(words)}")
+        raise ConfigError(f"{name} must be one of {', '.join(words)}, not {shorten_repr(value)}")

@@ -210,6 +210,7 @@ PLAN = ["plan", "--base", ".", "--adapters", "1x1", "--device-bytes", "1"]
         ([*PLAN, "--requests", "0"], "--requests"),
         ([*PLAN, "--max-slots", "65537"], "--max-slots"),
         ([*PLAN, "--zipf", "x"], "--zipf"),
+        (["load", "", "--base", "y"], "'' is not a folder or an id"),
         (["fetch"], "required: ID"),
         (["fetch", "./adapter"], "is already a local folder"),
         (["fetch", "name"], "'name': it is neither org/name"),
@@ -233,8 +234,9 @@ def test_sizes_are_read_and_a_folder_that_is_no_base_or_no_adapter_is_told(
     capsys: Capture, tmp_path: Path
 ) -> None:
     assert [as_size(text) for text in ("1", "64KiB", "1GiB")] == [1, 1 << 16, 1 << 30]
-    assert main(["load", "x", "--base", str(tmp_path)]) == 1
-    assert capsys.readouterr().err.startswith("ConfigError: ")
+    for given, said in ((str(tmp_path), "has no config.json"), ("", "not ''")):
+        assert main(["load", "x", "--base", given]) == 1
+        assert re.match(f"ConfigError: .*{said}", capsys.readouterr().err)
     assert main(["inspect", str(tmp_path)]) == 2
     assert "has no" in capsys.readouterr().out
 

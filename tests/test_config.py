@@ -52,7 +52,7 @@ SETTINGS: dict[str, tuple[list[Any], list[Any], str]] = {
         ([0, 1], [-1, True, 1.0, None, "1"], "must be an integer of at least 0"),
     ),
     "eviction": (["lru", "lfu", "gdsf"], [*NOT_WORDS, "LRU"], "must be one of lru, lfu, gdsf"),
-    "hub_cache": (["read", "off"], NOT_WORDS, "must be one of read, off$"),
+    "hub_cache": (["read", "off"], NOT_WORDS, "must be one of read, off, not"),
     "verify": (["none", "stream", "before_use", "always"], NOT_WORDS, "must be one of none, str"),
     "check_finite": (BOOLS := ([True, False], ["no", 0, 1, None, NAN], "must be True or")),
     "offline": BOOLS,

@@ -3,7 +3,10 @@
 import copy
 import inspect
 import pickle
+import re
 import traceback
+from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -11,9 +14,23 @@ from typing import Any
 import pytest
 
 import lorax_async
-from lorax_async import errors
+import tiny
+from lorax_async import (
+    AdapterLoader,
+    AdapterScheduler,
+    AdapterStore,
+    Allow,
+    Limits,
+    LoaderConfig,
+    errors,
+    layouts,
+    parse_adapter_id,
+)
+from lorax_async.engines.transformers import attach
 from lorax_async.errors import FetchError, IntegrityError, LoraxError, shorten
+from lorax_async.formats.peft_config import parse_config
 from lorax_async.types import AdapterKey, AdapterRef, as_ref
+from tiny_loaders import loader
 
 RETRYABLE = {
     *("AdapterTimeoutError", "FetchError", "FetchTimeoutError", "EvictedError", "IntegrityError"),
@@ -127,6 +144,57 @@ def test_a_token_is_in_no_text() -> None:
     with pytest.raises(errors.UsageError) as caught:
         as_ref(ref, token=SECRET)
     assert SECRET not in repr(caught.value) + str(caught.value)
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+def untyped(value: Any) -> Any:
+    """For arguments of wrong types."""
+    return value
+
+
+@pytest.mark.usefixtures("nothing_left")
+async def test_a_wrong_argument_is_named(tmp_path: Path) -> None:
+    """As people make them: a mix-up of two calls, of two arguments, an unset variable."""
+    layout: Any = tiny.layout()
+    (tmp_path / "config.json").write_text('{"model_type": "a\\nb"}')
+    async with loader() as there, AdapterScheduler(there) as scheduler:
+        calls: tuple[tuple[Callable[[], object], str], ...] = (
+            (lambda: AdapterLoader(layout, device=untyped("cuda")), r"use LoaderConfig\(device="),
+            (lambda: AdapterLoader(layout, source=untyped("hub")), "name sources in ids"),
+            (lambda: AdapterStore(untyped({"cache_bytes": 5})), r"config must be StoreConfig\(…\)"),
+            (
+                lambda: LoaderConfig(local_roots=untyped("loras")),
+                r"as \('adapters',\), not 'loras'",
+            ),
+            (lambda: LoaderConfig(eviction=untyped("LRU")), "one of lru, lfu, gdsf, not 'LRU'"),
+            (lambda: layouts.from_module(untyped("smollm2")), "not 'smollm2'; .*from_pretrained"),
+            (lambda: layouts.from_module(untyped(None)), "the model is an nn.Module, not None"),
+            (lambda: layouts.from_pretrained(""), "a folder or a hub id, not ''"),
+            (lambda: layouts.from_pretrained(tmp_path), r"cannot build the model of [^\ufffd]*$"),
+            (lambda: layouts.from_adapter(""), "an adapter's folder is a path, not ''"),
+            (lambda: layouts.from_adapter(tmp_path / "x"), "adapter '/.*/x'.* no file '/.*/x/ad"),
+            (lambda: attach(untyped(there), untyped(None)), "not AdapterLoader and NoneType"),
+            (lambda: AdapterScheduler(untyped(None)), "takes an AdapterLoader, not None"),
+            (lambda: scheduler.submit(untyped("a")), "submit takes a Request, not 'a'"),
+            (lambda: there.prefetch(untyped(5)), "an adapter id, or several, not 5"),
+            (lambda: there.subscribe(untyped(None)), "a function of one event, not None"),
+            (lambda: parse_config(LFS, Limits()), "it is a Git LFS pointer.*`git lfs pull`"),
+            *(
+                (
+                    partial(parse_adapter_id, f"https://{page}"),
+                    "page of the hub; the id is 'org/name'",
+                )
+                for page in ("huggingface.co/org/name", "hf.co/org/name/tree/main/")
+            ),
+        )
+        for number, (call, said) in enumerate(calls):
+            with pytest.raises(LoraxError) as caught:
+                call()
+            assert re.search(said, str(caught.value)), (number, str(caught.value))
+    files = "https://huggingface.co/org/name/resolve/main/"
+    assert parse_adapter_id(files, (Allow("https", "huggingface.co"),)).id == files
 
 
 def test_a_reference_or_a_key_says_everything_itself() -> None:

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import importlib.util
 import json
+import logging
 import os
 import textwrap
 import threading
@@ -226,6 +227,8 @@ def as_id(text: str) -> AdapterRef:
 
 def as_place(text: str) -> AdapterRef:
     """Parse a folder or an id, for argparse. A folder `org/name` takes precedence over the hub."""
+    if not text:  # Path("") is the current folder
+        raise argparse.ArgumentTypeError("'' is not a folder or an id")
     if "://" in text and not text.lower().startswith("file:"):
         return as_id(text)
     if not Path(text).is_dir():
@@ -270,9 +273,9 @@ def read_layout(base: str, terminal: Terminal, endpoint: str | None = None) -> M
 
     with terminal.steps() as report:
         report("reading the base's config")
-        local = base == "smollm2" or Path(base).is_dir()
-        folder = base_folder(base, report) if local else base
-        return layouts.from_pretrained(folder, endpoint=endpoint)
+        folder = base_folder(base, report) if base == "smollm2" else base
+        with without_hub_log():
+            return layouts.from_pretrained(folder, endpoint=endpoint)
 
 
 def base_folder(
@@ -292,15 +295,22 @@ def base_folder(
         return Path(base)
     report("downloading the base model")
     name, _, revision = base.partition("@")
-    return Path(
-        download_base(
-            *(name, BASE_FILES),
-            revision=revision or None,
-            token=None,
-            endpoint=endpoint,
-            offline=offline,
-        )
-    )
+    options: dict[str, Any] = {"revision": revision or None, "token": None, "endpoint": endpoint}
+    with without_hub_log():
+        return Path(download_base(name, BASE_FILES, **options, offline=offline))
+
+
+@contextmanager
+def without_hub_log() -> Iterator[None]:
+    """Keep huggingface_hub's warnings of each retry off stderr: the error says the last one."""
+    importlib.import_module("huggingface_hub.utils.logging")  # it sets the level
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def adapter_folders(folder: Path) -> list[Path]:

@@ -288,6 +288,8 @@ def _download_metadata(ref: AdapterRef, settings: Mapping[str, Any]) -> AdapterM
         parts = StoreParts(config, None, lambda: None)
         try:
             return await parts.remote.metadata(await parts.remote.resolve(ref))
+        except LoraxError as error:
+            raise error.located(id=ref.text) from error.__cause__
         finally:
             await parts.close(0)
 

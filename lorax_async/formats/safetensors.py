@@ -15,11 +15,16 @@ from typing import Final, NamedTuple, TypeAlias
 from lorax_async.config import Limits
 from lorax_async.errors import AdapterFormatError
 from lorax_async.formats.spans import ByteSpan
-from lorax_async.formats.strict_json import JsonValue, parse_object, quoted
+from lorax_async.formats.strict_json import (
+    LFS_REMEDY,
+    JsonValue,
+    is_lfs_pointer,
+    parse_object,
+    quoted,
+)
 
 LENGTH_BYTES = 8
 _WHAT = "safetensors header"
-_LFS_POINTER = b"version https://git-lfs.github.com/"
 _RESAVE = "re-save the file with safetensors"
 _METADATA = "__metadata__"
 _MEMBERS = {"dtype", "shape", "data_offsets"}
@@ -107,19 +112,24 @@ def header_size(
             f"{_WHAT}: the file has {min(file_size, len(first_eight))} bytes and cannot be a"
             " safetensors file; fetch it again"
         )
-    if bytes(first_eight[: len(_LFS_POINTER)]) == _LFS_POINTER[: len(first_eight)]:
+    if is_lfs_pointer(first_eight):
         raise AdapterFormatError(
-            f"{_WHAT}: the file is a Git LFS pointer, not the weights; run `git lfs pull` in its"
-            " repository, or download the adapter with `hf download`"
+            f"{_WHAT}: the file is a Git LFS pointer, not the weights; {LFS_REMEDY}"
         )
     size = int.from_bytes(first_eight[:LENGTH_BYTES], "little")
+    is_cut = LENGTH_BYTES + size > file_size
     if size > limits.max_header_bytes:
+        if is_cut:
+            raise AdapterFormatError(
+                f"{_WHAT}: this is no safetensors file, as its first bytes show; fetch it again, or"
+                f" {_RESAVE}"
+            )
         raise AdapterFormatError(
             f"{_WHAT}: a header of {size:,} bytes is over the limit of"
             f" {limits.max_header_bytes:,}, or this is no safetensors file; raise"
             f" Limits.max_header_bytes, or {_RESAVE}"
         )
-    if LENGTH_BYTES + size > file_size:
+    if is_cut:
         raise AdapterFormatError(
             f"{_WHAT}: the file has {file_size:,} bytes and ends inside its header of {size:,};"
             " fetch it again"

@@ -68,6 +68,18 @@ def quoted(name: str) -> str:
     return repr(shorten(name[:201], 200))
 
 
+_LFS_POINTER = b"version https://git-lfs.github.com/"
+LFS_REMEDY = "run `git lfs pull` in its repository, or download the adapter with `hf download`"
+
+
+def is_lfs_pointer(data: bytes | memoryview) -> bool:
+    """Return whether a file that begins with `data` is what Git LFS puts in a large file's place.
+
+    At least eight bytes.
+    """
+    return len(data) > 0 and bytes(data[: len(_LFS_POINTER)]) == _LFS_POINTER[: len(data)]
+
+
 def parse_object(
     data: bytes | memoryview, *, what: str, max_bytes: int, max_depth: int | None = MAX_DEPTH
 ) -> dict[str, JsonValue]:
@@ -78,6 +90,8 @@ def parse_object(
     """
     if len(data) > max_bytes:
         raise _malformed_error(what, f"{len(data):,} bytes, more than the limit of {max_bytes:,}")
+    if is_lfs_pointer(data):
+        raise AdapterFormatError(f"{what}: it is a Git LFS pointer, not the file; {LFS_REMEDY}")
     try:
         return _decode(data, max_depth)
     except UnicodeDecodeError as error:

@@ -519,6 +519,7 @@ def download_base(
     where = parse_endpoint(endpoint_in_use(endpoint))
     options: dict[str, Any] = {"revision": revision, "token": token, "endpoint": endpoint}
     options["local_files_only"] = offline
+    no_folder = f"there is no folder {id!r}, and on the hub: "
     try:
         folder: str = os.path.dirname(hf_hub_download(id, _BASE_CONFIG, **options))
         if tuple(files) != (_BASE_CONFIG,):
@@ -528,13 +529,13 @@ def download_base(
     except LocalEntryNotFoundError as error:
         if offline:
             problem = f"{_BASE_CONFIG} of {id!r} is not in the standard hub cache, and offline=True"
-            raise ConfigError(problem) from None
+            raise ConfigError(f"{no_folder}{problem}") from None
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else None
         problem = "no answer" if cause is None else _failure(cause, where).problem
-        raise ConfigError(f"{_BASE_CONFIG} of {id!r}: {problem}", retryable=True) from None
+        raise ConfigError(f"{no_folder}{problem}", retryable=True) from None
     except _request_errors() as error:
         query = FileQuery(id, _BASE_CONFIG, revision or _MAIN, token)
-        raise ConfigError(f"the base model: {problem_of(error, query, where).problem}") from None
+        raise ConfigError(f"{no_folder}{problem_of(error, query, where).problem}") from None
     return folder
 
 

@@ -14,6 +14,7 @@ from lorax_async.errors import (
     LoaderClosedError,
     LoraxError,
     UsageError,
+    shorten_repr,
 )
 from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
@@ -165,6 +166,9 @@ class AdapterScheduler:
         look_ahead: int = 8,
         clock: Clock | None = None,
     ) -> None:
+        argument: object = loader
+        if not isinstance(argument, AdapterLoader):
+            raise UsageError(f"a scheduler takes an AdapterLoader, not {shorten_repr(loader)}")
         slots, self._level = loader.config.max_slots, loader.config.starvation_age
         loads = min(slots, MAX_LOADS) if loads is None else loads
         require_count("loads", loads, least=1)
@@ -230,6 +234,9 @@ class AdapterScheduler:
         Raise `LoaderClosedError` if the scheduler or its loader is closed.
         """
         self._check_open()
+        argument: object = request
+        if not isinstance(argument, Request):
+            raise UsageError(f"submit takes a Request, not {shorten_repr(request)}")
         now = self._clock.time()
         seconds = self._patience if request.deadline is None else request.deadline
         self._submitted += 1

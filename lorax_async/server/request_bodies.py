@@ -320,9 +320,9 @@ def parse_body(kind: type[T], content: bytes) -> T:
     try:
         body = kind.model_validate(members)
     except ValidationError as error:
-        raise _validation_refusal(error) from None
+        raise _validation_refusal(error, kind) from None
     if isinstance(body, GenerationBody) and body.stream_options is not None and not body.stream:
-        raise Refusal(400, "stream_options requires stream=true", param="stream_options")
+        raise invalid_parameter("stream_options requires stream=true", "stream_options")
     return body
 
 
@@ -340,12 +340,13 @@ def _drop_neutral(members: dict[str, Any], neutral: Values, prefix: str) -> None
             raise invalid_parameter(message, prefix + name, "unsupported_parameter")
 
 
-def _validation_refusal(error: ValidationError) -> Refusal:
+def _validation_refusal(error: ValidationError, kind: type[BaseModel]) -> Refusal:
     """Return the response for the first fault, in OpenAI's words if it has any."""
+    expected = _EXPECTED if kind is CompletionBody else {**_EXPECTED, "prompt": "must be a text"}
     first = error.errors(include_url=False, include_input=False)[0]
     path = [shorten(str(part), 100) for part in first["loc"]]
     # In a union, pydantic appends the alternative that it tried.
-    union = next((n for n, part in enumerate(path) if part in _EXPECTED), None)
+    union = next((n for n, part in enumerate(path) if part in expected), None)
     name = ".".join(path)
     if first["type"] == "extra_forbidden":
         message = f"Unrecognized request argument supplied: {name}"
@@ -355,9 +356,9 @@ def _validation_refusal(error: ValidationError) -> Refusal:
         return invalid_parameter(message, name, "missing_required_parameter")
     if union is not None:
         name = ".".join(path[: union + 1])
-        return invalid_parameter(f"{name} {_EXPECTED[path[union]]}", name)
-    name = name or "the body"
-    return invalid_parameter(f"{name} is invalid: {first['msg'].lower()}", name)
+        return invalid_parameter(f"{name} {expected[path[union]]}", name)
+    fault = first["msg"].removeprefix("Value error, ").lower()
+    return invalid_parameter(f"{name or 'the body'} is invalid: {fault}", name or None)
 
 
 class PromptEncoder:

@@ -104,8 +104,8 @@ class Refusal(Exception):  # noqa: N818 - a response, not always an error of the
         return JSONResponse(self.as_json(), self.status, self._headers)
 
 
-def invalid_parameter(message: str, param: str, code: str = "invalid_value") -> Refusal:
-    """Return the response to a parameter that cannot be used."""
+def invalid_parameter(message: str, param: str | None, code: str = "invalid_value") -> Refusal:
+    """Return the response to a parameter that cannot be used; None is the whole body."""
     return Refusal(400, message, param=param, code=code)
 
 

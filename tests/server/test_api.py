@@ -270,13 +270,16 @@ async def test_texts_become_tokens_and_back_as_in_vllm() -> None:
             assert (found["count"], found["max_model_len"]) == (len(tokens_of(text)), MAX_LENGTH)
             back = await world.ask("POST", "/detokenize", {"tokens": found["tokens"]})
             assert back.json == {"prompt": text}
-        for path, wrong in (
-            ("/tokenize", {}),
-            ("/tokenize", {"prompt": "a", "messages": HI}),
-            ("/detokenize", {"tokens": [1 << 20]}),
-            ("/detokenize", {"tokens": "a"}),
+        either = "the body is invalid: it has either prompt or messages"
+        for path, wrong, said in (
+            ("/tokenize", {}, either),
+            ("/tokenize", {"prompt": "a", "messages": HI}, either),
+            ("/tokenize", {"prompt": 5}, "prompt must be a text"),
+            ("/detokenize", {"tokens": [1 << 20]}, "outside 0 … 256"),
+            ("/detokenize", {"tokens": "a"}, "tokens is invalid: "),
         ):
-            assert (await world.ask("POST", path, wrong)).status == 400
+            answer = await world.ask("POST", path, wrong)
+            assert (answer.status, said in answer.error["message"]) == (400, True), answer.error
         assert (await world.ask("GET", "/ping")).status == 200
         told = (await world.ask("GET", "/version")).json
         assert told == {"version": importlib.metadata.version("lorax-async")}
