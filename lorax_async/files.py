@@ -230,10 +230,7 @@ class FileReader:
     def read_ahead(self) -> None:
         """Start reading the whole file into the page cache; do not wait."""
         with self.descriptor as fd:
-            try:
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
-            except OSError as error:
-                raise to_adapter_error(error, self.name) from error
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         self.descriptor.close()

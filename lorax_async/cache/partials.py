@@ -112,7 +112,6 @@ class ChunkMap:
 
 
 def encoded_size(nbytes: int) -> int:
-    """Return the size of the map's file."""
     return _HEADER.size + -(-nbytes // (8 * CHUNK_BYTES))
 
 

@@ -78,7 +78,6 @@ class StagingRing:
         return len(self._free)
 
     def __repr__(self) -> str:
-        """Return the numbers of free buffers and of waiting calls of `take`."""
         free, waiting = f"{self.free} of {self.buffers} buffers free", len(self._waiting)
         return f"<StagingRing: {free}, {waiting} waiting>"
 

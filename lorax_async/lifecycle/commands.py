@@ -44,10 +44,6 @@ class ReleasePages(FileCommand):
     """Release the file's pages. Outcome: released."""
 
 
-class DropFile(Command):
-    """Close the file; it is not kept."""
-
-
 class ForgetAdapter(Command):
     """Forget everything about the adapter."""
 
@@ -100,10 +96,9 @@ class BreakSlot(SlotCommand):
 
 @dataclass(frozen=True)
 class NotifyReady(SlotCommand):
-    """Report that the groups below `watermark` are on the device; `last` if that is all of them."""
+    """Report that the groups below `watermark` are on the device."""
 
     watermark: int
-    last: bool
 
 
 class NotifyLeaving(SlotCommand):

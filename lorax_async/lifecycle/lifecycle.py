@@ -21,7 +21,7 @@ from lorax_async.lifecycle.adapter_state import (
     Waiter,
     WantedTier,
 )
-from lorax_async.lifecycle.commands import Command, CopyGroups, DropFile, ForgetAdapter, NotifyReady
+from lorax_async.lifecycle.commands import Command, CopyGroups, ForgetAdapter, NotifyReady
 from lorax_async.lifecycle.queues import CopyQueue, HostTierQueue, LifecycleTimes, SlotQueue
 from lorax_async.lifecycle.residency import HostBudget, ImageBudget, Residency
 from lorax_async.lifecycle.rules import LifecycleRules
@@ -96,7 +96,6 @@ class IdleAdapters:
             self.weight += 0 if sharing else needs.weight
 
     def discard(self, key: AdapterKey) -> None:
-        """Remove `key`, if it is present."""
         if key not in self._entries:
             return
         needs = self._entries.pop(key)
@@ -142,7 +141,6 @@ class Lifecycle:
     # -- interest ---------------------------------------------------------------------------------
 
     def want(self, key: AdapterKey, waiter: Waiter) -> list[Command]:
-        """Add a waiter."""
         self.note_time(max(self._slots.now, waiter.since))
         state = self._state(key)
         if waiter.tier is WantedTier.HOST and state.host is HostState.HELD and not state.is_held:
@@ -301,7 +299,6 @@ class Lifecycle:
         return self._settle(state)
 
     def released(self, key: AdapterKey, attempt: int) -> list[Command]:
-        """Record that the file's pages are no longer held."""
         state = self._current(key, attempt)
         if state is None:
             return []
@@ -348,7 +345,7 @@ class Lifecycle:
         while state.done >> state.watermark & 1:
             state.watermark += 1
         if state.watermark > before and state.grant is not None:
-            self._rules.command(NotifyReady(state.key, state.grant, state.watermark, last))
+            self._rules.command(NotifyReady(state.key, state.grant, state.watermark))
         if state.slot is SlotState.FILLING:
             # The outcome frees a copy and changes nothing else.
             self._copies.submit()
@@ -374,7 +371,6 @@ class Lifecycle:
         return self._settle(state)
 
     def wiped(self, key: AdapterKey) -> list[Command]:
-        """Record that a broken slot's extents are zero."""
         state = self.states[key]
         state.slot = next_slot_state(state.slot, SlotMove.WIPED)
         state.broken = state.wiping = False
@@ -453,10 +449,5 @@ class Lifecycle:
     def _forget(self, key: AdapterKey) -> None:
         self._idle.discard(key)
         state = self.states.pop(key)
-        if state.file is FileState.PRESENT:
-            state.host = HostState.NONE
-            state.file = next_file_state(state.file, FileMove.DROPPED)
-            self._rules.command(DropFile(key))
-            self._rules.free_quiesced_file(state)
         state.file = next_file_state(state.file, FileMove.DROPPED)
         self._rules.command(ForgetAdapter(key))

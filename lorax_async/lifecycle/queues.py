@@ -131,7 +131,6 @@ class HostTierQueue:
         self.queue: PriorityQueue[Urgency] = PriorityQueue()
 
     def update(self, state: AdapterState) -> None:
-        """Update the queue after a change of `state`."""
         waits = state.wants_host and not self._rules.closing
         named = waits and state.waiters.has_tier(WantedTier.HOST)
         urgency = state.waiters.urgency(self._level) if named else _DEMOTED_URGENCY
@@ -251,7 +250,6 @@ class SlotQueue:
         """A head without room, and when time by itself may make some. Reset if a holder changes."""
 
     def update(self, state: AdapterState) -> None:
-        """Update the queue after a change of `state`."""
         waits = state.slot is SlotState.NONE and state.wants_slot and not self._rules.closing
         urgency = state.waiters.urgency(self._times.starvation_age) if waits else None
         self.queue.update(state.key, urgency)
@@ -423,7 +421,6 @@ class CopyQueue:
         self._queue: PriorityQueue[tuple[bool, int, int]] = PriorityQueue()
 
     def update(self, state: AdapterState) -> None:
-        """Update the queue after a change of `state`."""
         if state.slot is not SlotState.FILLING or not state.fetched & ~state.submitted:
             self._foreground.pop(state.key, None)
             self._queue.update(state.key, None)
@@ -457,8 +454,7 @@ class CopyQueue:
             if not _is_foreground(state):  # no thread takes it before a load's that waits
                 tag = max(tag, self._last_tag)
             self._last_tag = max(tag, self._last_tag)
-            run = (groups, nbytes, tag, image, warm)
-            self._rules.command(CopyGroups(state.key, state.grant, *run))
+            self._rules.command(CopyGroups(key, state.grant, groups, nbytes, tag, image, warm))
             self.update(state)
 
     def _has_room(self, state: AdapterState) -> bool:

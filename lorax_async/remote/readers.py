@@ -179,7 +179,6 @@ class FetchReader(CountedReader):
         *,
         hash_along: bool,
     ) -> None:
-        """Start a job for each file."""
         plan = self._metadata.plan
         if plan is None:
             numbers = tuple(n for n, group in enumerate(groups) if group)

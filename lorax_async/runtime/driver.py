@@ -338,8 +338,6 @@ class Driver:
                     self._publish(Resident, key, slot=command.grant.slot)
             case commands.NotifyUnloaded():
                 self.waiter_table.unloaded(key)
-            case commands.DropFile():
-                self.files.forget(key)
             case commands.ForgetAdapter():
                 self.files.forget(key)
                 self.telemetry.forget(key)
@@ -390,7 +388,7 @@ class Driver:
         occupancy.advance(command.watermark)
         for event in ready:
             self.telemetry.publish(event)
-        if command.last:
+        if occupancy.complete:
             self.telemetry.count("loads")
             self._publish(Resident, command.key, slot=slot)
             life = self.lifecycle.states.get(command.key)
