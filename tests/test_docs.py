@@ -412,7 +412,7 @@ def test_the_commands_of_a_page_run(page: Path, shelled: Path) -> None:
 @pytest.mark.parametrize(
     "plan",
     [
-        pytest.param(block, marks=pytest.mark.soak if "--replicas" in block.code else pytest.mark.slow)
+        pytest.param(block, marks=pytest.mark.soak if "1000000" in block.code else pytest.mark.slow)
         for block in blocks(PLANS)
     ],
     ids=lambda block: block.line,
