@@ -400,6 +400,7 @@ def shelled(clone: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # of README: seven programs that import torch, and a benchmark
 @pytest.mark.parametrize(
     "page", [p for p in SHOWN if p not in {PLANS, TUTORIAL}], ids=lambda page: page.stem
 )

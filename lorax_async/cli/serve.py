@@ -575,7 +575,8 @@ def _source_text(source: Allow | Path) -> str:
         return str(source)
     if source.scheme == "hub":
         return f"hub:{source.prefix}" if source.prefix else "hub"
-    return f"{source.scheme}://{source.host}/{source.prefix}"
+    port = "" if source.port is None else f":{source.port}"
+    return f"{source.scheme}://{source.host}{port}/{source.prefix}"
 
 
 def serve_commands(adapters: Path) -> tuple[str, str]:
