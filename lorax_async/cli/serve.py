@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import gc
 import importlib
 import json
@@ -44,10 +45,20 @@ from lorax_async.cli.command_line import (
     run_on_uvloop,
 )
 from lorax_async.cli.serve_logging import add_logging, log_step, logging_to
-from lorax_async.config import Checking, Eviction, Limits, LoaderConfig, LocalRoot, MiB, Root
+from lorax_async.config import (
+    MAX_SLOTS,
+    Checking,
+    Eviction,
+    Limits,
+    LoaderConfig,
+    LocalRoot,
+    MiB,
+    Root,
+)
 from lorax_async.errors import AdapterError, ConfigError, install_command, shorten
+from lorax_async.formats.safetensors import header_size
 from lorax_async.ids import Allow
-from lorax_async.sources.local import CONFIG, find_trusted_adapter
+from lorax_async.sources.local import CONFIG, WEIGHTS, find_trusted_adapter
 from lorax_async.types import MAX_SECONDS, AdapterId, AdapterRef
 
 if TYPE_CHECKING:
@@ -179,11 +190,12 @@ def _add_capacity(parser: argparse.ArgumentParser) -> None:
     add_device(parser, "to compute in (default: float32 on cpu, bfloat16 on cuda)")
     share = "share of these that one adapter, or one client, may use while others wait: above 0,"
     length = "most tokens of a sequence,"
+    count = integer_parser(1)
     for option, kind, default, about in (
-        ("--max-slots", int, 8, "adapters on the device at a time"),
-        ("--max-sequences", int, 16, "most sequences at a time (default: %(default)s)"),
+        ("--max-slots", integer_parser(1, MAX_SLOTS), 8, "adapters on the device at a time"),
+        ("--max-sequences", count, 16, "most sequences at a time (default: %(default)s)"),
         ("--max-share", as_share, 0.5, f"{share} up to 1 (default: %(default)s)"),
-        ("--max-length", int, 2048, f"{length} new ones included (default: %(default)s)"),
+        ("--max-length", count, 2048, f"{length} new ones included (default: %(default)s)"),
     ):
         metavar = "X" if kind is as_share else "N"
         parser.add_argument(option, type=kind, default=default, metavar=metavar, help=about)
@@ -337,7 +349,7 @@ def _read_settings(
     with _listener(arguments) as listener:
         allowed_hosts = choose_hosts(listener, arguments.host, arguments.allowed_hosts)
     settings = ServerSettings(
-        base=arguments.served_model_name or name,
+        base=name if arguments.served_model_name is None else arguments.served_model_name,
         adapters=adapters,
         sources=request_sources(arguments),
         admin_token=os.environ.get(ADMIN_TOKEN) or None,
@@ -506,8 +518,12 @@ def _listener(arguments: argparse.Namespace) -> socket.socket:
     try:
         return listen(arguments.host, arguments.port)
     except OSError as error:
-        reason = error.strerror or error
-        raise ConfigError(f"{arguments.host}:{arguments.port}: {reason}") from error
+        reason = (error.strerror or str(error)).partition(" (while")[0]  # Python adds the address
+        remedy = "; choose another --port, or 0 for a free one"
+        raise ConfigError(
+            f"{arguments.host}:{arguments.port}: {reason}"
+            + (remedy if error.errno == errno.EADDRINUSE else "")
+        ) from error
 
 
 def tune_process() -> None:
@@ -603,6 +619,8 @@ def find_adapters(texts: Sequence[str]) -> dict[str, AdapterId]:
     """Return the adapters of `--adapters` by name. Raises `ConfigError`."""
     adapters: dict[str, AdapterId] = {}
     for text in texts:
+        if not text:  # of an unset variable; Path("") is the current folder
+            raise ConfigError("--adapters: '' is not a folder or an id")
         prefix, separator, place = text.partition("=")
         if not separator or "/" in prefix:
             prefix, place = "", text
@@ -630,13 +648,16 @@ def _find_in(name: str, place: str) -> list[tuple[str, AdapterId]]:
             last = ref.text.rstrip("/").rpartition("/")[2]
             return [(name or last.partition("@")[0], ref)]
         paths, names = [ref.id], [name or ref.id.resolve().name]
-    for path in paths:  # do not read their files
+    for path in paths:  # read the first bytes of their files only
         if not path.is_dir():
             raise ConfigError(
                 f"--adapters: there is no folder {path}; an adapter on the hub is org/name"
             )
         try:
             find_trusted_adapter(path.absolute(), Limits())
+            if (path / WEIGHTS).exists():
+                with (path / WEIGHTS).open("rb") as file:
+                    header_size(file.read(64), os.fstat(file.fileno()).st_size)
         except AdapterError as error:
             raise ConfigError(f"--adapters: {path}: {error.problem}") from error
     return [(name, path.resolve()) for name, path in zip(names, paths, strict=True)]

@@ -173,6 +173,8 @@ def test_options_that_are_none_are_refused(capsys: Capture) -> None:
         "--max-rank=0",
         "--host-bytes=-1",
         "--verify=x",
+        "--max-slots=65537",
+        *(f"--max-{name}=0" for name in ("slots", "sequences", "length", "share")),
     ):
         with pytest.raises(SystemExit):
             main(["serve", "--base", "smollm2", option])
@@ -281,10 +283,15 @@ def test_missing_files_and_places_are_told(
     (broken / "adapter_model.safetensors").unlink()
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
+    pointer = tiny.write(tmp_path / "pointer")
+    (pointer / "adapter_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
     for option, given, said in (
         ("--adapters", "{0}/missing", "there is no folder {0}/missing"),
         ("--adapters", "sql={0}/missing", "there is no folder {0}/missing"),
         ("--adapters", "sql={0}/empty", "{0}/empty: .*adapter_config.json"),
+        ("--adapters", str(pointer), "{0}/pointer: .* is a Git LFS pointer"),
+        *(("--adapters", text, "'' is not a folder or an id") for text in ("", "sql=")),
+        ("--served-model-name", "", "the name of the base model"),
         ("--adapters", str(broken), "{0}/all/broken: .*adapter_model.safetensors"),
         ("--adapters", "{0}/all", "{0}/all/broken: .*adapter_model.safetensors"),
         ("--adapters", str(whole / "adapter_config.json"), "there is no folder"),
@@ -306,7 +313,8 @@ def test_missing_files_and_places_are_told(
     assert "api_keys" in refused("--api-key", "")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        assert f"127.0.0.1:{port}: " in refused("--port", port)
+        said = f"127.0.0.1:{port}: Address already in use; choose another --port, or 0 for a free"
+        assert said in refused("--port", port)
 
 
 @pytest.fixture(scope="module")
@@ -493,22 +501,18 @@ def test_a_server_open_to_other_machines_is_warned_of(
 def test_a_template_that_is_none_is_told(
     whole: Path, tmp_path: Path, capsys: Capture, monkeypatch: Patch
 ) -> None:
+    def start(running: Any) -> None:
+        running.close()
+        raise ConfigError("it would run")
+
     monkeypatch.setattr(serve, "tune_process", lambda: None)
+    monkeypatch.setattr(serve, "run_on_uvloop", start)
     template = tmp_path / "template"
-    options = ["--port", "0", "--json", "--max-length", "0", "--chat-template", str(template)]
+    options = ["--port", "0", "--json", "--chat-template", str(template)]
     for text, said in (
-        ("{{ raise_exception('never') }}", "max_length"),  # it can be compiled
+        ("{{ raise_exception('never') }}", "it would run"),  # it can be compiled
         ("\n{% for m in %}", f"{template}, line 2: "),
     ):
         template.write_text(text)
         assert main(["serve", "--base", str(whole), *options]) == 1
         assert said in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_a_length_of_nothing_is_refused(whole: Path, capsys: Capture, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(serve, "tune_process", lambda: None)
-    options = ["--port", "0", "--json", "--max-length", "0"]
-    assert main(["serve", "--base", str(whole), *options]) == 1
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert "max_length" in told.err.splitlines()[-1]
