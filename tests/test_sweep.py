@@ -250,7 +250,7 @@ SOURCE_STEPS: dict[tuple[Step, int], tuple[str, ...]] = {
 LATER_STEPS = {
     "config": ("lorax_async.runtime.fetches.parse_config", VERBS),
     "header": ("lorax_async.runtime.fetches.parse_header", VERBS),
-    "plan": ("lorax_async.runtime.fetches.plan_transfer", VERBS),
+    "plan": ("lorax_async.runtime.fetches.TransferPlanner.plan", VERBS),
     "file opened": ("lorax_async.sources.local.read_prefix", VERBS),
     "file read": ("lorax_async.devices.transfer.read", DEVICE_VERBS),
     "staging taken": ("lorax_async.devices.staging.StagingRing.take", DEVICE_VERBS),
