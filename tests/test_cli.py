@@ -30,6 +30,9 @@ from lorax_async.cli.load import with_ticker
 from lorax_async.config import Eviction, LoaderConfig
 from lorax_async.lifecycle.policies import EVICTION_POLICIES
 
+GOES_ON = re.compile(r"^([a-z' ]+: \d+ s|so far: .*)\n", re.MULTILINE)
+"""What a pipe gets on a busy machine: a line after each 3 s of silence."""
+
 CONTROL = re.compile(r"[^\n\x20-\x7e–─→…]")
 Capture = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
@@ -70,7 +73,7 @@ def test_torch_is_imported_when_needed_and_ctrl_c_meanwhile_is_one_line(tmp_path
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, check=False, timeout=60
         )
-        return done.returncode, done.stderr
+        return done.returncode, GOES_ON.sub("", done.stderr)
 
     for words in (["--help"], ["--version"], ["cache", "ls"], ["timeline", "--help"]):
         assert run(*words) == (0, "")
@@ -258,7 +261,7 @@ def test_a_pipe_gets_plain_text_and_a_terminal_bars(tmp_path: Path) -> None:
     env = os.environ | {"FORCE_COLOR": "1", "TERM": "xterm-256color", "COLUMNS": "20"}
     done = subprocess.run(command, capture_output=True, check=True, env=env)
     text = done.stdout.decode()
-    assert re.fullmatch(rb"(starting: \d+ s\n|so far: .*\n)*", done.stderr)
+    assert GOES_ON.sub("", done.stderr.decode()) == ""
     assert CONTROL.search(text) is None
     assert re.search(r"^ json +resident +15–29 .* ms$", text, re.MULTILINE)
     process, fd = on_a_terminal(arguments)
