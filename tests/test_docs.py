@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ import lorax_async
 from engines.variants import PEFT_WARNING, save
 from lorax_async import AdapterLoader, AdapterScheduler, Batch, LoaderConfig, Request, layouts
 from lorax_async.cli import main
+from lorax_async.cli.serve import serve_commands
 from lorax_async.engines.transformers import attach
 from lorax_async.server.service import ServedModel
 from server.world import llama_config, tokenizer
@@ -378,8 +380,7 @@ def shell(folder: Path, port: int) -> Iterator[Run]:
 
 def play(block: Block, run: Run) -> list[str]:
     """Run the commands of a block; return what each printed."""
-    lines = block.code.replace("\\\n", " ").splitlines()
-    printed = [run(line.removeprefix("$ ")) for line in lines]
+    printed = [run(command) for command in commands(block)]
     found = [line.split() for line in printed[-1].splitlines()]
     promised = [line.split() for line in block.output.splitlines() if "…" not in line]
     assert all(words in found for words in promised if words), printed[-1]
@@ -399,7 +400,21 @@ def shelled(clone: Path) -> Path:
     return clone
 
 
+def commands(block: Block) -> list[str]:
+    return [line.removeprefix("$ ") for line in block.code.replace("\\\n", " ").splitlines()]
+
+
+def test_the_demo_ends_with_commands_of_the_server_s_page() -> None:
+    page = [block for block in blocks(DOCS / "server.md") if block.language == "console"]
+    shown = [shlex.split(command) for block in page for command in commands(block)]
+    serving, asking = map(shlex.split, serve_commands(Path("examples/adapters")))
+    assert Path(serving[0]).is_file()
+    assert ["lorax-async", *serving[1:]] in shown
+    assert [asking[0], "-s", *asking[1:]] in shown
+
+
 @pytest.mark.slow
+@pytest.mark.needs("curl")
 @pytest.mark.timeout(900)  # of README: seven programs that import torch, and a benchmark
 @pytest.mark.parametrize(
     "page", [p for p in SHOWN if p not in {PLANS, TUTORIAL}], ids=lambda page: page.stem
@@ -425,6 +440,7 @@ def test_a_plan_is_what_the_page_shows(plan: Block, shelled: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.needs("curl")
 def test_the_tutorial_leads_to_a_server_with_ten_adapters(shelled: Path, capsys: Capture) -> None:
     port = free_port()
     printed: list[str] = []

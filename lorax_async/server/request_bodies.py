@@ -35,9 +35,9 @@ IGNORED = frozenset({
 })  # fmt: skip
 """Parameters that describe the request and do not affect the answer."""
 
-Values = Mapping[str, tuple[object, ...]]
+AllowedValues = Mapping[str, tuple[object, ...]]
 
-NEUTRAL: Values = {
+NEUTRAL: AllowedValues = {
     "audio": (),
     "best_of": (1,),
     "echo": (False,),
@@ -64,7 +64,7 @@ NEUTRAL: Values = {
 }
 """Parameters that are not implemented, with the values, beside null, that change nothing."""
 
-NEUTRAL_IN_MESSAGES: Values = {
+NEUTRAL_IN_MESSAGES: AllowedValues = {
     "annotations": ([],),
     "audio": (),
     "function_call": (),
@@ -86,7 +86,7 @@ _EXPECTED = {
 
 
 def _with_dropped(
-    neutral: Values, ignored: frozenset[str] = frozenset()
+    neutral: AllowedValues, ignored: frozenset[str] = frozenset()
 ) -> Callable[[dict[str, Any]], None]:
     """Return a function that adds the parameters that `parse_body` drops to a JSON schema."""
 
@@ -326,7 +326,7 @@ def parse_body(kind: type[T], content: bytes) -> T:
     return body
 
 
-def _drop_neutral(members: dict[str, Any], neutral: Values, prefix: str) -> None:
+def _drop_neutral(members: dict[str, Any], neutral: AllowedValues, prefix: str) -> None:
     """Remove unimplemented parameters with neutral values. Raise `Refusal` for other values."""
     for name in neutral.keys() & members.keys():
         value = members.pop(name)

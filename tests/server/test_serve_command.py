@@ -5,7 +5,6 @@ import gc
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import socket
@@ -37,7 +36,6 @@ from lorax_async.cli.serve import (
     as_source,
     find_adapters,
     request_sources,
-    serve_commands,
     server_loader_settings,
 )
 from lorax_async.config import Limits, LoaderConfig, LocalRoot
@@ -109,20 +107,6 @@ def test_killed_it_comes_back_with_the_adapters_that_it_had(examples: Path, tmp_
         assert "".join(text).endswith("matey!"), "what is under way is finished"
         assert process.wait(30) == 0
     assert listed(warm) == {"pirate", "shout"}
-
-
-@pytest.mark.slow
-@pytest.mark.needs("curl")
-def test_the_two_lines_that_the_demo_ends_with(examples: Path) -> None:
-    serving, asking = serve_commands(examples)
-    program, *words = shlex.split(serving)
-    assert Path(program).is_file()
-    assert words == ["serve", "--base", "smollm2", "--adapters", str(examples)]
-    with served("--adapters", str(examples)) as (_, client):
-        line = asking.replace("127.0.0.1:8000", f"{client.base_url.host}:{client.base_url.port}")
-        done = subprocess.run(line, shell=True, capture_output=True, text=True, check=True)
-    said = json.loads(done.stdout)["choices"][0]["message"]["content"]
-    assert said.startswith("Arr")
 
 
 def test_adapters_have_names(tmp_path: Path) -> None:
