@@ -248,7 +248,7 @@ MAX_COLD = 20
 """Cold requests that are kept, and as many whose adapters have names."""
 
 MAX_COLD_SPANS = 65_536
-"""Spans of either: 33 MB at most, but of 20 usual requests a tenth of it."""
+"""Spans of either, of about 600 bytes each with their JSON: 40 MB at most. The oldest go."""
 
 REST_FACTOR = 3
 """After encoding a trace, pause this many times as long: it competes with computing tokens."""

@@ -230,6 +230,8 @@ async def test_ids_and_paths_are_the_operators_to_see(tmp_path: Path) -> None:
             assert found == {"mine": True, "memory:org/secret": False}
             await world.admin("/v1/pin_lora_adapter", {"lora_name": "mine"})
             await operator.until(lambda: operator.rows["mine"]["pinned"])
+            async with await world.service.loader.load("org/named"):
+                await anybody.until(lambda: anybody.rows["mine"]["leases"])
             assert not anybody.rows["mine"]["pinned"]
     async with serving(adapters={"broken": broken}) as world, watching(world) as told:
         await fails(world.service.loader.load(broken), AdapterFormatError)

@@ -239,8 +239,10 @@ def test_an_error_is_shown(chromium: Any, site: str) -> None:
         shows(page, "#error", "no id at all")
         page.get_by_label("Adapter: a name").fill("smollm2")
         page.keyboard.press("Enter")
-        shows(page, "#times", "first token after")
+        shows(page, "#times", "answering")
+        shows(page, "#answer", re.compile(r"\w"))
         assert said.inner_text() == ""
+        page.keyboard.press("Escape")
 
 
 def test_an_answer_is_stopped(chromium: Any, site: str) -> None:
@@ -264,6 +266,7 @@ def test_on_a_phone(chromium: Any, site: str, pytestconfig: pytest.Config) -> No
         row(page, "json").tap()
         page.get_by_role("button", name="Send").tap()
         shows(page, "#cold", "json")
+        shows(page, "#times", "first token after")
         places = "header, nav, section, input, textarea, select, meter, #adapters li, #timeline"
         for each in page.locator(places).all():
             box = each.bounding_box()

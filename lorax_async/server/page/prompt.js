@@ -27,7 +27,10 @@ async function send() {
     for await (const chunk of eventsOf(response)) {
       if (chunk.error) throw new Error(chunk.error.message);
       const content = chunk.choices[0]?.delta?.content;
-      if (content) first ??= performance.now();
+      if (content && first === null) {
+        first = performance.now();
+        at("times").textContent = "answering";
+      }
       if (content) at("answer").append(content);
       tokens = chunk.usage?.completion_tokens ?? tokens;
     }
