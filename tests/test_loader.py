@@ -198,11 +198,12 @@ async def test_a_missing_adapter_is_named_by_its_path(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     async with loader(local_roots=[tmp_path]) as there:
         for name, words in (
-            ("gone", f"there is no such folder as '{tmp_path}/gone' (ENOENT)"),
+            ("gone", f"there is no such folder as '{tmp_path}/gone'"),
             ("empty", f"the folder '{tmp_path}/empty' has no adapter_config.json and no"),
         ):
             error = await fails(there.load(Path(name)), errors.AdapterNotFoundError)
             assert words in str(error)
+            assert "ENOENT" not in str(error)
             error = await fails(there.load(f"./{name}"), errors.AdapterNotFoundError)
             assert str(tmp_path) not in str(error)
 

@@ -308,7 +308,8 @@ def _folder_problem(error: OSError, path: str) -> AdapterError:
         )
     if error.errno in _ABSENT:
         named = f" as {shorten(path, 500)!r}" if path else ""
-        return AdapterNotFoundError(f"there is no such folder{named} ({code_of(error)})")
+        code = "" if error.errno == errno.ENOENT else f" ({code_of(error)})"
+        return AdapterNotFoundError(f"there is no such folder{named}{code}")
     return FetchError(f"the adapter's folder cannot be opened ({code_of(error)})")
 
 
