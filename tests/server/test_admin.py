@@ -274,6 +274,9 @@ async def test_what_was_saved_again_is_pinned_by_a_load_in_place(tmp_path: Path)
         where = world.service.loader.placement().find(folder)
         assert where is not None
         assert where.pins == 1
+        tiny.write(folder, 3)
+        (await world.service.loader.load(folder)).release()
+        assert len(pinned(world)) == 1, "the version that was pinned"
         await unload(world, "a")
         assert pinned(world) == []
 
