@@ -41,7 +41,7 @@ def site(examples: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
     broken = tmp_path_factory.mktemp("broken") / "broken"
     broken.mkdir()
     (broken / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    (broken / "adapter_model.safetensors").write_bytes(b"no weights")
+    (broken / "adapter_model.safetensors").write_bytes(b"\x08" + bytes(7) + b'{"a":1}  ')
     with served("--adapters", str(examples), f"broken={broken}") as (_, client):
         yield str(client.base_url).removesuffix("/v1/")
 
