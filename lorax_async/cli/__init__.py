@@ -10,7 +10,7 @@ every other package; no package imports this one.
 - `cache_commands.py`: `fetch`: download into the disk cache; `cache ls`, `verify`, `rm`, `gc`
 - `demo.py`: `demo` and `demo-remote`, with the example adapters
 - `plan.py`: `plan`: capacity, and a simulation of the eviction policies
-- `serve.py`: `serve`: the OpenAI-compatible server; `serve_logging.py`: its log
+- `serve.py`: `serve`: the OpenAI-compatible server, and its log
 - `timeline.py`: `timeline`, and the option `--trace`
 """
 

@@ -12,13 +12,15 @@ import os
 import shlex
 import socket
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, TextIO, get_args
 
 from lorax_async import layouts
 from lorax_async.cli.command_line import (
@@ -42,9 +44,9 @@ from lorax_async.cli.command_line import (
     format_size,
     integer_parser,
     loader_settings,
+    repeated,
     run_on_uvloop,
 )
-from lorax_async.cli.serve_logging import add_logging, log_step, logging_to
 from lorax_async.config import (
     MAX_SLOTS,
     Checking,
@@ -88,7 +90,7 @@ def add_to(add: AddParser) -> None:
     _add_capacity(parser)
     _add_loading(parser)
     add_caches(parser)
-    add_logging(parser)
+    _add_logging(parser)
 
 
 def _add_models(parser: argparse.ArgumentParser) -> None:
@@ -297,20 +299,20 @@ def server_loader_settings(
 
 
 def _serve(arguments: argparse.Namespace, terminal: Terminal) -> int:
-    with logging_to(sys.stderr, arguments.log_level, arguments.log_format):
-        with log_step("importing the server"):
+    with _logging_to(sys.stderr, arguments.log_level, arguments.log_format):
+        with _log_step("importing the server"):
             _import_server()
-        with log_step("reading adapters and settings"):
+        with _log_step("reading adapters and settings"):
             settings, config, capacity = _read_settings(arguments)
         folder = Path(arguments.base)
         if arguments.base == "smollm2" or not folder.is_dir():
-            with log_step("preparing the base model"):
+            with _log_step("preparing the base model"):
                 folder = base_folder(
                     *(arguments.base, lambda _: None),
                     endpoint=config.hub_endpoint,
                     offline=config.offline,
                 )
-        with log_step("loading the base model"):
+        with _log_step("loading the base model"):
             model = _load_base(arguments, folder, config)
         if arguments.device_bytes is None:
             config = replace(config, device_bytes=choose_device_bytes(model.model, config))
@@ -553,7 +555,7 @@ async def _run(
     with _listener(arguments) as listener:
         size = format_size(config.device_bytes)
         async with AsyncExitStack() as stack:
-            with log_step(f"opening {config.max_slots} slots in {size} on {config.device}"):
+            with _log_step(f"opening {config.max_slots} slots in {size} on {config.device}"):
                 opened = open_service(model, config, settings, capacity, arguments.warm)
                 service = await stack.enter_async_context(opened)
             announce = partial(_announce, arguments, listener, settings, terminal)
@@ -661,3 +663,86 @@ def _find_in(name: str, place: str) -> list[tuple[str, AdapterId]]:
         except AdapterError as error:
             raise ConfigError(f"--adapters: {path}: {error.problem}") from error
     return [(name, path.resolve()) for name, path in zip(names, paths, strict=True)]
+
+
+# -- the log --------------------------------------------------------------------------------------
+
+LEVELS = ("debug", "info", "warning", "error")
+PULSE_SECONDS = 4.0
+"""A step of the start that takes longer is logged again, and again."""
+
+_logger = logging.getLogger("lorax_async.server")
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time, level, logger, event or message, and the record's values."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        values = {name: value for name, value in vars(record).items() if name not in _STANDARD}
+        line: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+        }
+        if "event" not in values:
+            line["message"] = record.getMessage()
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line | values, default=str, ensure_ascii=False)
+
+
+class TextFormatter(logging.Formatter):
+    """Local time, level and message."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s %(message)s")
+
+
+def _add_logging(parser: argparse.ArgumentParser) -> None:
+    """Add --log-level and --log-format."""
+    parser.add_argument(
+        "--log-level",
+        choices=LEVELS,
+        default="info",
+        help="least level of lines on stderr: debug has probes, too (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--log-format",
+        choices=("text", "json"),
+        default="text",
+        help="a line is text, or a JSON object (default: %(default)s)",
+    )
+
+
+@contextmanager
+def _logging_to(stream: TextIO, level: str, form: str) -> Iterator[None]:
+    """Write the process's log to `stream`: our lines from `level` on, warnings of all others."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
+    root, ours = logging.getLogger(), logging.getLogger("lorax_async")
+    before = ours.level
+    root.addHandler(handler)
+    ours.setLevel(level.upper())
+    try:
+        yield
+    finally:
+        ours.setLevel(before)
+        root.removeHandler(handler)
+
+
+@contextmanager
+def _log_step(step: str) -> Iterator[None]:
+    """Log a step of the start: that it begins, that it goes on, and how long it took."""
+    began = time.monotonic()
+
+    def log(what: str) -> None:
+        seconds = round(time.monotonic() - began, 1)
+        extra = {"event": "starting", "step": step, "state": what, "seconds": seconds}
+        message = f"starting: {step}" + ("" if what == "began" else f", {what}, {seconds} s")
+        _logger.info("%s", message, extra=extra)
+
+    log("began")
+    with repeated(lambda: log("goes on"), PULSE_SECONDS):
+        yield
+    log("done")
