@@ -175,7 +175,7 @@ def hostile(content: bytes) -> Iterator[tuple[bytes, str]]:
     yield content + b"x", "1 bytes after the last tensor"
     yield content[:20], "ends inside its header"
     yield content[:5], "cannot be a safetensors file"
-    yield b"PK\3\4" + b"x" * 400, "over the limit"
+    yield b"PK\3\4" + b"x" * 400, "no safetensors file"
     yield content.replace(b'"b"', b'"a"'), "appears twice"
     yield content.replace(b"[16,28]", b"[17,29]"), "a hole of 1 bytes"
 
