@@ -397,6 +397,7 @@ TEXTS = st.lists(PIECES, max_size=8).map("".join) | st.text(max_size=30)
 SOURCES = st.sampled_from([None, "hub", "s3", "gs", "az", "https", "http", "local", "x"])
 
 
+@pytest.mark.slow
 @QUICK
 @given(text=TEXTS, source=SOURCES, revision=st.none() | st.text(max_size=5))
 @example("httpſ://host/", None, None)

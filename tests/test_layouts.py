@@ -163,6 +163,7 @@ def write_configs(folder: Path, model_type: str) -> None:
     saved.save_pretrained(folder / f"{model_type}, saved")
 
 
+@pytest.mark.slow
 def test_the_layouts_of_common_decoders_need_no_transformers(tmp_path: Path) -> None:
     for model_type in KNOWN + FUSED_OR_OLD:
         write_configs(tmp_path, model_type)

@@ -178,6 +178,7 @@ def test_made_by_hand_of_a_tensor_for_each_layer(rank: int) -> None:
             LoraWeights(these, those, base.config())
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(rank=st.integers(1, 256), world=st.integers(1, 8), layer_type=st.sampled_from(base.TYPES))
 def test_the_delta_is_the_same_split_over_any_world(rank: int, world: int, layer_type: str) -> None:

@@ -2,6 +2,7 @@
 
 from itertools import groupby
 
+import pytest
 from hypothesis import stateful
 from hypothesis import strategies as st
 
@@ -115,6 +116,7 @@ class ArenaMachine(stateful.RuleBasedStateMachine):
         assert not self.arena.can_allocate([largest + 1])
 
 
+@pytest.mark.slow
 def test_the_arena_is_the_bitmap() -> None:
     stateful.run_state_machine_as_test(ArenaMachine)
 

@@ -196,6 +196,7 @@ SETTINGS = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.data(), st.integers(1, 8) | st.just(1), SETTINGS, st.sampled_from([0, 88]))
 def test_every_rank_has_its_rows_and_columns_of_every_tensor(

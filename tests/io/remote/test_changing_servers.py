@@ -134,6 +134,7 @@ async def test_a_fetch_begins_anew_after_other_bytes(world: World) -> None:
             assert (folder.path / WEIGHTS).read_bytes() == mixed
 
 
+@pytest.mark.slow
 async def test_an_interrupted_config_is_compared(world: World) -> None:
     """Another alpha of as many digits: the scale of the adapter that is served is the new one."""
     right = contents(world.adapters[0])
