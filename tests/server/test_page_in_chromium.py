@@ -111,7 +111,7 @@ def test_a_prompt_makes_a_tier_change(
         said = page.locator("#answer").inner_text()
         assert said
         assert said == said.upper(), "the adapter's style"
-        assert "layers were computed" in shows(page, "#cold", "shout")
+        assert "shout" in shows(page, "#cold", "layers were computed")
         shows(page, "#slots", re.compile(r"^1 of \d+ used, \d+ free$"))
         shows(page, "#device", re.compile(r"^1\.\d MiB of \d+"))
         shows(page, "#hits", "0 % of 1 loads")
