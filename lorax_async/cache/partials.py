@@ -310,7 +310,7 @@ class PartialFile:
 
 
 class PartialReader:
-    """The `Reader` of a `PartialFile`; reading bytes that are not here raises `InternalError`."""
+    """The `Reader` of a `PartialFile`; bytes that have not arrived raise `InternalError`."""
 
     def __init__(self, file: PartialFile, fd: int) -> None:
         self.nbytes = file.nbytes

@@ -342,7 +342,7 @@ class FetchTasks:
                 self._decide(key, span_fetched)
 
         def group_fetched(group: int) -> None:
-            """Report all of one turn of the loop together; if nobody streams, of a longer time."""
+            """Report groups of one turn together; if nobody streams, those of `GATHER_SECONDS`."""
             missing.discard(group)
             if self._before_use:
                 return

@@ -182,7 +182,6 @@ OF_LOADS = (404, 422, 429, 502, 504)
 class Operation:
     """One call: who makes it, with what, and what it gets."""
 
-    method: Literal["get", "post"] = "get"
     summary: str
     access: Access = "anyone"
     parameters: Mapping[str, str] = field(default_factory=dict)
@@ -196,6 +195,10 @@ class Operation:
     """Whether the answer may be events."""
     errors: tuple[int, ...] = ()
 
+    @property
+    def method(self) -> str:
+        return "get" if self.body is None else "post"
+
 
 ICE = "What is ice?"
 _NAMED = {"lora_name": "sql"}
@@ -203,7 +206,6 @@ _LOADED = _NAMED | {"lora_path": "my-org/sql-adapter"}
 
 OPERATIONS: Mapping[str, Operation] = {
     "/v1/chat/completions": Operation(
-        method="post",
         summary="Answer a conversation",
         access="client",
         body=ChatBody,
@@ -213,7 +215,6 @@ OPERATIONS: Mapping[str, Operation] = {
         errors=OF_BODIES + OF_LOADS,
     ),
     "/v1/completions": Operation(
-        method="post",
         summary="Continue prompts",
         access="client",
         body=CompletionBody,
@@ -233,7 +234,6 @@ OPERATIONS: Mapping[str, Operation] = {
         errors=(404,),
     ),
     "/tokenize": Operation(
-        method="post",
         summary="Return the token ids of a prompt or a conversation",
         access="client",
         body=TokenizeBody,
@@ -242,7 +242,6 @@ OPERATIONS: Mapping[str, Operation] = {
         errors=OF_BODIES,
     ),
     "/detokenize": Operation(
-        method="post",
         summary="Return the text of token ids",
         access="client",
         body=DetokenizeBody,
@@ -251,7 +250,6 @@ OPERATIONS: Mapping[str, Operation] = {
         errors=OF_BODIES,
     ),
     "/v1/load_lora_adapter": Operation(
-        method="post",
         summary="Load an adapter and give it a name",
         access="operator",
         body=LoadBody,
@@ -260,7 +258,6 @@ OPERATIONS: Mapping[str, Operation] = {
         errors=OF_BODIES + OF_LOADS,
     ),
     "/v1/pin_lora_adapter": Operation(
-        method="post",
         summary="Load an adapter that has a name, and keep it on the device",
         access="operator",
         body=NameBody,
@@ -269,7 +266,6 @@ OPERATIONS: Mapping[str, Operation] = {
         errors=OF_BODIES + OF_LOADS,
     ),
     "/v1/unpin_lora_adapter": Operation(
-        method="post",
         summary="Let a pinned adapter be evicted again",
         access="operator",
         body=NameBody,
@@ -278,7 +274,6 @@ OPERATIONS: Mapping[str, Operation] = {
         errors=(*OF_BODIES, 404),
     ),
     "/v1/unload_lora_adapter": Operation(
-        method="post",
         summary="Take a name from its adapter; requests that use the adapter keep it",
         access="operator",
         body=UnloadBody,
