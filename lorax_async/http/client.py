@@ -9,12 +9,13 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from ipaddress import ip_address
 from itertools import count
 from threading import Lock, Thread
 from typing import Literal, NamedTuple
 
+from lorax_async.concurrency import complete
 from lorax_async.errors import AccessDeniedError, FetchError
 from lorax_async.formats.spans import ByteRange
 from lorax_async.http.connection import Attempt, Connection, ResponseHead
@@ -112,13 +113,9 @@ class Lookups:
         return lookup
 
     def _run(self, host: str, port: int, lookup: Future[list[Endpoint]]) -> None:
-        try:
-            end = partial(lookup.set_result, self._network.resolve(host, port))
-        except Exception as error:  # noqa: BLE001 - raised by `find`
-            end = partial(lookup.set_exception, error)
+        complete(lookup, partial(self._network.resolve, host, port))
         with self._lock:
             del self._running[host, port]
-        end()
 
 
 # -- the pool --------------------------------------------------------------------------------------
@@ -137,7 +134,7 @@ class ConnectionPool:
         self._numbers = count(1)
         self._lookups = Lookups(network)
         self._proxies = Proxies(settings.proxies)
-        self._tls = tls_context(settings.ca_bundle, os.environ)
+        self._tls = cache(partial(tls_context, settings.ca_bundle, os.environ))  # takes 10 ms
         self._lock = Lock()
         self._idle: list[Connection] = []
         self._closed = False
@@ -209,7 +206,7 @@ class ConnectionPool:
                 attempt.use(connection)
                 self._connect(connection, url, rules, attempt)
                 if url.secure:
-                    connection.secure(self._tls, url.origin.host, timeouts.connect)
+                    connection.secure(self._tls(), url.origin.host, timeouts.connect)
                 connection.set_timeout(timeouts.read)
             except BaseException as error:
                 span.set(outcome="failed")
@@ -318,9 +315,6 @@ _DRAINED_BYTES = 16 << 10
 """A rest of a body up to this is read: cheaper than another connection."""
 
 _MEASURED_BYTES = 128 << 10
-_CONNECT_SECONDS = 0.005
-"""What a new connection costs here, however near the server is."""
-
 UNKNOWN = LinkEstimate(delay=0.02, rate=5e6)
 """Guessed low: a first wave too many costs one delay, one too few makes layer 0 as late as all."""
 
@@ -371,11 +365,6 @@ class Response:
         """Bytes per second of waiting for them; None before it is significant."""
         nbytes, rate = self.connection.measured()
         return rate if nbytes >= _MEASURED_BYTES else None
-
-    @property
-    def reconnect_seconds(self) -> float:
-        """How long another connection would take to bring something, or a bit more."""
-        return _CONNECT_SECONDS + 2 * self.client.links.link(self.location.url.origin).delay
 
     def fill(self, view: memoryview) -> int:
         """Read until the view is full or the body ends; return the number of bytes.

@@ -141,9 +141,9 @@ class DownloadPiece:
 class Job(ABC, Generic[T]):
     """Work for threads. All but `done`, `work` and `cancel` needs the scheduler's lock.
 
-    `done` is its outcome, or one typed error, set when its last thread has left it. Meanwhile
-    threads start for the `announced` connections, which will be wanted then. If it `hands_over`, a
-    thread gives up the piece that it reads when another job needs a thread.
+    `done` is its outcome, or one typed error, set by `work` or when its last thread has left it.
+    Meanwhile threads start for the `announced` connections, which will be wanted then. If it
+    `hands_over`, a thread gives up the piece that it reads when another job needs one.
     """
 
     def __init__(self, scheduler: DownloadScheduler, urgency: int, timeout: float) -> None:
@@ -537,9 +537,9 @@ class DownloadScheduler:
             self.jobs.remove(job)
             self._parts.pop(job, None)
             job.pending.clear()
-        if job.error is not None:
+        if job.error is not None and not job.done.done():
             job.done.set_exception(job.error)
-        else:
+        elif not job.done.done():
             job.done.set_result(job.result)
 
 

@@ -7,10 +7,10 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from math import inf
-from typing import Protocol, Self, TypeVar
+from typing import TypeVar
 
 from lorax_async.errors import AccessDeniedError, AdapterNotFoundError, FetchError, IntegrityError
 from lorax_async.formats.spans import ByteRange
@@ -38,6 +38,9 @@ T = TypeVar("T")
 
 _PROBE_READ_BYTES = 16 << 10
 """Read between two looks at the clock."""
+
+_CONNECT_SECONDS = 0.005
+"""What a new connection costs here, however near the server is."""
 
 _READ_BYTES = 256 << 10
 _READ_SECONDS = 0.02
@@ -81,8 +84,8 @@ class _FileJob(Job[T]):
 class ProbeRequest(_FileJob[ProbeResult]):
     """Request the first `nbytes` bytes; without `ranged`, a file of at most that many.
 
-    Once `needed_bytes` have come, wait for the rest only as long as another connection would take:
-    on a slow one it comes sooner over all.
+    `done` follows once `needed_bytes` have come. What comes after them, in the time that another
+    connection would take, is the `rest` of the result: on a slow one it comes sooner over all.
     """
 
     def __init__(
@@ -112,39 +115,55 @@ class ProbeRequest(_FileJob[ProbeResult]):
     def work(self, piece: DownloadPiece, attempt: Attempt, buffer: memoryview) -> None:  # noqa: ARG002
         span = (0, self._nbytes) if self._ranged else None
         with self._request(span, Validators(), attempt) as (response, content):
-            start = self._read(response, content)
-        validators, head = content.validators, response.head
-        if content.stop is None and len(start) < self._nbytes:  # it has ended: that is its size
-            validators = replace(validators, size=len(start))
-        ranges, location = head.status == 206, response.location
-        self.result = ProbeResult(self._target, location, validators, head.fields, start, ranges)
+            data, got = self._read(response, content)
+            validators, head = content.validators, response.head
+            if content.stop is None and got < self._nbytes:  # it has ended: that is its size
+                validators = replace(validators, size=got)
+            start, ranges, rest = bytes(data[:got]), head.status == 206, Future[memoryview]()
+            found = self._target, response.location, validators, head.fields, start, ranges, rest
+            self.result, more = ProbeResult(*found), 0
+            try:
+                if content.stop is not None and got < len(data):
+                    self.done.set_result(self.result)
+                    more = self._read_on(response, data[got:])
+            finally:
+                rest.set_result(data[got : got + more])
 
-    def _read(self, response: Response, content: Content) -> bytes:
-        (stop, validators), most, clock = content, self._nbytes, self.scheduler.clock
+    def _read(self, response: Response, content: Content) -> tuple[memoryview, int]:
+        """Read until the needed bytes are here; return room for all, and how many are."""
+        (stop, validators), most = content, self._nbytes
         too_large = FetchError(
             f"{self._target.name} has more than the {most:,} bytes it may have", retryable=False
         )
         if not self._ranged and (stop or 0) > most:
             raise too_large
-        size = most if stop is None else min(stop, most)
-        if stop is None and not self._ranged:  # one more than may come: only the end tells
-            size += 1
-        data = memoryview(bytearray(size))
+        # One more than may come, where only the end tells.
+        size = min(stop, most) if stop is not None else most + (not self._ranged)
+        data, got = memoryview(bytearray(size)), 0
         needed_bytes = None if stop is None else self._needed_bytes
         at_once = size if needed_bytes is None else _PROBE_READ_BYTES
-        got, until = 0, inf
-        while got < size and clock() < until:
+        while got < size:
             count = response.fill(data[got : got + at_once])
             if not count and stop is not None:
                 raise broken_off(str(response.location.url))
-            if not count:
-                break
             got += count
-            if until == inf and needed_bytes and got >= needed_bytes(data[:got], validators):
-                until = clock() + response.reconnect_seconds
+            if not count or (needed_bytes and got >= needed_bytes(data[:got], validators)):
+                break
         if got > most:
             raise too_large
-        return bytes(data[:got])
+        return data, got
+
+    def _read_on(self, response: Response, data: memoryview) -> int:
+        """Read while another connection would bring nothing yet; return how many bytes came."""
+        clock, got, count = self.scheduler.clock, 0, 1
+        delay = self._client.links.link(response.location.url.origin).delay
+        until = clock() + _CONNECT_SECONDS + 2 * delay
+        self.deadline = min(self.deadline, until)
+        with suppress(AbortedError, RetryableError, FetchError):  # others request what is missing
+            while count and got < len(data) and clock() < until:
+                count = response.fill(data[got : got + _PROBE_READ_BYTES])
+                got += count
+        return got
 
     def settle(self, piece: DownloadPiece) -> None:
         if self.result is None:
@@ -153,11 +172,8 @@ class ProbeRequest(_FileJob[ProbeResult]):
             self.over = True
 
 
-class Sink(Protocol):
-    """Where bytes go. Called from several threads at once, for different bytes."""
-
-    def write(self, offset: int, data: memoryview) -> None:
-        """Take all of `data`, which is used again afterwards. May raise `OSError`."""
+Sink = Callable[[int, memoryview], object]
+"""Takes the bytes at an offset, a buffer used again later. Several threads; may raise `OSError`."""
 
 
 class Download(_FileJob[None]):
@@ -334,7 +350,7 @@ class Download(_FileJob[None]):
 
     def _write(self, offset: int, data: memoryview) -> None:
         try:
-            self._sink.write(offset, data)
+            self._sink(offset, data)
         except OSError as error:
             code = errno.errorcode.get(error.errno or 0, type(error).__name__)
             raise FetchError(f"{self._target.name} cannot be written ({code})") from error
@@ -443,12 +459,6 @@ class RangeEngine:
         """Cancel everything, and wait until it has ended. Idempotent."""
         self._workers.close()
         self._pool.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def __del__(self) -> None:
         workers = getattr(self, "_workers", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -96,9 +97,11 @@ class ProbeResult:
     fields
         The response's fields; names in lower case.
     start
-        The file's first bytes, as many as were requested, or all of it.
+        The file's first bytes: as many as were needed, or a few more.
     ranges
         Whether the server serves ranges.
+    rest
+        What came after `start` of the bytes that were requested. Follows soon, and never fails.
     """
 
     target: Target
@@ -107,6 +110,7 @@ class ProbeResult:
     fields: Mapping[str, str] = field(repr=False)
     start: bytes = field(repr=False)
     ranges: bool
+    rest: Future[memoryview] = field(repr=False)
 
 
 # -- checks ----------------------------------------------------------------------------------------

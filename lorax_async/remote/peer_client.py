@@ -24,7 +24,15 @@ from lorax_async.http.range_engine import FOREGROUND, PREFETCH, RangeEngine
 from lorax_async.http.settings import HttpSettings, Timeouts
 from lorax_async.http.target import ProbeResult, Target
 from lorax_async.peers import Peers
-from lorax_async.remote.base import AllowRules, LocatedAdapter, RemoteFile, bind_to, remember, track
+from lorax_async.remote.base import (
+    FIRST_BYTES,
+    AllowRules,
+    LocatedAdapter,
+    RemoteFile,
+    bind_to,
+    remember,
+    track,
+)
 from lorax_async.remote.opening import (
     MAX_KEYS,
     PUBLIC,
@@ -135,8 +143,8 @@ class PeerClient:
 
     def _may_take(self, key: RemoteKey, located: LocatedAdapter) -> bool:
         """Return whether the source's digests, or the fleet's trust, can judge a peer's bytes."""
-        if all(file.answer and len(file.answer.start) == file.nbytes for file in located.files):
-            return False  # the source has sent everything already
+        if all(file.answer and (file.nbytes or inf) <= FIRST_BYTES for file in located.files):
+            return False  # the source has sent everything already, or does
         if all(map(is_judged, located.files)):
             return True
         now, before = time.monotonic(), self._unjudged.get(key, -inf)

@@ -129,7 +129,8 @@ class FetchReader(CountedReader):
                 raise unwanted_error()
             inbox = Inbox(asyncio.get_running_loop(), arrived)
             layers_first = self._layers_first and control.urgent and bool(groups)
-            begin = partial(self._begin, groups, inbox.put, control, hash_along=not layers_first)
+            rests = [await outcome(part.answer.rest) for part in self._metadata.parts]
+            begin = partial(self._begin, groups, rests, inbox.put, control, not layers_first)
             await self._workers.run(begin)
             async with track(control, *self._jobs):
                 for job in self._jobs:
@@ -174,11 +175,13 @@ class FetchReader(CountedReader):
     def _begin(
         self,
         groups: Groups,
+        rests: Sequence[memoryview],
         arrived: Callable[[int], None],
         control: FetchControl,
-        *,
         hash_along: bool,
     ) -> None:
+        for file, part, rest in zip(self._files, self._metadata.parts, rests, strict=True):
+            file.write(len(part.answer.start), rest)
         plan = self._metadata.plan
         if plan is None:
             numbers = tuple(n for n, group in enumerate(groups) if group)
@@ -209,7 +212,7 @@ class FetchReader(CountedReader):
             job = self._engine.download(
                 part.answer,
                 _missing_ranges(share.spans, file),
-                file,
+                file.write,
                 partial(on_progress, number),
                 urgency=FOREGROUND if control.urgent else PREFETCH,
                 timeout=LONGEST,

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from ipaddress import ip_address
-from typing import Any
+from typing import Any, Self
 
 from lorax_async.formats.spans import ByteRange, SpanSet
 from lorax_async.http.client import Endpoint, Network
@@ -99,12 +99,20 @@ class MemorySink:
         self.times[offset:stop] = self.times[offset:stop].translate(_ONE_MORE)
 
 
-def engine(connections: int = 4, *, network: Network | None = None, **settings: Any) -> RangeEngine:
+class Engine(RangeEngine):
+    """Closes at the end of a `with` block."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def engine(connections: int = 4, *, network: Network | None = None, **settings: Any) -> Engine:
     given = {"timeouts": PATIENCE, "retries": RETRIES, "proxies": {}, **settings}
     given.setdefault("sizes", PieceSizes(least=10_000, most=1 << 20))
-    return RangeEngine(
-        HttpSettings(connections=connections, **given), network=network or LoopbackOnly()
-    )
+    return Engine(HttpSettings(connections=connections, **given), network=network or LoopbackOnly())
 
 
 def target(url: str, headers: dict[str, str] | None = None, rules: Rules | None = None) -> Target:
@@ -122,7 +130,7 @@ def fetched(
     sink, order = MemorySink(**before), list[int]()
     here = SpanSet(have)
     missing = [[gap for span in group for gap in here.missing(*span)] for group in GROUPS]
-    job = engine.download(answer, missing, sink, order.append, timeout=timeout)
+    job = engine.download(answer, missing, sink.write, order.append, timeout=timeout)
     job.done.result(timeout + 5)
     return sink, order
 

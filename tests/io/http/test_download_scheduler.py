@@ -3,6 +3,7 @@
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 import pytest
@@ -246,10 +247,10 @@ def test_what_is_being_read_is_not_given_to_another() -> None:
     job = Download(
         scheduler,
         HttpClient(settings, pool, links, scheduler.clock, Tracer()),
-        ProbeResult(place, place.location, Validators(), {}, b"", ranges=True),
+        ProbeResult(place, place.location, Validators(), {}, b"", ranges=True, rest=Future()),
         [(span,)],
         GroupArrivals([[span]]),
-        MemorySink(),
+        MemorySink().write,
         lambda _: None,
         least=1 << 20,
         urgency=FOREGROUND,

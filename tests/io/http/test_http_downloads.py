@@ -16,6 +16,7 @@ from fetching import (
     GROUPS,
     PATIENT,
     Anywhere,
+    Engine,
     MemorySink,
     asked,
     check,
@@ -62,10 +63,11 @@ def test_a_long_piece_makes_way() -> None:
         hint, wanted = asked(fetching, server.url("/hint")), asked(fetching, server.url("/wanted"))
         sink = MemorySink(LARGE)
         spans = [[(0, LARGE)]]
-        behind = fetching.download(hint, spans, sink, lambda _: None, urgency=PREFETCH)
+        behind = fetching.download(hint, spans, sink.write, lambda _: None, urgency=PREFETCH)
         until(lambda: len(server.asked) == 3)
         time.sleep(0.15)
-        fetching.download(wanted, [[(0, 1_000)]], MemorySink(), lambda _: None).done.result(10)
+        job = fetching.download(wanted, [[(0, 1_000)]], MemorySink().write, lambda _: None)
+        job.done.result(10)
         assert not behind.done.done()
         release.set()
         behind.done.result(10)
@@ -87,7 +89,7 @@ def test_a_straggler_is_relieved() -> None:
         answer = asked(fetching, server.url())
         server.behave = uneven
         sink = MemorySink(len(data))
-        fetching.download(answer, [[(0, len(data))]], sink, lambda _: None).done.result(20)
+        fetching.download(answer, [[(0, len(data))]], sink.write, lambda _: None).done.result(20)
         assert len(server.asked) > 3, "one more request than the plan had"
         assert sink.times == b"\1" * len(data)
 
@@ -104,7 +106,7 @@ def test_an_end_from_outside(how: str) -> None:
             sink, order = MemorySink(), list[int]()
             begun = time.monotonic()
             job = fetching.download(
-                answer, GROUPS, sink, order.append, timeout=0.4 if how == "deadline" else 60
+                answer, GROUPS, sink.write, order.append, timeout=0.4 if how == "deadline" else 60
             )
             until(lambda: len(server.asked) == 5)
             time.sleep(0.02)
@@ -157,7 +159,7 @@ def test_an_end_is_reported_once_nothing_is_written_any_more(how: str) -> None:
 
     sink = MemorySink(before=wait)
     with FaultServer(DATA) as server, engine() as fetching:
-        job = fetching.download(asked(fetching, server.url()), GROUPS, sink, lambda _: None)
+        job = fetching.download(asked(fetching, server.url()), GROUPS, sink.write, lambda _: None)
         assert begun.wait(10)
         end = fetching.close if how == "close" else partial(job.cancel, FetchError("enough"))
         ending = threading.Thread(target=end)
@@ -192,7 +194,7 @@ def test_a_failing_sink_or_callback(error: Exception, kind: type[LoraxError], wo
         for sink, arrived in ((MemorySink(before=fail), lambda _: None), (MemorySink(), fail)):
             if arrived is fail and isinstance(error, OSError):
                 continue
-            job = fetching.download(answer, GROUPS, sink, arrived)
+            job = fetching.download(answer, GROUPS, sink.write, arrived)
             with pytest.raises(kind, match=words) as caught:
                 job.done.result(10)
             assert type(caught.value) is kind
@@ -251,12 +253,12 @@ def test_layer_0_comes_long_before_the_rest_of_a_throttled_load(tmp_path: Path) 
     groups = [[], *([spans[names.index(layer)]] for layer in range(LAYERS)), []]
     sink, told = MemorySink(len(THROTTLED)), list[tuple[int, int]]()
     with Link({"w": file}, rate=6e5, delay=0.005) as link:
-        with RangeEngine(HttpSettings(connections=4, proxies={})) as engine:
+        with Engine(HttpSettings(connections=4, proxies={})) as engine:
             place = Target(parse_url(link.url("w")), "w", rules=Anywhere())
             answer = engine.probe(place, HEADER).done.result(10)
             sink.data[:HEADER] = answer.start
             job = engine.download(
-                answer, groups, sink, lambda group: told.append((group, sink.times.count(1)))
+                answer, groups, sink.write, lambda group: told.append((group, sink.times.count(1)))
             )
             job.done.result(20)
         counts = link.counts()

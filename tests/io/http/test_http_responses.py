@@ -14,6 +14,7 @@ from fetching import (
     GROUPS,
     PATIENCE,
     PATIENT,
+    Engine,
     LoopbackOnly,
     MemorySink,
     asked,
@@ -36,7 +37,7 @@ from lorax_async.formats.spans import ByteRange
 from lorax_async.http.failures import RetryPolicy
 from lorax_async.http.range_engine import RangeEngine
 from lorax_async.http.settings import HttpSettings
-from lorax_async.http.target import Validators
+from lorax_async.http.target import ProbeResult
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 
@@ -185,7 +186,7 @@ def test_a_group_is_reported_once_its_bytes_are_there() -> None:
 
     with FaultServer(DATA) as server, engine() as fetching:
         answer = asked(fetching, server.url())
-        fetching.download(answer, GROUPS, sink, arrived).done.result(20)
+        fetching.download(answer, GROUPS, sink.write, arrived).done.result(20)
     assert sorted(order) == list(range(len(GROUPS)))
 
 
@@ -430,7 +431,7 @@ def test_no_more_is_written_after_an_end(is_whole: bool, at_once: int) -> None:
         first = asked(fetching, server.url())
         order: list[int] = []
         sink = MemorySink(len(LARGE), before=end)
-        job = fetching.download(first, [[(5_000, len(LARGE))]], sink, order.append)
+        job = fetching.download(first, [[(5_000, len(LARGE))]], sink.write, order.append)
         begun.set()
         assert str(job.done.exception(10)) == str(FetchError("enough"))
         assert sum(written) <= at_once
@@ -438,8 +439,9 @@ def test_no_more_is_written_after_an_end(is_whole: bool, at_once: int) -> None:
 
 
 ASKED = 200_000
+NEEDED = 40_000
 READ = 49_152
-"""Three times 16 KiB: the first look at the clock after what is needed."""
+"""Three times 16 KiB: what is read of it at once."""
 
 
 class Clock:
@@ -454,40 +456,77 @@ class Clock:
 
 
 @contextmanager
-def clocked() -> Iterator[tuple[RangeEngine, Clock]]:
+def clocked() -> Iterator[tuple[Engine, Clock]]:
     clock = Clock()
-    with RangeEngine(HttpSettings(connections=4), network=LoopbackOnly(), clock=clock) as engine:
+    with Engine(HttpSettings(connections=4), network=LoopbackOnly(), clock=clock) as engine:
         yield engine, clock
 
 
-def test_what_comes_slowly_after_what_is_needed_is_not_waited_for() -> None:
-    def needed(data: memoryview, _: Validators) -> int:
-        clock.step = 0.5 if len(data) >= 40_000 else 0.0
-        return 40_000
+def asked_in_part(engine: RangeEngine, url: str, needed: int = NEEDED) -> ProbeResult:
+    return engine.probe(target(url), ASKED, needed_bytes=lambda *_: needed).done.result(10)
 
+
+def test_what_is_needed_does_not_wait_for_the_rest() -> None:
+    go = threading.Event()
+
+    def pauses(asked: Asked, client: Client) -> None:
+        client.part(0, ASKED, len(DATA), TAG)
+        client.send(DATA[:READ])
+        go.wait(10)
+        client.send(DATA[READ:ASKED])
+
+    with FaultServer(DATA, pauses) as server, clocked() as (engine, _):
+        answer = asked_in_part(engine, server.url())
+        assert answer.start == DATA[:READ]
+        assert not answer.rest.done()
+        go.set()
+        assert answer.rest.result(10) == DATA[READ:ASKED]
+        server.behave = None
+        sink, _ = fetched(engine, answer, have=[(0, ASKED)])
+        assert sink.data[ASKED:] == DATA[ASKED:]
+        assert len({client.number for client in server.clients}) <= 4, (
+            "its connection is used again"
+        )
+
+
+@pytest.mark.parametrize("ending", ["slow", "closed", "cancelled", "engine closed"])
+def test_a_rest_that_does_not_come_soon_is_left_out(ending: str) -> None:
     def holds_the_rest(asked: Asked, client: Client) -> None:
         server.behave = None
         client.part(0, ASKED, len(DATA), TAG)
-        client.send(DATA[:READ])
+        client.send(DATA[: READ + 100])
+        if ending == "closed":
+            client.hang_up()
         client.stall()
 
     with FaultServer(DATA, holds_the_rest) as server, clocked() as (engine, clock):
-        answer = engine.probe(target(server.url()), ASKED, needed_bytes=needed).done.result(10)
-        clock.step = 0.0
+        job = engine.probe(target(server.url()), ASKED, needed_bytes=lambda *_: NEEDED)
+        answer = job.done.result(10)
         assert answer.start == DATA[:READ]
+        if ending == "slow":
+            clock.step = 0.5
+        elif ending == "cancelled":
+            job.cancel(FetchError("nobody waits"))
+        elif ending == "engine closed":
+            engine.close()
+        rest = answer.rest.result(10)
+        clock.step = 0.0
+        assert rest == DATA[READ : READ + len(rest)]
+        assert job.done.result() is answer
         assert answer.validators.size == len(DATA)
+        if ending == "engine closed":
+            return
         sink, _ = fetched(engine, answer, have=[(0, READ)])
         assert sink.data[READ:] == DATA[READ:], "the rest comes on other connections"
         assert server.spans[0] == (0, ASKED)
         assert len({client.number for client in server.clients}) > 1
 
 
-@pytest.mark.parametrize(("needed", "step"), [(40_000, 0.0), (ASKED, 0.05)])
-def test_bytes_that_come_at_once_or_are_needed_are_waited_for(needed: int, step: float) -> None:
+def test_bytes_that_are_needed_are_waited_for() -> None:
     with FaultServer(DATA) as server, clocked() as (engine, clock):
-        clock.step = step
-        job = engine.probe(target(server.url()), ASKED, needed_bytes=lambda *_: needed)
-        answer = job.done.result(10)
+        clock.step = 0.05
+        answer = asked_in_part(engine, server.url(), needed=ASKED)
         clock.step = 0.0
         assert answer.start == DATA[:ASKED]
+        assert not answer.rest.result(10)
         check(*fetched(engine, answer))

@@ -319,7 +319,7 @@ def brought(file: RemoteFile) -> bytes:
         assert answer.ranges
         sink, order = MemorySink(file.nbytes), list[int]()
         groups = GROUPS if file.nbytes == len(DATA) else [[(0, file.nbytes)]]
-        job = fetching.download(answer, groups, sink, order.append, timeout=30)
+        job = fetching.download(answer, groups, sink.write, order.append, timeout=30)
         job.done.result(40)
         assert sorted(order) == list(range(len(groups)))
         start = groups[1][0][0] if len(groups) > 1 else 0

@@ -194,6 +194,9 @@ class HeldFile:
     def reader(self) -> None:
         """It is not read."""
 
+    def write(self, offset: int, data: memoryview) -> None:
+        """Nothing is kept."""
+
     def hash_along(self) -> int:
         self.begun.set()
         self.go.wait(20)
@@ -213,7 +216,10 @@ async def bringing_begun(
         return jobs[-1]
 
     plan = SplitPlan(b"", 48, (FilePlace(0, 8, 0), FilePlace(8, 28, 8), FilePlace(28, 48, 8)))
-    parts = [SimpleNamespace(answer=None, nbytes=28) for _ in files]
+    rest = Future[memoryview]()
+    rest.set_result(memoryview(b""))
+    answer = SimpleNamespace(start=b"", rest=rest)
+    parts = [SimpleNamespace(answer=answer, nbytes=28) for _ in files]
     given: Any = (
         *(RemoteKey("one", ()), SimpleNamespace(download=download), workers),
         *(SimpleNamespace(publish=lambda: "entry", close=close), files),

@@ -3,6 +3,7 @@
 import asyncio
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from ipaddress import ip_address
 from pathlib import Path
 from threading import Event
@@ -119,7 +120,9 @@ def test_the_origin_of_a_signed_url_is_allowed_and_no_other() -> None:
 )
 def test_another_file_answers(store: FaultServer, known: Validators, right: bool) -> None:
     file = located(ID).files[1]
-    answer = ProbeResult(file.target, file.target.location, known, {}, b"", ranges=True)
+    answer = ProbeResult(
+        file.target, file.target.location, known, {}, b"", ranges=True, rest=Future()
+    )
     if right:
         file.require_match(answer)
         return

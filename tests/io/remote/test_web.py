@@ -9,13 +9,12 @@ from collections.abc import Iterator
 
 import pytest
 from fault_server import Asked, Client, FaultServer
-from fetching import Anywhere, LoopbackOnly
+from fetching import Anywhere, Engine, LoopbackOnly
 from web_folder import CONFIG, INDEX, WEIGHTS, Folder, Locator, World, refuse, shard, world
 
 from lorax_async import AdapterRef, Limits, errors
 from lorax_async.formats.digests import Digest
 from lorax_async.formats.split_weights import CONFIG_FILE, WEIGHTS_FILE, FileRole
-from lorax_async.http.range_engine import RangeEngine
 from lorax_async.http.settings import HttpSettings, PublicOnly
 from lorax_async.remote.base import FIRST_BYTES, WEAK
 from lorax_async.remote.web import MAX_INDEX_BYTES, MAX_SHARDS, WebBackend
@@ -258,7 +257,7 @@ async def test_what_is_part_of_the_version_is_waited_for(etag: str | None, least
     folder.fields = {name: [f"ETag: {etag}"] if etag else [] for name in folder.files}
     with (
         FaultServer(b"", folder) as server,
-        RangeEngine(HttpSettings(), network=LoopbackOnly(), clock=Hurried()) as asking,
+        Engine(HttpSettings(), network=LoopbackOnly(), clock=Hurried()) as asking,
     ):
         locator = Locator(WebBackend(asking, Anywhere(), Limits()))
         _, weights = (await locator.locate(AdapterRef(server.url("/folder/")))).files
