@@ -157,8 +157,7 @@ class ProbeRequest(_FileJob[ProbeResult]):
         """Read while another connection would bring nothing yet; return how many bytes came."""
         clock, got, count = self.scheduler.clock, 0, 1
         delay = self._client.links.link(response.location.url.origin).delay
-        until = clock() + _CONNECT_SECONDS + 2 * delay
-        self.deadline = min(self.deadline, until)
+        self.deadline = until = min(self.deadline, clock() + _CONNECT_SECONDS + 2 * delay)
         with suppress(AbortedError, RetryableError, FetchError):  # others request what is missing
             while count and got < len(data) and clock() < until:
                 count = response.fill(data[got : got + _PROBE_READ_BYTES])

@@ -84,7 +84,7 @@ class DigestChecks:
     def begin_close(self) -> None:
         """End the waits of `watch_and_wait`; leases stay."""
         for lease in self._waiting:
-            lease.occupancy.wake()
+            lease.occupancy.wake_tasks()
 
     async def stop(self) -> None:
         """Cancel all tasks."""
@@ -105,7 +105,8 @@ class DigestChecks:
         except Exception as problem:  # noqa: BLE001 - becomes the lease's error
             error = InternalError.caused_by(problem, "a digest was not compared", key=key)
         promise.settle(kept, error)
-        occupancy.wake()
+        occupancy.wake_threads()
+        occupancy.wake_tasks()
 
     def _known_digest(
         self, part: AdapterKey, key: AdapterKey, known: Verification | None

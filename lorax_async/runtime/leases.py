@@ -118,7 +118,7 @@ class SlotOccupancy:
     ) -> None:
         """Wait on the loader's loop until `reached()`; raise what `check` raises meanwhile.
 
-        Both are called at each `wake`, and from the watermark `needed` on at each `advance`.
+        Both are called at each `wake_tasks`, and from the watermark `needed` on at each `advance`.
         """
         if not self.on_its_loop:
             raise UsageError("await a handle on the event loop of its loader")
@@ -149,9 +149,8 @@ class SlotOccupancy:
         with self._changed:
             self._changed.notify_all()
 
-    def wake(self, watermark: int | None = None) -> None:
-        """Let waiters check again; of tasks, those that need at most `watermark`. On the loop."""
-        self.wake_threads()
+    def wake_tasks(self, watermark: int | None = None) -> None:
+        """Let waiting tasks check again; only those that need at most `watermark`. On the loop."""
         for sleeper, needed in self._sleepers.items():
             if (watermark is None or needed <= watermark) and not sleeper.done():
                 sleeper.set_result(None)
@@ -159,7 +158,8 @@ class SlotOccupancy:
     def advance(self, watermark: int) -> None:
         """Raise the watermark: the groups below it are on the device."""
         self.watermark = watermark
-        self.wake(watermark)
+        self.wake_threads()
+        self.wake_tasks(watermark)
 
     def check(self) -> None:
         """Raise the error that made the slot unusable, if there is one."""
@@ -169,7 +169,8 @@ class SlotOccupancy:
     def fail(self, error: LoraxError) -> None:
         """Make the slot unusable and wake its waiters."""
         self.error = error
-        self.wake()
+        self.wake_threads()
+        self.wake_tasks()
 
     def _needed(self, layer: int) -> int:
         """Return the watermark at which `layer` is ready: 0 for a layer without tensors."""
@@ -336,7 +337,7 @@ class LeaseTable:
         occupancy = self.occupancies.get(key)
         if occupancy is not None:
             occupancy.verification = occupancy.verification or verification
-            occupancy.wake()
+            occupancy.wake_tasks()
 
     def new_lease(self, key: AdapterKey) -> Lease:
         """Return a lease that the lifecycle counts already."""
@@ -367,7 +368,7 @@ class LeaseTable:
             del self.leases[lease.occupancy.key]
         if lease.promise is not None:
             lease.promise.leave(lease)
-        lease.occupancy.wake()
+        lease.occupancy.wake_tasks()
 
 
 class PinTable:

@@ -45,6 +45,31 @@ _call_numbers = count(1)
 _logger = logging.getLogger("lorax_async")
 
 
+class Call:
+    """The block of one call: publishes its beginning and end, and counts its error.
+
+    No generator, which would take a µs more of every hit.
+    """
+
+    __slots__ = ("_method", "_number", "_ref", "_telemetry", "_token")
+
+    def __init__(self, telemetry: Telemetry, method: str, ref: Ref) -> None:
+        self._telemetry = telemetry
+        self._method = method
+        self._ref = ref
+        self._number = next(_call_numbers)
+
+    def __enter__(self) -> None:
+        self._token = _call.set(self._number)
+        if self._telemetry.has_subscribers:
+            began = CallBegan(self._number, monotonic(), self._method, self._ref)
+            self._telemetry.publish(began)
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        self._telemetry.call_ended(self._number, error)
+        _call.reset(self._token)
+
+
 @dataclass(frozen=True, slots=True)
 class Statistics:
     """Totals since the loader was opened.
@@ -124,25 +149,15 @@ class Telemetry:
         if self.tracer.on is not None:
             self.tracer.on.note(event)
 
-    @contextmanager
-    def call(self, method: str, ref: Ref) -> Iterator[None]:
-        """Run one call of a waiting caller: publish its beginning and end, count its error."""
-        number = next(_call_numbers)
-        token = _call.set(number)
-        try:
-            if self._subscribers:
-                self.publish(CallBegan(number, monotonic(), method, ref))
-            yield
-        except BaseException as error:
-            if isinstance(error, LoraxError):
-                self._errors[kind_of(error)] += 1
+    def call(self, method: str, ref: Ref) -> Call:
+        """Enter one call of a waiting caller."""
+        return Call(self, method, ref)
+
+    def call_ended(self, number: int, error: BaseException | None) -> None:
+        if isinstance(error, LoraxError):
+            self._errors[kind_of(error)] += 1
+        if self._subscribers:
             self.publish(CallEnded(number, monotonic(), error))
-            raise
-        else:
-            if self._subscribers:
-                self.publish(CallEnded(number, monotonic(), None))
-        finally:
-            _call.reset(token)
 
     def count_hit(self, key: AdapterKey, hit: Hit, stage: Stage) -> None:
         """Count the tier at which a call found its adapter, which is in `stage` now."""

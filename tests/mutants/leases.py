@@ -79,7 +79,7 @@ LOADER: Mutants = {
     "tenancy: the end of a lease wakes its waiters": mutant(
         f"{HANDLES}::test_a_release_ends_the_waits_of_others",
         skipped(SlotOccupancy, "wake_threads"),
-        skipped(SlotOccupancy, "wake")),
+        skipped(SlotOccupancy, "wake_tasks")),
     "handle: weights are shown once their layer is here": mutant(
         f"{HANDLES}::test_layers_come_one_by_one", skipped(SlotOccupancy, "is_ready", True)),
     "handle: a use ends when the device has computed": mutant(

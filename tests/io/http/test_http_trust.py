@@ -190,6 +190,19 @@ def test_https_does_not_go_on_as_http(certificate: Path) -> None:
         assert not plain.clients
 
 
+def test_certificates_that_cannot_be_read_fail_https_alone(
+    certificate: Path, tmp_path: Path
+) -> None:
+    with tls_server(certificate) as server, FaultServer(DATA) as plain:
+        network, bundle = network_of(server), str(tmp_path / "none.pem")
+        with engine(network=network, ca_bundle=bundle) as fetching:
+            with pytest.raises(ConfigError, match="cannot be read"):
+                asked(fetching, "https://files.example/weights")
+            assert not server.asked
+        with engine(ca_bundle=bundle) as fetching:
+            assert asked(fetching, plain.url()).start == DATA[:5_000]
+
+
 def test_bundles_of_other_tools_count(certificate: Path, tmp_path: Path) -> None:
     for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
         context = tls_context(None, {name: str(certificate)})
