@@ -9,13 +9,13 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from ipaddress import ip_address
 from itertools import count
 from threading import Lock, Thread
 from typing import Literal, NamedTuple
 
-from lorax_async.concurrency import complete
+from lorax_async.concurrency import SharedResource, close_all, complete
 from lorax_async.errors import AccessDeniedError, FetchError
 from lorax_async.formats.spans import ByteRange
 from lorax_async.http.connection import Attempt, Connection, ResponseHead
@@ -104,18 +104,20 @@ class Lookups:
         if len(self._running) >= _MAX_LOOKUPS:
             raise RetryableError(FetchError("the name service answers nothing any more"))
         lookup = Future[list[Endpoint]]()
-        work = (host, port, lookup)
+        work = lookup, partial(self._look_up, host, port)
         try:
-            Thread(target=self._run, args=work, name="lorax-lookup", daemon=True).start()
+            Thread(target=complete, args=work, name="lorax-lookup", daemon=True).start()
         except RuntimeError as error:
             raise RetryableError(FetchError("the process may have no more threads")) from error
         self._running[host, port] = lookup
         return lookup
 
-    def _run(self, host: str, port: int, lookup: Future[list[Endpoint]]) -> None:
-        complete(lookup, partial(self._network.resolve, host, port))
-        with self._lock:
-            del self._running[host, port]
+    def _look_up(self, host: str, port: int) -> list[Endpoint]:
+        try:
+            return self._network.resolve(host, port)
+        finally:
+            with self._lock:
+                del self._running[host, port]
 
 
 # -- the pool --------------------------------------------------------------------------------------
@@ -134,7 +136,8 @@ class ConnectionPool:
         self._numbers = count(1)
         self._lookups = Lookups(network)
         self._proxies = Proxies(settings.proxies)
-        self._tls = cache(partial(tls_context, settings.ca_bundle, os.environ))  # takes 10 ms
+        certificates = partial(tls_context, settings.ca_bundle, os.environ)
+        self._tls = SharedResource("the certificates", open=certificates)  # takes 10 ms
         self._lock = Lock()
         self._idle: list[Connection] = []
         self._closed = False
@@ -170,9 +173,8 @@ class ConnectionPool:
         with self._lock:
             self._idle.append(connection)
             full = self._closed or len(self._idle) > self._settings.connections
-            oldest = self._idle.pop(0) if full else None
-        if oldest is not None:
-            oldest.close()
+            oldest = [self._idle.pop(0)] if full else []
+        close_all(oldest)
 
     def expire(self) -> bool:
         """Close what was idle for too long; return whether idle connections are left."""
@@ -180,18 +182,15 @@ class ConnectionPool:
         with self._lock:
             expired = [each for each in self._idle if each.idle_since <= limit]
             self._idle = [each for each in self._idle if each.idle_since > limit]
-            left = bool(self._idle)
-        for connection in expired:
-            connection.close()
-        return left
+        close_all(expired)
+        return bool(self._idle)
 
     def close(self) -> None:
         """Close idle connections, and those that come back from here on."""
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
-        for connection in idle:
-            connection.close()
+        close_all(idle)
 
     def open(self, url: Url, rules: Rules, attempt: Attempt) -> Connection:
         """Open a connection.
@@ -206,7 +205,8 @@ class ConnectionPool:
                 attempt.use(connection)
                 self._connect(connection, url, rules, attempt)
                 if url.secure:
-                    connection.secure(self._tls(), url.origin.host, timeouts.connect)
+                    with self._tls as tls:
+                        connection.secure(tls, url.origin.host, timeouts.connect)
                 connection.set_timeout(timeouts.read)
             except BaseException as error:
                 span.set(outcome="failed")

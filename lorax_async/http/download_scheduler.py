@@ -173,7 +173,7 @@ class Job(ABC, Generic[T]):
         """Fetch the piece, through the thread's own buffer. Raises what `leave` is to record."""
 
     def cancel(self, error: LoraxError) -> None:
-        """End it with this error; `done` follows when its threads have left. Quick."""
+        """End it with this error; `done`, if not set, follows when its threads have left. Quick."""
         with self.scheduler.changed:
             self.fail(error)
         self.scheduler.finish(self)
@@ -210,7 +210,7 @@ class Job(ABC, Generic[T]):
 
     def leave(self, attempt: Attempt, failure: Exception | None) -> None:
         """Record that a thread has finished with its piece, or failed."""
-        self.scheduler.activity.ended(attempt, failure)
+        self.scheduler.activity.ended(attempt, failure, answered=self.done.done())
         piece = self.running.pop(attempt)
         if self.over:
             return
@@ -315,11 +315,11 @@ class OriginActivity:
             last.received, last.since = received, now
         return self._attempts[attempt].since
 
-    def ended(self, attempt: Attempt, failure: Exception | None) -> None:
+    def ended(self, attempt: Attempt, failure: Exception | None, *, answered: bool) -> None:
         self.look(attempt)
         last = self._attempts.pop(attempt)
         reason = failure.error if isinstance(failure, RetryableError) else failure
-        answered = not attempt.ended and not isinstance(reason, FetchTimeoutError)
+        answered |= not attempt.ended and not isinstance(reason, FetchTimeoutError)
         silence = self._origins.get(last.origin)
         if answered and silence is not None:
             self._heard(last, self._clock(), _ANSWER_BYTES)

@@ -84,8 +84,8 @@ class _FileJob(Job[T]):
 class ProbeRequest(_FileJob[ProbeResult]):
     """Request the first `nbytes` bytes; without `ranged`, a file of at most that many.
 
-    `done` follows once `needed_bytes` have come. What comes after them, in the time that another
-    connection would take, is the `rest` of the result: on a slow one it comes sooner over all.
+    `done` is set once `needed_bytes` have come. What comes after them, in the time that another
+    connection would take to bring any, is the `rest` of the result.
     """
 
     def __init__(
@@ -114,20 +114,20 @@ class ProbeRequest(_FileJob[ProbeResult]):
 
     def work(self, piece: DownloadPiece, attempt: Attempt, buffer: memoryview) -> None:  # noqa: ARG002
         span = (0, self._nbytes) if self._ranged else None
-        with self._request(span, Validators(), attempt) as (response, content):
-            data, got = self._read(response, content)
-            validators, head = content.validators, response.head
-            if content.stop is None and got < self._nbytes:  # it has ended: that is its size
-                validators = replace(validators, size=got)
-            start, ranges, rest = bytes(data[:got]), head.status == 206, Future[memoryview]()
-            found = self._target, response.location, validators, head.fields, start, ranges, rest
-            self.result, more = ProbeResult(*found), 0
-            try:
+        rest, came = Future[memoryview](), memoryview(b"")
+        try:
+            with self._request(span, Validators(), attempt) as (response, content):
+                data, got = self._read(response, content)
+                validators, head = content.validators, response.head
+                if content.stop is None and got < self._nbytes:  # it has ended: that is its size
+                    validators = replace(validators, size=got)
+                found = self._target, response.location, validators, head.fields, bytes(data[:got])
+                self.result = ProbeResult(*found, ranges=head.status == 206, rest=rest)
                 if content.stop is not None and got < len(data):
                     self.done.set_result(self.result)
-                    more = self._read_on(response, data[got:])
-            finally:
-                rest.set_result(data[got : got + more])
+                    came = data[got : got + self._read_on(response, data[got:])]
+        finally:
+            rest.set_result(came)
 
     def _read(self, response: Response, content: Content) -> tuple[memoryview, int]:
         """Read until the needed bytes are here; return room for all, and how many are."""
@@ -399,9 +399,8 @@ class RangeEngine:
     ) -> ProbeRequest:
         """Request the first `nbytes` of a file, or without `ranged` a file of at most that many.
 
-        `needed_bytes` says how many of them are needed: the others are left out if they come
-        slowly. `done` of the job returns a `ProbeResult`, or raises `FetchError` (or a subclass)
-        or `AdapterNotFoundError`.
+        `done` of the job returns a `ProbeResult` as soon as `needed_bytes` of them are here, or
+        raises `FetchError` (or a subclass) or `AdapterNotFoundError`.
         """
         job = ProbeRequest(
             *(self._scheduler, self._client, target, nbytes),

@@ -97,11 +97,12 @@ class ProbeResult:
     fields
         The response's fields; names in lower case.
     start
-        The file's first bytes: as many as were needed, or a few more.
+        The file's first bytes: those that were needed, and what came with them.
     ranges
         Whether the server serves ranges.
     rest
-        What came after `start` of the bytes that were requested. Follows soon, and never fails.
+        What comes after `start` of the bytes that were requested, within the time of two delays
+        and 55 ms. Never fails.
     """
 
     target: Target

@@ -238,7 +238,7 @@ def unwanted_error() -> FetchError:
 async def track(control: FetchControl, *jobs: Job[Any]) -> AsyncIterator[None]:
     """Give jobs the urgency of `control`, and cancel them when it ends.
 
-    On an error or a cancellation, cancel them and wait until their threads have left.
+    On an error or a cancellation, cancel them and wait until they are done.
     """
 
     def update() -> None:

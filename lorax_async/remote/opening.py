@@ -517,7 +517,7 @@ class AdapterOpener:
             metadata = await self.metadata(key, control)
         except IntegrityError:
             raise
-        except AdapterError:
+        except LoraxError:
             return False
         finally:
             self._resolver.used(key)
@@ -638,6 +638,9 @@ class AdapterOpener:
             file = await self._wait_for_room(add, control)
             if role.kind == "weights":
                 weights.append(file)
+                if file.resumed:  # another file's bytes are to be noticed before any caller's
+                    rest = await outcome(each.answer.rest)
+                    await self._workers.run(partial(file.write, len(start), rest))
         return weights
 
     async def _wait_for_room(

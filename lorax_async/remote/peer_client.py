@@ -16,7 +16,7 @@ from lorax_async.cache.base import CacheEntry, CacheKey, scope_name
 from lorax_async.cache.disk_cache import DiskDownload
 from lorax_async.concurrency import FetchControl, WorkerThreads, outcome
 from lorax_async.config import Limits
-from lorax_async.errors import AccessDeniedError, AdapterError, FetchError, LoraxError
+from lorax_async.errors import AccessDeniedError, AdapterError, ConfigError, FetchError, LoraxError
 from lorax_async.formats.split_weights import FileRole
 from lorax_async.formats.strict_json import JsonValue, parse_object
 from lorax_async.http.failures import RetryPolicy
@@ -118,6 +118,8 @@ class PeerClient:
                     peers.note_problem(member, error.problem, rest=not is_refusal)
                 if is_refusal:
                     return
+            except ConfigError:
+                raise
             except LoraxError:
                 return  # the cache has no room: the opener says so
             except TimeoutError:
@@ -143,7 +145,8 @@ class PeerClient:
 
     def _may_take(self, key: RemoteKey, located: LocatedAdapter) -> bool:
         """Return whether the source's digests, or the fleet's trust, can judge a peer's bytes."""
-        if all(file.answer and (file.nbytes or inf) <= FIRST_BYTES for file in located.files):
+        sizes = [file.nbytes or inf if file.answer else inf for file in located.files]
+        if max(sizes) <= FIRST_BYTES:
             return False  # the source has sent everything already, or does
         if all(map(is_judged, located.files)):
             return True

@@ -30,7 +30,7 @@ from lorax_async.formats.split_weights import (
 from lorax_async.http.download_scheduler import Job
 from lorax_async.http.range_engine import FOREGROUND, PREFETCH, RangeEngine
 from lorax_async.http.ranges import size_of
-from lorax_async.remote.base import LONGEST, AdapterMetadata, track, unwanted_error
+from lorax_async.remote.base import LONGEST, AdapterMetadata, bind_to, track, unwanted_error
 from lorax_async.sources.base import AdapterFile
 from lorax_async.types import RemoteKey
 
@@ -129,7 +129,8 @@ class FetchReader(CountedReader):
                 raise unwanted_error()
             inbox = Inbox(asyncio.get_running_loop(), arrived)
             layers_first = self._layers_first and control.urgent and bool(groups)
-            rests = [await outcome(part.answer.rest) for part in self._metadata.parts]
+            async with bind_to(control):
+                rests = [await outcome(part.answer.rest) for part in self._metadata.parts]
             begin = partial(self._begin, groups, rests, inbox.put, control, not layers_first)
             await self._workers.run(begin)
             async with track(control, *self._jobs):

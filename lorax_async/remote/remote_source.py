@@ -83,7 +83,7 @@ class _SeenFiles(NamedTuple):
 class RemoteSource:
     """A `Source` of adapters that backends find, whose keys are `RemoteKey`s.
 
-    `make` makes its parts, at the first use. It may block: it reads certificates.
+    `make` makes its parts, at the first use, in a thread: it may block.
     """
 
     def __init__(

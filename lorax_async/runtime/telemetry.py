@@ -66,8 +66,10 @@ class Call:
             self._telemetry.publish(began)
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        self._telemetry.call_ended(self._number, error)
-        _call.reset(self._token)
+        try:
+            self._telemetry.call_ended(self._number, error)
+        finally:
+            _call.reset(self._token)
 
 
 @dataclass(frozen=True, slots=True)

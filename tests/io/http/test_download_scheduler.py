@@ -103,6 +103,23 @@ def later(seconds: float | None = None, *, throttled: bool = False) -> Retryable
     return RetryableError(FetchError("later"), retry_after=seconds, throttled=throttled)
 
 
+@pytest.mark.parametrize("early", [False, True])
+def test_an_outcome_is_an_answer_even_if_what_follows_it_is_cut_off(early: bool) -> None:
+    """Another job at that origin, much later, has its share at once."""
+    world = World(connections=4)
+    probe = world.job(1, "a")
+    world.begin()
+    if early:
+        probe.done.set_result(None)
+    probe.cancel(FetchError("the rest is late"))
+    for attempt in list(probe.running):
+        probe.leave(attempt, None)
+    world.scheduler.finish(probe)
+    world.now += 5.0
+    slow, other = world.job(9, "a"), world.job(9, "b")
+    assert world.counts(slow, other) == ([2, 2] if early else [1, 3])
+
+
 def test_two_jobs_of_one_origin_have_even_shares() -> None:
     """The second comes when the first has all connections, and has half of them in the end."""
     world = World()
