@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import sys
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from multiprocessing import Pipe, get_context
@@ -62,6 +63,8 @@ def fork(main: Callable[..., None], *given: Any) -> tuple[int | None, list[Any]]
         while True:
             told.append(reading.recv())
     child.join()
+    while child.exitcode is None:  # another thread that starts one is just asking how it ended
+        time.sleep(0.001)
     return child.exitcode, told
 
 
