@@ -33,7 +33,7 @@ from lorax_async.runtime.folders import AdapterFolder
 from lorax_async.runtime.leases import Lease
 from lorax_async.runtime.placement import TIERS, Placement, TierName
 from lorax_async.runtime.prefetch import Prefetch
-from lorax_async.runtime.telemetry import Statistics
+from lorax_async.runtime.telemetry import Call, Statistics
 from lorax_async.sources.base import Source
 from lorax_async.tracing import TRACE_LIMIT, Trace, Tracer, name_of
 from lorax_async.types import AdapterId, AdapterKey, AdapterRef, Ref, as_ref, as_refs, text_of
@@ -276,7 +276,7 @@ class AdapterLoader:
         self._check_open()
         seconds = self.config.seconds(timeout)
         name = "stream" if tier is WantedTier.STREAM else "load"
-        with self._driver.telemetry.call(name, ref):
+        with Call(self._driver.telemetry, name, ref):
             lease = await self._acquiring.acquire(ref, tier, seconds, priority=priority)
         assert lease is not None  # this tier has leases
         return self._handle(ref, lease)
@@ -341,7 +341,7 @@ class AdapterLoader:
         """
         self._check_open()
         ref, seconds = as_ref(adapter_id), self.config.seconds(timeout)
-        with self._driver.telemetry.call("pin", ref):
+        with Call(self._driver.telemetry, "pin", ref):
             await self._acquiring.pin(ref, seconds, priority=priority)
 
     def unpin(self, adapter_id: AdapterId) -> bool:

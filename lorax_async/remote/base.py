@@ -32,9 +32,10 @@ FIRST_BYTES = 256 << 10
 
 They should contain the header, or another round trip is needed: a header has 60 KB for 448 tensors,
 and about 235 KB for DoRA on all seven targets of 80 layers. Bytes beyond the header arrive sooner
-over all connections. Measured for 84 MB over 16 connections of 20 MB/s with 10 ms: 390 ms with
-64 KiB (too few to estimate the link's rate), 351 with 128, 337 with 256, 350 with 512, 385 with
-1 MiB; at 5 MB/s 1.13 s with 128 and with 256 KiB, 1.18 with 512.
+over all connections. Measured when a header was checked after all of them, for 84 MB over 16
+connections of 20 MB/s with 10 ms: 390 ms with 64 KiB (too few to estimate the link's rate), 351
+with 128, 337 with 256, 350 with 512, 385 with 1 MiB; at 5 MB/s 1.13 s with 128 and with 256 KiB,
+1.18 with 512.
 """
 
 LONGEST = 86_400.0

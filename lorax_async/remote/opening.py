@@ -67,7 +67,7 @@ MAX_KEYS = 16_384
 """The lifecycle remembers as many idle adapters."""
 
 MAX_ANSWERS = 64
-"""Unused first bytes that came with a version; about 256 KiB each."""
+"""Unused first bytes that came with a version; about 320 KiB each."""
 
 ANSWER_SECONDS = 1.0
 """Request older first bytes again: the source may have changed its file under the same validator,

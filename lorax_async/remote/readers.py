@@ -130,8 +130,10 @@ class FetchReader(CountedReader):
             inbox = Inbox(asyncio.get_running_loop(), arrived)
             layers_first = self._layers_first and control.urgent and bool(groups)
             async with bind_to(control):
-                rests = [await outcome(part.answer.rest) for part in self._metadata.parts]
-            begin = partial(self._begin, groups, rests, inbox.put, control, not layers_first)
+                for file, part in zip(self._files, self._metadata.parts, strict=True):
+                    rest = await outcome(part.answer.rest)
+                    await self._workers.run(partial(file.write, len(part.answer.start), rest))
+            begin = partial(self._begin, groups, inbox.put, control, hash_along=not layers_first)
             await self._workers.run(begin)
             async with track(control, *self._jobs):
                 for job in self._jobs:
@@ -176,13 +178,11 @@ class FetchReader(CountedReader):
     def _begin(
         self,
         groups: Groups,
-        rests: Sequence[memoryview],
         arrived: Callable[[int], None],
         control: FetchControl,
+        *,
         hash_along: bool,
     ) -> None:
-        for file, part, rest in zip(self._files, self._metadata.parts, rests, strict=True):
-            file.write(len(part.answer.start), rest)
         plan = self._metadata.plan
         if plan is None:
             numbers = tuple(n for n, group in enumerate(groups) if group)

@@ -46,7 +46,7 @@ _logger = logging.getLogger("lorax_async")
 
 
 class Call:
-    """The block of one call: publishes its beginning and end, and counts its error.
+    """The block of a waiting caller's call: publishes its beginning and end, counts its error.
 
     No generator, which would take a µs more of every hit.
     """
@@ -150,10 +150,6 @@ class Telemetry:
         """Show an event to the trace alone, which `publish` does again."""
         if self.tracer.on is not None:
             self.tracer.on.note(event)
-
-    def call(self, method: str, ref: Ref) -> Call:
-        """Enter one call of a waiting caller."""
-        return Call(self, method, ref)
 
     def call_ended(self, number: int, error: BaseException | None) -> None:
         if isinstance(error, LoraxError):

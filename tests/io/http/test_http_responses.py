@@ -500,7 +500,8 @@ def test_a_rest_that_does_not_come_soon_is_left_out(ending: str) -> None:
         client.stall()
 
     with FaultServer(DATA, holds_the_rest) as server, clocked() as (engine, clock):
-        job = engine.probe(target(server.url()), ASKED, needed_bytes=lambda *_: NEEDED)
+        place, forever = target(server.url()), 1e9
+        job = engine.probe(place, ASKED, timeout=forever, needed_bytes=lambda *_: NEEDED)
         answer = job.done.result(10)
         assert answer.start == DATA[:READ]
         if ending == "slow":

@@ -134,6 +134,18 @@ async def test_a_fetch_begins_anew_after_other_bytes(world: World) -> None:
             assert (folder.path / WEIGHTS).read_bytes() == mixed
 
 
+async def test_a_stream_begins_anew_after_other_bytes_behind_the_header(world: World) -> None:
+    """They are noticed before it has a handle, whose layers would fail."""
+    old, new = (contents(adapter)[WEIGHTS] for adapter in world.adapters)
+    async with world.loader() as there:
+        await interrupted(world, there)
+        world.origin.files[WEIGHTS] = mixed = old[:100_000] + new[100_000:]
+        async with there.stream(world.id) as handle:
+            await handle.layer_ready(handle.layers[-1])
+            verification = await handle.verified()
+        assert verification.digest == hashlib.sha256(mixed).hexdigest()
+
+
 @pytest.mark.slow
 async def test_an_interrupted_config_is_compared(world: World) -> None:
     """Another alpha of as many digits: the scale of the adapter that is served is the new one."""
