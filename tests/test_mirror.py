@@ -595,6 +595,19 @@ async def test_settings_that_lead_nowhere_are_refused(origin: Origin) -> None:
         AdapterMirror(AdapterStore())
 
 
+async def test_certificates_that_cannot_be_read_are_not_hidden(
+    origin: Origin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(origin.folder / "none.pem"))
+    origin.add(rank=64)
+    async with asking(origin) as replica:
+        replica.peers.members = [f"https://{origin.store_netloc}"]
+        with pytest.raises(errors.ConfigError, match="certificates"):
+            async with replica.store.checkout(ID):
+                pass
+    assert not origin.downloads
+
+
 @pytest.mark.each_loop
 async def test_a_load_that_is_cancelled_anywhere_leaves_nothing(origin: Origin) -> None:
     adapter = origin.add()

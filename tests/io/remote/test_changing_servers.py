@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -263,14 +263,24 @@ async def test_a_damaged_header_of_promised_weights_is_fetched_again(world: Worl
 
 
 @pytest.mark.slow
-async def test_a_refusal_stands_while_it_is_down(world: World) -> None:
+@pytest.mark.parametrize("certificates", [True, False])
+async def test_a_refusal_stands_while_it_is_down(
+    world: World, certificates: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or cannot be asked over TLS."""
     world.origin.files = UPLOADS["an unknown dtype"](contents(world.adapters[0]))
     await published(world)
     async with world.loader() as there:
         error = await fails(there.load(world.id), errors.AdapterFormatError)
     ref = AdapterRef(world.id, revision=str(error.key.version))  # type: ignore[attr-defined]
-    world.origin.instead = dict.fromkeys((CONFIG, WEIGHTS), refuse("503 Service Unavailable"))
-    async with world.loader(revalidate=60) as there:
+    down = refuse("503 Service Unavailable")
+    if not certificates:
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(world.folder / "none.pem"))
+        down = refuse("302 Found", f"Location: https://{world.server.netloc}/adapter/")
+    world.origin.instead = dict.fromkeys((CONFIG, WEIGHTS), down)
+    plain = at(world.server.netloc)
+    allow = plain, replace(plain, scheme="https")
+    async with world.loader(revalidate=60, allow=allow) as there:
         await fails(there.load(ref), errors.AdapterFormatError)
     assert world.stored() == (1, 0)
 

@@ -29,8 +29,8 @@ def name_of(asked: Asked) -> str:
     return asked.target.rpartition("/")[2]
 
 
-def refuse(status: str) -> Behaviour:
-    return lambda asked, client: client.head(status, "Content-Length: 0")
+def refuse(status: str, *fields: str) -> Behaviour:
+    return lambda asked, client: client.head(status, "Content-Length: 0", *fields)
 
 
 def hold(client: Client) -> None:
