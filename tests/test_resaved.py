@@ -14,11 +14,10 @@ import pytest
 import safetensors.torch
 
 import tiny
-from common import until
-from lorax_async import AdapterHandle, AdapterLoader, errors, files
+from lorax_async import AdapterHandle, AdapterKey, AdapterLoader, errors, files
 from lorax_async.devices.simulated import GatedDevice
 from lorax_async.sources import local
-from tiny_loaders import fails, gated, loader
+from tiny_loaders import begin_copies, fails, gated, loader
 from tiny_sources import WEIGHTS
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -120,16 +119,11 @@ async def interrupted(
     there: AdapterLoader, device: GatedDevice, call: Awaitable[AdapterHandle], *changes: Change
 ) -> AdapterHandle:
     """The call's answer, with each change made when the next try has begun its copies."""
-    before = there.statistics().failures
-    device.gate.clear()
+    tries = set[AdapterKey]()
     asked = asyncio.ensure_future(call)
-    for number, change in enumerate(changes, 1):
-        await until(lambda begun=device.copies: device.copies > begun)  # type: ignore[misc]
+    for change in changes:
+        await begin_copies(there, device, tries)
         change()
-        device.gate.set()
-        failures = before + number
-        await until(lambda failures=failures: there.statistics().failures == failures)  # type: ignore[misc]
-        device.gate.clear()
     device.gate.set()
     return await asked
 

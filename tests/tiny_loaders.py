@@ -1,5 +1,6 @@
 """Loaders on tiny adapters, for tests."""
 
+import asyncio
 from collections.abc import Awaitable
 from typing import TypeVar
 
@@ -10,6 +11,7 @@ from lorax_async.config import LoaderConfig
 from lorax_async.devices.simulated import GatedDevice
 from lorax_async.loader import AdapterLoader
 from lorax_async.runtime.placement import AdapterResidency
+from lorax_async.types import AdapterKey
 
 ONE = 4 * 2 * 1536
 """Device bytes of one tiny F32 adapter of rank 4: 4 layers of A [4, 32] and B [64, 4], twice."""
@@ -28,6 +30,22 @@ def gated(
     sizes = {"device_bytes": device_bytes, "max_slots": slots, "io_threads": 2}
     config = LoaderConfig(**(sizes | settings))  # type: ignore[arg-type]
     return AdapterLoader(layout, config, device=device), device
+
+
+async def begin_copies(loader: AdapterLoader, device: GatedDevice, tries: set[AdapterKey]) -> None:
+    """Let copies go on until another try than those fills its slot; hold its copies, and note it.
+
+    Files that changed are another version, which has a key of its own.
+    """
+    async with asyncio.timeout(20):
+        while True:
+            adapters = loader.placement().adapters
+            filling = {key for key, where in adapters.items() if where.state == "filling"}
+            if not filling <= tries:
+                break
+            device.let_through()
+            await asyncio.sleep(0.001)
+    tries |= filling
 
 
 def on_device(loader: AdapterLoader) -> list[AdapterResidency]:

@@ -16,7 +16,7 @@ import torch
 
 import tiny
 from common import our_threads, until
-from lorax_async import errors
+from lorax_async import AdapterLoader, errors
 from lorax_async.devices.cpu import CpuDevice
 from lorax_async.devices.simulated import GatedDevice
 from lorax_async.scheduler.scheduler import AdapterScheduler
@@ -25,7 +25,7 @@ from lorax_async.testing import FakeDecoder, FakeSource
 from lorax_async.types import AdapterKey, AdapterRef
 from scheduling.serving import opened, warm
 from server.generating import GREEDY, VOCABULARY, ScriptedDecoder, all_of, alone, asked, generating
-from tiny_loaders import fails, gated
+from tiny_loaders import begin_copies, fails, gated
 from tiny_sources import stocked
 
 Patch = pytest.MonkeyPatch
@@ -469,7 +469,7 @@ async def test_a_reader_that_was_cancelled_loses_nothing() -> None:
 
 
 @asynccontextmanager
-async def over_files() -> AsyncIterator[tuple[Engine, GatedDevice]]:
+async def over_files() -> AsyncIterator[tuple[Engine, AdapterLoader, GatedDevice]]:
     loader, device = gated(slots=2)
     decoder = FakeDecoder(max_sequences=4, loop=asyncio.get_running_loop())
     async with (
@@ -477,13 +477,13 @@ async def over_files() -> AsyncIterator[tuple[Engine, GatedDevice]]:
         AdapterScheduler(loader, max_begun=4) as scheduler,
         Engine(scheduler, decoder, max_sequences=4) as engine,
     ):
-        yield engine, device
+        yield engine, loader, device
     assert decoder.kept == {}
 
 
 async def test_an_answer_is_cancelled_while_its_files_come_to_rest(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "a", 1)
-    async with over_files() as (engine, device):
+    async with over_files() as (engine, _, device):
         device.gate.clear()
         answer = engine.submit(asked([1], 5, folder))
         await until(lambda: device.copies)
@@ -497,7 +497,7 @@ async def test_an_answer_is_cancelled_while_its_files_come_to_rest(tmp_path: Pat
 async def test_false_bytes_of_files_that_did_not_change(tmp_path: Path, monkeypatch: Patch) -> None:
     false = Mock(side_effect=errors.IntegrityError("the disk gave other bytes"))
     monkeypatch.setattr(CpuDevice, "copy", false)
-    async with over_files() as (engine, _):
+    async with over_files() as (engine, *_):
         answer = engine.submit(asked([1], 5, tiny.write(tmp_path / "a", 1)))
         await fails(all_of(answer), errors.IntegrityError, "other bytes")
 
@@ -512,21 +512,18 @@ async def test_answers_without_a_token_get_the_version_that_is_saved_meanwhile(
 ) -> None:
     """A version in pieces (0) is told, and so is a second one."""
     folder, samplings = tiny.write(tmp_path / "a", 1), [GREEDY] * 6 + [SEEDED]
-    async with over_files() as (engine, device):
+    async with over_files() as (engine, loader, device):
         device.gate.clear()
         asking = [asked([n], 5, folder, sampling=how) for n, how in enumerate(samplings)]
         answers = [engine.submit(each) for each in asking]
+        tries = set[AdapterKey]()
         for seed in saves:
-            copies = device.copies
-            await until(lambda: device.copies > copies)
+            await begin_copies(loader, device, tries)
             if seed:
                 tiny.write(folder, seed)
             else:
                 os.truncate(folder / "adapter_model.safetensors", 1000)
-            device.gate.set()
-            if seed != saves[-1]:
-                await asyncio.sleep(0.01)
-                device.gate.clear()
+        device.gate.set()
         for n, (answer, sampling) in enumerate(zip(answers, samplings, strict=True)):
             got = await all_of(answer, error)
             assert got == ([] if error else alone([n], 5, str(folder), sampling))
