@@ -22,7 +22,6 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, get_args
 
-from lorax_async import layouts
 from lorax_async.cli.command_line import (
     ABOUTS,
     ID_HELP,
@@ -332,6 +331,7 @@ def _read_settings(
     arguments: argparse.Namespace,
 ) -> tuple[ServerSettings, LoaderConfig, ServerCapacity]:
     """Raise `ConfigError` for what would otherwise fail once the base model is loaded."""
+    from lorax_async.layouts import is_hub_id  # noqa: PLC0415
     from lorax_async.server.server_settings import ServerSettings  # noqa: PLC0415
     from lorax_async.server.service import ServerCapacity  # noqa: PLC0415
     from lorax_async.server.warm_list import read_warm_list  # noqa: PLC0415
@@ -341,7 +341,7 @@ def _read_settings(
     adapters = find_adapters(arguments.adapters)
     name = "smollm2" if base == "smollm2" else Path(base).resolve().name
     if base != "smollm2" and not Path(base).is_dir():
-        if not layouts.is_hub_id(base):
+        if not is_hub_id(base):
             raise ConfigError(f"--base: there is no folder {base}")
         name = base.partition("@")[0].rpartition("/")[2]
     if arguments.warm is not None:
@@ -431,7 +431,9 @@ def choose_device_bytes(model: Any, config: LoaderConfig) -> int:
 
     That is room for adapters of `USUAL_RANK` in all slots, and for one of the highest rank.
     """
-    layout, highest = layouts.from_module(model), config.limits.max_rank
+    from lorax_async.layouts import from_module  # noqa: PLC0415
+
+    layout, highest = from_module(model), config.limits.max_rank
     width = sum(module.in_features + module.out_features for module in layout.modules)
     per_rank = width * (4 if config.dtype == "float32" else 2)
     ranks = max(highest, config.max_slots * min(highest, USUAL_RANK))

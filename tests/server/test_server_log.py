@@ -157,6 +157,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_what_takes_long_to_import_is_a_step_of_the_log() -> None:
+    """A plain line that says so would be no JSON."""
+    without = "import sys; sys.modules['torch'] = None; from lorax_async.cli import main; main()"
+    command = [sys.executable, "-c", without, "serve", "--base=x", "--log-format=json", "--json"]
+    told = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    assert json.loads(told.splitlines()[0])["step"] == "importing the server"
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings(PEFT_WARNING)
 def test_a_process_tells_its_life_in_json(base: Path) -> None:
