@@ -159,10 +159,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_what_takes_long_to_import_is_a_step_of_the_log() -> None:
     """A plain line that says so would be no JSON."""
-    without = "import sys; sys.modules['torch'] = None; from lorax_async.cli import main; main()"
-    command = [sys.executable, "-c", without, "serve", "--base=x", "--log-format=json", "--json"]
-    told = subprocess.run(command, capture_output=True, text=True, check=False).stderr
-    assert json.loads(told.splitlines()[0])["step"] == "importing the server"
+    program = "import sys; sys.modules['torch'] = None; from lorax_async.cli import main; main()"
+    command = [sys.executable, "-c", program, "serve", "--base=x", "--log-format=json", "--json"]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert json.loads(process.stderr.splitlines()[0])["step"] == "importing the server"
 
 
 @pytest.mark.slow

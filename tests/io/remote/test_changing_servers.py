@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from fault_server import Asked, Client, FaultServer, Hangup, begin
 from user_loads import at, contents, has, loader, stored_in, until, written
-from web_folder import CONFIG, WEIGHTS, Folder, name_of, refuse
+from web_folder import CONFIG, WEIGHTS, Folder, name_of, redirect, refuse
 
 from lorax_async import AdapterLoader, AdapterRef, AdapterStore, errors
 from sweeping import settle
@@ -273,11 +273,11 @@ async def test_a_refusal_stands_while_it_is_down(
     async with world.loader() as there:
         error = await fails(there.load(world.id), errors.AdapterFormatError)
     ref = AdapterRef(world.id, revision=str(error.key.version))  # type: ignore[attr-defined]
-    down = refuse("503 Service Unavailable")
+    behave = refuse("503 Service Unavailable")
     if not certificates:
         monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(world.folder / "none.pem"))
-        down = refuse("302 Found", f"Location: https://{world.server.netloc}/adapter/")
-    world.origin.instead = dict.fromkeys((CONFIG, WEIGHTS), down)
+        behave = redirect(f"https://{world.server.netloc}/adapter/")
+    world.origin.instead = dict.fromkeys((CONFIG, WEIGHTS), behave)
     plain = at(world.server.netloc)
     allow = plain, replace(plain, scheme="https")
     async with world.loader(revalidate=60, allow=allow) as there:

@@ -29,8 +29,12 @@ def name_of(asked: Asked) -> str:
     return asked.target.rpartition("/")[2]
 
 
-def refuse(status: str, *fields: str) -> Behaviour:
-    return lambda asked, client: client.head(status, "Content-Length: 0", *fields)
+def refuse(status: str) -> Behaviour:
+    return lambda asked, client: client.head(status, "Content-Length: 0")
+
+
+def redirect(url: str) -> Behaviour:
+    return lambda asked, client: client.head("302 Found", "Content-Length: 0", f"Location: {url}")
 
 
 def hold(client: Client) -> None:
