@@ -224,6 +224,10 @@ class StoreConfig:
     revalidate
         Seconds for which a source's answer about a movable revision, or about access to an adapter,
         is reused; 0 always asks again.
+    revalidate_files
+        The same for a look at the files of a local folder. Within these seconds `load` looks at a
+        path's files on the event loop, with two stat calls that the kernel answers from memory,
+        unless they are on a network file system or FUSE. 0 always takes a thread.
     eviction
         The eviction policy, on disk, in host memory and on the device: "lru", "lfu" (with ageing),
         or "gdsf" (frequency and cost per byte).
@@ -250,6 +254,7 @@ class StoreConfig:
     cache_bytes: ByteSize = ByteSize(16 * GiB)
     connections: int = 16
     revalidate: float = 60.0
+    revalidate_files: float = 1.0
     eviction: Eviction = "lru"
     limits: Limits = field(default_factory=Limits)
     peers: Peers | None = None
@@ -270,6 +275,7 @@ class StoreConfig:
         _require_at_most("connections", self.connections, MAX_THREADS)
         require_seconds("timeout", self.timeout)
         _require_zero_or_seconds("revalidate", self.revalidate)
+        _require_zero_or_seconds("revalidate_files", self.revalidate_files)
         normalized = {
             "local_roots": as_local_roots(self.local_roots),
             "allow": as_allow(self.allow),
@@ -338,10 +344,6 @@ class LoaderConfig(StoreConfig):
     min_residency
         Seconds for which a resident adapter is not evicted for requests that have waited less than
         `starvation_age`.
-    revalidate_files
-        Seconds after a thread has looked at a path's files in which `load` looks at them on the
-        event loop, with two stat calls that the kernel answers from memory, unless they are on a
-        network file system or FUSE. 0 always takes a thread.
     check_finite
         Refuse adapters with NaN or infinite weights (reads every byte once more, off the loop).
 
@@ -365,7 +367,6 @@ class LoaderConfig(StoreConfig):
     io_threads: int = field(default_factory=lambda: min(4, os.cpu_count() or 1))
     starvation_age: float = 5.0
     min_residency: float = 0.0
-    revalidate_files: float = 1.0
     check_finite: bool = False
 
     def __post_init__(self) -> None:
@@ -382,7 +383,6 @@ class LoaderConfig(StoreConfig):
         _require_at_most("io_threads", self.io_threads, MAX_THREADS)
         require_seconds("starvation_age", self.starvation_age)
         _require_zero_or_seconds("min_residency", self.min_residency)
-        _require_zero_or_seconds("revalidate_files", self.revalidate_files)
         object.__setattr__(self, "dtype", _dtype_name(self.dtype))
 
     @property

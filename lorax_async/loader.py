@@ -16,6 +16,7 @@ from lorax_async.concurrency import Lifetime
 from lorax_async.config import LoaderConfig
 from lorax_async.devices.base import Device, PointerTables
 from lorax_async.errors import (
+    AdapterTimeoutError,
     ConfigError,
     InvalidAdapterIdError,
     LoraxError,
@@ -262,8 +263,9 @@ class AdapterLoader:
     def try_acquire(self, adapter_id: AdapterId) -> AdapterHandle | None:
         """Return a handle if the adapter is resident, else None. No I/O, no waiting.
 
-        Return None too if the ref has a digest that is not known to match, or if the adapter is
-        remote and was last resolved more than `LoaderConfig.revalidate` seconds ago.
+        Return None too if the ref has a digest that is not known to match, or if its meaning was
+        last looked up more than `LoaderConfig.revalidate` seconds ago (`revalidate_files` for local
+        folders): then `load` it.
         """
         self._check_open()
         ref = as_ref(adapter_id)
@@ -288,6 +290,29 @@ class AdapterLoader:
         return AdapterHandle(
             text_of(ref), lease, driver.device, self.layout, timeout, share, config.shard
         )
+
+    async def resolve(self, adapter_id: AdapterId, *, timeout: float | None = None) -> AdapterKey:
+        """Return the version that the id means now: look at its files, or ask its source.
+
+        A source's answer is reused for `LoaderConfig.revalidate` seconds. Raise what `load` raises
+        while it resolves an id.
+        """
+        self._check_open()
+        ref, seconds = as_ref(adapter_id), self.config.seconds(timeout)
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._assembly.store.resolver.resolve(ref)
+        except TimeoutError:
+            problem = f"it was not resolved within {seconds:g} s"
+            raise AdapterTimeoutError(problem, id=text_of(ref), stage="resolve") from None
+
+    def current_key(self, adapter_id: AdapterId) -> AdapterKey | None:
+        """Return the version that the id means if `try_acquire` may use it, else None. No I/O.
+
+        None: `resolve` the id, whose meaning is unknown or was looked up too long ago.
+        """
+        self._check_open()
+        return self._assembly.store.resolver.recent(as_ref(adapter_id))
 
     async def has_changed(self, adapter_id: AdapterId, key: AdapterKey, error: LoraxError) -> bool:
         """Return whether `error` arose because the local files of `key` were saved again.

@@ -197,11 +197,13 @@ class RemoteKey(AdapterKey):
     """One version of a remote adapter; `location` is its id without a revision.
 
     `version` is the hub's commit, or a digest of the versionIds or strong ETags of its files.
-    `stale` means that the source could not be reached and last named this version.
+    `stale` means that the source could not be reached and last named this version; `answered_at`
+    is the monotonic time of the answer that named it, None for just now.
     """
 
     version: str = ""
     stale: bool = field(default=False, compare=False)
+    answered_at: float | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_hash", hash((self.location, self.version)))

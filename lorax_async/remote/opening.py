@@ -11,7 +11,6 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import inf
 from typing import Any
 
 from lorax_async.cache.base import CacheEntry, CacheKey, LeftoverError
@@ -112,15 +111,15 @@ class VersionResolver:
         self._offline = offline
         self._fresh = fresh
         self._clock = clock
-        self._keys: OrderedDict[ParsedRef, tuple[RemoteKey, float]] = OrderedDict()
+        self._keys: OrderedDict[ParsedRef, RemoteKey] = OrderedDict()
         self._resolutions: OrderedDict[RemoteKey, Resolution] = OrderedDict()
         self._answered: OrderedDict[RemoteKey, None] = OrderedDict()
         self._recorded: dict[str, str] = {}
 
     async def resolve(self, ref: ParsedRef) -> RemoteKey:
         """Return the version that `ref` names now: by a recent answer, the cache or the source."""
-        key, since = self._keys.get(ref, (None, 0.0))
-        if key is not None and self._clock() - since < self._fresh:
+        key = self._keys.get(ref)
+        if key is not None and self._clock() - (key.answered_at or 0.0) < self._fresh:
             self._asked(ref, key)
             return key
         backend = self._backends(ref.place)
@@ -128,19 +127,17 @@ class VersionResolver:
         pinned = None
         if revision is not None and backend.is_version(revision):
             pinned = RemoteKey(ref.text, (), revision)
-            if await self._may_have(pinned, scope, self._fresh):
-                self._remember(ref, pinned, None)
-                return pinned
+            age = await self._grant_age(pinned, scope)
+            if age is not None and age <= self._fresh:
+                return self._remember(ref, pinned, None, age)
         try:
             located = await self._query(ref)
         except (FetchError, AnotherVersionError) as error:
             key = await self._stored(ref, pinned, scope, error)
             if key is None:
                 raise
-            self._remember(ref, key, None)
-            return key
-        key = _key_of(located)
-        self._remember(ref, key, located)
+            return self._remember(ref, key, None)
+        key = self._remember(ref, _key_of(located), located)
         await self._record(ref, located)
         return key
 
@@ -182,12 +179,18 @@ class VersionResolver:
             del self._answered[key]
             self._resolutions[key] = replace(self._resolutions[key], located=None)
 
-    def _remember(self, ref: ParsedRef, key: RemoteKey, located: LocatedAdapter | None) -> None:
-        """Record that `ref` is `key` now, by the source, or by the cache if none was asked."""
+    def _remember(
+        self, ref: ParsedRef, key: RemoteKey, located: LocatedAdapter | None, age: float = 0.0
+    ) -> RemoteKey:
+        """Record that `ref` was `key` `age` seconds ago; return the key with that time.
+
+        `located` is the source's answer, None if the cache knew the version.
+        """
         now = self._clock()
-        remember(self._keys, ref, (key, now), MAX_REFS)
+        key = replace(key, answered_at=now - age)
+        remember(self._keys, ref, key, MAX_REFS)
         if located is None and self._asked(ref, key):
-            return
+            return key
         gone = remember(self._resolutions, key, Resolution(ref, located, now), MAX_KEYS)
         if gone is not None:
             self._answered.pop(gone, None)
@@ -196,6 +199,7 @@ class VersionResolver:
             self._answered.move_to_end(key)
             if len(self._answered) > MAX_ANSWERS:
                 self.used(next(iter(self._answered)))
+        return key
 
     def _asked(self, ref: ParsedRef, key: RemoteKey) -> bool:
         """Let the key be fetched in the name of its last request; False if the key is unknown.
@@ -223,20 +227,20 @@ class VersionResolver:
             retryable=False,
         )
 
-    async def _may_have(self, key: RemoteKey, scope: str, within: float) -> bool:
-        """Return whether the cache has it, public or granted to `scope` in the last `within` s."""
+    async def _grant_age(self, key: RemoteKey, scope: str) -> float | None:
+        """Return the age in seconds of the grant by which `scope` may have the cache's entry.
 
-        def look() -> bool:
+        0 if the entry is public; None if there is no entry or no grant.
+        """
+
+        def look() -> float | None:
             entry = self.cache.open(cache_key(key))
             if entry is None:
-                return False
+                return None
             try:
-                if entry.granted(PUBLIC) is not None:
-                    return True
-                since = entry.granted(scope)
+                return 0.0 if entry.granted(PUBLIC) is not None else entry.granted(scope)
             finally:
                 entry.close()
-            return since is not None and since <= within
 
         return await self._workers.run(look)
 
@@ -250,7 +254,7 @@ class VersionResolver:
         unreachable = isinstance(error, FetchError)
         if isinstance(error, FetchError) and not error.retryable and not self._offline:
             return None
-        if pinned is not None and await self._may_have(pinned, scope, inf):
+        if pinned is not None and await self._grant_age(pinned, scope) is not None:
             return pinned
         if not unreachable or not (ref.allow_stale or self._offline):
             return None
@@ -259,7 +263,7 @@ class VersionResolver:
         if last is None:
             return None
         key = RemoteKey(last[0], (), last[1], stale=True)
-        return key if await self._may_have(key, scope, inf) else None
+        return None if await self._grant_age(key, scope) is None else key
 
     async def _record(self, ref: ParsedRef, located: LocatedAdapter) -> None:
         """Record the answer for times when the source is unreachable. Ignore failures."""

@@ -208,10 +208,7 @@ class _LoadAttempts:
 
 
 class Acquirer:
-    """Acquires leases within deadlines; `check_open` raises once the loader is closing.
-
-    For `file_seconds` after a thread has looked at a path's files, the loop does.
-    """
+    """Acquires leases within deadlines; `check_open` raises once the loader is closing."""
 
     def __init__(
         self,
@@ -219,10 +216,7 @@ class Acquirer:
         driver: Driver,
         digests: DigestChecks,
         check_open: Callable[[], None],
-        *,
-        file_seconds: float,
     ) -> None:
-        self._file_seconds = file_seconds
         self._resolver = resolver
         self._driver = driver
         self._digests = digests
@@ -276,7 +270,7 @@ class Acquirer:
         plain = isinstance(ref, AdapterRef) and ref.digest is None and not ref.allow_stale
         if not (plain or isinstance(ref, AdapterKey)):
             return None
-        key = self._resolver.recent(ref, files=self._file_seconds)
+        key = self._resolver.recent(ref, look=True)
         return None if key is None or is_stale(key) else key
 
     async def _acquire(

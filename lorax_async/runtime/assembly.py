@@ -72,7 +72,13 @@ class StoreParts:
             self.source = SourceRouter(local, self.remote, parse)
         else:
             self.source = SourceRouter(source, source)
-        self.resolver = Resolver(self.source, self.telemetry, config.revalidate, check_open)
+        self.resolver = Resolver(
+            self.source,
+            self.telemetry,
+            check_open,
+            revalidate=config.revalidate,
+            revalidate_files=config.revalidate_files,
+        )
         self.digests = DigestChecks(self.source, self.telemetry, check_open)
         self.folders = FolderLeases(source or self.source, self.resolver, self.digests, check_open)
 
@@ -137,13 +143,7 @@ class Assembly:
             staging, images = await loop.run_in_executor(store.threads, self._allocate_memory)
             self.driver = self._make_driver(staging, images)
             self.driver.waiter_table.in_memory = self.copies.in_memory
-            self.acquiring = Acquirer(
-                store.resolver,
-                self.driver,
-                store.digests,
-                check_open,
-                file_seconds=self._config.revalidate_files,
-            )
+            self.acquiring = Acquirer(store.resolver, self.driver, store.digests, check_open)
             self.tensor_adapters = TensorAdapters(
                 self._memory, store.resolver, self.acquiring, self.driver, check_open
             )

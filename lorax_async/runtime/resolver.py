@@ -111,16 +111,24 @@ class Resolver:
 
     A resolve is cancelled when its last waiting caller leaves. Assigned ids, `names`, hide the
     source's. A remote source's answer, which may be of a moving revision or a revoked permission,
-    counts for `fresh` seconds. `check_open` raises once the store or loader is closing.
+    counts for `revalidate` seconds, a look at local files for `revalidate_files` seconds.
+    `check_open` raises once the store or loader is closing.
     """
 
     def __init__(
-        self, source: Source, telemetry: Telemetry, fresh: float, check_open: Callable[[], None]
+        self,
+        source: Source,
+        telemetry: Telemetry,
+        check_open: Callable[[], None],
+        *,
+        revalidate: float,
+        revalidate_files: float,
     ) -> None:
         self._source = source
         self._telemetry = telemetry
-        self._fresh = fresh
         self._check_open = check_open
+        self._revalidate = revalidate
+        self._revalidate_files = revalidate_files
         self.names = AssignedIds()
         self._running = SharedTasks(self._run, lambda ref: f"lorax resolve {ref.text}")
         self._answers: dict[ResolvableRef, _RememberedKey] = {}
@@ -161,21 +169,31 @@ class Resolver:
                 yield ref.text, answer.key
         yield from self.names.ids()
 
-    def recent(self, ref: Ref, *, files: float = inf) -> AdapterKey | None:
-        """Return `known(ref)`, or None if its source has to be asked again.
+    def recent(self, ref: Ref, *, look: bool = False) -> AdapterKey | None:
+        """Return the key of `ref`, or None if its source or its files have to be looked at again.
 
-        If `files` is given, local files must be those of a look at most so many seconds ago.
+        With `look`, stat a path's files on the loop, soon after a thread has looked at them.
         """
         key = self.known(ref)
         if key is None or isinstance(ref, AdapterKey):
             return key
-        remembered = self._answers.get(_name(ref))
+        name = _name(ref)
+        remembered = self._answers.get(name)
         if remembered is None or remembered.key is not key:  # it was assigned
             return key
-        remote = _is_remote(key)
-        if monotonic() - remembered.since >= (self._fresh if remote else files):
+        now = monotonic()
+        if now - remembered.since >= self._seconds(key):
             return None
-        return key if remote or files == inf or _is_unchanged(ref, key) else None
+        if look and key.files:
+            if not _is_unchanged(ref, key):
+                return None
+            self._answers[name] = _RememberedKey(key, now)
+        return key
+
+    def _seconds(self, key: AdapterKey) -> float:
+        """Return how long the answer that an id means `key` counts."""
+        remote = self._revalidate if _is_remote(key) else inf
+        return min(remote, self._revalidate_files) if key.files else remote
 
     def is_outdated(self, ref: Ref, answer: AdapterKey) -> bool:
         """Return whether an id in `ref` was assigned, or unassigned, since this answer."""
@@ -238,15 +256,11 @@ class Resolver:
 
     def _remember(self, ref: ResolvableRef, key: AdapterKey) -> None:
         name = _name(ref)
+        since = key.answered_at if isinstance(key, RemoteKey) else None
         before = self._answers.pop(name, None)
-        same = before is not None and before.key == key and is_stale(before.key) == is_stale(key)
-        # Keep the first of equal keys, to share one object; and its time while it is fresh, since
-        # a remote source may have answered from memory.
-        if before is not None and same:
-            fresh = _is_remote(key) and monotonic() - before.since < self._fresh
-            self._answers[name] = before if fresh else _RememberedKey(before.key, monotonic())
-        else:
-            self._answers[name] = _RememberedKey(key, monotonic())
+        if before is not None and before.key == key and is_stale(before.key) == is_stale(key):
+            key = before.key  # share one object
+        self._answers[name] = _RememberedKey(key, monotonic() if since is None else since)
         if len(self._answers) > MAX_REMEMBERED:
             del self._answers[next(iter(self._answers))]
 

@@ -1,4 +1,4 @@
-"""All adapters with requests: their queues, loads and slots."""
+"""All adapters with requests: their queues, versions, loads and slots."""
 
 from __future__ import annotations
 
@@ -72,6 +72,10 @@ class SlotRecords:
 class AdapterQueues:
     """All adapters with requests.
 
+    A request is computed with the version that its ref means when it enters, as of a look at most
+    `revalidate` seconds old. Where the look is older, the request enters a new queue, which asks
+    the source first; if the version is the same, its requests join those of the old queue.
+
     `on_change` is called when there may be rows to compute; `on_requeue` for each request of an
     adapter that has lost its slot; `on_blocked_slot` for an adapter of a batch in flight in whose
     slot no layers arrive while others wait for one.
@@ -101,7 +105,12 @@ class AdapterQueues:
         self._on_change = on_change
         self._on_requeue = on_requeue
         self._on_blocked_slot = on_blocked_slot
-        self._adapter_queues: dict[Ref | None, AdapterQueue] = {}
+        self._queues: dict[AdapterQueue, None] = {}
+        """All queues, those of replaced versions too."""
+        self._current: dict[Ref | None, AdapterQueue] = {}
+        """The queue that new requests for a ref join."""
+        self._checks: dict[AdapterQueue, asyncio.Task[None]] = {}
+        """The queues that ask their source which version to load."""
         self._by_key: dict[AdapterKey, list[AdapterQueue]] = {}
         self._alarm: TimerHandle | None = None
         self._last_stall_check = -inf
@@ -112,37 +121,48 @@ class AdapterQueues:
             clock,
             slots_held=lambda: sum(holder.handle is not None for holder in self.slot_holders),
             granted=self._granted,
-            failed=self.fail,
+            failed=self._load_failed,
         )
         self._unsubscribe = loader.subscribe(self._on_event)
 
     # -- requests ----------------------------------------------------------------------------------
 
     def enter(self, ticket: Ticket) -> None:
-        """Add a request. If `AdapterLoader.try_acquire` raises, raise that and add none."""
-        queue = self._adapter_queues.get(ticket.ref)
-        if queue is not None:
+        """Add a request. If the loader refuses its ref at once, raise that and add none."""
+        queue = self._current.get(ticket.ref)
+        if queue is not None and self._is_current(queue):
             ticket.client = self.places.client_of(ticket.request.client)
             queue.add(ticket)
             self._waiting.update(queue)
         else:
             handle = None if ticket.ref is None else self._loader.try_acquire(ticket.ref)
-            least = min((other.tokens for other in self._adapter_queues.values()), default=0)
-            queue = self._adapter_queues[ticket.ref] = AdapterQueue(ticket.ref, least)
             ticket.client = self.places.client_of(ticket.request.client)
-            queue.add(ticket)
-            if handle is not None:
-                self._adopt(queue, handle)
-            elif ticket.ref is None:
-                self.slot_holders[queue] = None
-            else:
-                self._waiting.add(queue)
-                self._schedule_stall_check()
+            self._open_queue(ticket, handle, queue)
         self._on_change()
 
-    def queue_of(self, ticket: Ticket) -> AdapterQueue:
-        """Return the queue of a request that is not done."""
-        return self._adapter_queues[ticket.ref]
+    def _open_queue(
+        self, ticket: Ticket, handle: AdapterHandle | None, predecessor: AdapterQueue | None
+    ) -> None:
+        """Add a request in a queue of its own, which new requests for its ref join."""
+        if predecessor is None:
+            tokens = min((other.tokens for other in self._queues), default=0)
+        else:
+            tokens = predecessor.tokens
+        queue = AdapterQueue(ticket.ref, tokens, predecessor)
+        self._queues[queue] = None
+        self._current[queue.ref] = queue
+        queue.add(ticket)
+        if ticket.ref is None:
+            self.slot_holders[queue] = None
+        elif handle is not None:
+            self._adopt(queue, handle)
+        elif self._may_be_resident(ticket.ref):
+            # Ask first: it may need no slot, and must not queue behind adapters that do.
+            check = asyncio.create_task(self._check(queue), name="lorax load check")
+            self._checks[queue] = check
+            check.add_done_callback(lambda _: self._checks.pop(queue, None))
+        else:
+            self._add_waiting(queue)
 
     def stop_streaming(
         self, adapter_queues: Iterable[AdapterQueue], handles: Collection[AdapterHandle | None]
@@ -156,11 +176,11 @@ class AdapterQueues:
         """Take the request's place for another one; it restarts from its first token."""
         ticket.position = 0
         self.places.vacate(ticket)
-        self._waiting.update(self._adapter_queues[ticket.ref])
+        self._waiting.update(ticket.queue)
 
     def charge(self, ticket: Ticket, tokens: int) -> None:
         """Count computed tokens of a request that is not done."""
-        self._adapter_queues[ticket.ref].tokens += tokens
+        ticket.queue.tokens += tokens
         if ticket.client is not None:
             ticket.client.tokens += tokens
 
@@ -172,7 +192,7 @@ class AdapterQueues:
 
     def leave(self, ticket: Ticket) -> None:
         """Remove a request that is done. Call once per request."""
-        queue = self._adapter_queues[ticket.ref]
+        queue = ticket.queue
         queue.tickets.remove(ticket)
         self.places.leave(ticket)
         if queue.tickets:
@@ -204,11 +224,74 @@ class AdapterQueues:
 
     def _retire(self, queue: AdapterQueue) -> None:
         """Remove a queue without requests; a new request starts a new queue."""
-        if self._adapter_queues.get(queue.ref) is queue:
-            del self._adapter_queues[queue.ref]
+        self._queues.pop(queue, None)
+        if self._current.get(queue.ref) is queue:
+            if queue.predecessor in self._queues:
+                self._current[queue.ref] = queue.predecessor
+            else:
+                del self._current[queue.ref]
+        check = self._checks.get(queue)
+        if check is not None:
+            check.cancel()
         self._waiting.remove(queue)
         if not queue.batch_count:
             self._release(queue)
+
+    # -- versions ----------------------------------------------------------------------------------
+
+    def _is_current(self, queue: AdapterQueue) -> bool:
+        """Return whether a new request for the queue's ref may join it.
+
+        The version of a first load is compared with the ref's when the load gets its slot.
+        """
+        if queue.ref is None or queue.version is None:
+            return True
+        return self._loader.current_key(queue.ref) == queue.version
+
+    def _may_be_resident(self, ref: Ref) -> bool:
+        """Return whether the adapter had a slot when its meaning was last looked up."""
+        if self._loader.current_key(ref) is not None:
+            return False  # the version is known, and `try_acquire` did not find it
+        found = self._loader.placement().find(ref)
+        return found is not None and found.slot is not None
+
+    async def _check(self, queue: AdapterQueue) -> None:
+        """Ask the source which version the queue's ref means, and give it to its requests."""
+        assert queue.ref is not None
+        try:
+            key = await self._loader.resolve(queue.ref, timeout=MAX_SECONDS)
+        except LoraxError as error:
+            self.fail(queue, error)
+            return
+        before = queue.predecessor
+        if before in self._queues and before.version == key:
+            self._return_requests(queue, before)
+        else:
+            handle = self._loader.try_acquire(key)
+            if handle is not None:
+                self._adopt(queue, handle)
+            else:
+                self._add_waiting(queue)
+        self._on_change()
+
+    def _return_requests(self, queue: AdapterQueue, predecessor: AdapterQueue) -> None:
+        """Move all requests to the predecessor, whose version they mean too."""
+        tickets, queue.tickets = queue.tickets, []
+        for ticket in tickets:
+            predecessor.add(ticket)
+        self._retire(queue)
+        self._waiting.update(predecessor)
+
+    def _add_waiting(
+        self,
+        queue: AdapterQueue,
+        *,
+        needs_file: bool = False,
+        failure: tuple[AdapterKey, LoraxError] | None = None,
+    ) -> None:
+        """Queue it for a slot."""
+        self._waiting.add(queue, needs_file=needs_file, failure=failure)
+        self._schedule_stall_check()
 
     # -- slots -------------------------------------------------------------------------------------
 
@@ -220,6 +303,7 @@ class AdapterQueues:
     def _adopt(self, queue: AdapterQueue, handle: AdapterHandle) -> None:
         slot = handle.slot
         queue.handle, queue.place = handle, SlotRef(slot.index, slot.generation)
+        queue.version, queue.predecessor = handle.key, None
         queue.may_stream = True
         queue.leaving = self.slots.is_leaving(slot)
         queue.arrival = self.slots.adopt(handle)
@@ -246,8 +330,7 @@ class AdapterQueues:
         self._release(queue)
         for ticket in queue.tickets:
             self._on_requeue(ticket)
-        self._waiting.add(queue, needs_file=needs_file)
-        self._schedule_stall_check()
+        self._add_waiting(queue, needs_file=needs_file)
 
     # -- events ------------------------------------------------------------------------------------
 
@@ -290,17 +373,33 @@ class AdapterQueues:
                 if queue.reloaded or not _may_have_changed(queue, handle, error):
                     self.fail(queue, error)
                 else:
-                    self._reload(queue, handle.key, error)
+                    self._reload(queue, error, (handle.key, error))
 
-    def _reload(self, queue: AdapterQueue, key: AdapterKey, error: LoraxError) -> None:
-        """Move its requests to a new queue for another version; fail those that have tokens.
+    def _load_failed(self, queue: AdapterQueue, error: LoraxError) -> None:
+        """Fail its requests, but restart those that can be computed with another version."""
+        if queue.has_started and any(not ticket.generated for ticket in queue.tickets):
+            self._reload(queue, error)
+        else:
+            self.fail(queue, error)
 
-        Results of batches in flight no longer count for the moved requests.
+    def _reload(
+        self,
+        queue: AdapterQueue,
+        error: LoraxError,
+        failure: tuple[AdapterKey, LoraxError] | None = None,
+    ) -> None:
+        """Move its requests to a queue for another version; fail those that have tokens.
+
+        Results of batches in flight no longer count for the moved requests. With `failure`, load
+        only if that version's files have changed.
         """
         tickets, queue.tickets = queue.tickets, []
-        again = AdapterQueue(queue.ref, queue.tokens)
-        again.reloaded = True
         self._retire(queue)
+        again = self._current.get(queue.ref)
+        opened = again is None
+        if again is None:
+            again = AdapterQueue(queue.ref, queue.tokens)
+            again.reloaded = True
         for ticket in tickets:
             if ticket.generated:
                 self.places.leave(ticket)
@@ -312,10 +411,12 @@ class AdapterQueues:
             self.places.vacate(ticket)
             again.add(ticket)
             self._on_requeue(ticket)
-        if again.tickets:
-            self._adapter_queues[queue.ref] = again
-            self._waiting.add(again, failure=(key, error))
-            self._schedule_stall_check()
+        if not opened:
+            self._waiting.update(again)
+        elif again.tickets:
+            self._queues[again] = None
+            self._current[queue.ref] = again
+            self._add_waiting(again, failure=failure)
         self._on_change()
 
     def yield_slot(self) -> None:
@@ -371,10 +472,12 @@ class AdapterQueues:
         self._unsubscribe()
         if self._alarm is not None:
             self._alarm.cancel()
-        for queue in tuple(self._adapter_queues.values()):
+        for queue in tuple(self._queues):
             self.fail(queue, error)
         for queue in tuple(self.slot_holders):
             self._release(queue)
+        if self._checks:
+            await asyncio.wait(tuple(self._checks.values()))
         await self._waiting.close()
 
 

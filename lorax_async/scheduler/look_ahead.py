@@ -15,7 +15,7 @@ from lorax_async.loader import AdapterLoader
 from lorax_async.runtime.placement import TierName
 from lorax_async.runtime.prefetch import Prefetch
 from lorax_async.scheduler.requests import AdapterQueue, Clock, TimerHandle, Urgency
-from lorax_async.types import MAX_SECONDS, AdapterKey
+from lorax_async.types import MAX_SECONDS, AdapterKey, Ref
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +203,7 @@ class LoadQueue:
 
     async def _load(self, load_task: LoadTask) -> None:
         """Wait for a slot, without a timeout: requests have deadlines of their own."""
-        ref, priority = load_task.queue.ref, load_task.priority
+        ref = load_task.queue.ref
         assert ref is not None
         try:
             if load_task.failure is not None and not await self._loader.has_changed(
@@ -211,9 +211,7 @@ class LoadQueue:
             ):
                 self._fail(load_task, load_task.failure[1])
                 return
-            lease = self._loader.stream(ref, timeout=MAX_SECONDS, priority=priority)
-            async with lease as streaming:
-                handle = streaming.clone()
+            handle = await self._stream(load_task, ref)
         except LoraxError as error:
             self._fail(load_task, error)
         except Exception as problem:  # noqa: BLE001 - the requests raise it
@@ -225,6 +223,23 @@ class LoadQueue:
                 self._granted(load_task.queue, handle)
             else:
                 handle.release()
+
+    async def _stream(self, load_task: LoadTask, ref: Ref) -> AdapterHandle:
+        """Return a handle of the version that the queue's requests are computed with.
+
+        Requests may have entered while the load waited for a slot, longer than the look at the
+        version counts.
+        """
+        queue, priority = load_task.queue, load_task.priority
+        version = queue.version if queue.has_started else None
+        while True:
+            lease = self._loader.stream(version or ref, timeout=MAX_SECONDS, priority=priority)
+            async with lease as streaming:
+                key = streaming.key
+                if version is None and self._loader.current_key(ref) != key:
+                    key = await self._loader.resolve(ref, timeout=MAX_SECONDS)
+                if key == streaming.key:
+                    return streaming.clone()
 
     def _fail(self, load_task: LoadTask, error: LoraxError) -> None:
         if self._load_tasks.get(load_task.queue) is load_task:

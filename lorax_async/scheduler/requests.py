@@ -16,7 +16,7 @@ from lorax_async.handle import AdapterHandle
 from lorax_async.planning.batch_plan import NO_SLOT, SlotRef
 from lorax_async.runtime.acquire import MAX_PRIORITY, require_priority
 from lorax_async.scheduler.estimates import LoadEstimate
-from lorax_async.types import AdapterId, Ref, as_ref, require_count, require_seconds, text_of
+from lorax_async.types import AdapterId, AdapterKey, Ref, as_ref, require_count, require_seconds, text_of
 
 
 class TimerHandle(Protocol):
@@ -105,7 +105,7 @@ class Ticket:
 
     __slots__ = (
         "_cancel", "_future", "alarm", "begun", "client", "error", "generated", "in_batch", "order",
-        "position", "ref", "request",
+        "position", "queue", "ref", "request",
     )  # fmt: skip
 
     def __init__(
@@ -117,6 +117,8 @@ class Ticket:
     ) -> None:
         self.request = request
         self.ref = request.ref
+        self.queue: AdapterQueue
+        """The queue that it is in, or was in last."""
         self.client: Client | None = None
         self.order = order
         """Sort key: urgency, then the order of submission."""
@@ -213,13 +215,19 @@ Urgency = tuple[bool, float, int]
 
 
 class AdapterQueue:
-    """The requests for one adapter; `ref` None: for the base alone.
+    """The requests for one version of an adapter; `ref` None: for the base alone.
 
-    A new queue starts with the fewest tokens of all queues.
+    A new queue starts with the fewest tokens of all queues, or with those of `predecessor`, the
+    queue of the same ref that takes no new requests since the ref may mean another version.
     """
 
-    def __init__(self, ref: Ref | None, tokens: int = 0) -> None:
+    def __init__(
+        self, ref: Ref | None, tokens: int = 0, predecessor: AdapterQueue | None = None
+    ) -> None:
         self.ref = ref
+        self.predecessor = predecessor
+        self.version: AdapterKey | None = None
+        """The version of its handle, or of the last one; None before the first."""
         self.tickets: list[Ticket] = []
         """Requests that are not done, by urgency, including those in a batch."""
         self.handle: AdapterHandle | None = None
@@ -267,8 +275,14 @@ class AdapterQueue:
         return not self.begun, since, number
 
     def add(self, ticket: Ticket) -> None:
+        ticket.queue = self
         insort(self.tickets, ticket, key=attrgetter("order"))
         self.priority = max(self.priority, ticket.request.priority)
+
+    @property
+    def has_started(self) -> bool:
+        """Whether a request has tokens that were computed with `version`."""
+        return any(ticket.position or ticket.generated for ticket in self.tickets)
 
     @property
     def has_unbegun(self) -> bool:

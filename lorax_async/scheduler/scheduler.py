@@ -261,9 +261,9 @@ class AdapterScheduler:
             self._arm(ticket, self._patience)
 
     def _too_late(self, ticket: Ticket, seconds: float) -> None:
-        queue = self._adapter_queues.queue_of(ticket)
         problem = f"it was in no batch within {seconds:g} s"
-        self._end(ticket, AdapterTimeoutError(problem, id=queue.id, stage=queue.stage))
+        stage = ticket.queue.stage
+        self._end(ticket, AdapterTimeoutError(problem, id=ticket.queue.id, stage=stage))
 
     # -- batches -----------------------------------------------------------------------------------
 
@@ -413,7 +413,7 @@ class AdapterScheduler:
             row.ticket.in_batch = False
             if row.ticket.done:
                 continue
-            if self._adapter_queues.queue_of(row.ticket) not in batch.adapter_queues:
+            if row.ticket.queue not in batch.adapter_queues:
                 without_result.add(row.ticket)
                 continue
             self._adapter_queues.charge(row.ticket, row.tokens)
