@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable
 from math import inf
 from operator import attrgetter
 
-from lorax_async.errors import IntegrityError, LoaderClosedError, LoraxError
+from lorax_async.errors import IntegrityError, InternalError, LoaderClosedError, LoraxError
 from lorax_async.events import Event, Failed, LayerReady, Leaving, Resident, SlotGranted, SlotId
 from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
@@ -17,7 +17,7 @@ from lorax_async.scheduler.admission import EngineSlots
 from lorax_async.scheduler.estimates import LoadEstimate, LoadProfile
 from lorax_async.scheduler.look_ahead import LoadQueue, LookAhead
 from lorax_async.scheduler.requests import AdapterQueue, Clock, Ticket, TimerHandle
-from lorax_async.types import AdapterKey, Ref, RemoteKey
+from lorax_async.types import MAX_SECONDS, AdapterKey, Ref, RemoteKey
 
 
 class SlotRecords:
@@ -262,6 +262,9 @@ class AdapterQueues:
             key = await self._loader.resolve(queue.ref, timeout=MAX_SECONDS)
         except LoraxError as error:
             self.fail(queue, error)
+            return
+        except Exception as error:  # noqa: BLE001 - the requests raise it
+            self.fail(queue, InternalError.caused_by(error, "a look at its version failed"))
             return
         before = queue.predecessor
         if before in self._queues and before.version == key:
