@@ -198,7 +198,7 @@ class RemoteKey(AdapterKey):
 
     `version` is the hub's commit, or a digest of the versionIds or strong ETags of its files.
     `stale` means that the source could not be reached and last named this version; `answered_at`
-    is the monotonic time of the answer that named it, None for just now.
+    is the monotonic time since which this answer may be out of date, None if that is unknown.
     """
 
     version: str = ""

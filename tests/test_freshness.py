@@ -29,8 +29,8 @@ def put_again(source: FakeSource, base: Path, id: str, seed: int) -> AdapterKey:
     return source.put(id, *tiny.files(tiny.write(base / f"{id}-{seed}", seed, rank=4)))
 
 
-def versions(batch: Batch) -> dict[Ticket, AdapterKey | None]:
-    return {row.ticket: row.handle and row.handle.key for row in batch.rows}
+def versions(batch: Batch) -> dict[Ticket, AdapterKey]:
+    return {row.ticket: row.handle.key for row in batch.rows if row.handle is not None}
 
 
 async def next_with(scheduler: Any, *tickets: Ticket) -> Batch:
@@ -118,9 +118,7 @@ async def test_a_resident_adapter_does_not_queue_behind_loads(tmp_path: Path) ->
         await finish(scheduler, stuck)
 
 
-async def test_a_load_that_waited_for_its_slot_is_of_the_version_meant_last(
-    tmp_path: Path,
-) -> None:
+async def test_a_load_that_waited_for_its_slot_is_of_the_version_meant_last(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a", "b")
     async with opened(source, ALWAYS | {"max_slots": 1}) as (loader, scheduler):
         first = scheduler.submit(Request("b", 1, 2))
@@ -149,9 +147,7 @@ async def test_a_request_that_lost_its_slot_goes_on_with_its_version(tmp_path: P
         assert await begun == 4
 
 
-async def test_a_version_that_is_gone_fails_only_requests_with_tokens_of_it(
-    tmp_path: Path,
-) -> None:
+async def test_a_version_that_is_gone_fails_only_requests_with_tokens_of_it(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a")
     async with opened(source, {"revalidate_files": 1000}) as (loader, scheduler):
         begun = scheduler.submit(Request("a", 1, 4))
@@ -176,8 +172,9 @@ async def test_overlapping_traffic_follows_an_adapter_that_changes(tmp_path: Pat
         checked, changes = 0, 0
         end = clock() + 2
         while clock() < end or changes < 10:
+            begins = clock()
             ticket = scheduler.submit(Request("a", 1, 3))
-            begun_at[ticket] = clock()
+            begun_at[ticket] = begins
             batch = await step(scheduler)
             for row in batch.rows:
                 assert row.handle is not None
@@ -205,30 +202,28 @@ async def test_a_folder_that_was_replaced_is_noticed_while_its_adapter_is_reside
     tmp_path: Path,
 ) -> None:
     folder = tiny.write(tmp_path / "a", 1, rank=4)
-    async with tiny_loader(revalidate_files=0.05) as loader:
-        async with loader.load(folder) as handle:
-            old = handle.key
-            os.rename(folder, tmp_path / "before")
-            os.rename(tiny.write(tmp_path / "next", 2, rank=4), folder)
-            await until(lambda: loader.current_key(folder) is None)
-            assert loader.try_acquire(folder) is None
-            async with loader.load(folder) as latest:
-                assert latest.key != old
-                assert await loader.resolve(folder) == latest.key
-            acquired = loader.try_acquire(folder)
-            assert acquired is not None
-            with acquired:
-                assert acquired.key == latest.key
+    async with tiny_loader(revalidate_files=0.05) as loader, loader.load(folder) as handle:
+        old = handle.key
+        os.rename(folder, tmp_path / "before")
+        os.rename(tiny.write(tmp_path / "next", 2, rank=4), folder)
+        await until(lambda: loader.current_key(folder) is None)
+        assert loader.try_acquire(folder) is None
+        async with loader.load(folder) as latest:
+            assert latest.key != old
+            assert await loader.resolve(folder) == latest.key
+        acquired = loader.try_acquire(folder)
+        assert acquired is not None
+        with acquired:
+            assert acquired.key == latest.key
 
 
 async def test_a_folder_that_was_deleted_is_not_served_from_the_device(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "a", 1, rank=4)
-    async with tiny_loader(revalidate_files=0.05) as loader:
-        async with loader.load(folder):
-            shutil.rmtree(folder)
-            await until(lambda: loader.current_key(folder) is None)
-            await fails(loader.resolve(folder), AdapterNotFoundError)
-            await fails(_load(loader, folder), AdapterNotFoundError)
+    async with tiny_loader(revalidate_files=0.05) as loader, loader.load(folder):
+        shutil.rmtree(folder)
+        await until(lambda: loader.current_key(folder) is None)
+        await fails(loader.resolve(folder), AdapterNotFoundError)
+        await fails(_load(loader, folder), AdapterNotFoundError)
 
 
 async def test_a_look_counts_for_the_seconds_set(tmp_path: Path) -> None:

@@ -122,22 +122,22 @@ class VersionResolver:
         if key is not None and self._clock() - (key.answered_at or 0.0) < self._fresh:
             self._asked(ref, key)
             return key
-        backend = self._backends(ref.place)
+        since, backend = self._clock(), self._backends(ref.place)
         scope, revision = await backend.scope(ref.place, ref), ref.revision
         pinned = None
         if revision is not None and backend.is_version(revision):
             pinned = RemoteKey(ref.text, (), revision)
             age = await self._grant_age(pinned, scope)
             if age is not None and age <= self._fresh:
-                return self._remember(ref, pinned, None, age)
+                return self._remember(ref, pinned, None, since - age)
         try:
             located = await self._query(ref)
         except (FetchError, AnotherVersionError) as error:
             key = await self._stored(ref, pinned, scope, error)
             if key is None:
                 raise
-            return self._remember(ref, key, None)
-        key = self._remember(ref, _key_of(located), located)
+            return self._remember(ref, key, None, since)
+        key = self._remember(ref, _key_of(located), located, since)
         await self._record(ref, located)
         return key
 
@@ -148,8 +148,9 @@ class VersionResolver:
             raise AdapterNotFoundError("where this key lies is no longer known; load it by its id")
         if last.located is not None:
             return last.located
+        since = self._clock()
         located = await self._query(last.ref)
-        self._remember(last.ref, _key_of(located), located)
+        self._remember(last.ref, _key_of(located), located, since)
         if _key_of(located) != key:
             raise IntegrityError("it is another version by now; load it again")
         return located
@@ -180,14 +181,14 @@ class VersionResolver:
             self._resolutions[key] = replace(self._resolutions[key], located=None)
 
     def _remember(
-        self, ref: ParsedRef, key: RemoteKey, located: LocatedAdapter | None, age: float = 0.0
+        self, ref: ParsedRef, key: RemoteKey, located: LocatedAdapter | None, since: float
     ) -> RemoteKey:
-        """Record that `ref` was `key` `age` seconds ago; return the key with that time.
+        """Record that `ref` was `key` at the time `since`; return the key with that time.
 
         `located` is the source's answer, None if the cache knew the version.
         """
         now = self._clock()
-        key = replace(key, answered_at=now - age)
+        key = replace(key, answered_at=since)
         remember(self._keys, ref, key, MAX_REFS)
         if located is None and self._asked(ref, key):
             return key

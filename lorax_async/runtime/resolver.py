@@ -216,12 +216,13 @@ class Resolver:
         await self._running.stop()
 
     async def _run(self, ref: ResolvableRef) -> AdapterKey:
+        since = monotonic()  # the source may answer at any time from now on
         try:
             key = await self._find(ref)
         except Exception:
             self._answers.pop(_name(ref), None)
             raise
-        self._remember(ref, key)
+        self._remember(ref, key, since)
         return key
 
     async def _find(self, ref: ResolvableRef) -> AdapterKey:
@@ -254,13 +255,14 @@ class Resolver:
                 keys.append(key)
             return keys
 
-    def _remember(self, ref: ResolvableRef, key: AdapterKey) -> None:
+    def _remember(self, ref: ResolvableRef, key: AdapterKey, since: float) -> None:
         name = _name(ref)
-        since = key.answered_at if isinstance(key, RemoteKey) else None
+        if isinstance(key, RemoteKey) and key.answered_at is not None:
+            since = key.answered_at
         before = self._answers.pop(name, None)
         if before is not None and before.key == key and is_stale(before.key) == is_stale(key):
             key = before.key  # share one object
-        self._answers[name] = _RememberedKey(key, monotonic() if since is None else since)
+        self._answers[name] = _RememberedKey(key, since)
         if len(self._answers) > MAX_REMEMBERED:
             del self._answers[next(iter(self._answers))]
 

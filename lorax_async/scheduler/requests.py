@@ -16,7 +16,15 @@ from lorax_async.handle import AdapterHandle
 from lorax_async.planning.batch_plan import NO_SLOT, SlotRef
 from lorax_async.runtime.acquire import MAX_PRIORITY, require_priority
 from lorax_async.scheduler.estimates import LoadEstimate
-from lorax_async.types import AdapterId, AdapterKey, Ref, as_ref, require_count, require_seconds, text_of
+from lorax_async.types import (
+    AdapterId,
+    AdapterKey,
+    Ref,
+    as_ref,
+    require_count,
+    require_seconds,
+    text_of,
+)
 
 
 class TimerHandle(Protocol):

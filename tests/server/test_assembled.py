@@ -105,6 +105,64 @@ async def test_a_server_answers_over_a_socket(base: ServedModel, folders: dict[s
         assert not ended.done()
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+async def test_overlapping_requests_follow_a_replaced_folder(
+    base: ServedModel, tmp_path: Path, in_place: bool
+) -> None:
+    """From `load_inplace` on, or a moment after a rename; once it is gone, it is not found."""
+    strong = {"r": 2, "lora_alpha": 64, "target_modules": "all-linear"}
+    folders = {
+        name: save(base.model, strong, tmp_path / name, seed=seed)
+        for seed, name in enumerate(("one", "two"))
+    }
+    texts = dict[str, str]()
+    window, served = 0.05, folders["one"]
+    async with (
+        whole(base, named={"a": served}, revalidate_files=window) as service,
+        listening(service) as (_, __, ___, client),
+    ):
+        operator = client.with_options(default_headers={"Authorization": f"Bearer {TOKEN}"})
+
+        async def answer(model: str) -> str:
+            found = await client.completions.create(
+                model=model, prompt="x", max_tokens=NEW, temperature=0
+            )
+            return found.choices[0].text
+
+        async def load(name: str, folder: Path, **more: Any) -> None:
+            body = {"lora_name": name, "lora_path": str(folder)} | more
+            await operator.post("/load_lora_adapter", cast_to=str, body=body)
+
+        for name in ("one", "two"):
+            await load(name, folders[name])
+            texts[name] = await answer(name)
+        assert texts["one"] != texts["two"]
+        replaced, answers = asyncio.Event(), list[tuple[bool, str]]()
+
+        async def keep_asking(delay: float) -> None:
+            await asyncio.sleep(delay)
+            while len(answers) < 40 or not replaced.is_set():
+                after = replaced.is_set()
+                answers.append((after, await answer("a")))
+
+        async def replace_it() -> None:
+            await until(lambda: len(answers) > 10)
+            served.rename(served.with_name("before"))
+            shutil.copytree(folders["two"], served)
+            if in_place:
+                await load("a", served, load_inplace=True)
+            else:
+                await asyncio.sleep(2 * window)
+            answers.clear()
+            replaced.set()
+
+        await asyncio.gather(replace_it(), *(keep_asking(n * 0.003) for n in range(4)))
+        assert {text for after, text in answers if after} == {texts["two"]}
+        shutil.rmtree(served)
+        await asyncio.sleep(2 * window)
+        await fails(answer("a"), NotFoundError)
+
+
 async def test_requests_override_the_bases_sampling(base: ServedModel) -> None:
     """Its tokens with a penalty are transformers' own."""
 

@@ -1,6 +1,8 @@
 """Loads of adapters that lie elsewhere: first layer first, never half, never twice, for whom it is."""
 
 import asyncio
+import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from lorax_async import AdapterLoader, Limits
 from lorax_async.cache.disk_cache import ls, rm
 from lorax_async.errors import AccessDeniedError, AdapterNotFoundError, FetchError, IntegrityError
 from lorax_async.remote.base import FIRST_BYTES, AnotherVersionError
-from lorax_async.types import AdapterId, AdapterRef, Merge
+from lorax_async.types import AdapterId, AdapterRef, Merge, RemoteKey
 from merges import assert_halves
 from tiny_loaders import fails
 
@@ -51,6 +53,32 @@ async def test_an_answer_counts_for_a_while(tmp_path: Path) -> None:
             async with await loader.load(world.ref("one")) as handle:
                 tiny.assert_equal_to_file(handle, world.adapters / "one")
             assert world.locator.located == 2
+
+
+async def test_an_answer_counts_from_the_time_at_which_the_source_gave_it(tmp_path: Path) -> None:
+    """Also if a later request gets it from memory, or by a grant that the cache recorded."""
+    old, window = 1000.0, 3600.0
+    with RemoteWorld(tmp_path, revalidate=window) as world:
+        world.stock()
+        stored = world.locator.there["one"]
+        stored.token = "mine"
+        pinned = replace(world.ref("one"), token="mine", revision=stored.version)
+        async with over(world, revalidate=window) as loader:
+            (await loader.load(pinned)).release()
+    grants = [path for path in world.folder.rglob("scope.*") if path.is_file()]
+    for path in grants:
+        os.utime(path, (time.time() - old,) * 2)
+    assert grants
+    with RemoteWorld(tmp_path, revalidate=window) as world:
+        for _ in range(2):
+            key = await world.source.resolve(pinned)
+            assert isinstance(key, RemoteKey)
+            assert key.answered_at is not None
+            assert abs(time.monotonic() - old - key.answered_at) < 100
+        async with over(world, revalidate=old / 2) as loader:
+            (await loader.load(pinned)).release()
+            assert loader.try_acquire(pinned) is None, "its permission was given too long ago"
+        assert not world.locator.located
 
 
 async def acquired_at_once(loader: AdapterLoader, adapter: AdapterId) -> bool:
