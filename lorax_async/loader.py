@@ -375,7 +375,9 @@ class AdapterLoader:
         return self._driver.pins.unpin(as_ref(adapter_id))
 
     async def unload(self, adapter_id: AdapterId, *, timeout: float | None = None) -> None:
-        """Remove the adapter from device and host memory and end its pins; its files stay.
+        """Remove the adapter from device and host memory and end its pins, those of all ids.
+
+        Its files stay.
 
         An adapter from tensors is discarded; its id then means a source's adapter again.
 

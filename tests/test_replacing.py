@@ -134,7 +134,7 @@ async def test_a_replacement_needs_room_beside_what_is_pinned() -> None:
         (await give(there, 1)).release()
         await there.pin("mine")
         before = used(there)
-        error = await fails(put(there, 2), errors.CapacityError, "beside 1 pinned")
+        error = await fails(put(there, 2), errors.CapacityError, "the only slot is pinned")
         assert error.id == "mine"
         assert used(there) == before
         assert where(there, "mine").pins == 1

@@ -119,10 +119,19 @@ async def test_a_pin_outlives_pressure_until_it_is_unpinned(tmp_path: Path) -> N
         assert not is_at(there, "a", "device")
 
 
+ONLY_SLOT = "the only slot is pinned; unpin an adapter, or raise max_slots"
+FULL = f"{2 * ONE:,}, which has no room beside 1 pinned adapter; unpin some, or raise device_bytes"
+
+
 @pytest.mark.parametrize(
-    ("settings", "name"), [({"max_slots": 1}, "b"), ({"device_bytes": 2 * ONE}, "large")]
+    ("settings", "name", "words"),
+    [({"max_slots": 1}, "b", ONLY_SLOT), ({"device_bytes": 2 * ONE}, "large", FULL)],
+    ids=["slots", "bytes"],
 )
-async def test_no_room_beside_a_pin(tmp_path: Path, settings: dict[str, object], name: str) -> None:
+async def test_no_room_beside_a_pin(
+    tmp_path: Path, settings: dict[str, object], name: str, words: str
+) -> None:
+    """The error speaks of what is short: of slots, or of bytes."""
     source = stocked(tmp_path, "a", "b")
     source.put("large", *tiny.files(tiny.write(tmp_path / "large", rank=8)))
     async with over(source, **settings) as there:
@@ -134,12 +143,27 @@ async def test_no_room_beside_a_pin(tmp_path: Path, settings: dict[str, object],
         await there.pin("a")
         lease.release()
         for late in (waiting, there.load(name), there.prefetch(name), hint):
-            words, ending = "beside 1 pinned adapters; unpin", asyncio.wait_for(late, 20)
-            caught = await fails(ending, errors.CapacityError, words)
+            caught = await fails(asyncio.wait_for(late, 20), errors.CapacityError, words)
             assert (caught.retryable, caught.id) == (True, name)
+            assert ("bytes" in str(caught)) is (name == "large")
         there.unpin("a")
         await warm(there, name)
         assert is_at(there, name, "device")
+
+
+async def test_what_never_fits_is_refused_for_its_size_whatever_is_pinned(tmp_path: Path) -> None:
+    """Also where every slot is pinned: to unpin would not help."""
+    source = stocked(tmp_path, "a", "b")
+    source.put("large", *tiny.files(tiny.write(tmp_path / "large", rank=16)))
+    async with over(source, max_slots=2, device_bytes=2 * ONE) as there:
+        for pinned in ("a", "b"):
+            await there.pin(pinned)
+            caught = await fails(there.load("large"), errors.CapacityError, "; raise device_bytes$")
+            assert not caught.retryable
+        await fails(there.load("c"), errors.AdapterNotFoundError)
+        source.put("c", *tiny.files(tiny.write(tmp_path / "c", 5)))
+        caught = await fails(there.load("c"), errors.CapacityError, "all 2 slots are pinned; unpin")
+        assert caught.retryable
 
 
 async def test_pins_that_wait_for_one_slot_do_not_take_it_from_each_other(tmp_path: Path) -> None:
@@ -155,7 +179,7 @@ async def test_pins_that_wait_for_one_slot_do_not_take_it_from_each_other(tmp_pa
         await until(lambda: asyncio.get_running_loop().time() > since + 0.02)
         device.gate.set()
         await pinning
-        await fails(late, errors.CapacityError, "beside 1 pinned adapters; unpin")
+        await fails(late, errors.CapacityError, ONLY_SLOT)
         assert (where(there, first).pins, there.statistics().loads) == (1, 1)
 
 

@@ -286,7 +286,7 @@ class SlotQueue:
         sizes = head.needs.group_nbytes
         pinned = [state.grant for state in self.holders.pinned.values() if state.grant]
         if not self._residency.fits_beside(pinned, sizes):
-            error = self._too_large(sizes, pinned=len(pinned))
+            error = self._no_room_error(sizes, pinned=len(pinned))
             self._rules.fail(head, error, head.waiters.slot_waiter_ids)
             return head
         victim = self._make_room(head, sizes)
@@ -383,15 +383,18 @@ class SlotQueue:
             return float("inf")
         return state.waiters.oldest + self._times.starvation_age
 
-    def _too_large(self, sizes: tuple[int, ...], *, pinned: int) -> CapacityError:
-        beside = f" beside {pinned} pinned adapters" if pinned else ""
-        remedy = (
-            "unpin some, or raise device_bytes or max_slots" if pinned else "raise device_bytes"
-        )
+    def _no_room_error(self, sizes: tuple[int, ...], *, pinned: int) -> CapacityError:
+        """Return the error of an adapter that does not fit, or not beside the pinned ones."""
+        arena, slots = self._residency.arena, self._residency.max_slots
+        need = f"it needs {sum(sizes):,} bytes of a device arena of {arena.nbytes:,}"
+        if not arena.can_hold(sizes):
+            return CapacityError(f"{need}; raise device_bytes", retryable=False)
+        if pinned == slots:
+            full = "the only slot is" if slots == 1 else f"all {slots} slots are"
+            return CapacityError(f"{full} pinned; unpin an adapter, or raise max_slots")
+        adapters = "1 pinned adapter" if pinned == 1 else f"{pinned} pinned adapters"
         return CapacityError(
-            f"it needs {sum(sizes):,} bytes of a device arena of "
-            f"{self._residency.arena.nbytes:,}{beside}; {remedy}",
-            retryable=pinned > 0,
+            f"{need}, which has no room beside {adapters}; unpin some, or raise device_bytes"
         )
 
 

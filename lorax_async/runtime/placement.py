@@ -111,14 +111,18 @@ class Placement:
                     tier.append(key)
         return self._residencies(islice(chain.from_iterable(tiers.values()), limit))
 
+    def key(self, adapter_id: AdapterId) -> AdapterKey | None:
+        """Return the version that an id meant last; None if it was not resolved."""
+        return self._known(as_ref(adapter_id))
+
     def find(self, adapter_id: AdapterId) -> AdapterResidency | None:
         """Return where one adapter is; None if it is not on this machine."""
-        key = self._known(as_ref(adapter_id))
+        key = self.key(adapter_id)
         return None if key is None else self._residencies([key]).get(key)
 
     def story(self, adapter_id: AdapterId) -> tuple[Event, ...]:
         """Return the last events of one adapter, oldest first; also after its load failed."""
-        key = self._known(as_ref(adapter_id))
+        key = self.key(adapter_id)
         return () if key is None else self._story(key)
 
     def _residencies(self, keys: Iterable[AdapterKey]) -> dict[AdapterKey, AdapterResidency]:

@@ -39,7 +39,7 @@ from lorax_async.errors import (
 from lorax_async.events import Event, SlotId
 from lorax_async.runtime.placement import AdapterResidency
 from lorax_async.server.completions import CompletionEndpoint
-from lorax_async.server.openapi import create_document, render_page
+from lorax_async.server.openapi import MAX_NUMBER, DocumentedLimits, create_document, render_page
 from lorax_async.server.request_bodies import (
     ChatBody,
     CompletionBody,
@@ -159,7 +159,7 @@ def _routes(service: Service) -> list[Route]:
         return Route(path, endpoint, methods=[method], middleware=api_key)
 
     files = {path: (file.read_bytes(), kind) for path, (file, kind) in FILES.items()}
-    files["/docs"] = (render_page(needs_key=bool(service.settings.api_keys)), "text/html")
+    files["/docs"] = (render_page(_documented_limits(service)), "text/html")
     return [
         api_route("/v1/models", partial(list_models, service)),
         api_route("/v1/models/{name:path}", partial(describe_model, service)),
@@ -239,9 +239,22 @@ async def show_version(service: Service, _: Request) -> Response:  # noqa: ARG00
 
 async def show_openapi(service: Service, request: Request) -> Response:
     """GET /openapi.json: what clients may call, where a proxy has it."""
-    document = create_document(needs_key=bool(service.settings.api_keys))
+    document = create_document(_documented_limits(service))
     root_path = request.scope.get("root_path")
     return JSONResponse(document | ({"servers": [{"url": root_path}]} if root_path else {}))
+
+
+def _documented_limits(service: Service) -> DocumentedLimits:
+    settings, prompts = service.settings, service.prompts
+    return DocumentedLimits(
+        needs_key=bool(settings.api_keys),
+        has_operator=settings.admin_token is not None,
+        vocabulary=prompts.vocabulary,
+        takes_empty_text=prompts.takes_empty_text,
+        max_choices=settings.max_choices,
+        max_prompt_tokens=service.max_prompt_tokens,
+        max_length=service.engine.max_length,
+    )
 
 
 async def tokenize(service: Service, request: Request) -> Response:
@@ -267,7 +280,7 @@ async def detokenize(service: Service, request: Request) -> Response:
 
 # -- the page -------------------------------------------------------------------------------------
 
-_NUMBER = re.compile("[0-9]{1,18}")
+_NUMBER = re.compile(f"[0-9]{{1,{len(str(MAX_NUMBER))}}}")
 
 
 class PageEvents:
@@ -347,19 +360,21 @@ async def load_adapter(service: Service, request: Request) -> Response:
         require_free(body)
         adapter = await asyncio.to_thread(_parse_adapter, body.lora_path)
         try:
-            (await service.loader.load(adapter)).release()
+            with await service.loader.load(adapter) as handle:
+                key = handle.key
         except UNKNOWN as error:
             raise _missing(body.lora_path, adapter, error) from error
         require_free(body)
-        previous = names.adapters.get(body.lora_name)
         names.add(body.lora_name, adapter)
-        if previous is not None:
-            await _move_pin(service, previous, adapter)
+        await service.pins.follow(body.lora_name, key)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
 async def unload_adapter(service: Service, request: Request) -> Response:
-    """POST /v1/unload_lora_adapter. Requests that use the adapter keep it; its pin ends."""
+    """POST /v1/unload_lora_adapter. Requests that use the adapter keep it.
+
+    It leaves memory, and its pin ends, with the last name of its version.
+    """
     names, settings = service.names, service.settings
     with service.in_flight.count_request():
         require_operator(settings, request)
@@ -370,8 +385,9 @@ async def unload_adapter(service: Service, request: Request) -> Response:
         adapter = names.remove(body.lora_name)
         if adapter is None:
             raise _unknown_name(f"The lora adapter '{body.lora_name}' cannot be found.")
-        if names.name_of(adapter) is None:
-            service.loader.unpin(adapter)
+        service.pins.leave(body.lora_name)
+        key = service.loader.placement().key(adapter)
+        if key is not None and not service.pins.names_of(key):
             # One in use stays on the device until it is evicted like any other.
             with suppress(AdapterInUseError, AdapterTimeoutError):
                 await service.loader.unload(adapter, timeout=UNLOAD_SECONDS)
@@ -381,11 +397,11 @@ async def unload_adapter(service: Service, request: Request) -> Response:
 async def pin_adapter(service: Service, request: Request) -> Response:
     """POST /v1/pin_lora_adapter. Load a named adapter, and keep it on the device.
 
-    The pin ends with `unpin_adapter`, with the adapter's last name, or with the server.
+    The pin ends with `unpin_adapter`, with the last name of its version, or with the server.
     """
     with service.in_flight.count_request():
-        name, adapter = await _read_name(service, request)
-        if not await _pin(service, adapter):
+        name = await _read_name(service, request)
+        if not await service.pins.pin(name):
             raise _unknown_name(f"The lora adapter '{name}' was removed meanwhile.")
     return PlainTextResponse(f"Success: LoRA adapter '{name}' pinned successfully.")
 
@@ -393,38 +409,30 @@ async def pin_adapter(service: Service, request: Request) -> Response:
 async def unpin_adapter(service: Service, request: Request) -> Response:
     """POST /v1/unpin_lora_adapter. The adapter stays on the device until it is evicted."""
     with service.in_flight.count_request():
-        name, adapter = await _read_name(service, request)
-        if not service.loader.unpin(adapter):
-            raise _unknown_name(f"The lora adapter '{name}' is not pinned.")
+        name = await _read_name(service, request)
+        if not service.pins.unpin(name):
+            raise _unknown_name(_describe_unpinned(service, name))
     return PlainTextResponse(f"Success: LoRA adapter '{name}' unpinned successfully.")
 
 
-async def _read_name(service: Service, request: Request) -> tuple[str, AdapterId]:
-    """Return the name in an operator's request, and its adapter."""
+async def _read_name(service: Service, request: Request) -> str:
+    """Return the adapter's name in an operator's request."""
     settings = service.settings
     require_operator(settings, request)
     body = await read_body(NameBody, request, settings.max_body_bytes, settings.slow_client)
     note_details(request.scope, model=body.lora_name)
-    adapter = service.names.adapters.get(body.lora_name)
-    if adapter is None:
+    if body.lora_name not in service.names.adapters:
         raise _unknown_name(f"The lora adapter '{body.lora_name}' cannot be found.")
-    return body.lora_name, adapter
+    return body.lora_name
 
 
-async def _pin(service: Service, adapter: AdapterId) -> bool:
-    """Pin an adapter; return False if its last name, by which to unpin it, is gone by then."""
-    await service.loader.pin(adapter)
-    if service.names.name_of(adapter) is None:
-        service.loader.unpin(adapter)
-        return False
-    return True
-
-
-async def _move_pin(service: Service, previous: AdapterId, adapter: AdapterId) -> None:
-    """Let a pin follow a name to another adapter, unless the previous one has more names."""
-    has_more = previous != adapter and service.names.name_of(previous) is not None
-    if not has_more and service.loader.unpin(previous):
-        await _pin(service, adapter)
+def _describe_unpinned(service: Service, name: str) -> str:
+    """Say that a name has no pin, and which names pin its adapter all the same."""
+    names = service.names
+    key = service.loader.placement().key(names.adapters[name])
+    others = [repr(other) for other, pinned in names.pinned.items() if pinned == key]
+    elsewhere = f"; its adapter is, as {', '.join(others)}" if others else ""
+    return f"The lora adapter '{name}' is not pinned{elsewhere}."
 
 
 def _unknown_name(message: str) -> Refusal:
@@ -467,8 +475,9 @@ async def list_adapters(service: Service, request: Request) -> Response:
     placement = service.loader.placement()
     names: dict[AdapterKey, list[str]] = {}
     for name, adapter in service.names.adapters.items():
-        for event in placement.story(adapter)[-1:]:
-            names.setdefault(event.key, []).append(name)
+        key = placement.key(adapter)
+        if key is not None:
+            names.setdefault(key, []).append(name)
     rows = [
         (key, names.get(key, []), where, placement.story(key))
         for key, where in placement.adapters.items()

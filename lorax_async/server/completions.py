@@ -25,6 +25,7 @@ from lorax_async.server.request_bodies import (
     ChatBody,
     CompletionBody,
     GenerationBody,
+    StreamOptions,
     read_body,
 )
 from lorax_async.server.responses import (
@@ -91,7 +92,7 @@ class CompletionEndpoint:
                 prompts = await asyncio.to_thread(service.prompts.read, body)
                 generations = _create_generations(service, body, adapter, prompts, client)
                 with _submit(service, body, generations) as texts:
-                    answer = Answer(body, texts, sum(map(len, prompts)))
+                    answer = Answer(body, texts, [*map(len, prompts)])
                     try:
                         if body.stream:
                             await answer.stream(stream)
@@ -184,10 +185,11 @@ def _submit(
 
 
 class TextDelta(NamedTuple):
-    """New text of the sequence `choice`, or the reason why it ended."""
+    """New text of the sequence `choice`, or the reason why it ended; and its tokens so far."""
 
     choice: int
     text: str
+    tokens: int
     finish: Finish | None = None
 
 
@@ -200,15 +202,15 @@ async def _read_texts(
         if stops.hit:
             tokens.cancel()
         if text:
-            yield TextDelta(choice, text)
+            yield TextDelta(choice, text, tokens.count)
         if stops.hit:
-            yield TextDelta(choice, "", "stop")
+            yield TextDelta(choice, "", tokens.count, "stop")
             return
     if tokens.finish is None:
         raise InternalError("a generation ended without a reason")
     if text := stops.end():
-        yield TextDelta(choice, text)
-    yield TextDelta(choice, "", tokens.finish)
+        yield TextDelta(choice, text, tokens.count)
+    yield TextDelta(choice, "", tokens.count, tokens.finish)
 
 
 class TextStreams:
@@ -339,11 +341,17 @@ class StopStrings:
 
 
 class Answer:
-    """The answer to one request in OpenAI's form, whole or as events."""
+    """The answer to one request in OpenAI's form, whole or as events.
 
-    def __init__(self, body: GenerationBody, texts: TextStreams, prompt_tokens: int) -> None:
-        options = body.stream_options
-        self._with_usage = options is not None and options.include_usage
+    `prompt_tokens` has the length of each prompt, which equally many of the sequences continue.
+    """
+
+    def __init__(
+        self, body: GenerationBody, texts: TextStreams, prompt_tokens: Sequence[int]
+    ) -> None:
+        options = body.stream_options or StreamOptions()
+        self._with_usage = bool(options.include_usage)
+        self._with_counts = self._with_usage and bool(options.continuous_usage_stats)
         self._is_chat = isinstance(body, ChatBody)
         self._texts = texts
         self._prompt_tokens = prompt_tokens
@@ -358,7 +366,7 @@ class Answer:
         texts: list[list[str]] = [[] for _ in range(len(self._texts))]
         finishes: list[Finish | None] = [None] * len(texts)
         async with aclosing(self._texts.deltas()) as deltas:
-            async for choice, text, finish in deltas:
+            async for choice, text, _, finish in deltas:
                 texts[choice].append(text)
                 finishes[choice] = finish
         choices = []
@@ -374,24 +382,33 @@ class Answer:
     async def stream(self, stream: EventStream) -> None:
         """Send events; an error before the first text is a status, as for whole answers.
 
-        With `include_usage`, the last event has the usage, and the others have null.
+        With `include_usage`, the last event has the usage of all sequences. The others have that of
+        their own sequence so far with `continuous_usage_stats`, as in vLLM, else null.
         """
         async with aclosing(self._texts.deltas()) as deltas:
-            async for choice, text, finish in deltas:
+            async for choice, text, tokens, finish in deltas:
                 if not stream.has_begun:
                     await stream.begin()
                     for index in range(len(self._texts) if self._is_chat else 0):
-                        delta = {"role": "assistant", "content": ""}
-                        await self._send(stream, _choice_as_json(index, {"delta": delta}, None))
+                        first = {"delta": {"role": "assistant", "content": ""}}
+                        await self._send_choice(stream, _choice_as_json(index, first, None), 0)
                 content: Json = {"text": text}
                 if self._is_chat:
                     content = {"delta": {} if finish else {"content": text}}
-                await self._send(stream, _choice_as_json(choice, content, finish))
+                await self._send_choice(stream, _choice_as_json(choice, content, finish), tokens)
         if self._with_usage:
-            await self._send(stream, usage=self._usage())
+            await self._send(stream, [], self._usage())
         await stream.end()
 
-    async def _send(self, stream: EventStream, *choices: Json, usage: Json | None = None) -> None:
+    async def _send_choice(self, stream: EventStream, choice: Json, tokens: int) -> None:
+        """Send an event of one sequence, of which so many tokens were generated."""
+        usage = None
+        if self._with_counts:
+            per_prompt = len(self._texts) // len(self._prompt_tokens)
+            usage = _usage_as_json(self._prompt_tokens[choice["index"] // per_prompt], tokens)
+        await self._send(stream, [choice], usage)
+
+    async def _send(self, stream: EventStream, choices: list[Json], usage: Json | None) -> None:
         kind = "chat.completion.chunk" if self._is_chat else "text_completion"
         event = {**self._common, "object": kind, "choices": choices}
         await stream.send_event(event | {"usage": usage} if self._with_usage else event)
@@ -400,16 +417,19 @@ class Answer:
         """Return what the log says of the answer."""
         return {
             "id": self._common["id"],
-            "prompt_tokens": self._prompt_tokens,
+            "prompt_tokens": sum(self._prompt_tokens),
             "tokens": self._texts.count,
             "queue_ms": in_ms(self._texts.queue_seconds),
             "first_token_ms": in_ms(self._texts.first_seconds),
         }
 
     def _usage(self) -> Json:
-        prompt, completion = self._prompt_tokens, self._texts.count
-        total = prompt + completion
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total}
+        return _usage_as_json(sum(self._prompt_tokens), self._texts.count)
+
+
+def _usage_as_json(prompt: int, completion: int) -> Json:
+    total = prompt + completion
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total}
 
 
 def _choice_as_json(index: int, content: Json, finish: Finish | None) -> Json:

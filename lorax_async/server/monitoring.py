@@ -69,7 +69,7 @@ class ServerMetrics(Collector):
             f"{prefix}requests", "Requests answered.", ["call", "status"], registry=registry
         )
         self.prompt_tokens = Total(
-            f"{prefix}prompt_tokens", "Tokens of prompts.", registry=registry
+            f"{prefix}prompt_tokens", "Tokens of computed prompts.", registry=registry
         )
         self.tokens = Total(f"{prefix}tokens", "Tokens generated.", registry=registry)
         self.first = Histogram(
@@ -171,6 +171,7 @@ class ObservedTokens:
         self._metrics = metrics
         self._recording = recording
         self._histogram = metrics.first
+        self._uncounted = len(tokens.generation.prompt)
         self._began = self._since = time.monotonic()
         self._state: Counter[str] | None = None
         self._move(metrics.waiting)
@@ -191,6 +192,8 @@ class ObservedTokens:
         try:
             token = await anext(self._iterator)
         except StopAsyncIteration:
+            if self.finish is not None:
+                self._count_prompt()
             self._end("no token")
             raise
         except asyncio.CancelledError:
@@ -205,6 +208,7 @@ class ObservedTokens:
         metrics.tokens.inc()
         self.count += 1
         if self._histogram is metrics.first:
+            self._count_prompt()
             self.first_seconds = now - began
             if self.queue_seconds is not None:
                 metrics.queued.observe(self.queue_seconds)
@@ -218,6 +222,11 @@ class ObservedTokens:
     def cancel(self) -> None:
         self._end("cancelled")
         self._tokens.cancel()
+
+    def _count_prompt(self) -> None:
+        """Count the tokens of the prompt, once, when a result shows that they were computed."""
+        self._metrics.prompt_tokens.inc(self._uncounted)
+        self._uncounted = 0
 
     def _end(self, outcome: str) -> None:
         if self._state is not None and self.count:
@@ -571,10 +580,11 @@ class Dashboard:
         placement, rows, known = self._loader.placement(), dict[str, Row](), set[AdapterKey]()
         for name, adapter in tuple(self._names.adapters.items())[:MAX_ROWS]:
             known.update(event.key for event in placement.story(adapter)[-1:])
-            rows[name] = _row(placement, adapter, name, named=True, operator=operator)
+            own_pin = operator and name in self._names.pinned
+            rows[name] = _row(placement, adapter, name, named=True, pinned=own_pin)
         for key in placement.nearest(MAX_ROWS) if operator else ():
             if key not in known:
-                rows[f"\0{key}"] = _row(placement, key, str(key), named=False, operator=True)
+                rows[f"\0{key}"] = _row(placement, key, str(key), named=False, pinned=True)
         return rows
 
     def _read_numbers(self) -> Row:
@@ -596,8 +606,9 @@ class Dashboard:
 
 
 def _row(
-    placement: Placement, adapter: AdapterId | AdapterKey, name: str, *, named: bool, operator: bool
+    placement: Placement, adapter: AdapterId | AdapterKey, name: str, *, named: bool, pinned: bool
 ) -> Row:
+    """Return one adapter's row; `pinned`: show its pin, if it has one."""
     last = next(iter(placement.story(adapter)[-1:]), None)
     error = last.error if isinstance(last, Failed) else None
     # The operator's name replaces an id that may be a path.
@@ -612,5 +623,5 @@ def _row(
         "layers": where.layers,
         "bytes": where.device_bytes or where.host_bytes or where.pinned_bytes,
         "leases": where.leases,
-        "pinned": operator and where.pins > 0,
+        "pinned": pinned and where.pins > 0,
     }

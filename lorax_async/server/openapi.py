@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from pydantic.json_schema import models_json_schema
 
 from lorax_async.server.request_bodies import (
+    MAX_PROMPTS,
     ChatBody,
     CompletionBody,
     DetokenizeBody,
@@ -26,13 +27,17 @@ from lorax_async.server.request_bodies import (
 )
 
 Json = dict[str, Any]
-Access = Literal["anyone", "client", "operator"]
-"""Who may call: with an API key if the server has any, or with the admin token."""
+Access = Literal["anyone", "client", "viewer", "operator"]
+"""Who may call: with an API key if the server has any, or with the admin token. A wrong key of a
+viewer is refused even if none is needed."""
 
 ABOUT = """\
 OpenAI's API with one base model and any number of LoRA adapters: a request's model is the base's \
 name or an adapter's. Parameters that the server does not implement are refused, unless their \
 value changes nothing."""
+
+MAX_NUMBER = 10**18 - 1
+"""Of a cold request, in a query."""
 
 TEMPLATE = Path(__file__).parent / "page" / "docs.html"
 
@@ -161,7 +166,7 @@ class AdapterRows(ResponseModel):
 STATUSES: Mapping[int, str] = {
     400: "The request is malformed, too long for the model, or has a parameter that is refused",
     401: "No right key",
-    403: "The server has no admin token, or the source refuses the adapter",
+    403: "The source refuses the adapter",
     404: "It does not exist",
     408: "The body did not arrive in time",
     413: "The body is too large",
@@ -175,7 +180,8 @@ STATUSES: Mapping[int, str] = {
 """Of errors, all of which have an `ErrorResponse`."""
 
 OF_BODIES = (400, 408, 413, 415, 503)
-OF_LOADS = (404, 422, 429, 502, 504)
+OF_LOADS = (403, 404, 422, 429, 502, 504)
+NO_OPERATOR = "The server has no admin token"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,13 +298,13 @@ OPERATIONS: Mapping[str, Operation] = {
     "/metrics": Operation(summary="Return numbers in Prometheus' text format", answer=TEXT),
     "/page/events": Operation(
         summary="Send what the page shows, as it changes",
-        access="client",
+        access="viewer",
         answer=EVENTS,
         errors=(429, 503),
     ),
     "/page/trace.json": Operation(
         summary="Return the trace of a cold request, in Chrome's format",
-        access="client",
+        access="viewer",
         parameters={"number": "That of one of the last ones; without it, of the last one"},
         answer="application/json",
         errors=(400, 404),
@@ -310,21 +316,39 @@ OPERATIONS: Mapping[str, Operation] = {
 
 _SCHEMA = "#/components/schemas/{model}"
 _IN_PATH: Json = {"in": "path", "required": True, "schema": {"type": "string"}}
-_IN_QUERY: Json = {"in": "query", "schema": {"type": "integer"}}
+_IN_QUERY: Json = {
+    "in": "query",
+    "schema": {"type": "integer", "minimum": 0, "maximum": MAX_NUMBER},
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DocumentedLimits:
+    """The keys and limits of one server, as far as its document tells them."""
+
+    needs_key: bool
+    """Whether clients need an API key."""
+    has_operator: bool
+    """Whether there is an admin token."""
+    vocabulary: int
+    """Token ids are below it."""
+    takes_empty_text: bool
+    """Whether "" is a prompt: some tokenizers begin every text with a token."""
+    max_choices: int
+    max_prompt_tokens: int
+    max_length: int
 
 
 @cache
-def create_document(*, needs_key: bool) -> Json:
-    """Return the document, without `servers`; `needs_key`: clients need an API key.
-
-    It names no model and no adapter. Do not change it.
-    """
+def create_document(limits: DocumentedLimits) -> Json:
+    """Return the document, without `servers`. Do not change it. It names no model or adapter."""
     schemas = [operation.body for operation in OPERATIONS.values() if operation.body is not None]
     answers = [each.answer for each in OPERATIONS.values() if isinstance(each.answer, type)]
     models: list[type[BaseModel]] = [*schemas, *answers, ErrorResponse]
     _, definitions = models_json_schema(
         [(model, "validation") for model in dict.fromkeys(models)], ref_template=_SCHEMA
     )
+    _limit_bodies(definitions["$defs"], limits)
     bearer = {"type": "http", "scheme": "bearer"}
     schemes = {
         "apiKey": bearer | {"description": "a key of --api-key or LORAX_API_KEY"},
@@ -338,24 +362,37 @@ def create_document(*, needs_key: bool) -> Json:
             "description": ABOUT,
         },
         "paths": {
-            path: {operation.method: _describe(path, operation, needs_key=needs_key)}
+            path: {operation.method: _describe(path, operation, limits)}
             for path, operation in OPERATIONS.items()
         },
         "components": {"schemas": definitions["$defs"], "securitySchemes": schemes},
     }
 
 
-def _describe(path: str, operation: Operation, *, needs_key: bool) -> Json:
+def _limit_bodies(schemas: Json, limits: DocumentedLimits) -> None:
+    """Add the limits that requests have by the server, not by their form."""
+    token = {"type": "integer", "minimum": 0, "maximum": limits.vocabulary - 1}
+    tokens = {"type": "array", "items": token}
+    schemas["DetokenizeBody"]["properties"]["tokens"] |= tokens
+    text = {"type": "string"} | ({} if limits.takes_empty_text else {"minLength": 1})
+    one = tokens | {"minItems": 1, "maxItems": limits.max_prompt_tokens}
+    several = {"type": "array", "minItems": 1, "maxItems": min(MAX_PROMPTS, limits.max_choices)}
+    prompt = [text, several | {"items": text}, one, several | {"items": one}]
+    schemas["CompletionBody"]["properties"]["prompt"]["anyOf"] = prompt
+    for name in ("CompletionBody", "ChatBody"):
+        members = schemas[name]["properties"]
+        for member, most in (("n", limits.max_choices), ("max_tokens", limits.max_length - 1)):
+            number, null = members[member]["anyOf"]
+            members[member]["anyOf"] = [number | {"maximum": most}, null]
+
+
+def _describe(path: str, operation: Operation, limits: DocumentedLimits) -> Json:
     """Return an Operation Object."""
-    statuses = sorted({*operation.errors, *_statuses_of(operation.access, needs_key=needs_key)})
     described: Json = {
         "operationId": path.strip("/").replace("/", "_").translate({ord(c): None for c in "{}"}),
         "summary": operation.summary,
-        "security": _security(operation.access, needs_key=needs_key),
-        "responses": {
-            "200": _success(operation),
-            **{str(status): _failure(status) for status in statuses},
-        },
+        "security": _security(operation.access, limits),
+        "responses": _responses(operation, limits),
     }
     if operation.parameters:
         described["parameters"] = [
@@ -368,16 +405,26 @@ def _describe(path: str, operation: Operation, *, needs_key: bool) -> Json:
     return described
 
 
-def _statuses_of(access: Access, *, needs_key: bool) -> tuple[int, ...]:
-    if access == "operator":
-        return (401, 403)
-    return (401,) if access == "client" and needs_key else ()
+def _responses(operation: Operation, limits: DocumentedLimits) -> Json:
+    """Return the responses by status. Without an admin token, the operator's calls have one."""
+    access, statuses = operation.access, dict.fromkeys(operation.errors, "")
+    if access == "operator" and not limits.has_operator:
+        return {"403": _failure(403, NO_OPERATOR)}
+    if access == "operator" or (access != "anyone" and limits.needs_key):
+        statuses[401] = ""
+    elif access == "viewer":
+        statuses |= {401: ""} if limits.has_operator else {403: NO_OPERATOR}
+    return {
+        "200": _success(operation),
+        **{str(status): _failure(status, text) for status, text in sorted(statuses.items())},
+    }
 
 
-def _security(access: Access, *, needs_key: bool) -> list[Json]:
+def _security(access: Access, limits: DocumentedLimits) -> list[Json]:
+    admin: list[Json] = [{"adminToken": []}] if limits.has_operator else []
     if access == "operator":
-        return [{"adminToken": []}]
-    return [{"apiKey": []}, {"adminToken": []}] if access == "client" and needs_key else []
+        return admin
+    return [{"apiKey": []}, *admin] if access != "anyone" and limits.needs_key else []
 
 
 def _success(operation: Operation) -> Json:
@@ -391,9 +438,10 @@ def _success(operation: Operation) -> Json:
     return {"description": "The answer"} | ({"content": content} if content else {})
 
 
-def _failure(status: int) -> Json:
+def _failure(status: int, text: str) -> Json:
+    """Return a Response Object, with the text of `STATUSES` if `text` is empty."""
     schema = {"schema": _reference(ErrorResponse)}
-    return {"description": STATUSES[status], "content": {"application/json": schema}}
+    return {"description": text or STATUSES[status], "content": {"application/json": schema}}
 
 
 def _reference(model: type[BaseModel]) -> Json:
@@ -404,9 +452,9 @@ def _reference(model: type[BaseModel]) -> Json:
 
 
 @cache
-def render_page(*, needs_key: bool) -> bytes:
+def render_page(limits: DocumentedLimits) -> bytes:
     """Return the document as HTML, without scripts. Blocks while it reads the template."""
-    document = create_document(needs_key=needs_key)
+    document = create_document(limits)
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.policies["json.dumps_kwargs"] = {}  # or it sorts the names
     environment.filters["type_of"] = _describe_type

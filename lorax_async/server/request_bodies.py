@@ -96,6 +96,8 @@ def _with_dropped(
             schema["properties"][name] = described
         for name in sorted(ignored):
             schema["properties"][name] = {"description": "Ignored."}
+        if "stream_options" in schema["properties"]:
+            _require_stream(schema)
 
     return add
 
@@ -119,10 +121,20 @@ class StrictModel(BaseModel):
         return value
 
 
+def _require_stream(schema: dict[str, Any]) -> None:
+    """Say in a JSON schema that `stream_options` needs `stream`, as `parse_body` requires."""
+    given = {"properties": {"stream_options": {"type": "object"}}, "required": ["stream_options"]}
+    schema["if"] = given
+    schema["then"] = {"properties": {"stream": {"const": True}}, "required": ["stream"]}
+
+
 class StreamOptions(StrictModel):
     """Needs `stream`."""
 
     include_usage: bool | None = None
+    """Send the usage of the whole answer in a last event."""
+    continuous_usage_stats: bool | None = None
+    """With `include_usage`, send the usage so far in every event, as vLLM does."""
     include_obfuscation: bool | None = None
     """Accepted and ignored; OpenAI leaves it to clients."""
 
@@ -250,8 +262,20 @@ class DetokenizeBody(StrictModel):
     tokens: TokenIds
 
 
+def _require_texts(schema: dict[str, Any]) -> None:
+    """Say in a JSON schema that texts are required: the calls refuse "", in vLLM's words."""
+    texts = [name for name, each in schema["properties"].items() if each.get("type") == "string"]
+    schema["required"] = texts
+    for name in texts:
+        text = schema["properties"][name]
+        del text["default"]
+        text["minLength"] = 1
+
+
 class LoadBody(StrictModel):
     """The body of /v1/load_lora_adapter, as in vLLM."""
+
+    model_config = ConfigDict(json_schema_extra=_require_texts)
 
     lora_name: str = ""
     lora_path: str = ""
@@ -260,6 +284,8 @@ class LoadBody(StrictModel):
 
 class NameBody(StrictModel):
     """The body of /v1/pin_lora_adapter and /v1/unpin_lora_adapter."""
+
+    model_config = ConfigDict(json_schema_extra=_require_texts)
 
     lora_name: str = ""
 
@@ -373,6 +399,10 @@ class PromptEncoder:
         self.tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
+        self.vocabulary: int = self.tokenizer.get_vocab_size(with_added_tokens=True)
+        """Token ids in requests are below it."""
+        self.takes_empty_text = bool(self._encode(""))
+        """Whether "" is a prompt, because the tokenizer begins every text with a token."""
 
     def read(self, body: GenerationBody) -> list[tuple[int, ...]]:
         """Return the token ids of each prompt. Raise `Refusal`."""
@@ -407,9 +437,8 @@ class PromptEncoder:
         return text
 
     def _require_known(self, ids: Sequence[int], param: str) -> None:
-        vocabulary = self.tokenizer.get_vocab_size(with_added_tokens=True)
-        if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
-            message = f"A token id of the {param} is outside 0 … {vocabulary - 1}"
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocabulary:
+            message = f"A token id of the {param} is outside 0 … {self.vocabulary - 1}"
             raise invalid_parameter(message, param)
 
     def _apply_template(self, conversation: Sequence[ChatMessage]) -> str:

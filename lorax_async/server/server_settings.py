@@ -18,7 +18,14 @@ from lorax_async.config import MiB
 from lorax_async.errors import ConfigError, InvalidAdapterIdError, shorten
 from lorax_async.ids import Allow, as_allow, is_covered, parse_ref
 from lorax_async.server.responses import Refusal, UnreadRefusal, unknown_model
-from lorax_async.types import AdapterId, AdapterRef, as_ref, require_count, require_seconds
+from lorax_async.types import (
+    AdapterId,
+    AdapterKey,
+    AdapterRef,
+    as_ref,
+    require_count,
+    require_seconds,
+)
 from lorax_async.urls import is_address
 
 ANY = "*"
@@ -137,12 +144,7 @@ class ServerSettings:
             raise ConfigError(
                 "max_waiting must be at least max_choices: larger requests would never fit"
             )
-        if self.admin_token is not None and not _is_key(self.admin_token):
-            raise ConfigError("admin_token must be printable ASCII without spaces, or None")
-        keys = self.api_keys
-        if not isinstance(keys, tuple | list) or not all(map(_is_key, keys)):
-            raise ConfigError("api_keys must be a tuple of printable ASCII texts without spaces")
-        object.__setattr__(self, "api_keys", tuple(keys))
+        self._require_keys()
         if not isinstance(self.root_path, str) or not _ROOT_PATH.fullmatch(self.root_path):
             raise ConfigError("root_path must be a path as /llm, without a / at its end, or empty")
         self._require_names()
@@ -154,6 +156,19 @@ class ServerSettings:
             object.__setattr__(
                 self, "allowed_hosts", tuple(map(_normalize_pattern, self.allowed_hosts))
             )
+
+    def _require_keys(self) -> None:
+        if self.admin_token is not None and not _is_key(self.admin_token):
+            raise ConfigError("admin_token must be printable ASCII without spaces, or None")
+        keys = self.api_keys
+        if not isinstance(keys, tuple | list) or not all(map(_is_key, keys)):
+            raise ConfigError("api_keys must be a tuple of printable ASCII texts without spaces")
+        if self.admin_token in keys:
+            raise ConfigError(
+                "one of api_keys is the admin_token, so that every client would be the operator;"
+                " choose another LORAX_ADMIN_TOKEN or another key (--api-key, LORAX_API_KEY)"
+            )
+        object.__setattr__(self, "api_keys", tuple(keys))
 
     def _require_names(self) -> None:
         if not isinstance(self.base, str) or not self.base:
@@ -259,6 +274,8 @@ class ModelNames:
         self._sources = sources
         self._adapters: dict[str, AdapterId] = {}
         self._names: dict[AdapterId, dict[str, None]] = {}
+        self.pinned: dict[str, AdapterKey] = {}
+        """The version that each pinned name keeps on the device; see `NamePins`."""
         for name, adapter in adapters.items():
             self.add(name, adapter)
 

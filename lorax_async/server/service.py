@@ -31,7 +31,7 @@ from lorax_async.server.server_log import log_adapters
 from lorax_async.server.server_settings import ModelNames, ServerSettings, is_requestable
 from lorax_async.server.transformers_decoder import TransformersDecoder
 from lorax_async.server.warm_list import WarmList
-from lorax_async.types import AdapterId, AdapterRef, Ref, as_ref
+from lorax_async.types import AdapterId, AdapterKey, AdapterRef, Ref, as_ref
 
 
 class Service:
@@ -61,6 +61,7 @@ class Service:
         self.sampling = sampling or Sampling()
         self.created = int(time.time())
         self.names = ModelNames(settings.base, settings.adapters, settings.sources)
+        self.pins = NamePins(loader, self.names)
         self.in_flight = InFlightRequests()
         self.client_limits = ClientLimits(settings.max_adapters_per_client)
         self.metrics = ServerMetrics(loader, self.names)
@@ -100,8 +101,83 @@ class Service:
             raise
         if adapter is not None and self._on_use is not None:
             self._on_use(adapter)
-        self.metrics.prompt_tokens.inc(len(generation.prompt))
         return ObservedTokens(tokens, model, self.metrics, recording)
+
+
+# -- pins -----------------------------------------------------------------------------------------
+
+
+class NamePins:
+    """The pins of names, each of the version that its name meant when it was pinned.
+
+    How a name spells its adapter does not matter: a version stays pinned as long as a name pins it.
+    On one event loop.
+    """
+
+    def __init__(self, loader: AdapterLoader, names: ModelNames) -> None:
+        self._loader = loader
+        self._names = names
+        self._pinned = names.pinned
+
+    def names_of(self, key: AdapterKey) -> list[str]:
+        """Return the names that mean a version, as far as is known without I/O, or pin it."""
+        placement = self._loader.placement()
+        return [
+            name
+            for name, adapter in self._names.adapters.items()
+            if key in {placement.key(adapter), self._pinned.get(name)}
+        ]
+
+    async def pin(self, name: str) -> bool:
+        """Load the adapter of a name and pin it; return False if the name changed meanwhile."""
+        adapter = self._names.adapters[name]
+        with await self._loader.load(adapter) as handle:
+            key = handle.key
+        await self._loader.pin(key)
+        if self._names.adapters.get(name) != adapter:
+            self._release(key)
+            return False
+        self._set(name, key)
+        return True
+
+    def unpin(self, name: str) -> bool:
+        """End the pin of a name; return whether it had one."""
+        key = self._pinned.pop(name, None)
+        if key is not None:
+            self._release(key)
+        return key is not None
+
+    def leave(self, name: str) -> bool:
+        """End the pin of a name that is gone or means another adapter.
+
+        If no other name pins the version, one that means it does from now on; return True then.
+        """
+        key = self._pinned.pop(name, None)
+        if key is None:
+            return False
+        heirs = [] if self._is_pinned(key) else self.names_of(key)
+        if heirs:
+            self._set(heirs[0], key)
+        else:
+            self._release(key)
+        return bool(heirs)
+
+    async def follow(self, name: str, key: AdapterKey) -> None:
+        """Let the pin of a name that means `key` now move to it, unless `leave` passes it on."""
+        if self._pinned.get(name) not in {None, key} and not self.leave(name):
+            await self.pin(name)
+
+    def _set(self, name: str, key: AdapterKey) -> None:
+        before, self._pinned[name] = self._pinned.get(name), key
+        if before is not None:
+            self._release(before)
+
+    def _release(self, key: AdapterKey) -> None:
+        if not self._is_pinned(key):
+            self._loader.unpin(key)
+
+    def _is_pinned(self, key: AdapterKey) -> bool:
+        return key in self._pinned.values()
 
 
 # -- requests in flight ---------------------------------------------------------------------------

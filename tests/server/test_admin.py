@@ -1,8 +1,12 @@
 """Adapters by name, as in vLLM, and where they are; for the operator, by a token."""
 
 import asyncio
+import os
 import shutil
 import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,9 @@ from common import until
 from engines.conftest import watched
 from lorax_async.errors import FetchError
 from lorax_async.server.app import FILES, create_app
-from server.world import TOKEN, Answer, World, serving
+from lorax_async.testing import FakeSource
+from lorax_async.types import AdapterKey, AdapterRef
+from server.world import TOKEN, Answer, FakeEngine, World, loading, serving
 from tiny_loaders import fails, on_device
 from tiny_loaders import loader as tiny_loader
 from tiny_sources import over, stocked
@@ -281,6 +287,141 @@ async def test_what_was_saved_again_is_pinned_by_a_load_in_place(tmp_path: Path)
         assert pinned(world) == []
 
 
+class RevisionedSource(FakeSource):
+    """Ids with a revision mean the one version that the id alone has."""
+
+    async def resolve(self, ref: AdapterRef) -> AdapterKey:
+        assert isinstance(ref.id, str)
+        return await super().resolve(replace(ref, id=ref.id.partition("@")[0]))
+
+
+SPELLINGS: list[Callable[[Path], object]] = [
+    lambda v3: v3.parent / "link",
+    lambda v3: v3.parent / "linked parent" / "v3",
+    lambda v3: f"{v3}/",
+    lambda v3: f"{v3}/../v3",
+    lambda v3: f"{v3.parent}/./v3/.",
+    os.path.relpath,
+]
+
+
+@asynccontextmanager
+async def serving_spellings(tmp_path: Path, spell: Any) -> AsyncIterator[tuple[World, Any, Any]]:
+    """A server with two names, prod and trial, for one adapter; the spellings come with it."""
+    if isinstance(spell, tuple):
+        source = RevisionedSource()
+        for seed, name in enumerate(("org/v3", "org/v4")):
+            source.put(name, *tiny.files(tiny.write(tmp_path / name, seed)))
+        there, (first, second) = over(source), spell
+    else:
+        first = tiny.write(tmp_path / "adapters" / "v3")
+        (first.parent / "link").symlink_to("v3")
+        (first.parent / "linked parent").symlink_to(first.parent)
+        there, second = tiny_loader(), spell(first)
+    async with serving(loader=there) as world:
+        for name, path in (("prod", first), ("trial", second)):
+            assert (await load(world, name, path)).status == 200
+        yield world, first, second
+
+
+HUB = [("org/v3", "org/v3@main"), ("org/v3@main", "org/v3"), ("org/v3@a", "org/v3@b")]
+any_spelling = pytest.mark.parametrize("spell", [*SPELLINGS, *HUB], ids=[*"abcdefghi"])
+
+
+async def pins(world: World) -> list[tuple[int, list[str]]]:
+    """The pins and the names of each adapter on the device."""
+    rows = [row for row in await adapters(world) if row["tier"] == "device"]
+    return [(row["pins"], row["names"]) for row in rows]
+
+
+@any_spelling
+async def test_an_unload_leaves_what_another_spelling_names(tmp_path: Path, spell: Any) -> None:
+    for first, last in (("trial", "prod"), ("prod", "trial")):
+        async with serving_spellings(tmp_path / first, spell) as (world, *_):
+            assert (await pin(world, "prod")).status == 200
+            assert await pins(world) == [(1, ["prod", "trial"])]
+            assert (await unload(world, first)).status == 200
+            assert await pins(world) == [(1, [last])], "its pin is the last name's"
+            assert (await unload(world, last)).status == 200
+            assert await pins(world) == [], "with its last name it goes"
+
+
+@any_spelling
+async def test_an_unpin_leaves_the_pin_of_another_name(tmp_path: Path, spell: Any) -> None:
+    async with serving_spellings(tmp_path, spell) as (world, first, _):
+        await load(world, "same", first)
+        await pin(world, "prod")
+        for other in ("trial", "same"):
+            refused = await unpin(world, other)
+            assert refused.status == 404
+            said = f"The lora adapter '{other}' is not pinned; its adapter is, as 'prod'."
+            assert refused.error["message"] == said
+            assert (await pin(world, other)).status == 200
+            assert (await unpin(world, other)).status == 200
+            assert [count for count, _ in await pins(world)] == [1]
+        await pin(world, "trial")
+        assert (await unpin(world, "prod")).status == 200
+        assert [count for count, _ in await pins(world)] == [1]
+        await unload(world, "prod")
+        await unload(world, "same")
+        assert (await unpin(world, "trial")).status == 200
+        assert await pins(world) == [(0, ["trial"])]
+
+
+@any_spelling
+async def test_a_load_in_place_leaves_what_another_spelling_names(
+    tmp_path: Path, spell: Any
+) -> None:
+    other: object = "org/v4" if isinstance(spell, tuple) else tiny.write(tmp_path / "v4", 4)
+    async with serving_spellings(tmp_path, spell) as (world, first, second):
+        await pin(world, "prod")
+        assert (await load(world, "prod", second, load_inplace=True)).status == 200
+        assert await pins(world) == [(1, ["prod", "trial"])], "the same version"
+        assert (await load(world, "prod", other, load_inplace=True)).status == 200
+        assert sorted(await pins(world)) == [(0, ["prod"]), (1, ["trial"])]
+        await load(world, "prod", first, load_inplace=True)
+        await pin(world, "prod")
+        await load(world, "prod", other, load_inplace=True)
+        assert sorted(await pins(world)) == [(1, ["prod"]), (1, ["trial"])], "each has its own"
+        await load(world, "trial", other, load_inplace=True)
+        assert (1, ["prod", "trial"]) in await pins(world)
+        for own in (other, first, second):
+            await load(world, "trial", own, load_inplace=True)
+        assert sorted(await pins(world)) == [(1, ["prod"]), (1, ["trial"])], "it moves along"
+        await load(world, "prod", first, load_inplace=True)
+        await unpin(world, "prod")
+        await load(world, "trial", first, load_inplace=True)
+        assert (await unpin(world, "trial")).status == 200, "its own pin stayed its own"
+        for name in ("trial", "prod"):
+            await load(world, name, other, load_inplace=True)
+        await pin(world, "trial")
+        await unload(world, "prod")
+        assert (1, ["trial"]) in await pins(world)
+
+
+async def test_a_pin_of_an_earlier_version_outlives_the_unload_of_another_name(
+    tmp_path: Path,
+) -> None:
+    """A name counts for the version that it has pinned, and for the one that it means now."""
+    folder = tiny.write(tmp_path / "v3", 1)
+    link = tmp_path / "link"
+    link.symlink_to("v3")
+    async with serving(adapters={"prod": folder, "trial": link}) as world:
+        await pin(world, "prod")
+        await pin(world, "trial")
+        tiny.write(folder, 2)
+        (
+            await world.service.loader.load(folder)
+        ).release()  # prod means it now, and trial did not ask
+        assert sorted(await pins(world)) == [(0, ["prod"]), (1, ["trial"])]
+        await unload(world, "trial")
+        assert sorted(await pins(world)) == [(0, ["prod"]), (1, [])], "pinned by prod"
+        await pin(world, "prod")
+        assert sorted(await pins(world)) == [(0, []), (1, ["prod"])], "its pin moved"
+        await unload(world, "prod")
+        assert await pins(world) == [(0, [])], "the earlier one stays until it is evicted"
+
+
 async def test_a_name_that_goes_during_its_pin_leaves_none(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a")
     async with serving(loader=over(source), adapters={"a": "a"}) as world:
@@ -297,11 +438,14 @@ async def test_a_name_that_goes_during_its_pin_leaves_none(tmp_path: Path) -> No
 async def test_a_pin_that_fails_leaves_nothing(tmp_path: Path) -> None:
     broken = tiny.write(tmp_path / "broken", layers=9)
     there = over(stocked(tmp_path, "a", "b"), max_slots=1, timeout=0.2)
-    async with serving(loader=there, adapters={"x": broken, "a": "a", "b": "b"}) as world:
+    engine = FakeEngine(loading(there))
+    async with serving(engine, there, adapters={"x": broken, "a": "a", "b": "b"}) as world:
         assert (await pin(world, "a")).status == 200
         full = await pin(world, "b")
         assert (full.status, full.error["code"]) == (429, "over_capacity")
-        assert "pinned" in full.error["message"]
+        assert full.error["message"].endswith("the only slot is pinned")
+        asked = await world.ask("POST", "/v1/completions", {"model": "b", "prompt": "x"})
+        assert (asked.status, asked.error["message"]) == (429, full.error["message"])
     async with serving(adapters={"x": broken}) as world:
         refused = await pin(world, "x")
         assert (refused.status, refused.error["code"]) == (422, "adapter_incompatible")

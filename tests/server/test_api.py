@@ -123,6 +123,63 @@ async def test_a_streamed_chat() -> None:
     assert {chunk.object for chunk in (first, last)} == {"chat.completion.chunk"}
 
 
+def counts_of(pieces: list[Any]) -> list[Any]:
+    """Each piece's usage, as (prompt, completion); null as None."""
+    usages = [piece.usage for piece in pieces]
+    assert all(not each or sum(counts(each)) == each.total_tokens for each in usages)
+    return [each and counts(each) for each in usages]
+
+
+def counts(usage: Any) -> tuple[int, int]:
+    return usage.prompt_tokens, usage.completion_tokens
+
+
+@pytest.mark.parametrize("continuous", [True, False, None])
+@pytest.mark.parametrize("include", [True, False, None])
+async def test_every_piece_may_have_the_counts_so_far(
+    include: bool | None, continuous: bool | None
+) -> None:
+    """As vLLM has it: not without `include_usage`, and no tokens in the piece with the role."""
+    options = {"include_usage": include, "continuous_usage_stats": continuous}
+    given: Any = {name: value for name, value in options.items() if value is not None}
+    async with serving(FakeEngine(saying("aé!"))) as world:  # é is two tokens
+        chat, plain = world.client.chat.completions, world.client.completions
+        streamed: Any = {"model": "base", "stream": True, "stream_options": given}
+        chatted = [piece async for piece in await chat.create(messages=HI, **streamed)]
+        completed = [piece async for piece in await plain.create(prompt="xyz", **streamed)]
+    role = [(19, 0)]
+    for pieces, prompt, first in ((chatted, 19, role), (completed, 3, [])):
+        expected: list[Any] = [*first, (prompt, 1), (prompt, 3), (prompt, 4), (prompt, 4)]
+        if not (include and continuous):
+            expected = [None] * len(expected)
+        if include:
+            expected.append((prompt, 4))
+            assert pieces[-1].choices == []
+        assert counts_of(pieces) == expected
+
+
+async def test_counts_so_far_are_those_of_the_pieces_own_sequence() -> None:
+    """As in vLLM; the last piece has those of all."""
+    engine = FakeEngine()
+    async with serving(engine) as world:
+        options: Any = {"include_usage": True, "continuous_usage_stats": True}
+        creating = world.client.completions.create(
+            model="base", prompt=["x", "four"], n=2, stream=True, stream_options=options
+        )
+        reading = asyncio.create_task(creating)
+        await engine.asked(4)
+        for tokens in engine.submitted:
+            tokens.say("ab")
+            tokens.end()
+        pieces = [piece async for piece in await reading]
+    *pieces, last = pieces
+    for index in range(4):
+        own = [piece for piece in pieces if piece.choices[0].index == index]
+        prompt = 1 if index < 2 else 4
+        assert counts_of(own) == [(prompt, 1), (prompt, 2), (prompt, 2)]
+    assert counts_of([last]) == [(1 + 4, 4 * 2)]
+
+
 async def test_a_streamed_completion_comes_as_it_is_made() -> None:
     engine = FakeEngine()
     async with serving(engine) as world:

@@ -12,7 +12,9 @@ from openai import APIStatusError
 from starlette.types import Receive, Scope, Send
 
 import tiny
-from lorax_async.errors import FetchError, LoraxError
+from common import until
+from lorax_async.errors import AdapterNotFoundError, FetchError, LoraxError
+from lorax_async.server.engine import Generation
 from lorax_async.server.monitoring import ObservedTokens, ServerMetrics
 from lorax_async.server.server_log import RequestObserver
 from lorax_async.server.server_settings import ModelNames
@@ -68,7 +70,7 @@ async def test_requests_and_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     counts |= {"call=/v1/completions,status=200": 2, "call=/v1/models,status=200": 1}
     assert requests(samples) == counts
     for name, value in (
-        ("server_prompt_tokens_total", 2 * len(prompt) + 1),
+        ("server_prompt_tokens_total", 2 * len(prompt)),
         ("server_tokens_total", 2 * len("hello")),
         ("server_first_token_seconds_count", 2),
         ("server_inter_token_seconds_count", 2 * (len("hello") - 1)),
@@ -76,6 +78,38 @@ async def test_requests_and_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         assert samples[f"lorax_{name}"] == value
     assert sequences(samples) == (0, 0)
+
+
+async def test_prompts_are_counted_once_they_were_computed() -> None:
+    """The total is that of the answers' usage: not of a request that failed, or left, before."""
+    engine, loading = FakeEngine(), loader()
+    async with serving(engine, loading) as world:
+        gone = world.completing({"model": "org/not-there", "prompt": "68 tokens"})
+        (await engine.asked(1)).fail(AdapterNotFoundError("no such repository"))
+        assert (await gone).status == 404
+
+        ask = world.client.completions.create
+        empty = asyncio.create_task(ask(model="base", prompt="empty"))
+        (await engine.asked(2)).end("stop")
+        two = asyncio.create_task(ask(model="base", prompt="two"))
+        (await engine.asked(3)).say("ab")
+        samples = await until_sequences(world, waiting=0, running=1)
+        assert samples["lorax_server_prompt_tokens_total"] == len("empty" + "two"), "in progress"
+        engine.submitted[2].end()
+        usages = [answer.usage for answer in await asyncio.gather(empty, two)]
+        assert [usage and usage.prompt_tokens for usage in usages] == [len("empty"), len("two")]
+
+        broken = world.completing({"model": "base", "prompt": "broken"})
+        failing = await engine.asked(4)
+        failing.say("a")
+        failing.fail(FetchError("its layers did not come"))
+        assert (await broken).status == 502
+        leaving = asyncio.create_task(ask(model="base", prompt="left"))
+        await engine.asked(5)
+        leaving.cancel()
+        await until(engine.submitted[4].cancelled.is_set)
+        samples = await scraped(world)
+    assert samples["lorax_server_prompt_tokens_total"] == len("empty" + "two" + "broken")
 
 
 async def test_what_waits_and_runs_is_told_as_vllm_does(tmp_path: Path) -> None:
@@ -157,12 +191,12 @@ async def test_names_are_the_same_for_every_client() -> None:
 
 
 async def test_a_tokens_time_is_since_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, nothing = FakeEngine(), cast(Any, None)
+    engine, one = FakeEngine(), Generation(None, (1,), 3)
     async with loader() as there:
         metrics, clock = ServerMetrics(there, ModelNames("base", {})), [100.0]
         with monkeypatch.context() as patch:
             patch.setattr(time, "monotonic", lambda: clock[0])
-            submitted = engine.submit(nothing)
+            submitted = engine.submit(one)
             submitted.say("abc")
             tokens = ObservedTokens(cast(Any, submitted), "base", metrics)
             for seconds in (0.5, 0.25, 0.125):

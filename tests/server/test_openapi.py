@@ -1,15 +1,29 @@
 """What the server says that it takes and gives: against the standard, its routes and its answers."""
 
+import copy
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import processors
 
 import tiny
+from lorax_async.errors import AccessDeniedError
 from lorax_async.server.app import SAFE, create_app
-from server.world import TOKEN, Answer, World, serving, tokens_of
+from lorax_async.server.request_bodies import CompletionBody, PromptEncoder, parse_body
+from server.world import (
+    MAX_LENGTH,
+    TOKEN,
+    Answer,
+    FakeEngine,
+    World,
+    failing,
+    serving,
+    tokenizer,
+    tokens_of,
+)
 
 API_KEY = "k"
 KEYS = {"apiKey": f"Bearer {API_KEY}", "adminToken": f"Bearer {TOKEN}"}
@@ -110,6 +124,24 @@ BODIES: list[tuple[str, Any, bool]] = [
     ("/tokenize", {"prompt": "hi", "messages": [HI]}, False),
     ("/tokenize", {"prompt": None}, False),
     ("/detokenize", {"tokens": ["a"]}, False),
+    *(("/v1/completions", COMPLETING | {"prompt": prompt}, valid) for prompt, valid in (
+        ("", False), ([], False), ([""], False), (["a", ""], False), ([[]], False),
+        ([[1], []], False), ([0, 256], True), ([257], False), ([-116], False), ([[257]], False),
+        (["a"] * 16, True), (["a"] * 17, False), ([[1]] * 16, True), ([[1]] * 17, False),
+        ([1] * 17, True), ([1] * (MAX_LENGTH - 20), True), ([1] * MAX_LENGTH, False),
+    )),
+    *((path, body | fields, valid) for path, body in (
+        ("/v1/completions", COMPLETING), ("/v1/chat/completions", CHATTING),
+    ) for fields, valid in (
+        ({"n": 16}, True), ({"n": 17}, False), ({"stream_options": {}}, False),
+        ({"stream_options": {"include_usage": True}, "stream": False}, False),
+        ({"stream_options": None}, True), ({"stream_options": {}, "stream": True}, True),
+        ({"stream_options": {"continuous_usage_stats": True}, "stream": True}, True),
+        ({"max_tokens": MAX_LENGTH - 100}, True), ({"max_tokens": MAX_LENGTH}, False),
+    )),
+    *(("/detokenize", {"tokens": tokens}, valid) for tokens, valid in (
+        ([], True), ([0, 256], True), ([257], False), ([-1], False),
+    )),
 ]  # fmt: skip
 
 
@@ -122,6 +154,88 @@ async def test_what_the_schema_calls_valid_is_accepted_and_nothing_else() -> Non
             schema = operation["requestBody"]["content"]["application/json"]["schema"]
             assert is_valid(body, schema, document) is valid, body
             assert (await world.ask("POST", path, body)).status == (200 if valid else 400), body
+
+
+@validated
+@pytest.mark.parametrize(
+    ("deed", "body"),
+    [
+        *(("load", body) for body in ({}, {"lora_name": "a"}, {"lora_path": "org/a"})),
+        ("load", {"lora_name": "", "lora_path": "org/a"}),
+        ("load", {"lora_name": "a", "lora_path": ""}),
+        *(("unload", body) for body in ({}, {"lora_name": ""}, {"lora_int_id": 1})),
+    ],
+)
+async def test_names_of_the_operators_calls_are_required(deed: str, body: Any) -> None:
+    path = f"/v1/{deed}_lora_adapter"
+    async with serving() as world:
+        document = (await world.ask("GET", "/openapi.json")).json
+        content = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+        assert is_valid({"lora_name": "a", "lora_path": "org/a"}, content["schema"], document) is (
+            deed == "load"
+        )
+        assert not is_valid(body, content["schema"], document)
+        assert (await world.admin(path, body)).status == 400
+
+
+@validated
+async def test_a_number_of_a_trace_is_one_that_the_document_allows() -> None:
+    async with serving() as world:
+        document = (await world.ask("GET", "/openapi.json")).json
+        (number,) = document["paths"]["/page/trace.json"]["get"]["parameters"]
+        for value, valid in ((-116, False), (-1, False), (0, True), (10**18 - 1, True)):
+            assert is_valid(value, number["schema"], document) is valid
+            answer = await world.ask("GET", f"/page/trace.json?number={value}")
+            assert answer.status == (404 if valid else 400)
+        assert not is_valid(10**18, number["schema"], document)
+
+
+@pytest.mark.parametrize("api_keys", [(), (API_KEY,)])
+@pytest.mark.parametrize("token", [None, TOKEN])
+async def test_every_status_is_documented_and_every_refusal_of_a_key_happens(
+    tmp_path: Path, token: str | None, api_keys: tuple[str, ...]
+) -> None:
+    """Without an admin token, nobody may make the operator's calls, and no key helps."""
+    lora = tiny.write(tmp_path / "lora")
+    async with serving(admin_token=token, api_keys=api_keys) as world:
+        document = (await world.ask("GET", "/openapi.json")).json
+        for path, methods in document["paths"].items():
+            for method, operation in methods.items():
+                responses, statuses = operation["responses"], set[str]()
+                for key in ("", "Bearer wrong", f"Bearer {API_KEY}", KEYS["adminToken"]):
+                    answer = await call(world, path, operation, method, key, lora)
+                    statuses.add(str(answer.status))
+                assert statuses <= responses.keys(), path
+                assert ("401" in responses) is ("401" in statuses), path
+                if token is None and path in OPERATORS:
+                    assert responses.keys() == {"403"}
+                    assert operation["security"] == []
+                    assert "no admin token" in responses["403"]["description"]
+
+
+OPERATORS = {f"/v1/{deed}_lora_adapter" for deed in ("load", "unload", "pin", "unpin")} | {
+    "/v1/adapters"
+}
+
+
+async def test_a_refusal_by_the_source_of_a_named_adapter_is_documented() -> None:
+    engine = FakeEngine(failing(AccessDeniedError("it is private")))
+    async with serving(engine, adapters={"named": "org/private"}) as world:
+        document = (await world.ask("GET", "/openapi.json")).json
+        answer = await world.ask("POST", "/v1/completions", COMPLETING | {"model": "named"})
+        assert answer.status == 403
+        assert "403" in document["paths"]["/v1/completions"]["post"]["responses"]
+
+
+def test_a_text_may_be_empty_where_the_tokenizer_begins_every_text() -> None:
+    fast = copy.deepcopy(tokenizer())
+    assert not PromptEncoder(fast).takes_empty_text
+    first = processors.TemplateProcessing(single="a $0", special_tokens=[("a", tokens_of("a")[0])])
+    fast.backend_tokenizer.post_processor = first
+    prompts = PromptEncoder(fast)
+    assert prompts.takes_empty_text
+    body = parse_body(CompletionBody, json.dumps(COMPLETING | {"prompt": ""}).encode())
+    assert prompts.read(body) == [tuple(tokens_of("a"))]
 
 
 async def test_the_page_of_calls_is_open_and_says_nothing_of_adapters() -> None:

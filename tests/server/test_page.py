@@ -233,6 +233,11 @@ async def test_ids_and_paths_are_the_operators_to_see(tmp_path: Path) -> None:
             async with await world.service.loader.load("org/named"):
                 await anybody.until(lambda: anybody.rows["mine"]["leases"])
             assert not anybody.rows["mine"]["pinned"]
+            await world.admin("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "org/named"})
+            await operator.until(lambda: "x" in operator.rows)
+            assert not operator.rows["x"]["pinned"], "its button pins"
+            await world.admin("/v1/unload_lora_adapter", {"lora_name": "mine"})
+            await operator.until(lambda: operator.rows["x"]["pinned"])
     async with serving(adapters={"broken": broken}) as world, watching(world) as told:
         await fails(world.service.loader.load(broken), AdapterFormatError)
         await told.until(lambda: told.rows["broken"]["error"])

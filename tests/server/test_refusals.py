@@ -314,6 +314,15 @@ def test_settings_are_checked_have_their_own_names_and_hide_the_token() -> None:
     assert "a-key" not in repr(settings)
 
 
+def test_no_api_key_is_the_admin_token() -> None:
+    """Or every client would be the operator."""
+    with pytest.raises(ConfigError, match="api_keys.*admin_token") as refused:
+        ServerSettings(base="b", admin_token=TOKEN, api_keys=("a-key", TOKEN))
+    assert TOKEN not in str(refused.value)
+    assert "a-key" not in str(refused.value)
+    ServerSettings(base="b", admin_token=TOKEN, api_keys=("a-key", TOKEN + "x"))
+
+
 BODY: dict[str, Any] = {"model": "m", "prompt": "p"}
 
 

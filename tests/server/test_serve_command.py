@@ -295,6 +295,11 @@ def test_missing_files_and_places_are_told(
     assert "LORAX_API_KEY is empty" in refused()
     monkeypatch.setenv("LORAX_API_KEY", "a-key")
     assert "api_keys" in refused("--api-key", "")
+    monkeypatch.setenv(ADMIN_TOKEN, "a-key")
+    told = refused()
+    assert "a-key" not in told
+    assert {"LORAX_API_KEY", ADMIN_TOKEN} <= {*re.findall("[A-Z_]+", told)}
+    monkeypatch.delenv(ADMIN_TOKEN)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         said = f"127.0.0.1:{port}: Address already in use; choose another --port, or 0 for a free"
