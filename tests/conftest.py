@@ -3,7 +3,10 @@
 import asyncio
 import gc
 import random
+import shutil
+import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--pictures", type=Path, help="where pictures of the page are to be put")
     group.addoption("--each-loop", action="store_true", help="all on asyncio and on uvloop")
     group.addoption("--soak-seed", type=int, default=random.randrange(1 << 32))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Give a run a temporary folder that no other run shares: each removes what it finds old."""
+    if config.option.basetemp is None:  # xdist gives its workers folders in that of the run
+        folder = config.option.basetemp = tempfile.mkdtemp(prefix="pytest-")
+        config.add_cleanup(partial(shutil.rmtree, folder, ignore_errors=True))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -120,7 +120,8 @@ def test_without_a_terminal_lines_say_that_a_step_goes_on(monkeypatch: Patch) ->
     monkeypatch.setattr("lorax_async.cli.command_line.QUIET_SECONDS", 0.01)
     err = io.StringIO()
     terminal = Terminal(io.StringIO(), err)
-    with terminal.steps() as report:
+    with terminal.steps("starting") as report:
+        until(lambda: err.getvalue().startswith("starting: 0 s\n"), 20)
         report("loading the base model")
         until(lambda: "loading the base model: 0 s\n" in err.getvalue(), 20)
     with terminal.bars() as bars:

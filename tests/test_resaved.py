@@ -91,23 +91,26 @@ def is_whole(handle: AdapterHandle) -> bool:
 async def test_every_call_gets_one_whole_version(tmp_path: Path, save: Save) -> None:
     folder = tiny.write(tmp_path / "a", 1)
 
+    async def call(there: AdapterLoader, number: int) -> None:
+        if number % 3 == 0:
+            await there.prefetch(folder)
+        elif number % 3 == 1:  # the slot may be had before the last byte was read
+            async with there.stream(folder) as handle:
+                with suppress(errors.IntegrityError):
+                    await handle.layer_ready(tiny.LAYERS - 1)
+                    assert is_whole(handle)
+        else:
+            async with await there.load(folder) as handle:
+                assert is_whole(handle)
+
     async def client(there: AdapterLoader, number: int) -> None:
         end = time.monotonic() + SECONDS  # from here on: opening and the first save take time, too
         while time.monotonic() < end:
-            if number % 3 == 0:
-                await there.prefetch(folder)
-            elif number % 3 == 1:  # the slot may be had before the last byte was read
-                async with there.stream(folder) as handle:
-                    with suppress(errors.IntegrityError):
-                        await handle.layer_ready(tiny.LAYERS - 1)
-                        assert is_whole(handle)
-            else:
-                try:
-                    async with await there.load(folder) as handle:
-                        assert is_whole(handle)
-                except errors.IntegrityError as error:  # a busy machine lets a slow writer rest
-                    assert save is rewrite_slowly
-                    assert "during the retry" in str(error)
+            try:
+                await call(there, number)
+            except (errors.IntegrityError, errors.AdapterFormatError) as error:
+                # A busy machine lets a writer rest, with the file empty or a part of it.
+                assert save is rewrite_slowly or (save is rewrite and "is empty" in str(error))
             await asyncio.sleep(0.001)
 
     async with loader(max_slots=8, timeout=20) as there:

@@ -103,8 +103,7 @@ def _parser(words: Sequence[str], terminal: Terminal) -> argparse.ArgumentParser
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     named = next((word for word in words if word in ABOUTS), None)
     if named is not None:
-        with terminal.steps() as report:
-            report("starting")  # torch takes seconds
+        with terminal.steps("starting"):  # torch takes seconds
             module = importlib.import_module(f"lorax_async.cli.{_MODULES.get(named, named)}")
         module.add_to(commands.add_parser)
     for name, about in ABOUTS.items():

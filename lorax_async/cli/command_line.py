@@ -271,8 +271,7 @@ def read_layout(base: str, terminal: Terminal, endpoint: str | None = None) -> M
     """
     from lorax_async import layouts  # noqa: PLC0415 (slow)
 
-    with terminal.steps() as report:
-        report("reading the base's config")
+    with terminal.steps("reading the base's config") as report:
         folder = base_folder(base, report) if base == "smollm2" else base
         with without_hub_log():
             return layouts.from_pretrained(folder, endpoint=endpoint)
@@ -403,13 +402,13 @@ class Terminal:
             print(line.rstrip(), file=self._out, flush=True)  # the server prints, and goes on
 
     @contextmanager
-    def steps(self) -> Iterator[Callable[[str], None]]:
-        """Yield a function that shows the current step, callable from any thread."""
+    def steps(self, first: str) -> Iterator[Callable[[str], None]]:
+        """Show the first step; yield a function that shows the next one, from any thread."""
         if self._draws:
-            with _console(self._err).status("") as status:
+            with _console(self._err).status(shorten(first, 200)) as status:
                 yield lambda text: status.update(shorten(text, 200))
             return
-        step, began = "", time.monotonic()
+        step, began = first, time.monotonic()
 
         def report(text: str) -> None:
             nonlocal step, began

@@ -159,7 +159,7 @@ def _demo(arguments: argparse.Namespace, terminal: Terminal) -> int:
     paths = _find_adapters(folder)  # fail before the base is loaded
     began = time.perf_counter()
     # Import and load before the loop starts: both block for seconds, and Ctrl-C ends them at once.
-    with terminal.steps() as report:
+    with terminal.steps("looking for the base model") as report:
         model, base = _load_model("smollm2", report)
         from transformers import AutoTokenizer  # noqa: PLC0415
 
@@ -226,13 +226,12 @@ async def _run_demo(
                     load.release()
             began = time.perf_counter()
             rows: list[AdapterHandle | None] = [None, *(load.handle for load in loads)]
-            with terminal.steps() as report, attach(model, loader) as attached:
-                report("four rows, one batch: the base and the three adapters")
-                with attached.batch(rows):
-                    run = copy_context().run  # the batch assigns rows in this context
-                    answers = await in_thread(
-                        lambda wanted: run(_answer, model, tokenizer, prompt, len(rows), wanted)
-                    )
+            step = "four rows, one batch: the base and the three adapters"
+            with terminal.steps(step), attach(model, loader) as attached, attached.batch(rows):
+                run = copy_context().run  # the batch assigns rows in this context
+                answers = await in_thread(
+                    lambda wanted: run(_answer, model, tokenizer, prompt, len(rows), wanted)
+                )
             generated = time.perf_counter() - began
         finally:
             for load in loads:
@@ -339,7 +338,7 @@ def run_remote_demo(
     }
     model = None
     if base is not None:
-        with terminal.steps() as report:
+        with terminal.steps("looking for the base model") as report:
             model, _ = _load_model(base, report)
     with SlowServer(files, rate) as server, TemporaryDirectory(prefix="lorax-async-") as cache:
         config = LoaderConfig(

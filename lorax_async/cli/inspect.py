@@ -256,8 +256,7 @@ def _inspect(arguments: argparse.Namespace, terminal: Terminal) -> int:
     if isinstance(ref.id, Path):
         found = inspect_adapter(ref.id, layout, base)
     else:
-        with terminal.steps() as report:
-            report(f"downloading config and header of {ref.text}")
+        with terminal.steps(f"downloading config and header of {ref.text}"):
             metadata = _download_metadata(ref, loader_settings(arguments, [ref]))
         with TemporaryDirectory(prefix="lorax-async-") as name:
             folder = Path(name)

@@ -340,8 +340,7 @@ def _plan(arguments: argparse.Namespace, terminal: Terminal) -> int:
     dtype = DTYPES.get(arguments.dtype)
     file_dtype = DTYPES.get(arguments.file_dtype) or dtype or layout.dtype
     estimate = MemoryEstimate(layout, device, dtype, file_dtype, arguments.targets)
-    with terminal.steps() as report:
-        report("reading the adapters")
+    with terminal.steps("reading the adapters") as report:
         names, kinds = read_adapters(arguments.adapters, estimate)
         report("drawing the requests")
         if arguments.trace is not None:

@@ -150,10 +150,13 @@ class Connection:
                     socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Close the socket, from the thread that uses it. Idempotent."""
+        """Close the socket, and the last response, from the thread that uses it. Idempotent."""
         with self._lock:
             if self._socket is not None:
                 self._socket.close()
+        # Its finaliser flushes the reader, which the garbage collector may have closed before it.
+        if self._response is not None:
+            self._response.close()
 
     # -- responses --------------------------------------------------------------------------------
 
@@ -170,6 +173,7 @@ class Connection:
         response = None
         while response is None or response.status in {102, 103}:
             response = HTTPResponse(cast(socket.socket, self), method="GET")
+            self._response = response
             try:
                 response.begin()
             except OSError:
@@ -177,7 +181,6 @@ class Connection:
             except HTTPException as error:
                 raise self._malformed(type(error).__name__) from None
         self._receiver.begin_body()
-        self._response = response
         fields = self._fields(response.msg)
         coding, length = fields.get("transfer-encoding"), fields.get("content-length")
         if coding is not None and (coding.lower() != "chunked" or length is not None):

@@ -224,12 +224,8 @@ TEXTS: dict[str, list[str]] = {
     "lone surrogate": [rf'{{"\ud800":{GOOD}}}', r'{"__metadata__":{"k":"\udfff"}}'],
     "nests deeper than": [f'{{"x":{GOOD.replace("[1]", "[" * 20_000)}}}'],
     "Expecting ',' delimiter": [f'{{"__metadata__":{{}}"x":{GOOD}}}', f'{{"a":{GOOD} "x":{GOOD}}}'],
-    "Expecting": [
-        f'{{,"x":{GOOD}}}',
-        f'{{"x":{GOOD},}}',
-        f'{{"x":{GOOD},,"y":{GOOD}}}',
-        f'{{"x":{GOOD}',
-    ],
+    "Expecting": [f'{{,"x":{GOOD}}}', f'{{"x":{GOOD},,"y":{GOOD}}}', f'{{"x":{GOOD}'],
+    "write it again as standard JSON": [f'{{"x":{GOOD},}}'],  # Python 3.13 has its own words
     "Extra data": [f'{{"x":{GOOD}}}{{}}', f'{{"x":{GOOD}}}\0\0'],
     "does not begin with '{'": [f' {{"x":{GOOD}}}', "[]", ""],
     "__metadata__: not an object": [f'{{"__metadata__":null,"x":{GOOD}}}'],

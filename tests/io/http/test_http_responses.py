@@ -1,6 +1,10 @@
 """Whatever a server answers ends in bytes that are right, or in one typed error."""
 
+import gc
 import itertools
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -382,6 +386,27 @@ def test_a_bomb_without_a_length_is_cut_off() -> None:
         with pytest.raises(FetchError, match="more than the 1,000 bytes"):
             fetching.probe(target(server.url()), 1_000, ranged=False).done.result(10)
         assert sent[0] < 32 << 20
+
+
+def leave_responses() -> None:
+    """Leave responses in every state, with their connections, to the garbage collector."""
+    faults = [FAULTS[name][0] for name in ("truncated", "stall", "half a head", "unavailable")]
+    faults += [HOSTILE[name][0] for name in ("403", "wrong range", "changed, whole", "SSH")]
+    for fault in [*faults, _without_a_length]:
+        with FaultServer(DATA) as server, engine(2) as fetching:
+            server.behave = sometimes(server, fault)
+            with suppress(LoraxError):
+                fetched(fetching, asked(fetching, server.url()))
+    gc.collect()
+
+
+def test_responses_that_are_left_say_nothing_when_they_are_collected() -> None:
+    """Python 3.13 prints what a finaliser raises; older ones do in development mode."""
+    given = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    program = "import test_http_responses; test_http_responses.leave_responses()"
+    command = [sys.executable, "-X", "dev", "-c", program]
+    done = subprocess.run(command, env=given, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 @pytest.mark.parametrize("pause", [0.0, 0.05])
