@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from math import sqrt
 from pathlib import Path
 from types import UnionType
-from typing import Literal, cast, get_args
+from typing import Literal, TypeAlias, cast, get_args
 
 from lorax_async.errors import (
     ConfigError,
@@ -463,6 +463,10 @@ Matcher = Callable[[str], bool]
 """A compiled pattern of an adapter's config, matched against a module path."""
 
 
+ModuleNames: TypeAlias = tuple[str, ...] | str | None
+"""Paths of modules or ends of them, one regular expression, or None, as configs have them."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModulePattern:
     """One entry of rank_pattern or alpha_pattern; the first that matches a module counts.
@@ -489,10 +493,16 @@ class AdapterSpec:
     rank_patterns: tuple[ModulePattern, ...] = ()
     """Exceptions by module, in the order of the file."""
     alpha_patterns: tuple[ModulePattern, ...] = ()
-    targets: tuple[str, ...] | str | None = None
-    """`target_modules` as written (names, one regular expression, or None); for display only."""
+    targets: ModuleNames = None
+    """`target_modules` as written; `formats.peft_targets` says which modules these are."""
+    excluded: ModuleNames = None
+    """`exclude_modules` as written."""
     layers: tuple[int, ...] = ()
     """`layers_to_transform`: the layers to which names in `targets` are limited; () is all."""
+    layer_patterns: tuple[str, ...] = ()
+    """`layers_pattern`: what precedes the number of a layer in a path; () is any name."""
+    ensure_weight_tying: bool = False
+    """Whether a head tied to the embedding gets the embedding's adapter."""
     base_model: str | None = None
     """`base_model_name_or_path`: a label, if present."""
     fan_in_fan_out: bool = False

@@ -61,9 +61,10 @@ from lorax_async.errors import (
 )
 from lorax_async.formats.peft_config import parse_config
 from lorax_async.formats.peft_names import PREFIX, TensorRole
+from lorax_async.formats.peft_targets import Targeting, targeting_of
 from lorax_async.formats.strict_json import parse_object
 from lorax_async.handle import AdapterHandle
-from lorax_async.planning.pairing import check_matching
+from lorax_async.planning.pairing import check_matching, require_targeted
 from lorax_async.sources.local import CONFIG
 from lorax_async.sources.merges import NewLayers, combine, make_generator
 from lorax_async.types import (
@@ -153,6 +154,7 @@ class LoraConfig(AdapterConfig):
     padded_rank: int | None = field(default=None, compare=False, kw_only=True)
     _rank_patterns: tuple[ModulePattern, ...] = field(default=(), repr=False, kw_only=True)
     _alpha_patterns: tuple[ModulePattern, ...] = field(default=(), repr=False, kw_only=True)
+    _targeting: Targeting | None = field(default=None, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
         most = sys.float_info.max
@@ -188,7 +190,8 @@ class LoraConfig(AdapterConfig):
                 "use_rslora": spec.rslora,
             }
             _require_peft_agrees(values)
-        return cls(**values, _rank_patterns=spec.rank_patterns, _alpha_patterns=spec.alpha_patterns)
+        values |= {"_rank_patterns": spec.rank_patterns, "_alpha_patterns": spec.alpha_patterns}
+        return cls(**values, _targeting=targeting_of(spec))
 
     @classmethod
     async def load_async(cls, adapter_id: str | Path, api_token: str | None = None) -> Self:
@@ -219,8 +222,9 @@ class LoraConfig(AdapterConfig):
         """Find A and B of every module that the adapter changes. Touch no file.
 
         `adapter_weights` are all tensors by their names in the file, or an open file; a file's path
-        may stand for a tensor, as in LoRAX's servers. Raise `AdapterFormatError` for A without B,
-        `UnsupportedAdapterError` for a tensor that is not plain LoRA's, and
+        may stand for a tensor, as in LoRAX's servers. Raise `AdapterFormatError` for A without B or
+        a module that the config leaves out, `UnsupportedAdapterError` for a tensor that is not
+        plain LoRA's, and
         `IncompatibleAdapterError` for one whose module is not in `weight_names`, the model's.
         """
         content = (
@@ -249,6 +253,8 @@ class LoraConfig(AdapterConfig):
                 f"the model has no such module: {_first(strays)}; use an adapter of this base, or"
                 " take these tensors out"
             )
+        if self._targeting is not None:
+            require_targeted(self._targeting, dict.fromkeys(module_map, False))
         check_matching(self.spec, module_map)
         return module_map, matched
 
@@ -637,6 +643,7 @@ def merge_adapters(
         padded_rank=None,
         _rank_patterns=(),
         _alpha_patterns=(),
+        _targeting=None,
     )
     return result, config
 

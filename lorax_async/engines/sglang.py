@@ -415,29 +415,24 @@ def _require_fusable(modules: set[str], *, gated: bool) -> None:
 
 
 def _require_targets(modules: set[str], spec: AdapterSpec, served: set[str] | None) -> None:
-    """Raise `IncompatibleAdapterError` for a module that the server or the config does not name.
+    """Raise `IncompatibleAdapterError` for a module that the server does not change.
 
-    SGLang compares the two by `target_modules`. Tensors of other modules end its scheduler, or are
-    left out in the embeddings.
+    Its tensors end SGLang's scheduler, or are left out in the embeddings. A server that infers its
+    modules does so from `target_modules`, which name all of the adapter's (`pair_tensors`).
     """
     from sglang.srt.lora.utils import get_normalized_target_modules  # noqa: PLC0415
 
-    targets, configured = spec.targets, None
-    if targets is not None and not isinstance(targets, str) and "all" not in targets:
-        configured = get_normalized_target_modules(targets)
-    if served is None and configured is None:
+    targets = spec.targets
+    if served is None and (targets is None or isinstance(targets, str) or "all" in targets):
         raise IncompatibleAdapterError(
             "its config names no target modules, which a server without --lora-target-modules needs"
         )
-    for allowed, owner in (
-        (served, "this server (--lora-target-modules)"),
-        (configured, "its config"),
-    ):
-        for module in sorted(modules):
-            if allowed is not None and not get_normalized_target_modules([module]) <= allowed:
-                raise IncompatibleAdapterError(
-                    f"it changes {module!r}, which is not among the target modules of {owner}"
-                )
+    for module in sorted(modules):
+        if served is not None and not get_normalized_target_modules([module]) <= served:
+            raise IncompatibleAdapterError(
+                f"it changes {module!r}, which is not among the target modules of this server"
+                " (--lora-target-modules)"
+            )
 
 
 def _require_both_embeddings(modules: set[str], served: set[str] | None) -> None:

@@ -13,9 +13,9 @@ from typing import Protocol, TypeAlias, runtime_checkable
 
 from lorax_async.config import Limits
 from lorax_async.errors import AdapterFormatError, UnsupportedAdapterError, UsageError, shorten
-from lorax_async.formats.peft_names import compile_pattern, pattern_error
+from lorax_async.formats.peft_names import compile_pattern, layer_pattern, pattern_error
 from lorax_async.formats.strict_json import JsonValue, parse_object
-from lorax_async.types import AdapterSpec, ModulePattern
+from lorax_async.types import AdapterSpec, ModuleNames, ModulePattern
 
 WHAT = "adapter_config.json"
 
@@ -99,23 +99,21 @@ FIELDS: Mapping[str, ConfigField] = {
     ),
     **dict.fromkeys(("use_rslora", "fan_in_fan_out"), _FLAG),
     **dict.fromkeys(("use_dora", "lora_bias"), _SWITCH),
-    "target_modules": _NAMES,
+    **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), _NAMES),
     "base_model_name_or_path": ConfigField(_is(NoneType, str), "null or a string"),
     "layers_to_transform": ConfigField(_are_indices, "null, an integer or a list of integers"),
-    # Not needed, because the file's tensors decide; and settings of initialisations, which only
-    # init_lora_weights enables.
-    **dict.fromkeys(("exclude_modules", "layers_pattern"), _NAMES),
+    # Settings of initialisations, which only init_lora_weights enables.
     **dict.fromkeys(("loftq_config", "eva_config", "corda_config", "lora_ga_config"), _OBJECT),
-    # Ignored: training and the source of the base. PEFT also writes the tied copy of
-    # `ensure_weight_tying`, as the A and B of lm_head.
+    # Ignored: training and the source of the base.
     **dict.fromkeys(
         (
             *("auto_mapping", "peft_version", "revision", "task_type", "inference_mode"),
             *("runtime_config", "lora_dropout", "megatron_core", "qalora_group_size"),
-            "ensure_weight_tying",
         ),
         ConfigField(),
     ),
+    # PEFT also writes the tied copy, as the A and B of lm_head.
+    "ensure_weight_tying": ConfigField(),
     **{
         name: ConfigField(neutral, feature, refused=True)
         for name, (feature, neutral) in _REFUSED.items()
@@ -180,7 +178,10 @@ def parse_config(text: bytes, limits: Limits) -> AdapterSpec:
         rank_patterns=_read_patterns("rank_pattern", config.get("rank_pattern"), read_rank),
         alpha_patterns=_read_patterns("alpha_pattern", config.get("alpha_pattern"), _read_finite),
         targets=_read_targets(config.get("target_modules")),
+        excluded=_read_names("exclude_modules", config.get("exclude_modules")) or None,
         layers=tuple(layer for layer in layers if isinstance(layer, int)),
+        layer_patterns=_read_layer_patterns(config.get("layers_pattern")),
+        ensure_weight_tying=bool(config.get("ensure_weight_tying")),
         base_model=base if isinstance(base, str) else None,
         fan_in_fan_out=config.get("fan_in_fan_out") is True,
         dora=config.get("use_dora") is True,
@@ -225,10 +226,21 @@ def _check_combination(config: Mapping[str, JsonValue]) -> None:
         pair = f"lora_bias with init_lora_weights {shorten(str(start), 40)!r}"
     elif dora and start == "mica":
         pair = "use_dora with init_lora_weights 'mica'"
+    pair = pair or _check_layers(config)
     if pair is not None:
         raise UnsupportedAdapterError(
             f"{WHAT}: {pair} is a combination that PEFT does not define; train with one of them"
         )
+
+
+def _check_layers(config: Mapping[str, JsonValue]) -> str | None:
+    """Return fields that limit the layers of what PEFT cannot limit."""
+    for field in ("layers_to_transform", "layers_pattern"):
+        if isinstance(config.get("target_modules"), str) and config.get(field) is not None:
+            return f"{field} with target_modules that is not a list"
+    if config.get("layers_pattern") and config.get("layers_to_transform") is None:
+        return "layers_pattern without layers_to_transform"
+    return None
 
 
 def _read_rank(name: str, value: JsonValue, *, max_rank: int) -> int:
@@ -278,22 +290,38 @@ def _read_patterns(
     return tuple(patterns)
 
 
-def _read_targets(value: JsonValue) -> tuple[str, ...] | str | None:
+def _read_targets(value: JsonValue) -> ModuleNames:
     if isinstance(value, list | str) and not value:
         raise AdapterFormatError(
             f"{WHAT}: 'target_modules' is empty, and PEFT loads no such adapter; write the names of"
             " the modules that the adapter changes"
         )
+    return _read_names("target_modules", value)
+
+
+def _read_names(field: str, value: JsonValue) -> ModuleNames:
     if isinstance(value, list):
         return tuple(str(name) for name in value)
     if not isinstance(value, str):
         return None
-    if (reason := pattern_error(value)) is not None:
-        raise AdapterFormatError(
-            f"{WHAT}: 'target_modules' {shorten(value, 100)!r} is not a regular expression"
-            f" ({reason}); correct it, or write a list of module names"
-        )
+    _require_pattern(field, value, pattern_error(value))
     return value
+
+
+def _read_layer_patterns(value: JsonValue) -> tuple[str, ...]:
+    patterns = value if isinstance(value, list) else [value or None]
+    texts = tuple(text for text in patterns if isinstance(text, str))
+    for text in texts:
+        _require_pattern("layers_pattern", text, pattern_error(layer_pattern(text)))
+    return texts
+
+
+def _require_pattern(field: str, text: str, reason: str | None) -> None:
+    if reason is not None:
+        raise AdapterFormatError(
+            f"{WHAT}: {field!r} {shorten(text, 100)!r} is not a regular expression"
+            f" ({reason}); correct it, or write a list of names"
+        )
 
 
 @runtime_checkable

@@ -9,8 +9,10 @@ Source: peft 0.21.2, `utils/save_and_load.py`, `utils/other.py` and `tuners/lora
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import re2
 
@@ -82,17 +84,22 @@ _NUMBER = re.compile(r"\.([0-9]+)(?![^.])")
 _MAX_DIGITS = 6  # more than the limit of tensors in a file
 
 MAX_PATTERN_CHARACTERS = 512
+"""The limit of a key of rank_pattern or alpha_pattern."""
+
+MAX_TARGET_CHARACTERS = 4_096
+"""The limit of target_modules, exclude_modules and layers_pattern; some trainers list all names."""
 
 _PLAIN = re.compile(r"[0-9A-Za-z_.-]*")
 # The syntax on which re and re2 agree for ASCII paths. Elsewhere one refuses (\Z, \z, look-around,
 # flags), or both accept and differ: {,3}, {01} and [[:alpha:]] have other meanings in re2.
+# Possessive: "[]a]" can be read in two ways, and many of them, before a syntax error, in 2**n.
 _SHARED_SYNTAX = re.compile(
     r"""(?: [^\\(\[{]
           | \\(?: [^0-9A-Za-z] | [AbBdDwWsS] )
           | \( (?: (?!\?) | \?: | \?P<[A-Za-z_][0-9A-Za-z_]*> )
           | \{ (?:0|[1-9][0-9]*) (?: , (?:0|[1-9][0-9]*)? )? \}
-          | \[ \^? \]? (?: [^\\\[\]] | \\ (?: [^0-9A-Za-z] | [dDwWsS] ) )* \]
-        )*""",
+          | \[ \^?+ \]?+ (?: [^\\\[\]] | \\ (?: [^0-9A-Za-z] | [dDwWsS] ) )*+ \]
+        )*+""",
     re.VERBOSE,
 )
 # Errors of re2 for patterns that Python's re refuses too; both parse from left to right.
@@ -107,6 +114,8 @@ _OPTIONS = re2.Options()
 _OPTIONS.log_errors = False  # re2 would log to stderr
 _OPTIONS.never_capture = True
 _OPTIONS.max_mem = 1 << 18  # bytes, for the program and the states of a match
+_CAPTURING = re2.Options()
+_CAPTURING.log_errors, _CAPTURING.max_mem = _OPTIONS.log_errors, _OPTIONS.max_mem
 
 
 def parse_tensor_name(name: str) -> TensorName:
@@ -166,6 +175,52 @@ def compile_pattern(text: str) -> tuple[Matcher, int]:
         raise _unreadable(text) from None
     search = compiled.match
     return lambda module: search(module.encode()) is not None, compiled.programsize
+
+
+def compile_whole(text: str) -> tuple[Matcher, int] | None:
+    """Compile a pattern of target_modules or exclude_modules. Return a matcher and its size.
+
+    The matcher agrees with PEFT's `re.fullmatch` on module paths. Return None for a pattern of
+    which `compile_pattern` would say that it is too large or has several meanings.
+    """
+    compiled = _compile_shared(text, _OPTIONS)
+    if compiled is None:
+        return None
+    matches = compiled.fullmatch
+    return lambda module: matches(module.encode()) is not None, compiled.programsize
+
+
+def layer_pattern(text: str) -> str:
+    """Return the expression that PEFT makes of an entry of layers_pattern."""
+    return rf"(?:^|.*?\.){text}\.(?P<idx>\d+)\."
+
+
+def compile_layer_pattern(text: str) -> tuple[Callable[[str], str | None], int] | None:
+    """Compile an entry of layers_pattern. Return a function of a path, and its size.
+
+    The function returns the layer's number as PEFT finds it: None if the pattern does not match,
+    "" if it does without a number. Return None as `compile_whole` does.
+    """
+    compiled = _compile_shared(layer_pattern(text), _CAPTURING)
+    if compiled is None or "<idx>" in text:
+        return None
+    number = compiled.groupindex[b"idx"]
+
+    def number_of(module: str) -> str | None:
+        found = compiled.match(module.encode())
+        return None if found is None else (found.group(number) or b"").decode()
+
+    return number_of, compiled.programsize
+
+
+def _compile_shared(text: str, options: Any) -> Any:
+    """Return re2's pattern; None if it is too large, or if re reads it differently."""
+    if len(text) > MAX_TARGET_CHARACTERS or not _SHARED_SYNTAX.fullmatch(text):
+        return None
+    try:
+        return re2.compile(text.encode(), options)
+    except (re2.error, UnicodeEncodeError):
+        return None
 
 
 def pattern_error(text: str) -> str | None:

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
+from lorax_async.formats.peft_targets import HEADS
 from lorax_async.formats.strict_json import JsonValue
 from lorax_async.planning.layout import FusedPart, ModelLayout, Module, Parallelism
 
-HEADS = frozenset({"lm_head", "embed_out"})
 # The names in Llama, Qwen, GPT-2, GPT-NeoX, Falcon, Phi, OPT, BLOOM, T5 and similar models.
 _COLUMN = HEADS | {
     *("q_proj", "k_proj", "v_proj", "qkv_proj", "q_lin", "k_lin", "v_lin", "wq", "wk", "wv"),

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from itertools import chain
 from typing import NamedTuple
 
 from lorax_async.config import Limits
@@ -15,13 +14,8 @@ from lorax_async.errors import (
     UnsupportedAdapterError,
     shorten,
 )
-from lorax_async.formats.peft_names import (
-    WEIGHT_DTYPES,
-    TensorRole,
-    compile_pattern,
-    layer_index,
-    parse_tensor_name,
-)
+from lorax_async.formats.peft_names import WEIGHT_DTYPES, TensorRole, layer_index, parse_tensor_name
+from lorax_async.formats.peft_targets import Targeting, targeting_of
 from lorax_async.formats.safetensors import Header, TensorSpan
 from lorax_async.planning.layout import ModelLayout, Module
 from lorax_async.types import AdapterSpec
@@ -58,10 +52,10 @@ def pair_tensors(
 ) -> list[TensorPair]:
     """Return one pair per module that the adapter changes, in the order of the layout.
 
-    Raise `AdapterFormatError` if the tensors are not pairs of the config's rank, or its vectors are
-    missing; `IncompatibleAdapterError` if the base lacks the modules, has other shapes, or has none
-    of `target_modules` in `layers_to_transform`; `UnsupportedAdapterError` for a tensor, a dtype or
-    a rank that is not supported.
+    Raise `AdapterFormatError` if the tensors are not pairs of the config's rank, its vectors are
+    missing, or it does not target a module; `IncompatibleAdapterError` if the base lacks the
+    modules, or has other shapes; `UnsupportedAdapterError` for a tensor, a dtype or a rank that is
+    not supported.
     """
     try:
         return _pair(header, spec, layout, limits)
@@ -75,8 +69,8 @@ def _pair(
 ) -> list[TensorPair]:
     places = _locate(header.tensors, layout)
     _require_dtypes(header.tensors)
-    _require_targets(spec.targets, header.tensors, layout)
-    _require_layers(spec, header.tensors, layout)
+    firsts = sorted([place for place in places if place % _PARTS_PER_MODULE == 0])
+    _require_targeted(spec, [places[place] for place in firsts], layout)
     modules = layout.modules
     uniform = not (spec.rank_patterns or spec.alpha_patterns)
     if not uniform:
@@ -89,7 +83,7 @@ def _pair(
     mismatches: list[str] = []
     # PEFT has no adapters with two vectors per module.
     expected = TensorRole.MAGNITUDE if spec.dora else TensorRole.BIAS if spec.lora_bias else None
-    for place in sorted([place for place in places if place % _PARTS_PER_MODULE == 0]):
+    for place in firsts:
         a, b = places[place], places.get(place + 1)
         if b is None:
             raise _orphan_error(a, "B")
@@ -123,84 +117,45 @@ def _require_dtypes(tensors: Sequence[TensorSpan]) -> None:
             )
 
 
-def _require_targets(
-    targets: Sequence[str] | str | None, spans: Sequence[TensorSpan], layout: ModelLayout
-) -> None:
-    """Raise `IncompatibleAdapterError` if `target_modules` names no module of the base.
-
-    PEFT refuses such a config too. Like PEFT, accept one of which only some entries name a module:
-    `_locate` has refused the adapter if it has tensors for the others.
-    """
-    if not targets or (isinstance(targets, str) and targets.lower() == "all-linear"):
+def _require_targeted(spec: AdapterSpec, spans: Iterable[TensorSpan], layout: ModelLayout) -> None:
+    """Raise `AdapterFormatError` if the config leaves out a module of which A is in `spans`."""
+    targeting = targeting_of(spec)
+    known = _targeted_names(layout, targeting)
+    names = [span.name for span in spans]
+    if known.issuperset(names):
         return
-    paths = _iter_paths(spans, layout)
-    if isinstance(targets, str):
-        named = _matches_any(targets, paths)
-    else:
-        wanted = frozenset(targets)
-        named = any(not wanted.isdisjoint(_suffixes(path)) for path in paths)
-    if not named:
-        shown = [repr(name) for name in ((targets,) if isinstance(targets, str) else targets)]
-        raise IncompatibleAdapterError(
-            "the base has none of the target_modules in adapter_config.json:"
-            f" {_list_first(shown, 'name')}; use the base it was trained on, or correct"
-            " target_modules"
+    parsed = map(parse_tensor_name, names)
+    require_targeted(targeting, {name.module: name.embedding is True for name in parsed})
+    known.update(names)
+
+
+def require_targeted(targeting: Targeting, modules: Mapping[str, bool]) -> None:
+    """Raise `AdapterFormatError` if the config leaves out one of the file's modules.
+
+    PEFT would ignore its tensors, with a warning that no client of a server sees. If matching would
+    take too many steps, accept all. `modules` says of each path whether it is an embedding.
+    """
+    if targeting.cost * sum(map(len, modules)) > MAX_MATCHING_STEPS:
+        return
+    omitted = {
+        module: field
+        for module, embedding in modules.items()
+        if (field := targeting.omitted_by(module, embedding=embedding))
+    }
+    if omitted:
+        shown = [f"{shorten(module, 200)} ({field})" for module, field in omitted.items()]
+        fields = " and ".join(sorted(set(omitted.values())))
+        raise AdapterFormatError(
+            f"adapter_config.json leaves out {len(omitted)} of the {len(modules)} modules of which"
+            f" the file has tensors, and PEFT would ignore these: {_list_first(shown, 'module')};"
+            f" correct {fields}, or take the tensors out"
         )
 
 
-def _require_layers(spec: AdapterSpec, spans: Sequence[TensorSpan], layout: ModelLayout) -> None:
-    """Raise `IncompatibleAdapterError` if `layers_to_transform` leaves no module to adapt.
-
-    PEFT refuses such a config too. Which number of a path is the layer's depends on
-    `layers_pattern`, so accept any. Like PEFT, limit neither patterns nor whole paths.
-    """
-    if not spec.layers or isinstance(spec.targets, str):
-        return
-    layers = {str(layer) for layer in spec.layers}
-    wanted = None if spec.targets is None else frozenset(spec.targets)
-    for path in _iter_paths(spans, layout):
-        if wanted is not None and path in wanted:
-            return
-        if not layers.isdisjoint(path.split(".")) and (
-            wanted is None or not wanted.isdisjoint(_suffixes(path))
-        ):
-            return
-    shown = [str(layer) for layer in spec.layers]
-    raise IncompatibleAdapterError(
-        "the base has target_modules in none of the layers_to_transform in adapter_config.json:"
-        f" {_list_first(shown, 'layer')}; use the base it was trained on, or correct"
-        " layers_to_transform"
-    )
-
-
-def _iter_paths(spans: Sequence[TensorSpan], layout: ModelLayout) -> Iterator[str]:
-    """Yield the module paths of the adapter, then those of the base.
-
-    The adapter's own spelling nearly always decides at the first tensor.
-    """
-    own = (parse_tensor_name(span.name).module for span in spans)
-    return chain(own, (module.name for module in layout.modules))
-
-
-def _suffixes(path: str) -> Iterator[str]:
-    """Yield the path, and each end of it that begins after a dot."""
-    while path:
-        yield path
-        path = path.partition(".")[2]
-
-
-def _matches_any(pattern: str, paths: Iterable[str]) -> bool:
-    """Return whether the pattern may match a path; True if matching takes too many steps."""
-    try:
-        matches, size = compile_pattern(pattern)
-    except UnsupportedAdapterError:
-        return True
-    steps = MAX_MATCHING_STEPS
-    for path in paths:
-        steps -= max(1, size) * len(path)
-        if steps < 0 or matches(path):
-            return True
-    return False
+@lru_cache(maxsize=64)
+def _targeted_names(_layout: ModelLayout, _targeting: Targeting) -> set[str]:
+    """Return a cache of the names of A tensors that are targeted, bounded by the layout's."""
+    return set()
 
 
 def _pick_vector(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Any, Protocol, TypeVar
 
+from lorax_async.cache.base import LeftoverError
 from lorax_async.concurrency import FetchControl, wait_for_end
 from lorax_async.errors import AdapterNotFoundError, FetchError, IntegrityError
 from lorax_async.formats.digests import Digest
@@ -79,6 +80,21 @@ class RemoteFile:
             raise IntegrityError(f"{self.role.file_name} was replaced since it was resolved")
 
 
+class ReplacedError(LeftoverError):
+    """The files are not all of one version, or are of another one by now: resolve again."""
+
+
+class Recheck(Protocol):
+    """Whether files that were requested one by one were all there at one time."""
+
+    async def __call__(self) -> bool:
+        """Return whether every file is still what its first answer said; at each call anew.
+
+        All requests follow all first answers. So the files were there together when the last first
+        answer was made, unless one was replaced and put back since.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class LocatedAdapter:
     """One version of an adapter, and its files.
@@ -95,12 +111,16 @@ class LocatedAdapter:
     files
         The config, then the weights or their index; with an index, `Backend.shards` returns the
         weights, which may follow here.
+    recheck
+        Begins to request the files again, if the source may replace them between two answers; see
+        `Recheck`.
     """
 
     source: str
     version: str
     scope: str
     files: tuple[RemoteFile, ...]
+    recheck: Callable[[], Recheck] | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

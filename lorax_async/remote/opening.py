@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -51,6 +51,7 @@ from lorax_async.remote.base import (
     FetchedFile,
     LocatedAdapter,
     RemoteFile,
+    ReplacedError,
     bind_to,
     remember,
     track,
@@ -168,6 +169,12 @@ class VersionResolver:
         if last is None or self._clock() - last.since < seconds:
             return last
         return replace(last, located=None)
+
+    def forget(self, key: RemoteKey) -> None:
+        """Ask the source again what the refs are that were answered with `key`."""
+        self.used(key)
+        for ref in [ref for ref, (answer, _) in self._keys.items() if answer == key]:
+            del self._keys[ref]
 
     def digest(self, key: RemoteKey) -> str | None:
         """Return the digest of the weights that the last request expects."""
@@ -344,7 +351,11 @@ class AdapterOpener:
 
     async def metadata(self, key: RemoteKey, control: FetchControl) -> AdapterMetadata:
         """Fetch config and headers from the source, without the cache."""
-        return await self._fetch_metadata(await self._locate(key, control), control)
+        located = await self._locate(key, control)
+        confirm = self._confirmation(key, located)
+        metadata = await self._fetch_metadata(located, control)
+        await confirm()
+        return metadata
 
     async def _find(self, key: RemoteKey, control: FetchControl) -> CacheEntry | DiskDownload:
         """Return the entry, or a new download. Wait while another process downloads it."""
@@ -452,6 +463,7 @@ class AdapterOpener:
         self, key: RemoteKey, download: DiskDownload, control: FetchControl
     ) -> AdapterFile:
         located = await self._locate(key, control)
+        confirm = self._confirmation(key, located)
         metadata = await self._fetch_metadata(located, control)
         files = await self._add_files(download, metadata, control)
 
@@ -464,15 +476,36 @@ class AdapterOpener:
             layers_first=self._verify in {"none", "stream"},
             resumable=self.resumable and not located.version.startswith(WEAK),
             on_take=no_longer_idle,
+            confirm=confirm,
         )
 
         async def refuse(error: LoraxError, *, weights: bool) -> bool:
             if weights:
                 return await self._distrust(key)
             await reader.refuse(error)
+            async with bind_to(control):
+                await confirm()  # else config and weights need not fit each other
             return False
 
         return AdapterFile(metadata.config, metadata.prefix, reader, download.mappable, refuse)
+
+    def _confirmation(
+        self, key: RemoteKey, located: LocatedAdapter
+    ) -> Callable[[], Awaitable[None]]:
+        """Request the files again, if that is needed; return what waits for the answers.
+
+        It raises `ReplacedError`, and may be called several times.
+        """
+        recheck = None if located.recheck is None else located.recheck()
+
+        async def confirm() -> None:
+            if recheck is not None and not await recheck():
+                self._resolver.forget(key)
+                raise ReplacedError(
+                    "its config and weights were replaced while they were requested; load it again"
+                )
+
+        return confirm
 
     async def _distrust(self, key: RemoteKey) -> bool:
         """Drop an unvouched entry whose weights were refused; return whether it is gone."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from functools import partial
@@ -67,13 +67,32 @@ class CountedReader:
             await asyncio.sleep(_TICK_SECONDS)
 
 
+class _Gate:
+    """Holds items back until it is opened. On the loop."""
+
+    def __init__(self, handle: Callable[[int], None]) -> None:
+        self._handle = handle
+        self._held: list[int] | None = []
+
+    def put(self, item: int) -> None:
+        if self._held is None:
+            self._handle(item)
+        else:
+            self._held.append(item)
+
+    def open(self) -> None:
+        held, self._held = self._held or [], None
+        for item in held:
+            self._handle(item)
+
+
 class FetchReader(CountedReader):
     """The `Reader` of a download whose config and headers are here; publication gives it an entry.
 
     Its owner calls `bring` or `refuse` once, or only `close`, which ends the download too; the
     first of them calls `on_take`. `files` are those of the weights. A `resumable` download may be
     resumed after it failed: the version names the bytes. With `layers_first` hashing takes no core
-    from receiving and copying them.
+    from receiving and copying them. `confirm` raises unless all files are of one version still.
     """
 
     def __init__(
@@ -88,6 +107,7 @@ class FetchReader(CountedReader):
         resumable: bool,
         layers_first: bool,
         on_take: Callable[[], object],
+        confirm: Callable[[], Awaitable[None]],
     ) -> None:
         self.key = key
         self.entry: CacheEntry | None = None
@@ -99,6 +119,7 @@ class FetchReader(CountedReader):
         self._resumable = resumable
         self._layers_first = layers_first
         self._on_take = on_take
+        self._confirm = confirm
         self._lock = Lock()
         self._jobs: list[Job[None]] = []
         self._hashing: dict[int, Future[int]] = {}
@@ -121,21 +142,29 @@ class FetchReader(CountedReader):
     ) -> CacheEntry:
         """Download all files, the groups' bytes first; check digests, publish, return the entry.
 
-        Call `arrived` on the loop. The download has ended when this returns or raises.
+        Call `arrived` on the loop, once all files are known to be of one version. The download
+        has ended when this returns or raises.
         """
         self._take()
         try:
             if control.cancelled:
                 raise unwanted_error()
-            inbox = Inbox(asyncio.get_running_loop(), arrived)
+            gate = _Gate(arrived)
+            inbox = Inbox(asyncio.get_running_loop(), gate.put)
             layers_first = self._layers_first and control.urgent and bool(groups)
             async with bind_to(control):
                 for file, part in zip(self._files, self._metadata.parts, strict=True):
                     rest = await outcome(part.answer.rest)
                     await self._workers.run(partial(file.write, len(part.answer.start), rest))
+            is_whole = not any(file.missing() for file in self._files)
             begin = partial(self._begin, groups, inbox.put, control, hash_along=not layers_first)
             await self._workers.run(begin)
             async with track(control, *self._jobs):
+                async with bind_to(control):
+                    await self._confirm()
+                    if is_whole:  # else the answers with the rest show a replacement
+                        await self._confirm()
+                gate.open()
                 for job in self._jobs:
                     await outcome(job.done)
             if layers_first:

@@ -6,11 +6,18 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from lorax_async.concurrency import outcome
 from lorax_async.config import Limits
-from lorax_async.errors import AdapterFormatError, AdapterNotFoundError, FetchError, shorten
+from lorax_async.errors import (
+    AdapterFormatError,
+    AdapterNotFoundError,
+    FetchError,
+    IntegrityError,
+    shorten,
+)
 from lorax_async.formats.digests import sent_sha256
 from lorax_async.formats.safetensors import header_end
 from lorax_async.formats.split_weights import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, FileRole
@@ -67,9 +74,8 @@ class WebBackend:
         """
         headers = {} if ref.token is None else {"Authorization": f"Bearer {ref.token}"}
         with ExitStack() as sent:
-            folder = _Folder(self._engine, place.url, headers, self._rules, sent)
-            first = folder.probe(CONFIG_FILE, self._limits.max_config_bytes)
-            second = folder.probe(WEIGHTS_FILE)
+            folder = _Folder(self._engine, place.url, headers, self._rules, self._limits, sent)
+            first, second = folder.probe(CONFIG_FILE), folder.probe(WEIGHTS_FILE)
             config = await outcome(first.done)
             try:
                 weights = await outcome(second.done)
@@ -96,7 +102,10 @@ class WebBackend:
             )
             for role, answer in answers.items()
         )
-        return LocatedAdapter(place.text, version, await self.scope(place, ref), files)
+        # Its requests end by themselves, after this one's.
+        again = partial(_Recheck, replace(folder, sent=None), list(answers.items()))
+        scope = await self.scope(place, ref)
+        return LocatedAdapter(place.text, version, scope, files, again)
 
     async def shards(
         self,
@@ -127,23 +136,27 @@ class _Folder:
     """They may hold a token."""
 
     rules: Rules
-    sent: ExitStack
+    limits: Limits
+    sent: ExitStack | None
 
-    def probe(self, role: FileRole, max_bytes: int | None = None) -> ProbeRequest:
-        """Request the first bytes of a file, or all of one of at most `max_bytes`."""
+    def probe(self, role: FileRole, nbytes: int = FIRST_BYTES) -> ProbeRequest:
+        """Request the first `nbytes` of weights, or all of a config or an index."""
         url = Url(self.url.origin, f"{self.url.target}{role.file_name}")
         target = Target(url, role.file_name, self.headers, self.rules)
-        if max_bytes is None:
-            request = self.engine.probe(target, FIRST_BYTES, needed_bytes=_count_needed_bytes)
+        if role.kind == "weights":
+            needed = _count_needed_bytes if nbytes == FIRST_BYTES else None
+            request = self.engine.probe(target, nbytes, needed_bytes=needed)
         else:
-            request = self.engine.probe(target, max_bytes, ranged=False)
-        self.sent.callback(_cancel, request)
+            most = MAX_INDEX_BYTES if role == INDEX_FILE else self.limits.max_config_bytes
+            request = self.engine.probe(target, most, ranged=False)
+        if self.sent is not None:
+            self.sent.callback(_cancel, request)
         return request
 
     async def probe_split_weights(self) -> dict[FileRole, ProbeResult]:
         """Return the answers for the index and all files that it names."""
         try:
-            index = await outcome(self.probe(INDEX_FILE, MAX_INDEX_BYTES).done)
+            index = await outcome(self.probe(INDEX_FILE).done)
         except AdapterNotFoundError as error:
             raise AdapterNotFoundError(
                 f"the folder at {self.url} has neither {WEIGHTS_FILE.file_name} nor"
@@ -152,6 +165,33 @@ class _Folder:
         requests = {role: self.probe(role) for role in _shard_roles(index.start)}
         shards = {role: await outcome(request.done) for role, request in requests.items()}
         return {INDEX_FILE: index, **shards}
+
+
+class _Recheck:
+    """Second answers for the files of a folder, requested when this is made. See `Recheck`.
+
+    Of weights with a strong ETag a byte is enough; others are compared by all that was seen.
+    """
+
+    def __init__(self, folder: _Folder, answers: Sequence[tuple[FileRole, ProbeResult]]) -> None:
+        self._folder = folder
+        self._answers = answers
+        self._requests = self._request()
+
+    def _request(self) -> list[ProbeRequest]:
+        return [
+            self._folder.probe(role, 1 if _strong(answer.validators) else FIRST_BYTES)
+            for role, answer in self._answers
+        ]
+
+    async def __call__(self) -> bool:
+        requests, self._requests = self._requests or self._request(), []
+        try:
+            again = [await outcome(request.done) for request in requests]
+        except (AdapterNotFoundError, IntegrityError):
+            return False
+        first = [answer for _, answer in self._answers]
+        return [_name(answer) for answer in again] == [_name(answer) for answer in first]
 
 
 def _cancel(request: ProbeRequest) -> None:
@@ -174,9 +214,14 @@ def _shard_roles(index: bytes) -> list[FileRole]:
 
 
 def _version(answers: Sequence[ProbeResult]) -> str:
-    lines = [_strong_name(answer) or _description(answer) for answer in answers]
+    lines = [_name(answer) for answer in answers]
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:40]
     return digest if all(_strong(answer.validators) for answer in answers) else f"{WEAK}{digest}"
+
+
+def _name(answer: ProbeResult) -> str:
+    """Return the text that names the file's bytes, or else describes them."""
+    return _strong_name(answer) or _description(answer)
 
 
 def _count_needed_bytes(start: memoryview, validators: Validators) -> int:

@@ -295,8 +295,29 @@ def test_tensors_that_nothing_applies_are_refused() -> None:
         require_all_used(set("abcd"))
 
 
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"target_modules": ["q_proj"]}, r"v_proj \(target_modules\)"),
+        ({"exclude_modules": ["q_proj"]}, r"q_proj \(exclude_modules\)"),
+        ({"layers_to_transform": [1]}, r"layers\.0\..*\(layers_to_transform\)"),
+    ],
+)
+def test_tensors_that_the_config_leaves_out_are_refused(
+    fields: dict[str, Any], text: str, tmp_path: Path
+) -> None:
+    """LoRAX applies them, and PEFT does not."""
+    made, names = base.tensors(), base.lorax_model().weight_names
+    config = LoraConfig.load(base.write(tmp_path / "narrow", made, **fields))
+    with pytest.raises(AdapterFormatError, match=text):
+        config.map_weights_for_model(made, names)
+    broad = LoraConfig.load(base.write(tmp_path / "broad", made))
+    assert len(broad.map_weights_for_model(made, names)[0]) == len(made) / 2
+
+
 def test_patterns_that_would_take_too_long(tmp_path: Path) -> None:
-    path = folder(tmp_path, rank_pattern={f"(a|b)*{n}x": 8 for n in range(100)})
+    patterns = {f"(a|b)*{n}x": 8 for n in range(100)}
+    path = folder(tmp_path, rank_pattern=patterns, target_modules=None)
     names = [f"{'a' * 100}.{n}" for n in range(6000)]
     keys = [f"base_model.model.{name}.lora_{part}.weight" for name in names for part in "AB"]
     made = dict.fromkeys(keys, torch.zeros(8, 8))

@@ -104,7 +104,13 @@ def test_every_field_of_peft_is_treated() -> None:
         ({"base_model_name_or_path": "some/base"}, {"base_model": "some/base"}),
         ({"target_modules": ["v_proj"], "task_type": "CAUSAL_LM"}, {"targets": ("v_proj",)}),
         ({"target_modules": "all-linear"}, {"targets": "all-linear"}),
-        ({"exclude_modules": ["lm_head"], "layers_to_transform": [1, 2]}, {"layers": (1, 2)}),
+        ({"exclude_modules": ["lm_head"]}, {"excluded": ("lm_head",)}),
+        ({"exclude_modules": r".*\.1\..*"}, {"excluded": r".*\.1\..*"}),
+        (
+            {"layers_to_transform": [1, 2], "layers_pattern": "h"},
+            {"layers": (1, 2), "layer_patterns": ("h",)},
+        ),
+        ({"ensure_weight_tying": True}, {"ensure_weight_tying": True}),
         ({"use_dora": True}, {"dora": True}),
         ({"lora_bias": True}, {"lora_bias": True}),
         ({"lora_bias": True, "init_lora_weights": False}, {"lora_bias": True}),
@@ -120,6 +126,25 @@ def test_a_config_of_peft_becomes_data_and_is_written_as_peft_writes_it(
     assert parse_config(theirs, LIMITS) == AdapterSpec(rank=4, alpha=alpha, **expected)
     assert parse_config(ours, LIMITS) == parse_config(theirs, LIMITS)
     assert json.loads(ours) == json.loads(theirs)
+
+
+@pytest.mark.parametrize(
+    ("members", "named"),
+    [
+        ({"target_modules": "q", "layers_to_transform": [1]}, "layers_to_transform with target"),
+        ({"target_modules": "all-linear", "layers_to_transform": []}, "layers_to_transform with"),
+        ({"target_modules": "q", "layers_pattern": "h"}, "layers_pattern with target_modules"),
+        ({"target_modules": ["q"], "layers_pattern": "h"}, "layers_pattern without layers_to_tr"),
+        ({"layers_pattern": ["h"]}, "layers_pattern without layers_to_transform"),
+    ],
+)
+def test_limits_to_layers_that_peft_refuses_are_refused_by_name(
+    members: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ValueError, match=r"layers_(to_transform|pattern)`"):
+        LoraConfig(**members)
+    with pytest.raises(UnsupportedAdapterError, match=f"{named}.* is a combination"):
+        parse(**members)
 
 
 @pytest.mark.filterwarnings("ignore:.*lora_bias=True:UserWarning")
@@ -207,9 +232,9 @@ UNCHANGING: list[tuple[str, object]] = (
     + [("init_lora_weights", value) for value in (True, False, "gaussian", "eva", "orthogonal")]
     + [("init_lora_weights", "mica"), ("eva_config", {"rho": 2.0}), ("loftq_config", {"bits": 4})]
     + [("auto_mapping", {"base_model_class": "X"}), ("runtime_config", {"x": 1})]
-    + [("layers_to_transform", []), ("layers_pattern", "h")]
+    + [("layers_to_transform", []), ("layers_pattern", []), ("layers_pattern", "")]
     + [("peft_version", "0.99"), ("lora_dropout", 0.3), ("qalora_group_size", 32)]
-    + [("exclude_modules", ["lm_head"]), ("ensure_weight_tying", True), ("rank_pattern", None)]
+    + [("exclude_modules", []), ("exclude_modules", ""), ("rank_pattern", None)]
     + [("unknown", value) for value in NEUTRAL]
 )
 
@@ -244,6 +269,9 @@ def test_values_that_cannot_be_are_named() -> None:
     unusable: list[object] = ["(", "q)", "*q", "[q", "[z-a]", [], ""]
     targets = [("target_modules", value) for value in unusable]
     refusals(one_member, AdapterFormatError, {r"'target_modules'.*(correct|write)": targets})
+    broken: list[dict[str, object]] = [{"exclude_modules": "*q"}, {"exclude_modules": "("}]
+    broken += [{"layers_to_transform": 1, "layers_pattern": text} for text in ("(", ["h", "[h"])]
+    refusals(lambda fields: parse(**fields), AdapterFormatError, {"is not a regular expr": broken})
 
 
 def test_malformed_configs() -> None:

@@ -205,6 +205,8 @@ def test_a_catastrophic_pattern_answers() -> None:
     matches, _ = compile_pattern("(a+)+b")  # Python's re never ends on this
     assert not matches("a" * 5_000)
     assert matches("a" * 5_000 + "b")
+    # Each "[]a]" is one set, or an empty one and two letters: 2**100 ways to fail at the end.
+    refusals(compile_pattern, UnsupportedAdapterError, {"pattern": ["[]a]" * 100 + "(?x"]})
 
 
 def test_matching_compiles_nothing_and_plain_names_cost_nothing(

@@ -370,44 +370,51 @@ def test_what_does_not_fit_is_refused(
         assert ";" in str(caught.value)  # what is wrong; what to do
 
 
-NO_TARGETS: list[tuple[str, ...] | str] = [
-    *(("nonexistent",), ("nonexistent", "q_proj", "layers.1.q"), ("0.q.",), ("layers",)),
-    *(("proj_q",), r".*\.nonexistent", r"model\.layers\.[3-9]\.q", "nonexistent"),
-]
-TARGETS: list[tuple[str, ...] | str | None] = [
-    *(None, (), ("q",), ("0.q",), ("model.layers.0.q",), ("q", "nonexistent"), ("v",)),
-    *("all-linear", "ALL-LINEAR", r".*\.q", r"layers\.0\.q", r".*\.0\.(q|k)"),
-    r"(?!model\.vision).*\.nonexistent",  # re2 has no look-ahead: the tensors decide
-]
-
-
 @pytest.mark.parametrize(
-    ("targets", "layers", "refused"),
+    ("fields", "left_out"),
     [
-        *((targets, (), "none of the target_modules") for targets in NO_TARGETS),
-        *((targets, (), None) for targets in TARGETS),
-        *(
-            (targets, layers, f"layers_to_transform.*{layers[0]}")
-            for targets in (None, ("q",), ("0.q", "v"))
-            for layers in ((77,), (1, 12), (-1,))
+        ({"targets": ("q", "v", "nonexistent")}, ""),
+        ({"targets": ("q",)}, f"1 of the 2 modules .* {V} .target_modules"),
+        ({"targets": "nonexistent"}, f"2 of the 2 modules .* {Q} .target_modules.*{V}"),
+        (
+            {"targets": r".*\.q", "excluded": r".*\.v"},
+            f"1 of the 2 modules .* {V} .exclude_modules",
         ),
-        (None, (0,), None),
-        (("q",), (0, 77), None),
-        (("model.layers.0.q",), (77,), None),  # PEFT limits only what is named by its end
+        ({"excluded": ("v",)}, f"{V} .exclude_modules.*correct exclude_modules, or take the"),
+        ({"targets": ("q", "v"), "layers": (0, 77)}, ""),
+        ({"targets": ("q", "v"), "layers": (77,)}, f"{Q} .layers_to_transform.*{V} .layers_to_tr"),
+        ({"targets": (Q, "v"), "layers": (77,)}, f"1 of the 2 modules .* {V} .layers_to_transform"),
     ],
 )
-def test_targets_and_layers_of_which_the_base_has_none_are_refused(
-    targets: tuple[str, ...] | str | None, layers: tuple[int, ...], refused: str | None
+def test_modules_that_the_config_leaves_out_are_refused(
+    fields: dict[str, Any], left_out: str
 ) -> None:
-    """PEFT would find nothing to adapt, though the file's tensors fit."""
-    spec = replace(SPEC, targets=targets, layers=layers)
-    if refused is None:
-        assert [group.layer for group in plan(file_of(GOOD), spec, LAYOUT).groups] == [0]
-        return
-    with pytest.raises(IncompatibleAdapterError, match=refused) as caught:
+    """PEFT ignores their tensors. What the config names and the file lacks is no matter."""
+    spec, file = replace(SPEC, **fields), file_of([*GOOD, *pair(V, 8, 4)])
+    for _ in range(2):  # the second time it is remembered
+        if not left_out:
+            assert [len(group.rows) for group in plan(file, spec, LAYOUT).groups] == [2]
+            continue
+        with pytest.raises(AdapterFormatError, match=left_out):
+            plan(file, spec, LAYOUT)
+
+
+def test_all_linear_leaves_out_embeddings_and_the_head() -> None:
+    spec = replace(SPEC, targets="ALL-linear")
+    head = pair("lm_head", 8, 9)
+    assert plan(file_of(GOOD), spec, LAYOUT).groups
+    with pytest.raises(AdapterFormatError, match=f"2 of the 3 modules .* {EMBED} .*lm_head"):
+        plan(file_of([*GOOD, *TOKENS, *head]), spec, LAYOUT)
+    named = replace(SPEC, targets=("q", "lm_head", EMBED))
+    assert len(plan(file_of([*GOOD, *TOKENS, *head]), named, LAYOUT).groups) == 3
+
+
+def test_modules_are_judged_by_the_adapters_own_spelling() -> None:
+    """An adapter of the backbone alone was trained under names without "model."."""
+    spec = replace(SPEC, targets=r"layers\.0\.q")
+    assert plan(file_of(pair("layers.0.q", 8, 4)), spec, LAYOUT).groups
+    with pytest.raises(AdapterFormatError, match=f"{Q} .target_modules"):
         plan(file_of(GOOD), spec, LAYOUT)
-    if targets and not layers:
-        assert repr(targets if isinstance(targets, str) else targets[0]) in str(caught.value)
 
 
 def test_a_pattern_that_would_take_too_long_is_left_to_the_tensors(monkeypatch: Patch) -> None:

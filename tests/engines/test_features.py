@@ -2,6 +2,8 @@
 
 import asyncio
 import gc
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -85,6 +88,56 @@ def test_logits_are_pefts(make: Callable[[], Any], lora: dict[str, Any], tmp_pat
     expected = pefts(model, adapter, inputs)
     assert (expected - logits_of(model, inputs)).abs().max() > 1e-3
     assert torch.equal(asyncio.run(logits_with(model, adapter, inputs)), expected)
+
+
+NARROWED: dict[str, tuple[dict[str, Any], int]] = {
+    "list": ({"target_modules": ["q_proj", "v_proj"]}, 4),
+    "regex": ({"target_modules": r".*\.1\.self_attn\.[qk]_proj"}, 2),
+    "excluded": ({"exclude_modules": ["up_proj", "model.layers.0.self_attn.q_proj"]}, 11),
+    "excluded regex": ({"exclude_modules": r".*\.1\..*"}, 7),
+    "layers": ({"layers_to_transform": [1]}, 7),
+    "layers pattern": ({"layers_to_transform": 0, "layers_pattern": "layers"}, 7),
+    "head": ({"target_modules": "all-linear"}, 14),
+    "none": ({"layers_to_transform": [2]}, 0),
+}
+EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.mark.filterwarnings("ignore:Found .* keys in the checkpoint:UserWarning")
+@pytest.mark.parametrize("name", NARROWED)
+async def test_a_file_of_which_peft_would_leave_out_a_part_is_refused(
+    name: str, tmp_path: Path
+) -> None:
+    """Without the tensors that PEFT leaves out, it is applied as PEFT applies the whole file."""
+    fields, count = NARROWED[name]
+    model = llama()
+    targets = [*EVERY, "lm_head"] if name == "head" else EVERY
+    folder = save(model, {"r": 4, "target_modules": targets}, tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | fields))
+    with pytest.raises(AdapterFormatError) as caught:
+        await logits_with(model, folder, prompt(2))
+    assert f"leaves out {len(targets) * 2 - (name == 'head') - count} of the" in str(caught.value)
+    if not count:
+        with pytest.raises(ValueError, match="not found in the base model"):
+            pefts(llama(), folder, prompt(2))
+        return
+    less, expected = take_out_what_peft_ignores(folder, tmp_path / "less")
+    assert len(load_file(less / WEIGHTS)) == 2 * count
+    assert torch.equal(await logits_with(model, less, prompt(2)), expected)
+
+
+def take_out_what_peft_ignores(folder: Path, less: Path) -> tuple[Path, torch.Tensor]:
+    """Copy an adapter without the tensors that PEFT ignores; return PEFT's logits too."""
+    with variants.active(llama(), only=folder) as theirs:
+        expected = logits_of(theirs, prompt(2))
+        layers = {name for name, each in theirs.named_modules() if isinstance(each, LoraLayer)}
+    tensors = load_file(folder / WEIGHTS)
+    less.mkdir()
+    shutil.copy(folder / "adapter_config.json", less)
+    kept = {name: each for name, each in tensors.items() if name.partition(".lora_")[0] in layers}
+    save_file(kept, less / WEIGHTS)
+    return less, expected
 
 
 async def test_positions_of_one_row_are_pefts_and_of_more_are_refused(tmp_path: Path) -> None:

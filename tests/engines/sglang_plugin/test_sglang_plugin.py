@@ -148,12 +148,15 @@ async def test_what_does_not_fit_is_refused_before_it_is_loaded(
     await server.resolve(origin.url("one/"))
 
 
+OUT, DENSE = "model.layers.1.self_attn.o_proj", "model.layers.1.self_attn.dense"
+TARGETS = ["q_proj", "v_proj", "o_proj", "dense"]
+
+
 def save_odd(local: Path, module: str, config: Lora) -> None:
     """Save an adapter that changes `module` in place of an o_proj, with changes of its config."""
     folder = save(llama(), ATTENTION, local / "odd")
     weights, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    own = "model.layers.1.self_attn.o_proj"
-    tensors = {name.replace(own, module): each for name, each in load_file(weights).items()}
+    tensors = {name.replace(OUT, module): each for name, each in load_file(weights).items()}
     save_file(tensors, weights)
     settings.write_text(json.dumps(json.loads(settings.read_text()) | config))
 
@@ -161,12 +164,12 @@ def save_odd(local: Path, module: str, config: Lora) -> None:
 @pytest.mark.parametrize(
     ("module", "config", "served", "problem"),
     [
-        ("model.layers.1.self_attn.o_proj", {"r": 4}, {"all"}, "not a pair of rank 4"),
+        (OUT, {"r": 4}, {"all"}, "not a pair of rank 4"),
         ("model.vision.layers.1.self_attn.o_proj", {}, {"all"}, "cannot tell the layers"),
         ("model.projector.o_proj", {}, {"all"}, "leaves out 'model.projector.o_proj'"),
-        ("model.layers.1.self_attn.dense", {}, {"all"}, "not among the target modules of this"),
-        ("model.layers.1.self_attn.dense", {}, None, "not among the target modules of its config"),
-        ("lm_head", {"target_modules": "all-linear"}, None, "names no target modules"),
+        (DENSE, {"target_modules": TARGETS}, {"all"}, "not among the target modules of this"),
+        (DENSE, {}, None, r"leaves out .*dense \(target_modules\)"),
+        (OUT, {"target_modules": "all-linear"}, None, "names no target modules"),
     ],
 )
 async def test_what_sglang_would_confuse_is_refused_where_the_base_is_not_known(

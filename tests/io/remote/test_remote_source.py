@@ -203,6 +203,10 @@ class HeldFile:
         return 0
 
 
+async def unchanged() -> None:
+    """What is requested again is as it was."""
+
+
 async def bringing_begun(
     workers: WorkerThreads, files: Sequence[HeldFile], told: list[int], close: Any = lambda: None
 ) -> tuple[asyncio.Task[Any], list[Callable[[int], None]], list[Any]]:
@@ -226,7 +230,8 @@ async def bringing_begun(
         SimpleNamespace(plan=plan, parts=parts, nbytes=plan.nbytes),
     )
     groups = [[ByteSpan(8, 48)]]
-    fetch = FetchReader(*given, resumable=True, layers_first=False, on_take=lambda: None)
+    how: Any = {"resumable": True, "layers_first": False, "on_take": lambda: None}
+    fetch = FetchReader(*given, **how, confirm=unchanged)
     bringing = asyncio.create_task(fetch.bring(groups, told.append, FetchControl()))
     await until(lambda: len(jobs) == len(files))
     return bringing, calls, jobs
