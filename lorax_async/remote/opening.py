@@ -173,7 +173,7 @@ class VersionResolver:
     def forget(self, key: RemoteKey) -> None:
         """Ask the source again what the refs are that were answered with `key`."""
         self.used(key)
-        for ref in [ref for ref, (answer, _) in self._keys.items() if answer == key]:
+        for ref in [ref for ref, answer in self._keys.items() if answer == key]:
             del self._keys[ref]
 
     def digest(self, key: RemoteKey) -> str | None:
