@@ -1,4 +1,4 @@
-"""What it takes to decide on a batch: its plan, how that grows, and the scheduler's whole step."""
+"""What it takes to decide on a batch: its plan, how that grows, the whole step; loads in overload."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from lorax_async.planning.batch_plan import BASE_ONLY, BatchPlan, SlotOccupant, 
 from lorax_async.scheduler.admission import share
 from lorax_async.scheduler.requests import Request
 from lorax_async.scheduler.scheduler import AdapterScheduler
+from overload import EQUAL, PASS, Mix, least_loads, patient, play, returning
 from scale_files import SmallAdapters, small_layout
 
 SIZES = ((256, 64), (512, 128), (1_024, 256), (2_048, 512), (4_096, 1_024))
@@ -236,7 +237,55 @@ def steps(work_folder: Path, given: Options) -> list[Line]:
     return lines
 
 
-ROWS = ("plan", "step")
+def overload(given: Options) -> list[Line]:
+    """60 adapters on 8 slots in virtual time: the same numbers on every machine."""
+    lines: list[Line] = []
+    for load, tokens in ((0.05, 50), (0.5, 50), (0.2, 100)):
+        users = returning(120, EQUAL, [tokens])
+        mix = Mix(users, 200 if given.quick else 600, load=load, starvation_age=0.5)
+        ours, reference = play(mix), patient(mix)
+        loads = ours.loads_per_request / reference.loads_per_request
+        throughput = ours.throughput / reference.throughput
+        misses = [f"{loads - 1.2:.2f} of loads"] if loads > 1.2 else []
+        misses += [f"{0.9 - throughput:.2f} of throughput"] if throughput < 0.9 else []
+        misses += [f"{ours.longest - 2:.2f} fair times"] if ours.longest > 2 else []
+        lines.append(
+            {
+                "row": "overload",
+                "load_seconds": load,
+                "request_seconds": tokens * PASS,
+                "loads_per_request": ours.loads_per_request,
+                "patient_loads_per_request": reference.loads_per_request,
+                "least_loads_per_request": least_loads(ours) / ours.ended,
+                "throughput_ratio": throughput,
+                "longest_wait": ours.longest,
+                "target": "≤ 1.2, ≥ 0.9, ≤ 2",
+                "verdict": f"missed by {' and '.join(misses)}" if misses else "reached",
+            }
+        )
+    _print_overload(lines)
+    return lines
+
+
+def _print_overload(lines: list[Line]) -> None:
+    headings = (
+        *("load, request", "loads per request", "a patient loader's", "bound"),
+        *("throughput ÷ its", "longest wait in fair times", "target", "verdict"),
+    )
+    numbers = ("loads_per_request", "patient_loads_per_request", "least_loads_per_request")
+    cells = [
+        (
+            f"{line['load_seconds']}, {line['request_seconds']} s",
+            *(f"{line[key]:.2f}" for key in (*numbers, "throughput_ratio", "longest_wait")),
+            str(line["target"]),
+            str(line["verdict"]),
+        )
+        for line in lines
+    ]
+    print_table("60 adapters on 8 slots, 120 requests on 32 places", headings, cells)
+
+
+ROWS = ("plan", "step", "overload")
 
 
 def main() -> int:
@@ -248,6 +297,8 @@ def main() -> int:
     if "step" in given.only:
         with tempfile.TemporaryDirectory(dir=given.work) as folder:
             write_json(given, steps(Path(folder), given))
+    if "overload" in given.only:
+        write_json(given, overload(given))
     return 0
 
 

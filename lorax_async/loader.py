@@ -221,15 +221,17 @@ class AdapterLoader:
         allow_stale: bool = False,
         timeout: float | None = None,
         priority: int = 0,
+        preempt: bool = True,
     ) -> AsyncIterator[AdapterHandle]:
         """Yield a handle as soon as the adapter has its slot; its layers follow in order.
 
         `await handle.layer_ready(k)` before using layer k. Parameters and errors are those of
         `load`. A digest is compared when all bytes are here; after a mismatch the handle and its
-        clones fail.
+        clones fail. With `preempt=False` the call waits for a slot until an adapter is idle, and
+        lets none in use leave, however long that takes.
         """
         ref = as_ref(adapter_id, source, revision, token, digest, allow_stale=allow_stale)
-        handle = await self._acquire(ref, WantedTier.STREAM, timeout, priority)
+        handle = await self._acquire(ref, WantedTier.STREAM, timeout, priority, preempts=preempt)
         try:
             yield handle
         finally:
@@ -273,13 +275,21 @@ class AdapterLoader:
         return self._handle(ref, lease) if lease is not None else None
 
     async def _acquire(
-        self, ref: Ref, tier: WantedTier, timeout: float | None, priority: int
+        self,
+        ref: Ref,
+        tier: WantedTier,
+        timeout: float | None,
+        priority: int,
+        *,
+        preempts: bool = True,
     ) -> AdapterHandle:
         self._check_open()
         seconds = self.config.seconds(timeout)
         name = "stream" if tier is WantedTier.STREAM else "load"
         with Call(self._driver.telemetry, name, ref):
-            lease = await self._acquiring.acquire(ref, tier, seconds, priority=priority)
+            lease = await self._acquiring.acquire(
+                ref, tier, seconds, priority=priority, preempts=preempts
+            )
         assert lease is not None  # this tier has leases
         return self._handle(ref, lease)
 

@@ -63,6 +63,27 @@ async def test_no_more_are_told_to_leave_than_have_to(tmp_path: Path) -> None:
         second.release()
 
 
+async def test_a_stream_that_preempts_none_waits_for_an_idle_slot(tmp_path: Path) -> None:
+    """Beside it, a load that waits for the same adapter preempts as ever."""
+    async with over(stocked(tmp_path, "a", "b"), max_slots=1, starvation_age=0.02) as there:
+        held = await there.load("a")
+
+        async def stream() -> None:
+            async with there.stream("b", preempt=False) as handle:
+                await handle.layer_ready(handle.layers[-1])
+
+        waiting = asyncio.create_task(stream())
+        await until(lambda: there.placement().usage.waiting)
+        await asyncio.sleep(0.1)
+        assert state(there, "a") == "resident"
+        acquired(there, "a").release()
+        other = asyncio.create_task(there.load("b"))
+        await until(lambda: state(there, "a") == "leaving")
+        held.release()
+        (await other).release()
+        await waiting
+
+
 @pytest.mark.parametrize(
     ("age", "order"), [(0.02, ["held", "patient", "urgent"]), (EVER, ["held", "urgent", "patient"])]
 )

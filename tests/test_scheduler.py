@@ -286,18 +286,20 @@ async def test_alone_an_adapter_gets_all_back(tmp_path: Path) -> None:
 async def test_a_request_may_begin_when_another_is_cancelled_that_lost_its_slot(
     tmp_path: Path,
 ) -> None:
-    source = stocked(tmp_path, "a")
-    async with opened(source, max_begun=1) as (loader, scheduler):
+    async with opened(stocked(tmp_path, "a", "b"), ONE_SLOT, max_begun=1) as (loader, scheduler):
         begun = scheduler.submit(Request("a", 1, MANY))
         await step(scheduler)
-        serving.silence(source, "a")  # it does not come back
+        taking = asyncio.create_task(loader.load("b"))
+        await until(lambda: loader.placement().usage.waiting)
         await loader.unload("a")
+        taken = await taking  # it does not come back
         fresh = scheduler.submit(Request(None, 1, 1))
         waiting = await wanted(scheduler)
         begun.cancel()
         batch = await asyncio.wait_for(waiting, 5)
         assert [row.ticket for row in batch.rows] == [fresh]
         scheduler.complete(batch)
+        taken.release()
 
 
 async def test_a_request_that_may_not_begin_gives_its_slot_to_one_that_has_begun(

@@ -32,7 +32,8 @@ class WantedTier(IntEnum):
 class Waiter:
     """One call that waits for an adapter, `since` a time of the loop's clock in seconds.
 
-    `beside` are the other adapters of its prefetch, which must not make room for this one.
+    `beside` are the other adapters of its prefetch, which must not make room for this one. If it
+    `preempts`, a leased adapter makes room for it once it starves.
     """
 
     id: int
@@ -41,6 +42,7 @@ class Waiter:
     foreground: bool = True
     priority: int = 0
     beside: Collection[AdapterKey] = field(default=(), compare=False)
+    preempts: bool = True
 
 
 _NO_WAITERS: dict[int, Waiter] = {}
@@ -118,6 +120,13 @@ class WaiterSet:
         There must be a waiter.
         """
         return next(iter((self._foreground or self._by_id).values())).since
+
+    @property
+    def oldest_preempting(self) -> float:
+        """The start of the longest wait of a foreground waiter that preempts; `inf` without one."""
+        preempting = (waiter for waiter in self._foreground.values() if waiter.preempts)
+        first = next(preempting, None)
+        return float("inf") if first is None else first.since
 
     def spares(self, key: AdapterKey) -> bool:
         """Return whether every waiter's prefetch wants `key` to stay."""

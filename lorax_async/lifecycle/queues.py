@@ -64,9 +64,10 @@ class PriorityQueue(Generic[_Order]):
 class LifecycleTimes:
     """The time limits and memory limit of decisions.
 
-    A foreground waiter that is `starvation_age` seconds old stops new leases on a resident adapter;
-    one level of priority counts as this many seconds of waiting. A resident adapter is not evicted
-    for `min_residency` seconds, unless a waiter starves. `max_idle` idle adapters are remembered.
+    A foreground waiter that is `starvation_age` seconds old, and preempts, stops new leases on a
+    resident adapter; one level of priority counts as this many seconds of waiting. A resident
+    adapter is not evicted for `min_residency` seconds, unless a waiter starves. `max_idle` idle
+    adapters are remembered.
     """
 
     starvation_age: float = 5.0
@@ -215,7 +216,7 @@ def _is_idle(state: AdapterState) -> bool:
     return state.slot is not SlotState.FILLING and not state.copying
 
 
-_HeadIdentity = tuple[AdapterKey, float, bool]
+_HeadIdentity = tuple[AdapterKey, float, bool, float]
 
 COPIES_AHEAD = 16
 """Runs in flight per I/O thread: enough to keep the threads busy while the loop is not."""
@@ -379,9 +380,7 @@ class SlotQueue:
         return state.resident_since + self._times.min_residency
 
     def _starves_at(self, state: AdapterState) -> float:
-        if not state.waiters.has_foreground:
-            return float("inf")
-        return state.waiters.oldest + self._times.starvation_age
+        return state.waiters.oldest_preempting + self._times.starvation_age
 
     def _no_room_error(self, sizes: tuple[int, ...], *, pinned: int) -> CapacityError:
         """Return the error of an adapter that does not fit, or not beside the pinned ones."""
@@ -399,7 +398,8 @@ class SlotQueue:
 
 
 def _head_identity(head: AdapterState) -> _HeadIdentity:
-    return head.key, head.waiters.oldest, head.waiters.has_foreground
+    waiters = head.waiters
+    return head.key, waiters.oldest, waiters.has_foreground, waiters.oldest_preempting
 
 
 class CopyQueue:

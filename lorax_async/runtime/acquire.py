@@ -233,12 +233,13 @@ class Acquirer:
         priority: int,
         foreground: bool = True,
         place: PrefetchPlace | None = None,
+        preempts: bool = True,
     ) -> Lease | None:
         """Wait until the adapter is at `tier`; return a lease for tiers that have one, else None.
 
         Also wait for the comparison with the digest in `ref`, unless streaming. On an error or a
         cancellation the waiter is withdrawn. `place` is that in a prefetch of several, which may
-        leave it out.
+        leave it out. Unless it `preempts`, no adapter in use makes room for it.
         """
         require_priority(priority)
         name = "stream" if tier is WantedTier.STREAM else "load"
@@ -256,6 +257,7 @@ class Acquirer:
                         priority=priority,
                         foreground=foreground,
                         place=place,
+                        preempts=preempts,
                     )
             except BaseException as error:
                 span.set(**_outcome_of(error))
@@ -283,6 +285,7 @@ class Acquirer:
         priority: int,
         foreground: bool,
         place: PrefetchPlace | None,
+        preempts: bool,
     ) -> Lease | None:
         """Acquire through a waiter. A `known` key of local files is resolved only for a retry."""
         attempts = _LoadAttempts(ref if isinstance(ref, AdapterKey) else None)
@@ -293,7 +296,7 @@ class Acquirer:
             async with deadline:
                 while not granted:
                     if foreground:
-                        await self._begin(attempts, ref, known, tier, priority)
+                        await self._begin(attempts, ref, known, tier, priority, preempts=preempts)
                     elif not await self._begin_prefetch(attempts, ref, tier, priority, place):
                         return None
                     assert attempts.key is not None
@@ -329,6 +332,7 @@ class Acquirer:
         priority: int,
         *,
         foreground: bool = True,
+        preempts: bool = True,
     ) -> None:
         """Resolve the ref and add its waiter."""
         first = attempts.waiter is None
@@ -338,7 +342,9 @@ class Acquirer:
         if isinstance(key, MergedKey) and not waiter_table.in_memory(key):
             self._driver.forget(key)  # its bytes have to be computed again
         attempts.key = key
-        attempts.waiter = waiter_table.begin(key, tier, foreground=foreground, priority=priority)
+        attempts.waiter = waiter_table.begin(
+            key, tier, foreground=foreground, priority=priority, preempts=preempts
+        )
 
     async def _begin_prefetch(
         self,

@@ -64,13 +64,14 @@ class WaiterTable:
         foreground: bool = True,
         priority: int = 0,
         beside: Collection[AdapterKey] = (),
+        preempts: bool = True,
     ) -> PendingLoad:
         """Add a waiter for the adapter at `tier`; await its future, or `abandon` it."""
         hit = self._nearest_tier(key) if foreground else None
         loop = asyncio.get_running_loop()
         pending = PendingLoad(key, next(self._numbers), loop.create_future())
         self._loads[pending.waiter] = pending.future
-        waiter = Waiter(pending.waiter, tier, loop.time(), foreground, priority, beside)
+        waiter = Waiter(pending.waiter, tier, loop.time(), foreground, priority, beside, preempts)
         self._execute(self._lifecycle.want(key, waiter))
         if hit is not None:
             self._raise_priority(key)

@@ -17,6 +17,7 @@ from lorax_async.scheduler.admission import EngineSlots
 from lorax_async.scheduler.estimates import LoadEstimate, LoadProfile
 from lorax_async.scheduler.look_ahead import LoadQueue, LookAhead
 from lorax_async.scheduler.requests import AdapterQueue, Clock, Ticket, TimerHandle
+from lorax_async.scheduler.slot_turns import FairTimes, SlotTurns
 from lorax_async.types import MAX_SECONDS, AdapterKey, Ref, RemoteKey
 
 
@@ -99,6 +100,10 @@ class AdapterQueues:
         self.places = places
         self.dropped: list[Ticket] = []
         """Begun requests that restart: the engine must forget their keys and values."""
+        self.fair_times = FairTimes(patience)
+        self._turns = SlotTurns(patience)
+        self._given = 0
+        """Slots that were released since the last batch, and not granted again."""
         self._loader = loader
         self._clock = clock
         self._patience = patience
@@ -194,7 +199,8 @@ class AdapterQueues:
         """Remove a request that is done. Call once per request."""
         queue = ticket.queue
         queue.tickets.remove(ticket)
-        self.places.leave(ticket)
+        queue.progress_at = self._clock.time()
+        self._count_end(ticket)
         if queue.tickets:
             self._waiting.update(queue)
         else:
@@ -202,6 +208,7 @@ class AdapterQueues:
 
     def release_batch(self, adapter_queues: Iterable[AdapterQueue]) -> None:
         """Release the adapters of a completed batch."""
+        self._given = 0
         for queue in adapter_queues:
             queue.batch_count -= 1
             if queue.batch_count:
@@ -216,11 +223,15 @@ class AdapterQueues:
         """Fail the adapter's requests with `error`; others are not affected."""
         tickets, queue.tickets = queue.tickets, []
         for ticket in tickets:
-            self.places.leave(ticket)
+            self._count_end(ticket)
         self._retire(queue)
         for ticket in tickets:
             ticket.end(error.located(id=queue.id))
         self._on_change()
+
+    def _count_end(self, ticket: Ticket) -> None:
+        self.places.leave(ticket)
+        self.fair_times.leave(ticket, self._clock.time())
 
     def _retire(self, queue: AdapterQueue) -> None:
         """Remove a queue without requests; a new request starts a new queue."""
@@ -300,6 +311,7 @@ class AdapterQueues:
 
     def _granted(self, queue: AdapterQueue, handle: AdapterHandle) -> None:
         self._waiting.remove(queue)
+        self._given = max(0, self._given - 1)
         self._adopt(queue, handle)
         self._on_change()
 
@@ -308,6 +320,9 @@ class AdapterQueues:
         queue.handle, queue.place = handle, SlotRef(slot.index, slot.generation)
         queue.version, queue.predecessor = handle.key, None
         queue.may_stream = True
+        queue.granted_at = queue.progress_at = self._clock.time()
+        queue.yields = False
+        queue.quantum = max(ticket.order[1] for ticket in queue.tickets)
         queue.leaving = self.slots.is_leaving(slot)
         queue.arrival = self.slots.adopt(handle)
         self.slot_holders[queue] = None
@@ -326,7 +341,9 @@ class AdapterQueues:
         if not others:
             del self._by_key[handle.key]
         handle.release()
-        self._waiting.schedule_look()
+        self._turns.record(self._clock.time() - queue.granted_at)
+        self._given += 1
+        self._waiting.note_release()
 
     def _send_back(self, queue: AdapterQueue, *, needs_file: bool = False) -> None:
         """Release its slot for others; queue it for another slot."""
@@ -405,7 +422,7 @@ class AdapterQueues:
             again.reloaded = True
         for ticket in tickets:
             if ticket.generated:
-                self.places.leave(ticket)
+                self._count_end(ticket)
                 ticket.end(error.located(id=queue.id))
                 continue
             if ticket.begun:
@@ -435,6 +452,21 @@ class AdapterQueues:
             queue = max(candidates, key=attrgetter("urgency"))
             queue.yielded_at = self._clock.time()
             self._send_back(queue)
+
+    def share_slots(self) -> None:
+        """Let adapters yield whose slots overdue requests need, and end the turns that are over."""
+        now, patience = self._clock.time(), self._turns.patience
+        holders = [holder for holder in self.slot_holders if holder.handle is not None]
+        staying = [holder for holder in holders if not holder.leaving]
+        overdue = self._waiting.count_overdue(
+            lambda ticket: self.fair_times.is_overdue(ticket, now, patience), len(holders)
+        )
+        missing = overdue - (len(holders) - len(staying)) - self._given
+        # Requests that have begun keep their places: without a free one, no other could begin.
+        self._turns.share(staying, missing, now, may_interrupt=self.places.free >= 1)
+        for holder in staying:
+            if not holder.batch_count and (holder.leaving or not holder.has_turn):
+                self._send_back(holder)
 
     # -- slots in which no layers arrive -----------------------------------------------------------
 

@@ -14,7 +14,7 @@ from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
 from lorax_async.runtime.placement import TierName
 from lorax_async.runtime.prefetch import Prefetch
-from lorax_async.scheduler.requests import AdapterQueue, Clock, TimerHandle, Urgency
+from lorax_async.scheduler.requests import AdapterQueue, Clock, Ticket, TimerHandle, Urgency
 from lorax_async.types import MAX_SECONDS, AdapterKey, Ref
 
 
@@ -64,6 +64,7 @@ class LoadTask:
         self.tasks: set[asyncio.Task[None]] = set()
         self.since = 0.0
         self.priority = 0
+        self.preempts = False
         self.hints: dict[TierName, Prefetch] = {}
 
 
@@ -97,6 +98,7 @@ class LoadQueue:
         self._queue: list[tuple[tuple[Urgency, int], LoadTask]] = []
         self._load_tasks: dict[AdapterQueue, LoadTask] = {}
         self._numbers = 0
+        self._last_held = clock.time()
         self._tasks: set[asyncio.Task[None]] = set()
         self._alarm: TimerHandle | None = None
         self._look_scheduled = False
@@ -147,6 +149,25 @@ class LoadQueue:
             hint.cancel()
         self.schedule_look()
 
+    def count_overdue(self, is_overdue: Callable[[Ticket], bool], limit: int) -> int:
+        """Return how many adapters, at most `limit`, are overdue and lack nothing but a slot."""
+        count = 0
+        for _, load_task in self._queue:
+            if count >= limit:
+                break
+            queue = load_task.queue
+            if is_overdue(queue.tickets[0]):
+                count += self._waits_for_slot(queue)
+            elif not queue.begun:
+                break  # nor are those that follow
+        return count
+
+    def _waits_for_slot(self, queue: AdapterQueue) -> bool:
+        """Return whether its files are here and it has no slot."""
+        assert queue.ref is not None
+        found = self._loader.placement().find(queue.version or queue.ref)
+        return found is not None and found.slot is None
+
     def _take_out(self, load_task: LoadTask) -> None:
         del self._queue[bisect_left(self._queue, load_task.place, key=itemgetter(0))]
 
@@ -154,6 +175,11 @@ class LoadQueue:
         """Wait for the cancelled loads. The queue must be empty."""
         if self._tasks:
             await asyncio.wait(self._tasks)
+
+    def note_release(self) -> None:
+        """Look again: one of the adapters has released its slot."""
+        self._last_held = self._clock.time()
+        self.schedule_look()
 
     # -- looking ahead -----------------------------------------------------------------------------
 
@@ -177,18 +203,35 @@ class LoadQueue:
                 self._start_load(load_task)
             else:
                 self._hint(load_task, tier)
+        self._preempt_others(now)
         # Look again when the oldest of these loads exceeds `patience`.
-        since = min((task.since for task in first if task.tasks), default=None)
+        dues = [load_task.since + self._patience for load_task in first if load_task.tasks]
         if self._alarm is not None:
             self._alarm.cancel()
         self._alarm = None
-        if since is not None:
-            self._alarm = self._clock.call_at(since + self._patience, self._look)
+        if dues:
+            due = min((due for due in dues if due > now), default=now + self._patience)
+            self._alarm = self._clock.call_at(due, self._look)
+
+    def _preempt_others(self, now: float) -> None:
+        """Let late loads take slots from other users of the loader.
+
+        Only if none of these adapters has had a slot for as long: the scheduler has none to give.
+        """
+        if self._slots_held() or now < self._last_held + self._patience:
+            return
+        for _, load_task in self._queue:
+            late = load_task.tasks and now >= load_task.since + self._patience
+            if late and not load_task.preempts:
+                load_task.preempts = True
+                self._start_load(load_task)
 
     def _counts(self, load_task: LoadTask, now: float) -> bool:
         """Return whether it counts among the first: not if its source is unresponsive."""
         late = load_task.tasks and now >= load_task.since + self._patience
-        return not late and not load_task.needs_file
+        if late and not self._waits_for_slot(load_task.queue):
+            return False
+        return not load_task.needs_file
 
     # -- loads and hints ---------------------------------------------------------------------------
 
@@ -230,14 +273,14 @@ class LoadQueue:
         Requests may have entered while the load waited for a slot, longer than the look at the
         version counts.
         """
-        queue, priority = load_task.queue, load_task.priority
+        queue, loader = load_task.queue, self._loader
         version = queue.version if queue.has_started else None
+        how = {"priority": load_task.priority, "preempt": load_task.preempts}
         while True:
-            lease = self._loader.stream(version or ref, timeout=MAX_SECONDS, priority=priority)
-            async with lease as streaming:
+            async with loader.stream(version or ref, timeout=MAX_SECONDS, **how) as streaming:
                 key = streaming.key
-                if version is None and self._loader.current_key(ref) != key:
-                    key = await self._loader.resolve(ref, timeout=MAX_SECONDS)
+                if version is None and loader.current_key(ref) != key:
+                    key = await loader.resolve(ref, timeout=MAX_SECONDS)
                 if key == streaming.key:
                     return streaming.clone()
 

@@ -112,8 +112,8 @@ class Ticket:
     """
 
     __slots__ = (
-        "_cancel", "_future", "alarm", "begun", "client", "error", "generated", "in_batch", "order",
-        "position", "queue", "ref", "request",
+        "_cancel", "_future", "alarm", "begun", "client", "error", "generated", "in_batch",
+        "order", "overdue_end", "position", "queue", "ref", "request",
     )  # fmt: skip
 
     def __init__(
@@ -130,6 +130,8 @@ class Ticket:
         self.client: Client | None = None
         self.order = order
         """Sort key: urgency, then the order of submission."""
+        self.overdue_end = 0
+        """The number of ended requests from which it counts as overdue."""
         self.position = 0
         """The number of computed tokens, whose keys and values the engine has."""
         self.generated = 0
@@ -249,6 +251,14 @@ class AdapterQueue:
         """Whether its rows may join a batch before the last layer is there."""
         self.leaving = False
         """Whether the slot must be released."""
+        self.granted_at = 0.0
+        """When it got its slot."""
+        self.quantum = 0
+        """The last submission that was queued when it got its slot."""
+        self.progress_at = 0.0
+        """When a request ended last, or when it got its slot."""
+        self.yields = False
+        """Whether only requests of its quantum may begin."""
         self.yielded_at = -inf
         """When it last gave its slot up for requests that had begun."""
         self.priority = -MAX_PRIORITY
@@ -303,8 +313,19 @@ class AdapterQueue:
         for ticket in self.tickets:
             if ticket.in_batch or (max_new <= 0 and not ticket.begun):
                 continue
+            if self.yields and not self._is_in_turn(ticket):
+                continue
             waiting.append(ticket)
             if len(waiting) == limit:
                 break
             max_new -= not ticket.begun
         return waiting
+
+    def _is_in_turn(self, ticket: Ticket) -> bool:
+        """Return whether the request may be computed while the adapter yields."""
+        return ticket.begun or ticket.order[1] <= self.quantum
+
+    @property
+    def has_turn(self) -> bool:
+        """Whether a request may be computed before the slot is released."""
+        return not self.yields or any(map(self._is_in_turn, self.tickets))

@@ -243,6 +243,8 @@ class AdapterScheduler:
         order = urgency(now, request.priority, now + seconds, self._level), self._submitted
         ticket = Ticket(request, order, self._loop.create_future(), self._cancelled)
         self._adapter_queues.enter(ticket)
+        if not ticket.done:
+            self._adapter_queues.fair_times.enter(ticket)
         self._arm(ticket, seconds)
         return ticket
 
@@ -289,6 +291,7 @@ class AdapterScheduler:
         while True:
             self._check_open()
             self._adapter_queues.settle_all()
+            self._adapter_queues.share_slots()
             now = self._clock.time()
             room = BatchCapacity(max_tokens, max_sequences, self._pace, self._layers, now)
             places = self._adapter_queues.places

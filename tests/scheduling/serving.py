@@ -9,8 +9,6 @@ from typing import Any
 
 from common import until
 from lorax_async import AdapterKey, AdapterLoader, AdapterRef, AdapterScheduler, Batch, Ticket
-from lorax_async.concurrency import FetchControl
-from lorax_async.sources.base import AdapterFile
 from lorax_async.testing import FakeSource
 from tiny_sources import over
 
@@ -104,21 +102,15 @@ async def next_batch(
 
 
 def silence(source: FakeSource, id: str) -> None:
-    """Let the source answer no question for `id`, and open no version of it, from now on."""
-    resolve, open = source.resolve, source.open
+    """Let the source answer no question for `id` from now on."""
+    resolve = source.resolve
 
-    async def silent_resolve(ref: AdapterRef) -> AdapterKey:
+    async def silent(ref: AdapterRef) -> AdapterKey:
         if ref.text == id:
             await asyncio.Event().wait()
         return await resolve(ref)
 
-    async def silent_open(key: AdapterKey, control: FetchControl) -> AdapterFile:
-        if key.location == f"memory:{id}":
-            await asyncio.Event().wait()
-        return await open(key, control)
-
-    source.resolve = silent_resolve  # type: ignore[method-assign]
-    source.open = silent_open  # type: ignore[method-assign]
+    source.resolve = silent  # type: ignore[method-assign]
 
 
 async def held(loader: AdapterLoader, id: str) -> None:
