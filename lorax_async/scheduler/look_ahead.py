@@ -275,9 +275,11 @@ class LoadQueue:
         """
         queue, loader = load_task.queue, self._loader
         version = queue.version if queue.has_started else None
-        how = {"priority": load_task.priority, "preempt": load_task.preempts}
+        target: Ref = ref if version is None else version
+        priority, preempt = load_task.priority, load_task.preempts
         while True:
-            async with loader.stream(version or ref, timeout=MAX_SECONDS, **how) as streaming:
+            lease = loader.stream(target, timeout=MAX_SECONDS, priority=priority, preempt=preempt)
+            async with lease as streaming:
                 key = streaming.key
                 if version is None and loader.current_key(ref) != key:
                     key = await loader.resolve(ref, timeout=MAX_SECONDS)
