@@ -13,7 +13,14 @@ from functools import partial
 from threading import Event, Lock, Thread
 from typing import Any, Generic, Protocol, TypeVar
 
-from lorax_async.errors import FetchError, LoaderClosedError, LoraxError, Stage, UsageError
+from lorax_async.errors import (
+    FetchError,
+    LoaderClosedError,
+    LoraxError,
+    Stage,
+    UsageError,
+    exhausted,
+)
 
 
 class FetchControl:
@@ -345,11 +352,18 @@ async def in_thread(work: Callable[[IsWanted], T], discard: Callable[[T], None] 
         raise
 
 
-async def in_own_thread(name: str, work: Callable[[], None]) -> None:
-    """Run blocking `work` in a new daemon thread, and wait for both to end."""
+async def end_in_thread(name: str, work: Callable[[], None]) -> None:
+    """Run `work`, which blocks and ends things, in a new daemon thread; wait for both to end.
+
+    If the process may start no more threads, run it here: nothing may stay open.
+    """
     ended = Future[None]()
     thread = Thread(target=complete, args=(ended, work), name=name, daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:
+        work()
+        return
     await outcome(ended)
     thread.join()
 
@@ -376,9 +390,12 @@ class Lifetime:
         self._loop = asyncio.get_running_loop()
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             self._loop = None
-            raise
+            short = exhausted(error, f"the {self.kind} did not open")
+            if short is None:
+                raise
+            raise short from error
         self._is_open = True
 
     async def close(self, end: Callable[[], Coroutine[Any, Any, None]]) -> None:

@@ -136,7 +136,9 @@ class LocalRoot:
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str | os.PathLike):
-            raise ConfigError(f"a local root must be the path of a folder, not {self.path!r}")
+            raise ConfigError(
+                f"a local root must be the path of a folder, not {shorten_repr(self.path)}"
+            )
         require_bool("immutable", self.immutable)
         name = os.fsdecode(self.path)
         if not name:  # an unset variable must not open the current folder
@@ -269,9 +271,9 @@ class StoreConfig:
             require_one_of(name, getattr(self, name), get_args(words))
         require_bool("offline", self.offline)
         if not isinstance(self.limits, Limits):
-            raise ConfigError(f"limits must be Limits(…), not {self.limits!r}")
+            raise ConfigError(f"limits must be Limits(…), not {shorten_repr(self.limits)}")
         if not isinstance(self.peers, Peers | None):
-            raise ConfigError(f"peers must be Peers(…) or None, not {self.peers!r}")
+            raise ConfigError(f"peers must be Peers(…) or None, not {shorten_repr(self.peers)}")
         _require_at_most("connections", self.connections, MAX_THREADS)
         require_seconds("timeout", self.timeout)
         _require_zero_or_seconds("revalidate", self.revalidate)
@@ -302,7 +304,9 @@ class StoreConfig:
         plain = isinstance(timeout, int | float) and not isinstance(timeout, bool)
         if plain and 0 <= timeout <= MAX_SECONDS:
             return float(timeout)
-        raise UsageError(f"a timeout is from 0 to {MAX_SECONDS:g} seconds, not {timeout!r}")
+        raise UsageError(
+            f"a timeout is from 0 to {MAX_SECONDS:g} seconds, not {shorten_repr(timeout)}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -378,7 +382,9 @@ class LoaderConfig(StoreConfig):
         for name in ("check_finite", "spill"):
             require_bool(name, getattr(self, name))
         if not isinstance(self.shard, Shard | None):
-            raise ConfigError(f"shard must be Shard(rank, world_size) or None, not {self.shard!r}")
+            raise ConfigError(
+                f"shard must be Shard(rank, world_size) or None, not {shorten_repr(self.shard)}"
+            )
         _require_at_most("max_slots", self.max_slots, MAX_SLOTS)
         _require_at_most("io_threads", self.io_threads, MAX_THREADS)
         require_seconds("starvation_age", self.starvation_age)
@@ -414,7 +420,9 @@ def _dtype_name(dtype: object) -> str | None:
         return None
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)} or None, not {name!r}")
+        raise ConfigError(
+            f"dtype must be one of {', '.join(DTYPES)} or None, not {shorten_repr(name)}"
+        )
     return name
 
 
@@ -423,7 +431,7 @@ def _endpoint(url: object) -> str | None:
     if url is None:
         return None
     if not isinstance(url, str):
-        raise ConfigError(f"hub_endpoint must be a URL or None, not {url!r}")
+        raise ConfigError(f"hub_endpoint must be a URL or None, not {shorten_repr(url)}")
     try:
         return parse_folder_url(url).text.removesuffix("/")
     except InvalidUrlError as error:  # do not repeat the URL: it may hold a secret
@@ -435,7 +443,7 @@ def _as_folder(name: str, value: object) -> Path | None:
     if value is None:
         return None
     if not isinstance(value, str | os.PathLike) or not os.fspath(value):
-        raise ConfigError(f"{name} must be the path of a folder or None, not {value!r}")
+        raise ConfigError(f"{name} must be the path of a folder or None, not {shorten_repr(value)}")
     path = Path(os.fsdecode(value)).absolute()
     if "\0" in str(path) or (os.path.lexists(path) and not os.path.isdir(path)):
         raise ConfigError(f"{name} {shorten(str(path), 500)!r} is not a folder")

@@ -6,6 +6,7 @@ Pure code raises an error with its problem alone; the driver adds adapter, attem
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from typing import ClassVar, Literal, Self
 
@@ -235,11 +236,42 @@ class InvalidTransitionError(InternalError):
     """An outcome arrived that the transition table does not allow; nothing was changed."""
 
 
-def as_lorax_error(error: BaseException, problem: str, stage: Stage | None = None) -> LoraxError:
+def as_lorax_error(
+    error: BaseException, problem: str, stage: Stage | None = None, key: object | None = None
+) -> LoraxError:
     """Return a copy without frames, which refer to a file's bytes: stories keep errors.
 
-    Other exceptions become the cause of an `InternalError`.
+    Other exceptions become the cause of a `CapacityError`, if the process has reached a limit of
+    its own, or else of an `InternalError`.
     """
     if isinstance(error, LoraxError):
         return error.located()
-    return InternalError.caused_by(error, problem, stage=stage)
+    return exhausted(error, problem, stage=stage, key=key) or InternalError.caused_by(
+        error, problem, key=key, stage=stage
+    )
+
+
+def exhausted(
+    error: BaseException, problem: str, *, stage: Stage | None = None, key: object | None = None
+) -> CapacityError | None:
+    """Return the error for an exception of a process without room; None for any other."""
+    text = str(error)
+    if isinstance(error, RuntimeError) and "start new thread" in text:
+        limit = (
+            "the process may start no more threads; raise its limit (ulimit -u or -v, the cgroup's"
+            " pids.max), or lower io_threads and connections"
+        )
+    elif isinstance(error, MemoryError) or (
+        getattr(error, "errno", None) == errno.ENOMEM
+        if isinstance(error, OSError)
+        else isinstance(error, RuntimeError) and "DefaultCPUAllocator" in text
+    ):
+        limit = (
+            "the process may have no more memory; raise its limit (ulimit -v, the cgroup's"
+            " memory.max), or lower device_bytes, host_bytes, memory_bytes and io_threads"
+        )
+    else:
+        return None
+    short = CapacityError(f"{problem}: {limit}", stage=stage, key=key)
+    short.__cause__ = error
+    return short

@@ -16,6 +16,7 @@ from lorax_async.errors import (
     InvalidAdapterIdError,
     LoraxError,
     shorten,
+    shorten_repr,
 )
 from lorax_async.types import (
     AdapterRef,
@@ -166,7 +167,9 @@ class Allow:
         require_one_of("the scheme of Allow", self.scheme, get_args(Scheme))
         for name in ("host", "prefix"):
             if not isinstance(getattr(self, name), str):
-                raise ConfigError(f"{name} of Allow must be a str, not {getattr(self, name)!r}")
+                raise ConfigError(
+                    f"{name} of Allow must be a str, not {shorten_repr(getattr(self, name))}"
+                )
         for name in ("pull_requests", "use_token", "private"):
             require_bool(f"{name} of Allow", getattr(self, name))
         if self.prefix and (self.prefix[0] == "/" or self.prefix[-1] != "/"):
@@ -220,7 +223,9 @@ class Allow:
         object.__setattr__(self, "prefix", folder_path(f"/{self.prefix}")[1:])
         if self.port is not None:
             if not isinstance(self.port, int) or isinstance(self.port, bool):
-                raise ConfigError(f"port of Allow must be an integer or None, not {self.port!r}")
+                raise ConfigError(
+                    f"port of Allow must be an integer or None, not {shorten_repr(self.port)}"
+                )
             if not 0 < self.port < 65_536:
                 raise ConfigError("port of Allow must be from 1 to 65535")
             is_default = self.port == DEFAULT_PORTS[self.scheme]

@@ -357,7 +357,7 @@ class AdapterLoader:
         self._check_open()
         wanted = TIERS.get(tier)
         if wanted is None:
-            raise UsageError(f"a tier is one of {', '.join(TIERS)}, not {tier!r}")
+            raise UsageError(f"a tier is one of {', '.join(TIERS)}, not {shorten_repr(tier)}")
         if wanted is WantedTier.HOST and not self.config.host_bytes:
             raise UsageError(
                 "host_bytes=0 lets the host tier hold nothing; raise LoaderConfig(host_bytes=…), or"

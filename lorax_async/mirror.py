@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import parse_qs, urlsplit
 
 from lorax_async.cache.base import CacheEntry, CacheKey, scope_name
-from lorax_async.concurrency import Lifetime, call_in, in_own_thread
+from lorax_async.concurrency import Lifetime, call_in, end_in_thread
 from lorax_async.errors import ConfigError, LoraxError
 from lorax_async.files import Reader
 from lorax_async.formats.spans import ByteRange
@@ -141,7 +141,7 @@ class AdapterMirror:
         for task in self._fetches.values():
             task.cancel()
         await asyncio.gather(*self._fetches.values(), return_exceptions=True)
-        await in_own_thread("lorax-stop", self._server.end)
+        await end_in_thread("lorax-stop", self._server.end)
 
     def __del__(self) -> None:
         if hasattr(self, "_lifetime"):

@@ -121,10 +121,14 @@ class AdapterRef:
         if isinstance(self.id, str):
             refuse_secrets(self.id, self.source)
         if self.digest is not None and not _SHA256.fullmatch(self.digest):
-            raise UsageError(f"digest {self.digest!r} is no sha256 in 64 lower-case hex digits")
+            raise UsageError(
+                f"digest {shorten_repr(self.digest)} is no sha256 in 64 lower-case hex digits"
+            )
         for name in ("allow_stale", "use_token"):
             if not isinstance(getattr(self, name), bool):
-                raise UsageError(f"{name} must be True or False, not {getattr(self, name)!r}")
+                raise UsageError(
+                    f"{name} must be True or False, not {shorten_repr(getattr(self, name))}"
+                )
         if self.use_token and self.token is not None:
             raise UsageError("token and use_token exclude each other; pass one of them")
 
@@ -283,7 +287,7 @@ class Merge:
         for name, words in (("strategy", Strategy), ("majority_sign", MajoritySign)):
             value, known = getattr(self, name), get_args(words)
             if value not in known:
-                raise UsageError(f"{name} is one of {', '.join(known)}, not {value!r}")
+                raise UsageError(f"{name} is one of {', '.join(known)}, not {shorten_repr(value)}")
         if self.majority_sign != "total" and not self.elects:
             raise UsageError(f"{self.strategy!r} elects no sign; leave majority_sign out")
         if self.strategy == "linear":
@@ -342,7 +346,7 @@ class MergedKey(AdapterKey):
 
 def _parts(refs: object) -> tuple[AdapterRef | AdapterKey, ...]:
     if not isinstance(refs, list | tuple) or not refs:
-        raise UsageError(f"refs is a list of one adapter or more, not {refs!r}")
+        raise UsageError(f"refs is a list of one adapter or more, not {shorten_repr(refs)}")
     if len(refs) > MAX_PARTS:
         raise UsageError(f"a merge has {MAX_PARTS} parts at most, not {len(refs):,}")
     parts: list[AdapterRef | AdapterKey] = []
@@ -538,24 +542,25 @@ MAX_SECONDS = 1e9
 def require_count(name: str, value: object, *, least: int = 1) -> None:
     if not (_is_number(value, int) and cast(int, value) >= least):
         kind = "a positive integer" if least else "an integer of at least 0"
-        raise ConfigError(f"{name} must be {kind}, not {value!r}")
+        raise ConfigError(f"{name} must be {kind}, not {shorten_repr(value)}")
 
 
 def require_share(name: str, value: object) -> None:
     if not (_is_number(value, int | float) and 0 < cast(float, value) <= 1):
-        raise ConfigError(f"{name} must be above 0 and at most 1, not {value!r}")
+        raise ConfigError(f"{name} must be above 0 and at most 1, not {shorten_repr(value)}")
 
 
 def require_seconds(name: str, value: object) -> None:
     if not (_is_number(value, int | float) and 0 < cast(float, value) <= MAX_SECONDS):
         raise ConfigError(
-            f"{name} must be a positive number of seconds up to {MAX_SECONDS:g}, not {value!r}"
+            f"{name} must be a positive number of seconds up to {MAX_SECONDS:g}, not"
+            f" {shorten_repr(value)}"
         )
 
 
 def require_bool(name: str, value: object) -> None:
     if not isinstance(value, bool):
-        raise ConfigError(f"{name} must be True or False, not {value!r}")
+        raise ConfigError(f"{name} must be True or False, not {shorten_repr(value)}")
 
 
 def require_one_of(name: str, value: object, words: Sequence[str]) -> None:

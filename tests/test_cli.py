@@ -203,6 +203,9 @@ def test_a_strangers_text_reaches_no_terminal_as_it_is(tmp_path: Path, capsys: C
 PLAN = ["plan", "--base", ".", "--adapters", "1x1", "--device-bytes", "1"]
 
 
+LONG = "n" * 100_000
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -223,6 +226,11 @@ PLAN = ["plan", "--base", ".", "--adapters", "1x1", "--device-bytes", "1"]
         (["fetch", "org/name", "--allow", "s3://bucket/x"], "http(s)://host"),
         (["fetch", "org/name", "--hub-cache", "maybe"], "invalid choice"),
         (["fetch", "org/name", "--token", SECRET], "unrecognized arguments"),
+        ([LONG], "invalid choice"),
+        (["load", "x", "--base", "y", "--dtype", LONG], "invalid choice"),
+        (["load", "x", "--base", "y", f"--device-bytes={LONG}"], "MiB or 1GiB"),
+        (["load", "x", "--base", "y", f"--{LONG}"], "unrecognized arguments"),
+        ([*PLAN, "--max-slots", LONG], "is not an integer"),
     ],
 )
 def test_wrong_usage_is_status_2(arguments: list[str], said: str, capsys: Capture) -> None:
@@ -232,6 +240,7 @@ def test_wrong_usage_is_status_2(arguments: list[str], said: str, capsys: Captur
     text = capsys.readouterr().err
     assert said in text
     assert SECRET not in text or "--token" in arguments
+    assert "n" * 200 not in text
 
 
 def test_sizes_are_read_and_a_folder_that_is_no_base_or_no_adapter_is_told(
@@ -243,6 +252,8 @@ def test_sizes_are_read_and_a_folder_that_is_no_base_or_no_adapter_is_told(
         assert re.match(f"ConfigError: .*{said}", capsys.readouterr().err)
     assert main(["inspect", str(tmp_path)]) == 2
     assert "has no" in capsys.readouterr().out
+    assert main(["inspect", f"./{LONG}"]) == 1
+    assert re.fullmatch(r"n{499}…: File name too long\n", capsys.readouterr().err)
 
 
 def test_without_rich_only_json(monkeypatch: Patch, capsys: Capture) -> None:

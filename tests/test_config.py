@@ -12,7 +12,17 @@ import pytest
 import torch
 
 import tiny
-from lorax_async import AdapterLoader, Allow, Limits, LoaderConfig, LocalRoot, Shard, errors
+from lorax_async import (
+    AdapterLoader,
+    AdapterRef,
+    Allow,
+    Limits,
+    LoaderConfig,
+    LocalRoot,
+    Merge,
+    Shard,
+    errors,
+)
 from lorax_async.types import MAX_SECONDS
 
 Patch = pytest.MonkeyPatch
@@ -249,3 +259,22 @@ def test_a_root_is_a_path_and_immutable_a_bool() -> None:
     for value in values:
         with pytest.raises(errors.ConfigError, match="immutable must be True or False, not"):
             LocalRoot("/", immutable=value)
+
+
+LONG = "n" * 100_000
+MADE: list[tuple[Any, dict[str, Any], str]] = [
+    (AdapterRef, {"id": "org/name", "digest": LONG}, "64 lower-case hex digits"),
+    (Merge, {"strategy": LONG, "refs": ["a"], "weights": [1]}, "is one of"),
+    (LoaderConfig, {"dtype": LONG}, "dtype must be one of"),
+    (LoaderConfig, {"max_slots": LONG}, "max_slots must be a positive integer"),
+    (LoaderConfig, {"timeout": LONG}, "timeout must be a positive number"),
+    (LoaderConfig, {"offline": LONG}, "offline must be True or False"),
+    (Allow, {"scheme": "https", "host": "host", "port": LONG}, "port of Allow must be an integer"),
+]
+
+
+@pytest.mark.parametrize(("make", "settings", "remedy"), MADE)
+def test_a_long_value_is_cut(make: Any, settings: dict[str, Any], remedy: str) -> None:
+    with pytest.raises(errors.UsageError, match=remedy) as caught:
+        make(**settings)
+    assert len(str(caught.value)) < 300

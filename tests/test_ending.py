@@ -59,6 +59,34 @@ async def test_threads_that_cannot_be_had(tmp_path: Path, monkeypatch: Patch) ->
     assert not our_threads()
 
 
+@pytest.mark.parametrize("threads", range(8))
+async def test_a_process_that_may_start_few_threads(
+    threads: int, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    """An error names the limit, at the opening or the load, and all that was started ends."""
+    start, left = threading.Thread.start, [threads]
+
+    def limited(thread: threading.Thread) -> None:
+        if thread.name.startswith("lorax-"):
+            left[0] -= 1
+            if left[0] < 0:
+                raise RuntimeError("can't start new thread")
+        start(thread)
+
+    adapter = tiny.write(tmp_path / "a")
+    there = loader(io_threads=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", limited)
+        try:
+            async with there, await there.load(adapter):
+                pass
+        except errors.CapacityError as error:
+            assert "thread" in str(error)
+            assert "io_threads" in str(error)
+            assert threads < 4
+    assert not our_threads()
+
+
 async def test_opening_does_not_hold_the_loop() -> None:
     there, turns = loader(device_bytes=512 << 20, staging_bytes=256 << 20), 0
     opening = asyncio.create_task(there.__aenter__())

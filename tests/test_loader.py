@@ -1,6 +1,7 @@
 """The loader as its callers see it: what it loads and tells, where adapters are, who asks a source."""
 
 import asyncio
+import errno
 import inspect
 import logging
 from dataclasses import FrozenInstanceError
@@ -18,7 +19,7 @@ from lorax_async.events import BytesMoved, Event, LayerReady, Leaving, Resident,
 from lorax_async.planning.transfer_plan import plan_transfer
 from lorax_async.runtime import fetches
 from lorax_async.runtime.telemetry import STORY_LENGTH
-from lorax_async.testing import FakeSource
+from lorax_async.testing import FakeSource, Step
 from lorax_async.types import AdapterKey, AdapterRef, Ref
 from sweeping import our_tasks
 from tiny_loaders import ONE, fails, gated, loader
@@ -399,6 +400,31 @@ async def test_a_cancelled_caller_leaves_the_others_their_answer(tmp_path: Path)
         assert isinstance(second, AdapterKey)
         assert second == third
         assert (source.counts.resolves, resolving.cancelled) == (1, 1)
+
+
+@pytest.mark.parametrize("step", ["resolve", "open", "bring"])
+@pytest.mark.parametrize(
+    ("short", "named"),
+    [
+        (MemoryError(), "ulimit -v"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "memory.max"),
+        (RuntimeError("can't start new thread"), "ulimit -u"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "ulimit -v"),
+    ],
+    ids=["memory", "ENOMEM", "threads", "torch"],
+)
+async def test_a_process_at_its_limits_says_which(
+    step: Step, short: Exception, named: str, tmp_path: Path
+) -> None:
+    source, resolving, loader = slow(tmp_path)
+    resolving.may_go_on.set()
+    source.fail(step, short)
+    async with loader:
+        error = await fails(loader.load(REF), errors.CapacityError, named)
+        assert ";" in str(error)
+        assert error.retryable
+        async with await loader.load(REF):
+            pass
 
 
 async def test_each_caller_has_an_error_of_its_own(tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ from lorax_async.formats.peft_names import WEIGHT_DTYPES, TensorRole, parse_tens
 from lorax_async.formats.safetensors import TensorSpan, parse_header
 from lorax_async.formats.split_weights import INDEX, parse_index
 from lorax_async.ids import HubRepository, LocalFolder, parse_ref
-from lorax_async.remote.hub import FileQuery, machine_token, problem_of, require_token
+from lorax_async.remote.base import require_token
+from lorax_async.remote.hub import FileQuery, machine_token, problem_of
 from lorax_async.sources.local import CONFIG, WEIGHTS, find_trusted_adapter, open_weights
 from lorax_async.types import AdapterRef
 

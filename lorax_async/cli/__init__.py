@@ -21,8 +21,10 @@ import importlib
 import importlib.metadata
 import io
 import os
+import re
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from lorax_async.cli.command_line import (
     ABOUTS,
@@ -33,7 +35,7 @@ from lorax_async.cli.command_line import (
     describe_os_error,
     require_rich,
 )
-from lorax_async.errors import LoraxError
+from lorax_async.errors import LoraxError, shorten
 
 EPILOG = """\
 exit status:
@@ -82,6 +84,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
 
 
+_LONG_WORD = re.compile(r"\S{101,}")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Cuts long words in errors, for argparse repeats arguments whole; also for commands."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(_LONG_WORD.sub(lambda word: shorten(word[0], 100), message))
+
+
 class _ShowVersion(argparse.Action):
     """Look for the version only if it is asked for."""
 
@@ -92,7 +104,7 @@ class _ShowVersion(argparse.Action):
 
 def _parser(words: Sequence[str], terminal: Terminal) -> argparse.ArgumentParser:
     """Return the parser of the command in `words`: the module of no other one is imported."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="lorax-async",
         description="Loads LoRA adapters (PEFT's format) into a running LLM server.",
         epilog=EPILOG,

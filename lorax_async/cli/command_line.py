@@ -543,7 +543,7 @@ def format_age(seconds: float) -> str:
 
 def describe_os_error(error: OSError) -> str:
     """Return a text without Python's "[Errno 2]"."""
-    place = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+    place = "" if error.filename is None else f"{shorten(os.fsdecode(error.filename), 500)}: "
     return f"{place}{error.strerror or error}"
 
 

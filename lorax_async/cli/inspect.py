@@ -34,7 +34,7 @@ from lorax_async.cli.command_line import (
 )
 from lorax_async.config import Limits, StoreConfig
 from lorax_async.devices.cpu import CpuDevice
-from lorax_async.errors import LoraxError
+from lorax_async.errors import LoraxError, shorten
 from lorax_async.files import locate, require_file, to_adapter_error
 from lorax_async.formats.peft_config import FIELDS, parse_config
 from lorax_async.formats.peft_names import TensorName, TensorRole, layer_index, parse_tensor_name
@@ -299,7 +299,7 @@ def _download_metadata(ref: AdapterRef, settings: Mapping[str, Any]) -> AdapterM
 
 def _show(found: Inspection, terminal: Terminal) -> None:
     verdict, style = ("refused", "bold red") if found.problems else ("can be loaded", "green")
-    terminal.say(f"{found.path}: {verdict}", style)
+    terminal.say(f"{shorten(found.path, 200)}: {verdict}", style)
     for text, error in islice(found.problems.items(), MAX_PROBLEMS):
         terminal.say(f"  {error}: {text}")
     if len(found.problems) > MAX_PROBLEMS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
@@ -13,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 from lorax_async.cache.base import LeftoverError
 from lorax_async.concurrency import FetchControl, wait_for_end
-from lorax_async.errors import AdapterNotFoundError, FetchError, IntegrityError
+from lorax_async.errors import AdapterNotFoundError, FetchError, IntegrityError, UsageError
 from lorax_async.formats.digests import Digest
 from lorax_async.formats.split_weights import FileRole, SplitPlan
 from lorax_async.http.download_scheduler import Job
@@ -190,6 +191,19 @@ class Backend(Protocol[P_contra]):
         self, place: P_contra, located: LocatedAdapter, roles: Sequence[FileRole]
     ) -> tuple[RemoteFile, ...]:
         """Return the weights' files that the index of this version names, all of them."""
+
+
+_TOKEN = re.compile(r"[\x21-\x7e]+")
+
+
+def require_token(token: str | None) -> str | None:
+    """Return the token. Raise `UsageError` if it is malformed; an empty one does not mean None."""
+    if token is not None and not _TOKEN.fullmatch(token):
+        raise UsageError(
+            "the token is empty, or has characters that no token has; leave it out (None) to send"
+            " none, or this machine's own to the hub with use_token"
+        )
+    return token
 
 
 _PRIVATE = [

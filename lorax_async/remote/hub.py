@@ -36,7 +36,6 @@ from lorax_async.errors import (
     InternalError,
     InvalidAdapterIdError,
     LoraxError,
-    UsageError,
     shorten,
 )
 from lorax_async.files import (
@@ -66,7 +65,7 @@ from lorax_async.http.failures import (
 from lorax_async.http.settings import Rules
 from lorax_async.http.target import Target
 from lorax_async.ids import Allow, HubRepository, parse_revision
-from lorax_async.remote.base import LocatedAdapter, RemoteFile, remember
+from lorax_async.remote.base import LocatedAdapter, RemoteFile, remember, require_token
 from lorax_async.types import AdapterRef, FileIdentity
 from lorax_async.urls import InvalidUrlError, Url, parse_url
 
@@ -81,7 +80,6 @@ _BASE_CONFIG = "config.json"
 _BEARER = "Bearer "
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_TOKEN = re.compile(r"[\x21-\x7e]+")
 _DENIED = frozenset({401, 403, 407, 451})
 _MISSING = frozenset({404, 410})
 _AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -403,16 +401,6 @@ def _stable_location(text: str, requested: Url, own: Url, commit: str) -> Url | 
 
 def _lacking(query: FileQuery, what: str) -> AdapterNotFoundError:
     return AdapterNotFoundError(f"{query.source!r} at {query.revision!r} has {what}")
-
-
-def require_token(token: str | None) -> str | None:
-    """Return the token. Raise `UsageError` if it is malformed; an empty one does not mean None."""
-    if token is not None and not _TOKEN.fullmatch(token):
-        raise UsageError(
-            "the hub's token is empty, or has characters that no token has; leave it out (None) to"
-            " send none, or this machine's own with use_token"
-        )
-    return token
 
 
 def endpoint_in_use(endpoint: str | None) -> str:

@@ -31,6 +31,7 @@ from lorax_async.remote.base import (
     AnotherVersionError,
     LocatedAdapter,
     RemoteFile,
+    require_token,
 )
 from lorax_async.types import AdapterRef
 from lorax_async.urls import Url
@@ -60,7 +61,7 @@ class WebBackend:
         return _VERSION.fullmatch(revision) is not None
 
     async def scope(self, place: WebFolder, ref: AdapterRef) -> str:
-        if ref.token is None:
+        if require_token(ref.token) is None:
             return ""
         text = f"{place.url.origin}\n{ref.token}"
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
@@ -72,7 +73,8 @@ class WebBackend:
         `AnotherVersionError` for another version, `AdapterNotFoundError` for a missing file, and
         the engine's errors.
         """
-        headers = {} if ref.token is None else {"Authorization": f"Bearer {ref.token}"}
+        token = require_token(ref.token)
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         with ExitStack() as sent:
             folder = _Folder(self._engine, place.url, headers, self._rules, self._limits, sent)
             first, second = folder.probe(CONFIG_FILE), folder.probe(WEIGHTS_FILE)

@@ -21,11 +21,11 @@ from lorax_async.errors import (
     FetchError,
     IncompatibleAdapterError,
     IntegrityError,
-    InternalError,
     LoraxError,
     Stage,
     UnsupportedAdapterError,
     UsageError,
+    as_lorax_error,
     shorten,
 )
 from lorax_async.ids import origins_of
@@ -320,7 +320,8 @@ class Acquirer:
             if isinstance(problem, LoraxError):
                 raise problem.located(id=text_of(ref)) from problem.__cause__
             if isinstance(problem, Exception):
-                raise InternalError(f"a load failed: {problem!r}", id=text_of(ref)) from problem
+                failed = as_lorax_error(problem, "a load failed").located(id=text_of(ref))
+                raise failed from problem
             raise
 
     async def _begin(

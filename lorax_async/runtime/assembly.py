@@ -12,7 +12,7 @@ from types import MappingProxyType
 import torch
 
 from lorax_async.cache.disk_cache import OwnCache
-from lorax_async.concurrency import in_own_thread
+from lorax_async.concurrency import end_in_thread
 from lorax_async.config import LoaderConfig, StoreConfig
 from lorax_async.devices.base import Device
 from lorax_async.devices.cpu import CpuDevice
@@ -90,7 +90,7 @@ class StoreParts:
         finally:
             await stopping
             await self.stop_tasks()  # again, for tasks of calls that ended meanwhile
-            await in_own_thread("lorax-stop", self.end)
+            await end_in_thread("lorax-stop", self.end)
 
     async def stop_tasks(self) -> None:
         await self.resolver.stop()
@@ -148,7 +148,7 @@ class Assembly:
                 self._memory, store.resolver, self.acquiring, self.driver, check_open
             )
         except BaseException:
-            await asyncio.shield(in_own_thread("lorax-stop", self._abort))
+            await asyncio.shield(end_in_thread("lorax-stop", self._abort))
             raise
 
     def _allocate_memory(self) -> tuple[StagingRing, torch.Tensor]:
@@ -252,7 +252,7 @@ class Assembly:
             await self.store.stop_tasks()
             await self.acquiring.stop()
             self.copies.clear()
-            await in_own_thread("lorax-stop", self._end)
+            await end_in_thread("lorax-stop", self._end)
             self.copies.clear()  # again, for copies of calls that ended meanwhile
 
     def _abort(self) -> None:

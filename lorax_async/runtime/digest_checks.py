@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from lorax_async.concurrency import SharedTasks, result_of
-from lorax_async.errors import IntegrityError, InternalError, LoraxError
+from lorax_async.errors import IntegrityError, LoraxError, as_lorax_error
 from lorax_async.runtime.leases import DigestPromise, Lease, SlotOccupancy
 from lorax_async.runtime.telemetry import Telemetry
 from lorax_async.sources.base import Source
@@ -103,7 +103,7 @@ class DigestChecks:
         except LoraxError as problem:
             error = problem.located(key=key, story=self._telemetry.story(key))
         except Exception as problem:  # noqa: BLE001 - becomes the lease's error
-            error = InternalError.caused_by(problem, "a digest was not compared", key=key)
+            error = as_lorax_error(problem, "a digest was not compared", key=key)
         promise.settle(kept, error)
         occupancy.wake_threads()
         occupancy.wake_tasks()

@@ -21,7 +21,13 @@ import torch
 from lorax_async.concurrency import Inbox, running_loop
 from lorax_async.devices.base import Device
 from lorax_async.devices.transfer import GroupTransfer
-from lorax_async.errors import AdapterFormatError, FetchError, InternalError, LoraxError
+from lorax_async.errors import (
+    AdapterFormatError,
+    FetchError,
+    InternalError,
+    LoraxError,
+    as_lorax_error,
+)
 from lorax_async.events import (
     BytesMoved,
     Event,
@@ -284,7 +290,7 @@ class Driver:
             self._perform(command)
         except Exception as problem:
             _logger.exception("executing %s failed", type(command).__name__)
-            error = InternalError.caused_by(problem, f"{type(command).__name__} failed")
+            error = as_lorax_error(problem, f"{type(command).__name__} failed")
             if isinstance(command, commands.CopyGroups):
                 self._commands += self.lifecycle.copy_failed(command, error)
             elif isinstance(command, commands.WipeExtents):

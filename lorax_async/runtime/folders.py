@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple, Self
 
 from lorax_async.cache.base import LeftoverError
 from lorax_async.concurrency import FetchControl, SharedTasks, result_of
-from lorax_async.errors import AdapterTimeoutError, InternalError, LoraxError, Stage, UsageError
+from lorax_async.errors import AdapterTimeoutError, LoraxError, Stage, UsageError, as_lorax_error
 from lorax_async.files import Reader
 from lorax_async.remote.readers import FetchReader
 from lorax_async.runtime.digest_checks import DigestChecks
@@ -220,7 +220,7 @@ class FolderLeases:
                     stage: Stage = "resolve" if call.key is None else "fetch"
                     problem = AdapterTimeoutError(late, stage=stage)
                 elif isinstance(error, Exception) and not isinstance(error, LoraxError):
-                    problem = InternalError.caused_by(error, "a fetch failed")
+                    problem = as_lorax_error(error, "a fetch failed")
                 if not isinstance(problem, LoraxError):
                     raise
                 noted = problem.located(id=text_of(ref), key=call.key)

@@ -13,7 +13,7 @@ from time import monotonic
 from typing import NamedTuple
 
 from lorax_async.concurrency import SharedTasks, result_of
-from lorax_async.errors import InternalError, LoraxError
+from lorax_async.errors import InternalError, LoraxError, exhausted
 from lorax_async.runtime.telemetry import Telemetry
 from lorax_async.sources.base import Source
 from lorax_async.sources.local import is_unchanged
@@ -234,7 +234,10 @@ class Resolver:
         except LoraxError:
             raise
         except Exception as error:
-            raise InternalError(f"{type(error).__name__}: {error}") from error
+            name = type(error).__name__
+            raise exhausted(error, "its version was not found out") or InternalError(
+                f"{name}: {error}"
+            ) from error
 
     async def _resolve_parts(self, merge: Merge) -> list[AdapterKey]:
         """Resolve the parts concurrently; other callers may join each of them."""
