@@ -1,4 +1,4 @@
-"""What it takes to decide on a batch: its plan, how that grows, the whole step; loads in overload."""
+"""What it takes to decide on a batch: its plan, how that grows, the step; and overload."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ def overload(given: Options) -> list[Line]:
     lines: list[Line] = []
     for load, tokens in ((0.05, 50), (0.5, 50), (0.2, 100)):
         users = returning(120, EQUAL, [tokens])
-        mix = Mix(users, 200 if given.quick else 600, load=load, starvation_age=0.5)
+        mix = Mix(users, 200 if given.quick else 600, load=load)
         ours, reference = play(mix), patient(mix)
         loads = ours.loads_per_request / reference.loads_per_request
         throughput = ours.throughput / reference.throughput

@@ -12,13 +12,13 @@ import random
 import selectors
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from functools import cache
 from heapq import heappop, heappush
 from itertools import count, pairwise
 from math import inf
-from typing import Any
+from typing import Any, TypeVar, TypeVarTuple
 
 import torch
 from safetensors.torch import save
@@ -36,6 +36,9 @@ from lorax_async.testing import FakeSource
 
 THINK = 0.01
 """Seconds from a user's answer to the next request."""
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 PASS = 0.02
 """Seconds of a pass, however many rows it has: decoding is bound by memory."""
@@ -149,7 +152,9 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self.now
 
-    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:
+    def run_in_executor(
+        self, executor: Executor | None, func: Callable[[*Ts], T], *args: *Ts
+    ) -> asyncio.Future[T]:
         self.calls += 1
         future = super().run_in_executor(executor, func, *args)
         future.add_done_callback(self._came_back)

@@ -134,7 +134,7 @@ async def test_an_adapter_serves_what_was_queued_and_then_yields(tmp_path: Path)
     one_slot: dict[str, Any] = PATIENT | {"max_slots": 1}
     async with opened(source, one_slot, ready="c", clock=clock) as (loader, scheduler):
         requests = [scheduler.submit(Request(id, 1, 1)) for id in "cabaaaa"]
-        await until(lambda: loader.placement().usage.waiting == 2)
+        await until(lambda: all(map(loader.placement().find, "ab")))  # their files are here
         served = rows(await step(scheduler, sequences=1))
         clock.pass_until(11.0)
         await held(loader, "a")
@@ -152,7 +152,7 @@ async def test_a_request_without_end_makes_room_amid_it_and_goes_on(tmp_path: Pa
         endless = scheduler.submit(Request("a", 1, MANY))
         await step(scheduler)
         other = scheduler.submit(Request("b", 1, 1))
-        await until(lambda: loader.placement().usage.waiting)
+        await until(lambda: loader.placement().find("b"))
         while clock.now < 50.0:
             assert not other.done
             assert rows(await step(scheduler))[0][0] == "a"
