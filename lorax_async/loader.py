@@ -16,7 +16,6 @@ from lorax_async.concurrency import Lifetime
 from lorax_async.config import LoaderConfig
 from lorax_async.devices.base import Device, PointerTables
 from lorax_async.errors import (
-    AdapterTimeoutError,
     ConfigError,
     InvalidAdapterIdError,
     LoraxError,
@@ -308,13 +307,8 @@ class AdapterLoader:
         while it resolves an id.
         """
         self._check_open()
-        ref, seconds = as_ref(adapter_id), self.config.seconds(timeout)
-        try:
-            async with asyncio.timeout(seconds):
-                return await self._assembly.store.resolver.resolve(ref)
-        except TimeoutError:
-            problem = f"it was not resolved within {seconds:g} s"
-            raise AdapterTimeoutError(problem, id=text_of(ref), stage="resolve") from None
+        resolver = self._assembly.store.resolver
+        return await resolver.resolve_within(as_ref(adapter_id), self.config.seconds(timeout))
 
     def current_key(self, adapter_id: AdapterId) -> AdapterKey | None:
         """Return the version that the id means if `try_acquire` may use it, else None. No I/O.

@@ -18,7 +18,7 @@ from lorax_async.runtime.assembly import StoreParts
 from lorax_async.runtime.folders import AdapterFolder, StoredAdapter
 from lorax_async.runtime.prefetch import Prefetch
 from lorax_async.sources.base import Source
-from lorax_async.types import AdapterId, Ref, as_ref, as_refs
+from lorax_async.types import AdapterId, AdapterKey, Ref, as_ref, as_refs
 
 
 class AdapterStore:
@@ -118,6 +118,22 @@ class AdapterStore:
         self._lifetime.check_open()
         ref = as_ref(adapter_id, source, revision, token, digest, allow_stale=allow_stale)
         return await self._parts.folders.fetch(ref, self.config.seconds(timeout))
+
+    async def resolve(self, adapter_id: AdapterId, *, timeout: float | None = None) -> AdapterKey:
+        """Return the version that the id means now, as `AdapterLoader.resolve` does."""
+        self._lifetime.check_open()
+        return await self._parts.resolver.resolve_within(
+            as_ref(adapter_id), self.config.seconds(timeout)
+        )
+
+    def current_key(self, adapter_id: AdapterId) -> AdapterKey | None:
+        """Return the version that the id means if its last look-up still counts, else None.
+
+        No I/O. After None, call `resolve`. `StoreConfig.revalidate` and `revalidate_files` say how
+        long a look-up counts.
+        """
+        self._lifetime.check_open()
+        return self._parts.resolver.recent(as_ref(adapter_id))
 
     def prefetch(
         self, ids: AdapterId | Iterable[AdapterId], *, timeout: float | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from math import ceil
 from pathlib import Path
@@ -27,7 +27,10 @@ from lorax_async.types import AdapterRef
 
 PREFIX = "LORAX_ASYNC_"
 NAMES = frozenset(
-    {"SOURCES", "ADAPTERS", "CACHE_DIR", "CACHE_BYTES", "HOST_BYTES", "TIMEOUT", "TOKEN"}
+    {
+        *("SOURCES", "ADAPTERS", "CACHE_DIR", "CACHE_BYTES", "HOST_BYTES", "TIMEOUT", "TOKEN"),
+        *("REVALIDATE", "ALLOW_STALE"),
+    }
 )
 
 
@@ -47,6 +50,10 @@ class PluginSettings:
     """Budget, in each worker, of weights that are ready for the engine."""
     timeout: float = 300.0
     """Seconds within which an adapter is downloaded, checked and built."""
+    revalidate: float = 60.0
+    """Seconds for which a source's answer counts: which version an id means, and access to it."""
+    allow_stale: bool = False
+    """While a source cannot be reached, use the version that it last named."""
     token: str | None = field(default=None, repr=False)
     """The bearer token for http(s) sources; the hub has `HF_TOKEN`."""
 
@@ -76,8 +83,11 @@ class PluginSettings:
         for name in ("CACHE_BYTES", "HOST_BYTES"):
             if name in given:
                 values[name.lower()] = _parse_size(name, given[name])
-        if "TIMEOUT" in given:
-            values["timeout"] = _parse_seconds(given["TIMEOUT"])
+        for name in ("TIMEOUT", "REVALIDATE"):
+            if name in given:
+                values[name.lower()] = _parse_seconds(name, given[name])
+        if "ALLOW_STALE" in given:
+            values["allow_stale"] = _parse_switch("ALLOW_STALE", given["ALLOW_STALE"])
         settings = cls(**values)
         StoreConfig(**settings.store_settings())  # raises for values out of range
         return settings
@@ -92,6 +102,7 @@ class PluginSettings:
             "cache_dir": self.cache_dir,
             "cache_bytes": self.cache_bytes,
             "timeout": self.timeout,
+            "revalidate": self.revalidate,
         }
 
     def find(self, name: str) -> AdapterRef | None:
@@ -99,6 +110,10 @@ class PluginSettings:
 
         The name is one in `adapters`, an id below `sources`, or a name in one of `folders`.
         """
+        ref = self._find(name)
+        return replace(ref, allow_stale=True) if ref is not None and self.allow_stale else ref
+
+    def _find(self, name: str) -> AdapterRef | None:
         if name in self.adapters:
             return self.adapters[name]
         bare = "/" not in name and ":" not in name
@@ -172,11 +187,17 @@ def _parse_size(name: str, text: str) -> int:
     return size
 
 
-def _parse_seconds(text: str) -> float:
+def _parse_seconds(name: str, text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise ConfigError(f"{PREFIX}TIMEOUT must be seconds, not {shorten(text, 40)!r}") from None
+        raise ConfigError(f"{PREFIX}{name} must be seconds, not {shorten(text, 40)!r}") from None
+
+
+def _parse_switch(name: str, text: str) -> bool:
+    if text not in {"0", "1"}:
+        raise ConfigError(f"{PREFIX}{name} must be 0 or 1, not {shorten(text, 40)!r}")
+    return text == "1"
 
 
 class BaseRequirements:

@@ -230,11 +230,15 @@ class RequestedAdapters:
         manager = self._manager
         is_leaving = name in self._folders and name in manager.pending_lora_unloads
         known = name in manager.lora_registry.get_all_adapters() or name in manager.lora_ref_cache
-        if known and not is_leaving:
-            return None
         ref = self._settings.find(name)
         if ref is None:
-            return None  # SGLang refuses the request
+            return None  # loaded by SGLang's own route, or SGLang refuses the request
+        if known and not is_leaving:
+            if name not in self._folders or self._is_current(name, ref):
+                return None
+            work = self._renew(name, ref)
+        else:
+            work = self._load(name, ref)
 
         def end(load: asyncio.Task[None]) -> None:
             del self._loads[name]
@@ -242,7 +246,7 @@ class RequestedAdapters:
             if not load.cancelled():
                 load.exception()  # its callers may have left
 
-        load = self._loads[name] = asyncio.create_task(self._load(name, ref), name=f"load {name}")
+        load = self._loads[name] = asyncio.create_task(work, name=f"load {name}")
         load.add_done_callback(end)
         return load
 
@@ -266,6 +270,27 @@ class RequestedAdapters:
         # Another client may have loaded it by SGLang's own route.
         if not result.success and "already loaded" not in result.error_message:
             raise ValueError(f"SGLang cannot load the adapter {name!r}: {result.error_message}")
+
+    def _is_current(self, name: str, ref: AdapterRef) -> bool:
+        """Return whether the loaded version is known to be what the name means now."""
+        assert self._store is not None
+        return self._store.current_key(ref) == self._folders[name].key
+
+    async def _renew(self, name: str, ref: AdapterRef) -> None:
+        """Ask what a loaded adapter's name means now. Load another version in its place.
+
+        SGLang unloads an adapter when its requests have ended.
+        """
+        from sglang.srt.managers import io_struct  # noqa: PLC0415
+
+        assert self._store is not None
+        try:
+            if await self._store.resolve(ref) == self._folders[name].key:
+                return
+        except LoraxError as error:
+            raise _refuse(error.located(id=ref.text), name) from error
+        await self._manager.unload_lora_adapter(io_struct.UnloadLoRAAdapterReqInput(lora_name=name))
+        await self._load(name, ref)
 
     async def _finish_unload(self, name: str) -> None:
         """Unload an adapter whose unload was cut short, as by a caller that left."""

@@ -13,7 +13,7 @@ from time import monotonic
 from typing import NamedTuple
 
 from lorax_async.concurrency import SharedTasks, result_of
-from lorax_async.errors import InternalError, LoraxError, exhausted
+from lorax_async.errors import AdapterTimeoutError, InternalError, LoraxError, exhausted
 from lorax_async.runtime.telemetry import Telemetry
 from lorax_async.sources.base import Source
 from lorax_async.sources.local import is_unchanged
@@ -147,6 +147,15 @@ class Resolver:
             if not self.is_outdated(ref, answer):
                 return answer
         return key
+
+    async def resolve_within(self, ref: Ref, seconds: float) -> AdapterKey:
+        """Resolve `ref`. Raise `AdapterTimeoutError` after `seconds`."""
+        try:
+            async with asyncio.timeout(seconds):
+                return await self.resolve(ref)
+        except TimeoutError:
+            problem = f"it was not resolved within {seconds:g} s"
+            raise AdapterTimeoutError(problem, id=text_of(ref), stage="resolve") from None
 
     async def _answer(self, ref: ResolvableRef, task: asyncio.Task[AdapterKey]) -> AdapterKey:
         try:

@@ -1,5 +1,7 @@
 import copy
+import gc
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 import tiny
+from engines import vllm_doubles
 from engines.variants import llama, save, serving
 from lorax_async.engines.smollm2 import prepare_base
 from lorax_async.engines.transformers import AttachedModel
@@ -107,3 +110,26 @@ async def served(small: Any, adapters: list[Path]) -> AsyncIterator[Served]:
         await loader.load(adapters[1]) as second,
     ):
         yield Served(loader, attached, first, second)
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let vLLM's modules be doubles."""
+    vllm_doubles.install(monkeypatch)
+
+
+@pytest.fixture
+def builds_end(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Let a worker's weights be collected, and with them its thread, as when its process ends."""
+    gc.freeze()  # a collection of all that is older takes a second
+    yield
+    caplog.clear()
+    request.node.funcargs.clear()
+    end = time.monotonic() + 10
+    for thread in threading.enumerate():
+        if thread.name.startswith("lorax-build"):
+            while thread.is_alive() and time.monotonic() < end:
+                gc.collect()  # again: its thread drops them a moment after the build
+                thread.join(0.01)
+            assert not thread.is_alive()
+    gc.unfreeze()

@@ -1,29 +1,23 @@
 """What the vLLM plug-in decides without vLLM; `make vllm` runs it in vLLM's server."""
 
 import asyncio
-import gc
 import shutil
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from socket import AF_INET, SOCK_DGRAM, socket
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from hub_stand_in import ADAPTER, HubStandIn
 
 from common import open_files, until
+from engines.vllm_doubles import Engine, Lora, LoRARequest, serving, settings
 from lorax_async import AdapterRef, AdapterStore, ConfigError, LoraxError, StoreConfig
-from lorax_async.engines.plugins import BaseRequirements, PluginSettings
-from lorax_async.engines.vllm.engine_calls import EngineCalls
 from lorax_async.engines.vllm.notices import receive_notices, send_notice
 from lorax_async.engines.vllm.plugin import notice_host
-from lorax_async.engines.vllm.served_adapters import ServedAdapters
 from lorax_async.engines.vllm.worker import (
     FILES,
     BuiltWeights,
@@ -32,28 +26,7 @@ from lorax_async.engines.vllm.worker import (
 )
 from vllm_stage import write_adapter
 
-
-@pytest.fixture(autouse=True)
-def threads_end(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """Let a worker's weights be collected, and with them its thread, as when its process ends."""
-    gc.freeze()  # a collection of all that is older takes a second
-    yield
-    caplog.clear()
-    request.node.funcargs.clear()
-    end = time.monotonic() + 10
-    for thread in threading.enumerate():
-        if thread.name.startswith("lorax-build"):
-            while thread.is_alive() and time.monotonic() < end:
-                gc.collect()  # again: its thread drops them a moment after the build
-                thread.join(0.01)
-            assert not thread.is_alive()
-    gc.unfreeze()
-
-
-def settings(**values: str) -> PluginSettings:
-    return PluginSettings.from_environment(
-        {f"LORAX_ASYNC_{name}": value for name, value in values.items()} | {"PATH": "/bin"}
-    )
+pytestmark = pytest.mark.usefixtures("builds_end")
 
 
 @pytest.mark.parametrize(
@@ -136,6 +109,8 @@ async def test_an_alias_gets_the_hubs_token_and_its_id_does_not(
         ({"ADAPTERS": "org/name"}, "'org/name' is not NAME=ID"),
         ({"HOST_BYTES": "2 GB"}, "LORAX_ASYNC_HOST_BYTES must be bytes, such as 16GiB"),
         ({"TIMEOUT": "soon"}, "LORAX_ASYNC_TIMEOUT must be seconds"),
+        ({"REVALIDATE": "often"}, "LORAX_ASYNC_REVALIDATE must be seconds"),
+        ({"ALLOW_STALE": "yes"}, "LORAX_ASYNC_ALLOW_STALE must be 0 or 1"),
     ],
 )
 def test_a_wrong_setting_is_named(values: dict[str, str], message: str) -> None:
@@ -143,43 +118,6 @@ def test_a_wrong_setting_is_named(values: dict[str, str], message: str) -> None:
         settings(**values)
     assert message in str(caught.value)
     assert "pass@" not in str(caught.value)
-
-
-class Lora:
-    """vLLM 0.32's, as far as the plug-in looks."""
-
-    embedding_modules = None
-
-    def __init__(self, **changed: Any) -> None:
-        expected: dict[str, Any] = {
-            "_create_merged_loras_inplace": lambda lora_model: None,
-            "modules": {"q": None},
-            "device": torch.device("cpu"),
-            "lora_index_to_id": [],
-            "list_adapters": dict,
-            "create_dummy_lora": lambda *_: "zeros",
-            "is_pooling_model": True,
-            "_is_moe": False,
-        }
-        self._adapter_manager = SimpleNamespace(**expected | changed)
-
-    def step(self, lora_request: Any) -> Any:
-        return self._load_adapter(lora_request)
-
-    def _load_adapter(self, lora_request: Any) -> Any:
-        """Return a model whose weights are the file's bytes."""
-        data = Path(lora_request.lora_path, FILES[1]).read_bytes()
-        if data == b"bad":
-            raise ValueError("vLLM does not support it")
-        return Model(torch.tensor(list(data), dtype=torch.uint8))
-
-
-class Model:
-    def __init__(self, weights: torch.Tensor) -> None:
-        self.loras = {"q": SimpleNamespace(lora_a=weights, lora_b=weights)}
-
-    def clone(self, number: int) -> "Model":
-        return self
 
 
 class Renamed(Lora):
@@ -202,22 +140,9 @@ def test_only_the_expected_interface_is_extended(lora: object, reason: str | Non
 
 
 @pytest.fixture
-def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = SimpleNamespace(LoRARequest=lora_request, GracefulHTTPError=RuntimeError)
-    for name in ("vllm", "vllm.lora", "vllm.lora.request", "vllm.exceptions"):
-        monkeypatch.setitem(sys.modules, name, module)
-
-
-@pytest.fixture
 def built(vllm: None) -> BuiltWeights:
     """Room for 20 bytes of weights: those of a file of 10."""
     return BuiltWeights(Lora(), 20)
-
-
-def lora_request(name: str, number: int, path: str) -> Any:
-    return SimpleNamespace(
-        lora_name=name, lora_int_id=number, lora_path=path, is_3d_lora_weight=False
-    )
 
 
 def write(folder: Path, weights: bytes) -> str:
@@ -227,8 +152,8 @@ def write(folder: Path, weights: bytes) -> str:
     return str(folder)
 
 
-def build(built: BuiltWeights, path: str, version: str = "") -> str | None:
-    built.prepare(path, version)
+def build(built: BuiltWeights, path: str) -> str | None:
+    built.prepare(path)
     while not (progress := built.progress(path))[0]:
         time.sleep(0.001)
     return progress[1]
@@ -246,12 +171,12 @@ def test_an_error_of_building_is_told_to_all_who_wait(built: BuiltWeights, tmp_p
 def test_only_the_first_load_of_an_adapter_raises(built: BuiltWeights, tmp_path: Path) -> None:
     """A later one is in vLLM's step, where an exception would end the engine."""
     path = write(tmp_path / "a", b"good")
-    assert built.load(lora_request("a", 1, path)).loras
+    assert built.load(LoRARequest("a", 1, path)).loras
     write(tmp_path / "a", b"bad")
-    assert built.load(lora_request("a", 1, path)) == "zeros"
+    assert built.load(LoRARequest("a", 1, path)) == "zeros"
     assert built.report()["lost"] == {path: "vLLM does not support it"}
     with pytest.raises(ValueError, match="does not support"):
-        built.load(lora_request("b", 2, path))
+        built.load(LoRARequest("b", 2, path))
 
 
 def test_an_adapter_beyond_the_budget_is_checked_and_drives_nothing_out(
@@ -260,44 +185,10 @@ def test_an_adapter_beyond_the_budget_is_checked_and_drives_nothing_out(
     small, large = write(tmp_path / "small", b"10 bytes.."), write(tmp_path / "large", b"." * 11)
     assert build(built, small) is None
     assert build(built, large) is None
-    assert built.load(lora_request("large", 1, large)).loras
+    assert built.load(LoRARequest("large", 1, large)).loras
     assert built.report()["built"] == {small: 20}
     write(tmp_path / "large", b"bad")
     assert build(built, large) == "vLLM does not support it"
-
-
-class Engine:
-    """vLLM's EngineClient, with one worker, whose calls are noted."""
-
-    def __init__(self, lora: Lora) -> None:
-        self.worker: Any = WorkerExtension()
-        vars(self.worker)["model_runner"] = SimpleNamespace(lora_manager=lora)
-        self.calls: list[tuple[Any, ...]] = []
-        self.output_processor = SimpleNamespace(request_states={})
-
-    async def collective_rpc(self, method: str, args: Any) -> list[Any]:
-        self.calls.append((method, *args))
-        return [getattr(self.worker, method)(*args)]
-
-    async def remove_lora(self, number: int) -> None:
-        self.calls.append(("remove_lora", number))
-
-    async def abort(self, ids: list[str], *, internal: bool) -> None: ...
-
-
-@asynccontextmanager
-async def serving(
-    root: Path, engine: Engine, host_bytes: int = 1 << 20, named: Any = None
-) -> AsyncIterator[ServedAdapters]:
-    """Serve the folders in `root`; vLLM has the adapters `named`."""
-    given = settings(SOURCES=str(root), CACHE_DIR=f"{root}/cache")
-    calls = EngineCalls(engine)
-    models = SimpleNamespace(lora_requests=named or {}, lora_resolver_lock={})
-    await calls.setup(host_bytes, [each.lora_int_id for each in models.lora_requests.values()])
-    async with AdapterStore(StoreConfig(**given.store_settings())) as store:
-        served = ServedAdapters(given, store, calls, models, lambda: BaseRequirements(None, None))
-        yield served
-        await served.close()
 
 
 @pytest.mark.usefixtures("vllm")
@@ -308,7 +199,7 @@ async def test_a_local_folder_is_built_again_when_its_files_changed(tmp_path: Pa
             shutil.rmtree(folder)
             write_adapter(folder, rank=1, seed=seed, layers=1)
             for name in ("prefetched", "asked"):
-                await served.discard(await served.prepare_folder(name, str(folder)))
+                await served.discard(await served.prepare(name, AdapterRef(folder)))
             await served.refresh()
             assert served.counts["built"] == built
 
@@ -352,7 +243,7 @@ async def test_adapters_that_vllm_had_before_are_looked_after(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("lorax_async.engines.vllm.served_adapters.LINGER", 0.0)
     folder = write_adapter(tmp_path / "here", rank=1, seed=1, layers=1)
-    here, gone = lora_request("here", 1, "~/here"), lora_request("gone", 2, f"{tmp_path}/gone")
+    here, gone = LoRARequest("here", 1, "~/here"), LoRARequest("gone", 2, f"{tmp_path}/gone")
     named, lora = {"here": here, "gone": gone}, Lora()
     engine = Engine(lora)
     async with serving(tmp_path, engine, 0, named) as served:
@@ -360,8 +251,9 @@ async def test_adapters_that_vllm_had_before_are_looked_after(
         await until(lambda: served.describe()[0]["bytes"] and served.describe()[1]["last_error"])
         write_adapter(tmp_path / "other", rank=1, seed=1, layers=1)
         other = await served.prepare("other", AdapterRef("./other"))
-        named["other"] = lora_request("other", 3, other.path)
-        served.add(other, named["other"], is_resolvable=True)
+        named["other"] = LoRARequest("other", 3, other.path)
+        other.is_resolvable = True
+        served.add(other, named["other"])
         await served.refresh()
         assert set(named) == {"here", "gone", "other"}
         del named["other"]

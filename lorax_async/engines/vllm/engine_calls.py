@@ -46,14 +46,14 @@ class EngineCalls:
         results: list[Any] = await self._client.collective_rpc(method, args=args)
         return results
 
-    async def build(self, path: str, timeout: float, version: str = "") -> None:
-        """Build the weights in `path` in every worker, unless they are built in this `version`.
+    async def build(self, path: str, timeout: float) -> None:
+        """Build the weights in `path` in every worker, unless they are built already.
 
         Raise `UnsupportedAdapterError` if vLLM cannot load it.
         """
         if not self.extended:
             return
-        await self.call("lorax_prepare", path, version)
+        await self.call("lorax_prepare", path)
         try:
             async with asyncio.timeout(timeout):
                 pause = FIRST_POLL
@@ -73,6 +73,15 @@ class EngineCalls:
         """Let the workers close the adapter's files, and drop their weights unless `keep_copy`."""
         if self.extended:
             await self.call("lorax_forget", path, keep_copy)
+
+    async def add(self, request: Any) -> None:
+        """Give vLLM's engine an adapter. Raise `UnsupportedAdapterError` if it cannot load it."""
+        try:
+            await self._client.add_lora(request)
+        except Exception as error:
+            raise UnsupportedAdapterError(
+                f"vLLM cannot load it: {error}", id=request.lora_name
+            ) from error
 
     async def remove(self, number: int) -> None:
         """Take an adapter out of its slot and out of vLLM's cache."""

@@ -20,7 +20,7 @@ from lorax_async.config import StoreConfig
 from lorax_async.engines.plugins import BaseRequirements, PluginSettings
 from lorax_async.engines.vllm.engine_calls import EngineCalls
 from lorax_async.engines.vllm.notices import network_namespace, receive_notices
-from lorax_async.engines.vllm.routes import attach_metrics, attach_routes, refuse
+from lorax_async.engines.vllm.routes import attach_metrics, attach_renewal, attach_routes, refuse
 from lorax_async.engines.vllm.served_adapters import ServedAdapters
 from lorax_async.errors import ConfigError, LoraxError
 from lorax_async.planning.layout import ModelLayout
@@ -55,7 +55,8 @@ class NameResolver:
         except LoraxError as error:
             raise refuse(error, lora_name) from error
         request = LoRARequest(lora_name, 1, adapter.path)  # vLLM sets the number
-        served.add(adapter, request, is_resolvable=True)
+        adapter.is_resolvable = True
+        served.add(adapter, request)
         return request
 
 
@@ -85,6 +86,7 @@ class ServerPlugin:
     def attach_router(self, app: Any) -> None:
         """Add routes, and close the store when the server ends."""
         attach_routes(app)
+        attach_renewal(app)
         inner = app.router.lifespan_context
 
         @asynccontextmanager

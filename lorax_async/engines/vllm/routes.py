@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -17,6 +19,9 @@ from prometheus_client.registry import Collector
 from lorax_async.engines.plugins import PluginSettings, response_to
 from lorax_async.engines.vllm.served_adapters import ServedAdapters
 from lorax_async.errors import LoraxError
+from lorax_async.types import AdapterRef
+
+_logger = logging.getLogger("vllm.lorax_async")  # vLLM writes what its children log
 
 
 class AdapterRefusal(HTTPException):
@@ -49,6 +54,36 @@ def attach_routes(app: FastAPI) -> None:
     app.add_api_route("/v1/lorax/prefetch", prefetch, methods=["POST"])
     app.add_api_route("/v1/load_lora_adapter", load_adapter, methods=["POST"])
     app.add_api_route("/v1/unload_lora_adapter", unload_adapter, methods=["POST"])
+
+
+def attach_renewal(app: FastAPI) -> None:
+    """Look at what the `model` of a request means now, before vLLM does.
+
+    All of vLLM's routes whose body is JSON depend on its check of the content type. FastAPI has
+    parsed the body by then, and Starlette's request keeps it.
+    """
+    try:
+        from vllm.entrypoints.serve.utils.api_utils import validate_json_request  # noqa: PLC0415
+    except ImportError as error:
+        _logger.warning("served adapters are not looked at again until an unload: %s", error)
+        return
+
+    async def validate_and_renew(raw_request: Request) -> None:
+        await validate_json_request(raw_request)
+        serving = getattr(raw_request.app.state, "lorax", None)
+        try:
+            body = await raw_request.json()
+        except ValueError:
+            return  # vLLM answers it
+        name = body.get("model") if isinstance(body, dict) else None
+        if serving is None or not isinstance(name, str):
+            return
+        try:
+            await serving[1].renew(name)
+        except LoraxError as error:
+            raise refuse(error, name) from error
+
+    app.dependency_overrides[validate_json_request] = validate_and_renew
 
 
 async def list_adapters(request: Request) -> Response:
@@ -85,13 +120,14 @@ async def load_adapter(request: Request) -> Response:
     name, path = body.lora_name, body.lora_path
     folder = os.path.expanduser(path)  # noqa: ASYNC240 - as vLLM does
     ref = None if os.path.isabs(folder) else settings.find(path)
-    try:
-        if ref is not None:
-            adapter = await served.prepare(name, ref)
-        elif os.path.isdir(folder):  # noqa: ASYNC240 - vLLM lets this route load any folder
-            adapter = await served.prepare_folder(name, os.path.abspath(folder))  # noqa: ASYNC240
-        else:  # vLLM would download it inside its loop
+    is_fixed = ref is None
+    if ref is None:
+        if not os.path.isdir(folder):  # noqa: ASYNC240 - vLLM would download it inside its loop
             raise AdapterRefusal(404, f"{path!r} is neither a folder nor an adapter of the sources")
+        # vLLM lets this route load any folder.
+        ref = AdapterRef(Path(os.path.abspath(folder)))  # noqa: ASYNC240
+    try:
+        adapter = await served.prepare(name, ref, in_place=body.load_inplace)
     except LoraxError as error:
         raise refuse(error, name) from error
     body.lora_path = adapter.path
@@ -105,6 +141,7 @@ async def load_adapter(request: Request) -> Response:
         return JSONResponse(response.model_dump(), response.error.code)
     loaded = models.lora_requests[name]
     loaded.load_inplace = False  # vLLM would load it again in every step
+    adapter.is_fixed = is_fixed
     served.add(adapter, loaded)
     return PlainTextResponse(response)
 

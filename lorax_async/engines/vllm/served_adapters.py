@@ -7,7 +7,7 @@ import logging
 import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Coroutine, Iterable, Mapping
-from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -15,12 +15,10 @@ from typing import Any, Protocol, TypeVar
 
 from lorax_async.engines.plugins import BaseRequirements, PluginSettings
 from lorax_async.engines.vllm.engine_calls import EngineCalls
-from lorax_async.errors import FetchError, LoraxError
-from lorax_async.files import identity_of
+from lorax_async.errors import FetchError, IntegrityError, LoraxError
 from lorax_async.runtime.folders import AdapterFolder
-from lorax_async.sources.local import CONFIG, WEIGHTS
 from lorax_async.store import AdapterStore
-from lorax_async.types import AdapterRef
+from lorax_async.types import AdapterKey, AdapterRef
 
 LINGER = 1.0
 """Seconds without a request before an unloaded adapter leaves: one may be on its way to it."""
@@ -34,6 +32,12 @@ MAX_SERVED = 256
 MAX_REMEMBERED = 256
 """Names of failed and of prefetched adapters."""
 
+ATTEMPTS = 3
+"""Builds of a local adapter whose files change meanwhile."""
+
+POLL = 0.1
+"""Seconds between two looks whether the requests of an earlier version have ended."""
+
 T = TypeVar("T")
 
 _logger = logging.getLogger("vllm.lorax_async")  # vLLM writes what its children log
@@ -44,6 +48,7 @@ class Models(Protocol):
 
     lora_requests: dict[str, Any]
     lora_resolver_lock: dict[str, asyncio.Lock]
+    lora_id_counter: Any
 
 
 @dataclass(slots=True, eq=False)
@@ -51,15 +56,21 @@ class ServedAdapter:
     """One adapter that vLLM has, or is about to get, and the lease on its folder."""
 
     name: str
-    id: str
+    ref: AdapterRef
     path: str
+    """Another one for each version: vLLM keys what it computed by name and path."""
     folder: AdapterFolder | None
-    """None for a folder that the operator named: by `/v1/load_lora_adapter` or `--lora-modules`."""
+    """None for one of `--lora-modules` until it is prepared."""
     nbytes: int = 0
     request: Any = None
     """vLLM's LoRARequest, once there is one."""
+    is_fixed: bool = False
+    """Whether it stays as it was loaded: from a folder that the operator named, by
+    `/v1/load_lora_adapter` or `--lora-modules`."""
+    is_refused: bool = False
+    """Whether what its name means now was refused: only requests that have begun use it."""
     is_retired: bool = False
-    """Whether it leaves for lack of room, not because it was unloaded."""
+    """Whether it leaves because it was idle, not because it was unloaded."""
     is_resolvable: bool = False
     """Whether a request by its name brings it back, so that it may leave while it is idle."""
     idle_since: float | None = None
@@ -68,6 +79,10 @@ class ServedAdapter:
     def version(self) -> str | None:
         """The commit or ETags of its files; None for a local folder."""
         return None if self.folder is None else self.folder.version
+
+    @property
+    def key(self) -> AdapterKey | None:
+        return None if self.folder is None else self.folder.key
 
 
 class ServedAdapters:
@@ -93,6 +108,7 @@ class ServedAdapters:
         self._make_base = base
         self._base: asyncio.Future[BaseRequirements] | None = None
         self._served: dict[str, ServedAdapter] = {}
+        self._local_versions: dict[str, tuple[AdapterKey, int]] = {}
         self._leaving: list[ServedAdapter] = []
         self._prefetched: OrderedDict[str, ServedAdapter] = OrderedDict()
         self._errors: OrderedDict[str, str] = OrderedDict()
@@ -104,40 +120,66 @@ class ServedAdapters:
 
     # -- into the engine --------------------------------------------------------------------------
 
-    async def prepare(self, name: str, ref: AdapterRef) -> ServedAdapter:
+    async def prepare(self, name: str, ref: AdapterRef, *, in_place: bool = False) -> ServedAdapter:
         """Fetch and check an adapter and build its weights. The caller passes it to `add`.
+
+        With `in_place` it gets the number that the name has in vLLM.
 
         Raise what `AdapterStore.checkout` raises, `IncompatibleAdapterError` if it does not fit
         the base, and `UnsupportedAdapterError` if vLLM cannot load it. Nothing stays leased.
         """
+        adapter = await self._prepare(name, ref)
         try:
-            folder = await self._store.checkout(ref)
-        except LoraxError as error:
-            self._note(name, error)
+            # vLLM takes two adapters of one name in a batch for one: let the earlier one end.
+            while not in_place and self._has_requests(name):  # noqa: ASYNC110 - no event tells
+                await asyncio.sleep(POLL)
+        except BaseException:
+            self._start(self.discard(adapter))
             raise
-        adapter = ServedAdapter(name, ref.text, str(folder.path), folder)
-        await self._build(adapter)
         return adapter
 
-    async def prepare_folder(self, name: str, path: str) -> ServedAdapter:
-        """Prepare an adapter in a folder that the operator's client names, as vLLM lets it."""
-        adapter = ServedAdapter(name, path, path, None)
-        await self._build(adapter)
-        return adapter
+    async def _prepare(self, name: str, ref: AdapterRef) -> ServedAdapter:
+        for _ in range(ATTEMPTS):
+            try:
+                folder = await self._store.checkout(ref)
+            except LoraxError as error:
+                self._note(name, error)
+                raise
+            adapter = ServedAdapter(name, ref, self._path_of(folder), folder)
+            if await self._build(adapter, folder.key):
+                return adapter
+            await self._release(adapter, keep_copy=False)
+        changing = IntegrityError(
+            "its files changed each time while they were read; save to a new folder and rename"
+            " it into place",
+            id=ref.text,
+        )
+        self._note(name, changing)
+        raise changing
 
-    async def _build(self, adapter: ServedAdapter) -> None:
+    def _path_of(self, folder: AdapterFolder) -> str:
+        """Return the folder's path, spelled in another way for each version of a local folder."""
+        path, key = str(folder.path), folder.key
+        if not key.files:
+            return path  # it is the version's own
+        last, number = self._local_versions.get(path, (key, 0))
+        number += last != key
+        self._local_versions[path] = key, number
+        return path + "".join("/." if digit == "1" else "/" for digit in f"{number:b}" if number)
+
+    async def _build(self, adapter: ServedAdapter, key: AdapterKey) -> bool:
+        """Build its weights. Return whether all that was read is of version `key`."""
         self._uses[adapter.path] += 1
         try:
             base = await self.load_base()
-            adapter.nbytes, version = await asyncio.to_thread(_check, base, Path(adapter.path))
-            if adapter.version is not None:  # fetched again, its path has the same files
-                version = ""
-            await self._engine.build(adapter.path, self._settings.timeout, version)
+            adapter.nbytes = await asyncio.to_thread(base.check, Path(adapter.path))
+            await self._engine.build(adapter.path, self._settings.timeout)
+            return not key.files or await self._store.resolve(adapter.ref) == key
         except BaseException as error:
             self._start(self.discard(adapter))
             if not isinstance(error, LoraxError):
                 raise
-            located = error.located(id=adapter.id)
+            located = error.located(id=adapter.ref.text)
             self._note(adapter.name, located)
             raise located from error.__cause__
 
@@ -147,14 +189,52 @@ class ServedAdapters:
             self._base = asyncio.ensure_future(asyncio.to_thread(self._make_base))
         return await asyncio.shield(self._base)
 
-    def add(self, adapter: ServedAdapter, request: Any, *, is_resolvable: bool = False) -> None:
-        """Keep an adapter as long as vLLM names it."""
-        adapter.request, adapter.is_resolvable = request, is_resolvable
+    def add(self, adapter: ServedAdapter, request: Any) -> None:
+        """Keep an adapter as long as vLLM names it; the name's earlier one leaves."""
+        adapter.request = request
         self._errors.pop(adapter.name, None)
         self._prefetched.pop(adapter.name, None)
-        if (before := self._served.pop(adapter.name, None)) is not None:
+        if (before := self._served.get(adapter.name)) is not None:
             self._leaving.append(before)
         self._served[adapter.name] = adapter
+
+    async def renew(self, name: str) -> None:
+        """Let `name` mean what it means now, for a request that begins with it.
+
+        Another version of a served adapter takes its name; requests that have begun keep theirs.
+        Raise the error of its source, or what `prepare` raises.
+        """
+        adapter = self._served.get(name)
+        if adapter is None or adapter.is_fixed or not self._is_named(adapter):
+            return  # vLLM asks the resolver, or answers by itself
+        if self._store.current_key(adapter.ref) == adapter.key:
+            return
+        try:
+            if await self._store.resolve(adapter.ref) != adapter.key:
+                async with self._models.lora_resolver_lock[name]:
+                    if self._served.get(name) is adapter and self._is_named(adapter):
+                        await self._replace(adapter)
+        except LoraxError as error:
+            adapter.is_refused = True
+            self._note(name, error)
+            raise
+        adapter.is_refused = False
+        self._errors.pop(name, None)
+
+    async def _replace(self, adapter: ServedAdapter) -> None:
+        """Give an adapter's name to the version that it means now. vLLM's lock is held."""
+        new = await self.prepare(adapter.name, adapter.ref)
+        new.is_resolvable = adapter.is_resolvable
+        request = copy(adapter.request)
+        request.lora_int_id = self._models.lora_id_counter.inc(1)
+        request.lora_path = new.path
+        try:
+            await self._engine.add(request)
+        except BaseException:
+            self._start(self.discard(new))
+            raise
+        self._models.lora_requests[adapter.name] = request
+        self.add(new, request)
 
     def add_loaded(self) -> None:
         """Add the adapters of `--lora-modules`, which vLLM has loaded, and prepare them again."""
@@ -163,18 +243,23 @@ class ServedAdapters:
             if os.path.isdir(path):  # otherwise it is one of the hub, or has gone
                 request.lora_path = path
             self._uses[request.lora_path] += 1
-            self.add(ServedAdapter(name, request.lora_path, request.lora_path, None), request)
+            ref = AdapterRef(Path(request.lora_path))
+            self.add(ServedAdapter(name, ref, request.lora_path, None, is_fixed=True), request)
         self._start(self._prepare_loaded(tuple(self._served.values())))
 
     async def _prepare_loaded(self, adapters: Iterable[ServedAdapter]) -> None:
         for adapter in adapters:
             try:
                 async with self._background:
-                    prepared = await self.prepare_folder(adapter.name, adapter.path)
+                    prepared = await self._prepare(adapter.name, adapter.ref)
             except LoraxError as error:
                 _logger.warning("vLLM alone loads an adapter of --lora-modules: %s", str(error))
+                continue
+            if self._served.get(adapter.name) is adapter and self._is_named(adapter):
+                prepared.is_fixed = True
+                adapter.request.lora_path = prepared.path
+                self.add(prepared, adapter.request)
             else:
-                adapter.nbytes = prepared.nbytes
                 await self.discard(prepared)
 
     async def discard(self, adapter: ServedAdapter) -> None:
@@ -205,7 +290,7 @@ class ServedAdapters:
         try:
             await self._store.prefetch(ref)  # leaves the connections to requests
             async with self._background:  # a request waits for one to be built, not for all
-                adapter = await self.prepare(name, ref)
+                adapter = await self._prepare(name, ref)
         except LoraxError as error:
             self._note(name, error)
             return
@@ -231,7 +316,7 @@ class ServedAdapters:
         """Let adapters go that vLLM no longer names, and read the workers' report."""
         async with self._lock:
             for name, adapter in tuple(self._served.items()):
-                if not self._is_named(adapter):
+                if not self._is_named(adapter) and not self._is_locked(name):
                     del self._served[name]
                     self._leaving.append(adapter)
             self._retire_idle()
@@ -244,13 +329,16 @@ class ServedAdapters:
             await self._fail(path, reason)
 
     def _is_named(self, adapter: ServedAdapter) -> bool:
-        if self._is_locked(adapter.name):
-            return True
         named = self._models.lora_requests.get(adapter.name)
         return named is not None and named.lora_path == adapter.path
 
+    def _has_requests(self, name: str) -> bool:
+        """Return whether requests use an adapter that has the name, or had it."""
+        had = (*self._leaving, *self._served.values())
+        return any(each.name == name and self._engine.uses(each.path) for each in had)
+
     def _retire_idle(self) -> None:
-        """Stop naming idle adapters, so that there is room on disk for others.
+        """Stop naming idle adapters that were refused, and others for room on disk.
 
         vLLM never does, and a leased folder stays in the cache: at most half of it, and of the
         adapters that were seen in use last.
@@ -258,17 +346,18 @@ class ServedAdapters:
         for name, adapter in tuple(self._served.items()):
             if self._engine.uses(adapter.path):
                 self._served[name] = self._served.pop(name)
-        leased = sum(each.nbytes for each in self._served.values() if each.folder is not None)
+        leased = sum(each.nbytes for each in self._served.values() if each.version is not None)
         number = sum(each.is_resolvable for each in self._served.values())
         for name, adapter in tuple(self._served.items()):
-            if leased <= self._settings.cache_bytes // 2 and number <= MAX_SERVED:
-                return
+            has_room = leased <= self._settings.cache_bytes // 2 and number <= MAX_SERVED
+            if has_room and not adapter.is_refused:
+                continue
             is_free = adapter.is_resolvable and not self._is_locked(name)
             if is_free and self._is_idle(adapter):
                 self._models.lora_requests.pop(name, None)
                 adapter.is_retired, adapter.idle_since = True, None
                 self._leaving.append(self._served.pop(name))
-                leased -= adapter.nbytes
+                leased -= 0 if adapter.version is None else adapter.nbytes
                 number -= 1
 
     def _is_locked(self, name: str) -> bool:
@@ -340,7 +429,7 @@ class ServedAdapters:
         rows: list[dict[str, Any]] = [
             {
                 "name": adapter.name,
-                "id": adapter.id,
+                "id": adapter.ref.text,
                 "tier": self._tier(adapter),
                 "bytes": adapter.nbytes,
                 "version": adapter.version,
@@ -355,14 +444,6 @@ class ServedAdapters:
             if name not in named
         ]
         return rows
-
-
-def _check(base: BaseRequirements, folder: Path) -> tuple[int, str]:
-    """Return the bytes of an adapter's weights, and a text that changes with its files. Blocks."""
-    version = ""
-    with suppress(OSError):
-        version = repr([identity_of((folder / name).stat()) for name in (CONFIG, WEIGHTS)])
-    return base.check(folder), version
 
 
 def _remember(names: OrderedDict[str, T], name: str, value: T) -> None:

@@ -69,9 +69,9 @@ class WorkerExtension:
     def lorax_notify(self, address: NoticeAddress) -> None:
         self._lorax_weights.address = address
 
-    def lorax_prepare(self, path: str, version: str = "") -> None:
-        """Begin to build the weights in folder `path`, unless it is built in this `version`."""
-        self._lorax_weights.prepare(path, version)
+    def lorax_prepare(self, path: str) -> None:
+        """Begin to build the weights in folder `path`, unless they are built already."""
+        self._lorax_weights.prepare(path)
 
     def lorax_prepared(self, path: str) -> tuple[bool, str | None]:
         """Return whether `lorax_prepare` has ended, and its error."""
@@ -100,7 +100,6 @@ class BuiltWeights:
         self._load: Callable[[Any], Any] = lora._load_adapter  # noqa: SLF001
         self._budget = budget
         self._models: OrderedDict[str, tuple[Any, int]] = OrderedDict()
-        self._versions: dict[str, str] = {}
         self._files: dict[str, OpenFiles] = {}
         self._building: dict[str, Future[Any]] = {}
         self._lost: dict[str, str] = {}
@@ -110,12 +109,8 @@ class BuiltWeights:
 
     # -- building ---------------------------------------------------------------------------------
 
-    def prepare(self, path: str, version: str = "") -> None:
-        """Begin to open the files of `path` and to build it, unless it is built in `version`."""
-        if version != self._versions.get(path, ""):
-            self._cancel(path)
-            self._models.pop(path, None)
-            self._versions[path] = version
+    def prepare(self, path: str) -> None:
+        """Begin to open the files of `path` and to build it, unless it is built already."""
         if path in self._models:
             self._models.move_to_end(path)
         building = self._building.get(path)
@@ -191,7 +186,6 @@ class BuiltWeights:
         self._lost.pop(path, None)
         if not keep_copy:
             self._models.pop(path, None)
-            self._versions.pop(path, None)
 
     def _cancel(self, path: str) -> None:
         building = self._building.pop(path, None)
@@ -224,7 +218,7 @@ class BuiltWeights:
         path, number = lora_request.lora_path, lora_request.lora_int_id
         try:
             if path in self._files:
-                model, nbytes = self._load_or_reopen(lora_request)
+                model, nbytes = self._load_again(lora_request)
                 self._keep(path, model.clone(1), nbytes)
             else:  # not one of ours
                 model = self._load(lora_request)
@@ -238,17 +232,16 @@ class BuiltWeights:
         self._lost.pop(path, None)
         return model
 
-    def _load_or_reopen(self, lora_request: Any) -> tuple[Any, int]:
-        """Load an adapter from its folder, or from its open files if the folder is gone."""
+    def _load_again(self, lora_request: Any) -> tuple[Any, int]:
+        """Load an adapter from the files that were built, which need not be in its folder now."""
         from vllm.lora.request import LoRARequest  # noqa: PLC0415
 
-        try:
-            return self._load_merged(lora_request)
-        except Exception:  # noqa: BLE001 - vLLM's, of any class
+        files = self._files[lora_request.lora_path]
+        if not files.are_in_place():
             self.counts["reopened"] += 1
-            name, number = lora_request.lora_name, lora_request.lora_int_id
-            with self._files[lora_request.lora_path].folder() as folder:
-                return self._load_merged(LoRARequest(name, number, folder))
+        name, number = lora_request.lora_name, lora_request.lora_int_id
+        with files.folder() as folder:
+            return self._load_merged(LoRARequest(name, number, folder))
 
     def _report_loss(self, path: str, error: Exception) -> None:
         self.counts["lost"] += 1
@@ -269,31 +262,59 @@ class BuiltWeights:
 
 
 class OpenFiles:
-    """An adapter's files, open, so that they can be read after their folder was removed."""
+    """An adapter's files, open, so that they can be read after they were replaced or removed."""
 
     def __init__(self, path: str) -> None:
+        self._path = path
         self._descriptors: dict[str, int] = {}
+        self._versions: dict[str, tuple[int, ...]] = {}
         try:
             for name in FILES:
-                file = os.open(Path(path, name), os.O_RDONLY | os.O_CLOEXEC)
+                file = os.open(os.path.join(path, name), os.O_RDONLY | os.O_CLOEXEC)
                 self._descriptors[name] = file
+                self._versions[name] = _version_of(os.fstat(file))
         except BaseException:
             self.close()
             raise
 
+    def are_in_place(self) -> bool:
+        """Return whether the folder still has these files, unchanged."""
+        try:
+            return all(
+                _version_of(os.stat(os.path.join(self._path, name))) == version
+                for name, version in self._versions.items()
+            )
+        except OSError:
+            return False
+
     @contextmanager
     def folder(self) -> Iterator[str]:
-        """Yield a folder with links to the open files."""
+        """Yield a folder with links to the open files.
+
+        Raise OSError if their bytes have changed, also while they were used.
+        """
+        self._require_unchanged()
         with tempfile.TemporaryDirectory(prefix="lorax-async-") as folder:
             for name, file in self._descriptors.items():
                 Path(folder, name).symlink_to(f"/proc/self/fd/{file}")
             yield folder
+        self._require_unchanged()
+
+    def _require_unchanged(self) -> None:
+        for name, file in self._descriptors.items():
+            if _version_of(os.fstat(file)) != self._versions[name]:
+                raise OSError(f"{name} was overwritten; load the adapter again")
 
     def close(self) -> None:
         for file in self._descriptors.values():
             with suppress(OSError):
                 os.close(file)
         self._descriptors.clear()
+
+
+def _version_of(status: os.stat_result) -> tuple[int, ...]:
+    """Return what changes when a file's bytes do. Unlike ctime, it stays when a link to it goes."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _describe(error: BaseException, path: str) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,6 +39,31 @@ async def test_requests_get_adapters_that_were_never_loaded(
     assert server.weights.loras.keys() == {plain, found[0][0]}
     assert found == [[found[0][0], None]] * 7
     assert len(server.loads) == 2
+
+
+async def test_a_folder_that_was_replaced_is_loaded_again_for_later_requests(
+    server: Server, local: Path, tmp_path: Path
+) -> None:
+    """The one in progress keeps its version; once the folder is gone, no request gets it."""
+    folder = save(llama(), ATTENTION, local / "swapped", seed=1)
+    first = await server.resolve("swapped")
+    assert await server.serve("swapped") == str(folder)
+    folder.rename(tmp_path / "before")
+    save(llama(), ATTENTION, tmp_path / "next", seed=2).rename(folder)
+    await asyncio.sleep(1.1)  # a look at a folder counts for a second
+    later = [asyncio.create_task(server.resolve("swapped")) for _ in range(3)]
+    await asyncio.sleep(0.2)
+    assert not any(task.done() for task in later)
+    await server.requests.lora_registry.release(first)
+    (second,) = set(await asyncio.gather(*later))
+    assert second != first
+    assert server.weights.loras.keys() == {second}
+    assert server.loads == [str(folder)] * 2
+    await server.requests.lora_registry.release([second] * 3)
+    shutil.rmtree(folder)
+    await asyncio.sleep(1.1)
+    with pytest.raises(ValueError, match="no such folder"):
+        await server.resolve("swapped")
 
 
 async def test_what_sglang_unloads_makes_room_and_comes_again(
