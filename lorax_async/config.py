@@ -330,11 +330,8 @@ class LoaderConfig(StoreConfig):
     host_bytes
         Budget of the host tier: file pages below immutable `LocalRoot`s that are kept in memory.
     memory_bytes
-        Budget of host copies: adapters loaded from tensors, until they are unloaded, replaced or
-        spilled, and merges, until others need the room.
-    spill
-        Move the least recently used tensor adapters to `cache_dir`, within `cache_bytes`, when
-        `memory_bytes` is full. False writes no tensors to disk.
+        Budget of host copies: adapters loaded from tensors, until they are unloaded or replaced,
+        and merges, until others need the room.
     pinned_bytes
         Budget of pinned images, on devices other than "cpu": page-locked copies of adapters in
         device form, which reload without reading a file.
@@ -365,7 +362,7 @@ class LoaderConfig(StoreConfig):
     staging_bytes: ByteSize = ByteSize(16 * MiB)
     host_bytes: ByteSize = ByteSize(256 * MiB, least=0)
     memory_bytes: ByteSize = ByteSize(256 * MiB, least=0)
-    spill: bool = True
+    spill: bool = False
     pinned_bytes: ByteSize = ByteSize(0, least=0)
     max_slots: int = 16
     io_threads: int = field(default_factory=lambda: min(4, os.cpu_count() or 1))
@@ -379,8 +376,12 @@ class LoaderConfig(StoreConfig):
             raise ConfigError(
                 f"device {self.device!r} is not 'cpu', 'cuda', 'cuda:N' or 'simulated'"
             )
-        for name in ("check_finite", "spill"):
-            require_bool(name, getattr(self, name))
+        require_bool("check_finite", self.check_finite)
+        if self.spill:
+            raise ConfigError(
+                "spill=True was removed: tensors are not written to disk. Raise memory_bytes, or"
+                " save the adapter to a folder and load that"
+            )
         if not isinstance(self.shard, Shard | None):
             raise ConfigError(
                 f"shard must be Shard(rank, world_size) or None, not {shorten_repr(self.shard)}"

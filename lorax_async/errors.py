@@ -147,6 +147,10 @@ class IntegrityError(FetchError):
     """The bytes do not match their digest or size, or changed while they were read."""
 
 
+class SavedDuringLoadError(IntegrityError):
+    """The adapter's files were saved while it was loaded, and again during the retry."""
+
+
 class AccessDeniedError(FetchError):
     """The source, or the operator's rules, do not let this caller read the adapter."""
 

@@ -225,9 +225,9 @@ class AdapterLoader:
         """Yield a handle as soon as the adapter has its slot; its layers follow in order.
 
         `await handle.layer_ready(k)` before using layer k. Parameters and errors are those of
-        `load`. A digest is compared when all bytes are here; after a mismatch the handle and its
-        clones fail. With `preempt=False` the call waits for a slot until an adapter is idle, and
-        lets none in use leave, however long that takes.
+        `load`. With a digest, this waits for all bytes as `load` does. With `preempt=False` the
+        call waits for a slot until an adapter is idle, and lets none in use leave, however long
+        that takes.
         """
         ref = as_ref(adapter_id, source, revision, token, digest, allow_stale=allow_stale)
         handle = await self._acquire(ref, WantedTier.STREAM, timeout, priority, preempts=preempt)
@@ -318,15 +318,6 @@ class AdapterLoader:
         self._check_open()
         return self._assembly.store.resolver.recent(as_ref(adapter_id))
 
-    async def has_changed(self, adapter_id: AdapterId, key: AdapterKey, error: LoraxError) -> bool:
-        """Return whether `error` arose because the local files of `key` were saved again.
-
-        If so, wait until the files stop changing. For callers of `stream`, whose handle failed with
-        `error`; `load` retries by itself.
-        """
-        self._check_open()
-        return await self._acquiring.has_changed(as_ref(adapter_id), key, error)
-
     # -- room -------------------------------------------------------------------------------------
 
     def prefetch(
@@ -342,8 +333,8 @@ class AdapterLoader:
         They come after all waiting loads; `priority` and `timeout` are as for `load`, among
         prefetches. `tier` is "disk" (files on disk and checked), "host" (in memory; held there,
         within `host_bytes`, if they are below an immutable `LocalRoot`), or "device". If host
-        memory or the device cannot hold all of them, beside pinned adapters, the first ones are
-        loaded; `left_out` of the result has the others. None is left out of the disk cache, whose
+        memory or the device cannot hold all of them, beside pinned adapters, the first to be opened
+        stay; `left_out` of the result has the others. None is left out of the disk cache, whose
         room is shared with other processes: it drops others, by its policy.
 
         Raise `UsageError` for the tier "host" without `host_bytes`.
@@ -417,9 +408,8 @@ class AdapterLoader:
     ) -> AdapterHandle:
         """Load an adapter from tensors, and make `name` its id.
 
-        Its bytes stay in host memory, within `memory_bytes`, until `unload(name)` or `replace`;
-        with `spill`, they move to the disk cache if newer ones need the memory. On the device it is
-        loaded and evicted like others.
+        Its bytes stay in host memory, within `memory_bytes`, until `unload(name)` or `replace`.
+        On the device it is loaded and evicted like others.
 
         Parameters
         ----------

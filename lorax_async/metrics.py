@@ -35,7 +35,6 @@ def _totals(statistics: Statistics) -> Iterator[Metric]:
         ("fetches", "Adapters whose files were opened at their source.", statistics.fetches),
         ("loads", "Adapters that became resident.", statistics.loads),
         ("departures", "Adapters that began to leave their slot.", statistics.departures),
-        ("spills", "Adapters given as tensors that moved to the disk cache.", statistics.spills),
     ):
         yield CounterMetricFamily(f"lorax_{name}", text, value=value)
 

@@ -148,10 +148,11 @@ class AdapterStore:
         refs = as_refs(ids)
         seconds = self.config.seconds(timeout)
 
-        async def fetch(ref: Ref, _: object) -> None:
+        async def fetch(ref: Ref) -> bool:
             async with self._turns.turn(0, origins_of(ref)):
                 folder = await self._parts.folders.fetch(ref, seconds, urgent=False)
             folder.release()
+            return True
 
         prefetch = Prefetch(refs, fetch)
         self._prefetches.add(prefetch)

@@ -34,6 +34,7 @@ from tiny_loaders import loader
 
 RETRYABLE = {
     *("AdapterTimeoutError", "FetchError", "FetchTimeoutError", "EvictedError", "IntegrityError"),
+    "SavedDuringLoadError",
     *("TransferError", "CapacityError", "AdapterInUseError"),
 }
 ALL: list[type[LoraxError]] = [

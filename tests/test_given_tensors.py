@@ -11,7 +11,7 @@ import torch
 
 import tiny
 from common import until
-from given import acquired, assert_means, give, kept, put, used
+from given import FILE, acquired, assert_means, give, kept, put, used
 from lorax_async import AdapterHandle, AdapterRef, Limits, LoaderConfig, errors
 from sweeping import Bench, cancel_at, count_steps, local_bench, raising, released
 from tiny_loaders import ONE, fails, loader, on_device
@@ -179,6 +179,19 @@ async def test_only_an_open_loader_with_memory_takes_tensors_by_a_str() -> None:
             await fails(give(there, 0, name), errors.InvalidAdapterIdError, "a non-empty str")
         await fails(give(there, 0), errors.CapacityError)
         assert state(there, "mine") == "nowhere"
+
+
+async def test_tensors_beyond_the_memory_are_refused_by_the_setting() -> None:
+    with pytest.raises(errors.ConfigError, match="spill=True was removed.* Raise memory_bytes"):
+        LoaderConfig(spill=True)
+    async with loader(memory_bytes=FILE + FILE // 2) as there:
+        (await give(there, 0)).release()
+        await fails(give(there, 1, "other"), errors.CapacityError, "memory_bytes .*unload")
+        await fails(put(there, 1), errors.CapacityError, "memory_bytes .*unload")
+        await assert_means(there, "mine", 0)
+        await there.unload("mine")
+        (await give(there, 1, "other")).release()
+        await assert_means(there, "other", 1)
 
 
 VERBS = ["load_tensors", "replace", "replace a source's"]

@@ -168,6 +168,8 @@ async def test_a_merge_is_computed_once_for_all(
         assert (there.statistics().fetches, source.counts.opens) == (2, 3)
         for number in range(3):
             (await give(there, number, str(number))).release()
+        for number in range(2):
+            await there.unload(str(number))
         monkeypatch.setattr(FetchTasks, "require_readable", check_late)
         async with there.stream(merge) as handle:
             assert_same(weights_of(handle), before)

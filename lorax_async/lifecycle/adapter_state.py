@@ -128,9 +128,12 @@ class WaiterSet:
         first = next(preempting, None)
         return float("inf") if first is None else first.since
 
-    def spares(self, key: AdapterKey) -> bool:
-        """Return whether every waiter's prefetch wants `key` to stay."""
-        return bool(self._by_id) and all(key in waiter.beside for waiter in self)
+    @property
+    def spared(self) -> Collection[AdapterKey]:
+        """The adapters that must not make room: those of a prefetch, if it alone waits."""
+        if len(self._by_id) != 1:
+            return ()
+        return next(iter(self)).beside
 
     def urgency(self, level: float) -> Urgency:
         """Return the adapter's sort key; one level of priority equals `level` seconds of waiting.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import Any, Generic, TypeVar
@@ -145,8 +145,10 @@ class HostTierQueue:
         head = self._rules.states[key]
         assert head.needs is not None
         nbytes = head.needs.file_nbytes if head.needs.holdable else 0
-        if nbytes > self._budget.nbytes:
-            return self._refuse(head, nbytes)
+        spared = head.waiters.spared
+        kept = sum(self._budget.held.get(key, 0) for key in spared)
+        if nbytes > self._budget.nbytes - kept:
+            return self._refuse(head, nbytes, kept)
         if nbytes > self._budget.free:
             return self._make_room(head, nbytes)
         self._budget.claim(key, nbytes, reload_cost(head.needs))
@@ -156,11 +158,12 @@ class HostTierQueue:
         self._rules.command(PopulatePages(key, head.attempt))
         return head
 
-    def _refuse(self, head: AdapterState, nbytes: int) -> AdapterState:
+    def _refuse(self, head: AdapterState, nbytes: int, kept: int) -> AdapterState:
         head.demoted = False
         waiting = [waiter.id for waiter in head.waiters.of_tiers({WantedTier.HOST})]
-        problem = f"it needs {nbytes:,} bytes of a host tier of {self._budget.nbytes:,}"
-        error = CapacityError(f"{problem}; raise host_bytes", retryable=False)
+        beside = f" beside {kept:,} of its prefetch" if kept else ""
+        problem = f"it needs {nbytes:,} bytes of a host tier of {self._budget.nbytes:,}{beside}"
+        error = CapacityError(f"{problem}; raise host_bytes", retryable=kept > 0)
         self._rules.fail(head, error, waiting)
         return head
 
@@ -172,7 +175,7 @@ class HostTierQueue:
         for key in self._budget.policy.ranked():
             state = self._rules.states[key]
             held = state.host is HostState.HELD and self._budget.held[key]
-            if held and not head.waiters.spares(key):
+            if held and key not in head.waiters.spared:
                 self._rules.release_host(state, evicted=True)
                 return state
         return None
@@ -285,9 +288,9 @@ class SlotQueue:
             self._rules.command(TakeSlot(head.key, grant, head.waiters.oldest))
             return head
         sizes = head.needs.group_nbytes
-        pinned = [state.grant for state in self.holders.pinned.values() if state.grant]
-        if not self._residency.fits_beside(pinned, sizes):
-            error = self._no_room_error(sizes, pinned=len(pinned))
+        staying = [state.grant for state in self._staying(head) if state.grant]
+        if not self._residency.fits_beside(staying, sizes):
+            error = self._no_room_error(sizes, len(self.holders.pinned), len(staying))
             self._rules.fail(head, error, head.waiters.slot_waiter_ids)
             return head
         victim = self._make_room(head, sizes)
@@ -356,18 +359,18 @@ class SlotQueue:
     def _holders_ranked(self) -> Iterator[AdapterState]:
         return (self._states[key] for key in self._residency.policy.ranked())
 
-    def _first_evictable(self, head: AdapterState) -> AdapterState | None:
-        """Return the first of the ranking that can be evicted for `head` now, if any.
+    def _staying(self, head: AdapterState) -> Collection[AdapterState]:
+        """Return the holders that do not make room for `head`: pinned, or of its prefetch."""
+        spared = head.waiters.spared
+        if not spared:
+            return self.holders.pinned.values()
+        siblings = {key: self._states[key] for key in spared if key in self._states}
+        return (siblings | self.holders.pinned).values()
 
-        An adapter of the same prefetch only if there is no other holder: then the room that was
-        counted for `head` is in pieces.
-        """
-        first, spares = next(self._evictable_ranked(), None), head.waiters.spares
-        if first is None or not spares(first.key):
-            return first
-        other = next((each for each in self._evictable_ranked() if not spares(each.key)), None)
-        alone = all(each.pins or spares(each.key) for each in self._holders_ranked())
-        return first if alone else other
+    def _first_evictable(self, head: AdapterState) -> AdapterState | None:
+        """Return the first of the ranking that can be evicted for `head` now, if any."""
+        spared = head.waiters.spared
+        return next((each for each in self._evictable_ranked() if each.key not in spared), None)
 
     def _evictable_ranked(self) -> Iterator[AdapterState]:
         evictable = self.holders.evictable
@@ -382,12 +385,14 @@ class SlotQueue:
     def _starves_at(self, state: AdapterState) -> float:
         return state.waiters.oldest_preempting + self._times.starvation_age
 
-    def _no_room_error(self, sizes: tuple[int, ...], *, pinned: int) -> CapacityError:
-        """Return the error of an adapter that does not fit, or not beside the pinned ones."""
+    def _no_room_error(self, sizes: tuple[int, ...], pinned: int, staying: int) -> CapacityError:
+        """Return the error of an adapter that does not fit, or not beside those that stay."""
         arena, slots = self._residency.arena, self._residency.max_slots
         need = f"it needs {sum(sizes):,} bytes of a device arena of {arena.nbytes:,}"
         if not arena.can_hold(sizes):
             return CapacityError(f"{need}; raise device_bytes", retryable=False)
+        if staying > pinned:
+            return CapacityError(f"{need}, which has no room beside the others of its prefetch")
         if pinned == slots:
             full = "the only slot is" if slots == 1 else f"all {slots} slots are"
             return CapacityError(f"{full} pinned; unpin an adapter, or raise max_slots")

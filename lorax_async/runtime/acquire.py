@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import count
 from math import inf
@@ -17,11 +16,13 @@ from lorax_async.errors import (
     AdapterError,
     AdapterFormatError,
     AdapterTimeoutError,
+    CapacityError,
     EvictedError,
     FetchError,
     IncompatibleAdapterError,
     IntegrityError,
     LoraxError,
+    SavedDuringLoadError,
     Stage,
     UnsupportedAdapterError,
     UsageError,
@@ -29,12 +30,11 @@ from lorax_async.errors import (
     shorten,
 )
 from lorax_async.ids import origins_of
-from lorax_async.lifecycle.adapter_state import GroupSizes, WantedTier
-from lorax_async.lifecycle.arena import Arena
-from lorax_async.runtime.digest_checks import DigestChecks
+from lorax_async.lifecycle.adapter_state import WantedTier
+from lorax_async.runtime.digest_checks import DigestChecks, has_digest
 from lorax_async.runtime.driver import Driver
 from lorax_async.runtime.leases import Lease
-from lorax_async.runtime.prefetch import ByteRoom, Prefetch, PrefetchPlace, PrefetchRoom, SlotRoom
+from lorax_async.runtime.prefetch import Prefetch
 from lorax_async.runtime.resolver import Resolver
 from lorax_async.runtime.waiters import PendingLoad
 from lorax_async.types import AdapterKey, AdapterRef, MergedKey, Ref, RemoteKey, is_stale, text_of
@@ -165,16 +165,6 @@ bytes than the source."""
 SHOWN = 4
 """Adapters, and tasks of each, that the error of a queue's timeout names."""
 
-SETTLE_SECONDS = 0.05
-"""Seconds without a change after which files count as completely saved."""
-
-MAX_SETTLE_SECONDS = 2.0
-"""Seconds after which files that still change are loaded as they are."""
-
-_RECENT_NS = 1_000_000_000
-
-_EMPTY, _MISSING = "empty", "missing"
-
 _ERRORS_OF_CHANGED_FILES = (
     IntegrityError,
     AdapterFormatError,
@@ -207,6 +197,17 @@ class _LoadAttempts:
     reloaded: bool = False
 
 
+@dataclass(slots=True)
+class PrefetchedKeys:
+    """The adapters of one prefetch, none of which makes room for another.
+
+    `full` is set once one of them has not fitted: later ones are not tried.
+    """
+
+    keys: set[AdapterKey] = field(default_factory=set)
+    full: bool = False
+
+
 class Acquirer:
     """Acquires leases within deadlines; `check_open` raises once the loader is closing."""
 
@@ -231,32 +232,32 @@ class Acquirer:
         seconds: float,
         *,
         priority: int,
-        foreground: bool = True,
-        place: PrefetchPlace | None = None,
+        siblings: PrefetchedKeys | None = None,
         preempts: bool = True,
     ) -> Lease | None:
         """Wait until the adapter is at `tier`; return a lease for tiers that have one, else None.
 
-        Also wait for the comparison with the digest in `ref`, unless streaming. On an error or a
-        cancellation the waiter is withdrawn. `place` is that in a prefetch of several, which may
-        leave it out. Unless it `preempts`, no adapter in use makes room for it.
+        Also wait for the comparison with the digest in `ref`. On an error or a
+        cancellation the waiter is withdrawn. `siblings` are those of its prefetch, None for a load.
+        Unless it `preempts`, no adapter in use makes room for it.
         """
         require_priority(priority)
         name = "stream" if tier is WantedTier.STREAM else "load"
-        if not foreground:
+        if siblings is not None:
             name = f"prefetch to {tier.name.lower()}"
         with self._driver.telemetry.tracer.span("requests", None, name, ref) as span:
             try:
-                key = self._known_key(ref) if foreground else None
+                key = self._known_key(ref) if siblings is None else None
                 lease = None
                 if key is not None and tier >= WantedTier.STREAM:
                     lease = self._driver.waiter_table.lease_resident(key)
                 if lease is None:
+                    if tier is WantedTier.STREAM and has_digest(ref):
+                        tier = WantedTier.DEVICE  # it is compared before the first lease
                     lease = await self._acquire(
                         *(ref, key, tier, seconds),
                         priority=priority,
-                        foreground=foreground,
-                        place=place,
+                        siblings=siblings,
                         preempts=preempts,
                     )
             except BaseException as error:
@@ -283,8 +284,7 @@ class Acquirer:
         seconds: float,
         *,
         priority: int,
-        foreground: bool,
-        place: PrefetchPlace | None,
+        siblings: PrefetchedKeys | None,
         preempts: bool,
     ) -> Lease | None:
         """Acquire through a waiter. A `known` key of local files is resolved only for a retry."""
@@ -295,10 +295,10 @@ class Acquirer:
         try:
             async with deadline:
                 while not granted:
-                    if foreground:
+                    if siblings is None:
                         await self._begin(attempts, ref, known, tier, priority, preempts=preempts)
-                    elif not await self._begin_prefetch(attempts, ref, tier, priority, place):
-                        return None
+                    else:
+                        await self._begin_prefetch(attempts, ref, tier, priority, siblings)
                     assert attempts.key is not None
                     assert attempts.waiter is not None
                     try:
@@ -308,7 +308,7 @@ class Acquirer:
                         self._driver.waiter_table.abandon(attempts.waiter)
                         await self._require_retry(attempts, ref, attempts.key, error)
                 assert attempts.key is not None
-                await self._compare_digest(ref, attempts.key, tier, lease)
+                await self._compare_digest(ref, attempts.key, lease)
                 return lease
         except BaseException as error:
             late = deadline.expired() and isinstance(error, TimeoutError)
@@ -332,19 +332,26 @@ class Acquirer:
         tier: WantedTier,
         priority: int,
         *,
-        foreground: bool = True,
+        siblings: PrefetchedKeys | None = None,
         preempts: bool = True,
     ) -> None:
         """Resolve the ref and add its waiter."""
         first = attempts.waiter is None
-        key = known if known is not None and known.files and first else await self._resolve(ref)
+        key = known if known is not None and known.files and first else None
+        if key is None:
+            key = await self._resolver.resolve(ref)
         self._check_open()  # closing fails only waiters that exist
         waiter_table = self._driver.waiter_table
         if isinstance(key, MergedKey) and not waiter_table.in_memory(key):
             self._driver.forget(key)  # its bytes have to be computed again
         attempts.key = key
         attempts.waiter = waiter_table.begin(
-            key, tier, foreground=foreground, priority=priority, preempts=preempts
+            key,
+            tier,
+            foreground=siblings is None,
+            priority=priority,
+            beside=() if siblings is None else siblings.keys,
+            preempts=preempts,
         )
 
     async def _begin_prefetch(
@@ -353,33 +360,21 @@ class Acquirer:
         ref: Ref,
         tier: WantedTier,
         priority: int,
-        place: PrefetchPlace | None,
-    ) -> bool:
-        """Add the waiter of a prefetch, and wait until it is opened; return False if left out.
-
-        Of several, each wants its files first, for it is not known earlier whether it will fit.
-        """
-        place = place if attempts.waiter is None else None
-        first_tier = tier if place is None else WantedTier.DISK
+        siblings: PrefetchedKeys,
+    ) -> None:
+        """Add the waiter of a prefetch, and wait until it is opened."""
         # The threads' queues are FIFO: a load must not queue behind thousands of prefetches.
         async with self._turns.turn(priority, origins_of(ref)):
-            if place is not None and place.is_hopeless(self._resolver.known(ref)):
-                return False
-            await self._begin(attempts, ref, None, first_tier, priority, foreground=False)
+            if siblings.full and not self._has_slot(ref):
+                raise CapacityError("earlier adapters of its prefetch take all the room")
+            await self._begin(attempts, ref, None, tier, priority, siblings=siblings)
             assert attempts.key is not None
+            siblings.keys.add(attempts.key)
             await self._driver.files.opened(attempts.key)
-        opening = attempts.waiter
-        if place is None or opening is None:
-            return True
-        admitted = await place.admit(attempts.key)
-        if admitted and not _has_failed(opening.future):
-            self._check_open()
-            attempts.waiter = self._driver.waiter_table.begin(
-                attempts.key, tier, foreground=False, priority=priority, beside=place.beside
-            )
-        if not admitted or attempts.waiter is not opening:
-            self._driver.waiter_table.abandon(opening)
-        return admitted
+
+    def _has_slot(self, ref: Ref) -> bool:
+        key = self._resolver.known(ref)
+        return key is not None and key in self._driver.lease_table.occupancies
 
     async def _require_retry(
         self, attempts: _LoadAttempts, ref: Ref, key: AdapterKey, error: AdapterError
@@ -394,66 +389,19 @@ class Acquirer:
         if not await self._is_changed(ref, key, error):
             raise error
         if attempts.reloaded:
-            raise IntegrityError(
-                f"its files changed while they were loaded, and again during the retry:"
-                f" {error.problem}; save to a new folder and rename it into place",
+            raise SavedDuringLoadError(
+                f"it was saved while it was loaded, and again during the retry: {error.problem};"
+                " save to a new folder and rename it into place",
                 stage=error.stage,
             ) from None
-        await self._wait_until_settled(ref)
         attempts.reloaded = True
-
-    async def _resolve(self, ref: Ref) -> AdapterKey:
-        """Resolve `ref`; retry once if a file is empty, as it is while it is saved in place."""
-        try:
-            return await self._resolver.resolve(ref)
-        except AdapterFormatError as error:
-            if not error.retryable:
-                raise
-        await self._wait_until_settled(ref)
-        return await self._resolver.resolve(ref)
-
-    async def has_changed(self, ref: Ref, key: AdapterKey, error: LoraxError) -> bool:
-        """Return whether a load of `key` failed because its files were saved meanwhile.
-
-        If so, wait until they stop changing.
-        """
-        changed = await self._is_changed(ref, key, error)
-        if changed:
-            await self._wait_until_settled(ref)
-        return changed
 
     async def _is_changed(self, ref: Ref, key: AdapterKey, error: LoraxError) -> bool:
         """Return whether `ref` means other local files now, and `error` may result from that."""
         local = bool(key.files) and not isinstance(key, RemoteKey) and ref != key
         if not local or not isinstance(error, _ERRORS_OF_CHANGED_FILES):
             return False
-        latest = await self._latest(ref)
-        saved = max(max(file.mtime_ns, file.ctime_ns) for file in key.files)
-        recent = abs(time.time_ns() - saved) < _RECENT_NS
-        if latest is _MISSING or (latest == key and recent):
-            await asyncio.sleep(SETTLE_SECONDS)  # the writer may not be done yet
-            latest = await self._latest(ref)
-        return latest is not _MISSING and latest != key
-
-    async def _wait_until_settled(self, ref: Ref) -> None:
-        """Wait until the files of `ref` stop changing, at most `MAX_SETTLE_SECONDS`."""
-        loop = asyncio.get_running_loop()
-        end, before = loop.time() + MAX_SETTLE_SECONDS, await self._latest(ref)
-        while loop.time() < end:
-            await asyncio.sleep(SETTLE_SECONDS)
-            now = await self._latest(ref)
-            if now == before:
-                return
-            before = now
-
-    async def _latest(self, ref: Ref) -> AdapterKey | str:
-        """Return the key of `ref` now, or `_EMPTY` or `_MISSING` for one of its files."""
-        try:
-            return await self._resolver.resolve(ref)
-        except AdapterFormatError:
-            return _EMPTY
-        except AdapterError:
-            return _MISSING
+        return await self._resolver.resolve(ref) != key
 
     async def _wait_for_lease(self, pending_load: PendingLoad, tier: WantedTier) -> Lease | None:
         """Wait for the lease; raise a `FetchError` if a streamed file has left the cache.
@@ -476,15 +424,16 @@ class Acquirer:
                 await lease.occupancy.ready(lease.occupancy.layers[-1], lease.check)
         return lease
 
-    async def _compare_digest(
-        self, ref: Ref, key: AdapterKey, tier: WantedTier, lease: Lease | None
-    ) -> None:
-        if lease is None:
-            await self._digests.compare(ref, key, self._driver.files.verifications.get(key))
-        elif tier is WantedTier.STREAM:
-            self._digests.watch(ref, key, lease)
-        else:
-            await self._digests.watch_and_wait(ref, key, lease)
+    async def _compare_digest(self, ref: Ref, key: AdapterKey, lease: Lease | None) -> None:
+        try:
+            if lease is not None:
+                await self._digests.require(ref, key, lease)
+            else:
+                known = self._driver.files.verifications.get(key)
+                await self._digests.compare(ref, key, known)
+        except LoraxError as error:
+            story = self._driver.telemetry.story(key)
+            raise error.located(key=key, story=story) from error.__cause__
 
     def try_lease(self, ref: Ref) -> Lease | None:
         """Return a lease if `ref` was resolved lately and its adapter is resident. No I/O."""
@@ -524,34 +473,22 @@ class Acquirer:
     ) -> Prefetch:
         """Start one task per ref; `stop` waits for those that are left."""
         require_priority(priority)
+        siblings = PrefetchedKeys()
 
-        async def load(ref: Ref, place: PrefetchPlace | None) -> None:
-            await self.acquire(ref, tier, seconds, priority=priority, foreground=False, place=place)
+        async def load(ref: Ref) -> bool:
+            try:
+                await self.acquire(ref, tier, seconds, priority=priority, siblings=siblings)
+            except CapacityError as error:
+                if len(refs) == 1 or error.stage != "queue" or not error.retryable:
+                    raise
+                siblings.full = True
+                return False
+            return True
 
-        prefetch = Prefetch(refs, load, self._room(tier))
+        prefetch = Prefetch(refs, load)
         self._prefetching.add(prefetch.task)
         prefetch.task.add_done_callback(self._prefetching.discard)
         return prefetch
-
-    def _room(self, tier: WantedTier) -> PrefetchRoom | None:
-        """Return the room of a tier for a new prefetch; None if it has no limit."""
-        driver = self._driver
-        states, budgets = driver.lifecycle.states, driver.lifecycle.budgets
-
-        def needs(key: AdapterKey) -> GroupSizes | None:
-            state = states.get(key)
-            return None if state is None else state.needs
-
-        if tier is WantedTier.HOST:
-            room = ByteRoom(budgets.host.nbytes, lambda sizes: sizes.file_nbytes * sizes.holdable)
-            return PrefetchRoom(room, needs)
-        if tier is not WantedTier.DEVICE:
-            return None
-        occupancies = driver.lease_table.occupancies.items()
-        pinned = {key: held.grant for key, held in occupancies if states[key].pins}
-        arena = Arena(budgets.device.arena.nbytes, driver.device.alignment)
-        slots = SlotRoom(budgets.device.max_slots, arena, list(pinned.values()))
-        return PrefetchRoom(slots, needs, kept=pinned)
 
     async def stop(self) -> None:
         """Wait for prefetches, once closing has failed their waiters."""
@@ -596,10 +533,6 @@ class Acquirer:
             f"{what} in use, by {', '.join(held[:SHOWN]) or 'loads'}{more}; release handles sooner,"
             f" unpin, or raise {'max_slots' if full else 'device_bytes'}"
         )
-
-
-def _has_failed(future: asyncio.Future[Lease | None]) -> bool:
-    return future.done() and not future.cancelled() and future.exception() is not None
 
 
 def _outcome_of(error: BaseException) -> dict[str, object]:

@@ -79,7 +79,7 @@ class StoreParts:
             revalidate=config.revalidate,
             revalidate_files=config.revalidate_files,
         )
-        self.digests = DigestChecks(self.source, self.telemetry, check_open)
+        self.digests = DigestChecks(self.source, check_open)
         self.folders = FolderLeases(source or self.source, self.resolver, self.digests, check_open)
 
     async def close(self, timeout: float) -> None:
@@ -124,7 +124,7 @@ class Assembly:
         self._check_open = check_open
         self._device = device or _make_device(sharding.held, config)
         self.store = store = StoreParts(config, source, check_open)
-        self.copies = HostCopies(config.memory_bytes, store.cache.get if config.spill else None)
+        self.copies = HostCopies(config.memory_bytes)
         self._memory = MemorySource(
             self.copies,
             sharding.whole,
@@ -213,11 +213,7 @@ class Assembly:
             "host": budgets.host.evictions,
             "pinned": budgets.images.evictions,
         }
-        return replace(
-            self.driver.telemetry.statistics(),
-            spills=self.copies.spills,
-            evictions=MappingProxyType(evictions),
-        )
+        return replace(self.driver.telemetry.statistics(), evictions=MappingProxyType(evictions))
 
     def usage(self) -> Usage:
         """Return the use of all budgets, also after `close`."""
@@ -242,13 +238,12 @@ class Assembly:
     async def close(self, timeout: float) -> None:
         """Fail waiters, wait `timeout` seconds for leases, end all parts and threads."""
         folders = asyncio.ensure_future(self.store.folders.close(timeout))
-        resolves = asyncio.ensure_future(self.store.resolver.stop())
+        stopping = asyncio.ensure_future(self.store.stop_tasks())
         try:
-            self.store.digests.begin_close()
             await self.driver.close(LoaderClosedError("the loader was closed"), timeout)
         finally:
             await folders
-            await resolves
+            await stopping
             await self.store.stop_tasks()
             await self.acquiring.stop()
             self.copies.clear()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 
 from lorax_async.concurrency import SharedTasks, result_of
-from lorax_async.errors import IntegrityError, LoraxError, as_lorax_error
-from lorax_async.runtime.leases import DigestPromise, Lease, SlotOccupancy
-from lorax_async.runtime.telemetry import Telemetry
+from lorax_async.errors import IntegrityError
+from lorax_async.runtime.leases import Lease
 from lorax_async.sources.base import Source
 from lorax_async.types import AdapterKey, AdapterRef, Merge, MergedKey, Ref, Verification
 
@@ -22,15 +20,11 @@ class DigestChecks:
     `check_open` raises once the store or loader is closing.
     """
 
-    def __init__(
-        self, source: Source, telemetry: Telemetry, check_open: Callable[[], None]
-    ) -> None:
-        self._telemetry = telemetry
+    def __init__(self, source: Source, check_open: Callable[[], None]) -> None:
         self._check_open = check_open
         self._known: dict[AdapterKey, str] = {}
         self._source = source
         self._hashing = SharedTasks(self._run, lambda key: f"lorax digest {key}")
-        self._tasks: set[asyncio.Task[None]] = set()
         self._waiting: set[Lease] = set()
 
     async def compare(
@@ -56,57 +50,30 @@ class DigestChecks:
             for part, expected in _expected_digests(ref, key)
         )
 
-    def watch(self, ref: Ref, key: AdapterKey, lease: Lease) -> None:
-        """Compare once all bytes are here. The lease fails at a mismatch."""
-        if _expected_digests(ref, key):
-            promise = DigestPromise().join(lease)
-            watching = self._watch(promise, ref, key, lease.occupancy)
-            loop = asyncio.get_running_loop()
-            promise.task = loop.create_task(watching, name=f"lorax compare {key}")
-            self._tasks.add(promise.task)
-            promise.task.add_done_callback(self._tasks.discard)
+    async def require(self, ref: Ref, key: AdapterKey, lease: Lease) -> None:
+        """Compare a lease's weights with the digests in `ref`, if any, once all bytes are here.
 
-    async def watch_and_wait(self, ref: Ref, key: AdapterKey, lease: Lease) -> None:
-        """Call `watch`, and wait for it; raise `LoaderClosedError` when the loader is closing."""
+        Raise as `compare`, the slot's error, or `LoaderClosedError` when the loader is closing.
+        """
+        if not _expected_digests(ref, key):
+            return
 
         def check() -> None:
             self._check_open()
             lease.check()
 
-        self.watch(ref, key, lease)
-        if lease.promise is not None:
-            self._waiting.add(lease)
-            try:
-                await lease.verified(check)
-            finally:
-                self._waiting.discard(lease)
-
-    def begin_close(self) -> None:
-        """End the waits of `watch_and_wait`; leases stay."""
-        for lease in self._waiting:
-            lease.occupancy.wake_tasks()
+        self._waiting.add(lease)
+        try:
+            verification = await lease.verified(check)
+        finally:
+            self._waiting.discard(lease)
+        lease.verified_by_caller = await self.compare(ref, key, verification)
 
     async def stop(self) -> None:
-        """Cancel all tasks."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, self._hashing.stop(), return_exceptions=True)
-
-    async def _watch(
-        self, promise: DigestPromise, ref: Ref, key: AdapterKey, occupancy: SlotOccupancy
-    ) -> None:
-        kept: Verification | None = None
-        error: LoraxError | None = None
-        try:
-            await occupancy.until(lambda: occupancy.verification is not None, occupancy.check)
-            kept = await self.compare(ref, key, occupancy.verification)
-        except LoraxError as problem:
-            error = problem.located(key=key, story=self._telemetry.story(key))
-        except Exception as problem:  # noqa: BLE001 - becomes the lease's error
-            error = as_lorax_error(problem, "a digest was not compared", key=key)
-        promise.settle(kept, error)
-        occupancy.wake_threads()
-        occupancy.wake_tasks()
+        """End all waits and tasks, once `check_open` raises; leases stay."""
+        for lease in self._waiting:
+            lease.occupancy.wake_tasks()
+        await self._hashing.stop()
 
     def _known_digest(
         self, part: AdapterKey, key: AdapterKey, known: Verification | None
@@ -125,6 +92,12 @@ class DigestChecks:
         if len(self._known) > MAX_REMEMBERED:
             del self._known[next(iter(self._known))]
         return digest
+
+
+def has_digest(ref: Ref) -> bool:
+    """Return whether the caller gave a digest for the adapter or one of its parts."""
+    parts = ref.parts if isinstance(ref, Merge) else (ref,)
+    return any(isinstance(part, AdapterRef) and part.digest is not None for part in parts)
 
 
 def _expected_digests(ref: Ref, key: AdapterKey) -> list[tuple[AdapterKey, str]]:

@@ -7,7 +7,6 @@ import os
 import threading
 from bisect import bisect_left
 from collections.abc import Callable
-from typing import Self
 
 import torch
 
@@ -181,34 +180,6 @@ class SlotOccupancy:
         return place + 1 if present else 0
 
 
-class DigestPromise:
-    """The comparison with a caller's digest, for one lease and its clones. On the loop.
-
-    `task` compares; it is cancelled when the last of the leases ends.
-    """
-
-    def __init__(self) -> None:
-        self.pending = True
-        self.kept: Verification | None = None
-        """The verification by the caller's digest, if it matched."""
-        self.error: LoraxError | None = None
-        self.task: asyncio.Task[None] | None = None
-        self._leases: set[Lease] = set()
-
-    def join(self, lease: Lease) -> Self:
-        lease.promise = self
-        self._leases.add(lease)
-        return self
-
-    def leave(self, lease: Lease) -> None:
-        self._leases.discard(lease)
-        if not self._leases and self.task is not None:
-            self.task.cancel()
-
-    def settle(self, kept: Verification | None, error: LoraxError | None = None) -> None:
-        self.kept, self.error, self.pending = kept, error, False
-
-
 class Lease:
     """The right to use one slot occupancy, held by one handle.
 
@@ -229,7 +200,8 @@ class Lease:
         """The name of the holder's task."""
         self.stale = False
         """Whether the source was unreachable, and this is the version that it named last."""
-        self.promise: DigestPromise | None = None
+        self.verified_by_caller: Verification | None = None
+        """The verification by the digest in the holder's ref, if it has one."""
         self._ended = ended
         self._quiet = quiet
         self._lock = threading.Lock()
@@ -250,25 +222,22 @@ class Lease:
         self.require_sound()
 
     def require_sound(self) -> None:
-        """Raise the error of the slot, or of this lease's digest, if there is one."""
+        """Raise the error of the slot, if there is one."""
         error = self.occupancy.error
-        if error is None and self.promise is not None:
-            error = self.promise.error
         if error is not None:
             raise error.located(id=self.id) from error.__cause__
 
     @property
     def is_verified(self) -> bool:
         """Whether all checks of the bytes have ended. Thread-safe."""
-        pending = self.promise is not None and self.promise.pending
-        return self.occupancy.verification is not None and not pending
+        return self.occupancy.verification is not None
 
     async def verified(self, check: Callable[[], None]) -> Verification:
         """Wait on the loader's loop until `is_verified`; return how the bytes were checked."""
-        occupancy, promise = self.occupancy, self.promise
+        occupancy = self.occupancy
         await occupancy.until(lambda: self.is_verified, check)
         assert occupancy.verification is not None
-        return (promise and promise.kept) or occupancy.verification
+        return self.verified_by_caller or occupancy.verification
 
     def begin_use(self) -> None:
         """Count a kernel that will read the slot; raise if the lease does not allow it."""
@@ -356,9 +325,7 @@ class LeaseTable:
         lease.check()
         self._lifecycle.add_lease(lease.occupancy.key)
         shared = self.new_lease(lease.occupancy.key)
-        shared.stale = lease.stale
-        if lease.promise is not None:
-            lease.promise.join(shared)
+        shared.stale, shared.verified_by_caller = lease.stale, lease.verified_by_caller
         return shared
 
     def end_lease(self, lease: Lease) -> None:
@@ -366,8 +333,6 @@ class LeaseTable:
         held.remove(lease)
         if not held:
             del self.leases[lease.occupancy.key]
-        if lease.promise is not None:
-            lease.promise.leave(lease)
         lease.occupancy.wake_tasks()
 
 

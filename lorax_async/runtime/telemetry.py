@@ -79,8 +79,7 @@ class Statistics:
     `seconds` are summed over adapters that are in a stage at the same time, and so can exceed the
     elapsed time. `nbytes` are those of configs and headers ("fetch"), of the file's parts that were
     cast or padded ("stage"), and of bytes on the device ("copy"), which `bytes_moved` counts too.
-    `spills` counts adapters from tensors that moved from host memory to the disk cache. `hits`
-    counts loads by the nearest tier of their adapter ("device", "host", "disk", or "source"),
+    `hits` counts loads by the nearest tier of their adapter ("device", "host", "disk", "source"),
     `evictions` evicted adapters by tier ("device", "host", "pinned"). `failures_by` counts failed
     loads, and `errors_by` the calls of `load`, `stream` and `pin` that raised, by the error's stage
     (or "none") and class.
@@ -91,7 +90,6 @@ class Statistics:
     failures: int = 0
     departures: int = 0
     bytes_moved: int = 0
-    spills: int = 0
     seconds: Mapping[Stage, float] = field(default_factory=dict)
     nbytes: Mapping[Stage, int] = field(default_factory=dict)
     hits: Mapping[str, int] = field(default_factory=dict)

@@ -249,11 +249,11 @@ class LoadQueue:
         ref = load_task.queue.ref
         assert ref is not None
         try:
-            if load_task.failure is not None and not await self._loader.has_changed(
-                ref, *load_task.failure
-            ):
-                self._fail(load_task, load_task.failure[1])
-                return
+            if load_task.failure is not None:
+                key, failure = load_task.failure
+                if await self._loader.resolve(ref, timeout=MAX_SECONDS) == key:
+                    self._fail(load_task, failure)
+                    return
             handle = await self._stream(load_task, ref)
         except LoraxError as error:
             self._fail(load_task, error)

@@ -44,6 +44,7 @@ STATUSES: tuple[tuple[type[LoraxError], int, str], ...] = (
     (errors.AdapterTimeoutError, 504, "timeout"),
     (errors.FetchTimeoutError, 504, "timeout"),
     # The source is at fault: the client cannot correct its request.
+    (errors.SavedDuringLoadError, 503, "adapter_saved"),
     (errors.IntegrityError, 502, "adapter_altered"),
     (errors.EvictedError, 503, "evicted"),
     (errors.FetchError, 502, "fetch_failed"),

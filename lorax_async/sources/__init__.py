@@ -7,6 +7,6 @@ layer group by layer group. May import `formats`, `planning`, `files`, `ids`, `c
 - `base`: the interface `Source`, and the router: by the place of an id, or the type of a key
 - `local`: the source of local folders: finds a folder, checks, opens and hashes its files
 - `tensors`: the source of tensors and merges, in host memory; snapshots of tensors
-- `host_copies`: files in host memory, their budget, spill files
+- `host_copies`: files in host memory, and their budget
 - `merges`: PEFT's arithmetic
 """

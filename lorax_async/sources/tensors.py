@@ -263,15 +263,13 @@ class MemorySource:
             return await sha256_of(reader, self.threads)
 
     async def populate(self, key: AdapterKey) -> PinnedPages:
-        """Read a spilled file ahead; bytes in memory need no hold."""
-        with closing(self._reader(key)) as reader:
-            await asyncio.get_running_loop().run_in_executor(self.threads, reader.read_ahead)
-        return LocalPages((), holdable=False)
+        """Return at once: bytes in memory need no hold."""
+        with closing(self._reader(key)):
+            return LocalPages((), holdable=False)
 
     def close(self) -> None:
-        """End threads and remove spill files. Drop all copies before. Blocks."""
+        """End threads. Drop all copies before. Blocks."""
         self.merger.close()
-        self.copies.close()
 
     def _reader(self, key: AdapterKey) -> CopyReader:
         copy = self.copies.get(key)

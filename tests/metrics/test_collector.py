@@ -72,7 +72,7 @@ async def test_a_known_sequence(tmp_path: Path) -> None:
         await there.unload("c")
         samples, told = scraped(registry), there.statistics()
     assert_known(samples)
-    for name in ("fetches", "loads", "departures", "spills"):
+    for name in ("fetches", "loads", "departures"):
         assert samples[f"lorax_{name}_total"] == getattr(told, name)
     assert samples["lorax_moved_bytes_total"] == told.bytes_moved
     assert sum(of(samples, "lorax_failures_total").values()) == told.failures
@@ -146,8 +146,8 @@ async def test_hits_in_held_memory(tmp_path: Path) -> None:
     assert samples["lorax_budget_limit_bytes{budget=host}"] == nbytes
 
 
-async def test_tensors_in_memory_and_on_disk(tmp_path: Path) -> None:
-    async with roomy(tmp_path, 1, max_slots=1) as there:
+async def test_tensors_in_memory(tmp_path: Path) -> None:
+    async with roomy(tmp_path, 2, max_slots=1) as there:
         with LoaderCollector(there) as collector:
             registry = registered(collector)
             assert "lorax_budget_used_bytes{budget=cache}" not in scraped(registry)
@@ -157,19 +157,11 @@ async def test_tensors_in_memory_and_on_disk(tmp_path: Path) -> None:
             before = scraped(registry)
             await loaded(there, "one", "two")
             after = scraped(registry)
-    last = scraped(registry)
-    used = {
-        budget: before[f"lorax_budget_used_bytes{{budget={budget}}}"]
-        for budget in ("memory", "cache")
-    }
-    assert all(ONE < nbytes < FILE + 1_000 for nbytes in used.values()), used
+    assert 2 * ONE < before["lorax_budget_used_bytes{budget=memory}"] <= 2 * FILE
     assert before["lorax_budget_limit_bytes{budget=memory}"] == there.config.memory_bytes
-    assert before["lorax_budget_limit_bytes{budget=cache}"] == there.config.cache_bytes
-    assert after["lorax_spills_total"] == before["lorax_spills_total"] == 1
     hits = [of(samples, "lorax_hits_total") for samples in (before, after)]
     gained = {tier: hits[1][tier] - hits[0][tier] for tier in hits[0]}
-    assert gained == {"tier=device": 0, "tier=host": 1, "tier=disk": 1, "tier=source": 0}
-    assert "lorax_budget_used_bytes{budget=cache}" in last
+    assert gained == {"tier=device": 0, "tier=host": 2, "tier=disk": 0, "tier=source": 0}
 
 
 async def test_registries_are_the_programs() -> None:

@@ -2,8 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lorax_async import concurrency
@@ -16,6 +15,7 @@ from lorax_async.remote.remote_source import RemoteSource
 from lorax_async.sources import merges
 from lorax_async.sources.host_copies import HostCopies, HostCopy
 from lorax_async.sources.tensors import TensorSnapshot
+from lorax_async.types import AdapterKey
 from mutants.mutation import Mutants, NoLock, mutant, nothing, nothing_awaited, skipped
 
 LOCAL = "io/test_local_source.py"
@@ -47,14 +47,10 @@ async def _free_of_charge(self: HostCopies, *_: object) -> HostCopy:
     return HostCopy(0, self)
 
 
-def _kept_though_dropped(self: HostCopy, file: Any) -> None:
-    memory, self.place = self.place, file
-    memory.close()
-
-
-@contextmanager
-def _freed_while_read(self: HostCopy) -> Iterator[Any]:
-    yield self.place.opened
+def _freed_while_read(self: HostCopies, key: AdapterKey) -> None:
+    copy = self._copies.pop(key, None)
+    if copy is not None:
+        self.give_back(copy)
 
 
 async def _abandoned(self: WorkerThreads, work: Any, undo: object = None) -> Any:
@@ -93,10 +89,7 @@ SOURCES: Mutants = {
         (HostCopies, "reserve", _free_of_charge)),
     "tensors: bytes keep their room while they are read": mutant(
         f"{MEMORY}::test_bytes_keep_their_room_while_they_are_read",
-        (HostCopy, "held", _freed_while_read)),
-    "spilling: what was dropped meanwhile leaves the disk": mutant(
-        "test_spilled_tensors.py::test_unloaded_during_the_spill_it_is_gone",
-        (HostCopy, "move", _kept_though_dropped)),
+        (HostCopies, "drop", _freed_while_read)),
     "merge: one that is read keeps its memory": mutant(
         f"{MEMORY}::test_a_merge_is_computed_once_and_stays_until_others_need_the_room",
         (HostCopy, "is_read", False)),

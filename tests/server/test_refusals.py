@@ -40,6 +40,7 @@ STATUSES = (
     *((la.IncompatibleAdapterError, 422, "adapter_incompatible"), (la.TransferError, 500, "transfer_failed")),
     *((la.LoaderClosedError, 503, "closing"), (la.HandleClosedError, 503, "closing")),
     *((la.AdapterTimeoutError, 504, "timeout"), (la.IntegrityError, 502, "adapter_altered")),
+    (la.SavedDuringLoadError, 503, "adapter_saved"),
     *((la.AdapterInUseError, 409, "adapter_in_use"), (la.InternalError, 500, "internal_error")),
 )  # fmt: skip
 
