@@ -132,7 +132,7 @@ sglang:
 		echo '$(SGLANG) cannot be had here: nothing was run in SGLang'; \
 	fi
 
-# Fleets on Ray Serve, with nginx as origin, in a venv of its own. Ray LLM's server is imported with
+# Fleets on Ray Serve, with nginx as origin and as caching proxy, in a venv of its own. Ray LLM's server is imported with
 # vLLM only, of which its types suffice: it comes without what it needs to run (0.5 GB). Where Ray
 # cannot be had, this says so and succeeds.
 ray:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import InitVar, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal, Self, get_args
 
 from lorax_async.errors import ConfigError, UsageError, shorten, shorten_repr
 from lorax_async.ids import Allow, as_allow
-from lorax_async.peers import Peers
 from lorax_async.types import (
     MAX_SECONDS,
     require_bool,
@@ -36,6 +35,11 @@ __all__ = [
     "StoreConfig",
     "as_local_roots",
 ]
+
+PEERS_REMOVED = (
+    "peers, their mirrors and their fleet were removed in 0.3.0: leave them out, and put a caching"
+    " proxy before the adapters' origin, as docs/fleet.md shows it"
+)
 
 KiB = 1 << 10
 MiB = 1 << 20
@@ -235,8 +239,6 @@ class StoreConfig:
         or "gdsf" (frequency and cost per byte).
     limits
         Limits on untrusted adapters.
-    peers
-        The other replicas of a fleet, which are asked before an adapter's source (docs/fleet.md).
 
     Raises
     ------
@@ -259,9 +261,12 @@ class StoreConfig:
     revalidate_files: float = 1.0
     eviction: Eviction = "lru"
     limits: Limits = field(default_factory=Limits)
-    peers: Peers | None = None
+    peers: InitVar[None] = None
+    """Refused: see `PEERS_REMOVED`."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, peers: object) -> None:
+        if peers is not None:
+            raise ConfigError(PEERS_REMOVED)
         if str(self.hub_cache) == "write":
             raise ConfigError(
                 'hub_cache="write" was removed: what comes from the hub goes to cache_dir. Use'
@@ -272,8 +277,6 @@ class StoreConfig:
         require_bool("offline", self.offline)
         if not isinstance(self.limits, Limits):
             raise ConfigError(f"limits must be Limits(…), not {shorten_repr(self.limits)}")
-        if not isinstance(self.peers, Peers | None):
-            raise ConfigError(f"peers must be Peers(…) or None, not {shorten_repr(self.peers)}")
         _require_at_most("connections", self.connections, MAX_THREADS)
         require_seconds("timeout", self.timeout)
         _require_zero_or_seconds("revalidate", self.revalidate)
@@ -370,8 +373,8 @@ class LoaderConfig(StoreConfig):
     min_residency: float = 0.0
     check_finite: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def __post_init__(self, peers: object) -> None:
+        super().__post_init__(peers)
         if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
             raise ConfigError(
                 f"device {self.device!r} is not 'cpu', 'cuda', 'cuda:N' or 'simulated'"

@@ -28,7 +28,7 @@ from lorax_async.handle import AdapterHandle, context_call, current_task_name
 from lorax_async.lifecycle.adapter_state import WantedTier
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.sharding import shard_layout
-from lorax_async.runtime.assembly import Assembly, StoreParts
+from lorax_async.runtime.assembly import Assembly
 from lorax_async.runtime.folders import AdapterFolder
 from lorax_async.runtime.leases import Lease
 from lorax_async.runtime.placement import TIERS, Placement, TierName
@@ -142,12 +142,6 @@ class AdapterLoader:
         Idempotent; goes on if the caller is cancelled.
         """
         await self._lifetime.close(lambda: self._assembly.close(self.config.seconds(timeout)))
-
-    @property
-    def parts(self) -> StoreParts:
-        """The parts of an open loader that a store has too, for `AdapterMirror`."""
-        self._check_open()
-        return self._assembly.store
 
     @property
     def closed(self) -> bool:

@@ -78,12 +78,6 @@ class AdapterStore:
         await asyncio.gather(*(hint.task for hint in prefetches), return_exceptions=True)
 
     @property
-    def parts(self) -> StoreParts:
-        """The parts of an open store, for `AdapterMirror`."""
-        self._lifetime.check_open()
-        return self._parts
-
-    @property
     def closed(self) -> bool:
         """Whether the store is closed or closing."""
         return self._lifetime.closed

@@ -6,9 +6,11 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from certifi import where
 from fault_server import until
 
 from tools import tool
@@ -18,6 +20,10 @@ END_SECONDS = 20.0
 
 Command = Sequence[str | Path]
 
+SCRATCH = """
+    client_body_temp_path {root}/t1; proxy_temp_path {root}/t2; fastcgi_temp_path {root}/t3;
+    uwsgi_temp_path {root}/t4; scgi_temp_path {root}/t5;
+"""
 NGINX = """
 daemon off; pid {root}/pid; error_log {root}/errors; worker_processes 1; {user}
 events {{ worker_connections 256; }}
@@ -25,8 +31,7 @@ http {{
     log_format ours '"$request" $status $server_port "$http_range" "$http_authorization" '
                     '$body_bytes_sent';
     access_log {root}/requests ours; sendfile on; gzip on; gzip_types *; gzip_min_length 1;
-    client_body_temp_path {root}/t1; proxy_temp_path {root}/t2; fastcgi_temp_path {root}/t3;
-    uwsgi_temp_path {root}/t4; scgi_temp_path {root}/t5;
+    {scratch}
     limit_req_zone $server_port zone=slow:1m rate=30r/s;
     server {{
         listen 127.0.0.1:{first}; root {root}/files; keepalive_requests 3;
@@ -42,6 +47,12 @@ http {{
     server {{ listen 127.0.0.1:{second}; root {root}/files; }}
 }}
 """
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port: int = found.getsockname()[1]
+    return port
 
 
 class Nginx:
@@ -76,14 +87,71 @@ class Nginx:
 def nginx(root: Path) -> Iterator[Nginx]:
     server = Nginx(root)
     server.files.mkdir()
-    user = "user root;" if os.geteuid() == 0 else ""
-    text = NGINX.format(root=root, first=server.first, second=server.second, user=user)
+    ports = {"first": server.first, "second": server.second}
+    text = NGINX.format(root=root, user=_user(), scratch=SCRATCH.format(root=root), **ports)
     (root / "nginx.conf").write_text(text)
     command: Command = [_program("nginx"), "-p", root, "-c", root / "nginx.conf"]
     with running(
         [*command, "-e", root / "errors"], [server.first, server.second], root / "nginx.log"
     ):
         yield server
+
+
+@dataclass
+class CachingProxy:
+    """nginx by the configuration of docs/fleet.md, and the ports of its parts."""
+
+    root: Path
+    web: int = field(default_factory=free_port)
+    hub: int = field(default_factory=free_port)
+    store: int = field(default_factory=free_port)
+
+    def configuration(self, origin: str, hub: str, store: str) -> str:
+        """Return the page's text with addresses and folders of this machine."""
+        page = (Path(__file__).parent.parent / "docs" / "fleet.md").read_text()
+        _, _, rest = page.partition("```nginx\n")
+        text, _, _ = rest.partition("```\n")
+        here = {
+            "https://huggingface.co": f"http://{hub}",
+            "https://cas-bridge.xethub.hf.co": f"http://{store}",
+            "cas-bridge.xethub.hf.co": store,
+            "huggingface.co": hub,
+            "files.internal:9000": origin,
+            "10.0.0.5:8080": f"127.0.0.1:{self.web}",
+            "10.0.0.5:8081": f"127.0.0.1:{self.hub}",
+            "10.0.0.5:8082": f"127.0.0.1:{self.store}",
+            "/run/adapter-versions.sock": f"{self.root}/s",
+            "/var/cache/adapters": f"{self.root}/cache",
+            "/etc/ssl/certs/ca-certificates.crt": where(),
+            "worker_processes auto;": "worker_processes 2;",
+            "http {": "http { access_log off;" + SCRATCH.format(root=self.root),
+        }
+        for word, ours in here.items():
+            assert word in text, f"docs/fleet.md has no {word!r}"
+            text = text.replace(word, ours)
+        return text
+
+    @contextmanager
+    def running(self, origin: str, hub: str, store: str) -> Iterator[None]:
+        """Run it in front of servers at these addresses."""
+        file, errors = self.root / "nginx.conf", self.root / "errors"
+        file.write_text(self.configuration(origin, hub, store))
+        directives = f"daemon off; pid {self.root}/pid; {_user()}"
+        command: Command = [_program("nginx"), "-p", self.root, "-c", file, "-g", directives]
+        ports = [self.web, self.hub, self.store]
+        with running([*command, "-e", errors], ports, self.root / "log"):
+            yield
+
+
+@contextmanager
+def caching_proxy(
+    root: Path, origin: str, hub: str = "127.0.0.1:9", store: str = "127.0.0.1:9"
+) -> Iterator[CachingProxy]:
+    """A caching proxy in front of servers at these addresses."""
+    root.mkdir()
+    proxy = CachingProxy(root)
+    with proxy.running(origin, hub, store):
+        yield proxy
 
 
 @contextmanager
@@ -125,10 +193,9 @@ def running(command: Command, ports: Sequence[int], log: Path) -> Iterator[None]
             process.wait()
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        port: int = found.getsockname()[1]
-    return port
+def _user() -> str:
+    """Let nginx's workers read the tests' folders."""
+    return "user root;" if os.geteuid() == 0 else ""
 
 
 def _answers(port: int) -> bool:

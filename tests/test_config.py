@@ -21,6 +21,7 @@ from lorax_async import (
     LocalRoot,
     Merge,
     Shard,
+    StoreConfig,
     errors,
 )
 from lorax_async.types import MAX_SECONDS
@@ -175,6 +176,10 @@ def test_an_endpoint_has_one_spelling(monkeypatch: Patch) -> None:
 def test_a_removed_value_says_what_to_use_instead() -> None:
     with pytest.raises(errors.ConfigError, match=r"removed.*cache_dir.*hf download"):
         LoaderConfig(hub_cache="write")  # type: ignore[arg-type]
+    for kind in (StoreConfig, LoaderConfig):
+        assert replace(kind(peers=None), timeout=1) == kind(timeout=1)
+        with pytest.raises(errors.ConfigError, match=r"peers.* removed.*caching proxy"):
+            kind(peers=object())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["cache_dir", "hub_cache_dir"])

@@ -199,9 +199,6 @@ class CacheEntry(Protocol):
     def granted(self, scope: str) -> float | None:
         """Return the seconds since the source last let this scope have it; None if never."""
 
-    def scope_names(self) -> list[str]:
-        """Return the names of all scopes that the source ever let have it: see `scope_name`."""
-
     def grant(self, scope: str) -> None:
         """Record that the source has just let this scope have it."""
 

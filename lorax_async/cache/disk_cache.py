@@ -199,8 +199,6 @@ class DiskDownload:
         self.key = key
         self._cache = cache
         self._directory = cache.directory
-        self.resumable = True
-        """Whether the next download may trust its bytes, also after this process was killed."""
         self._scope = scope
         self._partial = partial
         self._open = True
@@ -215,8 +213,7 @@ class DiskDownload:
         if role in self._files:
             raise InternalError(f"{role.file_name} was added to the download twice")
         file = self._files[role] = PartialFile(
-            *(self._partial.folder, role, nbytes, expected, self._cache.budget.reserve),
-            resumable=self.resumable,
+            self._partial.folder, role, nbytes, expected, self._cache.budget.reserve
         )
         return file
 
@@ -318,12 +315,11 @@ class DiskDownload:
                 raise
             if any(kept):
                 self._partial.folder.sync()
-            elif not self.has_leftovers:
+            elif not self._has_leftovers():
                 self._remove()
 
-    @property
-    def has_leftovers(self) -> bool:
-        """Whether an interrupted download left files that were not added yet. Blocks."""
+    def _has_leftovers(self) -> bool:
+        """Return whether an interrupted download left files that were not added."""
         roles = {role_of(name) for name in self._partial.folder.names()} - {None}
         return not roles <= self._files.keys()
 

@@ -108,14 +108,6 @@ class DiskEntry:
                 return None
         return None if status is None else max(0.0, time.time() - status.st_mtime)
 
-    def scope_names(self) -> list[str]:
-        with translate_errors("look at an entry"):
-            try:
-                with self._entries.parent.subfolder(self.record.name) as folder:
-                    return [name for name in folder.names() if name.startswith(SCOPE_PREFIX)]
-            except FileNotFoundError:
-                return []
-
     def grant(self, scope: str) -> None:
         with (
             translate_errors("write to an entry"),

@@ -119,21 +119,14 @@ class PartialFile:
     """One file of a download, written by many threads, with its chunk map beside it.
 
     A chunk's bit is written after its bytes: the map is true whenever this process is killed, and
-    no byte waits for the disk. One that is not `resumable` has no map.
+    no byte waits for the disk.
 
     `expected` is the digest that judges it at the end, if one was promised; `resumed`, whether an
     interrupted download left bytes of it.
     """
 
     def __init__(
-        self,
-        folder: Folder,
-        role: FileRole,
-        nbytes: int,
-        expected: Digest | None,
-        reserve: Reserve,
-        *,
-        resumable: bool,
+        self, folder: Folder, role: FileRole, nbytes: int, expected: Digest | None, reserve: Reserve
     ) -> None:
         self.role = role
         self.nbytes = nbytes
@@ -152,7 +145,7 @@ class PartialFile:
             fd = folder.file(self._name, os.O_RDWR | os.O_CREAT)
         self._file = SharedResource(self._name, os.close, opened=fd)
         try:
-            self._map = self._resume() or self._begin(reserve, resumable=resumable)
+            self._map = self._resume() or self._begin(reserve)
         except BaseException:
             self.close()
             with translate_errors("give room back"):
@@ -184,7 +177,7 @@ class PartialFile:
                 with self._lock:
                     self._unsaved += self._map.mark((offset, stop), self._here.add(offset, stop))
                     most = min(MAX_UNSAVED_CHUNKS, self._map.chunks // 16)
-                    if self._map_file is not None and self._unsaved > most:
+                    if self._unsaved > most:
                         self._unsaved = 0
                         self._write_map(self._map.bits, _HEADER.size)
         except OSError as error:
@@ -233,7 +226,7 @@ class PartialFile:
 
     def keep(self) -> bool:
         """Bring bytes and map to the disk; remove both if nothing is here. Raise `OSError`."""
-        if not self._here.nbytes or self._map_file is None:
+        if not self._here.nbytes:
             self.remove()
             return False
         with self._file as fd:
@@ -268,7 +261,7 @@ class PartialFile:
             self._open_map(chunk_map, os.O_WRONLY, sync=True)
             return chunk_map
 
-    def _begin(self, reserve: Reserve, *, resumable: bool) -> ChunkMap:
+    def _begin(self, reserve: Reserve) -> ChunkMap:
         with reserve(self.nbytes), self._file as fd:
             try:
                 if self.nbytes:
@@ -277,9 +270,8 @@ class PartialFile:
                 os.ftruncate(fd, 0)
                 raise translate(error, "make room for a download") from error
         chunk_map = ChunkMap(self.nbytes)
-        if resumable:
-            with translate_errors(_WRITING):
-                self._open_map(chunk_map, os.O_WRONLY | os.O_CREAT | os.O_EXCL, sync=False)
+        with translate_errors(_WRITING):
+            self._open_map(chunk_map, os.O_WRONLY | os.O_CREAT | os.O_EXCL, sync=False)
         return chunk_map
 
     def _open_map(self, chunk_map: ChunkMap, flags: int, *, sync: bool) -> None:

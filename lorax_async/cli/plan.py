@@ -495,9 +495,7 @@ def _routing_row(result: dict[str, Any]) -> dict[str, str]:
         " affinity": f"{result['affinity']:.1%}",
         " cold": f"{result['cold']:.1%}",
         " busiest ÷ mean": f"{result['busiest']:.2f}",
-        " from the origin": f"{result['origin_fetches']:,}",
-        " of them again": f"{result['origin_again']:,}",
-        " in all": format_size(result["origin_bytes"]),
-        " from peers": f"{result['peer_fetches']:,}",
-        "  in all": format_size(result["peer_bytes"]),
+        " fetches": f"{result['fetches']:,}",
+        " repeated": f"{result['repeated']:,}",
+        " in all": format_size(result["fetched_bytes"]),
     }

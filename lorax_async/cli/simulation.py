@@ -176,9 +176,9 @@ class FleetResult:
 
     `hits` found their adapter on the device of their replica. `refused` requests name adapters that
     do not fit an empty device. Of the requests whose adapter some replica `had`, `affine` went to
-    one that had it. A replica that has not takes it from a peer, or if none has it from the origin;
-    without peers, all of these come from the origin. `origin_again` were fetched from there before.
-    `busiest` is the most requests of a replica, as a multiple of the mean.
+    one that had it. A replica that does not have it fetches it: of these `fetches`, `repeated` are
+    of adapters that the fleet has fetched before. `busiest` is the most requests of a replica, as a
+    multiple of the mean.
     """
 
     routing: Routing
@@ -187,11 +187,9 @@ class FleetResult:
     refused: int = 0
     had: int = 0
     affine: int = 0
-    origin_fetches: int = 0
-    origin_again: int = 0
-    origin_bytes: int = 0
-    peer_fetches: int = 0
-    peer_bytes: int = 0
+    fetches: int = 0
+    repeated: int = 0
+    fetched_bytes: int = 0
     busiest: float = 0.0
 
     @property
@@ -269,14 +267,10 @@ class SimulatedFleet:
 
     def _fetch(self, replica: SimulatedReplica, position: int) -> None:
         result, nbytes = self.result, self._needs[position].file_nbytes
-        if self._holders[position]:
-            result.peer_fetches += 1
-            result.peer_bytes += nbytes
-        else:
-            result.origin_fetches += 1
-            result.origin_bytes += nbytes
-            result.origin_again += position in self._fetched
-            self._fetched.add(position)
+        result.fetches += 1
+        result.fetched_bytes += nbytes
+        result.repeated += position in self._fetched
+        self._fetched.add(position)
         replica.disk[position] = None
         replica.disk_bytes += nbytes
         self._holders[position] += 1

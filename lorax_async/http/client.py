@@ -310,6 +310,7 @@ def _refused_error(origin: Origin) -> AccessDeniedError:
 
 # -- requests --------------------------------------------------------------------------------------
 
+MAX_REDIRECTS = 3
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _DRAINED_BYTES = 16 << 10
 """A rest of a body up to this is read: cheaper than another connection."""
@@ -446,9 +447,9 @@ class HttpClient:
 
     def _next_location(self, target: Target, response: Response) -> ResolvedLocation:
         before = response.location
-        if before.hop >= self.settings.redirects:
+        if before.hop >= MAX_REDIRECTS:
             raise FetchError(
-                f"{target.name}: more than {self.settings.redirects} redirects, the last one from"
+                f"{target.name}: more than {MAX_REDIRECTS} redirects, the last one from"
                 f" {before.url}",
                 retryable=False,
             )

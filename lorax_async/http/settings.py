@@ -114,7 +114,6 @@ class HttpSettings:
     timeouts: Timeouts = field(default_factory=Timeouts)
     retries: RetryPolicy = field(default_factory=RetryPolicy)
     sizes: PieceSizes = field(default_factory=PieceSizes)
-    redirects: int = 3
     ca_bundle: str | None = None
     proxies: dict[str, str] | None = field(default=None, repr=False)
     user_agent: str = "lorax-async"

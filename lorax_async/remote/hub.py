@@ -23,7 +23,7 @@ from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from lorax_async.cache.base import CacheEntry, CacheKey, FileRecord, record_of, scope_name
+from lorax_async.cache.base import CacheEntry, CacheKey, FileRecord, record_of
 from lorax_async.cache.disk_cache import DiskCache, DiskDownload
 from lorax_async.errors import (
     AccessDeniedError,
@@ -648,12 +648,6 @@ class HubEntry:
         if since is None and scope == self._cache.own_scope():
             since = max(file.mtime_ns for file in self.record.files) / 1e9
         return None if since is None else max(0.0, time.time() - since)
-
-    def scope_names(self) -> list[str]:
-        # Without a token here, it is unknown whether other tools had one: "" needs a grant.
-        own = self._cache.own_scope() or None
-        scopes = [scope for name, scope in tuple(self._cache.grants) if name == self.record.name]
-        return [scope_name(scope) for scope in (*scopes, own) if scope is not None]
 
     def grant(self, scope: str) -> None:
         remember(self._cache.grants, (self.record.name, scope), time.time(), MAX_GRANTS)

@@ -314,9 +314,6 @@ _SIZE_LIMITS = {
 class AdapterOpener:
     """Opens cached adapters, and begins the downloads of others."""
 
-    resumable = True
-    """Whether a download that failed may be resumed, where the version names the bytes."""
-
     def __init__(
         self,
         resolver: VersionResolver,
@@ -390,11 +387,6 @@ class AdapterOpener:
     async def _locate(self, key: RemoteKey, control: FetchControl) -> LocatedAdapter:
         async with bind_to(control):
             return await self._resolver.locate(key)
-
-    async def _shards(
-        self, located: LocatedAdapter, roles: Sequence[FileRole]
-    ) -> tuple[RemoteFile, ...]:
-        return await self._resolver.shards(located, roles)
 
     def _attempt(
         self, key: RemoteKey, scope: str, *, alone: bool
@@ -474,7 +466,7 @@ class AdapterOpener:
         reader = FetchReader(
             *(key, self._engine, self._workers, download, files, metadata),
             layers_first=self._verify in {"none", "stream"},
-            resumable=self.resumable and not located.version.startswith(WEAK),
+            resumable=not located.version.startswith(WEAK),
             on_take=no_longer_idle,
             confirm=confirm,
         )
@@ -590,7 +582,7 @@ class AdapterOpener:
         index = await self._workers.run(partial(parse_index, whole.prefix, self._limits))
         roles = [FileRole("weights", number + 1, index.count) for number in range(index.count)]
         async with bind_to(control):
-            files = await self._shards(located, roles)
+            files = await self._resolver.shards(located, roles)
         for file in files:
             self._require_size(file, file.nbytes)
         probes = await self._probe([(file, FIRST_BYTES) for file in files], control)

@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from threading import Lock
 from typing import Any, NamedTuple
 
-from lorax_async.cache.base import CacheEntry, CacheKey, EntryRecord
+from lorax_async.cache.base import CacheEntry, EntryRecord
 from lorax_async.cache.disk_cache import OwnCache
 from lorax_async.concurrency import FetchControl, WorkerThreads
 from lorax_async.config import Checking, Limits, StoreConfig
@@ -50,7 +50,6 @@ from lorax_async.remote.opening import (
     cache_key,
     close_unused,
 )
-from lorax_async.remote.peer_client import PeerClient
 from lorax_async.remote.readers import EntryReader, FetchReader, weight_files
 from lorax_async.remote.web import WebBackend
 from lorax_async.sources.base import AdapterFile, PinnedPages, StoredFolder
@@ -72,7 +71,6 @@ class RemoteParts(NamedTuple):
     opener: AdapterOpener
     workers: WorkerThreads
     close: Callable[[], None]
-    peers: PeerClient | None = None
 
 
 class _SeenFiles(NamedTuple):
@@ -103,8 +101,6 @@ class RemoteSource:
 
     async def open(self, key: AdapterKey, control: FetchControl) -> AdapterFile:
         remote, parts = _remote(key), await self._connect()
-        if parts.peers is not None:
-            await parts.peers.bring(remote, control)
         file = await parts.opener.open(remote, control)
         if isinstance(file.reader, EntryReader):
             self._see(remote, file.reader.entry)
@@ -202,10 +198,6 @@ class RemoteSource:
         finally:
             entry.close()
         return pages
-
-    def stored(self, key: CacheKey) -> CacheEntry | None:
-        """Lease the cache's entry of a key; None if there is none. Blocks. For mirrors."""
-        return self._connect_blocking().resolver.cache.open(key)
 
     def close(self) -> None:
         """End the parts. Blocks. Idempotent."""
@@ -359,17 +351,12 @@ def make_remote_source(
         )
         limits, verify = config.limits, config.verify
         opener = AdapterOpener(resolver, engine, workers, limits=limits, verify=verify)
-        peers = None
-        if config.peers is not None:
-            peers = PeerClient(config.peers, resolver, workers, limits, config.timeout)
 
         def close() -> None:
-            if peers is not None:
-                peers.close()
             engine.close()
             workers.shutdown()
             backends.close()
 
-        return RemoteParts(resolver, opener, workers, close, peers)
+        return RemoteParts(resolver, opener, workers, close)
 
     return RemoteSource(make, limits=config.limits, verify=config.verify)

@@ -67,8 +67,7 @@ class AdapterFolder:
     verification
         How the weights were checked, and their digest.
     downloaded
-        Whether this fetch downloaded them from their source; False if they were on disk already, or
-        came from a peer.
+        Whether this fetch downloaded them from their source; False if they were on disk already.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""`lorax_async.server` on Ray Serve: an ingress, and replicas that share their adapters.
+"""`lorax_async.server` on Ray Serve: an ingress, and replicas to which it routes by adapter.
 
 Ray is imported by functions that use it. docs/fleet.md is for users.
 """
@@ -17,8 +17,9 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Message
 
-from lorax_async.config import LoaderConfig, MiB
-from lorax_async.engines.ray.replicas import PublishedAdapters, join_fleet
+from lorax_async.config import PEERS_REMOVED, LoaderConfig, MiB
+from lorax_async.engines.ray.replicas import PublishedAdapters
+from lorax_async.errors import ConfigError
 from lorax_async.server.app import create_app
 from lorax_async.server.server_settings import ServerSettings
 from lorax_async.server.service import ServedModel, ServerCapacity, open_service
@@ -35,7 +36,7 @@ class AdapterServer(PublishedAdapters):
     base
         The base model's folder.
     config
-        The loader's settings; with `peers`, the replicas of `fleet` take adapters from each other.
+        The loader's settings.
     settings, capacity
         Arguments of `ServerSettings` and `ServerCapacity`.
     """
@@ -46,7 +47,6 @@ class AdapterServer(PublishedAdapters):
         config: LoaderConfig,
         settings: Mapping[str, Any],
         capacity: Mapping[str, Any] | None = None,
-        fleet: str = "fleet",
     ) -> None:
         dtype = str(config.dtype or "float32")
         model = await asyncio.to_thread(ServedModel.load, base, dtype=dtype, device=config.device)
@@ -56,7 +56,6 @@ class AdapterServer(PublishedAdapters):
         )
         self._service = await self._closing.enter_async_context(opened)
         self.adapters = self._service.loader
-        await self._closing.enter_async_context(join_fleet(self.adapters, fleet))
         self._app = create_app(self._service)
 
     async def __del__(self) -> None:  # Ray awaits it
@@ -152,14 +151,14 @@ def build_app(
     config: LoaderConfig,
     settings: Mapping[str, Any],
     capacity: Mapping[str, Any] | None = None,
-    *,
-    fleet: str = "fleet",
     **options: Any,
 ) -> Any:
     """Return an application for `serve.run`: an ingress before replicas of `AdapterServer`.
 
     `options` are those of the servers' deployment, such as `num_replicas` and `ray_actor_options`.
     """
+    if "fleet" in options:
+        raise ConfigError(PEERS_REMOVED)
     from ray import serve  # noqa: PLC0415
     from ray.serve.config import RequestRouterConfig  # noqa: PLC0415
 
@@ -167,6 +166,6 @@ def build_app(
     servers = serve.deployment(AdapterServer).options(
         **{"request_router_config": router, "max_ongoing_requests": 256} | options
     )
-    bound = servers.bind(base, config, settings, capacity, fleet)
+    bound = servers.bind(base, config, settings, capacity)
     limit = settings.get("max_body_bytes", MiB)
     return serve.deployment(AdapterIngress).bind(bound, settings["base"], limit)

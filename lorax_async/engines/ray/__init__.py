@@ -2,7 +2,7 @@
 
 - `router`: `AdapterRouter`, for a deployment's `request_router_config`;
 - `routing`: its policy, without Ray, which `lorax-async plan --replicas` simulates;
-- `replicas`: what a replica publishes, and how it finds its peers;
+- `replicas`: what a replica publishes;
 - `ray_llm`: the adapters of Ray LLM from an `AdapterStore`.
 
 `server.ray_serve` serves our own server. `router` imports Ray, the others do when it is used.

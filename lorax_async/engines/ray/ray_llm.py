@@ -1,4 +1,4 @@
-"""Adapters of Ray LLM from an `AdapterStore`: verified, within a budget, from peers first.
+"""Adapters of Ray LLM from an `AdapterStore`: verified, within a budget.
 
 Ray LLM's `LLMServer` takes a `model_downloader` class. The names of its modules are private: these
 are Ray 2.60's.
@@ -9,24 +9,22 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections.abc import Callable
-from contextlib import AsyncExitStack
 from contextvars import Context
 from functools import partial
 from typing import Any
 
 from fastapi import HTTPException
 
-from lorax_async.config import StoreConfig
+from lorax_async.config import PEERS_REMOVED, StoreConfig
 from lorax_async.engines.plugins import response_to
-from lorax_async.engines.ray.replicas import join_fleet
-from lorax_async.errors import LoraxError
+from lorax_async.errors import ConfigError, LoraxError
 from lorax_async.runtime.folders import AdapterFolder
 from lorax_async.store import AdapterStore
 from lorax_async.types import AdapterId
 
 
 def model_downloader(
-    config: StoreConfig, adapter_of: Callable[[str], AdapterId] | None = None, fleet: str = "fleet"
+    config: StoreConfig, adapter_of: Callable[[str], AdapterId] | None = None, fleet: None = None
 ) -> type:
     """Return a class for `LLMServer(model_downloader=…)`, with one store for each replica.
 
@@ -34,10 +32,12 @@ def model_downloader(
     "adapter" below `dynamic_lora_loading_path`, or without one the id "adapter" itself. Its folder
     is leased until Ray LLM drops the adapter (`max_num_adapters_per_replica`).
     """
+    if fleet is not None:
+        raise ConfigError(PEERS_REMOVED)
 
     class StoreDownloader(ModelDownloader):
         def __init__(self, download_timeout_s: float | None = None, max_tries: int = 1) -> None:
-            super().__init__(config, adapter_of, fleet, download_timeout_s, max_tries)
+            super().__init__(config, adapter_of, download_timeout_s, max_tries)
 
     return StoreDownloader
 
@@ -49,13 +49,11 @@ class ModelDownloader:
         self,
         config: StoreConfig,
         adapter_of: Callable[[str], AdapterId] | None,
-        fleet: str,
         download_timeout_s: float | None,
         max_tries: int,  # noqa: ARG002 - the store retries within its deadline
     ) -> None:
         self._config = config
         self._adapter_of = adapter_of
-        self._fleet = fleet
         self._timeout = download_timeout_s
         self._opening: asyncio.Task[AdapterStore] | None = None
 
@@ -96,8 +94,4 @@ class ModelDownloader:
         return await store.checkout(adapter, timeout=self._timeout)
 
     async def _open(self) -> AdapterStore:
-        async with AsyncExitStack() as stack:
-            store = await stack.enter_async_context(AdapterStore(self._config))
-            await stack.enter_async_context(join_fleet(store, self._fleet))
-            self._closing = stack.pop_all()  # both end with the replica's process
-        return store
+        return await AdapterStore(self._config).__aenter__()  # it ends with the replica's process

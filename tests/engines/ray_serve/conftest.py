@@ -1,4 +1,7 @@
-"""Real Ray Serve, in the venv and the network namespace of `make ray`, and nginx as origin."""
+"""Real Ray Serve, in the venv and the network namespace of `make ray`, and nginx.
+
+One nginx is the origin of all adapters, another one the caching proxy of docs/fleet.md.
+"""
 
 import asyncio
 import random
@@ -19,13 +22,17 @@ from hub_stand_in import HubStandIn
 from user_loads import at, contents
 
 import tiny
-from servers import Nginx, free_port, nginx
+from servers import CachingProxy, Nginx, caching_proxy, free_port, nginx
 
 if find_spec("ray") is None:
     collect_ignore_glob = ["test_*.py"]
 
 ADAPTERS = 24
 REQUESTS = 400
+REVALIDATE = 0.5
+MANY = 300
+"""Adapters of a fleet without a proxy."""
+
 HERE = Path(__file__).parent
 ROUTERS = {
     "ours": "lorax_async.engines.ray.router:AdapterRouter",
@@ -53,7 +60,6 @@ class Answer:
     adapter: str
     pid: int
     digest: str
-    problems: dict[str, str]
     seconds: float
 
 
@@ -63,6 +69,7 @@ class World:
 
     root: Path
     origin: Nginx
+    proxy: CachingProxy
     hub: HubStandIn
     digests: dict[str, str] = field(default_factory=dict)
     handles: dict[str, Any] = field(default_factory=dict)
@@ -91,33 +98,34 @@ class World:
             )
             caches = self.root / "caches"
             caches.mkdir(exist_ok=True)
-            allow = (at(self.origin.url("").split("/")[2]), at(self.hub.store_netloc))
-            fleet = app if router == "ours" else ""
-            bound = deployment.bind(allow, self.hub.endpoint, caches, fleet)
-            handle = self.handles[app] = serve.run(bound, name=app, route_prefix=None)
-            if fleet:
-                until(lambda: self._all_know(handle, replicas))
+            places = [f"127.0.0.1:{port}" for port in (self.origin.first, self.proxy.web)]
+            allow = tuple(map(at, [*places, self.hub.store_netloc]))
+            bound = deployment.bind(allow, self.hub.endpoint, caches, REVALIDATE)
+            self.handles[app] = serve.run(bound, name=app, route_prefix=None)
         return self.handles[app]
 
-    def _all_know(self, handle: Any, replicas: int) -> bool:
-        known = [handle.members.remote().result() for _ in range(4 * replicas)]
-        return len(dict(known)) == replicas and {count for _, count in known} == {replicas}
+    def ids(self, prefix: str, *, proxied: bool = True) -> list[str]:
+        """Return the ids of the adapters below a prefix at the origin, or at the proxy."""
+        port = self.proxy.web if proxied else self.origin.first
+        names = sorted(each.name for each in (self.origin.files / prefix).iterdir())
+        return [f"http://127.0.0.1:{port}/{prefix}/{name}/" for name in names]
 
-    def ids(self, app: str) -> list[str]:
-        return [self.origin.url(f"{app}/{name}/") for name in self.digests]
-
-    def put(self, app: str, name: str, folder: Path) -> str:
+    def put(self, prefix: str, name: str, folder: Path) -> str:
         """Put an adapter at the origin; return the digest of its weights."""
         for file in folder.iterdir():
-            self.origin.put(f"{app}/{name}/{file.name}", file.read_bytes())
+            self.origin.put(f"{prefix}/{name}/{file.name}", file.read_bytes())
         return sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
 
-    def fetches(self, app: str) -> int:
+    def are_right(self, answers: Sequence[Answer]) -> bool:
+        """Return whether all answers came from their adapters' bytes."""
+        return all(answer.digest == self.digests[name_of(answer.adapter)] for answer in answers)
+
+    def fetches(self, prefix: str) -> int:
         """Downloads of adapters that are there: responses with the byte in the weights' middle.
 
-        A replica that has an adapter, or gets it from a peer, asks for its first 256 KiB at most.
+        A replica that has an adapter asks for its first 256 KiB at most, also through the proxy.
         """
-        lines = [line for line in self.origin.requests() if line.startswith(f'"GET /{app}/')]
+        lines = [line for line in self.origin.requests() if line.startswith(f'"GET /{prefix}/')]
         ranges = [
             re.search(r'"bytes=(\d+)-(\d+)"', line) for line in lines if "safetensors" in line
         ]
@@ -155,6 +163,10 @@ class World:
         return answers
 
 
+def name_of(id: str) -> str:
+    return id.rstrip("/").rpartition("/")[2]
+
+
 def zipf(ids: Sequence[str], requests: int = REQUESTS, seed: int = 1) -> list[str]:
     sums = list(accumulate(1 / (n + 1) for n in range(len(ids))))
     return random.Random(seed).choices(ids, cum_weights=sums, k=requests)
@@ -185,7 +197,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     if interfaces != ["lo"]:
         pytest.skip("Ray is run with a loopback interface alone: run `make ray`")
     root = tmp_path_factory.mktemp("ray")
-    with pytest.MonkeyPatch.context() as patch, nginx(root) as origin, HubStandIn() as hub:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        nginx(root) as origin,
+        caching_proxy(root / "proxy", f"127.0.0.1:{origin.first}") as proxy,
+        HubStandIn() as hub,
+    ):
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_AUTH_MODE", "disabled")
         # A replica that does not answer in time is passed over, and machines are busy.
@@ -195,13 +212,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         patch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("PYTHONPATH", f"{HERE.parents[1]}", prepend=":")
-        world = World(root, origin, hub)
-        for number in range(ADAPTERS):
-            name = f"a{number:02}"
+        world = World(root, origin, proxy, hub)
+        for number in range(MANY):
+            name = f"a{number:03}"
             folder = tiny.write(root / "adapters" / name, number, rank=200)
-            for app in APPS:
-                world.digests[name] = world.put(app, name, folder)
-            hub.put(f"org/{name}", contents(folder))
+            few = (*APPS, "unproxied") if number < ADAPTERS else ()
+            for prefix in (*few, "many"):
+                world.digests[name] = world.put(prefix, name, folder)
+            if number < ADAPTERS:
+                hub.put(f"org/{name}", contents(folder))
         yield from _with_ray(world)
 
 

@@ -10,45 +10,32 @@ from ray import serve
 
 from lorax_async import AdapterStore, StoreConfig
 from lorax_async.config import Allow
-from lorax_async.engines.ray.replicas import PublishedAdapters, join_fleet
-from lorax_async.mirror import Peers
+from lorax_async.engines.ray.replicas import PublishedAdapters
 from lorax_async.sources.local import WEIGHTS
 
 
 class Replica(PublishedAdapters):
-    """Answers with the digest of the adapter's weights on this replica's own disk.
-
-    With the name of a fleet, it takes adapters from its peers.
-    """
+    """Answers with the digest of the adapter's weights on this replica's own disk."""
 
     adapters: AdapterStore
 
     async def __init__(  # type: ignore[misc]
-        self, allow: tuple[Allow, ...], hub: str, caches: Path, fleet: str
+        self, allow: tuple[Allow, ...], hub: str, caches: Path, revalidate: float
     ) -> None:
-        self.peers = Peers("secret", trust=True, patience=60) if fleet else None
         config = StoreConfig(
             allow=allow,
             hub_endpoint=hub,
             hub_cache="off",
             cache_dir=Path(mkdtemp(dir=caches)),
-            revalidate=0.5,
-            peers=self.peers,
+            revalidate=revalidate,
         )
         self.adapters = AdapterStore(config)
         await self.adapters.__aenter__()
-        self._fleet = join_fleet(self.adapters, fleet)
-        await self._fleet.__aenter__()
-
-    async def members(self) -> tuple[int, int]:
-        """Return the process, and how many mirrors it knows."""
-        return os.getpid(), len(self.peers.members) if self.peers else 0
 
     async def __call__(self, adapter: str) -> dict[str, Any]:
         async with self.adapters.checkout(adapter) as folder:
             digest = sha256((folder.path / WEIGHTS).read_bytes()).hexdigest()
-        problems = dict(self.peers.problems) if self.peers else {}
-        return {"pid": os.getpid(), "digest": digest, "problems": problems}
+        return {"pid": os.getpid(), "digest": digest}
 
 
 class Multiplexed(Replica):
