@@ -8,30 +8,24 @@ import errno
 import mmap
 import os
 import stat
-from bisect import bisect_right
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
-from itertools import accumulate
 from typing import NamedTuple, Protocol
 
-from lorax_async.concurrency import FetchControl, SharedResource, close_all
+from lorax_async.concurrency import FetchControl, SharedResource
 from lorax_async.config import Limits
 from lorax_async.errors import (
     AccessDeniedError,
     AdapterError,
     AdapterFormatError,
-    EvictedError,
     FetchError,
     IntegrityError,
 )
 from lorax_async.formats.digests import FileHash
 from lorax_async.formats.safetensors import header_size
-from lorax_async.formats.spans import ByteSpan
-from lorax_async.formats.split_weights import SplitPlan
 from lorax_async.types import FileIdentity
 
 
@@ -457,143 +451,52 @@ _PIECE_BYTES = 8 << 20
 
 
 class LocalPages:
-    """The pages of several files in memory: a map of each, if they are `holdable`.
+    """The pages of a file in memory: a map of it, if it is `holdable`. None stands for no file.
 
-    Call `populate` with each of `starts`, offsets into the files joined in order, then `settle`. It
-    owns the readers; descriptors are open until it is settled or closed. Another thread may call
-    `close` during `populate` or `settle`; it takes effect when that ends. Of files that may change
-    the kernel is only asked to read ahead, and nothing is held.
+    Call `populate` with each of `starts`, offsets into the file, then `settle`. It owns the reader;
+    its descriptor is open until it is settled or closed. Another thread may call `close` during
+    `populate` or `settle`; it takes effect when that ends. Of a file that may change the kernel is
+    only asked to read ahead, and nothing is held.
     """
 
-    def __init__(self, readers: Sequence[FileReader], *, holdable: bool) -> None:
-        self._readers = readers
-        self._maps: list[MappedFile] = []
+    def __init__(self, reader: FileReader | None, *, holdable: bool) -> None:
+        self._reader = reader
+        self._map: MappedFile | None = None
+        self.nbytes = 0
+        if reader is None:
+            return
         try:
-            for reader in readers:
-                if holdable:
-                    with reader.descriptor as fd:
-                        self._maps.append(MappedFile(fd, reader.nbytes, reader.name))
-                else:
-                    reader.read_ahead()
+            if holdable:
+                with reader.descriptor as fd:
+                    self._map = MappedFile(fd, reader.nbytes, reader.name)
+                self.nbytes = reader.nbytes
+            else:
+                reader.read_ahead()
+                reader.close()
         except BaseException:
             self.close()
             raise
-        if not holdable:
-            close_all(readers)
-            readers = ()
-        *self._firsts, self.nbytes = accumulate((reader.nbytes for reader in readers), initial=0)
-        self.starts = [
-            start
-            for first, reader in zip(self._firsts, readers, strict=True)
-            for start in range(first, first + reader.nbytes, _PIECE_BYTES)
-        ]
+
+    @property
+    def starts(self) -> range:
+        return range(0, self.nbytes, _PIECE_BYTES)
 
     @property
     def locked(self) -> bool:
-        return bool(self._maps) and all(mapped.locked for mapped in self._maps)
+        return self._map is not None and self._map.locked
 
     def populate(self, start: int) -> None:
         """Bring the piece at `start` into memory. Raise `FetchError` if it cannot be read."""
-        n = bisect_right(self._firsts, start) - 1
-        start -= self._firsts[n]
-        self._maps[n].populate(start, start + _PIECE_BYTES)
+        assert self._map is not None
+        self._map.populate(start, start + _PIECE_BYTES)
 
     def settle(self) -> None:
-        """Close the files once all is populated. Raise `IntegrityError` if one has changed."""
-        for reader in self._readers if self._maps else ():
-            reader.read_into([], 0)
-            reader.close()
+        """Close the file once all is populated. Raise `IntegrityError` if it has changed."""
+        if self._reader is not None and self._map is not None:
+            self._reader.read_into([], 0)
+            self._reader.close()
 
     def close(self) -> None:
-        close_all(self._readers)
-        close_all(self._maps)
-
-
-class SplitReader:
-    """The `Reader` of weights in several files, joined with one header. It owns their readers."""
-
-    def __init__(self, plan: SplitPlan, readers: tuple[Reader, ...]) -> None:
-        self.readers = readers
-        self.plan = plan
-        self.nbytes = plan.nbytes
-        self._closed = False
-
-    def read_into(
-        self, buffers: Sequence[memoryview], offset: int, rows: int = 1, pitch: int = 0
-    ) -> None:
-        nbytes = sum(buffer.nbytes for buffer in buffers) // rows
-        span = ByteSpan(offset, offset + nbytes, rows, pitch)
-        left = deque(buffer.cast("B") for buffer in buffers if buffer.nbytes)
-        plan, readers = self.plan, self.readers
-        if self._closed:
-            raise FetchError("the adapter's weights were closed before they were read")
-        if span.end > plan.nbytes:
-            raise IntegrityError(
-                f"the weights, of {plan.nbytes:,} bytes, end before byte {span.end:,}"
-            )
-        for number, piece in plan.pieces(span):
-            targets = _take(left, piece.nbytes)
-            if number:
-                readers[number - 1].read_into(targets, piece.start, piece.rows, piece.pitch)
-                continue
-            content = b"".join(plan.prefix[start:stop] for start, stop in piece.ranges())
-            for target in targets:
-                target[:] = content[: len(target)]
-                content = content[len(target) :]
-
-    def close(self) -> None:
-        self._closed = True
-        close_all(self.readers)
-
-
-def _take(left: deque[memoryview], nbytes: int) -> list[memoryview]:
-    """Take the buffers of the next `nbytes` bytes."""
-    taken: list[memoryview] = []
-    while nbytes:
-        buffer = left.popleft()
-        taken.append(buffer[:nbytes])
-        if len(buffer) > nbytes:
-            left.appendleft(buffer[nbytes:])
-        nbytes -= len(taken[-1])
-    return taken
-
-
-class ReopenedReader:
-    """The `Reader` of a key whose files are opened by the first read.
-
-    If they are gone then, every later read fails too, even if the cache has them again.
-    """
-
-    def __init__(self, open: Callable[[], Reader]) -> None:
-        self._open = open
-        self._gone = False
-        self._opened = SharedResource(
-            "the adapter's weights", lambda reader: reader.close(), open=self._open_once
-        )
-
-    @property
-    def nbytes(self) -> int:
-        with self._opened as reader:
-            return reader.nbytes
-
-    def read_into(
-        self, buffers: Sequence[memoryview], offset: int, rows: int = 1, pitch: int = 0
-    ) -> None:
-        with self._opened as reader:
-            reader.read_into(buffers, offset, rows, pitch)
-
-    def close(self) -> None:
-        self._opened.close()
-
-    def _open_once(self) -> Reader:
-        if self._gone:
-            raise entry_gone()
-        try:
-            return self._open()
-        except EvictedError:
-            self._gone = True
-            raise
-
-
-def entry_gone() -> EvictedError:
-    return EvictedError("it has left the disk cache; load it again")
+        for resource in (self._reader, self._map):
+            if resource is not None:
+                resource.close()

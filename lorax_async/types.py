@@ -385,8 +385,7 @@ or nothing."""
 class Verification:
     """The result of checking an adapter's weights.
 
-    `digest` is their SHA-256 in lower-case hexadecimal; None if they were not hashed. For weights
-    in several files it is the SHA-256 of `sha256sum`'s lines ("digest  file name"), sorted by name.
+    `digest` is their SHA-256 in lower-case hexadecimal; None if they were not hashed.
     """
 
     kind: VerificationKind

@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,6 @@ from fault_server import Asked, Client, FaultServer
 from hub_stand_in import HubStandIn, sha256
 from huggingface_hub import close_session
 
-import split_files
 import tiny
 from command_line import ADAPTERS, base, output
 from lorax_async import AdapterRef, StoreConfig, UsageError
@@ -29,7 +29,7 @@ from lorax_async.cli import main
 from lorax_async.cli.cache_commands import AT_ONCE, FetchRow, fetch_all
 from lorax_async.cli.command_line import as_allow, as_place, base_folder, loader_settings
 from lorax_async.cli.load import create_loads
-from lorax_async.formats.split_weights import WEIGHTS_FILE
+from lorax_async.formats.peft_names import WEIGHTS_FILE
 from lorax_async.ids import Allow, parse_ref
 
 pytestmark = pytest.mark.usefixtures("no_socket_left", "nothing_left", "hub_client")
@@ -289,13 +289,17 @@ def test_inspect_asks_for_the_beginning_alone(tmp_path: Path, capsys: Capture) -
     assert asked == ["bytes=0-262143"]
 
 
-def test_inspect_of_several_files(tmp_path: Path, capsys: Capture) -> None:
-    split = split_files.split(ADAPTERS / "json", tmp_path / "split")
-    with serving({f"/split/{file.name}": file.read_bytes() for file in split.iterdir()}) as server:
-        assert main(["inspect", server.url("/split/"), "--json"]) == 0
-        found = output(capsys)
-        assert main(["inspect", str(split), "--json"]) == 0
-        assert found == output(capsys) | {"path": server.url("/split/")}
+def test_inspect_refuses_weights_in_several_files(tmp_path: Path, capsys: Capture) -> None:
+    """In a folder they are one of the problems; elsewhere nothing is there to inspect."""
+    shutil.copytree(ADAPTERS / "json", folder := tmp_path / "split")
+    (folder / WEIGHTS_FILE).rename(folder / f"{WEIGHTS_FILE}.index.json")
+    assert main(["inspect", str(folder), "--json"]) == 2
+    (problem,) = output(capsys)["problems"]
+    assert problem["error"] == "UnsupportedAdapterError"
+    assert "adapter_model.safetensors.index.json" in problem["text"]
+    with serving({f"/split/{file.name}": file.read_bytes() for file in folder.iterdir()}) as server:
+        assert main(["inspect", server.url("/split/"), "--json"]) == 1
+    assert "adapter_model.safetensors.index.json" in capsys.readouterr().err
 
 
 def test_a_folder_comes_before_the_hub(tmp_path: Path, monkeypatch: Patch) -> None:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Self
 from urllib.parse import urlencode
 
 import pytest
+import safetensors.torch
 import torch
 from fault_server import until as until_in_thread
 from hub_stand_in import HubStandIn
@@ -230,8 +231,14 @@ def hub(tmp_path: Path, monkeypatch: Patch, hub_client: Path) -> Iterator[dict[s
 
 
 @pytest.mark.usefixtures("nothing_left", "clone")
-def test_the_programs_about_sources_run(session: Opening, hub: dict[str, str]) -> None:
-    _, _, printed = session(DOCS / "sources.md").play_all()
+def test_the_programs_about_sources_run(session: Opening, hub: dict[str, str], clone: Path) -> None:
+    page = session(DOCS / "sources.md")
+    *_, printed = page.play_all()
+    trained, folder = page.names["trained"], clone / "large-adapter"
+    assert len(list(folder.glob("*-of-*.safetensors"))) > 1
+    joined = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    assert joined.keys() == trained.keys()
+    assert all(joined[name].equal(tensor) for name, tensor in trained.items())
     assert hub["org/sql-adapter"] in printed
     assert all(f"{name} " in printed for name in hub)
 

@@ -4,16 +4,19 @@ import asyncio
 import errno
 import inspect
 import logging
+import shutil
 from dataclasses import FrozenInstanceError
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 import tiny
 from common import until
+from core.adapter_files import file_of
 from lorax_async import AdapterLoader, errors, events
 from lorax_async.events import BytesMoved, Event, LayerReady, Leaving, Resident, SlotGranted
 from lorax_async.planning.transfer_plan import plan_transfer
@@ -488,3 +491,22 @@ async def test_the_loader_closes_and_a_caller_is_cancelled(tmp_path: Path, steps
     await closing
     assert resolving.cancelled == 1
     assert our_tasks() == []
+
+
+@pytest.mark.parametrize("device", ["cpu", "simulated"])
+async def test_tensors_may_lie_in_any_order(tmp_path: Path, device: str) -> None:
+    """Every A before every B, and the layers back to front: each layer is several spans."""
+    one = tiny.write(tmp_path / "one", 3)
+    saved = safetensors.torch.load_file(one / "adapter_model.safetensors")
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    shutil.copy(one / "adapter_config.json", odd)
+    order = sorted(sorted(saved, reverse=True), key=lambda name: "lora_B" in name)
+    content = file_of([(name, saved[name]) for name in order])
+    (odd / "adapter_model.safetensors").write_bytes(content)
+    for dtype in ("float32", "bfloat16"):
+        small = loader(device=device, dtype=dtype, staging_bytes=4096)
+        async with small as there, there.stream(odd) as handle:
+            await handle.layer_ready(0)
+            await handle.layer_ready(tiny.LAYERS - 1)
+            tiny.assert_equal_to_file(handle, one)

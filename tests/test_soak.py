@@ -200,7 +200,7 @@ async def setting(
     resolving = VersionResolver(*given, offline=False, fresh=REVALIDATE)
     opening = AdapterOpener(resolving, engine, workers, limits=limits, verify="stream")
     parts = RemoteParts(resolving, opening, workers, engine.close)
-    source = RemoteSource(lambda: parts, limits=limits, verify="stream")
+    source = RemoteSource(lambda: parts, verify="stream")
     sizes: dict[str, Any] = {"device_bytes": DEVICE_BYTES, "host_bytes": HOST_BYTES}
     sizes |= {"pinned_bytes": PINNED_BYTES, "staging_bytes": 8 << 20, "max_slots": SLOTS}
     config = LoaderConfig(device=device, io_threads=2, timeout=60, starvation_age=1.0, **sizes)
@@ -510,7 +510,7 @@ def require_right_on_disk(setting: Setting) -> int:
         if entry.problem is not None or entry.record is None:
             raise SoakError(f"an entry of the cache is damaged: {entry}")
         stored = setting.stored(entry.record.source)
-        found = [file.digest.value for file in sorted(entry.record.files, key=lambda f: f.role)]
+        found = [file.digest.value for file in sorted(entry.record.files, key=lambda f: f.name)]
         if found != list(stored.digests):
             raise SoakError(f"the cache has other bytes of {stored.name} than its source")
     return len(entries)

@@ -39,9 +39,14 @@ from lorax_async.files import (
     require_file,
     to_adapter_error,
 )
-from lorax_async.formats.peft_names import WEIGHT_DTYPES, TensorRole, parse_tensor_name
+from lorax_async.formats.peft_names import (
+    INDEX_FILE,
+    WEIGHT_DTYPES,
+    TensorRole,
+    parse_tensor_name,
+    split_weights_error,
+)
 from lorax_async.formats.safetensors import TensorSpan, parse_header
-from lorax_async.formats.split_weights import INDEX, parse_index
 from lorax_async.ids import HubRepository, LocalFolder, parse_ref
 from lorax_async.remote.base import require_token
 from lorax_async.remote.hub import FileQuery, machine_token, problem_of
@@ -83,29 +88,30 @@ def _hub_folder(repo: str, revision: str | None, token: str | None, *, weights: 
     require_token(token)
     wanted_revision = revision or "main"
 
-    def get(name: str, max_bytes: int, wanted: str = "") -> str:
-        path = cached_file(repo, name, revision) or _fetch(repo, name, revision, token, max_bytes)
-        if path is None:
-            raise AdapterNotFoundError(
-                f"{repo!r} on the hub has no {wanted or name} at {wanted_revision!r}; check"
-                f" the id (a folder is a pathlib.Path, or './{repo}')"
-            )
-        return path
+    def find(name: str, max_bytes: int) -> str | None:
+        cached = cached_file(repo, name, revision)
+        return cached or _fetch(repo, name, revision, token, max_bytes)
+
+    def get(name: str, max_bytes: int) -> str:
+        path = find(name, max_bytes)
+        if path is not None:
+            return path
+        if name == WEIGHTS and find(INDEX_FILE, LIMITS.max_header_bytes) is not None:
+            raise split_weights_error(f"{repo!r} at {wanted_revision!r} on the hub")
+        raise AdapterNotFoundError(
+            f"{repo!r} on the hub has no {name} at {wanted_revision!r}; check"
+            f" the id (a folder is a pathlib.Path, or './{repo}')"
+        )
 
     # A snapshot folder is named by its commit. Fetch from the commit that the cache has a file of,
     # for the branch may have moved, and all further files from the config's.
-    cached = (cached_file(repo, name, revision) for name in (CONFIG, WEIGHTS, INDEX))
+    cached = (cached_file(repo, name, revision) for name in (CONFIG, WEIGHTS))
     if path := next(filter(None, cached), None):
         revision = os.path.basename(os.path.dirname(path))
     folder = os.path.dirname(get(CONFIG, LIMITS.max_config_bytes))
     revision = os.path.basename(folder)
-    if weights and cached_file(repo, WEIGHTS, revision) is None:
-        room, most = LIMITS.max_adapter_bytes, LIMITS.max_header_bytes
-        split = cached_file(repo, INDEX, revision) is not None
-        if split or _fetch(repo, WEIGHTS, revision, token, room) is None:
-            index = read_small(get(INDEX, most, wanted=WEIGHTS), most)
-            for name in parse_index(index, LIMITS).file_names:
-                room = max(0, room - os.path.getsize(get(name, room)))
+    if weights:
+        get(WEIGHTS, LIMITS.max_adapter_bytes)
     return folder
 
 
@@ -206,7 +212,7 @@ def plain_module(tensor: str) -> str:
 
 
 class WeightsFile:
-    """An adapter's open weights, in one file or in several; tensors are read when needed.
+    """An adapter's open weights; tensors are read when needed.
 
     Pass it to `LoraConfig.map_weights_for_model` in place of a dictionary of tensors. In a module
     map, (file, key) stands for a tensor. Close it, or use it as a context manager.
@@ -295,7 +301,7 @@ class WeightsFile:
             raise UsageError(f"the file has no tensor {shorten(key, 200)!r}") from None
 
     def close(self) -> None:
-        """Close the files. Quick and idempotent."""
+        """Close the file. Quick and idempotent."""
         self._reader.close()
 
     def __enter__(self) -> Self:

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from lorax_async.errors import AdapterFormatError, IntegrityError, UsageError, shorten
 from lorax_async.files import Reader
 from lorax_async.formats.digests import Digest
-from lorax_async.formats.split_weights import FileRole, role_of
+from lorax_async.formats.peft_names import CONFIG_FILE, WEIGHTS_FILE
 from lorax_async.formats.strict_json import parse_object
 from lorax_async.types import FileIdentity
 
@@ -22,8 +22,8 @@ MAP_SUFFIX = ".chunks"
 PARTIAL_LOCK = "lock"
 SCOPE_PREFIX = "scope."
 
-MAX_RECORD_BYTES = 16 << 20
-"""About 200 bytes a file, for the largest number of shards."""
+MAX_RECORD_BYTES = 64 << 10
+"""A record has two files, and a key of at most `errors.MAX_TEXT` characters twice."""
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _PARTIAL = re.compile(r"[0-9a-f]{64}\.[0-9a-z.-]{1,180}")
@@ -71,11 +71,19 @@ def is_partial_name(name: str) -> bool:
     return _PARTIAL.fullmatch(name) is not None
 
 
+def is_adapter_file(name: str) -> bool:
+    """Return whether a name in an entry or a partial is that of an adapter's file.
+
+    Version 0.2 also stored the files of weights in several files.
+    """
+    return name.startswith("adapter_") and not name.endswith(MAP_SUFFIX)
+
+
 @dataclass(frozen=True, slots=True)
 class FileRecord:
     """One file of an entry as it was published."""
 
-    role: FileRole
+    name: str
     nbytes: int
     mtime_ns: int
     digest: Digest
@@ -109,16 +117,21 @@ class EntryRecord:
 
     def contradicts(self, files: Iterable[FileRecord]) -> bool:
         """Return whether `files` are other bytes, as far as sizes and comparable digests tell."""
-        ours = {file.role: file for file in self.files}
-        return any(theirs.role not in ours or ours[theirs.role].differs(theirs) for theirs in files)
+        ours = {file.name: file for file in self.files}
+        return any(theirs.name not in ours or ours[theirs.name].differs(theirs) for theirs in files)
 
-    def file(self, role: FileRole) -> FileRecord | None:
-        return next((file for file in self.files if file.role == role), None)
+    def file(self, name: str) -> FileRecord | None:
+        return next((file for file in self.files if file.name == name), None)
+
+    @property
+    def weights(self) -> FileRecord:
+        """The record of the weights, which every entry has."""
+        return next(file for file in self.files if file.name == WEIGHTS_FILE)
 
     def encoded(self) -> bytes:
         files = [
             {
-                "file": file.role.file_name,
+                "file": file.name,
                 "nbytes": file.nbytes,
                 "mtime_ns": file.mtime_ns,
                 "kind": file.digest.kind,
@@ -141,8 +154,9 @@ def decode_record(content: bytes) -> EntryRecord:
         if fields["format"] != _FORMAT:
             raise ValueError(f"it is not of format {_FORMAT}")
         files = tuple(_file(file) for file in fields["files"])
-        if not files or len({file.role for file in files}) != len(files):
-            raise ValueError("it names no file, or one twice")
+        names = [file.name for file in files]
+        if WEIGHTS_FILE not in names or len(set(names)) != len(names):
+            raise ValueError("it names no weights, or a file twice")
         entry, source, version = (_as(str, fields[name]) for name in ("entry", "source", "version"))
         return EntryRecord(entry, source, version, files)
     except (KeyError, TypeError, ValueError, UsageError) as error:
@@ -150,12 +164,12 @@ def decode_record(content: bytes) -> EntryRecord:
 
 
 def _file(fields: Any) -> FileRecord:
-    role = role_of(_as(str, fields["file"]))
+    name = _as(str, fields["file"])
     nbytes, mtime_ns = _as(int, fields["nbytes"]), _as(int, fields["mtime_ns"])
-    if role is None or min(nbytes, mtime_ns) < 0:
+    if name not in {CONFIG_FILE, WEIGHTS_FILE} or min(nbytes, mtime_ns) < 0:
         raise ValueError("it names a file that no adapter has, or a negative size or time")
     kind: Any = _as(str, fields["kind"])
-    return FileRecord(role, nbytes, mtime_ns, Digest(kind, _as(str, fields["digest"])))
+    return FileRecord(name, nbytes, mtime_ns, Digest(kind, _as(str, fields["digest"])))
 
 
 def _as(kind: type[T], value: object) -> T:
@@ -179,7 +193,7 @@ class CacheEntry(Protocol):
 
     mappable: bool
     is_verified: bool
-    identities: Mapping[FileRole, FileIdentity]
+    identities: Mapping[str, FileIdentity]
 
     @property
     def record(self) -> EntryRecord:
@@ -189,7 +203,7 @@ class CacheEntry(Protocol):
     def folder(self) -> str:
         """Absolute path of its folder, which PEFT can load as long as the lease lasts."""
 
-    def reader(self, role: FileRole) -> Reader:
+    def reader(self, name: str) -> Reader:
         """Return a reader of one file. Quick: opened by the first read.
 
         It may outlive this, but raises `IntegrityError` once the entry is removed. Raise

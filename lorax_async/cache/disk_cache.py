@@ -18,6 +18,7 @@ from lorax_async.cache.base import (
     RECORD,
     CacheKey,
     EntryRecord,
+    is_adapter_file,
     is_entry_name,
     is_partial_name,
     record_of,
@@ -41,7 +42,6 @@ from lorax_async.errors import (
     LoaderClosedError,
 )
 from lorax_async.formats.digests import Digest
-from lorax_async.formats.split_weights import FileRole, role_of
 from lorax_async.formats.strict_json import parse_object
 from lorax_async.lifecycle.policies import EvictionPolicy, policy
 
@@ -202,18 +202,18 @@ class DiskDownload:
         self._scope = scope
         self._partial = partial
         self._open = True
-        self._files: dict[FileRole, PartialFile] = {}
+        self._files: dict[str, PartialFile] = {}
 
-    def file(self, role: FileRole, nbytes: int, expected: Digest | None = None) -> PartialFile:
+    def file(self, name: str, nbytes: int, expected: Digest | None = None) -> PartialFile:
         """Add a file, with room for all of it, and the bytes of a partial download.
 
         Without an `expected` digest, record our own. Raise `CapacityError` without room.
         """
         self._require_open()
-        if role in self._files:
-            raise InternalError(f"{role.file_name} was added to the download twice")
-        file = self._files[role] = PartialFile(
-            self._partial.folder, role, nbytes, expected, self._cache.budget.reserve
+        if name in self._files:
+            raise InternalError(f"{name} was added to the download twice")
+        file = self._files[name] = PartialFile(
+            self._partial.folder, name, nbytes, expected, self._cache.budget.reserve
         )
         return file
 
@@ -236,10 +236,10 @@ class DiskDownload:
         with translate_errors("publish a download"):
             settled = zip(self._files.values(), digests, strict=True)
             files = [file.synced_record(digest) for file, digest in settled]
-            record = record_of(self.key, tuple(sorted(files, key=lambda file: file.role)))
+            record = record_of(self.key, tuple(sorted(files, key=lambda file: file.name)))
             for name in folder.names():  # what a partial download had, and this one did not add
-                role = role_of(name.removesuffix(MAP_SUFFIX))
-                if name == RECORD or (role is not None and role not in self._files):
+                of_file = name.removesuffix(MAP_SUFFIX)
+                if name == RECORD or (is_adapter_file(of_file) and of_file not in self._files):
                     folder.unlink(name)
             # After a crash, an entry without its record or a name is none, and is fetched again.
             folder.write(RECORD, record.encoded())
@@ -320,8 +320,8 @@ class DiskDownload:
 
     def _has_leftovers(self) -> bool:
         """Return whether an interrupted download left files that were not added."""
-        roles = {role_of(name) for name in self._partial.folder.names()} - {None}
-        return not roles <= self._files.keys()
+        files = filter(is_adapter_file, self._partial.folder.names())
+        return not self._files.keys() >= set(files)
 
     def __del__(self) -> None:
         if self._open:

@@ -23,6 +23,7 @@ from lorax_async.cache.base import (
     STAMP,
     EntryRecord,
     decode_record,
+    is_adapter_file,
     is_entry_name,
     is_partial_name,
     scope_name,
@@ -48,7 +49,6 @@ from lorax_async.files import (
     to_adapter_error,
 )
 from lorax_async.formats.digests import FileHash
-from lorax_async.formats.split_weights import FileRole, role_of
 from lorax_async.lifecycle.policies import EvictionPolicy
 from lorax_async.types import AdapterKey, FileIdentity
 
@@ -58,7 +58,8 @@ MAX_SCOPES = 1_024
 _NO_FOLDER = {errno.ENOTDIR, errno.ELOOP}
 _DAMAGED = {errno.ENOENT, errno.EISDIR} | _NO_FOLDER
 
-Identities = Mapping[FileRole, FileIdentity]
+Identities = Mapping[str, FileIdentity]
+"""By the names of files."""
 
 
 class DiskEntry:
@@ -92,12 +93,12 @@ class DiskEntry:
             parent = self._entries.parent.fd
             os.utime(self.record.name, ns=(now_ns, now_ns), dir_fd=parent, follow_symlinks=False)
 
-    def reader(self, role: FileRole) -> FileReader:
-        identity = self.identities.get(role)
+    def reader(self, name: str) -> FileReader:
+        identity = self.identities.get(name)
         if identity is None:
-            raise InternalError(f"the cache's entry has no {role.file_name}")
-        opener = partial(_open_same, self._entries.parent, self.record.name, role, identity)
-        return FileReader(opener, identity, role.file_name)
+            raise InternalError(f"the cache's entry has no {name}")
+        opener = partial(_open_same, self._entries.parent, self.record.name, name, identity)
+        return FileReader(opener, identity, name)
 
     def granted(self, scope: str) -> float | None:
         with translate_errors("look at an entry"):
@@ -282,20 +283,20 @@ def _require_whole(folder: Folder, record: EntryRecord, *, check: bool) -> Ident
     Hash all with `check`, else those whose date changed, unless they were hashed since.
     """
     since_ns = time.time_ns()
-    identities: dict[FileRole, FileIdentity] = {}
+    identities: dict[str, FileIdentity] = {}
     for file in record.files:
-        name = file.role.file_name
+        name = file.name
         status = folder.status(name)
         if status is None or not stat.S_ISREG(status.st_mode) or status.st_size != file.nbytes:
             raise IntegrityError(f"{name} in the cache has not the size that was published")
-        identities[file.role] = identity_of(status)
-    touched = [file for file in record.files if identities[file.role].mtime_ns != file.mtime_ns]
+        identities[name] = identity_of(status)
+    touched = [file for file in record.files if identities[file.name].mtime_ns != file.mtime_ns]
     if not check and (not touched or is_stamped(folder, record, identities)):
         return identities
     for file in record.files if check else touched:
-        name, file_hash = file.role.file_name, FileHash(file.digest.kind, file.nbytes)
+        name, file_hash = file.name, FileHash(file.digest.kind, file.nbytes)
         with folder.open_file(name, os.O_RDONLY) as fd:
-            identities[file.role] = identity_of(os.fstat(fd))
+            identities[name] = identity_of(os.fstat(fd))
             hash_on(fd, file_hash, file.nbytes, name)
         if file_hash.digest() != file.digest:
             raise IntegrityError(f"{name} in the cache has not the digest that was published")
@@ -324,7 +325,7 @@ def is_stamped(folder: Folder, record: EntryRecord, files: Identities) -> bool:
 
 
 def _stamp_of(record: EntryRecord, files: Identities) -> bytes:
-    known = this_boot(), [(file, files[file.role]) for file in record.files]
+    known = this_boot(), [(file, files[file.name]) for file in record.files]
     return sha256(repr(known).encode()).hexdigest().encode()
 
 
@@ -345,8 +346,7 @@ def grant(folder: Folder, scope: str) -> None:
     os.utime(name, dir_fd=folder.fd, follow_symlinks=False)
 
 
-def _open_same(folder: Folder, entry: str, role: FileRole, identity: FileIdentity) -> int:
-    name = role.file_name
+def _open_same(folder: Folder, entry: str, name: str, identity: FileIdentity) -> int:
     try:
         fd = folder.file(f"{entry}/{name}", os.O_RDONLY)
         try:
@@ -518,7 +518,7 @@ def _size_of(parent: Folder, name: str) -> int:
             return sum(
                 status.st_size
                 for file, status in _list_names(inside)
-                if role_of(file) is not None and stat.S_ISREG(status.st_mode)
+                if is_adapter_file(file) and stat.S_ISREG(status.st_mode)
             )
     except (FileNotFoundError, NotADirectoryError):
         return 0

@@ -39,7 +39,6 @@ from lorax_async.errors import IntegrityError, InternalError
 from lorax_async.files import fill, hash_on, start_writeback
 from lorax_async.formats.digests import Digest, FileHash
 from lorax_async.formats.spans import ByteRange, SpanSet
-from lorax_async.formats.split_weights import FileRole
 
 CHUNK_BYTES = 256 << 10
 """What an interruption costs each connection; the map of 4 GiB is 2 KiB."""
@@ -126,14 +125,13 @@ class PartialFile:
     """
 
     def __init__(
-        self, folder: Folder, role: FileRole, nbytes: int, expected: Digest | None, reserve: Reserve
+        self, folder: Folder, name: str, nbytes: int, expected: Digest | None, reserve: Reserve
     ) -> None:
-        self.role = role
+        self.name = name
         self.nbytes = nbytes
         self.expected = expected
         self.resumed = False
-        self._name = role.file_name
-        self._map_name = self._name + MAP_SUFFIX
+        self._map_name = name + MAP_SUFFIX
         self._folder = folder
         self._lock = Lock()
         self._hashing = Lock()
@@ -142,8 +140,8 @@ class PartialFile:
         self._hash = FileHash("transport" if expected is None else expected.kind, nbytes)
         self._map_file: SharedResource[int] | None = None
         with translate_errors(_WRITING):
-            fd = folder.file(self._name, os.O_RDWR | os.O_CREAT)
-        self._file = SharedResource(self._name, os.close, opened=fd)
+            fd = folder.file(self.name, os.O_RDWR | os.O_CREAT)
+        self._file = SharedResource(self.name, os.close, opened=fd)
         try:
             self._map = self._resume() or self._begin(reserve)
         except BaseException:
@@ -168,7 +166,7 @@ class PartialFile:
         if stop == offset:
             return
         if stop > self.nbytes:
-            raise IntegrityError(f"{self._name} goes on after its {self.nbytes:,} bytes")
+            raise IntegrityError(f"{self.name} goes on after its {self.nbytes:,} bytes")
         try:
             with self._file as fd:
                 if self.resumed:
@@ -194,7 +192,7 @@ class PartialFile:
                 stop = self._here.reach(self._hash.done)
             with translate_errors(_READING), self._file as fd:
                 start_writeback(fd)
-                hash_on(fd, self._hash, stop, self._name)
+                hash_on(fd, self._hash, stop, self.name)
             return self._hash.done
 
     def reader(self) -> PartialReader:
@@ -209,12 +207,12 @@ class PartialFile:
     def checked_digest(self) -> Digest:
         """Return the digest of the whole; raise `IntegrityError` if it is not the expected one."""
         if self.missing():
-            raise InternalError(f"{self._name} was to be published before all of it was here")
+            raise InternalError(f"{self.name} was to be published before all of it was here")
         self.hash_along()
         digest = self._hash.digest()
         if self.expected not in {None, digest}:
             raise IntegrityError(
-                f"{self._name} has not the {digest.kind} digest that was promised; load it again"
+                f"{self.name} has not the {digest.kind} digest that was promised; load it again"
             )
         return digest
 
@@ -222,7 +220,7 @@ class PartialFile:
         """Bring the bytes to the disk; the map is not needed any more. Raise `OSError`."""
         with self._file as fd:
             os.fsync(fd)
-            return FileRecord(self.role, self.nbytes, os.fstat(fd).st_mtime_ns, digest)
+            return FileRecord(self.name, self.nbytes, os.fstat(fd).st_mtime_ns, digest)
 
     def keep(self) -> bool:
         """Bring bytes and map to the disk; remove both if nothing is here. Raise `OSError`."""
@@ -236,7 +234,7 @@ class PartialFile:
 
     def remove(self) -> None:
         self._folder.unlink(self._map_name)
-        self._folder.unlink(self._name)
+        self._folder.unlink(self.name)
 
     def close(self) -> None:
         self._file.close()
@@ -296,7 +294,7 @@ class PartialFile:
             same = fill(fd, [memoryview(left)], first)
             if not same or left != data[first - offset : last - offset]:
                 raise LeftoverError(
-                    f"what an interrupted download left of {self._name} is not what the source has"
+                    f"what an interrupted download left of {self.name} is not what the source has"
                     " now; load it again"
                 )
 
@@ -307,8 +305,7 @@ class PartialReader:
     def __init__(self, file: PartialFile, fd: int) -> None:
         self.nbytes = file.nbytes
         self._file = file
-        self._name = file.role.file_name
-        self._descriptor = SharedResource(self._name, os.close, opened=fd, warns=True)
+        self._descriptor = SharedResource(file.name, os.close, opened=fd, warns=True)
 
     def read_into(
         self, buffers: Sequence[memoryview], offset: int, rows: int = 1, pitch: int = 0
@@ -321,12 +318,16 @@ class PartialReader:
             return
         stop = offset + sum(buffer.nbytes for buffer in buffers)
         if stop > self.nbytes:
-            raise IntegrityError(f"{self._name} ends before byte {stop:,}")
+            raise IntegrityError(f"{self._file.name} ends before byte {stop:,}")
         if not self._file.covers(offset, stop):
-            raise InternalError(f"bytes {offset:,} to {stop:,} of {self._name} were read too early")
+            raise InternalError(
+                f"bytes {offset:,} to {stop:,} of {self._file.name} were read too early"
+            )
         with translate_errors(_READING), self._descriptor as fd:
             if not fill(fd, buffers, offset):
-                raise IntegrityError(f"{self._name} was cut while it was downloaded; load it again")
+                raise IntegrityError(
+                    f"{self._file.name} was cut while it was downloaded; load it again"
+                )
 
     def close(self) -> None:
         self._descriptor.close()

@@ -287,7 +287,7 @@ def _as_json(listed: Listed) -> dict[str, object]:
         "age_s": round(listed.age, 3),
         "files": [
             {
-                "file": file.role.file_name,
+                "file": file.name,
                 "bytes": file.nbytes,
                 "digest": {"kind": file.digest.kind, "value": file.digest.value},
             }

@@ -45,13 +45,12 @@ from lorax_async.formats.safetensors import (
     header_size,
     parse_header,
 )
-from lorax_async.formats.split_weights import INDEX
 from lorax_async.formats.strict_json import JsonValue, parse_object
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.transfer_plan import plan_transfer
 from lorax_async.remote.base import AdapterMetadata
 from lorax_async.runtime.assembly import MOVE_BYTES, StoreParts
-from lorax_async.sources.local import CONFIG, WEIGHTS, find_trusted_adapter, read_header
+from lorax_async.sources.local import CONFIG, WEIGHTS, find_trusted_adapter
 from lorax_async.types import AdapterRef, AdapterSpec
 
 SHOWN_FIELDS = (
@@ -129,7 +128,7 @@ def inspect_adapter(
     with found.collect():
         find_trusted_adapter(folder, limits)
     spec = _read_config(folder, limits, found)
-    header = _read_header(folder, limits, found)
+    header = _read_header(folder, found)
     if header is not None:
         found.tensors = len(header.tensors)
         found.targets = _find_targets(header.tensors, spec, found)
@@ -184,20 +183,19 @@ def _read_config(folder: Path, limits: Limits, found: Inspection) -> AdapterSpec
     return spec  # noqa: RET504 - the block collects errors
 
 
-def _read_header(folder: Path, limits: Limits, found: Inspection) -> Header | None:
-    """Return the header if it is well-formed; `found` gets the size of all weight files."""
+def _read_header(folder: Path, found: Inspection) -> Header | None:
+    """Return the header if it is well-formed; `found` gets the size of the weights."""
     header = None
     with found.collect(WEIGHTS):
         file = _open(folder, WEIGHTS)
-        if file is not None:
-            with file:
-                nbytes = found.file_bytes = os.fstat(file.fileno()).st_size
-                first = file.read(LENGTH_BYTES)
-                rest = file.read(header_size(first, nbytes) - LENGTH_BYTES)
-            header = parse_header(first + rest, nbytes)
-        elif (folder / INDEX).exists():
-            header, found.file_bytes = read_header(folder, limits)
-    return header
+        if file is None:
+            return None
+        with file:
+            nbytes = found.file_bytes = os.fstat(file.fileno()).st_size
+            first = file.read(LENGTH_BYTES)
+            rest = file.read(header_size(first, nbytes) - LENGTH_BYTES)
+        header = parse_header(first + rest, nbytes)
+    return header  # noqa: RET504 - the block collects errors
 
 
 def _find_targets(
@@ -260,13 +258,13 @@ def _inspect(arguments: argparse.Namespace, terminal: Terminal) -> int:
             metadata = _download_metadata(ref, loader_settings(arguments, [ref]))
         with TemporaryDirectory(prefix="lorax-async-") as name:
             folder = Path(name)
-            (folder / CONFIG).write_bytes(metadata.config)
+            (folder / CONFIG).write_bytes(metadata.config.prefix)
             with (folder / WEIGHTS).open("wb") as file:
-                file.write(metadata.prefix)
-                file.truncate(metadata.nbytes)  # after the header is a hole
+                file.write(metadata.weights.prefix)
+                file.truncate(metadata.weights.nbytes)  # after the header is a hole
             found = inspect_adapter(folder, layout, base)
         found.path = ref.text
-        found.file_bytes = sum(part.nbytes for part in metadata.parts)
+        found.file_bytes = metadata.weights.nbytes
     if arguments.json:
         problems = [{"error": error, "text": text} for text, error in found.problems.items()]
         terminal.json(

@@ -40,7 +40,6 @@ from lorax_async.events import BytesMoved, Event, LayerReady, SlotGranted
 from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
 from lorax_async.planning.layout import ModelLayout
-from lorax_async.sources.local import weight_files
 from lorax_async.types import AdapterKey, AdapterRef
 
 TICK = 1e-3
@@ -103,7 +102,7 @@ class LoadProgress:
     def _describe(self, key: AdapterKey, nbytes: int, layers: tuple[int, ...]) -> None:
         self.nbytes, self.layers = nbytes, layers
         if key.files:
-            self.file_bytes = sum(file.size for file in weight_files(key))
+            self.file_bytes = key.files[1].size
 
     def show(self, bars: ProgressBars, row: int) -> None:
         layers = f"{len(self.ready_times)}/{len(self.layers)} layers" if self.layers else ""

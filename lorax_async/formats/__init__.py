@@ -1,9 +1,8 @@
 """Parse and write the files of an adapter. All input is untrusted: refuse, never guess.
 
 - `safetensors`: the header of a safetensors file
-- `split_weights`: the index of weights in several files, and the single file they stand for
 - `peft_config`: `adapter_config.json`
-- `peft_names`: tensor names, and the module patterns of a config
+- `peft_names`: names of files and tensors, and the module patterns of a config
 - `strict_json`: the JSON reader for all of these
 - `digests`: file digests, computed or sent by a server
 - `spans`: byte ranges of a file

@@ -1,4 +1,4 @@
-"""Parse PEFT's tensor names, and compile the module patterns of a config.
+"""Name PEFT's files, parse its tensor names, and compile the module patterns of a config.
 
 A tensor's name is `base_model.model.` + module path + suffix. :data:`SUFFIXES` are supported. Any
 other tensor is refused, if possible by the name of the PEFT feature that wrote it, because omitting
@@ -18,6 +18,23 @@ import re2
 
 from lorax_async.errors import AdapterError, AdapterFormatError, UnsupportedAdapterError, shorten
 from lorax_async.types import Matcher
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+"""With the config, all files of an adapter that are read."""
+
+INDEX_FILE = "adapter_model.safetensors.index.json"
+PICKLE_FILE = "adapter_model.bin"
+
+
+def split_weights_error(place: str) -> UnsupportedAdapterError:
+    """Make the error for a place that has `INDEX_FILE` and no `WEIGHTS_FILE`."""
+    return UnsupportedAdapterError(
+        f"{place} has no {WEIGHTS_FILE}, but {INDEX_FILE}: weights in several files are not loaded"
+        ' since 0.3; join them into one, as "Weights in several files" of docs/sources.md shows',
+        stage="resolve",
+    )
+
 
 WEIGHT_DTYPES = ("F32", "F16", "BF16")
 """The supported dtypes of adapter weights, as safetensors spells them."""

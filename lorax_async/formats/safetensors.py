@@ -336,12 +336,10 @@ class TensorDescription(NamedTuple):
         return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
 
-def write_header(
-    tensors: Iterable[TensorDescription], *, least: int = 0
-) -> tuple[bytes, list[tuple[int, int]]]:
+def write_header(tensors: Iterable[TensorDescription]) -> tuple[bytes, list[tuple[int, int]]]:
     """Return the bytes before the tensor data, and the [start, stop) of each tensor.
 
-    The tensors are contiguous and in the same order, from byte `least` or later.
+    The tensors are contiguous and in the same order.
     """
     # One by one: encoding thousands of entries in one call would hold the GIL throughout.
     entries: list[str] = []
@@ -356,7 +354,7 @@ def write_header(
         )
         bounds.append((start, end))
     text = f"{{{','.join(entries)}}}".encode()
-    first = max(least, LENGTH_BYTES + len(text))
+    first = LENGTH_BYTES + len(text)
     first += -first % ALIGNMENT
     text = text.ljust(first - LENGTH_BYTES)
     prefix = len(text).to_bytes(LENGTH_BYTES, "little") + text

@@ -1,4 +1,4 @@
-"""Parse untrusted JSON strictly: the safetensors header, the index, `adapter_config.json`.
+"""Parse untrusted JSON strictly: the safetensors header, `adapter_config.json`.
 
 The grammar is the standard library's, with hooks for what it leaves open. Accept one object in
 UTF-8 without a byte order mark, without NaN, Infinity or a number that overflows to one, without

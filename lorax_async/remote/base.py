@@ -16,7 +16,6 @@ from lorax_async.cache.base import LeftoverError
 from lorax_async.concurrency import FetchControl, wait_for_end
 from lorax_async.errors import AdapterNotFoundError, FetchError, IntegrityError, UsageError
 from lorax_async.formats.digests import Digest
-from lorax_async.formats.split_weights import FileRole, SplitPlan
 from lorax_async.http.download_scheduler import Job
 from lorax_async.http.range_engine import FOREGROUND
 from lorax_async.http.settings import Address
@@ -54,6 +53,8 @@ class RemoteFile:
 
     Attributes
     ----------
+    name
+        `CONFIG_FILE` or `WEIGHTS_FILE`.
     target
         Its URL, with the headers that a request needs.
     nbytes, expected, etag
@@ -62,7 +63,7 @@ class RemoteFile:
         The result of its probe, if the version was learnt by one.
     """
 
-    role: FileRole
+    name: str
     target: Target
     nbytes: int | None = None
     expected: Digest | None = None
@@ -74,11 +75,11 @@ class RemoteFile:
         size, etag = answer.validators.size, answer.validators.etag
         if None not in {self.nbytes, size} and self.nbytes != size:
             raise IntegrityError(
-                f"{self.role.file_name} has {size:,} bytes, and its source named {self.nbytes:,};"
+                f"{self.name} has {size:,} bytes, and its source named {self.nbytes:,};"
                 " it was replaced meanwhile"
             )
         if self.etag is not None and self.etag != etag:
-            raise IntegrityError(f"{self.role.file_name} was replaced since it was resolved")
+            raise IntegrityError(f"{self.name} was replaced since it was resolved")
 
 
 class ReplacedError(LeftoverError):
@@ -110,8 +111,7 @@ class LocatedAdapter:
     scope
         The authority under which the source answered: a digest of the token, "" without one.
     files
-        The config, then the weights or their index; with an index, `Backend.shards` returns the
-        weights, which may follow here.
+        The config, then the weights.
     recheck
         Begins to request the files again, if the source may replace them between two answers; see
         `Recheck`.
@@ -120,13 +120,13 @@ class LocatedAdapter:
     source: str
     version: str
     scope: str
-    files: tuple[RemoteFile, ...]
+    files: tuple[RemoteFile, RemoteFile]
     recheck: Callable[[], Recheck] | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FetchedFile:
-    """A config or an index, or the beginning of weights: their `prefix` ends with the header."""
+    """A config, or the beginning of weights: their `prefix` ends with the header."""
 
     file: RemoteFile
     answer: ProbeResult
@@ -136,31 +136,10 @@ class FetchedFile:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdapterMetadata:
-    """The files of an adapter as far as they are checked before any layer is fetched.
+    """The files of an adapter as far as they are checked before any layer is fetched."""
 
-    Weights in several files have an index, and a plan that joins them into one.
-    """
-
-    files: tuple[FetchedFile, ...]
-    plan: SplitPlan | None
-
-    @property
-    def config(self) -> bytes:
-        return self.files[0].prefix
-
-    @property
-    def parts(self) -> list[FetchedFile]:
-        """The files of weights."""
-        return [file for file in self.files if file.file.role.kind == "weights"]
-
-    @property
-    def prefix(self) -> bytes:
-        return self.parts[0].prefix if self.plan is None else self.plan.prefix
-
-    @property
-    def nbytes(self) -> int:
-        """The size of the weights as one file."""
-        return self.parts[0].nbytes if self.plan is None else self.plan.nbytes
+    config: FetchedFile
+    weights: FetchedFile
 
 
 K = TypeVar("K")
@@ -184,13 +163,9 @@ class Backend(Protocol[P_contra]):
         """Ask the source which version `ref` names now, and where its files are.
 
         Raise `AdapterNotFoundError` (`AnotherVersionError` if the source has only another version),
-        `AccessDeniedError`, or another `FetchError`.
+        `UnsupportedAdapterError` (`split_weights_error`), `AccessDeniedError`, or another
+        `FetchError`.
         """
-
-    async def shards(
-        self, place: P_contra, located: LocatedAdapter, roles: Sequence[FileRole]
-    ) -> tuple[RemoteFile, ...]:
-        """Return the weights' files that the index of this version names, all of them."""
 
 
 _TOKEN = re.compile(r"[\x21-\x7e]+")

@@ -16,7 +16,7 @@ import socket
 import stat
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -48,12 +48,12 @@ from lorax_async.files import (
     to_adapter_error,
 )
 from lorax_async.formats.digests import Digest, FileHash
-from lorax_async.formats.split_weights import (
+from lorax_async.formats.peft_names import (
     CONFIG_FILE,
     INDEX_FILE,
+    PICKLE_FILE,
     WEIGHTS_FILE,
-    FileRole,
-    role_of,
+    split_weights_error,
 )
 from lorax_async.http.failures import (
     RetryableError,
@@ -75,7 +75,6 @@ if TYPE_CHECKING:
 RETRIES = RetryPolicy(attempts=3, base=0.25, most=4.0)
 
 _MAIN = "main"
-_PICKLE = "adapter_model.bin"
 _BASE_CONFIG = "config.json"
 _BEARER = "Bearer "
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -203,50 +202,34 @@ class HubBackend:
 
     async def locate(self, place: HubRepository, ref: AdapterRef) -> LocatedAdapter:
         token = await self._token(place, ref)
-        query = FileQuery(place.text, CONFIG_FILE.file_name, ref.revision or _MAIN, token)
-        config, weights = await self._answers(query, replace(query, name=WEIGHTS_FILE.file_name))
+        query = FileQuery(place.text, CONFIG_FILE, ref.revision or _MAIN, token)
+        config, weights = await self._answers(query, replace(query, name=WEIGHTS_FILE))
         if config.file is None or config.commit is None:
-            raise _lacking(query, f"no {CONFIG_FILE.file_name}: it is no adapter of PEFT")
+            raise _lacking(query, f"no {CONFIG_FILE}: it is no adapter of PEFT")
         pinned = replace(query, revision=config.commit)
         is_lent = ref.token is None and not ref.use_token and token is not None
         if config.redirected and is_lent:
             await self._require_covered(pinned)
         if weights.commit != config.commit:  # a branch moved between the two answers
-            (weights,) = await self._answers(replace(pinned, name=WEIGHTS_FILE.file_name))
-        files = (config.file, weights.file or await self._index(pinned))
+            (weights,) = await self._answers(replace(pinned, name=WEIGHTS_FILE))
+        if weights.file is None:
+            raise await self._missing_weights(pinned)
+        files = config.file, weights.file
         return LocatedAdapter(place.text, config.commit, self._scope(token), files)
 
-    async def shards(
-        self,
-        place: HubRepository,  # noqa: ARG002 - the port's
-        located: LocatedAdapter,
-        roles: Sequence[FileRole],
-    ) -> tuple[RemoteFile, ...]:
-        header = located.files[0].target.headers.get("Authorization")
-        token = None if header is None else header.removeprefix(_BEARER)
-        queries = [
-            FileQuery(located.source, role.file_name, located.version, token) for role in roles
-        ]
-        files = []
-        for query, answer in zip(queries, await self._answers(*queries), strict=True):
-            if answer.file is None:
-                raise _lacking(query, f"no {query.name}, which its index names")
-            files.append(answer.file)
-        return tuple(files)
-
-    async def _index(self, pinned: FileQuery) -> RemoteFile:
-        """Return the index of a repository whose weights are not in one file."""
-        (index,) = await self._answers(replace(pinned, name=INDEX_FILE.file_name))
+    async def _missing_weights(self, pinned: FileQuery) -> AdapterError:
+        """Return the error for a commit without weights; ask what it has in their place."""
+        names = INDEX_FILE, PICKLE_FILE
+        index, pickle = await self._answers(*(replace(pinned, name=name) for name in names))
         if index.file is not None:
-            return index.file
-        (pickle,) = await self._answers(replace(pinned, name=_PICKLE))
+            return split_weights_error(f"{pinned.source!r} at {pinned.revision!r}")
         if pickle.file is not None:
-            raise _lacking(
+            return _lacking(
                 pinned,
-                f"its weights as {_PICKLE} only, a pickle, which can run any code and is never"
+                f"its weights as {PICKLE_FILE} only, a pickle, which can run any code and is never"
                 " loaded; save them again with safetensors (save_pretrained does by default)",
             )
-        raise _lacking(pinned, f"neither {WEIGHTS_FILE.file_name} nor {INDEX_FILE.file_name}")
+        return _lacking(pinned, f"no {WEIGHTS_FILE}")
 
     async def _token(self, place: HubRepository, ref: AdapterRef) -> str | None:
         """Return the token to send."""
@@ -350,13 +333,12 @@ class HubBackend:
                 f"{url} names no commit in its responses: it is no hub; check the endpoint",
                 retryable=False,
             )
-        role = role_of(query.name) or WEIGHTS_FILE  # a pickle is refused
         headers = {} if query.token is None else {"Authorization": f"{_BEARER}{query.token}"}
         own = replace(query, revision=commit).url(self._endpoint)
         location = _stable_location(found.location, url, own, commit)
         target = Target(own, f"{query.source}/{query.name}", headers, self._rules, location)
         nbytes = None if found.size is None or found.size < 0 else found.size
-        file = RemoteFile(role, target, nbytes, digest_of_etag(found.etag))
+        file = RemoteFile(query.name, target, nbytes, digest_of_etag(found.etag))
         return HubAnswer(commit, file, found.location != url.text)
 
     def _query_repository(self, query: FileQuery) -> str:
@@ -597,11 +579,11 @@ class HubFile(NamedTuple):
         return self.identity, self.record.digest
 
     def open(self) -> int:
-        return open_same(self.path, self.identity, self.record.role.file_name)
+        return open_same(self.path, self.identity, self.record.name)
 
     def is_intact(self) -> bool:
         """Hash all of it and compare the digest with the blob's name."""
-        name, nbytes = self.record.role.file_name, self.identity.size
+        name, nbytes = self.record.name, self.identity.size
         file_hash = FileHash(self.record.digest.kind, nbytes)
         try:
             fd = self.open()
@@ -627,14 +609,14 @@ class HubEntry:
         self.record = record_of(key, tuple(file.record for file in files))
         self.folder = folder
         self._cache = cache
-        self._files = {file.record.role: file for file in files}
-        self.identities: Mapping[FileRole, FileIdentity] = {
-            file.record.role: file.identity for file in files
+        self._files = {file.record.name: file for file in files}
+        self.identities: Mapping[str, FileIdentity] = {
+            file.record.name: file.identity for file in files
         }
         self.is_verified = all(file.claim in cache.intact for file in files)
 
-    def reader(self, role: FileRole) -> FileReader:
-        file, name = self._files.get(role), role.file_name
+    def reader(self, name: str) -> FileReader:
+        file = self._files.get(name)
         if file is None:
             raise InternalError(f"the hub cache's entry has no {name}")
         return FileReader(file.open, file.identity, name)
@@ -684,12 +666,12 @@ class StandardHubCache:
             return None
         folder = os.path.dirname(config)
         try:
-            found = [self._file(folder, role) for role in adapter_files(os.listdir(folder))]
+            found = [self._file(folder, name) for name in (CONFIG_FILE, WEIGHTS_FILE)]
         except OSError as error:
             _require_absent(error)
             return None
         files = [file for file in found if file is not None and file.claim not in self._wrong]
-        if not found or len(files) != len(found):
+        if len(files) != len(found):
             return None
         since_ns = time.time_ns()
         wrong = [file.claim for file in files if check and not file.is_intact()]
@@ -719,7 +701,7 @@ class StandardHubCache:
 
         try:
             path = try_to_load_from_cache(
-                source, CONFIG_FILE.file_name, cache_dir=self._path, revision=revision
+                source, CONFIG_FILE, cache_dir=self._path, revision=revision
             )
         except ValueError:  # no id of the hub, or a ref that is no text
             return None
@@ -728,9 +710,9 @@ class StandardHubCache:
             return None
         return os.path.abspath(path) if isinstance(path, str) else None
 
-    def _file(self, folder: str, role: FileRole) -> HubFile | None:
+    def _file(self, folder: str, name: str) -> HubFile | None:
         """Return the blob of a snapshot's link; None if it is refused. Raise `OSError`."""
-        path = os.path.join(folder, role.file_name)
+        path = os.path.join(folder, name)
         link = _LINK.fullmatch(os.readlink(path))
         digest = None if link is None else digest_of_etag(link["blob"])
         if link is None or digest is None:
@@ -745,7 +727,7 @@ class StandardHubCache:
             if not (blob == own or shared) or not stat.S_ISREG(file.status.st_mode):
                 return None
             os.close(file.open())  # may this process read it?
-            record = FileRecord(role, file.identity.size, file.identity.mtime_ns, digest)
+            record = FileRecord(name, file.identity.size, file.identity.mtime_ns, digest)
             return HubFile(blob, file.identity, record)
 
 
@@ -788,24 +770,6 @@ class TieredCache:
     def condemn(self, key: CacheKey) -> None:
         """Remove our own entry; the hub cache's files are checked by the digests that name them."""
         self._own().condemn(key)
-
-
-def adapter_files(names: Iterable[str]) -> list[FileRole]:
-    """Return which of a commit's files are its adapter; none if one is missing.
-
-    The config comes first, then the weights, or else their index and all files that it may name.
-    """
-    present = {role for name in names if (role := role_of(name)) is not None}
-    counts = {role.count for role in present if role.number}
-    if WEIGHTS_FILE in present:
-        roles = [CONFIG_FILE, WEIGHTS_FILE]
-    elif len(counts) == 1:
-        (count,) = counts
-        shards = (FileRole("weights", number, count) for number in range(1, count + 1))
-        roles = [CONFIG_FILE, INDEX_FILE, *shards]
-    else:
-        return []
-    return roles if present.issuperset(roles) else []
 
 
 def _require_absent(error: OSError) -> None:

@@ -1,4 +1,4 @@
-"""The backend of object stores: obstore lists and signs, our range engine fetches."""
+"""The backend of object stores: obstore looks and signs, our range engine fetches."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import hashlib
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -23,17 +24,15 @@ from lorax_async.errors import (
     ConfigError,
     FetchError,
     FetchTimeoutError,
-    IntegrityError,
     LoraxError,
     UsageError,
     install_command,
 )
-from lorax_async.formats.split_weights import (
+from lorax_async.formats.peft_names import (
     CONFIG_FILE,
     INDEX_FILE,
     WEIGHTS_FILE,
-    FileRole,
-    role_of,
+    split_weights_error,
 )
 from lorax_async.http.settings import Address, Rules
 from lorax_async.http.target import Target
@@ -43,7 +42,6 @@ from lorax_async.types import AdapterRef
 from lorax_async.urls import InvalidUrlError, Origin, Url, parse_url
 
 if TYPE_CHECKING:
-    from obstore import ObjectMeta
     from obstore.store import AzureAccessKey, AzureStore, GCSStore, RetryConfig, S3Store
 
     Store = AzureStore | GCSStore | S3Store
@@ -60,7 +58,7 @@ MAX_STORES = 16
 """Buckets whose connections and credentials are kept: those used last."""
 
 _RETRIES: RetryConfig = {"max_retries": 2, "retry_timeout": timedelta(seconds=20)}
-_VERSION = re.compile(r"(?:versions|etags)-[0-9a-f]{32}(?:-[0-9a-f]{32})?")
+_VERSION = re.compile(r"(?:versions|etags)-[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,14 +120,14 @@ class StoreBackend:
     async def locate(self, place: StoreFolder, ref: AdapterRef) -> LocatedAdapter:
         """Return the present version, with URLs of its files signed now.
 
-        A revision is a version that a handle reported, or the versionId or ETag of the weights (or
-        of their index). Only the present version can be fetched, for signed URLs name none; another
-        one raises `AnotherVersionError`.
+        A revision is a version that a handle reported, or the versionId or ETag of the weights.
+        Only the present version can be fetched, for signed URLs name none; another one raises
+        `AnotherVersionError`.
         """
         scope = await self.scope(place, ref)
         config, weights = await asyncio.gather(
-            self._call(place, partial(self._first, place, CONFIG_FILE)),
-            self._call(place, partial(self._first, place, WEIGHTS_FILE, INDEX_FILE)),
+            self._call(place, partial(self._require, place, CONFIG_FILE)),
+            self._call(place, partial(self._require_weights, place)),
             return_exceptions=True,
         )
         # The same fault raises the same error, whichever thread ended first.
@@ -137,36 +135,14 @@ class StoreBackend:
             raise config
         if isinstance(weights, BaseException):
             raise weights
-        stored = weights[1]
-        work = partial(self._sign, place, dict([config, weights]))
-        version, files = await self._call(place, work)
-        names = {version, stored.version_id, stored.etag, (stored.etag or "").strip('"')}
+        version, files = await self._call(place, partial(self._sign, place, config, weights))
+        names = {version, weights.version_id, weights.etag, (weights.etag or "").strip('"')}
         if ref.revision is not None and ref.revision not in names:
             raise AnotherVersionError(
                 f"{place.text} is not, or is no longer, what the revision names; now it is"
                 f" {version}, and only that can be fetched"
             )
         return LocatedAdapter(place.text, version, scope, files)
-
-    async def shards(
-        self, place: StoreFolder, located: LocatedAdapter, roles: Sequence[FileRole]
-    ) -> tuple[RemoteFile, ...]:
-        """See `Backend`. Raise `IntegrityError` if a file was replaced since `locate`."""
-
-        def locate() -> tuple[RemoteFile, ...]:
-            shards = self._shards(place)
-            if not located.version.endswith(f"-{_digest_of_shards(shards)}"):
-                raise IntegrityError(
-                    f"shards in {place.text} were replaced while they were located"
-                )
-            missing = next((role.file_name for role in roles if role not in shards), None)
-            if missing is not None:
-                raise AdapterNotFoundError(
-                    f"there is no {missing} in {place.text}, which its index names"
-                )
-            return self._files(place, {role: shards[role] for role in roles})
-
-        return await self._call(place, locate)
 
     def close(self) -> None:
         """Drop connections and credentials; the next use makes them again. Idempotent."""
@@ -180,84 +156,73 @@ class StoreBackend:
             self._threads.submit(bucket, partial(_mapped, work, place))
         )
 
-    def _first(self, place: StoreFolder, *roles: FileRole) -> tuple[FileRole, StoredObject]:
-        """Return the first of these files that the folder has."""
-        denied: AccessDeniedError | None = None
-        for role in roles:
-            try:
-                stored = _mapped(partial(self._head, place, role), place)
-            except AccessDeniedError as error:
-                # S3 denies access to missing objects too, if the caller may not list the bucket.
-                denied = error
-            else:
-                if stored is not None:
-                    return role, stored
-        names = " and no ".join(role.file_name for role in roles)
-        raise denied or AdapterNotFoundError(
-            f"there is no {names} in {place.text}, or no such bucket"
-        )
+    def _require(self, place: StoreFolder, name: str) -> StoredObject:
+        """Return the metadata of one file of the folder."""
+        stored = _mapped(partial(self._head, place, name), place)
+        if stored is None:
+            raise AdapterNotFoundError(f"there is no {name} in {place.text}, or no such bucket")
+        return stored
+
+    def _require_weights(self, place: StoreFolder) -> StoredObject:
+        try:
+            return self._require(place, WEIGHTS_FILE)
+        except (AdapterNotFoundError, AccessDeniedError):
+            # S3 denies access to missing objects too, if the caller may not list the bucket.
+            with suppress(AdapterNotFoundError, AccessDeniedError):
+                self._require(place, INDEX_FILE)
+                raise split_weights_error(place.text) from None
+            raise
 
     def _sign(
-        self, place: StoreFolder, objects: Mapping[FileRole, StoredObject]
-    ) -> tuple[str, tuple[RemoteFile, ...]]:
-        """Return the version of an adapter, and its config and its weights or their index."""
-        files = self._files(place, objects)
-        versioned = all(stored.version_id is not None for stored in objects.values())
-        # Two stores may have buckets of the same name.
-        url = files[0].target.url.text.partition("?")[0]
-        version = version_of("versions" if versioned else "etags", [url, *_words(objects.values())])
-        if INDEX_FILE in objects:
-            version += f"-{_digest_of_shards(self._shards(place))}"
-        return version, files
-
-    def _files(
-        self, place: StoreFolder, objects: Mapping[FileRole, StoredObject]
-    ) -> tuple[RemoteFile, ...]:
-        """Return the files with signed URLs."""
+        self, place: StoreFolder, config: StoredObject, weights: StoredObject
+    ) -> tuple[str, tuple[RemoteFile, RemoteFile]]:
+        """Return the version of an adapter and its files, with signed URLs."""
         import obstore  # noqa: PLC0415 - an extra, needed here alone
 
-        for role, stored in objects.items():
+        objects = {CONFIG_FILE: config, WEIGHTS_FILE: weights}
+        for name, stored in objects.items():
             if stored.etag is None or stored.etag.startswith("W/"):
                 raise FetchError(
-                    f"the store has no strong ETag for {role.file_name} in {place.text}, so its"
+                    f"the store has no strong ETag for {name} in {place.text}, so its"
                     " version cannot be identified",
                     retryable=False,
                     stage="resolve",
                 )
-        paths = [f"{place.path}{role.file_name}" for role in objects]
+        paths = [f"{place.path}{name}" for name in objects]
         signed: Sequence[str] | None = unsigned_urls(place, paths)
         if signed is None:
             valid = timedelta(seconds=self._signed_for)
             signed = obstore.sign(self._store(place), "GET", paths, valid)
-        files = []
-        for text, (role, stored) in zip(signed, objects.items(), strict=True):
-            try:
-                url = parse_url(text)
-            except InvalidUrlError as error:
-                raise FetchError(
-                    f"{place.text}: its endpoint is no URL: {error}", retryable=False
-                ) from error
-            target = Target(url, role.file_name, rules=OriginAllowed(url.origin, self._rules))
-            files.append(RemoteFile(role, target, nbytes=stored.nbytes, etag=stored.etag))
-        return tuple(files)
+        files = [
+            self._file(place, text, name, stored)
+            for text, (name, stored) in zip(signed, objects.items(), strict=True)
+        ]
+        versioned = all(stored.version_id is not None for stored in objects.values())
+        # Two stores may have buckets of the same name.
+        url = files[0].target.url.text.partition("?")[0]
+        version = version_of("versions" if versioned else "etags", [url, *_words(config, weights)])
+        return version, (files[0], files[1])
 
-    def _head(self, place: StoreFolder, role: FileRole) -> StoredObject | None:
+    def _file(self, place: StoreFolder, text: str, name: str, stored: StoredObject) -> RemoteFile:
+        """Return a file by its URL."""
+        try:
+            url = parse_url(text)
+        except InvalidUrlError as error:
+            raise FetchError(
+                f"{place.text}: its endpoint is no URL: {error}", retryable=False
+            ) from error
+        target = Target(url, name, rules=OriginAllowed(url.origin, self._rules))
+        return RemoteFile(name, target, nbytes=stored.nbytes, etag=stored.etag)
+
+    def _head(self, place: StoreFolder, name: str) -> StoredObject | None:
         """Return the metadata of one file of the folder; None if it is missing."""
         import obstore  # noqa: PLC0415
 
         try:
-            return _object_of(obstore.head(self._store(place), f"{place.path}{role.file_name}"))
+            meta = obstore.head(self._store(place), f"{place.path}{name}")
         except FileNotFoundError:
             return None
-
-    def _shards(self, place: StoreFolder) -> dict[FileRole, StoredObject]:
-        """Return the folder's files of split weights, sorted by name."""
-        import obstore  # noqa: PLC0415
-
-        listing = obstore.list_with_delimiter(self._store(place), place.path or None)
-        files = {role_of(meta["path"].rpartition("/")[2]): meta for meta in listing["objects"]}
-        shards = {role: _object_of(meta) for role, meta in files.items() if role and role.number}
-        return dict(sorted(shards.items(), key=lambda shard: shard[0].file_name))
+        return StoredObject(meta["size"], meta["e_tag"], meta["version"])
 
     def _store(self, place: StoreFolder) -> Store:
         from obstore import store as stores  # noqa: PLC0415
@@ -272,19 +237,7 @@ class StoreBackend:
         return store
 
 
-def _object_of(meta: ObjectMeta) -> StoredObject:
-    etag = meta["e_tag"]
-    if etag is not None and not etag.endswith('"'):
-        etag = f'"{etag}"'  # Azure's listings leave the quotes out
-    return StoredObject(meta["size"], etag, meta["version"])
-
-
-def _digest_of_shards(shards: Mapping[FileRole, StoredObject]) -> str:
-    # Listings have no versionIds.
-    return digest_of([*(role.file_name for role in shards), *_words(shards.values())])
-
-
-def _words(objects: Iterable[StoredObject]) -> list[str]:
+def _words(*objects: StoredObject) -> list[str]:
     fields = ((stored.version_id or "", stored.etag or "", stored.nbytes) for stored in objects)
     return [str(word) for words in fields for word in words]
 

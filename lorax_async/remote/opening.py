@@ -1,6 +1,6 @@
 """From an id to its open adapter: the version, then the cache's entry or a new download.
 
-Of a download, config, index and headers are fetched and checked before any layer.
+Of a download, config and header are fetched and checked before any layer.
 """
 
 from __future__ import annotations
@@ -29,14 +29,8 @@ from lorax_async.errors import (
     LoraxError,
 )
 from lorax_async.formats.digests import Digest, FileHash, sent_sha256
+from lorax_async.formats.peft_names import WEIGHTS_FILE
 from lorax_async.formats.safetensors import header_end, header_size
-from lorax_async.formats.split_weights import (
-    INDEX_FILE,
-    FileHead,
-    FileRole,
-    parse_index,
-    plan_split,
-)
 from lorax_async.http.download_scheduler import Job
 from lorax_async.http.range_engine import FOREGROUND, PREFETCH, RangeEngine
 from lorax_async.http.target import ProbeResult, Validators
@@ -155,13 +149,6 @@ class VersionResolver:
         if _key_of(located) != key:
             raise IntegrityError("it is another version by now; load it again")
         return located
-
-    async def shards(
-        self, located: LocatedAdapter, roles: Sequence[FileRole]
-    ) -> tuple[RemoteFile, ...]:
-        """Return the files that the index names. `located` was returned a moment ago."""
-        ref = self._resolutions[_key_of(located)].ref
-        return await self._backends(ref.place).shards(ref.place, located, roles)
 
     def last(self, key: RemoteKey) -> Resolution | None:
         last = self._resolutions.get(key)
@@ -304,11 +291,6 @@ PATIENCE_SECONDS = 10.0
 _MAX_HASHED = 16_384
 _IDLE_SECONDS = 0.5
 _POLL_SECONDS = 0.02
-_SIZE_LIMITS = {
-    "config": "max_config_bytes",
-    "index": "max_header_bytes",
-    "weights": "max_adapter_bytes",
-}
 
 
 class AdapterOpener:
@@ -409,9 +391,8 @@ class AdapterOpener:
     def _is_refuted(self, key: RemoteKey, entry: CacheEntry) -> bool:
         """Return whether an unvouched entry has another digest than the last caller's."""
         digest = self._resolver.digest(key)
-        weights = [file.digest for file in entry.record.files if file.role.kind == "weights"]
-        own = weights[0].value if [each.kind for each in weights] == ["transport"] else digest
-        return digest is not None and own != digest
+        weights = entry.record.weights.digest
+        return digest is not None and weights.kind == "transport" and weights.value != digest
 
     async def _stored(self, key: RemoteKey, *, check: bool = False) -> CacheEntry | None:
         look = partial(self._resolver.cache.open, cache_key(key), check=check)
@@ -457,14 +438,14 @@ class AdapterOpener:
         located = await self._locate(key, control)
         confirm = self._confirmation(key, located)
         metadata = await self._fetch_metadata(located, control)
-        files = await self._add_files(download, metadata, control)
+        weights = await self._add_files(download, metadata, control)
 
         def no_longer_idle() -> None:
             self._idle -= Counter([key])
 
         self._idle[key] += 1
         reader = FetchReader(
-            *(key, self._engine, self._workers, download, files, metadata),
+            *(key, self._engine, self._workers, download, weights, metadata.weights),
             layers_first=self._verify in {"none", "stream"},
             resumable=not located.version.startswith(WEAK),
             on_take=no_longer_idle,
@@ -479,7 +460,8 @@ class AdapterOpener:
                 await confirm()  # else config and weights need not fit each other
             return False
 
-        return AdapterFile(metadata.config, metadata.prefix, reader, download.mappable, refuse)
+        config, header = metadata.config.prefix, metadata.weights.prefix
+        return AdapterFile(config, header, reader, download.mappable, refuse)
 
     def _confirmation(
         self, key: RemoteKey, located: LocatedAdapter
@@ -551,12 +533,13 @@ class AdapterOpener:
             return False
         finally:
             self._resolver.used(key)
-        sizes = {file.role: file.nbytes for file in entry.record.files}
+        sizes = {file.name: file.nbytes for file in entry.record.files}
+        fetched = {file.file.name: file for file in (metadata.config, metadata.weights)}
 
         def differs() -> bool:
-            return sizes != {each.file.role: each.nbytes for each in metadata.files} or any(
-                read_first(entry, each.file.role, len(each.prefix)) != each.prefix
-                for each in metadata.files
+            return sizes != {name: file.nbytes for name, file in fetched.items()} or any(
+                read_first(entry, name, len(file.prefix)) != file.prefix
+                for name, file in fetched.items()
             )
 
         return await self._workers.run(differs)
@@ -570,41 +553,22 @@ class AdapterOpener:
         """
         for file in located.files:
             self._require_size(file, file.nbytes)
-        config, second = located.files[:2]
-        is_split = second.role == INDEX_FILE
-        nbytes = self._limits.max_header_bytes if is_split else FIRST_BYTES
-        wanted = [(config, self._limits.max_config_bytes), (second, nbytes)]
-        config_probe, probe = await self._probe(wanted, control)
-        checked = _whole(config, config_probe)
-        if not is_split:
-            return AdapterMetadata((checked, await self._part(second, probe, control)), None)
-        whole = _whole(second, probe)
-        index = await self._workers.run(partial(parse_index, whole.prefix, self._limits))
-        roles = [FileRole("weights", number + 1, index.count) for number in range(index.count)]
-        async with bind_to(control):
-            files = await self._resolver.shards(located, roles)
-        for file in files:
-            self._require_size(file, file.nbytes)
-        probes = await self._probe([(file, FIRST_BYTES) for file in files], control)
-        parts = [
-            await self._part(file, probe, control)
-            for file, probe in zip(files, probes, strict=True)
-        ]
-        heads = [FileHead(part.prefix, part.nbytes) for part in parts]
-        plan = await self._workers.run(partial(plan_split, index, heads, self._limits))
-        return AdapterMetadata((checked, whole, *parts), plan)
+        config, weights = located.files
+        wanted = [(config, self._limits.max_config_bytes), (weights, FIRST_BYTES)]
+        whole, start = await self._probe(wanted, control)
+        return AdapterMetadata(_whole(config, whole), await self._part(weights, start, control))
 
     async def _probe(
         self, files: Sequence[tuple[RemoteFile, int]], control: FetchControl
     ) -> list[ProbeResult]:
-        """Return the first bytes of weights, and all bytes of a config or an index."""
+        """Return the first bytes of weights, and all bytes of a config."""
         jobs: list[Job[ProbeResult] | ProbeResult] = [
             file.answer
             or self._engine.probe(
                 file.target,
                 nbytes,
-                ranged=file.role.kind == "weights",
-                needed_bytes=_header if file.role.kind == "weights" else None,
+                ranged=file.name == WEIGHTS_FILE,
+                needed_bytes=_header if file.name == WEIGHTS_FILE else None,
                 urgency=FOREGROUND if control.urgent else PREFETCH,
                 timeout=LONGEST,
             )
@@ -621,7 +585,7 @@ class AdapterOpener:
     async def _part(
         self, file: RemoteFile, probe: ProbeResult, control: FetchControl
     ) -> FetchedFile:
-        """Return a file of weights by its first bytes, and more of them if its header is long."""
+        """Return the weights by their first bytes, and more of them if their header is long."""
         size = file.nbytes if probe.validators.size is None else probe.validators.size
         if size is None:
             problem = f"the source does not say how large {file.target.name} is"
@@ -639,7 +603,7 @@ class AdapterOpener:
 
     def _require_size(self, file: RemoteFile, nbytes: int | None) -> None:
         """Raise `AdapterFormatError` for a size over the limit: such a file is not requested."""
-        limit = _SIZE_LIMITS[file.role.kind]
+        limit = "max_adapter_bytes" if file.name == WEIGHTS_FILE else "max_config_bytes"
         max_bytes: int = getattr(self._limits, limit)
         if nbytes is not None and nbytes > max_bytes:
             raise AdapterFormatError(
@@ -649,29 +613,24 @@ class AdapterOpener:
 
     async def _add_files(
         self, download: DiskDownload, metadata: AdapterMetadata, control: FetchControl
-    ) -> list[PartialFile]:
-        """Add all files to the download, with the bytes received so far; return the weights'.
+    ) -> PartialFile:
+        """Add both files to the download, with the bytes received so far; return the weights'.
 
         The source's digests judge them. Callers' digests do not: they may share the download.
         """
-        weights = []
-        for each in metadata.files:
-            role, expected = each.file.role, each.file.expected
-            if role.kind == "weights":
-                expected = expected or sent_sha256(each.answer.fields)
-            if self._verify == "none":
-                expected = None
-            if role.kind != "weights":
-                _check(each.prefix, role, expected)  # it is used before publication
-            start = each.answer.start
-            add = partial(_add_file, download, role, start, each.nbytes, expected)
-            file = await self._wait_for_room(add, control)
-            if role.kind == "weights":
-                weights.append(file)
-                if file.resumed:  # another file's bytes are to be noticed before any caller's
-                    rest = await outcome(each.answer.rest)
-                    await self._workers.run(partial(file.write, len(start), rest))
-        return weights
+        weights, answer = metadata.weights.file, metadata.weights.answer
+        promised = metadata.config.file.expected, weights.expected or sent_sha256(answer.fields)
+        if self._verify == "none":
+            promised = None, None
+        _check(metadata.config, promised[0])  # it is used before publication
+        files = [
+            await self._wait_for_room(partial(_add_file, download, fetched, expected), control)
+            for fetched, expected in zip((metadata.config, metadata.weights), promised, strict=True)
+        ]
+        if files[1].resumed:  # another file's bytes are to be noticed before any caller's
+            rest = await outcome(answer.rest)
+            await self._workers.run(partial(files[1].write, len(answer.start), rest))
+        return files[1]
 
     async def _wait_for_room(
         self, add: Callable[[], PartialFile], control: FetchControl
@@ -699,29 +658,28 @@ def _whole(file: RemoteFile, answer: ProbeResult) -> FetchedFile:
     return FetchedFile(file, answer, len(answer.start), answer.start)
 
 
-def _add_file(
-    download: DiskDownload, role: FileRole, start: bytes, nbytes: int, expected: Digest | None
-) -> PartialFile:
+def _add_file(download: DiskDownload, fetched: FetchedFile, expected: Digest | None) -> PartialFile:
     """Add a file to the download, and write its first bytes. Blocks.
 
     Raise `LeftoverError` if a partial download has other first bytes. On an error the caller still
     owns the download; `CapacityError` leaves it unchanged.
     """
-    file = download.file(role, nbytes, expected)
-    if start:
-        file.write(0, memoryview(start)[:nbytes])
+    file = download.file(fetched.file.name, fetched.nbytes, expected)
+    if start := fetched.answer.start:
+        file.write(0, memoryview(start)[: fetched.nbytes])
     return file
 
 
-def _check(content: bytes, role: FileRole, expected: Digest | None) -> None:
-    """Raise `IntegrityError` if the content has not the expected digest."""
+def _check(fetched: FetchedFile, expected: Digest | None) -> None:
+    """Raise `IntegrityError` if a whole file has not the expected digest."""
     if expected is None:
         return
-    content_hash = FileHash(expected.kind, len(content))
-    content_hash.feed(memoryview(content))
+    content_hash = FileHash(expected.kind, fetched.nbytes)
+    content_hash.feed(memoryview(fetched.prefix))
     if content_hash.digest() != expected:
         raise IntegrityError(
-            f"{role.file_name} has not the {expected.kind} digest that was promised; load it again"
+            f"{fetched.file.name} has not the {expected.kind} digest that was promised; load it"
+            " again"
         )
 
 

@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from functools import partial
 from threading import Lock
 
-from lorax_async.cache.base import CacheEntry, CacheKey, EntryRecord, FileRecord
+from lorax_async.cache.base import CacheEntry, CacheKey
 from lorax_async.cache.disk_cache import DiskDownload
 from lorax_async.cache.partials import PartialFile
-from lorax_async.concurrency import FetchControl, Inbox, WorkerThreads, close_all, outcome
+from lorax_async.concurrency import FetchControl, Inbox, SharedResource, WorkerThreads, outcome
 from lorax_async.config import Limits
-from lorax_async.errors import AdapterFormatError, IntegrityError, LoraxError
-from lorax_async.files import FileReader, Reader, SplitReader, read_prefix
+from lorax_async.errors import AdapterFormatError, EvictedError, IntegrityError, LoraxError
+from lorax_async.files import FileReader, Reader, read_prefix
+from lorax_async.formats.peft_names import CONFIG_FILE, WEIGHTS_FILE
 from lorax_async.formats.spans import ByteRange, ByteSpan, SpanSet
-from lorax_async.formats.split_weights import (
-    CONFIG_FILE,
-    INDEX_FILE,
-    FileGroups,
-    FileHead,
-    FileRole,
-    parse_index,
-    plan_split,
-)
 from lorax_async.http.download_scheduler import Job
 from lorax_async.http.range_engine import FOREGROUND, PREFETCH, RangeEngine
 from lorax_async.http.ranges import size_of
-from lorax_async.remote.base import LONGEST, AdapterMetadata, bind_to, track, unwanted_error
+from lorax_async.remote.base import LONGEST, FetchedFile, bind_to, track, unwanted_error
 from lorax_async.sources.base import AdapterFile
 from lorax_async.types import RemoteKey
 
@@ -90,9 +81,10 @@ class FetchReader(CountedReader):
     """The `Reader` of a download whose config and headers are here; publication gives it an entry.
 
     Its owner calls `bring` or `refuse` once, or only `close`, which ends the download too; the
-    first of them calls `on_take`. `files` are those of the weights. A `resumable` download may be
-    resumed after it failed: the version names the bytes. With `layers_first` hashing takes no core
-    from receiving and copying them. `confirm` raises unless all files are of one version still.
+    first of them calls `on_take`. `file` is that of the weights, which began as `fetched`. A
+    `resumable` download may be resumed after it failed: the version names the bytes. With
+    `layers_first` hashing takes no core from receiving and copying them. `confirm` raises unless
+    both files are of one version still.
     """
 
     def __init__(
@@ -101,8 +93,8 @@ class FetchReader(CountedReader):
         engine: RangeEngine,
         workers: WorkerThreads,
         download: DiskDownload,
-        files: Sequence[PartialFile],
-        metadata: AdapterMetadata,
+        file: PartialFile,
+        fetched: FetchedFile,
         *,
         resumable: bool,
         layers_first: bool,
@@ -114,28 +106,24 @@ class FetchReader(CountedReader):
         self._engine = engine
         self._workers = workers
         self._download = download
-        self._files = files
-        self._metadata = metadata
+        self._file = file
+        self._fetched = fetched
         self._resumable = resumable
         self._layers_first = layers_first
         self._on_take = on_take
         self._confirm = confirm
         self._lock = Lock()
-        self._jobs: list[Job[None]] = []
-        self._hashing: dict[int, Future[int]] = {}
+        self._job: Job[None] | None = None
+        self._hashing: Future[int] | None = None
         self._taken = self._closed = False
-        readers = tuple(file.reader() for file in files)
-        split = metadata.plan and SplitReader(metadata.plan, readers)
-        super().__init__(split or readers[0])
+        super().__init__(file.reader())
 
     def landed(self) -> tuple[int, int]:
         """Return how many bytes of the weights have arrived, and how many there are.
 
         Quick; from any thread.
         """
-        nbytes = sum(part.nbytes for part in self._metadata.parts)
-        missing = sum(size_of(file.missing()) for file in self._files)
-        return nbytes - missing, nbytes
+        return self.nbytes - size_of(self._file.missing()), self.nbytes
 
     async def bring(
         self, groups: Groups, arrived: Callable[[int], None], control: FetchControl
@@ -152,21 +140,20 @@ class FetchReader(CountedReader):
             gate = _Gate(arrived)
             inbox = Inbox(asyncio.get_running_loop(), gate.put)
             layers_first = self._layers_first and control.urgent and bool(groups)
+            answer = self._fetched.answer
             async with bind_to(control):
-                for file, part in zip(self._files, self._metadata.parts, strict=True):
-                    rest = await outcome(part.answer.rest)
-                    await self._workers.run(partial(file.write, len(part.answer.start), rest))
-            is_whole = not any(file.missing() for file in self._files)
+                rest = await outcome(answer.rest)
+                await self._workers.run(partial(self._file.write, len(answer.start), rest))
+            is_whole = not self._file.missing()
             begin = partial(self._begin, groups, inbox.put, control, hash_along=not layers_first)
-            await self._workers.run(begin)
-            async with track(control, *self._jobs):
+            job = await self._workers.run(begin)
+            async with track(control, job):
                 async with bind_to(control):
                     await self._confirm()
                     if is_whole:  # else the answers with the rest show a replacement
                         await self._confirm()
                 gate.open()
-                for job in self._jobs:
-                    await outcome(job.done)
+                await outcome(job.done)
             if layers_first:
                 await self.until_read(groups)
             entry = await self._workers.run(self._download.publish, lambda entry: entry.close())
@@ -211,58 +198,36 @@ class FetchReader(CountedReader):
         control: FetchControl,
         *,
         hash_along: bool,
-    ) -> None:
-        plan = self._metadata.plan
-        if plan is None:
-            numbers = tuple(n for n, group in enumerate(groups) if group)
-            shares: Sequence[FileGroups] = (
-                FileGroups(numbers, tuple(tuple(groups[n]) for n in numbers)),
-            )
-        else:
-            shares = plan.by_file(groups)
-        missing = Counter(group for share in shares for group in share.groups)
-        for group in range(len(groups)):
-            if not missing[group]:
-                arrived(group)
+    ) -> Job[None]:
+        def on_progress(n: int) -> None:
+            if hash_along:
+                self._continue_hashing()
+            if n < len(groups):  # not the rest of the file
+                arrived(n)
 
-        def on_progress(number: int, n: int) -> None:
-            with self._lock:
-                if hash_along:
-                    self._continue_hashing(number)
-                if n == len(shares[number].groups):  # the rest of the file
-                    return
-                group = shares[number].groups[n]
-                missing[group] -= 1
-                whole = not missing[group]
-            if whole:
-                arrived(group)
+        self._job = self._engine.download(
+            self._fetched.answer,
+            _missing_ranges(groups, self._file),
+            self._file.write,
+            on_progress,
+            urgency=FOREGROUND if control.urgent else PREFETCH,
+            timeout=LONGEST,
+        )
+        return self._job
 
-        parts = zip(shares, self._files, self._metadata.parts, strict=True)
-        for number, (share, file, part) in enumerate(parts):
-            job = self._engine.download(
-                part.answer,
-                _missing_ranges(share.spans, file),
-                file.write,
-                partial(on_progress, number),
-                urgency=FOREGROUND if control.urgent else PREFETCH,
-                timeout=LONGEST,
-            )
-            self._jobs.append(job)
-
-    def _continue_hashing(self, number: int) -> None:
-        """Hash what has arrived, in one thread per file. With the lock."""
-        running = self._hashing.get(number)
-        if running is None or running.done():
-            self._hashing[number] = self._workers.submit(self._files[number].hash_along)
+    def _continue_hashing(self) -> None:
+        """Hash what has arrived, in one thread."""
+        with self._lock:
+            if self._hashing is None or self._hashing.done():
+                self._hashing = self._workers.submit(self._file.hash_along)
 
     def _leave(self, error: BaseException | None) -> None:
         """Close the download; discard it if its bytes may be wrong. Blocks."""
-        for job in self._jobs:
-            job.cancel(unwanted_error())
-            job.done.exception()
-        for hashing in self._hashing.values():
-            if not hashing.cancel():
-                hashing.exception()
+        if self._job is not None:
+            self._job.cancel(unwanted_error())
+            self._job.done.exception()
+        if self._hashing is not None and not self._hashing.cancel():
+            self._hashing.exception()
         if isinstance(error, IntegrityError | AdapterFormatError) or not self._resumable:
             self._download.discard()
         else:
@@ -299,29 +264,15 @@ def _missing_ranges(groups: Groups, file: PartialFile) -> list[list[ByteRange]]:
 
 
 class EntryReader(CountedReader):
-    """The `Reader` of an entry's weights. Leases the entry until it is closed.
+    """The `Reader` of an entry's weights. Leases the entry until it is closed. `key` is its key."""
 
-    `key` is the entry's. Making it blocks; on an error the entry is closed.
-    """
-
-    def __init__(self, entry: CacheEntry, key: CacheKey, limits: Limits) -> None:
+    def __init__(self, entry: CacheEntry, key: CacheKey) -> None:
         self.entry = entry
         self.key = key
-        readers: list[Reader] = []
-        try:
-            readers += (entry.reader(file.role) for file in weight_files(entry.record))
-            if entry.record.file(INDEX_FILE) is None:
-                super().__init__(readers[0])
-            else:
-                index = parse_index(read_first(entry, INDEX_FILE), limits)
-                heads = (FileHead(read_prefix(reader, limits), reader.nbytes) for reader in readers)
-                super().__init__(SplitReader(plan_split(index, heads, limits), tuple(readers)))
-        except BaseException:
-            close_all([*readers, entry])
-            raise
+        super().__init__(entry.reader(WEIGHTS_FILE))
 
     def is_cached(self) -> bool:
-        """Return whether the page cache seems to have the weights, if they are one file."""
+        """Return whether the page cache seems to have the weights."""
         return isinstance(self._reader, FileReader) and self._reader.is_cached()
 
     def close(self) -> None:
@@ -331,7 +282,7 @@ class EntryReader(CountedReader):
 
 def open_entry(entry: CacheEntry, key: CacheKey, limits: Limits) -> AdapterFile:
     """Return config, header and reader of an entry. Blocks. On an error the entry is closed."""
-    reader = EntryReader(entry, key, limits)
+    reader = EntryReader(entry, key)
     try:
         config = read_first(entry, CONFIG_FILE)
         prefix = read_prefix(reader, limits)
@@ -341,15 +292,50 @@ def open_entry(entry: CacheEntry, key: CacheKey, limits: Limits) -> AdapterFile:
         raise
 
 
-def weight_files(record: EntryRecord) -> list[FileRecord]:
-    return sorted(
-        (file for file in record.files if file.role.kind == "weights"), key=lambda file: file.role
-    )
-
-
-def read_first(entry: CacheEntry, role: FileRole, nbytes: int | None = None) -> bytes:
+def read_first(entry: CacheEntry, name: str, nbytes: int | None = None) -> bytes:
     """Return the first bytes of a file; all of them by default. Blocks."""
-    with closing(entry.reader(role)) as reader:
+    with closing(entry.reader(name)) as reader:
         content = bytearray(reader.nbytes if nbytes is None else nbytes)
         reader.read_into([memoryview(content)], 0)
     return bytes(content)
+
+
+class ReopenedReader:
+    """The `Reader` of a key whose entry is opened by the first read.
+
+    If it is gone then, every later read fails too, even if the cache has it again.
+    """
+
+    def __init__(self, open: Callable[[], Reader]) -> None:
+        self._open = open
+        self._gone = False
+        self._opened = SharedResource(
+            "the adapter's weights", lambda reader: reader.close(), open=self._open_once
+        )
+
+    @property
+    def nbytes(self) -> int:
+        with self._opened as reader:
+            return reader.nbytes
+
+    def read_into(
+        self, buffers: Sequence[memoryview], offset: int, rows: int = 1, pitch: int = 0
+    ) -> None:
+        with self._opened as reader:
+            reader.read_into(buffers, offset, rows, pitch)
+
+    def close(self) -> None:
+        self._opened.close()
+
+    def _open_once(self) -> Reader:
+        if self._gone:
+            raise entry_gone()
+        try:
+            return self._open()
+        except EvictedError:
+            self._gone = True
+            raise
+
+
+def entry_gone() -> EvictedError:
+    return EvictedError("it has left the disk cache; load it again")

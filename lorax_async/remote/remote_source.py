@@ -6,6 +6,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import cached_property, partial
 from threading import Lock
 from typing import Any, NamedTuple
@@ -13,16 +14,16 @@ from typing import Any, NamedTuple
 from lorax_async.cache.base import CacheEntry, EntryRecord
 from lorax_async.cache.disk_cache import OwnCache
 from lorax_async.concurrency import FetchControl, WorkerThreads
-from lorax_async.config import Checking, Limits, StoreConfig
+from lorax_async.config import Checking, StoreConfig
 from lorax_async.errors import (
     IntegrityError,
     InternalError,
     InvalidAdapterIdError,
     LoaderClosedError,
 )
-from lorax_async.files import FileReader, LocalPages, Reader, ReopenedReader, entry_gone, sha256_of
+from lorax_async.files import FileReader, LocalPages, Reader, sha256_of
+from lorax_async.formats.peft_names import WEIGHTS_FILE
 from lorax_async.formats.spans import ByteSpan
-from lorax_async.formats.split_weights import FileRole, join_digests
 from lorax_async.http.range_engine import RangeEngine
 from lorax_async.http.settings import HttpSettings
 from lorax_async.ids import (
@@ -50,7 +51,7 @@ from lorax_async.remote.opening import (
     cache_key,
     close_unused,
 )
-from lorax_async.remote.readers import EntryReader, FetchReader, weight_files
+from lorax_async.remote.readers import EntryReader, FetchReader, ReopenedReader, entry_gone
 from lorax_async.remote.web import WebBackend
 from lorax_async.sources.base import AdapterFile, PinnedPages, StoredFolder
 from lorax_async.tracing import Tracer
@@ -75,7 +76,7 @@ class RemoteParts(NamedTuple):
 
 class _SeenFiles(NamedTuple):
     record: EntryRecord
-    identities: Mapping[FileRole, FileIdentity]
+    identities: Mapping[str, FileIdentity]
 
 
 class RemoteSource:
@@ -84,11 +85,8 @@ class RemoteSource:
     `make` makes its parts, at the first use, in a thread: it may block.
     """
 
-    def __init__(
-        self, make: Callable[[], RemoteParts], *, limits: Limits, verify: Checking
-    ) -> None:
+    def __init__(self, make: Callable[[], RemoteParts], *, verify: Checking) -> None:
         self._make = make
-        self._limits = limits
         self._verify: Checking = verify
         self._lock = Lock()
         self._parts: RemoteParts | None = None
@@ -122,7 +120,7 @@ class RemoteSource:
             if seen is not None and seen.identities != entry.identities:
                 entry.close()  # they were touched since: a new fetch checks them
                 raise entry_gone()
-            return EntryReader(entry, cache_key(remote), self._limits)
+            return EntryReader(entry, cache_key(remote))
 
         return ReopenedReader(open)
 
@@ -160,20 +158,12 @@ class RemoteSource:
         """See `Source`: the recorded digest, or else the files' own now."""
         parts = await self._connect()
         entry = await parts.workers.run(partial(self._entry, parts, _remote(key)), close_unused)
-        digests = []
-        try:
-            for file in weight_files(entry.record):
-                if file.digest.kind != "git-sha1":
-                    digests.append(file.digest.value)
-                    continue
-                reader = entry.reader(file.role)
-                try:
-                    digests.append(await sha256_of(reader, parts.workers))
-                finally:
-                    reader.close()
-        finally:
-            entry.close()
-        return join_digests(digests)
+        with closing(entry):
+            digest = entry.record.weights.digest
+            if digest.kind != "git-sha1":
+                return digest.value
+            with closing(entry.reader(WEIGHTS_FILE)) as reader:
+                return await sha256_of(reader, parts.workers)
 
     async def populate(self, key: AdapterKey) -> PinnedPages:
         """See `Source`: map the weights if the cache owns its files, else read ahead."""
@@ -182,9 +172,9 @@ class RemoteSource:
         entry = await run(partial(self._entry, parts, _remote(key)), close_unused)
 
         def hold() -> LocalPages:
-            readers = [entry.reader(file.role) for file in weight_files(entry.record)]
-            files = [reader for reader in readers if isinstance(reader, FileReader)]
-            return LocalPages(files, holdable=entry.mappable)
+            reader = entry.reader(WEIGHTS_FILE)
+            assert isinstance(reader, FileReader)
+            return LocalPages(reader, holdable=entry.mappable)
 
         try:  # an entry that is removed meanwhile looks like a replaced one
             pages = await run(hold, LocalPages.close)
@@ -243,11 +233,8 @@ class RemoteSource:
         """Return the digest of the weights, and who vouched for it, as publication recorded it."""
         if self._verify == "none":
             return UNCHECKED
-        digests = [file.digest for file in weight_files(entry.record)]
-        kinds = {digest.kind for digest in digests}
-        # The weakest of the files' kinds counts for all.
-        kind = next(kind for kind in ("transport", "git-sha1", "sha256") if kind in kinds)
-        return Verification(kind, join_digests([digest.value for digest in digests]))
+        digest = entry.record.weights.digest
+        return Verification(digest.kind, digest.value)
 
     async def _check(self, reader: EntryReader) -> None:
         """Hash an entry and compare it with the digests that publication recorded."""
@@ -359,4 +346,4 @@ def make_remote_source(
 
         return RemoteParts(resolver, opener, workers, close)
 
-    return RemoteSource(make, limits=config.limits, verify=config.verify)
+    return RemoteSource(make, verify=config.verify)

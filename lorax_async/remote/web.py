@@ -12,16 +12,21 @@ from functools import partial
 from lorax_async.concurrency import outcome
 from lorax_async.config import Limits
 from lorax_async.errors import (
-    AdapterFormatError,
+    AdapterError,
     AdapterNotFoundError,
     FetchError,
     IntegrityError,
     shorten,
 )
 from lorax_async.formats.digests import sent_sha256
+from lorax_async.formats.peft_names import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    split_weights_error,
+)
 from lorax_async.formats.safetensors import header_end
-from lorax_async.formats.split_weights import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, FileRole
-from lorax_async.http.range_engine import ProbeRequest, RangeEngine
+from lorax_async.http.range_engine import NeededBytes, ProbeRequest, RangeEngine
 from lorax_async.http.settings import Rules
 from lorax_async.http.target import ProbeResult, Target, Validators
 from lorax_async.ids import WebFolder
@@ -36,12 +41,8 @@ from lorax_async.remote.base import (
 from lorax_async.types import AdapterRef
 from lorax_async.urls import Url
 
-MAX_INDEX_BYTES = 2 << 20
-MAX_SHARDS = 256
-
 _VERSION = re.compile(f"({WEAK})?[0-9a-f]{{40}}")
 _STRONG = re.compile(r'"[\x21\x23-\x7e\x80-\xff]+"')
-_SHARD = re.compile(rb'"adapter_model-[0-9]{5}-of-([0-9]{5})\.safetensors"')
 
 
 class WebBackend:
@@ -70,59 +71,31 @@ class WebBackend:
         """Probe the config and the weights, both at once.
 
         `ref.revision` is the required version, or the ETag of its weights. Raise
-        `AnotherVersionError` for another version, `AdapterNotFoundError` for a missing file, and
-        the engine's errors.
+        `AnotherVersionError` for another version, `AdapterNotFoundError` for a missing file,
+        `UnsupportedAdapterError` for an index in place of the weights, and the engine's errors.
         """
         token = require_token(ref.token)
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         with ExitStack() as sent:
             folder = _Folder(self._engine, place.url, headers, self._rules, self._limits, sent)
-            first, second = folder.probe(CONFIG_FILE), folder.probe(WEIGHTS_FILE)
+            first, second = folder.probe_config(), folder.probe_weights()
             config = await outcome(first.done)
             try:
                 weights = await outcome(second.done)
-            except AdapterNotFoundError:
-                answers = {CONFIG_FILE: config, **await folder.probe_split_weights()}
-                etag = None  # the index's own ETag does not name the weights' bytes
-            else:
-                answers = {CONFIG_FILE: config, WEIGHTS_FILE: weights}
-                etag = _strong(weights.validators)
-        version = _version(list(answers.values()))
+            except AdapterNotFoundError as error:
+                raise await folder.missing_weights() from error
+        version, etag = _version((config, weights)), _strong(weights.validators)
         names = {version, etag, etag and etag.strip('"')}
         if ref.revision is not None and ref.revision not in names:
             raise AnotherVersionError(
                 f"revision {shorten(ref.revision, 100)!r} is not the version behind the URL now,"
                 f" which is {version}; a URL has no other"
             )
-        files = tuple(
-            RemoteFile(
-                role,
-                answer.target,
-                answer.validators.size,
-                sent_sha256(answer.fields),
-                answer=answer,
-            )
-            for role, answer in answers.items()
-        )
+        files = _remote_file(CONFIG_FILE, config), _remote_file(WEIGHTS_FILE, weights)
         # Its requests end by themselves, after this one's.
-        again = partial(_Recheck, replace(folder, sent=None), list(answers.items()))
+        again = partial(_Recheck, replace(folder, sent=None), (config, weights))
         scope = await self.scope(place, ref)
         return LocatedAdapter(place.text, version, scope, files, again)
-
-    async def shards(
-        self,
-        place: WebFolder,  # noqa: ARG002 - the port's
-        located: LocatedAdapter,
-        roles: Sequence[FileRole],
-    ) -> tuple[RemoteFile, ...]:
-        """Return the files that `locate` probed: the version is theirs too."""
-        shards = {file.role: file for file in located.files[2:]}
-        if shards.keys() != set(roles):
-            raise AdapterFormatError(
-                f"{INDEX_FILE.file_name}: its weights are not in {len(roles)} files named"
-                f" adapter_model-00001-of-{len(roles):05d}.safetensors and so on; save it again"
-            )
-        return tuple(shards[role] for role in roles)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,50 +114,53 @@ class _Folder:
     limits: Limits
     sent: ExitStack | None
 
-    def probe(self, role: FileRole, nbytes: int = FIRST_BYTES) -> ProbeRequest:
-        """Request the first `nbytes` of weights, or all of a config or an index."""
-        url = Url(self.url.origin, f"{self.url.target}{role.file_name}")
-        target = Target(url, role.file_name, self.headers, self.rules)
-        if role.kind == "weights":
-            needed = _count_needed_bytes if nbytes == FIRST_BYTES else None
-            request = self.engine.probe(target, nbytes, needed_bytes=needed)
-        else:
-            most = MAX_INDEX_BYTES if role == INDEX_FILE else self.limits.max_config_bytes
-            request = self.engine.probe(target, most, ranged=False)
+    def probe_config(self) -> ProbeRequest:
+        return self._probe(CONFIG_FILE, self.limits.max_config_bytes, ranged=False)
+
+    def probe_weights(self, nbytes: int = FIRST_BYTES) -> ProbeRequest:
+        needed = _count_needed_bytes if nbytes == FIRST_BYTES else None
+        return self._probe(WEIGHTS_FILE, nbytes, needed_bytes=needed)
+
+    def _probe(
+        self,
+        name: str,
+        nbytes: int,
+        *,
+        ranged: bool = True,
+        needed_bytes: NeededBytes | None = None,
+    ) -> ProbeRequest:
+        """Request a file as `RangeEngine.probe` does."""
+        url = Url(self.url.origin, f"{self.url.target}{name}")
+        target = Target(url, name, self.headers, self.rules)
+        request = self.engine.probe(target, nbytes, ranged=ranged, needed_bytes=needed_bytes)
         if self.sent is not None:
             self.sent.callback(_cancel, request)
         return request
 
-    async def probe_split_weights(self) -> dict[FileRole, ProbeResult]:
-        """Return the answers for the index and all files that it names."""
+    async def missing_weights(self) -> AdapterError:
+        """Return the error for a folder without weights; ask whether it has an index."""
+        place = f"the folder at {self.url}"
         try:
-            index = await outcome(self.probe(INDEX_FILE).done)
-        except AdapterNotFoundError as error:
-            raise AdapterNotFoundError(
-                f"the folder at {self.url} has neither {WEIGHTS_FILE.file_name} nor"
-                f" {INDEX_FILE.file_name}; nothing else is read"
-            ) from error
-        requests = {role: self.probe(role) for role in _shard_roles(index.start)}
-        shards = {role: await outcome(request.done) for role, request in requests.items()}
-        return {INDEX_FILE: index, **shards}
+            await outcome(self._probe(INDEX_FILE, 1).done)
+        except AdapterNotFoundError:
+            return AdapterNotFoundError(f"{place} has no {WEIGHTS_FILE}; nothing else is read")
+        return split_weights_error(place)
 
 
 class _Recheck:
-    """Second answers for the files of a folder, requested when this is made. See `Recheck`.
+    """Second answers for config and weights, requested when this is made. See `Recheck`.
 
     Of weights with a strong ETag a byte is enough; others are compared by all that was seen.
     """
 
-    def __init__(self, folder: _Folder, answers: Sequence[tuple[FileRole, ProbeResult]]) -> None:
+    def __init__(self, folder: _Folder, answers: tuple[ProbeResult, ProbeResult]) -> None:
         self._folder = folder
         self._answers = answers
         self._requests = self._request()
 
     def _request(self) -> list[ProbeRequest]:
-        return [
-            self._folder.probe(role, 1 if _strong(answer.validators) else FIRST_BYTES)
-            for role, answer in self._answers
-        ]
+        nbytes = 1 if _strong(self._answers[1].validators) else FIRST_BYTES
+        return [self._folder.probe_config(), self._folder.probe_weights(nbytes)]
 
     async def __call__(self) -> bool:
         requests, self._requests = self._requests or self._request(), []
@@ -192,8 +168,7 @@ class _Recheck:
             again = [await outcome(request.done) for request in requests]
         except (AdapterNotFoundError, IntegrityError):
             return False
-        first = [answer for _, answer in self._answers]
-        return [_name(answer) for answer in again] == [_name(answer) for answer in first]
+        return list(map(_name, again)) == list(map(_name, self._answers))
 
 
 def _cancel(request: ProbeRequest) -> None:
@@ -201,18 +176,9 @@ def _cancel(request: ProbeRequest) -> None:
         request.cancel(FetchError("no caller waits for the answer any more"))
 
 
-def _shard_roles(index: bytes) -> list[FileRole]:
-    """Return the files that an index names; none for invalid names, which `shards` refuses."""
-    counts = {int(count) for count in _SHARD.findall(index)}
-    if len(counts) != 1:
-        return []
-    (count,) = counts
-    if count > MAX_SHARDS:
-        raise AdapterFormatError(
-            f"{INDEX_FILE.file_name}: weights in {count:,} files, over the limit of"
-            f" {MAX_SHARDS}; save the adapter in larger ones"
-        )
-    return [FileRole("weights", number, count) for number in range(1, count + 1)]
+def _remote_file(name: str, answer: ProbeResult) -> RemoteFile:
+    size, digest = answer.validators.size, sent_sha256(answer.fields)
+    return RemoteFile(name, answer.target, size, digest, answer=answer)
 
 
 def _version(answers: Sequence[ProbeResult]) -> str:

@@ -1,7 +1,5 @@
 """Adapters in local folders: `adapter_config.json` and `adapter_model.safetensors`, nothing else.
 
-Weights may also be an index and the files that it names.
-
 A `pathlib.Path` comes from the embedding program and is followed wherever it leads. A `str` may
 come from a request: the real path of its folder must lie in one of the operator's roots, and its
 files in that folder (or, in the standard hub cache, among the blobs of that folder's repository).
@@ -16,12 +14,12 @@ import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import suppress
-from functools import lru_cache, partial
+from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from lorax_async.concurrency import FetchControl, call_in, close_all
+from lorax_async.concurrency import FetchControl, call_in
 from lorax_async.config import Limits, Root, as_local_roots
 from lorax_async.errors import (
     AccessDeniedError,
@@ -39,9 +37,6 @@ from lorax_async.files import (
     FileReader,
     LocalPages,
     Reader,
-    ReopenedReader,
-    SplitReader,
-    changed_error,
     code_of,
     has_identity,
     is_local,
@@ -53,17 +48,15 @@ from lorax_async.files import (
     sha256_of,
     to_adapter_error,
 )
+from lorax_async.formats.peft_names import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    PICKLE_FILE,
+    WEIGHTS_FILE,
+    split_weights_error,
+)
 from lorax_async.formats.safetensors import Header, parse_header
 from lorax_async.formats.spans import ByteSpan
-from lorax_async.formats.split_weights import (
-    INDEX,
-    FileHead,
-    SplitIndex,
-    join_digests,
-    parse_index,
-    plan_split,
-    split_name,
-)
 from lorax_async.ids import LocalFolder, parse_ref
 from lorax_async.sources.base import AdapterFile, PinnedPages, StoredFolder
 from lorax_async.types import (
@@ -75,9 +68,7 @@ from lorax_async.types import (
     require_id_text,
 )
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-_PICKLE = "adapter_model.bin"
+CONFIG, WEIGHTS = CONFIG_FILE, WEIGHTS_FILE
 
 MAX_DIGESTS = 65_536
 """Digests kept of hashed files; the oldest is dropped first."""
@@ -126,17 +117,14 @@ class LocalSource:
         return await call_in(self._threads, partial(find_adapter, place, self._roots, self._limits))
 
     async def open(self, key: AdapterKey, control: FetchControl) -> AdapterFile:  # noqa: ARG002 - the port's
-        if len(key.files) < 2:
+        if len(key.files) != 2:
             raise UsageError("the key is not a local adapter's")
         work = partial(_open, key, self._limits, self._immutable)
         config, weights, cached = await call_in(self._threads, work, lambda found: found[1].close())
         return AdapterFile(config, weights.prefix, weights.reader, weights.holdable, cached=cached)
 
     def reopen(self, key: AdapterKey) -> Reader:
-        """See `Source`; the first read of several files parses their headers again."""
-        if not is_split(key):
-            return _readers(key, known=True)[0]
-        return ReopenedReader(lambda: _join(key, _readers(key, known=True), self._limits))
+        return _reader(key, _open_known)
 
     async def bring(
         self,
@@ -153,32 +141,27 @@ class LocalSource:
             raise FetchError("no caller waits for the adapter any more")
         if not self._hashes:
             return UNCHECKED
-        return Verification("transport", await self._digest(_files_of(file.reader), control))
+        assert isinstance(file.reader, FileReader)
+        return Verification("transport", await self._digest(file.reader, control))
 
     def folder(self, key: AdapterKey, reader: Reader) -> StoredFolder:  # noqa: ARG002 - the port's
         return StoredFolder(key.location, sum(file.size for file in key.files))
 
     async def digest(self, key: AdapterKey) -> str:
-        readers = _readers(key, known=True)
-        try:
-            return await self._digest(readers, FetchControl())
-        finally:
-            close_all(readers)
+        with closing(_reader(key, _open_known)) as reader:
+            return await self._digest(reader, FetchControl())
 
-    async def _digest(self, readers: Sequence[Reader], control: FetchControl) -> str:
-        """Hash the files. Raise `IntegrityError` if one had other bytes before."""
-        digests = []
-        for reader in readers:
-            assert isinstance(reader, FileReader)
-            digests.append(await sha256_of(reader, self._threads, control))
-            if self._digests.setdefault(reader.identity, digests[-1]) != digests[-1]:
-                raise IntegrityError(
-                    f"{reader.name} has other bytes than before, though it was not written to: look"
-                    " at the disk, and save the adapter again"
-                )
-            if len(self._digests) > MAX_DIGESTS:
-                del self._digests[next(iter(self._digests))]
-        return join_digests(digests)
+    async def _digest(self, reader: FileReader, control: FetchControl) -> str:
+        """Hash the file. Raise `IntegrityError` if it had other bytes before."""
+        digest = await sha256_of(reader, self._threads, control)
+        if self._digests.setdefault(reader.identity, digest) != digest:
+            raise IntegrityError(
+                f"{reader.name} has other bytes than before, though it was not written to: look"
+                " at the disk, and save the adapter again"
+            )
+        if len(self._digests) > MAX_DIGESTS:
+            del self._digests[next(iter(self._digests))]
+        return digest
 
     async def populate(self, key: AdapterKey) -> PinnedPages:
         """Map all bytes of an adapter in an immutable root, and lock them if the process may.
@@ -211,16 +194,10 @@ def _open(
     config = _read_checked(key.location, CONFIG, key.files[0])
     weights = open_weights(key, limits, immutable)
     try:
-        return config, weights, all(file.is_cached() for file in _files_of(weights.reader))
+        return config, weights, weights.reader.is_cached()
     except BaseException:
         weights.close()
         raise
-
-
-def _files_of(reader: Reader) -> Sequence[FileReader]:
-    """Return the readers of the files of an adapter that was opened here."""
-    readers = reader.readers if isinstance(reader, SplitReader) else (reader,)
-    return [each for each in readers if isinstance(each, FileReader)]
 
 
 def _read_checked(folder: str, name: str, identity: FileIdentity) -> bytes:
@@ -324,7 +301,7 @@ class _LocatedFolder(NamedTuple):
         return f"the folder {shorten(self.real_path, 500)!r}" if self.trusted else "the folder"
 
     def key(self, limits: Limits) -> AdapterKey:
-        """Check the folder and its files: config and weights, or an index and several files."""
+        """Check the folder and its files."""
         if not stat.S_ISDIR(self.folder.status.st_mode):
             raise AdapterFormatError(
                 f"the id names {self.folder.kind}; give the folder that holds {CONFIG} and"
@@ -332,39 +309,23 @@ class _LocatedFolder(NamedTuple):
             )
         config = self._identity(CONFIG, limits.max_config_bytes)
         weights = self._identity(WEIGHTS, limits.max_adapter_bytes)
-        if weights is not None:
-            rest: tuple[FileIdentity, ...] = (weights,)
-        elif index := self._identity(INDEX, limits.max_header_bytes):
-            rest = (index, *self._split(_count_files(self.real_path, index, limits), limits))
-        elif self._status(_PICKLE) is not None:
-            raise AdapterFormatError(
-                f"the weights are {_PICKLE}, a pickle, which can run any code and is never loaded;"
-                " re-save the adapter with safetensors (save_pretrained does by default)"
-            )
-        else:
-            names = f"{CONFIG} and no {WEIGHTS}" if config is None else WEIGHTS
-            raise AdapterNotFoundError(f"{self._name} has no {names}")
+        if weights is None:
+            raise self._lacking(config)
         if config is None:
             raise AdapterNotFoundError(f"{self._name} has no {CONFIG}")
-        return AdapterKey(self.real_path, (config, *rest))
+        return AdapterKey(self.real_path, (config, weights))
 
-    def _split(self, count: int, limits: Limits) -> Iterator[FileIdentity]:
-        """Yield the identities of `count` files of weights."""
-        nbytes = 0
-        for number in range(1, count + 1):
-            name = split_name(number, count)
-            file = self._identity(name, limits.max_adapter_bytes)
-            if file is None:
-                raise AdapterNotFoundError(
-                    f"the folder has no {name}, which {INDEX} names; fetch the adapter again"
-                )
-            nbytes += file.size
-            if nbytes > limits.max_adapter_bytes:
-                raise AdapterFormatError(
-                    f"the files up to {name} have {nbytes:,} bytes, over the limit of"
-                    f" {limits.max_adapter_bytes:,}"
-                )
-            yield file
+    def _lacking(self, config: FileIdentity | None) -> AdapterError:
+        """Make the error for a folder without weights."""
+        if self._status(INDEX_FILE) is not None:
+            return split_weights_error(self._name)
+        if self._status(PICKLE_FILE) is not None:
+            return AdapterFormatError(
+                f"the weights are {PICKLE_FILE}, a pickle, which can run any code and is never"
+                " loaded; re-save the adapter with safetensors (save_pretrained does by default)"
+            )
+        names = f"{CONFIG} and no {WEIGHTS}" if config is None else WEIGHTS
+        return AdapterNotFoundError(f"{self._name} has no {names}")
 
     def _identity(self, name: str, max_bytes: int) -> FileIdentity | None:
         """Return the identity of a file that may be read; None if there is none."""
@@ -402,117 +363,62 @@ class _LocatedFolder(NamedTuple):
         return None
 
 
-@lru_cache(maxsize=1024)  # every request resolves its id, and needs only the count
-def _count_files(folder: str, identity: FileIdentity, limits: Limits) -> int:
-    return _read_index(folder, identity, limits).count
-
-
-def _read_index(folder: str, identity: FileIdentity, limits: Limits) -> SplitIndex:
-    """Raise `IntegrityError` if it has another identity, and as `parse_index` does."""
-    return parse_index(_read_checked(folder, INDEX, identity), limits)
-
-
 class LocalWeights(NamedTuple):
     """Open weights: the `prefix` that ends with the header, and a reader of all bytes.
 
-    `holdable` is whether folder and files lie in immutable roots.
+    `holdable` is whether folder and file lie in immutable roots.
     """
 
     prefix: bytes
-    reader: Reader
+    reader: FileReader
     holdable: bool
 
     def close(self) -> None:
         self.reader.close()
 
 
-def is_split(key: AdapterKey) -> bool:
-    """Return whether the weights are in several files; then `key.files[1]` is their index."""
-    return len(key.files) > 2
-
-
-def weight_files(key: AdapterKey) -> tuple[FileIdentity, ...]:
-    """Return the files of the tensors, without config and index."""
-    return key.files[2 if is_split(key) else 1 :]
-
-
 def open_weights(key: AdapterKey, limits: Limits, immutable: Sequence[str] = ()) -> LocalWeights:
-    """Open the files and check their identities. Nothing stays open on an error."""
-    readers = _readers(key, known=False)
-    reader: Reader = readers[0]
+    """Open the weights and check their identity. Nothing stays open on an error."""
+    reader = _reader(key, _open_weights)
     try:
-        if is_split(key):
-            split = reader = _join(key, readers, limits)
-            prefix = split.plan.prefix
-        else:
-            prefix = read_prefix(reader, limits)
-        return LocalWeights(prefix, reader, _can_hold(readers, key, immutable))
+        return LocalWeights(read_prefix(reader, limits), reader, _can_hold(reader, key, immutable))
     except BaseException:
-        close_all(readers)
+        reader.close()
         raise
 
 
-def _readers(key: AdapterKey, *, known: bool) -> tuple[FileReader, ...]:
-    """Return readers of the tensors' files, which the first read opens. Quick.
-
-    With `known`, that read checks the config and the index too, which are not read again.
-    """
-    files = weight_files(key)
-    names = [WEIGHTS]
-    if is_split(key):
-        names = [split_name(number, len(files)) for number in range(1, len(files) + 1)]
-
-    def open_file(name: str, identity: FileIdentity) -> int:
-        if known:
-            for other, unread in zip((CONFIG, INDEX), key.files[: -len(files)], strict=False):
-                require_same(os.path.join(key.location, other), unread)
-        return open_same(os.path.join(key.location, name), identity)
-
-    return tuple(
-        FileReader(partial(open_file, name, identity), identity, name)
-        for name, identity in zip(names, files, strict=True)
-    )
+def _reader(key: AdapterKey, open_file: Callable[[AdapterKey], int]) -> FileReader:
+    """Return a reader of the weights, which the first read opens. Quick."""
+    return FileReader(partial(open_file, key), key.files[1], WEIGHTS)
 
 
-def _join(key: AdapterKey, readers: tuple[FileReader, ...], limits: Limits) -> SplitReader:
-    """Read index and headers. On an error the readers are closed."""
+def _open_weights(key: AdapterKey) -> int:
+    return open_same(os.path.join(key.location, WEIGHTS), key.files[1])
 
-    def heads() -> Iterator[FileHead]:
-        for reader in readers:
-            try:
-                prefix = read_prefix(reader, limits)
-            except AdapterFormatError as error:
-                raise error.prefixed(f"{reader.name}: ") from None
-            yield FileHead(prefix, reader.nbytes)
 
-    try:
-        index = _read_index(key.location, key.files[1], limits)
-        if index.count != len(readers):
-            raise changed_error(INDEX)
-        return SplitReader(plan_split(index, heads(), limits), readers)
-    except BaseException:
-        close_all(readers)
-        raise
+def _open_known(key: AdapterKey) -> int:
+    """Open the weights of a known adapter: check the config too, which is not read again."""
+    require_same(os.path.join(key.location, CONFIG), key.files[0])
+    return _open_weights(key)
 
 
 def _open_pages(key: AdapterKey, immutable: Sequence[str]) -> LocalPages:
-    readers = _readers(key, known=True)
+    reader = _reader(key, _open_known)
     try:
-        return LocalPages(readers, holdable=_can_hold(readers, key, immutable))
+        return LocalPages(reader, holdable=_can_hold(reader, key, immutable))
     except BaseException:
-        close_all(readers)
+        reader.close()
         raise
 
 
-def _can_hold(readers: Sequence[FileReader], key: AdapterKey, immutable: Sequence[str]) -> bool:
-    """Return whether the adapter's folder and its opened files lie in immutable roots."""
+def _can_hold(reader: FileReader, key: AdapterKey, immutable: Sequence[str]) -> bool:
+    """Return whether the adapter's folder and its opened file lie in immutable roots."""
     if not immutable:
         return False
-    roots, paths = tuple(_real_paths(immutable)), [key.location]
-    for reader in readers:
-        with reader.descriptor as fd:
-            paths.append(os.readlink(f"/proc/self/fd/{fd}"))
-    return all(_is_inside(path, roots) for path in paths)
+    roots = tuple(_real_paths(immutable))
+    with reader.descriptor as fd:
+        path = os.readlink(f"/proc/self/fd/{fd}")
+    return all(_is_inside(each, roots) for each in (key.location, path))
 
 
 def read_header(folder: Path, limits: Limits) -> tuple[Header, int]:
@@ -526,4 +432,4 @@ def read_header(folder: Path, limits: Limits) -> tuple[Header, int]:
         header = parse_header(weights.prefix, weights.reader.nbytes, limits)
     finally:
         weights.close()
-    return header, sum(file.size for file in weight_files(key))
+    return header, key.files[1].size

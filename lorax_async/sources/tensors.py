@@ -265,7 +265,7 @@ class MemorySource:
     async def populate(self, key: AdapterKey) -> PinnedPages:
         """Return at once: bytes in memory need no hold."""
         with closing(self._reader(key)):
-            return LocalPages((), holdable=False)
+            return LocalPages(None, holdable=False)
 
     def close(self) -> None:
         """End threads. Drop all copies before. Blocks."""

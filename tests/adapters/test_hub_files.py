@@ -10,22 +10,20 @@ from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
-from fault_server import Asked
 from hub_stand_in import HubStandIn, Reply
 from huggingface_hub import constants, hf_hub_download
 
-import split_files
 from adapters import small_base as base
 from lorax_async import errors
 from lorax_async.adapters.lora import LoraConfig
 from lorax_async.adapters.weights_file import WeightsFile
-from lorax_async.config import Limits
+from lorax_async.formats.peft_names import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
 
 Patch = pytest.MonkeyPatch
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 
-CONFIG, WEIGHTS, INDEX = split_files.CONFIG, split_files.WEIGHTS, split_files.INDEX
+CONFIG, WEIGHTS, INDEX = CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE
 SQL, TOKEN = "org/sql", "hf_5ecre7"
 REFUSALS = [(503, errors.FetchError, 7.0), (403, errors.AccessDeniedError, None)]
 A = base.key(0, "q_proj", "A")
@@ -120,19 +118,18 @@ async def test_both_files_are_of_one_commit(
     assert not hub.asked
 
 
-def test_weights_in_several_files(hub: HubStandIn, tmp_path: Path) -> None:
-    several = split_files.deal(adapter(tmp_path), tmp_path / "several")
-    hub.put(SQL, contents(several))
-    with WeightsFile.open(SQL) as file:
-        for name, tensor in base.tensors().items():
-            assert file.read(name).equal(tensor)
-    (shard,) = (each for each in Path(hf_hub_download(SQL, INDEX)).parent.glob("*-00002-*"))
-    hub.asked.clear()
-    WeightsFile.open(SQL).close()
-    assert not hub.asked
-    shard.unlink()  # what the cache lost is fetched again
-    WeightsFile.open(SQL).close()
-    assert shard.exists()
+@pytest.mark.parametrize("cached", [False, True])
+def test_an_index_in_place_of_the_weights_is_refused(
+    hub: HubStandIn, tmp_path: Path, cached: bool
+) -> None:
+    files = contents(adapter(tmp_path))
+    hub.put(SQL, {CONFIG: files[CONFIG], INDEX: b"{}"})
+    if cached:
+        hf_hub_download(SQL, INDEX)
+    with pytest.raises(errors.UnsupportedAdapterError, match=INDEX) as caught:
+        WeightsFile.open(SQL)
+    assert (caught.value.id, caught.value.stage) == (SQL, "resolve")
+    assert LoraConfig.load(SQL).r == 8
 
 
 def test_a_private_adapter(hub: HubStandIn, tmp_path: Path, monkeypatch: Patch) -> None:
@@ -174,27 +171,6 @@ def test_a_file_over_the_limit_is_not_fetched(hub: HubStandIn, hub_client: Path)
         LoraConfig.load(SQL)
     assert asked(hub) == {("HEAD", CONFIG)}
     assert not list(hub_client.rglob("blobs/*"))
-
-
-def test_files_over_the_limit_together(hub: HubStandIn, hub_client: Path, tmp_path: Path) -> None:
-    """The last one, of which the hub says that it is too large beside the others, is not fetched."""
-    several = split_files.deal(adapter(tmp_path), tmp_path / "several")
-    commit = hub.put(SQL, contents(several))
-    *first, last = sorted(several.glob("*.safetensors"))
-    room = Limits().max_adapter_bytes - sum(file.stat().st_size for file in first)
-
-    def behave(asked: Asked) -> Reply | None:
-        if last.name not in asked.target or hub.is_at_store(asked):
-            return None
-        fields = {"ETag": '"e"', "X-Linked-Etag": '"e"', "X-Repo-Commit": commit}
-        there = {"X-Linked-Size": f"{room + 1}", "Location": f"http://{hub.store_netloc}/x"}
-        return Reply(302, fields | there)
-
-    hub.behave = behave
-    with pytest.raises(errors.AdapterFormatError, match=f"{room + 1:,} .* the {room:,} allowed"):
-        WeightsFile.open(SQL)
-    fetched = {file.name for file in hub_client.rglob("*-of-*.safetensors")}
-    assert fetched == {file.name for file in first}
 
 
 @pytest.mark.parametrize(("status", "kind", "after"), REFUSALS)

@@ -18,14 +18,8 @@ from lorax_async.cache import base, partials
 from lorax_async.cache.partials import CHUNK_BYTES, SYNCED, ChunkMap, encoded_size
 from lorax_async.errors import AdapterFormatError, UsageError
 from lorax_async.formats.digests import Digest, DigestKind, FileHash, sent_sha256
+from lorax_async.formats.peft_names import CONFIG_FILE, WEIGHTS_FILE
 from lorax_async.formats.spans import ByteRange, SpanSet
-from lorax_async.formats.split_weights import (
-    CONFIG_FILE,
-    INDEX_FILE,
-    WEIGHTS_FILE,
-    FileRole,
-    role_of,
-)
 
 BOOT = b"a" * 16
 TEXT = st.text(st.characters(exclude_categories=()), max_size=20)
@@ -52,27 +46,15 @@ def test_a_name_is_the_same_in_every_process_and_version() -> None:
     )
 
 
-FILE_NAMES = {
-    "adapter_config.json": CONFIG_FILE,
-    "adapter_model.safetensors.index.json": INDEX_FILE,
-    "adapter_model.safetensors": WEIGHTS_FILE,
-    "adapter_model-00001-of-00002.safetensors": FileRole("weights", 1, 2),
-    "adapter_model-99999-of-99999.safetensors": FileRole("weights", 99_999, 99_999),
-}
-OTHER_NAMES = [
-    *("", "adapter_model.bin", "adapter_model-00000.safetensors", "record.json"),
-    *("adapter_model-1-of-2.safetensors", "adapter_model-00001.safetensors"),
-    *("adapter_model-00000-of-00002.safetensors", "adapter_model-00003-of-00002.safetensors"),
-    *("adapter_config.json.chunks", "../adapter_config.json", "adapter_config.json\n"),
-]
-
-
-def test_files_have_the_names_that_tools_know() -> None:
-    assert {role.file_name: role_of(role.file_name) for role in FILE_NAMES.values()} == FILE_NAMES
-    assert [name for name in OTHER_NAMES if role_of(name) is not None] == []
-    numbers = ((100_000, 100_000), (-1, 0), (0, 1), (1, 0), (3, 2))
-    roles = [*(("weights", *pair) for pair in numbers), ("config", 1, 1), ("index", 0, 1)]
-    refusals(lambda role: FileRole(*role), UsageError, {"invalid ": roles})
+def test_files_of_adapters_are_told_by_their_names() -> None:
+    """Version 0.2 stored weights in several files too, which count until they are removed."""
+    several = ["adapter_model.safetensors.index.json", "adapter_model-00001-of-00002.safetensors"]
+    assert all(map(base.is_adapter_file, ["adapter_config.json", WEIGHTS_FILE, *several]))
+    others = [
+        *("record.json", "verified", "lock", base.scope_name("")),
+        *(f"{name}{base.MAP_SUFFIX}" for name in (CONFIG_FILE, WEIGHTS_FILE)),
+    ]
+    assert not any(map(base.is_adapter_file, others))
 
 
 def test_a_partials_name_begins_with_its_entrys() -> None:
@@ -116,12 +98,13 @@ def test_any_key_has_a_record() -> None:
 
 NO_FILES: list[dict[str, Any]] = [
     *({"file": "../../etc/passwd"}, {"file": "adapter_model.safetensors"}, {"file": 3}),
+    {"file": "adapter_model.safetensors.index.json"},
     *({"nbytes": -1}, {"nbytes": True}, {"nbytes": 1.5}, {"mtime_ns": "0"}),
     *({"kind": "md5"}, {"digest": "ab" * 19}),
 ]
 NO_RECORDS: list[dict[str, Any]] = [
     *({"format": 2}, {"entry": 5}, {"source": None}, {"version": []}, {"files": []}),
-    *({"files": {}}, {"files": ["adapter_config.json"]}),
+    *({"files": {}}, {"files": ["adapter_config.json"]}, {"files": FIELDS["files"][:1]}),
     *({"files": [FIELDS["files"][0] | change, FIELDS["files"][1]]} for change in NO_FILES),
 ]
 

@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 
 from core.refusals import refusals
 from lorax_async import AdapterFormatError, Limits
-from lorax_async.formats.safetensors import DTYPE_BITS, Header, header_size, parse_header
+from lorax_async.formats.safetensors import (
+    ALIGNMENT,
+    DTYPE_BITS,
+    Header,
+    TensorDescription,
+    header_size,
+    parse_header,
+    write_header,
+)
 from lorax_async.formats.strict_json import parse_object
 
 INT64_MAX = 2**63 - 1
@@ -117,6 +125,35 @@ def test_what_safetensors_writes_is_read_back(
     for span in header.tensors:
         assert file[span.start : span.stop] == arrays[span.name].tobytes()
         assert span.nbytes == arrays[span.name].nbytes
+
+
+NUMPY = {"F32": np.float32, "F16": np.float16, "I8": np.int8, "BOOL": np.bool_}
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
+
+
+@settings(deadline=None)
+@given(
+    st.dictionaries(
+        NAMES.filter(lambda name: name != "__metadata__"),
+        st.tuples(st.sampled_from(sorted(NUMPY)), st.lists(st.integers(0, 5), max_size=3)),
+        max_size=9,
+    )
+)
+def test_safetensors_reads_what_is_written(tensors: dict[str, tuple[str, list[int]]]) -> None:
+    """Of any names, some without bytes, in this order."""
+    descriptions = [
+        TensorDescription(name, dtype, tuple(shape)) for name, (dtype, shape) in tensors.items()
+    ]
+    prefix, bounds = write_header(descriptions)
+    data = bytearray(prefix)
+    for (start, stop), tensor in zip(bounds, descriptions, strict=True):
+        assert (start, stop - start) == (len(data), tensor.nbytes)
+        data += bytes([1]) * tensor.nbytes
+    assert len(prefix) % ALIGNMENT == 0
+    found = safetensors.numpy.load(bytes(data))
+    assert {name: (array.dtype, list(array.shape)) for name, array in found.items()} == {
+        name: (np.dtype(NUMPY[dtype]), shape) for name, (dtype, shape) in tensors.items()
+    }
 
 
 def test_the_dtypes_and_their_sizes_are_those_of_safetensors() -> None:

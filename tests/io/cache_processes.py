@@ -39,8 +39,8 @@ from disk_cache_world import (
 from lorax_async.cache.disk_cache import DiskDownload, gc, verify
 from lorax_async.cache.entries import DiskEntry
 from lorax_async.errors import CapacityError
+from lorax_async.formats.peft_names import CONFIG_FILE, WEIGHTS_FILE
 from lorax_async.formats.spans import SpanSet
-from lorax_async.formats.split_weights import CONFIG_FILE, WEIGHTS_FILE
 
 SMALL = 1_000_000
 

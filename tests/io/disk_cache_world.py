@@ -17,8 +17,8 @@ from lorax_async.cache.disk_cache import DiskCache, DiskDownload
 from lorax_async.cache.entries import DiskEntry
 from lorax_async.cache.partials import CHUNK_BYTES, PartialFile
 from lorax_async.formats.digests import Digest
+from lorax_async.formats.peft_names import CONFIG_FILE, WEIGHTS_FILE
 from lorax_async.formats.spans import ByteRange
-from lorax_async.formats.split_weights import CONFIG_FILE, WEIGHTS_FILE, FileRole
 from lorax_async.lifecycle.policies import PolicyName, policy
 
 CONFIG = b'{"peft_type": "LORA"}'
@@ -35,9 +35,9 @@ class DiskWorld:
     def entry(self, key: CacheKey) -> Path:
         return self.folder / "entries" / key.name
 
-    def alter(self, key: CacheKey, role: FileRole, content: bytes) -> None:
+    def alter(self, key: CacheKey, name: str, content: bytes) -> None:
         """The file's times are as before, so that only its bytes tell."""
-        path = self.entry(key) / role.file_name
+        path = self.entry(key) / name
         before = path.stat()
         path.write_bytes(content)
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -95,8 +95,8 @@ def left(cache: DiskCache, of: CacheKey, content: bytes, spans: Iterable[ByteRan
 def stored(cache: DiskCache, of: CacheKey, content: bytes) -> CacheEntry:
     """Download it as a whole."""
     with closing(begun(cache, of)) as download:
-        for role, each in ((CONFIG_FILE, CONFIG), (WEIGHTS_FILE, content)):
-            file = download.file(role, len(each))
+        for name, each in ((CONFIG_FILE, CONFIG), (WEIGHTS_FILE, content)):
+            file = download.file(name, len(each))
             put(file, each, file.missing())
         return download.publish()
 
@@ -105,8 +105,8 @@ def keep(cache: DiskCache, of: CacheKey, content: bytes) -> None:
     stored(cache, of, content).close()
 
 
-def content_of(entry: CacheEntry, role: FileRole = WEIGHTS_FILE) -> bytes:
-    with closing(entry.reader(role)) as reader:
+def content_of(entry: CacheEntry, name: str = WEIGHTS_FILE) -> bytes:
+    with closing(entry.reader(name)) as reader:
         return read(reader, 0, reader.nbytes)
 
 

@@ -14,11 +14,11 @@ from source_inputs import CONFIG, tensors
 
 from lorax_async import AdapterRef, Limits, LocalRoot, errors
 from lorax_async.sources.local import LocalSource
-from split_files import INDEX, name_of, write
 
 LIMITS = Limits(max_config_bytes=4096, max_adapter_bytes=1 << 24, max_header_bytes=1 << 20)
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+FILES = [CONFIG_NAME, WEIGHTS_NAME]
 
 
 def maps_below(folder: Path) -> list[str]:
@@ -85,17 +85,6 @@ def refusal(
     assert type(caught.value) is kind
     assert all(word in caught.value.problem for word in words), caught.value
     return caught.value
-
-
-FILES = [CONFIG_NAME, INDEX, name_of(1, 3), name_of(2, 3), name_of(3, 3)]
-
-
-def put_split(folder: Path) -> Path:
-    """The weights are three files, each layer's tensors in two of them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_NAME).write_bytes(CONFIG)
-    write(folder, [dict(list(tensors(1).items())[n::3]) for n in range(3)])
-    return folder
 
 
 def touch(path: Path) -> None:

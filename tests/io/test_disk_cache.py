@@ -53,8 +53,8 @@ from lorax_async.cache.entries import MAX_SCOPES
 from lorax_async.cache.partials import CHUNK_BYTES
 from lorax_async.errors import CapacityError, ConfigError, FetchError, IntegrityError, InternalError
 from lorax_async.formats.digests import Digest
+from lorax_async.formats.peft_names import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
 from lorax_async.formats.spans import ByteSpan
-from lorax_async.formats.split_weights import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
 from lorax_async.lifecycle.policies import policy
 from tools import on_a_small_disk
 
@@ -110,7 +110,7 @@ class TestContents:
         for entry in (published, opened):
             record, digests = entry.record, [Digest("transport", sha256(CONFIG).value)]
             assert (content_of(entry, CONFIG_FILE), content_of(entry)) == (CONFIG, CONTENT)
-            assert [file.role for file in record.files] == [CONFIG_FILE, WEIGHTS_FILE]
+            assert [file.name for file in record.files] == [CONFIG_FILE, WEIGHTS_FILE]
             assert [file.digest for file in record.files] == [*digests, sha256(CONTENT)]
             assert record.nbytes == NBYTES + len(CONFIG)
             assert (record.source, record.version) == (KEY.source, KEY.version)
@@ -171,7 +171,7 @@ class TestContents:
         assert file.hash_along() == NBYTES
         download.publish().close()
         assert read(reader, 0, NBYTES) == CONTENT
-        os.truncate(world.entry(KEY) / WEIGHTS_FILE.file_name, 150)
+        os.truncate(world.entry(KEY) / WEIGHTS_FILE, 150)
         with pytest.raises(IntegrityError, match=r"was cut.*again"):
             read(reader, 110, 200)
         reader.close()
@@ -198,7 +198,7 @@ class TestContents:
         put(file, CONTENT, missing)
         with closing(download.publish()) as entry:
             assert (content_of(entry, CONFIG_FILE), content_of(entry)) == (CONFIG, CONTENT)
-            assert [file.role for file in entry.record.files] == [CONFIG_FILE, WEIGHTS_FILE]
+            assert [file.name for file in entry.record.files] == [CONFIG_FILE, WEIGHTS_FILE]
             with pytest.raises(InternalError, match=r"index\.json"):  # it was not asked for again
                 entry.reader(INDEX_FILE)
 
@@ -363,7 +363,7 @@ class TestDamage:
             assert not is_there(world.cache, KEY)
         for content, kept in ((b"abd", False), (b"abc", True)):
             keep(world.cache, KEY, b"abc")
-            (world.entry(KEY) / WEIGHTS_FILE.file_name).write_bytes(content)
+            (world.entry(KEY) / WEIGHTS_FILE).write_bytes(content)
             assert is_there(world.cache, KEY) is kept
         world.entry(KEY).rename(world.entry(key(1)))
         assert world.cache.open(key(1)) is None, "it is another one's"
@@ -448,7 +448,7 @@ class TestDamage:
     def test_odd_things_are_dropped(self, world: DiskWorld, tmp_path: Path, shape: str) -> None:
         """In the place of an entry, or of a file in it."""
         beside = tmp_path / "beside"
-        for name in ("", "record.json", WEIGHTS_FILE.file_name):
+        for name in ("", "record.json", WEIGHTS_FILE):
             keep(world.cache, KEY, b"abc")
             path = world.entry(KEY) / name
             path.rename(beside / "other")
@@ -464,6 +464,29 @@ class TestDamage:
             assert below(world.folder) == set()
             assert os.listdir(beside) == ["other"]
             (shutil.rmtree if name == "" else os.unlink)(beside / "other")
+
+    def test_weights_in_several_files_of_version_0_2_are_dropped(self, world: DiskWorld) -> None:
+        """They count, so that they make room too, until they are met."""
+        shards = [f"adapter_model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+        for of in (key(1), key(2)):
+            keep(world.cache, of, b"abc")
+            folder = world.entry(of)
+            record = json.loads((folder / "record.json").read_text())
+            config, weights = record["files"]
+            (folder / WEIGHTS_FILE).rename(folder / shards[0])
+            (folder / shards[1]).write_bytes(b"abc")
+            (folder / INDEX_FILE).write_bytes(b"abc")
+            others = [weights | {"file": name} for name in (INDEX_FILE, *shards)]
+            record["files"] = [config, *others]
+            (folder / "record.json").write_text(json.dumps(record))
+        listed = [(each.record, each.nbytes) for each in disk_cache.ls(world.cache)]
+        assert listed == [(None, len(CONFIG) + 9)] * 2
+        assert world.cache.open(key(1)) is None
+        assert below(world.folder) == {f"entries/{key(2).name}"} | {
+            f"entries/{key(2).name}/{path.name}" for path in world.entry(key(2)).iterdir()
+        }
+        disk_cache.gc(world.cache)
+        assert below(world.folder) == set()
 
 
 HOSTILE = ["../../beside/x", "/etc/passwd", "", ".", "\0", "a" * 5_000, "\ud800", "x\n.json", "~"]

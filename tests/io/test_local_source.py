@@ -3,7 +3,6 @@
 import asyncio
 import ctypes
 import errno
-import json
 import mmap
 import os
 import re
@@ -30,7 +29,6 @@ from local_world import (
     descriptors,
     maps_below,
     nothing_left_open,
-    put_split,
     refusal,
     replace,
     touch,
@@ -56,7 +54,6 @@ from lorax_async.formats.spans import ByteSpan
 from lorax_async.sources import local
 from lorax_async.sources.local import LocalSource
 from page_looks import cached_pages, drop_pages, map_sizes, may_lock
-from split_files import INDEX, name_of
 
 Patch = pytest.MonkeyPatch
 COMMIT, BLOB = "c" * 40, "b" * 64
@@ -160,10 +157,9 @@ def test_an_unreadable_link(world: LocalWorld, monkeypatch: Patch, trusted: bool
     refusal(world, Path(place) if trusted else place, errors.AccessDeniedError, words)
 
 
-@pytest.mark.parametrize("name", [WEIGHTS_NAME, INDEX, FILES[3]])
+@pytest.mark.parametrize("name", FILES)
 def test_links_stay_in_the_folder(world: LocalWorld, run: Run, name: str) -> None:
-    fill = world.fill if name == WEIGHTS_NAME else put_split
-    other, folder = fill(world.roots[0] / "other"), fill(world.roots[0] / "one")
+    other, folder = world.fill(world.roots[0] / "other"), world.fill(world.roots[0] / "one")
     (folder / "sub").mkdir()
     (folder / name).rename(folder / "sub" / "w")
     (folder / name).symlink_to("sub/w")
@@ -246,7 +242,11 @@ def test_irregular_file(
         ([CONFIG_NAME], errors.AdapterNotFoundError, [WEIGHTS_NAME]),
         ([WEIGHTS_NAME], errors.AdapterNotFoundError, [CONFIG_NAME]),
         ([CONFIG_NAME, "adapter_model.bin"], errors.AdapterFormatError, ["pickle", "re-save"]),
-        ([CONFIG_NAME, INDEX], errors.AdapterFormatError, ["index.json", "names no tensors"]),
+        (
+            [CONFIG_NAME, "adapter_model.safetensors.index.json", "adapter_model.bin"],
+            errors.UnsupportedAdapterError,
+            ["adapter_model.safetensors.index.json", '"Weights in several files" of docs/sources'],
+        ),
     ],
 )
 def test_missing_files(world: LocalWorld, present: list[str], kind: type, words: list[str]) -> None:
@@ -504,20 +504,20 @@ def test_a_forgotten_reader_is_closed_and_warns(tmp_path: Path) -> None:
 
 @pytest.fixture
 def folder(world: LocalWorld) -> Path:
-    """Its weights are several files."""
-    return put_split(world.roots[0] / "one")
+    return world.fill(world.roots[0] / "one")
 
 
-async def test_one_file_of_weights_comes_first(world: LocalWorld, folder: Path) -> None:
-    safetensors.torch.save_file(tensors(2), folder / WEIGHTS_NAME)
+async def test_one_file_of_weights_comes_before_an_index(world: LocalWorld, folder: Path) -> None:
+    (folder / f"{WEIGHTS_NAME}.index.json").write_bytes(b"{}")
     key = await world.source.resolve(AdapterRef(folder))
-    assert len(key.files) == 2
-    assert key.files[1].inode == (folder / WEIGHTS_NAME).stat().st_ino
+    assert [file.inode for file in key.files] == [
+        (folder / name).stat().st_ino for name in (CONFIG_NAME, WEIGHTS_NAME)
+    ]
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["opened", "reopened"])
-async def test_it_is_read_as_one_file(world: LocalWorld, folder: Path, again: bool) -> None:
-    """Cut anywhere, by any rows, also across the borders of its files."""
+async def test_it_is_read_by_any_cuts(world: LocalWorld, folder: Path, again: bool) -> None:
+    """And by any rows."""
     key = await world.source.resolve(AdapterRef(folder))
     file = await world.source.open(key, FetchControl())
     assert file.config == CONFIG
@@ -549,7 +549,7 @@ async def test_it_is_read_as_one_file(world: LocalWorld, folder: Path, again: bo
 
 
 async def test_many_first_reads(world: LocalWorld, folder: Path, monkeypatch: Patch) -> None:
-    """A read ends before its files are closed; what was never read is never opened."""
+    """A read ends before its file is closed; what was never read is never opened."""
     key, calls = await world.source.resolve(AdapterRef(folder)), list[str]()
 
     def counted(path: str, identity: Any) -> int:
@@ -565,7 +565,7 @@ async def test_many_first_reads(world: LocalWorld, folder: Path, monkeypatch: Pa
     with ThreadPoolExecutor(8) as threads:
         parts = [threads.submit(read, reader, 0, 900) for _ in range(8)]
         assert len({part.result() for part in parts}) == 1
-    assert sorted(calls) == sorted(FILES[1:])
+    assert calls == [WEIGHTS_NAME]
     preadv = os.preadv
 
     def closing(fd: int, buffers: Any, offset: int) -> int:
@@ -586,8 +586,7 @@ async def test_another_version_of_any_file_is_another_adapter(
     for use in uses(world, key):
         with pytest.raises(errors.IntegrityError, match=f"{name}.*again"):
             await use
-    if name != INDEX or change is not cut:
-        assert await world.source.resolve(AdapterRef(folder)) != key
+    assert await world.source.resolve(AdapterRef(folder)) != key
 
 
 @pytest.mark.parametrize("late", [0.0, 0.003])
@@ -602,38 +601,11 @@ async def test_cancelled_anywhere(world: LocalWorld, folder: Path, step: str, la
     assert ends == sorted(ends, reverse=True)
 
 
-@pytest.mark.parametrize("name", [*FILES[2:], CONFIG_NAME])
+@pytest.mark.parametrize("name", FILES)
 def test_a_file_that_is_not_there(world: LocalWorld, folder: Path, name: str) -> None:
     (folder / name).unlink()
     for id in ("./one", folder):
         refusal(world, id, errors.AdapterNotFoundError, name)
-
-
-async def test_files_that_do_not_belong_together(world: LocalWorld, folder: Path) -> None:
-    """What else may be wrong with them is a table of `plan_split`'s tests."""
-    os.truncate(folder / FILES[3], 30)
-    key = await world.source.resolve(AdapterRef(folder))
-    *parsing, holding = uses(world, key)
-    (await holding).close()
-    for use in parsing:
-        with pytest.raises(errors.AdapterFormatError, match=f"{FILES[3]}: .*inside its header"):
-            await use
-
-
-@pytest.mark.parametrize(
-    ("file", "words"),
-    [("../two/adapter_model.safetensors", "'../two/"), (name_of(1, 99_999), "99,999 files")],
-)
-def test_an_index_of_a_stranger(world: LocalWorld, folder: Path, file: str, words: str) -> None:
-    """What else may be wrong with it is a table of `parse_index`'s tests."""
-    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": file}}))
-    refusal(world, folder, errors.AdapterFormatError, INDEX, words)
-
-
-def test_limits_hold_for_all_files_together(world: LocalWorld, folder: Path) -> None:
-    for name in FILES[2:4]:
-        os.truncate(folder / name, LIMITS.max_adapter_bytes // 2)
-    refusal(world, folder, errors.AdapterFormatError, f"the files up to {FILES[4]} have")
 
 
 CONTENT = weights(1, {"note": "x" * 3000})
@@ -786,25 +758,21 @@ async def test_of_a_hub_cache_the_blob_counts(tmp_path: Path, immutable: str, he
             assert await is_held(source, id, tmp_path) is held
 
 
-@pytest.mark.parametrize("number", [2, 3, 4])
-async def test_a_file_outside_of_the_root_leaves_all_unheld(host: LocalWorld, number: int) -> None:
-    folder, other = put_split(host.roots[0] / "one"), put_split(host.outside / "two")
-    (folder / FILES[number]).unlink()
-    (folder / FILES[number]).symlink_to(other / FILES[number])
+async def test_a_file_outside_of_the_root_is_not_held(host: LocalWorld) -> None:
+    folder, other = host.fill(host.roots[0] / "one"), host.fill(host.outside / "two")
+    (folder / WEIGHTS_NAME).unlink()
+    (folder / WEIGHTS_NAME).symlink_to(other / WEIGHTS_NAME)
     assert not await is_held(host.source, folder, host.outside.parent)
 
 
-@pytest.mark.parametrize("name", [WEIGHTS_NAME, *FILES[2:]])
 @pytest.mark.parametrize("change", [touch, cut, replace])
 @pytest.mark.parametrize("when", ["before", "during", "after"])
 async def test_a_file_that_changes_is_not_held(
-    host: LocalWorld, monkeypatch: Patch, name: str, change: Callable[[Path], None], when: str
+    host: LocalWorld, monkeypatch: Patch, change: Callable[[Path], None], when: str
 ) -> None:
-    """Of several, none is."""
     folder = host.roots[0] / "one"
-    fill = host.fill if name == WEIGHTS_NAME else put_split
     populate = LocalPages.populate
-    path = fill(folder) / name
+    path = host.fill(folder) / WEIGHTS_NAME
 
     def changing(hold: LocalPages, start: int) -> None:
         last = start == hold.starts[-1]
@@ -818,30 +786,22 @@ async def test_a_file_that_changes_is_not_held(
     if when == "before":
         change(path)
     monkeypatch.setattr(LocalPages, "populate", changing)
-    with pytest.raises(errors.IntegrityError, match=f"{name}.*again"):
+    with pytest.raises(errors.IntegrityError, match=f"{WEIGHTS_NAME}.*again"):
         await host.source.populate(key)
     assert maps_below(folder) == []
 
 
-@pytest.mark.parametrize("nth", [0, 1, 2, "populate"])
-async def test_no_memory(host: LocalWorld, monkeypatch: Patch, nth: int | str) -> None:
-    made: list[MappedFile] = []
+@pytest.mark.parametrize(("owner", "call"), [(files, "MappedFile"), (MappedFile, "populate")])
+async def test_no_memory(host: LocalWorld, monkeypatch: Patch, owner: Any, call: str) -> None:
+    def refused(*_: Any) -> NoReturn:
+        raise files.to_adapter_error(OSError(errno.ENOMEM, ""), WEIGHTS_NAME)
 
-    def refused(*given: Any) -> Any:
-        if nth in (len(made), "populate"):
-            name = FILES[2] if nth == "populate" else given[2]
-            raise files.to_adapter_error(OSError(errno.ENOMEM, ""), name)
-        made.append(MappedFile(*given))
-        return made[-1]
-
-    owner = MappedFile if nth == "populate" else files
-    monkeypatch.setattr(owner, nth if isinstance(nth, str) else "MappedFile", refused)
-    put_split(host.roots[0] / "one")
+    monkeypatch.setattr(owner, call, refused)
+    host.fill(host.roots[0] / "one")
     key = await host.source.resolve(AdapterRef("./one"))
-    before, name = descriptors(), FILES[2 + (nth if isinstance(nth, int) else 0)]
-    with pytest.raises(errors.FetchError, match=rf"{name} cannot be read \(ENOMEM\)"):
+    before = descriptors()
+    with pytest.raises(errors.FetchError, match=rf"{WEIGHTS_NAME} cannot be read \(ENOMEM\)"):
         await host.source.populate(key)
-    made.clear()
     assert (descriptors(), maps_below(host.roots[0])) == (before, [])
 
 

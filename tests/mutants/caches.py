@@ -43,7 +43,7 @@ def _whole_without_a_file(folder: Folder, record: EntryRecord, *, check: bool) -
     try:
         return _require_whole(folder, record, check=check)
     except IntegrityError:
-        return dict.fromkeys((file.role for file in record.files), FileIdentity(0, 0, 0, 0, 0))
+        return dict.fromkeys((file.name for file in record.files), FileIdentity(0, 0, 0, 0, 0))
 
 
 def _cut_before_the_map_goes(self: PartialFile) -> Any:

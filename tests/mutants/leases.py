@@ -112,7 +112,7 @@ LOADER: Mutants = {
         f"{ENDING}::test_unmap_is_awaited", (FetchTasks, "_close_hold", _hold_closed_later)),
     "digests: a load waits for the comparison": mutant(
         f"{DIGESTS}::test_a_digest_is_compared_for_its_caller_alone",
-        (DigestChecks, "watch_and_wait", _not_compared)),
+        (DigestChecks, "require", _not_compared)),
     "resolver: a resolve outlives its first caller": mutant(
         "test_loader.py::test_a_cancelled_caller_leaves_the_others_their_answer",
         seen_by(concurrency, "asyncio", shield=same)),

@@ -53,6 +53,9 @@ SCHEDULING: Mutants = {
     "scheduler: a load ends with its last request": mutant(
         f"{BATCHES}::test_a_request_may_begin_when_another_is_cancelled_that_lost_its_slot",
         (LoadQueue, "remove", _forgotten_but_loaded)),
+    "scheduler: a request joins the version that its ref means now": mutant(
+        "test_freshness.py::test_a_replaced_adapter_serves_only_requests_that_began_before",
+        skipped(AdapterQueues, "_is_current", True)),
     "scheduler: close waits for its loads": mutant(
         f"{ENDS}::test_close_waits_for_its_loads", skipped(LoadQueue, "close")),
 }  # fmt: skip

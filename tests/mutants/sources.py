@@ -1,8 +1,7 @@
 """Bytes at rest and on their way: readers, merges, tensors in memory, remote fetches."""
 
 import asyncio
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from lorax_async import concurrency
@@ -57,10 +56,6 @@ async def _abandoned(self: WorkerThreads, work: Any, undo: object = None) -> Any
     return await concurrency.outcome(self.submit(work))
 
 
-def _of_one_file(groups: Iterable[int]) -> Counter[int]:
-    return Counter(set(groups))
-
-
 class _AtOnce:
     def __init__(self, _: object, handle: Any) -> None:
         self.put = handle
@@ -78,7 +73,7 @@ SOURCES: Mutants = {
         f"{LOCAL}::test_many_first_reads", (concurrency, "Lock", NoLock)),
     "hold: what is held is what was opened": mutant(
         f"{LOCAL}::test_a_file_that_changes_is_not_held",
-        (LocalPages, "settle", lambda self: concurrency.close_all(self._readers))),
+        (LocalPages, "settle", lambda self: self._reader.close())),
     "merge: parts that are given up are waited for": mutant(
         f"{MEMORY}::test_when_a_part_fails_others_end", (merges, "_for_parts", _not_waited_for)),
     "tensors: writes during the copy are noticed": mutant(
@@ -107,9 +102,6 @@ SOURCES: Mutants = {
         (readers, "outcome", nothing_awaited)),
     "fetch: groups are reported on the loop": mutant(
         f"{REMOTE}::test_groups_are_reported_on_the_loop", (readers, "Inbox", _AtOnce)),
-    "fetch: a group of several files is reported when all of it is here": mutant(
-        f"{REMOTE}::test_a_group_of_two_files_is_here_when_both_parts_are",
-        (readers, "Counter", _of_one_file)),
     "fetch: nothing reads a download that has ended": mutant(
         f"{REMOTE}::test_nothing_reads_a_download_that_has_ended",
         (FetchReader, "_leave", lambda self, _: self._download.close())),

@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from lorax_async.concurrency import FetchControl, WorkerThreads
 from lorax_async.config import Checking, Limits, LoaderConfig
 from lorax_async.errors import AccessDeniedError, AdapterError, AdapterNotFoundError
 from lorax_async.formats.digests import Digest
-from lorax_async.formats.split_weights import CONFIG_FILE, WEIGHTS_FILE, FileRole
+from lorax_async.formats.peft_names import CONFIG_FILE, WEIGHTS_FILE
 from lorax_async.http.range_engine import RangeEngine
 from lorax_async.http.target import Target
 from lorax_async.ids import HubRepository, ParsedRef
@@ -78,8 +78,10 @@ class ToldLocator:
             raise AdapterNotFoundError("there is no such adapter")
         if stored.token not in {None, ref.token}:
             raise AccessDeniedError("give a token that may have it")
-        contents = {CONFIG_FILE: stored.config, WEIGHTS_FILE: stored.weights}
-        files = tuple(self.file(ref, role, data) for role, data in contents.items())
+        files = (
+            self.file(ref, CONFIG_FILE, stored.config),
+            self.file(ref, WEIGHTS_FILE, stored.weights),
+        )
         return LocatedAdapter(ref.text, stored.version, _scope(ref), files)
 
     async def _no_answer(self) -> None:
@@ -89,19 +91,14 @@ class ToldLocator:
         finally:
             self.unanswered -= 1
 
-    async def shards(
-        self, place: object, located: LocatedAdapter, roles: Sequence[FileRole]
-    ) -> tuple[RemoteFile, ...]:
-        raise AssertionError("nothing here has an index")
-
-    def file(self, ref: AdapterRef, role: FileRole, data: bytes) -> RemoteFile:
-        path = f"/{ref.text}/{role.file_name}"
+    def file(self, ref: AdapterRef, name: str, data: bytes) -> RemoteFile:
+        path = f"/{ref.text}/{name}"
         url = parse_url(self.server.url(path))
         headers = {} if ref.token is None else {"Authorization": f"Bearer {ref.token}"}
         target = Target(url, path[1:], headers, Anywhere())
         if not self.promises:
-            return RemoteFile(role, target)
-        return RemoteFile(role, target, len(data), sha256(data))
+            return RemoteFile(name, target)
+        return RemoteFile(name, target, len(data), sha256(data))
 
 
 def sha256(data: bytes) -> Digest:
@@ -165,7 +162,7 @@ def adapter_of(asked: Asked) -> str:
 
 
 def is_weights(asked: Asked) -> bool:
-    return asked.target.endswith(WEIGHTS_FILE.file_name)
+    return asked.target.endswith(WEIGHTS_FILE)
 
 
 class RemoteWorld:
@@ -210,7 +207,7 @@ class RemoteWorld:
         limits = limits or Limits()
         opening = AdapterOpener(resolving, self.engine, self.workers, limits=limits, verify=verify)
         parts = RemoteParts(resolving, opening, self.workers, lambda: None)
-        self.source: Source = kind(lambda: parts, limits=limits, verify=verify)
+        self.source: Source = kind(lambda: parts, verify=verify)
 
     def put(self, name: str, config: bytes, weights: bytes) -> AdapterRef:
         self.locator.there[name] = Stored(config, weights)
@@ -230,7 +227,7 @@ class RemoteWorld:
         """The bytes at a target, and their ETag. Raises `KeyError`."""
         name, file = target.removeprefix("/").split("/")
         stored = self.locator.there[name]
-        data = stored.config if file == CONFIG_FILE.file_name else stored.weights
+        data = stored.config if file == CONFIG_FILE else stored.weights
         return data, f'"{stored.version}-{file}"'
 
     def serve(self, asked: Asked, client: Client) -> None:

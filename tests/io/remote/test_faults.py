@@ -43,7 +43,7 @@ from lorax_async.errors import (
     LoaderClosedError,
     LoraxError,
 )
-from lorax_async.formats.split_weights import CONFIG_FILE, WEIGHTS_FILE
+from lorax_async.formats.peft_names import CONFIG_FILE, WEIGHTS_FILE
 from lorax_async.http.failures import RetryPolicy
 from lorax_async.http.settings import Timeouts
 from lorax_async.remote.base import FIRST_BYTES
@@ -58,7 +58,7 @@ _MAP = struct.Struct("<8s16sQQ")
 
 def part_of(asked: Asked) -> str:
     """Which step of a load asks so."""
-    if asked.target.endswith(CONFIG_FILE.file_name):
+    if asked.target.endswith(CONFIG_FILE):
         return "config"
     return "header" if asked.span == (0, FIRST_BYTES) else "body"
 
@@ -98,15 +98,15 @@ def assert_true_cache(folder: Path, versions: list[tuple[str, Stored]]) -> None:
     assert not list((folder / "trash").iterdir())
     for entry in (folder / "entries").iterdir():
         stored = contents[entry.name]
-        assert (entry / CONFIG_FILE.file_name).read_bytes() == stored.config
-        assert (entry / WEIGHTS_FILE.file_name).read_bytes() == stored.weights
+        assert (entry / CONFIG_FILE).read_bytes() == stored.config
+        assert (entry / WEIGHTS_FILE).read_bytes() == stored.weights
         assert not list(entry.glob("*.chunks"))
     for left in (folder / "partials").iterdir():
         digest, _, _ = left.name.partition(".")
         for map_file in left.glob("*.chunks"):
             file = left / map_file.stem
             stored = contents[digest]
-            true = stored.config if file.name == CONFIG_FILE.file_name else stored.weights
+            true = stored.config if file.name == CONFIG_FILE else stored.weights
             written = file.read_bytes()
             for start, stop in chunks_in(map_file.read_bytes()):
                 assert written[start:stop] == true[start:stop], (file.name, start)

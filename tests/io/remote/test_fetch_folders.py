@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from user_loads import at, contents, has, loader, stored_in, written
 from web_folder import WEIGHTS
 
-import split_files
 import tiny
 from common import until
 from lorax_async import AdapterLoader, AdapterRef, Limits, Merge, errors
@@ -177,12 +176,9 @@ async def test_a_folder_that_is_never_released_is_told(world: RemoteWorld) -> No
         await until(lambda: is_evictable(world))
 
 
-@pytest.mark.parametrize("files", ["one file", "several files"])
 @pytest.mark.parametrize("stored_by", ["this loader", "other tools"])
-async def test_offline_it_is_in_its_place(tmp_path: Path, files: str, stored_by: str) -> None:
-    whole = written(tmp_path / "whole", layers=4, rank=16)
-    several = files == "several files"
-    adapter = split_files.split(whole, tmp_path / "several") if several else whole
+async def test_offline_it_is_in_its_place(tmp_path: Path, stored_by: str) -> None:
+    adapter = written(tmp_path / "whole", layers=4, rank=16)
     with HubStandIn() as hub:
         settings: dict[str, Any] = {"allow": (at(hub.store_netloc),), "hub_endpoint": hub.endpoint}
         commit = hub.put("org/name", contents(adapter))
@@ -202,13 +198,13 @@ async def test_offline_it_is_in_its_place(tmp_path: Path, files: str, stored_by:
                 assert folder.verification.vouched
                 assert contents(adapter).items() <= contents(folder.path).items()
                 async with await there.load(folder.path) as handle:
-                    tiny.assert_equal_to_file(handle, whole)
-            assert await has(there, "org/name", whole) == commit
+                    tiny.assert_equal_to_file(handle, adapter)
+            assert await has(there, "org/name", adapter) == commit
         async with loader(tmp_path, layers=4, **settings) as there:
-            assert await has(there, f"org/name@{commit}", whole) == commit
+            assert await has(there, f"org/name@{commit}", adapter) == commit
         assert len(hub.asked) == asked, "what is pinned needs no answer"
         async with loader(tmp_path, layers=4, **settings) as there:
-            assert await has(there, "org/name", whole) == commit
+            assert await has(there, "org/name", adapter) == commit
         assert {each.method for each in hub.asked[asked:]} == {"HEAD"}
     assert stored_in(tmp_path) == (stored_by == "this loader", 0)
 

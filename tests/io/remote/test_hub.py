@@ -26,12 +26,12 @@ from hub_stand_in import (
 )
 from huggingface_hub import constants, utils
 from huggingface_hub.errors import OIDCError
-from web_folder import INDEX, Locator, shard
+from web_folder import INDEX, Locator
 
 from common import until
 from lorax_async import AdapterRef, AdapterStore, StoreConfig, errors
 from lorax_async.formats.digests import Digest
-from lorax_async.formats.split_weights import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, FileRole
+from lorax_async.formats.peft_names import CONFIG_FILE, WEIGHTS_FILE
 from lorax_async.http.failures import RetryPolicy
 from lorax_async.http.settings import PublicOnly
 from lorax_async.remote.base import LocatedAdapter
@@ -45,7 +45,6 @@ pytestmark = pytest.mark.usefixtures("hub_client", "nothing_left")
 TOKEN = "hf_q5ecre7Token"
 QUICK = RetryPolicy(attempts=3, base=0.01, most=0.02, obeyed=1.0)
 ID = AdapterRef(REPO)
-SHARDS = {shard(k, 3): bytes([k]) * k * 100 for k in (1, 2, 3)}
 
 
 @pytest.fixture
@@ -91,7 +90,7 @@ async def test_an_adapter_and_where_its_files_lie(hub: HubStandIn) -> None:
     found = await located(hub)
     assert (found.source, found.version, found.scope) == (REPO, commit, "")
     config, weights = found.files
-    assert (config.role, weights.role) == (CONFIG_FILE, WEIGHTS_FILE)
+    assert (config.name, weights.name) == (CONFIG_FILE, WEIGHTS_FILE)
     assert (config.nbytes, weights.nbytes) == (len(CONFIG), len(WEIGHTS))
     assert config.expected == Digest("git-sha1", git_sha1(CONFIG))
     assert weights.expected == Digest("sha256", sha256(WEIGHTS))
@@ -139,7 +138,7 @@ async def test_a_branch_that_moves_meanwhile(hub: HubStandIn, later: dict[str, b
     ("names", "said"),
     [
         (["README.md"], "no adapter_config.json"),
-        (["adapter_config.json"], r"neither adapter_model\.safetensors nor .*index"),
+        (["adapter_config.json"], "no adapter_model.safetensors"),
         (
             ["adapter_config.json", "adapter_model.bin"],
             "adapter_model.bin only, a pickle.*never.*safetensors",
@@ -153,20 +152,15 @@ async def test_what_a_repository_lacks(hub: HubStandIn, names: list[str], said: 
     assert not hub.asked_for("GET")
 
 
-async def test_weights_in_several_files(hub: HubStandIn) -> None:
-    commit = hub.put(REPO, {"adapter_config.json": CONFIG, INDEX: b"{}", **SHARDS})
-    found = await located(hub)
-    assert [file.role for file in found.files] == [CONFIG_FILE, INDEX_FILE]
-    hub.put(REPO, ADAPTER)  # a later commit is nobody's business
-    roles = [FileRole("weights", k, 3) for k in (1, 2, 3)]
-    with locating(hub) as locator:
-        files = await locator.shards(found, roles)
-        with pytest.raises(errors.AdapterNotFoundError, match=r"00001-of-00002.*index names"):
-            await locator.shards(found, [FileRole("weights", k, 2) for k in (1, 2)])
-    assert [file.role for file in files] == roles
-    for file, (name, content) in zip(files, SHARDS.items(), strict=True):
-        assert file.target.url.text == f"{hub.endpoint}/{REPO}/resolve/{commit}/{name}"
-        assert (file.expected, file.nbytes) == (Digest("sha256", sha256(content)), len(content))
+async def test_an_index_in_place_of_the_weights_is_refused(hub: HubStandIn) -> None:
+    hub.put(REPO, {"adapter_config.json": CONFIG, INDEX: b"{}", "adapter_model.bin": b"pickle"})
+    error = await refused(hub)
+    assert isinstance(error, errors.UnsupportedAdapterError)
+    assert INDEX in error.problem
+    hub.put(REPO, {**ADAPTER, INDEX: b"{}"})
+    hub.asked.clear()
+    assert [file.name for file in (await located(hub)).files] == list(ADAPTER)
+    assert len(hub.asked) == 2, "where the weights are, nothing more is asked"
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import closing
 from hashlib import sha256
 from pathlib import Path
@@ -14,7 +14,7 @@ from disk_cache_world import content_of, put
 from hub_stand_in import ADAPTER, REPO, WEIGHTS, HubStandIn, git_sha1, is_large
 from huggingface_hub import constants, snapshot_download
 from source_inputs import read
-from web_folder import CONFIG, INDEX, shard
+from web_folder import CONFIG, INDEX
 from web_folder import WEIGHTS as NAME
 
 from adapters import hub_cache as by_hand
@@ -22,31 +22,15 @@ from lorax_async import AdapterRef, FetchError, IntegrityError, InternalError
 from lorax_async.cache.base import CacheEntry, CacheKey
 from lorax_async.cache.disk_cache import DiskCache, DiskDownload
 from lorax_async.formats.digests import Digest
-from lorax_async.formats.split_weights import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, FileRole
+from lorax_async.formats.peft_names import WEIGHTS_FILE
 from lorax_async.lifecycle.policies import policy
-from lorax_async.remote.hub import (
-    StandardHubCache,
-    TieredCache,
-    adapter_files,
-    digest_of_etag,
-    is_commit,
-)
+from lorax_async.remote.hub import StandardHubCache, TieredCache, digest_of_etag, is_commit
 from lorax_async.remote.opening import question_of
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 COMMIT = "c0ffee" + 34 * "0"
 KEY = CacheKey(REPO, COMMIT)
-
-
-SHARDS = {shard(k, 2): bytes([k]) * k * 100 for k in (1, 2)}
-SPLIT = {CONFIG: b"{}", INDEX: b'{"weight_map": {}}', **SHARDS}
-ROLES = {
-    CONFIG: CONFIG_FILE,
-    NAME: WEIGHTS_FILE,
-    INDEX: INDEX_FILE,
-    **{name: FileRole("weights", k, 2) for k, name in enumerate(SHARDS, 1)},
-}
 
 
 def opened(folder: Path, own: str = "") -> StandardHubCache:
@@ -62,8 +46,7 @@ def digest_of(name: str, content: bytes) -> Digest:
 
 def contents(entry: CacheEntry | None) -> dict[str, bytes]:
     assert entry is not None
-    names = {role: name for name, role in ROLES.items()}
-    return {names[file.role]: content_of(entry, file.role) for file in entry.record.files}
+    return {file.name: content_of(entry, file.name) for file in entry.record.files}
 
 
 def tree(folder: Path) -> dict[str, tuple[str, object]]:
@@ -91,37 +74,23 @@ def test_commits_and_digests() -> None:
         assert digest_of_etag(text) is None
 
 
-def test_files_of_an_adapter() -> None:
-    one, several = [CONFIG, NAME], list(SPLIT)
-    assert adapter_files(["README.md", *reversed(several)]) == [ROLES[name] for name in several]
-    for names in (one, [*one, "README.md"], [*one, *several]):
-        assert adapter_files(names) == [CONFIG_FILE, WEIGHTS_FILE]
-    for names in (
-        *([], [CONFIG], [NAME], [CONFIG, INDEX], [CONFIG, shard(1, 1)], [INDEX, shard(1, 1)]),
-        *([CONFIG, INDEX, shard(1, 2)], [CONFIG, INDEX, shard(1, 2), shard(3, 2)]),
-        *([*several, shard(1, 1)], [*several, shard(1, 3)]),
-    ):
-        assert adapter_files(names) == []
-
-
-@pytest.mark.parametrize("files", [ADAPTER, SPLIT], ids=["one file", "several files"])
-def test_what_huggingface_hub_stored_is_found(hub_client: Path, files: Mapping[str, bytes]) -> None:
+def test_what_huggingface_hub_stored_is_found(hub_client: Path) -> None:
     with HubStandIn() as hub:
-        commit = hub.put(REPO, {**files, "README.md": b"not for us"})
+        commit = hub.put(REPO, {**ADAPTER, INDEX: b"{}", "README.md": b"not for us"})
         snapshot = snapshot_download(REPO, cache_dir=hub_client, endpoint=hub.endpoint)
     before, key = tree(hub_client), CacheKey(REPO, commit)
     cache = opened(hub_client)
     for check in (False, True):
         entry = cache.open(key, check=check)
-        assert contents(entry) == files
+        assert contents(entry) == ADAPTER
         assert entry is not None
-        found = {file.role: file.digest for file in entry.record.files}
-        assert list(found.values()) == [digest_of(*file) for file in files.items()]
+        found = {file.name: file.digest for file in entry.record.files}
+        assert found == {name: digest_of(name, content) for name, content in ADAPTER.items()}
         assert (entry.record.source, entry.record.version) == (REPO, commit)
         assert entry.folder == snapshot
         assert not entry.mappable, "others may change it"
-        with pytest.raises(InternalError, match="00009"):
-            entry.reader(FileRole("weights", 9, 9))
+        with pytest.raises(InternalError, match=r"index\.json"):
+            entry.reader(INDEX)
         entry.close()
     assert tree(hub_client) == before
 
@@ -323,23 +292,22 @@ def test_a_blob_that_repositories_share(tmp_path: Path) -> None:
     assert cache.open(KEY) is not None
 
 
-@pytest.mark.parametrize("lacking", [*SPLIT, "blob", "two countings"])
+@pytest.mark.parametrize("lacking", [*ADAPTER, "blob"])
 def test_what_is_not_whole_is_not_there(tmp_path: Path, lacking: str) -> None:
-    more = {shard(1, 3): b"x"} if lacking == "two countings" else {}
-    snapshot = by_hand.put(tmp_path, REPO, SPLIT | more, commit=COMMIT)
+    snapshot = by_hand.put(tmp_path, REPO, {**ADAPTER, INDEX: b"{}"}, commit=COMMIT)
     if lacking == "blob":
-        (snapshot / shard(1, 2)).resolve().unlink()
-    elif lacking in SPLIT:
+        (snapshot / NAME).resolve().unlink()
+    else:
         (snapshot / lacking).unlink()
     assert opened(tmp_path).open(KEY) is None
 
 
-def test_one_file_is_preferred_to_several_wherever_the_repository_lies(tmp_path: Path) -> None:
-    by_hand.put(tmp_path / "other disk", REPO, {**SPLIT, NAME: WEIGHTS}, commit=COMMIT)
+def test_the_repository_may_lie_elsewhere(tmp_path: Path) -> None:
+    by_hand.put(tmp_path / "other disk", REPO, ADAPTER, commit=COMMIT)
     (tmp_path / "hub").mkdir()
     link = tmp_path / "hub" / "models--org--name"
     link.symlink_to(tmp_path / "other disk" / link.name)
-    assert set(contents(opened(tmp_path / "hub").open(KEY))) == set(ADAPTER)
+    assert contents(opened(tmp_path / "hub").open(KEY)) == ADAPTER
 
 
 @pytest.mark.parametrize("replaced", [False, True])
@@ -365,7 +333,7 @@ def stored(cache: TieredCache, key: CacheKey) -> CacheEntry:
     assert isinstance(download, DiskDownload), "there is an entry already"
     try:
         for name, content in ADAPTER.items():
-            file = download.file(ROLES[name], len(content), digest_of(name, content))
+            file = download.file(name, len(content), digest_of(name, content))
             put(file, content, file.missing())
         return download.publish()
     finally:

@@ -3,7 +3,8 @@
 import asyncio
 import base64
 import re
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,9 @@ from user_loads import LAYERS as MANY
 from user_loads import at, has, loader, secretless, size_of, stored_in, until, version_of, written
 
 import servers
-import split_files
 import tiny
 from lorax_async import AdapterRef, Allow, errors
+from lorax_async.formats.peft_names import INDEX_FILE, WEIGHTS_FILE
 from lorax_async.remote.base import FIRST_BYTES
 from tiny_loaders import fails
 
@@ -100,20 +101,17 @@ async def test_a_server_that_is_down(origin: Origin, adapters: list[Path]) -> No
         await has(there, origin.id, adapters[0])
 
 
-@on(*(kind for kind in KINDS if kind != "gs"))  # whose stand-in has no listings
-@pytest.mark.parametrize("cut", [split_files.split, split_files.deal])
-async def test_weights_in_several_files(
-    origin: Origin, cut: Callable[[Path, Path], Path], tmp_path: Path
+@on()
+async def test_an_index_in_place_of_the_weights_is_refused(
+    origin: Origin, adapters: list[Path], tmp_path: Path
 ) -> None:
-    """Cut by huggingface_hub, and so that every file has a part of every layer."""
-    whole = written(tmp_path / "whole", 3, layers=16, rank=64)
-    origin.put(cut(whole, tmp_path / "several"))
-    async with origin.loader(layers=16) as there:
-        version = await has(there, origin.id, whole)
-    origin.link.close()
-    async with origin.loader(layers=16) as there:
-        await has(there, AdapterRef(origin.id, revision=version), whole)
-    assert stored_in(tmp_path) == (1, 0)
+    shutil.copytree(adapters[0], split := tmp_path / "split")
+    (split / WEIGHTS_FILE).rename(split / INDEX_FILE)
+    origin.put(split)
+    async with origin.loader() as there:
+        error = await fails(there.load(origin.id), errors.UnsupportedAdapterError, INDEX_FILE)
+        assert (error.id, error.stage) == (origin.id, "resolve")
+    assert stored_in(tmp_path) == (0, 0)
 
 
 @on()

@@ -1,7 +1,7 @@
 """A remote source behind its port: what it checks, what waits for what, and what has ended when that is told."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -22,12 +22,11 @@ from lorax_async.cache.base import CacheKey
 from lorax_async.cache.disk_cache import ls
 from lorax_async.concurrency import FetchControl, WorkerThreads
 from lorax_async.errors import AdapterFormatError, EvictedError, FetchError, IntegrityError
-from lorax_async.files import ReopenedReader, entry_gone
+from lorax_async.formats.peft_names import WEIGHTS_FILE
 from lorax_async.formats.spans import ByteSpan
-from lorax_async.formats.split_weights import WEIGHTS_FILE, FilePlace, SplitPlan
 from lorax_async.remote import opening
 from lorax_async.remote.base import FIRST_BYTES, track
-from lorax_async.remote.readers import EntryReader, FetchReader
+from lorax_async.remote.readers import EntryReader, FetchReader, ReopenedReader, entry_gone
 from lorax_async.types import RemoteKey
 from tiny_loaders import fails
 
@@ -191,8 +190,9 @@ class HeldFile:
     def missing(self) -> list[tuple[int, int]]:
         return []
 
-    def reader(self) -> None:
+    def reader(self) -> Any:
         """It is not read."""
+        return SimpleNamespace(nbytes=self.nbytes, close=lambda: None)
 
     def write(self, offset: int, data: memoryview) -> None:
         """Nothing is kept."""
@@ -208,46 +208,28 @@ async def unchanged() -> None:
 
 
 async def bringing_begun(
-    workers: WorkerThreads, files: Sequence[HeldFile], told: list[int], close: Any = lambda: None
-) -> tuple[asyncio.Task[Any], list[Callable[[int], None]], list[Any]]:
-    """Of one group in two files of 20 bytes; what its jobs call when one is here, and they."""
-    calls: list[Callable[[int], None]] = []
-    jobs: list[Any] = []
+    workers: WorkerThreads, file: HeldFile, close: Any = lambda: None
+) -> tuple[asyncio.Task[Any], Callable[[int], None], Any]:
+    """Bring one group; return what the download calls when it is here, and the download."""
+    begun: list[Any] = []
 
     def download(_: object, __: object, ___: object, call: Any, **____: object) -> Any:
-        calls.append(call)
-        jobs.append(held_job())
-        return jobs[-1]
+        begun.extend((call, held_job()))
+        return begun[-1]
 
-    plan = SplitPlan(b"", 48, (FilePlace(0, 8, 0), FilePlace(8, 28, 8), FilePlace(28, 48, 8)))
     rest = Future[memoryview]()
     rest.set_result(memoryview(b""))
-    answer = SimpleNamespace(start=b"", rest=rest)
-    parts = [SimpleNamespace(answer=answer, nbytes=28) for _ in files]
+    fetched = SimpleNamespace(answer=SimpleNamespace(start=b"", rest=rest), nbytes=28)
     given: Any = (
         *(RemoteKey("one", ()), SimpleNamespace(download=download), workers),
-        *(SimpleNamespace(publish=lambda: "entry", close=close), files),
-        SimpleNamespace(plan=plan, parts=parts, nbytes=plan.nbytes),
+        *(SimpleNamespace(publish=lambda: "entry", close=close), file, fetched),
     )
-    groups = [[ByteSpan(8, 48)]]
     how: Any = {"resumable": True, "layers_first": False, "on_take": lambda: None}
     fetch = FetchReader(*given, **how, confirm=unchanged)
-    bringing = asyncio.create_task(fetch.bring(groups, told.append, FetchControl()))
-    await until(lambda: len(jobs) == len(files))
-    return bringing, calls, jobs
-
-
-async def test_a_group_of_two_files_is_here_when_both_parts_are() -> None:
-    workers, told, files = WorkerThreads(2), list[int](), [HeldFile(), HeldFile()]
-    bringing, calls, jobs = await bringing_begun(workers, files, told)
-    for call, file, job, expected in zip(calls, files, jobs, ([], [0]), strict=True):
-        call(0)
-        await asyncio.sleep(0)
-        assert told == expected
-        file.go.set()
-        job.done.set_result(None)
-    assert await bringing == "entry"
-    workers.shutdown()
+    groups = [[ByteSpan(8, 28)]]
+    bringing = asyncio.create_task(fetch.bring(groups, lambda _: None, FetchControl()))
+    await until(lambda: len(begun) == 2)
+    return bringing, *begun
 
 
 class AskedFuture(Future[int]):
@@ -262,33 +244,35 @@ class AskedFuture(Future[int]):
         return super().exception(timeout)
 
 
-async def test_nothing_reads_a_download_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One file is being hashed, the other waits for a thread."""
-    workers, files, ends = WorkerThreads(2), [HeldFile(), HeldFile()], list[str]()
-    hashing, waiting, plain = AskedFuture(files[0].go), Future[Any](), workers.submit
+@pytest.mark.parametrize("running", [True, False], ids=["hashed", "to be hashed"])
+async def test_nothing_reads_a_download_that_has_ended(
+    monkeypatch: pytest.MonkeyPatch, running: bool
+) -> None:
+    """Neither the thread that hashes it, nor one for which that waits."""
+    workers, file, ends = WorkerThreads(2), HeldFile(), list[str]()
+    hashing, plain = AskedFuture(file.go), workers.submit
+    if running:
+        assert hashing.set_running_or_notify_cancel()
 
     def submit(work: Any) -> Future[Any]:
-        if work == files[0].hash_along:
-            assert hashing.set_running_or_notify_cancel()
+        if work != file.hash_along:
+            return plain(work)
+        if running:
             plain(lambda: hashing.set_result(work()))
-            return hashing
-        return waiting if work == files[1].hash_along else plain(work)
+        return hashing
 
     def close() -> None:
-        ends.append("read" if not hashing.done() else "let go")
-        files[0].go.set()
+        ends.append("let go" if hashing.done() else "read")
+        file.go.set()
 
     monkeypatch.setattr(workers, "submit", submit)
-    bringing, calls, jobs = await bringing_begun(workers, files, [], close)
-    for call in calls:
-        call(0)
-    assert files[0].begun.wait(20)
-    jobs[1].done.set_result(None)
-    jobs[0].cancel(FetchError("as told"))
+    bringing, call, job = await bringing_begun(workers, file, close)
+    call(0)
+    assert not running or file.begun.wait(20)
+    job.cancel(FetchError("as told"))
     await fails(bringing, FetchError, "as told")
     assert ends == ["let go"]
-    assert waiting.cancelled()
-    assert not files[1].begun.is_set()
+    assert (hashing.cancelled(), file.begun.is_set()) == (not running, running)
     workers.shutdown()
 
 

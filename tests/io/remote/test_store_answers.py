@@ -151,14 +151,6 @@ def head(*fields: str) -> Behaviour:
     return lambda asked, client: client.head("200 OK", *fields)
 
 
-def failing_listing(asked: Asked, client: Client) -> None:
-    """There is no file of weights by its name, and what else is there is not told."""
-    if "list-type=2" in asked.target:
-        says("500 No")(asked, client)
-    else:
-        of_names({"adapter_model.safetensors": status("404 Not Found")})(asked, client)
-
-
 NO_HELP: dict[str, tuple[Behaviour, type[errors.FetchError], str, bool]] = {
     "500": (says("500 Internal Server Error"), errors.FetchError, "status 500", True),
     "503": (says("503 Slow Down"), errors.FetchError, "status 503", True),
@@ -166,7 +158,6 @@ NO_HELP: dict[str, tuple[Behaviour, type[errors.FetchError], str, bool]] = {
     "400": (says("400 Bad Request"), errors.FetchError, "status 400", False),
     "401": (says("401 Unauthorized"), errors.AccessDeniedError, "environment's credentials", False),
     "301": (says("301 Moved Permanently"), errors.FetchError, "set AWS_REGION", False),
-    "a listing": (failing_listing, errors.FetchError, "status 500", True),
     "no ETag": (head(*GOOD[:2]), errors.FetchError, "strong ETag", False),
     "a weak ETag": (head(*GOOD[:2], 'ETag: W/"weak"'), errors.FetchError, "strong ETag", False),
     "silence": (lambda _, client: client.stall(), errors.FetchTimeoutError, "in time", True),
@@ -192,20 +183,11 @@ def test_answers_that_are_no_help_are_errors_without_the_servers_words(
 @pytest.mark.parametrize("index", [True, False])
 def test_a_missing_file_without_right_to_list(store: FaultServer, index: bool) -> None:
     """S3 answers 403 for 404 then, so the index is looked for all the same."""
-    listing = b"<ListBucketResult><Name>bucket</Name><Prefix>prefix/</Prefix>"
-    listing += b"<KeyCount>0</KeyCount><IsTruncated>false</IsTruncated></ListBucketResult>"
-
-    def listed(client: Client) -> None:
-        client.head("200 OK", f"Content-Length: {len(listing)}")
-        client.send(listing)
-
-    behaviours = {"adapter_model.safetensors": status("403 Forbidden"), "/bucket": listed}
-    if index:
-        store.behave = of_names(behaviours)
-        assert located(ID).files[1].role.kind == "index"
-        return
-    store.behave = of_names(behaviours | {"index.json": status("404 Not Found")})
-    with pytest.raises(errors.AccessDeniedError):
+    behaviours = {"adapter_model.safetensors": status("403 Forbidden")}
+    if not index:
+        behaviours["index.json"] = status("404 Not Found")
+    store.behave = of_names(behaviours)
+    with pytest.raises(errors.UnsupportedAdapterError if index else errors.AccessDeniedError):
         located(ID)
 
 

@@ -28,14 +28,19 @@ from object_stores import (
 from origins import KINDS, processes
 from user_loads import secretless
 
-from lorax_async.errors import AccessDeniedError, AdapterNotFoundError, FetchError, IntegrityError
-from lorax_async.formats.split_weights import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, FileRole
+from lorax_async.errors import (
+    AccessDeniedError,
+    AdapterNotFoundError,
+    FetchError,
+    IntegrityError,
+    UnsupportedAdapterError,
+)
+from lorax_async.formats.peft_names import INDEX_FILE
 from lorax_async.types import AdapterRef
 
 Patch = pytest.MonkeyPatch
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
-SHARDS = [FileRole("weights", n, 2) for n in (1, 2)]
 SECRETS = (S3_KEY, S3_SECRET, AZURE_KEY, GOOGLE_ACCOUNT, "Signature", "X-Amz", "sig=")
 SIGNATURES = {"gs": "X-Goog-Signature", "s3": "X-Amz-Signature", "az": "sig="}
 
@@ -67,7 +72,7 @@ def store(
 def test_an_adapter_comes_by_ranges_of_signed_urls_which_nothing_tells(store: Store) -> None:
     store.put_adapter()
     found = located(store.id)
-    assert [file.role for file in found.files] == [CONFIG_FILE, WEIGHTS_FILE]
+    assert [file.name for file in found.files] == ["adapter_config.json", WEIGHTS]
     assert [brought(file) for file in found.files] == [CONFIG, DATA]
     assert [file.nbytes for file in found.files] == [len(CONFIG), len(DATA)]
     assert found.source == store.id
@@ -244,24 +249,9 @@ async def test_a_signed_url_ends(store: Store) -> None:
 
 
 @on(S3, AZURE)
-async def test_weights_in_several_files(store: Store) -> None:
-    """Azure's listings have ETags without quotes; those of answers have them."""
-    names = [f"adapter_model-0000{n}-of-00002.safetensors" for n in (1, 2)]
-    store.put_all({"adapter_config.json": CONFIG, f"{WEIGHTS}.index.json": b"{}", names[0]: DATA})
-    ref = AdapterRef(store.id)
-    with locator() as made:
-        early = await made.locate(ref)
-        assert [file.role for file in early.files] == [CONFIG_FILE, INDEX_FILE]
-        with pytest.raises(AdapterNotFoundError, match=r"no adapter_model-00002-of-00002\.saf"):
-            await made.shards(early, SHARDS)
-        store.put(names[1], DATA[:77])
-        whole = await made.locate(ref)
-        files = await made.shards(whole, SHARDS)
-        assert [file.role for file in files] == SHARDS
-        assert [file.etag for file in files] == [store.etag(name) for name in names]
-        assert [brought(file) for file in files] == [DATA, DATA[:77]]
-        store.put(names[1], DATA[1:78])
-        versions = {each.version for each in (early, whole, await made.locate(ref))}
-        assert len(versions) == 3
-        with pytest.raises(IntegrityError, match="were replaced"):
-            await made.shards(whole, SHARDS)
+async def test_an_index_in_place_of_the_weights_is_refused(store: Store) -> None:
+    store.put_all({"adapter_config.json": CONFIG, INDEX_FILE: b"{}"})
+    with pytest.raises(UnsupportedAdapterError, match=INDEX_FILE):
+        located(store.id)
+    store.put(WEIGHTS, DATA)
+    assert [file.name for file in located(store.id).files] == ["adapter_config.json", WEIGHTS]

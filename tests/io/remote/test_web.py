@@ -10,14 +10,14 @@ from collections.abc import Iterator
 import pytest
 from fault_server import Asked, Client, FaultServer
 from fetching import Anywhere, Engine, LoopbackOnly
-from web_folder import CONFIG, INDEX, WEIGHTS, Folder, Locator, World, refuse, shard, world
+from web_folder import CONFIG, INDEX, WEIGHTS, Folder, Locator, World, refuse, world
 
 from lorax_async import AdapterRef, Limits, errors
 from lorax_async.formats.digests import Digest
-from lorax_async.formats.split_weights import CONFIG_FILE, WEIGHTS_FILE, FileRole
+from lorax_async.formats.peft_names import CONFIG_FILE, WEIGHTS_FILE
 from lorax_async.http.settings import HttpSettings, PublicOnly
 from lorax_async.remote.base import FIRST_BYTES, WEAK
-from lorax_async.remote.web import MAX_INDEX_BYTES, MAX_SHARDS, WebBackend
+from lorax_async.remote.web import WebBackend
 from tiny_loaders import fails
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
@@ -39,7 +39,7 @@ async def test_a_folder_is_located_by_two_requests(it: World) -> None:
     assert spans == {f"/adapters/one/{CONFIG}": None, f"/adapters/one/{WEIGHTS}": (0, FIRST_BYTES)}
     assert (located.source, located.scope) == (it.server.url("/adapters/one/"), "")
     config, weights = located.files
-    assert (config.role, weights.role) == (CONFIG_FILE, WEIGHTS_FILE)
+    assert (config.name, weights.name) == (CONFIG_FILE, WEIGHTS_FILE)
     assert config.answer is not None
     assert weights.answer is not None
     assert (config.answer.start, config.nbytes) == (FILES[CONFIG], 8)
@@ -158,80 +158,24 @@ async def test_a_config_has_a_limit() -> None:
             await it.locator.locate(it.ref())
 
 
-def index(*names: str) -> bytes:
-    """As transformers and PEFT's neighbours write it."""
-    weight_map = {
-        f"base_model.model.layers.{n}.lora_A.weight": name for n, name in enumerate(names)
-    }
-    return json.dumps({"metadata": {"total_size": 9}, "weight_map": weight_map}, indent=2).encode()
-
-
-ROLES = [FileRole("weights", n, 3) for n in (1, 2, 3)]
-SHARDS = {shard(n, 3): bytes([n]) * (FIRST_BYTES + n) for n in (1, 2, 3)}
-SEVERAL = {
-    CONFIG: b"{}",
-    INDEX: index(shard(1, 3), shard(2, 3), shard(2, 3), shard(3, 3)),
-    **SHARDS,
-}
-
-
-async def test_the_version_is_that_of_every_file() -> None:
-    with world(SEVERAL) as it:
-        versions = [(await it.locator.locate(it.ref())).version]
-        for name in (CONFIG, INDEX, *SHARDS):
-            it.folder.fields = {name: ['ETag: "another"']}
-            versions.append((await it.locator.locate(it.ref())).version)
-        assert len(set(versions)) == 6
-        it.folder.fields = {shard(2, 3): []}
-        assert (await it.locator.locate(it.ref())).version.startswith("weak-")
-        it.folder.fields = {INDEX: ['ETag: "v1"']}
-        for etag in ('"v1"', f"{CONFIG}-1", f"{shard(1, 3)}-1"):
-            with pytest.raises(errors.AdapterNotFoundError, match="revision"):
-                await it.locator.locate(it.ref(revision=etag))
-
-
 async def test_what_is_not_there_is_named() -> None:
     with world({WEIGHTS: DATA}) as it, pytest.raises(errors.AdapterNotFoundError, match=CONFIG):
         await it.locator.locate(it.ref())
     with world({CONFIG: b"{}", "adapter_model.bin": b"pickled"}) as it:
-        with pytest.raises(errors.AdapterNotFoundError, match=f"neither {WEIGHTS} nor {INDEX}"):
+        with pytest.raises(errors.AdapterNotFoundError, match=f"has no {WEIGHTS}; nothing else"):
             await it.locator.locate(it.ref())
         assert sorted(it.folder.names) == [CONFIG, WEIGHTS, INDEX], "and nothing else is asked for"
-    files = {name: data for name, data in SEVERAL.items() if name != shard(2, 3)}
-    with world(files) as it:
-        await fails(it.locator.locate(it.ref()), errors.AdapterNotFoundError, shard(2, 3))
 
 
-async def test_one_file_of_weights_comes_before_an_index() -> None:
-    with world(SEVERAL | {WEIGHTS: b"weights"}) as it:
-        located = await it.locator.locate(it.ref())
-        assert [file.target.name for file in located.files] == [CONFIG, WEIGHTS]
-        assert sorted(it.folder.names) == [CONFIG, WEIGHTS]
-        await fails(it.locator.shards(located, ROLES), errors.AdapterFormatError, shard(1, 3))
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        *(index(shard(1, 2), shard(2, 2)), index(shard(1, 3), shard(2, 4)), index(shard(0, 0))),
-        index("other.safetensors", "../../adapter_model-00001-of-00003.safetensors"),
-        *(b"", b"\xff{"),
-    ],
-)
-async def test_what_names_other_files_is_refused(content: bytes) -> None:
-    """For three files; and nothing is asked for that the index does not name so."""
-    with world(SEVERAL | {INDEX: content, shard(1, 2): b"1", shard(2, 2): b"2"}) as it:
-        located = await it.locator.locate(it.ref())
-        await fails(it.locator.shards(located, ROLES), errors.AdapterFormatError, shard(1, 3))
-        assert {name for name in it.folder.names if "-of-" in name} <= {shard(1, 2), shard(2, 2)}
-
-
-async def test_an_index_has_limits() -> None:
-    with world(SEVERAL | {INDEX: index(shard(1, MAX_SHARDS + 1))}) as it:
-        await fails(it.locator.locate(it.ref()), errors.AdapterFormatError, "257 files")
-        it.folder.files[INDEX] = b" " * (MAX_INDEX_BYTES + 1)
-        with pytest.raises(errors.FetchError, match=f"{INDEX} has more than the 2,097,152 bytes"):
-            await it.locator.locate(it.ref())
+@pytest.mark.parametrize("content", [b"{}", b" " * (FIRST_BYTES + 1)])
+async def test_an_index_in_place_of_the_weights_is_refused(content: bytes) -> None:
+    """Whatever it says, and however long it is."""
+    with world({CONFIG: b"{}", INDEX: content}) as it:
+        await fails(it.locator.locate(it.ref()), errors.UnsupportedAdapterError, INDEX)
+        it.folder.files[WEIGHTS] = b"weights"
+        it.folder.asked.clear()
+        await it.locator.locate(it.ref())
+        assert sorted(it.folder.names) == [CONFIG, WEIGHTS], "which are asked for alone"
 
 
 HEADER = json.dumps({"a": {"dtype": "U8", "shape": [400_000], "data_offsets": [0, 400_000]}})

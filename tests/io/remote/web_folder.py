@@ -1,6 +1,6 @@
 """Servers on loopback of folders of adapters, and a locator that may ask them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,20 +9,15 @@ from fault_server import Asked, Behaviour, Client, FaultServer, Hangup, answer
 from fetching import PATIENT, Anywhere, engine
 
 from lorax_async import AdapterRef, Limits
-from lorax_async.formats.split_weights import FileRole
 from lorax_async.http.range_engine import RangeEngine
 from lorax_async.http.settings import Rules
 from lorax_async.ids import parse_ref
-from lorax_async.remote.base import LocatedAdapter, RemoteFile
+from lorax_async.remote.base import LocatedAdapter
 from lorax_async.remote.web import WebBackend
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 INDEX = "adapter_model.safetensors.index.json"
-
-
-def shard(number: int, count: int) -> str:
-    return f"adapter_model-{number:05d}-of-{count:05d}.safetensors"
 
 
 def name_of(asked: Asked) -> str:
@@ -89,13 +84,6 @@ class Locator:
     async def scope(self, ref: AdapterRef) -> str:
         scope: str = await self.backend.scope(parse_ref(ref).place, ref)
         return scope
-
-    async def shards(
-        self, located: LocatedAdapter, roles: Sequence[FileRole]
-    ) -> tuple[RemoteFile, ...]:
-        place = parse_ref(AdapterRef(located.source)).place
-        files: tuple[RemoteFile, ...] = await self.backend.shards(place, located, roles)
-        return files
 
     def is_version(self, revision: str) -> bool:
         return bool(self.backend.is_version(revision))
