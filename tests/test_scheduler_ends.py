@@ -166,11 +166,15 @@ async def test_another_digest_fails_the_request(tmp_path: Path, resident: bool) 
 
 
 async def test_a_token_of_false_weights_does_not_count(tmp_path: Path) -> None:
-    """No event notifies of another digest: the scheduler asks when a batch is completed."""
-    async with opened(stocked(tmp_path, "a"), ready="a") as (_, scheduler):
-        ticket = scheduler.submit(Request(AdapterRef("a", digest="0" * 64), 1, 1))
+    """The scheduler asks when a batch is completed."""
+    source = stocked(tmp_path, "a")
+    source.hold_verification("a")
+    source.fail("verify", errors.IntegrityError("it has other bytes"), id="a", times=9)
+    async with opened(source) as (_, scheduler):
+        ticket = scheduler.submit(Request("a", 1, 1))
         batch = await scheduler.next_batch(MANY, MANY)
         assert batch.handles[0] is not None
+        source.allow_verification("a")
         await fails(batch.handles[0].verified(), errors.IntegrityError)
         scheduler.complete(batch)
         await fails(ticket, errors.IntegrityError)

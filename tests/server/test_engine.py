@@ -5,7 +5,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from lorax_async.devices.simulated import GatedDevice
 from lorax_async.scheduler.scheduler import AdapterScheduler
 from lorax_async.server.engine import DecoderStep, Engine, Sampler, Sampling, TokenStream
 from lorax_async.testing import FakeDecoder, FakeSource
-from lorax_async.types import AdapterKey, AdapterRef
+from lorax_async.types import AdapterKey
 from scheduling.serving import opened, warm
 from server.generating import GREEDY, VOCABULARY, ScriptedDecoder, all_of, alone, asked, generating
 from tiny_loaders import begin_copies, fails, gated
@@ -245,25 +245,18 @@ async def test_a_scheduler_that_ends_fails_all_answers(source: FakeSource, ends:
         source.allow("a")
 
 
-def gate_digests(source: FakeSource) -> asyncio.Event:
-    digest, gate = source.digest, asyncio.Event()
-
-    async def gated(key: AdapterKey) -> str:
-        await gate.wait()
-        return await digest(key)
-
-    source.digest = gated  # type: ignore[method-assign]
-    return gate
-
-
-FALSE = AdapterRef("a", digest="0" * 64)
+def hold_false_bytes(source: FakeSource) -> Callable[[], None]:
+    """Let the bytes of "a" turn out to be false once the returned function is called."""
+    source.hold_verification("a")
+    source.fail("verify", errors.IntegrityError("it has other bytes"), id="a", times=9)
+    return lambda: source.allow_verification("a")
 
 
 async def test_no_token_of_an_adapter_that_was_false_comes_out(source: FakeSource) -> None:
-    gate, loop = gate_digests(source), asyncio.get_running_loop()
+    tell = hold_false_bytes(source)
 
     def leave(number: int, step: DecoderStep) -> dict[int, errors.LoraxError]:
-        loop.call_soon_threadsafe(gate.set)
+        tell()
         handle = step.parts[0].handle
         assert handle is not None
         late = time.monotonic() + 20
@@ -278,7 +271,7 @@ async def test_no_token_of_an_adapter_that_was_false_comes_out(source: FakeSourc
     async with generating(source) as (engine, decoder, loader):
         await warm(loader, "a")
         decoder.leave = leave
-        assert await all_of(engine.submit(asked([1], 9, FALSE)), errors.IntegrityError) == []
+        assert await all_of(engine.submit(asked([1], 9, "a")), errors.IntegrityError) == []
 
 
 @pytest.mark.each_loop
@@ -434,13 +427,13 @@ async def test_shares_are_set(source: FakeSource, share: float, most: int) -> No
 
 @pytest.mark.parametrize("ends", ["adapter", "engine"])
 async def test_preempted_answers_end_after_their_tokens(source: FakeSource, ends: str) -> None:
-    gate = gate_digests(source)
-    async with full(source, adapter=FALSE) as (engine, _, answers):
+    tell = hold_false_bytes(source)
+    async with full(source) as (engine, _, answers):
         others = [engine.submit(asked([n, 1, 2], LONG, "b")) for n in range(8)]
         await until(lambda: len(others[-1].known) > 3)
         if ends == "engine":
             await engine.close()
-        gate.set()
+        tell()
         error = errors.LoaderClosedError if ends == "engine" else errors.IntegrityError
         for number, answer in enumerate(answers):
             got = await all_of(answer, error)
@@ -481,7 +474,7 @@ async def over_files() -> AsyncIterator[tuple[Engine, AdapterLoader, GatedDevice
     assert decoder.kept == {}
 
 
-async def test_an_answer_is_cancelled_while_its_files_come_to_rest(tmp_path: Path) -> None:
+async def test_an_answer_is_cancelled_while_its_files_are_loaded_again(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "a", 1)
     async with over_files() as (engine, _, device):
         device.gate.clear()
@@ -489,7 +482,6 @@ async def test_an_answer_is_cancelled_while_its_files_come_to_rest(tmp_path: Pat
         await until(lambda: device.copies)
         tiny.write(folder, 2)
         device.gate.set()
-        await asyncio.sleep(0.01)  # into the time in which a changed file comes to rest
         answer.cancel()
         assert await all_of(answer) == []
 
