@@ -257,7 +257,7 @@ async def _play(mix: Mix) -> Outcome:
         io_threads=1,
         timeout=1e6,
         starvation_age=mix.starvation_age,
-        revalidate_files=0,  # no real time counts
+        revalidate_files=1e6,  # no real time counts
     )
     outcome = Outcome(mix)
 

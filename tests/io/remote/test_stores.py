@@ -249,7 +249,7 @@ async def test_a_signed_url_ends(store: Store) -> None:
 
 
 @on(S3, AZURE)
-async def test_an_index_in_place_of_the_weights_is_refused(store: Store) -> None:
+def test_an_index_in_place_of_the_weights_is_refused(store: Store) -> None:
     store.put_all({"adapter_config.json": CONFIG, INDEX_FILE: b"{}"})
     with pytest.raises(UnsupportedAdapterError, match=INDEX_FILE):
         located(store.id)
