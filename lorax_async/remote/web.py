@@ -168,6 +168,9 @@ class _Recheck:
             again = [await outcome(request.done) for request in requests]
         except (AdapterNotFoundError, IntegrityError):
             return False
+        finally:
+            for request in requests:
+                _cancel(request)  # no caller waits for what is not done
         return list(map(_name, again)) == list(map(_name, self._answers))
 
 
