@@ -72,7 +72,7 @@ class Lora:
     def set_active_adapters(self, requests: Iterable[Any], mapping: Any) -> None:
         for lora_request in requests:
             self.add_adapter(lora_request)
-        for number in mapping.index_mapping:
+        for number in filter(None, mapping.index_mapping):
             self.cached[number]  # in vLLM too, a KeyError here ends the engine
 
     def _load_adapter(self, lora_request: Any) -> Any:
@@ -161,9 +161,9 @@ class Engine:
 
 
 def digest(weights: Any) -> str:
-    """Return a digest of a model's weights, or of an adapter's folder."""
+    """Return a digest of a model's weights, or of an adapter's folder; "zeros" is itself."""
     if isinstance(weights, str):
-        return weights  # vLLM's dummy
+        return weights
     if isinstance(weights, Path):
         data = (weights / FILES[1]).read_bytes()
     else:
@@ -331,8 +331,11 @@ async def running(
     async with _served(given, config, engine, server.models, host_bytes) as served:
         server.resolver.serving = server.app.state.lorax = given, served
         server.app.state.openai_serving_models = server.models
-        yield server, served
-    vars(server).clear()  # FastAPI remembers its endpoint
+        try:
+            yield server, served
+        finally:  # FastAPI caches what it found out about functions, and these have the app
+            server.app.state.lorax = server.app.state.openai_serving_models = None
+            vars(server).clear()
 
 
 @asynccontextmanager

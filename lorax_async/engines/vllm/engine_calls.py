@@ -75,7 +75,7 @@ class EngineCalls:
             await self.call("lorax_forget", path, keep_copy)
 
     async def add(self, request: Any) -> None:
-        """Give vLLM's engine an adapter. Raise `UnsupportedAdapterError` if it cannot load it."""
+        """Give an adapter to vLLM's engine. Raise `UnsupportedAdapterError` if that fails."""
         try:
             await self._client.add_lora(request)
         except Exception as error:

@@ -70,7 +70,7 @@ def attach_renewal(app: FastAPI) -> None:
 
     async def validate_and_renew(raw_request: Request) -> None:
         await validate_json_request(raw_request)
-        serving = getattr(raw_request.app.state, "lorax", None)
+        serving = getattr(app.state, "lorax", None)
         try:
             body = await raw_request.json()
         except ValueError:

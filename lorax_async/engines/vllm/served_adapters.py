@@ -130,8 +130,9 @@ class ServedAdapters:
         """
         adapter = await self._prepare(name, ref)
         try:
-            # vLLM takes two adapters of one name in a batch for one: let the earlier one end.
-            while not in_place and self._has_requests(name):  # noqa: ASYNC110 - no event tells
+            # Unless they are extended, vLLM's workers take two of one name in a batch for one.
+            may_mix = not (in_place or self._engine.extended)
+            while may_mix and self._has_requests(name):  # noqa: ASYNC110 - vLLM sets no event
                 await asyncio.sleep(POLL)
         except BaseException:
             self._start(self.discard(adapter))
@@ -165,7 +166,8 @@ class ServedAdapters:
         last, number = self._local_versions.get(path, (key, 0))
         number += last != key
         self._local_versions[path] = key, number
-        return path + "".join("/." if digit == "1" else "/" for digit in f"{number:b}" if number)
+        digits = f"{number:b}" if number else ""
+        return path + "".join("/." if digit == "1" else "/" for digit in digits)
 
     async def _build(self, adapter: ServedAdapter, key: AdapterKey) -> bool:
         """Build its weights. Return whether all that was read is of version `key`."""

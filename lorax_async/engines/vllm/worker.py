@@ -13,7 +13,7 @@ import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ from lorax_async.engines.vllm.notices import NoticeAddress, network_namespace, s
 from lorax_async.errors import shorten
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+MAX_REQUESTS = 4096
+"""LoRARequests that a worker remembers; the one that was loaded longest ago goes first."""
 
 _UNEXPECTED = "vLLM's WorkerLoRAManager has no {}, which this version of lorax_async needs"
 
@@ -30,6 +33,12 @@ def unexpected_interface(lora: Any) -> str | None:
     load = getattr(lora, "_load_adapter", None)
     if not callable(load) or list(inspect.signature(load).parameters) != ["lora_request"]:
         return _UNEXPECTED.format("_load_adapter(lora_request)")
+    activate = getattr(lora, "set_active_adapters", None)
+    if not callable(activate) or list(inspect.signature(activate).parameters) != [
+        "requests",
+        "mapping",
+    ]:
+        return _UNEXPECTED.format("set_active_adapters(requests, mapping)")
     adapters = getattr(lora, "_adapter_manager", None)
     merge = getattr(adapters, "_create_merged_loras_inplace", None)
     if not callable(merge) or list(inspect.signature(merge).parameters) != ["lora_model"]:
@@ -61,6 +70,7 @@ class WorkerExtension:
             self._lorax_weights = BuiltWeights(lora, host_bytes, added)
             # On this object alone: other workers and other users of the class keep theirs.
             lora._load_adapter = self._lorax_weights.load  # type: ignore[union-attr]  # noqa: SLF001
+            lora.set_active_adapters = self._lorax_weights.activate  # type: ignore[union-attr]
         return reason
 
     def lorax_namespace(self) -> str:
@@ -98,12 +108,14 @@ class BuiltWeights:
     def __init__(self, lora: Any, budget: int, added: Iterable[int] = ()) -> None:
         self._lora = lora
         self._load: Callable[[Any], Any] = lora._load_adapter  # noqa: SLF001
+        self._activate: Callable[[Any, Any], None] = lora.set_active_adapters
         self._budget = budget
         self._models: OrderedDict[str, tuple[Any, int]] = OrderedDict()
         self._files: dict[str, OpenFiles] = {}
         self._building: dict[str, Future[Any]] = {}
         self._lost: dict[str, str] = {}
         self._added = set(added)
+        self._requests: dict[int, Any] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lorax-build")
         self.counts = dict.fromkeys(("built", "hits", "loads", "reopened", "lost"), 0)
 
@@ -130,7 +142,7 @@ class BuiltWeights:
             return True, _describe(error, path)  # and again, until `forget`: several may ask
         del self._building[path]
         files, model, nbytes = building.result()
-        if (before := self._files.pop(path, None)) is not None:
+        if (before := self._files.get(path)) is not None and before is not files:
             before.close()
         self._files[path] = files
         self._lost.pop(path, None)
@@ -139,10 +151,16 @@ class BuiltWeights:
         return True, None
 
     def _build(self, path: str) -> tuple[OpenFiles, Any, int]:
-        """Load the weights as vLLM does, and as it adds them, so that adding repeats nothing."""
+        """Load the weights as vLLM does, and as it adds them, so that adding repeats nothing.
+
+        What was built before is built from the same files: a path stands for one version.
+        """
         from vllm.lora.request import LoRARequest  # noqa: PLC0415
 
-        files = OpenFiles(path)
+        before = self._files.get(path)
+        if before is not None and not before.are_unchanged():
+            before = None
+        files = before or OpenFiles(path)
         try:
             if path in self._models:
                 return files, None, 0
@@ -151,11 +169,13 @@ class BuiltWeights:
                 import torch  # noqa: PLC0415
 
                 torch.cuda.set_device(adapters.device)  # pinning must not open another GPU
-            model, nbytes = self._load_merged(LoRARequest("lorax-async", 1, path))
+            with nullcontext(path) if before is None else files.folder() as folder:
+                model, nbytes = self._load_merged(LoRARequest("lorax-async", 1, folder))
             _require_applied(model, adapters)
             self.counts["built"] += 1
         except BaseException:
-            files.close()
+            if before is None:
+                files.close()
             raise
         return files, model, nbytes
 
@@ -203,6 +223,7 @@ class BuiltWeights:
         adapter's requests.
         """
         path, number = lora_request.lora_path, lora_request.lora_int_id
+        self._remember(lora_request)
         self.progress(path)  # of several engines, the server waits for the first one alone
         if path in self._models:
             self._models.move_to_end(path)
@@ -249,6 +270,25 @@ class BuiltWeights:
         if self.address is not None:
             send_notice(self.address, path, self._lost[path])
 
+    def activate(self, requests: Iterable[Any], mapping: Any) -> None:
+        """Bring a step's adapters into slots; replaces `WorkerLoRAManager.set_active_adapters`.
+
+        vLLM gives it a set in which requests are equal by name: while an earlier version of a name
+        has requests, one of the two is missing, and the step would end the engine.
+        """
+        present = {each.lora_int_id: each for each in requests}
+        for number in present.keys() - self._requests.keys():
+            self._remember(present[number])
+        numbers = set() if mapping is None else set(mapping.index_mapping)
+        missing = self._requests.keys() & (numbers - present.keys())
+        self._activate([*present.values(), *map(self._requests.__getitem__, missing)], mapping)
+
+    def _remember(self, lora_request: Any) -> None:
+        self._requests.pop(lora_request.lora_int_id, None)
+        self._requests[lora_request.lora_int_id] = lora_request
+        if len(self._requests) > MAX_REQUESTS:
+            del self._requests[next(iter(self._requests))]
+
     def report(self) -> dict[str, Any]:
         """Return the numbers of adapters in slots and in vLLM's cache, and our bytes by path."""
         adapters = self._lora._adapter_manager  # noqa: SLF001
@@ -293,17 +333,23 @@ class OpenFiles:
 
         Raise OSError if their bytes have changed, also while they were used.
         """
-        self._require_unchanged()
+        self._check()
         with tempfile.TemporaryDirectory(prefix="lorax-async-") as folder:
             for name, file in self._descriptors.items():
                 Path(folder, name).symlink_to(f"/proc/self/fd/{file}")
             yield folder
-        self._require_unchanged()
+        self._check()
 
-    def _require_unchanged(self) -> None:
-        for name, file in self._descriptors.items():
-            if _version_of(os.fstat(file)) != self._versions[name]:
-                raise OSError(f"{name} was overwritten; load the adapter again")
+    def are_unchanged(self) -> bool:
+        """Return whether the open files have the bytes that they had when they were opened."""
+        return all(
+            _version_of(os.fstat(file)) == self._versions[name]
+            for name, file in self._descriptors.items()
+        )
+
+    def _check(self) -> None:
+        if not self.are_unchanged():
+            raise OSError("its files were overwritten; load it again")
 
     def close(self) -> None:
         for file in self._descriptors.values():

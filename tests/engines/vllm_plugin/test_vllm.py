@@ -165,6 +165,40 @@ def test_unloading_frees_the_engine_when_the_last_request_ends(
     assert "pirate" not in server.adapters()
 
 
+def test_a_folder_that_was_replaced_is_served_as_it_is_now(
+    server: VllmServer, world: World, own: tuple[dict[str, str], Arrival]
+) -> None:
+    """Requests that have begun keep the version before, in the same steps as the new one."""
+    texts, _ = own
+    forget(server)
+    folder, new = world.folders["red"].parent / "changing", world.root / "new"
+    shutil.copytree(world.folders["pirate"], folder)
+    shutil.copytree(world.folders["shout"], new)
+    assert server.text("changing") == texts["pirate"]
+    streams: list[str] = []
+    reader = threading.Thread(
+        target=lambda: streams.append(server.stream("changing", tokens=200).text)
+    )
+    reader.start()
+    time.sleep(1.0)
+    folder.rename(world.root / "before")
+    new.rename(folder)
+    time.sleep(1.1)
+    assert server.text("changing") == texts["shout"]
+    assert reader.is_alive()
+    assert len(loaded(server)[0]) == 2
+    reader.join()
+    assert streams[0].startswith(texts["pirate"][:20])
+    until(lambda: len(loaded(server)[0]) == 1)
+    assert server.text("changing") == texts["shout"]
+    shutil.rmtree(folder)
+    time.sleep(1.1)
+    reply = server.chat("changing")
+    assert reply.status == 404
+    assert "'changing'" in reply.json["error"]["message"]
+    until(lambda: not any(loaded(server)))
+
+
 def test_an_adapter_may_be_unloaded_while_it_loads(server: VllmServer, world: World) -> None:
     forget(server)
     load = {"lora_name": "late", "lora_path": world.url("huge")}
