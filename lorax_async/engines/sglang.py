@@ -24,7 +24,12 @@ from typing import Any
 
 from lorax_async.config import Limits, StoreConfig
 from lorax_async.engines.plugins import BaseRequirements, PluginSettings, response_to
-from lorax_async.errors import IncompatibleAdapterError, LoraxError, UnsupportedAdapterError
+from lorax_async.errors import (
+    IncompatibleAdapterError,
+    IntegrityError,
+    LoraxError,
+    UnsupportedAdapterError,
+)
 from lorax_async.formats.peft_config import parse_config
 from lorax_async.formats.peft_names import parse_tensor_name
 from lorax_async.planning.model_families import decoder_layout
@@ -51,6 +56,12 @@ ONE_SCALE = (
     "SGLang applies one rank and one scale to all modules of an adapter, and this one has a"
     " rank_pattern or an alpha_pattern"
 )
+
+ATTEMPTS = 3
+"""Loads of a local adapter whose files change meanwhile."""
+
+TICK = 0.01
+"""Seconds between two looks whether requests have entered SGLang."""
 
 _LAYER = re.compile(r"layers\.\d+\.")
 
@@ -126,7 +137,10 @@ class RequestHooks:
         self._settings = settings
 
     async def resolve(self, original: Method, manager: Any, request: Any) -> None:
-        """Load the adapters that a request names and SGLang lacks; let SGLang do the rest."""
+        """Load the adapters that a request names and SGLang lacks, or has in another version.
+
+        SGLang does the rest.
+        """
         if not hasattr(manager, ATTRIBUTE):
             reason = _find_obstacle(manager)
             if reason is not None:
@@ -141,7 +155,8 @@ class RequestHooks:
         names = {paths} if isinstance(paths, str) else set(paths)  # with None, as SGLang counts
         with adapters.use(names):
             await adapters.load(names)
-            await original(manager, request)
+            with adapters.enter(names):
+                await original(manager, request)
 
     async def unload(self, original: Method, manager: Any, request: Any) -> Any:
         """Let SGLang unload an adapter, and release its folder."""
@@ -196,6 +211,7 @@ class RequestedAdapters:
         self._folders: dict[str, AdapterFolder] = {}
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._users: Counter[str | None] = Counter()
+        self._entering: Counter[str | None] = Counter()
 
     @contextmanager
     def use(self, names: set[str | None]) -> Iterator[None]:
@@ -208,8 +224,17 @@ class RequestedAdapters:
             for name in filter(None, names):
                 self.release_unused(name)
 
+    @contextmanager
+    def enter(self, names: set[str | None]) -> Iterator[None]:
+        """Unload none of these meanwhile: SGLang looks for them, and counts their requests."""
+        self._entering.update(names)
+        try:
+            yield
+        finally:
+            self._entering -= Counter(names)
+
     async def load(self, names: set[str | None]) -> None:
-        """Load adapters that SGLang does not know, and that requests may name; one at a time each.
+        """Load adapters that SGLang lacks, or has in another version; one at a time each.
 
         Raise what SGLang answers to the client if one cannot be used. A load goes on if its callers
         leave.
@@ -228,17 +253,17 @@ class RequestedAdapters:
         if name in self._loads:
             return self._loads[name]
         manager = self._manager
-        is_leaving = name in self._folders and name in manager.pending_lora_unloads
-        known = name in manager.lora_registry.get_all_adapters() or name in manager.lora_ref_cache
+        folder = self._folders.get(name)
+        loaded = manager.lora_registry.get_all_adapters()
+        known = loaded.get(name) or manager.lora_ref_cache.get(name)
+        if known and (folder is None or known.lora_path != str(folder.path)):
+            return None  # another client loaded it
         ref = self._settings.find(name)
         if ref is None:
-            return None  # loaded by SGLang's own route, or SGLang refuses the request
-        if known and not is_leaving:
-            if name not in self._folders or self._is_current(name, ref):
-                return None
-            work = self._renew(name, ref)
-        else:
-            work = self._load(name, ref)
+            return None  # SGLang refuses the request
+        is_leaving = name in manager.pending_lora_unloads
+        if known and folder and not is_leaving and self._is_current(ref, folder):
+            return None
 
         def end(load: asyncio.Task[None]) -> None:
             del self._loads[name]
@@ -246,21 +271,69 @@ class RequestedAdapters:
             if not load.cancelled():
                 load.exception()  # its callers may have left
 
-        load = self._loads[name] = asyncio.create_task(work, name=f"load {name}")
+        load = self._loads[name] = asyncio.create_task(self._load(name, ref), name=f"load {name}")
         load.add_done_callback(end)
         return load
 
-    async def _load(self, name: str, ref: AdapterRef) -> None:
-        from sglang.srt.managers import io_struct  # noqa: PLC0415
+    def _is_current(self, ref: AdapterRef, folder: AdapterFolder) -> bool:
+        return self._store is not None and self._store.current_key(ref) == folder.key
 
+    async def _load(self, name: str, ref: AdapterRef) -> None:
+        """Load what `ref` means now, unless SGLang has it; what it has of another version goes."""
         try:
-            folder = await (await self._open_store()).checkout(ref)
-            if name in self._folders:  # SGLang has not unloaded it from all workers
-                self._release(name)
-            self._folders[name] = folder
-            await asyncio.to_thread(self._check, folder.path)
+            for _ in range(ATTEMPTS):
+                folder = await self._take(name, ref)
+                if folder is None or await self._load_folder(name, ref, folder):
+                    return
+            raise IntegrityError(
+                "its files changed each time while they were read; save to a new folder and"
+                " rename it into place"
+            )
         except LoraxError as error:
             raise _refuse(error.located(id=ref.text), name) from error
+
+    async def _take(self, name: str, ref: AdapterRef) -> AdapterFolder | None:
+        """Lease and check the folder of `ref`; None if SGLang has this version.
+
+        An earlier version is unloaded, which waits for its requests.
+        """
+        store, manager = await self._open_store(), self._manager
+        folder, before = await store.checkout(ref), self._folders.get(name)
+        try:
+            registered = name in manager.lora_registry.get_all_adapters()
+            if before is not None and before.key == folder.key and registered:
+                folder.release()
+                return None
+            await asyncio.to_thread(self._check, folder.path)
+            if before is not None and registered:
+                await self._unload(name, folder)
+        except BaseException:
+            folder.release()
+            raise
+        if before is not None:  # SGLang may not have unloaded it from all workers
+            before.release()
+        self._folders[name] = folder
+        return folder
+
+    async def _unload(self, name: str, successor: AdapterFolder) -> None:
+        """Unload an adapter when its requests have ended.
+
+        A request that comes between, for several adapters, makes SGLang load the successor.
+        """
+        from sglang.srt.managers import io_struct  # noqa: PLC0415
+
+        manager = self._manager
+        while name in self._entering:  # noqa: ASYNC110 - for moments
+            await asyncio.sleep(TICK)
+        if (known := manager.lora_ref_cache.get(name)) is not None:
+            path = str(successor.path)
+            manager.lora_ref_cache[name] = type(known)(lora_name=name, lora_path=path)
+        await manager.unload_lora_adapter(io_struct.UnloadLoRAAdapterReqInput(lora_name=name))
+
+    async def _load_folder(self, name: str, ref: AdapterRef, folder: AdapterFolder) -> bool:
+        """Load an adapter. Return whether all that SGLang read is of the folder's version."""
+        from sglang.srt.managers import io_struct  # noqa: PLC0415
+
         if name in self._manager.pending_lora_unloads:
             await self._finish_unload(name)
         load = io_struct.LoadLoRAAdapterReqInput(lora_name=name, lora_path=str(folder.path))
@@ -270,27 +343,8 @@ class RequestedAdapters:
         # Another client may have loaded it by SGLang's own route.
         if not result.success and "already loaded" not in result.error_message:
             raise ValueError(f"SGLang cannot load the adapter {name!r}: {result.error_message}")
-
-    def _is_current(self, name: str, ref: AdapterRef) -> bool:
-        """Return whether the loaded version is known to be what the name means now."""
-        assert self._store is not None
-        return self._store.current_key(ref) == self._folders[name].key
-
-    async def _renew(self, name: str, ref: AdapterRef) -> None:
-        """Ask what a loaded adapter's name means now. Load another version in its place.
-
-        SGLang unloads an adapter when its requests have ended.
-        """
-        from sglang.srt.managers import io_struct  # noqa: PLC0415
-
-        assert self._store is not None
-        try:
-            if await self._store.resolve(ref) == self._folders[name].key:
-                return
-        except LoraxError as error:
-            raise _refuse(error.located(id=ref.text), name) from error
-        await self._manager.unload_lora_adapter(io_struct.UnloadLoRAAdapterReqInput(lora_name=name))
-        await self._load(name, ref)
+        store = await self._open_store()
+        return not folder.key.files or await store.resolve(ref) == folder.key
 
     async def _finish_unload(self, name: str) -> None:
         """Unload an adapter whose unload was cut short, as by a caller that left."""

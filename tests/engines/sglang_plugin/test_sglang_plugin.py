@@ -136,6 +136,77 @@ async def test_adapters_that_others_load_stay_theirs(
     assert "one scale" in (await server.requests.load_lora_adapter(request)).error_message
 
 
+async def replace(folder: Path, seed: int) -> None:
+    """Put another adapter in a folder's place, and wait for as long as a look at it counts."""
+    new = save(llama(), ATTENTION, folder.with_name(f"{folder.name}-{seed}"), seed=seed)
+    folder.rename(folder.with_name(f"{folder.name}-before-{seed}"))
+    new.rename(folder)
+    await asyncio.sleep(1.1)
+
+
+def weights_of(server: Server, lora_id: str) -> torch.Tensor:
+    """Return what SGLang has of one layer."""
+    return next(iter(server.weights.loras[lora_id].layers[1].weights.values())).clone()
+
+
+async def test_a_request_gets_the_version_that_is_there_when_it_begins(
+    server: Server, local: Path
+) -> None:
+    """The version before stays until its requests have ended; others are not held."""
+    folder = save(llama(), ATTENTION, local / "changing")
+    save(llama(), ATTENTION, local / "calm")
+    old = await server.resolve("changing")
+    before = weights_of(server, old)
+    assert await server.resolve("changing") == old
+    await replace(folder, 5)
+    asked = [asyncio.create_task(server.resolve("changing")) for _ in range(3)]
+    await asyncio.sleep(0.1)
+    assert not any(task.done() for task in asked), "the one before has requests"
+    assert torch.equal(weights_of(server, old), before)
+    await server.requests.lora_registry.release([old, old])
+    found = await asyncio.gather(*asked)
+    assert old not in {*found, *server.weights.loras}
+    assert len({*found}) == 1
+    assert not torch.equal(weights_of(server, found[0]), before)
+    assert len(server.loads) == 2
+    await server.resolve("calm")
+    assert await server.resolve("changing") == found[0]
+    shutil.rmtree(folder)
+    await asyncio.sleep(1.1)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no such folder"):
+            await server.resolve("changing")
+    assert found[0] in server.weights.loras, "its requests go on"
+
+
+async def test_a_folder_that_changes_while_sglang_reads_it_is_read_again(
+    server: Server, local: Path
+) -> None:
+    """The config of one version is never served with the weights of another."""
+    folder, tell = save(llama(), ATTENTION, local / "unsteady"), server.tell
+    changes = iter(range(10, 11))
+
+    async def change(request: Any) -> list[Any]:
+        if "Unload" not in type(request).__name__:
+            for seed in changes:
+                new = save(llama(), ATTENTION, local / f"unsteady-{seed}", seed=seed)
+                folder.rename(local / f"unsteady-before-{seed}")
+                new.rename(folder)
+                break
+        return await tell(request)
+
+    server.requests.update_lora_adapter_communicator = change
+    await server.serve("unsteady")
+    assert len(server.loads) == 2
+    await replace(folder, 20)
+    changes = iter(range(21, 40))
+    with pytest.raises(HTTPException, match="rename") as raised:
+        await server.resolve("unsteady")
+    assert raised.value.status_code == 502
+    changes = iter(())
+    await server.serve("unsteady")
+
+
 REFUSED: dict[str, tuple[Lora, str]] = {
     "rank": ({**ATTENTION, "r": 17}, "takes up to 16"),
     "pattern": ({**ATTENTION, "alpha_pattern": {"v_proj": 3}}, "one scale"),
