@@ -96,6 +96,32 @@ class Recheck(Protocol):
         answer was made, unless one was replaced and put back since.
         """
 
+    def close(self) -> None:
+        """Cancel the requests that no caller waits for."""
+
+
+class Confirmation:
+    """Requests an adapter's files again, if its source may replace them between two answers."""
+
+    def __init__(
+        self, recheck: Callable[[], Recheck] | None, on_replaced: Callable[[], object]
+    ) -> None:
+        self._recheck = None if recheck is None else recheck()
+        self._on_replaced = on_replaced
+
+    async def wait(self) -> None:
+        """Raise `ReplacedError` if a file is another one now. May be called several times."""
+        if self._recheck is not None and not await self._recheck():
+            self._on_replaced()
+            raise ReplacedError(
+                "its config and weights were replaced while they were requested; load it again"
+            )
+
+    def close(self) -> None:
+        """Cancel the requests that no caller waits for. Idempotent."""
+        if self._recheck is not None:
+            self._recheck.close()
+
 
 @dataclass(frozen=True, slots=True)
 class LocatedAdapter:

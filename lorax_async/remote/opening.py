@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -42,10 +43,10 @@ from lorax_async.remote.base import (
     AdapterMetadata,
     AnotherVersionError,
     Backend,
+    Confirmation,
     FetchedFile,
     LocatedAdapter,
     RemoteFile,
-    ReplacedError,
     bind_to,
     remember,
     track,
@@ -331,9 +332,9 @@ class AdapterOpener:
     async def metadata(self, key: RemoteKey, control: FetchControl) -> AdapterMetadata:
         """Fetch config and headers from the source, without the cache."""
         located = await self._locate(key, control)
-        confirm = self._confirmation(key, located)
-        metadata = await self._fetch_metadata(located, control)
-        await confirm()
+        with closing(self._confirmation(key, located)) as confirmation:
+            metadata = await self._fetch_metadata(located, control)
+            await confirmation.wait()
         return metadata
 
     async def _find(self, key: RemoteKey, control: FetchControl) -> CacheEntry | DiskDownload:
@@ -436,9 +437,13 @@ class AdapterOpener:
         self, key: RemoteKey, download: DiskDownload, control: FetchControl
     ) -> AdapterFile:
         located = await self._locate(key, control)
-        confirm = self._confirmation(key, located)
-        metadata = await self._fetch_metadata(located, control)
-        weights = await self._add_files(download, metadata, control)
+        confirmation = self._confirmation(key, located)
+        try:
+            metadata = await self._fetch_metadata(located, control)
+            weights = await self._add_files(download, metadata, control)
+        except BaseException:
+            confirmation.close()
+            raise
 
         def no_longer_idle() -> None:
             self._idle -= Counter([key])
@@ -449,7 +454,7 @@ class AdapterOpener:
             layers_first=self._verify in {"none", "stream"},
             resumable=not located.version.startswith(WEAK),
             on_take=no_longer_idle,
-            confirm=confirm,
+            confirmation=confirmation,
         )
 
         async def refuse(error: LoraxError, *, weights: bool) -> bool:
@@ -457,29 +462,14 @@ class AdapterOpener:
                 return await self._distrust(key)
             await reader.refuse(error)
             async with bind_to(control):
-                await confirm()  # else config and weights need not fit each other
+                await confirmation.wait()  # else config and weights need not fit each other
             return False
 
         config, header = metadata.config.prefix, metadata.weights.prefix
         return AdapterFile(config, header, reader, download.mappable, refuse)
 
-    def _confirmation(
-        self, key: RemoteKey, located: LocatedAdapter
-    ) -> Callable[[], Awaitable[None]]:
-        """Request the files again, if that is needed; return what waits for the answers.
-
-        It raises `ReplacedError`, and may be called several times.
-        """
-        recheck = None if located.recheck is None else located.recheck()
-
-        async def confirm() -> None:
-            if recheck is not None and not await recheck():
-                self._resolver.forget(key)
-                raise ReplacedError(
-                    "its config and weights were replaced while they were requested; load it again"
-                )
-
-        return confirm
+    def _confirmation(self, key: RemoteKey, located: LocatedAdapter) -> Confirmation:
+        return Confirmation(located.recheck, partial(self._resolver.forget, key))
 
     async def _distrust(self, key: RemoteKey) -> bool:
         """Drop an unvouched entry whose weights were refused; return whether it is gone."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from functools import partial
@@ -21,7 +21,14 @@ from lorax_async.formats.spans import ByteRange, ByteSpan, SpanSet
 from lorax_async.http.download_scheduler import Job
 from lorax_async.http.range_engine import FOREGROUND, PREFETCH, RangeEngine
 from lorax_async.http.ranges import size_of
-from lorax_async.remote.base import LONGEST, FetchedFile, bind_to, track, unwanted_error
+from lorax_async.remote.base import (
+    LONGEST,
+    Confirmation,
+    FetchedFile,
+    bind_to,
+    track,
+    unwanted_error,
+)
 from lorax_async.sources.base import AdapterFile
 from lorax_async.types import RemoteKey
 
@@ -83,8 +90,7 @@ class FetchReader(CountedReader):
     Its owner calls `bring` or `refuse` once, or only `close`, which ends the download too; the
     first of them calls `on_take`. `file` is that of the weights, which began as `fetched`. A
     `resumable` download may be resumed after it failed: the version names the bytes. With
-    `layers_first` hashing takes no core from receiving and copying them. `confirm` raises unless
-    both files are of one version still.
+    `layers_first` hashing takes no core from receiving and copying them. It closes `confirmation`.
     """
 
     def __init__(
@@ -99,7 +105,7 @@ class FetchReader(CountedReader):
         resumable: bool,
         layers_first: bool,
         on_take: Callable[[], object],
-        confirm: Callable[[], Awaitable[None]],
+        confirmation: Confirmation,
     ) -> None:
         self.key = key
         self.entry: CacheEntry | None = None
@@ -111,7 +117,7 @@ class FetchReader(CountedReader):
         self._resumable = resumable
         self._layers_first = layers_first
         self._on_take = on_take
-        self._confirm = confirm
+        self._confirmation = confirmation
         self._lock = Lock()
         self._job: Job[None] | None = None
         self._hashing: Future[int] | None = None
@@ -149,15 +155,16 @@ class FetchReader(CountedReader):
             job = await self._workers.run(begin)
             async with track(control, job):
                 async with bind_to(control):
-                    await self._confirm()
+                    await self._confirmation.wait()
                     if is_whole:  # else the answers with the rest show a replacement
-                        await self._confirm()
+                        await self._confirmation.wait()
                 gate.open()
                 await outcome(job.done)
             if layers_first:
                 await self.until_read(groups)
             entry = await self._workers.run(self._download.publish, lambda entry: entry.close())
         except BaseException as error:
+            self._confirmation.close()
             await self._workers.finish(partial(self._leave, control.refused or error))
             raise
         self._adopt(entry)
@@ -175,6 +182,7 @@ class FetchReader(CountedReader):
             return
         self._closed = True
         self._reader.close()
+        self._confirmation.close()
         if not self._taken:
             self._take()
             self._workers.submit(partial(self._leave, None))

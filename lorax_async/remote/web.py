@@ -173,6 +173,11 @@ class _Recheck:
                 _cancel(request)  # no caller waits for what is not done
         return list(map(_name, again)) == list(map(_name, self._answers))
 
+    def close(self) -> None:
+        requests, self._requests = self._requests, []
+        for request in requests:
+            _cancel(request)
+
 
 def _cancel(request: ProbeRequest) -> None:
     if not request.done.done():

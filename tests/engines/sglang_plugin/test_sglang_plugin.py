@@ -146,7 +146,8 @@ async def replace(folder: Path, seed: int) -> None:
 
 def weights_of(server: Server, lora_id: str) -> torch.Tensor:
     """Return what SGLang has of one layer."""
-    return next(iter(server.weights.loras[lora_id].layers[1].weights.values())).clone()
+    weights: torch.Tensor = next(iter(server.weights.loras[lora_id].layers[1].weights.values()))
+    return weights.clone()
 
 
 async def test_a_request_gets_the_version_that_is_there_when_it_begins(

@@ -25,7 +25,7 @@ from lorax_async.errors import AdapterFormatError, EvictedError, FetchError, Int
 from lorax_async.formats.peft_names import WEIGHTS_FILE
 from lorax_async.formats.spans import ByteSpan
 from lorax_async.remote import opening
-from lorax_async.remote.base import FIRST_BYTES, track
+from lorax_async.remote.base import FIRST_BYTES, Confirmation, track
 from lorax_async.remote.readers import EntryReader, FetchReader, ReopenedReader, entry_gone
 from lorax_async.types import RemoteKey
 from tiny_loaders import fails
@@ -203,10 +203,6 @@ class HeldFile:
         return 0
 
 
-async def unchanged() -> None:
-    """What is requested again is as it was."""
-
-
 async def bringing_begun(
     workers: WorkerThreads, file: HeldFile, close: Any = lambda: None
 ) -> tuple[asyncio.Task[Any], Callable[[int], None], Any]:
@@ -225,7 +221,7 @@ async def bringing_begun(
         *(SimpleNamespace(publish=lambda: "entry", close=close), file, fetched),
     )
     how: Any = {"resumable": True, "layers_first": False, "on_take": lambda: None}
-    fetch = FetchReader(*given, **how, confirm=unchanged)
+    fetch = FetchReader(*given, **how, confirmation=Confirmation(None, list))
     groups = [[ByteSpan(8, 28)]]
     bringing = asyncio.create_task(fetch.bring(groups, lambda _: None, FetchControl()))
     await until(lambda: len(begun) == 2)
