@@ -139,29 +139,24 @@ class Outcome:
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
     """A loop that does not sleep: where only time would pass, it jumps to the next timer.
 
-    `is_busy` says whether threads still work; the loop waits for them first.
+    `is_busy` says whether threads still work; the loop waits for them first. Calls for an executor
+    run at once on the loop, so that each play has the same order of events.
     """
 
     def __init__(self) -> None:
         super().__init__(_JumpingSelector(self))
         self.now = 0.0
         self.is_busy: Callable[[], bool] = lambda: False
-        self.calls = 0
-        """Calls in executors that have not come back."""
 
     def time(self) -> float:
         return self.now
 
     def run_in_executor(
-        self, executor: Executor | None, func: Callable[[*Ts], T], *args: *Ts
+        self, _: Executor | None, func: Callable[[*Ts], T], *args: *Ts
     ) -> asyncio.Future[T]:
-        self.calls += 1
-        future = super().run_in_executor(executor, func, *args)
-        future.add_done_callback(self._came_back)
+        future = self.create_future()
+        future.set_result(func(*args))  # none fails in a play
         return future
-
-    def _came_back(self, _: object) -> None:
-        self.calls -= 1
 
 
 class _JumpingSelector(selectors.DefaultSelector):
@@ -172,7 +167,7 @@ class _JumpingSelector(selectors.DefaultSelector):
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         loop = self._loop
         while True:
-            busy = loop.calls > 0 or loop.is_busy()
+            busy = loop.is_busy()
             events = super().select(0)
             if events or (timeout is not None and timeout <= 0):
                 return events
@@ -199,12 +194,16 @@ class VirtualClock:
 
 
 class SlowDevice(CpuDevice):
-    """Its copies end `seconds` of the loop's time after they were submitted."""
+    """Its copies end `seconds` of the loop's time after they were submitted, one after the other.
+
+    None ends at the moment of another timer: which is first would depend on the threads.
+    """
 
     def __init__(self, layout: ModelLayout, seconds: float, **sizes: Any) -> None:
         super().__init__(layout, dtype="F32", **sizes)
         self._seconds = seconds
         self._loop = asyncio.get_running_loop()
+        self._last_end = 0.0
         self.pending = 0
 
     def copy(self, piece: StagedPiece | None, rows: Any, extent: Extent, slot: int) -> CopyTicket:
@@ -216,7 +215,8 @@ class SlowDevice(CpuDevice):
 
     def _submit(self, ticket: CopyTicket) -> None:
         self.pending += 1
-        self._loop.call_later(self._seconds, self._end, ticket)
+        self._last_end = max(self._loop.time() + self._seconds, self._last_end) + 1e-6
+        self._loop.call_at(self._last_end, self._end, ticket)
 
     def _end(self, ticket: CopyTicket) -> None:
         self.pending -= 1
