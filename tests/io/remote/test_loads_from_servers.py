@@ -204,8 +204,9 @@ async def test_each_byte_comes_once(origin: Origin, adapters: list[Path], way: s
         return sum(int(line.rpartition(" ")[2]) for line in asked)
 
     wait_until(lambda: sent() >= size)
-    # But for those that came slowly behind the header, on a busy machine.
-    assert way == "whole/" or sent() <= size + (0 if way == "untagged/" else FIRST_BYTES)
+    # But for those that came slowly behind the header, on a busy machine; without ETags, the first
+    # ones are compared with a second answer.
+    assert way == "whole/" or sent() <= size + FIRST_BYTES
 
 
 @on("nginx")
@@ -255,15 +256,14 @@ async def test_a_token_is_for_its_owner_only(origin: Origin, adapters: list[Path
 @on("nginx")
 @pytest.mark.parametrize("way", ["", "untagged/"])
 async def test_a_replaced_file_is_noticed(origin: Origin, adapters: list[Path], way: str) -> None:
-    """By its ETag, or else by its date. Nothing of it is kept, and the next load is the new one."""
+    """By its ETag, or else by its date. Nothing of it is kept: the load is of the new one."""
     origin.put(adapters[0])
     id, link = by_way_of(origin, way), origin.link
     async with origin.loader(revalidate=0) as there:
         link.stop_after(100_000)  # of the first answer; what comes next is asked for later
-        loading = asyncio.create_task(there.load(id))
+        loading = asyncio.create_task(has(there, id, adapters[1]))
         await until(lambda: link.stopped)
         origin.put(adapters[1])
         link.go_on()
-        await fails(loading, errors.IntegrityError, "changed while it was read")
-        await until(lambda: stored_in(origin.folder) == (0, 0))
-        await has(there, id, adapters[1])
+        await loading
+        assert stored_in(origin.folder) == (1, 0)
