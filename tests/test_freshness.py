@@ -4,19 +4,30 @@ import asyncio
 import os
 import shutil
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
 
 import tiny
 from common import until
-from lorax_async import AdapterKey, Batch, Request, Ticket
-from lorax_async.errors import AccessDeniedError, AdapterNotFoundError, IntegrityError
+from lorax_async import (
+    AdapterKey,
+    AdapterRef,
+    AdapterStore,
+    Batch,
+    Merge,
+    Request,
+    StoreConfig,
+    Ticket,
+)
+from lorax_async.errors import AccessDeniedError, AdapterNotFoundError, FetchError, IntegrityError
 from lorax_async.testing import FakeSource
-from scheduling.serving import MANY, finish, held, opened, rows, step
+from lorax_async.types import RemoteKey
+from scheduling.serving import MANY, finish, held, opened, rows, step, turns
 from tiny_loaders import fails
 from tiny_loaders import loader as tiny_loader
-from tiny_sources import stocked
+from tiny_sources import over, stocked
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -164,7 +175,7 @@ async def test_a_version_that_is_gone_fails_only_requests_with_tokens_of_it(tmp_
 async def test_overlapping_traffic_follows_an_adapter_that_changes(tmp_path: Path) -> None:
     """No request gets a version that was replaced longer ago than a look at the files counts."""
     source, seconds = stocked(tmp_path, "a"), 0.05
-    current = await source.resolve(_ref("a"))
+    current = await source.resolve(AdapterRef("a"))
     replaced_at: dict[AdapterKey, float] = {}
     clock = asyncio.get_running_loop().time
     async with opened(source, {"revalidate_files": seconds}) as (_, scheduler):
@@ -189,10 +200,48 @@ async def test_overlapping_traffic_follows_an_adapter_that_changes(tmp_path: Pat
         await finish(scheduler, *begun_at)
 
 
-def _ref(id: str) -> Any:
-    from lorax_async import AdapterRef
+def answer_late(source: FakeSource) -> asyncio.Event:
+    """Let the source choose its answers at once, and give them when the event is set."""
+    resolve, may_answer = source.resolve, asyncio.Event()
 
-    return AdapterRef(id)
+    async def late(ref: AdapterRef) -> AdapterKey:
+        key = await resolve(ref)
+        await may_answer.wait()
+        return key
+
+    source.resolve = late  # type: ignore[method-assign]
+    return may_answer
+
+
+@pytest.mark.parametrize("ready", ["a", ""], ids=["resident", "first load"])
+async def test_a_request_does_not_get_an_answer_that_was_asked_for_before_it_began(
+    tmp_path: Path, ready: str
+) -> None:
+    """Whether its adapter is resident, or gets its slot while the source is slow to answer."""
+    source = stocked(tmp_path, "a")
+    async with opened(source, ALWAYS, ready=ready) as (loader, scheduler):
+        before = scheduler.submit(Request("a", 1, 1))
+        if not ready:
+            await until(lambda: loader.placement().usage.leases)
+        may_answer = answer_late(source)
+        await turns()
+        new = put_again(source, tmp_path, "a", 7)
+        after = scheduler.submit(Request("a", 1, 1))
+        await turns()
+        may_answer.set()
+        batch = await next_with(scheduler, after)
+        assert versions(batch)[after] == new
+        before.cancel()
+
+
+async def test_a_digest_is_compared_also_where_the_source_is_asked_again(tmp_path: Path) -> None:
+    source = stocked(tmp_path, "a")
+    async with opened(source, ALWAYS) as (_, scheduler):
+        right = scheduler.submit(Request("a", 1, 3))
+        await next_with(scheduler, right)
+        wrong = scheduler.submit(Request(AdapterRef("a", digest="0" * 64), 1, 1))
+        await fails(wrong, IntegrityError, "as requested")
+        await finish(scheduler, right)
 
 
 # -- the loader -----------------------------------------------------------------------------------
@@ -240,6 +289,74 @@ async def test_a_look_counts_for_the_seconds_set(tmp_path: Path) -> None:
         handle = loader.try_acquire(await loader.resolve(folder))
         assert handle is not None, "a key is a version: there is nothing to look at"
         handle.release()
+
+
+async def test_a_call_does_not_get_an_answer_that_was_asked_for_before_it_began(
+    tmp_path: Path,
+) -> None:
+    source = stocked(tmp_path, "a")
+    async with over(source, revalidate_files=0) as loader:
+        for id in ("a", Merge("linear", ["a"], [1.0])):
+            may_answer = answer_late(source)
+            before = asyncio.create_task(loader.resolve("a"))
+            await turns()
+            new = put_again(source, tmp_path, "a", 7)
+            after = asyncio.create_task(loader.resolve(id))
+            await turns()
+            may_answer.set()
+            assert new.files == (await after).files != (await before).files
+
+
+async def test_a_merge_is_as_old_as_the_oldest_answer_about_its_parts(tmp_path: Path) -> None:
+    source, merge = stocked(tmp_path), Merge("linear", ["a", "b"], [1.0, 1.0])
+    asked_at = {"a": monotonic() - 100, "b": monotonic()}
+
+    async def resolve(ref: AdapterRef) -> AdapterKey:
+        return RemoteKey(ref.text, (), "1", answered_at=asked_at[ref.text])
+
+    source.resolve = resolve  # type: ignore[method-assign]
+    async with over(source, revalidate=50) as loader:
+        await loader.resolve(merge)
+        assert loader.current_key(merge) is None
+    async with over(source, revalidate=150) as loader:
+        assert await loader.resolve(merge) == loader.current_key(merge)
+
+
+async def test_a_stale_answer_counts_for_callers_that_take_one(tmp_path: Path) -> None:
+    """Also where they ask for the same adapter as others, whose source is down."""
+    source, since = stocked(tmp_path), monotonic()
+
+    async def resolve(ref: AdapterRef) -> AdapterKey:
+        if not ref.allow_stale:
+            raise FetchError("down")
+        return RemoteKey("a", (), "1", stale=True, answered_at=since)
+
+    source.resolve = resolve  # type: ignore[method-assign]
+    async with over(source) as loader:
+        lenient = AdapterRef("a", allow_stale=True)
+        key = await loader.resolve(lenient)
+        assert loader.current_key(lenient) == key
+        assert loader.current_key("a") is None
+        await fails(loader.resolve("a"), FetchError, "down")
+
+
+@pytest.mark.parametrize("of", ["store", "loader"])
+async def test_an_id_has_the_version_of_its_last_look_as_long_as_that_counts(
+    tmp_path: Path, of: str
+) -> None:
+    folder = tiny.write(tmp_path / "a", 1, rank=4)
+    config = StoreConfig(revalidate_files=1000, cache_dir=tmp_path / "cache")
+    async with (
+        tiny_loader(revalidate_files=1000) if of == "loader" else AdapterStore(config)
+    ) as adapters:
+        assert adapters.current_key(folder) is None
+        key = await adapters.resolve(folder)
+        assert adapters.current_key(folder) == key
+        assert adapters.current_key(key) == key == await adapters.resolve(key)
+        shutil.rmtree(folder)
+        assert adapters.current_key(folder) == key, "it looks at no file"
+        await fails(adapters.resolve(folder), AdapterNotFoundError)
+        assert adapters.current_key(folder) is None
 
 
 async def _load(loader: Any, folder: Path) -> None:

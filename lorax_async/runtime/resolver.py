@@ -101,9 +101,17 @@ MAX_REMEMBERED = 65_536
 ResolvableRef = AdapterRef | Merge
 
 
-class _RememberedKey(NamedTuple):
+class _Answer(NamedTuple):
+    """What a ref means: `key`, at the time `since`.
+
+    `began` is when the look or the question for it began. `for_stale` is whether the caller that
+    asked takes a stale version too.
+    """
+
     key: AdapterKey
     since: float
+    began: float
+    for_stale: bool
 
 
 class Resolver:
@@ -131,7 +139,7 @@ class Resolver:
         self._revalidate_files = revalidate_files
         self.names = AssignedIds()
         self._running = SharedTasks(self._run, lambda ref: f"lorax resolve {ref.text}")
-        self._answers: dict[ResolvableRef, _RememberedKey] = {}
+        self._answers: dict[ResolvableRef, _Answer] = {}
 
     async def resolve(self, ref: Ref) -> AdapterKey:
         """Resolve `ref` by the source, or join the running resolve of an equal ref.
@@ -141,11 +149,12 @@ class Resolver:
         """
         if isinstance(ref, AdapterKey):
             return ref
+        began = monotonic()
         while (key := self.names.get(ref)) is None:
             with self._running.join(ref) as task:
-                answer = await self._answer(ref, task)
-            if not self.is_outdated(ref, answer):
-                return answer
+                answer = await self._answer(ref, task, began)
+            if not self.is_outdated(ref, answer.key):
+                return answer.key
         return key
 
     async def resolve_within(self, ref: Ref, seconds: float) -> AdapterKey:
@@ -157,7 +166,21 @@ class Resolver:
             problem = f"it was not resolved within {seconds:g} s"
             raise AdapterTimeoutError(problem, id=text_of(ref), stage="resolve") from None
 
-    async def _answer(self, ref: ResolvableRef, task: asyncio.Task[AdapterKey]) -> AdapterKey:
+    async def _answer(
+        self, ref: ResolvableRef, task: asyncio.Task[_Answer], began: float
+    ) -> _Answer:
+        """Return the task's answer, or a later one if it does not count for a call of `began`.
+
+        A slow source may have chosen the task's answer long before the call joined it.
+        """
+        answer = await self._result(ref, task)
+        while began > answer.began and began - answer.since >= self._seconds(answer.key):
+            await asyncio.sleep(0)  # let the ended task leave the shared ones
+            with self._running.join(ref) as again:
+                answer = await self._result(ref, again)
+        return answer
+
+    async def _result(self, ref: ResolvableRef, task: asyncio.Task[_Answer]) -> _Answer:
         try:
             return await result_of(task, "resolve", self._check_open)
         except LoraxError as error:
@@ -190,13 +213,15 @@ class Resolver:
         remembered = self._answers.get(name)
         if remembered is None or remembered.key is not key:  # it was assigned
             return key
+        if is_stale(key) and remembered.for_stale and not _takes_stale(ref):
+            return None  # its source may answer this caller, or be down for it
         now = monotonic()
         if now - remembered.since >= self._seconds(key):
             return None
         if look and key.files:
             if not _is_unchanged(ref, key):
                 return None
-            self._answers[name] = _RememberedKey(key, now)
+            self._answers[name] = remembered._replace(since=now)
         return key
 
     def _seconds(self, key: AdapterKey) -> float:
@@ -224,19 +249,27 @@ class Resolver:
         """Cancel running resolves; waiting callers get `LoaderClosedError`."""
         await self._running.stop()
 
-    async def _run(self, ref: ResolvableRef) -> AdapterKey:
-        since = monotonic()  # the source may answer at any time from now on
+    async def _run(self, ref: ResolvableRef) -> _Answer:
         try:
-            key = await self._find(ref)
+            answer = await self._find(ref)
         except Exception:
             self._answers.pop(_name(ref), None)
             raise
-        self._remember(ref, key, since)
-        return key
+        return self._remember(ref, answer)
 
-    async def _find(self, ref: ResolvableRef) -> AdapterKey:
+    async def _find(self, ref: ResolvableRef) -> _Answer:
+        began = monotonic()  # the source may answer at any time from now on
         if isinstance(ref, Merge):
-            return MergedKey.of(ref, await self._resolve_parts(ref))
+            parts = await self._resolve_parts(ref, began)
+            key: AdapterKey = MergedKey.of(ref, [part.key for part in parts])
+            since = min(part.since for part in parts)
+        else:
+            key = await self._ask(ref)
+            answered_at = key.answered_at if isinstance(key, RemoteKey) else None
+            since = began if answered_at is None else answered_at
+        return _Answer(key, since, began, _takes_stale(ref))
+
+    async def _ask(self, ref: AdapterRef) -> AdapterKey:
         try:
             with self._telemetry.timed("resolve", ref, "resolve"):
                 return await self._source.resolve(ref)
@@ -248,7 +281,7 @@ class Resolver:
                 f"{name}: {error}"
             ) from error
 
-    async def _resolve_parts(self, merge: Merge) -> list[AdapterKey]:
+    async def _resolve_parts(self, merge: Merge, began: float) -> list[_Answer]:
         """Resolve the parts concurrently; other callers may join each of them."""
         with ExitStack() as joined:
             found = [
@@ -257,32 +290,37 @@ class Resolver:
                 else self.names.get(part) or (part, joined.enter_context(self._running.join(part)))
                 for part in merge.parts
             ]
-            keys: list[AdapterKey] = []
+            answers: list[_Answer] = []
             for number, part in enumerate(found, 1):
+                if isinstance(part, AdapterKey):
+                    answers.append(_Answer(part, began, began, for_stale=False))
+                    continue
                 try:
-                    key = part if isinstance(part, AdapterKey) else await self._answer(*part)
+                    answers.append(await self._answer(*part, began))
                 except LoraxError as error:
                     name = text_of(merge.parts[number - 1])
                     raise error.prefixed(f"part {number} ({name!r}): ") from error.__cause__
-                keys.append(key)
-            return keys
+            return answers
 
-    def _remember(self, ref: ResolvableRef, key: AdapterKey, since: float) -> None:
-        name = _name(ref)
-        if isinstance(key, RemoteKey) and key.answered_at is not None:
-            since = key.answered_at
+    def _remember(self, ref: ResolvableRef, answer: _Answer) -> _Answer:
+        name, key = _name(ref), answer.key
         before = self._answers.pop(name, None)
         if before is not None and before.key == key and is_stale(before.key) == is_stale(key):
-            key = before.key  # share one object
-        self._answers[name] = _RememberedKey(key, since)
+            answer = answer._replace(key=before.key)  # share one object
+        self._answers[name] = answer
         if len(self._answers) > MAX_REMEMBERED:
             del self._answers[next(iter(self._answers))]
+        return answer
 
 
 def _is_remote(key: AdapterKey) -> bool:
     if isinstance(key, MergedKey):
         return any(isinstance(part, RemoteKey) for part in key.merge.parts)
     return isinstance(key, RemoteKey)
+
+
+def _takes_stale(ref: Ref) -> bool:
+    return isinstance(ref, AdapterRef) and ref.allow_stale
 
 
 def _is_unchanged(ref: Ref, key: AdapterKey) -> bool:

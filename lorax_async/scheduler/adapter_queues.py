@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from math import inf
 from operator import attrgetter
 
@@ -13,12 +13,13 @@ from lorax_async.events import Event, Failed, LayerReady, Leaving, Resident, Slo
 from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
 from lorax_async.planning.batch_plan import SlotOccupant, SlotRef
+from lorax_async.runtime.digest_checks import has_digest
 from lorax_async.scheduler.admission import EngineSlots
 from lorax_async.scheduler.estimates import LoadEstimate, LoadProfile
-from lorax_async.scheduler.look_ahead import LoadQueue, LookAhead
+from lorax_async.scheduler.look_ahead import LoadQueue, LookAhead, resolve_queue
 from lorax_async.scheduler.requests import AdapterQueue, Clock, Ticket, TimerHandle
 from lorax_async.scheduler.slot_turns import FairTimes, SlotTurns
-from lorax_async.types import MAX_SECONDS, AdapterKey, Ref, RemoteKey
+from lorax_async.types import AdapterKey, Ref, RemoteKey
 
 
 class SlotRecords:
@@ -142,26 +143,31 @@ class AdapterQueues:
         else:
             handle = None if ticket.ref is None else self._loader.try_acquire(ticket.ref)
             ticket.client = self.places.client_of(ticket.request.client)
-            self._open_queue(ticket, handle, queue)
+            self._open_queue([ticket], handle, queue)
         self._on_change()
 
     def _open_queue(
-        self, ticket: Ticket, handle: AdapterHandle | None, predecessor: AdapterQueue | None
+        self,
+        tickets: Sequence[Ticket],
+        handle: AdapterHandle | None,
+        predecessor: AdapterQueue | None,
     ) -> None:
-        """Add a request in a queue of its own, which new requests for its ref join."""
+        """Add requests for one ref in a queue of their own, which new requests for it join."""
         if predecessor is None:
             tokens = min((other.tokens for other in self._queues), default=0)
         else:
             tokens = predecessor.tokens
-        queue = AdapterQueue(ticket.ref, tokens, predecessor)
+        ref = tickets[0].ref
+        queue = AdapterQueue(ref, tokens, predecessor)
         self._queues[queue] = None
-        self._current[queue.ref] = queue
-        queue.add(ticket)
-        if ticket.ref is None:
+        self._current[ref] = queue
+        for ticket in tickets:
+            queue.add(ticket)
+        if ref is None:
             self.slot_holders[queue] = None
         elif handle is not None:
             self._adopt(queue, handle)
-        elif self._may_be_resident(ticket.ref):
+        elif self._may_be_resident(ref):
             # Ask first: it may need no slot, and must not queue behind adapters that do.
             check = asyncio.create_task(self._check(queue), name="lorax load check")
             self._checks[queue] = check
@@ -270,7 +276,7 @@ class AdapterQueues:
         """Ask the source which version the queue's ref means, and give it to its requests."""
         assert queue.ref is not None
         try:
-            key = await self._loader.resolve(queue.ref, timeout=MAX_SECONDS)
+            key, late = await resolve_queue(self._loader, queue, queue.ref)
         except LoraxError as error:
             self.fail(queue, error)
             return
@@ -279,13 +285,16 @@ class AdapterQueues:
             return
         before = queue.predecessor
         if before in self._queues and before.version == key:
+            self._remove_late(queue, late)
             self._return_requests(queue, before)
+            self._enter_again(late, before)
         else:
-            handle = self._loader.try_acquire(key)
+            # A key names no digest: it is compared before the first lease.
+            handle = self._loader.try_acquire(queue.ref if has_digest(queue.ref) else key)
             if handle is not None:
-                self._adopt(queue, handle)
+                self._give(queue, handle, late)
             else:
-                self._add_waiting(queue)
+                self._add_waiting(queue)  # it asks again when it gets its slot
         self._on_change()
 
     def _return_requests(self, queue: AdapterQueue, predecessor: AdapterQueue) -> None:
@@ -295,6 +304,17 @@ class AdapterQueues:
             predecessor.add(ticket)
         self._retire(queue)
         self._waiting.update(predecessor)
+
+    @staticmethod
+    def _remove_late(queue: AdapterQueue, late: Sequence[Ticket]) -> None:
+        """Take out the requests that entered too late for the answer about their version."""
+        for ticket in late:
+            queue.tickets.remove(ticket)
+
+    def _enter_again(self, late: Sequence[Ticket], queue: AdapterQueue) -> None:
+        """Ask anew for requests that were removed from `queue`, or from one that joined it."""
+        if late:
+            self._open_queue(late, None, queue)
 
     def _add_waiting(
         self,
@@ -309,11 +329,17 @@ class AdapterQueues:
 
     # -- slots -------------------------------------------------------------------------------------
 
-    def _granted(self, queue: AdapterQueue, handle: AdapterHandle) -> None:
+    def _granted(self, queue: AdapterQueue, handle: AdapterHandle, late: Sequence[Ticket]) -> None:
         self._waiting.remove(queue)
         self._given = max(0, self._given - 1)
-        self._adopt(queue, handle)
+        self._give(queue, handle, late)
         self._on_change()
+
+    def _give(self, queue: AdapterQueue, handle: AdapterHandle, late: Sequence[Ticket]) -> None:
+        """Let a queue have its slot, without the requests that entered too late for its version."""
+        self._remove_late(queue, late)
+        self._adopt(queue, handle)
+        self._enter_again(late, queue)
 
     def _adopt(self, queue: AdapterQueue, handle: AdapterHandle) -> None:
         slot = handle.slot

@@ -41,6 +41,24 @@ class LookAhead:
         return [tier for tier, count in tiers for _ in range(count)]
 
 
+async def resolve_queue(
+    loader: AdapterLoader, queue: AdapterQueue, ref: Ref
+) -> tuple[AdapterKey, list[Ticket]]:
+    """Return the version that requests of the queue mean, and those that entered too late for it.
+
+    An answer counts for all that entered before it was asked for, and for others as long as the
+    loader reuses it.
+    """
+    while True:
+        last = max((ticket.order[1] for ticket in queue.tickets), default=0)
+        key = await loader.resolve(ref, timeout=MAX_SECONDS)
+        if loader.current_key(ref) == key:
+            return key, []
+        late = [ticket for ticket in queue.tickets if ticket.order[1] > last]
+        if not late or len(late) < len(queue.tickets):
+            return key, late
+
+
 class LoadTask:
     """The load of one adapter without a slot.
 
@@ -85,7 +103,7 @@ class LoadQueue:
         clock: Clock,
         *,
         slots_held: Callable[[], int],
-        granted: Callable[[AdapterQueue, AdapterHandle], None],
+        granted: Callable[[AdapterQueue, AdapterHandle, list[Ticket]], None],
         failed: Callable[[AdapterQueue, LoraxError], None],
     ) -> None:
         self._loader = loader
@@ -254,7 +272,7 @@ class LoadQueue:
                 if await self._loader.resolve(ref, timeout=MAX_SECONDS) == key:
                     self._fail(load_task, failure)
                     return
-            handle = await self._stream(load_task, ref)
+            handle, late = await self._stream(load_task, ref)
         except LoraxError as error:
             self._fail(load_task, error)
         except Exception as problem:  # noqa: BLE001 - the requests raise it
@@ -263,15 +281,15 @@ class LoadQueue:
             self._fail(load_task, fault)
         else:
             if self._load_tasks.get(load_task.queue) is load_task:
-                self._granted(load_task.queue, handle)
+                self._granted(load_task.queue, handle, late)
             else:
                 handle.release()
 
-    async def _stream(self, load_task: LoadTask, ref: Ref) -> AdapterHandle:
+    async def _stream(self, load_task: LoadTask, ref: Ref) -> tuple[AdapterHandle, list[Ticket]]:
         """Return a handle of the version that the queue's requests are computed with.
 
         Requests may have entered while the load waited for a slot, longer than the look at the
-        version counts.
+        version counts. Those that entered too late for the last look are returned too.
         """
         queue, loader = load_task.queue, self._loader
         version = queue.version if queue.has_started else None
@@ -280,11 +298,11 @@ class LoadQueue:
         while True:
             lease = loader.stream(target, timeout=MAX_SECONDS, priority=priority, preempt=preempt)
             async with lease as streaming:
-                key = streaming.key
+                key, late = streaming.key, list[Ticket]()
                 if version is None and loader.current_key(ref) != key:
-                    key = await loader.resolve(ref, timeout=MAX_SECONDS)
+                    key, late = await resolve_queue(loader, queue, ref)
                 if key == streaming.key:
-                    return streaming.clone()
+                    return streaming.clone(), late
 
     def _fail(self, load_task: LoadTask, error: LoraxError) -> None:
         if self._load_tasks.get(load_task.queue) is load_task:
