@@ -166,6 +166,36 @@ async def test_a_branch_that_moved_is_served_where_it_is_now(tmp_path: Path) -> 
             assert (await server.ask(REPO)).json["weights"] == [new]
 
 
+async def test_a_request_does_not_take_what_another_one_asked_for_before_it_began(
+    tmp_path: Path,
+) -> None:
+    engine, may_add = Engine(Lora()), asyncio.Event()
+    add_lora = engine.add_lora
+
+    async def add_late(lora_request: Any) -> None:
+        adding.set()
+        await may_add.wait()
+        await add_lora(lora_request)
+
+    with HubStandIn() as hub:
+        put(hub, tmp_path, 1)
+        given, changed = of_hub(tmp_path, hub)
+        async with running(given, engine, **changed) as (server, _):
+            await server.ask(REPO)
+            adding = asyncio.Event()
+            engine.add_lora = add_late  # type: ignore[method-assign]
+            second = put(hub, tmp_path, 2)
+            early = asyncio.create_task(server.ask(REPO))
+            await adding.wait()
+            third = put(hub, tmp_path, 3)
+            asked = len(hub.asked)
+            late = asyncio.create_task(server.ask(REPO))
+            await until(lambda: len(hub.asked) > asked)
+            may_add.set()
+            assert (await early).json["weights"] in ([second], [third])
+            assert (await late).json["weights"] == [third]
+
+
 async def test_an_answer_counts_for_as_long_as_the_operator_says(tmp_path: Path) -> None:
     with HubStandIn() as hub:
         old = put(hub, tmp_path, 1)
@@ -317,6 +347,24 @@ async def test_bytes_that_were_overwritten_are_never_taken_for_those_before(tmp_
         assert "overwritten" in reply.json["error"]["message"]
         server.go_on.set()
         assert (await server.ask("a")).json["weights"] == [digest(tmp_path / "a")]
+
+
+async def test_the_end_waits_until_a_build_that_it_cancels_is_discarded(tmp_path: Path) -> None:
+    engine = Engine(Lora())
+    write(tmp_path / "a", 1)
+    call = engine.collective_rpc
+
+    async def call_without_end(method: str, args: Any) -> list[Any]:
+        await asyncio.sleep(0.01)
+        return [(False, None)] if method == "lorax_prepared" else await call(method, args)
+
+    engine.collective_rpc = call_without_end  # type: ignore[method-assign]
+    given = local(tmp_path)
+    async with running(given, engine, **ALWAYS) as (_, served):
+        served.prefetch("a", given.find("a"))
+        await until(lambda: "lorax_prepare" in {call[0] for call in engine.calls})
+        await served.close()
+        assert "lorax_forget" in {call[0] for call in engine.calls}
 
 
 def test_a_worker_activates_what_a_set_of_requests_leaves_out(tmp_path: Path) -> None:

@@ -117,6 +117,7 @@ class ServedAdapters:
         self._lock = asyncio.Lock()
         self._background = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._discards: set[asyncio.Task[None]] = set()
 
     # -- into the engine --------------------------------------------------------------------------
 
@@ -135,7 +136,7 @@ class ServedAdapters:
             while may_mix and self._has_requests(name):  # noqa: ASYNC110 - vLLM sets no event
                 await asyncio.sleep(POLL)
         except BaseException:
-            self._start(self.discard(adapter))
+            self._discard_later(adapter)
             raise
         return adapter
 
@@ -178,7 +179,7 @@ class ServedAdapters:
             await self._engine.build(adapter.path, self._settings.timeout)
             return not key.files or await self._store.resolve(adapter.ref) == key
         except BaseException as error:
-            self._start(self.discard(adapter))
+            self._discard_later(adapter)
             if not isinstance(error, LoraxError):
                 raise
             located = error.located(id=adapter.ref.text)
@@ -206,22 +207,36 @@ class ServedAdapters:
         Another version of a served adapter takes its name; requests that have begun keep theirs.
         Raise the error of its source, or what `prepare` raises.
         """
-        adapter = self._served.get(name)
-        if adapter is None or adapter.is_fixed or not self._is_named(adapter):
-            return  # vLLM asks the resolver, or answers by itself
-        if self._store.current_key(adapter.ref) == adapter.key:
-            return
-        try:
-            if await self._store.resolve(adapter.ref) != adapter.key:
-                async with self._models.lora_resolver_lock[name]:
-                    if self._served.get(name) is adapter and self._is_named(adapter):
-                        await self._replace(adapter)
-        except LoraxError as error:
-            adapter.is_refused = True
-            self._note(name, error)
-            raise
-        adapter.is_refused = False
-        self._errors.pop(name, None)
+        while True:
+            adapter = self._served.get(name)
+            if adapter is None or adapter.is_fixed or not self._is_named(adapter):
+                return  # vLLM asks the resolver, or answers by itself
+            if self._store.current_key(adapter.ref) == adapter.key:
+                return
+            try:
+                is_done = await self._renew(adapter)
+            except LoraxError as error:
+                adapter.is_refused = True
+                self._note(name, error)
+                raise
+            if is_done:
+                adapter.is_refused = False
+                self._errors.pop(name, None)
+                return
+
+    async def _renew(self, adapter: ServedAdapter) -> bool:
+        """Replace an adapter unless its name means it still.
+
+        Return False if another request replaced it meanwhile: with a version that may have been
+        asked for before this request began.
+        """
+        if await self._store.resolve(adapter.ref) == adapter.key:
+            return True
+        async with self._models.lora_resolver_lock[adapter.name]:
+            is_served = self._served.get(adapter.name) is adapter and self._is_named(adapter)
+            if is_served:
+                await self._replace(adapter)
+            return is_served
 
     async def _replace(self, adapter: ServedAdapter) -> None:
         """Give an adapter's name to the version that it means now. vLLM's lock is held."""
@@ -233,7 +248,7 @@ class ServedAdapters:
         try:
             await self._engine.add(request)
         except BaseException:
-            self._start(self.discard(new))
+            self._discard_later(new)
             raise
         self._models.lora_requests[adapter.name] = request
         self.add(new, request)
@@ -284,9 +299,10 @@ class ServedAdapters:
         self._start(self._prefetch(name, ref))
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work, name="lorax adapter")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        _start_in(self._tasks, work)
+
+    def _discard_later(self, adapter: ServedAdapter) -> None:
+        _start_in(self._discards, self.discard(adapter))
 
     async def _prefetch(self, name: str, ref: AdapterRef) -> None:
         try:
@@ -401,7 +417,8 @@ class ServedAdapters:
         """Release all folders, as the engine ends."""
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        while left := self._tasks | self._discards:  # a cancelled task may begin a discard
+            await asyncio.wait(left)
         for adapter in (*self._served.values(), *self._leaving):
             if adapter.folder is not None:
                 adapter.folder.release()
@@ -446,6 +463,12 @@ class ServedAdapters:
             if name not in named
         ]
         return rows
+
+
+def _start_in(tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> None:
+    task = asyncio.create_task(work, name="lorax adapter")
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)
 
 
 def _remember(names: OrderedDict[str, T], name: str, value: T) -> None:
