@@ -5,18 +5,22 @@ Each adapter's weights name its version, so that what is in a slot says whose it
 
 import asyncio
 import itertools
+import json
 import random
 import shutil
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import pytest
 import torch
+from fault_server import Asked, Client, FaultServer, answer
 from hub_stand_in import HubStandIn
 from safetensors.torch import save, save_file
 
@@ -26,6 +30,7 @@ from lorax_async import (
     AdapterLoader,
     AdapterRef,
     AdapterScheduler,
+    Allow,
     LoaderConfig,
     Request,
     Ticket,
@@ -45,9 +50,17 @@ class TrafficError(AssertionError):
     """A request was computed with weights that were not for it."""
 
 
+ALPHA = 8
+SLOW = 2 * WINDOW
+"""Seconds, at most, that a web server holds back an answer that it has chosen."""
+
+
 @dataclass(eq=False)
 class Version:
     owner: "Owner"
+    digest: str
+    alpha: int = ALPHA
+    """Names the version too, where the config is exchanged with the weights."""
     replaced: float | None = None
 
 
@@ -58,11 +71,16 @@ class Owner:
     ref: AdapterRef
     denied: float | None = None
     version: Version | None = None
+    files: dict[str, bytes] = field(default_factory=dict)
+    """Of a web folder, by their names."""
+    token: str | None = None
+    """The token that its web server takes."""
 
 
 class Traffic:
     def __init__(self, folder: Path, hub: HubStandIn, seed: int) -> None:
         self.folder, self.hub, self.chance = folder, hub, random.Random(seed)
+        self.web = FaultServer(b"", self.answer)
         self.versions: list[Version] = []
         self.tally: Counter[str] = Counter()
         self.numbers = itertools.count()
@@ -70,6 +88,7 @@ class Traffic:
         self.repos = [
             Owner(AdapterRef(f"org/{name}", token=f"hf_{name}")) for name in ("one", "two", "three")
         ]
+        self.pages: list[Owner] = []
         self.given = [Owner(AdapterRef("live"))]
         self.begun: dict[Ticket, tuple[Owner, float]] = {}
         self.seen: dict[Ticket, Version] = {}
@@ -79,18 +98,24 @@ class Traffic:
             self.rename(owner)
         for owner in self.repos:
             self.commit(owner)
+        self.web.__enter__()
+        for name in ("0", "1"):
+            owner = Owner(AdapterRef(self.web.url(f"/{name}/"), token=f"web_{name}"))
+            self.pages.append(owner)
+            self.exchange(owner)
         return self
 
-    def __exit__(self, *_: object) -> None: ...
+    def __exit__(self, *_: object) -> None:
+        self.web.__exit__()
 
     # -- versions ----------------------------------------------------------------------------------
 
     def new(self, owner: Owner) -> tuple[Version, dict[str, torch.Tensor]]:
-        version = Version(owner)
-        self.versions.append(version)
         tensors = tiny.tensors(seed=len(self.versions))
         for name in MARKED:
-            tensors[name][0, 0] = len(self.versions) - 1
+            tensors[name][0, 0] = len(self.versions)
+        version = Version(owner, sha256(save(tensors)).hexdigest())
+        self.versions.append(version)
         return version, tensors
 
     def put(self, owner: Owner, version: Version, *, since: float | None = None) -> None:
@@ -132,6 +157,31 @@ class Traffic:
         self.hub.put(ref.text, files, private_token=ref.token)
         self.put(owner, version)
 
+    def exchange(self, owner: Owner) -> None:
+        """Another folder in place of a web folder, config and weights at once."""
+        version, tensors = self.new(owner)
+        version.alpha = len(self.versions)
+        config = json.dumps(tiny.config(lora_alpha=version.alpha)).encode()
+        owner.files = {"adapter_config.json": config, "adapter_model.safetensors": save(tensors)}
+        owner.token = owner.ref.token
+        self.put(owner, version)
+
+    def close_page(self, owner: Owner) -> None:
+        owner.token = "another"
+        owner.denied = owner.denied or monotonic()
+
+    def answer(self, asked: Asked, client: Client) -> None:
+        """Answer a request to the web server, at times late. In its threads."""
+        _, number, name = asked.target.split("/")
+        owner = self.pages[int(number)]
+        files, token, late = owner.files, owner.token, random.random() < 0.2
+        if late:
+            time.sleep(random.random() * SLOW)
+        if asked.fields.get("authorization") != f"Bearer {token}":
+            client.head("403 Forbidden", "Content-Length: 0")
+            return
+        answer(asked, client, files[name], f'ETag: "{sha256(files[name]).hexdigest()}"')
+
     def revoke(self, owner: Owner) -> None:
         self.hub.repos[owner.ref.text].token = "another"
         owner.denied = owner.denied or monotonic()
@@ -148,6 +198,9 @@ class Traffic:
             (self.commit, self.repos),
             (self.commit, self.repos),
             (self.revoke, self.repos),
+            (self.exchange, self.pages),
+            (self.exchange, self.pages),
+            (self.close_page, self.pages),
         ]
         calls: list[Callable[[Owner], Awaitable[object]]] = [
             lambda owner: loader.unload(owner.ref, timeout=0.2),
@@ -173,20 +226,60 @@ class Traffic:
 
     @property
     def all(self) -> list[Owner]:
-        return self.folders + self.repos + self.given
+        return self.folders + self.repos + self.pages + self.given
 
     # -- requests ----------------------------------------------------------------------------------
 
-    def submit(self, scheduler: AdapterScheduler) -> Ticket:
+    def choose(self) -> tuple[Owner, AdapterRef]:
+        """Return an adapter and how a request names it: at times with a digest, or as a stranger."""
         owner = self.chance.choice(self.all)
+        ref, number = owner.ref, self.chance.random()
+        if owner in self.given or number > 0.2:
+            return owner, ref
+        if owner in self.pages and number < 0.1:
+            return owner, replace(ref, token="stranger")
+        own = [version for version in self.versions if version.owner is owner]
+        return owner, replace(ref, digest=self.chance.choice(own[-2:]).digest)
+
+    def submit(self, scheduler: AdapterScheduler) -> Ticket:
+        owner, ref = self.choose()
         begins = monotonic()
-        ticket = scheduler.submit(Request(owner.ref, 3, self.chance.randint(1, 8), deadline=5))
+        ticket = scheduler.submit(Request(ref, 3, self.chance.randint(1, 8), deadline=5))
         self.begun[ticket] = owner, begins
         return ticket
+
+    async def load(self, loader: AdapterLoader) -> None:
+        """Acquire an adapter beside the scheduler, by one of the loader's calls."""
+        owner, ref = self.choose()
+        begins = monotonic()
+        handle = None
+        try:
+            if self.chance.random() < 0.5:
+                handle = loader.try_acquire(ref)
+            else:
+                handle = await loader.load(ref, timeout=5)
+        except errors.InternalError:
+            raise
+        except errors.LoraxError as error:
+            self.tally[type(error).__name__] += 1
+        if handle is not None:
+            with handle:
+                self.check_weights(owner, ref, begins, handle)
+                self.tally["loads"] += 1
 
     def check(self, ticket: Ticket, handle: AdapterHandle) -> None:
         """Raise `TrafficError` if the slot's weights are not for this request."""
         owner, begins = self.begun[ticket]
+        ref = ticket.ref
+        assert isinstance(ref, AdapterRef)
+        version = self.check_weights(owner, ref, begins, handle)
+        if self.seen.setdefault(ticket, version) is not version:
+            raise TrafficError(f"{owner.ref.text}: two versions in one request")
+
+    def check_weights(
+        self, owner: Owner, ref: AdapterRef, begins: float, handle: AdapterHandle
+    ) -> Version:
+        """Raise `TrafficError` if they are not for a request that began then; say whose they are."""
         names = [name.removeprefix("base_model.model.").rpartition(".lora")[0] for name in MARKED]
         first, last = handle.modules[names[0]].a[0, 0], handle.modules[names[1]].b[0, 0]
         if first != last:
@@ -199,8 +292,11 @@ class Traffic:
             raise TrafficError(f"{owner.ref.text}: a version replaced {late:.3f} s before")
         if owner.denied is not None and begins > owner.denied + WINDOW:
             raise TrafficError(f"{owner.ref.text}: refused {begins - owner.denied:.3f} s before")
-        if self.seen.setdefault(ticket, version) is not version:
-            raise TrafficError(f"{owner.ref.text}: two versions in one request")
+        if ref.digest not in {None, version.digest} or ref.token != owner.ref.token:
+            raise TrafficError(f"{owner.ref.text}: given for another digest or token")
+        if {module.scale for module in handle.modules.values()} != {version.alpha / 4}:
+            raise TrafficError(f"{owner.ref.text}: its config is of another version")
+        return version
 
     async def compute(self, scheduler: AdapterScheduler) -> None:
         async for batch in scheduler.batches(64, 16):
@@ -248,6 +344,11 @@ async def run_traffic(traffic: Traffic, loader: AdapterLoader, seconds: float) -
         while monotonic() < end:
             await traffic.request(scheduler)
 
+    async def load() -> None:
+        while monotonic() < end:
+            await traffic.load(loader)
+            await asyncio.sleep(traffic.chance.random() * 0.02)
+
     async def disturb() -> None:
         while monotonic() < end:
             await traffic.disturb(loader)
@@ -260,6 +361,8 @@ async def run_traffic(traffic: Traffic, loader: AdapterLoader, seconds: float) -
             async with asyncio.TaskGroup() as tasks:
                 for _ in range(20):
                     tasks.create_task(ask(scheduler))
+                for _ in range(4):
+                    tasks.create_task(load())
                 tasks.create_task(disturb())
                 tasks.create_task(disturb())
                 watched = tasks.create_task(_until(end, computing))
@@ -297,6 +400,7 @@ async def test_no_request_gets_what_is_not_for_it(
             hub_endpoint=hub.endpoint,
             cache_dir=tmp_path / "cache",
             hub_cache="off",
+            allow=(Allow("http", "127.0.0.1", traffic.web.port),),
             starvation_age=0.5,
         )
         async with AdapterLoader(tiny.layout(), config) as loader:
@@ -307,3 +411,4 @@ async def test_no_request_gets_what_is_not_for_it(
         print(dict(traffic.tally))  # noqa: T201
         assert traffic.tally["rows"] > 50 * seconds
         assert {"rename", "save_again", "delete", "commit", "revoke"} <= set(traffic.tally)
+        assert {"exchange", "loads"} <= set(traffic.tally)
