@@ -196,6 +196,32 @@ async def test_a_request_does_not_take_what_another_one_asked_for_before_it_bega
             assert (await late).json["weights"] == [third]
 
 
+async def test_a_request_that_waits_for_a_first_build_gets_what_its_name_means_then(
+    tmp_path: Path,
+) -> None:
+    engine, may_build = Engine(Lora()), asyncio.Event()
+    call = engine.collective_rpc
+
+    async def build_late(method: str, args: Any) -> list[Any]:
+        if method == "lorax_prepared":
+            await may_build.wait()
+        return await call(method, args)
+
+    engine.collective_rpc = build_late  # type: ignore[method-assign]
+    with HubStandIn() as hub:
+        put(hub, tmp_path, 1)
+        given, changed = of_hub(tmp_path, hub)
+        async with running(given, engine, **changed) as (server, _):
+            early = asyncio.create_task(server.ask(REPO))
+            await until(lambda: "lorax_prepare" in {call[0] for call in engine.calls})
+            new = put(hub, tmp_path, 2)
+            late = asyncio.create_task(server.ask(REPO))
+            await asyncio.sleep(0.05)
+            may_build.set()
+            assert (await late).json["weights"] == [new]
+            assert (await early).status == 200
+
+
 async def test_an_answer_counts_for_as_long_as_the_operator_says(tmp_path: Path) -> None:
     with HubStandIn() as hub:
         old = put(hub, tmp_path, 1)

@@ -33,7 +33,7 @@ MAX_REMEMBERED = 256
 """Names of failed and of prefetched adapters."""
 
 ATTEMPTS = 3
-"""Builds of a local adapter whose files change meanwhile."""
+"""Builds of an adapter that changes meanwhile."""
 
 POLL = 0.1
 """Seconds between two looks whether the requests of an earlier version have ended."""
@@ -171,13 +171,16 @@ class ServedAdapters:
         return path + "".join("/." if digit == "1" else "/" for digit in digits)
 
     async def _build(self, adapter: ServedAdapter, key: AdapterKey) -> bool:
-        """Build its weights. Return whether all that was read is of version `key`."""
+        """Build its weights. Return whether its id means version `key` still.
+
+        All that was read is of it then; and requests that waited, and began later, may have it.
+        """
         self._uses[adapter.path] += 1
         try:
             base = await self.load_base()
             adapter.nbytes = await asyncio.to_thread(base.check, Path(adapter.path))
             await self._engine.build(adapter.path, self._settings.timeout)
-            return not key.files or await self._store.resolve(adapter.ref) == key
+            return await self._store.resolve(adapter.ref) == key
         except BaseException as error:
             self._discard_later(adapter)
             if not isinstance(error, LoraxError):
