@@ -130,8 +130,12 @@ def status_error(
     return FetchError(f"{problem}, which is no answer to the request", retryable=False)
 
 
-def changed_error(what: str) -> IntegrityError:
-    return IntegrityError(f"{what}: the file changed while it was read; load it again")
+class FileChangedError(IntegrityError):
+    """The file is another one than that of the answers before."""
+
+
+def changed_error(what: str) -> FileChangedError:
+    return FileChangedError(f"{what}: the file changed while it was read; load it again")
 
 
 _DESCRIPTOR_LIMITS = {errno.EMFILE, errno.ENFILE}

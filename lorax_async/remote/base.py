@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from ipaddress import IPv6Address, ip_address, ip_network
@@ -17,6 +17,7 @@ from lorax_async.concurrency import FetchControl, wait_for_end
 from lorax_async.errors import AdapterNotFoundError, FetchError, IntegrityError, UsageError
 from lorax_async.formats.digests import Digest
 from lorax_async.http.download_scheduler import Job
+from lorax_async.http.failures import FileChangedError
 from lorax_async.http.range_engine import FOREGROUND
 from lorax_async.http.settings import Address
 from lorax_async.http.target import ProbeResult, Target
@@ -112,10 +113,23 @@ class Confirmation:
     async def wait(self) -> None:
         """Raise `ReplacedError` if a file is another one now. May be called several times."""
         if self._recheck is not None and not await self._recheck():
-            self._on_replaced()
-            raise ReplacedError(
-                "its config and weights were replaced while they were requested; load it again"
-            )
+            raise self._replaced()
+
+    @contextmanager
+    def judging(self) -> Iterator[None]:
+        """Raise `ReplacedError` for a file that changed, if its source may replace files."""
+        try:
+            yield
+        except FileChangedError as error:
+            if self._recheck is None:
+                raise
+            raise self._replaced() from error
+
+    def _replaced(self) -> ReplacedError:
+        self._on_replaced()
+        return ReplacedError(
+            "its config and weights were replaced while they were requested; load it again"
+        )
 
     def close(self) -> None:
         """Cancel the requests that no caller waits for. Idempotent."""

@@ -33,6 +33,7 @@ from lorax_async.formats.digests import Digest, FileHash, sent_sha256
 from lorax_async.formats.peft_names import WEIGHTS_FILE
 from lorax_async.formats.safetensors import header_end, header_size
 from lorax_async.http.download_scheduler import Job
+from lorax_async.http.failures import changed_error
 from lorax_async.http.range_engine import FOREGROUND, PREFETCH, RangeEngine
 from lorax_async.http.target import ProbeResult, Validators
 from lorax_async.ids import HubRepository, ParsedRef, Place
@@ -439,8 +440,9 @@ class AdapterOpener:
         located = await self._locate(key, control)
         confirmation = self._confirmation(key, located)
         try:
-            metadata = await self._fetch_metadata(located, control)
-            weights = await self._add_files(download, metadata, control)
+            with confirmation.judging():
+                metadata = await self._fetch_metadata(located, control)
+                weights = await self._add_files(download, metadata, control)
         except BaseException:
             confirmation.close()
             raise
@@ -585,9 +587,7 @@ class AdapterOpener:
         if needed > len(probe.start):
             (larger,) = await self._probe([(replace(file, answer=None), needed)], control)
             if larger.validators != probe.validators:
-                raise IntegrityError(
-                    f"{file.target.name} changed while it was requested; load it again"
-                )
+                raise changed_error(file.target.name)
             probe = larger
         return FetchedFile(file, probe, size, probe.start[:needed])
 

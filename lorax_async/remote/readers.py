@@ -147,19 +147,22 @@ class FetchReader(CountedReader):
             inbox = Inbox(asyncio.get_running_loop(), gate.put)
             layers_first = self._layers_first and control.urgent and bool(groups)
             answer = self._fetched.answer
-            async with bind_to(control):
-                rest = await outcome(answer.rest)
-                await self._workers.run(partial(self._file.write, len(answer.start), rest))
-            is_whole = not self._file.missing()
-            begin = partial(self._begin, groups, inbox.put, control, hash_along=not layers_first)
-            job = await self._workers.run(begin)
-            async with track(control, job):
+            with self._confirmation.judging():
                 async with bind_to(control):
-                    await self._confirmation.wait()
-                    if is_whole:  # else the answers with the rest show a replacement
+                    rest = await outcome(answer.rest)
+                    await self._workers.run(partial(self._file.write, len(answer.start), rest))
+                is_whole = not self._file.missing()
+                begin = partial(
+                    self._begin, groups, inbox.put, control, hash_along=not layers_first
+                )
+                job = await self._workers.run(begin)
+                async with track(control, job):
+                    async with bind_to(control):
                         await self._confirmation.wait()
-                gate.open()
-                await outcome(job.done)
+                        if is_whole:  # else the answers with the rest show a replacement
+                            await self._confirmation.wait()
+                    gate.open()
+                    await outcome(job.done)
             if layers_first:
                 await self.until_read(groups)
             entry = await self._workers.run(self._download.publish, lambda entry: entry.close())

@@ -322,7 +322,7 @@ async def test_a_lasting_fault_is_one_typed_error(tmp_path: Path, name: str) -> 
         world.locator.promises = case.promises
         world.faults["bad"] = case.fault
         error = await fails(world)
-        assert type(error) is case.kind, error
+        assert isinstance(error, case.kind), error
         assert case.words in error.problem
         assert (error.id, error.stage, error.retryable) == ("bad", case.stage, case.retryable)
         assert (error.attempt, error.retry_after) == (1, case.retry_after)

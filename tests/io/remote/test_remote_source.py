@@ -283,7 +283,7 @@ async def test_what_changes_between_two_answers_is_noticed(world: RemoteWorld) -
         answer(asked, client, data, f"ETag: {again or etag}")
 
     world.server.behave = changing
-    await fails(opened(world), IntegrityError, "changed while it was requested")
+    await fails(opened(world), IntegrityError, "changed while it was read")
 
 
 @pytest.mark.parametrize("what", ["the same", "room"])
