@@ -125,7 +125,25 @@ def complete(future: Future[R], work: Callable[[], R]) -> None:
             future.set_exception(error)
 
 
-class WorkerThreads(ThreadPoolExecutor):
+class ThreadPool(ThreadPoolExecutor):
+    """A pool that also works in a process that can start no more threads."""
+
+    def submit(self, work: Callable[..., R], /, *args: Any, **kwargs: Any) -> Future[R]:
+        """Call `work` in a thread. Raise `RuntimeError` if it will not be called.
+
+        The standard pool raises, if it cannot start a thread, after it has queued the call: one of
+        its other threads calls it, and the result, such as an open file, is lost.
+        """
+        future: Future[R] = Future()
+        try:
+            super().submit(complete, future, partial(work, *args, **kwargs))
+        except RuntimeError:
+            if future.cancel():
+                raise
+        return future
+
+
+class WorkerThreads(ThreadPool):
     """A pool of its own for the disk cache, so that its waits do not delay local files."""
 
     def __init__(self, threads: int) -> None:
@@ -179,8 +197,14 @@ class FairThreads:
         """Start what may run. With the lock."""
         waiting = self._waiting.get(origin)
         while waiting and self._running[origin] < self._max_per_origin:
-            self._executor.submit(self._run, origin, *waiting.popleft())
-            self._running[origin] += 1
+            future, work = waiting.popleft()
+            try:
+                self._executor.submit(self._run, origin, future, work)
+            except RuntimeError as error:  # it is closed, or no thread can be started
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(error)
+            else:
+                self._running[origin] += 1
         if not waiting:
             self._waiting.pop(origin, None)
 
@@ -190,8 +214,7 @@ class FairThreads:
             self._running[origin] -= 1
             if not self._running[origin]:
                 del self._running[origin]
-            with suppress(RuntimeError):  # the executor is closed: nothing waits
-                self._start(origin)
+            self._start(origin)
 
 
 async def outcome(future: Future[R]) -> R:

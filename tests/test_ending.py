@@ -22,6 +22,7 @@ import tiny
 from common import our_threads, until
 from false_bytes import watched
 from lorax_async import AdapterKey, SlotId, errors
+from lorax_async.concurrency import ThreadPool
 from lorax_async.devices.base import CopyTicket
 from lorax_async.devices.transfer import GroupCopy, SubmittedCopies
 from lorax_async.lifecycle.adapter_state import SlotGrant
@@ -85,6 +86,36 @@ async def test_a_process_that_may_start_few_threads(
             assert "io_threads" in str(error)
             assert threads < 4
     assert not our_threads()
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_pool_that_cannot_start_a_thread_loses_no_result(taken: bool, monkeypatch: Patch) -> None:
+    """The call is queued by then, and one of the other threads may take it."""
+    began, free, called = threading.Event(), threading.Event(), threading.Event()
+
+    def occupy() -> None:
+        began.set()
+        assert free.wait(10)
+
+    def fail_to_start(thread: threading.Thread) -> None:
+        if taken:
+            free.set()
+            assert called.wait(10)
+        raise RuntimeError("can't start new thread")
+
+    with ThreadPool(2) as pool:
+        pool.submit(occupy)
+        assert began.wait(10)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", fail_to_start)
+            if taken:
+                assert pool.submit(called.set).result(10) is None
+            else:
+                with pytest.raises(RuntimeError, match="new thread"):
+                    pool.submit(called.set)
+        free.set()
+        assert pool.submit(lambda: 1).result(10) == 1
+    assert called.is_set() is taken
 
 
 async def test_opening_does_not_hold_the_loop() -> None:

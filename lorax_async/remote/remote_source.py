@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import cached_property, partial
 from threading import Lock
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 
 from lorax_async.cache.base import CacheEntry, EntryRecord
 from lorax_async.cache.disk_cache import OwnCache
-from lorax_async.concurrency import FetchControl, WorkerThreads
+from lorax_async.concurrency import FetchControl, ThreadPool, WorkerThreads
 from lorax_async.config import Checking, StoreConfig
 from lorax_async.errors import (
     IntegrityError,
@@ -274,7 +273,7 @@ class BackendRegistry:
         self._config = config
         self._rules = AllowRules(config.allow)
         self._endpoint = endpoint_in_use(config.hub_endpoint)
-        self._pools: list[ThreadPoolExecutor] = []
+        self._pools: list[ThreadPool] = []
         self._web = WebBackend(engine, self._rules, config.limits)
         self._stores = {
             scheme: StoreBackend(self._pool(scheme, STORE_THREADS), self._rules)
@@ -312,9 +311,9 @@ class BackendRegistry:
         for store in self._stores.values():
             store.close()
 
-    def _pool(self, kind: str, count: int) -> ThreadPoolExecutor:
+    def _pool(self, kind: str, count: int) -> ThreadPool:
         """Make a pool for one backend: a hub that does not answer delays no store."""
-        self._pools.append(ThreadPoolExecutor(count, f"lorax-query-{kind}"))
+        self._pools.append(ThreadPool(count, f"lorax-query-{kind}"))
         return self._pools[-1]
 
 

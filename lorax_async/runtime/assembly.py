@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
@@ -12,7 +11,7 @@ from types import MappingProxyType
 import torch
 
 from lorax_async.cache.disk_cache import OwnCache
-from lorax_async.concurrency import end_in_thread
+from lorax_async.concurrency import ThreadPool, end_in_thread
 from lorax_async.config import LoaderConfig, StoreConfig
 from lorax_async.devices.base import Device
 from lorax_async.devices.cpu import CpuDevice
@@ -56,7 +55,7 @@ class StoreParts:
     def __init__(
         self, config: StoreConfig, source: Source | None, check_open: Callable[[], None]
     ) -> None:
-        self.threads = ThreadPoolExecutor(METADATA_THREADS, "lorax-metadata")
+        self.threads = ThreadPool(METADATA_THREADS, "lorax-metadata")
         self.cache = OwnCache(config)
         self.tracer = Tracer()
         self.telemetry = Telemetry(self.tracer)

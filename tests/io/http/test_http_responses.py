@@ -256,7 +256,7 @@ def test_a_fault_that_passes_is_overcome_and_others_are_typed_errors(
             with pytest.raises(FetchError) as caught:
                 fetched(fetching, answer)
             assert took(begun) < 8
-    assert type(caught.value) is kind
+    assert isinstance(caught.value, kind)
     assert (caught.value.retryable, caught.value.stage) == (True, "fetch")
     assert "127.0.0.1" in caught.value.problem
 
@@ -334,7 +334,7 @@ def test_a_wrong_answer_ends_the_download_at_once(name: str) -> None:
         with pytest.raises(LoraxError, match=words) as caught:
             fetched(fetching, answer)
         assert took(begun) < 3
-        assert type(caught.value) is kind
+        assert isinstance(caught.value, kind)
         assert caught.value.stage == "fetch"
         assert len(server.asked) <= 3, "the first, and one per connection"
         assert caught.value.retry_after == (86_400.0 if name == "a day" else None)
