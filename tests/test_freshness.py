@@ -59,7 +59,7 @@ async def next_with(scheduler: Any, *tickets: Ticket) -> Batch:
 
 async def test_a_replaced_adapter_serves_only_requests_that_began_before(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a")
-    async with opened(source, ALWAYS) as (loader, scheduler):
+    async with opened(source, ALWAYS, ready="a") as (loader, scheduler):
         before = scheduler.submit(Request("a", 1, ENDLESS))
         old = versions(await next_with(scheduler, before))[before]
         new = put_again(source, tmp_path, "a", 7)
