@@ -74,7 +74,8 @@ servers: $(VENV)/installed
 	PYTHON='$(PYTHON)' .ci/servers $(SERVERS)
 	$(BIN)/python -m pytest -m 'needs and not soak and not gpu' $(ARGS)
 
-# The server's page in Debian's Chromium; with ARGS='--pictures docs/pictures' it is drawn anew.
+# The server's page and the timeline in Debian's Chromium; ARGS='--pictures docs/pictures' takes the
+# documents' pictures of them anew.
 page: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable '.[test,page]'
 	PYTHON='$(PYTHON)' .ci/servers chromium

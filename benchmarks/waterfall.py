@@ -98,12 +98,15 @@ def phases_of(trace: Trace) -> list[Phase]:
     with the last copy. "ready" is the rest, until `load` returned.
     """
     events = cast("list[dict[str, Any]]", trace.as_json()["traceEvents"])
-    spans = [event for event in events if event["ph"] == "X"]
-    (call,) = (span for span in spans if span["cat"] == "requests")
-    begin, end = call["ts"], call["ts"] + call["dur"]
-    ends = {"ready": end}
-    for span in spans:
-        stop = span["ts"] + span["dur"]
+    stops = {event["id"]: event["ts"] for event in events if event["ph"] == "e"}
+    spans = [
+        (event, stops[event["id"]] if event["ph"] == "b" else event["ts"] + event["dur"])
+        for event in events
+        if event["ph"] in {"X", "b"}
+    ]
+    ((call, end),) = ((span, stop) for span, stop in spans if span["cat"] == "requests")
+    begin, ends = call["ts"], {"ready": end}
+    for span, stop in spans:
         name = {"connections": "transfer", "copies": "copies"}.get(span["cat"])
         if span["cat"] == "files" and span["name"] != "fetch":  # which lasts as long as its copies
             name = PHASES.get(span["name"], span["name"])

@@ -313,11 +313,12 @@ class Tracer:
         if slot is not None:
             occupancy = recorder.occupancy_in(slot)
             args |= {"stay": occupancy.number, "adapter": occupancy.name}
-        if adapter is not None and row == "files":
-            lane = name_of(adapter)
-        elif adapter is not None:
-            args["adapter"] = name_of(adapter)
-            name = f"{name} {args['adapter']}"
+        if adapter is not None:
+            args["adapter"] = adapter_name = name_of(adapter)
+            if row == "files":
+                lane = adapter_name
+            else:
+                name = f"{name} {adapter_name}"
         time = now() if start is None else min(start, now())  # a float may be rounded up
         return recorder.begin(Record(row, lane, name, time, 0, args))
 
@@ -353,7 +354,7 @@ ChromeEvent = dict[str, Any]
 
 _LANES = {"connections": "connection", "staging": "buffer", "layers": "slot", "compute": "thread"}
 _CONCURRENT = {"requests", "files"}
-"""Rows whose spans are independent: none is drawn inside another."""
+"""Rows whose spans are independent, so that none lies inside another."""
 
 
 class _TraceHandle(Protocol):
@@ -476,8 +477,8 @@ def _as_text(value: object) -> str:
 
 
 def _rename(record: Record, called: Mapping[str, str]) -> Record:
-    if record.row == "files":
-        return record._replace(lane=called.get(str(record.lane), ANOTHER))
+    if record.row == "files":  # a span may have no adapter but its lane
+        record = record._replace(lane=called.get(str(record.lane), ANOTHER))
     adapter = record.args.get("adapter")
     if not isinstance(adapter, str):
         return record
@@ -493,23 +494,47 @@ def _rename(record: Record, called: Mapping[str, str]) -> Record:
 def as_events(records: Iterable[Record], began: int, ended: int | None = None) -> list[ChromeEvent]:
     """Return the events of records between `began` and `ended`, in nanoseconds.
 
-    Metadata comes first, then everything by time, in microseconds since `began`.
+    Rows are processes, and lanes their threads. Metadata comes first, then everything by time, in
+    microseconds since `began`.
     """
-    by_row: dict[Row, list[Record]] = {row: [] for row in get_args(Row)}
-    for record in records:
+    by_row: dict[Row, dict[Hashable, list[Record]]] = {row: {} for row in get_args(Row)}
+    for record in sorted(records, key=lambda each: (each.start, -each.stop)):
         if record.stop >= began and (ended is None or record.start <= ended):
-            by_row[record.row].append(_shorten(record, began, ended))
-    names, spans = list[ChromeEvent](), list[ChromeEvent]()
-    for pid, (row, its) in enumerate(by_row.items(), 1):
-        if its:
+            lane = by_row[record.row].setdefault(record.lane, [])
+            lane.append(_shorten(record, began, ended))
+    names, spans, ids = list[ChromeEvent](), list[ChromeEvent](), count(1)
+    for pid, (row, lanes) in enumerate(by_row.items(), 1):
+        if lanes:
             names += _metadata("process", row, pid, 0, order=pid)
-        for tid, (title, in_lane) in enumerate(_lanes(row, its), 1):
+        for tid, (title, in_lane) in enumerate(_titled(row, lanes), 1):
             names += _metadata("thread", title, pid, tid, order=tid)
-            for _, _, name, start, stop, args in in_lane:
-                times = {"ts": microseconds(start - began), "dur": microseconds(stop - start)}
-                event = {"ph": "X", "name": name, "cat": row, **times, "pid": pid, "tid": tid}
-                spans.append(event | {"args": dict(args)})
-    return names + sorted([*spans, *_arrows(spans)], key=lambda event: event["ts"])
+            place = {"cat": row, "pid": pid, "tid": tid}
+            spans += (event | place for event in _span_events(in_lane, began, ids))
+    # An arrow can only lead from and to complete events.
+    arrows = _arrows(event for event in spans if event["ph"] == "X")
+    return names + sorted([*spans, *arrows], key=lambda event: event["ts"])
+
+
+def _span_events(
+    records: Iterable[Record], began: int, ids: Iterator[int]
+) -> Iterator[ChromeEvent]:
+    """Yield the events of a lane's spans, which are sorted by start, the longest first.
+
+    Spans after or inside of each other are complete events. One beside them is a pair of
+    asynchronous events, which a thread cannot nest; a viewer finds room for it.
+    """
+    ends: list[int] = []  # of the complete events around the next
+    for row, _, name, start, stop, args in records:
+        while ends and ends[-1] <= start:
+            ends.pop()
+        event = {"name": name, "ts": microseconds(start - began), "args": dict(args)}
+        if row not in _CONCURRENT and (not ends or stop <= ends[-1]):
+            ends.append(stop)
+            yield event | {"ph": "X", "dur": microseconds(stop - start)}
+        else:
+            pair = {"name": name, "id": f"{next(ids):#x}"}
+            yield event | pair | {"ph": "b"}
+            yield pair | {"ph": "e", "ts": microseconds(stop - began)}
 
 
 def microseconds(nanoseconds: int) -> float:
@@ -530,39 +555,19 @@ def _shorten(record: Record, began: int, ended: int | None) -> Record:
     return record
 
 
-def _lanes(row: Row, records: Iterable[Record]) -> Iterator[tuple[str, list[Record]]]:
-    """Yield titles and spans of which any two are disjoint, or one lies inside the other."""
-    by_lane: dict[Hashable, list[Record]] = {}
-    for record in sorted(records, key=lambda each: (each.start, -each.stop)):
-        by_lane.setdefault(record.lane, []).append(record)
-    lanes, threads = list(by_lane), count(1)
-    if row != "compute":  # numbers first; texts keep the order of their first spans
-        lanes.sort(key=lambda lane: lane if isinstance(lane, int) else 1 << 63)
-    for lane in lanes:
-        its, title = by_lane[lane], row if lane is None else str(lane)
-        if isinstance(lane, int):
-            # Thread ids mean nothing to a reader: number threads in the order of their first spans.
-            title = f"{_LANES[row]} {next(threads) if row == 'compute' else lane}"
+def _titled(row: Row, lanes: Mapping[Hashable, list[Record]]) -> Iterator[tuple[str, list[Record]]]:
+    """Yield lanes with their titles: numbers first, texts and threads by their first spans."""
+    keys, threads = list(lanes), count(1)
+    if row != "compute":
+        keys.sort(key=lambda lane: lane if isinstance(lane, int) else 1 << 63)
+    for lane in keys:
+        if isinstance(lane, int):  # thread ids mean nothing to a reader
+            number = next(threads) if row == "compute" else lane
+            yield f"{_LANES[row]} {number}", lanes[lane]
         elif lane == STREAM:
-            its, title = _in_sequence(its), "copy stream"
-        for number, parallel in enumerate(_side_by_side(its, nested=row not in _CONCURRENT), 1):
-            yield f"{title} ({number})" if number > 1 else title, parallel
-
-
-def _side_by_side(records: Iterable[Record], *, nested: bool) -> list[list[Record]]:
-    """Deal spans, by their starts, to as few lanes as needed; `nested` ones may be in others."""
-    found: list[tuple[list[Record], list[int]]] = []  # with the ends of the spans around the next
-    for record in records:
-        for _, ends in found:
-            while ends and ends[-1] <= record.start:
-                ends.pop()
-        fitting = (lane for lane in found if not lane[1] or (nested and record.stop <= lane[1][-1]))
-        its, ends = next(fitting, ([], []))
-        if not its:
-            found.append((its, ends))
-        its.append(record)
-        ends.append(record.stop)
-    return [its for its, _ in found]
+            yield "copy stream", _in_sequence(lanes[lane])
+        else:
+            yield row if lane is None else str(lane), lanes[lane]
 
 
 def _in_sequence(records: Iterable[Record]) -> list[Record]:

@@ -36,9 +36,16 @@ from lorax_async.cli.command_line import (
     in_ms,
     run_on_uvloop,
 )
-from lorax_async.cli.load import LoadProgress, LoopStall, create_loads, load_at_once, with_ticker
+from lorax_async.cli.load import (
+    LoadProgress,
+    LoopStall,
+    add_trace,
+    create_loads,
+    load_at_once,
+    record_trace,
+    with_ticker,
+)
 from lorax_async.cli.serve import serve_commands
-from lorax_async.cli.timeline import add_trace, record_trace
 from lorax_async.concurrency import IsWanted, in_thread
 from lorax_async.config import LoaderConfig
 from lorax_async.engines.smollm2 import smollm2_layout

@@ -1,4 +1,4 @@
-"""`lorax-async load`: load adapters onto a device and time it."""
+"""`lorax-async load`: load adapters onto a device and time it; with `--trace`, record it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import argparse
 import asyncio
 import os
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -33,7 +34,6 @@ from lorax_async.cli.command_line import (
     read_layout,
     run_on_uvloop,
 )
-from lorax_async.cli.timeline import add_trace, record_trace
 from lorax_async.config import DTYPES, LoaderConfig
 from lorax_async.errors import LoraxError, UsageError
 from lorax_async.events import BytesMoved, Event, LayerReady, SlotGranted
@@ -229,6 +229,38 @@ async def with_ticker(work: Awaitable[T]) -> tuple[T, LoopStall]:
         stop.set()
         stall = await ticker
     return result, stall
+
+
+# -- traces ---------------------------------------------------------------------------------------
+
+
+def add_trace(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="write a trace to FILE; draw it with `lorax-async timeline FILE`",
+    )
+
+
+@contextmanager
+def record_trace(loader: AdapterLoader, path: Path | None) -> Iterator[None]:
+    """Trace the block, however it ends, and write the trace to `path` unless that is None.
+
+    Raises `OSError`, before the block if possible, and never in place of the block's own error.
+    """
+    if path is None:
+        yield
+        return
+    path.open("a").close()
+    with loader.trace() as trace:
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):
+                trace.write(path)
+            raise
+        trace.write(path)
 
 
 # -- the command ----------------------------------------------------------------------------------

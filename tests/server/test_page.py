@@ -369,7 +369,7 @@ async def test_the_first_request_is_cold_and_the_second_is_not(tmp_path: Path) -
         trace = await world.ask("GET", TRACE)
         assert "attachment" in trace.headers["content-disposition"]
         assert trace.json["otherData"]["producer"] == "lorax_async"
-        args = [e["args"] for e in trace.json["traceEvents"] if e["name"] == "request pirate"]
+        args = [e["args"] for e in require_trace(trace.json) if e["name"] == "request pirate"]
         assert args == [{"adapter": "pirate", "outcome": "first token"}]
         assert {"request pirate", "load pirate", "fetch header", "layer 0"} <= await names_in(world)
         assert trace.headers["cache-control"] == "no-store"

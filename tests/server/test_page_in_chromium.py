@@ -1,8 +1,12 @@
-"""The page as a person has it: in a browser, by mouse, by keyboard, on a phone."""
+"""The page as a person has it: in a browser, by mouse, by keyboard, on a phone. And the timeline of
+a trace as a file.
+"""
 
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -386,6 +390,41 @@ def test_a_lost_stream_moves_nothing_under_the_finger(chromium: Any, site: str) 
     row(page, four).get_by_role("button").click()
     assert page.get_by_label("Adapter: a name").input_value() == four
     page.close()
+
+
+def test_a_file_draws_a_timeline(
+    chromium: Any, tmp_path: Path, examples: Path, pytestconfig: pytest.Config
+) -> None:
+    """Of a trace of the demo; the file is all it needs."""
+    trace, file = tmp_path / "demo.json", tmp_path / "demo.html"
+    command = partial(subprocess.run, check=True, capture_output=True)
+    recorded = [
+        "demo-remote",
+        "--base",
+        "smollm2",
+        "--adapters",
+        str(examples),
+        "--trace",
+        str(trace),
+    ]
+    command([sys.executable, "-m", "lorax_async", *recorded])
+    command([sys.executable, "-m", "lorax_async", "timeline", str(trace), "-o", str(file)])
+    context = chromium.new_context(viewport=DESK | {"height": 660}, offline=True)
+    page, complaints = context.new_page(), list[str]()
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda said: complaints.append(said.text))
+    page.on("request", lambda asked: complaints.append(asked.url))
+    page.goto(file.as_uri())
+    shows(
+        page,
+        "#summary",
+        re.compile(r"ms; layers were computed for [\d.,]+ ms, of which [\d.,]+ ms"),
+    )
+    page.locator("canvas").hover(position={"x": 137, "y": 45})  # the beginning of the first lane
+    shows(page, ".note", re.compile(r"(load|stream) (pirate|shout|json): "))
+    _picture(page, pytestconfig, "timeline.png")
+    context.close()
+    assert complaints == [file.as_uri()]
 
 
 def told(names: list[str], *cold: Any, operator: bool = False) -> dict[str, Any]:

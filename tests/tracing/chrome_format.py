@@ -1,5 +1,6 @@
 """Whether something is a trace by "Trace Event Format" (Duan, Sunny and others): its JSON object
-format, complete, metadata and flow events. Those of one thread are disjoint or nested.
+format; complete, asynchronous, metadata and flow events. Complete ones of one thread are disjoint
+or nested.
 """
 
 import json
@@ -12,11 +13,11 @@ ROUNDING = 0.002  # Microseconds: times are whole nanoseconds, written as floats
 
 
 def require_trace(found: dict[str, Any]) -> list[Event]:
-    """Return its complete events, by time. Fails with what is wrong."""
+    """Return its spans as complete events, by time. Fails with what is wrong."""
     trace = json.loads(json.dumps(found, allow_nan=False))
     assert trace["displayTimeUnit"] in {"ms", "ns"}
     assert isinstance(trace.get("otherData", {}), dict)
-    kinds: dict[str, list[Event]] = {kind: [] for kind in "MXsf"}
+    kinds: dict[str, list[Event]] = {kind: [] for kind in "MXbesf"}
     for event in trace["traceEvents"]:
         assert type(event["pid"]) is type(event["tid"]) is int
         assert isinstance(event["name"], str)
@@ -24,10 +25,26 @@ def require_trace(found: dict[str, Any]) -> list[Event]:
         kinds[event["ph"]].append(event)
     timed = [event["ts"] for event in trace["traceEvents"] if event["ph"] != "M"]
     assert timed == sorted(timed), "by time"
-    _require_metadata(kinds["M"], kinds["X"])
     _require_complete(kinds["X"])
     _require_flows(kinds["s"], kinds["f"], kinds["X"])
-    return kinds["X"]
+    spans = [*kinds["X"], *_pairs(kinds["b"], kinds["e"])]
+    _require_metadata(kinds["M"], spans)
+    return sorted(spans, key=lambda each: (each["ts"], -each["dur"]))
+
+
+def _pairs(begun: list[Event], ended: list[Event]) -> list[Event]:
+    """Asynchronous events belong together by category and id. Here each pair has an id for itself."""
+    ends = {(event["cat"], event["id"]): event for event in ended}
+    pairs = []
+    for begin in begun:
+        end = ends.pop((begin["cat"], begin["id"]))
+        assert all(begin[key] == end[key] for key in ("name", "pid", "tid"))
+        assert type(begin["ts"]) in {int, float}
+        assert type(end["ts"]) in {int, float}
+        assert 0 <= begin["ts"] <= end["ts"]
+        pairs.append(begin | {"dur": end["ts"] - begin["ts"]})
+    assert not ends, "ended, and not begun"
+    return pairs
 
 
 def _require_metadata(metadata: list[Event], complete: list[Event]) -> None:

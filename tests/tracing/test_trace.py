@@ -15,11 +15,21 @@ from common import until
 from engines.variants import PEFT_WARNING, llama, logits_of, prompt, save, serving
 from lorax_async import errors
 from lorax_async import tracing as recorders
-from lorax_async.cli.timeline import record_trace
+from lorax_async.cli.load import record_trace
 from lorax_async.loader import AdapterLoader
 from lorax_async.runtime.leases import SlotOccupancy
 from lorax_async.testing import FakeSource
-from lorax_async.tracing import Record, Ring, Trace, Tracer, last_part, microseconds, name_of, now
+from lorax_async.tracing import (
+    Record,
+    Ring,
+    Trace,
+    Tracer,
+    as_events,
+    last_part,
+    microseconds,
+    name_of,
+    now,
+)
 from lorax_async.types import AdapterKey, AdapterRef, Merge, Ref, RemoteKey, TensorsKey
 from tiny_loaders import fails, gated, loader
 from tiny_sources import over, stocked
@@ -373,6 +383,23 @@ def test_a_part_is_cut_out() -> None:
     for _ in range(2):
         trace.stop()
         assert trace.as_json(t + 3_000, t + 8_000) == found
+
+
+def test_only_spans_beside_others_are_asynchronous() -> None:
+    """A thread's complete events cannot overlap by half; requests may, whatever they do today."""
+    row: list[tuple[recorders.Row, str, int, int, str]] = [
+        *(("connections", "outer", 0, 10, "X"), ("connections", "inner", 2, 10, "X")),
+        *(("connections", "next", 10, 14, "X"), ("connections", "by half", 12, 20, "b")),
+        *(("connections", "after", 14, 16, "X"), ("connections", "last", 16, 22, "X")),
+        *(("requests", "load a", 0, 10, "b"), ("requests", "load b", 20, 30, "b")),
+    ]
+    records = [Record(row, None, name, start, stop, {}) for row, name, start, stop, _ in row]
+    found = as_events(reversed(records), 0)
+    assert require_trace({"traceEvents": found, "displayTimeUnit": "ms"})
+    phases = {(e["cat"], e["name"]): e["ph"] for e in found if e["ph"] in {"X", "b"}}
+    assert phases == {(row, name): phase for row, name, _, _, phase in row}
+    lanes = {(event["pid"], event["tid"]) for event in found if event["ph"] != "M"}
+    assert len(lanes) == 2, "viewers make lanes, a row says only whose they are"
 
 
 @pytest.mark.parametrize("before", [True, False])

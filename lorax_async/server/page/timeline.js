@@ -10,27 +10,30 @@ const LANE = 18; // pixels: a lane's height,
 const ROW = 14; // the title above the lanes of a row,
 const TOP = 22; // the axis
 const MOST_LANES = 400; // no browser takes a higher canvas
+const SAME = 5e-7; // milliseconds: times are whole nanoseconds, rounded
 const GREYS = {
   requests: "#6b7a90", files: "#8d99ab", connections: "#a3aab5", layers: "#cfd6e0", compute: "#b9c2cf",
 };
 
 // -- layout: no DOM ------------------------------------------------------------------------------
 
-/** Lanes of boxes, in milliseconds, of the complete events that touch the given part. */
+/** Lanes of boxes, in milliseconds, of the spans that touch the given part. */
 export function layout(trace, from, until) {
   const events = Array.isArray(trace) ? trace : (trace.traceEvents ?? []);
   const names = new Map();
+  for (const { ph, name, pid = null, tid = null, args } of events) {
+    if (ph !== "M" || !args) continue;
+    const process = String(name).startsWith("process");
+    names.set(JSON.stringify([name, pid, process ? null : tid]), Object.values(args)[0]);
+  }
   const places = new Map();
-  for (const event of events) {
-    const { ph, pid = null, tid = null } = event;
-    if (ph === "M" && event.args) {
-      const process = String(event.name).startsWith("process");
-      names.set(JSON.stringify([event.name, pid, process ? null : tid]), Object.values(event.args)[0]);
-    } else if (ph === "X" && touches(event, from, until)) {
-      const key = JSON.stringify([pid, tid]);
-      if (!places.has(key)) places.set(key, { pid, tid, events: [] });
-      places.get(key).events.push(event);
-    }
+  for (const span of spansOf(events)) {
+    const { ts, dur, pid = null, tid = null } = span;
+    if (!Number.isFinite(ts) || !(dur >= 0)) continue; // of a foreign trace
+    if ((ts + dur) / 1e3 < (from ?? -Infinity) || ts / 1e3 > (until ?? Infinity)) continue;
+    const key = JSON.stringify([pid, tid]);
+    if (!places.has(key)) places.set(key, { pid, tid, spans: [] });
+    places.get(key).spans.push(span);
   }
   const of = (what, pid, tid) => names.get(JSON.stringify([what, pid, tid]));
   const order = ({ pid, tid }) => [
@@ -40,11 +43,11 @@ export function layout(trace, from, until) {
   const lanes = [...places.values()]
     .map((place) => ({ ...place, order: order(place) }))
     .sort((a, b) => compare(a.order, b.order))
-    .map(({ pid, tid, events }) => ({
-      row: String(of("process_name", pid, null) ?? `process ${pid}`),
-      title: String(of("thread_name", pid, tid) ?? `thread ${tid}`),
-      boxes: boxesOf(events),
-    }));
+    .flatMap(({ pid, tid, spans }) => {
+      const row = String(of("process_name", pid, null) ?? `process ${pid}`);
+      const title = String(of("thread_name", pid, tid) ?? `thread ${tid}`);
+      return lanesOf(spans).map((boxes, n) => ({ row, title: n ? `${title} (${n + 1})` : title, boxes }));
+    });
   const found = { lanes, start: from, stop: until, first: Infinity, last: -Infinity };
   let [least, most] = [Infinity, -Infinity];
   for (const box of lanes.flatMap((lane) => lane.boxes)) {
@@ -60,23 +63,37 @@ export function layout(trace, from, until) {
   return found;
 }
 
-function touches({ ts, dur }, from, until) {
-  if (!Number.isFinite(ts) || !(dur >= 0)) return false;
-  return !((ts + dur) / 1e3 < from || ts / 1e3 > until); // undefined bounds compare as false
+/** Complete events, and the pairs of asynchronous ones. Those of one `nest` may lie in each other. */
+function* spansOf(events) {
+  const open = new Map(); // by category and id, which say what belongs together
+  for (const event of events) {
+    const { ph, ts, pid, cat, id, id2 } = event;
+    if (ph === "X") yield { ...event, nest: "" };
+    if (ph !== "b" && ph !== "e") continue;
+    const nest = JSON.stringify([pid, cat, id ?? id2]);
+    if (!open.has(nest)) open.set(nest, []);
+    if (ph === "b") open.get(nest).push(event);
+    else for (const begin of open.get(nest).splice(-1)) yield { ...begin, dur: ts - begin.ts, nest };
+  }
 }
 
-function boxesOf(events) {
-  const ends = [];
-  return events
-    .sort((a, b) => a.ts - b.ts || b.dur - a.dur)
-    .map(({ ts, dur, name = "", args }) => {
-      const [start, stop] = [ts / 1e3, (ts + dur) / 1e3];
-      while (ends.length && ends.at(-1) <= start + 1e-9) ends.pop();
-      const layer = args?.layer ?? args?.groups?.[0];
-      const box = { start, stop, name: String(name).slice(0, 120), depth: ends.length, args };
-      ends.push(stop);
-      return { ...box, layer: Number.isSafeInteger(layer) ? layer : null, waits: box.name.startsWith("wait") };
+/** Boxes in as few lanes as are needed: in a lane they follow each other, or lie in each other. */
+function lanesOf(spans) {
+  const lanes = [];
+  for (const { ts, dur, name = "", args, nest } of spans.sort((a, b) => a.ts - b.ts || b.dur - a.dur)) {
+    const [start, stop] = [ts / 1e3, (ts + dur) / 1e3];
+    let lane = lanes.find(({ around }) => {
+      while (around.length && around.at(-1).stop <= start + SAME) around.pop();
+      const outer = around.at(-1);
+      return !outer || (outer.nest === nest && stop <= outer.stop + SAME);
     });
+    if (!lane) lanes.push((lane = { boxes: [], around: [] }));
+    const layer = args?.layer ?? args?.groups?.[0];
+    const box = { start, stop, name: String(name).slice(0, 120), depth: lane.around.length, args };
+    lane.boxes.push({ ...box, layer: Number.isSafeInteger(layer) ? layer : null, waits: box.name.startsWith("wait") });
+    lane.around.push({ stop, nest });
+  }
+  return lanes.map(({ boxes }) => boxes);
 }
 
 function compare(a, b) {
