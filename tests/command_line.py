@@ -33,6 +33,13 @@ def base(folder: Path, **changes: object) -> str:
     return str(folder)
 
 
+def tiny_base(folder: Path) -> str:
+    """A base whose layers have the tiny adapters' shapes: q_proj and up_proj are of 32 to 64."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16, "dtype": "float32"}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "vocab_size": 64}
+    return base(folder, **heads, **sizes)
+
+
 def adapter(folder: Path, tensors: dict[str, torch.Tensor], **config: object) -> str:
     """The folder of an adapter of rank 8 for q_proj, with these tensors and changes."""
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""A fleet without Ray: the router's policy, and the simulation of `lorax-async plan --replicas`."""
+"""A fleet without Ray: the router's policy, and its simulation."""
 
 import json
 import random
@@ -11,13 +11,12 @@ import pytest
 
 from command_line import base
 from lorax_async import LoaderConfig, StoreConfig
-from lorax_async.cli import main
-from lorax_async.cli.simulation import DeviceCapacity, simulate_fleet
 from lorax_async.engines.ray.ray_llm import model_downloader
 from lorax_async.engines.ray.routing import ReplicaResidency, RoutingPolicy
 from lorax_async.errors import ConfigError
 from lorax_async.lifecycle.adapter_state import GroupSizes
 from lorax_async.server.ray_serve import build_app
+from simulate_capacity import DeviceCapacity, main, simulate_fleet
 
 FLEET = tuple(f"r{n}" for n in range(8))
 
@@ -210,9 +209,9 @@ def test_a_dead_replicas_adapters_are_fetched_again() -> None:
         assert found.hits + found.refused + found.fetches == 800
 
 
-def test_the_command_shows_each_routing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_script_shows_each_routing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = base(tmp_path / "base", num_hidden_layers=2)
-    words = ["plan", "--base", folder, "--adapters", "50x4", "--device-bytes", "1MiB"]
+    words = ["--base", folder, "--adapters", "50x4", "--device-bytes", "1MiB"]
     words += ["--replicas", "3", "--requests", "600", "--deaths", "1"]
     assert main([*words, "--json"]) == 0
     adapters, hashed, chance = json.loads(capsys.readouterr().out)["routings"]

@@ -6,12 +6,13 @@ every other package; no package imports this one.
 - `command_line.py`: exit statuses, shared options and argument types; results on stdout, progress
   and complaints on stderr
 - `inspect.py`: `inspect`: check config and header as a load would
-- `load.py`: `load`: load onto a device and time it, with progress and stalls of the event loop
+- `load.py`: `load`: load onto a device and time it, with progress and stalls of the event loop; the
+  option `--trace`
 - `cache_commands.py`: `fetch`: download into the disk cache; `cache ls`, `verify`, `rm`, `gc`
 - `demo.py`: `demo` and `demo-remote`, with the example adapters
-- `plan.py`: `plan`: capacity, and a simulation of the eviction policies
+- `plan.py`: `plan`: how many adapters fit, by `memory_estimate.py`
 - `serve.py`: `serve`: the OpenAI-compatible server, and its log
-- `timeline.py`: `timeline`, and the option `--trace`
+- `timeline.py`: `timeline`: make a page of a trace
 """
 
 from __future__ import annotations

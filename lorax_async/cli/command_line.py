@@ -54,7 +54,7 @@ ABOUTS = {
     "demo": "load three adapters into a small model and let them answer in one batch",
     "demo-remote": "load the demo's adapters over a slow link and show when each layer is ready",
     "serve": "serve a base model and its adapters to OpenAI clients",
-    "plan": "compute how many adapters fit, and how often they would be found on the device",
+    "plan": "compute how many adapters fit a device, and what all of them take",
     "timeline": "draw a trace: when each layer was copied and computed, and how much these overlap",
 }
 """The commands, and what each does."""

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import simulate_capacity as simulation
 from lorax_async import AdapterKey, ConfigError
-from lorax_async.cli import plan, simulation
+from lorax_async.cli.memory_estimate import count_fitting
 from lorax_async.lifecycle import commands
 from lorax_async.lifecycle.adapter_state import GroupSizes, Waiter, WantedTier
 from lorax_async.lifecycle.lifecycle import Budgets, Lifecycle
@@ -147,19 +148,15 @@ def test_a_trace_as_worked_out_by_hand(name: PolicyName, hits: int, reloaded: in
 def test_so_many_fit() -> None:
     rooms = [(6 * 64 + 191, 64, 8), (9 * 64, 64, 2), (191, 64, 8)]
     two = GroupSizes((64, 128))
-    assert [simulation.count_fitting(two, simulation.DeviceCapacity(*room)) for room in rooms] == [
-        2,
-        2,
-        0,
-    ]
+    assert [count_fitting(two, *room) for room in rooms] == [2, 2, 0]
     assert simulation.SimulationResult().hit_rate == 0
 
 
 def test_zipfs_law() -> None:
     """Of 1 : 1/2 : 1/3 the sum is 11/6: the first has 6/11 of all, the second 3/11."""
     for exponent, shares in ((1.0, (6 / 11, 3 / 11, 2 / 11)), (0.0, (1 / 3, 1 / 3, 1 / 3))):
-        counts = Counter(plan.draw_requests(3, exponent, 20_000, seed=1)).most_common()
+        counts = Counter(simulation.draw_requests(3, exponent, 20_000, seed=1)).most_common()
         assert [count / 20_000 for _, count in counts] == pytest.approx(shares, abs=0.02)
     for count, exponent in [(0, 1.0), (1, -0.1), (1, float("nan")), (1, 11.0)]:
         with pytest.raises(ConfigError, match="Zipf's law"):
-            plan.draw_requests(count, exponent, 1, seed=0)
+            simulation.draw_requests(count, exponent, 1, seed=0)

@@ -1,7 +1,7 @@
 """Adapters on replicas of Ray Serve: requests go where their adapter is.
 
 - `router`: `AdapterRouter`, for a deployment's `request_router_config`;
-- `routing`: its policy, without Ray, which `lorax-async plan --replicas` simulates;
+- `routing`: its policy, without Ray;
 - `replicas`: what a replica publishes;
 - `ray_llm`: the adapters of Ray LLM from an `AdapterStore`.
 

@@ -1,9 +1,9 @@
 """Which replica takes a request: one that has its adapter, within a bound on each replica's load.
 
-Plain code without Ray, for its router and for the simulation of `lorax-async plan --replicas`. An
-adapter that no replica has goes to the first one with room on a ring of hashes: consistent hashing
-with bounded loads (Mirrokni et al., 2016). When a replica joins or leaves, few adapters move, and
-routers that know nothing of each other agree.
+Plain code without Ray, for its router and for the simulation in `benchmarks/`. An adapter that no
+replica has goes to the first one with room on a ring of hashes: consistent hashing with bounded
+loads (Mirrokni et al., 2016). When a replica joins or leaves, few adapters move, and routers that
+know nothing of each other agree.
 """
 
 from __future__ import annotations
