@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import hashlib
 import inspect
 import json
 import os
@@ -179,6 +180,13 @@ PRINTED = {
     "prometheus": [r"lorax_moved_bytes_total 921600\.0"],
     "tensor_parallel": [rf"rank {n}: A \(4, 576\), B \(288, 4\)" for n in range(2)]
     + ["as on one device: True"],
+    "slow_link": [
+        *(
+            rf"{name:6}  ·*[▁▂▃▄▅▆▇█]+  \d+ to \d+ ms, sha256"
+            for name in ("pirate", "shout", "json")
+        ),
+        r"layers that are ready; a column is \d+ ms; the link has 1\.4 MB/s",
+    ],
     "scheduler": [r"(\d rows of .*\n)+tokens: 4 4 4"],
 }
 """What the examples print, as patterns."""
@@ -188,8 +196,31 @@ PRINTED = {
 @pytest.mark.parametrize("name", PRINTED)
 def test_an_example_runs(name: str, capsys: Capture, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", [name])
     run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
     assert re.fullmatch("\n".join(PRINTED[name]) + "\n", capsys.readouterr().out)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_socket_left", "nothing_left")
+def test_layers_come_in_order_over_a_slow_link(tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    example = run_path(str(ROOT / "examples" / "slow_link.py"))
+    arrivals, nbytes = example["run"](), 0
+    assert [arrival.name for arrival in arrivals] == ["pirate", "shout", "json"]
+    for name, times, checked in arrivals:
+        assert len(times) == (15 if name == "json" else 30)
+        assert times == sorted(times)
+        weights = (ROOT / "examples/adapters" / name / "adapter_model.safetensors").read_bytes()
+        nbytes += len(weights)
+        assert (checked.kind, checked.digest) == ("sha256", hashlib.sha256(weights).hexdigest())
+        drawn = example["draw"](times, 2 * times[-1])
+        assert len(drawn) == example["COLUMNS"]
+        assert drawn.lstrip("·") == "".join(sorted(drawn.lstrip("·"))), "layers stay"
+        assert drawn.endswith("█")
+    # A link lets nothing through faster than its rate.
+    assert max(times[-1] for _, times, _ in arrivals) > nbytes / example["RATE"]
+    assert not list(tmp_path.iterdir()), "the cache is gone"
 
 
 @pytest.mark.parametrize(
@@ -479,7 +510,7 @@ def test_every_command_and_option_that_is_named_is_one(capsys: Capture) -> None:
     named = {"cache ls", "cache verify", "cache rm", "cache gc"}
     named |= set(re.findall(r"^\| `lorax-async ([a-z-]+)", page, re.MULTILINE)) - {"cache"}
     named |= set(re.findall(r"lorax-async ([a-z][a-z-]+)", README.read_text())) - {"cache"}
-    assert {"inspect", "load", "fetch", "serve", "plan", "demo-remote"} <= named
+    assert {"inspect", "load", "fetch", "serve", "plan", "timeline"} <= named
     options = set()
     for command in named:
         with pytest.raises(SystemExit) as ended:

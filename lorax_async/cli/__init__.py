@@ -9,7 +9,7 @@ every other package; no package imports this one.
 - `load.py`: `load`: load onto a device and time it, with progress and stalls of the event loop; the
   option `--trace`
 - `cache_commands.py`: `fetch`: download into the disk cache; `cache ls`, `verify`, `rm`, `gc`
-- `demo.py`: `demo` and `demo-remote`, with the example adapters
+- `demo.py`: `demo`, with the example adapters
 - `plan.py`: `plan`: how many adapters fit, by `memory_estimate.py`
 - `serve.py`: `serve`: the OpenAI-compatible server, and its log
 - `timeline.py`: `timeline`: make a page of a trace
@@ -50,7 +50,7 @@ Results go to stdout, progress to stderr: without a terminal, a line every few s
 """
 
 
-_MODULES = {"fetch": "cache_commands", "cache": "cache_commands", "demo-remote": "demo"}
+_MODULES = {"fetch": "cache_commands", "cache": "cache_commands"}
 """Where commands are that have no module of their own name."""
 
 
@@ -113,6 +113,8 @@ def _parser(words: Sequence[str], terminal: Terminal) -> argparse.ArgumentParser
     )
     help = "show program's version number and exit"
     parser.add_argument("--version", action=_ShowVersion, nargs=0, help=help)
+    if words[:1] == ["demo-remote"]:
+        parser.error("demo-remote was removed; run examples/slow_link.py of a checkout")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     named = next((word for word in words if word in ABOUTS), None)
     if named is not None:

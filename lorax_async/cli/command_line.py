@@ -52,7 +52,6 @@ ABOUTS = {
     "fetch": "download adapters into the disk cache and verify them; no base model is needed",
     "cache": "list, verify and clean the adapter cache",
     "demo": "load three adapters into a small model and let them answer in one batch",
-    "demo-remote": "load the demo's adapters over a slow link and show when each layer is ready",
     "serve": "serve a base model and its adapters to OpenAI clients",
     "plan": "compute how many adapters fit a device, and what all of them take",
     "timeline": "draw a trace: when each layer was copied and computed, and how much these overlap",

@@ -1,25 +1,16 @@
-"""`lorax-async demo` and `demo-remote`: the example adapters, in one batch and over a slow link."""
+"""`lorax-async demo`: the example adapters and their base, in one batch."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import hashlib
 import importlib
-import math
-import re
-import threading
 import time
-from base64 import b64encode
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import copy_context
-from dataclasses import asdict
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, Self
+from typing import Any
 
 from lorax_async import layouts
 from lorax_async.cli.command_line import (
@@ -28,33 +19,18 @@ from lorax_async.cli.command_line import (
     AddParser,
     ProgressBars,
     Terminal,
-    add_base,
     add_command,
-    base_folder,
-    format_ms,
-    format_size,
     in_ms,
     run_on_uvloop,
 )
-from lorax_async.cli.load import (
-    LoadProgress,
-    LoopStall,
-    add_trace,
-    create_loads,
-    load_at_once,
-    record_trace,
-    with_ticker,
-)
+from lorax_async.cli.load import LoadProgress, LoopStall, create_loads, load_at_once, with_ticker
 from lorax_async.cli.serve import serve_commands
 from lorax_async.concurrency import IsWanted, in_thread
 from lorax_async.config import LoaderConfig
-from lorax_async.engines.smollm2 import smollm2_layout
+from lorax_async.engines.smollm2 import Report, prepare_base
 from lorax_async.errors import ConfigError
 from lorax_async.handle import AdapterHandle
-from lorax_async.ids import Allow
 from lorax_async.loader import AdapterLoader
-from lorax_async.sources.local import CONFIG, WEIGHTS
-from lorax_async.types import AdapterRef, Verification
 
 ADAPTERS = ("pirate", "shout", "json")
 
@@ -62,19 +38,9 @@ PROMPT = "What is ice?"
 """A prompt of the adapters' training data: the smallest adapter knows little else."""
 
 MAX_NEW_TOKENS = 32
-PROMPT_TOKENS = 96
-"""Of each prompt through the model of `demo-remote --base`."""
 
 IDLE_SECONDS = 0.25
 """How long the idle loop is measured before the loads; they take about a tenth of that."""
-
-RATE = 1_400_000.0
-"""Bytes per second of the link: the three adapters take two to three seconds."""
-
-CHUNK = 8 << 10
-COLUMNS = 50
-_HEIGHTS = "▁▂▃▄▅▆▇█"
-_RANGE = re.compile(r"bytes=([0-9]{1,15})-([0-9]{1,15})")
 
 
 def add_to(add: AddParser) -> None:
@@ -83,20 +49,6 @@ def add_to(add: AddParser) -> None:
     parser.add_argument(
         "--prompt", metavar="TEXT", help="what to ask (default: what all three know)"
     )
-    _add_adapters(parser)
-    about = ABOUTS["demo-remote"]
-    more = (
-        "This process serves them on loopback at 1.4 MB/s, into an empty, temporary cache. With"
-        " --base, prompts run through that model, each layer as soon as the adapter's layer is"
-        " ready; otherwise no base model is needed, only its shapes."
-    )
-    parser = add_command(add, "demo-remote", about, _demo_remote, more)
-    _add_adapters(parser)
-    add_base(parser, required=False)
-    add_trace(parser)
-
-
-def _add_adapters(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapters",
         type=Path,
@@ -117,9 +69,9 @@ def _find_adapters(folder: Path) -> list[Path]:
     return paths
 
 
-def _load_model(base: str, report: Callable[[str], None]) -> tuple[Any, Path]:
-    """Return a base model in float32 and eval mode, and its folder. Blocks for seconds."""
-    folder = base_folder(base, report)
+def _load_model(report: Report) -> tuple[Any, Path]:
+    """Return the base model in float32 and eval mode, and its folder. Blocks for seconds."""
+    folder = prepare_base(progress=report)
     report("loading the base model")
     import torch  # noqa: PLC0415
     from transformers import AutoModelForCausalLM  # noqa: PLC0415
@@ -136,12 +88,11 @@ def _load_model(base: str, report: Callable[[str], None]) -> tuple[Any, Path]:
 
 
 @contextmanager
-def _torch_threads(count: int | None = None) -> Iterator[None]:
-    """Limit torch to `count` threads, or to half of those it has."""
+def _half_of_torchs_threads() -> Iterator[None]:
     import torch  # noqa: PLC0415
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(count or max(1, threads // 2))
+    torch.set_num_threads(max(1, threads // 2))
     try:
         yield
     finally:
@@ -158,16 +109,13 @@ async def _load_all(
             raise load.error
 
 
-# -- demo -----------------------------------------------------------------------------------------
-
-
 def _demo(arguments: argparse.Namespace, terminal: Terminal) -> int:
     folder, prompt = arguments.adapters, arguments.prompt or PROMPT
     paths = _find_adapters(folder)  # fail before the base is loaded
     began = time.perf_counter()
     # Import and load before the loop starts: both block for seconds, and Ctrl-C ends them at once.
     with terminal.steps("looking for the base model") as report:
-        model, base = _load_model("smollm2", report)
+        model, base = _load_model(report)
         from transformers import AutoTokenizer  # noqa: PLC0415
 
         tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
@@ -270,7 +218,7 @@ def _answer(
     chat = [{"role": "user", "content": prompt}]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     inputs = tokenizer([text] * rows, return_tensors="pt", padding=True)
-    with _torch_threads():  # OpenMP's threads spin, and on all cores took 7x as long
+    with _half_of_torchs_threads():  # OpenMP's threads spin, and on all cores took 7x as long
         out = model.generate(
             **inputs,
             max_new_tokens=MAX_NEW_TOKENS,
@@ -282,229 +230,3 @@ def _answer(
         (tokenizer.decode(row, skip_special_tokens=True).strip(), end not in row)
         for row in out[:, inputs["input_ids"].shape[1] :]
     ]
-
-
-# -- demo-remote ----------------------------------------------------------------------------------
-
-
-def _demo_remote(arguments: argparse.Namespace, terminal: Terminal) -> int:
-    loads, checks, nbytes = run_remote_demo(
-        arguments.adapters, terminal, base=arguments.base, trace=arguments.trace
-    )
-    rows = list(zip(loads, checks, strict=True))
-    if arguments.json:
-        adapters = [
-            load.as_json()
-            | {"layers_ms": [in_ms(seconds) for seconds in load.ready_times]}
-            | {"checked": asdict(check)}
-            for load, check in rows
-        ]
-        terminal.json({"adapters": adapters, "rate": RATE, "bytes": nbytes})
-        return OK
-    terminal.table(
-        [_cells(load, "state", " file") | {"checked by": check.kind} for load, check in rows]
-    )
-    seconds = max(load.resident or 0.0 for load in loads)
-    terminal.say(f"layers on the device; each column is {format_ms(seconds / COLUMNS)}", "bold")
-    terminal.pairs([(load.name, _draw(load.ready_times, seconds)) for load in loads])
-    terminal.say()
-    link = f"{RATE / 1e6:g} MB/s for all three, on loopback; {format_size(nbytes)} in all"
-    terminal.pairs([("link", link), ("times", "from load(), called for all three at once")])
-    return OK
-
-
-def _draw(ready_times: Sequence[float], seconds: float) -> str:
-    """Draw how many layers were ready over the `seconds` from the call of `load`."""
-    marks = ""
-    for column in range(1, COLUMNS + 1):
-        ready = bisect_right(ready_times, seconds * column / COLUMNS)
-        height = math.ceil(ready * len(_HEIGHTS) / len(ready_times))
-        marks += _HEIGHTS[height - 1] if ready else "·"
-    return marks
-
-
-def run_remote_demo(
-    folder: Path,
-    terminal: Terminal,
-    rate: float = RATE,
-    *,
-    base: str | None = None,
-    trace: Path | None = None,
-) -> tuple[list[LoadProgress], list[Verification], int]:
-    """Serve the adapters in `folder` at `rate` bytes per second, and load all three at once.
-
-    With a `base`, also run one prompt per adapter through that model. `trace` is a file to write
-    the trace to. Return the loads, how each was verified, and the bytes of all files.
-
-    Raises `ConfigError` if an adapter is missing, and what a load raises.
-    """
-    files = {
-        f"/{path.name}/{name}": (path / name).read_bytes()
-        for path in _find_adapters(folder)
-        for name in (CONFIG, WEIGHTS)
-    }
-    model = None
-    if base is not None:
-        with terminal.steps("looking for the base model") as report:
-            model, _ = _load_model(base, report)
-    with SlowServer(files, rate) as server, TemporaryDirectory(prefix="lorax-async-") as cache:
-        config = LoaderConfig(
-            dtype=None if model is None else "float32",
-            device_bytes=32 << 20,
-            max_slots=len(ADAPTERS),
-            connections=1,  # more gain nothing on one link, and would hide the layer order
-            allow=(Allow("http", "127.0.0.1", server.server_port),),
-            cache_dir=cache,
-        )
-        loads = create_loads([AdapterRef(server.url(name)) for name in ADAPTERS])
-        for load, name in zip(loads, ADAPTERS, strict=True):
-            load.name = name
-        checks = run_on_uvloop(_load_remote(config, loads, terminal, model, trace))
-    return loads, checks, sum(map(len, files.values()))
-
-
-async def _load_remote(
-    config: LoaderConfig,
-    loads: Sequence[LoadProgress],
-    terminal: Terminal,
-    model: Any,
-    trace: Path | None,
-) -> list[Verification]:
-    layout = smollm2_layout() if model is None else layouts.from_module(model)
-    async with AdapterLoader(layout, config) as loader:
-        try:
-            with terminal.bars() as bars, record_trace(loader, trace):
-                async with asyncio.TaskGroup() as group:
-                    group.create_task(load_at_once(loader, loads, bars, hold=True), name="loads")
-                    if model is not None:
-                        group.create_task(_stream_through(model, loader, loads), name="passes")
-            checks = []
-            for load in loads:
-                if load.error is not None:
-                    raise load.error
-                assert load.handle is not None
-                checks.append(await load.handle.verified())
-            return checks
-        finally:
-            for load in loads:
-                load.release()
-
-
-async def _stream_through(model: Any, loader: AdapterLoader, loads: Sequence[LoadProgress]) -> None:
-    """Run one prompt after another, each through its adapter's layers as they become ready."""
-    import torch  # noqa: PLC0415
-
-    from lorax_async.engines.transformers import attach  # noqa: PLC0415
-
-    def compute() -> None:
-        ids = torch.arange(PROMPT_TOKENS).unsqueeze(0) % model.config.vocab_size
-        # Leave the other cores to the slow link's server and to the copies.
-        with torch.inference_mode(), _torch_threads(1):
-            model(ids, use_cache=False, logits_to_keep=1)
-
-    with attach(model, loader) as attached:
-        for load in loads:
-            async with loader.stream(load.ref) as handle:
-                with attached.batch([handle]):
-                    await asyncio.to_thread(compute)
-
-
-# -- the slow link --------------------------------------------------------------------------------
-
-
-class SlowServer(ThreadingHTTPServer):
-    """A server of `files`, by request target, that runs in its own threads while entered.
-
-    All connections share a link of `rate` bytes per second. It supports ranges and sends digests;
-    other targets get a 404.
-    """
-
-    daemon_threads = False
-
-    def __init__(self, files: Mapping[str, bytes], rate: float) -> None:
-        self.files = {target: _describe(content) for target, content in files.items()}
-        self._rate = rate
-        self._lock = threading.Lock()
-        self._free_at = 0.0
-        self._cut = threading.Event()
-        super().__init__(("127.0.0.1", 0), _SlowHandler)
-
-    def __enter__(self) -> Self:
-        self._thread = threading.Thread(
-            target=self.serve_forever, args=(0.01,), name="lorax-slow-server"
-        )
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Cut the link and join all threads. Clients must have disconnected."""
-        self._cut.set()
-        self.shutdown()
-        self._thread.join()
-        self.server_close()
-
-    def url(self, folder: str) -> str:
-        return f"http://127.0.0.1:{self.server_port}/{folder}/"
-
-    def wait(self, nbytes: int) -> None:
-        """Block until `nbytes` are through. Raises `BrokenPipeError` when the link is cut."""
-        with self._lock:
-            now = time.monotonic()
-            self._free_at = max(now, self._free_at) + nbytes / self._rate
-            seconds = self._free_at - now
-        if self._cut.wait(seconds):
-            raise BrokenPipeError("the link was cut")
-
-
-def _describe(content: bytes) -> tuple[memoryview, dict[str, str]]:
-    """Return a file's content, and its strong ETag and digest as response header fields."""
-    sha256 = hashlib.sha256(content)
-    digest = f"sha-256=:{b64encode(sha256.digest()).decode()}:"
-    return memoryview(content), {"ETag": f'"{sha256.hexdigest()[:32]}"', "Repr-Digest": digest}
-
-
-class _SlowHandler(BaseHTTPRequestHandler):
-    server: SlowServer
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    timeout = 30
-
-    def do_GET(self) -> None:
-        if self.path not in self.server.files:
-            self._send(404, {})
-            return
-        content, fields = self.server.files[self.path]
-        size = len(content)
-        wanted = _RANGE.fullmatch(self.headers.get("Range", ""))
-        if wanted is None:
-            self._send(200, fields, content)
-            return
-        start, stop = int(wanted[1]), min(int(wanted[2]) + 1, size)
-        if start >= stop:
-            self._send(416, {})
-            return
-        part = {"Content-Range": f"bytes {start}-{stop - 1}/{size}"}
-        self._send(206, fields | part, content[start:stop])
-
-    def _send(
-        self, status: int, fields: Mapping[str, str], content: bytes | memoryview = b""
-    ) -> None:
-        self.send_response(status)
-        for name, value in {**fields, "Content-Length": str(len(content))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        for start in range(0, len(content), CHUNK):
-            chunk = content[start : start + CHUNK]
-            self.server.wait(len(chunk))
-            self.wfile.write(chunk)
-
-    def finish(self) -> None:
-        with suppress(OSError):  # the other end is gone
-            super().finish()
-
-    def handle(self) -> None:
-        with suppress(OSError):  # the other end is gone
-            super().handle()
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Discard the message."""

@@ -231,18 +231,6 @@ async def with_ticker(work: Awaitable[T]) -> tuple[T, LoopStall]:
     return result, stall
 
 
-# -- traces ---------------------------------------------------------------------------------------
-
-
-def add_trace(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--trace",
-        type=Path,
-        metavar="FILE",
-        help="write a trace to FILE; draw it with `lorax-async timeline FILE`",
-    )
-
-
 @contextmanager
 def record_trace(loader: AdapterLoader, path: Path | None) -> Iterator[None]:
     """Trace the block, however it ends, and write the trace to `path` unless that is None.
@@ -285,7 +273,8 @@ def add_to(add: AddParser) -> None:
     add_device_bytes(parser)
     add_sources(parser)
     add_caches(parser)
-    add_trace(parser)
+    help = "write a trace to FILE; draw it with `lorax-async timeline FILE`"
+    parser.add_argument("--trace", type=Path, metavar="FILE", help=help)
 
 
 def _load(arguments: argparse.Namespace, terminal: Terminal) -> int:

@@ -395,19 +395,11 @@ def test_a_lost_stream_moves_nothing_under_the_finger(chromium: Any, site: str) 
 def test_a_file_draws_a_timeline(
     chromium: Any, tmp_path: Path, examples: Path, pytestconfig: pytest.Config
 ) -> None:
-    """Of a trace of the demo; the file is all it needs."""
+    """Of a trace of the example; the file is all it needs."""
     trace, file = tmp_path / "demo.json", tmp_path / "demo.html"
     command = partial(subprocess.run, check=True, capture_output=True)
-    recorded = [
-        "demo-remote",
-        "--base",
-        "smollm2",
-        "--adapters",
-        str(examples),
-        "--trace",
-        str(trace),
-    ]
-    command([sys.executable, "-m", "lorax_async", *recorded])
+    example = str(examples.parent / "slow_link.py")
+    command([sys.executable, example, "--base", "smollm2", "--trace", str(trace)])
     command([sys.executable, "-m", "lorax_async", "timeline", str(trace), "-o", str(file)])
     context = chromium.new_context(viewport=DESK | {"height": 660}, offline=True)
     page, complaints = context.new_page(), list[str]()

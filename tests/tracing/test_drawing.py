@@ -1,10 +1,10 @@
 """From a trace file, also a stranger's or a damaged one, to a page, or a refusal by name."""
 
-import io
 import json
 import re
 import subprocess
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 import pytest
@@ -13,8 +13,6 @@ from command_line import ADAPTERS, output
 from core.refusals import refusals
 from lorax_async.cli import main
 from lorax_async.cli import timeline as drawings
-from lorax_async.cli.command_line import Terminal
-from lorax_async.cli.demo import run_remote_demo
 from lorax_async.cli.timeline import SCRIPT, as_html, read_trace
 from lorax_async.errors import UsageError
 from tools import tool
@@ -22,6 +20,7 @@ from tracing.chrome_format import of, require_trace
 
 Patch = pytest.MonkeyPatch
 Capture = pytest.CaptureFixture[str]
+EXAMPLE = ADAPTERS.parent / "slow_link.py"
 FAR = 10**400  # A whole number that no float reaches; JSON has it
 
 
@@ -205,13 +204,13 @@ def embedded(page: str) -> Any:
     return json.loads(found[1], parse_constant=pytest.fail)
 
 
-def test_two_commands_draw_a_timeline(tmp_path: Path, capsys: Capture) -> None:
+def test_a_trace_of_the_example_is_drawn(tmp_path: Path, capsys: Capture) -> None:
     trace, page = tmp_path / "demo.json", tmp_path / "demo.html"
-    run_remote_demo(ADAPTERS, Terminal(io.StringIO(), io.StringIO()), rate=50e6, trace=trace)
+    run_path(str(EXAMPLE))["run"](trace=trace, rate=50e6)
     written = json.loads(trace.read_bytes())
     events = require_trace(written)
     asked = {each["name"] for each in of(events, "requests")}
-    assert asked == {"load pirate", "load shout", "load json"}
+    assert asked == {"stream pirate", "stream shout", "stream json"}
     ranges = [each for each in of(events, "connections") if "asked" in each["args"]]
     weights = sum(path.stat().st_size for path in ADAPTERS.glob("*/adapter_model.safetensors"))
     # All of the weights came, and perhaps a part again that came with the header.
