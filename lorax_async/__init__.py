@@ -28,6 +28,11 @@ else:
         """Import the public names when one is used: torch takes a second, and may not be needed."""
         if name in _MODULES:
             return importlib.import_module(f"lorax_async.{name}")
+        if name == "Merge":
+            raise importlib.import_module("lorax_async.errors").UsageError(
+                "Merge was removed in 0.3: compute a merge with lorax_async.adapters.merge_folders,"
+                " and pass it to load_tensors (docs/merging.md)"
+            )
         if name.startswith("_") and name != "__all__":
             raise AttributeError(f"module 'lorax_async' has no attribute {name!r}")
         value = globals()[name] = getattr(importlib.import_module("lorax_async.api"), name)

@@ -54,7 +54,7 @@ from lorax_async.runtime.telemetry import Budget, Statistics, Usage
 from lorax_async.scheduler.requests import Request, Ticket
 from lorax_async.scheduler.scheduler import AdapterScheduler, Batch, BatchRow
 from lorax_async.store import AdapterStore
-from lorax_async.types import AdapterKey, AdapterRef, Merge, Verification
+from lorax_async.types import AdapterKey, AdapterRef, Verification
 
 __all__ = [
     "AccessDeniedError",
@@ -101,7 +101,6 @@ __all__ = [
     "LoaderConfig",
     "LocalRoot",
     "LoraxError",
-    "Merge",
     "ModelLayout",
     "ModuleWeights",
     "Placement",

@@ -333,8 +333,7 @@ class LoaderConfig(StoreConfig):
     host_bytes
         Budget of the host tier: file pages below immutable `LocalRoot`s that are kept in memory.
     memory_bytes
-        Budget of host copies: adapters loaded from tensors, until they are unloaded or replaced,
-        and merges, until others need the room.
+        Budget of host copies: adapters loaded from tensors, until they are unloaded or replaced.
     pinned_bytes
         Budget of pinned images, on devices other than "cpu": page-locked copies of adapters in
         device form, which reload without reading a file.

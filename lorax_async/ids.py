@@ -20,8 +20,6 @@ from lorax_async.errors import (
 )
 from lorax_async.types import (
     AdapterRef,
-    Merge,
-    MergedKey,
     Ref,
     RemoteKey,
     require_bool,
@@ -108,7 +106,7 @@ class LocalFolder:
 
 
 Place = HubRepository | StoreFolder | WebFolder | LocalFolder
-"""What the text of an id names; merges and adapters in memory have no text."""
+"""What the text of an id names; adapters in memory have no text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -565,24 +563,18 @@ def _check_options(source: str, revision: str | None, *, use_token: bool) -> Non
         )
 
 
-def origins_of(ref: Ref) -> frozenset[str]:
-    """Return the origins of an adapter or a merge's parts; local ones and invalid ids have none.
-
-    They are "hub", "s3://bucket" and "https://host:port".
-    """
-    if isinstance(ref, Merge | MergedKey):
-        parts = ref.parts if isinstance(ref, Merge) else ref.merge.parts
-        return frozenset[str]().union(*map(origins_of, parts))
+def origin_of(ref: Ref) -> str | None:
+    """Return "hub", "s3://bucket" or "https://host:port"; None for local and invalid ids."""
     if isinstance(ref, RemoteKey):
         text = ref.location
     elif isinstance(ref, AdapterRef):
         try:
             parsed = parse_ref(ref)
         except LoraxError:
-            return frozenset()  # resolving it raises
+            return None  # resolving it raises
         if isinstance(parsed.place, LocalFolder):
-            return frozenset()
+            return None
         text = parsed.text
     else:
-        return frozenset()
-    return frozenset({"/".join(text.split("/")[:3]) if "://" in text else "hub"})
+        return None
+    return "/".join(text.split("/")[:3]) if "://" in text else "hub"

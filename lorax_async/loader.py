@@ -178,8 +178,8 @@ class AdapterLoader:
         ----------
         adapter_id
             A `pathlib.Path`, a string (`org/name` on the hub, a URL, or a path below
-            `local_roots`: docs/sources.md), an `AdapterRef`, an `AdapterKey` from this loader, or a
-            `Merge`. Equal requests share one load.
+            `local_roots`: docs/sources.md), an `AdapterRef`, or an `AdapterKey` from this loader.
+            Equal requests share one load.
         source, revision, token
             As in `AdapterRef`, for a string.
         digest
@@ -249,7 +249,7 @@ class AdapterLoader:
         compared with the base model. A local adapter's folder is returned as it is.
 
         Parameters are those of `load`, and so are errors; a partial download stays, to be resumed.
-        Raise `UsageError` for a merge or tensors, which have no folder.
+        Raise `UsageError` for tensors, which have no folder.
         """
         self._check_open()
         ref = as_ref(adapter_id, source, revision, token, digest, allow_stale=allow_stale)
@@ -454,7 +454,7 @@ class AdapterLoader:
         self._check_open()
         ref = as_ref(adapter_id)
         if not isinstance(ref, AdapterRef):
-            raise UsageError("a key or a Merge names fixed bytes; replace an id")
+            raise UsageError("a key names fixed bytes; replace an id")
         return await self._load_tensors(ref, tensors, config, timeout, priority, replaces=True)
 
     async def _load_tensors(

@@ -12,7 +12,7 @@ from lorax_async.concurrency import Lifetime
 from lorax_async.config import StoreConfig
 from lorax_async.errors import ConfigError, shorten_repr
 from lorax_async.handle import context_call
-from lorax_async.ids import origins_of
+from lorax_async.ids import origin_of
 from lorax_async.runtime.acquire import BACKGROUND, BACKGROUND_SECONDS, PrioritySemaphore
 from lorax_async.runtime.assembly import StoreParts
 from lorax_async.runtime.folders import AdapterFolder, StoredAdapter
@@ -106,7 +106,7 @@ class AdapterStore:
         folder is returned as it is.
 
         Parameters and errors are those of `AdapterLoader.load`, except that the adapter is not
-        compared with a base model. A merge or tensors, which have no folder, are a `UsageError`.
+        compared with a base model. Tensors, which have no folder, are a `UsageError`.
         After an error or a cancellation, what was downloaded stays, to be resumed.
         """
         self._lifetime.check_open()
@@ -143,7 +143,7 @@ class AdapterStore:
         seconds = self.config.seconds(timeout)
 
         async def fetch(ref: Ref) -> bool:
-            async with self._turns.turn(0, origins_of(ref)):
+            async with self._turns.turn(0, origin_of(ref)):
                 folder = await self._parts.folders.fetch(ref, seconds, urgent=False)
             folder.release()
             return True

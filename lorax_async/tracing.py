@@ -41,7 +41,7 @@ from lorax_async.events import (
     SlotGranted,
     SlotId,
 )
-from lorax_async.types import AdapterKey, AdapterRef, Merge, MergedKey, Ref, TensorsKey
+from lorax_async.types import AdapterKey, AdapterRef, Ref, TensorsKey
 
 MAX_NAME_LENGTH = 64
 _REVISED = re.compile(r"(\w[\w.-]*/\w[\w.-]*)@.+")
@@ -53,8 +53,6 @@ def name_of(ref: Ref) -> str:
 
     A hub id loses its revision, as its key does, so that an adapter has one name in all rows.
     """
-    if isinstance(ref, Merge | MergedKey):
-        return "merge"
     if isinstance(ref, TensorsKey):
         return f"tensors {ref.digest[:8]}"
     if isinstance(ref, AdapterRef) and isinstance(ref.id, str) and ref.source in {None, "hub"}:

@@ -8,15 +8,9 @@ from dataclasses import dataclass, field, replace
 from math import sqrt
 from pathlib import Path
 from types import UnionType
-from typing import Literal, TypeAlias, cast, get_args
+from typing import Literal, TypeAlias, cast
 
-from lorax_async.errors import (
-    ConfigError,
-    InvalidAdapterIdError,
-    LoraxError,
-    UsageError,
-    shorten_repr,
-)
+from lorax_async.errors import ConfigError, InvalidAdapterIdError, UsageError, shorten_repr
 
 MAX_ID_BYTES = 4096
 
@@ -219,156 +213,8 @@ class RemoteKey(AdapterKey):
         return f"{self.location}@{self.version}"
 
 
-PartId = str | Path | AdapterRef | AdapterKey
-"""The id of one saved adapter."""
-
-
-def as_part(adapter_id: object) -> AdapterRef | AdapterKey:
-    """Convert a `PartId`. Raises `UsageError`."""
-    if isinstance(adapter_id, AdapterRef | AdapterKey):
-        return adapter_id
-    return AdapterRef(adapter_id)  # type: ignore[arg-type]  # it checks
-
-
 MAX_FACTOR = 3.4028234663852886e38
 """The largest float32, the type of scales and weights."""
-
-MAX_PARTS = 64
-"""The most parts of a merge: all are open at once, and a request may choose them."""
-
-Strategy = Literal["linear", "ties", "dare_linear", "dare_ties"]
-MajoritySign = Literal["total", "frequency"]
-
-
-@dataclass(frozen=True, slots=True)
-class Merge:
-    """Several adapters combined into one: an adapter id, compared and hashed by value.
-
-    Parameters
-    ----------
-    strategy
-        "linear" (the exact weighted sum of the deltas, of any ranks; PEFT's "cat"), or "ties",
-        "dare_linear", "dare_ties" (A and B separately, of equal ranks), as in PEFT's
-        `add_weighted_adapter`.
-    refs, weights
-        The adapters, and a finite factor for each; at least two, or one for "linear".
-    density
-        The fraction of the weights that is kept, above 0 and up to 1. Not for "linear".
-    majority_sign
-        The sign that wins ("ties", "dare_ties"): that of the "total", or the more frequent one.
-    seed
-        The seed of the random drops ("dare_linear", "dare_ties").
-
-    Raises
-    ------
-    UsageError
-        An argument is invalid, or would have no effect.
-    """
-
-    strategy: Strategy
-    refs: Sequence[PartId]
-    weights: Sequence[float]
-    density: float | None = None
-    majority_sign: MajoritySign = "total"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "refs", _parts(self.refs))
-        object.__setattr__(self, "weights", _weights(self.weights, len(self.refs)))
-        self._check_strategy()
-        if not (_is_number(self.seed, int) and 0 <= self.seed < 1 << 63):
-            raise UsageError(
-                f"a seed is a whole number from 0 to 2**63 - 1, not {shorten_repr(self.seed)}"
-            )
-        if self.seed and not self.drops:
-            raise UsageError(f"{self.strategy!r} draws nothing at random; leave the seed out")
-
-    def _check_strategy(self) -> None:
-        for name, words in (("strategy", Strategy), ("majority_sign", MajoritySign)):
-            value, known = getattr(self, name), get_args(words)
-            if value not in known:
-                raise UsageError(f"{name} is one of {', '.join(known)}, not {shorten_repr(value)}")
-        if self.majority_sign != "total" and not self.elects:
-            raise UsageError(f"{self.strategy!r} elects no sign; leave majority_sign out")
-        if self.strategy == "linear":
-            if self.density is not None:
-                raise UsageError("'linear' keeps every weight; leave the density out")
-            return
-        if not (_is_number(self.density, int | float) and 0 < cast(float, self.density) <= 1):
-            raise UsageError(
-                f"{self.strategy!r} needs a density above 0 and up to 1, not"
-                f" {shorten_repr(self.density)}"
-            )
-        object.__setattr__(self, "density", float(cast(float, self.density)))
-        if len(self.refs) < 2:
-            raise UsageError(f"{self.strategy!r} merges two adapters or more; one is for 'linear'")
-
-    @property
-    def parts(self) -> tuple[AdapterRef | AdapterKey, ...]:
-        """`refs` in their stored form."""
-        return cast("tuple[AdapterRef | AdapterKey, ...]", self.refs)
-
-    @property
-    def drops(self) -> bool:
-        """Whether weights are dropped at random and the others rescaled."""
-        return self.strategy in {"dare_linear", "dare_ties"}
-
-    @property
-    def elects(self) -> bool:
-        """Whether only the weights with the majority's sign count."""
-        return self.strategy in {"ties", "dare_ties"}
-
-    @property
-    def text(self) -> str:
-        pairs = zip(self.weights, self.parts, strict=True)
-        words = [f"{weight!r} * {text_of(part)}" for weight, part in pairs]
-        words += [f"density={self.density!r}"] if self.density is not None else []
-        words += [f"majority_sign={self.majority_sign}"] if self.elects else []
-        words += [f"seed={self.seed}"] if self.drops else []
-        return f"{self.strategy}({', '.join(words)})"
-
-
-@dataclass(frozen=True, slots=True)
-class MergedKey(AdapterKey):
-    """The key of a merge: its recipe over the keys of its parts. `files` are those of all parts."""
-
-    merge: Merge
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    @classmethod
-    def of(cls, merge: Merge, parts: Sequence[AdapterKey]) -> MergedKey:
-        """Make the key; equal for equal recipes over equal parts."""
-        resolved = replace(merge, refs=tuple(parts))
-        return cls(resolved.text, tuple(file for part in parts for file in part.files), resolved)
-
-
-def _parts(refs: object) -> tuple[AdapterRef | AdapterKey, ...]:
-    if not isinstance(refs, list | tuple) or not refs:
-        raise UsageError(f"refs is a list of one adapter or more, not {shorten_repr(refs)}")
-    if len(refs) > MAX_PARTS:
-        raise UsageError(f"a merge has {MAX_PARTS} parts at most, not {len(refs):,}")
-    parts: list[AdapterRef | AdapterKey] = []
-    for n, ref in enumerate(refs):
-        if isinstance(ref, Merge | MergedKey):
-            raise UsageError(f"refs[{n}] is a merge itself; name saved adapters")
-        try:
-            parts.append(as_part(ref))
-        except LoraxError as error:
-            raise error.prefixed(f"refs[{n}]: ") from None
-    return tuple(parts)
-
-
-def _weights(weights: object, count: int) -> tuple[float, ...]:
-    if not isinstance(weights, list | tuple) or len(weights) != count:
-        raise UsageError(f"weights is a list of one number for each of {count} refs")
-    for n, weight in enumerate(weights):
-        if not (_is_number(weight, int | float) and abs(weight) <= MAX_FACTOR):
-            raise UsageError(
-                f"weights[{n}] is a finite number that float32 holds, not {shorten_repr(weight)}"
-            )
-    return tuple(map(float, weights))
 
 
 def _is_number(value: object, kind: type | UnionType) -> bool:
@@ -402,19 +248,10 @@ class Verification:
 
 UNCHECKED = Verification("none")
 
-_BY_STRENGTH: tuple[VerificationKind, ...] = ("none", "transport", "git-sha1", "sha256")
-
-
-def weakest(verifications: Iterable[Verification]) -> Verification:
-    """Return the weakest kind of several adapters' verifications, without a digest."""
-    kinds = [verification.kind for verification in verifications]
-    return Verification(min(kinds, key=_BY_STRENGTH.index))
-
-
-AdapterId = PartId | Merge
+AdapterId = str | Path | AdapterRef | AdapterKey
 """The id of an adapter in a call."""
 
-Ref = AdapterRef | AdapterKey | Merge
+Ref = AdapterRef | AdapterKey
 """The stored form of an `AdapterId`."""
 
 
@@ -431,8 +268,7 @@ def as_ref(
     if isinstance(adapter_id, Ref):
         if allow_stale or (source, revision, token, digest) != (None, None, None, None):
             raise UsageError(
-                "an AdapterRef, a key or a Merge has source, revision, token, digest and"
-                " allow_stale itself"
+                "an AdapterRef or a key has source, revision, token, digest and allow_stale itself"
             )
         return adapter_id
     return AdapterRef(
@@ -456,9 +292,7 @@ def text_of(ref: Ref) -> str:
 
 
 def is_stale(key: AdapterKey) -> bool:
-    """Return whether the key, or a part of a merge, is `stale` (see `RemoteKey`)."""
-    if isinstance(key, MergedKey):
-        return any(isinstance(part, AdapterKey) and is_stale(part) for part in key.merge.parts)
+    """Return whether the key is `stale` (see `RemoteKey`)."""
     return isinstance(key, RemoteKey) and key.stale
 
 

@@ -19,7 +19,6 @@ from lorax_async import (
     Limits,
     LoaderConfig,
     LocalRoot,
-    Merge,
     Shard,
     StoreConfig,
     errors,
@@ -269,7 +268,6 @@ def test_a_root_is_a_path_and_immutable_a_bool() -> None:
 LONG = "n" * 100_000
 MADE: list[tuple[Any, dict[str, Any], str]] = [
     (AdapterRef, {"id": "org/name", "digest": LONG}, "64 lower-case hex digits"),
-    (Merge, {"strategy": LONG, "refs": ["a"], "weights": [1]}, "is one of"),
     (LoaderConfig, {"dtype": LONG}, "dtype must be one of"),
     (LoaderConfig, {"max_slots": LONG}, "max_slots must be a positive integer"),
     (LoaderConfig, {"timeout": LONG}, "timeout must be a positive number"),

@@ -176,7 +176,6 @@ PRINTED = {
     "training_loop": [rf"step {n}: loss \d\.\d\d, another version: True" for n in range(3)]
     + ["as PEFT computes it: True", "the old handle kept its version: True"],
     "fifty_on_eight": ["100 answers, 50 adapters, 8 slots", r"evictions: \d+"],
-    "merges": ["linear: rank 12, of 8 and 4; 120 modules", "on the device: True"],
     "prometheus": [r"lorax_moved_bytes_total 921600\.0"],
     "tensor_parallel": [rf"rank {n}: A \(4, 576\), B \(288, 4\)" for n in range(2)]
     + ["as on one device: True"],

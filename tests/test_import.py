@@ -79,7 +79,8 @@ LOADS = """
 import asyncio, json, pathlib, sys, threading
 import tiny
 from hub_stand_in import HubStandIn
-from lorax_async import AdapterLoader, Allow, LoaderConfig, Merge
+from lorax_async import AdapterLoader, Allow, LoaderConfig
+from lorax_async.adapters import Recipe, merge_folders
 
 folder, imported = pathlib.Path(sys.argv[1]), {}
 
@@ -95,6 +96,9 @@ async def load(hub, *ids):
         cache_dir=folder / "cache", hub_cache_dir=folder / "hub", device_bytes=1 << 20,
     )
     async with AdapterLoader(tiny.layout(), config) as loader:
+        recipe = Recipe("ties", [1, 1], density=0.5)
+        merged = await asyncio.to_thread(merge_folders, [one, two], recipe, tiny.layout())
+        (await loader.load_tensors("both", *merged)).release()
         loads = await asyncio.gather(*map(loader.load, ids), return_exceptions=True)
         for handle in loads[:-1]:
             handle.release()
@@ -105,8 +109,8 @@ files = dict(zip(("adapter_config.json", "adapter_model.safetensors"), tiny.file
 with HubStandIn() as hub:
     hub.put("org/one", files)
     sys.meta_path.insert(0, Recorder())
-    ids = one, Merge("ties", [one, two], [1, 1], density=0.5), "org/one", "org/missing"
-    print(json.dumps([asyncio.run(load(hub, *ids)), imported]))
+    ids = one, "org/one", "org/missing"
+    print(json.dumps([asyncio.run(load(hub, *ids)), imported, "peft" in sys.modules]))
 """
 
 
@@ -117,6 +121,7 @@ def test_loads_import_nothing_on_the_event_loop(tmp_path: Path) -> None:
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=60, env=paths, check=True
     )
-    missing, imported = json.loads(done.stdout)
+    missing, imported, has_peft = json.loads(done.stdout)
     assert (missing, list(imported)) == ("AccessDeniedError", ["false"])
+    assert not has_peft, "a merge runs one file of it: all of it takes seconds"
     assert {"peft", "huggingface_hub", "httpx2"} <= set(imported["false"])

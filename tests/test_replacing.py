@@ -10,14 +10,12 @@ import torch
 import tiny
 from common import until
 from given import acquired, assert_means, give, kept, put, used
-from lorax_async import AdapterHandle, Event, Leaving, Resident, SlotFreed, errors
-from lorax_async.types import AdapterId, AdapterRef, Merge
+from lorax_async import Event, Leaving, Resident, SlotFreed, errors
+from lorax_async.types import AdapterId, AdapterRef
 from tiny_loaders import ONE, fails, gated, loader, on_device
 from tiny_sources import Slowed, over, state, stocked, where
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
-
-MERGE = Merge("linear", ["mine", "a"], [1, 0.5])
 
 
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
@@ -85,9 +83,8 @@ async def test_an_id_that_was_never_loaded_may_be_replaced(tmp_path: Path) -> No
         newer = await there.replace(other, tiny.tensors(3), tiny.config())
         async with newer, await there.load("a") as handle:
             assert handle.key == newer.key != new.key
-        for wrong in (new.key, Merge("linear", ["a"], [1])):
-            call = there.replace(wrong, tiny.tensors(2), tiny.config())
-            await fails(call, errors.UsageError, "replace an id")
+        call = there.replace(new.key, tiny.tensors(2), tiny.config())
+        await fails(call, errors.UsageError, "replace an id")
 
 
 async def test_a_token_has_its_own_version_and_no_token_is_for_all(tmp_path: Path) -> None:
@@ -217,28 +214,6 @@ async def test_each_of_many_loads_sees_one_version_whole_and_none_that_is_outdat
             latest = number
         await asyncio.gather(*tasks)
         await until(lambda: used(there) == where(there, "mine").host_bytes)
-
-
-async def test_merges_follow_the_versions_of_their_parts(tmp_path: Path) -> None:
-    async with over(stocked(tmp_path, "a"), max_slots=12) as there:
-        (await give(there, 1)).release()
-        keys, loading = set(), list[asyncio.Task[AdapterHandle]]()
-        for seed in range(2, 8):
-            loading += [asyncio.create_task(there.load(MERGE)) for _ in range(2)]
-            await asyncio.sleep(0.0003 * (seed % 4))
-            (await put(there, seed)).release()
-            assert there.try_acquire(MERGE) is None
-            async with await there.load(MERGE) as merged:
-                keys.add(merged.key)
-                # Rows of A are those of its first part, times that one's scale of 2.
-                for name, module in merged.modules.items():
-                    part = tiny.tensors(seed)[f"base_model.model.{name}.lora_A.weight"]
-                    assert torch.equal(module.a[:4], 2 * part)
-        for handle in await asyncio.gather(*loading):
-            handle.release()
-        assert len(keys) == 6
-        await there.unload("mine")
-        assert there.try_acquire(MERGE) is None
 
 
 async def test_replaced_while_the_source_resolves_it(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from common import until
 from false_bytes import told_false, watched
 from given import acquired
 from lorax_async import AdapterHandle, Failed, errors
-from lorax_async.types import AdapterRef, Merge, Verification, VerificationKind
+from lorax_async.types import AdapterRef, Verification, VerificationKind
 from sweeping import raising
 from tiny_loaders import fails, loader
 from tiny_sources import WEIGHTS, Slowed, is_resident, over, state, stocked
@@ -101,19 +101,8 @@ async def test_local_files_are_hashed_before_use_alone(tmp_path: Path, verify: s
         async with await there.load(folder) as handle:
             digest = digest_of(folder) if verify == "before_use" else None
             assert await handle.verified() == Verification(found, digest)
-        async with await there.load(Merge("linear", [folder, folder], [1, 1])) as handle:
-            assert await handle.verified() == Verification(found)
         async with await there.load_tensors("m", tiny.tensors(1), tiny.config()) as handle:
             assert await handle.verified() == Verification("none")
-
-
-async def test_a_merge_is_verified_as_far_as_its_least_part(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a", "b")
-    source.verifications["a"] = Verification("sha256", SOME)
-    source.verifications["b"] = Verification("transport", OTHER)
-    merge = Merge("linear", ["a", "b"], [1, 1])
-    async with over(source) as there, await there.load(merge) as handle:
-        assert await handle.verified() == Verification("transport")
 
 
 async def test_a_digest_is_compared_for_its_caller_alone(tmp_path: Path) -> None:
@@ -158,12 +147,6 @@ async def test_every_call_compares_and_the_files_are_hashed_once(tmp_path: Path)
         assert there.unpin(right)
         assert not there.placement().usage.leases
         assert source.counts.digests == 1
-        parts = [AdapterRef(name, digest=digests[name]) for name in "ab"]
-        async with await there.load(Merge("linear", parts, [1, 1])) as handle:
-            assert await handle.verified() == Verification("none")
-        assert source.counts.digests == 2
-        parts = [AdapterRef("a", digest=digests["b"]), AdapterRef("b")]
-        await fails(there.load(Merge("linear", parts, [1, 1])), errors.IntegrityError, digests["a"])
 
 
 @pytest.mark.parametrize("kind", ["sha256", "transport", "git-sha1", "none"])

@@ -80,3 +80,17 @@ def assert_holds(handle: AdapterHandle, tensors: Mapping[str, torch.Tensor]) -> 
         for part, found in (("A", module.a), ("B", module.b)):
             expected = tensors[f"base_model.model.{name}.lora_{part}.weight"]
             assert torch.equal(found.cpu(), expected.to(found.dtype))
+
+
+def weights_of(handle: AdapterHandle) -> dict[str, torch.Tensor]:
+    return {
+        f"{name} {factor}": tensor.clone()
+        for name, found in handle.modules.items()
+        for factor, tensor in (("a", found.a), ("b", found.b))
+    }
+
+
+def assert_same(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name]), name

@@ -1,6 +1,8 @@
 """LoRA adapters under LoRAX's names and signatures, with PEFT's numbers.
 
-- `lora`: `LoraConfig` and `LoraWeights`, the check of the base's architecture, merges;
+- `lora`: `LoraConfig` and `LoraWeights`, the check of the base's architecture, merges of module
+  maps;
+- `merging`: merges of folders, for `AdapterLoader.load_tensors`; the arithmetic of all merges;
 - `weights_file`: an adapter's files, local or in the standard hub cache;
 - `layers`: the weights of one layer type, checked and stacked; `LayoutModel`, a layout in place of
   a LoRAX model;
@@ -36,6 +38,7 @@ from lorax_async.adapters.lora import (
     merge_adapters_async,
     require_all_used,
 )
+from lorax_async.adapters.merging import Recipe, merge_folders
 from lorax_async.adapters.weights_file import ModuleMap, WeightsFile
 
 __all__ = [
@@ -52,6 +55,7 @@ __all__ = [
     "LoraWeights",
     "ModuleMap",
     "RankSegments",
+    "Recipe",
     "WeightsFile",
     "cached_architectures",
     "check_architectures",
@@ -61,6 +65,7 @@ __all__ = [
     "get_scaling_factor",
     "merge_adapters",
     "merge_adapters_async",
+    "merge_folders",
     "padded_rank",
     "require_all_used",
 ]

@@ -12,10 +12,9 @@ from functools import partial
 from math import sqrt
 from pathlib import Path
 from threading import Lock
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
-from torch.nn.functional import pad
 
 from lorax_async.adapters.batches import (
     LORA,
@@ -35,6 +34,7 @@ from lorax_async.adapters.layers import (
     modules_by_type,
     stack_layers,
 )
+from lorax_async.adapters.merging import Recipe, merge_modules
 from lorax_async.adapters.weights_file import (
     EMBEDDING,
     LIMITS,
@@ -46,7 +46,6 @@ from lorax_async.adapters.weights_file import (
     naming_adapter,
     open_factors,
     plain_module,
-    read,
     read_small,
 )
 from lorax_async.concurrency import IsWanted, in_thread
@@ -60,22 +59,13 @@ from lorax_async.errors import (
     shorten_repr,
 )
 from lorax_async.formats.peft_config import parse_config
-from lorax_async.formats.peft_names import PREFIX, TensorRole
+from lorax_async.formats.peft_names import PREFIX
 from lorax_async.formats.peft_targets import Targeting, targeting_of
 from lorax_async.formats.strict_json import parse_object
 from lorax_async.handle import AdapterHandle
 from lorax_async.planning.pairing import check_matching, require_targeted
 from lorax_async.sources.local import CONFIG
-from lorax_async.sources.merges import NewLayers, combine, make_generator
-from lorax_async.types import (
-    MAX_FACTOR,
-    AdapterSpec,
-    MajoritySign,
-    Merge,
-    ModulePattern,
-    PartId,
-    Strategy,
-)
+from lorax_async.types import AdapterSpec, ModulePattern
 
 __all__ = [
     "LORA",
@@ -577,7 +567,7 @@ class AdapterParameters:
     `weights` default to 1. The density has no default, and must not be 0.
     """
 
-    adapter_ids: Sequence[PartId]
+    adapter_ids: Sequence[str | Path]
     weights: Sequence[float] = ()
     merge_strategy: str = "linear"
     density: float | None = None
@@ -585,15 +575,14 @@ class AdapterParameters:
     seed: int = 0
 
     @property
-    def merge(self) -> Merge:
-        """The merge as an id for a loader. Raises `UsageError` as `Merge` does."""
-        return Merge(
-            cast(Strategy, self.merge_strategy.lower()),
-            refs=self.adapter_ids,
-            weights=self.weights or [1.0] * len(self.adapter_ids),
-            density=self.density,
-            majority_sign=cast(MajoritySign, self.majority_sign_method.lower()),
-            seed=self.seed,
+    def recipe(self) -> Recipe:
+        """The same in this package's form. Raises `UsageError` as `Recipe` does."""
+        return Recipe(
+            self.merge_strategy.lower(),
+            self.weights or [1.0] * len(self.adapter_ids),
+            self.density,
+            self.majority_sign_method.lower(),
+            self.seed,
         )
 
 
@@ -602,38 +591,38 @@ def merge_adapters(
 ) -> tuple[ModuleMap, LoraConfig]:
     """Merge several module maps; return one with its config. Blocks if the maps hold files.
 
-    This is LoRAX's `lorax_server.utils.merges` with PEFT's numbers; to make a merge resident, load
-    `AdapterParameters.merge`. `adapters` are module map and config of each of
-    `merge_params.adapter_ids`, in this order. DARE drops the same weights as PEFT if the first map
-    has all modules, in the model's order. The result are float32 tensors, all of the config's rank
-    (smaller ranks padded with zeros), with the scale 1: all scales and weights are in A and B.
-    Raise `AdapterFormatError` for a scale, or its product with the weight, beyond float32, and
-    `IncompatibleAdapterError` for shapes that do not fit each other.
+    This is LoRAX's `lorax_server.utils.merges` with PEFT's numbers; to make a merge resident, use
+    `merge_folders`. `adapters` are module map and config of each of `merge_params.adapter_ids`, in
+    this order. DARE drops the same weights as PEFT if the first map has all modules, in the model's
+    order. The result are float32 tensors, all of the config's rank (smaller ranks padded with
+    zeros), with the scale 1: all scales and weights are in A and B. Raise `AdapterFormatError` for
+    a scale, or its product with the weight, beyond float32, and `IncompatibleAdapterError` for
+    shapes that do not fit each other.
     """
-    merge = merge_params.merge
-    if len(adapters) != len(merge.refs):
-        raise UsageError(f"{len(merge.refs)} adapter_ids, but {len(adapters)} adapters")
+    recipe, ids = merge_params.recipe, merge_params.adapter_ids
+    if not len(adapters) == len(ids) == len(recipe.weights):
+        raise UsageError(
+            f"{len(ids)} adapter_ids, but {len(adapters)} adapters and {len(recipe.weights)}"
+            " weights; pass one of each"
+        )
     keys, first = dict[str, Mapping[str, tuple[Any, str]]](), adapters[0][1]
-    changes: dict[str, list[tuple[Layer, float]]] = {}
+    modules: dict[str, list[tuple[int, Layer]]] = {}
     with ExitStack() as stack:
-        for (module_map, config), weight in zip(adapters, merge.weights, strict=True):
+        for number, (module_map, config) in enumerate(adapters):
             for name, factors in stack.enter_context(open_factors(module_map)).items():
                 layer = Layer.of(name, factors, config.spec)
-                changes.setdefault(name, []).append((layer, weight))
+                modules.setdefault(name, []).append((number, layer))
                 keys.setdefault(name, module_map[name])
-        for layers in changes.values():
-            _require_mergeable(merge, layers)
-        # PEFT draws initial weights first, for layers of this rank.
-        drawn = max([first.r, *map(first.spec.rank_of, adapters[0][0])])
-        sizes = tuple(layers[0][0].features for layers in changes.values())
-        generator = make_generator(merge, NewLayers(drawn, sizes, start=True))
-        merged = {name: _combine(merge, layers, generator) for name, layers in changes.items()}
-    rank = max((len(a) for a, _ in merged.values()), default=first.r)
-    result = {}
-    for name, (a, b) in merged.items():
-        padded = pad(a, (0, 0, 0, rank - len(a))), pad(b, (0, rank - len(a)))
-        made = zip(FACTORS, padded, strict=True)
-        result[name] = {factor: (one, keys[name][factor][1]) for factor, one in made}
+        for layers in modules.values():
+            _require_same_shapes(recipe.strategy, [layer for _, layer in layers])
+        merged = merge_modules(recipe, modules, ids, first.spec, start=True)
+    result = {
+        name: {
+            factor: (one, keys[name][factor][1]) for factor, one in zip(FACTORS, pair, strict=True)
+        }
+        for name, pair in merged.items()
+    }
+    rank = next((len(a) for a, _ in merged.values()), first.r)
     config = replace(
         first,
         r=rank,
@@ -655,28 +644,12 @@ async def merge_adapters_async(
     return await in_thread(lambda _: merge_adapters(adapters, merge_params))
 
 
-def _combine(
-    merge: Merge, layers: Sequence[tuple[Layer, float]], generator: torch.Generator | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A and B of one module, of the rank that it needs."""
-    scales = [(weight, layer.scale) for layer, weight in layers]
-    a = combine(merge, TensorRole.A, [read(one.a) for one, _ in layers], scales, generator)
-    return a, combine(merge, TensorRole.B, [read(one.b) for one, _ in layers], scales, generator)
-
-
-def _require_mergeable(merge: Merge, layers: Sequence[tuple[Layer, float]]) -> None:
-    shown = f"module {shorten(layers[0][0].name, 200)!r}"
-    for layer, weight in layers:
-        if not abs(weight * layer.scale) <= MAX_FACTOR:
-            raise AdapterFormatError(
-                f"{shown} would be scaled by {layer.scale:g} and weighted by {weight:g}, which"
-                " together no float32 holds; lower the weight"
-            )
+def _require_same_shapes(strategy: str, layers: Sequence[Layer]) -> None:
     for along, factor in enumerate(FACTORS):
-        shapes = [tuple((layer.b if along else layer.a).shape) for layer, _ in layers]
-        sizes = {shape[1 - along] if merge.strategy == "linear" else shape for shape in shapes}
+        shapes = [tuple((layer.b if along else layer.a).shape) for layer in layers]
+        sizes = {shape[1 - along] if strategy == "linear" else shape for shape in shapes}
         if len(sizes) > 1:
             raise IncompatibleAdapterError(
-                f"{shown}: {merge.strategy!r} cannot merge {factor} of the shapes"
-                f" {' and '.join(str(list(shape)) for shape in shapes)}"
+                f"module {shorten(layers[0].name, 200)!r}: {strategy!r} cannot merge {factor} of"
+                f" the shapes {' and '.join(str(list(shape)) for shape in shapes)}"
             )

@@ -218,11 +218,13 @@ class WeightsFile:
     map, (file, key) stands for a tensor. Close it, or use it as a context manager.
     """
 
-    def __init__(self, reader: Reader, prefix: bytes | None = None) -> None:
+    def __init__(
+        self, reader: Reader, prefix: bytes | None = None, limits: Limits = LIMITS
+    ) -> None:
         self._reader = reader
         try:
-            prefix = prefix or read_prefix(reader, LIMITS)
-            tensors = parse_header(prefix, reader.nbytes, LIMITS).tensors
+            prefix = prefix or read_prefix(reader, limits)
+            tensors = parse_header(prefix, reader.nbytes, limits).tensors
             if not tensors:
                 raise AdapterFormatError("the file holds no tensors; save the adapter again")
             self._spans = {span.name: _require_plain(span) for span in tensors}

@@ -14,7 +14,7 @@ from lorax_async.lifecycle.commands import CopyGroups, PopulatePages, TakeSlot
 from lorax_async.lifecycle.residency import reload_cost
 from lorax_async.lifecycle.rules import LifecycleRules
 from lorax_async.lifecycle.transitions import SlotMove, SlotState, next_slot_state
-from lorax_async.types import AdapterKey, MergedKey
+from lorax_async.types import AdapterKey
 
 _Order = TypeVar("_Order", bound=tuple[Any, ...])
 
@@ -482,11 +482,10 @@ class CopyQueue:
     def _next_run(self, state: AdapterState) -> tuple[int, ...]:
         """Return the next groups for one thread; the last runs are short, lest a thread be idle.
 
-        Only one if each is awaited, computed while it is copied (a merge), or has an image; or read
-        from a disk, which is fastest if the threads read close to each other.
+        Only one if each is awaited or has an image; or read from a disk, which is fastest if the
+        threads read close to each other.
         """
-        single = state.image is not None or isinstance(state.key, MergedKey)
-        if single or not state.is_fast or state.streams:
+        if state.image is not None or not state.is_fast or state.streams:
             return state.next_copies(1, 0)
         left = (state.all_groups & ~state.submitted).bit_count()
         room = min(self._rules.residency.run_bytes, _limit(state) - state.copying_bytes)
@@ -509,12 +508,9 @@ class CopyQueue:
     def _may_submit(self, state: AdapterState) -> bool:
         """Return whether `state` may have another run in flight.
 
-        One adapter's large groups must not delay the next one's. A merge is computed while it is
-        copied, and must not occupy every thread.
+        One adapter's large groups must not delay the next one's.
         """
         assert state.needs is not None
-        if isinstance(state.key, MergedKey):
-            return not state.copying
         fits = state.copying_bytes + state.needs.largest <= _limit(state)
         return fits or state.copying < self._threads
 

@@ -29,7 +29,7 @@ from lorax_async.errors import (
     as_lorax_error,
     shorten,
 )
-from lorax_async.ids import origins_of
+from lorax_async.ids import origin_of
 from lorax_async.lifecycle.adapter_state import WantedTier
 from lorax_async.runtime.digest_checks import DigestChecks, has_digest
 from lorax_async.runtime.driver import Driver
@@ -37,7 +37,7 @@ from lorax_async.runtime.leases import Lease
 from lorax_async.runtime.prefetch import Prefetch
 from lorax_async.runtime.resolver import Resolver
 from lorax_async.runtime.waiters import PendingLoad
-from lorax_async.types import AdapterKey, AdapterRef, MergedKey, Ref, RemoteKey, is_stale, text_of
+from lorax_async.types import AdapterKey, AdapterRef, Ref, RemoteKey, is_stale, text_of
 
 
 class PrioritySemaphore:
@@ -342,8 +342,6 @@ class Acquirer:
             key = await self._resolver.resolve(ref)
         self._check_open()  # closing fails only waiters that exist
         waiter_table = self._driver.waiter_table
-        if isinstance(key, MergedKey) and not waiter_table.in_memory(key):
-            self._driver.forget(key)  # its bytes have to be computed again
         attempts.key = key
         attempts.waiter = waiter_table.begin(
             key,
@@ -364,7 +362,7 @@ class Acquirer:
     ) -> None:
         """Add the waiter of a prefetch, and wait until it is opened."""
         # The threads' queues are FIFO: a load must not queue behind thousands of prefetches.
-        async with self._turns.turn(priority, origins_of(ref)):
+        async with self._turns.turn(priority, origin_of(ref)):
             if siblings.full and not self._has_slot(ref):
                 raise CapacityError("earlier adapters of its prefetch take all the room")
             await self._begin(attempts, ref, None, tier, priority, siblings=siblings)
@@ -412,8 +410,7 @@ class Acquirer:
         lease = await pending_load.future
         if lease is not None:
             lease.stale = is_stale(pending_load.key)
-        evictable = isinstance(pending_load.key, RemoteKey | MergedKey)
-        streamed = tier is WantedTier.STREAM and evictable
+        streamed = tier is WantedTier.STREAM and isinstance(pending_load.key, RemoteKey)
         if lease is not None and streamed and not lease.occupancy.complete:
             try:
                 await self._driver.files.require_readable(pending_load.key)

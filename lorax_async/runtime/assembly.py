@@ -117,22 +117,14 @@ class Assembly:
         device: Device | None,
         check_open: Callable[[], None],
     ) -> None:
-        assert config.storage_dtype is not None
         self._sharding = sharding
         self._config = config
         self._check_open = check_open
         self._device = device or _make_device(sharding.held, config)
         self.store = store = StoreParts(config, source, check_open)
         self.copies = HostCopies(config.memory_bytes)
-        self._memory = MemorySource(
-            self.copies,
-            sharding.whole,
-            dtype=config.storage_dtype,
-            limits=config.limits,
-            threads=store.threads,
-        )
+        self._memory = MemorySource(self.copies, config.limits, store.threads)
         store.source.memory = self._memory
-        self._memory.merger.source = store.source
 
     async def open(self) -> None:
         """Allocate memory and start the driver; on an error or a cancellation, end all threads."""
@@ -255,7 +247,6 @@ class Assembly:
 
     def _end(self) -> None:
         self.driver.join()
-        self._memory.close()
         self.store.end()
         self._device.close()
 

@@ -8,7 +8,7 @@ from lorax_async.concurrency import SharedTasks, result_of
 from lorax_async.errors import IntegrityError
 from lorax_async.runtime.leases import Lease
 from lorax_async.sources.base import Source
-from lorax_async.types import AdapterKey, AdapterRef, Merge, MergedKey, Ref, Verification
+from lorax_async.types import AdapterKey, AdapterRef, Ref, Verification
 
 MAX_REMEMBERED = 65_536
 """Digests kept; the oldest is dropped first."""
@@ -30,32 +30,30 @@ class DigestChecks:
     async def compare(
         self, ref: Ref, key: AdapterKey, known: Verification | None
     ) -> Verification | None:
-        """Compare the weights of `key` with the digests in `ref`; hash them if needed.
+        """Compare the weights of `key` with the digest in `ref`, if any; hash them if needed.
 
-        `known` is the key's verification, if it is known. Return the verification by the digest of
-        an `AdapterRef`, if it has one. Raise `IntegrityError` for a mismatch, and what hashing
-        raises.
+        `known` is the key's verification, if it is known. Return the verification by the digest.
+        Raise `IntegrityError` for a mismatch, and what hashing raises.
         """
-        for part, expected in _expected_digests(ref, key):
-            digest = self._known_digest(part, key, known) or await self._hash(part)
-            if digest != expected:
-                raise _mismatch(part, digest, expected)
-        by_caller = ref.digest if isinstance(ref, AdapterRef) else None
-        return None if by_caller is None else Verification("sha256", by_caller)
+        expected = _expected_digest(ref)
+        if expected is None:
+            return None
+        digest = self._known_digest(key, known) or await self._hash(key)
+        if digest != expected:
+            raise _mismatch(key, digest, expected)
+        return Verification("sha256", expected)
 
     def agrees(self, ref: Ref, key: AdapterKey, known: Verification | None) -> bool:
-        """Return whether all digests in `ref` are known to match."""
-        return all(
-            self._known_digest(part, key, known) == expected
-            for part, expected in _expected_digests(ref, key)
-        )
+        """Return whether the digest in `ref`, if any, is known to match."""
+        expected = _expected_digest(ref)
+        return expected is None or self._known_digest(key, known) == expected
 
     async def require(self, ref: Ref, key: AdapterKey, lease: Lease) -> None:
-        """Compare a lease's weights with the digests in `ref`, if any, once all bytes are here.
+        """Compare a lease's weights with the digest in `ref`, if any, once all bytes are here.
 
         Raise as `compare`, the slot's error, or `LoaderClosedError` when the loader is closing.
         """
-        if not _expected_digests(ref, key):
+        if _expected_digest(ref) is None:
             return
 
         def check() -> None:
@@ -75,13 +73,11 @@ class DigestChecks:
             lease.occupancy.wake_tasks()
         await self._hashing.stop()
 
-    def _known_digest(
-        self, part: AdapterKey, key: AdapterKey, known: Verification | None
-    ) -> str | None:
-        """Return the known sha256 of a part of `key`, or None."""
+    def _known_digest(self, key: AdapterKey, known: Verification | None) -> str | None:
+        """Return the known sha256 of `key`, or None."""
         by_sha256 = known is not None and known.kind in ("sha256", "transport")
-        digest = known.digest if known is not None and by_sha256 and part == key else None
-        return digest or self._known.get(part)
+        digest = known.digest if known is not None and by_sha256 else None
+        return digest or self._known.get(key)
 
     async def _hash(self, key: AdapterKey) -> str:
         with self._hashing.join(key) as task:
@@ -95,26 +91,12 @@ class DigestChecks:
 
 
 def has_digest(ref: Ref) -> bool:
-    """Return whether the caller gave a digest for the adapter or one of its parts."""
-    parts = ref.parts if isinstance(ref, Merge) else (ref,)
-    return any(isinstance(part, AdapterRef) and part.digest is not None for part in parts)
+    """Return whether the caller gave a digest."""
+    return _expected_digest(ref) is not None
 
 
-def _expected_digests(ref: Ref, key: AdapterKey) -> list[tuple[AdapterKey, str]]:
-    """Return the keys with a digest in `ref`: its own, or those of the parts of a merge."""
-    if isinstance(ref, AdapterKey):
-        return []
-    refs: tuple[Ref, ...] = (ref,)
-    keys: tuple[object, ...] = (key,)
-    if isinstance(ref, Merge) and isinstance(key, MergedKey):
-        refs, keys = ref.parts, key.merge.parts
-    return [
-        (part_key, part.digest)
-        for part, part_key in zip(refs, keys, strict=True)
-        if isinstance(part_key, AdapterKey)
-        and isinstance(part, AdapterRef)
-        and part.digest is not None
-    ]
+def _expected_digest(ref: Ref) -> str | None:
+    return ref.digest if isinstance(ref, AdapterRef) else None
 
 
 def _mismatch(key: AdapterKey, digest: str, expected: str) -> IntegrityError:

@@ -25,8 +25,6 @@ from lorax_async.runtime.resolver import Resolver
 from lorax_async.sources.base import FolderSource, Source, StoredFolder
 from lorax_async.types import (
     AdapterKey,
-    Merge,
-    MergedKey,
     Ref,
     RemoteKey,
     TensorsKey,
@@ -231,8 +229,6 @@ class FolderLeases:
             return folder
 
     async def _attempt(self, ref: Ref, call: _FolderCall, urgent: bool) -> AdapterFolder:
-        if isinstance(ref, Merge):
-            raise UsageError("a merge has no folder; fetch its parts")
         attempt = 0
         while True:
             attempt += 1
@@ -288,8 +284,8 @@ class FolderLeases:
 
     async def _fetch_checked(self, ref: Ref, key: AdapterKey, urgent: bool) -> AdapterFolder:
         """Fetch `key`, and compare it with the digest in `ref`."""
-        if isinstance(key, TensorsKey | MergedKey):
-            raise UsageError("it has no folder: it is a merge, or was loaded from tensors")
+        if isinstance(key, TensorsKey):
+            raise UsageError("it has no folder: it was loaded from tensors")
         if not isinstance(self._source, FolderSource):
             raise UsageError("its source has no folders; give one that is a FolderSource")
         self._check_open()

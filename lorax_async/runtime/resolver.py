@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from math import inf
 from pathlib import Path
@@ -17,17 +16,7 @@ from lorax_async.errors import AdapterTimeoutError, InternalError, LoraxError, e
 from lorax_async.runtime.telemetry import Telemetry
 from lorax_async.sources.base import Source
 from lorax_async.sources.local import is_unchanged
-from lorax_async.types import (
-    AdapterKey,
-    AdapterRef,
-    Merge,
-    MergedKey,
-    Ref,
-    RemoteKey,
-    TensorsKey,
-    is_stale,
-    text_of,
-)
+from lorax_async.types import AdapterKey, AdapterRef, Ref, RemoteKey, TensorsKey, is_stale, text_of
 
 
 class AssignedIds:
@@ -98,9 +87,6 @@ MAX_REMEMBERED = 65_536
 """Answers kept for `known`; the oldest is dropped first."""
 
 
-ResolvableRef = AdapterRef | Merge
-
-
 class _Answer(NamedTuple):
     """What a ref means: `key`, at the time `since`.
 
@@ -139,7 +125,7 @@ class Resolver:
         self._revalidate_files = revalidate_files
         self.names = AssignedIds()
         self._running = SharedTasks(self._run, lambda ref: f"lorax resolve {ref.text}")
-        self._answers: dict[ResolvableRef, _Answer] = {}
+        self._answers: dict[AdapterRef, _Answer] = {}
 
     async def resolve(self, ref: Ref) -> AdapterKey:
         """Resolve `ref` by the source, or join the running resolve of an equal ref.
@@ -166,9 +152,7 @@ class Resolver:
             problem = f"it was not resolved within {seconds:g} s"
             raise AdapterTimeoutError(problem, id=text_of(ref), stage="resolve") from None
 
-    async def _answer(
-        self, ref: ResolvableRef, task: asyncio.Task[_Answer], began: float
-    ) -> _Answer:
+    async def _answer(self, ref: AdapterRef, task: asyncio.Task[_Answer], began: float) -> _Answer:
         """Return the task's answer, or a later one if it does not count for a call of `began`.
 
         A slow source may have chosen the task's answer long before the call joined it.
@@ -180,7 +164,7 @@ class Resolver:
                 answer = await self._result(ref, again)
         return answer
 
-    async def _result(self, ref: ResolvableRef, task: asyncio.Task[_Answer]) -> _Answer:
+    async def _result(self, ref: AdapterRef, task: asyncio.Task[_Answer]) -> _Answer:
         try:
             return await result_of(task, "resolve", self._check_open)
         except LoraxError as error:
@@ -190,7 +174,7 @@ class Resolver:
         """Return the key assigned to `ref`, or else the last answer, or None. No I/O."""
         if isinstance(ref, AdapterKey):
             return ref
-        remembered = self._answers.get(_name(ref))
+        remembered = self._answers.get(ref.name)
         answer = self.names.get(ref) or (remembered and remembered.key)
         return None if answer is None or self.is_outdated(ref, answer) else answer
 
@@ -209,11 +193,11 @@ class Resolver:
         key = self.known(ref)
         if key is None or isinstance(ref, AdapterKey):
             return key
-        name = _name(ref)
+        name = ref.name
         remembered = self._answers.get(name)
         if remembered is None or remembered.key is not key:  # it was assigned
             return key
-        if is_stale(key) and remembered.for_stale and not _takes_stale(ref):
+        if is_stale(key) and remembered.for_stale and not ref.allow_stale:
             return None  # its source may answer this caller, or be down for it
         now = monotonic()
         if now - remembered.since >= self._seconds(key):
@@ -226,19 +210,11 @@ class Resolver:
 
     def _seconds(self, key: AdapterKey) -> float:
         """Return how long the answer that an id means `key` counts."""
-        remote = self._revalidate if _is_remote(key) else inf
+        remote = self._revalidate if isinstance(key, RemoteKey) else inf
         return min(remote, self._revalidate_files) if key.files else remote
 
     def is_outdated(self, ref: Ref, answer: AdapterKey) -> bool:
-        """Return whether an id in `ref` was assigned, or unassigned, since this answer."""
-        if isinstance(ref, Merge) and isinstance(answer, MergedKey):
-            pairs = zip(ref.parts, answer.merge.parts, strict=True)
-            return any(
-                isinstance(key, AdapterKey) and self._is_old(part, key) for part, key in pairs
-            )
-        return self._is_old(ref, answer)
-
-    def _is_old(self, ref: Ref, answer: AdapterKey) -> bool:
+        """Return whether an id was assigned, or unassigned, since this answer."""
         if not isinstance(ref, AdapterRef):
             return False
         key = self.names.get(ref)
@@ -249,25 +225,19 @@ class Resolver:
         """Cancel running resolves; waiting callers get `LoaderClosedError`."""
         await self._running.stop()
 
-    async def _run(self, ref: ResolvableRef) -> _Answer:
+    async def _run(self, ref: AdapterRef) -> _Answer:
         try:
             answer = await self._find(ref)
         except Exception:
-            self._answers.pop(_name(ref), None)
+            self._answers.pop(ref.name, None)
             raise
         return self._remember(ref, answer)
 
-    async def _find(self, ref: ResolvableRef) -> _Answer:
+    async def _find(self, ref: AdapterRef) -> _Answer:
         began = monotonic()  # the source may answer at any time from now on
-        if isinstance(ref, Merge):
-            parts = await self._resolve_parts(ref, began)
-            key: AdapterKey = MergedKey.of(ref, [part.key for part in parts])
-            since = min(part.since for part in parts)
-        else:
-            key = await self._ask(ref)
-            answered_at = key.answered_at if isinstance(key, RemoteKey) else None
-            since = began if answered_at is None else answered_at
-        return _Answer(key, since, began, _takes_stale(ref))
+        key = await self._ask(ref)
+        answered_at = key.answered_at if isinstance(key, RemoteKey) else None
+        return _Answer(key, began if answered_at is None else answered_at, began, ref.allow_stale)
 
     async def _ask(self, ref: AdapterRef) -> AdapterKey:
         try:
@@ -281,29 +251,8 @@ class Resolver:
                 f"{name}: {error}"
             ) from error
 
-    async def _resolve_parts(self, merge: Merge, began: float) -> list[_Answer]:
-        """Resolve the parts concurrently; other callers may join each of them."""
-        with ExitStack() as joined:
-            found = [
-                part
-                if isinstance(part, AdapterKey)
-                else self.names.get(part) or (part, joined.enter_context(self._running.join(part)))
-                for part in merge.parts
-            ]
-            answers: list[_Answer] = []
-            for number, part in enumerate(found, 1):
-                if isinstance(part, AdapterKey):
-                    answers.append(_Answer(part, began, began, for_stale=False))
-                    continue
-                try:
-                    answers.append(await self._answer(*part, began))
-                except LoraxError as error:
-                    name = text_of(merge.parts[number - 1])
-                    raise error.prefixed(f"part {number} ({name!r}): ") from error.__cause__
-            return answers
-
-    def _remember(self, ref: ResolvableRef, answer: _Answer) -> _Answer:
-        name, key = _name(ref), answer.key
+    def _remember(self, ref: AdapterRef, answer: _Answer) -> _Answer:
+        name, key = ref.name, answer.key
         before = self._answers.pop(name, None)
         if before is not None and before.key == key and is_stale(before.key) == is_stale(key):
             answer = answer._replace(key=before.key)  # share one object
@@ -313,21 +262,6 @@ class Resolver:
         return answer
 
 
-def _is_remote(key: AdapterKey) -> bool:
-    if isinstance(key, MergedKey):
-        return any(isinstance(part, RemoteKey) for part in key.merge.parts)
-    return isinstance(key, RemoteKey)
-
-
-def _takes_stale(ref: Ref) -> bool:
-    return isinstance(ref, AdapterRef) and ref.allow_stale
-
-
-def _is_unchanged(ref: Ref, key: AdapterKey) -> bool:
+def _is_unchanged(ref: AdapterRef, key: AdapterKey) -> bool:
     """Return whether a path's files are the key's. Called on the loop, soon after a full look."""
-    path = ref.id if isinstance(ref, AdapterRef) else None
-    return isinstance(path, Path) and is_unchanged(str(path), key)
-
-
-def _name(ref: ResolvableRef) -> ResolvableRef:
-    return ref.name if isinstance(ref, AdapterRef) else ref
+    return isinstance(ref.id, Path) and is_unchanged(str(ref.id), key)

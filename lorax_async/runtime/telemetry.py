@@ -242,7 +242,7 @@ class Usage:
     pinned_bytes
         Page-locked memory, in aligned extents.
     memory_bytes
-        Copies of adapters from tensors, and of merges.
+        Copies of adapters from tensors.
     cache_bytes
         The disk cache's folder, shared by its processes, at this loader's last look; None before.
     leases

@@ -17,7 +17,7 @@ from lorax_async.runtime.driver import Driver
 from lorax_async.runtime.leases import Lease
 from lorax_async.runtime.resolver import Resolver
 from lorax_async.sources.tensors import MemorySource
-from lorax_async.types import AdapterKey, AdapterRef, MergedKey, Ref, TensorsKey
+from lorax_async.types import AdapterKey, AdapterRef, Ref, TensorsKey
 
 
 @dataclass(eq=False)
@@ -80,8 +80,6 @@ class TensorAdapters:
         self.resolver.names.unassign(ref, key)
         if isinstance(key, TensorsKey):
             self._unload_if_unassigned(key)
-        elif isinstance(key, MergedKey):
-            self._forget(key)
 
     async def _load_and_assign(
         self, ref: AdapterRef, key: AdapterKey, deadline: float, priority: int
@@ -124,6 +122,6 @@ class TensorAdapters:
             self.driver.unload_when_idle(key, self._forget)
 
     def _forget(self, key: AdapterKey) -> None:
-        if isinstance(key, TensorsKey | MergedKey):
+        if isinstance(key, TensorsKey):
             self.driver.forget(key)
             self.source.copies.drop(key)

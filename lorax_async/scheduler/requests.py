@@ -85,7 +85,7 @@ class Request:
 
     @property
     def ref(self) -> Ref | None:
-        """`adapter_id` as an `AdapterRef`, key or merge; None is the base."""
+        """`adapter_id` as an `AdapterRef` or key; None is the base."""
         return None if self.adapter_id is None else as_ref(self.adapter_id)
 
 

@@ -1,4 +1,4 @@
-"""Sources: one interface, local folders, tensors in memory, merges.
+"""Sources: one interface, local folders, tensors in memory.
 
 A source resolves an id to a key, opens the files of that key and brings their bytes within reach,
 layer group by layer group. May import `formats`, `planning`, `files`, `ids`, `cache` and
@@ -6,7 +6,6 @@ layer group by layer group. May import `formats`, `planning`, `files`, `ids`, `c
 
 - `base`: the interface `Source`, and the router: by the place of an id, or the type of a key
 - `local`: the source of local folders: finds a folder, checks, opens and hashes its files
-- `tensors`: the source of tensors and merges, in host memory; snapshots of tensors
+- `tensors`: the source of tensors in host memory; snapshots of tensors
 - `host_copies`: files in host memory, and their budget
-- `merges`: PEFT's arithmetic
 """

@@ -11,7 +11,7 @@ from lorax_async.errors import LoraxError, UsageError
 from lorax_async.files import Reader
 from lorax_async.formats.spans import ByteSpan
 from lorax_async.ids import LocalFolder, ParsedRef
-from lorax_async.types import AdapterKey, AdapterRef, MergedKey, RemoteKey, TensorsKey, Verification
+from lorax_async.types import AdapterKey, AdapterRef, RemoteKey, TensorsKey, Verification
 
 
 class PinnedPages(Protocol):
@@ -193,7 +193,7 @@ class SourceRouter:
 
     def _of(self, key: AdapterKey) -> Source:
         match key:
-            case TensorsKey() | MergedKey():
+            case TensorsKey():
                 if self.memory is None:
                     raise UsageError(f"{key} has no files; load it with an AdapterLoader")
                 return self.memory

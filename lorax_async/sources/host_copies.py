@@ -11,7 +11,7 @@ import torch
 
 from lorax_async.concurrency import SharedResource, outcome
 from lorax_async.errors import CapacityError, IntegrityError, LoraxError
-from lorax_async.types import UNCHECKED, AdapterKey, TensorsKey, Verification
+from lorax_async.types import AdapterKey
 
 _NO_BYTES = torch.empty(0, dtype=torch.uint8)
 
@@ -25,7 +25,6 @@ class HostCopy:
 
     key: AdapterKey | None = None
     config: bytes
-    verification: Verification = UNCHECKED
 
     def __init__(self, nbytes: int, copies: HostCopies) -> None:
         self.nbytes = nbytes
@@ -34,10 +33,6 @@ class HostCopy:
         self._copies = copies
         self._users = 1
         self._lock = Lock()
-
-    @property
-    def is_read(self) -> bool:
-        return self._users > 1
 
     def open(self) -> CopyReader:
         """Return a reader, which stays valid when the copy is dropped."""
@@ -97,7 +92,7 @@ class CopyReader:
 
 
 class HostCopies:
-    """Host copies by key, least recently used first, within `nbytes`.
+    """Host copies by key, within `nbytes`.
 
     Use on the loop; reservations may end in any thread.
     """
@@ -138,11 +133,7 @@ class HostCopies:
         return copy
 
     def get(self, key: AdapterKey) -> HostCopy | None:
-        """Return a copy and mark it as used; None if there is none."""
-        copy = self._copies.pop(key, None)
-        if copy is not None:
-            self._copies[key] = copy
-        return copy
+        return self._copies.get(key)
 
     def drop(self, key: AdapterKey) -> None:
         """Drop a copy. Open readers stay valid."""
@@ -155,7 +146,7 @@ class HostCopies:
             self.drop(key)
 
     async def reserve(self, nbytes: int, check_open: Callable[[], None]) -> HostCopy:
-        """Reserve memory, in the order of the calls; drop merges for it.
+        """Reserve memory, in the order of the calls.
 
         Return it as a copy to fill; its `leave` ends the reservation. `check_open` raises once the
         loader is closing. Raise `CapacityError` if the copies that must stay leave too little.
@@ -168,13 +159,7 @@ class HostCopies:
                     copy = HostCopy(nbytes, self)
                     self._taking.add(copy)
                     return copy
-                merge = self._unread_merge()
-                if merge is not None:
-                    self.drop(merge)
-                    continue
-                staying = sum(
-                    copy.nbytes for key, copy in self._copies.items() if isinstance(key, TensorsKey)
-                )
+                staying = sum(copy.nbytes for copy in self._copies.values())
                 if staying + nbytes > self.nbytes:
                     raise CapacityError(
                         f"{nbytes:,} bytes of tensors do not fit beside {staying:,} in"
@@ -194,16 +179,6 @@ class HostCopies:
         with self._lock:
             changed, self._changed = self._changed, Future()
         changed.set_result(None)
-
-    def _unread_merge(self) -> AdapterKey | None:
-        return next(
-            (
-                key
-                for key, copy in self._copies.items()
-                if not isinstance(key, TensorsKey) and not copy.is_read
-            ),
-            None,
-        )
 
 
 def host_memory(nbytes: int, prefix: bytes) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The source of adapters in host memory: tensors passed by the program, and merges."""
+"""The source of adapters in host memory: tensors passed by the program."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import closing
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from lorax_async.devices.staging import TORCH_DTYPES, StagingBuffer
 from lorax_async.devices.streams import DeviceEvent, new_event, stream_on
 from lorax_async.errors import (
     AdapterNotFoundError,
-    EvictedError,
     FetchError,
     IntegrityError,
     InvalidAdapterIdError,
@@ -29,12 +28,10 @@ from lorax_async.errors import (
 from lorax_async.files import LocalPages, Reader, read_prefix, sha256_of
 from lorax_async.formats.safetensors import TensorDescription, write_header
 from lorax_async.formats.spans import ByteSpan
-from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.transfer_plan import check_size
 from lorax_async.sources.base import AdapterFile, PinnedPages
 from lorax_async.sources.host_copies import CopyReader, HostCopies, host_memory
-from lorax_async.sources.merges import Merger
-from lorax_async.types import AdapterKey, AdapterRef, MergedKey, TensorsKey, Verification
+from lorax_async.types import UNCHECKED, AdapterKey, AdapterRef, TensorsKey, Verification
 
 STEP_BYTES = 4 << 20
 """Bytes copied and hashed in one step: some milliseconds."""
@@ -176,23 +173,15 @@ def _copy_in_pieces(
 
 @dataclass(eq=False)
 class MemorySource:
-    """The `Source` of `TensorsKey`s and `MergedKey`s, which no text names.
+    """The `Source` of `TensorsKey`s, which no text names.
 
-    Tensors stay from `take` until they are dropped. A merge is computed when it is opened, and
-    stays in memory until other copies need the room. It has the `dtype` "F32", "F16" or "BF16", and
-    draws random numbers in the order of the modules of `layout`. `threads` copy tensors, some
-    milliseconds at a time, and plan merges.
+    Tensors stay from `take` until they are dropped. `threads` copy them, some milliseconds at a
+    time.
     """
 
     copies: HostCopies
-    layout: ModelLayout
-    _: KW_ONLY
-    dtype: str
     limits: Limits
     threads: Executor
-
-    def __post_init__(self) -> None:
-        self.merger = Merger(self.copies, self.layout, self.dtype, self.limits, self.threads)
 
     async def take(
         self, tensors: Mapping[str, torch.Tensor], config: bytes, check_open: Callable[[], None]
@@ -221,11 +210,9 @@ class MemorySource:
     async def resolve(self, ref: AdapterRef) -> AdapterKey:
         raise InvalidAdapterIdError(f"no adapter in memory has the id {ref.text!r}")
 
-    async def open(self, key: AdapterKey, control: FetchControl) -> AdapterFile:
+    async def open(self, key: AdapterKey, control: FetchControl) -> AdapterFile:  # noqa: ARG002 - the port's
         copy = self.copies.get(key)
-        if isinstance(key, MergedKey):
-            copy = copy or await self.merger.merge(key, control)
-        elif copy is None:
+        if copy is None:
             raise AdapterNotFoundError(_GONE, stage="fetch")
         loop, reader = asyncio.get_running_loop(), copy.open()
         try:
@@ -237,11 +224,11 @@ class MemorySource:
 
     def reopen(self, key: AdapterKey) -> Reader:
         copy = self.copies.get(key)
-        return CopyReader(None, _gone_error(key)) if copy is None else copy.open()
+        return CopyReader(None, _gone_error()) if copy is None else copy.open()
 
     async def bring(
         self,
-        file: AdapterFile,
+        file: AdapterFile,  # noqa: ARG002 - the port's
         groups: Sequence[Sequence[ByteSpan]],  # noqa: ARG002 - the port's
         arrived: Callable[[int], None],  # noqa: ARG002 - the port's
         control: FetchControl,
@@ -249,16 +236,10 @@ class MemorySource:
         """Return at once."""
         if control.cancelled:
             raise FetchError("no caller waits for the adapter any more")
-        assert isinstance(file.reader, CopyReader)
-        assert file.reader.copy is not None
-        return file.reader.copy.verification
+        return UNCHECKED
 
     async def digest(self, key: AdapterKey) -> str:
-        """Return the sha256 of the file made of tensors. Raise `UsageError` for a merge."""
-        if isinstance(key, MergedKey):
-            raise UsageError(
-                "a merge has no digest; its parts have theirs, as AdapterRef(digest=…)"
-            )
+        """Return the sha256 of the file made of tensors."""
         with closing(self._reader(key)) as reader:
             return await sha256_of(reader, self.threads)
 
@@ -267,18 +248,12 @@ class MemorySource:
         with closing(self._reader(key)):
             return LocalPages(None, holdable=False)
 
-    def close(self) -> None:
-        """End threads. Drop all copies before. Blocks."""
-        self.merger.close()
-
     def _reader(self, key: AdapterKey) -> CopyReader:
         copy = self.copies.get(key)
         if copy is None:
-            raise _gone_error(key)
+            raise _gone_error()
         return copy.open()
 
 
-def _gone_error(key: AdapterKey) -> FetchError:
-    if isinstance(key, MergedKey):
-        return EvictedError("the merge made room in memory; load it again")
+def _gone_error() -> FetchError:
     return FetchError(_GONE, retryable=False)

@@ -31,7 +31,7 @@ from lorax_async.errors import AdapterFormatError, UnsupportedAdapterError, Usag
 from lorax_async.loader import AdapterLoader
 from lorax_async.planning.layout import Module, Parallelism
 from lorax_async.testing import FakeSource
-from merges import assert_same, weights_of
+from tiny import assert_same, weights_of
 
 Patch = pytest.MonkeyPatch
 

@@ -1,10 +1,11 @@
 """A merge, under LoRAX's names too, has the bits of PEFT's `add_weighted_adapter`; its "cat" is "linear"."""
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pytest
 import torch
@@ -15,12 +16,17 @@ from torch import nn
 from engines.variants import llama, save
 from lorax_async import adapters as lorax
 from lorax_async import layouts
-from lorax_async.adapters.lora import AdapterParameters, LoraConfig, merge_adapters
+from lorax_async.adapters import (
+    AdapterParameters,
+    LoraConfig,
+    Recipe,
+    merge_adapters,
+    merge_folders,
+)
 from lorax_async.adapters.weights_file import ModuleMap
 from lorax_async.config import LoaderConfig
 from lorax_async.errors import AdapterFormatError, IncompatibleAdapterError, UsageError
 from lorax_async.loader import AdapterLoader
-from lorax_async.types import AdapterRef, Merge
 
 pytestmark = [pytest.mark.filterwarnings("ignore:The density 1.0:UserWarning")]
 
@@ -66,12 +72,10 @@ class Weights(NamedTuple):
     scale: float
 
 
-def folders_of(merge: Merge) -> list[Path]:
-    return [Path(str(ref.id)) for ref in merge.refs if isinstance(ref, AdapterRef)]
+Merge = tuple[Sequence[Path], Recipe]
 
 
-def theirs(merge: Merge) -> dict[str, Weights]:
-    folders = folders_of(merge)
+def theirs(folders: Sequence[Path], merge: Recipe) -> dict[str, Weights]:
     names = [f"part{n}" for n in range(len(folders))]
     model: Any = PeftModel.from_pretrained(llama(), folders[0], adapter_name=names[0])
     for name, folder in zip(names[1:], folders[1:], strict=True):
@@ -89,11 +93,13 @@ def theirs(merge: Merge) -> dict[str, Weights]:
     return merged
 
 
-async def ours(merge: Merge, **settings: Any) -> dict[str, Weights]:
-    plain: dict[str, Any] = {"dtype": "float32", "io_threads": 2, "timeout": 60.0}
-    config = LoaderConfig(**plain | settings)
-    loader = AdapterLoader(layouts.from_module(llama()), config)
-    async with loader, await loader.load(merge) as handle:
+async def ours(
+    folders: Sequence[Path], recipe: Recipe, dtype: Literal["float32", "bfloat16"] = "float32"
+) -> dict[str, Weights]:
+    """As a server has it: in a thread, then resident under a name."""
+    loader = AdapterLoader(layouts.from_module(llama()), LoaderConfig(dtype=dtype, io_threads=2))
+    merged = await asyncio.to_thread(merge_folders, folders, recipe, loader.layout)
+    async with loader, await loader.load_tensors("merged", *merged) as handle:
         found = handle.modules.items()
         return {name: Weights(w.a.clone(), w.b.clone(), w.scale) for name, w in found}
 
@@ -128,7 +134,7 @@ class Case:
         folders = [folder(name) for name in self.names]
         seed = 11 if self.strategy.startswith("dare") else 0
         weights = self.weights[: len(folders)]
-        return Merge(self.strategy, folders, weights, self.density, self.sign, seed=seed)
+        return folders, Recipe(self.strategy, weights, self.density, self.sign, seed=seed)
 
 
 RANKED = (("one", "rank_6"), ("patterns", "one", "rank_6"))
@@ -156,19 +162,19 @@ MARKED = [c if _is_quick(c) else pytest.param(c, marks=pytest.mark.slow) for c i
 async def test_a_merge_is_pefts(folder: Folders, case: Case) -> None:
     """PEFT holds bf16 files as float32, in which both compute."""
     merge = case.merge(folder)
-    expected = theirs(merge)
-    assert_equal(await ours(merge), expected)
+    expected = theirs(*merge)
+    assert_equal(await ours(*merge), expected)
     if "one-bf16" in case.names:
         rounded = {n: Weights(w.a.bfloat16(), w.b.bfloat16(), w.scale) for n, w in expected.items()}
-        assert_equal(await ours(merge, dtype="bfloat16"), rounded)
+        assert_equal(await ours(*merge, dtype="bfloat16"), rounded)
     # What DARE drops of module maps is PEFT's where the first has all modules, in their order.
     if case.strategy in {"linear", "ties"} or case.names == ("one", "three"):
-        assert_equal(in_loraxs_form(merge), expected)
+        assert_equal(in_loraxs_form(*merge), expected)
 
 
-def in_loraxs_form(merge: Merge) -> dict[str, Weights]:
+def in_loraxs_form(folders: Sequence[Path], merge: Recipe) -> dict[str, Weights]:
     adapters = []
-    for part in folders_of(merge):
+    for part in folders:
         file = part / "adapter_model.safetensors"
         paths = dict.fromkeys(load_file(file), file)
         config = lorax.LoraConfig.load(part)
@@ -177,7 +183,7 @@ def in_loraxs_form(merge: Merge) -> dict[str, Weights]:
     strategy, sign = merge.strategy.upper(), merge.majority_sign.upper()
     more: Any = {"merge_strategy": strategy, "majority_sign_method": sign, "seed": merge.seed}
     more |= {"weights": merge.weights, "density": merge.density}
-    given = lorax.AdapterParameters(adapter_ids=folders_of(merge), **more)
+    given = lorax.AdapterParameters(adapter_ids=folders, **more)
     merged, config = lorax.merge_adapters(adapters, given)
     found = {}
     for name in merged:
@@ -190,8 +196,8 @@ def in_loraxs_form(merge: Merge) -> dict[str, Weights]:
 async def test_a_seed_decides_what_drops_and_no_global_number_is_drawn(folder: Folders) -> None:
     folders, _ = [folder("one"), folder("two")], llama()  # which seeds it
     before = torch.get_rng_state()
-    merges = [Merge("dare_linear", folders, (1, 1), density=0.5, seed=seed) for seed in (1, 2)]
-    first, second = [await ours(merge) for merge in merges]
+    recipes = [Recipe("dare_linear", (1, 1), density=0.5, seed=seed) for seed in (1, 2)]
+    first, second = [await ours(folders, recipe) for recipe in recipes]
     assert any(not torch.equal(first[name].a, second[name].a) for name in first)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -199,16 +205,16 @@ async def test_a_seed_decides_what_drops_and_no_global_number_is_drawn(folder: F
 @pytest.mark.parametrize("names", [("rslora", "one"), ("one", "rslora"), ("rslora",), ("rank_6",)])
 async def test_linear_is_a_weighted_sum_of_deltas(folder: Folders, names: tuple[str, ...]) -> None:
     """In float64; where PEFT is no oracle: an rslora part in front changes its merge's scale."""
-    merge = Case("linear", names, (0.7, -1.3)).merge(folder)
+    folders, recipe = Case("linear", names, (0.7, -1.3)).merge(folder)
     expected: dict[str, torch.Tensor] = {}
-    for part, weight in zip(folders_of(merge), merge.weights, strict=True):
+    for part, weight in zip(folders, recipe.weights, strict=True):
         model: Any = PeftModel.from_pretrained(llama(), part, adapter_name="part")
         for name, module in model.base_model.model.named_modules():
             if hasattr(module, "lora_A"):
                 a, b = module.lora_A["part"].weight, module.lora_B["part"].weight
                 delta = weight * module.scaling["part"] * (b.double() @ a.double())
                 expected[name] = expected.get(name, torch.zeros_like(delta)) + delta.detach()
-    for found in (await ours(merge), in_loraxs_form(merge)):
+    for found in (await ours(folders, recipe), in_loraxs_form(folders, recipe)):
         assert found.keys() == expected.keys()
         for name, (a, b, scale) in found.items():
             delta = scale * (b.double() @ a.double())
@@ -305,7 +311,7 @@ def test_scales_that_float32_does_not_hold(strategy: str) -> None:
             merge_adapters([plain, (made_map(2, K), config_of(lora_alpha=alpha))], given)
 
 
-def test_a_request_is_an_id_for_a_loader() -> None:
+def test_a_request_is_a_recipe() -> None:
     more: Any = {"merge_strategy": "DARE_TIES", "majority_sign_method": "FREQUENCY"}
     given = AdapterParameters(adapter_ids=["a", "b"], weights=[1, 2], density=0.5, **more)
-    assert given.merge == Merge("dare_ties", ["a", "b"], [1, 2], 0.5, "frequency")
+    assert given.recipe == Recipe("dare_ties", [1, 2], 0.5, "frequency")

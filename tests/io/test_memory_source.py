@@ -1,7 +1,6 @@
-"""What is in host memory, as a source has it: tensors, copied as they are, and merges."""
+"""Tensors in host memory, copied as they are, as a source has them."""
 
 import asyncio
-import json
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +14,6 @@ import torch
 from source_conformance import bring_all
 from source_inputs import CONFIG, cannot_read, groups_of, read, read_rows, rows_of, tensors
 
-import tiny
-from common import until
 from late_device import build
 from late_device.world import LATE, loaded
 from lorax_async import Limits, errors
@@ -24,40 +21,28 @@ from lorax_async.concurrency import FetchControl
 from lorax_async.formats.safetensors import parse_header
 from lorax_async.formats.spans import ByteSpan
 from lorax_async.sources import tensors as snapshot_module
-from lorax_async.sources.base import AdapterFile, SourceRouter
+from lorax_async.sources.base import SourceRouter
 from lorax_async.sources.host_copies import HostCopies
 from lorax_async.sources.tensors import STEP_BYTES, MemorySource, TensorSnapshot
 from lorax_async.testing import FakeSource
-from lorax_async.types import AdapterKey, Merge, MergedKey
+from lorax_async.types import AdapterKey
 
 ROOM = 1 << 20
 SIZE = len(safetensors.torch.save(tensors(1)))
 
 
 class World:
-    """A fake source of adapters a, b and c; tensors in memory for `room` bytes."""
+    """A fake source; tensors in memory for `room` bytes."""
 
     def __init__(self, threads: ThreadPoolExecutor, room: int) -> None:
         self.inner = FakeSource(holdable=True)
         self.copies = HostCopies(room)
-        self.memory = MemorySource(
-            self.copies, tiny.layout(), dtype="F32", limits=Limits(), threads=threads
-        )
+        self.memory = MemorySource(self.copies, Limits(), threads)
         self.source = SourceRouter(self.inner, self.inner)
         self.source.memory = self.memory
-        self.memory.merger.source = self.source
-        config = json.dumps(tiny.config()).encode()
-        self.parts = [
-            self.inner.put(name, config, safetensors.torch.save(tiny.tensors(seed)))
-            for seed, name in enumerate("abc")
-        ]
 
     async def take(self, seed: int = 1) -> AdapterKey:
         return await self.memory.take(tensors(seed), CONFIG, lambda: None)
-
-    def merge(self, strategy: Any = "linear", **settings: Any) -> MergedKey:
-        merge = Merge(strategy, ["a", "b", "c"], [1, -0.5, 0.25], **settings)
-        return MergedKey.of(merge, self.parts)
 
     def is_in_memory(self, key: AdapterKey) -> bool:
         return key in self.copies.sizes
@@ -73,7 +58,6 @@ def world() -> Iterator[World]:
         world = World(threads, ROOM)
         yield world
         world.copies.clear()
-        world.memory.close()
     assert world.copies.used == 0
     assert (world.inner.counts.open_readers, world.inner.counts.open_holds) == (0, 0)
 
@@ -164,71 +148,6 @@ async def test_bytes_keep_their_room_while_they_are_read(world: World) -> None:
     with pytest.raises(errors.CapacityError):  # beside the first one
         await later
     assert order == [1]
-
-
-async def test_a_merge_is_computed_once_and_stays_until_others_need_the_room(world: World) -> None:
-    key = world.merge("dare_linear", density=0.3, seed=4)
-    merged = await world.read_all(key)
-    assert_equal(await world.read_all(key), merged)
-    assert world.inner.counts.opens == 3
-    reader = world.source.reopen(key)
-    held = world.copies.used
-    large = {"x": torch.zeros(ROOM // 4 - 400)}
-    filling = asyncio.create_task(world.memory.take(large, CONFIG, lambda: None))
-    await asyncio.sleep(0.02)
-    assert (world.copies.used, filling.done()) == (held, False), "it is read"
-    assert world.is_in_memory(key)
-    reader.close()
-    await filling
-    late = world.source.reopen(key)
-    cannot_read(late, ByteSpan(0, 1, 2, 3), errors.EvictedError, "load it again")
-    with pytest.raises(errors.EvictedError, match="load it again"):
-        assert late.nbytes
-    with pytest.raises(errors.CapacityError, match="unload adapters loaded from tensors"):
-        await world.source.open(key, FetchControl())
-    world.copies.clear()
-    assert_equal(await world.read_all(key), merged)
-    with pytest.raises(errors.UsageError, match="its parts have theirs"):
-        await world.source.digest(key)
-
-
-async def test_when_a_part_fails_others_end(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A source may have something to undo."""
-    undone: list[str] = []
-    open = world.inner.open
-
-    async def slow(key: AdapterKey, control: FetchControl) -> AdapterFile:
-        file = await open(key, control)
-        try:
-            await asyncio.get_running_loop().create_future()
-        finally:
-            await asyncio.sleep(0.01)
-            file.reader.close()
-            undone.append(key.location)
-        return file
-
-    world.inner.fail("open", errors.FetchError("ordered"), id="b")
-    monkeypatch.setattr(world.inner, "open", slow)
-    with pytest.raises(errors.FetchError, match="ordered"):
-        await world.source.open(world.merge(), FetchControl())
-    assert sorted(undone) == ["memory:a", "memory:c"]
-
-
-@pytest.mark.parametrize("at", ["room", "bring", "compute"])
-async def test_a_merge_that_nothing_waits_for_ends(world: World, at: str) -> None:
-    control, key = FetchControl(), world.merge()
-    if at == "bring":
-        world.inner.hold("b")
-    room = await world.copies.reserve(ROOM, lambda: None) if at == "room" else None
-    opening = asyncio.create_task(world.source.open(key, control))
-    if at != "compute":
-        await until(lambda: world.inner.counts.opens == 3)
-    control.cancel()
-    with pytest.raises(errors.LoraxError):
-        await opening
-    if room is not None:
-        room.leave()
-    assert world.copies.used == 0
 
 
 def begun(tensors: Mapping[str, torch.Tensor], config: bytes = CONFIG) -> TensorSnapshot:

@@ -9,7 +9,6 @@ import pytest
 from local_world import LocalWorld, nothing_left_open
 from source_conformance import PopulateConformance, SourceConformance
 
-import tiny
 from lorax_async import AdapterRef, Limits
 from lorax_async.sources.base import Source, SourceRouter
 from lorax_async.sources.host_copies import HostCopies
@@ -41,11 +40,9 @@ def made(kind: str, folder: Path) -> Iterator[FakeWorld | LocalWorld]:
     with ThreadPoolExecutor(2) as threads:
         fake = FakeWorld(holds=held)
         if kind.startswith("memory"):  # what is none of its own, the other source answers
-            copies, layout = HostCopies(1 << 20), tiny.layout()
-            memory = MemorySource(copies, layout, dtype="F32", limits=Limits(), threads=threads)
+            memory = MemorySource(HostCopies(1 << 20), Limits(), threads)
             fake.source = SourceRouter(fake.inner, fake.inner)
             fake.source.memory = memory
-            memory.merger.source = fake.source
         yield fake
     counts = fake.inner.counts
     assert (counts.open_readers, counts.open_holds) == (0, 0)

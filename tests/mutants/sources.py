@@ -1,17 +1,15 @@
-"""Bytes at rest and on their way: readers, merges, tensors in memory, remote fetches."""
+"""Bytes at rest and on their way: readers, tensors in memory, remote fetches."""
 
-import asyncio
-from collections.abc import Sequence
 from typing import Any
 
 from lorax_async import concurrency
+from lorax_async.adapters import merging
 from lorax_async.concurrency import SharedResource, WorkerThreads
 from lorax_async.files import LocalPages
 from lorax_async.remote import base, opening, readers
 from lorax_async.remote.opening import AdapterOpener, VersionResolver
 from lorax_async.remote.readers import FetchReader
 from lorax_async.remote.remote_source import RemoteSource
-from lorax_async.sources import merges
 from lorax_async.sources.host_copies import HostCopies, HostCopy
 from lorax_async.sources.tensors import TensorSnapshot
 from lorax_async.types import AdapterKey
@@ -30,16 +28,6 @@ def _closed_under_readers(self: SharedResource[Any]) -> None:
         self.closed = True
         self._users = -1_000_000
         self._end()
-
-
-async def _not_waited_for(_: object, inputs: Sequence[Any], work: Any, *__: Any) -> list[Any]:
-    tasks = [asyncio.ensure_future(work(part)) for part in inputs]
-    try:
-        return await asyncio.gather(*tasks)
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        raise
 
 
 async def _free_of_charge(self: HostCopies, *_: object) -> HostCopy:
@@ -74,8 +62,6 @@ SOURCES: Mutants = {
     "hold: what is held is what was opened": mutant(
         f"{LOCAL}::test_a_file_that_changes_is_not_held",
         (LocalPages, "settle", lambda self: self._reader.close())),
-    "merge: parts that are given up are waited for": mutant(
-        f"{MEMORY}::test_when_a_part_fails_others_end", (merges, "_for_parts", _not_waited_for)),
     "tensors: writes during the copy are noticed": mutant(
         f"{MEMORY}::test_a_write_at_any_time_is_noticed",
         skipped(TensorSnapshot, "_require_unchanged")),
@@ -85,12 +71,9 @@ SOURCES: Mutants = {
     "tensors: bytes keep their room while they are read": mutant(
         f"{MEMORY}::test_bytes_keep_their_room_while_they_are_read",
         (HostCopies, "drop", _freed_while_read)),
-    "merge: one that is read keeps its memory": mutant(
-        f"{MEMORY}::test_a_merge_is_computed_once_and_stays_until_others_need_the_room",
-        (HostCopy, "is_read", False)),
     "merge: it draws no number of the process's generator": mutant(
         "engines/test_merge_equality.py::test_a_seed_decides_what_drops_and_no_global_number_is_drawn",
-        (merges, "_DrawingFrom", lambda _: NoLock())),
+        (merging, "partial", lambda draw, **_: draw)),
     "workers: a cancelled caller's result is undone": mutant(
         f"{REMOTE}::test_a_cancelled_caller_waits_for_its_thread_and_undoes_the_result",
         (WorkerThreads, "run", _abandoned)),

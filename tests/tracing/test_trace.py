@@ -30,7 +30,7 @@ from lorax_async.tracing import (
     name_of,
     now,
 )
-from lorax_async.types import AdapterKey, AdapterRef, Merge, Ref, RemoteKey, TensorsKey
+from lorax_async.types import AdapterKey, AdapterRef, Ref, RemoteKey, TensorsKey
 from tiny_loaders import fails, gated, loader
 from tiny_sources import over, stocked
 from tracing.chrome_format import of, require_trace, stop
@@ -334,7 +334,6 @@ NAMES: list[tuple[str, tuple[str | Ref, ...]]] = [
     ("name", (RemoteKey("org/name", (), version="0"),)),
     ("1", (AdapterRef("tenant/sql@v/1", source="local"), AdapterRef(Path("tenant/sql@v/1")))),
     ("tensors 01234567", (TensorsKey.of("0123456789abcdef" * 4),)),
-    ("merge", (Merge("linear", ["org/secret", "org/other"], [1, 1]),)),
 ]
 
 

@@ -20,7 +20,7 @@ from web_folder import WEIGHTS
 
 import tiny
 from common import until
-from lorax_async import AdapterLoader, AdapterRef, Limits, Merge, errors
+from lorax_async import AdapterLoader, AdapterRef, Limits, errors
 from lorax_async.cli import main
 from lorax_async.concurrency import SharedTasks, result_of
 from lorax_async.testing import FakeSource
@@ -124,7 +124,6 @@ async def test_fetches_and_loads_share_one_download(world: RemoteWorld) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[AdapterRef], Any], type[errors.LoraxError], str]] = {
-    "a merge": (lambda ref: Merge("linear", [ref, ref], [1, 1]), errors.UsageError, "merge"),
     "no such adapter": (
         lambda ref: replace(ref, id="none"),
         errors.AdapterNotFoundError,

@@ -18,7 +18,7 @@ from huggingface_hub import constants, snapshot_download
 from user_loads import RANK, at, contents, has, loader, until, written
 
 import tiny
-from lorax_async import AdapterLoader, AdapterRef, Allow, LoaderConfig, Merge, errors
+from lorax_async import AdapterLoader, AdapterRef, Allow, LoaderConfig, errors
 from lorax_async.formats.spans import ByteRange
 from tiny_loaders import fails
 
@@ -119,8 +119,6 @@ async def test_a_plain_id_sends_no_token(hub: Hub, allow: tuple[Allow, ...]) -> 
         await has(there, PUBLIC, hub.adapter)
         await has(there, AdapterRef(PUBLIC, revision="main"), hub.adapter)
         await fails(there.load(PRIVATE), errors.AccessDeniedError, "use_token=True")
-        parts = Merge("linear", [PUBLIC, PRIVATE], [0.5, 0.5])
-        await fails(there.load(parts), errors.AccessDeniedError, "part 2")
     assert hub.sent(PRIVATE) == {None}
     assert hub.sent() == {None}
 
@@ -136,8 +134,6 @@ async def test_an_entry_lends_the_token(hub: Hub) -> None:
         assert hub.sent(ELSEWHERE) == {None}
         named = AdapterRef(ELSEWHERE, use_token=True)
         await has(there, named, hub.adapter)
-        async with await there.load(Merge("linear", [named, PRIVATE], [0.5, 0.5])):
-            pass
     assert hub.sent(PRIVATE) == {OWN}
     assert hub.sent(ELSEWHERE) == {None, OWN}, "a ref may ask for the token itself"
     assert hub.sent(PUBLIC) == {"Bearer hf_another"}, "a caller's own token is the one that counts"
@@ -302,8 +298,8 @@ async def test_words_that_contradict_each_other(tmp_path: Path) -> None:
         for id in ("s3://bucket/a/", "./folder", Path("folder")):
             with pytest.raises(errors.InvalidAdapterIdError, match="use_token"):
                 await there.load(AdapterRef(id, use_token=True))
-        for ref in (AdapterRef(PUBLIC), Merge("linear", [PUBLIC], [1])):
-            await fails(there.load(ref, allow_stale=True), errors.UsageError, "allow_stale itself")
+        call = there.load(AdapterRef(PUBLIC), allow_stale=True)
+        await fails(call, errors.UsageError, "allow_stale itself")
 
 
 async def test_first_loads_at_once_share_one_cache_and_its_connections(hub: Hub) -> None:

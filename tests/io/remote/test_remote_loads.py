@@ -9,17 +9,15 @@ from pathlib import Path
 import pytest
 import remote_world
 from fault_server import Asked, Client
-from remote_world import RANK, RemoteWorld, is_weights, over
-from safetensors.torch import load, save
+from remote_world import RemoteWorld, is_weights, over
 
 import tiny
 from common import until
-from lorax_async import AdapterLoader, Limits
+from lorax_async import AdapterLoader
 from lorax_async.cache.disk_cache import ls, rm
 from lorax_async.errors import AccessDeniedError, AdapterNotFoundError, FetchError, IntegrityError
-from lorax_async.remote.base import FIRST_BYTES, AnotherVersionError
-from lorax_async.types import AdapterId, AdapterRef, Merge, RemoteKey
-from merges import assert_halves
+from lorax_async.remote.base import AnotherVersionError
+from lorax_async.types import AdapterId, AdapterRef, RemoteKey
 from tiny_loaders import fails
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
@@ -125,10 +123,7 @@ async def test_a_lease_at_once_needs_a_recent_answer(world: RemoteWorld) -> None
     stored = world.locator.there["one"]
     stored.token = "mine"
     mine = replace(world.ref("one"), token="mine")
-    world.stock("two", 1)
-    doubled = Limits(max_rank=2 * RANK)
-    merge = Merge("linear", [mine, world.ref("two")], [1, 1])
-    async with over(world, revalidate=60, limits=doubled) as loader:
+    async with over(world, revalidate=60) as loader:
         kept = await loader.load(mine)
         at_once = loader.try_acquire(mine)
         assert at_once is not None
@@ -138,11 +133,9 @@ async def test_a_lease_at_once_needs_a_recent_answer(world: RemoteWorld) -> None
         assert by_key is not None
         by_key.release()
         kept.release()
-        assert await acquired_at_once(loader, merge)
-    async with over(world, revalidate=0, limits=doubled) as loader:
+    async with over(world, revalidate=0) as loader:
         kept = await loader.load(mine)
         assert loader.try_acquire(mine) is None
-        assert not await acquired_at_once(loader, merge)
         stored.token = "another"
         with pytest.raises(AccessDeniedError):
             await loader.load(mine)
@@ -194,22 +187,6 @@ async def leave(world: RemoteWorld, loader: AdapterLoader, id: AdapterId, other:
     for each in (id, world.ref(other)):
         (await loader.load(each)).release()
     await until(lambda: all(rm(world.cache, entry.name) for entry in ls(world.cache)))
-
-
-@pytest.mark.slow
-async def test_parts_of_a_merge_are_fetched_again(tmp_path: Path) -> None:
-    """All of them, for no tensor comes with the first bytes."""
-    note = {"note": "long" * FIRST_BYTES}
-    with RemoteWorld(tmp_path) as world:
-        for seed, name in enumerate("abc"):
-            config, content = tiny.files(tiny.write(tmp_path / name, seed))
-            world.put(name, config, save(load(content), note))
-        refs = [world.ref(name) for name in "ab"]
-        merge = Merge("linear", refs, [0.5, -2])
-        async with one_slot(world, "cpu") as loader:
-            await leave(world, loader, merge, "c")
-            async with await loader.load(merge) as handle:
-                assert_halves(handle, tmp_path)
 
 
 @pytest.mark.parametrize("device", ["cpu", "simulated"])

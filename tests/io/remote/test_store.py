@@ -25,7 +25,6 @@ from lorax_async import (
     AdapterLoader,
     AdapterRef,
     AdapterStore,
-    Merge,
     StoreConfig,
     StoredAdapter,
     errors,
@@ -81,8 +80,6 @@ async def test_a_checkout_is_a_lease_and_its_id_is_in_the_placement(tmp_path: Pa
             async with store.checkout("org/name", digest=folder.verification.digest) as folder:
                 assert folder.downloaded
             await fails(store.checkout("org/name", digest="0" * 64), errors.IntegrityError)
-            merge = Merge("linear", ["org/name"] * 2, [1, 1])
-            await fails(store.checkout(merge), errors.UsageError, "fetch its parts")
         await fails(store.checkout("org/name"), errors.LoaderClosedError, "the store is closed")
 
 
