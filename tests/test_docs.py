@@ -158,7 +158,7 @@ def test_the_programs_about_loading_run(session: Opening) -> None:
     page = session(DOCS / "loading.md")
     batch = page.play()
     assert page.skip().code.strip() in (ROOT / "examples" / "fifty_on_eight.py").read_text()
-    _, room, _, files = page.play_all()
+    _, room, files = page.play_all()
     shape, base, pirate, shout = batch.splitlines()
     assert shape == "torch.Size([8, 576])"
     assert [text.startswith("Arr") for text in (base, pirate)] == [False, True]
