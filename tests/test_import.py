@@ -8,7 +8,7 @@ from pathlib import Path
 
 HEAVY = {
     *("peft", "transformers", "triton", "uvloop", "rich", "safetensors", "huggingface_hub"),
-    *("obstore", "starlette", "uvicorn", "pydantic", "aiohttp", "matplotlib"),
+    *("obstore", "fastapi", "starlette", "uvicorn", "pydantic", "aiohttp", "matplotlib"),
     *("prometheus_client", "opentelemetry"),
 }
 PROGRAM = """

@@ -2,12 +2,12 @@
 
 Only `cli` imports this package. Importing it needs the extra `serve`.
 
-- `app.py`: the routes, the operator's and the page's among them; `listen` and `serve`: the
-  application on uvicorn, and its graceful end
+- `app.py`: the calls, the operator's and the page's among them, by FastAPI, and what its document
+  says of them; `listen` and `serve`: the application on uvicorn, and its graceful end
 - `service.py`: `Service`, the state that requests share; requests in flight; `open_service`
 - `server_settings.py`: `ServerSettings`: who may call, as what, and which ids they may name
 - `request_bodies.py`: the bodies, read, parsed and checked; prompts as token ids
-- `openapi.py`: `/openapi.json`, and `/docs` for people
+- `answers.py`: the JSON of answers, as models
 - `responses.py`: errors as HTTP responses, and event streams
 - `completions.py`: one request, from its body to its response
 - `engine.py`: `Engine`: continuous batching and sampling, in a thread; the interface `Decoder`

@@ -1,29 +1,33 @@
-"""The ASGI application: its routes; and uvicorn around it."""
+"""The application, by FastAPI: its calls and their document; and uvicorn around it."""
 
 from __future__ import annotations
 
 import asyncio
 import importlib.metadata
 import os
-import re
 import signal
 import socket
 import threading
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Annotated, Any, TypeVar, cast
 
 import uvicorn
-from starlette.applications import Starlette
+from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
+from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
+from fastapi.types import DecoratedCallable
+from pydantic import BaseModel, WithJsonSchema
+from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
-from starlette.routing import Route
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from uvicorn.server import HANDLED_SIGNALS
@@ -38,9 +42,10 @@ from lorax_async.errors import (
 )
 from lorax_async.events import Event, SlotId
 from lorax_async.runtime.placement import AdapterResidency
-from lorax_async.server.completions import CompletionEndpoint
-from lorax_async.server.openapi import MAX_NUMBER, DocumentedLimits, create_document, render_page
+from lorax_async.server import answers
+from lorax_async.server.completions import GeneratedResponse
 from lorax_async.server.request_bodies import (
+    MAX_PROMPTS,
     ChatBody,
     CompletionBody,
     DetokenizeBody,
@@ -57,7 +62,6 @@ from lorax_async.server.responses import (
     Refusal,
     UnreadRefusal,
     create_refusal,
-    invalid_parameter,
     unknown_model,
 )
 from lorax_async.server.server_log import (
@@ -70,7 +74,7 @@ from lorax_async.server.server_log import (
 )
 from lorax_async.server.server_settings import (
     AllowedHosts,
-    RequireApiKey,
+    require_client,
     require_operator,
     sees_everything,
 )
@@ -82,7 +86,6 @@ HERE = Path(__file__).parent / "page"
 FILES = {
     "/": (HERE / "page.html", "text/html"),
     "/page/page.css": (HERE / "page.css", "text/css"),
-    "/page/docs.css": (HERE / "docs.css", "text/css"),
     **{f"/page/{file.name}": (file, "text/javascript") for file in sorted(HERE.glob("*.js"))},
 }
 
@@ -100,10 +103,153 @@ SAFE = {
 UNLOAD_SECONDS = 1.0
 """Time to wait for requests that use the adapter; new requests for it wait meanwhile."""
 
-Handler = Callable[[Service, Request], Awaitable[Response]]
+ABOUT = """\
+OpenAI's API with one base model and any number of LoRA adapters: a request's model is the base's \
+name or an adapter's. Parameters that the server does not implement are refused, unless their \
+value changes nothing."""
+
+IS_HEAD = "lorax_async.is_head"
+"""Key in the scope of a HEAD request."""
+
+T = TypeVar("T", bound=BaseModel)
+
+# -- what the document says -----------------------------------------------------------------------
+
+STATUSES: Mapping[int | str, str] = {
+    400: "The request is malformed, too long for the model, or has a parameter that is refused",
+    401: "No right key",
+    403: "The source refuses the adapter",
+    404: "It does not exist",
+    408: "The body did not arrive in time",
+    413: "The body is too large",
+    415: "The body's Content-Type is not application/json",
+    422: "The adapter is refused: damaged, of a kind that is not applied, or for another base",
+    429: "No room; Retry-After says when to try again",
+    502: "The source failed, or sent other bytes than it promised",
+    503: "The server is closing",
+    504: "The source took too long",
+    "default": "Another error",
+}
+
+BODIES = (ChatBody, CompletionBody, TokenizeBody, DetokenizeBody, LoadBody, NameBody, UnloadBody)
+OF_BODIES = (400, 408, 413, 415, 503)
+OF_LOADS = (403, 404, 422, 429, 502, 504)
+NO_OPERATOR = "The server has no admin token"
+
+ICE = "What is ice?"
+NAMED = {"lora_name": "sql"}
+LOADED = NAMED | {"lora_path": "my-org/sql-adapter"}
+EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+
+_SCHEMA = "#/components/schemas/{model}"
 
 
-def create_app(service: Service) -> Starlette:
+def _errors(*statuses: int | str, text: str | None = None) -> dict[int | str, dict[str, Any]]:
+    """Return the responses with these statuses, all of which have an `ErrorResponse`."""
+    content = {"application/json": {"schema": {"$ref": _SCHEMA.format(model="ErrorResponse")}}}
+    return {each: {"description": text or STATUSES[each], "content": content} for each in statuses}
+
+
+def _describe(generate: Callable[[], dict[str, Any]], service: Service) -> dict[str, Any]:
+    """Return FastAPI's document with the schemas of errors and of bodies."""
+    document = generate()
+    if "ErrorResponse" not in document["components"]["schemas"]:  # it is generated once
+        document["components"]["schemas"] |= _schemas(service)
+        disabled = operator.routes if service.settings.admin_token is None else ()
+        for route in cast(Iterable[APIRoute], disabled):
+            for operation in document["paths"][route.path].values():
+                operation["responses"] = _errors(403, text=NO_OPERATOR)
+    return document
+
+
+def _schemas(service: Service) -> dict[str, Any]:
+    """Return the schemas of errors and of bodies, with the limits of this server."""
+    models = [(each, "validation") for each in (*BODIES, answers.ErrorResponse)]
+    _, definitions = models_json_schema(cast(Any, models), ref_template=_SCHEMA)
+    schemas: dict[str, Any] = definitions["$defs"]
+    prompts, max_choices = service.prompts, service.settings.max_choices
+    tokens = {
+        "type": "array",
+        "items": {"type": "integer", "minimum": 0, "maximum": prompts.vocabulary - 1},
+    }
+    schemas["DetokenizeBody"]["properties"]["tokens"] |= tokens
+    text = {"type": "string"} | ({} if prompts.takes_empty_text else {"minLength": 1})
+    one = tokens | {"minItems": 1, "maxItems": service.max_prompt_tokens}
+    several = {"type": "array", "minItems": 1, "maxItems": min(MAX_PROMPTS, max_choices)}
+    prompt = [text, several | {"items": text}, one, several | {"items": one}]
+    schemas["CompletionBody"]["properties"]["prompt"]["anyOf"] = prompt
+    for name in ("CompletionBody", "ChatBody"):
+        members = schemas[name]["properties"]
+        for member, most in (("n", max_choices), ("max_tokens", service.engine.max_length - 1)):
+            number, null = members[member]["anyOf"]
+            members[member]["anyOf"] = [number | {"maximum": most}, null]
+    return schemas
+
+
+# -- what calls have in common --------------------------------------------------------------------
+
+
+async def _get_service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+ServiceOfApp = Annotated[Service, Depends(_get_service)]
+
+
+def _bearer(name: str, text: str) -> Any:
+    """Return a dependency for the document; `require_client` and others judge the keys."""
+    return Depends(HTTPBearer(scheme_name=name, description=text, auto_error=False))
+
+
+API_KEY = _bearer("apiKey", "a key of --api-key or LORAX_API_KEY")
+ADMIN_TOKEN = _bearer("adminToken", "the value of LORAX_ADMIN_TOKEN")
+
+
+def _body_of(kind: type[T]) -> Any:
+    """Return a dependency: the body, read within the limits; the request counts as in flight."""
+
+    async def read(request: Request, service: ServiceOfApp) -> AsyncIterator[T]:
+        settings = service.settings
+        with service.in_flight.count_request():
+            yield await read_body(kind, request, settings.max_body_bytes, settings.slow_client)
+
+    return Depends(read)
+
+
+# -- the application ------------------------------------------------------------------------------
+
+public, client, viewer = APIRouter(), APIRouter(), APIRouter()
+operator = APIRouter(default_response_class=PlainTextResponse)
+"""The calls by who may make them. A viewer's wrong key is refused even if none is needed."""
+
+
+def _post(
+    router: APIRouter, path: str, body: type[BaseModel], example: Any, *errors: int, **options: Any
+) -> Callable[[DecoratedCallable], DecoratedCallable]:
+    """Declare a call with a body, which `_body_of` reads. `errors` are those beside the body's."""
+    content = {"schema": {"$ref": _SCHEMA.format(model=body.__name__)}, "example": example}
+    return router.post(
+        path,
+        responses=_errors(*OF_BODIES, *errors) | options.pop("responses", {}),
+        openapi_extra={"requestBody": {"required": True, "content": {"application/json": content}}},
+        **options,
+    )
+
+
+class HeadAsGet:
+    """ASGI middleware: HEAD is answered as GET is; the server leaves the body out."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope.get("method") == "HEAD":
+            scope = {**scope, "method": "GET", IS_HEAD: True}
+        await self._app(scope, receive, send)
+
+
+def create_app(service: Service) -> FastAPI:
     """Return an application over `service`, which it neither opens nor closes.
 
     Blocks while it reads the page's files.
@@ -119,23 +265,57 @@ def create_app(service: Service) -> Starlette:
         return Response(status_code=GONE)
 
     count = service.metrics.count_request
-    middleware = [Middleware(RequestObserver, count, settings.root_path)]
+    middleware = [Middleware(RequestObserver, count, settings.root_path), Middleware(HeadAsGet)]
     if settings.allowed_hosts is not None:
         middleware.append(Middleware(AllowedHosts, settings.allowed_hosts, settings.slow_client))
-    app = Starlette(
-        routes=_routes(service),
+    app = FastAPI(
+        title="lorax-async",
+        version=importlib.metadata.version("lorax-async"),
+        description=ABOUT,
+        docs_url=None,  # its scripts are another host's
+        redoc_url=None,
+        redirect_slashes=False,  # its URLs are http:// behind a proxy that speaks TLS
+        generate_unique_id_function=lambda route: route.name,
         middleware=middleware,
         exception_handlers={
             LoraxError: refuse,
             Refusal: refuse,
             HTTPException: refuse,
+            RequestValidationError: refuse,
             ClientDisconnect: ignore_disconnect,
             Exception: refuse,  # starlette raises it again afterwards, so that it is logged
         },
     )
-    app.router.redirect_slashes = False  # its URLs are http:// behind a proxy that speaks TLS
+    app.state.service, app.state.settings = service, settings
     app.router.default = partial(_add_slash, app.router.default)
+    _add_routes(app, service)
+    app.openapi = partial(_describe, app.openapi, service)  # type: ignore[method-assign]
     return app
+
+
+def _add_routes(app: FastAPI, service: Service) -> None:
+    """Add the calls with the keys that they need. Blocks while it reads the page's files."""
+    settings, other = service.settings, _errors("default")
+    has_keys, has_operator = bool(settings.api_keys), settings.admin_token is not None
+    admin = [ADMIN_TOKEN] if has_operator else []
+    keys = [API_KEY, *admin] if has_keys else []
+    denied = other | _errors(401)
+    unseen = denied if has_keys or has_operator else other | _errors(403, text=NO_OPERATOR)
+    app.include_router(
+        client,
+        dependencies=[*keys, Depends(require_client)] if has_keys else [],
+        responses=denied if has_keys else other,
+    )
+    app.include_router(public, responses=other)
+    app.include_router(viewer, dependencies=keys, responses=unseen)
+    app.include_router(operator, dependencies=[*admin, Depends(require_operator)], responses=denied)
+
+    async def show_file(content: bytes, kind: str, _: Request) -> Response:
+        return Response(content, headers=SAFE | {"content-type": f"{kind}; charset=utf-8"})
+
+    for path, (file, kind) in FILES.items():
+        show = partial(show_file, file.read_bytes(), kind)
+        app.add_route(path, show, include_in_schema=False)
 
 
 async def _add_slash(not_found: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
@@ -145,80 +325,97 @@ async def _add_slash(not_found: ASGIApp, scope: Scope, receive: Receive, send: S
     await (RedirectResponse(f"{root_path}/") if is_page else not_found)(scope, receive, send)
 
 
-def _routes(service: Service) -> list[Route]:
-    """Blocks while it reads the page's files."""
-    api_key = [Middleware(RequireApiKey, service.settings)]
-
-    async def show_file(content: bytes, kind: str, _: Request) -> Response:
-        return Response(content, headers=SAFE | {"content-type": f"{kind}; charset=utf-8"})
-
-    def route(path: str, handler: Handler, method: str = "GET", **options: Any) -> Route:
-        return Route(path, partial(handler, service), methods=[method], **options)
-
-    def api_route(path: str, endpoint: Callable[..., Any], method: str = "GET") -> Route:
-        return Route(path, endpoint, methods=[method], middleware=api_key)
-
-    files = {path: (file.read_bytes(), kind) for path, (file, kind) in FILES.items()}
-    files["/docs"] = (render_page(_documented_limits(service)), "text/html")
-    return [
-        api_route("/v1/models", partial(list_models, service)),
-        api_route("/v1/models/{name:path}", partial(describe_model, service)),
-        api_route("/v1/completions", CompletionEndpoint(service, CompletionBody), "POST"),
-        api_route("/v1/chat/completions", CompletionEndpoint(service, ChatBody), "POST"),
-        route("/v1/load_lora_adapter", load_adapter, "POST"),
-        route("/v1/unload_lora_adapter", unload_adapter, "POST"),
-        route("/v1/pin_lora_adapter", pin_adapter, "POST"),
-        route("/v1/unpin_lora_adapter", unpin_adapter, "POST"),
-        route("/v1/adapters", list_adapters),
-        api_route("/tokenize", partial(tokenize, service), "POST"),
-        api_route("/detokenize", partial(detokenize, service), "POST"),
-        route("/health", show_health),
-        route("/ping", show_health),
-        route("/version", show_version),
-        route("/metrics", show_metrics),
-        route("/openapi.json", show_openapi, include_in_schema=False),
-        *(
-            Route(path, partial(show_file, content, kind), include_in_schema=False)
-            for path, (content, kind) in files.items()
-        ),
-        Route("/page/events", PageEvents(service), methods=["GET"]),
-        route("/page/trace.json", show_trace),
-    ]
+# -- OpenAI's calls, and tokens as in vLLM --------------------------------------------------------
 
 
-# -- models, health, metrics ----------------------------------------------------------------------
-
-
-async def list_models(service: Service, _: Request) -> Response:
-    """GET /v1/models: list the base and the adapters that have names."""
+@client.get("/v1/models")
+async def list_models(service: ServiceOfApp) -> answers.ModelList:
+    """List the base and the adapters that have names."""
     names = service.names
-    data = [_model_as_json(service, name) for name in (names.base, *names.adapters)]
-    return JSONResponse({"object": "list", "data": data})
+    return answers.ModelList(
+        data=[_model_card(service, name) for name in (names.base, *names.adapters)]
+    )
 
 
-async def describe_model(service: Service, request: Request) -> Response:
-    """GET /v1/models/NAME: describe one model."""
-    name, names = request.path_params["name"], service.names
+@client.get("/v1/models/{name:path}", responses=_errors(404))
+async def describe_model(name: str, request: Request, service: ServiceOfApp) -> answers.ModelCard:
+    """Describe one model. A slash may stand in its name as it is."""
+    names = service.names
     note_id(request.scope, "model", name)
     if name != names.base and name not in names.adapters:
         raise unknown_model(name)
-    return JSONResponse(_model_as_json(service, name))
+    return _model_card(service, name)
 
 
-def _model_as_json(service: Service, name: str) -> dict[str, object]:
+def _model_card(service: Service, name: str) -> answers.ModelCard:
     base = service.names.base
-    return {
-        "id": name,
-        "object": "model",
-        "created": service.created,
-        "owned_by": "lorax-async",
-        "parent": None if name == base else base,
-        "max_model_len": service.engine.max_length,
-    }
+    return answers.ModelCard(
+        id=name,
+        created=service.created,
+        parent=None if name == base else base,
+        max_model_len=service.engine.max_length,
+    )
 
 
-async def show_health(service: Service, _: Request) -> Response:
-    """GET /health: 200, or 503 if no requests are taken."""
+@_post(
+    client,
+    "/v1/chat/completions",
+    ChatBody,
+    {"model": "NAME", "messages": [{"role": "user", "content": ICE}], "max_tokens": 32},
+    *OF_LOADS,
+    response_model=answers.ChatResponse,
+    responses=EVENTS,
+)
+async def answer_conversation(
+    service: ServiceOfApp, body: Annotated[ChatBody, _body_of(ChatBody)]
+) -> Response:
+    """Answer a conversation."""
+    return GeneratedResponse(service, body)
+
+
+@_post(
+    client,
+    "/v1/completions",
+    CompletionBody,
+    {"model": "NAME", "prompt": ICE, "max_tokens": 32, "temperature": 0},
+    *OF_LOADS,
+    response_model=answers.CompletionResponse,
+    responses=EVENTS,
+)
+async def continue_prompts(
+    service: ServiceOfApp, body: Annotated[CompletionBody, _body_of(CompletionBody)]
+) -> Response:
+    """Continue prompts."""
+    return GeneratedResponse(service, body)
+
+
+@_post(client, "/tokenize", TokenizeBody, {"prompt": ICE})
+async def tokenize(
+    service: ServiceOfApp, body: Annotated[TokenizeBody, _body_of(TokenizeBody)]
+) -> answers.TokenizeResponse:
+    """Return the token ids of a prompt or a conversation, as vLLM does."""
+    tokens = await asyncio.to_thread(service.prompts.tokenize, body)
+    return answers.TokenizeResponse(
+        count=len(tokens), max_model_len=service.engine.max_length, tokens=list(tokens)
+    )
+
+
+@_post(client, "/detokenize", DetokenizeBody, {"tokens": [1, 2, 3]})
+async def detokenize(
+    service: ServiceOfApp, body: Annotated[DetokenizeBody, _body_of(DetokenizeBody)]
+) -> answers.DetokenizeResponse:
+    """Return the text of token ids, as vLLM does."""
+    text = await asyncio.to_thread(service.prompts.detokenize, body.tokens)
+    return answers.DetokenizeResponse(prompt=text)
+
+
+# -- health and metrics ---------------------------------------------------------------------------
+
+
+@public.get("/health", response_class=Response, responses=_errors(503))
+@public.get("/ping", response_class=Response, responses=_errors(503), name="show_ping")
+async def show_health(service: ServiceOfApp) -> Response:
+    """Say whether requests are taken."""
     if service.healthy:
         return Response()
     closing, retry_after = service.in_flight.closing, service.settings.retry_after
@@ -226,83 +423,44 @@ async def show_health(service: Service, _: Request) -> Response:
     raise Refusal(503, message, code=code, retry_after=retry_after)
 
 
-async def show_metrics(service: Service, _: Request) -> Response:
-    """GET /metrics, always in Prometheus' text format."""
+@public.get("/version")
+async def show_version() -> answers.VersionResponse:
+    """Return the version of lorax-async."""
+    return answers.VersionResponse(version=importlib.metadata.version("lorax-async"))
+
+
+@public.get("/metrics", response_class=PlainTextResponse)
+async def show_metrics(service: ServiceOfApp) -> Response:
+    """Return numbers, always in Prometheus' text format."""
     kind = "text/plain; version=0.0.4; charset=utf-8"
     return Response(service.metrics.encode(), headers={"content-type": kind})
 
 
-async def show_version(service: Service, _: Request) -> Response:  # noqa: ARG001 - a handler's
-    """GET /version, as in vLLM."""
-    return JSONResponse({"version": importlib.metadata.version("lorax-async")})
-
-
-async def show_openapi(service: Service, request: Request) -> Response:
-    """GET /openapi.json: what clients may call, where a proxy has it."""
-    document = create_document(_documented_limits(service))
-    root_path = request.scope.get("root_path")
-    return JSONResponse(document | ({"servers": [{"url": root_path}]} if root_path else {}))
-
-
-def _documented_limits(service: Service) -> DocumentedLimits:
-    settings, prompts = service.settings, service.prompts
-    return DocumentedLimits(
-        needs_key=bool(settings.api_keys),
-        has_operator=settings.admin_token is not None,
-        vocabulary=prompts.vocabulary,
-        takes_empty_text=prompts.takes_empty_text,
-        max_choices=settings.max_choices,
-        max_prompt_tokens=service.max_prompt_tokens,
-        max_length=service.engine.max_length,
-    )
-
-
-async def tokenize(service: Service, request: Request) -> Response:
-    """POST /tokenize, as in vLLM: the token ids of a prompt or a conversation."""
-    settings = service.settings
-    with service.in_flight.count_request():
-        body = await read_body(TokenizeBody, request, settings.max_body_bytes, settings.slow_client)
-        tokens = await asyncio.to_thread(service.prompts.tokenize, body)
-    count = {"count": len(tokens), "max_model_len": service.engine.max_length}
-    return JSONResponse({**count, "tokens": tokens, "token_strs": None})
-
-
-async def detokenize(service: Service, request: Request) -> Response:
-    """POST /detokenize, as in vLLM: the text of token ids."""
-    settings = service.settings
-    with service.in_flight.count_request():
-        body = await read_body(
-            DetokenizeBody, request, settings.max_body_bytes, settings.slow_client
-        )
-        text = await asyncio.to_thread(service.prompts.detokenize, body.tokens)
-    return JSONResponse({"prompt": text})
-
-
 # -- the page -------------------------------------------------------------------------------------
 
-_NUMBER = re.compile(f"[0-9]{{1,{len(str(MAX_NUMBER))}}}")
 
+class PageEvents(Response):
+    """What the page shows, as events: ends with its client or with the server, HEAD at once."""
 
-class PageEvents:
-    """GET /page/events as an ASGI app: ends with its client or with the server, HEAD at once."""
+    background = None
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, *, operator: bool) -> None:
         self._service = service
+        self._operator = operator
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service, settings = self._service, self._service.settings
-        operator = sees_everything(settings, Request(scope, receive))
         if service.in_flight.closing:
             raise Refusal(503, CLOSING, code="closing", retry_after=settings.retry_after)
         stream = EventStream(scope, receive, send, settings.slow_client)
-        if scope["method"] == "HEAD":
+        if IS_HEAD in scope:
             await stream.begin()
             await stream.end()
             return
-        with service.dashboard.admit(stream, operator=operator):
+        with service.dashboard.admit(stream, operator=self._operator):
             try:
                 async with service.in_flight.open_scope(receive):
-                    await service.dashboard.send(stream, operator=operator)
+                    await service.dashboard.send(stream, operator=self._operator)
             except ClientDisconnect:
                 return
             except LoraxError as error:
@@ -311,17 +469,26 @@ class PageEvents:
                 await stream.fail(create_refusal(error, settings.retry_after), error)
 
 
-async def show_trace(service: Service, request: Request) -> Response:
-    """GET /page/trace.json: a cold request, for the page, Perfetto and the command line.
+@viewer.get("/page/events", response_class=Response, responses=EVENTS | _errors(429, 503))
+async def show_events(
+    service: ServiceOfApp, operator: Annotated[bool, Depends(sees_everything)]
+) -> Response:
+    """Send what the page shows, as it changes."""
+    return PageEvents(service, operator=operator)
 
-    The last one, or that with ?number=N, of those that the viewer may see.
-    """
-    operator = sees_everything(service.settings, request)
-    text = request.query_params.get("number")
-    number = int(text) if text is not None and _NUMBER.fullmatch(text) else None
-    if text is not None and number is None:
-        raise invalid_parameter("number must be that of a cold request", "number")
-    content = await service.cold.encoded(number, operator=operator)
+
+@viewer.get("/page/trace.json", responses=_errors(400, 404))
+async def show_trace(
+    service: ServiceOfApp,
+    operator: Annotated[bool, Depends(sees_everything)],
+    number: Annotated[
+        str | None,
+        Query(pattern="^[0-9]{1,18}$", description="That of one of the last cold requests"),
+        WithJsonSchema({"type": "integer", "minimum": 0, "maximum": 10**18 - 1}),
+    ] = None,
+) -> Response:
+    """Return the trace of the last cold request, in Chrome's format, or that of another one."""
+    content = await service.cold.encoded(None if number is None else int(number), operator=operator)
     if content is None:
         message = f"Cold request {number} is not one of the last, or is not yours to see"
         message = "No cold request has ended yet" if number is None else message
@@ -337,93 +504,89 @@ async def show_trace(service: Service, request: Request) -> Response:
 # -- the operator's calls, as vLLM has them -------------------------------------------------------
 
 
-async def load_adapter(service: Service, request: Request) -> Response:
-    """POST /v1/load_lora_adapter. Load the adapter once, to report its errors."""
-    names, settings = service.names, service.settings
-
-    def require_free(body: LoadBody) -> None:
-        if body.lora_name == names.base:
-            raise _invalid_input(f"'{body.lora_name}' is the name of the base model.")
-        if body.lora_name in names.adapters and not body.load_inplace:
-            raise _invalid_input(
-                f"The lora adapter '{body.lora_name}' has already been loaded. If you want to load"
-                " the adapter in place, set 'load_inplace' to True."
-            )
-
-    with service.in_flight.count_request():
-        require_operator(settings, request)
-        body = await read_body(LoadBody, request, settings.max_body_bytes, settings.slow_client)
-        if not body.lora_name or not body.lora_path:
-            raise _invalid_input("Both 'lora_name' and 'lora_path' must be provided.")
-        note_details(request.scope, model=body.lora_name)
-        note_id(request.scope, "path", body.lora_path)
-        require_free(body)
-        adapter = await asyncio.to_thread(_parse_adapter, body.lora_path)
-        try:
-            with await service.loader.load(adapter) as handle:
-                key = handle.key
-        except UNKNOWN as error:
-            raise _missing(body.lora_path, adapter, error) from error
-        require_free(body)
-        names.add(body.lora_name, adapter)
-        await service.pins.follow(body.lora_name, key)
-    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+@_post(operator, "/v1/load_lora_adapter", LoadBody, LOADED, *OF_LOADS)
+async def load_adapter(
+    request: Request, service: ServiceOfApp, body: Annotated[LoadBody, _body_of(LoadBody)]
+) -> str:
+    """Load an adapter, to report its errors, and give it a name."""
+    names = service.names
+    if not body.lora_name or not body.lora_path:
+        raise _invalid_input("Both 'lora_name' and 'lora_path' must be provided.")
+    note_details(request.scope, model=body.lora_name)
+    note_id(request.scope, "path", body.lora_path)
+    _require_free(service, body)
+    adapter = await asyncio.to_thread(_parse_adapter, body.lora_path)
+    try:
+        with await service.loader.load(adapter) as handle:
+            key = handle.key
+    except UNKNOWN as error:
+        raise _missing(body.lora_path, adapter, error) from error
+    _require_free(service, body)
+    names.add(body.lora_name, adapter)
+    await service.pins.follow(body.lora_name, key)
+    return f"Success: LoRA adapter '{body.lora_name}' added successfully."
 
 
-async def unload_adapter(service: Service, request: Request) -> Response:
-    """POST /v1/unload_lora_adapter. Requests that use the adapter keep it.
-
-    It leaves memory, and its pin ends, with the last name of its version.
-    """
-    names, settings = service.names, service.settings
-    with service.in_flight.count_request():
-        require_operator(settings, request)
-        body = await read_body(UnloadBody, request, settings.max_body_bytes, settings.slow_client)
-        if not body.lora_name:
-            raise _invalid_input("'lora_name' needs to be provided to unload a LoRA adapter.")
-        note_details(request.scope, model=body.lora_name)
-        adapter = names.remove(body.lora_name)
-        if adapter is None:
-            raise _unknown_name(f"The lora adapter '{body.lora_name}' cannot be found.")
-        service.pins.leave(body.lora_name)
-        key = service.loader.placement().key(adapter)
-        if key is not None and not service.pins.names_of(key):
-            # One in use stays on the device until it is evicted like any other.
-            with suppress(AdapterInUseError, AdapterTimeoutError):
-                await service.loader.unload(adapter, timeout=UNLOAD_SECONDS)
-    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+def _require_free(service: Service, body: LoadBody) -> None:
+    if body.lora_name == service.names.base:
+        raise _invalid_input(f"'{body.lora_name}' is the name of the base model.")
+    if body.lora_name in service.names.adapters and not body.load_inplace:
+        raise _invalid_input(
+            f"The lora adapter '{body.lora_name}' has already been loaded. If you want to load"
+            " the adapter in place, set 'load_inplace' to True."
+        )
 
 
-async def pin_adapter(service: Service, request: Request) -> Response:
-    """POST /v1/pin_lora_adapter. Load a named adapter, and keep it on the device.
-
-    The pin ends with `unpin_adapter`, with the last name of its version, or with the server.
-    """
-    with service.in_flight.count_request():
-        name = await _read_name(service, request)
-        if not await service.pins.pin(name):
-            raise _unknown_name(f"The lora adapter '{name}' was removed meanwhile.")
-    return PlainTextResponse(f"Success: LoRA adapter '{name}' pinned successfully.")
-
-
-async def unpin_adapter(service: Service, request: Request) -> Response:
-    """POST /v1/unpin_lora_adapter. The adapter stays on the device until it is evicted."""
-    with service.in_flight.count_request():
-        name = await _read_name(service, request)
-        if not service.pins.unpin(name):
-            raise _unknown_name(_describe_unpinned(service, name))
-    return PlainTextResponse(f"Success: LoRA adapter '{name}' unpinned successfully.")
-
-
-async def _read_name(service: Service, request: Request) -> str:
+async def _read_name(
+    request: Request, service: ServiceOfApp, body: Annotated[NameBody, _body_of(NameBody)]
+) -> str:
     """Return the adapter's name in an operator's request."""
-    settings = service.settings
-    require_operator(settings, request)
-    body = await read_body(NameBody, request, settings.max_body_bytes, settings.slow_client)
     note_details(request.scope, model=body.lora_name)
     if body.lora_name not in service.names.adapters:
         raise _unknown_name(f"The lora adapter '{body.lora_name}' cannot be found.")
     return body.lora_name
+
+
+@_post(operator, "/v1/pin_lora_adapter", NameBody, NAMED, *OF_LOADS)
+async def pin_adapter(service: ServiceOfApp, name: Annotated[str, Depends(_read_name)]) -> str:
+    """Load an adapter that has a name, and keep it on the device.
+
+    The pin ends with an unpin, with the last name of its version, or with the server.
+    """
+    if not await service.pins.pin(name):
+        raise _unknown_name(f"The lora adapter '{name}' was removed meanwhile.")
+    return f"Success: LoRA adapter '{name}' pinned successfully."
+
+
+@_post(operator, "/v1/unpin_lora_adapter", NameBody, NAMED, 404)
+async def unpin_adapter(service: ServiceOfApp, name: Annotated[str, Depends(_read_name)]) -> str:
+    """Let a pinned adapter be evicted again."""
+    if not service.pins.unpin(name):
+        raise _unknown_name(_describe_unpinned(service, name))
+    return f"Success: LoRA adapter '{name}' unpinned successfully."
+
+
+@_post(operator, "/v1/unload_lora_adapter", UnloadBody, NAMED, 404)
+async def unload_adapter(
+    request: Request, service: ServiceOfApp, body: Annotated[UnloadBody, _body_of(UnloadBody)]
+) -> str:
+    """Take a name from its adapter; requests that use the adapter keep it.
+
+    It leaves memory, and its pin ends, with the last name of its version.
+    """
+    if not body.lora_name:
+        raise _invalid_input("'lora_name' needs to be provided to unload a LoRA adapter.")
+    note_details(request.scope, model=body.lora_name)
+    adapter = service.names.remove(body.lora_name)
+    if adapter is None:
+        raise _unknown_name(f"The lora adapter '{body.lora_name}' cannot be found.")
+    service.pins.leave(body.lora_name)
+    key = service.loader.placement().key(adapter)
+    if key is not None and not service.pins.names_of(key):
+        # One in use stays on the device until it is evicted like any other.
+        with suppress(AdapterInUseError, AdapterTimeoutError):
+            await service.loader.unload(adapter, timeout=UNLOAD_SECONDS)
+    return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
 
 
 def _describe_unpinned(service: Service, name: str) -> str:
@@ -469,9 +632,9 @@ def _invalid_input(message: str) -> Refusal:
     return Refusal(400, message, kind="InvalidUserInput", code=400)
 
 
-async def list_adapters(service: Service, request: Request) -> Response:
-    """GET /v1/adapters: where each adapter is, and its last events."""
-    require_operator(service.settings, request)
+@operator.get("/v1/adapters", response_class=JSONResponse, response_model=answers.AdapterRows)
+async def list_adapters(service: ServiceOfApp) -> Response:
+    """List where each adapter is, and its last events."""
     placement = service.loader.placement()
     names: dict[AdapterKey, list[str]] = {}
     for name, adapter in service.names.adapters.items():

@@ -10,8 +10,9 @@ from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse
+from fastapi.requests import HTTPConnection
+from fastapi.responses import JSONResponse, Response
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -26,7 +27,6 @@ from lorax_async.server.request_bodies import (
     CompletionBody,
     GenerationBody,
     StreamOptions,
-    read_body,
 )
 from lorax_async.server.responses import (
     UNKNOWN,
@@ -50,38 +50,35 @@ _INVALID_PREFIX = "Invalid prefix encountered"
 """How DecodeStream's message begins when new tokens change text that it has already returned."""
 
 
-class CompletionEndpoint:
-    """An ASGI endpoint that watches its client from the first byte to the last."""
+class GeneratedResponse(Response):
+    """The answer to a request for text, which watches its client until it is sent."""
 
-    def __init__(self, service: Service, kind: type[GenerationBody]) -> None:
+    background = None
+
+    def __init__(self, service: Service, body: GenerationBody) -> None:
         self._service = service
-        self._kind = kind
+        self._body = body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        service, settings = self._service, self._service.settings
-        request = Request(scope, receive)
-        with service.in_flight.count_request():
-            body = await read_body(
-                self._kind, request, settings.max_body_bytes, settings.slow_client
+        service, body, settings = self._service, self._body, self._service.settings
+        note_id(scope, "model", body.model)
+        note_details(scope, stream=bool(body.stream))
+        prompts = len(body.prompts) if isinstance(body, CompletionBody) else 1
+        if prompts * (body.n or 1) > settings.max_choices:
+            raise invalid_parameter(
+                f"A request may have at most {settings.max_choices} sequences: its prompts,"
+                " times n",
+                "n" if prompts == 1 else "prompt",
             )
-            note_id(scope, "model", body.model)
-            note_details(scope, stream=bool(body.stream))
-            prompts = len(body.prompts) if isinstance(body, CompletionBody) else 1
-            if prompts * (body.n or 1) > settings.max_choices:
-                raise invalid_parameter(
-                    f"A request may have at most {settings.max_choices} sequences: its prompts,"
-                    " times n",
-                    "n" if prompts == 1 else "prompt",
-                )
-            service.require_room(1)  # refuse cheaply, before the prompt is read
-            adapter = service.names.resolve(body.model)
-            is_cold = adapter is not None and service.cold.is_cold(adapter)
-            start = "base" if adapter is None else "cold" if is_cold else "warm"
-            note_details(scope, start=start)
-            client = identify_client(request)
-            with service.client_limits.count_request(client, adapter):
-                stream = EventStream(scope, receive, send, settings.slow_client)
-                await self._answer(body, adapter, stream, client)
+        service.require_room(1)  # refuse cheaply, before the prompt is read
+        adapter = service.names.resolve(body.model)
+        is_cold = adapter is not None and service.cold.is_cold(adapter)
+        start = "base" if adapter is None else "cold" if is_cold else "warm"
+        note_details(scope, start=start)
+        client = identify_client(HTTPConnection(scope))
+        with service.client_limits.count_request(client, adapter):
+            stream = EventStream(scope, receive, send, settings.slow_client)
+            await self._answer(body, adapter, stream, client)
 
     async def _answer(
         self, body: GenerationBody, adapter: AdapterId | None, stream: EventStream, client: Client

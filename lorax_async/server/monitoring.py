@@ -37,7 +37,7 @@ CALLS = frozenset({
     "/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/load_lora_adapter",
     "/v1/unload_lora_adapter", "/v1/pin_lora_adapter", "/v1/unpin_lora_adapter", "/v1/adapters",
     "/tokenize", "/detokenize", "/health", "/ping", "/version", "/metrics", "/openapi.json",
-    "/docs", "/", "/page",
+    "/", "/page",
 })  # fmt: skip
 """Paths with a label of their own; all others, which clients make up, are "other"."""
 

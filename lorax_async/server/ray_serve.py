@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from anyio import create_memory_object_stream
-from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from fastapi import Request, Response
+from fastapi.responses import StreamingResponse
 from starlette.types import Message
 
 from lorax_async.config import PEERS_REMOVED, LoaderConfig, MiB

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
+from fastapi import Request
 from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
-from starlette.requests import Request
 from tokenizers import Tokenizer
 
 from lorax_async.errors import shorten

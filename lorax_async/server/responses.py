@@ -12,9 +12,11 @@ from dataclasses import fields
 from math import ceil
 from typing import Any
 
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from lorax_async import errors
@@ -129,6 +131,10 @@ def create_refusal(error: Exception, retry_after: float, model: str | None = Non
         return error
     if isinstance(error, HTTPException):  # starlette's, for an unknown path or method
         return Refusal(error.status_code, error.detail, code="unknown_url", headers=error.headers)
+    if isinstance(error, RequestValidationError):  # of a path or query; bodies are `parse_body`'s
+        first = error.errors()[0]
+        name = str(first["loc"][-1])
+        return invalid_parameter(f"{name} is invalid: {first['msg'].lower()}", name)
     row = next((row for row in STATUSES if isinstance(error, row[0])), None)
     if row is None or not isinstance(error, LoraxError):
         return Refusal(500, INTERNAL, code="internal_error")

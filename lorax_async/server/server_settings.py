@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 from types import MappingProxyType
 
+from fastapi.requests import HTTPConnection
 from starlette.datastructures import Headers
-from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lorax_async.config import MiB
@@ -191,18 +191,6 @@ def _is_key(value: object) -> bool:
 # -- clients --------------------------------------------------------------------------------------
 
 
-class RequireApiKey:
-    """ASGI middleware of a route: `require_client`."""
-
-    def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
-        self._app = app
-        self._settings = settings
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        require_client(self._settings, HTTPConnection(scope))
-        await self._app(scope, receive, send)
-
-
 def read_bearer_key(connection: HTTPConnection) -> str | None:
     """Return the client's bearer key, if it sends one."""
     scheme, blank, key = connection.headers.get("authorization", "").partition(" ")
@@ -226,8 +214,9 @@ def is_operator(settings: ServerSettings, connection: HTTPConnection) -> bool:
     return settings.admin_token is not None and _brings(connection, [settings.admin_token])
 
 
-def require_operator(settings: ServerSettings, connection: HTTPConnection) -> None:
-    """Raise `Refusal` unless the client brings the admin token."""
+async def require_operator(connection: HTTPConnection) -> None:
+    """Raise `Refusal` unless the client brings the admin token. A dependency of calls."""
+    settings: ServerSettings = connection.app.state.settings
     if settings.admin_token is None:
         message = "This call is disabled: the server was started without an admin token"
         raise Refusal(403, message, code="admin_disabled")
@@ -236,8 +225,12 @@ def require_operator(settings: ServerSettings, connection: HTTPConnection) -> No
         raise Refusal(401, message, code="invalid_api_key")
 
 
-def require_client(settings: ServerSettings, connection: HTTPConnection) -> None:
-    """Raise `Refusal` if there are API keys, and the client brings neither one nor the token."""
+async def require_client(connection: HTTPConnection) -> None:
+    """Raise `Refusal` if there are API keys, and the client brings neither one nor the token.
+
+    A dependency of calls.
+    """
+    settings: ServerSettings = connection.app.state.settings
     if not settings.api_keys or is_operator(settings, connection):
         return
     if not _brings(connection, settings.api_keys):
@@ -247,14 +240,15 @@ def require_client(settings: ServerSettings, connection: HTTPConnection) -> None
         raise Refusal(401, message, code="invalid_api_key")
 
 
-def sees_everything(settings: ServerSettings, connection: HTTPConnection) -> bool:
+async def sees_everything(connection: HTTPConnection) -> bool:
     """Return whether a viewer of the page is the operator; raise `Refusal` for a wrong key."""
+    settings: ServerSettings = connection.app.state.settings
     if is_operator(settings, connection):
         return True
     if settings.api_keys:
-        require_client(settings, connection)
+        await require_client(connection)
     elif read_bearer_key(connection) is not None:
-        require_operator(settings, connection)
+        await require_operator(connection)
     return False
 
 

@@ -18,8 +18,8 @@ from starlette.requests import ClientDisconnect
 from common import Run, until
 from lorax_async.errors import LoaderClosedError, UsageError
 from lorax_async.server.app import DrainingServer, listen
-from lorax_async.server.completions import CompletionEndpoint
-from lorax_async.server.request_bodies import CompletionBody
+from lorax_async.server.completions import GeneratedResponse
+from lorax_async.server.request_bodies import CompletionBody, parse_body
 from lorax_async.server.responses import ABORT, Refusal
 from lorax_async.server.service import RequestScope
 from server.world import COMPLETIONS, POST, FakeEngine, FakeTokens, World, request, saying, serving
@@ -110,12 +110,8 @@ class Blocked:
         self.sent: list[Any] = []
         self.gone, self.blocked = asyncio.Event(), asyncio.Event()
         self._takes = takes
-        body = json.dumps(PLAIN | {"stream": True}).encode()
-        self._body = [{"type": "http.request", "body": body}]
 
     async def receive(self) -> Any:
-        if self._body:
-            return self._body.pop()
         await self.gone.wait()
         return {"type": "http.disconnect"}
 
@@ -127,9 +123,10 @@ class Blocked:
 
     def asking(self, world: World) -> asyncio.Task[None]:
         scope: Any = {"type": "http", "client": ("127.0.0.1", 1), "state": {ABORT: self.gone.set}}
-        scope["headers"] = [(b"content-type", b"application/json")]
-        endpoint = CompletionEndpoint(world.service, CompletionBody)
-        return asyncio.create_task(endpoint(scope, self.receive, self.send))
+        scope["headers"] = []
+        body = parse_body(CompletionBody, json.dumps(PLAIN | {"stream": True}).encode())
+        response = GeneratedResponse(world.service, body)
+        return asyncio.create_task(response(scope, self.receive, self.send))
 
 
 @pytest.mark.parametrize(
