@@ -12,7 +12,8 @@ Only `cli` imports this package. Importing it needs the extra `serve`.
 - `completions.py`: one request, from its body to its response
 - `engine.py`: `Engine`: continuous batching and sampling, in a thread; the interface `Decoder`
 - `transformers_decoder.py`: a `Decoder` for transformers' models, with its KV cache
-- `monitoring.py`: metrics, what the page shows, and traces of cold requests; `page/`: its files
+- `monitoring.py`: what the page shows, and traces of cold requests; `page/`: its files
+- `server_metrics.py`: numbers for Prometheus
 - `server_log.py`: the log's lines: requests, loads, failures, start and end
 - `warm_list.py`: the adapters to load at the start
 """

@@ -19,7 +19,6 @@ from tokenizers.decoders import DecodeStream
 
 from lorax_async.errors import InternalError, LoraxError
 from lorax_async.server.engine import Finish, Generation, Sampling
-from lorax_async.server.monitoring import ObservedTokens
 from lorax_async.server.request_bodies import (
     MAX_SEED,
     MIN_SEED,
@@ -36,6 +35,7 @@ from lorax_async.server.responses import (
     unknown_model,
 )
 from lorax_async.server.server_log import in_ms, note_details, note_error, note_id
+from lorax_async.server.server_metrics import ObservedTokens
 from lorax_async.server.server_settings import identify_client
 from lorax_async.server.service import Service
 from lorax_async.types import AdapterId

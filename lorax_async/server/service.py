@@ -24,10 +24,11 @@ from lorax_async.errors import CapacityError, ConfigError, LoaderClosedError, sh
 from lorax_async.loader import AdapterLoader
 from lorax_async.scheduler.scheduler import AdapterScheduler
 from lorax_async.server.engine import Engine, Generation, Sampler, Sampling
-from lorax_async.server.monitoring import ColdRequests, Dashboard, ObservedTokens, ServerMetrics
+from lorax_async.server.monitoring import ColdRequests, Dashboard
 from lorax_async.server.request_bodies import PromptEncoder
 from lorax_async.server.responses import wait_for_disconnect
 from lorax_async.server.server_log import log_adapters
+from lorax_async.server.server_metrics import ObservedTokens, ServerMetrics
 from lorax_async.server.server_settings import ModelNames, ServerSettings, is_requestable
 from lorax_async.server.transformers_decoder import TransformersDecoder
 from lorax_async.server.warm_list import WarmList
@@ -93,15 +94,15 @@ class Service:
         """Submit to the engine; measure the tokens as `model`'s. Raise as `Engine.submit`."""
         adapter = generation.adapter
         recording = self.cold.record(adapter)
+        on_outcome = recording.end if recording is not None else lambda _: None
         try:
             tokens = self.engine.submit(generation)
         except BaseException:
-            if recording is not None:
-                recording.end("refused")
+            on_outcome("refused")
             raise
         if adapter is not None and self._on_use is not None:
             self._on_use(adapter)
-        return ObservedTokens(tokens, model, self.metrics, recording)
+        return ObservedTokens(tokens, model, self.metrics, on_outcome)
 
 
 # -- pins -----------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ import tiny
 from common import until
 from lorax_async.errors import AdapterNotFoundError, FetchError, LoraxError
 from lorax_async.server.engine import Generation
-from lorax_async.server.monitoring import ObservedTokens, ServerMetrics
 from lorax_async.server.server_log import RequestObserver
+from lorax_async.server.server_metrics import ObservedTokens, ServerMetrics
 from lorax_async.server.server_settings import ModelNames
 from metrics.scraping import Samples, of, parsed
 from server.world import FakeEngine, World, failing, request, serving
