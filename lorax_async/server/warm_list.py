@@ -15,28 +15,22 @@ from typing import Any, Self
 import aiofiles.tempfile
 
 from lorax_async.errors import ConfigError, UsageError
-from lorax_async.events import Event
 from lorax_async.loader import AdapterLoader
 from lorax_async.runtime.prefetch import Prefetch
 from lorax_async.types import AdapterId, AdapterRef, as_ref
 
-_MAX_ADAPTERS = 1024
-"""Adapters to remember, last used first."""
-
+_MAX_ADAPTERS = 1024  # that are remembered, the last used ones
 _MAX_BYTES = 16 << 20
 
 _logger = logging.getLogger("lorax_async")
 
 
 class WarmList:
-    """Keep a file with the adapters on the device, the last used first.
+    """Keep a file with the adapters on the device, the last used first; prefetch them on entering.
 
-    On entering, prefetch the adapters in the file. The file is written when the list has changed,
-    at most every `pause` seconds, and replaced atomically. Tokens are never written.
-
-    The folder of `path` must exist; the file need not. The loader is open, and closed after it.
-    `admit` returns an adapter of the file as it is to be loaded, or None to omit it; by default
-    each is loaded as it is. Raise `ConfigError` on entering, as `read_warm_list`.
+    It is replaced atomically when the list has changed, at most every `pause` seconds. Tokens are
+    never written. The loader is open, and closed after it. `admit` returns an adapter of the file
+    as it is to be loaded, or None to omit it. Entering raises `ConfigError`, as `read_warm_list`.
     """
 
     def __init__(
@@ -45,31 +39,24 @@ class WarmList:
         loader: AdapterLoader,
         *,
         pause: float = 1.0,
-        admit: Callable[[AdapterRef], AdapterRef | None] | None = None,
+        admit: Callable[[AdapterRef], AdapterRef | None] = lambda ref: ref,
     ) -> None:
-        self._path = path
-        self._loader = loader
-        self._pause = pause
-        self._admit = admit
+        self._path, self._loader, self._pause, self._admit = path, loader, pause, admit
         self._used: dict[AdapterRef, None] = {}
-        self._written: bytes | None = None
-        self._restoring: frozenset[AdapterRef] = frozenset()
-        self._changed = asyncio.Event()
-        self._ended = asyncio.Event()
+        self._written = b""
+        self._changed, self._ended = asyncio.Event(), asyncio.Event()
         self.restored: Prefetch | None = None
         """The prefetch of the adapters in the file; None if it listed none."""
 
     async def __aenter__(self) -> Self:
-        listed = await asyncio.to_thread(read_warm_list, self._path)
-        if self._admit is not None:
-            admitted = map(self._admit, listed)
-            listed = list(dict.fromkeys(ref for ref in admitted if ref is not None))
+        admitted = map(self._admit, await asyncio.to_thread(read_warm_list, self._path))
+        listed = list(dict.fromkeys(ref for ref in admitted if ref is not None))
+        for ref in reversed(listed):
+            self.record_use(ref)
+        self._restoring = frozenset(listed[: self._loader.config.max_slots])
         if listed:
-            for ref in reversed(listed):
-                self.record_use(ref)
-            fit = listed[: self._loader.config.max_slots]
-            self.restored, self._restoring = self._loader.prefetch(fit), frozenset(fit)
-        self._unsubscribe = self._loader.subscribe(self._on_event)
+            self.restored = self._loader.prefetch(listed[: self._loader.config.max_slots])
+        self._unsubscribe = self._loader.subscribe(lambda _: self._changed.set())
         self._task = asyncio.create_task(self._run(), name="lorax warm list")
         return self
 
@@ -84,16 +71,12 @@ class WarmList:
     def record_use(self, adapter: AdapterId) -> None:
         """Move an adapter to the front of the list, unless it has a token."""
         ref = as_ref(adapter)
-        if not isinstance(ref, AdapterRef) or ref.token is not None:
-            return
-        self._used.pop(ref, None)
-        self._used[ref] = None
-        if len(self._used) > _MAX_ADAPTERS:
-            del self._used[next(iter(self._used))]
-        self._changed.set()
-
-    def _on_event(self, event: Event) -> None:  # noqa: ARG002 - any event may change the list
-        self._changed.set()
+        if isinstance(ref, AdapterRef) and ref.token is None:
+            self._used.pop(ref, None)
+            self._used[ref] = None
+            if len(self._used) > _MAX_ADAPTERS:
+                del self._used[next(iter(self._used))]
+            self._changed.set()
 
     async def _run(self) -> None:
         while not self._ended.is_set():
@@ -106,28 +89,25 @@ class WarmList:
 
     async def _write(self) -> None:
         rows = [
-            {"path" if isinstance(ref.id, Path) else "id": ref.text}
-            | {"source": ref.source, "revision": ref.revision}
+            {"path" if isinstance(ref.id, Path) else "id": ref.text, "source": ref.source}
+            | {"revision": ref.revision}
             | ({"use_token": True} if ref.use_token else {})
             for ref in self._list_adapters()
         ]
         # json, unlike pydantic, keeps paths that are not UTF-8.
         content = json.dumps({"adapters": rows}, indent=1).encode()
-        if content == self._written:
-            return
-        try:
-            await _replace(self._path, content)
-        except OSError as error:
-            _logger.warning("the warm list %s could not be written: %s", self._path, error)
-        else:
-            self._written = content
+        if content != self._written:
+            try:
+                await _replace(self._path, content)
+                self._written = content
+            except OSError as error:
+                _logger.warning("the warm list %s could not be written: %s", self._path, error)
 
     def _list_adapters(self) -> list[AdapterRef]:
         """Return the adapters on the device or being restored, the last used first."""
-        restoring = set(self._restoring) if self.restored and not self.restored.done else set()
-        placement = self._loader.placement()
+        restoring = set(self._restoring if self.restored and not self.restored.done else ())
+        placement, refs = self._loader.placement(), list[AdapterRef]()
         on_device = {key for key, where in placement.adapters.items() if where.tier == "device"}
-        refs = list[AdapterRef]()
         for ref in reversed(self._used):
             if not restoring and not on_device:
                 break  # do not look up all remembered names on the event loop
@@ -144,15 +124,14 @@ async def _replace(path: Path, content: bytes) -> None:
     """Replace the file atomically, once the content is on disk."""
     place: dict[str, Any] = {"dir": path.parent, "prefix": f".{path.name}.", "delete": False}
     async with aiofiles.tempfile.NamedTemporaryFile("wb", **place) as file:
-        name = str(file.name)
         try:
             await file.write(content)
             await file.flush()
             await asyncio.to_thread(os.fsync, file.fileno())
-            await asyncio.to_thread(os.replace, name, path)
+            await asyncio.to_thread(os.replace, str(file.name), path)
         except BaseException:
             with suppress(FileNotFoundError):  # it was cancelled when the file had its name
-                os.unlink(name)
+                os.unlink(str(file.name))
             raise
 
 
@@ -162,53 +141,45 @@ def read_warm_list(path: Path) -> list[AdapterRef]:
     Raise `ConfigError`, with the path, the reason and what to do.
     """
     try:
-        content = _read_file(path)
-        return [] if content is None else _parse_refs(json.loads(content.decode()))
+        with open(path, "rb", opener=_open) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ConfigError(f"the warm list {path} is not a regular file; name a file")
+            content = file.read(_MAX_BYTES + 1)
+        if len(content) > _MAX_BYTES:
+            raise ValueError(f"it has over {_MAX_BYTES:,} bytes")
+        return _parse_refs(content)
+    except FileNotFoundError:
+        if path.parent.is_dir():
+            return []
+        raise ConfigError(
+            f"the warm list {path} cannot be created: create the folder {path.parent}"
+        ) from None
+    except IsADirectoryError:
+        raise ConfigError(f"the warm list {path} is a folder; name a file") from None
     except OSError as error:
         raise ConfigError(
             f"the warm list {path} cannot be read ({error.strerror}); make it readable, or name"
             " another file"
         ) from error
     except (ValueError, RecursionError) as error:
-        reason = str(error)
-        if isinstance(error, UnicodeDecodeError):
-            reason = "it is not UTF-8 text"
-        elif isinstance(error, json.JSONDecodeError):
-            reason = f"it is not JSON: {error}"
-        elif isinstance(error, RecursionError):
-            reason = "it is nested too deeply"
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ConfigError(
             f"{path} is not a warm list ({reason}); delete it, or name another file"
         ) from error
 
 
-def _read_file(path: Path) -> bytes | None:
-    """Return None if there is no file, and one can be created. Raise as `read_warm_list`."""
-    try:
-        # Without O_NONBLOCK, opening a FIFO waits for a writer.
-        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        if not path.parent.is_dir():
-            raise ConfigError(
-                f"the warm list {path} cannot be created: create the folder {path.parent}"
-            ) from None
-        return None
-    try:
-        mode = os.fstat(number).st_mode
-        if not stat.S_ISREG(mode):  # opening a folder as a Python file fails
-            what = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
-            raise ConfigError(f"the warm list {path} is {what}; name a file")
-        with open(number, "rb", closefd=False) as file:
-            content = file.read(_MAX_BYTES + 1)
-    finally:
-        os.close(number)
-    if len(content) > _MAX_BYTES:
-        raise ValueError(f"it has over {_MAX_BYTES:,} bytes")
-    return content
+def _open(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # or opening a FIFO waits for a writer
 
 
-def _parse_refs(members: Any) -> list[AdapterRef]:
-    """Return the adapters of the file's JSON. Raise `ValueError`."""
+def _parse_refs(content: bytes) -> list[AdapterRef]:
+    """Return the adapters of the file. Raise `ValueError`."""
+    try:
+        members = json.loads(content.decode())
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON: {error}") from None
     rows = members.get("adapters") if isinstance(members, dict) else None
     if not isinstance(rows, list):
         raise ValueError("it has no list named adapters")  # noqa: TRY004 - the file is wrong
