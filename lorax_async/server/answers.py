@@ -10,7 +10,10 @@ from pydantic import BaseModel, ConfigDict
 class ResponseModel(BaseModel):
     """A JSON object that the server sends."""
 
-    model_config = ConfigDict(use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        use_attribute_docstrings=True,
+        json_schema_serialization_defaults_required=True,  # they are sent, too
+    )
 
 
 class ErrorDetails(ResponseModel):
