@@ -11,16 +11,7 @@ import pytest
 
 import tiny
 from common import until
-from lorax_async import (
-    AdapterKey,
-    AdapterRef,
-    AdapterStore,
-    Batch,
-    Merge,
-    Request,
-    StoreConfig,
-    Ticket,
-)
+from lorax_async import AdapterKey, AdapterRef, AdapterStore, Batch, Request, StoreConfig, Ticket
 from lorax_async.errors import AccessDeniedError, AdapterNotFoundError, FetchError, IntegrityError
 from lorax_async.testing import FakeSource
 from lorax_async.types import RemoteKey
@@ -301,30 +292,14 @@ async def test_a_call_does_not_get_an_answer_that_was_asked_for_before_it_began(
 ) -> None:
     source = stocked(tmp_path, "a")
     async with over(source, revalidate_files=0) as loader:
-        for id in ("a", Merge("linear", ["a"], [1.0])):
-            may_answer = answer_late(source)
-            before = asyncio.create_task(loader.resolve("a"))
-            await turns()
-            new = put_again(source, tmp_path, "a", 7)
-            after = asyncio.create_task(loader.resolve(id))
-            await turns()
-            may_answer.set()
-            assert new.files == (await after).files != (await before).files
-
-
-async def test_a_merge_is_as_old_as_the_oldest_answer_about_its_parts(tmp_path: Path) -> None:
-    source, merge = stocked(tmp_path), Merge("linear", ["a", "b"], [1.0, 1.0])
-    asked_at = {"a": monotonic() - 100, "b": monotonic()}
-
-    async def resolve(ref: AdapterRef) -> AdapterKey:
-        return RemoteKey(ref.text, (), "1", answered_at=asked_at[ref.text])
-
-    source.resolve = resolve  # type: ignore[method-assign]
-    async with over(source, revalidate=50) as loader:
-        await loader.resolve(merge)
-        assert loader.current_key(merge) is None
-    async with over(source, revalidate=150) as loader:
-        assert await loader.resolve(merge) == loader.current_key(merge)
+        may_answer = answer_late(source)
+        before = asyncio.create_task(loader.resolve("a"))
+        await turns()
+        new = put_again(source, tmp_path, "a", 7)
+        after = asyncio.create_task(loader.resolve("a"))
+        await turns()
+        may_answer.set()
+        assert new.files == (await after).files != (await before).files
 
 
 async def test_a_stale_answer_counts_for_callers_that_take_one(tmp_path: Path) -> None:
