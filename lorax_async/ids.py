@@ -36,8 +36,10 @@ from lorax_async.urls import (
     is_address,
     parse_folder_url,
     parse_host,
+    require_path_part,
 )
 
+_HOST_WORDS = {"s3": "bucket", "gs": "bucket", "az": "container", "https": "host", "http": "host"}
 STORES = ("s3", "gs", "az")
 SOURCES = ("hub", *STORES, "http", "https", "local")
 Scheme = Literal["hub", "s3", "gs", "az", "https", "http"]
@@ -201,10 +203,7 @@ class Allow:
             if value and not applicable:
                 raise ConfigError(f"Allow({self.scheme!r}, …) has no {name}")
         if not self.host and self.scheme != "hub":
-            word = {"az": "container"}.get(
-                self.scheme, "bucket" if self.scheme in STORES else "host"
-            )
-            raise ConfigError(f"Allow({self.scheme!r}, …) must name the {word}")
+            raise ConfigError(f"Allow({self.scheme!r}, …) must name the {_HOST_WORDS[self.scheme]}")
 
     def _check_hub(self) -> None:
         names = self.prefix.split("/")[:-1]
@@ -335,53 +334,33 @@ def parse_revision(text: str) -> str:
     return text
 
 
-_BUCKETS = {
-    "s3": re.compile(r"(?!xn--)[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"),
-    "gs": re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]"),
-    "az": re.compile(r"(?=.{3,63}\Z)[a-z0-9]+(?:-[a-z0-9]+)*"),
-}
-_GS_LABEL = 63
-_RULES = {
-    "s3": "3 to 63 of a-z, 0-9, '-' and '.', a letter or digit at both ends, no '..', no address",
-    "gs": "3 to 63 of a-z, 0-9, '-', '_' and '.', a letter or digit at both ends, no '..', no"
-    " address (with dots 222, of 63 between them)",
-    "az": "3 to 63 of a-z, 0-9 and '-', a letter or digit at both ends, no '--'",
-}
-
-_MAX_PREFIX = 900
-"""In bytes: a key has at most 1,024, and includes a file name."""
-
-_AVOIDED = frozenset('\\{}^%`[]"<>#|?')
+_BUCKET = re.compile(r"[A-Za-z0-9$_-][A-Za-z0-9$._-]*")
 
 
 def _parse_bucket(scheme: str, name: str) -> str:
-    """Check the name of a bucket or container, and return it."""
-    labels = name.split(".")
-    lengths_fit = scheme != "gs" or max(map(len, labels)) <= _GS_LABEL
-    plain = _BUCKETS[scheme].fullmatch(name) is not None and all(labels) and lengths_fit
-    if not plain or is_address(name):
-        word = "container" if scheme == "az" else "bucket"
+    """Return the name of a bucket or container if no character of it has a meaning in a URL.
+
+    It becomes part of one. Whether there can be such a bucket, the store says.
+    """
+    if not _BUCKET.fullmatch(name):
+        word = _HOST_WORDS[scheme]
         raise InvalidAdapterIdError(
-            f"it is {scheme}://{word}/folder, where the {word}'s name has {_RULES[scheme]}"
+            f"it is {scheme}://{word}/folder, where the {word}'s name has letters and digits of"
+            " ASCII, '-', '_', '$', and, but not first, '.'"
         )
     return name
 
 
 def _parse_prefix(key: str) -> str:
-    """Normalize the prefix of a folder's keys: "" or with a "/" at its end."""
+    """Normalize the prefix of a folder's keys: "" or with a "/" at its end.
+
+    It is not percent-encoded, but a gateway may decode what obstore has encoded once more.
+    """
     if not key:
         return ""
     path = key.removesuffix("/")
-    parts = path.split("/")
-    if not all(parts) or "." in parts or ".." in parts:
-        raise InvalidAdapterIdError("the folder in the bucket has no part that is '', '.' or '..'")
-    if not path.isprintable() or _AVOIDED & set(path):
-        raise InvalidAdapterIdError(
-            "the folder in the bucket is written like its keys, without encoding, and contains none"
-            f" of {' '.join(sorted(_AVOIDED))} and no unprintable character"
-        )
-    if len(path.encode()) > _MAX_PREFIX:
-        raise InvalidAdapterIdError(f"the folder has more than {_MAX_PREFIX} bytes")
+    for part in path.split("/"):
+        require_path_part(part, "\\%")
     return f"{path}/"
 
 
@@ -521,22 +500,26 @@ def _parse_place(source: str, text: str) -> Place:
         return _parse_repository(text)
     if source == "local":
         return LocalFolder(require_id_text(_parse_local(text), str.encode), trusted=False)
-    if source in DEFAULT_PORTS:
-        try:
-            folder = WebFolder.of(parse_folder_url(f"{source}://{text}"))
-        except InvalidUrlError as error:
-            raise InvalidAdapterIdError(str(error)) from None
-        page = _HUB_PAGE.fullmatch(f"{folder.host}/{folder.path}")
-        if page is not None:
-            raise InvalidAdapterIdError(f"this is a page of the hub; the id is {page[1]!r}")
-        return folder
-    if source in STORES:
-        bucket, _, key = text.partition("/")
-        return StoreFolder(source, _parse_bucket(source, bucket), None, _parse_prefix(key))
+    try:
+        if source in DEFAULT_PORTS:
+            return _parse_web(f"{source}://{text}")
+        if source in STORES:
+            bucket, _, key = text.partition("/")
+            return StoreFolder(source, _parse_bucket(source, bucket), None, _parse_prefix(key))
+    except InvalidUrlError as error:
+        raise InvalidAdapterIdError(str(error)) from None
     raise InvalidAdapterIdError(
         f"there is no such source; it is one of {', '.join(SOURCES)}, or a URL that begins with"
         " s3://, gs://, az://, https://, http:// or file:"
     )
+
+
+def _parse_web(text: str) -> WebFolder:
+    folder = WebFolder.of(parse_folder_url(text))
+    page = _HUB_PAGE.fullmatch(f"{folder.host}/{folder.path}")
+    if page is not None:
+        raise InvalidAdapterIdError(f"this is a page of the hub; the id is {page[1]!r}")
+    return folder
 
 
 def _split_revision(text: str, revision: str | None) -> tuple[str, str | None]:

@@ -34,9 +34,6 @@ _FORM = (
     " user name and no space"
 )
 
-# A server that decodes twice, or cuts at ';', reads these as another path.
-_AMBIGUOUS = frozenset("/\\%;")
-
 
 class InvalidUrlError(ValueError):
     """The text is not a URL that this package requests; the message does not repeat it."""
@@ -211,14 +208,22 @@ def folder_path(path: str) -> str:
             plain = unquote_to_bytes(part).decode()
         except UnicodeDecodeError:
             raise InvalidUrlError("the path of a URL does not decode to UTF-8") from None
-        if plain in {"", ".", ".."}:
-            raise InvalidUrlError("the path of a URL has no part that is '', '.' or '..'")
-        if not plain.isprintable() or _AMBIGUOUS & set(plain):
-            raise InvalidUrlError(
-                "a part of a URL's path contains no / \\ % ; and no unprintable character, encoded"
-                " or not"
-            )
+        require_path_part(plain, "/\\%;")  # some servers cut at ";"
     return _ENCODED.sub(_normalize_escape, f"/{inner}/" if inner else "/")
+
+
+def require_path_part(part: str, ambiguous: str) -> None:
+    """Raise `InvalidUrlError` for a part of a path that a server may read in another way.
+
+    It may decode twice, for example; `ambiguous` are the characters by which it then differs.
+    """
+    if part in {"", ".", ".."}:
+        raise InvalidUrlError("the path of a URL has no part that is '', '.' or '..'")
+    if not part.isprintable() or set(ambiguous) & set(part):
+        raise InvalidUrlError(
+            f"a part of a URL's path contains no {' '.join(ambiguous)} and no unprintable"
+            " character, encoded or not"
+        )
 
 
 def _normalize_escape(escape: re.Match[str]) -> str:

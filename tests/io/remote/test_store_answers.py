@@ -180,6 +180,17 @@ def test_answers_that_are_no_help_are_errors_without_the_servers_words(
     secretless(caught.value, HIDDEN, "the-secret", "AWS4", "Debug source")
 
 
+@pytest.mark.parametrize("bucket", ["Bucket", "a", "a..b", "10.0.0.1", "$web", "x" * 100])
+def test_which_names_a_bucket_may_have_is_the_stores_answer(
+    store: FaultServer, bucket: str
+) -> None:
+    store.behave = says("400 Bad Request")
+    with pytest.raises(errors.FetchError, match="status 400") as caught:
+        located(f"s3://{bucket}/prefix/")
+    assert not caught.value.retryable
+    assert {asked.target.rpartition("/")[0] for asked in store.asked} == {f"/{bucket}/prefix"}
+
+
 @pytest.mark.parametrize("index", [True, False])
 def test_a_missing_file_without_right_to_list(store: FaultServer, index: bool) -> None:
     """S3 answers 403 for 404 then, so the index is looked for all the same."""
