@@ -110,12 +110,15 @@ class StoreBackend:
         return _VERSION.fullmatch(revision) is not None
 
     async def scope(self, place: StoreFolder, ref: AdapterRef) -> str:
-        """See `Backend`. Raise `UsageError` for a token."""
+        """See `Backend`: "environment", or "" for anonymous requests.
+
+        Raise `UsageError` for a token.
+        """
         if ref.token is not None:
             raise UsageError(
                 "requests to object stores use the credentials of the environment; leave token out"
             )
-        return scope_of(place.scheme)
+        return "" if _skips_signature(place.scheme) else "environment"
 
     async def locate(self, place: StoreFolder, ref: AdapterRef) -> LocatedAdapter:
         """Return the present version, with URLs of its files signed now.
@@ -244,41 +247,18 @@ def _words(*objects: StoredObject) -> list[str]:
 
 def version_of(kind: str, words: Iterable[str]) -> str:
     """Return the version for words that identify the files: equal words mean equal bytes."""
-    return f"{kind}-{digest_of(words)}"
-
-
-def digest_of(words: Iterable[str]) -> str:
-    """Return a digest of the words in this order: 32 hexadecimal digits."""
     words_hash = hashlib.sha256()
     for word in words:
         data = word.encode("utf-8", "surrogatepass")
         # With lengths, different lists of words are different bytes.
         words_hash.update(len(data).to_bytes(8, "big") + data)
-    return words_hash.hexdigest()[:32]
+    return f"{kind}-{words_hash.hexdigest()[:32]}"
 
 
 _SAS = ("AZURE_STORAGE_SAS_KEY", "AZURE_STORAGE_SAS_TOKEN")
 _TRUE = frozenset({"1", "true", "on", "yes", "y"})
 _GOOGLE = "https://storage.googleapis.com"
 _PREFIX = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}
-_IDENTITY = {
-    "s3": ("AWS_ACCESS_KEY_ID", "AWS_ROLE_ARN"),
-    "gs": (
-        *("GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_PATH"),
-        *("GOOGLE_SERVICE_ACCOUNT_KEY", "GOOGLE_APPLICATION_CREDENTIALS"),
-    ),
-    "az": ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_CLIENT_ID", "AZURE_STORAGE_CLIENT_ID", *_SAS),
-}
-"""Variables that identify an authority. Only a digest of their values is kept."""
-
-
-def scope_of(scheme: str) -> str:
-    """Return the authority of requests: a digest of the variables; "" for anonymous requests."""
-    if _skips_signature(scheme):
-        return ""
-    variables = [f"{name}={os.environ[name]}" for name in _IDENTITY[scheme] if os.environ.get(name)]
-    # Without variables it is the machine's own identity.
-    return f"environment-{digest_of(variables)}" if variables else "environment"
 
 
 def _skips_signature(scheme: str) -> bool:
