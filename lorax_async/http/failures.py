@@ -99,10 +99,12 @@ class RetryableError(Exception):
 
 
 _NO_RANGE = re.compile(r"bytes \*/([0-9]{1,18})")
-_DENIED = frozenset({401, 403, 407, 451})
-_MISSING = frozenset({404, 410})
+DENIED = frozenset({401, 403, 407, 451})
+MISSING = frozenset({404, 410})
+RETRYABLE = frozenset({408, 425, 429, 500, 502, 503, 504})
+"""What statuses mean, of whichever source."""
+
 _THROTTLED = frozenset({429, 503})
-_RETRYABLE = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
 def status_error(
@@ -110,9 +112,9 @@ def status_error(
 ) -> RetryableError | AdapterError:
     """Map a response's status; `size` is that of the file, if it is known."""
     problem = f"{what}: status {status}"
-    if status in _DENIED:
+    if status in DENIED:
         return AccessDeniedError(f"{problem}; this caller may not have it, or needs a token")
-    if status in _MISSING:
+    if status in MISSING:
         return AdapterNotFoundError(f"{problem}; there is no such file", stage="fetch")
     if status == 412:
         return changed_error(what)
@@ -123,7 +125,7 @@ def status_error(
         if int(match[1]) != size:
             return changed_error(what)
         return FetchError(f"{what}: it refuses a range that it has")
-    if status in _RETRYABLE:
+    if status in RETRYABLE:
         after = retry_after_of(fields.get("retry-after", ""), time.time())
         error = FetchError(problem, retry_after=after)
         return RetryableError(error, retry_after=after, throttled=status in _THROTTLED)

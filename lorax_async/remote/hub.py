@@ -56,6 +56,9 @@ from lorax_async.formats.peft_names import (
     split_weights_error,
 )
 from lorax_async.http.failures import (
+    DENIED,
+    MISSING,
+    RETRYABLE,
     RetryableError,
     RetryPolicy,
     io_error,
@@ -79,9 +82,6 @@ _BASE_CONFIG = "config.json"
 _BEARER = "Bearer "
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_DENIED = frozenset({401, 403, 407, 451})
-_MISSING = frozenset({404, 410})
-_AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
 _REMEDY = (
     "give a token that may read it (or log in on this machine, hf auth login, and let its token be"
     " used: use_token=True)"
@@ -322,7 +322,7 @@ class HubBackend:
             # Without a code it is a mirror, or a server of files.
             if response is not None and (
                 isinstance(error, RemoteEntryNotFoundError)
-                or (response.status_code in _MISSING and "X-Error-Code" not in response.headers)
+                or (response.status_code in MISSING and "X-Error-Code" not in response.headers)
             ):
                 named = response.headers.get("X-Repo-Commit", "")
                 return HubAnswer(named if is_commit(named) else None)
@@ -458,11 +458,11 @@ def problem_of(error: Exception, query: FileQuery, url: Url) -> AdapterError:
             )
         if status not in {401, 403}:
             return AdapterNotFoundError(f"{url} has no {source!r}, or none that the token may see")
-    if status in _DENIED:
+    if status in DENIED:
         token = "without a token" if query.token is None else "with this token"
         return AccessDeniedError(f"{url} refuses {source!r} {token} (status {status}); {_REMEDY}")
     problem = f"{query.name} of {source!r} at {url}: status {status}"
-    if status not in _AGAIN:
+    if status not in RETRYABLE:
         problem += ", which is no answer to the request"
         return FetchError(problem, retryable=False)
     return FetchError(problem, retry_after=_retry_after(error))

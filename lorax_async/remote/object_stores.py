@@ -34,6 +34,7 @@ from lorax_async.formats.peft_names import (
     WEIGHTS_FILE,
     split_weights_error,
 )
+from lorax_async.http.failures import DENIED, RETRYABLE
 from lorax_async.http.settings import Address, Rules
 from lorax_async.http.target import Target
 from lorax_async.ids import StoreFolder
@@ -298,7 +299,6 @@ def _dummy_credential() -> AzureAccessKey:
 
 
 _STATUS = re.compile(r"status(?: code)?: ([1-5][0-9]{2})\b")
-_AGAIN = frozenset({408, 425, 429})
 _HTTP_REMEDY = (
     "its endpoint is plain http; set AWS_ALLOW_HTTP, GOOGLE_ALLOW_HTTP or AZURE_ALLOW_HTTP to true"
     " if that is intended"
@@ -341,13 +341,12 @@ def _problem_of(text: str, where: str, *, denied: bool) -> FetchError:
                 return FetchError(f"{where}: {meaning}", retryable=retryable)
         if "TimedOut" in text or "timed out" in text:
             return FetchTimeoutError(f"{where}: the store did not answer in time")
-    if denied or status in {401, 403}:
+    if denied or status in DENIED:
         return AccessDeniedError(
             f"{where}: the environment's credentials may not have it, or are wrong"
         )
     if status:
-        retryable = status >= 500 or status in _AGAIN
-        return FetchError(f"{where}: status {status}", retryable=retryable)
+        return FetchError(f"{where}: status {status}", retryable=status in RETRYABLE)
     return FetchError(
         f"{where}: the request to the store failed; are there credentials in the environment?"
     )
