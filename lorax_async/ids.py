@@ -245,24 +245,37 @@ def as_allow(entries: object, name: str = "allow") -> tuple[Allow, ...]:
     return tuple(entries)
 
 
-def allow_place(
-    place: RemotePlace, *, use_token: bool = False, pull_requests: bool = False
-) -> Allow:
-    """Return the permission for a place that the operator named, and everything below it.
+def allow_ref(ref: AdapterRef) -> Allow | None:
+    """Return the permission for what the operator named, and everything below it.
 
-    A host name on the web may have a private address.
+    A host name on the web may have a private address. A local folder needs no entry: None.
     """
-    on_web = isinstance(place, WebFolder)
+    ref = parse_ref(ref)
+    place = ref.place
+    if isinstance(place, LocalFolder):
+        return None
+    on_hub, on_web = isinstance(place, HubRepository), isinstance(place, WebFolder)
     scheme: Any = place.scheme
     return Allow(
         scheme,
         place.host,
         place.port,
         place.path,
-        use_token=use_token,
-        pull_requests=pull_requests,
+        pull_requests=on_hub and names_pull_request(ref.revision),
         private=on_web and place.host != "localhost" and not is_address(place.host),
     )
+
+
+def parse_source(text: str) -> Allow | Path:
+    """Parse a place with adapters: "hub", "hub:org/", the URL of a folder, or a path, unchecked.
+
+    The operator names it, so the hub gets this machine's own token below "org/". Raise
+    `UsageError`, which does not repeat the text: it may hold a secret.
+    """
+    if text == "hub" or text.startswith("hub:"):
+        return Allow("hub", prefix=text[4:], use_token=bool(text[4:]))
+    allow = allow_ref(AdapterRef(text)) if "://" in text else None
+    return Path(text) if allow is None else allow
 
 
 def is_covered(ref: ParsedRef, allow: Sequence[Allow]) -> bool:

@@ -22,20 +22,13 @@ from lorax_async.errors import (
     ConfigError,
     InvalidAdapterIdError,
     LoraxError,
+    UsageError,
     install_command,
     shorten,
 )
-from lorax_async.ids import (
-    Allow,
-    HubRepository,
-    LocalFolder,
-    WebFolder,
-    allow_place,
-    names_pull_request,
-    parse_ref,
-)
+from lorax_async.ids import Allow, allow_ref, parse_ref, parse_source
 from lorax_async.types import AdapterRef
-from lorax_async.urls import InvalidUrlError, parse_folder_url
+from lorax_async.urls import DEFAULT_PORTS
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -177,9 +170,8 @@ def loader_settings(arguments: argparse.Namespace, refs: Sequence[AdapterRef]) -
     """Return these options as arguments of `LoaderConfig`, with `refs` allowed."""
     names = ("hub_endpoint", "hub_cache", "cache_dir", "cache_bytes", "offline")
     options = {name: getattr(arguments, name, None) for name in names}
-    allow = [allow_below(ref) for ref in refs if not isinstance(ref.id, Path)]
     given = {name: value for name, value in options.items() if value is not None}
-    return given | {"allow": (*allow, *arguments.allow)}
+    return given | {"allow": (*filter(None, map(allow_ref, refs)), *arguments.allow)}
 
 
 # -- argument types -------------------------------------------------------------------------------
@@ -238,26 +230,22 @@ def as_place(text: str) -> AdapterRef:
 
 
 def as_allow(text: str) -> Allow:
-    """Parse the URL of an allowed folder, for argparse.
+    """Parse the URL of an allowed folder, for argparse."""
+    source = as_source(text) if "://" in text else None
+    if not isinstance(source, Allow) or source.scheme not in DEFAULT_PORTS:
+        raise argparse.ArgumentTypeError("it is not http(s)://host[:port]/folder/")
+    return source
 
-    The error does not repeat the text, which may hold a secret.
-    """
+
+def as_source(text: str) -> Allow | Path:
+    """Parse a place with adapters, for argparse: a local folder, or an allowed remote one."""
     try:
-        AdapterRef(text)
-        url = parse_folder_url(text)
-    except InvalidAdapterIdError as error:
+        source = parse_source(text)
+    except UsageError as error:
         raise argparse.ArgumentTypeError(error.problem) from None
-    except InvalidUrlError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return allow_place(WebFolder.of(url))
-
-
-def allow_below(ref: AdapterRef) -> Allow:
-    """Return the permission for `ref` and everything below it."""
-    place = parse_ref(ref).place
-    assert not isinstance(place, LocalFolder)
-    pull_requests = isinstance(place, HubRepository) and names_pull_request(ref.revision)
-    return allow_place(place, pull_requests=pull_requests)
+    if isinstance(source, Path) and not source.is_dir():
+        raise argparse.ArgumentTypeError(f"{shorten(text, 200)!r} is not a folder")
+    return source
 
 
 # -- reading what they name -----------------------------------------------------------------------

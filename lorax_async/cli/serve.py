@@ -35,10 +35,9 @@ from lorax_async.cli.command_line import (
     add_caches,
     add_command,
     add_device,
-    allow_below,
-    as_id,
     as_place,
     as_size,
+    as_source,
     base_folder,
     format_size,
     integer_parser,
@@ -56,7 +55,7 @@ from lorax_async.config import (
     MiB,
     Root,
 )
-from lorax_async.errors import AdapterError, ConfigError, install_command, shorten
+from lorax_async.errors import AdapterError, ConfigError, install_command
 from lorax_async.formats.safetensors import header_size
 from lorax_async.ids import Allow
 from lorax_async.sources.local import CONFIG, WEIGHTS, find_trusted_adapter
@@ -254,20 +253,6 @@ def as_share(text: str) -> float:
     if not 0 < share <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a share above 0 and up to 1")
     return share
-
-
-def as_source(text: str) -> Allow | Path:
-    """Parse a place with adapters, for argparse: a local folder, or an allowed remote one."""
-    if text == "hub" or text.startswith("hub:"):
-        try:
-            return Allow("hub", prefix=text[4:], use_token=bool(text[4:]))
-        except ConfigError as error:
-            raise argparse.ArgumentTypeError(error.problem) from None
-    if "://" in text:
-        return allow_below(as_id(text))
-    if not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{shorten(text, 200)!r} is not a folder")
-    return Path(text)
 
 
 def as_immutable_root(text: str) -> LocalRoot:

@@ -16,10 +16,19 @@ from lorax_async.errors import (
     IncompatibleAdapterError,
     InvalidAdapterIdError,
     LoraxError,
+    UsageError,
     shorten,
 )
 from lorax_async.formats.peft_config import parse_config
-from lorax_async.ids import Allow, LocalFolder, WebFolder, allow_place, is_covered, parse_ref
+from lorax_async.ids import (
+    Allow,
+    LocalFolder,
+    WebFolder,
+    allow_ref,
+    is_covered,
+    parse_ref,
+    parse_source,
+)
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.pairing import pair_tensors
 from lorax_async.sources.local import CONFIG, read_header
@@ -94,8 +103,9 @@ class PluginSettings:
 
     def store_settings(self) -> dict[str, Any]:
         """Return these settings as arguments of `StoreConfig`."""
-        # Aliases are the operator's words: their places are allowed, though not to requests.
-        allow = (*self.sources, *filter(None, map(_allow_ref, self.adapters.values())))
+        # Aliases are the operator's words: their places are allowed, though not to requests. An
+        # alias asks for the token itself.
+        allow = (*self.sources, *filter(None, map(allow_ref, self.adapters.values())))
         return {
             "allow": allow or (Allow("https", "allowed.invalid"),),  # none would be all of the hub
             "local_roots": self.folders,
@@ -138,18 +148,16 @@ class PluginSettings:
 
 def _parse_source(text: str) -> Allow | Path:
     """Return a place: "hub", "hub:org/", a URL that ends with "/", or an absolute folder."""
-    if text == "hub" or text.startswith("hub:"):
-        # The machine's token reads only what the operator named.
-        return Allow("hub", prefix=text[4:], use_token=bool(text[4:]))
-    if "://" in text and (allow := _allow_ref(_parse_id("SOURCES", text))) is not None:
-        return allow
-    folder = Path(text)
-    if not folder.is_absolute() or not folder.is_dir():
+    try:
+        source = parse_source(text)
+    except UsageError as error:  # do not repeat the text: it may hold a secret
+        raise ConfigError(f"{PREFIX}SOURCES: {error.problem}") from None
+    if isinstance(source, Path) and not (source.is_absolute() and source.is_dir()):
         raise ConfigError(
             f"{PREFIX}SOURCES: {shorten(text, 200)!r} is neither hub, hub:ORG/, a URL that ends"
             " with '/', nor the absolute path of a folder"
         )
-    return folder
+    return source
 
 
 def _parse_alias(text: str) -> tuple[str, AdapterRef]:
@@ -158,26 +166,11 @@ def _parse_alias(text: str) -> tuple[str, AdapterRef]:
         raise ConfigError(f"{PREFIX}ADAPTERS: {shorten(text, 200)!r} is not NAME=ID or NAME=PATH")
     if place.startswith("/"):
         return name, AdapterRef(Path(place))
-    ref = _parse_id("ADAPTERS", place)
-    on_hub = parse_ref(ref).source == "hub"
-    return name, AdapterRef(ref.id, ref.source, ref.revision, use_token=on_hub)
-
-
-def _parse_id(name: str, text: str) -> AdapterRef:
     try:
-        return parse_ref(AdapterRef(text)).plain
-    except InvalidAdapterIdError as error:  # do not repeat the text: it may hold a secret
-        raise ConfigError(f"{PREFIX}{name}: {error.problem}") from None
-
-
-def _allow_ref(ref: AdapterRef) -> Allow | None:
-    """Return the permission for a place and everything below it; None for a folder."""
-    if isinstance(ref.id, Path):
-        return None
-    place = parse_ref(ref).place
-    if isinstance(place, LocalFolder):
-        return None
-    return allow_place(place)  # an alias asks for the token itself; requests by id get none for it
+        ref = parse_ref(AdapterRef(place))
+    except InvalidAdapterIdError as error:
+        raise ConfigError(f"{PREFIX}ADAPTERS: {error.problem}") from None
+    return name, replace(ref.plain, use_token=ref.source == "hub")
 
 
 def _parse_size(name: str, text: str) -> int:

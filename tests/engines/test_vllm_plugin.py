@@ -24,6 +24,7 @@ from lorax_async.engines.vllm.worker import (
     WorkerExtension,
     unexpected_interface,
 )
+from lorax_async.ids import parse_allowed_ref
 from vllm_stage import write_adapter
 
 pytestmark = pytest.mark.usefixtures("builds_end")
@@ -98,6 +99,14 @@ async def test_an_alias_gets_the_hubs_token_and_its_id_does_not(
 
     assert await sent("sql") == {"Bearer hf_0perat0rsToken"}
     assert await sent("org/private") == await sent("org/private@main") == {None}
+
+
+def test_an_alias_may_be_a_pull_request() -> None:
+    given = settings(SOURCES="hub", ADAPTERS="sql=org/name@refs/pr/1")
+    ref = given.find("sql")
+    assert ref is not None
+    assert parse_allowed_ref(ref, given.store_settings()["allow"]).revision == "refs/pr/1"
+    assert given.find("org/name@refs/pr/1") is None, "an id in a request is another matter"
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ from user_loads import at, contents, loader, written
 
 from common import our_threads, until
 from engines.variants import PEFT_WARNING, active, save
-from lorax_async.cli.serve import as_source, find_adapters, request_sources, server_loader_settings
+from lorax_async.cli.command_line import as_source
+from lorax_async.cli.serve import find_adapters, request_sources, server_loader_settings
 from lorax_async.config import LoaderConfig
 from lorax_async.errors import UsageError
 from lorax_async.ids import Allow

@@ -30,10 +30,9 @@ from safetensors.torch import load_file
 import tiny
 from engines.variants import PEFT_WARNING, save
 from lorax_async.cli import main, serve
-from lorax_async.cli.command_line import base_folder
+from lorax_async.cli.command_line import as_source, base_folder
 from lorax_async.cli.serve import (
     ADMIN_TOKEN,
-    as_source,
     find_adapters,
     request_sources,
     server_loader_settings,
