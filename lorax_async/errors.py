@@ -240,6 +240,37 @@ class InvalidTransitionError(InternalError):
     """An outcome arrived that the transition table does not allow; nothing was changed."""
 
 
+HTTP_STATUSES: tuple[tuple[type[LoraxError], int, str], ...] = (
+    (AdapterNotFoundError, 404, "model_not_found"),
+    (AccessDeniedError, 403, "model_access_denied"),
+    (InvalidAdapterIdError, 400, "invalid_model_id"),
+    (AdapterFormatError, 422, "adapter_malformed"),
+    (UnsupportedAdapterError, 422, "adapter_unsupported"),
+    (IncompatibleAdapterError, 422, "adapter_incompatible"),
+    (CapacityError, 429, "over_capacity"),
+    (LoaderClosedError, 503, "closing"),
+    (HandleClosedError, 503, "closing"),  # only closing revokes leases
+    (AdapterTimeoutError, 504, "timeout"),
+    (FetchTimeoutError, 504, "timeout"),
+    # The source is at fault: the client cannot correct its request.
+    (SavedDuringLoadError, 503, "adapter_saved"),
+    (IntegrityError, 502, "adapter_altered"),
+    (EvictedError, 503, "evicted"),
+    (FetchError, 502, "fetch_failed"),
+    (AdapterInUseError, 409, "adapter_in_use"),
+    (UsageError, 400, "invalid_request"),
+    (TransferError, 500, "transfer_failed"),
+)
+"""A server's answers, by status and code: the first row whose class matches an error decides."""
+
+
+def http_status(error: Exception) -> tuple[int, str] | None:
+    """Return the status and code of a server's answer; None for a fault of the server itself."""
+    return next(
+        ((status, code) for kind, status, code in HTTP_STATUSES if isinstance(error, kind)), None
+    )
+
+
 def as_lorax_error(
     error: BaseException, problem: str, stage: Stage | None = None, key: object | None = None
 ) -> LoraxError:

@@ -9,7 +9,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from lorax_async import errors, layouts
+from lorax_async import layouts
 from lorax_async.config import GiB, Limits, StoreConfig, parse_size
 from lorax_async.errors import (
     ConfigError,
@@ -17,6 +17,7 @@ from lorax_async.errors import (
     InvalidAdapterIdError,
     LoraxError,
     UsageError,
+    http_status,
     shorten,
 )
 from lorax_async.formats.peft_config import parse_config
@@ -221,20 +222,8 @@ class BaseRequirements:
         return nbytes
 
 
-STATUSES: tuple[tuple[type[LoraxError], int], ...] = (
-    (errors.AdapterNotFoundError, 404),
-    (errors.AccessDeniedError, 403),
-    (errors.AdapterFormatError, 400),
-    (errors.UnsupportedAdapterError, 400),
-    (errors.IncompatibleAdapterError, 400),
-    (errors.IntegrityError, 502),
-    (errors.CapacityError, 503),
-    (errors.LoaderClosedError, 503),
-    (errors.AdapterTimeoutError, 503),
-    (errors.FetchError, 503),
-    (errors.UsageError, 400),
-)
-"""The first row whose class matches an error decides; other errors are 500."""
+_ENGINE_STATUSES = {"over_capacity": 503, "timeout": 503, "fetch_failed": 503}
+"""By code, where engines' clients and routers know only one status for "come back later"."""
 
 RETRY_AFTER = 5.0
 """Seconds in `Retry-After` where the source named none."""
@@ -242,7 +231,9 @@ RETRY_AFTER = 5.0
 
 def response_to(error: LoraxError, name: str) -> tuple[int, str, dict[str, str] | None]:
     """Return status, text and headers of a response; `name` is the client's for the adapter."""
-    status = next((status for kind, status in STATUSES if isinstance(error, kind)), 500)
+    status, code = http_status(error) or (500, "")
+    # Engines refuse an adapter with 400, not with 422.
+    status = 400 if status == 422 else _ENGINE_STATUSES.get(code, status)
     shown = error if error.id is None else error.located(id=name)
     headers = None
     if status == HTTPStatus.SERVICE_UNAVAILABLE:

@@ -21,7 +21,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from lorax_async import errors
 from lorax_async.config import LoaderConfig
-from lorax_async.errors import LoraxError, shorten
+from lorax_async.errors import LoraxError, http_status, shorten
 
 ABORT = "lorax_abort"
 """Key in the scope's state: a function that drops the connection with all unsent data."""
@@ -32,29 +32,6 @@ connection closes loses the response."""
 
 _BODY = "http.response.body"
 _logger = logging.getLogger("lorax_async.server")
-
-STATUSES: tuple[tuple[type[LoraxError], int, str], ...] = (
-    (errors.AdapterNotFoundError, 404, "model_not_found"),
-    (errors.AccessDeniedError, 403, "model_access_denied"),
-    (errors.InvalidAdapterIdError, 400, "invalid_model_id"),
-    (errors.AdapterFormatError, 422, "adapter_malformed"),
-    (errors.UnsupportedAdapterError, 422, "adapter_unsupported"),
-    (errors.IncompatibleAdapterError, 422, "adapter_incompatible"),
-    (errors.CapacityError, 429, "over_capacity"),
-    (errors.LoaderClosedError, 503, "closing"),
-    (errors.HandleClosedError, 503, "closing"),  # only closing revokes leases
-    (errors.AdapterTimeoutError, 504, "timeout"),
-    (errors.FetchTimeoutError, 504, "timeout"),
-    # The source is at fault: the client cannot correct its request.
-    (errors.SavedDuringLoadError, 503, "adapter_saved"),
-    (errors.IntegrityError, 502, "adapter_altered"),
-    (errors.EvictedError, 503, "evicted"),
-    (errors.FetchError, 502, "fetch_failed"),
-    (errors.AdapterInUseError, 409, "adapter_in_use"),
-    (errors.UsageError, 400, "invalid_request"),
-    (errors.TransferError, 500, "transfer_failed"),
-)
-"""The first row whose class matches an error decides; other errors get `INTERNAL`."""
 
 UNKNOWN = (errors.AdapterNotFoundError, errors.AccessDeniedError, errors.InvalidAdapterIdError)
 """Of a client's model: it does not exist, as far as clients are told."""
@@ -135,10 +112,10 @@ def create_refusal(error: Exception, retry_after: float, model: str | None = Non
         first = error.errors()[0]
         name = str(first["loc"][-1])
         return invalid_parameter(f"{name} is invalid: {first['msg'].lower()}", name)
-    row = next((row for row in STATUSES if isinstance(error, row[0])), None)
-    if row is None or not isinstance(error, LoraxError):
+    answer = http_status(error)
+    if answer is None or not isinstance(error, LoraxError):
         return Refusal(500, INTERNAL, code="internal_error")
-    _, status, code = row
+    status, code = answer
     shown = error if model is None or error.id is None else error.located(id=model)
     message = str(shown) if model is None else _QUOTED_PATH.sub("'", str(shown))
     retry = status in {429, 503} or (status in {502, 504} and error.retryable)
