@@ -289,6 +289,18 @@ def is_covered(ref: ParsedRef, allow: Sequence[Allow]) -> bool:
     return bool(entries)
 
 
+def parse_requested(id: str | AdapterRef, sources: Sequence[Allow]) -> ParsedRef | None:
+    """Parse an id that a request names; None if it is none, or `sources` do not cover it.
+
+    Local folders are checked against `local_roots` elsewhere.
+    """
+    try:
+        ref = parse_ref(AdapterRef(id) if isinstance(id, str) else id)
+    except InvalidAdapterIdError:
+        return None
+    return ref if isinstance(ref.place, LocalFolder) or is_covered(ref, sources) else None
+
+
 def names_pull_request(revision: str | None) -> bool:
     """Return whether a revision may be a pull request, which git also finds as `pr/1`."""
     return revision is not None and _LIKE_PULL_REQUEST.match(revision) is not None

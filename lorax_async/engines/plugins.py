@@ -26,8 +26,8 @@ from lorax_async.ids import (
     LocalFolder,
     WebFolder,
     allow_ref,
-    is_covered,
     parse_ref,
+    parse_requested,
     parse_source,
 )
 from lorax_async.planning.layout import ModelLayout
@@ -128,16 +128,13 @@ class PluginSettings:
         if name in self.adapters:
             return self.adapters[name]
         bare = "/" not in name and ":" not in name
-        try:
-            ref = parse_ref(AdapterRef(f"./{name}" if bare and self.folders else name))
-        except InvalidAdapterIdError:
+        ref = parse_requested(f"./{name}" if bare else name, self.sources)
+        if ref is None:
             return None
         if isinstance(ref.place, LocalFolder):
             path = Path(ref.place.path)
             inside = not path.is_absolute() or any(map(path.is_relative_to, self.folders))
             return ref.plain if self.folders and inside else None
-        if not is_covered(ref, self.sources):
-            return None
         return self.with_token(ref.plain)
 
     def with_token(self, ref: AdapterRef) -> AdapterRef:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hmac
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from types import MappingProxyType
@@ -15,17 +14,10 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lorax_async.config import MiB
-from lorax_async.errors import ConfigError, InvalidAdapterIdError, shorten
-from lorax_async.ids import Allow, as_allow, is_covered, parse_ref
+from lorax_async.errors import ConfigError, shorten
+from lorax_async.ids import Allow, as_allow, parse_requested
 from lorax_async.server.responses import Refusal, UnreadRefusal, unknown_model
-from lorax_async.types import (
-    AdapterId,
-    AdapterKey,
-    AdapterRef,
-    as_ref,
-    require_count,
-    require_seconds,
-)
+from lorax_async.types import AdapterId, AdapterKey, as_ref, require_count, require_seconds
 from lorax_async.urls import is_address
 
 ANY = "*"
@@ -290,10 +282,9 @@ class ModelNames:
         if model in self._adapters:
             return self._adapters[model]
         id = model if "/" in model or ":" in model else f"./{model}"
-        with suppress(InvalidAdapterIdError):
-            if is_requestable(AdapterRef(id), self._sources):
-                return id
-        raise unknown_model(model)
+        if parse_requested(id, self._sources) is None:
+            raise unknown_model(model)
+        return id
 
     def name_of(self, adapter: AdapterId) -> str | None:
         """Return the first name of an adapter."""
@@ -316,15 +307,3 @@ class ModelNames:
             del self._names[adapter][name]
             if not self._names[adapter]:
                 del self._names[adapter]
-
-
-def is_requestable(ref: AdapterRef, sources: Sequence[Allow]) -> bool:
-    """Return whether `sources` let requests name this id; malformed ones, they may not.
-
-    The loader judges folders by its `local_roots`.
-    """
-    try:
-        parsed_ref = parse_ref(ref)
-    except InvalidAdapterIdError:
-        return False
-    return parsed_ref.source == "local" or is_covered(parsed_ref, sources)

@@ -21,6 +21,7 @@ from lorax_async import layouts
 from lorax_async.config import LoaderConfig
 from lorax_async.engines.transformers import attach
 from lorax_async.errors import CapacityError, ConfigError, LoaderClosedError, shorten
+from lorax_async.ids import parse_requested
 from lorax_async.loader import AdapterLoader
 from lorax_async.scheduler.scheduler import AdapterScheduler
 from lorax_async.server.engine import Engine, Generation, Sampler, Sampling
@@ -29,7 +30,7 @@ from lorax_async.server.request_bodies import PromptEncoder
 from lorax_async.server.responses import wait_for_disconnect
 from lorax_async.server.server_log import log_adapters
 from lorax_async.server.server_metrics import ObservedTokens, ServerMetrics
-from lorax_async.server.server_settings import ModelNames, ServerSettings, is_requestable
+from lorax_async.server.server_settings import ModelNames, ServerSettings
 from lorax_async.server.transformers_decoder import TransformersDecoder
 from lorax_async.server.warm_list import WarmList
 from lorax_async.types import AdapterId, AdapterKey, AdapterRef, Ref, as_ref
@@ -409,7 +410,7 @@ def _admit(settings: ServerSettings, ref: AdapterRef) -> AdapterRef | None:
         return ref
     text = str(ref.id.absolute()) if isinstance(ref.id, Path) else ref.id
     requested = replace(ref, id=text, use_token=False)
-    return requested if is_requestable(requested, settings.sources) else None
+    return None if parse_requested(requested, settings.sources) is None else requested
 
 
 def _default_sampling(config: Any) -> Sampling:
