@@ -70,7 +70,7 @@ from lorax_async.http.target import Target
 from lorax_async.ids import Allow, HubRepository, parse_revision
 from lorax_async.remote.base import LocatedAdapter, RemoteFile, remember, require_token
 from lorax_async.types import AdapterRef, FileIdentity
-from lorax_async.urls import InvalidUrlError, Url, parse_url
+from lorax_async.urls import InvalidUrlError, Url, parse_folder_url, parse_url
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -394,12 +394,9 @@ def endpoint_in_use(endpoint: str | None) -> str:
 def parse_endpoint(endpoint: str) -> Url:
     """Return the URL of a hub. Raise `ConfigError`."""
     try:
-        url = parse_url(endpoint)
+        return parse_folder_url(endpoint)
     except InvalidUrlError as error:
         raise ConfigError(f"the hub's endpoint is no URL: {error}") from None
-    if "?" in url.target:
-        raise ConfigError("the hub's endpoint must be a URL without a query")
-    return url
 
 
 def _request_errors() -> tuple[type[Exception], ...]:

@@ -6,7 +6,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from functools import cached_property, partial
+from functools import partial
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -25,15 +25,7 @@ from lorax_async.formats.peft_names import WEIGHTS_FILE
 from lorax_async.formats.spans import ByteSpan
 from lorax_async.http.range_engine import RangeEngine
 from lorax_async.http.settings import HttpSettings
-from lorax_async.ids import (
-    STORES,
-    HubRepository,
-    LocalFolder,
-    Place,
-    StoreFolder,
-    WebFolder,
-    parse_ref,
-)
+from lorax_async.ids import STORES, LocalFolder, Place, parse_ref
 from lorax_async.remote.base import AdapterMetadata, AllowRules, Backend, remember, unwanted_error
 from lorax_async.remote.hub import (
     HubBackend,
@@ -62,6 +54,7 @@ from lorax_async.types import (
     RemoteKey,
     Verification,
 )
+from lorax_async.urls import Url
 
 
 class RemoteParts(NamedTuple):
@@ -267,54 +260,38 @@ STORE_THREADS = 32
 
 
 class BackendRegistry:
-    """The backends by kind of place. `close` ends them and their threads."""
+    """The backends by scheme. `close` ends them and their threads."""
 
-    def __init__(self, config: StoreConfig, engine: RangeEngine) -> None:
-        self._config = config
-        self._rules = AllowRules(config.allow)
-        self._endpoint = endpoint_in_use(config.hub_endpoint)
-        self._pools: list[ThreadPool] = []
-        self._web = WebBackend(engine, self._rules, config.limits)
-        self._stores = {
-            scheme: StoreBackend(self._pool(scheme, STORE_THREADS), self._rules)
-            for scheme in STORES
+    def __init__(self, config: StoreConfig, endpoint: Url, engine: RangeEngine) -> None:
+        rules = AllowRules(config.allow)
+        hub_rules = AllowRules(config.allow, named=(endpoint.origin,))
+        # A pool for each: a hub that does not answer delays no store.
+        counts = {"hub": QUERY_THREADS, **dict.fromkeys(STORES, STORE_THREADS)}
+        self._pools = {
+            name: ThreadPool(count, f"lorax-query-{name}") for name, count in counts.items()
+        }
+        self.hub = HubBackend(
+            endpoint=endpoint.text, rules=hub_rules, threads=self._pools["hub"], allow=config.allow
+        )
+        self._stores = {scheme: StoreBackend(self._pools[scheme], rules) for scheme in STORES}
+        web = WebBackend(engine, rules, config.limits)
+        self._backends: Mapping[str, Backend[Any]] = {
+            "hub": self.hub,
+            "https": web,
+            "http": web,
+            **self._stores,
         }
 
     def backend(self, place: Place) -> Backend[Any]:
-        match place:
-            case HubRepository():
-                return self.hub
-            case StoreFolder(scheme):
-                return self._stores[scheme]
-            case WebFolder():
-                return self._web
-            case LocalFolder():
-                raise InvalidAdapterIdError("a local folder has no remote source")
-
-    @cached_property
-    def hub(self) -> HubBackend:
-        rules = AllowRules(self._config.allow, named=(parse_endpoint(self._endpoint).origin,))
-        return HubBackend(
-            endpoint=self._endpoint,
-            rules=rules,
-            threads=self._pool("hub", QUERY_THREADS),
-            allow=self._config.allow,
-        )
-
-    def own_scope(self) -> str | None:
-        """Return the scope of this machine's own token at the hub."""
-        return self.hub.own_scope()
+        if isinstance(place, LocalFolder):
+            raise InvalidAdapterIdError("a local folder has no remote source")
+        return self._backends[place.scheme]
 
     def close(self) -> None:
-        for pool in self._pools:
+        for pool in self._pools.values():
             pool.shutdown()
         for store in self._stores.values():
             store.close()
-
-    def _pool(self, kind: str, count: int) -> ThreadPool:
-        """Make a pool for one backend: a hub that does not answer delays no store."""
-        self._pools.append(ThreadPool(count, f"lorax-query-{kind}"))
-        return self._pools[-1]
 
 
 def make_remote_source(
@@ -326,11 +303,13 @@ def make_remote_source(
     """
 
     def make() -> RemoteParts:
+        endpoint = parse_endpoint(endpoint_in_use(config.hub_endpoint))  # raises: open nothing yet
         engine = RangeEngine(HttpSettings(connections=config.connections), tracer=tracer)
-        workers, backends = WorkerThreads(CACHE_THREADS), BackendRegistry(config, engine)
+        workers = WorkerThreads(CACHE_THREADS)
+        backends = BackendRegistry(config, endpoint, engine)
         hub_cache = None
         if config.hub_cache != "off":
-            hub_cache = StandardHubCache(config.hub_cache_dir, backends.own_scope)
+            hub_cache = StandardHubCache(config.hub_cache_dir, backends.hub.own_scope)
         cache, fresh = TieredCache(hub_cache, own.get), config.revalidate
         resolver = VersionResolver(
             backends.backend, cache, workers, offline=config.offline, fresh=fresh
