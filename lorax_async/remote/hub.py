@@ -560,7 +560,7 @@ _LINK = re.compile(r"\.\./\.\./blobs/(?P<blob>[0-9a-z-]{40,80})")
 _SHARED = re.compile(r"/blobs/(?P<first>[0-9a-f]{2})/(?P=first)[0-9a-f]{62}")
 
 
-Claim = tuple[FileIdentity, Digest]
+ExpectedBlob = tuple[FileIdentity, Digest]
 """A file, and the digest that its name promises: links of several names may lead to one file."""
 
 
@@ -572,7 +572,7 @@ class HubFile(NamedTuple):
     record: FileRecord
 
     @property
-    def claim(self) -> Claim:
+    def expected(self) -> ExpectedBlob:
         return self.identity, self.record.digest
 
     def open(self) -> int:
@@ -610,7 +610,7 @@ class HubEntry:
         self.identities: Mapping[str, FileIdentity] = {
             file.record.name: file.identity for file in files
         }
-        self.is_verified = all(file.claim in cache.intact for file in files)
+        self.is_verified = all(file.expected in cache.verified_blobs for file in files)
 
     def reader(self, name: str) -> FileReader:
         file = self._files.get(name)
@@ -647,10 +647,10 @@ class StandardHubCache:
         self.own_scope = own_scope
         self.grants: OrderedDict[tuple[str, str], float] = OrderedDict()
         """When a source last let a scope have an entry; kept as long as this object."""
-        self.intact: OrderedDict[Claim, None] = OrderedDict()
+        self.verified_blobs: OrderedDict[ExpectedBlob, None] = OrderedDict()
         """Files that were hashed, and had their digests; kept as long."""
         self._path = None if path is None else os.path.abspath(os.fspath(path))
-        self._wrong: set[Claim] = set()
+        self._corrupt_blobs: set[ExpectedBlob] = set()
 
     def open(self, key: CacheKey, *, check: bool = False) -> HubEntry | None:
         """Return the entry; None if it is not there, not whole, or (by `check`) has other bytes.
@@ -667,17 +667,19 @@ class StandardHubCache:
         except OSError as error:
             _require_absent(error)
             return None
-        files = [file for file in found if file is not None and file.claim not in self._wrong]
+        files = [
+            file for file in found if file is not None and file.expected not in self._corrupt_blobs
+        ]
         if len(files) != len(found):
             return None
         since_ns = time.time_ns()
-        wrong = [file.claim for file in files if check and not file.is_intact()]
-        self._wrong.update(wrong)
-        if wrong:
+        corrupt = [file.expected for file in files if check and not file.is_intact()]
+        self._corrupt_blobs.update(corrupt)
+        if corrupt:
             return None
         for file in files if check else ():
             if is_settled(file.identity, since_ns):
-                remember(self.intact, file.claim, None, MAX_GRANTS)
+                remember(self.verified_blobs, file.expected, None, MAX_GRANTS)
         return HubEntry(self, key, folder, files)
 
     def commit_of(self, source: str, revision: str) -> str | None:
