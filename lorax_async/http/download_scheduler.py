@@ -265,7 +265,7 @@ class _Observation:
 
 
 @dataclass(slots=True)
-class _Silence:
+class _OriginState:
     """How long an origin has been silent.
 
     `since` is when it began to owe an answer (None: it owes none); `pause` is its longest recent
@@ -296,38 +296,38 @@ class OriginActivity:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._attempts: dict[Attempt, _Observation] = {}
-        self._origins: OrderedDict[Hashable, _Silence] = OrderedDict()
+        self._origins: OrderedDict[Hashable, _OriginState] = OrderedDict()
 
     def begun(self, attempt: Attempt) -> None:
         now = self._clock()
         self._attempts[attempt] = _Observation(attempt.origin, attempt.received, now)
         self._requested(attempt.origin, now)
 
-    def look(self, attempt: Attempt) -> float:
+    def observe(self, attempt: Attempt) -> float:
         """Record the bytes that an attempt received; return since when it has received none."""
         last, now, received = self._attempts[attempt], self._clock(), attempt.received
         if attempt.origin != last.origin:  # a redirect is an answer
-            self._heard(last, now, _ANSWER_BYTES)
+            self._record_bytes(last, now, _ANSWER_BYTES)
             self._requested(attempt.origin, now)
             self._attempts[attempt] = _Observation(attempt.origin, received, now)
         elif received != last.received:
-            self._heard(last, now, received - last.received)
+            self._record_bytes(last, now, received - last.received)
             last.received, last.since = received, now
         return self._attempts[attempt].since
 
     def ended(self, attempt: Attempt, failure: Exception | None, *, answered: bool) -> None:
-        self.look(attempt)
+        self.observe(attempt)
         last = self._attempts.pop(attempt)
         reason = failure.error if isinstance(failure, RetryableError) else failure
         answered |= not attempt.ended and not isinstance(reason, FetchTimeoutError)
-        silence = self._origins.get(last.origin)
-        if answered and silence is not None:
-            self._heard(last, self._clock(), _ANSWER_BYTES)
+        state = self._origins.get(last.origin)
+        if answered and state is not None:
+            self._record_bytes(last, self._clock(), _ANSWER_BYTES)
             if all(other.origin != last.origin for other in self._attempts.values()):
-                silence.since = None
+                state.since = None
 
-    def judge(self) -> None:
-        """Mark stalled origins. Call after `look` at all attempts."""
+    def update_stalled(self) -> None:
+        """Mark stalled origins. Call after `observe` of all attempts."""
         now = self._clock()
         running, silent = Counter[Hashable](), Counter[Hashable]()
         for attempt, last in self._attempts.items():
@@ -340,30 +340,30 @@ class OriginActivity:
 
     def is_stalled(self, origin: Hashable) -> bool:
         """Whether the origin owes an answer for too long, or did a moment ago."""
-        silence, now = self._origins.get(origin), self._clock()
-        if silence is None:
+        state, now = self._origins.get(origin), self._clock()
+        if state is None:
             return False
-        owes = silence.since is not None and now - silence.since >= silence.patience
-        return owes or now < silence.suspect_until
+        owes = state.since is not None and now - state.since >= state.patience
+        return owes or now < state.suspect_until
 
     def _requested(self, origin: Hashable, now: float) -> None:
-        silence = self._origins.setdefault(origin, _Silence())
+        state = self._origins.setdefault(origin, _OriginState())
         self._origins.move_to_end(origin)
-        if silence.since is None:
-            silence.since = now
+        if state.since is None:
+            state.since = now
         if len(self._origins) > _MAX_ORIGINS:
             in_use = {last.origin for last in self._attempts.values()}
             del self._origins[next(each for each in self._origins if each not in in_use)]
 
-    def _heard(self, last: _Observation, now: float, nbytes: int) -> None:
-        silence = self._origins.get(last.origin)
-        if silence is None:
+    def _record_bytes(self, last: _Observation, now: float, nbytes: int) -> None:
+        state = self._origins.get(last.origin)
+        if state is None:
             return
-        silence.pause = max(now - last.since, silence.pause)
-        silence.received += nbytes
-        if silence.received >= _ANSWER_BYTES:
-            silence.pause = max(now - last.since, _PAUSE_DECAY * silence.pause)
-            silence.received, silence.since = 0, now
+        state.pause = max(now - last.since, state.pause)
+        state.received += nbytes
+        if state.received >= _ANSWER_BYTES:
+            state.pause = max(now - last.since, _PAUSE_DECAY * state.pause)
+            state.received, state.since = 0, now
 
 
 # -- the scheduler ---------------------------------------------------------------------------------
@@ -503,9 +503,9 @@ class DownloadScheduler:
         source cannot. Another origin's share is freed almost at once; within one origin, a slow
         attempt has more time.
         """
-        look = self.activity.look
-        since = {attempt: look(attempt) for job in self.jobs for attempt in job.running}
-        self.activity.judge()
+        observe = self.activity.observe
+        since = {attempt: observe(attempt) for job in self.jobs for attempt in job.running}
+        self.activity.update_stalled()
         now = self.clock()
         parts, running = self._shares(now), _running(self.jobs)
         lacking = {origin for (job, origin), part in parts.items() if running[job, origin] < part}
