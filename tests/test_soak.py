@@ -34,7 +34,7 @@ from lorax_async.concurrency import WorkerThreads
 from lorax_async.devices.staging import StagingRing
 from lorax_async.events import Event, Failed, SlotId
 from lorax_async.http.failures import RetryPolicy
-from lorax_async.http.range_engine import RangeEngine
+from lorax_async.http.range_downloader import RangeDownloader
 from lorax_async.http.settings import HttpSettings, Timeouts
 from lorax_async.lifecycle.policies import policy
 from lorax_async.planning.layout import ModelLayout, Module, Parallelism
@@ -193,7 +193,7 @@ async def setting(
     cache_bytes = sum(len(stored.config) + stored.nbytes for stored in library) // 4
     rules = AllowRules((Allow("http", "127.0.0.1", int(url.rpartition(":")[2])),))
     http = HttpSettings(connections=CONNECTIONS, timeouts=TIMEOUTS, retries=RETRIES, proxies={})
-    engine, workers, limits = RangeEngine(http), WorkerThreads(4), Limits()
+    engine, workers, limits = RangeDownloader(http), WorkerThreads(4), Limits()
     cache = DiskCache(folder, cache_bytes, policy("lru"))
     backend = WebBackend(engine, rules, limits)
     given: Any = (lambda _: backend, TieredCache(None, lambda: cache), workers)

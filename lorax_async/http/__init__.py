@@ -1,11 +1,11 @@
-"""The range engine: files from web servers, by ranges over many connections.
+"""The range downloader: files from web servers, by ranges over many connections.
 
 It knows URLs and bytes, and no adapters; it may import `urls`, `formats.spans`, `tracing`
 and `errors`.
 Threads of its own take pieces from one scheduler, in layer order; a server that stalls delays only
 its own files.
 
-- `range_engine`: the interface, `RangeEngine.probe` and `download`, and the two kinds of jobs
+- `range_downloader`: the interface, `RangeDownloader.probe` and `download`, and their jobs
 - `download_scheduler`: shares of the connections, retries, stalled origins, worker threads
 - `ranges`: which ranges to request, in which waves
 - `client`, `connection`: requests, redirects, addresses, sockets, kept connections

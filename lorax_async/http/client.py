@@ -44,7 +44,7 @@ class Endpoint(NamedTuple):
 
 
 class Network:
-    """What the engine needs of the machine. Every call blocks and may raise `OSError`."""
+    """What the downloader needs of the machine. Every call blocks and may raise `OSError`."""
 
     def resolve(self, host: str, port: int) -> list[Endpoint]:
         """Return the addresses of a host, in the order in which they should be tried."""
@@ -124,7 +124,7 @@ class Lookups:
 
 
 class ConnectionPool:
-    """All connections of an engine. Used from its threads."""
+    """All connections of a downloader. Used from its threads."""
 
     def __init__(
         self, settings: HttpSettings, network: Network, clock: Callable[[], float], tracer: Tracer

@@ -375,7 +375,7 @@ _Stream = tuple[Job[Any], Hashable]
 
 
 class DownloadScheduler:
-    """The jobs of one engine. `changed` is its lock, and is notified when there is more to do."""
+    """The jobs of one downloader. `changed` is its lock, and is notified of more to do."""
 
     def __init__(
         self,
@@ -572,7 +572,7 @@ class WorkerPool:
         """Start a job. Quick. Raises `FetchError` once the pool is closed."""
         with self._scheduler.changed:
             if self.closed:
-                raise FetchError("the engine is closed", retryable=False)
+                raise FetchError("the downloader is closed", retryable=False)
             self._scheduler.jobs.append(job)
             self._scheduler.changed.notify(len(job.pending))
         failure = None
@@ -597,7 +597,7 @@ class WorkerPool:
             self._scheduler.changed.notify_all()
         self._wake.set()
         for job in jobs:
-            job.cancel(FetchError("the engine was closed"))
+            job.cancel(FetchError("the downloader was closed"))
         while (thread := self._running_thread()) is not None:
             thread.join()
 

@@ -1,4 +1,4 @@
-"""Settings of the range engine: limits, where requests may go, trusted authorities, proxies."""
+"""Settings of the range downloader: limits, where requests may go, trusted authorities, proxies."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Timeouts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpSettings:
-    """How the engine fetches.
+    """How the downloader fetches.
 
     Attributes
     ----------

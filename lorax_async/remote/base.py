@@ -18,7 +18,7 @@ from lorax_async.errors import AdapterNotFoundError, FetchError, IntegrityError,
 from lorax_async.formats.digests import Digest
 from lorax_async.http.download_scheduler import Job
 from lorax_async.http.failures import FileChangedError
-from lorax_async.http.range_engine import FOREGROUND
+from lorax_async.http.range_downloader import FOREGROUND
 from lorax_async.http.settings import Address
 from lorax_async.http.target import ProbeResult, Target
 from lorax_async.ids import Allow, WebFolder

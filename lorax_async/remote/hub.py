@@ -154,7 +154,7 @@ class HubBackend:
         The hub's URL; `ConfigError` if it is none. huggingface_hub queries it, and follows
         redirects to that origin and the hub's own only; the operator vouches for its address.
     rules
-        Where the engine may send requests for files.
+        Where the downloader may send requests for files.
     threads
         Run huggingface_hub, two calls per adapter at once. A call outlives its cancelled caller.
     timeout
@@ -368,7 +368,7 @@ class HubBackend:
 
 
 def _stable_location(text: str, requested: Url, own: Url, commit: str) -> Url | None:
-    """Return where a redirect led, if it is bound to the commit and the engine can request it.
+    """Return where a redirect led, if it is bound to the commit and the downloader can request it.
 
     A redirect to another name on the hub, as after a rename, may lead elsewhere later.
     """

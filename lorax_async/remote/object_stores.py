@@ -1,4 +1,4 @@
-"""The backend of object stores: obstore looks and signs, our range engine fetches."""
+"""The backend of object stores: obstore looks and signs, our range downloader fetches."""
 
 from __future__ import annotations
 

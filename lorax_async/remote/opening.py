@@ -34,7 +34,7 @@ from lorax_async.formats.peft_names import WEIGHTS_FILE
 from lorax_async.formats.safetensors import header_end, header_size
 from lorax_async.http.download_scheduler import Job
 from lorax_async.http.failures import changed_error
-from lorax_async.http.range_engine import FOREGROUND, PREFETCH, RangeEngine
+from lorax_async.http.range_downloader import FOREGROUND, PREFETCH, RangeDownloader
 from lorax_async.http.target import ProbeResult, Validators
 from lorax_async.ids import HubRepository, ParsedRef, Place
 from lorax_async.remote.base import (
@@ -301,14 +301,14 @@ class AdapterOpener:
     def __init__(
         self,
         resolver: VersionResolver,
-        engine: RangeEngine,
+        downloader: RangeDownloader,
         workers: WorkerThreads,
         *,
         limits: Limits,
         verify: Checking,
     ) -> None:
         self._resolver = resolver
-        self._engine = engine
+        self._downloader = downloader
         self._workers = workers
         self._limits = limits
         self._verify: Checking = verify
@@ -452,7 +452,7 @@ class AdapterOpener:
 
         self._idle[key] += 1
         reader = FetchReader(
-            *(key, self._engine, self._workers, download, weights, metadata.weights),
+            *(key, self._downloader, self._workers, download, weights, metadata.weights),
             layers_first=self._verify in {"none", "stream"},
             resumable=not located.version.startswith(WEAK),
             on_take=no_longer_idle,
@@ -556,7 +556,7 @@ class AdapterOpener:
         """Return the first bytes of weights, and all bytes of a config."""
         jobs: list[Job[ProbeResult] | ProbeResult] = [
             file.answer
-            or self._engine.probe(
+            or self._downloader.probe(
                 file.target,
                 nbytes,
                 ranged=file.name == WEIGHTS_FILE,

@@ -19,7 +19,7 @@ from lorax_async.files import FileReader, Reader, read_prefix
 from lorax_async.formats.peft_names import CONFIG_FILE, WEIGHTS_FILE
 from lorax_async.formats.spans import ByteRange, ByteSpan, SpanSet
 from lorax_async.http.download_scheduler import Job
-from lorax_async.http.range_engine import FOREGROUND, PREFETCH, RangeEngine
+from lorax_async.http.range_downloader import FOREGROUND, PREFETCH, RangeDownloader
 from lorax_async.http.ranges import size_of
 from lorax_async.remote.base import (
     LONGEST,
@@ -96,7 +96,7 @@ class FetchReader(CountedReader):
     def __init__(
         self,
         key: RemoteKey,
-        engine: RangeEngine,
+        downloader: RangeDownloader,
         workers: WorkerThreads,
         download: DiskDownload,
         file: PartialFile,
@@ -109,7 +109,7 @@ class FetchReader(CountedReader):
     ) -> None:
         self.key = key
         self.entry: CacheEntry | None = None
-        self._engine = engine
+        self._downloader = downloader
         self._workers = workers
         self._download = download
         self._file = file
@@ -216,7 +216,7 @@ class FetchReader(CountedReader):
             if n < len(groups):  # not the rest of the file
                 arrived(n)
 
-        self._job = self._engine.download(
+        self._job = self._downloader.download(
             self._fetched.answer,
             _missing_ranges(groups, self._file),
             self._file.write,

@@ -23,7 +23,7 @@ from lorax_async.errors import (
 from lorax_async.files import FileReader, LocalPages, Reader, sha256_of
 from lorax_async.formats.peft_names import WEIGHTS_FILE
 from lorax_async.formats.spans import ByteSpan
-from lorax_async.http.range_engine import RangeEngine
+from lorax_async.http.range_downloader import RangeDownloader
 from lorax_async.http.settings import HttpSettings
 from lorax_async.ids import STORES, LocalFolder, Place, parse_ref
 from lorax_async.remote.base import AdapterMetadata, AllowRules, Backend, remember, unwanted_error
@@ -262,7 +262,7 @@ STORE_THREADS = 32
 class BackendRegistry:
     """The backends by scheme. `close` ends them and their threads."""
 
-    def __init__(self, config: StoreConfig, endpoint: Url, engine: RangeEngine) -> None:
+    def __init__(self, config: StoreConfig, endpoint: Url, downloader: RangeDownloader) -> None:
         rules = AllowRules(config.allow)
         hub_rules = AllowRules(config.allow, named=(endpoint.origin,))
         # A pool for each: a hub that does not answer delays no store.
@@ -274,7 +274,7 @@ class BackendRegistry:
             endpoint=endpoint.text, rules=hub_rules, threads=self._pools["hub"], allow=config.allow
         )
         self._stores = {scheme: StoreBackend(self._pools[scheme], rules) for scheme in STORES}
-        web = WebBackend(engine, rules, config.limits)
+        web = WebBackend(downloader, rules, config.limits)
         self._backends: Mapping[str, Backend[Any]] = {
             "hub": self.hub,
             "https": web,
@@ -304,9 +304,9 @@ def make_remote_source(
 
     def make() -> RemoteParts:
         endpoint = parse_endpoint(endpoint_in_use(config.hub_endpoint))  # raises: open nothing yet
-        engine = RangeEngine(HttpSettings(connections=config.connections), tracer=tracer)
+        downloader = RangeDownloader(HttpSettings(connections=config.connections), tracer=tracer)
         workers = WorkerThreads(CACHE_THREADS)
-        backends = BackendRegistry(config, endpoint, engine)
+        backends = BackendRegistry(config, endpoint, downloader)
         hub_cache = None
         if config.hub_cache != "off":
             hub_cache = StandardHubCache(config.hub_cache_dir, backends.hub.own_scope)
@@ -315,10 +315,10 @@ def make_remote_source(
             backends.backend, cache, workers, offline=config.offline, fresh=fresh
         )
         limits, verify = config.limits, config.verify
-        opener = AdapterOpener(resolver, engine, workers, limits=limits, verify=verify)
+        opener = AdapterOpener(resolver, downloader, workers, limits=limits, verify=verify)
 
         def close() -> None:
-            engine.close()
+            downloader.close()
             workers.shutdown()
             backends.close()
 

@@ -26,7 +26,7 @@ from lorax_async.formats.peft_names import (
     split_weights_error,
 )
 from lorax_async.formats.safetensors import header_end
-from lorax_async.http.range_engine import NeededBytes, ProbeRequest, RangeEngine
+from lorax_async.http.range_downloader import NeededBytes, ProbeRequest, RangeDownloader
 from lorax_async.http.settings import Rules
 from lorax_async.http.target import ProbeResult, Target, Validators
 from lorax_async.ids import WebFolder
@@ -49,11 +49,11 @@ class WebBackend:
     """The `Backend` of adapters in folders behind URLs, `http(s)://host[:port]/folder/`.
 
     A token is sent as `Authorization: Bearer …`, to the URL's own origin only. `rules` say where
-    requests and redirects may go. The maker of `engine` closes it.
+    requests and redirects may go. The maker of `downloader` closes it.
     """
 
-    def __init__(self, engine: RangeEngine, rules: Rules, limits: Limits) -> None:
-        self._engine = engine
+    def __init__(self, downloader: RangeDownloader, rules: Rules, limits: Limits) -> None:
+        self._downloader = downloader
         self._rules = rules
         self._limits = limits
 
@@ -72,12 +72,12 @@ class WebBackend:
 
         `ref.revision` is the required version, or the ETag of its weights. Raise
         `AnotherVersionError` for another version, `AdapterNotFoundError` for a missing file,
-        `UnsupportedAdapterError` for an index in place of the weights, and the engine's errors.
+        `UnsupportedAdapterError` for an index in place of the weights, and the downloader's errors.
         """
         token = require_token(ref.token)
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         with ExitStack() as sent:
-            folder = _Folder(self._engine, place.url, headers, self._rules, self._limits, sent)
+            folder = _Folder(self._downloader, place.url, headers, self._rules, self._limits, sent)
             first, second = folder.probe_config(), folder.probe_weights()
             config = await outcome(first.done)
             try:
@@ -102,10 +102,10 @@ class WebBackend:
 class _Folder:
     """Probes files of one folder. The end of `sent` cancels what is not done.
 
-    It does not wait: the engine's threads leave their sockets by themselves.
+    It does not wait: the downloader's threads leave their sockets by themselves.
     """
 
-    engine: RangeEngine
+    downloader: RangeDownloader
     url: Url
     headers: Mapping[str, str] = field(repr=False)
     """They may hold a token."""
@@ -129,10 +129,10 @@ class _Folder:
         ranged: bool = True,
         needed_bytes: NeededBytes | None = None,
     ) -> ProbeRequest:
-        """Request a file as `RangeEngine.probe` does."""
+        """Request a file as `RangeDownloader.probe` does."""
         url = Url(self.url.origin, f"{self.url.target}{name}")
         target = Target(url, name, self.headers, self.rules)
-        request = self.engine.probe(target, nbytes, ranged=ranged, needed_bytes=needed_bytes)
+        request = self.downloader.probe(target, nbytes, ranged=ranged, needed_bytes=needed_bytes)
         if self.sent is not None:
             self.sent.callback(_cancel, request)
         return request

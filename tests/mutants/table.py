@@ -5,7 +5,7 @@ from mutants.copies import GROUPS
 from mutants.devices import DEVICES
 from mutants.leases import LOADER
 from mutants.mutation import Mutants
-from mutants.range_engine import HTTP
+from mutants.range_downloader import HTTP
 from mutants.scheduling import SCHEDULING
 from mutants.serving import SERVING
 from mutants.sources import SOURCES

@@ -11,7 +11,7 @@ from typing import Any, Self
 from lorax_async.formats.spans import ByteRange, SpanSet
 from lorax_async.http.client import Endpoint, Network
 from lorax_async.http.failures import RetryPolicy
-from lorax_async.http.range_engine import RangeEngine
+from lorax_async.http.range_downloader import RangeDownloader
 from lorax_async.http.ranges import PieceSizes
 from lorax_async.http.settings import Address, HttpSettings, Rules, Timeouts
 from lorax_async.http.target import ProbeResult, Target
@@ -99,7 +99,7 @@ class MemorySink:
         self.times[offset:stop] = self.times[offset:stop].translate(_ONE_MORE)
 
 
-class Engine(RangeEngine):
+class Engine(RangeDownloader):
     """Closes at the end of a `with` block."""
 
     def __enter__(self) -> Self:
@@ -119,12 +119,17 @@ def target(url: str, headers: dict[str, str] | None = None, rules: Rules | None 
     return Target(parse_url(url), "weights", headers or {}, rules or Anywhere())
 
 
-def asked(engine: RangeEngine, url: str, nbytes: int = 5_000) -> ProbeResult:
+def asked(engine: RangeDownloader, url: str, nbytes: int = 5_000) -> ProbeResult:
     return engine.probe(target(url), nbytes, timeout=20).done.result(25)
 
 
 def fetched(
-    engine: RangeEngine, answer: ProbeResult, *, have: Any = (), timeout: float = 20, **before: Any
+    engine: RangeDownloader,
+    answer: ProbeResult,
+    *,
+    have: Any = (),
+    timeout: float = 20,
+    **before: Any,
 ) -> tuple[MemorySink, list[int]]:
     """Download to the end; raises what the download raises."""
     sink, order = MemorySink(**before), list[int]()

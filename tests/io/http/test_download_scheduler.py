@@ -15,7 +15,7 @@ from lorax_async.http.client import ConnectionPool, HttpClient, LinkStatistics
 from lorax_async.http.connection import Attempt, Connection
 from lorax_async.http.download_scheduler import DownloadPiece, DownloadScheduler, Job
 from lorax_async.http.failures import AbortedError, RetryableError, RetryPolicy
-from lorax_async.http.range_engine import FOREGROUND, PREFETCH, Download
+from lorax_async.http.range_downloader import FOREGROUND, PREFETCH, Download
 from lorax_async.http.ranges import GroupArrivals
 from lorax_async.http.settings import HttpSettings, Timeouts
 from lorax_async.http.target import ProbeResult, Validators

@@ -29,7 +29,7 @@ from fetching import (
 from common import open_sockets, our_threads
 from link import Link
 from lorax_async.errors import FetchError, FetchTimeoutError, InternalError, LoraxError
-from lorax_async.http.range_engine import PREFETCH, RangeEngine
+from lorax_async.http.range_downloader import PREFETCH, RangeDownloader
 from lorax_async.http.ranges import PieceSizes
 from lorax_async.http.settings import HttpSettings, Timeouts
 from lorax_async.http.target import Target
@@ -140,11 +140,11 @@ def test_a_closed_engine_takes_no_more_and_an_unclosed_one_warns() -> None:
     fetching.close()
     with pytest.raises(FetchError, match="closed"):
         fetching.probe(target("http://127.0.0.1:1/"), 9)
-    cycle: list[object] = [RangeEngine(HttpSettings(proxies={}))]
+    cycle: list[object] = [RangeDownloader(HttpSettings(proxies={}))]
     reference = weakref.ref(cycle[0])
     cycle.append(cycle)
     del cycle
-    with pytest.warns(ResourceWarning, match="unclosed RangeEngine"):
+    with pytest.warns(ResourceWarning, match="unclosed RangeDownloader"):
         gc.collect()
     assert reference() is None
 

@@ -23,7 +23,7 @@ from fetching import (
 
 from lorax_async import AccessDeniedError, Allow, FetchError, FetchTimeoutError, UsageError
 from lorax_async.http.client import Endpoint
-from lorax_async.http.range_engine import RangeEngine
+from lorax_async.http.range_downloader import RangeDownloader
 from lorax_async.http.settings import Rules, Timeouts, is_public
 from lorax_async.http.target import Target
 from lorax_async.remote.base import AllowRules
@@ -38,11 +38,11 @@ URL = "http://files.internal/loras/weights?key=swordfish"
 SECRET = "Bearer hf_swordfish"
 
 
-def _started(fetching: RangeEngine, url: str, rules: Rules | None = None) -> bytes:
+def _started(fetching: RangeDownloader, url: str, rules: Rules | None = None) -> bytes:
     return fetching.probe(target(url, rules=rules), 100).done.result(10).start
 
 
-def _refused(fetching: RangeEngine, url: str, rules: Rules, words: str = "not public") -> None:
+def _refused(fetching: RangeDownloader, url: str, rules: Rules, words: str = "not public") -> None:
     with pytest.raises(AccessDeniedError, match=words) as caught:
         _started(fetching, url, rules)
     assert "swordfish" not in str(caught.value)

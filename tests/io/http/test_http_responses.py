@@ -39,7 +39,7 @@ from lorax_async.errors import (
 )
 from lorax_async.formats.spans import ByteRange
 from lorax_async.http.failures import RetryPolicy
-from lorax_async.http.range_engine import RangeEngine
+from lorax_async.http.range_downloader import RangeDownloader
 from lorax_async.http.settings import HttpSettings
 from lorax_async.http.target import ProbeResult
 
@@ -487,7 +487,7 @@ def clocked() -> Iterator[tuple[Engine, Clock]]:
         yield engine, clock
 
 
-def asked_in_part(engine: RangeEngine, url: str, needed: int = NEEDED) -> ProbeResult:
+def asked_in_part(engine: RangeDownloader, url: str, needed: int = NEEDED) -> ProbeResult:
     return engine.probe(target(url), ASKED, needed_bytes=lambda *_: needed).done.result(10)
 
 

@@ -22,7 +22,7 @@ from lorax_async.config import Checking, Limits, LoaderConfig
 from lorax_async.errors import AccessDeniedError, AdapterError, AdapterNotFoundError
 from lorax_async.formats.digests import Digest
 from lorax_async.formats.peft_names import CONFIG_FILE, WEIGHTS_FILE
-from lorax_async.http.range_engine import RangeEngine
+from lorax_async.http.range_downloader import RangeDownloader
 from lorax_async.http.target import Target
 from lorax_async.ids import HubRepository, ParsedRef
 from lorax_async.lifecycle.policies import policy
@@ -182,7 +182,7 @@ class RemoteWorld:
         revalidate: float = 0.0,
         limits: Limits | None = None,
         cached: bool = False,
-        http: RangeEngine | None = None,
+        http: RangeDownloader | None = None,
     ) -> None:
         self.folder, self.adapters = folder / "cache", folder / "adapters"
         self.verify: Checking = verify

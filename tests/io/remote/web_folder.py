@@ -9,7 +9,7 @@ from fault_server import Asked, Behaviour, Client, FaultServer, Hangup, answer
 from fetching import PATIENT, Anywhere, engine
 
 from lorax_async import AdapterRef, Limits
-from lorax_async.http.range_engine import RangeEngine
+from lorax_async.http.range_downloader import RangeDownloader
 from lorax_async.http.settings import Rules
 from lorax_async.ids import parse_ref
 from lorax_async.remote.base import LocatedAdapter
@@ -93,7 +93,7 @@ class Locator:
 class World:
     folder: Folder
     server: FaultServer
-    engine: RangeEngine
+    engine: RangeDownloader
     locator: Locator
 
     def ref(

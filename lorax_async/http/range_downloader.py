@@ -1,4 +1,4 @@
-"""The range engine: probe files, download them by ranges."""
+"""The range downloader: probe files, download them by ranges."""
 
 from __future__ import annotations
 
@@ -359,7 +359,7 @@ FOREGROUND, PREFETCH = 0, 1
 """Urgencies: smaller ones come first."""
 
 
-class RangeEngine:
+class RangeDownloader:
     """Fetches files by ranges, on blocking connections in threads of its own.
 
     Threads start with work and end after `Timeouts.idle` seconds without. Every method may be
@@ -426,7 +426,7 @@ class RangeEngine:
 
         `groups` has the spans to fetch of each, in the order in which they are wanted, none twice;
         the first with any is wanted before all others. `arrived(n)` is called once when group n is
-        in the sink: from several threads of the engine, or at once where nothing is missing. Both
+        in the sink: from several threads of the downloader, or at once if nothing is missing. Both
         must be quick, or they delay the download. `PREFETCH` gets the connections that `FOREGROUND`
         leaves. `timeout` is for all of it, in seconds.
 
@@ -461,4 +461,4 @@ class RangeEngine:
     def __del__(self) -> None:
         workers = getattr(self, "_workers", None)
         if workers is not None and not workers.closed:
-            warnings.warn("unclosed RangeEngine", ResourceWarning, stacklevel=2)
+            warnings.warn("unclosed RangeDownloader", ResourceWarning, stacklevel=2)

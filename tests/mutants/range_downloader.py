@@ -1,4 +1,4 @@
-"""The range engine: who ends an attempt, what is read twice, who shares connections."""
+"""The range downloader: who ends an attempt, what is read twice, who shares connections."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from lorax_async.formats.spans import ByteRange
 from lorax_async.http import client, connection
 from lorax_async.http.connection import Attempt, Connection
 from lorax_async.http.download_scheduler import DownloadPiece, DownloadScheduler, WorkerPool
-from lorax_async.http.range_engine import Download
+from lorax_async.http.range_downloader import Download
 from lorax_async.http.ranges import GroupArrivals
 from mutants.mutation import Mutants, NoLock, mutant, skipped
 
