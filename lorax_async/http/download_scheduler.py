@@ -220,10 +220,10 @@ class Job(ABC, Generic[T]):
             self.fail(failure)
         else:
             piece.tried = piece.tried or attempt.ended
-            self.settle(piece)
+            self.return_piece(piece)
 
     @abstractmethod
-    def settle(self, piece: DownloadPiece) -> None:
+    def return_piece(self, piece: DownloadPiece) -> None:
         """Put back what is left of the piece, and decide whether the job is over."""
 
     def fail(self, error: LoraxError) -> None:

@@ -164,7 +164,7 @@ class ProbeRequest(_FileJob[ProbeResult]):
                 got += count
         return got
 
-    def settle(self, piece: DownloadPiece) -> None:
+    def return_piece(self, piece: DownloadPiece) -> None:
         if self.result is None:
             self.put_back(piece)
         else:
@@ -241,7 +241,7 @@ class Download(_FileJob[None]):
                 return part
         return None
 
-    def settle(self, piece: DownloadPiece) -> None:
+    def return_piece(self, piece: DownloadPiece) -> None:
         if piece is not self._whole and piece.at < piece.stop:
             self.put_back(piece)
         else:  # after throttling: one more after each round that went well

@@ -43,7 +43,7 @@ class Pieces(Job[None]):
     def work(self, piece: DownloadPiece, attempt: Attempt, buffer: memoryview) -> None:
         raise AssertionError("nothing is read here")
 
-    def settle(self, piece: DownloadPiece) -> None:
+    def return_piece(self, piece: DownloadPiece) -> None:
         self.over = not self.pending and not self.running
 
 
