@@ -117,7 +117,7 @@ class VersionResolver:
         """Return the version that `ref` names now: by a recent answer, the cache or the source."""
         key = self._keys.get(ref)
         if key is not None and self._clock() - (key.answered_at or 0.0) < self._fresh:
-            self._asked(ref, key)
+            self._set_requester(ref, key)
             return key
         since, backend = self._clock(), self._backends(ref.place)
         scope, revision = await backend.scope(ref.place, ref), ref.revision
@@ -161,7 +161,7 @@ class VersionResolver:
 
     def forget(self, key: RemoteKey) -> None:
         """Ask the source again what the refs are that were answered with `key`."""
-        self.used(key)
+        self.discard_probe(key)
         for ref in [ref for ref, answer in self._keys.items() if answer == key]:
             del self._keys[ref]
 
@@ -170,7 +170,7 @@ class VersionResolver:
         last = self._resolutions.get(key)
         return None if last is None else last.ref.digest
 
-    def used(self, key: RemoteKey) -> None:
+    def discard_probe(self, key: RemoteKey) -> None:
         """Drop the first bytes that came with `key`: locate it again."""
         if key in self._answered:
             del self._answered[key]
@@ -186,7 +186,7 @@ class VersionResolver:
         now = self._clock()
         key = replace(key, answered_at=since)
         remember(self._keys, ref, key, MAX_REFS)
-        if located is None and self._asked(ref, key):
+        if located is None and self._set_requester(ref, key):
             return key
         gone = remember(self._resolutions, key, Resolution(ref, located, now), MAX_KEYS)
         if gone is not None:
@@ -195,10 +195,10 @@ class VersionResolver:
             self._answered[key] = None
             self._answered.move_to_end(key)
             if len(self._answered) > MAX_ANSWERS:
-                self.used(next(iter(self._answered)))
+                self.discard_probe(next(iter(self._answered)))
         return key
 
-    def _asked(self, ref: ParsedRef, key: RemoteKey) -> bool:
+    def _set_requester(self, ref: ParsedRef, key: RemoteKey) -> bool:
         """Let the key be fetched in the name of its last request; False if the key is unknown.
 
         Another request's token might be refused, and its digest is not this one's.
@@ -414,7 +414,7 @@ class AdapterOpener:
             raise
         finally:
             # Free the probed bytes of refused adapters too: their size is a stranger's choice.
-            self._resolver.used(key)
+            self._resolver.discard_probe(key)
 
     async def _open_entry(
         self, key: RemoteKey, entry: CacheEntry, control: FetchControl
@@ -524,7 +524,7 @@ class AdapterOpener:
         except LoraxError:
             return False
         finally:
-            self._resolver.used(key)
+            self._resolver.discard_probe(key)
         sizes = {file.name: file.nbytes for file in entry.record.files}
         fetched = {file.file.name: file for file in (metadata.config, metadata.weights)}
 

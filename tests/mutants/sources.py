@@ -109,5 +109,5 @@ SOURCES: Mutants = {
         f"{REMOTE}::test_known_callers_while_the_source_is_down",
         skipped(VersionResolver, "_grant_age", 0.0)),
     "resolving: a fetch is in the last caller's name": mutant(
-        f"{LOADS}::test_a_digest_is_its_callers_own", skipped(VersionResolver, "_asked", True)),
+        f"{LOADS}::test_a_digest_is_its_callers_own", skipped(VersionResolver, "_set_requester", True)),
 }  # fmt: skip
