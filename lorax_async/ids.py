@@ -43,12 +43,12 @@ _HOST_WORDS = {"s3": "bucket", "gs": "bucket", "az": "container", "https": "host
 STORES = ("s3", "gs", "az")
 SOURCES = ("hub", *STORES, "http", "https", "local")
 Scheme = Literal["hub", "s3", "gs", "az", "https", "http"]
-"""The kinds of remote places."""
+"""The kinds of remote locations."""
 
 
 @dataclass(frozen=True, slots=True)
-class RemotePlace:
-    """A remote place, in the terms of an `Allow`.
+class RemoteLocation:
+    """Where a remote adapter is, in the terms of an `Allow`.
 
     `host` is a store's bucket or container, and "" on the hub; `port` is None for the scheme's
     default. `path` is the folder below it, "" or with "/" at its end only; "org/name/" on the hub.
@@ -60,7 +60,7 @@ class RemotePlace:
     path: str
 
 
-class HubRepository(RemotePlace):
+class HubRepository(RemoteLocation):
     """A model repository of the hub. Its `text` is org/name."""
 
     __slots__ = ()
@@ -70,7 +70,7 @@ class HubRepository(RemotePlace):
         return self.path[:-1]
 
 
-class StoreFolder(RemotePlace):
+class StoreFolder(RemoteLocation):
     """A folder in a bucket of S3 or Google Cloud Storage, or in a container of Azure."""
 
     __slots__ = ()
@@ -80,7 +80,7 @@ class StoreFolder(RemotePlace):
         return f"{self.scheme}://{self.host}/{self.path}"
 
 
-class WebFolder(RemotePlace):
+class WebFolder(RemoteLocation):
     """A folder behind a URL."""
 
     __slots__ = ()
@@ -107,15 +107,15 @@ class LocalFolder:
     trusted: bool
 
 
-Place = HubRepository | StoreFolder | WebFolder | LocalFolder
+Location = HubRepository | StoreFolder | WebFolder | LocalFolder
 """What the text of an id names; adapters in memory have no text."""
 
 
 @dataclass(frozen=True, slots=True)
 class ParsedRef(AdapterRef):
-    """A reference in its one spelling, with its source set, and the place that it names."""
+    """A reference in its one spelling, with its source set, and the location that it names."""
 
-    place: Place = field(kw_only=True, compare=False)
+    location: Location = field(kw_only=True, compare=False)
 
     @property
     def plain(self) -> AdapterRef:
@@ -126,7 +126,7 @@ class ParsedRef(AdapterRef):
 
 @dataclass(frozen=True, slots=True)
 class Allow:
-    """A place from which adapters may be loaded, with everything below it.
+    """A location from which adapters may be loaded, with everything below it.
 
     Parameters
     ----------
@@ -230,10 +230,11 @@ class Allow:
         if self.private and (host == "localhost" or is_address(host)):
             raise ConfigError("private of Allow is for names: an address and 'localhost' need none")
 
-    def covers(self, place: RemotePlace) -> bool:
-        """Return whether `place` is this place or below it."""
-        origin = (place.scheme, place.host, place.port)
-        return origin == (self.scheme, self.host, self.port) and place.path.startswith(self.prefix)
+    def covers(self, location: RemoteLocation) -> bool:
+        """Return whether `location` is this location or below it."""
+        ours = (self.scheme, self.host, self.port)
+        theirs = (location.scheme, location.host, location.port)
+        return theirs == ours and location.path.startswith(self.prefix)
 
 
 def as_allow(entries: object, name: str = "allow") -> tuple[Allow, ...]:
@@ -251,23 +252,23 @@ def allow_ref(ref: AdapterRef) -> Allow | None:
     A host name on the web may have a private address. A local folder needs no entry: None.
     """
     ref = parse_ref(ref)
-    place = ref.place
-    if isinstance(place, LocalFolder):
+    location = ref.location
+    if isinstance(location, LocalFolder):
         return None
-    on_hub, on_web = isinstance(place, HubRepository), isinstance(place, WebFolder)
-    scheme: Any = place.scheme
+    on_hub, on_web = isinstance(location, HubRepository), isinstance(location, WebFolder)
+    scheme: Any = location.scheme
     return Allow(
         scheme,
-        place.host,
-        place.port,
-        place.path,
+        location.host,
+        location.port,
+        location.path,
         pull_requests=on_hub and names_pull_request(ref.revision),
-        private=on_web and place.host != "localhost" and not is_address(place.host),
+        private=on_web and location.host != "localhost" and not is_address(location.host),
     )
 
 
 def parse_source(text: str) -> Allow | Path:
-    """Parse a place with adapters: "hub", "hub:org/", the URL of a folder, or a path, unchecked.
+    """Parse a location with adapters: "hub", "hub:org/", the URL of a folder, or a path, unchecked.
 
     The operator names it, so the hub gets this machine's own token below "org/". Raise
     `UsageError`, which does not repeat the text: it may hold a secret.
@@ -279,12 +280,12 @@ def parse_source(text: str) -> Allow | Path:
 
 
 def is_covered(ref: ParsedRef, allow: Sequence[Allow]) -> bool:
-    """Return whether an entry covers the place of a reference. None covers a local folder."""
-    place = ref.place
-    if isinstance(place, LocalFolder):
+    """Return whether an entry covers the location of a reference. None covers a local folder."""
+    location = ref.location
+    if isinstance(location, LocalFolder):
         return False
-    entries = [entry for entry in allow if entry.covers(place)]
-    if isinstance(place, HubRepository) and names_pull_request(ref.revision):
+    entries = [entry for entry in allow if entry.covers(location)]
+    if isinstance(location, HubRepository) and names_pull_request(ref.revision):
         return any(entry.pull_requests for entry in entries)
     return bool(entries)
 
@@ -298,7 +299,7 @@ def parse_requested(id: str | AdapterRef, sources: Sequence[Allow]) -> ParsedRef
         ref = parse_ref(AdapterRef(id) if isinstance(id, str) else id)
     except InvalidAdapterIdError:
         return None
-    return ref if isinstance(ref.place, LocalFolder) or is_covered(ref, sources) else None
+    return ref if isinstance(ref.location, LocalFolder) or is_covered(ref, sources) else None
 
 
 def names_pull_request(revision: str | None) -> bool:
@@ -451,17 +452,17 @@ def parse_allowed_ref(ref: AdapterRef, allow: Sequence[Allow]) -> ParsedRef:
     Local folders are checked against `local_roots` elsewhere. Raises as `parse_ref` does.
     """
     ref = parse_ref(ref)
-    place = ref.place
-    if isinstance(place, LocalFolder) or is_covered(ref, allow):
+    location = ref.location
+    if isinstance(location, LocalFolder) or is_covered(ref, allow):
         return ref
-    pull_request = isinstance(place, HubRepository) and names_pull_request(ref.revision)
+    pull_request = isinstance(location, HubRepository) and names_pull_request(ref.revision)
     narrowed = pull_request or any(entry.scheme == "hub" for entry in allow)
-    if isinstance(place, HubRepository) and not narrowed:
+    if isinstance(location, HubRepository) and not narrowed:
         return ref
-    arguments = [repr(place.scheme)]
-    arguments += [repr(place.host)] if place.host else []
-    arguments += [f"port={place.port}"] if place.port is not None else []
-    arguments += [f"prefix={place.path!r}"] if 0 < len(place.path) <= 300 else []
+    arguments = [repr(location.scheme)]
+    arguments += [repr(location.host)] if location.host else []
+    arguments += [f"port={location.port}"] if location.port is not None else []
+    arguments += [f"prefix={location.path!r}"] if 0 < len(location.path) <= 300 else []
     arguments += ["pull_requests=True"] if pull_request else []
     what = "pull requests of this adapter are" if pull_request else "this adapter is"
     raise AccessDeniedError(
@@ -484,17 +485,17 @@ def parse_ref(ref: AdapterRef) -> ParsedRef:
     if isinstance(id, Path):
         _require_agreement(ref.source, "local")
         source = "local"
-        place: Place = LocalFolder(require_id_text(os.fspath(id), os.fsencode), trusted=True)
+        location: Location = LocalFolder(require_id_text(os.fspath(id), os.fsencode), trusted=True)
     else:
         source, text = _split(require_printable(require_id_text(id, str.encode)), ref.source)
         if source == "hub":
             text, revision = _split_revision(text, revision)
-        place = _parse_place(source, text)
-        id = place.path if isinstance(place, LocalFolder) else place.text
+        location = _parse_location(source, text)
+        id = location.path if isinstance(location, LocalFolder) else location.text
     if source != "hub":
         _check_options(source, revision, use_token=ref.use_token)
     rest = (ref.token, ref.digest, ref.allow_stale, ref.use_token)
-    return ParsedRef(id, source, revision, *rest, place=place)
+    return ParsedRef(id, source, revision, *rest, location=location)
 
 
 def _split(text: str, source: str | None) -> tuple[str, str]:
@@ -519,7 +520,7 @@ def _require_agreement(source: str | None, actual: str) -> None:
         )
 
 
-def _parse_place(source: str, text: str) -> Place:
+def _parse_location(source: str, text: str) -> Location:
     """Parse the part of an id after its scheme."""
     if source == "hub":
         return _parse_repository(text)
@@ -580,7 +581,7 @@ def origin_of(ref: Ref) -> str | None:
             parsed = parse_ref(ref)
         except LoraxError:
             return None  # resolving it raises
-        if isinstance(parsed.place, LocalFolder):
+        if isinstance(parsed.location, LocalFolder):
             return None
         text = parsed.text
     else:

@@ -74,7 +74,7 @@ def adapter_folder(adapter_id: str | Path, token: str | None, *, weights: bool) 
     """
     local = isinstance(adapter_id, str) and adapter_id.startswith(("/", "./", "../"))
     ref = parse_ref(AdapterRef(Path(adapter_id) if local else adapter_id))
-    match ref.place:
+    match ref.location:
         case LocalFolder(path, trusted=True):
             return path
         case HubRepository(text=repo):

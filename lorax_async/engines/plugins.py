@@ -131,15 +131,15 @@ class PluginSettings:
         ref = parse_requested(f"./{name}" if bare else name, self.sources)
         if ref is None:
             return None
-        if isinstance(ref.place, LocalFolder):
-            path = Path(ref.place.path)
+        if isinstance(ref.location, LocalFolder):
+            path = Path(ref.location.path)
             inside = not path.is_absolute() or any(map(path.is_relative_to, self.folders))
             return ref.plain if self.folders and inside else None
         return self.with_token(ref.plain)
 
     def with_token(self, ref: AdapterRef) -> AdapterRef:
         """Return `ref` with the token for its source."""
-        if self.token is None or not isinstance(parse_ref(ref).place, WebFolder):
+        if self.token is None or not isinstance(parse_ref(ref).location, WebFolder):
             return ref
         return AdapterRef(ref.id, ref.source, ref.revision, token=self.token, digest=ref.digest)
 

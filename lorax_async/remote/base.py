@@ -188,7 +188,7 @@ P_contra = TypeVar("P_contra", contravariant=True)
 
 
 class Backend(Protocol[P_contra]):
-    """Resolves the ids of one kind of place, and locates their files.
+    """Resolves the ids of one kind of location, and locates their files.
 
     Errors are those of `lorax_async.errors`, without id and story.
     """
@@ -196,10 +196,10 @@ class Backend(Protocol[P_contra]):
     def is_version(self, revision: str) -> bool:
         """Return whether a revision names bytes: then the cache may serve it without a request."""
 
-    async def scope(self, place: P_contra, ref: AdapterRef) -> str:
+    async def scope(self, location: P_contra, ref: AdapterRef) -> str:
         """Return the authority of a request: see `LocatedAdapter`. Send no request."""
 
-    async def locate(self, place: P_contra, ref: AdapterRef) -> LocatedAdapter:
+    async def locate(self, location: P_contra, ref: AdapterRef) -> LocatedAdapter:
         """Ask the source which version `ref` names now, and where its files are.
 
         Raise `AdapterNotFoundError` (`AnotherVersionError` if the source has only another version),
@@ -258,8 +258,8 @@ class AllowRules:
             path = folder_path(url.target.partition("?")[0])[1:]
         except InvalidUrlError:
             path = ""  # it is ambiguous: no prefix covers it
-        place = WebFolder(url.origin.scheme, url.origin.host, url.origin.explicit_port, path)
-        return [entry for entry in self._entries if entry.covers(place)]
+        location = WebFolder(url.origin.scheme, url.origin.host, url.origin.explicit_port, path)
+        return [entry for entry in self._entries if entry.covers(location)]
 
 
 def _admits(entry: Allow, address: Address) -> bool:

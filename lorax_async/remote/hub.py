@@ -181,8 +181,8 @@ class HubBackend:
     def is_version(self, revision: str) -> bool:
         return is_commit(revision)
 
-    async def scope(self, place: HubRepository, ref: AdapterRef) -> str:
-        return self._scope(await self._token(place, ref))
+    async def scope(self, location: HubRepository, ref: AdapterRef) -> str:
+        return self._scope(await self._token(location, ref))
 
     def own_scope(self) -> str | None:
         """Return the scope of this machine's own token; "" if it has none.
@@ -200,9 +200,9 @@ class HubBackend:
             return None
         return None if kept else self._scope(own)
 
-    async def locate(self, place: HubRepository, ref: AdapterRef) -> LocatedAdapter:
-        token = await self._token(place, ref)
-        query = FileQuery(place.text, CONFIG_FILE, ref.revision or _MAIN, token)
+    async def locate(self, location: HubRepository, ref: AdapterRef) -> LocatedAdapter:
+        token = await self._token(location, ref)
+        query = FileQuery(location.text, CONFIG_FILE, ref.revision or _MAIN, token)
         config, weights = await self._answers(query, replace(query, name=WEIGHTS_FILE))
         if config.file is None or config.commit is None:
             raise _lacking(query, f"no {CONFIG_FILE}: it is no adapter of PEFT")
@@ -215,7 +215,7 @@ class HubBackend:
         if weights.file is None:
             raise await self._missing_weights(pinned)
         files = config.file, weights.file
-        return LocatedAdapter(place.text, config.commit, self._scope(token), files)
+        return LocatedAdapter(location.text, config.commit, self._scope(token), files)
 
     async def _missing_weights(self, pinned: FileQuery) -> AdapterError:
         """Return the error for a commit without weights; ask what it has in their place."""
@@ -231,16 +231,16 @@ class HubBackend:
             )
         return _lacking(pinned, f"no {WEIGHTS_FILE}")
 
-    async def _token(self, place: HubRepository, ref: AdapterRef) -> str | None:
+    async def _token(self, location: HubRepository, ref: AdapterRef) -> str | None:
         """Return the token to send."""
         token = require_token(ref.token)
-        if ref.use_token or (token is None and self._lends_to(place)):
+        if ref.use_token or (token is None and self._lends_to(location)):
             (token,) = await self._call(machine_token)
         return token
 
-    def _lends_to(self, place: HubRepository) -> bool:
+    def _lends_to(self, location: HubRepository) -> bool:
         """Return whether an entry of `allow` lends this machine's own token to an id."""
-        return any(entry.covers(place) for entry in self._lending)
+        return any(entry.covers(location) for entry in self._lending)
 
     def _scope(self, token: str | None) -> str:
         if token is None:

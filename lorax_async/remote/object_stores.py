@@ -110,7 +110,7 @@ class StoreBackend:
         """See `Backend`. A versionId or an ETag is no version: the store has to be asked."""
         return _VERSION.fullmatch(revision) is not None
 
-    async def scope(self, place: StoreFolder, ref: AdapterRef) -> str:
+    async def scope(self, folder: StoreFolder, ref: AdapterRef) -> str:
         """See `Backend`: "environment", or "" for anonymous requests.
 
         Raise `UsageError` for a token.
@@ -119,19 +119,19 @@ class StoreBackend:
             raise UsageError(
                 "requests to object stores use the credentials of the environment; leave token out"
             )
-        return "" if _skips_signature(place.scheme) else "environment"
+        return "" if _skips_signature(folder.scheme) else "environment"
 
-    async def locate(self, place: StoreFolder, ref: AdapterRef) -> LocatedAdapter:
+    async def locate(self, folder: StoreFolder, ref: AdapterRef) -> LocatedAdapter:
         """Return the present version, with URLs of its files signed now.
 
         A revision is a version that a handle reported, or the versionId or ETag of the weights.
         Only the present version can be fetched, for signed URLs name none; another one raises
         `AnotherVersionError`.
         """
-        scope = await self.scope(place, ref)
+        scope = await self.scope(folder, ref)
         config, weights = await asyncio.gather(
-            self._call(place, partial(self._require, place, CONFIG_FILE)),
-            self._call(place, partial(self._require_weights, place)),
+            self._call(folder, partial(self._require, folder, CONFIG_FILE)),
+            self._call(folder, partial(self._require_weights, folder)),
             return_exceptions=True,
         )
         # The same fault raises the same error, whichever thread ended first.
@@ -139,46 +139,46 @@ class StoreBackend:
             raise config
         if isinstance(weights, BaseException):
             raise weights
-        version, files = await self._call(place, partial(self._sign, place, config, weights))
+        version, files = await self._call(folder, partial(self._sign, folder, config, weights))
         names = {version, weights.version_id, weights.etag, (weights.etag or "").strip('"')}
         if ref.revision is not None and ref.revision not in names:
             raise AnotherVersionError(
-                f"{place.text} is not, or is no longer, what the revision names; now it is"
+                f"{folder.text} is not, or is no longer, what the revision names; now it is"
                 f" {version}, and only that can be fetched"
             )
-        return LocatedAdapter(place.text, version, scope, files)
+        return LocatedAdapter(folder.text, version, scope, files)
 
     def close(self) -> None:
         """Drop connections and credentials; the next use makes them again. Idempotent."""
         with self._lock:
             self._stores.clear()
 
-    async def _call(self, place: StoreFolder, work: Callable[[], T]) -> T:
+    async def _call(self, folder: StoreFolder, work: Callable[[], T]) -> T:
         """Call in a thread: obstore's coroutines crash a process that exits soon after them."""
-        bucket = place.scheme, place.host
+        bucket = folder.scheme, folder.host
         return await asyncio.wrap_future(
-            self._threads.submit(bucket, partial(_mapped, work, place))
+            self._threads.submit(bucket, partial(_mapped, work, folder))
         )
 
-    def _require(self, place: StoreFolder, name: str) -> StoredObject:
+    def _require(self, folder: StoreFolder, name: str) -> StoredObject:
         """Return the metadata of one file of the folder."""
-        stored = _mapped(partial(self._head, place, name), place)
+        stored = _mapped(partial(self._head, folder, name), folder)
         if stored is None:
-            raise AdapterNotFoundError(f"there is no {name} in {place.text}, or no such bucket")
+            raise AdapterNotFoundError(f"there is no {name} in {folder.text}, or no such bucket")
         return stored
 
-    def _require_weights(self, place: StoreFolder) -> StoredObject:
+    def _require_weights(self, folder: StoreFolder) -> StoredObject:
         try:
-            return self._require(place, WEIGHTS_FILE)
+            return self._require(folder, WEIGHTS_FILE)
         except (AdapterNotFoundError, AccessDeniedError):
             # S3 denies access to missing objects too, if the caller may not list the bucket.
             with suppress(AdapterNotFoundError, AccessDeniedError):
-                self._require(place, INDEX_FILE)
-                raise split_weights_error(place.text) from None
+                self._require(folder, INDEX_FILE)
+                raise split_weights_error(folder.text) from None
             raise
 
     def _sign(
-        self, place: StoreFolder, config: StoredObject, weights: StoredObject
+        self, folder: StoreFolder, config: StoredObject, weights: StoredObject
     ) -> tuple[str, tuple[RemoteFile, RemoteFile]]:
         """Return the version of an adapter and its files, with signed URLs."""
         import obstore  # noqa: PLC0415 - an extra, needed here alone
@@ -187,18 +187,18 @@ class StoreBackend:
         for name, stored in objects.items():
             if stored.etag is None or stored.etag.startswith("W/"):
                 raise FetchError(
-                    f"the store has no strong ETag for {name} in {place.text}, so its"
+                    f"the store has no strong ETag for {name} in {folder.text}, so its"
                     " version cannot be identified",
                     retryable=False,
                     stage="resolve",
                 )
-        paths = [f"{place.path}{name}" for name in objects]
-        signed: Sequence[str] | None = unsigned_urls(place, paths)
+        paths = [f"{folder.path}{name}" for name in objects]
+        signed: Sequence[str] | None = unsigned_urls(folder, paths)
         if signed is None:
             valid = timedelta(seconds=self._signed_for)
-            signed = obstore.sign(self._store(place), "GET", paths, valid)
+            signed = obstore.sign(self._store(folder), "GET", paths, valid)
         files = [
-            self._file(place, text, name, stored)
+            self._file(folder, text, name, stored)
             for text, (name, stored) in zip(signed, objects.items(), strict=True)
         ]
         versioned = all(stored.version_id is not None for stored in objects.values())
@@ -207,36 +207,36 @@ class StoreBackend:
         version = version_of("versions" if versioned else "etags", [url, *_words(config, weights)])
         return version, (files[0], files[1])
 
-    def _file(self, place: StoreFolder, text: str, name: str, stored: StoredObject) -> RemoteFile:
+    def _file(self, folder: StoreFolder, text: str, name: str, stored: StoredObject) -> RemoteFile:
         """Return a file by its URL."""
         try:
             url = parse_url(text)
         except InvalidUrlError as error:
             raise FetchError(
-                f"{place.text}: its endpoint is no URL: {error}", retryable=False
+                f"{folder.text}: its endpoint is no URL: {error}", retryable=False
             ) from error
         target = Target(url, name, rules=OriginAllowed(url.origin, self._rules))
         return RemoteFile(name, target, nbytes=stored.nbytes, etag=stored.etag)
 
-    def _head(self, place: StoreFolder, name: str) -> StoredObject | None:
+    def _head(self, folder: StoreFolder, name: str) -> StoredObject | None:
         """Return the metadata of one file of the folder; None if it is missing."""
         import obstore  # noqa: PLC0415
 
         try:
-            meta = obstore.head(self._store(place), f"{place.path}{name}")
+            meta = obstore.head(self._store(folder), f"{folder.path}{name}")
         except FileNotFoundError:
             return None
         return StoredObject(meta["size"], meta["e_tag"], meta["version"])
 
-    def _store(self, place: StoreFolder) -> Store:
+    def _store(self, folder: StoreFolder) -> Store:
         from obstore import store as stores  # noqa: PLC0415
 
-        key = place.scheme, place.host
+        key = folder.scheme, folder.host
         with self._lock:
             store = self._stores.get(key)
             if store is None:
                 kinds = {"s3": stores.S3Store, "gs": stores.GCSStore, "az": stores.AzureStore}
-                store = kinds[place.scheme](place.host, retry_config=_RETRIES)
+                store = kinds[folder.scheme](folder.host, retry_config=_RETRIES)
             remember(self._stores, key, store, MAX_STORES)
         return store
 
@@ -266,7 +266,7 @@ def _skips_signature(scheme: str) -> bool:
     return os.environ.get(f"{_PREFIX[scheme]}_SKIP_SIGNATURE", "").lower() in _TRUE
 
 
-def unsigned_urls(place: StoreFolder, paths: Sequence[str]) -> list[str] | None:
+def unsigned_urls(folder: StoreFolder, paths: Sequence[str]) -> list[str] | None:
     """Return the objects' URLs if the environment disables signing; None if they must be signed.
 
     It does so by `…_SKIP_SIGNATURE`, which obstore respects in requests but not in signing, and for
@@ -276,18 +276,18 @@ def unsigned_urls(place: StoreFolder, paths: Sequence[str]) -> list[str] | None:
     from obstore.store import AzureStore, S3Store  # noqa: PLC0415
 
     sas = next((os.environ[name] for name in _SAS if os.environ.get(name)), "").lstrip("?")
-    query = f"?{sas}" if place.scheme == "az" and sas else ""
-    if _skips_signature(place.scheme):
+    query = f"?{sas}" if folder.scheme == "az" and sas else ""
+    if _skips_signature(folder.scheme):
         query = ""
     elif not query:
         return None
-    if place.scheme == "gs":
+    if folder.scheme == "gs":
         base = os.environ.get("GOOGLE_BASE_URL", _GOOGLE).rstrip("/")
-        return [f"{base}/{place.host}/{quote(path)}" for path in paths]
+        return [f"{base}/{folder.host}/{quote(path)}" for path in paths]
     store = (
-        S3Store(place.host, config={"access_key_id": "-", "secret_access_key": "-"})
-        if place.scheme == "s3"
-        else AzureStore(place.host, skip_signature=False, credential_provider=_dummy_credential)
+        S3Store(folder.host, config={"access_key_id": "-", "secret_access_key": "-"})
+        if folder.scheme == "s3"
+        else AzureStore(folder.host, skip_signature=False, credential_provider=_dummy_credential)
     )
     # As obstore makes them, without the signature by a dummy key.
     signed = obstore.sign(store, "GET", paths, timedelta(hours=1))
@@ -313,7 +313,7 @@ _SIGNS = (
 """Words in obstore's errors that identify a cause, our text for it, and whether it may pass."""
 
 
-def _mapped(call: Callable[[], T], place: StoreFolder) -> T:
+def _mapped(call: Callable[[], T], folder: StoreFolder) -> T:
     """Return the call's result, or raise our error, unchained: theirs may contain secrets."""
     try:
         from obstore import exceptions  # noqa: PLC0415
@@ -327,7 +327,7 @@ def _mapped(call: Callable[[], T], place: StoreFolder) -> T:
         raise
     except (exceptions.BaseError, OSError, ValueError) as error:
         kinds = (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError)
-        failure = _problem_of(str(error), place.text, denied=isinstance(error, kinds))
+        failure = _problem_of(str(error), folder.text, denied=isinstance(error, kinds))
     raise failure.located(stage="resolve")
 
 

@@ -36,7 +36,7 @@ from lorax_async.http.download_scheduler import Job
 from lorax_async.http.failures import changed_error
 from lorax_async.http.range_downloader import FOREGROUND, PREFETCH, RangeDownloader
 from lorax_async.http.target import ProbeResult, Validators
-from lorax_async.ids import HubRepository, ParsedRef, Place
+from lorax_async.ids import HubRepository, Location, ParsedRef
 from lorax_async.remote.base import (
     FIRST_BYTES,
     LONGEST,
@@ -86,7 +86,7 @@ class Resolution:
 
 
 class VersionResolver:
-    """Resolves refs by the backends of their places, and remembers answers.
+    """Resolves refs by the backends of their locations, and remembers answers.
 
     `offline` sends no request to any source. An answer counts for `fresh` seconds of `clock`, and a
     grant lets a scope have an entry for as long. `backends` is quick.
@@ -94,7 +94,7 @@ class VersionResolver:
 
     def __init__(
         self,
-        backends: Callable[[Place], Backend[Any]],
+        backends: Callable[[Location], Backend[Any]],
         cache: TieredCache,
         workers: WorkerThreads,
         *,
@@ -119,8 +119,8 @@ class VersionResolver:
         if key is not None and self._clock() - (key.answered_at or 0.0) < self._fresh:
             self._set_requester(ref, key)
             return key
-        since, backend = self._clock(), self._backends(ref.place)
-        scope, revision = await backend.scope(ref.place, ref), ref.revision
+        since, backend = self._clock(), self._backends(ref.location)
+        scope, revision = await backend.scope(ref.location, ref), ref.revision
         pinned = None
         if revision is not None and backend.is_version(revision):
             pinned = RemoteKey(ref.text, (), revision)
@@ -210,10 +210,10 @@ class VersionResolver:
 
     async def _query(self, ref: ParsedRef) -> LocatedAdapter:
         if not self._offline:
-            return await self._backends(ref.place).locate(ref.place, ref)
+            return await self._backends(ref.location).locate(ref.location, ref)
         # The same text whether the adapter exists or not.
         for_whom = ""
-        if isinstance(ref.place, HubRepository) and ref.token is None and not ref.use_token:
+        if isinstance(ref.location, HubRepository) and ref.token is None and not ref.use_token:
             for_whom = (
                 " for callers without a token (on a machine that has one, adapters that other"
                 " tools stored there are for ids with use_token=True)"

@@ -25,7 +25,7 @@ from lorax_async.formats.peft_names import WEIGHTS_FILE
 from lorax_async.formats.spans import ByteSpan
 from lorax_async.http.range_downloader import RangeDownloader
 from lorax_async.http.settings import HttpSettings
-from lorax_async.ids import STORES, LocalFolder, Place, parse_ref
+from lorax_async.ids import STORES, LocalFolder, Location, parse_ref
 from lorax_async.remote.base import AdapterMetadata, AllowRules, Backend, remember, unwanted_error
 from lorax_async.remote.hub import (
     HubBackend,
@@ -282,10 +282,10 @@ class BackendRegistry:
             **self._stores,
         }
 
-    def backend(self, place: Place) -> Backend[Any]:
-        if isinstance(place, LocalFolder):
+    def backend(self, location: Location) -> Backend[Any]:
+        if isinstance(location, LocalFolder):
             raise InvalidAdapterIdError("a local folder has no remote source")
-        return self._backends[place.scheme]
+        return self._backends[location.scheme]
 
     def close(self) -> None:
         for pool in self._pools.values():

@@ -61,13 +61,13 @@ class WebBackend:
         """See `Backend`. An ETag is no version: the server has to be asked."""
         return _VERSION.fullmatch(revision) is not None
 
-    async def scope(self, place: WebFolder, ref: AdapterRef) -> str:
+    async def scope(self, location: WebFolder, ref: AdapterRef) -> str:
         if require_token(ref.token) is None:
             return ""
-        text = f"{place.url.origin}\n{ref.token}"
+        text = f"{location.url.origin}\n{ref.token}"
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
-    async def locate(self, place: WebFolder, ref: AdapterRef) -> LocatedAdapter:
+    async def locate(self, location: WebFolder, ref: AdapterRef) -> LocatedAdapter:
         """Probe the config and the weights, both at once.
 
         `ref.revision` is the required version, or the ETag of its weights. Raise
@@ -77,7 +77,9 @@ class WebBackend:
         token = require_token(ref.token)
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         with ExitStack() as sent:
-            folder = _Folder(self._downloader, place.url, headers, self._rules, self._limits, sent)
+            folder = _Folder(
+                self._downloader, location.url, headers, self._rules, self._limits, sent
+            )
             first, second = folder.probe_config(), folder.probe_weights()
             config = await outcome(first.done)
             try:
@@ -94,8 +96,8 @@ class WebBackend:
         files = _remote_file(CONFIG_FILE, config), _remote_file(WEIGHTS_FILE, weights)
         # Its requests end by themselves, after this one's.
         again = partial(_Recheck, replace(folder, sent=None), (config, weights))
-        scope = await self.scope(place, ref)
-        return LocatedAdapter(place.text, version, scope, files, again)
+        scope = await self.scope(location, ref)
+        return LocatedAdapter(location.text, version, scope, files, again)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,12 +141,12 @@ class _Folder:
 
     async def missing_weights(self) -> AdapterError:
         """Return the error for a folder without weights; ask whether it has an index."""
-        place = f"the folder at {self.url}"
+        where = f"the folder at {self.url}"
         try:
             await outcome(self._probe(INDEX_FILE, 1).done)
         except AdapterNotFoundError:
-            return AdapterNotFoundError(f"{place} has no {WEIGHTS_FILE}; nothing else is read")
-        return split_weights_error(place)
+            return AdapterNotFoundError(f"{where} has no {WEIGHTS_FILE}; nothing else is read")
+        return split_weights_error(where)
 
 
 class _Recheck:

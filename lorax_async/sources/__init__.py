@@ -4,7 +4,7 @@ A source resolves an id to a key, opens the files of that key and brings their b
 layer group by layer group. May import `formats`, `planning`, `files`, `ids`, `cache` and
 `remote.readers`, not the runtime.
 
-- `base`: the interface `Source`, and the router: by the place of an id, or the type of a key
+- `base`: the interface `Source`, and the router: by the location of an id, or the type of a key
 - `local`: the source of local folders: finds a folder, checks, opens and hashes its files
 - `tensors`: the source of tensors in host memory; snapshots of tensors
 - `host_copies`: files in host memory, and their budget

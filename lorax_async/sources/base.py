@@ -140,7 +140,7 @@ class FolderSource(Source, Protocol):
 class SourceRouter:
     """The `Source` of a loader: local folders, remote adapters, and adapters in `memory`.
 
-    `parse` gives a ref its one spelling and its place, and refuses ids that are not allowed. None
+    `parse` gives a ref its one spelling and location, and refuses ids that are not allowed. None
     leaves all ids to `local`, a source of the program's own, which is `remote` too then. A store
     without a device has no adapters in memory.
     """
@@ -157,7 +157,7 @@ class SourceRouter:
         if self._parse is None:
             return await self._local.resolve(ref)
         parsed_ref = self._parse(ref)
-        match parsed_ref.place:
+        match parsed_ref.location:
             case LocalFolder():
                 return await self._local.resolve(parsed_ref)
             case _:

@@ -108,13 +108,15 @@ class LocalSource:
         self._digests: dict[FileIdentity, str] = {}
 
     async def resolve(self, ref: AdapterRef) -> AdapterKey:
-        place = parse_ref(ref).place
-        if not isinstance(place, LocalFolder):
+        location = parse_ref(ref).location
+        if not isinstance(location, LocalFolder):
             raise InvalidAdapterIdError(
                 "only local folders are accepted here: a pathlib.Path, or a path inside"
                 " one of the local_roots, which begins with './', '../' or '/'"
             )
-        return await call_in(self._threads, partial(find_adapter, place, self._roots, self._limits))
+        return await call_in(
+            self._threads, partial(find_adapter, location, self._roots, self._limits)
+        )
 
     async def open(self, key: AdapterKey, control: FetchControl) -> AdapterFile:  # noqa: ARG002 - the port's
         if len(key.files) != 2:
@@ -211,27 +213,27 @@ def _read_checked(folder: str, name: str, identity: FileIdentity) -> bytes:
     return bytes(content)
 
 
-def find_adapter(place: LocalFolder, roots: Sequence[str], limits: Limits) -> AdapterKey:
+def find_adapter(location: LocalFolder, roots: Sequence[str], limits: Limits) -> AdapterKey:
     """Return the key of a folder: the first that exists below a root if its path is relative.
 
     Else raise the first one's error.
     """
-    anywhere = place.trusted or place.path.startswith("/")
-    paths = [place.path] if anywhere else [os.path.join(root, place.path) for root in roots]
+    anywhere = location.trusted or location.path.startswith("/")
+    paths = [location.path] if anywhere else [os.path.join(root, location.path) for root in roots]
     problems: list[AdapterError] = []
-    inside = None if place.trusted else tuple(_real_paths(roots))
+    inside = None if location.trusted else tuple(_real_paths(roots))
     for path in paths:
         try:
             with locate(path) as folder:
                 real_path = folder.real_path
                 if inside is None or _is_inside(real_path, inside):
-                    return _LocatedFolder(folder, real_path, place.trusted).key(limits)
+                    return _LocatedFolder(folder, real_path, location.trusted).key(limits)
         except OSError as error:
             real_path = ""
             with suppress(OSError):  # a link may not be read, as in another process's /proc
                 real_path = os.path.realpath(path)
             if inside is None or _is_inside(real_path, inside):
-                problems.append(_folder_problem(error, real_path if place.trusted else ""))
+                problems.append(_folder_problem(error, real_path if location.trusted else ""))
     # A path outside the roots decides for all, whether it exists or not.
     if len(problems) == len(paths) > 0:
         raise problems[0]

@@ -65,10 +65,10 @@ class ToldLocator:
     def is_version(self, revision: str) -> bool:
         return len(revision) == 40
 
-    async def scope(self, place: object, ref: AdapterRef) -> str:
+    async def scope(self, location: object, ref: AdapterRef) -> str:
         return _scope(ref)
 
-    async def locate(self, place: object, ref: AdapterRef) -> LocatedAdapter:
+    async def locate(self, location: object, ref: AdapterRef) -> LocatedAdapter:
         self.located += 1
         await (self._no_answer() if self.silent else asyncio.sleep(0))
         if self.error is not None:
@@ -136,8 +136,8 @@ class ToldSource(RemoteSource):
 
     async def resolve(self, ref: AdapterRef) -> AdapterKey:
         options = (ref.revision, ref.token, ref.digest, ref.allow_stale, ref.use_token)
-        place = HubRepository("hub", "", None, f"{ref.text}/")
-        return await super().resolve(ParsedRef(ref.id, "hub", *options, place=place))
+        location = HubRepository("hub", "", None, f"{ref.text}/")
+        return await super().resolve(ParsedRef(ref.id, "hub", *options, location=location))
 
 
 class CachedSource(ToldSource):

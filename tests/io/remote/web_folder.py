@@ -78,11 +78,11 @@ class Locator:
 
     async def locate(self, ref: AdapterRef) -> LocatedAdapter:
         parsed_ref = parse_ref(ref)
-        located: LocatedAdapter = await self.backend.locate(parsed_ref.place, parsed_ref)
+        located: LocatedAdapter = await self.backend.locate(parsed_ref.location, parsed_ref)
         return located
 
     async def scope(self, ref: AdapterRef) -> str:
-        scope: str = await self.backend.scope(parse_ref(ref).place, ref)
+        scope: str = await self.backend.scope(parse_ref(ref).location, ref)
         return scope
 
     def is_version(self, revision: str) -> bool:
