@@ -6,14 +6,12 @@ import asyncio
 import hashlib
 import os
 import re
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
-from threading import Lock
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote
 
@@ -35,12 +33,11 @@ from lorax_async.formats.peft_names import (
     split_weights_error,
 )
 from lorax_async.http.failures import DENIED, RETRYABLE
-from lorax_async.http.settings import Address, Rules
 from lorax_async.http.target import Target
-from lorax_async.ids import StoreFolder
-from lorax_async.remote.base import AnotherVersionError, LocatedAdapter, RemoteFile, remember
+from lorax_async.ids import Allow, StoreFolder
+from lorax_async.remote.base import AllowRules, AnotherVersionError, LocatedAdapter, RemoteFile
 from lorax_async.types import AdapterRef
-from lorax_async.urls import InvalidUrlError, Origin, Url, parse_url
+from lorax_async.urls import InvalidUrlError, parse_url
 
 if TYPE_CHECKING:
     from obstore.store import AzureAccessKey, AzureStore, GCSStore, RetryConfig, S3Store
@@ -63,23 +60,6 @@ _VERSION = re.compile(r"(?:versions|etags)-[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True)
-class OriginAllowed:
-    """The `Rules` that allow what `inner` allows, and one origin at any address.
-
-    The origin is that of a signed URL, which the operator's environment names.
-    """
-
-    origin: Origin
-    inner: Rules
-
-    def allows(self, url: Url, hop: int) -> bool:
-        return url.origin == self.origin or self.inner.allows(url, hop)
-
-    def allows_address(self, url: Url, address: Address) -> bool:
-        return url.origin == self.origin or self.inner.allows_address(url, address)
-
-
-@dataclass(frozen=True, slots=True)
 class StoredObject:
     """What a store reports of one object. `etag` has its quotes."""
 
@@ -95,16 +75,17 @@ class StoreBackend:
     obstore reads them. Its maker closes it. Without obstore, calls raise `ConfigError`.
 
     `executor` runs obstore's calls, which block: two at a time for one adapter, `BUCKET_CALLS` for
-    one bucket. A call outlives its cancelled caller. `rules` say where redirects may lead; the
-    origin of a signed URL itself is allowed, for `signed_for` seconds.
+    one bucket. A call outlives its cancelled caller. `allow` says where redirects may lead; a URL
+    is signed for `signed_for` seconds, and its origin allowed: the environment names it.
     """
 
-    def __init__(self, executor: Executor, rules: Rules, *, signed_for: float = SIGNED_FOR) -> None:
+    def __init__(
+        self, executor: Executor, allow: Sequence[Allow] = (), *, signed_for: float = SIGNED_FOR
+    ) -> None:
         self._threads = FairThreads(executor, BUCKET_CALLS)
-        self._rules = rules
+        self._allow = allow
         self._signed_for = signed_for
-        self._lock = Lock()
-        self._stores: OrderedDict[tuple[str, str], Store] = OrderedDict()
+        self._store = lru_cache(MAX_STORES)(_make_store)
 
     def is_version(self, revision: str) -> bool:
         """See `Backend`. A versionId or an ETag is no version: the store has to be asked."""
@@ -150,8 +131,7 @@ class StoreBackend:
 
     def close(self) -> None:
         """Drop connections and credentials; the next use makes them again. Idempotent."""
-        with self._lock:
-            self._stores.clear()
+        self._store.cache_clear()
 
     async def _call(self, folder: StoreFolder, work: Callable[[], T]) -> T:
         """Call in a thread: obstore's coroutines crash a process that exits soon after them."""
@@ -162,18 +142,23 @@ class StoreBackend:
 
     def _require(self, folder: StoreFolder, name: str) -> StoredObject:
         """Return the metadata of one file of the folder."""
-        stored = _mapped(partial(self._head, folder, name), folder)
-        if stored is None:
+        import obstore  # noqa: PLC0415 - an extra, needed here alone
+
+        try:
+            meta = obstore.head(self._store(folder.scheme, folder.host), f"{folder.path}{name}")
+        except FileNotFoundError:
+            meta = None
+        if meta is None:  # not chained to obstore's error
             raise AdapterNotFoundError(f"there is no {name} in {folder.text}, or no such bucket")
-        return stored
+        return StoredObject(meta["size"], meta["e_tag"], meta["version"])
 
     def _require_weights(self, folder: StoreFolder) -> StoredObject:
         try:
-            return self._require(folder, WEIGHTS_FILE)
+            return _mapped(partial(self._require, folder, WEIGHTS_FILE), folder)
         except (AdapterNotFoundError, AccessDeniedError):
             # S3 denies access to missing objects too, if the caller may not list the bucket.
             with suppress(AdapterNotFoundError, AccessDeniedError):
-                self._require(folder, INDEX_FILE)
+                _mapped(partial(self._require, folder, INDEX_FILE), folder)
                 raise split_weights_error(folder.text) from None
             raise
 
@@ -181,7 +166,7 @@ class StoreBackend:
         self, folder: StoreFolder, config: StoredObject, weights: StoredObject
     ) -> tuple[str, tuple[RemoteFile, RemoteFile]]:
         """Return the version of an adapter and its files, with signed URLs."""
-        import obstore  # noqa: PLC0415 - an extra, needed here alone
+        import obstore  # noqa: PLC0415
 
         objects = {CONFIG_FILE: config, WEIGHTS_FILE: weights}
         for name, stored in objects.items():
@@ -196,7 +181,8 @@ class StoreBackend:
         signed: Sequence[str] | None = unsigned_urls(folder, paths)
         if signed is None:
             valid = timedelta(seconds=self._signed_for)
-            signed = obstore.sign(self._store(folder), "GET", paths, valid)
+            store = self._store(folder.scheme, folder.host)
+            signed = obstore.sign(store, "GET", paths, valid)
         files = [
             self._file(folder, text, name, stored)
             for text, (name, stored) in zip(signed, objects.items(), strict=True)
@@ -215,30 +201,16 @@ class StoreBackend:
             raise FetchError(
                 f"{folder.text}: its endpoint is no URL: {error}", retryable=False
             ) from error
-        target = Target(url, name, rules=OriginAllowed(url.origin, self._rules))
+        target = Target(url, name, rules=AllowRules(self._allow, named=(url.origin,)))
         return RemoteFile(name, target, nbytes=stored.nbytes, etag=stored.etag)
 
-    def _head(self, folder: StoreFolder, name: str) -> StoredObject | None:
-        """Return the metadata of one file of the folder; None if it is missing."""
-        import obstore  # noqa: PLC0415
 
-        try:
-            meta = obstore.head(self._store(folder), f"{folder.path}{name}")
-        except FileNotFoundError:
-            return None
-        return StoredObject(meta["size"], meta["e_tag"], meta["version"])
+def _make_store(scheme: str, bucket: str) -> Store:
+    from obstore import store as stores  # noqa: PLC0415
 
-    def _store(self, folder: StoreFolder) -> Store:
-        from obstore import store as stores  # noqa: PLC0415
-
-        key = folder.scheme, folder.host
-        with self._lock:
-            store = self._stores.get(key)
-            if store is None:
-                kinds = {"s3": stores.S3Store, "gs": stores.GCSStore, "az": stores.AzureStore}
-                store = kinds[folder.scheme](folder.host, retry_config=_RETRIES)
-            remember(self._stores, key, store, MAX_STORES)
-        return store
+    kinds = {"s3": stores.S3Store, "gs": stores.GCSStore, "az": stores.AzureStore}
+    store: Store = kinds[scheme](bucket, retry_config=_RETRIES)
+    return store
 
 
 def _words(*objects: StoredObject) -> list[str]:

@@ -273,7 +273,7 @@ class BackendRegistry:
         self.hub = HubBackend(
             endpoint=endpoint.text, rules=hub_rules, threads=self._pools["hub"], allow=config.allow
         )
-        self._stores = {scheme: StoreBackend(self._pools[scheme], rules) for scheme in STORES}
+        self._stores = {name: StoreBackend(self._pools[name], config.allow) for name in STORES}
         web = WebBackend(downloader, rules, config.limits)
         self._backends: Mapping[str, Backend[Any]] = {
             "hub": self.hub,

@@ -27,7 +27,6 @@ from obstore.store import AzureStore, S3Store
 from web_folder import Locator
 
 import servers
-from lorax_async.http.settings import PublicOnly
 from lorax_async.remote.base import LocatedAdapter, RemoteFile
 from lorax_async.remote.object_stores import StoreBackend
 from lorax_async.types import AdapterRef
@@ -241,7 +240,7 @@ def bucket(kind: str, name: str) -> AzureStore | S3Store:
 @contextmanager
 def locator(threads: int = 2, *, signed_for: float = 600.0) -> Iterator[Locator]:
     with ThreadPoolExecutor(threads, "lorax-test") as pool:
-        made = StoreBackend(pool, PublicOnly(), signed_for=signed_for)
+        made = StoreBackend(pool, signed_for=signed_for)
         try:
             yield Locator(made)
         finally:

@@ -17,9 +17,8 @@ from user_loads import secretless
 
 from common import until as later
 from lorax_async import AdapterRef, errors
-from lorax_async.http.settings import PublicOnly
 from lorax_async.http.target import ProbeResult, Validators
-from lorax_async.remote.object_stores import OriginAllowed, version_of
+from lorax_async.remote.object_stores import version_of
 from lorax_async.urls import parse_url
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -98,16 +97,17 @@ def test_without_obstore(monkeypatch: pytest.MonkeyPatch) -> None:
         located(ID)
 
 
-def test_the_origin_of_a_signed_url_is_allowed_and_no_other() -> None:
-    own = parse_url("http://10.0.0.1:9000/bucket/key?sig")
-    rules = OriginAllowed(own.origin, PublicOnly())
-    private = ip_address("10.0.0.1")
+def test_the_origin_of_a_signed_url_is_allowed_and_no_other(store: FaultServer) -> None:
+    target, loopback = located(ID).files[1].target, ip_address("127.0.0.1")
+    rules, own = target.rules, target.url
+    assert own.origin == parse_url(store.url("")).origin
     assert rules.allows(own, 0)
-    assert rules.allows_address(own, private)
-    for other in ("http://10.0.0.1:9001/", "https://10.0.0.1:9000/", "http://10.0.0.2:9000/"):
-        assert not rules.allows_address(parse_url(other), private)
-    assert not rules.allows(parse_url("http://10.0.0.1/"), 1)
-    assert rules.allows(parse_url("https://example.com/"), 1), "as the inner rules have it"
+    assert rules.allows_address(own, loopback)
+    other_port = f"127.0.0.1:{store.port - 1}"
+    for other in (f"http://{other_port}/", f"https://127.0.0.1:{store.port}/", "http://localhost/"):
+        assert not rules.allows_address(parse_url(other), loopback)
+    assert not rules.allows(parse_url(f"http://{other_port}/"), 1)
+    assert rules.allows(parse_url("https://example.com/"), 1), "as a redirect"
 
 
 @pytest.mark.parametrize(
