@@ -65,10 +65,9 @@ from lorax_async.http.failures import (
     lookup_error,
     retry_after_of,
 )
-from lorax_async.http.settings import Rules
 from lorax_async.http.target import Target
 from lorax_async.ids import Allow, HubRepository, parse_revision
-from lorax_async.remote.base import LocatedAdapter, RemoteFile, remember, require_token
+from lorax_async.remote.base import AllowRules, LocatedAdapter, RemoteFile, remember, require_token
 from lorax_async.types import AdapterRef, FileIdentity
 from lorax_async.urls import InvalidUrlError, Url, parse_folder_url, parse_url
 
@@ -151,10 +150,8 @@ class HubBackend:
     Parameters
     ----------
     endpoint
-        The hub's URL; `ConfigError` if it is none. huggingface_hub queries it, and follows
-        redirects to that origin and the hub's own only; the operator vouches for its address.
-    rules
-        Where the downloader may send requests for files.
+        The hub's URL. huggingface_hub queries it, and follows redirects to that origin and the
+        hub's own only; the operator vouches for its address.
     threads
         Run huggingface_hub, two calls per adapter at once. A call outlives its cancelled caller.
     timeout
@@ -164,15 +161,14 @@ class HubBackend:
     def __init__(
         self,
         *,
-        endpoint: str,
-        rules: Rules,
+        endpoint: Url,
         threads: Executor,
         allow: Sequence[Allow] = (),
         timeout: float = 10.0,
         retries: RetryPolicy = RETRIES,
     ) -> None:
-        self._endpoint = parse_endpoint(endpoint).text.rstrip("/")
-        self._rules = rules
+        self._endpoint = endpoint.text.rstrip("/")
+        self._rules = AllowRules(allow, named=(endpoint.origin,))
         self._lending = tuple(entry for entry in allow if entry.use_token)
         self._threads = threads
         self._timeout = timeout
@@ -312,8 +308,6 @@ class HubBackend:
         from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError  # noqa: PLC0415
 
         url = query.url(self._endpoint)
-        if not self._rules.allows(url, 0):
-            raise AccessDeniedError(f"requests to {url} are not allowed; allow it explicitly")
         token, timeout, endpoint = query.token or False, self._timeout, self._endpoint
         try:
             found = get_hf_file_metadata(url.text, token=token, timeout=timeout, endpoint=endpoint)
@@ -385,16 +379,12 @@ def _lacking(query: FileQuery, what: str) -> AdapterNotFoundError:
     return AdapterNotFoundError(f"{query.source!r} at {query.revision!r} has {what}")
 
 
-def endpoint_in_use(endpoint: str | None) -> str:
+def parse_endpoint(endpoint: str | None) -> Url:
+    """Return the URL of a hub; None is huggingface_hub's own. Raise `ConfigError`."""
     from huggingface_hub import constants  # noqa: PLC0415 (slow)
 
-    return endpoint or constants.ENDPOINT
-
-
-def parse_endpoint(endpoint: str) -> Url:
-    """Return the URL of a hub. Raise `ConfigError`."""
     try:
-        return parse_folder_url(endpoint)
+        return parse_folder_url(endpoint or constants.ENDPOINT)
     except InvalidUrlError as error:
         raise ConfigError(f"the hub's endpoint is no URL: {error}") from None
 
@@ -483,7 +473,7 @@ def download_base(
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
 
     require_token(token)
-    where = parse_endpoint(endpoint_in_use(endpoint))
+    where = parse_endpoint(endpoint)
     options: dict[str, Any] = {"revision": revision, "token": token, "endpoint": endpoint}
     options["local_files_only"] = offline
     no_folder = f"there is no folder {id!r}, and on the hub: "

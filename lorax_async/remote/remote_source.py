@@ -27,13 +27,7 @@ from lorax_async.http.range_downloader import RangeDownloader
 from lorax_async.http.settings import HttpSettings
 from lorax_async.ids import STORES, LocalFolder, Location, parse_ref
 from lorax_async.remote.base import AdapterMetadata, AllowRules, Backend, remember, unwanted_error
-from lorax_async.remote.hub import (
-    HubBackend,
-    StandardHubCache,
-    TieredCache,
-    endpoint_in_use,
-    parse_endpoint,
-)
+from lorax_async.remote.hub import HubBackend, StandardHubCache, TieredCache, parse_endpoint
 from lorax_async.remote.object_stores import StoreBackend
 from lorax_async.remote.opening import (
     MAX_KEYS,
@@ -263,18 +257,14 @@ class BackendRegistry:
     """The backends by scheme. `close` ends them and their threads."""
 
     def __init__(self, config: StoreConfig, endpoint: Url, downloader: RangeDownloader) -> None:
-        rules = AllowRules(config.allow)
-        hub_rules = AllowRules(config.allow, named=(endpoint.origin,))
         # A pool for each: a hub that does not answer delays no store.
         counts = {"hub": QUERY_THREADS, **dict.fromkeys(STORES, STORE_THREADS)}
         self._pools = {
             name: ThreadPool(count, f"lorax-query-{name}") for name, count in counts.items()
         }
-        self.hub = HubBackend(
-            endpoint=endpoint.text, rules=hub_rules, threads=self._pools["hub"], allow=config.allow
-        )
+        self.hub = HubBackend(endpoint=endpoint, threads=self._pools["hub"], allow=config.allow)
         self._stores = {name: StoreBackend(self._pools[name], config.allow) for name in STORES}
-        web = WebBackend(downloader, rules, config.limits)
+        web = WebBackend(downloader, AllowRules(config.allow), config.limits)
         self._backends: Mapping[str, Backend[Any]] = {
             "hub": self.hub,
             "https": web,
@@ -303,7 +293,7 @@ def make_remote_source(
     """
 
     def make() -> RemoteParts:
-        endpoint = parse_endpoint(endpoint_in_use(config.hub_endpoint))  # raises: open nothing yet
+        endpoint = parse_endpoint(config.hub_endpoint)  # raises: open nothing yet
         downloader = RangeDownloader(HttpSettings(connections=config.connections), tracer=tracer)
         workers = WorkerThreads(CACHE_THREADS)
         backends = BackendRegistry(config, endpoint, downloader)
