@@ -19,7 +19,7 @@ from lorax_async.concurrency import SharedResource, close_all, complete
 from lorax_async.errors import AccessDeniedError, FetchError
 from lorax_async.formats.spans import ByteRange
 from lorax_async.http.connection import Attempt, Connection, ResponseHead
-from lorax_async.http.failures import RetryableError, io_error, lookup_error
+from lorax_async.http.failures import DENIED, RetryableError, io_error, lookup_error
 from lorax_async.http.ranges import LinkEstimate
 from lorax_async.http.settings import HttpSettings, Proxies, Proxy, Rules, is_public, tls_context
 from lorax_async.http.target import ResolvedLocation, Target, Validators
@@ -283,7 +283,7 @@ class ConnectionPool:
         status = connection.receive_head().status
         connection.peer = str(url.origin)
         problem = f"the proxy {proxy.origin} does not lead to {url} (status {status})"
-        if status in {401, 403, 407}:
+        if status in DENIED:
             raise AccessDeniedError(problem)
         if not 200 <= status < 300 or not connection.is_drained:
             raise RetryableError(FetchError(problem))
