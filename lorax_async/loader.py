@@ -187,8 +187,8 @@ class AdapterLoader:
             (local files are hashed once for it). A mismatch is an `IntegrityError`, of this call
             alone if the adapter is in use already.
         allow_stale
-            If the source is unreachable, take the version that it named last, if the cache has it;
-            `handle.stale` is True then.
+            If the source is unreachable, take the version that it named last, if the cache has it
+            (with a `token`: and it is public); `handle.stale` is True then.
         timeout
             Seconds; None for the config's.
         priority

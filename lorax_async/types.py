@@ -86,7 +86,8 @@ class AdapterRef:
     digest
         The expected SHA-256 of the weights, in hexadecimal; other bytes are refused.
     allow_stale
-        If the source cannot be reached, use the version that it last named.
+        If the source cannot be reached, use the version that it last named; with a `token`, only
+        that of a public adapter.
 
     Raises
     ------

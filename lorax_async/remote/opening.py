@@ -247,6 +247,7 @@ class VersionResolver:
         """Return a version that the cache has for a caller whose source failed with `error`.
 
         It is the pinned one, or else the source's last answer, if the caller accepts a stale one.
+        Callers with a token of their own are not told answers of others, but for public adapters.
         """
         unreachable = isinstance(error, FetchError)
         if isinstance(error, FetchError) and not error.retryable and not self._offline:
@@ -255,17 +256,17 @@ class VersionResolver:
             return pinned
         if not unreachable or not (ref.allow_stale or self._offline):
             return None
-        question = question_of(ref, scope)
-        last = await self._workers.run(lambda: self.cache.last_version(question))
+        last = await self._workers.run(partial(self.cache.last_version, question_of(ref)))
         if last is None:
             return None
         key = RemoteKey(last[0], (), last[1], stale=True)
-        return None if await self._grant_age(key, scope) is None else key
+        own = scope if ref.token is None else PUBLIC
+        return None if await self._grant_age(key, own) is None else key
 
     async def _record(self, ref: ParsedRef, located: LocatedAdapter) -> None:
         """Record the answer for times when the source is unreachable. Ignore failures."""
-        question, version = question_of(ref, located.scope), located.version
-        if self._recorded.get(question) == version:
+        question, version = question_of(ref), located.version
+        if ref.token is not None or self._recorded.get(question) == version:
             return
         try:
             await self._workers.run(
@@ -278,9 +279,9 @@ class VersionResolver:
         self._recorded[question] = version
 
 
-def question_of(ref: AdapterRef, scope: str) -> str:
-    """Return the form in which caches record a request to a source under a scope's authority."""
-    return "\n".join((ref.source or "", ref.text, ref.revision or "", scope))
+def question_of(ref: AdapterRef) -> str:
+    """Return the form in which caches record a request to a source."""
+    return "\n".join((ref.source or "", ref.text, ref.revision or "", PUBLIC))
 
 
 def _key_of(located: LocatedAdapter) -> RemoteKey:

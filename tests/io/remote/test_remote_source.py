@@ -27,7 +27,7 @@ from lorax_async.formats.spans import ByteSpan
 from lorax_async.remote import opening
 from lorax_async.remote.base import FIRST_BYTES, Confirmation, track
 from lorax_async.remote.readers import EntryReader, FetchReader, ReopenedReader, entry_gone
-from lorax_async.types import RemoteKey
+from lorax_async.types import AdapterRef, RemoteKey
 from tiny_loaders import fails
 
 pytestmark = [pytest.mark.usefixtures("nothing_left", "no_socket_left"), pytest.mark.each_loop]
@@ -67,13 +67,41 @@ async def test_known_callers_while_the_source_is_down(world: RemoteWorld) -> Non
     first, second, stranger = (replace(world.ref("one"), token=token) for token in "abc")
     version = world.locator.there["one"].version
     for ref in (first, second):
-        file = await world.source.open(await world.source.resolve(ref), FetchControl())
-        await world.source.bring(file, [], lambda _: None, FetchControl())
-        file.reader.close()
+        await hold(world, ref)
     world.locator.error = FetchError("it is down")
     for ref in (first, second):
         await world.source.resolve(replace(ref, revision=version))
     await fails(world.source.resolve(replace(stranger, revision=version)), FetchError, "it is down")
+
+
+async def test_a_stale_answer_is_for_callers_without_a_token_or_public(world: RemoteWorld) -> None:
+    """Nor does the answer to a caller with a token take the place of the one to all."""
+    for name in ("public", "private"):
+        world.stock(name)
+    world.locator.there["private"].token = "mine"
+    public, private = world.ref("public"), replace(world.ref("private"), token="mine")
+    old = world.locator.there["public"].version
+    for ref in (public, private):
+        await hold(world, ref)
+    world.stock("public", seed=7)
+    await hold(world, replace(public, token="mine"))
+    world.locator.error = FetchError("it is down")
+    for token in (None, "mine", "other"):
+        key = await world.source.resolve(replace(public, token=token, allow_stale=True))
+        assert isinstance(key, RemoteKey)
+        assert (key.version, key.stale) == (old, True)
+    await fails(world.source.resolve(replace(private, allow_stale=True)), FetchError, "it is down")
+    pinned = replace(private, revision=world.locator.there["private"].version)
+    key = await world.source.resolve(pinned)
+    assert isinstance(key, RemoteKey)
+    assert not key.stale
+
+
+async def hold(world: RemoteWorld, ref: AdapterRef) -> None:
+    """Have it in the cache."""
+    file = await world.source.open(await world.source.resolve(ref), FetchControl())
+    await world.source.bring(file, [], lambda _: None, FetchControl())
+    file.reader.close()
 
 
 async def test_another_version_is_not_stored_under_the_name_of_the_one(world: RemoteWorld) -> None:
