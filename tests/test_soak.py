@@ -196,7 +196,7 @@ async def setting(
     engine, workers, limits = RangeDownloader(http), WorkerThreads(4), Limits()
     cache = DiskCache(folder, cache_bytes, policy("lru"))
     backend = WebBackend(engine, rules, limits)
-    given: Any = (lambda _: backend, TieredCache(None, lambda: cache), workers)
+    given: Any = (lambda _: backend, TieredCache(None, cache), workers)
     resolving = VersionResolver(*given, offline=False, fresh=REVALIDATE)
     opening = AdapterOpener(resolving, engine, workers, limits=limits, verify="stream")
     parts = RemoteParts(resolving, opening, workers, engine.close)
@@ -208,7 +208,7 @@ async def setting(
         async with AdapterLoader(LAYOUT, config, source=source) as loader:
             yield Setting(library, url, cache, folder, cache_bytes, loader)
     finally:
-        for end in (engine.close, workers.shutdown, cache.close):
+        for end in (engine.close, workers.shutdown):
             await asyncio.to_thread(end)
 
 
@@ -497,23 +497,19 @@ def require_nothing_left(setting: Setting) -> None:
 def require_right_on_disk(setting: Setting) -> int:
     """Every entry is within its budget, whole, and the source's; how many there are. Blocks."""
     cache = DiskCache(setting.folder, setting.cache_bytes, policy("lru"))
-    try:
-        if cache.used() > setting.cache_bytes:
-            raise SoakError(f"{cache.used():,} bytes are left of {setting.cache_bytes:,}")
-        in_use = [each.name for each in disk_cache.ls(cache) if each.in_use]
-        if in_use:
-            raise SoakError(f"entries or downloads are in use still: {in_use}")
-        entries = list(disk_cache.verify(cache))
-    finally:
-        cache.close()
-    for entry in entries:
+    if cache.used() > setting.cache_bytes:
+        raise SoakError(f"{cache.used():,} bytes are left of {setting.cache_bytes:,}")
+    in_use = [each.name for each in disk_cache.ls(cache) if each.in_use]
+    if in_use:
+        raise SoakError(f"entries or downloads are in use still: {in_use}")
+    for entry in disk_cache.verify(cache):
         if entry.problem is not None or entry.record is None:
             raise SoakError(f"an entry of the cache is damaged: {entry}")
         stored = setting.stored(entry.record.source)
         found = [file.digest.value for file in sorted(entry.record.files, key=lambda f: f.name)]
         if found != list(stored.digests):
             raise SoakError(f"the cache has other bytes of {stored.name} than its source")
-    return len(entries)
+    return len(disk_cache.ls(cache))
 
 
 def play(

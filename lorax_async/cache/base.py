@@ -120,9 +120,6 @@ class EntryRecord:
         ours = {file.name: file for file in self.files}
         return any(theirs.name not in ours or ours[theirs.name].differs(theirs) for theirs in files)
 
-    def file(self, name: str) -> FileRecord | None:
-        return next((file for file in self.files if file.name == name), None)
-
     @property
     def weights(self) -> FileRecord:
         """The record of the weights, which every entry has."""

@@ -1,7 +1,7 @@
 """The folder of a disk cache: private, locked by `flock`, and worked in by descriptor. Blocks.
 
-No name is looked up twice, and no link inside is followed. Where a file system has no locks,
-`try_lock` says so and callers do without: nothing that is served depends on a lock.
+It is opened by its path for each use, and made if it is missing: whatever removes it, the next use
+works. Inside it no name is looked up twice during a use, and no link is followed.
 """
 
 from __future__ import annotations
@@ -11,23 +11,30 @@ import fcntl
 import os
 import secrets
 import stat
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from threading import Event, Lock, RLock
+from functools import cached_property
+from threading import Event, RLock
 from time import monotonic
+from typing import Literal
 
+from lorax_async.cache.base import PARTIAL_LOCK, RECORD, is_entry_name
 from lorax_async.errors import CapacityError, ConfigError, FetchError, LoraxError, shorten
 from lorax_async.files import code_of
 
 LOCK_SECONDS = 5.0
 """How long to wait for the directory's lock, which others hold for moments; then go on without."""
 
+FolderName = Literal["entries", "partials", "trash", "answers"]
+
 _POLL_SECONDS = 0.002
-_FOLDERS = ("entries", "partials", "trash", "answers")
 _LOCK_FILE = "lock"
 # EBADF: NFS makes byte-range locks of flock, and wants the file open for writing.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
+_UNUSABLE = {errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG}
+DAMAGED = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP}
+"""What opening a file of an entry raises if the file, or the entry, is not one."""
+
 _FULL = {
     errno.ENOSPC: "its disk is full; free some of it, or lower the cache's budget",
     errno.EDQUOT: "this user's disk quota is used up; raise it, or lower the cache's budget",
@@ -60,8 +67,18 @@ def translate_errors(doing: str) -> Iterator[None]:
         raise translate(error, doing) from error
 
 
-def try_lock(fd: int, *, shared: bool = False) -> bool | None:
-    """Return whether the open file is locked for us now; None where there are no locks."""
+@contextmanager
+def suppress_read_only() -> Iterator[None]:
+    """Do without a change where the file system is read-only: entries are as good there."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
+
+
+def try_lock(fd: int, *, shared: bool = False) -> bool:
+    """Return whether the open file is locked for us now. Raise `ConfigError` without locks."""
     try:
         fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -69,7 +86,10 @@ def try_lock(fd: int, *, shared: bool = False) -> bool | None:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        return None
+        raise ConfigError(
+            f"the disk cache's file system has no locks (flock: {code_of(error)}), and without them"
+            " processes cannot share it; set cache_dir to a folder on another one"
+        ) from error
     return True
 
 
@@ -85,25 +105,16 @@ def unique() -> str:
 
 
 _OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-_NOT_OPEN = -1
 
 
 class Folder:
-    """An open folder. Methods raise `OSError`."""
+    """An open folder, used by one thread at a time. Methods raise `OSError`."""
 
     def __init__(self, fd: int) -> None:
-        self._fd = fd
-
-    @property
-    def fd(self) -> int:
-        """The descriptor. Raise `FetchError` once closed: the number may be another file's."""
-        if self._fd == _NOT_OPEN:
-            raise FetchError("the disk cache was closed before it was used")
-        return self._fd
+        self.fd = fd
 
     def names(self) -> list[str]:
-        with self.subfolder(".") as own:  # two listings by one descriptor would share its position
-            return os.listdir(own.fd)
+        return os.listdir(self.fd)
 
     def status(self, name: str) -> os.stat_result | None:
         """Return the status of a name, which may be a link; None if there is none."""
@@ -156,26 +167,15 @@ class Folder:
                         folder.remove_tree(child)
                 os.rmdir(name, dir_fd=self.fd)
 
-    def is_named(self, name: str | os.PathLike[str], within: Folder | None = None) -> bool:
+    def is_named(self, name: str, within: Folder) -> bool:
         """Return whether `name` still leads to this folder."""
-        try:
-            status = os.stat(name, dir_fd=None if within is None else within.fd)
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        return os.path.samestat(status, os.fstat(self.fd))
-
-    def become(self, other: Folder) -> None:
-        """Replace the descriptor in place by that of `other`, and close `other`."""
-        with other:
-            os.dup2(other.fd, self.fd, inheritable=False)
-
-    def sync(self) -> None:
-        """Bring the names in the folder to the disk."""
-        os.fsync(self.fd)
+        status = within.status(name)
+        return status is not None and os.path.samestat(status, os.fstat(self.fd))
 
     def close(self) -> None:
-        fd, self._fd = self._fd, _NOT_OPEN
-        if fd != _NOT_OPEN:
+        """Close the descriptor, whose number another file may get. Idempotent."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
             os.close(fd)
 
     def __enter__(self) -> Folder:
@@ -196,46 +196,29 @@ def read_all(fd: int, max_bytes: int) -> bytes:
 
 
 class CacheDirectory:
-    """The open folders of a cache.
+    """The folders of a cache.
 
     `entries` holds whole adapters, `partials` downloads, `trash` what is being removed, `answers`
-    what sources resolved ids to. Raise `ConfigError` if a folder is not this user's alone.
+    what sources resolved ids to. Methods raise `OSError`, and `ConfigError` if a folder is not this
+    user's alone, cannot be opened, or has no locks. `drop` and `is_busy`, which take the name of an
+    entry or a partial, are called with the directory locked.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.path.realpath(path)  # if a link led here, its target is what is recreated
-        with ExitStack() as opened:
-            self._root = opened.enter_context(_private_folder(path))
-            self._folders = {
-                name: opened.enter_context(_private_folder(name, self._root)) for name in _FOLDERS
-            }
-            self._opened = opened.pop_all()
-        self.entries, self.partials, self.trash, self.answers = self._folders.values()
-        self.holding = Lock()
-        self._held: Counter[str] = Counter()
+        self._path = os.path.abspath(path)
         self._changing = RLock()
         self._is_locked = False
-        self.has_locks = True
-        """Whether locks worked in the last `locked`."""
-        self._restoring = Lock()
 
-    def restore(self) -> None:
-        """Recreate folders that were removed (`rm -rf`) or moved away.
+    @cached_property
+    def path(self) -> str:
+        """The real path: where a link led here, its target is what is made again."""
+        return os.path.realpath(self._path)
 
-        The new ones take over the descriptors of the old ones, so that all users see them at once.
-        Downloads into the old ones fail. Raise as the constructor, or `FetchError`.
-        """
-        with self._restoring, translate_errors("look for its folders"):
-            try:
-                if not self._root.is_named(self.path):
-                    self._root.become(_private_folder(self.path))
-                for name, folder in self._folders.items():
-                    if not folder.is_named(name, within=self._root):
-                        folder.become(_private_folder(name, self._root))
-            except ConfigError as error:
-                if isinstance(error.__cause__, FileNotFoundError):
-                    raise error.__cause__ from None  # it is being removed at this moment
-                raise
+    @contextmanager
+    def open(self, name: FolderName) -> Iterator[Folder]:
+        """Open one of the folders, made if it is missing."""
+        with _private_folder(self.path) as root, _private_folder(name, root) as folder:
+            yield folder
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -244,95 +227,97 @@ class CacheDirectory:
             if not self._is_locked:
                 self._is_locked = True
                 held.callback(setattr, self, "_is_locked", False)
-                # Without the folder, or where nothing can be written, there is nothing to protect.
-                with suppress(FileNotFoundError), suppress_read_only():
-                    fd = self._root.file(_LOCK_FILE, os.O_RDWR | os.O_CREAT)
+                # Where nothing can be written there is nothing to protect.
+                with suppress_read_only(), _private_folder(self.path) as root:
+                    fd = root.file(_LOCK_FILE, os.O_RDWR | os.O_CREAT)
                     held.callback(close_lock, fd)
                     until, pause = monotonic() + LOCK_SECONDS, Event()
-                    while (granted := try_lock(fd)) is False and monotonic() < until:
+                    while not try_lock(fd) and monotonic() < until:
                         pause.wait(_POLL_SECONDS)
-                    self.has_locks = granted is not None
             yield
 
-    def hold(self, name: str) -> None:
-        """Count a use of an entry or partial by this process: locks may not work."""
-        with self.holding:
-            self._held[name] += 1
+    def drop(self, name: str) -> bool:
+        """Remove an entry or a partial, if it is there; False if any process uses it."""
+        with self._lock_alone(name) as alone:
+            if alone:
+                self.hide(name)
+                self.empty_trash()
+            return alone
 
-    def release(self, name: str) -> None:
-        with self.holding:
-            self._held[name] -= 1
-            if not self._held[name]:
-                del self._held[name]
+    def is_busy(self, name: str) -> bool:
+        """Return whether any process leases the entry, or writes to the partial."""
+        with self._lock_alone(name) as alone:
+            return not alone
 
-    def held(self) -> frozenset[str]:
-        """Return the names of what this process uses. Atomic, with or without `holding`."""
-        return frozenset(self._held)
-
-    def hide(self, folder: Folder, name: str) -> str | None:
-        """Move a name into the trash, atomically; return its name there, None if it was gone."""
-        serial = unique()
-        with suppress(FileNotFoundError):
-            os.rename(name, serial, src_dir_fd=folder.fd, dst_dir_fd=self.trash.fd)
-            return serial
-        return None
-
-    def remove(self, folder: Folder, name: str) -> bool:
-        """Hide a name from everyone, then remove it; False if it was gone."""
-        hidden = self.hide(folder, name)
-        if hidden is not None:
-            self.trash.remove_tree(hidden)
-        return hidden is not None
+    def hide(self, name: str) -> None:
+        """Move an entry or a partial into the trash, atomically, if it is there."""
+        with (
+            self.open(_parent_of(name)) as parent,
+            self.open("trash") as trash,
+            suppress(FileNotFoundError),
+        ):
+            os.rename(name, unique(), src_dir_fd=parent.fd, dst_dir_fd=trash.fd)
 
     def empty_trash(self) -> None:
-        """Remove what killed processes were removing, and what others are removing now."""
-        for name in self.trash.names():
-            self.trash.remove_tree(name)
+        """Remove what is in there, also what others are removing now. Slow."""
+        with self.open("trash") as trash:
+            for name in trash.names():
+                trash.remove_tree(name)
 
-    def remove_former(self) -> None:
-        """Remove the folder of locks that former versions used."""
-        self._root.remove_tree("locks")
+    @contextmanager
+    def _lock_alone(self, name: str) -> Iterator[bool]:
+        """Lock an entry's record, or a partial's lock; yield False if it is in use."""
+        with ExitStack() as opened:
+            alone = True  # also where there is nothing to lock, or all is read-only
+            try:
+                parent = opened.enter_context(self.open(_parent_of(name)))
+                folder = opened.enter_context(parent.subfolder(name))
+                fd = folder.file(RECORD if is_entry_name(name) else PARTIAL_LOCK, os.O_RDWR)
+                opened.callback(close_lock, fd)
+                alone = try_lock(fd)
+            except OSError as error:
+                if error.errno not in DAMAGED | {errno.EROFS}:
+                    raise
+            yield alone
 
-    def close(self) -> None:
-        self._opened.close()
+
+def _parent_of(name: str) -> FolderName:
+    return "entries" if is_entry_name(name) else "partials"
 
 
-@contextmanager
-def suppress_read_only() -> Iterator[None]:
-    """Do without a change where the file system is read-only: entries are as good there."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno != errno.EROFS:
-            raise
-
-
-def _private_folder(name: str | os.PathLike[str], within: Folder | None = None) -> Folder:
+def _private_folder(name: str, within: Folder | None = None) -> Folder:
     """Open a folder, made if it is missing. Raise `ConfigError` if it is not this user's alone.
 
-    The root's path is the operator's, so links in it are followed; inside, a link is refused.
+    Links in the root's path are the operator's, so they are followed; inside, a link is refused.
     """
-    own = "" if within is None else "own "
-    label = f"the disk cache's {own}folder {shorten(os.fspath(name), 500)!r}"
+    label = f"the disk cache's {'' if within is None else 'own '}folder {shorten(name, 500)!r}"
     try:
+        folder = _open_or_make(name, within)
+    except OSError as error:
+        if error.errno not in _UNUSABLE:
+            raise
+        raise ConfigError(f"{label} cannot be opened: {error.strerror}") from error
+    try:
+        status = os.fstat(folder.fd)
+        if status.st_uid != os.geteuid():
+            raise ConfigError(f"{label} belongs to another user; give one of your own")
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise ConfigError(f"others may write to {label}; chmod 700 it, or give another")
+    except BaseException:
+        folder.close()
+        raise
+    return folder
+
+
+def _open_or_make(name: str, within: Folder | None) -> Folder:
+    flags = _OPEN_FOLDER if within is None else _OPEN_FOLDER | os.O_NOFOLLOW
+    at = None if within is None else within.fd
+    try:
+        return Folder(os.open(name, flags, dir_fd=at))
+    except FileNotFoundError:
         with suppress(FileExistsError):
-            if within is None:
+            if at is None:
                 os.makedirs(name, 0o700)
             else:
-                os.mkdir(name, 0o700, dir_fd=within.fd)
-        if within is None:
-            folder = Folder(os.open(name, _OPEN_FOLDER))
-        else:
-            folder = within.subfolder(os.fspath(name))
-        try:
-            status = os.fstat(folder.fd)
-            if status.st_uid != os.geteuid():
-                raise ConfigError(f"{label} belongs to another user; give one of your own")
-            if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-                raise ConfigError(f"others may write to {label}; chmod 700 it, or give another")
-        except BaseException:
-            folder.close()
-            raise
-    except OSError as error:
-        raise ConfigError(f"{label} cannot be opened: {error.strerror}") from error
-    return folder
+                os.mkdir(name, 0o700, dir_fd=at)
+        return Folder(os.open(name, flags, dir_fd=at))

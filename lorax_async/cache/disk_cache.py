@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from threading import Lock
 
 from lorax_async.cache.base import (
     MAP_SUFFIX,
@@ -33,17 +32,10 @@ from lorax_async.cache.entries import (
     remove_leftovers,
 )
 from lorax_async.cache.partials import OpenPartial, PartialFile, Partials
-from lorax_async.config import StoreConfig
-from lorax_async.errors import (
-    AdapterFormatError,
-    FetchError,
-    IntegrityError,
-    InternalError,
-    LoaderClosedError,
-)
+from lorax_async.errors import AdapterFormatError, FetchError, IntegrityError, InternalError
 from lorax_async.formats.digests import Digest
 from lorax_async.formats.strict_json import parse_object
-from lorax_async.lifecycle.policies import EvictionPolicy, policy
+from lorax_async.lifecycle.policies import EvictionPolicy
 
 _TAKEN = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}
 _PUBLICATIONS = 3
@@ -54,7 +46,11 @@ class DiskCache:
     """Whole adapters by key, and partial ones on their way, in a folder that processes share.
 
     The budget counts adapters' files. Interrupted downloads make room first, then entries that are
-    not leased, in the policy's order.
+    not leased, in the policy's order. Between calls nothing is open but what is leased or
+    downloaded: a folder that is removed is made again by the next call.
+
+    Methods raise `ConfigError` if the folder belongs to another user, others may write to it, it
+    cannot be opened, or its file system has no locks.
 
     Parameters
     ----------
@@ -64,25 +60,12 @@ class DiskCache:
         Budget, over entries and partials of all processes.
     policy
         The order in which entries have to go; a new one.
-
-    Raises
-    ------
-    ConfigError
-        The folder belongs to another user, others may write to it, or it cannot be opened.
     """
 
     def __init__(self, path: str | os.PathLike[str], nbytes: int, policy: EvictionPolicy) -> None:
-        self._open = False
         self.directory = CacheDirectory(path)
         self.entries, self.partials = Entries(self.directory), Partials(self.directory)
-        self.budget = DiskBudget(self.directory, self.entries, self.partials, nbytes, policy)
-        try:
-            with translate_errors("clean up"):
-                self.directory.empty_trash()
-        except BaseException:
-            self.directory.close()
-            raise
-        self._open = True
+        self.budget = DiskBudget(self.directory, nbytes, policy)
 
     def open(self, key: CacheKey, *, check: bool = False) -> DiskEntry | None:
         """Lease the entry and count a use; None if there is none.
@@ -90,22 +73,17 @@ class DiskCache:
         Remove an entry whose files have not the recorded sizes, or whose bytes not the recorded
         digests: they are hashed with `check`, or if a file was touched.
         """
-        self.directory.restore()
         entry = self.entries.open(key.name, check=check)
-        if entry is not None:
-            self.note_use(entry)
-        return entry
+        return None if entry is None else self.use(entry)
 
-    def note_use(self, entry: DiskEntry) -> None:
-        """Count a use; close the entry if that fails."""
+    def use(self, entry: DiskEntry) -> DiskEntry:
+        """Count a use of an entry and return it; close it if that fails."""
         try:
-            with translate_errors("note a use"):
-                now_ns = time.time_ns()
-                entry.touch(now_ns)
-                self.budget.note_use(entry.record.name, entry.record.nbytes, now_ns)
+            self.budget.note_use(entry.record)
         except BaseException:
             entry.close()
             raise
+        return entry
 
     def try_begin(
         self, key: CacheKey, scope: str, *, alone: bool = False
@@ -124,16 +102,15 @@ class DiskCache:
                 if isinstance(claimed, int):
                     return claimed
                 return DiskDownload(self, key, scope, claimed)
-        self.note_use(entry)  # takes the budget's lock, which others hold when they lock this
-        return entry
+        return self.use(entry)  # takes the budget's lock, which others hold when they lock this
 
     def note_version(self, question: str, source: str, version: str) -> None:
         """Record a source's latest answer, whether the cache has that version or not."""
         if self.last_version(question) == (source, version):
             return  # it is on the disk, where another one might not be after a crash
         content = json.dumps({"source": source, "version": version}).encode()
-        answers, new = self.directory.answers, f"{unique()}.new"
-        with translate_errors("note a version"):
+        new = f"{unique()}.new"
+        with translate_errors("note a version"), self.directory.open("answers") as answers:
             try:
                 answers.write(new, content)  # a crash may leave half: that is none
                 os.rename(new, _name_of(question), src_dir_fd=answers.fd, dst_dir_fd=answers.fd)
@@ -143,9 +120,8 @@ class DiskCache:
 
     def last_version(self, question: str) -> tuple[str, str] | None:
         """Return the source and version of the last answer; None if there is none."""
-        self.directory.restore()
-        with translate_errors("look for a version"):
-            key = read_answer(self.directory.answers, _name_of(question))
+        with translate_errors("look for a version"), self.directory.open("answers") as answers:
+            key = read_answer(answers, _name_of(question))
         return None if key is None else (key.source, key.version)
 
     def condemn(self, key: CacheKey) -> None:
@@ -158,15 +134,11 @@ class DiskCache:
 
     def remove(self, key: CacheKey) -> bool:
         """Remove the entry and partials of it; False if any is in use."""
-        self.directory.restore()
         with translate_errors("remove an entry"), self.directory.locked():
-            partials = [self.partials.drop(name) for name in self.partials.of(key.name)]
-            self.entries.drop(key.name)
-            return all(partials) and self.directory.entries.status(key.name) is None
+            return all(map(self.directory.drop, (key.name, *self.partials.of(key.name))))
 
     def used(self) -> int:
         """Return the bytes of adapters' files in the cache now, partial ones included."""
-        self.directory.restore()
         return self.budget.used()
 
     @property
@@ -174,20 +146,9 @@ class DiskCache:
         """The bytes last measured; None before. Quick."""
         return self.budget.last_used
 
-    def close(self) -> None:
-        """Close the cache. Close entries and downloads first; readers may stay open. Idempotent."""
-        if self._open:
-            self._open = False
-            self.directory.close()
-
-    def __del__(self) -> None:
-        if getattr(self, "_open", False):
-            warnings.warn("unclosed disk cache", ResourceWarning, stacklevel=2)
-            self.close()
-
 
 class DiskDownload:
-    """An adapter on its way into the cache. If locks work, no other process downloads it.
+    """An adapter on its way into the cache, which no other process downloads meanwhile.
 
     Its folder becomes an entry by one rename: the first to do so wins. It is `mappable`, as the
     entry will be.
@@ -255,8 +216,7 @@ class DiskDownload:
                 ours.close()
                 raise
         if theirs is None:
-            self._cache.note_use(ours)
-            return ours
+            return self._cache.use(ours)
         ours.close()
         try:
             self.discard()
@@ -272,21 +232,18 @@ class DiskDownload:
 
     def _rename(self) -> DiskEntry | None:
         """Rename the folder; return the entry of a process that was faster, if there is one."""
-        parents, entries = self._directory, self._cache.entries
+        open_folder, entries = self._directory.open, self._cache.entries
         for _ in range(_PUBLICATIONS):
             try:
-                with self._directory.locked():
-                    os.rename(
-                        self._partial.name,
-                        self.key.name,
-                        src_dir_fd=parents.partials.fd,
-                        dst_dir_fd=parents.entries.fd,
-                    )
+                with (
+                    self._directory.locked(),
+                    open_folder("partials") as source,
+                    open_folder("entries") as target,
+                ):
+                    name, ours = self.key.name, self._partial.name
+                    os.rename(ours, name, src_dir_fd=source.fd, dst_dir_fd=target.fd)
             except FileNotFoundError as error:
-                raise FetchError(
-                    "another process took over the download where locks do not work, or its"
-                    " folder was removed; load it again"
-                ) from error
+                raise FetchError("its folder was removed; load it again") from error
             except OSError as error:
                 if error.errno not in _TAKEN:
                     raise
@@ -313,9 +270,7 @@ class DiskDownload:
             except BaseException:
                 self._remove()
                 raise
-            if any(kept):
-                self._partial.folder.sync()
-            elif not self._has_leftovers():
+            if not any(kept) and not self._has_leftovers():
                 self._remove()
 
     def _has_leftovers(self) -> bool:
@@ -334,9 +289,8 @@ class DiskDownload:
 
     def _remove(self) -> None:
         with self._directory.locked():
-            hidden = self._directory.hide(self._directory.partials, self._partial.name)
-        if hidden is not None:  # slow: without the lock that others need
-            self._directory.trash.remove_tree(hidden)
+            self._directory.hide(self._partial.name)
+        self._directory.empty_trash()  # slow: without the lock that others need
 
     @contextmanager
     def _ending(self) -> Iterator[None]:
@@ -344,7 +298,6 @@ class DiskDownload:
         self._open = False
         with ExitStack() as ending:  # runs all of these, also where one fails
             ending.callback(self._partial.close)
-            ending.callback(self._directory.release, self._partial.name)
             for file in self._files.values():
                 ending.callback(file.close)
             yield
@@ -363,43 +316,6 @@ def read_answer(answers: Folder, name: str) -> CacheKey | None:
 
 def _name_of(question: str) -> str:
     return hashlib.sha256(question.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-class OwnCache:
-    """The disk cache of one loader, made when it is first needed. From any thread; blocks."""
-
-    def __init__(self, config: StoreConfig) -> None:
-        self._config = config
-        self._lock = Lock()
-        self._cache: DiskCache | None = None
-        self._last_used: int | None = None
-        self._closed = False
-
-    def get(self) -> DiskCache:
-        """Return the cache. Raise `LoaderClosedError` after `close`, and as `DiskCache`."""
-        with self._lock:
-            if self._closed:
-                raise LoaderClosedError("the disk cache is closed")
-            if self._cache is None:
-                config = self._config
-                self._cache = DiskCache(
-                    config.cache_folder, config.cache_bytes, policy(config.eviction)
-                )
-            return self._cache
-
-    @property
-    def last_used(self) -> int | None:
-        """The bytes last measured, also after `close`; None before. Quick."""
-        cache = self._cache
-        return self._last_used if cache is None else cache.last_used
-
-    def close(self) -> None:
-        """Close the cache. Close entries and downloads first. Idempotent."""
-        with self._lock:
-            cache, self._cache, self._closed = self._cache, None, True
-        if cache is not None:
-            self._last_used = cache.last_used
-            cache.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -427,36 +343,27 @@ class Verified:
     problem: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Freed:
-    """What was removed. `nbytes` counts adapters' files."""
-
-    entries: int
-    partials: int
-    nbytes: int
-
-
 def ls(cache: DiskCache) -> list[Listed]:
     """List entries and partials, the most recently used first."""
     directory, now_ns = cache.directory, time.time_ns()
-    with translate_errors("look at its folder"), directory.locked():
-        entries = measure(directory.entries, is_entry_name)
-        partials = measure(directory.partials, is_partial_name)
+    with (
+        translate_errors("look at its folder"),
+        directory.locked(),
+        directory.open("entries") as entries,
+        directory.open("partials") as partials,
+    ):
+        whole, partial = measure(entries, is_entry_name), measure(partials, is_partial_name)
         items = []
-        for name, stored in sorted((entries | partials).items(), key=lambda item: -item[1].used_ns):
-            is_partial = name in partials
-            in_use = cache.partials.is_busy if is_partial else cache.entries.is_leased
-            record = None if is_partial else cache.entries.record(name)
-            age = max(0, now_ns - stored.used_ns) / 1e9
-            items.append(Listed(name, stored.nbytes, age, record, is_partial, in_use(name)))
+        for name, stored in sorted((whole | partial).items(), key=lambda item: -item[1].used_ns):
+            record = cache.entries.record(name) if name in whole else None
+            age, in_use = max(0, now_ns - stored.used_ns) / 1e9, directory.is_busy(name)
+            items.append(Listed(name, stored.nbytes, age, record, name in partial, in_use))
     return items
 
 
 def verify(cache: DiskCache) -> Iterator[Verified]:
     """Hash every entry again, one at a time; remove what is damaged."""
-    with translate_errors("look at its folder"):
-        names = sorted(filter(is_entry_name, cache.directory.entries.names()))
-    for name in names:
+    for name in sorted(listed.name for listed in ls(cache) if not listed.is_partial):
         with translate_errors("verify an entry"):
             record = cache.entries.record(name)
             try:
@@ -470,33 +377,29 @@ def verify(cache: DiskCache) -> Iterator[Verified]:
 
 
 def rm(cache: DiskCache, name: str) -> bool:
-    """Remove the entry or partial of that name; False if it is in use or gone."""
+    """Remove the entry or partial of that name, if it is there; False if it is in use."""
     with translate_errors("remove an entry"), cache.directory.locked():
-        return (cache.entries if is_entry_name(name) else cache.partials).drop(name)
+        return cache.directory.drop(name)
 
 
-def gc(cache: DiskCache, *, older_than: float = 0.0) -> Freed:
-    """Remove unusable files, then evict down to the budget.
+def gc(cache: DiskCache) -> list[Listed]:
+    """Remove unusable files, then evict down to the budget; return the entries and partials gone.
 
-    Unusable are partial downloads (begun at least `older_than` seconds ago), damaged entries,
-    answers about neither, leftovers of killed processes, and a former version's folder of locks.
+    Unusable are partial downloads that are not in use, damaged entries, answers about neither, and
+    leftovers of killed processes.
     """
-    directory = cache.directory
     before = ls(cache)
-    with translate_errors("clean up"):
-        for listed in before:
-            if not listed.is_partial and listed.record is None:
+    for listed in before:
+        if listed.is_partial:
+            rm(cache, listed.name)
+        elif listed.record is None:
+            with translate_errors("clean up"):
                 cache.entries.condemn(listed.name)
-            elif listed.is_partial and listed.age >= older_than:
-                rm(cache, listed.name)
-        cache.budget.trim()
-        directory.remove_former()
-        left = set(directory.entries.names())
-        for name in directory.answers.names():
-            key = read_answer(directory.answers, name)
+    cache.budget.trim()
+    left = {listed.name for listed in ls(cache)}
+    with translate_errors("clean up"), cache.directory.open("answers") as answers:
+        for name in answers.names():
+            key = read_answer(answers, name)
             if key is None or key.name not in left:
-                directory.answers.unlink(name)
-        left |= set(directory.partials.names())
-    gone = [listed for listed in before if listed.name not in left]
-    partials = sum(listed.is_partial for listed in gone)
-    return Freed(len(gone) - partials, partials, sum(listed.nbytes for listed in gone))
+                answers.unlink(name)
+    return [listed for listed in before if listed.name not in left]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 import time
@@ -29,34 +28,24 @@ from lorax_async.cache.base import (
     scope_name,
 )
 from lorax_async.cache.directory import (
+    DAMAGED,
     CacheDirectory,
     CrowdedError,
     Folder,
-    close_lock,
     read_all,
     suppress_read_only,
     translate_errors,
     try_lock,
 )
-from lorax_async.cache.partials import Partials, this_boot
+from lorax_async.cache.partials import this_boot
 from lorax_async.errors import AdapterFormatError, CapacityError, IntegrityError, InternalError
-from lorax_async.files import (
-    FileReader,
-    changed_error,
-    hash_on,
-    identity_of,
-    is_settled,
-    to_adapter_error,
-)
+from lorax_async.files import FileReader, hash_on, identity_of, is_settled, open_same
 from lorax_async.formats.digests import FileHash
 from lorax_async.lifecycle.policies import EvictionPolicy
 from lorax_async.types import AdapterKey, FileIdentity
 
 MAX_SCOPES = 1_024
 """Scopes that an entry remembers; any other has to ask the source."""
-
-_NO_FOLDER = {errno.ENOTDIR, errno.ELOOP}
-_DAMAGED = {errno.ENOENT, errno.EISDIR} | _NO_FOLDER
 
 Identities = Mapping[str, FileIdentity]
 """By the names of files."""
@@ -69,7 +58,7 @@ class DiskEntry:
 
     def __init__(
         self,
-        entries: Entries,
+        directory: CacheDirectory,
         lease: int,
         record: EntryRecord,
         files: Identities,
@@ -77,43 +66,39 @@ class DiskEntry:
         is_stamped: bool,
     ) -> None:
         self.record = record
-        self._entries = entries
-        self._lease = lease
         self.identities = files
         self.is_verified = is_stamped
+        self._directory = directory
+        self._lease = lease
         self._open = True
 
     @property
     def folder(self) -> str:
-        return os.path.join(self._entries.directory.path, "entries", self.record.name)
-
-    def touch(self, now_ns: int) -> None:
-        """Record the time of a use for all processes. Raise `OSError`."""
-        with suppress_read_only(), suppress(FileNotFoundError):
-            parent = self._entries.parent.fd
-            os.utime(self.record.name, ns=(now_ns, now_ns), dir_fd=parent, follow_symlinks=False)
+        return os.path.join(self._directory.path, "entries", self.record.name)
 
     def reader(self, name: str) -> FileReader:
         identity = self.identities.get(name)
         if identity is None:
             raise InternalError(f"the cache's entry has no {name}")
-        opener = partial(_open_same, self._entries.parent, self.record.name, name, identity)
-        return FileReader(opener, identity, name)
+        return FileReader(partial(open_same, f"{self.folder}/{name}", identity), identity, name)
 
     def granted(self, scope: str) -> float | None:
-        with translate_errors("look at an entry"):
-            try:
-                with self._entries.parent.subfolder(self.record.name) as folder:
-                    status = folder.status(scope_name(scope))
-            except FileNotFoundError:
-                return None
-        return None if status is None else max(0.0, time.time() - status.st_mtime)
+        with (
+            translate_errors("look at an entry"),
+            suppress(FileNotFoundError),
+            self._directory.open("entries") as parent,
+            parent.subfolder(self.record.name) as folder,
+        ):
+            status = folder.status(scope_name(scope))
+            return None if status is None else max(0.0, time.time() - status.st_mtime)
+        return None
 
     def grant(self, scope: str) -> None:
         with (
             translate_errors("write to an entry"),
             suppress_read_only(),
-            self._entries.parent.subfolder(self.record.name) as folder,
+            self._directory.open("entries") as parent,
+            parent.subfolder(self.record.name) as folder,
         ):
             grant(folder, scope)
 
@@ -121,7 +106,6 @@ class DiskEntry:
         if self._open:
             self._open = False
             os.close(self._lease)
-            self._entries.directory.release(self.record.name)
 
     def __del__(self) -> None:
         if self._open:
@@ -130,11 +114,10 @@ class DiskEntry:
 
 
 class Entries:
-    """All entries. `drop` and `is_leased` are called with the directory locked."""
+    """All entries."""
 
     def __init__(self, directory: CacheDirectory) -> None:
-        self.directory = directory
-        self.parent = directory.entries
+        self._directory = directory
 
     def open(self, name: str, *, check: bool) -> DiskEntry | None:
         """Lease an entry; None if there is none, or it was damaged and has been removed."""
@@ -145,69 +128,61 @@ class Entries:
 
     def require(self, name: str, *, check: bool) -> DiskEntry | None:
         """Lease an entry, as `open` does, but raise `IntegrityError` if it was damaged."""
-        entry = None
-        with translate_errors("open an entry"):
-            self.directory.hold(name)
+        with translate_errors("open an entry"), self._directory.open("entries") as parent:
             try:
-                entry = self._open(name, check=check)
-            finally:
-                if entry is None:
-                    self.directory.release(name)
-        return entry
+                folder = parent.subfolder(name)
+            except FileNotFoundError:
+                return None
+            except OSError as error:
+                if error.errno not in DAMAGED:
+                    raise
+                self.condemn(name)
+                raise IntegrityError("the cache's entry is no folder") from error
+            with folder:
+                try:
+                    return self._lease(name, folder, parent, check=check)
+                except IntegrityError:
+                    self.condemn(name, only=folder)
+                    raise
 
-    def _open(self, name: str, *, check: bool) -> DiskEntry | None:
-        try:
-            folder = self.parent.subfolder(name)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            if error.errno not in _NO_FOLDER:
-                raise
-            self.condemn(name)
-            raise IntegrityError("the cache's entry is no folder") from error
-        with folder:
-            try:
-                return self._lease(name, folder, check=check)
-            except IntegrityError:
-                self.condemn(name, only=folder)
-                raise
-
-    def _lease(self, name: str, folder: Folder, *, check: bool) -> DiskEntry | None:
+    def _lease(self, name: str, folder: Folder, parent: Folder, *, check: bool) -> DiskEntry | None:
         """Take the shared lock of the record, and return the entry; None if it is being removed."""
         try:
             lease = folder.file(RECORD, os.O_RDONLY)
         except OSError as error:
-            if error.errno not in _DAMAGED:
+            if error.errno not in DAMAGED:
                 raise
-            if not folder.is_named(name, within=self.parent):
+            if not folder.is_named(name, parent):
                 return None
             raise IntegrityError("the cache's record is missing") from error
-        entry = None
-        try:
-            locked = try_lock(lease, shared=True)
-            if locked is False:  # removals and `is_leased` of others hold it for a moment only
-                with self.directory.locked():
-                    locked = try_lock(lease, shared=True)
-            if locked is not False and folder.is_named(name, within=self.parent):
-                record = _read_record(lease, name)  # its name may have gone
-                files = _require_whole(folder, record, check=check)
-                remove_leftovers(folder)
-                stamped = is_stamped(folder, record, files)
-                entry = DiskEntry(self, lease, record, files, is_stamped=stamped)
-        finally:
-            if entry is None:
-                os.close(lease)
-        return entry
+        with ExitStack() as refused:
+            refused.callback(os.close, lease)
+            if not try_lock(lease, shared=True):  # removals of others hold it for a moment only
+                with self._directory.locked():
+                    if not try_lock(lease, shared=True):
+                        return None
+            if not folder.is_named(name, parent):
+                return None
+            record = _read_record(lease, name)
+            files = _require_whole(folder, record, check=check)
+            remove_leftovers(folder)
+            stamped = is_stamped(folder, record, files)
+            refused.pop_all()
+            return DiskEntry(self._directory, lease, record, files, is_stamped=stamped)
 
     def record(self, name: str) -> EntryRecord | None:
         """Return the record of an entry; None if it cannot be read. Raise `OSError`."""
         try:
-            with self.parent.subfolder(name) as folder, folder.open_file(RECORD, os.O_RDONLY) as fd:
+            with (
+                self._directory.open("entries") as parent,
+                parent.subfolder(name) as folder,
+                folder.open_file(RECORD, os.O_RDONLY) as fd,
+            ):
                 return _read_record(fd, name)
         except IntegrityError:
             return None
         except OSError as error:
-            if error.errno not in _DAMAGED:
+            if error.errno not in DAMAGED:
                 raise
             return None
 
@@ -221,48 +196,14 @@ class Entries:
         except BaseException:
             os.close(lease)
             raise
-        self.directory.hold(record.name)
-        return DiskEntry(self, lease, record, files, is_stamped=True)
-
-    def drop(self, name: str) -> bool:
-        """Remove an entry; False if it is leased, or not there. Raise `OSError`."""
-        directory = self.directory
-        with directory.holding, self._lock_alone(name) as alone:
-            hidden = directory.hide(self.parent, name) if alone else None
-        if hidden is not None:  # slow: without the lock that `hold` needs
-            directory.trash.remove_tree(hidden)
-        return hidden is not None
+        return DiskEntry(self._directory, lease, record, files, is_stamped=True)
 
     def condemn(self, name: str, only: Folder | None = None) -> None:
         """Remove an entry even if it is leased (`only` if it is still this folder)."""
-        with self.directory.locked():
-            same = only is None or only.is_named(name, within=self.parent)
-            hidden = self.directory.hide(self.parent, name) if same else None
-        if hidden is not None:  # slow: without the lock that others need
-            self.directory.trash.remove_tree(hidden)
-
-    def is_leased(self, name: str) -> bool:
-        """Return whether any process holds it. Raise `OSError`."""
-        with self._lock_alone(name) as alone:
-            return not alone
-
-    @contextmanager
-    def _lock_alone(self, name: str) -> Iterator[bool]:
-        """Lock an entry's record; yield False if it is leased."""
-        if name in self.directory.held():
-            yield False
-            return
-        with ExitStack() as opened:
-            alone = True  # also where there is no record to lease, or all is read-only
-            try:
-                folder = opened.enter_context(self.parent.subfolder(name))
-                fd = folder.file(RECORD, os.O_RDWR)
-                opened.callback(close_lock, fd)
-                alone = try_lock(fd) is not False
-            except OSError as error:
-                if error.errno not in _DAMAGED | {errno.EROFS}:
-                    raise
-            yield alone
+        with self._directory.locked(), self._directory.open("entries") as parent:
+            if only is None or only.is_named(name, parent):
+                self._directory.hide(name)
+        self._directory.empty_trash()  # slow: without the lock that others need
 
 
 def _read_record(fd: int, name: str) -> EntryRecord:
@@ -346,22 +287,6 @@ def grant(folder: Folder, scope: str) -> None:
     os.utime(name, dir_fd=folder.fd, follow_symlinks=False)
 
 
-def _open_same(folder: Folder, entry: str, name: str, identity: FileIdentity) -> int:
-    try:
-        fd = folder.file(f"{entry}/{name}", os.O_RDONLY)
-        try:
-            if identity_of(os.fstat(fd)) != identity:
-                raise changed_error(name)
-        except BaseException:
-            os.close(fd)
-            raise
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise changed_error(name) from error
-    except OSError as error:
-        raise to_adapter_error(error, name) from error
-    return fd
-
-
 FETCH_FIXED_COST = 32 << 20
 """What a fetch costs besides its bytes, in bytes: three round trips of 30 ms at 16 x 20 MB/s."""
 
@@ -378,22 +303,12 @@ class DiskBudget:
     """The bytes of a cache's folder, reserved before they are written, in any process.
 
     Totals are not kept: each reservation measures the folder and allocates its bytes with the
-    directory locked. Without locks two processes may see the same room; then the folder holds too
-    much until the next reservation. What others do with an entry shows in its last use; how often
-    it is used, each process counts for itself.
+    directory locked. What others do with an entry shows in its last use; how often it is used, each
+    process counts for itself.
     """
 
-    def __init__(
-        self,
-        directory: CacheDirectory,
-        entries: Entries,
-        partials: Partials,
-        nbytes: int,
-        policy: EvictionPolicy,
-    ) -> None:
+    def __init__(self, directory: CacheDirectory, nbytes: int, policy: EvictionPolicy) -> None:
         self._directory = directory
-        self._partials = partials
-        self._entries = entries
         self._nbytes = nbytes
         self._policy = policy
         self._lock = Lock()
@@ -405,14 +320,10 @@ class DiskBudget:
     def reserve(self, nbytes: int) -> Iterator[None]:
         """Make room for this many more bytes, to be allocated before the context is left.
 
-        Raise `CapacityError` if they do not fit beside the files in use.
+        Raise `CapacityError`, and evict nothing, if they do not fit beside the files in use.
         """
         with self._measure():
-            # Evict nothing in vain. Use by other processes shows only when an entry is dropped.
-            held, stored = self._directory.held(), self._whole | self._partial
-            in_use = sum(stored[name].nbytes for name in held if name in stored)
-            if in_use + nbytes <= self._nbytes:
-                self._evict(nbytes)
+            self._evict(nbytes)
             if self._used() + nbytes > self._nbytes:
                 is_possible = nbytes <= self._nbytes
                 raise (CrowdedError if is_possible else CapacityError)(
@@ -424,7 +335,7 @@ class DiskBudget:
             yield
 
     def trim(self) -> None:
-        """Evict unused entries and partials down to the budget."""
+        """Evict unused entries and partials down to the budget, or as far as possible."""
         with self._measure():
             self._evict(0)
 
@@ -438,24 +349,34 @@ class DiskBudget:
         """The bytes last measured, with this process's changes since; None before. Quick."""
         return self._used() if self._is_measured else None
 
-    def note_use(self, name: str, nbytes: int, now_ns: int) -> None:
+    def note_use(self, record: EntryRecord) -> None:
         """Count a use of an entry, which this or another process has published."""
+        name, now_ns = record.name, time.time_ns()
+        with (
+            translate_errors("note a use"),
+            suppress_read_only(),
+            suppress(FileNotFoundError),
+            self._directory.open("entries") as parent,
+        ):
+            os.utime(name, ns=(now_ns, now_ns), dir_fd=parent.fd, follow_symlinks=False)
         with self._lock:
             known = self._whole.get(name)
-            self._see(name, MeasuredFolder(nbytes, now_ns, known.inode if known else 0))
+            self._see(name, MeasuredFolder(record.nbytes, now_ns, known.inode if known else 0))
 
     @contextmanager
     def _measure(self) -> Iterator[None]:
         with self._lock, translate_errors("make room"), self._directory.locked():
             # The trash is not counted, and is empty except after a kill or a failure.
             self._directory.empty_trash()
-            entries = measure(self._directory.entries, is_entry_name, self._whole)
+            with self._directory.open("entries") as parent:
+                entries = measure(parent, is_entry_name, self._whole)
             for name in self._whole.keys() - entries.keys():
                 self._forget(name, evicted=False)
             for name, seen in sorted(entries.items(), key=lambda item: item[1].used_ns):
                 self._see(name, seen)
             # Partials change, so measure them anew each time; there are few.
-            self._partial = measure(self._directory.partials, is_partial_name)
+            with self._directory.open("partials") as parent:
+                self._partial = measure(parent, is_partial_name)
             self._is_measured = True
             yield
 
@@ -480,12 +401,21 @@ class DiskBudget:
             self._policy.remove(_key(name), evicted=evicted)
 
     def _evict(self, nbytes: int) -> None:
-        """Drop until this much is free, or nothing more can go: partials first, by their age."""
-        partials = sorted(self._partial, key=lambda name: self._partial[name].used_ns)
+        """Drop what is not in use until this much is free: partials first, by their age.
+
+        If that is not enough for a reservation, drop nothing.
+        """
+        stored = self._whole | self._partial
+        partials = sorted(self._partial, key=lambda name: stored[name].used_ns)
+        over, unused = self._used() + nbytes - self._nbytes, list[str]()
         for name in (*partials, *(key.location for key in self._policy.ranked())):
-            if self._used() + nbytes <= self._nbytes:
-                return
-            if (self._entries if is_entry_name(name) else self._partials).drop(name):
+            if over <= 0 or nbytes > self._nbytes:
+                break
+            if not self._directory.is_busy(name):
+                unused.append(name)
+                over -= stored[name].nbytes
+        for name in unused if over <= 0 or not nbytes else ():
+            if self._directory.drop(name):
                 self._forget(name, evicted=True)
 
 

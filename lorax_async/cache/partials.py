@@ -1,8 +1,8 @@
 """Partial downloads of a disk cache: their files, and adopting what was left. Blocks.
 
 A download holds a `flock` on a file in its folder, which the kernel drops when the process dies;
-then another download adopts the folder. Where there are no locks, each begins in a folder of its
-own, and one that nothing was written to for a while counts as abandoned.
+then another download adopts the folder. Its bytes may not be on the disk yet, so the folder's name
+has the boot: after a restart of the machine it is not adopted.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import errno
 import os
 import struct
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
@@ -27,8 +27,6 @@ from lorax_async.cache.base import (
 from lorax_async.cache.directory import (
     CacheDirectory,
     Folder,
-    close_lock,
-    suppress_read_only,
     translate,
     translate_errors,
     try_lock,
@@ -46,17 +44,9 @@ CHUNK_BYTES = 256 << 10
 MAX_UNSAVED_CHUNKS = 32
 """What a kill costs the file besides, or a sixteenth of it: each write of the map takes the GIL."""
 
-SYNCED = bytes(16)
-"""Stands for any boot in a map: the bytes are on the disk."""
-
-PATIENCE_SECONDS = 10.0
-"""A download that no byte was written to for this long is not waited for."""
-
 Reserve = Callable[[int], AbstractContextManager[None]]
 """Make room for this many more bytes, to be allocated before the context is left."""
 
-_MAGIC = b"LRXCHNK2"
-_HEADER = struct.Struct("<8s16sQQ")
 _WRITING, _READING = "write a download", "read a download back"
 
 
@@ -89,29 +79,20 @@ class ChunkMap:
             if self.bits[chunk // 8] >> chunk % 8 & 1
         )
 
-    def encoded(self, boot: bytes) -> bytes:
-        """Return the map's file: good for this boot, or for ever (`SYNCED`)."""
-        return _HEADER.pack(_MAGIC, boot, self.nbytes, CHUNK_BYTES) + self.bits
+    def encoded(self) -> bytes:
+        """Return the map's file."""
+        return b"LRXCHNK3" + struct.pack("<QQ", self.nbytes, CHUNK_BYTES) + self.bits
 
     @classmethod
-    def decoded(cls, content: bytes, nbytes: int, boot: bytes) -> ChunkMap | None:
-        """Decode the map of a file of `nbytes`; None if it is none, or not good for this boot."""
-        if len(content) < _HEADER.size:
-            return None
-        magic, good_for, size, chunk_bytes = _HEADER.unpack_from(content)
-        if (magic, size, chunk_bytes) != (_MAGIC, nbytes, CHUNK_BYTES):
-            return None
+    def decoded(cls, content: bytes, nbytes: int) -> ChunkMap | None:
+        """Decode the map of a file of `nbytes`; None if it is none."""
         chunk_map = cls(nbytes)
-        bits = content[_HEADER.size :]
-        beyond = chunk_map.chunks % 8 and bits and bits[-1] >> chunk_map.chunks % 8
-        if good_for not in {SYNCED, boot} or len(bits) != len(chunk_map.bits) or beyond:
+        empty, start = chunk_map.encoded(), len(content) - len(chunk_map.bits)
+        if len(content) != len(empty) or content[:start] != empty[:start]:
             return None
-        chunk_map.bits[:] = bits
-        return chunk_map
-
-
-def encoded_size(nbytes: int) -> int:
-    return _HEADER.size + -(-nbytes // (8 * CHUNK_BYTES))
+        chunk_map.bits[:] = content[start:]
+        beyond = chunk_map.chunks % 8 and chunk_map.bits[-1] >> chunk_map.chunks % 8
+        return None if beyond else chunk_map
 
 
 class PartialFile:
@@ -138,12 +119,14 @@ class PartialFile:
         self._here = SpanSet()
         self._unsaved = 0
         self._hash = FileHash("transport" if expected is None else expected.kind, nbytes)
-        self._map_file: SharedResource[int] | None = None
-        with translate_errors(_WRITING):
-            fd = folder.file(self.name, os.O_RDWR | os.O_CREAT)
-        self._file = SharedResource(self.name, os.close, opened=fd)
+        self._file, self._map_file = (
+            SharedResource(file, os.close, open=partial(folder.file, file, flags | os.O_CREAT))
+            for file, flags in ((name, os.O_RDWR), (self._map_name, os.O_WRONLY))
+        )
         try:
             self._map = self._resume() or self._begin(reserve)
+            with translate_errors(_WRITING):
+                self._write_map()
         except BaseException:
             self.close()
             with translate_errors("give room back"):
@@ -177,7 +160,7 @@ class PartialFile:
                     most = min(MAX_UNSAVED_CHUNKS, self._map.chunks // 16)
                     if self._unsaved > most:
                         self._unsaved = 0
-                        self._write_map(self._map.bits, _HEADER.size)
+                        self._write_map()
         except OSError as error:
             raise translate(error, _WRITING) from error
 
@@ -223,13 +206,11 @@ class PartialFile:
             return FileRecord(self.name, self.nbytes, os.fstat(fd).st_mtime_ns, digest)
 
     def keep(self) -> bool:
-        """Bring bytes and map to the disk; remove both if nothing is here. Raise `OSError`."""
+        """Leave bytes and map to the next download; remove both if nothing is here."""
         if not self._here.nbytes:
             self.remove()
             return False
-        with self._file as fd:
-            os.fsync(fd)
-        self._write_map(self._map.encoded(SYNCED), 0, sync=True)
+        self._write_map()
         return True
 
     def remove(self) -> None:
@@ -238,16 +219,16 @@ class PartialFile:
 
     def close(self) -> None:
         self._file.close()
-        if self._map_file is not None:
-            self._map_file.close()
+        self._map_file.close()
 
     def _resume(self) -> ChunkMap | None:
         """Adopt the file of a partial download, if its size matches and its map is good."""
         with translate_errors("resume a download"), self._file as fd:
             chunk_map = None
             if os.fstat(fd).st_size == self.nbytes and self._folder.status(self._map_name):
-                content = self._folder.read(self._map_name, encoded_size(self.nbytes))
-                chunk_map = ChunkMap.decoded(content, self.nbytes, this_boot())
+                max_bytes = len(ChunkMap(self.nbytes).encoded())
+                content = self._folder.read(self._map_name, max_bytes)
+                chunk_map = ChunkMap.decoded(content, self.nbytes)
             if chunk_map is None:
                 # The map first: it must not outlive the bytes that it tells of.
                 self._folder.unlink(self._map_name)
@@ -255,8 +236,6 @@ class PartialFile:
                 return None
             self._here = chunk_map.spans()
             self.resumed = self._here.nbytes > 0
-            # Before any new bit, the map on the disk must be good for this boot only.
-            self._open_map(chunk_map, os.O_WRONLY, sync=True)
             return chunk_map
 
     def _begin(self, reserve: Reserve) -> ChunkMap:
@@ -267,22 +246,11 @@ class PartialFile:
             except OSError as error:
                 os.ftruncate(fd, 0)
                 raise translate(error, "make room for a download") from error
-        chunk_map = ChunkMap(self.nbytes)
-        with translate_errors(_WRITING):
-            self._open_map(chunk_map, os.O_WRONLY | os.O_CREAT | os.O_EXCL, sync=False)
-        return chunk_map
+        return ChunkMap(self.nbytes)
 
-    def _open_map(self, chunk_map: ChunkMap, flags: int, *, sync: bool) -> None:
-        fd = self._folder.file(self._map_name, flags)
-        self._map_file = SharedResource(self._map_name, os.close, opened=fd)
-        self._write_map(chunk_map.encoded(this_boot()), 0, sync=sync)
-
-    def _write_map(self, content: bytes | bytearray, offset: int, *, sync: bool = False) -> None:
-        assert self._map_file is not None
+    def _write_map(self) -> None:
         with self._map_file as fd:
-            _write_all(fd, memoryview(content), offset)
-            if sync:
-                os.fsync(fd)
+            _write_all(fd, memoryview(self._map.encoded()), 0)
 
     def _compare(self, fd: int, data: memoryview, offset: int) -> None:
         """Raise `LeftoverError` if other bytes are here already."""
@@ -333,9 +301,9 @@ class PartialReader:
         self._descriptor.close()
 
 
-def this_boot() -> bytes:
+def this_boot() -> str:
     """Identify what runs the page cache: bytes that were not synced are lost with it."""
-    return bytes.fromhex(Path("/proc/sys/kernel/random/boot_id").read_text().replace("-", ""))
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "")
 
 
 def _write_all(fd: int, data: memoryview, offset: int) -> None:
@@ -358,83 +326,60 @@ class OpenPartial(NamedTuple):
 
 
 class Partials:
-    """All partial downloads, in folders named by the entry, a dot and anything. Raise `OSError`.
+    """All partial downloads, in folders named by the entry, the boot and anything.
 
-    `claim`, `drop` and `is_busy` are called with the directory locked.
+    Methods raise `OSError`. `claim` is called with the directory locked.
     """
 
     def __init__(self, directory: CacheDirectory) -> None:
         self._directory = directory
-        self._parent = directory.partials
 
     def of(self, entry: str) -> list[str]:
-        return [
-            name for name in self._parent.names() if is_partial_name(name) and name[:64] == entry
-        ]
+        with self._directory.open("partials") as parent:
+            names = parent.names()
+        return [name for name in names if is_partial_name(name) and name[:64] == entry]
 
     def claim(self, entry: str, *, alone: bool) -> OpenPartial | int:
         """Adopt what an interrupted download of the entry left, or begin a new one.
 
         While another one is under way, return its progress, a number that changes with each write;
-        begin beside it if `alone`. Of several that were left the newest is adopted; others go. The
-        caller owns the folder, and releases its name.
+        begin beside it if `alone`. Of several that were left since the machine was started the
+        newest is adopted; others go. The caller owns the folder.
         """
-        left = sorted(self.of(entry), key=self.changed_ns, reverse=True)
-        busy = [name for name in left if self.is_busy(name)]
-        has_locks = self._directory.has_locks
-        if busy and not alone and (has_locks or self._directory.held() & set(busy)):
-            return self.changed_ns(busy[0])
-        adopted = None
-        for name in left if has_locks and not busy else []:
-            if adopted is None:
+        left = sorted(self.of(entry), key=self._changed_ns, reverse=True)
+        busy = [name for name in left if self._directory.is_busy(name)]
+        if busy and not alone:
+            return self._changed_ns(busy[0])
+        prefix, adopted = f"{entry}.{this_boot()}", None
+        for name in left if not busy else ():
+            if adopted is None and name.startswith(prefix):
                 with suppress(FileNotFoundError):
-                    adopted = self._open_folder(entry, left=name)
+                    adopted = self._open_folder(prefix, left=name)
             else:
-                self._directory.remove(self._parent, name)
-        return adopted or self._open_folder(entry)
+                self._directory.drop(name)
+        return adopted or self._open_folder(prefix)
 
-    def drop(self, name: str) -> bool:
-        """Remove one; False if it is being written to, or not there."""
-        return not self.is_busy(name) and self._directory.remove(self._parent, name)
-
-    def is_busy(self, name: str) -> bool:
-        """Return whether any process is writing to it."""
-        if name in self._directory.held():
-            return True
-        if not self._directory.has_locks:
-            return time.time_ns() - self.changed_ns(name) < PATIENCE_SECONDS * 1e9
-        with suppress(FileNotFoundError, NotADirectoryError), suppress_read_only():
-            with self._parent.subfolder(name) as folder:
-                fd = folder.file(PARTIAL_LOCK, os.O_RDWR)
-            try:
-                return try_lock(fd) is False
-            finally:
-                close_lock(fd)
-        return False
-
-    def changed_ns(self, name: str) -> int:
+    def _changed_ns(self, name: str) -> int:
         """Return when it was written to last, in nanoseconds since the epoch; 0 if never."""
         try:
-            with self._parent.subfolder(name) as folder:
+            with self._directory.open("partials") as parent, parent.subfolder(name) as folder:
                 statuses = [folder.status(file) for file in (".", *folder.names())]
         except (FileNotFoundError, NotADirectoryError):
             return 0
         return max((status.st_mtime_ns for status in statuses if status is not None), default=0)
 
-    def _open_folder(self, entry: str, left: str | None = None) -> OpenPartial:
+    def _open_folder(self, prefix: str, left: str | None = None) -> OpenPartial:
         """Make a folder, or take over the one that was `left`: only one process can rename it."""
-        name = f"{entry}.{unique()}"
-        with ExitStack() as undone:
-            self._directory.hold(name)
-            undone.callback(self._directory.release, name)
+        name = f"{prefix}.{unique()}"
+        with self._directory.open("partials") as parent, ExitStack() as undone:
             if left is None:
-                os.mkdir(name, 0o700, dir_fd=self._parent.fd)
+                os.mkdir(name, 0o700, dir_fd=parent.fd)
             else:
-                os.rename(left, name, src_dir_fd=self._parent.fd, dst_dir_fd=self._parent.fd)
-            folder = undone.enter_context(self._parent.subfolder(name))
+                os.rename(left, name, src_dir_fd=parent.fd, dst_dir_fd=parent.fd)
+            folder = undone.enter_context(parent.subfolder(name))
             lock = folder.file(PARTIAL_LOCK, os.O_RDWR | os.O_CREAT)
             undone.callback(os.close, lock)
-            if try_lock(lock) is False:  # another process has just adopted it
+            if not try_lock(lock):  # another process has just adopted it
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
             undone.pop_all()
             return OpenPartial(name, folder, lock)

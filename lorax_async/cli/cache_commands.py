@@ -8,14 +8,13 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorax_async.cache.base import EntryRecord
-from lorax_async.cache.disk_cache import DiskCache, Freed, Listed, Verified, gc, ls, rm, verify
+from lorax_async.cache.disk_cache import DiskCache, Listed, Verified, gc, ls, rm, verify
 from lorax_async.cli.command_line import (
     ABOUTS,
     FAILED,
@@ -236,18 +235,18 @@ def _at_revision(ref: AdapterRef, revision: str | None) -> AdapterRef:
 
 
 def _ls(arguments: argparse.Namespace, terminal: Terminal) -> int:
-    with _open_cache(arguments) as (folder, cache):
-        listed = [] if cache is None else ls(cache)
-        total = sum(entry.nbytes for entry in listed)
-        if arguments.json:
-            entries = [_as_json(entry) for entry in listed]
-            terminal.json({"folder": str(folder), "entries": entries, "bytes": total})
-            return OK
-        if listed:
-            terminal.table([_row(entry) for entry in listed])
-            terminal.say(f"{format_size(total)} in {folder}")
-        else:
-            _say_empty(folder, cache, terminal)
+    folder, cache = _find_cache(arguments)
+    listed = [] if cache is None else ls(cache)
+    total = sum(entry.nbytes for entry in listed)
+    if arguments.json:
+        entries = [_as_json(entry) for entry in listed]
+        terminal.json({"folder": str(folder), "entries": entries, "bytes": total})
+        return OK
+    if listed:
+        terminal.table([_row(entry) for entry in listed])
+        terminal.say(f"{format_size(total)} in {folder}")
+    else:
+        _say_empty(folder, cache, terminal)
     return OK
 
 
@@ -308,19 +307,18 @@ def _identify(name: str, record: EntryRecord | None) -> dict[str, object]:
 
 
 def _verify(arguments: argparse.Namespace, terminal: Terminal) -> int:
-    with _open_cache(arguments) as (folder, cache):
-        results = [] if cache is None else _hash_entries(cache, terminal)
-        damaged = [entry for entry in results if entry.problem is not None]
-        if arguments.json:
-            entries = [
-                {**_identify(entry.name, entry.record), "problem": entry.problem}
-                for entry in results
-            ]
-            terminal.json({"folder": str(folder), "entries": entries})
-        elif results:
-            terminal.say(f"entries: {len(results)} hashed, {len(damaged)} damaged, in {folder}")
-        else:
-            _say_empty(folder, cache, terminal)
+    folder, cache = _find_cache(arguments)
+    results = [] if cache is None else _hash_entries(cache, terminal)
+    damaged = [entry for entry in results if entry.problem is not None]
+    if arguments.json:
+        entries = [
+            {**_identify(entry.name, entry.record), "problem": entry.problem} for entry in results
+        ]
+        terminal.json({"folder": str(folder), "entries": entries})
+    elif results:
+        terminal.say(f"entries: {len(results)} hashed, {len(damaged)} damaged, in {folder}")
+    else:
+        _say_empty(folder, cache, terminal)
     for entry in damaged:
         of = "" if entry.record is None else f" ({entry.record.source})"
         terminal.complain(f"entry {entry.name[:SHOWN_DIGITS]}{of} was removed: {entry.problem}")
@@ -350,18 +348,18 @@ def _hash_entries(cache: DiskCache, terminal: Terminal) -> list[Verified]:
 def _rm(arguments: argparse.Namespace, terminal: Terminal) -> int:
     removed: list[Listed] = []
     problems: list[str] = []
-    with _open_cache(arguments) as (folder, cache):
-        for name in dict.fromkeys(arguments.names):
-            try:
-                matches = _find(name, () if cache is None else ls(cache))
-            except UsageError as error:
-                problems.append(error.problem)
-                continue
-            for entry in matches:
-                if cache is not None and rm(cache, entry.name):
-                    removed.append(entry)
-                else:
-                    problems.append(f"{entry.name[:SHOWN_DIGITS]} is in use and was kept")
+    folder, cache = _find_cache(arguments)
+    for name in dict.fromkeys(arguments.names):
+        try:
+            matches = _find(name, () if cache is None else ls(cache))
+        except UsageError as error:
+            problems.append(error.problem)
+            continue
+        for entry in matches:
+            if cache is not None and rm(cache, entry.name):
+                removed.append(entry)
+            else:
+                problems.append(f"{entry.name[:SHOWN_DIGITS]} is in use and was kept")
     nbytes = sum(entry.nbytes for entry in removed)
     if arguments.json:
         entries = [_identify(entry.name, entry.record) for entry in removed]
@@ -404,18 +402,20 @@ def _find(text: str, listed: Sequence[Listed]) -> list[Listed]:
 
 def _gc(arguments: argparse.Namespace, terminal: Terminal) -> int:
     budget = sys.maxsize if arguments.bytes is None else arguments.bytes
-    with _open_cache(arguments, budget) as (folder, cache):
-        freed = Freed(0, 0, 0) if cache is None else gc(cache)
-        left = 0 if cache is None else cache.used()
+    folder, cache = _find_cache(arguments, budget)
+    gone = [] if cache is None else gc(cache)
+    partials, nbytes = sum(each.is_partial for each in gone), sum(each.nbytes for each in gone)
+    entries = len(gone) - partials
+    left = 0 if cache is None else cache.used()
     if arguments.json:
-        removed = {"entries": freed.entries, "partials": freed.partials, "bytes": freed.nbytes}
+        removed = {"entries": entries, "partials": partials, "bytes": nbytes}
         terminal.json({"folder": str(folder), "removed": removed, "bytes": left})
     elif cache is None:
         _say_empty(folder, cache, terminal)
     else:
         terminal.say(
-            f"removed: {format_size(freed.nbytes)} (entries: {freed.entries}, partial downloads:"
-            f" {freed.partials}); left: {format_size(left)} in {folder}"
+            f"removed: {format_size(nbytes)} (entries: {entries}, partial downloads: {partials});"
+            f" left: {format_size(left)} in {folder}"
         )
     if left > budget:
         terminal.complain(
@@ -424,22 +424,16 @@ def _gc(arguments: argparse.Namespace, terminal: Terminal) -> int:
     return FAILED if left > budget else OK
 
 
-@contextmanager
-def _open_cache(
+def _find_cache(
     arguments: argparse.Namespace, nbytes: int = sys.maxsize
-) -> Iterator[tuple[Path, DiskCache | None]]:
-    """Yield the cache folder, and the cache in it or None if there is none yet.
+) -> tuple[Path, DiskCache | None]:
+    """Return the cache folder, and the cache in it or None if there is none yet.
 
-    Opening a cache would create files in a foreign folder.
+    Using a cache would create files in a foreign folder.
     """
     folder = StoreConfig(cache_dir=arguments.cache_dir).cache_folder
     try:
         has_cache = "entries" in os.listdir(folder)
     except FileNotFoundError:
         has_cache = False
-    cache = DiskCache(folder, nbytes, policy("lru")) if has_cache else None
-    try:
-        yield folder, cache
-    finally:
-        if cache is not None:
-            cache.close()
+    return folder, DiskCache(folder, nbytes, policy("lru")) if has_cache else None

@@ -11,7 +11,7 @@ from threading import Lock
 from typing import Any, NamedTuple
 
 from lorax_async.cache.base import CacheEntry, EntryRecord
-from lorax_async.cache.disk_cache import OwnCache
+from lorax_async.cache.disk_cache import DiskCache
 from lorax_async.concurrency import FetchControl, ThreadPool, WorkerThreads
 from lorax_async.config import Checking, StoreConfig
 from lorax_async.errors import (
@@ -285,22 +285,20 @@ class BackendRegistry:
 
 
 def make_remote_source(
-    config: StoreConfig, own: OwnCache, tracer: Tracer | None = None
+    config: StoreConfig, make_cache: Callable[[], DiskCache], tracer: Tracer | None = None
 ) -> RemoteSource:
-    """Return a remote source that makes its threads and connections at its first use.
-
-    The caller closes it, and then the loader's own cache, `own`.
-    """
+    """Return a remote source that makes its cache, threads and connections at its first use."""
 
     def make() -> RemoteParts:
-        endpoint = parse_endpoint(config.hub_endpoint)  # raises: open nothing yet
+        endpoint = parse_endpoint(config.hub_endpoint)
+        own = make_cache()  # both may raise: open nothing before
         downloader = RangeDownloader(HttpSettings(connections=config.connections), tracer=tracer)
         workers = WorkerThreads(CACHE_THREADS)
         backends = BackendRegistry(config, endpoint, downloader)
         hub_cache = None
         if config.hub_cache != "off":
             hub_cache = StandardHubCache(config.hub_cache_dir, backends.hub.own_scope)
-        cache, fresh = TieredCache(hub_cache, own.get), config.revalidate
+        cache, fresh = TieredCache(hub_cache, own), config.revalidate
         resolver = VersionResolver(
             backends.backend, cache, workers, offline=config.offline, fresh=fresh
         )

@@ -15,13 +15,12 @@ from hypothesis import strategies as st
 
 from core.refusals import refusals
 from lorax_async.cache import base, partials
-from lorax_async.cache.partials import CHUNK_BYTES, SYNCED, ChunkMap, encoded_size
+from lorax_async.cache.partials import CHUNK_BYTES, ChunkMap
 from lorax_async.errors import AdapterFormatError, UsageError
 from lorax_async.formats.digests import Digest, DigestKind, FileHash, sent_sha256
 from lorax_async.formats.peft_names import CONFIG_FILE, WEIGHTS_FILE
 from lorax_async.formats.spans import ByteRange, SpanSet
 
-BOOT = b"a" * 16
 TEXT = st.text(st.characters(exclude_categories=()), max_size=20)
 
 
@@ -131,18 +130,18 @@ def test_the_map_on_disk_tells_of_whole_chunks_only(
     nbytes, chunk, spans = case
     with mock.patch.object(partials, "CHUNK_BYTES", chunk):
         here, model, found = SpanSet(), set[int](), ChunkMap(nbytes)
-        moments = [found.encoded(BOOT)]
+        moments = [found.encoded()]
         chunks = [set(range(at, min(nbytes, at + chunk))) for at in range(0, nbytes, chunk)]
         for start, stop in spans:
             model |= set(range(start, stop))
             found.mark((start, stop), here.add(start, stop))
-            moments.append(found.encoded(BOOT))
-            left = ChunkMap.decoded(moments[-1], nbytes, BOOT)
+            moments.append(found.encoded())
+            left = ChunkMap.decoded(moments[-1], nbytes)
             assert left is not None
             told = {byte for first, last in left.spans() for byte in range(first, last)}
             assert told == set[int]().union(*(each for each in chunks if each <= model))
         content = bytes(choice.choice(each) for each in zip(*moments, strict=True))
-        torn = ChunkMap.decoded(content, nbytes, BOOT)
+        torn = ChunkMap.decoded(content, nbytes)
         assert torn is not None
         assert all(here.covers(start, stop) for start, stop in torn.spans())
 
@@ -155,34 +154,28 @@ def test_a_map_in_the_default_size() -> None:
     assert found.bits == b"\x06"
     found.mark((786_433, 1_048_577), (786_433, 1_048_577))
     assert list(found.spans()) == [(262_144, 786_432), (1_048_576, 1_048_577)]
-    assert (
-        found.encoded(BOOT) == b"LRXCHNK2" + BOOT + struct.pack("<QQ", 1_048_577, 262_144) + b"\x16"
-    )
-    assert encoded_size(1_048_577) == len(found.encoded(BOOT)) == 41
+    assert found.encoded() == b"LRXCHNK3" + struct.pack("<QQ", 1_048_577, 262_144) + b"\x16"
 
 
 TEN = 10 * CHUNK_BYTES - 5
 """Bytes of ten chunks."""
 
-GOOD = ChunkMap(TEN).encoded(BOOT)
-HEAD = GOOD[:24]
+GOOD = ChunkMap(TEN).encoded()
 WRONG_SIZES = [(TEN + 1, CHUNK_BYTES), (TEN, 0), (TEN, 2 * CHUNK_BYTES)]
 NO_MAPS = [
-    *(b"", GOOD[:-1], GOOD + b"\0", GOOD[:30], b"X" + GOOD[1:]),
-    *(HEAD + struct.pack("<QQ", *at) + GOOD[40:] for at in WRONG_SIZES),
+    *(b"", GOOD[:-1], GOOD + b"\0", GOOD[:20], b"X" + GOOD[1:]),
+    *(GOOD[:8] + struct.pack("<QQ", *at) + GOOD[24:] for at in WRONG_SIZES),
     GOOD[:-1] + b"\x04",  # the eleventh chunk of ten
-    ChunkMap(TEN).encoded(b"b" * 16),  # of another boot
 ]
 
 
 def test_what_is_no_map_of_the_file_is_none() -> None:
-    assert [each for each in NO_MAPS if ChunkMap.decoded(each, TEN, BOOT) is not None] == []
+    assert [each for each in NO_MAPS if ChunkMap.decoded(each, TEN) is not None] == []
     for content, nbytes, spans in [
-        (ChunkMap(0).encoded(BOOT), 0, []),
+        (ChunkMap(0).encoded(), 0, []),
         (GOOD[:-1] + b"\x03", TEN, [(8 * CHUNK_BYTES, TEN)]),
-        (ChunkMap(TEN).encoded(SYNCED), TEN, []),
     ]:
-        found = ChunkMap.decoded(content, nbytes, BOOT)
+        found = ChunkMap.decoded(content, nbytes)
         assert found is not None
         assert list(found.spans()) == spans
 

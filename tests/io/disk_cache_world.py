@@ -45,9 +45,7 @@ class DiskWorld:
 
 @contextmanager
 def opened(folder: Path, nbytes: int = 1 << 30, name: PolicyName = "lru") -> Iterator[DiskWorld]:
-    world = DiskWorld(folder, nbytes, name)
-    with closing(world.cache):
-        yield world
+    yield DiskWorld(folder, nbytes, name)
 
 
 def weights(seed: int = 1, nbytes: int = NBYTES) -> bytes:

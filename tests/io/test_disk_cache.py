@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from random import Random
 from threading import Event
@@ -48,7 +48,7 @@ from source_inputs import read, read_rows, rows_of
 from lorax_async.cache import disk_cache
 from lorax_async.cache.base import CacheKey, LeftoverError
 from lorax_async.cache.directory import Folder
-from lorax_async.cache.disk_cache import DiskCache, DiskDownload, Freed
+from lorax_async.cache.disk_cache import DiskCache, DiskDownload
 from lorax_async.cache.entries import MAX_SCOPES
 from lorax_async.cache.partials import CHUNK_BYTES
 from lorax_async.errors import CapacityError, ConfigError, FetchError, IntegrityError, InternalError
@@ -409,7 +409,7 @@ class TestDamage:
         reader.close()
         held.close()
 
-    @pytest.mark.parametrize("removed", ["partials/*", "."])
+    @pytest.mark.parametrize("removed", ["partials/*", "*/", "."])
     @pytest.mark.parametrize("end", ["publish", "discard", "close"])
     def test_a_removed_download_says_so(self, world: DiskWorld, end: str, removed: str) -> None:
         """It leaves nothing, and the next one begins anew."""
@@ -426,6 +426,43 @@ class TestDamage:
         keep(world.cache, KEY, b"def")
         assert is_there(world.cache, KEY)
 
+    @pytest.mark.parametrize("moved", [False, True], ids=["removed", "moved away"])
+    def test_a_removed_folder_is_made_again(
+        self, world: DiskWorld, tmp_path: Path, moved: bool
+    ) -> None:
+        """For all threads, whatever is in progress; what is moved away is not written to."""
+        held, of = stored(world.cache, key(9), b"abc"), range(8)
+        opened_before, unopened = held.reader(WEIGHTS_FILE), held.reader(WEIGHTS_FILE)
+        assert read(opened_before, 0, 3) == b"abc"
+        download = begun(world.cache, key(0))
+        put(download.file(WEIGHTS_FILE, 3), b"abc", [(0, 3)])
+        beside = tmp_path / "beside" / "moved"
+        world.folder.rename(beside)
+
+        def times() -> dict[Path, int]:
+            return {path: path.lstat().st_mtime_ns for path in (beside / "entries").rglob("*")}
+
+        before = times()
+        if not moved:
+            shutil.rmtree(beside)
+        with ThreadPoolExecutor(len(of)) as threads:
+            list(threads.map(lambda n: keep(world.cache, key(n), b"%d" % n), of))
+            contents = list(threads.map(lambda n: read_back(world.cache, key(n)), of))
+        assert contents == [b"%d" % n for n in of]
+        assert there(world, 10) == list(of)
+        if moved:
+            assert read(opened_before, 0, 3) == b"abc"
+        for gone in (unopened,) if moved else (unopened, opened_before):
+            with pytest.raises(IntegrityError, match="again"):
+                read(gone, 0, 3)
+        with pytest.raises(FetchError, match="removed.*load it again"):
+            download.publish()
+        for each in (opened_before, unopened, download, held):
+            each.close()
+        assert open_below(tmp_path) == []
+        assert times() == (before if moved else {})
+        shutil.rmtree(beside, ignore_errors=True)
+
     @pytest.mark.slow  # it waits for a lock
     def test_an_entry_that_goes_while_it_is_opened_is_fetched_anew(
         self, world: DiskWorld, monkeypatch: pytest.MonkeyPatch
@@ -433,7 +470,7 @@ class TestDamage:
         keep(world.cache, KEY, b"abc")
         with opened(world.folder) as other, monkeypatch.context() as patch:
 
-            def is_named(self: Folder, name: Any, within: Folder | None = None) -> bool:
+            def is_named(self: Folder, name: str, within: Folder) -> bool:
                 named = is_named_still(self, name, within)
                 if name == KEY.name:
                     other.cache.condemn(KEY)
@@ -493,6 +530,12 @@ HOSTILE = ["../../beside/x", "/etc/passwd", "", ".", "\0", "a" * 5_000, "\ud800"
 HOSTILE += ["0" * 64, "record.json", "file:///etc/passwd"]
 
 
+def use_all_folders(cache: DiskCache) -> None:
+    cache.last_version("question")
+    cache.open(KEY)
+    cache.used()
+
+
 class TestFolder:
     @pytest.mark.parametrize("text", HOSTILE)
     def test_hostile_keys_stay_in_the_folder(self, world: DiskWorld, text: str) -> None:
@@ -517,34 +560,36 @@ class TestFolder:
     def test_must_be_this_users_alone(self, tmp_path: Path, monkeypatch: Patch) -> None:
         """It, or one inside it."""
         folder = tmp_path / "cache"
-        DiskCache(folder, 1, policy("lru")).close()
-        for each in (folder, *folder.iterdir()):
+        cache = DiskCache(folder, 1, policy("lru"))
+        use_all_folders(cache)
+        for each in (folder, *folder.glob("*/")):
             for mode in (0o770, 0o707, 0o720, 0o702, 0o1777):
                 each.chmod(mode)
                 with pytest.raises(ConfigError, match="others may write.*chmod 700"):
-                    DiskCache(folder, 1, policy("lru"))
+                    use_all_folders(cache)
             each.chmod(0o700)
         if os.geteuid() == 0:
-            os.chown(next(folder.iterdir()), 12_345, -1)
+            os.chown(folder / "entries", 12_345, -1)
         else:
             monkeypatch.setattr(os, "geteuid", lambda: 12_345)
         with pytest.raises(ConfigError, match="another user"):
-            DiskCache(folder, 1, policy("lru"))
+            cache.open(KEY)
         assert open_below(tmp_path) == []
 
     def test_a_place_that_is_no_folder_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
         for path in (tmp_path / "file", tmp_path / "file" / "below"):
             with pytest.raises(ConfigError, match="cannot be opened"):
-                DiskCache(path, 1, policy("lru"))
-        DiskCache(tmp_path / "cache", 1, policy("lru")).close()
+                use_all_folders(DiskCache(path, 1, policy("lru")))
+        cache = DiskCache(tmp_path / "cache", 1, policy("lru"))
+        use_all_folders(cache)
         (tmp_path / "beside").mkdir()
-        for inside in (tmp_path / "cache").iterdir():
+        for inside in (tmp_path / "cache").glob("*/"):
             for target in (tmp_path / "beside", tmp_path / "nowhere"):
                 inside.rename(tmp_path / "kept")
                 inside.symlink_to(target)
                 with pytest.raises(ConfigError, match=f"'{inside.name}'"):
-                    DiskCache(tmp_path / "cache", 1, policy("lru"))
+                    use_all_folders(cache)
                 inside.unlink()
                 (tmp_path / "kept").rename(inside)
         assert os.listdir(tmp_path / "beside") == []
@@ -555,7 +600,6 @@ def test_what_is_forgotten_is_closed_with_a_warning(tmp_path: Path) -> None:
         makes: dict[str, Callable[[], object]] = {
             "download": lambda: begun(world.cache),
             "entry": lambda: stored(world.cache, KEY, b"abc"),
-            "disk cache": lambda: DiskCache(tmp_path / "other", 1, policy("lru")),
         }
         before = open_below(tmp_path)
         for name, make in makes.items():
@@ -563,13 +607,6 @@ def test_what_is_forgotten_is_closed_with_a_warning(tmp_path: Path) -> None:
                 make()
             assert open_below(tmp_path) == before
     assert open_below(tmp_path) == []
-
-
-def test_a_closed_cache_says_so(world: DiskWorld) -> None:
-    world.cache.close()
-    for ask in (lambda: world.cache.open(KEY), lambda: begun(world.cache), world.cache.used):
-        with pytest.raises(FetchError, match="closed before it was used"):
-            ask()
 
 
 def test_last_versions_are_remembered_and_none_says_who_asked(world: DiskWorld) -> None:
@@ -594,20 +631,23 @@ def test_last_versions_are_remembered_and_none_says_who_asked(world: DiskWorld) 
 
 
 def test_cleaning_up_removes_what_serves_nobody(world: DiskWorld) -> None:
-    """Damaged entries, partial downloads, answers about neither, and a former version's locks."""
+    """Damaged entries, partial downloads, and answers about neither."""
     for number in range(2):
         keep(world.cache, key(number), b"abc")
     (world.entry(key(1)) / "record.json").unlink()
     left(world.cache, KEY, weights(), [(0, NBYTES)])
-    (former := world.folder / "locks").mkdir()
     world.cache.note_version("here?", key(0).source, key(0).version)
     world.cache.note_version("gone?", "org/elsewhere", "2" * 40)
-    assert disk_cache.gc(world.cache, older_than=1_000) == Freed(1, 0, 3 + len(CONFIG))
-    assert disk_cache.gc(world.cache) == Freed(0, 1, NBYTES)
+    with closing(begun(world.cache, key(2))) as download:
+        download.file(WEIGHTS_FILE, 10)
+        gone = {
+            each.name[:64]: (each.is_partial, each.nbytes) for each in disk_cache.gc(world.cache)
+        }
+        assert gone == {key(1).name: (False, 3 + len(CONFIG)), KEY.name: (True, NBYTES)}
+    assert disk_cache.gc(world.cache) == []
     assert is_there(world.cache, key(0))
     assert world.cache.last_version("here?") == (key(0).source, key(0).version)
     assert world.cache.last_version("gone?") is None
-    assert not former.exists()
 
 
 def resumed_and_published(cache: DiskCache) -> None:
@@ -668,12 +708,12 @@ def test_any_call_fails_and_the_next_is_right(
 def test_a_cache_that_cannot_be_opened_leaves_nothing_open(tmp_path: Path, code: int) -> None:
     calls = Calls(CHANGES + LOOKS)
     with calls.counted():
-        DiskCache(tmp_path / "first", 1, policy("lru")).close()
+        use_all_folders(DiskCache(tmp_path / "first", 1, policy("lru")))
     failed = 0
     for at in range(1, len(calls.made) + 1):
         with failing(CHANGES + LOOKS, at, code).counted():
             try:
-                DiskCache(tmp_path / str(at), 1, policy("lru")).close()
+                use_all_folders(DiskCache(tmp_path / str(at), 1, policy("lru")))
             except (ConfigError, FetchError):
                 failed += 1
         assert open_below(tmp_path) == []
@@ -718,16 +758,6 @@ def test_bytes_are_on_the_disk_before_they_are_published(world: DiskWorld) -> No
     for role in (CONFIG_FILE, WEIGHTS_FILE):
         put(download.file(role, 5), b"abcde", [(0, 5)])
     assert made("fsync rename", lambda: download.publish().close()) == "fsync fsync rename"
-
-
-def test_what_is_left_is_on_the_disk_before_it_is_trusted(world: DiskWorld) -> None:
-    """Bytes, then the map that says so, then names. Who goes on revokes that at once."""
-    download = begun(world.cache)
-    put(download.file(WEIGHTS_FILE, 5), b"abcde", [(0, 5)])
-    assert made("fsync pwritev", download.close) == "fsync pwritev fsync fsync"
-    download = begun(world.cache)
-    assert made("fsync pwritev", lambda: download.file(WEIGHTS_FILE, 5)) == "pwritev fsync"
-    download.discard()
 
 
 def test_who_adds_no_file_leaves_what_was_left(world: DiskWorld) -> None:
@@ -775,42 +805,46 @@ def test_a_file_over_the_process_limit(world: DiskWorld) -> None:
     keep(world.cache, KEY, CONTENT)
 
 
-def without_locks(monkeypatch: Patch, code: int) -> None:
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF])
+def test_a_file_system_without_locks_is_refused(
+    world: DiskWorld, monkeypatch: Patch, code: int
+) -> None:
+    """Also for what is there already, which another process might remove meanwhile."""
+
     def unsupported(fd: int, how: int) -> None:
         raise OSError(code, os.strerror(code))
 
+    keep(world.cache, KEY, b"abc")
+    before = below(world.folder)
     monkeypatch.setattr(fcntl, "flock", unsupported)
+    uses: list[Callable[[], object]] = [
+        lambda: world.cache.open(KEY),
+        lambda: world.cache.try_begin(key(1), SCOPE),
+        world.cache.used,
+        lambda: world.cache.remove(KEY),
+        lambda: disk_cache.ls(world.cache),
+    ]
+    for use in uses:
+        with pytest.raises(ConfigError, match="no locks.*set cache_dir"):
+            use()
+    assert below(world.folder) == before
 
 
-@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF])
-def test_without_locks_each_has_a_folder(two: Two, monkeypatch: Patch, code: int) -> None:
-    """The first to end is what both have."""
-    without_locks(monkeypatch, code)
-    downloads = [begun(world.cache) for world in two]
-    for download in downloads:
-        put(download.file(WEIGHTS_FILE, 10), b"0123456789", [(0, 10)])
-    entries = [download.publish() for download in downloads]
-    assert entries[0].record == entries[1].record
-    for entry in entries:
-        assert content_of(entry) == b"0123456789"
-        entry.close()
-    keep(two[0].cache, key(1), bytes(1_000))
-
-
-def test_without_locks_it_knows_what_it_holds(two: Two, monkeypatch: Patch) -> None:
-    without_locks(monkeypatch, errno.ENOLCK)
-    cache = two[0].cache
-    held = stored(cache, key(0), bytes(1_000))
-    download = begun(cache, key(1))
-    download.file(WEIGHTS_FILE, SIZE)
-    assert isinstance(cache.try_begin(key(1), SCOPE), int)
-    for number in range(2, 4):
-        keep(cache, key(number), bytes(1_000))
-    assert there(two[0], 4) == [0, 3]
-    assert not cache.remove(key(0))
-    assert not cache.remove(key(1))
-    assert content_of(held) == bytes(1_000)
-    download.close()
+def test_nothing_is_evicted_in_vain(two: Two) -> None:
+    """What is in use leaves too little room: the rest stays, and is enough for smaller ones."""
+    one, other = two
+    held = stored(one.cache, key(0), bytes(1_000))
+    left(one.cache, key(1), bytes(1_000), [(0, 1_000)])
+    keep(one.cache, key(2), bytes(1_000))
+    for cache in (one.cache, other.cache):
+        with (
+            closing(begun(cache, key(3))) as download,
+            pytest.raises(CapacityError, match="in use"),
+        ):
+            download.file(WEIGHTS_FILE, 2 * SIZE + 1)
+        assert cache.used() == 2 * SIZE + 1_000
+    keep(other.cache, key(3), bytes(1_000))
+    assert there(one, 4) == [0, 2, 3]
     held.close()
 
 
@@ -926,11 +960,11 @@ def test_a_process_that_hangs_is_not_waited_for(two: Two) -> None:
     entry.close()
 
 
-def run_script(what: str, base: Path, locks: str = "flock", before: Sequence[str] = ()) -> Any:
+def run_script(what: str, base: Path, before: Sequence[str] = ()) -> Any:
     here = Path(__file__).parent
     paths = [here, here.parent, here.parents[1], here.parents[1] / "kernels"]
     done = subprocess.run(
-        [*before, sys.executable, here / "cache_processes.py", what, base, locks],
+        [*before, sys.executable, here / "cache_processes.py", what, base],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))},
         capture_output=True,
         text=True,
@@ -958,10 +992,8 @@ def chunks_in(spans: list[list[int]]) -> set[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("locks", ["flock", "none"])
-def test_killed_after_any_call_a_second_process_goes_on(tmp_path: Path, locks: str) -> None:
-    """Without locks it begins anew, and what was left stays until it is cleaned up."""
-    outcomes = run_script("kills", tmp_path, locks)
+def test_killed_after_any_call_a_second_process_goes_on(tmp_path: Path) -> None:
+    outcomes = run_script("kills", tmp_path)
     calls = {outcome["call"] for outcome in outcomes}
     assert calls >= {"open", "mkdir", "pwritev", "posix_fallocate", "fsync", "rename", "unlink"}
     for outcome in outcomes:
@@ -969,8 +1001,7 @@ def test_killed_after_any_call_a_second_process_goes_on(tmp_path: Path, locks: s
         assert outcome["left"] == outcomes[0]["left"], outcome
         spans = [(a // CHUNK_BYTES, -(-b // CHUNK_BYTES)) for a, b in outcome["fetched"]]
         fetched = {number for span in spans for number in range(*span)}
-        if locks == "flock":
-            assert not fetched & chunks_in(outcome["written"]), outcome
+        assert not fetched & chunks_in(outcome["written"]), outcome
     assert [] in [outcome["fetched"] for outcome in outcomes]  # all was here, or published
 
 
@@ -990,20 +1021,14 @@ def test_a_crash_of_the_machine(tmp_path: Path, monkeypatch: Patch, rebooted: bo
         download = begun(world.cache)
         assert download.file(WEIGHTS_FILE, NBYTES).missing() == (ALL if rebooted else [])
         download.discard()
+        assert below(tmp_path) == set()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("locks", [True, False], ids=["flock", "none"])
-def test_anything_at_any_time(tmp_path: Path, monkeypatch: Patch, locks: bool) -> None:
-    """Fetches, evictions and giving up, of six users at a time on a small budget.
-
-    Without locks they may exceed it by what each writes, and an entry may go before it is read.
-    """
-    if not locks:
-        without_locks(monkeypatch, errno.ENOLCK)
+def test_anything_at_any_time(tmp_path: Path) -> None:
+    """Fetches, evictions and giving up, of six users at a time on a small budget."""
     contents = [weights(number, 200_000 + 90_000 * number) for number in range(5)]
     budget = 1_000_000
-    most = budget if locks else budget + 5 * max(map(len, contents))
 
     def fetch(cache: DiskCache, number: int, gives_up: bool) -> bool:
         content, found = contents[number], begin(cache, key(number))
@@ -1018,7 +1043,7 @@ def test_anything_at_any_time(tmp_path: Path, monkeypatch: Patch, locks: bool) -
             entry = found.publish() if isinstance(found, DiskDownload) else found
             with closing(entry):
                 assert content_of(entry) == content
-                assert cache.used() <= most
+                assert cache.used() <= budget
         return True
 
     def play(seed: int) -> int:
@@ -1026,19 +1051,12 @@ def test_anything_at_any_time(tmp_path: Path, monkeypatch: Patch, locks: bool) -
         draw, had = Random(seed), 0
         with opened(tmp_path, budget) as world:
             for number in draw.choices(range(5), k=30):
-                try:
+                with suppress(CapacityError):  # the others have all of the room
                     had += fetch(world.cache, number, gives_up=draw.random() < 0.2)
-                except CapacityError:
-                    pass  # the others have all of the room
-                except FetchError as error:
-                    assert not locks, error
-                    assert "again" in str(error)
         return had
 
     with ThreadPoolExecutor(6) as threads:
-        assert sum(threads.map(play, range(6))) >= (20 if locks else 1), "most were refused"
-    for path in (tmp_path / "partials").rglob("*"):
-        os.utime(path, (0, 0))  # without locks, what was written to lately may be in use
+        assert sum(threads.map(play, range(6))) >= 20, "most were refused"
     with opened(tmp_path, budget) as world:
         assert [each.problem for each in disk_cache.verify(world.cache) if each.problem] == []
         disk_cache.gc(world.cache)

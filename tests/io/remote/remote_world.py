@@ -198,7 +198,7 @@ class RemoteWorld:
         """Seconds that its clock is ahead."""
         self.cache = DiskCache(self.folder, cache_bytes, policy("lru"))
         resolving = VersionResolver(
-            *(lambda _: self.locator, TieredCache(None, lambda: self.cache), self.workers),
+            *(lambda _: self.locator, TieredCache(None, self.cache), self.workers),
             offline=False,
             fresh=revalidate,
             clock=lambda: time.monotonic() + self.later,
@@ -253,7 +253,7 @@ class RemoteWorld:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for end in (self.engine.close, self.workers.shutdown, self.cache.close):
+        for end in (self.engine.close, self.workers.shutdown):
             end()
         self.server.__exit__()
 

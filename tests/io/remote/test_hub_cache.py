@@ -5,7 +5,6 @@ import shutil
 import stat
 import time
 from collections.abc import Callable
-from contextlib import closing
 from hashlib import sha256
 from pathlib import Path
 
@@ -343,46 +342,46 @@ def stored(cache: TieredCache, key: CacheKey) -> CacheEntry:
 def test_downloads_go_to_our_own_cache(tmp_path: Path, hub_client: Path) -> None:
     by_hand.put(hub_client, REPO, ADAPTER, commit=COMMIT, refs=("main", "refs/pr/1"))
     before, other = tree(hub_client), CacheKey(REPO, "d" * 40)
-    with closing(DiskCache(tmp_path / "disk", 1 << 30, policy("lru"))) as disk:
-        cache = TieredCache(opened(hub_client), lambda: disk)
-        tried = cache.try_begin(KEY, "somebody")
-        for found in (cache.open(KEY), tried):
-            assert isinstance(found, CacheEntry)
-            assert contents(found) == ADAPTER
-            found.close()
-        assert disk.used() == 0
-        entry = stored(cache, other)
-        assert entry.mappable
-        entry.close()
-        assert disk.used() == sum(map(len, ADAPTER.values()))
+    disk = DiskCache(tmp_path / "disk", 1 << 30, policy("lru"))
+    cache = TieredCache(opened(hub_client), disk)
+    tried = cache.try_begin(KEY, "somebody")
+    for found in (cache.open(KEY), tried):
+        assert isinstance(found, CacheEntry)
+        assert contents(found) == ADAPTER
+        found.close()
+    assert disk.used() == 0
+    entry = stored(cache, other)
+    assert entry.mappable
+    entry.close()
+    assert disk.used() == sum(map(len, ADAPTER.values()))
 
-        def last(ref: AdapterRef) -> tuple[str, str] | None:
-            return cache.last_version(question_of(ref))
+    def last(ref: AdapterRef) -> tuple[str, str] | None:
+        return cache.last_version(question_of(ref))
 
-        for revision in (None, "refs/pr/1", COMMIT):
-            assert last(AdapterRef(REPO, "hub", revision)) == (REPO, COMMIT)
-        for ref in (
-            *(AdapterRef(REPO, "hub", "v1.0"), AdapterRef(REPO, "s3")),
-            *(AdapterRef("../../etc", "hub"), AdapterRef("org/na\nme", "hub")),
-        ):
-            assert last(ref) is None
-        cache.note_version(question_of(AdapterRef(REPO, "hub")), REPO, other.version)
-        assert last(AdapterRef(REPO, "hub")) == (REPO, other.version), "our own answer is first"
-        cache.condemn(other)
-        assert cache.open(other) is None
-        cache.condemn(KEY)
+    for revision in (None, "refs/pr/1", COMMIT):
+        assert last(AdapterRef(REPO, "hub", revision)) == (REPO, COMMIT)
+    for ref in (
+        *(AdapterRef(REPO, "hub", "v1.0"), AdapterRef(REPO, "s3")),
+        *(AdapterRef("../../etc", "hub"), AdapterRef("org/na\nme", "hub")),
+    ):
+        assert last(ref) is None
+    cache.note_version(question_of(AdapterRef(REPO, "hub")), REPO, other.version)
+    assert last(AdapterRef(REPO, "hub")) == (REPO, other.version), "our own answer is first"
+    cache.condemn(other)
+    assert cache.open(other) is None
+    cache.condemn(KEY)
     assert tree(hub_client) == before
 
 
 def test_wrong_bytes_in_the_hub_cache_are_fetched_again(tmp_path: Path, hub_client: Path) -> None:
     blob = (by_hand.put(hub_client, REPO, ADAPTER, commit=COMMIT) / NAME).resolve()
     blob.write_bytes(WEIGHTS[::-1])
-    with closing(DiskCache(tmp_path / "disk", 1 << 30, policy("lru"))) as disk:
-        cache = TieredCache(opened(hub_client), lambda: disk)
-        assert cache.open(KEY, check=True) is None
-        stored(cache, KEY).close()
-        entry = cache.open(KEY, check=True)
-        assert contents(entry) == ADAPTER
-        assert entry is not None
-        entry.close()
+    disk = DiskCache(tmp_path / "disk", 1 << 30, policy("lru"))
+    cache = TieredCache(opened(hub_client), disk)
+    assert cache.open(KEY, check=True) is None
+    stored(cache, KEY).close()
+    entry = cache.open(KEY, check=True)
+    assert contents(entry) == ADAPTER
+    assert entry is not None
+    entry.close()
     assert blob.read_bytes() == WEIGHTS[::-1], "it is never written"

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,16 @@ from fault_server import Asked, Client
 from remote_world import RemoteWorld, is_weights, over
 
 import tiny
-from common import until
+from common import open_files, until
 from lorax_async import AdapterLoader
 from lorax_async.cache.disk_cache import ls, rm
-from lorax_async.errors import AccessDeniedError, AdapterNotFoundError, FetchError, IntegrityError
+from lorax_async.errors import (
+    AccessDeniedError,
+    AdapterError,
+    AdapterNotFoundError,
+    FetchError,
+    IntegrityError,
+)
 from lorax_async.remote.base import AnotherVersionError
 from lorax_async.types import AdapterId, AdapterRef, RemoteKey
 from tiny_loaders import fails
@@ -176,6 +183,28 @@ async def test_a_pinned_version_that_was_replaced(world: RemoteWorld) -> None:
             for stale in (False, True):
                 with pytest.raises(AdapterNotFoundError, match="another one"):
                     await loader.load(replace(other, allow_stale=stale))
+
+
+async def test_a_cache_folder_that_is_removed_bricks_no_load(world: RemoteWorld) -> None:
+    """Also under downloads: those fail, with an error that a retry mends."""
+    folders = {name: world.stock(name, seed) for seed, name in enumerate("abcdef")}
+    async with over(world, revalidate=0) as loader:
+
+        async def loads(name: str) -> None:
+            async with await loader.load(world.ref(name)) as handle:
+                tiny.assert_equal_to_file(handle, folders[name])
+            await loader.unload(world.ref(name))
+
+        await asyncio.gather(*map(loads, folders))
+        files = open_files()
+        for moment in range(8):
+            loading = asyncio.gather(*map(loads, folders), return_exceptions=True)
+            await asyncio.sleep(moment / 100)
+            shutil.rmtree(world.folder, ignore_errors=True)
+            for error in await loading:
+                assert error is None or (isinstance(error, AdapterError) and error.retryable)
+            await asyncio.gather(*map(loads, folders))
+        await until(lambda: open_files() <= files)
 
 
 def one_slot(world: RemoteWorld, device: str) -> AdapterLoader:
