@@ -488,7 +488,7 @@ def test_what_is_no_cache(world: DiskWorld, tmp_path: Path, capsys: Capture) -> 
     (tmp_path / "file").touch()
     assert main(["cache", "ls", "--dir", str(tmp_path / "file")]) == 1
     assert "is not a folder" in capsys.readouterr().err
-    assert world.cache.used() == 0
+    assert world.cache.budget.used() == 0
     world.folder.chmod(0o777)
     assert cache(world, "ls") == 1
     world.folder.chmod(0o700)

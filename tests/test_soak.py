@@ -434,7 +434,10 @@ class Soak:
             self._require(more <= MOST[what], f"{more} {what} more than before")
         resident = int(Path("/proc/self/statm").read_text().split()[1])
         self._tally.rss.append(resident * os.sysconf("SC_PAGE_SIZE"))
-        used, budget = await asyncio.to_thread(self._setting.cache.used), self._setting.cache_bytes
+        used, budget = (
+            await asyncio.to_thread(self._setting.cache.budget.used),
+            self._setting.cache_bytes,
+        )
         self._tally.peak("bytes on disk", used)
         self._require(used <= budget, f"the cache has {used:,} bytes of {budget:,}")
 
@@ -497,8 +500,8 @@ def require_nothing_left(setting: Setting) -> None:
 def require_right_on_disk(setting: Setting) -> int:
     """Every entry is within its budget, whole, and the source's; how many there are. Blocks."""
     cache = DiskCache(setting.folder, setting.cache_bytes, policy("lru"))
-    if cache.used() > setting.cache_bytes:
-        raise SoakError(f"{cache.used():,} bytes are left of {setting.cache_bytes:,}")
+    if cache.budget.used() > setting.cache_bytes:
+        raise SoakError(f"{cache.budget.used():,} bytes are left of {setting.cache_bytes:,}")
     in_use = [each.name for each in disk_cache.ls(cache) if each.in_use]
     if in_use:
         raise SoakError(f"entries or downloads are in use still: {in_use}")

@@ -29,7 +29,8 @@ from lorax_async.cache.entries import (
     Entries,
     grant,
     measure,
-    remove_leftovers,
+    require_whole,
+    stamp,
 )
 from lorax_async.cache.partials import OpenPartial, PartialFile, Partials
 from lorax_async.errors import AdapterFormatError, FetchError, IntegrityError, InternalError
@@ -137,15 +138,6 @@ class DiskCache:
         with translate_errors("remove an entry"), self.directory.locked():
             return all(map(self.directory.drop, (key.name, *self.partials.of(key.name))))
 
-    def used(self) -> int:
-        """Return the bytes of adapters' files in the cache now, partial ones included."""
-        return self.budget.used()
-
-    @property
-    def last_used(self) -> int | None:
-        """The bytes last measured; None before. Quick."""
-        return self.budget.last_used
-
 
 class DiskDownload:
     """An adapter on its way into the cache, which no other process downloads meanwhile.
@@ -189,70 +181,66 @@ class DiskDownload:
         if not self._files:
             raise InternalError("a download without files was to be published")
         try:
-            digests = [file.checked_digest() for file in self._files.values()]
+            with translate_errors("publish a download"):
+                record = self._complete()
+                entry, is_ours = self._rename()
         except IntegrityError:
             self.discard()
             raise
-        folder = self._partial.folder
-        with translate_errors("publish a download"):
-            settled = zip(self._files.values(), digests, strict=True)
-            files = [file.synced_record(digest) for file, digest in settled]
-            record = record_of(self.key, tuple(sorted(files, key=lambda file: file.name)))
-            for name in folder.names():  # what a partial download had, and this one did not add
-                of_file = name.removesuffix(MAP_SUFFIX)
-                if name == RECORD or (is_adapter_file(of_file) and of_file not in self._files):
-                    folder.unlink(name)
-            # After a crash, an entry without its record or a name is none, and is fetched again.
-            folder.write(RECORD, record.encoded())
-            grant(folder, self._scope)
-            # Leased before others see it, or it could be evicted at once.
-            ours = self._cache.entries.adopt(folder, record)
-            try:
-                theirs = self._rename()
-                if theirs is None:
-                    with self._ending():
-                        remove_leftovers(folder)
-            except BaseException:
-                ours.close()
-                raise
-        if theirs is None:
-            return self._cache.use(ours)
-        ours.close()
+        if is_ours:
+            with self._ending():
+                return self._cache.use(entry)
         try:
             self.discard()
-            if theirs.record.contradicts(record.files):
+            if entry.record.contradicts(record.files):
                 raise IntegrityError(
                     "another process has stored other bytes of the same version meanwhile: the"
                     " source changed them without saying so; load it again"
                 )
         except BaseException:
-            theirs.close()
+            entry.close()
             raise
-        return theirs
+        return entry
 
-    def _rename(self) -> DiskEntry | None:
-        """Rename the folder; return the entry of a process that was faster, if there is one."""
-        open_folder, entries = self._directory.open, self._cache.entries
+    def _complete(self) -> EntryRecord:
+        """Make the folder that of an entry, and return its record."""
+        folder = self._partial.folder
+        files = [file.complete() for _, file in sorted(self._files.items())]
+        record = record_of(self.key, tuple(files))
+        for name in folder.names():  # what a partial download had, and this one did not add
+            of_file = name.removesuffix(MAP_SUFFIX)
+            if name == RECORD or (is_adapter_file(of_file) and of_file not in self._files):
+                folder.unlink(name)
+        # After a crash, an entry without its record or a name is none, and is fetched again.
+        folder.write(RECORD, record.encoded())
+        grant(folder, self._scope)
+        stamp(folder, record, require_whole(folder, record, check=False))
+        return record
+
+    def _rename(self) -> tuple[DiskEntry, bool]:
+        """Rename the folder; return the entry, and whether it is not that of a faster process."""
         for _ in range(_PUBLICATIONS):
-            try:
-                with (
-                    self._directory.locked(),
-                    open_folder("partials") as source,
-                    open_folder("entries") as target,
-                ):
-                    name, ours = self.key.name, self._partial.name
-                    os.rename(ours, name, src_dir_fd=source.fd, dst_dir_fd=target.fd)
-            except FileNotFoundError as error:
-                raise FetchError("its folder was removed; load it again") from error
-            except OSError as error:
-                if error.errno not in _TAKEN:
-                    raise
-            else:
-                return None
-            theirs = entries.open(self.key.name, check=False)  # a damaged one is removed by that
-            if theirs is not None:
-                return theirs
+            # It is leased before it can be evicted.
+            with self._directory.locked():
+                is_ours = self._try_rename()
+                entry = self._cache.entries.open(self.key.name, check=False)
+            if entry is not None:  # else it was damaged, and has been removed
+                return entry, is_ours
         raise FetchError("the disk cache's entry was in the way again and again; load it again")
+
+    def _try_rename(self) -> bool:
+        open_folder = self._directory.open
+        try:
+            with open_folder("partials") as partials, open_folder("entries") as entries:
+                ours, name = self._partial.name, self.key.name
+                os.rename(ours, name, src_dir_fd=partials.fd, dst_dir_fd=entries.fd)
+        except FileNotFoundError as error:
+            raise FetchError("its folder was removed; load it again") from error
+        except OSError as error:
+            if error.errno not in _TAKEN:
+                raise
+            return False
+        return True
 
     def discard(self) -> None:
         """Leave nothing. Idempotent; does nothing after `publish`."""
@@ -266,17 +254,14 @@ class DiskDownload:
             return
         with translate_errors("leave a download"), self._ending():
             try:
-                kept = [file.keep() for file in self._files.values()]
+                for file in self._files.values():
+                    file.keep()
+                is_empty = not any(map(is_adapter_file, self._partial.folder.names()))
             except BaseException:
                 self._remove()
                 raise
-            if not any(kept) and not self._has_leftovers():
+            if is_empty:
                 self._remove()
-
-    def _has_leftovers(self) -> bool:
-        """Return whether an interrupted download left files that were not added."""
-        files = filter(is_adapter_file, self._partial.folder.names())
-        return not self._files.keys() >= set(files)
 
     def __del__(self) -> None:
         if self._open:

@@ -164,7 +164,7 @@ class Entries:
             if not folder.is_named(name, parent):
                 return None
             record = _read_record(lease, name)
-            files = _require_whole(folder, record, check=check)
+            files = require_whole(folder, record, check=check)
             remove_leftovers(folder)
             stamped = is_stamped(folder, record, files)
             refused.pop_all()
@@ -186,18 +186,6 @@ class Entries:
                 raise
             return None
 
-    def adopt(self, folder: Folder, record: EntryRecord) -> DiskEntry:
-        """Lease a folder of this process that is about to become an entry. Raise `OSError`."""
-        files = _require_whole(folder, record, check=False)
-        stamp(folder, record, files)
-        lease = folder.file(RECORD, os.O_RDONLY)
-        try:
-            try_lock(lease, shared=True)
-        except BaseException:
-            os.close(lease)
-            raise
-        return DiskEntry(self._directory, lease, record, files, is_stamped=True)
-
     def condemn(self, name: str, only: Folder | None = None) -> None:
         """Remove an entry even if it is leased (`only` if it is still this folder)."""
         with self._directory.locked(), self._directory.open("entries") as parent:
@@ -218,7 +206,7 @@ def _read_record(fd: int, name: str) -> EntryRecord:
     return record
 
 
-def _require_whole(folder: Folder, record: EntryRecord, *, check: bool) -> Identities:
+def require_whole(folder: Folder, record: EntryRecord, *, check: bool) -> Identities:
     """Identify the files; raise `IntegrityError` if one is not as published, or `OSError`.
 
     Hash all with `check`, else those whose date changed, unless they were hashed since.
@@ -340,7 +328,7 @@ class DiskBudget:
             self._evict(0)
 
     def used(self) -> int:
-        """Return the bytes of adapters' files in the folder."""
+        """Return the bytes of adapters' files in the folder now, partial ones included."""
         with self._measure():
             return self._used()
 

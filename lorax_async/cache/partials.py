@@ -187,8 +187,11 @@ class PartialFile:
         with self._lock:
             return start == stop or self._here.covers(start, stop)
 
-    def checked_digest(self) -> Digest:
-        """Return the digest of the whole; raise `IntegrityError` if it is not the expected one."""
+    def complete(self) -> FileRecord:
+        """Bring all bytes to the disk, and return the record; the map is not needed any more.
+
+        Raise `IntegrityError` if the digest is not the expected one, or `OSError`.
+        """
         if self.missing():
             raise InternalError(f"{self.name} was to be published before all of it was here")
         self.hash_along()
@@ -197,21 +200,16 @@ class PartialFile:
             raise IntegrityError(
                 f"{self.name} has not the {digest.kind} digest that was promised; load it again"
             )
-        return digest
-
-    def synced_record(self, digest: Digest) -> FileRecord:
-        """Bring the bytes to the disk; the map is not needed any more. Raise `OSError`."""
         with self._file as fd:
             os.fsync(fd)
             return FileRecord(self.name, self.nbytes, os.fstat(fd).st_mtime_ns, digest)
 
-    def keep(self) -> bool:
+    def keep(self) -> None:
         """Leave bytes and map to the next download; remove both if nothing is here."""
-        if not self._here.nbytes:
+        if self._here.nbytes:
+            self._write_map()
+        else:
             self.remove()
-            return False
-        self._write_map()
-        return True
 
     def remove(self) -> None:
         self._folder.unlink(self._map_name)

@@ -406,7 +406,7 @@ def _gc(arguments: argparse.Namespace, terminal: Terminal) -> int:
     gone = [] if cache is None else gc(cache)
     partials, nbytes = sum(each.is_partial for each in gone), sum(each.nbytes for each in gone)
     entries = len(gone) - partials
-    left = 0 if cache is None else cache.used()
+    left = 0 if cache is None else cache.budget.used()
     if arguments.json:
         removed = {"entries": entries, "partials": partials, "bytes": nbytes}
         terminal.json({"folder": str(folder), "removed": removed, "bytes": left})

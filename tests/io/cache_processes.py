@@ -186,7 +186,7 @@ def contended(base: Path) -> list[int | None]:
     for thread in threads:
         thread.join()
     with opened(base, SMALL) as world:
-        assert world.cache.used() <= SMALL
+        assert world.cache.budget.used() <= SMALL
         assert [each.problem for each in verify(world.cache) if each.problem] == []
         gc(world.cache)
     nothing_odd(base)

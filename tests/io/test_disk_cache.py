@@ -227,15 +227,20 @@ class TestRoom:
         one, other = two[0].cache, two[1].cache
         for number, cache in enumerate((one, other, one)):
             keep(cache, key(number), bytes(1_000))
-            assert one.used() == other.used() == one.last_used == (number + 1) * SIZE
+            assert (
+                one.budget.used()
+                == other.budget.used()
+                == one.budget.last_used
+                == (number + 1) * SIZE
+            )
         assert is_there(other, key(0))
         keep(other, key(3), bytes(1_000))
         assert there(two[0], 4) == [0, 2, 3]
         keep(one, key(4), bytes(2 * SIZE - len(CONFIG)))
         assert there(two[1], 5) == [3, 4]
-        assert one.used() == other.used() == 3 * SIZE
+        assert one.budget.used() == other.budget.used() == 3 * SIZE
         assert one.remove(key(4))
-        assert other.used() == SIZE
+        assert other.budget.used() == SIZE
 
     def test_gdsf_weighs_what_a_fetch_costs(self, tmp_path: Path) -> None:
         """Of equal use the large one goes: (32 MiB + n) / n falls with n. An empty one is one."""
@@ -250,12 +255,12 @@ class TestRoom:
         cache = two[0].cache
         keep(cache, key(0), bytes(1_000))
         left(cache, key(1), bytes(1_000), [(0, 1_000)])
-        assert cache.used() == SIZE + 1_000
+        assert cache.budget.used() == SIZE + 1_000
         keep(cache, key(2), bytes(1_000))
-        assert cache.used() == 2 * SIZE + 1_000
+        assert cache.budget.used() == 2 * SIZE + 1_000
         keep(cache, key(3), bytes(1_000))
         assert there(two[0], 4) == [0, 2, 3]
-        assert cache.used() == 3 * SIZE
+        assert cache.budget.used() == 3 * SIZE
 
     def test_is_reserved_by_one_only(self, tmp_path: Path, monkeypatch: Patch) -> None:
         """The second one looks at the folder when the first one's bytes are there."""
@@ -533,7 +538,7 @@ HOSTILE += ["0" * 64, "record.json", "file:///etc/passwd"]
 def use_all_folders(cache: DiskCache) -> None:
     cache.last_version("question")
     cache.open(KEY)
-    cache.used()
+    cache.budget.used()
 
 
 class TestFolder:
@@ -820,7 +825,7 @@ def test_a_file_system_without_locks_is_refused(
     uses: list[Callable[[], object]] = [
         lambda: world.cache.open(KEY),
         lambda: world.cache.try_begin(key(1), SCOPE),
-        world.cache.used,
+        world.cache.budget.used,
         lambda: world.cache.remove(KEY),
         lambda: disk_cache.ls(world.cache),
     ]
@@ -842,7 +847,7 @@ def test_nothing_is_evicted_in_vain(two: Two) -> None:
             pytest.raises(CapacityError, match="in use"),
         ):
             download.file(WEIGHTS_FILE, 2 * SIZE + 1)
-        assert cache.used() == 2 * SIZE + 1_000
+        assert cache.budget.used() == 2 * SIZE + 1_000
     keep(other.cache, key(3), bytes(1_000))
     assert there(one, 4) == [0, 2, 3]
     held.close()
@@ -887,7 +892,7 @@ def test_what_one_downloads_the_other_does_not_drop(two: Two) -> None:
     assert download.file(WEIGHTS_FILE, 2 * SIZE).missing() == []
     late = begun(one.cache, key(2))
     late.file(WEIGHTS_FILE, SIZE)
-    assert one.cache.used() == 3 * SIZE
+    assert one.cache.budget.used() == 3 * SIZE
     late.close()
     download.publish().close()
     assert there(one, 3) == [0]
@@ -1043,7 +1048,7 @@ def test_anything_at_any_time(tmp_path: Path) -> None:
             entry = found.publish() if isinstance(found, DiskDownload) else found
             with closing(entry):
                 assert content_of(entry) == content
-                assert cache.used() <= budget
+                assert cache.budget.used() <= budget
         return True
 
     def play(seed: int) -> int:

@@ -21,14 +21,14 @@ HELD = f"{DISK}::test_what_one_holds_the_other_does_not_evict"
 DOWNLOADED = f"{DISK}::test_what_one_downloads_the_other_does_not_drop"
 WAITED_FOR = f"{DISK}::TestSharing::test_others_wait_and_have_what_was_published"
 
-_checked_digest, _write = PartialFile.checked_digest, PartialFile.write
+_complete, _write = PartialFile.complete, PartialFile.write
 _resume, _claim = PartialFile._resume, Partials.claim
-_require_whole = entries._require_whole
+_require_whole = entries.require_whole
 
 
 def _unchecked(self: PartialFile) -> Any:
     self.expected = None
-    return _checked_digest(self)
+    return _complete(self)
 
 
 def _mapped_before_written(self: PartialFile, offset: int, data: memoryview) -> None:
@@ -55,10 +55,10 @@ CACHES: Mutants = {
     "cache: an entry that a crash left without its record is removed": mutant(
         ODD, skipped(Entries, "condemn")),
     "cache: an entry that a crash left without a file is none": mutant(
-        ODD, (entries, "_require_whole", _whole_without_a_file)),
+        ODD, (entries, "require_whole", _whole_without_a_file)),
     "cache: digests are checked before publication": mutant(
         f"{DISK}::TestContents::test_wrong_bytes_leave_nothing",
-        (PartialFile, "checked_digest", _unchecked)),
+        (PartialFile, "complete", _unchecked)),
     "cache: all bytes are here before publication": mutant(
         f"{DISK}::TestContents::test_what_is_not_whole_is_not_published",
         skipped(PartialFile, "missing", ())),

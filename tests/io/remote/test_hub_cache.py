@@ -349,11 +349,11 @@ def test_downloads_go_to_our_own_cache(tmp_path: Path, hub_client: Path) -> None
         assert isinstance(found, CacheEntry)
         assert contents(found) == ADAPTER
         found.close()
-    assert disk.used() == 0
+    assert disk.budget.used() == 0
     entry = stored(cache, other)
     assert entry.mappable
     entry.close()
-    assert disk.used() == sum(map(len, ADAPTER.values()))
+    assert disk.budget.used() == sum(map(len, ADAPTER.values()))
 
     def last(ref: AdapterRef) -> tuple[str, str] | None:
         return cache.last_version(question_of(ref))

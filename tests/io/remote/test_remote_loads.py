@@ -196,13 +196,15 @@ async def test_a_cache_folder_that_is_removed_bricks_no_load(world: RemoteWorld)
             await loader.unload(world.ref(name))
 
         await asyncio.gather(*map(loads, folders))
+        await until(lambda: not any(listed.in_use for listed in ls(world.cache)))
         files = open_files()
-        for moment in range(8):
+        for moment in range(4):
             loading = asyncio.gather(*map(loads, folders), return_exceptions=True)
-            await asyncio.sleep(moment / 100)
+            await asyncio.sleep(moment / 40)
             shutil.rmtree(world.folder, ignore_errors=True)
             for error in await loading:
                 assert error is None or (isinstance(error, AdapterError) and error.retryable)
+            await until(lambda: open_files() <= files)  # of what was in progress
             await asyncio.gather(*map(loads, folders))
         await until(lambda: open_files() <= files)
 
