@@ -723,42 +723,31 @@ class StandardHubCache:
 class TieredCache:
     """The cache of remote adapters: the standard hub cache, if it is read, and then our own.
 
-    Downloads go to our own.
+    Downloads and answers go to our own, whose entries alone are ever removed.
     """
 
     def __init__(self, hub: StandardHubCache | None, own: DiskCache) -> None:
         self._hub = hub
-        self._own = own
+        self.own = own
 
     def open(self, key: CacheKey, *, check: bool = False) -> CacheEntry | None:
         entry = None if self._hub is None else self._hub.open(key, check=check)
-        return self._own.open(key, check=check) if entry is None else entry
+        return self.own.open(key, check=check) if entry is None else entry
 
     def try_begin(
         self, key: CacheKey, scope: str, *, alone: bool = False
     ) -> CacheEntry | DiskDownload | int:
         entry = None if self._hub is None else self._hub.open(key)
-        return self._own.try_begin(key, scope, alone=alone) if entry is None else entry
-
-    def note_version(self, question: str, source: str, version: str) -> None:
-        self._own.note_version(question, source, version)
+        return self.own.try_begin(key, scope, alone=alone) if entry is None else entry
 
     def last_version(self, question: str) -> tuple[str, str] | None:
         """Return the last answer recorded, or else the commit that other tools recorded."""
-        last = self._own.last_version(question)
+        last = self.own.last_version(question)
         kind, source, revision, *_ = question.split("\n")
         if last is not None or self._hub is None or kind != "hub":
             return last
         commit = self._hub.commit_of(source, revision or _MAIN)
         return None if commit is None else (source, commit)
-
-    def remove(self, key: CacheKey) -> bool:
-        """Remove our own entry; False if it is in use."""
-        return self._own.remove(key)
-
-    def condemn(self, key: CacheKey) -> None:
-        """Remove our own entry; the hub cache's files are checked by the digests that name them."""
-        self._own.condemn(key)
 
 
 def _require_absent(error: OSError) -> None:

@@ -269,9 +269,8 @@ class VersionResolver:
         if ref.token is not None or self._recorded.get(question) == version:
             return
         try:
-            await self._workers.run(
-                lambda: self.cache.note_version(question, located.source, version)
-            )
+            note = partial(self.cache.own.note_version, question, located.source, version)
+            await self._workers.run(note)
         except (CapacityError, FetchError):
             return  # a cached adapter needs no room; a download reports the failure itself
         if len(self._recorded) >= MAX_REFS:
@@ -381,7 +380,9 @@ class AdapterOpener:
         result = cache.try_begin(cache_key(key), scope, alone=alone)
         if isinstance(result, CacheEntry) and self._is_refuted(key, result):
             result.close()
-            cache.remove(cache_key(key))  # if it is in use, the caller's digest is refused later
+            cache.own.remove(
+                cache_key(key)
+            )  # if it is in use, the caller's digest is refused later
             result = cache.try_begin(cache_key(key), scope, alone=alone)
         if isinstance(result, CacheEntry):
             try:
@@ -485,7 +486,7 @@ class AdapterOpener:
         return True
 
     async def _condemn(self, key: RemoteKey) -> None:
-        await self._workers.run(partial(self._resolver.cache.condemn, cache_key(key)))
+        await self._workers.run(partial(self._resolver.cache.own.condemn, cache_key(key)))
 
     async def _is_outdated(self, key: RemoteKey, control: FetchControl) -> bool:
         """Drop a refused entry that is not what its source has now; return whether it was dropped.

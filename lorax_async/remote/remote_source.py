@@ -26,6 +26,7 @@ from lorax_async.formats.spans import ByteSpan
 from lorax_async.http.range_downloader import RangeDownloader
 from lorax_async.http.settings import HttpSettings
 from lorax_async.ids import STORES, LocalFolder, Location, parse_ref
+from lorax_async.lifecycle.policies import policy
 from lorax_async.remote.base import AdapterMetadata, AllowRules, Backend, remember, unwanted_error
 from lorax_async.remote.hub import HubBackend, StandardHubCache, TieredCache, parse_endpoint
 from lorax_async.remote.object_stores import StoreBackend
@@ -72,6 +73,8 @@ class RemoteSource:
     """
 
     def __init__(self, make: Callable[[], RemoteParts], *, verify: Checking) -> None:
+        self.cache: TieredCache | None = None
+        """None before the first use. It stays after `close`."""
         self._make = make
         self._verify: Checking = verify
         self._lock = Lock()
@@ -196,6 +199,7 @@ class RemoteSource:
                 raise LoaderClosedError("the remote source is closed")
             if self._parts is None:
                 self._parts = self._make()
+                self.cache = self._parts.resolver.cache
             return self._parts
 
     def _see(self, key: RemoteKey, entry: CacheEntry) -> None:
@@ -284,14 +288,12 @@ class BackendRegistry:
             store.close()
 
 
-def make_remote_source(
-    config: StoreConfig, make_cache: Callable[[], DiskCache], tracer: Tracer | None = None
-) -> RemoteSource:
+def make_remote_source(config: StoreConfig, tracer: Tracer | None = None) -> RemoteSource:
     """Return a remote source that makes its cache, threads and connections at its first use."""
 
     def make() -> RemoteParts:
         endpoint = parse_endpoint(config.hub_endpoint)
-        own = make_cache()  # both may raise: open nothing before
+        own = DiskCache(config.cache_folder, config.cache_bytes, policy(config.eviction))
         downloader = RangeDownloader(HttpSettings(connections=config.connections), tracer=tracer)
         workers = WorkerThreads(CACHE_THREADS)
         backends = BackendRegistry(config, endpoint, downloader)

@@ -10,7 +10,6 @@ from types import MappingProxyType
 
 import torch
 
-from lorax_async.cache.disk_cache import DiskCache
 from lorax_async.concurrency import ThreadPool, end_in_thread
 from lorax_async.config import LoaderConfig, StoreConfig
 from lorax_async.devices.base import Device
@@ -56,11 +55,9 @@ class StoreParts:
         self, config: StoreConfig, source: Source | None, check_open: Callable[[], None]
     ) -> None:
         self.threads = ThreadPool(METADATA_THREADS, "lorax-metadata")
-        self.cache: DiskCache | None = None
-        """None until a remote source is used."""
         self.tracer = Tracer()
         self.telemetry = Telemetry(self.tracer)
-        self.remote = make_remote_source(config, partial(self._make_cache, config), self.tracer)
+        self.remote = make_remote_source(config, self.tracer)
         if source is None:
             local = LocalSource(
                 roots=config.local_roots,
@@ -100,11 +97,6 @@ class StoreParts:
         """End threads and connections. Blocks."""
         self.remote.close()
         self.threads.shutdown()
-
-    def _make_cache(self, config: StoreConfig) -> DiskCache:
-        order = policy(config.eviction)
-        self.cache = DiskCache(config.cache_folder, config.cache_bytes, order)
-        return self.cache
 
 
 class Assembly:
@@ -213,8 +205,8 @@ class Assembly:
 
     def usage(self) -> Usage:
         """Return the use of all budgets, also after `close`."""
-        budgets, copies, cache = self.driver.lifecycle.budgets, self.copies, self.store.cache
-        cached = None if cache is None else cache.budget.last_used
+        budgets, copies, cache = self.driver.lifecycle.budgets, self.copies, self.store.remote.cache
+        cached = None if cache is None else cache.own.budget.last_used
         device, host, arena = budgets.device, budgets.host, budgets.device.arena
         pinned, leases = budgets.images.arena, self.driver.lease_table.leases
         return Usage(

@@ -365,11 +365,11 @@ def test_downloads_go_to_our_own_cache(tmp_path: Path, hub_client: Path) -> None
         *(AdapterRef("../../etc", "hub"), AdapterRef("org/na\nme", "hub")),
     ):
         assert last(ref) is None
-    cache.note_version(question_of(AdapterRef(REPO, "hub")), REPO, other.version)
+    cache.own.note_version(question_of(AdapterRef(REPO, "hub")), REPO, other.version)
     assert last(AdapterRef(REPO, "hub")) == (REPO, other.version), "our own answer is first"
-    cache.condemn(other)
+    cache.own.condemn(other)
     assert cache.open(other) is None
-    cache.condemn(KEY)
+    cache.own.condemn(KEY)
     assert tree(hub_client) == before
 
 
