@@ -348,17 +348,17 @@ def ls(cache: DiskCache) -> list[Listed]:
 
 def verify(cache: DiskCache) -> Iterator[Verified]:
     """Hash every entry again, one at a time; remove what is damaged."""
-    for name in sorted(listed.name for listed in ls(cache) if not listed.is_partial):
-        with translate_errors("verify an entry"):
-            record = cache.entries.record(name)
-            try:
-                entry = cache.entries.require(name, check=True)
-            except IntegrityError as error:
-                yield Verified(name, record, error.problem)
-                continue
+    for listed in ls(cache):
+        if listed.is_partial:
+            continue
+        try:
+            entry = cache.entries.require(listed.name, check=True)
+        except IntegrityError as error:
+            yield Verified(listed.name, listed.record, error.problem)
+            continue
         if entry is not None:  # else another process has removed it
             entry.close()
-            yield Verified(name, entry.record, None)
+            yield Verified(listed.name, entry.record, None)
 
 
 def rm(cache: DiskCache, name: str) -> bool:

@@ -247,7 +247,7 @@ class VersionResolver:
         """Return a version that the cache has for a caller whose source failed with `error`.
 
         It is the pinned one, or else the source's last answer, if the caller accepts a stale one.
-        Callers with a token of their own are not told answers of others, but for public adapters.
+        A caller with a token of its own gets that for a public adapter only.
         """
         unreachable = isinstance(error, FetchError)
         if isinstance(error, FetchError) and not error.retryable and not self._offline:

@@ -292,6 +292,7 @@ def make_remote_source(config: StoreConfig, tracer: Tracer | None = None) -> Rem
     """Return a remote source that makes its cache, threads and connections at its first use."""
 
     def make() -> RemoteParts:
+        # First, for both may raise: the default folder of the cache is in a home folder.
         endpoint = parse_endpoint(config.hub_endpoint)
         own = DiskCache(config.cache_folder, config.cache_bytes, policy(config.eviction))
         downloader = RangeDownloader(HttpSettings(connections=config.connections), tracer=tracer)
