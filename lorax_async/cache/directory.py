@@ -206,6 +206,8 @@ class CacheDirectory:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = os.path.abspath(path)
+        self.leased: dict[int, str] = {}
+        """The descriptors of this process's leases, and the names of their entries."""
         self._changing = RLock()
         self._is_locked = False
 

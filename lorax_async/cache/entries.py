@@ -71,6 +71,7 @@ class DiskEntry:
         self._directory = directory
         self._lease = lease
         self._open = True
+        directory.leased[lease] = record.name
 
     @property
     def folder(self) -> str:
@@ -105,6 +106,7 @@ class DiskEntry:
     def close(self) -> None:
         if self._open:
             self._open = False
+            del self._directory.leased[self._lease]
             os.close(self._lease)
 
     def __del__(self) -> None:
@@ -394,10 +396,14 @@ class DiskBudget:
         If that is not enough for a reservation, drop nothing.
         """
         stored = self._whole | self._partial
+        # Quick, where looking at each lock is not: callers that wait for room retry often.
+        ours = set(self._directory.leased.values()) & stored.keys()
+        if nbytes and sum(stored[name].nbytes for name in ours) + nbytes > self._nbytes:
+            return
         partials = sorted(self._partial, key=lambda name: stored[name].used_ns)
         over, unused = self._used() + nbytes - self._nbytes, list[str]()
         for name in (*partials, *(key.location for key in self._policy.ranked())):
-            if over <= 0 or nbytes > self._nbytes:
+            if over <= 0:
                 break
             if not self._directory.is_busy(name):
                 unused.append(name)
