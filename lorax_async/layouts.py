@@ -29,8 +29,13 @@ from lorax_async.errors import (
     shorten_repr,
 )
 from lorax_async.formats.peft_config import parse_config
-from lorax_async.formats.peft_names import WEIGHT_DTYPES, TensorRole, layer_index, parse_tensor_name
-from lorax_async.formats.peft_targets import HEADS
+from lorax_async.formats.peft_names import (
+    HEADS,
+    WEIGHT_DTYPES,
+    TensorRole,
+    layer_index,
+    parse_tensor_name,
+)
 from lorax_async.formats.safetensors import Header, TensorSpan
 from lorax_async.formats.strict_json import JsonValue, parse_object
 from lorax_async.planning.layout import ModelLayout, Module, Parallelism

@@ -59,8 +59,7 @@ from lorax_async.errors import (
     shorten_repr,
 )
 from lorax_async.formats.peft_config import parse_config
-from lorax_async.formats.peft_names import PREFIX
-from lorax_async.formats.peft_targets import Targeting, targeting_of
+from lorax_async.formats.peft_names import PREFIX, Targeting, targeting_of
 from lorax_async.formats.strict_json import parse_object
 from lorax_async.handle import AdapterHandle
 from lorax_async.planning.pairing import check_matching, require_targeted

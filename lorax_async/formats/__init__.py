@@ -2,7 +2,7 @@
 
 - `safetensors`: the header of a safetensors file
 - `peft_config`: `adapter_config.json`
-- `peft_names`: names of files and tensors, and the module patterns of a config
+- `peft_names`: names of files and tensors; the modules that a config targets
 - `strict_json`: the JSON reader for all of these
 - `digests`: file digests, computed or sent by a server
 - `spans`: byte ranges of a file

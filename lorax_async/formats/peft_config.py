@@ -273,20 +273,19 @@ def _read_patterns(
         return ()
     if not isinstance(entries, dict):
         raise AdapterFormatError(f"{WHAT}: {field!r} must be an object, not {describe(entries)}")
-    too_many = UnsupportedAdapterError(
-        f"{WHAT}: {field!r} holds more patterns than are accepted; write fewer, as module names"
-    )
-    if len(entries) > MAX_PATTERNS:
-        raise too_many
     patterns: list[ModulePattern] = []
     instructions = 0
-    for text, value in entries.items():
+    for text, value in entries.items() if len(entries) <= MAX_PATTERNS else ():
         matches, size = compile_pattern(text)
         instructions += size
         if instructions > MAX_INSTRUCTIONS:
-            raise too_many
+            break
         number = read(f"{field} of {shorten(text, 100)!r}", value)
         patterns.append(ModulePattern(text, matches, number, max(1, size)))
+    if len(patterns) < len(entries):
+        raise UnsupportedAdapterError(
+            f"{WHAT}: {field!r} holds more patterns than are accepted; write fewer, as module names"
+        )
     return tuple(patterns)
 
 

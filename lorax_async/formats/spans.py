@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 ByteRange = tuple[int, int]
@@ -111,58 +110,3 @@ class ByteSpan(NamedTuple):
             row_start += whole * pitch
             cut.append(ByteSpan(row_start, row_start + rest))
         return cut
-
-
-@dataclass(slots=True)
-class TargetRun:
-    """Bytes of the file, as in `ByteSpan`, that fill [target, end) of a group's extent."""
-
-    dtype: str
-    start: int
-    stop: int
-    target: int
-    end: int
-    rows: int = 1
-    pitch: int = 0
-
-
-def group_adjoining(runs: Iterable[TargetRun]) -> Iterator[list[TargetRun]]:
-    """Group runs that are contiguous on the device and have the same dtype."""
-    group: list[TargetRun] = []
-    for run in runs:
-        if group and (run.target != group[-1].end or run.dtype != group[-1].dtype):
-            yield group
-            group = []
-        group.append(run)
-    if group:
-        yield group
-
-
-def split_portions(runs: Iterable[TargetRun], nbytes: int) -> Iterator[list[ByteSpan]]:
-    """Yield the runs' bytes of the file in portions of `nbytes`."""
-    portion: list[ByteSpan] = []
-    room = nbytes
-    for run in runs:
-        span = ByteSpan(run.start, run.stop, run.rows, run.pitch)
-        first, end = 0, span.nbytes
-        while first < end:
-            last = min(end, first + room)
-            portion += span.cut(first, last)
-            room -= last - first
-            first = last
-            if not room:
-                yield portion
-                portion, room = [], nbytes
-    if portion:
-        yield portion
-
-
-def merge_spans(spans: Iterable[ByteSpan]) -> tuple[ByteSpan, ...]:
-    """Sort disjoint spans, and merge adjacent ones of a single row."""
-    merged: list[ByteSpan] = []
-    for span in sorted(spans):
-        if merged and merged[-1].stop == span.start and merged[-1].rows == span.rows == 1:
-            merged[-1] = ByteSpan(merged[-1].start, span.stop)
-        else:
-            merged.append(span)
-    return tuple(merged)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
-from lorax_async.formats.peft_targets import HEADS
+from lorax_async.formats.peft_names import HEADS
 from lorax_async.formats.strict_json import JsonValue
 from lorax_async.planning.layout import FusedPart, ModelLayout, Module, Parallelism
 

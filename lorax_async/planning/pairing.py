@@ -14,8 +14,14 @@ from lorax_async.errors import (
     UnsupportedAdapterError,
     shorten,
 )
-from lorax_async.formats.peft_names import WEIGHT_DTYPES, TensorRole, layer_index, parse_tensor_name
-from lorax_async.formats.peft_targets import Targeting, targeting_of
+from lorax_async.formats.peft_names import (
+    WEIGHT_DTYPES,
+    Targeting,
+    TensorRole,
+    layer_index,
+    parse_tensor_name,
+    targeting_of,
+)
 from lorax_async.formats.safetensors import Header, TensorSpan
 from lorax_async.planning.layout import ModelLayout, Module
 from lorax_async.types import AdapterSpec

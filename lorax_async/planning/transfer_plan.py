@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
@@ -15,13 +15,7 @@ from lorax_async.config import Limits
 from lorax_async.errors import ConfigError, InternalError, UnsupportedAdapterError
 from lorax_async.formats.peft_names import TensorRole
 from lorax_async.formats.safetensors import Header, TensorSpan
-from lorax_async.formats.spans import (
-    ByteSpan,
-    TargetRun,
-    group_adjoining,
-    merge_spans,
-    split_portions,
-)
+from lorax_async.formats.spans import ByteSpan
 from lorax_async.lifecycle.adapter_state import GroupSizes
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.pairing import TensorPair, pair_tensors
@@ -162,6 +156,61 @@ def file_runs(reads: Sequence[ReadMove]) -> list[tuple[ReadMove, ...]]:
     return [tuple(run) for run in runs]
 
 
+@dataclass(slots=True)
+class _TargetRun:
+    """Bytes of the file, as in `ByteSpan`, that fill [target, end) of a group's extent."""
+
+    dtype: str
+    start: int
+    stop: int
+    target: int
+    end: int
+    rows: int = 1
+    pitch: int = 0
+
+
+def _group_adjoining(runs: Iterable[_TargetRun]) -> Iterator[list[_TargetRun]]:
+    """Group runs that are contiguous on the device and have the same dtype."""
+    group: list[_TargetRun] = []
+    for run in runs:
+        if group and (run.target != group[-1].end or run.dtype != group[-1].dtype):
+            yield group
+            group = []
+        group.append(run)
+    if group:
+        yield group
+
+
+def _split_portions(runs: Iterable[_TargetRun], nbytes: int) -> Iterator[list[ByteSpan]]:
+    """Yield the runs' bytes of the file in portions of `nbytes`."""
+    portion: list[ByteSpan] = []
+    room = nbytes
+    for run in runs:
+        span = ByteSpan(run.start, run.stop, run.rows, run.pitch)
+        first, end = 0, span.nbytes
+        while first < end:
+            last = min(end, first + room)
+            portion += span.cut(first, last)
+            room -= last - first
+            first = last
+            if not room:
+                yield portion
+                portion, room = [], nbytes
+    if portion:
+        yield portion
+
+
+def _merge_spans(spans: Iterable[ByteSpan]) -> tuple[ByteSpan, ...]:
+    """Sort disjoint spans, and merge adjacent ones of a single row."""
+    merged: list[ByteSpan] = []
+    for span in sorted(spans):
+        if merged and merged[-1].stop == span.start and merged[-1].rows == span.rows == 1:
+            merged[-1] = ByteSpan(merged[-1].start, span.stop)
+        else:
+            merged.append(span)
+    return tuple(merged)
+
+
 class _GroupPlanner:
     """Place the tensors of one layer group and plan its moves."""
 
@@ -169,7 +218,7 @@ class _GroupPlanner:
         self.target = target
         self.item = ITEM_BYTES[target.dtype]
         self.end = 0
-        self.runs: list[TargetRun] = []
+        self.runs: list[_TargetRun] = []
         self.padded: list[ConvertMove] = []
         self.zeros: list[ZeroMove] = []
 
@@ -186,7 +235,7 @@ class _GroupPlanner:
             for (module, part, span), offset in zip(owned, offsets[2 * len(a) :], strict=True)
         )
         reads: list[ReadMove] = []
-        converts, casts = self.padded, list[TargetRun]()
+        converts, casts = self.padded, list[_TargetRun]()
         moved = [source for convert in converts for source in convert.sources]
         for run in self.runs:
             moved.append(ByteSpan(run.start, run.stop, run.rows, run.pitch))
@@ -195,12 +244,12 @@ class _GroupPlanner:
                 reads.append(ReadMove(run.start, nbytes, run.target, run.rows, run.pitch))
             else:
                 casts.append(run)
-        for runs in group_adjoining(casts):
+        for runs in _group_adjoining(casts):
             converts.extend(self._cast(runs))
         converts.sort(key=attrgetter("file_offset"))
         moves = tuple(reads), tuple(converts), tuple(self.zeros)
         nbytes = self.end + -self.end % self.target.alignment
-        return GroupPlan(layer, nbytes, *moves, rows, merge_spans(moved), vectors)
+        return GroupPlan(layer, nbytes, *moves, rows, _merge_spans(moved), vectors)
 
     def _place(
         self, matrices: list[TensorSpan], vectors: list[TensorSpan], ragged: set[int]
@@ -217,7 +266,7 @@ class _GroupPlanner:
         starts = [span.start for span in spans]
         offsets = [0] * len(spans)
         dtype, alignment, _, _ = self.target
-        run = TargetRun("", -1, -1, -1, -1)
+        run = _TargetRun("", -1, -1, -1, -1)
         end = 0
         for n in sorted(range(len(spans)), key=starts.__getitem__):
             span = spans[n]
@@ -237,7 +286,7 @@ class _GroupPlanner:
             if run.stop == start and run.end == offset and run.dtype == source:
                 run.stop, run.end = stop, end
             else:
-                run = TargetRun(source, start, stop, offset, end)
+                run = _TargetRun(source, start, stop, offset, end)
                 self.runs.append(run)
         self.end = end
         return offsets
@@ -247,7 +296,7 @@ class _GroupPlanner:
         for piece in span.pieces or (ByteSpan(span.start, span.stop),):
             start, stop, rows, pitch = piece
             end = offset + piece.nbytes * self.item // ITEM_BYTES[source]
-            self.runs.append(TargetRun(source, start, stop, offset, end, rows, pitch))
+            self.runs.append(_TargetRun(source, start, stop, offset, end, rows, pitch))
             offset = end
         return offset
 
@@ -271,7 +320,7 @@ class _GroupPlanner:
                 offset += rows * pitch * self.item
         return offset
 
-    def _cast(self, runs: list[TargetRun]) -> Iterator[ConvertMove]:
+    def _cast(self, runs: list[_TargetRun]) -> Iterator[ConvertMove]:
         """Yield flat moves of about equal size: a cast without padding can ignore rows."""
         target, dtype = runs[0].target, runs[0].dtype
         source = ITEM_BYTES[dtype]
@@ -280,7 +329,7 @@ class _GroupPlanner:
         step = ceil(elements / ceil(elements / limit))
         step = min(limit, step + -step % _ELEMENTS)
         for first, pieces in zip(
-            range(0, elements, step), split_portions(runs, step * source), strict=True
+            range(0, elements, step), _split_portions(runs, step * source), strict=True
         ):
             count = min(step, elements - first)
             start, place = pieces[0].start, target + first * self.item

@@ -16,8 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorax_async.config import Limits
 from lorax_async.formats.peft_config import parse_config, write_config
-from lorax_async.formats.peft_names import compile_layer_pattern, compile_whole
-from lorax_async.formats.peft_targets import targeting_of
+from lorax_async.formats.peft_names import compile_layer_pattern, compile_whole, targeting_of
 
 LAYERS = 4
 NONE_EXCLUDED = "ignore:.*but no modules were excluded:UserWarning"
