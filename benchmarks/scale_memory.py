@@ -16,7 +16,7 @@ from bench_options import Options
 from harness import print_table, run_on
 from lorax_async.config import LoaderConfig
 from lorax_async.lifecycle.lifecycle import MAX_WEIGHT
-from lorax_async.lifecycle.queues import LifecycleTimes
+from lorax_async.lifecycle.rules import LifecycleTimes
 from lorax_async.loader import AdapterLoader
 from scale_files import SmallAdapters, large_layout, small_layout, write_sparse
 

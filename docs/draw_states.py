@@ -14,7 +14,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TypeVar
 
-from lorax_async.lifecycle.transitions import (
+from lorax_async.lifecycle.adapter_state import (
     FILE_MOVES,
     SLOT_MOVES,
     FileMove,

@@ -13,7 +13,7 @@ from common import Run, until
 from lorax_async import AdapterLoader, Event, LoaderConfig, SlotGranted, errors
 from lorax_async.devices.base import CopyTicket, StagedPiece
 from lorax_async.devices.simulated import SimulatedDevice, SimulatedTicket
-from lorax_async.lifecycle import queues
+from lorax_async.lifecycle import rules
 from lorax_async.lifecycle.arena import Extent
 from lorax_async.planning.transfer_plan import TableRow
 from lorax_async.testing import FakeSource
@@ -27,7 +27,7 @@ GROUP_BYTES = 2 * RANK * (tiny.HIDDEN + 2 * tiny.HIDDEN) * 4
 """Of a small adapter: two modules, A [8, 32] and B [64, 8] in F32, neither cast nor padded."""
 TIMES_LARGER = 12
 """1 GB to 84 MB, as everything here is scaled down alike: 84 MB of 32 layers have groups of 2.6."""
-IN_FLIGHT_BYTES = queues.IN_FLIGHT_BYTES * GROUP_BYTES * LAYERS // 84_000_000
+IN_FLIGHT_BYTES = rules.IN_FLIGHT_BYTES * GROUP_BYTES * LAYERS // 84_000_000
 
 SMALL = tuple(f"small {n}" for n in range(16))
 BESIDE = ("stalled", "unfetched", "unread", "uncopied", "large")
@@ -79,7 +79,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[bytes, 
 
 @pytest.fixture(autouse=True)
 def scaled_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(queues, "IN_FLIGHT_BYTES", IN_FLIGHT_BYTES)
+    monkeypatch.setattr(rules, "IN_FLIGHT_BYTES", IN_FLIGHT_BYTES)
 
 
 def stocked(folders: dict[str, tuple[bytes, bytes]]) -> FakeSource:

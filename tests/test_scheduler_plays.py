@@ -19,7 +19,7 @@ from contention.observer import IDS, LARGEST, LAYOUT, QUICK, Made, ObservedDevic
 from lorax_async import AdapterHandle, AdapterLoader, LoaderConfig, errors
 from lorax_async.concurrency import FetchControl
 from lorax_async.errors import AdapterTimeoutError, FetchError, LoraxError
-from lorax_async.lifecycle.transitions import SlotState
+from lorax_async.lifecycle.adapter_state import SlotState
 from lorax_async.scheduler import admission
 from lorax_async.scheduler.adapter_queues import AdapterQueues
 from lorax_async.scheduler.estimates import LoadEstimate

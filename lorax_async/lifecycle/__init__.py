@@ -3,11 +3,9 @@
 `Lifecycle` takes one outcome or one change of interest and returns commands, in the order in which
 the driver must execute them. docs/lifecycle.md explains the rules.
 
-- `transitions`: the tables of a file's and a slot's states
-- `adapter_state`: the state of one adapter, and its waiters
+- `adapter_state`: the tables of a file's and a slot's states, the state of one adapter, its waiters
 - `lifecycle`: the public methods, one per outcome or change of interest
-- `rules`: rules 1 to 6, which look at one adapter
-- `queues`: rules 7 to 9, the queues for host memory, slots and copies
+- `rules`: rules 1 to 6, which look at one adapter, and 7 to 9 with their queues
 - `residency`: the budgets of device memory, file pages and pinned images
 - `policies`: eviction by LRU, LFU or GDSF
 - `arena`: allocation of extents

@@ -15,23 +15,26 @@ from typing import Any, TypeVar
 from lorax_async.errors import LoraxError, Stage
 from lorax_async.lifecycle.adapter_state import (
     AdapterState,
+    FileMove,
+    FileState,
     GroupSizes,
     HostState,
     SlotGrant,
-    Waiter,
-    WantedTier,
-)
-from lorax_async.lifecycle.commands import Command, CopyGroups, ForgetAdapter, NotifyReady
-from lorax_async.lifecycle.queues import CopyQueue, HostTierQueue, LifecycleTimes, SlotQueue
-from lorax_async.lifecycle.residency import HostBudget, ImageBudget, Residency
-from lorax_async.lifecycle.rules import LifecycleRules
-from lorax_async.lifecycle.transitions import (
-    FileMove,
-    FileState,
     SlotMove,
     SlotState,
+    Waiter,
+    WantedTier,
     next_file_state,
     next_slot_state,
+)
+from lorax_async.lifecycle.commands import Command, CopyGroups, ForgetAdapter, NotifyReady
+from lorax_async.lifecycle.residency import HostBudget, ImageBudget, Residency
+from lorax_async.lifecycle.rules import (
+    CopyQueue,
+    HostTierQueue,
+    LifecycleRules,
+    LifecycleTimes,
+    SlotQueue,
 )
 from lorax_async.types import AdapterKey
 

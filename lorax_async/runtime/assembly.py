@@ -20,8 +20,8 @@ from lorax_async.errors import LoaderClosedError
 from lorax_async.ids import parse_allowed_ref
 from lorax_async.lifecycle.lifecycle import Budgets, Lifecycle
 from lorax_async.lifecycle.policies import policy
-from lorax_async.lifecycle.queues import COPIES_AHEAD, RUN_BYTES, LifecycleTimes
 from lorax_async.lifecycle.residency import HostBudget, ImageBudget, Residency
+from lorax_async.lifecycle.rules import COPIES_AHEAD, RUN_BYTES, LifecycleTimes
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.sharding import Sharding
 from lorax_async.remote.remote_source import make_remote_source

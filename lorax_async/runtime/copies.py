@@ -21,7 +21,7 @@ from lorax_async.devices.transfer import GroupCopy, GroupTransfer
 from lorax_async.errors import CapacityError, LoraxError, as_lorax_error
 from lorax_async.files import Reader
 from lorax_async.lifecycle.commands import CopyGroups, WipeExtents
-from lorax_async.lifecycle.queues import COPIES_AHEAD
+from lorax_async.lifecycle.rules import COPIES_AHEAD
 from lorax_async.runtime.fetches import FetchTasks
 from lorax_async.runtime.leases import LeaseTable, SlotOccupancy
 from lorax_async.types import AdapterKey

@@ -40,9 +40,9 @@ from lorax_async.events import (
     SlotId,
 )
 from lorax_async.lifecycle import commands
+from lorax_async.lifecycle.adapter_state import FileState
 from lorax_async.lifecycle.commands import Command
 from lorax_async.lifecycle.lifecycle import Lifecycle
-from lorax_async.lifecycle.transitions import FileState
 from lorax_async.runtime.copies import CopyJob, CopyThreads
 from lorax_async.runtime.fetches import FetchTasks, Outcome, TransferPlanner
 from lorax_async.runtime.leases import Lease, LeaseTable, PinTable

@@ -18,9 +18,9 @@ from lorax_async.events import HeaderChecked
 from lorax_async.files import Reader
 from lorax_async.formats.peft_config import parse_config
 from lorax_async.formats.safetensors import parse_header
+from lorax_async.lifecycle.adapter_state import FileState, SlotState
 from lorax_async.lifecycle.commands import Command
 from lorax_async.lifecycle.lifecycle import Lifecycle
-from lorax_async.lifecycle.transitions import FileState, SlotState
 from lorax_async.planning.sharding import Sharding
 from lorax_async.planning.transfer_plan import TransferPlan, plan_transfer
 from lorax_async.runtime.leases import LeaseTable

@@ -8,8 +8,13 @@ from itertools import chain, islice
 from typing import Literal
 
 from lorax_async.events import Event, SlotId
-from lorax_async.lifecycle.adapter_state import AdapterState, HostState, WantedTier
-from lorax_async.lifecycle.transitions import FileState, SlotState
+from lorax_async.lifecycle.adapter_state import (
+    AdapterState,
+    FileState,
+    HostState,
+    SlotState,
+    WantedTier,
+)
 from lorax_async.runtime.telemetry import Usage
 from lorax_async.sources.base import PinnedPages
 from lorax_async.types import AdapterId, AdapterKey, Ref, as_ref

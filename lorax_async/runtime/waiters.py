@@ -9,10 +9,9 @@ from itertools import count
 
 from lorax_async.errors import AdapterInUseError, AdapterTimeoutError, LoraxError
 from lorax_async.events import Hit
-from lorax_async.lifecycle.adapter_state import SlotGrant, Waiter, WantedTier
+from lorax_async.lifecycle.adapter_state import FileState, SlotGrant, SlotState, Waiter, WantedTier
 from lorax_async.lifecycle.commands import Command
 from lorax_async.lifecycle.lifecycle import Lifecycle
-from lorax_async.lifecycle.transitions import FileState, SlotState
 from lorax_async.runtime.leases import Lease, LeaseTable
 from lorax_async.runtime.telemetry import Telemetry
 from lorax_async.types import AdapterKey, TensorsKey

@@ -15,8 +15,8 @@ from lorax_async.lifecycle import commands
 from lorax_async.lifecycle.adapter_state import GroupSizes, Waiter, WantedTier
 from lorax_async.lifecycle.lifecycle import Budgets, Lifecycle
 from lorax_async.lifecycle.policies import EVICTION_POLICIES, LRU, PolicyName, policy
-from lorax_async.lifecycle.queues import LifecycleTimes
 from lorax_async.lifecycle.residency import HostBudget, ImageBudget, Residency
+from lorax_async.lifecycle.rules import LifecycleTimes
 
 
 @dataclass

@@ -11,14 +11,24 @@ import pytest
 from core.lifecycle.explorer import explore
 from core.lifecycle.world import LARGER, SETTINGS, Violation
 from lorax_async import AdapterKey, InvalidTransitionError, LoraxError
-from lorax_async.lifecycle import commands, queues, transitions
-from lorax_async.lifecycle.adapter_state import AdapterState, HostState, WantedTier
+from lorax_async.lifecycle import adapter_state, commands, rules
+from lorax_async.lifecycle.adapter_state import (
+    AdapterState,
+    FileState,
+    HostState,
+    SlotState,
+    WantedTier,
+)
 from lorax_async.lifecycle.commands import Command
 from lorax_async.lifecycle.lifecycle import Lifecycle
-from lorax_async.lifecycle.queues import CopyQueue, HostTierQueue, PinnedImages, SlotQueue
 from lorax_async.lifecycle.residency import HostBudget, ImageBudget, Residency
-from lorax_async.lifecycle.rules import LifecycleRules
-from lorax_async.lifecycle.transitions import FileState, SlotState
+from lorax_async.lifecycle.rules import (
+    CopyQueue,
+    HostTierQueue,
+    LifecycleRules,
+    PinnedImages,
+    SlotQueue,
+)
 
 SMALL = ["least often used", "host memory and unload"]  # some always
 
@@ -38,8 +48,18 @@ def test_larger_worlds_are_sound_too(name: str) -> None:
 
 def test_unknown_moves_raise_and_tell_both_words() -> None:
     tables: list[tuple[Any, Any, Any, Callable[..., object]]] = [
-        (FileState, transitions.FileMove, transitions.FILE_MOVES, transitions.next_file_state),
-        (SlotState, transitions.SlotMove, transitions.SLOT_MOVES, transitions.next_slot_state),
+        (
+            FileState,
+            adapter_state.FileMove,
+            adapter_state.FILE_MOVES,
+            adapter_state.next_file_state,
+        ),
+        (
+            SlotState,
+            adapter_state.SlotMove,
+            adapter_state.SLOT_MOVES,
+            adapter_state.next_slot_state,
+        ),
     ]
     for states, moves, known, step in tables:
         for state, move in set(product(states, moves)) - set(known):
@@ -261,7 +281,7 @@ def _only_the_first_is_done(
 
 _copy_done = Lifecycle.copy_done
 _claim_image, _submit = PinnedImages.claim, CopyQueue.submit
-_update_holders = queues.SlotHolders.update
+_update_holders = rules.SlotHolders.update
 _evict, _free_quiesced_slot = LifecycleRules._evict, LifecycleRules._free_quiesced_slot
 _drop_unwanted_host, _notify_stays = LifecycleRules._drop_unwanted_host, LifecycleRules.notify_stays
 _settle_head, _finish_unload = HostTierQueue.settle_head, LifecycleRules._finish_unload
@@ -273,7 +293,7 @@ BROKEN: dict[str, list[Broken]] = {
         (LifecycleRules, "_free_quiesced_slot", _zeroing_not_awaited),
         (LifecycleRules, "reject_fetched", _distrusts_what_is_held),
         (
-            queues.SlotHolders,
+            rules.SlotHolders,
             "update",
             lambda self, life: bool(_update_holders(self, life) and False),
         ),
@@ -318,7 +338,7 @@ BROKEN: dict[str, list[Broken]] = {
         (SlotQueue, "_evictable_at", always(0.0)),
         (SlotQueue, "_evictable_at", always(float("inf"))),
     ],
-    "pins of one of three": [blind(queues, "is_evictable", pins=0)],
+    "pins of one of three": [blind(rules, "is_evictable", pins=0)],
     "pins": [
         (Residency, "fits_beside", lambda self, _, sizes: _fits_beside(self, (), sizes)),
         (Lifecycle, "pin", _pinned_after_close),
@@ -356,7 +376,7 @@ BROKEN: dict[str, list[Broken]] = {
     ],
     "no host memory": [(HostTierQueue, "_refuse", always(None))],
     "populated and forgotten": [(AdapterState, "is_idle", property(_is_idle))],
-    "an image between two slots": [(queues, "_is_idle", always(True))],
+    "an image between two slots": [(rules, "_is_idle", always(True))],
     "prefetch beside foreground": [
         (AdapterState, "wants_slot", property(_prefetch_wants_a_slot)),
         (LifecycleRules, "_serve", _leases_for_all),

@@ -9,21 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorax_async import AdapterKey, SlotId
-from lorax_async.lifecycle import queues
+from lorax_async.lifecycle import rules
 from lorax_async.lifecycle.adapter_state import (
     AdapterState,
     GroupSizes,
     SlotGrant,
+    SlotState,
     Waiter,
     WantedTier,
 )
 from lorax_async.lifecycle.arena import Extent
 from lorax_async.lifecycle.commands import CopyGroups
 from lorax_async.lifecycle.policies import LRU
-from lorax_async.lifecycle.queues import CopyQueue, PriorityQueue
 from lorax_async.lifecycle.residency import HostBudget, ImageBudget, Residency
-from lorax_async.lifecycle.rules import LifecycleRules
-from lorax_async.lifecycle.transitions import SlotState
+from lorax_async.lifecycle.rules import CopyQueue, LifecycleRules, PriorityQueue
 
 UNIT = 64  # Bytes; sizes below are multiples of it
 groups = st.lists(st.integers(1, 20), min_size=1, max_size=12)
@@ -131,7 +130,7 @@ def test_foreground_goes_before_prefetch() -> None:
     joined = [name for name, _ in link.run()][:100].count("hint")
     assert 45 <= joined <= 55, "it has waited as a prefetch, and has nothing in store"
     link = Link(window=64)
-    link.begin("load", [queues.IN_FLIGHT_BYTES // UNIT // 6 - 1] * 40)
+    link.begin("load", [rules.IN_FLIGHT_BYTES // UNIT // 6 - 1] * 40)
     link.states["load"].is_fast = False  # so that it cannot be submitted whole
     link.begin("hint", [1] * 10, foreground=False)
     assert [name for name, _ in link.run()] == ["load"] * 40 + ["hint"] * 10, "in the threads, too"
@@ -155,20 +154,20 @@ def test_loads_that_are_cancelled_hold_up_no_other() -> None:
 def test_one_with_large_groups_leaves_room_for_who_comes_next() -> None:
     """By hand: a run per thread, as one group has all bytes that one may have under way."""
     link = Link(window=64)
-    link.begin("large", [queues.FAST_IN_FLIGHT_BYTES // UNIT] * 20)
+    link.begin("large", [rules.FAST_IN_FLIGHT_BYTES // UNIT] * 20)
     assert link.next() is not None
-    assert len(link.in_flight) == 64 // queues.COPIES_AHEAD - 1
+    assert len(link.in_flight) == 64 // rules.COPIES_AHEAD - 1
     link.begin("small", [1])
     link.queue.submit()
     names = [command.key.location for command in link.rules.take_commands()]
     assert names == ["small"]
-    link = Link(window=16, run=queues.RUN_BYTES // UNIT)
+    link = Link(window=16, run=rules.RUN_BYTES // UNIT)
     for number in range(8):
-        link.begin(str(number), [queues.RUN_BYTES // UNIT // 4] * 20)
+        link.begin(str(number), [rules.RUN_BYTES // UNIT // 4] * 20)
     link.queue.submit()
     runs = cast(list[CopyGroups], link.rules.take_commands())
     assert [run.key.location for run in runs] == [*"01234567", *"01234567"], "16 at a time"
-    assert sum(run.nbytes for run in runs) == queues.FAST_IN_FLIGHT_BYTES, "of all eight together"
+    assert sum(run.nbytes for run in runs) == rules.FAST_IN_FLIGHT_BYTES, "of all eight together"
     link.begin("late", [1])
     link.queue.copied(link.states["0"], runs[0])
     link.queue.submit()
@@ -178,12 +177,9 @@ def test_one_with_large_groups_leaves_room_for_who_comes_next() -> None:
 
 
 def test_a_prefetch_has_less_in_flight_than_a_load() -> None:
-    for foreground, nbytes in (
-        (True, queues.FAST_IN_FLIGHT_BYTES),
-        (False, queues.IN_FLIGHT_BYTES),
-    ):
-        link = Link(window=64, run=queues.RUN_BYTES // UNIT)
-        link.begin("large", [queues.RUN_BYTES // UNIT // 4] * 200, foreground=foreground)
+    for foreground, nbytes in ((True, rules.FAST_IN_FLIGHT_BYTES), (False, rules.IN_FLIGHT_BYTES)):
+        link = Link(window=64, run=rules.RUN_BYTES // UNIT)
+        link.begin("large", [rules.RUN_BYTES // UNIT // 4] * 200, foreground=foreground)
         link.queue.submit()
         runs = cast(list[CopyGroups], link.rules.take_commands())
         assert sum(run.nbytes for run in runs) == nbytes

@@ -7,7 +7,7 @@ from lorax_async.devices import transfer
 from lorax_async.devices.base import CopyTicket, StagedPiece
 from lorax_async.devices.staging import StagingBuffer, StagingRing
 from lorax_async.devices.transfer import GroupTransfer, SubmittedCopies
-from lorax_async.lifecycle import queues
+from lorax_async.lifecycle import rules
 from lorax_async.lifecycle.adapter_state import AdapterState
 from lorax_async.runtime import copies
 from lorax_async.runtime.copies import CopyThreads
@@ -62,7 +62,7 @@ def _by_arrival(life: AdapterState) -> tuple[bool, int, int]:
 
 GROUPS: Mutants = {
     "queues: a large load does not go before smaller ones": mutant(
-        "test_independence.py", (queues, "_copy_order", _by_arrival)),
+        "test_independence.py", (rules, "_copy_order", _by_arrival)),
     "staging: a buffer is reused after its copy": mutant(
         f"{TRANSFER}::test_a_buffer_is_not_written_to_before_its_copy_is_done",
         (StagingRing, "take", _given_back_at_once)),

@@ -9,10 +9,15 @@ from typing import TypeVar
 from core.lifecycle.world import AGE, Action, Setting, Violation, World, actions, forbid
 from lorax_async.errors import CapacityError
 from lorax_async.lifecycle import commands
-from lorax_async.lifecycle.adapter_state import AdapterState, SlotGrant, WantedTier
+from lorax_async.lifecycle.adapter_state import (
+    AdapterState,
+    FileState,
+    SlotGrant,
+    SlotState,
+    WantedTier,
+)
 from lorax_async.lifecycle.arena import Extent
 from lorax_async.lifecycle.lifecycle import Budgets, Lifecycle
-from lorax_async.lifecycle.transitions import FileState, SlotState
 
 
 def perform(world: World, action: Action) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Self
 from lorax_async import AdapterKey, FetchError, LoaderClosedError, TransferError
 from lorax_async.lifecycle.adapter_state import (
     AdapterState,
+    FileState,
     GroupSizes,
     SlotGrant,
     Waiter,
@@ -19,9 +20,8 @@ from lorax_async.lifecycle.adapter_state import (
 from lorax_async.lifecycle.commands import Command, CopyGroups
 from lorax_async.lifecycle.lifecycle import Budgets, Lifecycle
 from lorax_async.lifecycle.policies import GDSF, LFU, LRU, EvictionPolicy, PolicyName
-from lorax_async.lifecycle.queues import LifecycleTimes
 from lorax_async.lifecycle.residency import HostBudget, ImageBudget, Residency
-from lorax_async.lifecycle.transitions import FileState
+from lorax_async.lifecycle.rules import LifecycleTimes
 
 AGE = 10.0
 MIN_RESIDENCY = 5.0
