@@ -292,6 +292,11 @@ def text_of(ref: Ref) -> str:
     return str(ref) if isinstance(ref, AdapterKey) else ref.text
 
 
+def expected_digest(ref: Ref) -> str | None:
+    """Return the digest of the weights that the caller expects, if any."""
+    return ref.digest if isinstance(ref, AdapterRef) else None
+
+
 def is_stale(key: AdapterKey) -> bool:
     """Return whether the key is `stale` (see `RemoteKey`)."""
     return isinstance(key, RemoteKey) and key.stale
