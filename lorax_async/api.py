@@ -50,10 +50,10 @@ from lorax_async.planning.layout import ModelLayout
 from lorax_async.runtime.folders import AdapterFolder, StoredAdapter
 from lorax_async.runtime.placement import AdapterResidency, Placement
 from lorax_async.runtime.prefetch import Prefetch
-from lorax_async.runtime.telemetry import Budget, Statistics, Usage
 from lorax_async.scheduler.requests import Request, Ticket
 from lorax_async.scheduler.scheduler import AdapterScheduler, Batch, BatchRow
 from lorax_async.store import AdapterStore
+from lorax_async.telemetry import Budget, Statistics, Usage
 from lorax_async.types import AdapterKey, AdapterRef, Verification
 
 __all__ = [

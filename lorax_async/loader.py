@@ -33,9 +33,9 @@ from lorax_async.runtime.folders import AdapterFolder
 from lorax_async.runtime.leases import Lease
 from lorax_async.runtime.placement import TIERS, Placement, TierName
 from lorax_async.runtime.prefetch import Prefetch
-from lorax_async.runtime.telemetry import Call, Statistics
 from lorax_async.sources.base import Source
-from lorax_async.tracing import TRACE_LIMIT, Trace, Tracer, name_of
+from lorax_async.telemetry import Call, Statistics, Tracer, name_of
+from lorax_async.tracing import TRACE_LIMIT, Trace
 from lorax_async.types import AdapterId, AdapterKey, AdapterRef, Ref, as_ref, as_refs, text_of
 
 E = TypeVar("E", bound=Event | CallEvent)

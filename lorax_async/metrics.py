@@ -21,7 +21,7 @@ from prometheus_client.registry import Collector
 from lorax_async.concurrency import running_loop
 from lorax_async.errors import LoaderClosedError, Stage
 from lorax_async.loader import AdapterLoader
-from lorax_async.runtime.telemetry import Statistics, Usage
+from lorax_async.telemetry import Statistics, Usage
 
 __all__ = ["LoaderCollector"]
 

@@ -21,7 +21,7 @@ from lorax_async import AdapterLoader, errors, events
 from lorax_async.events import BytesMoved, Event, LayerReady, Leaving, Resident, SlotGranted
 from lorax_async.planning.transfer_plan import plan_transfer
 from lorax_async.runtime import fetches
-from lorax_async.runtime.telemetry import STORY_LENGTH
+from lorax_async.telemetry import STORY_LENGTH
 from lorax_async.testing import FakeSource, Step
 from lorax_async.types import AdapterKey, AdapterRef, Ref
 from sweeping import our_tasks

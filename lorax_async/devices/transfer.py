@@ -24,7 +24,7 @@ from lorax_async.planning.transfer_plan import (
     VectorPlace,
     windows,
 )
-from lorax_async.tracing import IMAGE, NO_SPAN, STREAM, Row, Span, Tracer
+from lorax_async.telemetry import IMAGE, NO_SPAN, STREAM, Row, Span, Tracer
 
 
 def _written_ranges(

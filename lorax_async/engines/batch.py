@@ -24,7 +24,7 @@ from lorax_async.handle import AdapterHandle
 from lorax_async.planning.batch_plan import BASE_ONLY, plan_rows
 from lorax_async.planning.layout import Module
 from lorax_async.runtime.leases import AdapterVectors
-from lorax_async.tracing import Tracer
+from lorax_async.telemetry import Tracer
 from lorax_kernels import Operands, Plan, Tables, Thresholds, apply
 
 T = TypeVar("T")

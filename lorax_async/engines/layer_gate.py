@@ -20,7 +20,7 @@ from types import MappingProxyType
 from lorax_async.concurrency import running_loop
 from lorax_async.errors import AdapterTimeoutError, HandleClosedError, LoraxError, UsageError
 from lorax_async.handle import AdapterHandle
-from lorax_async.tracing import NO_SPAN, PASSES, Span, Tracer, now
+from lorax_async.telemetry import NO_SPAN, PASSES, Span, Tracer, now
 
 _POLL_SECONDS = 0.02
 """The interval at which `others_wait` is read."""

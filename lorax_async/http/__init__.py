@@ -1,6 +1,6 @@
 """The range downloader: files from web servers, by ranges over many connections.
 
-It knows URLs and bytes, and no adapters; it may import `urls`, `formats.spans`, `tracing`
+It knows URLs and bytes, and no adapters; it may import `urls`, `formats.spans`, `telemetry`
 and `errors`.
 Threads of its own take pieces from one scheduler, in layer order; a server that stalls delays only
 its own files.

@@ -23,7 +23,7 @@ from lorax_async.http.failures import DENIED, RetryableError, io_error, lookup_e
 from lorax_async.http.ranges import LinkEstimate
 from lorax_async.http.settings import HttpSettings, Proxies, Proxy, Rules, is_public, tls_context
 from lorax_async.http.target import ResolvedLocation, Target, Validators
-from lorax_async.tracing import Span, Tracer
+from lorax_async.telemetry import Span, Tracer
 from lorax_async.urls import InvalidUrlError, Origin, Url, is_address, resolve_redirect
 
 _MAX_ADDRESSES = 4

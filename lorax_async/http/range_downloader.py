@@ -28,7 +28,7 @@ from lorax_async.http.target import (
     Validators,
     check_response,
 )
-from lorax_async.tracing import Tracer
+from lorax_async.telemetry import Tracer
 from lorax_async.urls import Origin
 
 NeededBytes = Callable[[memoryview, Validators], int]

@@ -40,7 +40,7 @@ from lorax_async.remote.opening import (
 from lorax_async.remote.readers import EntryReader, FetchReader, ReopenedReader, entry_gone
 from lorax_async.remote.web import WebBackend
 from lorax_async.sources.base import AdapterFile, PinnedPages, StoredFolder
-from lorax_async.tracing import Tracer
+from lorax_async.telemetry import Tracer
 from lorax_async.types import (
     UNCHECKED,
     AdapterKey,

@@ -31,13 +31,12 @@ from lorax_async.runtime.driver import Driver
 from lorax_async.runtime.fetches import TransferPlanner
 from lorax_async.runtime.folders import FolderLeases
 from lorax_async.runtime.resolver import Resolver
-from lorax_async.runtime.telemetry import Budget, Statistics, Telemetry, Usage
 from lorax_async.runtime.tensor_adapters import TensorAdapters
 from lorax_async.sources.base import Source, SourceRouter
 from lorax_async.sources.host_copies import HostCopies
 from lorax_async.sources.local import LocalSource
 from lorax_async.sources.tensors import MemorySource
-from lorax_async.tracing import Tracer
+from lorax_async.telemetry import Budget, Statistics, Telemetry, Tracer, Usage
 
 MOVE_BYTES = 4 << 20
 """Bytes per cast through staging: few calls, and several casts fit the default ring."""

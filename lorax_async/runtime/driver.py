@@ -46,9 +46,9 @@ from lorax_async.lifecycle.lifecycle import Lifecycle
 from lorax_async.runtime.copies import CopyJob, CopyThreads
 from lorax_async.runtime.fetches import FetchTasks, Outcome, TransferPlanner
 from lorax_async.runtime.leases import Lease, LeaseTable, PinTable
-from lorax_async.runtime.telemetry import Telemetry
 from lorax_async.runtime.waiters import WaiterTable
 from lorax_async.sources.base import Source
+from lorax_async.telemetry import Telemetry
 from lorax_async.types import AdapterKey
 
 UnloadCallback = Callable[[AdapterKey], None]

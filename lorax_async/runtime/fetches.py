@@ -24,8 +24,8 @@ from lorax_async.lifecycle.lifecycle import Lifecycle
 from lorax_async.planning.sharding import Sharding
 from lorax_async.planning.transfer_plan import TransferPlan, plan_transfer
 from lorax_async.runtime.leases import LeaseTable
-from lorax_async.runtime.telemetry import Telemetry
 from lorax_async.sources.base import AdapterFile, PinnedPages, RefusalCallback, Source
+from lorax_async.telemetry import Telemetry
 from lorax_async.types import AdapterKey, RemoteKey, Verification
 
 LARGE_PREFIX = 256 * 1024

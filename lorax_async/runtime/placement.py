@@ -15,8 +15,8 @@ from lorax_async.lifecycle.adapter_state import (
     SlotState,
     WantedTier,
 )
-from lorax_async.runtime.telemetry import Usage
 from lorax_async.sources.base import PinnedPages
+from lorax_async.telemetry import Usage
 from lorax_async.types import AdapterId, AdapterKey, Ref, as_ref
 
 TierName = Literal["disk", "host", "device"]

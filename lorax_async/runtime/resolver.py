@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 from lorax_async.concurrency import SharedTasks, result_of
 from lorax_async.errors import AdapterTimeoutError, InternalError, LoraxError, exhausted
-from lorax_async.runtime.telemetry import Telemetry
 from lorax_async.sources.base import Source
 from lorax_async.sources.local import is_unchanged
+from lorax_async.telemetry import Telemetry
 from lorax_async.types import AdapterKey, AdapterRef, Ref, RemoteKey, TensorsKey, is_stale, text_of
 
 

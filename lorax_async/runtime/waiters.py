@@ -13,7 +13,7 @@ from lorax_async.lifecycle.adapter_state import FileState, SlotGrant, SlotState,
 from lorax_async.lifecycle.commands import Command
 from lorax_async.lifecycle.lifecycle import Lifecycle
 from lorax_async.runtime.leases import Lease, LeaseTable
-from lorax_async.runtime.telemetry import Telemetry
+from lorax_async.telemetry import Telemetry
 from lorax_async.types import AdapterKey, TensorsKey
 
 

@@ -18,7 +18,8 @@ from lorax_async.runtime.placement import Placement
 from lorax_async.server.responses import UNKNOWN, EventStream
 from lorax_async.server.server_metrics import ServerMetrics
 from lorax_async.server.server_settings import ModelNames
-from lorax_async.tracing import ANOTHER, name_of
+from lorax_async.telemetry import name_of
+from lorax_async.tracing import ANOTHER
 from lorax_async.types import AdapterId, AdapterKey, AdapterRef, Ref, as_ref
 
 P = ParamSpec("P")

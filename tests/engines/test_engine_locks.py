@@ -17,7 +17,7 @@ from lorax_async.engines.batch import ModelBatch, PlanCache
 from lorax_async.engines.layer_gate import LayerGate
 from lorax_async.errors import FetchError, UsageError
 from lorax_async.events import SlotId
-from lorax_async.tracing import Tracer
+from lorax_async.telemetry import Tracer
 from telling import TellingLock
 
 

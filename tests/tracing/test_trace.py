@@ -14,22 +14,12 @@ import tiny
 from common import until
 from engines.variants import PEFT_WARNING, llama, logits_of, prompt, save, serving
 from lorax_async import errors
-from lorax_async import tracing as recorders
 from lorax_async.cli.load import record_trace
 from lorax_async.loader import AdapterLoader
 from lorax_async.runtime.leases import SlotOccupancy
+from lorax_async.telemetry import Record, Ring, Row, Tracer, last_part, name_of, now
 from lorax_async.testing import FakeSource
-from lorax_async.tracing import (
-    Record,
-    Ring,
-    Trace,
-    Tracer,
-    as_events,
-    last_part,
-    microseconds,
-    name_of,
-    now,
-)
+from lorax_async.tracing import Trace, as_events, microseconds
 from lorax_async.types import AdapterKey, AdapterRef, Ref, RemoteKey, TensorsKey
 from tiny_loaders import fails, gated, loader
 from tiny_sources import over, stocked
@@ -269,7 +259,7 @@ def test_passes_do_not_push_out_a_load() -> None:
     """A decoding step has a span for each layer; a slow load outlives thousands of them."""
     ring = Ring(3)
 
-    def record(start: int, row: recorders.Row) -> Record:
+    def record(start: int, row: Row) -> Record:
         return Record(row, "lane", "layer 0", start, start + 1, {"layer": 0})
 
     copy = record(0, "copies")
@@ -386,7 +376,7 @@ def test_a_part_is_cut_out() -> None:
 
 def test_only_spans_beside_others_are_asynchronous() -> None:
     """A thread's complete events cannot overlap by half; requests may, whatever they do today."""
-    row: list[tuple[recorders.Row, str, int, int, str]] = [
+    row: list[tuple[Row, str, int, int, str]] = [
         *(("connections", "outer", 0, 10, "X"), ("connections", "inner", 2, 10, "X")),
         *(("connections", "next", 10, 14, "X"), ("connections", "by half", 12, 20, "b")),
         *(("connections", "after", 14, 16, "X"), ("connections", "last", 16, 22, "X")),

@@ -19,7 +19,7 @@ from lorax_async.http.range_downloader import FOREGROUND, PREFETCH, Download
 from lorax_async.http.ranges import GroupArrivals
 from lorax_async.http.settings import HttpSettings, Timeouts
 from lorax_async.http.target import ProbeResult, Validators
-from lorax_async.tracing import Tracer
+from lorax_async.telemetry import Tracer
 from lorax_async.urls import parse_url
 
 LARGE = 100 << 20
