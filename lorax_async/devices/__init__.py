@@ -2,11 +2,10 @@
 
 - `base`: the interface of a device, and its copy tickets
 - `cpu`: host memory; files are read straight into the arena
-- `cuda`: a GPU; pinned staging, one copy stream, events
+- `cuda`: a GPU; pinned staging, one copy stream, events, the pointer table
 - `simulated`: an asynchronous device without hardware, for tests
 - `staging`: the ring of host buffers in which layer groups are cast and padded
 - `streams`: streams, events and errors of an accelerator, and the threads that wait for events
-- `pointer_table`: a GPU's pointer table, and its pinned images of rows
 - `transfer`: the copy of one layer group: read, cast, check, send
 
 The package may know `planning`, `files`, `tracing` and the lifecycle's `Extent`. It knows no event

@@ -40,8 +40,7 @@ from late_device.world import bytes_now, loaded
 from lorax_async import errors
 from lorax_async.devices import cuda
 from lorax_async.devices.base import CopyTicket, StagedPiece
-from lorax_async.devices.cuda import CudaDevice
-from lorax_async.devices.pointer_table import IMAGES, TableColumns
+from lorax_async.devices.cuda import IMAGES, CudaDevice, TableColumns
 from lorax_async.devices.streams import EventTicket, EventWatcher
 from lorax_async.lifecycle.arena import Extent
 from lorax_async.planning.transfer_plan import TableRow

@@ -5,8 +5,7 @@ from typing import Any
 
 from lorax_async.devices import cuda
 from lorax_async.devices.cpu import CpuDevice
-from lorax_async.devices.cuda import CudaDevice
-from lorax_async.devices.pointer_table import TableColumns
+from lorax_async.devices.cuda import CudaDevice, TableColumns
 from lorax_async.devices.streams import EventTicket, EventWatcher
 from mutants.mutation import Mutants, NoLock, initialized, mutant, nothing, seen_by, skipped
 
